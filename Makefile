@@ -1,0 +1,83 @@
+# Every target sets up what it needs in a local virtual environment; a second call only checks
+# that nothing changed. The log of the set-up is in $(VENV)/setup.log.
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BENCH_SUITE ?= quick
+PYTEST_ARGS ?=
+export MAX_JOBS ?= 2
+
+PY := $(VENV)/bin/python
+LOG := $(VENV)/setup.log
+QUIET_PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
+
+define quietly
+@$(1) >>$(LOG) 2>&1 || { tail -n 40 $(LOG); echo "The set-up failed; the whole log is $(LOG)."; exit 1; }
+endef
+
+.PHONY: demo test lint format bench docs gpu wheel clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo    train on real data, print AUC and memory, write a report and a packed model"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff, clang-format, mypy"
+	@echo "make bench   the quick benchmark suite"
+	@echo "make docs    the documentation, into site/"
+	@echo "make gpu     prove and measure everything on this machine's GPU"
+	@echo "make clean   remove builds and the virtual environment"
+
+# torch first and pinned: a range would be met by whatever build is newest.
+$(VENV)/.torch:
+	@echo "Setting up $(VENV) (first time only, a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	$(call quietly,$(QUIET_PIP) --upgrade pip)
+	$(call quietly,$(QUIET_PIP) "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13")
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.torch pyproject.toml $(SOURCES)
+	@echo "Building the operators ..."
+	$(call quietly,$(QUIET_PIP) --no-build-isolation --no-deps --editable .)
+	@touch $@
+
+$(VENV)/.extra-%: $(VENV)/.build pyproject.toml
+	@echo "Installing what '$*' needs ..."
+	$(call quietly,$(QUIET_PIP) --no-build-isolation --editable ".[$*]")
+	@touch $@
+
+demo: $(VENV)/.extra-demo
+	@$(VENV)/bin/amtl demo
+
+test: $(VENV)/.extra-test
+	@$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.extra-demo $(VENV)/.extra-lint
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	@$(PY) -m mypy
+
+format: $(VENV)/.extra-lint
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+	@$(VENV)/bin/clang-format -i $(CPP)
+
+bench: $(VENV)/.extra-bench
+	@$(PY) -m bench run --suite $(BENCH_SUITE)
+
+docs: $(VENV)/.extra-docs
+	@$(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+gpu:
+	@$(PYTHON) -m bench.gpu
+
+wheel: $(VENV)/.torch
+	@$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist site *.egg-info $(VENV) amtl_kernels/*.so

@@ -1,0 +1,28 @@
+// The Python module `amtl_kernels._C`. Importing it runs the static registrations of the operators
+// in this folder; the module itself only says how it was built.
+#include <Python.h>
+
+#ifndef AMTL_CUDA_ARCHS
+#define AMTL_CUDA_ARCHS ""
+#endif
+
+namespace {
+
+PyObject* BuildInfo(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s}", "version", AMTL_VERSION, "torch_at_build",
+                       AMTL_TORCH_VERSION, "cuda", AMTL_CUDA_STATUS, "cuda_architectures",
+                       AMTL_CUDA_ARCHS, "compiler", AMTL_COMPILER);
+}
+
+PyMethodDef kMethods[] = {
+    {"build_info", BuildInfo, METH_NOARGS, "How this module was built, as a dict of strings."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef kModule = {
+    PyModuleDef_HEAD_INIT, "_C", "Native operators of amtl_kernels.", -1, kMethods, nullptr,
+    nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&kModule); }

@@ -1,0 +1,73 @@
+"""A thin driver over CMakeLists.txt: it says where the modules go and which options hold.
+
+Environment: ``AMTL_CUDA=auto|on|off``, ``AMTL_TOOLS=on|off`` (the pybind11 test module; on by
+default in an editable install, off in a wheel, which stays one file for every Python),
+``MAX_JOBS`` (default 2), ``CMAKE_ARGS`` (passed on).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Builds the one CMake project that holds every native module."""
+
+    in_place = False
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".abi3.so"
+
+    def run(self) -> None:
+        # setuptools clears `inplace` while it builds and copies the modules it knows afterwards;
+        # CMake writes them where they belong at once, the tool module included.
+        self.in_place = bool(self.inplace) or bool(getattr(self, "editable_mode", False))
+        super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        pass
+
+    def build_extension(self, ext: Extension) -> None:
+        in_place = self.in_place
+        built = ROOT / "amtl_kernels" / "_C"
+        output = (built if in_place else Path(self.get_ext_fullpath(ext.name)).resolve()).parent
+        tools = os.environ.get("AMTL_TOOLS", "on" if in_place else "off")
+        build = ROOT / "build" / ("develop" if in_place else f"wheel-{sys.version_info[1]}")
+        configure = [
+            "cmake",
+            f"-S{ROOT}",
+            f"-B{build}",
+            "-GNinja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DAMTL_OUTPUT_DIR={output}",
+            f"-DAMTL_CUDA={os.environ.get('AMTL_CUDA', 'auto')}",
+            f"-DAMTL_TOOLS={tools}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        subprocess.check_call(configure)
+        jobs = os.environ.get("MAX_JOBS", "2")
+        subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs])
+
+
+class StableWheel(bdist_wheel):
+    """Tags the wheel for every CPython from 3.10 on: the module uses the limited C API."""
+
+    def finalize_options(self) -> None:
+        self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+setup(
+    ext_modules=[Extension("amtl_kernels._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},
+)
