@@ -1,0 +1,362 @@
+"""Vocabularies: raw field values to embedding rows, in order of falling frequency.
+
+The row number of a value is its frequency rank in the training split, so that hot rows are
+neighbours in the table, frequency groups are contiguous, and a frozen table cuts into size tiers
+without storing a size per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+Column = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor | Sequence[Any]
+"""Everything a column of raw values may come as."""
+
+_KINDS = {"int": pl.Int64, "str": pl.String}
+
+
+class Vocabulary:
+    """Maps the raw values of one field to rows `0 .. size-1` by falling training count.
+
+    One row is the out-of-vocabulary row: it answers for every value unseen in training and for
+    values rarer than `min_count`, whose mass is its own count, by which it is placed like any
+    other row. Missing values (nulls) get a row of their own when training has them, and the
+    out-of-vocabulary row otherwise. Ties in count are ordered by value, nulls first and the
+    out-of-vocabulary row last, so the same data give the same rows on every machine.
+
+    Args:
+        name: the field's name.
+        values: the known values in row order, `size - 1` of them: integers or strings, at most
+            one null.
+        counts: int64 `[size]`, occurrences in the training split by row.
+        oov_row: row of unknown values.
+        rows: int32 `[size - 1]`, the row of each entry of `values`; by default the rows other
+            than `oov_row` in ascending order.
+        separator: splits a string into several values (`"A|B|C"`); None if it is one value.
+
+    Raises:
+        ValueError: if shapes disagree, values repeat, or rows are not a permutation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: Column,
+        counts: Tensor,
+        oov_row: int,
+        rows: Tensor | None = None,
+        *,
+        separator: str | None = None,
+    ) -> None:
+        series = _as_series(values)
+        counts = torch.as_tensor(counts, dtype=torch.int64)
+        size = len(counts)
+        if len(series) != size - 1 or not 0 <= oov_row < size:
+            raise ValueError(
+                f"vocabulary {name!r}: {len(series)} values need {len(series) + 1} counts and an "
+                f"out-of-vocabulary row among them, not {size} counts and row {oov_row}"
+            )
+        if rows is None:
+            order = torch.arange(size, dtype=torch.int32)
+            rows = order[order != oov_row]
+        rows = torch.as_tensor(rows, dtype=torch.int32)
+        taken = torch.zeros(size, dtype=torch.int64)
+        taken[oov_row] = 1
+        if len(rows) == len(series) and (not len(rows) or 0 <= int(rows.min())):
+            taken += torch.bincount(rows.long(), minlength=size)[:size]
+        if not bool((taken == 1).all()):
+            raise ValueError(f"vocabulary {name!r}: rows must be a permutation of 0..{size - 1}")
+        self.name = name
+        self.counts = counts
+        self.oov_row = oov_row
+        self.separator = separator
+        self._values = series
+        self._rows = rows
+        self._kind = "str" if series.dtype == pl.String else "int"
+        nulls = np.flatnonzero(series.is_null().to_numpy())
+        self._null_row = int(rows[int(nulls[0])]) if len(nulls) else oov_row
+        self._table: tuple[int, np.ndarray] | None = None
+        if series.n_unique() != len(series):
+            raise ValueError(f"vocabulary {name!r}: values must be distinct")
+
+    @classmethod
+    def build(
+        cls, column: Column, *, name: str = "", min_count: int = 1, separator: str | None = None
+    ) -> Vocabulary:
+        """Counts a training column and numbers its values; O(n) hashing plus a sort of values.
+
+        Args:
+            column: raw values, `[n]`: integers, booleans or strings, or lists of them (then every
+                element counts).
+            name: the field's name.
+            min_count: values seen less often share the out-of-vocabulary row.
+            separator: splits strings into several values.
+
+        Raises:
+            ValueError: for floating-point values (bucket them first) or other types.
+        """
+        flat = _flatten(_as_series(column, name=name), separator)[0]
+        table = (
+            pl.DataFrame({"value": flat})
+            .lazy()
+            .group_by("value")
+            .agg(pl.len().cast(pl.Int64).alias("count"))
+            .sort("count", "value", descending=[True, False], nulls_last=False)
+            .collect()
+        )
+        kept = table.filter(pl.col("count") >= min_count)
+        rest = int(table["count"].sum()) - int(kept["count"].sum())
+        kept_counts = torch.from_numpy(kept["count"].to_numpy().copy())
+        oov_row = int((kept_counts >= rest).sum())
+        counts = torch.cat(
+            [kept_counts[:oov_row], torch.tensor([rest], dtype=torch.int64), kept_counts[oov_row:]]
+        )
+        return cls(name, kept["value"], counts, oov_row, separator=separator)
+
+    @property
+    def size(self) -> int:
+        """Number of rows, the out-of-vocabulary row included."""
+        return len(self.counts)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.name!r}, size={self.size}, oov_row={self.oov_row})"
+
+    @property
+    def values(self) -> list[Any]:
+        """The known values by ascending row, without the out-of-vocabulary row."""
+        return self._values.gather(torch.argsort(self._rows).numpy()).to_list()
+
+    def encode(self, column: Column) -> Tensor:
+        """Rows of a column of single values: int32 `[n]`. Unknown values get `oov_row`."""
+        return self.encode_counted(column)[0]
+
+    def encode_counted(self, column: Column) -> tuple[Tensor, int]:
+        """As `encode`, with the number of entries that were unknown."""
+        return self._lookup(_as_series(column, name=self.name))
+
+    def encode_bags(self, column: Column) -> tuple[Tensor, Tensor, int]:
+        """Rows of a multi-valued column.
+
+        Returns:
+            rows int32 `[total]`, offsets int64 `[n + 1]` with bag `b` at
+            `rows[offsets[b]:offsets[b + 1]]`, and the number of unknown values. A missing list is
+            an empty bag.
+        """
+        flat, lengths = _flatten(_as_series(column, name=self.name), self.separator)
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(torch.from_numpy(lengths), 0, out=offsets[1:])
+        rows, unknown = self._lookup(flat)
+        return rows, offsets, unknown
+
+    def decode(self, rows: Tensor | Iterable[int]) -> list[Any]:
+        """Raw values of rows; None for a missing value and for the out-of-vocabulary row."""
+        position = torch.full((self.size,), -1, dtype=torch.int64)
+        position[self._rows.long()] = torch.arange(len(self._rows))
+        if not isinstance(rows, Tensor):
+            rows = torch.tensor(list(rows), dtype=torch.int64)
+        picked = position[rows.reshape(-1).long()]
+        values = self._values
+        return [values[p] if p >= 0 else None for p in picked.tolist()]
+
+    def renumber(self, new_rows: Tensor) -> None:
+        """Moves row `i` to `new_rows[i]`, a permutation of `0 .. size-1`, counts included."""
+        new_rows = torch.as_tensor(new_rows).long()
+        if len(new_rows) != self.size or not torch.equal(
+            torch.sort(new_rows).values, torch.arange(self.size)
+        ):
+            raise ValueError(f"renumber() needs a permutation of 0..{self.size - 1}")
+        counts = torch.empty_like(self.counts)
+        counts[new_rows] = self.counts
+        self.counts = counts
+        self.oov_row = int(new_rows[self.oov_row])
+        self._null_row = int(new_rows[self._null_row])
+        self._rows = new_rows[self._rows.long()].to(torch.int32)
+        self._table = None
+
+    def to_table(self) -> pa.Table:
+        """Values with their rows and counts as an Arrow table (`value`, `row`, `count`).
+
+        The out-of-vocabulary row's number and count and the separator travel as metadata.
+        """
+        metadata = {
+            "name": self.name,
+            "oov_row": str(self.oov_row),
+            "oov_count": str(int(self.counts[self.oov_row])),
+            "separator": self.separator or "",
+        }
+        columns = {
+            "value": self._values.to_arrow(),
+            "row": pa.array(self._rows.numpy()),
+            "count": pa.array(self.counts[self._rows.long()].numpy()),
+        }
+        return pa.table(columns).replace_schema_metadata(metadata)
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Vocabulary:
+        """The inverse of `to_table`."""
+        meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        missing = {"oov_row", "oov_count"} - set(meta)
+        if missing or not {"value", "row", "count"} <= set(table.column_names):
+            raise ValueError("not a vocabulary table: columns value, row, count and metadata needed")
+        rows = torch.from_numpy(np.array(table["row"].to_numpy(), dtype=np.int32))
+        counts = torch.zeros(len(rows) + 1, dtype=torch.int64)
+        counts[rows.long()] = torch.from_numpy(np.array(table["count"].to_numpy(), dtype=np.int64))
+        counts[int(meta["oov_row"])] = int(meta["oov_count"])
+        return cls(
+            meta.get("name", ""),
+            pl.Series("value", pl.from_arrow(table["value"])),
+            counts,
+            int(meta["oov_row"]),
+            rows,
+            separator=meta.get("separator") or None,
+        )
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Contents as tensors and a JSON-able dict, as a safetensors file wants them.
+
+        Strings are stored as UTF-8 bytes with end offsets; integers as int64.
+        """
+        null = self._values.is_null()
+        tensors = {"rows": self._rows.contiguous(), "counts": self.counts.contiguous()}
+        if self._kind == "str":
+            data = [v.encode() for v in self._values.fill_null("").to_list()]
+            ends = np.cumsum([len(v) for v in data], dtype=np.int64)
+            joined = np.frombuffer(b"".join(data), dtype=np.uint8).copy()
+            tensors["bytes"] = torch.from_numpy(joined)
+            tensors["ends"] = torch.from_numpy(ends)
+        else:
+            ints = self._values.fill_null(0).to_numpy().astype(np.int64, copy=True)
+            tensors["ints"] = torch.from_numpy(ints)
+        meta = {
+            "name": self.name,
+            "oov_row": self.oov_row,
+            "separator": self.separator,
+            "null_at": int(null.arg_max() or 0) if null.any() else None,
+        }
+        return tensors, meta
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Vocabulary:
+        """The inverse of `to_tensors`."""
+        if "ints" in tensors:
+            values = pl.Series("value", tensors["ints"].numpy(), dtype=pl.Int64)
+        else:
+            blob = tensors["bytes"].numpy().tobytes()
+            ends = [0, *tensors["ends"].tolist()]
+            texts = [blob[a:b].decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            values = pl.Series("value", texts, dtype=pl.String)
+        null_at = meta.get("null_at")
+        if null_at is not None:
+            keep = pl.Series(np.arange(len(values)) != null_at)
+            values = pl.select(pl.when(keep).then(values).alias("value"))["value"]
+        return cls(
+            str(meta["name"]),
+            values,
+            tensors["counts"].clone(),
+            int(meta["oov_row"]),
+            tensors["rows"].clone(),
+            separator=meta.get("separator"),
+        )
+
+    def _lookup(self, flat: pl.Series) -> tuple[Tensor, int]:
+        if len(flat) == 0:
+            return torch.empty(0, dtype=torch.int32), 0
+        known = self._values.drop_nulls()
+        null = flat.is_null()
+        nulls = int(null.sum())
+        if len(known) == 0:
+            rows = np.full(len(flat), -1, dtype=np.int32)
+        elif self._kind == "int" and flat.dtype == pl.Int64:
+            rows = self._lookup_int(flat, known)
+        else:
+            if flat.dtype != known.dtype:
+                flat = flat.cast(pl.String)
+                known = known.cast(pl.String)
+            rows = flat.replace_strict(
+                known, self._known_rows(), default=-1, return_dtype=pl.Int32
+            ).to_numpy()
+        if nulls:
+            rows = np.where(null.to_numpy(), np.int32(self._null_row), rows)
+        unknown = rows < 0
+        n_unknown = int(unknown.sum()) + (nulls if self._null_row == self.oov_row else 0)
+        rows = np.where(unknown, np.int32(self.oov_row), rows)
+        return torch.from_numpy(np.array(rows, dtype=np.int32)), n_unknown
+
+    def _lookup_int(self, flat: pl.Series, known: pl.Series) -> np.ndarray:
+        """Integers: a direct table where the range of values is dense enough, else hashing."""
+        if self._table is None:
+            low, high = int(known.min()), int(known.max())  # type: ignore[arg-type]
+            if high - low < max(1 << 20, 8 * len(known)):
+                table = np.full(high - low + 1, -1, dtype=np.int32)
+                table[known.to_numpy() - low] = self._known_rows().to_numpy()
+                self._table = (low, table)
+        if self._table is None:
+            return flat.replace_strict(
+                known, self._known_rows(), default=-1, return_dtype=pl.Int32
+            ).to_numpy()
+        low, table = self._table
+        values = flat.fill_null(low - 1 if low > np.iinfo(np.int64).min else low).to_numpy()
+        inside = (values >= low) & (values <= low + (len(table) - 1))
+        return np.where(inside, table[np.where(inside, values, low) - low], np.int32(-1))
+
+    def _known_rows(self) -> pl.Series:
+        rows = pl.Series("row", self._rows.numpy())
+        return rows.filter(self._values.is_not_null())
+
+
+def _as_series(column: Column, name: str = "") -> pl.Series:
+    """Any column as a polars Series of Int64 or String (or lists of them)."""
+    if isinstance(column, Tensor):
+        column = column.detach().cpu().numpy()
+    if isinstance(column, (pa.Array, pa.ChunkedArray)):
+        converted = pl.from_arrow(column)
+        assert isinstance(converted, pl.Series)
+        series = converted
+    else:
+        series = column if isinstance(column, pl.Series) else pl.Series(column)
+    if isinstance(series.dtype, (pl.List, pl.Array)):
+        if isinstance(series.dtype, pl.Array):
+            series = series.arr.to_list()
+        inner = _normal_dtype(series.dtype.inner, name)  # type: ignore[attr-defined]
+        return series.cast(pl.List(inner))
+    return series.cast(_normal_dtype(series.dtype, name))
+
+
+def _normal_dtype(dtype: Any, name: str) -> Any:
+    if dtype == pl.UInt64:
+        return pl.String
+    if dtype.is_integer() or dtype in (pl.Boolean, pl.Null):
+        return pl.Int64
+    if dtype in (pl.String, pl.Categorical, pl.Enum) or dtype.is_temporal():
+        return pl.String
+    where = f"column {name!r}" if name else "the column"
+    hint = "bucket or standardise numbers first" if dtype.is_numeric() else "cast it first"
+    raise ValueError(f"{where} is {dtype}; a vocabulary takes integers or strings ({hint})")
+
+
+def _flatten(series: pl.Series, separator: str | None) -> tuple[pl.Series, np.ndarray]:
+    """Elements of a multi-valued column and the int64 number of elements per entry.
+
+    Empty strings and missing entries are empty bags; single-valued columns have one element each.
+    """
+    if separator and series.dtype == pl.String:
+        series = pl.select(
+            pl.when(series == "").then(pl.lit([], dtype=pl.List(pl.String))).otherwise(
+                series.str.split(separator)
+            )
+        ).to_series()
+    if not isinstance(series.dtype, pl.List):
+        return series, np.ones(len(series), dtype=np.int64)
+    lengths = series.list.len().fill_null(0).to_numpy().astype(np.int64)
+    flat = series.filter(series.list.len() > 0).explode()
+    return flat, lengths

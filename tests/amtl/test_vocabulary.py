@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from amtl.vocabulary import Vocabulary
+
+ints = st.lists(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)), max_size=60)
+small_ints = st.lists(st.one_of(st.none(), st.integers(-3, 3)), max_size=60)
+texts = st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=60)
+
+
+def typed(values: list, kind: str) -> pl.Series:
+    return pl.Series("x", values, dtype=pl.String if kind == "str" else pl.Int64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(ints.map(lambda v: ("int", v)), small_ints.map(lambda v: ("int", v)),
+                 texts.map(lambda v: ("str", v))), st.integers(1, 4))
+def test_rows_fall_in_count_and_round_trip(case, min_count):
+    kind, values = case
+    column = typed(values, kind)
+    vocab = Vocabulary.build(column, name="x", min_count=min_count)
+    assert bool((vocab.counts[:-1] >= vocab.counts[1:]).all())
+    assert int(vocab.counts.sum()) == len(values)
+    rows = vocab.encode(column)
+    assert rows.dtype == torch.int32
+    assert torch.equal(torch.bincount(rows.long(), minlength=vocab.size), vocab.counts)
+    for row, value in zip(rows.tolist(), values, strict=True):
+        rare = values.count(value) < min_count
+        assert (row == vocab.oov_row) == rare
+        if not rare:
+            assert vocab.decode([row]) == [value]
+
+
+def test_ties_are_ordered_by_value_whatever_the_input_order():
+    first = Vocabulary.build(["b", "a", "c", "c"])
+    second = Vocabulary.build(["c", "c", "a", "b"])
+    assert first.values == second.values == ["c", "a", "b"]
+    assert first.oov_row == 3
+
+
+def test_oov_row_is_placed_by_the_mass_of_rare_values():
+    vocab = Vocabulary.build([1] * 5 + [2] * 3 + [3, 4, 5, 6], min_count=2)
+    assert vocab.counts.tolist() == [5, 4, 3]
+    assert vocab.oov_row == 1
+    rows, unknown = vocab.encode_counted([2, 3, 99])
+    assert rows.tolist() == [2, 1, 1]
+    assert unknown == 2
+
+
+@pytest.mark.parametrize("known", [[1, 1, 2], [10**15, 10**15, -(10**15)], ["a", "a", "b"]])
+def test_unseen_and_missing_values_go_to_the_oov_row(known):
+    vocab = Vocabulary.build(known)
+    unseen = "zz" if isinstance(known[0], str) else 777
+    rows, unknown = vocab.encode_counted([unseen, None, known[0]])
+    assert rows.tolist() == [vocab.oov_row, vocab.oov_row, 0]
+    assert unknown == 2
+
+
+def test_missing_values_seen_in_training_have_their_own_row():
+    vocab = Vocabulary.build(["a", None, None])
+    assert vocab.encode([None, "a", "b"]).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["x", "y", "x"]),
+        pa.chunked_array([["x"], ["y", "x"]]),
+        np.array(["x", "y", "x"]),
+        pl.Series(["x", "y", "x"], dtype=pl.Categorical),
+    ],
+)
+def test_kinds_of_string_columns(column):
+    assert Vocabulary.build(column).encode(column).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.bool])
+def test_kinds_of_integer_columns(dtype):
+    column = torch.tensor([1, 0, 1], dtype=dtype)
+    assert Vocabulary.build(column).encode(column).tolist() == [0, 1, 0]
+
+
+def test_integers_read_as_text_still_match():
+    vocab = Vocabulary.build([7, 7, 8])
+    assert vocab.encode(["8", "7", "x"]).tolist() == [1, 0, 2]
+
+
+def test_floats_are_refused_with_advice():
+    with pytest.raises(ValueError, match="bucket or standardise"):
+        Vocabulary.build([0.5, 1.5], name="price")
+
+
+@pytest.mark.parametrize("as_lists", [False, True])
+def test_multi_valued_columns_become_bags(as_lists):
+    lists = [["A", "B"], ["B"], [], None, ["B", "C", "A"]]
+    column = pl.Series(lists, dtype=pl.List(pl.String))
+    if not as_lists:
+        column = pl.Series([None if v is None else "|".join(v) for v in lists])
+    vocab = Vocabulary.build(column, name="genres", separator="|")
+    assert vocab.values == ["B", "A", "C"]
+    assert vocab.counts.tolist() == [3, 2, 1, 0]
+    rows, offsets, unknown = vocab.encode_bags(column)
+    assert offsets.tolist() == [0, 2, 3, 3, 3, 6]
+    assert rows.tolist() == [1, 0, 0, 0, 2, 1]
+    assert unknown == 0
+    rows, offsets, unknown = vocab.encode_bags(pl.Series(["Z|A"]))
+    assert (rows.tolist(), unknown) == ([3, 1], 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.one_of(small_ints.map(lambda v: ("int", v)), texts.map(lambda v: ("str", v))),
+       st.randoms(use_true_random=False))
+def test_renumbering_and_storage_keep_the_mapping(case, random):
+    kind, values = case
+    column = typed(values, kind)
+    vocab = Vocabulary.build(column, name="f", separator="|" if kind == "str" else None)
+    before = vocab.encode(column)
+    new_rows = list(range(vocab.size))
+    random.shuffle(new_rows)
+    mapping = torch.tensor(new_rows)
+    counts = vocab.counts
+    vocab.renumber(mapping)
+    assert torch.equal(vocab.counts[mapping], counts)
+    for copy in (
+        vocab,
+        Vocabulary.from_table(vocab.to_table()),
+        Vocabulary.from_tensors(*vocab.to_tensors()),
+    ):
+        assert torch.equal(copy.encode(column).long(), mapping[before.long()])
+        assert torch.equal(copy.counts, vocab.counts)
+        assert (copy.oov_row, copy.separator, copy.name) == (
+            vocab.oov_row, vocab.separator, vocab.name)
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "oov", "rows"),
+    [
+        ([1, 2], [3, 2], 0, None),
+        ([1, 2], [3, 2, 0], 3, None),
+        ([1, 1], [3, 2, 0], 2, None),
+        ([1, 2], [3, 2, 0], 2, [0, 2]),
+        ([1, 2], [3, 2, 0], 2, [0, -1]),
+    ],
+)
+def test_inconsistent_contents_are_refused(values, counts, oov, rows):
+    with pytest.raises(ValueError, match="vocabulary"):
+        Vocabulary("f", values, torch.tensor(counts), oov,
+                   None if rows is None else torch.tensor(rows))
+
+
+def test_renumber_refuses_what_is_no_permutation():
+    with pytest.raises(ValueError, match="permutation"):
+        Vocabulary.build([1, 2]).renumber(torch.tensor([0, 0, 1]))
+
+
+def test_a_million_rows_take_well_under_seconds():
+    column = pl.Series(np.random.default_rng(0).zipf(1.2, 1_000_000) % 100_003).cast(pl.String)
+    start = time.perf_counter()
+    Vocabulary.build(column).encode(column)
+    assert time.perf_counter() - start < 5
