@@ -7,6 +7,7 @@ without storing a size per row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ class Vocabulary:
         rows = torch.as_tensor(rows, dtype=torch.int32)
         taken = torch.zeros(size, dtype=torch.int64)
         taken[oov_row] = 1
-        if len(rows) == len(series) and (not len(rows) or 0 <= int(rows.min())):
+        if len(rows) == len(series) and (not len(rows) or int(rows.min()) >= 0):
             taken += torch.bincount(rows.long(), minlength=size)[:size]
         if not bool((taken == 1).all()):
             raise ValueError(f"vocabulary {name!r}: rows must be a permutation of 0..{size - 1}")
@@ -207,7 +208,9 @@ class Vocabulary:
         meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         missing = {"oov_row", "oov_count"} - set(meta)
         if missing or not {"value", "row", "count"} <= set(table.column_names):
-            raise ValueError("not a vocabulary table: columns value, row, count and metadata needed")
+            raise ValueError(
+                "not a vocabulary table: columns value, row, count and metadata needed"
+            )
         rows = torch.from_numpy(np.array(table["row"].to_numpy(), dtype=np.int32))
         counts = torch.zeros(len(rows) + 1, dtype=torch.int64)
         counts[rows.long()] = torch.from_numpy(np.array(table["count"].to_numpy(), dtype=np.int64))
@@ -253,7 +256,7 @@ class Vocabulary:
         else:
             blob = tensors["bytes"].numpy().tobytes()
             ends = [0, *tensors["ends"].tolist()]
-            texts = [blob[a:b].decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            texts = [blob[a:b].decode() for a, b in itertools.pairwise(ends)]
             values = pl.Series("value", texts, dtype=pl.String)
         null_at = meta.get("null_at")
         if null_at is not None:
@@ -351,9 +354,9 @@ def _flatten(series: pl.Series, separator: str | None) -> tuple[pl.Series, np.nd
     """
     if separator and series.dtype == pl.String:
         series = pl.select(
-            pl.when(series == "").then(pl.lit([], dtype=pl.List(pl.String))).otherwise(
-                series.str.split(separator)
-            )
+            pl.when(series == "")
+            .then(pl.lit([], dtype=pl.List(pl.String)))
+            .otherwise(series.str.split(separator))
         ).to_series()
     if not isinstance(series.dtype, pl.List):
         return series, np.ones(len(series), dtype=np.int64)

@@ -22,8 +22,14 @@ def typed(values: list, kind: str) -> pl.Series:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.one_of(ints.map(lambda v: ("int", v)), small_ints.map(lambda v: ("int", v)),
-                 texts.map(lambda v: ("str", v))), st.integers(1, 4))
+@given(
+    st.one_of(
+        ints.map(lambda v: ("int", v)),
+        small_ints.map(lambda v: ("int", v)),
+        texts.map(lambda v: ("str", v)),
+    ),
+    st.integers(1, 4),
+)
 def test_rows_fall_in_count_and_round_trip(case, min_count):
     kind, values = case
     column = typed(values, kind)
@@ -117,8 +123,10 @@ def test_multi_valued_columns_become_bags(as_lists):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.one_of(small_ints.map(lambda v: ("int", v)), texts.map(lambda v: ("str", v))),
-       st.randoms(use_true_random=False))
+@given(
+    st.one_of(small_ints.map(lambda v: ("int", v)), texts.map(lambda v: ("str", v))),
+    st.randoms(use_true_random=False),
+)
 def test_renumbering_and_storage_keep_the_mapping(case, random):
     kind, values = case
     column = typed(values, kind)
@@ -138,7 +146,10 @@ def test_renumbering_and_storage_keep_the_mapping(case, random):
         assert torch.equal(copy.encode(column).long(), mapping[before.long()])
         assert torch.equal(copy.counts, vocab.counts)
         assert (copy.oov_row, copy.separator, copy.name) == (
-            vocab.oov_row, vocab.separator, vocab.name)
+            vocab.oov_row,
+            vocab.separator,
+            vocab.name,
+        )
 
 
 @pytest.mark.parametrize(
@@ -153,8 +164,9 @@ def test_renumbering_and_storage_keep_the_mapping(case, random):
 )
 def test_inconsistent_contents_are_refused(values, counts, oov, rows):
     with pytest.raises(ValueError, match="vocabulary"):
-        Vocabulary("f", values, torch.tensor(counts), oov,
-                   None if rows is None else torch.tensor(rows))
+        Vocabulary(
+            "f", values, torch.tensor(counts), oov, None if rows is None else torch.tensor(rows)
+        )
 
 
 def test_renumber_refuses_what_is_no_permutation():

