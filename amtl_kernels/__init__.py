@@ -1,0 +1,39 @@
+"""Fused operators for embedding tables whose rows have their own width."""
+
+from amtl_kernels import _autograd, backend, reference
+from amtl_kernels._version import __version__
+
+backend.initialize()
+_autograd.register()
+
+from amtl_kernels.backend import (  # noqa: E402
+    build_info,
+    get_backend,
+    register_backend,
+    set_backend,
+    use_backend,
+)
+from amtl_kernels.ops import (  # noqa: E402
+    adaptive_embedding,
+    adaptive_embedding_bag,
+    masked_embedding,
+    masked_embedding_bag,
+    tiered_embedding,
+    tiered_embedding_bag,
+)
+
+__all__ = [
+    "__version__",
+    "adaptive_embedding",
+    "adaptive_embedding_bag",
+    "build_info",
+    "get_backend",
+    "masked_embedding",
+    "masked_embedding_bag",
+    "reference",
+    "register_backend",
+    "set_backend",
+    "tiered_embedding",
+    "tiered_embedding_bag",
+    "use_backend",
+]

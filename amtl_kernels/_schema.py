@@ -1,0 +1,96 @@
+"""The operator schemas, defined once for every backend (``torch.ops.amtl``).
+
+Backends only register implementations. The plain-PyTorch reference is the fallback for devices
+without one, so that the package works without any compiled module.
+
+Each lookup has a twin with the suffix ``_densegrad``: the same values, and a dense gradient of the
+weight instead of a sparse one, for optimizers that refuse sparse gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_LOOKUPS: dict[str, str] = {
+    "masked_embedding": (
+        "(Tensor weight, Tensor indices, Tensor row_dims, int padding_idx, int bounds_check)"
+        " -> Tensor"
+    ),
+    "masked_embedding_bag": (
+        "(Tensor weight, Tensor indices, Tensor offsets, Tensor row_dims,"
+        " Tensor? per_sample_weights, int mode, int padding_idx, bool include_last_offset,"
+        " int bounds_check) -> Tensor"
+    ),
+    "adaptive_embedding": (
+        "(Tensor weight, Tensor indices, Tensor row_group, Tensor group_dims, Tensor group_mask,"
+        " SymInt seed, int padding_idx, int bounds_check) -> Tensor"
+    ),
+    "adaptive_embedding_bag": (
+        "(Tensor weight, Tensor indices, Tensor offsets, Tensor row_group, Tensor group_dims,"
+        " Tensor group_mask, Tensor? per_sample_weights, int mode, int padding_idx,"
+        " bool include_last_offset, SymInt seed, int bounds_check) -> Tensor"
+    ),
+    "tiered_embedding": (
+        "(Tensor[] blocks, int[] tier_ends, Tensor indices, int embedding_dim, int padding_idx,"
+        " int bounds_check) -> Tensor"
+    ),
+    "tiered_embedding_bag": (
+        "(Tensor[] blocks, int[] tier_ends, Tensor indices, Tensor offsets,"
+        " Tensor? per_sample_weights, int embedding_dim, int mode, int padding_idx,"
+        " bool include_last_offset, int bounds_check) -> Tensor"
+    ),
+}
+
+_BACKWARDS: dict[str, str] = {
+    "masked_embedding_backward": (
+        "(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets, Tensor row_dims,"
+        " Tensor? per_sample_weights, int mode, int padding_idx, bool include_last_offset,"
+        " bool weight_grad, bool psw_grad) -> (Tensor rows, Tensor grads, Tensor psw_grad)"
+    ),
+    "adaptive_embedding_backward": (
+        "(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets, Tensor row_group,"
+        " Tensor group_dims, Tensor? per_sample_weights, int mode, int padding_idx,"
+        " bool include_last_offset, SymInt seed, bool weight_grad, bool mask_grad, bool psw_grad)"
+        " -> (Tensor rows, Tensor grads, Tensor group_mask_grad, Tensor psw_grad)"
+    ),
+    "tiered_embedding_backward": (
+        "(Tensor grad, Tensor[] blocks, int[] tier_ends, Tensor indices, Tensor? offsets,"
+        " Tensor? per_sample_weights, int embedding_dim, int mode, int padding_idx,"
+        " bool include_last_offset, bool weight_grad, bool psw_grad)"
+        " -> (Tensor[] rows, Tensor[] grads, Tensor psw_grad)"
+    ),
+}
+
+_OPTIMIZERS: dict[str, str] = {
+    "apply_sgd_": (
+        "(Tensor(a!) weight, Tensor rows, Tensor grads, float lr, float weight_decay) -> ()"
+    ),
+    "apply_adagrad_": (
+        "(Tensor(a!) weight, Tensor(b!) state_sum, Tensor rows, Tensor grads, float lr, float eps,"
+        " float weight_decay) -> ()"
+    ),
+    "apply_rowwise_adagrad_": (
+        "(Tensor(a!) weight, Tensor(b!) state_sum, Tensor rows, Tensor grads, float lr, float eps,"
+        " float weight_decay) -> ()"
+    ),
+    "apply_adam_": (
+        "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor rows,"
+        " Tensor grads, int step, float lr, float beta1, float beta2, float eps,"
+        " float weight_decay) -> ()"
+    ),
+}
+
+LOOKUPS: tuple[str, ...] = tuple(_LOOKUPS)
+"""Names of the differentiable lookups."""
+
+SCHEMAS: dict[str, str] = {**_LOOKUPS, **_BACKWARDS, **_OPTIMIZERS}
+"""Every operator that a backend may implement, with its schema."""
+
+LIBRARY = torch.library.Library("amtl", "DEF")
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+for _name in LOOKUPS:
+    LIBRARY.define(_name + "_densegrad" + SCHEMAS[_name])
+# Called by native code, which has no stable way to warn.
+LIBRARY.define("_warn_clamped(int value, int position, int rows) -> ()")

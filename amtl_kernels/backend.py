@@ -1,0 +1,215 @@
+"""Which implementation answers ``torch.ops.amtl``.
+
+``"auto"`` is PyTorch's own dispatch: the native CPU and CUDA kernels of this build, Triton for CUDA
+tensors when the build has no CUDA kernels, and the reference for whatever is left. Any other
+backend is forced, for tests and for comparisons: its implementations are registered over the
+native ones until another backend is set.
+
+Other packages and tests can add a backend with :func:`register_backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from amtl_kernels import _schema, reference
+from amtl_kernels._version import __version__
+
+Implementations = dict[str, Callable[..., object]]
+"""Operator name (``amtl_kernels._schema.SCHEMAS``) to a function with that schema's arguments."""
+
+
+@dataclass(frozen=True)
+class _Backend:
+    load: Callable[[], Implementations]
+    dispatch_keys: tuple[str, ...]
+
+
+@dataclass
+class _State:
+    name: str = "auto"
+    overrides: list[torch.library.Library] = field(default_factory=list)
+
+
+_state = _State()
+_backends: dict[str, _Backend] = {}
+_native_error: str | None = None
+_native_info: dict[str, str] = {}
+
+
+def register_backend(
+    name: str, load: Callable[[], Implementations], dispatch_keys: tuple[str, ...] = ("CPU", "CUDA")
+) -> None:
+    """Makes a backend known to :func:`set_backend`.
+
+    Args:
+        name: Its name.
+        load: Called when the backend is first set; returns its implementations. Operators that it
+            leaves out keep their native implementation. May raise ImportError to say what is
+            missing.
+        dispatch_keys: Devices whose tensors it takes, as PyTorch's dispatch keys.
+    """
+    _backends[name] = _Backend(load, dispatch_keys)
+
+
+def get_backend() -> str:
+    """The backend that is set: ``"auto"`` or the name of a forced one."""
+    return _state.name
+
+
+def set_backend(name: str | None) -> None:
+    """Forces a backend for every operator, or goes back to automatic dispatch.
+
+    The environment variable ``AMTL_BACKEND`` does the same at import. Not for use while another
+    thread runs operators.
+
+    Args:
+        name: ``"auto"`` (or None), ``"reference"``, ``"triton"``, or a registered name.
+
+    Raises:
+        ValueError: The name is unknown.
+        ImportError: The backend cannot be had here; the message says why.
+    """
+    name = name or "auto"
+    implementations: Implementations = {}
+    keys: tuple[str, ...] = ()
+    if name != "auto":
+        if name not in _backends:
+            known = ", ".join(sorted(["auto", *_backends]))
+            raise ValueError(f"unknown backend {name!r}; known: {known}")
+        implementations = _backends[name].load()
+        keys = _backends[name].dispatch_keys
+        unknown = implementations.keys() - _schema.SCHEMAS.keys()
+        if unknown:
+            raise ValueError(f"backend {name!r} implements unknown operators: {sorted(unknown)}")
+    for library in _state.overrides:
+        library._destroy()
+    _state.overrides = []
+    for key in keys:
+        library = torch.library.Library("amtl", "IMPL")
+        for op, function in implementations.items():
+            library.impl(op, function, key, allow_override=True)
+        _state.overrides.append(library)
+    _state.name = name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Context manager around :func:`set_backend` that restores what was set before."""
+    before = _state.name
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def build_info() -> dict[str, object]:
+    """What this installation can do, and for what is missing, why.
+
+    Returns:
+        ``version``, ``torch``, ``python``; ``backend`` (what is set); ``native``: the compiled
+        module's own account (compiler, torch at build, CUDA architectures), or an ``error``;
+        ``cpu_capability``: instruction set that the CPU kernels chose; ``triton``: its version or
+        why it is not used; ``backends``: names for :func:`set_backend`.
+    """
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "backend": get_backend(),
+        "native": dict(_native_info) if _native_error is None else {"error": _native_error},
+        "cpu_capability": _native_info.get("cpu_capability", "none: no native module"),
+        "triton": _triton_status(),
+        "backends": ["auto", *sorted(_backends)],
+    }
+
+
+def _triton_status() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    if importlib.util.find_spec("amtl_kernels.triton") is None:
+        return "installed, but this build has no Triton kernels"
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "installed"
+
+
+def _load_native() -> None:
+    """Imports the compiled module, whose registrations run on import."""
+    global _native_error
+    try:
+        from amtl_kernels import _C
+    except ImportError as error:
+        _native_error = f"{type(error).__name__}: {error}"
+        if importlib.util.find_spec("amtl_kernels._C") is not None:
+            warnings.warn(
+                f"the native operators of amtl_kernels do not load ({error}); slow reference "
+                f"implementations are used instead",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    else:
+        _native_info.update(_C.build_info())
+
+
+def _load_triton() -> Implementations:
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("the triton backend needs `pip install triton`")
+    from amtl_kernels import triton
+
+    implementations: Implementations = triton.implementations()
+    return implementations
+
+
+def _late_triton(op: str, *args: object) -> object:
+    return _triton_implementation(op)(*args)
+
+
+@functools.cache
+def _triton_implementation(op: str) -> Callable[..., object]:
+    implementations = _load_triton()
+    return implementations.get(op, reference.IMPLEMENTATIONS[op])
+
+
+_AUTOMATIC = torch.library.Library("amtl", "IMPL")
+
+
+def _register_automatic() -> None:
+    """The fallbacks below native code. Triton itself is imported at its first use."""
+    for op, function in reference.IMPLEMENTATIONS.items():
+        _AUTOMATIC.impl(op, function, "CompositeExplicitAutograd")
+    for op in _schema.LOOKUPS:
+        _AUTOMATIC.impl(
+            op + "_densegrad",
+            getattr(torch.ops.amtl, op).default,
+            "CompositeExplicitAutograd",
+        )
+    _AUTOMATIC.impl("_warn_clamped", reference.warn_clamped, "CompositeExplicitAutograd")
+    has_triton = not _triton_status().startswith(("not", "installed,"))
+    for op in reference.IMPLEMENTATIONS:
+        native = torch._C._dispatch_has_kernel_for_dispatch_key(f"amtl::{op}", "CUDA")
+        if has_triton and not native:
+            _AUTOMATIC.impl(op, functools.partial(_late_triton, op), "CUDA")
+
+
+def initialize() -> None:
+    """Registers everything, once, when the package is imported."""
+    register_backend("reference", lambda: dict(reference.IMPLEMENTATIONS))
+    register_backend("triton", _load_triton)
+    _load_native()
+    _register_automatic()
+    if os.environ.get("AMTL_BACKEND"):
+        set_backend(os.environ["AMTL_BACKEND"])

@@ -1,0 +1,522 @@
+"""The public lookups. Semantics follow ``torch.nn.functional.embedding`` and ``embedding_bag``.
+
+Names used in the docstrings: ``N`` rows, ``D`` columns, ``G`` groups, ``Q`` size columns, ``L``
+lookups (``indices.numel()``), ``B`` bags, ``U`` distinct rows among the lookups, ``k_i`` the kept
+size of row ``i``, ``k_mean`` its mean over the lookups.
+
+What all of them share:
+
+- Weights are float32, float16 or bfloat16 (the reference backend also takes float64) and
+  contiguous. Sums accumulate in float32 and are rounded once.
+- Indices are int32 or int64 of any shape; no index is negative.
+- Results are the same from run to run, bit for bit.
+- ``bounds_check``: ``"raise"`` (an IndexError naming value, position and N), ``"clamp"`` (into
+  ``0..N-1``, with one warning per process) or ``"off"`` (the caller vouches for the indices).
+- ``sparse=True`` gives the table a coalesced sparse COO gradient with ``U`` rows, and nothing of
+  size ``N * D`` is allocated; ``sparse=False`` gives a dense ``[N, D]`` gradient, for optimizers
+  that refuse sparse ones.
+- ``torch.compile(fullgraph=True)`` traces them, gradients included. They can be differentiated
+  once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BoundsCheck = Literal["raise", "clamp", "off"]
+Mode = Literal["sum", "mean"]
+
+_BOUNDS = {"off": 0, "raise": 1, "clamp": 2}
+_MODES = {"sum": 0, "mean": 1}
+_INDEX_TYPES = (torch.int32, torch.int64)
+_SIZE_TYPES = (torch.uint8, torch.int32)
+_WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def _check_table(weight: Tensor, name: str = "weight") -> None:
+    if weight.dim() != 2:
+        _fail(f"{name} must be [N, D], got shape {tuple(weight.shape)}")
+    if weight.dtype not in _WEIGHT_TYPES:
+        _fail(f"{name} must be float32, float16 or bfloat16, got {weight.dtype}")
+    if not weight.is_contiguous():
+        _fail(f"{name} must be contiguous: a copy of a table is not made silently")
+
+
+def _check_indices(indices: Tensor, device: torch.device) -> Tensor:
+    if indices.dtype not in _INDEX_TYPES:
+        _fail(f"indices must be int32 or int64, got {indices.dtype}")
+    if indices.device != device:
+        _fail(f"indices are on {indices.device}, the table is on {device}")
+    return indices.contiguous()
+
+
+def _check_sizes(
+    sizes: Tensor, name: str, leading: int | torch.SymInt, device: torch.device, dims: int
+) -> Tensor:
+    if sizes.dtype not in _SIZE_TYPES:
+        _fail(f"{name} must be uint8 or int32, got {sizes.dtype}")
+    if not 1 <= sizes.dim() <= dims or sizes.shape[0] != leading:
+        wanted = f"[{leading}]" if dims == 1 else f"[{leading}] or [{leading}, Q]"
+        _fail(f"{name} must be {wanted}, got shape {tuple(sizes.shape)}")
+    if sizes.device != device:
+        _fail(f"{name} is on {sizes.device}, the table is on {device}")
+    return sizes.contiguous()
+
+
+def _check_groups(
+    weight: Tensor, row_group: Tensor, group_dims: Tensor, group_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    if row_group.dtype != torch.int32:
+        _fail(f"row_group must be int32, got {row_group.dtype}")
+    if row_group.dim() != 1 or row_group.shape[0] != weight.shape[0]:
+        _fail(f"row_group must be [{weight.shape[0]}], got shape {tuple(row_group.shape)}")
+    if group_mask.dim() != 2 or group_mask.shape[1] != weight.shape[1]:
+        _fail(f"group_mask must be [G, {weight.shape[1]}], got shape {tuple(group_mask.shape)}")
+    if not group_mask.is_floating_point():
+        _fail(f"group_mask must be floating-point, got {group_mask.dtype}")
+    if row_group.device != weight.device or group_mask.device != weight.device:
+        _fail(
+            f"row_group is on {row_group.device} and group_mask on {group_mask.device}, the "
+            f"table is on {weight.device}"
+        )
+    dims = _check_sizes(group_dims, "group_dims", group_mask.shape[0], weight.device, 2)
+    return row_group.contiguous(), dims
+
+
+def _check_tiers(
+    blocks: Sequence[Tensor], tier_ends: Sequence[int], embedding_dim: int | None
+) -> int:
+    if not blocks or len(blocks) != len(tier_ends):
+        _fail(f"{len(blocks)} blocks and {len(tier_ends)} tier_ends: one end per block is needed")
+    start = 0
+    for c, (block, end) in enumerate(zip(blocks, tier_ends, strict=True)):
+        _check_table(block, f"blocks[{c}]")
+        if block.shape[0] != end - start:
+            _fail(f"blocks[{c}] has {block.shape[0]} rows, tier_ends say {end - start}")
+        if block.dtype != blocks[0].dtype or block.device != blocks[0].device:
+            _fail(f"blocks[{c}] differs from blocks[0] in dtype or device")
+        start = end
+    widest = max(int(block.shape[1]) for block in blocks)
+    dim = widest if embedding_dim is None else embedding_dim
+    if dim < widest:
+        _fail(f"embedding_dim is {dim}, but the widest tier has {widest} columns")
+    return dim
+
+
+def _padding(padding_idx: int | None, rows: int) -> int:
+    if padding_idx is None:
+        return -1
+    if not -rows <= padding_idx < rows:
+        _fail(f"padding_idx {padding_idx} is outside a table of {rows} rows")
+    return padding_idx + rows if padding_idx < 0 else padding_idx
+
+
+def _bounds(bounds_check: str) -> int:
+    if bounds_check not in _BOUNDS:
+        _fail(f"bounds_check must be 'raise', 'clamp' or 'off', got {bounds_check!r}")
+    return _BOUNDS[bounds_check]
+
+
+def _bags(
+    table: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, int, bool]:
+    """Flat indices, their offsets and weights, the mode's number, include_last_offset."""
+    if mode not in _MODES:
+        _fail(f"mode must be 'sum' or 'mean', got {mode!r}")
+    if per_sample_weights is not None:
+        if mode != "sum":
+            _fail("per_sample_weights go with mode='sum' only, as in embedding_bag")
+        if per_sample_weights.shape != indices.shape:
+            _fail(
+                f"per_sample_weights have shape {tuple(per_sample_weights.shape)}, indices "
+                f"{tuple(indices.shape)}"
+            )
+        if per_sample_weights.dtype != table.dtype or per_sample_weights.device != table.device:
+            _fail(
+                f"per_sample_weights are {per_sample_weights.dtype} on "
+                f"{per_sample_weights.device}, the table is {table.dtype} on {table.device}"
+            )
+        per_sample_weights = per_sample_weights.reshape(-1)
+    indices = _check_indices(indices, table.device)
+    if indices.dim() == 2:
+        if offsets is not None:
+            _fail("2-D indices are bags of equal length: offsets must be None")
+        bags, length = indices.shape
+        offsets = torch.arange(0, bags + 1, dtype=indices.dtype, device=indices.device).mul_(length)
+        return indices.reshape(-1), offsets, per_sample_weights, _MODES[mode], True
+    if indices.dim() != 1:
+        _fail(f"indices must be 1-D with offsets, or 2-D, got shape {tuple(indices.shape)}")
+    if offsets is None:
+        raise ValueError("1-D indices need offsets")
+    if offsets.dim() != 1 or offsets.dtype not in _INDEX_TYPES:
+        _fail(
+            f"offsets must be 1-D int32 or int64, got {offsets.dtype} of shape "
+            f"{tuple(offsets.shape)}"
+        )
+    if offsets.device != table.device:
+        _fail(f"offsets are on {offsets.device}, the table is on {table.device}")
+    if include_last_offset and offsets.shape[0] == 0:
+        _fail("include_last_offset needs at least one offset")
+    offsets = offsets.to(indices.dtype).contiguous()
+    return indices, offsets, per_sample_weights, _MODES[mode], include_last_offset
+
+
+def masked_embedding(
+    weight: Tensor,
+    indices: Tensor,
+    row_dims: Tensor,
+    *,
+    padding_idx: int | None = None,
+    bounds_check: BoundsCheck = "raise",
+    sparse: bool = True,
+) -> Tensor:
+    """Looks rows up and keeps a prefix of each: ``e_i * m_i`` of the paper's mask (section 3.2).
+
+    ``out[.., j] = weight[i, j] if j < row_dims[i] else 0``; the gradient of ``weight`` is the sum
+    of the incoming gradients over the lookups of a row, masked alike.
+
+    Args:
+        weight: ``[N, D]`` table.
+        indices: Rows, any shape, int32 or int64.
+        row_dims: ``[N]`` uint8 or int32, kept size of each row, in ``1..D``.
+        padding_idx: A row that gets no gradient; its value is looked up as usual.
+        bounds_check: What to do about an index outside ``0..N-1`` (see the module).
+        sparse: Whether the gradient of ``weight`` is sparse (see the module).
+
+    Returns:
+        ``indices.shape + [D]`` in the type of ``weight``.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit, or a size is outside ``1..D``.
+
+    Cost: ``O(L * D)``; moves ``L * (k_mean + D)`` values and ``L`` sizes.
+    """
+    _check_table(weight)
+    indices = _check_indices(indices, weight.device)
+    row_dims = _check_sizes(row_dims, "row_dims", weight.shape[0], weight.device, 1)
+    ops = torch.ops.amtl
+    op = ops.masked_embedding if sparse else ops.masked_embedding_densegrad
+    out: Tensor = op(
+        weight, indices, row_dims, _padding(padding_idx, weight.shape[0]), _bounds(bounds_check)
+    )
+    return out
+
+
+def masked_embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_dims: Tensor,
+    *,
+    mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+    bounds_check: BoundsCheck = "raise",
+    sparse: bool = True,
+) -> Tensor:
+    """Looks rows up, keeps a prefix of each and pools them by bag.
+
+    ``out[b] = sum over the lookups p of bag b of s_p * (m_i * weight[i])``, ``i = indices[p]``;
+    ``s`` are the per-sample weights, or one over the bag's length for ``mode="mean"``.
+
+    Args:
+        weight: ``[N, D]`` table.
+        indices: ``[L]`` rows, or ``[B, l]`` for bags of equal length (then ``offsets`` is None).
+        offsets: ``[B]`` first position of every bag (``[B + 1]`` with ``include_last_offset``),
+            int32 or int64, starting at 0 and never decreasing. Empty bags give zeros.
+        row_dims: ``[N]`` uint8 or int32, kept size of each row, in ``1..D``.
+        mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: Shape of ``indices`` and type of ``weight``; only with ``"sum"``. Gets
+            a gradient.
+        padding_idx: A row that counts for nothing: not in sums, means or gradients.
+        include_last_offset: Whether ``offsets`` end with the end of the last bag; positions past
+            that end are ignored.
+        bounds_check: What to do about an index outside ``0..N-1`` (see the module).
+        sparse: Whether the gradient of ``weight`` is sparse (see the module).
+
+    Returns:
+        ``[B, D]`` in the type of ``weight``.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit, offsets are not in order, or a size is
+            outside ``1..D``.
+
+    Cost: ``O(L * k_mean + B * D)``; moves ``L * k_mean + B * D`` values and ``L`` sizes.
+    """
+    _check_table(weight)
+    indices, offsets, per_sample_weights, mode_number, include_last_offset = _bags(
+        weight, indices, offsets, mode, per_sample_weights, include_last_offset
+    )
+    row_dims = _check_sizes(row_dims, "row_dims", weight.shape[0], weight.device, 1)
+    ops = torch.ops.amtl
+    op = ops.masked_embedding_bag if sparse else ops.masked_embedding_bag_densegrad
+    out: Tensor = op(
+        weight,
+        indices,
+        offsets,
+        row_dims,
+        per_sample_weights,
+        mode_number,
+        _padding(padding_idx, weight.shape[0]),
+        include_last_offset,
+        _bounds(bounds_check),
+    )
+    return out
+
+
+def adaptive_embedding(
+    weight: Tensor,
+    indices: Tensor,
+    row_group: Tensor,
+    group_dims: Tensor,
+    group_mask: Tensor,
+    *,
+    seed: int = 0,
+    padding_idx: int | None = None,
+    bounds_check: BoundsCheck = "raise",
+    sparse: bool = True,
+) -> Tensor:
+    """Looks rows up under masks that are being learned.
+
+    Row ``i`` keeps ``k_i = group_dims[row_group[i]]`` values, or, when ``group_dims`` has ``Q``
+    columns, ``group_dims[row_group[i], hash(seed, i) % Q]``: the same row has the same size in
+    forward and backward. The values of ``group_mask`` are ignored in the forward: it is the soft
+    mask of the straight-through estimator, and receives
+
+    ``d out / d group_mask[g, j] = sum of delta_j * weight[i, j]``
+
+    over the lookups of the rows of group ``g`` and over all ``j``, masked ones too, which is what
+    lets a row grow again (section 3.3 of the paper).
+
+    Args:
+        weight: ``[N, D]`` table.
+        indices: Rows, any shape, int32 or int64.
+        row_group: ``[N]`` int32, group of each row, in ``0..G-1``.
+        group_dims: ``[G]`` or ``[G, Q]`` uint8 or int32, kept sizes, in ``1..D``.
+        group_mask: ``[G, D]`` floating-point soft mask; gets the mask gradient.
+        seed: Chooses the size column of each row; any 64-bit integer.
+        padding_idx: A row that gets no gradient, nor does its mask; its value is looked up as
+            usual.
+        bounds_check: What to do about an index outside ``0..N-1`` (see the module).
+        sparse: Whether the gradient of ``weight`` is sparse (see the module).
+
+    Returns:
+        ``indices.shape + [D]`` in the type of ``weight``.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit, or a group or size is out of its range.
+
+    Cost: ``O(L * D)`` forward; the backward moves ``L * D + U * (D + k_mean)`` values, and sorts
+    the ``L`` lookups by row.
+    """
+    _check_table(weight)
+    indices = _check_indices(indices, weight.device)
+    row_group, group_dims = _check_groups(weight, row_group, group_dims, group_mask)
+    ops = torch.ops.amtl
+    op = ops.adaptive_embedding if sparse else ops.adaptive_embedding_densegrad
+    out: Tensor = op(
+        weight,
+        indices,
+        row_group,
+        group_dims,
+        group_mask,
+        seed,
+        _padding(padding_idx, weight.shape[0]),
+        _bounds(bounds_check),
+    )
+    return out
+
+
+def adaptive_embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_group: Tensor,
+    group_dims: Tensor,
+    group_mask: Tensor,
+    *,
+    mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+    seed: int = 0,
+    bounds_check: BoundsCheck = "raise",
+    sparse: bool = True,
+) -> Tensor:
+    """:func:`adaptive_embedding`, pooled by bag as in :func:`masked_embedding_bag`.
+
+    In the mask gradient, ``delta`` is what reaches a lookup: the bag's gradient times the
+    lookup's per-sample weight, or over the bag's length for ``mode="mean"``.
+
+    Args:
+        weight: ``[N, D]`` table.
+        indices: ``[L]`` rows, or ``[B, l]`` for bags of equal length (then ``offsets`` is None).
+        offsets: ``[B]`` first position of every bag (``[B + 1]`` with ``include_last_offset``).
+        row_group: ``[N]`` int32, group of each row, in ``0..G-1``.
+        group_dims: ``[G]`` or ``[G, Q]`` uint8 or int32, kept sizes, in ``1..D``.
+        group_mask: ``[G, D]`` floating-point soft mask; gets the mask gradient.
+        mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: Shape of ``indices`` and type of ``weight``; only with ``"sum"``.
+        padding_idx: A row that counts for nothing: not in sums, means or gradients.
+        include_last_offset: Whether ``offsets`` end with the end of the last bag.
+        seed: Chooses the size column of each row; any 64-bit integer.
+        bounds_check: What to do about an index outside ``0..N-1`` (see the module).
+        sparse: Whether the gradient of ``weight`` is sparse (see the module).
+
+    Returns:
+        ``[B, D]`` in the type of ``weight``.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit, offsets are not in order, or a group or
+            size is out of its range.
+
+    Cost: ``O(L * k_mean + B * D)`` forward; backward as :func:`adaptive_embedding`.
+    """
+    _check_table(weight)
+    indices, offsets, per_sample_weights, mode_number, include_last_offset = _bags(
+        weight, indices, offsets, mode, per_sample_weights, include_last_offset
+    )
+    row_group, group_dims = _check_groups(weight, row_group, group_dims, group_mask)
+    ops = torch.ops.amtl
+    op = ops.adaptive_embedding_bag if sparse else ops.adaptive_embedding_bag_densegrad
+    out: Tensor = op(
+        weight,
+        indices,
+        offsets,
+        row_group,
+        group_dims,
+        group_mask,
+        per_sample_weights,
+        mode_number,
+        _padding(padding_idx, weight.shape[0]),
+        include_last_offset,
+        seed,
+        _bounds(bounds_check),
+    )
+    return out
+
+
+def tiered_embedding(
+    blocks: Sequence[Tensor],
+    tier_ends: Sequence[int],
+    indices: Tensor,
+    *,
+    embedding_dim: int | None = None,
+    padding_idx: int | None = None,
+    bounds_check: BoundsCheck = "raise",
+    sparse: bool = True,
+) -> Tensor:
+    """Looks rows up in a frozen table that is stored as tiers of equal width.
+
+    Row ``i`` lives in the tier ``c`` with ``tier_ends[c-1] <= i < tier_ends[c]``, at
+    ``blocks[c][i - tier_ends[c-1]]``; the output is that, followed by zeros. The row number tells
+    the tier, so no size is read.
+
+    Args:
+        blocks: Tables ``[n_c, w_c]`` with ``1 <= w_c <= D``, same type and device.
+        tier_ends: First row after each tier; the last is ``N``.
+        indices: Rows, any shape, int32 or int64.
+        embedding_dim: ``D``, width of the output; the widest block's by default.
+        padding_idx: A row that gets no gradient; its value is looked up as usual.
+        bounds_check: What to do about an index outside ``0..N-1`` (see the module).
+        sparse: Whether the gradients of the blocks are sparse (see the module).
+
+    Returns:
+        ``indices.shape + [D]`` in the type of the blocks.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit.
+
+    Cost: ``O(L * D)``; moves ``L * (w_mean + D)`` values.
+    """
+    dim = _check_tiers(blocks, tier_ends, embedding_dim)
+    indices = _check_indices(indices, blocks[0].device)
+    ops = torch.ops.amtl
+    op = ops.tiered_embedding if sparse else ops.tiered_embedding_densegrad
+    out: Tensor = op(
+        list(blocks),
+        list(tier_ends),
+        indices,
+        dim,
+        _padding(padding_idx, tier_ends[-1]),
+        _bounds(bounds_check),
+    )
+    return out
+
+
+def tiered_embedding_bag(
+    blocks: Sequence[Tensor],
+    tier_ends: Sequence[int],
+    indices: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    embedding_dim: int | None = None,
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+    bounds_check: BoundsCheck = "raise",
+    sparse: bool = True,
+) -> Tensor:
+    """:func:`tiered_embedding`, pooled by bag as in :func:`masked_embedding_bag`.
+
+    Args:
+        blocks: Tables ``[n_c, w_c]`` with ``1 <= w_c <= D``, same type and device.
+        tier_ends: First row after each tier; the last is ``N``.
+        indices: ``[L]`` rows, or ``[B, l]`` for bags of equal length (then ``offsets`` is None).
+        offsets: ``[B]`` first position of every bag (``[B + 1]`` with ``include_last_offset``).
+        mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: Shape of ``indices`` and type of the blocks; only with ``"sum"``.
+        embedding_dim: ``D``, width of the output; the widest block's by default.
+        padding_idx: A row that counts for nothing: not in sums, means or gradients.
+        include_last_offset: Whether ``offsets`` end with the end of the last bag.
+        bounds_check: What to do about an index outside ``0..N-1`` (see the module).
+        sparse: Whether the gradients of the blocks are sparse (see the module).
+
+    Returns:
+        ``[B, D]`` in the type of the blocks.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit, or offsets are not in order.
+
+    Cost: ``O(L * w_mean + B * D)``; moves ``L * w_mean + B * D`` values.
+    """
+    dim = _check_tiers(blocks, tier_ends, embedding_dim)
+    indices, offsets, per_sample_weights, mode_number, include_last_offset = _bags(
+        blocks[0], indices, offsets, mode, per_sample_weights, include_last_offset
+    )
+    ops = torch.ops.amtl
+    op = ops.tiered_embedding_bag if sparse else ops.tiered_embedding_bag_densegrad
+    out: Tensor = op(
+        list(blocks),
+        list(tier_ends),
+        indices,
+        offsets,
+        per_sample_weights,
+        dim,
+        mode_number,
+        _padding(padding_idx, tier_ends[-1]),
+        include_last_offset,
+        _bounds(bounds_check),
+    )
+    return out
