@@ -1,0 +1,46 @@
+"""Compiles C++ programs for tests once per change of the sources, also under pytest-xdist."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+CACHE = Path(os.environ.get("AMTL_TEST_CACHE", ROOT / "build" / "hostsim-tests"))
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def fingerprint(sources: list[Path], flags: list[str]) -> str:
+    """A hash of everything that the result depends on but the compiler itself."""
+    digest = hashlib.sha256(" ".join(flags).encode())
+    headers = [p for p in CSRC.rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"}]
+    for path in sorted({*sources, *headers}):
+        if path.exists() and "/torch/" not in str(path) and "/cpu/" not in str(path):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build_program(name: str, sources: list[Path], flags: list[str]) -> Path:
+    """The path of a program made of `sources` and the simulator."""
+    compiler = os.environ.get("CXX", "g++")
+    assert shutil.which(compiler), f"{compiler} is needed to build the host simulator's tests"
+    sources = [*sources, *sorted((CSRC / "hostsim").glob("*.cpp"))]
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", *flags]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        program = CACHE / f"{name}-{fingerprint(sources, flags)}"
+        if not program.exists():
+            for old in CACHE.glob(f"{name}-*"):
+                old.unlink()
+            partial = CACHE / f"{name}.partial"
+            command = [compiler, *flags, *map(str, sources), "-o", str(partial)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stderr
+            partial.rename(program)
+    return program
