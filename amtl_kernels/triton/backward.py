@@ -1,0 +1,202 @@
+"""The three backward operators: sort, reduce, and the gradient of ``per_sample_weights``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from amtl_kernels.triton.plan import Bags, find_bags, plan_work, sort_lookups
+from amtl_kernels.triton.reduce import reduce_rows
+from amtl_kernels.triton.samples import sample_grad
+from amtl_kernels.triton.tables import Table
+
+CHUNK = 0
+"""Lookups per piece at most; 0 lets the plan choose. Tests make it small to reach the second pass."""
+
+
+def _flat_grad(grad: Tensor, dim: int) -> Tensor:
+    return grad.reshape(-1, dim).contiguous()
+
+
+def _bags(
+    flat: Tensor,
+    offsets: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+) -> Bags | None:
+    if offsets is None:
+        return None
+    return find_bags(flat, offsets, mode, padding_idx, include_last_offset)
+
+
+def _dense_backward(
+    table: Table,
+    grad: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_group: Tensor | None,
+    groups: int,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    weight_grad: bool,
+    mask_grad: bool,
+    psw_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row gradients, mask gradient and sample gradient of a dense table; empty if not asked for."""
+    dim = table.dim
+    flat = indices.reshape(-1).contiguous()
+    grad = _flat_grad(grad, dim)
+    bags = _bags(flat, offsets, mode, padding_idx, include_last_offset)
+    rows = torch.empty(0, dtype=torch.int64, device=flat.device)
+    grads = weight.new_empty(0, dim)
+    mask = weight.new_empty(groups if mask_grad else 0, dim, dtype=torch.float32)
+    psw = weight.new_empty(0)
+    if weight_grad or mask_grad:
+        lookups = sort_lookups(flat, table.rows, padding_idx, bags, per_sample_weights)
+        if weight_grad:
+            rows = lookups.rows
+            grads = weight.new_empty(rows.numel(), dim)
+        if lookups.rows.numel():
+            work = plan_work(lookups, dim, row_group if mask_grad else None, groups, CHUNK)
+            reduce_rows(
+                grad,
+                lookups,
+                work,
+                table,
+                weight,
+                grads if weight_grad else None,
+                mask if mask_grad else None,
+            )
+        else:
+            mask.zero_()
+    if psw_grad and bags is not None:
+        psw = sample_grad(grad, table, flat, bags, padding_idx)
+    return rows, grads, mask, psw
+
+
+def masked_embedding_backward(
+    grad: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_dims: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    weight_grad: bool,
+    psw_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row gradients ``(rows [U], grads [U, D])`` and the gradient of ``per_sample_weights``."""
+    rows, grads, _, psw = _dense_backward(
+        Table.by_rows(weight, row_dims),
+        grad,
+        weight,
+        indices,
+        offsets,
+        None,
+        0,
+        per_sample_weights,
+        mode,
+        padding_idx,
+        include_last_offset,
+        weight_grad,
+        False,
+        psw_grad,
+    )
+    return rows, grads, psw
+
+
+def adaptive_embedding_backward(
+    grad: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_group: Tensor,
+    group_dims: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    seed: int,
+    weight_grad: bool,
+    mask_grad: bool,
+    psw_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`masked_embedding_backward`, and the gradient of the soft mask.
+
+    ``group_mask_grad[g, j] = sum of delta_j * weight[i, j]`` over the lookups of the rows ``i`` of
+    group ``g`` and over all ``j``, masked ones too.
+    """
+    return _dense_backward(
+        Table.by_groups(weight, row_group, group_dims, seed),
+        grad,
+        weight,
+        indices,
+        offsets,
+        row_group,
+        group_dims.shape[0],
+        per_sample_weights,
+        mode,
+        padding_idx,
+        include_last_offset,
+        weight_grad,
+        mask_grad,
+        psw_grad,
+    )
+
+
+def tiered_embedding_backward(
+    grad: Tensor,
+    blocks: Sequence[Tensor],
+    tier_ends: Sequence[int],
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    embedding_dim: int,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    weight_grad: bool,
+    psw_grad: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Row gradients of every tier, rows counted from the tier's start."""
+    flat = indices.reshape(-1).contiguous()
+    grad = _flat_grad(grad, embedding_dim)
+    bags = _bags(flat, offsets, mode, padding_idx, include_last_offset)
+    empty = torch.empty(0, dtype=torch.int64, device=flat.device)
+    rows = [empty.clone() for _ in blocks]
+    grads = [block.new_empty(0, block.shape[1]) for block in blocks]
+    psw = blocks[0].new_empty(0)
+    if weight_grad:
+        lookups = sort_lookups(flat, tier_ends[-1], padding_idx, bags, per_sample_weights)
+        ends = torch.tensor(tier_ends, dtype=torch.int64).to(flat.device)
+        last = torch.searchsorted(lookups.rows, ends).tolist()
+        start = position = 0
+        for c, (block, row_end, end) in enumerate(zip(blocks, tier_ends, last, strict=True)):
+            rows[c] = lookups.rows[position:end] - start
+            grads[c] = block.new_empty(end - position, block.shape[1])
+            start, position = row_end, end
+        if lookups.rows.numel():
+            # The kernel sees the gradients as tiers too, of the positions in the list of rows.
+            out = Table.by_tiers(grads, last, embedding_dim, keep=False)
+            work = plan_work(lookups, embedding_dim, None, 0, CHUNK)
+            reduce_rows(grad, lookups, work, out, blocks[0], out.data, None)
+    if psw_grad and bags is not None:
+        table = Table.by_tiers(blocks, tier_ends, embedding_dim)
+        psw = sample_grad(grad, table, flat, bags, padding_idx)
+    return rows, grads, psw
+
+
+OPERATORS: dict[str, Callable[..., object]] = {
+    "masked_embedding_backward": masked_embedding_backward,
+    "adaptive_embedding_backward": adaptive_embedding_backward,
+    "tiered_embedding_backward": tiered_embedding_backward,
+}
+"""Operator name to implementation."""
