@@ -1,0 +1,210 @@
+"""The sizes a row may have, what they cost in storage, and how a budget over rows is met exactly.
+
+Both solvers find one number shared by all groups such that the stored fraction over rows, tier
+rounding included, is as close to the budget as its steps allow and never above it. Sums of whole
+numbers in float64 are exact, and the solver compares the very numbers that later decide the sizes,
+so "never above" holds without a tolerance. They are custom operators: opaque to torch.compile,
+without a device synchronisation, in O(G log G + iterations * D log G) time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# Search rounds times bits per round give 40 bits of the bracket, far below float32 steps of f.
+_SHIFT_WAYS = 16
+_SHIFT_ROUNDS = 10
+_TILT_ROUNDS = 40
+
+
+class BudgetError(ValueError):
+    """The budget cannot be reached with the sizes that are allowed."""
+
+
+def default_tier_width(dim: int, budget: float | None, itemsize: int) -> int:
+    """Largest power of two <= min(16 bytes' worth, budget * D / 4), at least 1.
+
+    Args:
+        dim: D.
+        budget: fraction of N * D, None for no budget.
+        itemsize: bytes per weight.
+    """
+    limit = min(16 / itemsize, (1.0 if budget is None else budget) * dim / 4)
+    return 1 << max(0, math.floor(math.log2(max(limit, 1))))
+
+
+@dataclass(frozen=True)
+class SizeGrid:
+    """The sizes a row may have: multiples of `granularity` from `min_dim` on, and D itself.
+
+    Attributes:
+        dim: D >= 1.
+        min_dim: smallest size, 1..D.
+        granularity: step between sizes, 1..D.
+        tier_width: frozen rows are stored in widths that are multiples of it (or D).
+    """
+
+    dim: int
+    min_dim: int = 1
+    granularity: int = 1
+    tier_width: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"embedding_dim must be at least 1, got {self.dim}")
+        for name in ("min_dim", "granularity", "tier_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= self.dim:
+                raise ValueError(
+                    f"{name} must be a whole number in 1..{self.dim} (embedding_dim), got {value!r}"
+                )
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Allowed sizes a_1 < ... < a_M = D."""
+        step = self.granularity
+        first = -(-self.min_dim // step) * step
+        return (*range(first, self.dim, step), self.dim)
+
+    def stored_width(self, size: int) -> int:
+        """Width in which a row of this size is stored."""
+        return min(-(-size // self.tier_width) * self.tier_width, self.dim)
+
+    @cached_property
+    def stored(self) -> tuple[int, ...]:
+        """Stored width of each allowed size."""
+        return tuple(self.stored_width(size) for size in self.sizes)
+
+    @cached_property
+    def midpoints(self) -> tuple[float, ...]:
+        """Where rounding changes from a_m to a_{m+1}, M - 1 values."""
+        return tuple((a + b) / 2 for a, b in zip(self.sizes, self.sizes[1:], strict=False))
+
+    @cached_property
+    def column_midpoints(self) -> tuple[float, ...]:
+        """The size from which column j is kept, D values; j - 1/2 at granularity 1."""
+        previous = 0
+        columns: list[float] = []
+        for size in self.sizes:
+            columns += [(previous + size) / 2] * (size - previous)
+            previous = size
+        return tuple(columns)
+
+    @cached_property
+    def column_levels(self) -> tuple[int, ...]:
+        """Index m of the smallest allowed size that keeps column j, D values."""
+        previous = 0
+        columns: list[int] = []
+        for level, size in enumerate(self.sizes):
+            columns += [level] * (size - previous)
+            previous = size
+        return tuple(columns)
+
+    def check_budget(self, budget: float | None) -> None:
+        """Raise unless `budget` is None or a fraction that the smallest size fits into.
+
+        Raises:
+            ValueError: budget outside (0, 1].
+            BudgetError: even the smallest size stores more than the budget.
+        """
+        if budget is None:
+            return
+        if isinstance(budget, bool) or not 0 < budget <= 1:
+            raise ValueError(f"budget must be a fraction in (0, 1], got {budget!r}")
+        least = self.stored[0]
+        if least > budget * self.dim * (1 + 1e-12):
+            raise BudgetError(
+                f"budget={budget} cannot be reached: the smallest row (min_dim={self.min_dim}, "
+                f"granularity={self.granularity}, tier_width={self.tier_width}) stores {least} of "
+                f"{self.dim} dimensions, {least / self.dim:.4g} of the table. Raise the budget to "
+                f"at least {least / self.dim:.4g}, or lower min_dim, granularity or tier_width to "
+                f"at most {max(1, math.floor(budget * self.dim))}"
+                + ("." if budget * self.dim >= 1 else ", and raise embedding_dim.")
+            )
+
+
+def capacity(grid: SizeGrid, num_rows: int, budget: float) -> float:
+    """Weights that `num_rows` rows may store in total: floor(budget * N * D), exact below 2^53."""
+    return float(math.floor(budget * num_rows * grid.dim * (1 + 1e-12)))
+
+
+@torch.library.custom_op("amtl::fit_shift", mutates_args=())
+def fit_shift(
+    score: Tensor, rows: Tensor, thresholds: Tensor, steps: Tensor, capacity: float
+) -> Tensor:
+    """Largest c with `sum_g rows_g * sum_m steps_m [score_g >= thresholds_m - c] <= capacity`.
+
+    Args:
+        score: float64 [G], score of each group.
+        rows: float64 [G], rows of each group.
+        thresholds: float64 [M], ascending; a group that reaches thresholds_m - c costs
+            steps_m more per row.
+        steps: float64 [M], whole numbers > 0.
+        capacity: cost that must not be exceeded; >= 0.
+
+    Returns:
+        float64 scalar c; large enough that everybody reaches everything if that fits, 0 if M or
+        G is 0. O(G log G) for the sort, then 10 rounds of 16 candidates.
+    """
+    if thresholds.numel() == 0 or score.numel() == 0:
+        return score.new_zeros(())
+    ordered, order = score.sort()
+    above = torch.cat([rows[order].flip(0).cumsum(0).flip(0), rows.new_zeros(1)])
+    width = thresholds[-1] - thresholds[0] + ordered[-1] - ordered[0]
+    margin = 1e-6 * (1 + width)
+    low = thresholds[0] - ordered[-1] - margin
+    high = thresholds[-1] - ordered[0] + margin
+    ticks = torch.arange(_SHIFT_WAYS + 1, dtype=torch.float64, device=score.device) / _SHIFT_WAYS
+    for _ in range(_SHIFT_ROUNDS):
+        # torch.lerp may not return `low` itself at tick 0; this form does.
+        candidates = low + (high - low) * ticks
+        reached = above[torch.searchsorted(ordered, thresholds - candidates[:, None])]
+        fits = ((reached * steps).sum(1) <= capacity).cumprod(0).sum().clamp(min=1)
+        low = candidates[fits - 1]
+        high = candidates[fits.clamp(max=_SHIFT_WAYS)]
+    return low.clone()
+
+
+@fit_shift.register_fake
+def _(score: Tensor, rows: Tensor, thresholds: Tensor, steps: Tensor, capacity: float) -> Tensor:
+    return score.new_empty(())
+
+
+@torch.library.custom_op("amtl::fit_tilt", mutates_args=())
+def fit_tilt(
+    logits: Tensor, rows: Tensor, sizes: Tensor, stored: Tensor, capacity: float
+) -> Tensor:
+    """Smallest tilt c such that the sizes `argmax_m logits[g, m] - c * sizes[m]` fit the capacity.
+
+    Args:
+        logits: float32 or float64 [G, M].
+        rows: float64 [G], rows of each group.
+        sizes: [M] of the type of `logits`, ascending, what the tilt is multiplied by.
+        stored: float64 [M], whole numbers, stored weights per row.
+        capacity: cost that must not be exceeded; >= sum(rows) * stored[0].
+
+    Returns:
+        Scalar c of the type of `logits`. O(40 * G * M).
+    """
+    if sizes.numel() < 2 or logits.shape[0] == 0:
+        return logits.new_zeros(())
+    spread = logits.max() - logits.min()
+    high = 2 * spread / (sizes[1:] - sizes[:-1]).min() + 1
+    low = -high
+    for _ in range(_TILT_ROUNDS):
+        middle = (low + high) / 2
+        cost = (stored[(logits - middle * sizes).argmax(1)] * rows).sum()
+        fits = cost <= capacity
+        high = torch.where(fits, middle, high)
+        low = torch.where(fits, low, middle)
+    return high.clone()
+
+
+@fit_tilt.register_fake
+def _(logits: Tensor, rows: Tensor, sizes: Tensor, stored: Tensor, capacity: float) -> Tensor:
+    return logits.new_empty(())

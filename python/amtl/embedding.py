@@ -1,0 +1,318 @@
+"""`AMTLEmbedding` and `AMTLEmbeddingBag`: drop-in tables whose rows learn their own width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import amtl_kernels
+from amtl.options import SearchOptions
+from amtl.table import AMTLTable
+
+
+class AMTLEmbedding(AMTLTable):
+    """nn.Embedding whose rows learn their own width under one memory budget.
+
+    Arguments up to `dtype` are those of nn.Embedding, in its order; the output has its shape,
+    `indices.shape + [D]`, with zeros beyond each row's size.
+
+    Args:
+        num_embeddings: N. embedding_dim: D >= 1.
+        padding_idx: a row without gradient. max_norm, norm_type: rows are scaled in place to at
+            most this norm when looked up (all D columns of them).
+        scale_grad_by_freq: refused.
+        sparse: row gradients as sparse COO; False gives dense ones, for any optimizer.
+        _weight: initial table [N, D]. _freeze: the table does not train.
+        counts: int64 [N], training count of each row: `torch.bincount(indices, minlength=N)`.
+        field_sizes: rows per field if the table holds several; one budget over all of them.
+        **options: see `SearchOptions`.
+
+    Raises:
+        ValueError: an argument out of range, or a budget that the smallest size cannot meet.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        counts: object = None,
+        field_sizes: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            not _freeze,
+            device,
+            dtype,
+            counts,
+            field_sizes,
+            SearchOptions(**options),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        counts: object,
+        field_sizes: Sequence[int] | None = None,
+        **options: Any,
+    ) -> AMTLEmbedding:
+        """A layer around a trained table [N, D]; `freeze=True` keeps its weights from training."""
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings must be [N, D], got shape {tuple(embeddings.shape)}")
+        rows, dim = embeddings.shape
+        return cls(
+            rows,
+            dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            embeddings,
+            freeze,
+            counts=counts,
+            field_sizes=field_sizes,
+            **options,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look rows up.
+
+        Args:
+            input: int32 or int64, any shape.
+
+        Returns:
+            `input.shape + [D]`.
+
+        Raises:
+            IndexError: an index is out of range (`bounds_check="raise"`).
+        """
+        bounds = cast(Any, self.options.bounds_check)
+        if self.tier_ends is not None:
+            rows = self._frozen_rows(input)
+            if self.max_norm is not None:
+                self._renorm(rows)
+            return amtl_kernels.tiered_embedding(
+                list(self.blocks),
+                self.tier_ends,
+                rows,
+                embedding_dim=self.embedding_dim,
+                padding_idx=self._frozen_padding(),
+                bounds_check=bounds,
+                sparse=self.sparse,
+            )
+        assert self.weight is not None and self.row_group is not None
+        if self.max_norm is not None:
+            self._renorm(input)
+        noisy = self._noisy()
+        dims, mask = self._head()(noisy)
+        return amtl_kernels.adaptive_embedding(
+            self.weight,
+            input,
+            self.row_group,
+            dims,
+            mask,
+            seed=self._next_seed() if noisy else 0,
+            padding_idx=self.padding_idx,
+            bounds_check=bounds,
+            sparse=self.sparse,
+        )
+
+
+class AMTLEmbeddingBag(AMTLTable):
+    """nn.EmbeddingBag whose rows learn their own width under one memory budget.
+
+    Arguments up to `dtype` are those of nn.EmbeddingBag, in its order.
+
+    Args:
+        num_embeddings: N. embedding_dim: D >= 1.
+        mode: "sum" or "mean"; "max" is refused.
+        include_last_offset: offsets end with the end of the last bag.
+        padding_idx: a row that counts for nothing.
+        max_norm, norm_type, scale_grad_by_freq, sparse, _weight, counts, field_sizes, **options:
+            as in `AMTLEmbedding`.
+
+    Raises:
+        ValueError: an argument out of range, or a budget that the smallest size cannot meet.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        counts: object = None,
+        field_sizes: Sequence[int] | None = None,
+        _freeze: bool = False,
+        **options: Any,
+    ) -> None:
+        if mode not in ("sum", "mean"):
+            raise ValueError(
+                f"mode must be 'sum' or 'mean', got {mode!r}. The maximum over masked rows would "
+                "compare kept values with the zeros of shorter rows."
+            )
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            not _freeze,
+            device,
+            dtype,
+            counts,
+            field_sizes,
+            SearchOptions(**options),
+        )
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        *,
+        counts: object,
+        field_sizes: Sequence[int] | None = None,
+        **options: Any,
+    ) -> AMTLEmbeddingBag:
+        """A layer around a trained table [N, D]; `freeze=True` keeps its weights from training."""
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings must be [N, D], got shape {tuple(embeddings.shape)}")
+        rows, dim = embeddings.shape
+        return cls(
+            rows,
+            dim,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            embeddings,
+            include_last_offset,
+            padding_idx,
+            counts=counts,
+            field_sizes=field_sizes,
+            _freeze=freeze,
+            **options,
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Look rows up and pool them by bag.
+
+        Args:
+            input: int32 or int64, [L] with offsets, or [B, l] without.
+            offsets: [B] (or [B + 1] with include_last_offset), first position of each bag.
+            per_sample_weights: like `input`, type of the table; mode "sum" only.
+
+        Returns:
+            [B, D]; empty bags are zero.
+
+        Raises:
+            IndexError: an index is out of range (`bounds_check="raise"`).
+            ValueError: shapes, types or devices do not fit.
+        """
+        mode, bounds = cast(Any, self.mode), cast(Any, self.options.bounds_check)
+        if self.tier_ends is not None:
+            rows = self._frozen_rows(input)
+            if self.max_norm is not None:
+                self._renorm(rows)
+            return amtl_kernels.tiered_embedding_bag(
+                list(self.blocks),
+                self.tier_ends,
+                rows,
+                offsets,
+                mode=mode,
+                per_sample_weights=per_sample_weights,
+                embedding_dim=self.embedding_dim,
+                padding_idx=self._frozen_padding(),
+                include_last_offset=self.include_last_offset,
+                bounds_check=bounds,
+                sparse=self.sparse,
+            )
+        assert self.weight is not None and self.row_group is not None
+        if self.max_norm is not None:
+            self._renorm(input)
+        noisy = self._noisy()
+        dims, mask = self._head()(noisy)
+        return amtl_kernels.adaptive_embedding_bag(
+            self.weight,
+            input,
+            offsets,
+            self.row_group,
+            dims,
+            mask,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            padding_idx=self.padding_idx,
+            include_last_offset=self.include_last_offset,
+            seed=self._next_seed() if noisy else 0,
+            bounds_check=bounds,
+            sparse=self.sparse,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the tensors, JSON-able."""
+        return {
+            **super().config(),
+            "mode": self.mode,
+            "include_last_offset": self.include_last_offset,
+        }
+
+    def extra_repr(self) -> str:
+        """As nn.EmbeddingBag, then the phase, the budget and what is not default."""
+        return f"{super().extra_repr()}, mode={self.mode!r}"

@@ -1,0 +1,109 @@
+"""Options of the size search, shared by the two layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from amtl.budget import SizeGrid, default_tier_width
+from amtl.frequency import FrequencyGroups
+from amtl.sizes import PARAMETRIZATIONS, SizeHead, make_size_head
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a layer searches sizes. All fields are keyword arguments of the layers.
+
+    Attributes:
+        budget: stored fraction of N * D over rows, tier rounding included, in (0, 1]. None only
+            with "free": the paper's layer, whose saving is an outcome of training.
+        parametrization: "ordinal" (default), "free" (the paper) or "rule" (nothing learned); see
+            `amtl.sizes`.
+        min_dim: smallest size, 1..D.
+        granularity: sizes are multiples of it (and D).
+        tier_width: stored widths are multiples of it (and D). None: the largest power of two up to
+            min(16 bytes' worth, budget * D / 4), at least 1.
+        temperature: T > 0 of the softmax ("free") or of the soft mask's width ("ordinal").
+        final_temperature: T at the freeze point, reached geometrically; None keeps T.
+        kernel_width: width of the ordinal soft mask in log-size.
+        size_noise: standard deviation of the noise in log-size during the search, in training mode
+            only. None: 0.5, and 0 for "free".
+        noise_quantiles: number of noise levels Q that rows are hashed to.
+        freeze_at: share of training after which the trainer should call `freeze()`; noise ends
+            there in any case.
+        init_exponent: a of `k ~ (count + 1)^a`: the rule, and where "ordinal" starts.
+        mask_hidden: hidden widths of the twins.
+        twins: False keeps one branch (the paper's ablation).
+        weight_std: standard deviation of the initial weights; nn.Embedding's is 1.
+        bounds_check: "raise", "clamp" or "off" for indices out of range.
+        seed: of the size noise.
+
+    Raises:
+        ValueError: a value out of range; the message names it.
+    """
+
+    budget: float | None = 0.4
+    parametrization: str = "ordinal"
+    min_dim: int = 1
+    granularity: int = 1
+    tier_width: int | None = None
+    temperature: float = 1.0
+    final_temperature: float | None = None
+    kernel_width: float = 0.3
+    size_noise: float | None = None
+    noise_quantiles: int = 64
+    freeze_at: float = 0.4
+    init_exponent: float = 0.5
+    mask_hidden: Sequence[int] = (32,)
+    twins: bool = True
+    weight_std: float = 1.0
+    bounds_check: str = "raise"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.parametrization not in PARAMETRIZATIONS:
+            raise ValueError(
+                f"parametrization must be one of {PARAMETRIZATIONS}, got {self.parametrization!r}"
+            )
+        for name in ("temperature", "final_temperature"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+        if not (math.isfinite(self.weight_std) and self.weight_std >= 0):
+            raise ValueError(f"weight_std must be a finite number >= 0, got {self.weight_std!r}")
+        if not 0 <= self.freeze_at <= 1:
+            raise ValueError(
+                f"freeze_at must be a share of training in 0..1, got {self.freeze_at!r}"
+            )
+        if self.bounds_check not in ("raise", "clamp", "off"):
+            raise ValueError(
+                f"bounds_check must be 'raise', 'clamp' or 'off', got {self.bounds_check!r}"
+            )
+        object.__setattr__(self, "mask_hidden", tuple(self.mask_hidden))
+        if self.size_noise is None:
+            object.__setattr__(self, "size_noise", 0.0 if self.parametrization == "free" else 0.5)
+
+    def grid(self, dim: int, itemsize: int) -> SizeGrid:
+        """Allowed sizes of a table of width `dim` with weights of `itemsize` bytes."""
+        width = self.tier_width
+        if width is None:
+            width = min(dim, default_tier_width(dim, self.budget, itemsize))
+        return SizeGrid(dim, self.min_dim, self.granularity, width)
+
+    def head(self, groups: FrequencyGroups, grid: SizeGrid) -> SizeHead:
+        """The size head that these options describe."""
+        assert self.size_noise is not None
+        return make_size_head(
+            self.parametrization,
+            groups,
+            grid,
+            self.budget,
+            init_exponent=self.init_exponent,
+            hidden=self.mask_hidden,
+            twins=self.twins,
+            kernel_width=self.kernel_width,
+            size_noise=self.size_noise,
+            noise_quantiles=self.noise_quantiles,
+            temperature=self.temperature,
+        )

@@ -1,0 +1,259 @@
+"""Size tiers: rows ordered by falling stored width, one dense block per width.
+
+Tier c holds rows [ends[c-1], ends[c]) in a block [rows, widths[c]], so the row number tells the
+tier and no size is stored per row. Here: the plan, the way of a table into tiers and back, and the
+same way for the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# State that holds a direction: it must vanish where the weights were cut off, or the first step
+# after freezing would move padding by gradients of masked coordinates. Magnitudes are kept.
+_MOMENTA = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "exp_inf_avg", "prev"})
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """Where each row of a table goes.
+
+    Attributes:
+        widths: falling width of each tier.
+        ends: first row after each tier; the last is N.
+        order: int64 [N], the row that each place holds; None if rows stay where they are.
+    """
+
+    widths: tuple[int, ...]
+    ends: tuple[int, ...]
+    order: Tensor | None
+
+    def rows(self, tier: int) -> slice | Tensor:
+        """Rows of one tier, as an index into the table."""
+        start = self.ends[tier - 1] if tier else 0
+        if self.order is None:
+            return slice(start, self.ends[tier])
+        return self.order[start : self.ends[tier]]
+
+    def places(self) -> Tensor | None:
+        """Inverse of `order`: the place of each row, int32 [N], or None."""
+        if self.order is None:
+            return None
+        place = torch.empty(self.order.numel(), dtype=torch.int32, device=self.order.device)
+        place[self.order] = torch.arange(
+            self.order.numel(), dtype=torch.int32, device=self.order.device
+        )
+        return place
+
+
+def plan_tiers(stored: Tensor, widest: int) -> TierPlan:
+    """Order rows by falling stored width, stable within a width. O(N * number of widths).
+
+    Args:
+        stored: integer [N], stored width of each row, 1..`widest`.
+        widest: D.
+    """
+    if stored.numel() == 0:
+        return TierPlan((widest,), (0,), None)
+    widths = stored.unique().flip(0).tolist()
+    members = torch.bincount(stored.to(torch.int32), minlength=widest + 1)
+    ends = members[widths].cumsum(0).tolist()
+    order = None
+    if not bool((stored[1:] <= stored[:-1]).all()):
+        order = torch.cat([(stored == width).nonzero().flatten() for width in widths])
+    return TierPlan(tuple(widths), tuple(ends), order)
+
+
+def split_rows(table: Tensor, plan: TierPlan, row_dims: Tensor | None = None) -> list[Tensor]:
+    """Cut a dense [N, D] table into contiguous blocks [rows, width].
+
+    Args:
+        table: [N, D].
+        plan: the tiers.
+        row_dims: integer [N], sizes beyond which a block is filled with zeros; None keeps the
+            full stored width.
+    """
+    blocks = []
+    for tier, width in enumerate(plan.widths):
+        rows = plan.rows(tier)
+        part = table[:, :width]
+        if isinstance(rows, slice):
+            block = part[rows].clone(memory_format=torch.contiguous_format)
+        else:
+            block = part.index_select(0, rows)
+        if row_dims is not None and block.numel():
+            kept = row_dims[rows]
+            least = int(kept.min())
+            columns = torch.arange(least, width, device=table.device)
+            block[:, least:].masked_fill_(columns >= kept[:, None], 0)
+        blocks.append(block)
+    return blocks
+
+
+def merge_rows(blocks: Sequence[Tensor], plan: TierPlan, dim: int) -> Tensor:
+    """Inverse of `split_rows`: dense [N, dim], zeros beyond the stored widths."""
+    table = blocks[0].new_zeros(plan.ends[-1], dim)
+    for tier, block in enumerate(blocks):
+        table[plan.rows(tier), : block.shape[1]] = block
+    return table
+
+
+def split_vector(vector: Tensor, plan: TierPlan) -> list[Tensor]:
+    """Cut a per-row tensor [N, ...] into per-tier tensors."""
+    return [vector[plan.rows(tier)].clone() for tier in range(len(plan.widths))]
+
+
+def merge_vectors(parts: Sequence[Tensor], plan: TierPlan) -> Tensor:
+    """Inverse of `split_vector`."""
+    vector = parts[0].new_zeros(plan.ends[-1], *parts[0].shape[1:])
+    for tier, part in enumerate(parts):
+        vector[plan.rows(tier)] = part
+    return vector
+
+
+def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """One, several or no optimizers as a list."""
+    if optimizer is None:
+        return []
+    if isinstance(optimizer, Optimizer):
+        return [optimizer]
+    return list(optimizer)
+
+
+def _position(group: dict[str, Any], parameter: nn.Parameter) -> int | None:
+    for position, other in enumerate(group["params"]):
+        if other is parameter:
+            return position
+    return None
+
+
+def _holders(
+    optimizers: list[Optimizer], parameter: nn.Parameter
+) -> list[tuple[Optimizer, dict[str, Any], int]]:
+    found = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            position = _position(group, parameter)
+            if position is not None:
+                found.append((optimizer, group, position))
+    return found
+
+
+def _replace(
+    group: dict[str, Any], position: int, count: int, parameters: Sequence[nn.Parameter]
+) -> None:
+    group["params"][position : position + count] = parameters
+    names = group.get("param_names")
+    if names is not None:
+        names[position : position + count] = [
+            f"{names[position]}.{i}" if len(parameters) > 1 else names[position]
+            for i in range(len(parameters))
+        ]
+
+
+def require_held(
+    optimizers: list[Optimizer], parameters: Sequence[nn.Parameter], action: str
+) -> None:
+    """Raise unless trainable parameters are in one of the optimizers that were given."""
+    for parameter in parameters:
+        if optimizers and parameter.requires_grad and not _holders(optimizers, parameter):
+            raise ValueError(
+                f"{action}: the table is trainable but not in the optimizer that was given. Pass "
+                "the optimizer that holds it, or a list of all optimizers."
+            )
+
+
+def freeze_optimizers(
+    optimizers: list[Optimizer],
+    weight: nn.Parameter,
+    blocks: Sequence[nn.Parameter],
+    plan: TierPlan,
+    row_dims: Tensor,
+) -> None:
+    """Put the blocks in the place of the table, and its state cut alike.
+
+    State of shape [N, D] is split into tiers, of shape [N] or [N, 1] permuted, anything else
+    copied to every block. Momenta are cut to each row's size, second moments keep the stored width.
+    """
+    for optimizer, group, position in _holders(optimizers, weight):
+        _replace(group, position, 1, blocks)
+        state = optimizer.state.pop(weight, None)
+        if not state:
+            continue
+        per_block: list[dict[str, Any]] = [{} for _ in blocks]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                parts = split_rows(value, plan, row_dims if key in _MOMENTA else None)
+            elif isinstance(value, Tensor) and value.ndim and len(value) == len(weight):
+                parts = split_vector(value, plan)
+            else:
+                parts = [copy.deepcopy(value) for _ in blocks]
+            for target, part in zip(per_block, parts, strict=True):
+                target[key] = part
+        for block, target in zip(blocks, per_block, strict=True):
+            optimizer.state[block] = target
+
+
+def thaw_optimizers(
+    optimizers: list[Optimizer],
+    weight: nn.Parameter,
+    blocks: Sequence[nn.Parameter],
+    plan: TierPlan,
+) -> None:
+    """Inverse of `freeze_optimizers`; blocks that have no state yet count as zeros."""
+    for optimizer, group, position in _holders(optimizers, blocks[0]):
+        _replace(group, position, len(blocks), [weight])
+        states = [optimizer.state.pop(block, None) or {} for block in blocks]
+        keys = {key: None for state in states for key in state}
+        merged: dict[str, Any] = {}
+        for key in keys:
+            sample = next(state[key] for state in states if key in state)
+            if not (isinstance(sample, Tensor) and sample.ndim):
+                numbers = [state[key] for state in states if key in state]
+                plain = all(isinstance(n, Tensor | int | float) for n in numbers)
+                merged[key] = max(numbers) if plain else sample
+                continue
+            full = sample.ndim == 2 and all(
+                key not in s or s[key].shape == b.shape for s, b in zip(states, blocks, strict=True)
+            )
+            parts = [
+                state.get(key, sample.new_zeros(block.shape[:1] + block.shape[1 : sample.ndim]))
+                for state, block in zip(states, blocks, strict=True)
+            ]
+            merged[key] = (
+                merge_rows(parts, plan, weight.shape[1]) if full else merge_vectors(parts, plan)
+            )
+        if merged:
+            optimizer.state[weight] = merged
+
+
+def drop_parameters(
+    optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]
+) -> list[tuple[int, int]]:
+    """Take parameters and their state out; returns (optimizer, group) numbers they were in.
+
+    Groups stay, empty if need be, so that schedulers keep their count.
+    """
+    places = []
+    for number, optimizer in enumerate(optimizers):
+        for group_number, group in enumerate(optimizer.param_groups):
+            for parameter in parameters:
+                position = _position(group, parameter)
+                if position is not None:
+                    _remove(group, position)
+                    optimizer.state.pop(parameter, None)
+                    places.append((number, group_number))
+    return places
+
+
+def _remove(group: dict[str, Any], position: int) -> None:
+    del group["params"][position]
+    if group.get("param_names") is not None:
+        del group["param_names"][position]
