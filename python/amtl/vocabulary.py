@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-Column = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor | Sequence[Any]
+Column: TypeAlias = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor | Sequence[Any]
 """Everything a column of raw values may come as."""
 
 _KINDS = {"int": pl.Int64, "str": pl.String}
@@ -136,6 +136,11 @@ class Vocabulary:
     def values(self) -> list[Any]:
         """The known values by ascending row, without the out-of-vocabulary row."""
         return self._values.gather(torch.argsort(self._rows).numpy()).to_list()
+
+    @property
+    def dtype(self) -> Any:
+        """Polars type of the values, `Int64` or `String`."""
+        return _KINDS[self._kind]
 
     def encode(self, column: Column) -> Tensor:
         """Rows of a column of single values: int32 `[n]`. Unknown values get `oov_row`."""

@@ -102,7 +102,7 @@ class Batch(NamedTuple):
 
     Attributes:
         indices: embedding rows, int32: `[B, F]`, or flat `[total]` if `offsets` is given.
-        offsets: int64 `[B·F]` starts of the bags in `indices`, sample-major; None if every field
+        offsets: int32 `[B·F]` starts of the bags in `indices`, sample-major; None if every field
             is single-valued.
         dense: float32 `[B, K]` standardised numbers.
         labels: float32 `[B]`.
@@ -176,7 +176,7 @@ class EncodedData:
                 torch.cumsum(count, 0) - count, count
             )
             indices[first + within] = bag.values[source + within]
-        return Batch(indices, offsets.view(-1), dense, labels)
+        return Batch(indices, offsets.view(-1).to(torch.int32), dense, labels)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All samples in order."""

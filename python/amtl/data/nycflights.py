@@ -11,7 +11,7 @@ import polars as pl
 from amtl.errors import UserError
 
 LABEL = "late"
-FIELDS = ("carrier", "tailnum", "flight", "origin", "dest", "month", "weekday", "hour")
+FIELDS = ("carrier", "tailnum", "flight", "origin", "dest", "date", "month", "weekday", "hour")
 LATE_MINUTES = 15
 
 

@@ -1,0 +1,94 @@
+"""Everything that decides a run, as one JSON-able record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from amtl.errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a training run; two runs with equal settings give equal results on one CPU.
+
+    Attributes:
+        data: path or named set.
+        label: label column.
+        label_threshold: numbers of at least this are positive; None if labels are 0 and 1.
+        fields: columns used; empty for all but the label and the split column.
+        numeric: column to `bucket`, `standardise` or `categorical`.
+        default_numeric: treatment of other floating-point columns.
+        separators: column to separator of multi-valued strings.
+        min_count: values seen less often in training share the out-of-vocabulary row.
+        split: `random` or `order:COLUMN`.
+        split_seed: of the random split, apart from `seed`, so that seeds share a test set.
+        seed: of weights, batches and size noise.
+        method: `amtl`, `rule` or `fixed`.
+        dim: full embedding width D.
+        budget: stored fraction of N × D.
+        freeze_at: share of `epochs` after which sizes are fixed; None for the layer's default.
+        table_options: more keyword arguments of the layer.
+        warm_start: folder of a `fixed` run whose table to start from, or None.
+        hidden: widths of the MLP.
+        init_std: deviation of initial embedding weights.
+        batch_size: samples per step.
+        epochs: at most so many.
+        patience: epochs without a better validation AUC, counted once sizes are frozen, after
+            which training ends.
+        lr: learning rate of the MLP (Adam).
+        table_lr: learning rate of the embeddings.
+        mask_lr: learning rate of the size parameters (Adam).
+        table_optimizer: `adam`, `adagrad`, `rowwise_adagrad` or `sgd`, on touched rows only.
+    """
+
+    data: str
+    label: str
+    label_threshold: float | None = None
+    fields: list[str] = field(default_factory=list)
+    numeric: dict[str, str] = field(default_factory=dict)
+    default_numeric: str = "bucket"
+    separators: dict[str, str] = field(default_factory=dict)
+    min_count: int = 1
+    split: str = "random"
+    split_seed: int = 0
+    seed: int = 0
+    method: str = "amtl"
+    dim: int = 64
+    budget: float = 0.4
+    freeze_at: float | None = None
+    table_options: dict[str, Any] = field(default_factory=dict)
+    warm_start: str | None = None
+    hidden: list[int] = field(default_factory=lambda: [128, 64])
+    init_std: float = 0.01
+    batch_size: int = 8192
+    epochs: int = 18
+    patience: int = 5
+    lr: float = 1e-3
+    table_lr: float = 1e-2
+    mask_lr: float = 1e-2
+    table_optimizer: str = "adam"
+
+    def __post_init__(self) -> None:
+        positive = ("dim", "batch_size", "epochs", "patience", "min_count", "lr", "table_lr")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive")
+        if not 0 < self.budget <= 1:
+            raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
+        if self.freeze_at is not None and not 0 <= self.freeze_at < 1:
+            raise UserError("--freeze-at must be from 0 up to (not including) 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain containers."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; settings unknown to this version are refused."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(content) - known)
+        if unknown:
+            raise UserError(f"unknown settings {', '.join(unknown)}: written by a newer amtl?")
+        return cls(**content)

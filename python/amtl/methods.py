@@ -1,0 +1,156 @@
+"""The three ways to give values their embedding sizes: fixed, rule and amtl.
+
+All three put every field into one table with one lookup call, start from the same distribution
+and are trained by the same optimizer, so that what differs between runs is the sizes alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amtl.data.encoding import Encoder
+from amtl.errors import UserError
+
+METHODS = ("amtl", "rule", "fixed")
+TABLE_OPTIMIZERS = ("adam", "adagrad", "rowwise_adagrad", "sgd")
+
+
+def build_table(
+    method: str,
+    encoder: Encoder,
+    dim: int,
+    *,
+    budget: float = 0.4,
+    init_std: float = 0.01,
+    seed: int = 0,
+    freeze_at: float | None = None,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """An embedding over all fields of `encoder`, a bag if one of them is multi-valued.
+
+    Args:
+        method: `fixed` (every row `dim` wide), `rule` (size by a power of the count, scaled to the
+            budget) or `amtl` (learned sizes).
+        encoder: fields, sizes and counts.
+        dim: full width D.
+        budget: stored fraction of N × D for `rule` and `amtl`.
+        init_std: deviation of the normal initial weights.
+        seed: of the initial weights and of the size noise.
+        freeze_at: share of training after which sizes are fixed; None for the layer's default.
+        options: more keyword arguments of `AMTLEmbedding`.
+
+    Raises:
+        UserError: for an unknown method, or settings the layer refuses.
+    """
+    if method not in METHODS:
+        raise UserError(f"--method {method!r}: choose one of {', '.join(METHODS)}")
+    if dim < 1:
+        raise UserError(f"--dim must be at least 1, not {dim}")
+    bags = any(f.kind == "bag" for f in encoder.fields)
+    extra = dict(options or {})
+    table: nn.Module
+    if method == "fixed":
+        if bags:
+            table = nn.EmbeddingBag(encoder.num_rows, dim, mode="mean", sparse=True)
+        else:
+            table = nn.Embedding(encoder.num_rows, dim, sparse=True)
+    else:
+        from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
+
+        if method == "rule":
+            extra["parametrization"] = "rule"
+        if freeze_at is not None:
+            extra["freeze_at"] = freeze_at
+        if bags:
+            extra["mode"] = "mean"
+        try:
+            table = (AMTLEmbeddingBag if bags else AMTLEmbedding)(
+                encoder.num_rows,
+                dim,
+                sparse=True,
+                counts=encoder.counts(),
+                field_sizes=encoder.field_sizes,
+                budget=budget,
+                seed=seed,
+                **extra,
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--method {method}: {error}") from error
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        table_parameters(table)[0].normal_(0.0, init_std, generator=generator)
+    return table
+
+
+def is_adaptive(table: nn.Module) -> bool:
+    """Whether sizes vary by row."""
+    return not isinstance(table, (nn.Embedding, nn.EmbeddingBag)) or hasattr(table, "row_dims")
+
+
+def table_parameters(table: nn.Module) -> list[nn.Parameter]:
+    """The parameters holding embedding values: one weight, or the tiers."""
+    if is_adaptive(table):
+        return list(table.table_parameters())  # type: ignore[operator]
+    return [table.weight]  # type: ignore[list-item]
+
+
+def mask_parameters(table: nn.Module) -> list[nn.Parameter]:
+    """The parameters that decide sizes; empty for `fixed` and `rule` and once frozen."""
+    return list(table.mask_parameters()) if is_adaptive(table) else []  # type: ignore[operator]
+
+
+def row_widths(table: nn.Module) -> Tensor:
+    """Stored numbers per row, tier rounding included once frozen: int64 `[N]`."""
+    if not is_adaptive(table):
+        weight = table_parameters(table)[0]
+        return torch.full((weight.shape[0],), weight.shape[1])
+    if is_frozen(table):
+        return torch.cat(
+            [torch.full((block.shape[0],), block.shape[1]) for block in table_parameters(table)]
+        )
+    return table.row_dims().long().cpu()  # type: ignore[operator]
+
+
+def is_frozen(table: nn.Module) -> bool:
+    """Whether sizes no longer change; always true of `fixed`."""
+    return not is_adaptive(table) or table.phase == "frozen"
+
+
+def stored_bytes(table: nn.Module) -> int:
+    """Bytes the table takes when packed, in its dtype."""
+    if is_adaptive(table):
+        return int(table.stored_bytes())  # type: ignore[operator]
+    weight = table_parameters(table)[0]
+    return weight.numel() * weight.element_size()
+
+
+def dense_bytes(table: nn.Module) -> int:
+    """Bytes of the full N × D table."""
+    if is_adaptive(table):
+        return int(table.dense_bytes())  # type: ignore[operator]
+    return stored_bytes(table)
+
+
+def table_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """An optimizer that touches only the rows of a batch.
+
+    Args:
+        name: one of `TABLE_OPTIMIZERS`.
+        parameters: `table_parameters()`.
+        lr: learning rate.
+    """
+    from amtl_kernels import optim
+
+    classes: dict[str, Any] = {
+        "adam": optim.Adam,
+        "adagrad": optim.Adagrad,
+        "rowwise_adagrad": optim.RowwiseAdagrad,
+        "sgd": optim.SGD,
+    }
+    if name not in classes:
+        raise UserError(f"--table-optimizer {name!r}: choose one of {', '.join(classes)}")
+    optimizer: torch.optim.Optimizer = classes[name](parameters, lr=lr)
+    return optimizer

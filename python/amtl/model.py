@@ -1,0 +1,66 @@
+"""The click model of the paper: embeddings, concatenation, MLP, one logit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from amtl.data.encoding import Batch, EncodedData
+
+
+class ClickModel(nn.Module):
+    """Looks all fields up in one table with one call, concatenates and scores them.
+
+    Args:
+        table: an embedding over the shared table of all fields: `nn.Embedding`-like if every field
+            is single-valued, `nn.EmbeddingBag`-like (called with offsets) otherwise.
+        num_fields: embedded fields F.
+        dim: width D of the table's output.
+        num_dense: standardised numbers K that join the embeddings.
+        hidden: widths of the MLP's hidden layers.
+    """
+
+    def __init__(
+        self,
+        table: nn.Module,
+        num_fields: int,
+        dim: int,
+        num_dense: int = 0,
+        hidden: Sequence[int] = (128, 64),
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.num_fields = num_fields
+        self.dim = dim
+        layers: list[nn.Module] = []
+        width = num_fields * dim + num_dense
+        for size in hidden:
+            layers += [nn.Linear(width, size), nn.ReLU()]
+            width = size
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits `[B]` of a batch."""
+        if batch.offsets is None:
+            embedded = self.table(batch.indices)
+        else:
+            embedded = self.table(batch.indices, batch.offsets)
+        inputs = embedded.reshape(len(batch.labels), self.num_fields * self.dim)
+        if batch.dense.shape[1]:
+            inputs = torch.cat([inputs, batch.dense.to(inputs.dtype)], 1)
+        logits: Tensor = self.mlp(inputs)
+        return logits.squeeze(1)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: EncodedData, batch_size: int = 16_384) -> Tensor:
+    """Logits `[n]` of all samples, in evaluation mode; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        parts = [model(batch) for batch in data.batches(batch_size)]
+    finally:
+        model.train(training)
+    return torch.cat(parts) if parts else torch.empty(0)

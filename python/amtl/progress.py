@@ -1,0 +1,145 @@
+"""What a person sees while a model trains."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class Observer(Protocol):
+    """Is told how training goes."""
+
+    def begin(self, title: str, steps_per_epoch: int, epochs: int, done_steps: int) -> None:
+        """Training starts, or goes on after `done_steps`."""
+
+    def step(self, epoch: int, loss: float, samples: int) -> None:
+        """One step was taken."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch ended; `record` is its entry of the history."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line happened."""
+
+    def end(self) -> None:
+        """Training ended."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, title: str, steps_per_epoch: int, epochs: int, done_steps: int) -> None:
+        """Ignored."""
+
+    def step(self, epoch: int, loss: float, samples: int) -> None:
+        """Ignored."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Ignored."""
+
+    def note(self, text: str) -> None:
+        """Ignored."""
+
+    def end(self) -> None:
+        """Ignored."""
+
+
+class Bars:
+    """A progress bar with epoch, rate, time left, loss and validation AUC.
+
+    On a terminal one live bar per run; elsewhere one line per epoch.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._loss = 0.0
+        self._samples = 0
+        self._busy = 0.0
+        self._last = 0.0
+        self._val = "–"
+        self._epochs = 0
+
+    def begin(self, title: str, steps_per_epoch: int, epochs: int, done_steps: int) -> None:
+        """Opens the bar."""
+        self._epochs = epochs
+        self._title = title
+        self._val = "–"
+        self._samples, self._busy = 0, 0.0
+        self._last = time.perf_counter()
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("loss {task.fields[loss]}  val AUC {task.fields[val]}"),
+            console=self._console,
+            transient=True,
+            refresh_per_second=5,
+        )
+        self._task = self._progress.add_task(
+            title,
+            total=steps_per_epoch * epochs,
+            completed=done_steps,
+            rate="",
+            loss="–",
+            val="–",
+        )
+        self._progress.start()
+
+    def step(self, epoch: int, loss: float, samples: int) -> None:
+        """Advances the bar."""
+        now = time.perf_counter()
+        self._busy += now - self._last
+        self._last = now
+        self._samples += samples
+        self._loss = loss if not self._loss else 0.95 * self._loss + 0.05 * loss
+        if self._progress:
+            rate = self._samples / max(self._busy, 1e-9)
+            self._progress.update(
+                self._task,
+                advance=1,
+                description=f"{self._title} epoch {epoch + 1}/{self._epochs}",
+                rate=f"{rate / 1e3:.0f}k rows/s",
+                loss=f"{self._loss:.4f}",
+                val=self._val,
+            )
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Shows the validation AUC."""
+        best = record["val_auc"] == record.get("best_val_auc")
+        self._val = f"{record['val_auc']:.4f}"
+        self._last = time.perf_counter()
+        line = (
+            f"  {self._title}  epoch {record['epoch'] + 1:>2}/{self._epochs}  "
+            f"loss {record['loss']:.4f}  val AUC {record['val_auc']:.4f}"
+            f"{' *' if best else '  '}  {record['seconds']:.1f} s  {record['phase']}"
+        )
+        self._console.print(line, style="dim", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Prints above the bar."""
+        self._console.print(f"  {text}", style="dim", highlight=False)
+
+    def end(self) -> None:
+        """Closes the bar."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
