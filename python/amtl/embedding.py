@@ -140,7 +140,7 @@ class AMTLEmbedding(AMTLTable):
             self.row_group,
             dims,
             mask,
-            seed=self._next_seed() if noisy else 0,
+            seed=self._seed(noisy),
             padding_idx=self.padding_idx,
             bounds_check=bounds,
             sparse=self.sparse,
@@ -300,7 +300,7 @@ class AMTLEmbeddingBag(AMTLTable):
             per_sample_weights=per_sample_weights,
             padding_idx=self.padding_idx,
             include_last_offset=self.include_last_offset,
-            seed=self._next_seed() if noisy else 0,
+            seed=self._seed(noisy),
             bounds_check=bounds,
             sparse=self.sparse,
         )

@@ -113,6 +113,7 @@ class SizeHead(nn.Module):
     gate: Tensor
     rows: Tensor
     noise_factors: Tensor
+    temperature: Tensor
 
     def __init__(
         self,
@@ -136,7 +137,9 @@ class SizeHead(nn.Module):
         self.budget = budget
         self.size_noise = float(size_noise)
         self.num_fields = groups.num_fields
-        self.temperature = temperature
+        self._constant(
+            "temperature", torch.tensor(temperature, dtype=torch.float32).to(groups.counts.device)
+        )
         rows = groups.rows_per_group()
         device = rows.device
         self.register_buffer("group_counts", groups.counts)
@@ -189,6 +192,10 @@ class SizeHead(nn.Module):
                 self.register_buffer(name, current.new_empty(loaded.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._derive()
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set T, a tensor so that a compiled graph need not know its value."""
+        self.temperature.fill_(temperature)
 
     @property
     def num_groups(self) -> int:

@@ -23,6 +23,7 @@ from amtl.frequency import (
     encode_row_map,
     frequency_groups,
 )
+from amtl.noise import first_seed, next_seed
 from amtl.options import SearchOptions
 from amtl.sizes import SizeHead
 from amtl.tiers import (
@@ -38,15 +39,6 @@ from amtl.tiers import (
 )
 
 _Self = TypeVar("_Self", bound="AMTLTable")
-
-
-def _base_seed(seed: int) -> int:
-    """A 62-bit start for the seeds of successive forwards (splitmix64)."""
-    mask = (1 << 64) - 1
-    x = (seed + 0x9E3779B97F4A7C15) & mask
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return (x ^ (x >> 31)) >> 2
 
 
 class AMTLTable(nn.Module):
@@ -110,8 +102,9 @@ class AMTLTable(nn.Module):
         self.field_sizes = check_field_sizes(field_sizes, num_embeddings)
         self.tier_ends: tuple[int, ...] | None = None
         self.progress = 0.0
-        self._noise_step = 0
-        self._seed_base = _base_seed(options.seed)
+        self._noise_on = options.freeze_at > 0
+        self._first_seed = first_seed(options.seed)
+        self._seed_counter = torch.tensor(self._first_seed)
         self._mask_places: list[tuple[int, int]] = []
 
         if weight is None:
@@ -242,10 +235,12 @@ class AMTLTable(nn.Module):
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must be a share of training in 0..1, got {progress!r}")
         self.progress = float(progress)
+        # Booleans and tensors, not the progress itself: torch.compile would recompile every step.
+        self._noise_on = progress < self.freeze_at
         first, last = self.options.temperature, self.options.final_temperature
         if self.head is not None and last is not None:
             share = min(1.0, progress / self.freeze_at) if self.freeze_at > 0 else 1.0
-            self.head.temperature = first * (last / first) ** share
+            self.head.set_temperature(first * (last / first) ** share)
 
     def _head(self) -> SizeHead:
         if self.head is None:
@@ -256,13 +251,10 @@ class AMTLTable(nn.Module):
         return self.head
 
     def _noisy(self) -> bool:
-        return (
-            self.training and self._head().size_noise > 0 and self.progress < self.options.freeze_at
-        )
+        return self.training and self._noise_on and self._head().size_noise > 0
 
-    def _next_seed(self) -> int:
-        self._noise_step += 1
-        return self._seed_base + self._noise_step
+    def _seed(self, noisy: bool) -> int:
+        return next_seed(self._seed_counter) if noisy else 0
 
     def _renorm(self, indices: Tensor) -> None:
         """Scale looked-up rows of the table to at most `max_norm`, in place, as nn.Embedding."""
@@ -477,7 +469,7 @@ class AMTLTable(nn.Module):
         if self.tier_ends is not None:
             destination[prefix + "tier_ends"] = torch.tensor(self.tier_ends)
         destination[prefix + "schedule"] = torch.tensor(
-            [self._noise_step, self.progress], dtype=torch.float64
+            [int(self._seed_counter) - self._first_seed, self.progress], dtype=torch.float64
         )
 
     def _load_from_state_dict(
@@ -492,7 +484,7 @@ class AMTLTable(nn.Module):
     ) -> None:
         schedule = state_dict.pop(prefix + "schedule", None)
         if schedule is not None:
-            self._noise_step = int(schedule[0])
+            self._seed_counter = torch.tensor(self._first_seed + int(schedule[0]))
             self.update_schedule(float(schedule[1]))
         ends = state_dict.pop(prefix + "tier_ends", None)
         row_map = state_dict.get(prefix + "row_map")
