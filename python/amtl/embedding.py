@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -304,6 +304,10 @@ class AMTLEmbeddingBag(AMTLTable):
             bounds_check=bounds,
             sparse=self.sparse,
         )
+
+    def _configure(self, config: Mapping[str, Any]) -> None:
+        self.mode = config["mode"]
+        self.include_last_offset = config["include_last_offset"]
 
     def config(self) -> dict[str, Any]:
         """Everything but the tensors, JSON-able."""

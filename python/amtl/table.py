@@ -7,7 +7,7 @@ tiers: outputs stay bit-identical, memory drops, training goes on. `thaw()` lead
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import amtl_kernels
+from amtl.budget import SizeGrid
 from amtl.frequency import (
     check_counts,
     check_field_sizes,
@@ -91,22 +92,16 @@ class AMTLTable(nn.Module):
             raise ValueError(
                 f"_weight has shape {tuple(weight.shape)}, not [{num_embeddings}, {embedding_dim}]"
             )
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.padding_idx = padding_idx
-        self.max_norm = max_norm
-        self.norm_type = norm_type
-        self.scale_grad_by_freq = False
-        self.sparse = sparse
-        self.options = options
-        self.field_sizes = check_field_sizes(field_sizes, num_embeddings)
-        self.tier_ends: tuple[int, ...] | None = None
-        self.progress = 0.0
-        self._noise_on = options.freeze_at > 0
-        self._first_seed = first_seed(options.seed)
-        self._seed_counter = torch.tensor(self._first_seed)
-        self._mask_places: list[tuple[int, int]] = []
-
+        self._describe(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            sparse,
+            check_field_sizes(field_sizes, num_embeddings),
+            options,
+        )
         if weight is None:
             data = torch.empty((num_embeddings, embedding_dim), device=device, dtype=dtype)
             self.weight = nn.Parameter(data, requires_grad=requires_grad)
@@ -116,12 +111,96 @@ class AMTLTable(nn.Module):
         groups = frequency_groups(
             check_counts(counts, num_embeddings).to(self.weight.device), self.field_sizes
         )
-        self.register_buffer("row_group", groups.row_group, persistent=False)
+        self.row_group = groups.row_group
+        self.grid = options.grid(embedding_dim, self.weight.element_size())
+        self.head = options.head(groups, self.grid)
+
+    def _describe(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        max_norm: float | None,
+        norm_type: float,
+        sparse: bool,
+        field_sizes: list[int],
+        options: SearchOptions,
+    ) -> None:
+        """Everything but the tensors."""
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = False
+        self.sparse = sparse
+        self.options = options
+        self.field_sizes = field_sizes
+        self.tier_ends: tuple[int, ...] | None = None
+        self.progress = 0.0
+        self._noise_on = options.freeze_at > 0
+        self._first_seed = first_seed(options.seed)
+        self._seed_counter = torch.tensor(self._first_seed)
+        self._mask_places: list[tuple[int, int]] = []
+        self.register_parameter("weight", None)
+        self.register_buffer("row_group", None, persistent=False)
         self.register_buffer("row_map", None)
         self.register_buffer("row_order", None)
         self.blocks = nn.ParameterList()
-        self.grid = options.grid(embedding_dim, self.weight.element_size())
-        self.head = options.head(groups, self.grid)
+        self.register_module("head", None)
+
+    @classmethod
+    def from_config(
+        cls: type[_Self],
+        config: Mapping[str, Any],
+        blocks: Sequence[Tensor],
+        row_order: Tensor | None = None,
+    ) -> _Self:
+        """A frozen layer from `config()` and its tensors, without a size head.
+
+        Args:
+            config: what `config()` returned.
+            blocks: the tiers, used as they are (not copied).
+            row_order: int32 [N] or None.
+
+        Raises:
+            ValueError: tensors that do not fit the configuration.
+        """
+        ends = tuple(config["tier_ends"])
+        dim = config["embedding_dim"]
+        rows = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+        fits = len(blocks) == len(ends) > 0 and ends[-1] == config["num_embeddings"]
+        for block, count in zip(blocks, rows, strict=False):
+            fits = fits and block.dim() == 2 and block.shape[0] == count >= 0
+            fits = fits and 1 <= block.shape[1] <= dim
+        if row_order is not None:
+            fits = fits and tuple(row_order.shape) == (config["num_embeddings"],)
+        if not fits:
+            raise ValueError(
+                f"tiers {[tuple(b.shape) for b in blocks]} that end at rows {ends} do not make a "
+                f"table [{config['num_embeddings']}, {dim}]"
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._describe(
+            config["num_embeddings"],
+            dim,
+            config["padding_idx"],
+            config["max_norm"],
+            config["norm_type"],
+            config["sparse"],
+            list(config["field_sizes"]),
+            SearchOptions(**config["options"]),
+        )
+        layer.grid = SizeGrid(
+            dim, layer.options.min_dim, layer.options.granularity, config["tier_width"]
+        )
+        layer._configure(config)
+        layer._enter_frozen([nn.Parameter(b) for b in blocks], ends, row_order)
+        return layer
+
+    def _configure(self, config: Mapping[str, Any]) -> None:
+        """Attributes of a subclass, from `config()`."""
 
     def reset_parameters(self) -> None:
         """Draw weights from N(0, weight_std^2), the padding row zero, as nn.Embedding does."""
@@ -222,6 +301,22 @@ class AMTLTable(nn.Module):
     def dense_bytes(self) -> int:
         """Bytes of the same table as an nn.Embedding."""
         return self.num_embeddings * self.embedding_dim * self._table()[0].element_size()
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """What an nn.Embedding with the same outputs holds (without noise): new, dense [N, D]."""
+        if self.weight is not None:
+            columns = torch.arange(self.embedding_dim, device=self.device)
+            return self.weight.masked_fill(columns >= self.row_dims()[:, None], 0)
+        return merge_rows([b.detach() for b in self.blocks], self._plan(), self.embedding_dim)
+
+    def _plan(self) -> TierPlan:
+        assert self.tier_ends is not None
+        order = None
+        if self.row_order is not None:
+            order = torch.empty(self.num_embeddings, dtype=torch.int64, device=self.device)
+            order[self.row_order] = torch.arange(self.num_embeddings, device=self.device)
+        return TierPlan(tuple(b.shape[1] for b in self.blocks), self.tier_ends, order)
 
     def update_schedule(self, progress: float) -> None:
         """Tell the layer which share of training is done: sets temperature and size noise.
@@ -389,8 +484,7 @@ class AMTLTable(nn.Module):
             self.row_map = encode_row_map(groups.row_group)
         head = self._head()
         assert self.row_map is not None
-        order = None if self.row_order is None else self.row_order.argsort()
-        plan = TierPlan(tuple(b.shape[1] for b in blocks), self.tier_ends, order)
+        plan = self._plan()
         with torch.no_grad():
             dense = merge_rows([b.detach() for b in blocks], plan, self.embedding_dim)
             weight = nn.Parameter(dense, requires_grad=blocks[0].requires_grad)

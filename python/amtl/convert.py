@@ -1,0 +1,299 @@
+"""Put AMTL layers into an existing model, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.table import AMTLTable
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_load_state_dict_post_hooks",
+    "_load_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+)
+
+
+def layers(model: nn.Module) -> dict[str, AMTLTable]:
+    """The AMTL layers of a model by dotted name; a shared one under its first name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AMTLTable)}
+
+
+def mask_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What learns the sizes, over all layers: for a parameter group with its own learning rate."""
+    return [p for layer in layers(model).values() for p in layer.mask_parameters()]
+
+
+def table_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The tables, over all layers."""
+    return [p for layer in layers(model).values() for p in layer.table_parameters()]
+
+
+def update_schedule(model: nn.Module, progress: float) -> None:
+    """`layer.update_schedule(progress)` on all layers."""
+    for layer in layers(model).values():
+        layer.update_schedule(progress)
+
+
+def freeze(model: _Model, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> _Model:
+    """`layer.freeze(optimizer)` on all layers that are still searching."""
+    optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
+    for layer in layers(model).values():
+        if layer.phase == "search":
+            layer.freeze(optimizers)
+    return model
+
+
+def convert(
+    model: _Model,
+    counts: Mapping[str, Any] | Tensor,
+    budget: float | None = 0.4,
+    names: Iterable[str] | None = None,
+    **options: Any,
+) -> _Model:
+    """Replace embeddings of a trained or untrained model by AMTL layers, in place.
+
+    A warm start: the layer takes over the very weight Parameter, so optimizers that hold it stay
+    valid, and its type, device, `requires_grad`, `padding_idx`, `max_norm`, `sparse`, training
+    flag and hooks. What is new to the optimizer are the mask parameters:
+    `optimizer.add_param_group({"params": amtl.mask_parameters(model), "lr": 1e-2})`.
+    A module that appears under several names is replaced everywhere by one layer.
+
+    Rows may be in any order: groups are looked up by row, so the caller permutes nothing. A table
+    in frequency order is only faster (hot rows are neighbours), and freezes without the 4 bytes a
+    row of `row_order`.
+
+    Args:
+        model: any module; nn.Embedding and nn.EmbeddingBag in it are candidates. If it is itself
+            an embedding, use the layer returned.
+        counts: training counts [N] by dotted module name (any name of a shared module); for a
+            model that is itself an embedding, the counts alone will do.
+            `torch.bincount(indices.flatten(), minlength=N)` over the training split.
+        budget: stored fraction of each table, see `amtl.SearchOptions`.
+        names: what to replace; None: everything named in `counts`.
+        **options: other options of the layers, see `amtl.SearchOptions`; `field_sizes`.
+
+    Returns:
+        The model (the new layer if the model was itself an embedding).
+
+    Raises:
+        ValueError: an unknown name, missing counts, a module or a weight that cannot be replaced
+            (see the message). Nothing is replaced then.
+    """
+    if not isinstance(counts, Mapping):
+        counts = {"": counts}
+    places = _places(model)
+    wanted = list(dict.fromkeys(counts if names is None else names))
+    by_module: dict[nn.Module, str] = {}
+    for name in wanted:
+        module = _find(model, name)
+        _check_convertible(name, module, counts)
+        by_module.setdefault(module, name)
+    _check_unshared(model, by_module)
+    replacements: dict[nn.Module, AMTLTable] = {}
+    for module, name in by_module.items():
+        known = [n for n in (name, *places[module]) if n in counts]
+        if not known:
+            raise ValueError(
+                f"counts for {name!r} are missing: {places[module]} has {_shape(module)[0]} rows, "
+                "give torch.bincount(training_indices.flatten(), minlength=N)"
+            )
+        try:
+            replacements[module] = _layer_from(module, counts[known[0]], budget, options)
+        except ValueError as error:
+            raise ValueError(f"{name or type(module).__name__}: {error}") from error
+    return _swap(model, places, replacements)
+
+
+def revert(model: _Model, *, masked: bool = False) -> _Model:
+    """Replace AMTL layers by nn.Embedding and nn.EmbeddingBag again, in place.
+
+    Args:
+        model: the model, or a layer itself (then use what is returned).
+        masked: for layers in the search phase. False keeps the whole weight Parameter, so
+            `revert(convert(model))` is the model as it was; True zeroes what the masks hide, so
+            outputs stay those of the AMTL model. Frozen layers always keep their outputs.
+
+    Returns:
+        The model (the new embedding if the model was itself a layer). Rows keep the numbering that
+        the layers expect.
+    """
+    places = _places(model)
+    replacements = {
+        module: _embedding_from(module, masked)
+        for module in places
+        if isinstance(module, AMTLTable)
+    }
+    return _swap(model, places, replacements)
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All dotted names of every module; the root is ''."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    return places
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        candidates = [n for n, m in model.named_modules() if _is_embedding(m)]
+        raise ValueError(
+            f"the model has no module {name!r}; its embeddings are {candidates}"
+        ) from None
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return module.num_embeddings, module.embedding_dim
+
+
+def _check_convertible(name: str, module: nn.Module, counts: Mapping[str, Any]) -> None:
+    if isinstance(module, AMTLTable):
+        raise ValueError(f"{name!r} is an AMTL layer already")
+    if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__}, not an nn.Embedding or nn.EmbeddingBag"
+        )
+    if parametrize.is_parametrized(module):
+        raise ValueError(
+            f"{name!r} has parametrizations; remove them first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    base = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
+    if type(module).forward is not base.forward:
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__} with a forward of its own, which an AMTL layer "
+            "would lose"
+        )
+    if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ValueError(f"{name!r} has weights of type {module.weight.dtype}")
+
+
+def _check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
+    """Refuse weights that another module uses, too: masks would not reach it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    for module, name in wanted.items():
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        users = owners[id(weight)]
+        if len(users) > 1:
+            raise ValueError(
+                f"the weight of {name!r} is shared by {users}: an AMTL layer keeps only a prefix "
+                "of each row, which the other user would not see. Untie it first (give the other "
+                "module a clone of the weight), or share the embedding module itself."
+            )
+
+
+def _layer_from(
+    module: nn.Module, counts: Any, budget: float | None, options: Mapping[str, Any]
+) -> AMTLTable:
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    common: dict[str, Any] = {
+        "padding_idx": module.padding_idx,
+        "max_norm": module.max_norm,
+        "norm_type": module.norm_type,
+        "scale_grad_by_freq": module.scale_grad_by_freq,
+        "sparse": module.sparse,
+        "_weight": module.weight.detach(),
+        "counts": counts,
+        "budget": budget,
+        **options,
+    }
+    layer: AMTLTable
+    if isinstance(module, nn.Embedding):
+        layer = AMTLEmbedding(module.num_embeddings, module.embedding_dim, **common)
+    else:
+        layer = AMTLEmbeddingBag(
+            module.num_embeddings,
+            module.embedding_dim,
+            mode=module.mode,
+            include_last_offset=module.include_last_offset,
+            **common,
+        )
+    if module.weight.is_contiguous():
+        layer.weight = cast(nn.Parameter, module.weight)
+    else:
+        assert layer.weight is not None
+        layer.weight.requires_grad_(module.weight.requires_grad)
+    return layer
+
+
+def _embedding_from(layer: AMTLTable, masked: bool) -> nn.Module:
+    if layer.weight is None:
+        dense = layer.dense_weight()
+        weight = nn.Parameter(dense, requires_grad=layer.table_parameters()[0].requires_grad)
+    elif masked:
+        weight = nn.Parameter(layer.dense_weight(), requires_grad=layer.weight.requires_grad)
+    else:
+        weight = layer.weight
+    common: dict[str, Any] = {
+        "max_norm": layer.max_norm,
+        "norm_type": layer.norm_type,
+        "sparse": layer.sparse,
+        "padding_idx": layer.padding_idx,
+        "_weight": weight.detach(),
+    }
+    module: nn.Embedding | nn.EmbeddingBag
+    if isinstance(layer, AMTLEmbeddingBag):
+        module = nn.EmbeddingBag(
+            layer.num_embeddings,
+            layer.embedding_dim,
+            mode=layer.mode,
+            include_last_offset=layer.include_last_offset,
+            **common,
+        )
+    else:
+        module = nn.Embedding(layer.num_embeddings, layer.embedding_dim, **common)
+    module.weight = weight
+    return module
+
+
+def _swap(
+    model: _Model,
+    places: Mapping[nn.Module, list[str]],
+    replacements: Mapping[Any, nn.Module],
+) -> _Model:
+    """Put the new modules where the old ones are, with their training flag and hooks."""
+    root: Any = model
+    for old, new in replacements.items():
+        new.train(old.training)
+        for hook in _HOOKS:
+            # The very dictionaries: handles that were returned for removal stay valid.
+            if hook in old.__dict__:
+                new.__dict__[hook] = old.__dict__[hook]
+        new.__dict__["_is_full_backward_hook"] = old.__dict__.get("_is_full_backward_hook")
+        for name in places[old]:
+            if not name:
+                root = new
+                continue
+            parent, _, key = name.rpartition(".")
+            model.get_submodule(parent)._modules[key] = new
+    result: _Model = root
+    return result
