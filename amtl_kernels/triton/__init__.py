@@ -4,7 +4,7 @@ It needs no compiler at install and is the automatic choice for CUDA tensors whe
 built without its own CUDA kernels. Importing this package does not import Triton;
 :func:`implementations` does, on first use.
 
-    tables.py     where a row lives and how much of it is kept: the device functions all kernels share
+    tables.py     where a row lives and how much of it is kept: shared device functions
     launch.py     launches, device guard, autotuning, block sizes
     check.py      bad indices, sizes and offsets, found on the device, reported on the host
     lookup.py     plain and pooled lookup, for row sizes, groups with size noise, and tiers
@@ -14,50 +14,68 @@ built without its own CUDA kernels. Importing this package does not import Trito
     backward.py   the three backward operators, put together from the above
     optimizer.py  SGD, Adagrad, row-wise Adagrad and Adam on touched rows
 
-Under ``TRITON_INTERPRET=1``, set before the first use, the same functions run on CPU tensors, slowly,
-so that the tests of the operators run without a GPU.
+Under ``TRITON_INTERPRET=1``, set before the first use, the same functions run on CPU tensors,
+slowly, so that the tests of the operators run without a GPU.
 
 What has been shown so far: results equal the reference under the interpreter, and every kernel
 compiles ahead of time for sm_80, sm_90 and sm_100 within its register ceiling, without spills and
-with 128-bit table loads (``tests/triton``). None of it has run on a GPU yet: races between programs,
-speed and the autotuner's choices are unproved.
+with 128-bit table loads (``tests/triton``). None of it has run on a GPU yet: races between
+programs, speed and the autotuner's choices are unproved.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import os
 from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amtl_kernels import reference
 
 __all__ = ["describe", "implementations", "version"]
 
 
 def version() -> str | None:
     """The installed version of Triton, or None. Does not import it."""
-    for name in ("triton", "pytorch-triton", "triton-windows"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def implementations() -> dict[str, Callable[..., object]]:
     """Operator name to implementation, arguments as in the schema of the same name.
+
+    float64, which nobody trains in, goes to the reference.
 
     Raises:
         ImportError: Triton is not installed.
     """
     from amtl_kernels.triton import backward, lookup, optimizer
 
-    return {**lookup.OPERATORS, **backward.OPERATORS, **optimizer.OPERATORS}
+    kernels = {**lookup.OPERATORS, **backward.OPERATORS, **optimizer.OPERATORS}
+    return {op: _except_float64(op, function) for op, function in kernels.items()}
+
+
+def _except_float64(op: str, function: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(function)
+    def implementation(*args: Any) -> object:
+        tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if tensor.dtype == torch.float64:
+            return reference.IMPLEMENTATIONS[op](*args)
+        return function(*args)
+
+    return implementation
 
 
 def describe() -> dict[str, object]:
-    """What ``build_info()`` says of this backend: version, and whether the interpreter is asked for.
+    """The version, whether the interpreter is asked for, and what has been proved on a GPU.
 
     Does not import Triton.
     """
-    import os
-
     asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     return {"version": version(), "interpreted": asked, "ran_on_gpu": False}

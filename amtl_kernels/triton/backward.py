@@ -13,7 +13,7 @@ from amtl_kernels.triton.samples import sample_grad
 from amtl_kernels.triton.tables import Table
 
 CHUNK = 0
-"""Lookups per piece at most; 0 lets the plan choose. Tests make it small to reach the second pass."""
+"""Lookups per piece at most; 0 lets the plan choose. Tests make it small, for the second pass."""
 
 
 def _flat_grad(grad: Tensor, dim: int) -> Tensor:

@@ -6,6 +6,7 @@ and the one warning comes with whichever later call finds the answer there. ``"o
 and trusts the caller.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
 import torch
@@ -119,6 +120,8 @@ def lookups(table: Table, flat: Tensor, bounds_check: int, offsets: Tensor | Non
             'bounds_check="raise" has to wait for the device, which a CUDA graph can\'t; capture '
             'with bounds_check="clamp" or "off"'
         )
+    if flat.numel() == 0 and offsets is None:
+        return
     index, size, offset = _find(table, flat, offsets).tolist()
     if offset != _NONE and offsets is not None:
         reference.check_offsets(offsets, flat.numel())

@@ -18,10 +18,11 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 MAX_BLOCK_D = 1024
 """Columns one tile spans at most; wider tables take several column blocks."""
 
-TILE = 2048
+TILE = 1024
 """Elements of a tile where the order of a sum depends on it, so that it can't be tuned by time.
 
-With 4 warps that is 16 values or four 16-byte fp32 loads in flight per thread."""
+With 4 warps a thread has two 16-byte fp32 loads in flight, four where a loop is unrolled by two,
+and needs few enough registers for hundreds of threads beside it."""
 
 INTERPRETED_TILE = 1 << 15
 """The interpreter pays about 2 ms per program whatever its size."""
@@ -43,14 +44,16 @@ def block_d(dim: int) -> int:
     return min(next_power_of_two(dim), MAX_BLOCK_D)
 
 
-def tile() -> int:
-    """Elements of an untuned tile."""
-    return INTERPRETED_TILE if INTERPRETED else TILE
+def tile(dim: int) -> int:
+    """Elements of an untuned tile: a quarter where rows of ``dim`` values load one by one."""
+    if INTERPRETED:
+        return INTERPRETED_TILE
+    return TILE // 4 if dim % 4 else TILE
 
 
 def tile_rows(dim: int, most: int) -> int:
     """Rows of an untuned tile: as many as fill it, a power of two, between 1 and ``most``."""
-    return max(1, min(most, tile() // block_d(dim)))
+    return max(1, min(most, tile(dim) // block_d(dim)))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -94,18 +97,33 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = WARPS, *
 
 @dataclass(frozen=True)
 class Choice:
-    """One point of a tuning space: elements per tile and warps per program."""
+    """One point of a tuning space.
 
-    tile: int
+    Attributes:
+        loads: Loads of the table per thread and step: of 16 bytes, or of single values where
+            rows are not aligned.
+        warps: Warps per program.
+    """
+
+    loads: int
     warps: int
 
+    def tile(self, vector: int, least: int) -> int:
+        """Elements per tile of loads of ``vector`` values; at least ``least``, to hold a row."""
+        return max(self.loads * self.warps * 32 * vector, least)
 
-TUNING_SPACE = (Choice(2048, 4), Choice(1024, 4), Choice(4096, 4), Choice(4096, 8))
-"""Lookups are bound by memory latency: what matters is bytes in flight per multiprocessor, which is
-loads per thread times resident threads. Four 16-byte fp32 loads per thread and 128 threads are the
-middle (first, and the choice when tuning is off); half hides less per thread but leaves registers
-for more programs, double hides more, and 8 warps do the same with fewer, larger programs, which
-suits long rows. More would repeat these products."""
+
+WIDE_SPACE = (Choice(4, 4), Choice(2, 4), Choice(8, 4), Choice(4, 8))
+"""For the plain lookup. It is bound by memory latency: what matters is bytes in flight per
+multiprocessor, which is loads per thread times resident threads. Four loads per thread and 128
+threads are the middle (first, and the choice when tuning is off); half hides less per thread but
+leaves registers for more programs, double hides more, and 8 warps do the same with fewer, larger
+programs, which suits long rows. More points would repeat these products."""
+
+NARROW_SPACE = (Choice(2, 4), Choice(1, 4), Choice(2, 2), Choice(2, 8))
+"""For the pooled lookup, whose loop is unrolled by two and holds its sum in registers: the same
+reasoning with half the loads, since four take 128 registers and more. Two warps instead leave fewer
+bags waiting for the longest one of their program."""
 
 
 class Tuned:
@@ -116,32 +134,38 @@ class Tuned:
     and synchronises, so call once before capturing a CUDA graph.
     """
 
-    def __init__(self, kernel: Any, key: Sequence[str]) -> None:
+    def __init__(self, kernel: Any, space: Sequence[Choice], key: Sequence[str]) -> None:
         """Wraps a jitted kernel; ``key`` names the arguments whose change asks for a new choice."""
         self.kernel = kernel
+        self.space = tuple(space)
         self._key = list(key)
-        self._tuner: Any = None
+        self._tuners: dict[tuple[tuple[int, int], ...], Any] = {}
 
     def __call__(self, grid: Callable[[int], tuple[int, ...]], *args: Any, **meta: Any) -> None:
         """Launches over ``grid(tile)``."""
+        least = meta["BLOCK_D"]
+        points = tuple(
+            dict.fromkeys((choice.tile(meta["VEC"], least), choice.warps) for choice in self.space)
+        )
         if recorder is not None:
-            for choice in TUNING_SPACE:
-                launch(
-                    self.kernel,
-                    grid(choice.tile),
-                    *args,
-                    **meta,
-                    TILE=choice.tile,
-                    warps=choice.warps,
-                )
-            return
-        if INTERPRETED or os.environ.get("AMTL_TRITON_AUTOTUNE", "1") == "0":
-            size = tile() if INTERPRETED else TUNING_SPACE[0].tile
-            launch(self.kernel, grid(size), *args, **meta, TILE=size, warps=TUNING_SPACE[0].warps)
-            return
-        if 0 in grid(TUNING_SPACE[0].tile):
-            return
-        if self._tuner is None:
-            configs = [triton.Config({"TILE": c.tile}, num_warps=c.warps) for c in TUNING_SPACE]
-            self._tuner = triton.autotune(configs=configs, key=self._key)(self.kernel)
-        self._tuner[lambda chosen: grid(chosen["TILE"])](*args, **meta)
+            for point in points:
+                self._launch(point, grid, args, meta)
+        elif INTERPRETED:
+            self._launch((max(INTERPRETED_TILE, least), WARPS), grid, args, meta)
+        elif os.environ.get("AMTL_TRITON_AUTOTUNE", "1") == "0":
+            self._launch(points[0], grid, args, meta)
+        elif 0 not in grid(points[0][0]):
+            if points not in self._tuners:
+                configs = [triton.Config({"TILE": size}, num_warps=warps) for size, warps in points]
+                self._tuners[points] = triton.autotune(configs, key=self._key)(self.kernel)
+            self._tuners[points][lambda chosen: grid(chosen["TILE"])](*args, **meta)
+
+    def _launch(
+        self,
+        point: tuple[int, int],
+        grid: Callable[[int], tuple[int, ...]],
+        args: Sequence[Any],
+        meta: Mapping[str, Any],
+    ) -> None:
+        size, warps = point
+        launch(self.kernel, grid(size), *args, **meta, TILE=size, warps=warps)

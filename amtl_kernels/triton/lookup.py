@@ -1,8 +1,10 @@
 """Plain and pooled lookup: one kernel each for row sizes, groups with size noise, and tiers."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -119,7 +121,7 @@ def pooled_fwd_kernel(
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
     count = tl.zeros([LANES], tl.int32)
     longest = tl.max(end - start, axis=0)
-    for step in tl.range(0, longest, SPLIT, loop_unroll_factor=4):
+    for step in tl.range(0, longest, SPLIT, loop_unroll_factor=2):
         at = start + step + lane % SPLIT
         live = at < end
         row = tl.load(index_ptr + at, mask=live, other=0).to(tl.int64)
@@ -153,8 +155,10 @@ def pooled_fwd_kernel(
     )
 
 
-_gather = launch.Tuned(gather_fwd_kernel, key=["D", "Q", "TIERS"])
-_pooled = launch.Tuned(pooled_fwd_kernel, key=["D", "Q", "TIERS", "bag_length"])
+_gather = launch.Tuned(gather_fwd_kernel, launch.WIDE_SPACE, key=["D", "Q", "TIERS"])
+_pooled = launch.Tuned(
+    pooled_fwd_kernel, launch.NARROW_SPACE, key=["D", "Q", "TIERS", "bag_length"]
+)
 
 _LONG_BAG = 64
 """Mean lookups per bag from which eight lanes share a bag. A fixed rule, not tuned by time: it
@@ -202,7 +206,8 @@ def _pool_rows(
     out = torch.empty(max(bags, 0), table.dim, dtype=table.data.dtype, device=flat.device)
     block = table.meta["BLOCK_D"]
     length = flat.numel() // max(bags, 1)
-    split = _LONG_BAG_LANES if length >= _LONG_BAG else 1
+    lanes = launch.tile(table.dim) // block
+    split = max(1, min(_LONG_BAG_LANES, lanes)) if length >= _LONG_BAG else 1
     kernel = _pooled if split == 1 else _untuned_pooled
     with launch.device_guard(flat):
         kernel(
@@ -231,9 +236,8 @@ def _pool_rows(
     return out
 
 
-def _untuned_pooled(grid: Callable[[int], tuple[int, ...]], *args: object, **meta: object) -> None:
-    # At least one bag per program, however wide its rows.
-    size = max(launch.tile(), _LONG_BAG_LANES * int(str(meta["BLOCK_D"])))
+def _untuned_pooled(grid: Callable[[int], tuple[int, ...]], *args: Any, **meta: Any) -> None:
+    size = launch.tile(meta["D"])
     launch.launch(pooled_fwd_kernel, grid(size), *args, **meta, TILE=size)
 
 

@@ -5,6 +5,7 @@ the weights and in the state. Stores are rounded up to 16 bytes like loads, with
 the tail, so that they stay vector stores; a row belongs to one program, so nobody sees them.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels.triton import launch
+from amtl_kernels.triton.tables import round_up
 
 
 @triton.jit
@@ -47,8 +49,7 @@ def touched(
     live = at < num_rows
     row = tl.load(rows_ptr + at, mask=live, other=0).to(tl.int64)
     size = kept_prefix(grad_ptr, at, live, D, BLOCK_D)
-    bound = (size + (VEC - 1)) // VEC * VEC
-    return at, row, size, bound
+    return at, row, size, round_up(size, VEC)
 
 
 @triton.jit
@@ -188,10 +189,10 @@ def adam_kernel(
     BLOCK_D: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Lazy Adam: moments and weights of touched rows move, ``rest = 1 - beta``, the bias
+    """Lazy Adam: moments and weights of touched rows move.
 
-    corrections ``step_size = lr / (1 - beta1^t)`` and ``inverse_root2 = (1 - beta2^t)^-1/2`` are
-    computed on the host in double precision.
+    ``rest = 1 - beta``; ``step_size = lr / (1 - beta1^t)`` and ``inverse_root2 = (1 -
+    beta2^t)^-1/2`` correct the bias and are computed on the host in double precision.
     Grid (ceil(U / R)), a program owns R rows. rows [U], grad [U, D] -> weight, avg, avg_sq [N, D].
     """
     at, row, size, bound = touched(weight_ptr, rows_ptr, grad_ptr, num_rows, D, VEC, BLOCK_D, R)
@@ -241,9 +242,7 @@ def _apply(
         )
 
 
-def apply_sgd_(
-    weight: Tensor, rows: Tensor, grads: Tensor, lr: float, weight_decay: float
-) -> None:
+def apply_sgd_(weight: Tensor, rows: Tensor, grads: Tensor, lr: float, weight_decay: float) -> None:
     """``w -= lr * (g + weight_decay * w)``."""
     _apply(sgd_kernel, weight, rows, grads, (), (lr, weight_decay))
 

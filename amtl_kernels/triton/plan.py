@@ -1,9 +1,9 @@
 """The work of a backward: lookups sorted by row, and cut into pieces of bounded length.
 
 One row may own a tenth of all lookups while most own one. So a row's lookups are cut into pieces of
-at most ``chunk``; a lane sums one piece, and rows of more than one piece ("hot") are put together in
-a second pass. When mask gradients are wanted, pieces are taken in the order of their rows' groups
-and no program serves two groups, so that one sort and one pass over the gradient give both.
+at most ``chunk``; a lane sums one piece, and rows of more than one piece ("hot") are put together
+in a second pass. When mask gradients are wanted, pieces are taken in the order of their rows'
+groups and no program serves two groups, so that one sort and one pass over the gradient give both.
 Everything here is a few PyTorch calls on ``L``, ``U`` or ``G`` integers, and two synchronisations:
 the number of distinct rows, and the sizes of the work lists.
 """
@@ -171,8 +171,9 @@ def plan_work(
     pieces = (lookups.starts[1:] - lookups.starts[:-1] + (chunk - 1)) // chunk
     slots = torch.where(pieces > 1, pieces, 0)
     row_slot = _from_zero(slots)
+    order: Tensor | None = None
+    group_block: Tensor | None = None
     if row_group is None:
-        order = None
         first = _from_zero(pieces)
         row_piece = first[:-1]
         blocks = (first[-1:] + (lanes - 1)) // lanes
@@ -194,8 +195,8 @@ def plan_work(
     )
     hot = is_hot.nonzero().squeeze(1) if num_hot else positions[:0]
     block = torch.arange(num_blocks, device=pieces.device)
-    if row_group is None:
-        block_group, group_block = None, None
+    block_group: Tensor | None = None
+    if group_block is None:
         block_first, limit = block * lanes, first[-1:]
     else:
         block_group = torch.repeat_interleave(

@@ -5,6 +5,7 @@ a fixed order first, then their sums. The order depends on shapes alone, never o
 why nothing here is autotuned.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.plan import SortedLookups, Work
-from amtl_kernels.triton.tables import Table, load_prefix, locate
+from amtl_kernels.triton.tables import Table, load_prefix, locate, round_up
 
 
 @triton.jit
@@ -29,6 +30,7 @@ def output_row(
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """Where gradient row ``position`` [R] starts, how much of it is kept, and how wide it is.
 
@@ -36,14 +38,14 @@ def output_row(
     """
     if TIERS > 0:
         first, size = locate(
-            position, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, 1
+            position, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
         )
         width = size
     else:
         row = tl.load(rows_ptr + position, mask=live, other=0)
         _, size = locate(row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, 0, 1)
         first = position * D
-        width = tl.where(live, D, 0)
+        width = round_up(tl.where(live, D, 0), VEC)
     return first, size, width
 
 
@@ -77,8 +79,9 @@ def reduce_rows_kernel(
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
-    VEC: tl.constexpr,
+    GRAD_VEC: tl.constexpr,
     WEIGHT_VEC: tl.constexpr,
+    OUT_VEC: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -102,18 +105,28 @@ def reduce_rows_kernel(
     start = row_start + number * chunk
     end = tl.minimum(start + chunk, row_end)
     first, size, width = output_row(
-        position, live, rows_ptr, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS
+        position,
+        live,
+        rows_ptr,
+        sizes_ptr,
+        row_group_ptr,
+        tiers_ptr,
+        seed_mix,
+        D,
+        Q,
+        TIERS,
+        OUT_VEC,
     )
     needed = size
     if WRITE_MASK:
         needed = width
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
     longest = tl.max(tl.where(live, end - start, 0), axis=0).to(tl.int32)
-    for step in tl.range(0, longest, loop_unroll_factor=4):
+    for step in tl.range(0, longest, loop_unroll_factor=2):
         at = start + step
         more = live & (at < end)
         source = tl.load(source_ptr + at, mask=more, other=0).to(tl.int64)
-        values = load_prefix(grad_ptr, source * D, tl.where(more, needed, 0), cols, VEC)
+        values = load_prefix(grad_ptr, source * D, tl.where(more, needed, 0), cols, GRAD_VEC)
         values = values.to(tl.float32)
         if HAS_SCALE:
             values = values * tl.load(scale_ptr + at, mask=more, other=0.0)[:, None]
@@ -158,6 +171,7 @@ def combine_rows_kernel(
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
+    OUT_VEC: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -189,6 +203,7 @@ def combine_rows_kernel(
         D,
         Q,
         TIERS,
+        OUT_VEC,
     )
     kept = tl.where(cols[None, :] < size[:, None], total[None, :], 0.0)
     tl.store(
@@ -266,10 +281,17 @@ def reduce_rows(
     dim = table.dim
     columns = launch.cdiv(dim, table.meta["BLOCK_D"])
     blocks = work.block_first.numel()
-    floats = {"dtype": torch.float32, "device": grad.device}
-    partial = torch.empty(work.slots if out is not None else 0, dim, **floats)
-    mask_partial = torch.empty(blocks if mask is not None else 0, dim, **floats)
+    partial = torch.empty(
+        work.slots if out is not None else 0, dim, dtype=torch.float32, device=grad.device
+    )
+    mask_partial = torch.empty(
+        blocks if mask is not None else 0, dim, dtype=torch.float32, device=grad.device
+    )
     constants = {name: table.meta[name] for name in ("D", "Q", "TIERS", "BLOCK_D")}
+    if table.meta["TIERS"]:
+        constants["OUT_VEC"] = table.meta["VEC"]
+    else:
+        constants["OUT_VEC"] = 1 if out is None else launch.vector(dim, out)
     with launch.device_guard(grad):
         launch.launch(
             reduce_rows_kernel,
@@ -296,7 +318,7 @@ def reduce_rows(
             HAS_SCALE=lookups.scale is not None,
             WRITE_ROWS=out is not None,
             WRITE_MASK=mask is not None,
-            VEC=launch.vector(dim, grad),
+            GRAD_VEC=launch.vector(dim, grad),
             WEIGHT_VEC=launch.vector(dim, weight),
             LANES=work.lanes,
             **constants,

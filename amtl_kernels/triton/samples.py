@@ -1,5 +1,6 @@
 """Gradient of ``per_sample_weights``."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
 import torch
@@ -12,9 +13,7 @@ from amtl_kernels.triton.plan import Bags
 from amtl_kernels.triton.tables import Table, load_prefix, locate
 
 
-@triton.jit(
-    do_not_specialize=["num_lookups", "num_rows", "num_bags", "padding_idx", "seed_mix"]
-)
+@triton.jit(do_not_specialize=["num_lookups", "num_rows", "num_bags", "padding_idx", "seed_mix"])
 def sample_grad_kernel(
     grad_ptr,
     table_ptr,
@@ -50,9 +49,7 @@ def sample_grad_kernel(
     bag = tl.load(bag_ptr + at, mask=valid, other=0)
     live = valid & (row != padding_idx) & (row >= 0) & (row < num_rows) & (bag < num_bags)
     row = tl.where(live, row, 0)
-    first, size = locate(
-        row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
-    )
+    first, size = locate(row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC)
     total = tl.zeros([R, BLOCK_D], tl.float32)
     for start in tl.range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
@@ -65,9 +62,7 @@ def sample_grad_kernel(
     tl.store(out_ptr + at, dot.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def sample_grad(
-    grad: Tensor, table: Table, flat: Tensor, bags: Bags, padding_idx: int
-) -> Tensor:
+def sample_grad(grad: Tensor, table: Table, flat: Tensor, bags: Bags, padding_idx: int) -> Tensor:
     """``out[l] = <grad[bag(l)], kept prefix of row(l)>``, over the bag's count for a mean.
 
     Args:

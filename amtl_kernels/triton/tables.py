@@ -3,13 +3,14 @@
 Three kinds of table, told apart at compile time:
 
     row sizes   ``Q == 0``, ``TIERS == 0``   sizes [N], row i of a dense [N, D] table
-    groups      ``Q >= 1``, ``TIERS == 0``   sizes [G, Q], read at (row_group[i], hash(seed, i) mod Q)
+    groups      ``Q >= 1``, ``TIERS == 0``   sizes [G, Q] at (row_group[i], hash(seed, i) mod Q)
     tiers       ``TIERS >= 1``               a [3, TIERS] table: last row + 1, base, width
 
 A per-element prefix mask makes the compiler emit scalar loads. So load bounds are rounded up to
 ``VEC`` values (16 bytes) where rows are aligned to it, and the tail is set to zero in registers.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -54,6 +55,12 @@ def kept_size(row, valid, sizes_ptr, row_group_ptr, seed_mix, Q: tl.constexpr):
 
 
 @triton.jit
+def round_up(size, VEC: tl.constexpr):
+    """The next multiple of VEC; also how the compiler learns that masks change at multiples."""
+    return (size + (VEC - 1)) // VEC * VEC
+
+
+@triton.jit
 def locate(
     row,
     valid,
@@ -69,7 +76,8 @@ def locate(
     """First value (int64 offset from the table's pointer) and kept size (int32) of rows [R].
 
     A row that is not ``valid`` has size 0, so nothing of it is read. No size is over D, whatever
-    is stored, so that no load leaves its row.
+    is stored, so that no load leaves its row. Widths of tiers are multiples of VEC as they are;
+    rounding them up tells the compiler so.
     """
     if TIERS > 0:
         tier = tl.zeros_like(row)
@@ -80,7 +88,7 @@ def locate(
         first = base + row * width
         if VEC > 1:
             first = tl.multiple_of(first, VEC)
-        size = tl.where(valid, width, 0).to(tl.int32)
+        size = round_up(tl.where(valid, width, 0).to(tl.int32), VEC)
     else:
         first = row * D
         size = kept_size(row, valid, sizes_ptr, row_group_ptr, seed_mix, Q)
@@ -91,7 +99,7 @@ def locate(
 @triton.jit
 def load_prefix(table_ptr, first, size, cols, VEC: tl.constexpr):
     """Tile [R, C] of rows at ``first`` [R], columns ``cols`` [C], zero from ``size`` [R] on."""
-    bound = (size + (VEC - 1)) // VEC * VEC
+    bound = round_up(size, VEC)
     values = tl.load(
         table_ptr + first[:, None] + cols[None, :], mask=cols[None, :] < bound[:, None], other=0.0
     )
@@ -107,7 +115,7 @@ def clamp_row(row, num_rows):
 
 
 def mix_seed(seed: int) -> int:
-    """The seed's part of the hash, as a signed 32-bit number so that one kernel serves all seeds."""
+    """The seed's part of the hash; signed and 32 bits wide, so that one kernel serves all seeds."""
     fold = (seed ^ (seed >> 32)) & 0xFFFFFFFF
     mixed = fold * 0x85EBCA77 & 0xFFFFFFFF
     return mixed - (1 << 32) if mixed >= 1 << 31 else mixed
@@ -177,12 +185,14 @@ class Table:
     ) -> Table:
         """``blocks[c] [rows, width]``; tier c ends before row ``tier_ends[c]``.
 
-        ``keep`` says whether the blocks will come again, so that their device table is worth keeping.
+        ``keep`` says whether the blocks will come again and their device table is worth keeping.
         """
         anchor = next((b for b in blocks if b.numel()), blocks[0])
         lanes = min(launch.vector(b.shape[1], anchor, b) for b in blocks)
         rows = tier_ends[-1] if tier_ends else 0
-        return Table(anchor, rows, dim, tiers=tier_table(blocks, tier_ends, anchor, keep), vector=lanes)
+        return Table(
+            anchor, rows, dim, tiers=tier_table(blocks, tier_ends, anchor, keep), vector=lanes
+        )
 
 
 def tier_table(blocks: Sequence[Tensor], ends: Sequence[int], anchor: Tensor, keep: bool) -> Tensor:
