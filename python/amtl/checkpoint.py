@@ -15,7 +15,7 @@ from amtl.errors import UserError
 FORMAT = 1
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes aside, flushes to disk, renames: a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -38,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON atomically."""
     text = json.dumps(content, indent=1, sort_keys=False, allow_nan=True)
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> Any:

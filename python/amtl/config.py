@@ -9,6 +9,14 @@ from typing import Any
 from amtl.errors import UserError
 
 
+def default_batch_size(rows: int) -> int:
+    """About a hundred steps an epoch, a power of two from 256 to 8192."""
+    size = 256
+    while size < 8192 and size * 2 * 100 <= rows * 8 // 10 * 1.5:
+        size *= 2
+    return size
+
+
 @dataclass
 class TrainConfig:
     """Settings of a training run; two runs with equal settings give equal results on one CPU.

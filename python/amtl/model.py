@@ -48,6 +48,7 @@ class ClickModel(nn.Module):
         else:
             embedded = self.table(batch.indices, batch.offsets)
         inputs = embedded.reshape(len(batch.labels), self.num_fields * self.dim)
+        inputs = inputs.to(self.mlp[0].weight.dtype)
         if batch.dense.shape[1]:
             inputs = torch.cat([inputs, batch.dense.to(inputs.dtype)], 1)
         logits: Tensor = self.mlp(inputs)

@@ -61,7 +61,8 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
                     f"{path} has layout {header['version']}, this version reads up to {version}: "
                     "upgrade amtl"
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, header["meta"]
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, header["meta"]
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
 

@@ -216,7 +216,7 @@ class Trainer:
         config = self.config
         title = f"{config.method} D={config.dim}"
         if config.method != "fixed":
-            title += f" budget {config.budget:.1%}"
+            title += f" {config.budget:.1%}"
         if self.out and not self.finished:
             self._write_inputs()
         self.observer.begin(title, self.steps_per_epoch, config.epochs, self.steps_done)
@@ -476,7 +476,7 @@ def versions() -> dict[str, str]:
 
 
 def start(
-    config: TrainConfig,
+    config: TrainConfig | None,
     out: Path | None = None,
     *,
     resume: bool = False,
@@ -484,7 +484,16 @@ def start(
     stop: Callable[[int], bool] | None = None,
     source: Source | None = None,
 ) -> Trainer:
-    """A trainer ready to `run()`: fresh, warm-started, or resumed from its folder."""
+    """A trainer ready to `run()`: fresh, warm-started, or resumed from its folder.
+
+    Args:
+        config: settings; when resuming, those in the folder count.
+        out: run folder.
+        resume: go on with the run in `out`.
+        observer: is told how it goes.
+        stop: see `Trainer`.
+        source: the data if already loaded.
+    """
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
@@ -493,6 +502,8 @@ def start(
         trainer = Trainer(config, prepare(config, source, encoder), out, observer, stop)
         trainer.resume()
         return trainer
+    if config is None:
+        raise UserError("a fresh run needs settings")
     trainer = Trainer(config, prepare(config, source), out, observer, stop)
     if config.warm_start:
         matched = trainer.warm_start(Path(config.warm_start))

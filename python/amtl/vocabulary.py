@@ -230,20 +230,21 @@ class Vocabulary:
         )
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Contents as tensors and a JSON-able dict, as a safetensors file wants them.
+        """Contents as compact tensors and a JSON-able dict, as a safetensors file wants them.
 
-        Strings are stored as UTF-8 bytes with end offsets; integers as int64.
+        Values are stored in row order, so rows take no space: strings as UTF-8 bytes and lengths,
+        integers as int64; counts as int32 where they fit.
         """
-        null = self._values.is_null()
-        tensors = {"rows": self._rows.contiguous(), "counts": self.counts.contiguous()}
+        values = self._values.gather(torch.argsort(self._rows).numpy())
+        null = values.is_null()
+        tensors = {"counts": _narrow(self.counts)}
         if self._kind == "str":
-            data = [v.encode() for v in self._values.fill_null("").to_list()]
-            ends = np.cumsum([len(v) for v in data], dtype=np.int64)
+            data = [v.encode() for v in values.fill_null("").to_list()]
             joined = np.frombuffer(b"".join(data), dtype=np.uint8).copy()
             tensors["bytes"] = torch.from_numpy(joined)
-            tensors["ends"] = torch.from_numpy(ends)
+            tensors["lengths"] = _narrow(torch.tensor([len(v) for v in data], dtype=torch.int64))
         else:
-            ints = self._values.fill_null(0).to_numpy().astype(np.int64, copy=True)
+            ints = values.fill_null(0).to_numpy().astype(np.int64, copy=True)
             tensors["ints"] = torch.from_numpy(ints)
         meta = {
             "name": self.name,
@@ -260,7 +261,7 @@ class Vocabulary:
             values = pl.Series("value", tensors["ints"].numpy(), dtype=pl.Int64)
         else:
             blob = tensors["bytes"].numpy().tobytes()
-            ends = [0, *tensors["ends"].tolist()]
+            ends = np.cumsum([0, *tensors["lengths"].tolist()]).tolist()
             texts = [blob[a:b].decode() for a, b in itertools.pairwise(ends)]
             values = pl.Series("value", texts, dtype=pl.String)
         null_at = meta.get("null_at")
@@ -270,9 +271,8 @@ class Vocabulary:
         return cls(
             str(meta["name"]),
             values,
-            tensors["counts"].clone(),
+            tensors["counts"].to(torch.int64),
             int(meta["oov_row"]),
-            tensors["rows"].clone(),
             separator=meta.get("separator"),
         )
 
@@ -320,6 +320,14 @@ class Vocabulary:
     def _known_rows(self) -> pl.Series:
         rows = pl.Series("row", self._rows.numpy())
         return rows.filter(self._values.is_not_null())
+
+
+def _narrow(numbers: Tensor) -> Tensor:
+    """Non-negative int64 numbers in the smallest of uint8, int32 and int64."""
+    top = int(numbers.max()) if len(numbers) else 0
+    if top <= 255:
+        return numbers.to(torch.uint8)
+    return numbers.to(torch.int32) if top < 1 << 31 else numbers.contiguous()
 
 
 def _as_series(column: Column, name: str = "") -> pl.Series:

@@ -1,0 +1,426 @@
+"""The command line: train, evaluate, pack, inspect, report, demo."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from amtl.errors import UserError
+
+app = typer.Typer(
+    name="amtl",
+    help="Embedding tables whose rows learn their own width, end to end.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+Run = Annotated[Path, typer.Argument(metavar="RUN|PACKED", help="Run folder or packed file.")]
+
+
+class _Stopper:
+    """First Ctrl-C: finish the step and save a checkpoint. Second: stop at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Stopper:
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        console.print("\n  stopping after this step (Ctrl-C again to stop at once)", style="yellow")
+
+    def __call__(self, steps: int) -> bool:
+        return self.asked
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="Parquet or CSV file, or a named set (see: amtl datasets)."),
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Label column, 0 and 1.")] = None,
+    label_threshold: Annotated[
+        float | None, typer.Option(help="Numbers of at least this are positive.")
+    ] = None,
+    fields: Annotated[
+        str | None, typer.Option(help="Columns to use, separated by commas; default: all.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="amtl, rule or fixed.")] = "amtl",
+    dim: Annotated[int | None, typer.Option(help="Full embedding width. [default: 64]")] = None,
+    budget: Annotated[float, typer.Option(help="Stored fraction of rows × dim.")] = 0.4,
+    warm_start: Annotated[
+        Path | None, typer.Option(help="Start from the table of this fixed run.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="random or order:COLUMN.")] = "random",
+    split_seed: Annotated[int, typer.Option(help="Of the random split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, batches and size noise.")] = 0,
+    numeric: Annotated[
+        list[str] | None,
+        typer.Option(help="bucket or standardise for all numbers, or COLUMN=bucket,…"),
+    ] = None,
+    multi: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="COLUMN[=SEPARATOR] holds several values; COLUMN= holds one even if it has bars."
+        ),
+    ] = None,
+    min_count: Annotated[int, typer.Option(help="Rarer values share one row.")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="At most. [default: 18]")] = None,
+    patience: Annotated[int | None, typer.Option(help="Early stopping. [default: 5]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="[default: by the data's size]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of the MLP. [default: 0.001]")] = None,
+    table_lr: Annotated[float | None, typer.Option(help="Of the table. [default: 0.01]")] = None,
+    table_optimizer: Annotated[
+        str | None, typer.Option(help="adam, adagrad, rowwise_adagrad, sgd. [default: adam]")
+    ] = None,
+    freeze_at: Annotated[
+        float | None, typer.Option(help="Share of training after which sizes are fixed.")
+    ] = None,
+    exponent: Annotated[
+        float | None, typer.Option(help="a of size ∝ (count + 1)^a: the rule, and amtl's start.")
+    ] = None,
+    parametrization: Annotated[
+        str | None, typer.Option(help="amtl: ordinal, or free (the paper's logits).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/…]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run in --out.")] = False,
+) -> None:
+    """Train a model on a file or a named data set.
+
+    Reads, splits 80/10/10, trains with early stopping on validation AUC, scores the test split
+    once, and leaves a run folder with checkpoints and metrics.json.
+    """
+    from amtl.data.registry import load_source
+    from amtl.training import start
+
+    if resume:
+        if out is None:
+            raise UserError("--resume needs --out DIR, the folder of the run to go on with")
+        console.print(f"[bold]resuming[/] {out} with its own settings")
+        _train(lambda stop, bars: start(None, out, resume=True, observer=bars, stop=stop), out)
+        return
+    if data is None:
+        raise UserError("name the data: a Parquet or CSV file, or a set (see: amtl datasets)")
+    source = load_source(data)
+    given = {
+        "dim": dim,
+        "epochs": epochs,
+        "patience": patience,
+        "batch_size": batch_size,
+        "lr": lr,
+        "table_lr": table_lr,
+        "table_optimizer": table_optimizer,
+        "freeze_at": freeze_at,
+    }
+    config = _config(
+        source,
+        {k: v for k, v in given.items() if v is not None},
+        label=label,
+        label_threshold=label_threshold,
+        fields=[f.strip() for f in fields.split(",") if f.strip()] if fields else [],
+        method=method,
+        budget=budget,
+        warm_start=str(warm_start) if warm_start else None,
+        split=split,
+        split_seed=split_seed,
+        seed=seed,
+        min_count=min_count,
+        exponent=exponent,
+        parametrization=parametrization,
+        **_columns(numeric or [], multi or []),
+    )
+    if out is None:
+        stem = Path(source.name.split(":", 1)[0]).stem
+        share = f"-b{config.budget:g}" if method != "fixed" else ""
+        out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
+    if (out / "checkpoint.pt").exists() and not force:
+        raise UserError(
+            f"{out} holds a run already: --resume --out {out} goes on with it, --force replaces it"
+        )
+    _clear(out)
+    if source.licence:
+        console.print(f"[dim]{source.licence}[/]", highlight=False)
+    console.print(
+        f"[bold]{source.name}[/]: {source.frame.height:,} rows, label {config.label}",
+        highlight=False,
+    )
+    folder = out
+    _train(
+        lambda stop, bars: start(config, folder, observer=bars, stop=stop, source=source), folder
+    )
+
+
+def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: Any) -> Any:
+    """Settings from the command line over the data set's recipe over the defaults."""
+    from amtl.config import TrainConfig, default_batch_size
+
+    label = label or source.label
+    if label is None:
+        raise UserError(f"--label COLUMN is needed; columns are {', '.join(source.frame.columns)}")
+    exponent, parametrization = more.pop("exponent", None), more.pop("parametrization", None)
+    settings = {
+        "batch_size": default_batch_size(source.frame.height),
+        **source.recipe,
+        **given,
+        **more,
+    }
+    options = dict(settings.pop("table_options", {}))
+    if exponent is not None:
+        options["init_exponent"] = exponent
+    if parametrization is not None:
+        options["parametrization"] = parametrization
+    return TrainConfig(data=source.name, label=label, table_options=options, **settings)
+
+
+def _columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any]:
+    """Parses --numeric and --multi."""
+    treatments: dict[str, str] = {}
+    default = "bucket"
+    for part in ",".join(numeric).split(",") if numeric else []:
+        column, equals, treatment = part.strip().partition("=")
+        if equals:
+            treatments[column] = treatment
+        else:
+            default = column
+    separators: dict[str, str] = {}
+    for part in multi:
+        column, equals, separator = part.partition("=")
+        separators[column] = separator if equals else "|"
+    return {"numeric": treatments, "default_numeric": default, "separators": separators}
+
+
+def _clear(out: Path) -> None:
+    for name in ("checkpoint.pt", "best.pt", "metrics.json", "config.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _train(make: Any, out: Path) -> dict[str, Any]:
+    """Runs a trainer under progress bars and Ctrl-C handling; prints its result."""
+    from amtl.progress import Bars
+    from amtl.training import Interrupted
+
+    with _Stopper() as stop:
+        try:
+            metrics: dict[str, Any] = make(stop, Bars(console)).run()
+        except Interrupted:
+            console.print(
+                f"stopped; a checkpoint is in {out}. Go on with: "
+                f"[bold]amtl train --resume --out {out}[/]"
+            )
+            raise typer.Exit(130) from None
+    _print_result(metrics, out)
+    return metrics
+
+
+def _print_result(metrics: dict[str, Any], out: Path) -> None:
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    steps = metrics["step_ms_median"]
+    rows = {
+        "test AUC": f"[bold]{metrics['test_auc']:.4f}[/]  (validation {metrics['val_auc']:.4f}, "
+        f"epoch {metrics['best_epoch']} of {metrics['epochs_run']})",
+        "log loss": f"{metrics['test_logloss']:.4f}",
+        "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
+        f"{metrics['dense_bytes']:,}",
+        "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
+        "run": str(out),
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console.print(table)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None, typer.Argument(help="Labelled file; default: the run's own test split.")
+    ] = None,
+) -> None:
+    """Score a trained or packed model: AUC and log loss."""
+    from amtl.data.registry import load_source, read_labels
+    from amtl.packed import load_any
+
+    trained = load_any(run)
+    if data is None:
+        encoded, what = trained.test_split(), f"test split of {trained.config.data}"
+    else:
+        source = load_source(data)
+        labels = read_labels(source.frame, trained.config.label, trained.config.label_threshold)
+        encoded, what = trained.encoder.transform(source.frame, labels), data
+    result = trained.evaluate(encoded)
+    unknown = {k: v for k, v in result["unknown_values"].items() if v}
+    console.print(f"[bold]{what}[/]: {result['rows']:,} rows", highlight=False)
+    console.print(
+        f"AUC [bold]{result['auc']:.4f}[/]   log loss {result['logloss']:.4f}   "
+        f"positive {result['positive_rate']:.1%}",
+        highlight=False,
+    )
+    if unknown:
+        listed = ", ".join(f"{k} {v:,}" for k, v in unknown.items())
+        console.print(f"values unseen in training: {listed}", style="dim", highlight=False)
+
+
+@app.command()
+def pack(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, .safetensors.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of the embeddings: float32 (same predictions) or float16.")
+    ] = "float32",
+) -> None:
+    """Write a trained model to one file: tiers, MLP, vocabularies. No pickle."""
+    import torch
+
+    from amtl.methods import dense_bytes, stored_bytes
+    from amtl.packed import pack_run
+
+    types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in types:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(types)}")
+    packed = pack_run(run, out, types[dtype])
+    stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
+    console.print(
+        f"wrote [bold]{out}[/], {out.stat().st_size:,} bytes; embeddings {stored:,} bytes, "
+        f"{stored / full:.1%} of a full {dtype} table",
+        highlight=False,
+    )
+
+
+@app.command()
+def inspect(run: Run) -> None:
+    """Show sizes per field and their histogram."""
+    import numpy as np
+
+    from amtl import methods
+    from amtl.packed import load_any, size_table
+
+    trained = load_any(run)
+    table = Table(box=box.SIMPLE_HEAD, title=f"{run}", title_justify="left")
+    table.add_column("field")
+    for name in ("values", "mean size", "by lookups", "sizes", "bytes", "share"):
+        table.add_column(name, justify="right")
+    entries = size_table(trained)
+    total = sum(e["bytes"] for e in entries)
+    for e in entries:
+        table.add_row(
+            e["field"] + (" (bag)" if e["kind"] == "bag" else ""),
+            f"{e['rows']:,}",
+            f"{e['mean_size']:.2f}",
+            f"{e['mean_size_of_lookups']:.2f}",
+            f"{e['min_size']}–{e['max_size']}",
+            f"{e['bytes']:,}",
+            f"{e['bytes'] / total:.1%}",
+        )
+    console.print(table)
+    widths = methods.row_widths(trained.model.table).numpy()
+    sizes, rows = np.unique(widths, return_counts=True)
+    top = rows.max()
+    console.print("[bold]size  values[/]")
+    for size, n in zip(sizes, rows, strict=True):
+        bar = "█" * max(1, round(40 * n / top))
+        console.print(f"{size:>4}  {n:>9,}  [blue]{bar}[/]", highlight=False)
+    full = methods.dense_bytes(trained.model.table)
+    console.print(
+        f"\n{total:,} of {full:,} bytes ({total / full:.1%}); method {trained.config.method}, "
+        f"width {trained.config.dim}",
+        highlight=False,
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Finished run folders.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML file with results, curves and sizes of runs."""
+    from amtl.report import group_results, load_metrics, write_report
+
+    write_report(runs, out)
+    _print_results(group_results(load_metrics(runs)))
+    console.print(f"wrote [bold]{out}[/]")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Finished run folders.")],
+) -> None:
+    """Print the results of runs side by side, seeds averaged."""
+    from amtl.report import group_results, load_metrics
+
+    _print_results(group_results(load_metrics(runs)))
+
+
+def _print_results(results: Any) -> None:
+    from amtl.report import table_rows
+
+    header, rows = table_rows(results)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for result, row in zip(results, rows, strict=True):
+        table.add_row(*row, style="bold" if result.method == "amtl" else "")
+    console.print(table)
+
+
+@app.command()
+def datasets() -> None:
+    """List the data sets known by name."""
+    from amtl.data.registry import named_sets
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("name", "what", "licence"):
+        table.add_column(name)
+    for name, known in named_sets().items():
+        table.add_row(f"[bold]{name}[/]", known.about, known.licence)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for runs, report and model.")] = Path(
+        "runs/demo"
+    ),
+    data: Annotated[str, typer.Option(help="Named set or file.")] = "nycflights13",
+    epochs: Annotated[int | None, typer.Option(help="At most.")] = None,
+    seed: Annotated[int, typer.Option(help="Of every run.")] = 0,
+) -> None:
+    """Flights out of New York: full-size, fixed, rule and learned sizes side by side."""
+    from amtl.demo import run_demo
+
+    run_demo(console, out, data, epochs, seed)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: mistakes a user can mend are told in a sentence, without a traceback."""
+    try:
+        app(args=None if args is None else list(args))
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

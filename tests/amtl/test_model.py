@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from sklearn.metrics import log_loss as sklearn_log_loss
+from sklearn.metrics import roc_auc_score
+
+from amtl import methods
+from amtl.data.encoding import Encoder, infer_fields
+from amtl.errors import UserError
+from amtl.metrics import auc, log_loss
+from amtl.model import ClickModel, predict
+
+
+@pytest.fixture(params=["single", "bags"])
+def encoded(request):
+    rng = np.random.default_rng(0)
+    n = 300
+    frame = pl.DataFrame(
+        {
+            "user": rng.zipf(1.5, n) % 40,
+            "item": rng.zipf(1.5, n) % 25,
+            "price": rng.normal(size=n),
+            "tags": [["a|b", "b|c", "c", ""][i] for i in rng.integers(0, 4, n)],
+        }
+    )
+    names = ["user", "item", "price"] + (["tags"] if request.param == "bags" else [])
+    specs = infer_fields(frame, names, default_numeric="standardise")
+    encoder = Encoder.fit(frame, specs)
+    return encoder, encoder.transform(frame)
+
+
+@pytest.mark.parametrize("n", [2, 10, 1000])
+@pytest.mark.parametrize("distinct", [2, 7, 10_000])
+def test_auc_and_log_loss_equal_the_textbook(n, distinct):
+    rng = np.random.default_rng(n + distinct)
+    labels = rng.integers(0, 2, n)
+    labels[:2] = [0, 1]
+    scores = rng.integers(0, distinct, n) / distinct * 4 - 2
+    assert auc(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(
+        roc_auc_score(labels, scores), abs=1e-12
+    )
+    expected = sklearn_log_loss(labels, 1 / (1 + np.exp(-scores)))
+    assert log_loss(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(expected)
+
+
+def test_auc_of_one_class_is_nan():
+    assert np.isnan(auc(torch.rand(5), torch.ones(5)))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_one_lookup_equals_a_lookup_per_field(encoded, method, dim):
+    encoder, data = encoded
+    table = methods.build_table(method, encoder, dim, budget=1.0, seed=1)
+    model = ClickModel(table, len(encoder.fields), dim, 1, [4])
+    weight = methods.table_parameters(table)[0].detach()
+    if methods.is_adaptive(table):
+        columns = torch.arange(dim)
+        weight = weight * (columns < table.row_dims()[:, None])
+    batch = data.batch(torch.arange(20))
+    parts = [weight[data.rows[:20, f].long()] for f in range(data.rows.shape[1])]
+    for bag in data.bags:
+        means = []
+        for code in bag.codes[:20].tolist():
+            rows = bag.values[bag.offsets[code] : bag.offsets[code + 1]].long()
+            means.append(weight[rows].mean(0) if len(rows) else torch.zeros(dim))
+        parts.append(torch.stack(means))
+    inputs = torch.cat([*parts, data.dense[:20]], 1)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch), model.mlp(inputs).squeeze(1))
+
+
+def test_predict_covers_every_sample_and_restores_the_mode(encoded):
+    encoder, data = encoded
+    table = methods.build_table("fixed", encoder, 4)
+    model = ClickModel(table, len(encoder.fields), 4, 1)
+    model.train()
+    logits = predict(model, data, batch_size=70)
+    assert logits.shape == (len(data),)
+    assert model.training
+    torch.testing.assert_close(logits, predict(model, data))
+
+
+def test_methods_start_from_the_same_weights(encoded):
+    encoder, _ = encoded
+    weights = [
+        methods.table_parameters(methods.build_table(m, encoder, 4, seed=5))[0].detach()
+        for m in methods.METHODS
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_accounting_of_a_fixed_table(encoded):
+    encoder, _ = encoded
+    table = methods.build_table("fixed", encoder, 4)
+    assert methods.stored_bytes(table) == methods.dense_bytes(table) == encoder.num_rows * 16
+    assert methods.row_widths(table).tolist() == [4] * encoder.num_rows
+    assert methods.is_frozen(table)
+    assert methods.mask_parameters(table) == []
+
+
+@pytest.mark.parametrize("method", ["rule", "amtl"])
+def test_widths_add_up_to_the_stored_bytes_once_frozen(encoded, method):
+    encoder, _ = encoded
+    table = methods.build_table(method, encoder, 8, budget=0.5)
+    assert not methods.is_frozen(table)
+    table.freeze()
+    table.absorb_order()
+    assert int(methods.row_widths(table).sum()) * 4 == methods.stored_bytes(table)
+    assert methods.stored_bytes(table) <= 0.5 * methods.dense_bytes(table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "magic"}, "choose one of amtl, rule, fixed"),
+        ({"dim": 0}, "--dim"),
+        ({"budget": 1e-6}, "--method amtl"),
+        ({"options": {"no_such": 1}}, "no_such"),
+    ],
+)
+def test_unusable_settings_are_user_errors(encoded, arguments, message):
+    encoder, _ = encoded
+    with pytest.raises(UserError, match=message):
+        methods.build_table(**{"method": "amtl", "encoder": encoder, "dim": 4, **arguments})
+
+
+def test_unknown_table_optimizer():
+    with pytest.raises(UserError, match="adagrad"):
+        methods.table_optimizer("lion", [], 0.1)
