@@ -2,6 +2,8 @@
 // in this folder; the module itself only says how it was built.
 #include <Python.h>
 
+#include "cpu/kernels.h"
+
 #ifndef AMTL_CUDA_ARCHS
 #define AMTL_CUDA_ARCHS ""
 #endif
@@ -9,9 +11,10 @@
 namespace {
 
 PyObject* BuildInfo(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s}", "version", AMTL_VERSION, "torch_at_build",
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s}", "version", AMTL_VERSION, "torch_at_build",
                        AMTL_TORCH_VERSION, "cuda", AMTL_CUDA_STATUS, "cuda_architectures",
-                       AMTL_CUDA_ARCHS, "compiler", AMTL_COMPILER);
+                       AMTL_CUDA_ARCHS, "compiler", AMTL_COMPILER, "cpu_capability",
+                       amtl::cpu::Kernels().name);
 }
 
 PyMethodDef kMethods[] = {
@@ -19,9 +22,15 @@ PyMethodDef kMethods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef kModule = {
-    PyModuleDef_HEAD_INIT, "_C", "Native operators of amtl_kernels.", -1, kMethods, nullptr,
-    nullptr, nullptr, nullptr};
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
+                       "_C",
+                       "Native operators of amtl_kernels.",
+                       -1,
+                       kMethods,
+                       nullptr,
+                       nullptr,
+                       nullptr,
+                       nullptr};
 
 }  // namespace
 

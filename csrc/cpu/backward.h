@@ -1,0 +1,67 @@
+// The backward of the lookups: lookups sorted by row, then one walk over rows in ascending order.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/forward.h"
+#include "cpu/kernels.h"
+#include "cpu/resolve.h"
+#include "cpu/scratch.h"
+
+namespace amtl::cpu {
+
+// Lookups sorted by row and cut into segments of equal row. Memory: about 16 bytes a lookup (24
+// with per-sample weights or means) and 12 a distinct row, kept for the next call.
+class SortedLookups {
+ public:
+  // Sorts. Throws out_of_range for a bad index and invalid_argument for bad offsets.
+  SortedLookups(const Executor& executor, const LookupTable& table, const BagTable& bags);
+
+  int64_t segments() const { return segments_; }
+
+  // Writes the distinct rows, ascending, and looks up their kept sizes (and groups). Throws
+  // invalid_argument for a size or group out of range.
+  void Describe(bool with_groups, int64_t* rows);
+
+  // First segment whose row is not below `row`.
+  int64_t SegmentOf(int64_t row) const;
+
+  // Walks the segments: the mask gradient (zero-initialised, or null) and the update of slices.
+  void Walk(const void* grad, float* mask_grad, Update update, const Hyper& hyper,
+            const TableSlice* slices, int64_t slice_count);
+
+  int64_t* ScratchRows() { return scratch_.Get<int64_t>(segments_); }
+
+ private:
+  template <class I, class Index>
+  void Build(const int64_t* begins, int64_t bag_count, const float* bag_scales);
+  template <class I>
+  void CutSegments(const I* items, bool fill);
+  void SortByGroup();
+  void SumPieces(const void* grad, WalkTask* task, int columns);
+
+  const Executor& executor_;
+  const LookupTable& table_;
+  Scratch scratch_;
+  bool weighted_;
+  const void* items_ = nullptr;
+  int64_t count_ = 0;
+  int64_t segments_ = 0;
+  int64_t chunks_ = 0;
+  int64_t* chunk_segments_ = nullptr;
+  int64_t* rows_ = nullptr;
+  uint32_t* starts_ = nullptr;
+  int32_t* sizes_ = nullptr;
+  int32_t* groups_ = nullptr;
+  uint32_t* order_ = nullptr;
+};
+
+// Gradient of the per-sample weights, [lookups].
+void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, const BagTable& bags,
+                         const void* grad, void* out);
+
+// Applies an update to rows (strictly ascending, checked) with gradients grads [count, width].
+void ApplyUpdate(const Executor& executor, FloatType type, Update update, const TableSlice& slice,
+                 const Hyper& hyper, const int64_t* rows, const void* grads, int64_t count);
+
+}  // namespace amtl::cpu

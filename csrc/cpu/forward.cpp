@@ -1,0 +1,179 @@
+#include "cpu/forward.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace amtl::cpu {
+
+namespace {
+
+// Lookups that one task works on, and the values below which threads cost more than they bring.
+constexpr int64_t kTaskLookups = 1024;
+constexpr int64_t kSerialValues = 16384;
+// Outputs of this many bytes leave the cache before they are read again.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+int64_t IndexAt(const LookupTable& t, int64_t p) {
+  return t.index_type == IndexType::kInt32 ? static_cast<const int32_t*>(t.indices)[p]
+                                           : static_cast<const int64_t*>(t.indices)[p];
+}
+
+[[noreturn]] void ThrowBadSize(const LookupTable& t) {
+  WithSizes(t, [&](auto sizes) {
+    for (int64_t p = 0; p < t.lookups; ++p) {
+      const int64_t row = IndexAt(t, p);
+      bool bad = row < 0 || row >= t.rows;
+      if (bad) continue;
+      sizes(row, &bad);
+      if (!bad) continue;
+      const int64_t group = t.sizes.row_group ? t.sizes.row_group[row] : 0;
+      if (group < 0 || (t.sizes.row_group && group >= t.sizes.groups)) {
+        throw std::invalid_argument("row_group " + std::to_string(group) + " of row " +
+                                    std::to_string(row) + " is outside 0.." +
+                                    std::to_string(t.sizes.groups - 1));
+      }
+      throw std::invalid_argument("the size of row " + std::to_string(row) + " at position " +
+                                  std::to_string(p) + " is outside 1.." + std::to_string(t.dim));
+    }
+  });
+  throw std::invalid_argument("a size is outside 1.." + std::to_string(t.dim));
+}
+
+template <class Offset>
+const int64_t* CheckedBegins(const Executor& executor, const LookupTable& table,
+                             const BagTable& bags, Scratch* scratch, int64_t bag_count) {
+  const Offset* offsets = static_cast<const Offset*>(bags.offsets);
+  const bool in_place = sizeof(Offset) == sizeof(int64_t) && bags.include_last_offset;
+  int64_t* begins = in_place ? nullptr : scratch->Get<int64_t>(bag_count + 1);
+  std::atomic<int64_t> first_fall{bags.length};
+  executor.For(bags.length, 1 << 16, [&](int64_t i0, int64_t i1) {
+    for (int64_t i = i1 - 1; i >= i0; --i) {
+      const int64_t value = static_cast<int64_t>(offsets[i]);
+      if (begins) begins[i] = value;
+      if (i > 0 && value < static_cast<int64_t>(offsets[i - 1])) {
+        int64_t seen = first_fall.load();
+        while (i < seen && !first_fall.compare_exchange_weak(seen, i)) {
+        }
+      }
+    }
+  });
+  if (bags.length > 0 && offsets[0] != 0) {
+    throw std::invalid_argument("offsets must start at 0, but offsets[0] is " +
+                                std::to_string(offsets[0]));
+  }
+  const int64_t fall = first_fall.load();
+  if (fall < bags.length) {
+    throw std::invalid_argument("offsets must not decrease, but offsets[" + std::to_string(fall) +
+                                "] = " + std::to_string(offsets[fall]) +
+                                " is smaller than offsets[" + std::to_string(fall - 1) +
+                                "] = " + std::to_string(offsets[fall - 1]));
+  }
+  if (bags.length > 0 && static_cast<int64_t>(offsets[bags.length - 1]) > table.lookups) {
+    throw std::invalid_argument("offsets must end within the " + std::to_string(table.lookups) +
+                                " indices, but offsets[" + std::to_string(bags.length - 1) +
+                                "] is " + std::to_string(offsets[bags.length - 1]));
+  }
+  if (in_place) return reinterpret_cast<const int64_t*>(offsets);
+  if (!bags.include_last_offset) begins[bag_count] = bag_count > 0 ? table.lookups : 0;
+  return begins;
+}
+
+}  // namespace
+
+int64_t FindBadIndex(const LookupTable& table, int64_t* value) {
+  for (int64_t p = 0; p < table.lookups; ++p) {
+    *value = IndexAt(table, p);
+    if (*value < 0 || *value >= table.rows) return p;
+  }
+  return -1;
+}
+
+void ThrowBadIndex(const LookupTable& table) {
+  int64_t value = 0;
+  const int64_t p = FindBadIndex(table, &value);
+  throw std::out_of_range("index " + std::to_string(value) + " at position " + std::to_string(p) +
+                          " is out of range for a table of " + std::to_string(table.rows) +
+                          " rows");
+}
+
+const int64_t* BagBegins(const Executor& executor, const LookupTable& table, const BagTable& bags,
+                         Scratch* scratch, int64_t* bag_count) {
+  *bag_count = bags.length - (bags.include_last_offset ? 1 : 0);
+  if (*bag_count < 0) throw std::invalid_argument("include_last_offset needs at least one offset");
+  return bags.type == IndexType::kInt32
+             ? CheckedBegins<int32_t>(executor, table, bags, scratch, *bag_count)
+             : CheckedBegins<int64_t>(executor, table, bags, scratch, *bag_count);
+}
+
+bool RunForward(const Executor& executor, const LookupTable& table, const BagTable& bags,
+                BoundsCheck bounds_check, void* out) {
+  Scratch scratch;
+  const bool pooled = bags.offsets != nullptr;
+  int64_t count = table.lookups;
+  const int64_t* begins = pooled ? BagBegins(executor, table, bags, &scratch, &count) : nullptr;
+  const int64_t lookups = pooled ? begins[count] : table.lookups;
+  if (table.rows == 0 && table.lookups > 0) ThrowBadIndex(table);
+
+  const KernelTable& kernels = Kernels();
+  const LookupResolver resolver(table);
+  const int64_t bytes = count * table.dim * BytesOf(table.type);
+  PoolTask task{};
+  task.resolver = &resolver;
+  task.begins = begins;
+  task.out = out;
+  task.dim = table.dim;
+  task.mean = pooled && bags.mean;
+  task.weighted = table.per_sample_weights != nullptr;
+  task.stream = table.type == FloatType::kFloat && table.dim % kernels.lanes == 0 &&
+                table.dim <= kMaxStaticRegisters * kernels.lanes && bytes >= kStreamBytes &&
+                reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const int64_t wide = (table.dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+
+  const int64_t tasks =
+      std::max<int64_t>(1, std::min(count, (lookups + count) / (2 * kTaskLookups)));
+  const bool serial = (lookups + count) * table.dim < kSerialValues;
+  const int64_t workers = serial ? 1 : std::min<int64_t>(tasks, std::max(1, executor.threads));
+  float* wides = scratch.Get<float>(workers * wide);
+  std::atomic<int64_t> next{0};
+  const auto bag_at = [&](int64_t t) {
+    if (t == tasks) return count;
+    if (!pooled) return count * t / tasks;
+    // Equal shares of lookups and bags together: bags cost too, if only by their output.
+    int64_t low = 0, high = count;
+    const int64_t share = (lookups + count) * t / tasks;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      begins[middle] + middle < share ? low = middle + 1 : high = middle;
+    }
+    return low;
+  };
+  const auto work = [&](int64_t w0, int64_t w1) {
+    for (int64_t w = w0; w < w1; ++w) {
+      PoolTask mine = task;
+      mine.wide = wides + w * wide;
+      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+        const int64_t begin = bag_at(t), end = bag_at(t + 1);
+        if (begin < end) kernels.pool(table.type, mine, begin, end);
+      }
+    }
+  };
+  if (workers == 1) {
+    work(0, 1);
+  } else {
+    executor.For(workers, 1, work);
+  }
+  if (resolver.bad_size) ThrowBadSize(table);
+  bool bad_index = resolver.bad_index;
+  if (lookups < table.lookups && bounds_check != BoundsCheck::kOff && !bad_index) {
+    int64_t value = 0;
+    bad_index = FindBadIndex(table, &value) >= 0;
+  }
+  if (bad_index && bounds_check == BoundsCheck::kRaise) ThrowBadIndex(table);
+  return bad_index && bounds_check == BoundsCheck::kClamp;
+}
+
+}  // namespace amtl::cpu

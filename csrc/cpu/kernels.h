@@ -1,0 +1,129 @@
+// The inner loops, one table of function pointers for each instruction set.
+//
+// Everything here works on raw pointers and on ranges that the drivers (forward.cpp, backward.cpp,
+// optimizer.cpp) hand out; nothing allocates, nothing throws.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/types.h"
+
+namespace amtl::cpu {
+
+constexpr int kMaxStaticRegisters = 8;
+constexpr int64_t kSourceBlock = 128;
+// A segment of more items than this is summed in pieces of this many, whoever sums them: threads
+// share hot rows, and the order of additions does not depend on their number.
+constexpr int64_t kPieceItems = 1024;
+
+// Writes the sources of lookups [begin, end) to `out`.
+struct Resolver {
+  void (*resolve)(const Resolver* self, int64_t begin, int64_t end, Source* out);
+};
+
+// One pooled or plain forward over bags [begin, end). A plain lookup has begins == nullptr: bag b
+// is the single lookup b.
+struct PoolTask {
+  const Resolver* resolver;
+  const int64_t* begins;  // [bags + 1]
+  void* out;              // [bags, dim]
+  int64_t dim;
+  bool mean;
+  bool weighted;  // sources carry a scale
+  bool stream;    // write past the caches: out is 64-byte aligned, dim fills whole registers
+  float* wide;    // [dim] scratch of the thread, for dim > kMaxStaticDim
+};
+
+// A lookup after sorting by row: `bag` is the row of the incoming gradient.
+struct Item {
+  uint32_t bag;
+  uint32_t row;
+};
+struct WeightedItem {
+  uint32_t bag;
+  uint32_t row;
+  float scale;
+};
+
+enum class Update { kStoreGrad, kSgd, kAdagrad, kRowWiseAdagrad, kAdam };
+
+// Rows [first_row, end_row) of a table and what an update does to them. For kStoreGrad, `weight` is
+// read for the mask gradient only and `grads` [U, width] is written.
+struct TableSlice {
+  void* weight;
+  float* state1;  // Adagrad: [rows, width]; row-wise: [rows]; Adam: first moment
+  float* state2;  // Adam: second moment
+  void* grads;
+  int64_t first_row;
+  int64_t end_row;
+  int64_t first_segment;  // segment whose gradient is grads[0]
+  int32_t width;
+};
+
+struct Hyper {
+  float lr;
+  float eps;
+  float weight_decay;
+  float beta2;
+  float one_minus_beta1;
+  float one_minus_beta2;
+  float step_size;           // lr / (1 - beta1^t)
+  float inverse_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+};
+
+// Lookups sorted by row, cut into segments of equal row, and what to do at a segment's end.
+struct WalkTask {
+  const void* grad;  // [bags, dim]
+  int64_t dim;
+  const void* items;        // Item or WeightedItem, sorted
+  const int64_t* rows;      // [segments]
+  const uint32_t* starts;   // [segments + 1] into items
+  const int32_t* sizes;     // [segments] kept size
+  const int32_t* groups;    // [segments], with mask_grad
+  const uint32_t* order;    // [segments] walking order, or nullptr
+  const int32_t* piece_of;  // [segments] first row of `pieces` of a split segment, else -1; or null
+  const float* pieces;      // [pieces, padded dim] partial sums of split segments
+  int64_t padded_dim;
+  float* mask_grad;  // [groups, dim] or nullptr
+  const TableSlice* slices;
+  int64_t slice_count;
+  Hyper hyper;
+  bool prefetch;
+};
+
+// Scratch of one walking range: partial mask gradients of the groups it shares with its neighbours.
+struct WalkEdges {
+  int32_t first_group;  // -1: none
+  int32_t last_group;   // -1: the range holds one group only
+  float* first;         // [dim]
+  float* last;          // [dim]
+};
+
+struct KernelTable {
+  const char* name;
+  int lanes;
+  void (*pool)(FloatType type, const PoolTask& task, int64_t begin, int64_t end);
+  // Sums the gradients of `count` items into out[0..columns).
+  void (*reduce)(FloatType type, const void* grad, int64_t dim, const void* items, bool weighted,
+                 int64_t count, int columns, float* out);
+  // Walks segments [begin, end); `scratch` holds 2 * padded_dim floats.
+  void (*walk)(FloatType type, Update update, bool weighted, const WalkTask& task, int64_t begin,
+               int64_t end, WalkEdges* edges, float* scratch);
+  // Gradient of the per-sample weight of lookups [begin, end): bags[p] < 0 gives 0.
+  void (*dot)(FloatType type, const Resolver* resolver, const void* grad, int64_t dim,
+              const int64_t* bags, int64_t begin, int64_t end, void* out);
+  // Applies updates to rows[begin, end) with gradients grads [.., slice.width].
+  void (*apply)(FloatType type, Update update, const TableSlice& slice, const Hyper& hyper,
+                const int64_t* rows, const void* grads, int64_t begin, int64_t end, float* scratch);
+};
+
+const KernelTable& GenericKernels();
+#if defined(__x86_64__)
+const KernelTable& Avx2Kernels();
+const KernelTable& Avx512Kernels();
+#endif
+
+// The best table that this processor runs; AMTL_CPU_ISA=generic|avx2|avx512 asks for a lesser one.
+const KernelTable& Kernels();
+
+}  // namespace amtl::cpu

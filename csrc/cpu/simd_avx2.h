@@ -1,0 +1,86 @@
+// 8 floats in a register, AVX2 with FMA and F16C. Included under the matching target pragma only.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/types.h"
+
+namespace amtl::cpu::avx2 {
+
+constexpr int kLanes = 8;
+using Reg = __m256;
+using Mask = __m256i;
+
+inline Mask FirstLanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
+inline int CountLanes(Mask m) {
+  return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m)));
+}
+
+inline Reg Zero() { return _mm256_setzero_ps(); }
+inline Reg Set1(float x) { return _mm256_set1_ps(x); }
+inline Reg Add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+inline Reg Sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+inline Reg Mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+inline Reg Div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+inline Reg Sqrt(Reg a) { return _mm256_sqrt_ps(a); }
+inline Reg MulAdd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+inline Reg Keep(Reg a, Mask m) { return _mm256_and_ps(a, _mm256_castsi256_ps(m)); }
+inline float Sum(Reg a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline int LastNonZero(Reg a) {
+  const unsigned m =
+      static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+  return m == 0 ? 0 : 32 - __builtin_clz(m);
+}
+
+inline __m128i LoadHalves(const void* p, Mask m) {
+  const int n = CountLanes(m);
+  if (n == kLanes) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  alignas(16) uint16_t part[kLanes] = {};
+  const uint16_t* source = static_cast<const uint16_t*>(p);
+  for (int i = 0; i < n; ++i) part[i] = source[i];
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(part));
+}
+inline void StoreHalves(void* p, __m128i a, Mask m) {
+  const int n = CountLanes(m);
+  if (n == kLanes) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), a);
+    return;
+  }
+  alignas(16) uint16_t part[kLanes];
+  _mm_store_si128(reinterpret_cast<__m128i*>(part), a);
+  uint16_t* target = static_cast<uint16_t*>(p);
+  for (int i = 0; i < n; ++i) target[i] = part[i];
+}
+
+inline Reg Load(const float* p, Mask m) { return _mm256_maskload_ps(p, m); }
+inline Reg Load(const Half* p, Mask m) { return _mm256_cvtph_ps(LoadHalves(p, m)); }
+inline Reg Load(const BFloat16* p, Mask m) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LoadHalves(p, m)), 16));
+}
+
+inline void Store(float* p, Reg a, Mask m) { _mm256_maskstore_ps(p, m, a); }
+inline void Store(Half* p, Reg a, Mask m) {
+  StoreHalves(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), m);
+}
+inline void Store(BFloat16* p, Reg a, Mask m) {
+  const __m256i x = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x00400000));
+  const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+  const __m256i y = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, _mm256_castps_si256(nan)), 16);
+  StoreHalves(p, _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)), m);
+}
+inline void StoreStream(float* p, Reg a) { _mm256_stream_ps(p, a); }
+inline void FenceStream() { _mm_sfence(); }
+
+}  // namespace amtl::cpu::avx2

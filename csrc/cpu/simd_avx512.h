@@ -1,0 +1,61 @@
+// 16 floats in a register, AVX-512. Included under the matching target pragma only.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/types.h"
+
+namespace amtl::cpu::avx512 {
+
+constexpr int kLanes = 16;
+using Reg = __m512;
+using Mask = __mmask16;
+
+// Lanes below n, for any n.
+inline Mask FirstLanes(int n) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(n));
+}
+
+inline Reg Zero() { return _mm512_setzero_ps(); }
+inline Reg Set1(float x) { return _mm512_set1_ps(x); }
+inline Reg Add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+inline Reg Sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+inline Reg Mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+inline Reg Div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+inline Reg Sqrt(Reg a) { return _mm512_sqrt_ps(a); }
+inline Reg MulAdd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+inline Reg Keep(Reg a, Mask m) { return _mm512_maskz_mov_ps(m, a); }
+inline float Sum(Reg a) { return _mm512_reduce_add_ps(a); }
+// Number of lanes up to the last one that is not zero; NaN counts.
+inline int LastNonZero(Reg a) {
+  const unsigned m = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  return 32 - static_cast<int>(_lzcnt_u32(m));
+}
+
+inline Reg Load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+inline Reg Load(const Half* p, Mask m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
+inline Reg Load(const BFloat16* p, Mask m) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline void Store(float* p, Reg a, Mask m) { _mm512_mask_storeu_ps(p, m, a); }
+inline void Store(Half* p, Reg a, Mask m) {
+  _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void Store(BFloat16* p, Reg a, Mask m) {
+  const __m512i x = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  __m512i y = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const Mask nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  y = _mm512_mask_or_epi32(y, nan, x, _mm512_set1_epi32(0x00400000));
+  _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(y, 16)));
+}
+// Past the caches; `p` is aligned to 64 bytes.
+inline void StoreStream(float* p, Reg a) { _mm512_stream_ps(p, a); }
+inline void FenceStream() { _mm_sfence(); }
+
+}  // namespace amtl::cpu::avx512

@@ -1,0 +1,67 @@
+// From PyTorch's tensors to the plain structs of csrc/cpu.
+#pragma once
+
+#include <vector>
+
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+#include "torch/common.h"
+
+namespace amtl {
+
+inline cpu::FloatType FloatTypeOf(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return cpu::FloatType::kHalf;
+    case ScalarType::BFloat16:
+      return cpu::FloatType::kBFloat16;
+    default:
+      return cpu::FloatType::kFloat;
+  }
+}
+
+inline cpu::IndexType IndexTypeOf(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Int ? cpu::IndexType::kInt32 : cpu::IndexType::kInt64;
+}
+
+inline cpu::Executor TorchExecutor() {
+  cpu::Executor executor{};
+  executor.run = [](int64_t n, int64_t grain, cpu::Executor::Body body, void* ctx) {
+    torch::stable::parallel_for(0, n, grain,
+                                [=](int64_t begin, int64_t end) { body(ctx, begin, end); });
+  };
+  executor.threads = static_cast<int>(torch::stable::get_num_threads());
+  return executor;
+}
+
+// A lookup's arguments as plain structs, and the memory that they point to.
+struct CpuLookup {
+  cpu::LookupTable table{};
+  cpu::BagTable bags{};
+  std::vector<int64_t> ends;
+  std::vector<int32_t> widths;
+  std::vector<const char*> blocks;
+
+  CpuLookup() = default;
+  CpuLookup(const CpuLookup&) = delete;
+  CpuLookup& operator=(const CpuLookup&) = delete;
+
+  void SetTable(const Tensor& weight, const Tensor& indices, int64_t padding_idx);
+  void SetRowSizes(const Tensor& weight, const Tensor& row_dims);
+  void SetGroupSizes(const Tensor& weight, const Tensor& row_group, const Tensor& group_dims,
+                     int64_t seed);
+  void SetTiers(const std::vector<Tensor>& tiers, const std::vector<int64_t>& tier_ends,
+                const Tensor& indices, int64_t dim, int64_t padding_idx);
+  void SetBags(const Tensor& like, const OptionalTensor& offsets, const OptionalTensor& weights,
+               int64_t mode, bool include_last_offset);
+
+  // [.., dim] of a forward.
+  Tensor NewOutput(const Tensor& like, const Tensor& indices) const;
+  // Checks the shape of an incoming gradient.
+  void CheckGrad(const Tensor& grad, const Tensor& like) const;
+};
+
+// Runs the forward and warns about a clamped index.
+void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out);
+
+}  // namespace amtl

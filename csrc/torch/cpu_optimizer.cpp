@@ -1,0 +1,91 @@
+// Optimizer updates on (rows, grads) on the CPU.
+#include <cmath>
+
+#include "torch/cpu_common.h"
+
+namespace amtl {
+namespace {
+
+using cpu::Hyper;
+using cpu::TableSlice;
+using cpu::Update;
+
+Hyper MakeHyper(double lr, double eps, double weight_decay) {
+  Hyper hyper{};
+  hyper.lr = static_cast<float>(lr);
+  hyper.eps = static_cast<float>(eps);
+  hyper.weight_decay = static_cast<float>(weight_decay);
+  return hyper;
+}
+
+float* StateData(const Tensor& state, const Tensor& weight, const char* name, bool row_wise) {
+  Check(state.scalar_type() == ScalarType::Float, name, " must be float32");
+  CheckLike(state, name, weight);
+  Check(state.numel() == (row_wise ? weight.size(0) : weight.numel()) &&
+            state.size(0) == weight.size(0),
+        name, row_wise ? " must be [N]" : " must be [N, D]");
+  return state.mutable_data_ptr<float>();
+}
+
+void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update update,
+           const Hyper& hyper, float* state1, float* state2) {
+  CheckWeight(weight);
+  Check(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "rows must be int64 [U]");
+  Check(grads.scalar_type() == weight.scalar_type() && grads.dim() == 2 &&
+            grads.size(0) == rows.size(0) && grads.size(1) == weight.size(1),
+        "grads must be [", rows.size(0), ", ", weight.size(1), "] in the type of the table");
+  CheckLike(rows, "rows", weight);
+  CheckLike(grads, "grads", weight);
+  TableSlice slice{};
+  slice.weight = weight.mutable_data_ptr();
+  slice.state1 = state1;
+  slice.state2 = state2;
+  slice.end_row = weight.size(0);
+  slice.width = static_cast<int32_t>(weight.size(1));
+  cpu::ApplyUpdate(TorchExecutor(), FloatTypeOf(weight), update, slice, hyper,
+                   static_cast<const int64_t*>(rows.const_data_ptr()), grads.const_data_ptr(),
+                   rows.size(0));
+}
+
+void ApplySgd(const Tensor& weight, const Tensor& rows, const Tensor& grads, double lr,
+              double weight_decay) {
+  Apply(weight, rows, grads, Update::kSgd, MakeHyper(lr, 0, weight_decay), nullptr, nullptr);
+}
+
+void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
+                  const Tensor& grads, double lr, double eps, double weight_decay) {
+  Apply(weight, rows, grads, Update::kAdagrad, MakeHyper(lr, eps, weight_decay),
+        StateData(state_sum, weight, "state_sum", false), nullptr);
+}
+
+void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
+                         const Tensor& grads, double lr, double eps, double weight_decay) {
+  Apply(weight, rows, grads, Update::kRowWiseAdagrad, MakeHyper(lr, eps, weight_decay),
+        StateData(state_sum, weight, "state_sum", true), nullptr);
+}
+
+void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+               const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
+               double beta2, double eps, double weight_decay) {
+  Check(step >= 1, "step counts from 1");
+  Hyper hyper = MakeHyper(lr, eps, weight_decay);
+  hyper.beta2 = static_cast<float>(beta2);
+  hyper.one_minus_beta1 = static_cast<float>(1 - beta1);
+  hyper.one_minus_beta2 = static_cast<float>(1 - beta2);
+  hyper.step_size = static_cast<float>(lr / (1 - std::pow(beta1, static_cast<double>(step))));
+  hyper.inverse_sqrt_bias2 =
+      static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))));
+  Apply(weight, rows, grads, Update::kAdam, hyper, StateData(exp_avg, weight, "exp_avg", false),
+        StateData(exp_avg_sq, weight, "exp_avg_sq", false));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(amtl, CPU, m) {
+  m.impl("apply_sgd_", TORCH_BOX(&ApplySgd));
+  m.impl("apply_adagrad_", TORCH_BOX(&ApplyAdagrad));
+  m.impl("apply_rowwise_adagrad_", TORCH_BOX(&ApplyRowWiseAdagrad));
+  m.impl("apply_adam_", TORCH_BOX(&ApplyAdam));
+}
+
+}  // namespace amtl
