@@ -6,6 +6,7 @@ from amtl_kernels._version import __version__
 backend.initialize()
 _autograd.register()
 
+from amtl_kernels import optim  # noqa: E402
 from amtl_kernels.backend import (  # noqa: E402
     build_info,
     get_backend,
@@ -30,6 +31,7 @@ __all__ = [
     "get_backend",
     "masked_embedding",
     "masked_embedding_bag",
+    "optim",
     "reference",
     "register_backend",
     "set_backend",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -167,13 +167,11 @@ _FAKE_BACKWARDS: dict[str, Callable[..., object]] = {
 }
 
 
-def _row_gradient(
-    rows: Tensor, grads: Tensor, shape: Sequence[int | torch.SymInt], dense: bool
-) -> Tensor:
+def _row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, dense: bool) -> Tensor:
     if dense:
-        return grads.new_zeros(tuple(shape)).index_copy(0, rows, grads)
+        return grads.new_zeros(shape).index_copy(0, rows, grads)
     return torch.sparse_coo_tensor(
-        rows.unsqueeze(0), grads, tuple(shape), is_coalesced=True, check_invariants=False
+        rows.unsqueeze(0), grads, shape, is_coalesced=True, check_invariants=False
     )
 
 

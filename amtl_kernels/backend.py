@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import platform
@@ -151,7 +152,7 @@ def _load_native() -> None:
     """Imports the compiled module, whose registrations run on import."""
     global _native_error
     try:
-        from amtl_kernels import _C
+        native = importlib.import_module("amtl_kernels._C")
     except ImportError as error:
         _native_error = f"{type(error).__name__}: {error}"
         if importlib.util.find_spec("amtl_kernels._C") is not None:
@@ -162,7 +163,7 @@ def _load_native() -> None:
                 stacklevel=3,
             )
     else:
-        _native_info.update(_C.build_info())
+        _native_info.update(native.build_info())
 
 
 def _load_triton() -> Implementations:
