@@ -1,0 +1,73 @@
+"""A wheel built here is one file for every Python and holds what it should."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMOKE = """
+import torch, amtl_kernels, amtl
+assert amtl_kernels.__file__.startswith({target!r}), amtl_kernels.__file__
+assert "error" not in amtl_kernels.build_info()["native"], amtl_kernels.build_info()
+weight = torch.randn(5, 6)
+dims = torch.tensor([6, 4, 3, 2, 1], dtype=torch.uint8)
+indices = torch.tensor([4, 0, 2])
+kept = torch.arange(6) < dims[indices][:, None]
+out = amtl_kernels.masked_embedding(weight, indices, dims)
+torch.testing.assert_close(out, weight[indices] * kept, rtol=0, atol=0)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"),
+            *("--no-deps", "--wheel-dir", str(folder), str(ROOT)),
+        ],
+        check=True,
+        env={**os.environ, "AMTL_CUDA": "off"},
+        timeout=600,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.mark.slow
+def test_contents(wheel: Path) -> None:
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    for expected in ("amtl_kernels/_C.abi3.so", "amtl_kernels/py.typed", "amtl/py.typed"):
+        assert expected in names
+    assert "amtl/data/__init__.py" in names
+    roots = {name.split("/")[0] for name in names}
+    version = wheel.name.split("-")[1]
+    assert roots == {"amtl", "amtl_kernels", f"amtl_kernels-{version}.dist-info"}
+
+
+@pytest.mark.slow
+def test_installs_and_runs(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"),
+            *("--target", str(target), str(wheel)),
+        ],
+        check=True,
+        timeout=300,
+    )
+    subprocess.run(
+        [sys.executable, "-c", SMOKE.format(target=str(target))],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        timeout=120,
+    )
