@@ -1,0 +1,290 @@
+"""The command line: ``run``, ``compare``, ``table``, ``plot``, ``guards``."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from bench import binding, guards, machine, memory, plots, tables
+from bench.compare import compare_reports
+from bench.oracle import MismatchError
+from bench.results import Comparison, Report, ResultFormatError
+from bench.runner import Budget, Runner
+from bench.suites import SUITES, evaluate, select
+
+app = typer.Typer(
+    help="Benchmarks of amtl_kernels against its peers, on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(guards.app, name="guards")
+console = Console()
+NOISY_EXIT = 3
+
+
+class CallRate(ProgressColumn):
+    """Calls per second so far."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, or a dash before the first calls."""
+        calls = task.fields.get("calls", 0)
+        elapsed = task.elapsed or 0.0
+        return Text(f"{calls / elapsed:,.0f} calls/s" if calls and elapsed else "– calls/s")
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        CallRate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    table = Table(title=tables.describe_case(comparison.case), title_justify="left", box=None)
+    baselines = [name for name in comparison.baselines if name in comparison.timings]
+    for heading in ("contender", "ms", "P10", "P90", "ns/lookup", "of copy"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right")
+    for name in baselines:
+        table.add_column(f"time / {name}", justify="right")
+    for name, timing in comparison.timings.items():
+        summary = timing.summary
+        cells = [
+            timing.title,
+            f"{summary.median * 1e3:.3f}",
+            f"{summary.p10 * 1e3:.3f}",
+            f"{summary.p90 * 1e3:.3f}",
+            f"{summary.median / timing.lookups * 1e9:.1f}",
+            f"{timing.share:.0%}",
+        ]
+        for baseline in baselines:
+            ratio = comparison.ratio(name, baseline)
+            assert ratio is not None
+            cells.append(
+                "1"
+                if name == baseline
+                else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+            )
+        table.add_row(*cells, style="bold" if timing.ours else None)
+    console.print(table)
+    for name, reason in comparison.left_out.items():
+        console.print(f"  [dim]without {name}: {reason}[/dim]")
+    if comparison.rejected:
+        console.print(f"  [red]rejected: {comparison.rejected}[/red]")
+    console.print()
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")] = "quick",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only cases whose name holds this; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file (JSON).")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Timed seconds per case.")] = None,
+    peaks: Annotated[bool, typer.Option(help="Measure peak memory and import times too.")] = True,
+    note: Annotated[str, typer.Option(help="A remark kept in the result.")] = "",
+) -> None:
+    """Measures a suite, prints it, and writes a result file."""
+    if suite not in SUITES:
+        raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+    warnings.filterwarnings("ignore")
+    chosen = select(SUITES[suite](), only or [])
+    if not chosen.cases and not (peaks and chosen.memory):
+        raise typer.BadParameter("no case matches")
+    started = time.perf_counter()
+    report = Report(suite, machine.describe())
+    threads = sorted({case.threads for case in chosen.cases})
+    cores = len(binding.allowed_cpus())
+    with console.status("measuring this machine's ceilings"):
+        megabytes = 16 if suite == "tiny" else 512
+        report.ceilings = {
+            str(count): machine.ceilings(count, megabytes=megabytes)
+            for count in threads
+            if count <= cores
+        }
+    budget = Budget(seconds if seconds is not None else chosen.seconds)
+    if suite == "tiny":
+        budget = Budget(budget.seconds, minimal_rounds=3, maximal_rounds=5)
+    runner = Runner(
+        budget=budget,
+        copy_bandwidth={int(count): found["copy"] for count, found in report.ceilings.items()},
+        probe=None if suite == "tiny" else machine.ThreadProbe(),
+    )
+    report.absent = runner.absent()
+    report.settings = {"seconds_per_case": budget.seconds, "note": note}
+    for name, reason in report.absent.items():
+        console.print(f"[yellow]absent: {name}: {reason}[/yellow]")
+    failures = []
+    with _progress() as progress:
+        task = progress.add_task("", total=len(chosen.cases), calls=0)
+        calls = 0
+        for number, case in enumerate(chosen.cases):
+            progress.update(task, description=case.name)
+            if case.threads > cores:
+                continue
+
+            def notice(share: float, made: int, number: int = number) -> None:
+                nonlocal calls
+                calls += made
+                progress.update(task, completed=number + share, calls=calls)
+
+            try:
+                comparison = runner.run(case, notice)
+            except MismatchError as error:
+                failures.append(f"{case.name}: {error}")
+                console.print(f"[red]{failures[-1]}[/red]")
+                continue
+            report.comparisons.append(comparison)
+            progress.update(task, completed=number + 1)
+            _print_comparison(comparison)
+    runner.forget()
+    if peaks:
+        with _progress() as progress:
+            jobs = [
+                (case, name)
+                for case in chosen.memory
+                for name in case.contenders
+                if name not in report.absent and not runner.contenders[name].refuses(case)
+            ]
+            task = progress.add_task("peak memory", total=len(jobs) + 1, calls=0)
+            for case, name in jobs:
+                report.memory.append(memory.measure(case.as_dict(), name))
+                progress.advance(task)
+            if suite != "tiny":
+                report.startup = memory.startup()
+            progress.advance(task)
+    report.goals = evaluate(report)
+    report.settings["wall_seconds"] = round(time.perf_counter() - started, 1)
+    _print_goals(report)
+    path = out or Path("runs") / "bench" / f"{suite}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    report.write(path)
+    console.print(f"{path}, {report.settings['wall_seconds']:.0f} s")
+    if failures:
+        console.print(f"[red]{len(failures)} case(s) were not timed: outputs differ[/red]")
+        raise typer.Exit(1)
+    rejected = [entry.name for entry in report.comparisons if entry.rejected]
+    if rejected:
+        console.print(f"[red]{len(rejected)} rejected run(s): use nothing of them[/red]")
+        raise typer.Exit(NOISY_EXIT)
+
+
+def _print_goals(report: Report) -> None:
+    if report.goals:
+        table = Table(title="Goals", title_justify="left", box=None)
+        for heading in ("goal", "case", "wanted", "measured", "reached"):
+            table.add_column(heading)
+        for goal in report.goals:
+            ratio, limit = float(goal["ratio"]), float(goal["limit"])
+            faster = bool(goal["faster"])
+            table.add_row(
+                str(goal["goal"]),
+                str(goal["case"]),
+                f"≥ {1 / limit:.3g}× faster" if faster else f"≤ {limit:.3g}×",
+                f"{1 / ratio:.3g}×" if faster else f"{ratio:.3g}×",
+                "yes" if goal["reached"] else "no",
+                style=None if goal["reached"] else "yellow",
+            )
+        console.print(table)
+    for name, told in report.startup.items():
+        beyond = "" if name == "torch" else " beyond torch"
+        console.print(f"import {name}: {told * 1e3:.0f} ms{beyond}")
+
+
+def _read(path: Path) -> Report:
+    try:
+        return Report.read(path)
+    except (OSError, ResultFormatError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def compare(
+    old: Path,
+    new: Path,
+    tolerance: Annotated[float, typer.Option(help="Relative change that does not matter.")] = 0.05,
+    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.99,
+) -> None:
+    """Flags what became slower, by interval; exits with 1 where something did."""
+    outcome = compare_reports(_read(old), _read(new), tolerance=tolerance, confidence=confidence)
+    table = Table(box=None)
+    for heading in ("case", "contender", "new / old", "interval", "relative to", ""):
+        table.add_column(heading)
+    for change in outcome.changes:
+        colour = {"slower": "red", "faster": "green", "same": None}[change.verdict]
+        table.add_row(
+            change.case,
+            change.contender,
+            f"{change.change.value:.3f}",
+            f"{change.change.low:.3f}–{change.change.high:.3f}",
+            change.relative_to or "itself",
+            change.verdict if change.verdict != "same" else "",
+            style=colour,
+        )
+    console.print(table)
+    for name in outcome.missing:
+        console.print(f"[yellow]not compared: {name}[/yellow]")
+    for name in outcome.added:
+        console.print(f"[dim]new: {name}[/dim]")
+    if outcome.regressions:
+        console.print(f"[red]{len(outcome.regressions)} regression(s)[/red]")
+        raise typer.Exit(1)
+
+
+@app.command()
+def table(
+    result: Path,
+    readme: Annotated[
+        Path | None, typer.Option(help="Rewrite the part of this file between its markers.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the whole table here.")] = None,
+) -> None:
+    """Prints a result file as Markdown, or puts its short form into a README."""
+    report = _read(result)
+    if readme is not None:
+        if not tables.update_readme(readme, tables.readme_section(report, result.as_posix())):
+            raise typer.BadParameter(f"{readme} has no markers {tables.README_BEGIN}")
+        console.print(f"{readme} updated")
+        return
+    text = tables.render(report)
+    if out is not None:
+        out.write_text(text)
+        console.print(f"{out}")
+        return
+    typer.echo(text)
+
+
+@app.command()
+def plot(
+    result: Path,
+    out: Annotated[Path | None, typer.Option(help="Folder; by default beside the file.")] = None,
+) -> None:
+    """Draws ratio bars, a roofline and the scale of cost."""
+    for path in plots.draw(_read(result), out or result.parent, result.stem):
+        console.print(f"{path}")

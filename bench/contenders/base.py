@@ -1,0 +1,236 @@
+"""The contract of a contender, and the session that most of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.inputs import Case, Problem
+from bench.oracle import Equations, Outcome
+
+
+class Session(Protocol):
+    """A contender set up on a problem."""
+
+    def call(self, rotation: int) -> object:
+        """One timed call on an id set."""
+        ...
+
+    def outcome(self, rotation: int) -> Outcome:
+        """One call with everything it produced; leaves the weights as they were."""
+        ...
+
+
+class Contender(ABC):
+    """Somebody who can do the work of a case.
+
+    Attributes:
+        name: Key in cases and results.
+        title: What tables show.
+        equations: What it computes.
+        install: How to get it where it is absent.
+        ours: Whether it is this project's.
+        tolerance: Larger than the dtype's where it rounds on purpose.
+    """
+
+    name: str
+    title: str
+    equations: Equations
+    install: str = ""
+    ours: bool = False
+    tolerance: float = 0.0
+
+    def absent(self) -> str:
+        """Why it can't run on this machine at all; empty where it can."""
+        return ""
+
+    def refuses(self, case: Case) -> str:
+        """Why it has no answer to this case; empty where it has."""
+        return ""
+
+    @abstractmethod
+    def prepare(self, problem: Problem) -> Session:
+        """Sets it up. Weights are the problem's own storage wherever it can take them."""
+
+
+class RowAccess(Protocol):
+    """Reads and writes rows of the concatenated tables, whatever holds them."""
+
+    def read(self, rows: Tensor) -> Tensor:
+        """A copy of ``rows``, ``[U, D]``."""
+        ...
+
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Puts values back."""
+        ...
+
+
+class Rows:
+    """Rows of one tensor that holds all tables."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def read(self, rows: Tensor) -> Tensor:
+        """A copy of ``rows``, ``[U, D]``."""
+        return self._weight.detach()[rows]
+
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Puts values back."""
+        with torch.no_grad():
+            self._weight.index_copy_(0, rows, values)
+
+
+class TieredRows:
+    """Rows of frozen tiers; what a tier does not store reads as zero."""
+
+    def __init__(self, problem: Problem, tier_width: int, blocks: Sequence[Tensor]) -> None:
+        self._tiers = problem.tiers(tier_width)
+        self._blocks = blocks
+        self._dim = problem.case.dim
+
+    def parts(self, rows: Tensor) -> list[tuple[Tensor, Tensor, int]]:
+        """Per tier: places within ``rows``, the rows' numbers in the tier, the tier."""
+        rank = self._tiers.rank[rows]
+        tier = torch.bucketize(rank, torch.tensor(self._tiers.ends), right=True)
+        starts = [0, *self._tiers.ends]
+        found = []
+        for index in range(len(self._blocks)):
+            here = (tier == index).nonzero().squeeze(1)
+            found.append((here, rank[here] - starts[index], index))
+        return found
+
+    def read(self, rows: Tensor) -> Tensor:
+        """A copy of ``rows``, zero-extended to ``[U, D]``."""
+        found = torch.zeros(rows.numel(), self._dim, dtype=self._blocks[0].dtype)
+        for here, local, index in self.parts(rows):
+            block = self._blocks[index].detach()
+            found[here, : block.shape[1]] = block[local]
+        return found
+
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Puts values back."""
+        for here, local, index in self.parts(rows):
+            block = self._blocks[index].detach()
+            block.index_copy_(0, local, values[here, : block.shape[1]].contiguous())
+
+
+def sparse_rows(gradient: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a gradient, sparse or dense, as ``[U, D]``."""
+    if not gradient.is_sparse:
+        return gradient[rows]
+    gradient = gradient.coalesce()
+    place = torch.searchsorted(rows, gradient.indices()[0])
+    found = torch.zeros(rows.numel(), gradient.shape[1], dtype=gradient.dtype)
+    return found.index_copy_(0, place, gradient.values())
+
+
+class Optimizer(Protocol):
+    """What a session needs of an optimizer."""
+
+    def step(self) -> object:
+        """Updates the weights."""
+        ...
+
+
+class AutogradSession:
+    """Lookup, backward and step through autograd, with fresh outputs and gradients each call."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        lookup: Callable[[int], Tensor],
+        parameters: Sequence[nn.Parameter],
+        *,
+        optimizer: Optimizer | None = None,
+        rows: RowAccess | None = None,
+        mask: nn.Parameter | None = None,
+        gradient: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Sets up one session.
+
+        Args:
+            problem: Its problem.
+            lookup: Output ``[T·B, D]``, or anything that holds as many numbers, of an id set.
+            parameters: Whose gradients are dropped after each call.
+            optimizer: Of a step; None also where the backward updates by itself.
+            rows: Access to the rows; by default to ``problem.weight``.
+            mask: The soft mask's parameter.
+            gradient: Row gradient ``[U, D]`` of given rows after a backward; by default that of
+                the one parameter.
+        """
+        self._problem = problem
+        self._work = problem.case.work
+        self._lookup = lookup
+        self._parameters = [*parameters, *([mask] if mask is not None else [])]
+        self._optimizer = optimizer
+        self._rows: RowAccess = rows or Rows(problem.weight)
+        self._mask = mask
+        self._gradient = gradient or self._only_gradient
+        self._grad: Tensor | None = None
+
+    def _only_gradient(self, rows: Tensor) -> Tensor:
+        gradient = self._parameters[0].grad
+        assert gradient is not None
+        return sparse_rows(gradient, rows)
+
+    def _incoming(self, output: Tensor) -> Tensor:
+        if self._grad is None:
+            case = self._problem.case
+            grad = self._problem.grad
+            if output.dim() == 2 and output.shape[1] == case.tables * case.dim > case.dim:
+                grad = grad.view(case.tables, case.bags, case.dim).transpose(0, 1)
+            self._grad = grad.reshape(output.shape).to(output.dtype).contiguous()
+        return self._grad
+
+    def _backward(self, output: Tensor) -> None:
+        cast(Any, output).backward(self._incoming(output))
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def call(self, rotation: int) -> object:
+        """One timed call."""
+        if self._work == "forward":
+            with torch.no_grad():
+                return self._lookup(rotation)
+        output = self._lookup(rotation)
+        self._backward(output)
+        if self._work == "step" and self._optimizer is not None:
+            self._optimizer.step()
+        self._drop_gradients()
+        return None
+
+    def _table_major(self, output: Tensor) -> Tensor:
+        case = self._problem.case
+        output = output.detach()
+        if output.dim() == 2 and output.shape[1] == case.tables * case.dim > case.dim:
+            output = output.view(case.bags, case.tables, case.dim).transpose(0, 1)
+        return output.reshape(-1, case.dim)
+
+    def outcome(self, rotation: int) -> Outcome:
+        """One call with everything it produced."""
+        if self._work == "forward":
+            with torch.no_grad():
+                return Outcome(self._table_major(self._lookup(rotation)))
+        touched = torch.unique(self._problem.global_ids[rotation])
+        before = self._rows.read(touched)
+        output = self._lookup(rotation)
+        self._backward(output)
+        result = Outcome(self._table_major(output).clone())
+        if self._mask is not None and self._mask.grad is not None:
+            result.mask_gradient = self._mask.grad.clone()
+        if self._work == "backward":
+            result.row_gradient = self._gradient(touched)
+        else:
+            if self._optimizer is not None:
+                self._optimizer.step()
+            result.update = self._rows.read(touched).double() - before.double()
+        self._rows.write(touched, before)
+        self._drop_gradients()
+        return result

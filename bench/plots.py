@@ -1,0 +1,181 @@
+"""Plots of a result file: ratio bars with intervals, a roofline, and how cost scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.results import Comparison, Report
+from bench.tables import describe_case
+
+_OURS = "#1b6ca8"
+_PEER = "#9a9a9a"
+_LINES = ("o-", "s-", "^-", "D-", "v-", "P-")
+_AXES = {"scale rows": "rows", "scale width": "dim", "scale lookups": "bags"}
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, height), constrained_layout=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _usable(report: Report) -> list[Comparison]:
+    return [entry for entry in report.comparisons if entry.timings and not entry.rejected]
+
+
+def ratio_bars(report: Report, path: Path) -> Path | None:
+    """Time over the first baseline, one bar a contender, intervals as whiskers."""
+    bars = []
+    for comparison in _usable(report):
+        if str(comparison.case.get("group", "")).startswith("scale"):
+            continue
+        baseline = next((b for b in comparison.baselines if b in comparison.timings), None)
+        if baseline is None:
+            continue
+        for name, timing in comparison.timings.items():
+            ratio = comparison.ratio(name, baseline)
+            if name == baseline or ratio is None:
+                continue
+            label = f"{describe_case(comparison.case)}\n{timing.title} / {baseline}"
+            bars.append((label, ratio, timing.ours))
+    if not bars:
+        return None
+    figure, axes = _figure(11, 0.34 * len(bars) + 1.2)
+    for place, (_, ratio, ours) in enumerate(bars):
+        spread = [[max(ratio.value - ratio.low, 0)], [max(ratio.high - ratio.value, 0)]]
+        axes.barh(
+            place, ratio.value, xerr=spread, color=_OURS if ours else _PEER, height=0.7,
+            error_kw={"elinewidth": 1, "ecolor": "black"},
+        )  # fmt: skip
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=5)
+    axes.invert_yaxis()
+    axes.set_xlabel("time over the baseline's (left of 1 is faster)")
+    return _save(figure, path)
+
+
+def roofline(report: Report, path: Path) -> Path | None:
+    """Useful bytes against time, below the measured ceilings."""
+    entries = [
+        (timing.useful_bytes, timing.summary.median, timing.ours)
+        for comparison in _usable(report)
+        for timing in comparison.timings.values()
+        if timing.useful_bytes > 1e5
+    ]
+    if not entries:
+        return None
+    figure, axes = _figure(7, 5)
+    for ours, colour, label in ((False, _PEER, "peers"), (True, _OURS, "amtl")):
+        chosen = [entry for entry in entries if entry[2] is ours]
+        axes.scatter(
+            [size / 1e6 for size, _, _ in chosen],
+            [size / seconds / 1e9 for size, seconds, _ in chosen],
+            s=16, color=colour, label=label, alpha=0.8,
+        )  # fmt: skip
+    most = max(report.ceilings, key=int, default=None)
+    for kind, value in (report.ceilings.get(most, {}) if most else {}).items():
+        axes.axhline(value / 1e9, linewidth=0.8, linestyle="--", color="black")
+        axes.text(axes.get_xlim()[0], value / 1e9, f" {kind}", va="bottom", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("useful MB per call")
+    axes.set_ylabel("useful GB/s")
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _curves(comparisons: list[Comparison], axis: str, path: Path, title: str) -> Path | None:
+    curves: dict[str, list[tuple[float, float, float, float]]] = {}
+    for comparison in comparisons:
+        for timing in comparison.timings.values():
+            summary = timing.summary
+            scale = 1e9 / timing.lookups
+            point = (
+                float(comparison.case[axis]),
+                summary.median * scale,
+                summary.p10 * scale,
+                summary.p90 * scale,
+            )
+            label = f"{timing.title}, {comparison.case['distribution']}"
+            curves.setdefault(label, []).append(point)
+    if not curves:
+        return None
+    figure, axes = _figure(7.5, 5)
+    for number, (label, points) in enumerate(sorted(curves.items())):
+        points.sort()
+        x, middle, low, high = (list(values) for values in zip(*points, strict=True))
+        line = axes.plot(x, middle, _LINES[number % len(_LINES)], markersize=4, label=label)
+        axes.fill_between(x, low, high, alpha=0.15, color=line[0].get_color())
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    names = {"rows": "rows, N", "dim": "width, D", "bags": "bags of 20 a call"}
+    axes.set_xlabel(names[axis])
+    axes.set_ylabel("ns per lookup, median and middle 80 %")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=7)
+    return _save(figure, path)
+
+
+def scale(report: Report, folder: Path, stem: str) -> list[Path]:
+    """Time per lookup against rows, width and lookups a call, and peak memory against rows."""
+    made: list[Path | None] = []
+    for group, axis in _AXES.items():
+        for work in ("step", "forward"):
+            chosen = [
+                entry
+                for entry in _usable(report)
+                if entry.case.get("group") == group and entry.case.get("work") == work
+            ]
+            title = "step, row-wise Adagrad" if work == "step" else "pooled lookup"
+            made.append(_curves(chosen, axis, folder / f"{stem}-{axis}-{work}.png", title))
+    made.append(_memory(report, folder / f"{stem}-memory.png"))
+    return [path for path in made if path is not None]
+
+
+def _memory(report: Report, path: Path) -> Path | None:
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for entry in report.memory:
+        if entry["extra_bytes"] is not None:
+            point = (entry["rows"], entry["extra_bytes"] / 1e6, entry["table_bytes"] / 1e6)
+            curves.setdefault(entry["title"], []).append(point)
+    if not any(len(points) > 1 for points in curves.values()):
+        return None
+    figure, axes = _figure(7.5, 5)
+    for label, points in curves.items():
+        points.sort()
+        x, extra, table = (list(values) for values in zip(*points, strict=True))
+        line = axes.plot(x, extra, "o-", markersize=4, label=f"{label}: step beyond the table")
+        axes.plot(x, table, "--", color=line[0].get_color(), label=f"{label}: table")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("rows, N")
+    axes.set_ylabel("MB")
+    axes.legend(frameon=False, fontsize=7)
+    return _save(figure, path)
+
+
+def draw(report: Report, folder: Path, stem: str) -> list[Path]:
+    """Every plot that the file has data for."""
+    single: list[tuple[Callable[[Report, Path], Path | None], str]] = [
+        (ratio_bars, "ratios"),
+        (roofline, "roofline"),
+    ]
+    made = [maker(report, folder / f"{stem}-{name}.png") for maker, name in single]
+    return [path for path in made if path is not None] + scale(report, folder, stem)

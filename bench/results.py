@@ -1,0 +1,181 @@
+"""The result format: what the runner writes and what compare, table and plot read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.stats import Ratio, Summary, paired_ratio
+
+FORMAT = 1
+
+
+class ResultFormatError(ValueError):
+    """A file that is no result of this suite, or of a newer one."""
+
+
+@dataclass
+class Timing:
+    """One contender's part in a comparison.
+
+    Attributes:
+        title: What tables show.
+        ours: Whether it is this project's.
+        samples: Seconds per call, one a round, ``[rounds]``.
+        lookups: Lookups per call.
+        useful_bytes: Bytes that one call has to move (``bench.traffic``).
+        share: Useful bytes per second over the measured copy bandwidth.
+        error: Largest relative difference from the equations, checked before timing.
+        facts: Anything else: mean sizes, peak memory, bytes stored.
+    """
+
+    title: str
+    ours: bool
+    samples: list[float]
+    lookups: int
+    useful_bytes: float
+    share: float = 0.0
+    error: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> Summary:
+        """Median and percentiles in seconds."""
+        return Summary.of(self.samples)
+
+
+@dataclass
+class Comparison:
+    """A case with everybody's timings.
+
+    Attributes:
+        case: Its fields, ``name`` and ``group`` among them.
+        timings: By contender.
+        left_out: Who did not take part, and why.
+        baselines: Whom the others are compared with.
+        thread_speedup: Probe with all threads over one, before and after.
+        rejected: Why the timings must not be used; empty where they may.
+    """
+
+    case: dict[str, Any]
+    timings: dict[str, Timing]
+    left_out: dict[str, str] = field(default_factory=dict)
+    baselines: list[str] = field(default_factory=list)
+    thread_speedup: list[float] = field(default_factory=list)
+    rejected: str = ""
+
+    @property
+    def name(self) -> str:
+        """The case's name."""
+        return str(self.case["name"])
+
+    def ratio(self, of: str, against: str) -> Ratio | None:
+        """Time of one contender over another's; None where either is missing."""
+        if of not in self.timings or against not in self.timings:
+            return None
+        return paired_ratio(self.timings[of].samples, self.timings[against].samples)
+
+
+@dataclass
+class Report:
+    """A result file.
+
+    Attributes:
+        suite: Name of the suite.
+        machine: From :func:`bench.machine.describe`.
+        ceilings: Measured bandwidths in bytes per second, by thread count.
+        comparisons: All of them.
+        absent: Contenders that this machine lacks: reason and how to install.
+        memory: Peaks of single steps (``bench.memory``).
+        startup: Import times in seconds.
+        goals: Goals of the suite as they came out.
+        settings: Of the run.
+    """
+
+    suite: str
+    machine: dict[str, Any]
+    ceilings: dict[str, dict[str, float]] = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    startup: dict[str, float] = field(default_factory=dict)
+    goals: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def find(self, name: str) -> Comparison | None:
+        """The comparison of a case."""
+        return next((entry for entry in self.comparisons if entry.name == name), None)
+
+    def write(self, path: Path) -> None:
+        """Writes JSON; an interrupted write leaves an older file whole."""
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        for entry in content["comparisons"]:
+            for timing in entry["timings"].values():
+                timing["samples"] = [float(f"{value:.5g}") for value in timing["samples"]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(_compact(content))
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)
+            os.replace(aside, path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Reads a result file.
+
+        Raises:
+            ResultFormatError: It is not one, or was written by a newer suite.
+        """
+        try:
+            content = json.loads(path.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ResultFormatError(f"{path} is not a result file: {error}") from error
+        if not isinstance(content, dict) or "format" not in content:
+            raise ResultFormatError(f"{path} is not a result file: it states no format")
+        if content.pop("format") != FORMAT:
+            raise ResultFormatError(f"{path} has another format than {FORMAT}, of this suite")
+        content["comparisons"] = [
+            Comparison(
+                **{
+                    **entry,
+                    "timings": {key: Timing(**value) for key, value in entry["timings"].items()},
+                }
+            )
+            for entry in content["comparisons"]
+        ]
+        return cls(**content)
+
+
+def _compact(content: Any) -> str:
+    """Indented JSON with lists of numbers on one line, so that diffs of result files stay short."""
+    text = json.dumps(content, indent=1)
+    lines: list[str] = []
+    pending: list[str] | None = None
+    for line in text.splitlines():
+        stripped = line.strip()
+        if pending is None:
+            lines.append(line)
+            if stripped.endswith("["):
+                pending = []
+            continue
+        if stripped.startswith("]"):
+            lines[-1] += " ".join(pending) + stripped
+            pending = None
+        elif stripped[:1] in "{[" or stripped.startswith('"'):
+            lines.extend(f"{' ' * (len(line) - len(line.lstrip()))}{part}" for part in pending)
+            lines.append(line)
+            pending = [] if stripped.endswith("[") else None
+        else:
+            pending.append(stripped)
+    return "\n".join(lines) + "\n"

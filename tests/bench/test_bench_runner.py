@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench import binding, machine
+from bench.contenders.base import AutogradSession, Contender, Session
+from bench.contenders.torch_eager import Bag
+from bench.inputs import Case, Problem
+from bench.oracle import Equations, MismatchError
+from bench.runner import Budget, Runner, interleave
+
+CASE = Case("forward", 200, ("good", "bad"), ("good",), bags=16, bag_size=3, dim=8, threads=1)
+SHORT = Budget(0.01, minimal_rounds=4, maximal_rounds=6)
+
+
+class Good(Bag):
+    name = "good"
+
+
+class Wrong(Contender):
+    """Forgets the last lookup of every bag."""
+
+    name = "bad"
+    title = "wrong"
+    equations = Equations("all")
+
+    def prepare(self, problem: Problem) -> Session:
+        def lookup(rotation: int) -> torch.Tensor:
+            rows = problem.weight[problem.ids[rotation]].view(-1, 3, 8)
+            return rows[:, :2].sum(1)
+
+        return AutogradSession(problem, lookup, [])
+
+
+class Absent(Bag):
+    name = "absent"
+    install = "pip install nothing"
+
+    def absent(self) -> str:
+        return "not installed"
+
+
+class Probe(machine.ThreadProbe):
+    def __init__(self, *speedups: float) -> None:
+        self._speedups = itertools.chain(speedups, itertools.repeat(speedups[-1]))
+
+    def speedup(self, threads: int, repeats: int = 5) -> float:
+        return next(self._speedups)
+
+
+def runner(*contenders: Contender, probe: machine.ThreadProbe | None = None) -> Runner:
+    named = {contender.name: contender for contender in contenders}
+    return Runner(budget=SHORT, probe=probe, contenders=named)
+
+
+def test_a_wrong_contender_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr("bench.runner.interleave", lambda *a, **k: timed.append(1))
+    with pytest.raises(MismatchError, match="bad: output is off"):
+        runner(Good(), Wrong()).run(CASE)
+    assert timed == []
+
+
+def test_an_absent_contender_is_reported_with_its_install_command() -> None:
+    case = dataclasses.replace(CASE, contenders=("good", "absent"))
+    the_runner = runner(Good(), Absent())
+    result = the_runner.run(case)
+    assert set(result.timings) == {"good"}
+    assert result.left_out == {"absent": "not installed; pip install nothing"}
+    assert the_runner.absent() == result.left_out
+
+
+def test_a_run_whose_second_thread_does_not_help_is_rejected() -> None:
+    case = dataclasses.replace(CASE, contenders=("good",), threads=2)
+    busy = runner(Good(), probe=Probe(1.9, 1.02))
+    busy.attempts = 1
+    assert "1.02 times as fast" in busy.run(case).rejected
+    quiet_at_last = runner(Good(), probe=Probe(1.0, 1.9, 1.9, 1.9))
+    result = quiet_at_last.run(case)
+    assert result.rejected == ""
+    assert result.thread_speedup == [1.9, 1.9]
+    torch.set_num_threads(1)
+
+
+def test_one_thread_needs_no_second_core() -> None:
+    alone = dataclasses.replace(CASE, contenders=("good",))
+    assert runner(Good(), probe=Probe(1.0)).run(alone).rejected == ""
+
+
+def test_results_state_bytes_sizes_and_the_share_of_the_ceiling() -> None:
+    the_runner = runner(Good())
+    the_runner.copy_bandwidth = {1: 1e9}
+    timing = the_runner.run(dataclasses.replace(CASE, contenders=("good",))).timings["good"]
+    assert timing.useful_bytes == 4 * 48 * 8 + 4 * 16 * 8 + 8 * 48
+    assert timing.share == pytest.approx(timing.useful_bytes / timing.summary.median / 1e9)
+    assert timing.facts["kept_over_lookups"] == 1.0
+    assert timing.lookups == 48
+
+
+def test_calls_interleave_and_rotate() -> None:
+    log: list[tuple[str, int]] = []
+
+    def call(name: str) -> Callable[[int], object]:
+        return lambda rotation: log.append((name, rotation))
+
+    def timer(run: Callable[[], None]) -> float:
+        run()
+        return 1.0
+
+    samples = interleave(
+        {"a": call("a"), "b": call("b")},
+        11,
+        budget=Budget(0, minimal_rounds=5, maximal_rounds=5, shortest_sample=0),
+        timer=timer,
+    )
+    assert {name: len(values) for name, values in samples.items()} == {"a": 5, "b": 5}
+    timed = log[-10:]
+    assert [name for name, _ in timed] == list("abbaabbaab")
+    sets = [rotation for _, rotation in log]
+    assert sets == [i % 11 for i in range(len(sets))]
+
+
+def test_short_calls_are_timed_several_at_a_time() -> None:
+    made = 0
+
+    def call(rotation: int) -> None:
+        nonlocal made
+        made += 1
+
+    def timer(run: Callable[[], None]) -> float:
+        nonlocal made
+        before = made
+        run()
+        return (made - before) * 1e-5
+
+    samples = interleave(
+        {"a": call},
+        3,
+        budget=Budget(0, minimal_rounds=2, maximal_rounds=2, shortest_sample=1e-3),
+        timer=timer,
+    )
+    assert samples["a"] == pytest.approx([1e-5, 1e-5])
+    assert made == 2 + 3 + 2 * 100
+
+
+def test_machine_description_names_no_host() -> None:
+    described = machine.describe()
+    assert described["cores"] >= 1
+    assert described["versions"]["torch"] == torch.__version__
+    text = repr(described).lower()
+    assert os.uname().nodename.lower() not in text
+    assert str(binding.allowed_cpus())
+
+
+def test_children_get_every_processor() -> None:
+    code = "import os; print(sorted(os.sched_getaffinity(0)))"
+    assert binding.run_python(["-c", code]).strip() == str(binding.allowed_cpus())
+    with pytest.raises(RuntimeError, match="no such thing"):
+        binding.run_python(["-c", "raise SystemExit('no such thing')"])
