@@ -144,7 +144,7 @@ def fit_shift(
         rows: float64 [G], rows of each group.
         thresholds: float64 [M], ascending; a group that reaches thresholds_m - c costs
             steps_m more per row.
-        steps: float64 [M], whole numbers > 0.
+        steps: float64 [M], whole numbers >= 0.
         capacity: cost that must not be exceeded; >= 0.
 
     Returns:

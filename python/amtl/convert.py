@@ -188,8 +188,10 @@ def _check_convertible(name: str, module: nn.Module, counts: Mapping[str, Any]) 
             f"{name!r} is a {type(module).__name__} with a forward of its own, which an AMTL layer "
             "would lose"
         )
-    if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"{name!r} has weights of type {module.weight.dtype}")
+    if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{name!r} has weights of type {module.weight.dtype}, not float32, float16 or bfloat16"
+        )
 
 
 def _check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:

@@ -85,7 +85,7 @@ def check_field_sizes(field_sizes: Sequence[int] | None, num_rows: int) -> list[
     if field_sizes is None:
         return [num_rows]
     sizes = [int(size) for size in field_sizes]
-    if any(size < 1 for size in sizes):
+    if num_rows and any(size < 1 for size in sizes):
         raise ValueError(f"every field needs at least one row, got field_sizes={sizes}")
     if sum(sizes) != num_rows:
         raise ValueError(

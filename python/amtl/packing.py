@@ -187,6 +187,8 @@ def open_packed(
             f"{path} is a safetensors file, but not a packed AMTL file "
             f"(format {attributes.get('format')!r})"
         )
+    if "header_crc32" not in attributes:
+        raise PackedFileError(f"{path} is corrupted: the checksum of its header is missing")
     try:
         version = int(attributes["version"])
     except (KeyError, ValueError):

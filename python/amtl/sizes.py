@@ -447,12 +447,17 @@ def _log(values: Sequence[float], device: torch.device) -> Tensor:
 
 
 def _register_steps(head: SizeHead, thresholds: Tensor) -> None:
-    """Keep the thresholds of all sizes, and those at which the stored width grows."""
+    """Keep the thresholds of all sizes, and those at which the stored width grows.
+
+    The last one stays in any case: if the whole table fits, sizes shall reach D.
+    """
     growth = [b - a for a, b in zip(head.grid.stored, head.grid.stored[1:], strict=False)]
     steps = torch.tensor(growth, dtype=torch.float64, device=thresholds.device)
     head._constant("thresholds", thresholds)
-    head._constant("step_thresholds", thresholds[steps > 0])
-    head._constant("steps", steps[steps > 0])
+    chosen = steps > 0
+    chosen[-1:] = True
+    head._constant("step_thresholds", thresholds[chosen])
+    head._constant("steps", steps[chosen])
 
 
 def _fit_shift(head: SizeHead, scores: Tensor) -> Tensor:

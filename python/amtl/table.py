@@ -562,8 +562,11 @@ class AMTLTable(nn.Module):
             destination[prefix + "row_map"] = encode_row_map(self.row_group)
         if self.tier_ends is not None:
             destination[prefix + "tier_ends"] = torch.tensor(self.tier_ends)
+        # absorb_order() moves the padding row, so it is part of the state.
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        steps = int(self._seed_counter) - self._first_seed
         destination[prefix + "schedule"] = torch.tensor(
-            [int(self._seed_counter) - self._first_seed, self.progress], dtype=torch.float64
+            [steps, self.progress, padding], dtype=torch.float64
         )
 
     def _load_from_state_dict(
@@ -580,6 +583,8 @@ class AMTLTable(nn.Module):
         if schedule is not None:
             self._seed_counter = torch.tensor(self._first_seed + int(schedule[0]))
             self.update_schedule(float(schedule[1]))
+            if self.padding_idx is not None and schedule[2] >= 0:
+                self.padding_idx = int(schedule[2])
         ends = state_dict.pop(prefix + "tier_ends", None)
         row_map = state_dict.get(prefix + "row_map")
         if ends is not None:

@@ -1,0 +1,296 @@
+"""convert and revert: warm start in place, names, sharing, hooks, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import amtl
+import pytest
+import torch
+from amtl import AMTLEmbedding, AMTLEmbeddingBag
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+
+class Model(nn.Module):
+    """Two embeddings and a bag in places as awkward as models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.users = nn.Embedding(50, 8, padding_idx=2, sparse=True)
+        self.more = nn.ModuleDict({"goods": nn.ModuleList([nn.Embedding(30, 4)])})
+        self.tags = nn.EmbeddingBag(20, 8, mode="sum", include_last_offset=True, padding_idx=0)
+        self.top = nn.Linear(20, 1)
+
+    def forward(self, users, items, tags, offsets):
+        parts = [self.users(users), self.more["goods"][0](items), self.tags(tags, offsets)]
+        return self.top(torch.cat(parts, dim=1)).squeeze(1)
+
+
+def counts_of(rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 200, (rows,), generator=generator)
+
+
+COUNTS = {"users": counts_of(50), "more.goods.0": counts_of(30, 1), "tags": counts_of(20, 2)}
+
+
+def inputs(batch=6):
+    generator = torch.Generator().manual_seed(5)
+    return (
+        torch.randint(50, (batch,), generator=generator),
+        torch.randint(30, (batch,), generator=generator),
+        torch.randint(20, (3 * batch,), generator=generator),
+        torch.arange(0, 3 * batch + 1, 3),
+    )
+
+
+def model_of():
+    torch.manual_seed(0)
+    return Model()
+
+
+def test_convert_all_and_train():
+    model = model_of()
+    weights = {n: model.get_submodule(n).weight for n in COUNTS}
+    keys = set(model.state_dict())
+    result = amtl.convert(model, COUNTS, budget=0.5)
+    assert result is model
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AMTLEmbeddingBag if name == "tags" else AMTLEmbedding)
+        # The very Parameter: memory is not doubled and optimizers stay valid.
+        assert layer.weight is weight and layer.budget == 0.5
+    assert model.users.padding_idx == 2 and model.users.sparse
+    assert model.tags.mode == "sum" and model.tags.include_last_offset
+    assert keys <= set(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(*inputs()).sum().backward()
+    optimizer.step()
+    amtl.freeze(model, optimizer)
+    model(*inputs()).sum().backward()
+    optimizer.step()
+
+
+def test_outputs_are_the_masked_tables():
+    model = model_of()
+    weight = model.users.weight.detach().clone()
+    amtl.convert(model, COUNTS, budget=0.5).eval()
+    rows = torch.arange(50)
+    masked = torch.where(torch.arange(8) < model.users.row_dims()[:, None], weight, 0)
+    assert torch.equal(model.users(rows), F.embedding(rows, masked))
+
+
+def test_full_budget_changes_nothing():
+    model = model_of().eval()
+    before = model(*inputs())
+    amtl.convert(model, COUNTS, budget=1.0)
+    torch.testing.assert_close(model(*inputs()), before)
+    amtl.freeze(model)
+    torch.testing.assert_close(model(*inputs()), before)
+
+
+def test_selection_and_options():
+    model = model_of()
+    amtl.convert(model, COUNTS, 0.5, names=["users"], parametrization="rule", min_dim=2)
+    assert isinstance(model.users, AMTLEmbedding)
+    assert model.users.options.parametrization == "rule"
+    assert int(model.users.row_dims().min()) >= 2
+    assert type(model.tags) is nn.EmbeddingBag
+    amtl.convert(model, {"tags": COUNTS["tags"]}, None, parametrization="free")
+    assert model.tags.budget is None
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_revert_is_the_inverse(trained):
+    model = model_of().eval()
+    before = model(*inputs())
+    state, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    amtl.convert(model, COUNTS, budget=0.5)
+    if trained:
+        model.users.weight.data.mul_(2)
+    assert amtl.revert(model) is model
+    assert type(model.users) is nn.Embedding and type(model.tags) is nn.EmbeddingBag
+    assert dict(model.named_parameters()) == parameters
+    if not trained:
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        assert state.keys() == model.state_dict().keys()
+        assert torch.equal(model(*inputs()), before)
+    assert model.users.padding_idx == 2 and model.users.sparse
+    assert model.tags.mode == "sum" and model.tags.include_last_offset
+    assert model.tags.padding_idx == 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_revert_that_keeps_outputs(frozen):
+    model = amtl.convert(model_of(), COUNTS, budget=0.5).eval()
+    if frozen:
+        amtl.freeze(model)
+    before = model(*inputs())
+    amtl.revert(model, masked=not frozen)
+    assert not amtl.layers(model)
+    torch.testing.assert_close(model(*inputs()), before)
+
+
+def test_type_device_flags_are_kept():
+    model = model_of().to(torch.bfloat16).eval()
+    model.users.weight.requires_grad_(False)
+    model.tags.train()
+    amtl.convert(model, COUNTS, budget=0.5)
+    assert model.users.weight.dtype == torch.bfloat16
+    assert not model.users.weight.requires_grad and model.tags.weight.requires_grad
+    assert not model.users.training and model.tags.training
+    model.users.freeze()
+    assert not model.users.blocks[0].requires_grad
+    amtl.revert(model)
+    assert model.users.weight.dtype == torch.bfloat16 and not model.users.weight.requires_grad
+
+
+def test_shared_modules_stay_shared():
+    model = model_of()
+    model.again = model.users
+    model.more["goods"].append(model.users)
+    amtl.convert(model, {"again": COUNTS["users"]}, budget=0.5)
+    assert isinstance(model.users, AMTLEmbedding)
+    assert model.users is model.again is model.more["goods"][1]
+    amtl.revert(model)
+    assert type(model.users) is nn.Embedding
+    assert model.users is model.again is model.more["goods"][1]
+
+
+def test_tied_weights_are_refused():
+    model = model_of()
+    model.out = nn.Linear(8, 50, bias=False)
+    model.out.weight = model.users.weight
+    with pytest.raises(ValueError, match=r"users.*shared by \['users.weight', 'out.weight'\]"):
+        amtl.convert(model, COUNTS, budget=0.5)
+    assert not amtl.layers(model), "nothing is replaced when something is refused"
+    amtl.convert(model, COUNTS, budget=0.5, names=["tags"])
+    other = nn.ModuleList([nn.Embedding(5, 4), nn.Embedding(5, 4)])
+    other[1].weight = other[0].weight
+    with pytest.raises(ValueError, match="shared by"):
+        amtl.convert(other, {"0": torch.ones(5)})
+
+
+def test_hooks_survive():
+    model, calls = model_of(), []
+    handle = model.users.register_forward_hook(lambda *_: calls.append("forward"))
+    model.users.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    model.users.register_forward_hook(
+        lambda m, a, k, o: calls.append("kwargs"), with_kwargs=True, always_call=True
+    )
+    model.users.register_full_backward_hook(lambda *_: calls.append("backward"))
+    amtl.convert(model, COUNTS, budget=0.5)
+    model(*inputs()).sum().backward()
+    assert sorted(calls) == ["backward", "forward", "kwargs", "pre"]
+    handle.remove()
+    calls.clear()
+    model(*inputs())
+    assert sorted(calls) == ["kwargs", "pre"]
+    amtl.revert(model)
+    calls.clear()
+    model(*inputs())
+    assert sorted(calls) == ["kwargs", "pre"]
+
+
+def test_a_model_that_is_an_embedding():
+    embedding = nn.Embedding(50, 8)
+    layer = amtl.convert(embedding, COUNTS["users"], budget=0.5)
+    assert isinstance(layer, AMTLEmbedding) and layer.weight is embedding.weight
+    assert type(amtl.revert(layer)) is nn.Embedding
+
+
+def test_state_dict_round_trips():
+    model = amtl.convert(model_of(), COUNTS, budget=0.5).eval()
+    for _ in range(2):
+        fresh = amtl.convert(model_of(), {k: 0 * v for k, v in COUNTS.items()}, budget=0.5).eval()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(fresh(*inputs()), model(*inputs()))
+        amtl.freeze(model)
+
+
+def test_optimizer_from_before_goes_on():
+    model = model_of()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    model(*inputs()).sum().backward()
+    optimizer.step()
+    amtl.convert(model, COUNTS, budget=0.5)
+    optimizer.add_param_group({"params": amtl.mask_parameters(model), "lr": 1e-2})
+    optimizer.zero_grad()
+    model(*inputs()).sum().backward()
+    optimizer.step()
+    amtl.freeze(model, optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert all(id(p) in held for p in amtl.table_parameters(model))
+
+
+class Scaled(nn.Embedding):
+    def forward(self, rows):
+        return 2 * super().forward(rows)
+
+
+class Named(nn.Embedding):
+    """A subclass that only adds a name."""
+
+
+def test_subclasses():
+    model = nn.ModuleDict({"plain": Named(5, 4), "scaled": Scaled(5, 4)})
+    amtl.convert(model, {"plain": torch.ones(5)}, budget=0.5)
+    with pytest.raises(ValueError, match="forward of its own"):
+        amtl.convert(model, {"scaled": torch.ones(5)}, budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "message"),
+    [
+        ({"nobody": torch.ones(5)}, {}, r"no module 'nobody'.*users"),
+        ({"top": torch.ones(5)}, {}, "Linear"),
+        ({"users": torch.ones(5)}, {}, r"users: counts must have shape \[50\]"),
+        (COUNTS, {"names": ["users", "more.goods.0", "tags"], "budget": 2}, "budget"),
+        ({"users": COUNTS["users"]}, {"names": ["tags"]}, "counts for 'tags' are missing"),
+        (COUNTS, {"budget": 0.25, "min_dim": 4}, "lower min_dim"),
+    ],
+)
+def test_refusals_leave_the_model_alone(counts, options, message):
+    model = model_of()
+    with pytest.raises(ValueError, match=message):
+        amtl.convert(model, counts, **options)
+    assert not amtl.layers(model)
+
+
+def test_more_refusals():
+    model = model_of()
+    amtl.convert(model, {"users": COUNTS["users"]})
+    with pytest.raises(ValueError, match="already"):
+        amtl.convert(model, COUNTS)
+    with pytest.raises(ValueError, match="scale_grad_by_freq"):
+        amtl.convert(nn.Embedding(5, 4, scale_grad_by_freq=True), torch.ones(5))
+    with pytest.raises(ValueError, match="maximum"):
+        amtl.convert(nn.EmbeddingBag(5, 4, mode="max"), torch.ones(5))
+    with pytest.raises(ValueError, match="float64"):
+        amtl.convert(nn.Embedding(5, 4, dtype=torch.float64), torch.ones(5))
+    model = model_of()
+    parametrize.register_parametrization(model.users, "weight", nn.Identity())
+    with pytest.raises(ValueError, match="parametrizations"):
+        amtl.convert(model, COUNTS)
+
+
+@pytest.mark.parametrize("order", ["frequency", "any"])
+def test_row_order_does_not_matter(order):
+    """A permuted table gets permuted sizes; nobody has to permute it first."""
+    counts = counts_of(50)
+    if order == "frequency":
+        counts = counts.sort(descending=True).values
+    shuffle = torch.randperm(50)
+    table = torch.randn(50, 8)
+    first = amtl.convert(nn.Embedding.from_pretrained(table), counts, budget=0.4).eval()
+    second = amtl.convert(
+        nn.Embedding.from_pretrained(table[shuffle]), counts[shuffle], budget=0.4
+    ).eval()
+    rows = torch.arange(50)
+    assert torch.equal(first(shuffle), second(rows))
+    before = second(rows)
+    assert torch.equal(second.freeze()(rows), before)
+    first.freeze()
+    assert (first.row_order is None) == (order == "frequency")

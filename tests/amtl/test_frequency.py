@@ -1,0 +1,158 @@
+"""Frequency groups and features, and the exactness of evaluating groups instead of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from amtl.budget import SizeGrid
+from amtl.frequency import (
+    check_counts,
+    check_field_sizes,
+    decode_row_map,
+    encode_row_map,
+    frequency_features,
+    frequency_groups,
+    log_count_zscores,
+    mid_ranks,
+)
+from amtl.sizes import FreeSizes, OrdinalSizes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+counts_lists = st.lists(st.integers(0, 6) | st.integers(0, 10**12), min_size=1, max_size=60)
+
+
+@st.composite
+def fields_of_counts(draw):
+    fields = draw(st.lists(counts_lists, min_size=1, max_size=4))
+    if draw(st.booleans()):
+        fields = [sorted(f, reverse=True) for f in fields]
+    return fields
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields_of_counts())
+def test_groups_are_the_distinct_field_count_pairs(fields):
+    counts = torch.tensor([c for f in fields for c in f])
+    groups = frequency_groups(counts, [len(f) for f in fields])
+    of_row = groups.row_group.long()
+    assert groups.row_group.dtype == torch.int32
+    row_fields = torch.tensor([i for i, f in enumerate(fields) for _ in f])
+    assert torch.equal(groups.counts[of_row], counts)
+    assert torch.equal(groups.fields[of_row], row_fields)
+    pairs = {(i, c) for i, f in enumerate(fields) for c in f}
+    assert groups.num_groups == len(pairs)
+    order = list(zip(groups.fields.tolist(), (-groups.counts).tolist(), strict=True))
+    assert order == sorted(order)
+    assert torch.equal(groups.rows_per_group(), torch.bincount(of_row))
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields_of_counts())
+def test_features_of_groups_equal_features_of_rows(fields):
+    counts = torch.tensor([c for f in fields for c in f])
+    groups = frequency_groups(counts, [len(f) for f in fields])
+    features = frequency_features(
+        groups.counts, groups.rows_per_group(), groups.fields, groups.num_fields
+    )[groups.row_group.long()]
+    row = 0
+    for index, field in enumerate(fields):
+        values = np.array(field, dtype=np.float64)
+        logs = np.log1p(values)
+        spread = logs.std()
+        for value in values:
+            z = (np.log1p(value) - logs.mean()) / spread if len(set(field)) > 1 else 0.0
+            below, equal = (values < value).sum(), (values == value).sum()
+            rank = (below + (equal - 1) / 2) / (len(field) - 1) if len(field) > 1 else 0.5
+            expected = np.array([z, rank, *np.eye(len(fields))[index]])
+            np.testing.assert_allclose(features[row].numpy(), expected, atol=2e-5, rtol=2e-5)
+            row += 1
+
+
+def test_features_are_centred_and_bounded():
+    counts = torch.tensor([900, 90, 90, 9, 0, 0, 0])
+    groups = frequency_groups(counts)
+    rows = groups.rows_per_group()
+    z = log_count_zscores(groups.counts, rows, groups.fields, 1)
+    assert abs(float((z * rows).sum())) < 1e-9
+    assert float((z.square() * rows).sum() / rows.sum()) == pytest.approx(1)
+    rank = mid_ranks(groups.counts, rows, groups.fields, 1)
+    # The top value ranks 1; the three values seen never share the middle of ranks 0..2.
+    assert rank.tolist() == pytest.approx([1, 4.5 / 6, 3 / 6, 1 / 6])
+
+
+def test_gate_takes_both_sides():
+    """With an uncentred norm the gate never drops under 1/2 and the twins are not twins."""
+    head = FreeSizes(frequency_groups(torch.arange(100)), SizeGrid(4), None)
+    assert float(head.gate.min()) < 0.4 < 0.6 < float(head.gate.max())
+
+
+@pytest.mark.parametrize("head_class", [OrdinalSizes, FreeSizes])
+def test_grouped_evaluation_equals_per_row_evaluation(head_class):
+    torch.manual_seed(0)
+    counts = torch.cat([torch.randint(0, 40, (300,)), torch.randint(0, 5, (200,))])
+    groups = frequency_groups(counts, [300, 200])
+    head = head_class(groups, SizeGrid(16), 0.3)
+    of_row = groups.row_group.long()
+    assert head.num_groups < 50
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+        by_group = head.branches(head.features, head.gate)[of_row]
+        by_row = head.branches(head.features[of_row], head.gate[of_row])
+    torch.testing.assert_close(by_group, by_row, rtol=1e-5, atol=1e-5)
+
+    # The head of a table in which every row is a group of its own gives the same sizes.
+    alone = head_class(groups, SizeGrid(16), 0.3)
+    alone.load_state_dict(head.state_dict())
+    for name in ("group_counts", "group_fields", "features"):
+        setattr(alone, name, getattr(head, name)[of_row])
+    alone.group_rows = torch.ones(500, dtype=torch.int64)
+    alone._derive()
+    alone.gate = head.gate[of_row]
+    assert torch.equal(head.sizes()[of_row], alone.sizes())
+    assert head.stored_fraction() == alone.stored_fraction()
+    torch.testing.assert_close(head().mask[of_row], alone().mask, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=50), st.booleans())
+def test_row_map_round_trip(groups, in_order):
+    groups = torch.tensor(sorted(groups) if in_order else groups, dtype=torch.int32)
+    encoded = encode_row_map(groups)
+    assert encoded.numel() <= max(groups.numel(), 1)
+    decoded = decode_row_map(encoded, groups.numel())
+    assert decoded.dtype == torch.int32 and torch.equal(decoded, groups)
+
+
+def test_row_map_of_a_sorted_table_is_short():
+    groups = torch.arange(10, dtype=torch.int32).repeat_interleave(1000)
+    assert encode_row_map(groups).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (None, "torch.bincount"),
+        ([[1, 2]], "shape"),
+        ([1, 2], r"\[3\]"),
+        ([1, -2, 3], "negative"),
+        ([1, 2.5, 3], "whole"),
+        ([1, float("nan"), 3], "whole"),
+        ([True, False, True], "integers"),
+    ],
+)
+def test_bad_counts(counts, message):
+    with pytest.raises(ValueError, match=message):
+        check_counts(counts, 3)
+
+
+def test_whole_float_counts_are_taken():
+    assert check_counts(torch.tensor([1.0, 2.0]), 2).dtype == torch.int64
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [0, 5], [-1, 6]])
+def test_bad_field_sizes(sizes):
+    with pytest.raises(ValueError, match=r"field_sizes|field"):
+        check_field_sizes(sizes, 5)

@@ -1,0 +1,438 @@
+"""Packed files: round trips, memory maps, and everything that can be wrong with a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+import zlib
+from collections import OrderedDict
+
+import amtl
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from amtl import AMTLEmbedding, AMTLEmbeddingBag, PackedFileError, TensorFileError
+from amtl import tensorfile as tensorfile_module
+from amtl.packing import FORMAT, VERSION
+from amtl.tensorfile import read_tensors, write_tensors
+from torch import nn
+
+
+def frozen(kind=AMTLEmbedding, rows=60, dim=8, in_order=True, **options):
+    torch.manual_seed(0)
+    counts = (500 / torch.arange(1, rows + 1)).long()
+    if not in_order:
+        counts = counts.flip(0)
+    return kind(rows, dim, counts=counts, budget=0.4, **options).eval().freeze()
+
+
+class Model(nn.Module):
+    def __init__(self, table=None, bag=None):
+        super().__init__()
+        self.table = table or nn.Embedding(60, 8)
+        self.bags = nn.ModuleList([bag or nn.EmbeddingBag(60, 8, mode="sum")])
+        self.again = self.table
+        self.norm = nn.BatchNorm1d(8)
+        self.top = nn.Linear(8, 1)
+
+    def forward(self, rows):
+        return self.top(
+            self.norm(self.table(rows).sum(1) + self.again(rows[:, 0]) + self.bags[0](rows))
+        )
+
+
+# Layers
+
+
+@pytest.mark.parametrize("kind", [AMTLEmbedding, AMTLEmbeddingBag])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_layer_round_trip(tmp_path, kind, dtype, in_order):
+    layer = frozen(kind, dtype=dtype, in_order=in_order, padding_idx=3, max_norm=9.0, sparse=True)
+    path = tmp_path / "layer.safetensors"
+    amtl.save(layer, path)
+    loaded = amtl.load(path)
+    rows = torch.randint(60, (9, 3))
+    assert type(loaded) is kind and torch.equal(loaded.eval()(rows), layer(rows))
+    for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "sparse", "options"):
+        assert getattr(loaded, name) == getattr(layer, name)
+    assert loaded.stored_bytes() == layer.stored_bytes()
+    assert (loaded.row_order is None) == (layer.row_order is None) == in_order
+    assert loaded.config() == layer.config()
+    assert path.stat().st_size < layer.stored_bytes() + 4096
+
+
+def test_loaded_layer_trains_and_thaws(tmp_path):
+    layer = frozen(in_order=False)
+    path = tmp_path / "layer.safetensors"
+    amtl.save(layer, path)
+    content = path.read_bytes()
+    loaded = amtl.load(path)
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    rows = torch.arange(60)
+    loaded(rows).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(loaded(rows), layer(rows))
+    assert path.read_bytes() == content, "training on a map must not change the file"
+    with pytest.raises(RuntimeError, match=r"thaw\(counts"):
+        loaded.thaw()
+    trained = loaded(rows)
+    loaded.thaw(optimizer, counts=(500 / torch.arange(1, 61)).long().flip(0))
+    assert loaded.phase == "search" and loaded.stored_fraction() <= 0.4
+    assert torch.equal(loaded.eval()(rows), trained)
+    again = amtl.load(path)
+    amtl.save(again, path)
+    assert path.read_bytes() == content
+
+
+def test_layers_by_name_and_attachments(tmp_path):
+    layers = {"user": frozen(), "tags.0": frozen(AMTLEmbeddingBag, mode="sum")}
+    metadata = {"fields": ["a", "ü"], "nested": {"n": 1, "x": None}}
+    tensors = {
+        "vocabulary/user": torch.arange(5),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+    }
+    path = tmp_path / "layers.safetensors"
+    amtl.save(layers, path, metadata=metadata, tensors=tensors)
+    loaded = amtl.load(path)
+    rows = torch.randint(60, (5, 2))
+    assert list(loaded) == list(layers)
+    assert all(torch.equal(loaded[n](rows), layers[n](rows)) for n in layers)
+    packed = amtl.open_packed(path)
+    assert packed.metadata == metadata and packed.kind == "layers"
+    assert packed.tensors.keys() == tensors.keys()
+    assert all(torch.equal(packed.tensors[k], v) for k, v in tensors.items())
+
+
+# Models
+
+
+def test_model_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = Model(frozen(in_order=False), frozen(AMTLEmbeddingBag, mode="sum")).eval()
+    model.norm.running_mean.normal_()
+    path = tmp_path / "model.safetensors"
+    amtl.save(model, path, metadata={"who": "me"})
+    rows = torch.randint(60, (7, 3))
+    fresh = Model().eval()
+    assert amtl.load(path, fresh) is fresh
+    assert torch.equal(fresh(rows), model(rows))
+    assert fresh.table is fresh.again and not fresh.table.training
+    packed = amtl.load(path)
+    assert packed.aliases == {"again": "table"} and packed.metadata == {"who": "me"}
+    assert set(packed.state) == {k for k in model.state_dict() if k.startswith(("norm", "top"))}
+    assert torch.equal(packed.into(Model().eval())(rows), model(rows))
+
+
+def test_model_that_does_not_fit_is_left_alone(tmp_path):
+    model = Model(frozen(), frozen(AMTLEmbeddingBag, mode="sum"))
+    path = tmp_path / "model.safetensors"
+    amtl.save(model, path)
+    other = Model()
+    other.top = nn.Linear(8, 2)
+    other.extra = nn.Linear(1, 1)
+    del other.again
+    with pytest.raises(PackedFileError) as error:
+        amtl.load(path, other)
+    for part in ("again", "extra.weight", "top.weight"):
+        assert part in str(error.value)
+    assert type(other.table) is nn.Embedding
+
+
+def test_what_cannot_be_saved(tmp_path):
+    path = tmp_path / "x.safetensors"
+    searching = AMTLEmbedding(5, 4, counts=torch.ones(5))
+    for wrong, message in (
+        (searching, "freeze"),
+        (nn.Linear(2, 2), "no AMTL layer"),
+        ({}, "no AMTL layer"),
+        ({"a": nn.Embedding(2, 2)}, "not an AMTL layer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            amtl.save(wrong, path)
+    with pytest.raises(ValueError, match="JSON"):
+        amtl.save(frozen(), path, metadata={"x": {1, 2}})
+    with pytest.raises(ValueError, match="JSON"):
+        amtl.save(frozen(), path, metadata=float("nan"))
+    with pytest.raises(ValueError, match="cannot be packed"):
+        amtl.save(frozen(), path, tensors={"x": torch.zeros(2, dtype=torch.complex64)})
+
+    class Extra(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = frozen()
+
+        def get_extra_state(self):
+            return {"not": "a tensor"}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(ValueError, match="not a tensor"):
+        amtl.save(Extra(), path)
+    assert not path.exists() and not list(tmp_path.iterdir())
+
+
+# The format
+
+
+def test_any_safetensors_reader_opens_it(tmp_path):
+    layer = frozen(in_order=False)
+    path = tmp_path / "layer.safetensors"
+    amtl.save(layer, path, tensors={"flags": torch.tensor([True, False])})
+    theirs = safetensors.torch.load_file(path)
+    ours, metadata = read_tensors(path)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[k], ours[k]) for k in ours)
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+    assert metadata["format"] == FORMAT and metadata["version"] == str(VERSION)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    assert (8 + length) % 64 == 0
+
+
+def test_we_open_any_safetensors(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.arange(7, dtype=torch.int8),
+        "c": torch.randn(2).half(),
+    }
+    safetensors.torch.save_file(tensors, path)
+    ours, _ = read_tensors(path)
+    assert all(torch.equal(ours[k], v) for k, v in tensors.items())
+    with pytest.raises(PackedFileError, match="not a packed AMTL file"):
+        amtl.load(path)
+
+
+def test_never_pickle(tmp_path, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("pickle was used")
+
+    for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    path = tmp_path / "layer.safetensors"
+    amtl.save(frozen(), path)
+    assert amtl.load(path).phase == "frozen"
+
+
+# Files with something wrong
+
+
+@pytest.fixture
+def packed_path(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    amtl.save(frozen(in_order=False), path, metadata={"key": "value"})
+    return path
+
+
+def test_every_truncation_is_noticed(packed_path):
+    content = packed_path.read_bytes()
+    for size in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
+        packed_path.write_bytes(content[:size])
+        with pytest.raises(TensorFileError, match="truncated"):
+            amtl.load(packed_path)
+    packed_path.write_bytes(content + b"x")
+    with pytest.raises(TensorFileError, match="more than"):
+        amtl.load(packed_path)
+
+
+def test_every_flipped_byte_is_noticed(packed_path):
+    content = bytearray(packed_path.read_bytes())
+    length = 8 + int.from_bytes(content[:8], "little")
+    padding = content[:length].rstrip(b" ")
+    positions = [*range(0, len(padding), 7), *range(length, len(content), 11)]
+    for position in positions:
+        for flip in (0x01, 0x80):
+            broken = bytearray(content)
+            broken[position] ^= flip
+            packed_path.write_bytes(broken)
+            with pytest.raises(TensorFileError):
+                amtl.load(packed_path)
+
+
+def test_large_files_are_verified_on_request(packed_path, monkeypatch):
+    content = bytearray(packed_path.read_bytes())
+    content[-1] ^= 1
+    packed_path.write_bytes(content)
+    amtl.load(packed_path, verify=False)
+    with pytest.raises(TensorFileError, match="checksum of tensor"):
+        amtl.load(packed_path, verify=True)
+    monkeypatch.setattr(tensorfile_module, "_CHUNK", 100)
+    amtl.load(packed_path)
+
+
+def test_other_files(tmp_path):
+    path = tmp_path / "x"
+    for content in (b"\x80\x04garbage" * 50, b"\x02" + b"\0" * 7 + b"[]", b"\0" * 100):
+        path.write_bytes(content)
+        with pytest.raises(TensorFileError, match="not a safetensors file"):
+            amtl.load(path)
+    with pytest.raises(FileNotFoundError):
+        amtl.load(tmp_path / "absent")
+
+
+def rewrite(path, change_metadata=None, change_config=None, drop=None):
+    tensors, metadata = read_tensors(path)
+    tensors = {k: v.clone() for k, v in tensors.items() if k != drop}
+    metadata = {k: v for k, v in metadata.items() if not k.endswith("crc32")}
+    metadata.update(change_metadata or {})
+    if change_config:
+        header = json.loads(metadata["amtl"])
+        header["layers"][""].update(change_config)
+        metadata["amtl"] = json.dumps(header)
+    write_tensors(path, tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"change_metadata": {"version": str(VERSION + 1)}}, "upgrade amtl"),
+        ({"change_metadata": {"version": "one"}}, "version"),
+        ({"change_metadata": {"format": "other"}}, "not a packed AMTL file"),
+        ({"change_metadata": {"amtl": "{"}}, "inconsistent"),
+        ({"change_config": {"class": "Other"}}, "inconsistent"),
+        ({"change_config": {"num_embeddings": 61}}, "do not make a table"),
+        ({"change_config": {"embedding_dim": 2}}, "do not make a table"),
+        ({"change_config": {"tier_ends": [60]}}, "do not make a table"),
+        ({"change_config": {"options": {"bugdet": 1}}}, "inconsistent"),
+        ({"drop": "layers//blocks/0"}, "inconsistent"),
+    ],
+)
+def test_inconsistent_files(packed_path, change, message):
+    rewrite(packed_path, **change)
+    with pytest.raises(PackedFileError, match=message):
+        amtl.load(packed_path)
+
+
+# Interruptions
+
+
+def test_interrupted_save_leaves_the_old_file_whole(packed_path, monkeypatch):
+    content = packed_path.read_bytes()
+    write = tensorfile_module._write
+    calls = []
+
+    def fails_in_the_middle(file, tensor):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half of")
+            raise KeyboardInterrupt
+        return write(file, tensor)
+
+    monkeypatch.setattr(tensorfile_module, "_write", fails_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        amtl.save(frozen(rows=90), packed_path)
+    assert packed_path.read_bytes() == content
+    assert list(packed_path.parent.iterdir()) == [packed_path], "no rest is left behind"
+    assert amtl.load(packed_path).num_embeddings == 60
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_failures_of_the_system(packed_path, monkeypatch, where):
+    content = packed_path.read_bytes()
+
+    def fails(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tensorfile_module.os, where, fails)
+    with pytest.raises(OSError, match="disk full"):
+        amtl.save(frozen(rows=90), packed_path)
+    monkeypatch.undo()
+    assert packed_path.read_bytes() == content
+    assert list(packed_path.parent.iterdir()) == [packed_path]
+
+
+def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def noted(*args, name=name, original=original):
+            order.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(tensorfile_module.os, name, noted)
+    amtl.save(frozen(), tmp_path / "x")
+    assert order == ["fsync", "replace", "fsync"]
+
+
+def test_a_killed_save_leaves_the_old_file_whole(packed_path):
+    content = packed_path.read_bytes()
+    script = (
+        "import os, sys, torch\n"
+        "from amtl import tensorfile\n"
+        "write = tensorfile._write\n"
+        "def dies(file, tensor):\n"
+        "    write(file, tensor); file.flush(); os._exit(9)\n"
+        "tensorfile._write = dies\n"
+        "tensorfile.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(packed_path)], check=False)
+    assert done.returncode == 9
+    assert packed_path.read_bytes() == content
+    assert amtl.load(packed_path).num_embeddings == 60
+
+
+# Size and speed
+
+
+def sparse_file(path, rows, dim):
+    """A packed table of rows * dim float32 zeros that takes no disk: a hole with a header."""
+    layer = AMTLEmbedding(8, dim, counts=torch.ones(8), budget=1.0).freeze()
+    config = {**layer.config(), "num_embeddings": rows, "tier_ends": [rows], "field_sizes": [rows]}
+    header = {"kind": "layer", "layers": {"": config}, "aliases": {}, "metadata": None}
+    entry = {"dtype": "F32", "shape": [rows, dim], "data_offsets": [0, rows * dim * 4]}
+    content = {
+        "__metadata__": {"format": FORMAT, "version": str(VERSION), "amtl": json.dumps(header)},
+        "layers//blocks/0": entry,
+    }
+    checksum = tensorfile_module._header_checksum(content)
+    content["__metadata__"]["header_crc32"] = checksum
+    text = json.dumps(content).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + rows * dim * 4)
+
+
+def test_a_gigabyte_opens_in_well_under_a_second(tmp_path):
+    path = tmp_path / "big.safetensors"
+    sparse_file(path, 4_194_304, 64)
+    assert path.stat().st_size > 2**30
+    start = time.perf_counter()
+    layer = amtl.load(path)
+    out = layer(torch.tensor([0, 4_194_303]))
+    seconds = time.perf_counter() - start
+    assert out.shape == (2, 64) and layer.stored_bytes() == 2**30
+    assert seconds < 0.5
+
+
+def test_loaded_tensors_are_maps(packed_path):
+    """Loading allocates no memory for the table: the tensors lie in a mapping of the file."""
+    block = amtl.load(packed_path).blocks[0]
+    address = block.data_ptr()
+    with open("/proc/self/maps") as maps:
+        owner = next(
+            line
+            for line in maps
+            if int(line.split("-")[0], 16) <= address < int(line.split()[0].split("-")[1], 16)
+        )
+    assert str(packed_path) in owner
+
+
+def test_tensors_are_not_copied_when_written(tmp_path):
+    tensor = torch.arange(12.0)
+    view = tensorfile_module._bytes_of(tensor)
+    tensor[0] = 7
+    assert zlib.crc32(view) == zlib.crc32(tensor.numpy().tobytes())
+    tensors = OrderedDict(turned=torch.randn(4, 3).T, part=torch.arange(9)[2:5])
+    write_tensors(tmp_path / "x", tensors, {})
+    loaded, _ = read_tensors(tmp_path / "x")
+    assert all(torch.equal(loaded[k], v) for k, v in tensors.items())

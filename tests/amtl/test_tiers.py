@@ -1,0 +1,384 @@
+"""Tiers: the plan, tables into blocks and back, freeze and thaw, optimizer state."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import amtl
+import pytest
+import torch
+from amtl import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.tiers import merge_rows, merge_vectors, plan_tiers, split_rows, split_vector
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import amtl_kernels
+from amtl_kernels import optim
+
+
+def counts_of(rows, in_order=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    counts = (3000 / torch.arange(1, rows + 1).pow(1.1)).long()
+    return counts if in_order else counts[torch.randperm(rows, generator=generator)]
+
+
+def layer_of(kind=AMTLEmbedding, rows=200, dim=16, in_order=False, **options):
+    torch.manual_seed(0)
+    options = {"budget": 0.25, **options}
+    return kind(rows, dim, counts=counts_of(rows, in_order), **options)
+
+
+def train(layer, optimizer, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        rows = torch.randint(layer.num_embeddings, (64, 3), generator=generator)
+        loss = (layer(rows) - torch.sin(rows.float())[..., None]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.data())
+def test_split_and_merge(dim, data):
+    sizes = torch.tensor(data.draw(st.lists(st.integers(1, dim), max_size=40)), dtype=torch.int32)
+    if data.draw(st.booleans()):
+        sizes = sizes.sort(descending=True).values
+    width = data.draw(st.integers(1, dim))
+    stored = (-(-sizes // width) * width).clamp(max=dim)
+    plan = plan_tiers(stored, dim)
+    assert list(plan.widths) == sorted(set(plan.widths), reverse=True)
+    assert plan.ends[-1] == len(sizes)
+    in_order = bool((stored[1:] <= stored[:-1]).all())
+    assert (plan.order is None) == in_order
+    table = torch.randn(len(sizes), dim)
+    columns = torch.arange(dim)
+    blocks = split_rows(table, plan, sizes)
+    assert all(b.is_contiguous() for b in blocks)
+    masked = torch.where(columns < sizes[:, None], table, 0)
+    assert torch.equal(merge_rows(blocks, plan, dim), masked)
+    full = merge_rows(split_rows(table, plan), plan, dim)
+    assert torch.equal(full, torch.where(columns < stored[:, None], table, 0))
+    vector = torch.randn(len(sizes), 1)
+    assert torch.equal(merge_vectors(split_vector(vector, plan), plan), vector)
+    places = plan.places()
+    if places is not None:
+        flat = torch.cat([b[:, 0] for b in blocks])
+        assert torch.equal(flat[places.long()], masked[:, 0])
+        # Stable: rows of equal width keep their order.
+        for w in plan.widths:
+            assert bool((places[stored == w].diff() > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parametrization", ["ordinal", "free", "rule"])
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("tier_width", [1, 4])
+def test_freeze_is_bit_identical(dtype, parametrization, in_order, tier_width):
+    layer = layer_of(
+        in_order=in_order, parametrization=parametrization, tier_width=tier_width, dtype=dtype
+    ).eval()
+    rows = torch.randint(200, (50, 4))
+    bag = layer_of(
+        AMTLEmbeddingBag,
+        in_order=in_order,
+        parametrization=parametrization,
+        tier_width=tier_width,
+        dtype=dtype,
+        mode="sum",
+    ).eval()
+    before, pooled = layer(rows), bag(rows)
+    predicted = layer.stored_bytes(), layer.stored_fraction()
+    layer.freeze()
+    bag.freeze()
+    assert layer.phase == "frozen" and layer.weight is None
+    assert torch.equal(layer(rows), before)
+    assert torch.equal(bag(rows), pooled)
+    order = 0 if layer.row_order is None else 800
+    assert (layer.stored_bytes() - order, layer.stored_fraction()) == predicted
+    assert layer.stored_bytes() - order == sum(b.nbytes for b in layer.blocks)
+    assert layer.stored_fraction() <= 0.25
+    if in_order and parametrization != "free":
+        assert layer.row_order is None
+
+
+def test_freeze_and_thaw_return_to_the_same_outputs():
+    layer = layer_of().eval()
+    rows = torch.arange(200)
+    before, dims = layer(rows), layer.row_dims()
+    layer.freeze().thaw()
+    assert layer.phase == "search" and torch.equal(layer(rows), before)
+    assert torch.equal(layer.row_dims(), dims)
+    layer.freeze()
+    assert torch.equal(layer(rows), before)
+
+
+def test_absorb_order():
+    layer = layer_of(padding_idx=7).eval()
+    rows = torch.arange(200)
+    before, widths, fields = layer(rows), None, layer.row_fields()
+    layer.freeze()
+    widths = layer.row_dims()
+    with_order = layer.stored_bytes()
+    new_rows = layer.absorb_order()
+    assert new_rows.dtype == torch.int32 and sorted(new_rows.tolist()) == rows.tolist()
+    assert layer.stored_bytes() == with_order - 800
+    assert torch.equal(layer(new_rows), before)
+    assert torch.equal(layer.row_dims()[new_rows.long()], widths)
+    assert torch.equal(layer.row_fields()[new_rows.long()], fields)
+    assert layer.padding_idx == int(new_rows[7])
+    assert torch.equal(layer.absorb_order(), torch.arange(200, dtype=torch.int32))
+    dims_after_thaw = layer.thaw().row_dims()
+    assert torch.equal(layer(new_rows), before)
+    assert bool((dims_after_thaw[new_rows.long()] <= widths).all())
+
+
+def test_padding_row_gets_no_gradient_in_either_phase():
+    for kind in (AMTLEmbedding, AMTLEmbeddingBag):
+        layer = layer_of(kind, padding_idx=5)
+        layer(torch.tensor([[5, 6]])).sum().backward()
+        assert not layer.weight.grad[5].any() and layer.weight.grad[6].any()
+        layer.freeze()
+        assert layer.row_order is not None
+        layer(torch.tensor([[5, 6]])).sum().backward()
+        gradient = torch.cat([b.grad.sum(1) for b in layer.blocks])
+        assert gradient[layer.row_order[5]] == 0 and gradient[layer.row_order[6]] != 0
+
+
+def test_weight_is_released():
+    layer = layer_of(rows=3000, dim=64)
+    optimizer = torch.optim.Adam([*layer.table_parameters(), *layer.mask_parameters()])
+    train(layer, optimizer, 2)
+    watched = weakref.ref(layer.weight)
+    state = weakref.ref(optimizer.state[layer.weight]["exp_avg"])
+    numbers = sum(t.numel() for s in optimizer.state.values() for t in s.values())
+    layer.freeze(optimizer)
+    gc.collect()
+    assert watched() is None and state() is None
+    train(layer, optimizer, 1)
+    after = sum(t.numel() for s in optimizer.state.values() for t in s.values())
+    assert after < 0.3 * numbers
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_as_a_masked_table_would(name):
+    """Frozen training equals dense training whose columns beyond the stored width never existed."""
+    layer = layer_of(tier_width=1, size_noise=0.0)
+    optimizer = OPTIMIZERS[name](layer.table_parameters())
+    train(layer, optimizer, 5)
+    dense = nn.Parameter(layer.weight.detach().clone())
+    row_dims = layer.row_dims()
+    twin = OPTIMIZERS[name]([dense])
+    twin.state[dense] = copy.deepcopy(optimizer.state[layer.weight])
+    layer.freeze(optimizer)
+    assert list(optimizer.param_groups[0]["params"]) == list(layer.blocks)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(5):
+        rows = torch.randint(200, (64,), generator=generator)
+        for parameter, out in (
+            (None, layer(rows)),
+            (dense, torch.where(torch.arange(16) < row_dims[rows][:, None], dense[rows], 0)),
+        ):
+            step = optimizer if parameter is None else twin
+            step.zero_grad()
+            out.square().sum().backward()
+            step.step()
+    rows = torch.arange(200)
+    expected = torch.where(torch.arange(16) < row_dims[:, None], dense, 0)
+    torch.testing.assert_close(layer(rows), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_round_trip(name):
+    layer = layer_of(tier_width=4)
+    optimizer = OPTIMIZERS[name](
+        [{"params": layer.table_parameters()}, {"params": layer.mask_parameters(), "lr": 0.01}]
+    )
+    train(layer, optimizer, 3)
+    before = {
+        k: v.clone()
+        for k, v in optimizer.state[layer.weight].items()
+        if isinstance(v, torch.Tensor)
+    }
+    kept = torch.arange(16) < layer.row_dims()[:, None]
+    mask_parameters = layer.mask_parameters()
+    layer.freeze(optimizer)
+    assert optimizer.param_groups[1]["params"] == [] and len(optimizer.param_groups) == 2
+    assert not any(p in optimizer.state for p in mask_parameters)
+    layer.thaw(optimizer)
+    assert list(optimizer.param_groups[0]["params"]) == [layer.weight]
+    assert all(
+        a is b
+        for a, b in zip(optimizer.param_groups[1]["params"], layer.mask_parameters(), strict=True)
+    )
+    after = optimizer.state[layer.weight]
+    assert set(before) == {k for k, v in after.items() if isinstance(v, torch.Tensor)}
+    for key, value in before.items():
+        if value.ndim == 2:
+            assert torch.equal(torch.where(kept, after[key], 0), torch.where(kept, value, 0)), key
+        else:
+            assert torch.equal(after[key], value), key
+    train(layer, optimizer, 2)
+
+
+def test_momentum_does_not_leak_into_padding():
+    """A zero gradient after freezing moves no padding, though momentum was there before."""
+    layer = layer_of(tier_width=4)
+    optimizer = torch.optim.SGD(layer.table_parameters(), lr=0.1, momentum=0.9)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    dims = layer.row_dims()
+    layer.freeze(optimizer)
+    for block in layer.blocks:
+        block.grad = torch.zeros_like(block)
+    optimizer.step()
+    beyond = torch.arange(16) >= dims[:, None]
+    assert not layer(torch.arange(200))[beyond].any()
+
+
+def test_frozen_training_uses_the_padding():
+    layer = layer_of(tier_width=4)
+    dims = layer.row_dims()
+    layer.freeze()
+    padded = (layer.row_dims() > dims).nonzero().flatten()
+    layer(padded).sum().backward()
+    row, place = int(padded[0]), 0
+    place = int(padded[0]) if layer.row_order is None else int(layer.row_order[row])
+    start = 0
+    for block, end in zip(layer.blocks, layer.tier_ends, strict=True):
+        if place < end:
+            assert bool((block.grad[place - start] == 1).all())
+            break
+        start = end
+
+
+def test_loss_falls_through_freezing():
+    layer = layer_of()
+    optimizer = torch.optim.Adam(
+        [{"params": layer.table_parameters()}, {"params": layer.mask_parameters()}], lr=0.02
+    )
+    searched = train(layer, optimizer, 60)
+    layer.freeze(optimizer)
+    frozen = train(layer, optimizer, 60, seed=1)
+    assert searched[-1] < searched[0]
+    assert sum(frozen[-10:]) < sum(searched[-10:])
+
+
+def test_sparse_rows_and_row_optimizers_survive_freezing():
+    for cls in (optim.SGD, optim.Adagrad, optim.RowwiseAdagrad, optim.Adam):
+        layer = layer_of(sparse=True)
+        optimizer = cls(layer.table_parameters(), lr=0.05)
+        searched = train(layer, optimizer, 20)
+        layer.freeze(optimizer)
+        frozen = train(layer, optimizer, 20)
+        layer.thaw(optimizer)
+        thawed = train(layer, optimizer, 5)
+        assert frozen[-1] < searched[0] and thawed[-1] < searched[0], cls
+
+
+def test_several_optimizers():
+    layer = layer_of()
+    tables = torch.optim.SGD(layer.table_parameters(), lr=0.1)
+    masks = torch.optim.Adam(layer.mask_parameters())
+    layer.freeze([tables, masks])
+    assert masks.param_groups[0]["params"] == []
+    layer.thaw([tables, masks])
+    assert len(masks.param_groups[0]["params"]) == len(layer.mask_parameters())
+
+
+def test_parameter_names_follow():
+    layer = layer_of()
+    named = [(n, p) for n, p in layer.named_parameters()]
+    optimizer = torch.optim.SGD(named, lr=0.1)
+    if "param_names" not in optimizer.param_groups[0]:
+        pytest.skip("this torch has no named optimizer parameters")
+    for action in (layer.freeze, layer.thaw):
+        action(optimizer)
+        group = optimizer.param_groups[0]
+        assert len(group["param_names"]) == len(group["params"]) == len(set(group["param_names"]))
+
+
+def test_a_forgotten_table_is_an_error():
+    layer = layer_of()
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match="not in the optimizer"):
+        layer.freeze(other)
+    assert layer.phase == "search"
+    layer.weight.requires_grad_(False)
+    layer.freeze(other)
+    assert not layer.blocks[0].requires_grad
+
+
+def test_wrong_phase():
+    layer = layer_of()
+    with pytest.raises(RuntimeError, match="search phase already"):
+        layer.thaw()
+    with pytest.raises(RuntimeError, match="freeze"):
+        layer.absorb_order()
+    layer.freeze()
+    with pytest.raises(RuntimeError, match="frozen already"):
+        layer.freeze()
+    with pytest.raises(RuntimeError, match="thaw"):
+        layer.reset_parameters()
+    assert layer.mask_parameters() == []
+
+
+@pytest.mark.parametrize("bounds_check", ["raise", "clamp"])
+def test_out_of_range_is_the_same_in_both_phases(bounds_check):
+    layer = layer_of(bounds_check=bounds_check).eval()
+    bad = torch.tensor([3, 200, -1])
+    if bounds_check == "raise":
+        for phase in ("search", "frozen"):
+            assert layer.phase == phase
+            with pytest.raises(IndexError, match=r"index 200 at position 1 .* 200 rows"):
+                layer(bad)
+            if phase == "search":
+                layer.freeze()
+        assert layer.row_order is not None
+        return
+    amtl_kernels.reference._warned_clamped = True
+    before = layer(bad)
+    assert torch.equal(before, layer(torch.tensor([3, 199, 0])))
+    layer.freeze()
+    assert torch.equal(layer(bad), before)
+
+
+def test_empty_table_and_one_row():
+    for rows in (0, 1):
+        layer = AMTLEmbedding(rows, 4, counts=torch.ones(rows), budget=0.5).eval()
+        before = layer(torch.zeros(0 if rows == 0 else 2, dtype=torch.int64))
+        layer.freeze()
+        after = layer(torch.zeros(0 if rows == 0 else 2, dtype=torch.int64))
+        assert torch.equal(before, after) and after.shape[-1] == 4
+        layer.thaw()
+
+
+def test_model_helpers():
+    model = nn.ModuleDict({"a": layer_of(), "b": layer_of(AMTLEmbeddingBag)})
+    model["c"] = model["a"]
+    assert list(amtl.layers(model)) == ["a", "b"]
+    assert len(amtl.mask_parameters(model)) == 2 * len(model["a"].mask_parameters())
+    optimizer = torch.optim.SGD(
+        [{"params": amtl.table_parameters(model)}, {"params": amtl.mask_parameters(model)}], lr=0.1
+    )
+    amtl.update_schedule(model, 0.3)
+    assert model["b"].progress == 0.3
+    amtl.freeze(model, optimizer)
+    amtl.freeze(model, optimizer)
+    assert model["a"].phase == model["b"].phase == "frozen"
+    assert amtl.mask_parameters(model) == []
