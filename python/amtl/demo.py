@@ -93,7 +93,7 @@ def run_demo(
         raise UserError("the packed model predicts something else: please report this")
     stored = methods.stored_bytes(packed.model.table)
     for line in (
-        f"packed model  [bold]{packed_path}[/], {packed_path.stat().st_size:,} bytes with all parts",
+        f"packed model  [bold]{packed_path}[/], {packed_path.stat().st_size:,} bytes in all",
         f"  embeddings  {stored:,} bytes, {1 - stored / full['stored_bytes']:.0%} less than the "
         f"full table's {full['stored_bytes']:,}",
         f"  test AUC    {chosen['test_auc']:.4f}; the full table has {full['test_auc']:.4f}",

@@ -264,9 +264,10 @@ def _intro(runs: Sequence[dict[str, Any]]) -> str:
     note = (
         " <strong>Synthetic data: generated, not measured anywhere.</strong>" if synthetic else ""
     )
+    number = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     return (
-        f"{len(runs)} run{'s' if len(runs) > 1 else ''}; split {html.escape(run['config']['split'])}"
-        f" 80/10/10; {run['rows']:,} rows in the shared table: {html.escape(fields)}.{note}"
+        f"{number}; split {html.escape(run['config']['split'])} 80/10/10; "
+        f"{run['rows']:,} rows in the shared table: {html.escape(fields)}.{note}"
     )
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-
 from amtl.data import movielens, registry, synthetic
 from amtl.data.encoding import Encoder, FieldSpec, infer_fields
 from amtl.data.readers import read_table
@@ -66,7 +65,7 @@ def test_unreadable_files_say_what_to_do(tmp_path, name, content, message):
 
 def test_missing_column_names_the_columns(frame, tmp_path):
     frame.drop("tags").write_csv(tmp_path / "a.csv")
-    with pytest.raises(UserError, match="no column 'colour'.*user"):
+    with pytest.raises(UserError, match=r"no column 'colour'.*user"):
         read_table(tmp_path / "a.csv", ["colour"])
 
 
@@ -302,7 +301,7 @@ def test_movielens_archives_are_parsed(cached, size, files):
 def test_a_damaged_archive_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("AMTL_CACHE", str(tmp_path))
     (tmp_path / "ml-1m.zip").write_bytes(b"half of it")
-    with pytest.raises(UserError, match="MD5.*delete it"):
+    with pytest.raises(UserError, match=r"MD5.*delete it"):
         load_source("movielens-1m")
 
 

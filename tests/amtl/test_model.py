@@ -4,14 +4,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from sklearn.metrics import log_loss as sklearn_log_loss
-from sklearn.metrics import roc_auc_score
-
 from amtl import methods
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.errors import UserError
 from amtl.metrics import auc, log_loss
 from amtl.model import ClickModel, predict
+from sklearn.metrics import log_loss as sklearn_log_loss
+from sklearn.metrics import roc_auc_score
 
 
 @pytest.fixture(params=["single", "bags"])

@@ -7,10 +7,9 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import torch
+from amtl.vocabulary import Vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from amtl.vocabulary import Vocabulary
 
 ints = st.lists(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)), max_size=60)
 small_ints = st.lists(st.one_of(st.none(), st.integers(-3, 3)), max_size=60)

@@ -78,7 +78,8 @@ def load_avazu(argument: str | None) -> pl.DataFrame:
     else:
         frame = pl.read_csv(path, schema_overrides={"id": pl.String})
     require_columns(frame.columns, ["click", "hour", *AVAZU_FIELDS[:-2]], str(path))
-    when = pl.col("hour").cast(pl.String).str.to_datetime("%y%m%d%H", strict=False)
+    minutes = pl.col("hour").cast(pl.String) + "00"
+    when = minutes.str.to_datetime("%y%m%d%H%M", strict=False)
     return frame.with_columns(
         hour_of_day=when.dt.hour().cast(pl.Int64), weekday=when.dt.weekday().cast(pl.Int64)
     )

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from amtl.checkpoint import load_checkpoint, read_json
+from amtl.cli import main
+
+FAST = ["--dim", "4", "--epochs", "3", "--batch-size", "128", "--budget", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    n = 600
+    user, item = rng.zipf(1.4, n) % 40, rng.zipf(1.4, n) % 30
+    effect = rng.normal(size=40)[user] + rng.normal(size=30)[item]
+    frame = pl.DataFrame(
+        {
+            "user": user,
+            "item": [f"i{i}" for i in item],
+            "tags": [["a|b", "b|c", "c|a", "c"][i] for i in rng.integers(0, 4, n)],
+            "price": rng.exponential(2.0, n),
+            "rating": np.clip(np.round(3 + effect), 1, 5),
+            "label": (rng.random(n) < 1 / (1 + np.exp(-effect))).astype(int),
+        }
+    )
+    path = tmp_path_factory.mktemp("data") / "clicks.parquet"
+    frame.write_parquet(path)
+    frame.write_csv(path.with_suffix(".csv"))
+    return path
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    result = {}
+    for method in ("fixed", "rule", "amtl"):
+        out = folder / method
+        fields = "user,item,tags,price"
+        assert (
+            run(
+                "train",
+                data,
+                "--label",
+                "label",
+                "--fields",
+                fields,
+                "--method",
+                method,
+                "--out",
+                out,
+                *FAST,
+            )
+            == 0
+        )
+        result[method] = out
+    return result
+
+
+def test_train_writes_a_run_and_shows_it(runs, data, tmp_path, capsys):
+    out = tmp_path / "again"
+    code = run(
+        "train",
+        data.with_suffix(".csv"),
+        "--label",
+        "label",
+        "--fields",
+        "user,item,tags,price",
+        "--out",
+        out,
+        *FAST,
+    )
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert "test AUC" in shown
+    assert "sizes frozen" in shown
+    metrics, parquet = read_json(out / "metrics.json"), read_json(runs["amtl"] / "metrics.json")
+    assert metrics["test_auc"] == parquet["test_auc"]
+    assert metrics["config"]["data"] == str(data.with_suffix(".csv").resolve())
+
+
+def test_options_reach_the_run(data, tmp_path):
+    out = tmp_path / "r"
+    code = run(
+        "train",
+        data,
+        "--label",
+        "rating",
+        "--label-threshold",
+        "4",
+        "--fields",
+        "user,item,tags",
+        "--method",
+        "rule",
+        "--numeric",
+        "standardise",
+        "--numeric",
+        "user=bucket",
+        "--multi",
+        "tags=",
+        "--split",
+        "order:price",
+        "--exponent",
+        "1.5",
+        "--freeze-at",
+        "0.7",
+        "--seed",
+        "5",
+        "--table-optimizer",
+        "adagrad",
+        "--min-count",
+        "2",
+        "--out",
+        out,
+        *FAST,
+    )
+    assert code == 0
+    metrics = read_json(out / "metrics.json")
+    config = metrics["config"]
+    assert config["numeric"] == {"user": "bucket"}
+    assert config["separators"] == {"tags": ""}
+    assert config["table_options"] == {"init_exponent": 1.5}
+    assert (config["seed"], config["min_count"], config["split"]) == (5, 2, "order:price")
+    assert set(metrics["rows_by_field"]) == {"user", "item", "tags"}
+    assert [r["phase"] for r in metrics["history"]] == ["search", "search", "frozen"]
+
+
+def test_the_papers_logits_train_too(data, tmp_path):
+    out = tmp_path / "r"
+    assert (
+        run(
+            "train",
+            data,
+            "--label",
+            "label",
+            "--fields",
+            "user,item",
+            "--parametrization",
+            "free",
+            "--out",
+            out,
+            *FAST,
+        )
+        == 0
+    )
+    assert read_json(out / "metrics.json")["stored_fraction"] <= 0.5
+
+
+def test_evaluate_and_pack_agree(runs, data, tmp_path, capsys):
+    packed = tmp_path / "m.safetensors"
+    assert run("pack", runs["amtl"], "-o", packed) == 0
+    shown = capsys.readouterr().out
+    assert f"{packed.stat().st_size:,} bytes" in shown
+    expected = read_json(runs["amtl"] / "metrics.json")["test_auc"]
+    for target in (runs["amtl"], packed):
+        assert run("evaluate", target) == 0
+        assert f"AUC {expected:.4f}" in capsys.readouterr().out
+        assert run("evaluate", target, data) == 0
+        assert "600 rows" in capsys.readouterr().out
+
+
+def test_inspect_shows_sizes(runs, tmp_path, capsys):
+    assert run("inspect", runs["amtl"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("user", "tags (bag)", "█", "method amtl"):
+        assert text in shown
+    run("pack", runs["amtl"], "-o", tmp_path / "m.safetensors")
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "m.safetensors") == 0
+    assert shown.splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
+
+
+def test_report_and_compare(runs, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    assert run("report", *runs.values(), "-o", out) == 0
+    assert run("compare", *runs.values()) == 0
+    shown = capsys.readouterr().out
+    assert "AMTL D=4 0.5" in shown
+    assert out.read_text().startswith("<!doctype html>")
+
+
+def test_warm_start(runs, data, tmp_path, capsys):
+    assert (
+        run(
+            "train",
+            data,
+            "--label",
+            "label",
+            "--fields",
+            "user,item",
+            "--warm-start",
+            runs["fixed"],
+            "--out",
+            tmp_path / "w",
+            *FAST,
+        )
+        == 0
+    )
+    assert "warm start:" in capsys.readouterr().out
+
+
+def test_a_run_is_not_overwritten_unasked(runs, data, capsys):
+    args = ["train", data, "--label", "label", "--out", runs["fixed"], *FAST]
+    assert run(*args) == 1
+    assert "--force" in capsys.readouterr().err
+    assert run("train", "--resume", "--out", runs["fixed"]) == 0
+
+
+def test_datasets_are_listed(capsys):
+    assert run("datasets") == 0
+    assert "nycflights13" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train"], "name the data"),
+        (["train", "nowhere.parquet", "--label", "y"], "neither a file nor a known data set"),
+        (["train", "DATA"], "--label COLUMN is needed; columns are user"),
+        (["train", "DATA", "--label", "user"], "--label-threshold"),
+        (["train", "DATA", "--label", "label", "--fields", "user,colour"], "no column 'colour'"),
+        (["train", "DATA", "--label", "label", "--method", "magic"], "choose one of"),
+        (["train", "DATA", "--label", "label", "--budget", "7"], "--budget"),
+        (["train", "DATA", "--label", "label", "--split", "order:x"], "no column 'x'"),
+        (["train", "DATA", "--label", "label", "--numeric", "log"], "bucket"),
+        (["train", "DATA", "--label", "label", "--table-optimizer", "x"], "choose one of"),
+        (["train", "--resume"], "--resume needs --out"),
+        (["train", "--resume", "--out", "nowhere"], "there is no nowhere"),
+        (["evaluate", "nowhere"], "there is no"),
+        (["pack", "nowhere", "-o", "x.safetensors"], "there is no run folder"),
+        (["report", "nowhere"], "no metrics.json"),
+        (["inspect", "DATA"], "safetensors"),
+        (["demo", "--data", "DATA"], "named data set"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(args, message, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*[data if a == "DATA" else a for a in args]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error:")
+    assert "Traceback" not in error
+
+
+def test_a_whole_demo(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert run("demo", "--data", "synthetic:4000", "--epochs", "3", "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert "equal the trained model's, bit for bit" in shown
+    assert (out / "report.html").exists()
+    assert (out / "model.safetensors").exists()
+    for name in ("fixed-full", "fixed-narrow", "rule", "amtl-0.4", "amtl-0.125"):
+        assert (out / name / "metrics.json").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data, tmp_path):
+    out = tmp_path / "r"
+    args = [
+        "train",
+        str(data),
+        "--label",
+        "label",
+        "--fields",
+        "user,item",
+        "--dim",
+        "4",
+        "--epochs",
+        "100000",
+        "--patience",
+        "100000",
+        "--batch-size",
+        "64",
+        "--out",
+        str(out),
+    ]
+    code = "import sys; from amtl.cli import main; main(sys.argv[1:])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        shown, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert "--resume" in shown
+    state = load_checkpoint(out / "checkpoint.pt")
+    assert not state["finished"]
+    assert state["epoch"] >= 1

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from amtl.errors import UserError
+from amtl.report import group_results, table_rows, write_report
+
+
+def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **config):
+    history = [
+        {
+            "epoch": e,
+            "phase": "search" if method != "fixed" and e < 1 else "frozen",
+            "loss": 0.6 - 0.01 * e,
+            "val_auc": auc - 0.01 + 0.001 * e,
+        }
+        for e in range(3)
+    ]
+    entry = {
+        "count": [0.0, 5.0, 100.0],
+        "size": [1.0, 2.0, 8.0],
+        "low": [1, 1, 8],
+        "high": [1, 3, 8],
+        "rows": [1, 10, 3],
+    }
+    return {
+        "method": method,
+        "dim": dim,
+        "budget": budget,
+        "seed": seed,
+        "test_auc": auc,
+        "test_logloss": 0.5,
+        "val_auc": auc,
+        "best_epoch": 3,
+        "epochs_run": 3,
+        "stored_bytes": stored,
+        "dense_bytes": 1000,
+        "stored_fraction": stored / 1000,
+        "rows": 14,
+        "bytes_by_field": {"user <b>": stored - 100, "item": 100},
+        "rows_by_field": {"user <b>": 10, "item": 4},
+        "step_ms_median": {"search": None if method == "fixed" else 9.0, "frozen": 5.0},
+        "sizes": {"fields": {"user <b>": entry, "item": entry}, "histogram": {"1": 9, "8": 5}},
+        "history": history,
+        "config": {
+            "data": "/some/where/clicks.parquet",
+            "split": "random",
+            "seed": seed,
+            "method": method,
+            "dim": dim,
+            "budget": budget,
+            "warm_start": None,
+            "epochs": 3,
+            **config,
+        },
+        "versions": {"torch": "2"},
+    }
+
+
+@pytest.fixture
+def folders(tmp_path):
+    runs = [
+        metrics(stored=1000),
+        metrics(dim=2, auc=0.68, stored=125),
+        metrics("rule", budget=0.125, auc=0.71, stored=124),
+        *[
+            metrics("amtl", budget=0.125, seed=s, auc=0.72 + 0.002 * s, stored=124)
+            for s in range(3)
+        ],
+    ]
+    result = []
+    for i, run in enumerate(runs):
+        folder = tmp_path / f"r{i}"
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps(run))
+        result.append(folder)
+    return result
+
+
+class Checker(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag not in ("meta", "path", "use", "image", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+
+def test_the_report_is_one_self_contained_page(folders, tmp_path):
+    out = tmp_path / "report.html"
+    write_report(folders, out)
+    text = out.read_text()
+    checker = Checker()
+    checker.feed(text)
+    assert len(checker.ids) == len(set(checker.ids))
+    for tag, attributes in checker.tags:
+        assert tag not in ("script", "link", "iframe")
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#")
+    for title in (
+        "Results",
+        "AUC against memory",
+        "Kept size against frequency",
+        "Training curves",
+        "Bytes by field",
+    ):
+        assert f"<h2>{title}</h2>" in text
+    assert text.count("<svg") == 5
+    assert "user &lt;b&gt;" in text
+    assert "<b>" not in re.sub(r"<div class=card><b>", "", text)
+    assert "0.7220 ± 0.0020" in text
+    assert "+0.0220" in text
+    ids = set(checker.ids)
+    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used
+    assert used <= ids
+
+
+@pytest.mark.parametrize("keep", [[0], [2, 3]])
+def test_any_selection_of_runs_has_a_report(folders, tmp_path, keep):
+    write_report([folders[i] for i in keep], tmp_path / "r.html")
+    assert "<h2>Results</h2>" in (tmp_path / "r.html").read_text()
+
+
+def test_runs_are_grouped_over_seeds_only():
+    base = metrics("amtl")
+    other = metrics("amtl", seed=1)
+    changed = copy.deepcopy(base)
+    changed["config"]["epochs"] = 9
+    results = group_results([base, other, changed])
+    assert [len(r.runs) for r in results] == [2, 1]
+    assert results[0].name != results[1].name
+    assert "epochs" in results[1].name
+
+
+def test_differences_are_to_the_widest_fixed_table():
+    results = group_results(
+        [
+            metrics(dim=2, auc=0.6, stored=10),
+            metrics(auc=0.7),
+            metrics("amtl", auc=0.75, stored=400),
+        ]
+    )
+    header, rows = table_rows(results)
+    at = header.index("vs full")
+    assert [row[at] for row in rows] == ["–", "-0.1000", "+0.0500"]
+    assert [row[header.index("of full")] for row in rows] == ["100.0%", "1.0%", "40.0%"]
+    header, _ = table_rows(group_results([metrics("amtl")]))
+    assert "vs full" not in header
+
+
+def test_unfinished_runs_are_named(tmp_path):
+    with pytest.raises(UserError, match="--resume"):
+        write_report([tmp_path], tmp_path / "r.html")
+    with pytest.raises(UserError, match="at least one"):
+        write_report([], tmp_path / "r.html")

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from amtl import methods
+from amtl.config import TrainConfig, default_batch_size
+from amtl.data.registry import Source
+from amtl.errors import UserError
+from amtl.packed import load_any, load_packed, pack_run, size_table
+from amtl.progress import Silent
+from amtl.trained import load_run
+from amtl.training import Interrupted, start
+
+ROWS = 1200
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    rng = np.random.default_rng(0)
+    user, item = rng.zipf(1.4, ROWS) % 60, rng.zipf(1.4, ROWS) % 40
+    taste = rng.normal(size=(60, 3))
+    kind = rng.normal(size=(40, 3))
+    logit = (taste[user] * kind[item]).sum(1)
+    frame = pl.DataFrame(
+        {
+            "user": user,
+            "item": [f"i{i}" for i in item],
+            "tags": [["a|b", "b|c", "c", ""][i] for i in rng.integers(0, 4, ROWS)],
+            "price": rng.normal(size=ROWS),
+            "label": (rng.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(int),
+        }
+    )
+    return Source("made here", frame, "label")
+
+
+def settings(**changes) -> TrainConfig:
+    base = {
+        "data": "made here",
+        "label": "label",
+        "dim": 8,
+        "budget": 0.5,
+        "batch_size": 200,
+        "epochs": 5,
+        "patience": 5,
+        "hidden": [8],
+        "table_lr": 0.05,
+        "seed": 3,
+    }
+    return TrainConfig(**{**base, **changes})
+
+
+def flat(state):
+    """Everything in a nested state as comparable leaves."""
+    if isinstance(state, dict):
+        for key in sorted(state, key=str):
+            if "seconds" not in str(key):
+                yield from ((f"{key}.{k}", v) for k, v in flat(state[key]))
+    elif isinstance(state, (list, tuple)):
+        for i, value in enumerate(state):
+            yield from ((f"{i}.{k}", v) for k, v in flat(value))
+    else:
+        yield "", state
+
+
+def assert_same(first, second):
+    a, b = dict(flat(first)), dict(flat(second))
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[key]), key
+        else:
+            assert value == b[key], key
+
+
+class Recorder(Silent):
+    def __init__(self):
+        self.notes, self.epochs, self.steps = [], [], 0
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def epoch(self, record):
+        self.epochs.append(record)
+
+    def step(self, epoch, loss, samples):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_run_learns_and_records(source, tmp_path, method):
+    recorder = Recorder()
+    config = settings(method=method, epochs=8)
+    metrics = start(config, tmp_path / "run", observer=recorder, source=source).run()
+    assert metrics["test_auc"] > 0.55
+    assert recorder.steps == 5 * metrics["epochs_run"]
+    assert [r["epoch"] for r in metrics["history"]] == list(range(metrics["epochs_run"]))
+    assert metrics["history"][0]["loss"] > metrics["history"][-1]["loss"]
+    assert sum(metrics["bytes_by_field"].values()) == metrics["stored_bytes"]
+    assert metrics["dense_bytes"] == metrics["rows"] * 8 * 4
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == json.loads(
+        json.dumps(metrics)
+    )
+    phases = [r["phase"] for r in metrics["history"]]
+    if method == "fixed":
+        assert metrics["stored_fraction"] == 1
+    else:
+        assert metrics["stored_fraction"] <= 0.5
+        assert phases[:3] == ["search"] * 3
+        assert set(phases[3:]) == {"frozen"}
+        assert metrics["best_epoch"] > 3
+        assert "sizes frozen" in recorder.notes[0]
+
+
+@pytest.mark.parametrize("optimizer", methods.TABLE_OPTIMIZERS)
+def test_every_table_optimizer_passes_the_freeze(source, optimizer):
+    config = settings(method="rule", table_optimizer=optimizer, epochs=3)
+    metrics = start(config, source=source).run()
+    assert np.isfinite(metrics["test_logloss"])
+
+
+def test_only_touched_rows_change(source):
+    trainer = start(settings(method="amtl"), source=source)
+    weight = methods.table_parameters(trainer.table)[0]
+    before = weight.detach().clone()
+    samples = torch.arange(50)
+    touched = trainer.task.train.batch(samples).indices.unique()
+    trainer._train_step(samples)
+    changed = torch.nonzero((weight.detach() != before).any(1)).view(-1)
+    assert set(changed.tolist()) <= set(touched.tolist())
+    assert len(changed)
+    assert weight.grad is None or weight.grad.is_sparse
+
+
+@pytest.mark.parametrize(
+    ("method", "stops"),
+    [("fixed", [3]), ("rule", [10, 11]), ("amtl", [4, 10, 13])],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(source, tmp_path, method, stops):
+    config = settings(method=method)
+    whole = start(config, tmp_path / "whole", source=source)
+    expected = whole.run()
+    out = tmp_path / "parts"
+    trainer = start(config, out, source=source, stop=lambda steps: steps >= stops[0])
+    for next_stop in [*stops[1:], None]:
+        with pytest.raises(Interrupted):
+            trainer.run()
+        trainer = start(
+            None,
+            out,
+            resume=True,
+            source=source,
+            stop=lambda steps, at=next_stop: at is not None and steps >= at,
+        )
+    metrics = trainer.run()
+    assert_same(whole.state(), trainer.state())
+    for key in ("test_auc", "test_logloss", "val_auc", "best_epoch", "stored_bytes", "sizes"):
+        assert metrics[key] == expected[key], key
+
+
+def test_a_finished_run_resumes_to_its_own_result(source, tmp_path):
+    expected = start(settings(), tmp_path, source=source).run()
+    again = start(None, tmp_path, resume=True, source=source).run()
+    assert again["test_auc"] == expected["test_auc"]
+
+
+def test_resuming_without_a_run_is_a_user_error(source, tmp_path):
+    with pytest.raises(UserError, match="amtl train"):
+        start(None, tmp_path, resume=True, source=source)
+
+
+def test_seeds_repeat_and_differ(source):
+    runs = [start(settings(seed=s, epochs=2), source=source).run() for s in (1, 1, 2)]
+    assert runs[0]["test_auc"] == runs[1]["test_auc"]
+    assert runs[0]["test_auc"] != runs[2]["test_auc"]
+
+
+def test_early_stopping_counts_from_the_freeze(source):
+    config = settings(method="amtl", epochs=20, patience=1, table_lr=0.3, lr=0.05)
+    metrics = start(config, source=source).run()
+    frozen_from = [r["phase"] for r in metrics["history"]].index("frozen")
+    assert frozen_from == 8
+    assert metrics["best_epoch"] - 1 >= frozen_from
+    assert metrics["epochs_run"] < 20
+    assert metrics["epochs_run"] == metrics["best_epoch"] + 1
+
+
+def test_the_best_epoch_is_what_is_tested_and_kept(source, tmp_path):
+    config = settings(method="fixed", epochs=12, table_lr=0.3, lr=0.05)
+    metrics = start(config, tmp_path, source=source).run()
+    assert metrics["best_epoch"] < metrics["epochs_run"]
+    trained = load_run(tmp_path)
+    trained_source = trained.encoder.transform(source.frame)
+    assert len(trained_source) == ROWS
+    best = max(metrics["history"], key=lambda r: r["val_auc"])
+    assert best["epoch"] + 1 == metrics["best_epoch"]
+
+
+def test_warm_start_copies_matching_values(source, tmp_path):
+    fixed = start(settings(method="fixed"), tmp_path / "fixed", source=source)
+    fixed.run()
+    donor = load_run(tmp_path / "fixed")
+    config = settings(
+        method="amtl", fields=["item", "user"], min_count=3, warm_start=str(tmp_path / "fixed")
+    )
+    trainer = start(config, tmp_path / "warm", source=source)
+    weight = methods.table_parameters(trainer.table)[0].detach()
+    theirs = methods.table_parameters(donor.model.table)[0].detach()
+    encoder = trainer.task.encoder
+    for name in ("item", "user"):
+        f, g = encoder.names.index(name), donor.encoder.names.index(name)
+        values = encoder.vocabularies[f].values
+        rows = encoder.field_rows(f)[encoder.vocabularies[f].encode(values).long()]
+        other = donor.encoder.field_rows(g)[donor.encoder.vocabularies[g].encode(values).long()]
+        assert torch.equal(weight[rows], theirs[other])
+    assert trainer.run()["test_auc"] > 0.5
+    with pytest.raises(UserError, match="--dim 8"):
+        start(settings(dim=4, warm_start=str(tmp_path / "fixed")), source=source)
+    with pytest.raises(UserError, match="fixed is needed"):
+        start(settings(warm_start=str(tmp_path / "warm")), source=source)
+    with pytest.raises(UserError, match="no field in common"):
+        changed = Source("made here", source.frame.rename({"user": "u", "item": "i"}), "label")
+        start(settings(fields=["u", "i"], warm_start=str(tmp_path / "fixed")), source=changed)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("fields", [["user", "item"], ["user", "item", "tags", "price"]])
+def test_packed_models_predict_the_same(source, tmp_path, method, fields):
+    config = settings(method=method, fields=fields, default_numeric="standardise", epochs=3)
+    metrics = start(config, tmp_path / "run", source=source).run()
+    trained = load_run(tmp_path / "run")
+    packed = pack_run(tmp_path / "run", tmp_path / "model.safetensors")
+    expected = trained.probabilities(source.frame)
+    if method == "fixed":
+        torch.testing.assert_close(packed.probabilities(source.frame), expected)
+    else:
+        assert torch.equal(packed.probabilities(source.frame), expected)
+    assert methods.stored_bytes(packed.model.table) == metrics["stored_bytes"]
+    assert packed.metrics["test_auc"] == metrics["test_auc"]
+    assert sum(e["bytes"] for e in size_table(packed)) == metrics["stored_bytes"]
+    labels = torch.from_numpy(source.frame["label"].to_numpy())
+    result = packed.evaluate(packed.encoder.transform(source.frame, labels))
+    assert result["rows"] == ROWS
+    half = pack_run(tmp_path / "run", tmp_path / "half.safetensors", torch.float16)
+    assert methods.stored_bytes(half.model.table) * 2 == metrics["stored_bytes"]
+    torch.testing.assert_close(half.probabilities(source.frame), expected, rtol=0, atol=5e-3)
+
+
+def test_damaged_packed_files_are_refused(source, tmp_path):
+    start(settings(epochs=3), tmp_path / "run", source=source).run()
+    path = tmp_path / "model.safetensors"
+    pack_run(tmp_path / "run", path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:200], whole[:-100]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            load_packed(path)
+    with pytest.raises(UserError, match="there is no file"):
+        load_any(tmp_path / "none.safetensors")
+
+
+def test_a_run_stopped_before_the_freeze_cannot_be_packed_yet(source, tmp_path):
+    trainer = start(settings(), tmp_path / "run", source=source, stop=lambda steps: steps >= 2)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    with pytest.raises(UserError, match="--resume"):
+        pack_run(tmp_path / "run", tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"budget": 0.0}, {"budget": 1.5}, {"epochs": 0}, {"freeze_at": 1.0}, {"table_lr": -1.0}],
+)
+def test_settings_are_checked(changes):
+    with pytest.raises(UserError, match="--"):
+        settings(**changes)
+
+
+def test_settings_round_trip_and_newer_ones_are_refused():
+    config = settings(table_options={"init_exponent": 1.0})
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(UserError, match="newer"):
+        TrainConfig.from_dict({**config.to_dict(), "telepathy": True})
+
+
+def test_a_diverging_run_says_so(source):
+    with pytest.raises(UserError, match="lower --table-lr"):
+        start(settings(method="fixed", lr=1e30, table_lr=1e30), source=source).run()
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"), [(100, 256), (100_000, 1024), (327_346, 4096 // 2), (1_000_209, 8192)]
+)
+def test_default_batch_size_makes_about_a_hundred_steps(rows, size):
+    assert default_batch_size(rows) == size
