@@ -97,8 +97,11 @@ def set_backend(name: str | None) -> None:
     _state.overrides = []
     for key in keys:
         library = torch.library.Library("amtl", "IMPL")
-        for op, function in implementations.items():
-            library.impl(op, function, key, allow_override=True)
+        with warnings.catch_warnings():
+            # Overriding is the point here.
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
+            for op, function in implementations.items():
+                library.impl(op, function, key, allow_override=True)
         _state.overrides.append(library)
     _state.name = name
 

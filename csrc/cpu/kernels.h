@@ -125,5 +125,7 @@ const KernelTable& Avx512Kernels();
 
 // The best table that this processor runs; AMTL_CPU_ISA=generic|avx2|avx512 asks for a lesser one.
 const KernelTable& Kernels();
+// Makes Kernels() the named table, or the best one again for "". False: the processor can't run it.
+bool UseKernels(const char* name);
 
 }  // namespace amtl::cpu

@@ -17,7 +17,16 @@ PyObject* BuildInfo(PyObject*, PyObject*) {
                        amtl::cpu::Kernels().name);
 }
 
+PyObject* UseCpuCapability(PyObject*, PyObject* args) {
+  const char* name = nullptr;
+  if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+  return PyBool_FromLong(amtl::cpu::UseKernels(name));
+}
+
 PyMethodDef kMethods[] = {
+    {"use_cpu_capability", UseCpuCapability, METH_VARARGS,
+     "Runs the CPU kernels of 'generic', 'avx2', 'avx512', or the best ones for ''; for tests. "
+     "Returns whether the processor can."},
     {"build_info", BuildInfo, METH_NOARGS, "How this module was built, as a dict of strings."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -1,0 +1,29 @@
+"""What all tests share.
+
+Memory of ``torch.empty`` is filled with NaN (or the largest integer) before every test's code gets
+it, native code's outputs included: PyTorch does that in its deterministic mode. A value that nobody
+wrote can't pass for a result. Tests that allocate tables they never touch are marked ``no_poison``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("no_poison"):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)

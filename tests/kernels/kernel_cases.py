@@ -1,0 +1,276 @@
+"""Inputs of the operators, drawn from a few numbers, and comparisons with the reference.
+
+A :class:`Case` is what hypothesis draws; :func:`build` turns it into tensors. Their values are
+small integers, and bags of a mean hold a power of two of them, so that float32 sums are exact in
+any order: a backend must agree with the reference to the last bit, and a lost or doubled lookup
+cannot hide in a tolerance. Only means that leave out padding divide by other numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from torch import Tensor
+
+from amtl_kernels import reference
+
+DIMS = (1, 3, 8, 16, 17, 40, 64, 129, 300)
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    rows: int
+    dim: int
+    lookups: int
+    pattern: str
+    dtype: torch.dtype
+    index_dtype: torch.dtype
+    size_dtype: torch.dtype
+    groups: int
+    columns: int
+    sorted_groups: bool
+    bags: int
+    include_last_offset: bool
+    mean: bool
+    weighted: bool
+    padding: str
+    tiers: int
+    hash_seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_lookups: int = 6_000, max_dim: int = 300) -> Case:
+    mean = draw(st.booleans())
+    return Case(
+        seed=draw(st.integers(0, 2**31)),
+        rows=draw(st.sampled_from([1, 2, 37, 1000, 5_000])),
+        dim=draw(st.sampled_from([d for d in DIMS if d <= max_dim])),
+        lookups=min(max_lookups, draw(st.sampled_from([0, 1, 5, 64, 300, 1_500, 6_000]))),
+        pattern=draw(st.sampled_from(["uniform", "zipf", "one row", "distinct"])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+        index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+        size_dtype=draw(st.sampled_from([torch.uint8, torch.int32])),
+        groups=draw(st.sampled_from([1, 5, 200])),
+        columns=draw(st.sampled_from([0, 1, 7])),
+        sorted_groups=draw(st.booleans()),
+        bags=draw(st.sampled_from([0, 1, 3, 2_000])),
+        include_last_offset=mean or draw(st.booleans()),
+        mean=mean,
+        weighted=not mean and draw(st.booleans()),
+        padding=draw(st.sampled_from(["none", "first", "last"])),
+        tiers=draw(st.integers(1, 4)),
+        hash_seed=draw(st.integers(-(2**63), 2**63 - 1)),
+    )
+
+
+@dataclass
+class Inputs:
+    """Tensors of a case, and the operators' arguments in the order of their schemas."""
+
+    case: Case
+    weight: Tensor
+    indices: Tensor
+    offsets: Tensor
+    row_dims: Tensor
+    row_group: Tensor
+    group_dims: Tensor
+    group_mask: Tensor
+    per_sample_weights: Tensor | None
+    blocks: list[Tensor]
+    tier_ends: list[int]
+    padding_idx: int
+    grad_flat: Tensor
+    grad_bags: Tensor
+    include_last_offset: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.include_last_offset = self.case.include_last_offset
+
+    def forwards(self, bounds_check: int = 1) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        c, mode = self.case, int(self.case.mean)
+        pooled = (mode, self.padding_idx, self.include_last_offset)
+        groups = (self.row_group, self.group_dims, self.group_mask)
+        psw = self.per_sample_weights
+        flat = self.indices.reshape(1, -1)
+        yield "masked_embedding", (self.weight, flat, self.row_dims, self.padding_idx, bounds_check)
+        yield (
+            "masked_embedding_bag",
+            (self.weight, self.indices, self.offsets, self.row_dims, psw, *pooled, bounds_check),
+        )
+        yield (
+            "adaptive_embedding",
+            (self.weight, flat, *groups, c.hash_seed, self.padding_idx, bounds_check),
+        )
+        yield (
+            "adaptive_embedding_bag",
+            (
+                self.weight,
+                self.indices,
+                self.offsets,
+                *groups,
+                psw,
+                *pooled,
+                c.hash_seed,
+                bounds_check,
+            ),
+        )
+        tiers = (self.blocks, self.tier_ends)
+        yield "tiered_embedding", (*tiers, flat, c.dim, self.padding_idx, bounds_check)
+        yield (
+            "tiered_embedding_bag",
+            (*tiers, self.indices, self.offsets, psw, c.dim, *pooled, bounds_check),
+        )
+
+    def backwards(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        c, psw = self.case, self.per_sample_weights
+        bags = (int(c.mean), self.padding_idx, self.include_last_offset)
+        flat = (0, self.padding_idx, False)
+        groups = (self.row_group, self.group_dims)
+        w, i, o, wants = self.weight, self.indices, self.offsets, psw is not None
+        yield (
+            "masked_embedding_backward",
+            (self.grad_bags, w, i, o, self.row_dims, psw, *bags, True, wants),
+        )
+        yield (
+            "masked_embedding_backward",
+            (self.grad_flat, w, i, None, self.row_dims, None, *flat, True, False),
+        )
+        yield (
+            "adaptive_embedding_backward",
+            (self.grad_bags, w, i, o, *groups, psw, *bags, c.hash_seed, True, True, wants),
+        )
+        for rows, mask in ((True, True), (False, True), (True, False)):
+            yield (
+                "adaptive_embedding_backward",
+                (
+                    self.grad_flat,
+                    w,
+                    i,
+                    None,
+                    *groups,
+                    None,
+                    *flat,
+                    c.hash_seed,
+                    rows,
+                    mask,
+                    False,
+                ),
+            )
+        tiers = (self.blocks, self.tier_ends)
+        yield (
+            "tiered_embedding_backward",
+            (self.grad_bags, *tiers, i, o, psw, c.dim, *bags, True, wants),
+        )
+        yield (
+            "tiered_embedding_backward",
+            (self.grad_flat, *tiers, i, None, None, c.dim, *flat, True, False),
+        )
+
+
+def draw_indices(case: Case, generator: torch.Generator) -> Tensor:
+    if case.pattern == "one row":
+        return torch.full((case.lookups,), case.rows // 2, dtype=case.index_dtype)
+    if case.pattern == "distinct":
+        return (torch.randperm(max(case.rows, case.lookups), generator=generator) % case.rows)[
+            : case.lookups
+        ].to(case.index_dtype)
+    uniform = torch.rand(case.lookups, generator=generator)
+    if case.pattern == "zipf":
+        uniform = uniform**6
+    return (uniform * case.rows).long().clamp(max=case.rows - 1).to(case.index_dtype)
+
+
+def draw_values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(-4, 5, shape, generator=generator).float()
+
+
+def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None) -> Inputs:
+    dtype = dtype or case.dtype
+    g = torch.Generator().manual_seed(case.seed)
+    indices = draw_indices(case, g)
+    row_dims = torch.randint(1, min(case.dim, 255) + 1, (case.rows,), generator=g)
+    row_group = torch.randint(0, case.groups, (case.rows,), generator=g, dtype=torch.int32)
+    if case.sorted_groups:
+        row_group = row_group.sort().values
+    shape = (case.groups, case.columns) if case.columns else (case.groups,)
+    group_dims = torch.randint(1, min(case.dim, 255) + 1, shape, generator=g)
+    weight = draw_values((case.rows, case.dim), g).to(dtype)
+
+    bags = max(1, case.bags) if case.include_last_offset else case.bags
+    offsets = torch.randint(0, case.lookups + 1, (bags,), generator=g).sort().values
+    if case.mean:
+        lengths = 2 ** torch.randint(0, 5, (bags,), generator=g)
+        lengths *= torch.rand(bags, generator=g) > 0.1
+        offsets = (lengths.cumsum(0) - lengths).clamp(max=case.lookups)
+        whole = offsets < case.lookups
+        offsets = offsets[whole] if case.include_last_offset and whole.any() else offsets[:1]
+        bags = offsets.numel()
+    if bags:
+        offsets[0] = 0
+    width = torch.randint(1, case.dim + 1, (case.tiers,), generator=g).sort(descending=True).values
+    cuts = torch.randint(0, case.rows + 1, (case.tiers - 1,), generator=g).sort().values.tolist()
+    tier_ends = [*cuts, case.rows]
+    starts = [0, *cuts]
+    blocks = [
+        draw_values((end - start, int(w)), g).to(dtype)
+        for start, end, w in zip(starts, tier_ends, width, strict=True)
+    ]
+    psw = draw_values((case.lookups,), g).to(dtype) if case.weighted else None
+    grad_bags = bags - int(case.include_last_offset)
+    return Inputs(
+        case=case,
+        weight=weight.to(device),
+        indices=indices.to(device),
+        offsets=offsets.to(case.index_dtype).to(device),
+        row_dims=row_dims.to(case.size_dtype).to(device),
+        row_group=row_group.to(device),
+        group_dims=group_dims.to(case.size_dtype).to(device),
+        group_mask=torch.rand(case.groups, case.dim, generator=g).to(device),
+        per_sample_weights=None if psw is None else psw.to(device),
+        blocks=[block.to(device) for block in blocks],
+        tier_ends=tier_ends,
+        padding_idx={"none": -1, "first": 0, "last": case.rows - 1}[case.padding],
+        grad_flat=draw_values((case.lookups, case.dim), g).to(dtype).to(device),
+        grad_bags=draw_values((grad_bags, case.dim), g).to(dtype).to(device),
+    )
+
+
+def wide(value: Any) -> Any:
+    """Arguments in float64, for a reference without roundings in between."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, (list, tuple)):
+        return type(value)(wide(v) for v in value)
+    return value
+
+
+def assert_agrees(got: Any, want: Any, case: Case, what: str) -> None:
+    """Bit for bit, or, for means that leave out padding, up to the roundings of a long sum."""
+    if isinstance(want, (list, tuple)):
+        assert len(got) == len(want), what
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            assert_agrees(g, w, case, f"{what}[{i}]")
+        return
+    assert got.shape == want.shape, (what, got.shape, want.shape)
+    rounded = want.to(got.dtype) if got.is_floating_point() else want
+    tolerance = 0.0
+    if case.mean and case.padding != "none" and got.is_floating_point():
+        tolerance = torch.finfo(got.dtype).eps + max(10, case.lookups) * 2.0**-24
+    torch.testing.assert_close(
+        got.cpu(),
+        rounded.cpu(),
+        rtol=tolerance,
+        atol=tolerance * 4,
+        equal_nan=True,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+def expected(op: str, arguments: tuple[Any, ...]) -> Any:
+    """The reference's answer, computed in float64."""
+    return reference.IMPLEMENTATIONS[op](*wide(arguments))

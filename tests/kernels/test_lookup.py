@@ -1,0 +1,169 @@
+"""Every backend against the reference: forward, row gradients, mask and weight gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from kernel_cases import Case, assert_agrees, build, cases, expected
+
+import amtl_kernels
+
+BASE = Case(
+    seed=1,
+    rows=1000,
+    dim=64,
+    lookups=5000,
+    pattern="zipf",
+    dtype=torch.float32,
+    index_dtype=torch.int64,
+    size_dtype=torch.int32,
+    groups=200,
+    columns=7,
+    sorted_groups=True,
+    bags=300,
+    include_last_offset=False,
+    mean=False,
+    weighted=False,
+    padding="none",
+    tiers=3,
+    hash_seed=5,
+)
+
+
+def variant(**changes: Any) -> Case:
+    return Case(**{**BASE.__dict__, **changes})
+
+
+def limited(backend: Any, case: Case) -> Case:
+    """The case, cut to what the backend can afford in a test."""
+    return Case(
+        **{
+            **case.__dict__,
+            "lookups": min(case.lookups, backend.max_lookups),
+            "dim": min(case.dim, backend.max_dim),
+        }
+    )
+
+
+def drawn(backend: Any, check: Callable[[Any, Case], None]) -> None:
+    @settings(deadline=None, max_examples=backend.examples, suppress_health_check=list(HealthCheck))
+    @given(case=cases(min(6_000, backend.max_lookups), backend.max_dim))
+    def run(case: Case) -> None:
+        check(backend, case)
+
+    run()
+
+
+def check_forward(backend: Any, case: Case) -> None:
+    inputs = build(case, backend.device)
+    for op, arguments in inputs.forwards():
+        got = getattr(torch.ops.amtl, op)(*arguments)
+        assert got.dtype == case.dtype
+        assert_agrees(got, expected(op, arguments), case, op)
+
+
+def check_backward(backend: Any, case: Case) -> None:
+    inputs = build(case, backend.device)
+    for op, arguments in inputs.backwards():
+        got = getattr(torch.ops.amtl, op)(*arguments)
+        assert_agrees(got, expected(op, arguments), case, op)
+
+
+EDGES = {
+    "plain": variant(),
+    "empty input": variant(lookups=0),
+    "no bags": variant(bags=0),
+    "one row holds every lookup": variant(pattern="one row", lookups=20_000, dim=16),
+    "all distinct": variant(pattern="distinct", rows=20_000, lookups=20_000, dim=16),
+    "large enough to sort in parallel": variant(rows=20_000, lookups=70_000, dim=8),
+    "unsorted groups": variant(sorted_groups=False),
+    "one group": variant(groups=1, columns=0),
+    "half, weighted": variant(dtype=torch.float16, weighted=True, dim=17),
+    "bfloat16, mean, padding": variant(
+        dtype=torch.bfloat16, mean=True, padding="first", include_last_offset=True
+    ),
+    "mean": variant(mean=True, include_last_offset=True),
+    "wide": variant(dim=300, rows=37, lookups=300),
+    "one column": variant(dim=1, size_dtype=torch.uint8, index_dtype=torch.int32),
+    "past the last offset": variant(include_last_offset=True, bags=40, padding="last"),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(backend: Any, edge: str) -> None:
+    case = limited(backend, EDGES[edge])
+    check_forward(backend, case)
+    check_backward(backend, case)
+
+
+def test_drawn_forward(backend: Any) -> None:
+    drawn(backend, check_forward)
+
+
+def test_drawn_backward(backend: Any) -> None:
+    drawn(backend, check_backward)
+
+
+def test_masked_values_are_never_read(backend: Any) -> None:
+    """NaN and Inf past the kept sizes reach neither outputs nor row gradients."""
+    inputs = build(limited(backend, variant(dim=40)), backend.device)
+    columns = torch.arange(40, device=backend.device)
+    inputs.weight[columns >= inputs.row_dims[:, None]] = float("nan")
+    weight = inputs.weight.requires_grad_()
+    out = amtl_kernels.masked_embedding_bag(weight, inputs.indices, inputs.offsets, inputs.row_dims)
+    assert out.isfinite().all()
+    out.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad._values().isfinite().all()
+
+
+def test_results_repeat_bit_for_bit(backend: Any) -> None:
+    inputs = build(limited(backend, variant(lookups=30_000, sorted_groups=False)), backend.device)
+    threads = torch.get_num_threads()
+    answers = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            answers.append(
+                [
+                    getattr(torch.ops.amtl, op)(*arguments)
+                    for op, arguments in [*inputs.forwards(), *inputs.backwards()]
+                ]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in answers[1:]:
+        for first, again in zip(answers[0], other, strict=True):
+            assert_identical(first, again)
+
+
+def assert_identical(first: Any, again: Any) -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, again)
+        return
+    for x, y in zip(first, again, strict=True):
+        assert_identical(x, y)
+
+
+@example(rows=[0, 1, 2**31, 2**40 + 3], seed=-1)
+@given(rows=st.lists(st.integers(0, 2**62), max_size=50), seed=st.integers(-(2**63), 2**63 - 1))
+@settings(deadline=None)
+def test_hash_columns_of_the_reference(rows: list[int], seed: int) -> None:
+    """The hash written out in Python's integers."""
+    low = 0xFFFFFFFF
+    got = amtl_kernels.reference.hash_columns(torch.tensor(rows, dtype=torch.int64), seed, 64)
+    for row, column in zip(rows, got.tolist(), strict=True):
+        x = ((row ^ (row >> 32)) & low) * 0x9E3779B1
+        x += ((seed ^ (seed >> 32)) & low) * 0x85EBCA77
+        x &= low
+        x ^= x >> 16
+        x = x * 0x85EBCA6B & low
+        x ^= x >> 13
+        x = x * 0xC2B2AE35 & low
+        x ^= x >> 16
+        assert column == x * 64 >> 32
