@@ -28,6 +28,8 @@ class AMTLEmbedding(AMTLTable):
         _weight: initial table [N, D]. _freeze: the table does not train.
         counts: int64 [N], training count of each row: `torch.bincount(indices, minlength=N)`.
         field_sizes: rows per field if the table holds several; one budget over all of them.
+        row_features: [N, E], features that sizes may depend on beside the count. Every row is then
+            a group of its own, and the size head costs O(N) a step.
         **options: see `SearchOptions`.
 
     Raises:
@@ -50,6 +52,7 @@ class AMTLEmbedding(AMTLTable):
         *,
         counts: object = None,
         field_sizes: Sequence[int] | None = None,
+        row_features: Tensor | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -66,6 +69,7 @@ class AMTLEmbedding(AMTLTable):
             dtype,
             counts,
             field_sizes,
+            row_features,
             SearchOptions(**options),
         )
 
@@ -82,6 +86,7 @@ class AMTLEmbedding(AMTLTable):
         *,
         counts: object,
         field_sizes: Sequence[int] | None = None,
+        row_features: Tensor | None = None,
         **options: Any,
     ) -> AMTLEmbedding:
         """A layer around a trained table [N, D]; `freeze=True` keeps its weights from training."""
@@ -100,6 +105,7 @@ class AMTLEmbedding(AMTLTable):
             freeze,
             counts=counts,
             field_sizes=field_sizes,
+            row_features=row_features,
             **options,
         )
 
@@ -157,8 +163,8 @@ class AMTLEmbeddingBag(AMTLTable):
         mode: "sum" or "mean"; "max" is refused.
         include_last_offset: offsets end with the end of the last bag.
         padding_idx: a row that counts for nothing.
-        max_norm, norm_type, scale_grad_by_freq, sparse, _weight, counts, field_sizes, **options:
-            as in `AMTLEmbedding`.
+        max_norm, norm_type, scale_grad_by_freq, sparse, _weight, counts, field_sizes,
+            row_features, **options: as in `AMTLEmbedding`.
 
     Raises:
         ValueError: an argument out of range, or a budget that the smallest size cannot meet.
@@ -181,6 +187,7 @@ class AMTLEmbeddingBag(AMTLTable):
         *,
         counts: object = None,
         field_sizes: Sequence[int] | None = None,
+        row_features: Tensor | None = None,
         _freeze: bool = False,
         **options: Any,
     ) -> None:
@@ -203,6 +210,7 @@ class AMTLEmbeddingBag(AMTLTable):
             dtype,
             counts,
             field_sizes,
+            row_features,
             SearchOptions(**options),
         )
         self.mode = mode
@@ -223,6 +231,7 @@ class AMTLEmbeddingBag(AMTLTable):
         *,
         counts: object,
         field_sizes: Sequence[int] | None = None,
+        row_features: Tensor | None = None,
         **options: Any,
     ) -> AMTLEmbeddingBag:
         """A layer around a trained table [N, D]; `freeze=True` keeps its weights from training."""
@@ -242,6 +251,7 @@ class AMTLEmbeddingBag(AMTLTable):
             padding_idx,
             counts=counts,
             field_sizes=field_sizes,
+            row_features=row_features,
             _freeze=freeze,
             **options,
         )

@@ -28,12 +28,14 @@ class FrequencyGroups:
         counts: int64 [G], training count shared by the rows of a group.
         fields: int64 [G], field of a group.
         num_fields: number of fields F.
+        extra: float32 [G, E], further features of a group, or None.
     """
 
     row_group: Tensor
     counts: Tensor
     fields: Tensor
     num_fields: int
+    extra: Tensor | None = None
 
     @property
     def num_groups(self) -> int:
@@ -94,7 +96,11 @@ def check_field_sizes(field_sizes: Sequence[int] | None, num_rows: int) -> list[
     return sizes
 
 
-def frequency_groups(counts: Tensor, field_sizes: Sequence[int] | None = None) -> FrequencyGroups:
+def frequency_groups(
+    counts: Tensor,
+    field_sizes: Sequence[int] | None = None,
+    row_features: Tensor | None = None,
+) -> FrequencyGroups:
     """Group the rows of each field by their training count.
 
     Rows may come in any order. In frequency order (falling count) the groups are contiguous runs,
@@ -103,15 +109,29 @@ def frequency_groups(counts: Tensor, field_sizes: Sequence[int] | None = None) -
     Args:
         counts: int64 [N], counts from the training split only.
         field_sizes: rows per field; field f holds rows [off_f, off_f + size_f). None: one field.
+        row_features: [N, E], further features that sizes may depend on. Rows then differ even at
+            equal counts, so every row is a group of its own, G = N, in the order of the rows, and
+            the head costs O(N) a step.
 
     Returns:
         The groups; `row_group` is on the device of `counts`.
 
     Raises:
-        ValueError: see `check_counts` and `check_field_sizes`.
+        ValueError: see `check_counts` and `check_field_sizes`; row_features of another shape or
+            not finite.
     """
     counts = check_counts(counts)
     sizes = check_field_sizes(field_sizes, counts.numel())
+    if row_features is not None:
+        extra = torch.as_tensor(row_features).to(counts.device, torch.float32)
+        if extra.dim() != 2 or len(extra) != len(counts) or not bool(extra.isfinite().all()):
+            raise ValueError(
+                f"row_features must be finite, of shape [{len(counts)}, E], got shape "
+                f"{list(extra.shape)}"
+            )
+        fields = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        rows = torch.arange(len(counts), dtype=torch.int32, device=counts.device)
+        return FrequencyGroups(rows, counts, fields.to(counts.device), len(sizes), extra)
     row_parts, count_parts, field_parts = [], [], []
     first = 0
     for field, part in enumerate(counts.split(sizes)):
@@ -174,11 +194,12 @@ def mid_ranks(counts: Tensor, rows: Tensor, fields: Tensor, num_fields: int) -> 
     rank = torch.empty(counts.numel(), dtype=torch.float64, device=counts.device)
     for field in range(num_fields):
         member = (fields == field).nonzero().flatten()
-        order = member[counts[member].argsort()]
-        n = rows[order].to(torch.float64)
+        values, inverse = torch.unique(counts[member], return_inverse=True)
+        n = rank.new_zeros(values.numel()).index_add_(0, inverse, rows[member].to(rank.dtype))
         total = float(n.sum())
         below = n.cumsum(0) - n
-        rank[order] = (below + (n - 1) / 2) / (total - 1) if total > 1 else below + 0.5
+        middle = (below + (n - 1) / 2) / (total - 1) if total > 1 else below + 0.5
+        rank[member] = middle[inverse]
     return rank
 
 

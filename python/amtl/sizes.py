@@ -145,9 +145,10 @@ class SizeHead(nn.Module):
         self.register_buffer("group_counts", groups.counts)
         self.register_buffer("group_fields", groups.fields)
         self.register_buffer("group_rows", rows)
-        self.register_buffer(
-            "features", frequency_features(groups.counts, rows, groups.fields, groups.num_fields)
-        )
+        features = frequency_features(groups.counts, rows, groups.fields, groups.num_fields)
+        if groups.extra is not None:
+            features = torch.cat([features, groups.extra], dim=1)
+        self.register_buffer("features", features)
         quantile = (torch.arange(noise_quantiles, dtype=torch.float64) + 0.5) / noise_quantiles
         factors = torch.exp(self.size_noise * torch.special.ndtri(quantile))
         self._constant("noise_factors", factors.to(device, torch.float32))
@@ -319,8 +320,9 @@ class OrdinalSizes(SizeHead):
             dims = self._noisy_dims(log_size.detach().exp())
         else:
             dims = self.get_buffer("size_table")[_levels(self, scores.detach(), shift)]
-        distance = log_size[:, None] - self.get_buffer("log_columns")
-        mask = torch.sigmoid(distance / (self.kernel_width * self.temperature))
+        scale = 1 / (self.kernel_width * self.temperature)
+        columns = self.get_buffer("log_columns") * scale
+        mask = torch.sigmoid((log_size * scale)[:, None] - columns)
         return GroupSizes(dims.to(self._dims_dtype), mask)
 
 

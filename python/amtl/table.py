@@ -71,6 +71,7 @@ class AMTLTable(nn.Module):
         dtype: torch.dtype | None,
         counts: object,
         field_sizes: Sequence[int] | None,
+        row_features: Tensor | None,
         options: SearchOptions,
     ) -> None:
         super().__init__()
@@ -109,7 +110,9 @@ class AMTLTable(nn.Module):
         else:
             self.weight = nn.Parameter(weight.contiguous(), requires_grad=requires_grad)
         groups = frequency_groups(
-            check_counts(counts, num_embeddings).to(self.weight.device), self.field_sizes
+            check_counts(counts, num_embeddings).to(self.weight.device),
+            self.field_sizes,
+            row_features,
         )
         self.row_group = groups.row_group
         self.grid = options.grid(embedding_dim, self.weight.element_size())

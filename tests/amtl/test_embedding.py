@@ -447,6 +447,31 @@ def test_fields_share_one_budget():
     assert torch.equal(layer.group_dims()[layer.row_group], dims)
 
 
+def test_row_features_tell_rows_of_one_count_apart():
+    torch.manual_seed(0)
+    useful = torch.arange(ROWS) % 2
+    layer = AMTLEmbedding(
+        ROWS, DIM, counts=torch.ones(ROWS), row_features=useful[:, None], budget=0.5
+    )
+    assert layer.head.num_groups == ROWS
+    optimizer = torch.optim.Adam(layer.mask_parameters(), lr=1e-2)
+    for _ in range(20):
+        # Longer rows help where the feature says so.
+        loss = -(layer(torch.arange(ROWS)) * layer.weight.detach() * useful[:, None]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    dims = layer.row_dims().float()
+    assert dims[useful == 1].min() > dims[useful == 0].max()
+    rows = torch.arange(ROWS)
+    before = layer.eval()(rows)
+    fresh = AMTLEmbedding(
+        ROWS, DIM, counts=torch.ones(ROWS), row_features=torch.zeros(ROWS, 1), budget=0.5
+    )
+    fresh.load_state_dict(layer.freeze().state_dict())
+    assert torch.equal(fresh.eval()(rows), before)
+
+
 def test_bytes():
     layer = layer_of(tier_width=1)
     assert layer.dense_bytes() == ROWS * DIM * 4

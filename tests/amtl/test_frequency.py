@@ -103,17 +103,33 @@ def test_grouped_evaluation_equals_per_row_evaluation(head_class):
         by_row = head.branches(head.features[of_row], head.gate[of_row])
     torch.testing.assert_close(by_group, by_row, rtol=1e-5, atol=1e-5)
 
-    # The head of a table in which every row is a group of its own gives the same sizes.
-    alone = head_class(groups, SizeGrid(16), 0.3)
-    alone.load_state_dict(head.state_dict())
-    for name in ("group_counts", "group_fields", "features"):
-        setattr(alone, name, getattr(head, name)[of_row])
-    alone.group_rows = torch.ones(500, dtype=torch.int64)
-    alone._derive()
-    alone.gate = head.gate[of_row]
+    # A head in which every row is a group of its own gives the same sizes.
+    alone = head_class(per_row(counts, [300, 200]), SizeGrid(16), 0.3)
+    for mine, theirs in zip(alone.parameters(), head.parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+    assert alone.num_groups == 500
+    torch.testing.assert_close(alone.features, head.features[of_row])
     assert torch.equal(head.sizes()[of_row], alone.sizes())
     assert head.stored_fraction() == alone.stored_fraction()
     torch.testing.assert_close(head().mask[of_row], alone().mask, rtol=1e-4, atol=1e-5)
+
+
+def per_row(counts, sizes):
+    groups = frequency_groups(counts, sizes, row_features=torch.zeros(len(counts), 0))
+    assert torch.equal(groups.row_group, torch.arange(len(counts), dtype=torch.int32))
+    return groups
+
+
+def test_row_features():
+    counts = torch.tensor([5, 5, 3, 9])
+    groups = frequency_groups(counts, [2, 2], row_features=torch.tensor([[1], [2], [3], [4]]))
+    assert groups.num_groups == 4 and groups.fields.tolist() == [0, 0, 1, 1]
+    head = OrdinalSizes(groups, SizeGrid(8), 0.5)
+    assert head.features.shape == (4, 5) and head.features[:, 4].tolist() == [1, 2, 3, 4]
+    assert head.features[:2, 1].tolist() == [0.5, 0.5]
+    for wrong in (torch.zeros(3, 1), torch.zeros(4), torch.full((4, 1), float("nan"))):
+        with pytest.raises(ValueError, match="row_features"):
+            frequency_groups(counts, None, row_features=wrong)
 
 
 @settings(max_examples=50, deadline=None)
