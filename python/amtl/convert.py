@@ -111,13 +111,14 @@ def convert(
         known = [n for n in (name, *places[module]) if n in counts]
         if not known:
             raise ValueError(
-                f"counts for {name!r} are missing: {places[module]} has {_shape(module)[0]} rows, "
-                "give torch.bincount(training_indices.flatten(), minlength=N)"
+                f"counts for {name!r} are missing: give "
+                f"torch.bincount(training_indices.flatten(), minlength={_rows(module)})"
             )
         try:
             replacements[module] = _layer_from(module, counts[known[0]], budget, options)
         except ValueError as error:
             raise ValueError(f"{name or type(module).__name__}: {error}") from error
+        replacements[module].name = name
     return _swap(model, places, replacements)
 
 
@@ -165,9 +166,9 @@ def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _rows(module: nn.Module) -> int:
     assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
-    return module.num_embeddings, module.embedding_dim
+    return module.num_embeddings
 
 
 def _check_convertible(name: str, module: nn.Module, counts: Mapping[str, Any]) -> None:

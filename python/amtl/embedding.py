@@ -121,6 +121,12 @@ class AMTLEmbedding(AMTLTable):
         Raises:
             IndexError: an index is out of range (`bounds_check="raise"`).
         """
+        try:
+            return self._lookup(input)
+        except IndexError as error:
+            raise self._named(error) from None
+
+    def _lookup(self, input: Tensor) -> Tensor:
         bounds = cast(Any, self.options.bounds_check)
         if self.tier_ends is not None:
             rows = self._frozen_rows(input)
@@ -276,6 +282,14 @@ class AMTLEmbeddingBag(AMTLTable):
             IndexError: an index is out of range (`bounds_check="raise"`).
             ValueError: shapes, types or devices do not fit.
         """
+        try:
+            return self._lookup(input, offsets, per_sample_weights)
+        except IndexError as error:
+            raise self._named(error) from None
+
+    def _lookup(
+        self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+    ) -> Tensor:
         mode, bounds = cast(Any, self.mode), cast(Any, self.options.bounds_check)
         if self.tier_ends is not None:
             rows = self._frozen_rows(input)

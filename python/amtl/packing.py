@@ -218,7 +218,9 @@ def open_packed(
 def _layer(name: str, config: Mapping[str, Any], contents: Mapping[str, Tensor]) -> AMTLTable:
     blocks = [contents[f"layers/{name}/blocks/{c}"] for c in range(len(config["tier_ends"]))]
     order = contents.get(f"layers/{name}/row_order")
-    return _CLASSES[config["class"]].from_config(config, blocks, order)
+    layer = _CLASSES[config["class"]].from_config(config, blocks, order)
+    layer.name = name
+    return layer
 
 
 def _below(prefix: str, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -45,7 +45,8 @@ _Self = TypeVar("_Self", bound="AMTLTable")
 class AMTLTable(nn.Module):
     """What the two layers share: the table, its phases, sizes and accounting.
 
-    Not constructed directly. Attributes of the search phase: `weight` [N, D], `row_group` int32
+    Not constructed directly. `name` says which table an index error is about; `amtl.convert` and
+    `amtl.load` set it to the dotted module name. Attributes of the search phase: `weight` [N, D], `row_group` int32
     [N], `head`. Of the frozen phase: `blocks`, `tier_ends`, and `row_order` (int32 [N], the new row
     of each row) unless rows kept their order or the caller took it with `absorb_order()`.
     """
@@ -136,6 +137,7 @@ class AMTLTable(nn.Module):
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale_grad_by_freq = False
+        self.name = ""
         self.sparse = sparse
         self.options = options
         self.field_sizes = field_sizes
@@ -347,6 +349,9 @@ class AMTLTable(nn.Module):
                 "makes one"
             )
         return self.head
+
+    def _named(self, error: IndexError) -> IndexError:
+        return IndexError(f"table {self.name!r}: {error}") if self.name else error
 
     def _noisy(self) -> bool:
         return self.training and self._noise_on and self._head().size_noise > 0

@@ -212,6 +212,12 @@ def test_index_errors(kind):
     layer = layer_of(kind)
     with pytest.raises(IndexError, match=f"index {ROWS} at position 1 .* {ROWS} rows"):
         layer(torch.tensor([[0, ROWS]]))
+    layer.name = "users"
+    for _ in range(2):
+        with pytest.raises(IndexError, match=r"^table 'users': index -3 at position 0"):
+            layer(torch.tensor([[-3]]))
+        if layer.phase == "search":
+            layer.freeze()
 
 
 # Gradients
