@@ -4,20 +4,14 @@ Put the layers into a model, train, freeze, save:
 
     counts = {"users": torch.bincount(train_users, minlength=model.users.num_embeddings)}
     amtl.convert(model, counts, budget=0.4)
-    optimizer = torch.optim.Adagrad(
-        [
-            {"params": [p for n, p in model.named_parameters() if ".head." not in n]},
-            {"params": amtl.mask_parameters(model), "lr": 1e-2},
-        ],
-        lr=0.05,
-    )
+    optimizer = torch.optim.Adagrad(amtl.parameter_groups(model, lr=1e-2), lr=0.05)
     ...                                      # training; amtl.update_schedule(model, progress)
     amtl.freeze(model, optimizer)            # at about 40 % of it, then train on
     amtl.save(model, "model.safetensors")
 
 - `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `SearchOptions` has their keyword arguments.
-- `convert`, `revert`, `layers`, `mask_parameters`, `table_parameters`, `update_schedule`, `freeze`:
-  for whole models.
+- `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`, `table_parameters`,
+  `update_schedule`, `freeze`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped).
 
 Inside: `frequency` (groups of rows with equal counts), `budget` (sizes that meet it), `sizes` (what
@@ -30,6 +24,7 @@ from amtl.convert import (
     freeze,
     layers,
     mask_parameters,
+    parameter_groups,
     revert,
     table_parameters,
     update_schedule,
@@ -55,6 +50,7 @@ __all__ = [
     "load",
     "mask_parameters",
     "open_packed",
+    "parameter_groups",
     "revert",
     "save",
     "table_parameters",

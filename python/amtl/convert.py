@@ -45,6 +45,19 @@ def table_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for layer in layers(model).values() for p in layer.table_parameters()]
 
 
+def parameter_groups(model: nn.Module, **mask_options: Any) -> list[dict[str, Any]]:
+    """All parameters in two groups for an optimizer: the model's, then what learns the sizes.
+
+    Args:
+        model: a model with AMTL layers.
+        **mask_options: options of the second group, such as `lr=1e-2`.
+    """
+    masks = mask_parameters(model)
+    known = {id(p) for p in masks}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [{"params": rest}, {"params": masks, **mask_options}]
+
+
 def update_schedule(model: nn.Module, progress: float) -> None:
     """`layer.update_schedule(progress)` on all layers."""
     for layer in layers(model).values():

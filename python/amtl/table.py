@@ -46,9 +46,10 @@ class AMTLTable(nn.Module):
     """What the two layers share: the table, its phases, sizes and accounting.
 
     Not constructed directly. `name` says which table an index error is about; `amtl.convert` and
-    `amtl.load` set it to the dotted module name. Attributes of the search phase: `weight` [N, D], `row_group` int32
-    [N], `head`. Of the frozen phase: `blocks`, `tier_ends`, and `row_order` (int32 [N], the new row
-    of each row) unless rows kept their order or the caller took it with `absorb_order()`.
+    `amtl.load` set it to the dotted module name. Attributes of the search phase: `weight` [N, D],
+    `row_group` int32 [N], `head`. Of the frozen phase: `blocks`, `tier_ends`, and `row_order`
+    (int32 [N], the new row of each row) unless rows kept their order or the caller took it with
+    `absorb_order()`.
     """
 
     weight: nn.Parameter | None

@@ -210,6 +210,15 @@ def test_state_dict_round_trips():
         amtl.freeze(model)
 
 
+def test_parameter_groups():
+    model = amtl.convert(model_of(), COUNTS, budget=0.5)
+    groups = amtl.parameter_groups(model, lr=0.5)
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.5]
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in amtl.mask_parameters(model)}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
 def test_optimizer_from_before_goes_on():
     model = model_of()
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
