@@ -154,7 +154,9 @@ def fit_shift(
     if thresholds.numel() == 0 or score.numel() == 0:
         return score.new_zeros(())
     ordered, order = score.sort()
-    above = torch.cat([rows[order].flip(0).cumsum(0).flip(0), rows.new_zeros(1)])
+    # Whole numbers: a floating-point cumsum has no deterministic form on a GPU.
+    counted = rows[order].to(torch.int64).flip(0).cumsum(0).flip(0)
+    above = torch.cat([counted.to(rows.dtype), rows.new_zeros(1)])
     width = thresholds[-1] - thresholds[0] + ordered[-1] - ordered[0]
     margin = 1e-6 * (1 + width)
     low = thresholds[0] - ordered[-1] - margin
@@ -165,8 +167,9 @@ def fit_shift(
         candidates = low + (high - low) * ticks
         reached = above[torch.searchsorted(ordered, thresholds - candidates[:, None])]
         fits = ((reached * steps).sum(1) <= capacity).cumprod(0).sum().clamp(min=1)
-        low = candidates[fits - 1]
-        high = candidates[fits.clamp(max=_SHIFT_WAYS)]
+        # index_select, because a tensor in brackets is read back from the GPU first.
+        chosen = torch.stack([fits - 1, fits.clamp(max=_SHIFT_WAYS)])
+        low, high = candidates.index_select(0, chosen).unbind()
     return low.clone()
 
 

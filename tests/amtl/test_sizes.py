@@ -470,6 +470,15 @@ def test_noise_columns_are_quantiles_of_log_size(parametrization, dim):
     assert float(noisy[row, 48]) == pytest.approx(expected, rel=0.15, abs=1.25)
 
 
+def test_noise_is_centred_with_its_deviation():
+    head = RuleSizes(
+        frequency_groups(torch.arange(9)), SizeGrid(8), 0.5, size_noise=0.5, noise_quantiles=64
+    )
+    logs = head.noise_factors.double().log()
+    torch.testing.assert_close(logs, -logs.flip(0), rtol=0, atol=1e-6)
+    assert float(logs.std(unbiased=False)) == pytest.approx(0.5, rel=0.02)
+
+
 def test_noise_respects_the_grid():
     groups = frequency_groups(zipf_counts(300))
     head = RuleSizes(groups, SizeGrid(32, 8, 4), 0.5, size_noise=1.0)

@@ -108,6 +108,65 @@ def test_freeze_is_bit_identical(dtype, parametrization, in_order, tier_width):
         assert layer.row_order is None
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3, 17, 64, 129, 300])
+@pytest.mark.parametrize("parametrization", ["ordinal", "free", "rule"])
+def test_awkward_widths(dim, parametrization):
+    layer = layer_of(dim=dim, parametrization=parametrization, budget=max(0.5, 1 / dim))
+    optimizer = torch.optim.SGD(layer.table_parameters(), lr=0.1)
+    train(layer, optimizer, 2)
+    rows = torch.arange(200)
+    before = layer.eval()(rows)
+    assert torch.equal(layer.freeze(optimizer)(rows), before)
+    assert layer.stored_fraction() <= max(0.5, 1 / dim)
+    train(layer, optimizer, 2)
+    after = layer(rows)
+    assert not torch.equal(after, before) and after.shape == (200, dim)
+
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("kind", [AMTLEmbedding, AMTLEmbeddingBag])
+def test_a_life_on_a_device(device, kind, tmp_path):
+    """Search, freeze, train, thaw, state and packed file, all on one device."""
+    layer = layer_of(kind, padding_idx=3, sparse=True, max_norm=20.0).to(device)
+    optimizer = torch.optim.SGD(
+        [{"params": layer.table_parameters()}, {"params": layer.mask_parameters()}], lr=0.1
+    )
+    rows = torch.arange(200, device=device).reshape(50, 4)
+
+    def step():
+        optimizer.zero_grad()
+        layer(rows).square().mean().backward()
+        optimizer.step()
+
+    step()
+    before = layer.eval()(rows)
+    layer.freeze(optimizer)
+    assert layer.row_order is not None and layer.row_order.device.type == device
+    assert torch.equal(layer(rows), before)
+    step()
+    with pytest.raises(IndexError, match="index 200 at position 0"):
+        layer(rows[:1] + 200)
+    trained = layer(rows)
+    amtl.save(layer, tmp_path / "layer")
+    assert torch.equal(amtl.load(tmp_path / "layer", device=device)(rows), trained)
+    fresh = layer_of(kind, padding_idx=3, max_norm=20.0).to(device).eval()
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(rows), trained)
+    layer.thaw(optimizer)
+    layer.train()
+    step()
+    assert all(p.device.type == device for p in layer.parameters())
+
+
 def test_freeze_and_thaw_return_to_the_same_outputs():
     layer = layer_of().eval()
     rows = torch.arange(200)
