@@ -307,9 +307,9 @@ def _scale(delta: Tensor, per_sample_weights: Tensor | None) -> Tensor:
 
 def _reduce_rows(delta: Tensor, flat: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows in ascending order and their summed gradients."""
-    rows, inverse = torch.unique(flat[counted], sorted=True, return_inverse=True)
+    rows = flat[counted].sort().values.unique_consecutive()
     sums = torch.zeros(rows.numel(), delta.shape[1], dtype=delta.dtype, device=delta.device)
-    return rows, sums.index_add(0, inverse, delta[counted])
+    return rows, sums.index_add(0, torch.searchsorted(rows, flat[counted]), delta[counted])
 
 
 def _psw_grad(delta: Tensor, values: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ class Backend:
     device: str = "cpu"
     max_lookups: int = 100_000
     max_dim: int = 300
-    examples: int = 30
+    examples: int = 20
 
 
 def _native() -> list[Backend]:
@@ -53,7 +53,7 @@ def _native() -> list[Backend]:
         return []
     native = importlib.import_module("amtl_kernels._C")
     found = [
-        Backend(f"cpu-{capability}", cpu_capability=capability, examples=12)
+        Backend(f"cpu-{capability}", cpu_capability=capability, examples=8)
         for capability in ("avx2", "generic")
         if native.use_cpu_capability(capability)
     ]

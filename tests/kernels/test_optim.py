@@ -1,0 +1,180 @@
+"""Row updates equal their dense namesakes on touched values and leave the others alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amtl_kernels as ak
+from amtl_kernels import optim
+
+N, D = 60, 17
+
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
+    "sgd": (optim.SGD, torch.optim.SGD),
+    "adagrad": (optim.Adagrad, torch.optim.Adagrad),
+    "rowwise_adagrad": (optim.RowwiseAdagrad, None),
+    "adam": (optim.Adam, torch.optim.Adam),
+}
+
+
+def loss(table: Tensor, indices: Tensor, sizes: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return (ak.masked_embedding(table, indices, sizes, **options) * target).sum()
+
+
+def train(optimizer: Any, table: Tensor, steps: list[tuple[Tensor, Tensor]], sizes: Tensor) -> None:
+    for indices, target in steps:
+        optimizer.zero_grad()
+        loss(table, indices, sizes, target).backward()
+        optimizer.step()
+
+
+def random_steps(count: int, device: str) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randint(0, N, (40,), generator=g).to(device),
+            torch.randn(40, D, generator=g).to(device),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_equal_to_the_dense_optimizer(backend: Any, name: str, weight_decay: float) -> None:
+    """Every row is touched in every step, so that the dense optimizer does nothing else."""
+    sparse, dense = OPTIMIZERS[name]
+    start = torch.randn(N, D, device=backend.device)
+    sizes = torch.full((N,), D, dtype=torch.int32, device=backend.device)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    options = {"lr": 0.1, "weight_decay": weight_decay}
+    a, b = sparse([ours], **options), (dense or sparse)([theirs], **options)
+    rows = torch.arange(N, device=backend.device)
+    for _ in range(4):
+        target = torch.randn(N, D, device=backend.device)
+        for table, optimizer, is_sparse in ((ours, a, True), (theirs, b, False)):
+            optimizer.zero_grad()
+            loss(table, rows, sizes, target, sparse=is_sparse).backward()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 17, 64, 130])
+def test_update_agrees_with_the_reference(
+    backend: Any, name: str, dtype: torch.dtype, dim: int
+) -> None:
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randperm(N, generator=g)[:20].sort().values
+    sizes = torch.randint(0, dim + 1, (20,), generator=g)
+    grads = torch.randn(20, dim, generator=g) * (torch.arange(dim) < sizes[:, None])
+    grads[3, 0] = 0.0
+    op = f"apply_{name}_"
+    moments = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[name]
+    shape = (N,) if name == "rowwise_adagrad" else (N, dim)
+    states = [torch.rand(*shape, generator=g) for _ in range(moments)]
+    scalars = {"sgd": (0.1, 0.01), "adam": (3, 0.1, 0.9, 0.99, 1e-8, 0.01)}
+    hyper = scalars.get(name, (0.1, 1e-8, 0.01))
+    weight = torch.randn(N, dim, generator=g).to(dtype)
+    results = []
+    for function, device in (
+        (getattr(torch.ops.amtl, op), backend.device),
+        (ak.reference.IMPLEMENTATIONS[op], "cpu"),
+    ):
+        w, s = weight.clone().to(device), [state.clone().to(device) for state in states]
+        function(w, *s, rows.to(device), grads.to(dtype).to(device), *hyper)
+        results.append([t.cpu() for t in (w, *s)])
+    for got, want in zip(*results, strict=True):
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[got.dtype]
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance / 10)
+
+    # Untouched rows and everything past the last non-zero gradient are the same bits as before.
+    last = ak.reference.kept_prefix(grads.to(dtype))
+    touched = torch.zeros(N, dim, dtype=torch.bool)
+    touched[rows] = last
+    assert torch.equal(results[0][0][~touched], weight[~touched])
+    for state, got in zip(states, results[0][1:], strict=True):
+        keep = ~touched if state.dim() == 2 else ~touched.any(1)
+        assert torch.equal(got[keep], state[keep])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_accumulate(name: str) -> None:
+    sizes = torch.randint(1, D + 1, (N,), dtype=torch.int32)
+    (i, x), (j, y) = random_steps(2, "cpu")
+    start = torch.randn(N, D)
+    once, twice = start.clone().requires_grad_(), start.clone().requires_grad_()
+    loss(once, torch.cat([i, j]), sizes, torch.cat([x, y])).backward()
+    loss(twice, i, sizes, x).backward()
+    loss(twice, j, sizes, y).backward()
+    for table in (once, twice):
+        OPTIMIZERS[name][0]([table], lr=0.1).step()
+    torch.testing.assert_close(once, twice)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_survives_a_round_trip(name: str) -> None:
+    sizes = torch.randint(1, D + 1, (N,), dtype=torch.int32)
+    steps = random_steps(6, "cpu")
+    start = torch.randn(N, D).half()
+    straight, resumed = start.clone().requires_grad_(), start.clone().requires_grad_()
+    make = OPTIMIZERS[name][0]
+    half = [(i, x.half()) for i, x in steps]
+    train(make([straight], lr=0.1), straight, half, sizes)
+    first = make([resumed], lr=0.1)
+    train(first, resumed, half[:3], sizes)
+    second = make([resumed], lr=0.1)
+    second.load_state_dict(first.state_dict())
+    train(second, resumed, half[3:], sizes)
+    assert torch.equal(straight, resumed)
+
+
+def test_dense_parameters_in_the_same_group() -> None:
+    table, bias = torch.randn(N, D, requires_grad=True), torch.randn(D, requires_grad=True)
+    sizes = torch.full((N,), D, dtype=torch.int32)
+    for make, _ in OPTIMIZERS.values():
+        optimizer = make([table, bias], lr=0.1)
+        out = ak.masked_embedding(table, torch.arange(5), sizes) + bias
+        out.square().sum().backward()
+        before = bias.detach().clone()
+        assert optimizer.step() is None
+        assert not torch.equal(before, bias)
+        optimizer.zero_grad()
+
+
+def test_clip_grad_norm() -> None:
+    table, dense = torch.randn(N, D, requires_grad=True), torch.randn(3, requires_grad=True)
+    sizes = torch.randint(1, D + 1, (N,), dtype=torch.int32)
+    for i, x in random_steps(2, "cpu"):
+        (loss(table, i, sizes, x) + dense.square().sum()).backward()
+    plain = torch.cat([table.grad.to_dense().flatten(), dense.grad])
+    norm = optim.clip_grad_norm_([table, dense], 1.0)
+    torch.testing.assert_close(norm, plain.norm())
+    clipped = torch.cat([table.grad.to_dense().flatten(), dense.grad])
+    torch.testing.assert_close(clipped, plain / plain.norm(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(optim.clip_grad_norm_([], 1.0), torch.zeros(()))
+    with pytest.raises(ValueError, match="max_norm"):
+        optim.clip_grad_norm_([table], 0.0)
+
+
+def test_rows_must_ascend() -> None:
+    with pytest.raises(ValueError, match="strictly ascending"):
+        torch.ops.amtl.apply_sgd_(
+            torch.zeros(N, D), torch.tensor([3, 3]), torch.ones(2, D), 0.1, 0.0
+        )
+    with pytest.raises(ValueError, match="strictly ascending"):
+        torch.ops.amtl.apply_sgd_(torch.zeros(N, D), torch.tensor([N]), torch.ones(1, D), 0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": -1.0}, {"weight_decay": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}]
+)
+def test_bad_hyperparameters(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options)).rstrip("s")):
+        optim.Adam([torch.zeros(2, 2)], **options)
