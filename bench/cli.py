@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from pathlib import Path
@@ -108,6 +109,9 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Result file (JSON).")] = None,
     seconds: Annotated[float | None, typer.Option(help="Timed seconds per case.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Run every case with this many threads.")
+    ] = None,
     peaks: Annotated[bool, typer.Option(help="Measure peak memory and import times too.")] = True,
     note: Annotated[str, typer.Option(help="A remark kept in the result.")] = "",
 ) -> None:
@@ -116,17 +120,20 @@ def run(
         raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     warnings.filterwarnings("ignore")
     chosen = select(SUITES[suite](), only or [])
+    if threads is not None:
+        cases = dict.fromkeys(dataclasses.replace(c, threads=threads) for c in chosen.cases)
+        chosen = dataclasses.replace(chosen, cases=list(cases))
     if not chosen.cases and not (peaks and chosen.memory):
         raise typer.BadParameter("no case matches")
     started = time.perf_counter()
     report = Report(suite, machine.describe())
-    threads = sorted({case.threads for case in chosen.cases})
+    counts = sorted({case.threads for case in chosen.cases})
     cores = len(binding.allowed_cpus())
     with console.status("measuring this machine's ceilings"):
         megabytes = 16 if suite == "tiny" else 512
         report.ceilings = {
             str(count): machine.ceilings(count, megabytes=megabytes)
-            for count in threads
+            for count in counts
             if count <= cores
         }
     budget = Budget(seconds if seconds is not None else chosen.seconds)

@@ -56,8 +56,9 @@ class _Ours(Contender):
             return "amtl_kernels is not importable"
         import amtl_kernels
 
-        if not amtl_kernels.build_info().get("native"):
-            return "amtl_kernels has no native module here"
+        native = amtl_kernels.build_info().get("native") or {}
+        if not isinstance(native, dict) or "cpu_capability" not in native:
+            return "amtl_kernels was built without native CPU operators"
         return ""
 
     def refuses(self, case: Case) -> str:
