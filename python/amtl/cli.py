@@ -88,7 +88,7 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Early stopping. [default: 5]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="[default: by the data's size]")] = None,
     lr: Annotated[float | None, typer.Option(help="Of the MLP. [default: 0.001]")] = None,
-    table_lr: Annotated[float | None, typer.Option(help="Of the table. [default: 0.01]")] = None,
+    table_lr: Annotated[float | None, typer.Option(help="Of the table. [default: 0.03]")] = None,
     table_optimizer: Annotated[
         str | None, typer.Option(help="adam, adagrad, rowwise_adagrad, sgd. [default: adam]")
     ] = None,
@@ -99,7 +99,8 @@ def train(
         float | None, typer.Option(help="a of size ∝ (count + 1)^a: the rule, and amtl's start.")
     ] = None,
     parametrization: Annotated[
-        str | None, typer.Option(help="amtl: ordinal, or free (the paper's logits).")
+        str | None,
+        typer.Option(help="amtl: ordinal, free (the paper's logits), paper (and no budget)."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/…]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -187,7 +188,9 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
     options = dict(settings.pop("table_options", {}))
     if exponent is not None:
         options["init_exponent"] = exponent
-    if parametrization is not None:
+    if parametrization == "paper":
+        options |= {"parametrization": "free", "budget": None}
+    elif parametrization is not None:
         options["parametrization"] = parametrization
     return TrainConfig(data=source.name, label=label, table_options=options, **settings)
 
@@ -376,7 +379,7 @@ def _print_results(results: Any) -> None:
     from amtl.report import table_rows
 
     header, rows = table_rows(results)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for result, row in zip(results, rows, strict=True):

@@ -74,7 +74,7 @@ class TrainConfig:
     epochs: int = 18
     patience: int = 5
     lr: float = 1e-3
-    table_lr: float = 1e-2
+    table_lr: float = 3e-2
     mask_lr: float = 1e-2
     table_optimizer: str = "adam"
 
@@ -87,6 +87,13 @@ class TrainConfig:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
         if self.freeze_at is not None and not 0 <= self.freeze_at < 1:
             raise UserError("--freeze-at must be from 0 up to (not including) 1")
+
+    @property
+    def effective_budget(self) -> float | None:
+        """The budget that holds: None for `fixed`, and where the layer is given none."""
+        if self.method == "fixed":
+            return None
+        return self.table_options.get("budget", self.budget)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers."""

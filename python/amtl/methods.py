@@ -73,9 +73,7 @@ def build_table(
                 sparse=True,
                 counts=encoder.counts(),
                 field_sizes=encoder.field_sizes,
-                budget=budget,
-                seed=seed,
-                **extra,
+                **{"budget": budget, "seed": seed, **extra},
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"--method {method}: {error}") from error

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TaskProgressColumn,
@@ -83,9 +82,8 @@ class Bars:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=20),
             TaskProgressColumn(),
-            MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),

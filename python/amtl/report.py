@@ -99,8 +99,10 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
 
 def _name(run: dict[str, Any]) -> str:
     name = f"{_LABELS[run['method']]} D={run['dim']}"
-    if run["method"] != "fixed":
-        name += f" {run['budget']:.3g}"
+    if run["budget"] is not None:
+        name += f" {100 * run['budget']:.3g}%"
+    elif run["method"] != "fixed":
+        name += " no budget"
     if run["config"]["warm_start"]:
         name += ", warm start"
     return name
@@ -126,12 +128,12 @@ def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the results table, as text.
 
     Differences are to the widest fixed table; `ms/step` is the median in the search and in the
-    frozen phase, `epoch` the one kept.
+    frozen phase, `best` the epoch kept.
     """
     base = baseline(results)
     many = any(len(result.runs) > 1 for result in results)
-    header = ["model", "test AUC", *(["vs full"] if base else []), "log loss", "bytes", "of full"]
-    header += ["ms/step", "epoch", *(["seeds"] if many else [])]
+    header = ["model", "test AUC", *(["vs full"] if base else []), "logloss", "bytes", "of full"]
+    header += ["ms/step", "best", *(["seeds"] if many else [])]
     rows = []
     for result in results:
         deviation = result.deviation("test_auc")
@@ -147,7 +149,7 @@ def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             f"{result.mean('test_logloss'):.4f}",
             f"{stored:,.0f}",
             f"{stored / full:.1%}",
-            " / ".join(f"{s:.1f}" for s in steps if s is not None),
+            "/".join(f"{s:.1f}" for s in steps if s is not None),
             f"{result.mean('best_epoch'):.0f}",
             *([str(len(result.runs))] if many else []),
         ]
@@ -200,7 +202,7 @@ def _page(results: Sequence[Result]) -> str:
             "Results",
             _summary(results)
             + _html_table(*table_rows(results))
-            + "<p class=note>ms/step: median step time, search / frozen; epoch: the one kept by "
+            + "<p class=note>ms/step: median step time, search / frozen; best: the epoch kept by "
             "early stopping.</p>",
         ),
         _section(
@@ -351,6 +353,8 @@ def _style(results: Sequence[Result], result: Result) -> dict[str, Any]:
 
 
 def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
+    from matplotlib.ticker import LogLocator
+
     axes = figure.subplots()
     for method in ("fixed", "rule", "amtl"):
         own = sorted(
@@ -382,6 +386,7 @@ def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
                 color=color,
             )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: _bytes(value))
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlabel("embedding memory")

@@ -215,8 +215,8 @@ class Trainer:
         """
         config = self.config
         title = f"{config.method} D={config.dim}"
-        if config.method != "fixed":
-            title += f" {config.budget:.1%}"
+        if config.effective_budget is not None:
+            title += f" {config.effective_budget:.1%}"
         if self.out and not self.finished:
             self._write_inputs()
         self.observer.begin(title, self.steps_per_epoch, config.epochs, self.steps_done)
@@ -408,7 +408,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     return {
         "method": config.method,
         "dim": config.dim,
-        "budget": config.budget if config.method != "fixed" else None,
+        "budget": config.effective_budget,
         "seed": config.seed,
         "test_auc": auc(test_logits, labels),
         "test_logloss": log_loss(test_logits, labels),

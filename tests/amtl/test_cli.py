@@ -160,6 +160,15 @@ def test_the_papers_logits_train_too(data, tmp_path):
     assert read_json(out / "metrics.json")["stored_fraction"] <= 0.5
 
 
+def test_the_paper_mode_has_no_budget(data, tmp_path, capsys):
+    out = tmp_path / "r"
+    args = ["--label", "label", "--fields", "user,item", "--parametrization", "paper"]
+    assert run("train", data, *args, "--out", out, *FAST) == 0
+    assert read_json(out / "metrics.json")["budget"] is None
+    assert run("compare", out) == 0
+    assert "AMTL D=4 no budget" in capsys.readouterr().out
+
+
 def test_evaluate_and_pack_agree(runs, data, tmp_path, capsys):
     packed = tmp_path / "m.safetensors"
     assert run("pack", runs["amtl"], "-o", packed) == 0
@@ -189,7 +198,7 @@ def test_report_and_compare(runs, tmp_path, capsys):
     assert run("report", *runs.values(), "-o", out) == 0
     assert run("compare", *runs.values()) == 0
     shown = capsys.readouterr().out
-    assert "AMTL D=4 0.5" in shown
+    assert "AMTL D=4 50%" in shown
     assert out.read_text().startswith("<!doctype html>")
 
 

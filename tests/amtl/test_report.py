@@ -30,7 +30,7 @@ def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **
     return {
         "method": method,
         "dim": dim,
-        "budget": budget,
+        "budget": None if method == "fixed" else budget,
         "seed": seed,
         "test_auc": auc,
         "test_logloss": 0.5,
