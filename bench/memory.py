@@ -31,9 +31,8 @@ def measure(case: dict[str, Any], contender: str) -> dict[str, Any]:
         ``table_bytes``: weights held by the contender.
         ``allowed_bytes``: what any implementation holds at the end or while it sorts.
     """
-    fields = {key: value for key, value in case.items() if key != "name"}
     text = binding.run_python(
-        ["-m", "bench.memory", json.dumps(fields), contender],
+        ["-m", "bench.memory", json.dumps(case), contender],
         environment=_RETURN_EVERYTHING,
     )
     found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
@@ -91,10 +90,7 @@ def _main(arguments: list[str]) -> None:
     from bench.contenders import CONTENDERS
     from bench.inputs import Case, make_problem
 
-    fields = json.loads(arguments[0])
-    for name in ("contenders", "baselines"):
-        fields[name] = tuple(fields[name])
-    case = Case(**fields)
+    case = Case.from_dict(json.loads(arguments[0]))
     contender = CONTENDERS[arguments[1]]
     torch.set_num_threads(case.threads)
     problem = make_problem(case, rotations=3)

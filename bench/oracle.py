@@ -46,6 +46,22 @@ class Equations:
         return problem.dims_of(rows, noise=self.sizes == "noisy")
 
 
+@dataclass(frozen=True)
+class GivenSizes(Equations):
+    """Equations of somebody who brings sizes of its own.
+
+    Attributes:
+        row_dims: Kept size of every row of the concatenated tables, ``[T·N]``.
+    """
+
+    row_dims: Tensor | None = None
+
+    def dims(self, problem: Problem, rows: Tensor) -> Tensor:
+        """Its sizes at ``rows``, int64."""
+        assert self.row_dims is not None
+        return self.row_dims[rows].long()
+
+
 @dataclass
 class Outcome:
     """Results of one call; what a kind of work does not produce stays None.

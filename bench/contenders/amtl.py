@@ -14,12 +14,13 @@ from bench.contenders.base import (
     AutogradSession,
     Contender,
     Optimizer,
+    Rows,
     Session,
     TieredRows,
     sparse_rows,
 )
-from bench.inputs import Case, Problem
-from bench.oracle import Equations
+from bench.inputs import Case, Problem, table_counts
+from bench.oracle import Equations, GivenSizes, Outcome
 
 INSTALL = "pip install --no-build-isolation -e ."
 _OPTIMIZERS = {"sgd": "SGD", "adagrad": "Adagrad", "rowwise_adagrad": "RowwiseAdagrad"}
@@ -68,6 +69,18 @@ class _Ours(Contender):
         return ""
 
 
+def by_sample(problem: Problem) -> list[Tensor] | None:
+    """Ids of several one-lookup fields sample by sample, as a model's batch comes: ``[B, T]``.
+
+    None where bags are pooled or there is one table. Looked up like this, the output is
+    ``[B, T, D]``, which is what TBE returns too.
+    """
+    case = problem.case
+    if case.tables == 1 or case.bag_size > 1 or not case.pooled:
+        return None
+    return [ids.view(case.tables, case.bags).t().contiguous() for ids in problem.global_ids]
+
+
 class Search(_Ours):
     """The search phase as trained: size noise, mask gradient, sparse coalesced row gradient."""
 
@@ -83,7 +96,14 @@ class Search(_Ours):
         mask = nn.Parameter(problem.group_mask)
         ids, starts, seed = problem.global_ids, problem.offsets[:-1], problem.seed
         row_group, group_dims = problem.row_group, problem.group_dims
-        if problem.case.pooled:
+        samples = by_sample(problem)
+        if samples is not None:
+
+            def lookup(rotation: int) -> Tensor:
+                return amtl_kernels.adaptive_embedding(
+                    weight, samples[rotation], row_group, group_dims, mask, seed=seed
+                ).flatten(1)
+        elif problem.case.pooled:
 
             def lookup(rotation: int) -> Tensor:
                 return amtl_kernels.adaptive_embedding_bag(
@@ -113,7 +133,12 @@ class Masked(_Ours):
 
         weight = nn.Parameter(problem.weight)
         ids, starts, row_dims = problem.global_ids, problem.offsets[:-1], problem.row_dims
-        if problem.case.pooled:
+        samples = by_sample(problem)
+        if samples is not None:
+
+            def lookup(rotation: int) -> Tensor:
+                return amtl_kernels.masked_embedding(weight, samples[rotation], row_dims).flatten(1)
+        elif problem.case.pooled:
 
             def lookup(rotation: int) -> Tensor:
                 return amtl_kernels.masked_embedding_bag(weight, ids[rotation], starts, row_dims)
@@ -143,7 +168,15 @@ class Frozen(_Ours):
         blocks = [nn.Parameter(block) for block in problem.blocks(self.tier_width)]
         ids = [tiers.rank[part] for part in problem.global_ids]
         starts, ends, dim = problem.offsets[:-1], tiers.ends, problem.case.dim
-        if problem.case.pooled:
+        samples = by_sample(problem)
+        if samples is not None:
+            places = [tiers.rank[part] for part in samples]
+
+            def lookup(rotation: int) -> Tensor:
+                return amtl_kernels.tiered_embedding(
+                    blocks, ends, places[rotation], embedding_dim=dim
+                ).flatten(1)
+        elif problem.case.pooled:
 
             def lookup(rotation: int) -> Tensor:
                 return amtl_kernels.tiered_embedding_bag(
@@ -171,6 +204,94 @@ class Frozen(_Ours):
         )
 
 
+class _LayerSession(AutogradSession):
+    """Checks the layer without its size noise, times it as it trains."""
+
+    def __init__(self, layer: Any, sizes: Optimizer, problem: Problem, **options: Any) -> None:
+        super().__init__(problem, **options)
+        self._layer = layer
+        self._sizes = sizes
+        layer.train()
+
+    def call(self, rotation: int) -> object:
+        """One timed call; a step updates the size head as well."""
+        super().call(rotation)
+        if self._work == "step":
+            self._sizes.step()
+        for parameter in self._layer.mask_parameters():
+            parameter.grad = None
+        return None
+
+    def outcome(self, rotation: int) -> Outcome:
+        """One call with sizes at rest."""
+        self._layer.eval()
+        try:
+            return super().outcome(rotation)
+        finally:
+            self._layer.train()
+
+
+class Layer(_Ours):
+    """The whole layer in its search phase: size head, budget solver, lookup, both optimizers."""
+
+    name = "amtl_layer"
+    title = "amtl layer, search"
+
+    def __init__(self) -> None:
+        self.equations = GivenSizes("kept")
+
+    def absent(self) -> str:
+        """Needs the layer package too."""
+        if importlib.util.find_spec("amtl") is None:
+            return "amtl is not importable"
+        return super().absent()
+
+    def prepare(self, problem: Problem) -> Session:
+        """A layer over the problem's weights, with sizes of its own under the same budget."""
+        import amtl
+
+        case = problem.case
+        counts = table_counts(case)
+        options: dict[str, Any] = {
+            "sparse": True,
+            "_weight": problem.weight,
+            "counts": torch.from_numpy(counts).repeat(case.tables),
+            "field_sizes": [counts.size] * case.tables,
+            "budget": case.row_mean,
+        }
+        rows, dim = problem.weight.shape
+        ids, starts = problem.global_ids, problem.offsets[:-1]
+        samples = by_sample(problem)
+        layer: Any
+        if samples is not None or not case.pooled:
+            layer = amtl.AMTLEmbedding(rows, dim, **options)
+            inputs = ids if samples is None else samples
+
+            def lookup(rotation: int) -> Tensor:
+                output: Tensor = layer(inputs[rotation])
+                return output.flatten(1)
+        else:
+            layer = amtl.AMTLEmbeddingBag(rows, dim, mode="sum", **options)
+
+            def lookup(rotation: int) -> Tensor:
+                output: Tensor = layer(ids[rotation], starts)
+                return output
+
+        self.equations = GivenSizes("kept", row_dims=layer.row_dims())
+        optimizer = _make_optimizer(problem, [layer.weight])
+        sizes = torch.optim.Adam(list(layer.mask_parameters()), lr=1e-3)
+        return _LayerSession(
+            layer,
+            sizes,
+            problem,
+            lookup=lookup,
+            parameters=[layer.weight],
+            optimizer=optimizer,
+            rows=Rows(layer.weight),
+        )
+
+
 def contenders() -> Iterable[Contender]:
     """Those of this module."""
-    return [Search(), Masked(), Frozen("amtl_frozen", 4), Frozen("amtl_frozen64", 16)]
+    frozen = [Frozen("amtl_frozen", 4), Frozen("amtl_frozen64", 16)]
+    return [Search(), Masked(), *frozen, Layer()]

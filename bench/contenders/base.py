@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -137,6 +138,34 @@ class Optimizer(Protocol):
         ...
 
 
+class DenseNetwork:
+    """A network on top of the tables of 26 fields, say: its loss, gradients and Adam step."""
+
+    def __init__(self, case: Case) -> None:
+        generator_state = torch.random.get_rng_state()
+        torch.manual_seed(7)
+        widths = [case.tables * case.dim, *case.dense]
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self._network = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        self._labels = (torch.rand(case.bags, 1) < 0.3).float()
+        torch.random.set_rng_state(generator_state)
+        self._optimizer = torch.optim.Adam(self._network.parameters(), lr=1e-4)
+        self._case = case
+
+    def train(self, output: Tensor) -> None:
+        """Backward from the loss through the network and the tables' outputs, and its step."""
+        case = self._case
+        if output.shape[0] != case.bags:
+            output = output.view(case.tables, case.bags, case.dim).transpose(0, 1)
+        logits = self._network(output.reshape(case.bags, -1))
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, self._labels)
+        cast(Any, loss).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
 class AutogradSession:
     """Lookup, backward and step through autograd, with fresh outputs and gradients each call."""
 
@@ -172,6 +201,7 @@ class AutogradSession:
         self._mask = mask
         self._gradient = gradient or self._only_gradient
         self._grad: Tensor | None = None
+        self._network = DenseNetwork(problem.case) if problem.case.dense else None
 
     def _only_gradient(self, rows: Tensor) -> Tensor:
         gradient = self._parameters[0].grad
@@ -200,7 +230,10 @@ class AutogradSession:
             with torch.no_grad():
                 return self._lookup(rotation)
         output = self._lookup(rotation)
-        self._backward(output)
+        if self._network is not None:
+            self._network.train(output)
+        else:
+            self._backward(output)
         if self._work == "step" and self._optimizer is not None:
             self._optimizer.step()
         self._drop_gradients()
