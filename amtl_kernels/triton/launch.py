@@ -113,12 +113,12 @@ class Choice:
         return max(self.loads * self.warps * 32 * vector, least)
 
 
-WIDE_SPACE = (Choice(4, 4), Choice(2, 4), Choice(8, 4), Choice(4, 8))
+WIDE_SPACE = (Choice(4, 4), Choice(2, 4), Choice(4, 8))
 """For the plain lookup. It is bound by memory latency: what matters is bytes in flight per
 multiprocessor, which is loads per thread times resident threads. Four loads per thread and 128
 threads are the middle (first, and the choice when tuning is off); half hides less per thread but
-leaves registers for more programs, double hides more, and 8 warps do the same with fewer, larger
-programs, which suits long rows. More points would repeat these products."""
+leaves registers for more programs, and 8 warps do the same with fewer, larger programs, which suits
+long rows. Double takes more than 64 registers."""
 
 NARROW_SPACE = (Choice(2, 4), Choice(1, 4), Choice(2, 2), Choice(2, 8))
 """For the pooled lookup, whose loop is unrolled by two and holds its sum in registers: the same

@@ -86,8 +86,10 @@ def pooled_fwd_kernel(
     padding_idx,
     bag_length,
     CLAMP_ROWS: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     IS_MEAN: tl.constexpr,
+    HUGE: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
@@ -120,14 +122,19 @@ def pooled_fwd_kernel(
     end = tl.where(valid, tl.minimum(end, num_lookups), 0)
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
     count = tl.zeros([LANES], tl.int32)
-    longest = tl.max(end - start, axis=0)
-    for step in tl.range(0, longest, SPLIT, loop_unroll_factor=2):
-        at = start + step + lane % SPLIT
-        live = at < end
+    # This lane's lookups, counted from its first one: 32 bits save registers in the loop.
+    start += lane % SPLIT
+    length = end - start
+    if not HUGE:
+        length = length.to(tl.int32)
+    for step in tl.range(0, tl.max(length, axis=0), SPLIT, loop_unroll_factor=2):
+        at = start + step
+        live = step < length
         row = tl.load(index_ptr + at, mask=live, other=0).to(tl.int64)
         if CLAMP_ROWS:
             row = clamp_row(row, num_rows)
-        live = live & (row != padding_idx)
+        if HAS_PADDING:
+            live = live & (row != padding_idx)
         first, size = locate(
             row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
         )
@@ -136,9 +143,11 @@ def pooled_fwd_kernel(
             weight = tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
             values = values * weight[:, None]
         total += values
-        if IS_MEAN:
+        if IS_MEAN and HAS_PADDING:
             count += live.to(tl.int32)
     if IS_MEAN:
+        if not HAS_PADDING:
+            count = (tl.maximum(length, 0) + (SPLIT - 1)) // SPLIT
         if SPLIT > 1:
             count = tl.sum(tl.reshape(count, [R, SPLIT]), axis=1)
         scale = 1.0 / tl.maximum(count, 1).to(tl.float32)
@@ -159,6 +168,8 @@ _gather = launch.Tuned(gather_fwd_kernel, launch.WIDE_SPACE, key=["D", "Q", "TIE
 _pooled = launch.Tuned(
     pooled_fwd_kernel, launch.NARROW_SPACE, key=["D", "Q", "TIERS", "bag_length"]
 )
+
+_INT32_MAX = torch.iinfo(torch.int32).max
 
 _LONG_BAG = 64
 """Mean lookups per bag from which eight lanes share a bag. A fixed rule, not tuned by time: it
@@ -228,8 +239,10 @@ def _pool_rows(
             padding_idx,
             launch.next_power_of_two(max(length, 1)),
             CLAMP_ROWS=bounds_check == CLAMP,
+            HAS_PADDING=padding_idx >= 0,
             HAS_WEIGHTS=weights is not None,
             IS_MEAN=mode == MEAN,
+            HUGE=flat.numel() > _INT32_MAX,
             SPLIT=split,
             **table.meta,
         )

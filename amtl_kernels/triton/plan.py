@@ -25,7 +25,7 @@ class Bags:
     """Which bag each lookup belongs to.
 
     Attributes:
-        of_lookup: int64 [L]; ``number`` for a lookup past the last offset.
+        of_lookup: int64 [L]; ``number`` for a lookup in no bag.
         number: Number of bags.
         inverse_count: fp32 [B], one over the lookups that count, for a mean; else None.
     """
@@ -44,6 +44,7 @@ def find_bags(
     offsets = offsets.to(torch.int64)
     positions = torch.arange(lookups, device=flat.device)
     of_lookup = torch.searchsorted(offsets, positions, right=True) - 1
+    of_lookup = of_lookup.masked_fill(of_lookup < 0, number)
     inverse = None
     if mode == MEAN:
         ends = offsets
@@ -78,6 +79,8 @@ def sort_lookups(
     flat: Tensor, num_rows: int, padding_idx: int, bags: Bags | None, weights: Tensor | None
 ) -> SortedLookups:
     """Sorts lookups by row; what gets no gradient (padding, no bag, no such row) goes last."""
+    if bags is not None and bags.number == 0:
+        flat, bags, weights = flat[:0], None, None
     dropped = (flat < 0) | (flat >= num_rows)
     if padding_idx >= 0:
         dropped |= flat == padding_idx

@@ -1,0 +1,25 @@
+"""Lets the tests of ``tests/kernels`` run on the Triton backend.
+
+On a GPU as it is; elsewhere only where ``TRITON_INTERPRET=1`` was set before Triton was imported,
+which ``test_interpreter.py`` does in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+
+def backends() -> list[dict[str, Any]]:
+    if importlib.util.find_spec("triton") is None:
+        return []
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [
+            {"name": "triton", "device": "cpu", "max_lookups": 300, "max_dim": 129, "examples": 12}
+        ]
+    if torch.cuda.is_available():
+        return [{"name": "triton", "device": "cuda"}]
+    return []
