@@ -427,6 +427,18 @@ def test_loaded_tensors_are_maps(packed_path):
     assert str(packed_path) in owner
 
 
+def test_every_tensor_is_aligned_to_its_type(tmp_path):
+    """What is not aligned cannot be used in the map and would be copied."""
+    types = [torch.uint8, torch.float64, torch.int16, torch.bfloat16, torch.int32, torch.bool]
+    tensors = {str(t): torch.ones(3, dtype=t) for t in types}
+    write_tensors(tmp_path / "x", tensors, {})
+    content = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name, tensor in tensors.items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
 def test_tensors_are_not_copied_when_written(tmp_path):
     tensor = torch.arange(12.0)
     view = tensorfile_module._bytes_of(tensor)
