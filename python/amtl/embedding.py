@@ -19,6 +19,12 @@ class AMTLEmbedding(AMTLTable):
     Arguments up to `dtype` are those of nn.Embedding, in its order; the output has its shape,
     `indices.shape + [D]`, with zeros beyond each row's size.
 
+    In the search phase `out = m_i * W[i]`, where the mask m_i keeps the first k_i columns (paper,
+    section 3) and k_i follows from the row's training count through `amtl.sizes`. The mask
+    gradient is straight-through, over masked columns too. A forward costs O(G * D) for the sizes
+    of G groups (in training with noise, G * Q more) beside the lookup; frozen, the lookup alone.
+    `torch.compile(fullgraph=True)` traces both phases, one graph for all steps.
+
     Args:
         num_embeddings: N. embedding_dim: D >= 1.
         padding_idx: a row without gradient. max_norm, norm_type: rows are scaled in place to at

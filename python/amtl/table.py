@@ -406,7 +406,7 @@ class AMTLTable(nn.Module):
         Rows are ordered by falling stored width, stable, so a table in frequency order whose sizes
         fall with frequency keeps its order. Otherwise the layer keeps `row_order` (4 bytes a row)
         until `absorb_order()`. Padding inside a tier starts at zero; its bytes are paid for, so
-        training goes on in it. The dense weight is released.
+        training goes on in it. The dense weight is released; until then both exist. O(N * D).
 
         Args:
             optimizer: the optimizer(s) of the table and the mask. The blocks take the place of the
