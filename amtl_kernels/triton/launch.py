@@ -29,6 +29,11 @@ INTERPRETED_TILE = 1 << 15
 
 WARPS = 4
 
+REGISTERS = {"pooled_fwd_kernel": 96, "reduce_rows_kernel": 96}
+"""Registers per thread at most, 64 for kernels not named. Stated to the compiler, since without a
+ceiling it moves single registers to memory to fit one more program on a multiprocessor, and some
+other one with every change; with these nothing spills (``tests/triton/test_ahead_of_time.py``)."""
+
 recorder: Callable[[Any, tuple[int, ...], Sequence[Any], Mapping[str, Any]], None] | None = None
 """Where set, launches are handed to it instead of being run: how the tests collect every
 specialisation to compile ahead of time."""
@@ -90,9 +95,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = WARPS, *
     if 0 in grid:
         return
     if recorder is not None:
-        recorder(kernel, grid, args, {**meta, "num_warps": warps})
+        recorder(kernel, grid, args, {**meta, "num_warps": warps, "maxnreg": registers(kernel)})
         return
-    kernel[grid](*args, **meta, num_warps=warps)
+    kernel[grid](*args, **meta, num_warps=warps, maxnreg=registers(kernel))
+
+
+def registers(kernel: Any) -> int:
+    """The kernel's entry in :data:`REGISTERS`."""
+    return REGISTERS.get(kernel.fn.__name__, 64)
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,10 @@ class Tuned:
             self._launch(points[0], grid, args, meta)
         elif 0 not in grid(points[0][0]):
             if points not in self._tuners:
-                configs = [triton.Config({"TILE": size}, num_warps=warps) for size, warps in points]
+                configs = [
+                    triton.Config({"TILE": size}, num_warps=warps, maxnreg=registers(self.kernel))
+                    for size, warps in points
+                ]
                 self._tuners[points] = triton.autotune(configs, key=self._key)(self.kernel)
             self._tuners[points][lambda chosen: grid(chosen["TILE"])](*args, **meta)
 

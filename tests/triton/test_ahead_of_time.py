@@ -1,0 +1,146 @@
+"""Every Triton kernel compiled for sm_80, sm_90 and sm_100: registers, spills, 128-bit loads.
+
+Nothing runs: this is what can be said of the machine code without a GPU. The compilation happens in
+a process of its own, where the interpreter is off and the compiler's cache is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+REGISTERS = {
+    "adagrad_kernel": 64,
+    "adam_kernel": 64,
+    "check_kernel": 64,
+    "combine_groups_kernel": 64,
+    "combine_rows_kernel": 64,
+    "gather_fwd_kernel": 64,
+    "pooled_fwd_kernel": 96,
+    "reduce_rows_kernel": 96,
+    "rowwise_adagrad_kernel": 64,
+    "sample_grad_kernel": 64,
+    "sgd_kernel": 64,
+}
+"""Registers per thread at most, of any specialisation: at 64 a multiprocessor of 65,536 holds 1,024
+threads, at 96 it holds 640, each with two to eight 16-byte loads in flight."""
+
+
+def expected_vector_loads(entry: dict[str, Any]) -> int:
+    """16-byte loads of the table or gradient in the PTX of a kernel whose rows are aligned.
+
+    A tile is ``loads`` per thread; a loop unrolled by two holds them three times (two steps and the
+    remainder).
+    """
+    c, threads = entry["constants"], 32 * entry["warps"]
+    lanes = 4 if entry["dtype"] == "fp32" else 8
+    tile = c.get("TILE") or c["BLOCK_D"] * (c.get("LANES") or c.get("R"))
+    loads = max(1, tile // (threads * lanes))
+    kernel = entry["kernel"]
+    if kernel == "gather_fwd_kernel":
+        return loads
+    if kernel == "pooled_fwd_kernel":
+        return 3 * loads
+    if kernel == "reduce_rows_kernel":
+        return 3 * loads + (loads if c["WRITE_MASK"] else 0)
+    if kernel in ("combine_rows_kernel", "combine_groups_kernel"):
+        return 3
+    return 2 * loads
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton_cache")),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_kernels.py")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    entries: list[dict[str, Any]] = json.loads(done.stdout)
+    return entries
+
+
+def describe(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True)
+
+
+def test_every_kernel_is_compiled_for_every_architecture(report: list[dict[str, Any]]) -> None:
+    found = defaultdict(set)
+    for entry in report:
+        found[entry["arch"]].add(entry["kernel"])
+    assert {arch: sorted(kernels) for arch, kernels in found.items()} == {
+        arch: sorted(REGISTERS) for arch in (80, 90, 100)
+    }
+    for arch in (80, 90, 100):
+        dtypes = {
+            (entry["kernel"], entry["dtype"])
+            for entry in report
+            if entry["arch"] == arch and entry["constants"]["D"] == 64
+        }
+        for kernel in ("gather_fwd_kernel", "pooled_fwd_kernel", "reduce_rows_kernel"):
+            assert {(kernel, t) for t in ("fp32", "fp16", "bf16")} <= dtypes
+
+
+def test_nothing_spills(report: list[dict[str, Any]]) -> None:
+    spilled = [describe(entry) for entry in report if entry["stack"] or entry["local"]]
+    assert not spilled, "\n".join(spilled)
+
+
+def test_registers_stay_under_their_ceilings(report: list[dict[str, Any]]) -> None:
+    over = [describe(e) for e in report if e["registers"] > REGISTERS[e["kernel"]]]
+    assert not over, "\n".join(over)
+    assert {e["kernel"]: e["ceiling"] for e in report} == REGISTERS
+
+
+def test_rows_are_loaded_in_16_bytes(report: list[dict[str, Any]]) -> None:
+    """D = 64 and 1024, where rows start on 16 bytes: no prefix mask may split the loads."""
+    aligned = [
+        e
+        for e in report
+        if e["constants"]["D"] in (64, 1024) and e["kernel"] not in ("check_kernel",)
+    ]
+    assert len(aligned) > 100
+    scalar = [describe(e) for e in aligned if e["vector_loads"] < expected_vector_loads(e)]
+    assert not scalar, "\n".join(scalar)
+
+
+def test_rows_are_stored_in_16_bytes(report: list[dict[str, Any]]) -> None:
+    kernels = {
+        "gather_fwd_kernel",
+        "pooled_fwd_kernel",
+        "reduce_rows_kernel",
+        "sgd_kernel",
+        "adagrad_kernel",
+        "rowwise_adagrad_kernel",
+        "adam_kernel",
+    }
+    scalar = [
+        describe(e)
+        for e in report
+        if e["kernel"] in kernels
+        and e["constants"]["D"] == 64
+        and e["constants"].get("SPLIT", 1) == 1
+        and e["vector_stores"] == 0
+    ]
+    assert not scalar, "\n".join(scalar)
