@@ -39,7 +39,7 @@ def measure(case: dict[str, Any], contender: str) -> dict[str, Any]:
     return found
 
 
-def startup(repeats: int = 5) -> dict[str, float]:
+def startup(repeats: int = 3) -> dict[str, float]:
     """Seconds to import torch, and on top of it each package; medians of fresh processes."""
     code = (
         "import sys,time; import torch; t=time.perf_counter(); __import__(sys.argv[1]);"

