@@ -112,6 +112,7 @@ def save(
     Raises:
         ValueError: a layer is still searching, no layer at all, or something that cannot be
             stored.
+        ImportError: safetensors is not installed.
         OSError: the file cannot be written.
     """
     kind: _Kind
@@ -180,6 +181,7 @@ def open_packed(
         PackedFileError: not a packed file, of a newer version, or inconsistent.
         TensorFileError: truncated or corrupted (PackedFileError is one, too).
         FileNotFoundError: no such file.
+        ImportError: safetensors is not installed.
     """
     contents, attributes = read_tensors(path, verify)
     if attributes.get("format") != FORMAT:
@@ -187,8 +189,6 @@ def open_packed(
             f"{path} is a safetensors file, but not a packed AMTL file "
             f"(format {attributes.get('format')!r})"
         )
-    if "header_crc32" not in attributes:
-        raise PackedFileError(f"{path} is corrupted: the checksum of its header is missing")
     try:
         version = int(attributes["version"])
     except (KeyError, ValueError):

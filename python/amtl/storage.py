@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from amtl.data.encoding import Encoder
 from amtl.errors import UserError
+from amtl.tensorfile import TensorFileError, read_tensors, write_tensors
 
 _KEY = "amtl"
 
@@ -26,21 +24,15 @@ def save_tensors(
         path: target; its folder is made if needed.
         kind: what the file is, checked on loading.
         version: of its layout.
-        tensors: contiguous tensors by name.
+        tensors: dense tensors by name.
         meta: everything else.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     header = json.dumps({"kind": kind, "version": version, "meta": meta})
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {_KEY: header})
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors, {_KEY: header})
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], Any]:
@@ -52,19 +44,18 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
     if not path.exists():
         raise UserError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            if header is None or header.get("kind") != kind:
-                raise UserError(f"{path} is not an {kind} file")
-            if header["version"] > version:
-                raise UserError(
-                    f"{path} has layout {header['version']}, this version reads up to {version}: "
-                    "upgrade amtl"
-                )
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, header["meta"]
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        tensors, attributes = read_tensors(path)
+        header = json.loads(attributes.get(_KEY, "null"))
+    except (TensorFileError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        raise UserError(f"{path} is not an {kind} file")
+    if header["version"] > version:
+        raise UserError(
+            f"{path} has layout {header['version']}, this version reads up to {version}: "
+            "upgrade amtl"
+        )
+    return tensors, header["meta"]
 
 
 def save_encoder(path: Path, encoder: Encoder) -> None:

@@ -90,6 +90,11 @@ def test_tensor_files(tmp_path):
     tensors, meta = load_tensors(path, "amtl-thing", 1)
     assert torch.equal(tensors["a"], torch.arange(6).view(2, 3).T)
     assert meta == {"k": 1}
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="damaged"):
+        load_tensors(path, "amtl-thing", 1)
+    path.write_bytes(content)
     with pytest.raises(UserError, match="not an amtl-other"):
         load_tensors(path, "amtl-other", 1)
     save_tensors(path, "amtl-thing", 2, {}, {})

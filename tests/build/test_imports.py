@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 EXTRAS = (
     "fbgemm_gpu",
@@ -95,6 +96,21 @@ def test_a_missing_backend_says_what_to_install() -> None:
         print(error)
     """
     assert "pip install" in run(script, ("triton",))
+
+
+def test_saving_without_safetensors_says_what_to_install(tmp_path: Path) -> None:
+    script = f"""
+    import torch, amtl
+    layer = amtl.AMTLEmbedding(6, 8, counts=torch.tensor([9, 9, 5, 1, 1, 0]), budget=0.5).freeze()
+    for call in (lambda path: amtl.save(layer, path), amtl.load):
+        try:
+            call({str(tmp_path / "x.safetensors")!r})
+        except ImportError as error:
+            print(error)
+    """
+    said = run(script, ("safetensors",)).splitlines()
+    assert len(said) == 2 and all("pip install safetensors" in line for line in said)
+    assert not list(tmp_path.iterdir())
 
 
 def test_import_does_not_pull_in_the_extras() -> None:
