@@ -53,7 +53,7 @@ demo: $(VENV)/.extra-demo
 	@$(VENV)/bin/amtl demo
 
 test: $(VENV)/.extra-test
-	@$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.extra-demo $(VENV)/.extra-lint
 	@$(PY) -m ruff check .
