@@ -50,7 +50,7 @@ $(VENV)/.extra-%: $(VENV)/.build pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.extra-demo
-	@$(VENV)/bin/amtl demo
+	@OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/amtl demo
 
 test: $(VENV)/.extra-test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
