@@ -24,7 +24,7 @@ TILE = 1024
 With 4 warps a thread has two 16-byte fp32 loads in flight, four where a loop is unrolled by two,
 and needs few enough registers for hundreds of threads beside it."""
 
-INTERPRETED_TILE = 1 << 15
+INTERPRETED_TILE = 1 << 13
 """The interpreter pays about 2 ms per program whatever its size."""
 
 WARPS = 4
