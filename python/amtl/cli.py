@@ -240,12 +240,14 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     table.add_column(style="dim")
     table.add_column()
     steps = metrics["step_ms_median"]
+    unseen = {k: v for k, v in metrics["unknown_test_values"].items() if v}
     rows = {
         "test AUC": f"[bold]{metrics['test_auc']:.4f}[/]  (validation {metrics['val_auc']:.4f}, "
         f"epoch {metrics['best_epoch']} of {metrics['epochs_run']})",
         "log loss": f"{metrics['test_logloss']:.4f}",
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",
+        "unseen": ", ".join(f"{k} {v:,}" for k, v in unseen.items()) or "no test value",
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
         "run": str(out),
     }

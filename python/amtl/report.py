@@ -161,9 +161,12 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     """Writes the report of the given run folders to `out`, atomically.
 
     Raises:
-        UserError: if a run is unfinished, or matplotlib is missing.
+        UserError: if a run is unfinished, data sets differ, or matplotlib is missing.
     """
     runs = load_metrics(folders)
+    sources = sorted({run["config"]["data"] for run in runs})
+    if len(sources) > 1:
+        raise UserError(f"one report is about one data set, not {', '.join(sources)}")
     try:
         import matplotlib
     except ImportError as error:

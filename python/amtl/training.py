@@ -32,6 +32,9 @@ from amtl.model import ClickModel, predict
 from amtl.progress import Observer, Silent
 from amtl.storage import load_encoder, save_encoder
 
+_TIMED_STEPS = 20_000
+"""Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
+
 
 class Interrupted(Exception):
     """Training stopped on request; the run folder holds a checkpoint to resume from."""
@@ -150,7 +153,7 @@ class Trainer:
         self.step_seconds: dict[str, list[float]] = {"search": [], "frozen": []}
         self.losses: list[float] = []
         self.best: dict[str, Any] = {"epoch": -1, "val_auc": -1.0}
-        self.best_state: dict[str, Any] | None = None
+        self.best_model: dict[str, Tensor] | None = None
         self.row_map: Tensor | None = None
         self.finished = False
         self._epoch_seconds = 0.0
@@ -245,7 +248,8 @@ class Trainer:
             if phase == "search":
                 self.table.update_schedule(self.steps_done / total)  # type: ignore[operator]
             loss = self._train_step(samples)
-            self.step_seconds[phase].append(time.perf_counter() - started)
+            if len(self.step_seconds[phase]) < _TIMED_STEPS:
+                self.step_seconds[phase].append(time.perf_counter() - started)
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss became {loss} in epoch {self.epoch + 1}; lower --table-lr or --lr"
@@ -285,13 +289,15 @@ class Trainer:
         }
         if self.frozen and record["val_auc"] > self.best["val_auc"]:
             self.best = {"epoch": self.epoch, "val_auc": record["val_auc"]}
-            self.best_state = {
-                "model": {k: v.detach().clone() for k, v in self.model.state_dict().items()},
+            state = {
+                "model": self.model.state_dict(),
                 "row_map": self.row_map,
                 "epoch": self.epoch,
             }
             if self.out:
-                checkpoint.save_checkpoint(self.out / "best.pt", self.best_state)
+                checkpoint.save_checkpoint(self.out / "best.pt", state)
+            else:
+                self.best_model = {k: v.detach().clone() for k, v in state["model"].items()}
         record["best_val_auc"] = self.best["val_auc"]
         self.history.append(record)
         self.epoch += 1
@@ -375,8 +381,6 @@ class Trainer:
         self._epoch_seconds = state["epoch_seconds"]
         self.best, self.finished = state["best"], state["finished"]
         torch.set_rng_state(state["rng"])
-        if self.best["epoch"] >= 0:
-            self.best_state = checkpoint.load_checkpoint(self.out / "best.pt")
 
     def _write_inputs(self) -> None:
         assert self.out is not None
@@ -385,9 +389,14 @@ class Trainer:
             save_encoder(self.out / "vocabulary.safetensors", self.task.encoder)
 
     def _finish(self) -> dict[str, Any]:
-        if self.best_state is None:
+        if self.best["epoch"] < 0:
             raise UserError("no epoch gave a valid AUC; does validation hold both classes?")
-        self.model.load_state_dict(self.best_state["model"])
+        if self.out:
+            best = checkpoint.load_checkpoint(self.out / "best.pt")["model"]
+        else:
+            assert self.best_model is not None
+            best = self.best_model
+        self.model.load_state_dict(best)
         logits = predict(self.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:

@@ -169,6 +169,14 @@ def test_differences_are_to_the_widest_fixed_table():
     assert "vs full" not in header
 
 
+def test_runs_of_different_data_have_no_common_report(folders, tmp_path):
+    other = metrics()
+    other["config"]["data"] = "elsewhere"
+    (folders[0] / "metrics.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"one data set, not .*clicks.parquet, elsewhere"):
+        write_report(folders, tmp_path / "r.html")
+
+
 def test_unfinished_runs_are_named(tmp_path):
     with pytest.raises(UserError, match="--resume"):
         write_report([tmp_path], tmp_path / "r.html")

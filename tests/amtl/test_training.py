@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -11,9 +12,10 @@ from amtl.config import TrainConfig, default_batch_size
 from amtl.data.registry import Source
 from amtl.errors import UserError
 from amtl.packed import load_any, load_packed, pack_run, size_table
-from amtl.progress import Silent
+from amtl.progress import Bars, Silent
 from amtl.trained import load_run
 from amtl.training import Interrupted, start
+from rich.console import Console
 
 ROWS = 1200
 
@@ -113,6 +115,16 @@ def test_a_run_learns_and_records(source, tmp_path, method):
         assert set(phases[3:]) == {"frozen"}
         assert metrics["best_epoch"] > 3
         assert "sizes frozen" in recorder.notes[0]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_epoch_rate_loss_and_auc(source, terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    start(settings(method="rule", epochs=3), observer=Bars(console), source=source).run()
+    shown = console.file.getvalue()
+    for text in ("epoch  3/3", "loss 0.", "val AUC 0.", "sizes frozen", "search", "*"):
+        assert text in shown
+    assert ("rows/s" in shown) == terminal
 
 
 @pytest.mark.parametrize("optimizer", methods.TABLE_OPTIMIZERS)
@@ -241,7 +253,7 @@ def test_packed_models_predict_the_same(source, tmp_path, method, fields):
     assert methods.stored_bytes(packed.model.table) == metrics["stored_bytes"]
     assert packed.metrics["test_auc"] == metrics["test_auc"]
     assert sum(e["bytes"] for e in size_table(packed)) == metrics["stored_bytes"]
-    labels = torch.from_numpy(source.frame["label"].to_numpy())
+    labels = torch.tensor(source.frame["label"].to_list())
     result = packed.evaluate(packed.encoder.transform(source.frame, labels))
     assert result["rows"] == ROWS
     half = pack_run(tmp_path / "run", tmp_path / "half.safetensors", torch.float16)
