@@ -1,0 +1,152 @@
+"""Launches through Triton's own launcher and autotuner, with a driver that runs nothing.
+
+The interpreter goes past argument binding, specialisation, compiler options and tuning; this does
+not, up to the handing over to the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from amtl_kernels.triton import implementations, launch, lookup  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    launch.INTERPRETED, reason="the interpreter has no launcher; unset TRITON_INTERPRET"
+)
+
+
+class Driver:
+    """Stands in for the CUDA driver: loads anything, notes what is launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[int, int, int]]] = []
+        self.benchmarked = 0
+        self.utils = types.SimpleNamespace(
+            load_binary=lambda *_: (1, 1, 32, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 228 * 1024},
+        )
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def run(x: int, y: int, z: int, *_: Any) -> None:
+            self.launches.append((metadata.name, (x, y, z)))
+
+        return run
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        def bench(call: Callable[[], None], **_: Any) -> list[float]:
+            call()
+            self.benchmarked += 1
+            return [float(self.benchmarked)] * 3
+
+        return bench
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]:
+    fake = Driver()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch, "device_guard", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(lookup._gather, "_tuners", {})
+    monkeypatch.setattr(lookup._pooled, "_tuners", {})
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(fake)
+    yield fake
+    config._active = before
+
+
+def lookups(count: int, rows: int = 100, dim: int = 64) -> tuple[torch.Tensor, ...]:
+    weight = torch.zeros(rows, dim)
+    return weight, torch.arange(count) % rows, torch.ones(rows, dtype=torch.uint8)
+
+
+def test_lookups_are_tuned_once_per_key(driver: Driver) -> None:
+    gather = implementations()["masked_embedding"]
+    weight, indices, sizes = lookups(130)
+    gather(weight, indices, sizes, -1, 0)
+    space = len(launch.WIDE_SPACE)
+    assert driver.benchmarked == space
+    gather_launches = [grid for name, grid in driver.launches if name == "gather_fwd_kernel"]
+    # Every choice once to be timed, and the first, which the fake clock favours, for the result.
+    assert len(gather_launches) == space + 1
+    tile = launch.WIDE_SPACE[0].tile(4, 64)
+    assert gather_launches[-1] == (launch.cdiv(130, tile // 64), 1, 1)
+    weight, indices, sizes = lookups(77, rows=30)
+    gather(weight, indices, sizes, 3, 2)
+    assert driver.benchmarked == space
+    weight, indices, sizes = lookups(77, dim=32)
+    gather(weight, indices, sizes, -1, 0)
+    assert driver.benchmarked == 2 * space
+
+
+def test_tuning_can_be_turned_off(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMTL_TRITON_AUTOTUNE", "0")
+    weight, indices, sizes = lookups(64)
+    implementations()["masked_embedding"](weight, indices, sizes, -1, 0)
+    assert driver.benchmarked == 0
+    assert len(driver.launches) == 1
+
+
+def test_other_shapes_of_one_table_are_not_compiled_again(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lookups, rows, bags and seeds are run-time values: only D, dtypes and flags are compiled."""
+    monkeypatch.setenv("AMTL_TRITON_AUTOTUNE", "0")
+    ops = implementations()
+    loaded = []
+    driver.utils.load_binary = lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024)
+    for count, rows, seed in ((16, 48, 16), (33, 50, -3), (1, 160, 2**62), (120, 7, 1)):
+        weight, indices, _ = lookups(count, rows)
+        offsets = torch.tensor([0, count // 2])
+        row_group = torch.zeros(rows, dtype=torch.int32)
+        dims, mask = torch.ones(3, 4, dtype=torch.int32), torch.zeros(3, 64)
+        ops["adaptive_embedding_bag"](
+            weight, indices, offsets, row_group, dims, mask, None, 0, -1, False, seed, 0
+        )
+        grad = torch.zeros(2, 64)
+        rows_out, grads, _, _ = ops["adaptive_embedding_backward"](
+            grad,
+            weight,
+            indices,
+            offsets,
+            row_group,
+            dims,
+            None,
+            0,
+            -1,
+            False,
+            seed,
+            True,
+            True,
+            False,
+        )
+        state = torch.zeros(rows, 64)
+        ops["apply_adagrad_"](weight, state, rows_out, grads, 0.1, 1e-8, 0.0)
+    assert sorted(loaded) == sorted(set(loaded)), loaded
+    assert {"pooled_fwd_kernel", "reduce_rows_kernel", "adagrad_kernel"} <= set(loaded)
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
+    weight, indices, sizes = lookups(4)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        implementations()["masked_embedding"](weight, indices, sizes, -1, 0)
