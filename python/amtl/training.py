@@ -289,7 +289,7 @@ class Trainer:
         }
         if self.frozen and record["val_auc"] > self.best["val_auc"]:
             self.best = {"epoch": self.epoch, "val_auc": record["val_auc"]}
-            state = {
+            state: dict[str, Any] = {
                 "model": self.model.state_dict(),
                 "row_map": self.row_map,
                 "epoch": self.epoch,
