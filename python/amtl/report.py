@@ -57,15 +57,19 @@ class Result:
 
 
 def load_metrics(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Metrics of finished runs.
+    """Metrics of finished runs; a folder of runs stands for all finished runs in it.
 
     Raises:
         UserError: if a folder has none.
     """
     if not folders:
         raise UserError("name at least one run folder")
-    runs = []
+    expanded: list[Path] = []
     for folder in folders:
+        inside = sorted(path.parent for path in folder.glob("*/metrics.json"))
+        expanded += [folder] if (folder / "metrics.json").exists() else inside or [folder]
+    runs = []
+    for folder in expanded:
         if not (folder / "metrics.json").exists():
             raise UserError(
                 f"{folder} has no metrics.json: not a run, or not finished "

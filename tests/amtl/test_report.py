@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from amtl.errors import UserError
-from amtl.report import group_results, table_rows, write_report
+from amtl.report import group_results, load_metrics, table_rows, write_report
 
 
 def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **config):
@@ -175,6 +175,11 @@ def test_runs_of_different_data_have_no_common_report(folders, tmp_path):
     (folders[0] / "metrics.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"one data set, not .*clicks.parquet, elsewhere"):
         write_report(folders, tmp_path / "r.html")
+
+
+def test_a_folder_of_runs_stands_for_its_runs(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert load_metrics([tmp_path]) == load_metrics(folders)
 
 
 def test_unfinished_runs_are_named(tmp_path):
