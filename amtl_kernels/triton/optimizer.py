@@ -157,6 +157,8 @@ def rowwise_adagrad_kernel(
         squares += tl.sum(g * g, axis=1)
     any_kept = size > 0
     state = tl.load(state_ptr + row, mask=any_kept, other=0.0).to(tl.float32)
+    # Every warp that shares a row holds its own copy: none may read what another has written.
+    tl.debug_barrier()
     state += squares / tl.maximum(size, 1).to(tl.float32)
     tl.store(state_ptr + row, state.to(state_ptr.dtype.element_ty), mask=any_kept)
     step = lr / (tl.sqrt(state) + eps)

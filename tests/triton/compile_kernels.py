@@ -173,6 +173,7 @@ def compile_recorded(recorder: Recorder, arch: int) -> Iterator[dict[str, Any]]:
             "stack": int(found[2]),
             "local": int(found[4]),
             "vector_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
+            "barrier_before_store": "bar.sync" in ptx.split("st.global")[0].split("ld.global")[-1],
             "vector_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         }
 

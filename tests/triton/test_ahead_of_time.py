@@ -125,6 +125,12 @@ def test_rows_are_loaded_in_16_bytes(report: list[dict[str, Any]]) -> None:
     assert not scalar, "\n".join(scalar)
 
 
+def test_state_of_a_row_is_read_by_all_before_it_is_written(report: list[dict[str, Any]]) -> None:
+    """Warps that share a row each load its state, and one of them stores it: no race in between."""
+    entries = [e for e in report if e["kernel"] == "rowwise_adagrad_kernel"]
+    assert entries and all(e["barrier_before_store"] for e in entries)
+
+
 def test_rows_are_stored_in_16_bytes(report: list[dict[str, Any]]) -> None:
     kernels = {
         "gather_fwd_kernel",
