@@ -383,9 +383,10 @@ def _fill(weight: Tensor, generator: torch.Generator) -> None:
 
 
 def rotations_for(contenders: int) -> int:
-    """Id sets in rotation: at least eleven, and coprime with the number of contenders.
+    """Id sets in rotation: at least eleven, and coprime with the calls of a round.
 
-    Then every contender meets every set, and a set comes back only after that many calls.
+    Each contender makes two calls a round. Then every contender meets every set, and a set comes
+    back only after that many calls.
     """
     for prime in (11, 13, 17, 19, 23):
         if contenders % prime:

@@ -59,7 +59,9 @@ def interleave(
     """Times calls in turn, so that what disturbs the machine disturbs all of them.
 
     The order is reversed in every other round. Every call takes the next id set, so a set comes
-    back only after ``rotations`` calls, whoever makes them.
+    back only after ``rotations`` calls, whoever makes them. Each turn begins with an untimed call:
+    contenders that share a table keep its page tables and the caches' view of it warm for each
+    other, and one with a table of its own would pay for coming back to it.
 
     Args:
         calls: Contender to its call; the argument is the id set to use.
@@ -72,6 +74,11 @@ def interleave(
         Seconds per call, one sample a round, the same rounds for everybody.
     """
     turn = 0
+
+    def lead(call: Call) -> None:
+        nonlocal turn
+        call(turn % rotations)
+        turn += 1
 
     def timed(call: Call, repeats: int) -> float:
         nonlocal turn
@@ -92,7 +99,7 @@ def interleave(
         name: max(1, round(budget.shortest_sample / max(estimate, 1e-7)))
         for name, estimate in estimates.items()
     }
-    each = sum(estimates[name] * repeats[name] for name in calls)
+    each = sum(estimates[name] * (repeats[name] + 1) for name in calls)
     rounds = int(budget.seconds / max(each, 1e-9))
     rounds = min(max(rounds, budget.minimal_rounds), budget.maximal_rounds)
 
@@ -104,9 +111,10 @@ def interleave(
     try:
         for number in range(rounds):
             for name in order if number % 2 == 0 else reversed(order):
+                lead(calls[name])
                 samples[name].append(timed(calls[name], repeats[name]))
             if notice is not None:
-                notice((number + 1) / rounds, sum(repeats.values()))
+                notice((number + 1) / rounds, sum(repeats.values()) + len(repeats))
     finally:
         if collecting:
             gc.enable()
