@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import Comparison, Report
+from bench.stats import Ratio
 from bench.tables import describe_case
 
 _OURS = "#1b6ca8"
@@ -40,34 +41,43 @@ def _usable(report: Report) -> list[Comparison]:
 
 
 def ratio_bars(report: Report, path: Path) -> Path | None:
-    """Time over the first baseline, one bar a contender, intervals as whiskers."""
-    bars = []
+    """Time over the first baseline: a heading a case, a bar a contender, intervals as whiskers."""
+    lines: list[tuple[str, Ratio | None, bool]] = []
     for comparison in _usable(report):
         if str(comparison.case.get("group", "")).startswith("scale"):
             continue
         baseline = next((b for b in comparison.baselines if b in comparison.timings), None)
         if baseline is None:
             continue
+        heading = f"{describe_case(comparison.case)}; against {comparison.timings[baseline].title}"
+        lines.append((heading, None, False))
         for name, timing in comparison.timings.items():
             ratio = comparison.ratio(name, baseline)
-            if name == baseline or ratio is None:
-                continue
-            label = f"{describe_case(comparison.case)}\n{timing.title} / {baseline}"
-            bars.append((label, ratio, timing.ours))
+            if name != baseline and ratio is not None:
+                lines.append((timing.title, ratio, timing.ours))
+    bars = [(place, *line) for place, line in enumerate(lines)]
     if not bars:
         return None
-    figure, axes = _figure(11, 0.34 * len(bars) + 1.2)
-    for place, (_, ratio, ours) in enumerate(bars):
+    figure, axes = _figure(10, 0.17 * len(bars) + 0.8)
+    ticks = []
+    for place, label, ratio, ours in bars:
+        if ratio is None:
+            axes.text(
+                0, place, label, transform=axes.get_yaxis_transform(), fontsize=6.5,
+                fontweight="bold", va="center",
+            )  # fmt: skip
+            continue
+        ticks.append((place, label))
         spread = [[max(ratio.value - ratio.low, 0)], [max(ratio.high - ratio.value, 0)]]
         axes.barh(
-            place, ratio.value, xerr=spread, color=_OURS if ours else _PEER, height=0.7,
-            error_kw={"elinewidth": 1, "ecolor": "black"},
+            place, ratio.value - 1, left=1, xerr=spread, color=_OURS if ours else _PEER,
+            height=0.75, error_kw={"elinewidth": 1, "ecolor": "black"},
         )  # fmt: skip
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=5)
-    axes.invert_yaxis()
-    axes.set_xlabel("time over the baseline's (left of 1 is faster)")
+    axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=6.5)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlabel("time over the baseline's: bars to the left are faster")
     return _save(figure, path)
 
 
@@ -92,7 +102,9 @@ def roofline(report: Report, path: Path) -> Path | None:
     most = max(report.ceilings, key=int, default=None)
     for kind, value in (report.ceilings.get(most, {}) if most else {}).items():
         axes.axhline(value / 1e9, linewidth=0.8, linestyle="--", color="black")
-        axes.text(axes.get_xlim()[0], value / 1e9, f" {kind}", va="bottom", fontsize=8)
+        axes.text(
+            0.01, value / 1e9, kind, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("useful MB per call")
