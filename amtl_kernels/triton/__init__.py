@@ -26,8 +26,6 @@ programs, speed and the autotuner's choices are unproved.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -36,15 +34,7 @@ from torch import Tensor
 
 from amtl_kernels import reference
 
-__all__ = ["describe", "implementations", "version"]
-
-
-def version() -> str | None:
-    """The installed version of Triton, or None. Does not import it."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+__all__ = ["implementations"]
 
 
 def implementations() -> dict[str, Callable[..., object]]:
@@ -70,12 +60,3 @@ def _except_float64(op: str, function: Callable[..., object]) -> Callable[..., o
         return function(*args)
 
     return implementation
-
-
-def describe() -> dict[str, object]:
-    """The version, whether the interpreter is asked for, and what has been proved on a GPU.
-
-    Does not import Triton.
-    """
-    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-    return {"version": version(), "interpreted": asked, "ran_on_gpu": False}
