@@ -65,7 +65,16 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid argument";
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) {
+  hostsim::mark_written(data, bytes);
   std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  hostsim::mark_written(to, bytes);
+  std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
 

@@ -190,6 +190,18 @@ void register_buffer(const std::string& name, const void* data, std::size_t byte
 
 void clear_buffers() { watch().buffers.clear(); }
 
+void mark_written(const void* data, std::size_t bytes) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(data);
+  for (Buffer& buffer : watch().buffers) {
+    if (buffer.written.empty() || begin < buffer.begin || begin >= buffer.end) continue;
+    if (begin + bytes > buffer.end) {
+      throw SimError("out-of-bounds", "a host call writes " + range_text(begin, bytes, buffer));
+    }
+    const auto first = buffer.written.begin() + static_cast<std::ptrdiff_t>(begin - buffer.begin);
+    std::fill(first, first + static_cast<std::ptrdiff_t>(bytes), true);
+  }
+}
+
 void watch_begin_launch() {
   Watch& w = watch();
   w.races.clear();

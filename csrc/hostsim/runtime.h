@@ -74,6 +74,8 @@ void reset_traffic();
 void register_buffer(const std::string& name, const void* data, std::size_t bytes, bool writable,
                      bool initialised);
 void clear_buffers();
+// Notes that the host (a memset, a copy, a library call) has written these bytes.
+void mark_written(const void* data, std::size_t bytes);
 
 // Runs `body` once per thread of every block. Throws SimError.
 void launch(const char* name, Dim3 grid, Dim3 block, std::size_t dynamic_shared_bytes,

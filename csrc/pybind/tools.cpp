@@ -1,5 +1,398 @@
-// The torch-free module `amtl_kernels._tools`, for tests: kernels run by the host simulator over
-// NumPy buffers.
+// The torch-free module `amtl_kernels._tools`, for tests: the CUDA operators of csrc/cuda, run by
+// the host simulator over NumPy buffers. 16-bit floats travel as uint16.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-PYBIND11_MODULE(_tools, module) { module.doc() = "Host-simulated kernels over NumPy buffers."; }
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/launchers.h"
+#include "hostsim/runtime.h"
+#include "kernels/numeric.cuh"
+
+namespace py = pybind11;
+
+namespace {
+
+using amtl::DenseTable;
+using amtl::DType;
+using amtl::Lookups;
+using amtl::TieredTable;
+using amtl::Update;
+
+// Registers what it hands to kernels, and forgets it all at the end of the call.
+class Buffers {
+ public:
+  Buffers() { hostsim::clear_buffers(); }
+  ~Buffers() { hostsim::clear_buffers(); }
+  Buffers(const Buffers&) = delete;
+  Buffers& operator=(const Buffers&) = delete;
+
+  void* of(const std::string& name, const py::handle& value, bool writable = false) {
+    if (value.is_none()) return nullptr;
+    auto array = py::reinterpret_borrow<py::array>(value);
+    if (!(array.flags() & py::array::c_style)) throw py::value_error(name + " is not contiguous");
+    void* data = const_cast<void*>(array.data());
+    hostsim::register_buffer(name, data, static_cast<std::size_t>(array.nbytes()), writable, true);
+    return data;
+  }
+
+  // Memory as a GPU gives it: aligned, and full of NaN.
+  unsigned char* scratch(const std::string& name, std::size_t bytes) {
+    const std::size_t rounded = (bytes + 255) / 256 * 256 + 256;
+    memory_.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(256, rounded)), std::free);
+    std::memset(memory_.back().get(), 0xff, rounded);
+    hostsim::register_buffer(name, memory_.back().get(), bytes, true, false);
+    return memory_.back().get();
+  }
+
+ private:
+  std::vector<std::unique_ptr<unsigned char, void (*)(void*)>> memory_;
+};
+
+py::handle get(const py::dict& values, const char* name) {
+  return values.contains(name) ? py::handle(values[name]) : py::handle(Py_None);
+}
+
+template <typename T>
+T number(const py::dict& values, const char* name, T otherwise) {
+  return values.contains(name) ? values[name].cast<T>() : otherwise;
+}
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  throw py::value_error("no such type: " + name);
+}
+
+std::size_t item_bytes(const py::handle& value) {
+  return static_cast<std::size_t>(py::reinterpret_borrow<py::array>(value).itemsize());
+}
+
+amtl::TableMap map_of(Buffers& buffers, const py::dict& table) {
+  amtl::TableMap map;
+  map.tables = number(table, "tables", 1);
+  map.batch = number<std::int64_t>(table, "batch", 0);
+  const auto int64s = [&](const char* name) {
+    return static_cast<const std::int64_t*>(buffers.of(name, get(table, name)));
+  };
+  map.weight_offsets = int64s("weight_offsets");
+  map.dim_offsets = int64s("dim_offsets");
+  map.row_offsets = int64s("row_offsets");
+  map.alignment = number<std::uint64_t>(table, "alignment", 0);
+  return map;
+}
+
+DenseTable dense_of(Buffers& buffers, const py::dict& values, bool writable) {
+  DenseTable table;
+  table.weight = buffers.of("weight", values["weight"], writable);
+  table.rows = values["rows"].cast<std::int64_t>();
+  table.dim = values["dim"].cast<int>();
+  table.row_dims = buffers.of("row_dims", get(values, "row_dims"));
+  table.row_group =
+      static_cast<const std::int32_t*>(buffers.of("row_group", get(values, "row_group")));
+  table.group_dims = buffers.of("group_dims", get(values, "group_dims"));
+  const py::handle dims = get(values, table.group_dims ? "group_dims" : "row_dims");
+  table.narrow_dims = !dims.is_none() && item_bytes(dims) == 1;
+  table.columns = number(values, "columns", 1);
+  table.groups = number<std::int64_t>(values, "groups", 0);
+  table.seed_term =
+      amtl::fold(static_cast<std::uint64_t>(number<std::int64_t>(values, "seed", 0))) * 0x85EBCA77u;
+  table.map = map_of(buffers, values);
+  return table;
+}
+
+TieredTable tiered_of(Buffers& buffers, const py::dict& values, bool writable) {
+  TieredTable table;
+  table.dim = values["dim"].cast<int>();
+  const auto ends = values["tier_ends"].cast<std::vector<std::int64_t>>();
+  const auto widths = values["widths"].cast<std::vector<int>>();
+  table.tiers = static_cast<int>(ends.size());
+  table.rows = ends.empty() ? 0 : ends.back();
+  table.map = map_of(buffers, values);
+  int c = 0;
+  for (const py::handle& block : values["blocks"]) {
+    table.end[c] = ends[c];
+    table.width[c] = widths[c];
+    table.base[c] =
+        reinterpret_cast<std::uint64_t>(buffers.of("block " + std::to_string(c), block, writable));
+    ++c;
+  }
+  // Pretends that the tiers are too many to travel inline.
+  if (number(values, "device_tiers", false)) {
+    const std::size_t n = ends.size();
+    auto copy = [&](const char* name, const void* from, std::size_t bytes) {
+      unsigned char* to = buffers.scratch(name, bytes);
+      hostsim::mark_written(to, bytes);
+      std::memcpy(to, from, bytes);
+      return to;
+    };
+    table.device_end = reinterpret_cast<std::int64_t*>(copy("tier ends", table.end, n * 8));
+    table.device_base = reinterpret_cast<std::uint64_t*>(copy("tier bases", table.base, n * 8));
+    table.device_width = reinterpret_cast<std::int32_t*>(copy("tier widths", table.width, n * 4));
+    for (std::size_t i = 0; i < n; ++i) {
+      table.map.alignment |= table.width[i] | table.base[i];
+      table.end[i] = -1;
+      table.base[i] = 0;
+      table.width[i] = -1;
+    }
+  }
+  return table;
+}
+
+Lookups lookups_of(Buffers& buffers, const py::dict& values) {
+  Lookups lookups;
+  const auto indices = values["indices"].cast<py::array>();
+  lookups.indices = buffers.of("indices", indices);
+  lookups.count = indices.size();
+  lookups.wide = indices.itemsize() == 8;
+  lookups.offsets = buffers.of("offsets", get(values, "offsets"));
+  lookups.bags = number<std::int64_t>(values, "bags", 0);
+  lookups.last_offset = number(values, "include_last_offset", false);
+  lookups.mean = number(values, "mode", 0) == 1;
+  lookups.padding = number<std::int64_t>(values, "padding_idx", -1);
+  lookups.sample_weights = buffers.of("per_sample_weights", get(values, "per_sample_weights"));
+  lookups.report =
+      static_cast<unsigned long long*>(buffers.of("report", get(values, "report"), true));
+  return lookups;
+}
+
+Update update_of(Buffers& buffers, const py::dict& values) {
+  Update update;
+  const auto rule = values["rule"].cast<std::string>();
+  update.rule = rule == "sgd"       ? amtl::Rule::kSgd
+                : rule == "adagrad" ? amtl::Rule::kAdagrad
+                : rule == "adam"    ? amtl::Rule::kAdam
+                                    : amtl::Rule::kRowwiseAdagrad;
+  update.lr = number(values, "lr", 0.0f);
+  update.eps = number(values, "eps", 0.0f);
+  update.weight_decay = number(values, "weight_decay", 0.0f);
+  update.beta1 = number(values, "beta1", 0.0f);
+  update.beta2 = number(values, "beta2", 0.0f);
+  update.step_size = number(values, "step_size", 0.0f);
+  update.second_scale = number(values, "second_scale", 1.0f);
+  update.step = static_cast<const std::int64_t*>(buffers.of("step", get(values, "step")));
+  update.narrow_state = number(values, "narrow_state", false);
+  update.stochastic_rounding = number(values, "stochastic_rounding", false);
+  update.seed = number<std::uint64_t>(values, "seed", 0);
+  update.first = buffers.of("first", get(values, "first"), true);
+  update.second = buffers.of("second", get(values, "second"), true);
+  int c = 0;
+  for (const py::handle& state : number(values, "tier_first", py::list())) {
+    update.tier_first[c++] = reinterpret_cast<std::uint64_t>(buffers.of("tier_first", state, true));
+  }
+  c = 0;
+  for (const py::handle& state : number(values, "tier_second", py::list())) {
+    update.tier_second[c++] =
+        reinterpret_cast<std::uint64_t>(buffers.of("tier_second", state, true));
+  }
+  return update;
+}
+
+bool is_tiered(const py::dict& table) { return table.contains("blocks"); }
+
+void check(int error) {
+  if (error != 0) throw std::runtime_error("the launcher returned error " + std::to_string(error));
+}
+
+// Calls `f` with the table as the struct of its kind.
+template <typename F>
+void with_table(Buffers& buffers, const py::dict& values, bool writable, F f) {
+  if (is_tiered(values)) {
+    f(tiered_of(buffers, values, writable));
+  } else {
+    f(dense_of(buffers, values, writable));
+  }
+}
+
+void lookup(const std::string& type, const py::dict& table, const py::dict& lookups,
+            const py::array& out) {
+  Buffers buffers;
+  const Lookups l = lookups_of(buffers, lookups);
+  void* o = buffers.of("out", out, true);
+  with_table(buffers, table, false, [&](const auto& t) {
+    if (l.offsets != nullptr) {
+      if (l.report != nullptr) check(amtl::cuda::check_offsets(l, nullptr));
+      check(amtl::cuda::pool_forward(dtype_of(type), t, l, out.shape(1), o, nullptr));
+    } else {
+      check(amtl::cuda::lookup_forward(dtype_of(type), t, l, o, nullptr));
+    }
+  });
+}
+
+void psw_grad(const std::string& type, const py::dict& table, const py::dict& lookups,
+              const py::array& grad, const py::array& out) {
+  Buffers buffers;
+  const Lookups l = lookups_of(buffers, lookups);
+  const void* g = buffers.of("grad", grad);
+  void* o = buffers.of("psw_grad", out, true);
+  with_table(buffers, table, false, [&](const auto& t) {
+    check(amtl::cuda::pool_psw_backward(dtype_of(type), t, l, grad.shape(1), g, o, nullptr));
+  });
+}
+
+amtl::cuda::Backward backward_of(Buffers& buffers, const std::string& type, const py::dict& lookups,
+                                 const py::array& grad, const py::dict& wishes) {
+  amtl::cuda::Backward backward;
+  backward.type = dtype_of(type);
+  backward.lookups = lookups_of(buffers, lookups);
+  backward.grad = buffers.of("grad", grad);
+  backward.grad_stride = grad.shape(1);
+  backward.mask_grad = !get(wishes, "group_grad").is_none();
+  backward.groups_sorted = number(wishes, "groups_sorted", false);
+  backward.need_rows = number(wishes, "need_rows", true);
+  return backward;
+}
+
+template <typename T>
+py::array_t<T> array_of(std::vector<py::ssize_t> shape) {
+  py::array_t<T> array(shape);
+  std::memset(array.mutable_data(), 0xff, static_cast<std::size_t>(array.nbytes()));
+  return array;
+}
+
+py::array value_array(const std::string& type, py::ssize_t rows, py::ssize_t dim) {
+  if (type == "float32") return array_of<float>({rows, dim});
+  return array_of<std::uint16_t>({rows, dim});
+}
+
+py::dict backward(const std::string& type, const py::dict& table, const py::dict& lookups,
+                  const py::array& grad, const py::dict& wishes) {
+  Buffers buffers;
+  amtl::cuda::Backward b = backward_of(buffers, type, lookups, grad, wishes);
+  auto* group_grad = static_cast<float*>(buffers.of("group_grad", get(wishes, "group_grad"), true));
+  py::dict result;
+  if (is_tiered(table)) {
+    TieredTable t = tiered_of(buffers, table, false);
+    b.workspace = buffers.scratch("workspace", amtl::cuda::backward_workspace_bytes(b, t));
+    check(amtl::cuda::backward_sort(b, t, nullptr));
+    amtl::cuda::BackwardHeader header;
+    std::memcpy(&header, b.workspace, sizeof(header));
+    std::vector<std::int64_t> below(static_cast<std::size_t>(t.tiers), 0);
+    if (b.lookups.count > 0) {
+      auto* device_below =
+          reinterpret_cast<std::int64_t*>(buffers.scratch("rows_below", below.size() * 8));
+      check(amtl::cuda::backward_tier_counts(b, t, device_below, nullptr));
+      std::memcpy(below.data(), device_below, below.size() * 8);
+      TieredTable row_out = t;
+      TieredTable grad_out = t;
+      py::list rows;
+      py::list grads;
+      for (int c = 0; c < t.tiers; ++c) {
+        const std::int64_t before = c ? below[c - 1] : 0;
+        auto r = array_of<std::int64_t>({static_cast<py::ssize_t>(below[c] - before)});
+        py::array g = value_array(type, below[c] - before, t.width[c]);
+        row_out.base[c] = reinterpret_cast<std::uint64_t>(buffers.of("rows", r, true));
+        const std::uint64_t address = reinterpret_cast<std::uint64_t>(buffers.of("grads", g, true));
+        grad_out.base[c] = address - static_cast<std::uint64_t>(before) * t.width[c] * g.itemsize();
+        rows.append(r);
+        grads.append(g);
+      }
+      check(amtl::cuda::backward_tier_rows(b, row_out, device_below, header.distinct, nullptr));
+      check(amtl::cuda::backward_reduce(b, grad_out, nullptr));
+      result["rows"] = rows;
+      result["grads"] = grads;
+    }
+    return result;
+  }
+  const DenseTable t = dense_of(buffers, table, false);
+  b.workspace = buffers.scratch("workspace", amtl::cuda::backward_workspace_bytes(b, t));
+  check(amtl::cuda::backward_sort(b, t, nullptr));
+  amtl::cuda::BackwardHeader header;
+  if (b.need_rows || (b.mask_grad && !b.groups_sorted)) {
+    std::memcpy(&header, b.workspace, sizeof(header));
+  }
+  void* g = nullptr;
+  if (b.need_rows) {
+    auto rows = array_of<std::int64_t>({static_cast<py::ssize_t>(header.distinct)});
+    py::array grads = value_array(type, header.distinct, t.dim);
+    auto* r = static_cast<std::int64_t*>(buffers.of("rows", rows, true));
+    g = buffers.of("grads", grads, true);
+    check(amtl::cuda::backward_rows(b, t, header.distinct, r, nullptr));
+    result["rows"] = rows;
+    result["grads"] = grads;
+  }
+  result["groups_unsorted"] = header.groups_unsorted != 0;
+  check(amtl::cuda::backward_reduce(b, t, g, group_grad, header.groups_unsorted != 0, nullptr));
+  return result;
+}
+
+void backward_update(const std::string& type, const py::dict& table, const py::dict& lookups,
+                     const py::array& grad, const py::dict& update, const py::dict& wishes) {
+  Buffers buffers;
+  amtl::cuda::Backward b = backward_of(buffers, type, lookups, grad, wishes);
+  b.need_rows = false;
+  auto* group_grad = static_cast<float*>(buffers.of("group_grad", get(wishes, "group_grad"), true));
+  const Update u = update_of(buffers, update);
+  with_table(buffers, table, true, [&](const auto& t) {
+    b.workspace = buffers.scratch("workspace", amtl::cuda::backward_workspace_bytes(b, t));
+    check(amtl::cuda::backward_sort(b, t, nullptr));
+    if constexpr (std::is_same_v<std::decay_t<decltype(t)>, TieredTable>) {
+      check(amtl::cuda::backward_update(b, t, u, nullptr));
+    } else {
+      check(amtl::cuda::backward_update(b, t, u, group_grad, nullptr));
+    }
+  });
+}
+
+void apply_update(const std::string& type, const py::dict& table, const py::dict& update,
+                  const py::array& rows, const py::array& grads) {
+  Buffers buffers;
+  const DenseTable t = dense_of(buffers, table, true);
+  const Update u = update_of(buffers, update);
+  const auto* r = static_cast<const std::int64_t*>(buffers.of("rows", rows));
+  const void* g = buffers.of("grads", grads);
+  check(amtl::cuda::apply_update(dtype_of(type), t, u, r, g, rows.size(), nullptr));
+}
+
+void configure(std::uint64_t seed, const std::string& thread_order, bool track_races,
+               bool track_traffic) {
+  hostsim::Options& options = hostsim::options();
+  options.seed = seed;
+  options.thread_order = thread_order == "forward"   ? hostsim::ThreadOrder::kForward
+                         : thread_order == "reverse" ? hostsim::ThreadOrder::kReverse
+                                                     : hostsim::ThreadOrder::kRandom;
+  options.track_races = track_races;
+  options.track_traffic = track_traffic;
+}
+
+py::dict traffic() {
+  static const char* const kNames[] = {"other", "table", "output", "grad",   "index",
+                                       "sizes", "state", "sorted", "partial"};
+  py::dict result;
+  for (std::size_t i = 0; i < std::size(kNames); ++i) {
+    const hostsim::Traffic& t = hostsim::traffic()[i];
+    py::dict entry;
+    entry["read_sectors"] = t.read_sectors;
+    entry["write_sectors"] = t.write_sectors;
+    entry["unique_read_sectors"] = t.unique_read_sectors;
+    entry["unique_write_sectors"] = t.unique_write_sectors;
+    entry["read_bytes"] = t.read_bytes;
+    entry["write_bytes"] = t.write_bytes;
+    entry["requests"] = t.requests;
+    result[kNames[i]] = entry;
+  }
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_tools, module) {
+  module.doc() = "Host-simulated kernels over NumPy buffers.";
+  py::register_exception<hostsim::SimError>(module, "SimError");
+  module.def("lookup", &lookup);
+  module.def("psw_grad", &psw_grad);
+  module.def("backward", &backward);
+  module.def("backward_update", &backward_update);
+  module.def("apply_update", &apply_update);
+  module.def("configure", &configure, py::arg("seed") = 0, py::arg("thread_order") = "random",
+             py::arg("track_races") = false, py::arg("track_traffic") = false);
+  module.def("traffic", &traffic);
+  module.def("reset_traffic", &hostsim::reset_traffic);
+  module.def("launch_counts", [] { return hostsim::launch_counts(); });
+}

@@ -1,0 +1,42 @@
+#include "cuda/dispatch.cuh"
+#include "kernels/optimizer.cuh"
+
+namespace amtl::cuda {
+
+namespace {
+
+template <typename T, typename S, int V>
+int launch_apply(const DenseTable& table, const Update& update, const std::int64_t* rows,
+                 const void* grads, std::int64_t distinct, Stream stream) {
+  dim3 grid;
+  if (!grid_for(distinct, kBlockThreads / kWarp, 1, grid)) return cudaErrorInvalidValue;
+  AMTL_LAUNCH((apply_kernel<T, S, V>), grid, kBlockThreads, 0, as_stream(stream), table, update,
+              rows, static_cast<const T*>(grads), distinct);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int apply_update(DType type, const DenseTable& table, const Update& update,
+                 const std::int64_t* rows, const void* grads, std::int64_t distinct,
+                 Stream stream) {
+  if (distinct == 0) return cudaSuccess;
+  std::uint64_t addresses = reinterpret_cast<std::uint64_t>(grads);
+  if (update.rule != Rule::kRowwiseAdagrad) {
+    addresses |= reinterpret_cast<std::uint64_t>(update.first) |
+                 reinterpret_cast<std::uint64_t>(update.second);
+  }
+  const int vector = vector_elements(type, table, addresses);
+  AMTL_DISPATCH_TYPE(type, vector, T, V, {
+    if constexpr (sizeof(T) == 4) {
+      return launch_apply<T, T, V>(table, update, rows, grads, distinct, stream);
+    } else {
+      return update.narrow_state
+                 ? launch_apply<T, T, V>(table, update, rows, grads, distinct, stream)
+                 : launch_apply<T, float, V>(table, update, rows, grads, distinct, stream);
+    }
+  })
+  return cudaSuccess;
+}
+
+}  // namespace amtl::cuda

@@ -1,0 +1,251 @@
+#include <algorithm>
+
+#include "cuda/backward_plan.cuh"
+#include "kernels/segments.cuh"
+
+namespace amtl::cuda {
+
+namespace {
+
+int bits_for(std::int64_t largest) {
+  int bits = 1;
+  while (bits < 63 && (largest >> bits) != 0) ++bits;
+  return bits;
+}
+
+// Hands out aligned pieces of the workspace.
+class Carver {
+ public:
+  explicit Carver(unsigned char* base) : base_(base) {}
+  template <typename P>
+  P* take(std::int64_t count) {
+    unsigned char* place = base_ + used_;
+    used_ += (static_cast<std::size_t>(count) * sizeof(P) + 255) / 256 * 256;
+    return reinterpret_cast<P*>(place);
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace
+
+Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t groups, int dim,
+                   int vector) {
+  const Lookups& lookups = backward.lookups;
+  const std::int64_t count = lookups.count;
+  Plan plan;
+  plan.wide_keys = rows >= 0xffffffffll;
+  plan.scaled = lookups.sample_weights != nullptr || lookups.mean;
+  plan.shares = lookups.mean && lookups.padding >= 0;
+  plan.second_sort = backward.mask_grad && !backward.groups_sorted;
+  plan.key_bits = bits_for(rows);
+  plan.group_bits = bits_for(groups);
+  plan.chunk = first_chunk(count, lanes_for(dim, vector));
+  plan.chunks = ceil_div(count, plan.chunk);
+  plan.head_blocks = ceil_div(count, kHeadsPerBlock);
+
+  Carver carver(backward.workspace);
+  plan.header = carver.take<SegmentHeader>(1);
+  const std::int64_t key_bytes = count * (plan.wide_keys ? 8 : 4);
+  const std::int64_t payload_bytes = count * (plan.scaled ? 8 : 4);
+  // In one piece: `distinct_rows` later lies over both.
+  plan.keys_in = carver.take<unsigned char>(key_bytes + payload_bytes + 256);
+  plan.payloads_in = plan.keys_in + (key_bytes + 255) / 256 * 256;
+  plan.distinct_rows = reinterpret_cast<std::int64_t*>(plan.keys_in);
+  plan.keys = carver.take<unsigned char>(key_bytes);
+  plan.payloads = carver.take<unsigned char>(payload_bytes);
+  if (plan.shares) plan.bag_share = carver.take<float>(lookups.bags);
+  plan.block_heads = carver.take<std::int64_t>(plan.head_blocks);
+  plan.chunk_row = carver.take<std::int64_t>(plan.chunks);
+  plan.sort_bytes = sort_scratch_bytes(count, plan.wide_keys, plan.scaled, plan.key_bits);
+  if (plan.second_sort) {
+    plan.group_keys = carver.take<std::uint32_t>(count);
+    plan.group_order = carver.take<std::uint32_t>(count);
+    plan.sort_bytes =
+        std::max(plan.sort_bytes, sort_scratch_bytes(count, false, false, plan.group_bits));
+  }
+  plan.sort_scratch = carver.take<unsigned char>(plan.sort_bytes);
+
+  for (std::int64_t chunks = plan.chunks; chunks > 1;
+       chunks = ceil_div(2 * chunks, kPartialChunk)) {
+    plan.levels.push_back(Level{2 * chunks, {}, {}});
+  }
+  const std::size_t keys_begin = carver.used();
+  for (Level& level : plan.levels) {
+    level.rows.keys = carver.take<std::int64_t>(level.slots);
+    if (backward.mask_grad) level.groups.keys = carver.take<std::int64_t>(level.slots);
+  }
+  plan.partial_keys = backward.workspace + keys_begin;
+  plan.partial_key_bytes = carver.used() - keys_begin;
+  for (Level& level : plan.levels) {
+    level.rows.sums = carver.take<float>(level.slots * dim);
+    level.rows.flags = carver.take<unsigned>(level.slots);
+    level.rows.ranks = carver.take<std::int64_t>(level.slots);
+    if (backward.mask_grad) {
+      level.groups.sums = carver.take<float>(level.slots * dim);
+      level.groups.flags = carver.take<unsigned>(level.slots);
+    }
+  }
+  plan.bytes = carver.used();
+  return plan;
+}
+
+namespace {
+
+template <typename Table>
+std::int64_t groups_of(const Table& table) {
+  if constexpr (std::is_same<Table, DenseTable>::value) {
+    return table.groups;
+  } else {
+    return 0;
+  }
+}
+
+// The plan depends on the vector width only through the threads per row, which must not change
+// between the calls of one backward: so it is taken from the shapes alone.
+template <typename Table>
+Plan plan_for(const Backward& backward, const Table& table) {
+  const int widest = backward.type == DType::kFloat32 ? 4 : 8;
+  return plan_backward(backward, table.rows, groups_of(table), table.dim, widest);
+}
+
+template <typename K, typename Table>
+int launch_keys(const Backward& backward, const Table& table, const Plan& plan, dim3 grid,
+                Stream stream) {
+  K* keys = reinterpret_cast<K*>(plan.keys_in);
+  const Lookups& lookups = backward.lookups;
+  switch (backward.type) {
+    case DType::kFloat32:
+      AMTL_LAUNCH((lookup_keys_kernel<K, float, Table>), grid, kBlockThreads, 0, as_stream(stream),
+                  table, lookups, plan.bag_share, plan.scaled, keys, plan.payloads_in);
+      break;
+    case DType::kFloat16:
+      AMTL_LAUNCH((lookup_keys_kernel<K, Half, Table>), grid, kBlockThreads, 0, as_stream(stream),
+                  table, lookups, plan.bag_share, plan.scaled, keys, plan.payloads_in);
+      break;
+    case DType::kBFloat16:
+      AMTL_LAUNCH((lookup_keys_kernel<K, BFloat16, Table>), grid, kBlockThreads, 0,
+                  as_stream(stream), table, lookups, plan.bag_share, plan.scaled, keys,
+                  plan.payloads_in);
+      break;
+  }
+  return cudaGetLastError();
+}
+
+template <typename Table>
+const std::int32_t* groups_to_check(const Backward& backward, const Table& table) {
+  if constexpr (std::is_same<Table, DenseTable>::value) {
+    return backward.mask_grad && !backward.groups_sorted ? table.row_group : nullptr;
+  } else {
+    return nullptr;
+  }
+}
+
+template <typename Table>
+int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
+  const Lookups& lookups = backward.lookups;
+  const std::int64_t count = lookups.count;
+  if (count == 0) {
+    return cudaMemsetAsync(backward.workspace, 0, sizeof(SegmentHeader), as_stream(stream));
+  }
+  const Plan plan = plan_for(backward, table);
+  dim3 grid;
+  if (plan.shares && lookups.bags > 0) {
+    if (!grid_for(lookups.bags, kBlockThreads / kWarp, 1, grid)) return cudaErrorInvalidValue;
+    AMTL_LAUNCH((bag_share_kernel), grid, kBlockThreads, 0, as_stream(stream), lookups,
+                plan.bag_share);
+  }
+  // Payloads hold 32-bit row numbers, sorts count in 32 bits.
+  if (count >= 0x7fffffff || !grid_for(count, kBlockThreads, 1, grid)) {
+    return cudaErrorInvalidValue;
+  }
+  int error = plan.wide_keys ? launch_keys<std::uint64_t>(backward, table, plan, grid, stream)
+                             : launch_keys<std::uint32_t>(backward, table, plan, grid, stream);
+  if (error != cudaSuccess) return error;
+  error = sort_pairs(plan.sort_scratch, plan.sort_bytes, plan.keys_in, plan.keys, plan.payloads_in,
+                     plan.payloads, count, plan.wide_keys, plan.scaled, plan.key_bits, stream);
+  const std::int32_t* row_group = groups_to_check(backward, table);
+  if (error != cudaSuccess || (!backward.need_rows && row_group == nullptr)) return error;
+
+  const SortedPairs pairs = plan.pairs(count, table.rows);
+  const dim3 blocks{static_cast<unsigned>(plan.head_blocks), 1, 1};
+  AMTL_LAUNCH((count_heads_kernel), blocks, kBlockThreads, 0, as_stream(stream), pairs,
+              plan.block_heads);
+  AMTL_LAUNCH((scan_heads_kernel), 1, kBlockThreads, 0, as_stream(stream), plan.head_blocks,
+              plan.block_heads, plan.header);
+  AMTL_LAUNCH((write_heads_kernel), blocks, kBlockThreads, 0, as_stream(stream), pairs,
+              plan.block_heads, plan.chunk, row_group,
+              backward.need_rows ? plan.distinct_rows : nullptr, plan.chunk_row, plan.header);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+std::size_t backward_workspace_bytes(const Backward& backward, const DenseTable& table) {
+  return plan_for(backward, table).bytes;
+}
+std::size_t backward_workspace_bytes(const Backward& backward, const TieredTable& table) {
+  return plan_for(backward, table).bytes;
+}
+int backward_sort(const Backward& backward, const DenseTable& table, Stream stream) {
+  return sort_lookups(backward, table, stream);
+}
+int backward_sort(const Backward& backward, const TieredTable& table, Stream stream) {
+  return sort_lookups(backward, table, stream);
+}
+
+int backward_rows(const Backward& backward, const DenseTable& table, std::int64_t distinct,
+                  std::int64_t* rows, Stream stream) {
+  if (distinct == 0) return cudaSuccess;
+  const Plan plan = plan_for(backward, table);
+  return cudaMemcpyAsync(rows, plan.distinct_rows, distinct * sizeof(std::int64_t),
+                         cudaMemcpyDeviceToDevice, as_stream(stream));
+}
+
+int backward_tier_counts(const Backward& backward, const TieredTable& table,
+                         std::int64_t* rows_below, Stream stream) {
+  const Plan plan = plan_for(backward, table);
+  dim3 grid;
+  if (!grid_for(table.tiers, kWarp, 1, grid)) return cudaErrorInvalidValue;
+  AMTL_LAUNCH((tier_counts_kernel), grid, kWarp, 0, as_stream(stream), table, plan.distinct_rows,
+              plan.header, rows_below);
+  return cudaGetLastError();
+}
+
+int backward_tier_rows(const Backward& backward, const TieredTable& out,
+                       const std::int64_t* rows_below, std::int64_t distinct, Stream stream) {
+  if (distinct == 0) return cudaSuccess;
+  const Plan plan = plan_for(backward, out);
+  dim3 grid;
+  if (!grid_for(distinct, kBlockThreads, 1, grid)) return cudaErrorInvalidValue;
+  AMTL_LAUNCH((tier_rows_kernel), grid, kBlockThreads, 0, as_stream(stream), out,
+              plan.distinct_rows, rows_below, distinct);
+  return cudaGetLastError();
+}
+
+// The pairs once more, ordered by group and within a group by row; lies over the unsorted pairs.
+int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count,
+                  SortedPairs& by_group, Stream stream) {
+  const SortedPairs pairs = plan.pairs(count, table.rows);
+  auto* keys_in = reinterpret_cast<std::uint32_t*>(plan.keys_in);
+  auto* positions = reinterpret_cast<std::uint32_t*>(plan.payloads_in);
+  dim3 grid;
+  if (!grid_for(count, kBlockThreads, 1, grid)) return cudaErrorInvalidValue;
+  AMTL_LAUNCH((group_keys_kernel), grid, kBlockThreads, 0, as_stream(stream), pairs,
+              table.row_group, table.groups, keys_in, positions);
+  const int error =
+      sort_pairs(plan.sort_scratch, plan.sort_bytes, keys_in, plan.group_keys, positions,
+                 plan.group_order, count, false, false, plan.group_bits, stream);
+  if (error != cudaSuccess) return error;
+  AMTL_LAUNCH((permute_pairs_kernel), grid, kBlockThreads, 0, as_stream(stream), pairs,
+              plan.group_order, plan.keys_in, plan.payloads_in);
+  by_group = pairs;
+  by_group.keys = plan.keys_in;
+  by_group.payloads = plan.payloads_in;
+  return cudaGetLastError();
+}
+
+}  // namespace amtl::cuda

@@ -1,0 +1,67 @@
+// Where everything of a backward lies in its workspace.
+#pragma once
+
+#include <vector>
+
+#include "cuda/dispatch.cuh"
+#include "kernels/segment_reduce.cuh"
+
+namespace amtl::cuda {
+
+constexpr int kPartialChunk = 32;
+
+// Items per chunk of the first list: enough tiles for the GPU first, then long chunks.
+inline int first_chunk(std::int64_t lookups, int lanes) {
+  const std::int64_t wanted = static_cast<std::int64_t>(multiprocessors()) * 2048 / lanes;
+  int chunk = 8;
+  while (chunk < 64 && lookups / chunk > wanted) chunk *= 2;
+  return chunk;
+}
+
+// One level of partial sums: the slots that one list leaves for the next.
+struct Level {
+  std::int64_t slots = 0;
+  Partials rows;
+  Partials groups;
+};
+
+struct Plan {
+  bool wide_keys = false;
+  bool scaled = false;
+  bool shares = false;       // means over bags in which padding may occur
+  bool second_sort = false;  // room for sorting by group
+  int key_bits = 0;
+  int group_bits = 0;
+  int chunk = 64;
+  std::int64_t chunks = 0;
+  std::int64_t head_blocks = 0;
+
+  SegmentHeader* header = nullptr;
+  unsigned char* keys_in = nullptr;
+  unsigned char* payloads_in = nullptr;
+  unsigned char* keys = nullptr;
+  unsigned char* payloads = nullptr;
+  std::int64_t* distinct_rows = nullptr;  // lies over keys_in and payloads_in, free after the sort
+  float* bag_share = nullptr;
+  std::int64_t* block_heads = nullptr;
+  std::int64_t* chunk_row = nullptr;
+  std::uint32_t* group_keys = nullptr;
+  std::uint32_t* group_order = nullptr;
+  unsigned char* sort_scratch = nullptr;
+  std::size_t sort_bytes = 0;
+  std::vector<Level> levels;
+  // The keys of all partial sums, which must be emptied together.
+  unsigned char* partial_keys = nullptr;
+  std::size_t partial_key_bytes = 0;
+  std::size_t bytes = 0;
+
+  SortedPairs pairs(std::int64_t count, std::int64_t rows) const {
+    return SortedPairs{keys, payloads, count, rows, wide_keys, scaled};
+  }
+};
+
+// Lays out the workspace; with a null workspace the addresses are void and `bytes` is the answer.
+Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t groups, int dim,
+                   int vector);
+
+}  // namespace amtl::cuda

@@ -1,0 +1,69 @@
+#include <algorithm>
+
+#include "cuda/dispatch.cuh"
+#include "kernels/check.cuh"
+
+namespace amtl::cuda {
+
+namespace {
+
+// The largest power of two that divides an address or a count, up to 16.
+int alignment_of(std::uint64_t bits) {
+  return bits == 0 ? 16 : static_cast<int>(std::min<std::uint64_t>(16, bits & (~bits + 1)));
+}
+
+int elements_for(DType type, std::uint64_t addresses, std::uint64_t dims) {
+  const int size = type == DType::kFloat32 ? 4 : 2;
+  const int by_address = alignment_of(addresses) / size;
+  const int by_dims = alignment_of(dims);
+  const int elements = std::min({by_address, by_dims, 16 / size});
+  return elements >= 8 ? 8 : (elements >= 4 ? 4 : 1);
+}
+
+}  // namespace
+
+int vector_elements(DType type, const DenseTable& table, std::uint64_t addresses) {
+  return elements_for(type, addresses | reinterpret_cast<std::uint64_t>(table.weight),
+                      table.dim | table.map.alignment);
+}
+
+int vector_elements(DType type, const TieredTable& table, std::uint64_t addresses) {
+  std::uint64_t dims = table.dim | table.map.alignment;
+  for (int c = 0; c < table.tiers && table.device_end == nullptr; ++c) {
+    addresses |= table.base[c];
+    dims |= table.width[c];
+  }
+  return elements_for(type, addresses, dims);
+}
+
+int clear_report(unsigned long long* report, Stream stream) {
+  return cudaMemsetAsync(report, 0xff, kReportSlots * sizeof(*report), as_stream(stream));
+}
+
+int check_offsets(const Lookups& lookups, Stream stream) {
+  const std::int64_t entries = lookups.bags + lookups.last_offset;
+  if (entries == 0) return cudaSuccess;
+  dim3 grid;
+  if (!grid_for(entries, kBlockThreads, 1, grid)) return cudaErrorInvalidValue;
+  AMTL_LAUNCH((check_offsets_kernel), grid, kBlockThreads, 0, as_stream(stream), lookups, entries);
+  return cudaGetLastError();
+}
+
+int multiprocessors() {
+#if defined(__CUDACC__)
+  static const int count = [] {
+    int device = 0;
+    int value = 0;
+    const bool known =
+        cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+    return known && value > 0 ? value : 132;
+  }();
+  return count;
+#else
+  // The simulator: small, so that small inputs reach every launch shape.
+  return 1;
+#endif
+}
+
+}  // namespace amtl::cuda

@@ -1,0 +1,118 @@
+// The CUDA operators over raw device pointers. Nothing here allocates, synchronises or knows of
+// torch: callers bring workspaces, so every function may be captured into a CUDA graph.
+//
+// All return a cudaError_t as int, so that this header needs no CUDA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/params.h"
+
+namespace amtl::cuda {
+
+using Stream = void*;
+
+// Widest vector, in elements, that divides every given number of columns and address.
+int vector_elements(DType type, const DenseTable& table, std::uint64_t addresses);
+int vector_elements(DType type, const TieredTable& table, std::uint64_t addresses);
+
+// @param[out] report [kReportSlots] set to "nothing bad"
+int clear_report(unsigned long long* report, Stream stream);
+// Checks that offsets start at 0, never fall and end within the indices: kBadOffset is the first
+// position that does not.
+int check_offsets(const Lookups& lookups, Stream stream);
+
+// @param[out] out [L, D]
+int lookup_forward(DType type, const DenseTable& table, const Lookups& lookups, void* out,
+                   Stream stream);
+int lookup_forward(DType type, const TieredTable& table, const Lookups& lookups, void* out,
+                   Stream stream);
+
+// @param[out] out [B, D], or [batch, out_stride] with several tables
+int pool_forward(DType type, const DenseTable& table, const Lookups& lookups,
+                 std::int64_t out_stride, void* out, Stream stream);
+int pool_forward(DType type, const TieredTable& table, const Lookups& lookups,
+                 std::int64_t out_stride, void* out, Stream stream);
+
+// @param[in]  grad      [B, D]
+// @param[out] psw_grad  [L]
+int pool_psw_backward(DType type, const DenseTable& table, const Lookups& lookups,
+                      std::int64_t grad_stride, const void* grad, void* psw_grad, Stream stream);
+int pool_psw_backward(DType type, const TieredTable& table, const Lookups& lookups,
+                      std::int64_t grad_stride, const void* grad, void* psw_grad, Stream stream);
+
+// --- Backward ----------------------------------------------------------------------------------
+
+struct BackwardHeader {
+  std::int64_t distinct = 0;
+  std::int64_t groups_unsorted = 0;
+};
+
+// What a backward needs besides its inputs. Fill in the wishes, ask for the bytes, hand in the
+// workspace.
+struct Backward {
+  DType type = DType::kFloat32;
+  Lookups lookups;
+  const void* grad = nullptr;  // [B, D] or [L, D]
+  std::int64_t grad_stride = 0;
+  bool mask_grad = false;      // group_grad is wanted
+  bool groups_sorted = false;  // known: row_group rises with the row number
+  bool need_rows = true;       // the distinct rows are wanted (not by fused updates)
+
+  unsigned char* workspace = nullptr;  // 256-byte aligned
+};
+
+std::size_t backward_workspace_bytes(const Backward& backward, const DenseTable& table);
+std::size_t backward_workspace_bytes(const Backward& backward, const TieredTable& table);
+
+// First half: sorts the lookups and finds the distinct rows. Afterwards the header lies at the
+// start of the workspace (device memory), to be read by the host where it needs the number of rows.
+int backward_sort(const Backward& backward, const DenseTable& table, Stream stream);
+int backward_sort(const Backward& backward, const TieredTable& table, Stream stream);
+
+// Copies the distinct rows out of the workspace.
+// @param[out] rows [U]
+int backward_rows(const Backward& backward, const DenseTable& table, std::int64_t distinct,
+                  std::int64_t* rows, Stream stream);
+
+// Distinct rows below each tier's end, for tiered tables.
+// @param[out] rows_below [C], device memory
+int backward_tier_counts(const Backward& backward, const TieredTable& table,
+                         std::int64_t* rows_below, Stream stream);
+// @param[in] out the table with the addresses of the per-tier int64 row outputs for bases
+int backward_tier_rows(const Backward& backward, const TieredTable& out,
+                       const std::int64_t* rows_below, std::int64_t distinct, Stream stream);
+
+// Second half: the reductions. For tiered tables the bases of `table` are the addresses of the
+// gradients of each tier less the distinct rows of the tiers before.
+// @param[out] grads      [U, D] or null
+// @param[out] group_grad [G, D] float32 or null; `groups_unsorted` as the header has it
+int backward_reduce(const Backward& backward, const DenseTable& table, void* grads,
+                    float* group_grad, bool groups_unsorted, Stream stream);
+int backward_reduce(const Backward& backward, const TieredTable& table, Stream stream);
+
+// Second half with a fused optimizer step in place of row gradients. Row-wise Adagrad needs rows
+// that one warp spans: see update_spans_row.
+int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
+                    float* group_grad, Stream stream);
+int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
+                    Stream stream);
+bool update_spans_row(DType type, int dim, int vector);
+
+// --- Optimizers on (rows, grads) ---------------------------------------------------------------
+
+// @param[in] rows [U] distinct, @param[in] grads [U, D]
+int apply_update(DType type, const DenseTable& table, const Update& update,
+                 const std::int64_t* rows, const void* grads, std::int64_t distinct, Stream stream);
+
+// --- Sorting, the one thing taken from a library -----------------------------------------------
+
+// Stable sort of pairs by the lowest `bits` bits of their keys. Keys are uint64 if wide_keys, else
+// uint32; values likewise. `scratch` of sort_scratch_bytes.
+std::size_t sort_scratch_bytes(std::int64_t count, bool wide_keys, bool wide_values, int bits);
+int sort_pairs(void* scratch, std::size_t scratch_bytes, const void* keys_in, void* keys_out,
+               const void* values_in, void* values_out, std::int64_t count, bool wide_keys,
+               bool wide_values, int bits, Stream stream);
+
+}  // namespace amtl::cuda

@@ -1,0 +1,75 @@
+// Conversions, rounding and the integer hash that decides sizes.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/platform.cuh"
+
+namespace amtl {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(Half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(BFloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ Half from_float<Half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+template <typename T>
+__device__ __forceinline__ T zero() {
+  return from_float<T>(0.0f);
+}
+
+// The last rounds of a 32-bit mixing hash.
+__device__ __forceinline__ std::uint32_t mix(std::uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x85EBCA6Bu;
+  x ^= x >> 13;
+  x *= 0xC2B2AE35u;
+  x ^= x >> 16;
+  return x;
+}
+
+__host__ __device__ __forceinline__ std::uint32_t fold(std::uint64_t value) {
+  return static_cast<std::uint32_t>(value ^ value >> 32);
+}
+
+// Column of `group_dims` that `row` takes; seed_term = fold(seed) * 0x85EBCA77.
+__device__ __forceinline__ int hash_column(std::int64_t row, std::uint32_t seed_term, int columns) {
+  const std::uint32_t x = mix(fold(static_cast<std::uint64_t>(row)) * 0x9E3779B1u + seed_term);
+  return static_cast<int>(static_cast<std::uint64_t>(x) * static_cast<std::uint32_t>(columns) >>
+                          32);
+}
+
+// Rounds up or down with the probability that keeps the mean; `random` is 32 random bits.
+template <typename T>
+__device__ __forceinline__ T round_randomly(float value, std::uint32_t random) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else {
+    const std::uint32_t bits = __float_as_uint(value);
+    // Infinity and NaN have no neighbours to choose from.
+    if ((bits & 0x7f800000u) == 0x7f800000u) return from_float<T>(value);
+    // bf16 keeps 7 bits of the mantissa, fp16 keeps 10.
+    constexpr std::uint32_t kDropped =
+        sizeof(T) == 2 && std::is_same<T, BFloat16>::value ? 0xffffu : 0x1fffu;
+    return from_float<T>(__uint_as_float((bits + (random & kDropped)) & ~kDropped));
+  }
+}
+
+}  // namespace amtl

@@ -1,0 +1,98 @@
+// What crosses the boundary between launchers and kernels: plain structs over raw pointers.
+//
+// Shapes: N rows, D columns, L lookups, B bags, G groups, T tables, C tiers.
+#pragma once
+
+#include <cstdint>
+
+namespace amtl {
+
+constexpr int kMaxInlineTiers = 128;
+
+enum class DType { kFloat32, kFloat16, kBFloat16 };
+
+// The lookups of one call and how they are pooled.
+struct Lookups {
+  const void* indices = nullptr;  // [L] int64 if `wide`, else int32
+  const void* offsets = nullptr;  // [B] or [B + 1], same type; null: no pooling
+  std::int64_t count = 0;         // L
+  std::int64_t bags = 0;          // B, over all tables
+  bool wide = true;
+  bool last_offset = false;  // offsets hold the end of the last bag
+  bool mean = false;
+  std::int64_t padding = -1;             // row that counts for nothing; -1: none
+  const void* sample_weights = nullptr;  // [L] in the table's type
+  // First bad position of each kind (index, offset, size), all ones if none; null: no report.
+  unsigned long long* report = nullptr;
+};
+
+// Places in Lookups::report.
+enum ReportSlot { kBadIndex = 0, kBadOffset = 1, kBadSize = 2, kReportSlots = 3 };
+
+// Several tables in one call, in the argument layout of FBGEMM's table-batched embeddings: bag
+// t * batch + b is bag b of table t, and its output goes to columns dim_offsets[t].. of row b.
+// With one table all pointers are null.
+struct TableMap {
+  int tables = 1;
+  std::int64_t batch = 0;                        // bags per table
+  const std::int64_t* weight_offsets = nullptr;  // [T] first element of each table
+  const std::int64_t* dim_offsets = nullptr;     // [T + 1] first output column of each table
+  const std::int64_t* row_offsets = nullptr;     // [T + 1] number of each table's first row
+  // All columns, widths and first elements of tables, or-ed: what vectors must divide.
+  std::uint64_t alignment = 0;
+};
+
+// Rows of D columns each, of which a prefix is kept.
+struct DenseTable {
+  void* weight = nullptr;          // [N, D], or the tables one after the other
+  std::int64_t rows = 0;           // N, over all tables
+  int dim = 0;                     // D, the largest over all tables
+  const void* row_dims = nullptr;  // [N] uint8 or int32; null: sizes come from groups, or D
+  const std::int32_t* row_group = nullptr;  // [N]; null: no groups
+  const void* group_dims = nullptr;         // [G, Q] uint8 or int32
+  bool narrow_dims = false;                 // row_dims or group_dims are uint8
+  int columns = 1;                          // Q
+  std::int64_t groups = 0;                  // G
+  std::uint32_t seed_term = 0;              // fold(seed) * 0x85EBCA77
+  TableMap map;
+};
+
+// Blocks of rows of equal width; the row number tells the block.
+struct TieredTable {
+  std::int64_t rows = 0;
+  int dim = 0;  // D, the width of the output
+  int tiers = 0;
+  std::int64_t end[kMaxInlineTiers];    // first row past each tier
+  std::uint64_t base[kMaxInlineTiers];  // address of each block
+  std::int32_t width[kMaxInlineTiers];
+  // More tiers than fit above (several tables): the same three arrays in device memory.
+  const std::int64_t* device_end = nullptr;
+  const std::uint64_t* device_base = nullptr;
+  const std::int32_t* device_width = nullptr;
+  TableMap map;
+};
+
+enum class Rule { kSgd, kAdagrad, kRowwiseAdagrad, kAdam };
+
+// One optimizer step. Hyperparameters that depend on the step are computed by the kernel if
+// `step` points to device memory (CUDA graphs replay with new steps), else by the host.
+struct Update {
+  Rule rule = Rule::kSgd;
+  float lr = 0, eps = 0, weight_decay = 0, beta1 = 0, beta2 = 0;
+  float step_size = 0;     // Adam: lr / (1 - beta1^step)
+  float second_scale = 1;  // Adam: 1 / sqrt(1 - beta2^step)
+  const std::int64_t* step = nullptr;
+  bool narrow_state = false;         // state in the table's type, else float32
+  bool stochastic_rounding = false;  // of 16-bit weights
+  std::uint64_t seed = 0;
+  // Dense tables: arrays shaped as the weight (row-wise Adagrad: [N]).
+  void* first = nullptr;   // Adagrad: sum of squares; Adam: mean
+  void* second = nullptr;  // Adam: mean of squares
+  // Tiered tables: addresses of the same per tier, in device memory or inline.
+  std::uint64_t tier_first[kMaxInlineTiers];
+  std::uint64_t tier_second[kMaxInlineTiers];
+  const std::uint64_t* device_tier_first = nullptr;
+  const std::uint64_t* device_tier_second = nullptr;
+};
+
+}  // namespace amtl

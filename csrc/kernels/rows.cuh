@@ -1,0 +1,214 @@
+// From a row number to its address and kept size, for dense and tiered tables.
+#pragma once
+
+#include "kernels/memory.cuh"
+#include "kernels/params.h"
+
+namespace amtl {
+
+// One row: where it lies, how many of its elements count, and where its table's columns begin.
+template <typename T>
+struct RowRef {
+  T* data = nullptr;
+  int size = 0;   // elements that are kept
+  int width = 0;  // elements that are stored
+};
+
+// Table of a bag, and of a row numbered over all tables.
+struct TableView {
+  int table = 0;
+  std::int64_t first_row = 0;
+  std::int64_t rows = 0;
+  std::int64_t first_column = 0;
+  int dim = 0;
+};
+
+template <typename Table>
+__device__ __forceinline__ TableView view_of(const Table& table, int t) {
+  TableView view;
+  view.table = t;
+  if (table.map.tables == 1) {
+    view.rows = table.rows;
+    view.dim = table.dim;
+  } else {
+    view.first_row = load<Memory::kSizes>(table.map.row_offsets + t);
+    view.rows = load<Memory::kSizes>(table.map.row_offsets + t + 1) - view.first_row;
+    view.first_column = load<Memory::kSizes>(table.map.dim_offsets + t);
+    view.dim =
+        static_cast<int>(load<Memory::kSizes>(table.map.dim_offsets + t + 1) - view.first_column);
+  }
+  return view;
+}
+
+template <typename Table>
+__device__ __forceinline__ TableView view_of_bag(const Table& table, std::int64_t bag) {
+  return view_of(table, table.map.tables == 1 ? 0 : static_cast<int>(bag / table.map.batch));
+}
+
+template <typename Table>
+__device__ __forceinline__ TableView view_of_row(const Table& table, std::int64_t row) {
+  int low = 0;
+  int high = table.map.tables - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (row < load<Memory::kSizes>(table.map.row_offsets + middle + 1)) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return view_of(table, low);
+}
+
+__device__ __forceinline__ int load_dims(const void* dims, std::int64_t i, bool narrow AMTL_SITE) {
+  if (narrow) {
+    return load<Memory::kSizes>(static_cast<const std::uint8_t*>(dims) + i AMTL_SITE_PASS);
+  }
+  return load<Memory::kSizes>(static_cast<const std::int32_t*>(dims) + i AMTL_SITE_PASS);
+}
+
+// The size as stored, which may be out of range.
+__device__ __forceinline__ int stored_size(const DenseTable& table, const TableView& view,
+                                           std::int64_t row) {
+  if (table.row_group != nullptr) {
+    const std::int64_t group = load<Memory::kSizes>(table.row_group + row);
+    const int column =
+        table.columns == 1 ? 0 : hash_column(row - view.first_row, table.seed_term, table.columns);
+    return load_dims(table.group_dims, group * table.columns + column, table.narrow_dims);
+  }
+  if (table.row_dims != nullptr) return load_dims(table.row_dims, row, table.narrow_dims);
+  return view.dim;
+}
+
+template <typename T>
+__device__ __forceinline__ T* row_address(const DenseTable& table, const TableView& view,
+                                          std::int64_t row) {
+  T* weight = static_cast<T*>(table.weight);
+  if (table.map.tables != 1) weight += load<Memory::kSizes>(table.map.weight_offsets + view.table);
+  return weight + (row - view.first_row) * view.dim;
+}
+
+// `row` is numbered over all tables and must exist.
+template <typename T>
+__device__ __forceinline__ RowRef<T> locate(const DenseTable& table, const TableView& view,
+                                            std::int64_t row, bool* bad_size = nullptr) {
+  RowRef<T> ref;
+  ref.data = row_address<T>(table, view, row);
+  ref.width = view.dim;
+  const int size = stored_size(table, view, row);
+  if (bad_size != nullptr) *bad_size = size < 1 || size > view.dim;
+  ref.size = size < 0 ? 0 : (size > view.dim ? view.dim : size);
+  return ref;
+}
+
+__device__ __forceinline__ std::int64_t tier_end(const TieredTable& table, int tier) {
+  return table.device_end != nullptr ? load<Memory::kSizes>(table.device_end + tier)
+                                     : table.end[tier];
+}
+
+__device__ __forceinline__ int tier_of(const TieredTable& table, std::int64_t row) {
+  int low = 0;
+  int high = table.tiers - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (row < tier_end(table, middle)) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+__device__ __forceinline__ std::uint64_t tier_base(const TieredTable& table, int tier) {
+  return table.device_base != nullptr ? load<Memory::kSizes>(table.device_base + tier)
+                                      : table.base[tier];
+}
+
+__device__ __forceinline__ int tier_width(const TieredTable& table, int tier) {
+  return table.device_width != nullptr ? load<Memory::kSizes>(table.device_width + tier)
+                                       : table.width[tier];
+}
+
+template <typename T>
+__device__ __forceinline__ RowRef<T> locate(const TieredTable& table, const TableView& view,
+                                            std::int64_t row, bool* bad_size = nullptr) {
+  const int tier = tier_of(table, row);
+  const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
+  RowRef<T> ref;
+  ref.width = tier_width(table, tier);
+  ref.size = ref.width;
+  ref.data = reinterpret_cast<T*>(tier_base(table, tier)) + (row - begin) * ref.width;
+  if (bad_size != nullptr) *bad_size = false;
+  return ref;
+}
+
+// Lowers the first bad position of a kind.
+__device__ __forceinline__ void report_bad(const Lookups& lookups, ReportSlot slot,
+                                           std::int64_t position) {
+  if (lookups.report != nullptr) {
+    atomicMin(lookups.report + slot, static_cast<unsigned long long>(position));
+  }
+}
+
+// One lookup as a lane prepares it for its tile: padding and nonsense have size 0.
+template <typename T>
+struct StagedRow {
+  const T* data = nullptr;
+  int size = 0;
+  bool counts = false;
+};
+
+template <typename T, typename Table>
+__device__ __forceinline__ StagedRow<T> stage_row(const Table& table, const TableView& view,
+                                                  const Lookups& lookups, std::int64_t position,
+                                                  bool skip_padding) {
+  StagedRow<T> staged;
+  std::int64_t index = load_index(lookups.indices, position, lookups.wide);
+  if (index < 0 || index >= view.rows) {
+    report_bad(lookups, kBadIndex, position);
+    if (view.rows == 0) return staged;
+    index = index < 0 ? 0 : view.rows - 1;
+  }
+  if (skip_padding && index == lookups.padding) return staged;
+  bool bad_size = false;
+  const RowRef<T> ref = locate<T>(table, view, view.first_row + index, &bad_size);
+  if (bad_size) report_bad(lookups, kBadSize, position);
+  staged.data = ref.data;
+  staged.size = ref.size;
+  staged.counts = true;
+  return staged;
+}
+
+// The positions [begin, end) of one bag, forced into 0..L whatever the offsets say.
+struct BagRange {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
+__device__ __forceinline__ BagRange range_of_bag(const Lookups& lookups, std::int64_t bag) {
+  BagRange range;
+  range.begin = load_index(lookups.offsets, bag, lookups.wide);
+  range.end = bag + 1 < lookups.bags || lookups.last_offset
+                  ? load_index(lookups.offsets, bag + 1, lookups.wide)
+                  : lookups.count;
+  if (range.begin < 0) range.begin = 0;
+  if (range.end > lookups.count) range.end = lookups.count;
+  if (range.end < range.begin) range.end = range.begin;
+  return range;
+}
+
+template <typename T>
+__device__ __forceinline__ T* shuffle_pointer(unsigned mask, T* pointer, int source, int width) {
+  const auto bits = reinterpret_cast<unsigned long long>(pointer);
+  return reinterpret_cast<T*>(__shfl_sync(mask, bits, source, width));
+}
+
+// The lanes of this thread's tile of `lanes` threads (a power of two).
+__device__ __forceinline__ unsigned tile_mask(int lanes) {
+  if (lanes == kWarp) return 0xffffffffu;
+  const int first = static_cast<int>(threadIdx.x) % kWarp / lanes * lanes;
+  return ((1u << lanes) - 1) << first;
+}
+
+}  // namespace amtl

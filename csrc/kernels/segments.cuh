@@ -1,0 +1,296 @@
+// From lookups to sorted (row, contribution) pairs, and to the distinct rows among them.
+#pragma once
+
+#include "kernels/sorted_pairs.cuh"
+
+namespace amtl {
+
+// 1 / number of lookups that count, per bag: needed for means where padding may occur. One warp a
+// bag.
+//
+// @param[out] bag_share [B]
+static __global__ void __launch_bounds__(kBlockThreads)
+    bag_share_kernel(const __grid_constant__ Lookups lookups, float* bag_share) {
+  const std::int64_t bag =
+      static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / kWarp) + threadIdx.x / kWarp;
+  if (bag >= lookups.bags) return;
+  const BagRange range = range_of_bag(lookups, bag);
+  int counted = 0;
+  for (std::int64_t p = range.begin + threadIdx.x % kWarp; p < range.end; p += kWarp) {
+    counted += load_index(lookups.indices, p, lookups.wide) != lookups.padding;
+  }
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    counted += __shfl_xor_sync(0xffffffffu, counted, step);
+  }
+  if (threadIdx.x % kWarp == 0) {
+    store<Memory::kOther>(bag_share + bag, 1.0f / static_cast<float>(counted > 0 ? counted : 1));
+  }
+}
+
+// The last bag in [low, high] that begins at or before `position`; -1 if none does.
+__device__ __forceinline__ std::int64_t bag_at(const Lookups& lookups, std::int64_t position,
+                                               std::int64_t low, std::int64_t high) {
+  while (low <= high) {
+    const std::int64_t middle = low + (high - low) / 2;
+    if (load_index(lookups.offsets, middle, lookups.wide) <= position) {
+      low = middle + 1;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return high;
+}
+
+// One key and one payload per lookup. A warp takes 32 lookups: it searches the bags of the first
+// and the last, the others lie between, so a call costs little whatever the lengths of the bags.
+//
+// @param[in]  bag_share  [B] or null: means are taken over the whole bag
+// @param[out] keys       [L] K
+// @param[out] payloads   [L] uint64 if scaled, else uint32
+template <typename K, typename T, typename Table>
+__global__ void __launch_bounds__(kBlockThreads)
+    lookup_keys_kernel(const __grid_constant__ Table table, const __grid_constant__ Lookups lookups,
+                       const float* bag_share, bool scaled, K* keys, void* payloads) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const std::int64_t position = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const std::int64_t first = position - lane;
+  if (first >= lookups.count) return;
+  std::int64_t bag = 0;
+  bool counts = position < lookups.count;
+  float factor = 1.0f;
+  std::int64_t grad_row = position;
+  if (lookups.offsets != nullptr) {
+    std::int64_t edge = 0;
+    if (lane < 2) {
+      const std::int64_t last = first + kWarp < lookups.count ? first + kWarp : lookups.count;
+      edge = bag_at(lookups, lane == 0 ? first : last - 1, 0, lookups.bags - 1);
+    }
+    const std::int64_t low = __shfl_sync(kAll, edge, 0);
+    const std::int64_t high = __shfl_sync(kAll, edge, 1);
+    bag = low == high ? low : bag_at(lookups, position, low < 0 ? 0 : low, high);
+    BagRange range;
+    if (bag >= 0) range = range_of_bag(lookups, bag);
+    counts = counts && bag >= 0 && position < range.end;
+    if (counts) {
+      grad_row = table.map.tables == 1 ? bag : bag % table.map.batch;
+      if (lookups.mean) {
+        factor = bag_share != nullptr ? load<Memory::kOther>(bag_share + bag)
+                                      : 1.0f / static_cast<float>(range.end - range.begin);
+      }
+    }
+  }
+  if (position >= lookups.count) return;
+  std::int64_t key = table.rows;
+  if (counts) {
+    const TableView view = view_of_bag(table, bag);
+    const std::int64_t index = load_index(lookups.indices, position, lookups.wide);
+    if (index >= 0 && index < view.rows && index != lookups.padding) key = view.first_row + index;
+  }
+  store<Memory::kSorted>(keys + position, static_cast<K>(key));
+  if (scaled) {
+    if (lookups.sample_weights != nullptr) {
+      factor *=
+          to_float(load<Memory::kIndex>(static_cast<const T*>(lookups.sample_weights) + position));
+    }
+    const std::uint64_t bits = static_cast<std::uint64_t>(__float_as_uint(factor)) << 32 |
+                               static_cast<std::uint32_t>(grad_row);
+    store<Memory::kSorted>(static_cast<std::uint64_t*>(payloads) + position, bits);
+  } else {
+    store<Memory::kSorted>(static_cast<std::uint32_t*>(payloads) + position,
+                           static_cast<std::uint32_t>(grad_row));
+  }
+}
+
+// --- Distinct rows -----------------------------------------------------------------------------
+
+__device__ __forceinline__ bool is_head(const SortedPairs& pairs, std::int64_t i) {
+  if (i >= pairs.count) return false;
+  const std::int64_t key = load_key(pairs, i);
+  return key < pairs.rows && (i == 0 || load_key(pairs, i - 1) != key);
+}
+
+// Exclusive prefix sum over the threads of a block; `total` is the sum over all of them.
+__device__ __forceinline__ int block_exclusive_sum(int value, int& total) {
+  constexpr int kWarps = kBlockThreads / kWarp;
+  AMTL_SHARED(int, warp_sums, kWarps);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  int inclusive = value;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, inclusive, step);
+    if (lane >= step) inclusive += other;
+  }
+  if (lane == kWarp - 1) warp_sums[warp] = inclusive;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    const int sum = warp_sums[w];
+    if (w < warp) before += sum;
+    total += sum;
+  }
+  __syncthreads();
+  return before + inclusive - value;
+}
+
+// @param[out] block_heads [number of blocks]: first positions of rows in each block
+static __global__ void __launch_bounds__(kBlockThreads)
+    count_heads_kernel(SortedPairs pairs, std::int64_t* block_heads) {
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kHeadsPerBlock +
+                             static_cast<std::int64_t>(threadIdx.x) * kHeadsPerThread;
+  int heads = 0;
+  for (int i = 0; i < kHeadsPerThread; ++i) heads += is_head(pairs, first + i);
+  int total = 0;
+  block_exclusive_sum(heads, total);
+  if (threadIdx.x == 0) store<Memory::kOther>(block_heads + blockIdx.x, std::int64_t{total});
+}
+
+// Turns counts into starts, in place, with one block; writes the total to the header.
+static __global__ void __launch_bounds__(kBlockThreads)
+    scan_heads_kernel(std::int64_t blocks, std::int64_t* block_heads, SegmentHeader* header) {
+  std::int64_t before = 0;
+  for (std::int64_t base = 0; base < blocks; base += kBlockThreads) {
+    const std::int64_t i = base + threadIdx.x;
+    const int mine =
+        i < blocks ? static_cast<int>(load<Memory::kOther, Cache::kPlain>(block_heads + i)) : 0;
+    int total = 0;
+    const int start = block_exclusive_sum(mine, total);
+    if (i < blocks) store<Memory::kOther>(block_heads + i, before + start);
+    before += total;
+  }
+  if (threadIdx.x == 0) {
+    store<Memory::kOther>(&header->distinct, before);
+    store<Memory::kOther>(&header->groups_unsorted, std::int64_t{0});
+  }
+}
+
+// Writes the distinct rows, and for every `chunk`-th position the number of rows begun at or before
+// it less one. Notes whether groups rise along with the rows.
+//
+// @param[in]  block_heads  [number of blocks] rows begun before each block
+// @param[in]  row_group    [N] or null
+// @param[out] rows         [U], or null
+// @param[out] chunk_row    [ceil(L / chunk)], or null
+static __global__ void __launch_bounds__(kBlockThreads)
+    write_heads_kernel(SortedPairs pairs, const std::int64_t* block_heads, int chunk,
+                       const std::int32_t* row_group, std::int64_t* rows, std::int64_t* chunk_row,
+                       SegmentHeader* header) {
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kHeadsPerBlock +
+                             static_cast<std::int64_t>(threadIdx.x) * kHeadsPerThread;
+  bool heads[kHeadsPerThread];
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kHeadsPerThread; ++i) {
+    heads[i] = is_head(pairs, first + i);
+    count += heads[i];
+  }
+  int total = 0;
+  std::int64_t next =
+      load<Memory::kOther>(block_heads + blockIdx.x) + block_exclusive_sum(count, total);
+  bool falls = false;
+#pragma unroll
+  for (int i = 0; i < kHeadsPerThread; ++i) {
+    const std::int64_t position = first + i;
+    if (heads[i]) {
+      const std::int64_t row = load_key(pairs, position);
+      if (rows != nullptr) store<Memory::kOutput>(rows + next, row);
+      if (row_group != nullptr && position > 0) {
+        falls |= load<Memory::kSizes>(row_group + row) <
+                 load<Memory::kSizes>(row_group + load_key(pairs, position - 1));
+      }
+      ++next;
+    }
+    if (chunk_row != nullptr && position < pairs.count && position % chunk == 0) {
+      store<Memory::kOther>(chunk_row + position / chunk, next - 1);
+    }
+  }
+  if (__syncthreads_or(falls) && threadIdx.x == 0) {
+    // Every block writes the same value.
+    atomicMax(reinterpret_cast<unsigned long long*>(&header->groups_unsorted), 1ull);
+  }
+}
+
+// Number of distinct rows below each tier's end, for the lengths of the per-tier outputs.
+//
+// @param[in]  rows        [U] ascending
+// @param[out] rows_below  [C]
+static __global__ void tier_counts_kernel(const __grid_constant__ TieredTable table,
+                                          const std::int64_t* rows, const SegmentHeader* header,
+                                          std::int64_t* rows_below) {
+  const int tier = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (tier >= table.tiers) return;
+  const std::int64_t end = tier_end(table, tier);
+  std::int64_t low = 0;
+  std::int64_t high = load<Memory::kOther>(&header->distinct);
+  while (low < high) {
+    const std::int64_t middle = low + (high - low) / 2;
+    if (load<Memory::kOutput>(rows + middle) < end) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  store<Memory::kOther>(rows_below + tier, low);
+}
+
+// Splits the distinct rows by tier, counted from each tier's start.
+//
+// @param[in]  rows        [U] ascending
+// @param[in]  rows_below  [C]
+// @param[in]  out         TieredTable whose `base` are the addresses of the per-tier int64 outputs
+static __global__ void __launch_bounds__(kBlockThreads)
+    tier_rows_kernel(const __grid_constant__ TieredTable out, const std::int64_t* rows,
+                     const std::int64_t* rows_below, std::int64_t distinct) {
+  const std::int64_t u = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (u >= distinct) return;
+  const std::int64_t row = load<Memory::kOutput>(rows + u);
+  const int tier = tier_of(out, row);
+  const std::int64_t before = tier == 0 ? 0 : load<Memory::kOther>(rows_below + tier - 1);
+  const std::int64_t begin = tier == 0 ? 0 : tier_end(out, tier - 1);
+  store<Memory::kOutput>(reinterpret_cast<std::int64_t*>(tier_base(out, tier)) + (u - before),
+                         row - begin);
+}
+
+// --- Tables whose groups do not rise with the row number ---------------------------------------
+
+// Keys for a second sort, by group, of pairs that are already sorted by row.
+//
+// @param[out] group_keys  [L] group of each pair's row, `groups` where it counts for nothing
+// @param[out] positions   [L] 0..L-1
+static __global__ void __launch_bounds__(kBlockThreads)
+    group_keys_kernel(SortedPairs pairs, const std::int32_t* row_group, std::int64_t groups,
+                      std::uint32_t* group_keys, std::uint32_t* positions) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (i >= pairs.count) return;
+  const std::int64_t row = load_key(pairs, i);
+  const std::int64_t group = row < pairs.rows ? load<Memory::kSizes>(row_group + row) : groups;
+  store<Memory::kSorted>(group_keys + i, static_cast<std::uint32_t>(group));
+  store<Memory::kSorted>(positions + i, static_cast<std::uint32_t>(i));
+}
+
+// Brings pairs into the order of `positions`.
+static __global__ void __launch_bounds__(kBlockThreads)
+    permute_pairs_kernel(SortedPairs pairs, const std::uint32_t* positions, void* keys,
+                         void* payloads) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (i >= pairs.count) return;
+  const std::int64_t from = load<Memory::kSorted>(positions + i);
+  const std::int64_t key = load_key(pairs, from);
+  if (pairs.wide_keys) {
+    store<Memory::kSorted>(static_cast<std::uint64_t*>(keys) + i, static_cast<std::uint64_t>(key));
+  } else {
+    store<Memory::kSorted>(static_cast<std::uint32_t*>(keys) + i, static_cast<std::uint32_t>(key));
+  }
+  if (pairs.scaled) {
+    store<Memory::kSorted>(
+        static_cast<std::uint64_t*>(payloads) + i,
+        load<Memory::kSorted>(static_cast<const std::uint64_t*>(pairs.payloads) + from));
+  } else {
+    store<Memory::kSorted>(
+        static_cast<std::uint32_t*>(payloads) + i,
+        load<Memory::kSorted>(static_cast<const std::uint32_t*>(pairs.payloads) + from));
+  }
+}
+
+}  // namespace amtl
