@@ -269,6 +269,7 @@ class Problem:
         group_dims: Sizes of the groups: ``[G]``, or ``[G, 64]`` with noise.
         group_mask: The soft mask, ``[G, D]``.
         seed: Of the noise.
+        fill_seed: Of the weights.
         learning_rate: Of steps.
         eps: Of Adagrad; large enough that the sign of a tiny gradient does not decide a step.
         layouts: Tier layouts made so far, by the multiple their widths are rounded to.
@@ -284,6 +285,7 @@ class Problem:
     group_dims: Tensor
     group_mask: Tensor
     seed: int = 12345
+    fill_seed: int = 0
     learning_rate: float = 0.01
     eps: float = 1e-3
     layouts: dict[int, TierLayout] = field(default_factory=dict)
@@ -324,6 +326,10 @@ class Problem:
         if width not in self._blocks:
             self._blocks[width] = _tier_blocks(self, self.tiers(width))
         return self._blocks[width]
+
+    def refill(self) -> None:
+        """Writes the table's first values again."""
+        _fill(self.weight, torch.Generator().manual_seed(self.fill_seed))
 
     def traffic(self, ids: Tensor, dims: Tensor, *, mask_gradient: bool) -> Traffic:
         """What one call on ``ids`` (rows of the concatenated tables) touches.
@@ -479,5 +485,6 @@ def make_problem(
         row_group=sizes.row_group,
         group_dims=sizes.group_dims,
         group_mask=torch.rand(groups, case.dim, generator=torch_generator),
+        fill_seed=seed,
         layouts=layouts,
     )

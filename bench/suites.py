@@ -173,6 +173,10 @@ def _goal_suite() -> Suite:
         *_goals(2_000_000, share=0.2),
         *_goals(2_000_000, bag_size=1),
         *_goals(30_000_000),
+        # FBGEMM's row-wise Adagrad updates the wrong row beyond 4 GiB of a table, so at 30M it is
+        # left out; this is the largest table of this width that it gets right.
+        step_rowwise(16_000_000, group="goals"),
+        step_rowwise(16_000_000, distribution="zipf", group="goals"),
     ]
     return Suite(_affordable(cases), 8.0, [step_rowwise(2_000_000)])
 

@@ -59,12 +59,20 @@ def runner(*contenders: Contender, probe: machine.ThreadProbe | None = None) -> 
     return Runner(budget=SHORT, probe=probe, contenders=named)
 
 
-def test_a_wrong_contender_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ours_must_be_right_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
     monkeypatch.setattr("bench.runner.interleave", lambda *a, **k: timed.append(1))
+    wrong = Wrong()
+    wrong.ours = True
     with pytest.raises(MismatchError, match="bad: output is off"):
-        runner(Good(), Wrong()).run(CASE)
+        runner(Good(), wrong).run(CASE)
     assert timed == []
+
+
+def test_a_wrong_peer_is_named_and_not_timed() -> None:
+    result = runner(Good(), Wrong()).run(CASE)
+    assert set(result.timings) == {"good"}
+    assert "its result is wrong here: bad: output is off" in result.left_out["bad"]
 
 
 def test_an_absent_contender_is_reported_with_its_install_command() -> None:
