@@ -87,7 +87,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="At most. [default: 18]")] = None,
     patience: Annotated[int | None, typer.Option(help="Early stopping. [default: 5]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="[default: by the data's size]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Of the MLP. [default: 0.001]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of the MLP. [default: 0.002]")] = None,
     table_lr: Annotated[float | None, typer.Option(help="Of the table. [default: 0.03]")] = None,
     table_optimizer: Annotated[
         str | None, typer.Option(help="adam, adagrad, rowwise_adagrad, sgd. [default: adam]")

@@ -73,7 +73,7 @@ class TrainConfig:
     batch_size: int = 8192
     epochs: int = 18
     patience: int = 5
-    lr: float = 1e-3
+    lr: float = 2e-3
     table_lr: float = 3e-2
     mask_lr: float = 1e-2
     table_optimizer: str = "adam"

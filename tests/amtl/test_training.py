@@ -10,6 +10,7 @@ import torch
 from amtl import methods
 from amtl.config import TrainConfig, default_batch_size
 from amtl.data.registry import Source
+from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.packed import load_any, load_packed, pack_run, size_table
 from amtl.progress import Bars, Silent
@@ -78,6 +79,13 @@ def assert_same(first, second):
             assert value == b[key], key
 
 
+class Drawing(Silent):
+    """Draws from the global generator, as dropout would."""
+
+    def step(self, epoch, loss, samples):
+        torch.rand(1)
+
+
 class Recorder(Silent):
     def __init__(self):
         self.notes, self.epochs, self.steps = [], [], 0
@@ -114,6 +122,7 @@ def test_a_run_learns_and_records(source, tmp_path, method):
         assert phases[:3] == ["search"] * 3
         assert set(phases[3:]) == {"frozen"}
         assert metrics["best_epoch"] > 3
+        assert [r["best_val_auc"] for r in metrics["history"][:3]] == [-1.0] * 3
         assert "sizes frozen" in recorder.notes[0]
 
 
@@ -153,10 +162,12 @@ def test_only_touched_rows_change(source):
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(source, tmp_path, method, stops):
     config = settings(method=method)
-    whole = start(config, tmp_path / "whole", source=source)
+    whole = start(config, tmp_path / "whole", source=source, observer=Drawing())
     expected = whole.run()
     out = tmp_path / "parts"
-    trainer = start(config, out, source=source, stop=lambda steps: steps >= stops[0])
+    trainer = start(
+        config, out, source=source, observer=Drawing(), stop=lambda steps: steps >= stops[0]
+    )
     for next_stop in [*stops[1:], None]:
         with pytest.raises(Interrupted):
             trainer.run()
@@ -165,6 +176,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(source, tmp_path, method, sto
             out,
             resume=True,
             source=source,
+            observer=Drawing(),
             stop=lambda steps, at=next_stop: at is not None and steps >= at,
         )
     metrics = trainer.run()
@@ -252,8 +264,11 @@ def test_packed_models_predict_the_same(source, tmp_path, method, fields):
         assert torch.equal(packed.probabilities(source.frame), expected)
     assert methods.stored_bytes(packed.model.table) == metrics["stored_bytes"]
     assert packed.metrics["test_auc"] == metrics["test_auc"]
+    rows = split_rows(source.frame, "random")[2]
+    labels = torch.tensor(source.frame["label"].to_list(), dtype=torch.float32)
+    test = trained.encoder.transform(source.frame[rows.numpy()], labels[rows])
+    assert trained.evaluate(test)["auc"] == metrics["test_auc"]
     assert sum(e["bytes"] for e in size_table(packed)) == metrics["stored_bytes"]
-    labels = torch.tensor(source.frame["label"].to_list())
     result = packed.evaluate(packed.encoder.transform(source.frame, labels))
     assert result["rows"] == ROWS
     half = pack_run(tmp_path / "run", tmp_path / "half.safetensors", torch.float16)

@@ -52,6 +52,12 @@ def test_ties_are_ordered_by_value_whatever_the_input_order():
     assert first.oov_row == 3
 
 
+def test_the_oov_row_comes_after_values_of_its_count():
+    vocab = Vocabulary.build([1, 1, 2, 2, 3, 4], min_count=2)
+    assert vocab.counts.tolist() == [2, 2, 2]
+    assert vocab.oov_row == 2
+
+
 def test_oov_row_is_placed_by_the_mass_of_rare_values():
     vocab = Vocabulary.build([1] * 5 + [2] * 3 + [3, 4, 5, 6], min_count=2)
     assert vocab.counts.tolist() == [5, 4, 3]
