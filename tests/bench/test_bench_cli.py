@@ -52,7 +52,8 @@ def test_table_and_readme(result: Path, tmp_path: Path) -> None:
     assert updated.startswith("before\n")
     assert updated.endswith("after\n")
     assert "old" not in updated
-    assert "below 1× is a loss" in updated
+    assert "below 1× we are slower" in updated
+    assert "| lookup | frozen | F.embedding_bag | 2k × 64 |" in updated
     readme.write_text("no markers")
     assert invoke("table", str(result), "--readme", str(readme)).exit_code == 2
 
