@@ -16,8 +16,8 @@ __device__ __forceinline__ AdamScales adam_scales(const Update& update) {
   if (update.rule == Rule::kAdam && update.step != nullptr) {
     const auto step = static_cast<float>(load<Memory::kOther>(update.step));
     // expm1 keeps digits that 1 - beta^step loses for beta near 1.
-    scales.step_size = update.lr / -expm1f(step * logf(update.beta1));
-    scales.second_scale = rsqrtf(-expm1f(step * logf(update.beta2)));
+    scales.step_size = update.lr / -expm1f(step * update.log_beta1);
+    scales.second_scale = rsqrtf(-expm1f(step * update.log_beta2));
   }
   return scales;
 }
@@ -80,8 +80,8 @@ __device__ __forceinline__ float update_element(const Update& update, const Adam
       first += grad * grad;
       return weight - update.lr * grad / (sqrtf(first) + update.eps);
     case Rule::kAdam:
-      first = update.beta1 * first + (1.0f - update.beta1) * grad;
-      second = update.beta2 * second + (1.0f - update.beta2) * grad * grad;
+      first = update.beta1 * first + update.one_minus_beta1 * grad;
+      second = update.beta2 * second + update.one_minus_beta2 * grad * grad;
       return weight - scales.step_size * first / (sqrtf(second) * scales.second_scale + update.eps);
     case Rule::kRowwiseAdagrad:
       // `first` already holds the row's denominator.

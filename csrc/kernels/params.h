@@ -79,6 +79,9 @@ enum class Rule { kSgd, kAdagrad, kRowwiseAdagrad, kAdam };
 struct Update {
   Rule rule = Rule::kSgd;
   float lr = 0, eps = 0, weight_decay = 0, beta1 = 0, beta2 = 0;
+  // Taken in double on the host: 1 - 0.999f is off in the fifth digit.
+  float one_minus_beta1 = 1, one_minus_beta2 = 1;
+  float log_beta1 = 0, log_beta2 = 0;
   float step_size = 0;     // Adam: lr / (1 - beta1^step)
   float second_scale = 1;  // Adam: 1 / sqrt(1 - beta2^step)
   const std::int64_t* step = nullptr;

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -172,8 +173,14 @@ Update update_of(Buffers& buffers, const py::dict& values) {
   update.lr = number(values, "lr", 0.0f);
   update.eps = number(values, "eps", 0.0f);
   update.weight_decay = number(values, "weight_decay", 0.0f);
-  update.beta1 = number(values, "beta1", 0.0f);
-  update.beta2 = number(values, "beta2", 0.0f);
+  const double beta1 = number(values, "beta1", 0.0);
+  const double beta2 = number(values, "beta2", 0.0);
+  update.beta1 = static_cast<float>(beta1);
+  update.beta2 = static_cast<float>(beta2);
+  update.one_minus_beta1 = static_cast<float>(1 - beta1);
+  update.one_minus_beta2 = static_cast<float>(1 - beta2);
+  update.log_beta1 = static_cast<float>(std::log(beta1));
+  update.log_beta2 = static_cast<float>(std::log(beta2));
   update.step_size = number(values, "step_size", 0.0f);
   update.second_scale = number(values, "second_scale", 1.0f);
   update.step = static_cast<const std::int64_t*>(buffers.of("step", get(values, "step")));

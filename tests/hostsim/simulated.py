@@ -11,13 +11,14 @@ import importlib
 import importlib.util
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from amtl_kernels import reference
 
 
 def _load() -> Any:
@@ -115,16 +116,18 @@ def lookups(
 
 
 def _answer_report(call: dict[str, Any], report: np.ndarray, rows: int, bounds_check: int) -> None:
-    """Raises what the torch binding raises for what a kernel has reported."""
+    """Says what the torch binding says about what a kernel has reported."""
     index, offset, size = (int(v) for v in report)
-    if offset >= 0:
-        raise ValueError(f"offsets are wrong from position {offset} on")
     if index >= 0:
         value = int(call["indices"][index])
-        text = f"index {value} at position {index} is out of range for a table of {rows} rows"
         if bounds_check == RAISE or rows == 0:
-            raise IndexError(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+            raise IndexError(
+                f"index {value} at position {index} is out of range for a table of {rows} rows"
+            )
+        reference.warn_clamped(value, index, rows)
+    if offset >= 0:
+        reference.check_offsets(torch.from_numpy(call["offsets"]), len(call["indices"]))
+        raise AssertionError("the kernel found a wrong offset where there is none")
     if size >= 0:
         raise ValueError(f"the size at position {size} is outside of the row")
 
@@ -437,3 +440,7 @@ def simulation(
         yield
     finally:
         tools.configure()
+
+
+IMPLEMENTATIONS = {name: globals()[name] for name in reference.IMPLEMENTATIONS if name in globals()}
+"""Operator name to the simulated operator."""
