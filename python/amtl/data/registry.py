@@ -73,6 +73,7 @@ def named_sets() -> dict[str, NamedSet]:
                 "batch_size": 4096,
                 "dim": 16,
                 "patience": 6,
+                "lr": 1e-3,
                 "table_options": {"init_exponent": 1.5},
             },
         ),
