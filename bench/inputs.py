@@ -93,7 +93,7 @@ class Case:
         )
         bag = f"b{self.bags}x{self.bag_size}" if self.pooled else f"l{self.bags}"
         work = f"{self.work}-{self.optimizer}" if self.work == "step" else self.work
-        ids = self.distribution
+        ids: str = self.distribution
         if ids == "zipf" and self.exponent != ZIPF_EXPONENT:
             ids = f"zipf{self.exponent:g}"
         parts = [work, shape, bag, ids, f"k{self.row_mean:g}", f"t{self.threads}"]
