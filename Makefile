@@ -7,6 +7,9 @@ TORCH ?= torch==2.13.0
 BENCH_SUITE ?= quick
 PYTEST_ARGS ?=
 export MAX_JOBS ?= 2
+# Compiling the CUDA kernels takes minutes and serves nobody on a machine without a GPU;
+# AMTL_CUDA=auto or on builds them all the same, and the tests compile them by themselves.
+export AMTL_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,off)
 
 PY := $(VENV)/bin/python
 LOG := $(VENV)/setup.log
