@@ -1,0 +1,536 @@
+"""CUDA kernels in the simulator beyond what ``tests/kernels`` runs on every backend.
+
+Watched here: races between threads and blocks, independence of thread and block order, fused
+optimizer steps, several tables in one call, hot rows over many chunks, unusual launches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from amtl_kernels import reference
+
+from . import simulated as sim
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.int64: 0.0, torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 9e-3}
+
+
+def close(got: Tensor, want: Tensor, what: str, scale: float = 1.0) -> None:
+    """Equal up to one rounding, relative to the largest value."""
+    assert got.shape == want.shape, what
+    if not got.numel():
+        return
+    assert not got.isnan().any(), f"{what}: something was not written"
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)
+    assert error <= scale * TOLERANCE[got.dtype], f"{what}: relative error {error:.2e}"
+
+
+class Batch:
+    """A table, lookups in bags, and a gradient, from a seed."""
+
+    def __init__(
+        self,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        rows: int = 40,
+        dim: int = 17,
+        lookups: int = 300,
+        bags: int = 30,
+        groups: int = 6,
+        columns: int = 1,
+        sorted_groups: bool = True,
+        wide_indices: bool = True,
+        pattern: str = "zipf",
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.dtype, self.dim, self.lookups = dtype, dim, lookups
+        self.weight = torch.randn(rows, dim, generator=g).to(dtype)
+        uniform = torch.rand(lookups, generator=g) ** (5 if pattern == "zipf" else 1)
+        if pattern == "one":
+            uniform = torch.zeros(lookups)
+        index_type = torch.int64 if wide_indices else torch.int32
+        self.indices = (uniform * rows).long().clamp(max=rows - 1).to(index_type)
+        cuts = torch.randint(0, lookups + 1, (bags,), generator=g).sort().values
+        cuts[0] = 0
+        self.offsets = cuts.to(index_type)
+        self.psw = torch.randn(lookups, generator=g).to(dtype)
+        self.row_dims = torch.randint(1, dim + 1, (rows,), generator=g, dtype=torch.int32)
+        self.row_group = torch.randint(0, groups, (rows,), generator=g, dtype=torch.int32)
+        if sorted_groups:
+            self.row_group = self.row_group.sort().values
+        self.group_dims = torch.randint(1, dim + 1, (groups, columns), generator=g).int()
+        if columns == 1:
+            self.group_dims = self.group_dims[:, 0].contiguous()
+        self.grad = torch.randn(bags, dim, generator=g).to(dtype)
+
+    def adaptive_backward(self, function: Callable[..., Any], double: bool, **extra: Any) -> Any:
+        cast = (lambda t: t.double()) if double else (lambda t: t)
+        return function(
+            cast(self.grad),
+            cast(self.weight),
+            self.indices,
+            self.offsets,
+            self.row_group,
+            self.group_dims,
+            cast(self.psw),
+            0,
+            -1,
+            False,
+            11,
+            True,
+            True,
+            True,
+            **extra,
+        )
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sorted_groups", [True, False])
+def test_no_races_in_any_order_and_equal_results(
+    order: str, dtype: torch.dtype, sorted_groups: bool
+) -> None:
+    """The same bits whatever runs first: no atomics on floats, no race."""
+    batch = Batch(3, dtype, dim=16, columns=5, sorted_groups=sorted_groups)
+    with sim.simulation(0, "forward"):
+        first = batch.adaptive_backward(sim.adaptive_embedding_backward, False)
+    for seed in (1, 2):
+        with sim.simulation(seed, order, track_races=True):
+            again = batch.adaptive_backward(sim.adaptive_embedding_backward, False)
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+    for got, want in zip(
+        first, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
+    ):
+        close(got, want, "backward", scale=3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**20),
+    dtype=st.sampled_from(DTYPES),
+    dim=st.sampled_from([1, 3, 4, 8, 17, 64, 129, 260]),
+    lookups=st.sampled_from([1, 31, 33, 700]),
+    bags=st.sampled_from([1, 2, 50]),
+    columns=st.sampled_from([1, 3]),
+    sorted_groups=st.booleans(),
+    wide=st.booleans(),
+    pattern=st.sampled_from(["zipf", "uniform", "one"]),
+)
+def test_relative_error_of_everything(
+    seed: int,
+    dtype: torch.dtype,
+    dim: int,
+    lookups: int,
+    bags: int,
+    columns: int,
+    sorted_groups: bool,
+    wide: bool,
+    pattern: str,
+) -> None:
+    """Forward and backward of real-valued inputs against float64."""
+    batch = Batch(
+        seed,
+        dtype,
+        dim=dim,
+        lookups=lookups,
+        bags=bags,
+        columns=columns,
+        sorted_groups=sorted_groups,
+        wide_indices=wide,
+        pattern=pattern,
+    )
+    args = (batch.indices, batch.offsets, batch.row_group, batch.group_dims)
+    rest = (1, 2, False, seed, 1)
+    with sim.simulation(seed):
+        got = sim.adaptive_embedding_bag(batch.weight, *args, batch.weight, batch.psw, *rest)
+        grads = batch.adaptive_backward(
+            sim.adaptive_embedding_backward, False, groups_sorted=sorted_groups
+        )
+    want = reference.adaptive_embedding_bag(
+        batch.weight.double(), *args, batch.weight, batch.psw.double(), *rest
+    )
+    close(got, want, "forward", scale=3)
+    for g, w in zip(
+        grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
+    ):
+        close(g, w, "backward", scale=3)
+
+
+def test_hot_row_and_one_group_over_many_levels() -> None:
+    """20,000 lookups of few rows: partial sums of partial sums, three levels deep."""
+    batch = Batch(5, dim=4, rows=3, groups=1, lookups=20_000, bags=1_000, pattern="uniform")
+    before = dict(sim.tools.launch_counts())
+    grads = batch.adaptive_backward(sim.adaptive_embedding_backward, False)
+    for g, w in zip(
+        grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
+    ):
+        close(g, w, "backward", scale=10)
+    after = sim.tools.launch_counts()
+    partials = sum(n - before.get(k, 0) for k, n in after.items() if "reduce_partials" in k)
+    assert partials >= 6, "rows and groups, three levels each"
+
+
+# --- Fused optimizer steps ------------------------------------------------------------------------
+
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+HYPER = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.02}
+
+
+def hyper_of(rule: str) -> dict[str, float]:
+    values = dict(HYPER)
+    if rule == "sgd":
+        del values["eps"]
+    if rule == "adam":
+        values |= {"beta1": 0.9, "beta2": 0.99}
+    return values
+
+
+def states_of(rule: str, weight: Tensor, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    if rule == "sgd":
+        return []
+    if rule == "rowwise_adagrad":
+        return [torch.rand(weight.shape[0], generator=g).to(dtype)]
+    count = 2 if rule == "adam" else 1
+    return [torch.rand(weight.shape, generator=g).to(dtype) for _ in range(count)]
+
+
+def call_of(rule: str, states: list[Tensor], **extra: Any) -> dict[str, Any]:
+    names = dict(zip(("first", "second"), states, strict=False))
+    narrow = bool(states) and states[0].dtype != torch.float32
+    return sim.update(rule, 3, **hyper_of(rule), **names, narrow_state=narrow, **extra)
+
+
+def reference_step(
+    rule: str, weight: Tensor, states: list[Tensor], rows: Tensor, grads: Tensor
+) -> None:
+    step = (3,) if rule == "adam" else ()
+    order = {
+        "sgd": ("lr", "weight_decay"),
+        "adagrad": ("lr", "eps", "weight_decay"),
+        "rowwise_adagrad": ("lr", "eps", "weight_decay"),
+        "adam": ("lr", "beta1", "beta2", "eps", "weight_decay"),
+    }[rule]
+    values = hyper_of(rule)
+    apply = reference.IMPLEMENTATIONS[f"apply_{rule}_"]
+    apply(weight, *states, rows, grads, *step, *(values[name] for name in order))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 12, 17, 64])
+@pytest.mark.parametrize("masks", ["none", "sorted", "unsorted"])
+def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, masks: str) -> None:
+    narrow = dtype != torch.float32 and dim == 64
+    batch = Batch(dim, dtype, dim=dim, columns=3, sorted_groups=masks == "sorted")
+    rows, grads, mask_grad, _ = batch.adaptive_backward(reference.adaptive_embedding_backward, True)
+    weight = batch.weight.clone()
+    states = states_of(rule, weight, dtype if narrow else torch.float32, 1)
+    want_weight = weight.double()
+    want_states = [state.double() for state in states]
+    reference_step(rule, want_weight, want_states, rows, grads)
+    table = sim.dense(weight, row_group=batch.row_group, group_dims=batch.group_dims, seed=11)
+    got_mask = sim.poisoned(*mask_grad.shape, dtype=torch.float32)
+    wishes: dict[str, Any] = {"groups_sorted": masks == "sorted"}
+    if masks != "none":
+        wishes["group_grad"] = sim.array(got_mask)
+    untouched = batch.weight.clone()
+    call = sim.lookups(batch.indices, batch.offsets, batch.psw)
+    with sim.simulation(dim, track_races=True):
+        sim.tools.backward_update(
+            sim.NAMES[dtype], table, call, sim.array(batch.grad), call_of(rule, states), wishes
+        )
+    close(weight, want_weight, f"{rule} weight", scale=4)
+    for state, want in zip(states, want_states, strict=True):
+        close(state, want, f"{rule} state", scale=4)
+    if masks != "none":
+        close(got_mask, mask_grad, "mask gradient", scale=4)
+    # Past the kept prefix, and in rows not looked up, not a bit has changed.
+    kept = torch.zeros(weight.shape, dtype=torch.bool)
+    kept[rows] = reference.kept_prefix(grads)
+    assert torch.equal(weight[~kept], untouched[~kept])
+
+
+@pytest.mark.parametrize(
+    ("rule", "device_tiers"), [*((rule, False) for rule in RULES), ("sgd", True)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [(16, 8, 4), (17, 5, 1)])
+def test_fused_step_of_a_tiered_table(
+    rule: str, dtype: torch.dtype, widths: tuple[int, ...], device_tiers: bool
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    ends = [5, 20, 40]
+    blocks = [
+        torch.randn(end - start, width, generator=g).to(dtype)
+        for start, end, width in zip([0, *ends], ends, widths, strict=False)
+    ]
+    batch = Batch(4, dtype, dim=widths[0])
+    rows, grads, _ = reference.tiered_embedding_backward(
+        batch.grad.double(),
+        [b.double() for b in blocks],
+        ends,
+        batch.indices,
+        batch.offsets,
+        batch.psw.double(),
+        widths[0],
+        0,
+        -1,
+        False,
+        True,
+        False,
+    )
+    states = [states_of(rule, block, torch.float32, c) for c, block in enumerate(blocks)]
+    want = [block.double() for block in blocks]
+    want_states = [[s.double() for s in per_tier] for per_tier in states]
+    for c in range(3):
+        reference_step(rule, want[c], want_states[c], rows[c], grads[c])
+    call = sim.update(rule, 3, **hyper_of(rule))
+    for i, name in enumerate(("tier_first", "tier_second")):
+        if states[0] and len(states[0]) > i:
+            call[name] = [sim.array(per_tier[i]) for per_tier in states]
+    with sim.simulation(7, track_races=True):
+        sim.tools.backward_update(
+            sim.NAMES[dtype],
+            sim.tiered(blocks, ends, widths[0], device_tiers),
+            sim.lookups(batch.indices, batch.offsets, batch.psw),
+            sim.array(batch.grad),
+            call,
+            {},
+        )
+    for c in range(3):
+        close(blocks[c], want[c], f"tier {c}", scale=4)
+        for state, wanted in zip(states[c], want_states[c], strict=True):
+            close(state, wanted, f"state of tier {c}", scale=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype) -> None:
+    """A step far below half a unit in the last place moves weights by the right amount on average.
+
+    Rounding to nearest would leave every weight where it was.
+    """
+    rows, dim = 200, 64
+    weight = torch.ones(rows, dim, dtype=dtype)
+    rate = torch.finfo(dtype).eps / 8
+    table = sim.dense(weight)
+    call = sim.lookups(torch.arange(rows), torch.arange(rows))
+    grad = torch.ones(rows, dim, dtype=dtype)
+    step = sim.update("sgd", lr=rate, weight_decay=0.0, stochastic_rounding=True, seed=9)
+    sim.tools.backward_update(sim.NAMES[dtype], table, call, sim.array(grad), step, {})
+    moved = 1 - weight.double().mean().item()
+    deviation = torch.finfo(dtype).eps / 2 * math.sqrt(0.25 * 0.75 / (rows * dim))
+    assert weight.unique().numel() == 2
+    assert abs(moved - rate) < 5 * deviation
+    again = torch.ones(rows, dim, dtype=dtype)
+    sim.tools.backward_update(sim.NAMES[dtype], sim.dense(again), call, sim.array(grad), step, {})
+    assert torch.equal(weight, again), "the same seed rounds the same way"
+
+
+def test_adam_step_counted_on_the_device() -> None:
+    """A graph replays with the step that device memory holds; equal to the host's arithmetic."""
+    for step in (1, 7, 100_000):
+        got, want = torch.ones(4, 8), torch.ones(4, 8)
+        rows, grads = torch.arange(4), torch.full((4, 8), 0.5)
+        values = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        state = [torch.zeros(4, 8) for _ in range(2)]
+        call = sim.update("adam", step, first=state[0], second=state[1], **values)
+        call |= {"step": sim.array(torch.tensor([step])), "step_size": 0.0, "second_scale": 0.0}
+        sim.tools.apply_update("float32", sim.dense(got), call, sim.array(rows), sim.array(grads))
+        reference.apply_adam_(
+            want, torch.zeros(4, 8), torch.zeros(4, 8), rows, grads, step, *values.values()
+        )
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
+
+
+# --- Several tables in one call -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(8, 16, 4), (5, 1, 9)])
+@pytest.mark.parametrize("rule", ["sgd", "rowwise_adagrad", "adagrad"])
+def test_tables_in_one_call_are_the_tables_one_by_one(
+    dtype: torch.dtype, dims: tuple[int, ...], rule: str
+) -> None:
+    """FBGEMM's argument layout: flat weights, bags of table t from t * B on."""
+    bags, sizes, groups = 6, (30, 7, 12), 5
+    g = torch.Generator().manual_seed(8)
+    batches = [
+        Batch(t, dtype, rows=sizes[t], dim=dims[t], lookups=50 + 20 * t, bags=bags, groups=groups)
+        for t in range(3)
+    ]
+    lookup_starts = torch.tensor([0, 50, 120, 210])
+    offsets = torch.cat(
+        [b.offsets + s for b, s in zip(batches, lookup_starts, strict=False)] + [lookup_starts[-1:]]
+    )
+    elements = torch.tensor([0] + [n * d for n, d in zip(sizes, dims, strict=True)]).cumsum(0)
+    columns = torch.tensor([0, *dims]).cumsum(0)
+    row_starts = torch.tensor([0, *sizes]).cumsum(0)
+    weight = torch.cat([b.weight.flatten() for b in batches])
+    dim = max(dims)
+    row_group = torch.cat([b.row_group + t * groups for t, b in enumerate(batches)])
+    group_dims = torch.cat([b.group_dims for b in batches])
+    table = {
+        "weight": sim.array(weight),
+        "rows": sum(sizes),
+        "dim": dim,
+        "tables": 3,
+        "batch": bags,
+        "weight_offsets": elements[:3].numpy().copy(),
+        "dim_offsets": columns.numpy(),
+        "row_offsets": row_starts.numpy(),
+        "alignment": int(elements[1] | elements[2] | dims[0] | dims[1] | dims[2] | sum(dims)),
+        "row_group": sim.array(row_group),
+        "group_dims": sim.array(group_dims),
+        "groups": 3 * groups,
+    }
+    call = sim.lookups(
+        torch.cat([b.indices for b in batches]),
+        offsets,
+        torch.cat([b.psw for b in batches]),
+        include_last_offset=True,
+    )
+    out = sim.poisoned(bags, sum(dims), dtype=dtype)
+    with sim.simulation(1, track_races=True):
+        sim.tools.lookup(sim.NAMES[dtype], table, call, sim.array(out))
+    for t, b in enumerate(batches):
+        want = reference.adaptive_embedding_bag(
+            b.weight.double(),
+            b.indices,
+            b.offsets,
+            b.row_group,
+            b.group_dims,
+            b.weight,
+            b.psw.double(),
+            0,
+            -1,
+            False,
+            0,
+            1,
+        )
+        close(out[:, columns[t] : columns[t + 1]], want, f"table {t}", scale=3)
+
+    grad = torch.randn(bags, sum(dims), generator=g).to(dtype)
+    psw_grad = sim.poisoned(210, dtype=dtype)
+    mask_grad = sim.poisoned(3 * groups, dim, dtype=torch.float32)
+    state_size = sum(sizes) if rule == "rowwise_adagrad" else weight.numel()
+    states = [] if rule == "sgd" else [torch.rand(state_size, generator=g)]
+    old_states = [s.clone() for s in states]
+    with sim.simulation(2, track_races=True):
+        sim.tools.psw_grad(sim.NAMES[dtype], table, call, sim.array(grad), sim.array(psw_grad))
+        sim.tools.backward_update(
+            sim.NAMES[dtype],
+            table,
+            call,
+            sim.array(grad),
+            call_of(rule, states),
+            {"group_grad": sim.array(mask_grad), "groups_sorted": True},
+        )
+    for t, b in enumerate(batches):
+        mine = grad[:, columns[t] : columns[t + 1]].double()
+        rows, grads, masks, psw = reference.adaptive_embedding_backward(
+            mine,
+            b.weight.double(),
+            b.indices,
+            b.offsets,
+            b.row_group,
+            b.group_dims,
+            b.psw.double(),
+            0,
+            -1,
+            False,
+            0,
+            True,
+            True,
+            True,
+        )
+        want = b.weight.double()
+        if rule == "rowwise_adagrad":
+            want_states = [s[row_starts[t] : row_starts[t + 1]].double() for s in old_states]
+        else:
+            want_states = [
+                s[elements[t] : elements[t + 1]].double().reshape(want.shape) for s in old_states
+            ]
+        reference_step(rule, want, want_states, rows, grads)
+        got = weight[elements[t] : elements[t + 1]].reshape(want.shape)
+        close(got, want, f"weights of table {t}", scale=4)
+        close(mask_grad[t * groups : (t + 1) * groups, : dims[t]], masks, f"masks of {t}", scale=4)
+        close(psw_grad[lookup_starts[t] : lookup_starts[t + 1]], psw, f"psw of {t}", scale=4)
+
+
+# --- Memory safety whatever the input -------------------------------------------------------------
+
+
+def test_nonsense_is_never_followed() -> None:
+    """Without a bounds check, bad indices, offsets and sizes stay inside of every buffer."""
+    batch = Batch(1, dim=8)
+    indices = batch.indices.clone()
+    indices[::7] = 10**12
+    indices[3::7] = -5
+    offsets = batch.offsets.clone()
+    offsets[2], offsets[5], offsets[9] = -4, 10**10, 1
+    sizes = batch.row_dims.clone()
+    sizes[0], sizes[1] = -7, 10**6
+    sim.masked_embedding(batch.weight, indices, sizes, -1, 0)
+    out = sim.masked_embedding_bag(batch.weight, indices, offsets, sizes, batch.psw, 1, 2, False, 0)
+    assert out.isfinite().all()
+    sim.masked_embedding_backward(
+        batch.grad, batch.weight, indices, offsets, sizes, batch.psw, 1, 2, False, True, True
+    )
+
+
+def test_a_grid_that_a_gpu_refuses_is_refused_here() -> None:
+    """Column pieces go to the y dimension, which ends at 65,535."""
+    weight = torch.zeros(1, 32 * 65_536, dtype=torch.float16)[:, 1:].contiguous()
+    with pytest.raises(RuntimeError, match="error 1"):
+        sim.masked_embedding(
+            torch.zeros(1, 32 * 65_536 + 1, dtype=torch.float16),
+            torch.zeros(1, dtype=torch.int64),
+            torch.ones(1, dtype=torch.int32),
+            -1,
+            0,
+        )
+    assert weight.shape[1] % 2 == 1
+
+
+def test_every_kernel_has_been_executed() -> None:
+    """Runs last in this file: no kernel of csrc/kernels is without a run above."""
+    import re
+    from pathlib import Path
+
+    sources = Path(__file__).resolve().parents[2] / "csrc" / "kernels"
+    defined = set()
+    for path in sources.glob("*.cuh"):
+        text = path.read_text()
+        defined |= set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text))
+    assert len(defined) >= 15
+    batch = Batch(2)
+    reference_args = (batch.indices, batch.offsets)
+    sim.masked_embedding_bag(batch.weight, *reference_args, batch.row_dims, None, 1, 3, False, 1)
+    sim.masked_embedding_backward(
+        batch.grad, batch.weight, *reference_args, batch.row_dims, None, 1, 3, False, True, False
+    )
+    blocks = [batch.weight[:20].contiguous(), batch.weight[20:, :4].contiguous()]
+    sim.tiered_embedding(blocks, [20, 40], batch.indices, 17, -1, 1)
+    sim.tiered_embedding_backward(
+        batch.grad, blocks, [20, 40], *reference_args, None, 17, 0, -1, False, True, False
+    )
+    for sorted_groups in (True, False):
+        Batch(3, sorted_groups=sorted_groups).adaptive_backward(
+            sim.adaptive_embedding_backward, False
+        )
+    sim.apply_sgd_(batch.weight, torch.arange(40), torch.ones(40, 17), 0.1, 0.0)
+    executed = {
+        match for name in sim.tools.launch_counts() for match in re.findall(r"(\w+_kernel)", name)
+    }
+    assert defined <= executed, f"never executed: {sorted(defined - executed)}"
