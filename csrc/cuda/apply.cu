@@ -1,5 +1,5 @@
 #include "cuda/dispatch.cuh"
-#include "kernels/optimizer.cuh"
+#include "kernels/apply.cuh"
 
 namespace amtl::cuda {
 

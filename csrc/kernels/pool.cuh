@@ -22,7 +22,7 @@ struct PoolShape {
 // @param[in]  lookups indices [L], offsets [B] or [B + 1], sample_weights [L] or null
 // @param[out] out     [B, D]; with several tables [batch, sum of D]
 template <typename T, int V, typename Table>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     pool_fwd_kernel(const __grid_constant__ Table table, const __grid_constant__ Lookups lookups,
                     PoolShape shape, T* out) {
   constexpr int kUnroll = 4;

@@ -13,7 +13,7 @@
 
 #include "cuda/launchers.h"
 #include "hostsim/runtime.h"
-#include "kernels/numeric.cuh"
+#include "kernels/hash.h"
 
 namespace py = pybind11;
 
@@ -102,8 +102,7 @@ DenseTable dense_of(Buffers& buffers, const py::dict& values, bool writable) {
   table.narrow_dims = !dims.is_none() && item_bytes(dims) == 1;
   table.columns = number(values, "columns", 1);
   table.groups = number<std::int64_t>(values, "groups", 0);
-  table.seed_term =
-      amtl::fold(static_cast<std::uint64_t>(number<std::int64_t>(values, "seed", 0))) * 0x85EBCA77u;
+  table.seed_term = amtl::SeedTerm(number<std::int64_t>(values, "seed", 0));
   table.map = map_of(buffers, values);
   return table;
 }

@@ -1,0 +1,67 @@
+// From PyTorch's CUDA tensors to the plain structs of csrc/cuda.
+//
+// Needs no CUDA header of PyTorch, so that one module imports with and without CUDA builds of it.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <vector>
+
+#include "cuda/launchers.h"
+#include "torch/common.h"
+
+namespace amtl {
+
+// The tensor's device for as long as this lives, and its current stream.
+class CudaContext {
+ public:
+  explicit CudaContext(const Tensor& tensor);
+  cuda::Stream stream() const { return stream_; }
+  // Whether the stream is being captured into a graph, where nothing may wait for the GPU.
+  bool capturing() const;
+  // Copies to the host and waits.
+  void Read(void* to, const void* from, size_t bytes) const;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Stream stream_ = nullptr;
+};
+
+// Throws std::runtime_error for a CUDA error.
+void CheckCuda(int error, const char* what);
+
+DType DTypeOf(const Tensor& tensor);
+
+Tensor NewTensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type);
+
+// A lookup's arguments, checked, as the launchers take them.
+struct CudaLookup {
+  DenseTable dense;
+  TieredTable tiered;
+  Lookups lookups;
+  bool is_tiered = false;
+  DType type = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t dim = 0;
+  // Index and offset tensors of one type, kept alive.
+  std::vector<Tensor> held;
+
+  void SetTable(const Tensor& weight, const Tensor& indices, int64_t padding_idx);
+  void SetRowSizes(const Tensor& weight, const Tensor& row_dims);
+  void SetGroupSizes(const Tensor& weight, const Tensor& row_group, const Tensor& group_dims,
+                     int64_t seed);
+  void SetTiers(const std::vector<Tensor>& blocks, const std::vector<int64_t>& tier_ends,
+                const Tensor& indices, int64_t embedding_dim, int64_t padding_idx);
+  void SetBags(const Tensor& like, const OptionalTensor& offsets, const OptionalTensor& weights,
+               int64_t mode, bool include_last_offset);
+  void CheckGrad(const Tensor& grad, const Tensor& like) const;
+
+ private:
+  void SetIndices(const Tensor& indices, const Tensor& table, int64_t padding_idx);
+};
+
+// [.., D] or [B, D]; checks indices, offsets and sizes as bounds_check says.
+Tensor CudaForward(CudaLookup& lookup, const Tensor& like, const Tensor& indices,
+                   int64_t bounds_check);
+
+}  // namespace amtl

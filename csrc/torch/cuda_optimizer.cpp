@@ -1,0 +1,96 @@
+// Optimizer updates on (rows, grads) on CUDA.
+#include <cmath>
+
+#include "torch/cuda_common.h"
+
+namespace amtl {
+namespace {
+
+void* StateData(const Tensor& state, const Tensor& weight, const char* name, bool row_wise,
+                Update& update) {
+  const ScalarType type = state.scalar_type();
+  Check(type == ScalarType::Float || type == weight.scalar_type(), name,
+        " must be float32 or of the type of the table");
+  CheckLike(state, name, weight);
+  Check(state.numel() == (row_wise ? weight.size(0) : weight.numel()) &&
+            state.size(0) == weight.size(0),
+        name, row_wise ? " must be [N]" : " must be [N, D]");
+  update.narrow_state = type != ScalarType::Float;
+  return state.mutable_data_ptr();
+}
+
+void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, const Update& update) {
+  CheckWeight(weight);
+  Check(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "rows must be int64 [U]");
+  Check(grads.scalar_type() == weight.scalar_type() && grads.dim() == 2 &&
+            grads.size(0) == rows.size(0) && grads.size(1) == weight.size(1),
+        "grads must be [", rows.size(0), ", ", weight.size(1), "] in the type of the table");
+  CheckLike(rows, "rows", weight);
+  CheckLike(grads, "grads", weight);
+  const CudaContext context(weight);
+  DenseTable table;
+  table.weight = weight.mutable_data_ptr();
+  table.rows = weight.size(0);
+  table.dim = static_cast<int>(weight.size(1));
+  CheckCuda(cuda::apply_update(DTypeOf(weight), table, update,
+                               static_cast<const int64_t*>(rows.const_data_ptr()),
+                               grads.const_data_ptr(), rows.size(0), context.stream()),
+            "an optimizer step");
+}
+
+Update MakeUpdate(Rule rule, double lr, double eps, double weight_decay) {
+  Update update;
+  update.rule = rule;
+  update.lr = static_cast<float>(lr);
+  update.eps = static_cast<float>(eps);
+  update.weight_decay = static_cast<float>(weight_decay);
+  return update;
+}
+
+void ApplySgd(const Tensor& weight, const Tensor& rows, const Tensor& grads, double lr,
+              double weight_decay) {
+  Apply(weight, rows, grads, MakeUpdate(Rule::kSgd, lr, 0, weight_decay));
+}
+
+void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
+                  const Tensor& grads, double lr, double eps, double weight_decay) {
+  Update update = MakeUpdate(Rule::kAdagrad, lr, eps, weight_decay);
+  update.first = StateData(state_sum, weight, "state_sum", false, update);
+  Apply(weight, rows, grads, update);
+}
+
+void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
+                         const Tensor& grads, double lr, double eps, double weight_decay) {
+  Update update = MakeUpdate(Rule::kRowwiseAdagrad, lr, eps, weight_decay);
+  update.first = StateData(state_sum, weight, "state_sum", true, update);
+  Apply(weight, rows, grads, update);
+}
+
+void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+               const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
+               double beta2, double eps, double weight_decay) {
+  Check(step >= 1, "step counts from 1");
+  Check(exp_avg.scalar_type() == exp_avg_sq.scalar_type(), "both states must have one type");
+  Update update = MakeUpdate(Rule::kAdam, lr, eps, weight_decay);
+  const auto count = static_cast<double>(step);
+  update.beta1 = static_cast<float>(beta1);
+  update.beta2 = static_cast<float>(beta2);
+  update.one_minus_beta1 = static_cast<float>(1 - beta1);
+  update.one_minus_beta2 = static_cast<float>(1 - beta2);
+  update.step_size = static_cast<float>(lr / (1 - std::pow(beta1, count)));
+  update.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, count)));
+  update.first = StateData(exp_avg, weight, "exp_avg", false, update);
+  update.second = StateData(exp_avg_sq, weight, "exp_avg_sq", false, update);
+  Apply(weight, rows, grads, update);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(amtl, CUDA, m) {
+  m.impl("apply_sgd_", TORCH_BOX(&ApplySgd));
+  m.impl("apply_adagrad_", TORCH_BOX(&ApplyAdagrad));
+  m.impl("apply_rowwise_adagrad_", TORCH_BOX(&ApplyRowWiseAdagrad));
+  m.impl("apply_adam_", TORCH_BOX(&ApplyAdam));
+}
+
+}  // namespace amtl
