@@ -92,10 +92,11 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
                     float* group_grad, bool groups_unsorted, Stream stream);
 int backward_reduce(const Backward& backward, const TieredTable& table, Stream stream);
 
-// Second half with a fused optimizer step in place of row gradients. Row-wise Adagrad needs rows
+// Second half with a fused optimizer step in place of row gradients; `groups_unsorted` as the
+// header has it, or true where nobody may wait for the header. Row-wise Adagrad needs rows
 // that one warp spans: see update_spans_row.
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
-                    float* group_grad, Stream stream);
+                    float* group_grad, bool groups_unsorted, Stream stream);
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
                     Stream stream);
 bool update_spans_row(DType type, int dim, int vector);

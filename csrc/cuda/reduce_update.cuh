@@ -7,11 +7,11 @@ namespace amtl::cuda {
 
 template <typename T, typename S, int V>
 int update_dense(const Backward& backward, const Plan& plan, const DenseTable& table,
-                 const Update& update, float* group_grad, Stream stream) {
+                 const Update& update, float* group_grad, bool groups_unsorted, Stream stream) {
   const SortedPairs pairs = plan.pairs(backward.lookups.count, table.rows);
   ReduceOutput out;
   out.group_grad = group_grad;
-  if (group_grad != nullptr && !backward.groups_sorted) {
+  if (group_grad != nullptr && groups_unsorted && !backward.groups_sorted) {
     // Before the weights change.
     SortedPairs by_group;
     int error = sort_by_group(plan, table, pairs.count, by_group, stream);
@@ -42,6 +42,7 @@ struct UpdateCall {
   const TieredTable* tiered;
   const Update& update;
   float* group_grad;
+  bool groups_unsorted;
   int vector;
   Stream stream;
 };
@@ -53,7 +54,7 @@ template <typename T, typename S, int V>
 int run_update(const UpdateCall& call) {
   if (call.dense != nullptr) {
     return update_dense<T, S, V>(call.backward, call.plan, *call.dense, call.update,
-                                 call.group_grad, call.stream);
+                                 call.group_grad, call.groups_unsorted, call.stream);
   }
   return update_tiered<T, S, V>(call.backward, call.plan, *call.tiered, call.update, call.stream);
 }

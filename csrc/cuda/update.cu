@@ -23,7 +23,7 @@ std::uint64_t state_addresses(const TieredTable& table, const Update& update) {
 template <typename Table>
 int run(const Backward& backward, const Table& table, const DenseTable* dense,
         const TieredTable* tiered, std::int64_t groups, const Update& update, float* group_grad,
-        Stream stream) {
+        bool groups_unsorted, Stream stream) {
   if (backward.lookups.count == 0) return cudaSuccess;
   const bool wide_type = backward.type == DType::kFloat32;
   const Plan plan = plan_backward(backward, table.rows, groups, table.dim, wide_type ? 4 : 8);
@@ -36,7 +36,8 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
   if (update.rule == Rule::kRowwiseAdagrad && !update_spans_row(backward.type, table.dim, vector)) {
     return cudaErrorInvalidValue;
   }
-  const UpdateCall call{backward, plan, dense, tiered, update, group_grad, vector, stream};
+  const UpdateCall call{backward,        plan,   dense, tiered, update, group_grad,
+                        groups_unsorted, vector, stream};
   return update.narrow_state && !wide_type ? update_narrow_state(call) : update_wide_state(call);
 }
 
@@ -45,18 +46,19 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
 bool update_spans_row(DType, int dim, int vector) { return dim <= kWarp * vector; }
 
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
-                    float* group_grad, Stream stream) {
+                    float* group_grad, bool groups_unsorted, Stream stream) {
   if (group_grad != nullptr) {
     const cudaError_t cleared =
         cudaMemsetAsync(group_grad, 0, table.groups * table.dim * sizeof(float), as_stream(stream));
     if (cleared != cudaSuccess) return cleared;
   }
-  return run(backward, table, &table, nullptr, table.groups, update, group_grad, stream);
+  return run(backward, table, &table, nullptr, table.groups, update, group_grad, groups_unsorted,
+             stream);
 }
 
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
                     Stream stream) {
-  return run(backward, table, nullptr, &table, 0, update, nullptr, stream);
+  return run(backward, table, nullptr, &table, 0, update, nullptr, false, stream);
 }
 
 }  // namespace amtl::cuda

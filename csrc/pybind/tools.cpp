@@ -341,7 +341,13 @@ void backward_update(const std::string& type, const py::dict& table, const py::d
     if constexpr (std::is_same_v<std::decay_t<decltype(t)>, TieredTable>) {
       check(amtl::cuda::backward_update(b, t, u, nullptr));
     } else {
-      check(amtl::cuda::backward_update(b, t, u, group_grad, nullptr));
+      bool unsorted = true;
+      if (b.mask_grad && !b.groups_sorted && number(wishes, "read_header", false)) {
+        amtl::cuda::BackwardHeader header;
+        std::memcpy(&header, b.workspace, sizeof(header));
+        unsorted = header.groups_unsorted != 0;
+      }
+      check(amtl::cuda::backward_update(b, t, u, group_grad, unsorted, nullptr));
     }
   });
 }

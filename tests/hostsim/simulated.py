@@ -427,6 +427,113 @@ def apply_adam_(
     _apply(weight, call, rows, grads)
 
 
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+
+
+def _fused(
+    table: dict[str, Any],
+    dtype: torch.dtype,
+    call: dict[str, Any],
+    grad: Tensor,
+    optimizer: int,
+    hyper: list[float],
+    wishes: dict[str, Any],
+    **states: Any,
+) -> None:
+    lr, eps, weight_decay, beta1, beta2, step = hyper
+    values = update(
+        RULES[optimizer],
+        int(step),
+        lr=lr,
+        eps=eps,
+        weight_decay=weight_decay,
+        beta1=beta1,
+        beta2=beta2,
+        **states,
+    )
+    flat = array(grad.reshape(-1, table["dim"]))
+    tools.backward_update(NAMES[dtype], table, call, flat, values, wishes)
+
+
+def masked_embedding_update_(
+    weight: Tensor,
+    state: list[Tensor],
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_dims: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> Tensor:
+    call = lookups(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
+    table = dense(weight, row_dims=row_dims)
+    psw = _psw(table, call, grad, weight.dtype, psw_grad)
+    states = dict(zip(("first", "second"), state, strict=False))
+    _fused(table, weight.dtype, call, grad, optimizer, hyper, {}, **states)
+    return psw
+
+
+def adaptive_embedding_update_(
+    weight: Tensor,
+    state: list[Tensor],
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_group: Tensor,
+    group_dims: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    seed: int,
+    mask_grad: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> tuple[Tensor, Tensor]:
+    call = lookups(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
+    table = dense(weight, row_group=row_group, group_dims=group_dims, seed=seed)
+    psw = _psw(table, call, grad, weight.dtype, psw_grad)
+    mask = poisoned(group_dims.shape[0] if mask_grad else 0, weight.shape[1], dtype=torch.float32)
+    wishes = {"group_grad": array(mask), "read_header": True} if mask_grad else {}
+    states = dict(zip(("first", "second"), state, strict=False))
+    _fused(table, weight.dtype, call, grad, optimizer, hyper, wishes, **states)
+    return mask, psw
+
+
+def tiered_embedding_update_(
+    blocks: list[Tensor],
+    state: list[Tensor],
+    grad: Tensor,
+    tier_ends: list[int],
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    embedding_dim: int,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> Tensor:
+    call = lookups(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
+    table = tiered(blocks, tier_ends, embedding_dim)
+    psw = _psw(table, call, grad, blocks[0].dtype, psw_grad)
+    per_tier = len(state) // len(blocks)
+    states = {
+        name: [array(s) for s in state[i::per_tier]]
+        for i, name in enumerate(("tier_first", "tier_second")[:per_tier])
+    }
+    _fused(table, blocks[0].dtype, call, grad, optimizer, hyper, {}, **states)
+    return psw
+
+
 @contextlib.contextmanager
 def simulation(
     seed: int = 0,

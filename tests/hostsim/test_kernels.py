@@ -229,10 +229,10 @@ def reference_step(
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 12, 17, 64])
-@pytest.mark.parametrize("masks", ["none", "sorted", "unsorted"])
+@pytest.mark.parametrize("masks", ["none", "sorted", "unsorted", "found sorted"])
 def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, masks: str) -> None:
     narrow = dtype != torch.float32 and dim == 64
-    batch = Batch(dim, dtype, dim=dim, columns=3, sorted_groups=masks == "sorted")
+    batch = Batch(dim, dtype, dim=dim, columns=3, sorted_groups="un" not in masks[:2])
     rows, grads, mask_grad, _ = batch.adaptive_backward(reference.adaptive_embedding_backward, True)
     weight = batch.weight.clone()
     states = states_of(rule, weight, dtype if narrow else torch.float32, 1)
@@ -241,7 +241,10 @@ def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, ma
     reference_step(rule, want_weight, want_states, rows, grads)
     table = sim.dense(weight, row_group=batch.row_group, group_dims=batch.group_dims, seed=11)
     got_mask = sim.poisoned(*mask_grad.shape, dtype=torch.float32)
-    wishes: dict[str, Any] = {"groups_sorted": masks == "sorted"}
+    wishes: dict[str, Any] = {
+        "groups_sorted": masks == "sorted",
+        "read_header": masks == "found sorted",
+    }
     if masks != "none":
         wishes["group_grad"] = sim.array(got_mask)
     untouched = batch.weight.clone()
