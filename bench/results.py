@@ -74,6 +74,11 @@ class Comparison:
         """The case's name."""
         return str(self.case["name"])
 
+    def fused_or_not(self, name: str) -> str:
+        """The fused form of one of ours where it took part: what its user would take."""
+        fused = f"{name}_fused"
+        return fused if fused in self.timings else name
+
     def ratio(self, of: str, against: str) -> Ratio | None:
         """Time of one contender over another's; None where either is missing."""
         if of not in self.timings or against not in self.timings:

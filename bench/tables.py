@@ -208,7 +208,7 @@ def readme_section(report: Report, source: str) -> str:
             if case["work"] == "forward" and phase == "search":
                 continue
             for baseline in comparison.baselines:
-                ratio = comparison.ratio(ours, baseline)
+                ratio = comparison.ratio(comparison.fused_or_not(ours), baseline)
                 if ratio is None:
                     continue
                 work = _work(case)

@@ -35,6 +35,13 @@ def _optimizer_class(name: str) -> Callable[..., Optimizer] | None:
     return found if callable(found) else None
 
 
+def _functions(fused: bool, optimizer: Optimizer | None) -> tuple[Any, dict[str, Any]]:
+    """Where the lookups come from, and what they take beside their arguments."""
+    if fused:
+        return importlib.import_module("amtl_kernels.fused"), {"optimizer": optimizer}
+    return importlib.import_module("amtl_kernels"), {}
+
+
 def _make_optimizer(problem: Problem, parameters: list[nn.Parameter]) -> Optimizer | None:
     case = problem.case
     if case.work != "step":
@@ -48,8 +55,20 @@ def _make_optimizer(problem: Problem, parameters: list[nn.Parameter]) -> Optimiz
 
 
 class _Ours(Contender):
+    """One of ours.
+
+    Attributes:
+        fused: Whether the backward updates the table, with no gradient in between.
+    """
+
     ours = True
     install = INSTALL
+    fused = False
+
+    def _fuse(self, name: str, title: str) -> None:
+        self.fused = True
+        self.name = f"{name}_fused"
+        self.title = f"{title}, fused update"
 
     def absent(self) -> str:
         """Whether the native operators are there: the reference alone is the eager contender."""
@@ -63,7 +82,9 @@ class _Ours(Contender):
         return ""
 
     def refuses(self, case: Case) -> str:
-        """Steps need the optimizer."""
+        """Steps need the optimizer, and only steps can be fused."""
+        if self.fused and case.work != "step":
+            return "only a step has an update to fuse"
         if case.work == "step" and _optimizer_class(case.optimizer) is None:
             return f"amtl_kernels.optim has no {_OPTIMIZERS[case.optimizer]}"
         return ""
@@ -88,36 +109,43 @@ class Search(_Ours):
     title = "amtl search"
     equations = Equations("noisy", mask_gradient=True)
 
+    def __init__(self, fused: bool = False) -> None:
+        if fused:
+            self._fuse(self.name, self.title)
+
     def prepare(self, problem: Problem) -> Session:
         """Takes the problem's weights."""
-        import amtl_kernels
-
         weight = nn.Parameter(problem.weight)
         mask = nn.Parameter(problem.group_mask)
+        optimizer = _make_optimizer(problem, [weight])
+        amtl_kernels, extra = _functions(self.fused, optimizer)
         ids, starts, seed = problem.global_ids, problem.offsets[:-1], problem.seed
         row_group, group_dims = problem.row_group, problem.group_dims
         samples = by_sample(problem)
         if samples is not None:
 
             def lookup(rotation: int) -> Tensor:
-                return amtl_kernels.adaptive_embedding(
-                    weight, samples[rotation], row_group, group_dims, mask, seed=seed
-                ).flatten(1)
+                output: Tensor = amtl_kernels.adaptive_embedding(
+                    weight, samples[rotation], row_group, group_dims, mask, seed=seed, **extra
+                )
+                return output.flatten(1)
         elif problem.case.pooled:
 
             def lookup(rotation: int) -> Tensor:
-                return amtl_kernels.adaptive_embedding_bag(
-                    weight, ids[rotation], starts, row_group, group_dims, mask, seed=seed
+                output: Tensor = amtl_kernels.adaptive_embedding_bag(
+                    weight, ids[rotation], starts, row_group, group_dims, mask, seed=seed, **extra
                 )
+                return output
         else:
 
             def lookup(rotation: int) -> Tensor:
-                return amtl_kernels.adaptive_embedding(
-                    weight, ids[rotation], row_group, group_dims, mask, seed=seed
+                output: Tensor = amtl_kernels.adaptive_embedding(
+                    weight, ids[rotation], row_group, group_dims, mask, seed=seed, **extra
                 )
+                return output
 
-        optimizer = _make_optimizer(problem, [weight])
-        return AutogradSession(problem, lookup, [weight], optimizer=optimizer, mask=mask)
+        separate = None if self.fused else optimizer
+        return AutogradSession(problem, lookup, [weight], optimizer=separate, mask=mask)
 
 
 class Masked(_Ours):
@@ -154,18 +182,20 @@ class Masked(_Ours):
 class Frozen(_Ours):
     """Frozen tiers, trained on or served."""
 
-    def __init__(self, name: str, tier_width: int) -> None:
+    def __init__(self, name: str, tier_width: int, fused: bool = False) -> None:
         self.name = name
         self.tier_width = tier_width
         self.title = f"amtl frozen, {tier_width * 4}-byte tiers"
+        if fused:
+            self._fuse(name, self.title)
         self.equations = Equations("stored", tier_width=tier_width)
 
     def prepare(self, problem: Problem) -> Session:
         """Freezes the problem's weights; ids are renumbered beforehand, as vocabularies are."""
-        import amtl_kernels
-
         tiers = problem.tiers(self.tier_width)
         blocks = [nn.Parameter(block) for block in problem.blocks(self.tier_width)]
+        optimizer = _make_optimizer(problem, blocks)
+        amtl_kernels, extra = _functions(self.fused, optimizer)
         ids = [tiers.rank[part] for part in problem.global_ids]
         starts, ends, dim = problem.offsets[:-1], tiers.ends, problem.case.dim
         samples = by_sample(problem)
@@ -173,19 +203,24 @@ class Frozen(_Ours):
             places = [tiers.rank[part] for part in samples]
 
             def lookup(rotation: int) -> Tensor:
-                return amtl_kernels.tiered_embedding(
-                    blocks, ends, places[rotation], embedding_dim=dim
-                ).flatten(1)
+                output: Tensor = amtl_kernels.tiered_embedding(
+                    blocks, ends, places[rotation], embedding_dim=dim, **extra
+                )
+                return output.flatten(1)
         elif problem.case.pooled:
 
             def lookup(rotation: int) -> Tensor:
-                return amtl_kernels.tiered_embedding_bag(
-                    blocks, ends, ids[rotation], starts, embedding_dim=dim
+                output: Tensor = amtl_kernels.tiered_embedding_bag(
+                    blocks, ends, ids[rotation], starts, embedding_dim=dim, **extra
                 )
+                return output
         else:
 
             def lookup(rotation: int) -> Tensor:
-                return amtl_kernels.tiered_embedding(blocks, ends, ids[rotation], embedding_dim=dim)
+                output: Tensor = amtl_kernels.tiered_embedding(
+                    blocks, ends, ids[rotation], embedding_dim=dim, **extra
+                )
+                return output
 
         def gradient(rows: Tensor) -> Tensor:
             whole = torch.zeros(rows.numel(), dim)
@@ -198,9 +233,9 @@ class Frozen(_Ours):
             return whole
 
         access = TieredRows(problem, self.tier_width, blocks)
-        optimizer = _make_optimizer(problem, blocks)
+        separate = None if self.fused else optimizer
         return AutogradSession(
-            problem, lookup, blocks, optimizer=optimizer, rows=access, gradient=gradient
+            problem, lookup, blocks, optimizer=separate, rows=access, gradient=gradient
         )
 
 
@@ -293,5 +328,6 @@ class Layer(_Ours):
 
 def contenders() -> Iterable[Contender]:
     """Those of this module."""
+    fused = [Search(fused=True), Frozen("amtl_frozen", 4, fused=True)]
     frozen = [Frozen("amtl_frozen", 4), Frozen("amtl_frozen64", 16)]
-    return [Search(), Masked(), *frozen, Layer()]
+    return [Search(), Masked(), *frozen, *fused, Layer()]
