@@ -6,7 +6,7 @@ from amtl_kernels._version import __version__
 backend.initialize()
 _autograd.register()
 
-from amtl_kernels import optim  # noqa: E402
+from amtl_kernels import fused, optim  # noqa: E402
 from amtl_kernels.backend import (  # noqa: E402
     build_info,
     get_backend,
@@ -28,6 +28,7 @@ __all__ = [
     "adaptive_embedding",
     "adaptive_embedding_bag",
     "build_info",
+    "fused",
     "get_backend",
     "masked_embedding",
     "masked_embedding_bag",

@@ -160,7 +160,73 @@ def _fake_tiered_backward(
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs], psw
 
 
+def _fake_masked_update(
+    weight: Tensor,
+    state: list[Tensor],
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_dims: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> Tensor:
+    return _fake_psw(weight, per_sample_weights, psw_grad)
+
+
+def _fake_adaptive_update(
+    weight: Tensor,
+    state: list[Tensor],
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_group: Tensor,
+    group_dims: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    seed: int,
+    mask_grad: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> tuple[Tensor, Tensor]:
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    groups = group_dims.shape[0] if mask_grad else 0
+    return (
+        weight.new_empty(groups, weight.shape[1], dtype=compute),
+        _fake_psw(weight, per_sample_weights, psw_grad),
+    )
+
+
+def _fake_tiered_update(
+    blocks: list[Tensor],
+    state: list[Tensor],
+    grad: Tensor,
+    tier_ends: list[int],
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    embedding_dim: int,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> Tensor:
+    return _fake_psw(blocks[0], per_sample_weights, psw_grad)
+
+
 _FAKE_BACKWARDS: dict[str, Callable[..., object]] = {
+    "masked_embedding_update_": _fake_masked_update,
+    "adaptive_embedding_update_": _fake_adaptive_update,
+    "tiered_embedding_update_": _fake_tiered_update,
     "masked_embedding_backward": _fake_masked_backward,
     "adaptive_embedding_backward": _fake_adaptive_backward,
     "tiered_embedding_backward": _fake_tiered_backward,

@@ -80,10 +80,34 @@ _OPTIMIZERS: dict[str, str] = {
     ),
 }
 
+# A backward that applies the optimizer's update to each row as soon as its gradient is summed:
+# `optimizer` is 0 SGD, 1 Adagrad, 2 row-wise Adagrad, 3 Adam; `state` holds its tensors (per block
+# one after the other); `hyper` is lr, eps, weight_decay, beta1, beta2, step.
+_UPDATES: dict[str, str] = {
+    "masked_embedding_update_": (
+        "(Tensor(a!) weight, Tensor(b!)[] state, Tensor grad, Tensor indices, Tensor? offsets,"
+        " Tensor row_dims, Tensor? per_sample_weights, int mode, int padding_idx,"
+        " bool include_last_offset, bool psw_grad, int optimizer, float[] hyper)"
+        " -> Tensor psw_grad"
+    ),
+    "adaptive_embedding_update_": (
+        "(Tensor(a!) weight, Tensor(b!)[] state, Tensor grad, Tensor indices, Tensor? offsets,"
+        " Tensor row_group, Tensor group_dims, Tensor? per_sample_weights, int mode,"
+        " int padding_idx, bool include_last_offset, SymInt seed, bool mask_grad, bool psw_grad,"
+        " int optimizer, float[] hyper) -> (Tensor group_mask_grad, Tensor psw_grad)"
+    ),
+    "tiered_embedding_update_": (
+        "(Tensor(a!)[] blocks, Tensor(b!)[] state, Tensor grad, int[] tier_ends, Tensor indices,"
+        " Tensor? offsets, Tensor? per_sample_weights, int embedding_dim, int mode,"
+        " int padding_idx, bool include_last_offset, bool psw_grad, int optimizer,"
+        " float[] hyper) -> Tensor psw_grad"
+    ),
+}
+
 LOOKUPS: tuple[str, ...] = tuple(_LOOKUPS)
 """Names of the differentiable lookups."""
 
-SCHEMAS: dict[str, str] = {**_LOOKUPS, **_BACKWARDS, **_OPTIMIZERS}
+SCHEMAS: dict[str, str] = {**_LOOKUPS, **_BACKWARDS, **_OPTIMIZERS, **_UPDATES}
 """Every operator that a backend may implement, with its schema."""
 
 LIBRARY = torch.library.Library("amtl", "DEF")

@@ -85,7 +85,7 @@ def _non_negative(**values: float) -> None:
             raise ValueError(f"{name} must not be negative, got {value}")
 
 
-class _RowOptimizer(torch.optim.Optimizer):
+class RowOptimizer(torch.optim.Optimizer):
     """Runs one update for each parameter: sparse through the operators, dense in PyTorch."""
 
     @overload
@@ -136,6 +136,59 @@ class _RowOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and name != "step":
                     self.state[parameter][name] = value.detach().clone().to(parameter.device)
 
+    def fused_update(self, tables: list[Tensor]) -> tuple[int, list[Tensor], list[float]]:
+        """What a fused backward needs to update ``tables`` now, counting this as a step of theirs.
+
+        Args:
+            tables: Parameters of one group of this optimizer.
+
+        Returns:
+            The optimizer's number in the operators, state tensors table by table, and the
+            hyperparameters ``lr, eps, weight_decay, beta1, beta2, step``.
+
+        Raises:
+            ValueError: The tables are not in one group of this optimizer.
+        """
+        group = self.check_owns(tables)
+        states: list[Tensor] = []
+        step = 1
+        for table in tables:
+            step = self._fused_state(table, group, states)
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        hyper = [
+            float(group["lr"]),
+            group.get("eps", 0.0),
+            group["weight_decay"],
+            beta1,
+            beta2,
+            float(step),
+        ]
+        return self._number, states, hyper
+
+    def check_owns(self, tables: list[Tensor]) -> dict[str, Any]:
+        """The parameter group that holds all ``tables``.
+
+        Args:
+            tables: Parameters of one group of this optimizer.
+
+        Returns:
+            That group.
+
+        Raises:
+            ValueError: There is none.
+        """
+        wanted = {id(table) for table in tables}
+        for group in self.param_groups:
+            if wanted <= {id(parameter) for parameter in group["params"]}:
+                return group
+        raise ValueError("the tables of a fused lookup must be in one group of its optimizer")
+
+    _number = -1
+
+    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
+        """Appends the table's state to ``states``; returns its number of steps."""
+        raise NotImplementedError
+
     def _sparse(
         self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
     ) -> None:
@@ -157,7 +210,7 @@ def _decayed(parameter: Tensor, grad: Tensor, weight_decay: float) -> Tensor:
     return grad.add(parameter.to(dtype), alpha=weight_decay) if weight_decay else grad
 
 
-class SGD(_RowOptimizer):
+class SGD(RowOptimizer):
     """``w -= lr * (g + weight_decay * w)`` on touched values.
 
     Args:
@@ -173,6 +226,11 @@ class SGD(_RowOptimizer):
         _non_negative(lr=lr, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
+    _number = 0
+
+    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
+        return 1
+
     def _sparse(
         self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
     ) -> None:
@@ -183,7 +241,7 @@ class SGD(_RowOptimizer):
         parameter.add_(grad.to(parameter.dtype), alpha=-float(group["lr"]))
 
 
-class Adagrad(_RowOptimizer):
+class Adagrad(RowOptimizer):
     """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)`` on touched values.
 
     State: ``sum`` of the shape of the parameter.
@@ -227,6 +285,12 @@ class Adagrad(_RowOptimizer):
         total: Tensor = state["sum"]
         return total
 
+    _number = 1
+
+    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
+        states.append(self._sum(table, group, self.state[table]))
+        return 1
+
     def _sparse(
         self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
     ) -> None:
@@ -248,7 +312,7 @@ class Adagrad(_RowOptimizer):
         parameter.add_(step.to(parameter.dtype), alpha=-float(group["lr"]))
 
 
-class RowwiseAdagrad(_RowOptimizer):
+class RowwiseAdagrad(RowOptimizer):
     """Adagrad with one sum a row: ``s += mean(g^2)``, ``w -= lr * g / (sqrt(s) + eps)``.
 
     The mean runs over the kept prefix of the row. State: ``sum`` ``[N]``; a parameter of another
@@ -295,6 +359,12 @@ class RowwiseAdagrad(_RowOptimizer):
         total: Tensor = state["sum"]
         return total
 
+    _number = 2
+
+    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
+        states.append(self._sum(table, group, self.state[table]))
+        return 1
+
     def _sparse(
         self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
     ) -> None:
@@ -318,7 +388,7 @@ class RowwiseAdagrad(_RowOptimizer):
         parameter.add_(step.to(parameter.dtype), alpha=-float(group["lr"]))
 
 
-class Adam(_RowOptimizer):
+class Adam(RowOptimizer):
     """Lazy Adam: ``torch.optim.Adam`` on touched values, moments of the others left alone.
 
     The bias correction uses the parameter's own number of steps. State: ``step`` (a scalar
@@ -356,6 +426,14 @@ class Adam(_RowOptimizer):
             state["exp_avg_sq"] = _state_like(parameter)
         state["step"] += 1
         return int(state["step"])
+
+    _number = 3
+
+    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
+        state = self.state[table]
+        step = self._advance(table, state)
+        states.extend([state["exp_avg"], state["exp_avg_sq"]])
+        return step
 
     def _sparse(
         self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any

@@ -499,6 +499,141 @@ def apply_adam_(
     weight[rows] = torch.where(kept, old - change, old).to(weight.dtype)
 
 
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
+"""Values of ``optimizer``."""
+
+
+def _update(
+    weight: Tensor,
+    state: list[Tensor],
+    rows: Tensor,
+    grads: Tensor,
+    optimizer: int,
+    hyper: list[float],
+) -> None:
+    """Whatever backend is set updates the rows: a fused backward is a backward and an update."""
+    lr, eps, weight_decay, beta1, beta2, step = hyper
+    ops = torch.ops.amtl
+    if optimizer == SGD:
+        ops.apply_sgd_(weight, rows, grads, lr, weight_decay)
+    elif optimizer == ADAGRAD:
+        ops.apply_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay)
+    elif optimizer == ROWWISE_ADAGRAD:
+        ops.apply_rowwise_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay)
+    else:
+        ops.apply_adam_(weight, *state, rows, grads, int(step), lr, beta1, beta2, eps, weight_decay)
+
+
+def masked_embedding_update_(
+    weight: Tensor,
+    state: list[Tensor],
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_dims: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> Tensor:
+    """:func:`masked_embedding_backward`, then the optimizer's update."""
+    rows, grads, psw = torch.ops.amtl.masked_embedding_backward(
+        grad,
+        weight,
+        indices,
+        offsets,
+        row_dims,
+        per_sample_weights,
+        mode,
+        padding_idx,
+        include_last_offset,
+        True,
+        psw_grad,
+    )
+    _update(weight, state, rows, grads, optimizer, hyper)
+    return psw
+
+
+def adaptive_embedding_update_(
+    weight: Tensor,
+    state: list[Tensor],
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    row_group: Tensor,
+    group_dims: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    seed: int,
+    mask_grad: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> tuple[Tensor, Tensor]:
+    """:func:`adaptive_embedding_backward`, then the optimizer's update."""
+    rows, grads, mask, psw = torch.ops.amtl.adaptive_embedding_backward(
+        grad,
+        weight,
+        indices,
+        offsets,
+        row_group,
+        group_dims,
+        per_sample_weights,
+        mode,
+        padding_idx,
+        include_last_offset,
+        seed,
+        True,
+        mask_grad,
+        psw_grad,
+    )
+    _update(weight, state, rows, grads, optimizer, hyper)
+    return mask, psw
+
+
+def tiered_embedding_update_(
+    blocks: list[Tensor],
+    state: list[Tensor],
+    grad: Tensor,
+    tier_ends: list[int],
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    embedding_dim: int,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+    psw_grad: bool,
+    optimizer: int,
+    hyper: list[float],
+) -> Tensor:
+    """:func:`tiered_embedding_backward`, then the optimizer's update of every block."""
+    rows, grads, psw = torch.ops.amtl.tiered_embedding_backward(
+        grad,
+        blocks,
+        tier_ends,
+        indices,
+        offsets,
+        per_sample_weights,
+        embedding_dim,
+        mode,
+        padding_idx,
+        include_last_offset,
+        True,
+        psw_grad,
+    )
+    moments = len(state) // len(blocks)
+    for c, block in enumerate(blocks):
+        mine = state[c * moments : (c + 1) * moments]
+        _update(block, mine, rows[c], grads[c], optimizer, hyper)
+    return psw
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
     "masked_embedding": masked_embedding,
     "masked_embedding_bag": masked_embedding_bag,
@@ -513,5 +648,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
     "apply_adagrad_": apply_adagrad_,
     "apply_rowwise_adagrad_": apply_rowwise_adagrad_,
     "apply_adam_": apply_adam_,
+    "masked_embedding_update_": masked_embedding_update_,
+    "adaptive_embedding_update_": adaptive_embedding_update_,
+    "tiered_embedding_update_": tiered_embedding_update_,
 }
 """Operator name to reference."""

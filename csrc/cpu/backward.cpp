@@ -19,8 +19,6 @@ constexpr int64_t kCutItems = 1 << 15;
 constexpr int64_t kWalkItems = 4096;
 constexpr int64_t kWalkOrdered = 1024;
 constexpr int64_t kSerialValues = 1 << 15;
-// Tables up to this size are left to the caches.
-constexpr int64_t kPrefetchBytes = int64_t{4} << 20;
 
 // Runs f(task, worker) for every task, each on whichever thread is free.
 template <class F>
@@ -237,7 +235,7 @@ int64_t SortedLookups::SegmentOf(int64_t row) const {
 }
 
 // Sums the pieces of long segments first, so that all threads share the hottest row.
-void SortedLookups::SumPieces(const void* grad, WalkTask* task, int columns) {
+void SortedLookups::SumPieces(const void* grad, int64_t grad_stride, WalkTask* task) {
   struct Piece {
     int64_t begin, end;
   };
@@ -266,21 +264,23 @@ void SortedLookups::SumPieces(const void* grad, WalkTask* task, int columns) {
   const KernelTable& kernels = Kernels();
   const int64_t item_bytes = weighted_ ? sizeof(WeightedItem) : sizeof(Item);
   ForTasks(executor_, static_cast<int64_t>(pieces.size()), false, [&](int64_t i, int64_t) {
-    kernels.reduce(table_.type, grad, table_.dim,
+    kernels.reduce(table_.type, grad, grad_stride,
                    static_cast<const char*>(items_) + pieces[i].begin * item_bytes, weighted_,
-                   pieces[i].end - pieces[i].begin, columns, sums + i * task->padded_dim);
+                   pieces[i].end - pieces[i].begin, static_cast<int>(table_.dim),
+                   sums + i * task->padded_dim);
   });
   task->piece_of = piece_of;
   task->pieces = sums;
 }
 
-void SortedLookups::Walk(const void* grad, float* mask_grad, Update update, const Hyper& hyper,
-                         const TableSlice* slices, int64_t slice_count) {
+void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad, Update update,
+                         const Hyper& hyper, const TableSlice* slices, int64_t slice_count) {
   if (segments_ == 0) return;
   const KernelTable& kernels = Kernels();
   WalkTask task{};
   task.grad = grad;
   task.dim = table_.dim;
+  task.grad_stride = grad_stride;
   task.items = items_;
   task.rows = rows_;
   task.starts = starts_;
@@ -293,7 +293,7 @@ void SortedLookups::Walk(const void* grad, float* mask_grad, Update update, cons
   task.slice_count = slice_count;
   task.hyper = hyper;
   task.prefetch = table_.rows * table_.dim * BytesOf(table_.type) > kPrefetchBytes;
-  SumPieces(grad, &task, static_cast<int>(table_.dim));
+  SumPieces(grad, grad_stride, &task);
 
   const int64_t tasks = task.order ? (segments_ + kWalkOrdered - 1) / kWalkOrdered
                                    : (count_ + kWalkItems - 1) / kWalkItems;
@@ -327,7 +327,7 @@ void SortedLookups::Walk(const void* grad, float* mask_grad, Update update, cons
 }
 
 void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, const BagTable& bags,
-                         const void* grad, void* out) {
+                         const void* grad, int64_t grad_stride, void* out) {
   Scratch scratch;
   int64_t bag_count = table.lookups;
   if (bags.offsets == nullptr) throw std::invalid_argument("per_sample_weights need offsets");
@@ -340,7 +340,7 @@ void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, con
   std::fill(bag_of + begins[bag_count], bag_of + table.lookups, -1);
   const LookupResolver resolver(table);
   executor.For(table.lookups, 1024, [&](int64_t p0, int64_t p1) {
-    Kernels().dot(table.type, &resolver, grad, table.dim, bag_of, p0, p1, out);
+    Kernels().dot(table.type, &resolver, grad, grad_stride, bag_of, p0, p1, out);
   });
   if (resolver.bad_index) ThrowBadIndex(table);
 }

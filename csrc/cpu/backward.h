@@ -26,9 +26,10 @@ class SortedLookups {
   // First segment whose row is not below `row`.
   int64_t SegmentOf(int64_t row) const;
 
-  // Walks the segments: the mask gradient (zero-initialised, or null) and the update of slices.
-  void Walk(const void* grad, float* mask_grad, Update update, const Hyper& hyper,
-            const TableSlice* slices, int64_t slice_count);
+  // Walks the segments, gradient rows `grad_stride` values apart: the mask gradient
+  // (zero-initialised, or null) and the update of slices.
+  void Walk(const void* grad, int64_t grad_stride, float* mask_grad, Update update,
+            const Hyper& hyper, const TableSlice* slices, int64_t slice_count);
 
   int64_t* ScratchRows() { return scratch_.Get<int64_t>(segments_); }
 
@@ -38,7 +39,7 @@ class SortedLookups {
   template <class I>
   void CutSegments(const I* items, bool fill);
   void SortByGroup();
-  void SumPieces(const void* grad, WalkTask* task, int columns);
+  void SumPieces(const void* grad, int64_t grad_stride, WalkTask* task);
 
   const Executor& executor_;
   const LookupTable& table_;
@@ -58,7 +59,7 @@ class SortedLookups {
 
 // Gradient of the per-sample weights, [lookups].
 void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, const BagTable& bags,
-                         const void* grad, void* out);
+                         const void* grad, int64_t grad_stride, void* out);
 
 // Applies an update to rows (strictly ascending, checked) with gradients grads [count, width].
 void ApplyUpdate(const Executor& executor, FloatType type, Update update, const TableSlice& slice,

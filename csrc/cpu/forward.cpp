@@ -110,7 +110,7 @@ const int64_t* BagBegins(const Executor& executor, const LookupTable& table, con
 }
 
 bool RunForward(const Executor& executor, const LookupTable& table, const BagTable& bags,
-                BoundsCheck bounds_check, void* out) {
+                BoundsCheck bounds_check, void* out, int64_t out_stride) {
   Scratch scratch;
   const bool pooled = bags.offsets != nullptr;
   int64_t count = table.lookups;
@@ -125,12 +125,15 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   task.resolver = &resolver;
   task.begins = begins;
   task.out = out;
+  task.out_stride = out_stride;
   task.dim = table.dim;
   task.mean = pooled && bags.mean;
   task.weighted = table.per_sample_weights != nullptr;
-  task.stream = table.type == FloatType::kFloat && table.dim % kernels.lanes == 0 &&
+  task.stream = table.type == FloatType::kFloat && out_stride == table.dim &&
+                table.dim % kernels.lanes == 0 &&
                 table.dim <= kMaxStaticRegisters * kernels.lanes && bytes >= kStreamBytes &&
                 reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  task.prefetch = table.rows * table.dim * BytesOf(table.type) >= kPrefetchBytes;
   const int64_t wide = (table.dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
 
   const int64_t tasks =

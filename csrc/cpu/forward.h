@@ -30,9 +30,10 @@ int64_t FindBadIndex(const LookupTable& table, int64_t* value);
 const int64_t* BagBegins(const Executor& executor, const LookupTable& table, const BagTable& bags,
                          Scratch* scratch, int64_t* bag_count);
 
-// Rows and kept sizes are looked up, pooled if `bags` say so, and written to out [.., dim]. Returns
+// Rows and kept sizes are looked up, pooled if `bags` say so, and written to out [.., dim], whose
+// rows are `out_stride` values apart. Returns
 // whether an index was out of range and clamped.
 bool RunForward(const Executor& executor, const LookupTable& table, const BagTable& bags,
-                BoundsCheck bounds_check, void* out);
+                BoundsCheck bounds_check, void* out, int64_t out_stride);
 
 }  // namespace amtl::cpu

@@ -11,14 +11,17 @@
 namespace amtl::cpu {
 
 constexpr int kMaxStaticRegisters = 8;
-constexpr int64_t kSourceBlock = 128;
+constexpr int64_t kSourceBlock = 32;
+// Tables up to this size are left to the caches: asking for them ahead only costs instructions.
+constexpr int64_t kPrefetchBytes = int64_t{4} << 20;
 // A segment of more items than this is summed in pieces of this many, whoever sums them: threads
 // share hot rows, and the order of additions does not depend on their number.
 constexpr int64_t kPieceItems = 1024;
 
-// Writes the sources of lookups [begin, end) to `out`.
+// Writes the sources of lookups [begin, end) to `out`, and asks ahead for what those up to `limit`
+// will need.
 struct Resolver {
-  void (*resolve)(const Resolver* self, int64_t begin, int64_t end, Source* out);
+  void (*resolve)(const Resolver* self, int64_t begin, int64_t end, int64_t limit, Source* out);
 };
 
 // One pooled or plain forward over bags [begin, end). A plain lookup has begins == nullptr: bag b
@@ -26,11 +29,13 @@ struct Resolver {
 struct PoolTask {
   const Resolver* resolver;
   const int64_t* begins;  // [bags + 1]
-  void* out;              // [bags, dim]
+  void* out;              // [bags, dim], rows `out_stride` values apart
+  int64_t out_stride;
   int64_t dim;
   bool mean;
   bool weighted;  // sources carry a scale
   bool stream;    // write past the caches: out is 64-byte aligned, dim fills whole registers
+  bool prefetch;  // the table is larger than the caches
   float* wide;    // [dim] scratch of the thread, for dim > kMaxStaticDim
 };
 
@@ -73,7 +78,8 @@ struct Hyper {
 
 // Lookups sorted by row, cut into segments of equal row, and what to do at a segment's end.
 struct WalkTask {
-  const void* grad;  // [bags, dim]
+  const void* grad;  // [bags, dim], rows `grad_stride` values apart
+  int64_t grad_stride;
   int64_t dim;
   const void* items;        // Item or WeightedItem, sorted
   const int64_t* rows;      // [segments]
@@ -104,13 +110,13 @@ struct KernelTable {
   int lanes;
   void (*pool)(FloatType type, const PoolTask& task, int64_t begin, int64_t end);
   // Sums the gradients of `count` items into out[0..columns).
-  void (*reduce)(FloatType type, const void* grad, int64_t dim, const void* items, bool weighted,
+  void (*reduce)(FloatType type, const void* grad, int64_t stride, const void* items, bool weighted,
                  int64_t count, int columns, float* out);
   // Walks segments [begin, end); `scratch` holds 2 * padded_dim floats.
   void (*walk)(FloatType type, Update update, bool weighted, const WalkTask& task, int64_t begin,
                int64_t end, WalkEdges* edges, float* scratch);
   // Gradient of the per-sample weight of lookups [begin, end): bags[p] < 0 gives 0.
-  void (*dot)(FloatType type, const Resolver* resolver, const void* grad, int64_t dim,
+  void (*dot)(FloatType type, const Resolver* resolver, const void* grad, int64_t stride,
               const int64_t* bags, int64_t begin, int64_t end, void* out);
   // Applies updates to rows[begin, end) with gradients grads [.., slice.width].
   void (*apply)(FloatType type, Update update, const TableSlice& slice, const Hyper& hyper,

@@ -1,5 +1,6 @@
 #include "cpu/resolve.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace amtl::cpu {
@@ -44,7 +45,7 @@ void Report(const LookupResolver& self, bool bad_index, bool bad_size) {
 }
 
 template <class Index, class Sizes>
-void ResolveDense(const Resolver* base, int64_t begin, int64_t end, Source* out) {
+void ResolveDense(const Resolver* base, int64_t begin, int64_t end, int64_t limit, Source* out) {
   const LookupResolver& self = static_cast<const LookupResolver&>(*base);
   const LookupTable& t = self.table;
   const Index* indices = static_cast<const Index*>(t.indices);
@@ -52,6 +53,10 @@ void ResolveDense(const Resolver* base, int64_t begin, int64_t end, Source* out)
   const int64_t row_bytes = t.dim * BytesOf(t.type);
   const int64_t padding = t.skip_padding ? t.padding_idx : -1;
   bool bad_index = false, bad_size = false;
+  if (t.rows * row_bytes >= kPrefetchBytes) {
+    const int64_t ahead = std::min(limit, end + kSourceBlock);
+    for (int64_t p = end; p < ahead; ++p) sizes.Prefetch(static_cast<int64_t>(indices[p]));
+  }
   for (int64_t p = begin; p < end; ++p) {
     const int64_t row = PullIntoRange(indices[p], t.rows, &bad_index);
     const int32_t size = sizes(row, &bad_size);
@@ -62,7 +67,7 @@ void ResolveDense(const Resolver* base, int64_t begin, int64_t end, Source* out)
 }
 
 template <class Index>
-void ResolveTiers(const Resolver* base, int64_t begin, int64_t end, Source* out) {
+void ResolveTiers(const Resolver* base, int64_t begin, int64_t end, int64_t, Source* out) {
   const LookupResolver& self = static_cast<const LookupResolver&>(*base);
   const LookupTable& t = self.table;
   const Index* indices = static_cast<const Index*>(t.indices);

@@ -66,6 +66,8 @@ struct RowSizes {
   int32_t dim;
   explicit RowSizes(const LookupTable& t)
       : dims(static_cast<const D*>(t.sizes.dims)), dim(static_cast<int32_t>(t.dim)) {}
+  // Safe for any row: a prefetch never faults.
+  void Prefetch(int64_t row) const { __builtin_prefetch(dims + row); }
   int32_t operator()(int64_t row, bool* bad) const {
     const int32_t size = static_cast<int32_t>(dims[row]);
     const bool wrong = static_cast<uint32_t>(size) - 1u >= static_cast<uint32_t>(dim);
@@ -89,6 +91,7 @@ struct GroupSizes {
         columns(static_cast<uint32_t>(t.sizes.columns)),
         mixed_seed(t.sizes.mixed_seed),
         dim(static_cast<int32_t>(t.dim)) {}
+  void Prefetch(int64_t row) const { __builtin_prefetch(row_group + row); }
   int32_t operator()(int64_t row, bool* bad) const {
     const uint32_t group = static_cast<uint32_t>(row_group[row]);
     if (__builtin_expect(group >= groups, 0)) {

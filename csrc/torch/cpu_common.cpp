@@ -127,9 +127,9 @@ void CpuLookup::CheckGrad(const Tensor& grad, const Tensor& like) const {
 void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out) {
   Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
   if (out.numel() == 0 && lookup.table.lookups == 0) return;
-  const bool clamped =
-      cpu::RunForward(TorchExecutor(), lookup.table, lookup.bags,
-                      static_cast<cpu::BoundsCheck>(bounds_check), out.mutable_data_ptr());
+  const bool clamped = cpu::RunForward(TorchExecutor(), lookup.table, lookup.bags,
+                                       static_cast<cpu::BoundsCheck>(bounds_check),
+                                       out.mutable_data_ptr(), lookup.table.dim);
   if (!clamped) return;
   int64_t value = 0;
   const int64_t position = cpu::FindBadIndex(lookup.table, &value);

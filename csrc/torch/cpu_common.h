@@ -61,6 +61,15 @@ struct CpuLookup {
   void CheckGrad(const Tensor& grad, const Tensor& like) const;
 };
 
+// Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step.
+cpu::Hyper MakeHyper(const std::vector<double>& values);
+// The memory of a state tensor, float32 [N, D], or [N] if row-wise.
+float* StateData(const Tensor& state, const Tensor& weight, const char* name, bool row_wise);
+// Number of state tensors of an update.
+inline int StateCount(cpu::Update update) {
+  return update == cpu::Update::kAdam ? 2 : update == cpu::Update::kSgd ? 0 : 1;
+}
+
 // Runs the forward and warns about a clamped index.
 void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out);
 

@@ -91,7 +91,7 @@ Tensor PerSampleWeightGrad(const CpuLookup& lookup, const Tensor& like, const Te
   if (!wanted) return Empty(like, {0}, like.scalar_type());
   const Tensor out = Empty(like, {lookup.table.lookups}, like.scalar_type());
   cpu::PerSampleWeightGrad(TorchExecutor(), lookup.table, lookup.bags, grad.const_data_ptr(),
-                           out.mutable_data_ptr());
+                           lookup.table.dim, out.mutable_data_ptr());
   return out;
 }
 
@@ -124,8 +124,9 @@ DenseGrads DenseBackward(const CpuLookup& lookup, const Tensor& weight, const Te
     rows = sorted.ScratchRows();
   }
   sorted.Describe(groups > 0, rows);
-  sorted.Walk(grad.const_data_ptr(), groups > 0 ? out.mask.mutable_data_ptr<float>() : nullptr,
-              Update::kStoreGrad, Hyper{}, &slice, 1);
+  sorted.Walk(grad.const_data_ptr(), lookup.table.dim,
+              groups > 0 ? out.mask.mutable_data_ptr<float>() : nullptr, Update::kStoreGrad,
+              Hyper{}, &slice, 1);
   return out;
 }
 
@@ -195,10 +196,115 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> TieredEmbeddingBack
         local[i] = all_rows[slice.first_segment + i] - slice.first_row;
       }
     }
-    sorted.Walk(grad.const_data_ptr(), nullptr, Update::kStoreGrad, Hyper{}, slices.data(),
-                static_cast<int64_t>(slices.size()));
+    sorted.Walk(grad.const_data_ptr(), lookup.table.dim, nullptr, Update::kStoreGrad, Hyper{},
+                slices.data(), static_cast<int64_t>(slices.size()));
   }
   return {rows, grads, PerSampleWeightGrad(lookup, blocks[0], grad, psw_grad)};
+}
+
+// The update that an operator asks for, and its state.
+struct Optimizer {
+  Update update;
+  Hyper hyper;
+  const std::vector<Tensor>& state;
+
+  Optimizer(int64_t number, const std::vector<double>& values, const std::vector<Tensor>& tensors)
+      : hyper(MakeHyper(values)), state(tensors) {
+    constexpr Update kByNumber[] = {Update::kSgd, Update::kAdagrad, Update::kRowWiseAdagrad,
+                                    Update::kAdam};
+    Check(number >= 0 && number < 4, "optimizer must be in 0..3");
+    update = kByNumber[number];
+  }
+
+  TableSlice Slice(const Tensor& weight, size_t table) const {
+    const size_t count = static_cast<size_t>(StateCount(update));
+    Check(state.size() >= (table + 1) * count, "the optimizer needs ", count,
+          " state tensors for each table");
+    TableSlice slice{};
+    slice.weight = weight.mutable_data_ptr();
+    slice.width = static_cast<int32_t>(weight.size(1));
+    slice.end_row = weight.size(0);
+    const bool row_wise = update == Update::kRowWiseAdagrad;
+    if (count > 0) slice.state1 = StateData(state[table * count], weight, "state", row_wise);
+    if (count > 1) slice.state2 = StateData(state[table * count + 1], weight, "state", row_wise);
+    return slice;
+  }
+};
+
+// Updates a dense table; returns the mask gradient [groups, dim].
+Tensor DenseUpdate(const CpuLookup& lookup, const Tensor& weight, const Tensor& grad,
+                   const Optimizer& optimizer, int64_t groups) {
+  const Tensor mask =
+      torch::stable::new_zeros(weight, {groups, lookup.table.dim}, ScalarType::Float);
+  const cpu::Executor executor = TorchExecutor();
+  const TableSlice slice = optimizer.Slice(weight, 0);
+  SortedLookups sorted(executor, lookup.table, lookup.bags);
+  sorted.Describe(groups > 0, sorted.ScratchRows());
+  sorted.Walk(grad.const_data_ptr(), lookup.table.dim,
+              groups > 0 ? mask.mutable_data_ptr<float>() : nullptr, optimizer.update,
+              optimizer.hyper, &slice, 1);
+  return mask;
+}
+
+Tensor MaskedEmbeddingUpdate(const Tensor& weight, const std::vector<Tensor>& state,
+                             const Tensor& grad, const Tensor& indices,
+                             const OptionalTensor& offsets, const Tensor& row_dims,
+                             const OptionalTensor& per_sample_weights, int64_t mode,
+                             int64_t padding_idx, bool include_last_offset, bool psw_grad,
+                             int64_t optimizer, const std::vector<double>& hyper) {
+  CpuLookup lookup;
+  lookup.SetTable(weight, indices, padding_idx);
+  lookup.SetRowSizes(weight, row_dims);
+  lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
+  lookup.CheckGrad(grad, weight);
+  const Tensor psw = PerSampleWeightGrad(lookup, weight, grad, psw_grad);
+  DenseUpdate(lookup, weight, grad, Optimizer(optimizer, hyper, state), 0);
+  return psw;
+}
+
+std::tuple<Tensor, Tensor> AdaptiveEmbeddingUpdate(
+    const Tensor& weight, const std::vector<Tensor>& state, const Tensor& grad,
+    const Tensor& indices, const OptionalTensor& offsets, const Tensor& row_group,
+    const Tensor& group_dims, const OptionalTensor& per_sample_weights, int64_t mode,
+    int64_t padding_idx, bool include_last_offset, int64_t seed, bool mask_grad, bool psw_grad,
+    int64_t optimizer, const std::vector<double>& hyper) {
+  CpuLookup lookup;
+  lookup.SetTable(weight, indices, padding_idx);
+  lookup.SetGroupSizes(weight, row_group, group_dims, seed);
+  lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
+  lookup.CheckGrad(grad, weight);
+  const Tensor psw = PerSampleWeightGrad(lookup, weight, grad, psw_grad);
+  return {DenseUpdate(lookup, weight, grad, Optimizer(optimizer, hyper, state),
+                      mask_grad ? group_dims.size(0) : 0),
+          psw};
+}
+
+Tensor TieredEmbeddingUpdate(const std::vector<Tensor>& blocks, const std::vector<Tensor>& state,
+                             const Tensor& grad, const std::vector<int64_t>& tier_ends,
+                             const Tensor& indices, const OptionalTensor& offsets,
+                             const OptionalTensor& per_sample_weights, int64_t embedding_dim,
+                             int64_t mode, int64_t padding_idx, bool include_last_offset,
+                             bool psw_grad, int64_t optimizer_number,
+                             const std::vector<double>& hyper) {
+  CpuLookup lookup;
+  lookup.SetTiers(blocks, tier_ends, indices, embedding_dim, padding_idx);
+  lookup.SetBags(blocks[0], offsets, per_sample_weights, mode, include_last_offset);
+  lookup.CheckGrad(grad, blocks[0]);
+  const Tensor psw = PerSampleWeightGrad(lookup, blocks[0], grad, psw_grad);
+  const Optimizer optimizer(optimizer_number, hyper, state);
+  std::vector<TableSlice> slices;
+  int64_t start = 0;
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    slices.push_back(optimizer.Slice(blocks[c], c));
+    slices.back().first_row = start;
+    slices.back().end_row = start = tier_ends[c];
+  }
+  const cpu::Executor executor = TorchExecutor();
+  SortedLookups sorted(executor, lookup.table, lookup.bags);
+  sorted.Describe(false, sorted.ScratchRows());
+  sorted.Walk(grad.const_data_ptr(), lookup.table.dim, nullptr, optimizer.update, optimizer.hyper,
+              slices.data(), static_cast<int64_t>(slices.size()));
+  return psw;
 }
 
 }  // namespace
@@ -213,6 +319,9 @@ STABLE_TORCH_LIBRARY_IMPL(amtl, CPU, m) {
   m.impl("masked_embedding_backward", TORCH_BOX(&MaskedEmbeddingBackward));
   m.impl("adaptive_embedding_backward", TORCH_BOX(&AdaptiveEmbeddingBackward));
   m.impl("tiered_embedding_backward", TORCH_BOX(&TieredEmbeddingBackward));
+  m.impl("masked_embedding_update_", TORCH_BOX(&MaskedEmbeddingUpdate));
+  m.impl("adaptive_embedding_update_", TORCH_BOX(&AdaptiveEmbeddingUpdate));
+  m.impl("tiered_embedding_update_", TORCH_BOX(&TieredEmbeddingUpdate));
 }
 
 }  // namespace amtl

@@ -4,17 +4,24 @@
 #include "torch/cpu_common.h"
 
 namespace amtl {
-namespace {
 
 using cpu::Hyper;
 using cpu::TableSlice;
 using cpu::Update;
 
-Hyper MakeHyper(double lr, double eps, double weight_decay) {
+Hyper MakeHyper(const std::vector<double>& values) {
+  Check(values.size() == 6, "hyper must be lr, eps, weight_decay, beta1, beta2, step");
+  const double beta1 = values[3], beta2 = values[4], step = values[5];
+  Check(step >= 1, "step counts from 1");
   Hyper hyper{};
-  hyper.lr = static_cast<float>(lr);
-  hyper.eps = static_cast<float>(eps);
-  hyper.weight_decay = static_cast<float>(weight_decay);
+  hyper.lr = static_cast<float>(values[0]);
+  hyper.eps = static_cast<float>(values[1]);
+  hyper.weight_decay = static_cast<float>(values[2]);
+  hyper.beta2 = static_cast<float>(beta2);
+  hyper.one_minus_beta1 = static_cast<float>(1 - beta1);
+  hyper.one_minus_beta2 = static_cast<float>(1 - beta2);
+  hyper.step_size = static_cast<float>(values[0] / (1 - std::pow(beta1, step)));
+  hyper.inverse_sqrt_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
   return hyper;
 }
 
@@ -25,6 +32,12 @@ float* StateData(const Tensor& state, const Tensor& weight, const char* name, bo
             state.size(0) == weight.size(0),
         name, row_wise ? " must be [N]" : " must be [N, D]");
   return state.mutable_data_ptr<float>();
+}
+
+namespace {
+
+Hyper MakeHyper(double lr, double eps, double weight_decay) {
+  return amtl::MakeHyper({lr, eps, weight_decay, 0, 0, 1});
 }
 
 void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update update,
@@ -67,14 +80,8 @@ void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Te
 void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
                double beta2, double eps, double weight_decay) {
-  Check(step >= 1, "step counts from 1");
-  Hyper hyper = MakeHyper(lr, eps, weight_decay);
-  hyper.beta2 = static_cast<float>(beta2);
-  hyper.one_minus_beta1 = static_cast<float>(1 - beta1);
-  hyper.one_minus_beta2 = static_cast<float>(1 - beta2);
-  hyper.step_size = static_cast<float>(lr / (1 - std::pow(beta1, static_cast<double>(step))));
-  hyper.inverse_sqrt_bias2 =
-      static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))));
+  const Hyper hyper =
+      amtl::MakeHyper({lr, eps, weight_decay, beta1, beta2, static_cast<double>(step)});
   Apply(weight, rows, grads, Update::kAdam, hyper, StateData(exp_avg, weight, "exp_avg", false),
         StateData(exp_avg_sq, weight, "exp_avg_sq", false));
 }
