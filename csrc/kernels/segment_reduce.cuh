@@ -286,7 +286,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
                            const __grid_constant__ Update update,
                            const __grid_constant__ PartialList in,
                            const __grid_constant__ ReduceOutput out, ReduceShape shape) {
-  constexpr int kUnroll = 4;
+  // Fewer in flight where a thread holds eight sums: what they would spill costs more.
+  constexpr int kUnroll = V > 4 ? 2 : 4;
   const int lane = static_cast<int>(threadIdx.x) % shape.lanes;
   const unsigned mask = tile_mask(shape.lanes);
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / shape.lanes) +

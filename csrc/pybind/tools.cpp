@@ -25,6 +25,9 @@ using amtl::Lookups;
 using amtl::TieredTable;
 using amtl::Update;
 
+// Off, the simulator's own bounds are out of the way of AddressSanitizer's.
+bool watch_bounds = true;
+
 // Registers what it hands to kernels, and forgets it all at the end of the call.
 class Buffers {
  public:
@@ -38,7 +41,10 @@ class Buffers {
     auto array = py::reinterpret_borrow<py::array>(value);
     if (!(array.flags() & py::array::c_style)) throw py::value_error(name + " is not contiguous");
     void* data = const_cast<void*>(array.data());
-    hostsim::register_buffer(name, data, static_cast<std::size_t>(array.nbytes()), writable, true);
+    if (watch_bounds) {
+      hostsim::register_buffer(name, data, static_cast<std::size_t>(array.nbytes()), writable,
+                               true);
+    }
     return data;
   }
 
@@ -47,7 +53,9 @@ class Buffers {
     const std::size_t rounded = (bytes + 255) / 256 * 256 + 256;
     memory_.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(256, rounded)), std::free);
     std::memset(memory_.back().get(), 0xff, rounded);
-    hostsim::register_buffer(name, memory_.back().get(), bytes, true, false);
+    if (watch_bounds) {
+      hostsim::register_buffer(name, memory_.back().get(), bytes, true, false);
+    }
     return memory_.back().get();
   }
 
@@ -404,6 +412,7 @@ PYBIND11_MODULE(_tools, module) {
   module.def("apply_update", &apply_update);
   module.def("configure", &configure, py::arg("seed") = 0, py::arg("thread_order") = "random",
              py::arg("track_races") = false, py::arg("track_traffic") = false);
+  module.def("watch_bounds", [](bool on) { watch_bounds = on; });
   module.def("traffic", &traffic);
   module.def("reset_traffic", &hostsim::reset_traffic);
   module.def("launch_counts", [] { return hostsim::launch_counts(); });
