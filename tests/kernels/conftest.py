@@ -92,7 +92,12 @@ def _chosen() -> list[Backend]:
 BACKENDS = _chosen()
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
+@pytest.fixture(
+    params=[
+        pytest.param(b, id=b.name, marks=pytest.mark.gpu if b.device == "cuda" else ())
+        for b in BACKENDS
+    ]
+)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen: Backend = request.param
     if chosen.cpu_capability:

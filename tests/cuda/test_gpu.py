@@ -1,0 +1,183 @@
+"""What only a GPU can show: determinism under load, streams, CUDA graphs, very large tables.
+
+The operators' values are tested by ``tests/kernels`` on the backend ``cuda``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import amtl_kernels as ak
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available()
+        or not str(ak.build_info()["native"].get("cuda", "")).startswith("on"),  # type: ignore[attr-defined]
+        reason="needs a CUDA GPU and a build with AMTL_CUDA=on: run `make gpu` there",
+    ),
+]
+
+ROWS, DIM, LOOKUPS, BAGS, GROUPS = 5_000, 64, 200_000, 10_000, 300
+
+
+def inputs(sorted_groups: bool = True) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    group = torch.randint(0, GROUPS, (ROWS,), generator=g).int()
+    values = {
+        "weight": torch.randn(ROWS, DIM, generator=g),
+        "indices": (torch.rand(LOOKUPS, generator=g) ** 6 * ROWS).long().clamp(max=ROWS - 1),
+        "offsets": torch.arange(0, LOOKUPS, LOOKUPS // BAGS),
+        "row_group": group.sort().values if sorted_groups else group,
+        "group_dims": torch.randint(1, DIM + 1, (GROUPS, 16), generator=g).int(),
+        "grad": torch.randn(BAGS, DIM, generator=g),
+    }
+    return {name: value.cuda() for name, value in values.items()}
+
+
+def backward(v: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return torch.ops.amtl.adaptive_embedding_backward(
+        v["grad"],
+        v["weight"],
+        v["indices"],
+        v["offsets"],
+        v["row_group"],
+        v["group_dims"],
+        None,
+        0,
+        -1,
+        False,
+        7,
+        True,
+        True,
+        False,
+    )
+
+
+def step(v: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    hyper = [0.05, 1e-8, 0.0, 0.0, 0.0, 1.0]
+    mask, _ = torch.ops.amtl.adaptive_embedding_update_(
+        v["weight"],
+        [state],
+        v["grad"],
+        v["indices"],
+        v["offsets"],
+        v["row_group"],
+        v["group_dims"],
+        None,
+        0,
+        -1,
+        False,
+        7,
+        True,
+        False,
+        2,
+        hyper,
+    )
+    return v["weight"], mask
+
+
+@pytest.mark.parametrize("sorted_groups", [True, False])
+def test_the_same_bits_every_time(sorted_groups: bool) -> None:
+    v = inputs(sorted_groups)
+    first = backward(v)
+    noise = torch.randn(4096, 4096, device="cuda")
+    side = torch.cuda.Stream()
+    for _ in range(10):
+        with torch.cuda.stream(side):
+            noise = noise @ noise
+        for a, b in zip(first, backward(v), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_stream_of_ones_own() -> None:
+    """Kernels run on PyTorch's current stream, after what was put there before."""
+    v = inputs()
+    want = backward(v)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = dict(v, grad=v["grad"] * 1)
+        got = backward(late)
+    stream.synchronize()
+    for a, b in zip(want, got, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_fused_step_in_a_cuda_graph() -> None:
+    """Captured once and replayed, it does what the same steps do one by one."""
+    eager, captured = inputs(), inputs()
+    states = [torch.zeros(ROWS, device="cuda") for _ in range(2)]
+    for _ in range(3):
+        want_weight, want_mask = step(eager, states[0])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(inputs(), torch.zeros(ROWS, device="cuda"))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.amtl.adaptive_embedding_bag(
+            captured["weight"],
+            captured["indices"],
+            captured["offsets"],
+            captured["row_group"],
+            captured["group_dims"],
+            captured["weight"],
+            None,
+            0,
+            -1,
+            False,
+            7,
+            0,
+        )
+        _, mask = step(captured, states[1])
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured["weight"], want_weight)
+    # A capture cannot look whether groups are in order; it sums masks in another order.
+    torch.testing.assert_close(mask, want_mask, rtol=1e-4, atol=1e-4)
+    assert out.isfinite().all()
+
+
+def test_a_check_that_waits_is_refused_in_a_capture() -> None:
+    v = inputs()
+    sizes = torch.full((ROWS,), DIM, dtype=torch.int32, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="cannot"), torch.cuda.graph(graph):
+        torch.ops.amtl.masked_embedding(v["weight"], v["indices"], sizes, -1, 1)
+
+
+def test_bad_input_leaves_the_gpu_usable() -> None:
+    v = inputs()
+    sizes = torch.full((ROWS,), DIM, dtype=torch.int32, device="cuda")
+    bad = v["indices"].clone()
+    bad[123] = 2**40
+    with pytest.raises(IndexError, match=f"index {2**40} at position 123"):
+        ak.masked_embedding(v["weight"], bad, sizes)
+    assert torch.ops.amtl.masked_embedding(v["weight"], bad, sizes, -1, 0).isfinite().all()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.no_poison
+def test_a_table_of_more_than_two_to_the_31_elements() -> None:
+    rows, dim = 2**31 // 64 + 1_000, 64
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 * rows * dim * 2:
+        pytest.skip(f"needs {3 * rows * dim * 2 >> 30} GiB of free GPU memory")
+    weight = torch.zeros(rows, dim, dtype=torch.float16, device="cuda")
+    weight[-500:] = torch.arange(500, device="cuda", dtype=torch.float16)[:, None]
+    sizes = torch.full((rows,), dim, dtype=torch.uint8, device="cuda")
+    last = torch.arange(rows - 500, rows, device="cuda")
+    assert torch.equal(ak.masked_embedding(weight, last, sizes), weight[-500:])
+    every = torch.arange(rows, device="cuda")
+    out = ak.masked_embedding(weight, every, sizes, bounds_check="off")
+    assert out.numel() > 2**31 and torch.equal(out[-500:], weight[-500:])
+    got, grads, _ = torch.ops.amtl.masked_embedding_backward(
+        weight[-500:].contiguous(), weight, last, None, sizes, None, 0, -1, False, True, False
+    )
+    assert torch.equal(got, last) and torch.equal(grads, weight[-500:])
