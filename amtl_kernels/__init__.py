@@ -14,6 +14,7 @@ from amtl_kernels.backend import (  # noqa: E402
     set_backend,
     use_backend,
 )
+from amtl_kernels.memory import advise_huge_pages  # noqa: E402
 from amtl_kernels.ops import (  # noqa: E402
     adaptive_embedding,
     adaptive_embedding_bag,
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "adaptive_embedding",
     "adaptive_embedding_bag",
+    "advise_huge_pages",
     "build_info",
     "fused",
     "get_backend",

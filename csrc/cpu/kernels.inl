@@ -127,10 +127,9 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
   T* out = static_cast<T*>(task.out) + begin * task.out_stride;
   int64_t p = task.begins ? task.begins[begin] : begin;
   SourceStream sources(task.resolver, p, task.begins ? task.begins[end] : end);
-  const Mask all = FirstLanes(kLanes);
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
     const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
-    for (int r = 0; r < registers; ++r) Store(task.wide + kLanes * r, Zero(), all);
+    for (int r = 0; r < registers; ++r) StoreAll(task.wide + kLanes * r, Zero());
     int64_t counted = 0;
     for (; p < stop; ++p) {
       sources.Reach(p);
@@ -140,12 +139,12 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
       counted += source.size != 0;
       for (int c = 0; c < source.size; c += kLanes) {
         const Reg x = Load(row + c, FirstLanes(source.size - c));
-        Store(task.wide + c, MulAdd(x, scale, Load(task.wide + c, all)), all);
+        StoreAll(task.wide + c, MulAdd(x, scale, LoadAll(task.wide + c)));
       }
     }
     const Reg scale = Set1(task.mean && counted > 1 ? 1.0f / static_cast<float>(counted) : 1.0f);
     for (int r = 0; r < registers; ++r) {
-      Store(out + kLanes * r, Mul(Load(task.wide + kLanes * r, all), scale),
+      Store(out + kLanes * r, Mul(LoadAll(task.wide + kLanes * r), scale),
             FirstLanes(static_cast<int>(task.dim) - kLanes * r));
     }
   }
@@ -213,7 +212,7 @@ inline void ReduceStatic(const T* grad, int64_t stride, const I* items, int64_t 
       acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
     }
   }
-  for (int r = 0; r < R; ++r) Store(out + kLanes * r, acc[r], all);
+  for (int r = 0; r < R; ++r) StoreAll(out + kLanes * r, acc[r]);
 }
 
 // `out` is padded to whole registers; values from `columns` to the padding become zero.
@@ -277,7 +276,7 @@ inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, in
   if constexpr (kUpdate == Update::kStoreGrad) {
     T* out = static_cast<T*>(slice.grads) + (segment - slice.first_segment) * slice.width;
     for (int c = 0; c < slice.width; c += kLanes) {
-      const Reg kept = c < size ? Load(g + c, FirstLanes(size - c)) : Zero();
+      const Reg kept = c < size ? Keep(LoadAll(g + c), FirstLanes(size - c)) : Zero();
       Store(out + c, kept, FirstLanes(slice.width - c));
     }
     return;
@@ -289,17 +288,17 @@ inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, in
     Reg squares = Zero();
     for (int c = 0; c < size; c += kLanes) {
       const Mask m = FirstLanes(size - c);
-      const Reg x = MulAdd(decay, Load(weight + c, m), Load(g + c, m));
+      const Reg x = MulAdd(decay, Load(weight + c, m), Keep(LoadAll(g + c), m));
       squares = MulAdd(x, x, squares);
     }
     float* state = slice.state1 + local;
     *state += size > 0 ? Sum(squares) / static_cast<float>(size) : 0.0f;
-    rate = Div(rate, Add(Sqrt(Set1(*state)), Set1(h.eps)));
+    rate = Set1(-h.lr / (__builtin_sqrtf(*state) + h.eps));
   }
   for (int c = 0; c < size; c += kLanes) {
     const Mask m = FirstLanes(size - c);
     const Reg w = Load(weight + c, m);
-    const Reg x = MulAdd(decay, w, Load(g + c, m));
+    const Reg x = MulAdd(decay, w, Keep(LoadAll(g + c), m));
     if constexpr (kUpdate == Update::kSgd || kUpdate == Update::kRowWiseAdagrad) {
       Store(weight + c, MulAdd(rate, x, w), m);
     } else if constexpr (kUpdate == Update::kAdagrad) {
@@ -331,7 +330,6 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
   const T* grad = static_cast<const T*>(task.grad);
   const int dim = static_cast<int>(task.dim);
   const int dim_registers = Registers(dim);
-  const Mask all = FirstLanes(kLanes);
   float* g = scratch;
   float* mask_sum = scratch + task.padded_dim;
   constexpr bool kReadsWeight = kMask || kUpdate != Update::kStoreGrad;
@@ -352,7 +350,7 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
       target = edges->last;
     }
     for (int r = 0; r < dim_registers; ++r) {
-      Store(target + kLanes * r, Load(mask_sum + kLanes * r, all), FirstLanes(dim - kLanes * r));
+      Store(target + kLanes * r, LoadAll(mask_sum + kLanes * r), FirstLanes(dim - kLanes * r));
     }
   };
 
@@ -395,11 +393,11 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
       const float* piece = task.pieces + task.piece_of[u] * task.padded_dim;
       const int64_t pieces = (count + kPieceItems - 1) / kPieceItems;
       for (int c = 0; c < columns; c += kLanes) {
-        Reg sum = Load(piece + c, all);
+        Reg sum = LoadAll(piece + c);
         for (int64_t i = 1; i < pieces; ++i) {
-          sum = Add(sum, Load(piece + i * task.padded_dim + c, all));
+          sum = Add(sum, LoadAll(piece + i * task.padded_dim + c));
         }
-        Store(g + c, sum, all);
+        StoreAll(g + c, sum);
       }
     } else {
       ReduceItems(grad, task.grad_stride, items + first, count, columns, g);
@@ -409,13 +407,13 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
       if (task.groups[u] != group) {
         flush(false);
         group = task.groups[u];
-        for (int r = 0; r < dim_registers; ++r) Store(mask_sum + kLanes * r, Zero(), all);
+        for (int r = 0; r < dim_registers; ++r) StoreAll(mask_sum + kLanes * r, Zero());
       }
       const T* weight = static_cast<const T*>(slice->weight) + local * slice->width;
       for (int r = 0; r < dim_registers; ++r) {
         const Reg w = Load(weight + kLanes * r, FirstLanes(dim - kLanes * r));
         float* sum = mask_sum + kLanes * r;
-        Store(sum, MulAdd(w, Load(g + kLanes * r, all), Load(sum, all)), all);
+        StoreAll(sum, MulAdd(w, LoadAll(g + kLanes * r), LoadAll(sum)));
       }
     }
     if (kUpdate != Update::kStoreGrad || slice->grads != nullptr) {
@@ -509,12 +507,11 @@ void Dot(FloatType type, const Resolver* resolver, const void* grad, int64_t str
 template <class T, Update kUpdate>
 void ApplyStatic(const TableSlice& slice, const Hyper& hyper, const int64_t* rows, const T* grads,
                  int64_t begin, int64_t end, float* scratch) {
-  const Mask all = FirstLanes(kLanes);
   for (int64_t i = begin; i < end; ++i) {
     int size = 0;
     for (int c = 0; c < slice.width; c += kLanes) {
       const Reg x = Load(grads + i * slice.width + c, FirstLanes(slice.width - c));
-      Store(scratch + c, x, all);
+      StoreAll(scratch + c, x);
       const int last = LastNonZero(x);
       if (last > 0) size = c + last;
     }

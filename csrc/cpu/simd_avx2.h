@@ -80,6 +80,8 @@ inline void Store(BFloat16* p, Reg a, Mask m) {
   const __m256i y = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, _mm256_castps_si256(nan)), 16);
   StoreHalves(p, _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)), m);
 }
+inline Reg LoadAll(const float* p) { return _mm256_loadu_ps(p); }
+inline void StoreAll(float* p, Reg a) { _mm256_storeu_ps(p, a); }
 inline void StoreStream(float* p, Reg a) { _mm256_stream_ps(p, a); }
 inline void FenceStream() { _mm_sfence(); }
 

@@ -54,6 +54,10 @@ inline void Store(BFloat16* p, Reg a, Mask m) {
   y = _mm512_mask_or_epi32(y, nan, x, _mm512_set1_epi32(0x00400000));
   _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(y, 16)));
 }
+// Scratch that is padded to whole registers. Not through a mask: a masked store can't be forwarded
+// to the load that follows it.
+inline Reg LoadAll(const float* p) { return _mm512_loadu_ps(p); }
+inline void StoreAll(float* p, Reg a) { _mm512_storeu_ps(p, a); }
 // Past the caches; `p` is aligned to 64 bytes.
 inline void StoreStream(float* p, Reg a) { _mm512_stream_ps(p, a); }
 inline void FenceStream() { _mm_sfence(); }

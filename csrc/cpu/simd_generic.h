@@ -113,6 +113,12 @@ template <class T>
 inline void Store(T* p, const Reg& a, Mask m) {
   for (int i = 0; i < m.n; ++i) FromFloat(a.x[i], p + i);
 }
+inline Reg LoadAll(const float* p) {
+  Reg r;
+  std::memcpy(r.x, p, sizeof(r.x));
+  return r;
+}
+inline void StoreAll(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }
 inline void StoreStream(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }
 inline void FenceStream() {}
 

@@ -114,3 +114,14 @@ def test_outputs_beyond_two_to_the_31_elements_of_tiers() -> None:
     assert first.grad is not None and second.grad is not None
     assert first.grad._indices().tolist() == [[39_999_999]]
     assert second.grad._indices().tolist() == [[0, 89_999_999]]
+
+
+def test_huge_pages_leave_values_alone() -> None:
+    table = torch.arange(3 << 20, dtype=torch.float32).reshape(-1, 64)
+    address, before = table.data_ptr(), table.clone()
+    assert ak.advise_huge_pages(table) in (True, False)
+    assert table.data_ptr() == address
+    assert torch.equal(table, before)
+    assert not ak.advise_huge_pages(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="contiguous"):
+        ak.advise_huge_pages(table.t())
