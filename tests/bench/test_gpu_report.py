@@ -69,7 +69,6 @@ def test_without_a_gpu_it_says_so(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    import sys
 
     monkeypatch.setattr("sys.argv", ["bench.gpu"])
     assert gpu.main() == 3
