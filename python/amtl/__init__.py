@@ -19,7 +19,7 @@ learns them), `table` (the two phases), `tiers` (frozen storage).
 """
 
 from amtl.budget import BudgetError
-from amtl.convert import (
+from amtl.conversion import (
     convert,
     freeze,
     layers,

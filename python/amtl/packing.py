@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from amtl.convert import layers as layers_of
+from amtl.conversion import layers as layers_of
 from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.table import AMTLTable
 from amtl.tensorfile import TensorFileError, read_tensors, write_tensors
