@@ -109,6 +109,23 @@ const int64_t* BagBegins(const Executor& executor, const LookupTable& table, con
              : CheckedBegins<int64_t>(executor, table, bags, scratch, *bag_count);
 }
 
+namespace {
+
+// Whether rows of floats may begin elsewhere than at the start of a cache line.
+bool RowsUnaligned(const LookupTable& table) {
+  constexpr int64_t kLineFloats = 16;
+  const auto unaligned = [](const void* rows, int64_t width) {
+    return width % kLineFloats != 0 || reinterpret_cast<uintptr_t>(rows) % 64 != 0;
+  };
+  if (table.sizes.kind != SizeTable::Kind::kTiers) return unaligned(table.weight, table.dim);
+  for (int64_t c = 0; c < table.sizes.tiers; ++c) {
+    if (unaligned(table.sizes.blocks[c], table.sizes.tier_widths[c])) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
 bool RunForward(const Executor& executor, const LookupTable& table, const BagTable& bags,
                 BoundsCheck bounds_check, void* out, int64_t out_stride) {
   Scratch scratch;
@@ -133,6 +150,7 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
                 table.dim % kernels.lanes == 0 &&
                 table.dim <= kMaxStaticRegisters * kernels.lanes && bytes >= kStreamBytes &&
                 reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  task.unaligned = RowsUnaligned(table);
   task.prefetch = table.rows * table.dim * BytesOf(table.type) >= kPrefetchBytes;
   const int64_t wide = (table.dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
 

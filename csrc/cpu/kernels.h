@@ -33,10 +33,11 @@ struct PoolTask {
   int64_t out_stride;
   int64_t dim;
   bool mean;
-  bool weighted;  // sources carry a scale
-  bool stream;    // write past the caches: out is 64-byte aligned, dim fills whole registers
-  bool prefetch;  // the table is larger than the caches
-  float* wide;    // [dim] scratch of the thread, for dim > kMaxStaticDim
+  bool weighted;   // sources carry a scale
+  bool stream;     // write past the caches: out is 64-byte aligned, dim fills whole registers
+  bool prefetch;   // the table is larger than the caches
+  bool unaligned;  // rows may begin anywhere in a cache line
+  float* wide;     // [dim] scratch of the thread, for dim > kMaxStaticDim
 };
 
 // A lookup after sorting by row: `bag` is the row of the incoming gradient.

@@ -25,6 +25,28 @@ inline void AddRow(const Source& source, Reg* acc) {
   }
 }
 
+// The same for rows that begin anywhere in a cache line. A load across two lines fetches both, even
+// when its mask keeps nothing of the second one. So lines are loaded whole, where they lie and only
+// those that hold something kept, and shifted into place.
+template <int R, bool kWeighted>
+inline void AddShiftedRow(const Source& source, Reg* acc) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(source.row);
+  const int first = static_cast<int>(address % 64 / sizeof(float));
+  const float* line = reinterpret_cast<const float*>(address - address % 64);
+  const int end = source.size > 0 ? first + source.size : 0;
+  const Reg scale = Set1(source.scale);
+  const Shift shift = ShiftBy(first);
+  Reg low = Load(line, FirstLanes(end));
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const int next = kLanes * (r + 1);
+    const Reg high = Load(line + (next < end ? next : 0), FirstLanes(end - next));
+    const Reg x = Shifted(low, high, shift);
+    acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
+    low = high;
+  }
+}
+
 template <class T, int R>
 inline void StoreRow(T* out, const Reg* values, int64_t dim, bool stream) {
   if (stream) {
@@ -94,7 +116,7 @@ inline void PrefetchSource(const Source& source, int element_bytes) {
   }
 }
 
-template <class T, int R, bool kWeighted>
+template <class T, int R, bool kWeighted, bool kShifted>
 void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
   T* out = static_cast<T*>(task.out) + begin * task.out_stride;
   int64_t p = task.begins ? task.begins[begin] : begin;
@@ -108,7 +130,11 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
       sources.Reach(p);
       if (task.prefetch) PrefetchSource<R * kLanes * sizeof(T)>(sources.Ahead(p), sizeof(T));
       const Source& source = sources.Get(p);
-      AddRow<T, R, kWeighted>(source, acc);
+      if constexpr (kShifted) {
+        AddShiftedRow<R, kWeighted>(source, acc);
+      } else {
+        AddRow<T, R, kWeighted>(source, acc);
+      }
       counted += source.size != 0;
     }
     if (task.mean && counted > 1) {
@@ -150,25 +176,25 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, bool kWeighted>
+template <class T, bool kWeighted, bool kShifted>
 void PoolAny(const PoolTask& task, int64_t begin, int64_t end) {
   switch (Registers(task.dim)) {
     case 1:
-      return PoolStatic<T, 1, kWeighted>(task, begin, end);
+      return PoolStatic<T, 1, kWeighted, kShifted>(task, begin, end);
     case 2:
-      return PoolStatic<T, 2, kWeighted>(task, begin, end);
+      return PoolStatic<T, 2, kWeighted, kShifted>(task, begin, end);
     case 3:
-      return PoolStatic<T, 3, kWeighted>(task, begin, end);
+      return PoolStatic<T, 3, kWeighted, kShifted>(task, begin, end);
     case 4:
-      return PoolStatic<T, 4, kWeighted>(task, begin, end);
+      return PoolStatic<T, 4, kWeighted, kShifted>(task, begin, end);
     case 5:
-      return PoolStatic<T, 5, kWeighted>(task, begin, end);
+      return PoolStatic<T, 5, kWeighted, kShifted>(task, begin, end);
     case 6:
-      return PoolStatic<T, 6, kWeighted>(task, begin, end);
+      return PoolStatic<T, 6, kWeighted, kShifted>(task, begin, end);
     case 7:
-      return PoolStatic<T, 7, kWeighted>(task, begin, end);
+      return PoolStatic<T, 7, kWeighted, kShifted>(task, begin, end);
     case 8:
-      return PoolStatic<T, 8, kWeighted>(task, begin, end);
+      return PoolStatic<T, 8, kWeighted, kShifted>(task, begin, end);
     default:
       return PoolWide<T, kWeighted>(task, begin, end);
   }
@@ -176,7 +202,15 @@ void PoolAny(const PoolTask& task, int64_t begin, int64_t end) {
 
 template <class T>
 void PoolTyped(const PoolTask& task, int64_t begin, int64_t end) {
-  task.weighted ? PoolAny<T, true>(task, begin, end) : PoolAny<T, false>(task, begin, end);
+  if constexpr (kShiftsLanes && sizeof(T) == sizeof(float)) {
+    if (task.unaligned) {
+      task.weighted ? PoolAny<T, true, true>(task, begin, end)
+                    : PoolAny<T, false, true>(task, begin, end);
+      return;
+    }
+  }
+  task.weighted ? PoolAny<T, true, false>(task, begin, end)
+                : PoolAny<T, false, false>(task, begin, end);
 }
 
 void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {

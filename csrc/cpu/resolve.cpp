@@ -72,15 +72,14 @@ void ResolveTiers(const Resolver* base, int64_t begin, int64_t end, int64_t, Sou
   const LookupTable& t = self.table;
   const Index* indices = static_cast<const Index*>(t.indices);
   const int64_t padding = t.skip_padding ? t.padding_idx : -1;
-  const int64_t bytes = BytesOf(t.type);
+  const TierMap& tiers = *self.tiers;
   bool bad_index = false;
   for (int64_t p = begin; p < end; ++p) {
     const int64_t row = PullIntoRange(indices[p], t.rows, &bad_index);
-    const int64_t tier = TierOf(t.sizes.tier_ends, t.sizes.tiers, row);
-    const int64_t first = tier > 0 ? t.sizes.tier_ends[tier - 1] : 0;
-    const int32_t width = t.sizes.tier_widths[tier];
-    out[p - begin] = {t.sizes.blocks[tier] + (row - first) * width * bytes,
-                      row == padding ? 0 : width, 1.0f};
+    const TierMap::Tier& tier = tiers[row];
+    const uintptr_t address = tier.origin + static_cast<uintptr_t>(row * tier.stride);
+    out[p - begin] = {reinterpret_cast<const char*>(address), row == padding ? 0 : tier.width,
+                      1.0f};
   }
   if (t.per_sample_weights) FillScales(t, begin, end, out);
   Report(self, bad_index, false);
@@ -88,9 +87,27 @@ void ResolveTiers(const Resolver* base, int64_t begin, int64_t end, int64_t, Sou
 
 }  // namespace
 
+TierMap::TierMap(const LookupTable& table) : tiers_(table.sizes.tiers) {
+  int64_t begin = 0;
+  for (int64_t c = 0; c < table.sizes.tiers; ++c) {
+    const int64_t stride = table.sizes.tier_widths[c] * BytesOf(table.type);
+    const uintptr_t block = reinterpret_cast<uintptr_t>(table.sizes.blocks[c]);
+    tiers_[c] = {block - static_cast<uintptr_t>(begin * stride), stride, table.sizes.tier_ends[c],
+                 table.sizes.tier_widths[c]};
+    begin = table.sizes.tier_ends[c];
+  }
+  while ((table.rows - 1) >> shift_ >= kBuckets) ++shift_;
+  uint16_t tier = 0;
+  for (int64_t b = 0; b < kBuckets && b << shift_ < table.rows; ++b) {
+    while (b << shift_ >= tiers_[tier].end) ++tier;
+    first_[b] = tier;
+  }
+}
+
 LookupResolver::LookupResolver(const LookupTable& lookup_table) : table(lookup_table) {
   const bool small = table.index_type == IndexType::kInt32;
   if (table.sizes.kind == SizeTable::Kind::kTiers) {
+    if (table.rows > 0) tiers.emplace(table);
     resolve = small ? &ResolveTiers<int32_t> : &ResolveTiers<int64_t>;
     return;
   }

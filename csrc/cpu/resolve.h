@@ -6,6 +6,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/types.h"
@@ -131,10 +133,36 @@ inline int64_t TierOf(const int64_t* ends, int64_t tiers, int64_t row) {
   return tier;
 }
 
+// Finds a row's tier and where it lies in it. Rows come in buckets of equal size; a bucket knows
+// the tier of its first row, and seldom holds the end of one.
+class TierMap {
+ public:
+  struct Tier {
+    uintptr_t origin;  // address of the block, less the rows before it
+    int64_t stride;    // bytes
+    int64_t end;
+    int32_t width;
+  };
+  explicit TierMap(const LookupTable& table);
+  // `row` is in range.
+  const Tier& operator[](int64_t row) const {
+    const Tier* tier = tiers_.data() + first_[row >> shift_];
+    while (row >= tier->end) ++tier;
+    return *tier;
+  }
+
+ private:
+  static constexpr int64_t kBuckets = 512;
+  std::vector<Tier> tiers_;
+  uint16_t first_[kBuckets];
+  int shift_ = 0;
+};
+
 // The resolver of a lookup table, with what went wrong in any thread.
 struct LookupResolver : Resolver {
   explicit LookupResolver(const LookupTable& lookup_table);
   const LookupTable& table;
+  std::optional<TierMap> tiers;
   mutable std::atomic<bool> bad_index{false};
   mutable std::atomic<bool> bad_size{false};
 };

@@ -21,6 +21,12 @@ inline int CountLanes(Mask m) {
   return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m)));
 }
 
+// No cheap shift of lanes across registers: see simd_avx512.h.
+constexpr bool kShiftsLanes = false;
+using Shift = int;
+inline Shift ShiftBy(int lanes) { return lanes; }
+inline Reg Shifted(Reg low, Reg, Shift) { return low; }
+
 inline Reg Zero() { return _mm256_setzero_ps(); }
 inline Reg Set1(float x) { return _mm256_set1_ps(x); }
 inline Reg Add(Reg a, Reg b) { return _mm256_add_ps(a, b); }

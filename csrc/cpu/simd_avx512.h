@@ -19,6 +19,17 @@ inline Mask FirstLanes(int n) {
   return _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(n));
 }
 
+// 16 lanes out of two registers side by side.
+constexpr bool kShiftsLanes = true;
+using Shift = __m512i;
+inline Shift ShiftBy(int lanes) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_add_epi32(lane, _mm512_set1_epi32(lanes));
+}
+inline Reg Shifted(Reg low, Reg high, Shift shift) {
+  return _mm512_permutex2var_ps(low, shift, high);
+}
+
 inline Reg Zero() { return _mm512_setzero_ps(); }
 inline Reg Set1(float x) { return _mm512_set1_ps(x); }
 inline Reg Add(Reg a, Reg b) { return _mm512_add_ps(a, b); }

@@ -25,6 +25,12 @@ inline Reg Map(F f) {
   for (int i = 0; i < kLanes; ++i) r.x[i] = f(i);
   return r;
 }
+// No cheap shift of lanes across registers: see simd_avx512.h.
+constexpr bool kShiftsLanes = false;
+using Shift = int;
+inline Shift ShiftBy(int lanes) { return lanes; }
+inline Reg Shifted(Reg low, Reg, Shift) { return low; }
+
 inline Reg Zero() { return Reg{}; }
 inline Reg Set1(float v) {
   return Map([&](int) { return v; });
