@@ -18,6 +18,7 @@ from amtl_kernels.memory import advise_huge_pages  # noqa: E402
 from amtl_kernels.ops import (  # noqa: E402
     adaptive_embedding,
     adaptive_embedding_bag,
+    adaptive_embedding_bag_tables,
     masked_embedding,
     masked_embedding_bag,
     tiered_embedding,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "adaptive_embedding",
     "adaptive_embedding_bag",
+    "adaptive_embedding_bag_tables",
     "advise_huge_pages",
     "build_info",
     "fused",

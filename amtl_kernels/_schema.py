@@ -104,10 +104,30 @@ _UPDATES: dict[str, str] = {
     ),
 }
 
+# T tables in one call, in the layout of FBGEMM's table-batched embeddings: indices concatenated by
+# table, offsets [T * B + 1], output [B, sum of the widths].
+_TABLES: dict[str, str] = {
+    "adaptive_embedding_bag_tables": (
+        "(Tensor[] weights, Tensor indices, Tensor offsets, Tensor[] row_groups,"
+        " Tensor[] group_dims, Tensor[] group_masks, int mode, SymInt seed, int bounds_check)"
+        " -> Tensor"
+    ),
+    "adaptive_embedding_bag_tables_backward": (
+        "(Tensor grad, Tensor[] weights, Tensor indices, Tensor offsets, Tensor[] row_groups,"
+        " Tensor[] group_dims, int mode, SymInt seed, bool weight_grad, bool mask_grad)"
+        " -> (Tensor[] rows, Tensor[] grads, Tensor[] group_mask_grads)"
+    ),
+    "adaptive_embedding_bag_tables_update_": (
+        "(Tensor(a!)[] weights, Tensor(b!)[] state, Tensor grad, Tensor indices, Tensor offsets,"
+        " Tensor[] row_groups, Tensor[] group_dims, int mode, SymInt seed, bool mask_grad,"
+        " int optimizer, float[] hyper) -> Tensor[] group_mask_grads"
+    ),
+}
+
 LOOKUPS: tuple[str, ...] = tuple(_LOOKUPS)
 """Names of the differentiable lookups."""
 
-SCHEMAS: dict[str, str] = {**_LOOKUPS, **_BACKWARDS, **_OPTIMIZERS, **_UPDATES}
+SCHEMAS: dict[str, str] = {**_LOOKUPS, **_BACKWARDS, **_OPTIMIZERS, **_UPDATES, **_TABLES}
 """Every operator that a backend may implement, with its schema."""
 
 LIBRARY = torch.library.Library("amtl", "DEF")

@@ -278,6 +278,77 @@ class _Tiered(_Lookup):
         return None, psw
 
 
+class _Tables(_Lookup):
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        optimizer: RowOptimizer,
+        indices: Tensor,
+        offsets: Tensor,
+        groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+        mode: str,
+        seed: int,
+    ) -> None:
+        checked = ops._check_tables(weights, indices, offsets, *groups, mode)
+        super().__init__(weights, optimizer, checked[0])
+        self.offsets, self.row_groups, self.group_dims = checked[1:]
+        self.masks, self.mode, self.seed = list(groups[2]), ops._MODES[mode], seed
+
+    def forward(self) -> Tensor:
+        out: Tensor = torch.ops.amtl.adaptive_embedding_bag_tables(
+            self.tables,
+            self.indices,
+            self.offsets,
+            self.row_groups,
+            self.group_dims,
+            self.masks,
+            self.mode,
+            self.seed,
+            1,
+        )
+        return out
+
+    def update_masks(self, grad: Tensor, mask_grad: bool) -> list[Tensor]:
+        number, state, hyper = self.optimizer.fused_update(self.tables)
+        masks: list[Tensor] = torch.ops.amtl.adaptive_embedding_bag_tables_update_(
+            self.tables,
+            state,
+            grad,
+            self.indices,
+            self.offsets,
+            self.row_groups,
+            self.group_dims,
+            self.mode,
+            self.seed,
+            mask_grad,
+            number,
+            hyper,
+        )
+        return masks
+
+
+class _UpdateTables(torch.autograd.Function):
+    """As :class:`_Update`, with one mask for each table."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Tables, *masks_and_tables: Tensor) -> Tensor:
+        ctx.call = call
+        return call.forward()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        call = ctx.call
+        count = len(call.masks)
+        wanted = ctx.needs_input_grad[1 : 1 + count]
+        masks = call.update_masks(grad.contiguous(), any(wanted))
+        grads = [
+            got.to(mask.dtype) if wants else None
+            for got, mask, wants in zip(masks, call.masks, wanted, strict=True)
+        ]
+        return (None, *grads, *[None] * count)
+
+
 def _run(call: _Lookup, mask: Tensor | None, psw: Tensor | None) -> Tensor:
     out: Tensor = _Update.apply(call, mask, psw, *call.tables)
     return out
@@ -504,3 +575,41 @@ def tiered_embedding_bag(
     bags = _Bags(blocks[0], indices, offsets, mode, per_sample_weights, include_last_offset)
     call = _Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
     return _run(call, None, bags.weights)
+
+
+def adaptive_embedding_bag_tables(
+    weights: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    row_groups: Sequence[Tensor],
+    group_dims: Sequence[Tensor],
+    group_masks: Sequence[Tensor],
+    *,
+    optimizer: RowOptimizer,
+    mode: Mode = "sum",
+    seed: int = 0,
+) -> Tensor:
+    """:func:`amtl_kernels.adaptive_embedding_bag_tables` whose backward updates the tables.
+
+    Args:
+        weights: ``T`` tables ``[N_t, D_t]``, parameters of one group of ``optimizer``.
+        indices: ``[L]`` rows, concatenated by table.
+        offsets: ``[T * B + 1]``.
+        row_groups: ``T`` times ``[N_t]`` int32.
+        group_dims: ``T`` times ``[G_t]`` or ``[G_t, Q]``.
+        group_masks: ``T`` times ``[G_t, D_t]``; get their gradients as usual.
+        optimizer: What updates the tables.
+        mode: ``"sum"`` or ``"mean"``.
+        seed: Chooses the size column of each row.
+
+    Returns:
+        ``[B, D_0 + .. + D_(T-1)]``.
+
+    Raises:
+        ValueError: The tables are not parameters of one group of ``optimizer``; else as the
+            namesake.
+    """
+    groups = (row_groups, group_dims, group_masks)
+    call = _Tables(weights, optimizer, indices, offsets, groups, mode, seed)
+    out: Tensor = _UpdateTables.apply(call, *call.masks, *call.tables)
+    return out

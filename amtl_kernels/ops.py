@@ -520,3 +520,90 @@ def tiered_embedding_bag(
         _bounds(bounds_check),
     )
     return out
+
+
+def _check_tables(
+    weights: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    row_groups: Sequence[Tensor],
+    group_dims: Sequence[Tensor],
+    group_masks: Sequence[Tensor],
+    mode: str,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    tables = len(weights)
+    if tables == 0 or {len(row_groups), len(group_dims), len(group_masks)} != {tables}:
+        _fail("one row_group, group_dims and group_mask per table are needed")
+    if mode not in _MODES:
+        _fail(f"mode must be 'sum' or 'mean', got {mode!r}")
+    groups, sizes = [], []
+    for t, weight in enumerate(weights):
+        _check_table(weight, f"weights[{t}]")
+        if weight.dtype != weights[0].dtype or weight.device != weights[0].device:
+            _fail(f"weights[{t}] differs from weights[0] in type or device")
+        group, dims = _check_groups(weight, row_groups[t], group_dims[t], group_masks[t])
+        groups.append(group)
+        sizes.append(dims)
+    indices = _check_indices(indices, weights[0].device)
+    if indices.dim() != 1 or offsets.dim() != 1 or offsets.dtype not in _INDEX_TYPES:
+        _fail("indices and offsets must be 1-D, int32 or int64")
+    if offsets.shape[0] < 1 or (offsets.shape[0] - 1) % tables:
+        _fail(f"offsets must hold {tables} * B + 1 values, got {offsets.shape[0]}")
+    return indices, offsets.to(indices.dtype).contiguous(), groups, sizes
+
+
+def adaptive_embedding_bag_tables(
+    weights: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    row_groups: Sequence[Tensor],
+    group_dims: Sequence[Tensor],
+    group_masks: Sequence[Tensor],
+    *,
+    mode: Mode = "sum",
+    seed: int = 0,
+    bounds_check: BoundsCheck = "raise",
+) -> Tensor:
+    """:func:`adaptive_embedding_bag` of ``T`` tables in one call, widths as they may be.
+
+    The layout is that of FBGEMM's table-batched embeddings: bag ``b`` of table ``t`` holds
+    ``indices[offsets[t * B + b] : offsets[t * B + b + 1]]``. The gradients of the tables are
+    sparse.
+
+    Args:
+        weights: ``T`` tables ``[N_t, D_t]`` of one type and device.
+        indices: ``[L]`` rows, concatenated by table, each counted within its table.
+        offsets: ``[T * B + 1]``, int32 or int64.
+        row_groups: ``T`` times ``[N_t]`` int32.
+        group_dims: ``T`` times ``[G_t]`` or ``[G_t, Q]``.
+        group_masks: ``T`` times ``[G_t, D_t]`` soft masks, which get their gradients.
+        mode: ``"sum"`` or ``"mean"``.
+        seed: Chooses the size column of each row, in every table.
+        bounds_check: What to do about an index outside its table (see the module).
+
+    Returns:
+        ``[B, D_0 + .. + D_(T-1)]``: the tables' bags side by side.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``; the message names the
+            table, and counts the position from the table's first index.
+        ValueError: Shapes, types or devices do not fit, offsets are not in order, or a group or
+            size is out of its range.
+
+    Cost: that of ``T`` calls of :func:`adaptive_embedding_bag`, less their overhead.
+    """
+    indices, offsets, groups, sizes = _check_tables(
+        weights, indices, offsets, row_groups, group_dims, group_masks, mode
+    )
+    out: Tensor = torch.ops.amtl.adaptive_embedding_bag_tables(
+        list(weights),
+        indices,
+        offsets,
+        groups,
+        sizes,
+        list(group_masks),
+        _MODES[mode],
+        seed,
+        _bounds(bounds_check),
+    )
+    return out

@@ -124,12 +124,10 @@ void CpuLookup::CheckGrad(const Tensor& grad, const Tensor& like) const {
       "the gradient must be [", rows, ", ", table.dim, "]");
 }
 
-void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out) {
+void CpuForward(const CpuLookup& lookup, int64_t bounds_check, void* out, int64_t stride) {
   Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
-  if (out.numel() == 0 && lookup.table.lookups == 0) return;
   const bool clamped = cpu::RunForward(TorchExecutor(), lookup.table, lookup.bags,
-                                       static_cast<cpu::BoundsCheck>(bounds_check),
-                                       out.mutable_data_ptr(), lookup.table.dim);
+                                       static_cast<cpu::BoundsCheck>(bounds_check), out, stride);
   if (!clamped) return;
   int64_t value = 0;
   const int64_t position = cpu::FindBadIndex(lookup.table, &value);
@@ -138,6 +136,10 @@ void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out
                                     torch::stable::detail::from(lookup.table.rows)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("amtl::_warn_clamped", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out) {
+  CpuForward(lookup, bounds_check, out.mutable_data_ptr(), lookup.table.dim);
 }
 
 }  // namespace amtl

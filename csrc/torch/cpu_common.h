@@ -70,7 +70,38 @@ inline int StateCount(cpu::Update update) {
   return update == cpu::Update::kAdam ? 2 : update == cpu::Update::kSgd ? 0 : 1;
 }
 
-// Runs the forward and warns about a clamped index.
+// The update that an operator asks for, and its state.
+struct CpuOptimizer {
+  cpu::Update update;
+  cpu::Hyper hyper;
+  const std::vector<Tensor>& state;
+
+  CpuOptimizer(int64_t number, const std::vector<double>& values,
+               const std::vector<Tensor>& tensors)
+      : hyper(MakeHyper(values)), state(tensors) {
+    constexpr cpu::Update kByNumber[] = {cpu::Update::kSgd, cpu::Update::kAdagrad,
+                                         cpu::Update::kRowWiseAdagrad, cpu::Update::kAdam};
+    Check(number >= 0 && number < 4, "optimizer must be in 0..3");
+    update = kByNumber[number];
+  }
+
+  cpu::TableSlice Slice(const Tensor& weight, size_t table) const {
+    const size_t count = static_cast<size_t>(StateCount(update));
+    Check(state.size() >= (table + 1) * count, "the optimizer needs ", count,
+          " state tensors for each table");
+    cpu::TableSlice slice{};
+    slice.weight = weight.mutable_data_ptr();
+    slice.width = static_cast<int32_t>(weight.size(1));
+    slice.end_row = weight.size(0);
+    const bool row_wise = update == cpu::Update::kRowWiseAdagrad;
+    if (count > 0) slice.state1 = StateData(state[table * count], weight, "state", row_wise);
+    if (count > 1) slice.state2 = StateData(state[table * count + 1], weight, "state", row_wise);
+    return slice;
+  }
+};
+
+// Runs the forward and warns about a clamped index. Rows of the output are `stride` values apart.
+void CpuForward(const CpuLookup& lookup, int64_t bounds_check, void* out, int64_t stride);
 void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out);
 
 }  // namespace amtl

@@ -202,38 +202,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> TieredEmbeddingBack
   return {rows, grads, PerSampleWeightGrad(lookup, blocks[0], grad, psw_grad)};
 }
 
-// The update that an operator asks for, and its state.
-struct Optimizer {
-  Update update;
-  Hyper hyper;
-  const std::vector<Tensor>& state;
-
-  Optimizer(int64_t number, const std::vector<double>& values, const std::vector<Tensor>& tensors)
-      : hyper(MakeHyper(values)), state(tensors) {
-    constexpr Update kByNumber[] = {Update::kSgd, Update::kAdagrad, Update::kRowWiseAdagrad,
-                                    Update::kAdam};
-    Check(number >= 0 && number < 4, "optimizer must be in 0..3");
-    update = kByNumber[number];
-  }
-
-  TableSlice Slice(const Tensor& weight, size_t table) const {
-    const size_t count = static_cast<size_t>(StateCount(update));
-    Check(state.size() >= (table + 1) * count, "the optimizer needs ", count,
-          " state tensors for each table");
-    TableSlice slice{};
-    slice.weight = weight.mutable_data_ptr();
-    slice.width = static_cast<int32_t>(weight.size(1));
-    slice.end_row = weight.size(0);
-    const bool row_wise = update == Update::kRowWiseAdagrad;
-    if (count > 0) slice.state1 = StateData(state[table * count], weight, "state", row_wise);
-    if (count > 1) slice.state2 = StateData(state[table * count + 1], weight, "state", row_wise);
-    return slice;
-  }
-};
-
 // Updates a dense table; returns the mask gradient [groups, dim].
 Tensor DenseUpdate(const CpuLookup& lookup, const Tensor& weight, const Tensor& grad,
-                   const Optimizer& optimizer, int64_t groups) {
+                   const CpuOptimizer& optimizer, int64_t groups) {
   const Tensor mask =
       torch::stable::new_zeros(weight, {groups, lookup.table.dim}, ScalarType::Float);
   const cpu::Executor executor = TorchExecutor();
@@ -258,7 +229,7 @@ Tensor MaskedEmbeddingUpdate(const Tensor& weight, const std::vector<Tensor>& st
   lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
   lookup.CheckGrad(grad, weight);
   const Tensor psw = PerSampleWeightGrad(lookup, weight, grad, psw_grad);
-  DenseUpdate(lookup, weight, grad, Optimizer(optimizer, hyper, state), 0);
+  DenseUpdate(lookup, weight, grad, CpuOptimizer(optimizer, hyper, state), 0);
   return psw;
 }
 
@@ -274,7 +245,7 @@ std::tuple<Tensor, Tensor> AdaptiveEmbeddingUpdate(
   lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
   lookup.CheckGrad(grad, weight);
   const Tensor psw = PerSampleWeightGrad(lookup, weight, grad, psw_grad);
-  return {DenseUpdate(lookup, weight, grad, Optimizer(optimizer, hyper, state),
+  return {DenseUpdate(lookup, weight, grad, CpuOptimizer(optimizer, hyper, state),
                       mask_grad ? group_dims.size(0) : 0),
           psw};
 }
@@ -291,7 +262,7 @@ Tensor TieredEmbeddingUpdate(const std::vector<Tensor>& blocks, const std::vecto
   lookup.SetBags(blocks[0], offsets, per_sample_weights, mode, include_last_offset);
   lookup.CheckGrad(grad, blocks[0]);
   const Tensor psw = PerSampleWeightGrad(lookup, blocks[0], grad, psw_grad);
-  const Optimizer optimizer(optimizer_number, hyper, state);
+  const CpuOptimizer optimizer(optimizer_number, hyper, state);
   std::vector<TableSlice> slices;
   int64_t start = 0;
   for (size_t c = 0; c < blocks.size(); ++c) {
