@@ -111,8 +111,9 @@ def test_fused_step(backend: Any, make_optimizer: Any) -> None:
             assert all((w.grad is None) == is_fused for w in weights)
             optimizer.step()
         results.append([*weights, *(m.grad for m in masks)])
+    # Mask gradients are float32 sums of products up to about 50, in an order of the backend's own.
     for separate, fused_result in zip(*results, strict=True):
-        torch.testing.assert_close(fused_result, separate, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fused_result, separate, rtol=1e-5, atol=50 * 2.0**-20)
 
 
 def test_errors_name_the_table(backend: Any) -> None:
