@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
                           const __grid_constant__ Update update,
                           const __grid_constant__ LookupList in,
                           const __grid_constant__ ReduceOutput out, ReduceShape shape) {
-  constexpr int kUnroll = 4;
+  // Three where a fourth row in flight would spill.
+  constexpr int kUnroll = V > 4 && kFinish == Finish::kUpdate ? 3 : 4;
   const int lane = static_cast<int>(threadIdx.x) % shape.lanes;
   const unsigned mask = tile_mask(shape.lanes);
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / shape.lanes) +
