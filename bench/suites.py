@@ -114,13 +114,13 @@ def _fields(group: str, rows: int, dim: int, bags: int) -> list[Case]:
     }
     lookups = forward(rows, **shared)
     loop = ("torch", "torch_loop", "torchrec", "torchrec_fused", "fbgemm", *SEARCH, *FROZEN)
+    several = ("amtl_tables", "amtl_tables_fused")
+    sgd = ("fbgemm", "torchrec_fused", "torch_loop", *SEARCH_STEP, *several, *FROZEN_STEP)
+    rowwise = step_rowwise(rows, **shared)
     return [
-        replace(lookups, contenders=loop),
-        replace(
-            step_sgd(rows, **shared),
-            contenders=("fbgemm", "torchrec_fused", "torch_loop", *SEARCH_STEP, *FROZEN_STEP),
-        ),
-        step_rowwise(rows, **shared),
+        replace(lookups, contenders=(*loop, "amtl_tables")),
+        replace(step_sgd(rows, **shared), contenders=sgd),
+        replace(rowwise, contenders=(*rowwise.contenders, *several)),
     ]
 
 
@@ -145,7 +145,8 @@ def _training(rows: int, **options: object) -> Case:
         "dense": (256, 128),
         "group": "training",
     }
-    return step_rowwise(rows, **{**shared, **options})
+    case = step_rowwise(rows, **{**shared, **options})
+    return replace(case, contenders=(*case.contenders, "amtl_tables_fused"))
 
 
 def _call_overhead() -> Case:

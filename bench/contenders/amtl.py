@@ -18,8 +18,9 @@ from bench.contenders.base import (
     Session,
     TieredRows,
     sparse_rows,
+    table_rows,
 )
-from bench.inputs import Case, Problem, table_counts
+from bench.inputs import Case, Problem, noise_column, table_counts
 from bench.oracle import Equations, GivenSizes, Outcome
 
 INSTALL = "pip install --no-build-isolation -e ."
@@ -145,7 +146,62 @@ class Search(_Ours):
                 return output
 
         separate = None if self.fused else optimizer
-        return AutogradSession(problem, lookup, [weight], optimizer=separate, mask=mask)
+        return AutogradSession(problem, lookup, [weight], optimizer=separate, masks=[mask])
+
+
+class Tables(_Ours):
+    """The search phase of several tables in one call, in FBGEMM's layout."""
+
+    name = "amtl_tables"
+    title = "amtl search, one call for all tables"
+
+    def __init__(self, fused: bool = False) -> None:
+        self.equations = GivenSizes("noisy", mask_gradient=True)
+        if fused:
+            self._fuse(self.name, self.title)
+
+    def refuses(self, case: Case) -> str:
+        """Needs several tables."""
+        return "one table needs no such call" if case.tables == 1 else super().refuses(case)
+
+    def prepare(self, problem: Problem) -> Session:
+        """Views of the problem's storage, a parameter a table."""
+        tables, rows = problem.case.tables, problem.rows_per_table
+        masks = [nn.Parameter(part) for part in problem.group_mask.chunk(tables)]
+        weights = [nn.Parameter(part) for part in problem.weight.split(rows)]
+        group_dims = [part.contiguous() for part in problem.group_dims.chunk(tables)]
+        groups = masks[0].shape[0]
+        row_groups = [
+            part - index * groups for index, part in enumerate(problem.row_group.split(rows))
+        ]
+        # Rows are hashed by their number within their table.
+        local = torch.arange(rows).repeat(tables)
+        sizes = problem.group_dims[problem.row_group.long()] if not problem.case.noise else None
+        if sizes is None:
+            column = noise_column(local.numpy(), problem.seed, problem.group_dims.shape[1])
+            sizes = problem.group_dims[problem.row_group.long(), torch.from_numpy(column)]
+        self.equations = GivenSizes("noisy", mask_gradient=True, row_dims=sizes)
+        optimizer = _make_optimizer(problem, weights)
+        functions, extra = _functions(self.fused, optimizer)
+        ids, offsets, seed = problem.ids, problem.offsets, problem.seed
+
+        def lookup(rotation: int) -> Tensor:
+            output: Tensor = functions.adaptive_embedding_bag_tables(
+                weights, ids[rotation], offsets, row_groups, group_dims, masks, seed=seed, **extra
+            )
+            return output
+
+        def gradient(touched: Tensor) -> Tensor:
+            return table_rows(weights, touched)
+
+        return AutogradSession(
+            problem,
+            lookup,
+            weights,
+            optimizer=None if self.fused else optimizer,
+            masks=masks,
+            gradient=gradient,
+        )
 
 
 class Masked(_Ours):
@@ -330,4 +386,5 @@ def contenders() -> Iterable[Contender]:
     """Those of this module."""
     fused = [Search(fused=True), Frozen("amtl_frozen", 4, fused=True)]
     frozen = [Frozen("amtl_frozen", 4), Frozen("amtl_frozen64", 16)]
-    return [Search(), Masked(), *frozen, *fused, Layer()]
+    tables = [Tables(), Tables(fused=True)]
+    return [Search(), Masked(), *frozen, *fused, *tables, Layer()]

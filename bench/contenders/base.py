@@ -130,6 +130,19 @@ def sparse_rows(gradient: Tensor, rows: Tensor) -> Tensor:
     return found.index_copy_(0, place, gradient.values())
 
 
+def table_rows(parameters: Sequence[nn.Parameter], rows: Tensor) -> Tensor:
+    """Row gradients of tables of equal size, at rows of all of them: ``[U, D]``."""
+    parts, start = [], 0
+    for parameter in parameters:
+        end = start + parameter.shape[0]
+        here = rows[(rows >= start) & (rows < end)] - start
+        if here.numel():
+            assert parameter.grad is not None
+            parts.append(sparse_rows(parameter.grad, here))
+        start = end
+    return torch.cat(parts)
+
+
 class Optimizer(Protocol):
     """What a session needs of an optimizer."""
 
@@ -177,7 +190,7 @@ class AutogradSession:
         *,
         optimizer: Optimizer | None = None,
         rows: RowAccess | None = None,
-        mask: nn.Parameter | None = None,
+        masks: Sequence[nn.Parameter] = (),
         gradient: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Sets up one session.
@@ -188,17 +201,17 @@ class AutogradSession:
             parameters: Whose gradients are dropped after each call.
             optimizer: Of a step; None also where the backward updates by itself.
             rows: Access to the rows; by default to ``problem.weight``.
-            mask: The soft mask's parameter.
+            masks: Parameters of the soft mask, one after another.
             gradient: Row gradient ``[U, D]`` of given rows after a backward; by default that of
                 the one parameter.
         """
         self._problem = problem
         self._work = problem.case.work
         self._lookup = lookup
-        self._parameters = [*parameters, *([mask] if mask is not None else [])]
+        self._parameters = [*parameters, *masks]
         self._optimizer = optimizer
         self._rows: RowAccess = rows or Rows(problem.weight)
-        self._mask = mask
+        self._masks = masks
         self._gradient = gradient or self._only_gradient
         self._grad: Tensor | None = None
         self._network = DenseNetwork(problem.case) if problem.case.dense else None
@@ -256,8 +269,9 @@ class AutogradSession:
         output = self._lookup(rotation)
         self._backward(output)
         result = Outcome(self._table_major(output).clone())
-        if self._mask is not None and self._mask.grad is not None:
-            result.mask_gradient = self._mask.grad.clone()
+        found = [mask.grad for mask in self._masks if mask.grad is not None]
+        if found:
+            result.mask_gradient = torch.cat(found)
         if self._work == "backward":
             result.row_gradient = self._gradient(touched)
         else:

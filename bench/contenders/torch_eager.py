@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.contenders.base import AutogradSession, Contender, Optimizer, Rows, Session
+from bench.contenders.base import AutogradSession, Contender, Optimizer, Rows, Session, table_rows
 from bench.inputs import Case, Problem, noise_column
 from bench.oracle import Equations
 
@@ -121,14 +121,7 @@ class BagLoop(Contender):
             return torch.cat(outputs)
 
         def gradient(rows: Tensor) -> Tensor:
-            parts = []
-            for index, parameter in enumerate(parameters):
-                here = rows[(rows >= index * size) & (rows < (index + 1) * size)] - index * size
-                assert parameter.grad is not None
-                found = parameter.grad.coalesce()
-                assert torch.equal(found.indices()[0], here)
-                parts.append(found.values())
-            return torch.cat(parts)
+            return table_rows(parameters, rows)
 
         optimizer = make_optimizer(problem, parameters)
         return AutogradSession(problem, lookup, parameters, optimizer=optimizer, gradient=gradient)
@@ -188,7 +181,7 @@ class Eager(Contender):
             return search(part, weight, mask, row_group, kept, columns, bag_size)
 
         optimizer = make_optimizer(problem, [weight])
-        return AutogradSession(problem, lookup, [weight], optimizer=optimizer, mask=mask)
+        return AutogradSession(problem, lookup, [weight], optimizer=optimizer, masks=[mask])
 
 
 class Compiled(Eager):
