@@ -28,7 +28,7 @@ from bench import binding, guards, machine, memory, plots, tables
 from bench.compare import compare_reports
 from bench.oracle import MismatchError
 from bench.results import Comparison, Report, ResultFormatError
-from bench.runner import Budget, Runner
+from bench.runner import Budget, Runner, cpu_clock, wall_clock
 from bench.suites import SUITES, evaluate, select
 
 app = typer.Typer(
@@ -112,6 +112,10 @@ def run(
     threads: Annotated[
         int | None, typer.Option(help="Run every case with this many threads.")
     ] = None,
+    clock: Annotated[
+        str,
+        typer.Option(help="wall, or cpu: processor seconds, for shared machines and one thread."),
+    ] = "wall",
     peaks: Annotated[bool, typer.Option(help="Measure peak memory and import times too.")] = True,
     note: Annotated[str, typer.Option(help="A remark kept in the result.")] = "",
 ) -> None:
@@ -125,6 +129,10 @@ def run(
         chosen = dataclasses.replace(chosen, cases=list(cases))
     if not chosen.cases and not (peaks and chosen.memory):
         raise typer.BadParameter("no case matches")
+    if clock not in ("wall", "cpu"):
+        raise typer.BadParameter("the clock is wall or cpu")
+    if clock == "cpu" and any(case.threads > 1 for case in chosen.cases):
+        raise typer.BadParameter("processor seconds tell the time of one thread: add --threads 1")
     started = time.perf_counter()
     report = Report(suite, machine.describe())
     counts = sorted({case.threads for case in chosen.cases})
@@ -143,9 +151,10 @@ def run(
         budget=budget,
         copy_bandwidth={int(count): found["copy"] for count, found in report.ceilings.items()},
         probe=None if suite == "tiny" else machine.ThreadProbe(),
+        timer=cpu_clock if clock == "cpu" else wall_clock,
     )
     report.absent = runner.absent()
-    report.settings = {"seconds_per_case": budget.seconds, "note": note}
+    report.settings = {"seconds_per_case": budget.seconds, "clock": clock, "note": note}
     for name, reason in report.absent.items():
         console.print(f"[yellow]absent: {name}: {reason}[/yellow]")
     failures = []

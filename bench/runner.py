@@ -31,6 +31,17 @@ def wall_clock(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def cpu_clock(run: Callable[[], None]) -> float:
+    """Processor seconds of one run with one thread: what it would take if nobody else ran.
+
+    For machines that are shared: time spent waiting for a core is left out, cache misses that
+    others cause are not.
+    """
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 @dataclass(frozen=True)
 class Budget:
     """How long one comparison may take.
@@ -131,6 +142,7 @@ class Runner:
         attempts: How often a case is tried where the second core turns out to be busy.
         probe: Tells whether threads help at the moment; None trusts the machine.
         contenders: Who can take part.
+        timer: Measures a run in seconds.
     """
 
     budget: Budget = Budget()
@@ -138,6 +150,7 @@ class Runner:
     attempts: int = 3
     probe: machine.ThreadProbe | None = None
     contenders: Mapping[str, Contender] = field(default_factory=lambda: CONTENDERS)
+    timer: Timer = wall_clock
     _last: Problem | None = None
 
     def absent(self) -> dict[str, str]:
@@ -199,7 +212,9 @@ class Runner:
         calls: dict[str, Call] = {name: session.call for name, session in sessions.items()}
         for _ in range(self.attempts):
             before = self._speedup(case.threads)
-            samples = interleave(calls, len(problem.ids), budget=self.budget, notice=notice)
+            samples = interleave(
+                calls, len(problem.ids), budget=self.budget, timer=self.timer, notice=notice
+            ), budget=self.budget, notice=notice)
             after = self._speedup(case.threads)
             result.thread_speedup = [round(before, 2), round(after, 2)]
             slow = case.threads > 1 and min(before, after) < MINIMAL_SPEEDUP

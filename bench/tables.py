@@ -159,6 +159,11 @@ def render(report: Report) -> str:
         "with the equations before anything was timed. Useful bytes follow DESIGN §5; shares are "
         "of the copy ceiling and can pass 100 % where caches serve part of the bytes.\n"
     )
+    if report.settings.get("clock") == "cpu":
+        parts.append(
+            "Times are processor seconds of one thread: this machine was shared, and time spent "
+            "waiting for a core is left out.\n"
+        )
     if report.settings.get("note"):
         parts.append(f"{report.settings['note']}\n")
     if report.absent:

@@ -89,6 +89,7 @@ def test_compare_of_a_file_with_itself_and_with_a_slower_one(result: Path, tmp_p
 def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
     assert invoke("run", "--suite", "nonsense").exit_code == 2
     assert invoke("run", "--suite", "tiny", "--only", "nothing-like-it").exit_code == 2
+    assert invoke("run", "--suite", "quick", "--clock", "cpu").exit_code == 2
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     assert invoke("table", str(broken)).exit_code == 2
