@@ -214,7 +214,7 @@ class Runner:
             before = self._speedup(case.threads)
             samples = interleave(
                 calls, len(problem.ids), budget=self.budget, timer=self.timer, notice=notice
-            ), budget=self.budget, notice=notice)
+            )
             after = self._speedup(case.threads)
             result.thread_speedup = [round(before, 2), round(after, 2)]
             slow = case.threads > 1 and min(before, after) < MINIMAL_SPEEDUP
