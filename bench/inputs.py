@@ -51,6 +51,7 @@ class Case:
         dtype: Of the weights.
         contenders: Names of those who take part.
         baselines: Names of those the others are compared with.
+        huge_pages: Whether tables lie on huge pages, everybody's.
         group: Heading that the case is shown under.
         dense: Hidden widths of a network on top, trained with Adam: then a call is one training
             step of a whole model on ``bags`` samples. Empty for the tables alone.
@@ -72,6 +73,7 @@ class Case:
     pooled: bool = True
     noise: bool = True
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    huge_pages: bool = False
     group: str = "operators"
     dense: tuple[int, ...] = ()
 
@@ -99,6 +101,8 @@ class Case:
         parts = [work, shape, bag, ids, f"k{self.row_mean:g}", f"t{self.threads}"]
         if not self.noise:
             parts.append("quiet")
+        if self.huge_pages:
+            parts.append("huge")
         if self.dense:
             parts.append("mlp" + "x".join(str(width) for width in self.dense))
         if self.dtype != "float32":
@@ -378,7 +382,7 @@ def _tier_blocks(problem: Problem, layout: TierLayout) -> list[Tensor]:
     blocks, start = [], 0
     for end, size in zip(layout.ends, layout.sizes, strict=True):
         rows = layout.order[start:end]
-        block = torch.empty(end - start, size, dtype=problem.weight.dtype)
+        block = _empty(end - start, size, problem.case)
         for chunk in range(0, end - start, _FILL_ROWS):
             here = rows[chunk : chunk + _FILL_ROWS]
             mask = torch.arange(size) < problem.row_dims[here].unsqueeze(1)
@@ -386,6 +390,15 @@ def _tier_blocks(problem: Problem, layout: TierLayout) -> list[Tensor]:
         blocks.append(block)
         start = end
     return blocks
+
+
+def _empty(rows: int, width: int, case: Case) -> Tensor:
+    storage = torch.empty(rows, width, dtype=case.torch_dtype)
+    if case.huge_pages:
+        from amtl_kernels.memory import advise_huge_pages
+
+        advise_huge_pages(storage, collapse=False)
+    return storage
 
 
 def _fill(weight: Tensor, generator: torch.Generator) -> None:
@@ -461,7 +474,7 @@ def make_problem(
     """
     numpy_generator = np.random.default_rng(seed)
     torch_generator = torch.Generator().manual_seed(seed)
-    table = ("tables", "rows", "dim", "dtype")
+    table = ("tables", "rows", "dim", "dtype", "huge_pages")
     weight, sizes, layouts = None, None, {}
     if reuse is not None and _same(case, reuse.case, *table):
         weight = reuse.weight
@@ -471,7 +484,7 @@ def make_problem(
                 sizes = _Sizes(reuse.row_dims, reuse.row_group, reuse.group_dims)
     sizes = sizes or _make_sizes(case)
     if weight is None:
-        weight = torch.empty(sizes.row_dims.numel(), case.dim, dtype=case.torch_dtype)
+        weight = _empty(sizes.row_dims.numel(), case.dim, case)
     _fill(weight, torch_generator)
 
     rows = weight.shape[0] // case.tables

@@ -188,6 +188,9 @@ def _goal_suite() -> Suite:
         # left out; this is the largest table of this width that it gets right.
         step_rowwise(16_000_000, group="goals"),
         step_rowwise(16_000_000, distribution="zipf", group="goals"),
+        forward(30_000_000, huge_pages=True, group="huge pages"),
+        forward(30_000_000, huge_pages=True, distribution="zipf", group="huge pages"),
+        step_rowwise(16_000_000, huge_pages=True, group="huge pages"),
     ]
     return Suite(_affordable(cases), 8.0, [step_rowwise(2_000_000)])
 

@@ -58,6 +58,8 @@ def describe_case(case: dict[str, Any]) -> str:
         network = "-".join(str(width) for width in case["dense"])
         work = f"training step of a model ({work}; network {network})"
     kind = "" if case["dtype"] == "float32" else f", {case['dtype']}"
+    if case.get("huge_pages"):
+        kind += ", huge pages for everybody"
     return f"{work}: {tables}{rows} × {case['dim']}{kind}, {bags}, {ids} ids, {size}, {threads}"
 
 
