@@ -228,10 +228,11 @@ def readme_section(report: Report, source: str) -> str:
     rows = [[*key, line.get("uniform", "–"), line.get("zipf", "–")] for key, line in lines.items()]
     told = report.machine
     counts = " and ".join(str(count) for count in sorted(threads))
+    clock = ", processor seconds" if report.settings.get("clock") == "cpu" else ""
     head = (
         f"{told['cpu']}, {told['cores']} cores, {told['date'][:10]}; bags of 20, mean size 0.4 D "
-        f"over rows, {counts} thread(s), from `{source}`. Speed is the peer's time over ours "
-        "with its 95 % interval: below 1× we are slower.\n\n"
+        f"over rows, {counts} thread(s){clock}, from `{source}`. Speed is the peer's time over "
+        "ours with its 95 % interval: below 1× we are slower.\n\n"
     )
     header = ["work", "phase", "peer", "table", "speed, uniform ids", "speed, Zipf ids"]
     return head + markdown(header, rows)
