@@ -307,7 +307,8 @@ def select(suite: Suite, patterns: Iterable[str]) -> Suite:
     def wanted(case: Case) -> bool:
         return any(part in case.name or fnmatch.fnmatch(case.name, part) for part in chosen)
 
-    return replace(suite, cases=[case for case in suite.cases if wanted(case)])
+    kept, peaks = ([case for case in part if wanted(case)] for part in (suite.cases, suite.memory))
+    return replace(suite, cases=kept, memory=peaks)
 
 
 @dataclass(frozen=True)
