@@ -44,11 +44,6 @@ int64_t CheckedLookups(const LookupTable& t) {
   return t.lookups;
 }
 
-int64_t IndexAt(const LookupTable& t, int64_t p) {
-  return t.index_type == IndexType::kInt32 ? static_cast<const int32_t*>(t.indices)[p]
-                                           : static_cast<const int64_t*>(t.indices)[p];
-}
-
 // One over the number of lookups that count in each bag.
 float* MeanScales(const Executor& executor, const LookupTable& t, const int64_t* begins,
                   int64_t bags, Scratch* scratch) {
@@ -58,7 +53,7 @@ float* MeanScales(const Executor& executor, const LookupTable& t, const int64_t*
       int64_t counted = begins[b + 1] - begins[b];
       if (t.padding_idx >= 0) {
         for (int64_t p = begins[b]; p < begins[b + 1]; ++p) {
-          counted -= IndexAt(t, p) == t.padding_idx;
+          counted -= t.IndexAt(p) == t.padding_idx;
         }
       }
       scales[b] = counted > 1 ? 1.0f / static_cast<float>(counted) : 1.0f;
@@ -95,6 +90,7 @@ SortedLookups::SortedLookups(const Executor& executor, const LookupTable& table,
   const bool mean = begins && bags.mean;
   const float* scales = mean ? MeanScales(executor, table, begins, bag_count, &scratch_) : nullptr;
   weighted_ = mean || table.per_sample_weights;
+  grad_rows_ = bag_count;
   const bool small = table.index_type == IndexType::kInt32;
   if (weighted_) {
     small ? Build<WeightedItem, int32_t>(begins, bag_count, scales)
@@ -111,6 +107,11 @@ void SortedLookups::Build(const int64_t* begins, int64_t bag_count, const float*
   const Index* indices = static_cast<const Index*>(t.indices);
   I* items = scratch_.Get<I>(count_);
   I* other = scratch_.Get<I>(count_);
+  float* sample_weights = nullptr;
+  if (t.per_sample_weights) {
+    sample_weights = scratch_.Get<float>(count_);
+    LoadScales(t, 0, count_, sample_weights);
+  }
   std::atomic<bool> bad{false};
   std::atomic<int64_t> padded{0};
   executor_.For(count_, 1 << 14, [&](int64_t p0, int64_t p1) {
@@ -126,7 +127,7 @@ void SortedLookups::Build(const int64_t* begins, int64_t bag_count, const float*
       item.bag = static_cast<uint32_t>(bag);
       item.row = static_cast<uint32_t>(skip ? t.rows : index);
       if constexpr (sizeof(I) == sizeof(WeightedItem)) {
-        item.scale = bag_scales ? bag_scales[bag] : LoadScale(t.per_sample_weights, t.type, p);
+        item.scale = bag_scales ? bag_scales[bag] : sample_weights[p];
       }
     });
     if (wrong) bad = true;
@@ -185,31 +186,21 @@ void SortedLookups::Describe(bool with_groups, int64_t* rows) {
   if (with_groups) groups_ = scratch_.Get<int32_t>(segments_ + 1);
   weighted_ ? CutSegments(static_cast<const WeightedItem*>(items_), true)
             : CutSegments(static_cast<const Item*>(items_), true);
+  const KernelTable& kernels = Kernels();
+  const bool prefetch = table_.rows * table_.dim * BytesOf(table_.type) > kPrefetchBytes;
   std::atomic<int64_t> bad_segment{-1};
   std::atomic<bool> falling{false};
-  const auto describe = [&](auto size_of) {
-    executor_.For(segments_, 1 << 13, [&](int64_t u0, int64_t u1) {
-      bool bad = false, falls = false;
-      for (int64_t u = u0; u < u1; ++u) {
-        sizes_[u] = size_of(rows_[u], &bad);
-        if (bad) {
-          bad_segment = u;
-          return;
-        }
-        if (with_groups) {
-          groups_[u] = table_.sizes.row_group[rows_[u]];
-          falls |= u > 0 && groups_[u] < table_.sizes.row_group[rows_[u - 1]];
-        }
-      }
-      if (falls) falling = true;
-    });
-  };
-  if (table_.sizes.kind == SizeTable::Kind::kTiers) {
-    const SizeTable& s = table_.sizes;
-    describe([&s](int64_t row, bool*) { return s.tier_widths[TierOf(s.tier_ends, s.tiers, row)]; });
-  } else {
-    WithSizes(table_, describe);
-  }
+  executor_.For(segments_, 1 << 13, [&](int64_t u0, int64_t u1) {
+    kernels.describe(table_, rows_, u0, u1, segments_, prefetch, sizes_, groups_);
+    bool falls = false;
+    for (int64_t u = u0; u < u1; ++u) {
+      if (sizes_[u] == 0) bad_segment = u;
+      falls |= groups_ && u > u0 && groups_[u] < groups_[u - 1];
+    }
+    // The group before this range may not be known yet.
+    if (groups_ && u0 > 0) falls |= groups_[u0] < table_.sizes.row_group[rows_[u0 - 1]];
+    if (falls) falling = true;
+  });
   if (bad_segment >= 0) {
     throw std::invalid_argument("row " + std::to_string(rows_[bad_segment]) +
                                 " has a size outside 1.." + std::to_string(table_.dim) +
@@ -292,7 +283,15 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
   task.slices = slices;
   task.slice_count = slice_count;
   task.hyper = hyper;
-  task.prefetch = table_.rows * table_.dim * BytesOf(table_.type) > kPrefetchBytes;
+  const int64_t bytes = BytesOf(table_.type);
+  task.segments = segments_;
+  task.prefetch = table_.rows * table_.dim * bytes > kPrefetchBytes;
+  task.prefetch_grad = grad_rows_ * grad_stride * bytes > kPrefetchGradBytes;
+  for (int64_t c = 0; c < slice_count; ++c) {
+    task.aligned |= c == 0;
+    task.aligned &= slices[c].width * bytes % 64 == 0;
+    task.aligned &= reinterpret_cast<uintptr_t>(slices[c].weight) % 64 == 0;
+  }
   SumPieces(grad, grad_stride, &task);
 
   const int64_t tasks = task.order ? (segments_ + kWalkOrdered - 1) / kWalkOrdered
@@ -304,7 +303,8 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
   WalkEdges* edges = scratch_.Get<WalkEdges>(tasks);
   float* edge_values = mask_grad ? scratch_.Get<float>(tasks * 2 * task.padded_dim) : nullptr;
   const int64_t workers = std::max(1, executor_.threads);
-  float* sums = scratch_.Get<float>(workers * 2 * task.padded_dim);
+  const int64_t worker_values = 2 * task.padded_dim + kWalkMargin;
+  float* sums = scratch_.Get<float>(workers * worker_values);
   const bool serial = count_ * table_.dim < kSerialValues;
   ForTasks(executor_, tasks, serial, [&](int64_t t, int64_t worker) {
     if (mask_grad) {
@@ -312,7 +312,7 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
       edges[t].last = edges[t].first + task.padded_dim;
     }
     kernels.walk(table_.type, update, weighted_, task, segment_at(t), segment_at(t + 1), &edges[t],
-                 sums + worker * 2 * task.padded_dim);
+                 sums + worker * worker_values);
   });
   if (mask_grad == nullptr) return;
   for (int64_t t = 0; t < tasks; ++t) {
@@ -338,11 +338,13 @@ void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, con
     ForPositions(begins, bag_count, p0, p1, [&](int64_t p, int64_t bag) { bag_of[p] = bag; });
   });
   std::fill(bag_of + begins[bag_count], bag_of + table.lookups, -1);
-  const LookupResolver resolver(table);
+  std::atomic<bool> bad{false};
   executor.For(table.lookups, 1024, [&](int64_t p0, int64_t p1) {
-    Kernels().dot(table.type, &resolver, grad, grad_stride, bag_of, p0, p1, out);
+    Faults faults;
+    Kernels().dot(table, &faults, grad, grad_stride, bag_of, p0, p1, out);
+    if (faults.index) bad = true;
   });
-  if (resolver.bad_index) ThrowBadIndex(table);
+  if (bad) ThrowBadIndex(table);
 }
 
 void ApplyUpdate(const Executor& executor, FloatType type, Update update, const TableSlice& slice,
@@ -361,7 +363,7 @@ void ApplyUpdate(const Executor& executor, FloatType type, Update update, const 
                                 std::to_string(table_rows) + " rows");
   }
   Scratch scratch;
-  const int64_t padded = (slice.width + 15) / 16 * 16;
+  const int64_t padded = (slice.width + 15) / 16 * 16 + kWalkMargin;
   float* values = scratch.Get<float>(std::max(1, executor.threads) * padded);
   constexpr int64_t kRowsPerTask = 256;
   const int64_t tasks = (count + kRowsPerTask - 1) / kRowsPerTask;

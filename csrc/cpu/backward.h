@@ -47,6 +47,7 @@ class SortedLookups {
   bool weighted_;
   const void* items_ = nullptr;
   int64_t count_ = 0;
+  int64_t grad_rows_ = 0;
   int64_t segments_ = 0;
   int64_t chunks_ = 0;
   int64_t* chunk_segments_ = nullptr;

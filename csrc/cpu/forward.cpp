@@ -17,30 +17,35 @@ constexpr int64_t kSerialValues = 16384;
 // Outputs of this many bytes leave the cache before they are read again.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
-int64_t IndexAt(const LookupTable& t, int64_t p) {
-  return t.index_type == IndexType::kInt32 ? static_cast<const int32_t*>(t.indices)[p]
-                                           : static_cast<const int64_t*>(t.indices)[p];
-}
-
-[[noreturn]] void ThrowBadSize(const LookupTable& t) {
-  WithSizes(t, [&](auto sizes) {
-    for (int64_t p = 0; p < t.lookups; ++p) {
-      const int64_t row = IndexAt(t, p);
-      bool bad = row < 0 || row >= t.rows;
-      if (bad) continue;
-      sizes(row, &bad);
-      if (!bad) continue;
-      const int64_t group = t.sizes.row_group ? t.sizes.row_group[row] : 0;
-      if (group < 0 || (t.sizes.row_group && group >= t.sizes.groups)) {
-        throw std::invalid_argument("row_group " + std::to_string(group) + " of row " +
+template <class D>
+[[noreturn]] void ThrowBadSizeIn(const LookupTable& t) {
+  const SizeTable& s = t.sizes;
+  const D* dims = static_cast<const D*>(s.dims);
+  for (int64_t p = 0; p < t.lookups; ++p) {
+    const int64_t row = t.IndexAt(p);
+    if (row < 0 || row >= t.rows) continue;
+    int64_t at = row, columns = 1;
+    if (s.kind == SizeTable::Kind::kGroups) {
+      at = s.row_group[row];
+      columns = s.columns;
+      if (at < 0 || at >= s.groups) {
+        throw std::invalid_argument("row_group " + std::to_string(at) + " of row " +
                                     std::to_string(row) + " is outside 0.." +
-                                    std::to_string(t.sizes.groups - 1));
+                                    std::to_string(s.groups - 1));
       }
+    }
+    for (int64_t q = 0; q < columns; ++q) {
+      const int64_t size = static_cast<int64_t>(dims[at * columns + q]);
+      if (size >= 1 && size <= t.dim) continue;
       throw std::invalid_argument("the size of row " + std::to_string(row) + " at position " +
                                   std::to_string(p) + " is outside 1.." + std::to_string(t.dim));
     }
-  });
+  }
   throw std::invalid_argument("a size is outside 1.." + std::to_string(t.dim));
+}
+
+[[noreturn]] void ThrowBadSize(const LookupTable& t) {
+  t.sizes.type == SizeType::kUInt8 ? ThrowBadSizeIn<uint8_t>(t) : ThrowBadSizeIn<int32_t>(t);
 }
 
 template <class Offset>
@@ -86,7 +91,7 @@ const int64_t* CheckedBegins(const Executor& executor, const LookupTable& table,
 
 int64_t FindBadIndex(const LookupTable& table, int64_t* value) {
   for (int64_t p = 0; p < table.lookups; ++p) {
-    *value = IndexAt(table, p);
+    *value = table.IndexAt(p);
     if (*value < 0 || *value >= table.rows) return p;
   }
   return -1;
@@ -114,14 +119,25 @@ namespace {
 // Whether rows of floats may begin elsewhere than at the start of a cache line.
 bool RowsUnaligned(const LookupTable& table) {
   constexpr int64_t kLineFloats = 16;
-  const auto unaligned = [](const void* rows, int64_t width) {
-    return width % kLineFloats != 0 || reinterpret_cast<uintptr_t>(rows) % 64 != 0;
+  const auto unaligned = [](uintptr_t rows, int64_t width) {
+    return width % kLineFloats != 0 || rows % 64 != 0;
   };
-  if (table.sizes.kind != SizeTable::Kind::kTiers) return unaligned(table.weight, table.dim);
+  if (table.sizes.kind != SizeTable::Kind::kTiers) {
+    return unaligned(reinterpret_cast<uintptr_t>(table.weight), table.dim);
+  }
   for (int64_t c = 0; c < table.sizes.tiers; ++c) {
-    if (unaligned(table.sizes.blocks[c], table.sizes.tier_widths[c])) return true;
+    if (unaligned(table.sizes.origins[c], table.sizes.tier_widths[c])) return true;
   }
   return false;
+}
+
+// Whether every row is whole registers of floats.
+bool RowsWhole(const LookupTable& table, int lanes) {
+  if (table.sizes.kind != SizeTable::Kind::kTiers) return table.dim % lanes == 0;
+  for (int64_t c = 0; c < table.sizes.tiers; ++c) {
+    if (table.sizes.tier_widths[c] % lanes != 0) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -136,10 +152,9 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   if (table.rows == 0 && table.lookups > 0) ThrowBadIndex(table);
 
   const KernelTable& kernels = Kernels();
-  const LookupResolver resolver(table);
   const int64_t bytes = count * table.dim * BytesOf(table.type);
   PoolTask task{};
-  task.resolver = &resolver;
+  task.table = &table;
   task.begins = begins;
   task.out = out;
   task.out_stride = out_stride;
@@ -151,6 +166,7 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
                 table.dim <= kMaxStaticRegisters * kernels.lanes && bytes >= kStreamBytes &&
                 reinterpret_cast<uintptr_t>(out) % 64 == 0;
   task.unaligned = RowsUnaligned(table);
+  task.whole = RowsWhole(table, kernels.lanes);
   task.prefetch = table.rows * table.dim * BytesOf(table.type) >= kPrefetchBytes;
   const int64_t wide = (table.dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
 
@@ -160,6 +176,7 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   const int64_t workers = serial ? 1 : std::min<int64_t>(tasks, std::max(1, executor.threads));
   float* wides = scratch.Get<float>(workers * wide);
   std::atomic<int64_t> next{0};
+  std::atomic<bool> bad_indices{false}, bad_sizes{false};
   const auto bag_at = [&](int64_t t) {
     if (t == tasks) return count;
     if (!pooled) return count * t / tasks;
@@ -175,11 +192,15 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   const auto work = [&](int64_t w0, int64_t w1) {
     for (int64_t w = w0; w < w1; ++w) {
       PoolTask mine = task;
+      Faults faults;
+      mine.faults = &faults;
       mine.wide = wides + w * wide;
       for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         const int64_t begin = bag_at(t), end = bag_at(t + 1);
         if (begin < end) kernels.pool(table.type, mine, begin, end);
       }
+      if (faults.index) bad_indices = true;
+      if (faults.size) bad_sizes = true;
     }
   };
   if (workers == 1) {
@@ -187,8 +208,8 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   } else {
     executor.For(workers, 1, work);
   }
-  if (resolver.bad_size) ThrowBadSize(table);
-  bool bad_index = resolver.bad_index;
+  if (bad_sizes) ThrowBadSize(table);
+  bool bad_index = bad_indices;
   if (lookups < table.lookups && bounds_check != BoundsCheck::kOff && !bad_index) {
     int64_t value = 0;
     bad_index = FindBadIndex(table, &value) >= 0;

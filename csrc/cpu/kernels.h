@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/resolve.h"
 #include "cpu/types.h"
 
 namespace amtl::cpu {
@@ -14,29 +15,28 @@ constexpr int kMaxStaticRegisters = 8;
 constexpr int64_t kSourceBlock = 32;
 // Tables up to this size are left to the caches: asking for them ahead only costs instructions.
 constexpr int64_t kPrefetchBytes = int64_t{4} << 20;
+constexpr int64_t kPrefetchGradBytes = int64_t{1} << 18;
+// Floats of scratch that walks and updates need besides sums of padded rows.
+constexpr int64_t kWalkMargin = 32;
 // A segment of more items than this is summed in pieces of this many, whoever sums them: threads
 // share hot rows, and the order of additions does not depend on their number.
 constexpr int64_t kPieceItems = 1024;
 
-// Writes the sources of lookups [begin, end) to `out`, and asks ahead for what those up to `limit`
-// will need.
-struct Resolver {
-  void (*resolve)(const Resolver* self, int64_t begin, int64_t end, int64_t limit, Source* out);
-};
-
 // One pooled or plain forward over bags [begin, end). A plain lookup has begins == nullptr: bag b
 // is the single lookup b.
 struct PoolTask {
-  const Resolver* resolver;
+  const LookupTable* table;
+  Faults* faults;         // of the thread
   const int64_t* begins;  // [bags + 1]
   void* out;              // [bags, dim], rows `out_stride` values apart
   int64_t out_stride;
   int64_t dim;
   bool mean;
-  bool weighted;   // sources carry a scale
+  bool weighted;   // lookups carry a scale
   bool stream;     // write past the caches: out is 64-byte aligned, dim fills whole registers
   bool prefetch;   // the table is larger than the caches
   bool unaligned;  // rows may begin anywhere in a cache line
+  bool whole;      // rows are whole registers of floats
   float* wide;     // [dim] scratch of the thread, for dim > kMaxStaticDim
 };
 
@@ -95,7 +95,10 @@ struct WalkTask {
   const TableSlice* slices;
   int64_t slice_count;
   Hyper hyper;
-  bool prefetch;
+  int64_t segments;    // in all
+  bool prefetch;       // the table is larger than the caches
+  bool prefetch_grad;  // and so is the gradient
+  bool aligned;        // rows begin where cache lines do
 };
 
 // Scratch of one walking range: partial mask gradients of the groups it shares with its neighbours.
@@ -113,13 +116,18 @@ struct KernelTable {
   // Sums the gradients of `count` items into out[0..columns).
   void (*reduce)(FloatType type, const void* grad, int64_t stride, const void* items, bool weighted,
                  int64_t count, int columns, float* out);
-  // Walks segments [begin, end); `scratch` holds 2 * padded_dim floats.
+  // Walks segments [begin, end); `scratch` holds 2 * padded_dim + kWalkMargin floats.
   void (*walk)(FloatType type, Update update, bool weighted, const WalkTask& task, int64_t begin,
                int64_t end, WalkEdges* edges, float* scratch);
   // Gradient of the per-sample weight of lookups [begin, end): bags[p] < 0 gives 0.
-  void (*dot)(FloatType type, const Resolver* resolver, const void* grad, int64_t stride,
+  void (*dot)(const LookupTable& table, Faults* faults, const void* grad, int64_t stride,
               const int64_t* bags, int64_t begin, int64_t end, void* out);
-  // Applies updates to rows[begin, end) with gradients grads [.., slice.width].
+  // Kept sizes, 0 for wrong ones, and groups (unless null) of rows [begin, end), which ascend up to
+  // `limit`.
+  void (*describe)(const LookupTable& table, const int64_t* rows, int64_t begin, int64_t end,
+                   int64_t limit, bool prefetch, int32_t* sizes, int32_t* groups);
+  // Applies updates to rows[begin, end) with gradients grads [.., slice.width]; `scratch` holds a
+  // padded row and kWalkMargin floats.
   void (*apply)(FloatType type, Update update, const TableSlice& slice, const Hyper& hyper,
                 const int64_t* rows, const void* grads, int64_t begin, int64_t end, float* scratch);
 };

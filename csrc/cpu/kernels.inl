@@ -2,26 +2,46 @@
 // kernels_<isa>.cpp inside the namespace of its instruction set; no standard library templates are
 // used here, or their instantiations could be shared with code for lesser processors.
 
+// Asks for `values` of a row into the second cache: what waits for memory there holds up nothing
+// that comes after it, as it does in the first (on Zen 5 lookups were a third slower so). Lines
+// past the end repeat the last one, up to `lines` in all: no branch depends on the size.
 template <class T>
-inline void Prefetch(const T* p, int64_t values) {
-  const char* begin = reinterpret_cast<const char*>(p);
-  const char* end = reinterpret_cast<const char*>(p + values);
-  for (; begin < end; begin += 64) __builtin_prefetch(begin);
+inline void PrefetchRow(const T* p, int64_t values, int lines) {
+  const int64_t last = values > 0 ? values * static_cast<int64_t>(sizeof(T)) - 1 : 0;
+  for (int i = 0; i < lines; ++i) {
+    const int64_t at = 64 * i;
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + (at < last ? at : last), 0, 2);
+  }
+}
+// Lines that hold n values wherever they begin; one more may be touched than is full.
+template <class T>
+inline int LinesOf(int64_t values, bool aligned) {
+  return static_cast<int>((values * static_cast<int64_t>(sizeof(T)) + 63) / 64) + (aligned ? 0 : 1);
+}
+
+template <class T>
+inline const T* Offset(const T* p, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
 }
 
 inline int Registers(int64_t values) { return static_cast<int>((values + kLanes - 1) / kLanes); }
 
-// Adds the first source.size values of a row to acc. Registers past the size reread the row's first
-// line under an empty mask: no line is touched that isn't kept, and no branch depends on the size.
-template <class T, int R, bool kWeighted>
-inline void AddRow(const Source& source, Reg* acc) {
-  const T* row = reinterpret_cast<const T*>(source.row);
-  const Reg scale = Set1(source.scale);
+// Adds the kept values of a row to acc. `kWhole`: rows are whole registers.
+template <class T, int R, bool kWeighted, bool kWhole>
+inline void AddRow(const SourceBlock& block, int i, Reg* acc) {
+  const T* row = reinterpret_cast<const T*>(block.row[i]);
+  const Bound size = BoundOf(block.size + i);
+  const Reg scale = Set1(kWeighted ? block.scale[i] : 1.0f);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const int offset = kLanes * r < source.size ? kLanes * r : 0;
-    const Reg x = Load(row + offset, FirstLanes(source.size - kLanes * r));
-    acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
+    const T* at = r == 0 ? row : Offset(row, block.place[r][i]);
+    const Mask kept = Below(size, kLanes * r);
+    if constexpr (kWhole && !kWeighted) {
+      acc[r] = AddKept(acc[r], at, kept);
+    } else {
+      const Reg x = Load(at, kept);
+      acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
+    }
   }
 }
 
@@ -29,18 +49,15 @@ inline void AddRow(const Source& source, Reg* acc) {
 // when its mask keeps nothing of the second one. So lines are loaded whole, where they lie and only
 // those that hold something kept, and shifted into place.
 template <int R, bool kWeighted>
-inline void AddShiftedRow(const Source& source, Reg* acc) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(source.row);
-  const int first = static_cast<int>(address % 64 / sizeof(float));
-  const float* line = reinterpret_cast<const float*>(address - address % 64);
-  const int end = source.size > 0 ? first + source.size : 0;
-  const Reg scale = Set1(source.scale);
-  const Shift shift = ShiftBy(first);
-  Reg low = Load(line, FirstLanes(end));
+inline void AddShiftedRow(const SourceBlock& block, int i, Reg* acc) {
+  const float* line = reinterpret_cast<const float*>(block.row[i]);
+  const Bound end = BoundOf(block.size + i);
+  const Reg scale = Set1(kWeighted ? block.scale[i] : 1.0f);
+  const Shift shift = ShiftBy(block.first + i);
+  Reg low = Load(line, Below(end, 0));
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const int next = kLanes * (r + 1);
-    const Reg high = Load(line + (next < end ? next : 0), FirstLanes(end - next));
+    const Reg high = Load(Offset(line, block.place[r + 1][i]), Below(end, kLanes * (r + 1)));
     const Reg x = Shifted(low, high, shift);
     acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
     low = high;
@@ -63,81 +80,50 @@ inline void StoreRow(T* out, const Reg* values, int64_t dim, bool stream) {
   }
 }
 
-// The sources of lookups [begin, end), resolved a block ahead of their use, so that the rows of
-// lookup p + kSourceBlock can be asked for while p is summed. Asking in turn with the sums keeps
-// the memory busy; asking for a block at a time was half as fast on tables larger than the caches.
-class SourceStream {
- public:
-  SourceStream(const Resolver* resolver, int64_t begin, int64_t end)
-      : resolver_(resolver), end_(end), resolved_(begin) {
-    for (Source& source : ring_) source = {reinterpret_cast<const char*>(ring_), 0, 0.0f};
-    resolved_end_ = begin;
-    ResolveBlock();
-  }
+// How rows lie in memory: in whole registers, in part of the last one, or (floats) across lines.
+enum class Layout { kWhole, kPart, kShifted };
 
-  // Must be called for p = begin, begin + 1, ... in turn before Get(p).
-  void Reach(int64_t p) {
-    if (p == resolved_) {
-      resolved_ = resolved_end_;
-      ResolveBlock();
-    }
-  }
-  const Source& Get(int64_t p) const { return ring_[p & (2 * kSourceBlock - 1)]; }
-  // What Get(p + kSourceBlock) will be, or an older source near the end.
-  const Source& Ahead(int64_t p) const { return Get(p + kSourceBlock); }
-
- private:
-  // Blocks start at multiples of their length, so that one never wraps around the ring.
-  void ResolveBlock() {
-    const int64_t begin = resolved_end_;
-    const int64_t next = (begin / kSourceBlock + 1) * kSourceBlock;
-    resolved_end_ = next < end_ ? next : end_;
-    if (begin < resolved_end_) {
-      resolver_->resolve(resolver_, begin, resolved_end_, end_,
-                         ring_ + (begin & (2 * kSourceBlock - 1)));
-    }
-  }
-
-  const Resolver* resolver_;
-  int64_t end_;
-  int64_t resolved_;  // the block that starts here is the last one resolved
-  int64_t resolved_end_;
-  Source ring_[2 * kSourceBlock];
-};
-
-// Asks for the lines of a row that will be read. Lines past the size repeat the last one: no branch
-// depends on the size.
-template <int kBytes>
-inline void PrefetchSource(const Source& source, int element_bytes) {
-  const int last = source.size * element_bytes - 1;
-#pragma GCC unroll 8
-  for (int at = 0; at < kBytes; at += 64) {
-    __builtin_prefetch(source.row + (at < last ? at : last));
-  }
-}
-
-template <class T, int R, bool kWeighted, bool kShifted>
+template <class T, int R, bool kWeighted, Layout kLayout>
 void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
+  constexpr bool kShifted = kLayout == Layout::kShifted;
+  constexpr int kRegisterBytes = kLanes * static_cast<int>(sizeof(T));
+  constexpr int kPlaced = kShifted ? R + 1 : R;
+  // Registers smaller than a line are asked for once a line.
+  constexpr int kStep = kRegisterBytes < 64 ? 64 / kRegisterBytes : 1;
   T* out = static_cast<T*>(task.out) + begin * task.out_stride;
   int64_t p = task.begins ? task.begins[begin] : begin;
-  SourceStream sources(task.resolver, p, task.begins ? task.begins[end] : end);
+  const int64_t lookups_end = task.begins ? task.begins[end] : end;
+  Sources sources(*task.table, task.faults, kPlaced, kRegisterBytes, kShifted, task.prefetch, p,
+                  lookups_end);
+  const bool counts = task.mean;
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
     const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
     Reg acc[R];
     for (int r = 0; r < R; ++r) acc[r] = Zero();
     int64_t counted = 0;
-    for (; p < stop; ++p) {
-      sources.Reach(p);
-      if (task.prefetch) PrefetchSource<R * kLanes * sizeof(T)>(sources.Ahead(p), sizeof(T));
-      const Source& source = sources.Get(p);
-      if constexpr (kShifted) {
-        AddShiftedRow<R, kWeighted>(source, acc);
-      } else {
-        AddRow<T, R, kWeighted>(source, acc);
+    while (p < stop) {
+      const SourceBlock& block = sources.At(p);
+      const SourceBlock& ahead = sources.ahead();
+      const int64_t block_end = sources.block_end() < stop ? sources.block_end() : stop;
+      int i = static_cast<int>(p - sources.block_begin());
+      const int last = static_cast<int>(block_end - sources.block_begin());
+      p = block_end;
+      for (; i < last; ++i) {
+        if (task.prefetch) {
+#pragma GCC unroll 9
+          for (int r = 0; r < kPlaced; r += kStep) {
+            __builtin_prefetch(ahead.row[i] + (r == 0 ? 0 : ahead.place[r][i]), 0, 2);
+          }
+        }
+        if constexpr (kShifted) {
+          AddShiftedRow<R, kWeighted>(block, i, acc);
+        } else {
+          AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(block, i, acc);
+        }
+        if (counts) counted += block.size[i] != 0;
       }
-      counted += source.size != 0;
     }
-    if (task.mean && counted > 1) {
+    if (counts && counted > 1) {
       const Reg scale = Set1(1.0f / static_cast<float>(counted));
       for (int r = 0; r < R; ++r) acc[r] = Mul(acc[r], scale);
     }
@@ -152,19 +138,21 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
   const int registers = Registers(task.dim);
   T* out = static_cast<T*>(task.out) + begin * task.out_stride;
   int64_t p = task.begins ? task.begins[begin] : begin;
-  SourceStream sources(task.resolver, p, task.begins ? task.begins[end] : end);
+  Sources sources(*task.table, task.faults, 0, 0, false, task.prefetch, p,
+                  task.begins ? task.begins[end] : end);
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
     const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
     for (int r = 0; r < registers; ++r) StoreAll(task.wide + kLanes * r, Zero());
     int64_t counted = 0;
     for (; p < stop; ++p) {
-      sources.Reach(p);
-      const Source& source = sources.Get(p);
-      const T* row = reinterpret_cast<const T*>(source.row);
-      const Reg scale = Set1(kWeighted ? source.scale : 1.0f);
-      counted += source.size != 0;
-      for (int c = 0; c < source.size; c += kLanes) {
-        const Reg x = Load(row + c, FirstLanes(source.size - c));
+      const SourceBlock& block = sources.At(p);
+      const int64_t i = p - sources.block_begin();
+      const T* row = reinterpret_cast<const T*>(block.row[i]);
+      const int size = block.size[i];
+      const Reg scale = Set1(kWeighted ? block.scale[i] : 1.0f);
+      counted += size != 0;
+      for (int c = 0; c < size; c += kLanes) {
+        const Reg x = Load(row + c, FirstLanes(size - c));
         StoreAll(task.wide + c, MulAdd(x, scale, LoadAll(task.wide + c)));
       }
     }
@@ -176,41 +164,43 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, bool kWeighted, bool kShifted>
+template <class T, bool kWeighted, Layout kLayout>
 void PoolAny(const PoolTask& task, int64_t begin, int64_t end) {
   switch (Registers(task.dim)) {
     case 1:
-      return PoolStatic<T, 1, kWeighted, kShifted>(task, begin, end);
+      return PoolStatic<T, 1, kWeighted, kLayout>(task, begin, end);
     case 2:
-      return PoolStatic<T, 2, kWeighted, kShifted>(task, begin, end);
+      return PoolStatic<T, 2, kWeighted, kLayout>(task, begin, end);
     case 3:
-      return PoolStatic<T, 3, kWeighted, kShifted>(task, begin, end);
+      return PoolStatic<T, 3, kWeighted, kLayout>(task, begin, end);
     case 4:
-      return PoolStatic<T, 4, kWeighted, kShifted>(task, begin, end);
+      return PoolStatic<T, 4, kWeighted, kLayout>(task, begin, end);
     case 5:
-      return PoolStatic<T, 5, kWeighted, kShifted>(task, begin, end);
+      return PoolStatic<T, 5, kWeighted, kLayout>(task, begin, end);
     case 6:
-      return PoolStatic<T, 6, kWeighted, kShifted>(task, begin, end);
+      return PoolStatic<T, 6, kWeighted, kLayout>(task, begin, end);
     case 7:
-      return PoolStatic<T, 7, kWeighted, kShifted>(task, begin, end);
+      return PoolStatic<T, 7, kWeighted, kLayout>(task, begin, end);
     case 8:
-      return PoolStatic<T, 8, kWeighted, kShifted>(task, begin, end);
+      return PoolStatic<T, 8, kWeighted, kLayout>(task, begin, end);
     default:
       return PoolWide<T, kWeighted>(task, begin, end);
   }
 }
 
+template <class T, Layout kLayout>
+void PoolLaid(const PoolTask& task, int64_t begin, int64_t end) {
+  task.weighted ? PoolAny<T, true, kLayout>(task, begin, end)
+                : PoolAny<T, false, kLayout>(task, begin, end);
+}
+
 template <class T>
 void PoolTyped(const PoolTask& task, int64_t begin, int64_t end) {
-  if constexpr (kShiftsLanes && sizeof(T) == sizeof(float)) {
-    if (task.unaligned) {
-      task.weighted ? PoolAny<T, true, true>(task, begin, end)
-                    : PoolAny<T, false, true>(task, begin, end);
-      return;
-    }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (kShiftsLanes && task.unaligned) return PoolLaid<T, Layout::kShifted>(task, begin, end);
+    if (task.whole) return PoolLaid<T, Layout::kWhole>(task, begin, end);
   }
-  task.weighted ? PoolAny<T, true, false>(task, begin, end)
-                : PoolAny<T, false, false>(task, begin, end);
+  PoolLaid<T, Layout::kPart>(task, begin, end);
 }
 
 void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
@@ -227,17 +217,26 @@ void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
 inline float ScaleOf(const Item&) { return 1.0f; }
 inline float ScaleOf(const WeightedItem& item) { return item.scale; }
 
+// How many items ahead of the sums their gradients are asked for.
+constexpr int64_t kItemsAhead = 12;
+
 // Sums R registers of `count` gradient rows from column `first` on; the last register is cut to
-// `columns`.
+// `columns`. Items up to `stop` are asked for ahead, unless it is null.
 template <class T, class I, int R>
-inline void ReduceStatic(const T* grad, int64_t stride, const I* items, int64_t count, int columns,
-                         float* out) {
+inline void ReduceStatic(const T* grad, int64_t stride, const I* items, int64_t count,
+                         const I* stop, int columns, float* out) {
   constexpr bool kWeighted = sizeof(I) == sizeof(WeightedItem);
+  constexpr int kStep = kLanes * sizeof(T) < 64 ? 64 / (kLanes * sizeof(T)) : 1;
   Reg acc[R];
   for (int r = 0; r < R; ++r) acc[r] = Zero();
   const Mask tail = FirstLanes(columns - kLanes * (R - 1));
   const Mask all = FirstLanes(kLanes);
   for (int64_t i = 0; i < count; ++i) {
+    if (items + i + kItemsAhead < stop) {
+      const T* ahead = grad + static_cast<int64_t>(items[i + kItemsAhead].bag) * stride;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r += kStep) __builtin_prefetch(ahead + kLanes * r);
+    }
     const T* row = grad + static_cast<int64_t>(items[i].bag) * stride;
     const Reg scale = Set1(ScaleOf(items[i]));
 #pragma GCC unroll 8
@@ -251,58 +250,79 @@ inline void ReduceStatic(const T* grad, int64_t stride, const I* items, int64_t 
 
 // `out` is padded to whole registers; values from `columns` to the padding become zero.
 template <class T, class I>
-void ReduceItems(const T* grad, int64_t stride, const I* items, int64_t count, int columns,
-                 float* out) {
+void ReduceItems(const T* grad, int64_t stride, const I* items, int64_t count, const I* stop,
+                 int columns, float* out) {
   if (columns <= 0) return;
   constexpr int kBlock = kMaxStaticRegisters * kLanes;
   for (; columns > kBlock; columns -= kBlock, grad += kBlock, out += kBlock) {
-    ReduceStatic<T, I, 8>(grad, stride, items, count, kBlock, out);
+    ReduceStatic<T, I, 8>(grad, stride, items, count, stop, kBlock, out);
   }
   switch (Registers(columns)) {
     case 1:
-      return ReduceStatic<T, I, 1>(grad, stride, items, count, columns, out);
+      return ReduceStatic<T, I, 1>(grad, stride, items, count, stop, columns, out);
     case 2:
-      return ReduceStatic<T, I, 2>(grad, stride, items, count, columns, out);
+      return ReduceStatic<T, I, 2>(grad, stride, items, count, stop, columns, out);
     case 3:
-      return ReduceStatic<T, I, 3>(grad, stride, items, count, columns, out);
+      return ReduceStatic<T, I, 3>(grad, stride, items, count, stop, columns, out);
     case 4:
-      return ReduceStatic<T, I, 4>(grad, stride, items, count, columns, out);
+      return ReduceStatic<T, I, 4>(grad, stride, items, count, stop, columns, out);
     case 5:
-      return ReduceStatic<T, I, 5>(grad, stride, items, count, columns, out);
+      return ReduceStatic<T, I, 5>(grad, stride, items, count, stop, columns, out);
     case 6:
-      return ReduceStatic<T, I, 6>(grad, stride, items, count, columns, out);
+      return ReduceStatic<T, I, 6>(grad, stride, items, count, stop, columns, out);
     case 7:
-      return ReduceStatic<T, I, 7>(grad, stride, items, count, columns, out);
+      return ReduceStatic<T, I, 7>(grad, stride, items, count, stop, columns, out);
     default:
-      return ReduceStatic<T, I, 8>(grad, stride, items, count, columns, out);
+      return ReduceStatic<T, I, 8>(grad, stride, items, count, stop, columns, out);
   }
 }
 
+template <class T, class I>
+void ReduceTyped(const void* grad, int64_t stride, const void* items, int64_t count, int columns,
+                 float* out) {
+  const I* first = static_cast<const I*>(items);
+  ReduceItems(static_cast<const T*>(grad), stride, first, count, first + count, columns, out);
+}
+
 template <class T>
-void ReduceTyped(const void* grad, int64_t stride, const void* items, bool weighted, int64_t count,
-                 int columns, float* out) {
-  if (weighted) {
-    ReduceItems(static_cast<const T*>(grad), stride, static_cast<const WeightedItem*>(items), count,
-                columns, out);
-  } else {
-    ReduceItems(static_cast<const T*>(grad), stride, static_cast<const Item*>(items), count,
-                columns, out);
-  }
+void ReduceAny(const void* grad, int64_t stride, const void* items, bool weighted, int64_t count,
+               int columns, float* out) {
+  weighted ? ReduceTyped<T, WeightedItem>(grad, stride, items, count, columns, out)
+           : ReduceTyped<T, Item>(grad, stride, items, count, columns, out);
 }
 
 void Reduce(FloatType type, const void* grad, int64_t stride, const void* items, bool weighted,
             int64_t count, int columns, float* out) {
   switch (type) {
     case FloatType::kFloat:
-      return ReduceTyped<float>(grad, stride, items, weighted, count, columns, out);
+      return ReduceAny<float>(grad, stride, items, weighted, count, columns, out);
     case FloatType::kHalf:
-      return ReduceTyped<Half>(grad, stride, items, weighted, count, columns, out);
+      return ReduceAny<Half>(grad, stride, items, weighted, count, columns, out);
     case FloatType::kBFloat16:
-      return ReduceTyped<BFloat16>(grad, stride, items, weighted, count, columns, out);
+      return ReduceAny<BFloat16>(grad, stride, items, weighted, count, columns, out);
   }
 }
 
-// What an update does with one row's summed gradient g[0..size), row `local` of its slice.
+// Calls f(c, mask) for registers that hold values [0, size) of a row, at value c of it. A load
+// across two lines fetches both, even when its mask keeps nothing of the second one: then the last
+// register is moved back to the start of its line, and its mask leaves out what lies before.
+template <class T, class F>
+inline void ForKept(const T* row, int size, F&& f) {
+  int c = 0;
+  for (; c + kLanes <= size; c += kLanes) f(c, FirstLanes(kLanes));
+  if (c >= size) return;
+  int back = 0;
+  if constexpr (kMovesBack) {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+    const int lane =
+        static_cast<int>(reinterpret_cast<uintptr_t>(row + c) / sizeof(T) % kLine) % kLanes;
+    back = lane + (size - c) <= kLanes ? lane : 0;
+  }
+  f(c - back, Between(back, back + size - c));
+}
+
+// What an update does with one row's summed gradient g[0..size), row `local` of its slice. Memory
+// of a register before g and after its padding is readable.
 // Everything past `size` keeps its value: weights, states, and zeros in a stored gradient.
 template <class T, Update kUpdate>
 inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, int64_t segment,
@@ -320,42 +340,41 @@ inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, in
   Reg rate = Set1(-h.lr);
   if constexpr (kUpdate == Update::kRowWiseAdagrad) {
     Reg squares = Zero();
-    for (int c = 0; c < size; c += kLanes) {
-      const Mask m = FirstLanes(size - c);
+    ForKept(weight, size, [&](int c, Mask m) {
       const Reg x = MulAdd(decay, Load(weight + c, m), Keep(LoadAll(g + c), m));
       squares = MulAdd(x, x, squares);
-    }
+    });
     float* state = slice.state1 + local;
     *state += size > 0 ? Sum(squares) / static_cast<float>(size) : 0.0f;
     rate = Set1(-h.lr / (__builtin_sqrtf(*state) + h.eps));
   }
-  for (int c = 0; c < size; c += kLanes) {
-    const Mask m = FirstLanes(size - c);
+  float* first = slice.state1 + local * slice.width;
+  float* second = slice.state2 + local * slice.width;
+  ForKept(weight, size, [&](int c, Mask m) {
     const Reg w = Load(weight + c, m);
     const Reg x = MulAdd(decay, w, Keep(LoadAll(g + c), m));
     if constexpr (kUpdate == Update::kSgd || kUpdate == Update::kRowWiseAdagrad) {
       Store(weight + c, MulAdd(rate, x, w), m);
     } else if constexpr (kUpdate == Update::kAdagrad) {
-      float* state = slice.state1 + local * slice.width + c;
-      const Reg sum = MulAdd(x, x, Load(state, m));
-      Store(state, sum, m);
+      const Reg sum = MulAdd(x, x, Load(first + c, m));
+      Store(first + c, sum, m);
       const Reg step = Div(Mul(rate, x), Add(Sqrt(sum), Set1(h.eps)));
       Store(weight + c, Add(w, step), m);
     } else if constexpr (kUpdate == Update::kAdam) {
-      float* first = slice.state1 + local * slice.width + c;
-      float* second = slice.state2 + local * slice.width + c;
-      const Reg a = MulAdd(Set1(h.one_minus_beta1), Sub(x, Load(first, m)), Load(first, m));
-      const Reg b = MulAdd(Set1(h.one_minus_beta2), Mul(x, x), Mul(Set1(h.beta2), Load(second, m)));
-      Store(first, a, m);
-      Store(second, b, m);
+      const Reg before = Load(first + c, m);
+      const Reg a = MulAdd(Set1(h.one_minus_beta1), Sub(x, before), before);
+      const Reg b =
+          MulAdd(Set1(h.one_minus_beta2), Mul(x, x), Mul(Set1(h.beta2), Load(second + c, m)));
+      Store(first + c, a, m);
+      Store(second + c, b, m);
       const Reg root = MulAdd(Sqrt(b), Set1(h.inverse_sqrt_bias2), Set1(h.eps));
       Store(weight + c, Sub(w, Div(Mul(Set1(h.step_size), a), root)), m);
     }
-  }
+  });
 }
 
 // How far ahead of the walk its memory is asked for, in segments.
-constexpr int64_t kPrefetchDistance = 16;
+constexpr int64_t kPrefetchDistance = 24;
 
 template <class T, class I, Update kUpdate, bool kMask>
 void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
@@ -364,8 +383,8 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
   const T* grad = static_cast<const T*>(task.grad);
   const int dim = static_cast<int>(task.dim);
   const int dim_registers = Registers(dim);
-  float* g = scratch;
-  float* mask_sum = scratch + task.padded_dim;
+  float* g = scratch + kLanes;
+  float* mask_sum = g + task.padded_dim;
   constexpr bool kReadsWeight = kMask || kUpdate != Update::kStoreGrad;
   const TableSlice* slice = task.slices;
   int32_t group = -1;
@@ -388,36 +407,38 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
     }
   };
 
+  const bool aligned = task.aligned;
+  const int state_lines = LinesOf<float>(dim, aligned);
+  const int weight_lines = LinesOf<T>(dim, aligned);
+  const TableSlice* ahead_slice = slice;
+  const I* stop = task.prefetch_grad ? items + task.starts[task.segments] : nullptr;
+
   for (int64_t s = begin; s < end; ++s) {
-    const int64_t u = task.order ? task.order[s] : s;
-    const int64_t row = task.rows[u];
-    while (row >= slice->end_row) ++slice;
-    if (task.order) {
-      slice = task.slices;
-      while (row >= slice->end_row) ++slice;
-    }
-    const int64_t local = row - slice->first_row;
     if (task.prefetch && s + kPrefetchDistance < end) {
-      const int64_t ahead = task.order ? task.order[s + kPrefetchDistance] : s + kPrefetchDistance;
-      const int64_t next = task.rows[ahead];
-      if (next < slice->end_row && next >= slice->first_row) {
-        const int64_t there = next - slice->first_row;
-        if constexpr (kReadsWeight) {
-          Prefetch(static_cast<const T*>(slice->weight) + there * slice->width,
-                   kMask ? slice->width : task.sizes[ahead]);
-        }
-        if constexpr (kUpdate == Update::kRowWiseAdagrad) {
-          __builtin_prefetch(slice->state1 + there, 1);
-        } else if constexpr (kUpdate == Update::kAdagrad || kUpdate == Update::kAdam) {
-          Prefetch(slice->state1 + there * slice->width, task.sizes[ahead]);
-          if constexpr (kUpdate == Update::kAdam) {
-            Prefetch(slice->state2 + there * slice->width, task.sizes[ahead]);
-          }
+      const int64_t v = task.order ? task.order[s + kPrefetchDistance] : s + kPrefetchDistance;
+      const int64_t next = task.rows[v];
+      if (task.order) ahead_slice = task.slices;
+      while (next >= ahead_slice->end_row) ++ahead_slice;
+      const int64_t there = next - ahead_slice->first_row;
+      const int64_t place = there * ahead_slice->width;
+      if constexpr (kReadsWeight) {
+        PrefetchRow(static_cast<const T*>(ahead_slice->weight) + place, kMask ? dim : task.sizes[v],
+                    weight_lines);
+      }
+      if constexpr (kUpdate == Update::kRowWiseAdagrad) {
+        PrefetchRow(ahead_slice->state1 + there, 1, 1);
+      } else if constexpr (kUpdate == Update::kAdagrad || kUpdate == Update::kAdam) {
+        PrefetchRow(ahead_slice->state1 + place, task.sizes[v], state_lines);
+        if constexpr (kUpdate == Update::kAdam) {
+          PrefetchRow(ahead_slice->state2 + place, task.sizes[v], state_lines);
         }
       }
-      const int64_t bag = items[task.starts[ahead]].bag;
-      Prefetch(grad + bag * task.grad_stride, kMask ? dim : task.sizes[ahead]);
     }
+    const int64_t u = task.order ? task.order[s] : s;
+    const int64_t row = task.rows[u];
+    if (task.order) slice = task.slices;
+    while (row >= slice->end_row) ++slice;
+    const int64_t local = row - slice->first_row;
 
     const int size = task.sizes[u];
     const int columns = kMask ? dim : size;
@@ -434,7 +455,7 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
         StoreAll(g + c, sum);
       }
     } else {
-      ReduceItems(grad, task.grad_stride, items + first, count, columns, g);
+      ReduceItems(grad, task.grad_stride, items + first, count, stop, columns, g);
     }
 
     if constexpr (kMask) {
@@ -504,18 +525,19 @@ void Walk(FloatType type, Update update, bool weighted, const WalkTask& task, in
 }
 
 template <class T>
-void DotTyped(const Resolver* resolver, const T* grad, int64_t stride, const int64_t* bags,
-              int64_t begin, int64_t end, T* out) {
-  SourceStream sources(resolver, begin, end);
+void DotTyped(const LookupTable& table, Faults* faults, const T* grad, int64_t stride,
+              const int64_t* bags, int64_t begin, int64_t end, T* out) {
+  Sources sources(table, faults, 0, 0, false, false, begin, end);
   for (int64_t p = begin; p < end; ++p) {
-    sources.Reach(p);
-    const Source& source = sources.Get(p);
-    const T* row = reinterpret_cast<const T*>(source.row);
+    const SourceBlock& block = sources.At(p);
+    const int64_t i = p - sources.block_begin();
+    const T* row = reinterpret_cast<const T*>(block.row[i]);
+    const int size = block.size[i];
     Reg sum = Zero();
     if (bags[p] >= 0) {
       const T* delta = grad + bags[p] * stride;
-      for (int c = 0; c < source.size; c += kLanes) {
-        const Mask m = FirstLanes(source.size - c);
+      for (int c = 0; c < size; c += kLanes) {
+        const Mask m = FirstLanes(size - c);
         sum = MulAdd(Load(row + c, m), Load(delta + c, m), sum);
       }
     }
@@ -523,17 +545,17 @@ void DotTyped(const Resolver* resolver, const T* grad, int64_t stride, const int
   }
 }
 
-void Dot(FloatType type, const Resolver* resolver, const void* grad, int64_t stride,
+void Dot(const LookupTable& table, Faults* faults, const void* grad, int64_t stride,
          const int64_t* bags, int64_t begin, int64_t end, void* out) {
-  switch (type) {
+  switch (table.type) {
     case FloatType::kFloat:
-      return DotTyped(resolver, static_cast<const float*>(grad), stride, bags, begin, end,
+      return DotTyped(table, faults, static_cast<const float*>(grad), stride, bags, begin, end,
                       static_cast<float*>(out));
     case FloatType::kHalf:
-      return DotTyped(resolver, static_cast<const Half*>(grad), stride, bags, begin, end,
+      return DotTyped(table, faults, static_cast<const Half*>(grad), stride, bags, begin, end,
                       static_cast<Half*>(out));
     case FloatType::kBFloat16:
-      return DotTyped(resolver, static_cast<const BFloat16*>(grad), stride, bags, begin, end,
+      return DotTyped(table, faults, static_cast<const BFloat16*>(grad), stride, bags, begin, end,
                       static_cast<BFloat16*>(out));
   }
 }
@@ -545,11 +567,11 @@ void ApplyStatic(const TableSlice& slice, const Hyper& hyper, const int64_t* row
     int size = 0;
     for (int c = 0; c < slice.width; c += kLanes) {
       const Reg x = Load(grads + i * slice.width + c, FirstLanes(slice.width - c));
-      StoreAll(scratch + c, x);
+      StoreAll(scratch + kLanes + c, x);
       const int last = LastNonZero(x);
       if (last > 0) size = c + last;
     }
-    UpdateRow<T, kUpdate>(slice, hyper, rows[i], 0, size, scratch);
+    UpdateRow<T, kUpdate>(slice, hyper, rows[i], 0, size, scratch + kLanes);
   }
 }
 

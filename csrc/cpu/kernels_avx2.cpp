@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/resolve.h"
 #include "cpu/types.h"
 
 #if defined(__clang__)
@@ -21,6 +22,8 @@
 
 namespace amtl::cpu::avx2 {
 namespace {
+#include "cpu/sources.inl"
+// After the above.
 #include "cpu/kernels.inl"
 }  // namespace
 }  // namespace amtl::cpu::avx2
@@ -34,8 +37,8 @@ namespace {
 namespace amtl::cpu {
 
 const KernelTable& Avx2Kernels() {
-  static const KernelTable kTable = {"avx2",      avx2::kLanes, &avx2::Pool, &avx2::Reduce,
-                                     &avx2::Walk, &avx2::Dot,   &avx2::Apply};
+  static const KernelTable kTable = {"avx2",      avx2::kLanes, &avx2::Pool,     &avx2::Reduce,
+                                     &avx2::Walk, &avx2::Dot,   &avx2::Describe, &avx2::Apply};
   return kTable;
 }
 

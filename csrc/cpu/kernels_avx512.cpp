@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/resolve.h"
 #include "cpu/types.h"
 
 #if defined(__clang__)
@@ -25,6 +26,8 @@
 
 namespace amtl::cpu::avx512 {
 namespace {
+#include "cpu/sources.inl"
+// After the above.
 #include "cpu/kernels.inl"
 }  // namespace
 }  // namespace amtl::cpu::avx512
@@ -38,8 +41,9 @@ namespace {
 namespace amtl::cpu {
 
 const KernelTable& Avx512Kernels() {
-  static const KernelTable kTable = {"avx512",      avx512::kLanes, &avx512::Pool, &avx512::Reduce,
-                                     &avx512::Walk, &avx512::Dot,   &avx512::Apply};
+  static const KernelTable kTable = {"avx512",          avx512::kLanes, &avx512::Pool,
+                                     &avx512::Reduce,   &avx512::Walk,  &avx512::Dot,
+                                     &avx512::Describe, &avx512::Apply};
   return kTable;
 }
 

@@ -4,6 +4,8 @@
 
 namespace amtl::cpu::generic {
 namespace {
+#include "cpu/sources.inl"
+// After the above.
 #include "cpu/kernels.inl"
 }  // namespace
 }  // namespace amtl::cpu::generic
@@ -11,9 +13,9 @@ namespace {
 namespace amtl::cpu {
 
 const KernelTable& GenericKernels() {
-  static const KernelTable kTable = {"generic",        generic::kLanes, &generic::Pool,
-                                     &generic::Reduce, &generic::Walk,  &generic::Dot,
-                                     &generic::Apply};
+  static const KernelTable kTable = {"generic",          generic::kLanes, &generic::Pool,
+                                     &generic::Reduce,   &generic::Walk,  &generic::Dot,
+                                     &generic::Describe, &generic::Apply};
   return kTable;
 }
 

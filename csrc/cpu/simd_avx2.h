@@ -17,6 +17,16 @@ using Mask = __m256i;
 inline Mask FirstLanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
 }
+// Loads of 16-bit floats take the first lanes only, so registers stay where they are.
+constexpr bool kMovesBack = false;
+inline Mask Between(int, int end) { return FirstLanes(end); }
+// See simd_avx512.h.
+using Bound = __m256i;
+inline Bound BoundOf(const int32_t* n) { return _mm256_set1_epi32(*n); }
+inline Mask Below(Bound n, int first) {
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_cmpgt_epi32(n, _mm256_add_epi32(lane, _mm256_set1_epi32(first)));
+}
 inline int CountLanes(Mask m) {
   return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m)));
 }
@@ -24,7 +34,7 @@ inline int CountLanes(Mask m) {
 // No cheap shift of lanes across registers: see simd_avx512.h.
 constexpr bool kShiftsLanes = false;
 using Shift = int;
-inline Shift ShiftBy(int lanes) { return lanes; }
+inline Shift ShiftBy(const int32_t* lanes) { return *lanes; }
 inline Reg Shifted(Reg low, Reg, Shift) { return low; }
 
 inline Reg Zero() { return _mm256_setzero_ps(); }
@@ -88,6 +98,9 @@ inline void Store(BFloat16* p, Reg a, Mask m) {
 }
 inline Reg LoadAll(const float* p) { return _mm256_loadu_ps(p); }
 inline void StoreAll(float* p, Reg a) { _mm256_storeu_ps(p, a); }
+inline Reg AddKept(Reg acc, const float* p, Mask m) {
+  return _mm256_add_ps(acc, _mm256_and_ps(_mm256_loadu_ps(p), _mm256_castsi256_ps(m)));
+}
 inline void StoreStream(float* p, Reg a) { _mm256_stream_ps(p, a); }
 inline void FenceStream() { _mm_sfence(); }
 

@@ -19,12 +19,25 @@ inline Mask FirstLanes(int n) {
   return _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(n));
 }
 
+// Lanes [begin, end), for 0 <= begin < end <= 16.
+constexpr bool kMovesBack = true;
+inline Mask Between(int begin, int end) {
+  return static_cast<Mask>((0xFFFFu >> (kLanes - end)) & (0xFFFFu << begin));
+}
+// A number of values in memory, and the lanes below it of a register that begins at value `first`.
+using Bound = __m512i;
+inline Bound BoundOf(const int32_t* n) { return _mm512_set1_epi32(*n); }
+inline Mask Below(Bound n, int first) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_cmplt_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32(first)), n);
+}
+
 // 16 lanes out of two registers side by side.
 constexpr bool kShiftsLanes = true;
 using Shift = __m512i;
-inline Shift ShiftBy(int lanes) {
+inline Shift ShiftBy(const int32_t* lanes) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm512_add_epi32(lane, _mm512_set1_epi32(lanes));
+  return _mm512_add_epi32(lane, _mm512_set1_epi32(*lanes));
 }
 inline Reg Shifted(Reg low, Reg high, Shift shift) {
   return _mm512_permutex2var_ps(low, shift, high);
@@ -69,6 +82,10 @@ inline void Store(BFloat16* p, Reg a, Mask m) {
 // to the load that follows it.
 inline Reg LoadAll(const float* p) { return _mm512_loadu_ps(p); }
 inline void StoreAll(float* p, Reg a) { _mm512_storeu_ps(p, a); }
+// acc + the lanes `m` of whole memory at p.
+inline Reg AddKept(Reg acc, const float* p, Mask m) {
+  return _mm512_mask_add_ps(acc, m, acc, _mm512_loadu_ps(p));
+}
 // Past the caches; `p` is aligned to 64 bytes.
 inline void StoreStream(float* p, Reg a) { _mm512_stream_ps(p, a); }
 inline void FenceStream() { _mm_sfence(); }

@@ -19,6 +19,13 @@ struct Mask {
 
 inline Mask FirstLanes(int n) { return {n < 0 ? 0 : n > kLanes ? kLanes : n}; }
 
+constexpr bool kMovesBack = false;
+inline Mask Between(int, int end) { return FirstLanes(end); }
+// See simd_avx512.h.
+using Bound = int;
+inline Bound BoundOf(const int32_t* n) { return *n; }
+inline Mask Below(Bound n, int first) { return FirstLanes(n - first); }
+
 template <class F>
 inline Reg Map(F f) {
   Reg r;
@@ -28,7 +35,7 @@ inline Reg Map(F f) {
 // No cheap shift of lanes across registers: see simd_avx512.h.
 constexpr bool kShiftsLanes = false;
 using Shift = int;
-inline Shift ShiftBy(int lanes) { return lanes; }
+inline Shift ShiftBy(const int32_t* lanes) { return *lanes; }
 inline Reg Shifted(Reg low, Reg, Shift) { return low; }
 
 inline Reg Zero() { return Reg{}; }
@@ -125,6 +132,9 @@ inline Reg LoadAll(const float* p) {
   return r;
 }
 inline void StoreAll(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }
+inline Reg AddKept(const Reg& acc, const float* p, Mask m) {
+  return Map([&](int i) { return i < m.n ? acc.x[i] + p[i] : acc.x[i]; });
+}
 inline void StoreStream(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }
 inline void FenceStream() {}
 

@@ -21,14 +21,6 @@ enum class Pooling { kNone, kSum, kMean };
 
 inline int64_t BytesOf(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
 
-// Where one lookup finds its row and how many of its values count. `size` 0 is a lookup that counts
-// for nothing (padding); its `row` still points at readable memory.
-struct Source {
-  const char* row;
-  int32_t size;
-  float scale;
-};
-
 // Runs `f(ctx, begin, end)` over sub-ranges of [0, n), maybe on several threads. Given by the
 // caller, since only the framework knows its thread pool.
 struct Executor {

@@ -60,9 +60,11 @@ void CpuLookup::SetTiers(const std::vector<Tensor>& tiers, const std::vector<int
     Check(block.size(0) == tier_ends[c] - start, "block ", c, " has ", block.size(0),
           " rows, tier_ends say ", tier_ends[c] - start);
     Check(block.size(1) <= dim, "block ", c, " is wider than embedding_dim ", dim);
-    start = tier_ends[c];
+    const int64_t before = start * block.size(1) * cpu::BytesOf(FloatTypeOf(block));
+    origins.push_back(reinterpret_cast<uintptr_t>(block.const_data_ptr()) -
+                      static_cast<uintptr_t>(before));
     widths.push_back(static_cast<int32_t>(block.size(1)));
-    blocks.push_back(static_cast<const char*>(block.const_data_ptr()));
+    start = tier_ends[c];
   }
   ends = tier_ends;
   SetTable(tiers[0], indices, padding_idx);
@@ -73,7 +75,7 @@ void CpuLookup::SetTiers(const std::vector<Tensor>& tiers, const std::vector<int
   sizes.kind = cpu::SizeTable::Kind::kTiers;
   sizes.tier_ends = ends.data();
   sizes.tier_widths = widths.data();
-  sizes.blocks = blocks.data();
+  sizes.origins = origins.data();
   sizes.tiers = static_cast<int64_t>(tiers.size());
 }
 

@@ -40,7 +40,7 @@ struct CpuLookup {
   cpu::BagTable bags{};
   std::vector<int64_t> ends;
   std::vector<int32_t> widths;
-  std::vector<const char*> blocks;
+  std::vector<uintptr_t> origins;
 
   CpuLookup() = default;
   CpuLookup(const CpuLookup&) = delete;

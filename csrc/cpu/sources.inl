@@ -1,0 +1,312 @@
+// From positions to rows: where the rows of a block of lookups lie and how much of them is kept.
+// Included by kernels_<isa>.cpp like kernels.inl.
+//
+// A block is resolved as a whole, in short loops of fixed length over arrays, which the compiler
+// turns into vector code for each instruction set. Nothing is read outside the table: indices,
+// groups and sizes out of range are pulled into range and reported, so the loops that use the rows
+// need no checks.
+
+// Up to this many registers of a row have precomputed places.
+constexpr int kPlaces = kMaxStaticRegisters + 1;
+
+struct SourceBlock {
+  alignas(64) int64_t number[kSourceBlock];  // of the row in the table
+  alignas(64) const char* row[kSourceBlock];
+  alignas(64) int32_t size[kSourceBlock];  // 0: counts for nothing
+  alignas(64) float scale[kSourceBlock];
+  // Byte of `row` at which register r of it is read. Past the size that is the last register kept:
+  // no line is touched that isn't kept, and no branch depends on the size.
+  alignas(64) int32_t place[kPlaces][kSourceBlock];
+  // Of shifted rows: the lane of the first line at which the row begins. `row` is that line then,
+  // and `size` counts from its start.
+  alignas(64) int32_t first[kSourceBlock];
+};
+
+template <class Index>
+inline void LoadRows(const Index* indices, int64_t count, int64_t rows, int64_t* number,
+                     bool* wrong) {
+  Index index[kSourceBlock];
+  if (count == kSourceBlock) {
+    for (int i = 0; i < kSourceBlock; ++i) index[i] = indices[i];
+  } else {
+    for (int i = 0; i < kSourceBlock; ++i) index[i] = indices[i < count ? i : 0];
+  }
+  int64_t moved = 0;
+  for (int i = 0; i < kSourceBlock; ++i) {
+    const int64_t row = static_cast<int64_t>(index[i]);
+    const int64_t low = row < 0 ? 0 : row;
+    const int64_t pulled = low < rows ? low : rows - 1;
+    moved |= pulled ^ row;
+    number[i] = pulled;
+  }
+  *wrong |= moved != 0;
+}
+
+inline void HashColumns(const int64_t* number, uint32_t mixed_seed, uint32_t columns,
+                        uint32_t* column) {
+  for (int i = 0; i < kSourceBlock; ++i) {
+    const uint64_t r = static_cast<uint64_t>(number[i]);
+    uint32_t x = static_cast<uint32_t>(r ^ (r >> 32)) * 0x9E3779B1u + mixed_seed;
+    x ^= x >> 16;
+    x *= 0x85EBCA6Bu;
+    x ^= x >> 13;
+    x *= 0xC2B2AE35u;
+    x ^= x >> 16;
+    column[i] = static_cast<uint32_t>((static_cast<uint64_t>(x) * columns) >> 32);
+  }
+}
+
+// Sizes outside 1..dim become 0.
+inline void CheckSizes(int32_t dim, int32_t* size, bool* wrong) {
+  int bad = 0;
+  for (int i = 0; i < kSourceBlock; ++i) {
+    const bool out = static_cast<uint32_t>(size[i]) - 1u >= static_cast<uint32_t>(dim);
+    bad |= out;
+    size[i] = out ? 0 : size[i];
+  }
+  *wrong |= bad != 0;
+}
+
+template <class D>
+inline void GroupSizes(const LookupTable& t, const int64_t* number, int32_t* size, int32_t* group,
+                       bool* wrong) {
+  const SizeTable& s = t.sizes;
+  const D* dims = static_cast<const D*>(s.dims);
+  const uint32_t groups = static_cast<uint32_t>(s.groups);
+  for (int i = 0; i < kSourceBlock; ++i) group[i] = s.row_group[number[i]];
+  int bad = 0;
+  for (int i = 0; i < kSourceBlock; ++i) {
+    const bool out = static_cast<uint32_t>(group[i]) >= groups;
+    bad |= out;
+    group[i] = out ? 0 : group[i];
+  }
+  if (s.columns == 1) {
+    for (int i = 0; i < kSourceBlock; ++i) size[i] = static_cast<int32_t>(dims[group[i]]);
+  } else {
+    uint32_t column[kSourceBlock];
+    HashColumns(number, s.mixed_seed, static_cast<uint32_t>(s.columns), column);
+    int64_t at[kSourceBlock];
+    for (int i = 0; i < kSourceBlock; ++i) at[i] = group[i] * s.columns + column[i];
+    for (int i = 0; i < kSourceBlock; ++i) size[i] = static_cast<int32_t>(dims[at[i]]);
+  }
+  *wrong |= bad != 0;
+  if (bad != 0) {
+    for (int i = 0; i < kSourceBlock; ++i) {
+      if (static_cast<uint32_t>(s.row_group[number[i]]) >= groups) size[i] = 0;
+    }
+  }
+}
+
+// Tier of each row, and its width: counted and summed over the tiers that end at or before it.
+template <class Row>
+inline void FindTiers(const SizeTable& s, const int64_t* number, int32_t* tier, int32_t* size) {
+  Row row[kSourceBlock];
+  int32_t count[kSourceBlock], width[kSourceBlock];
+  for (int i = 0; i < kSourceBlock; ++i) row[i] = static_cast<Row>(number[i]);
+  for (int i = 0; i < kSourceBlock; ++i) count[i] = 0;
+  for (int i = 0; i < kSourceBlock; ++i) width[i] = s.tier_widths[0];
+  for (int64_t c = 0; c + 1 < s.tiers; ++c) {
+    const Row end = static_cast<Row>(s.tier_ends[c]);
+    const int32_t step = s.tier_widths[c + 1] - s.tier_widths[c];
+    for (int i = 0; i < kSourceBlock; ++i) {
+      const int32_t behind = row[i] >= end ? -1 : 0;
+      count[i] -= behind;
+      width[i] += behind & step;
+    }
+  }
+  for (int i = 0; i < kSourceBlock; ++i) tier[i] = count[i];
+  for (int i = 0; i < kSourceBlock; ++i) size[i] = width[i];
+}
+
+// Kept sizes of a block of rows that are in range. `slot` is the group of each, or its tier.
+inline void ResolveSizes(const LookupTable& t, const int64_t* number, int32_t* size, int32_t* slot,
+                         bool* wrong) {
+  const SizeTable& s = t.sizes;
+  const bool narrow = s.type == SizeType::kUInt8;
+  if (s.kind == SizeTable::Kind::kTiers) {
+    constexpr int64_t kNarrowRows = int64_t{1} << 31;
+    t.rows < kNarrowRows ? FindTiers<int32_t>(s, number, slot, size)
+                         : FindTiers<int64_t>(s, number, slot, size);
+    return;
+  }
+  if (s.kind == SizeTable::Kind::kGroups) {
+    narrow ? GroupSizes<uint8_t>(t, number, size, slot, wrong)
+           : GroupSizes<int32_t>(t, number, size, slot, wrong);
+  } else if (narrow) {
+    const uint8_t* dims = static_cast<const uint8_t*>(s.dims);
+    for (int i = 0; i < kSourceBlock; ++i) size[i] = dims[number[i]];
+  } else {
+    const int32_t* dims = static_cast<const int32_t*>(s.dims);
+    for (int i = 0; i < kSourceBlock; ++i) size[i] = dims[number[i]];
+  }
+  CheckSizes(static_cast<int32_t>(t.dim), size, wrong);
+}
+
+// Asks for what ResolveSizes will read. Safe for any number: a prefetch never faults.
+inline void PrefetchSize(const LookupTable& t, int64_t number) {
+  const SizeTable& s = t.sizes;
+  if (s.kind == SizeTable::Kind::kGroups) {
+    __builtin_prefetch(s.row_group + number);
+  } else if (s.kind == SizeTable::Kind::kRows) {
+    const int64_t bytes = s.type == SizeType::kUInt8 ? 1 : 4;
+    __builtin_prefetch(static_cast<const char*>(s.dims) + number * bytes);
+  }
+}
+
+// The lookups of [begin, end) in blocks. The block after the current one is resolved as well, so
+// that its rows can be asked for while the current ones are used: asking in turn with the use
+// keeps the memory busy; asking for a block at a time was half as fast on tables larger than the
+// caches.
+class Sources {
+ public:
+  // `registers` of a row have places, each of `register_bytes`; 0: nobody asks for them.
+  Sources(const LookupTable& table, Faults* faults, int registers, int register_bytes, bool shifted,
+          bool prefetch, int64_t begin, int64_t end)
+      : table_(table),
+        faults_(faults),
+        registers_(registers),
+        register_bytes_(register_bytes),
+        shifted_(shifted),
+        prefetch_(prefetch),
+        end_(end),
+        resolved_(begin) {
+    Resolve(&blocks_[0]);
+    if (prefetch) {
+      for (int i = 0; i < kSourceBlock; ++i) {
+        for (int r = 0; r < registers; ++r) {
+          __builtin_prefetch(blocks_[0].row[i] + blocks_[0].place[r][i]);
+        }
+      }
+    }
+    begin_ = begin;
+    current_end_ = resolved_;
+    Resolve(&blocks_[1]);
+  }
+
+  // The block of position p, which ends at block_end(); p must not go back.
+  const SourceBlock& At(int64_t p) {
+    if (p >= current_end_) {
+      begin_ = current_end_;
+      current_end_ = resolved_;
+      flip_ ^= 1;
+      Resolve(&blocks_[flip_ ^ 1]);
+    }
+    return blocks_[flip_];
+  }
+  int64_t block_begin() const { return begin_; }
+  int64_t block_end() const { return current_end_; }
+  // What comes a block later; near the end, something older.
+  const SourceBlock& ahead() const { return blocks_[flip_ ^ 1]; }
+
+ private:
+  void Resolve(SourceBlock* block) {
+    if (resolved_ >= end_) return;
+    const int64_t begin = resolved_;
+    const int64_t count = end_ - begin < kSourceBlock ? end_ - begin : kSourceBlock;
+    resolved_ = begin + count;
+    if (table_.index_type == IndexType::kInt32) {
+      ResolveIndices(static_cast<const int32_t*>(table_.indices) + begin, count, block);
+    } else {
+      ResolveIndices(static_cast<const int64_t*>(table_.indices) + begin, count, block);
+    }
+    if (table_.per_sample_weights) LoadScales(table_, begin, resolved_, block->scale);
+    FindRows(block);
+    if (registers_ > 0) shifted_ ? FindLines(block) : FindPlaces(block);
+  }
+
+  template <class Index>
+  void ResolveIndices(const Index* indices, int64_t count, SourceBlock* block) {
+    LoadRows(indices, count, table_.rows, block->number, &faults_->index);
+    if (prefetch_) {
+      const int64_t left = end_ - resolved_;
+      const int64_t ahead = left < kSourceBlock ? left : kSourceBlock;
+      for (int64_t i = 0; i < ahead; ++i) {
+        PrefetchSize(table_, static_cast<int64_t>(indices[count + i]));
+      }
+    }
+  }
+
+  void FindRows(SourceBlock* block) {
+    const SizeTable& s = table_.sizes;
+    int32_t slot[kSourceBlock];
+    ResolveSizes(table_, block->number, block->size, slot, &faults_->size);
+    const int64_t bytes = BytesOf(table_.type);
+    if (s.kind == SizeTable::Kind::kTiers) {
+      uintptr_t place[kSourceBlock];
+      for (int i = 0; i < kSourceBlock; ++i) {
+        place[i] = static_cast<uintptr_t>(block->number[i] * (block->size[i] * bytes));
+      }
+      for (int i = 0; i < kSourceBlock; ++i) {
+        block->row[i] = reinterpret_cast<const char*>(s.origins[slot[i]] + place[i]);
+      }
+    } else {
+      const int64_t row_bytes = table_.dim * bytes;
+      for (int i = 0; i < kSourceBlock; ++i) {
+        block->row[i] = table_.weight + block->number[i] * row_bytes;
+      }
+    }
+    if (table_.skip_padding && table_.padding_idx >= 0) {
+      for (int i = 0; i < kSourceBlock; ++i) {
+        block->size[i] = block->number[i] == table_.padding_idx ? 0 : block->size[i];
+      }
+    }
+  }
+
+  void FindPlaces(SourceBlock* block) const {
+    int32_t last[kSourceBlock];
+    for (int i = 0; i < kSourceBlock; ++i) {
+      const int32_t size = block->size[i] > 0 ? block->size[i] - 1 : 0;
+      last[i] = static_cast<int32_t>(static_cast<uint32_t>(size) / kLanes) * register_bytes_;
+    }
+    for (int r = 0; r < registers_; ++r) {
+      const int32_t here = r * register_bytes_;
+      for (int i = 0; i < kSourceBlock; ++i) {
+        block->place[r][i] = last[i] < here ? last[i] : here;
+      }
+    }
+  }
+
+  // For rows of floats that begin anywhere in a cache line, with registers of a line.
+  void FindLines(SourceBlock* block) const {
+    for (int i = 0; i < kSourceBlock; ++i) {
+      const uintptr_t address = reinterpret_cast<uintptr_t>(block->row[i]);
+      const int32_t first = static_cast<int32_t>(address % 64 / sizeof(float));
+      block->first[i] = first;
+      block->row[i] = reinterpret_cast<const char*>(address - address % 64);
+      block->size[i] = block->size[i] > 0 ? block->size[i] + first : 0;
+    }
+    FindPlaces(block);
+  }
+
+  const LookupTable& table_;
+  Faults* faults_;
+  int registers_, register_bytes_;
+  bool shifted_, prefetch_;
+  int64_t end_;
+  int64_t resolved_;  // where the next block begins
+  int64_t begin_, current_end_;
+  int flip_ = 0;
+  SourceBlock blocks_[2];
+};
+
+// Sizes (and groups, unless null) of rows [begin, end), which are in range; a size of 0 is wrong.
+void Describe(const LookupTable& table, const int64_t* rows, int64_t begin, int64_t end,
+              int64_t limit, bool prefetch, int32_t* sizes, int32_t* groups) {
+  int64_t number[kSourceBlock];
+  int32_t size[kSourceBlock], slot[kSourceBlock];
+  bool wrong = false;
+  for (int64_t u = begin; u < end; u += kSourceBlock) {
+    const int64_t count = end - u < kSourceBlock ? end - u : kSourceBlock;
+    for (int i = 0; i < kSourceBlock; ++i) number[i] = rows[u + (i < count ? i : 0)];
+    if (prefetch) {
+      const int64_t next = u + kSourceBlock;
+      const int64_t stop = next + kSourceBlock < limit ? next + kSourceBlock : limit;
+      for (int64_t i = next; i < stop; ++i) PrefetchSize(table, rows[i]);
+    }
+    ResolveSizes(table, number, size, slot, &wrong);
+    for (int i = 0; i < count; ++i) sizes[u + i] = size[i];
+    if (groups) {
+      for (int i = 0; i < count; ++i) groups[u + i] = slot[i];
+    }
+  }
+}
