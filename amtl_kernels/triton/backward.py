@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from amtl_kernels.triton.plan import Bags, find_bags, plan_work, sort_lookups
+from amtl_kernels.triton.plan import Bags, find_bags, make_plan
 from amtl_kernels.triton.reduce import reduce_rows
 from amtl_kernels.triton.samples import sample_grad
 from amtl_kernels.triton.tables import Table
@@ -57,24 +57,39 @@ def _dense_backward(
     grads = weight.new_empty(0, dim)
     mask = weight.new_empty(groups if mask_grad else 0, dim, dtype=torch.float32)
     psw = weight.new_empty(0)
-    if weight_grad or mask_grad:
-        lookups = sort_lookups(flat, table.rows, padding_idx, bags, per_sample_weights)
+    if (weight_grad or mask_grad) and flat.numel() == 0:
+        mask.zero_()
+    elif weight_grad or mask_grad:
+        plan = make_plan(
+            flat,
+            table.rows,
+            dim,
+            padding_idx,
+            bags,
+            per_sample_weights,
+            row_group if mask_grad else None,
+            groups,
+            weight_grad and mask_grad,
+            CHUNK,
+        )
+        pieces, place = plan.most_pieces, None
         if weight_grad:
-            rows = lookups.rows
-            grads = weight.new_empty(rows.numel(), dim)
-        if lookups.rows.numel():
-            work = plan_work(lookups, dim, row_group if mask_grad else None, groups, CHUNK)
-            reduce_rows(
-                grad,
-                lookups,
-                work,
-                table,
-                weight,
-                grads if weight_grad else None,
-                mask if mask_grad else None,
-            )
-        else:
-            mask.zero_()
+            distinct, pieces = plan.count_rows()
+            rows = rows.new_empty(distinct)
+            grads = weight.new_empty(distinct, dim)
+            if mask_grad:
+                place = plan.ascending_places(distinct)
+        reduce_rows(
+            grad,
+            plan,
+            pieces,
+            table,
+            weight,
+            place,
+            rows if weight_grad else None,
+            grads if weight_grad else None,
+            mask if mask_grad else None,
+        )
     if psw_grad and bags is not None:
         psw = sample_grad(grad, table, flat, bags, padding_idx)
     return rows, grads, mask, psw
@@ -171,25 +186,34 @@ def tiered_embedding_backward(
     grad = _flat_grad(grad, embedding_dim)
     bags = _bags(flat, offsets, mode, padding_idx, include_last_offset)
     empty = torch.empty(0, dtype=torch.int64, device=flat.device)
-    rows = [empty.clone() for _ in blocks]
+    rows = [torch.empty_like(empty) for _ in blocks]
     grads = [block.new_empty(0, block.shape[1]) for block in blocks]
     psw = blocks[0].new_empty(0)
-    if weight_grad:
-        lookups = sort_lookups(flat, tier_ends[-1], padding_idx, bags, per_sample_weights)
-        ends = torch.tensor(tier_ends, dtype=torch.int64).to(flat.device)
-        last = torch.searchsorted(lookups.rows, ends).tolist()
-        start = position = 0
-        for c, (block, row_end, end) in enumerate(zip(blocks, tier_ends, last, strict=True)):
-            rows[c] = lookups.rows[position:end] - start
-            grads[c] = block.new_empty(end - position, block.shape[1])
-            start, position = row_end, end
-        if lookups.rows.numel():
-            # The kernel sees the gradients as tiers too, of the positions in the list of rows.
-            out = Table.by_tiers(grads, last, embedding_dim, keep=False)
-            work = plan_work(lookups, embedding_dim, None, 0, CHUNK)
-            reduce_rows(grad, lookups, work, out, blocks[0], out.data, None)
+    table = Table.by_tiers(blocks, tier_ends, embedding_dim)
+    if weight_grad and flat.numel():
+        plan = make_plan(
+            flat,
+            table.rows,
+            embedding_dim,
+            padding_idx,
+            bags,
+            per_sample_weights,
+            None,
+            0,
+            chunk=CHUNK,
+        )
+        below = plan.count_rows_of_tiers(table.tiers, len(blocks))
+        counts = [end - start for start, end in zip([0, *below], below, strict=False)]
+        grads = [b.new_empty(n, b.shape[1]) for b, n in zip(blocks, counts, strict=True)]
+        all_rows = empty.new_empty(below[-1])
+        # The kernel sees the gradients as tiers too, of the positions in the list of rows.
+        out = Table.by_tiers(grads, below, embedding_dim, keep=False)
+        reduce_rows(
+            grad, plan, plan.most_pieces, out, blocks[0], None, all_rows, out.data, None
+        )
+        starts = [0, *tier_ends[:-1]]
+        rows = list(torch._foreach_sub(all_rows.split(counts), starts))
     if psw_grad and bags is not None:
-        table = Table.by_tiers(blocks, tier_ends, embedding_dim)
         psw = sample_grad(grad, table, flat, bags, padding_idx)
     return rows, grads, psw
 

@@ -78,6 +78,31 @@ def vector(dim: int, *tensors: Tensor) -> int:
     return lanes
 
 
+def flat_block() -> int:
+    """Elements per program of a kernel over a flat array."""
+    return 1 << 15 if INTERPRETED else 1024
+
+
+def read(tensor: Tensor) -> list[int]:
+    """The integers of a small tensor: the one place where a backward waits for the device."""
+    if recorder is not None:
+        return [1] * tensor.numel()
+    return tensor.tolist()
+
+
+def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """An int64 tensor on ``device``, without a wait."""
+    host = torch.tensor(values, dtype=torch.int64)
+    if device.type != "cuda":
+        return host.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph would read this table of tiers from memory that is gone by then; run the "
+            "same call once before capturing it"
+        )
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's device current, since Triton launches on the current one."""
     if tensor.is_cuda:

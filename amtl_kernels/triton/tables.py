@@ -61,6 +61,19 @@ def round_up(size, VEC: tl.constexpr):
 
 
 @triton.jit
+def row_of_tier(row, tiers_ptr, TIERS: tl.constexpr, VEC: tl.constexpr):
+    """First value of rows [R] of a table of tiers, and their width; both int64."""
+    tier = tl.zeros_like(row)
+    for c in tl.static_range(TIERS - 1):
+        tier += (row >= tl.load(tiers_ptr + c)).to(tl.int64)
+    width = tl.load(tiers_ptr + 2 * TIERS + tier)
+    first = tl.load(tiers_ptr + TIERS + tier) + row * width
+    if VEC > 1:
+        first = tl.multiple_of(first, VEC)
+    return first, width
+
+
+@triton.jit
 def locate(
     row,
     valid,
@@ -80,14 +93,7 @@ def locate(
     rounding them up tells the compiler so.
     """
     if TIERS > 0:
-        tier = tl.zeros_like(row)
-        for c in tl.static_range(TIERS - 1):
-            tier += (row >= tl.load(tiers_ptr + c)).to(tl.int64)
-        base = tl.load(tiers_ptr + TIERS + tier)
-        width = tl.load(tiers_ptr + 2 * TIERS + tier)
-        first = base + row * width
-        if VEC > 1:
-            first = tl.multiple_of(first, VEC)
+        first, width = row_of_tier(row, tiers_ptr, TIERS, VEC)
         size = round_up(tl.where(valid, width, 0).to(tl.int32), VEC)
     else:
         first = row * D
@@ -128,6 +134,7 @@ class Table:
         data: A tensor at whose pointer row offsets start.
         rows: Number of rows.
         dim: Columns ``D`` of a looked-up row.
+        tiers: The [3, TIERS] table, or None.
         args: ``(sizes, row_group, tiers, seed_mix)``, None where the kind has no use for it.
         meta: ``D, Q, TIERS, VEC, BLOCK_D``.
     """
@@ -150,6 +157,7 @@ class Table:
         q = 0
         if row_group is not None and sizes is not None:
             q = sizes.shape[1] if sizes.dim() == 2 else 1
+        self.tiers = tiers
         self.args = (sizes, row_group, tiers, mix_seed(seed))
         self.meta: dict[str, Any] = {
             "D": dim,
@@ -223,7 +231,7 @@ def tier_table(blocks: Sequence[Tensor], ends: Sequence[int], anchor: Tensor, ke
     last += [_INT64_MAX] * padding
     base += base[-1:] * padding
     widths += widths[-1:] * padding
-    table = torch.tensor([last, base, widths], dtype=torch.int64).to(anchor.device)
+    table = launch.upload([last, base, widths], anchor.device)
     if keep:
         while len(_tier_tables) >= _TIER_TABLES_KEPT:
             _tier_tables.pop(next(iter(_tier_tables)))
