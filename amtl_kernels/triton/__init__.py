@@ -45,9 +45,11 @@ def implementations() -> dict[str, Callable[..., object]]:
     Raises:
         ImportError: Triton is not installed.
     """
-    from amtl_kernels.triton import backward, lookup, optimizer
+    from amtl_kernels.triton import backward, lookup, optimizer, update
 
-    kernels = {**lookup.OPERATORS, **backward.OPERATORS, **optimizer.OPERATORS}
+    kernels: dict[str, Callable[..., object]] = {}
+    for room in (lookup, backward, update, optimizer):
+        kernels |= room.OPERATORS
     return {op: _except_float64(op, function) for op, function in kernels.items()}
 
 

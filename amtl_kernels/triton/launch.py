@@ -29,7 +29,7 @@ INTERPRETED_TILE = 1 << 13
 
 WARPS = 4
 
-REGISTERS = {"pooled_fwd_kernel": 96, "reduce_rows_kernel": 96}
+REGISTERS = {"pooled_fwd_kernel": 96, "reduce_rows_kernel": 96, "reduce_update_kernel": 96}
 """Registers per thread at most, 64 for kernels not named. Stated to the compiler, since without a
 ceiling it moves single registers to memory to fit one more program on a multiprocessor, and some
 other one with every change; with these nothing spills (``tests/triton/test_ahead_of_time.py``)."""
@@ -79,8 +79,8 @@ def vector(dim: int, *tensors: Tensor) -> int:
 
 
 def flat_block() -> int:
-    """Elements per program of a kernel over a flat array."""
-    return 1 << 15 if INTERPRETED else 1024
+    """Elements per program of a kernel over a flat array: four a thread, which a search needs."""
+    return 1 << 15 if INTERPRETED else 4 * 32 * WARPS
 
 
 def read(tensor: Tensor) -> list[int]:

@@ -31,13 +31,13 @@ _INT32_MAX = torch.iinfo(torch.int32).max
 def lower_bound(ptr, count, wanted, steps, stride):
     """First position of ``ptr[0 : count * stride : stride]`` that holds ``wanted`` or more.
 
-    ``wanted`` (int64) has any shape; ``steps`` is at least the bit length of ``count``. Stays
-    inside the array also where it is not sorted.
+    ``wanted`` (int64) has any shape, the result (int32) too; ``steps`` is at least the bit length
+    of ``count``. Stays inside the array also where it is not sorted.
     """
-    low = wanted - wanted
+    low = (wanted - wanted).to(tl.int32)
     high = low + count
     for _ in range(steps):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         open_ = low < high
         value = tl.load(ptr + middle * stride, mask=open_, other=0).to(tl.int64)
         right = open_ & (value < wanted)
@@ -49,7 +49,7 @@ def lower_bound(ptr, count, wanted, steps, stride):
 @triton.jit
 def bag_of(at, offset_ptr, num_offsets, steps):
     """Bag of the lookups ``at`` (int64): the last one that starts there or before, or -1."""
-    return lower_bound(offset_ptr, num_offsets, at + 1, steps, 1) - 1
+    return lower_bound(offset_ptr, num_offsets, at + 1, steps, 1).to(tl.int64) - 1
 
 
 @triton.jit
@@ -167,21 +167,26 @@ def cut_kernel(
         tl.store(scale_ptr + at, scale, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_lookups", "num_rows", "limit"])
+@triton.jit(do_not_specialize=["num_lookups", "num_rows", "num_groups", "limit", "steps"])
 def pieces_kernel(
     key_ptr,
     count_ptr,
     piece_ptr,
     row_ptr,
+    group_ptr,
     num_lookups,
     num_rows,
+    num_groups,
     limit,
+    steps,
+    GROUPED: tl.constexpr,
     LIST_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Where each piece starts, and behind the last one where it ends; and the distinct rows.
+    """Where each piece starts, and behind the last one where it ends; more where asked for.
 
-    Grid (ceil(L / BLOCK)). key [L], count [L + 1] -> piece [P + 1] int32, row [U] int64.
+    Grid (ceil(max(L, G + 1) / BLOCK)). key [L], count [L + 1] -> piece [P + 1] int32, distinct row
+    [U] int64, first piece of each group [G + 1] int32.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < num_lookups
@@ -196,6 +201,11 @@ def pieces_kernel(
     if LIST_ROWS:
         row_starts = valid & ((after >> 32) != (count >> 32))
         tl.store(row_ptr + (count >> 32), key % num_rows, mask=row_starts)
+    if GROUPED:
+        if tl.program_id(0) * BLOCK <= num_groups:
+            first = lower_bound(key_ptr, num_lookups, at * num_rows, steps, 1)
+            first = piece_number(tl.load(count_ptr + first, mask=at <= num_groups, other=0))
+            tl.store(group_ptr + at, first.to(tl.int32), mask=at <= num_groups)
 
 
 @triton.jit
@@ -259,6 +269,7 @@ class Plan:
         counts: int64 [L + 1], rows (upper 32 bits) and pieces (lower) that start before a position.
         pieces: int32 [most_pieces + 1], where each piece starts.
         row_of: int64 [most_rows], the distinct rows in the order of their keys, or None.
+        group_piece: int32 [G + 1], first piece of each group of grouped keys.
         lookups: L.
         rows: Number of rows of the table.
         limit: The smallest key that stands for no row.
@@ -275,6 +286,7 @@ class Plan:
     counts: Tensor
     pieces: Tensor
     row_of: Tensor | None
+    group_piece: Tensor
     lookups: int
     rows: int
     limit: int
@@ -293,11 +305,6 @@ class Plan:
     def programs(self) -> int:
         """Programs of a pass over all pieces, at most."""
         return launch.cdiv(self.most_pieces, self.lanes)
-
-    @property
-    def steps(self) -> int:
-        """Steps of a search in the keys."""
-        return self.lookups.bit_length()
 
     def count_rows(self) -> tuple[int, int]:
         """The number of distinct rows and of pieces. Waits for the device."""
@@ -324,7 +331,7 @@ class Plan:
                 tiers,
                 below,
                 self.lookups,
-                self.steps,
+                self.lookups.bit_length(),
                 TIERS=tiers.shape[1],
             )
         return launch.read(below)[:number]
@@ -428,17 +435,23 @@ def make_plan(
         most_rows = min(lookups, num_rows)
         most_pieces = min(lookups, most_rows + launch.cdiv(lookups, chunk))
         pieces = torch.empty(most_pieces + 1, dtype=torch.int32, device=device)
+        groups = 0 if row_group is None else groups
+        group_piece = torch.empty(groups + 1, dtype=torch.int32, device=device)
         row_of = torch.empty(most_rows if list_rows else 0, dtype=torch.int64, device=device)
         launch.launch(
             pieces_kernel,
-            (launch.cdiv(lookups, block),),
+            (launch.cdiv(max(lookups, groups + 1), block),),
             keys,
             counts,
             pieces,
             row_of,
+            group_piece,
             lookups,
             num_rows,
+            groups,
             limit,
+            lookups.bit_length(),
+            GROUPED=row_group is not None,
             LIST_ROWS=list_rows,
             BLOCK=block,
         )
@@ -449,6 +462,7 @@ def make_plan(
         counts=counts,
         pieces=pieces,
         row_of=row_of if list_rows else None,
+        group_piece=group_piece,
         lookups=lookups,
         rows=num_rows,
         limit=limit,

@@ -132,7 +132,7 @@ def hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps):
     slot = window - 1 + tl.where(with_window, 0, windows)
     end = window
     if is_cut and not earlier:
-        end = lower_bound(keys_ptr, windows, key + 1, steps, chunk).to(tl.int32)
+        end = lower_bound(keys_ptr, windows, key + 1, steps, chunk)
     return is_cut and not earlier, key, cut, slot, window, end
 
 
@@ -380,16 +380,12 @@ def combine_rows_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["num_lookups", "num_rows", "programs", "steps"])
+@triton.jit(do_not_specialize=["programs"])
 def combine_groups_kernel(
     partial_ptr,
-    keys_ptr,
-    counts_ptr,
+    group_piece_ptr,
     mask_ptr,
-    num_lookups,
-    num_rows,
     programs,
-    steps,
     PER_PROGRAM: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -402,12 +398,10 @@ def combine_groups_kernel(
     """
     group = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = lower_bound(keys_ptr, num_lookups, group * num_rows, steps, 1)
-    last = lower_bound(keys_ptr, num_lookups, (group + 1) * num_rows, steps, 1)
-    first = piece_number(tl.load(counts_ptr + first))
-    last = piece_number(tl.load(counts_ptr + last))
-    start = (first // PER_PROGRAM).to(tl.int32)
-    end = ((last - 1) // PER_PROGRAM).to(tl.int32)
+    first = tl.load(group_piece_ptr + group)
+    last = tl.load(group_piece_ptr + group + 1)
+    start = first // PER_PROGRAM
+    end = (last - 1) // PER_PROGRAM
     if last == first:
         tl.store(mask_ptr + group * D + cols, tl.zeros([BLOCK_D], tl.float32), mask=cols < D)
     elif end > start:
@@ -433,13 +427,9 @@ def combine_groups(plan: Plan, partial: Tensor, mask: Tensor, block_d: int) -> N
         combine_groups_kernel,
         (groups, launch.cdiv(dim, block_d)),
         partial,
-        plan.keys,
-        plan.counts,
+        plan.group_piece,
         mask,
-        plan.lookups,
-        plan.rows,
         plan.programs,
-        plan.steps,
         PER_PROGRAM=plan.lanes,
         D=dim,
         BLOCK_D=block_d,

@@ -126,7 +126,7 @@ def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
     ops["tiered_embedding_backward"](
         grad, blocks, ends, indices, offsets, psw, dim, 0, 3, False, True, True
     )
-    # One row owns 200 lookups: more than a piece holds, so the second pass runs too.
+    # One row owns 200 lookups: more than a window holds, so the second pass runs too.
     hot = torch.zeros(200, dtype=index)
     wide = torch.zeros(200, dim, dtype=dtype)
     ops["masked_embedding_backward"](
@@ -135,6 +135,25 @@ def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
     ops["tiered_embedding_backward"](
         wide, blocks, ends, hot, None, None, dim, 0, -1, False, True, False
     )
+    for group_dims in (one, many):
+        ops["adaptive_embedding_backward"](
+            *(wide, weight, hot, None, row_group, group_dims, None, 0, -1, False, 4),
+            *(True, True, False),
+        )
+    for optimizer, states in enumerate((0, 1, 1, 2)):
+        by_row = optimizer == 2
+        state = [torch.zeros(rows) if by_row else torch.zeros(rows, dim) for _ in range(states)]
+        tiers = [
+            torch.zeros(b.shape[:1] if by_row else b.shape) for b in blocks for _ in range(states)
+        ]
+        step = (optimizer, [0.1, 0.1, 0.1, 0.9, 0.99, 1.0])
+        bags = (0, -1, False, False, *step)
+        ops["masked_embedding_update_"](weight, state, wide, hot, None, sizes, None, *bags)
+        ops["tiered_embedding_update_"](blocks, tiers, wide, ends, hot, None, None, dim, *bags)
+        ops["adaptive_embedding_update_"](
+            *(weight, state, grad, indices, offsets, row_group, many, psw, 0, 3, False, 4),
+            *(True, False, *step),
+        )
 
     touched = torch.arange(20)
     grads = torch.zeros(20, dim, dtype=dtype)
@@ -173,7 +192,7 @@ def compile_recorded(recorder: Recorder, arch: int) -> Iterator[dict[str, Any]]:
             "stack": int(found[2]),
             "local": int(found[4]),
             "vector_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
-            "barrier_before_store": "bar.sync" in ptx.split("st.global")[0].split("ld.global")[-1],
+            "barrier_before_store": "bar.sync" in ptx.split("ld.global")[-1].split("st.global")[0],
             "vector_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         }
 
