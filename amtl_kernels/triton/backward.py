@@ -208,9 +208,7 @@ def tiered_embedding_backward(
         all_rows = empty.new_empty(below[-1])
         # The kernel sees the gradients as tiers too, of the positions in the list of rows.
         out = Table.by_tiers(grads, below, embedding_dim, keep=False)
-        reduce_rows(
-            grad, plan, plan.most_pieces, out, blocks[0], None, all_rows, out.data, None
-        )
+        reduce_rows(grad, plan, plan.most_pieces, out, blocks[0], None, all_rows, out.data, None)
         starts = [0, *tier_ends[:-1]]
         rows = list(torch._foreach_sub(all_rows.split(counts), starts))
     if psw_grad and bags is not None:

@@ -29,7 +29,13 @@ INTERPRETED_TILE = 1 << 13
 
 WARPS = 4
 
-REGISTERS = {"pooled_fwd_kernel": 96, "reduce_rows_kernel": 96, "reduce_update_kernel": 96}
+REGISTERS = {
+    "combine_update_kernel": 96,
+    "pieces_kernel": 96,
+    "pooled_fwd_kernel": 96,
+    "reduce_rows_kernel": 96,
+    "reduce_update_kernel": 96,
+}
 """Registers per thread at most, 64 for kernels not named. Stated to the compiler, since without a
 ceiling it moves single registers to memory to fit one more program on a multiprocessor, and some
 other one with every change; with these nothing spills (``tests/triton/test_ahead_of_time.py``)."""
@@ -87,6 +93,11 @@ def read(tensor: Tensor) -> list[int]:
     """The integers of a small tensor: the one place where a backward waits for the device."""
     if recorder is not None:
         return [1] * tensor.numel()
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a backward has to ask how many distinct rows there are, which a CUDA graph can't; "
+            "capture a fused update instead"
+        )
     return tensor.tolist()
 
 

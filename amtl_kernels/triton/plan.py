@@ -159,10 +159,7 @@ def cut_kernel(
         inverse = mean_scale(
             bag, live, offset_ptr, counted_ptr, num_offsets, num_lookups, HAS_PADDING
         )
-        if HAS_WEIGHTS:
-            scale = scale * inverse
-        else:
-            scale = inverse
+        scale = scale * inverse if HAS_WEIGHTS else inverse
     if HAS_WEIGHTS or IS_MEAN:
         tl.store(scale_ptr + at, scale, mask=live)
 
@@ -202,7 +199,8 @@ def pieces_kernel(
         row_starts = valid & ((after >> 32) != (count >> 32))
         tl.store(row_ptr + (count >> 32), key % num_rows, mask=row_starts)
     if GROUPED:
-        if tl.program_id(0) * BLOCK <= num_groups:
+        # Nested, since a compile-time condition can't be joined with one that is none.
+        if tl.program_id(0) * BLOCK <= num_groups:  # noqa: SIM102
             first = lower_bound(key_ptr, num_lookups, at * num_rows, steps, 1)
             first = piece_number(tl.load(count_ptr + first, mask=at <= num_groups, other=0))
             tl.store(group_ptr + at, first.to(tl.int32), mask=at <= num_groups)
@@ -319,8 +317,9 @@ class Plan:
             0, order, torch.arange(distinct, device=order.device)
         )
 
-    def count_rows_of_tiers(self, tiers: Tensor, number: int) -> list[int]:
+    def count_rows_of_tiers(self, tiers: Tensor | None, number: int) -> list[int]:
         """Distinct rows before the end of each tier, ``tiers`` as in ``Table``. Waits."""
+        assert tiers is not None
         below = torch.empty(tiers.shape[1], dtype=torch.int64, device=tiers.device)
         with launch.device_guard(self.keys):
             launch.launch(

@@ -413,10 +413,10 @@ def combine_groups_kernel(
 
 def partial_sums(plan: Plan, dim: int, rows: bool, mask: bool) -> tuple[Tensor, Tensor]:
     """Memory for the first pass: of rows and of groups, empty where not asked for."""
-    options = {"dtype": torch.float32, "device": plan.keys.device}
+    like = torch.empty(0, dtype=torch.float32, device=plan.keys.device)
     return (
-        torch.empty(2 * plan.windows if rows else 0, dim, **options),
-        torch.empty(2 * plan.programs if mask else 0, dim, **options),
+        like.new_empty(2 * plan.windows if rows else 0, dim),
+        like.new_empty(2 * plan.programs if mask else 0, dim),
     )
 
 

@@ -109,7 +109,7 @@ def update_tile(
     # Tiles with fewer values than threads are held several times over: as in the row's state.
     tl.debug_barrier()
     store_tile(weight_ptr, first, cols, bound, tl.where(kept, old - change, old))
-    if RULE == ADAGRAD or RULE == ADAM:
+    if RULE == ADAGRAD or RULE == ADAM:  # noqa: SIM109
         store_tile(state_ptr, state_first, cols, bound, state)
     if RULE == ADAM:
         store_tile(second_ptr, second_first, cols, bound, second)

@@ -296,7 +296,7 @@ def combine_update_kernel(
     Grid (windows - 1, ceil(D / BLOCK_D)), as ``combine_rows_kernel``.
     partial [2 * windows, D] -> the hot rows of weight, state and second.
     """
-    hot, key, cut, slot, start, end = hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps)
+    hot, key, _, slot, start, end = hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps)
     if hot:
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = sum_hot_row(partial_ptr, slot, start, end, cols, D, BLOCK_D, LANES)
@@ -479,7 +479,12 @@ def _run(
     hyper: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """Mask gradient (with ``row_group``) and sample gradient, [0, ...] if not asked for."""
-    if optimizer not in (reference.SGD, reference.ADAGRAD, reference.ROWWISE_ADAGRAD, reference.ADAM):
+    if optimizer not in (
+        reference.SGD,
+        reference.ADAGRAD,
+        reference.ROWWISE_ADAGRAD,
+        reference.ADAM,
+    ):
         raise ValueError("optimizer must be 0, 1, 2 or 3")
     states = _States(optimizer, weights, state, ends)
     flat = indices.reshape(-1).contiguous()

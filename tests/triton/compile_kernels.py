@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import amtl_kernels.triton
+from amtl_kernels import reference
 from amtl_kernels.triton import launch
 
 TYPES = {
@@ -38,7 +39,8 @@ TYPES = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF, FULL = (torch.bfloat16,), FLOATS
 PLAN = (
-    # architecture, dimension, dtypes, index type, the whole tuning space or its first choice
+    # architecture, dimension, dtypes, index type, the whole tuning space (and all optimizers) or
+    # its first choice (and the optimizer with the most state)
     (80, 64, FULL, torch.int64, False),
     (90, 64, FULL, torch.int64, True),
     (100, 64, FULL, torch.int64, False),
@@ -46,6 +48,12 @@ PLAN = (
     (90, 1024, HALF, torch.int32, False),
     (90, 1100, (torch.float32,), torch.int64, False),
 )
+OPTIMIZERS = {
+    reference.SGD: 0,
+    reference.ADAGRAD: 1,
+    reference.ROWWISE_ADAGRAD: 1,
+    reference.ADAM: 2,
+}
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -84,7 +92,7 @@ class Recorder:
         self.found[key] = (kernel, signature, constants, {**options, "attributes": attributes})
 
 
-def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
+def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype, optimizers: set[int]) -> None:
     """Every operator, in the forms that differ in what is compiled. Results are garbage."""
     ops = amtl_kernels.triton.implementations()
     rows, lookups, groups = 64, 40, 5
@@ -140,8 +148,8 @@ def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
             *(wide, weight, hot, None, row_group, group_dims, None, 0, -1, False, 4),
             *(True, True, False),
         )
-    for optimizer, states in enumerate((0, 1, 1, 2)):
-        by_row = optimizer == 2
+    for optimizer in optimizers:
+        states, by_row = OPTIMIZERS[optimizer], optimizer == reference.ROWWISE_ADAGRAD
         state = [torch.zeros(rows) if by_row else torch.zeros(rows, dim) for _ in range(states)]
         tiers = [
             torch.zeros(b.shape[:1] if by_row else b.shape) for b in blocks for _ in range(states)
@@ -209,7 +217,7 @@ def main() -> None:
         for tuned, space in ((lookup._gather, "WIDE_SPACE"), (lookup._pooled, "NARROW_SPACE")):
             tuned.space = spaces[space] if whole else spaces[space][:1]
         for dtype in dtypes:
-            call_operators(dim, dtype, index)
+            call_operators(dim, dtype, index, set(OPTIMIZERS) if whole else {reference.ADAM})
         report.extend(compile_recorded(recorder, arch))
     json.dump(report, sys.stdout)
 

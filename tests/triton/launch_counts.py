@@ -79,9 +79,7 @@ class _Dispatched(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = function.overloadpacket.__name__
-        by_mask = name == "index" and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
         sized = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
         if name in WAITING or by_mask or sized:
             self.counts.waits.append(name)

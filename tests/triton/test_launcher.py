@@ -68,6 +68,8 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]:
     monkeypatch.setattr(launch, "device_guard", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(lookup._gather, "_tuners", {})
     monkeypatch.setattr(lookup._pooled, "_tuners", {})
+    # Nothing ran: three rows in three pieces, whatever the memory holds.
+    monkeypatch.setattr(launch, "read", lambda tensor: [3 << 32 | 3] * tensor.numel())
     config = triton.runtime.driver
     before = config._active
     config.set_active(fake)
@@ -142,8 +144,28 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
         )
         state = torch.zeros(rows, 64)
         ops["apply_adagrad_"](weight, state, rows_out, grads, 0.1, 1e-8, 0.0)
+        ops["adaptive_embedding_update_"](
+            *(weight, [state], grad, indices, offsets, row_group, dims, None, 0, -1, False, seed),
+            *(True, False, 1, [0.1 * count, 1e-8, 0.0, 0.0, 0.0, 1.0]),
+        )
     assert sorted(loaded) == sorted(set(loaded)), loaded
-    assert {"pooled_fwd_kernel", "reduce_rows_kernel", "adagrad_kernel"} <= set(loaded)
+    expected = {"pooled_fwd_kernel", "reduce_rows_kernel", "apply_kernel", "reduce_update_kernel"}
+    assert expected <= set(loaded)
+
+
+def test_grids_of_an_update_are_bounded_by_lookups_and_rows(driver: Driver) -> None:
+    """The host knows no number of rows or pieces: grids are what these could be at most."""
+    update = implementations()["masked_embedding_update_"]
+    step = (0, [0.1, 0.0, 0.0, 0.0, 0.0, 1.0])
+    for count, rows, most in ((1000, 10_000, 1000), (1000, 10, 10 + 16), (5, 10_000, 5)):
+        weight, indices, sizes = lookups(count, rows)
+        driver.launches.clear()
+        grad = torch.zeros(count, 64)
+        update(weight, [], grad, indices, None, sizes, None, 0, -1, False, False, *step)
+        grids = dict(driver.launches)
+        assert grids["reduce_update_kernel"] == (launch.cdiv(most, 16), 1, 1)
+        # One program for each window of 64 lookups but the last.
+        assert grids.get("combine_update_kernel", (0,))[0] == launch.cdiv(count, 64) - 1
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
