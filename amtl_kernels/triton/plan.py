@@ -198,9 +198,8 @@ def pieces_kernel(
     if LIST_ROWS:
         row_starts = valid & ((after >> 32) != (count >> 32))
         tl.store(row_ptr + (count >> 32), key % num_rows, mask=row_starts)
-    if GROUPED:
-        # Nested, since a compile-time condition can't be joined with one that is none.
-        if tl.program_id(0) * BLOCK <= num_groups:  # noqa: SIM102
+    if GROUPED:  # noqa: SIM102 - compile-time and run-time conditions can't be joined
+        if tl.program_id(0) * BLOCK <= num_groups:
             first = lower_bound(key_ptr, num_lookups, at * num_rows, steps, 1)
             first = piece_number(tl.load(count_ptr + first, mask=at <= num_groups, other=0))
             tl.store(group_ptr + at, first.to(tl.int32), mask=at <= num_groups)
