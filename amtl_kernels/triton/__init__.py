@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference
+from amtl_kernels import reference, reference_tables
 
 __all__ = ["implementations"]
 
@@ -45,20 +45,22 @@ def implementations() -> dict[str, Callable[..., object]]:
     Raises:
         ImportError: Triton is not installed.
     """
-    from amtl_kernels.triton import backward, lookup, optimizer, update
+    from amtl_kernels.triton import backward, lookup, multi, optimizer, update
 
     kernels: dict[str, Callable[..., object]] = {}
-    for room in (lookup, backward, update, optimizer):
+    for room in (lookup, backward, update, multi, optimizer):
         kernels |= room.OPERATORS
     return {op: _except_float64(op, function) for op, function in kernels.items()}
 
 
 def _except_float64(op: str, function: Callable[..., object]) -> Callable[..., object]:
+    every = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
+
     @functools.wraps(function)
     def implementation(*args: Any) -> object:
         tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
         if tensor.dtype == torch.float64:
-            return reference.IMPLEMENTATIONS[op](*args)
+            return every[op](*args)
         return function(*args)
 
     return implementation

@@ -303,10 +303,10 @@ class Plan:
         """Programs of a pass over all pieces, at most."""
         return launch.cdiv(self.most_pieces, self.lanes)
 
-    def count_rows(self) -> tuple[int, int]:
-        """The number of distinct rows and of pieces. Waits for the device."""
-        both = launch.read(self.counts[-1:])[0]
-        return both >> 32, both & 0xFFFFFFFF
+    @staticmethod
+    def split_count(count: int) -> tuple[int, int]:
+        """The number of rows and of pieces in an entry of ``counts``."""
+        return count >> 32, count & 0xFFFFFFFF
 
     def ascending_places(self, distinct: int) -> Tensor:
         """The rank of each of the ``distinct`` rows, which are in the order of their keys."""
@@ -316,8 +316,8 @@ class Plan:
             0, order, torch.arange(distinct, device=order.device)
         )
 
-    def count_rows_of_tiers(self, tiers: Tensor | None, number: int) -> list[int]:
-        """Distinct rows before the end of each tier, ``tiers`` as in ``Table``. Waits."""
+    def count_rows_of_tiers(self, tiers: Tensor | None) -> Tensor:
+        """int64 [TIERS], distinct rows before the end of each tier of ``Table.tiers``."""
         assert tiers is not None
         below = torch.empty(tiers.shape[1], dtype=torch.int64, device=tiers.device)
         with launch.device_guard(self.keys):
@@ -332,7 +332,7 @@ class Plan:
                 self.lookups.bit_length(),
                 TIERS=tiers.shape[1],
             )
-        return launch.read(below)[:number]
+        return below
 
 
 def chunk_length(lookups: int) -> int:

@@ -27,8 +27,8 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 
 
 @triton.jit
-def hash_column(row, seed_mix, Q: tl.constexpr):
-    """Column ``0..Q-1`` of a row: two multiply-xorshift rounds on 32 bits, equal on all backends.
+def hash_bits(row, seed_mix):
+    """uint32 of a row: two multiply-xorshift rounds, equal on all backends.
 
     row       [R] int64, not negative
     seed_mix  scalar int32: the bits of ``fold(seed) * 0x85EBCA77``
@@ -39,8 +39,13 @@ def hash_column(row, seed_mix, Q: tl.constexpr):
     x = x * tl.full([], 0x85EBCA6B, tl.uint32)
     x = x ^ (x >> 13)
     x = x * tl.full([], 0xC2B2AE35, tl.uint32)
-    x = x ^ (x >> 16)
-    return ((x.to(tl.uint64) * Q) >> 32).to(tl.int64)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def hash_column(row, seed_mix, Q):
+    """Column ``0..Q-1`` (int64) of a row."""
+    return (hash_bits(row, seed_mix).to(tl.int64) * Q) >> 32
 
 
 @triton.jit
