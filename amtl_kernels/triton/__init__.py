@@ -45,10 +45,10 @@ def implementations() -> dict[str, Callable[..., object]]:
     Raises:
         ImportError: Triton is not installed.
     """
-    from amtl_kernels.triton import backward, lookup, multi, optimizer, update
+    from amtl_kernels.triton import backward, lookup, multi, multi_backward, optimizer, update
 
     kernels: dict[str, Callable[..., object]] = {}
-    for room in (lookup, backward, update, multi, optimizer):
+    for room in (lookup, backward, update, multi, multi_backward, optimizer):
         kernels |= room.OPERATORS
     return {op: _except_float64(op, function) for op, function in kernels.items()}
 

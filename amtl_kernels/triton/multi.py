@@ -1,8 +1,7 @@
 """Several tables in one call: one launch looks up all of them.
 
 What tells the tables apart is a small table on the device, one column for each, kept for the next
-call with the same tensors. Backwards and updates sort and sum table by table, with one wait for
-where each table's lookups start and, in a backward, one for the distinct rows of all of them.
+call with the same tensors.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -18,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels import reference, reference_tables
-from amtl_kernels.reference_tables import Bags, split_tiers
-from amtl_kernels.triton import backward, check, launch, update
+from amtl_kernels.triton import check, launch
 from amtl_kernels.triton.plan import bag_of
 from amtl_kernels.triton.tables import clamp_row, hash_column, load_prefix, mix_seed
 
@@ -132,9 +130,18 @@ def pooled_tables_fwd_kernel(
         if HAS_PADDING:
             live = live & (row != padding)
         first, size = locate_in(
-            table, row, live, tables_ptr, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, KIND, T,
+            table,
+            row,
+            live,
+            tables_ptr,
+            sizes_ptr,
+            row_group_ptr,
+            tiers_ptr,
+            seed_mix,
+            KIND,
+            T,
             TIERS,
-        )  # fmt: skip
+        )
         if VEC > 1:
             first = tl.multiple_of(first, VEC)
         size = tl.minimum(tl.maximum(size, 0), dim)
@@ -224,10 +231,13 @@ def _describe(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return _descriptions[key]
 
 
-def _distances(tensors: Sequence[Tensor]) -> list[int]:
-    """Elements from the first tensor's start to each one's."""
-    start, size = tensors[0].data_ptr(), tensors[0].element_size()
-    return [(t.data_ptr() - start) // size if t.numel() else 0 for t in tensors]
+def _anchored(tensors: Sequence[Tensor]) -> tuple[Tensor | None, list[int]]:
+    """The first tensor that has memory, and elements from its start to each one's."""
+    if not tensors:
+        return None, []
+    anchor = next((t for t in tensors if t.numel()), tensors[0])
+    start, size = anchor.data_ptr(), anchor.element_size()
+    return anchor, [(t.data_ptr() - start) // size if t.numel() else 0 for t in tensors]
 
 
 def _reachable(tensors: Sequence[Tensor]) -> bool:
@@ -264,9 +274,9 @@ class _Tables:
         last = list(itertools.accumulate(tier_counts)) or none
         first = [end - n for end, n in zip(last, tier_counts or none, strict=True)]
         columns = [t.shape[1] if t.dim() == 2 else 1 for t in sizes] or none
-        # Of data the first tensor with memory is what distances count from.
-        anchor = next((t for t in data if t.numel()), data[0])
-        distances = [d for d in _distances([anchor, *data])[1:]]
+        self.anchor, distances = _anchored(data)
+        sizes_anchor, of_sizes = _anchored(sizes)
+        groups_anchor, of_groups = _anchored(row_groups)
         tiers = None
         if kind == TIERED.value:
             widths = [block.shape[1] for block in data]
@@ -282,8 +292,8 @@ class _Tables:
             starts[:-1],
             list(padding),
             distances,
-            _distances(sizes) if sizes else none,
-            _distances(row_groups) if row_groups else none,
+            of_sizes or none,
+            of_groups or none,
             columns,
             first,
             [end - 1 for end in last],
@@ -291,16 +301,16 @@ class _Tables:
         assert len(lines) == FIELDS
         self.args = (
             _describe(lines, self.device),
-            sizes[0] if sizes else None,
-            row_groups[0] if row_groups else None,
+            sizes_anchor,
+            groups_anchor,
             tiers,
             mix_seed(seed),
         )
-        self.anchor = anchor
         self.meta = {"KIND": kind, "T": count, "TIERS": len(tier_ends)}
         widths = [block.shape[1] for block in data] if tiers is not None else list(dims)
         self.vector = min(
-            launch.vector(width, anchor, block) for width, block in zip(widths, data, strict=True)
+            launch.vector(width, block) if block.numel() else 16 // block.element_size()
+            for width, block in zip(widths, data, strict=True)
         )
         if any(dim % self.vector for dim in dims):
             self.vector = 1
@@ -339,10 +349,11 @@ def _is_fine(tables: _Tables, indices: Tensor, offsets: Tensor, bags: int, bound
     if launch.recorder is not None:
         tables.find_bad(indices, offsets, bags)
         return True
-    if bounds == reference.OFF or indices.numel() == 0:
-        return bounds == reference.OFF
+    if bounds == reference.OFF:
+        return True
     if bounds == reference.CLAMP and indices.is_cuda:
-        check.warn_later(lambda: tables.describe_bad_index(indices, offsets, bags))
+        if indices.numel():
+            check.warn_later(lambda: tables.describe_bad_index(indices, offsets, bags))
         return True
     check.refuse_capture(indices)
     return launch.read(tables.find_bad(indices, offsets, bags)) == [check._NONE] * 2
@@ -407,8 +418,14 @@ def masked_embedding_bag_tables(
         out = _pool(tables, indices, offsets, per_sample_weights, mode, bounds_check)
     if out is None:
         out = reference_tables.masked_embedding_bag_tables(
-            *(list(weights), list(row_dims), indices, offsets, per_sample_weights, mode),
-            *(list(padding_idx), bounds_check),
+            list(weights),
+            list(row_dims),
+            indices,
+            offsets,
+            per_sample_weights,
+            mode,
+            list(padding_idx),
+            bounds_check,
         )
     return out
 
@@ -443,8 +460,17 @@ def adaptive_embedding_bag_tables(
         out = _pool(tables, indices, offsets, per_sample_weights, mode, bounds_check)
     if out is None:
         out = reference_tables.adaptive_embedding_bag_tables(
-            *(list(weights), list(row_groups), list(group_dims), list(group_masks), indices),
-            *(offsets, per_sample_weights, mode, list(padding_idx), seed, bounds_check),
+            list(weights),
+            list(row_groups),
+            list(group_dims),
+            list(group_masks),
+            indices,
+            offsets,
+            per_sample_weights,
+            mode,
+            list(padding_idx),
+            seed,
+            bounds_check,
         )
     return out
 
@@ -477,235 +503,23 @@ def tiered_embedding_bag_tables(
         out = _pool(tables, indices, offsets, per_sample_weights, mode, bounds_check)
     if out is None:
         out = reference_tables.tiered_embedding_bag_tables(
-            *(list(blocks), list(tier_counts), list(tier_ends), list(embedding_dims), indices),
-            *(offsets, per_sample_weights, mode, list(padding_idx), bounds_check),
+            list(blocks),
+            list(tier_counts),
+            list(tier_ends),
+            list(embedding_dims),
+            indices,
+            offsets,
+            per_sample_weights,
+            mode,
+            list(padding_idx),
+            bounds_check,
         )
     return out
-
-
-def _split(
-    count: int,
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    padding_idx: Sequence[int],
-) -> list[Bags]:
-    """Every table's own bags. One wait."""
-    bags = (offsets.numel() - 1) // count
-    bounds = [0] * (count + 1)
-    if bags:
-        bounds = launch.read(offsets[::bags])
-    parts = []
-    for t, (start, end) in enumerate(itertools.pairwise(bounds)):
-        begins = offsets[t * bags : (t + 1) * bags + 1] - start
-        weights = None if per_sample_weights is None else per_sample_weights[start:end]
-        parts.append(Bags(t, indices[start:end], begins, weights, padding_idx[t]))
-    return parts
-
-
-def _join_psw(found: Sequence[Tensor], per_sample_weights: Tensor | None, wanted: bool) -> Tensor:
-    """The gradient of all per-sample weights, zero for those past the last bag."""
-    joined = torch.cat(list(found))
-    if wanted and per_sample_weights is not None:
-        past = per_sample_weights.numel() - joined.numel()
-        joined = torch.nn.functional.pad(joined, (0, past))
-    return joined
-
-
-def _columns(grad: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    return [part.contiguous() for part in grad.split(list(dims), 1)]
-
-
-def masked_embedding_bag_tables_backward(
-    grad: Tensor,
-    weights: Sequence[Tensor],
-    row_dims: Sequence[Tensor],
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: Sequence[int],
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """``masked_embedding_backward`` of every table."""
-    columns = _columns(grad, [w.shape[1] for w in weights])
-    results = backward.run_all(
-        backward.masked_steps(
-            *(columns[b.table], weights[b.table], b.indices, b.offsets, row_dims[b.table]),
-            *(b.weights, mode, b.padding, True, weight_grad, psw_grad),
-        )
-        for b in _split(len(weights), indices, offsets, per_sample_weights, padding_idx)
-    )
-    psw = _join_psw([r[2] for r in results], per_sample_weights, psw_grad)
-    return [r[0] for r in results], [r[1] for r in results], psw
-
-
-def adaptive_embedding_bag_tables_backward(
-    grad: Tensor,
-    weights: Sequence[Tensor],
-    row_groups: Sequence[Tensor],
-    group_dims: Sequence[Tensor],
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: Sequence[int],
-    seed: int,
-    weight_grad: bool,
-    mask_grad: bool,
-    psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """``adaptive_embedding_backward`` of every table; mask gradients flat, table after table."""
-    columns = _columns(grad, [w.shape[1] for w in weights])
-    results = backward.run_all(
-        backward.adaptive_steps(
-            *(columns[b.table], weights[b.table], b.indices, b.offsets, row_groups[b.table]),
-            *(group_dims[b.table], b.weights, mode, b.padding, True, seed),
-            *(weight_grad, mask_grad, psw_grad),
-        )
-        for b in _split(len(weights), indices, offsets, per_sample_weights, padding_idx)
-    )
-    masks = torch.cat([r[2].flatten() for r in results])
-    psw = _join_psw([r[3] for r in results], per_sample_weights, psw_grad)
-    return [r[0] for r in results], [r[1] for r in results], masks, psw
-
-
-def tiered_embedding_bag_tables_backward(
-    grad: Tensor,
-    blocks: Sequence[Tensor],
-    tier_counts: Sequence[int],
-    tier_ends: Sequence[int],
-    embedding_dims: Sequence[int],
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: Sequence[int],
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """``tiered_embedding_backward`` of every table; one entry per block of all tables."""
-    columns = _columns(grad, embedding_dims)
-    tables = split_tiers(list(blocks), list(tier_counts), list(tier_ends))
-    results = backward.run_all(
-        backward.tiered_steps(
-            *(columns[b.table], *tables[b.table], b.indices, b.offsets, b.weights),
-            *(embedding_dims[b.table], mode, b.padding, True, weight_grad, psw_grad),
-        )
-        for b in _split(len(tables), indices, offsets, per_sample_weights, padding_idx)
-    )
-    psw = _join_psw([r[2] for r in results], per_sample_weights, psw_grad)
-    return [r for found in results for r in found[0]], [g for r in results for g in r[1]], psw
-
-
-def _states(state: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
-    """Every table's own states, of as many tensors as it has blocks, times those of each block."""
-    each = len(state) // max(sum(counts), 1)
-    ends = list(itertools.accumulate((n * each for n in counts), initial=0))
-    return [state[a:b] for a, b in itertools.pairwise(ends)]
-
-
-def masked_embedding_bag_tables_update_(
-    weights: Sequence[Tensor],
-    row_dims: Sequence[Tensor],
-    state: Sequence[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: Sequence[int],
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-) -> Tensor:
-    """``masked_embedding_update_`` of every table."""
-    columns = _columns(grad, [w.shape[1] for w in weights])
-    states = _states(state, [1] * len(weights))
-    psw = [
-        update.masked_embedding_update_(
-            *(weights[b.table], states[b.table], columns[b.table], b.indices, b.offsets),
-            *(row_dims[b.table], b.weights, mode, b.padding, True, psw_grad, optimizer, hyper),
-        )
-        for b in _split(len(weights), indices, offsets, per_sample_weights, padding_idx)
-    ]
-    return _join_psw(psw, per_sample_weights, psw_grad)
-
-
-def adaptive_embedding_bag_tables_update_(
-    weights: Sequence[Tensor],
-    row_groups: Sequence[Tensor],
-    group_dims: Sequence[Tensor],
-    state: Sequence[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: Sequence[int],
-    seed: int,
-    mask_grad: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """``adaptive_embedding_update_`` of every table; mask gradients flat, table after table."""
-    columns = _columns(grad, [w.shape[1] for w in weights])
-    states = _states(state, [1] * len(weights))
-    results = [
-        update.adaptive_embedding_update_(
-            *(weights[b.table], states[b.table], columns[b.table], b.indices, b.offsets),
-            *(row_groups[b.table], group_dims[b.table], b.weights, mode, b.padding, True, seed),
-            *(mask_grad, psw_grad, optimizer, hyper),
-        )
-        for b in _split(len(weights), indices, offsets, per_sample_weights, padding_idx)
-    ]
-    masks = torch.cat([mask.flatten() for mask, _ in results])
-    return masks, _join_psw([psw for _, psw in results], per_sample_weights, psw_grad)
-
-
-def tiered_embedding_bag_tables_update_(
-    blocks: Sequence[Tensor],
-    tier_counts: Sequence[int],
-    tier_ends: Sequence[int],
-    embedding_dims: Sequence[int],
-    state: Sequence[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: Sequence[int],
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-) -> Tensor:
-    """``tiered_embedding_update_`` of every table."""
-    columns = _columns(grad, embedding_dims)
-    tables = split_tiers(list(blocks), list(tier_counts), list(tier_ends))
-    states = _states(state, tier_counts)
-    psw = []
-    for b in _split(len(tables), indices, offsets, per_sample_weights, padding_idx):
-        mine, ends = tables[b.table]
-        psw.append(
-            update.tiered_embedding_update_(
-                *(mine, states[b.table], columns[b.table], ends, b.indices, b.offsets, b.weights),
-                *(embedding_dims[b.table], mode, b.padding, True, psw_grad, optimizer, hyper),
-            )
-        )
-    return _join_psw(psw, per_sample_weights, psw_grad)
 
 
 OPERATORS: dict[str, Callable[..., object]] = {
     "masked_embedding_bag_tables": masked_embedding_bag_tables,
     "adaptive_embedding_bag_tables": adaptive_embedding_bag_tables,
     "tiered_embedding_bag_tables": tiered_embedding_bag_tables,
-    "masked_embedding_bag_tables_backward": masked_embedding_bag_tables_backward,
-    "adaptive_embedding_bag_tables_backward": adaptive_embedding_bag_tables_backward,
-    "tiered_embedding_bag_tables_backward": tiered_embedding_bag_tables_backward,
-    "masked_embedding_bag_tables_update_": masked_embedding_bag_tables_update_,
-    "adaptive_embedding_bag_tables_update_": adaptive_embedding_bag_tables_update_,
-    "tiered_embedding_bag_tables_update_": tiered_embedding_bag_tables_update_,
 }
 """Operator name to implementation."""

@@ -122,6 +122,16 @@ def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype, optimizers:
     long = indices.repeat(20)
     ops["masked_embedding_bag"](weight, long, offsets, sizes, None, 1, -1, False, 1)
 
+    both, twice, bags = [weight, weight], [sizes, sizes], torch.tensor([0, 5, 20, 20, 30])
+    bags = bags.to(index)
+    ops["masked_embedding_bag_tables"](both, twice, indices, bags, psw, 0, [-1, -1], 1)
+    ops["adaptive_embedding_bag_tables"](
+        *(both, [row_group] * 2, [many, many], [mask, mask], indices, bags, None, 1, [2, -1], 3, 2),
+    )
+    ops["tiered_embedding_bag_tables"](
+        *(blocks * 2, [3, 3], ends * 2, [dim, dim], indices, bags, None, 0, [2, -1], 2),
+    )
+
     ops["masked_embedding_backward"](
         grad, weight, indices, offsets, sizes, psw, 0, 3, False, True, True
     )

@@ -24,6 +24,7 @@ ROOT = HERE.parent.parent
 REGISTERS = {
     "apply_kernel": 64,
     "check_kernel": 64,
+    "check_tables_kernel": 64,
     "combine_groups_kernel": 64,
     "combine_rows_kernel": 64,
     "combine_update_kernel": 96,
@@ -32,6 +33,7 @@ REGISTERS = {
     "keys_kernel": 64,
     "pieces_kernel": 96,
     "pooled_fwd_kernel": 96,
+    "pooled_tables_fwd_kernel": 96,
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,
     "sample_grad_kernel": 64,
@@ -54,7 +56,7 @@ def expected_vector_loads(entry: dict[str, Any]) -> int:
     kernel = entry["kernel"]
     if kernel == "gather_fwd_kernel":
         return loads
-    if kernel == "pooled_fwd_kernel":
+    if kernel in ("pooled_fwd_kernel", "pooled_tables_fwd_kernel"):
         return 3 * loads
     if kernel == "reduce_rows_kernel":
         return 3 * loads + (loads if c["WRITE_MASK"] else 0)
@@ -65,6 +67,13 @@ def expected_vector_loads(entry: dict[str, Any]) -> int:
     if kernel == "apply_kernel":
         return 3 * loads
     return 2 * loads
+
+
+def width(entry: dict[str, Any]) -> int | None:
+    """Columns of a row, None for kernels that know of none."""
+    c = entry["constants"]
+    found: int | None = c["STRIDE"] // c["T"] if "STRIDE" in c else c.get("D")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +112,12 @@ def test_every_kernel_is_compiled_for_every_architecture(report: list[dict[str, 
         dtypes = {
             (entry["kernel"], entry["dtype"])
             for entry in report
-            if entry["arch"] == arch and entry["constants"].get("D") == 64
+            if entry["arch"] == arch and width(entry) == 64
         }
         for kernel in (
             "gather_fwd_kernel",
             "pooled_fwd_kernel",
+            "pooled_tables_fwd_kernel",
             "reduce_rows_kernel",
             "reduce_update_kernel",
         ):
@@ -148,6 +158,7 @@ def test_rows_are_stored_in_16_bytes(report: list[dict[str, Any]]) -> None:
     kernels = {
         "gather_fwd_kernel",
         "pooled_fwd_kernel",
+        "pooled_tables_fwd_kernel",
         "reduce_rows_kernel",
         "reduce_update_kernel",
         "apply_kernel",
@@ -156,7 +167,7 @@ def test_rows_are_stored_in_16_bytes(report: list[dict[str, Any]]) -> None:
         describe(e)
         for e in report
         if e["kernel"] in kernels
-        and e["constants"].get("D") == 64
+        and width(e) == 64
         and e["constants"].get("SPLIT", 1) == 1
         and e["vector_stores"] == 0
     ]
