@@ -411,17 +411,19 @@ def combine_groups_kernel(
         tl.store(mask_ptr + group * D + cols, total, mask=cols < D)
 
 
-def partial_sums(plan: Plan, dim: int, rows: bool, mask: bool) -> tuple[Tensor, Tensor]:
+def partial_sums(
+    plan: Plan, programs: int, dim: int, rows: bool, mask: bool
+) -> tuple[Tensor, Tensor]:
     """Memory for the first pass: of rows and of groups, empty where not asked for."""
     like = torch.empty(0, dtype=torch.float32, device=plan.keys.device)
     return (
         like.new_empty(2 * plan.windows if rows else 0, dim),
-        like.new_empty(2 * plan.programs if mask else 0, dim),
+        like.new_empty(2 * programs if mask else 0, dim),
     )
 
 
 def combine_groups(plan: Plan, partial: Tensor, mask: Tensor, block_d: int) -> None:
-    """Launches :func:`combine_groups_kernel`."""
+    """Launches :func:`combine_groups_kernel`; ``partial`` has two rows a program."""
     groups, dim = mask.shape
     launch.launch(
         combine_groups_kernel,
@@ -429,7 +431,7 @@ def combine_groups(plan: Plan, partial: Tensor, mask: Tensor, block_d: int) -> N
         partial,
         plan.group_piece,
         mask,
-        plan.programs,
+        partial.shape[0] // 2,
         PER_PROGRAM=plan.lanes,
         D=dim,
         BLOCK_D=block_d,
@@ -463,7 +465,8 @@ def reduce_rows(
     """
     dim = table.dim
     columns = launch.cdiv(dim, table.meta["BLOCK_D"])
-    partial, mask_partial = partial_sums(plan, dim, out is not None, mask is not None)
+    programs = launch.cdiv(pieces, plan.lanes)
+    partial, mask_partial = partial_sums(plan, programs, dim, out is not None, mask is not None)
     constants = {name: table.meta[name] for name in ("D", "Q", "TIERS", "BLOCK_D")}
     if table.meta["TIERS"]:
         constants["OUT_VEC"] = table.meta["VEC"]
@@ -472,7 +475,7 @@ def reduce_rows(
     with launch.device_guard(grad):
         launch.launch(
             reduce_rows_kernel,
-            (launch.cdiv(pieces, plan.lanes), columns),
+            (programs, columns),
             grad,
             plan.source,
             plan.scale,
@@ -491,7 +494,7 @@ def reduce_rows(
             plan.lookups,
             plan.rows,
             plan.windows,
-            plan.programs,
+            programs,
             HAS_SCALE=plan.scale is not None,
             WRITE_ROWS=out is not None,
             WRITE_MASK=mask is not None,

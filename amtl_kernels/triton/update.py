@@ -389,7 +389,7 @@ def _update(
 ) -> None:
     dim, block_d = table.dim, table.meta["BLOCK_D"]
     columns = launch.cdiv(dim, block_d)
-    partial, mask_partial = partial_sums(plan, dim, True, mask is not None)
+    partial, mask_partial = partial_sums(plan, plan.programs, dim, True, mask is not None)
     tensors = [weight for weight in weights if weight.numel()]
     vec = bound_vector(
         [weight.shape[1] for weight in weights],
