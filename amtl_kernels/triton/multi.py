@@ -52,8 +52,9 @@ def locate_in(
     KIND: tl.constexpr,
     T: tl.constexpr,
     TIERS: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    """First value (int64, unhinted) and stored size (int32) of rows [R] of the one ``table``."""
+    """First value (int64) and stored size (int32) of rows [R] of the one ``table``."""
     if KIND == TIERED:
         first_tier = table_field(tables_ptr, table, FIRST_TIER, T)
         last_tier = table_field(tables_ptr, table, LAST_TIER, T)
@@ -74,6 +75,9 @@ def locate_in(
             at = at * columns + hash_column(row, seed_mix, columns)
         at += table_field(tables_ptr, table, SIZES, T)
         size = tl.load(sizes_ptr + at, mask=live, other=0).to(tl.int32)
+    if VEC > 1:
+        # Here and not after the call, whose result loses the hint in Triton 3.6.
+        first = tl.multiple_of(first, VEC)
     return first, size
 
 
@@ -141,9 +145,8 @@ def pooled_tables_fwd_kernel(
             KIND,
             T,
             TIERS,
+            VEC,
         )
-        if VEC > 1:
-            first = tl.multiple_of(first, VEC)
         size = tl.minimum(tl.maximum(size, 0), dim)
         values = load_prefix(table_ptr, first, size, cols, VEC).to(tl.float32)
         if HAS_WEIGHTS:
@@ -153,7 +156,7 @@ def pooled_tables_fwd_kernel(
         count += live.to(tl.int32)
     if IS_MEAN:
         total = total * (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]
-    column = table_field(tables_ptr, table, COLUMN, T)
+    column = tl.load(tables_ptr + COLUMN * T + table)
     if VEC > 1:
         column = tl.multiple_of(column, VEC)
     bound = (dim + (VEC - 1)) // VEC * VEC
