@@ -161,6 +161,29 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
     assert {"reduce_update_kernel", "combine_update_kernel"} <= set(loaded)
 
 
+def test_tables_in_one_launch_are_compiled_and_described_once(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bags and lookups are run-time values; what tells the tables apart is uploaded once."""
+    lookup_tables = implementations()["masked_embedding_bag_tables"]
+    uploads = []
+    upload = launch.upload
+    monkeypatch.setattr(launch, "upload", lambda *a: uploads.append(a) or upload(*a))
+    weights = [torch.zeros(rows, 64) for rows in (30, 7, 500)]
+    sizes = [torch.ones(weight.shape[0], dtype=torch.uint8) for weight in weights]
+    compiled = []
+    driver.utils.load_binary = lambda name, *_: compiled.append(name) or (1, 1, 32, 0, 1024)
+    for bags, length in ((100, 3), (16, 1), (1, 40)):
+        driver.launches.clear()
+        indices = torch.zeros(3 * bags * length, dtype=torch.int64)
+        offsets = torch.arange(0, indices.numel() + 1, length)
+        lookup_tables(weights, sizes, indices, offsets, None, 0, [-1] * 3, 0)
+        grid = (launch.cdiv(bags, launch.TILE // 64), 3, 1)
+        assert driver.launches == [("pooled_tables_fwd_kernel", grid)]
+    assert compiled == ["pooled_tables_fwd_kernel"]
+    assert len(uploads) == 1
+
+
 def test_grids_of_an_update_are_bounded_by_lookups_and_rows(driver: Driver) -> None:
     """The host knows no number of rows or pieces: grids are what these could be at most."""
     update = implementations()["masked_embedding_update_"]
