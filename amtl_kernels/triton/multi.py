@@ -40,6 +40,29 @@ def table_field(tables_ptr, table, FIELD: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def size_in(
+    table,
+    row,
+    live,
+    tables_ptr,
+    sizes_ptr,
+    row_group_ptr,
+    seed_mix,
+    KIND: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Stored size (int32) of rows [R] of dense tables, of one or one each; 0 where not ``live``."""
+    at = row
+    if KIND == ADAPTIVE:
+        groups = table_field(tables_ptr, table, GROUPS, T)
+        at = tl.load(row_group_ptr + groups + row, mask=live, other=0).to(tl.int64)
+        columns = table_field(tables_ptr, table, COLUMNS, T)
+        at = at * columns + hash_column(row, seed_mix, columns)
+    at += table_field(tables_ptr, table, SIZES, T)
+    return tl.load(sizes_ptr + at, mask=live, other=0).to(tl.int32)
+
+
+@triton.jit
 def locate_in(
     table,
     row,
@@ -67,14 +90,7 @@ def locate_in(
     else:
         first = table_field(tables_ptr, table, DATA, T)
         first = first + row * table_field(tables_ptr, table, DIM, T)
-        at = row
-        if KIND == ADAPTIVE:
-            groups = table_field(tables_ptr, table, GROUPS, T)
-            at = tl.load(row_group_ptr + groups + row, mask=live, other=0).to(tl.int64)
-            columns = table_field(tables_ptr, table, COLUMNS, T)
-            at = at * columns + hash_column(row, seed_mix, columns)
-        at += table_field(tables_ptr, table, SIZES, T)
-        size = tl.load(sizes_ptr + at, mask=live, other=0).to(tl.int32)
+        size = size_in(table, row, live, tables_ptr, sizes_ptr, row_group_ptr, seed_mix, KIND, T)
     if VEC > 1:
         # Here and not after the call, whose result loses the hint in Triton 3.6.
         first = tl.multiple_of(first, VEC)
@@ -206,14 +222,7 @@ def check_tables_kernel(
     bad = bad & (at < num_offsets)
     if KIND != TIERED:
         known = live & (outside == 0)
-        place = row
-        if KIND == ADAPTIVE:
-            groups = table_field(tables_ptr, table, GROUPS, T)
-            place = tl.load(row_group_ptr + groups + row, mask=known, other=0).to(tl.int64)
-            columns = table_field(tables_ptr, table, COLUMNS, T)
-            place = place * columns + hash_column(row, seed_mix, columns)
-        place += table_field(tables_ptr, table, SIZES, T)
-        size = tl.load(sizes_ptr + place, mask=known, other=1).to(tl.int64)
+        size = size_in(table, row, known, tables_ptr, sizes_ptr, row_group_ptr, seed_mix, KIND, T)
         wrong = (size < 1) | (size > table_field(tables_ptr, table, DIM, T))
         bad = bad | (known & wrong)
     first = tl.min(tl.where(bad, at, NONE), axis=0)

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from amtl_kernels import _schema  # noqa: E402
 from amtl_kernels.triton import implementations, launch, lookup  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -203,3 +204,7 @@ def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
     weight, indices, sizes = lookups(4)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         implementations()["masked_embedding"](weight, indices, sizes, -1, 0)
+
+
+def test_every_operator_has_a_triton_implementation() -> None:
+    assert set(implementations()) == set(_schema.SCHEMAS)
