@@ -109,10 +109,13 @@ def test_dropout_of_any_shape_follows_the_seed(shape):
     assert first.shape == values.shape
 
 
-def test_dropout_falls_on_each_of_a_words_values_alike():
+def test_dropout_falls_on_values_alike_and_independently():
     torch.manual_seed(0)
-    lanes = (dropout(torch.ones(250_000, 4), 0.3) == 0).double().mean(0)
-    assert (lanes - 0.3).abs().max() < 0.005
+    zeros = (dropout(torch.ones(1_000_000), 0.3) == 0).double()
+    assert (zeros.view(-1, 4).mean(0) - 0.3).abs().max() < 0.005
+    for distance in range(1, 9):
+        both = zeros[distance:] * zeros[:-distance]
+        assert abs(float(both.mean()) - 0.09) < 0.003, distance
 
 
 def test_embeddings_drop_out_in_training_only(encoded):
