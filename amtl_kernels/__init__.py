@@ -15,7 +15,7 @@ from amtl_kernels.backend import (  # noqa: E402
     set_backend,
     use_backend,
 )
-from amtl_kernels.memory import advise_huge_pages  # noqa: E402
+from amtl_kernels.memory import advise_huge_pages, empty_table  # noqa: E402
 from amtl_kernels.ops import (  # noqa: E402
     adaptive_embedding,
     adaptive_embedding_bag,
@@ -37,6 +37,7 @@ __all__ = [
     "adaptive_embedding_bag_tables",
     "advise_huge_pages",
     "build_info",
+    "empty_table",
     "fused",
     "get_backend",
     "masked_embedding",

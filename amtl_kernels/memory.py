@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
+import torch
 from torch import Tensor
 
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
 _HUGE = 2 << 20
+# Smaller tensors stay in the caches, page tables and all.
+_LARGE_BYTES = 8 << 20
 
 
 def advise_huge_pages(table: Tensor, *, collapse: bool = True) -> bool:
@@ -48,3 +52,23 @@ def advise_huge_pages(table: Tensor, *, collapse: bool = True) -> bool:
         # An old kernel refuses; the advice for pages to come stands.
         madvise(begin, end - begin, _MADV_COLLAPSE)
     return True
+
+
+def empty_table(
+    *shape: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """``torch.empty``, on huge pages where it is a large CPU tensor.
+
+    What this package allocates for tables and optimizer states comes from here. The environment
+    variable ``AMTL_HUGE_PAGES=0`` turns the advice off.
+
+    Args:
+        *shape: Of the tensor.
+        dtype: Of the tensor.
+        device: Where it lies.
+    """
+    table = torch.empty(shape, dtype=dtype, device=device)
+    large = table.numel() * table.element_size() >= _LARGE_BYTES
+    if large and os.environ.get("AMTL_HUGE_PAGES", "1") != "0":
+        advise_huge_pages(table, collapse=False)
+    return table

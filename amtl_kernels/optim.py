@@ -18,6 +18,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from amtl_kernels.memory import empty_table
+
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -200,7 +202,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
 def _state_like(parameter: Tensor, shape: torch.Size | None = None, fill: float = 0.0) -> Tensor:
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.full(shape or parameter.shape, fill, dtype=dtype, device=parameter.device)
+    state = empty_table(*(shape or parameter.shape), dtype=dtype, device=parameter.device)
+    return state.fill_(fill)
 
 
 def _decayed(parameter: Tensor, grad: Tensor, weight_decay: float) -> Tensor:

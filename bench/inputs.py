@@ -401,6 +401,12 @@ def _empty(rows: int, width: int, case: Case) -> Tensor:
     return storage
 
 
+def _to_huge_pages(values: Tensor) -> None:
+    from amtl_kernels.memory import advise_huge_pages
+
+    advise_huge_pages(values)
+
+
 def _fill(weight: Tensor, generator: torch.Generator) -> None:
     """Random numbers, repeated every 65,536 rows: drawing 30M × 64 afresh takes minutes."""
     rows = min(weight.shape[0], _FILL_ROWS)
@@ -485,6 +491,8 @@ def make_problem(
     sizes = sizes or _make_sizes(case)
     if weight is None:
         weight = _empty(sizes.row_dims.numel(), case.dim, case)
+    if case.huge_pages:
+        _to_huge_pages(sizes.row_group)
     _fill(weight, torch_generator)
 
     rows = weight.shape[0] // case.tables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -174,6 +175,8 @@ class Runner:
                 is left out instead, and the result says so.
         """
         torch.set_num_threads(case.threads)
+        # What we allocate ourselves lies on the same pages as what everybody is given.
+        os.environ["AMTL_HUGE_PAGES"] = str(int(case.huge_pages))
         result = Comparison(case.as_dict(), {}, baselines=list(case.baselines))
         try:
             problem = make_problem(case, reuse=self._last)

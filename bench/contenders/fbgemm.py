@@ -83,6 +83,10 @@ class Split(_Fbgemm):
             output_dtype=SparseType.from_dtype(case.torch_dtype),
         )
         tbe.weights_host = nn.Parameter(problem.weight.view(-1))
+        if case.huge_pages and case.optimizer.endswith("adagrad"):
+            from amtl_kernels.memory import advise_huge_pages
+
+            advise_huge_pages(tbe.momentum1_host)
         ids, offsets = problem.ids, problem.offsets
 
         def lookup(rotation: int) -> Tensor:

@@ -106,7 +106,9 @@ class AMTLTable(nn.Module):
             options,
         )
         if weight is None:
-            data = torch.empty((num_embeddings, embedding_dim), device=device, dtype=dtype)
+            data = amtl_kernels.empty_table(
+                num_embeddings, embedding_dim, device=device, dtype=dtype
+            )
             self.weight = nn.Parameter(data, requires_grad=requires_grad)
             self.reset_parameters()
         else:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from amtl_kernels import empty_table
+
 # State that holds a direction: it must vanish where the weights were cut off, or the first step
 # after freezing would move padding by gradients of masked coordinates. Magnitudes are kept.
 _MOMENTA = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "exp_inf_avg", "prev"})
@@ -84,10 +86,12 @@ def split_rows(table: Tensor, plan: TierPlan, row_dims: Tensor | None = None) ->
     for tier, width in enumerate(plan.widths):
         rows = plan.rows(tier)
         part = table[:, :width]
+        count = plan.ends[tier] - (plan.ends[tier - 1] if tier else 0)
+        block = empty_table(count, width, dtype=table.dtype, device=table.device)
         if isinstance(rows, slice):
-            block = part[rows].clone(memory_format=torch.contiguous_format)
+            block.copy_(part[rows])
         else:
-            block = part.index_select(0, rows)
+            torch.index_select(part, 0, rows, out=block)
         if row_dims is not None and block.numel():
             kept = row_dims[rows]
             least = int(kept.min())
@@ -99,7 +103,7 @@ def split_rows(table: Tensor, plan: TierPlan, row_dims: Tensor | None = None) ->
 
 def merge_rows(blocks: Sequence[Tensor], plan: TierPlan, dim: int) -> Tensor:
     """Inverse of `split_rows`: dense [N, dim], zeros beyond the stored widths."""
-    table = blocks[0].new_zeros(plan.ends[-1], dim)
+    table = empty_table(plan.ends[-1], dim, dtype=blocks[0].dtype, device=blocks[0].device).zero_()
     for tier, block in enumerate(blocks):
         table[plan.rows(tier), : block.shape[1]] = block
     return table

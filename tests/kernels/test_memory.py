@@ -5,9 +5,11 @@ The tables are mappings of which a few pages are touched, so that 20 GB of addre
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +127,27 @@ def test_huge_pages_leave_values_alone() -> None:
     assert not ak.advise_huge_pages(torch.zeros(3, 3))
     with pytest.raises(ValueError, match="contiguous"):
         ak.advise_huge_pages(table.t())
+
+
+def _advised(table: torch.Tensor) -> bool:
+    """Whether the kernel was asked for huge pages in the middle of a tensor's memory."""
+    middle = table.data_ptr() + table.numel() * table.element_size() // 2
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if found:
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("the tensor is nowhere in memory")
+
+
+@pytest.mark.no_poison
+def test_large_tables_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 1_000_000  # 64 MB: memory of its own, whatever the allocator holds
+    assert _advised(ak.empty_table(rows, 16))
+    assert not _advised(torch.empty(rows + 1, 16))
+    monkeypatch.setenv("AMTL_HUGE_PAGES", "0")
+    assert not _advised(ak.empty_table(rows + 2, 16))
+    small = ak.empty_table(3, 5, dtype=torch.bfloat16)
+    assert small.shape == (3, 5) and small.dtype == torch.bfloat16
