@@ -9,6 +9,10 @@
 #include "cpu/resolve.h"
 #include "cpu/types.h"
 
+// For functions that do nothing but prefetch: GCC 12 takes such a function for one without effects
+// and drops calls of it that it did not inline.
+#define AMTL_ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace amtl::cpu {
 
 constexpr int kMaxStaticRegisters = 8;

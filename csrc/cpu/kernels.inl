@@ -6,7 +6,7 @@
 // that comes after it, as it does in the first (on Zen 5 lookups were a third slower so). Lines
 // past the end repeat the last one, up to `lines` in all: no branch depends on the size.
 template <class T>
-inline void PrefetchRow(const T* p, int64_t values, int lines) {
+AMTL_ALWAYS_INLINE void PrefetchRow(const T* p, int64_t values, int lines) {
   const int64_t last = values > 0 ? values * static_cast<int64_t>(sizeof(T)) - 1 : 0;
   for (int i = 0; i < lines; ++i) {
     const int64_t at = 64 * i;
@@ -376,6 +376,24 @@ inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, in
 // How far ahead of the walk its memory is asked for, in segments.
 constexpr int64_t kPrefetchDistance = 24;
 
+// Asks for what UpdateRow will touch of row `local`, `size` values of which are kept; `values` of
+// the weights are read.
+template <class T, Update kUpdate>
+AMTL_ALWAYS_INLINE void PrefetchUpdate(const TableSlice& slice, int64_t local, int64_t size,
+                                       int64_t values, bool aligned) {
+  const int64_t place = local * slice.width;
+  PrefetchRow(static_cast<const T*>(slice.weight) + place, values,
+              LinesOf<T>(slice.width, aligned));
+  if constexpr (kUpdate == Update::kRowWiseAdagrad) {
+    PrefetchRow(slice.state1 + local, 1, 1);
+  } else if constexpr (kUpdate == Update::kAdagrad || kUpdate == Update::kAdam) {
+    PrefetchRow(slice.state1 + place, size, LinesOf<float>(slice.width, aligned));
+    if constexpr (kUpdate == Update::kAdam) {
+      PrefetchRow(slice.state2 + place, size, LinesOf<float>(slice.width, aligned));
+    }
+  }
+}
+
 template <class T, class I, Update kUpdate, bool kMask>
 void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
                 float* scratch) {
@@ -407,9 +425,6 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
     }
   };
 
-  const bool aligned = task.aligned;
-  const int state_lines = LinesOf<float>(dim, aligned);
-  const int weight_lines = LinesOf<T>(dim, aligned);
   const TableSlice* ahead_slice = slice;
   const I* stop = task.prefetch_grad ? items + task.starts[task.segments] : nullptr;
 
@@ -419,19 +434,10 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
       const int64_t next = task.rows[v];
       if (task.order) ahead_slice = task.slices;
       while (next >= ahead_slice->end_row) ++ahead_slice;
-      const int64_t there = next - ahead_slice->first_row;
-      const int64_t place = there * ahead_slice->width;
       if constexpr (kReadsWeight) {
-        PrefetchRow(static_cast<const T*>(ahead_slice->weight) + place, kMask ? dim : task.sizes[v],
-                    weight_lines);
-      }
-      if constexpr (kUpdate == Update::kRowWiseAdagrad) {
-        PrefetchRow(ahead_slice->state1 + there, 1, 1);
-      } else if constexpr (kUpdate == Update::kAdagrad || kUpdate == Update::kAdam) {
-        PrefetchRow(ahead_slice->state1 + place, task.sizes[v], state_lines);
-        if constexpr (kUpdate == Update::kAdam) {
-          PrefetchRow(ahead_slice->state2 + place, task.sizes[v], state_lines);
-        }
+        const int64_t size = task.sizes[v];
+        PrefetchUpdate<T, kUpdate>(*ahead_slice, next - ahead_slice->first_row, size,
+                                   kMask ? dim : size, task.aligned);
       }
     }
     const int64_t u = task.order ? task.order[s] : s;
@@ -563,7 +569,12 @@ void Dot(const LookupTable& table, Faults* faults, const void* grad, int64_t str
 template <class T, Update kUpdate>
 void ApplyStatic(const TableSlice& slice, const Hyper& hyper, const int64_t* rows, const T* grads,
                  int64_t begin, int64_t end, float* scratch) {
+  const bool prefetch = slice.end_row * slice.width * int64_t{sizeof(T)} > kPrefetchBytes;
   for (int64_t i = begin; i < end; ++i) {
+    if (prefetch && i + kPrefetchDistance < end) {
+      PrefetchUpdate<T, kUpdate>(slice, rows[i + kPrefetchDistance], slice.width, slice.width,
+                                 false);
+    }
     int size = 0;
     for (int c = 0; c < slice.width; c += kLanes) {
       const Reg x = Load(grads + i * slice.width + c, FirstLanes(slice.width - c));

@@ -143,7 +143,7 @@ inline void ResolveSizes(const LookupTable& t, const int64_t* number, int32_t* s
 }
 
 // Asks for what ResolveSizes will read. Safe for any number: a prefetch never faults.
-inline void PrefetchSize(const LookupTable& t, int64_t number) {
+AMTL_ALWAYS_INLINE void PrefetchSize(const LookupTable& t, int64_t number) {
   const SizeTable& s = t.sizes;
   if (s.kind == SizeTable::Kind::kGroups) {
     __builtin_prefetch(s.row_group + number);
