@@ -21,10 +21,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from amtl_kernels import ops
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
+
+# Tensor to its version and whether it was found never to fall.
+_orders = WeakTensorKeyDictionary()
+
+
+def _never_falls(row_group: Tensor) -> bool:
+    """Whether groups are in order along the rows: looked at once for each version of the tensor.
+
+    The look waits for the GPU, so while a CUDA graph is captured the answer is no unless known.
+    """
+    if row_group.is_inference():
+        return False
+    version, sorted_ = _orders.get(row_group, (None, False))
+    if version != row_group._version:
+        if row_group.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        sorted_ = bool((row_group[1:] >= row_group[:-1]).all())
+        _orders[row_group] = (row_group._version, sorted_)
+    return bool(sorted_)
 
 
 class _Lookup:
@@ -195,6 +215,8 @@ class _Adaptive(_Lookup):
     ) -> tuple[Tensor | None, Tensor | None]:
         b, weight = self.bags, self.tables[0]
         number, state, hyper = self.optimizer.fused_update(self.tables)
+        # The CPU kernels work in any order.
+        groups_sorted = mask_grad and self.row_group.is_cuda and _never_falls(self.row_group)
         mask, psw = torch.ops.amtl.adaptive_embedding_update_(
             weight,
             state,
@@ -212,6 +234,7 @@ class _Adaptive(_Lookup):
             psw_grad,
             number,
             hyper,
+            groups_sorted,
         )
         return mask, psw
 

@@ -37,16 +37,62 @@ def hash_columns(rows: Tensor, seed: int, columns: int) -> Tensor:
     Returns:
         int64 tensor of the shape of ``rows``.
     """
+    return (_mix(_row_term(rows, seed)) * columns) >> 32
+
+
+def _row_term(rows: Tensor, seed: int | Tensor) -> Tensor:
     rows = rows.to(torch.int64)
     x = (rows ^ (rows >> 32)) & _U32
     y = (seed ^ (seed >> 32)) & _U32
-    x = (x * 0x9E3779B1 + y * 0x85EBCA77 % (1 << 32)) & _U32
+    return (x * 0x9E3779B1 + y * 0x85EBCA77 % (1 << 32)) & _U32
+
+
+def _mix(x: Tensor) -> Tensor:
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & _U32
     x = x ^ (x >> 13)
     x = (x * 0xC2B2AE35) & _U32
-    x = x ^ (x >> 16)
-    return (x * columns) >> 32
+    return x ^ (x >> 16)
+
+
+def rounding_bits(rows: Tensor, columns: int, seed: int | Tensor) -> Tensor:
+    """32 random bits for each value of ``rows`` in an optimizer step, the same on every backend.
+
+    Args:
+        rows: ``[U]`` row numbers, counted within their own tensor.
+        columns: Number of columns ``D``.
+        seed: The step.
+
+    Returns:
+        int64 ``[U, D]`` in ``0..2^32-1``.
+    """
+    column = torch.arange(columns, device=rows.device)
+    return _mix((_row_term(rows, seed)[:, None] + column * 0xC2B2AE3D) & _U32)
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Rounds to one of the two neighbours, with the probability that keeps the mean.
+
+    Args:
+        values: float32, any shape.
+        dtype: float16 or bfloat16.
+        bits: int64 random bits of the same shape, see :func:`rounding_bits`.
+
+    Returns:
+        ``values`` in ``dtype``.
+    """
+    half = dtype == torch.float16
+    dropped = 0x1FFF if half else 0xFFFF
+    raw = values.contiguous().view(torch.int32).to(torch.int64) & _U32
+    up = ((raw + (bits & dropped)) & ~dropped & _U32).to(torch.int32).view(torch.float32)
+    if half:
+        # Below 2^-14 fp16 is a grid of steps of 2^-24, whatever the exponent.
+        scaled = values.abs() * 2.0**24
+        whole = scaled.floor()
+        steps = whole + ((bits >> 8) < (scaled - whole) * 2.0**24)
+        up = torch.where(values.abs() < 2.0**-14, (steps * 2.0**-24).copysign(values), up)
+    # No second neighbour: from the largest number on, infinity, NaN.
+    return torch.where(values.abs() < torch.finfo(dtype).max, up, values).to(dtype)
 
 
 def warn_clamped(value: int, position: int, rows: int) -> None:
@@ -436,10 +482,25 @@ def _touch(
     return old, (grads.to(compute) + weight_decay * old) * kept, kept
 
 
-def apply_sgd_(weight: Tensor, rows: Tensor, grads: Tensor, lr: float, weight_decay: float) -> None:
+def _write(weight: Tensor, rows: Tensor, values: Tensor, rounding_seed: int | None) -> None:
+    if rounding_seed is None or weight.element_size() != 2:
+        weight[rows] = values.to(weight.dtype)
+    else:
+        bits = rounding_bits(rows, weight.shape[1], rounding_seed)
+        weight[rows] = round_stochastically(values, weight.dtype, bits)
+
+
+def apply_sgd_(
+    weight: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    lr: float,
+    weight_decay: float,
+    rounding_seed: int | None = None,
+) -> None:
     """``w -= lr * (g + weight_decay * w)``."""
     old, g, _ = _touch(weight, rows, grads, weight_decay)
-    weight[rows] = (old - lr * g).to(weight.dtype)
+    _write(weight, rows, old - lr * g, rounding_seed)
 
 
 def apply_adagrad_(
@@ -450,12 +511,13 @@ def apply_adagrad_(
     lr: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as ``torch.optim.Adagrad``."""
     old, g, _ = _touch(weight, rows, grads, weight_decay)
     state = state_sum[rows].to(g.dtype) + g * g
     state_sum[rows] = state.to(state_sum.dtype)
-    weight[rows] = (old - lr * g / (state.sqrt() + eps)).to(weight.dtype)
+    _write(weight, rows, old - lr * g / (state.sqrt() + eps), rounding_seed)
 
 
 def apply_rowwise_adagrad_(
@@ -466,12 +528,13 @@ def apply_rowwise_adagrad_(
     lr: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """``s += mean(g^2)`` over the kept prefix, ``w -= lr * g / (sqrt(s) + eps)``; ``s`` is [N]."""
     old, g, kept = _touch(weight, rows, grads, weight_decay)
     state = state_sum[rows].to(g.dtype) + (g * g).sum(1) / kept.sum(1).clamp(min=1)
     state_sum[rows] = state.to(state_sum.dtype)
-    weight[rows] = (old - lr * g / (state.sqrt() + eps)[:, None]).to(weight.dtype)
+    _write(weight, rows, old - lr * g / (state.sqrt() + eps)[:, None], rounding_seed)
 
 
 def apply_adam_(
@@ -486,6 +549,7 @@ def apply_adam_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """Lazy Adam: ``torch.optim.Adam`` at step ``step`` on the kept prefix of the touched rows."""
     old, g, kept = _touch(weight, rows, grads, weight_decay)
@@ -496,11 +560,21 @@ def apply_adam_(
     exp_avg[rows] = m.to(exp_avg.dtype)
     exp_avg_sq[rows] = v.to(exp_avg_sq.dtype)
     change = lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
-    weight[rows] = torch.where(kept, old - change, old).to(weight.dtype)
+    _write(weight, rows, torch.where(kept, old - change, old), rounding_seed)
 
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
 """Values of ``optimizer``."""
+
+
+def _split_state(
+    tables: int, state: list[Tensor], optimizer: int, hyper: list[float]
+) -> tuple[list[list[Tensor]], list[float]]:
+    """State table by table, and ``hyper`` with the step of the counter, if there is one."""
+    moments = (0, 1, 1, 2)[optimizer]
+    if len(state) == tables * moments + 1:
+        hyper = [*hyper[:5], float(state[-1]), hyper[6]]
+    return [state[t * moments : (t + 1) * moments] for t in range(tables)], hyper
 
 
 def _update(
@@ -512,16 +586,18 @@ def _update(
     hyper: list[float],
 ) -> None:
     """Whatever backend is set updates the rows: a fused backward is a backward and an update."""
-    lr, eps, weight_decay, beta1, beta2, step = hyper
+    lr, eps, weight_decay, beta1, beta2, step, stochastic = hyper
+    seed = int(step) if stochastic else None
     ops = torch.ops.amtl
     if optimizer == SGD:
-        ops.apply_sgd_(weight, rows, grads, lr, weight_decay)
+        ops.apply_sgd_(weight, rows, grads, lr, weight_decay, seed)
     elif optimizer == ADAGRAD:
-        ops.apply_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay)
+        ops.apply_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay, seed)
     elif optimizer == ROWWISE_ADAGRAD:
-        ops.apply_rowwise_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay)
+        ops.apply_rowwise_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay, seed)
     else:
-        ops.apply_adam_(weight, *state, rows, grads, int(step), lr, beta1, beta2, eps, weight_decay)
+        betas = (beta1, beta2)
+        ops.apply_adam_(weight, *state, rows, grads, int(step), lr, *betas, eps, weight_decay, seed)
 
 
 def masked_embedding_update_(
@@ -553,7 +629,8 @@ def masked_embedding_update_(
         True,
         psw_grad,
     )
-    _update(weight, state, rows, grads, optimizer, hyper)
+    (mine,), hyper = _split_state(1, state, optimizer, hyper)
+    _update(weight, mine, rows, grads, optimizer, hyper)
     return psw
 
 
@@ -574,6 +651,7 @@ def adaptive_embedding_update_(
     psw_grad: bool,
     optimizer: int,
     hyper: list[float],
+    groups_sorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`adaptive_embedding_backward`, then the optimizer's update."""
     rows, grads, mask, psw = torch.ops.amtl.adaptive_embedding_backward(
@@ -592,7 +670,8 @@ def adaptive_embedding_update_(
         mask_grad,
         psw_grad,
     )
-    _update(weight, state, rows, grads, optimizer, hyper)
+    (mine,), hyper = _split_state(1, state, optimizer, hyper)
+    _update(weight, mine, rows, grads, optimizer, hyper)
     return mask, psw
 
 
@@ -627,10 +706,9 @@ def tiered_embedding_update_(
         True,
         psw_grad,
     )
-    moments = len(state) // len(blocks)
+    states, hyper = _split_state(len(blocks), state, optimizer, hyper)
     for c, block in enumerate(blocks):
-        mine = state[c * moments : (c + 1) * moments]
-        _update(block, mine, rows[c], grads[c], optimizer, hyper)
+        _update(block, states[c], rows[c], grads[c], optimizer, hyper)
     return psw
 
 
@@ -737,10 +815,9 @@ def adaptive_embedding_bag_tables_update_(
     rows, grads, masks = torch.ops.amtl.adaptive_embedding_bag_tables_backward(
         grad, weights, indices, offsets, row_groups, group_dims, mode, seed, True, mask_grad
     )
-    moments = len(state) // len(weights)
+    states, hyper = _split_state(len(weights), state, optimizer, hyper)
     for t, weight in enumerate(weights):
-        mine = state[t * moments : (t + 1) * moments]
-        _update(weight, mine, rows[t], grads[t], optimizer, hyper)
+        _update(weight, states[t], rows[t], grads[t], optimizer, hyper)
     return masks
 
 

@@ -101,7 +101,7 @@ struct ChunkReducer {
   std::int64_t chunk;
   int column;
   unsigned mask;
-  AdamScales scales;
+  StepTerms terms;
 
   float sum[V];
   float group_sum[V];
@@ -115,8 +115,7 @@ struct ChunkReducer {
     } else if constexpr (kFinish == Finish::kUpdate) {
       const RowRef<T> ref = locate<T>(table, view, row);
       const StateRef<S> state = locate_state<S>(table, view, update, row);
-      update_row<T, S, V>(update, scales, ref.data, state, row, ref.size, column, sum, mask,
-                          shape.lanes);
+      update_row<T, S, V>(update, terms, ref.data, state, ref.size, column, sum, mask, shape.lanes);
     } else if (column < table.dim) {
       store_floats<Memory::kOutput>(out.group_grad + row * table.dim + column, sum);
     }
@@ -202,9 +201,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const std::int64_t left = in.pairs.count - begin;
   const int length = left < shape.chunk ? static_cast<int>(left) : shape.chunk;
   const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane) * V;
-  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,       shape, out, chunk, column,
-                                                mask,  AdamScales{}, {},    {},  -1,    0};
-  if constexpr (kFinish == Finish::kUpdate) reducer.scales = adam_scales(update);
+  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,      shape, out, chunk, column,
+                                                mask,  StepTerms{}, {},    {},  -1,    0};
+  if constexpr (kFinish == Finish::kUpdate) reducer.terms = step_terms(update);
 
   std::int64_t current = load_key(in.pairs, begin);
   if (current >= in.pairs.rows) return;
@@ -298,9 +297,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int length =
       in.count - begin < shape.chunk ? static_cast<int>(in.count - begin) : shape.chunk;
   const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane) * V;
-  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,       shape, out, chunk, column,
-                                                mask,  AdamScales{}, {},    {},  -1,    0};
-  if constexpr (kFinish == Finish::kUpdate) reducer.scales = adam_scales(update);
+  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,      shape, out, chunk, column,
+                                                mask,  StepTerms{}, {},    {},  -1,    0};
+  if constexpr (kFinish == Finish::kUpdate) reducer.terms = step_terms(update);
 
   std::int64_t current = -1;
   std::int64_t rank = 0;

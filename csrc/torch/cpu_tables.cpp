@@ -162,7 +162,7 @@ Tensors BagTablesUpdate(const Tensors& weights, const Tensors& state, const Tens
                         int64_t optimizer_number, const std::vector<double>& hyper) {
   const TableBatch batch(weights, indices, offsets, row_groups, group_dims, mode, seed);
   batch.CheckGrad(grad);
-  const CpuOptimizer optimizer(optimizer_number, hyper, state);
+  const CpuOptimizer optimizer(optimizer_number, hyper, state, weights);
   const cpu::Executor executor = TorchExecutor();
   Tensors masks;
   for (size_t t = 0; t < batch.tables(); ++t) {
