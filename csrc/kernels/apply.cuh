@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   }
   size = __reduce_max_sync(kAll, size);
   if (size == 0) return;
-  const StepTerms terms = step_terms(update);
+  const AdamScales scales = adam_scales(update);
   TableView view;
   view.dim = table.dim;
   const StateRef<S> state = locate_state<S>(table, view, update, row);
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   for (int column = lane * V; column < size; column += kWarp * V) {
     float g[V];
     unpack<T, V>(load_raw<Memory::kGrad, Cache::kReadOnly, V>(grad + column), g);
-    update_elements<T, S, V>(update, terms, weight, state, size, column, g, denominator);
+    update_elements<T, S, V>(update, scales, weight, state, size, column, g, denominator);
   }
 }
 

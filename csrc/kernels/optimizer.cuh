@@ -5,26 +5,21 @@
 
 namespace amtl {
 
-// What depends on the step: Adam's two factors, and the seed of stochastic rounding.
-struct StepTerms {
+// Adam's two factors that depend on the step.
+struct AdamScales {
   float step_size = 0;
   float second_scale = 1;
-  std::uint32_t seed_term = 0;
 };
 
-__device__ __forceinline__ StepTerms step_terms(const Update& update) {
-  StepTerms terms{update.step_size, update.second_scale, update.seed_term};
-  if (update.step != nullptr) {
-    const std::int64_t count = load<Memory::kOther>(update.step);
-    terms.seed_term = fold(static_cast<std::uint64_t>(count)) * 0x85EBCA77u;
-    if (update.rule == Rule::kAdam) {
-      const auto step = static_cast<float>(count);
-      // expm1 keeps digits that 1 - beta^step loses for beta near 1.
-      terms.step_size = update.lr / -expm1f(step * update.log_beta1);
-      terms.second_scale = rsqrtf(-expm1f(step * update.log_beta2));
-    }
+__device__ __forceinline__ AdamScales adam_scales(const Update& update) {
+  AdamScales scales{update.step_size, update.second_scale};
+  if (update.rule == Rule::kAdam && update.step != nullptr) {
+    const auto step = static_cast<float>(load<Memory::kOther>(update.step));
+    // expm1 keeps digits that 1 - beta^step loses for beta near 1.
+    scales.step_size = update.lr / -expm1f(step * update.log_beta1);
+    scales.second_scale = rsqrtf(-expm1f(step * update.log_beta2));
   }
-  return terms;
+  return scales;
 }
 
 __device__ __forceinline__ std::uint64_t tier_state(const std::uint64_t* device,
@@ -32,23 +27,27 @@ __device__ __forceinline__ std::uint64_t tier_state(const std::uint64_t* device,
   return device != nullptr ? load<Memory::kSizes>(device + tier) : given[tier];
 }
 
-// Addresses of a row's state, and its number within its own tensor, which is what rounding hashes.
-// For row-wise Adagrad `first` is the row's single number.
+// Addresses of a row's state, and what its number, counted within its own tensor, adds to the hash
+// of stochastic rounding. For row-wise Adagrad `first` is the row's single number.
 template <typename S>
 struct StateRef {
   S* first = nullptr;
   S* second = nullptr;
-  std::int64_t row = 0;
+  std::uint32_t row_term = 0;
 };
+
+__device__ __forceinline__ std::uint32_t row_term(std::int64_t row) {
+  return fold(static_cast<std::uint64_t>(row)) * 0x9E3779B1u;
+}
 
 template <typename S>
 __device__ __forceinline__ StateRef<S> locate_state(const DenseTable& table, const TableView& view,
                                                     const Update& update, std::int64_t row) {
   StateRef<S> state;
-  state.row = row - view.first_row;
+  state.row_term = row_term(row - view.first_row);
   std::int64_t offset = row;
   if (update.rule != Rule::kRowwiseAdagrad) {
-    offset = state.row * view.dim;
+    offset = (row - view.first_row) * view.dim;
     if (table.map.tables != 1) {
       offset += load<Memory::kSizes>(table.map.weight_offsets + view.table);
     }
@@ -64,9 +63,9 @@ __device__ __forceinline__ StateRef<S> locate_state(const TieredTable& table, co
   const int tier = tier_of(table, row);
   const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
   const int width = update.rule == Rule::kRowwiseAdagrad ? 1 : tier_width(table, tier);
+  const std::int64_t offset = (row - begin) * width;
   StateRef<S> state;
-  state.row = row - begin;
-  const std::int64_t offset = state.row * width;
+  state.row_term = row_term(row - begin);
   if (update.rule == Rule::kSgd) return state;
   state.first =
       reinterpret_cast<S*>(tier_state(update.device_tier_first, update.tier_first, tier)) + offset;
@@ -79,7 +78,7 @@ __device__ __forceinline__ StateRef<S> locate_state(const TieredTable& table, co
 }
 
 // One element of the rules that treat elements alone.
-__device__ __forceinline__ float update_element(const Update& update, const StepTerms& terms,
+__device__ __forceinline__ float update_element(const Update& update, const AdamScales& scales,
                                                 float weight, float grad, float& first,
                                                 float& second) {
   switch (update.rule) {
@@ -91,7 +90,7 @@ __device__ __forceinline__ float update_element(const Update& update, const Step
     case Rule::kAdam:
       first = update.beta1 * first + update.one_minus_beta1 * grad;
       second = update.beta2 * second + update.one_minus_beta2 * grad * grad;
-      return weight - terms.step_size * first / (sqrtf(second) * terms.second_scale + update.eps);
+      return weight - scales.step_size * first / (sqrtf(second) * scales.second_scale + update.eps);
     case Rule::kRowwiseAdagrad:
       // `first` already holds the row's denominator.
       return weight - update.lr * grad / first;
@@ -101,19 +100,22 @@ __device__ __forceinline__ float update_element(const Update& update, const Step
 
 template <typename T, int V>
 __device__ __forceinline__ RawVector<T, V> round_weights(const Update& update,
-                                                         const StepTerms& terms,
-                                                         const float (&values)[V], std::int64_t row,
-                                                         int column) {
+                                                         const float (&values)[V],
+                                                         std::uint32_t row_term, int column) {
   if constexpr (sizeof(T) == 4) {
     return pack<T, V>(values);
   } else {
     if (!update.stochastic_rounding) return pack<T, V>(values);
+    // Fetched here rather than kept, for the sake of registers.
+    std::uint32_t seed_term = update.seed_term;
+    if (update.step != nullptr) {
+      seed_term = fold(static_cast<std::uint64_t>(load<Memory::kOther>(update.step))) * 0x85EBCA77u;
+    }
     T elements[V];
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       const std::uint32_t random =
-          mix(fold(static_cast<std::uint64_t>(row)) * 0x9E3779B1u + terms.seed_term +
-              static_cast<std::uint32_t>(column + e) * 0xC2B2AE3Du);
+          mix(row_term + seed_term + static_cast<std::uint32_t>(column + e) * 0xC2B2AE3Du);
       elements[e] = round_randomly<T>(values[e], random);
     }
     RawVector<T, V> raw;
@@ -153,7 +155,7 @@ __device__ __forceinline__ void store_state(S* address, const float (&values)[V]
 // past it inside the last vector are written back as they were. `grad` is without weight decay;
 // `denominator` is row-wise Adagrad's.
 template <typename T, typename S, int V>
-__device__ __forceinline__ void update_elements(const Update& update, const StepTerms& terms,
+__device__ __forceinline__ void update_elements(const Update& update, const AdamScales& scales,
                                                 T* weight, StateRef<S> state, int size, int column,
                                                 const float (&grad)[V], float denominator) {
   float w[V];
@@ -172,10 +174,10 @@ __device__ __forceinline__ void update_elements(const Update& update, const Step
   for (int e = 0; e < V; ++e) {
     if (column + e < size) {
       const float g = grad[e] + update.weight_decay * w[e];
-      w[e] = update_element(update, terms, w[e], g, first[e], second[e]);
+      w[e] = update_element(update, scales, w[e], g, first[e], second[e]);
     }
   }
-  const auto rounded = round_weights<T, V>(update, terms, w, state.row, column);
+  const auto rounded = round_weights<T, V>(update, w, state.row_term, column);
   store<Memory::kTable>(reinterpret_cast<RawVector<T, V>*>(weight + column),
                         replace_prefix<T, V>(old, rounded, size - column));
   if (update.rule == Rule::kAdagrad || update.rule == Rule::kAdam) {
@@ -187,8 +189,8 @@ __device__ __forceinline__ void update_elements(const Update& update, const Step
 // One row's step by the `lanes` threads of a tile, each with its V columns; the tile spans the row
 // where the rule is row-wise.
 template <typename T, typename S, int V>
-__device__ __forceinline__ void update_row(const Update& update, const StepTerms& terms, T* weight,
-                                           StateRef<S> state, int size, int column,
+__device__ __forceinline__ void update_row(const Update& update, const AdamScales& scales,
+                                           T* weight, StateRef<S> state, int size, int column,
                                            const float (&grad)[V], unsigned mask, int lanes) {
   float denominator = 0;
   if (update.rule == Rule::kRowwiseAdagrad) {
@@ -213,7 +215,7 @@ __device__ __forceinline__ void update_row(const Update& update, const StepTerms
     denominator = sqrtf(total) + update.eps;
   }
   if (column < size) {
-    update_elements<T, S, V>(update, terms, weight, state, size, column, grad, denominator);
+    update_elements<T, S, V>(update, scales, weight, state, size, column, grad, denominator);
   }
 }
 

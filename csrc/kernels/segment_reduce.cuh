@@ -101,7 +101,7 @@ struct ChunkReducer {
   std::int64_t chunk;
   int column;
   unsigned mask;
-  StepTerms terms;
+  AdamScales scales;
 
   float sum[V];
   float group_sum[V];
@@ -115,7 +115,8 @@ struct ChunkReducer {
     } else if constexpr (kFinish == Finish::kUpdate) {
       const RowRef<T> ref = locate<T>(table, view, row);
       const StateRef<S> state = locate_state<S>(table, view, update, row);
-      update_row<T, S, V>(update, terms, ref.data, state, ref.size, column, sum, mask, shape.lanes);
+      update_row<T, S, V>(update, scales, ref.data, state, ref.size, column, sum, mask,
+                          shape.lanes);
     } else {
       store_floats<Memory::kOutput>(out.group_grad + row * table.dim, column, table.dim, sum, mask,
                                     shape.lanes);
@@ -201,9 +202,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const std::int64_t left = in.pairs.count - begin;
   const int length = left < shape.chunk ? static_cast<int>(left) : shape.chunk;
   const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane) * V;
-  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,      shape, out, chunk, column,
-                                                mask,  StepTerms{}, {},    {},  -1,    0};
-  if constexpr (kFinish == Finish::kUpdate) reducer.terms = step_terms(update);
+  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,       shape, out, chunk, column,
+                                                mask,  AdamScales{}, {},    {},  -1,    0};
+  if constexpr (kFinish == Finish::kUpdate) reducer.scales = adam_scales(update);
 
   std::int64_t current = load_key(in.pairs, begin);
   if (current >= in.pairs.rows) return;
@@ -297,9 +298,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int length =
       in.count - begin < shape.chunk ? static_cast<int>(in.count - begin) : shape.chunk;
   const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane) * V;
-  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,      shape, out, chunk, column,
-                                                mask,  StepTerms{}, {},    {},  -1,    0};
-  if constexpr (kFinish == Finish::kUpdate) reducer.terms = step_terms(update);
+  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,       shape, out, chunk, column,
+                                                mask,  AdamScales{}, {},    {},  -1,    0};
+  if constexpr (kFinish == Finish::kUpdate) reducer.scales = adam_scales(update);
 
   std::int64_t current = -1;
   std::int64_t rank = 0;
