@@ -61,7 +61,7 @@ _BACKWARDS: dict[str, str] = {
     ),
 }
 
-# With a `rounding_seed`, 16-bit weights are rounded stochastically, by `reference.rounding_bits`.
+# With a `rounding_seed`, 16-bit weights are rounded stochastically, by `rounding.rounding_bits`.
 _OPTIMIZERS: dict[str, str] = {
     "apply_sgd_": (
         "(Tensor(a!) weight, Tensor rows, Tensor grads, float lr, float weight_decay,"
@@ -84,10 +84,10 @@ _OPTIMIZERS: dict[str, str] = {
 
 # A backward that applies the optimizer's update to each row as soon as its gradient is summed:
 # `optimizer` is 0 SGD, 1 Adagrad, 2 row-wise Adagrad, 3 Adam; `state` holds its tensors (per block
-# one after the other); `hyper` is lr, eps, weight_decay, beta1, beta2, step, stochastic_rounding
-# (0 or 1, seeded by the step). One int64 tensor more at the end of `state` counts the steps in
-# place of `hyper`: a CUDA graph reads it at every replay. `groups_sorted` promises that `row_group`
-# never falls, which saves a sort or a wait for the GPU.
+# one after the other); `hyper` is lr, eps, weight_decay, beta1, beta2, step, and 1 after them if
+# 16-bit weights are rounded stochastically, seeded by the step. One int64 tensor more at the end of
+# `state` counts the steps in place of `hyper`: a CUDA graph reads it at every replay.
+# `groups_sorted` promises that `row_group` never falls, which saves a sort or a wait for the GPU.
 _UPDATES: dict[str, str] = {
     "masked_embedding_update_": (
         "(Tensor(a!) weight, Tensor(b!)[] state, Tensor grad, Tensor indices, Tensor? offsets,"

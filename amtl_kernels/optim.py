@@ -31,7 +31,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference
+from amtl_kernels.rounding import round_stochastically, rounding_bits
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -188,7 +188,7 @@ class RowOptimizer(torch.optim.Optimizer):
         Returns:
             The optimizer's number in the operators; state tensors table by table, followed by the
             step counter if it is on the device; and the hyperparameters ``lr, eps, weight_decay,
-            beta1, beta2, step, stochastic_rounding``.
+            beta1, beta2, step``, followed by 1 for stochastic rounding.
 
         Raises:
             ValueError: The tables are not in one group of this optimizer.
@@ -206,7 +206,7 @@ class RowOptimizer(torch.optim.Optimizer):
             group["weight_decay"],
             *group.get("betas", (0.0, 0.0)),
             float(step),
-            float(group["stochastic_rounding"]),
+            *([1.0] if group["stochastic_rounding"] else []),
         ]
         return self._number, states, hyper
 
@@ -264,8 +264,8 @@ class RowOptimizer(torch.optim.Optimizer):
             values = parameter.float() - lr * change
             table = values.reshape(values.shape[0] if values.dim() else 1, -1)
             rows = torch.arange(table.shape[0], device=table.device)
-            bits = reference.rounding_bits(rows, table.shape[1], step)
-            rounded = reference.round_stochastically(table, parameter.dtype, bits)
+            bits = rounding_bits(rows, table.shape[1], step)
+            rounded = round_stochastically(table, parameter.dtype, bits)
             parameter.copy_(rounded.reshape(parameter.shape))
         else:
             parameter.add_(change.to(parameter.dtype), alpha=-lr)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from amtl_kernels.rounding import mix, round_stochastically, rounding_bits, row_term
+
 SUM, MEAN = 0, 1
 """Values of ``mode``."""
 OFF, RAISE, CLAMP = 0, 1, 2
 """Values of ``bounds_check``."""
-
-_U32 = 0xFFFFFFFF
 
 
 def hash_columns(rows: Tensor, seed: int, columns: int) -> Tensor:
@@ -37,62 +37,7 @@ def hash_columns(rows: Tensor, seed: int, columns: int) -> Tensor:
     Returns:
         int64 tensor of the shape of ``rows``.
     """
-    return (_mix(_row_term(rows, seed)) * columns) >> 32
-
-
-def _row_term(rows: Tensor, seed: int | Tensor) -> Tensor:
-    rows = rows.to(torch.int64)
-    x = (rows ^ (rows >> 32)) & _U32
-    y = (seed ^ (seed >> 32)) & _U32
-    return (x * 0x9E3779B1 + y * 0x85EBCA77 % (1 << 32)) & _U32
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x ^ (x >> 16)
-    x = (x * 0x85EBCA6B) & _U32
-    x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & _U32
-    return x ^ (x >> 16)
-
-
-def rounding_bits(rows: Tensor, columns: int, seed: int | Tensor) -> Tensor:
-    """32 random bits for each value of ``rows`` in an optimizer step, the same on every backend.
-
-    Args:
-        rows: ``[U]`` row numbers, counted within their own tensor.
-        columns: Number of columns ``D``.
-        seed: The step.
-
-    Returns:
-        int64 ``[U, D]`` in ``0..2^32-1``.
-    """
-    column = torch.arange(columns, device=rows.device)
-    return _mix((_row_term(rows, seed)[:, None] + column * 0xC2B2AE3D) & _U32)
-
-
-def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Rounds to one of the two neighbours, with the probability that keeps the mean.
-
-    Args:
-        values: float32, any shape.
-        dtype: float16 or bfloat16.
-        bits: int64 random bits of the same shape, see :func:`rounding_bits`.
-
-    Returns:
-        ``values`` in ``dtype``.
-    """
-    half = dtype == torch.float16
-    dropped = 0x1FFF if half else 0xFFFF
-    raw = values.contiguous().view(torch.int32).to(torch.int64) & _U32
-    up = ((raw + (bits & dropped)) & ~dropped & _U32).to(torch.int32).view(torch.float32)
-    if half:
-        # Below 2^-14 fp16 is a grid of steps of 2^-24, whatever the exponent.
-        scaled = values.abs() * 2.0**24
-        whole = scaled.floor()
-        steps = whole + ((bits >> 8) < (scaled - whole) * 2.0**24)
-        up = torch.where(values.abs() < 2.0**-14, (steps * 2.0**-24).copysign(values), up)
-    # No second neighbour: from the largest number on, infinity, NaN.
-    return torch.where(values.abs() < torch.finfo(dtype).max, up, values).to(dtype)
+    return (mix(row_term(rows, seed)) * columns) >> 32
 
 
 def warn_clamped(value: int, position: int, rows: int) -> None:
@@ -573,7 +518,7 @@ def _split_state(
     """State table by table, and ``hyper`` with the step of the counter, if there is one."""
     moments = (0, 1, 1, 2)[optimizer]
     if len(state) == tables * moments + 1:
-        hyper = [*hyper[:5], float(state[-1]), hyper[6]]
+        hyper = [*hyper[:5], float(state[-1]), *hyper[6:]]
     return [state[t * moments : (t + 1) * moments] for t in range(tables)], hyper
 
 
@@ -586,8 +531,8 @@ def _update(
     hyper: list[float],
 ) -> None:
     """Whatever backend is set updates the rows: a fused backward is a backward and an update."""
-    lr, eps, weight_decay, beta1, beta2, step, stochastic = hyper
-    seed = int(step) if stochastic else None
+    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
+    seed = int(step) if any(stochastic) else None
     ops = torch.ops.amtl
     if optimizer == SGD:
         ops.apply_sgd_(weight, rows, grads, lr, weight_decay, seed)

@@ -171,7 +171,7 @@ for dtype in (torch.float32, torch.bfloat16):
         state = torch.zeros(v["n"], device="cuda")
         ops.adaptive_embedding_update_(
             w, [state], grad, i, o, g, s, None, 1, 3, False, 5, True, False, 2,
-            [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0, 0.0])
+            [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
         # Adam, its steps counted in device memory; groups in order; weights rounded at random.
         moments = [torch.zeros(v["n"], d, device="cuda") for _ in range(2)]
         counter = torch.ones((), dtype=torch.int64, device="cuda")

@@ -161,8 +161,7 @@ class Case:
         )
 
 
-# lr, eps, weight decay, two betas, step, stochastic rounding.
-HYPER = [0.01, 1e-8, 0.0, 0.0, 0.0, 1.0, 0.0]
+HYPER = [0.01, 1e-8, 0.0, 0.0, 0.0, 1.0]
 ROWWISE = 2
 
 

@@ -61,7 +61,7 @@ struct CpuLookup {
   void CheckGrad(const Tensor& grad, const Tensor& like) const;
 };
 
-// Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step,
+// Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step, and maybe
 // stochastic_rounding.
 cpu::Hyper MakeHyper(const std::vector<double>& values);
 // Refuses stochastic rounding of 16-bit weights.
@@ -96,7 +96,7 @@ struct CpuOptimizer {
       values[5] = static_cast<double>(*state.back().const_data_ptr<int64_t>());
     }
     hyper = MakeHyper(values);
-    CheckRounding(values[6] != 0, tables[0]);
+    CheckRounding(values.size() > 6 && values[6] != 0, tables[0]);
   }
 
   cpu::TableSlice Slice(const Tensor& weight, size_t table) const {

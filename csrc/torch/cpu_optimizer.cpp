@@ -10,8 +10,8 @@ using cpu::TableSlice;
 using cpu::Update;
 
 Hyper MakeHyper(const std::vector<double>& values) {
-  Check(values.size() == 7,
-        "hyper must be lr, eps, weight_decay, beta1, beta2, step, stochastic_rounding");
+  Check(values.size() == 6 || values.size() == 7,
+        "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
   const double beta1 = values[3], beta2 = values[4], step = values[5];
   Check(step >= 1, "step counts from 1");
   Hyper hyper{};
@@ -46,7 +46,7 @@ namespace {
 using Seed = std::optional<int64_t>;
 
 Hyper MakeHyper(double lr, double eps, double weight_decay) {
-  return amtl::MakeHyper({lr, eps, weight_decay, 0, 0, 1, 0});
+  return amtl::MakeHyper({lr, eps, weight_decay, 0, 0, 1});
 }
 
 void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update update,
@@ -94,7 +94,7 @@ void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
                const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
                double beta2, double eps, double weight_decay, Seed rounding_seed) {
   const Hyper hyper =
-      amtl::MakeHyper({lr, eps, weight_decay, beta1, beta2, static_cast<double>(step), 0});
+      amtl::MakeHyper({lr, eps, weight_decay, beta1, beta2, static_cast<double>(step)});
   Apply(weight, rows, grads, Update::kAdam, hyper, rounding_seed,
         StateData(exp_avg, weight, "exp_avg", false),
         StateData(exp_avg_sq, weight, "exp_avg_sq", false));

@@ -9,8 +9,8 @@ namespace amtl {
 
 Update MakeUpdate(int64_t optimizer, const std::vector<double>& hyper) {
   Check(optimizer >= 0 && optimizer <= 3, "optimizer must be 0, 1, 2 or 3");
-  Check(hyper.size() == 7,
-        "hyper must be lr, eps, weight_decay, beta1, beta2, step, stochastic_rounding");
+  Check(hyper.size() == 6 || hyper.size() == 7,
+        "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
   constexpr Rule kRules[] = {Rule::kSgd, Rule::kAdagrad, Rule::kRowwiseAdagrad, Rule::kAdam};
   const double beta1 = hyper[3], beta2 = hyper[4], step = hyper[5];
   Check(step >= 1, "step counts from 1");
@@ -19,7 +19,7 @@ Update MakeUpdate(int64_t optimizer, const std::vector<double>& hyper) {
   update.lr = static_cast<float>(hyper[0]);
   update.eps = static_cast<float>(hyper[1]);
   update.weight_decay = static_cast<float>(hyper[2]);
-  update.stochastic_rounding = hyper[6] != 0;
+  update.stochastic_rounding = hyper.size() > 6 && hyper[6] != 0;
   update.seed_term = SeedTerm(static_cast<int64_t>(step));
   if (update.rule == Rule::kAdam) {
     update.beta1 = static_cast<float>(beta1);
@@ -108,13 +108,13 @@ void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update
 
 void ApplySgd(const Tensor& weight, const Tensor& rows, const Tensor& grads, double lr,
               double weight_decay, Seed rounding_seed) {
-  Apply(weight, rows, grads, MakeUpdate(0, {lr, 0, weight_decay, 0, 0, 1, 0}), rounding_seed);
+  Apply(weight, rows, grads, MakeUpdate(0, {lr, 0, weight_decay, 0, 0, 1}), rounding_seed);
 }
 
 void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
                   const Tensor& grads, double lr, double eps, double weight_decay,
                   Seed rounding_seed) {
-  Update update = MakeUpdate(1, {lr, eps, weight_decay, 0, 0, 1, 0});
+  Update update = MakeUpdate(1, {lr, eps, weight_decay, 0, 0, 1});
   update.first = StateData(state_sum, weight, "state_sum", update);
   Apply(weight, rows, grads, update, rounding_seed);
 }
@@ -122,7 +122,7 @@ void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& r
 void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
                          const Tensor& grads, double lr, double eps, double weight_decay,
                          Seed rounding_seed) {
-  Update update = MakeUpdate(2, {lr, eps, weight_decay, 0, 0, 1, 0});
+  Update update = MakeUpdate(2, {lr, eps, weight_decay, 0, 0, 1});
   update.first = StateData(state_sum, weight, "state_sum", update);
   Apply(weight, rows, grads, update, rounding_seed);
 }
@@ -131,8 +131,7 @@ void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
                const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
                double beta2, double eps, double weight_decay, Seed rounding_seed) {
   Check(exp_avg.scalar_type() == exp_avg_sq.scalar_type(), "both states must have one type");
-  Update update =
-      MakeUpdate(3, {lr, eps, weight_decay, beta1, beta2, static_cast<double>(step), 0});
+  Update update = MakeUpdate(3, {lr, eps, weight_decay, beta1, beta2, static_cast<double>(step)});
   update.first = StateData(exp_avg, weight, "exp_avg", update);
   update.second = StateData(exp_avg_sq, weight, "exp_avg_sq", update);
   Apply(weight, rows, grads, update, rounding_seed);

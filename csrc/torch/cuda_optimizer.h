@@ -7,7 +7,7 @@
 
 namespace amtl {
 
-// hyper: lr, eps, weight_decay, beta1, beta2, step, stochastic_rounding.
+// hyper: lr, eps, weight_decay, beta1, beta2, step, and maybe stochastic_rounding.
 Update MakeUpdate(int64_t optimizer, const std::vector<double>& hyper);
 
 // Number of state tensors of a table.

@@ -57,7 +57,7 @@ def backward(v: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def step(v: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    hyper = [0.05, 1e-8, 0.0, 0.0, 0.0, 1.0, 0.0]
+    hyper = [0.05, 1e-8, 0.0, 0.0, 0.0, 1.0]
     mask, _ = torch.ops.amtl.adaptive_embedding_update_(
         v["weight"],
         [state],

@@ -429,7 +429,7 @@ def _fused(
     hyper: list[float],
     wishes: dict[str, Any],
 ) -> None:
-    lr, eps, weight_decay, beta1, beta2, step, stochastic = hyper
+    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
     moments = (0, 1, 1, 2)[optimizer]
     tables = len(table.get("blocks", "1"))
     states: dict[str, Any] = {}
@@ -449,7 +449,7 @@ def _fused(
         weight_decay=weight_decay,
         beta1=beta1,
         beta2=beta2,
-        stochastic_rounding=bool(stochastic),
+        stochastic_rounding=any(stochastic),
         **states,
     )
     flat = array(grad.reshape(-1, table["dim"]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import amtl_kernels
-from amtl_kernels import reference
+from amtl_kernels import reference, rounding
 
 from . import simulated as sim
 
@@ -53,8 +53,8 @@ def test_rounding_is_unbiased(dtype: torch.dtype) -> None:
     total = torch.zeros(columns, dtype=torch.float64)
     low, high = neighbours(values, dtype)
     for step in range(count):
-        bits = reference.rounding_bits(torch.tensor([7]), columns, step)
-        rounded = reference.round_stochastically(values[None], dtype, bits)[0].double()
+        bits = rounding.rounding_bits(torch.tensor([7]), columns, step)
+        rounded = rounding.round_stochastically(values[None], dtype, bits)[0].double()
         assert ((rounded == low) | (rounded == high)).all()
         total += rounded
     p = (values.double() - low) / (high - low).clamp(min=1e-300)
@@ -69,7 +69,7 @@ def test_past_the_largest_number_rounding_is_to_nearest(dtype: torch.dtype) -> N
     top = torch.finfo(dtype).max
     values = torch.tensor([top, -top, top * (1 + 2.0**-13), math.inf, -math.inf, math.nan])
     bits = torch.full((1, 6), 0xFFFFFFFF)
-    rounded = reference.round_stochastically(values[None], dtype, bits)[0]
+    rounded = rounding.round_stochastically(values[None], dtype, bits)[0]
     torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
     assert rounded[:3].isfinite().all()
 
