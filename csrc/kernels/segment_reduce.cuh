@@ -186,7 +186,7 @@ struct ChunkReducer {
 // also add the products of every row's weights and gradient into its group; groups must rise along
 // the list then.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, V == 1 ? 3 : 2)
     reduce_lookups_kernel(const __grid_constant__ Table table,
                           const __grid_constant__ Update update,
                           const __grid_constant__ LookupList in,

@@ -118,7 +118,7 @@ def test_no_races_in_any_order_and_equal_results(
 @given(
     seed=st.integers(0, 2**20),
     dtype=st.sampled_from(DTYPES),
-    dim=st.sampled_from([1, 3, 4, 8, 17, 64, 129, 260]),
+    dim=st.sampled_from([1, 3, 4, 8, 17, 24, 64, 129, 260, 520]),
     lookups=st.sampled_from([1, 31, 33, 700]),
     bags=st.sampled_from([1, 2, 50]),
     columns=st.sampled_from([1, 3]),
@@ -160,6 +160,18 @@ def test_relative_error_of_everything(
         batch.weight.double(), *args, batch.weight, batch.psw.double(), *rest
     )
     close(got, want, "forward", scale=3)
+    for g, w in zip(
+        grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
+    ):
+        close(g, w, "backward", scale=3)
+
+
+@pytest.mark.parametrize("dim", [8, 24, 40, 520])
+def test_neighbours_that_swap_halves_keep_to_the_row(dim: int) -> None:
+    """Eight columns a thread: alone, with a last thread that has no neighbour, over two pieces."""
+    batch = Batch(6, torch.bfloat16, dim=dim, lookups=900, pattern="uniform")
+    with sim.simulation(6, track_races=True):
+        grads = batch.adaptive_backward(sim.adaptive_embedding_backward, False, groups_sorted=True)
     for g, w in zip(
         grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
     ):
@@ -228,7 +240,7 @@ def reference_step(
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 12, 17, 64])
+@pytest.mark.parametrize("dim", [1, 12, 17, 24, 64])
 @pytest.mark.parametrize("masks", ["none", "sorted", "unsorted", "found sorted"])
 def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, masks: str) -> None:
     narrow = dtype != torch.float32 and dim == 64
