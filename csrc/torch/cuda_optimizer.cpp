@@ -1,23 +1,79 @@
 // Optimizer updates on (rows, grads) on CUDA.
+#include "torch/cuda_optimizer.h"
+
 #include <cmath>
 
-#include "torch/cuda_common.h"
-
 namespace amtl {
-namespace {
 
-void* StateData(const Tensor& state, const Tensor& weight, const char* name, bool row_wise,
-                Update& update) {
+Update MakeUpdate(int64_t optimizer, const std::vector<double>& hyper) {
+  Check(optimizer >= 0 && optimizer <= 3, "optimizer must be 0, 1, 2 or 3");
+  Check(hyper.size() == 6, "hyper must be lr, eps, weight_decay, beta1, beta2, step");
+  constexpr Rule kRules[] = {Rule::kSgd, Rule::kAdagrad, Rule::kRowwiseAdagrad, Rule::kAdam};
+  Update update;
+  update.rule = kRules[optimizer];
+  update.lr = static_cast<float>(hyper[0]);
+  update.eps = static_cast<float>(hyper[1]);
+  update.weight_decay = static_cast<float>(hyper[2]);
+  if (update.rule == Rule::kAdam) {
+    const double beta1 = hyper[3], beta2 = hyper[4], step = hyper[5];
+    Check(step >= 1, "step counts from 1");
+    update.beta1 = static_cast<float>(beta1);
+    update.beta2 = static_cast<float>(beta2);
+    update.one_minus_beta1 = static_cast<float>(1 - beta1);
+    update.one_minus_beta2 = static_cast<float>(1 - beta2);
+    update.step_size = static_cast<float>(hyper[0] / (1 - std::pow(beta1, step)));
+    update.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
+  }
+  return update;
+}
+
+size_t StatesPerTable(Rule rule) {
+  if (rule == Rule::kSgd) return 0;
+  return rule == Rule::kAdam ? 2 : 1;
+}
+
+void* StateData(const Tensor& state, const Tensor& table, const char* name, Update& update) {
   const ScalarType type = state.scalar_type();
-  Check(type == ScalarType::Float || type == weight.scalar_type(), name,
+  const bool row_wise = update.rule == Rule::kRowwiseAdagrad;
+  Check(type == ScalarType::Float || type == table.scalar_type(), name,
         " must be float32 or of the type of the table");
-  CheckLike(state, name, weight);
-  Check(state.numel() == (row_wise ? weight.size(0) : weight.numel()) &&
-            state.size(0) == weight.size(0),
-        name, row_wise ? " must be [N]" : " must be [N, D]");
+  CheckLike(state, name, table);
+  Check(
+      state.numel() == (row_wise ? table.size(0) : table.numel()) && state.size(0) == table.size(0),
+      name, row_wise ? " must be [N]" : " must be [N, D]");
   update.narrow_state = type != ScalarType::Float;
   return state.mutable_data_ptr();
 }
+
+void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t first,
+               Update& update) {
+  const size_t count = StatesPerTable(update.rule);
+  if (count > 0) update.first = StateData(state[first], table, "optimizer state", update);
+  if (count > 1) {
+    Check(state[first].scalar_type() == state[first + 1].scalar_type(),
+          "both states must have one type");
+    update.second = StateData(state[first + 1], table, "optimizer state", update);
+  }
+}
+
+void CheckStates(const std::vector<Tensor>& state, size_t tables, const Update& update) {
+  const size_t count = StatesPerTable(update.rule);
+  Check(state.size() == count * tables, "this optimizer has ", count, " state tensors per table");
+}
+
+void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& update,
+             const Tensor& rows, const Tensor& grads) {
+  DenseTable table;
+  table.weight = weight.mutable_data_ptr();
+  table.rows = weight.size(0);
+  table.dim = static_cast<int>(weight.size(1));
+  CheckCuda(cuda::apply_update(DTypeOf(weight), table, update,
+                               static_cast<const int64_t*>(rows.const_data_ptr()),
+                               grads.const_data_ptr(), rows.size(0), context.stream()),
+            "an optimizer step");
+}
+
+namespace {
 
 void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, const Update& update) {
   CheckWeight(weight);
@@ -27,15 +83,7 @@ void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, const 
         "grads must be [", rows.size(0), ", ", weight.size(1), "] in the type of the table");
   CheckLike(rows, "rows", weight);
   CheckLike(grads, "grads", weight);
-  const CudaContext context(weight);
-  DenseTable table;
-  table.weight = weight.mutable_data_ptr();
-  table.rows = weight.size(0);
-  table.dim = static_cast<int>(weight.size(1));
-  CheckCuda(cuda::apply_update(DTypeOf(weight), table, update,
-                               static_cast<const int64_t*>(rows.const_data_ptr()),
-                               grads.const_data_ptr(), rows.size(0), context.stream()),
-            "an optimizer step");
+  ApplyTo(CudaContext(weight), weight, update, rows, grads);
 }
 
 Update MakeUpdate(Rule rule, double lr, double eps, double weight_decay) {
@@ -55,14 +103,14 @@ void ApplySgd(const Tensor& weight, const Tensor& rows, const Tensor& grads, dou
 void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
                   const Tensor& grads, double lr, double eps, double weight_decay) {
   Update update = MakeUpdate(Rule::kAdagrad, lr, eps, weight_decay);
-  update.first = StateData(state_sum, weight, "state_sum", false, update);
+  update.first = StateData(state_sum, weight, "state_sum", update);
   Apply(weight, rows, grads, update);
 }
 
 void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
                          const Tensor& grads, double lr, double eps, double weight_decay) {
   Update update = MakeUpdate(Rule::kRowwiseAdagrad, lr, eps, weight_decay);
-  update.first = StateData(state_sum, weight, "state_sum", true, update);
+  update.first = StateData(state_sum, weight, "state_sum", update);
   Apply(weight, rows, grads, update);
 }
 
@@ -79,8 +127,8 @@ void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
   update.one_minus_beta2 = static_cast<float>(1 - beta2);
   update.step_size = static_cast<float>(lr / (1 - std::pow(beta1, count)));
   update.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, count)));
-  update.first = StateData(exp_avg, weight, "exp_avg", false, update);
-  update.second = StateData(exp_avg_sq, weight, "exp_avg_sq", false, update);
+  update.first = StateData(exp_avg, weight, "exp_avg", update);
+  update.second = StateData(exp_avg_sq, weight, "exp_avg_sq", update);
   Apply(weight, rows, grads, update);
 }
 
