@@ -1,7 +1,7 @@
 """A module built with CUDA kernels imports where PyTorch has no CUDA, with every operator in it.
 
-Built for one architecture without optimization, about 70 seconds of one core the first time and
-what has changed after that; a module that has CUDA kernels already is taken as it is.
+Built as PTX for one architecture, without optimization: about a minute of one core the first time,
+and what has changed after that. A module that has CUDA kernels already is taken as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import amtl_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-import"
-FAST = "-O0 -Xcicc -O0 -Xptxas -O0"
+FAST = "-O0 -Xcicc -O0"
 
 PROGRAM = """
 import json
@@ -45,14 +45,18 @@ indices = torch.tensor([4, 0, 2])
 assert torch.equal(ak.masked_embedding(weight, indices, dims), weight[indices])
 
 with FakeTensorMode():
-    weight = torch.empty(5, 6, device="cuda", requires_grad=True)
+    # Without autograd, which asks PyTorch for a GPU.
+    weight = torch.empty(5, 6, device="cuda")
     dims = torch.empty(5, dtype=torch.uint8, device="cuda")
     indices = torch.empty(3, dtype=torch.int64, device="cuda")
     offsets = torch.empty(5, dtype=torch.int64, device="cuda")
-    out = ak.masked_embedding_bag_tables([weight, weight], indices, offsets, [dims, dims])
+    tables = [weight, weight], indices, offsets, [dims, dims]
+    out = ak.masked_embedding_bag_tables(*tables)
     assert out.device.type == "cuda" and out.shape == (2, 12), out
-    out.sum().backward()
-    assert weight.grad.is_sparse and weight.grad.device.type == "cuda"
+    rows, grads, psw = torch.ops.amtl.masked_embedding_bag_tables_backward(
+        out, [weight, weight], [dims, dims], indices, offsets, None, 0, [-1, -1], False, False
+    )
+    assert len(rows) == 2 and rows[0].device.type == "cuda" and grads[1].shape == (0, 6)
 print("fine")
 """
 
@@ -83,12 +87,15 @@ def build(folder: Path) -> None:
             f"-DAMTL_OUTPUT_DIR={BUILD / 'out'}",
             "-DAMTL_CUDA=on",
             "-DAMTL_TOOLS=OFF",
-            "-DAMTL_CUDA_ARCHITECTURES=90-real",
+            "-DAMTL_CUDA_ARCHITECTURES=90-virtual",
             "-DCMAKE_BUILD_TYPE=Debug",
             "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
             f"-DCMAKE_CUDA_FLAGS_DEBUG={FAST}",
         ]
-        for command in (configure, ["cmake", "--build", str(BUILD), "--parallel", "2"]):
+        for command in (
+            configure,
+            ["cmake", "--build", str(BUILD), "--parallel", os.environ.get("MAX_JOBS", "2")],
+        ):
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, check=False
             )
