@@ -1,10 +1,11 @@
 """Fused operators for embedding tables whose rows have their own width."""
 
-from amtl_kernels import _autograd, backend, reference
+from amtl_kernels import _autograd, _autograd_tables, backend, reference
 from amtl_kernels._version import __version__
 
 backend.initialize()
 _autograd.register()
+_autograd_tables.register()
 
 from amtl_kernels import fused, optim  # noqa: E402
 from amtl_kernels.backend import (  # noqa: E402
@@ -18,11 +19,15 @@ from amtl_kernels.memory import advise_huge_pages  # noqa: E402
 from amtl_kernels.ops import (  # noqa: E402
     adaptive_embedding,
     adaptive_embedding_bag,
-    adaptive_embedding_bag_tables,
     masked_embedding,
     masked_embedding_bag,
     tiered_embedding,
     tiered_embedding_bag,
+)
+from amtl_kernels.tables import (  # noqa: E402
+    adaptive_embedding_bag_tables,
+    masked_embedding_bag_tables,
+    tiered_embedding_bag_tables,
 )
 
 __all__ = [
@@ -36,11 +41,13 @@ __all__ = [
     "get_backend",
     "masked_embedding",
     "masked_embedding_bag",
+    "masked_embedding_bag_tables",
     "optim",
     "reference",
     "register_backend",
     "set_backend",
     "tiered_embedding",
     "tiered_embedding_bag",
+    "tiered_embedding_bag_tables",
     "use_backend",
 ]

@@ -88,13 +88,13 @@ _FAKE_LOOKUPS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _fake_rows(weight: Tensor, asked: bool) -> tuple[Tensor, Tensor]:
+def fake_rows(weight: Tensor, asked: bool) -> tuple[Tensor, Tensor]:
     distinct = torch.library.get_ctx().new_dynamic_size() if asked else 0
     rows = weight.new_empty(distinct, dtype=torch.int64)
     return rows, weight.new_empty(distinct, weight.shape[1])
 
 
-def _fake_psw(weight: Tensor, per_sample_weights: Tensor | None, asked: bool) -> Tensor:
+def fake_psw(weight: Tensor, per_sample_weights: Tensor | None, asked: bool) -> Tensor:
     if not asked or per_sample_weights is None:
         return weight.new_empty(0)
     return weight.new_empty(per_sample_weights.shape[0])
@@ -113,7 +113,7 @@ def _fake_masked_backward(
     weight_grad: bool,
     psw_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_fake_rows(weight, weight_grad), _fake_psw(weight, per_sample_weights, psw_grad))
+    return (*fake_rows(weight, weight_grad), fake_psw(weight, per_sample_weights, psw_grad))
 
 
 def _fake_adaptive_backward(
@@ -135,9 +135,9 @@ def _fake_adaptive_backward(
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     groups = group_dims.shape[0] if mask_grad else 0
     return (
-        *_fake_rows(weight, weight_grad),
+        *fake_rows(weight, weight_grad),
         weight.new_empty(groups, weight.shape[1], dtype=compute),
-        _fake_psw(weight, per_sample_weights, psw_grad),
+        fake_psw(weight, per_sample_weights, psw_grad),
     )
 
 
@@ -155,8 +155,8 @@ def _fake_tiered_backward(
     weight_grad: bool,
     psw_grad: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    pairs = [_fake_rows(block, weight_grad) for block in blocks]
-    psw = _fake_psw(blocks[0], per_sample_weights, psw_grad)
+    pairs = [fake_rows(block, weight_grad) for block in blocks]
+    psw = fake_psw(blocks[0], per_sample_weights, psw_grad)
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs], psw
 
 
@@ -175,7 +175,7 @@ def _fake_masked_update(
     optimizer: int,
     hyper: list[float],
 ) -> Tensor:
-    return _fake_psw(weight, per_sample_weights, psw_grad)
+    return fake_psw(weight, per_sample_weights, psw_grad)
 
 
 def _fake_adaptive_update(
@@ -201,7 +201,7 @@ def _fake_adaptive_update(
     groups = group_dims.shape[0] if mask_grad else 0
     return (
         weight.new_empty(groups, weight.shape[1], dtype=compute),
-        _fake_psw(weight, per_sample_weights, psw_grad),
+        fake_psw(weight, per_sample_weights, psw_grad),
     )
 
 
@@ -221,70 +221,10 @@ def _fake_tiered_update(
     optimizer: int,
     hyper: list[float],
 ) -> Tensor:
-    return _fake_psw(blocks[0], per_sample_weights, psw_grad)
-
-
-def _fake_tables(
-    weights: list[Tensor],
-    indices: Tensor,
-    offsets: Tensor,
-    row_groups: list[Tensor],
-    group_dims: list[Tensor],
-    group_masks: list[Tensor],
-    mode: int,
-    seed: int,
-    bounds_check: int,
-) -> Tensor:
-    bags = (offsets.shape[0] - 1) // len(weights)
-    return weights[0].new_empty(bags, sum(weight.shape[1] for weight in weights))
-
-
-def _fake_masks(weights: list[Tensor], group_dims: list[Tensor], asked: bool) -> list[Tensor]:
-    compute = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-    return [
-        weight.new_empty(dims.shape[0] if asked else 0, weight.shape[1], dtype=compute)
-        for weight, dims in zip(weights, group_dims, strict=True)
-    ]
-
-
-def _fake_tables_backward(
-    grad: Tensor,
-    weights: list[Tensor],
-    indices: Tensor,
-    offsets: Tensor,
-    row_groups: list[Tensor],
-    group_dims: list[Tensor],
-    mode: int,
-    seed: int,
-    weight_grad: bool,
-    mask_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    pairs = [_fake_rows(weight, weight_grad) for weight in weights]
-    masks = _fake_masks(weights, group_dims, mask_grad)
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], masks
-
-
-def _fake_tables_update(
-    weights: list[Tensor],
-    state: list[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    row_groups: list[Tensor],
-    group_dims: list[Tensor],
-    mode: int,
-    seed: int,
-    mask_grad: bool,
-    optimizer: int,
-    hyper: list[float],
-) -> list[Tensor]:
-    return _fake_masks(weights, group_dims, mask_grad)
+    return fake_psw(blocks[0], per_sample_weights, psw_grad)
 
 
 _FAKE_BACKWARDS: dict[str, Callable[..., object]] = {
-    "adaptive_embedding_bag_tables": _fake_tables,
-    "adaptive_embedding_bag_tables_backward": _fake_tables_backward,
-    "adaptive_embedding_bag_tables_update_": _fake_tables_update,
     "masked_embedding_update_": _fake_masked_update,
     "adaptive_embedding_update_": _fake_adaptive_update,
     "tiered_embedding_update_": _fake_tiered_update,
@@ -294,7 +234,7 @@ _FAKE_BACKWARDS: dict[str, Callable[..., object]] = {
 }
 
 
-def _row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, dense: bool) -> Tensor:
+def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, dense: bool) -> Tensor:
     if dense:
         return grads.new_zeros(shape).index_copy(0, rows, grads)
     return torch.sparse_coo_tensor(
@@ -382,7 +322,7 @@ def _register_masked(op: str, suffix: str) -> None:
         )
         dense = bool(suffix)
         return call.gradients(
-            weight=_row_gradient(rows, grads, weight.shape, dense) if wants_weight else None,
+            weight=row_gradient(rows, grads, weight.shape, dense) if wants_weight else None,
             per_sample_weights=psw if wants_psw else None,
         )
 
@@ -420,7 +360,7 @@ def _register_adaptive(op: str, suffix: str) -> None:
         )
         dense = bool(suffix)
         return call.gradients(
-            weight=_row_gradient(rows, grads, weight.shape, dense) if wants_weight else None,
+            weight=row_gradient(rows, grads, weight.shape, dense) if wants_weight else None,
             group_mask=mask.to(ctx.mask_dtype) if wants_mask else None,
             per_sample_weights=psw if wants_psw else None,
         )
@@ -455,7 +395,7 @@ def _register_tiered(op: str, suffix: str) -> None:
         dense = bool(suffix)
         return call.gradients(
             blocks=[
-                _row_gradient(rows[c], grads[c], block.shape, dense) if wanted[c] else None
+                row_gradient(rows[c], grads[c], block.shape, dense) if wanted[c] else None
                 for c, block in enumerate(blocks)
             ],
             per_sample_weights=psw if wants_psw else None,
@@ -463,55 +403,6 @@ def _register_tiered(op: str, suffix: str) -> None:
 
     torch.library.register_autograd(
         f"amtl::{op}{suffix}", backward, setup_context=call.setup, lib=_schema.LIBRARY
-    )
-
-
-def _register_tables() -> None:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weights, indices, offsets, groups, dims, masks, mode, seed, bounds_check = inputs
-        if bounds_check == _CLAMP:
-            # Each table clamps to its own rows.
-            indices, starts = indices.clone(), offsets.tolist()
-            bags = (len(starts) - 1) // len(weights)
-            for t, weight in enumerate(weights):
-                indices[starts[t * bags] : starts[(t + 1) * bags]].clamp_(0, weight.shape[0] - 1)
-        ctx.save_for_backward(indices, offsets, *weights, *groups, *dims)
-        ctx.tables = len(weights)
-        ctx.mode, ctx.seed = mode, seed
-        ctx.mask_dtypes = [mask.dtype for mask in masks]
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
-        indices, offsets, *rest = ctx.saved_tensors
-        count = ctx.tables
-        weights, groups, dims = (list(rest[i * count : (i + 1) * count]) for i in range(3))
-        wants_weights, wants_masks = list(ctx.needs_input_grad[0]), list(ctx.needs_input_grad[5])
-        rows, grads, masks = torch.ops.amtl.adaptive_embedding_bag_tables_backward(
-            grad.contiguous(),
-            weights,
-            indices,
-            offsets,
-            groups,
-            dims,
-            ctx.mode,
-            ctx.seed,
-            any(wants_weights),
-            any(wants_masks),
-        )
-        weight_grads = [
-            _row_gradient(rows[t], grads[t], weights[t].shape, False) if wants_weights[t] else None
-            for t in range(count)
-        ]
-        mask_grads = [
-            masks[t].to(ctx.mask_dtypes[t]) if wants_masks[t] else None for t in range(count)
-        ]
-        nothing = [None] * count
-        return weight_grads, None, None, nothing, nothing, mask_grads, None, None, None
-
-    torch.library.register_autograd(
-        "amtl::adaptive_embedding_bag_tables",
-        backward,
-        setup_context=setup,
-        lib=_schema.LIBRARY,
     )
 
 
@@ -530,4 +421,3 @@ def register() -> None:
             _register_masked("masked_embedding" + bag, suffix)
             _register_adaptive("adaptive_embedding" + bag, suffix)
             _register_tiered("tiered_embedding" + bag, suffix)
-    _register_tables()

@@ -111,29 +111,48 @@ _UPDATES: dict[str, str] = {
 }
 
 # T tables in one call, in the layout of FBGEMM's table-batched embeddings: indices concatenated by
-# table, offsets [T * B + 1], output [B, sum of the widths].
-_TABLES: dict[str, str] = {
-    "adaptive_embedding_bag_tables": (
-        "(Tensor[] weights, Tensor indices, Tensor offsets, Tensor[] row_groups,"
-        " Tensor[] group_dims, Tensor[] group_masks, int mode, SymInt seed, int bounds_check)"
-        " -> Tensor"
-    ),
-    "adaptive_embedding_bag_tables_backward": (
-        "(Tensor grad, Tensor[] weights, Tensor indices, Tensor offsets, Tensor[] row_groups,"
-        " Tensor[] group_dims, int mode, SymInt seed, bool weight_grad, bool mask_grad)"
-        " -> (Tensor[] rows, Tensor[] grads, Tensor[] group_mask_grads)"
-    ),
-    "adaptive_embedding_bag_tables_update_": (
-        "(Tensor(a!)[] weights, Tensor(b!)[] state, Tensor grad, Tensor indices, Tensor offsets,"
-        " Tensor[] row_groups, Tensor[] group_dims, int mode, SymInt seed, bool mask_grad,"
-        " int optimizer, float[] hyper) -> Tensor[] group_mask_grads"
-    ),
+# table, offsets [T * B + 1], output [B, sum of the widths]. Tiers of all tables are concatenated,
+# `tier_counts` says how many each has; `padding_idx` has one row per table, -1 for none. Mask
+# gradients are one flat tensor, table after table.
+_TABLE_FORMS: dict[str, str] = {
+    "masked": "Tensor[] weights, Tensor[] row_dims",
+    "adaptive": "Tensor[] weights, Tensor[] row_groups, Tensor[] group_dims",
+    "tiered": "Tensor[] blocks, int[] tier_counts, int[] tier_ends, int[] embedding_dims",
 }
+_TABLE_BAGS = (
+    "Tensor indices, Tensor offsets, Tensor? per_sample_weights, int mode, int[] padding_idx"
+)
+
+
+def _table_schemas() -> dict[str, str]:
+    schemas = {}
+    for form, tables in _TABLE_FORMS.items():
+        learns = form == "adaptive"
+        masks = ", Tensor[] group_masks" if learns else ""
+        bags = _TABLE_BAGS + (", SymInt seed" if learns else "")
+        wants = ", bool mask_grad, bool psw_grad" if learns else ", bool psw_grad"
+        mask, pair = ("Tensor group_mask_grads, ", "(%s)") if learns else ("", "%s")
+        written = tables.replace("Tensor[]", "Tensor(a!)[]", 1)
+        op = f"{form}_embedding_bag_tables"
+        schemas[op] = f"({tables}{masks}, {bags}, int bounds_check) -> Tensor"
+        schemas[f"{op}_backward"] = (
+            f"(Tensor grad, {tables}, {bags}, bool weight_grad{wants})"
+            f" -> (Tensor[] rows, Tensor[] grads, {mask}Tensor psw_grad)"
+        )
+        schemas[f"{op}_update_"] = (
+            f"({written}, Tensor(b!)[] state, Tensor grad, {bags}{wants}, int optimizer,"
+            f" float[] hyper) -> {pair % (mask + 'Tensor psw_grad')}"
+        )
+    return schemas
+
+
+TABLE_LOOKUPS: tuple[str, ...] = tuple(f"{form}_embedding_bag_tables" for form in _TABLE_FORMS)
+"""Names of the differentiable lookups in several tables."""
 
 LOOKUPS: tuple[str, ...] = tuple(_LOOKUPS)
 """Names of the differentiable lookups."""
 
-SCHEMAS: dict[str, str] = {**_LOOKUPS, **_BACKWARDS, **_OPTIMIZERS, **_UPDATES, **_TABLES}
+SCHEMAS: dict[str, str] = {**_LOOKUPS, **_BACKWARDS, **_OPTIMIZERS, **_UPDATES, **_table_schemas()}
 """Every operator that a backend may implement, with its schema."""
 
 LIBRARY = torch.library.Library("amtl", "DEF")

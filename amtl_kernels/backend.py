@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from amtl_kernels import _schema, reference
+from amtl_kernels import _schema, reference, reference_tables
 from amtl_kernels._version import __version__
 
 Implementations = dict[str, Callable[..., object]]
@@ -185,15 +185,16 @@ def _late_triton(op: str, *args: object) -> object:
 @functools.cache
 def _triton_implementation(op: str) -> Callable[..., object]:
     implementations = _load_triton()
-    return implementations.get(op, reference.IMPLEMENTATIONS[op])
+    return implementations.get(op, _REFERENCE[op])
 
 
+_REFERENCE: Implementations = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
 _AUTOMATIC = torch.library.Library("amtl", "IMPL")
 
 
 def _register_automatic() -> None:
     """The fallbacks below native code. Triton itself is imported at its first use."""
-    for op, function in reference.IMPLEMENTATIONS.items():
+    for op, function in _REFERENCE.items():
         _AUTOMATIC.impl(op, function, "CompositeExplicitAutograd")
     for op in _schema.LOOKUPS:
         _AUTOMATIC.impl(
@@ -203,7 +204,7 @@ def _register_automatic() -> None:
         )
     _AUTOMATIC.impl("_warn_clamped", reference.warn_clamped, "CompositeExplicitAutograd")
     has_triton = not _triton_status().startswith(("not", "installed,"))
-    for op in reference.IMPLEMENTATIONS:
+    for op in _REFERENCE:
         native = torch._C._dispatch_has_kernel_for_dispatch_key(f"amtl::{op}", "CUDA")
         if has_triton and not native:
             _AUTOMATIC.impl(op, functools.partial(_late_triton, op), "CUDA")
@@ -211,7 +212,7 @@ def _register_automatic() -> None:
 
 def initialize() -> None:
     """Registers everything, once, when the package is imported."""
-    register_backend("reference", lambda: dict(reference.IMPLEMENTATIONS))
+    register_backend("reference", lambda: dict(_REFERENCE))
     register_backend("triton", _load_triton)
     _load_native()
     _register_automatic()

@@ -29,9 +29,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from amtl_kernels import ops
+from amtl_kernels import ops, tables
+from amtl_kernels._autograd_tables import CLAMP, clamp_to_tables, split_masks
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
+from amtl_kernels.tables import TableBags
 
 # Tensor to its version and whether it was found never to fall.
 _orders = WeakTensorKeyDictionary()
@@ -308,59 +310,56 @@ class _Tiered(_Lookup):
 
 
 class _Tables(_Lookup):
+    """A call of several tables: the operators' arguments before and after the masks and state."""
+
     def __init__(
         self,
-        weights: Sequence[Tensor],
+        op: str,
         optimizer: RowOptimizer,
-        indices: Tensor,
-        offsets: Tensor,
-        groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
-        mode: str,
-        seed: int,
+        tables: Sequence[Tensor],
+        described: tuple[Any, ...],
+        rows: Sequence[int],
+        bags: TableBags,
+        bounds_check: str,
+        masks: Sequence[Tensor] = (),
+        seed: Sequence[int] = (),
     ) -> None:
-        checked = ops._check_tables(weights, indices, offsets, *groups, mode)
-        super().__init__(weights, optimizer, checked[0])
-        self.offsets, self.row_groups, self.group_dims = checked[1:]
-        self.masks, self.mode, self.seed = list(groups[2]), ops._MODES[mode], seed
+        super().__init__(tables, optimizer, bags.indices)
+        self.op, self.described, self.rows, self.bags = op, described, rows, bags
+        self.bounds, self.masks, self.seed = ops._bounds(bounds_check), list(masks), seed
 
     def forward(self) -> Tensor:
-        out: Tensor = torch.ops.amtl.adaptive_embedding_bag_tables(
-            self.tables,
-            self.indices,
-            self.offsets,
-            self.row_groups,
-            self.group_dims,
-            self.masks,
-            self.mode,
-            self.seed,
-            1,
-        )
+        masks = [self.masks] if self.masks else []
+        arguments = (*self.described, *masks, *self.bags.arguments(), *self.seed, self.bounds)
+        out: Tensor = getattr(torch.ops.amtl, self.op)(self.tables, *arguments)
         return out
 
-    def update_masks(self, grad: Tensor, mask_grad: bool) -> list[Tensor]:
+    def update_tables(
+        self, grad: Tensor, mask_grad: bool, psw_grad: bool
+    ) -> tuple[list[Tensor], Tensor]:
         number, state, hyper = self.optimizer.fused_update(self.tables)
-        masks: list[Tensor] = torch.ops.amtl.adaptive_embedding_bag_tables_update_(
-            self.tables,
-            state,
-            grad,
-            self.indices,
-            self.offsets,
-            self.row_groups,
-            self.group_dims,
-            self.mode,
-            self.seed,
-            mask_grad,
-            number,
-            hyper,
+        indices, *bags = self.bags.arguments()
+        if self.bounds == CLAMP:
+            indices = clamp_to_tables(indices, self.bags.offsets, self.rows)
+        wants = (mask_grad, psw_grad) if self.masks else (psw_grad,)
+        update = getattr(torch.ops.amtl, f"{self.op}_update_")
+        found = update(
+            *(self.tables, *self.described, state, grad, indices, *bags, *self.seed),
+            *(*wants, number, hyper),
         )
-        return masks
+        if not self.masks:
+            return [], found
+        flat, psw = found
+        if not mask_grad:
+            return [], psw
+        return split_masks(flat, self.described[1], [t.shape[1] for t in self.tables]), psw
 
 
 class _UpdateTables(torch.autograd.Function):
-    """As :class:`_Update`, with one mask for each table."""
+    """As :class:`_Update`, with one mask for each table, or none."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Tables, *masks_and_tables: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Tables, psw: Tensor | None, *masks_and_tables: Tensor) -> Tensor:
         ctx.call = call
         return call.forward()
 
@@ -368,14 +367,20 @@ class _UpdateTables(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         call = ctx.call
-        count = len(call.masks)
-        wanted = ctx.needs_input_grad[1 : 1 + count]
-        masks = call.update_masks(grad.contiguous(), any(wanted))
-        grads = [
-            got.to(mask.dtype) if wants else None
-            for got, mask, wants in zip(masks, call.masks, wanted, strict=True)
-        ]
-        return (None, *grads, *[None] * count)
+        _, wants_psw, *rest = ctx.needs_input_grad
+        wanted = rest[: len(call.masks)]
+        found, psw = call.update_tables(grad.contiguous(), any(wanted), wants_psw)
+        masks = [None] * len(call.masks)
+        if found:
+            pairs = zip(found, call.masks, wanted, strict=True)
+            masks = [got.to(mask.dtype) if wants else None for got, mask, wants in pairs]
+        return (None, psw if wants_psw else None, *masks, *[None] * len(call.tables))
+
+
+def _run_tables(call: _Tables) -> Tensor:
+    psw = call.bags.per_sample_weights
+    out: Tensor = _UpdateTables.apply(call, psw, *call.masks, *call.tables)
+    return out
 
 
 def _run(call: _Lookup, mask: Tensor | None, psw: Tensor | None) -> Tensor:
@@ -606,6 +611,47 @@ def tiered_embedding_bag(
     return _run(call, None, bags.weights)
 
 
+def masked_embedding_bag_tables(
+    weights: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    row_dims: Sequence[Tensor],
+    *,
+    optimizer: RowOptimizer,
+    mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: tables.Padding = None,
+    bounds_check: BoundsCheck = "raise",
+) -> Tensor:
+    """:func:`amtl_kernels.masked_embedding_bag_tables` whose backward updates the tables.
+
+    Args:
+        weights: ``T`` tables ``[N_t, D_t]``, parameters of one group of ``optimizer``.
+        indices: ``[L]`` rows, concatenated by table.
+        offsets: ``[T * B + 1]``.
+        row_dims: ``T`` times ``[N_t]`` kept sizes.
+        optimizer: What updates the tables.
+        mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: ``[L]``; gets its gradient as usual.
+        padding_idx: A row that counts for nothing: one for every table, or a list.
+        bounds_check: What to do about an index outside its table.
+
+    Returns:
+        ``[B, D_0 + .. + D_(T-1)]``.
+
+    Raises:
+        ValueError: The tables are not parameters of one group of ``optimizer``; else as the
+            namesake.
+    """
+    rows = tables.check_weights(weights, row_dims=row_dims)
+    bags = tables.check_bags(
+        weights[0], rows, indices, offsets, mode, per_sample_weights, padding_idx
+    )
+    described = (tables.check_row_dims(weights, row_dims),)
+    op = "masked_embedding_bag_tables"
+    return _run_tables(_Tables(op, optimizer, weights, described, rows, bags, bounds_check))
+
+
 def adaptive_embedding_bag_tables(
     weights: Sequence[Tensor],
     indices: Tensor,
@@ -616,7 +662,10 @@ def adaptive_embedding_bag_tables(
     *,
     optimizer: RowOptimizer,
     mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: tables.Padding = None,
     seed: int = 0,
+    bounds_check: BoundsCheck = "raise",
 ) -> Tensor:
     """:func:`amtl_kernels.adaptive_embedding_bag_tables` whose backward updates the tables.
 
@@ -625,11 +674,14 @@ def adaptive_embedding_bag_tables(
         indices: ``[L]`` rows, concatenated by table.
         offsets: ``[T * B + 1]``.
         row_groups: ``T`` times ``[N_t]`` int32.
-        group_dims: ``T`` times ``[G_t]`` or ``[G_t, Q]``.
+        group_dims: ``T`` times ``[G_t]`` or ``[G_t, Q_t]``.
         group_masks: ``T`` times ``[G_t, D_t]``; get their gradients as usual.
         optimizer: What updates the tables.
         mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: ``[L]``; gets its gradient as usual.
+        padding_idx: A row that counts for nothing: one for every table, or a list.
         seed: Chooses the size column of each row.
+        bounds_check: What to do about an index outside its table.
 
     Returns:
         ``[B, D_0 + .. + D_(T-1)]``.
@@ -638,7 +690,59 @@ def adaptive_embedding_bag_tables(
         ValueError: The tables are not parameters of one group of ``optimizer``; else as the
             namesake.
     """
-    groups = (row_groups, group_dims, group_masks)
-    call = _Tables(weights, optimizer, indices, offsets, groups, mode, seed)
-    out: Tensor = _UpdateTables.apply(call, *call.masks, *call.tables)
-    return out
+    rows = tables.check_weights(
+        weights, row_groups=row_groups, group_dims=group_dims, group_masks=group_masks
+    )
+    bags = tables.check_bags(
+        weights[0], rows, indices, offsets, mode, per_sample_weights, padding_idx
+    )
+    described = tables.check_groups(weights, row_groups, group_dims, group_masks)
+    op, masks = "adaptive_embedding_bag_tables", group_masks
+    return _run_tables(
+        _Tables(op, optimizer, weights, described, rows, bags, bounds_check, masks, [seed])
+    )
+
+
+def tiered_embedding_bag_tables(
+    blocks: Sequence[Sequence[Tensor]],
+    tier_ends: Sequence[Sequence[int]],
+    indices: Tensor,
+    offsets: Tensor,
+    *,
+    optimizer: RowOptimizer,
+    mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    embedding_dims: Sequence[int] | None = None,
+    padding_idx: tables.Padding = None,
+    bounds_check: BoundsCheck = "raise",
+) -> Tensor:
+    """:func:`amtl_kernels.tiered_embedding_bag_tables` whose backward updates the blocks.
+
+    Args:
+        blocks: For each table its tiers ``[n_c, w_c]``, all parameters of one group of
+            ``optimizer``.
+        tier_ends: For each table the first row after each tier.
+        indices: ``[L]`` rows, concatenated by table.
+        offsets: ``[T * B + 1]``.
+        optimizer: What updates the blocks.
+        mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: ``[L]``; gets its gradient as usual.
+        embedding_dims: ``T`` widths; each table's widest block by default.
+        padding_idx: A row that counts for nothing: one for every table, or a list.
+        bounds_check: What to do about an index outside its table.
+
+    Returns:
+        ``[B, D_0 + .. + D_(T-1)]``.
+
+    Raises:
+        ValueError: The blocks are not parameters of one group of ``optimizer``; else as the
+            namesake.
+    """
+    tiers = tables.check_tiers(blocks, tier_ends, embedding_dims)
+    flat, *described = tiers.arguments()
+    bags = tables.check_bags(
+        flat[0], tiers.rows, indices, offsets, mode, per_sample_weights, padding_idx
+    )
+    op = "tiered_embedding_bag_tables"
+    call = _Tables(op, optimizer, flat, tuple(described), tiers.rows, bags, bounds_check)
+    return _run_tables(call)

@@ -512,7 +512,7 @@ SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
 """Values of ``optimizer``."""
 
 
-def _split_state(
+def split_state(
     tables: int, state: list[Tensor], optimizer: int, hyper: list[float]
 ) -> tuple[list[list[Tensor]], list[float]]:
     """State table by table, and ``hyper`` with the step of the counter, if there is one."""
@@ -522,7 +522,7 @@ def _split_state(
     return [state[t * moments : (t + 1) * moments] for t in range(tables)], hyper
 
 
-def _update(
+def update_rows(
     weight: Tensor,
     state: list[Tensor],
     rows: Tensor,
@@ -574,8 +574,8 @@ def masked_embedding_update_(
         True,
         psw_grad,
     )
-    (mine,), hyper = _split_state(1, state, optimizer, hyper)
-    _update(weight, mine, rows, grads, optimizer, hyper)
+    (mine,), hyper = split_state(1, state, optimizer, hyper)
+    update_rows(weight, mine, rows, grads, optimizer, hyper)
     return psw
 
 
@@ -615,8 +615,8 @@ def adaptive_embedding_update_(
         mask_grad,
         psw_grad,
     )
-    (mine,), hyper = _split_state(1, state, optimizer, hyper)
-    _update(weight, mine, rows, grads, optimizer, hyper)
+    (mine,), hyper = split_state(1, state, optimizer, hyper)
+    update_rows(weight, mine, rows, grads, optimizer, hyper)
     return mask, psw
 
 
@@ -651,119 +651,10 @@ def tiered_embedding_update_(
         True,
         psw_grad,
     )
-    states, hyper = _split_state(len(blocks), state, optimizer, hyper)
+    states, hyper = split_state(len(blocks), state, optimizer, hyper)
     for c, block in enumerate(blocks):
-        _update(block, states[c], rows[c], grads[c], optimizer, hyper)
+        update_rows(block, states[c], rows[c], grads[c], optimizer, hyper)
     return psw
-
-
-def _split_tables(tables: int, indices: Tensor, offsets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each table's indices and its offsets ``[B + 1]``, which start at 0."""
-    check_offsets(offsets, indices.numel())
-    bags = (offsets.numel() - 1) // tables
-    parts = []
-    for t in range(tables):
-        mine = offsets[t * bags : (t + 1) * bags + 1]
-        parts.append((indices[int(mine[0]) : int(mine[-1])], mine - mine[0]))
-    return parts
-
-
-def adaptive_embedding_bag_tables(
-    weights: list[Tensor],
-    indices: Tensor,
-    offsets: Tensor,
-    row_groups: list[Tensor],
-    group_dims: list[Tensor],
-    group_masks: list[Tensor],
-    mode: int,
-    seed: int,
-    bounds_check: int,
-) -> Tensor:
-    """:func:`adaptive_embedding_bag` of every table, side by side."""
-    outs = []
-    parts = _split_tables(len(weights), indices, offsets)
-    for t, (mine, begins) in enumerate(parts):
-        try:
-            outs.append(
-                torch.ops.amtl.adaptive_embedding_bag(
-                    weights[t],
-                    mine.contiguous(),
-                    begins.contiguous(),
-                    row_groups[t],
-                    group_dims[t],
-                    group_masks[t],
-                    None,
-                    mode,
-                    -1,
-                    True,
-                    seed,
-                    bounds_check,
-                )
-            )
-        except (IndexError, ValueError) as error:  # noqa: PERF203
-            raise type(error)(f"table {t}: {error}") from None
-    return torch.cat(outs, 1)
-
-
-def adaptive_embedding_bag_tables_backward(
-    grad: Tensor,
-    weights: list[Tensor],
-    indices: Tensor,
-    offsets: Tensor,
-    row_groups: list[Tensor],
-    group_dims: list[Tensor],
-    mode: int,
-    seed: int,
-    weight_grad: bool,
-    mask_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """:func:`adaptive_embedding_backward` of every table."""
-    parts = _split_tables(len(weights), indices, offsets)
-    slices = grad.split([weight.shape[1] for weight in weights], 1)
-    results = [
-        torch.ops.amtl.adaptive_embedding_backward(
-            slices[t].contiguous(),
-            weights[t],
-            mine.contiguous(),
-            begins.contiguous(),
-            row_groups[t],
-            group_dims[t],
-            None,
-            mode,
-            -1,
-            True,
-            seed,
-            weight_grad,
-            mask_grad,
-            False,
-        )
-        for t, (mine, begins) in enumerate(parts)
-    ]
-    return [r[0] for r in results], [r[1] for r in results], [r[2] for r in results]
-
-
-def adaptive_embedding_bag_tables_update_(
-    weights: list[Tensor],
-    state: list[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    row_groups: list[Tensor],
-    group_dims: list[Tensor],
-    mode: int,
-    seed: int,
-    mask_grad: bool,
-    optimizer: int,
-    hyper: list[float],
-) -> list[Tensor]:
-    """:func:`adaptive_embedding_bag_tables_backward`, then the update of every table."""
-    rows, grads, masks = torch.ops.amtl.adaptive_embedding_bag_tables_backward(
-        grad, weights, indices, offsets, row_groups, group_dims, mode, seed, True, mask_grad
-    )
-    states, hyper = _split_state(len(weights), state, optimizer, hyper)
-    for t, weight in enumerate(weights):
-        _update(weight, states[t], rows[t], grads[t], optimizer, hyper)
-    return masks
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
@@ -783,8 +674,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
     "masked_embedding_update_": masked_embedding_update_,
     "adaptive_embedding_update_": adaptive_embedding_update_,
     "tiered_embedding_update_": tiered_embedding_update_,
-    "adaptive_embedding_bag_tables": adaptive_embedding_bag_tables,
-    "adaptive_embedding_bag_tables_backward": adaptive_embedding_bag_tables_backward,
-    "adaptive_embedding_bag_tables_update_": adaptive_embedding_bag_tables_update_,
 }
 """Operator name to reference."""

@@ -95,21 +95,12 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
 
 namespace {
 
-template <typename Table>
-std::int64_t groups_of(const Table& table) {
-  if constexpr (std::is_same<Table, DenseTable>::value) {
-    return table.groups;
-  } else {
-    return 0;
-  }
-}
-
 // The plan depends on the vector width only through the threads per row, which must not change
 // between the calls of one backward: so it is taken from the shapes alone.
 template <typename Table>
 Plan plan_for(const Backward& backward, const Table& table) {
   const int widest = backward.type == DType::kFloat32 ? 4 : 8;
-  return plan_backward(backward, table.rows, groups_of(table), table.dim, widest);
+  return plan_backward(backward, table.rows, table.groups, table.dim, widest);
 }
 
 template <typename K, typename Table>
@@ -226,16 +217,18 @@ int backward_tier_rows(const Backward& backward, const TieredTable& out,
   return cudaGetLastError();
 }
 
-// The pairs once more, ordered by group and within a group by row; lies over the unsorted pairs.
-int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count,
-                  SortedPairs& by_group, Stream stream) {
+namespace {
+
+template <typename Table>
+int launch_sort_by_group(const Plan& plan, const Table& table, std::int64_t count,
+                         SortedPairs& by_group, Stream stream) {
   const SortedPairs pairs = plan.pairs(count, table.rows);
   auto* keys_in = reinterpret_cast<std::uint32_t*>(plan.keys_in);
   auto* positions = reinterpret_cast<std::uint32_t*>(plan.payloads_in);
   dim3 grid;
   if (!grid_for(count, kBlockThreads, 1, grid)) return cudaErrorInvalidValue;
-  AMTL_LAUNCH((group_keys_kernel), grid, kBlockThreads, 0, as_stream(stream), pairs,
-              table.row_group, table.groups, keys_in, positions);
+  AMTL_LAUNCH((group_keys_kernel<Table>), grid, kBlockThreads, 0, as_stream(stream), table, pairs,
+              keys_in, positions);
   const int error =
       sort_pairs(plan.sort_scratch, plan.sort_bytes, keys_in, plan.group_keys, positions,
                  plan.group_order, count, false, false, plan.group_bits, stream);
@@ -246,6 +239,18 @@ int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count,
   by_group.keys = plan.keys_in;
   by_group.payloads = plan.payloads_in;
   return cudaGetLastError();
+}
+
+}  // namespace
+
+// The pairs once more, ordered by group and within a group by row; lies over the unsorted pairs.
+int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count,
+                  SortedPairs& by_group, Stream stream) {
+  return launch_sort_by_group(plan, table, count, by_group, stream);
+}
+int sort_by_group(const Plan& plan, const TieredTable& table, std::int64_t count,
+                  SortedPairs& by_group, Stream stream) {
+  return launch_sort_by_group(plan, table, count, by_group, stream);
 }
 
 }  // namespace amtl::cuda

@@ -84,13 +84,14 @@ int backward_tier_counts(const Backward& backward, const TieredTable& table,
 int backward_tier_rows(const Backward& backward, const TieredTable& out,
                        const std::int64_t* rows_below, std::int64_t distinct, Stream stream);
 
-// Second half: the reductions. For tiered tables the bases of `table` are the addresses of the
-// gradients of each tier less the distinct rows of the tiers before.
+// Second half: the reductions. For tiered tables, if `grads`, the bases of `table` are the
+// addresses of the gradients of each tier less the distinct rows of the tiers before.
 // @param[out] grads      [U, D] or null
 // @param[out] group_grad [G, D] float32 or null; `groups_unsorted` as the header has it
 int backward_reduce(const Backward& backward, const DenseTable& table, void* grads,
                     float* group_grad, bool groups_unsorted, Stream stream);
-int backward_reduce(const Backward& backward, const TieredTable& table, Stream stream);
+int backward_reduce(const Backward& backward, const TieredTable& table, bool grads,
+                    float* group_grad, Stream stream);
 
 // Second half with a fused optimizer step in place of row gradients; `groups_unsorted` as the
 // header has it, or true where nobody may wait for the header. Row-wise Adagrad needs rows
@@ -98,7 +99,7 @@ int backward_reduce(const Backward& backward, const TieredTable& table, Stream s
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
                     float* group_grad, bool groups_unsorted, Stream stream);
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
-                    Stream stream);
+                    float* group_grad, Stream stream);
 bool update_spans_row(DType type, int dim, int vector);
 
 // --- Optimizers on (rows, grads) ---------------------------------------------------------------

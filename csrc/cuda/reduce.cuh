@@ -9,10 +9,11 @@ namespace amtl::cuda {
 
 int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count,
                   SortedPairs& by_group, Stream stream);
+int sort_by_group(const Plan& plan, const TieredTable& table, std::int64_t count,
+                  SortedPairs& by_group, Stream stream);
 
 // Reduces the partial sums of groups, level after level.
-int reduce_groups(const Plan& plan, const DenseTable& table, const ReduceOutput& out, int vector,
-                  Stream stream);
+int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream);
 
 template <typename T, typename S, int V, Finish kFinish, typename Table>
 int launch_partials(const Table& table, const Update& update, const PartialList& in,
@@ -65,20 +66,27 @@ int reduce_pairs(const Backward& backward, const Plan& plan, const Table& table,
   return error;
 }
 
+template <typename Table>
+int clear_groups(const Table& table, float* group_grad, Stream stream) {
+  if (group_grad == nullptr) return cudaSuccess;
+  return cudaMemsetAsync(group_grad, 0, table.groups * table.dim * sizeof(float),
+                         as_stream(stream));
+}
+
 inline int clear_partials(const Plan& plan, Stream stream) {
   if (plan.partial_key_bytes == 0) return cudaSuccess;
   return cudaMemsetAsync(plan.partial_keys, 0xff, plan.partial_key_bytes, as_stream(stream));
 }
 
 // The mask gradient alone, from pairs that are ordered by group.
-template <typename T, int V>
-int reduce_masks(const Backward& backward, const Plan& plan, const DenseTable& table,
+template <typename T, int V, typename Table>
+int reduce_masks(const Backward& backward, const Plan& plan, const Table& table,
                  const SortedPairs& by_group, const ReduceOutput& out, Stream stream) {
   ReduceOutput only_groups = out;
   only_groups.grads = nullptr;
   const int error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{},
                                                               by_group, false, only_groups, stream);
-  return error != cudaSuccess ? error : reduce_groups(plan, table, only_groups, V, stream);
+  return error != cudaSuccess ? error : reduce_groups(plan, table.dim, only_groups, V, stream);
 }
 
 }  // namespace amtl::cuda

@@ -2,11 +2,10 @@
 
 namespace amtl::cuda {
 
-int reduce_groups(const Plan& plan, const DenseTable& table, const ReduceOutput& out, int vector,
-                  Stream stream) {
-  const int lanes = lanes_for(table.dim, vector >= 4 ? 4 : 1);
-  DenseTable groups = table;
-  groups.map = TableMap{};
+int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream) {
+  const int lanes = lanes_for(dim, vector >= 4 ? 4 : 1);
+  DenseTable groups;
+  groups.dim = dim;
   for (std::size_t level = 0; level < plan.levels.size(); ++level) {
     const PartialList in{plan.levels[level].groups, plan.levels[level].slots};
     ReduceOutput next;
@@ -23,11 +22,8 @@ int reduce_groups(const Plan& plan, const DenseTable& table, const ReduceOutput&
 
 int backward_reduce(const Backward& backward, const DenseTable& table, void* grads,
                     float* group_grad, bool groups_unsorted, Stream stream) {
-  if (group_grad != nullptr) {
-    const cudaError_t cleared =
-        cudaMemsetAsync(group_grad, 0, table.groups * table.dim * sizeof(float), as_stream(stream));
-    if (cleared != cudaSuccess) return cleared;
-  }
+  const int cleared = clear_groups(table, group_grad, stream);
+  if (cleared != cudaSuccess) return cleared;
   const std::int64_t count = backward.lookups.count;
   if (count == 0 || (grads == nullptr && group_grad == nullptr)) return cudaSuccess;
   const int widest = backward.type == DType::kFloat32 ? 4 : 8;
@@ -58,26 +54,44 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
     error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{}, pairs,
                                                       grads != nullptr, out, stream);
     if (error != cudaSuccess || out.group_grad == nullptr) return error;
-    return reduce_groups(plan, table, out, V, stream);
+    return reduce_groups(plan, table.dim, out, V, stream);
   })
   return cudaSuccess;
 }
 
-int backward_reduce(const Backward& backward, const TieredTable& table, Stream stream) {
+int backward_reduce(const Backward& backward, const TieredTable& table, bool grads,
+                    float* group_grad, Stream stream) {
+  const int cleared = clear_groups(table, group_grad, stream);
+  if (cleared != cudaSuccess) return cleared;
   const std::int64_t count = backward.lookups.count;
   if (count == 0) return cudaSuccess;
   const int widest = backward.type == DType::kFloat32 ? 4 : 8;
-  const Plan plan = plan_backward(backward, table.rows, 0, table.dim, widest);
-  const int error = clear_partials(plan, stream);
+  const Plan plan = plan_backward(backward, table.rows, table.groups, table.dim, widest);
+  int error = clear_partials(plan, stream);
   if (error != cudaSuccess) return error;
   const std::uint64_t element = backward.type == DType::kFloat32 ? 4 : 2;
   const int vector = vector_elements(
       backward.type, table,
       reinterpret_cast<std::uint64_t>(backward.grad) | backward.grad_stride * element);
   const SortedPairs pairs = plan.pairs(count, table.rows);
+  SortedPairs by_group;
+  if (group_grad != nullptr) {
+    error = sort_by_group(plan, table, count, by_group, stream);
+    if (error != cudaSuccess) return error;
+  }
   AMTL_DISPATCH_TYPE(backward.type, vector, T, V, {
+    ReduceOutput out;
+    if (group_grad != nullptr) {
+      out.group_grad = group_grad;
+      error = reduce_masks<T, V>(backward, plan, table, by_group, out, stream);
+      if (error != cudaSuccess) return error;
+      out.group_grad = nullptr;
+    }
+    if (!grads) return cudaSuccess;
+    // Only says that they are wanted.
+    out.grads = plan.header;
     return reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{}, pairs, true,
-                                                     ReduceOutput{}, stream);
+                                                     out, stream);
   })
   return cudaSuccess;
 }

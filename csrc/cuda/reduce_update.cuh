@@ -23,13 +23,23 @@ int update_dense(const Backward& backward, const Plan& plan, const DenseTable& t
   const int error = reduce_pairs<T, S, V, Finish::kUpdate>(backward, plan, table, update, pairs,
                                                            true, out, stream);
   if (error != cudaSuccess || out.group_grad == nullptr) return error;
-  return reduce_groups(plan, table, out, V, stream);
+  return reduce_groups(plan, table.dim, out, V, stream);
 }
 
 template <typename T, typename S, int V>
 int update_tiered(const Backward& backward, const Plan& plan, const TieredTable& table,
-                  const Update& update, Stream stream) {
+                  const Update& update, float* group_grad, Stream stream) {
   const SortedPairs pairs = plan.pairs(backward.lookups.count, table.rows);
+  if (group_grad != nullptr) {
+    // Before the weights change.
+    ReduceOutput out;
+    out.group_grad = group_grad;
+    SortedPairs by_group;
+    int error = sort_by_group(plan, table, pairs.count, by_group, stream);
+    if (error != cudaSuccess) return error;
+    error = reduce_masks<T, V>(backward, plan, table, by_group, out, stream);
+    if (error != cudaSuccess) return error;
+  }
   return reduce_pairs<T, S, V, Finish::kUpdate>(backward, plan, table, update, pairs, true,
                                                 ReduceOutput{}, stream);
 }
@@ -56,7 +66,8 @@ int run_update(const UpdateCall& call) {
     return update_dense<T, S, V>(call.backward, call.plan, *call.dense, call.update,
                                  call.group_grad, call.groups_unsorted, call.stream);
   }
-  return update_tiered<T, S, V>(call.backward, call.plan, *call.tiered, call.update, call.stream);
+  return update_tiered<T, S, V>(call.backward, call.plan, *call.tiered, call.update,
+                                call.group_grad, call.stream);
 }
 
 }  // namespace amtl::cuda

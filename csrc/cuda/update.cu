@@ -47,18 +47,17 @@ bool update_spans_row(DType, int dim, int vector) { return dim <= kWarp * vector
 
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
                     float* group_grad, bool groups_unsorted, Stream stream) {
-  if (group_grad != nullptr) {
-    const cudaError_t cleared =
-        cudaMemsetAsync(group_grad, 0, table.groups * table.dim * sizeof(float), as_stream(stream));
-    if (cleared != cudaSuccess) return cleared;
-  }
+  const int cleared = clear_groups(table, group_grad, stream);
+  if (cleared != cudaSuccess) return cleared;
   return run(backward, table, &table, nullptr, table.groups, update, group_grad, groups_unsorted,
              stream);
 }
 
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
-                    Stream stream) {
-  return run(backward, table, nullptr, &table, 0, update, nullptr, false, stream);
+                    float* group_grad, Stream stream) {
+  const int cleared = clear_groups(table, group_grad, stream);
+  if (cleared != cudaSuccess) return cleared;
+  return run(backward, table, nullptr, &table, table.groups, update, group_grad, true, stream);
 }
 
 }  // namespace amtl::cuda

@@ -20,7 +20,10 @@ struct Lookups {
   bool wide = true;
   bool last_offset = false;  // offsets hold the end of the last bag
   bool mean = false;
-  std::int64_t padding = -1;             // row that counts for nothing; -1: none
+  std::int64_t padding = -1;  // row that counts for nothing; -1: none
+  // Several tables: each one's own such row [T], in place of the one above, and bags per table.
+  const std::int64_t* table_padding = nullptr;
+  std::int64_t batch = 1;
   const void* sample_weights = nullptr;  // [L] in the table's type
   // First bad position of each kind (index, offset, size), all ones if none; null: no report.
   unsigned long long* report = nullptr;
@@ -57,7 +60,19 @@ struct DenseTable {
   TableMap map;
 };
 
-// Blocks of rows of equal width; the row number tells the block.
+// What a block has that is a dense table: kept sizes of its rows, or of groups of them.
+struct DenseBlock {
+  std::uint64_t weight = 0;      // address of [n, D_t]
+  std::uint64_t row_dims = 0;    // address of [n], uint8 if `narrow`, else int32; 0: by groups
+  std::uint64_t row_group = 0;   // address of [n] int32
+  std::uint64_t group_dims = 0;  // address of [G_t, Q], type as above
+  std::int64_t first_group = 0;  // groups of the blocks before
+  std::int32_t columns = 1;      // Q
+  std::int32_t narrow = 0;
+};
+
+// Blocks of rows of equal width; the row number tells the block. Several dense tables in one call
+// are blocks too, one each, with sizes for their rows.
 struct TieredTable {
   std::int64_t rows = 0;
   int dim = 0;  // D, the width of the output
@@ -69,6 +84,9 @@ struct TieredTable {
   const std::int64_t* device_end = nullptr;
   const std::uint64_t* device_base = nullptr;
   const std::int32_t* device_width = nullptr;
+  const DenseBlock* device_dense = nullptr;  // [C] device memory; null: rows keep their width
+  std::int64_t groups = 0;                   // over all blocks
+  std::uint32_t seed_term = 0;
   TableMap map;
 };
 

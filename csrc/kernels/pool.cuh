@@ -150,8 +150,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   float share = 1.0f;
   if (lookups.mean) {
     int counted = 0;
+    const std::int64_t padding = padding_of(lookups, view.table);
     for (std::int64_t p = range.begin + lane; p < range.end; p += shape.tile) {
-      counted += load_index(lookups.indices, p, lookups.wide) != lookups.padding;
+      counted += load_index(lookups.indices, p, lookups.wide) != padding;
     }
     for (int step = shape.tile / 2; step > 0; step /= 2) {
       counted += __shfl_xor_sync(mask, counted, step, shape.tile);

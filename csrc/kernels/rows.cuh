@@ -130,6 +130,40 @@ __device__ __forceinline__ int tier_width(const TieredTable& table, int tier) {
                                        : table.width[tier];
 }
 
+__device__ __forceinline__ std::int64_t group_of(const DenseTable& table, std::int64_t row) {
+  return load<Memory::kSizes>(table.row_group + row);
+}
+
+// Group of row `local` of a block, within the block's table.
+__device__ __forceinline__ std::int64_t block_group(const DenseBlock* block, std::int64_t local) {
+  const auto groups =
+      reinterpret_cast<const std::int32_t*>(load<Memory::kSizes>(&block->row_group));
+  return load<Memory::kSizes>(groups + local);
+}
+
+// Numbered over all tables.
+__device__ __forceinline__ std::int64_t group_of(const TieredTable& table, std::int64_t row) {
+  const int tier = tier_of(table, row);
+  const DenseBlock* block = table.device_dense + tier;
+  const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
+  return load<Memory::kSizes>(&block->first_group) + block_group(block, row - begin);
+}
+
+// The size of row `local` of a block as stored, which may be out of range.
+__device__ __forceinline__ int stored_size(const TieredTable& table, int tier, std::int64_t local) {
+  const DenseBlock* block = table.device_dense + tier;
+  const bool narrow = load<Memory::kSizes>(&block->narrow) != 0;
+  std::uint64_t dims = load<Memory::kSizes>(&block->row_dims);
+  std::int64_t i = local;
+  if (dims == 0) {
+    dims = load<Memory::kSizes>(&block->group_dims);
+    const int columns = load<Memory::kSizes>(&block->columns);
+    const int column = columns == 1 ? 0 : hash_column(local, table.seed_term, columns);
+    i = block_group(block, local) * columns + column;
+  }
+  return load_dims(reinterpret_cast<const void*>(dims), i, narrow);
+}
+
 template <typename T>
 __device__ __forceinline__ RowRef<T> locate(const TieredTable& table, const TableView& view,
                                             std::int64_t row, bool* bad_size = nullptr) {
@@ -140,7 +174,18 @@ __device__ __forceinline__ RowRef<T> locate(const TieredTable& table, const Tabl
   ref.size = ref.width;
   ref.data = reinterpret_cast<T*>(tier_base(table, tier)) + (row - begin) * ref.width;
   if (bad_size != nullptr) *bad_size = false;
+  if (table.device_dense != nullptr) {
+    const int size = stored_size(table, tier, row - begin);
+    if (bad_size != nullptr) *bad_size = size < 1 || size > ref.width;
+    ref.size = size < 0 ? 0 : (size > ref.width ? ref.width : size);
+  }
   return ref;
+}
+
+// The row of table `t` that counts for nothing.
+__device__ __forceinline__ std::int64_t padding_of(const Lookups& lookups, std::int64_t t) {
+  return lookups.table_padding == nullptr ? lookups.padding
+                                          : load<Memory::kSizes>(lookups.table_padding + t);
 }
 
 // Lowers the first bad position of a kind.
@@ -170,7 +215,7 @@ __device__ __forceinline__ StagedRow<T> stage_row(const Table& table, const Tabl
     if (view.rows == 0) return staged;
     index = index < 0 ? 0 : view.rows - 1;
   }
-  if (skip_padding && index == lookups.padding) return staged;
+  if (skip_padding && index == padding_of(lookups, view.table)) return staged;
   bool bad_size = false;
   const RowRef<T> ref = locate<T>(table, view, view.first_row + index, &bad_size);
   if (bad_size) report_bad(lookups, kBadSize, position);

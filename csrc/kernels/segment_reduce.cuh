@@ -45,7 +45,7 @@ struct PartialList {
 };
 
 struct ReduceOutput {
-  void* grads = nullptr;        // [U, D] in the table's type
+  void* grads = nullptr;        // [U, D] in the table's type; tiered tables: not null if wanted
   float* group_grad = nullptr;  // [G, D]; null: no mask gradient
   Partials rows;                // where unfinished rows go
   Partials groups;              // where unfinished groups go
@@ -73,23 +73,39 @@ __device__ __forceinline__ void write_grads(const DenseTable& table, const Table
                                            keep_prefix<T, V>(pack<T, V>(sum), size - column));
 }
 
-// The tiers' bases are those of the outputs, set back by the distinct rows of the tiers before.
+// The tiers' bases are those of the outputs, set back by the distinct rows of the tiers before;
+// rows keep what their sizes say.
 template <typename T, int V>
 __device__ __forceinline__ void write_grads(const TieredTable& table, const TableView& view,
                                             void* grads, std::int64_t row, std::int64_t rank,
                                             int column, const float (&sum)[V]) {
   const int tier = tier_of(table, row);
   const int width = tier_width(table, tier);
-  if (column >= width) return;
+  if (grads == nullptr || column >= width) return;
+  int size = width;
+  if (table.device_dense != nullptr) {
+    const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
+    size = stored_size(table, tier, row - begin);
+  }
   T* out = reinterpret_cast<T*>(tier_base(table, tier)) + rank * width + column;
   store<Memory::kOutput, Cache::kStreamed>(reinterpret_cast<RawVector<T, V>*>(out),
-                                           pack<T, V>(sum));
+                                           keep_prefix<T, V>(pack<T, V>(sum), size - column));
 }
 
-__device__ __forceinline__ std::int64_t group_of(const DenseTable& table, std::int64_t row) {
-  return load<Memory::kSizes>(table.row_group + row);
+// Address of a row's weights, all of them.
+template <typename T>
+__device__ __forceinline__ T* weights_of(const DenseTable& table, const TableView& view,
+                                         std::int64_t row) {
+  return row_address<T>(table, view, row);
 }
-__device__ __forceinline__ std::int64_t group_of(const TieredTable&, std::int64_t) { return 0; }
+template <typename T>
+__device__ __forceinline__ T* weights_of(const TieredTable& table, const TableView& view,
+                                         std::int64_t row) {
+  const int tier = tier_of(table, row);
+  const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
+  return reinterpret_cast<T*>(load<Memory::kSizes>(&table.device_dense[tier].weight)) +
+         (row - begin) * view.dim;
+}
 
 // What a tile knows while it walks its chunk.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
@@ -169,12 +185,10 @@ struct ChunkReducer {
 
   __device__ __forceinline__ void add_product(const TableView& view, std::int64_t row,
                                               float (&w)[V]) {
-    if constexpr (std::is_same<Table, DenseTable>::value) {
-      const T* data = row_address<T>(table, view, row);
-      unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(data + column), w);
+    const T* data = weights_of<T>(table, view, row);
+    unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(data + column), w);
 #pragma unroll
-      for (int e = 0; e < V; ++e) group_sum[e] += w[e] * sum[e];
-    }
+    for (int e = 0; e < V; ++e) group_sum[e] += w[e] * sum[e];
   }
 };
 

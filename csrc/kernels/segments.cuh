@@ -16,8 +16,9 @@ static __global__ void __launch_bounds__(kBlockThreads)
   if (bag >= lookups.bags) return;
   const BagRange range = range_of_bag(lookups, bag);
   int counted = 0;
+  const std::int64_t padding = padding_of(lookups, bag / lookups.batch);
   for (std::int64_t p = range.begin + threadIdx.x % kWarp; p < range.end; p += kWarp) {
-    counted += load_index(lookups.indices, p, lookups.wide) != lookups.padding;
+    counted += load_index(lookups.indices, p, lookups.wide) != padding;
   }
   for (int step = kWarp / 2; step > 0; step /= 2) {
     counted += __shfl_xor_sync(0xffffffffu, counted, step);
@@ -85,7 +86,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (counts) {
     const TableView view = view_of_bag(table, bag);
     const std::int64_t index = load_index(lookups.indices, position, lookups.wide);
-    if (index >= 0 && index < view.rows && index != lookups.padding) key = view.first_row + index;
+    if (index >= 0 && index < view.rows && index != padding_of(lookups, view.table)) {
+      key = view.first_row + index;
+    }
   }
   store<Memory::kSorted>(keys + position, static_cast<K>(key));
   if (scaled) {
@@ -256,15 +259,17 @@ static __global__ void __launch_bounds__(kBlockThreads)
 
 // Keys for a second sort, by group, of pairs that are already sorted by row.
 //
-// @param[out] group_keys  [L] group of each pair's row, `groups` where it counts for nothing
+// @param[out] group_keys  [L] group of each pair's row, the number of groups where it counts for
+// nothing
 // @param[out] positions   [L] 0..L-1
-static __global__ void __launch_bounds__(kBlockThreads)
-    group_keys_kernel(SortedPairs pairs, const std::int32_t* row_group, std::int64_t groups,
+template <typename Table>
+__global__ void __launch_bounds__(kBlockThreads)
+    group_keys_kernel(const __grid_constant__ Table table, SortedPairs pairs,
                       std::uint32_t* group_keys, std::uint32_t* positions) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
   if (i >= pairs.count) return;
   const std::int64_t row = load_key(pairs, i);
-  const std::int64_t group = row < pairs.rows ? load<Memory::kSizes>(row_group + row) : groups;
+  const std::int64_t group = row < pairs.rows ? group_of(table, row) : table.groups;
   store<Memory::kSorted>(group_keys + i, static_cast<std::uint32_t>(group));
   store<Memory::kSorted>(positions + i, static_cast<std::uint32_t>(i));
 }

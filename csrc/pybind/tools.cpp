@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "cuda/launchers.h"
+#include "cuda/tables.h"
 #include "hostsim/runtime.h"
 #include "kernels/hash.h"
 
@@ -208,16 +210,68 @@ Update update_of(Buffers& buffers, const py::dict& values) {
   return update;
 }
 
-bool is_tiered(const py::dict& table) { return table.contains("blocks"); }
-
 void check(int error) {
   if (error != 0) throw std::runtime_error("the launcher returned error " + std::to_string(error));
 }
 
+bool is_tiered(const py::dict& table) { return table.contains("blocks"); }
+bool is_list(const py::dict& table) { return table.contains("list"); }
+
+std::uint64_t address_of(Buffers& buffers, const py::dict& values, const char* name,
+                         bool writable = false) {
+  return reinterpret_cast<std::uint64_t>(buffers.of(name, get(values, name), writable));
+}
+
+// Several tables: {"list": [{"dim", "padding", "blocks": [{"weight", "width", "row_dims", ..}]}]}.
+TieredTable list_of(Buffers& buffers, const std::string& type, const py::dict& values,
+                    Lookups& lookups, Update* update, bool writable) {
+  amtl::cuda::TableList list;
+  list.type = dtype_of(type);
+  list.dense = number(values, "dense", false);
+  list.batch = values["batch"].cast<std::int64_t>();
+  list.seed_term = amtl::SeedTerm(number<std::int64_t>(values, "seed", 0));
+  for (const py::handle& handle : values["list"]) {
+    const auto table = py::reinterpret_borrow<py::dict>(handle);
+    amtl::cuda::OneTable one;
+    one.blocks = 0;
+    one.dim = table["dim"].cast<int>();
+    one.padding = table["padding"].cast<std::int64_t>();
+    for (const py::handle& entry : table["blocks"]) {
+      const auto given = py::reinterpret_borrow<py::dict>(entry);
+      amtl::cuda::TableBlock block;
+      block.rows = given["rows"].cast<std::int64_t>();
+      block.width = given["width"].cast<int>();
+      block.address = address_of(buffers, given, "weight", writable);
+      block.first = address_of(buffers, given, "first", true);
+      block.second = address_of(buffers, given, "second", true);
+      amtl::DenseBlock& dense = block.dense;
+      dense.row_dims = address_of(buffers, given, "row_dims");
+      dense.row_group = address_of(buffers, given, "row_group");
+      dense.group_dims = address_of(buffers, given, "group_dims");
+      dense.columns = number(given, "columns", 1);
+      dense.first_group = list.groups;
+      list.groups += number<std::int64_t>(given, "groups", 0);
+      const py::handle dims = get(given, dense.group_dims != 0 ? "group_dims" : "row_dims");
+      dense.narrow = !dims.is_none() && item_bytes(dims) == 1;
+      list.blocks.push_back(block);
+      ++one.blocks;
+    }
+    list.tables.push_back(one);
+  }
+  const std::size_t bytes = amtl::cuda::packed_bytes(list);
+  TieredTable table;
+  check(amtl::cuda::pack_tables(list, buffers.scratch("tables", bytes), table, lookups, update,
+                                nullptr));
+  return table;
+}
+
 // Calls `f` with the table as the struct of its kind.
 template <typename F>
-void with_table(Buffers& buffers, const py::dict& values, bool writable, F f) {
-  if (is_tiered(values)) {
+void with_table(Buffers& buffers, const std::string& type, const py::dict& values, Lookups& lookups,
+                Update* update, bool writable, F f) {
+  if (is_list(values)) {
+    f(list_of(buffers, type, values, lookups, update, writable));
+  } else if (is_tiered(values)) {
     f(tiered_of(buffers, values, writable));
   } else {
     f(dense_of(buffers, values, writable));
@@ -227,9 +281,9 @@ void with_table(Buffers& buffers, const py::dict& values, bool writable, F f) {
 void lookup(const std::string& type, const py::dict& table, const py::dict& lookups,
             const py::array& out) {
   Buffers buffers;
-  const Lookups l = lookups_of(buffers, lookups);
+  Lookups l = lookups_of(buffers, lookups);
   void* o = buffers.of("out", out, true);
-  with_table(buffers, table, false, [&](const auto& t) {
+  with_table(buffers, type, table, l, nullptr, false, [&](const auto& t) {
     if (l.offsets != nullptr) {
       if (l.report != nullptr) check(amtl::cuda::check_offsets(l, nullptr));
       check(amtl::cuda::pool_forward(dtype_of(type), t, l, out.shape(1), o, nullptr));
@@ -242,10 +296,10 @@ void lookup(const std::string& type, const py::dict& table, const py::dict& look
 void psw_grad(const std::string& type, const py::dict& table, const py::dict& lookups,
               const py::array& grad, const py::array& out) {
   Buffers buffers;
-  const Lookups l = lookups_of(buffers, lookups);
+  Lookups l = lookups_of(buffers, lookups);
   const void* g = buffers.of("grad", grad);
   void* o = buffers.of("psw_grad", out, true);
-  with_table(buffers, table, false, [&](const auto& t) {
+  with_table(buffers, type, table, l, nullptr, false, [&](const auto& t) {
     check(amtl::cuda::pool_psw_backward(dtype_of(type), t, l, grad.shape(1), g, o, nullptr));
   });
 }
@@ -275,6 +329,57 @@ py::array value_array(const std::string& type, py::ssize_t rows, py::ssize_t dim
   return array_of<std::uint16_t>({rows, dim});
 }
 
+// Hands a table of outputs the addresses of its tiers.
+void set_bases(Buffers& buffers, TieredTable& table, const std::vector<std::uint64_t>& bases) {
+  if (table.device_base == nullptr) {
+    std::copy(bases.begin(), bases.end(), table.base);
+    return;
+  }
+  void* memory = buffers.scratch("output bases", bases.size() * 8);
+  check(amtl::cuda::upload(memory, bases.data(), bases.size() * 8, nullptr));
+  table.device_base = static_cast<const std::uint64_t*>(memory);
+}
+
+py::dict tiered_backward(Buffers& buffers, const std::string& type, amtl::cuda::Backward& b,
+                         const TieredTable& t, const std::vector<int>& widths, float* group_grad) {
+  py::dict result;
+  b.workspace = buffers.scratch("workspace", amtl::cuda::backward_workspace_bytes(b, t));
+  check(amtl::cuda::backward_sort(b, t, nullptr));
+  amtl::cuda::BackwardHeader header;
+  std::memcpy(&header, b.workspace, sizeof(header));
+  std::vector<std::int64_t> below(static_cast<std::size_t>(t.tiers), 0);
+  if (b.lookups.count == 0) {
+    check(amtl::cuda::backward_reduce(b, t, false, group_grad, nullptr));
+    return result;
+  }
+  auto* device_below =
+      reinterpret_cast<std::int64_t*>(buffers.scratch("rows_below", below.size() * 8));
+  check(amtl::cuda::backward_tier_counts(b, t, device_below, nullptr));
+  std::memcpy(below.data(), device_below, below.size() * 8);
+  std::vector<std::uint64_t> row_bases, grad_bases;
+  py::list rows;
+  py::list grads;
+  for (int c = 0; c < t.tiers; ++c) {
+    const std::int64_t before = c ? below[c - 1] : 0;
+    auto r = array_of<std::int64_t>({static_cast<py::ssize_t>(below[c] - before)});
+    py::array g = value_array(type, below[c] - before, widths[c]);
+    row_bases.push_back(reinterpret_cast<std::uint64_t>(buffers.of("rows", r, true)));
+    const std::uint64_t address = reinterpret_cast<std::uint64_t>(buffers.of("grads", g, true));
+    grad_bases.push_back(address - static_cast<std::uint64_t>(before) * widths[c] * g.itemsize());
+    rows.append(r);
+    grads.append(g);
+  }
+  TieredTable row_out = t;
+  TieredTable grad_out = t;
+  set_bases(buffers, row_out, row_bases);
+  set_bases(buffers, grad_out, grad_bases);
+  check(amtl::cuda::backward_tier_rows(b, row_out, device_below, header.distinct, nullptr));
+  check(amtl::cuda::backward_reduce(b, grad_out, true, group_grad, nullptr));
+  result["rows"] = rows;
+  result["grads"] = grads;
+  return result;
+}
+
 py::dict backward(const std::string& type, const py::dict& table, const py::dict& lookups,
                   const py::array& grad, const py::dict& wishes) {
   Buffers buffers;
@@ -282,37 +387,16 @@ py::dict backward(const std::string& type, const py::dict& table, const py::dict
   auto* group_grad = static_cast<float*>(buffers.of("group_grad", get(wishes, "group_grad"), true));
   py::dict result;
   if (is_tiered(table)) {
-    TieredTable t = tiered_of(buffers, table, false);
-    b.workspace = buffers.scratch("workspace", amtl::cuda::backward_workspace_bytes(b, t));
-    check(amtl::cuda::backward_sort(b, t, nullptr));
-    amtl::cuda::BackwardHeader header;
-    std::memcpy(&header, b.workspace, sizeof(header));
-    std::vector<std::int64_t> below(static_cast<std::size_t>(t.tiers), 0);
-    if (b.lookups.count > 0) {
-      auto* device_below =
-          reinterpret_cast<std::int64_t*>(buffers.scratch("rows_below", below.size() * 8));
-      check(amtl::cuda::backward_tier_counts(b, t, device_below, nullptr));
-      std::memcpy(below.data(), device_below, below.size() * 8);
-      TieredTable row_out = t;
-      TieredTable grad_out = t;
-      py::list rows;
-      py::list grads;
-      for (int c = 0; c < t.tiers; ++c) {
-        const std::int64_t before = c ? below[c - 1] : 0;
-        auto r = array_of<std::int64_t>({static_cast<py::ssize_t>(below[c] - before)});
-        py::array g = value_array(type, below[c] - before, t.width[c]);
-        row_out.base[c] = reinterpret_cast<std::uint64_t>(buffers.of("rows", r, true));
-        const std::uint64_t address = reinterpret_cast<std::uint64_t>(buffers.of("grads", g, true));
-        grad_out.base[c] = address - static_cast<std::uint64_t>(before) * t.width[c] * g.itemsize();
-        rows.append(r);
-        grads.append(g);
-      }
-      check(amtl::cuda::backward_tier_rows(b, row_out, device_below, header.distinct, nullptr));
-      check(amtl::cuda::backward_reduce(b, grad_out, nullptr));
-      result["rows"] = rows;
-      result["grads"] = grads;
+    const TieredTable t = tiered_of(buffers, table, false);
+    return tiered_backward(buffers, type, b, t, table["widths"].cast<std::vector<int>>(), nullptr);
+  }
+  if (is_list(table)) {
+    const TieredTable t = list_of(buffers, type, table, b.lookups, nullptr, false);
+    std::vector<int> widths;
+    for (const py::handle& one : table["list"]) {
+      for (const py::handle& block : one["blocks"]) widths.push_back(block["width"].cast<int>());
     }
-    return result;
+    return tiered_backward(buffers, type, b, t, widths, group_grad);
   }
   const DenseTable t = dense_of(buffers, table, false);
   b.workspace = buffers.scratch("workspace", amtl::cuda::backward_workspace_bytes(b, t));
@@ -342,12 +426,12 @@ void backward_update(const std::string& type, const py::dict& table, const py::d
   amtl::cuda::Backward b = backward_of(buffers, type, lookups, grad, wishes);
   b.need_rows = false;
   auto* group_grad = static_cast<float*>(buffers.of("group_grad", get(wishes, "group_grad"), true));
-  const Update u = update_of(buffers, update);
-  with_table(buffers, table, true, [&](const auto& t) {
+  Update u = update_of(buffers, update);
+  with_table(buffers, type, table, b.lookups, &u, true, [&](const auto& t) {
     b.workspace = buffers.scratch("workspace", amtl::cuda::backward_workspace_bytes(b, t));
     check(amtl::cuda::backward_sort(b, t, nullptr));
     if constexpr (std::is_same_v<std::decay_t<decltype(t)>, TieredTable>) {
-      check(amtl::cuda::backward_update(b, t, u, nullptr));
+      check(amtl::cuda::backward_update(b, t, u, group_grad, nullptr));
     } else {
       bool unsorted = true;
       if (b.mask_grad && !b.groups_sorted && number(wishes, "read_header", false)) {

@@ -126,11 +126,14 @@ void CpuLookup::CheckGrad(const Tensor& grad, const Tensor& like) const {
       "the gradient must be [", rows, ", ", table.dim, "]");
 }
 
-void CpuForward(const CpuLookup& lookup, int64_t bounds_check, void* out, int64_t stride) {
+bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,
+                void* out, int64_t stride) {
   Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
-  const bool clamped = cpu::RunForward(TorchExecutor(), lookup.table, lookup.bags,
-                                       static_cast<cpu::BoundsCheck>(bounds_check), out, stride);
-  if (!clamped) return;
+  return cpu::RunForward(executor, lookup.table, lookup.bags,
+                         static_cast<cpu::BoundsCheck>(bounds_check), out, stride);
+}
+
+void WarnClamped(const CpuLookup& lookup) {
   int64_t value = 0;
   const int64_t position = cpu::FindBadIndex(lookup.table, &value);
   std::array<StableIValue, 3> stack{torch::stable::detail::from(value),
@@ -141,7 +144,9 @@ void CpuForward(const CpuLookup& lookup, int64_t bounds_check, void* out, int64_
 }
 
 void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out) {
-  CpuForward(lookup, bounds_check, out.mutable_data_ptr(), lookup.table.dim);
+  if (CpuForward(TorchExecutor(), lookup, bounds_check, out.mutable_data_ptr(), lookup.table.dim)) {
+    WarnClamped(lookup);
+  }
 }
 
 }  // namespace amtl

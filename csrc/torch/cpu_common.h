@@ -112,8 +112,11 @@ struct CpuOptimizer {
   }
 };
 
-// Runs the forward and warns about a clamped index. Rows of the output are `stride` values apart.
-void CpuForward(const CpuLookup& lookup, int64_t bounds_check, void* out, int64_t stride);
+// Runs the forward; whether an index was clamped. Rows of the output are `stride` values apart.
+bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,
+                void* out, int64_t stride);
+void WarnClamped(const CpuLookup& lookup);
+// The same with all threads, warning.
 void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out);
 
 }  // namespace amtl

@@ -91,7 +91,7 @@ TieredGrads TieredBackward(const CudaContext& context, const CudaLookup& lookup,
     const auto* device_below = static_cast<const int64_t*>(memory[1].const_data_ptr());
     CheckCuda(cuda::backward_tier_rows(backward, row_out, device_below, below.back(), stream),
               "the split of rows");
-    CheckCuda(cuda::backward_reduce(backward, grad_out, stream), "a backward");
+    CheckCuda(cuda::backward_reduce(backward, grad_out, true, nullptr, stream), "a backward");
   }
   return {rows, grads};
 }

@@ -36,47 +36,6 @@ void WarnClamped(int64_t value, int64_t position, int64_t rows) {
       torch_call_dispatcher("amtl::_warn_clamped", "", stack.data(), TORCH_ABI_VERSION));
 }
 
-int64_t ReadIndex(const CudaContext& context, const void* values, bool wide, int64_t position) {
-  if (wide) {
-    int64_t value = 0;
-    context.Read(&value, static_cast<const int64_t*>(values) + position, sizeof(value));
-    return value;
-  }
-  int32_t value = 0;
-  context.Read(&value, static_cast<const int32_t*>(values) + position, sizeof(value));
-  return value;
-}
-
-void AnswerReport(const CudaContext& context, const CudaLookup& lookup,
-                  const std::array<unsigned long long, kReportSlots>& report,
-                  int64_t bounds_check) {
-  constexpr unsigned long long kNone = ~0ull;
-  const Lookups& l = lookup.lookups;
-  if (report[kBadIndex] != kNone) {
-    const auto position = static_cast<int64_t>(report[kBadIndex]);
-    const int64_t value = ReadIndex(context, l.indices, l.wide, position);
-    if (bounds_check == 1 || lookup.rows == 0) {
-      std::ostringstream message;
-      message << "index " << value << " at position " << position
-              << " is out of range for a table of " << lookup.rows << " rows";
-      throw std::out_of_range(message.str());
-    }
-    WarnClamped(value, position, lookup.rows);
-  }
-  if (report[kBadOffset] != kNone) {
-    const auto i = static_cast<int64_t>(report[kBadOffset]);
-    const int64_t value = ReadIndex(context, l.offsets, l.wide, i);
-    Check(i > 0, "offsets must start at 0, but offsets[0] is ", value);
-    const int64_t before = ReadIndex(context, l.offsets, l.wide, i - 1);
-    Check(value >= before, "offsets must not decrease, but offsets[", i, "] = ", value,
-          " is smaller than offsets[", i - 1, "] = ", before);
-    Check(false, "offsets must end within the ", l.count, " indices, but offsets[", i, "] is ",
-          value);
-  }
-  Check(report[kBadSize] == kNone, "the size of the row at position ", report[kBadSize],
-        " is outside 1..", lookup.dim);
-}
-
 }  // namespace
 
 CudaContext::CudaContext(const Tensor& tensor)
@@ -222,9 +181,67 @@ void CudaLookup::CheckGrad(const Tensor& grad, const Tensor& like) const {
         "the gradient must be [", grad_rows, ", ", dim, "]");
 }
 
+int64_t ReadIndex(const CudaContext& context, const void* values, bool wide, int64_t position) {
+  if (wide) {
+    int64_t value = 0;
+    context.Read(&value, static_cast<const int64_t*>(values) + position, sizeof(value));
+    return value;
+  }
+  int32_t value = 0;
+  context.Read(&value, static_cast<const int32_t*>(values) + position, sizeof(value));
+  return value;
+}
+
+void AnswerReport(const CudaContext& context, const CudaLookup& lookup, const Report& report,
+                  int64_t bounds_check) {
+  constexpr unsigned long long kNone = ~0ull;
+  const Lookups& l = lookup.lookups;
+  if (report[kBadIndex] != kNone) {
+    const auto position = static_cast<int64_t>(report[kBadIndex]);
+    const int64_t value = ReadIndex(context, l.indices, l.wide, position);
+    if (bounds_check == 1 || lookup.rows == 0) {
+      std::ostringstream message;
+      message << "index " << value << " at position " << position
+              << " is out of range for a table of " << lookup.rows << " rows";
+      throw std::out_of_range(message.str());
+    }
+    WarnClamped(value, position, lookup.rows);
+  }
+  if (report[kBadOffset] != kNone) {
+    const auto i = static_cast<int64_t>(report[kBadOffset]);
+    const int64_t value = ReadIndex(context, l.offsets, l.wide, i);
+    Check(i > 0, "offsets must start at 0, but offsets[0] is ", value);
+    const int64_t before = ReadIndex(context, l.offsets, l.wide, i - 1);
+    Check(value >= before, "offsets must not decrease, but offsets[", i, "] = ", value,
+          " is smaller than offsets[", i - 1, "] = ", before);
+    Check(false, "offsets must end within the ", l.count, " indices, but offsets[", i, "] is ",
+          value);
+  }
+  Check(report[kBadSize] == kNone, "the size of the row at position ", report[kBadSize],
+        " is outside 1..", lookup.dim);
+}
+
+std::optional<Tensor> StartReport(const CudaContext& context, const Tensor& like,
+                                  int64_t bounds_check, Lookups& lookups) {
+  Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
+  if (bounds_check == 0) return std::nullopt;
+  if (context.capturing()) {
+    if (bounds_check == 2) return std::nullopt;
+    throw std::runtime_error(
+        "amtl: bounds_check=\"raise\" waits for the GPU, which a CUDA graph capture cannot; use "
+        "bounds_check=\"off\" (on CUDA it clamps without a word)");
+  }
+  const Tensor memory = NewTensor(like, {kReportSlots}, ScalarType::Long);
+  lookups.report = static_cast<unsigned long long*>(memory.mutable_data_ptr());
+  CheckCuda(cuda::clear_report(lookups.report, context.stream()), "a memset");
+  if (lookups.offsets != nullptr) {
+    CheckCuda(cuda::check_offsets(lookups, context.stream()), "the check of offsets");
+  }
+  return memory;
+}
+
 Tensor CudaForward(CudaLookup& lookup, const Tensor& like, const Tensor& indices,
                    int64_t bounds_check) {
-  Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
   const CudaContext context(like);
   std::vector<int64_t> shape;
   if (lookup.lookups.offsets != nullptr) {
@@ -235,21 +252,7 @@ Tensor CudaForward(CudaLookup& lookup, const Tensor& like, const Tensor& indices
   shape.push_back(lookup.dim);
   const Tensor out = NewTensor(like, shape, like.scalar_type());
 
-  std::vector<Tensor> report_memory;
-  const bool capturing = bounds_check != 0 && context.capturing();
-  if (capturing && bounds_check == 1) {
-    throw std::runtime_error(
-        "amtl: bounds_check=\"raise\" waits for the GPU, which a CUDA graph capture cannot; use "
-        "bounds_check=\"off\" (on CUDA it clamps without a word)");
-  }
-  if (bounds_check != 0 && !capturing) {
-    report_memory.push_back(NewTensor(like, {kReportSlots}, ScalarType::Long));
-    lookup.lookups.report = static_cast<unsigned long long*>(report_memory[0].mutable_data_ptr());
-    CheckCuda(cuda::clear_report(lookup.lookups.report, context.stream()), "a memset");
-    if (lookup.lookups.offsets != nullptr) {
-      CheckCuda(cuda::check_offsets(lookup.lookups, context.stream()), "the check of offsets");
-    }
-  }
+  const auto report_memory = StartReport(context, like, bounds_check, lookup.lookups);
   const auto run = [&](const auto& table) {
     void* data = out.mutable_data_ptr();
     return lookup.lookups.offsets != nullptr
@@ -259,7 +262,7 @@ Tensor CudaForward(CudaLookup& lookup, const Tensor& like, const Tensor& indices
   };
   CheckCuda(lookup.is_tiered ? run(lookup.tiered) : run(lookup.dense), "a lookup");
   if (lookup.lookups.report != nullptr) {
-    std::array<unsigned long long, kReportSlots> report{};
+    Report report{};
     context.Read(report.data(), lookup.lookups.report, sizeof(report));
     AnswerReport(context, lookup, report, bounds_check);
   }

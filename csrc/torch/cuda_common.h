@@ -5,6 +5,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <array>
+#include <optional>
 #include <vector>
 
 #include "cuda/launchers.h"
@@ -59,6 +61,19 @@ struct CudaLookup {
  private:
   void SetIndices(const Tensor& indices, const Tensor& table, int64_t padding_idx);
 };
+
+// First bad position of each kind, all ones if none.
+using Report = std::array<unsigned long long, kReportSlots>;
+
+// Where kernels are to report bad input, if they are to, with the offsets checked: keep the tensor
+// until the report has been read.
+std::optional<Tensor> StartReport(const CudaContext& context, const Tensor& like,
+                                  int64_t bounds_check, Lookups& lookups);
+// Throws or warns as bounds_check says.
+void AnswerReport(const CudaContext& context, const CudaLookup& lookup, const Report& report,
+                  int64_t bounds_check);
+// One index or offset, from the device.
+int64_t ReadIndex(const CudaContext& context, const void* values, bool wide, int64_t position);
 
 // [.., D] or [B, D]; checks indices, offsets and sizes as bounds_check says.
 Tensor CudaForward(CudaLookup& lookup, const Tensor& like, const Tensor& indices,

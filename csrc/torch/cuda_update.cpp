@@ -122,7 +122,7 @@ Tensor TieredEmbeddingUpdate(const std::vector<Tensor>& blocks, const std::vecto
   backward.need_rows = false;
   const Tensor workspace = NewWorkspace(backward, lookup.tiered, blocks[0]);
   CheckCuda(cuda::backward_sort(backward, lookup.tiered, context.stream()), "the sort of lookups");
-  CheckCuda(cuda::backward_update(backward, lookup.tiered, update, context.stream()),
+  CheckCuda(cuda::backward_update(backward, lookup.tiered, update, nullptr, context.stream()),
             "a fused backward");
   return psw;
 }

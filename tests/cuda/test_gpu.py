@@ -196,6 +196,49 @@ def test_a_captured_adam_step_counts_on(dtype: torch.dtype) -> None:
         assert torch.equal(want, got)
 
 
+def test_several_tables_in_a_cuda_graph() -> None:
+    """Tables' addresses travel with the launches, so a replay needs nothing of the host."""
+    tables, bags, rows = 5, 100, 300
+    g = torch.Generator().manual_seed(2)
+    offsets = torch.arange(0, tables * bags * 4 + 1, 4).cuda()
+    indices = torch.randint(0, rows, (tables * bags * 4,), generator=g).cuda()
+    groups = [torch.randint(0, 7, (rows,), generator=g).int().cuda() for _ in range(tables)]
+    dims = [torch.randint(1, 17, (7, 2), generator=g).int().cuda() for _ in range(tables)]
+    grad = torch.randn(bags, tables * 16, generator=g).cuda()
+    first = [torch.randn(rows, 16, generator=g).cuda() for _ in range(tables)]
+    ops, padding = torch.ops.amtl, [-1, 0, -1, 3, -1]
+
+    def step(weights: list[Tensor], state: list[Tensor]) -> tuple[Tensor, Tensor]:
+        lookups = (indices, offsets, None, 0, padding, 7)
+        masks = weights
+        out = ops.adaptive_embedding_bag_tables(weights, groups, dims, masks, *lookups, 0)
+        hyper = [0.05, 1e-8, 0.0, 0.0, 0.0, 1.0]
+        mask, _ = ops.adaptive_embedding_bag_tables_update_(
+            weights, groups, dims, state, grad, *lookups, True, False, 2, hyper
+        )
+        return out, mask
+
+    def fresh() -> tuple[list[Tensor], list[Tensor]]:
+        return [w.clone() for w in first], [torch.zeros(rows, device="cuda") for _ in first]
+
+    eager, captured = fresh(), fresh()
+    for _ in range(3):
+        want = step(*eager)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*fresh())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step(*captured)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip([*got, *captured[0]], [*want, *eager[0]], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_check_that_waits_is_refused_in_a_capture() -> None:
     v = inputs()
     sizes = torch.full((ROWS,), DIM, dtype=torch.int32, device="cuda")

@@ -486,6 +486,46 @@ def test_tables_in_one_call_are_the_tables_one_by_one(
 # --- Memory safety whatever the input -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["masked", "adaptive", "tiered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dims", [(8, 16, 8), (5, 1, 9)])
+def test_a_list_of_tables_has_no_races(
+    form: str, dtype: torch.dtype, dims: tuple[int, ...]
+) -> None:
+    """The operators' own layout, tables in memory of their own; values: ``tests/kernels``."""
+    bags, results = 6, []
+    batches = [Batch(t, dtype, rows=20 + t, dim=dims[t], bags=bags, columns=3) for t in range(3)]
+    offsets = torch.cat(
+        [b.offsets + 300 * t for t, b in enumerate(batches)] + [torch.tensor([900])]
+    )
+    grad = torch.randn(bags, sum(dims), generator=torch.Generator().manual_seed(1)).to(dtype)
+    for seed, order in ((0, "forward"), (1, "reverse"), (2, "random")):
+        weights = [b.weight.clone() for b in batches]
+        described: list[Any] = [weights, [b.row_dims for b in batches]]
+        if form == "adaptive":
+            described = [weights, [b.row_group for b in batches], [b.group_dims for b in batches]]
+        if form == "tiered":
+            halves = [w.chunk(2) for w in weights]
+            blocks = [half.contiguous() for pair in halves for half in pair]
+            ends = [end for a, b in halves for end in (len(a), len(a) + len(b))]
+            described = [blocks, [2, 2, 2], ends, list(dims)]
+        psw = torch.cat([b.psw for b in batches])
+        call = sim.Tables(
+            form, described, [torch.cat([b.indices for b in batches]), offsets, psw, 0, [1, -1, 0]]
+        )
+        state = [torch.zeros(len(block)) for block in described[0]]
+        learns = form == "adaptive"
+        with sim.simulation(seed, order, track_races=True):
+            out, psw_grad = call.forward(1), call.psw(grad, True)
+            rows, grads, masks = call.backward(grad, True, learns)
+            flat = call.update(grad, state, learns, 2, [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
+        assert torch.equal(masks, flat)
+        results.append([out, psw_grad, *rows, *grads, masks, *described[0], *state])
+    assert not results[0][0].isnan().any() and results[0][-1].any()
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
 def test_nonsense_is_never_followed() -> None:
     """Without a bounds check, bad indices, offsets and sizes stay inside of every buffer."""
     batch = Batch(1, dim=8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import amtl_kernels
-from amtl_kernels import reference, rounding
+from amtl_kernels import reference, reference_tables, rounding
 
 from . import simulated as sim
 
@@ -179,6 +179,29 @@ def test_a_counter_on_the_device_is_the_step(kind: str, implementations: Any) ->
     got, got_states = run_fused(implementations, kind, torch.float32, 3, other, counter=9)
     for a, b in zip([*got, *got_states], [*want, *want_states], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("counted", [False, True])
+def test_several_tables_round_as_the_reference_does(dtype: torch.dtype, counted: bool) -> None:
+    """Rows are hashed by their number in their own table, in one call of all as in many."""
+    results = []
+    for implementations in (sim.IMPLEMENTATIONS, reference_tables.IMPLEMENTATIONS):
+        g = torch.Generator().manual_seed(4)
+        weights, grads = zip(*(weight_and_grad(dtype, g) for _ in range(3)), strict=True)
+        sizes = [torch.randint(1, DIM + 1, (ROWS,), generator=g).int() for _ in weights]
+        indices = torch.cat([torch.randperm(ROWS, generator=g) for _ in weights])
+        bags = (indices, torch.arange(3 * ROWS + 1), None, 0, [-1] * 3)
+        step = 1.0 if counted else 9.0
+        state = [torch.tensor(9)] if counted else []
+        hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, step, 1.0]
+        with amtl_kernels.use_backend("reference"):
+            implementations["masked_embedding_bag_tables_update_"](
+                list(weights), sizes, state, torch.cat(grads, 1), *bags, False, 0, hyper
+            )
+        results.append(weights)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", NARROW)

@@ -1,0 +1,307 @@
+"""Lookups in several tables in one call, so that a model with 26 fields makes one.
+
+The layout is that of FBGEMM's table-batched embeddings: ``T`` tables, ``B`` bags each, and bag
+``b`` of table ``t`` holds ``indices[offsets[t * B + b] : offsets[t * B + b + 1]]``, rows of its own
+table. The output has the tables' bags side by side, ``[B, D_0 + .. + D_(T-1)]``.
+
+What the three functions share, beyond what ``amtl_kernels.ops`` says of all lookups:
+
+- ``indices``: ``[L]`` int32 or int64, concatenated by table. Those past the last offset are
+  ignored.
+- ``offsets``: ``[T * B + 1]`` int32 or int64, starting at 0 and never decreasing.
+- ``mode``: ``"sum"`` or ``"mean"``, of every table.
+- ``per_sample_weights``: ``[L]`` in the type of the tables; only with ``"sum"``. Get a gradient.
+- ``padding_idx``: a row of each table that counts for nothing: not in sums, means or gradients.
+  One number is meant for every table; a list holds each table's own, None for none, as ``T``
+  ``nn.EmbeddingBag`` would. Negative ones count from the end of their table.
+- ``bounds_check``: what to do about an index outside its table. The IndexError names the table, and
+  counts the position from the table's first index.
+- Widths and numbers of rows may differ by table; type and device may not. Gradients of the tables
+  are sparse.
+
+On the CPU tables run in parallel, and a call is one sort and one walk a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amtl_kernels import ops
+from amtl_kernels.ops import BoundsCheck, Mode
+
+Padding = int | Sequence[int | None] | None
+
+
+@dataclass(frozen=True)
+class TableBags:
+    """The bags of a call, checked: what every form of the operators takes after its tables."""
+
+    indices: Tensor
+    offsets: Tensor
+    per_sample_weights: Tensor | None
+    mode: int
+    padding_idx: list[int]
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, int, list[int]]:
+        """In the order of the schemas."""
+        return self.indices, self.offsets, self.per_sample_weights, self.mode, self.padding_idx
+
+
+def _paddings(padding_idx: Padding, rows: Sequence[int]) -> list[int]:
+    every = padding_idx if isinstance(padding_idx, Sequence) else [padding_idx] * len(rows)
+    if len(every) != len(rows):
+        raise ValueError(f"{len(every)} padding_idx for {len(rows)} tables")
+    found = []
+    for t, (padding, count) in enumerate(zip(every, rows, strict=True)):
+        try:
+            found.append(ops._padding(padding, count))
+        except ValueError as error:  # noqa: PERF203
+            raise ValueError(f"table {t}: {error}") from None
+    return found
+
+
+def check_bags(
+    table: Tensor,
+    rows: Sequence[int],
+    indices: Tensor,
+    offsets: Tensor,
+    mode: str,
+    per_sample_weights: Tensor | None,
+    padding_idx: Padding,
+) -> TableBags:
+    """Checks what the forms share, against one of the tables and the number of rows of each."""
+    if indices.dim() != 1 or offsets.dim() != 1:
+        raise ValueError("indices and offsets must be 1-D")
+    if offsets.shape[0] < 1 or (offsets.shape[0] - 1) % len(rows):
+        raise ValueError(f"offsets must hold {len(rows)} * B + 1 values, got {offsets.shape[0]}")
+    indices, offsets, weights, number, _ = ops._bags(
+        table, indices, offsets, mode, per_sample_weights, True
+    )
+    if weights is not None:
+        weights = weights.contiguous()
+    return TableBags(indices, offsets, weights, number, _paddings(padding_idx, rows))
+
+
+def check_weights(weights: Sequence[Tensor], **others: Sequence[Tensor]) -> list[int]:
+    """Checks dense tables, and that the other lists are as long; the rows of each table."""
+    lengths = {name: len(other) for name, other in others.items()}
+    if not weights or set(lengths.values()) != {len(weights)}:
+        raise ValueError(f"{len(weights)} tables with {lengths}: one of each per table is needed")
+    for t, weight in enumerate(weights):
+        ops._check_table(weight, f"weights[{t}]")
+        if weight.dtype != weights[0].dtype or weight.device != weights[0].device:
+            raise ValueError(f"weights[{t}] differs from weights[0] in type or device")
+    return [weight.shape[0] for weight in weights]
+
+
+def check_row_dims(weights: Sequence[Tensor], row_dims: Sequence[Tensor]) -> list[Tensor]:
+    """Checks the sizes of every table's rows."""
+    return [
+        ops._check_sizes(sizes, f"row_dims[{t}]", weight.shape[0], weight.device, 1)
+        for t, (weight, sizes) in enumerate(zip(weights, row_dims, strict=True))
+    ]
+
+
+def check_groups(
+    weights: Sequence[Tensor],
+    row_groups: Sequence[Tensor],
+    group_dims: Sequence[Tensor],
+    group_masks: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Checks every table's groups: groups of rows, sizes of groups."""
+    pairs = []
+    for t, table in enumerate(zip(weights, row_groups, group_dims, group_masks, strict=True)):
+        try:
+            pairs.append(ops._check_groups(*table))
+        except ValueError as error:  # noqa: PERF203
+            raise ValueError(f"table {t}: {error}") from None
+    return [groups for groups, _ in pairs], [sizes for _, sizes in pairs]
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """The tiers of all tables, checked and concatenated."""
+
+    blocks: list[Tensor]
+    counts: list[int]
+    ends: list[int]
+    dims: list[int]
+    rows: list[int]
+
+    def arguments(self) -> tuple[list[Tensor], list[int], list[int], list[int]]:
+        """In the order of the schemas."""
+        return self.blocks, self.counts, self.ends, self.dims
+
+
+def check_tiers(
+    blocks: Sequence[Sequence[Tensor]],
+    tier_ends: Sequence[Sequence[int]],
+    embedding_dims: Sequence[int] | None,
+) -> Tiers:
+    """Checks every table's tiers."""
+    given: Sequence[int | None] = embedding_dims or [None] * len(blocks)
+    if not blocks or {len(tier_ends), len(given)} != {len(blocks)}:
+        raise ValueError("one list of blocks, one of tier_ends and one width per table are needed")
+    dims = []
+    for t, (mine, ends, dim) in enumerate(zip(blocks, tier_ends, given, strict=True)):
+        try:
+            dims.append(ops._check_tiers(mine, ends, dim))
+        except ValueError as error:
+            raise ValueError(f"table {t}: {error}") from None
+        if mine[0].dtype != blocks[0][0].dtype or mine[0].device != blocks[0][0].device:
+            raise ValueError(f"table {t} differs from table 0 in type or device")
+    return Tiers(
+        [block for mine in blocks for block in mine],
+        [len(mine) for mine in blocks],
+        [end for ends in tier_ends for end in ends],
+        dims,
+        [ends[-1] for ends in tier_ends],
+    )
+
+
+def masked_embedding_bag_tables(
+    weights: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    row_dims: Sequence[Tensor],
+    *,
+    mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: Padding = None,
+    bounds_check: BoundsCheck = "raise",
+) -> Tensor:
+    """:func:`masked_embedding_bag` of ``T`` tables in one call.
+
+    Args:
+        weights: ``T`` tables ``[N_t, D_t]``.
+        indices: ``[L]`` rows, concatenated by table (see the module).
+        offsets: ``[T * B + 1]``.
+        row_dims: ``T`` times ``[N_t]`` uint8 or int32, kept sizes in ``1..D_t``.
+        mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: ``[L]``; only with ``"sum"``. Gets a gradient.
+        padding_idx: A row that counts for nothing: one for every table, or a list.
+        bounds_check: What to do about an index outside its table.
+
+    Returns:
+        ``[B, D_0 + .. + D_(T-1)]`` in the type of the tables.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit, offsets are not in order, or a size is out
+            of its range.
+
+    Cost: that of ``T`` calls of :func:`masked_embedding_bag`, less their overhead.
+    """
+    rows = check_weights(weights, row_dims=row_dims)
+    bags = check_bags(weights[0], rows, indices, offsets, mode, per_sample_weights, padding_idx)
+    out: Tensor = torch.ops.amtl.masked_embedding_bag_tables(
+        list(weights),
+        check_row_dims(weights, row_dims),
+        *bags.arguments(),
+        ops._bounds(bounds_check),
+    )
+    return out
+
+
+def adaptive_embedding_bag_tables(
+    weights: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    row_groups: Sequence[Tensor],
+    group_dims: Sequence[Tensor],
+    group_masks: Sequence[Tensor],
+    *,
+    mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: Padding = None,
+    seed: int = 0,
+    bounds_check: BoundsCheck = "raise",
+) -> Tensor:
+    """:func:`adaptive_embedding_bag` of ``T`` tables in one call.
+
+    Args:
+        weights: ``T`` tables ``[N_t, D_t]``.
+        indices: ``[L]`` rows, concatenated by table (see the module).
+        offsets: ``[T * B + 1]``.
+        row_groups: ``T`` times ``[N_t]`` int32.
+        group_dims: ``T`` times ``[G_t]`` or ``[G_t, Q_t]`` uint8 or int32, sizes in ``1..D_t``.
+        group_masks: ``T`` times ``[G_t, D_t]`` soft masks, which get their gradients (as views of
+            one tensor).
+        mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: ``[L]``; only with ``"sum"``. Gets a gradient.
+        padding_idx: A row that counts for nothing: one for every table, or a list.
+        seed: Chooses the size column of each row, in every table.
+        bounds_check: What to do about an index outside its table.
+
+    Returns:
+        ``[B, D_0 + .. + D_(T-1)]`` in the type of the tables.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit, offsets are not in order, or a group or
+            size is out of its range.
+
+    Cost: that of ``T`` calls of :func:`adaptive_embedding_bag`, less their overhead.
+    """
+    rows = check_weights(
+        weights, row_groups=row_groups, group_dims=group_dims, group_masks=group_masks
+    )
+    groups, sizes = check_groups(weights, row_groups, group_dims, group_masks)
+    bags = check_bags(weights[0], rows, indices, offsets, mode, per_sample_weights, padding_idx)
+    out: Tensor = torch.ops.amtl.adaptive_embedding_bag_tables(
+        list(weights),
+        groups,
+        sizes,
+        list(group_masks),
+        *bags.arguments(),
+        seed,
+        ops._bounds(bounds_check),
+    )
+    return out
+
+
+def tiered_embedding_bag_tables(
+    blocks: Sequence[Sequence[Tensor]],
+    tier_ends: Sequence[Sequence[int]],
+    indices: Tensor,
+    offsets: Tensor,
+    *,
+    mode: Mode = "sum",
+    per_sample_weights: Tensor | None = None,
+    embedding_dims: Sequence[int] | None = None,
+    padding_idx: Padding = None,
+    bounds_check: BoundsCheck = "raise",
+) -> Tensor:
+    """:func:`tiered_embedding_bag` of ``T`` tables in one call.
+
+    Args:
+        blocks: For each table its tiers ``[n_c, w_c]``.
+        tier_ends: For each table the first row after each tier.
+        indices: ``[L]`` rows, concatenated by table (see the module).
+        offsets: ``[T * B + 1]``.
+        mode: ``"sum"`` or ``"mean"``.
+        per_sample_weights: ``[L]``; only with ``"sum"``. Gets a gradient.
+        embedding_dims: ``T`` widths ``D_t``; each table's widest block by default.
+        padding_idx: A row that counts for nothing: one for every table, or a list.
+        bounds_check: What to do about an index outside its table.
+
+    Returns:
+        ``[B, D_0 + .. + D_(T-1)]`` in the type of the blocks.
+
+    Raises:
+        IndexError: An index is out of range and ``bounds_check="raise"``.
+        ValueError: Shapes, types or devices do not fit, or offsets are not in order.
+
+    Cost: that of ``T`` calls of :func:`tiered_embedding_bag`, less their overhead.
+    """
+    tiers = check_tiers(blocks, tier_ends, embedding_dims)
+    table = tiers.blocks[0]
+    bags = check_bags(table, tiers.rows, indices, offsets, mode, per_sample_weights, padding_idx)
+    out: Tensor = torch.ops.amtl.tiered_embedding_bag_tables(
+        *tiers.arguments(), *bags.arguments(), ops._bounds(bounds_check)
+    )
+    return out

@@ -1,0 +1,126 @@
+"""A module built with CUDA kernels imports where PyTorch has no CUDA, with every operator in it.
+
+Built as PTX for one architecture, without optimization: about a minute of one core the first time,
+and what has changed after that. A module that has CUDA kernels already is taken as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import amtl_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "cuda-import"
+FAST = "-O0 -Xcicc -O0"
+
+PROGRAM = """
+import json
+import torch
+import amtl_kernels as ak
+from amtl_kernels import _schema
+from torch._subclasses import FakeTensorMode
+
+native = ak.build_info()["native"]
+assert native["cuda"].startswith("on"), native
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+missing = [
+    f"{op} on {key}"
+    for op in _schema.SCHEMAS
+    for key in ("CPU", "CUDA")
+    if not has_kernel(f"amtl::{op}", key)
+]
+assert not missing, missing
+
+weight = torch.randn(5, 6)
+dims = torch.full((5,), 6, dtype=torch.uint8)
+indices = torch.tensor([4, 0, 2])
+assert torch.equal(ak.masked_embedding(weight, indices, dims), weight[indices])
+
+with FakeTensorMode():
+    # Without autograd, which asks PyTorch for a GPU.
+    weight = torch.empty(5, 6, device="cuda")
+    dims = torch.empty(5, dtype=torch.uint8, device="cuda")
+    indices = torch.empty(3, dtype=torch.int64, device="cuda")
+    offsets = torch.empty(5, dtype=torch.int64, device="cuda")
+    tables = [weight, weight], indices, offsets, [dims, dims]
+    out = ak.masked_embedding_bag_tables(*tables)
+    assert out.device.type == "cuda" and out.shape == (2, 12), out
+    rows, grads, psw = torch.ops.amtl.masked_embedding_bag_tables_backward(
+        out, [weight, weight], [dims, dims], indices, offsets, None, 0, [-1, -1], False, False
+    )
+    assert len(rows) == 2 and rows[0].device.type == "cuda" and grads[1].shape == (0, 6)
+print("fine")
+"""
+
+
+def has_cuda_kernels() -> bool:
+    native = amtl_kernels.build_info()["native"]
+    return str(native.get("cuda", "")).startswith("on")  # type: ignore[attr-defined]
+
+
+def build(folder: Path) -> None:
+    """The package in `folder`, with a native module that has CUDA kernels."""
+    shutil.copytree(
+        ROOT / "amtl_kernels",
+        folder / "amtl_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    # CMake and Ninja may be those of the virtual environment.
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-GNinja"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DAMTL_OUTPUT_DIR={BUILD / 'out'}",
+            "-DAMTL_CUDA=on",
+            "-DAMTL_TOOLS=OFF",
+            "-DAMTL_CUDA_ARCHITECTURES=90-virtual",
+            "-DCMAKE_BUILD_TYPE=Debug",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
+            f"-DCMAKE_CUDA_FLAGS_DEBUG={FAST}",
+        ]
+        for command in (
+            configure,
+            ["cmake", "--build", str(BUILD), "--parallel", os.environ.get("MAX_JOBS", "2")],
+        ):
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        shutil.copy(BUILD / "out" / "_C.abi3.so", folder / "amtl_kernels")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not has_cuda_kernels() and shutil.which("nvcc") is None,
+    reason="no CUDA compiler: put nvcc (CUDA 13) on PATH, or build with AMTL_CUDA=on",
+)
+def test_a_cuda_build_imports_without_cuda(tmp_path: Path) -> None:
+    folder = ROOT
+    if not has_cuda_kernels():
+        folder = tmp_path
+        build(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "fine"
