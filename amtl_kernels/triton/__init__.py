@@ -12,15 +12,31 @@ built without its own CUDA kernels. Importing this package does not import Trito
     reduce.py     sums of gradient rows in two passes without float atomics; mask gradient
     samples.py    gradient of ``per_sample_weights``
     backward.py   the three backward operators, put together from the above
-    optimizer.py  SGD, Adagrad, row-wise Adagrad and Adam on touched rows
+    rules.py      SGD, Adagrad, row-wise Adagrad and Adam: the formulas
+    optimizer.py  these on touched rows and given gradients
+    update.py     these fused into the backward, which then stores no gradient
+    multi.py, multi_backward.py   several tables in one call
 
 Under ``TRITON_INTERPRET=1``, set before the first use, the same functions run on CPU tensors,
 slowly, so that the tests of the operators run without a GPU.
 
+Waits of the host: ``bounds_check="raise"`` waits for the answer, a backward for the number of
+distinct rows that it returns. A fused update waits for nothing and can be captured in a CUDA graph,
+after one call that compiles its kernels and, for tiers, uploads where they are; ``"clamp"`` and
+``"off"`` lookups likewise. Limits:
+
+- A captured update repeats the learning rate and Adam's step that it was captured with.
+- Row-wise Adagrad of rows wider than 1,024 values is a backward and a step, with the backward's
+  wait.
+- Backwards and updates of several tables go table by table (about ten launches each) and wait once
+  for where each table's lookups start, so no graph can hold them; the lookup is one launch.
+  It takes sizes of one integer type and goes table by table, too, if they differ.
+- Weights round to nearest; there is no stochastic rounding.
+
 What has been shown so far: results equal the reference under the interpreter, and every kernel
 compiles ahead of time for sm_80, sm_90 and sm_100 within its register ceiling, without spills and
 with 128-bit table loads (``tests/triton``). None of it has run on a GPU yet: races between
-programs, speed and the autotuner's choices are unproved.
+programs, graph capture, speed and the autotuner's choices are unproved.
 """
 
 from __future__ import annotations
@@ -32,7 +48,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference
+from amtl_kernels import reference, reference_tables
 
 __all__ = ["implementations"]
 
@@ -45,18 +61,22 @@ def implementations() -> dict[str, Callable[..., object]]:
     Raises:
         ImportError: Triton is not installed.
     """
-    from amtl_kernels.triton import backward, lookup, optimizer
+    from amtl_kernels.triton import backward, lookup, multi, multi_backward, optimizer, update
 
-    kernels = {**lookup.OPERATORS, **backward.OPERATORS, **optimizer.OPERATORS}
+    kernels: dict[str, Callable[..., object]] = {}
+    for room in (lookup, backward, update, multi, multi_backward, optimizer):
+        kernels |= room.OPERATORS
     return {op: _except_float64(op, function) for op, function in kernels.items()}
 
 
 def _except_float64(op: str, function: Callable[..., object]) -> Callable[..., object]:
+    every = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
+
     @functools.wraps(function)
     def implementation(*args: Any) -> object:
         tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
         if tensor.dtype == torch.float64:
-            return reference.IMPLEMENTATIONS[op](*args)
+            return every[op](*args)
         return function(*args)
 
     return implementation

@@ -9,6 +9,8 @@ and trusts the caller.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -113,13 +115,10 @@ def lookups(table: Table, flat: Tensor, bounds_check: int, offsets: Tensor | Non
     if bounds_check == reference.OFF:
         return
     if bounds_check == reference.CLAMP and table.rows and flat.is_cuda:
-        _warn_later(table, flat)
+        if flat.numel():
+            warn_later(lambda: _describe(table, flat))
         return
-    if flat.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            'bounds_check="raise" has to wait for the device, which a CUDA graph can\'t; capture '
-            'with bounds_check="clamp" or "off"'
-        )
+    refuse_capture(flat)
     if flat.numel() == 0 and offsets is None:
         return
     index, size, offset = _find(table, flat, offsets).tolist()
@@ -139,26 +138,44 @@ def lookups(table: Table, flat: Tensor, bounds_check: int, offsets: Tensor | Non
         )
 
 
-_answers: list[tuple[torch.cuda.Event, Tensor, int]] = []
+def refuse_capture(flat: Tensor) -> None:
+    """Raises where a check that waits is about to be captured in a CUDA graph."""
+    if flat.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            'bounds_check="raise" has to wait for the device, which a CUDA graph can\'t; capture '
+            'with bounds_check="clamp" or "off"'
+        )
 
 
-def _warn_later(table: Table, flat: Tensor) -> None:
-    """Warns about a clamped index once the device has told of it, without waiting for that."""
+def _describe(table: Table, flat: Tensor) -> Tensor:
+    """[3]: position of the first bad index, its value, the rows of its table."""
+    found = _find(table, flat, None)[:1]
+    value = flat[found.clamp(max=flat.numel() - 1)].to(torch.int64)
+    return torch.cat([found, value, torch.full_like(found, table.rows)])
+
+
+_answers: list[tuple[torch.cuda.Event, Tensor]] = []
+
+
+def warn_later(describe: Callable[[], Tensor]) -> None:
+    """Warns about a clamped index once the device has told of it, without waiting for that.
+
+    Args:
+        describe: Launches the search; see :func:`_describe` for what it returns.
+    """
     if reference._warned_clamped or torch.cuda.is_current_stream_capturing():
         return
     if _answers and _answers[0][0].query():
-        _, answer, rows = _answers.pop(0)
-        position, value = answer.tolist()
+        _, answer = _answers.pop(0)
+        position, value, rows = answer.tolist()
         if position != _NONE:
             reference.warn_clamped(value, position, rows)
             _answers.clear()
             return
     if _answers:
         return
-    found = _find(table, flat, None)[:1]
-    value = flat[found.clamp(max=max(flat.numel() - 1, 0))] if flat.numel() else found
-    answer = torch.empty(2, dtype=torch.int64, pin_memory=True)
-    answer.copy_(torch.cat([found, value.to(torch.int64)]), non_blocking=True)
+    answer = torch.empty(3, dtype=torch.int64, pin_memory=True)
+    answer.copy_(describe(), non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    _answers.append((event, answer, table.rows))
+    _answers.append((event, answer))

@@ -29,7 +29,14 @@ INTERPRETED_TILE = 1 << 13
 
 WARPS = 4
 
-REGISTERS = {"pooled_fwd_kernel": 96, "reduce_rows_kernel": 96}
+REGISTERS = {
+    "combine_update_kernel": 96,
+    "pieces_kernel": 96,
+    "pooled_fwd_kernel": 96,
+    "pooled_tables_fwd_kernel": 96,
+    "reduce_rows_kernel": 96,
+    "reduce_update_kernel": 96,
+}
 """Registers per thread at most, 64 for kernels not named. Stated to the compiler, since without a
 ceiling it moves single registers to memory to fit one more program on a multiprocessor, and some
 other one with every change; with these nothing spills (``tests/triton/test_ahead_of_time.py``)."""
@@ -76,6 +83,36 @@ def vector(dim: int, *tensors: Tensor) -> int:
     if dim % lanes or any(t.data_ptr() % 16 for t in tensors):
         return 1
     return lanes
+
+
+def flat_block() -> int:
+    """Elements per program of a kernel over a flat array: four a thread, which a search needs."""
+    return 1 << 15 if INTERPRETED else 4 * 32 * WARPS
+
+
+def read(tensor: Tensor) -> list[int]:
+    """The integers of a small tensor: the one place where a backward waits for the device."""
+    if recorder is not None:
+        return [1] * tensor.numel()
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a backward has to ask how many distinct rows there are, which a CUDA graph can't; "
+            "capture a fused update instead"
+        )
+    return tensor.tolist()
+
+
+def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """An int64 tensor on ``device``, without a wait."""
+    host = torch.tensor(values, dtype=torch.int64)
+    if device.type != "cuda":
+        return host.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph would read this table of tiers from memory that is gone by then; run the "
+            "same call once before capturing it"
+        )
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

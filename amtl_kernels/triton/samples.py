@@ -9,17 +9,27 @@ import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels.triton import launch
-from amtl_kernels.triton.plan import Bags
+from amtl_kernels.triton.plan import Bags, bag_of, mean_scale
 from amtl_kernels.triton.tables import Table, load_prefix, locate
 
 
-@triton.jit(do_not_specialize=["num_lookups", "num_rows", "num_bags", "padding_idx", "seed_mix"])
+@triton.jit(
+    do_not_specialize=[
+        "num_lookups",
+        "num_rows",
+        "num_bags",
+        "num_offsets",
+        "padding_idx",
+        "steps",
+        "seed_mix",
+    ]
+)
 def sample_grad_kernel(
     grad_ptr,
     table_ptr,
     index_ptr,
-    bag_ptr,
-    inverse_ptr,
+    offset_ptr,
+    counted_ptr,
     out_ptr,
     sizes_ptr,
     row_group_ptr,
@@ -28,8 +38,11 @@ def sample_grad_kernel(
     num_lookups,
     num_rows,
     num_bags,
+    num_offsets,
     padding_idx,
+    steps,
     IS_MEAN: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     GRAD_VEC: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
@@ -41,13 +54,14 @@ def sample_grad_kernel(
     """Dot product of a bag's gradient with each of its kept rows; 0 for padding.
 
     Grid (ceil(L / R)). Neighbouring lookups share a bag, so its gradient comes from the cache.
-    grad [B, D], index/bag [L], inverse [B] fp32 -> out [L].
+    grad [B, D], index [L], offset [num_offsets] -> out [L].
     """
     at = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     valid = at < num_lookups
     row = tl.load(index_ptr + at, mask=valid, other=0).to(tl.int64)
-    bag = tl.load(bag_ptr + at, mask=valid, other=0)
-    live = valid & (row != padding_idx) & (row >= 0) & (row < num_rows) & (bag < num_bags)
+    bag = bag_of(at, offset_ptr, num_offsets, steps)
+    live = valid & (row != padding_idx) & (row >= 0) & (row < num_rows)
+    live = live & (bag >= 0) & (bag < num_bags)
     row = tl.where(live, row, 0)
     first, size = locate(row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC)
     total = tl.zeros([R, BLOCK_D], tl.float32)
@@ -58,7 +72,9 @@ def sample_grad_kernel(
         total += values * grad
     dot = tl.sum(total, axis=1)
     if IS_MEAN:
-        dot = dot * tl.load(inverse_ptr + bag, mask=live, other=0.0)
+        dot = dot * mean_scale(
+            bag, live, offset_ptr, counted_ptr, num_offsets, num_lookups, HAS_PADDING
+        )
     tl.store(out_ptr + at, dot.to(out_ptr.dtype.element_ty), mask=valid)
 
 
@@ -84,15 +100,18 @@ def sample_grad(grad: Tensor, table: Table, flat: Tensor, bags: Bags, padding_id
             grad,
             table.data,
             flat,
-            bags.of_lookup,
-            bags.inverse_count,
+            bags.offsets,
+            bags.counted,
             out,
             *table.args,
             flat.numel(),
             table.rows,
             bags.number,
+            bags.offsets.numel(),
             padding_idx,
-            IS_MEAN=bags.inverse_count is not None,
+            bags.steps,
+            IS_MEAN=bags.is_mean,
+            HAS_PADDING=bags.counted is not None,
             GRAD_VEC=launch.vector(table.dim, grad),
             R=rows,
             **table.meta,

@@ -27,8 +27,8 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 
 
 @triton.jit
-def hash_column(row, seed_mix, Q: tl.constexpr):
-    """Column ``0..Q-1`` of a row: two multiply-xorshift rounds on 32 bits, equal on all backends.
+def hash_bits(row, seed_mix):
+    """uint32 of a row: two multiply-xorshift rounds, equal on all backends.
 
     row       [R] int64, not negative
     seed_mix  scalar int32: the bits of ``fold(seed) * 0x85EBCA77``
@@ -39,8 +39,13 @@ def hash_column(row, seed_mix, Q: tl.constexpr):
     x = x * tl.full([], 0x85EBCA6B, tl.uint32)
     x = x ^ (x >> 13)
     x = x * tl.full([], 0xC2B2AE35, tl.uint32)
-    x = x ^ (x >> 16)
-    return ((x.to(tl.uint64) * Q) >> 32).to(tl.int64)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def hash_column(row, seed_mix, Q):
+    """Column ``0..Q-1`` (int64) of a row."""
+    return (hash_bits(row, seed_mix).to(tl.int64) * Q) >> 32
 
 
 @triton.jit
@@ -58,6 +63,19 @@ def kept_size(row, valid, sizes_ptr, row_group_ptr, seed_mix, Q: tl.constexpr):
 def round_up(size, VEC: tl.constexpr):
     """The next multiple of VEC; also how the compiler learns that masks change at multiples."""
     return (size + (VEC - 1)) // VEC * VEC
+
+
+@triton.jit
+def row_of_tier(row, tiers_ptr, TIERS: tl.constexpr, VEC: tl.constexpr):
+    """First value of rows [R] of a table of tiers, and their width; both int64."""
+    tier = tl.zeros_like(row)
+    for c in tl.static_range(TIERS - 1):
+        tier += (row >= tl.load(tiers_ptr + c)).to(tl.int64)
+    width = tl.load(tiers_ptr + 2 * TIERS + tier)
+    first = tl.load(tiers_ptr + TIERS + tier) + row * width
+    if VEC > 1:
+        first = tl.multiple_of(first, VEC)
+    return first, width
 
 
 @triton.jit
@@ -80,14 +98,7 @@ def locate(
     rounding them up tells the compiler so.
     """
     if TIERS > 0:
-        tier = tl.zeros_like(row)
-        for c in tl.static_range(TIERS - 1):
-            tier += (row >= tl.load(tiers_ptr + c)).to(tl.int64)
-        base = tl.load(tiers_ptr + TIERS + tier)
-        width = tl.load(tiers_ptr + 2 * TIERS + tier)
-        first = base + row * width
-        if VEC > 1:
-            first = tl.multiple_of(first, VEC)
+        first, width = row_of_tier(row, tiers_ptr, TIERS, VEC)
         size = round_up(tl.where(valid, width, 0).to(tl.int32), VEC)
     else:
         first = row * D
@@ -128,6 +139,7 @@ class Table:
         data: A tensor at whose pointer row offsets start.
         rows: Number of rows.
         dim: Columns ``D`` of a looked-up row.
+        tiers: The [3, TIERS] table, or None.
         args: ``(sizes, row_group, tiers, seed_mix)``, None where the kind has no use for it.
         meta: ``D, Q, TIERS, VEC, BLOCK_D``.
     """
@@ -150,6 +162,7 @@ class Table:
         q = 0
         if row_group is not None and sizes is not None:
             q = sizes.shape[1] if sizes.dim() == 2 else 1
+        self.tiers = tiers
         self.args = (sizes, row_group, tiers, mix_seed(seed))
         self.meta: dict[str, Any] = {
             "D": dim,
@@ -223,7 +236,7 @@ def tier_table(blocks: Sequence[Tensor], ends: Sequence[int], anchor: Tensor, ke
     last += [_INT64_MAX] * padding
     base += base[-1:] * padding
     widths += widths[-1:] * padding
-    table = torch.tensor([last, base, widths], dtype=torch.int64).to(anchor.device)
+    table = launch.upload([last, base, widths], anchor.device)
     if keep:
         while len(_tier_tables) >= _TIER_TABLES_KEPT:
             _tier_tables.pop(next(iter(_tier_tables)))

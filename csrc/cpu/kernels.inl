@@ -235,7 +235,7 @@ inline void ReduceStatic(const T* grad, int64_t stride, const I* items, int64_t 
     if (items + i + kItemsAhead < stop) {
       const T* ahead = grad + static_cast<int64_t>(items[i + kItemsAhead].bag) * stride;
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r += kStep) __builtin_prefetch(ahead + kLanes * r);
+      for (int r = 0; r < R; r += kStep) __builtin_prefetch(ahead + kLanes * r, 0, 2);
     }
     const T* row = grad + static_cast<int64_t>(items[i].bag) * stride;
     const Reg scale = Set1(ScaleOf(items[i]));

@@ -109,7 +109,10 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
       counted += counts[other];
     }
   }
-  if (!exists || sub != 0 || column >= view.dim) return;
+  // Read again, so that the loop need not hold it: registers are short there.
+  __syncwarp(mask);
+  const TableView place = view_of(table, view.table);
+  if (!exists || sub != 0 || column >= place.dim) return;
   if (lookups.mean && counted > 0) {
     // The reciprocal first, as the reference has it.
     const float share = 1.0f / static_cast<float>(counted);
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   }
   const std::int64_t out_row = table.map.tables == 1 ? bag : bag % table.map.batch;
   store<Memory::kOutput, Cache::kStreamed>(
-      reinterpret_cast<RawVector<T, V>*>(out + out_row * shape.out_stride + view.first_column +
+      reinterpret_cast<RawVector<T, V>*>(out + out_row * shape.out_stride + place.first_column +
                                          column),
       pack<T, V>(sum));
 }

@@ -92,6 +92,10 @@ def train(
     table_optimizer: Annotated[
         str | None, typer.Option(help="adam, adagrad, rowwise_adagrad, sgd. [default: adam]")
     ] = None,
+    embedding_dropout: Annotated[
+        float | None,
+        typer.Option(help="Share of the embeddings' numbers zeroed in a step. [default: 0]"),
+    ] = None,
     freeze_at: Annotated[
         float | None, typer.Option(help="Share of training after which sizes are fixed.")
     ] = None,
@@ -131,6 +135,7 @@ def train(
         "lr": lr,
         "table_lr": table_lr,
         "table_optimizer": table_optimizer,
+        "embedding_dropout": embedding_dropout,
         "freeze_at": freeze_at,
     }
     config = _config(
@@ -173,18 +178,13 @@ def train(
 
 def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: Any) -> Any:
     """Settings from the command line over the data set's recipe over the defaults."""
-    from amtl.config import TrainConfig, default_batch_size
+    from amtl.config import TrainConfig
 
     label = label or source.label
     if label is None:
         raise UserError(f"--label COLUMN is needed; columns are {', '.join(source.frame.columns)}")
     exponent, parametrization = more.pop("exponent", None), more.pop("parametrization", None)
-    settings = {
-        "batch_size": default_batch_size(source.frame.height),
-        **source.recipe,
-        **given,
-        **more,
-    }
+    settings = {**source.settings(more["method"]), **given, **more}
     options = dict(settings.pop("table_options", {}))
     if exponent is not None:
         options["init_exponent"] = exponent

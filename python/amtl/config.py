@@ -40,6 +40,7 @@ class TrainConfig:
         table_options: more keyword arguments of the layer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
         hidden: widths of the MLP.
+        embedding_dropout: share of the embeddings' numbers zeroed in a training step.
         init_std: deviation of initial embedding weights.
         batch_size: samples per step.
         epochs: at most so many.
@@ -69,6 +70,7 @@ class TrainConfig:
     table_options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
     hidden: list[int] = field(default_factory=lambda: [128, 64])
+    embedding_dropout: float = 0.0
     init_std: float = 0.01
     batch_size: int = 8192
     epochs: int = 18
@@ -85,6 +87,11 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be positive")
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
+        if not 0 <= self.embedding_dropout < 1:
+            raise UserError(
+                f"--embedding-dropout must be from 0 up to (not including) 1, "
+                f"not {self.embedding_dropout:g}"
+            )
         if self.freeze_at is not None and not 0 <= self.freeze_at < 1:
             raise UserError("--freeze-at must be from 0 up to (not including) 1")
 

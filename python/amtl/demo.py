@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from amtl import methods
-from amtl.config import TrainConfig, default_batch_size
+from amtl.config import TrainConfig
 from amtl.data.registry import load_source
 from amtl.errors import UserError
 from amtl.packed import load_packed, pack_run
@@ -55,10 +55,8 @@ def run_demo(
         f"{source.label}   [dim]{escape(source.licence)}[/]",
         highlight=False,
     )
-    recipe = {"batch_size": default_batch_size(source.frame.height), "dim": 16, **source.recipe}
-    if epochs is not None:
-        recipe["epochs"] = epochs
-    dim = recipe["dim"]
+    given = {} if epochs is None else {"epochs": epochs}
+    dim = source.settings("fixed").get("dim", 16)
     narrow = max(1, round(dim * BUDGETS[-1]))
     plan = [
         ("fixed-full", {"method": "fixed"}),
@@ -69,7 +67,10 @@ def run_demo(
     folders, all_metrics = [], []
     for name, settings in plan:
         config = TrainConfig(
-            **{"data": source.name, "label": source.label, "seed": seed, **recipe, **settings}
+            data=source.name,
+            label=source.label,
+            seed=seed,
+            **{"dim": dim, **source.settings(settings["method"]), **given, **settings},
         )
         folder = out / name
         for old in ("checkpoint.pt", "best.pt", "metrics.json"):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Batch, EncodedData
 
+_LEVELS = 2**16
+
 
 class ClickModel(nn.Module):
     """Looks all fields up in one table with one call, concatenates and scores them.
@@ -20,6 +22,7 @@ class ClickModel(nn.Module):
         dim: width D of the table's output.
         num_dense: standardised numbers K that join the embeddings.
         hidden: widths of the MLP's hidden layers.
+        embedding_dropout: share of the embeddings' numbers zeroed in training mode, 0 to below 1.
     """
 
     def __init__(
@@ -29,11 +32,13 @@ class ClickModel(nn.Module):
         dim: int,
         num_dense: int = 0,
         hidden: Sequence[int] = (128, 64),
+        embedding_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.table = table
         self.num_fields = num_fields
         self.dim = dim
+        self.embedding_dropout = embedding_dropout
         layers: list[nn.Module] = []
         width = num_fields * dim + num_dense
         for size in hidden:
@@ -49,10 +54,29 @@ class ClickModel(nn.Module):
             embedded = self.table(batch.indices, batch.offsets)
         inputs = embedded.reshape(len(batch.labels), self.num_fields * self.dim)
         inputs = inputs.to(self.mlp[0].weight.dtype)
+        if self.training and self.embedding_dropout:
+            inputs = dropout(inputs, self.embedding_dropout)
         if batch.dense.shape[1]:
             inputs = torch.cat([inputs, batch.dense.to(inputs.dtype)], 1)
         logits: Tensor = self.mlp(inputs)
         return logits.squeeze(1)
+
+
+def dropout(values: Tensor, share: float) -> Tensor:
+    """Zeroes a random share of `values` and scales the rest up to keep the mean.
+
+    `torch.nn.functional.dropout` draws a random number for each value, which on a CPU costs half a
+    training step; here one of 64 bits serves four values.
+
+    Args:
+        values: any shape.
+        share: 0 to below 1, rounded to multiples of 2^-16.
+    """
+    dropped = min(round(share * _LEVELS), _LEVELS - 1)
+    words = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device)
+    levels = words.random_(-(2**63), None).view(torch.int16)[: values.numel()]
+    keep = (levels >= dropped - _LEVELS // 2).view(values.shape)
+    return values * (keep.to(values.dtype) * (_LEVELS / (_LEVELS - dropped)))
 
 
 @torch.no_grad()

@@ -106,7 +106,12 @@ def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
     )
     torch.manual_seed(config.seed)
     return ClickModel(
-        table, len(encoder.fields), config.dim, len(encoder.dense_fields), config.hidden
+        table,
+        len(encoder.fields),
+        config.dim,
+        len(encoder.dense_fields),
+        config.hidden,
+        config.embedding_dropout,
     )
 
 

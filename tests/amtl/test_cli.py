@@ -118,6 +118,8 @@ def test_options_reach_the_run(data, tmp_path):
         "1.5",
         "--freeze-at",
         "0.7",
+        "--embedding-dropout",
+        "0.1",
         "--seed",
         "5",
         "--table-optimizer",
@@ -135,6 +137,7 @@ def test_options_reach_the_run(data, tmp_path):
     assert config["separators"] == {"tags": ""}
     assert config["table_options"] == {"init_exponent": 1.5}
     assert (config["seed"], config["min_count"], config["split"]) == (5, 2, "order:price")
+    assert config["embedding_dropout"] == 0.1
     assert set(metrics["rows_by_field"]) == {"user", "item", "tags"}
     assert [r["phase"] for r in metrics["history"]] == ["search", "search", "frozen"]
 

@@ -10,12 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from amtl.config import TrainConfig
 from amtl.data import movielens, registry, synthetic
 from amtl.data.encoding import Encoder, FieldSpec, infer_fields
 from amtl.data.readers import read_table
 from amtl.data.registry import load_source, named_sets, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
+from amtl.methods import METHODS
 
 
 @pytest.fixture
@@ -250,6 +252,21 @@ def test_nycflights_from_the_package():
     assert set(source.fields) <= set(source.frame.columns)
     assert 0.2 < source.frame["late"].mean() < 0.3
     assert source.frame["date"].n_unique() == 365
+
+
+def test_a_recipe_is_by_method_over_that_of_all():
+    recipe = {"": {"lr": 0.5, "patience": 3}, "rule": {"lr": 0.1, "batch_size": 7}}
+    source = registry.Source("here", pl.DataFrame({"a": [1] * 1000}), recipe=recipe)
+    assert source.settings("amtl") == {"batch_size": 256, "lr": 0.5, "patience": 3}
+    assert source.settings("rule") == {"batch_size": 7, "lr": 0.1, "patience": 3}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_are_settings_of_a_run(method):
+    for known in named_sets().values():
+        source = registry.Source("here", pl.DataFrame({"a": [1]}), recipe=known.recipe)
+        assert set(known.recipe) <= {"", *METHODS}
+        TrainConfig(data="here", label="a", method=method, **source.settings(method))
 
 
 def zipped(files: dict[str, str]) -> bytes:

@@ -8,7 +8,7 @@ from amtl import methods
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.errors import UserError
 from amtl.metrics import auc, log_loss
-from amtl.model import ClickModel, predict
+from amtl.model import ClickModel, dropout, predict
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
@@ -82,6 +82,63 @@ def test_predict_covers_every_sample_and_restores_the_mode(encoded):
     assert logits.shape == (len(data),)
     assert model.training
     torch.testing.assert_close(logits, predict(model, data))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.5, 0.999])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(share, dtype):
+    torch.manual_seed(0)
+    n = 1_000_003
+    values = torch.ones(n, dtype=dtype, requires_grad=True)
+    dropped = dropout(values, share)
+    zeros = int((dropped == 0).sum())
+    assert abs(zeros - n * share) <= 5 * (n * share * (1 - share)) ** 0.5 + n / 2**16
+    kept = dropped[dropped != 0].double()
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - share)), rtol=0.02, atol=0)
+    dropped.float().sum().backward()
+    assert torch.equal(values.grad, dropped.detach())
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 3), (5, 2, 3)])
+def test_dropout_of_any_shape_follows_the_seed(shape):
+    values = torch.rand(shape) + 1
+    torch.manual_seed(1)
+    first = dropout(values, 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(first, dropout(values, 0.5))
+    assert first.shape == values.shape
+
+
+def test_dropout_falls_on_values_alike_and_independently():
+    torch.manual_seed(0)
+    zeros = (dropout(torch.ones(1_000_000), 0.3) == 0).double()
+    assert (zeros.view(-1, 4).mean(0) - 0.3).abs().max() < 0.005
+    for distance in range(1, 9):
+        both = zeros[distance:] * zeros[:-distance]
+        assert abs(float(both.mean()) - 0.09) < 0.003, distance
+
+
+def test_embeddings_drop_out_in_training_only(encoded):
+    encoder, data = encoded
+    table = methods.build_table("fixed", encoder, 4, init_std=1.0)
+    batch = data.batch(torch.arange(100))
+    dense = batch.dense.shape[1]
+    assert dense == 1
+    model = ClickModel(table, len(encoder.fields), 4, dense, [8], embedding_dropout=0.5)
+    plain = ClickModel(table, len(encoder.fields), 4, dense, [8])
+    plain.mlp = model.mlp
+    seen = []
+    model.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    torch.manual_seed(0)
+    for mode in (True, False):
+        model.train(mode)
+        model(batch)
+    trained, evaluated = seen
+    kept = trained != 0
+    assert 0.4 < kept[:, :-dense].double().mean() < 0.6
+    torch.testing.assert_close(trained[:, :-dense], 2 * evaluated[:, :-dense] * kept[:, :-dense])
+    assert torch.equal(trained[:, -dense:], batch.dense)
+    assert torch.equal(predict(model, data), predict(plain, data))
 
 
 def test_methods_start_from_the_same_weights(encoded):

