@@ -195,6 +195,7 @@ def _fake_adaptive_update(
     psw_grad: bool,
     optimizer: int,
     hyper: list[float],
+    groups_sorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     groups = group_dims.shape[0] if mask_grad else 0

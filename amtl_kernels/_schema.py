@@ -61,28 +61,33 @@ _BACKWARDS: dict[str, str] = {
     ),
 }
 
+# With a `rounding_seed`, 16-bit weights are rounded stochastically, by `rounding.rounding_bits`.
 _OPTIMIZERS: dict[str, str] = {
     "apply_sgd_": (
-        "(Tensor(a!) weight, Tensor rows, Tensor grads, float lr, float weight_decay) -> ()"
+        "(Tensor(a!) weight, Tensor rows, Tensor grads, float lr, float weight_decay,"
+        " int? rounding_seed=None) -> ()"
     ),
     "apply_adagrad_": (
         "(Tensor(a!) weight, Tensor(b!) state_sum, Tensor rows, Tensor grads, float lr, float eps,"
-        " float weight_decay) -> ()"
+        " float weight_decay, int? rounding_seed=None) -> ()"
     ),
     "apply_rowwise_adagrad_": (
         "(Tensor(a!) weight, Tensor(b!) state_sum, Tensor rows, Tensor grads, float lr, float eps,"
-        " float weight_decay) -> ()"
+        " float weight_decay, int? rounding_seed=None) -> ()"
     ),
     "apply_adam_": (
         "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor rows,"
         " Tensor grads, int step, float lr, float beta1, float beta2, float eps,"
-        " float weight_decay) -> ()"
+        " float weight_decay, int? rounding_seed=None) -> ()"
     ),
 }
 
 # A backward that applies the optimizer's update to each row as soon as its gradient is summed:
 # `optimizer` is 0 SGD, 1 Adagrad, 2 row-wise Adagrad, 3 Adam; `state` holds its tensors (per block
-# one after the other); `hyper` is lr, eps, weight_decay, beta1, beta2, step.
+# one after the other); `hyper` is lr, eps, weight_decay, beta1, beta2, step, and 1 after them if
+# 16-bit weights are rounded stochastically, seeded by the step. One int64 tensor more at the end of
+# `state` counts the steps in place of `hyper`: a CUDA graph reads it at every replay.
+# `groups_sorted` promises that `row_group` never falls, which saves a sort or a wait for the GPU.
 _UPDATES: dict[str, str] = {
     "masked_embedding_update_": (
         "(Tensor(a!) weight, Tensor(b!)[] state, Tensor grad, Tensor indices, Tensor? offsets,"
@@ -94,7 +99,8 @@ _UPDATES: dict[str, str] = {
         "(Tensor(a!) weight, Tensor(b!)[] state, Tensor grad, Tensor indices, Tensor? offsets,"
         " Tensor row_group, Tensor group_dims, Tensor? per_sample_weights, int mode,"
         " int padding_idx, bool include_last_offset, SymInt seed, bool mask_grad, bool psw_grad,"
-        " int optimizer, float[] hyper) -> (Tensor group_mask_grad, Tensor psw_grad)"
+        " int optimizer, float[] hyper, bool groups_sorted=False)"
+        " -> (Tensor group_mask_grad, Tensor psw_grad)"
     ),
     "tiered_embedding_update_": (
         "(Tensor(a!)[] blocks, Tensor(b!)[] state, Tensor grad, int[] tier_ends, Tensor indices,"

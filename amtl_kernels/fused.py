@@ -12,6 +12,12 @@ size, where a separate step ends at the last non-zero gradient. What the caller 
 gradients cannot be accumulated over several backwards, nor clipped by a norm over all parameters.
 Several lookups in one table within one backward update it one after the other. The functions are
 for eager mode; ``torch.compile`` breaks the graph at them.
+
+On a GPU a step waits for nothing but the bounds check of its lookup (``bounds_check="off"`` leaves
+that out), so it can be captured into a CUDA graph: warm up with a step first, which makes the state
+and looks whether ``row_group`` is in order, and give the optimizer ``capturable=True``. Row-wise
+Adagrad on rows wider than a warp (128 columns of float32, 256 of 16 bits) is the exception: it
+makes row gradients, whose number the host must know.
 """
 
 from __future__ import annotations
@@ -21,12 +27,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from amtl_kernels import ops, tables
 from amtl_kernels._autograd_tables import CLAMP, clamp_to_tables, split_masks
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
 from amtl_kernels.tables import TableBags
+
+# Tensor to its version and whether it was found never to fall.
+_orders = WeakTensorKeyDictionary()
+
+
+def _never_falls(row_group: Tensor) -> bool:
+    """Whether groups are in order along the rows: looked at once for each version of the tensor.
+
+    The look waits for the GPU, so while a CUDA graph is captured the answer is no unless known.
+    """
+    if row_group.is_inference():
+        return False
+    version, sorted_ = _orders.get(row_group, (None, False))
+    if version != row_group._version:
+        if row_group.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        sorted_ = bool((row_group[1:] >= row_group[:-1]).all())
+        _orders[row_group] = (row_group._version, sorted_)
+    return bool(sorted_)
 
 
 class _Lookup:
@@ -197,6 +223,8 @@ class _Adaptive(_Lookup):
     ) -> tuple[Tensor | None, Tensor | None]:
         b, weight = self.bags, self.tables[0]
         number, state, hyper = self.optimizer.fused_update(self.tables)
+        # The CPU kernels work in any order.
+        groups_sorted = mask_grad and self.row_group.is_cuda and _never_falls(self.row_group)
         mask, psw = torch.ops.amtl.adaptive_embedding_update_(
             weight,
             state,
@@ -214,6 +242,7 @@ class _Adaptive(_Lookup):
             psw_grad,
             number,
             hyper,
+            groups_sorted,
         )
         return mask, psw
 

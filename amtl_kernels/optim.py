@@ -8,6 +8,19 @@ backward passes, and a group may hold dense parameters as well, which get the pl
 State is float32 whatever the type of the parameter, and is made at the first step. Cost of a step:
 ``O(U * k_mean)`` for ``U`` rows in the gradient, plus sorting them when several backward passes
 were accumulated.
+
+Options of every optimizer here:
+
+``stochastic_rounding``: 16-bit parameters are rounded up or down at random, so that the mean is
+kept and updates far below a unit in the last place still add up, where rounding to nearest would
+stall. The random bits are an integer hash of the parameter's step, row and column: results repeat
+bit for bit. Float32 parameters are not affected. The CPU kernels refuse it for 16-bit tables
+(``amtl_kernels.set_backend("reference")`` takes it), and so do the Triton kernels.
+
+``capturable``: steps are counted on the device of the parameter, as in ``torch.optim.Adam``, so
+that a CUDA graph of a fused step (``amtl_kernels.fused``) replays with the steps that follow, not
+with the one that was captured. Make the state before the capture, by a step to warm up; the
+learning rate is captured as it is.
 """
 
 from __future__ import annotations
@@ -19,6 +32,7 @@ import torch
 from torch import Tensor
 
 from amtl_kernels.memory import empty_table
+from amtl_kernels.rounding import round_stochastically, rounding_bits
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -90,6 +104,27 @@ def _non_negative(**values: float) -> None:
 class RowOptimizer(torch.optim.Optimizer):
     """Runs one update for each parameter: sparse through the operators, dense in PyTorch."""
 
+    # The optimizer's number in the fused operators and its name in the others.
+    _number, _operator = -1, ""
+    # Whether the update itself depends on the step.
+    _always_counts = False
+
+    def __init__(self, params: Parameters, **defaults: Any) -> None:
+        _non_negative(
+            **{
+                name: value
+                for name, value in defaults.items()
+                if name in ("lr", "eps", "weight_decay", "initial_accumulator_value")
+            }
+        )
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("stochastic_rounding", False)
+            group.setdefault("capturable", False)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -115,13 +150,12 @@ class RowOptimizer(torch.optim.Optimizer):
                 grad = parameter.grad
                 if grad is None:
                     continue
-                state = self.state[parameter]
                 if grad.is_sparse:
                     if parameter.dim() != 2 or grad.sparse_dim() != 1:
                         raise ValueError("sparse gradients are taken for [N, D] tables only")
-                    self._sparse(parameter, *rows_and_grads(grad), group, state)
+                    self._sparse(parameter, *rows_and_grads(grad), group)
                 else:
-                    self._dense(parameter, grad, group, state)
+                    self._dense(parameter, grad, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -135,8 +169,16 @@ class RowOptimizer(torch.optim.Optimizer):
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for parameter, number in zip(parameters, numbers, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and name != "step":
-                    self.state[parameter][name] = value.detach().clone().to(parameter.device)
+                if not isinstance(value, Tensor):
+                    continue
+                mine = value.detach().clone()
+                if name != "step":
+                    mine = mine.to(parameter.device)
+                elif self.check_owns([parameter])["capturable"]:
+                    mine = mine.to(parameter.device, torch.int64)
+                else:
+                    mine = mine.to("cpu", torch.float32)
+                self.state[parameter][name] = mine
 
     def fused_update(self, tables: list[Tensor]) -> tuple[int, list[Tensor], list[float]]:
         """What a fused backward needs to update ``tables`` now, counting this as a step of theirs.
@@ -145,25 +187,27 @@ class RowOptimizer(torch.optim.Optimizer):
             tables: Parameters of one group of this optimizer.
 
         Returns:
-            The optimizer's number in the operators, state tensors table by table, and the
-            hyperparameters ``lr, eps, weight_decay, beta1, beta2, step``.
+            The optimizer's number in the operators; state tensors table by table, followed by the
+            step counter if it is on the device; and the hyperparameters ``lr, eps, weight_decay,
+            beta1, beta2, step``, followed by 1 for stochastic rounding.
 
         Raises:
             ValueError: The tables are not in one group of this optimizer.
         """
         group = self.check_owns(tables)
-        states: list[Tensor] = []
-        step = 1
-        for table in tables:
-            step = self._fused_state(table, group, states)
-        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        states = [state for table in tables for state in self._moments(table, group)]
+        steps = [self._advance(table, group) for table in tables]
+        step = steps[-1]
+        if isinstance(step, Tensor):
+            states.append(step)
+            step = 1
         hyper = [
             float(group["lr"]),
             group.get("eps", 0.0),
             group["weight_decay"],
-            beta1,
-            beta2,
+            *group.get("betas", (0.0, 0.0)),
             float(step),
+            *([1.0] if group["stochastic_rounding"] else []),
         ]
         return self._number, states, hyper
 
@@ -185,18 +229,52 @@ class RowOptimizer(torch.optim.Optimizer):
                 return group
         raise ValueError("the tables of a fused lookup must be in one group of its optimizer")
 
-    _number = -1
+    def _moments(self, parameter: Tensor, group: dict[str, Any]) -> list[Tensor]:
+        """State tensors of the parameter, made if this is its first step."""
+        return []
 
-    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
-        """Appends the table's state to ``states``; returns its number of steps."""
-        raise NotImplementedError
+    def _advance(self, parameter: Tensor, group: dict[str, Any]) -> int | Tensor:
+        """Counts one more step of the parameter; a tensor if that is counted on the device."""
+        if not (self._always_counts or group["stochastic_rounding"]):
+            return 1
+        state, capturable = self.state[parameter], group["capturable"]
+        if "step" not in state:
+            dtype, device = (torch.int64, parameter.device) if capturable else (torch.float32, None)
+            state["step"] = torch.zeros((), dtype=dtype, device=device)
+        state["step"] += 1
+        step: Tensor = state["step"]
+        return step if capturable else int(step)
 
-    def _sparse(
-        self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
-    ) -> None:
-        raise NotImplementedError
+    def _sparse(self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any]) -> None:
+        moments = self._moments(table, group)
+        step = int(self._advance(table, group))
+        seed = step if group["stochastic_rounding"] else None
+        counted = [step] if self._always_counts else []
+        eps = [group["eps"]] if "eps" in group else []
+        apply = getattr(torch.ops.amtl, f"apply_{self._operator}_")
+        rates = [float(group["lr"]), *group.get("betas", ()), *eps, group["weight_decay"]]
+        apply(table, *moments, rows, grads, *counted, *rates, seed)
 
-    def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], state: Any) -> None:
+    def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        moments = self._moments(parameter, group)
+        step = self._advance(parameter, group)
+        grad = _decayed(parameter, grad, group["weight_decay"])
+        change = self._change(grad, moments, step, group)
+        lr = float(group["lr"])
+        if group["stochastic_rounding"] and parameter.element_size() == 2:
+            values = parameter.float() - lr * change
+            table = values.reshape(values.shape[0] if values.dim() else 1, -1)
+            rows = torch.arange(table.shape[0], device=table.device)
+            bits = rounding_bits(rows, table.shape[1], step)
+            rounded = round_stochastically(table, parameter.dtype, bits)
+            parameter.copy_(rounded.reshape(parameter.shape))
+        else:
+            parameter.add_(change.to(parameter.dtype), alpha=-lr)
+
+    def _change(
+        self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
+    ) -> Tensor:
+        """What a dense parameter moves by, for a learning rate of one."""
         raise NotImplementedError
 
 
@@ -220,28 +298,36 @@ class SGD(RowOptimizer):
         params: Parameters or groups, as in ``torch.optim``.
         lr: Learning rate.
         weight_decay: L2 penalty, on touched values only.
+        stochastic_rounding: How 16-bit parameters are rounded, see the top of this module.
+        capturable: Where steps are counted, see there.
 
     Raises:
         ValueError: A hyperparameter is negative.
     """
 
-    def __init__(self, params: Parameters, lr: float = 1e-2, weight_decay: float = 0.0) -> None:
-        _non_negative(lr=lr, weight_decay=weight_decay)
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    _number, _operator = 0, "sgd"
 
-    _number = 0
-
-    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
-        return 1
-
-    def _sparse(
-        self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        *,
+        stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
-        torch.ops.amtl.apply_sgd_(table, rows, grads, float(group["lr"]), group["weight_decay"])
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
+        )
 
-    def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], state: Any) -> None:
-        grad = _decayed(parameter, grad, group["weight_decay"])
-        parameter.add_(grad.to(parameter.dtype), alpha=-float(group["lr"]))
+    def _change(
+        self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
+    ) -> Tensor:
+        return grad
 
 
 class Adagrad(RowOptimizer):
@@ -255,10 +341,14 @@ class Adagrad(RowOptimizer):
         eps: Added to the root.
         weight_decay: L2 penalty, on touched values only.
         initial_accumulator_value: What ``sum`` starts from.
+        stochastic_rounding: How 16-bit parameters are rounded, see the top of this module.
+        capturable: Where steps are counted, see there.
 
     Raises:
         ValueError: A hyperparameter is negative.
     """
+
+    _number, _operator = 1, "adagrad"
 
     def __init__(
         self,
@@ -267,128 +357,56 @@ class Adagrad(RowOptimizer):
         eps: float = 1e-10,
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
+        *,
+        stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
-        _non_negative(
+        super().__init__(
+            params,
             lr=lr,
             eps=eps,
             weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value,
+            stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
         )
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-        }
-        super().__init__(params, defaults)
 
-    def _sum(self, parameter: Tensor, group: dict[str, Any], state: Any) -> Tensor:
+    def _moments(self, parameter: Tensor, group: dict[str, Any]) -> list[Tensor]:
+        state = self.state[parameter]
         if "sum" not in state:
-            state["sum"] = _state_like(parameter, fill=group["initial_accumulator_value"])
-        total: Tensor = state["sum"]
-        return total
+            shape = self._sum_shape(parameter)
+            state["sum"] = _state_like(parameter, shape, group["initial_accumulator_value"])
+        return [state["sum"]]
 
-    _number = 1
+    def _sum_shape(self, parameter: Tensor) -> torch.Size:
+        return parameter.shape
 
-    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
-        states.append(self._sum(table, group, self.state[table]))
-        return 1
-
-    def _sparse(
-        self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
-    ) -> None:
-        torch.ops.amtl.apply_adagrad_(
-            table,
-            self._sum(table, group, state),
-            rows,
-            grads,
-            float(group["lr"]),
-            group["eps"],
-            group["weight_decay"],
-        )
-
-    def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], state: Any) -> None:
-        grad = _decayed(parameter, grad, group["weight_decay"])
-        total = self._sum(parameter, group, state)
-        total.addcmul_(grad, grad)
-        step = grad / (total.sqrt() + group["eps"])
-        parameter.add_(step.to(parameter.dtype), alpha=-float(group["lr"]))
+    def _change(
+        self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
+    ) -> Tensor:
+        total = moments[0].addcmul_(grad, grad)
+        return grad / (total.sqrt() + group["eps"])
 
 
-class RowwiseAdagrad(RowOptimizer):
+class RowwiseAdagrad(Adagrad):
     """Adagrad with one sum a row: ``s += mean(g^2)``, ``w -= lr * g / (sqrt(s) + eps)``.
 
     The mean runs over the kept prefix of the row. State: ``sum`` ``[N]``; a parameter of another
-    rank keeps one sum per leading index.
-
-    Args:
-        params: Parameters or groups, as in ``torch.optim``.
-        lr: Learning rate.
-        eps: Added to the root.
-        weight_decay: L2 penalty, on touched values only.
-        initial_accumulator_value: What ``sum`` starts from.
-
-    Raises:
-        ValueError: A hyperparameter is negative.
+    rank keeps one sum per leading index. Arguments as for :class:`Adagrad`.
     """
 
-    def __init__(
-        self,
-        params: Parameters,
-        lr: float = 1e-2,
-        eps: float = 1e-10,
-        weight_decay: float = 0.0,
-        initial_accumulator_value: float = 0.0,
-    ) -> None:
-        _non_negative(
-            lr=lr,
-            eps=eps,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-        )
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-        }
-        super().__init__(params, defaults)
+    _number, _operator = 2, "rowwise_adagrad"
 
-    def _sum(self, parameter: Tensor, group: dict[str, Any], state: Any) -> Tensor:
-        if "sum" not in state:
-            state["sum"] = _state_like(
-                parameter, parameter.shape[:1], group["initial_accumulator_value"]
-            )
-        total: Tensor = state["sum"]
-        return total
+    def _sum_shape(self, parameter: Tensor) -> torch.Size:
+        return parameter.shape[:1]
 
-    _number = 2
-
-    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
-        states.append(self._sum(table, group, self.state[table]))
-        return 1
-
-    def _sparse(
-        self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
-    ) -> None:
-        torch.ops.amtl.apply_rowwise_adagrad_(
-            table,
-            self._sum(table, group, state),
-            rows,
-            grads,
-            float(group["lr"]),
-            group["eps"],
-            group["weight_decay"],
-        )
-
-    def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], state: Any) -> None:
-        grad = _decayed(parameter, grad, group["weight_decay"])
-        total = self._sum(parameter, group, state)
+    def _change(
+        self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
+    ) -> Tensor:
         squares = grad * grad
-        total.add_(squares.flatten(1).mean(1) if grad.dim() > 1 else squares)
+        total = moments[0].add_(squares.flatten(1).mean(1) if grad.dim() > 1 else squares)
         root = total.sqrt().add_(group["eps"])
-        step = grad / root.reshape(-1, *[1] * (grad.dim() - 1)) if grad.dim() else grad / root
-        parameter.add_(step.to(parameter.dtype), alpha=-float(group["lr"]))
+        return grad / root.reshape(-1, *[1] * (grad.dim() - 1)) if grad.dim() else grad / root
 
 
 class Adam(RowOptimizer):
@@ -403,10 +421,15 @@ class Adam(RowOptimizer):
         betas: Decay of the two moments, each in ``[0, 1)``.
         eps: Added to the root.
         weight_decay: L2 penalty, on touched values only.
+        stochastic_rounding: How 16-bit parameters are rounded, see the top of this module.
+        capturable: Where steps are counted, see there.
 
     Raises:
         ValueError: A hyperparameter is out of range.
     """
+
+    _number, _operator = 3, "adam"
+    _always_counts = True
 
     def __init__(
         self,
@@ -415,53 +438,37 @@ class Adam(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
-        _non_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
-
-    def _advance(self, parameter: Tensor, state: Any) -> int:
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = _state_like(parameter)
-            state["exp_avg_sq"] = _state_like(parameter)
-        state["step"] += 1
-        return int(state["step"])
-
-    _number = 3
-
-    def _fused_state(self, table: Tensor, group: dict[str, Any], states: list[Tensor]) -> int:
-        state = self.state[table]
-        step = self._advance(table, state)
-        states.extend([state["exp_avg"], state["exp_avg_sq"]])
-        return step
-
-    def _sparse(
-        self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any], state: Any
-    ) -> None:
-        step = self._advance(table, state)
-        torch.ops.amtl.apply_adam_(
-            table,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            rows,
-            grads,
-            step,
-            float(group["lr"]),
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
         )
 
-    def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], state: Any) -> None:
-        step = self._advance(parameter, state)
+    def _moments(self, parameter: Tensor, group: dict[str, Any]) -> list[Tensor]:
+        state = self.state[parameter]
+        if "exp_avg" not in state:
+            state["exp_avg"] = _state_like(parameter)
+            state["exp_avg_sq"] = _state_like(parameter)
+        return [state["exp_avg"], state["exp_avg_sq"]]
+
+    def _change(
+        self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
+    ) -> Tensor:
         beta1, beta2 = group["betas"]
-        grad = _decayed(parameter, grad, group["weight_decay"])
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        mean, square = moments
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-        change = mean / root
-        parameter.add_(change.to(parameter.dtype), alpha=-float(group["lr"]) / (1 - beta1**step))
+        # In float32 1 - beta^step would lose four digits.
+        count = step.double() if isinstance(step, Tensor) else step
+        root = (square.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"])
+        return mean / root / (1 - beta1**count)

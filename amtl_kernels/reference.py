@@ -14,12 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from amtl_kernels.rounding import mix, round_stochastically, rounding_bits, row_term
+
 SUM, MEAN = 0, 1
 """Values of ``mode``."""
 OFF, RAISE, CLAMP = 0, 1, 2
 """Values of ``bounds_check``."""
-
-_U32 = 0xFFFFFFFF
 
 
 def hash_columns(rows: Tensor, seed: int, columns: int) -> Tensor:
@@ -37,16 +37,7 @@ def hash_columns(rows: Tensor, seed: int, columns: int) -> Tensor:
     Returns:
         int64 tensor of the shape of ``rows``.
     """
-    rows = rows.to(torch.int64)
-    x = (rows ^ (rows >> 32)) & _U32
-    y = (seed ^ (seed >> 32)) & _U32
-    x = (x * 0x9E3779B1 + y * 0x85EBCA77 % (1 << 32)) & _U32
-    x = x ^ (x >> 16)
-    x = (x * 0x85EBCA6B) & _U32
-    x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & _U32
-    x = x ^ (x >> 16)
-    return (x * columns) >> 32
+    return (mix(row_term(rows, seed)) * columns) >> 32
 
 
 def warn_clamped(value: int, position: int, rows: int) -> None:
@@ -436,10 +427,25 @@ def _touch(
     return old, (grads.to(compute) + weight_decay * old) * kept, kept
 
 
-def apply_sgd_(weight: Tensor, rows: Tensor, grads: Tensor, lr: float, weight_decay: float) -> None:
+def _write(weight: Tensor, rows: Tensor, values: Tensor, rounding_seed: int | None) -> None:
+    if rounding_seed is None or weight.element_size() != 2:
+        weight[rows] = values.to(weight.dtype)
+    else:
+        bits = rounding_bits(rows, weight.shape[1], rounding_seed)
+        weight[rows] = round_stochastically(values, weight.dtype, bits)
+
+
+def apply_sgd_(
+    weight: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    lr: float,
+    weight_decay: float,
+    rounding_seed: int | None = None,
+) -> None:
     """``w -= lr * (g + weight_decay * w)``."""
     old, g, _ = _touch(weight, rows, grads, weight_decay)
-    weight[rows] = (old - lr * g).to(weight.dtype)
+    _write(weight, rows, old - lr * g, rounding_seed)
 
 
 def apply_adagrad_(
@@ -450,12 +456,13 @@ def apply_adagrad_(
     lr: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as ``torch.optim.Adagrad``."""
     old, g, _ = _touch(weight, rows, grads, weight_decay)
     state = state_sum[rows].to(g.dtype) + g * g
     state_sum[rows] = state.to(state_sum.dtype)
-    weight[rows] = (old - lr * g / (state.sqrt() + eps)).to(weight.dtype)
+    _write(weight, rows, old - lr * g / (state.sqrt() + eps), rounding_seed)
 
 
 def apply_rowwise_adagrad_(
@@ -466,12 +473,13 @@ def apply_rowwise_adagrad_(
     lr: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """``s += mean(g^2)`` over the kept prefix, ``w -= lr * g / (sqrt(s) + eps)``; ``s`` is [N]."""
     old, g, kept = _touch(weight, rows, grads, weight_decay)
     state = state_sum[rows].to(g.dtype) + (g * g).sum(1) / kept.sum(1).clamp(min=1)
     state_sum[rows] = state.to(state_sum.dtype)
-    weight[rows] = (old - lr * g / (state.sqrt() + eps)[:, None]).to(weight.dtype)
+    _write(weight, rows, old - lr * g / (state.sqrt() + eps)[:, None], rounding_seed)
 
 
 def apply_adam_(
@@ -486,6 +494,7 @@ def apply_adam_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """Lazy Adam: ``torch.optim.Adam`` at step ``step`` on the kept prefix of the touched rows."""
     old, g, kept = _touch(weight, rows, grads, weight_decay)
@@ -496,11 +505,21 @@ def apply_adam_(
     exp_avg[rows] = m.to(exp_avg.dtype)
     exp_avg_sq[rows] = v.to(exp_avg_sq.dtype)
     change = lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
-    weight[rows] = torch.where(kept, old - change, old).to(weight.dtype)
+    _write(weight, rows, torch.where(kept, old - change, old), rounding_seed)
 
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
 """Values of ``optimizer``."""
+
+
+def split_state(
+    tables: int, state: list[Tensor], optimizer: int, hyper: list[float]
+) -> tuple[list[list[Tensor]], list[float]]:
+    """State table by table, and ``hyper`` with the step of the counter, if there is one."""
+    moments = (0, 1, 1, 2)[optimizer]
+    if len(state) == tables * moments + 1:
+        hyper = [*hyper[:5], float(state[-1]), *hyper[6:]]
+    return [state[t * moments : (t + 1) * moments] for t in range(tables)], hyper
 
 
 def update_rows(
@@ -512,16 +531,18 @@ def update_rows(
     hyper: list[float],
 ) -> None:
     """Whatever backend is set updates the rows: a fused backward is a backward and an update."""
-    lr, eps, weight_decay, beta1, beta2, step = hyper
+    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
+    seed = int(step) if any(stochastic) else None
     ops = torch.ops.amtl
     if optimizer == SGD:
-        ops.apply_sgd_(weight, rows, grads, lr, weight_decay)
+        ops.apply_sgd_(weight, rows, grads, lr, weight_decay, seed)
     elif optimizer == ADAGRAD:
-        ops.apply_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay)
+        ops.apply_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay, seed)
     elif optimizer == ROWWISE_ADAGRAD:
-        ops.apply_rowwise_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay)
+        ops.apply_rowwise_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay, seed)
     else:
-        ops.apply_adam_(weight, *state, rows, grads, int(step), lr, beta1, beta2, eps, weight_decay)
+        betas = (beta1, beta2)
+        ops.apply_adam_(weight, *state, rows, grads, int(step), lr, *betas, eps, weight_decay, seed)
 
 
 def masked_embedding_update_(
@@ -553,7 +574,8 @@ def masked_embedding_update_(
         True,
         psw_grad,
     )
-    update_rows(weight, state, rows, grads, optimizer, hyper)
+    (mine,), hyper = split_state(1, state, optimizer, hyper)
+    update_rows(weight, mine, rows, grads, optimizer, hyper)
     return psw
 
 
@@ -574,6 +596,7 @@ def adaptive_embedding_update_(
     psw_grad: bool,
     optimizer: int,
     hyper: list[float],
+    groups_sorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`adaptive_embedding_backward`, then the optimizer's update."""
     rows, grads, mask, psw = torch.ops.amtl.adaptive_embedding_backward(
@@ -592,7 +615,8 @@ def adaptive_embedding_update_(
         mask_grad,
         psw_grad,
     )
-    update_rows(weight, state, rows, grads, optimizer, hyper)
+    (mine,), hyper = split_state(1, state, optimizer, hyper)
+    update_rows(weight, mine, rows, grads, optimizer, hyper)
     return mask, psw
 
 
@@ -627,10 +651,9 @@ def tiered_embedding_update_(
         True,
         psw_grad,
     )
-    moments = len(state) // len(blocks)
+    states, hyper = split_state(len(blocks), state, optimizer, hyper)
     for c, block in enumerate(blocks):
-        mine = state[c * moments : (c + 1) * moments]
-        update_rows(block, mine, rows[c], grads[c], optimizer, hyper)
+        update_rows(block, states[c], rows[c], grads[c], optimizer, hyper)
     return psw
 
 

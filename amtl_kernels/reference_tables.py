@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from amtl_kernels.reference import check_offsets, update_rows
+from amtl_kernels.reference import check_offsets, split_state, update_rows
 
 _Result = TypeVar("_Result")
 
@@ -266,10 +266,9 @@ def _updating(op: str, tables: int, wants: int) -> Callable[..., Any]:
         backward = getattr(torch.ops.amtl, f"{op}_backward")
         rows, grads, *others = backward(grad, *described, *bags, True, *flags)
         weights = described[0]
-        moments = len(state) // len(weights)
+        states, hyper = split_state(len(weights), state, optimizer, hyper)
         for t, weight in enumerate(weights):
-            mine = state[t * moments : (t + 1) * moments]
-            update_rows(weight, mine, rows[t], grads[t], optimizer, hyper)
+            update_rows(weight, states[t], rows[t], grads[t], optimizer, hyper)
         return others[0] if len(others) == 1 else tuple(others)
 
     return update

@@ -1,13 +1,14 @@
 """Proof and measurement on a GPU, in one command: ``python -m bench.gpu`` (or ``make gpu``).
 
-In order: what machine this is; a build, where the checkout has none with CUDA; the tests marked
-``gpu``; compute-sanitizer over small cases; then timings. Needs torch and pytest, no network; what
-is missing is named in the report and left out. Every stage has its share of ten minutes. The report
-goes to ``bench/results/gpu-<card>.json`` and ``.md``.
+In order: what machine this is; a build, where the checkout has no module with CUDA kernels; the
+tests marked ``gpu`` (determinism, streams and CUDA graphs first, then the operators in CUDA, then
+in Triton); compute-sanitizer over small cases; then timings (``bench.gpu_timings``). Needs torch
+and pytest, no network; what is missing is named in the report and left out.
 
-Timings are of cold caches (twice the L2 is written before every call), medians of CUDA-event times;
-shares are the bytes that no implementation can avoid, over the time, over the bandwidth of a copy
-measured in the same run.
+Everything fits in ten minutes: a stage has a limit, cut short where what follows would get less
+than its reserve, and is ended with all of its processes when it reaches it. A stage that fails or
+breaks hides no other. The report goes to ``bench/results/gpu-<card>.json`` and ``.md``, and is
+written anew after every stage.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_timings import PLANS, Row
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-BUDGET = 600.0
-# Tests set it to "cpu" to run everything but the timing without a GPU.
-DEVICE = "cuda"
+BUDGET = 570.0
 
 
 @dataclass
@@ -41,18 +44,6 @@ class Stage:
     outcome: str
     seconds: float
     detail: str = ""
-
-
-@dataclass
-class Row:
-    """One timing: what, on which case, by whom; seconds; useful bytes; share of the copy rate."""
-
-    work: str
-    case: str
-    who: str
-    seconds: float
-    useful_bytes: float
-    share: float
 
 
 @dataclass
@@ -67,17 +58,32 @@ class Report:
 
 
 def run(command: list[str], seconds: float, **options: Any) -> tuple[int, str]:
-    """Exit code (124: out of time) and the end of the output."""
+    """Exit code (124: out of time) and the end of the output.
+
+    Out of time, the whole group of processes is killed: a child of the command that lived on would
+    keep the pipe open, and the GPU.
+    """
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, **options
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            cwd=ROOT,
+            start_new_session=True,
+            **options,
         )
-    except subprocess.TimeoutExpired as late:
-        text = late.stdout or b""
-        return 124, (text.decode() if isinstance(text, bytes) else text)[-2000:]
     except FileNotFoundError as missing:
         return 127, str(missing)
-    return done.returncode, (done.stdout + done.stderr)[-4000:]
+    try:
+        text, _ = process.communicate(timeout=seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+        code = 124
+    return code, text[-4000:]
 
 
 def environment() -> dict[str, Any]:
@@ -107,35 +113,37 @@ def environment() -> dict[str, Any]:
 def native_with_cuda() -> bool:
     """Whether a fresh process finds CUDA kernels in the built module."""
     check = "import amtl_kernels as a; n = a.build_info()['native']; print(n.get('cuda', n))"
-    code, text = run([sys.executable, "-c", check], 120)
+    code, text = run([sys.executable, "-c", check], 60)
     return code == 0 and text.strip().splitlines()[-1].startswith("on")
 
 
-def build(capability: str) -> tuple[str, str]:
+def build(capability: str, seconds: float) -> tuple[str, str]:
     """Builds for this card, unless a module with CUDA kernels is there already."""
     if native_with_cuda():
         return "ok", "a module with CUDA kernels was there"
     if shutil.which("nvcc") is None:
         return "failed", "no nvcc, and no built module with CUDA kernels to use"
-    flags = f"-DAMTL_CUDA_ARCHITECTURES={capability.replace('.', '')}-real"
     environment = {
         **os.environ,
         "AMTL_CUDA": "on",
         "AMTL_TOOLS": "off",
         "MAX_JOBS": str(os.cpu_count() or 2),
-        "CMAKE_ARGS": flags,
+        "CMAKE_ARGS": f"-DAMTL_CUDA_ARCHITECTURES={capability.replace('.', '')}-real",
     }
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    code, text = run(command, 240, env=environment)
+    code, text = run(command, seconds, env=environment)
     if code or not native_with_cuda():
-        return "failed", text[-1500:]
+        return "failed", f"exit {code}\n{text[-1500:]}"
     return "ok", "built here"
 
 
-def gpu_tests(seconds: float) -> tuple[str, str]:
-    """The suite with ``-m gpu``."""
+def gpu_tests(folders: list[str], backends: str, seconds: float) -> tuple[str, str]:
+    """The tests marked ``gpu`` in some folders, on some backends."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    code, text = run([*command, "tests/kernels", "tests/cuda", "tests/triton"], seconds)
+    if importlib.util.find_spec("xdist") and len(os.sched_getaffinity(0)) >= 8:
+        command += ["-n", "6"]
+    environment = {**os.environ, "AMTL_TEST_BACKENDS": backends, "OMP_NUM_THREADS": "2"}
+    code, text = run([*command, *folders], seconds, env=environment)
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
     # Exit code 5: nothing was collected, which proves nothing.
     return ("ok" if code == 0 else "failed"), (
@@ -164,6 +172,15 @@ for dtype in (torch.float32, torch.bfloat16):
         ops.adaptive_embedding_update_(
             w, [state], grad, i, o, g, s, None, 1, 3, False, 5, True, False, 2,
             [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
+        # Adam, its steps counted in device memory; groups in order; weights rounded at random.
+        moments = [torch.zeros(v["n"], d, device="cuda") for _ in range(2)]
+        counter = torch.ones((), dtype=torch.int64, device="cuda")
+        ops.adaptive_embedding_update_(
+            w, [*moments, counter], grad, i, o, g.sort().values, s, None, 0, 3, False, 5, True,
+            False, 3, [0.1, 1e-8, 0.0, 0.9, 0.99, 1.0, 1.0], True)
+        rows, grads, _ = ops.masked_embedding_backward(
+            grad, w, i, o, k, None, 0, -1, False, True, False)
+        ops.apply_adam_(w, *moments, rows, grads, 2, 0.1, 0.9, 0.99, 1e-8, 0.0)
         half = max(1, d // 2)
         blocks = [w[:200].contiguous(), w[200:, :half].contiguous()]
         ops.tiered_embedding_bag(blocks, [200, v["n"]], i, o, p, d, 0, -1, False, 1)
@@ -186,351 +203,42 @@ def sanitizer(tool: str, seconds: float) -> tuple[str, str]:
     return ("ok" if ok else "failed"), ("no findings" if ok else f"exit {code}\n{text[-2000:]}")
 
 
-class Timer:
-    """Cold-cache medians of CUDA-event times."""
-
-    def __init__(self, l2_bytes: int) -> None:
-        import torch
-
-        self.torch = torch
-        self.flush = torch.empty(max(2 * l2_bytes, 1 << 26) // 4, dtype=torch.int32, device=DEVICE)
-
-    def __call__(self, function: Callable[[], object], repeats: int = 20) -> float:
-        """Median seconds of a call, after three to warm up."""
-        cuda = self.torch.cuda
-        for _ in range(3):
-            function()
-        times = []
-        for _ in range(repeats):
-            self.flush.zero_()
-            begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-            # The GPU is busy while the host enqueues: launch overhead stays out of the time.
-            cuda._sleep(200_000)
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        return sorted(times)[repeats // 2]
-
-
-def copy_bandwidth(timer: Timer) -> float:
-    """Bytes read and written per second by the best of two copies of 1 GiB."""
-    torch = timer.torch
-    a = torch.empty(1 << 28, dtype=torch.float32, device=DEVICE)
-    b = torch.empty_like(a)
-    return max(2 * 4 * a.numel() / timer(lambda: b.copy_(a), 10) for _ in range(2))
-
-
-class Case:
-    """A table in frequency order with 40 % of its size kept, and one batch of lookups."""
-
-    def __init__(self, ids: str, dtype: str, rows: int, dim: int, bags: int, bag: int) -> None:
-        import torch
-
-        g = torch.Generator(device=DEVICE).manual_seed(1)
-        self.name = f"{rows}x{dim} {dtype}, {bags} bags of {bag}, {ids}"
-        self.torch, self.rows, self.dim, self.bags = torch, rows, dim, bags
-        self.lookups = bags * bag
-        kind = getattr(torch, dtype)
-        uniform = torch.rand(self.lookups, generator=g, device=DEVICE, dtype=torch.float64)
-        if ids == "zipf":
-            # Inverse of the distribution function of a continuous Zipf law with exponent 1.05.
-            power = -0.05
-            top = float(rows + 1) ** power
-            self.indices = ((1 + uniform * (top - 1)) ** (1 / power)).long() - 1
-        else:
-            self.indices = (uniform * rows).long()
-        self.indices = self.indices.clamp(0, rows - 1)
-        self.offsets = torch.arange(0, self.lookups, bag, device=DEVICE)
-        rank = torch.arange(rows, device=DEVICE, dtype=torch.float64)
-        sizes = (rank + 1) ** -0.3
-        low, high = 0.0, 1e6
-        for _ in range(60):
-            middle = (low + high) / 2
-            mean = (sizes * middle).clamp(1, dim).mean()
-            low, high = (middle, high) if mean < 0.4 * dim else (low, middle)
-        sizes = (sizes * low).round().clamp(1, dim).int()
-        self.groups = 4096
-        self.row_group = (rank**0.5 / rows**0.5 * self.groups).int().clamp(max=self.groups - 1)
-        first = torch.searchsorted(self.row_group, torch.arange(self.groups, device=DEVICE).int())
-        self.group_dims = sizes[first.clamp(max=rows - 1)].contiguous()
-        self.row_dims = self.group_dims[self.row_group.long()]
-        self.weight = torch.randn(rows, dim, generator=g, device=DEVICE).to(kind)
-        self.grad = torch.randn(bags, dim, generator=g, device=DEVICE).to(kind)
-        self.mask = torch.zeros(self.groups, dim, device=DEVICE)
-        self.element = self.weight.element_size()
-        self.kept = float(self.row_dims[self.indices].sum())
-        distinct = self.indices.unique()
-        self.distinct = distinct.numel()
-        self.kept_distinct = float(self.row_dims[distinct].sum())
-        width = ((self.row_dims.long() + 7) // 8 * 8).clamp(max=dim)
-        order = width.sort(descending=True, stable=True).indices
-        place = torch.empty_like(order)
-        place[order] = torch.arange(rows, device=DEVICE)
-        self.tier_indices = place[self.indices]
-        values, counts = torch.unique_consecutive(width[order], return_counts=True)
-        self.tier_ends = counts.cumsum(0).tolist()
-        self.blocks = [
-            torch.randn(n, w, device=DEVICE).to(kind)
-            for n, w in zip(counts.tolist(), values.tolist(), strict=True)
-        ]
-        self.tier_kept = float(width[self.indices].sum())
-        self.tier_distinct = float(width[distinct].sum())
-
-    def bytes_of(self, work: str) -> float:
-        """Bytes that the work must move (DESIGN: gather, pooled, search backward)."""
-        lookups, dim = self.lookups, self.dim
-        out = self.bags * dim
-        return (
-            self.element
-            * {
-                "gather": self.kept + lookups * dim,
-                "pooled": self.kept + out,
-                "frozen pooled": self.tier_kept + out,
-                "search backward": lookups * dim + self.distinct * dim + self.kept_distinct,
-                "search step": self.kept
-                + out
-                + lookups * dim
-                + self.distinct * dim
-                + 2 * self.kept_distinct,
-                "frozen step": self.tier_kept + out + self.tier_kept + 2 * self.tier_distinct,
-            }[work]
-        )
-
-
-HYPER = [0.01, 1e-8, 0.0, 0.0, 0.0, 1.0]
-ROWWISE = 2
-
-
-def ours(case: Case) -> dict[str, Callable[[], object]]:
-    """This project's operators by kind of work."""
-    ops = case.torch.ops.amtl
-    c = case
-    state = c.torch.zeros(c.rows, device=DEVICE)
-    states = [c.torch.zeros(len(block), device=DEVICE) for block in c.blocks]
-    group = (c.row_group, c.group_dims)
-    bags = (0, -1, False)
-
-    def pooled() -> object:
-        return ops.adaptive_embedding_bag(
-            c.weight, c.indices, c.offsets, *group, c.mask, None, *bags, 0, 0
-        )
-
-    def frozen() -> object:
-        return ops.tiered_embedding_bag(
-            c.blocks, c.tier_ends, c.tier_indices, c.offsets, None, c.dim, *bags, 0
-        )
-
-    def update() -> object:
-        return ops.adaptive_embedding_update_(
-            c.weight,
-            [state],
-            c.grad,
-            c.indices,
-            c.offsets,
-            *group,
-            None,
-            *bags,
-            0,
-            True,
-            False,
-            ROWWISE,
-            HYPER,
-        )
-
-    def frozen_update() -> object:
-        return ops.tiered_embedding_update_(
-            c.blocks,
-            states,
-            c.grad,
-            c.tier_ends,
-            c.tier_indices,
-            c.offsets,
-            None,
-            c.dim,
-            *bags,
-            False,
-            ROWWISE,
-            HYPER,
-        )
-
-    return {
-        "gather": lambda: ops.adaptive_embedding(c.weight, c.indices, *group, c.mask, 0, -1, 0),
-        "pooled": pooled,
-        "frozen pooled": frozen,
-        "search backward": lambda: ops.adaptive_embedding_backward(
-            c.grad, c.weight, c.indices, c.offsets, *group, None, *bags, 0, True, True, False
-        ),
-        "search step": lambda: (pooled(), update()),
-        "frozen step": lambda: (frozen(), frozen_update()),
-    }
-
-
-def eager(case: Case) -> dict[str, Callable[[], object]]:
-    """PyTorch without masks, and with the masks' equations."""
-    torch, c = case.torch, case
-    functional = torch.nn.functional
-
-    def bag_backward() -> object:
-        weight = c.weight.detach().requires_grad_()
-        out = functional.embedding_bag(c.indices, weight, c.offsets, mode="sum", sparse=True)
-        out.backward(c.grad)
-        return weight.grad
-
-    return {
-        "gather": lambda: functional.embedding(c.indices, c.weight),
-        "pooled": lambda: functional.embedding_bag(c.indices, c.weight, c.offsets, mode="sum"),
-        "frozen pooled": lambda: functional.embedding_bag(
-            c.indices, c.weight, c.offsets, mode="sum"
-        ),
-        "search backward": bag_backward,
-    }
-
-
-def equations(case: Case) -> Callable[[], object]:
-    """Forward and backward of the masked lookup, written in PyTorch as anyone would."""
-    torch, c = case.torch, case
-    columns = torch.arange(c.dim, device=DEVICE)
-    bag = torch.repeat_interleave(
-        torch.arange(c.bags, device=DEVICE), c.lookups // c.bags, output_size=c.lookups
-    )
-
-    def lookup(weight: Any, mask: Any) -> Any:
-        group = c.row_group[c.indices].long()
-        hard = (columns < c.group_dims[group][:, None]).to(weight.dtype)
-        soft = mask[group].to(weight.dtype)
-        rows = torch.nn.functional.embedding(c.indices, weight, sparse=False) * (
-            soft + (hard - soft).detach()
-        )
-        return torch.zeros(c.bags, c.dim, device=DEVICE, dtype=weight.dtype).index_add(0, bag, rows)
-
-    return lookup
-
-
-def equations_step(case: Case, lookup: Any) -> Callable[[], object]:
-    c = case
-
-    def call() -> object:
-        weight = c.weight.detach().requires_grad_()
-        mask = c.mask.detach().requires_grad_()
-        lookup(weight, mask).backward(c.grad)
-        return weight.grad, mask.grad
-
-    return call
-
-
-def fbgemm(case: Case) -> dict[str, Callable[[], object]]:
-    """FBGEMM's table-batched embeddings without masks; raises ImportError where it is missing."""
-    torch, c = case.torch, case
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-        ComputeDevice,
-        SplitTableBatchedEmbeddingBagsCodegen,
-    )
-
-    kinds = {torch.float32: SparseType.FP32, torch.float16: SparseType.FP16}
-    if c.weight.dtype not in kinds:
-        raise ImportError("compared in float32 and float16 only")
-    tables = SplitTableBatchedEmbeddingBagsCodegen(
-        [(c.rows, c.dim, EmbeddingLocation.DEVICE, ComputeDevice.CUDA)],
-        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        learning_rate=0.01,
-        weights_precision=kinds[c.weight.dtype],
-        output_dtype=kinds[c.weight.dtype],
-    )
-    ends = torch.tensor([c.lookups], device=DEVICE)
-    offsets = torch.cat([c.offsets, ends])
-
-    def step() -> object:
-        out = tables(c.indices, offsets)
-        out.backward(c.grad)
-        return out
-
-    return {
-        "pooled": lambda: tables(c.indices, offsets).detach(),
-        "frozen pooled": lambda: tables(c.indices, offsets).detach(),
-        "search step": step,
-        "frozen step": step,
-    }
-
-
-def triton_backend(case: Case) -> dict[str, Callable[[], object]]:
-    """This project's operators on its Triton kernels."""
-    import amtl_kernels
-
-    # Stays set until `measure` has timed what is returned here.
-    amtl_kernels.set_backend("triton")
-    return {work: f for work, f in ours(case).items() if "step" not in work}
-
-
-PLANS = [
-    ("zipf", "float32", 2_000_000, 64, 65_536, 20),
-    ("uniform", "float32", 2_000_000, 64, 65_536, 20),
-    ("zipf", "float16", 2_000_000, 64, 65_536, 20),
-    ("uniform", "float32", 20_000_000, 64, 65_536, 20),
-    ("uniform", "float32", 2_000_000, 64, 1_000_000, 1),
-    ("zipf", "bfloat16", 2_000_000, 128, 65_536, 20),
-    ("zipf", "float32", 2_000_000, 16, 65_536, 20),
-]
-
-
-def contenders(case: Case, with_equations: bool) -> dict[str, Callable[[], Any]]:
-    """By name, what returns the calls to time; making them may raise."""
-    makers: dict[str, Callable[[], Any]] = {
-        "amtl CUDA": lambda: ours(case),
-        "amtl Triton": lambda: triton_backend(case),
-        "PyTorch, no mask": lambda: eager(case),
-        "FBGEMM, no mask": lambda: fbgemm(case),
-    }
-    if with_equations:
-        lookup = equations(case)
-        work = "search backward"
-        makers["PyTorch, equations"] = lambda: {work: equations_step(case, lookup)}
-        makers["torch.compile, equations"] = lambda: {
-            work: equations_step(case, case.torch.compile(lookup))
-        }
-    return makers
-
-
-def measure_case(
-    report: Report, case: Case, timer: Callable[[Any], float], deadline: float, equations: bool
-) -> None:
-    """One case by every contender; who is missing or fails is named and left out."""
-    import amtl_kernels
-
-    for who, make in contenders(case, equations).items():
-        try:
-            for work, function in make().items():
-                if time.monotonic() > deadline:
-                    report.left_out[f"{who}: {work}, {case.name}"] = "out of time"
-                    continue
-                seconds = timer(function)
-                useful = case.bytes_of(work)
-                share = useful / seconds / report.copy_bandwidth
-                report.rows.append(Row(work, case.name, who, seconds, useful, share))
-        except Exception as error:
-            # A peer that fails must not cost the rest their measurement.
-            report.left_out[f"{who}, {case.name}"] = f"{type(error).__name__}: {error}"[:300]
-        finally:
-            amtl_kernels.set_backend("auto")
-
-
-def measure(report: Report, deadline: float) -> tuple[str, str]:
-    """All cases until the time is up; what is left out is named."""
-    import torch
-
-    timer = Timer(report.environment.get("l2_bytes", 0) or 1 << 26)
-    report.copy_bandwidth = copy_bandwidth(timer)
-    for plan in PLANS:
-        if time.monotonic() > deadline:
-            report.left_out[str(plan)] = "out of time"
-            continue
-        measure_case(report, Case(*plan), timer, deadline, plan == PLANS[0])
-        torch.cuda.empty_cache()
-    failed = [what for what in report.left_out if what.startswith("amtl")]
+def timings(report: Report, seconds: float) -> tuple[str, str]:
+    """Every case in a process of its own until the time is up; what is left out is named."""
+    deadline = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        for number, plan in enumerate(PLANS):
+            left = deadline - time.monotonic()
+            if left < 15:
+                report.left_out[str(plan)] = "out of time"
+                continue
+            part = Path(folder) / f"{number}.json"
+            command = [sys.executable, "-m", "bench.gpu_timings", str(number), "--part", str(part)]
+            # Cases that hang must not eat the time of the rest.
+            limit = min(left, 90.0 if number == 0 else 60.0)
+            code, text = run([*command, "--seconds", str(limit - 10)], limit)
+            adopt(report, part)
+            if code:
+                why = text.strip().splitlines()[-1] if text.strip() else ""
+                report.left_out[f"amtl, the rest of {plan}"] = f"exit {code}: {why}"
+    failed = [
+        what
+        for what, why in report.left_out.items()
+        if what.startswith("amtl") and why != "out of time"
+    ]
+    if not any(row.who == "amtl CUDA" for row in report.rows):
+        failed.append("nothing of ours was timed")
     return ("failed" if failed else "ok"), "; ".join(failed)
+
+
+def adopt(report: Report, part: Path) -> None:
+    """Takes over what the process of a case has written."""
+    if not part.exists():
+        return
+    values = json.loads(part.read_text())
+    report.rows += [Row(**row) for row in values["rows"]]
+    report.left_out |= values["left_out"]
+    report.copy_bandwidth = max(report.copy_bandwidth, values["copy_bandwidth"])
 
 
 GOALS = {
@@ -587,37 +295,78 @@ def write(report: Report, folder: Path) -> Path:
     return text
 
 
+class Clock:
+    """Shares out the time of the whole run."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds - 10
+
+    def limit(self, share: float, reserve: float) -> float:
+        """Seconds for a stage: ``share``, less where the stages after it need ``reserve``."""
+        return max(15.0, min(share, self.end - time.monotonic() - reserve))
+
+
+def stages(report: Report, clock: Clock) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
+    """Everything after the build, the cheapest and most telling first."""
+    checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
+        (
+            "tests: determinism, streams, graphs",
+            lambda: gpu_tests(["tests/cuda"], "cuda", clock.limit(90, 330)),
+        ),
+        (
+            "tests: CUDA operators",
+            lambda: gpu_tests(["tests/kernels"], "cuda", clock.limit(120, 270)),
+        ),
+    ]
+
+    def checked(tool: str, reserve: float) -> Callable[[], tuple[str, str]]:
+        return lambda: sanitizer(tool, clock.limit(75, reserve))
+
+    for tool, reserve in (("memcheck", 240.0), ("racecheck", 210.0), ("initcheck", 180.0)):
+        checks.append((f"compute-sanitizer {tool}", checked(tool, reserve)))
+    if importlib.util.find_spec("triton"):
+        folders = ["tests/kernels", "tests/triton"]
+        checks.append(
+            (
+                "tests: Triton operators",
+                lambda: gpu_tests(folders, "triton", clock.limit(120, 140)),
+            )
+        )
+    checks.append(("timings", lambda: timings(report, clock.limit(BUDGET, 0))))
+    return checks
+
+
+def run_stage(report: Report, name: str, call: Callable[[], tuple[str, str]], out: Path) -> bool:
+    """Runs a stage and writes the report as it is then; a stage that breaks has failed."""
+    start = time.monotonic()
+    try:
+        outcome, detail = call()
+    except Exception as error:
+        outcome, detail = "failed", f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - start
+    report.stages.append(Stage(name, outcome, seconds, detail))
+    print(f"{name}: {outcome} ({seconds:.0f} s)", flush=True)
+    write(report, out)
+    return outcome != "failed"
+
+
 def main() -> int:
     """Runs the stages; 0 if none failed, 3 where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="time for everything")
     options = parser.parse_args()
-    began = time.monotonic()
-    report = Report()
-
-    def left(share: float) -> float:
-        return max(20.0, min(share, began + options.seconds - 15 - time.monotonic()))
-
-    def stage(name: str, call: Callable[[], tuple[str, str]]) -> bool:
-        start = time.monotonic()
-        outcome, detail = call()
-        report.stages.append(Stage(name, outcome, time.monotonic() - start, detail))
-        print(f"{name}: {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
-        return outcome != "failed"
-
-    report.environment = environment()
+    clock = Clock(options.seconds)
+    report = Report(environment=environment())
     if "card" not in report.environment:
         print("No CUDA GPU is visible to PyTorch here; nothing was proved or measured.")
         print(json.dumps(report.environment, indent=1))
         return 3
-    if stage("build", lambda: build(report.environment["capability"])):
-        stage("tests", lambda: gpu_tests(left(150)))
-        for tool in ("memcheck", "racecheck", "initcheck"):
-            stage(f"compute-sanitizer {tool}", lambda tool=tool: sanitizer(tool, left(45)))
-        stage("timings", lambda: measure(report, began + options.seconds - 20))
-    path = write(report, options.out)
-    print(path.read_text())
+    capability = report.environment["capability"]
+    if run_stage(report, "build", lambda: build(capability, clock.limit(200, 300)), options.out):
+        for name, call in stages(report, clock):
+            run_stage(report, name, call, options.out)
+    print(write(report, options.out).read_text())
     return int(any(s.outcome == "failed" for s in report.stages))
 
 

@@ -127,7 +127,9 @@ def rates(optimizer: int, hyper: Sequence[float]) -> tuple[float, ...]:
         ``lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2`` of
         :func:`update_tile`; Adam's corrections in double precision.
     """
-    lr, eps, weight_decay, beta1, beta2, step = hyper
+    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
+    if any(stochastic):
+        raise NotImplementedError("the Triton kernels do not round stochastically")
     if optimizer != reference.ADAM:
         return lr, weight_decay, eps, 0.0, 0.0, 0.0, 0.0, 0.0
     return (

@@ -43,7 +43,7 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
   plan.second_sort = backward.mask_grad && !backward.groups_sorted;
   plan.key_bits = bits_for(rows);
   plan.group_bits = bits_for(groups);
-  plan.chunk = first_chunk(count, lanes_for(dim, vector));
+  plan.chunk = first_chunk(count, lanes_for(dim, vector), backward.type);
   plan.chunks = ceil_div(count, plan.chunk);
   plan.head_blocks = ceil_div(count, kHeadsPerBlock);
 

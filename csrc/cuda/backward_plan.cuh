@@ -10,11 +10,14 @@ namespace amtl::cuda {
 
 constexpr int kPartialChunk = 32;
 
-// Items per chunk of the first list: enough tiles for the GPU first, then long chunks.
-inline int first_chunk(std::int64_t lookups, int lanes) {
-  const std::int64_t wanted = static_cast<std::int64_t>(multiprocessors()) * 2048 / lanes;
+// Items per chunk of the first list: first enough tiles for two waves of the 512 threads that
+// registers let live on a multiprocessor, then long chunks. Every chunk leaves up to four partial
+// sums in float32 however narrow the gradient is, so narrow ones get longer chunks.
+inline int first_chunk(std::int64_t lookups, int lanes, DType type) {
+  const std::int64_t wanted = static_cast<std::int64_t>(multiprocessors()) * 1024 / lanes;
+  const int longest = type == DType::kFloat32 ? 64 : 128;
   int chunk = 8;
-  while (chunk < 64 && lookups / chunk > wanted) chunk *= 2;
+  while (chunk < longest && lookups / chunk > wanted) chunk *= 2;
   return chunk;
 }
 

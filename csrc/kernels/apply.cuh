@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   for (int column = lane * V; column < size; column += kWarp * V) {
     float g[V];
     unpack<T, V>(load_raw<Memory::kGrad, Cache::kReadOnly, V>(grad + column), g);
-    update_elements<T, S, V>(update, scales, weight, state, row, size, column, g, denominator);
+    update_elements<T, S, V>(update, scales, weight, state, size, column, g, denominator);
   }
 }
 

@@ -15,7 +15,7 @@ enum class Memory {
   kIndex = 4,    // indices, offsets, per-sample weights
   kSizes = 5,    // row_dims, row_group, group_dims
   kState = 6,    // optimizer state
-  kSorted = 7,   // sorted keys and payloads
+  kSorted = 7,   // sorted keys and payloads, distinct rows
   kPartial = 8,  // partial sums of rows or groups that span chunks
 };
 
@@ -154,14 +154,43 @@ __device__ __forceinline__ void load_floats(const float* address, float (&values
   }
 }
 
+// A thread's V columns of a row of `columns` floats, from the `lanes` threads of a tile together.
+// Threads with eight floats first swap halves with their neighbour: so each of their two
+// instructions fills whole sectors, where it would else fill every one by half.
 template <Memory kMemory, int V>
-__device__ __forceinline__ void store_floats(float* address, const float (&values)[V] AMTL_SITE) {
-  constexpr int kPiece = V < 4 ? V : 4;
+__device__ __forceinline__ void store_floats(float* row, int column, int columns,
+                                             const float (&values)[V], unsigned mask,
+                                             int lanes AMTL_SITE) {
+  if constexpr (V <= 4) {
+    if (column >= columns) return;
+    RawVector<float, V> raw;
+    memcpy(&raw, values, sizeof(raw));
+    store<kMemory>(reinterpret_cast<RawVector<float, V>*>(row + column), raw AMTL_SITE_PASS);
+  } else {
+    const bool swaps = lanes > 1;
+    const bool odd = swaps && column / V % 2 == 1;
+    float low[4];
+    float high[4];
 #pragma unroll
-  for (int p = 0; p < V; p += kPiece) {
-    RawVector<float, kPiece> raw;
-    memcpy(&raw, values + p, sizeof(raw));
-    store<kMemory>(reinterpret_cast<RawVector<float, kPiece>*>(address + p), raw AMTL_SITE_PASS);
+    for (int e = 0; e < 4; ++e) {
+      low[e] = values[e];
+      high[e] = values[e + 4];
+      if (swaps) {
+        const float other = __shfl_xor_sync(mask, odd ? low[e] : high[e], 1, lanes);
+        (odd ? low[e] : high[e]) = other;
+      }
+    }
+    const int first = odd ? column - 4 : column;
+    const int second = swaps && !odd ? column + V : column + 4;
+    RawVector<float, 4> raw;
+    memcpy(&raw, low, sizeof(raw));
+    if (first < columns) {
+      store<kMemory>(reinterpret_cast<RawVector<float, 4>*>(row + first), raw AMTL_SITE_PASS);
+    }
+    memcpy(&raw, high, sizeof(raw));
+    if (second < columns) {
+      store<kMemory>(reinterpret_cast<RawVector<float, 4>*>(row + second), raw AMTL_SITE_PASS);
+    }
   }
 }
 

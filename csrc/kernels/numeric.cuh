@@ -56,20 +56,27 @@ __device__ __forceinline__ int hash_column(std::int64_t row, std::uint32_t seed_
                           32);
 }
 
-// Rounds up or down with the probability that keeps the mean; `random` is 32 random bits.
+// Rounds to one of the two neighbours, with the probability that keeps the mean; `random` is 32
+// random bits.
 template <typename T>
 __device__ __forceinline__ T round_randomly(float value, std::uint32_t random) {
-  if constexpr (sizeof(T) == 4) {
-    return value;
-  } else {
-    const std::uint32_t bits = __float_as_uint(value);
-    // Infinity and NaN have no neighbours to choose from.
-    if ((bits & 0x7f800000u) == 0x7f800000u) return from_float<T>(value);
-    // bf16 keeps 7 bits of the mantissa, fp16 keeps 10.
-    constexpr std::uint32_t kDropped =
-        sizeof(T) == 2 && std::is_same<T, BFloat16>::value ? 0xffffu : 0x1fffu;
-    return from_float<T>(__uint_as_float((bits + (random & kDropped)) & ~kDropped));
+  static_assert(sizeof(T) == 2, "nothing is dropped from a float");
+  constexpr bool kHalf = std::is_same<T, Half>::value;
+  // bf16 keeps 7 bits of the mantissa, fp16 keeps 10.
+  constexpr std::uint32_t kDropped = kHalf ? 0x1fffu : 0xffffu;
+  constexpr std::uint32_t kLargest = kHalf ? 0x477fe000u : 0x7f7f0000u;
+  const std::uint32_t bits = __float_as_uint(value);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  // No second neighbour: from the largest number on, infinity, NaN.
+  if (magnitude >= kLargest) return from_float<T>(value);
+  if (kHalf && magnitude < 0x38800000u) {
+    // Below 2^-14 fp16 is a grid of steps of 2^-24, whatever the exponent.
+    const float scaled = fabsf(value) * 16777216.0f;
+    const float whole = floorf(scaled);
+    const bool up = static_cast<float>(random >> 8) < (scaled - whole) * 16777216.0f;
+    return from_float<T>(copysignf((up ? whole + 1.0f : whole) / 16777216.0f, value));
   }
+  return from_float<T>(__uint_as_float((bits + (random & kDropped)) & ~kDropped));
 }
 
 }  // namespace amtl

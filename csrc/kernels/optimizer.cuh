@@ -27,17 +27,24 @@ __device__ __forceinline__ std::uint64_t tier_state(const std::uint64_t* device,
   return device != nullptr ? load<Memory::kSizes>(device + tier) : given[tier];
 }
 
-// Addresses of a row's state. For row-wise Adagrad `first` is the row's single number.
+// Addresses of a row's state, and what its number, counted within its own tensor, adds to the hash
+// of stochastic rounding. For row-wise Adagrad `first` is the row's single number.
 template <typename S>
 struct StateRef {
   S* first = nullptr;
   S* second = nullptr;
+  std::uint32_t row_term = 0;
 };
+
+__device__ __forceinline__ std::uint32_t row_term(std::int64_t row) {
+  return fold(static_cast<std::uint64_t>(row)) * 0x9E3779B1u;
+}
 
 template <typename S>
 __device__ __forceinline__ StateRef<S> locate_state(const DenseTable& table, const TableView& view,
                                                     const Update& update, std::int64_t row) {
   StateRef<S> state;
+  state.row_term = row_term(row - view.first_row);
   std::int64_t offset = row;
   if (update.rule != Rule::kRowwiseAdagrad) {
     offset = (row - view.first_row) * view.dim;
@@ -58,6 +65,7 @@ __device__ __forceinline__ StateRef<S> locate_state(const TieredTable& table, co
   const int width = update.rule == Rule::kRowwiseAdagrad ? 1 : tier_width(table, tier);
   const std::int64_t offset = (row - begin) * width;
   StateRef<S> state;
+  state.row_term = row_term(row - begin);
   if (update.rule == Rule::kSgd) return state;
   state.first =
       reinterpret_cast<S*>(tier_state(update.device_tier_first, update.tier_first, tier)) + offset;
@@ -92,18 +100,22 @@ __device__ __forceinline__ float update_element(const Update& update, const Adam
 
 template <typename T, int V>
 __device__ __forceinline__ RawVector<T, V> round_weights(const Update& update,
-                                                         const float (&values)[V], std::int64_t row,
-                                                         int column) {
+                                                         const float (&values)[V],
+                                                         std::uint32_t row_term, int column) {
   if constexpr (sizeof(T) == 4) {
     return pack<T, V>(values);
   } else {
     if (!update.stochastic_rounding) return pack<T, V>(values);
+    // Fetched here rather than kept, for the sake of registers.
+    std::uint32_t seed_term = update.seed_term;
+    if (update.step != nullptr) {
+      seed_term = fold(static_cast<std::uint64_t>(load<Memory::kOther>(update.step))) * 0x85EBCA77u;
+    }
     T elements[V];
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      const std::uint32_t random = mix(fold(static_cast<std::uint64_t>(row)) * 0x9E3779B1u +
-                                       fold(update.seed) * 0x85EBCA77u +
-                                       static_cast<std::uint32_t>(column + e) * 0xC2B2AE3Du);
+      const std::uint32_t random =
+          mix(row_term + seed_term + static_cast<std::uint32_t>(column + e) * 0xC2B2AE3Du);
       elements[e] = round_randomly<T>(values[e], random);
     }
     RawVector<T, V> raw;
@@ -144,9 +156,8 @@ __device__ __forceinline__ void store_state(S* address, const float (&values)[V]
 // `denominator` is row-wise Adagrad's.
 template <typename T, typename S, int V>
 __device__ __forceinline__ void update_elements(const Update& update, const AdamScales& scales,
-                                                T* weight, StateRef<S> state, std::int64_t row,
-                                                int size, int column, const float (&grad)[V],
-                                                float denominator) {
+                                                T* weight, StateRef<S> state, int size, int column,
+                                                const float (&grad)[V], float denominator) {
   float w[V];
   float first[V];
   float second[V] = {};
@@ -166,7 +177,7 @@ __device__ __forceinline__ void update_elements(const Update& update, const Adam
       w[e] = update_element(update, scales, w[e], g, first[e], second[e]);
     }
   }
-  const auto rounded = round_weights<T, V>(update, w, row, column);
+  const auto rounded = round_weights<T, V>(update, w, state.row_term, column);
   store<Memory::kTable>(reinterpret_cast<RawVector<T, V>*>(weight + column),
                         replace_prefix<T, V>(old, rounded, size - column));
   if (update.rule == Rule::kAdagrad || update.rule == Rule::kAdam) {
@@ -179,9 +190,8 @@ __device__ __forceinline__ void update_elements(const Update& update, const Adam
 // where the rule is row-wise.
 template <typename T, typename S, int V>
 __device__ __forceinline__ void update_row(const Update& update, const AdamScales& scales,
-                                           T* weight, StateRef<S> state, std::int64_t row, int size,
-                                           int column, const float (&grad)[V], unsigned mask,
-                                           int lanes) {
+                                           T* weight, StateRef<S> state, int size, int column,
+                                           const float (&grad)[V], unsigned mask, int lanes) {
   float denominator = 0;
   if (update.rule == Rule::kRowwiseAdagrad) {
     float squares = 0;
@@ -205,7 +215,7 @@ __device__ __forceinline__ void update_row(const Update& update, const AdamScale
     denominator = sqrtf(total) + update.eps;
   }
   if (column < size) {
-    update_elements<T, S, V>(update, scales, weight, state, row, size, column, grad, denominator);
+    update_elements<T, S, V>(update, scales, weight, state, size, column, grad, denominator);
   }
 }
 

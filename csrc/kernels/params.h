@@ -92,8 +92,8 @@ struct TieredTable {
 
 enum class Rule { kSgd, kAdagrad, kRowwiseAdagrad, kAdam };
 
-// One optimizer step. Hyperparameters that depend on the step are computed by the kernel if
-// `step` points to device memory (CUDA graphs replay with new steps), else by the host.
+// One optimizer step. What depends on the step is computed by the kernel if `step` points to
+// device memory (CUDA graphs replay with new steps), else by the host.
 struct Update {
   Rule rule = Rule::kSgd;
   float lr = 0, eps = 0, weight_decay = 0, beta1 = 0, beta2 = 0;
@@ -105,7 +105,7 @@ struct Update {
   const std::int64_t* step = nullptr;
   bool narrow_state = false;         // state in the table's type, else float32
   bool stochastic_rounding = false;  // of 16-bit weights
-  std::uint64_t seed = 0;
+  std::uint32_t seed_term = 0;       // fold(step) * 0x85EBCA77, if they are rounded so
   // Dense tables: arrays shaped as the weight (row-wise Adagrad: [N]).
   void* first = nullptr;   // Adagrad: sum of squares; Adam: mean
   void* second = nullptr;  // Adam: mean of squares

@@ -131,23 +131,24 @@ struct ChunkReducer {
     } else if constexpr (kFinish == Finish::kUpdate) {
       const RowRef<T> ref = locate<T>(table, view, row);
       const StateRef<S> state = locate_state<S>(table, view, update, row);
-      update_row<T, S, V>(update, scales, ref.data, state, row, ref.size, column, sum, mask,
+      update_row<T, S, V>(update, scales, ref.data, state, ref.size, column, sum, mask,
                           shape.lanes);
-    } else if (column < table.dim) {
-      store_floats<Memory::kOutput>(out.group_grad + row * table.dim + column, sum);
+    } else {
+      store_floats<Memory::kOutput>(out.group_grad + row * table.dim, column, table.dim, sum, mask,
+                                    shape.lanes);
     }
   }
 
   __device__ __forceinline__ void end_group(unsigned flags) {
     group_flags |= flags;
-    if (column < table.dim) {
-      if (group_flags == (kBegins | kEnds)) {
-        store_floats<Memory::kOutput>(out.group_grad + group * table.dim + column, group_sum);
-      } else {
-        const std::int64_t slot = 2 * chunk + (group_flags & kBegins ? 1 : 0);
-        store_floats<Memory::kPartial>(out.groups.sums + slot * table.dim + column, group_sum);
-        write_partial(out.groups, slot, group, 0, group_flags, column == 0);
-      }
+    if (group_flags == (kBegins | kEnds)) {
+      store_floats<Memory::kOutput>(out.group_grad + group * table.dim, column, table.dim,
+                                    group_sum, mask, shape.lanes);
+    } else {
+      const std::int64_t slot = 2 * chunk + (group_flags & kBegins ? 1 : 0);
+      store_floats<Memory::kPartial>(out.groups.sums + slot * table.dim, column, table.dim,
+                                     group_sum, mask, shape.lanes);
+      write_partial(out.groups, slot, group, 0, group_flags, column == 0);
     }
 #pragma unroll
     for (int e = 0; e < V; ++e) group_sum[e] = 0;
@@ -174,9 +175,8 @@ struct ChunkReducer {
       finish_row(row, rank, view);
     } else if (out.rows.sums != nullptr) {
       const std::int64_t slot = 2 * chunk + (flags & kBegins ? 1 : 0);
-      if (column < table.dim) {
-        store_floats<Memory::kPartial>(out.rows.sums + slot * table.dim + column, sum);
-      }
+      store_floats<Memory::kPartial>(out.rows.sums + slot * table.dim, column, table.dim, sum, mask,
+                                     shape.lanes);
       write_partial(out.rows, slot, row, rank, flags, column == 0);
     }
 #pragma unroll
@@ -200,7 +200,7 @@ struct ChunkReducer {
 // also add the products of every row's weights and gradient into its group; groups must rise along
 // the list then.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, V == 1 ? 3 : 2)
     reduce_lookups_kernel(const __grid_constant__ Table table,
                           const __grid_constant__ Update update,
                           const __grid_constant__ LookupList in,

@@ -197,7 +197,7 @@ static __global__ void __launch_bounds__(kBlockThreads)
     const std::int64_t position = first + i;
     if (heads[i]) {
       const std::int64_t row = load_key(pairs, position);
-      if (rows != nullptr) store<Memory::kOutput>(rows + next, row);
+      if (rows != nullptr) store<Memory::kSorted>(rows + next, row);
       if (row_group != nullptr && position > 0) {
         falls |= load<Memory::kSizes>(row_group + row) <
                  load<Memory::kSizes>(row_group + load_key(pairs, position - 1));
@@ -228,7 +228,7 @@ static __global__ void tier_counts_kernel(const __grid_constant__ TieredTable ta
   std::int64_t high = load<Memory::kOther>(&header->distinct);
   while (low < high) {
     const std::int64_t middle = low + (high - low) / 2;
-    if (load<Memory::kOutput>(rows + middle) < end) {
+    if (load<Memory::kSorted>(rows + middle) < end) {
       low = middle + 1;
     } else {
       high = middle;
@@ -247,11 +247,11 @@ static __global__ void __launch_bounds__(kBlockThreads)
                      const std::int64_t* rows_below, std::int64_t distinct) {
   const std::int64_t u = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
   if (u >= distinct) return;
-  const std::int64_t row = load<Memory::kOutput>(rows + u);
+  const std::int64_t row = load<Memory::kSorted>(rows + u);
   const int tier = tier_of(out, row);
   const std::int64_t before = tier == 0 ? 0 : load<Memory::kOther>(rows_below + tier - 1);
   const std::int64_t begin = tier == 0 ? 0 : tier_end(out, tier - 1);
-  store<Memory::kOutput>(reinterpret_cast<std::int64_t*>(tier_base(out, tier)) + (u - before),
+  store<Memory::kSorted>(reinterpret_cast<std::int64_t*>(tier_base(out, tier)) + (u - before),
                          row - begin);
 }
 

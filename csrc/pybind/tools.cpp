@@ -192,10 +192,10 @@ Update update_of(Buffers& buffers, const py::dict& values) {
   update.log_beta2 = static_cast<float>(std::log(beta2));
   update.step_size = number(values, "step_size", 0.0f);
   update.second_scale = number(values, "second_scale", 1.0f);
-  update.step = static_cast<const std::int64_t*>(buffers.of("step", get(values, "step")));
+  update.step = static_cast<const std::int64_t*>(buffers.of("counter", get(values, "counter")));
   update.narrow_state = number(values, "narrow_state", false);
   update.stochastic_rounding = number(values, "stochastic_rounding", false);
-  update.seed = number<std::uint64_t>(values, "seed", 0);
+  update.seed_term = amtl::SeedTerm(number<std::int64_t>(values, "seed", 0));
   update.first = buffers.of("first", get(values, "first"), true);
   update.second = buffers.of("second", get(values, "second"), true);
   int c = 0;

@@ -61,8 +61,11 @@ struct CpuLookup {
   void CheckGrad(const Tensor& grad, const Tensor& like) const;
 };
 
-// Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step.
+// Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step, and maybe
+// stochastic_rounding.
 cpu::Hyper MakeHyper(const std::vector<double>& values);
+// Refuses stochastic rounding of 16-bit weights.
+void CheckRounding(bool stochastic, const Tensor& weight);
 // The memory of a state tensor, float32 [N, D], or [N] if row-wise.
 float* StateData(const Tensor& state, const Tensor& weight, const char* name, bool row_wise);
 // Number of state tensors of an update.
@@ -76,19 +79,28 @@ struct CpuOptimizer {
   cpu::Hyper hyper;
   const std::vector<Tensor>& state;
 
-  CpuOptimizer(int64_t number, const std::vector<double>& values,
-               const std::vector<Tensor>& tensors)
-      : hyper(MakeHyper(values)), state(tensors) {
+  CpuOptimizer(int64_t number, std::vector<double> values, const std::vector<Tensor>& tensors,
+               const std::vector<Tensor>& tables)
+      : state(tensors) {
     constexpr cpu::Update kByNumber[] = {cpu::Update::kSgd, cpu::Update::kAdagrad,
                                          cpu::Update::kRowWiseAdagrad, cpu::Update::kAdam};
     Check(number >= 0 && number < 4, "optimizer must be in 0..3");
     update = kByNumber[number];
+    const size_t states = tables.size() * static_cast<size_t>(StateCount(update));
+    Check(state.size() == states || state.size() == states + 1, "this optimizer has ", states,
+          " state tensors, and at most a step counter after them");
+    if (state.size() > states && values.size() > 5) {
+      Check(state.back().scalar_type() == ScalarType::Long && state.back().numel() == 1,
+            "the step counter must be one int64");
+      CheckLike(state.back(), "the step counter", tables[0]);
+      values[5] = static_cast<double>(*state.back().const_data_ptr<int64_t>());
+    }
+    hyper = MakeHyper(values);
+    CheckRounding(values.size() > 6 && values[6] != 0, tables[0]);
   }
 
   cpu::TableSlice Slice(const Tensor& weight, size_t table) const {
     const size_t count = static_cast<size_t>(StateCount(update));
-    Check(state.size() >= (table + 1) * count, "the optimizer needs ", count,
-          " state tensors for each table");
     cpu::TableSlice slice{};
     slice.weight = weight.mutable_data_ptr();
     slice.width = static_cast<int32_t>(weight.size(1));

@@ -229,7 +229,7 @@ Tensor MaskedEmbeddingUpdate(const Tensor& weight, const std::vector<Tensor>& st
   lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
   lookup.CheckGrad(grad, weight);
   const Tensor psw = PerSampleWeightGrad(lookup, weight, grad, psw_grad);
-  DenseUpdate(lookup, weight, grad, CpuOptimizer(optimizer, hyper, state), 0);
+  DenseUpdate(lookup, weight, grad, CpuOptimizer(optimizer, hyper, state, {weight}), 0);
   return psw;
 }
 
@@ -238,14 +238,14 @@ std::tuple<Tensor, Tensor> AdaptiveEmbeddingUpdate(
     const Tensor& indices, const OptionalTensor& offsets, const Tensor& row_group,
     const Tensor& group_dims, const OptionalTensor& per_sample_weights, int64_t mode,
     int64_t padding_idx, bool include_last_offset, int64_t seed, bool mask_grad, bool psw_grad,
-    int64_t optimizer, const std::vector<double>& hyper) {
+    int64_t optimizer, const std::vector<double>& hyper, bool groups_sorted) {
   CpuLookup lookup;
   lookup.SetTable(weight, indices, padding_idx);
   lookup.SetGroupSizes(weight, row_group, group_dims, seed);
   lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
   lookup.CheckGrad(grad, weight);
   const Tensor psw = PerSampleWeightGrad(lookup, weight, grad, psw_grad);
-  return {DenseUpdate(lookup, weight, grad, CpuOptimizer(optimizer, hyper, state),
+  return {DenseUpdate(lookup, weight, grad, CpuOptimizer(optimizer, hyper, state, {weight}),
                       mask_grad ? group_dims.size(0) : 0),
           psw};
 }
@@ -262,7 +262,7 @@ Tensor TieredEmbeddingUpdate(const std::vector<Tensor>& blocks, const std::vecto
   lookup.SetBags(blocks[0], offsets, per_sample_weights, mode, include_last_offset);
   lookup.CheckGrad(grad, blocks[0]);
   const Tensor psw = PerSampleWeightGrad(lookup, blocks[0], grad, psw_grad);
-  const CpuOptimizer optimizer(optimizer_number, hyper, state);
+  const CpuOptimizer optimizer(optimizer_number, hyper, state, blocks);
   std::vector<TableSlice> slices;
   int64_t start = 0;
   for (size_t c = 0; c < blocks.size(); ++c) {

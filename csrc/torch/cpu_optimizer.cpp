@@ -10,7 +10,8 @@ using cpu::TableSlice;
 using cpu::Update;
 
 Hyper MakeHyper(const std::vector<double>& values) {
-  Check(values.size() == 6, "hyper must be lr, eps, weight_decay, beta1, beta2, step");
+  Check(values.size() == 6 || values.size() == 7,
+        "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
   const double beta1 = values[3], beta2 = values[4], step = values[5];
   Check(step >= 1, "step counts from 1");
   Hyper hyper{};
@@ -25,6 +26,12 @@ Hyper MakeHyper(const std::vector<double>& values) {
   return hyper;
 }
 
+void CheckRounding(bool stochastic, const Tensor& weight) {
+  Check(!stochastic || weight.scalar_type() == ScalarType::Float,
+        "stochastic rounding of 16-bit tables is not in the CPU kernels; the reference has it: "
+        "amtl_kernels.set_backend(\"reference\")");
+}
+
 float* StateData(const Tensor& state, const Tensor& weight, const char* name, bool row_wise) {
   Check(state.scalar_type() == ScalarType::Float, name, " must be float32");
   CheckLike(state, name, weight);
@@ -36,13 +43,16 @@ float* StateData(const Tensor& state, const Tensor& weight, const char* name, bo
 
 namespace {
 
+using Seed = std::optional<int64_t>;
+
 Hyper MakeHyper(double lr, double eps, double weight_decay) {
   return amtl::MakeHyper({lr, eps, weight_decay, 0, 0, 1});
 }
 
 void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update update,
-           const Hyper& hyper, float* state1, float* state2) {
+           const Hyper& hyper, const Seed& rounding_seed, float* state1, float* state2) {
   CheckWeight(weight);
+  CheckRounding(rounding_seed.has_value(), weight);
   Check(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "rows must be int64 [U]");
   Check(grads.scalar_type() == weight.scalar_type() && grads.dim() == 2 &&
             grads.size(0) == rows.size(0) && grads.size(1) == weight.size(1),
@@ -61,28 +71,32 @@ void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update
 }
 
 void ApplySgd(const Tensor& weight, const Tensor& rows, const Tensor& grads, double lr,
-              double weight_decay) {
-  Apply(weight, rows, grads, Update::kSgd, MakeHyper(lr, 0, weight_decay), nullptr, nullptr);
+              double weight_decay, Seed rounding_seed) {
+  Apply(weight, rows, grads, Update::kSgd, MakeHyper(lr, 0, weight_decay), rounding_seed, nullptr,
+        nullptr);
 }
 
 void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
-                  const Tensor& grads, double lr, double eps, double weight_decay) {
-  Apply(weight, rows, grads, Update::kAdagrad, MakeHyper(lr, eps, weight_decay),
+                  const Tensor& grads, double lr, double eps, double weight_decay,
+                  Seed rounding_seed) {
+  Apply(weight, rows, grads, Update::kAdagrad, MakeHyper(lr, eps, weight_decay), rounding_seed,
         StateData(state_sum, weight, "state_sum", false), nullptr);
 }
 
 void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
-                         const Tensor& grads, double lr, double eps, double weight_decay) {
+                         const Tensor& grads, double lr, double eps, double weight_decay,
+                         Seed rounding_seed) {
   Apply(weight, rows, grads, Update::kRowWiseAdagrad, MakeHyper(lr, eps, weight_decay),
-        StateData(state_sum, weight, "state_sum", true), nullptr);
+        rounding_seed, StateData(state_sum, weight, "state_sum", true), nullptr);
 }
 
 void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
-               double beta2, double eps, double weight_decay) {
+               double beta2, double eps, double weight_decay, Seed rounding_seed) {
   const Hyper hyper =
       amtl::MakeHyper({lr, eps, weight_decay, beta1, beta2, static_cast<double>(step)});
-  Apply(weight, rows, grads, Update::kAdam, hyper, StateData(exp_avg, weight, "exp_avg", false),
+  Apply(weight, rows, grads, Update::kAdam, hyper, rounding_seed,
+        StateData(exp_avg, weight, "exp_avg", false),
         StateData(exp_avg_sq, weight, "exp_avg_sq", false));
 }
 

@@ -510,7 +510,7 @@ Tensor MaskedTablesUpdate(const Tensors& weights, const Tensors& row_dims, const
                           const std::vector<double>& hyper) {
   const Bags bags{indices, offsets, per_sample_weights, mode, padding_idx};
   return Update(Masked(weights, row_dims, bags), grad, DenseBlocks(weights),
-                CpuOptimizer(optimizer, hyper, state), nullptr, psw_grad);
+                CpuOptimizer(optimizer, hyper, state, weights), nullptr, psw_grad);
 }
 
 std::tuple<Tensor, Tensor> AdaptiveTablesUpdate(
@@ -522,7 +522,7 @@ std::tuple<Tensor, Tensor> AdaptiveTablesUpdate(
   const TableBatch batch = Adaptive(weights, row_groups, group_dims, seed, bags);
   const Masks masks(weights, group_dims, mask_grad);
   const Tensor psw = Update(batch, grad, DenseBlocks(weights),
-                            CpuOptimizer(optimizer, hyper, state), &masks, psw_grad);
+                            CpuOptimizer(optimizer, hyper, state, weights), &masks, psw_grad);
   return {masks.flat, psw};
 }
 
@@ -534,8 +534,8 @@ Tensor TieredTablesUpdate(const Tensors& blocks, const Ints& tier_counts, const 
                           const std::vector<double>& hyper) {
   const Bags bags{indices, offsets, per_sample_weights, mode, padding_idx};
   const Tiers tiers(blocks, tier_counts, tier_ends, embedding_dims);
-  return Update(Tiered(tiers, bags), grad, tiers.split, CpuOptimizer(optimizer, hyper, state),
-                nullptr, psw_grad);
+  return Update(Tiered(tiers, bags), grad, tiers.split,
+                CpuOptimizer(optimizer, hyper, state, blocks), nullptr, psw_grad);
 }
 
 }  // namespace

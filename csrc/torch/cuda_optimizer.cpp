@@ -3,24 +3,31 @@
 
 #include <cmath>
 
+#include "kernels/hash.h"
+
 namespace amtl {
 
 Update MakeUpdate(int64_t optimizer, const std::vector<double>& hyper) {
   Check(optimizer >= 0 && optimizer <= 3, "optimizer must be 0, 1, 2 or 3");
-  Check(hyper.size() == 6, "hyper must be lr, eps, weight_decay, beta1, beta2, step");
+  Check(hyper.size() == 6 || hyper.size() == 7,
+        "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
   constexpr Rule kRules[] = {Rule::kSgd, Rule::kAdagrad, Rule::kRowwiseAdagrad, Rule::kAdam};
+  const double beta1 = hyper[3], beta2 = hyper[4], step = hyper[5];
+  Check(step >= 1, "step counts from 1");
   Update update;
   update.rule = kRules[optimizer];
   update.lr = static_cast<float>(hyper[0]);
   update.eps = static_cast<float>(hyper[1]);
   update.weight_decay = static_cast<float>(hyper[2]);
+  update.stochastic_rounding = hyper.size() > 6 && hyper[6] != 0;
+  update.seed_term = SeedTerm(static_cast<int64_t>(step));
   if (update.rule == Rule::kAdam) {
-    const double beta1 = hyper[3], beta2 = hyper[4], step = hyper[5];
-    Check(step >= 1, "step counts from 1");
     update.beta1 = static_cast<float>(beta1);
     update.beta2 = static_cast<float>(beta2);
     update.one_minus_beta1 = static_cast<float>(1 - beta1);
     update.one_minus_beta2 = static_cast<float>(1 - beta2);
+    update.log_beta1 = static_cast<float>(std::log(beta1));
+    update.log_beta2 = static_cast<float>(std::log(beta2));
     update.step_size = static_cast<float>(hyper[0] / (1 - std::pow(beta1, step)));
     update.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
   }
@@ -56,9 +63,17 @@ void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t fir
   }
 }
 
-void CheckStates(const std::vector<Tensor>& state, size_t tables, const Update& update) {
-  const size_t count = StatesPerTable(update.rule);
-  Check(state.size() == count * tables, "this optimizer has ", count, " state tensors per table");
+void SetCounter(const std::vector<Tensor>& state, const std::vector<Tensor>& tables,
+                Update& update) {
+  const size_t states = StatesPerTable(update.rule) * tables.size();
+  Check(state.size() == states || state.size() == states + 1, "this optimizer has ", states,
+        " state tensors, and at most a step counter after them");
+  if (state.size() == states) return;
+  const Tensor& counter = state.back();
+  Check(counter.scalar_type() == ScalarType::Long && counter.numel() == 1,
+        "the step counter must be one int64");
+  CheckLike(counter, "the step counter", tables[0]);
+  update.step = counter.const_data_ptr<int64_t>();
 }
 
 void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& update,
@@ -75,7 +90,10 @@ void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& upd
 
 namespace {
 
-void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, const Update& update) {
+using Seed = std::optional<int64_t>;
+
+void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update update,
+           const Seed& rounding_seed) {
   CheckWeight(weight);
   Check(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "rows must be int64 [U]");
   Check(grads.scalar_type() == weight.scalar_type() && grads.dim() == 2 &&
@@ -83,53 +101,40 @@ void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, const 
         "grads must be [", rows.size(0), ", ", weight.size(1), "] in the type of the table");
   CheckLike(rows, "rows", weight);
   CheckLike(grads, "grads", weight);
+  update.stochastic_rounding = rounding_seed.has_value();
+  update.seed_term = SeedTerm(rounding_seed.value_or(0));
   ApplyTo(CudaContext(weight), weight, update, rows, grads);
 }
 
-Update MakeUpdate(Rule rule, double lr, double eps, double weight_decay) {
-  Update update;
-  update.rule = rule;
-  update.lr = static_cast<float>(lr);
-  update.eps = static_cast<float>(eps);
-  update.weight_decay = static_cast<float>(weight_decay);
-  return update;
-}
-
 void ApplySgd(const Tensor& weight, const Tensor& rows, const Tensor& grads, double lr,
-              double weight_decay) {
-  Apply(weight, rows, grads, MakeUpdate(Rule::kSgd, lr, 0, weight_decay));
+              double weight_decay, Seed rounding_seed) {
+  Apply(weight, rows, grads, MakeUpdate(0, {lr, 0, weight_decay, 0, 0, 1}), rounding_seed);
 }
 
 void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
-                  const Tensor& grads, double lr, double eps, double weight_decay) {
-  Update update = MakeUpdate(Rule::kAdagrad, lr, eps, weight_decay);
+                  const Tensor& grads, double lr, double eps, double weight_decay,
+                  Seed rounding_seed) {
+  Update update = MakeUpdate(1, {lr, eps, weight_decay, 0, 0, 1});
   update.first = StateData(state_sum, weight, "state_sum", update);
-  Apply(weight, rows, grads, update);
+  Apply(weight, rows, grads, update, rounding_seed);
 }
 
 void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
-                         const Tensor& grads, double lr, double eps, double weight_decay) {
-  Update update = MakeUpdate(Rule::kRowwiseAdagrad, lr, eps, weight_decay);
+                         const Tensor& grads, double lr, double eps, double weight_decay,
+                         Seed rounding_seed) {
+  Update update = MakeUpdate(2, {lr, eps, weight_decay, 0, 0, 1});
   update.first = StateData(state_sum, weight, "state_sum", update);
-  Apply(weight, rows, grads, update);
+  Apply(weight, rows, grads, update, rounding_seed);
 }
 
 void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
-               double beta2, double eps, double weight_decay) {
-  Check(step >= 1, "step counts from 1");
+               double beta2, double eps, double weight_decay, Seed rounding_seed) {
   Check(exp_avg.scalar_type() == exp_avg_sq.scalar_type(), "both states must have one type");
-  Update update = MakeUpdate(Rule::kAdam, lr, eps, weight_decay);
-  const auto count = static_cast<double>(step);
-  update.beta1 = static_cast<float>(beta1);
-  update.beta2 = static_cast<float>(beta2);
-  update.one_minus_beta1 = static_cast<float>(1 - beta1);
-  update.one_minus_beta2 = static_cast<float>(1 - beta2);
-  update.step_size = static_cast<float>(lr / (1 - std::pow(beta1, count)));
-  update.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, count)));
+  Update update = MakeUpdate(3, {lr, eps, weight_decay, beta1, beta2, static_cast<double>(step)});
   update.first = StateData(exp_avg, weight, "exp_avg", update);
   update.second = StateData(exp_avg_sq, weight, "exp_avg_sq", update);
-  Apply(weight, rows, grads, update);
+  Apply(weight, rows, grads, update, rounding_seed);
 }
 
 }  // namespace

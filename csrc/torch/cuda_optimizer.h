@@ -7,7 +7,7 @@
 
 namespace amtl {
 
-// hyper: lr, eps, weight_decay, beta1, beta2, step.
+// hyper: lr, eps, weight_decay, beta1, beta2, step, and maybe stochastic_rounding.
 Update MakeUpdate(int64_t optimizer, const std::vector<double>& hyper);
 
 // Number of state tensors of a table.
@@ -19,8 +19,9 @@ void* StateData(const Tensor& state, const Tensor& table, const char* name, Upda
 // The state of the table whose tensors begin at `state[first]`.
 void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t first, Update& update);
 
-// Checks the number of state tensors.
-void CheckStates(const std::vector<Tensor>& state, size_t tables, const Update& update);
+// Checks the number of state tensors, and takes the step counter that may follow them.
+void SetCounter(const std::vector<Tensor>& state, const std::vector<Tensor>& tables,
+                Update& update);
 
 // One step on rows [U] of a table from their gradients [U, D].
 void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& update,

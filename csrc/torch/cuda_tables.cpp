@@ -375,7 +375,7 @@ std::tuple<Tensor, Tensor> Step(CudaTables tables, const Tensors& state, const T
   tables.CheckGrad(grad);
   const CudaContext context(tables.like());
   const size_t per_block = StatesPerTable(update.rule);
-  CheckStates(state, tables.blocks.size(), update);
+  SetCounter(state, tables.blocks, update);
   for (size_t c = 0; c < tables.blocks.size(); ++c) {
     const bool narrow = update.narrow_state;
     SetStates(tables.blocks[c], state, c * per_block, update);

@@ -1,5 +1,5 @@
-// Backwards fused with an optimizer step on CUDA: no row gradients in memory, and, but for the mask
-// gradient of a table that is in no order, no wait for the GPU.
+// Backwards fused with an optimizer step on CUDA: no row gradients in memory, and no wait for the
+// GPU unless a mask gradient is asked for and nobody says whether the groups are in order.
 #include "torch/cuda_backward.h"
 #include "torch/cuda_optimizer.h"
 
@@ -21,8 +21,8 @@ bool SpansRow(const CudaLookup& lookup, const Table& table, const Tensor& grad,
 // Returns the mask gradient, or [0, D].
 Tensor DenseUpdate(const CudaContext& context, const CudaLookup& lookup, const Tensor& weight,
                    const std::vector<Tensor>& state, const Tensor& grad, bool mask_grad,
-                   Update update) {
-  CheckStates(state, 1, update);
+                   bool groups_sorted, Update update) {
+  SetCounter(state, {weight}, update);
   SetStates(weight, state, 0, update);
   if (!SpansRow(lookup, lookup.dense, grad, update)) {
     const DenseGrads out = DenseBackward(context, lookup, weight, grad, true, mask_grad);
@@ -33,12 +33,13 @@ Tensor DenseUpdate(const CudaContext& context, const CudaLookup& lookup, const T
       NewTensor(weight, {mask_grad ? lookup.dense.groups : 0, lookup.dim}, ScalarType::Float);
   cuda::Backward backward = BackwardOf(lookup, grad);
   backward.mask_grad = mask_grad;
+  backward.groups_sorted = groups_sorted;
   backward.need_rows = false;
   const Tensor workspace = NewWorkspace(backward, lookup.dense, weight);
   CheckCuda(cuda::backward_sort(backward, lookup.dense, context.stream()), "the sort of lookups");
   // A capture must not wait: it takes the way that suits every order.
-  bool unsorted = true;
-  if (mask_grad && !context.capturing()) {
+  bool unsorted = !groups_sorted;
+  if (mask_grad && unsorted && !context.capturing()) {
     cuda::BackwardHeader header;
     context.Read(&header, backward.workspace, sizeof(header));
     unsorted = header.groups_unsorted != 0;
@@ -65,7 +66,7 @@ Tensor MaskedEmbeddingUpdate(const Tensor& weight, const std::vector<Tensor>& st
   const CudaContext context(weight);
   // Before the weights change.
   const Tensor psw = PerSampleWeightGrad(context, lookup, weight, grad, psw_grad);
-  DenseUpdate(context, lookup, weight, state, grad, false, MakeUpdate(optimizer, hyper));
+  DenseUpdate(context, lookup, weight, state, grad, false, false, MakeUpdate(optimizer, hyper));
   return psw;
 }
 
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor> AdaptiveEmbeddingUpdate(
     const Tensor& indices, const OptionalTensor& offsets, const Tensor& row_group,
     const Tensor& group_dims, const OptionalTensor& per_sample_weights, int64_t mode,
     int64_t padding_idx, bool include_last_offset, int64_t seed, bool mask_grad, bool psw_grad,
-    int64_t optimizer, const std::vector<double>& hyper) {
+    int64_t optimizer, const std::vector<double>& hyper, bool groups_sorted) {
   CudaLookup lookup;
   lookup.SetTable(weight, indices, padding_idx);
   lookup.SetGroupSizes(weight, row_group, group_dims, seed);
@@ -82,8 +83,8 @@ std::tuple<Tensor, Tensor> AdaptiveEmbeddingUpdate(
   lookup.CheckGrad(grad, weight);
   const CudaContext context(weight);
   const Tensor psw = PerSampleWeightGrad(context, lookup, weight, grad, psw_grad);
-  const Tensor mask =
-      DenseUpdate(context, lookup, weight, state, grad, mask_grad, MakeUpdate(optimizer, hyper));
+  const Tensor mask = DenseUpdate(context, lookup, weight, state, grad, mask_grad, groups_sorted,
+                                  MakeUpdate(optimizer, hyper));
   return {mask, psw};
 }
 
@@ -101,7 +102,7 @@ Tensor TieredEmbeddingUpdate(const std::vector<Tensor>& blocks, const std::vecto
   const Tensor psw = PerSampleWeightGrad(context, lookup, blocks[0], grad, psw_grad);
   Update update = MakeUpdate(optimizer, hyper);
   const size_t per_tier = StatesPerTable(update.rule);
-  CheckStates(state, blocks.size(), update);
+  SetCounter(state, blocks, update);
   if (!SpansRow(lookup, lookup.tiered, grad, update)) {
     const TieredGrads out = TieredBackward(context, lookup, blocks, grad, true);
     for (size_t c = 0; c < blocks.size(); ++c) {

@@ -144,6 +144,58 @@ def test_a_fused_step_in_a_cuda_graph() -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_adam_step_counts_on(dtype: torch.dtype) -> None:
+    """Five replays are five steps: bias correction and random rounding go on, not round and round.
+
+    Groups are known to be in order from the step that warms up, so the mask gradient is summed in
+    the same order in the capture as outside of it.
+    """
+    target = torch.randn(BAGS, DIM, device="cuda").to(dtype)
+    results = []
+    for captured in (False, True):
+        v = inputs()
+        table = v["weight"].to(dtype).requires_grad_()
+        mask = torch.zeros(GROUPS, DIM, device="cuda", requires_grad=True)
+        optimizer = ak.optim.Adam(
+            [table], lr=0.01, capturable=True, stochastic_rounding=dtype != torch.float32
+        )
+
+        def one(v=v, table=table, mask=mask, optimizer=optimizer) -> None:
+            mask.grad = None
+            out = ak.fused.adaptive_embedding_bag(
+                table,
+                v["indices"],
+                v["offsets"],
+                v["row_group"],
+                v["group_dims"],
+                mask,
+                optimizer=optimizer,
+                bounds_check="off",
+            )
+            (out * target).sum().backward()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            one()
+        torch.cuda.current_stream().wait_stream(side)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                one()
+            for _ in range(5):
+                graph.replay()
+        else:
+            for _ in range(5):
+                one()
+        torch.cuda.synchronize()
+        assert int(optimizer.state[table]["step"]) == 6
+        results.append((table.detach(), mask.grad, *optimizer.state[table].values()))
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(want, got)
+
+
 def test_several_tables_in_a_cuda_graph() -> None:
     """Tables' addresses travel with the launches, so a replay needs nothing of the host."""
     tables, bags, rows = 5, 100, 300

@@ -7,6 +7,7 @@ of CPU tensors. Outputs are full of NaN before the call.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import math
@@ -340,9 +341,12 @@ def tiered_embedding_backward(
     return rows, grads, _psw(table, call, grad, dtype, psw_grad)
 
 
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+
+
 def update(rule: str, step: int = 1, **values: Any) -> dict[str, Any]:
     """An optimizer step as the tool module takes it; states as tensors."""
-    result: dict[str, Any] = {"rule": rule}
+    result: dict[str, Any] = {"rule": rule, "seed": step}
     for name, value in values.items():
         result[name] = array(value) if isinstance(value, Tensor) else value
     if rule == "adam":
@@ -351,12 +355,32 @@ def update(rule: str, step: int = 1, **values: Any) -> dict[str, Any]:
     return result
 
 
-def _apply(weight: Tensor, call: dict[str, Any], rows: Tensor, grads: Tensor) -> None:
+def _apply(
+    rule: str,
+    weight: Tensor,
+    states: tuple[Tensor, ...],
+    rows: Tensor,
+    grads: Tensor,
+    rounding_seed: int | None,
+    step: int = 1,
+    **hyper: float,
+) -> None:
+    call = update(rule, step, **dict(zip(("first", "second"), states, strict=False)), **hyper)
+    call["narrow_state"] = bool(states) and states[0].dtype != torch.float32
+    if rounding_seed is not None:
+        call |= {"stochastic_rounding": True, "seed": rounding_seed}
     tools.apply_update(NAMES[weight.dtype], dense(weight), call, array(rows), array(grads))
 
 
-def apply_sgd_(weight: Tensor, rows: Tensor, grads: Tensor, lr: float, weight_decay: float) -> None:
-    _apply(weight, update("sgd", lr=lr, weight_decay=weight_decay), rows, grads)
+def apply_sgd_(
+    weight: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    lr: float,
+    weight_decay: float,
+    rounding_seed: int | None = None,
+) -> None:
+    _apply("sgd", weight, (), rows, grads, rounding_seed, lr=lr, weight_decay=weight_decay)
 
 
 def apply_adagrad_(
@@ -367,36 +391,14 @@ def apply_adagrad_(
     lr: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
+    rule: str = "adagrad",
 ) -> None:
-    call = update(
-        "adagrad",
-        first=state_sum,
-        lr=lr,
-        eps=eps,
-        weight_decay=weight_decay,
-        narrow_state=state_sum.dtype != torch.float32,
-    )
-    _apply(weight, call, rows, grads)
+    hyper = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    _apply(rule, weight, (state_sum,), rows, grads, rounding_seed, **hyper)
 
 
-def apply_rowwise_adagrad_(
-    weight: Tensor,
-    state_sum: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    call = update(
-        "rowwise_adagrad",
-        first=state_sum,
-        lr=lr,
-        eps=eps,
-        weight_decay=weight_decay,
-        narrow_state=state_sum.dtype != torch.float32,
-    )
-    _apply(weight, call, rows, grads)
+apply_rowwise_adagrad_ = functools.partial(apply_adagrad_, rule="rowwise_adagrad")
 
 
 def apply_adam_(
@@ -411,23 +413,10 @@ def apply_adam_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
-    call = update(
-        "adam",
-        step,
-        first=exp_avg,
-        second=exp_avg_sq,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        narrow_state=exp_avg.dtype != torch.float32,
-    )
-    _apply(weight, call, rows, grads)
-
-
-RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+    hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    _apply("adam", weight, (exp_avg, exp_avg_sq), rows, grads, rounding_seed, step, **hyper)
 
 
 def _fused(
@@ -435,12 +424,23 @@ def _fused(
     dtype: torch.dtype,
     call: dict[str, Any],
     grad: Tensor,
+    state: list[Tensor],
     optimizer: int,
     hyper: list[float],
     wishes: dict[str, Any],
-    **states: Any,
 ) -> None:
-    lr, eps, weight_decay, beta1, beta2, step = hyper
+    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
+    moments = (0, 1, 1, 2)[optimizer]
+    tables = len(table.get("blocks", "1"))
+    states: dict[str, Any] = {}
+    for i in range(moments):
+        mine = [array(s) for s in state[i : tables * moments : moments]]
+        name = ("first", "second")[i]
+        states |= {"tier_" + name: mine} if "blocks" in table else {name: mine[0]}
+    if len(state) > tables * moments:
+        # What the host would have computed must not be used.
+        states |= {"counter": array(state[-1].reshape(1))}
+        step = 10**6
     values = update(
         RULES[optimizer],
         int(step),
@@ -449,6 +449,7 @@ def _fused(
         weight_decay=weight_decay,
         beta1=beta1,
         beta2=beta2,
+        stochastic_rounding=any(stochastic),
         **states,
     )
     flat = array(grad.reshape(-1, table["dim"]))
@@ -473,8 +474,7 @@ def masked_embedding_update_(
     call = lookups(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
     table = dense(weight, row_dims=row_dims)
     psw = _psw(table, call, grad, weight.dtype, psw_grad)
-    states = dict(zip(("first", "second"), state, strict=False))
-    _fused(table, weight.dtype, call, grad, optimizer, hyper, {}, **states)
+    _fused(table, weight.dtype, call, grad, state, optimizer, hyper, {})
     return psw
 
 
@@ -495,14 +495,16 @@ def adaptive_embedding_update_(
     psw_grad: bool,
     optimizer: int,
     hyper: list[float],
+    groups_sorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     call = lookups(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
     table = dense(weight, row_group=row_group, group_dims=group_dims, seed=seed)
     psw = _psw(table, call, grad, weight.dtype, psw_grad)
     mask = poisoned(group_dims.shape[0] if mask_grad else 0, weight.shape[1], dtype=torch.float32)
-    wishes = {"group_grad": array(mask), "read_header": True} if mask_grad else {}
-    states = dict(zip(("first", "second"), state, strict=False))
-    _fused(table, weight.dtype, call, grad, optimizer, hyper, wishes, **states)
+    wishes: dict[str, Any] = {"read_header": True, "groups_sorted": groups_sorted}
+    if mask_grad:
+        wishes["group_grad"] = array(mask)
+    _fused(table, weight.dtype, call, grad, state, optimizer, hyper, wishes)
     return mask, psw
 
 
@@ -525,12 +527,7 @@ def tiered_embedding_update_(
     call = lookups(indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
     table = tiered(blocks, tier_ends, embedding_dim)
     psw = _psw(table, call, grad, blocks[0].dtype, psw_grad)
-    per_tier = len(state) // len(blocks)
-    states = {
-        name: [array(s) for s in state[i::per_tier]]
-        for i, name in enumerate(("tier_first", "tier_second")[:per_tier])
-    }
-    _fused(table, blocks[0].dtype, call, grad, optimizer, hyper, {}, **states)
+    _fused(table, blocks[0].dtype, call, grad, state, optimizer, hyper, {})
     return psw
 
 
@@ -648,11 +645,12 @@ class Tables:
         hyper: list[float],
     ) -> Tensor:
         blocks = [block for table in self.table["list"] for block in table["blocks"]]
-        moments = len(state) // len(blocks)
+        moments = (0, 1, 1, 2)[optimizer]
         for i, block in enumerate(blocks):
             mine = state[i * moments : (i + 1) * moments]
             block |= {n: array(s) for n, s in zip(("first", "second"), mine, strict=False)}
-        lr, eps, weight_decay, beta1, beta2, step = hyper
+        lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
+        counter = state[len(blocks) * moments :]
         values = update(
             RULES[optimizer],
             int(step),
@@ -661,6 +659,8 @@ class Tables:
             weight_decay=weight_decay,
             beta1=beta1,
             beta2=beta2,
+            stochastic_rounding=any(stochastic),
+            **({"counter": array(counter[0].reshape(1))} if counter else {}),
         )
         wishes, masks = self.masks(mask_grad)
         try:
@@ -672,8 +672,9 @@ class Tables:
             assert RULES[optimizer] == "rowwise_adagrad" and max(self.dims) > 32
             rows, grads, flat = self.backward(grad, True, mask_grad)
             for t, weight in enumerate(self.blocks):
-                mine = values | {"first": array(state[t])}
-                _apply(weight, mine, rows[t], grads[t])
+                seed = int(counter[0] if counter else step) if any(stochastic) else None
+                rates = (lr, eps, weight_decay)
+                apply_rowwise_adagrad_(weight, state[t], rows[t], grads[t], *rates, seed)
             return flat
         return self.flat(masks)
 

@@ -27,6 +27,7 @@ from hostsim.test_kernels import Batch, RULES, test_fused_step_of_a_tiered_table
 from hostsim.test_kernels import test_a_list_of_tables_has_no_races
 from hostsim.test_kernels import test_nonsense_is_never_followed
 from hostsim.test_kernels import test_tables_in_one_call_are_the_tables_one_by_one
+from hostsim.test_rounding import test_updates_round_as_the_reference_does
 
 if "plant" in sys.argv:
     # A buffer that claims one row more than it has.
@@ -39,8 +40,8 @@ if "plant" in sys.argv:
     sys.exit("the planted overflow went unnoticed")
 
 for dtype in (torch.float32, torch.bfloat16):
-    for dim in (1, 8, 17, 129):
-        batch = Batch(dim, dtype, dim=dim, lookups=120, columns=3, sorted_groups=dim == 8)
+    for dim in (1, 8, 17, 24, 129):
+        batch = Batch(dim, dtype, dim=dim, lookups=120, columns=3, sorted_groups=dim % 8 == 0)
         batch.adaptive_backward(sim.adaptive_embedding_backward, False)
         args = (batch.indices, batch.offsets, batch.row_group, batch.group_dims)
         sim.adaptive_embedding_bag(batch.weight, *args, batch.weight, batch.psw, 1, 2, False, 5, 1)
@@ -50,6 +51,8 @@ for dtype in (torch.float32, torch.bfloat16):
         test_a_list_of_tables_has_no_races(form, dtype, (5, 1, 9))
     for rule in RULES:
         test_fused_step_of_a_tiered_table(rule, dtype=dtype, widths=(17, 5, 1), device_tiers=False)
+for dtype in (torch.float16, torch.bfloat16):
+    test_updates_round_as_the_reference_does("adam", dtype, 7)
 test_nonsense_is_never_followed()
 print("clean")
 """

@@ -147,3 +147,17 @@ def test_schedulers_reach_the_fused_step() -> None:
         table, inputs.indices, inputs.row_dims, optimizer=optimizer
     ).sum().backward()
     assert torch.equal(before, table)
+
+
+def test_the_order_of_groups_is_looked_at_once() -> None:
+    """A changed tensor is looked at again, a dead one forgotten."""
+    group = torch.tensor([0, 0, 1, 5], dtype=torch.int32)
+    assert fused._never_falls(group)
+    known = fused._orders[group]
+    assert fused._never_falls(group) and fused._orders[group] is known
+    group[1] = 7
+    assert not fused._never_falls(group)
+    before = len(fused._orders)
+    del group
+    assert len(fused._orders) == before - 1
+    assert fused._never_falls(torch.zeros(0, dtype=torch.int32))

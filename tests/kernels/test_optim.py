@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import optim
+from amtl_kernels import fused, optim
 
 N, D = 60, 17
 
@@ -170,6 +170,109 @@ def test_rows_must_ascend() -> None:
         )
     with pytest.raises(ValueError, match="strictly ascending"):
         torch.ops.amtl.apply_sgd_(torch.zeros(N, D), torch.tensor([N]), torch.ones(1, D), 0.1, 0.0)
+
+
+ROUNDING = [n for n in ("reference", "hostsim") if n in ak.build_info()["backends"]]  # type: ignore[operator]
+"""Backends without a GPU that round stochastically."""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("where", ROUNDING)
+def test_stochastic_rounding(where: str, is_fused: bool, name: str) -> None:
+    """Steps of a sixteenth of a unit move the mean by as much, and repeat bit for bit.
+
+    n weights after s steps have a mean with a standard error below ``eps / 2 sqrt(s / n)``.
+    """
+    steps, eps = 60, torch.finfo(torch.bfloat16).eps
+    options = {"lr": eps / 16, "stochastic_rounding": True}
+    if "adagrad" in name:
+        # The state stays where it starts, so that every step is one of lr.
+        options |= {"initial_accumulator_value": 1e6, "lr": eps / 16 * 1e3}
+    indices = torch.arange(N)
+    sizes = torch.full((N,), D, dtype=torch.int32)
+    results = []
+    with ak.use_backend(where):
+        for _ in range(2):
+            table = torch.ones(N, D, dtype=torch.bfloat16, requires_grad=True)
+            optimizer = OPTIMIZERS[name][0]([table], **options)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                if is_fused:
+                    out = fused.masked_embedding(table, indices, sizes, optimizer=optimizer)
+                else:
+                    out = ak.masked_embedding(table, indices, sizes)
+                out.sum().backward()
+                optimizer.step()
+            results.append(table.detach())
+            assert int(optimizer.state[table]["step"]) == steps
+    assert torch.equal(*results)
+    error = eps / 2 * (steps / (N * D)) ** 0.5
+    assert abs(results[0].double().mean() - (1 - steps * eps / 16)) < 5 * error
+
+
+def test_dense_parameters_are_rounded_stochastically_too() -> None:
+    for make, _ in OPTIMIZERS.values():
+        bias = torch.ones(4096, dtype=torch.bfloat16, requires_grad=True)
+        bias.grad = torch.ones_like(bias)
+        rate = torch.finfo(torch.bfloat16).eps / 8
+        make([bias], lr=rate, stochastic_rounding=True).step()
+        assert bias.unique().numel() == 2
+        assert abs(1 - bias.double().mean() - rate) < rate / 3
+
+
+def test_the_cpu_kernels_refuse_to_round_stochastically() -> None:
+    table = torch.ones(N, D, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = optim.SGD([table], stochastic_rounding=True)
+    indices, sizes = torch.arange(N), torch.full((N,), D, dtype=torch.int32)
+    ak.masked_embedding(table, indices, sizes).sum().backward()
+    with pytest.raises(ValueError, match=r"set_backend\(.reference.\)"):
+        optimizer.step()
+    out = fused.masked_embedding(table, indices, sizes, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"set_backend\(.reference.\)"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("where", ["auto", *ROUNDING])
+def test_steps_counted_on_the_device(where: str, is_fused: bool, name: str) -> None:
+    """``capturable`` changes where the steps are counted, not what they do."""
+    sizes = torch.full((N,), D, dtype=torch.int32)
+    results = []
+    with ak.use_backend(where):
+        for capturable in (False, True):
+            table = torch.linspace(-1, 1, N * D).reshape(N, D).requires_grad_()
+            bias = torch.ones(D, requires_grad=True)
+            optimizer = OPTIMIZERS[name][0]([table, bias], lr=0.1, capturable=capturable)
+            for indices, target in random_steps(4, "cpu"):
+                optimizer.zero_grad()
+                if is_fused:
+                    out = fused.masked_embedding(table, indices, sizes, optimizer=optimizer)
+                else:
+                    out = ak.masked_embedding(table, indices, sizes)
+                ((out + bias) * target).sum().backward()
+                optimizer.step()
+            results.append((table.detach(), bias.detach()))
+    for counted, plain in zip(*results, strict=True):
+        torch.testing.assert_close(counted, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_step_counter_survives_a_round_trip(capturable: bool) -> None:
+    table = torch.ones(N, D, requires_grad=True)
+    first = optim.Adam([table], capturable=not capturable)
+    train(first, table, random_steps(3, "cpu"), torch.full((N,), D, dtype=torch.int32))
+    saved = first.state_dict()
+    saved["param_groups"][0]["capturable"] = capturable
+    second = optim.Adam([table], capturable=capturable)
+    second.load_state_dict(saved)
+    step = second.state[table]["step"]
+    assert step.dtype == (torch.int64 if capturable else torch.float32) and int(step) == 3
+    # A state that knows nothing of these options, as older versions saved it.
+    del saved["param_groups"][0]["capturable"], saved["param_groups"][0]["stochastic_rounding"]
+    second.load_state_dict(saved)
+    assert not second.param_groups[0]["capturable"]
 
 
 @pytest.mark.parametrize(

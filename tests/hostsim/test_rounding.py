@@ -1,0 +1,224 @@
+"""Stochastic rounding of 16-bit weights: unbiased, and the same bits in kernels and reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amtl_kernels
+from amtl_kernels import reference, reference_tables, rounding
+
+from . import simulated as sim
+
+NARROW = (torch.bfloat16, torch.float16)
+ROWS, DIM = 50, 24
+
+
+def awkward(dtype: torch.dtype, count: int = 600) -> Tensor:
+    """float32 values of every magnitude that the type knows, its subnormals included."""
+    g = torch.Generator().manual_seed(1)
+    low = -140 if dtype == torch.bfloat16 else -30
+    exponents = torch.rand(count, generator=g) * (15 - low) + low
+    values = torch.randn(count, generator=g).sign() * 2.0 ** exponents.double()
+    edges = [0.0, -0.0, 1.0, -1.5, 2.0**-14, 2.0**-24, 2.0**-25, 1 + 2.0**-12]
+    return torch.cat([values.float(), torch.tensor(edges)])
+
+
+def neighbours(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The numbers of the type next below and above, both the value itself where it is one."""
+    near = values.to(dtype)
+    bits = near.view(torch.int16)
+    step = torch.where(near == 0, 1, torch.where(near > 0, 1, -1)).to(torch.int16)
+    above = torch.where(near == 0, bits.abs() * 0 + 1, bits + step).to(torch.int16).view(dtype)
+    below = torch.where(near == 0, -32767, bits - step).to(torch.int16).view(dtype)
+    low = torch.where(near.double() > values.double(), below, near)
+    high = torch.where(near.double() < values.double(), above, near)
+    return low.double(), high.double()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_rounding_is_unbiased(dtype: torch.dtype) -> None:
+    """The mean of 4,096 roundings, each to a neighbour, is within 5 standard errors of the value.
+
+    One rounding is low or high with the probabilities 1 - p and p that keep the mean, so a mean of
+    n has the standard error ``(high - low) sqrt(p (1 - p) / n)``.
+    """
+    count = 4096
+    values = awkward(dtype)
+    columns = values.numel()
+    total = torch.zeros(columns, dtype=torch.float64)
+    low, high = neighbours(values, dtype)
+    for step in range(count):
+        bits = rounding.rounding_bits(torch.tensor([7]), columns, step)
+        rounded = rounding.round_stochastically(values[None], dtype, bits)[0].double()
+        assert ((rounded == low) | (rounded == high)).all()
+        total += rounded
+    p = (values.double() - low) / (high - low).clamp(min=1e-300)
+    deviation = (high - low) * (p * (1 - p) / count).sqrt()
+    # Chances are multiples of 2^-24.
+    coarse = (high - low) * 2.0**-24
+    assert ((total / count - values.double()).abs() <= 5 * deviation + coarse).all()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_past_the_largest_number_rounding_is_to_nearest(dtype: torch.dtype) -> None:
+    top = torch.finfo(dtype).max
+    values = torch.tensor([top, -top, top * (1 + 2.0**-13), math.inf, -math.inf, math.nan])
+    bits = torch.full((1, 6), 0xFFFFFFFF)
+    rounded = rounding.round_stochastically(values[None], dtype, bits)[0]
+    torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert rounded[:3].isfinite().all()
+
+
+def states_of(rule: str, g: torch.Generator) -> list[Tensor]:
+    shapes = {"sgd": [], "adagrad": [(ROWS, DIM)], "rowwise_adagrad": [(ROWS,)]}
+    shapes["adam"] = [(ROWS, DIM)] * 2
+    return [torch.rand(shape, generator=g) for shape in shapes[rule]]
+
+
+def weight_and_grad(dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weights of many magnitudes, among them fp16 subnormals, and gradients to match."""
+    scale = 2.0 ** (-torch.arange(DIM).double())
+    weight = (torch.randn(ROWS, DIM, generator=g) * scale).to(dtype)
+    return weight, (torch.randn(ROWS, DIM, generator=g) * scale).to(dtype)
+
+
+RATES = {
+    "sgd": (1e-3, 0.01),
+    "adagrad": (1e-3, 1e-6, 0.01),
+    "rowwise_adagrad": (1e-3, 1e-6, 0.01),
+    "adam": (5, 1e-3, 0.9, 0.99, 1e-6, 0.01),
+}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("rule", sim.RULES)
+@pytest.mark.parametrize("seed", [1, 2**40 + 3])
+def test_updates_round_as_the_reference_does(rule: str, dtype: torch.dtype, seed: int) -> None:
+    g = torch.Generator().manual_seed(2)
+    weight, grads = weight_and_grad(dtype, g)
+    states = states_of(rule, g)
+    rows = torch.randperm(ROWS, generator=g)[:30].sort().values
+    grads = grads[:30].contiguous()
+    results = []
+    for implementations in (sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS):
+        w, s = weight.clone(), [state.clone() for state in states]
+        implementations[f"apply_{rule}_"](w, *s, rows, grads, *RATES[rule], seed)
+        results.append(w)
+    assert torch.equal(*results)
+    nearest = weight.clone()
+    states = [state.clone() for state in states]
+    reference.IMPLEMENTATIONS[f"apply_{rule}_"](nearest, *states, rows, grads, *RATES[rule])
+    assert not torch.equal(results[0], nearest)
+
+
+def fused_calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Every fused update with one lookup a row: sums are exact, so only rounding can differ."""
+    g = torch.Generator().manual_seed(3)
+    weight, grad = weight_and_grad(dtype, g)
+    indices = torch.randperm(ROWS, generator=g)
+    sizes = torch.randint(1, DIM + 1, (ROWS,), generator=g).int()
+    group = torch.arange(ROWS).int() // 5
+    dims = sizes[:10].contiguous()
+    ends = [20, ROWS]
+    blocks = [weight[:20].contiguous(), weight[20:, :8].contiguous()]
+    bags = (indices, None)
+    return {
+        "masked": ([weight], grad, (*bags, sizes, None, 0, -1, False, False)),
+        "adaptive": ([weight], grad, (*bags, group, dims, None, 0, -1, False, 3, True, False)),
+        "tiered": (blocks, grad, (ends, *bags, None, DIM, 0, -1, False, False)),
+    }
+
+
+def run_fused(
+    implementations: Any,
+    kind: str,
+    dtype: torch.dtype,
+    optimizer: int,
+    hyper: list[float],
+    counter: int | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    tables, grad, rest = fused_calls(dtype)[kind]
+    moments = (0, 1, 1, 2)[optimizer]
+    states = [torch.full(t.shape, 0.1) for t in tables for _ in range(moments)]
+    given = [*states] if counter is None else [*states, torch.tensor(counter)]
+    function = implementations[f"{kind}_embedding_update_"]
+    first = tables if kind == "tiered" else tables[0]
+    # The reference makes its backward and its update of other operators.
+    with amtl_kernels.use_backend("reference"):
+        function(first, given, grad, *rest, optimizer, hyper)
+    return tables, states
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
+def test_fused_updates_round_as_the_reference_does(kind: str, dtype: torch.dtype) -> None:
+    """Rows of a tier are hashed by their number in the tier, as the reference has them."""
+    hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0]
+    got, _ = run_fused(sim.IMPLEMENTATIONS, kind, dtype, 0, hyper)
+    want, _ = run_fused(reference.IMPLEMENTATIONS, kind, dtype, 0, hyper)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
+@pytest.mark.parametrize("implementations", [sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS])
+def test_a_counter_on_the_device_is_the_step(kind: str, implementations: Any) -> None:
+    """A counter takes the place of the step of ``hyper``, in rounding and in bias correction."""
+    hyper = [1e-3, 1e-6, 0.0, 0.9, 0.99, 9.0, 1.0]
+    other = [*hyper[:5], 1.0, 1.0]
+    want, _ = run_fused(implementations, kind, torch.bfloat16, 0, hyper)
+    got, _ = run_fused(implementations, kind, torch.bfloat16, 0, other, counter=9)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    want, want_states = run_fused(implementations, kind, torch.float32, 3, hyper)
+    got, got_states = run_fused(implementations, kind, torch.float32, 3, other, counter=9)
+    for a, b in zip([*got, *got_states], [*want, *want_states], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("counted", [False, True])
+def test_several_tables_round_as_the_reference_does(dtype: torch.dtype, counted: bool) -> None:
+    """Rows are hashed by their number in their own table, in one call of all as in many."""
+    results = []
+    for implementations in (sim.IMPLEMENTATIONS, reference_tables.IMPLEMENTATIONS):
+        g = torch.Generator().manual_seed(4)
+        weights, grads = zip(*(weight_and_grad(dtype, g) for _ in range(3)), strict=True)
+        sizes = [torch.randint(1, DIM + 1, (ROWS,), generator=g).int() for _ in weights]
+        indices = torch.cat([torch.randperm(ROWS, generator=g) for _ in weights])
+        bags = (indices, torch.arange(3 * ROWS + 1), None, 0, [-1] * 3)
+        step = 1.0 if counted else 9.0
+        state = [torch.tensor(9)] if counted else []
+        hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, step, 1.0]
+        with amtl_kernels.use_backend("reference"):
+            implementations["masked_embedding_bag_tables_update_"](
+                list(weights), sizes, state, torch.cat(grads, 1), *bags, False, 0, hyper
+            )
+        results.append(weights)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_sums_that_stall_to_nearest_move(dtype: torch.dtype) -> None:
+    """400 steps of an eighth of half a unit each: to nearest none moves, at random all arrive.
+
+    A weight's error is a sum of 400 roundings of at most ``eps``, so the mean of n weights has a
+    standard error below ``eps / 2 sqrt(400 / n)``; the interval is five of these.
+    """
+    steps, eps = 400, torch.finfo(dtype).eps
+    rate = eps / 16
+    weight = torch.ones(ROWS, DIM, dtype=dtype)
+    nearest = weight.clone()
+    rows, grads = torch.arange(ROWS), torch.ones(ROWS, DIM, dtype=dtype)
+    for step in range(1, steps + 1):
+        sim.apply_sgd_(weight, rows, grads, rate, 0.0, step)
+        sim.apply_sgd_(nearest, rows, grads, rate, 0.0)
+    assert torch.equal(nearest, torch.ones_like(nearest))
+    error = eps / 2 * math.sqrt(steps / weight.numel())
+    assert abs(weight.double().mean().item() - (1 - steps * rate)) < 5 * error
