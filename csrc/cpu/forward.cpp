@@ -11,8 +11,11 @@ namespace amtl::cpu {
 
 namespace {
 
-// Lookups that one task works on, and the values below which threads cost more than they bring.
-constexpr int64_t kTaskLookups = 1024;
+// Lookups that one task works on: few tasks, for each begins with memory that nobody asked for
+// ahead, but several for each thread. And the values below which threads cost more than they bring.
+constexpr int64_t kLeastTaskLookups = 1024;
+constexpr int64_t kMostTaskLookups = 8192;
+constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kSerialValues = 16384;
 // Outputs of this many bytes leave the cache before they are read again.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
@@ -170,8 +173,10 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   task.prefetch = table.rows * table.dim * BytesOf(table.type) >= kPrefetchBytes;
   const int64_t wide = (table.dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
 
-  const int64_t tasks =
-      std::max<int64_t>(1, std::min(count, (lookups + count) / (2 * kTaskLookups)));
+  const int64_t threads = std::max(1, executor.threads);
+  const int64_t size = std::clamp((lookups + count) / (2 * kTasksPerThread * threads),
+                                  kLeastTaskLookups, kMostTaskLookups);
+  const int64_t tasks = std::max<int64_t>(1, std::min(count, (lookups + count) / (2 * size)));
   const bool serial = (lookups + count) * table.dim < kSerialValues;
   const int64_t workers = serial ? 1 : std::min<int64_t>(tasks, std::max(1, executor.threads));
   float* wides = scratch.Get<float>(workers * wide);
