@@ -22,8 +22,6 @@
 
 namespace amtl::cpu::avx2 {
 namespace {
-#include "cpu/sources.inl"
-// After the above.
 #include "cpu/kernels.inl"
 }  // namespace
 }  // namespace amtl::cpu::avx2

@@ -26,8 +26,6 @@
 
 namespace amtl::cpu::avx512 {
 namespace {
-#include "cpu/sources.inl"
-// After the above.
 #include "cpu/kernels.inl"
 }  // namespace
 }  // namespace amtl::cpu::avx512

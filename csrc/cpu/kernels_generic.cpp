@@ -4,8 +4,6 @@
 
 namespace amtl::cpu::generic {
 namespace {
-#include "cpu/sources.inl"
-// After the above.
 #include "cpu/kernels.inl"
 }  // namespace
 }  // namespace amtl::cpu::generic

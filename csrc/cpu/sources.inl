@@ -1,5 +1,5 @@
 // From positions to rows: where the rows of a block of lookups lie and how much of them is kept.
-// Included by kernels_<isa>.cpp like kernels.inl.
+// A part of kernels.inl.
 //
 // A block is resolved as a whole, in short loops of fixed length over arrays, which the compiler
 // turns into vector code for each instruction set. Nothing is read outside the table: indices,
