@@ -212,14 +212,25 @@ def rates(optimizer: int, hyper: Sequence[float], counted: bool, seed: int) -> R
     If steps are ``counted`` on the device, kernels correct for them, and ``seed`` means nothing.
     """
     lr, eps, weight_decay, beta1, beta2, step = hyper[:6]
-    root, logs = 1.0, [0.0, 0.0]
+    root, log1, log2 = 1.0, 0.0, 0.0
     if optimizer == reference.ADAM and counted:
-        logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+        log1, log2 = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     elif optimizer == reference.ADAM:
         lr /= 1 - beta1**step
         root = (1 - beta2**step) ** -0.5
-    betas = (beta1, 1 - beta1, beta2, 1 - beta2)
-    return Rates(lr, weight_decay, eps, *betas, root, *logs, rounding_mix=mix_seed(seed))
+    return Rates(
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        beta1=beta1,
+        rest1=1 - beta1,
+        beta2=beta2,
+        rest2=1 - beta2,
+        inverse_root2=root,
+        log1=log1,
+        log2=log2,
+        rounding_mix=mix_seed(seed),
+    )
 
 
 def rounds(weights: Sequence[Tensor], stochastic: bool) -> bool:
