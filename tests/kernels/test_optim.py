@@ -186,7 +186,8 @@ def test_stochastic_rounding(where: str, is_fused: bool, name: str) -> None:
 
     n weights after s steps have a mean with a standard error below ``eps / 2 sqrt(s / n)``.
     """
-    steps, eps = 60, torch.finfo(torch.bfloat16).eps
+    # The interpreter takes its time.
+    steps, eps = 12 if where == "triton" else 60, torch.finfo(torch.bfloat16).eps
     options = {"lr": eps / 16, "stochastic_rounding": True}
     if "adagrad" in name:
         # The state stays where it starts, so that every step is one of lr.

@@ -122,14 +122,14 @@ def test_fused_updates(
 
 
 @pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
-@pytest.mark.parametrize("step", [1, 2, 60, 693, 1000, 10**6])
+@pytest.mark.parametrize("step", [1, 2, 7, 60, 693, 10**6])
 def test_adams_steps_counted_on_the_device(kind: str, step: int, device: str) -> None:
     """In place of the step of ``hyper``; corrections are float32, of few steps by a series."""
-    hyper = [1e-2, 1e-6, 0.0, 0.9, 0.999, 5.0]
+    hyper = [1.0, 1e-6, 0.0, 0.9, 0.999, 5.0]
     got, states = fused(OPERATORS, kind, device, torch.float32, 3, hyper, step)
     want, wanted = fused(EXPECTED, kind, "cpu", torch.float32, 3, hyper, step)
     for a, b in zip([*got, *states], [*want, *wanted], strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=3e-6, atol=1e-8)
+        torch.testing.assert_close(a.cpu(), b, rtol=3e-6, atol=5e-7)
 
 
 def test_float32_tables_are_not_rounded(device: str) -> None:
