@@ -320,13 +320,52 @@ def fbgemm(case: Case) -> dict[str, Callable[[], object]]:
     }
 
 
+def torchrec(case: Case) -> dict[str, Callable[[], object]]:
+    """TorchRec's fused collection without masks; raises ImportError where it is missing."""
+    torch, c = case.torch, case
+    if c.weight.dtype != torch.float32:
+        raise ImportError("compared in float32 only")
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig
+    from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+    from torchrec.optim import RowWiseAdagrad
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    collection: Any = FusedEmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name="table",
+                embedding_dim=c.dim,
+                num_embeddings=c.rows,
+                feature_names=["feature"],
+            )
+        ],
+        optimizer_type=RowWiseAdagrad,
+        optimizer_kwargs={"lr": HYPER[0], "eps": HYPER[1]},
+        device=torch.device(DEVICE),
+    )
+    ends = torch.tensor([c.lookups], device=DEVICE)
+    features = KeyedJaggedTensor(
+        keys=["feature"], values=c.indices, offsets=torch.cat([c.offsets, ends])
+    )
+
+    def pooled() -> object:
+        return collection(features).values().detach()
+
+    def step() -> object:
+        out = collection(features).values()
+        out.backward(c.grad)
+        return out
+
+    return {"pooled": pooled, "frozen pooled": pooled, "search step": step, "frozen step": step}
+
+
 def triton_backend(case: Case) -> dict[str, Callable[[], object]]:
     """This project's operators on its Triton kernels."""
     import amtl_kernels
 
     # Stays set until `measure` has timed what is returned here.
     amtl_kernels.set_backend("triton")
-    return {work: f for work, f in ours(case).items() if "step" not in work}
+    return ours(case)
 
 
 PLANS = [
@@ -346,6 +385,7 @@ def contenders(case: Case, with_equations: bool) -> dict[str, Callable[[], Any]]
         "amtl CUDA": lambda: ours(case),
         "PyTorch, no mask": lambda: eager(case),
         "FBGEMM, no mask": lambda: fbgemm(case),
+        "TorchRec, no mask": lambda: torchrec(case),
     }
     if with_equations:
         lookup = equations(case)

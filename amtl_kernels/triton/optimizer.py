@@ -20,6 +20,7 @@ from amtl_kernels.triton.rules import (
     bound_vector,
     load_tile,
     rates,
+    rounds,
     sum_squares,
     update_row_state,
     update_tile,
@@ -42,7 +43,7 @@ def kept_prefix(grad_ptr, at, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return size
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "rounding_mix"])
 def apply_kernel(
     weight_ptr,
     rows_ptr,
@@ -58,7 +59,11 @@ def apply_kernel(
     beta2,
     rest2,
     inverse_root2,
+    log1,
+    log2,
+    rounding_mix,
     RULE: tl.constexpr,
+    ROUND: tl.constexpr,
     D: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -67,7 +72,8 @@ def apply_kernel(
     """One step of the rows ``rows``, by their gradients.
 
     Grid (ceil(U / R)), a program owns R rows. rows [U], grad [U, D] -> weight, state, second
-    [N, D]; row-wise Adagrad's state is [N].
+    [N, D]; row-wise Adagrad's state is [N]. Nothing is counted on the device here: ``log1`` and
+    ``log2`` are not used.
     """
     at = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     live = at < num_rows
@@ -102,7 +108,10 @@ def apply_kernel(
             beta2,
             rest2,
             inverse_root2,
+            row,
+            rounding_mix.to(tl.uint32),
             RULE,
+            ROUND,
             VEC,
         )
 
@@ -114,6 +123,7 @@ def _apply(
     rows: Tensor,
     grads: Tensor,
     hyper: tuple[float, ...],
+    seed: int | None,
 ) -> None:
     dim = weight.shape[1]
     grads = grads.contiguous()
@@ -127,8 +137,9 @@ def _apply(
             grads,
             *(*state, None, None)[:2],
             rows.numel(),
-            *rates(optimizer, hyper),
+            *rates(optimizer, hyper, False, seed or 0),
             RULE=optimizer,
+            ROUND=rounds([weight], seed is not None),
             D=dim,
             VEC=bound_vector([dim], [weight, grads, *(s for s in state if s.dim() == 2)]),
             BLOCK_D=launch.block_d(dim),
@@ -136,9 +147,17 @@ def _apply(
         )
 
 
-def apply_sgd_(weight: Tensor, rows: Tensor, grads: Tensor, lr: float, weight_decay: float) -> None:
+def apply_sgd_(
+    weight: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    lr: float,
+    weight_decay: float,
+    rounding_seed: int | None = None,
+) -> None:
     """``w -= lr * (g + weight_decay * w)``."""
-    _apply(reference.SGD, weight, (), rows, grads, (lr, 0.0, weight_decay, 0.0, 0.0, 1.0))
+    hyper = (lr, 0.0, weight_decay, 0.0, 0.0, 1.0)
+    _apply(reference.SGD, weight, (), rows, grads, hyper, rounding_seed)
 
 
 def apply_adagrad_(
@@ -149,10 +168,11 @@ def apply_adagrad_(
     lr: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as ``torch.optim.Adagrad``."""
     hyper = (lr, eps, weight_decay, 0.0, 0.0, 1.0)
-    _apply(reference.ADAGRAD, weight, (state_sum,), rows, grads, hyper)
+    _apply(reference.ADAGRAD, weight, (state_sum,), rows, grads, hyper, rounding_seed)
 
 
 def apply_rowwise_adagrad_(
@@ -163,10 +183,11 @@ def apply_rowwise_adagrad_(
     lr: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """``s += mean(g^2)`` over the kept prefix, ``w -= lr * g / (sqrt(s) + eps)``; ``s`` is [N]."""
     hyper = (lr, eps, weight_decay, 0.0, 0.0, 1.0)
-    _apply(reference.ROWWISE_ADAGRAD, weight, (state_sum,), rows, grads, hyper)
+    _apply(reference.ROWWISE_ADAGRAD, weight, (state_sum,), rows, grads, hyper, rounding_seed)
 
 
 def apply_adam_(
@@ -181,10 +202,11 @@ def apply_adam_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    rounding_seed: int | None = None,
 ) -> None:
     """Lazy Adam: ``torch.optim.Adam`` at step ``step`` on the kept prefix of the touched rows."""
     hyper = (lr, eps, weight_decay, beta1, beta2, float(step))
-    _apply(reference.ADAM, weight, (exp_avg, exp_avg_sq), rows, grads, hyper)
+    _apply(reference.ADAM, weight, (exp_avg, exp_avg_sq), rows, grads, hyper, rounding_seed)
 
 
 OPERATORS: dict[str, Callable[..., object]] = {

@@ -7,14 +7,17 @@ vector store; a row belongs to one program, so nobody sees them.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels import reference
-from amtl_kernels.triton.tables import round_up
+from amtl_kernels.triton.tables import mix, mix_seed, round_up, row_term, tier_table
 
 SGD = tl.constexpr(reference.SGD)
 ADAGRAD = tl.constexpr(reference.ADAGRAD)
@@ -28,6 +31,63 @@ def load_tile(ptr, first, cols, bound):
     return tl.load(
         ptr + first[:, None] + cols[None, :], mask=cols[None, :] < bound[:, None], other=0.0
     ).to(tl.float32)
+
+
+@triton.jit
+def round_randomly(values, bits, HALF: tl.constexpr):
+    """fp32 tile moved to one of its two neighbours in fp16 (``HALF``) or bf16, by random ``bits``.
+
+    As ``rounding.round_stochastically``; numbers that a neighbour is not there for stay.
+    """
+    DROPPED: tl.constexpr = 13 if HALF else 16
+    raw = values.to(tl.uint32, bitcast=True)
+    magnitude = raw & tl.full([], 0x7FFFFFFF, tl.uint32)
+    low = bits & tl.full([], (1 << DROPPED) - 1, tl.uint32)
+    up = ((raw + low) >> DROPPED) << DROPPED
+    if HALF:
+        # Below 2^-14 fp16 is a grid of steps of 2^-24, whatever the exponent.
+        scaled = tl.where(magnitude < 0x38800000, tl.abs(values), 0.0) * 16777216.0
+        whole = tl.floor(scaled)
+        more = (bits >> 8).to(tl.float32) < (scaled - whole) * 16777216.0
+        steps = tl.where(more, whole + 1.0, whole) * (1.0 / 16777216.0)
+        signed = steps.to(tl.uint32, bitcast=True) | ((raw >> 31) << 31)
+        up = tl.where(magnitude < 0x38800000, signed, up)
+    LARGEST: tl.constexpr = 0x477FE000 if HALF else 0x7F7F0000
+    return tl.where(magnitude < LARGEST, up, raw).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def seed_of_step(seed_mix, step_ptr):
+    """The seed's part of the hash, uint32: ``seed_mix`` or, if there is one, a counter's."""
+    mixed = seed_mix.to(tl.uint32)
+    if step_ptr is not None:
+        step = tl.load(step_ptr)
+        mixed = (step ^ (step >> 32)).to(tl.uint32) * tl.full([], 0x85EBCA77, tl.uint32)
+    return mixed
+
+
+@triton.jit
+def one_minus_exp(x):
+    """``1 - e^x`` of a scalar below 0, without the digits that the subtraction would lose."""
+    near = 1.0 + x * (1.0 / 9)
+    near = 1.0 + x * (1.0 / 8) * near
+    near = 1.0 + x * (1.0 / 7) * near
+    near = 1.0 + x * (1.0 / 6) * near
+    near = 1.0 + x * (1.0 / 5) * near
+    near = 1.0 + x * (1.0 / 4) * near
+    near = 1.0 + x * (1.0 / 3) * near
+    near = 1.0 + x * (1.0 / 2) * near
+    return tl.where(x > -0.5, -x * near, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def step_rates(lr, inverse_root2, log1, log2, step_ptr, RULE: tl.constexpr):
+    """Adam's ``lr`` and ``inverse_root2``, corrected for the counter's step if there is one."""
+    if (RULE == ADAM) and (step_ptr is not None):
+        step = tl.load(step_ptr).to(tl.float32)
+        lr = lr / one_minus_exp(step * log1)
+        inverse_root2 = 1.0 / tl.sqrt(one_minus_exp(step * log2))
+    return lr, inverse_root2
 
 
 @triton.jit
@@ -79,7 +139,10 @@ def update_tile(
     beta2,
     rest2,
     inverse_root2,
+    number,
+    seed_mix,
     RULE: tl.constexpr,
+    ROUND: tl.constexpr,
     VEC: tl.constexpr,
 ):
     """One step of columns ``cols`` [C] of rows [R], of which those before ``size`` are kept.
@@ -87,6 +150,8 @@ def update_tile(
     Rows start at ``first`` in the weights and at ``state_first`` and ``second_first`` in the
     states; ``root`` [R] is row-wise Adagrad's. A row of size 0 is left alone. For Adam ``lr`` is
     ``lr / (1 - beta1^t)``, ``rest = 1 - beta`` and ``inverse_root2 = (1 - beta2^t)^-1/2``.
+    With ``ROUND`` weights are rounded by the hash of ``seed_mix`` and the rows' numbers ``number``
+    [R] within their own tensor.
     """
     bound = round_up(size, VEC)
     kept = cols[None, :] < size[:, None]
@@ -108,7 +173,12 @@ def update_tile(
         change = lr * state / (tl.sqrt(second) * inverse_root2 + eps)
     # Tiles with fewer values than threads are held several times over: as in the row's state.
     tl.debug_barrier()
-    store_tile(weight_ptr, first, cols, bound, tl.where(kept, old - change, old))
+    new = tl.where(kept, old - change, old)
+    if ROUND:
+        column = cols.to(tl.uint32) * tl.full([], 0xC2B2AE3D, tl.uint32)
+        bits = mix((row_term(number) + seed_mix)[:, None] + column[None, :])
+        new = round_randomly(new, bits, weight_ptr.dtype.element_ty == tl.float16)
+    store_tile(weight_ptr, first, cols, bound, new)
     if RULE == ADAGRAD or RULE == ADAM:  # noqa: SIM109
         store_tile(state_ptr, state_first, cols, bound, state)
     if RULE == ADAM:
@@ -120,28 +190,68 @@ def states_per_table(optimizer: int) -> int:
     return {reference.SGD: 0, reference.ADAM: 2}.get(optimizer, 1)
 
 
-def rates(optimizer: int, hyper: Sequence[float]) -> tuple[float, ...]:
-    """The kernels' scalars, from ``lr, eps, weight_decay, beta1, beta2, step``.
+class Rates(NamedTuple):
+    """The kernels' scalars, see :func:`update_tile` and :func:`step_rates`."""
 
-    Returns:
-        ``lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2`` of
-        :func:`update_tile`; Adam's corrections in double precision.
+    lr: float
+    weight_decay: float
+    eps: float
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    inverse_root2: float
+    log1: float
+    log2: float
+    rounding_mix: int
+
+
+def rates(optimizer: int, hyper: Sequence[float], counted: bool, seed: int) -> Rates:
+    """Scalars from ``lr, eps, weight_decay, beta1, beta2, step``; corrections in double precision.
+
+    If steps are ``counted`` on the device, kernels correct for them, and ``seed`` means nothing.
     """
-    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
-    if any(stochastic):
-        raise NotImplementedError("the Triton kernels do not round stochastically")
-    if optimizer != reference.ADAM:
-        return lr, weight_decay, eps, 0.0, 0.0, 0.0, 0.0, 0.0
-    return (
-        lr / (1 - beta1**step),
-        weight_decay,
-        eps,
-        beta1,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        (1 - beta2**step) ** -0.5,
+    lr, eps, weight_decay, beta1, beta2, step = hyper[:6]
+    root, log1, log2 = 1.0, 0.0, 0.0
+    if optimizer == reference.ADAM and counted:
+        log1, log2 = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    elif optimizer == reference.ADAM:
+        lr /= 1 - beta1**step
+        root = (1 - beta2**step) ** -0.5
+    return Rates(
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        beta1=beta1,
+        rest1=1 - beta1,
+        beta2=beta2,
+        rest2=1 - beta2,
+        inverse_root2=root,
+        log1=log1,
+        log2=log2,
+        rounding_mix=mix_seed(seed),
     )
+
+
+def rounds(weights: Sequence[Tensor], stochastic: bool) -> bool:
+    """Whether tables are rounded stochastically: only 16-bit ones are."""
+    return stochastic and weights[0].element_size() == 2
+
+
+def split_counter(
+    tables: int, state: Sequence[Tensor], optimizer: int
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The states, and the step counter that may follow them (None if it does not)."""
+    count = states_per_table(optimizer) * tables
+    if len(state) not in (count, count + 1):
+        raise ValueError(
+            f"this optimizer has {states_per_table(optimizer)} state tensors per table and at most "
+            f"a step counter after them, got {len(state)} for {tables} tables"
+        )
+    counter = state[count] if len(state) > count else None
+    if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1):
+        raise ValueError("the step counter must be one int64")
+    return state[:count], counter
 
 
 def bound_vector(widths: Sequence[int], tensors: Sequence[Tensor]) -> int:
@@ -156,3 +266,44 @@ def bound_vector(widths: Sequence[int], tensors: Sequence[Tensor]) -> int:
         if not any(width % lanes for width in widths):
             return lanes
     return 1
+
+
+class States:
+    """A table's optimizer state as the kernels see it.
+
+    Attributes:
+        pointers: Two tensors at which rows' states start, None where there is none.
+        tiers: Their tables of tiers, None for a dense table.
+        tensors: All state tensors that rows of values start in.
+        counter: One int64 that counts the steps, or None.
+    """
+
+    def __init__(
+        self, optimizer: int, weights: Sequence[Tensor], state: Sequence[Tensor], ends: Any
+    ) -> None:
+        state, self.counter = split_counter(len(weights), state, optimizer)
+        count = states_per_table(optimizer)
+        row_wise = optimizer == reference.ROWWISE_ADAGRAD
+        for i, tensor in enumerate(state):
+            table = weights[i // count]
+            shape = table.shape[:1] if row_wise else table.shape
+            if tensor.shape != shape or not tensor.is_contiguous():
+                raise ValueError(
+                    f"optimizer state must be contiguous and {list(shape)}, got "
+                    f"{list(tensor.shape)}"
+                )
+        if any(not weight.is_contiguous() for weight in weights):
+            raise ValueError("a table that is updated must be contiguous")
+        self.tensors = [] if row_wise else list(state)
+        self.pointers: list[Tensor | None] = [None, None]
+        self.tiers: list[Tensor | None] = [None, None]
+        for i in range(count):
+            mine = list(state[i::count])
+            if row_wise:
+                mine = [tensor[:, None] for tensor in mine]
+            if len({tensor.dtype for tensor in mine}) > 1:
+                raise ValueError("the states of blocks differ in type")
+            anchor = next((tensor for tensor in mine if tensor.numel()), mine[0])
+            self.pointers[i] = anchor
+            if ends is not None:
+                self.tiers[i] = tier_table(mine, ends, anchor, keep=True)

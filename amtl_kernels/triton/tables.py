@@ -27,14 +27,14 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 
 
 @triton.jit
-def hash_bits(row, seed_mix):
-    """uint32 of a row: two multiply-xorshift rounds, equal on all backends.
+def row_term(row):
+    """What rows [R] (int64, not negative) add to a hash, uint32."""
+    return (row ^ (row >> 32)).to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32)
 
-    row       [R] int64, not negative
-    seed_mix  scalar int32: the bits of ``fold(seed) * 0x85EBCA77``
-    """
-    x = (row ^ (row >> 32)).to(tl.uint32)
-    x = x * tl.full([], 0x9E3779B1, tl.uint32) + seed_mix.to(tl.uint32)
+
+@triton.jit
+def mix(x):
+    """Two multiply-xorshift rounds on uint32, equal on all backends."""
     x = x ^ (x >> 16)
     x = x * tl.full([], 0x85EBCA6B, tl.uint32)
     x = x ^ (x >> 13)
@@ -44,8 +44,11 @@ def hash_bits(row, seed_mix):
 
 @triton.jit
 def hash_column(row, seed_mix, Q):
-    """Column ``0..Q-1`` (int64) of a row."""
-    return (hash_bits(row, seed_mix).to(tl.int64) * Q) >> 32
+    """Column ``0..Q-1`` (int64) of rows [R].
+
+    ``seed_mix``, a scalar int32, holds the bits of ``fold(seed) * 0x85EBCA77``.
+    """
+    return (mix(row_term(row) + seed_mix.to(tl.uint32)).to(tl.int64) * Q) >> 32
 
 
 @triton.jit
@@ -76,6 +79,16 @@ def row_of_tier(row, tiers_ptr, TIERS: tl.constexpr, VEC: tl.constexpr):
     if VEC > 1:
         first = tl.multiple_of(first, VEC)
     return first, width
+
+
+@triton.jit
+def row_in_tier(row, tiers_ptr, TIERS: tl.constexpr):
+    """Rows [R] of a table of tiers, counted within their tiers."""
+    first = tl.zeros_like(row)
+    for c in tl.static_range(TIERS - 1):
+        end = tl.load(tiers_ptr + c)
+        first = tl.where(row >= end, end, first)
+    return row - first
 
 
 @triton.jit

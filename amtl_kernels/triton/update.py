@@ -3,14 +3,14 @@
 As ``reduce.py``, with a step of the optimizer where that stores a gradient: rows of one piece in
 the first pass, hot rows in the second. How many rows there are is never asked, so the host waits
 for nothing and, after one call to compile the kernels, a CUDA graph can hold all of it. The
-learning rate and Adam's step are arguments: a captured update repeats those it was captured with.
+learning rate is an argument: a captured update repeats the one it was captured with, and the step
+too, unless a counter on the device follows the states.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -34,15 +34,25 @@ from amtl_kernels.triton.rules import (
     ADAM,
     ROWWISE_ADAGRAD,
     SGD,
+    States,
     bound_vector,
     rates,
-    states_per_table,
+    rounds,
+    seed_of_step,
+    step_rates,
     sum_squares,
     update_row_state,
     update_tile,
 )
 from amtl_kernels.triton.samples import sample_grad
-from amtl_kernels.triton.tables import Table, load_prefix, locate, round_up, row_of_tier, tier_table
+from amtl_kernels.triton.tables import (
+    Table,
+    load_prefix,
+    locate,
+    round_up,
+    row_in_tier,
+    row_of_tier,
+)
 
 
 @triton.jit
@@ -84,7 +94,13 @@ def update_rows(
     beta2,
     rest2,
     inverse_root2,
+    log1,
+    log2,
+    rounding_mix,
+    step_ptr,
+    tiers_ptr,
     RULE: tl.constexpr,
+    ROUND: tl.constexpr,
     D: tl.constexpr,
     TIERS: tl.constexpr,
     VEC: tl.constexpr,
@@ -101,6 +117,13 @@ def update_rows(
     if RULE == ROWWISE_ADAGRAD:
         squares = sum_squares(weight_ptr, first, size, cols, total, weight_decay, VEC)
         root = update_row_state(state_ptr, state_first, size, squares, eps)
+    lr, inverse_root2 = step_rates(lr, inverse_root2, log1, log2, step_ptr, RULE)
+    number = row
+    rounding_seed = rounding_mix.to(tl.uint32)
+    if ROUND:
+        rounding_seed = seed_of_step(rounding_mix, step_ptr)
+        if TIERS > 0:
+            number = row_in_tier(row, tiers_ptr, TIERS)
     update_tile(
         weight_ptr,
         first,
@@ -120,14 +143,19 @@ def update_rows(
         beta2,
         rest2,
         inverse_root2,
+        number,
+        rounding_seed,
         RULE,
+        ROUND,
         VEC,
     )
 
 
-@triton.jit(
-    do_not_specialize=["seed_mix", "chunk", "num_lookups", "num_rows", "windows", "programs"]
-)
+RUN_TIME = ["seed_mix", "rounding_mix", "chunk", "num_lookups", "num_rows", "windows"]
+"""Integers that kernels are not compiled for."""
+
+
+@triton.jit(do_not_specialize=[*RUN_TIME, "programs"])
 def reduce_update_kernel(
     grad_ptr,
     source_ptr,
@@ -160,9 +188,14 @@ def reduce_update_kernel(
     beta2,
     rest2,
     inverse_root2,
+    log1,
+    log2,
+    rounding_mix,
+    step_ptr,
     HAS_SCALE: tl.constexpr,
     WRITE_MASK: tl.constexpr,
     RULE: tl.constexpr,
+    ROUND: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
@@ -244,7 +277,13 @@ def reduce_update_kernel(
         beta2,
         rest2,
         inverse_root2,
+        log1,
+        log2,
+        rounding_mix,
+        step_ptr,
+        tiers_ptr,
         RULE,
+        ROUND,
         D,
         TIERS,
         VEC,
@@ -252,9 +291,7 @@ def reduce_update_kernel(
     )
 
 
-@triton.jit(
-    do_not_specialize=["seed_mix", "chunk", "num_lookups", "num_rows", "limit", "windows", "steps"]
-)
+@triton.jit(do_not_specialize=[*RUN_TIME, "limit", "steps"])
 def combine_update_kernel(
     partial_ptr,
     keys_ptr,
@@ -281,8 +318,13 @@ def combine_update_kernel(
     beta2,
     rest2,
     inverse_root2,
+    log1,
+    log2,
+    rounding_mix,
+    step_ptr,
     GROUPED: tl.constexpr,
     RULE: tl.constexpr,
+    ROUND: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
@@ -325,7 +367,13 @@ def combine_update_kernel(
             beta2,
             rest2,
             inverse_root2,
+            log1,
+            log2,
+            rounding_mix,
+            step_ptr,
+            tiers_ptr,
             RULE,
+            ROUND,
             D,
             TIERS,
             VEC,
@@ -333,56 +381,12 @@ def combine_update_kernel(
         )
 
 
-class _States:
-    """A table's optimizer state as the kernels see it.
-
-    Attributes:
-        pointers: Two tensors at which rows' states start, None where there is none.
-        tiers: Their tables of tiers, None for a dense table.
-        tensors: All state tensors that rows of values start in.
-    """
-
-    def __init__(
-        self, optimizer: int, weights: Sequence[Tensor], state: Sequence[Tensor], ends: Any
-    ) -> None:
-        count = states_per_table(optimizer)
-        if len(state) != count * len(weights):
-            raise ValueError(
-                f"this optimizer has {count} state tensors per table, got {len(state)} for "
-                f"{len(weights)}"
-            )
-        row_wise = optimizer == reference.ROWWISE_ADAGRAD
-        for i, tensor in enumerate(state):
-            table = weights[i // count]
-            shape = table.shape[:1] if row_wise else table.shape
-            if tensor.shape != shape or not tensor.is_contiguous():
-                raise ValueError(
-                    f"optimizer state must be contiguous and {list(shape)}, got "
-                    f"{list(tensor.shape)}"
-                )
-        if any(not weight.is_contiguous() for weight in weights):
-            raise ValueError("a table that is updated must be contiguous")
-        self.tensors = [] if row_wise else list(state)
-        self.pointers: list[Tensor | None] = [None, None]
-        self.tiers: list[Tensor | None] = [None, None]
-        for i in range(count):
-            mine = list(state[i::count])
-            if row_wise:
-                mine = [tensor[:, None] for tensor in mine]
-            if len({tensor.dtype for tensor in mine}) > 1:
-                raise ValueError("the states of blocks differ in type")
-            anchor = next((tensor for tensor in mine if tensor.numel()), mine[0])
-            self.pointers[i] = anchor
-            if ends is not None:
-                self.tiers[i] = tier_table(mine, ends, anchor, keep=True)
-
-
 def _update(
     grad: Tensor,
     plan: Plan,
     table: Table,
     weights: Sequence[Tensor],
-    states: _States,
+    states: States,
     mask: Tensor | None,
     optimizer: int,
     hyper: Sequence[float],
@@ -400,8 +404,9 @@ def _update(
         "VEC": vec,
         "STATE_VEC": min([vec, *(16 // state.element_size() for state in states.tensors)]),
         "RULE": optimizer,
+        "ROUND": rounds(weights, any(hyper[6:])),
     }
-    scalars = rates(optimizer, hyper)
+    scalars = (*rates(optimizer, hyper, states.counter is not None, int(hyper[5])), states.counter)
     with launch.device_guard(grad):
         launch.launch(
             reduce_update_kernel,
@@ -486,7 +491,7 @@ def _run(
         reference.ADAM,
     ):
         raise ValueError("optimizer must be 0, 1, 2 or 3")
-    states = _States(optimizer, weights, state, ends)
+    states = States(optimizer, weights, state, ends)
     flat = indices.reshape(-1).contiguous()
     grad = grad.reshape(-1, table.dim).contiguous()
     bags = None
@@ -587,10 +592,12 @@ def adaptive_embedding_update_(
     psw_grad: bool,
     optimizer: int,
     hyper: Sequence[float],
+    groups_sorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``adaptive_embedding_backward`` and the optimizer's update of the rows.
 
-    The mask gradient is that of the weights before the update.
+    The mask gradient is that of the weights before the update. Lookups are sorted by group and row
+    in any case, so ``groups_sorted`` saves nothing here.
     """
     if _too_wide(optimizer, weight.shape[1]):
         return reference.adaptive_embedding_update_(

@@ -23,8 +23,7 @@ int elements_for(DType type, std::uint64_t addresses, std::uint64_t dims) {
 }  // namespace
 
 int vector_elements(DType type, const DenseTable& table, std::uint64_t addresses) {
-  return elements_for(type, addresses | reinterpret_cast<std::uint64_t>(table.weight),
-                      table.dim | table.map.alignment);
+  return elements_for(type, addresses | reinterpret_cast<std::uint64_t>(table.weight), table.dim);
 }
 
 int vector_elements(DType type, const TieredTable& table, std::uint64_t addresses) {

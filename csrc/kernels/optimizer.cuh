@@ -41,17 +41,12 @@ __device__ __forceinline__ std::uint32_t row_term(std::int64_t row) {
 }
 
 template <typename S>
-__device__ __forceinline__ StateRef<S> locate_state(const DenseTable& table, const TableView& view,
-                                                    const Update& update, std::int64_t row) {
+__device__ __forceinline__ StateRef<S> locate_state(const DenseTable& table,
+                                                    const TableView& /*view*/, const Update& update,
+                                                    std::int64_t row) {
   StateRef<S> state;
-  state.row_term = row_term(row - view.first_row);
-  std::int64_t offset = row;
-  if (update.rule != Rule::kRowwiseAdagrad) {
-    offset = (row - view.first_row) * view.dim;
-    if (table.map.tables != 1) {
-      offset += load<Memory::kSizes>(table.map.weight_offsets + view.table);
-    }
-  }
+  state.row_term = row_term(row);
+  const std::int64_t offset = update.rule == Rule::kRowwiseAdagrad ? row : row * table.dim;
   if (update.first != nullptr) state.first = static_cast<S*>(update.first) + offset;
   if (update.second != nullptr) state.second = static_cast<S*>(update.second) + offset;
   return state;

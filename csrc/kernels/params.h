@@ -37,19 +37,18 @@ enum ReportSlot { kBadIndex = 0, kBadOffset = 1, kBadSize = 2, kReportSlots = 3 
 // With one table all pointers are null.
 struct TableMap {
   int tables = 1;
-  std::int64_t batch = 0;                        // bags per table
-  const std::int64_t* weight_offsets = nullptr;  // [T] first element of each table
-  const std::int64_t* dim_offsets = nullptr;     // [T + 1] first output column of each table
-  const std::int64_t* row_offsets = nullptr;     // [T + 1] number of each table's first row
+  std::int64_t batch = 0;                     // bags per table
+  const std::int64_t* dim_offsets = nullptr;  // [T + 1] first output column of each table
+  const std::int64_t* row_offsets = nullptr;  // [T + 1] number of each table's first row
   // All columns, widths and first elements of tables, or-ed: what vectors must divide.
   std::uint64_t alignment = 0;
 };
 
-// Rows of D columns each, of which a prefix is kept.
+// One table with rows of D columns each, of which a prefix is kept.
 struct DenseTable {
-  void* weight = nullptr;          // [N, D], or the tables one after the other
-  std::int64_t rows = 0;           // N, over all tables
-  int dim = 0;                     // D, the largest over all tables
+  void* weight = nullptr;          // [N, D]
+  std::int64_t rows = 0;           // N
+  int dim = 0;                     // D
   const void* row_dims = nullptr;  // [N] uint8 or int32; null: sizes come from groups, or D
   const std::int32_t* row_group = nullptr;  // [N]; null: no groups
   const void* group_dims = nullptr;         // [G, Q] uint8 or int32
@@ -57,7 +56,6 @@ struct DenseTable {
   int columns = 1;                          // Q
   std::int64_t groups = 0;                  // G
   std::uint32_t seed_term = 0;              // fold(seed) * 0x85EBCA77
-  TableMap map;
 };
 
 // What a block has that is a dense table: kept sizes of its rows, or of groups of them.

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
 #pragma unroll
     for (int e = 0; e < V; ++e) sum[e] *= share;
   }
-  const std::int64_t out_row = table.map.tables == 1 ? bag : bag % table.map.batch;
+  const std::int64_t out_row = output_row(table, bag);
   store<Memory::kOutput, Cache::kStreamed>(
       reinterpret_cast<RawVector<T, V>*>(out + out_row * shape.out_stride + place.first_column +
                                          column),
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
                            threadIdx.x / shape.tile;
   if (bag >= lookups.bags) return;
   const TableView view = view_of_bag(table, bag);
-  const std::int64_t grad_row = table.map.tables == 1 ? bag : bag % table.map.batch;
+  const std::int64_t grad_row = output_row(table, bag);
   const T* delta = grad + grad_row * shape.out_stride + view.first_column;
   const int rows_per_step = shape.tile / shape.lanes;
   const int sub = lane / shape.lanes;

@@ -23,8 +23,14 @@ struct TableView {
   int dim = 0;
 };
 
-template <typename Table>
-__device__ __forceinline__ TableView view_of(const Table& table, int t) {
+__device__ __forceinline__ TableView view_of(const DenseTable& table, int /*t*/) {
+  TableView view;
+  view.rows = table.rows;
+  view.dim = table.dim;
+  return view;
+}
+
+__device__ __forceinline__ TableView view_of(const TieredTable& table, int t) {
   TableView view;
   view.table = t;
   if (table.map.tables == 1) {
@@ -40,13 +46,19 @@ __device__ __forceinline__ TableView view_of(const Table& table, int t) {
   return view;
 }
 
-template <typename Table>
-__device__ __forceinline__ TableView view_of_bag(const Table& table, std::int64_t bag) {
+__device__ __forceinline__ TableView view_of_bag(const DenseTable& table, std::int64_t /*bag*/) {
+  return view_of(table, 0);
+}
+
+__device__ __forceinline__ TableView view_of_bag(const TieredTable& table, std::int64_t bag) {
   return view_of(table, table.map.tables == 1 ? 0 : static_cast<int>(bag / table.map.batch));
 }
 
-template <typename Table>
-__device__ __forceinline__ TableView view_of_row(const Table& table, std::int64_t row) {
+__device__ __forceinline__ TableView view_of_row(const DenseTable& table, std::int64_t /*row*/) {
+  return view_of(table, 0);
+}
+
+__device__ __forceinline__ TableView view_of_row(const TieredTable& table, std::int64_t row) {
   int low = 0;
   int high = table.map.tables - 1;
   while (low < high) {
@@ -60,6 +72,15 @@ __device__ __forceinline__ TableView view_of_row(const Table& table, std::int64_
   return view_of(table, low);
 }
 
+// Row of the output that a bag belongs to.
+__device__ __forceinline__ std::int64_t output_row(const DenseTable& /*table*/, std::int64_t bag) {
+  return bag;
+}
+
+__device__ __forceinline__ std::int64_t output_row(const TieredTable& table, std::int64_t bag) {
+  return table.map.tables == 1 ? bag : bag % table.map.batch;
+}
+
 __device__ __forceinline__ int load_dims(const void* dims, std::int64_t i, bool narrow AMTL_SITE) {
   if (narrow) {
     return load<Memory::kSizes>(static_cast<const std::uint8_t*>(dims) + i AMTL_SITE_PASS);
@@ -68,36 +89,26 @@ __device__ __forceinline__ int load_dims(const void* dims, std::int64_t i, bool 
 }
 
 // The size as stored, which may be out of range.
-__device__ __forceinline__ int stored_size(const DenseTable& table, const TableView& view,
-                                           std::int64_t row) {
+__device__ __forceinline__ int stored_size(const DenseTable& table, std::int64_t row) {
   if (table.row_group != nullptr) {
     const std::int64_t group = load<Memory::kSizes>(table.row_group + row);
-    const int column =
-        table.columns == 1 ? 0 : hash_column(row - view.first_row, table.seed_term, table.columns);
+    const int column = table.columns == 1 ? 0 : hash_column(row, table.seed_term, table.columns);
     return load_dims(table.group_dims, group * table.columns + column, table.narrow_dims);
   }
   if (table.row_dims != nullptr) return load_dims(table.row_dims, row, table.narrow_dims);
-  return view.dim;
-}
-
-template <typename T>
-__device__ __forceinline__ T* row_address(const DenseTable& table, const TableView& view,
-                                          std::int64_t row) {
-  T* weight = static_cast<T*>(table.weight);
-  if (table.map.tables != 1) weight += load<Memory::kSizes>(table.map.weight_offsets + view.table);
-  return weight + (row - view.first_row) * view.dim;
+  return table.dim;
 }
 
 // `row` is numbered over all tables and must exist.
 template <typename T>
-__device__ __forceinline__ RowRef<T> locate(const DenseTable& table, const TableView& view,
+__device__ __forceinline__ RowRef<T> locate(const DenseTable& table, const TableView& /*view*/,
                                             std::int64_t row, bool* bad_size = nullptr) {
   RowRef<T> ref;
-  ref.data = row_address<T>(table, view, row);
-  ref.width = view.dim;
-  const int size = stored_size(table, view, row);
-  if (bad_size != nullptr) *bad_size = size < 1 || size > view.dim;
-  ref.size = size < 0 ? 0 : (size > view.dim ? view.dim : size);
+  ref.data = static_cast<T*>(table.weight) + row * table.dim;
+  ref.width = table.dim;
+  const int size = stored_size(table, row);
+  if (bad_size != nullptr) *bad_size = size < 1 || size > table.dim;
+  ref.size = size < 0 ? 0 : (size > table.dim ? table.dim : size);
   return ref;
 }
 

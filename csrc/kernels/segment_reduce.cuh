@@ -94,9 +94,9 @@ __device__ __forceinline__ void write_grads(const TieredTable& table, const Tabl
 
 // Address of a row's weights, all of them.
 template <typename T>
-__device__ __forceinline__ T* weights_of(const DenseTable& table, const TableView& view,
+__device__ __forceinline__ T* weights_of(const DenseTable& table, const TableView& /*view*/,
                                          std::int64_t row) {
-  return row_address<T>(table, view, row);
+  return static_cast<T*>(table.weight) + row * table.dim;
 }
 template <typename T>
 __device__ __forceinline__ T* weights_of(const TieredTable& table, const TableView& view,

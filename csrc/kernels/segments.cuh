@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (bag >= 0) range = range_of_bag(lookups, bag);
     counts = counts && bag >= 0 && position < range.end;
     if (counts) {
-      grad_row = table.map.tables == 1 ? bag : bag % table.map.batch;
+      grad_row = output_row(table, bag);
       if (lookups.mean) {
         factor = bag_share != nullptr ? load<Memory::kOther>(bag_share + bag)
                                       : 1.0f / static_cast<float>(range.end - range.begin);

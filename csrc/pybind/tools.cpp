@@ -85,20 +85,6 @@ std::size_t item_bytes(const py::handle& value) {
   return static_cast<std::size_t>(py::reinterpret_borrow<py::array>(value).itemsize());
 }
 
-amtl::TableMap map_of(Buffers& buffers, const py::dict& table) {
-  amtl::TableMap map;
-  map.tables = number(table, "tables", 1);
-  map.batch = number<std::int64_t>(table, "batch", 0);
-  const auto int64s = [&](const char* name) {
-    return static_cast<const std::int64_t*>(buffers.of(name, get(table, name)));
-  };
-  map.weight_offsets = int64s("weight_offsets");
-  map.dim_offsets = int64s("dim_offsets");
-  map.row_offsets = int64s("row_offsets");
-  map.alignment = number<std::uint64_t>(table, "alignment", 0);
-  return map;
-}
-
 DenseTable dense_of(Buffers& buffers, const py::dict& values, bool writable) {
   DenseTable table;
   table.weight = buffers.of("weight", values["weight"], writable);
@@ -113,7 +99,6 @@ DenseTable dense_of(Buffers& buffers, const py::dict& values, bool writable) {
   table.columns = number(values, "columns", 1);
   table.groups = number<std::int64_t>(values, "groups", 0);
   table.seed_term = amtl::SeedTerm(number<std::int64_t>(values, "seed", 0));
-  table.map = map_of(buffers, values);
   return table;
 }
 
@@ -124,7 +109,6 @@ TieredTable tiered_of(Buffers& buffers, const py::dict& values, bool writable) {
   const auto widths = values["widths"].cast<std::vector<int>>();
   table.tiers = static_cast<int>(ends.size());
   table.rows = ends.empty() ? 0 : ends.back();
-  table.map = map_of(buffers, values);
   int c = 0;
   for (const py::handle& block : values["blocks"]) {
     table.end[c] = ends[c];

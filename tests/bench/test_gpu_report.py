@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,16 @@ def test_every_contender_runs(ids: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     gpu_timings.measure_case(timings, case, timer, time.monotonic() + 60, ids == "zipf", save)
     gpu.adopt(report, part)
-    assert all(what.startswith("FBGEMM") for what in report.left_out), report.left_out
+    peers = {what.split(",")[0] for what in report.left_out}
+    assert peers <= {"FBGEMM", "TorchRec"}, report.left_out
+    # Who is not installed is named, never dropped.
+    timed = {row.who.split(",")[0] for row in report.rows}
+    assert {"FBGEMM", "TorchRec"} <= peers | timed
+    if find_spec("torchrec") is None:
+        assert any("torchrec" in why for why in report.left_out.values())
+    else:
+        rows = {row.work for row in report.rows if row.who == "TorchRec, no mask"}
+        assert rows == {"pooled", "frozen pooled", "search step", "frozen step"}
     works = {row.work for row in report.rows if row.who == "amtl CUDA"}
     assert works == {
         "gather",
@@ -65,6 +75,13 @@ def test_equations_are_those_of_the_operators(monkeypatch: pytest.MonkeyPatch) -
     dense = torch.zeros_like(case.weight).index_copy(0, rows, grads)
     torch.testing.assert_close(weight, dense, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mask, group_grad, rtol=1e-4, atol=1e-3)
+
+
+def test_triton_is_timed_on_everything_that_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_timings, "DEVICE", "cpu")
+    monkeypatch.setattr(amtl_kernels, "set_backend", lambda name: None)
+    case = gpu_timings.Case("zipf", "float32", 200, 8, 32, 20)
+    assert set(gpu_timings.triton_backend(case)) == set(gpu_timings.ours(case))
 
 
 def test_sanitizer_cases_run() -> None:

@@ -26,7 +26,6 @@ from hostsim import simulated as sim
 from hostsim.test_kernels import Batch, RULES, test_fused_step_of_a_tiered_table
 from hostsim.test_kernels import test_a_list_of_tables_has_no_races
 from hostsim.test_kernels import test_nonsense_is_never_followed
-from hostsim.test_kernels import test_tables_in_one_call_are_the_tables_one_by_one
 from hostsim.test_rounding import test_updates_round_as_the_reference_does
 
 if "plant" in sys.argv:
@@ -46,7 +45,6 @@ for dtype in (torch.float32, torch.bfloat16):
         args = (batch.indices, batch.offsets, batch.row_group, batch.group_dims)
         sim.adaptive_embedding_bag(batch.weight, *args, batch.weight, batch.psw, 1, 2, False, 5, 1)
         sim.masked_embedding(batch.weight, batch.indices, batch.row_dims, -1, 1)
-    test_tables_in_one_call_are_the_tables_one_by_one(dtype, (5, 1, 9), "rowwise_adagrad")
     for form in ("masked", "adaptive", "tiered"):
         test_a_list_of_tables_has_no_races(form, dtype, (5, 1, 9))
     for rule in RULES:

@@ -108,20 +108,25 @@ def test_every_kernel_is_compiled_for_every_architecture(report: list[dict[str, 
     assert {arch: sorted(kernels) for arch, kernels in found.items()} == {
         arch: sorted(REGISTERS) for arch in (80, 90, 100)
     }
-    for arch in (80, 90, 100):
-        dtypes = {
-            (entry["kernel"], entry["dtype"])
-            for entry in report
-            if entry["arch"] == arch and width(entry) == 64
-        }
-        for kernel in (
-            "gather_fwd_kernel",
-            "pooled_fwd_kernel",
-            "pooled_tables_fwd_kernel",
-            "reduce_rows_kernel",
-            "reduce_update_kernel",
-        ):
-            assert {(kernel, t) for t in ("fp32", "fp16", "bf16")} <= dtypes
+    types = ("fp32", "fp16", "bf16")
+    main = [entry for entry in report if entry["arch"] == 90 and width(entry) == 64]
+    dtypes = {(entry["kernel"], entry["dtype"]) for entry in main}
+    for kernel in (
+        "gather_fwd_kernel",
+        "pooled_fwd_kernel",
+        "pooled_tables_fwd_kernel",
+        "reduce_rows_kernel",
+        "reduce_update_kernel",
+        "apply_kernel",
+    ):
+        assert {(kernel, t) for t in types} <= dtypes
+    updates = {
+        (e["dtype"], e["constants"]["RULE"], e["constants"]["ROUND"])
+        for e in main
+        if e["kernel"] == "reduce_update_kernel"
+    }
+    rounds = {"fp32": (False,), "fp16": (False, True), "bf16": (False, True)}
+    assert updates == {(t, rule, r) for t in types for rule in range(4) for r in rounds[t]}
 
 
 def test_nothing_spills(report: list[dict[str, Any]]) -> None:

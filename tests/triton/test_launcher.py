@@ -145,7 +145,7 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
             False,
         )
         state = torch.zeros(rows, 64)
-        ops["apply_adagrad_"](weight, state, rows_out, grads, 0.1, 1e-8, 0.0)
+        ops["apply_adagrad_"](weight, state, rows_out, grads, 0.1, 1e-8, 0.0, seed + 2)
     assert sorted(loaded) == sorted(set(loaded)), loaded
     assert {"pooled_fwd_kernel", "reduce_rows_kernel", "apply_kernel"} <= set(loaded)
     loaded.clear()
@@ -156,7 +156,7 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
         state = torch.zeros(rows, 64)
         ops["adaptive_embedding_update_"](
             *(weight, [state], grad, indices, offsets, row_group, dims, None, 0, -1, False, seed),
-            *(True, False, 1, [0.1 * count, 1e-8, 0.0, 0.0, 0.0, 1.0]),
+            *(True, False, 1, [0.1 * count, 1e-8, 0.0, 0.0, 0.0, float(count), 1.0]),
         )
     assert sorted(loaded) == sorted(set(loaded)), loaded
     assert {"reduce_update_kernel", "combine_update_kernel"} <= set(loaded)

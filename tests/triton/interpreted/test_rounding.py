@@ -1,0 +1,196 @@
+"""Stochastic rounding and steps counted on the device: the reference's bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amtl_kernels as ak
+from amtl_kernels import reference, reference_tables
+from amtl_kernels.triton import backward, implementations, launch, rules
+
+OPERATORS = implementations()
+EXPECTED = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
+NARROW = [torch.float16, torch.bfloat16]
+ROWS, DIM = 40, 24
+# Of weight and gradients: from 1 down to fp16's smallest steps.
+SCALE = 2.0 ** -torch.arange(DIM).double()
+RATES: dict[str, tuple[Any, ...]] = {
+    "apply_sgd_": (1e-3, 0.01),
+    "apply_adagrad_": (1e-3, 1e-6, 0.01),
+    "apply_rowwise_adagrad_": (1e-3, 1e-6, 0.01),
+    "apply_adam_": (5, 1e-3, 0.9, 0.99, 1e-6, 0.01),
+}
+MOMENTS = {0: 0, 1: 1, 2: 1, 3: 2}
+
+
+def draw(dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    weight, grad = (torch.randn(ROWS, DIM, generator=g) * SCALE for _ in range(2))
+    # Without zeros: the reference ends a kept prefix at the last value that is none.
+    grad = torch.where(grad.to(dtype) == 0, 2.0**-20, grad)
+    return weight.to(dtype), grad.to(dtype)
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    """Bit for bit in the interpreter; a GPU fuses multiplications and additions."""
+    if launch.INTERPRETED:
+        assert torch.equal(got.cpu(), want)
+    else:
+        assert (got.cpu() != want).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("op", RATES)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("seed", [1, 2**40 + 3])
+def test_given_gradients(op: str, dtype: torch.dtype, seed: int, device: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    weight, grads = draw(dtype, g)
+    shapes = {"apply_sgd_": [], "apply_rowwise_adagrad_": [(ROWS,)], "apply_adam_": [(ROWS, DIM)]}
+    count = 2 if op == "apply_adam_" else 1
+    states = [torch.rand(s, generator=g) for s in shapes.get(op, [(ROWS, DIM)]) * count]
+    rows = torch.randperm(ROWS, generator=g)[:30].sort().values
+    got, want = weight.to(device, copy=True), weight.clone()
+    nearest = weight.to(device, copy=True)
+    for table, rounding in ((got, [seed]), (nearest, [])):
+        mine = [s.to(device, copy=True) for s in states]
+        OPERATORS[op](table, *mine, rows.to(device), grads[:30].to(device), *RATES[op], *rounding)
+    EXPECTED[op](want, *states, rows, grads[:30], *RATES[op], seed)
+    same(got, want)
+    assert not torch.equal(got, nearest)
+
+
+def fused(
+    operators: Any,
+    kind: str,
+    device: str,
+    dtype: torch.dtype,
+    rule: int,
+    hyper: list[float],
+    *end: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tables and states after an update in which each row has one lookup, so that sums are exact.
+
+    ``end`` is the counter, if there is one.
+    """
+    g = torch.Generator().manual_seed(3)
+    weight, grad = draw(dtype, g)
+    indices = torch.randperm(ROWS, generator=g).to(device)
+    sizes = torch.randint(1, DIM + 1, (ROWS,), generator=g).int().to(device)
+    group = (torch.arange(ROWS).int() // 5).to(device)
+    weight, grad = weight.to(device, copy=True), grad.to(device)
+    tables = [weight]
+    if kind == "tiered":
+        tables = [weight[:20].clone(), weight[20:32].clone(), weight[32:, :8].clone()]
+    shapes = [t.shape[:1] if rule == 2 else t.shape for t in tables for _ in range(MOMENTS[rule])]
+    states = [torch.full(shape, 0.1, device=device) for shape in shapes]
+    counter = [torch.tensor(value, device=device) for value in end]
+    given, bags = [*states, *counter], (indices, None)
+    with ak.use_backend("reference"):
+        if kind == "masked":
+            rest: tuple[Any, ...] = (*bags, sizes, None, 0, -1, False, False)
+            operators["masked_embedding_update_"](weight, given, grad, *rest, rule, hyper)
+        elif kind == "tiered":
+            rest = ([20, 32, ROWS], *bags, None, DIM, 0, -1, False, False)
+            operators["tiered_embedding_update_"](tables, given, grad, *rest, rule, hyper)
+        else:
+            rest = (*bags, group, sizes[:10].contiguous(), None, 0, -1, False, 3, True, False)
+            operators["adaptive_embedding_update_"](weight, given, grad, *rest, rule, hyper, True)
+    return tables, states
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
+@pytest.mark.parametrize("rule", MOMENTS)
+@pytest.mark.parametrize("counter", [(), (2**33 + 9,)])
+def test_fused_updates(
+    kind: str, dtype: torch.dtype, rule: int, counter: tuple[int, ...], device: str
+) -> None:
+    """Rows are hashed by their number in their own tensor, by the counter's step if there is any.
+
+    Adam's corrections for a counter differ in the last bit, and with them some roundings.
+    """
+    if counter and rule == reference.ADAM:
+        rule = reference.SGD
+    hyper = [1e-3, 1e-6, 0.0, 0.9, 0.99, 9.0, 1.0]
+    got, _ = fused(OPERATORS, kind, device, dtype, rule, hyper, *counter)
+    want, _ = fused(EXPECTED, kind, "cpu", dtype, rule, hyper, *counter)
+    for a, b in zip(got, want, strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
+@pytest.mark.parametrize("step", [1, 2, 7, 60, 693, 10**6])
+def test_adams_steps_counted_on_the_device(kind: str, step: int, device: str) -> None:
+    """In place of the step of ``hyper``; corrections are float32, of few steps by a series."""
+    hyper = [1.0, 1e-6, 0.0, 0.9, 0.999, 5.0]
+    got, states = fused(OPERATORS, kind, device, torch.float32, 3, hyper, step)
+    want, wanted = fused(EXPECTED, kind, "cpu", torch.float32, 3, hyper, step)
+    for a, b in zip([*got, *states], [*want, *wanted], strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=3e-6, atol=5e-7)
+
+
+def test_float32_tables_are_not_rounded(device: str) -> None:
+    hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, 9.0]
+    results = [
+        fused(OPERATORS, "masked", device, torch.float32, 0, [*hyper, r]) for r in (0.0, 1.0)
+    ]
+    assert torch.equal(results[0][0][0], results[1][0][0])
+
+
+def test_hot_rows_are_rounded_in_the_second_pass(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of many lookups, with gradients whose sums are exact."""
+    monkeypatch.setattr(backward, "CHUNK", 8)
+    results = []
+    for operators, where in ((OPERATORS, device), (EXPECTED, "cpu")):
+        weight = torch.ones(5, DIM, dtype=torch.bfloat16, device=where)
+        grad = torch.full((50, DIM), 2.0**-12, dtype=torch.bfloat16, device=where)
+        sizes = torch.full((5,), DIM, dtype=torch.int32, device=where)
+        indices = torch.full((50,), 3, device=where)
+        hyper = [0.25, 0.0, 0.0, 0.0, 0.0, 7.0, 1.0]
+        with ak.use_backend("reference"):
+            operators["masked_embedding_update_"](
+                weight, [], grad, indices, None, sizes, None, 0, -1, False, False, 0, hyper
+            )
+        results.append(weight.cpu())
+    assert torch.equal(*results)
+    assert results[0][3].unique().numel() == 2
+    assert results[0][:3].eq(1).all() and results[0][4].eq(1).all()
+
+
+@pytest.mark.parametrize("counter", [(), (9,)])
+def test_several_tables(counter: tuple[int, ...], device: str) -> None:
+    """One counter counts for all tables."""
+    results = []
+    for operators, where in ((OPERATORS, device), (EXPECTED, "cpu")):
+        g = torch.Generator().manual_seed(4)
+        weights, grads = zip(*(draw(torch.bfloat16, g) for _ in range(3)), strict=True)
+        tables = [w.to(where, copy=True) for w in weights]
+        sizes = [torch.randint(1, DIM + 1, (ROWS,), generator=g).int().to(where) for _ in tables]
+        indices = torch.cat([torch.randperm(ROWS, generator=g) for _ in tables]).to(where)
+        bags = (indices, torch.arange(3 * ROWS + 1, device=where), None, 0, [-1] * 3)
+        state = [torch.full((ROWS, DIM), 0.1, device=where) for _ in tables]
+        state += [torch.tensor(value, device=where) for value in counter]
+        hyper = [1e-3, 1e-6, 0.0, 0.0, 0.0, 1.0, 1.0]
+        with ak.use_backend("reference"):
+            operators["masked_embedding_bag_tables_update_"](
+                tables, sizes, state, torch.cat(grads, 1).to(where), *bags, False, 1, hyper
+            )
+        results.append(tables)
+    for got, want in zip(*results, strict=True):
+        same(got, want)
+
+
+def test_bad_counters_are_refused(device: str) -> None:
+    weight = torch.ones(4, DIM, device=device)
+    for state, message in (
+        ([weight, weight], "one int64"),
+        ([weight, torch.zeros(2, dtype=torch.int64, device=device)], "one int64"),
+        ([weight, weight, torch.tensor(1, device=device)], "at most a step counter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rules.split_counter(1, state, reference.ADAGRAD)
