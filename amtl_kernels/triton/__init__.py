@@ -25,13 +25,14 @@ distinct rows that it returns. A fused update waits for nothing and can be captu
 after one call that compiles its kernels and, for tiers, uploads where they are; ``"clamp"`` and
 ``"off"`` lookups likewise. Limits:
 
-- A captured update repeats the learning rate and Adam's step that it was captured with.
+- A captured update repeats the learning rate and Adam's step that it was captured with. With the
+  optimizers' ``capturable=True`` the host reads the step, so that nothing can be captured.
 - Row-wise Adagrad of rows wider than 1,024 values is a backward and a step, with the backward's
   wait.
 - Backwards and updates of several tables go table by table (about ten launches each) and wait once
   for where each table's lookups start, so no graph can hold them; the lookup is one launch.
   It takes sizes of one integer type and goes table by table, too, if they differ.
-- Weights round to nearest; there is no stochastic rounding.
+- Weights round to nearest; there is no stochastic rounding (``NotImplementedError``).
 
 What has been shown so far: results equal the reference under the interpreter, and every kernel
 compiles ahead of time for sm_80, sm_90 and sm_100 within its register ceiling, without spills and

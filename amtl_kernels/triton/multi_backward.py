@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amtl_kernels.reference_tables import Bags, split_tiers
 from amtl_kernels.triton import backward, launch, update
+from amtl_kernels.triton.rules import take_counter
 
 
 def _split(
@@ -161,11 +162,14 @@ def tiered_embedding_bag_tables_backward(
     return [r for found in results for r in found[0]], [g for r in results for g in r[1]], psw
 
 
-def _states(state: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
-    """Every table's own states, of as many tensors as it has blocks, times those of each block."""
+def _states(
+    state: Sequence[Tensor], counts: Sequence[int], optimizer: int, hyper: Sequence[float]
+) -> tuple[list[Sequence[Tensor]], Sequence[float]]:
+    """Each table's states, a few for every block it has, and ``hyper`` at the step counted."""
+    state, hyper = take_counter(sum(counts), state, optimizer, hyper)
     each = len(state) // max(sum(counts), 1)
     ends = list(itertools.accumulate((n * each for n in counts), initial=0))
-    return [state[a:b] for a, b in itertools.pairwise(ends)]
+    return [state[a:b] for a, b in itertools.pairwise(ends)], hyper
 
 
 def masked_embedding_bag_tables_update_(
@@ -184,7 +188,7 @@ def masked_embedding_bag_tables_update_(
 ) -> Tensor:
     """``masked_embedding_update_`` of every table."""
     columns = _columns(grad, [w.shape[1] for w in weights])
-    states = _states(state, [1] * len(weights))
+    states, hyper = _states(state, [1] * len(weights), optimizer, hyper)
     psw = [
         update.masked_embedding_update_(
             weights[b.table],
@@ -225,7 +229,7 @@ def adaptive_embedding_bag_tables_update_(
 ) -> tuple[Tensor, Tensor]:
     """``adaptive_embedding_update_`` of every table; mask gradients flat, table after table."""
     columns = _columns(grad, [w.shape[1] for w in weights])
-    states = _states(state, [1] * len(weights))
+    states, hyper = _states(state, [1] * len(weights), optimizer, hyper)
     results = [
         update.adaptive_embedding_update_(
             weights[b.table],
@@ -270,7 +274,7 @@ def tiered_embedding_bag_tables_update_(
     """``tiered_embedding_update_`` of every table."""
     columns = _columns(grad, embedding_dims)
     tables = split_tiers(list(blocks), list(tier_counts), list(tier_ends))
-    states = _states(state, tier_counts)
+    states, hyper = _states(state, tier_counts, optimizer, hyper)
     psw = []
     for b in _split(len(tables), indices, offsets, per_sample_weights, padding_idx):
         mine, ends = tables[b.table]

@@ -120,6 +120,18 @@ def states_per_table(optimizer: int) -> int:
     return {reference.SGD: 0, reference.ADAM: 2}.get(optimizer, 1)
 
 
+def take_counter(
+    tables: int, state: Sequence[Tensor], optimizer: int, hyper: Sequence[float]
+) -> tuple[Sequence[Tensor], Sequence[float]]:
+    """The state without the step counter that may follow it, and ``hyper`` with its value.
+
+    Reading it waits for the GPU.
+    """
+    if len(state) != tables * states_per_table(optimizer) + 1:
+        return state, hyper
+    return state[:-1], [*hyper[:5], float(state[-1]), *hyper[6:]]
+
+
 def rates(optimizer: int, hyper: Sequence[float]) -> tuple[float, ...]:
     """The kernels' scalars, from ``lr, eps, weight_decay, beta1, beta2, step``.
 

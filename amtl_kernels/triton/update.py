@@ -38,6 +38,7 @@ from amtl_kernels.triton.rules import (
     rates,
     states_per_table,
     sum_squares,
+    take_counter,
     update_row_state,
     update_tile,
 )
@@ -486,6 +487,7 @@ def _run(
         reference.ADAM,
     ):
         raise ValueError("optimizer must be 0, 1, 2 or 3")
+    state, hyper = take_counter(len(weights), state, optimizer, hyper)
     states = _States(optimizer, weights, state, ends)
     flat = indices.reshape(-1).contiguous()
     grad = grad.reshape(-1, table.dim).contiguous()

@@ -6,6 +6,7 @@ the kept prefix off the gradient, the fused one knows it. Weights here are drawn
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "adagrad": optim.Adagrad,
     "rowwise_adagrad": optim.RowwiseAdagrad,
     "adam": optim.Adam,
+    "adam, counting on the device": functools.partial(optim.Adam, capturable=True),
 }
 KINDS = ("masked", "masked bag", "adaptive", "adaptive bag", "tiered", "tiered bag")
 
