@@ -23,369 +23,21 @@ makes row gradients, whose number the host must know.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from amtl_kernels import ops, tables
-from amtl_kernels._autograd_tables import CLAMP, clamp_to_tables, split_masks
+from amtl_kernels import tables
+from amtl_kernels._fused_calls import (
+    Adaptive,
+    Bags,
+    Masked,
+    SeveralTables,
+    Tiered,
+    run,
+    run_tables,
+)
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
-from amtl_kernels.tables import TableBags
-
-# Tensor to its version and whether it was found never to fall.
-_orders = WeakTensorKeyDictionary()
-
-
-def _never_falls(row_group: Tensor) -> bool:
-    """Whether groups are in order along the rows: looked at once for each version of the tensor.
-
-    The look waits for the GPU, so while a CUDA graph is captured the answer is no unless known.
-    """
-    if row_group.is_inference():
-        return False
-    version, sorted_ = _orders.get(row_group, (None, False))
-    if version != row_group._version:
-        if row_group.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        sorted_ = bool((row_group[1:] >= row_group[:-1]).all())
-        _orders[row_group] = (row_group._version, sorted_)
-    return bool(sorted_)
-
-
-class _Lookup:
-    """One call: its forward, and the update that its backward makes."""
-
-    def __init__(self, tables: Sequence[Tensor], optimizer: RowOptimizer, indices: Tensor) -> None:
-        self.tables = list(tables)
-        self.optimizer = optimizer
-        self.indices = indices
-        # Fails now rather than in the backward.
-        optimizer.check_owns(self.tables)
-
-    def forward(self) -> Tensor:
-        raise NotImplementedError
-
-    def update(
-        self, grad: Tensor, mask_grad: bool, psw_grad: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        raise NotImplementedError
-
-
-class _Update(torch.autograd.Function):
-    """Connects a call to the graph through all that may need a gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: _Lookup, mask: Tensor | None, psw: Tensor | None, *tables: Tensor
-    ) -> Tensor:
-        ctx.call = call
-        ctx.mask_dtype = None if mask is None else mask.dtype
-        return call.forward()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        _, wants_mask, wants_psw, *_ = ctx.needs_input_grad
-        mask, psw = ctx.call.update(grad.contiguous(), wants_mask, wants_psw)
-        mask = mask.to(ctx.mask_dtype) if wants_mask and mask is not None else None
-        return (None, mask, psw if wants_psw else None, *[None] * len(ctx.call.tables))
-
-
-class _Bags:
-    """The pooling of a call; ``offsets`` None is a plain lookup."""
-
-    def __init__(
-        self,
-        table: Tensor,
-        indices: Tensor,
-        offsets: Tensor | None,
-        mode: str | None,
-        per_sample_weights: Tensor | None,
-        include_last_offset: bool,
-    ) -> None:
-        if mode is None:
-            self.indices = ops._check_indices(indices, table.device)
-            self.offsets, self.weights, self.mode, self.last = None, None, 0, False
-            return
-        self.indices, self.offsets, self.weights, self.mode, self.last = ops._bags(
-            table, indices, offsets, mode, per_sample_weights, include_last_offset
-        )
-
-    def used(self, rows: int, bounds_check: int) -> Tensor:
-        """The indices as the forward used them."""
-        return self.indices.clamp(0, rows - 1) if bounds_check == 2 else self.indices
-
-
-class _Masked(_Lookup):
-    def __init__(
-        self,
-        weight: Tensor,
-        optimizer: RowOptimizer,
-        row_dims: Tensor,
-        bags: _Bags,
-        padding_idx: int | None,
-        bounds_check: str,
-    ) -> None:
-        super().__init__([weight], optimizer, bags.indices)
-        ops._check_table(weight)
-        self.row_dims = ops._check_sizes(row_dims, "row_dims", weight.shape[0], weight.device, 1)
-        self.bags, self.bounds = bags, ops._bounds(bounds_check)
-        self.padding = ops._padding(padding_idx, weight.shape[0])
-
-    def forward(self) -> Tensor:
-        b, weight = self.bags, self.tables[0]
-        if b.offsets is None:
-            out = torch.ops.amtl.masked_embedding(
-                weight, b.indices, self.row_dims, self.padding, self.bounds
-            )
-        else:
-            out = torch.ops.amtl.masked_embedding_bag(
-                weight,
-                b.indices,
-                b.offsets,
-                self.row_dims,
-                b.weights,
-                b.mode,
-                self.padding,
-                b.last,
-                self.bounds,
-            )
-        return out
-
-    def update(
-        self, grad: Tensor, mask_grad: bool, psw_grad: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        b, weight = self.bags, self.tables[0]
-        number, state, hyper = self.optimizer.fused_update(self.tables)
-        psw = torch.ops.amtl.masked_embedding_update_(
-            weight,
-            state,
-            grad,
-            b.used(weight.shape[0], self.bounds),
-            b.offsets,
-            self.row_dims,
-            b.weights,
-            b.mode,
-            self.padding,
-            b.last,
-            psw_grad,
-            number,
-            hyper,
-        )
-        return None, psw
-
-
-class _Adaptive(_Lookup):
-    def __init__(
-        self,
-        weight: Tensor,
-        optimizer: RowOptimizer,
-        groups: tuple[Tensor, Tensor, Tensor],
-        bags: _Bags,
-        seed: int,
-        padding_idx: int | None,
-        bounds_check: str,
-    ) -> None:
-        super().__init__([weight], optimizer, bags.indices)
-        ops._check_table(weight)
-        self.row_group, self.group_dims = ops._check_groups(weight, *groups)
-        self.mask = groups[2]
-        self.bags, self.seed, self.bounds = bags, seed, ops._bounds(bounds_check)
-        self.padding = ops._padding(padding_idx, weight.shape[0])
-
-    def forward(self) -> Tensor:
-        b, weight = self.bags, self.tables[0]
-        groups = (self.row_group, self.group_dims, self.mask)
-        if b.offsets is None:
-            out = torch.ops.amtl.adaptive_embedding(
-                weight, b.indices, *groups, self.seed, self.padding, self.bounds
-            )
-        else:
-            out = torch.ops.amtl.adaptive_embedding_bag(
-                weight,
-                b.indices,
-                b.offsets,
-                *groups,
-                b.weights,
-                b.mode,
-                self.padding,
-                b.last,
-                self.seed,
-                self.bounds,
-            )
-        return out
-
-    def update(
-        self, grad: Tensor, mask_grad: bool, psw_grad: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        b, weight = self.bags, self.tables[0]
-        number, state, hyper = self.optimizer.fused_update(self.tables)
-        # The CPU kernels work in any order.
-        groups_sorted = mask_grad and self.row_group.is_cuda and _never_falls(self.row_group)
-        mask, psw = torch.ops.amtl.adaptive_embedding_update_(
-            weight,
-            state,
-            grad,
-            b.used(weight.shape[0], self.bounds),
-            b.offsets,
-            self.row_group,
-            self.group_dims,
-            b.weights,
-            b.mode,
-            self.padding,
-            b.last,
-            self.seed,
-            mask_grad,
-            psw_grad,
-            number,
-            hyper,
-            groups_sorted,
-        )
-        return mask, psw
-
-
-class _Tiered(_Lookup):
-    def __init__(
-        self,
-        blocks: Sequence[Tensor],
-        optimizer: RowOptimizer,
-        tier_ends: Sequence[int],
-        bags: _Bags,
-        embedding_dim: int | None,
-        padding_idx: int | None,
-        bounds_check: str,
-    ) -> None:
-        super().__init__(blocks, optimizer, bags.indices)
-        self.dim = ops._check_tiers(blocks, tier_ends, embedding_dim)
-        self.tier_ends = list(tier_ends)
-        self.bags, self.bounds = bags, ops._bounds(bounds_check)
-        self.padding = ops._padding(padding_idx, self.tier_ends[-1])
-
-    def forward(self) -> Tensor:
-        b = self.bags
-        if b.offsets is None:
-            out = torch.ops.amtl.tiered_embedding(
-                self.tables, self.tier_ends, b.indices, self.dim, self.padding, self.bounds
-            )
-        else:
-            out = torch.ops.amtl.tiered_embedding_bag(
-                self.tables,
-                self.tier_ends,
-                b.indices,
-                b.offsets,
-                b.weights,
-                self.dim,
-                b.mode,
-                self.padding,
-                b.last,
-                self.bounds,
-            )
-        return out
-
-    def update(
-        self, grad: Tensor, mask_grad: bool, psw_grad: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        b = self.bags
-        number, state, hyper = self.optimizer.fused_update(self.tables)
-        psw = torch.ops.amtl.tiered_embedding_update_(
-            self.tables,
-            state,
-            grad,
-            self.tier_ends,
-            b.used(self.tier_ends[-1], self.bounds),
-            b.offsets,
-            b.weights,
-            self.dim,
-            b.mode,
-            self.padding,
-            b.last,
-            psw_grad,
-            number,
-            hyper,
-        )
-        return None, psw
-
-
-class _Tables(_Lookup):
-    """A call of several tables: the operators' arguments before and after the masks and state."""
-
-    def __init__(
-        self,
-        op: str,
-        optimizer: RowOptimizer,
-        tables: Sequence[Tensor],
-        described: tuple[Any, ...],
-        rows: Sequence[int],
-        bags: TableBags,
-        bounds_check: str,
-        masks: Sequence[Tensor] = (),
-        seed: Sequence[int] = (),
-    ) -> None:
-        super().__init__(tables, optimizer, bags.indices)
-        self.op, self.described, self.rows, self.bags = op, described, rows, bags
-        self.bounds, self.masks, self.seed = ops._bounds(bounds_check), list(masks), seed
-
-    def forward(self) -> Tensor:
-        masks = [self.masks] if self.masks else []
-        arguments = (*self.described, *masks, *self.bags.arguments(), *self.seed, self.bounds)
-        out: Tensor = getattr(torch.ops.amtl, self.op)(self.tables, *arguments)
-        return out
-
-    def update_tables(
-        self, grad: Tensor, mask_grad: bool, psw_grad: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        number, state, hyper = self.optimizer.fused_update(self.tables)
-        indices, *bags = self.bags.arguments()
-        if self.bounds == CLAMP:
-            indices = clamp_to_tables(indices, self.bags.offsets, self.rows)
-        wants = (mask_grad, psw_grad) if self.masks else (psw_grad,)
-        update = getattr(torch.ops.amtl, f"{self.op}_update_")
-        found = update(
-            *(self.tables, *self.described, state, grad, indices, *bags, *self.seed),
-            *(*wants, number, hyper),
-        )
-        if not self.masks:
-            return [], found
-        flat, psw = found
-        if not mask_grad:
-            return [], psw
-        return split_masks(flat, self.described[1], [t.shape[1] for t in self.tables]), psw
-
-
-class _UpdateTables(torch.autograd.Function):
-    """As :class:`_Update`, with one mask for each table, or none."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Tables, psw: Tensor | None, *masks_and_tables: Tensor) -> Tensor:
-        ctx.call = call
-        return call.forward()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        call = ctx.call
-        _, wants_psw, *rest = ctx.needs_input_grad
-        wanted = rest[: len(call.masks)]
-        found, psw = call.update_tables(grad.contiguous(), any(wanted), wants_psw)
-        masks = [None] * len(call.masks)
-        if found:
-            pairs = zip(found, call.masks, wanted, strict=True)
-            masks = [got.to(mask.dtype) if wants else None for got, mask, wants in pairs]
-        return (None, psw if wants_psw else None, *masks, *[None] * len(call.tables))
-
-
-def _run_tables(call: _Tables) -> Tensor:
-    psw = call.bags.per_sample_weights
-    out: Tensor = _UpdateTables.apply(call, psw, *call.masks, *call.tables)
-    return out
-
-
-def _run(call: _Lookup, mask: Tensor | None, psw: Tensor | None) -> Tensor:
-    out: Tensor = _Update.apply(call, mask, psw, *call.tables)
-    return out
 
 
 def masked_embedding(
@@ -413,8 +65,8 @@ def masked_embedding(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = _Bags(weight, indices, None, None, None, False)
-    return _run(_Masked(weight, optimizer, row_dims, bags, padding_idx, bounds_check), None, None)
+    bags = Bags(weight, indices, None, None, None, False)
+    return run(Masked(weight, optimizer, row_dims, bags, padding_idx, bounds_check), None, None)
 
 
 def masked_embedding_bag(
@@ -450,9 +102,9 @@ def masked_embedding_bag(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = _Bags(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
-    call = _Masked(weight, optimizer, row_dims, bags, padding_idx, bounds_check)
-    return _run(call, None, bags.weights)
+    bags = Bags(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
+    call = Masked(weight, optimizer, row_dims, bags, padding_idx, bounds_check)
+    return run(call, None, bags.weights)
 
 
 def adaptive_embedding(
@@ -486,10 +138,10 @@ def adaptive_embedding(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = _Bags(weight, indices, None, None, None, False)
+    bags = Bags(weight, indices, None, None, None, False)
     groups = (row_group, group_dims, group_mask)
-    call = _Adaptive(weight, optimizer, groups, bags, seed, padding_idx, bounds_check)
-    return _run(call, group_mask, None)
+    call = Adaptive(weight, optimizer, groups, bags, seed, padding_idx, bounds_check)
+    return run(call, group_mask, None)
 
 
 def adaptive_embedding_bag(
@@ -531,10 +183,10 @@ def adaptive_embedding_bag(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = _Bags(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
+    bags = Bags(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
     groups = (row_group, group_dims, group_mask)
-    call = _Adaptive(weight, optimizer, groups, bags, seed, padding_idx, bounds_check)
-    return _run(call, group_mask, bags.weights)
+    call = Adaptive(weight, optimizer, groups, bags, seed, padding_idx, bounds_check)
+    return run(call, group_mask, bags.weights)
 
 
 def tiered_embedding(
@@ -565,9 +217,9 @@ def tiered_embedding(
         ValueError: The blocks are not parameters of one group of ``optimizer``; else as the
             namesake.
     """
-    bags = _Bags(blocks[0], indices, None, None, None, False)
-    call = _Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
-    return _run(call, None, None)
+    bags = Bags(blocks[0], indices, None, None, None, False)
+    call = Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
+    return run(call, None, None)
 
 
 def tiered_embedding_bag(
@@ -606,9 +258,9 @@ def tiered_embedding_bag(
         ValueError: The blocks are not parameters of one group of ``optimizer``; else as the
             namesake.
     """
-    bags = _Bags(blocks[0], indices, offsets, mode, per_sample_weights, include_last_offset)
-    call = _Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
-    return _run(call, None, bags.weights)
+    bags = Bags(blocks[0], indices, offsets, mode, per_sample_weights, include_last_offset)
+    call = Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
+    return run(call, None, bags.weights)
 
 
 def masked_embedding_bag_tables(
@@ -649,7 +301,7 @@ def masked_embedding_bag_tables(
     )
     described = (tables.check_row_dims(weights, row_dims),)
     op = "masked_embedding_bag_tables"
-    return _run_tables(_Tables(op, optimizer, weights, described, rows, bags, bounds_check))
+    return run_tables(SeveralTables(op, optimizer, weights, described, rows, bags, bounds_check))
 
 
 def adaptive_embedding_bag_tables(
@@ -698,8 +350,8 @@ def adaptive_embedding_bag_tables(
     )
     described = tables.check_groups(weights, row_groups, group_dims, group_masks)
     op, masks = "adaptive_embedding_bag_tables", group_masks
-    return _run_tables(
-        _Tables(op, optimizer, weights, described, rows, bags, bounds_check, masks, [seed])
+    return run_tables(
+        SeveralTables(op, optimizer, weights, described, rows, bags, bounds_check, masks, [seed])
     )
 
 
@@ -744,5 +396,5 @@ def tiered_embedding_bag_tables(
         flat[0], tiers.rows, indices, offsets, mode, per_sample_weights, padding_idx
     )
     op = "tiered_embedding_bag_tables"
-    call = _Tables(op, optimizer, flat, tuple(described), tiers.rows, bags, bounds_check)
-    return _run_tables(call)
+    call = SeveralTables(op, optimizer, flat, tuple(described), tiers.rows, bags, bounds_check)
+    return run_tables(call)

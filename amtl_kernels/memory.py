@@ -66,6 +66,9 @@ def empty_table(
         *shape: Of the tensor.
         dtype: Of the tensor.
         device: Where it lies.
+
+    Returns:
+        A tensor that nobody has written to.
     """
     table = torch.empty(shape, dtype=dtype, device=device)
     large = table.numel() * table.element_size() >= _LARGE_BYTES

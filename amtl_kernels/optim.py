@@ -95,28 +95,20 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
-def _non_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0.0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-
-
 class RowOptimizer(torch.optim.Optimizer):
     """Runs one update for each parameter: sparse through the operators, dense in PyTorch."""
 
     # The optimizer's number in the fused operators and its name in the others.
     _number, _operator = -1, ""
+    # State tensors, in the order of the operators.
+    _names: tuple[str, ...] = ()
     # Whether the update itself depends on the step.
     _always_counts = False
 
     def __init__(self, params: Parameters, **defaults: Any) -> None:
-        _non_negative(
-            **{
-                name: value
-                for name, value in defaults.items()
-                if name in ("lr", "eps", "weight_decay", "initial_accumulator_value")
-            }
-        )
+        for name in ("lr", "eps", "weight_decay", "initial_accumulator_value"):
+            if not defaults.get(name, 0.0) >= 0.0:
+                raise ValueError(f"{name} must not be negative, got {defaults[name]}")
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -231,7 +223,18 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _moments(self, parameter: Tensor, group: dict[str, Any]) -> list[Tensor]:
         """State tensors of the parameter, made if this is its first step."""
-        return []
+        state = self.state[parameter]
+        for name in self._names:
+            if name not in state:
+                moment = empty_table(
+                    *self._shape(parameter), dtype=_wide(parameter), device=parameter.device
+                )
+                state[name] = moment.fill_(group.get("initial_accumulator_value", 0.0))
+        return [state[name] for name in self._names]
+
+    def _shape(self, parameter: Tensor) -> torch.Size:
+        """Of each of its state tensors."""
+        return parameter.shape
 
     def _advance(self, parameter: Tensor, group: dict[str, Any]) -> int | Tensor:
         """Counts one more step of the parameter; a tensor if that is counted on the device."""
@@ -258,7 +261,9 @@ class RowOptimizer(torch.optim.Optimizer):
     def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         moments = self._moments(parameter, group)
         step = self._advance(parameter, group)
-        grad = _decayed(parameter, grad, group["weight_decay"])
+        grad = grad.to(_wide(parameter))
+        if group["weight_decay"]:
+            grad = grad.add(parameter.to(grad.dtype), alpha=group["weight_decay"])
         change = self._change(grad, moments, step, group)
         lr = float(group["lr"])
         if group["stochastic_rounding"] and parameter.element_size() == 2:
@@ -278,17 +283,9 @@ class RowOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def _state_like(parameter: Tensor, shape: torch.Size | None = None, fill: float = 0.0) -> Tensor:
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    state = empty_table(*(shape or parameter.shape), dtype=dtype, device=parameter.device)
-    return state.fill_(fill)
-
-
-def _decayed(parameter: Tensor, grad: Tensor, weight_decay: float) -> Tensor:
-    """The gradient in the type of the state, with weight decay."""
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    grad = grad.to(dtype)
-    return grad.add(parameter.to(dtype), alpha=weight_decay) if weight_decay else grad
+def _wide(parameter: Tensor) -> torch.dtype:
+    """The type of the parameter's state and of sums for it."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 class SGD(RowOptimizer):
@@ -348,7 +345,7 @@ class Adagrad(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number, _operator = 1, "adagrad"
+    _number, _operator, _names = 1, "adagrad", ("sum",)
 
     def __init__(
         self,
@@ -371,16 +368,6 @@ class Adagrad(RowOptimizer):
             capturable=capturable,
         )
 
-    def _moments(self, parameter: Tensor, group: dict[str, Any]) -> list[Tensor]:
-        state = self.state[parameter]
-        if "sum" not in state:
-            shape = self._sum_shape(parameter)
-            state["sum"] = _state_like(parameter, shape, group["initial_accumulator_value"])
-        return [state["sum"]]
-
-    def _sum_shape(self, parameter: Tensor) -> torch.Size:
-        return parameter.shape
-
     def _change(
         self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
     ) -> Tensor:
@@ -397,7 +384,7 @@ class RowwiseAdagrad(Adagrad):
 
     _number, _operator = 2, "rowwise_adagrad"
 
-    def _sum_shape(self, parameter: Tensor) -> torch.Size:
+    def _shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape[:1]
 
     def _change(
@@ -428,7 +415,7 @@ class Adam(RowOptimizer):
         ValueError: A hyperparameter is out of range.
     """
 
-    _number, _operator = 3, "adam"
+    _number, _operator, _names = 3, "adam", ("exp_avg", "exp_avg_sq")
     _always_counts = True
 
     def __init__(
@@ -453,13 +440,6 @@ class Adam(RowOptimizer):
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
         )
-
-    def _moments(self, parameter: Tensor, group: dict[str, Any]) -> list[Tensor]:
-        state = self.state[parameter]
-        if "exp_avg" not in state:
-            state["exp_avg"] = _state_like(parameter)
-            state["exp_avg_sq"] = _state_like(parameter)
-        return [state["exp_avg"], state["exp_avg_sq"]]
 
     def _change(
         self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -10,13 +11,16 @@ from typing import Any
 
 
 def _implementations() -> dict[str, Callable[..., object]]:
-    path = Path(__file__).with_name("simulated.py")
-    spec = importlib.util.spec_from_file_location("hostsim_simulated", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return dict(module.IMPLEMENTATIONS)
+    if "hostsim" not in sys.modules:
+        # As the package that pytest makes of this folder when it runs the tests in it.
+        path = Path(__file__).with_name("__init__.py")
+        spec = importlib.util.spec_from_file_location("hostsim", path)
+        assert spec is not None and spec.loader is not None
+        sys.modules["hostsim"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["hostsim"])
+    modules = ("hostsim.simulated", "hostsim.simulated_tables")
+    single, several = (importlib.import_module(name).IMPLEMENTATIONS for name in modules)
+    return {**single, **several}
 
 
 def backends() -> list[dict[str, Any]]:

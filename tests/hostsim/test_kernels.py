@@ -19,6 +19,7 @@ from torch import Tensor
 from amtl_kernels import reference
 
 from . import simulated as sim
+from .simulated_tables import Tables
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.int64: 0.0, torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 9e-3}
@@ -395,7 +396,7 @@ def test_a_list_of_tables_has_no_races(
             ends = [end for a, b in halves for end in (len(a), len(a) + len(b))]
             described = [blocks, [2, 2, 2], ends, list(dims)]
         psw = torch.cat([b.psw for b in batches])
-        call = sim.Tables(
+        call = Tables(
             form, described, [torch.cat([b.indices for b in batches]), offsets, psw, 0, [1, -1, 0]]
         )
         state = [torch.zeros(len(block)) for block in described[0]]

@@ -13,6 +13,7 @@ import amtl_kernels
 from amtl_kernels import reference, reference_tables, rounding
 
 from . import simulated as sim
+from . import simulated_tables
 
 NARROW = (torch.bfloat16, torch.float16)
 ROWS, DIM = 50, 24
@@ -186,7 +187,7 @@ def test_a_counter_on_the_device_is_the_step(kind: str, implementations: Any) ->
 def test_several_tables_round_as_the_reference_does(dtype: torch.dtype, counted: bool) -> None:
     """Rows are hashed by their number in their own table, in one call of all as in many."""
     results = []
-    for implementations in (sim.IMPLEMENTATIONS, reference_tables.IMPLEMENTATIONS):
+    for implementations in (simulated_tables.IMPLEMENTATIONS, reference_tables.IMPLEMENTATIONS):
         g = torch.Generator().manual_seed(4)
         weights, grads = zip(*(weight_and_grad(dtype, g) for _ in range(3)), strict=True)
         sizes = [torch.randint(1, DIM + 1, (ROWS,), generator=g).int() for _ in weights]

@@ -6,6 +6,7 @@ the kept prefix off the gradient, the fused one knows it. Weights here are drawn
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,14 @@ from test_lookup import limited, variant
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import fused, optim
+from amtl_kernels import _fused_calls, fused, optim
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": optim.SGD,
     "adagrad": optim.Adagrad,
     "rowwise_adagrad": optim.RowwiseAdagrad,
     "adam": optim.Adam,
+    "adam, counting on the device": functools.partial(optim.Adam, capturable=True),
 }
 KINDS = ("masked", "masked bag", "adaptive", "adaptive bag", "tiered", "tiered bag")
 
@@ -152,12 +154,12 @@ def test_schedulers_reach_the_fused_step() -> None:
 def test_the_order_of_groups_is_looked_at_once() -> None:
     """A changed tensor is looked at again, a dead one forgotten."""
     group = torch.tensor([0, 0, 1, 5], dtype=torch.int32)
-    assert fused._never_falls(group)
-    known = fused._orders[group]
-    assert fused._never_falls(group) and fused._orders[group] is known
+    assert _fused_calls._never_falls(group)
+    known = _fused_calls._orders[group]
+    assert _fused_calls._never_falls(group) and _fused_calls._orders[group] is known
     group[1] = 7
-    assert not fused._never_falls(group)
-    before = len(fused._orders)
+    assert not _fused_calls._never_falls(group)
+    before = len(_fused_calls._orders)
     del group
-    assert len(fused._orders) == before - 1
-    assert fused._never_falls(torch.zeros(0, dtype=torch.int32))
+    assert len(_fused_calls._orders) == before - 1
+    assert _fused_calls._never_falls(torch.zeros(0, dtype=torch.int32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -220,7 +221,15 @@ def test_one_padding_for_all_tables(backend: Any, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("make_optimizer", [optim.SGD, optim.RowwiseAdagrad, optim.Adam])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        optim.SGD,
+        optim.RowwiseAdagrad,
+        optim.Adam,
+        pytest.param(partial(optim.Adam, capturable=True), id="capturable Adam"),
+    ],
+)
 def test_fused_step(backend: Any, form: str, make_optimizer: Any) -> None:
     results = []
     for is_fused in (False, True):
