@@ -3,7 +3,7 @@
 // used here, or their instantiations could be shared with code for lesser processors.
 
 // Asks for `values` of a row into the second cache: what waits for memory there holds up nothing
-// that comes after it, as it does in the first (on Zen 5 lookups were a third slower so). Lines
+// that comes after it, as it does in the first (on Zen 4 lookups were up to twice as slow so). Lines
 // past the end repeat the last one, up to `lines` in all: no branch depends on the size.
 template <class T>
 AMTL_ALWAYS_INLINE void PrefetchRow(const T* p, int64_t values, int lines) {
