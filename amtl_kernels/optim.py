@@ -15,7 +15,7 @@ Options of every optimizer here:
 kept and updates far below a unit in the last place still add up, where rounding to nearest would
 stall. The random bits are an integer hash of the parameter's step, row and column: results repeat
 bit for bit. Float32 parameters are not affected. The CPU kernels refuse it for 16-bit tables
-(``amtl_kernels.set_backend("reference")`` takes it), and so do the Triton kernels.
+(``amtl_kernels.set_backend("reference")`` takes it).
 
 ``capturable``: steps are counted on the device of the parameter, as in ``torch.optim.Adam``, so
 that a CUDA graph of a fused step (``amtl_kernels.fused``) replays with the steps that follow, not
