@@ -170,13 +170,24 @@ class Runner:
     def run(self, case: Case, notice: Notice | None = None) -> Comparison:
         """One case.
 
+        What we allocate ourselves lies on the same pages as what everybody is given.
+
         Raises:
             MismatchError: One of ours computes something else than its equations. A peer that does
                 is left out instead, and the result says so.
         """
-        torch.set_num_threads(case.threads)
-        # What we allocate ourselves lies on the same pages as what everybody is given.
+        before = os.environ.get("AMTL_HUGE_PAGES")
         os.environ["AMTL_HUGE_PAGES"] = str(int(case.huge_pages))
+        try:
+            return self._run(case, notice)
+        finally:
+            if before is None:
+                del os.environ["AMTL_HUGE_PAGES"]
+            else:
+                os.environ["AMTL_HUGE_PAGES"] = before
+
+    def _run(self, case: Case, notice: Notice | None) -> Comparison:
+        torch.set_num_threads(case.threads)
         result = Comparison(case.as_dict(), {}, baselines=list(case.baselines))
         try:
             problem = make_problem(case, reuse=self._last)

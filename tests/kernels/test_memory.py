@@ -144,6 +144,7 @@ def _advised(table: torch.Tensor) -> bool:
 
 @pytest.mark.no_poison
 def test_large_tables_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AMTL_HUGE_PAGES", raising=False)
     rows = 1_000_000  # 64 MB: memory of its own, whatever the allocator holds
     assert _advised(ak.empty_table(rows, 16))
     assert not _advised(torch.empty(rows + 1, 16))
