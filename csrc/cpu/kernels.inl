@@ -3,8 +3,8 @@
 // used here, or their instantiations could be shared with code for lesser processors.
 
 // Asks for `values` of a row into the second cache: what waits for memory there holds up nothing
-// that comes after it, as it does in the first (on Zen 4 lookups were up to twice as slow so). Lines
-// past the end repeat the last one, up to `lines` in all: no branch depends on the size.
+// that comes after it, as it does in the first (on Zen 4 lookups were up to twice as slow so).
+// Lines past the end repeat the last one, up to `lines` in all: no branch depends on the size.
 template <class T>
 AMTL_ALWAYS_INLINE void PrefetchRow(const T* p, int64_t values, int lines) {
   const int64_t last = values > 0 ? values * static_cast<int64_t>(sizeof(T)) - 1 : 0;
