@@ -187,7 +187,7 @@ void SortedLookups::Describe(bool with_groups, int64_t* rows) {
   weighted_ ? CutSegments(static_cast<const WeightedItem*>(items_), true)
             : CutSegments(static_cast<const Item*>(items_), true);
   const KernelTable& kernels = Kernels();
-  const bool prefetch = table_.rows * table_.dim * BytesOf(table_.type) > kPrefetchBytes;
+  const bool prefetch = IsLarge(table_);
   std::atomic<int64_t> bad_segment{-1};
   std::atomic<bool> falling{false};
   executor_.For(segments_, 1 << 13, [&](int64_t u0, int64_t u1) {
@@ -285,7 +285,7 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
   task.hyper = hyper;
   const int64_t bytes = BytesOf(table_.type);
   task.segments = segments_;
-  task.prefetch = table_.rows * table_.dim * bytes > kPrefetchBytes;
+  task.prefetch = IsLarge(table_);
   task.prefetch_grad = grad_rows_ * grad_stride * bytes > kPrefetchGradBytes;
   for (int64_t c = 0; c < slice_count; ++c) {
     task.aligned |= c == 0;

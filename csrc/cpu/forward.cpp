@@ -170,7 +170,7 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
                 reinterpret_cast<uintptr_t>(out) % 64 == 0;
   task.unaligned = RowsUnaligned(table);
   task.whole = RowsWhole(table, kernels.lanes);
-  task.prefetch = table.rows * table.dim * BytesOf(table.type) >= kPrefetchBytes;
+  task.prefetch = IsLarge(table);
   const int64_t wide = (table.dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
 
   const int64_t threads = std::max(1, executor.threads);
@@ -178,7 +178,7 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
                                   kLeastTaskLookups, kMostTaskLookups);
   const int64_t tasks = std::max<int64_t>(1, std::min(count, (lookups + count) / (2 * size)));
   const bool serial = (lookups + count) * table.dim < kSerialValues;
-  const int64_t workers = serial ? 1 : std::min<int64_t>(tasks, std::max(1, executor.threads));
+  const int64_t workers = serial ? 1 : std::min(tasks, threads);
   float* wides = scratch.Get<float>(workers * wide);
   std::atomic<int64_t> next{0};
   std::atomic<bool> bad_indices{false}, bad_sizes{false};

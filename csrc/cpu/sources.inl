@@ -42,6 +42,7 @@ inline void LoadRows(const Index* indices, int64_t count, int64_t rows, int64_t*
   *wrong |= moved != 0;
 }
 
+// Columns of the size table that rows take; the same on every backend (reference.hash_columns).
 inline void HashColumns(const int64_t* number, uint32_t mixed_seed, uint32_t columns,
                         uint32_t* column) {
   for (int i = 0; i < kSourceBlock; ++i) {
