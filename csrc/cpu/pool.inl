@@ -2,13 +2,13 @@
 
 // Adds the kept values of a row to acc. `kWhole`: rows are whole registers.
 template <class T, int R, bool kWeighted, bool kWhole>
-inline void AddRow(const SourceBlock& block, int i, Reg* acc) {
-  const T* row = reinterpret_cast<const T*>(block.row[i]);
-  const Bound size = BoundOf(block.size + i);
-  const Reg scale = Set1(kWeighted ? block.scale[i] : 1.0f);
+inline void AddRow(const SourceRing& ring, int64_t i, Reg* acc) {
+  const T* row = reinterpret_cast<const T*>(ring.row[i]);
+  const Bound size = BoundOf(ring.size + i);
+  const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const T* at = r == 0 ? row : Offset(row, block.place[r][i]);
+    const T* at = r == 0 ? row : Offset(row, ring.place[r][i]);
     const Mask kept = Below(size, kLanes * r);
     if constexpr (kWhole && !kWeighted) {
       acc[r] = AddKept(acc[r], at, kept);
@@ -23,15 +23,15 @@ inline void AddRow(const SourceBlock& block, int i, Reg* acc) {
 // when its mask keeps nothing of the second one. So lines are loaded whole, where they lie and only
 // those that hold something kept, and shifted into place.
 template <int R, bool kWeighted>
-inline void AddShiftedRow(const SourceBlock& block, int i, Reg* acc) {
-  const float* line = reinterpret_cast<const float*>(block.row[i]);
-  const Bound end = BoundOf(block.size + i);
-  const Reg scale = Set1(kWeighted ? block.scale[i] : 1.0f);
-  const Shift shift = ShiftBy(block.first + i);
+inline void AddShiftedRow(const SourceRing& ring, int64_t i, Reg* acc) {
+  const float* line = reinterpret_cast<const float*>(ring.row[i]);
+  const Bound end = BoundOf(ring.size + i);
+  const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
+  const Shift shift = ShiftBy(ring.first + i);
   Reg low = Load(line, Below(end, 0));
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const Reg high = Load(Offset(line, block.place[r + 1][i]), Below(end, kLanes * (r + 1)));
+    const Reg high = Load(Offset(line, ring.place[r + 1][i]), Below(end, kLanes * (r + 1)));
     const Reg x = Shifted(low, high, shift);
     acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
     low = high;
@@ -69,6 +69,7 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
   const int64_t lookups_end = task.begins ? task.begins[end] : end;
   Sources sources(*task.table, task.faults, kPlaced, kRegisterBytes, kShifted, task.prefetch, p,
                   lookups_end);
+  const SourceRing& ring = sources.ring();
   const bool counts = task.mean;
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
     const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
@@ -76,25 +77,21 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
     for (int r = 0; r < R; ++r) acc[r] = Zero();
     int64_t counted = 0;
     while (p < stop) {
-      const SourceBlock& block = sources.At(p);
-      const SourceBlock& ahead = sources.ahead();
-      const int64_t block_end = sources.block_end() < stop ? sources.block_end() : stop;
-      int i = static_cast<int>(p - sources.block_begin());
-      const int last = static_cast<int>(block_end - sources.block_begin());
-      p = block_end;
-      for (; i < last; ++i) {
+      for (const int64_t ready = sources.Ready(p, stop); p < ready; ++p) {
+        const int64_t i = sources.At(p);
         if (task.prefetch) {
+          const int64_t ahead = sources.Ahead(p);
 #pragma GCC unroll 9
           for (int r = 0; r < kPlaced; r += kStep) {
-            __builtin_prefetch(ahead.row[i] + (r == 0 ? 0 : ahead.place[r][i]), 0, 2);
+            __builtin_prefetch(ring.row[ahead] + (r == 0 ? 0 : ring.place[r][ahead]), 0, 2);
           }
         }
         if constexpr (kShifted) {
-          AddShiftedRow<R, kWeighted>(block, i, acc);
+          AddShiftedRow<R, kWeighted>(ring, i, acc);
         } else {
-          AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(block, i, acc);
+          AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(ring, i, acc);
         }
-        if (counts) counted += block.size[i] != 0;
+        if (counts) counted += ring.size[i] != 0;
       }
     }
     if (counts && counted > 1) {
@@ -114,16 +111,17 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
   int64_t p = task.begins ? task.begins[begin] : begin;
   Sources sources(*task.table, task.faults, 0, 0, false, task.prefetch, p,
                   task.begins ? task.begins[end] : end);
+  const SourceRing& ring = sources.ring();
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
     const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
     for (int r = 0; r < registers; ++r) StoreAll(task.wide + kLanes * r, Zero());
     int64_t counted = 0;
     for (; p < stop; ++p) {
-      const SourceBlock& block = sources.At(p);
-      const int64_t i = p - sources.block_begin();
-      const T* row = reinterpret_cast<const T*>(block.row[i]);
-      const int size = block.size[i];
-      const Reg scale = Set1(kWeighted ? block.scale[i] : 1.0f);
+      sources.Ready(p, p + 1);
+      const int64_t i = sources.At(p);
+      const T* row = reinterpret_cast<const T*>(ring.row[i]);
+      const int size = ring.size[i];
+      const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
       counted += size != 0;
       for (int c = 0; c < size; c += kLanes) {
         const Reg x = Load(row + c, FirstLanes(size - c));
@@ -192,11 +190,12 @@ template <class T>
 void DotTyped(const LookupTable& table, Faults* faults, const T* grad, int64_t stride,
               const int64_t* bags, int64_t begin, int64_t end, T* out) {
   Sources sources(table, faults, 0, 0, false, false, begin, end);
+  const SourceRing& ring = sources.ring();
   for (int64_t p = begin; p < end; ++p) {
-    const SourceBlock& block = sources.At(p);
-    const int64_t i = p - sources.block_begin();
-    const T* row = reinterpret_cast<const T*>(block.row[i]);
-    const int size = block.size[i];
+    sources.Ready(p, p + 1);
+    const int64_t i = sources.At(p);
+    const T* row = reinterpret_cast<const T*>(ring.row[i]);
+    const int size = ring.size[i];
     Reg sum = Zero();
     if (bags[p] >= 0) {
       const T* delta = grad + bags[p] * stride;

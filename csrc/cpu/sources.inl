@@ -9,17 +9,17 @@
 // Up to this many registers of a row have precomputed places.
 constexpr int kPlaces = kMaxStaticRegisters + 1;
 
-struct SourceBlock {
-  alignas(64) int64_t number[kSourceBlock];  // of the row in the table
-  alignas(64) const char* row[kSourceBlock];
-  alignas(64) int32_t size[kSourceBlock];  // 0: counts for nothing
-  alignas(64) float scale[kSourceBlock];
+// Where lookups lie, by position modulo kSourceRing.
+struct SourceRing {
+  alignas(64) const char* row[kSourceRing];
+  alignas(64) int32_t size[kSourceRing];  // 0: counts for nothing
+  alignas(64) float scale[kSourceRing];
   // Byte of `row` at which register r of it is read. Past the size that is the last register kept:
   // no line is touched that isn't kept, and no branch depends on the size.
-  alignas(64) int32_t place[kPlaces][kSourceBlock];
+  alignas(64) int32_t place[kPlaces][kSourceRing];
   // Of shifted rows: the lane of the first line at which the row begins. `row` is that line then,
   // and `size` counts from its start.
-  alignas(64) int32_t first[kSourceBlock];
+  alignas(64) int32_t first[kSourceRing];
 };
 
 template <class Index>
@@ -154,10 +154,10 @@ AMTL_ALWAYS_INLINE void PrefetchSize(const LookupTable& t, int64_t number) {
   }
 }
 
-// The lookups of [begin, end) in blocks. The block after the current one is resolved as well, so
-// that its rows can be asked for while the current ones are used: asking in turn with the use
-// keeps the memory busy; asking for a block at a time was half as fast on tables larger than the
-// caches.
+// The lookups of [begin, end), resolved a block at a time into a ring. At least kSourceAhead of
+// them are known beyond those in use, so that their rows can be asked for in turn with the use,
+// which keeps the memory busy: asking for a block at a time was half as fast on tables larger than
+// the caches.
 class Sources {
  public:
   // `registers` of a row have places, each of `register_bytes`; 0: nobody asks for them.
@@ -169,55 +169,53 @@ class Sources {
         register_bytes_(register_bytes),
         shifted_(shifted),
         prefetch_(prefetch),
+        begin_(begin),
         end_(end),
         resolved_(begin) {
-    Resolve(&blocks_[0]);
-    if (prefetch) {
-      for (int i = 0; i < kSourceBlock; ++i) {
-        for (int r = 0; r < registers; ++r) {
-          __builtin_prefetch(blocks_[0].row[i] + blocks_[0].place[r][i]);
-        }
-      }
+    Need(begin);
+    if (!prefetch) return;
+    const int64_t first = end - begin < kSourceAhead ? end - begin : kSourceAhead;
+    for (int64_t i = 0; i < first; ++i) {
+      for (int r = 0; r < registers; ++r) __builtin_prefetch(ring_.row[i] + ring_.place[r][i]);
     }
-    begin_ = begin;
-    current_end_ = resolved_;
-    Resolve(&blocks_[1]);
   }
 
-  // The block of position p, which ends at block_end(); p must not go back.
-  const SourceBlock& At(int64_t p) {
-    if (p >= current_end_) {
-      begin_ = current_end_;
-      current_end_ = resolved_;
-      flip_ ^= 1;
-      Resolve(&blocks_[flip_ ^ 1]);
-    }
-    return blocks_[flip_];
+  // Up to where the lookups from p on, and not past `stop`, are ready for use together.
+  int64_t Ready(int64_t p, int64_t stop) {
+    const int64_t part = stop - p < kSourcePart ? stop : p + kSourcePart;
+    if (part + kSourceAhead > resolved_) Need(part);
+    return part;
   }
-  int64_t block_begin() const { return begin_; }
-  int64_t block_end() const { return current_end_; }
-  // What comes a block later; near the end, something older.
-  const SourceBlock& ahead() const { return blocks_[flip_ ^ 1]; }
+  const SourceRing& ring() const { return ring_; }
+  // Where in the ring the lookup is, and the one to ask for meanwhile; near the end, something
+  // older.
+  int64_t At(int64_t p) const { return (p - begin_) & (kSourceRing - 1); }
+  int64_t Ahead(int64_t p) const { return (p - begin_ + kSourceAhead) & (kSourceRing - 1); }
 
  private:
-  void Resolve(SourceBlock* block) {
-    if (resolved_ >= end_) return;
+  void Need(int64_t stop) {
+    while (resolved_ < end_ && resolved_ < stop + kSourceAhead) Resolve();
+  }
+
+  void Resolve() {
     const int64_t begin = resolved_;
+    const int64_t at = At(begin);
     const int64_t count = end_ - begin < kSourceBlock ? end_ - begin : kSourceBlock;
     resolved_ = begin + count;
+    int64_t number[kSourceBlock];
     if (table_.index_type == IndexType::kInt32) {
-      ResolveIndices(static_cast<const int32_t*>(table_.indices) + begin, count, block);
+      ResolveIndices(static_cast<const int32_t*>(table_.indices) + begin, count, number);
     } else {
-      ResolveIndices(static_cast<const int64_t*>(table_.indices) + begin, count, block);
+      ResolveIndices(static_cast<const int64_t*>(table_.indices) + begin, count, number);
     }
-    if (table_.per_sample_weights) LoadScales(table_, begin, resolved_, block->scale);
-    FindRows(block);
-    if (registers_ > 0) shifted_ ? FindLines(block) : FindPlaces(block);
+    if (table_.per_sample_weights) LoadScales(table_, begin, resolved_, ring_.scale + at);
+    FindRows(number, ring_.row + at, ring_.size + at);
+    if (registers_ > 0) shifted_ ? FindLines(at) : FindPlaces(at);
   }
 
   template <class Index>
-  void ResolveIndices(const Index* indices, int64_t count, SourceBlock* block) {
-    LoadRows(indices, count, table_.rows, block->number, &faults_->index);
+  void ResolveIndices(const Index* indices, int64_t count, int64_t* number) {
+    LoadRows(indices, count, table_.rows, number, &faults_->index);
     if (prefetch_) {
       const int64_t left = end_ - resolved_;
       const int64_t ahead = left < kSourceBlock ? left : kSourceBlock;
@@ -227,67 +225,64 @@ class Sources {
     }
   }
 
-  void FindRows(SourceBlock* block) {
+  void FindRows(const int64_t* number, const char** row, int32_t* size) {
     const SizeTable& s = table_.sizes;
     int32_t slot[kSourceBlock];
-    ResolveSizes(table_, block->number, block->size, slot, &faults_->size);
+    ResolveSizes(table_, number, size, slot, &faults_->size);
     const int64_t bytes = BytesOf(table_.type);
     if (s.kind == SizeTable::Kind::kTiers) {
       uintptr_t place[kSourceBlock];
       for (int i = 0; i < kSourceBlock; ++i) {
-        place[i] = static_cast<uintptr_t>(block->number[i] * (block->size[i] * bytes));
+        place[i] = static_cast<uintptr_t>(number[i] * (size[i] * bytes));
       }
       for (int i = 0; i < kSourceBlock; ++i) {
-        block->row[i] = reinterpret_cast<const char*>(s.origins[slot[i]] + place[i]);
+        row[i] = reinterpret_cast<const char*>(s.origins[slot[i]] + place[i]);
       }
     } else {
       const int64_t row_bytes = table_.dim * bytes;
-      for (int i = 0; i < kSourceBlock; ++i) {
-        block->row[i] = table_.weight + block->number[i] * row_bytes;
-      }
+      for (int i = 0; i < kSourceBlock; ++i) row[i] = table_.weight + number[i] * row_bytes;
     }
     if (table_.skip_padding && table_.padding_idx >= 0) {
       for (int i = 0; i < kSourceBlock; ++i) {
-        block->size[i] = block->number[i] == table_.padding_idx ? 0 : block->size[i];
+        size[i] = number[i] == table_.padding_idx ? 0 : size[i];
       }
     }
   }
 
-  void FindPlaces(SourceBlock* block) const {
+  void FindPlaces(int64_t at) {
     int32_t last[kSourceBlock];
     for (int i = 0; i < kSourceBlock; ++i) {
-      const int32_t size = block->size[i] > 0 ? block->size[i] - 1 : 0;
+      const int32_t size = ring_.size[at + i] > 0 ? ring_.size[at + i] - 1 : 0;
       last[i] = static_cast<int32_t>(static_cast<uint32_t>(size) / kLanes) * register_bytes_;
     }
     for (int r = 0; r < registers_; ++r) {
       const int32_t here = r * register_bytes_;
       for (int i = 0; i < kSourceBlock; ++i) {
-        block->place[r][i] = last[i] < here ? last[i] : here;
+        ring_.place[r][at + i] = last[i] < here ? last[i] : here;
       }
     }
   }
 
   // For rows of floats that begin anywhere in a cache line, with registers of a line.
-  void FindLines(SourceBlock* block) const {
+  void FindLines(int64_t at) {
     for (int i = 0; i < kSourceBlock; ++i) {
-      const uintptr_t address = reinterpret_cast<uintptr_t>(block->row[i]);
+      const uintptr_t address = reinterpret_cast<uintptr_t>(ring_.row[at + i]);
       const int32_t first = static_cast<int32_t>(address % 64 / sizeof(float));
-      block->first[i] = first;
-      block->row[i] = reinterpret_cast<const char*>(address - address % 64);
-      block->size[i] = block->size[i] > 0 ? block->size[i] + first : 0;
+      const int32_t size = ring_.size[at + i];
+      ring_.first[at + i] = first;
+      ring_.row[at + i] = reinterpret_cast<const char*>(address - address % 64);
+      ring_.size[at + i] = size > 0 ? size + first : 0;
     }
-    FindPlaces(block);
+    FindPlaces(at);
   }
 
   const LookupTable& table_;
   Faults* faults_;
   int registers_, register_bytes_;
   bool shifted_, prefetch_;
-  int64_t end_;
+  int64_t begin_, end_;
   int64_t resolved_;  // where the next block begins
-  int64_t begin_, current_end_;
-  int flip_ = 0;
-  SourceBlock blocks_[2];
+  SourceRing ring_;
 };
 
 // Sizes (and groups, unless null) of rows [begin, end), which are in range; a size of 0 is wrong.
