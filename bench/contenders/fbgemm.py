@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.contenders.base import AutogradSession, Contender, Rows, Session
+from bench.contenders.base import AutogradSession, Contender, Rows, Session, refuse_copy
 from bench.inputs import Case, Problem
 from bench.oracle import Equations
 
@@ -112,6 +112,10 @@ class Dense(_Fbgemm):
             return "its gradient is as large as the table"
         return super().refuses(case)
 
+    def allocates(self, case: Case) -> dict[str, float]:
+        """Its dense gradient."""
+        return {self.name: case.tables * case.rows * case.dim * 4.0}
+
     def prepare(self, problem: Problem) -> Session:
         """Points it at the problem's weights."""
         from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -152,9 +156,11 @@ class IntNBit(_Fbgemm):
             return "IntNBit serves lookups only"
         if case.dtype != "float32":
             return "measured with float32 outputs only"
-        if case.tables * case.rows * case.dim * 4 > 2 * 2**30:
-            return "a quantised copy of a table this large is left out to spare memory"
-        return super().refuses(case)
+        return refuse_copy(case, "a quantised copy") or super().refuses(case)
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """Its rows, and once more while they are packed."""
+        return {self.name: case.tables * case.rows * (case.dim * self.bits / 8 + 8) * 2}
 
     def prepare(self, problem: Problem) -> Session:
         """Quantises a copy of the problem's weights."""
