@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -31,6 +32,9 @@ _SECONDS_PER_CHECKED_NUMBER = 2.5e-8
 _SECONDS_PER_CASE = 0.6
 _SECONDS_PER_COMPILATION = 10.0
 _SECONDS_PER_PROCESS = 7.0
+_SECONDS_OF_CEILINGS = 6.0
+_SECONDS_OF_IMPORTS = 45.0
+_SECONDS_PER_NETWORK_PRODUCT = 1.2e-10
 _CALL_SECONDS_PER_NUMBER = {"forward": 4e-10, "backward": 3e-9, "step": 3e-9}
 
 
@@ -136,7 +140,10 @@ def estimate(
     admission = admit(case, contenders, available)
     here = [one for one in contenders if one.name not in admission.left_out]
     numbers = case.tables * case.bags * case.bag_size * max(case.dim, 16)
-    call = numbers * _CALL_SECONDS_PER_NUMBER[case.work] * len(here)
+    widths = [case.tables * case.dim, *case.dense]
+    products = case.bags * sum(a * b for a, b in itertools.pairwise(widths))
+    each = numbers * _CALL_SECONDS_PER_NUMBER[case.work] + products * _SECONDS_PER_NETWORK_PRODUCT
+    call = each * len(here)
     fresh = before is None or not same_table(case, before)
     setup = (
         _SECONDS_PER_CASE
@@ -190,7 +197,7 @@ def make_plan(suite: Suite, runner: Runner, seconds: float, *, peaks: bool) -> P
         peaks: Whether peak memory and imports are measured, too.
     """
     available = runner.available()
-    costs: list[tuple[str, Cost]] = []
+    costs = [("ceilings", Cost(_SECONDS_OF_CEILINGS, _PROCESS + 2 * GB, {}))]
     before = None
     for case in suite.cases:
         chosen, left_out = runner.willing(case)
@@ -206,4 +213,6 @@ def make_plan(suite: Suite, runner: Runner, seconds: float, *, peaks: bool) -> P
             {name: why for cost in each for name, why in cost.left_out.items()},
         )
         costs.append((f"peak memory of {case.name}", together))
+    if peaks:
+        costs.append(("imports", Cost(_SECONDS_OF_IMPORTS, _PROCESS, {})))
     return Plan(costs)

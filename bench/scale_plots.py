@@ -187,9 +187,8 @@ def _curves(panel: Any, entries: Sequence[Comparison], axis: _Axis, style: _Styl
             place = float(entry.case[axis.field])
             curves.setdefault((name, kind), []).append((place, point[0], point[1], point[2]))
             titles[name] = timing.title
-    dashes: dict[str, Any] = dict(
-        zip(dict.fromkeys(kind for _, kind in curves), ("-", "--", ":"), strict=False)
-    )
+    kinds = dict.fromkeys(kind for _, kind in curves)
+    dashes: dict[str, Any] = dict(zip(kinds, ("-", "--", ":"), strict=False))
     for (name, kind), points in curves.items():
         points.sort()
         x, middle, low, high = zip(*points, strict=True)
