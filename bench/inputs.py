@@ -375,9 +375,13 @@ class Problem:
 def _tier_layout(row_dims: Tensor, width: int, dim: int) -> TierLayout:
     widths = (row_dims.int() + (width - 1)).div_(width, rounding_mode="floor").mul_(width)
     widths.clamp_(max=dim)
-    order = torch.argsort(widths, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel())
+    if bool((widths[1:] <= widths[:-1]).all()):
+        # Rows of one table are numbered by falling count; sorting 60M would take seconds and GB.
+        order = rank = torch.arange(widths.numel())
+    else:
+        order = torch.argsort(widths, descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.numel())
     sizes, counts = torch.unique_consecutive(widths[order], return_counts=True)
     return TierLayout(order, rank, widths, counts.cumsum(0).tolist(), sizes.tolist())
 

@@ -20,7 +20,7 @@ RESERVE = 1.0 * GB
 # Python with torch, FBGEMM and TorchRec loaded.
 _PROCESS = 0.8 * GB
 # Ids, groups, sizes and tier layouts per row while they are made; what stays is about half.
-_ROW_BYTES = 80
+_ROW_BYTES = 60
 # A trace brings its own, small, table.
 _TRACE_ROWS = 5000
 
