@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from bench.contenders.base import AutogradSession, Contender, Rows, Session, refuse_copy
 from bench.inputs import Case, Problem
@@ -37,32 +36,6 @@ class _Fbgemm(Contender):
         if case.dim % 4:
             return "FBGEMM needs D divisible by 4"
         return ""
-
-
-class _UnwrittenTable(TorchFunctionMode):
-    """Takes the zeros of FBGEMM's own table from memory that is never written, thus never taken.
-
-    It is pointed at the problem's storage afterwards; writing gigabytes of zeros first would
-    double the peak. The table comes before optimizer state of the same size, which stays zero.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self._size = size
-        self._met = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if (
-            func is torch.zeros
-            and not self._met
-            and args
-            and args[0] in (self._size, (self._size,))
-        ):
-            self._met = True
-            func = torch.empty
-        return func(*args, **(kwargs or {}))
 
 
 class Split(_Fbgemm):
@@ -98,17 +71,17 @@ class Split(_Fbgemm):
         }
         rows = problem.rows_per_table
         spec = (rows, case.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
-        with _UnwrittenTable(problem.weight.numel()):
-            tbe: Any = SplitTableBatchedEmbeddingBagsCodegen(
-                [spec] * case.tables,
-                optimizer=optimizers[case.optimizer],
-                learning_rate=problem.learning_rate,
-                eps=problem.eps,
-                pooling_mode=PoolingMode.SUM,
-                weights_precision=SparseType.from_dtype(case.torch_dtype),
-                output_dtype=SparseType.from_dtype(case.torch_dtype),
-            )
-        tbe.weights_host = nn.Parameter(problem.weight.view(-1))
+        tbe: Any = SplitTableBatchedEmbeddingBagsCodegen(
+            [spec] * case.tables,
+            optimizer=optimizers[case.optimizer],
+            learning_rate=problem.learning_rate,
+            eps=problem.eps,
+            pooling_mode=PoolingMode.SUM,
+            weights_precision=SparseType.from_dtype(case.torch_dtype),
+            output_dtype=SparseType.from_dtype(case.torch_dtype),
+            # Its own table would be written with zeros first, which doubles the peak.
+            preallocated_host_buffers={"weights": problem.weight.view(-1)},
+        )
         if case.huge_pages and case.optimizer.endswith("adagrad"):
             from amtl_kernels.memory import advise_huge_pages
 
