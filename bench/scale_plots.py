@@ -22,7 +22,7 @@ _COLOURS = {
 }
 _OTHERS = ("#7a7a7a", "#b0a030", "#c06fa6", "#444444")
 _MARKERS = {"torch": "s", "fbgemm": "D"}
-_CAPTION_WIDTH = 165
+_CAPTION_WIDTH = 210
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,22 @@ def _panels(title: str) -> tuple[Any, Any]:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """1, 2, 5, 10, ... in figures instead of powers."""
+    """1, 2, 5, 10, ... in figures instead of powers; more of them over few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high / low > 20 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _span(panel: Any, ratio: float) -> None:
+    """At least this ratio from bottom to top, so that what is nearly flat looks flat."""
+    low, high = panel.get_ylim()
+    if high / low < ratio:
+        middle = (low * high) ** 0.5
+        panel.set_ylim(middle / ratio**0.5, middle * ratio**0.5)
 
 
 def _ticks_at(panel: Any, values: Iterable[float]) -> None:
@@ -131,7 +141,9 @@ def _conditions(report: Report, entries: Sequence[Comparison], axis: _Axis) -> s
         told.append(f"N = {_spread(case['rows'] for case in cases)}")
     if axis.field != "dim":
         told.append(f"D = {_spread(case['dim'] for case in cases)}")
-    if axis.field != "bag_size":
+    if axis.field == "bag_size":
+        told.append(f"{_spread(case['bags'] * case['bag_size'] for case in cases)} lookups a call")
+    else:
         bags, length = (_spread(case[name] for case in cases) for name in ("bags", "bag_size"))
         told.append(f"{bags} bags of {length} a call")
     told.append(f"mean kept size {_spread(case['row_mean'] for case in cases)} D over rows")
@@ -194,7 +206,7 @@ def _curves(panel: Any, entries: Sequence[Comparison], axis: _Axis, style: _Styl
         x, middle, low, high = zip(*points, strict=True)
         line = style.line(name)
         panel.plot(x, middle, linestyle=dashes.get(kind, "-."), **line)
-        panel.fill_between(x, low, high, alpha=0.12, color=line["color"], linewidth=0)
+        panel.fill_between(x, low, high, alpha=0.08, color=line["color"], linewidth=0)
     handles = [Line2D([], [], label=title, **style.line(name)) for name, title in titles.items()]
     if len(dashes) > 1:
         handles += [
@@ -202,6 +214,7 @@ def _curves(panel: Any, entries: Sequence[Comparison], axis: _Axis, style: _Styl
             for kind, dash in dashes.items()
         ]
     panel.set_yscale("log")
+    _span(panel, 10.0)
     _plain_ticks(panel.yaxis)
     if axis.logarithmic:
         panel.set_xscale("log")
