@@ -192,7 +192,8 @@ class Runner:
         result = Comparison(case.as_dict(), {}, baselines=list(case.baselines))
         cores = len(binding.allowed_cpus())
         if case.threads > cores:
-            result.rejected = f"it wants {case.threads} threads, this machine has {cores} core(s)"
+            reason = f"the case is for {case.threads} threads, this machine has {cores} core(s)"
+            result.left_out = dict.fromkeys(case.contenders, reason)
             return result
         torch.set_num_threads(case.threads)
         chosen, result.left_out = self.choose(case)

@@ -68,8 +68,10 @@ def _panels(title: str) -> tuple[Any, Any]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
+    layout = ConstrainedLayoutEngine(wspace=0.05)
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.6), layout=layout)
     figure.suptitle(title, fontsize=12)
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
