@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BENCH_SUITE ?= quick
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 export MAX_JOBS ?= 2
 # Compiling the CUDA kernels takes minutes and serves nobody on a machine without a GPU;
@@ -70,7 +71,7 @@ format: $(VENV)/.extra-lint
 	@$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(VENV)/.extra-bench
-	@$(PY) -m bench run --suite $(BENCH_SUITE)
+	@$(PY) -m bench run --suite $(BENCH_SUITE) $(BENCH_ARGS)
 
 docs: $(VENV)/.extra-docs
 	@$(PY) -m mkdocs build --strict --quiet

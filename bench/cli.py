@@ -26,7 +26,9 @@ from rich.text import Text
 
 from bench import binding, guards, machine, memory, plots, tables
 from bench.compare import compare_reports
+from bench.inputs import Case
 from bench.oracle import MismatchError
+from bench.plan import Cost, Plan, admit, make_plan
 from bench.results import Comparison, Report, ResultFormatError
 from bench.runner import Budget, Runner, cpu_clock, wall_clock
 from bench.suites import SUITES, evaluate, select
@@ -117,6 +119,9 @@ def run(
         typer.Option(help="wall, or cpu: processor seconds, for shared machines and one thread."),
     ] = "wall",
     peaks: Annotated[bool, typer.Option(help="Measure peak memory and import times too.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only list the cases, with estimated minutes and gigabytes.")
+    ] = False,
     note: Annotated[str, typer.Option(help="A remark kept in the result.")] = "",
 ) -> None:
     """Measures a suite, prints it, and writes a result file."""
@@ -133,6 +138,13 @@ def run(
         raise typer.BadParameter("the clock is wall or cpu")
     if clock == "cpu" and any(case.threads > 1 for case in chosen.cases):
         raise typer.BadParameter("processor seconds tell the time of one thread: add --threads 1")
+    budget = Budget(seconds if seconds is not None else chosen.seconds)
+    if suite == "tiny":
+        budget = Budget(budget.seconds, minimal_rounds=3, maximal_rounds=5)
+    plan = make_plan(chosen, Runner(), budget.seconds, peaks=peaks)
+    if dry_run:
+        _print_plan(plan)
+        return
     started = time.perf_counter()
     report = Report(suite, machine.describe())
     counts = sorted({case.threads for case in chosen.cases})
@@ -144,9 +156,6 @@ def run(
             for count in counts
             if count <= cores
         }
-    budget = Budget(seconds if seconds is not None else chosen.seconds)
-    if suite == "tiny":
-        budget = Budget(budget.seconds, minimal_rounds=3, maximal_rounds=5)
     runner = Runner(
         budget=budget,
         copy_bandwidth={int(count): found["copy"] for count, found in report.ceilings.items()},
@@ -158,13 +167,13 @@ def run(
     for name, reason in report.absent.items():
         console.print(f"[yellow]absent: {name}: {reason}[/yellow]")
     failures = []
+    took: dict[str, float] = {}
     with _progress() as progress:
         task = progress.add_task("", total=len(chosen.cases), calls=0)
         calls = 0
         for number, case in enumerate(chosen.cases):
             progress.update(task, description=case.name)
-            if case.threads > cores:
-                continue
+            begun = time.perf_counter()
 
             def notice(share: float, made: int, number: int = number) -> None:
                 nonlocal calls
@@ -178,30 +187,30 @@ def run(
                 console.print(f"[red]{failures[-1]}[/red]")
                 continue
             report.comparisons.append(comparison)
+            took[case.name] = round(time.perf_counter() - begun, 2)
             progress.update(task, completed=number + 1)
             _print_comparison(comparison)
     runner.forget()
     if peaks:
         with _progress() as progress:
-            jobs = [
-                (case, name)
-                for case in chosen.memory
-                for name in case.contenders
-                if name not in report.absent and not runner.contenders[name].refuses(case)
-            ]
-            task = progress.add_task("peak memory", total=len(jobs) + 1, calls=0)
-            for case, name in jobs:
-                report.memory.append(memory.measure(case.as_dict(), name))
+            task = progress.add_task("peak memory", total=len(chosen.memory) + 1, calls=0)
+            for case in chosen.memory:
+                _measure_peaks(case, runner, report)
                 progress.advance(task)
             if suite != "tiny":
                 report.startup = memory.startup()
             progress.advance(task)
     report.goals = evaluate(report)
     report.settings["wall_seconds"] = round(time.perf_counter() - started, 1)
+    report.settings["estimated_seconds"] = round(plan.seconds, 1)
+    report.settings["case_seconds"] = took
     _print_goals(report)
     path = out or Path("runs") / "bench" / f"{suite}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     report.write(path)
-    console.print(f"{path}, {report.settings['wall_seconds']:.0f} s")
+    console.print(
+        f"{path}, {report.settings['wall_seconds'] / 60:.1f} minutes "
+        f"(estimated {plan.seconds / 60:.1f})"
+    )
     if failures:
         console.print(f"[red]{len(failures)} case(s) were not timed: outputs differ[/red]")
         raise typer.Exit(1)
@@ -209,6 +218,29 @@ def run(
     if rejected:
         console.print(f"[red]{len(rejected)} rejected run(s): use nothing of them[/red]")
         raise typer.Exit(NOISY_EXIT)
+
+
+def _measure_peaks(case: Case, runner: Runner, report: Report) -> None:
+    willing, left_out = runner.willing(case)
+    for contender in willing:
+        # Its process is alone with its copies, so each is let in by itself.
+        refused = admit(case, [contender], machine.available_bytes()).left_out
+        left_out.update(refused)
+        if not refused:
+            report.memory.append(memory.measure(case.as_dict(), contender.name))
+    for name, reason in left_out.items():
+        report.memory_left_out[f"{case.name}, {name}"] = reason
+
+
+def _print_plan(plan: Plan) -> None:
+    typer.echo("minutes  peak GB  case")
+    total = Cost(plan.seconds, plan.peak_bytes, {})
+    for name, cost in [*plan.costs, ("in total", total)]:
+        typer.echo(f"{cost.seconds / 60:7.2f}  {cost.peak_bytes / 1e9:7.1f}  {name}")
+    for (contender, reason), cases in plan.left_out().items():
+        where = cases[0] if len(cases) == 1 else f"{len(cases)} cases, the first {cases[0]}"
+        typer.echo(f"without {contender}: {reason} ({where})")
+    typer.echo("Estimates for a quiet machine; nothing was measured.")
 
 
 def _print_goals(report: Report) -> None:

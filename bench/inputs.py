@@ -340,6 +340,10 @@ class Problem:
             self._blocks[width] = _tier_blocks(self, self.tiers(width))
         return self._blocks[width]
 
+    def drop_blocks(self) -> None:
+        """Gives frozen copies back; the next call of :meth:`blocks` makes them afresh."""
+        self._blocks.clear()
+
     def refill(self) -> None:
         """Writes the table's first values again."""
         _fill(self.weight, torch.Generator().manual_seed(self.fill_seed))
@@ -371,9 +375,13 @@ class Problem:
 def _tier_layout(row_dims: Tensor, width: int, dim: int) -> TierLayout:
     widths = (row_dims.int() + (width - 1)).div_(width, rounding_mode="floor").mul_(width)
     widths.clamp_(max=dim)
-    order = torch.argsort(widths, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel())
+    if bool((widths[1:] <= widths[:-1]).all()):
+        # Rows of one table are numbered by falling count; sorting 60M would take seconds and GB.
+        order = rank = torch.arange(widths.numel())
+    else:
+        order = torch.argsort(widths, descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.numel())
     sizes, counts = torch.unique_consecutive(widths[order], return_counts=True)
     return TierLayout(order, rank, widths, counts.cumsum(0).tolist(), sizes.tolist())
 
@@ -466,6 +474,11 @@ def _same(a: Case, b: Case, *fields: str) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in fields)
 
 
+def same_table(a: Case, b: Case) -> bool:
+    """Whether both cases work on a table of the same shape, so that one can take the other's."""
+    return _same(a, b, "tables", "rows", "dim", "dtype", "huge_pages")
+
+
 def make_problem(
     case: Case, *, seed: int = 0, rotations: int | None = None, reuse: Problem | None = None
 ) -> Problem:
@@ -480,9 +493,8 @@ def make_problem(
     """
     numpy_generator = np.random.default_rng(seed)
     torch_generator = torch.Generator().manual_seed(seed)
-    table = ("tables", "rows", "dim", "dtype", "huge_pages")
     weight, sizes, layouts = None, None, {}
-    if reuse is not None and _same(case, reuse.case, *table):
+    if reuse is not None and same_table(case, reuse.case):
         weight = reuse.weight
         if _same(case, reuse.case, "row_mean"):
             layouts = reuse.layouts

@@ -58,6 +58,15 @@ def memory_bytes(field: str = "MemTotal") -> int:
     return 0
 
 
+def available_bytes() -> float:
+    """Memory that a process can take without pushing anybody out; infinite where none can tell."""
+    try:
+        import psutil
+    except ImportError:
+        return float(memory_bytes("MemAvailable") or "inf")
+    return float(psutil.virtual_memory().available)
+
+
 def _commit() -> str:
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)

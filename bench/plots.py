@@ -1,4 +1,4 @@
-"""Plots of a result file: ratio bars with intervals, a roofline, and how cost scales."""
+"""Plots of a result file: ratio bars with intervals, a roofline, and those of ``scale_plots``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import scale_plots
 from bench.results import Comparison, Report
 from bench.stats import Ratio
 from bench.tables import describe_case
 
 _OURS = "#1b6ca8"
 _PEER = "#9a9a9a"
-_LINES = ("o-", "s-", "^-", "D-", "v-", "P-")
-_AXES = {
-    "scale rows": "rows",
-    "scale width": "dim",
-    "scale lookups": "bags",
-    "scale skew": "exponent",
-}
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -118,82 +112,6 @@ def roofline(report: Report, path: Path) -> Path | None:
     return _save(figure, path)
 
 
-def _curves(comparisons: list[Comparison], axis: str, path: Path, title: str) -> Path | None:
-    curves: dict[str, list[tuple[float, float, float, float]]] = {}
-    for comparison in comparisons:
-        for timing in comparison.timings.values():
-            summary = timing.summary
-            scale = 1e9 / timing.lookups
-            point = (
-                float(comparison.case[axis]),
-                summary.median * scale,
-                summary.p10 * scale,
-                summary.p90 * scale,
-            )
-            label = f"{timing.title}, {comparison.case['distribution']}"
-            curves.setdefault(label, []).append(point)
-    if not curves:
-        return None
-    figure, axes = _figure(7.5, 5)
-    for number, (label, points) in enumerate(sorted(curves.items())):
-        points.sort()
-        x, middle, low, high = (list(values) for values in zip(*points, strict=True))
-        line = axes.plot(x, middle, _LINES[number % len(_LINES)], markersize=4, label=label)
-        axes.fill_between(x, low, high, alpha=0.15, color=line[0].get_color())
-    if axis != "exponent":
-        axes.set_xscale("log")
-    axes.set_yscale("log")
-    names = {
-        "rows": "rows, N",
-        "dim": "width, D",
-        "bags": "bags of 20 a call",
-        "exponent": "exponent of Zipf ids, 0 is uniform",
-    }
-    axes.set_xlabel(names[axis])
-    axes.set_ylabel("ns per lookup, median and middle 80 %")
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=7)
-    return _save(figure, path)
-
-
-def scale(report: Report, folder: Path, stem: str) -> list[Path]:
-    """Time per lookup against rows, width and lookups a call, and peak memory against rows."""
-    made: list[Path | None] = []
-    for group, axis in _AXES.items():
-        for work in ("step", "forward"):
-            chosen = [
-                entry
-                for entry in _usable(report)
-                if entry.case.get("group") == group and entry.case.get("work") == work
-            ]
-            title = "step, row-wise Adagrad" if work == "step" else "pooled lookup"
-            made.append(_curves(chosen, axis, folder / f"{stem}-{axis}-{work}.png", title))
-    made.append(_memory(report, folder / f"{stem}-memory.png"))
-    return [path for path in made if path is not None]
-
-
-def _memory(report: Report, path: Path) -> Path | None:
-    curves: dict[str, list[tuple[float, float, float]]] = {}
-    for entry in report.memory:
-        if entry["extra_bytes"] is not None:
-            point = (entry["rows"], entry["extra_bytes"] / 1e6, entry["table_bytes"] / 1e6)
-            curves.setdefault(entry["title"], []).append(point)
-    if not any(len(points) > 1 for points in curves.values()):
-        return None
-    figure, axes = _figure(7.5, 5)
-    for label, points in curves.items():
-        points.sort()
-        x, extra, table = (list(values) for values in zip(*points, strict=True))
-        line = axes.plot(x, extra, "o-", markersize=4, label=f"{label}: step beyond the table")
-        axes.plot(x, table, "--", color=line[0].get_color(), label=f"{label}: table")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("rows, N")
-    axes.set_ylabel("MB")
-    axes.legend(frameon=False, fontsize=7)
-    return _save(figure, path)
-
-
 def draw(report: Report, folder: Path, stem: str) -> list[Path]:
     """Every plot that the file has data for."""
     single: list[tuple[Callable[[Report, Path], Path | None], str]] = [
@@ -201,4 +119,4 @@ def draw(report: Report, folder: Path, stem: str) -> list[Path]:
         (roofline, "roofline"),
     ]
     made = [maker(report, folder / f"{stem}-{name}.png") for maker, name in single]
-    return [path for path in made if path is not None] + scale(report, folder, stem)
+    return [path for path in made if path is not None] + scale_plots.draw(report, folder, stem)

@@ -97,6 +97,7 @@ class Report:
         comparisons: All of them.
         absent: Contenders that this machine lacks: reason and how to install.
         memory: Peaks of single steps (``bench.memory``).
+        memory_left_out: Whose peaks were not measured, by case and contender: why.
         startup: Import times in seconds.
         goals: Goals of the suite as they came out.
         settings: Of the run.
@@ -108,6 +109,7 @@ class Report:
     comparisons: list[Comparison] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     memory: list[dict[str, Any]] = field(default_factory=list)
+    memory_left_out: dict[str, str] = field(default_factory=dict)
     startup: dict[str, float] = field(default_factory=dict)
     goals: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)

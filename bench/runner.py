@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench import machine
+from bench import binding, machine, plan
 from bench.contenders import CONTENDERS, Contender, Session
-from bench.inputs import Case, Problem, TraceUnavailableError, make_problem
+from bench.inputs import Case, Problem, TraceUnavailableError, make_problem, same_table
 from bench.oracle import MismatchError, compare, expected
 from bench.results import Comparison, Timing
 from bench.traffic import useful_bytes
@@ -144,6 +144,7 @@ class Runner:
         probe: Tells whether threads help at the moment; None trusts the machine.
         contenders: Who can take part.
         timer: Measures a run in seconds.
+        available: Tells the bytes of memory that are free.
     """
 
     budget: Budget = Budget()
@@ -152,6 +153,7 @@ class Runner:
     probe: machine.ThreadProbe | None = None
     contenders: Mapping[str, Contender] = field(default_factory=lambda: CONTENDERS)
     timer: Timer = wall_clock
+    available: Callable[[], float] = machine.available_bytes
     _last: Problem | None = None
 
     def absent(self) -> dict[str, str]:
@@ -187,8 +189,16 @@ class Runner:
                 os.environ["AMTL_HUGE_PAGES"] = before
 
     def _run(self, case: Case, notice: Notice | None) -> Comparison:
-        torch.set_num_threads(case.threads)
         result = Comparison(case.as_dict(), {}, baselines=list(case.baselines))
+        cores = len(binding.allowed_cpus())
+        if case.threads > cores:
+            reason = f"the case is for {case.threads} threads, this machine has {cores} core(s)"
+            result.left_out = dict.fromkeys(case.contenders, reason)
+            return result
+        torch.set_num_threads(case.threads)
+        chosen, result.left_out = self.choose(case)
+        if not chosen:
+            return result
         try:
             problem = make_problem(case, reuse=self._last)
         except TraceUnavailableError as error:
@@ -196,13 +206,8 @@ class Runner:
             return result
         self._last = problem
         sessions: dict[str, Session] = {}
-        absent = self.absent()
-        for name in case.contenders:
-            contender = self.contenders[name]
-            reason = absent.get(name) or contender.refuses(case)
-            if reason:
-                result.left_out[name] = reason
-                continue
+        for contender in chosen:
+            name = contender.name
             session = contender.prepare(problem)
             # Compared before anything is timed; steps put back what they changed.
             wanted = expected(problem, 0, contender.equations)
@@ -248,6 +253,36 @@ class Runner:
             if copy:
                 timing.share = timing.useful_bytes / timing.summary.median / copy
         return result
+
+    def willing(self, case: Case) -> tuple[list[Contender], dict[str, str]]:
+        """Those who are here and have an answer to a case; and why the others don't."""
+        chosen, left_out = [], {}
+        absent = self.absent()
+        for name in case.contenders:
+            reason = absent.get(name) or self.contenders[name].refuses(case)
+            if reason:
+                left_out[name] = reason
+            else:
+                chosen.append(self.contenders[name])
+        return chosen, left_out
+
+    def choose(self, case: Case) -> tuple[list[Contender], dict[str, str]]:
+        """Those of the willing who fit into memory as it is now; and why the others don't.
+
+        Tables of an earlier case that this one can't take over are given back first.
+        """
+        chosen, left_out = self.willing(case)
+        if self._last is not None:
+            self._last.drop_blocks()
+            if not same_table(case, self._last.case):
+                self.forget()
+        gc.collect()
+        held = 0.0
+        if self._last is not None:
+            held = plan.table_bytes(case)
+        admission = plan.admit(case, chosen, self.available() + held)
+        fitting = [one for one in chosen if one.name not in admission.left_out]
+        return fitting, {**left_out, **admission.left_out}
 
     def _speedup(self, threads: int) -> float:
         if self.probe is None:

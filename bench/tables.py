@@ -10,6 +10,7 @@ from bench.results import Comparison, Report
 
 README_BEGIN = "<!-- bench:begin -->"
 README_END = "<!-- bench:end -->"
+OPTIMIZERS = {"sgd": "SGD", "adagrad": "Adagrad", "rowwise_adagrad": "row-wise Adagrad"}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -187,8 +188,9 @@ def render(report: Report) -> str:
             left_out = [f"{name} ({why})" for name, why in comparison.left_out.items()]
             if left_out:
                 parts.append("Left out: " + "; ".join(left_out) + ".\n")
-    if report.memory:
+    if report.memory or report.memory_left_out:
         parts += ["## Peak memory of one step\n", memory_table(report.memory)]
+        parts += [f"Left out: {name}: {why}.\n" for name, why in report.memory_left_out.items()]
     if report.startup:
         parts.append("## Start\n")
         rows = [[name, f"{seconds * 1e3:.0f}"] for name, seconds in report.startup.items()]
@@ -242,8 +244,7 @@ def _work(case: dict[str, Any]) -> str:
     work = {"forward": "lookup", "backward": "lookup + gradients", "step": "step"}[case["work"]]
     if case["work"] != "step":
         return work
-    names = {"sgd": "SGD", "adagrad": "Adagrad", "rowwise_adagrad": "row-wise Adagrad"}
-    return f"{work}, {names[case['optimizer']]}"
+    return f"{work}, {OPTIMIZERS[case['optimizer']]}"
 
 
 def update_readme(path: Path, section: str) -> bool:

@@ -17,6 +17,7 @@ from bench.contenders.base import (
     Rows,
     Session,
     TieredRows,
+    refuse_copy,
     sparse_rows,
     table_rows,
 )
@@ -246,6 +247,18 @@ class Frozen(_Ours):
             self._fuse(name, self.title)
         self.equations = Equations("stored", tier_width=tier_width)
 
+    def refuses(self, case: Case) -> str:
+        """One frozen copy of a table of gigabytes is enough: the narrow tiers."""
+        wide = refuse_copy(case, "a second frozen copy") if self.tier_width > 4 else ""
+        return wide or super().refuses(case)
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """The blocks of its tiers, which both its forms of a step share, and their state."""
+        width = min(case.row_mean * case.dim + self.tier_width * 0.6, case.dim)
+        element = 4 if case.dtype == "float32" else 2
+        size = case.tables * case.rows * width * element
+        return {f"tiers of {self.tier_width}": size, **super().allocates(case)}
+
     def prepare(self, problem: Problem) -> Session:
         """Freezes the problem's weights; ids are renumbered beforehand, as vocabularies are."""
         tiers = problem.tiers(self.tier_width)
@@ -336,6 +349,14 @@ class Layer(_Ours):
         if importlib.util.find_spec("amtl") is None:
             return "amtl is not importable"
         return super().absent()
+
+    def refuses(self, case: Case) -> str:
+        """Its counts, groups and sizes of every row are copies, too."""
+        return refuse_copy(case, "the bookkeeping") or super().refuses(case)
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """Counts, groups and sizes of rows."""
+        return {self.name: case.tables * case.rows * 60.0, **super().allocates(case)}
 
     def prepare(self, problem: Problem) -> Session:
         """A layer over the problem's weights, with sizes of its own under the same budget."""

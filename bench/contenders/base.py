@@ -13,6 +13,22 @@ from torch import Tensor, nn
 from bench.inputs import Case, Problem
 from bench.oracle import Equations, Outcome
 
+# A second copy of a table larger than this is not worth its memory and the time to make it.
+COPY_LIMIT = 2 * 2**30
+
+
+def refuse_copy(case: Case, what: str) -> str:
+    """A refusal where a private copy of the case's table would pass ``COPY_LIMIT``."""
+    if case.tables * case.rows * case.dim * 4 > COPY_LIMIT:
+        return f"{what} of a table this large is left out to spare memory"
+    return ""
+
+
+def state_bytes(case: Case) -> float:
+    """Optimizer state of all tables, in float32."""
+    per_row = {"none": 0, "sgd": 0, "rowwise_adagrad": 4, "adagrad": 4 * case.dim}
+    return float(per_row[case.optimizer] * case.tables * case.rows)
+
 
 class Session(Protocol):
     """A contender set up on a problem."""
@@ -36,6 +52,7 @@ class Contender(ABC):
         install: How to get it where it is absent.
         ours: Whether it is this project's.
         tolerance: Larger than the dtype's where it rounds on purpose.
+        compiles: Whether its first call compiles something.
     """
 
     name: str
@@ -44,6 +61,7 @@ class Contender(ABC):
     install: str = ""
     ours: bool = False
     tolerance: float = 0.0
+    compiles: bool = False
 
     def absent(self) -> str:
         """Why it can't run on this machine at all; empty where it can."""
@@ -52,6 +70,14 @@ class Contender(ABC):
     def refuses(self, case: Case) -> str:
         """Why it has no answer to this case; empty where it has."""
         return ""
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """Bytes that it holds beside the shared table, by a name: who gives the same name shares.
+
+        By default its optimizer's state.
+        """
+        size = state_bytes(case)
+        return {f"{self.name} state": size} if size else {}
 
     @abstractmethod
     def prepare(self, problem: Problem) -> Session:

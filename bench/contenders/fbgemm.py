@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.contenders.base import AutogradSession, Contender, Rows, Session
+from bench.contenders.base import AutogradSession, Contender, Rows, Session, refuse_copy
 from bench.inputs import Case, Problem
 from bench.oracle import Equations
 
@@ -70,8 +70,6 @@ class Split(_Fbgemm):
             "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         }
         rows = problem.rows_per_table
-        # Built small, then pointed at the problem's storage: allocating its own 7.7 GB first
-        # would double the peak.
         spec = (rows, case.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
         tbe: Any = SplitTableBatchedEmbeddingBagsCodegen(
             [spec] * case.tables,
@@ -81,8 +79,9 @@ class Split(_Fbgemm):
             pooling_mode=PoolingMode.SUM,
             weights_precision=SparseType.from_dtype(case.torch_dtype),
             output_dtype=SparseType.from_dtype(case.torch_dtype),
+            # Its own table would be written with zeros first, which doubles the peak.
+            preallocated_host_buffers={"weights": problem.weight.view(-1)},
         )
-        tbe.weights_host = nn.Parameter(problem.weight.view(-1))
         if case.huge_pages and case.optimizer.endswith("adagrad"):
             from amtl_kernels.memory import advise_huge_pages
 
@@ -111,6 +110,10 @@ class Dense(_Fbgemm):
         if case.tables * case.rows * case.dim * 4 > _DENSE_LIMIT:
             return "its gradient is as large as the table"
         return super().refuses(case)
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """Its dense gradient."""
+        return {self.name: case.tables * case.rows * case.dim * 4.0}
 
     def prepare(self, problem: Problem) -> Session:
         """Points it at the problem's weights."""
@@ -152,9 +155,11 @@ class IntNBit(_Fbgemm):
             return "IntNBit serves lookups only"
         if case.dtype != "float32":
             return "measured with float32 outputs only"
-        if case.tables * case.rows * case.dim * 4 > 2 * 2**30:
-            return "a quantised copy of a table this large is left out to spare memory"
-        return super().refuses(case)
+        return refuse_copy(case, "a quantised copy") or super().refuses(case)
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """Its rows, and once more while they are packed."""
+        return {self.name: case.tables * case.rows * (case.dim * self.bits / 8 + 8) * 2}
 
     def prepare(self, problem: Problem) -> Session:
         """Quantises a copy of the problem's weights."""

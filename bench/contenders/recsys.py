@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.contenders.base import AutogradSession, Contender, Session
+from bench.contenders.base import AutogradSession, Contender, Session, refuse_copy
 from bench.inputs import Case, Problem
 from bench.oracle import Equations
 
@@ -104,9 +104,12 @@ class Fused(_TorchRec):
         """Its backward always updates; a table is not shared with the others."""
         if case.work == "backward":
             return "its backward always updates"
-        if case.tables * case.rows * case.dim * 4 > 2 * 2**30:
-            return "a copy of a table this large is left out to spare memory"
-        return super().refuses(case)
+        return refuse_copy(case, "a copy") or super().refuses(case)
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """Its own tables."""
+        size = case.tables * case.rows * case.dim * 4.0
+        return {self.name: size, **super().allocates(case)}
 
     def prepare(self, problem: Problem) -> Session:
         """Copies the problem's weights; its update is fused into the backward."""

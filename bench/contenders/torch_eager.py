@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.contenders.base import AutogradSession, Contender, Optimizer, Rows, Session, table_rows
+from bench.contenders.base import (
+    AutogradSession,
+    Contender,
+    Optimizer,
+    Rows,
+    Session,
+    refuse_copy,
+    table_rows,
+)
 from bench.inputs import Case, Problem, noise_column
 from bench.oracle import Equations
-
-_MASKED_COPY_LIMIT = 2 * 2**30
 
 
 def make_optimizer(problem: Problem, parameters: list[nn.Parameter]) -> Optimizer | None:
@@ -76,10 +82,11 @@ class PreMasked(Bag):
         """Only lookups: its gradients would fill the zeros again."""
         if case.work != "forward":
             return "a table masked beforehand serves lookups only"
-        size = case.tables * case.rows * case.dim * 4
-        if size > _MASKED_COPY_LIMIT:
-            return "a masked copy of a table this large is left out to spare memory"
-        return ""
+        return refuse_copy(case, "a masked copy")
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """A masked copy, and the mask while it is made."""
+        return {self.name: case.tables * case.rows * case.dim * 5.0}
 
     def _weight(self, problem: Problem) -> Tensor:
         mask = torch.arange(problem.case.dim) < problem.row_dims.unsqueeze(1)
@@ -189,6 +196,7 @@ class Compiled(Eager):
 
     name = "compiled"
     title = "torch.compile of it"
+    compiles = True
 
     def absent(self) -> str:
         """Inductor needs a C++ compiler on a CPU."""

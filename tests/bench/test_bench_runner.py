@@ -96,6 +96,13 @@ def test_a_run_whose_second_thread_does_not_help_is_rejected() -> None:
     torch.set_num_threads(1)
 
 
+def test_more_threads_than_cores_leaves_everybody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "allowed_cpus", lambda: [0])
+    result = runner(Good()).run(dataclasses.replace(CASE, contenders=("good",), threads=2))
+    reason = "the case is for 2 threads, this machine has 1 core(s)"
+    assert (result.timings, result.left_out, result.rejected) == ({}, {"good": reason}, "")
+
+
 def test_one_thread_needs_no_second_core() -> None:
     alone = dataclasses.replace(CASE, contenders=("good",))
     assert runner(Good(), probe=Probe(1.0)).run(alone).rejected == ""
