@@ -28,9 +28,9 @@ from bench import binding, guards, machine, memory, plots, tables
 from bench.compare import compare_reports
 from bench.inputs import Case
 from bench.oracle import MismatchError
-from bench.plan import Cost, Plan, admit, make_plan
+from bench.plan import Budget, Cost, Plan, admit, make_plan
 from bench.results import Comparison, Report, ResultFormatError
-from bench.runner import Budget, Runner, cpu_clock, wall_clock
+from bench.runner import Runner, cpu_clock, wall_clock
 from bench.suites import SUITES, evaluate, select
 
 app = typer.Typer(

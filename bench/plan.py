@@ -63,6 +63,35 @@ def gigabytes(value: float) -> str:
     return f"{value / GB:.1f} GB"
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How long one comparison may take.
+
+    Attributes:
+        seconds: Timed seconds in all; the number of rounds follows from it.
+        minimal_rounds: Rounds even where that takes longer.
+        maximal_rounds: No more than these.
+        shortest_sample: Calls shorter than this are timed several at a time.
+        warm_calls: A turn begins with as many untimed calls, and times at least as many, ...
+        warm_seconds: ... or with those that fit into this time; with one at least.
+    """
+
+    seconds: float = 5.0
+    minimal_rounds: int = 12
+    maximal_rounds: int = 200
+    shortest_sample: float = 4e-4
+    warm_calls: int = 4
+    warm_seconds: float = 0.01
+
+    def leads(self, estimate: float) -> int:
+        """Untimed calls at the beginning of a turn, where a call takes ``estimate`` seconds."""
+        return min(max(int(self.warm_seconds / max(estimate, 1e-7)), 1), self.warm_calls)
+
+    def repeats(self, estimate: float) -> int:
+        """Timed calls of a turn."""
+        return max(self.leads(estimate), round(self.shortest_sample / max(estimate, 1e-7)))
+
+
 @dataclass
 class Admission:
     """Who fits into the memory that is free.
@@ -143,7 +172,6 @@ def estimate(
     widths = [case.tables * case.dim, *case.dense]
     products = case.bags * sum(a * b for a, b in itertools.pairwise(widths))
     each = numbers * _CALL_SECONDS_PER_NUMBER[case.work] + products * _SECONDS_PER_NETWORK_PRODUCT
-    call = each * len(here)
     fresh = before is None or not same_table(case, before)
     setup = (
         _SECONDS_PER_CASE
@@ -153,8 +181,10 @@ def estimate(
         + _SECONDS_PER_CHECKED_NUMBER * numbers * len(here)
         + _SECONDS_PER_COMPILATION * sum(one.compiles for one in here)
     )
-    # At least twelve rounds, at most two hundred, each call after an untimed one.
-    timed = min(max(seconds, 24 * call), 400 * max(call, 1e-3 * len(here)))
+    # At least twelve rounds, at most two hundred, of turns that are half untimed (`Budget`).
+    budget = Budget(seconds)
+    turns = len(here) * each * (budget.leads(each) + budget.repeats(each))
+    timed = min(max(seconds, budget.minimal_rounds * turns), budget.maximal_rounds * turns)
     return Cost(setup + timed, admission.peak + _PROCESS, admission.left_out)
 
 

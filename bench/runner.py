@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from bench import binding, machine, plan
 from bench.contenders import CONTENDERS, Contender, Session
 from bench.inputs import Case, Problem, TraceUnavailableError, make_problem, same_table
 from bench.oracle import MismatchError, compare, expected
+from bench.plan import Budget
 from bench.results import Comparison, Timing
 from bench.traffic import useful_bytes
 
@@ -23,6 +25,9 @@ Notice = Callable[[float, int], None]
 
 # Two threads that gain less than this have no second core to themselves.
 MINIMAL_SPEEDUP = 1.15
+
+
+_BUDGET = Budget()
 
 
 def wall_clock(run: Callable[[], None]) -> float:
@@ -43,37 +48,20 @@ def cpu_clock(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long one comparison may take.
-
-    Attributes:
-        seconds: Timed seconds in all; the number of rounds follows from it.
-        minimal_rounds: Rounds even where that takes longer.
-        maximal_rounds: No more than these.
-        shortest_sample: Calls shorter than this are timed several at a time.
-    """
-
-    seconds: float = 5.0
-    minimal_rounds: int = 12
-    maximal_rounds: int = 200
-    shortest_sample: float = 4e-4
-
-
 def interleave(
     calls: Mapping[str, Call],
     rotations: int,
     *,
-    budget: Budget = Budget(),
+    budget: Budget = _BUDGET,
     timer: Timer = wall_clock,
     notice: Notice | None = None,
 ) -> dict[str, list[float]]:
     """Times calls in turn, so that what disturbs the machine disturbs all of them.
 
     The order is reversed in every other round. Every call takes the next id set, so a set comes
-    back only after ``rotations`` calls, whoever makes them. Each turn begins with an untimed call:
-    contenders that share a table keep its page tables and the caches' view of it warm for each
-    other, and one with a table of its own would pay for coming back to it.
+    back only after ``rotations`` calls, whoever makes them. Each turn begins with untimed calls:
+    contenders that share a table keep its hot rows in the last cache for each other, and one with a
+    table of its own would pay for coming back to it, which nobody does whose program has one table.
 
     Args:
         calls: Contender to its call; the argument is the id set to use.
@@ -87,10 +75,11 @@ def interleave(
     """
     turn = 0
 
-    def lead(call: Call) -> None:
+    def lead(call: Call, calls: int) -> None:
         nonlocal turn
-        call(turn % rotations)
-        turn += 1
+        for _ in range(calls):
+            call(turn % rotations)
+            turn += 1
 
     def timed(call: Call, repeats: int) -> float:
         nonlocal turn
@@ -107,11 +96,12 @@ def interleave(
     for name, call in calls.items():
         timed(call, 2)
         estimates[name] = min(timed(call, 1) for _ in range(3))
-    repeats = {
-        name: max(1, round(budget.shortest_sample / max(estimate, 1e-7)))
-        for name, estimate in estimates.items()
-    }
-    each = sum(estimates[name] * (repeats[name] + 1) for name in calls)
+    leads = {name: budget.leads(estimate) for name, estimate in estimates.items()}
+    repeats = {name: budget.repeats(estimate) for name, estimate in estimates.items()}
+    made = sum(leads.values()) + sum(repeats.values())
+    # So that a round does not begin where the last one began: everybody meets every set.
+    skipped = next(skip for skip in range(rotations + 1) if math.gcd(made + skip, rotations) == 1)
+    each = sum(estimates[name] * (repeats[name] + leads[name]) for name in calls)
     rounds = int(budget.seconds / max(each, 1e-9))
     rounds = min(max(rounds, budget.minimal_rounds), budget.maximal_rounds)
 
@@ -123,10 +113,11 @@ def interleave(
     try:
         for number in range(rounds):
             for name in order if number % 2 == 0 else reversed(order):
-                lead(calls[name])
+                lead(calls[name], leads[name])
                 samples[name].append(timed(calls[name], repeats[name]))
+            turn += skipped
             if notice is not None:
-                notice((number + 1) / rounds, sum(repeats.values()) + len(repeats))
+                notice((number + 1) / rounds, made)
     finally:
         if collecting:
             gc.enable()
@@ -147,7 +138,7 @@ class Runner:
         available: Tells the bytes of memory that are free.
     """
 
-    budget: Budget = Budget()
+    budget: Budget = _BUDGET
     copy_bandwidth: Mapping[int, float] = field(default_factory=dict)
     attempts: int = 3
     probe: machine.ThreadProbe | None = None

@@ -15,8 +15,9 @@ from bench.contenders import CONTENDERS
 from bench.contenders.base import Contender
 from bench.contenders.torch_eager import Bag
 from bench.inputs import Case
+from bench.plan import Budget
 from bench.results import Comparison, Report, Timing
-from bench.runner import Budget, Runner
+from bench.runner import Runner
 from bench.scale_plots import draw
 from bench.suites import SUITES, Suite
 

@@ -13,7 +13,8 @@ from bench.contenders.base import AutogradSession, Contender, Session
 from bench.contenders.torch_eager import Bag
 from bench.inputs import Case, Problem
 from bench.oracle import Equations, MismatchError
-from bench.runner import Budget, Runner, interleave
+from bench.plan import Budget
+from bench.runner import Runner, interleave
 
 CASE = Case("forward", 200, ("good", "bad"), ("good",), bags=16, bag_size=3, dim=8, threads=1)
 SHORT = Budget(0.01, minimal_rounds=4, maximal_rounds=6)
@@ -126,19 +127,39 @@ def test_calls_interleave_and_rotate() -> None:
 
     def timer(run: Callable[[], None]) -> float:
         run()
-        return 1.0
+        return 1e-3
 
     samples = interleave(
         {"a": call("a"), "b": call("b")},
         11,
-        budget=Budget(0, minimal_rounds=5, maximal_rounds=5, shortest_sample=0),
+        budget=Budget(0, minimal_rounds=5, maximal_rounds=5, shortest_sample=0, warm_calls=2),
         timer=timer,
     )
     assert {name: len(values) for name, values in samples.items()} == {"a": 5, "b": 5}
-    # An untimed call leads each turn.
-    assert [name for name, _ in log[-20:]] == list("aabbbbaaaabbbbaaaabb")
+    # Two untimed calls lead each turn, two are timed.
+    assert [name for name, _ in log[-24:]] == list("aaaabbbbbbbbaaaaaaaabbbb")
     sets = [rotation for _, rotation in log]
     assert sets == [i % 11 for i in range(len(sets))]
+
+
+def test_every_round_begins_with_another_id_set() -> None:
+    firsts = []
+
+    def call(rotation: int) -> None:
+        firsts.append(rotation)
+
+    # Five calls to estimate with, then rounds of two, which divides the number of sets.
+    budget = Budget(0, minimal_rounds=4, maximal_rounds=4, warm_calls=1, shortest_sample=0)
+    interleave({"a": call}, 4, budget=budget, timer=lambda run: (run(), 1.0)[1])
+    assert sorted(firsts[5::2]) == [0, 1, 2, 3]
+
+
+def test_long_calls_are_led_by_one() -> None:
+    budget = Budget()
+    assert (budget.leads(1e-3), budget.repeats(1e-3)) == (4, 4)
+    assert (budget.leads(4e-3), budget.repeats(4e-3)) == (2, 2)
+    assert (budget.leads(1.0), budget.repeats(1.0)) == (1, 1)
+    assert (budget.leads(1e-5), budget.repeats(1e-5)) == (4, 40)
 
 
 def test_short_calls_are_timed_several_at_a_time() -> None:
@@ -161,7 +182,7 @@ def test_short_calls_are_timed_several_at_a_time() -> None:
         timer=timer,
     )
     assert samples["a"] == pytest.approx([1e-5, 1e-5])
-    assert made == 2 + 3 + 2 * (1 + 100)
+    assert made == 2 + 3 + 2 * (4 + 100)
 
 
 def test_machine_description_names_no_host() -> None:
