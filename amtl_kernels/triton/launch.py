@@ -109,10 +109,35 @@ def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         return host.to(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a CUDA graph would read this table of tiers from memory that is gone by then; run the "
-            "same call once before capturing it"
+            "a CUDA graph would read this description of tables from memory that is gone by then; "
+            "run the same call once before capturing it"
         )
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def constant(values: Sequence[Sequence[int]], device: torch.device, keep: bool = True) -> Tensor:
+    """As :func:`upload`, from the last call with equal values if there was one.
+
+    What a CUDA graph reads is kept for good. ``keep`` says whether the values will come again.
+    """
+    if not keep:
+        return upload(values, device)
+    key = (device, tuple(map(tuple, values)))
+    found = _captured.get(key)
+    if found is None:
+        found = _constants.pop(key, None)
+        found = upload(values, device) if found is None else found
+        while len(_constants) >= CONSTANTS_KEPT:
+            _constants.pop(next(iter(_constants)))
+        _constants[key] = found
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured[key] = found
+    return found
+
+
+CONSTANTS_KEPT = 4096
+_constants: dict[Any, Tensor] = {}
+_captured: dict[Any, Tensor] = {}
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
