@@ -7,6 +7,7 @@ raises, as it would in the capture of a CUDA graph. Launches are counted, not ru
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ def capturing() -> Iterator[list[str]]:
         mock.patch.object(launch, "recorder", record),
         mock.patch.object(launch, "read", refuse),
         mock.patch.object(launch, "upload", refuse),
+        mock.patch.object(torch.cuda, "synchronize", refuse),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
     ):
         yield kernels
@@ -181,19 +183,25 @@ def test_backwards_wait_once_in_launches_that_do_not_grow(form: str) -> None:
 
 
 def test_a_wait_is_seen() -> None:
-    """What the tests above rely on: each way to wait raises here."""
+    """What the tests above rely on: each way to wait raises here, for that reason."""
     tensor = torch.empty(3, device="cuda")
     ways = (
-        lambda: tensor[0].item(),
-        lambda: tensor.tolist(),
-        lambda: tensor.nonzero(),
+        lambda: tensor.sum().item(),
+        lambda: tensor.sum().tolist(),
+        lambda: torch.ops.aten.nonzero(tensor),
         lambda: tensor.unique(),
-        lambda: tensor[tensor > 0],
+        lambda: tensor.unique_consecutive(),
+        lambda: torch.equal(tensor, tensor),
+        lambda: tensor.masked_select(tensor > 0),
         lambda: tensor.cpu(),
-        lambda: launch.read(tensor),
-        lambda: torch.cuda.synchronize(),
         lambda: bool((tensor > 0).any()),
+        lambda: launch.read(tensor),
+        lambda: launch.upload([[1]], tensor.device),
+        lambda: torch.cuda.synchronize(),
     )
     for way in ways:
-        with pytest.raises(Exception), capturing(), Asked():  # noqa: B017
+        with pytest.raises(Exception) as caught, capturing(), Asked():
             way()
+        found = f"{type(caught.value).__name__}: {caught.value}"
+        reasons = "DataDependent|DynamicOutput|_unique2|on the host|the host waits"
+        assert re.search(reasons, found), found
