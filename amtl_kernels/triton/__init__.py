@@ -8,6 +8,7 @@ built without its own CUDA kernels. Importing this package does not import Trito
     launch.py     launches, device guard, autotuning, block sizes
     check.py      bad indices, sizes and offsets, found on the device, reported on the host
     lookup.py     plain and pooled lookup, for row sizes, groups with size noise, and tiers
+    lookups.py    lookups and their bags; how several tables become one in tiers
     plan.py       sort the lookups by row and cut them into equal work, hot rows included
     reduce.py     sums of gradient rows in two passes without float atomics; mask gradient
     samples.py    gradient of ``per_sample_weights``
@@ -27,16 +28,27 @@ after one call that compiles its kernels and, for tiers, uploads where they are;
 
 - A captured update repeats the learning rate that it was captured with; steps are counted on if the
   counter is on the device (``capturable`` of the optimizers).
-- Row-wise Adagrad of rows wider than 1,024 values is a backward and a step, with the backward's
-  wait.
-- Backwards and updates of several tables go table by table (about ten launches each) and wait once
-  for where each table's lookups start, so no graph can hold them; the lookup is one launch.
-  It takes sizes of one integer type and goes table by table, too, if they differ.
+- Row-wise Adagrad of rows wider than 1,024 values reads their gradients twice, since a step needs
+  the sum of squares of a whole row first.
+- A call of several tables takes as many launches as one of a single table. It loads in 16 bytes
+  only if the rows of all tables are aligned to that, has tiles as wide as the widest table, sorts
+  64-bit keys where all rows times all groups pass 2^31, and is compiled for the number of tables.
+  Sizes of different integer types are copied to int32 in every call of a backward or update, which
+  a graph can't hold; the lookup then goes table by table.
+
+Autotuning is in ``launch.py`` (``Tuned``) and only of the two lookups, in spaces of three and four
+points of loads per thread and warps per program (``WIDE_SPACE``, ``NARROW_SPACE``, which say why
+these). What bounds a lookup is bytes in flight, so a space needs no more than a middle and its
+neighbours; and a lookup's result is the same bit for bit in any tile. Backwards and updates have
+fixed tiles (``launch.TILE``): the order of their sums follows the tile, and a choice by time would
+make results differ from run to run; they also write weights, which a timed trial must not.
+``AMTL_TRITON_AUTOTUNE=0`` takes the first point always.
 
 What has been shown so far: results equal the reference under the interpreter, and every kernel
 compiles ahead of time for sm_80, sm_90 and sm_100 within its register ceiling, without spills and
-with 128-bit table loads (``tests/triton``). None of it has run on a GPU yet: races between
-programs, graph capture, speed and the autotuner's choices are unproved.
+with 128-bit table loads; on fake CUDA tensors a fused update of several tables asks for no value
+(``tests/triton``). None of it has run on a GPU yet: races between programs, graph capture, speed
+and the autotuner's choices are unproved.
 """
 
 from __future__ import annotations

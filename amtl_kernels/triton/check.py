@@ -56,7 +56,7 @@ def check_kernel(
         tl.atomic_min(found_ptr, first)
     if HAS_SIZES:
         known = valid & (row >= 0) & (row < num_rows)
-        size = kept_size(row, known, sizes_ptr, row_group_ptr, seed_mix, Q)
+        size = kept_size(row, known, sizes_ptr, row_group_ptr, seed_mix, Q, 0, 0, Q)
         bad = known & ((size < 1) | (size > D))
         first = tl.min(tl.where(bad, at, NONE), axis=0)
         if first != NONE:

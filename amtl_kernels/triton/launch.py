@@ -41,6 +41,10 @@ REGISTERS = {
 ceiling it moves single registers to memory to fit one more program on a multiprocessor, and some
 other one with every change; with these nothing spills (``tests/triton/test_ahead_of_time.py``)."""
 
+REGISTERS_OF_FLAT_MASKS = 128
+"""The same where mask gradients of several tables are summed (``GROUP_TIERS``), whose rows take
+more numbers to be found and written. 512 threads a multiprocessor instead of 640."""
+
 recorder: Callable[[Any, tuple[int, ...], Sequence[Any], Mapping[str, Any]], None] | None = None
 """Where set, launches are handed to it instead of being run: how the tests collect every
 specialisation to compile ahead of time."""
@@ -109,10 +113,35 @@ def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         return host.to(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a CUDA graph would read this table of tiers from memory that is gone by then; run the "
-            "same call once before capturing it"
+            "a CUDA graph would read this description of tables from memory that is gone by then; "
+            "run the same call once before capturing it"
         )
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def constant(values: Sequence[Sequence[int]], device: torch.device, keep: bool = True) -> Tensor:
+    """As :func:`upload`, from the last call with equal values if there was one.
+
+    What a CUDA graph reads is kept for good. ``keep`` says whether the values will come again.
+    """
+    if not keep:
+        return upload(values, device)
+    key = (device, tuple(map(tuple, values)))
+    found = _captured.get(key)
+    if found is None:
+        found = _constants.pop(key, None)
+        found = upload(values, device) if found is None else found
+        while len(_constants) >= CONSTANTS_KEPT:
+            _constants.pop(next(iter(_constants)))
+        _constants[key] = found
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured[key] = found
+    return found
+
+
+CONSTANTS_KEPT = 4096
+_constants: dict[Any, Tensor] = {}
+_captured: dict[Any, Tensor] = {}
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -131,15 +160,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = WARPS, *
     """Runs ``kernel`` over ``grid``; nothing to do when the grid is empty."""
     if 0 in grid:
         return
+    most = registers(kernel, meta)
     if recorder is not None:
-        recorder(kernel, grid, args, {**meta, "num_warps": warps, "maxnreg": registers(kernel)})
+        recorder(kernel, grid, args, {**meta, "num_warps": warps, "maxnreg": most})
         return
-    kernel[grid](*args, **meta, num_warps=warps, maxnreg=registers(kernel))
+    kernel[grid](*args, **meta, num_warps=warps, maxnreg=most)
 
 
-def registers(kernel: Any) -> int:
-    """The kernel's entry in :data:`REGISTERS`."""
-    return REGISTERS.get(kernel.fn.__name__, 64)
+def registers(kernel: Any, meta: Mapping[str, Any]) -> int:
+    """The ceiling of a launch: :data:`REGISTERS`, :data:`REGISTERS_OF_FLAT_MASKS`."""
+    most = REGISTERS.get(kernel.fn.__name__, 64)
+    return REGISTERS_OF_FLAT_MASKS if most > 64 and meta.get("GROUP_TIERS") else most
 
 
 @dataclass(frozen=True)
@@ -203,8 +234,9 @@ class Tuned:
             self._launch(points[0], grid, args, meta)
         elif 0 not in grid(points[0][0]):
             if points not in self._tuners:
+                most = registers(self.kernel, meta)
                 configs = [
-                    triton.Config({"TILE": size}, num_warps=warps, maxnreg=registers(self.kernel))
+                    triton.Config({"TILE": size}, num_warps=warps, maxnreg=most)
                     for size, warps in points
                 ]
                 self._tuners[points] = triton.autotune(configs, key=self._key)(self.kernel)

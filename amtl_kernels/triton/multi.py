@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -18,8 +17,16 @@ from torch import Tensor
 
 from amtl_kernels import reference, reference_tables
 from amtl_kernels.triton import check, launch
-from amtl_kernels.triton.plan import bag_of
-from amtl_kernels.triton.tables import clamp_row, hash_column, load_prefix, mix_seed
+from amtl_kernels.triton.lookups import bag_of
+from amtl_kernels.triton.tables import (
+    clamp_row,
+    distance,
+    first_with_memory,
+    hash_column,
+    load_prefix,
+    mix_seed,
+    size_columns,
+)
 
 MASKED = tl.constexpr(0)
 ADAPTIVE = tl.constexpr(1)
@@ -230,26 +237,12 @@ def check_tables_kernel(
         tl.atomic_min(found_ptr + 1, first)
 
 
-_descriptions: dict[Any, Tensor] = {}
-
-
-def _describe(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """The lines on the device, from the last call with equal ones if there was one."""
-    key = (device, tuple(map(tuple, lines)))
-    if key not in _descriptions:
-        while len(_descriptions) >= 256:
-            _descriptions.pop(next(iter(_descriptions)))
-        _descriptions[key] = launch.upload(lines, device)
-    return _descriptions[key]
-
-
 def _anchored(tensors: Sequence[Tensor]) -> tuple[Tensor | None, list[int]]:
-    """The first tensor that has memory, and elements from its start to each one's."""
+    """The first tensor that has memory, and values from its start to each one's."""
     if not tensors:
         return None, []
-    anchor = next((t for t in tensors if t.numel()), tensors[0])
-    start, size = anchor.data_ptr(), anchor.element_size()
-    return anchor, [(t.data_ptr() - start) // size if t.numel() else 0 for t in tensors]
+    anchor = first_with_memory(tensors)
+    return anchor, [distance(t, anchor) for t in tensors]
 
 
 def _reachable(tensors: Sequence[Tensor]) -> bool:
@@ -285,7 +278,7 @@ class _Tables:
         self.count, self.dtype, self.device = count, data[0].dtype, data[0].device
         last = list(itertools.accumulate(tier_counts)) or none
         first = [end - n for end, n in zip(last, tier_counts or none, strict=True)]
-        columns = [t.shape[1] if t.dim() == 2 else 1 for t in sizes] or none
+        columns = [size_columns(t) for t in sizes] or none
         self.anchor, distances = _anchored(data)
         sizes_anchor, of_sizes = _anchored(sizes)
         groups_anchor, of_groups = _anchored(row_groups)
@@ -296,7 +289,7 @@ class _Tables:
             for t, n in enumerate(tier_counts):
                 begins += [0, *tier_ends[first[t] : first[t] + n - 1]]
             base = [d - b * w for d, b, w in zip(distances, begins, widths, strict=True)]
-            tiers = _describe([list(tier_ends), base, widths], self.device)
+            tiers = launch.constant([list(tier_ends), base, widths], self.device)
             distances = none
         lines = [
             list(rows),
@@ -312,7 +305,7 @@ class _Tables:
         ]
         assert len(lines) == FIELDS
         self.args = (
-            _describe(lines, self.device),
+            launch.constant(lines, self.device),
             sizes_anchor,
             groups_anchor,
             tiers,

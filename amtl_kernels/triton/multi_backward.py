@@ -1,7 +1,7 @@
-"""Backwards and fused updates of several tables in one call.
+"""Backwards and fused updates of several tables, in as many launches as those of one.
 
-They sort and sum table by table. The host waits once for where each table's lookups start and, in a
-backward, once for the distinct rows of all tables.
+Behind the sort several tables are one table in tiers (``lookups.py``), so nothing here depends on
+their number. All take vector loads only if the rows of all are aligned, and tiles of the widest.
 """
 
 from __future__ import annotations
@@ -12,42 +12,78 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from amtl_kernels.reference_tables import Bags, split_tiers
-from amtl_kernels.triton import backward, launch, update
-from amtl_kernels.triton.rules import split_counter, states_per_table
+from amtl_kernels.triton import backward, update
+from amtl_kernels.triton.lookups import Lookups, Several
+from amtl_kernels.triton.tables import Table
 
 
-def _split(
-    count: int,
+def _of_one_type(sizes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sizes as they are or, if their types differ, as int32 in memory that all share."""
+    if len({each.dtype for each in sizes}) == 1:
+        return sizes
+    flat = torch.cat([each.reshape(-1).to(torch.int32) for each in sizes])
+    parts = flat.split([each.numel() for each in sizes])
+    return [part.view(each.shape) for part, each in zip(parts, sizes, strict=True)]
+
+
+def _dense(
+    grad: Tensor,
+    weights: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    row_groups: Sequence[Tensor],
+    seed: int,
     indices: Tensor,
     offsets: Tensor,
     per_sample_weights: Tensor | None,
+    mode: int,
     padding_idx: Sequence[int],
-) -> list[Bags]:
-    """Every table's own bags. One wait."""
-    bags = (offsets.numel() - 1) // count
-    bounds = [0] * (count + 1)
-    if bags:
-        bounds = launch.read(offsets[::bags])
-    parts = []
-    for t, (start, end) in enumerate(itertools.pairwise(bounds)):
-        begins = offsets[t * bags : (t + 1) * bags + 1] - start
-        weights = None if per_sample_weights is None else per_sample_weights[start:end]
-        parts.append(Bags(t, indices[start:end], begins, weights, padding_idx[t]))
-    return parts
+) -> tuple[Lookups, Table]:
+    """The lookups in tables with sizes by row or by group, and the tables."""
+    several = Several.of(
+        grad,
+        [weight.shape[0] for weight in weights],
+        [weight.shape[1] for weight in weights],
+        padding_idx,
+        row_groups,
+        [each.shape[0] for each in sizes] if row_groups else [],
+    )
+    table = Table.by_tables(weights, _of_one_type(sizes), row_groups, seed)
+    lookups = Lookups.of_tables(grad, several, indices, offsets, per_sample_weights, mode)
+    return lookups, table
 
 
-def _join_psw(found: Sequence[Tensor], per_sample_weights: Tensor | None, wanted: bool) -> Tensor:
-    """The gradient of all per-sample weights, zero for those past the last bag."""
-    joined = torch.cat(list(found))
-    if wanted and per_sample_weights is not None:
-        past = per_sample_weights.numel() - joined.numel()
-        joined = torch.nn.functional.pad(joined, (0, past))
-    return joined
+def _tiered(
+    grad: Tensor,
+    blocks: Sequence[Tensor],
+    tier_counts: Sequence[int],
+    tier_ends: Sequence[int],
+    embedding_dims: Sequence[int],
+    indices: Tensor,
+    offsets: Tensor,
+    per_sample_weights: Tensor | None,
+    mode: int,
+    padding_idx: Sequence[int],
+) -> tuple[Lookups, Table]:
+    """The lookups in tables in tiers, and the tables: their tiers in a row."""
+    last = list(itertools.accumulate(tier_counts))
+    rows = [tier_ends[end - 1] for end in last]
+    first_row = itertools.accumulate(rows[:-1], initial=0)
+    ends = [
+        first + end
+        for first, count, stop in zip(first_row, tier_counts, last, strict=True)
+        for end in tier_ends[stop - count : stop]
+    ]
+    several = Several.of(grad, rows, embedding_dims, padding_idx)
+    table = Table.by_tiers(blocks, ends, max(embedding_dims))
+    lookups = Lookups.of_tables(grad, several, indices, offsets, per_sample_weights, mode)
+    return lookups, table
 
 
-def _columns(grad: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    return [part.contiguous() for part in grad.split(list(dims), 1)]
+def _empty_masks(weights: Sequence[Tensor], group_dims: Sequence[Tensor], wanted: bool) -> Tensor:
+    """Flat mask gradients, table after table; none if not wanted."""
+    sizes = [g.shape[0] * w.shape[1] for g, w in zip(group_dims, weights, strict=True)]
+    count = sum(sizes) if wanted else 0
+    return torch.empty(count, dtype=torch.float32, device=weights[0].device)
 
 
 def masked_embedding_bag_tables_backward(
@@ -63,25 +99,9 @@ def masked_embedding_bag_tables_backward(
     psw_grad: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """``masked_embedding_backward`` of every table."""
-    columns = _columns(grad, [w.shape[1] for w in weights])
-    results = backward.run_all(
-        backward.masked_steps(
-            columns[b.table],
-            weights[b.table],
-            b.indices,
-            b.offsets,
-            row_dims[b.table],
-            b.weights,
-            mode,
-            b.padding,
-            True,
-            weight_grad,
-            psw_grad,
-        )
-        for b in _split(len(weights), indices, offsets, per_sample_weights, padding_idx)
-    )
-    psw = _join_psw([r[2] for r in results], per_sample_weights, psw_grad)
-    return [r[0] for r in results], [r[1] for r in results], psw
+    bags = (indices, offsets, per_sample_weights, mode, padding_idx)
+    lookups, table = _dense(grad, weights, row_dims, [], 0, *bags)
+    return backward.gradients(lookups, table, weights, weight_grad, None, psw_grad)
 
 
 def adaptive_embedding_bag_tables_backward(
@@ -100,29 +120,12 @@ def adaptive_embedding_bag_tables_backward(
     psw_grad: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """``adaptive_embedding_backward`` of every table; mask gradients flat, table after table."""
-    columns = _columns(grad, [w.shape[1] for w in weights])
-    results = backward.run_all(
-        backward.adaptive_steps(
-            columns[b.table],
-            weights[b.table],
-            b.indices,
-            b.offsets,
-            row_groups[b.table],
-            group_dims[b.table],
-            b.weights,
-            mode,
-            b.padding,
-            True,
-            seed,
-            weight_grad,
-            mask_grad,
-            psw_grad,
-        )
-        for b in _split(len(weights), indices, offsets, per_sample_weights, padding_idx)
-    )
-    masks = torch.cat([r[2].flatten() for r in results])
-    psw = _join_psw([r[3] for r in results], per_sample_weights, psw_grad)
-    return [r[0] for r in results], [r[1] for r in results], masks, psw
+    bags = (indices, offsets, per_sample_weights, mode, padding_idx)
+    lookups, table = _dense(grad, weights, group_dims, row_groups, seed, *bags)
+    masks = _empty_masks(weights, group_dims, mask_grad)
+    wanted = masks if mask_grad else None
+    rows, grads, psw = backward.gradients(lookups, table, weights, weight_grad, wanted, psw_grad)
+    return rows, grads, masks, psw
 
 
 def tiered_embedding_bag_tables_backward(
@@ -140,40 +143,9 @@ def tiered_embedding_bag_tables_backward(
     psw_grad: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """``tiered_embedding_backward`` of every table; one entry per block of all tables."""
-    columns = _columns(grad, embedding_dims)
-    tables = split_tiers(list(blocks), list(tier_counts), list(tier_ends))
-    results = backward.run_all(
-        backward.tiered_steps(
-            columns[b.table],
-            *tables[b.table],
-            b.indices,
-            b.offsets,
-            b.weights,
-            embedding_dims[b.table],
-            mode,
-            b.padding,
-            True,
-            weight_grad,
-            psw_grad,
-        )
-        for b in _split(len(tables), indices, offsets, per_sample_weights, padding_idx)
-    )
-    psw = _join_psw([r[2] for r in results], per_sample_weights, psw_grad)
-    return [r for found in results for r in found[0]], [g for r in results for g in r[1]], psw
-
-
-def _states(
-    state: Sequence[Tensor], counts: Sequence[int], optimizer: int
-) -> list[Sequence[Tensor]]:
-    """Every table's own states, of as many tensors as it has blocks, times those of each block.
-
-    A step counter, if there is one, counts for all of them.
-    """
-    state, counter = split_counter(sum(counts), state, optimizer)
-    each = states_per_table(optimizer)
-    ends = list(itertools.accumulate((n * each for n in counts), initial=0))
-    shared = [] if counter is None else [counter]
-    return [[*state[a:b], *shared] for a, b in itertools.pairwise(ends)]
+    bags = (indices, offsets, per_sample_weights, mode, padding_idx)
+    lookups, table = _tiered(grad, blocks, tier_counts, tier_ends, embedding_dims, *bags)
+    return backward.gradients(lookups, table, blocks, weight_grad, None, psw_grad)
 
 
 def masked_embedding_bag_tables_update_(
@@ -191,27 +163,9 @@ def masked_embedding_bag_tables_update_(
     hyper: Sequence[float],
 ) -> Tensor:
     """``masked_embedding_update_`` of every table."""
-    columns = _columns(grad, [w.shape[1] for w in weights])
-    states = _states(state, [1] * len(weights), optimizer)
-    psw = [
-        update.masked_embedding_update_(
-            weights[b.table],
-            states[b.table],
-            columns[b.table],
-            b.indices,
-            b.offsets,
-            row_dims[b.table],
-            b.weights,
-            mode,
-            b.padding,
-            True,
-            psw_grad,
-            optimizer,
-            hyper,
-        )
-        for b in _split(len(weights), indices, offsets, per_sample_weights, padding_idx)
-    ]
-    return _join_psw(psw, per_sample_weights, psw_grad)
+    bags = (indices, offsets, per_sample_weights, mode, padding_idx)
+    lookups, table = _dense(grad, weights, row_dims, [], 0, *bags)
+    return update.step(lookups, table, weights, state, None, psw_grad, optimizer, hyper)
 
 
 def adaptive_embedding_bag_tables_update_(
@@ -232,31 +186,12 @@ def adaptive_embedding_bag_tables_update_(
     hyper: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """``adaptive_embedding_update_`` of every table; mask gradients flat, table after table."""
-    columns = _columns(grad, [w.shape[1] for w in weights])
-    states = _states(state, [1] * len(weights), optimizer)
-    results = [
-        update.adaptive_embedding_update_(
-            weights[b.table],
-            states[b.table],
-            columns[b.table],
-            b.indices,
-            b.offsets,
-            row_groups[b.table],
-            group_dims[b.table],
-            b.weights,
-            mode,
-            b.padding,
-            True,
-            seed,
-            mask_grad,
-            psw_grad,
-            optimizer,
-            hyper,
-        )
-        for b in _split(len(weights), indices, offsets, per_sample_weights, padding_idx)
-    ]
-    masks = torch.cat([mask.flatten() for mask, _ in results])
-    return masks, _join_psw([psw for _, psw in results], per_sample_weights, psw_grad)
+    bags = (indices, offsets, per_sample_weights, mode, padding_idx)
+    lookups, table = _dense(grad, weights, group_dims, row_groups, seed, *bags)
+    masks = _empty_masks(weights, group_dims, mask_grad)
+    wanted = masks if mask_grad else None
+    psw = update.step(lookups, table, weights, state, wanted, psw_grad, optimizer, hyper)
+    return masks, psw
 
 
 def tiered_embedding_bag_tables_update_(
@@ -276,31 +211,9 @@ def tiered_embedding_bag_tables_update_(
     hyper: Sequence[float],
 ) -> Tensor:
     """``tiered_embedding_update_`` of every table."""
-    columns = _columns(grad, embedding_dims)
-    tables = split_tiers(list(blocks), list(tier_counts), list(tier_ends))
-    states = _states(state, tier_counts, optimizer)
-    psw = []
-    for b in _split(len(tables), indices, offsets, per_sample_weights, padding_idx):
-        mine, ends = tables[b.table]
-        psw.append(
-            update.tiered_embedding_update_(
-                mine,
-                states[b.table],
-                columns[b.table],
-                ends,
-                b.indices,
-                b.offsets,
-                b.weights,
-                embedding_dims[b.table],
-                mode,
-                b.padding,
-                True,
-                psw_grad,
-                optimizer,
-                hyper,
-            )
-        )
-    return _join_psw(psw, per_sample_weights, psw_grad)
+    bags = (indices, offsets, per_sample_weights, mode, padding_idx)
+    lookups, table = _tiered(grad, blocks, tier_counts, tier_ends, embedding_dims, *bags)
+    return update.step(lookups, table, blocks, state, None, psw_grad, optimizer, hyper)
 
 
 OPERATORS: dict[str, Callable[..., object]] = {

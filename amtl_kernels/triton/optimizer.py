@@ -87,28 +87,20 @@ def apply_kernel(
             grad = load_tile(grad_ptr, at * D, cols, bound)
             root += sum_squares(weight_ptr, row * D, size, cols, grad, weight_decay, VEC)
         root = update_row_state(state_ptr, row, size, root, eps)
+    place = (row * D, size, row, row * D, row * D)
+    scalars = (lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2)
     for start in tl.range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
+        grad = load_tile(grad_ptr, at * D, cols, bound)
         update_tile(
             weight_ptr,
-            row * D,
-            size,
-            cols,
-            load_tile(grad_ptr, at * D, cols, bound),
-            root,
             state_ptr,
-            row * D,
             second_ptr,
-            row * D,
-            lr,
-            weight_decay,
-            eps,
-            beta1,
-            rest1,
-            beta2,
-            rest2,
-            inverse_root2,
-            row,
+            place,
+            cols,
+            grad,
+            root,
+            scalars,
             rounding_mix.to(tl.uint32),
             RULE,
             ROUND,

@@ -21,65 +21,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amtl_kernels.reference import MEAN
 from amtl_kernels.triton import launch
+from amtl_kernels.triton.lookups import (
+    FIRST_GROUP,
+    FIRST_ROW,
+    GROUPS,
+    NUMBERS,
+    Lookups,
+    bag_of,
+    gradient_row,
+    lower_bound,
+    mean_scale,
+    row_in_table,
+    table_line,
+)
+from amtl_kernels.triton.tables import Table
 
+CHUNK = 0
+"""Lookups per piece at most; 0 lets the plan choose. Tests make it small, for the second pass."""
 _INT32_MAX = torch.iinfo(torch.int32).max
 
 
-@triton.jit
-def lower_bound(ptr, count, wanted, steps, stride):
-    """First position of ``ptr[0 : count * stride : stride]`` that holds ``wanted`` or more.
-
-    ``wanted`` (int64) has any shape, the result (int32) too; ``steps`` is at least the bit length
-    of ``count``. Stays inside the array also where it is not sorted.
-    """
-    low = (wanted - wanted).to(tl.int32)
-    high = low + count
-    for _ in range(steps):
-        middle = low + (high - low) // 2
-        open_ = low < high
-        value = tl.load(ptr + middle * stride, mask=open_, other=0).to(tl.int64)
-        right = open_ & (value < wanted)
-        high = tl.where(right, high, middle)
-        low = tl.where(right, middle + 1, low)
-    return low
-
-
-@triton.jit
-def bag_of(at, offset_ptr, num_offsets, steps):
-    """Bag of the lookups ``at`` (int64): the last one that starts there or before, or -1."""
-    return lower_bound(offset_ptr, num_offsets, at + 1, steps, 1).to(tl.int64) - 1
-
-
-@triton.jit
-def mean_scale(bag, live, offset_ptr, counted_ptr, num_offsets, num_lookups, HAS_PADDING):
-    """fp32, one over the number of lookups of ``bag`` that count."""
-    first = tl.load(offset_ptr + bag, mask=live, other=0).to(tl.int64)
-    end = tl.load(offset_ptr + bag + 1, mask=live & (bag + 1 < num_offsets), other=num_lookups)
-    first = tl.minimum(tl.maximum(first, 0), num_lookups)
-    end = tl.minimum(tl.maximum(end.to(tl.int64), 0), num_lookups)
-    if HAS_PADDING:
-        first = tl.load(counted_ptr + first - 1, mask=live & (first > 0), other=0)
-        end = tl.load(counted_ptr + end - 1, mask=live & (end > 0), other=0)
-    return 1.0 / tl.maximum(end - first, 1).to(tl.float32)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "num_lookups",
-        "num_rows",
-        "num_offsets",
-        "num_bags",
-        "padding_idx",
-        "limit",
-        "steps",
-    ]
-)
+@triton.jit(do_not_specialize=NUMBERS)
 def keys_kernel(
     index_ptr,
     offset_ptr,
     row_group_ptr,
+    tables_ptr,
     key_ptr,
     bag_ptr,
     num_lookups,
@@ -91,6 +59,7 @@ def keys_kernel(
     steps,
     HAS_BAGS: tl.constexpr,
     GROUPED: tl.constexpr,
+    TABLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What each lookup is sorted by: its row, or ``group * num_rows + row``.
@@ -100,20 +69,29 @@ def keys_kernel(
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < num_lookups
-    row = tl.load(index_ptr + at, mask=valid, other=0).to(tl.int64)
-    live = valid & (row >= 0) & (row < num_rows) & (row != padding_idx)
+    row = tl.load(index_ptr + at, mask=valid, other=-1).to(tl.int64)
+    bag = at
     if HAS_BAGS:
         bag = bag_of(at, offset_ptr, num_offsets, steps)
-        live = live & (bag >= 0) & (bag < num_bags)
         tl.store(bag_ptr + at, bag.to(tl.int32), mask=valid)
+    live, table = row_in_table(
+        row, bag, tables_ptr, num_rows, num_bags, padding_idx, HAS_BAGS, TABLES
+    )
     key = row
+    if TABLES > 0:
+        key += table_line(tables_ptr, table, FIRST_ROW, TABLES)
     if GROUPED:
-        key += tl.load(row_group_ptr + row, mask=live, other=0).to(tl.int64) * num_rows
+        if TABLES > 0:
+            row += table_line(tables_ptr, table, GROUPS, TABLES)
+        group = tl.load(row_group_ptr + row, mask=live, other=0).to(tl.int64)
+        if TABLES > 0:
+            group += table_line(tables_ptr, table, FIRST_GROUP, TABLES)
+        key += group * num_rows
     key = tl.where(live, key, limit)
     tl.store(key_ptr + at, key.to(key_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_lookups", "num_offsets", "limit", "chunk"])
+@triton.jit(do_not_specialize=[*NUMBERS, "chunk", "step"])
 def cut_kernel(
     key_ptr,
     order_ptr,
@@ -121,23 +99,27 @@ def cut_kernel(
     offset_ptr,
     counted_ptr,
     weight_ptr,
+    tables_ptr,
     flag_ptr,
     source_ptr,
     scale_ptr,
     num_lookups,
     num_offsets,
+    num_bags,
+    step,
     limit,
     chunk,
     HAS_BAGS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     IS_MEAN: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    TABLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Marks where rows (bit 32) and pieces (bit 0) start, and takes sources and scales along.
 
     Grid (ceil((L + 1) / BLOCK)). key (sorted), order, bag, weight [L] -> flag [L + 1] int64, one
-    place late so that their cumulative sum starts at 0; source [L] int32, scale [L] fp32.
+    place late so that their cumulative sum starts at 0; source [L], scale [L] fp32.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) - 1
     valid = (at >= 0) & (at < num_lookups)
@@ -152,7 +134,11 @@ def cut_kernel(
         origin = tl.load(order_ptr + at, mask=live, other=0)
     if HAS_BAGS:
         bag = tl.load(bag_ptr + origin, mask=live, other=0)
-        tl.store(source_ptr + at, bag, mask=live)
+        source = bag.to(tl.int64)
+        if TABLES > 0:
+            table = source // tl.maximum(num_bags // TABLES, 1)
+            source = gradient_row(source, table, tables_ptr, num_bags, step, TABLES)
+        tl.store(source_ptr + at, source.to(source_ptr.dtype.element_ty), mask=live)
     if HAS_WEIGHTS:
         scale = tl.load(weight_ptr + origin, mask=live, other=0.0).to(tl.float32)
     if IS_MEAN:
@@ -211,48 +197,18 @@ def piece_number(count):
     return count & 0xFFFFFFFF
 
 
-@triton.jit(do_not_specialize=["num_lookups", "steps"])
+@triton.jit(do_not_specialize=["num_lookups", "limit", "num_rows", "steps"])
 def tier_counts_kernel(
-    key_ptr, count_ptr, tiers_ptr, out_ptr, num_lookups, steps, TIERS: tl.constexpr
+    key_ptr, count_ptr, ends_ptr, out_ptr, num_lookups, limit, num_rows, steps, TIERS: tl.constexpr
 ):
-    """Distinct rows looked up before the end of each tier. One program. -> out [TIERS] int64."""
+    """Distinct rows looked up before the end of each tier, or of each table. One program.
+
+    Keys are below ``end * num_rows``, which is 1 for keys that are rows. -> out [TIERS] int64.
+    """
     tier = tl.arange(0, TIERS)
-    end = tl.load(tiers_ptr + tier)
+    end = tl.minimum(tl.load(ends_ptr + tier), limit // num_rows) * num_rows
     position = lower_bound(key_ptr, num_lookups, end, steps, 1)
     tl.store(out_ptr + tier, tl.load(count_ptr + position) >> 32)
-
-
-@dataclass(frozen=True)
-class Bags:
-    """Which bag each lookup belongs to.
-
-    Attributes:
-        offsets: [number] or [number + 1] start of each bag.
-        number: Number of bags.
-        is_mean: Whether a bag's gradient is divided by the lookups that count.
-        counted: int64 [L], lookups up to here that are not padding; None where all count.
-    """
-
-    offsets: Tensor
-    number: int
-    is_mean: bool
-    counted: Tensor | None
-
-    @property
-    def steps(self) -> int:
-        """Steps of the search for a lookup's bag."""
-        return self.offsets.numel().bit_length()
-
-
-def find_bags(
-    flat: Tensor, offsets: Tensor, mode: int, padding_idx: int, include_last_offset: bool
-) -> Bags:
-    """The bags of lookups ``flat`` [L]."""
-    number = max(offsets.numel() - int(include_last_offset), 0)
-    counted = None
-    if mode == MEAN and padding_idx >= 0:
-        counted = (flat != padding_idx).cumsum(0)
-    return Bags(offsets.contiguous(), number, mode == MEAN, counted)
 
 
 @dataclass(frozen=True)
@@ -261,19 +217,20 @@ class Plan:
 
     Attributes:
         keys: [L] sorted; those from ``limit`` on get no gradient.
-        source: [L] integers, the row of the incoming gradient that each lookup takes.
+        source: [L] integers, the row of the incoming gradient that each lookup takes or, of several
+            tables, the vector that it starts at.
         scale: fp32 [L], what it is multiplied by, or None.
         counts: int64 [L + 1], rows (upper 32 bits) and pieces (lower) that start before a position.
         pieces: int32 [most_pieces + 1], where each piece starts.
         row_of: int64 [most_rows], the distinct rows in the order of their keys, or None.
         group_piece: int32 [G + 1], first piece of each group of grouped keys.
         lookups: L.
-        rows: Number of rows of the table.
+        rows: Number of rows of the table, or of all tables.
         limit: The smallest key that stands for no row.
+        group_tiers: Table of tiers of the groups' mask gradients of several tables, or None.
         grouped: Whether a key is ``group * rows + row``, or the row alone.
         chunk: Lookups per piece at most.
         lanes: Pieces per program.
-        most_rows: Distinct rows at most.
         most_pieces: Pieces at most.
     """
 
@@ -287,10 +244,10 @@ class Plan:
     lookups: int
     rows: int
     limit: int
+    group_tiers: Tensor | None
     grouped: bool
     chunk: int
     lanes: int
-    most_rows: int
     most_pieces: int
 
     @property
@@ -303,22 +260,19 @@ class Plan:
         """Programs of a pass over all pieces, at most."""
         return launch.cdiv(self.most_pieces, self.lanes)
 
-    @staticmethod
-    def split_count(count: int) -> tuple[int, int]:
-        """The number of rows and of pieces in an entry of ``counts``."""
-        return count >> 32, count & 0xFFFFFFFF
-
     def ascending_places(self, distinct: int) -> Tensor:
         """The rank of each of the ``distinct`` rows, which are in the order of their keys."""
         assert self.row_of is not None
-        order = torch.argsort(self.row_of[:distinct])
+        order = torch.argsort(self.row_of.narrow(0, 0, distinct))
         return torch.empty_like(order).scatter_(
             0, order, torch.arange(distinct, device=order.device)
         )
 
-    def count_rows_of_tiers(self, tiers: Tensor | None) -> Tensor:
-        """int64 [TIERS], distinct rows before the end of each tier of ``Table.tiers``."""
-        assert tiers is not None
+    def count_rows(self, tiers: Tensor | None) -> list[int]:
+        """Distinct rows before the end of each tier of ``Table.tiers``, or of all. Waits."""
+        if tiers is None:
+            return [count >> 32 for count in launch.read(self.counts[-1:])]
+        ends = self.group_tiers if self.grouped else tiers
         below = torch.empty(tiers.shape[1], dtype=torch.int64, device=tiers.device)
         with launch.device_guard(self.keys):
             launch.launch(
@@ -326,13 +280,15 @@ class Plan:
                 (1,),
                 self.keys,
                 self.counts,
-                tiers,
+                ends,
                 below,
                 self.lookups,
+                self.limit,
+                self.rows if self.grouped else 1,
                 self.lookups.bit_length(),
                 TIERS=tiers.shape[1],
             )
-        return below
+        return launch.read(below)
 
 
 def chunk_length(lookups: int) -> int:
@@ -344,129 +300,125 @@ def chunk_length(lookups: int) -> int:
     return min(max(launch.next_power_of_two(math.isqrt(lookups) // 4), 64), 1024)
 
 
-def make_plan(
-    flat: Tensor,
-    num_rows: int,
-    dim: int,
-    padding_idx: int,
-    bags: Bags | None,
-    weights: Tensor | None,
-    row_group: Tensor | None,
-    groups: int,
-    list_rows: bool = False,
-    chunk: int = 0,
-) -> Plan:
-    """Sorts lookups by row, or by group and row, and cuts them into pieces. No wait.
+def make_plan(lookups: Lookups, table: Table, grouped: bool, list_rows: bool = False) -> Plan:
+    """Sorts lookups, at least one, by row or by group and row, and cuts them. No wait.
 
     Args:
-        flat: Indices [L], at least one.
-        num_rows: Rows of the table.
-        dim: Columns of the gradient.
-        padding_idx: A row that gets no gradient, or -1.
-        bags: Bags of a pooled lookup, else None.
-        weights: Per-sample weights [L], or None.
-        row_group: int32 [num_rows] for mask gradients, else None.
-        groups: Number of groups.
+        lookups: What was looked up.
+        table: The table, or the tables.
+        grouped: Whether mask gradients are wanted.
         list_rows: Whether ``row_of`` is wanted.
-        chunk: Lookups per piece at most; 0 chooses.
     """
-    lookups, device = flat.numel(), flat.device
-    chunk = chunk or chunk_length(lookups)
-    limit = num_rows if row_group is None else num_rows * groups
+    count, device, bags = lookups.flat.numel(), lookups.flat.device, lookups.bags
+    chunk = CHUNK or chunk_length(count)
+    groups = lookups.groups if grouped else 0
+    limit = table.rows * groups if grouped else table.rows
     # A radix sort of 32-bit keys moves half the bytes.
     keys = torch.empty(
-        lookups, dtype=torch.int32 if limit < _INT32_MAX else torch.int64, device=device
+        count, dtype=torch.int32 if limit < _INT32_MAX else torch.int64, device=device
     )
-    bag = torch.empty(0 if bags is None else lookups, dtype=torch.int32, device=device)
+    bag = None if bags is None else torch.empty(count, dtype=torch.int32, device=device)
     block = launch.flat_block()
     offsets = None if bags is None else bags.offsets
+    num_offsets, num_bags = (0, 0) if bags is None else (bags.offsets.numel(), bags.number)
     is_mean = bags is not None and bags.is_mean
     counted = None if bags is None else bags.counted
-    has_scale = is_mean or weights is not None
-    with launch.device_guard(flat):
+    scale = None
+    if is_mean or lookups.weights is not None:
+        scale = torch.empty(count, dtype=torch.float32, device=device)
+    with launch.device_guard(lookups.flat):
         launch.launch(
             keys_kernel,
-            (launch.cdiv(lookups, block),),
-            flat,
+            (launch.cdiv(count, block),),
+            lookups.flat,
             offsets,
-            row_group,
+            lookups.row_group if grouped else None,
+            lookups.lines,
             keys,
-            None if bags is None else bag,
-            lookups,
-            num_rows,
-            0 if bags is None else bags.offsets.numel(),
-            0 if bags is None else bags.number,
-            padding_idx,
+            bag,
+            count,
+            table.rows,
+            num_offsets,
+            num_bags,
+            lookups.padding_idx,
             limit,
             0 if bags is None else bags.steps,
             HAS_BAGS=bags is not None,
-            GROUPED=row_group is not None,
+            GROUPED=grouped,
+            TABLES=lookups.tables,
             BLOCK=block,
         )
         keys, order = torch.sort(keys, stable=True)
-        source = order if bags is None else torch.empty_like(bag)
-        scale = torch.empty(lookups if has_scale else 0, dtype=torch.float32, device=device)
-        flags = torch.empty(lookups + 1, dtype=torch.int64, device=device)
+        wide = max(num_bags * lookups.step, num_bags) > _INT32_MAX
+        source = order
+        if bags is not None:
+            source = order.new_empty(count, dtype=torch.int64 if wide else torch.int32)
+        flags = torch.empty(count + 1, dtype=torch.int64, device=device)
         launch.launch(
             cut_kernel,
-            (launch.cdiv(lookups + 1, block),),
+            (launch.cdiv(count + 1, block),),
             keys,
             order,
-            None if bags is None else bag,
+            bag,
             offsets,
             counted,
-            None if weights is None else weights.reshape(-1).contiguous(),
+            lookups.weights,
+            lookups.lines,
             flags,
             None if bags is None else source,
-            scale if has_scale else None,
-            lookups,
-            0 if bags is None else bags.offsets.numel(),
+            scale,
+            count,
+            num_offsets,
+            num_bags,
+            lookups.step,
             limit,
             chunk,
             HAS_BAGS=bags is not None,
-            HAS_WEIGHTS=weights is not None,
+            HAS_WEIGHTS=lookups.weights is not None,
             IS_MEAN=is_mean,
             HAS_PADDING=counted is not None,
+            TABLES=lookups.tables,
             BLOCK=block,
         )
         counts = flags.cumsum(0)
-        most_rows = min(lookups, num_rows)
-        most_pieces = min(lookups, most_rows + launch.cdiv(lookups, chunk))
+        most_rows = min(count, table.rows)
+        most_pieces = min(count, most_rows + launch.cdiv(count, chunk))
         pieces = torch.empty(most_pieces + 1, dtype=torch.int32, device=device)
-        groups = 0 if row_group is None else groups
         group_piece = torch.empty(groups + 1, dtype=torch.int32, device=device)
-        row_of = torch.empty(most_rows if list_rows else 0, dtype=torch.int64, device=device)
+        row_of = None
+        if list_rows:
+            row_of = torch.empty(most_rows, dtype=torch.int64, device=device)
         launch.launch(
             pieces_kernel,
-            (launch.cdiv(max(lookups, groups + 1), block),),
+            (launch.cdiv(max(count, groups + 1), block),),
             keys,
             counts,
             pieces,
             row_of,
             group_piece,
-            lookups,
-            num_rows,
+            count,
+            table.rows,
             groups,
             limit,
-            lookups.bit_length(),
-            GROUPED=row_group is not None,
+            count.bit_length(),
+            GROUPED=grouped,
             LIST_ROWS=list_rows,
             BLOCK=block,
         )
     return Plan(
         keys=keys,
         source=source,
-        scale=scale if has_scale else None,
+        scale=scale,
         counts=counts,
         pieces=pieces,
-        row_of=row_of if list_rows else None,
+        row_of=row_of,
         group_piece=group_piece,
-        lookups=lookups,
-        rows=num_rows,
+        lookups=count,
+        rows=table.rows,
         limit=limit,
-        grouped=row_group is not None,
+        group_tiers=None if lookups.several is None else lookups.several.group_tiers,
+        grouped=grouped,
         chunk=chunk,
-        lanes=launch.tile_rows(dim, most=32),
-        most_rows=most_rows,
+        lanes=launch.tile_rows(table.dim, most=32),
         most_pieces=most_pieces,
     )

@@ -18,8 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels.triton import launch
-from amtl_kernels.triton.plan import Plan, lower_bound, piece_number
-from amtl_kernels.triton.tables import Table, load_prefix, locate, round_up
+from amtl_kernels.triton.lookups import Lookups, lower_bound
+from amtl_kernels.triton.plan import Plan, piece_number
+from amtl_kernels.triton.tables import (
+    Table,
+    load_prefix,
+    place,
+    round_up,
+    row_of_tier,
+    size_at,
+    tier_of,
+)
+
+RUN_TIME = ["seed_mix", "rounding_mix", "chunk", "num_lookups", "num_rows", "windows"]
+"""Integers that kernels are not compiled for."""
 
 
 @triton.jit
@@ -46,7 +58,7 @@ def sum_pieces(
     needed,
     cols,
     HAS_SCALE: tl.constexpr,
-    D: tl.constexpr,
+    GRAD_STEP: tl.constexpr,
     GRAD_VEC: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
@@ -57,7 +69,9 @@ def sum_pieces(
         at = start + step
         more = live & (at < end)
         source = tl.load(source_ptr + at, mask=more, other=0).to(tl.int64)
-        values = load_prefix(grad_ptr, source * D, tl.where(more, needed, 0), cols, GRAD_VEC)
+        values = load_prefix(
+            grad_ptr, source * GRAD_STEP, tl.where(more, needed, 0), cols, GRAD_VEC
+        )
         values = values.to(tl.float32)
         if HAS_SCALE:
             values = values * tl.load(scale_ptr + at, mask=more, other=0.0)[:, None]
@@ -77,27 +91,45 @@ def store_partial(partial_ptr, total, cut, start, chunk, windows, cols, D: tl.co
 
 
 @triton.jit
+def group_row(group, group_tiers_ptr, D: tl.constexpr, GROUP_TIERS: tl.constexpr):
+    """Where a group's mask gradient starts, and how wide it is."""
+    first = group * D
+    width = tl.full([], D, tl.int64)
+    if GROUP_TIERS > 0:
+        tier = tier_of(group, group_tiers_ptr, GROUP_TIERS)
+        first, width = row_of_tier(group, tier, group_tiers_ptr, GROUP_TIERS, 1)
+    return first, width
+
+
+@triton.jit
 def sum_groups(
     product,
     live,
-    group,
-    group_before,
-    group_after,
+    key,
+    before,
+    after,
+    num_rows,
     mask_ptr,
     mask_partial_ptr,
+    group_tiers_ptr,
     programs,
     cols,
     D: tl.constexpr,
+    GROUP_TIERS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Sums ``product [LANES, C]`` per group, over ascending groups [LANES].
+    """Sums ``product [LANES, C]`` per group, of pieces with ascending keys [LANES].
 
-    A group that lies within this program goes to ``mask [G, D]``. One that goes on into a
+    A group that lies within this program goes to ``mask [G, D]``, or, of several tables, to its
+    place in their flat mask gradients. One that goes on into a
     neighbour goes to ``mask_partial [2 * programs, D]``: to the first half where it came from the
     program before, to the second half where it starts here.
     """
     NONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     lane = tl.arange(0, LANES)
+    group = key // num_rows
+    group_before = tl.where(before >= 0, before // num_rows, -1)
+    group_after = tl.where(after >= 0, after // num_rows, -1)
     from_before = tl.max(tl.where(live & (lane == 0), group_before, -1), axis=0)
     last = tl.max(tl.where(live, lane, -1), axis=0)
     to_after = tl.max(tl.where(lane == last, group_after, -1), axis=0)
@@ -111,7 +143,8 @@ def sum_groups(
         elif current == to_after:
             tl.store(mask_partial_ptr + (programs + program) * D + cols, total, mask=cols < D)
         else:
-            tl.store(mask_ptr + current * D + cols, total, mask=cols < D)
+            first, width = group_row(current, group_tiers_ptr, D, GROUP_TIERS)
+            tl.store(mask_ptr + first + cols, total, mask=cols < width)
         current = tl.min(tl.where(live & (group > current), group, NONE), axis=0)
 
 
@@ -163,43 +196,18 @@ def sum_hot_row(
 @triton.jit
 def output_row(
     position,
-    row,
     live,
-    sizes_ptr,
-    row_group_ptr,
-    tiers_ptr,
-    seed_mix,
+    out_tiers_ptr,
     D: tl.constexpr,
-    Q: tl.constexpr,
     TIERS: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Where gradient row ``position`` [R] starts, how much of it is kept, and how wide it is.
-
-    Gradients of a dense table are D wide whatever is kept; those of a tier are as wide as the tier.
-    """
-    if TIERS > 0:
-        first, size = locate(
-            position, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
-        )
-        width = size
-    else:
-        _, size = locate(row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, 0, 1)
-        first = position * D
-        width = round_up(tl.where(live, D, 0), VEC)
-    return first, size, width
+    """Where gradient row ``position`` [R] starts and how wide it is, whatever is kept of it."""
+    first, width, _, _ = place(position, out_tiers_ptr, D, TIERS, VEC)
+    return first, round_up(tl.where(live, width, 0), VEC)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "seed_mix",
-        "chunk",
-        "num_lookups",
-        "num_rows",
-        "windows",
-        "programs",
-    ]
-)
+@triton.jit(do_not_specialize=[*RUN_TIME, "programs"])
 def reduce_rows_kernel(
     grad_ptr,
     source_ptr,
@@ -211,9 +219,11 @@ def reduce_rows_kernel(
     weight_ptr,
     rows_ptr,
     out_ptr,
+    out_tiers_ptr,
     partial_ptr,
     mask_ptr,
     mask_partial_ptr,
+    group_tiers_ptr,
     sizes_ptr,
     row_group_ptr,
     tiers_ptr,
@@ -229,8 +239,10 @@ def reduce_rows_kernel(
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
+    GROUP_TIERS: tl.constexpr,
+    GRAD_STEP: tl.constexpr,
     GRAD_VEC: tl.constexpr,
-    WEIGHT_VEC: tl.constexpr,
+    VEC: tl.constexpr,
     OUT_VEC: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
@@ -254,26 +266,28 @@ def reduce_rows_kernel(
     row = key
     if WRITE_MASK:
         row = key % num_rows
+    weight_first, weight_width, tier, number = place(row, tiers_ptr, D, TIERS, VEC)
     if WRITE_ROWS:
         position = (tl.load(counts_ptr + start + 1, mask=live, other=0) >> 32) - 1
         if WRITE_MASK:
             position = tl.load(place_ptr + position, mask=live, other=0)
-        first, size, width = output_row(
-            position,
-            row,
+        first, width = output_row(position, live, out_tiers_ptr, D, TIERS, OUT_VEC)
+        size = size_at(
+            number,
+            weight_width,
+            tier,
             live,
             sizes_ptr,
             row_group_ptr,
             tiers_ptr,
             seed_mix,
-            D,
             Q,
             TIERS,
             OUT_VEC,
         )
         needed = size
     if WRITE_MASK:
-        needed = round_up(tl.where(live, D, 0), WEIGHT_VEC)
+        needed = round_up(tl.where(live, weight_width, 0).to(tl.int32), VEC)
     total = sum_pieces(
         grad_ptr,
         source_ptr,
@@ -284,7 +298,7 @@ def reduce_rows_kernel(
         needed,
         cols,
         HAS_SCALE,
-        D,
+        GRAD_STEP,
         GRAD_VEC,
         BLOCK_D,
         LANES,
@@ -292,7 +306,7 @@ def reduce_rows_kernel(
     if WRITE_ROWS:
         sole = (before != key) & (after != key)
         if tl.program_id(1) == 0:
-            tl.store(rows_ptr + position, row, mask=live & (before != key))
+            tl.store(rows_ptr + position, number, mask=live & (before != key))
         kept = tl.where(cols[None, :] < size[:, None], total, 0.0)
         tl.store(
             out_ptr + first[:, None] + cols[None, :],
@@ -301,81 +315,62 @@ def reduce_rows_kernel(
         )
         store_partial(partial_ptr, kept, live & (sole == 0), start, chunk, windows, cols, D)
     if WRITE_MASK:
-        weight = load_prefix(weight_ptr, row * D, needed, cols, WEIGHT_VEC).to(tl.float32)
+        weight = load_prefix(weight_ptr, weight_first, needed, cols, VEC).to(tl.float32)
         sum_groups(
             total * weight,
             live,
-            key // num_rows,
-            tl.where(before >= 0, before // num_rows, -1),
-            tl.where(after >= 0, after // num_rows, -1),
+            key,
+            before,
+            after,
+            num_rows,
             mask_ptr,
             mask_partial_ptr,
+            group_tiers_ptr,
             programs,
             cols,
             D,
+            GROUP_TIERS,
             LANES,
         )
 
 
-@triton.jit(
-    do_not_specialize=["seed_mix", "chunk", "num_lookups", "num_rows", "limit", "windows", "steps"]
-)
+@triton.jit(do_not_specialize=[*RUN_TIME, "limit", "steps"])
 def combine_rows_kernel(
     partial_ptr,
     keys_ptr,
     counts_ptr,
     place_ptr,
     out_ptr,
-    sizes_ptr,
-    row_group_ptr,
-    tiers_ptr,
-    seed_mix,
+    out_tiers_ptr,
     chunk,
     num_lookups,
-    num_rows,
     limit,
     windows,
     steps,
     GROUPED: tl.constexpr,
     D: tl.constexpr,
-    Q: tl.constexpr,
     TIERS: tl.constexpr,
     OUT_VEC: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Second pass: a hot row's partial sums, rounded once.
+    """Second pass: a hot row's partial sums, which end with what is kept, rounded once.
 
     Grid (windows - 1, ceil(D / BLOCK_D)), LANES partial sums in flight; a program whose window
     ends no row's first piece has nothing to do. partial [2 * windows, D] -> the hot rows of out.
     """
-    hot, key, cut, slot, start, end = hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps)
+    hot, _, cut, slot, start, end = hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps)
     if hot:
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = sum_hot_row(partial_ptr, slot, start, end, cols, D, BLOCK_D, LANES)
         position = (tl.load(counts_ptr + cut) >> 32) - 1
-        row = key
         if GROUPED:
             position = tl.load(place_ptr + position)
-            row = key % num_rows
-        one = tl.zeros([1], tl.int64)
-        first, size, width = output_row(
-            position + one,
-            row + one,
-            one == 0,
-            sizes_ptr,
-            row_group_ptr,
-            tiers_ptr,
-            seed_mix,
-            D,
-            Q,
-            TIERS,
-            OUT_VEC,
-        )
-        kept = tl.where(cols[None, :] < size[:, None], total[None, :], 0.0)
+        position += tl.zeros([1], tl.int64)
+        first, width = output_row(position, position >= 0, out_tiers_ptr, D, TIERS, OUT_VEC)
         tl.store(
             out_ptr + first[:, None] + cols[None, :],
-            kept.to(out_ptr.dtype.element_ty),
+            total[None, :].to(out_ptr.dtype.element_ty),
             mask=cols[None, :] < width[:, None],
         )
 
@@ -385,16 +380,18 @@ def combine_groups_kernel(
     partial_ptr,
     group_piece_ptr,
     mask_ptr,
+    group_tiers_ptr,
     programs,
     PER_PROGRAM: tl.constexpr,
     D: tl.constexpr,
+    GROUP_TIERS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Second pass: a group's partial mask gradients; zeros for a group without lookups.
 
     Grid (G, ceil(D / BLOCK_D)). A group within one program was written by the first pass.
-    partial [2 * programs, D] fp32 -> mask [G, D] fp32.
+    partial [2 * programs, D] fp32 -> mask [G, D] fp32, or flat.
     """
     group = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -402,106 +399,128 @@ def combine_groups_kernel(
     last = tl.load(group_piece_ptr + group + 1)
     start = first // PER_PROGRAM
     end = (last - 1) // PER_PROGRAM
-    if last == first:
-        tl.store(mask_ptr + group * D + cols, tl.zeros([BLOCK_D], tl.float32), mask=cols < D)
-    elif end > start:
-        total = sum_hot_row(
-            partial_ptr, programs + start, start + 1, end + 1, cols, D, BLOCK_D, LANES
+    if (last == first) | (end > start):
+        total = tl.zeros([BLOCK_D], tl.float32)
+        if end > start:
+            total = sum_hot_row(
+                partial_ptr, programs + start, start + 1, end + 1, cols, D, BLOCK_D, LANES
+            )
+        at, width = group_row(group, group_tiers_ptr, D, GROUP_TIERS)
+        tl.store(mask_ptr + at + cols, total, mask=cols < width)
+
+
+class Masks:
+    """Mask gradients, and the memory and constants with which kernels write them.
+
+    Attributes:
+        sums: fp32 [G, D], or flat for several tables; None if not wanted.
+        tiers: The table of tiers of the flat form, or None.
+        partial: fp32 [2 * programs, D].
+        meta: ``WRITE_MASK, GROUP_TIERS``.
+    """
+
+    def __init__(self, plan: Plan, sums: Tensor | None, dim: int) -> None:
+        self.sums = sums
+        self.tiers = plan.group_tiers if sums is not None else None
+        self.partial = torch.empty(
+            2 * plan.programs if sums is not None else 0,
+            dim,
+            dtype=torch.float32,
+            device=plan.keys.device,
         )
-        tl.store(mask_ptr + group * D + cols, total, mask=cols < D)
+        self.meta = {
+            "WRITE_MASK": sums is not None,
+            "GROUP_TIERS": 0 if self.tiers is None else self.tiers.shape[1],
+        }
+
+    @property
+    def args(self) -> tuple[Tensor | None, ...]:
+        """What the first pass takes."""
+        return self.sums, self.partial, self.tiers
+
+    def combine(self, plan: Plan, table: Table) -> None:
+        """Launches :func:`combine_groups_kernel` where there is something to write."""
+        if self.sums is None:
+            return
+        launch.launch(
+            combine_groups_kernel,
+            (plan.group_piece.numel() - 1, launch.cdiv(table.dim, table.meta["BLOCK_D"])),
+            self.partial,
+            plan.group_piece,
+            self.sums,
+            self.tiers,
+            plan.programs,
+            PER_PROGRAM=plan.lanes,
+            D=table.dim,
+            GROUP_TIERS=self.meta["GROUP_TIERS"],
+            BLOCK_D=table.meta["BLOCK_D"],
+            LANES=launch.tile_rows(table.dim, most=32),
+        )
 
 
-def partial_sums(
-    plan: Plan, programs: int, dim: int, rows: bool, mask: bool
-) -> tuple[Tensor, Tensor]:
-    """Memory for the first pass: of rows and of groups, empty where not asked for."""
-    like = torch.empty(0, dtype=torch.float32, device=plan.keys.device)
-    return (
-        like.new_empty(2 * plan.windows if rows else 0, dim),
-        like.new_empty(2 * programs if mask else 0, dim),
-    )
-
-
-def combine_groups(plan: Plan, partial: Tensor, mask: Tensor, block_d: int) -> None:
-    """Launches :func:`combine_groups_kernel`; ``partial`` has two rows a program."""
-    groups, dim = mask.shape
-    launch.launch(
-        combine_groups_kernel,
-        (groups, launch.cdiv(dim, block_d)),
-        partial,
-        plan.group_piece,
-        mask,
-        partial.shape[0] // 2,
-        PER_PROGRAM=plan.lanes,
-        D=dim,
-        BLOCK_D=block_d,
-        LANES=launch.tile_rows(dim, most=32),
-    )
+def partial_sums(plan: Plan, dim: int, wanted: bool = True) -> Tensor:
+    """Memory for the first pass's sums of hot rows, fp32 [2 * windows, D]."""
+    count = 2 * plan.windows if wanted else 0
+    return torch.empty(count, dim, dtype=torch.float32, device=plan.keys.device)
 
 
 def reduce_rows(
-    grad: Tensor,
+    lookups: Lookups,
     plan: Plan,
-    pieces: int,
     table: Table,
-    weight: Tensor,
-    place: Tensor | None,
+    places: Tensor | None,
     rows: Tensor | None,
-    out: Tensor | None,
+    out: Table | None,
     mask: Tensor | None,
 ) -> None:
     """Writes row gradients and mask gradients.
 
     Args:
-        grad: Incoming gradient [M, D], contiguous.
-        plan: Sorted lookups, with groups if ``mask`` is wanted.
-        pieces: Number of pieces, or more.
-        table: Kept sizes by row number or, for tiers, the gradient rows by position.
-        weight: Table [N, D], read for ``mask`` only.
-        place: int64 [U], place in ``out`` of each row in the order of grouped keys; else None.
-        rows: int64 [U], gets the row numbers; None if not wanted.
-        out: Row gradients [U, D], or the anchor of the tiers' gradients; None if not wanted.
-        mask: fp32 [G, D], or None.
+        lookups: What was looked up, and the incoming gradient.
+        plan: The same sorted, with groups if ``mask`` is wanted.
+        table: The table: what is kept of its rows and, for ``mask``, its values.
+        places: int64 [U], place in ``out`` of each row in the order of grouped keys; else None.
+        rows: int64 [U], gets the row numbers within table or tier; None if not wanted.
+        out: Row gradients as a table of U rows, in tiers if ``table`` is; None if not wanted.
+        mask: fp32 [G, D] or flat, or None.
     """
     dim = table.dim
     columns = launch.cdiv(dim, table.meta["BLOCK_D"])
-    programs = launch.cdiv(pieces, plan.lanes)
-    partial, mask_partial = partial_sums(plan, programs, dim, out is not None, mask is not None)
-    constants = {name: table.meta[name] for name in ("D", "Q", "TIERS", "BLOCK_D")}
-    if table.meta["TIERS"]:
-        constants["OUT_VEC"] = table.meta["VEC"]
-    else:
-        constants["OUT_VEC"] = 1 if out is None else launch.vector(dim, out)
-    with launch.device_guard(grad):
+    partial, masks = partial_sums(plan, dim, out is not None), Masks(plan, mask, dim)
+    out_vector = 1 if out is None else out.meta["VEC"]
+    written = (None, None) if out is None else (out.data, out.tiers)
+    constants = {name: table.meta[name] for name in ("D", "TIERS", "BLOCK_D")}
+    constants["OUT_VEC"] = out_vector
+    with launch.device_guard(lookups.flat):
         launch.launch(
             reduce_rows_kernel,
-            (programs, columns),
-            grad,
+            (plan.programs, columns),
+            lookups.grad,
             plan.source,
             plan.scale,
             plan.keys,
             plan.counts,
             plan.pieces,
-            place,
-            weight,
+            places,
+            table.data,
             rows,
-            out,
+            *written,
             partial,
-            mask,
-            mask_partial,
+            *masks.args,
             *table.args,
             plan.chunk,
             plan.lookups,
             plan.rows,
             plan.windows,
-            programs,
+            plan.programs,
             HAS_SCALE=plan.scale is not None,
             WRITE_ROWS=out is not None,
-            WRITE_MASK=mask is not None,
-            GRAD_VEC=launch.vector(dim, grad),
-            WEIGHT_VEC=launch.vector(dim, weight),
             LANES=plan.lanes,
+            Q=table.meta["Q"],
+            VEC=table.meta["VEC"],
             **constants,
+            **masks.meta,
+            **lookups.gradient_layout(dim),
         )
         if out is not None:
             launch.launch(
@@ -510,12 +529,10 @@ def reduce_rows(
                 partial,
                 plan.keys,
                 plan.counts,
-                place,
-                out,
-                *table.args,
+                places,
+                *written,
                 plan.chunk,
                 plan.lookups,
-                plan.rows,
                 plan.limit,
                 plan.windows,
                 plan.windows.bit_length(),
@@ -523,5 +540,4 @@ def reduce_rows(
                 LANES=launch.tile_rows(dim, most=32),
                 **constants,
             )
-        if mask is not None:
-            combine_groups(plan, mask_partial, mask, table.meta["BLOCK_D"])
+        masks.combine(plan, table)

@@ -17,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels import reference
-from amtl_kernels.triton.tables import mix, mix_seed, round_up, row_term, tier_table
+from amtl_kernels.triton.tables import (
+    first_with_memory,
+    mix,
+    mix_seed,
+    round_up,
+    row_term,
+    tier_table,
+)
 
 SGD = tl.constexpr(reference.SGD)
 ADAGRAD = tl.constexpr(reference.ADAGRAD)
@@ -122,37 +129,28 @@ def update_row_state(state_ptr, at, size, squares, eps):
 @triton.jit
 def update_tile(
     weight_ptr,
-    first,
-    size,
+    state_ptr,
+    second_ptr,
+    place,
     cols,
     grad,
     root,
-    state_ptr,
-    state_first,
-    second_ptr,
-    second_first,
-    lr,
-    weight_decay,
-    eps,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    inverse_root2,
-    number,
+    scalars,
     seed_mix,
     RULE: tl.constexpr,
     ROUND: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """One step of columns ``cols`` [C] of rows [R], of which those before ``size`` are kept.
+    """One step of columns ``cols`` [C] of rows [R], of which those before their size are kept.
 
-    Rows start at ``first`` in the weights and at ``state_first`` and ``second_first`` in the
-    states; ``root`` [R] is row-wise Adagrad's. A row of size 0 is left alone. For Adam ``lr`` is
-    ``lr / (1 - beta1^t)``, ``rest = 1 - beta`` and ``inverse_root2 = (1 - beta2^t)^-1/2``.
-    With ``ROUND`` weights are rounded by the hash of ``seed_mix`` and the rows' numbers ``number``
-    [R] within their own tensor.
+    ``place`` tells where rows start in the weights, their sizes, their numbers within their own
+    tensor, and where they start in the two states, all [R]; ``root`` [R] is row-wise Adagrad's. A
+    row of size 0 is left alone. ``scalars`` are the first eight of :class:`Rates`: for Adam ``lr``
+    is ``lr / (1 - beta1^t)``, ``rest = 1 - beta`` and ``inverse_root2 = (1 - beta2^t)^-1/2``.
+    With ``ROUND`` weights are rounded by the hash of ``seed_mix`` and the rows' numbers.
     """
+    first, size, number, state_first, second_first = place
+    lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2 = scalars
     bound = round_up(size, VEC)
     kept = cols[None, :] < size[:, None]
     old = load_tile(weight_ptr, first, cols, bound)
@@ -300,10 +298,10 @@ class States:
         for i in range(count):
             mine = list(state[i::count])
             if row_wise:
-                mine = [tensor[:, None] for tensor in mine]
+                mine = [tensor.unsqueeze(1) for tensor in mine]
             if len({tensor.dtype for tensor in mine}) > 1:
                 raise ValueError("the states of blocks differ in type")
-            anchor = next((tensor for tensor in mine if tensor.numel()), mine[0])
+            anchor = first_with_memory(mine)
             self.pointers[i] = anchor
             if ends is not None:
                 self.tiers[i] = tier_table(mine, ends, anchor, keep=True)

@@ -9,27 +9,27 @@ import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels.triton import launch
-from amtl_kernels.triton.plan import Bags, bag_of, mean_scale
+from amtl_kernels.triton.lookups import (
+    FIRST_ROW,
+    NUMBERS,
+    Lookups,
+    bag_of,
+    gradient_row,
+    mean_scale,
+    row_in_table,
+    table_line,
+)
 from amtl_kernels.triton.tables import Table, load_prefix, locate
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_lookups",
-        "num_rows",
-        "num_bags",
-        "num_offsets",
-        "padding_idx",
-        "steps",
-        "seed_mix",
-    ]
-)
+@triton.jit(do_not_specialize=[*NUMBERS, "step", "seed_mix"])
 def sample_grad_kernel(
     grad_ptr,
     table_ptr,
     index_ptr,
     offset_ptr,
     counted_ptr,
+    tables_ptr,
     out_ptr,
     sizes_ptr,
     row_group_ptr,
@@ -41,8 +41,11 @@ def sample_grad_kernel(
     num_offsets,
     padding_idx,
     steps,
+    step,
+    TABLES: tl.constexpr,
     IS_MEAN: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    GRAD_STEP: tl.constexpr,
     GRAD_VEC: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
@@ -58,17 +61,19 @@ def sample_grad_kernel(
     """
     at = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     valid = at < num_lookups
-    row = tl.load(index_ptr + at, mask=valid, other=0).to(tl.int64)
+    row = tl.load(index_ptr + at, mask=valid, other=-1).to(tl.int64)
     bag = bag_of(at, offset_ptr, num_offsets, steps)
-    live = valid & (row != padding_idx) & (row >= 0) & (row < num_rows)
-    live = live & (bag >= 0) & (bag < num_bags)
+    live, table = row_in_table(row, bag, tables_ptr, num_rows, num_bags, padding_idx, True, TABLES)
+    if TABLES > 0:
+        row += table_line(tables_ptr, table, FIRST_ROW, TABLES)
     row = tl.where(live, row, 0)
+    source = gradient_row(bag, table, tables_ptr, num_bags, step, TABLES)
     first, size = locate(row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC)
     total = tl.zeros([R, BLOCK_D], tl.float32)
     for start in tl.range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         values = load_prefix(table_ptr, first, size, cols, VEC).to(tl.float32)
-        grad = load_prefix(grad_ptr, bag * D, size, cols, GRAD_VEC).to(tl.float32)
+        grad = load_prefix(grad_ptr, source * GRAD_STEP, size, cols, GRAD_VEC).to(tl.float32)
         total += values * grad
     dot = tl.sum(total, axis=1)
     if IS_MEAN:
@@ -78,42 +83,46 @@ def sample_grad_kernel(
     tl.store(out_ptr + at, dot.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def sample_grad(grad: Tensor, table: Table, flat: Tensor, bags: Bags, padding_idx: int) -> Tensor:
+def sample_grad(lookups: Lookups, table: Table, wanted: bool) -> Tensor:
     """``out[l] = <grad[bag(l)], kept prefix of row(l)>``, over the bag's count for a mean.
 
     Args:
-        grad: [B, D], contiguous.
-        table: The table looked up.
-        flat: Indices [L].
-        bags: The bag of each lookup.
-        padding_idx: Row whose lookups get 0, or -1.
+        lookups: What was looked up, and the incoming gradient.
+        table: The table, or the tables.
+        wanted: Whether there is anything to do, as there is for bags only.
 
     Returns:
-        [L] in the table's dtype.
+        [L] in the table's dtype, or [0].
     """
+    flat, bags = lookups.flat, lookups.bags
+    if not wanted or bags is None:
+        return table.data.new_empty(0)
     out = torch.empty(flat.numel(), dtype=table.data.dtype, device=flat.device)
     rows = launch.tile_rows(table.dim, most=1024)
     with launch.device_guard(flat):
         launch.launch(
             sample_grad_kernel,
             (launch.cdiv(flat.numel(), rows),),
-            grad,
+            lookups.grad,
             table.data,
             flat,
             bags.offsets,
             bags.counted,
+            lookups.lines,
             out,
             *table.args,
             flat.numel(),
             table.rows,
             bags.number,
             bags.offsets.numel(),
-            padding_idx,
+            lookups.padding_idx,
             bags.steps,
+            lookups.step,
+            TABLES=lookups.tables,
             IS_MEAN=bags.is_mean,
             HAS_PADDING=bags.counted is not None,
-            GRAD_VEC=launch.vector(table.dim, grad),
             R=rows,
+            **lookups.gradient_layout(table.dim),
             **table.meta,
         )
     return out

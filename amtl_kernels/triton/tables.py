@@ -1,10 +1,15 @@
 """Where a row lives and how much of it is kept: device functions shared by all kernels.
 
-Three kinds of table, told apart at compile time:
+Four kinds of table, told apart at compile time:
 
-    row sizes   ``Q == 0``, ``TIERS == 0``   sizes [N], row i of a dense [N, D] table
-    groups      ``Q >= 1``, ``TIERS == 0``   sizes [G, Q] at (row_group[i], hash(seed, i) mod Q)
-    tiers       ``TIERS >= 1``               a [3, TIERS] table: last row + 1, base, width
+    row sizes        ``TIERS == 0``, ``Q == 0``    sizes [N], row i of a dense [N, D] table
+    groups           ``TIERS == 0``, ``Q >= 1``    sizes [G, Q] at (row_group[i], hash(i) mod Q)
+    tiers            ``TIERS >= 1``, ``Q == -1``   a [3, TIERS] table: last row + 1, base, width
+    several tables   ``TIERS >= 1``, ``Q >= 0``    rows numbered on from table to table, so that
+                     each is a tier; three more lines say where its sizes and row groups start
+                     and how many columns its sizes have
+
+Several tables in tiers are no kind of their own: they have more tiers.
 
 A per-element prefix mask makes the compiler emit scalar loads. So load bounds are rounded up to
 ``VEC`` values (16 bytes) where rows are aligned to it, and the tail is set to zero in registers.
@@ -13,6 +18,7 @@ A per-element prefix mask makes the compiler emit scalar loads. So load bounds a
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,14 +58,28 @@ def hash_column(row, seed_mix, Q):
 
 
 @triton.jit
-def kept_size(row, valid, sizes_ptr, row_group_ptr, seed_mix, Q: tl.constexpr):
-    """Kept size [R] int32 of rows [R], as stored; 0 where not ``valid``."""
+def kept_size(
+    row,
+    valid,
+    sizes_ptr,
+    row_group_ptr,
+    seed_mix,
+    columns,
+    sizes_start,
+    groups_start,
+    Q: tl.constexpr,
+):
+    """Kept size [R] int32 of rows [R], as stored; 0 where not ``valid``.
+
+    ``columns`` are those of the sizes; sizes and row groups begin ``_start`` values behind their
+    pointers.
+    """
     at = row
     if Q > 0:
-        at = tl.load(row_group_ptr + row, mask=valid, other=0).to(tl.int64)
+        at = tl.load(row_group_ptr + groups_start + row, mask=valid, other=0).to(tl.int64)
         if Q > 1:
-            at = at * Q + hash_column(row, seed_mix, Q)
-    return tl.load(sizes_ptr + at, mask=valid, other=0).to(tl.int32)
+            at = at * columns + hash_column(row, seed_mix, columns)
+    return tl.load(sizes_ptr + sizes_start + at, mask=valid, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -69,11 +89,23 @@ def round_up(size, VEC: tl.constexpr):
 
 
 @triton.jit
-def row_of_tier(row, tiers_ptr, TIERS: tl.constexpr, VEC: tl.constexpr):
-    """First value of rows [R] of a table of tiers, and their width; both int64."""
+def tier_of(row, tiers_ptr, TIERS: tl.constexpr):
+    """Tier (int64) of rows [R]. Few ends are compared with all at once, many are searched."""
     tier = tl.zeros_like(row)
-    for c in tl.static_range(TIERS - 1):
-        tier += (row >= tl.load(tiers_ptr + c)).to(tl.int64)
+    if TIERS <= 8:
+        for c in tl.static_range(TIERS - 1):
+            tier += (row >= tl.load(tiers_ptr + c)).to(tl.int64)
+    else:
+        step = tl.full([], TIERS // 2, tl.int64)
+        while step > 0:
+            tier += tl.where(row >= tl.load(tiers_ptr + tier + step - 1), step, 0)
+            step = step // 2
+    return tier
+
+
+@triton.jit
+def row_of_tier(row, tier, tiers_ptr, TIERS: tl.constexpr, VEC: tl.constexpr):
+    """First value of rows [R] that are in tiers [R], and their width; both int64."""
     width = tl.load(tiers_ptr + 2 * TIERS + tier)
     first = tl.load(tiers_ptr + TIERS + tier) + row * width
     if VEC > 1:
@@ -82,13 +114,54 @@ def row_of_tier(row, tiers_ptr, TIERS: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def row_in_tier(row, tiers_ptr, TIERS: tl.constexpr):
-    """Rows [R] of a table of tiers, counted within their tiers."""
-    first = tl.zeros_like(row)
-    for c in tl.static_range(TIERS - 1):
-        end = tl.load(tiers_ptr + c)
-        first = tl.where(row >= end, end, first)
-    return row - first
+def place(row, tiers_ptr, D: tl.constexpr, TIERS: tl.constexpr, VEC: tl.constexpr):
+    """Where rows [R] are: first value, width, tier, and number within the tier; all int64."""
+    tier = tl.zeros_like(row)
+    number = row
+    if TIERS > 0:
+        tier = tier_of(row, tiers_ptr, TIERS)
+        first, width = row_of_tier(row, tier, tiers_ptr, TIERS, VEC)
+        number = row - tl.load(tiers_ptr + tier - 1, mask=tier > 0, other=0)
+    else:
+        first = row * D
+        width = tl.zeros_like(row) + D
+    return first, width, tier, number
+
+
+@triton.jit
+def size_at(
+    number,
+    width,
+    tier,
+    valid,
+    sizes_ptr,
+    row_group_ptr,
+    tiers_ptr,
+    seed_mix,
+    Q: tl.constexpr,
+    TIERS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Kept size [R] int32 of rows that :func:`place` found; 0 where not ``valid``.
+
+    No size is over the row's width, whatever is stored, so that no load leaves its row. Widths of
+    tiers are multiples of VEC as they are; rounding them up tells the compiler so.
+    """
+    width = tl.where(valid, width, 0).to(tl.int32)
+    if Q < 0:
+        size = round_up(width, VEC)
+    elif TIERS > 0:
+        sizes = tl.load(tiers_ptr + 3 * TIERS + tier)
+        groups = tl.load(tiers_ptr + 4 * TIERS + tier)
+        columns = tl.load(tiers_ptr + 5 * TIERS + tier)
+        size = kept_size(
+            number, valid, sizes_ptr, row_group_ptr, seed_mix, columns, sizes, groups, Q
+        )
+        size = tl.minimum(tl.maximum(size, 0), width)
+    else:
+        size = kept_size(number, valid, sizes_ptr, row_group_ptr, seed_mix, Q, 0, 0, Q)
+        size = tl.minimum(tl.maximum(size, 0), width)
+    return size
 
 
 @triton.jit
@@ -106,17 +179,22 @@ def locate(
 ):
     """First value (int64 offset from the table's pointer) and kept size (int32) of rows [R].
 
-    A row that is not ``valid`` has size 0, so nothing of it is read. No size is over D, whatever
-    is stored, so that no load leaves its row. Widths of tiers are multiples of VEC as they are;
-    rounding them up tells the compiler so.
+    A row that is not ``valid`` has size 0, so nothing of it is read.
     """
-    if TIERS > 0:
-        first, width = row_of_tier(row, tiers_ptr, TIERS, VEC)
-        size = round_up(tl.where(valid, width, 0).to(tl.int32), VEC)
-    else:
-        first = row * D
-        size = kept_size(row, valid, sizes_ptr, row_group_ptr, seed_mix, Q)
-        size = tl.minimum(tl.maximum(size, 0), D)
+    first, width, tier, number = place(row, tiers_ptr, D, TIERS, VEC)
+    size = size_at(
+        number,
+        width,
+        tier,
+        valid,
+        sizes_ptr,
+        row_group_ptr,
+        tiers_ptr,
+        seed_mix,
+        Q,
+        TIERS,
+        VEC,
+    )
     return first, size
 
 
@@ -151,8 +229,8 @@ class Table:
     Attributes:
         data: A tensor at whose pointer row offsets start.
         rows: Number of rows.
-        dim: Columns ``D`` of a looked-up row.
-        tiers: The [3, TIERS] table, or None.
+        dim: Columns ``D`` of a looked-up row; of several tables, of the widest.
+        ends: End of each tier or of each of several tables; None for one dense table.
         args: ``(sizes, row_group, tiers, seed_mix)``, None where the kind has no use for it.
         meta: ``D, Q, TIERS, VEC, BLOCK_D``.
     """
@@ -165,17 +243,18 @@ class Table:
         *,
         sizes: Tensor | None = None,
         row_group: Tensor | None = None,
+        columns: int = 1,
         seed: int = 0,
         tiers: Tensor | None = None,
+        ends: Sequence[int] | None = None,
         vector: int = 1,
     ) -> None:
+        """``columns`` are those of the sizes, more than 1 if any of several tables has more."""
         self.data = data
         self.rows = rows
         self.dim = dim
-        q = 0
-        if row_group is not None and sizes is not None:
-            q = sizes.shape[1] if sizes.dim() == 2 else 1
-        self.tiers = tiers
+        self.ends = ends
+        q = -1 if sizes is None else 0 if row_group is None else columns
         self.args = (sizes, row_group, tiers, mix_seed(seed))
         self.meta: dict[str, Any] = {
             "D": dim,
@@ -184,6 +263,11 @@ class Table:
             "VEC": vector,
             "BLOCK_D": launch.block_d(dim),
         }
+
+    @property
+    def tiers(self) -> Tensor | None:
+        """The table of tiers, or None."""
+        return self.args[2]
 
     @staticmethod
     def by_rows(weight: Tensor, row_dims: Tensor) -> Table:
@@ -201,6 +285,7 @@ class Table:
             dim,
             sizes=group_dims,
             row_group=row_group,
+            columns=size_columns(group_dims),
             seed=seed,
             vector=launch.vector(dim, weight),
         )
@@ -213,49 +298,84 @@ class Table:
 
         ``keep`` says whether the blocks will come again and their device table is worth keeping.
         """
-        anchor = next((b for b in blocks if b.numel()), blocks[0])
+        anchor = first_with_memory(blocks)
         lanes = min(launch.vector(b.shape[1], anchor, b) for b in blocks)
         rows = tier_ends[-1] if tier_ends else 0
+        tiers = tier_table(blocks, tier_ends, anchor, keep=keep)
+        return Table(anchor, rows, dim, tiers=tiers, ends=tier_ends, vector=lanes)
+
+    @staticmethod
+    def by_tables(
+        weights: Sequence[Tensor],
+        sizes: Sequence[Tensor],
+        row_groups: Sequence[Tensor] = (),
+        seed: int = 0,
+    ) -> Table:
+        """Several tables ``[N, D]`` and their sizes, ``[N]`` or, with row groups, ``[G(, Q)]``."""
+        anchor, sizes_anchor = first_with_memory(weights), first_with_memory(sizes)
+        columns = [size_columns(each) for each in sizes]
+        groups_anchor = first_with_memory(row_groups) if row_groups else None
+        groups = [0] * len(weights)
+        if groups_anchor is not None:
+            groups = [distance(each, groups_anchor) for each in row_groups]
+        ends = list(itertools.accumulate(weight.shape[0] for weight in weights))
+        lines = [[distance(each, sizes_anchor) for each in sizes], groups, columns]
         return Table(
-            anchor, rows, dim, tiers=tier_table(blocks, tier_ends, anchor, keep), vector=lanes
+            anchor,
+            ends[-1],
+            max(weight.shape[1] for weight in weights),
+            sizes=sizes_anchor,
+            row_group=groups_anchor,
+            columns=2 if max(columns) > 1 else 1,
+            seed=seed,
+            tiers=tier_table(weights, ends, anchor, lines),
+            ends=ends,
+            vector=min(launch.vector(weight.shape[1], anchor, weight) for weight in weights),
         )
 
 
-def tier_table(blocks: Sequence[Tensor], ends: Sequence[int], anchor: Tensor, keep: bool) -> Tensor:
-    """The [3, T] int64 table of :func:`locate`, T the next power of two from the number of tiers.
+def size_columns(sizes: Tensor) -> int:
+    """Columns of ``[G]`` or ``[G, Q]`` sizes."""
+    return sizes.shape[1] if sizes.dim() == 2 else 1
+
+
+def first_with_memory(tensors: Sequence[Tensor]) -> Tensor:
+    """The first tensor that is not empty, or the first."""
+    return next((t for t in tensors if t.numel()), tensors[0])
+
+
+def distance(tensor: Tensor, anchor: Tensor) -> int:
+    """Values from the start of ``anchor`` to that of ``tensor``; 0 if that has no memory."""
+    if not tensor.numel():
+        return 0
+    return (tensor.data_ptr() - anchor.data_ptr()) // anchor.element_size()
+
+
+def tier_table(
+    blocks: Sequence[Tensor],
+    ends: Sequence[int],
+    anchor: Tensor,
+    more: Sequence[Sequence[int]] = (),
+    keep: bool = True,
+) -> Tensor:
+    """The [3, T] int64 table of :func:`place`, T the next power of two from the number of tiers.
 
     A row's first value is ``base + row * width`` counted from ``anchor``: one pointer reaches all
     blocks, their number is no part of the kernel's signature, and few sizes T are compiled.
+    ``more`` are further lines.
     """
-    key = (
-        anchor.data_ptr(),
-        tuple((b.data_ptr(), b.shape[1], end) for b, end in zip(blocks, ends, strict=True)),
-        anchor.device,
-        anchor.dtype,
-    )
-    found = _tier_tables.get(key)
-    if found is not None:
-        return found
-    size = anchor.element_size()
-    last, base, widths, start = [], [], [], 0
-    for block, end in zip(blocks, ends, strict=True):
-        width = block.shape[1]
-        distance = (block.data_ptr() - anchor.data_ptr()) // size if block.numel() else 0
-        last.append(end)
-        base.append(distance - start * width)
-        widths.append(width)
-        start = end
-    padding = launch.next_power_of_two(len(last)) - len(last)
-    last += [_INT64_MAX] * padding
-    base += base[-1:] * padding
-    widths += widths[-1:] * padding
-    table = launch.upload([last, base, widths], anchor.device)
-    if keep:
-        while len(_tier_tables) >= _TIER_TABLES_KEPT:
-            _tier_tables.pop(next(iter(_tier_tables)))
-        _tier_tables[key] = table
-    return table
+    starts = [0, *ends[:-1]]
+    widths = [block.shape[1] for block in blocks]
+    bases = [
+        distance(block, anchor) - start * width
+        for block, start, width in zip(blocks, starts, widths, strict=True)
+    ]
+    return padded_table([ends, bases, widths, *more], anchor.device, keep)
 
 
-_TIER_TABLES_KEPT = 4096
-_tier_tables: dict[Any, Tensor] = {}
+def padded_table(lines: Sequence[Sequence[int]], device: torch.device, keep: bool = True) -> Tensor:
+    """``lines`` [n, T] on the device, T rounded up to a power of two by tiers that have no rows."""
+    ends, *rest = (list(line) for line in lines)
+    padding = launch.next_power_of_two(len(ends)) - len(ends)
+    ends += [_INT64_MAX] * padding
+    return launch.constant([ends, *(line + line[-1:] * padding for line in rest)], device, keep)

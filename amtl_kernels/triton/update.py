@@ -5,6 +5,10 @@ the first pass, hot rows in the second. How many rows there are is never asked, 
 for nothing and, after one call to compile the kernels, a CUDA graph can hold all of it. The
 learning rate is an argument: a captured update repeats the one it was captured with, and the step
 too, unless a counter on the device follows the states.
+
+Rows wider than a tile are shared by several programs, but for row-wise Adagrad, which needs the sum
+of squares of a whole row first: there a program owns its rows' ``BLOCKS`` column blocks and sums
+gradients twice, once for the squares and once for the step, since a row doesn't fit its registers.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -12,16 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels import reference
-from amtl_kernels.triton import backward, launch
-from amtl_kernels.triton.plan import Plan, find_bags, make_plan, piece_number
+from amtl_kernels.triton import launch
+from amtl_kernels.triton.backward import empty_mask
+from amtl_kernels.triton.lookups import Lookups
+from amtl_kernels.triton.plan import Plan, make_plan, piece_number
 from amtl_kernels.triton.reduce import (
-    combine_groups,
+    RUN_TIME,
+    Masks,
     hot_row,
     partial_sums,
     read_pieces,
@@ -45,19 +51,13 @@ from amtl_kernels.triton.rules import (
     update_tile,
 )
 from amtl_kernels.triton.samples import sample_grad
-from amtl_kernels.triton.tables import (
-    Table,
-    load_prefix,
-    locate,
-    round_up,
-    row_in_tier,
-    row_of_tier,
-)
+from amtl_kernels.triton.tables import Table, load_prefix, place, round_up, row_of_tier, size_at
 
 
 @triton.jit
 def state_start(
     row,
+    tier,
     tiers_ptr,
     RULE: tl.constexpr,
     D: tl.constexpr,
@@ -66,7 +66,7 @@ def state_start(
 ):
     """First value of the state of rows [R]; with tiers, of ``[3, TIERS]`` tables of their own."""
     if TIERS > 0:
-        first, _ = row_of_tier(row, tiers_ptr, TIERS, 1 if RULE == ROWWISE_ADAGRAD else VEC)
+        first, _ = row_of_tier(row, tier, tiers_ptr, TIERS, 1 if RULE == ROWWISE_ADAGRAD else VEC)
     elif RULE == ROWWISE_ADAGRAD:
         first = row
     else:
@@ -75,84 +75,90 @@ def state_start(
 
 
 @triton.jit
-def update_rows(
-    weight_ptr,
-    state_ptr,
-    second_ptr,
+def states_start(
+    row,
+    tier,
     state_tiers_ptr,
     second_tiers_ptr,
-    row,
-    first,
-    size,
-    total,
-    cols,
-    lr,
-    weight_decay,
-    eps,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    inverse_root2,
-    log1,
-    log2,
-    rounding_mix,
-    step_ptr,
-    tiers_ptr,
     RULE: tl.constexpr,
-    ROUND: tl.constexpr,
     D: tl.constexpr,
     TIERS: tl.constexpr,
     VEC: tl.constexpr,
-    STATE_VEC: tl.constexpr,
 ):
-    """One step of rows [R] by their summed gradients ``total`` [R, C]; those of size 0 stay."""
-    state_first = first
+    """As :func:`state_start`, of both states; anything for a state that the rule has not."""
+    first = row
     if RULE != SGD:
-        state_first = state_start(row, state_tiers_ptr, RULE, D, TIERS, STATE_VEC)
-    second_first = state_first
+        first = state_start(row, tier, state_tiers_ptr, RULE, D, TIERS, VEC)
+    second = first
     if RULE == ADAM:
-        second_first = state_start(row, second_tiers_ptr, RULE, D, TIERS, STATE_VEC)
-    root = tl.zeros_like(size).to(tl.float32)
-    if RULE == ROWWISE_ADAGRAD:
-        squares = sum_squares(weight_ptr, first, size, cols, total, weight_decay, VEC)
-        root = update_row_state(state_ptr, state_first, size, squares, eps)
-    lr, inverse_root2 = step_rates(lr, inverse_root2, log1, log2, step_ptr, RULE)
-    number = row
-    rounding_seed = rounding_mix.to(tl.uint32)
-    if ROUND:
-        rounding_seed = seed_of_step(rounding_mix, step_ptr)
-        if TIERS > 0:
-            number = row_in_tier(row, tiers_ptr, TIERS)
+        second = state_start(row, tier, second_tiers_ptr, RULE, D, TIERS, VEC)
+    return first, second
+
+
+@triton.jit
+def finish_pieces(
+    weight_ptr,
+    state_ptr,
+    second_ptr,
+    pieces,
+    row_place,
+    needed,
+    sole,
+    total,
+    cols,
+    root,
+    scalars,
+    rounding_seed,
+    partials,
+    masks,
+    chunk,
+    windows,
+    num_rows,
+    programs,
+    WRITE_MASK: tl.constexpr,
+    RULE: tl.constexpr,
+    ROUND: tl.constexpr,
+    D: tl.constexpr,
+    GROUP_TIERS: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """What becomes of sums [LANES, C]: mask gradients, partial sums of hot rows, or a step."""
+    live, start, key, before, after = pieces
+    mask_ptr, mask_partial_ptr, group_tiers_ptr = masks
+    if WRITE_MASK:
+        weight = load_prefix(weight_ptr, row_place[0], needed, cols, VEC).to(tl.float32)
+        sum_groups(
+            total * weight,
+            live,
+            key,
+            before,
+            after,
+            num_rows,
+            mask_ptr,
+            mask_partial_ptr,
+            group_tiers_ptr,
+            programs,
+            cols,
+            D,
+            GROUP_TIERS,
+            LANES,
+        )
+    store_partial(partials, total, live & (sole == 0), start, chunk, windows, cols, D)
     update_tile(
         weight_ptr,
-        first,
-        size,
+        state_ptr,
+        second_ptr,
+        row_place,
         cols,
         total,
         root,
-        state_ptr,
-        state_first,
-        second_ptr,
-        second_first,
-        lr,
-        weight_decay,
-        eps,
-        beta1,
-        rest1,
-        beta2,
-        rest2,
-        inverse_root2,
-        number,
+        scalars,
         rounding_seed,
         RULE,
         ROUND,
         VEC,
     )
-
-
-RUN_TIME = ["seed_mix", "rounding_mix", "chunk", "num_lookups", "num_rows", "windows"]
-"""Integers that kernels are not compiled for."""
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "programs"])
@@ -163,16 +169,17 @@ def reduce_update_kernel(
     keys_ptr,
     counts_ptr,
     pieces_ptr,
-    weight_ptr,
-    state_ptr,
-    second_ptr,
     partial_ptr,
     mask_ptr,
     mask_partial_ptr,
+    group_tiers_ptr,
+    weight_ptr,
     sizes_ptr,
     row_group_ptr,
     tiers_ptr,
     seed_mix,
+    state_ptr,
+    second_ptr,
     state_tiers_ptr,
     second_tiers_ptr,
     chunk,
@@ -194,21 +201,24 @@ def reduce_update_kernel(
     step_ptr,
     HAS_SCALE: tl.constexpr,
     WRITE_MASK: tl.constexpr,
+    GROUP_TIERS: tl.constexpr,
+    GRAD_STEP: tl.constexpr,
+    GRAD_VEC: tl.constexpr,
     RULE: tl.constexpr,
     ROUND: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
-    GRAD_VEC: tl.constexpr,
     VEC: tl.constexpr,
     STATE_VEC: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """First pass: sums pieces as ``reduce_rows_kernel``, and updates the rows of one piece.
 
-    Grid (programs, ceil(D / BLOCK_D)). Weights of hot rows, which the mask gradient reads here,
-    change in the second pass only; those of other rows belong to this program.
+    Grid (programs, ceil(D / BLOCK_D) / BLOCKS). Weights of hot rows, which the mask gradient reads
+    here, change in the second pass only; those of other rows belong to this program.
     grad [M, D], source/scale [L] -> weight, state, second [N, D] (or [N]) or tiers, partial
     [2 * windows, D] fp32, mask [G, D] fp32, mask_partial [2 * programs, D] fp32.
     """
@@ -222,10 +232,13 @@ def reduce_update_kernel(
     row = key
     if WRITE_MASK:
         row = key % num_rows
-    first, size = locate(row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC)
+    first, width, tier, number = place(row, tiers_ptr, D, TIERS, VEC)
+    size = size_at(
+        number, width, tier, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, Q, TIERS, VEC
+    )
     needed = size
     if WRITE_MASK:
-        needed = round_up(tl.where(live, D, 0), VEC)
+        needed = round_up(tl.where(live, width, 0).to(tl.int32), VEC)
     total = sum_pieces(
         grad_ptr,
         source_ptr,
@@ -236,59 +249,89 @@ def reduce_update_kernel(
         needed,
         cols,
         HAS_SCALE,
-        D,
+        GRAD_STEP,
         GRAD_VEC,
         BLOCK_D,
         LANES,
     )
-    if WRITE_MASK:
-        weight = load_prefix(weight_ptr, first, needed, cols, VEC).to(tl.float32)
-        sum_groups(
-            total * weight,
-            live,
-            key // num_rows,
-            tl.where(before >= 0, before // num_rows, -1),
-            tl.where(after >= 0, after // num_rows, -1),
-            mask_ptr,
-            mask_partial_ptr,
+    sole = (before != key) & (after != key)
+    size = tl.where(sole, size, 0)
+    state_first, second_first = states_start(
+        row, tier, state_tiers_ptr, second_tiers_ptr, RULE, D, TIERS, STATE_VEC
+    )
+    root = tl.zeros([LANES], tl.float32)
+    if RULE == ROWWISE_ADAGRAD:
+        squares = sum_squares(weight_ptr, first, size, cols, total, weight_decay, VEC)
+        for block in tl.range(1, BLOCKS):
+            more = cols + block * BLOCK_D
+            total = sum_pieces(
+                grad_ptr,
+                source_ptr,
+                scale_ptr,
+                live,
+                start,
+                end,
+                needed,
+                more,
+                HAS_SCALE,
+                GRAD_STEP,
+                GRAD_VEC,
+                BLOCK_D,
+                LANES,
+            )
+            squares += sum_squares(weight_ptr, first, size, more, total, weight_decay, VEC)
+        root = update_row_state(state_ptr, state_first, size, squares, eps)
+    lr, inverse_root2 = step_rates(lr, inverse_root2, log1, log2, step_ptr, RULE)
+    rounding_seed = seed_of_step(rounding_mix, step_ptr)
+    pieces = (live, start, key, before, after)
+    row_place = (first, size, number, state_first, second_first)
+    masks = (mask_ptr, mask_partial_ptr, group_tiers_ptr)
+    scalars = (lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2)
+    for block in tl.range(0, BLOCKS):
+        more = cols + block * BLOCK_D
+        if BLOCKS > 1:
+            total = sum_pieces(
+                grad_ptr,
+                source_ptr,
+                scale_ptr,
+                live,
+                start,
+                end,
+                needed,
+                more,
+                HAS_SCALE,
+                GRAD_STEP,
+                GRAD_VEC,
+                BLOCK_D,
+                LANES,
+            )
+        finish_pieces(
+            weight_ptr,
+            state_ptr,
+            second_ptr,
+            pieces,
+            row_place,
+            needed,
+            sole,
+            total,
+            more,
+            root,
+            scalars,
+            rounding_seed,
+            partial_ptr,
+            masks,
+            chunk,
+            windows,
+            num_rows,
             programs,
-            cols,
+            WRITE_MASK,
+            RULE,
+            ROUND,
             D,
+            GROUP_TIERS,
+            VEC,
             LANES,
         )
-    sole = (before != key) & (after != key)
-    store_partial(partial_ptr, total, live & (sole == 0), start, chunk, windows, cols, D)
-    update_rows(
-        weight_ptr,
-        state_ptr,
-        second_ptr,
-        state_tiers_ptr,
-        second_tiers_ptr,
-        row,
-        first,
-        tl.where(sole, size, 0),
-        total,
-        cols,
-        lr,
-        weight_decay,
-        eps,
-        beta1,
-        rest1,
-        beta2,
-        rest2,
-        inverse_root2,
-        log1,
-        log2,
-        rounding_mix,
-        step_ptr,
-        tiers_ptr,
-        RULE,
-        ROUND,
-        D,
-        TIERS,
-        VEC,
-        STATE_VEC,
-    )
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "limit", "steps"])
@@ -296,12 +339,12 @@ def combine_update_kernel(
     partial_ptr,
     keys_ptr,
     weight_ptr,
-    state_ptr,
-    second_ptr,
     sizes_ptr,
     row_group_ptr,
     tiers_ptr,
     seed_mix,
+    state_ptr,
+    second_ptr,
     state_tiers_ptr,
     second_tiers_ptr,
     chunk,
@@ -331,58 +374,72 @@ def combine_update_kernel(
     VEC: tl.constexpr,
     STATE_VEC: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Second pass: sums a hot row's partial sums and updates it.
 
-    Grid (windows - 1, ceil(D / BLOCK_D)), as ``combine_rows_kernel``.
+    Grid (windows - 1, ceil(D / BLOCK_D) / BLOCKS), as ``combine_rows_kernel``.
     partial [2 * windows, D] -> the hot rows of weight, state and second.
     """
     hot, key, _, slot, start, end = hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps)
     if hot:
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = sum_hot_row(partial_ptr, slot, start, end, cols, D, BLOCK_D, LANES)
+        total = sum_hot_row(partial_ptr, slot, start, end, cols, D, BLOCK_D, LANES)[None, :]
         row = key + tl.zeros([1], tl.int64)
         if GROUPED:
             row = row % num_rows
-        first, size = locate(
-            row, row >= 0, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
-        )
-        update_rows(
-            weight_ptr,
-            state_ptr,
-            second_ptr,
-            state_tiers_ptr,
-            second_tiers_ptr,
-            row,
-            first,
-            size,
-            total[None, :],
-            cols,
-            lr,
-            weight_decay,
-            eps,
-            beta1,
-            rest1,
-            beta2,
-            rest2,
-            inverse_root2,
-            log1,
-            log2,
-            rounding_mix,
-            step_ptr,
+        first, width, tier, number = place(row, tiers_ptr, D, TIERS, VEC)
+        size = size_at(
+            number,
+            width,
+            tier,
+            row >= 0,
+            sizes_ptr,
+            row_group_ptr,
             tiers_ptr,
-            RULE,
-            ROUND,
-            D,
+            seed_mix,
+            Q,
             TIERS,
             VEC,
-            STATE_VEC,
         )
+        state_first, second_first = states_start(
+            row, tier, state_tiers_ptr, second_tiers_ptr, RULE, D, TIERS, STATE_VEC
+        )
+        root = tl.zeros([1], tl.float32)
+        if RULE == ROWWISE_ADAGRAD:
+            squares = sum_squares(weight_ptr, first, size, cols, total, weight_decay, VEC)
+            for block in tl.range(1, BLOCKS):
+                more = cols + block * BLOCK_D
+                total = sum_hot_row(partial_ptr, slot, start, end, more, D, BLOCK_D, LANES)[None, :]
+                squares += sum_squares(weight_ptr, first, size, more, total, weight_decay, VEC)
+            root = update_row_state(state_ptr, state_first, size, squares, eps)
+        lr, inverse_root2 = step_rates(lr, inverse_root2, log1, log2, step_ptr, RULE)
+        rounding_seed = seed_of_step(rounding_mix, step_ptr)
+        row_place = (first, size, number, state_first, second_first)
+        scalars = (lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2)
+        for block in tl.range(0, BLOCKS):
+            more = cols + block * BLOCK_D
+            if BLOCKS > 1:
+                total = sum_hot_row(partial_ptr, slot, start, end, more, D, BLOCK_D, LANES)[None, :]
+            update_tile(
+                weight_ptr,
+                state_ptr,
+                second_ptr,
+                row_place,
+                more,
+                total,
+                root,
+                scalars,
+                rounding_seed,
+                RULE,
+                ROUND,
+                VEC,
+            )
 
 
-def _update(
-    grad: Tensor,
+def _launch(
+    lookups: Lookups,
     plan: Plan,
     table: Table,
     weights: Sequence[Tensor],
@@ -391,39 +448,37 @@ def _update(
     optimizer: int,
     hyper: Sequence[float],
 ) -> None:
-    dim, block_d = table.dim, table.meta["BLOCK_D"]
-    columns = launch.cdiv(dim, block_d)
-    partial, mask_partial = partial_sums(plan, plan.programs, dim, True, mask is not None)
-    tensors = [weight for weight in weights if weight.numel()]
+    dim = table.dim
+    columns = launch.cdiv(dim, table.meta["BLOCK_D"])
+    blocks = columns if optimizer == reference.ROWWISE_ADAGRAD else 1
+    partial, masks = partial_sums(plan, dim), Masks(plan, mask, dim)
+    aligned = [*weights, *states.tensors]
     vec = bound_vector(
-        [weight.shape[1] for weight in weights],
-        [*tensors, *(state for state in states.tensors if state.numel())],
+        [weight.shape[1] for weight in weights], [tensor for tensor in aligned if tensor.numel()]
     )
     constants = {name: table.meta[name] for name in ("D", "Q", "TIERS", "BLOCK_D")}
     constants |= {
         "VEC": vec,
         "STATE_VEC": min([vec, *(16 // state.element_size() for state in states.tensors)]),
+        "BLOCKS": blocks,
         "RULE": optimizer,
         "ROUND": rounds(weights, any(hyper[6:])),
     }
+    where = (table.data, *table.args, *states.pointers, *states.tiers)
     scalars = (*rates(optimizer, hyper, states.counter is not None, int(hyper[5])), states.counter)
-    with launch.device_guard(grad):
+    with launch.device_guard(lookups.flat):
         launch.launch(
             reduce_update_kernel,
-            (plan.programs, columns),
-            grad,
+            (plan.programs, columns // blocks),
+            lookups.grad,
             plan.source,
             plan.scale,
             plan.keys,
             plan.counts,
             plan.pieces,
-            table.data,
-            *states.pointers,
             partial,
-            mask,
-            mask_partial,
-            *table.args,
-            *states.tiers,
+            *masks.args,
+            *where,
             plan.chunk,
             plan.lookups,
             plan.rows,
@@ -431,20 +486,17 @@ def _update(
             plan.programs,
             *scalars,
             HAS_SCALE=plan.scale is not None,
-            WRITE_MASK=mask is not None,
-            GRAD_VEC=launch.vector(dim, grad),
             LANES=plan.lanes,
+            **lookups.gradient_layout(dim),
+            **masks.meta,
             **constants,
         )
         launch.launch(
             combine_update_kernel,
-            (plan.windows - 1, columns),
+            (plan.windows - 1, columns // blocks),
             partial,
             plan.keys,
-            table.data,
-            *states.pointers,
-            *table.args,
-            *states.tiers,
+            *where,
             plan.chunk,
             plan.lookups,
             plan.rows,
@@ -456,70 +508,48 @@ def _update(
             LANES=launch.tile_rows(dim, most=32),
             **constants,
         )
-        if mask is not None:
-            combine_groups(plan, mask_partial, mask, block_d)
+        masks.combine(plan, table)
 
 
-def _too_wide(optimizer: int, dim: int) -> bool:
-    """Whether a row-wise rule would need more of a row than a program holds."""
-    return optimizer == reference.ROWWISE_ADAGRAD and dim > launch.MAX_BLOCK_D
-
-
-def _run(
+def step(
+    lookups: Lookups,
     table: Table,
     weights: Sequence[Tensor],
-    ends: Sequence[int] | None,
     state: Sequence[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_group: Tensor | None,
-    groups: int,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
+    mask: Tensor | None,
     psw_grad: bool,
     optimizer: int,
     hyper: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """Mask gradient (with ``row_group``) and sample gradient, [0, ...] if not asked for."""
-    if optimizer not in (
-        reference.SGD,
-        reference.ADAGRAD,
-        reference.ROWWISE_ADAGRAD,
-        reference.ADAM,
-    ):
+) -> Tensor:
+    """One step of one table or several. No wait.
+
+    Args:
+        lookups: What was looked up, and the incoming gradient.
+        table: The table, or the tables.
+        weights: Its one tensor, or those of its tiers or tables.
+        state: The optimizer's, of each of them in turn, and a step counter or none.
+        mask: Gets the mask gradients of the weights before the step, if they are wanted.
+        psw_grad: Whether the gradient of per-sample weights is wanted.
+        optimizer: The rule.
+        hyper: Its hyperparameters.
+
+    Returns:
+        The gradient of per-sample weights [L], or [0].
+
+    Raises:
+        ValueError: No such rule, or states that do not fit the weights.
+    """
+    if not reference.SGD <= optimizer <= reference.ADAM:
         raise ValueError("optimizer must be 0, 1, 2 or 3")
-    states = States(optimizer, weights, state, ends)
-    flat = indices.reshape(-1).contiguous()
-    grad = grad.reshape(-1, table.dim).contiguous()
-    bags = None
-    if offsets is not None:
-        bags = find_bags(flat, offsets, mode, padding_idx, include_last_offset)
-    psw = weights[0].new_empty(0)
-    if psw_grad and bags is not None:
-        # Before the weights change.
-        psw = sample_grad(grad, table, flat, bags, padding_idx)
-    mask = torch.empty(
-        0 if row_group is None else groups, table.dim, dtype=torch.float32, device=grad.device
-    )
-    if flat.numel() == 0:
-        return mask.zero_(), psw
-    plan = make_plan(
-        flat,
-        table.rows,
-        table.dim,
-        padding_idx,
-        bags,
-        per_sample_weights,
-        row_group,
-        groups,
-        chunk=backward.CHUNK,
-    )
-    wanted = None if row_group is None else mask
-    _update(grad, plan, table, weights, states, wanted, optimizer, hyper)
-    return mask, psw
+    states = States(optimizer, weights, state, table.ends)
+    # Before the weights change.
+    psw = sample_grad(lookups, table, psw_grad)
+    if lookups.flat.numel():
+        plan = make_plan(lookups, table, mask is not None)
+        _launch(lookups, plan, table, weights, states, mask, optimizer, hyper)
+    elif mask is not None:
+        mask.zero_()
+    return psw
 
 
 def masked_embedding_update_(
@@ -538,41 +568,10 @@ def masked_embedding_update_(
     hyper: Sequence[float],
 ) -> Tensor:
     """``masked_embedding_backward`` and the optimizer's update of the rows, kept prefixes only."""
-    if _too_wide(optimizer, weight.shape[1]):
-        return reference.masked_embedding_update_(
-            weight,
-            list(state),
-            grad,
-            indices,
-            offsets,
-            row_dims,
-            per_sample_weights,
-            mode,
-            padding_idx,
-            include_last_offset,
-            psw_grad,
-            optimizer,
-            list(hyper),
-        )
-    _, psw = _run(
-        Table.by_rows(weight, row_dims),
-        [weight],
-        None,
-        state,
-        grad,
-        indices,
-        offsets,
-        None,
-        0,
-        per_sample_weights,
-        mode,
-        padding_idx,
-        include_last_offset,
-        psw_grad,
-        optimizer,
-        hyper,
-    )
-    return psw
+    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
+    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags)
+    table = Table.by_rows(weight, row_dims)
+    return step(lookups, table, [weight], state, None, psw_grad, optimizer, hyper)
 
 
 def adaptive_embedding_update_(
@@ -599,43 +598,14 @@ def adaptive_embedding_update_(
     The mask gradient is that of the weights before the update. Lookups are sorted by group and row
     in any case, so ``groups_sorted`` saves nothing here.
     """
-    if _too_wide(optimizer, weight.shape[1]):
-        return reference.adaptive_embedding_update_(
-            weight,
-            list(state),
-            grad,
-            indices,
-            offsets,
-            row_group,
-            group_dims,
-            per_sample_weights,
-            mode,
-            padding_idx,
-            include_last_offset,
-            seed,
-            mask_grad,
-            psw_grad,
-            optimizer,
-            list(hyper),
-        )
-    return _run(
-        Table.by_groups(weight, row_group, group_dims, seed),
-        [weight],
-        None,
-        state,
-        grad,
-        indices,
-        offsets,
-        row_group if mask_grad else None,
-        group_dims.shape[0],
-        per_sample_weights,
-        mode,
-        padding_idx,
-        include_last_offset,
-        psw_grad,
-        optimizer,
-        hyper,
-    )
+    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
+    groups = (row_group, group_dims.shape[0])
+    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags, *groups)
+    table = Table.by_groups(weight, row_group, group_dims, seed)
+    mask = empty_mask(table, lookups, mask_grad)
+    wanted = mask if mask_grad else None
+    psw = step(lookups, table, [weight], state, wanted, psw_grad, optimizer, hyper)
+    return mask, psw
 
 
 def tiered_embedding_update_(
@@ -655,42 +625,10 @@ def tiered_embedding_update_(
     hyper: Sequence[float],
 ) -> Tensor:
     """``tiered_embedding_backward`` and the optimizer's update of every block."""
-    if _too_wide(optimizer, embedding_dim):
-        return reference.tiered_embedding_update_(
-            list(blocks),
-            list(state),
-            grad,
-            list(tier_ends),
-            indices,
-            offsets,
-            per_sample_weights,
-            embedding_dim,
-            mode,
-            padding_idx,
-            include_last_offset,
-            psw_grad,
-            optimizer,
-            list(hyper),
-        )
-    _, psw = _run(
-        Table.by_tiers(blocks, tier_ends, embedding_dim),
-        blocks,
-        tier_ends,
-        state,
-        grad,
-        indices,
-        offsets,
-        None,
-        0,
-        per_sample_weights,
-        mode,
-        padding_idx,
-        include_last_offset,
-        psw_grad,
-        optimizer,
-        hyper,
-    )
-    return psw
+    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
+    lookups = Lookups.of(grad, embedding_dim, indices, offsets, *bags)
+    table = Table.by_tiers(blocks, tier_ends, embedding_dim)
+    return step(lookups, table, blocks, state, None, psw_grad, optimizer, hyper)
 
 
 OPERATORS: dict[str, Callable[..., object]] = {

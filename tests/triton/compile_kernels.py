@@ -1,10 +1,11 @@
 """Compiles every kernel that the operators launch, for GPUs that need not be there.
 
-    python tests/triton/compile_kernels.py > report.json      (TRITON_INTERPRET unset)
+    python tests/triton/compile_kernels.py [share shares] > report.json  (TRITON_INTERPRET unset)
 
 Calls every operator with a recorder in place of launches, so that what is compiled is what would
 have been launched: the same types, constants, tiles, warps and register ceilings. Prints a JSON
-list, one entry per kernel, specialisation and architecture.
+list, one entry per kernel, specialisation and architecture; of ``shares`` processes, each with
+its own ``share`` from 0 on, every one compiles a part.
 """
 
 from __future__ import annotations
@@ -37,20 +38,23 @@ TYPES = {
     torch.uint8: "u8",
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-HALF, FULL, SINGLE = (torch.bfloat16,), FLOATS, (torch.float32,)
+RULES = (reference.SGD, reference.ADAGRAD, reference.ROWWISE_ADAGRAD, reference.ADAM)
+MOST = (reference.ADAM,)  # state
 PLAN = (
-    # architecture, dimension, dtypes, index type, all optimizers or the one with the most state,
-    # the whole tuning space or its first choice
-    (80, 64, SINGLE, torch.int64, False, False),
-    (90, 64, SINGLE, torch.int64, True, True),
-    (90, 64, FULL[1:], torch.int64, True, False),
-    (100, 64, SINGLE, torch.int64, False, False),
-    (90, 17, SINGLE, torch.int32, False, False),
-    (90, 1024, HALF, torch.int32, False, False),
-    (90, 1100, SINGLE, torch.int64, False, False),
+    # architecture, dimension, dtype, index type, rules of fused updates; all forms of a call and
+    # the whole tuning space, or one call for each kernel and the space's first choice
+    (90, 64, torch.float32, torch.int64, RULES, True),
+    (90, 64, torch.float16, torch.int32, RULES, False),
+    (90, 64, torch.bfloat16, torch.int64, RULES, False),
+    (80, 64, torch.float32, torch.int64, MOST, False),
+    (100, 64, torch.float32, torch.int64, MOST, False),
+    (90, 17, torch.float32, torch.int32, MOST, False),
+    (90, 1024, torch.bfloat16, torch.int32, MOST, False),
+    (90, 1100, torch.float32, torch.int64, (reference.ROWWISE_ADAGRAD, *MOST), False),
 )
-"""A cover, since each kernel costs a third of a second: all dtypes and optimizers on one
-architecture, one dtype on the others; rows that are unaligned, as wide as a tile, and wider."""
+"""A cover, since each kernel costs a third of a second: all forms of a call in one dtype on one
+architecture; all dtypes, both index types and all rules; rows that are unaligned, as wide as a
+tile, and wider."""
 OPTIMIZERS = {
     reference.SGD: 0,
     reference.ADAGRAD: 1,
@@ -95,103 +99,160 @@ class Recorder:
         self.found[key] = (kernel, signature, constants, {**options, "attributes": attributes})
 
 
-def call_operators(dim: int, dtype: torch.dtype, index: torch.dtype, optimizers: set[int]) -> None:
-    """Every operator, in the forms that differ in what is compiled. Results are garbage."""
-    ops = amtl_kernels.triton.implementations()
-    rows, lookups, groups = 64, 40, 5
-    weight = torch.zeros(rows, dim, dtype=dtype)
-    indices = torch.arange(lookups, dtype=index) % 7
-    offsets = torch.tensor([0, 0, 5, 20], dtype=index)
-    sizes = torch.ones(rows, dtype=torch.uint8)
-    row_group = torch.zeros(rows, dtype=torch.int32)
-    one, many = torch.ones(groups, dtype=torch.int32), torch.ones(groups, 4, dtype=torch.int32)
-    mask = torch.zeros(groups, dim)
-    psw = torch.zeros(lookups, dtype=dtype)
-    widths = [dim, max(1, dim // 16 * 8), 8] if dim % 8 == 0 else [dim, 5, 1]
-    blocks = [torch.zeros(n, w, dtype=dtype) for n, w in zip((10, 20, 34), widths, strict=True)]
-    ends = [10, 30, 64]
-    grad = torch.zeros(4, dim, dtype=dtype)
-    flat = torch.zeros(lookups, dim, dtype=dtype)
+class Calls:
+    """Every operator, in forms that differ in what is compiled. Results are garbage."""
 
-    ops["masked_embedding"](weight, indices, sizes, -1, 1)
-    ops["adaptive_embedding"](weight, indices, row_group, many, mask, 3, -1, 2)
-    ops["tiered_embedding"](blocks, ends, indices, dim, -1, 1)
-    ops["masked_embedding_bag"](weight, indices, offsets, sizes, psw, 0, -1, False, 1)
-    for group_dims, padding in ((one, -1), (many, 2)):
-        ops["adaptive_embedding_bag"](
-            weight, indices, offsets, row_group, group_dims, mask, None, 1, padding, False, 3, 2
+    rows, groups = 64, 5
+
+    def __init__(self, dim: int, dtype: torch.dtype, index: torch.dtype) -> None:
+        rows, groups, lookups = self.rows, self.groups, 40
+        self.ops = amtl_kernels.triton.implementations()
+        self.dim, self.dtype = dim, dtype
+        self.weight = torch.zeros(rows, dim, dtype=dtype)
+        self.indices = torch.arange(lookups, dtype=index) % 7
+        self.offsets = torch.tensor([0, 0, 5, 20], dtype=index)
+        self.sizes = torch.ones(rows, dtype=torch.uint8)
+        self.row_group = torch.zeros(rows, dtype=torch.int32)
+        self.one = torch.ones(groups, dtype=torch.int32)
+        self.many = torch.ones(groups, 4, dtype=torch.int32)
+        self.mask = torch.zeros(groups, dim)
+        self.psw = torch.zeros(lookups, dtype=dtype)
+        widths = [dim, max(1, dim // 16 * 8), 8] if dim % 8 == 0 else [dim, 5, 1]
+        shapes = zip((10, 20, 34), widths, strict=True)
+        self.blocks = [torch.zeros(n, w, dtype=dtype) for n, w in shapes]
+        self.ends = [10, 30, 64]
+        self.grad = torch.zeros(4, dim, dtype=dtype)
+        # One row owns 200 lookups: more than a window holds, so the second pass runs too.
+        self.hot = torch.zeros(200, dtype=index)
+        self.wide = torch.zeros(200, dim, dtype=dtype)
+        # Two tables.
+        self.bags = torch.tensor([0, 5, 20, 20, 200], dtype=index)
+        self.both = [self.weight, self.weight]
+        self.groups_of_both = [[self.row_group] * 2, [self.many] * 2]
+        self.tiers_of_both = [self.blocks * 2, [3, 3], self.ends * 2, [dim, dim]]
+        self.grad_of_both = torch.zeros(2, 2 * dim, dtype=dtype)
+
+    def lookups(self, every: bool) -> None:
+        ops, dim, weight, indices, offsets = (
+            self.ops,
+            self.dim,
+            self.weight,
+            self.indices,
+            self.offsets,
         )
-    ops["tiered_embedding_bag"](blocks, ends, indices, offsets, psw, dim, 0, 3, False, 1)
-    long = indices.repeat(20)
-    ops["masked_embedding_bag"](weight, long, offsets, sizes, None, 1, -1, False, 1)
+        group, mask, psw = self.row_group, self.mask, self.psw
+        ops["masked_embedding"](weight, indices, self.sizes, -1, 1)
+        long = indices.repeat(20)
+        ops["masked_embedding_bag"](weight, long, offsets, self.sizes, None, 1, -1, False, 1)
+        ops["adaptive_embedding_bag"](
+            *(weight, indices, offsets, group, self.many, mask, None, 1, 2, False, 3, 2)
+        )
+        pooled = (self.hot, self.bags, None)
+        ops["adaptive_embedding_bag_tables"](
+            *(self.both, *self.groups_of_both, [mask] * 2, *pooled, 1, [2, -1], 3, 2)
+        )
+        if not every:
+            return
+        ops["adaptive_embedding"](weight, indices, group, self.many, mask, 3, -1, 2)
+        ops["tiered_embedding"](self.blocks, self.ends, indices, dim, -1, 1)
+        ops["masked_embedding_bag"](weight, indices, offsets, self.sizes, psw, 0, -1, False, 1)
+        ops["adaptive_embedding_bag"](
+            *(weight, indices, offsets, group, self.one, mask, None, 1, -1, False, 3, 2)
+        )
+        tiered = (self.blocks, self.ends, indices, offsets, psw, dim)
+        ops["tiered_embedding_bag"](*tiered, 0, 3, False, 1)
+        psw = self.wide[:, 0].contiguous()
+        ops["masked_embedding_bag_tables"](
+            *(self.both, [self.sizes] * 2, self.hot, self.bags, psw, 0, [-1, -1], 1)
+        )
+        ops["tiered_embedding_bag_tables"](*self.tiers_of_both, *pooled, 0, [2, -1], 2)
 
-    both, twice, bags = [weight, weight], [sizes, sizes], torch.tensor([0, 5, 20, 20, 30])
-    bags = bags.to(index)
-    ops["masked_embedding_bag_tables"](both, twice, indices, bags, psw, 0, [-1, -1], 1)
-    ops["adaptive_embedding_bag_tables"](
-        *(both, [row_group] * 2, [many, many], [mask, mask], indices, bags, None, 1, [2, -1], 3, 2),
-    )
-    ops["tiered_embedding_bag_tables"](
-        *(blocks * 2, [3, 3], ends * 2, [dim, dim], indices, bags, None, 0, [2, -1], 2),
-    )
-
-    ops["masked_embedding_backward"](
-        grad, weight, indices, offsets, sizes, psw, 0, 3, False, True, True
-    )
-    ops["adaptive_embedding_backward"](
-        grad, weight, indices, offsets, row_group, many, psw, 0, 3, False, 4, True, True, True
-    )
-    ops["adaptive_embedding_backward"](
-        flat, weight, indices, None, row_group, one, None, 0, 3, False, 4, True, True, False
-    )
-    ops["tiered_embedding_backward"](
-        grad, blocks, ends, indices, offsets, psw, dim, 0, 3, False, True, True
-    )
-    # One row owns 200 lookups: more than a window holds, so the second pass runs too.
-    hot = torch.zeros(200, dtype=index)
-    wide = torch.zeros(200, dim, dtype=dtype)
-    ops["masked_embedding_backward"](
-        wide, weight, hot, None, sizes, None, 0, -1, False, True, False
-    )
-    ops["tiered_embedding_backward"](
-        wide, blocks, ends, hot, None, None, dim, 0, -1, False, True, False
-    )
-    for group_dims in (one, many):
+    def backwards(self, every: bool) -> None:
+        ops, dim, weight, grad = self.ops, self.dim, self.weight, self.grad
+        bags = (self.indices, self.offsets)
+        group, psw, wide, hot = self.row_group, self.psw, self.wide, self.hot
         ops["adaptive_embedding_backward"](
-            *(wide, weight, hot, None, row_group, group_dims, None, 0, -1, False, 4),
+            *(grad, weight, *bags, group, self.many, psw, 0, 3, False, 4, True, True, True)
+        )
+        ops["tiered_embedding_backward"](
+            *(wide, self.blocks, self.ends, hot, None, None, dim, 0, -1, False, True, False)
+        )
+        both = (self.hot, self.bags, None, 1, [2, -1])
+        ops["adaptive_embedding_bag_tables_backward"](
+            *(self.grad_of_both, self.both, *self.groups_of_both, *both, 7, True, True, False)
+        )
+        if not every:
+            return
+        ops["masked_embedding_backward"](
+            *(grad, weight, *bags, self.sizes, psw, 0, 3, False, True, True)
+        )
+        flat = torch.zeros(self.indices.numel(), dim, dtype=self.dtype)
+        ops["adaptive_embedding_backward"](
+            *(flat, weight, self.indices, None, group, self.one, None, 0, 3, False, 4),
             *(True, True, False),
         )
-    for optimizer in optimizers:
-        states, by_row = OPTIMIZERS[optimizer], optimizer == reference.ROWWISE_ADAGRAD
-        state = [torch.zeros(rows) if by_row else torch.zeros(rows, dim) for _ in range(states)]
-        tiers = [
-            torch.zeros(b.shape[:1] if by_row else b.shape) for b in blocks for _ in range(states)
-        ]
-        hyper = [0.1, 0.1, 0.1, 0.9, 0.99, 1.0]
-        step = (optimizer, hyper)
-        bags = (0, -1, False, False, *step)
-        ops["masked_embedding_update_"](weight, state, wide, hot, None, sizes, None, *bags)
-        # Rounded stochastically, and by steps that are counted on the device.
-        hyper.append(1.0)
-        tiers.append(torch.ones((), dtype=torch.int64))
-        ops["tiered_embedding_update_"](blocks, tiers, wide, ends, hot, None, None, dim, *bags)
-        hyper.pop()
-        ops["adaptive_embedding_update_"](
-            *(weight, state, grad, indices, offsets, row_group, many, psw, 0, 3, False, 4),
-            *(True, False, *step),
+        ops["tiered_embedding_backward"](
+            *(grad, self.blocks, self.ends, *bags, psw, dim, 0, 3, False, True, True)
+        )
+        ops["masked_embedding_backward"](
+            *(wide, weight, hot, None, self.sizes, None, 0, -1, False, True, False)
+        )
+        for group_dims in (self.one, self.many):
+            ops["adaptive_embedding_backward"](
+                *(wide, weight, hot, None, group, group_dims, None, 0, -1, False, 4),
+                *(True, True, False),
+            )
+        weighted = (self.hot, self.bags, wide[:, 0].contiguous(), 0, [2, -1])
+        ops["masked_embedding_bag_tables_backward"](
+            *(self.grad_of_both, self.both, [self.sizes] * 2, *weighted, True, True)
+        )
+        ops["tiered_embedding_bag_tables_backward"](
+            *(self.grad_of_both, *self.tiers_of_both, *weighted, True, True)
         )
 
-    touched = torch.arange(20)
-    grads = torch.zeros(20, dim, dtype=dtype)
-    state, more = torch.zeros(rows, dim), torch.zeros(rows, dim)
-    ops["apply_sgd_"](weight, touched, grads, 0.1, 0.1)
-    ops["apply_adagrad_"](weight, state, touched, grads, 0.1, 0.1, 0.1)
-    ops["apply_rowwise_adagrad_"](weight, torch.zeros(rows), touched, grads, 0.1, 0.1, 0.1)
-    ops["apply_adam_"](weight, state, more, touched, grads, 1, 0.1, 0.9, 0.99, 0.1, 0.1, 1)
+    def state(self, rule: int, tables: Sequence[Tensor]) -> list[Tensor]:
+        by_row = rule == reference.ROWWISE_ADAGRAD
+        shapes = [t.shape[:1] if by_row else t.shape for t in tables]
+        return [torch.zeros(shape) for shape in shapes for _ in range(OPTIMIZERS[rule])]
+
+    def updates(self, rule: int, every: bool) -> None:
+        ops, weight, hot, wide = self.ops, self.weight, self.hot, self.wide
+        hyper = [0.1, 0.1, 0.1, 0.9, 0.99, 1.0]
+        state = self.state(rule, [weight])
+        plain = (0, -1, False, False, rule, hyper)
+        ops["masked_embedding_update_"](weight, state, wide, hot, None, self.sizes, None, *plain)
+        # Rounded stochastically, and by steps that are counted on the device.
+        counted = [*self.state(rule, self.blocks), torch.ones((), dtype=torch.int64)]
+        rounded = (0, -1, False, False, rule, [*hyper, 1.0])
+        ops["tiered_embedding_update_"](
+            *(self.blocks, counted, wide, self.ends, hot, None, None, self.dim, *rounded)
+        )
+        if every or rule == reference.ADAM:
+            both = (self.grad_of_both, hot, self.bags, None, 0, [2, -1])
+            ops["adaptive_embedding_bag_tables_update_"](
+                *(self.both, *self.groups_of_both, self.state(rule, self.both), *both, 4),
+                *(True, False, rule, hyper),
+            )
+        if every:
+            ops["adaptive_embedding_update_"](
+                *(weight, state, self.grad, self.indices, self.offsets, self.row_group, self.many),
+                *(self.psw, 0, 3, False, 4, True, False, rule, hyper),
+            )
+
+    def optimizers(self) -> None:
+        touched = torch.arange(20)
+        step = (touched, torch.zeros(20, self.dim, dtype=self.dtype))
+        state, more = (torch.zeros(self.rows, self.dim) for _ in range(2))
+        by_row = torch.zeros(self.rows)
+        self.ops["apply_sgd_"](self.weight, *step, 0.1, 0.1)
+        self.ops["apply_adagrad_"](self.weight, state, *step, 0.1, 0.1, 0.1)
+        self.ops["apply_rowwise_adagrad_"](self.weight, by_row, *step, 0.1, 0.1, 0.1)
+        self.ops["apply_adam_"](self.weight, state, more, *step, 1, 0.1, 0.9, 0.99, 0.1, 0.1, 1)
 
 
-def compile_recorded(recorder: Recorder, arch: int) -> Iterator[dict[str, Any]]:
-    for kernel, signature, constants, options in recorder.found.values():
+def compile_recorded(requests: Sequence[tuple[int, Any]]) -> Iterator[dict[str, Any]]:
+    """What comes out of the compiler, for architectures and recorded launches."""
+    for arch, (kernel, signature, constants, options) in requests:
         source = ASTSource(kernel, signature, constants, options["attributes"])
         flags = {name: options[name] for name in ("num_warps", "maxnreg")}
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=flags)
@@ -206,7 +267,7 @@ def compile_recorded(recorder: Recorder, arch: int) -> Iterator[dict[str, Any]]:
             ).stdout
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
         assert found is not None, usage
-        ptx = compiled.asm["ptx"]
+        ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
         yield {
             "kernel": kernel.fn.__name__,
             "arch": arch,
@@ -218,27 +279,33 @@ def compile_recorded(recorder: Recorder, arch: int) -> Iterator[dict[str, Any]]:
             "stack": int(found[2]),
             "local": int(found[4]),
             "vector_loads": len(re.findall(r"ld\.global[.:\w]*\.v4\.b32", ptx)),
-            "barrier_before_store": "bar.sync" in ptx.split("ld.global")[-1].split("st.global")[0],
+            # Of the last load and the stores after it, in program order, which machine code is not.
+            "barrier_before_store": "barrier" in ttgir.split("tt.load")[-1].split("tt.store")[0]
+            and "bar.sync" in ptx,
             "vector_stores": len(re.findall(r"st\.global[.:\w]*\.v4\.b32", ptx)),
         }
 
 
 def main() -> None:
     assert not launch.INTERPRETED, "unset TRITON_INTERPRET"
-    report = []
-    spaces = {name: getattr(launch, name) for name in ("WIDE_SPACE", "NARROW_SPACE")}
     from amtl_kernels.triton import lookup
 
-    for arch, dim, dtypes, index, every_rule, whole in PLAN:
+    share, shares = map(int, sys.argv[1:] or (0, 1))
+    tuned = {lookup._gather: launch.WIDE_SPACE, lookup._pooled: launch.NARROW_SPACE}
+    requests: dict[Any, tuple[int, Any]] = {}
+    for arch, dim, dtype, index, rules, every in PLAN:
         recorder = Recorder()
         launch.recorder = recorder
-        for tuned, space in ((lookup._gather, "WIDE_SPACE"), (lookup._pooled, "NARROW_SPACE")):
-            tuned.space = spaces[space] if whole else spaces[space][:1]
-        for dtype in dtypes:
-            rules = set(OPTIMIZERS) if every_rule else {reference.ADAM}
-            call_operators(dim, dtype, index, rules)
-        report.extend(compile_recorded(recorder, arch))
-    json.dump(report, sys.stdout)
+        for kernel, space in tuned.items():
+            kernel.space = space if every else space[:1]
+        calls = Calls(dim, dtype, index)
+        calls.lookups(every)
+        calls.backwards(every)
+        for rule in rules:
+            calls.updates(rule, every)
+        calls.optimizers()
+        requests |= {(arch, key): (arch, found) for key, found in recorder.found.items()}
+    json.dump(list(compile_recorded(list(requests.values())[share::shares])), sys.stdout)
 
 
 if __name__ == "__main__":

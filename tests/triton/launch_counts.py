@@ -47,7 +47,19 @@ FREE = {
     "resize_",
     "record_stream",
 }
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
+WAITING = {
+    "_local_scalar_dense",
+    "_unique",
+    "_unique2",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+    "unique_dim_consecutive",
+}
 
 
 @dataclass

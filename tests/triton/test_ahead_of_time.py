@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for sm_80, sm_90 and sm_100: registers, spills, 128-bit loads.
 
 Nothing runs: this is what can be said of the machine code without a GPU. The compilation happens in
-a process of its own, where the interpreter is off and the compiler's cache is empty.
+two processes of its own, where the interpreter is off and the compiler's cache is empty.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ REGISTERS = {
     "combine_groups_kernel": 64,
     "combine_rows_kernel": 64,
     "combine_update_kernel": 96,
+    "counted_kernel": 64,
     "cut_kernel": 64,
     "gather_fwd_kernel": 64,
     "keys_kernel": 64,
@@ -41,6 +42,13 @@ REGISTERS = {
 }
 """Registers per thread at most, of any specialisation: at 64 a multiprocessor of 65,536 holds 1,024
 threads, at 96 it holds 640, each with two to eight 16-byte loads in flight."""
+FLAT_MASKS = 128
+"""For the first passes where mask gradients of several tables are wanted: 512 threads."""
+
+
+def ceiling(entry: dict[str, Any]) -> int:
+    most = REGISTERS[entry["kernel"]]
+    return FLAT_MASKS if most > 64 and entry["constants"].get("GROUP_TIERS") else most
 
 
 def expected_vector_loads(entry: dict[str, Any]) -> int:
@@ -84,16 +92,23 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "compile_kernels.py")],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    entries: list[dict[str, Any]] = json.loads(done.stdout)
+    shares = 2
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "compile_kernels.py"), str(share), str(shares)],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for share in range(shares)
+    ]
+    entries: list[dict[str, Any]] = []
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-4000:]
+        entries += json.loads(out)
     return entries
 
 
@@ -135,9 +150,9 @@ def test_nothing_spills(report: list[dict[str, Any]]) -> None:
 
 
 def test_registers_stay_under_their_ceilings(report: list[dict[str, Any]]) -> None:
-    over = [describe(e) for e in report if e["registers"] > REGISTERS[e["kernel"]]]
+    over = [describe(e) for e in report if e["registers"] > ceiling(e)]
     assert not over, "\n".join(over)
-    assert {e["kernel"]: e["ceiling"] for e in report} == REGISTERS
+    assert all(e["ceiling"] == ceiling(e) for e in report)
 
 
 def test_rows_are_loaded_in_16_bytes(report: list[dict[str, Any]]) -> None:

@@ -49,8 +49,13 @@ class Problem:
         self.row_group = torch.randint(0, GROUPS, (ROWS,), generator=g).int().cuda()
         self.group_dims = torch.randint(1, DIM + 1, (GROUPS, 4), generator=g).int().cuda()
         self.ends = [1_000, ROWS]
-        shapes = [(1_000, DIM), (ROWS - 1_000, 16)] if kind == "tiered" else [(ROWS, DIM)]
+        shapes = {
+            "adaptive": [(ROWS, DIM)],
+            "tiered": [(1_000, DIM), (ROWS - 1_000, 16)],
+            "tables": [(ROWS, dim) for dim in (DIM, 16, 32, 8)],
+        }[kind]
         self.tables = [torch.randn(*shape, generator=g).cuda() for shape in shapes]
+        self.sizes = [self.group_dims.clamp(max=t.shape[1]) for t in self.tables]
         row_wise = rule == reference.ROWWISE_ADAGRAD
         self.states = [
             torch.zeros(t.shape[:1] if row_wise else t.shape, device="cuda")
@@ -60,6 +65,18 @@ class Problem:
 
     def update(self) -> list[Tensor]:
         bags = (None, 0, -1, False)
+        if self.kind == "tables":
+            dims = [t.shape[1] for t in self.tables]
+            count = len(dims)
+            offsets = torch.arange(0, LOOKUPS + 1, LOOKUPS // BAGS, device="cuda")
+            grad = self.grad.view(BAGS // count, -1)[:, : sum(dims)]
+            return list(
+                torch.ops.amtl.adaptive_embedding_bag_tables_update_(
+                    *(self.tables, [self.row_group] * count, self.sizes, self.states, grad),
+                    *(self.indices, offsets, None, 0, [-1] * count, 7, True, False),
+                    *(self.rule, HYPER),
+                )
+            )
         if self.kind == "tiered":
             out = torch.ops.amtl.tiered_embedding_update_(
                 *(self.tables, self.states, self.grad, self.ends, self.indices, self.offsets),
@@ -74,7 +91,7 @@ class Problem:
         )
 
 
-@pytest.mark.parametrize("kind", ["adaptive", "tiered"])
+@pytest.mark.parametrize("kind", ["adaptive", "tiered", "tables"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_fused_update_in_a_cuda_graph(kind: str, rule: int) -> None:
     """Captured once and replayed on other lookups, it does what the same steps do one by one."""

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +20,12 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the same tests run on the GPU itself, as tests/kernels"
-)
-@pytest.mark.parametrize(
-    "arguments",
-    [["tests/kernels", "-k", "triton"], ["tests/triton/interpreted"]],
-    ids=["shared", "own"],
-)
-def test_under_the_interpreter(arguments: list[str]) -> None:
+SUITES = {"shared": ["tests/kernels", "-k", "triton"], "own": ["tests/triton/interpreted"]}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
+    """Both suites, side by side, and where each writes."""
     environment = dict(os.environ)
     environment |= {
         "TRITON_INTERPRET": "1",
@@ -35,13 +33,28 @@ def test_under_the_interpreter(arguments: list[str]) -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    started = {}
+    for name, arguments in SUITES.items():
+        log = tmp_path_factory.mktemp(name) / "log"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+                env=environment,
+                cwd=ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        started[name] = (process, log)
+    return started
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the same tests run on the GPU itself, as tests/kernels"
+)
+@pytest.mark.parametrize("suite", SUITES)
+def test_under_the_interpreter(suite: str, running: dict[str, tuple[Any, Path]]) -> None:
+    process, log = running[suite]
+    code = process.wait()
+    written = log.read_text()
+    assert code == 0, written[-8000:]
+    assert " passed" in written

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import amtl_kernels as ak
 from amtl_kernels import reference, reference_tables
-from amtl_kernels.triton import backward, implementations, launch, rules
+from amtl_kernels.triton import implementations, launch, plan, rules
 
 OPERATORS = implementations()
 EXPECTED = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
@@ -121,6 +123,20 @@ def test_fused_updates(
         same(a, b)
 
 
+@triton.jit
+def one_minus_exp_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, rules.one_minus_exp(tl.load(x_ptr + at)))
+
+
+def test_small_corrections_keep_their_digits(device: str) -> None:
+    """As ``-expm1``: a subtraction from 1 is wrong in the fifth digit at 0.999's first step."""
+    x = -torch.logspace(-9, 2, 256, dtype=torch.float64, device=device).float()
+    out = torch.empty_like(x)
+    one_minus_exp_kernel[(1,)](x, out, BLOCK=256)
+    torch.testing.assert_close(out.double(), -x.double().expm1(), rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
 @pytest.mark.parametrize("step", [1, 2, 7, 60, 693, 10**6])
 def test_adams_steps_counted_on_the_device(kind: str, step: int, device: str) -> None:
@@ -144,7 +160,7 @@ def test_hot_rows_are_rounded_in_the_second_pass(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row of many lookups, with gradients whose sums are exact."""
-    monkeypatch.setattr(backward, "CHUNK", 8)
+    monkeypatch.setattr(plan, "CHUNK", 8)
     results = []
     for operators, where in ((OPERATORS, device), (EXPECTED, "cpu")):
         weight = torch.ones(5, DIM, dtype=torch.bfloat16, device=where)

@@ -1,0 +1,334 @@
+"""What a backward starts from: lookups, their bags, and which of several tables each is in.
+
+Several tables are put one after another: their rows and groups are numbered on from table to table,
+so that everything behind the sort treats them as one table in tiers (``tables.py``), in as many
+launches. Only here does a lookup ask which table it is in.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from amtl_kernels.reference import MEAN
+from amtl_kernels.triton import launch
+from amtl_kernels.triton.tables import distance, first_with_memory, padded_table
+
+ROWS, PADDING, COLUMN, FIRST_ROW, FIRST_GROUP, GROUPS = (tl.constexpr(i) for i in range(6))
+"""Lines of :class:`Several`'s table, [6, T] int64."""
+
+NUMBERS = ["num_lookups", "num_rows", "num_offsets", "num_bags", "padding_idx", "limit", "steps"]
+"""Integers that kernels are not compiled for."""
+
+
+@triton.jit
+def lower_bound(ptr, count, wanted, steps, stride):
+    """First position of ``ptr[0 : count * stride : stride]`` that holds ``wanted`` or more.
+
+    ``wanted`` (int64) has any shape, the result (int32) too; ``steps`` is at least the bit length
+    of ``count``. Stays inside the array also where it is not sorted.
+    """
+    low = (wanted - wanted).to(tl.int32)
+    high = low + count
+    for _ in range(steps):
+        middle = low + (high - low) // 2
+        open_ = low < high
+        value = tl.load(ptr + middle * stride, mask=open_, other=0).to(tl.int64)
+        right = open_ & (value < wanted)
+        high = tl.where(right, high, middle)
+        low = tl.where(right, middle + 1, low)
+    return low
+
+
+@triton.jit
+def bag_of(at, offset_ptr, num_offsets, steps):
+    """Bag of the lookups ``at`` (int64): the last one that starts there or before, or -1."""
+    return lower_bound(offset_ptr, num_offsets, at + 1, steps, 1).to(tl.int64) - 1
+
+
+@triton.jit
+def table_line(tables_ptr, table, LINE: tl.constexpr, TABLES: tl.constexpr):
+    """A line of :class:`Several`'s table for tables of any shape, which must exist."""
+    return tl.load(tables_ptr + LINE * TABLES + table)
+
+
+@triton.jit
+def row_in_table(
+    row,
+    bag,
+    tables_ptr,
+    num_rows,
+    num_bags,
+    padding_idx,
+    HAS_BAGS: tl.constexpr,
+    TABLES: tl.constexpr,
+):
+    """Whether lookups of rows ``row`` in bags ``bag`` get a gradient, and the table of each.
+
+    Padding, no bag and no such row get none, and table 0.
+    """
+    table = tl.zeros_like(row)
+    live = row >= 0
+    if HAS_BAGS:
+        live = live & (bag >= 0) & (bag < num_bags)
+    if TABLES > 0:
+        table = tl.where(live, bag // tl.maximum(num_bags // TABLES, 1), 0)
+        num_rows = table_line(tables_ptr, table, ROWS, TABLES)
+        padding_idx = table_line(tables_ptr, table, PADDING, TABLES)
+    return live & (row < num_rows) & (row != padding_idx), table
+
+
+@triton.jit
+def gradient_row(bag, table, tables_ptr, num_bags, step, TABLES: tl.constexpr):
+    """Row of the incoming gradient of bags ``bag``, or of several tables the vector it starts at.
+
+    ``step`` is the number of vectors in a row of all tables side by side.
+    """
+    if TABLES > 0:
+        of_table = bag - table * (num_bags // TABLES)
+        bag = of_table * step + table_line(tables_ptr, table, COLUMN, TABLES)
+    return bag
+
+
+@triton.jit
+def mean_scale(bag, live, offset_ptr, counted_ptr, num_offsets, num_lookups, HAS_PADDING):
+    """fp32, one over the number of lookups of ``bag`` that count."""
+    first = tl.load(offset_ptr + bag, mask=live, other=0).to(tl.int64)
+    end = tl.load(offset_ptr + bag + 1, mask=live & (bag + 1 < num_offsets), other=num_lookups)
+    first = tl.minimum(tl.maximum(first, 0), num_lookups)
+    end = tl.minimum(tl.maximum(end.to(tl.int64), 0), num_lookups)
+    if HAS_PADDING:
+        first = tl.load(counted_ptr + first - 1, mask=live & (first > 0), other=0)
+        end = tl.load(counted_ptr + end - 1, mask=live & (end > 0), other=0)
+    return 1.0 / tl.maximum(end - first, 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def counted_kernel(
+    index_ptr,
+    offset_ptr,
+    tables_ptr,
+    out_ptr,
+    num_lookups,
+    num_offsets,
+    num_bags,
+    steps,
+    TABLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1 for a lookup that is not padding of its table. Grid (ceil(L / BLOCK)). -> out [L]."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < num_lookups
+    row = tl.load(index_ptr + at, mask=valid, other=0).to(tl.int64)
+    bag = bag_of(at, offset_ptr, num_offsets, steps)
+    table = bag // tl.maximum(num_bags // TABLES, 1)
+    table = tl.minimum(tl.maximum(table, 0), TABLES - 1)
+    counts = row != table_line(tables_ptr, table, PADDING, TABLES)
+    tl.store(out_ptr + at, counts.to(tl.int64), mask=valid)
+
+
+@dataclass(frozen=True)
+class Several:
+    """Tables that share a call: what lookups have to know of theirs.
+
+    Attributes:
+        lines: [6, T] int64: rows, padding row or -1, first column (in units of ``unit``) of the
+            incoming gradient, rows and groups of the tables before, and where row groups start,
+            counted from ``row_group``.
+        count: T.
+        step: Columns of all tables, in units of ``unit``.
+        unit: Values of a vector load of the gradient.
+        row_group: The first table's row groups, or None.
+        groups: Groups of all tables.
+        group_tiers: The table of tiers of a flat mask gradient, a group's row after the other; or
+            None.
+    """
+
+    lines: Tensor
+    count: int
+    step: int
+    unit: int
+    row_group: Tensor | None
+    groups: int
+    group_tiers: Tensor | None
+    has_padding: bool
+
+    @staticmethod
+    def of(
+        grad: Tensor,
+        rows: Sequence[int],
+        dims: Sequence[int],
+        padding_idx: Sequence[int],
+        row_groups: Sequence[Tensor] = (),
+        groups: Sequence[int] = (),
+    ) -> Several:
+        """Tables of ``rows`` rows, ``dims`` columns of ``grad`` and ``groups`` groups."""
+        none = [0] * len(rows)
+        unit = min(launch.vector(dim, grad) for dim in dims)
+        columns = list(itertools.accumulate((dim // unit for dim in dims), initial=0))
+        first_row = list(itertools.accumulate(rows, initial=0))
+        ends = list(itertools.accumulate(groups)) or none
+        first_group = [0, *ends[:-1]]
+        anchor = first_with_memory(row_groups) if row_groups else None
+        starts = none if anchor is None else [distance(each, anchor) for each in row_groups]
+        lines = [rows, padding_idx, columns[:-1], first_row[:-1], first_group, starts]
+        tiers = None
+        if anchor is not None:
+            sizes = [n * dim for n, dim in zip(groups, dims, strict=True)]
+            begins = list(itertools.accumulate(sizes, initial=0))
+            bases = [b - g * d for b, g, d in zip(begins, first_group, dims, strict=False)]
+            tiers = padded_table([ends, bases, dims], grad.device)
+        return Several(
+            lines=launch.constant(lines, grad.device),
+            count=len(rows),
+            step=columns[-1],
+            unit=unit,
+            row_group=anchor,
+            groups=ends[-1],
+            group_tiers=tiers,
+            has_padding=any(row >= 0 for row in padding_idx),
+        )
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Which bag each lookup belongs to.
+
+    Attributes:
+        offsets: [number] or [number + 1] start of each bag.
+        number: Number of bags, of all tables.
+        is_mean: Whether a bag's gradient is divided by the lookups that count.
+        counted: int64 [L], lookups up to here that are not padding; None where all count.
+    """
+
+    offsets: Tensor
+    number: int
+    is_mean: bool
+    counted: Tensor | None
+
+    @property
+    def steps(self) -> int:
+        """Steps of the search for a lookup's bag."""
+        return self.offsets.numel().bit_length()
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """What was looked up, and the gradient that came back.
+
+    Attributes:
+        grad: [M, D] of bags or lookups; of several tables [B, all columns]. Contiguous.
+        flat: Indices [L].
+        bags: Bags of a pooled lookup, else None.
+        weights: Per-sample weights [L], or None.
+        padding_idx: A row that gets no gradient, or -1; of several tables ``several`` knows.
+        several: The tables, if these are several.
+        row_group: int32 row groups of the table, or of the first of several; else None.
+        groups: Number of groups.
+    """
+
+    grad: Tensor
+    flat: Tensor
+    bags: Bags | None
+    weights: Tensor | None
+    padding_idx: int
+    several: Several | None
+    row_group: Tensor | None
+    groups: int
+
+    @staticmethod
+    def of(
+        grad: Tensor,
+        dim: int,
+        indices: Tensor,
+        offsets: Tensor | None,
+        weights: Tensor | None,
+        mode: int,
+        padding_idx: int,
+        include_last_offset: bool,
+        row_group: Tensor | None = None,
+        groups: int = 0,
+    ) -> Lookups:
+        """The lookups of a single table's operator."""
+        flat = indices.reshape(-1).contiguous()
+        bags = None
+        if offsets is not None:
+            number = max(offsets.numel() - int(include_last_offset), 0)
+            counted = None
+            if mode == MEAN and padding_idx >= 0:
+                counted = (flat != padding_idx).cumsum(0)
+            bags = Bags(offsets.contiguous(), number, mode == MEAN, counted)
+        grad = grad.reshape(-1, dim).contiguous()
+        weights = None if weights is None else weights.reshape(-1).contiguous()
+        return Lookups(grad, flat, bags, weights, padding_idx, None, row_group, groups)
+
+    @staticmethod
+    def of_tables(
+        grad: Tensor,
+        several: Several,
+        indices: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+        mode: int,
+    ) -> Lookups:
+        """The lookups of an operator for several tables."""
+        flat, offsets = indices.contiguous(), offsets.contiguous()
+        number, is_mean = offsets.numel() - 1, mode == MEAN
+        counted = None
+        if is_mean and several.has_padding:
+            flags = torch.empty(flat.numel(), dtype=torch.int64, device=flat.device)
+            block = launch.flat_block()
+            with launch.device_guard(flat):
+                launch.launch(
+                    counted_kernel,
+                    (launch.cdiv(flat.numel(), block),),
+                    flat,
+                    offsets,
+                    several.lines,
+                    flags,
+                    flat.numel(),
+                    offsets.numel(),
+                    number,
+                    offsets.numel().bit_length(),
+                    TABLES=several.count,
+                    BLOCK=block,
+                )
+            counted = flags.cumsum(0)
+        return Lookups(
+            grad=grad.contiguous(),
+            flat=flat,
+            bags=Bags(offsets, number, is_mean, counted),
+            weights=None if weights is None else weights.contiguous(),
+            padding_idx=-1,
+            several=several,
+            row_group=several.row_group,
+            groups=several.groups,
+        )
+
+    @property
+    def tables(self) -> int:
+        """How kernels tell apart one table (0) and several."""
+        return 0 if self.several is None else self.several.count
+
+    @property
+    def lines(self) -> Tensor | None:
+        """What kernels read of several tables."""
+        return None if self.several is None else self.several.lines
+
+    @property
+    def step(self) -> int:
+        """See :class:`Several`."""
+        return 0 if self.several is None else self.several.step
+
+    def gradient_layout(self, dim: int) -> dict[str, int]:
+        """Values per unit of ``Plan.source``, and per vector load of the gradient."""
+        if self.several is not None:
+            return {"GRAD_STEP": self.several.unit, "GRAD_VEC": self.several.unit}
+        return {"GRAD_STEP": dim, "GRAD_VEC": launch.vector(dim, self.grad)}
