@@ -24,7 +24,6 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   if (row < 0 || row >= table.rows) return;
   const T* grad = grads + u * table.dim;
   int size = 0;
-  float squares = 0;
   T* weight = static_cast<T*>(table.weight) + row * table.dim;
   for (int column = lane * V; column < table.dim; column += kWarp * V) {
     float g[V];
@@ -40,7 +39,9 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   TableView view;
   view.dim = table.dim;
   const StateRef<S> state = locate_state<S>(table, view, update, row);
+  float denominator = 0;
   if (update.rule == Rule::kRowwiseAdagrad) {
+    float squares = 0;
     for (int column = lane * V; column < size; column += kWarp * V) {
       float g[V];
       float w[V];
@@ -55,14 +56,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     for (int step = kWarp / 2; step > 0; step /= 2) {
       squares += __shfl_xor_sync(kAll, squares, step);
     }
-  }
-  float denominator = 0;
-  if (update.rule == Rule::kRowwiseAdagrad) {
-    const float total = to_float(load<Memory::kState, Cache::kPlain>(state.first)) +
-                        squares / static_cast<float>(size);
-    __syncwarp();
-    if (lane == 0) store<Memory::kState>(state.first, from_float<S>(total));
-    denominator = sqrtf(total) + update.eps;
+    denominator = step_rowwise(update, state.first, squares, size, lane == 0, kAll);
   }
   for (int column = lane * V; column < size; column += kWarp * V) {
     float g[V];
