@@ -28,8 +28,8 @@ int launch_masks(const Backward& backward, const Plan& plan, const Table& table,
   AMTL_DISPATCH_TYPE(backward.type, vector, T, V, {
     ReduceOutput out;
     out.group_grad = group_grad;
-    const int error = reduce_pairs<T, float, V, Finish::kGrads>(
-        backward, plan, table, Update{}, by_group, false, out, stream);
+    const int error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{},
+                                                                by_group, false, out, stream);
     return error != cudaSuccess ? error : reduce_groups(plan, table.dim, out, V, stream);
   })
   return cudaSuccess;

@@ -6,6 +6,8 @@
 // and partial sums are those of segment_reduce.cuh, and so is the order of every sum.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/segment_reduce.cuh"
 
 namespace amtl {
@@ -224,14 +226,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int pieces = (table.dim + kWarp * V - 1) / (kWarp * V);
   const int quads = pieces * kWarp * V / static_cast<int>(sizeof(Quad) / sizeof(float));
   const auto sums = memory + warp * (has_groups ? 2 : 1) * quads;
-  RowwiseReducer<T, V, Table, decltype(memory + 0)> reducer{
-      table, update, out, chunk, sums, lane, pieces, has_groups};
+  RowwiseReducer<T, V, Table, decltype(memory + 0)> reducer{table, update, out,    chunk,
+                                                            sums,  lane,   pieces, has_groups};
   if constexpr (kLookups) {
     if (has_groups) {
       const std::int64_t first = load_key(in.pairs, begin);
       if (first >= in.pairs.rows) return;
-      const bool same = begin > 0 && group_of(table, load_key(in.pairs, begin - 1)) ==
-                                         group_of(table, first);
+      const bool same =
+          begin > 0 && group_of(table, load_key(in.pairs, begin - 1)) == group_of(table, first);
       reducer.group_flags = same ? 0 : kBegins;
       reducer.clear_group();
     }
