@@ -98,18 +98,22 @@ def flat(value: Any) -> list[Tensor]:
     return [t for v in value for t in flat(v)] if isinstance(value, (list, tuple)) else []
 
 
-def check(op: str, arguments: list[Any]) -> None:
-    """Tables, their states and the mask gradient."""
+def check(backend: Any, op: str, arguments: list[Any]) -> None:
+    """Tables, their states and the mask gradient.
+
+    The plain reference is no fused step: it rounds row gradients to the table's type on their way.
+    """
     before = flat(arguments)
     mine, exact = copied(arguments), wide(copied(arguments))
     got = flat([mine, getattr(torch.ops.amtl, op).default(*mine)])
     with amtl_kernels.use_backend("reference"):
         want = flat([exact, getattr(torch.ops.amtl, op).default(*exact)])
+    rounds = backend.name == "reference" and before[0].dtype == BF16
     for g, w in zip(got, want, strict=True):
         # Sums are of 32 bits whatever the type of the table, the mask gradient's of many terms.
-        one, scale = torch.finfo(g.dtype).eps, 1.0
-        if g.dtype == F32 and g.numel():
-            one, scale = 2e-6, float(w.abs().max())
+        one, scale = 2e-6, float(w.abs().max()) if w.numel() else 0.0
+        if g.dtype == BF16 or rounds:
+            one, scale = torch.finfo(BF16).eps, 1.0
         torch.testing.assert_close(g.double(), w.double(), rtol=one, atol=one * scale)
     changed = sum(not torch.equal(a, b) for a, b in zip(before, got[: len(before)], strict=True))
     assert changed >= 2, "a table and its state"
@@ -119,7 +123,7 @@ def check(op: str, arguments: list[Any]) -> None:
 @pytest.mark.parametrize(("dim", "dtype"), CASES)
 def test_one_table(backend: Any, form: str, dim: int, dtype: torch.dtype) -> None:
     arguments = one_table(form, inputs_of(backend, dim, dtype))
-    check(f"{form}_embedding_update_", arguments)
+    check(backend, f"{form}_embedding_update_", arguments)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -127,4 +131,4 @@ def test_one_table(backend: Any, form: str, dim: int, dtype: torch.dtype) -> Non
 def test_several_tables(backend: Any, form: str, dim: int, dtype: torch.dtype) -> None:
     """A wide table beside a narrow one."""
     every = [inputs_of(backend, d, dtype, seed) for seed, d in enumerate((dim, 24))]
-    check(f"{form}_embedding_bag_tables_update_", several_tables(form, every))
+    check(backend, f"{form}_embedding_bag_tables_update_", several_tables(form, every))
