@@ -393,6 +393,35 @@ def test_a_hot_wide_row_steps_the_same_in_any_order(
         close(got, wanted, what, scale=4)
 
 
+def test_rows_as_wide_as_shared_memory() -> None:
+    """Sums of a row and of its mask fill a block's 48 KB; one column more is refused."""
+    for dim in (2_000, 6_144, 6_145):
+        batch = Batch(9, dim=dim, rows=5, lookups=40, bags=8, groups=2)
+        rows, grads, mask_grad, _ = batch.adaptive_backward(
+            reference.adaptive_embedding_backward, True
+        )
+        weight, state = batch.weight.clone(), torch.ones(5)
+        want, want_state = weight.double(), state.double()
+        reference_step("rowwise_adagrad", want, [want_state], rows, grads)
+        mask = sim.poisoned(*mask_grad.shape, dtype=torch.float32)
+        arguments: list[Any] = [
+            "float32",
+            sim.dense(weight, row_group=batch.row_group, group_dims=batch.group_dims, seed=11),
+            sim.lookups(batch.indices, batch.offsets, batch.psw),
+            sim.array(batch.grad),
+            call_of("rowwise_adagrad", [state]),
+            {"groups_sorted": True, "group_grad": sim.array(mask)},
+        ]
+        if dim > 6_144:
+            with pytest.raises(RuntimeError, match="error 1"):
+                sim.tools.backward_update(*arguments)
+            continue
+        sim.tools.backward_update(*arguments)
+        close(weight, want, "weight", scale=4)
+        close(state, want_state, "state", scale=4)
+        close(mask, mask_grad, "mask gradient", scale=4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype) -> None:
     """A step far below half a unit in the last place moves weights by the right amount on average.
