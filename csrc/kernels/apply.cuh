@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   if (row < 0 || row >= table.rows) return;
   const T* grad = grads + u * table.dim;
   int size = 0;
+  float squares = 0;
   T* weight = static_cast<T*>(table.weight) + row * table.dim;
   for (int column = lane * V; column < table.dim; column += kWarp * V) {
     float g[V];
@@ -39,9 +40,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   TableView view;
   view.dim = table.dim;
   const StateRef<S> state = locate_state<S>(table, view, update, row);
-  float denominator = 0;
   if (update.rule == Rule::kRowwiseAdagrad) {
-    float squares = 0;
     for (int column = lane * V; column < size; column += kWarp * V) {
       float g[V];
       float w[V];
@@ -56,6 +55,9 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     for (int step = kWarp / 2; step > 0; step /= 2) {
       squares += __shfl_xor_sync(kAll, squares, step);
     }
+  }
+  float denominator = 0;
+  if (update.rule == Rule::kRowwiseAdagrad) {
     denominator = step_rowwise(update, state.first, squares, size, lane == 0, kAll);
   }
   for (int column = lane * V; column < size; column += kWarp * V) {
