@@ -44,6 +44,7 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
     group_grad = nullptr;
   }
   const UpdateCall call{backward, plan, dense, tiered, update, group_grad, vector, stream};
+  // Other rules spread wide rows over blocks; this one must see a row whole.
   if (update.rule == Rule::kRowwiseAdagrad && table.dim > kWarp * vector) {
     error = update_rowwise(call);
   } else if (update.narrow_state && !wide_type) {
