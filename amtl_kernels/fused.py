@@ -16,8 +16,8 @@ for eager mode; ``torch.compile`` breaks the graph at them.
 On a GPU a step waits for nothing but the bounds check of its lookup (``bounds_check="off"`` leaves
 that out), so it can be captured into a CUDA graph: warm up with a step first, which makes the state
 and looks whether ``row_group`` is in order, and give the optimizer ``capturable=True``. Row-wise
-Adagrad on rows wider than a warp (128 columns of float32, 256 of 16 bits) is the exception: it
-makes row gradients, whose number the host must know.
+Adagrad on rows of more than 6,144 columns is the exception: it makes row gradients, whose number
+the host must know.
 """
 
 from __future__ import annotations

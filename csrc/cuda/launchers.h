@@ -94,13 +94,14 @@ int backward_reduce(const Backward& backward, const TieredTable& table, bool gra
                     float* group_grad, Stream stream);
 
 // Second half with a fused optimizer step in place of row gradients; `groups_unsorted` as the
-// header has it, or true where nobody may wait for the header. Row-wise Adagrad needs rows
-// that one warp spans: see update_spans_row.
+// header has it, or true where nobody may wait for the header. Only what update_fits.
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
                     float* group_grad, bool groups_unsorted, Stream stream);
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
                     float* group_grad, Stream stream);
-bool update_spans_row(DType type, int dim, int vector);
+// Row-wise Adagrad holds a row's sums, and those of its mask, in a block's shared memory.
+constexpr int kWidestRowwise = 6144;
+bool update_fits(const Update& update, int dim);
 
 // --- Optimizers on (rows, grads) ---------------------------------------------------------------
 

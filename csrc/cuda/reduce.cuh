@@ -15,6 +15,12 @@ int sort_by_group(const Plan& plan, const TieredTable& table, std::int64_t count
 // Reduces the partial sums of groups, level after level.
 int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream);
 
+// The mask gradient alone, from pairs that are ordered by group.
+int reduce_masks(const Backward& backward, const Plan& plan, const DenseTable& table,
+                 const SortedPairs& by_group, float* group_grad, int vector, Stream stream);
+int reduce_masks(const Backward& backward, const Plan& plan, const TieredTable& table,
+                 const SortedPairs& by_group, float* group_grad, int vector, Stream stream);
+
 template <typename T, typename S, int V, Finish kFinish, typename Table>
 int launch_partials(const Table& table, const Update& update, const PartialList& in,
                     const ReduceOutput& out, int lanes, Stream stream) {
@@ -76,17 +82,6 @@ int clear_groups(const Table& table, float* group_grad, Stream stream) {
 inline int clear_partials(const Plan& plan, Stream stream) {
   if (plan.partial_key_bytes == 0) return cudaSuccess;
   return cudaMemsetAsync(plan.partial_keys, 0xff, plan.partial_key_bytes, as_stream(stream));
-}
-
-// The mask gradient alone, from pairs that are ordered by group.
-template <typename T, int V, typename Table>
-int reduce_masks(const Backward& backward, const Plan& plan, const Table& table,
-                 const SortedPairs& by_group, const ReduceOutput& out, Stream stream) {
-  ReduceOutput only_groups = out;
-  only_groups.grads = nullptr;
-  const int error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{},
-                                                              by_group, false, only_groups, stream);
-  return error != cudaSuccess ? error : reduce_groups(plan, table.dim, only_groups, V, stream);
 }
 
 }  // namespace amtl::cuda

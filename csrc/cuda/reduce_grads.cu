@@ -20,6 +20,32 @@ int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector
   return cudaSuccess;
 }
 
+namespace {
+
+template <typename Table>
+int launch_masks(const Backward& backward, const Plan& plan, const Table& table,
+                 const SortedPairs& by_group, float* group_grad, int vector, Stream stream) {
+  AMTL_DISPATCH_TYPE(backward.type, vector, T, V, {
+    ReduceOutput out;
+    out.group_grad = group_grad;
+    const int error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{},
+                                                                by_group, false, out, stream);
+    return error != cudaSuccess ? error : reduce_groups(plan, table.dim, out, V, stream);
+  })
+  return cudaSuccess;
+}
+
+}  // namespace
+
+int reduce_masks(const Backward& backward, const Plan& plan, const DenseTable& table,
+                 const SortedPairs& by_group, float* group_grad, int vector, Stream stream) {
+  return launch_masks(backward, plan, table, by_group, group_grad, vector, stream);
+}
+int reduce_masks(const Backward& backward, const Plan& plan, const TieredTable& table,
+                 const SortedPairs& by_group, float* group_grad, int vector, Stream stream) {
+  return launch_masks(backward, plan, table, by_group, group_grad, vector, stream);
+}
+
 int backward_reduce(const Backward& backward, const DenseTable& table, void* grads,
                     float* group_grad, bool groups_unsorted, Stream stream) {
   const int cleared = clear_groups(table, group_grad, stream);
@@ -36,21 +62,18 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
                       reinterpret_cast<std::uint64_t>(backward.grad) |
                           reinterpret_cast<std::uint64_t>(grads) | backward.grad_stride * element);
   const SortedPairs pairs = plan.pairs(count, table.rows);
-  SortedPairs by_group;
   const bool apart = group_grad != nullptr && groups_unsorted && !backward.groups_sorted;
   if (apart) {
+    SortedPairs by_group;
     error = sort_by_group(plan, table, count, by_group, stream);
     if (error != cudaSuccess) return error;
+    error = reduce_masks(backward, plan, table, by_group, group_grad, vector, stream);
+    if (error != cudaSuccess || grads == nullptr) return error;
   }
   AMTL_DISPATCH_TYPE(backward.type, vector, T, V, {
     ReduceOutput out;
     out.grads = grads;
-    out.group_grad = group_grad;
-    if (apart) {
-      error = reduce_masks<T, V>(backward, plan, table, by_group, out, stream);
-      if (error != cudaSuccess || grads == nullptr) return error;
-      out.group_grad = nullptr;
-    }
+    out.group_grad = apart ? nullptr : group_grad;
     error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{}, pairs,
                                                       grads != nullptr, out, stream);
     if (error != cudaSuccess || out.group_grad == nullptr) return error;
@@ -74,20 +97,16 @@ int backward_reduce(const Backward& backward, const TieredTable& table, bool gra
       backward.type, table,
       reinterpret_cast<std::uint64_t>(backward.grad) | backward.grad_stride * element);
   const SortedPairs pairs = plan.pairs(count, table.rows);
-  SortedPairs by_group;
   if (group_grad != nullptr) {
+    SortedPairs by_group;
     error = sort_by_group(plan, table, count, by_group, stream);
     if (error != cudaSuccess) return error;
+    error = reduce_masks(backward, plan, table, by_group, group_grad, vector, stream);
+    if (error != cudaSuccess) return error;
   }
+  if (!grads) return cudaSuccess;
   AMTL_DISPATCH_TYPE(backward.type, vector, T, V, {
     ReduceOutput out;
-    if (group_grad != nullptr) {
-      out.group_grad = group_grad;
-      error = reduce_masks<T, V>(backward, plan, table, by_group, out, stream);
-      if (error != cudaSuccess) return error;
-      out.group_grad = nullptr;
-    }
-    if (!grads) return cudaSuccess;
     // Only says that they are wanted.
     out.grads = plan.header;
     return reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{}, pairs, true,

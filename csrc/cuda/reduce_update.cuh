@@ -5,45 +5,6 @@
 
 namespace amtl::cuda {
 
-template <typename T, typename S, int V>
-int update_dense(const Backward& backward, const Plan& plan, const DenseTable& table,
-                 const Update& update, float* group_grad, bool groups_unsorted, Stream stream) {
-  const SortedPairs pairs = plan.pairs(backward.lookups.count, table.rows);
-  ReduceOutput out;
-  out.group_grad = group_grad;
-  if (group_grad != nullptr && groups_unsorted && !backward.groups_sorted) {
-    // Before the weights change.
-    SortedPairs by_group;
-    int error = sort_by_group(plan, table, pairs.count, by_group, stream);
-    if (error != cudaSuccess) return error;
-    error = reduce_masks<T, V>(backward, plan, table, by_group, out, stream);
-    if (error != cudaSuccess) return error;
-    out.group_grad = nullptr;
-  }
-  const int error = reduce_pairs<T, S, V, Finish::kUpdate>(backward, plan, table, update, pairs,
-                                                           true, out, stream);
-  if (error != cudaSuccess || out.group_grad == nullptr) return error;
-  return reduce_groups(plan, table.dim, out, V, stream);
-}
-
-template <typename T, typename S, int V>
-int update_tiered(const Backward& backward, const Plan& plan, const TieredTable& table,
-                  const Update& update, float* group_grad, Stream stream) {
-  const SortedPairs pairs = plan.pairs(backward.lookups.count, table.rows);
-  if (group_grad != nullptr) {
-    // Before the weights change.
-    ReduceOutput out;
-    out.group_grad = group_grad;
-    SortedPairs by_group;
-    int error = sort_by_group(plan, table, pairs.count, by_group, stream);
-    if (error != cudaSuccess) return error;
-    error = reduce_masks<T, V>(backward, plan, table, by_group, out, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return reduce_pairs<T, S, V, Finish::kUpdate>(backward, plan, table, update, pairs, true,
-                                                ReduceOutput{}, stream);
-}
-
 // One step on a table of either kind, with the state in float32 or in the table's type.
 struct UpdateCall {
   const Backward& backward;
@@ -51,23 +12,26 @@ struct UpdateCall {
   const DenseTable* dense;
   const TieredTable* tiered;
   const Update& update;
-  float* group_grad;
-  bool groups_unsorted;
+  float* group_grad;  // null: no mask gradient is left to be taken along with the step
   int vector;
   Stream stream;
 };
 
 int update_wide_state(const UpdateCall& call);
 int update_narrow_state(const UpdateCall& call);
+int update_rowwise(const UpdateCall& call);
 
 template <typename T, typename S, int V>
 int run_update(const UpdateCall& call) {
-  if (call.dense != nullptr) {
-    return update_dense<T, S, V>(call.backward, call.plan, *call.dense, call.update,
-                                 call.group_grad, call.groups_unsorted, call.stream);
-  }
-  return update_tiered<T, S, V>(call.backward, call.plan, *call.tiered, call.update,
-                                call.group_grad, call.stream);
+  const Backward& backward = call.backward;
+  ReduceOutput out;
+  out.group_grad = call.group_grad;
+  const auto run = [&](const auto& table) {
+    const SortedPairs pairs = call.plan.pairs(backward.lookups.count, table.rows);
+    return reduce_pairs<T, S, V, Finish::kUpdate>(backward, call.plan, table, call.update, pairs,
+                                                  true, out, call.stream);
+  };
+  return call.dense != nullptr ? run(*call.dense) : run(*call.tiered);
 }
 
 }  // namespace amtl::cuda

@@ -22,42 +22,56 @@ std::uint64_t state_addresses(const TieredTable& table, const Update& update) {
 
 template <typename Table>
 int run(const Backward& backward, const Table& table, const DenseTable* dense,
-        const TieredTable* tiered, std::int64_t groups, const Update& update, float* group_grad,
-        bool groups_unsorted, Stream stream) {
-  if (backward.lookups.count == 0) return cudaSuccess;
+        const TieredTable* tiered, const Update& update, float* group_grad, bool groups_unsorted,
+        Stream stream) {
+  int error = clear_groups(table, group_grad, stream);
+  if (error != cudaSuccess || backward.lookups.count == 0) return error;
   const bool wide_type = backward.type == DType::kFloat32;
-  const Plan plan = plan_backward(backward, table.rows, groups, table.dim, wide_type ? 4 : 8);
-  const int error = clear_partials(plan, stream);
+  const Plan plan = plan_backward(backward, table.rows, table.groups, table.dim, wide_type ? 4 : 8);
+  error = clear_partials(plan, stream);
   if (error != cudaSuccess) return error;
   const int vector = vector_elements(backward.type, table,
                                      reinterpret_cast<std::uint64_t>(backward.grad) |
                                          backward.grad_stride * (wide_type ? 4 : 2) |
                                          state_addresses(table, update));
-  if (update.rule == Rule::kRowwiseAdagrad && !update_spans_row(backward.type, table.dim, vector)) {
-    return cudaErrorInvalidValue;
+  if (group_grad != nullptr && groups_unsorted && !backward.groups_sorted) {
+    // Before the weights change.
+    SortedPairs by_group;
+    error = sort_by_group(plan, table, backward.lookups.count, by_group, stream);
+    if (error != cudaSuccess) return error;
+    error = reduce_masks(backward, plan, table, by_group, group_grad, vector, stream);
+    if (error != cudaSuccess) return error;
+    group_grad = nullptr;
   }
-  const UpdateCall call{backward,        plan,   dense, tiered, update, group_grad,
-                        groups_unsorted, vector, stream};
-  return update.narrow_state && !wide_type ? update_narrow_state(call) : update_wide_state(call);
+  const UpdateCall call{backward, plan, dense, tiered, update, group_grad, vector, stream};
+  // Other rules spread wide rows over blocks; this one must see a row whole.
+  if (update.rule == Rule::kRowwiseAdagrad && table.dim > kWarp * vector) {
+    error = update_rowwise(call);
+  } else if (update.narrow_state && !wide_type) {
+    error = update_narrow_state(call);
+  } else {
+    error = update_wide_state(call);
+  }
+  if (error != cudaSuccess || group_grad == nullptr) return error;
+  ReduceOutput out;
+  out.group_grad = group_grad;
+  return reduce_groups(plan, table.dim, out, vector, stream);
 }
 
 }  // namespace
 
-bool update_spans_row(DType, int dim, int vector) { return dim <= kWarp * vector; }
+bool update_fits(const Update& update, int dim) {
+  return update.rule != Rule::kRowwiseAdagrad || dim <= kWidestRowwise;
+}
 
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
                     float* group_grad, bool groups_unsorted, Stream stream) {
-  const int cleared = clear_groups(table, group_grad, stream);
-  if (cleared != cudaSuccess) return cleared;
-  return run(backward, table, &table, nullptr, table.groups, update, group_grad, groups_unsorted,
-             stream);
+  return run(backward, table, &table, nullptr, update, group_grad, groups_unsorted, stream);
 }
 
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
                     float* group_grad, Stream stream) {
-  const int cleared = clear_groups(table, group_grad, stream);
-  if (cleared != cudaSuccess) return cleared;
-  return run(backward, table, nullptr, &table, table.groups, update, group_grad, true, stream);
+  return run(backward, table, nullptr, &table, update, group_grad, true, stream);
 }
 
 }  // namespace amtl::cuda

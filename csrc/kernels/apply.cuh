@@ -58,11 +58,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   }
   float denominator = 0;
   if (update.rule == Rule::kRowwiseAdagrad) {
-    const float total = to_float(load<Memory::kState, Cache::kPlain>(state.first)) +
-                        squares / static_cast<float>(size);
-    __syncwarp();
-    if (lane == 0) store<Memory::kState>(state.first, from_float<S>(total));
-    denominator = sqrtf(total) + update.eps;
+    denominator = step_rowwise(update, state.first, squares, size, lane == 0, kAll);
   }
   for (int column = lane * V; column < size; column += kWarp * V) {
     float g[V];

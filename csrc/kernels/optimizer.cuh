@@ -181,6 +181,19 @@ __device__ __forceinline__ void update_elements(const Update& update, const Adam
   if (update.rule == Rule::kAdam) store_state<S, V>(state.second + column, second);
 }
 
+// Row-wise Adagrad: adds the mean of a row's squares to its state, the threads of `mask` together,
+// of whom one writes. Returns the row's denominator.
+template <typename S>
+__device__ __forceinline__ float step_rowwise(const Update& update, S* state, float squares,
+                                              int size, bool writes, unsigned mask) {
+  const float total = to_float(load<Memory::kState, Cache::kPlain>(state)) +
+                      squares / static_cast<float>(size > 0 ? size : 1);
+  // All have read the old sum before one replaces it.
+  __syncwarp(mask);
+  if (writes) store<Memory::kState>(state, from_float<S>(total));
+  return sqrtf(total) + update.eps;
+}
+
 // One row's step by the `lanes` threads of a tile, each with its V columns; the tile spans the row
 // where the rule is row-wise.
 template <typename T, typename S, int V>
@@ -202,12 +215,7 @@ __device__ __forceinline__ void update_row(const Update& update, const AdamScale
     for (int step = lanes / 2; step > 0; step /= 2) {
       squares += __shfl_xor_sync(mask, squares, step, lanes);
     }
-    const float total = to_float(load<Memory::kState, Cache::kPlain>(state.first)) +
-                        squares / static_cast<float>(size > 0 ? size : 1);
-    // All have read the old sum before the first lane replaces it.
-    __syncwarp(mask);
-    if (column == 0) store<Memory::kState>(state.first, from_float<S>(total));
-    denominator = sqrtf(total) + update.eps;
+    denominator = step_rowwise(update, state.first, squares, size, column == 0, mask);
   }
   if (column < size) {
     update_elements<T, S, V>(update, scales, weight, state, size, column, grad, denominator);

@@ -386,13 +386,7 @@ std::tuple<Tensor, Tensor> Step(CudaTables tables, const Tensors& state, const T
   tables.Pack(context, &update);
   // Before the weights change.
   const Tensor psw = WeightsGrad(context, tables, grad, psw_grad);
-  const uint64_t element = tables.list.type == DType::kFloat32 ? 4 : 2;
-  const int vector =
-      cuda::vector_elements(tables.list.type, tables.table(),
-                            AddressOf(grad) | static_cast<uint64_t>(tables.width) * element);
-  if (update.rule == Rule::kRowwiseAdagrad &&
-      !cuda::update_spans_row(tables.list.type, tables.table().dim, vector)) {
-    // No warp holds a whole row.
+  if (!cuda::update_fits(update, tables.table().dim)) {
     const Grads out = Reduce(context, tables, grad, true, mask_grad);
     for (size_t c = 0; c < tables.blocks.size(); ++c) {
       SetStates(tables.blocks[c], state, c * per_block, update);

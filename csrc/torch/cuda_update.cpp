@@ -6,25 +6,13 @@
 namespace amtl {
 namespace {
 
-// Whether the threads of one warp hold a whole row, as row-wise rules need.
-template <typename Table>
-bool SpansRow(const CudaLookup& lookup, const Table& table, const Tensor& grad,
-              const Update& update) {
-  if (update.rule != Rule::kRowwiseAdagrad) return true;
-  const uint64_t element = lookup.type == DType::kFloat32 ? 4 : 2;
-  const int vector = cuda::vector_elements(lookup.type, table,
-                                           reinterpret_cast<uint64_t>(grad.const_data_ptr()) |
-                                               static_cast<uint64_t>(lookup.dim) * element);
-  return cuda::update_spans_row(lookup.type, static_cast<int>(lookup.dim), vector);
-}
-
 // Returns the mask gradient, or [0, D].
 Tensor DenseUpdate(const CudaContext& context, const CudaLookup& lookup, const Tensor& weight,
                    const std::vector<Tensor>& state, const Tensor& grad, bool mask_grad,
                    bool groups_sorted, Update update) {
   SetCounter(state, {weight}, update);
   SetStates(weight, state, 0, update);
-  if (!SpansRow(lookup, lookup.dense, grad, update)) {
+  if (!cuda::update_fits(update, lookup.dense.dim)) {
     const DenseGrads out = DenseBackward(context, lookup, weight, grad, true, mask_grad);
     ApplyTo(context, weight, update, out.rows, out.grads);
     return out.mask;
@@ -103,7 +91,7 @@ Tensor TieredEmbeddingUpdate(const std::vector<Tensor>& blocks, const std::vecto
   Update update = MakeUpdate(optimizer, hyper);
   const size_t per_tier = StatesPerTable(update.rule);
   SetCounter(state, blocks, update);
-  if (!SpansRow(lookup, lookup.tiered, grad, update)) {
+  if (!cuda::update_fits(update, lookup.tiered.dim)) {
     const TieredGrads out = TieredBackward(context, lookup, blocks, grad, true);
     for (size_t c = 0; c < blocks.size(); ++c) {
       SetStates(blocks[c], state, c * per_tier, update);

@@ -196,16 +196,20 @@ def test_a_captured_adam_step_counts_on(dtype: torch.dtype) -> None:
         assert torch.equal(want, got)
 
 
-def test_several_tables_in_a_cuda_graph() -> None:
-    """Tables' addresses travel with the launches, so a replay needs nothing of the host."""
+@pytest.mark.parametrize("dim", [16, 260])
+def test_several_tables_in_a_cuda_graph(dim: int) -> None:
+    """Tables' addresses travel with the launches, so a replay needs nothing of the host.
+
+    Row-wise Adagrad, also on rows wider than a warp's registers.
+    """
     tables, bags, rows = 5, 100, 300
     g = torch.Generator().manual_seed(2)
     offsets = torch.arange(0, tables * bags * 4 + 1, 4).cuda()
     indices = torch.randint(0, rows, (tables * bags * 4,), generator=g).cuda()
     groups = [torch.randint(0, 7, (rows,), generator=g).int().cuda() for _ in range(tables)]
-    dims = [torch.randint(1, 17, (7, 2), generator=g).int().cuda() for _ in range(tables)]
-    grad = torch.randn(bags, tables * 16, generator=g).cuda()
-    first = [torch.randn(rows, 16, generator=g).cuda() for _ in range(tables)]
+    dims = [torch.randint(1, dim + 1, (7, 2), generator=g).int().cuda() for _ in range(tables)]
+    grad = torch.randn(bags, tables * dim, generator=g).cuda()
+    first = [torch.randn(rows, dim, generator=g).cuda() for _ in range(tables)]
     ops, padding = torch.ops.amtl, [-1, 0, -1, 3, -1]
 
     def step(weights: list[Tensor], state: list[Tensor]) -> tuple[Tensor, Tensor]:

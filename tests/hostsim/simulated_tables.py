@@ -12,7 +12,6 @@ from .simulated import (
     NAMES,
     RULES,
     answer_report,
-    apply_rowwise_adagrad_,
     array,
     lookups,
     poisoned,
@@ -155,19 +154,7 @@ class Tables:
             **({"counter": array(counter[0].reshape(1))} if counter else {}),
         )
         wishes, masks = self.masks(mask_grad)
-        try:
-            tools.backward_update(
-                NAMES[self.dtype], self.table, self.call, array(grad), values, wishes
-            )
-        except RuntimeError:
-            # As the torch binding: no warp spans a row of the widest table.
-            assert RULES[optimizer] == "rowwise_adagrad" and max(self.dims) > 32
-            rows, grads, flat = self.backward(grad, True, mask_grad)
-            for t, weight in enumerate(self.blocks):
-                seed = int(counter[0] if counter else step) if any(stochastic) else None
-                rates = (lr, eps, weight_decay)
-                apply_rowwise_adagrad_(weight, state[t], rows[t], grads[t], *rates, seed)
-            return flat
+        tools.backward_update(NAMES[self.dtype], self.table, self.call, array(grad), values, wishes)
         return self.flat(masks)
 
 

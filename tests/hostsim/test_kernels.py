@@ -239,12 +239,21 @@ def reference_step(
     apply(weight, *states, rows, grads, *step, *(values[name] for name in order))
 
 
-@pytest.mark.parametrize("rule", RULES)
+# Wider than a warp's registers: one, four and eight columns a thread.
+WIDE = (129, 192, 256, 260, 1000, 1024)
+
+
+@pytest.mark.parametrize(
+    ("rule", "dim"),
+    [
+        *((rule, dim) for rule in RULES for dim in (1, 12, 17, 24, 64)),
+        *(("rowwise_adagrad", d) for d in WIDE),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 12, 17, 24, 64])
 @pytest.mark.parametrize("masks", ["none", "sorted", "unsorted", "found sorted"])
 def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, masks: str) -> None:
-    narrow = dtype != torch.float32 and dim == 64
+    narrow = dtype != torch.float32 and dim in (64, 129, 1000)
     batch = Batch(dim, dtype, dim=dim, columns=3, sorted_groups="un" not in masks[:2])
     rows, grads, mask_grad, _ = batch.adaptive_backward(reference.adaptive_embedding_backward, True)
     weight = batch.weight.clone()
@@ -278,10 +287,17 @@ def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, ma
 
 
 @pytest.mark.parametrize(
-    ("rule", "device_tiers"), [*((rule, False) for rule in RULES), ("sgd", True)]
+    ("rule", "device_tiers", "widths"),
+    [
+        *((rule, False, widths) for rule in RULES for widths in ((16, 8, 4), (17, 5, 1))),
+        *(("sgd", True, widths) for widths in ((16, 8, 4), (17, 5, 1))),
+        *(
+            ("rowwise_adagrad", False, widths)
+            for widths in ((129, 64, 1), (260, 128, 4), (1024, 256, 8))
+        ),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [(16, 8, 4), (17, 5, 1)])
 def test_fused_step_of_a_tiered_table(
     rule: str, dtype: torch.dtype, widths: tuple[int, ...], device_tiers: bool
 ) -> None:
@@ -330,6 +346,82 @@ def test_fused_step_of_a_tiered_table(
             close(state, wanted, f"state of tier {c}", scale=4)
 
 
+@pytest.mark.parametrize("form", ["search", "frozen"])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 256), (torch.bfloat16, 520)])
+def test_a_hot_wide_row_steps_the_same_in_any_order(
+    form: str, dtype: torch.dtype, dim: int
+) -> None:
+    """A tenth of the lookups is of one row, over many chunks and two levels of partial sums."""
+    batch = Batch(8, dtype, rows=300, dim=dim, lookups=3_000, groups=20, pattern="uniform")
+    batch.indices[::10] = 150
+    batch.psw = batch.psw / 8
+    if form == "search":
+        rows, grads, mask_grad, _ = batch.adaptive_backward(
+            reference.adaptive_embedding_backward, True
+        )
+    else:
+        mask_grad = torch.empty(0, dim)
+        arguments = (batch.indices, batch.offsets, batch.psw.double(), dim, 0, -1, False)
+        (rows,), (grads,), _ = reference.tiered_embedding_backward(
+            batch.grad.double(), [batch.weight.double()], [300], *arguments, True, False
+        )
+    want = [batch.weight.double(), torch.ones(300).double(), mask_grad]
+    reference_step("rowwise_adagrad", want[0], [want[1]], rows, grads)
+    call = sim.lookups(batch.indices, batch.offsets, batch.psw)
+    results = []
+    for seed, order in ((0, "forward"), (1, "reverse"), (2, "random"), (3, "random")):
+        weight, state = batch.weight.clone(), torch.ones(300)
+        mask = sim.poisoned(*mask_grad.shape, dtype=torch.float32)
+        wishes: dict[str, Any] = {}
+        if form == "search":
+            wishes = {"groups_sorted": True, "group_grad": sim.array(mask)}
+            table = sim.dense(
+                weight, row_group=batch.row_group, group_dims=batch.group_dims, seed=11
+            )
+            step = call_of("rowwise_adagrad", [state])
+        else:
+            table = sim.tiered([weight], [300], dim)
+            step = call_of("rowwise_adagrad", []) | {"tier_first": [sim.array(state)]}
+        with sim.simulation(seed, order, track_races=seed < 2):
+            sim.tools.backward_update(
+                sim.NAMES[dtype], table, call, sim.array(batch.grad), step, wishes
+            )
+        results.append([weight, state, mask])
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+    for got, wanted, what in zip(results[0], want, ("weight", "state", "mask"), strict=True):
+        close(got, wanted, what, scale=4)
+
+
+def test_rows_as_wide_as_shared_memory() -> None:
+    """Sums of a row and of its mask fill a block's 48 KB; one column more is refused."""
+    for dim in (2_000, 6_144, 6_145):
+        batch = Batch(9, dim=dim, rows=5, lookups=40, bags=8, groups=2)
+        rows, grads, mask_grad, _ = batch.adaptive_backward(
+            reference.adaptive_embedding_backward, True
+        )
+        weight, state = batch.weight.clone(), torch.ones(5)
+        want, want_state = weight.double(), state.double()
+        reference_step("rowwise_adagrad", want, [want_state], rows, grads)
+        mask = sim.poisoned(*mask_grad.shape, dtype=torch.float32)
+        arguments: list[Any] = [
+            "float32",
+            sim.dense(weight, row_group=batch.row_group, group_dims=batch.group_dims, seed=11),
+            sim.lookups(batch.indices, batch.offsets, batch.psw),
+            sim.array(batch.grad),
+            call_of("rowwise_adagrad", [state]),
+            {"groups_sorted": True, "group_grad": sim.array(mask)},
+        ]
+        if dim > 6_144:
+            with pytest.raises(RuntimeError, match="error 1"):
+                sim.tools.backward_update(*arguments)
+            continue
+        sim.tools.backward_update(*arguments)
+        close(weight, want, "weight", scale=4)
+        close(state, want_state, "state", scale=4)
+        close(mask, mask_grad, "mask gradient", scale=4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype) -> None:
     """A step far below half a unit in the last place moves weights by the right amount on average.
@@ -374,7 +466,7 @@ def test_adam_step_counted_on_the_device() -> None:
 
 @pytest.mark.parametrize("form", ["masked", "adaptive", "tiered"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dims", [(8, 16, 8), (5, 1, 9)])
+@pytest.mark.parametrize("dims", [(8, 16, 8), (5, 1, 9), (129, 3, 40), (1000, 16, 264)])
 def test_a_list_of_tables_has_no_races(
     form: str, dtype: torch.dtype, dims: tuple[int, ...]
 ) -> None:

@@ -166,6 +166,28 @@ def test_fused_updates_round_as_the_reference_does(kind: str, dtype: torch.dtype
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dim", [300, 520])
+def test_wide_row_wise_steps_round_as_the_reference_does(dim: int, dtype: torch.dtype) -> None:
+    """Gradients of 1 upon a state of 3 divide by 2: all is exact but the rounding."""
+    results = []
+    for implementations in (sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS):
+        g = torch.Generator().manual_seed(6)
+        weight = torch.randn(ROWS, dim, generator=g).to(dtype)
+        blocks = [weight[:20].contiguous(), weight[20:].contiguous()]
+        states = [torch.full((len(block),), 3.0) for block in blocks]
+        bags = (torch.randperm(ROWS, generator=g), None, None, dim, 0, -1, False, False)
+        hyper = [2.0**-9, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0]
+        with amtl_kernels.use_backend("reference"):
+            implementations["tiered_embedding_update_"](
+                blocks, states, torch.ones(ROWS, dim, dtype=dtype), [20, ROWS], *bags, 2, hyper
+            )
+        assert all(torch.equal(state, torch.full_like(state, 4.0)) for state in states)
+        results.append(blocks)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
 @pytest.mark.parametrize("implementations", [sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS])
 def test_a_counter_on_the_device_is_the_step(kind: str, implementations: Any) -> None:

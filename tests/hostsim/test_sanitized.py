@@ -25,6 +25,7 @@ import torch
 from hostsim import simulated as sim
 from hostsim.test_kernels import Batch, RULES, test_fused_step_of_a_tiered_table
 from hostsim.test_kernels import test_a_list_of_tables_has_no_races
+from hostsim.test_kernels import test_fused_step_of_a_dense_table
 from hostsim.test_kernels import test_nonsense_is_never_followed
 from hostsim.test_rounding import test_updates_round_as_the_reference_does
 
@@ -49,6 +50,10 @@ for dtype in (torch.float32, torch.bfloat16):
         test_a_list_of_tables_has_no_races(form, dtype, (5, 1, 9))
     for rule in RULES:
         test_fused_step_of_a_tiered_table(rule, dtype=dtype, widths=(17, 5, 1), device_tiers=False)
+    for widths in ((129, 64, 1), (300, 100, 8)):
+        test_fused_step_of_a_tiered_table("rowwise_adagrad", dtype, widths, False)
+    for masks in ("sorted", "unsorted"):
+        test_fused_step_of_a_dense_table("rowwise_adagrad", dtype, 264, masks)
 for dtype in (torch.float16, torch.bfloat16):
     test_updates_round_as_the_reference_does("adam", dtype, 7)
 test_nonsense_is_never_followed()

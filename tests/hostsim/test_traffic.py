@@ -30,18 +30,18 @@ ROWS, DIM, LOOKUPS, BAG = 3_000, 64, 4_000, 20
 class Batch:
     """Zipf or uniform lookups into a table in frequency order, hot rows long."""
 
-    def __init__(self, pattern: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, pattern: str, dtype: torch.dtype = torch.float32, dim: int = DIM) -> None:
         g = torch.Generator().manual_seed(1)
         weights = torch.arange(1, ROWS + 1).double()
         weights = weights**-1.05 if pattern == "zipf" else torch.ones(ROWS).double()
         self.indices = torch.multinomial(weights, LOOKUPS, replacement=True, generator=g)
         rank = torch.arange(ROWS).double() / ROWS
-        self.sizes = (4 + 60 * torch.exp(-4 * rank)).int().clamp(max=DIM)
+        self.sizes = (4 + 60 * torch.exp(-4 * rank)).int().clamp(max=DIM) * (dim // DIM)
         self.row_group = (torch.arange(ROWS) // 10).int()
         self.group_dims = self.sizes[::10].contiguous()
         self.offsets = torch.arange(0, LOOKUPS, BAG)
-        self.weight = torch.randn(ROWS, DIM, generator=g).to(dtype)
-        self.grad = torch.randn(len(self.offsets), DIM, generator=g).to(dtype)
+        self.weight = torch.randn(ROWS, dim, generator=g).to(dtype)
+        self.grad = torch.randn(len(self.offsets), dim, generator=g).to(dtype)
         self.element = self.weight.element_size()
         self.groups = (self.row_group, self.group_dims)
 
@@ -165,6 +165,35 @@ def test_search_backward_with_a_fused_step(batch: Batch) -> None:
     needed += 4 * batch.row_group[distinct].unique().numel() * DIM
     assert backward_moved(traffic) <= 1.3 * needed
     assert sectors(traffic, "sorted", "index") <= LOOKUPS * 4 * 12
+
+
+@pytest.mark.parametrize("pattern", ["zipf", "uniform"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wide_row_wise_step_reads_the_gradient_once(pattern: str, dtype: torch.dtype) -> None:
+    """Sums wait in shared memory for the row's squares: no more moves than where a warp has them.
+
+    A row's weights are read for the product with the mask, for the squares and for the step, which
+    count once: the row has just passed through L1.
+    """
+    dim = 512
+    batch = Batch(pattern, dtype, dim)
+    mask, state = sim.poisoned(300, dim, dtype=torch.float32), torch.ones(ROWS)
+    table = sim.dense(batch.weight, row_group=batch.row_group, group_dims=batch.group_dims)
+    call = sim.lookups(batch.indices, batch.offsets)
+    step = sim.update("rowwise_adagrad", lr=0.1, eps=1e-8, weight_decay=0.1, first=state)
+    wishes = {"group_grad": sim.array(mask), "groups_sorted": True}
+    traffic = measured(
+        lambda: sim.tools.backward_update(
+            sim.NAMES[dtype], table, call, sim.array(batch.grad), step, wishes
+        )
+    )
+    distinct = batch.indices.unique()
+    needed = batch.element * (LOOKUPS + distinct.numel()) * dim + batch.prefixes(distinct)
+    needed += 4 * batch.row_group[distinct].unique().numel() * dim
+    assert sectors(traffic, "grad") == batch.element * LOOKUPS * dim
+    assert backward_moved(traffic) <= 1.3 * needed
+    # One number a row, read and written, by one lane for all.
+    assert sectors(traffic, "state") == distinct.numel() * 2 * SECTOR
 
 
 def test_search_backward_to_row_gradients(batch: Batch) -> None:

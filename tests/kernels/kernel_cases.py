@@ -193,12 +193,13 @@ def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None) -> 
     dtype = dtype or case.dtype
     g = torch.Generator().manual_seed(case.seed)
     indices = draw_indices(case, g)
-    row_dims = torch.randint(1, min(case.dim, 255) + 1, (case.rows,), generator=g)
+    largest = min(case.dim, 255) if case.size_dtype == torch.uint8 else case.dim
+    row_dims = torch.randint(1, largest + 1, (case.rows,), generator=g)
     row_group = torch.randint(0, case.groups, (case.rows,), generator=g, dtype=torch.int32)
     if case.sorted_groups:
         row_group = row_group.sort().values
     shape = (case.groups, case.columns) if case.columns else (case.groups,)
-    group_dims = torch.randint(1, min(case.dim, 255) + 1, shape, generator=g)
+    group_dims = torch.randint(1, largest + 1, shape, generator=g)
     weight = draw_values((case.rows, case.dim), g).to(dtype)
 
     bags = max(1, case.bags) if case.include_last_offset else case.bags

@@ -1,0 +1,309 @@
+// Row-wise Adagrad, fused, for rows wider than the registers of one warp hold.
+//
+// The rule needs the squares of a row's whole gradient before it may write any of the row, so the
+// columns cannot be spread over blocks as other rules spread them. A warp takes all columns of its
+// chunk, and keeps the sums in shared memory: the gradient is still read once. Lists, chunks, flags
+// and partial sums are those of segment_reduce.cuh, and so is the order of every sum.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/segment_reduce.cuh"
+
+namespace amtl {
+
+// Sums of one list's runs. Every lane has the same V columns of every piece of 32 * V, and is the
+// only one to touch their sums, so the lanes wait for each other only where they add up squares.
+template <typename T, int V, typename Table, typename Sums>
+struct RowwiseReducer {
+  // Floats a lane moves at once, and how often for its V: neighbouring lanes in neighbouring banks.
+  static constexpr int kQuad = V < 4 ? V : 4;
+  static constexpr int kQuads = V / kQuad;
+
+  const Table& table;
+  const Update& update;
+  const ReduceOutput& out;
+  std::int64_t chunk;
+  Sums sums;  // [2][pieces][kQuads][32] of kQuad floats: the row's, then the group's
+  int lane;
+  int pieces;
+  bool has_groups;
+  std::int64_t group = -1;
+  unsigned group_flags = 0;
+
+  __device__ __forceinline__ int column_of(int piece) const { return (piece * kWarp + lane) * V; }
+
+  __device__ __forceinline__ void load_sum(int which, int piece, float (&values)[V]) const {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const RawVector<float, kQuad> raw =
+          sums[((which * pieces + piece) * kQuads + q) * kWarp + lane];
+      memcpy(values + q * kQuad, &raw, sizeof(raw));
+    }
+  }
+
+  __device__ __forceinline__ void store_sum(int which, int piece, const float (&values)[V]) const {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      RawVector<float, kQuad> raw;
+      memcpy(&raw, values + q * kQuad, sizeof(raw));
+      sums[((which * pieces + piece) * kQuads + q) * kWarp + lane] = raw;
+    }
+  }
+
+  // Writes a whole sum to `to` [table.dim].
+  template <Memory kMemory>
+  __device__ __forceinline__ void write_sum(int which, float* to) const {
+    // Stores wait for nothing, so copies of this loop would be code and no more.
+#pragma unroll 1
+    for (int piece = 0; piece < pieces; ++piece) {
+      float values[V];
+      load_sum(which, piece, values);
+      store_floats<kMemory>(to, column_of(piece), table.dim, values, 0xffffffffu, kWarp);
+    }
+  }
+
+  __device__ __forceinline__ void clear_group() const {
+    const float zeros[V] = {};
+    for (int piece = 0; piece < pieces; ++piece) store_sum(1, piece, zeros);
+  }
+
+  __device__ __forceinline__ void end_group(unsigned flags) {
+    group_flags |= flags;
+    if (group_flags == (kBegins | kEnds)) {
+      write_sum<Memory::kOutput>(1, out.group_grad + group * table.dim);
+    } else {
+      const std::int64_t slot = 2 * chunk + (group_flags & kBegins ? 1 : 0);
+      write_sum<Memory::kPartial>(1, out.groups.sums + slot * table.dim);
+      write_partial(out.groups, slot, group, 0, group_flags, lane == 0);
+    }
+  }
+
+  // Adds the products of the row's weights and gradient to its group, all columns.
+  __device__ __forceinline__ void add_products(std::int64_t row, const TableView& view) {
+    const std::int64_t next = group_of(table, row);
+    if (group >= 0 && next != group) {
+      end_group(kEnds);
+      group_flags = kBegins;
+      clear_group();
+    }
+    group = next;
+    const T* data = weights_of<T>(table, view, row);
+    for (int piece = 0; piece < pieces; ++piece) {
+      const int column = column_of(piece);
+      if (column >= view.dim) continue;
+      float sum[V];
+      float products[V];
+      float w[V];
+      load_sum(0, piece, sum);
+      load_sum(1, piece, products);
+      unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(data + column), w);
+#pragma unroll
+      for (int e = 0; e < V; ++e) products[e] += w[e] * sum[e];
+      store_sum(1, piece, products);
+    }
+  }
+
+  __device__ __forceinline__ void step_row(std::int64_t row, const TableView& view) {
+    const RowRef<T> ref = locate<T>(table, view, row);
+    float squares = 0;
+    for (int piece = 0; piece < pieces; ++piece) {
+      const int column = column_of(piece);
+      if (column >= ref.size) continue;
+      float sum[V];
+      float w[V];
+      load_sum(0, piece, sum);
+      unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(ref.data + column), w);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const float g = column + e < ref.size ? sum[e] + update.weight_decay * w[e] : 0.0f;
+        squares += g * g;
+      }
+    }
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      squares += __shfl_xor_sync(0xffffffffu, squares, step);
+    }
+    StateRef<float> state;
+    float denominator = 0;
+    if (sizeof(T) == 2 && update.narrow_state) {
+      const StateRef<T> narrow = locate_state<T>(table, view, update, row);
+      state.row_term = narrow.row_term;
+      denominator = step_rowwise(update, narrow.first, squares, ref.size, lane == 0, 0xffffffffu);
+    } else {
+      state = locate_state<float>(table, view, update, row);
+      denominator = step_rowwise(update, state.first, squares, ref.size, lane == 0, 0xffffffffu);
+    }
+    for (int piece = 0; piece < pieces; ++piece) {
+      const int column = column_of(piece);
+      if (column >= ref.size) continue;
+      float sum[V];
+      load_sum(0, piece, sum);
+      update_elements<T, float, V>(update, AdamScales{}, ref.data, state, ref.size, column, sum,
+                                   denominator);
+    }
+  }
+
+  // The run of `row` has ended in this chunk; flags say whether it begins and ends here.
+  __device__ __forceinline__ void end_run(std::int64_t row, unsigned flags) {
+    const TableView view = view_of_row(table, row);
+    if (has_groups) add_products(row, view);
+    if (flags == (kBegins | kEnds)) {
+      step_row(row, view);
+    } else {
+      const std::int64_t slot = 2 * chunk + (flags & kBegins ? 1 : 0);
+      write_sum<Memory::kPartial>(0, out.rows.sums + slot * table.dim);
+      write_partial(out.rows, slot, row, 0, flags, lane == 0);
+    }
+  }
+};
+
+// One entry of a list as a lane prepares it: a key below zero counts for nothing.
+template <typename E>
+struct ReduceItem {
+  std::int64_t key = -1;
+  unsigned flags = 0;  // whether the row's run begins and ends with it
+  const E* data = nullptr;
+  float factor = 1.0f;
+  int limit = 0;  // columns to read
+};
+
+__device__ __forceinline__ std::int64_t items_of(const LookupList& in) { return in.pairs.count; }
+__device__ __forceinline__ std::int64_t items_of(const PartialList& in) { return in.count; }
+
+template <typename T, typename Table>
+__device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, std::int64_t i,
+                                                    const Table& table, bool whole_rows,
+                                                    std::int64_t grad_stride) {
+  ReduceItem<T> item;
+  const std::int64_t key = load_key(in.pairs, i);
+  if (key >= in.pairs.rows) return item;
+  item.key = key;
+  if (i == 0 || load_key(in.pairs, i - 1) != key) item.flags |= kBegins;
+  if (i + 1 == in.pairs.count || load_key(in.pairs, i + 1) != key) item.flags |= kEnds;
+  const Payload payload = load_payload(in.pairs, i);
+  const TableView view = view_of_row(table, key);
+  item.factor = payload.factor;
+  item.data = static_cast<const T*>(in.grad) + payload.row * grad_stride + view.first_column;
+  item.limit = whole_rows ? view.dim : locate<T>(table, view, key).size;
+  return item;
+}
+
+template <typename T, typename Table>
+__device__ __forceinline__ ReduceItem<float> stage_item(const PartialList& in, std::int64_t i,
+                                                        const Table& table, bool /*whole_rows*/,
+                                                        std::int64_t /*grad_stride*/) {
+  ReduceItem<float> item;
+  item.key = load<Memory::kPartial>(in.partials.keys + i);
+  if (item.key < 0) return item;
+  item.flags = load<Memory::kPartial>(in.partials.flags + i);
+  item.data = in.partials.sums + i * table.dim;
+  item.limit = table.dim;
+  return item;
+}
+
+// A warp per chunk of either kind of list, with dynamic shared memory for the sums of every warp of
+// the block: [pieces * 32 * V] floats, twice that with out.group_grad, which only a list of lookups
+// may ask for, whose groups must rise along it.
+template <typename T, int V, typename List, typename Table>
+__global__ void __launch_bounds__(kBlockThreads, 2)
+    reduce_rowwise_kernel(const __grid_constant__ Table table,
+                          const __grid_constant__ Update update, const __grid_constant__ List in,
+                          const __grid_constant__ ReduceOutput out, ReduceShape shape) {
+  constexpr bool kLookups = std::is_same<List, LookupList>::value;
+  constexpr unsigned kAll = 0xffffffffu;
+  // Pieces in flight; fewer where a thread holds eight floats of each.
+  constexpr int kUnroll = V > 4 && !kLookups ? 2 : 4;
+  using Quad = RawVector<float, (V < 4 ? V : 4)>;
+  AMTL_DYNAMIC_SHARED(Quad, memory);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
+  const std::int64_t begin = chunk * shape.chunk;
+  const std::int64_t count = items_of(in);
+  if (begin >= count) return;
+  const int length = count - begin < shape.chunk ? static_cast<int>(count - begin) : shape.chunk;
+  const bool has_groups = kLookups && out.group_grad != nullptr;
+  const int pieces = (table.dim + kWarp * V - 1) / (kWarp * V);
+  const int quads = pieces * kWarp * V / static_cast<int>(sizeof(Quad) / sizeof(float));
+  const auto sums = memory + warp * (has_groups ? 2 : 1) * quads;
+  RowwiseReducer<T, V, Table, decltype(memory + 0)> reducer{table, update, out,    chunk,
+                                                            sums,  lane,   pieces, has_groups};
+  if constexpr (kLookups) {
+    if (has_groups) {
+      const std::int64_t first = load_key(in.pairs, begin);
+      if (first >= in.pairs.rows) return;
+      const bool same =
+          begin > 0 && group_of(table, load_key(in.pairs, begin - 1)) == group_of(table, first);
+      reducer.group_flags = same ? 0 : kBegins;
+      reducer.clear_group();
+    }
+  }
+
+  std::int64_t current = -1;
+  unsigned flags = 0;
+  for (int base = 0; base < length; base += kWarp) {
+    using Element = typename std::conditional<kLookups, T, float>::type;
+    ReduceItem<Element> mine;
+    if (base + lane < length) {
+      mine = stage_item<T>(in, begin + base + lane, table, has_groups, shape.grad_stride);
+    }
+    const int items = length - base < kWarp ? length - base : kWarp;
+    for (int source = 0; source < items; ++source) {
+      const std::int64_t key = __shfl_sync(kAll, mine.key, source);
+      const unsigned item_flags = __shfl_sync(kAll, mine.flags, source);
+      const Element* data = shuffle_pointer(kAll, mine.data, source, kWarp);
+      const float factor = __shfl_sync(kAll, mine.factor, source);
+      const int limit = __shfl_sync(kAll, mine.limit, source);
+      if (key < 0) continue;
+      const bool fresh = current < 0;
+      current = key;
+      flags |= item_flags;
+      for (int first = 0; first < pieces; first += kUnroll) {
+        RawVector<T, V> raw[kUnroll];
+        float values[kUnroll][V];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int column = reducer.column_of(first + u);
+          if constexpr (kLookups) {
+            raw[u] = zero_raw<T, V>();
+            if (column < limit) {
+              raw[u] = load_raw<Memory::kGrad, Cache::kStreamed, V>(data + column);
+            }
+          } else {
+#pragma unroll
+            for (int e = 0; e < V; ++e) values[u][e] = 0;
+            if (column < limit) {
+              load_floats<Memory::kPartial, Cache::kReadOnly, V>(data + column, values[u]);
+            }
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          if (first + u >= pieces) continue;
+          if constexpr (kLookups) unpack<T, V>(raw[u], values[u]);
+          float sum[V] = {};
+          if (!fresh) reducer.load_sum(0, first + u, sum);
+#pragma unroll
+          for (int e = 0; e < V; ++e) sum[e] += factor * values[u][e];
+          reducer.store_sum(0, first + u, sum);
+        }
+      }
+      if (flags & kEnds) {
+        reducer.end_run(current, flags);
+        current = -1;
+        flags = 0;
+      }
+    }
+  }
+  if (current >= 0) reducer.end_run(current, flags);
+  if constexpr (kLookups) {
+    if (has_groups) {
+      const std::int64_t next = begin + length;
+      const std::int64_t after = next < count ? load_key(in.pairs, next) : in.pairs.rows;
+      reducer.end_group(after < in.pairs.rows && group_of(table, after) == reducer.group ? 0
+                                                                                         : kEnds);
+    }
+  }
+}
+
+}  // namespace amtl
