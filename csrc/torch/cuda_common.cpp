@@ -1,7 +1,6 @@
 #include "torch/cuda_common.h"
 
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 
 #include <array>
 
@@ -10,21 +9,6 @@
 namespace amtl {
 
 namespace {
-
-// PyTorch's current stream. Looked up at run time: CPU builds of PyTorch have no such symbol, and
-// the module must import there, too.
-cuda::Stream CurrentStream(int32_t device) {
-  using Function = AOTITorchError (*)(int32_t, void**);
-  static const Function function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return reinterpret_cast<Function>(
-        dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  }();
-  if (function == nullptr) throw std::runtime_error("this build of PyTorch has no CUDA streams");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
-  return stream;
-}
 
 bool IsByte(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Byte; }
 
@@ -37,9 +21,6 @@ void WarnClamped(int64_t value, int64_t position, int64_t rows) {
 }
 
 }  // namespace
-
-CudaContext::CudaContext(const Tensor& tensor)
-    : guard_(tensor.get_device_index()), stream_(CurrentStream(tensor.get_device_index())) {}
 
 bool CudaContext::capturing() const {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -68,10 +49,6 @@ DType DTypeOf(const Tensor& tensor) {
     default:
       return DType::kFloat32;
   }
-}
-
-Tensor NewTensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
 }
 
 void CudaLookup::SetIndices(const Tensor& indices, const Tensor& table, int64_t padding_idx) {
@@ -155,7 +132,7 @@ void CudaLookup::SetBags(const Tensor& like, const OptionalTensor& offsets,
   Check(mode == 0 || mode == 1, "mode must be 0 (sum) or 1 (mean)");
   // Kernels take both in one type.
   const ScalarType index_type = lookups.wide ? ScalarType::Long : ScalarType::Int;
-  held.push_back(offset_type == index_type ? *offsets : torch::stable::to(*offsets, index_type));
+  held.push_back(offset_type == index_type ? *offsets : ConvertIndices(*offsets, index_type));
   const Tensor& same = held.back();
   lookups.bags = same.size(0) - (include_last_offset ? 1 : 0);
   Check(lookups.bags >= 0, "include_last_offset needs at least one offset");

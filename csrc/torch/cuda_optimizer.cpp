@@ -139,7 +139,7 @@ void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(amtl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("apply_sgd_", TORCH_BOX(&ApplySgd));
   m.impl("apply_adagrad_", TORCH_BOX(&ApplyAdagrad));
   m.impl("apply_rowwise_adagrad_", TORCH_BOX(&ApplyRowWiseAdagrad));

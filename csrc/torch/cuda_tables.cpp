@@ -502,7 +502,7 @@ Tensor TieredTablesUpdate(const Tensors& blocks, const Ints& tier_counts, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(amtl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("masked_embedding_bag_tables", TORCH_BOX(&MaskedTables));
   m.impl("adaptive_embedding_bag_tables", TORCH_BOX(&AdaptiveTables));
   m.impl("tiered_embedding_bag_tables", TORCH_BOX(&TieredTables));
