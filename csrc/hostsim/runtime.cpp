@@ -286,7 +286,8 @@ void fail(const std::string& kind, const std::string& message) {
   Machine& m = machine();
   std::ostringstream out;
   if (m.running >= 0) {
-    out << "kernel " << m.kernel << ", block " << m.linear_block << ", thread " << m.running << ": ";
+    out << "kernel " << m.kernel << ", block " << m.linear_block << ", thread " << m.running
+        << ": ";
   }
   out << message;
   throw SimError(kind, out.str());

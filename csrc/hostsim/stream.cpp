@@ -65,8 +65,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   hostsim::check_stream("a question about capturing", stream);
-  *status = hostsim::options().capturing ? cudaStreamCaptureStatusActive
-                                         : cudaStreamCaptureStatusNone;
+  *status =
+      hostsim::options().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 

@@ -1,4 +1,5 @@
-// The host simulator's stand-in for csrc/torch/cuda_device.cpp: CPU tensors are tensors of the device.
+// The host simulator's stand-in for csrc/torch/cuda_device.cpp: CPU tensors are tensors of the
+// device.
 #include <cstdlib>
 #include <cstring>
 

@@ -52,11 +52,10 @@ PYBIND11_MODULE(_tools, module) {
              py::arg("track_races") = false, py::arg("track_traffic") = false,
              py::arg("watch_bounds") = true, py::arg("capturing") = false);
   // An operator's argument: memory of the device for as long as the call lasts.
-  module.def(
-      "register_buffer",
-      [](const std::string& name, std::uintptr_t address, std::size_t bytes, bool writable) {
-        hostsim::register_buffer(name, reinterpret_cast<void*>(address), bytes, writable, true);
-      });
+  module.def("register_buffer", [](const std::string& name, std::uintptr_t address,
+                                   std::size_t bytes, bool writable) {
+    hostsim::register_buffer(name, reinterpret_cast<void*>(address), bytes, writable, true);
+  });
   module.def("clear_buffers", &hostsim::clear_buffers);
   module.def("traffic", &traffic);
   module.def("reset_traffic", &hostsim::reset_traffic);

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 
 #include "kernels/hash.h"
@@ -194,8 +195,16 @@ void AnswerReport(const CudaContext& context, const CudaLookup& lookup, const Re
     Check(false, "offsets must end within the ", l.count, " indices, but offsets[", i, "] is ",
           value);
   }
-  Check(report[kBadSize] == kNone, "the size of the row at position ", report[kBadSize],
-        " is outside 1..", lookup.dim);
+  if (report[kBadSize] == kNone) return;
+  const auto position = static_cast<int64_t>(report[kBadSize]);
+  const int64_t index = ReadIndex(context, l.indices, l.wide, position);
+  const int64_t row = std::clamp<int64_t>(index, 0, lookup.rows - 1);
+  if (lookup.dense.row_group != nullptr) {
+    const int64_t group = ReadIndex(context, lookup.dense.row_group, false, row);
+    Check(group >= 0 && group < lookup.dense.groups, "row_group ", group, " of row ", row,
+          " is outside 0..", lookup.dense.groups - 1);
+  }
+  Check(false, "the size of row ", row, " at position ", position, " is outside 1..", lookup.dim);
 }
 
 std::optional<Tensor> StartReport(const CudaContext& context, const Tensor& like,

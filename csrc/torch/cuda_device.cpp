@@ -1,5 +1,5 @@
-// What the CUDA operators ask of PyTorch's device: the current stream, and memory. The simulator has
-// a twin of this file.
+// What the CUDA operators ask of PyTorch's device: the current stream, and memory. The simulator
+// has a twin of this file.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 

@@ -434,6 +434,26 @@ def test_nonsense_is_never_followed() -> None:
         )
 
 
+def test_groups_that_are_not_there_stay_inside_of_every_buffer() -> None:
+    """Rows of such groups keep nothing; sums of groups go to groups that are there."""
+    batch = Batch(1, dim=8)
+    known = batch.row_group.clone()
+    batch.row_group[::9], batch.row_group[1::9] = -3, 10**6
+    lost = (batch.row_group != known).nonzero().flatten()
+    args = (batch.indices, batch.row_group, batch.group_dims, batch.weight, 0, -1, 0)
+    out = sim.ops.adaptive_embedding(batch.weight, *args)
+    kept = torch.isin(batch.indices, lost, invert=True)
+    assert out[kept].any(1).all() and not out[~kept].any() and not kept.all()
+    for grads in batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False):
+        assert grads.isfinite().all()
+    tables = [[batch.weight] * 2, [batch.row_group] * 2, [batch.group_dims] * 2]
+    offsets = torch.cat([batch.offsets, batch.offsets, torch.tensor([300])])
+    bags = (batch.indices, offsets.sort().values, batch.psw, 0, [-1, -1], 11)
+    grad = torch.cat([batch.grad, batch.grad], 1)
+    found = sim.ops.adaptive_embedding_bag_tables_backward(grad, *tables, *bags, True, True, True)
+    assert all(part.isfinite().all() for part in (*found[1], *found[2:]))
+
+
 def test_a_false_promise_of_order_stays_inside_of_every_buffer() -> None:
     """Groups said to be in order that are not: mask gradients are wrong, memory is safe."""
     batch = Batch(1, dim=8, groups=40, sorted_groups=False)
