@@ -49,7 +49,6 @@ int check_offsets(const Lookups& lookups, Stream stream) {
 }
 
 int multiprocessors() {
-#if defined(__CUDACC__)
   static const int count = [] {
     int device = 0;
     int value = 0;
@@ -59,10 +58,6 @@ int multiprocessors() {
     return known && value > 0 ? value : 132;
   }();
   return count;
-#else
-  // The simulator: small, so that small inputs reach every launch shape.
-  return 1;
-#endif
 }
 
 }  // namespace amtl::cuda

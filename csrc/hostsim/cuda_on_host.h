@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "hostsim/include/cuda_runtime_api.h"
 #include "hostsim/numeric_types.h"
 #include "hostsim/runtime.h"
 
@@ -56,33 +57,13 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
-// --- Launching and the runtime API -------------------------------------------------------------
-
-using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid argument";
-}
-inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) {
-  hostsim::mark_written(data, bytes);
-  std::memset(data, value, bytes);
-  return cudaSuccess;
-}
-
-enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  hostsim::mark_written(to, bytes);
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
+// --- Launching ---------------------------------------------------------------------------------
 
 // HOSTSIM_LAUNCH((kernel<float, 4>), grid, block, shared_bytes, stream, arguments...)
 #define HOSTSIM_STRIP(...) __VA_ARGS__
 #define HOSTSIM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                            \
   ::hostsim::launch(#kernel, ::hostsim::to_dim3(grid), ::hostsim::to_dim3(block), (shared_bytes), \
-                    [&] { HOSTSIM_STRIP kernel(__VA_ARGS__); })
+                    (stream), [&] { HOSTSIM_STRIP kernel(__VA_ARGS__); })
 
 namespace hostsim {
 inline Dim3 to_dim3(Dim3 value) { return value; }

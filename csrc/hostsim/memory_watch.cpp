@@ -77,7 +77,7 @@ std::string range_text(std::uintptr_t begin, std::size_t bytes, const Buffer& bu
 
 void check_buffers(Access access, std::uintptr_t begin, std::size_t bytes, Site site) {
   Watch& w = watch();
-  if (w.buffers.empty()) return;
+  if (w.buffers.empty() || !options().watch_bounds) return;
   const Buffer* nearest = nullptr;
   std::uintptr_t distance = ~std::uintptr_t{0};
   for (Buffer& buffer : w.buffers) {
@@ -188,18 +188,16 @@ void register_buffer(const std::string& name, const void* data, std::size_t byte
   watch().buffers.push_back(std::move(buffer));
 }
 
+void forget_buffer(const void* data) {
+  std::erase_if(watch().buffers, [=](const Buffer& buffer) {
+    return buffer.begin == reinterpret_cast<std::uintptr_t>(data);
+  });
+}
+
 void clear_buffers() { watch().buffers.clear(); }
 
-void mark_written(const void* data, std::size_t bytes) {
-  const auto begin = reinterpret_cast<std::uintptr_t>(data);
-  for (Buffer& buffer : watch().buffers) {
-    if (buffer.written.empty() || begin < buffer.begin || begin >= buffer.end) continue;
-    if (begin + bytes > buffer.end) {
-      throw SimError("out-of-bounds", "a host call writes " + range_text(begin, bytes, buffer));
-    }
-    const auto first = buffer.written.begin() + static_cast<std::ptrdiff_t>(begin - buffer.begin);
-    std::fill(first, first + static_cast<std::ptrdiff_t>(bytes), true);
-  }
+void library_access(Access access, const void* data, std::size_t bytes, const char* what) {
+  check_buffers(access, reinterpret_cast<std::uintptr_t>(data), bytes, Site{what, 0});
 }
 
 void watch_begin_launch() {

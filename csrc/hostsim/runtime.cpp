@@ -277,6 +277,7 @@ Options& options() { return machine().options; }
 const std::map<std::string, std::uint64_t>& launch_counts() { return machine().launches; }
 
 std::string describe(Site site) {
+  if (site.line == 0) return site.file;  // no kernel, but what the host has called
   const char* slash = std::strrchr(site.file, '/');
   return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
 }
@@ -284,15 +285,19 @@ std::string describe(Site site) {
 void fail(const std::string& kind, const std::string& message) {
   Machine& m = machine();
   std::ostringstream out;
-  out << "kernel " << m.kernel << ", block " << m.linear_block << ", thread " << m.running << ": "
-      << message;
+  if (m.running >= 0) {
+    out << "kernel " << m.kernel << ", block " << m.linear_block << ", thread " << m.running
+        << ": ";
+  }
+  out << message;
   throw SimError(kind, out.str());
 }
 
-void launch(const char* name, Dim3 grid, Dim3 block, std::size_t dynamic_shared_bytes,
+void launch(const char* name, Dim3 grid, Dim3 block, std::size_t dynamic_shared_bytes, void* stream,
             const std::function<void()>& body) {
   Machine& m = machine();
   if (m.running >= 0) throw SimError("launch", "a kernel launched from inside of a kernel");
+  check_stream(name, stream);
   const std::uint64_t threads =
       static_cast<std::uint64_t>(block.x) * block.y * static_cast<std::uint64_t>(block.z);
   std::ostringstream shape;

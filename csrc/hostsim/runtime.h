@@ -32,6 +32,7 @@ struct Site {
   int line = 0;
 };
 
+enum class Access { kRead, kWrite, kAtomic };
 enum class ThreadOrder { kForward, kReverse, kRandom };
 
 struct Options {
@@ -43,6 +44,10 @@ struct Options {
   bool track_races = false;
   // Count 32-byte sectors per memory class.
   bool track_traffic = false;
+  // Off, registered buffers are not looked at: AddressSanitizer then judges accesses alone.
+  bool watch_bounds = true;
+  // The current stream is being captured into a graph: nothing may wait for the device.
+  bool capturing = false;
   std::size_t stack_bytes = 0;  // 0: 64 KiB, 256 KiB under AddressSanitizer
 };
 
@@ -73,12 +78,20 @@ void reset_traffic();
 // before they are read.
 void register_buffer(const std::string& name, const void* data, std::size_t bytes, bool writable,
                      bool initialised);
+// Forgets the buffer that begins at `data`, as when its memory is freed.
+void forget_buffer(const void* data);
 void clear_buffers();
-// Notes that the host (a memset, a copy, a library call) has written these bytes.
-void mark_written(const void* data, std::size_t bytes);
+// An access by a memset, a copy or a library call, under the same rules.
+void library_access(Access access, const void* data, std::size_t bytes, const char* what);
+
+// Work must be given to this stream until another one is current; null at first. What was copied to
+// the host and not waited for is lost.
+void use_stream(void* stream);
+// Throws if a stream is not the current one.
+void check_stream(const char* what, void* stream);
 
 // Runs `body` once per thread of every block. Throws SimError.
-void launch(const char* name, Dim3 grid, Dim3 block, std::size_t dynamic_shared_bytes,
+void launch(const char* name, Dim3 grid, Dim3 block, std::size_t dynamic_shared_bytes, void* stream,
             const std::function<void()>& body);
 
 // Launches since the process began, by kernel name: lets tests see that a kernel has run.
@@ -87,7 +100,6 @@ const std::map<std::string, std::uint64_t>& launch_counts();
 // --- Called by running kernels -----------------------------------------------------------------
 
 enum class WarpOp { kSync, kShuffle, kVote, kMatch, kReduce };
-enum class Access { kRead, kWrite, kAtomic };
 
 // Where a running thread is. The CUDA variables of the same names refer to these.
 struct Coordinates {

@@ -65,6 +65,7 @@ struct DenseBlock {
   std::uint64_t row_group = 0;   // address of [n] int32
   std::uint64_t group_dims = 0;  // address of [G_t, Q], type as above
   std::int64_t first_group = 0;  // groups of the blocks before
+  std::int64_t groups = 0;       // G_t
   std::int32_t columns = 1;      // Q
   std::int32_t narrow = 0;
 };

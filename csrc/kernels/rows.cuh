@@ -88,10 +88,16 @@ __device__ __forceinline__ int load_dims(const void* dims, std::int64_t i, bool 
   return load<Memory::kSizes>(static_cast<const std::int32_t*>(dims) + i AMTL_SITE_PASS);
 }
 
-// The size as stored, which may be out of range.
+// A group that is there, in the order of those that were asked for.
+__device__ __forceinline__ std::int64_t group_within(std::int64_t group, std::int64_t groups) {
+  return group < 0 ? 0 : (group < groups ? group : groups - 1);
+}
+
+// The size as stored, which may be out of range. Rows of a group that is not there have none.
 __device__ __forceinline__ int stored_size(const DenseTable& table, std::int64_t row) {
   if (table.row_group != nullptr) {
     const std::int64_t group = load<Memory::kSizes>(table.row_group + row);
+    if (group < 0 || group >= table.groups) return 0;
     const int column = table.columns == 1 ? 0 : hash_column(row, table.seed_term, table.columns);
     return load_dims(table.group_dims, group * table.columns + column, table.narrow_dims);
   }
@@ -142,10 +148,10 @@ __device__ __forceinline__ int tier_width(const TieredTable& table, int tier) {
 }
 
 __device__ __forceinline__ std::int64_t group_of(const DenseTable& table, std::int64_t row) {
-  return load<Memory::kSizes>(table.row_group + row);
+  return group_within(load<Memory::kSizes>(table.row_group + row), table.groups);
 }
 
-// Group of row `local` of a block, within the block's table.
+// Group of row `local` of a block as stored, within the block's table.
 __device__ __forceinline__ std::int64_t block_group(const DenseBlock* block, std::int64_t local) {
   const auto groups =
       reinterpret_cast<const std::int32_t*>(load<Memory::kSizes>(&block->row_group));
@@ -157,7 +163,9 @@ __device__ __forceinline__ std::int64_t group_of(const TieredTable& table, std::
   const int tier = tier_of(table, row);
   const DenseBlock* block = table.device_dense + tier;
   const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
-  return load<Memory::kSizes>(&block->first_group) + block_group(block, row - begin);
+  const std::int64_t group =
+      group_within(block_group(block, row - begin), load<Memory::kSizes>(&block->groups));
+  return load<Memory::kSizes>(&block->first_group) + group;
 }
 
 // The size of row `local` of a block as stored, which may be out of range.
@@ -170,7 +178,9 @@ __device__ __forceinline__ int stored_size(const TieredTable& table, int tier, s
     dims = load<Memory::kSizes>(&block->group_dims);
     const int columns = load<Memory::kSizes>(&block->columns);
     const int column = columns == 1 ? 0 : hash_column(local, table.seed_term, columns);
-    i = block_group(block, local) * columns + column;
+    const std::int64_t group = block_group(block, local);
+    if (group < 0 || group >= load<Memory::kSizes>(&block->groups)) return 0;
+    i = group * columns + column;
   }
   return load_dims(reinterpret_cast<const void*>(dims), i, narrow);
 }

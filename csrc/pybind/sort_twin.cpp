@@ -32,9 +32,16 @@ std::size_t sort_scratch_bytes(std::int64_t count, bool, bool, int) {
 
 int sort_pairs(void* scratch, std::size_t scratch_bytes, const void* keys_in, void* keys_out,
                const void* values_in, void* values_out, std::int64_t count, bool wide_keys,
-               bool wide_values, int bits, Stream) {
-  hostsim::mark_written(keys_out, static_cast<std::size_t>(count) * (wide_keys ? 8 : 4));
-  hostsim::mark_written(values_out, static_cast<std::size_t>(count) * (wide_values ? 8 : 4));
+               bool wide_values, int bits, Stream stream) {
+  hostsim::check_stream("a sort", stream);
+  const auto access = [&](hostsim::Access kind, const void* data, bool wide) {
+    hostsim::library_access(kind, data, static_cast<std::size_t>(count) * (wide ? 8 : 4), "a sort");
+  };
+  access(hostsim::Access::kRead, keys_in, wide_keys);
+  access(hostsim::Access::kRead, values_in, wide_values);
+  access(hostsim::Access::kWrite, keys_out, wide_keys);
+  access(hostsim::Access::kWrite, values_out, wide_values);
+  hostsim::library_access(hostsim::Access::kWrite, scratch, scratch_bytes, "a sort");
   // CUB may leave anything in its scratch.
   std::memset(scratch, 0x5a, scratch_bytes);
   const std::uint64_t mask = bits >= 64 ? ~0ull : (1ull << bits) - 1;

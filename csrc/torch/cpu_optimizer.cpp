@@ -95,9 +95,9 @@ void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
                double beta2, double eps, double weight_decay, Seed rounding_seed) {
   const Hyper hyper =
       amtl::MakeHyper({lr, eps, weight_decay, beta1, beta2, static_cast<double>(step)});
-  Apply(weight, rows, grads, Update::kAdam, hyper, rounding_seed,
-        StateData(exp_avg, weight, "exp_avg", false),
-        StateData(exp_avg_sq, weight, "exp_avg_sq", false));
+  float* first = StateData(exp_avg, weight, "exp_avg", false);
+  float* second = StateData(exp_avg_sq, weight, "exp_avg_sq", false);
+  Apply(weight, rows, grads, Update::kAdam, hyper, rounding_seed, first, second);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 #include "torch/cuda_common.h"
 
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 
 #include "kernels/hash.h"
@@ -10,21 +10,6 @@
 namespace amtl {
 
 namespace {
-
-// PyTorch's current stream. Looked up at run time: CPU builds of PyTorch have no such symbol, and
-// the module must import there, too.
-cuda::Stream CurrentStream(int32_t device) {
-  using Function = AOTITorchError (*)(int32_t, void**);
-  static const Function function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return reinterpret_cast<Function>(
-        dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  }();
-  if (function == nullptr) throw std::runtime_error("this build of PyTorch has no CUDA streams");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
-  return stream;
-}
 
 bool IsByte(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Byte; }
 
@@ -37,9 +22,6 @@ void WarnClamped(int64_t value, int64_t position, int64_t rows) {
 }
 
 }  // namespace
-
-CudaContext::CudaContext(const Tensor& tensor)
-    : guard_(tensor.get_device_index()), stream_(CurrentStream(tensor.get_device_index())) {}
 
 bool CudaContext::capturing() const {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -68,10 +50,6 @@ DType DTypeOf(const Tensor& tensor) {
     default:
       return DType::kFloat32;
   }
-}
-
-Tensor NewTensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
 }
 
 void CudaLookup::SetIndices(const Tensor& indices, const Tensor& table, int64_t padding_idx) {
@@ -155,7 +133,7 @@ void CudaLookup::SetBags(const Tensor& like, const OptionalTensor& offsets,
   Check(mode == 0 || mode == 1, "mode must be 0 (sum) or 1 (mean)");
   // Kernels take both in one type.
   const ScalarType index_type = lookups.wide ? ScalarType::Long : ScalarType::Int;
-  held.push_back(offset_type == index_type ? *offsets : torch::stable::to(*offsets, index_type));
+  held.push_back(offset_type == index_type ? *offsets : ConvertIndices(*offsets, index_type));
   const Tensor& same = held.back();
   lookups.bags = same.size(0) - (include_last_offset ? 1 : 0);
   Check(lookups.bags >= 0, "include_last_offset needs at least one offset");
@@ -217,8 +195,16 @@ void AnswerReport(const CudaContext& context, const CudaLookup& lookup, const Re
     Check(false, "offsets must end within the ", l.count, " indices, but offsets[", i, "] is ",
           value);
   }
-  Check(report[kBadSize] == kNone, "the size of the row at position ", report[kBadSize],
-        " is outside 1..", lookup.dim);
+  if (report[kBadSize] == kNone) return;
+  const auto position = static_cast<int64_t>(report[kBadSize]);
+  const int64_t index = ReadIndex(context, l.indices, l.wide, position);
+  const int64_t row = std::clamp<int64_t>(index, 0, lookup.rows - 1);
+  if (lookup.dense.row_group != nullptr) {
+    const int64_t group = ReadIndex(context, lookup.dense.row_group, false, row);
+    Check(group >= 0 && group < lookup.dense.groups, "row_group ", group, " of row ", row,
+          " is outside 0..", lookup.dense.groups - 1);
+  }
+  Check(false, "the size of row ", row, " at position ", position, " is outside 1..", lookup.dim);
 }
 
 std::optional<Tensor> StartReport(const CudaContext& context, const Tensor& like,

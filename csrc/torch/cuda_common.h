@@ -3,14 +3,20 @@
 // Needs no CUDA header of PyTorch, so that one module imports with and without CUDA builds of it.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <array>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "cuda/launchers.h"
 #include "torch/common.h"
+
+// Where the operators of csrc/torch/cuda_*.cpp are registered: tests build them a second time, for
+// simulated devices.
+#ifndef AMTL_CUDA_NAMESPACE
+#define AMTL_CUDA_NAMESPACE amtl
+#define AMTL_CUDA_KEY CUDA
+#endif
 
 namespace amtl {
 
@@ -25,7 +31,7 @@ class CudaContext {
   void Read(void* to, const void* from, size_t bytes) const;
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::shared_ptr<void> device_;
   cuda::Stream stream_ = nullptr;
 };
 
@@ -34,7 +40,11 @@ void CheckCuda(int error, const char* what);
 
 DType DTypeOf(const Tensor& tensor);
 
+// Memory of the device, its values void.
 Tensor NewTensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type);
+
+// The tensor in another integer type.
+Tensor ConvertIndices(const Tensor& tensor, ScalarType type);
 
 // A lookup's arguments, checked, as the launchers take them.
 struct CudaLookup {

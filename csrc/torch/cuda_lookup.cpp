@@ -109,7 +109,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> TieredEmbeddingBack
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(amtl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("masked_embedding", TORCH_BOX(&MaskedEmbedding));
   m.impl("masked_embedding_bag", TORCH_BOX(&MaskedEmbeddingBag));
   m.impl("adaptive_embedding", TORCH_BOX(&AdaptiveEmbedding));

@@ -8,7 +8,7 @@
 namespace amtl {
 
 Update MakeUpdate(int64_t optimizer, const std::vector<double>& hyper) {
-  Check(optimizer >= 0 && optimizer <= 3, "optimizer must be 0, 1, 2 or 3");
+  Check(optimizer >= 0 && optimizer <= 3, "optimizer must be in 0..3");
   Check(hyper.size() == 6 || hyper.size() == 7,
         "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
   constexpr Rule kRules[] = {Rule::kSgd, Rule::kAdagrad, Rule::kRowwiseAdagrad, Rule::kAdam};
@@ -55,11 +55,11 @@ void* StateData(const Tensor& state, const Tensor& table, const char* name, Upda
 void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t first,
                Update& update) {
   const size_t count = StatesPerTable(update.rule);
-  if (count > 0) update.first = StateData(state[first], table, "optimizer state", update);
+  if (count > 0) update.first = StateData(state[first], table, "state", update);
   if (count > 1) {
     Check(state[first].scalar_type() == state[first + 1].scalar_type(),
           "both states must have one type");
-    update.second = StateData(state[first + 1], table, "optimizer state", update);
+    update.second = StateData(state[first + 1], table, "state", update);
   }
 }
 
@@ -139,7 +139,7 @@ void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(amtl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("apply_sgd_", TORCH_BOX(&ApplySgd));
   m.impl("apply_adagrad_", TORCH_BOX(&ApplyAdagrad));
   m.impl("apply_rowwise_adagrad_", TORCH_BOX(&ApplyRowWiseAdagrad));

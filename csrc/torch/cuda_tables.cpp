@@ -50,10 +50,7 @@ struct CudaTables {
   int64_t width = 0;
   Tensor memory;
 
-  explicit CudaTables(const Tensors& all) : blocks(all) {
-    Check(!all.empty(), "at least one table is needed");
-    list.type = DTypeOf(all[0]);
-  }
+  explicit CudaTables(const Tensors& all) : blocks(all) { list.type = DTypeOf(all[0]); }
 
   size_t tables() const { return list.tables.size(); }
   const Tensor& like() const { return blocks[0]; }
@@ -63,7 +60,6 @@ struct CudaTables {
   void AddBlock(const Tensor& block) {
     CheckWeight(block);
     CheckLike(block, "a table", like());
-    Check(block.scalar_type() == like().scalar_type(), "tables differ in type");
     Check(block.size(1) <= 0x7fffffff, "a table may have at most 2^31 - 1 columns");
     cuda::TableBlock entry;
     entry.rows = block.size(0);
@@ -97,6 +93,13 @@ struct CudaTables {
     lookups().indices = bags.indices.const_data_ptr();
     lookups().wide = bags.indices.scalar_type() == ScalarType::Long;
     lookups().count = bags.indices.numel();
+    for (const Tensor& block : blocks) {
+      Check(block.scalar_type() == like().scalar_type(), "tables differ in type");
+    }
+    if (bags.per_sample_weights && bags.mode == 0) {
+      Check(bags.per_sample_weights->scalar_type() == like().scalar_type(),
+            "per_sample_weights must have the type of the tables");
+    }
     lookup.SetBags(like(), bags.offsets, bags.per_sample_weights, bags.mode, true);
   }
 
@@ -117,8 +120,8 @@ struct CudaTables {
 };
 
 CudaTables Masked(const Tensors& weights, const Tensors& row_dims, const Bags& bags) {
+  Check(!weights.empty() && row_dims.size() == weights.size(), "one row_dims per table is needed");
   CudaTables tables(weights);
-  Check(row_dims.size() == weights.size(), "one row_dims per table is needed");
   tables.list.dense = true;
   for (size_t t = 0; t < weights.size(); ++t) {
     Named(t, [&] {
@@ -137,9 +140,10 @@ CudaTables Masked(const Tensors& weights, const Tensors& row_dims, const Bags& b
 
 CudaTables Adaptive(const Tensors& weights, const Tensors& row_groups, const Tensors& group_dims,
                     int64_t seed, const Bags& bags) {
-  CudaTables tables(weights);
-  Check(row_groups.size() == weights.size() && group_dims.size() == weights.size(),
+  Check(!weights.empty() && row_groups.size() == weights.size() &&
+            group_dims.size() == weights.size(),
         "one row_group and one group_dims per table are needed");
+  CudaTables tables(weights);
   tables.list.dense = true;
   tables.list.seed_term = SeedTerm(seed);
   for (size_t t = 0; t < weights.size(); ++t) {
@@ -155,6 +159,7 @@ CudaTables Adaptive(const Tensors& weights, const Tensors& row_groups, const Ten
       dense.columns = one.dense.columns;
       dense.narrow = one.dense.narrow_dims;
       dense.first_group = tables.list.groups;
+      dense.groups = one.dense.groups;
       tables.groups.push_back(one.dense.groups);
       tables.list.groups += one.dense.groups;
     });
@@ -166,20 +171,24 @@ CudaTables Adaptive(const Tensors& weights, const Tensors& row_groups, const Ten
 
 CudaTables Tiered(const Tensors& blocks, const Ints& tier_counts, const Ints& tier_ends,
                   const Ints& embedding_dims, const Bags& bags) {
-  CudaTables tables(blocks);
   Check(!tier_counts.empty() && embedding_dims.size() == tier_counts.size() &&
             tier_ends.size() == blocks.size() &&
             std::accumulate(tier_counts.begin(), tier_counts.end(), int64_t{0}) ==
                 static_cast<int64_t>(blocks.size()),
         "one width and one count of tiers per table, one end per tier are needed");
+  for (size_t t = 0; t < tier_counts.size(); ++t) {
+    Check(tier_counts[t] > 0, "table ", t, " has no tiers");
+  }
+  CudaTables tables(blocks);
   size_t c = 0;
   for (size_t t = 0; t < tier_counts.size(); ++t) {
     const int64_t dim = embedding_dims[t];
     int64_t row = 0;
     Named(t, [&] {
-      Check(tier_counts[t] > 0, "there are no tiers");
+      const ScalarType type = blocks[c].scalar_type();
       for (int64_t i = 0; i < tier_counts[t]; ++i, ++c) {
         tables.AddBlock(blocks[c]);
+        Check(blocks[c].scalar_type() == type, "blocks differ in type");
         Check(blocks[c].size(0) == tier_ends[c] - row, "block ", i, " has ", blocks[c].size(0),
               " rows, tier_ends say ", tier_ends[c] - row);
         Check(blocks[c].size(1) <= dim && dim <= 0x7fffffff, "block ", i,
@@ -217,6 +226,10 @@ void AnswerForTables(const CudaContext& context, const CudaTables& tables, const
     CudaLookup one = tables.lookup;
     one.rows = tables.rows[t];
     one.dim = tables.list.tables[t].dim;
+    if (!tables.groups.empty()) {
+      one.dense.row_group = reinterpret_cast<const int32_t*>(tables.list.blocks[t].dense.row_group);
+      one.dense.groups = tables.groups[t];
+    }
     one.lookups.indices =
         static_cast<const char*>(lookups.indices) + start * (lookups.wide ? 8 : 4);
     Report mine = none;
@@ -496,7 +509,7 @@ Tensor TieredTablesUpdate(const Tensors& blocks, const Ints& tier_counts, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(amtl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("masked_embedding_bag_tables", TORCH_BOX(&MaskedTables));
   m.impl("adaptive_embedding_bag_tables", TORCH_BOX(&AdaptiveTables));
   m.impl("tiered_embedding_bag_tables", TORCH_BOX(&TieredTables));

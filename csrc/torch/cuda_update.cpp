@@ -117,7 +117,7 @@ Tensor TieredEmbeddingUpdate(const std::vector<Tensor>& blocks, const std::vecto
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(amtl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("masked_embedding_update_", TORCH_BOX(&MaskedEmbeddingUpdate));
   m.impl("adaptive_embedding_update_", TORCH_BOX(&AdaptiveEmbeddingUpdate));
   m.impl("tiered_embedding_update_", TORCH_BOX(&TieredEmbeddingUpdate));

@@ -333,6 +333,64 @@ void uninitialised_global() {
   HOSTSIM_LAUNCH((reads_kernel), 1, 1, 0, nullptr, scratch.data(), out.data(), 16);
 }
 
+// Of host code.
+__global__ void empty_kernel() {}
+void asynchronous_copy() {
+  std::vector<float> device(4, 2.0f);
+  float host[4] = {};
+  cudaMemcpyAsync(host, device.data(), sizeof(host), cudaMemcpyDeviceToHost, nullptr);
+  device[0] = 3.0f;
+  expect(host[0] != host[0], "a copy has arrived before anybody waited for it");
+  cudaStreamSynchronize(nullptr);
+  expect(host[0] == 2.0f && host[3] == 2.0f, "a copy holds what was there when it was asked for");
+  hostsim::options().capturing = true;
+  const auto error =
+      cudaMemcpyAsync(host, device.data(), sizeof(host), cudaMemcpyDeviceToHost, nullptr);
+  expect(error != cudaSuccess && cudaStreamSynchronize(nullptr) != cudaSuccess,
+         "a capture waited for the device");
+}
+void pitched_copy() {
+  const std::vector<int> from = {1, 2, 3, 4, 5, 6};
+  std::vector<int> to(4);
+  cudaMemcpy2DAsync(to.data(), 8, from.data(), 12, 8, 2, cudaMemcpyDeviceToDevice, nullptr);
+  expect(to == std::vector<int>{1, 2, 4, 5}, "rows of a copy");
+}
+void other_stream() {
+  int stream = 0;
+  hostsim::use_stream(&stream);
+  try {
+    HOSTSIM_LAUNCH((empty_kernel), 1, 32, 0, nullptr);
+  } catch (...) {
+    hostsim::use_stream(nullptr);
+    throw;
+  }
+}
+void copy_out_of_bounds() {
+  std::vector<float> in(16);
+  float host[17];
+  hostsim::register_buffer("in", in.data(), in.size() * 4, false, true);
+  cudaMemcpyAsync(host, in.data(), sizeof(host), cudaMemcpyDeviceToHost, nullptr);
+}
+void uninitialised_copy() {
+  std::vector<float> scratch(16);
+  float host[16];
+  hostsim::register_buffer("scratch", scratch.data(), scratch.size() * 4, true, false);
+  cudaMemsetAsync(scratch.data(), 0, 60, nullptr);
+  cudaMemcpyAsync(host, scratch.data(), sizeof(host), cudaMemcpyDeviceToHost, nullptr);
+}
+void memset_of_an_input() {
+  std::vector<float> in(16);
+  hostsim::register_buffer("in", in.data(), in.size() * 4, false, true);
+  cudaMemsetAsync(in.data(), 0, 64, nullptr);
+}
+void freed_memory() {
+  std::vector<float> in(16), out(16);
+  hostsim::register_buffer("in", in.data(), in.size() * 4, false, true);
+  hostsim::register_buffer("out", out.data(), out.size() * 4, true, true);
+  hostsim::forget_buffer(in.data());
+  HOSTSIM_LAUNCH((reads_kernel), 1, 1, 0, nullptr, in.data(), out.data(), 16);
+}
+
 // For AddressSanitizer: a plain access past a heap buffer, and one past a kernel's own array.
 __global__ void heap_overflow_kernel(const float* in, float* out, int n) { *out = in[n]; }
 void heap_overflow() {
@@ -356,7 +414,6 @@ void integer_overflow() {
   HOSTSIM_LAUNCH((overflow_kernel), 1, 1, 0, nullptr, &out, 0x7fffffff);
 }
 
-__global__ void empty_kernel() {}
 void too_many_threads() { HOSTSIM_LAUNCH((empty_kernel), 1, 1025, 0, nullptr); }
 void empty_grid() { HOSTSIM_LAUNCH((empty_kernel), 0, 32, 0, nullptr); }
 
@@ -392,6 +449,13 @@ const std::map<std::string, void (*)()> kCases = {
     {"integer_overflow", integer_overflow},
     {"too_many_threads", too_many_threads},
     {"empty_grid", empty_grid},
+    {"asynchronous_copy", asynchronous_copy},
+    {"pitched_copy", pitched_copy},
+    {"other_stream", other_stream},
+    {"copy_out_of_bounds", copy_out_of_bounds},
+    {"uninitialised_copy", uninitialised_copy},
+    {"memset_of_an_input", memset_of_an_input},
+    {"freed_memory", freed_memory},
 };
 
 }  // namespace

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from amtl_kernels import reference
 
-from . import simulated as sim
-from .simulated_tables import Tables
+from . import simulator as sim
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.int64: 0.0, torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 9e-3}
@@ -73,7 +72,7 @@ class Batch:
             self.group_dims = self.group_dims[:, 0].contiguous()
         self.grad = torch.randn(bags, dim, generator=g).to(dtype)
 
-    def adaptive_backward(self, function: Callable[..., Any], double: bool, **extra: Any) -> Any:
+    def adaptive_backward(self, function: Callable[..., Any], double: bool) -> Any:
         cast = (lambda t: t.double()) if double else (lambda t: t)
         return function(
             cast(self.grad),
@@ -90,7 +89,6 @@ class Batch:
             True,
             True,
             True,
-            **extra,
         )
 
 
@@ -103,10 +101,10 @@ def test_no_races_in_any_order_and_equal_results(
     """The same bits whatever runs first: no atomics on floats, no race."""
     batch = Batch(3, dtype, dim=16, columns=5, sorted_groups=sorted_groups)
     with sim.simulation(0, "forward"):
-        first = batch.adaptive_backward(sim.adaptive_embedding_backward, False)
+        first = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
     for seed in (1, 2):
         with sim.simulation(seed, order, track_races=True):
-            again = batch.adaptive_backward(sim.adaptive_embedding_backward, False)
+            again = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b)
     for got, want in zip(
@@ -126,6 +124,7 @@ def test_no_races_in_any_order_and_equal_results(
     sorted_groups=st.booleans(),
     wide=st.booleans(),
     pattern=st.sampled_from(["zipf", "uniform", "one"]),
+    mean=st.booleans(),
 )
 def test_relative_error_of_everything(
     seed: int,
@@ -137,6 +136,7 @@ def test_relative_error_of_everything(
     sorted_groups: bool,
     wide: bool,
     pattern: str,
+    mean: bool,
 ) -> None:
     """Forward and backward of real-valued inputs against float64."""
     batch = Batch(
@@ -150,15 +150,16 @@ def test_relative_error_of_everything(
         wide_indices=wide,
         pattern=pattern,
     )
+    # Terms of both signs can cancel, which leaves nothing to be relative to.
+    batch.psw = batch.psw.abs()
     args = (batch.indices, batch.offsets, batch.row_group, batch.group_dims)
-    rest = (1, 2, False, seed, 1)
+    psw = None if mean else batch.psw
+    rest = (int(mean), 2, False, seed, 1)
     with sim.simulation(seed):
-        got = sim.adaptive_embedding_bag(batch.weight, *args, batch.weight, batch.psw, *rest)
-        grads = batch.adaptive_backward(
-            sim.adaptive_embedding_backward, False, groups_sorted=sorted_groups
-        )
+        got = sim.ops.adaptive_embedding_bag(batch.weight, *args, batch.weight, psw, *rest)
+        grads = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
     want = reference.adaptive_embedding_bag(
-        batch.weight.double(), *args, batch.weight, batch.psw.double(), *rest
+        batch.weight.double(), *args, batch.weight, None if mean else batch.psw.double(), *rest
     )
     close(got, want, "forward", scale=3)
     for g, w in zip(
@@ -172,7 +173,7 @@ def test_neighbours_that_swap_halves_keep_to_the_row(dim: int) -> None:
     """Eight columns a thread: alone, with a last thread that has no neighbour, over two pieces."""
     batch = Batch(6, torch.bfloat16, dim=dim, lookups=900, pattern="uniform")
     with sim.simulation(6, track_races=True):
-        grads = batch.adaptive_backward(sim.adaptive_embedding_backward, False, groups_sorted=True)
+        grads = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
     for g, w in zip(
         grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
     ):
@@ -183,7 +184,7 @@ def test_hot_row_and_one_group_over_many_levels() -> None:
     """20,000 lookups of few rows: partial sums of partial sums, three levels deep."""
     batch = Batch(5, dim=4, rows=3, groups=1, lookups=20_000, bags=1_000, pattern="uniform")
     before = dict(sim.tools.launch_counts())
-    grads = batch.adaptive_backward(sim.adaptive_embedding_backward, False)
+    grads = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
     for g, w in zip(
         grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
     ):
@@ -195,17 +196,13 @@ def test_hot_row_and_one_group_over_many_levels() -> None:
 
 # --- Fused optimizer steps ------------------------------------------------------------------------
 
-RULES = sim.RULES
-HYPER = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.02}
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+HYPER = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.02, "beta1": 0.9, "beta2": 0.99, "step": 3.0}
 
 
-def hyper_of(rule: str) -> dict[str, float]:
-    values = dict(HYPER)
-    if rule == "sgd":
-        del values["eps"]
-    if rule == "adam":
-        values |= {"beta1": 0.9, "beta2": 0.99}
-    return values
+def step_of(rule: str, **other: float) -> tuple[int, list[float]]:
+    """The last arguments of fused updates."""
+    return RULES.index(rule), list((HYPER | other).values())
 
 
 def states_of(rule: str, weight: Tensor, dtype: torch.dtype, seed: int) -> list[Tensor]:
@@ -218,12 +215,6 @@ def states_of(rule: str, weight: Tensor, dtype: torch.dtype, seed: int) -> list[
     return [torch.rand(weight.shape, generator=g).to(dtype) for _ in range(count)]
 
 
-def call_of(rule: str, states: list[Tensor], **extra: Any) -> dict[str, Any]:
-    names = dict(zip(("first", "second"), states, strict=False))
-    narrow = bool(states) and states[0].dtype != torch.float32
-    return sim.update(rule, 3, **hyper_of(rule), **names, narrow_state=narrow, **extra)
-
-
 def reference_step(
     rule: str, weight: Tensor, states: list[Tensor], rows: Tensor, grads: Tensor
 ) -> None:
@@ -234,9 +225,8 @@ def reference_step(
         "rowwise_adagrad": ("lr", "eps", "weight_decay"),
         "adam": ("lr", "beta1", "beta2", "eps", "weight_decay"),
     }[rule]
-    values = hyper_of(rule)
     apply = reference.IMPLEMENTATIONS[f"apply_{rule}_"]
-    apply(weight, *states, rows, grads, *step, *(values[name] for name in order))
+    apply(weight, *states, rows, grads, *step, *(HYPER[name] for name in order))
 
 
 # Wider than a warp's registers: one, four and eight columns a thread.
@@ -251,29 +241,35 @@ WIDE = (129, 192, 256, 260, 1000, 1024)
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masks", ["none", "sorted", "unsorted", "found sorted"])
+@pytest.mark.parametrize("masks", ["none", "promised", "unsorted", "sorted", "captured"])
 def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, masks: str) -> None:
     narrow = dtype != torch.float32 and dim in (64, 129, 1000)
-    batch = Batch(dim, dtype, dim=dim, columns=3, sorted_groups="un" not in masks[:2])
+    batch = Batch(dim, dtype, dim=dim, columns=3, sorted_groups=masks != "unsorted")
     rows, grads, mask_grad, _ = batch.adaptive_backward(reference.adaptive_embedding_backward, True)
     weight = batch.weight.clone()
     states = states_of(rule, weight, dtype if narrow else torch.float32, 1)
     want_weight = weight.double()
     want_states = [state.double() for state in states]
     reference_step(rule, want_weight, want_states, rows, grads)
-    table = sim.dense(weight, row_group=batch.row_group, group_dims=batch.group_dims, seed=11)
-    got_mask = sim.poisoned(*mask_grad.shape, dtype=torch.float32)
-    wishes: dict[str, Any] = {
-        "groups_sorted": masks == "sorted",
-        "read_header": masks == "found sorted",
-    }
-    if masks != "none":
-        wishes["group_grad"] = sim.array(got_mask)
     untouched = batch.weight.clone()
-    call = sim.lookups(batch.indices, batch.offsets, batch.psw)
-    with sim.simulation(dim, track_races=True):
-        sim.tools.backward_update(
-            sim.NAMES[dtype], table, call, sim.array(batch.grad), call_of(rule, states), wishes
+    with sim.simulation(dim, track_races=True, capturing=masks == "captured"):
+        got_mask, _ = sim.ops.adaptive_embedding_update_(
+            weight,
+            states,
+            batch.grad,
+            batch.indices,
+            batch.offsets,
+            batch.row_group,
+            batch.group_dims,
+            batch.psw,
+            0,
+            -1,
+            False,
+            11,
+            masks != "none",
+            False,
+            *step_of(rule),
+            masks == "promised",
         )
     close(weight, want_weight, f"{rule} weight", scale=4)
     for state, want in zip(states, want_states, strict=True):
@@ -287,19 +283,15 @@ def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, ma
 
 
 @pytest.mark.parametrize(
-    ("rule", "device_tiers", "widths"),
+    ("rule", "widths"),
     [
-        *((rule, False, widths) for rule in RULES for widths in ((16, 8, 4), (17, 5, 1))),
-        *(("sgd", True, widths) for widths in ((16, 8, 4), (17, 5, 1))),
-        *(
-            ("rowwise_adagrad", False, widths)
-            for widths in ((129, 64, 1), (260, 128, 4), (1024, 256, 8))
-        ),
+        *((rule, widths) for rule in RULES for widths in ((16, 8, 4), (17, 5, 1))),
+        *(("rowwise_adagrad", widths) for widths in ((129, 64, 1), (260, 128, 4), (1024, 256, 8))),
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_step_of_a_tiered_table(
-    rule: str, dtype: torch.dtype, widths: tuple[int, ...], device_tiers: bool
+    rule: str, dtype: torch.dtype, widths: tuple[int, ...]
 ) -> None:
     g = torch.Generator().manual_seed(2)
     ends = [5, 20, 40]
@@ -327,23 +319,49 @@ def test_fused_step_of_a_tiered_table(
     want_states = [[s.double() for s in per_tier] for per_tier in states]
     for c in range(3):
         reference_step(rule, want[c], want_states[c], rows[c], grads[c])
-    call = sim.update(rule, 3, **hyper_of(rule))
-    for i, name in enumerate(("tier_first", "tier_second")):
-        if states[0] and len(states[0]) > i:
-            call[name] = [sim.array(per_tier[i]) for per_tier in states]
     with sim.simulation(7, track_races=True):
-        sim.tools.backward_update(
-            sim.NAMES[dtype],
-            sim.tiered(blocks, ends, widths[0], device_tiers),
-            sim.lookups(batch.indices, batch.offsets, batch.psw),
-            sim.array(batch.grad),
-            call,
-            {},
+        sim.ops.tiered_embedding_update_(
+            blocks,
+            [state for per_tier in states for state in per_tier],
+            batch.grad,
+            ends,
+            batch.indices,
+            batch.offsets,
+            batch.psw,
+            widths[0],
+            0,
+            -1,
+            False,
+            False,
+            *step_of(rule),
         )
     for c in range(3):
         close(blocks[c], want[c], f"tier {c}", scale=4)
         for state, wanted in zip(states[c], want_states[c], strict=True):
             close(state, wanted, f"state of tier {c}", scale=4)
+
+
+def search_step(batch: Batch, weight: Tensor, state: Tensor) -> Tensor:
+    """A fused row-wise step of a table in groups; returns the mask gradient."""
+    mask: Tensor = sim.ops.adaptive_embedding_update_(
+        weight,
+        [state],
+        batch.grad,
+        batch.indices,
+        batch.offsets,
+        batch.row_group,
+        batch.group_dims,
+        batch.psw,
+        0,
+        -1,
+        False,
+        11,
+        True,
+        False,
+        *step_of("rowwise_adagrad"),
+        True,
+    )[0]
+    return mask
 
 
 @pytest.mark.parametrize("form", ["search", "frozen"])
@@ -367,25 +385,29 @@ def test_a_hot_wide_row_steps_the_same_in_any_order(
         )
     want = [batch.weight.double(), torch.ones(300).double(), mask_grad]
     reference_step("rowwise_adagrad", want[0], [want[1]], rows, grads)
-    call = sim.lookups(batch.indices, batch.offsets, batch.psw)
     results = []
     for seed, order in ((0, "forward"), (1, "reverse"), (2, "random"), (3, "random")):
         weight, state = batch.weight.clone(), torch.ones(300)
-        mask = sim.poisoned(*mask_grad.shape, dtype=torch.float32)
-        wishes: dict[str, Any] = {}
-        if form == "search":
-            wishes = {"groups_sorted": True, "group_grad": sim.array(mask)}
-            table = sim.dense(
-                weight, row_group=batch.row_group, group_dims=batch.group_dims, seed=11
-            )
-            step = call_of("rowwise_adagrad", [state])
-        else:
-            table = sim.tiered([weight], [300], dim)
-            step = call_of("rowwise_adagrad", []) | {"tier_first": [sim.array(state)]}
+        mask = mask_grad
         with sim.simulation(seed, order, track_races=seed < 2):
-            sim.tools.backward_update(
-                sim.NAMES[dtype], table, call, sim.array(batch.grad), step, wishes
-            )
+            if form == "search":
+                mask = search_step(batch, weight, state)
+            else:
+                sim.ops.tiered_embedding_update_(
+                    [weight],
+                    [state],
+                    batch.grad,
+                    [300],
+                    batch.indices,
+                    batch.offsets,
+                    batch.psw,
+                    dim,
+                    0,
+                    -1,
+                    False,
+                    False,
+                    *step_of("rowwise_adagrad"),
+                )
         results.append([weight, state, mask])
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
@@ -394,7 +416,7 @@ def test_a_hot_wide_row_steps_the_same_in_any_order(
 
 
 def test_rows_as_wide_as_shared_memory() -> None:
-    """Sums of a row and of its mask fill a block's 48 KB; one column more is refused."""
+    """Sums of a row and of its mask fill a block's 48 KB; a wider row takes a step of its own."""
     for dim in (2_000, 6_144, 6_145):
         batch = Batch(9, dim=dim, rows=5, lookups=40, bags=8, groups=2)
         rows, grads, mask_grad, _ = batch.adaptive_backward(
@@ -403,20 +425,12 @@ def test_rows_as_wide_as_shared_memory() -> None:
         weight, state = batch.weight.clone(), torch.ones(5)
         want, want_state = weight.double(), state.double()
         reference_step("rowwise_adagrad", want, [want_state], rows, grads)
-        mask = sim.poisoned(*mask_grad.shape, dtype=torch.float32)
-        arguments: list[Any] = [
-            "float32",
-            sim.dense(weight, row_group=batch.row_group, group_dims=batch.group_dims, seed=11),
-            sim.lookups(batch.indices, batch.offsets, batch.psw),
-            sim.array(batch.grad),
-            call_of("rowwise_adagrad", [state]),
-            {"groups_sorted": True, "group_grad": sim.array(mask)},
-        ]
         if dim > 6_144:
-            with pytest.raises(RuntimeError, match="error 1"):
-                sim.tools.backward_update(*arguments)
-            continue
-        sim.tools.backward_update(*arguments)
+            # The number of rows is read back between the backward and the step.
+            with sim.simulation(capturing=True), pytest.raises(RuntimeError, match="captur"):
+                search_step(batch, weight, state)
+        with sim.simulation(capturing=dim <= 6_144):
+            mask = search_step(batch, weight, state)
         close(weight, want, "weight", scale=4)
         close(state, want_state, "state", scale=4)
         close(mask, mask_grad, "mask gradient", scale=4)
@@ -431,17 +445,17 @@ def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype) -> None:
     rows, dim = 200, 64
     weight = torch.ones(rows, dim, dtype=dtype)
     rate = torch.finfo(dtype).eps / 8
-    table = sim.dense(weight)
-    call = sim.lookups(torch.arange(rows), torch.arange(rows))
     grad = torch.ones(rows, dim, dtype=dtype)
-    step = sim.update("sgd", lr=rate, weight_decay=0.0, stochastic_rounding=True, seed=9)
-    sim.tools.backward_update(sim.NAMES[dtype], table, call, sim.array(grad), step, {})
+    sizes = torch.full((rows,), dim, dtype=torch.int32)
+    lookups = (grad, torch.arange(rows), None, sizes, None, 0, -1, False, False)
+    step = (0, [rate, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0])
+    sim.ops.masked_embedding_update_(weight, [], *lookups, *step)
     moved = 1 - weight.double().mean().item()
     deviation = torch.finfo(dtype).eps / 2 * math.sqrt(0.25 * 0.75 / (rows * dim))
     assert weight.unique().numel() == 2
     assert abs(moved - rate) < 5 * deviation
     again = torch.ones(rows, dim, dtype=dtype)
-    sim.tools.backward_update(sim.NAMES[dtype], sim.dense(again), call, sim.array(grad), step, {})
+    sim.ops.masked_embedding_update_(again, [], *lookups, *step)
     assert torch.equal(weight, again), "the same seed rounds the same way"
 
 
@@ -450,13 +464,15 @@ def test_adam_step_counted_on_the_device() -> None:
     for step in (1, 7, 100_000):
         got, want = torch.ones(4, 8), torch.ones(4, 8)
         rows, grads = torch.arange(4), torch.full((4, 8), 0.5)
-        values = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-        state = [torch.zeros(4, 8) for _ in range(2)]
-        call = sim.update("adam", step, first=state[0], second=state[1], **values)
-        call |= {"counter": sim.array(torch.tensor([step])), "step_size": 0.0, "second_scale": 0.0}
-        sim.tools.apply_update("float32", sim.dense(got), call, sim.array(rows), sim.array(grads))
+        state = [*(torch.zeros(4, 8) for _ in range(2)), torch.tensor(step)]
+        # What the host would have computed must not be used.
+        other = [0.1, 1e-8, 0.0, 0.9, 0.999, 1e6]
+        sizes = torch.full((4,), 8, dtype=torch.int32)
+        lookups = (grads, rows, None, sizes, None, 0, -1, False, False)
+        with sim.simulation(capturing=True):
+            sim.ops.masked_embedding_update_(got, state, *lookups, 3, other)
         reference.apply_adam_(
-            want, torch.zeros(4, 8), torch.zeros(4, 8), rows, grads, step, *values.values()
+            want, torch.zeros(4, 8), torch.zeros(4, 8), rows, grads, step, 0.1, 0.9, 0.999, 1e-8, 0
         )
         torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
 
@@ -488,17 +504,23 @@ def test_a_list_of_tables_has_no_races(
             ends = [end for a, b in halves for end in (len(a), len(a) + len(b))]
             described = [blocks, [2, 2, 2], ends, list(dims)]
         psw = torch.cat([b.psw for b in batches])
-        call = Tables(
-            form, described, [torch.cat([b.indices for b in batches]), offsets, psw, 0, [1, -1, 0]]
-        )
+        bags_of = [torch.cat([b.indices for b in batches]), offsets, psw, 0, [1, -1, 0]]
+        bags_of += [11] if form == "adaptive" else []
+        masks_of = [b.weight for b in batches] if form == "adaptive" else None
         state = [torch.zeros(len(block)) for block in described[0]]
-        learns = form == "adaptive"
+        name = f"{form}_embedding_bag_tables"
+        forward, backward, update = (
+            sim.IMPLEMENTATIONS[name + suffix] for suffix in ("", "_backward", "_update_")
+        )
+        wanted = [True] * (2 if form == "adaptive" else 1)
         with sim.simulation(seed, order, track_races=True):
-            out, psw_grad = call.forward(1), call.psw(grad, True)
-            rows, grads, masks = call.backward(grad, True, learns)
-            flat = call.update(grad, state, learns, 2, [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
-        assert torch.equal(masks, flat)
-        results.append([out, psw_grad, *rows, *grads, masks, *described[0], *state])
+            out = forward(*described, *([masks_of] if masks_of else []), *bags_of, 1)
+            rows, grads, *found = backward(grad, *described, *bags_of, True, *wanted)
+            again = update(*described, state, grad, *bags_of, *wanted, *step_of("rowwise_adagrad"))
+        # Mask gradients and those of per-sample weights, fused or not.
+        again = list(again) if form == "adaptive" else [again]
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        results.append([out, *rows, *grads, *found, *described[0], *state])
     assert not results[0][0].isnan().any() and results[0][-1].any()
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
@@ -514,35 +536,57 @@ def test_nonsense_is_never_followed() -> None:
     offsets[2], offsets[5], offsets[9] = -4, 10**10, 1
     sizes = batch.row_dims.clone()
     sizes[0], sizes[1] = -7, 10**6
-    sim.masked_embedding(batch.weight, indices, sizes, -1, 0)
-    out = sim.masked_embedding_bag(batch.weight, indices, offsets, sizes, batch.psw, 1, 2, False, 0)
-    assert out.isfinite().all()
-    sim.masked_embedding_backward(
-        batch.grad, batch.weight, indices, offsets, sizes, batch.psw, 1, 2, False, True, True
-    )
+    sim.ops.masked_embedding(batch.weight, indices, sizes, -1, 0)
+    for weights, mode in ((batch.psw, 0), (None, 1)):
+        bags = (indices, offsets, sizes, weights, mode, 2, False)
+        assert sim.ops.masked_embedding_bag(batch.weight, *bags, 0).isfinite().all()
+        sim.ops.masked_embedding_backward(
+            batch.grad, batch.weight, *bags, True, weights is not None
+        )
+
+
+def test_groups_that_are_not_there_stay_inside_of_every_buffer() -> None:
+    """Rows of such groups keep nothing; sums of groups go to groups that are there."""
+    batch = Batch(1, dim=8)
+    known = batch.row_group.clone()
+    batch.row_group[::9], batch.row_group[1::9] = -3, 10**6
+    lost = (batch.row_group != known).nonzero().flatten()
+    args = (batch.indices, batch.row_group, batch.group_dims, batch.weight, 0, -1, 0)
+    out = sim.ops.adaptive_embedding(batch.weight, *args)
+    kept = torch.isin(batch.indices, lost, invert=True)
+    assert out[kept].any(1).all() and not out[~kept].any() and not kept.all()
+    for grads in batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False):
+        assert grads.isfinite().all()
+    tables = [[batch.weight] * 2, [batch.row_group] * 2, [batch.group_dims] * 2]
+    offsets = torch.cat([batch.offsets, batch.offsets, torch.tensor([300])])
+    bags = (batch.indices, offsets.sort().values, batch.psw, 0, [-1, -1], 11)
+    grad = torch.cat([batch.grad, batch.grad], 1)
+    found = sim.ops.adaptive_embedding_bag_tables_backward(grad, *tables, *bags, True, True, True)
+    assert all(part.isfinite().all() for part in (*found[1], *found[2:]))
 
 
 def test_a_false_promise_of_order_stays_inside_of_every_buffer() -> None:
     """Groups said to be in order that are not: mask gradients are wrong, memory is safe."""
     batch = Batch(1, dim=8, groups=40, sorted_groups=False)
-    grads = batch.adaptive_backward(sim.adaptive_embedding_backward, False, groups_sorted=True)
-    want = batch.adaptive_backward(reference.adaptive_embedding_backward, True)
-    for got, wanted in zip(grads[:2], want[:2], strict=True):
-        close(got, wanted, "rows", scale=3)
+    lookups = (batch.grad, batch.indices, batch.offsets, batch.row_group, batch.group_dims)
+    options = (batch.psw, 0, -1, False, 11, True, False, *step_of("sgd"))
+    weights = []
+    for promised in (True, False):
+        weights.append(batch.weight.clone())
+        sim.ops.adaptive_embedding_update_(weights[-1], [], *lookups, *options, promised)
+    assert torch.equal(*weights)
 
 
 def test_a_grid_that_a_gpu_refuses_is_refused_here() -> None:
     """Column pieces go to the y dimension, which ends at 65,535."""
-    weight = torch.zeros(1, 32 * 65_536, dtype=torch.float16)[:, 1:].contiguous()
-    with pytest.raises(RuntimeError, match="error 1"):
-        sim.masked_embedding(
+    with pytest.raises(RuntimeError, match="amtl: a lookup failed: invalid argument"):
+        sim.ops.masked_embedding(
             torch.zeros(1, 32 * 65_536 + 1, dtype=torch.float16),
             torch.zeros(1, dtype=torch.int64),
             torch.ones(1, dtype=torch.int32),
             -1,
             0,
         )
-    assert weight.shape[1] % 2 == 1
 
 
 def test_every_kernel_has_been_executed() -> None:
@@ -558,20 +602,23 @@ def test_every_kernel_has_been_executed() -> None:
     assert len(defined) >= 15
     batch = Batch(2)
     reference_args = (batch.indices, batch.offsets)
-    sim.masked_embedding_bag(batch.weight, *reference_args, batch.row_dims, None, 1, 3, False, 1)
-    sim.masked_embedding_backward(
+    sim.ops.masked_embedding_bag(
+        batch.weight, *reference_args, batch.row_dims, None, 1, 3, False, 1
+    )
+    sim.ops.masked_embedding_backward(
         batch.grad, batch.weight, *reference_args, batch.row_dims, None, 1, 3, False, True, False
     )
     blocks = [batch.weight[:20].contiguous(), batch.weight[20:, :4].contiguous()]
-    sim.tiered_embedding(blocks, [20, 40], batch.indices, 17, -1, 1)
-    sim.tiered_embedding_backward(
+    sim.ops.tiered_embedding(blocks, [20, 40], batch.indices, 17, -1, 1)
+    sim.ops.tiered_embedding_backward(
         batch.grad, blocks, [20, 40], *reference_args, None, 17, 0, -1, False, True, False
     )
     for sorted_groups in (True, False):
         Batch(3, sorted_groups=sorted_groups).adaptive_backward(
-            sim.adaptive_embedding_backward, False
+            sim.ops.adaptive_embedding_backward, False
         )
-    sim.apply_sgd_(batch.weight, torch.arange(40), torch.ones(40, 17), 0.1, 0.0)
+    sim.ops.apply_sgd_(batch.weight, torch.arange(40), torch.ones(40, 17), 0.1, 0.0)
+    test_a_list_of_tables_has_no_races("masked", torch.float32, (5, 1, 9))
     executed = {
         match for name in sim.tools.launch_counts() for match in re.findall(r"(\w+_kernel)", name)
     }

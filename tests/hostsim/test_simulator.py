@@ -22,6 +22,8 @@ CORRECT = [
     "orders",
     "numeric_types",
     "traffic",
+    "asynchronous_copy",
+    "pitched_copy",
 ]
 BUGS = {
     "deadlock": "deadlock",
@@ -43,8 +45,15 @@ BUGS = {
     "out_of_bounds": "out-of-bounds",
     "read_only": "read-only",
     "uninitialised_global": "uninitialised-global",
+    "freed_memory": "out-of-bounds",
     "too_many_threads": "launch",
     "empty_grid": "launch",
+}
+HOST_BUGS = {
+    "other_stream": "stream",
+    "copy_out_of_bounds": "out-of-bounds",
+    "uninitialised_copy": "uninitialised-global",
+    "memset_of_an_input": "read-only",
 }
 SANITIZER_BUGS = {
     "heap_overflow": "heap-buffer-overflow",
@@ -75,14 +84,14 @@ def test_correct_kernels_pass(variant: tuple[str, Path], case: str) -> None:
         assert result.stdout == "ok\n"
 
 
-@pytest.mark.parametrize("case", BUGS)
+@pytest.mark.parametrize("case", [*BUGS, *HOST_BUGS])
 def test_planted_bugs_are_caught(variant: tuple[str, Path], case: str) -> None:
     for seed in range(3):
         result = run(variant[1], case, seed)
         assert result.returncode == 0, result.stdout + result.stderr
         kind = result.stdout.split(":")[0]
-        assert kind in BUGS[case].split("|"), result.stdout
-        if kind != "launch":
+        assert kind in (BUGS | HOST_BUGS)[case].split("|"), result.stdout
+        if kind != "launch" and case in BUGS:
             assert "kernel (" in result.stdout
         assert "afterwards" not in result.stdout
 

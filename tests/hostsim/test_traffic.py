@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from . import simulated as sim
+from . import simulator as sim
 
 SECTOR = 32
 ROWS, DIM, LOOKUPS, BAG = 3_000, 64, 4_000, 20
@@ -59,9 +59,9 @@ def batch(request: pytest.FixtureRequest) -> Batch:
     return Batch(pattern, torch.bfloat16 if dtype else torch.float32)
 
 
-def measured(run: Any) -> dict[str, dict[str, int]]:
+def measured(run: Any, capturing: bool = False) -> dict[str, dict[str, int]]:
     sim.tools.reset_traffic()
-    with sim.simulation(1, track_traffic=True):
+    with sim.simulation(1, track_traffic=True, capturing=capturing):
         run()
     return sim.tools.traffic()
 
@@ -84,7 +84,7 @@ def most(needed: int, batch: Batch) -> float:
 
 def test_gather(batch: Batch) -> None:
     traffic = measured(
-        lambda: sim.adaptive_embedding(
+        lambda: sim.ops.adaptive_embedding(
             batch.weight, batch.indices, *batch.groups, batch.weight, 0, -1, 0
         )
     )
@@ -96,7 +96,7 @@ def test_gather(batch: Batch) -> None:
 
 def test_pooled(batch: Batch) -> None:
     traffic = measured(
-        lambda: sim.adaptive_embedding_bag(
+        lambda: sim.ops.adaptive_embedding_bag(
             batch.weight,
             batch.indices,
             batch.offsets,
@@ -127,7 +127,7 @@ def test_frozen_pooled_reads_nothing_but_indices_and_rows(batch: Batch) -> None:
         for n, w in zip(counts, values, strict=True)
     ]
     traffic = measured(
-        lambda: sim.tiered_embedding_bag(
+        lambda: sim.ops.tiered_embedding_bag(
             blocks, ends, batch.indices, batch.offsets, None, DIM, 0, -1, False, 0
         )
     )
@@ -149,17 +149,31 @@ def backward_moved(traffic: dict[str, dict[str, int]]) -> int:
     return moved
 
 
+def fused_step(batch: Batch, promised: bool) -> None:
+    """One SGD step with mask gradients."""
+    sim.ops.adaptive_embedding_update_(
+        batch.weight,
+        [],
+        batch.grad,
+        batch.indices,
+        batch.offsets,
+        *batch.groups,
+        None,
+        0,
+        -1,
+        False,
+        0,
+        True,
+        False,
+        0,
+        [0.1, 0.0, 0.0, 0.0, 0.0, 1.0],
+        promised,
+    )
+
+
 def test_search_backward_with_a_fused_step(batch: Batch) -> None:
     """Everything but the sort: gradient, weights read and written, partial sums, masks."""
-    mask = sim.poisoned(300, DIM, dtype=torch.float32)
-    table = sim.dense(batch.weight, row_group=batch.row_group, group_dims=batch.group_dims)
-    call = sim.lookups(batch.indices, batch.offsets)
-    step = sim.update("sgd", lr=0.1, weight_decay=0.0)
-    wishes = {"group_grad": sim.array(mask), "groups_sorted": True}
-    dtype = sim.NAMES[batch.weight.dtype]
-    traffic = measured(
-        lambda: sim.tools.backward_update(dtype, table, call, sim.array(batch.grad), step, wishes)
-    )
+    traffic = measured(lambda: fused_step(batch, True))
     distinct = batch.indices.unique()
     needed = batch.element * (LOOKUPS + distinct.numel()) * DIM + batch.prefixes(distinct)
     needed += 4 * batch.row_group[distinct].unique().numel() * DIM
@@ -177,14 +191,25 @@ def test_a_wide_row_wise_step_reads_the_gradient_once(pattern: str, dtype: torch
     """
     dim = 512
     batch = Batch(pattern, dtype, dim)
-    mask, state = sim.poisoned(300, dim, dtype=torch.float32), torch.ones(ROWS)
-    table = sim.dense(batch.weight, row_group=batch.row_group, group_dims=batch.group_dims)
-    call = sim.lookups(batch.indices, batch.offsets)
-    step = sim.update("rowwise_adagrad", lr=0.1, eps=1e-8, weight_decay=0.1, first=state)
-    wishes = {"group_grad": sim.array(mask), "groups_sorted": True}
+    state = torch.ones(ROWS)
     traffic = measured(
-        lambda: sim.tools.backward_update(
-            sim.NAMES[dtype], table, call, sim.array(batch.grad), step, wishes
+        lambda: sim.ops.adaptive_embedding_update_(
+            batch.weight,
+            [state],
+            batch.grad,
+            batch.indices,
+            batch.offsets,
+            *batch.groups,
+            None,
+            0,
+            -1,
+            False,
+            0,
+            True,
+            False,
+            2,
+            [0.1, 1e-8, 0.1, 0.0, 0.0, 1.0],
+            True,
         )
     )
     distinct = batch.indices.unique()
@@ -199,7 +224,7 @@ def test_a_wide_row_wise_step_reads_the_gradient_once(pattern: str, dtype: torch
 def test_search_backward_to_row_gradients(batch: Batch) -> None:
     """As above, but rows of gradients are written at full width for the optimizer to read."""
     traffic = measured(
-        lambda: sim.adaptive_embedding_backward(
+        lambda: sim.ops.adaptive_embedding_backward(
             batch.grad,
             batch.weight,
             batch.indices,
@@ -213,7 +238,6 @@ def test_search_backward_to_row_gradients(batch: Batch) -> None:
             True,
             True,
             False,
-            groups_sorted=True,
         )
     )
     distinct = batch.indices.unique().numel()
@@ -225,16 +249,7 @@ def test_search_backward_to_row_gradients(batch: Batch) -> None:
 def test_every_store_of_sums_fills_its_sectors(dtype: torch.dtype) -> None:
     """No sector of mask gradients is written twice, eight columns a thread or four."""
     batch = Batch("uniform", dtype)
-    mask = sim.poisoned(300, DIM, dtype=torch.float32)
-    table = sim.dense(batch.weight, row_group=batch.row_group, group_dims=batch.group_dims)
-    call = sim.lookups(batch.indices, batch.offsets)
-    step = sim.update("sgd", lr=0.1, weight_decay=0.0)
-    wishes = {"group_grad": sim.array(mask), "groups_sorted": True}
-    traffic = measured(
-        lambda: sim.tools.backward_update(
-            sim.NAMES[dtype], table, call, sim.array(batch.grad), step, wishes
-        )
-    )["output"]
+    traffic = measured(lambda: fused_step(batch, True))["output"]
     assert traffic["write_sectors"] == traffic["unique_write_sectors"]
 
 
@@ -247,19 +262,10 @@ def test_what_knowing_the_order_of_groups_saves() -> None:
     """
     batch = Batch("zipf")
     moved = {}
-    for way in ("promised", "unknown"):
-        mask = sim.poisoned(300, DIM, dtype=torch.float32)
-        table = sim.dense(batch.weight, row_group=batch.row_group, group_dims=batch.group_dims)
-        call = sim.lookups(batch.indices, batch.offsets)
-        step = sim.update("sgd", lr=0.1, weight_decay=0.0)
-        wishes = {"group_grad": sim.array(mask), "groups_sorted": way == "promised"}
-        traffic = measured(
-            lambda table=table, call=call, step=step, wishes=wishes: sim.tools.backward_update(
-                "float32", table, call, sim.array(batch.grad), step, wishes
-            )
-        )
-        moved[way] = sectors(traffic, *traffic)
-    assert 1.5 * moved["promised"] < moved["unknown"]
+    for promised in (True, False):
+        traffic = measured(lambda p=promised: fused_step(batch, p), capturing=True)
+        moved[promised] = sectors(traffic, *traffic)
+    assert 1.5 * moved[True] < moved[False]
 
 
 def test_masked_columns_cost_nothing() -> None:
@@ -269,7 +275,7 @@ def test_masked_columns_cost_nothing() -> None:
     for size in (DIM, DIM // 2, DIM // 8):
         sizes = torch.full((ROWS,), size, dtype=torch.uint8)
         traffic = measured(
-            lambda sizes=sizes: sim.masked_embedding_bag(
+            lambda sizes=sizes: sim.ops.masked_embedding_bag(
                 batch.weight, batch.indices, batch.offsets, sizes, None, 0, -1, False, 0
             )
         )
