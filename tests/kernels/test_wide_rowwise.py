@@ -23,7 +23,8 @@ HYPER = [0.1, 1e-3, 0.01, 0.0, 0.0, 1.0]
 def inputs_of(backend: Any, dim: int, dtype: torch.dtype, seed: int = 1) -> Inputs:
     """Lookups of which every tenth is of one row.
 
-    No gradient is exactly zero: the reference reads the kept prefix off the gradient.
+    No gradient is exactly zero, which is why weights are positive: two of a row in one bag could
+    cancel, and the reference reads the kept prefix off the gradient.
     """
     case = variant(
         seed=seed, rows=ROWS, dim=dim, dtype=dtype, lookups=300, pattern="uniform", groups=9
@@ -33,9 +34,10 @@ def inputs_of(backend: Any, dim: int, dtype: torch.dtype, seed: int = 1) -> Inpu
     inputs = build(case, backend.device)
     inputs.indices[::10] = 7
     generator = torch.Generator().manual_seed(seed)
-    for tensor in (inputs.grad_bags, inputs.per_sample_weights):
-        assert tensor is not None
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    psw = inputs.per_sample_weights
+    assert psw is not None
+    inputs.grad_bags.copy_(torch.randn(inputs.grad_bags.shape, generator=generator))
+    psw.copy_(torch.rand(psw.shape, generator=generator) + 0.5)
     return inputs
 
 
