@@ -114,6 +114,9 @@ def run(
     threads: Annotated[
         int | None, typer.Option(help="Run every case with this many threads.")
     ] = None,
+    huge_pages: Annotated[
+        bool, typer.Option("--huge-pages", help="Run every case with all tables on huge pages.")
+    ] = False,
     clock: Annotated[
         str,
         typer.Option(help="wall, or cpu: processor seconds, for shared machines and one thread."),
@@ -131,6 +134,9 @@ def run(
     chosen = select(SUITES[suite](), only or [])
     if threads is not None:
         cases = dict.fromkeys(dataclasses.replace(c, threads=threads) for c in chosen.cases)
+        chosen = dataclasses.replace(chosen, cases=list(cases))
+    if huge_pages:
+        cases = dict.fromkeys(dataclasses.replace(c, huge_pages=True) for c in chosen.cases)
         chosen = dataclasses.replace(chosen, cases=list(cases))
     if not chosen.cases and not (peaks and chosen.memory):
         raise typer.BadParameter("no case matches")

@@ -207,6 +207,7 @@ def readme_section(report: Report, source: str) -> str:
     """
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     threads: set[int] = set()
+    huge: set[bool] = set()
     for comparison in report.comparisons:
         case = comparison.case
         if case.get("group") != "goals" or comparison.rejected:
@@ -223,6 +224,7 @@ def readme_section(report: Report, source: str) -> str:
                 work = _work(case)
                 size = f"{short_count(case['rows'])} × {case['dim']}"
                 threads.add(case["threads"])
+                huge.add(bool(case.get("huge_pages")))
                 key = (work, phase, comparison.timings[baseline].title, size)
                 speed = ratio.inverse()
                 shown = f"{speed.value:.2g}× ({speed.low:.2g}–{speed.high:.2g})"
@@ -231,9 +233,10 @@ def readme_section(report: Report, source: str) -> str:
     told = report.machine
     counts = " and ".join(str(count) for count in sorted(threads))
     clock = ", processor seconds" if report.settings.get("clock") == "cpu" else ""
+    pages = ", everybody's tables on huge pages" if huge == {True} else ""
     head = (
         f"{told['cpu']}, {told['cores']} cores, {told['date'][:10]}; bags of 20, mean size 0.4 D "
-        f"over rows, {counts} thread(s){clock}, from `{source}`. Speed is the peer's time over "
+        f"over rows, {counts} thread(s){pages}{clock}, from `{source}`. Speed is the peer's time over "
         "ours with its 95 % interval: below 1× we are slower.\n\n"
     )
     header = ["work", "phase", "peer", "table", "speed, uniform ids", "speed, Zipf ids"]
