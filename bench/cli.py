@@ -147,7 +147,8 @@ def run(
     budget = Budget(seconds if seconds is not None else chosen.seconds)
     if suite == "tiny":
         budget = Budget(budget.seconds, minimal_rounds=3, maximal_rounds=5)
-    plan = make_plan(chosen, Runner(), budget.seconds, peaks=peaks)
+    runner = Runner()
+    plan = make_plan(chosen, runner.willing, runner.available(), budget.seconds, peaks=peaks)
     if dry_run:
         _print_plan(plan)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,9 @@ from bench.contenders.base import Contender
 from bench.inputs import Case, rotations_for, same_table
 
 if TYPE_CHECKING:
-    from bench.runner import Runner
     from bench.suites import Suite
+
+Willing = Callable[[Case], tuple[list[Contender], dict[str, str]]]
 
 GB = 1e9
 # Left to the system and to whoever else runs here, beside what a case holds.
@@ -217,25 +218,27 @@ class Plan:
         return found
 
 
-def make_plan(suite: Suite, runner: Runner, seconds: float, *, peaks: bool) -> Plan:
+def make_plan(
+    suite: Suite, willing: Willing, available: float, seconds: float, *, peaks: bool
+) -> Plan:
     """Estimates a suite on this machine as it is now.
 
     Args:
         suite: What would run.
-        runner: Who knows which contenders are here and how much memory is free.
+        willing: Tells who is here and has an answer to a case, and why the others don't.
+        available: Free bytes.
         seconds: Timed seconds a case.
         peaks: Whether peak memory and imports are measured, too.
     """
-    available = runner.available()
     costs = [("ceilings", Cost(_SECONDS_OF_CEILINGS, _PROCESS + 2 * GB, {}))]
     before = None
     for case in suite.cases:
-        chosen, left_out = runner.willing(case)
+        chosen, left_out = willing(case)
         cost = estimate(case, chosen, seconds=seconds, available=available, before=before)
         costs.append((case.name, replace(cost, left_out={**left_out, **cost.left_out})))
         before = case
     for case in suite.memory if peaks else ():
-        chosen, _ = runner.willing(case)
+        chosen, _ = willing(case)
         each = [estimate(case, [one], seconds=0.0, available=available) for one in chosen]
         together = Cost(
             sum(cost.seconds + _SECONDS_PER_PROCESS for cost in each),

@@ -108,7 +108,8 @@ def test_the_estimate_bounds_what_a_process_takes(optimizer: str) -> None:
 @pytest.mark.parametrize(("suite", "minutes"), [("quick", 5), ("scale", 15), ("full", 40)])
 def test_suites_stay_within_their_minutes(suite: str, minutes: float) -> None:
     chosen = SUITES[suite]()
-    found = plan.make_plan(chosen, Present(), chosen.seconds, peaks=True)
+    runner = Present()
+    found = plan.make_plan(chosen, runner.willing, runner.available(), chosen.seconds, peaks=True)
     assert found.seconds < 60 * minutes
     assert found.peak_bytes < 22 * plan.GB
     assert not any("does not fit" in reason for _, reason in found.left_out())
