@@ -229,6 +229,36 @@ def reference_step(
     apply(weight, *states, rows, grads, *step, *(HYPER[name] for name in order))
 
 
+def search_step(
+    batch: Batch,
+    weight: Tensor,
+    states: list[Tensor],
+    rule: str = "rowwise_adagrad",
+    masks: bool = True,
+    promised: bool = True,
+) -> Tensor:
+    """A fused step of a table in groups; returns the mask gradient."""
+    mask: Tensor = sim.ops.adaptive_embedding_update_(
+        weight,
+        states,
+        batch.grad,
+        batch.indices,
+        batch.offsets,
+        batch.row_group,
+        batch.group_dims,
+        batch.psw,
+        0,
+        -1,
+        False,
+        11,
+        masks,
+        False,
+        *step_of(rule),
+        promised,
+    )[0]
+    return mask
+
+
 # Wider than a warp's registers: one, four and eight columns a thread.
 WIDE = (129, 192, 256, 260, 1000, 1024)
 
@@ -253,24 +283,7 @@ def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, ma
     reference_step(rule, want_weight, want_states, rows, grads)
     untouched = batch.weight.clone()
     with sim.simulation(dim, track_races=True, capturing=masks == "captured"):
-        got_mask, _ = sim.ops.adaptive_embedding_update_(
-            weight,
-            states,
-            batch.grad,
-            batch.indices,
-            batch.offsets,
-            batch.row_group,
-            batch.group_dims,
-            batch.psw,
-            0,
-            -1,
-            False,
-            11,
-            masks != "none",
-            False,
-            *step_of(rule),
-            masks == "promised",
-        )
+        got_mask = search_step(batch, weight, states, rule, masks != "none", masks == "promised")
     close(weight, want_weight, f"{rule} weight", scale=4)
     for state, want in zip(states, want_states, strict=True):
         close(state, want, f"{rule} state", scale=4)
@@ -341,29 +354,6 @@ def test_fused_step_of_a_tiered_table(
             close(state, wanted, f"state of tier {c}", scale=4)
 
 
-def search_step(batch: Batch, weight: Tensor, state: Tensor) -> Tensor:
-    """A fused row-wise step of a table in groups; returns the mask gradient."""
-    mask: Tensor = sim.ops.adaptive_embedding_update_(
-        weight,
-        [state],
-        batch.grad,
-        batch.indices,
-        batch.offsets,
-        batch.row_group,
-        batch.group_dims,
-        batch.psw,
-        0,
-        -1,
-        False,
-        11,
-        True,
-        False,
-        *step_of("rowwise_adagrad"),
-        True,
-    )[0]
-    return mask
-
-
 @pytest.mark.parametrize("form", ["search", "frozen"])
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 256), (torch.bfloat16, 520)])
 def test_a_hot_wide_row_steps_the_same_in_any_order(
@@ -391,7 +381,7 @@ def test_a_hot_wide_row_steps_the_same_in_any_order(
         mask = mask_grad
         with sim.simulation(seed, order, track_races=seed < 2):
             if form == "search":
-                mask = search_step(batch, weight, state)
+                mask = search_step(batch, weight, [state])
             else:
                 sim.ops.tiered_embedding_update_(
                     [weight],
@@ -428,9 +418,9 @@ def test_rows_as_wide_as_shared_memory() -> None:
         if dim > 6_144:
             # The number of rows is read back between the backward and the step.
             with sim.simulation(capturing=True), pytest.raises(RuntimeError, match="captur"):
-                search_step(batch, weight, state)
+                search_step(batch, weight, [state])
         with sim.simulation(capturing=dim <= 6_144):
-            mask = search_step(batch, weight, state)
+            mask = search_step(batch, weight, [state])
         close(weight, want, "weight", scale=4)
         close(state, want_state, "state", scale=4)
         close(mask, mask_grad, "mask gradient", scale=4)

@@ -149,11 +149,12 @@ def backward_moved(traffic: dict[str, dict[str, int]]) -> int:
     return moved
 
 
-def fused_step(batch: Batch, promised: bool) -> None:
-    """One SGD step with mask gradients."""
+def fused_step(batch: Batch, promised: bool, row_state: Tensor | None = None) -> None:
+    """One step with mask gradients: of SGD, or row-wise Adagrad with its state."""
+    states, rule, decay = ([], 0, 0.0) if row_state is None else ([row_state], 2, 0.1)
     sim.ops.adaptive_embedding_update_(
         batch.weight,
-        [],
+        states,
         batch.grad,
         batch.indices,
         batch.offsets,
@@ -165,8 +166,8 @@ def fused_step(batch: Batch, promised: bool) -> None:
         0,
         True,
         False,
-        0,
-        [0.1, 0.0, 0.0, 0.0, 0.0, 1.0],
+        rule,
+        [0.1, 1e-8, decay, 0.0, 0.0, 1.0],
         promised,
     )
 
@@ -191,27 +192,7 @@ def test_a_wide_row_wise_step_reads_the_gradient_once(pattern: str, dtype: torch
     """
     dim = 512
     batch = Batch(pattern, dtype, dim)
-    state = torch.ones(ROWS)
-    traffic = measured(
-        lambda: sim.ops.adaptive_embedding_update_(
-            batch.weight,
-            [state],
-            batch.grad,
-            batch.indices,
-            batch.offsets,
-            *batch.groups,
-            None,
-            0,
-            -1,
-            False,
-            0,
-            True,
-            False,
-            2,
-            [0.1, 1e-8, 0.1, 0.0, 0.0, 1.0],
-            True,
-        )
-    )
+    traffic = measured(lambda: fused_step(batch, True, torch.ones(ROWS)))
     distinct = batch.indices.unique()
     needed = batch.element * (LOOKUPS + distinct.numel()) * dim + batch.prefixes(distinct)
     needed += 4 * batch.row_group[distinct].unique().numel() * dim
