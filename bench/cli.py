@@ -6,7 +6,7 @@ import dataclasses
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -132,12 +132,13 @@ def run(
         raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     warnings.filterwarnings("ignore")
     chosen = select(SUITES[suite](), only or [])
+    everywhere: dict[str, Any] = {}
     if threads is not None:
-        cases = dict.fromkeys(dataclasses.replace(c, threads=threads) for c in chosen.cases)
-        chosen = dataclasses.replace(chosen, cases=list(cases))
+        everywhere["threads"] = threads
     if huge_pages:
-        cases = dict.fromkeys(dataclasses.replace(c, huge_pages=True) for c in chosen.cases)
-        chosen = dataclasses.replace(chosen, cases=list(cases))
+        everywhere["huge_pages"] = True
+    cases = dict.fromkeys(dataclasses.replace(case, **everywhere) for case in chosen.cases)
+    chosen = dataclasses.replace(chosen, cases=list(cases))
     if not chosen.cases and not (peaks and chosen.memory):
         raise typer.BadParameter("no case matches")
     if clock not in ("wall", "cpu"):

@@ -27,6 +27,8 @@ NOISE_SCALE = 0.5
 SIZE_EXPONENT = 0.3
 COUNTS_PER_ROW = 50
 _FILL_ROWS = 1 << 16
+# Id sets: one comes back only after so many calls, whoever makes them.
+ROTATIONS = 11
 
 
 @dataclass(frozen=True)
@@ -424,18 +426,6 @@ def _fill(weight: Tensor, generator: torch.Generator) -> None:
         part.copy_(pattern[: part.shape[0]])
 
 
-def rotations_for(contenders: int) -> int:
-    """Id sets in rotation: at least eleven, and coprime with the calls of a round.
-
-    Each contender makes two calls a round. Then every contender meets every set, and a set comes
-    back only after that many calls.
-    """
-    for prime in (11, 13, 17, 19, 23):
-        if contenders % prime:
-            return prime
-    return 29
-
-
 @dataclass(frozen=True)
 class _Sizes:
     row_dims: Tensor
@@ -480,14 +470,14 @@ def same_table(a: Case, b: Case) -> bool:
 
 
 def make_problem(
-    case: Case, *, seed: int = 0, rotations: int | None = None, reuse: Problem | None = None
+    case: Case, *, seed: int = 0, rotations: int = ROTATIONS, reuse: Problem | None = None
 ) -> Problem:
     """Draws the tensors of a case.
 
     Args:
         case: The case.
         seed: Of every draw.
-        rotations: Id sets; default by the number of contenders.
+        rotations: Id sets.
         reuse: An earlier problem that is no longer needed: its tables and layouts are taken over
             where they fit, filled afresh.
     """
@@ -510,7 +500,7 @@ def make_problem(
     rows = weight.shape[0] // case.tables
     lookups = case.bags * case.bag_size
     ids = []
-    for _ in range(rotations or rotations_for(len(case.contenders))):
+    for _ in range(rotations):
         parts = [
             draw_ids(case.distribution, rows, lookups, numpy_generator, case.exponent)
             for _ in range(case.tables)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from bench.contenders.base import Contender
-from bench.inputs import Case, rotations_for, same_table
+from bench.inputs import ROTATIONS, Case, same_table
 
 if TYPE_CHECKING:
     from bench.suites import Suite
@@ -45,13 +45,13 @@ def total_rows(case: Case) -> int:
     return case.tables * rows
 
 
-def shared_bytes(case: Case, rotations: int) -> float:
+def shared_bytes(case: Case) -> float:
     """What everybody works on: the table, a row's group, size and place, id sets, one call."""
     table = table_bytes(case)
     lookups = case.tables * case.bags * case.bag_size
     # A checked call holds rows, gradients and expectations in float64 several times over.
     call = lookups * case.dim * 4 * 12
-    return table + total_rows(case) * _ROW_BYTES + rotations * lookups * 16 + call
+    return table + total_rows(case) * _ROW_BYTES + ROTATIONS * lookups * 16 + call
 
 
 def table_bytes(case: Case) -> float:
@@ -116,7 +116,7 @@ def admit(case: Case, contenders: Sequence[Contender], available: float) -> Admi
         contenders: Those who have an answer to it.
         available: Free bytes, with what an earlier case left for this one.
     """
-    result = Admission(shared_bytes(case, rotations_for(len(contenders))))
+    result = Admission(shared_bytes(case))
     for contender in contenders:
         wanted = {
             name: size

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from bench import scale_plots
+from bench import figures, scale_plots
 from bench.results import Comparison, Report
 from bench.stats import Ratio
 from bench.tables import describe_case
 
 _OURS = "#1b6ca8"
 _PEER = "#9a9a9a"
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(width, height), constrained_layout=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
 
 
 def _usable(report: Report) -> list[Comparison]:
@@ -57,7 +36,7 @@ def ratio_bars(report: Report, path: Path) -> Path | None:
     bars = [(place, *line) for place, line in enumerate(lines)]
     if not bars:
         return None
-    figure, axes = _figure(10, 0.17 * len(bars) + 0.8)
+    figure, [axes] = figures.figure(10, 0.17 * len(bars) + 0.8)
     ticks = []
     for place, label, ratio, ours in bars:
         if ratio is None:
@@ -77,7 +56,7 @@ def ratio_bars(report: Report, path: Path) -> Path | None:
     axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=6.5)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlabel("time over the baseline's: bars to the left are faster")
-    return _save(figure, path)
+    return figures.save(figure, path)
 
 
 def roofline(report: Report, path: Path) -> Path | None:
@@ -90,7 +69,7 @@ def roofline(report: Report, path: Path) -> Path | None:
     ]
     if not entries:
         return None
-    figure, axes = _figure(7, 5)
+    figure, [axes] = figures.figure(7, 5)
     for ours, colour, label in ((False, _PEER, "peers"), (True, _OURS, "amtl")):
         chosen = [entry for entry in entries if entry[2] is ours]
         axes.scatter(
@@ -109,7 +88,7 @@ def roofline(report: Report, path: Path) -> Path | None:
     axes.set_xlabel("useful MB per call")
     axes.set_ylabel("useful GB/s")
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return figures.save(figure, path)
 
 
 def draw(report: Report, folder: Path, stem: str) -> list[Path]:

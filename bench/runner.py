@@ -59,7 +59,8 @@ def interleave(
     """Times calls in turn, so that what disturbs the machine disturbs all of them.
 
     The order is reversed in every other round. Every call takes the next id set, so a set comes
-    back only after ``rotations`` calls, whoever makes them. Each turn begins with untimed calls:
+    back only after ``rotations`` calls, whoever makes them (less what is skipped between two rounds
+    so that everybody meets every set). Each turn begins with untimed calls:
     contenders that share a table keep its hot rows in the last cache for each other, and one with a
     table of its own would pay for coming back to it, which nobody does whose program has one table.
 
@@ -75,16 +76,17 @@ def interleave(
     """
     turn = 0
 
-    def lead(call: Call, calls: int) -> None:
+    def next_sets(count: int) -> list[int]:
         nonlocal turn
-        for _ in range(calls):
-            call(turn % rotations)
-            turn += 1
+        turn += count
+        return [(turn - count + i) % rotations for i in range(count)]
+
+    def lead(call: Call, calls: int) -> None:
+        for index in next_sets(calls):
+            call(index)
 
     def timed(call: Call, repeats: int) -> float:
-        nonlocal turn
-        sets = [(turn + i) % rotations for i in range(repeats)]
-        turn += repeats
+        sets = next_sets(repeats)
 
         def run() -> None:
             for index in sets:
@@ -99,7 +101,7 @@ def interleave(
     leads = {name: budget.leads(estimate) for name, estimate in estimates.items()}
     repeats = {name: budget.repeats(estimate) for name, estimate in estimates.items()}
     made = sum(leads.values()) + sum(repeats.values())
-    # So that a round does not begin where the last one began: everybody meets every set.
+    # A round that began where the last one did would bring everybody the same sets again.
     skipped = next(skip for skip in range(rotations + 1) if math.gcd(made + skip, rotations) == 1)
     each = sum(estimates[name] * (repeats[name] + leads[name]) for name in calls)
     rounds = int(budget.seconds / max(each, 1e-9))

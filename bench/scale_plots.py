@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import figures
 from bench.results import Comparison, Report
 from bench.tables import OPTIMIZERS, short_count
 
@@ -22,7 +22,6 @@ _COLOURS = {
 }
 _OTHERS = ("#7a7a7a", "#b0a030", "#c06fa6", "#444444")
 _MARKERS = {"torch": "s", "fbgemm": "D"}
-_CAPTION_WIDTH = 210
 
 
 @dataclass(frozen=True)
@@ -63,21 +62,13 @@ class _Style:
         return {"color": colour, "marker": _MARKERS.get(key, "o"), "markersize": 4}
 
 
-def _panels(title: str) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(wspace=0.05)
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.6), layout=layout)
+def _panels(title: str) -> tuple[Any, list[Any]]:
+    figure, panels = figures.figure(12, 5.6, columns=2)
     figure.suptitle(title, fontsize=12)
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels:
         panel.grid(True, which="major", color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
-    return figure, axes
+    return figure, panels
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -115,18 +106,6 @@ def _legend(panel: Any, handles: Sequence[Any] | None = None) -> None:
         panel.legend(**options, **where)
     else:
         panel.legend(handles=handles, **options, **where)
-
-
-def _save(figure: Any, path: Path, caption: Sequence[str]) -> Path:
-    from matplotlib import pyplot
-
-    lines = [part for text in caption for part in textwrap.wrap(text, _CAPTION_WIDTH)]
-    if lines:
-        figure.supxlabel("\n".join(lines), fontsize=7.5, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
 
 
 def _spread(values: Iterable[float]) -> str:
@@ -244,7 +223,7 @@ def _times(report: Report, axis: _Axis, path: Path) -> Path | None:
         else:
             panel.set_axis_off()
     caption = [_conditions(report, usable, axis), *_absences(report, entries, axis)]
-    return _save(figure, path, caption)
+    return figures.save(figure, path, caption)
 
 
 def _memory_panel(panel: Any, entries: Sequence[dict[str, Any]], field: str, style: _Style) -> None:
@@ -314,7 +293,7 @@ def memory(report: Report, path: Path) -> Path | None:
         "it, in a fresh process. Dashed: weights held.",
         *(f"Without {name}: {reason}." for name, reason in report.memory_left_out.items()),
     ]
-    return _save(figure, path, caption)
+    return figures.save(figure, path, caption)
 
 
 def draw(report: Report, folder: Path, stem: str) -> list[Path]:

@@ -15,7 +15,6 @@ from bench.inputs import (
     flights_trace,
     make_problem,
     noise_column,
-    rotations_for,
 )
 
 CASE = Case("forward", 4000, ("a", "b"), ("a",), dim=32, bags=64, bag_size=5)
@@ -94,13 +93,6 @@ def test_reuse_takes_the_table_and_fills_it_afresh() -> None:
     assert second.layouts is first.layouts
     other = make_problem(dataclasses.replace(CASE, rows=100), reuse=second)
     assert other.weight.shape == (100, 32)
-
-
-@pytest.mark.parametrize("contenders", range(1, 15))
-def test_every_contender_meets_every_set(contenders: int) -> None:
-    rotations = rotations_for(contenders)
-    assert rotations >= 11
-    assert math.gcd(rotations, contenders) == 1
 
 
 def test_the_measured_trace() -> None:

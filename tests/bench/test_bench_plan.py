@@ -78,7 +78,7 @@ def test_a_copy_of_the_same_name_counts_once() -> None:
 
 def test_the_table_of_an_earlier_case_counts_as_free() -> None:
     case = dataclasses.replace(CASE, rows=100_000, contenders=("lean",))
-    shared = plan.shared_bytes(case, 11)
+    shared = plan.shared_bytes(case)
     the_runner = runner(2e9, Lean())
     the_runner.run(case)
     the_runner.available = lambda: shared + plan.RESERVE - plan.table_bytes(case) / 2
@@ -189,7 +189,7 @@ def test_scale_plots_and_tables_name_who_was_left_out(
         captions[path.name] = " ".join(caption)
         return path
 
-    monkeypatch.setattr("bench.scale_plots._save", keep)
+    monkeypatch.setattr("bench.figures.save", keep)
     draw(report, tmp_path, "s")
     assert set(captions) == {f"s-scale-{x}.png" for x in ("rows", "width", "bag", "skew", "memory")}
     assert (

@@ -11,7 +11,7 @@ import torch
 from bench import binding, machine
 from bench.contenders.base import AutogradSession, Contender, Session
 from bench.contenders.torch_eager import Bag
-from bench.inputs import Case, Problem
+from bench.inputs import ROTATIONS, Case, Problem
 from bench.oracle import Equations, MismatchError
 from bench.plan import Budget
 from bench.runner import Runner, interleave
@@ -140,6 +140,20 @@ def test_calls_interleave_and_rotate() -> None:
     assert [name for name, _ in log[-24:]] == list("aaaabbbbbbbbaaaaaaaabbbb")
     sets = [rotation for _, rotation in log]
     assert sets == [i % 11 for i in range(len(sets))]
+
+
+@pytest.mark.parametrize("contenders", range(1, 15))
+def test_every_contender_meets_every_set(contenders: int) -> None:
+    assert ROTATIONS >= 11
+    met: dict[int, set[int]] = {name: set() for name in range(contenders)}
+    # As many rounds as there are sets in either order, and the two calls of the slowest.
+    interleave(
+        {str(name): met[name].add for name in met},
+        ROTATIONS,
+        budget=Budget(0, 2 * ROTATIONS, 2 * ROTATIONS, shortest_sample=0, warm_calls=1),
+        timer=lambda run: (run(), 1.0)[1],
+    )
+    assert all(sets == set(range(ROTATIONS)) for sets in met.values())
 
 
 def test_every_round_begins_with_another_id_set() -> None:
