@@ -49,12 +49,8 @@ def read_pieces(pieces_ptr, keys_ptr, num_pieces, num_lookups, LANES: tl.constex
 
 @triton.jit
 def sum_pieces(
-    grad_ptr,
-    source_ptr,
-    scale_ptr,
-    live,
-    start,
-    end,
+    gradient,
+    pieces,
     needed,
     cols,
     HAS_SCALE: tl.constexpr,
@@ -63,7 +59,12 @@ def sum_pieces(
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """fp32 sums [LANES, BLOCK_D] of pieces ``start..end-1``, the first ``needed`` columns."""
+    """fp32 sums [LANES, BLOCK_D] of what :func:`read_pieces` found, the first ``needed`` columns.
+
+    ``gradient`` is ``(grad, source, scale)`` of :func:`reduce_rows_kernel`.
+    """
+    grad_ptr, source_ptr, scale_ptr = gradient
+    live, start, end, _, _, _ = pieces
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
     for step in tl.range(0, tl.max(end - start, axis=0), loop_unroll_factor=2):
         at = start + step
@@ -103,28 +104,31 @@ def group_row(group, group_tiers_ptr, D: tl.constexpr, GROUP_TIERS: tl.constexpr
 
 @triton.jit
 def sum_groups(
-    product,
-    live,
-    key,
-    before,
-    after,
+    weight_ptr,
+    first,
+    needed,
+    total,
+    pieces,
+    masks,
     num_rows,
-    mask_ptr,
-    mask_partial_ptr,
-    group_tiers_ptr,
     programs,
     cols,
     D: tl.constexpr,
     GROUP_TIERS: tl.constexpr,
+    VEC: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Sums ``product [LANES, C]`` per group, of pieces with ascending keys [LANES].
+    """Sums, per group, the products of sums ``total [LANES, C]`` of pieces and their weights.
 
-    A group that lies within this program goes to ``mask [G, D]``, or, of several tables, to its
-    place in their flat mask gradients. One that goes on into a
-    neighbour goes to ``mask_partial [2 * programs, D]``: to the first half where it came from the
-    program before, to the second half where it starts here.
+    The weights are the first ``needed`` columns of the rows at ``first`` [LANES]; keys ascend along
+    the pieces. ``masks`` is ``(mask, mask_partial, group_tiers)``: a group that lies within this
+    program goes to ``mask [G, D]`` or, of several tables, to its place in their flat mask
+    gradients. One that goes on into a neighbour goes to ``mask_partial [2 * programs, D]``: to the
+    first half where it came from the program before, to the second half where it starts here.
     """
+    live, _, _, key, before, after = pieces
+    mask_ptr, mask_partial_ptr, group_tiers_ptr = masks
+    product = total * load_prefix(weight_ptr, first, needed, cols, VEC).to(tl.float32)
     NONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     lane = tl.arange(0, LANES)
     group = key // num_rows
@@ -137,14 +141,14 @@ def sum_groups(
     program = tl.program_id(0).to(tl.int64)
     while current < NONE:
         mine = live & (group == current)
-        total = tl.sum(tl.where(mine[:, None], product, 0.0), axis=0)
+        of_group = tl.sum(tl.where(mine[:, None], product, 0.0), axis=0)
         if current == from_before:
-            tl.store(mask_partial_ptr + program * D + cols, total, mask=cols < D)
+            tl.store(mask_partial_ptr + program * D + cols, of_group, mask=cols < D)
         elif current == to_after:
-            tl.store(mask_partial_ptr + (programs + program) * D + cols, total, mask=cols < D)
+            tl.store(mask_partial_ptr + (programs + program) * D + cols, of_group, mask=cols < D)
         else:
-            first, width = group_row(current, group_tiers_ptr, D, GROUP_TIERS)
-            tl.store(mask_ptr + first + cols, total, mask=cols < width)
+            at, width = group_row(current, group_tiers_ptr, D, GROUP_TIERS)
+            tl.store(mask_ptr + at + cols, of_group, mask=cols < width)
         current = tl.min(tl.where(live & (group > current), group, NONE), axis=0)
 
 
@@ -260,9 +264,8 @@ def reduce_rows_kernel(
     if tl.program_id(0) * LANES >= num_pieces:
         return
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    live, start, end, key, before, after = read_pieces(
-        pieces_ptr, keys_ptr, num_pieces, num_lookups, LANES
-    )
+    pieces = read_pieces(pieces_ptr, keys_ptr, num_pieces, num_lookups, LANES)
+    live, start, _, key, before, after = pieces
     row = key
     if WRITE_MASK:
         row = key % num_rows
@@ -288,20 +291,9 @@ def reduce_rows_kernel(
         needed = size
     if WRITE_MASK:
         needed = round_up(tl.where(live, weight_width, 0).to(tl.int32), VEC)
+    gradient = (grad_ptr, source_ptr, scale_ptr)
     total = sum_pieces(
-        grad_ptr,
-        source_ptr,
-        scale_ptr,
-        live,
-        start,
-        end,
-        needed,
-        cols,
-        HAS_SCALE,
-        GRAD_STEP,
-        GRAD_VEC,
-        BLOCK_D,
-        LANES,
+        gradient, pieces, needed, cols, HAS_SCALE, GRAD_STEP, GRAD_VEC, BLOCK_D, LANES
     )
     if WRITE_ROWS:
         sole = (before != key) & (after != key)
@@ -315,21 +307,19 @@ def reduce_rows_kernel(
         )
         store_partial(partial_ptr, kept, live & (sole == 0), start, chunk, windows, cols, D)
     if WRITE_MASK:
-        weight = load_prefix(weight_ptr, weight_first, needed, cols, VEC).to(tl.float32)
         sum_groups(
-            total * weight,
-            live,
-            key,
-            before,
-            after,
+            weight_ptr,
+            weight_first,
+            needed,
+            total,
+            pieces,
+            (mask_ptr, mask_partial_ptr, group_tiers_ptr),
             num_rows,
-            mask_ptr,
-            mask_partial_ptr,
-            group_tiers_ptr,
             programs,
             cols,
             D,
             GROUP_TIERS,
+            VEC,
             LANES,
         )
 

@@ -51,7 +51,7 @@ from amtl_kernels.triton.rules import (
     update_tile,
 )
 from amtl_kernels.triton.samples import sample_grad
-from amtl_kernels.triton.tables import Table, load_prefix, place, round_up, row_of_tier, size_at
+from amtl_kernels.triton.tables import Table, place, round_up, row_of_tier, size_at
 
 
 @triton.jit
@@ -93,72 +93,6 @@ def states_start(
     if RULE == ADAM:
         second = state_start(row, tier, second_tiers_ptr, RULE, D, TIERS, VEC)
     return first, second
-
-
-@triton.jit
-def finish_pieces(
-    weight_ptr,
-    state_ptr,
-    second_ptr,
-    pieces,
-    row_place,
-    needed,
-    sole,
-    total,
-    cols,
-    root,
-    scalars,
-    rounding_seed,
-    partials,
-    masks,
-    chunk,
-    windows,
-    num_rows,
-    programs,
-    WRITE_MASK: tl.constexpr,
-    RULE: tl.constexpr,
-    ROUND: tl.constexpr,
-    D: tl.constexpr,
-    GROUP_TIERS: tl.constexpr,
-    VEC: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """What becomes of sums [LANES, C]: mask gradients, partial sums of hot rows, or a step."""
-    live, start, key, before, after = pieces
-    mask_ptr, mask_partial_ptr, group_tiers_ptr = masks
-    if WRITE_MASK:
-        weight = load_prefix(weight_ptr, row_place[0], needed, cols, VEC).to(tl.float32)
-        sum_groups(
-            total * weight,
-            live,
-            key,
-            before,
-            after,
-            num_rows,
-            mask_ptr,
-            mask_partial_ptr,
-            group_tiers_ptr,
-            programs,
-            cols,
-            D,
-            GROUP_TIERS,
-            LANES,
-        )
-    store_partial(partials, total, live & (sole == 0), start, chunk, windows, cols, D)
-    update_tile(
-        weight_ptr,
-        state_ptr,
-        second_ptr,
-        row_place,
-        cols,
-        total,
-        root,
-        scalars,
-        rounding_seed,
-        RULE,
-        ROUND,
-        VEC,
-    )
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "programs"])
@@ -226,9 +160,8 @@ def reduce_update_kernel(
     if tl.program_id(0) * LANES >= num_pieces:
         return
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    live, start, end, key, before, after = read_pieces(
-        pieces_ptr, keys_ptr, num_pieces, num_lookups, LANES
-    )
+    pieces = read_pieces(pieces_ptr, keys_ptr, num_pieces, num_lookups, LANES)
+    live, start, _, key, before, after = pieces
     row = key
     if WRITE_MASK:
         row = key % num_rows
@@ -239,20 +172,9 @@ def reduce_update_kernel(
     needed = size
     if WRITE_MASK:
         needed = round_up(tl.where(live, width, 0).to(tl.int32), VEC)
+    gradient = (grad_ptr, source_ptr, scale_ptr)
     total = sum_pieces(
-        grad_ptr,
-        source_ptr,
-        scale_ptr,
-        live,
-        start,
-        end,
-        needed,
-        cols,
-        HAS_SCALE,
-        GRAD_STEP,
-        GRAD_VEC,
-        BLOCK_D,
-        LANES,
+        gradient, pieces, needed, cols, HAS_SCALE, GRAD_STEP, GRAD_VEC, BLOCK_D, LANES
     )
     sole = (before != key) & (after != key)
     size = tl.where(sole, size, 0)
@@ -265,25 +187,12 @@ def reduce_update_kernel(
         for block in tl.range(1, BLOCKS):
             more = cols + block * BLOCK_D
             total = sum_pieces(
-                grad_ptr,
-                source_ptr,
-                scale_ptr,
-                live,
-                start,
-                end,
-                needed,
-                more,
-                HAS_SCALE,
-                GRAD_STEP,
-                GRAD_VEC,
-                BLOCK_D,
-                LANES,
+                gradient, pieces, needed, more, HAS_SCALE, GRAD_STEP, GRAD_VEC, BLOCK_D, LANES
             )
             squares += sum_squares(weight_ptr, first, size, more, total, weight_decay, VEC)
         root = update_row_state(state_ptr, state_first, size, squares, eps)
     lr, inverse_root2 = step_rates(lr, inverse_root2, log1, log2, step_ptr, RULE)
     rounding_seed = seed_of_step(rounding_mix, step_ptr)
-    pieces = (live, start, key, before, after)
     row_place = (first, size, number, state_first, second_first)
     masks = (mask_ptr, mask_partial_ptr, group_tiers_ptr)
     scalars = (lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2)
@@ -291,46 +200,38 @@ def reduce_update_kernel(
         more = cols + block * BLOCK_D
         if BLOCKS > 1:
             total = sum_pieces(
-                grad_ptr,
-                source_ptr,
-                scale_ptr,
-                live,
-                start,
-                end,
+                gradient, pieces, needed, more, HAS_SCALE, GRAD_STEP, GRAD_VEC, BLOCK_D, LANES
+            )
+        if WRITE_MASK:
+            sum_groups(
+                weight_ptr,
+                first,
                 needed,
+                total,
+                pieces,
+                masks,
+                num_rows,
+                programs,
                 more,
-                HAS_SCALE,
-                GRAD_STEP,
-                GRAD_VEC,
-                BLOCK_D,
+                D,
+                GROUP_TIERS,
+                VEC,
                 LANES,
             )
-        finish_pieces(
+        store_partial(partial_ptr, total, live & (sole == 0), start, chunk, windows, more, D)
+        update_tile(
             weight_ptr,
             state_ptr,
             second_ptr,
-            pieces,
             row_place,
-            needed,
-            sole,
-            total,
             more,
+            total,
             root,
             scalars,
             rounding_seed,
-            partial_ptr,
-            masks,
-            chunk,
-            windows,
-            num_rows,
-            programs,
-            WRITE_MASK,
             RULE,
             ROUND,
-            D,
-            GROUP_TIERS,
             VEC,
-            LANES,
         )
 
 
