@@ -236,8 +236,9 @@ def readme_section(report: Report, source: str) -> str:
     pages = ", everybody's tables on huge pages" if huge == {True} else ""
     head = (
         f"{told['cpu']}, {told['cores']} cores, {told['date'][:10]}; bags of 20, mean size 0.4 D "
-        f"over rows, {counts} thread(s){pages}{clock}, from `{source}`. Speed is the peer's "
-        "time over ours with its 95 % interval: below 1× we are slower.\n\n"
+        f"over rows, {counts} thread(s){pages}{clock}, by `python -m bench run --suite "
+        f"{report.suite}`: `{source}`. Speed is the peer's time over ours with its 95 % interval: "
+        "below 1× we are slower.\n\n"
     )
     header = ["work", "phase", "peer", "table", "speed, uniform ids", "speed, Zipf ids"]
     return head + markdown(header, rows)
