@@ -567,6 +567,35 @@ def test_a_false_promise_of_order_stays_inside_of_every_buffer() -> None:
     assert torch.equal(*weights)
 
 
+@pytest.mark.no_poison
+def test_rows_beyond_two_to_the_31_elements() -> None:
+    """Read, pooled, summed, stepped: address space is reserved, pages are not."""
+    dim, rows = 64, 2**31 // 64 + 1_000
+    chosen = torch.tensor([5, 2**31 // 64 + 3, rows - 1])
+    indices, offsets = chosen[[2, 0, 1, 2]], torch.tensor([0, 2])
+    values = torch.arange(3 * dim, dtype=torch.float32).view(3, dim)
+    weight = torch.empty(rows, dim)
+    weight[chosen] = values
+    sizes = torch.full((rows,), 40, dtype=torch.uint8)
+    groups = (torch.zeros(rows, dtype=torch.int32), torch.tensor([40], dtype=torch.int32))
+    kept = values.clone()
+    kept[:, 40:] = 0
+    got = sim.ops.masked_embedding(weight, indices, sizes, -1, 1)
+    assert torch.equal(got, kept[[2, 0, 1, 2]])
+    options = (weight, None, 0, -1, False, 0, 1)
+    pooled = sim.ops.adaptive_embedding_bag(weight, indices, offsets, *groups, *options)
+    assert torch.equal(pooled, torch.stack([kept[2] + kept[0], kept[1] + kept[2]]))
+    tiered = sim.ops.tiered_embedding([weight[:9], weight[9:]], [9, rows], indices, dim, -1, 1)
+    assert torch.equal(tiered, values[[2, 0, 1, 2]])
+
+    step = (*step_of("sgd", lr=1.0, weight_decay=0.0), True)
+    where = (torch.ones(2, dim), indices, offsets, *groups, None, 0, -1, False, 0)
+    mask, _ = sim.ops.adaptive_embedding_update_(weight, [], *where, True, False, *step)
+    assert torch.equal(mask[0], values[0] + values[1] + 2 * values[2])
+    values[:, :40] -= torch.tensor([[1.0], [1.0], [2.0]])
+    assert torch.equal(weight[chosen], values)
+
+
 def test_a_grid_that_a_gpu_refuses_is_refused_here() -> None:
     """Column pieces go to the y dimension, which ends at 65,535."""
     with pytest.raises(RuntimeError, match="amtl: a lookup failed: invalid argument"):
