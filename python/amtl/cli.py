@@ -84,8 +84,11 @@ def train(
         ),
     ] = None,
     min_count: Annotated[int, typer.Option(help="Rarer values share one row.")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="At most. [default: 18]")] = None,
-    patience: Annotated[int | None, typer.Option(help="Early stopping. [default: 5]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="At most. [default: 30]")] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Validations without a better one before it slows down. [default: 6]"),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="[default: by the data's size]")] = None,
     lr: Annotated[float | None, typer.Option(help="Of the MLP. [default: 0.002]")] = None,
     table_lr: Annotated[float | None, typer.Option(help="Of the table. [default: 0.03]")] = None,
@@ -97,7 +100,7 @@ def train(
         typer.Option(help="Share of the embeddings' numbers zeroed in a step. [default: 0]"),
     ] = None,
     freeze_at: Annotated[
-        float | None, typer.Option(help="Share of training after which sizes are fixed.")
+        int | None, typer.Option(help="Step at which sizes are fixed. [default: by validation]")
     ] = None,
     exponent: Annotated[
         float | None, typer.Option(help="a of size ∝ (count + 1)^a: the rule, and amtl's start.")
@@ -243,7 +246,7 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     unseen = {k: v for k, v in metrics["unknown_test_values"].items() if v}
     rows = {
         "test AUC": f"[bold]{metrics['test_auc']:.4f}[/]  (validation {metrics['val_auc']:.4f}, "
-        f"epoch {metrics['best_epoch']} of {metrics['epochs_run']})",
+        f"epoch {metrics['best_epoch']:.2f} of {metrics['epochs_run']:.2f})",
         "log loss": f"{metrics['test_logloss']:.4f}",
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -36,7 +37,7 @@ class TrainConfig:
         method: `amtl`, `rule` or `fixed`.
         dim: full embedding width D.
         budget: stored fraction of N × D.
-        freeze_at: share of `epochs` after which sizes are fixed; None for the layer's default.
+        freeze_at: step at which sizes are fixed; None leaves it to validation.
         table_options: more keyword arguments of the layer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
         hidden: widths of the MLP.
@@ -44,8 +45,14 @@ class TrainConfig:
         init_std: deviation of initial embedding weights.
         batch_size: samples per step.
         epochs: at most so many.
-        patience: epochs without a better validation AUC, counted once sizes are frozen, after
-            which training ends.
+        validations: so many an epoch, of the model as it would be stored. The best one by AUC
+            minus log loss is kept.
+        patience: validations in a row without a better one, after which training goes back to the
+            best model, freezes its sizes and goes on with learning rates times `rate_drop`; half as
+            many, at least 2, from then on.
+        rate_drop: what the learning rates of MLP and table are multiplied by at each such turn.
+        rate_drops: so many turns; the next one ends training.
+        race: whether candidates for what is left open here are tried at the start of training.
         lr: learning rate of the MLP (Adam).
         table_lr: learning rate of the embeddings.
         mask_lr: learning rate of the size parameters (Adam).
@@ -66,25 +73,32 @@ class TrainConfig:
     method: str = "amtl"
     dim: int = 64
     budget: float = 0.4
-    freeze_at: float | None = None
+    freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
     hidden: list[int] = field(default_factory=lambda: [128, 64])
     embedding_dropout: float = 0.0
     init_std: float = 0.01
     batch_size: int = 8192
-    epochs: int = 18
-    patience: int = 5
+    epochs: int = 30
+    validations: int = 4
+    patience: int = 6
+    rate_drop: float = 0.1
+    rate_drops: int = 2
+    race: bool = True
     lr: float = 2e-3
     table_lr: float = 3e-2
     mask_lr: float = 1e-2
     table_optimizer: str = "adam"
 
     def __post_init__(self) -> None:
-        positive = ("dim", "batch_size", "epochs", "patience", "min_count", "lr", "table_lr")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive")
+        for name in (
+            *("dim", "batch_size", "epochs", "validations", "patience", "min_count"),
+            *("lr", "table_lr", "mask_lr", "rate_drop"),
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
         if not 0 <= self.embedding_dropout < 1:
@@ -92,8 +106,8 @@ class TrainConfig:
                 f"--embedding-dropout must be from 0 up to (not including) 1, "
                 f"not {self.embedding_dropout:g}"
             )
-        if self.freeze_at is not None and not 0 <= self.freeze_at < 1:
-            raise UserError("--freeze-at must be from 0 up to (not including) 1")
+        if self.freeze_at is not None and self.freeze_at < 0:
+            raise UserError(f"--freeze-at is a number of steps, not {self.freeze_at}")
 
     @property
     def effective_budget(self) -> float | None:

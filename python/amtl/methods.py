@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amtl.config import TrainConfig
 from amtl.data.encoding import Encoder
 from amtl.errors import UserError
+from amtl.model import ClickModel
 
 METHODS = ("amtl", "rule", "fixed")
 TABLE_OPTIMIZERS = ("adam", "adagrad", "rowwise_adagrad", "sgd")
@@ -26,7 +28,6 @@ def build_table(
     budget: float = 0.4,
     init_std: float = 0.01,
     seed: int = 0,
-    freeze_at: float | None = None,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
     """An embedding over all fields of `encoder`, a bag if one of them is multi-valued.
@@ -39,7 +40,6 @@ def build_table(
         budget: stored fraction of N × D for `rule` and `amtl`.
         init_std: deviation of the normal initial weights.
         seed: of the initial weights and of the size noise.
-        freeze_at: share of training after which sizes are fixed; None for the layer's default.
         options: more keyword arguments of `AMTLEmbedding`.
 
     Raises:
@@ -62,8 +62,6 @@ def build_table(
 
         if method == "rule":
             extra["parametrization"] = "rule"
-        if freeze_at is not None:
-            extra["freeze_at"] = freeze_at
         if bags:
             extra["mode"] = "mean"
         try:
@@ -81,6 +79,29 @@ def build_table(
     with torch.no_grad():
         table_parameters(table)[0].normal_(0.0, init_std, generator=generator)
     return table
+
+
+def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
+    """A fresh model, the same for the same seed."""
+    torch.manual_seed(config.seed)
+    table = build_table(
+        config.method,
+        encoder,
+        config.dim,
+        budget=config.budget,
+        init_std=config.init_std,
+        seed=config.seed,
+        options=config.table_options,
+    )
+    torch.manual_seed(config.seed)
+    return ClickModel(
+        table,
+        len(encoder.fields),
+        config.dim,
+        len(encoder.dense_fields),
+        config.hidden,
+        config.embedding_dropout,
+    )
 
 
 def is_adaptive(table: nn.Module) -> bool:
@@ -105,10 +126,6 @@ def row_widths(table: nn.Module) -> Tensor:
     if not is_adaptive(table):
         weight = table_parameters(table)[0]
         return torch.full((weight.shape[0],), weight.shape[1])
-    if is_frozen(table):
-        return torch.cat(
-            [torch.full((block.shape[0],), block.shape[1]) for block in table_parameters(table)]
-        )
     return table.row_dims().long().cpu()  # type: ignore[operator]
 
 
@@ -118,11 +135,10 @@ def is_frozen(table: nn.Module) -> bool:
 
 
 def stored_bytes(table: nn.Module) -> int:
-    """Bytes the table takes when packed, in its dtype."""
-    if is_adaptive(table):
+    """Bytes of embedding values when packed, in their dtype; packing takes the row order in."""
+    if is_adaptive(table) and not is_frozen(table):
         return int(table.stored_bytes())  # type: ignore[operator]
-    weight = table_parameters(table)[0]
-    return weight.numel() * weight.element_size()
+    return sum(p.numel() * p.element_size() for p in table_parameters(table))
 
 
 def dense_bytes(table: nn.Module) -> int:

@@ -65,7 +65,8 @@ class PackedTable(nn.Module):
 
     def row_dims(self) -> Tensor:
         """Stored width of each row, int32 `[N]`."""
-        return methods.row_widths(self).to(torch.int32)
+        widths = torch.tensor([block.shape[1] for block in self.blocks], dtype=torch.int32)
+        return widths.repeat_interleave(torch.tensor((0, *self.tier_ends)).diff())
 
     def stored_bytes(self) -> int:
         """Bytes of the tiers."""
@@ -87,8 +88,6 @@ def pack_run(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Train
     """
     trained = load_run(folder)
     table = trained.model.table
-    if not methods.is_frozen(table):
-        raise UserError(f"{folder} stopped before its sizes were frozen; go on with --resume")
     encoder_tensors, encoder_meta = trained.encoder.to_tensors()
     tensors = {f"encoder.{k}": v for k, v in encoder_tensors.items()}
     tensors |= {f"mlp.{k}": v for k, v in trained.model.mlp.state_dict().items()}

@@ -19,14 +19,14 @@ from rich.progress import (
 class Observer(Protocol):
     """Is told how training goes."""
 
-    def begin(self, title: str, steps_per_epoch: int, epochs: int, done_steps: int) -> None:
-        """Training starts, or goes on after `done_steps`."""
+    def begin(self, title: str, steps: int, done_steps: int) -> None:
+        """Training of at most `steps` steps starts, or goes on after `done_steps`."""
 
-    def step(self, epoch: int, loss: float, samples: int) -> None:
-        """One step was taken."""
+    def step(self, epochs: float, loss: float, samples: int) -> None:
+        """One step was taken, `epochs` epochs from the start."""
 
-    def epoch(self, record: dict[str, Any]) -> None:
-        """An epoch ended; `record` is its entry of the history."""
+    def validation(self, record: dict[str, Any]) -> None:
+        """The model was validated; `record` is its entry of the history."""
 
     def note(self, text: str) -> None:
         """Something worth a line happened."""
@@ -38,13 +38,13 @@ class Observer(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def begin(self, title: str, steps_per_epoch: int, epochs: int, done_steps: int) -> None:
+    def begin(self, title: str, steps: int, done_steps: int) -> None:
         """Ignored."""
 
-    def step(self, epoch: int, loss: float, samples: int) -> None:
+    def step(self, epochs: float, loss: float, samples: int) -> None:
         """Ignored."""
 
-    def epoch(self, record: dict[str, Any]) -> None:
+    def validation(self, record: dict[str, Any]) -> None:
         """Ignored."""
 
     def note(self, text: str) -> None:
@@ -55,9 +55,10 @@ class Silent:
 
 
 class Bars:
-    """A progress bar with epoch, rate, time left, loss and validation AUC.
+    """A progress bar with epochs, rate, time left, loss and validation AUC.
 
-    On a terminal one live bar per run; elsewhere one line per epoch.
+    On a terminal one live bar per run; elsewhere one line per validation. Early stopping usually
+    ends training long before its last step, so the time left is an upper bound.
     """
 
     def __init__(self, console: Console) -> None:
@@ -68,24 +69,23 @@ class Bars:
         self._busy = 0.0
         self._last = 0.0
         self._val = "–"
-        self._epochs = 0
 
-    def begin(self, title: str, steps_per_epoch: int, epochs: int, done_steps: int) -> None:
+    def begin(self, title: str, steps: int, done_steps: int) -> None:
         """Opens the bar."""
-        self._epochs = epochs
         self._title = title
         self._val = "–"
+        self._loss = 0.0
         self._samples, self._busy = 0, 0.0
         self._last = time.perf_counter()
         if not self._console.is_terminal:
             return
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
+            TextColumn("[bold]{task.description}", markup=True),
             BarColumn(bar_width=20),
             TaskProgressColumn(),
             TextColumn("{task.fields[rate]}"),
-            TextColumn("left"),
+            TextColumn("at most"),
             TimeRemainingColumn(compact=True),
             TextColumn("loss {task.fields[loss]}  val AUC {task.fields[val]}"),
             console=self._console,
@@ -93,16 +93,11 @@ class Bars:
             refresh_per_second=5,
         )
         self._task = self._progress.add_task(
-            title,
-            total=steps_per_epoch * epochs,
-            completed=done_steps,
-            rate="",
-            loss="–",
-            val="–",
+            title, total=steps, completed=done_steps, rate="", loss="–", val="–"
         )
         self._progress.start()
 
-    def step(self, epoch: int, loss: float, samples: int) -> None:
+    def step(self, epochs: float, loss: float, samples: int) -> None:
         """Advances the bar."""
         now = time.perf_counter()
         self._busy += now - self._last
@@ -114,21 +109,20 @@ class Bars:
             self._progress.update(
                 self._task,
                 advance=1,
-                description=f"{self._title} epoch {epoch + 1}/{self._epochs}",
+                description=f"{self._title}  epoch {epochs:.1f}",
                 rate=f"{rate / 1e3:.0f}k rows/s",
                 loss=f"{self._loss:.4f}",
                 val=self._val,
             )
 
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Shows the validation AUC."""
-        best = record["val_auc"] == record.get("best_val_auc")
+    def validation(self, record: dict[str, Any]) -> None:
+        """Shows AUC and log loss."""
         self._val = f"{record['val_auc']:.4f}"
         self._last = time.perf_counter()
         line = (
-            f"  {self._title}  epoch {record['epoch'] + 1:>2}/{self._epochs}  "
-            f"loss {record['loss']:.4f}  val AUC {record['val_auc']:.4f}"
-            f"{' *' if best else '  '}  {record['seconds']:.1f} s  {record['phase']}"
+            f"  {self._title}  epoch {record['epoch']:>5.2f}  loss {record['loss']:.4f}  "
+            f"val AUC {record['val_auc']:.4f}  log loss {record['val_logloss']:.4f}"
+            f"{' *' if record['best'] else '  '}  {record['seconds']:.1f} s  {record['phase']}"
         )
         self._console.print(line, style="dim", highlight=False)
 

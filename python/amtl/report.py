@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -132,7 +133,7 @@ def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the results table, as text.
 
     Differences are to the widest fixed table; `ms/step` is the median in the search and in the
-    frozen phase, `best` the epoch kept.
+    frozen phase, `best` the epoch of the model kept.
     """
     base = baseline(results)
     many = any(len(result.runs) > 1 for result in results)
@@ -154,7 +155,7 @@ def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             f"{stored:,.0f}",
             f"{stored / full:.1%}",
             "/".join(f"{s:.1f}" for s in steps if s is not None),
-            f"{result.mean('best_epoch'):.0f}",
+            f"{result.mean('best_epoch'):.1f}",
             *([str(len(result.runs))] if many else []),
         ]
         rows.append(row)
@@ -209,8 +210,8 @@ def _page(results: Sequence[Result]) -> str:
             "Results",
             _summary(results)
             + _html_table(*table_rows(results))
-            + "<p class=note>ms/step: median step time, search / frozen; best: the epoch kept by "
-            "early stopping.</p>",
+            + "<p class=note>ms/step: median step time, search / frozen; best: the epoch of the "
+            "model that was kept, by validation AUC minus log loss.</p>",
         ),
         _section(
             "AUC against memory",
@@ -241,9 +242,9 @@ def _page(results: Sequence[Result]) -> str:
         _section(
             "Training curves",
             _figure(_plot_curves, results, (10.5, 3.8)),
-            "Validation AUC and training loss by epoch (first seed). The dot marks the epoch "
-            "that was kept; a vertical tick marks where sizes were frozen. Early stopping "
-            "counts from there.",
+            "Validation AUC and training loss (first seed). The dot marks the model that was kept; "
+            "at a vertical tick training went back to the best model so far, froze its sizes and "
+            "went on more slowly.",
         ),
         _section(
             "Bytes by field",
@@ -465,29 +466,29 @@ def _plot_curves(figure: Any, results: Sequence[Result]) -> None:
     for result in results:
         run = result.runs[0]
         style = _style(results, result)
-        epochs = [r["epoch"] + 1 for r in run["history"]]
-        values = [r["val_auc"] for r in run["history"]]
+        history = run["history"]
+        epochs = [r["epoch"] for r in history]
+        values = [r["val_auc"] for r in history]
         left.plot(epochs, values, linewidth=1.5, label=result.name, **style)
-        best = run["best_epoch"]
+        best = epochs.index(run["best_epoch"])
         left.plot(
-            [best],
-            [values[best - 1]],
+            [epochs[best]],
+            [values[best]],
             "o",
             color=style["color"],
             markersize=6,
             markeredgecolor="white",
         )
-        search = [r for r in run["history"] if r["phase"] == "search"]
-        if search and len(search) < len(values):
-            at = len(search)
-            left.plot(
-                [at + 0.5],
-                [(values[at - 1] + values[at]) / 2],
-                marker="|",
-                markersize=14,
-                color=style["color"],
-                markeredgewidth=1.5,
-            )
+        for before, after in itertools.pairwise(history):
+            if after["stage"] > before["stage"]:
+                left.plot(
+                    [(before["epoch"] + after["epoch"]) / 2],
+                    [(before["val_auc"] + after["val_auc"]) / 2],
+                    marker="|",
+                    markersize=14,
+                    color=style["color"],
+                    markeredgewidth=1.5,
+                )
         right.plot(epochs, [r["loss"] for r in run["history"]], linewidth=1.5, **style)
     left.set_ylabel("validation AUC")
     right.set_ylabel("training loss")

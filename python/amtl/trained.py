@@ -10,7 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from amtl import checkpoint
+from amtl import checkpoint, methods
 from amtl.config import TrainConfig
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.registry import load_source, read_labels
@@ -70,8 +70,6 @@ def load_run(folder: Path) -> Trained:
     Raises:
         UserError: if the folder is no run, or has no model yet.
     """
-    from amtl.training import build_model
-
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}; make one with amtl train --out")
     config = TrainConfig.from_dict(checkpoint.read_json(folder / "config.json"))
@@ -81,10 +79,12 @@ def load_run(folder: Path) -> Trained:
             f"{folder} has no trained model yet; go on with amtl train --resume --out {folder}"
         )
     best = checkpoint.load_checkpoint(folder / "best.pt")
-    model = build_model(config, encoder)
+    model = methods.build_model(config, encoder)
     model.load_state_dict(best["model"])
-    if best["row_map"] is not None:
-        encoder.renumber(best["row_map"])
+    if methods.is_adaptive(model.table):
+        if not methods.is_frozen(model.table):
+            model.table.freeze()  # type: ignore[operator]
+        encoder.renumber(model.table.absorb_order())  # type: ignore[operator]
     model.eval()
     path = folder / "metrics.json"
     return Trained(config, encoder, model, checkpoint.read_json(path) if path.exists() else None)

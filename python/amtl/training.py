@@ -1,18 +1,16 @@
 """The training job: from settings to a trained model, its metrics and its files.
 
 A run folder holds `config.json`, `vocabulary.safetensors` (fields and vocabularies as fitted),
-`checkpoint.pt` (everything needed to go on), `best.pt` (the model with the best validation AUC)
-and, at the end, `metrics.json`.
+`checkpoint.pt` (everything needed to go on), `best.pt` (the best model so far) and, at the end,
+`metrics.json`.
 """
 
 from __future__ import annotations
 
-import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +21,20 @@ from torch import Tensor, nn
 
 from amtl import checkpoint, methods
 from amtl.config import TrainConfig
-from amtl.data.encoding import EncodedData, Encoder, infer_fields
+from amtl.data.encoding import Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
+from amtl.learner import Learner, Task
 from amtl.metrics import auc, log_loss
-from amtl.model import ClickModel, predict
+from amtl.model import predict
 from amtl.progress import Observer, Silent
+from amtl.race import candidates, race
 from amtl.storage import load_encoder, save_encoder
-
-_TIMED_STEPS = 20_000
-"""Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
 
 
 class Interrupted(Exception):
     """Training stopped on request; the run folder holds a checkpoint to resume from."""
-
-
-@dataclass
-class Task:
-    """Encoded data of a run.
-
-    Attributes:
-        encoder: fitted on the training split.
-        train, val, test: the three splits.
-    """
-
-    encoder: Encoder
-    train: EncodedData
-    val: EncodedData
-    test: EncodedData
 
 
 def prepare(
@@ -91,28 +73,11 @@ def default_fields(frame: pl.DataFrame, config: TrainConfig, source: Source) -> 
     return [name for name in frame.columns if name not in skip]
 
 
-def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
-    """A fresh model, the same for the same seed."""
-    torch.manual_seed(config.seed)
-    table = methods.build_table(
-        config.method,
-        encoder,
-        config.dim,
-        budget=config.budget,
-        init_std=config.init_std,
-        seed=config.seed,
-        freeze_at=config.freeze_at,
-        options=config.table_options,
-    )
-    torch.manual_seed(config.seed)
-    return ClickModel(
-        table,
-        len(encoder.fields),
-        config.dim,
-        len(encoder.dense_fields),
-        config.hidden,
-        config.embedding_dropout,
-    )
+def title(config: TrainConfig) -> str:
+    """A run in a few words."""
+    budget = config.effective_budget
+    share = "" if budget is None else f" {budget:.1%}"
+    return f"{config.method} D={config.dim}{share}"
 
 
 class Trainer:
@@ -120,7 +85,7 @@ class Trainer:
 
     Args:
         config: settings.
-        task: encoded data, as fitted (not renumbered).
+        task: encoded data.
         out: run folder, or None to keep nothing on disk.
         observer: is told how it goes.
         stop: asked after every step with the number of steps done; True stops the run with a
@@ -143,39 +108,92 @@ class Trainer:
         self.observer: Observer = observer or Silent()
         self.stop = stop or (lambda steps: False)
         self.checkpoint_seconds = checkpoint_seconds
-        self.model = build_model(config, task.encoder)
-        self.table = self.model.table
-        self.table_optimizer = methods.table_optimizer(
-            config.table_optimizer, methods.table_parameters(self.table), config.table_lr
-        )
-        self.dense_optimizer = torch.optim.Adam(self.model.mlp.parameters(), config.lr, fused=True)
-        masks = methods.mask_parameters(self.table)
-        self.mask_optimizer = torch.optim.Adam(masks, config.mask_lr) if masks else None
-        self.steps_per_epoch = math.ceil(len(task.train) / config.batch_size)
-        self.epoch = 0
-        self.step = 0
-        self.history: list[dict[str, Any]] = []
-        self.step_seconds: dict[str, list[float]] = {"search": [], "frozen": []}
-        self.losses: list[float] = []
-        self.best: dict[str, Any] = {"epoch": -1, "val_auc": -1.0}
-        self.best_model: dict[str, Tensor] | None = None
-        self.row_map: Tensor | None = None
-        self.finished = False
-        self._epoch_seconds = 0.0
+        self.learner = self._make(config)
+        self.raced: list[dict[str, Any]] = []
         self._saved_at = time.monotonic()
+        self._best_saved = -1
+
+    def _make(self, config: TrainConfig) -> Learner:
+        learner = Learner(config, self.task)
+        if config.warm_start:
+            self._warm_start(learner, Path(config.warm_start))
+        return learner
 
     @property
-    def frozen(self) -> bool:
-        """Whether sizes are fixed."""
-        return methods.is_frozen(self.table)
+    def table(self) -> nn.Module:
+        """The embedding."""
+        return self.learner.table
 
-    @property
-    def steps_done(self) -> int:
-        """Steps taken since the start of training."""
-        return self.epoch * self.steps_per_epoch + self.step
+    def run(self) -> dict[str, Any]:
+        """Races settings, trains until early stopping, restores the best model, tests it once.
 
-    def warm_start(self, run: Path) -> int:
-        """Copies matching rows of a trained `fixed` run into the table; returns how many.
+        Returns:
+            The metrics, also written to `metrics.json`.
+
+        Raises:
+            Interrupted: if `stop` asked for it.
+        """
+        if self.out and not self.learner.finished:
+            self._write_inputs()
+        if self.learner.steps == 0 and candidates(self.config):
+            self._race()
+        learner, config = self.learner, self.config
+        total = learner.steps_per_epoch * config.epochs
+        self.observer.begin(title(config), total, learner.steps)
+        try:
+            while not learner.finished:
+                self._step()
+        finally:
+            self.observer.end()
+        return self._finish()
+
+    def _race(self) -> None:
+        """Lets candidates for the open settings run against each other; the best one goes on."""
+
+        taken = 0
+
+        def step(learner: Learner) -> None:
+            nonlocal taken
+            loss, samples = learner.step()
+            self.observer.step(learner.epochs, loss, samples)
+            taken += 1
+            if self.stop(taken):
+                raise Interrupted
+
+        try:
+            result = race(self.config, self._make, self.observer, step)
+        finally:
+            self.observer.end()
+        self.config, self.learner, self.raced = result.config, result.learner, result.table
+        if self.out:
+            self._write_inputs()
+            self.save()
+
+    def _step(self) -> None:
+        learner = self.learner
+        frozen, records = learner.frozen, len(learner.history)
+        loss, samples = learner.step()
+        self.observer.step(learner.epochs, loss, samples)
+        if len(learner.history) > records:
+            self.observer.validation(learner.history[-1])
+        if learner.frozen and not frozen:
+            self._note_freeze()
+        if self.stop(learner.steps):
+            self.save()
+            raise Interrupted
+        old = time.monotonic() - self._saved_at > self.checkpoint_seconds
+        if self.out and (old or learner.finished or learner.steps % learner.steps_per_epoch == 0):
+            self.save()
+
+    def _note_freeze(self) -> None:
+        stored, full = methods.stored_bytes(self.table), methods.dense_bytes(self.table)
+        self.observer.note(
+            f"sizes frozen: {stored:,} of {full:,} bytes ({stored / full:.1%}), "
+            f"{len(methods.table_parameters(self.table))} size tiers"
+        )
+
+    def _warm_start(self, learner: Learner, run: Path) -> None:
+        """Copies matching rows of a trained `fixed` run into the table.
 
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
@@ -189,7 +207,7 @@ class Trainer:
                 f"--warm-start {run}: its width is {donor.config.dim}; use --dim {donor.config.dim}"
             )
         source = methods.table_parameters(donor.model.table)[0].detach()
-        target = methods.table_parameters(self.table)[0]
+        target = methods.table_parameters(learner.table)[0]
         matched = 0
         for f, name in enumerate(self.task.encoder.names):
             if name not in donor.encoder.names:
@@ -210,156 +228,19 @@ class Trainer:
             matched += len(local)
         if not matched:
             raise UserError(f"--warm-start {run}: it has no field in common with this run")
-        return matched
-
-    def run(self) -> dict[str, Any]:
-        """Trains until early stopping or the last epoch, restores the best model, tests it once.
-
-        Returns:
-            The metrics, also written to `metrics.json`.
-
-        Raises:
-            Interrupted: if `stop` asked for it.
-        """
-        config = self.config
-        title = f"{config.method} D={config.dim}"
-        if config.effective_budget is not None:
-            title += f" {config.effective_budget:.1%}"
-        if self.out and not self.finished:
-            self._write_inputs()
-        self.observer.begin(title, self.steps_per_epoch, config.epochs, self.steps_done)
-        try:
-            while not self.finished:
-                self._train_epoch()
-        finally:
-            self.observer.end()
-        return self._finish()
-
-    def _train_epoch(self) -> None:
-        if not self.frozen and self.epoch >= self._freeze_epoch():
-            self._freeze()
-        order = torch.randperm(
-            len(self.task.train),
-            generator=torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch),
-        )
-        phase = "search" if not self.frozen else "frozen"
-        total = self.steps_per_epoch * self.config.epochs
-        self.model.train()
-        size = self.config.batch_size
-        start_of_call = time.perf_counter()
-        while self.step < self.steps_per_epoch:
-            started = time.perf_counter()
-            samples = order[self.step * size : (self.step + 1) * size]
-            if phase == "search":
-                self.table.update_schedule(self.steps_done / total)  # type: ignore[operator]
-            loss = self._train_step(samples)
-            if len(self.step_seconds[phase]) < _TIMED_STEPS:
-                self.step_seconds[phase].append(time.perf_counter() - started)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss became {loss} in epoch {self.epoch + 1}; lower --table-lr or --lr"
-                )
-            self.losses.append(loss)
-            self.step += 1
-            self.observer.step(self.epoch, loss, len(samples))
-            if self.stop(self.steps_done):
-                self._epoch_seconds += time.perf_counter() - start_of_call
-                self.save()
-                raise Interrupted
-            if self.out and time.monotonic() - self._saved_at > self.checkpoint_seconds:
-                self.save()
-        self._epoch_seconds += time.perf_counter() - start_of_call
-        self._end_epoch(phase)
-
-    def _train_step(self, samples: Tensor) -> float:
-        batch = self.task.train.batch(samples)
-        loss = nn.functional.binary_cross_entropy_with_logits(self.model(batch), batch.labels)
-        loss.backward()
-        for optimizer in (self.dense_optimizer, self.table_optimizer, self.mask_optimizer):
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-        return float(loss.detach())
-
-    def _end_epoch(self, phase: str) -> None:
-        logits = predict(self.model, self.task.val)
-        record: dict[str, Any] = {
-            "epoch": self.epoch,
-            "phase": phase if self.config.method != "fixed" else "",
-            "loss": statistics.fmean(self.losses),
-            "val_auc": auc(logits, self.task.val.labels),
-            "val_logloss": log_loss(logits, self.task.val.labels),
-            "stored_bytes": methods.stored_bytes(self.table),
-            "seconds": self._epoch_seconds,
-        }
-        if self.frozen and record["val_auc"] > self.best["val_auc"]:
-            self.best = {"epoch": self.epoch, "val_auc": record["val_auc"]}
-            state: dict[str, Any] = {
-                "model": self.model.state_dict(),
-                "row_map": self.row_map,
-                "epoch": self.epoch,
-            }
-            if self.out:
-                checkpoint.save_checkpoint(self.out / "best.pt", state)
-            else:
-                self.best_model = {k: v.detach().clone() for k, v in state["model"].items()}
-        record["best_val_auc"] = self.best["val_auc"]
-        self.history.append(record)
-        self.epoch += 1
-        self.step = 0
-        self.losses = []
-        self._epoch_seconds = 0.0
-        stale = self.best["epoch"] >= 0 and self.epoch - 1 - self.best["epoch"] >= (
-            self.config.patience
-        )
-        self.finished = self.epoch >= self.config.epochs or (self.frozen and stale)
-        self.observer.epoch(record)
-        self.save()
-
-    def _freeze_epoch(self) -> int:
-        share = float(self.table.freeze_at)  # type: ignore[arg-type]
-        return min(max(round(share * self.config.epochs), 1), self.config.epochs - 1)
-
-    def _freeze(self) -> None:
-        """Fixes sizes, moves table and optimizer state to tiers, renumbers the data once."""
-        self.table.freeze(self.table_optimizer)  # type: ignore[operator]
-        new_rows = self.table.absorb_order()  # type: ignore[operator]
-        self.mask_optimizer = None
-        self._renumber(new_rows)
-        stored, full = methods.stored_bytes(self.table), methods.dense_bytes(self.table)
-        self.observer.note(
-            f"sizes frozen: {stored:,} of {full:,} bytes ({stored / full:.1%}), "
-            f"{len(methods.table_parameters(self.table))} size tiers"
-        )
-
-    def _renumber(self, new_rows: Tensor) -> None:
-        self.row_map = new_rows.to(torch.int32)
-        self.task.encoder.renumber(new_rows)
-        for part in (self.task.train, self.task.val, self.task.test):
-            part.renumber(new_rows)
+        self.observer.note(f"warm start: {matched:,} rows from {run}")
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit."""
-        return {
-            "model": self.model.state_dict(),
-            "table_optimizer": self.table_optimizer.state_dict(),
-            "dense_optimizer": self.dense_optimizer.state_dict(),
-            "mask_optimizer": self.mask_optimizer.state_dict() if self.mask_optimizer else None,
-            "row_map": self.row_map,
-            "epoch": self.epoch,
-            "step": self.step,
-            "history": self.history,
-            "losses": self.losses,
-            "step_seconds": self.step_seconds,
-            "epoch_seconds": self._epoch_seconds,
-            "best": self.best,
-            "finished": self.finished,
-            "rng": torch.get_rng_state(),
-        }
+        return {**self.learner.state(), "raced": self.raced}
 
     def save(self) -> None:
-        """Writes `checkpoint.pt`, if there is a run folder."""
+        """Writes `checkpoint.pt`, and `best.pt` if it changed, if there is a run folder."""
         if self.out:
+            best = self.learner.best
+            if best is not None and best["record"]["step"] != self._best_saved:
+                checkpoint.save_checkpoint(self.out / "best.pt", best)
+                self._best_saved = best["record"]["step"]
             checkpoint.save_checkpoint(self.out / "checkpoint.pt", self.state())
         self._saved_at = time.monotonic()
 
@@ -367,42 +248,17 @@ class Trainer:
         """Goes back to the state in the run folder."""
         assert self.out is not None
         state = checkpoint.load_checkpoint(self.out / "checkpoint.pt")
-        self.model.load_state_dict(state["model"])
-        if state["row_map"] is not None:
-            self.table_optimizer = methods.table_optimizer(
-                self.config.table_optimizer,
-                methods.table_parameters(self.table),
-                self.config.table_lr,
-            )
-            self.mask_optimizer = None
-            self._renumber(state["row_map"])
-        self.table_optimizer.load_state_dict(state["table_optimizer"])
-        self.dense_optimizer.load_state_dict(state["dense_optimizer"])
-        if self.mask_optimizer and state["mask_optimizer"]:
-            self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.history, self.losses = state["history"], state["losses"]
-        self.step_seconds = state["step_seconds"]
-        self._epoch_seconds = state["epoch_seconds"]
-        self.best, self.finished = state["best"], state["finished"]
-        torch.set_rng_state(state["rng"])
+        self.raced = state.pop("raced")
+        self.learner.load_state(state)
 
     def _write_inputs(self) -> None:
         assert self.out is not None
         checkpoint.write_json(self.out / "config.json", self.config.to_dict())
-        if self.row_map is None:
-            save_encoder(self.out / "vocabulary.safetensors", self.task.encoder)
+        save_encoder(self.out / "vocabulary.safetensors", self.task.encoder)
 
     def _finish(self) -> dict[str, Any]:
-        if self.best["epoch"] < 0:
-            raise UserError("no epoch gave a valid AUC; does validation hold both classes?")
-        if self.out:
-            best = checkpoint.load_checkpoint(self.out / "best.pt")["model"]
-        else:
-            assert self.best_model is not None
-            best = self.best_model
-        self.model.load_state_dict(best)
-        logits = predict(self.model, self.task.test)
+        self.learner.end()
+        logits = predict(self.learner.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
             checkpoint.write_json(self.out / "metrics.json", result)
@@ -411,13 +267,16 @@ class Trainer:
 
 def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     """The record of a finished run."""
-    config, encoder, table = trainer.config, trainer.task.encoder, trainer.table
+    learner = trainer.learner
+    config, encoder, table = trainer.config, trainer.task.encoder, learner.table
+    assert learner.best is not None
+    best = learner.best["record"]
     labels = trainer.task.test.labels
     widths = methods.row_widths(table)
     itemsize = methods.table_parameters(table)[0].element_size()
     fields = encoder.row_fields()
     by_field = torch.bincount(fields, weights=widths.double(), minlength=len(encoder.names))
-    steps = {k: statistics.median(v) * 1e3 if v else None for k, v in trainer.step_seconds.items()}
+    steps = {k: statistics.median(v) * 1e3 if v else None for k, v in learner.step_seconds.items()}
     stored, full = methods.stored_bytes(table), methods.dense_bytes(table)
     return {
         "method": config.method,
@@ -426,23 +285,26 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "seed": config.seed,
         "test_auc": auc(test_logits, labels),
         "test_logloss": log_loss(test_logits, labels),
-        "val_auc": trainer.best["val_auc"],
-        "best_epoch": trainer.best["epoch"] + 1,
-        "epochs_run": trainer.epoch,
+        "val_auc": best["val_auc"],
+        "val_logloss": best["val_logloss"],
+        "best_epoch": best["epoch"],
+        "best_phase": best["phase"],
+        "epochs_run": round(learner.epochs, 4),
         "stored_bytes": stored,
         "dense_bytes": full,
         "stored_fraction": stored / full,
         "rows": encoder.num_rows,
-        "mlp_bytes": sum(p.numel() * p.element_size() for p in trainer.model.mlp.parameters()),
+        "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.mlp.parameters()),
         "bytes_by_field": {
             name: int(b) * itemsize for name, b in zip(encoder.names, by_field, strict=True)
         },
         "rows_by_field": dict(zip(encoder.names, encoder.field_sizes, strict=True)),
         "unknown_test_values": trainer.task.test.unknown,
         "step_ms_median": steps,
-        "seconds": sum(r["seconds"] for r in trainer.history),
+        "seconds": sum(r["seconds"] for r in learner.history),
         "sizes": size_summary(encoder, table),
-        "history": trainer.history,
+        "history": learner.history,
+        "raced": trainer.raced,
         "config": config.to_dict(),
         "versions": versions(),
     }
@@ -518,8 +380,4 @@ def start(
         return trainer
     if config is None:
         raise UserError("a fresh run needs settings")
-    trainer = Trainer(config, prepare(config, source), out, observer, stop)
-    if config.warm_start:
-        matched = trainer.warm_start(Path(config.warm_start))
-        trainer.observer.note(f"warm start: {matched:,} rows from {config.warm_start}")
-    return trainer
+    return Trainer(config, prepare(config, source), out, observer, stop)

@@ -13,7 +13,8 @@ from amtl.report import group_results, load_metrics, table_rows, write_report
 def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **config):
     history = [
         {
-            "epoch": e,
+            "epoch": e + 1.0,
+            "stage": int(e > 0),
             "phase": "search" if method != "fixed" and e < 1 else "frozen",
             "loss": 0.6 - 0.01 * e,
             "val_auc": auc - 0.01 + 0.001 * e,
@@ -35,8 +36,8 @@ def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **
         "test_auc": auc,
         "test_logloss": 0.5,
         "val_auc": auc,
-        "best_epoch": 3,
-        "epochs_run": 3,
+        "best_epoch": 3.0,
+        "epochs_run": 3.0,
         "stored_bytes": stored,
         "dense_bytes": 1000,
         "stored_fraction": stored / 1000,

@@ -48,7 +48,9 @@ def settings(**changes) -> TrainConfig:
         "budget": 0.5,
         "batch_size": 200,
         "epochs": 5,
-        "patience": 5,
+        "validations": 2,
+        "patience": 4,
+        "race": False,
         "hidden": [8],
         "table_lr": 0.05,
         "seed": 3,
@@ -82,21 +84,21 @@ def assert_same(first, second):
 class Drawing(Silent):
     """Draws from the global generator, as dropout would."""
 
-    def step(self, epoch, loss, samples):
+    def step(self, epochs, loss, samples):
         torch.rand(1)
 
 
 class Recorder(Silent):
     def __init__(self):
-        self.notes, self.epochs, self.steps = [], [], 0
+        self.notes, self.records, self.steps = [], [], 0
 
     def note(self, text):
         self.notes.append(text)
 
-    def epoch(self, record):
-        self.epochs.append(record)
+    def validation(self, record):
+        self.records.append(record)
 
-    def step(self, epoch, loss, samples):
+    def step(self, epochs, loss, samples):
         self.steps += 1
 
 
@@ -107,23 +109,75 @@ def test_a_run_learns_and_records(source, tmp_path, method):
     metrics = start(config, tmp_path / "run", observer=recorder, source=source).run()
     assert metrics["test_auc"] > 0.55
     assert recorder.steps == 5 * metrics["epochs_run"]
-    assert [r["epoch"] for r in metrics["history"]] == list(range(metrics["epochs_run"]))
-    assert metrics["history"][0]["loss"] > metrics["history"][-1]["loss"]
+    history = metrics["history"]
+    assert recorder.records == history
+    # Five steps an epoch, two validations: after the third step and after the last.
+    assert [r["step"] for r in history][:4] == [3, 5, 8, 10]
+    assert history[0]["loss"] > history[-1]["loss"]
     assert sum(metrics["bytes_by_field"].values()) == metrics["stored_bytes"]
     assert metrics["dense_bytes"] == metrics["rows"] * 8 * 4
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == json.loads(
         json.dumps(metrics)
     )
-    phases = [r["phase"] for r in metrics["history"]]
     if method == "fixed":
+        assert {r["phase"] for r in history} == {""}
         assert metrics["stored_fraction"] == 1
     else:
+        assert history[0]["phase"] == "search"
         assert metrics["stored_fraction"] <= 0.5
-        assert phases[:3] == ["search"] * 3
-        assert set(phases[3:]) == {"frozen"}
-        assert metrics["best_epoch"] > 3
-        assert [r["best_val_auc"] for r in metrics["history"][:3]] == [-1.0] * 3
-        assert "sizes frozen" in recorder.notes[0]
+        assert all(r["stored_bytes"] <= metrics["dense_bytes"] / 2 for r in history)
+
+
+def overfitting(**changes):
+    """Rates at which validation soon gets worse."""
+    return settings(**{"epochs": 40, "patience": 3, "table_lr": 0.3, "lr": 0.05, **changes})
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_the_best_moment_is_kept_whatever_the_phase(source, tmp_path, method):
+    metrics = start(overfitting(method=method), tmp_path, source=source).run()
+    best = max(metrics["history"], key=lambda r: r["score"])
+    assert (metrics["best_epoch"], metrics["val_auc"]) == (best["epoch"], best["val_auc"])
+    assert metrics["best_epoch"] < metrics["epochs_run"]
+    trained = load_run(tmp_path)
+    labels = torch.tensor(source.frame["label"].to_list(), dtype=torch.float32)
+    rows = split_rows(source.frame, "random")[1]
+    val = trained.encoder.transform(source.frame[rows.numpy()], labels[rows])
+    assert trained.evaluate(val)["auc"] == best["val_auc"]
+    assert trained.evaluate(val)["logloss"] == best["val_logloss"]
+
+
+def test_without_progress_training_turns_back_freezes_slows_down_and_ends(source):
+    trainer = start(overfitting(method="amtl"), source=source)
+    metrics = trainer.run()
+    history = metrics["history"]
+    assert metrics["epochs_run"] < 40
+    assert [r["phase"] == "frozen" for r in history] == [r["stage"] > 0 for r in history]
+    assert sorted({r["stage"] for r in history}) == [0, 1, 2]
+    for stage, patience in ((0, 3), (1, 2), (2, 2)):
+        records = [r for r in history if r["stage"] == stage]
+        assert [r["best"] for r in records[-patience:]] == [False] * patience
+    group = trainer.learner.table_optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(0.3 * 0.01)
+
+
+def test_a_turn_starts_from_the_best_model(source):
+    learner = start(overfitting(method="amtl"), source=source).learner
+    while learner.stage == 0:
+        learner.step()
+    rows = torch.arange(60)
+    other = start(overfitting(method="amtl"), source=source).learner
+    while other.steps < learner.best["record"]["step"]:
+        other.step()
+    learner.table.eval(), other.table.eval()
+
+    assert torch.equal(learner.table(rows), other.table(rows))
+
+
+def test_freeze_at_counts_steps_and_overrules_validation(source):
+    metrics = start(overfitting(method="amtl", freeze_at=37), source=source).run()
+    assert [r["phase"] for r in metrics["history"] if r["step"] <= 37][-1] == "search"
+    assert {r["phase"] for r in metrics["history"] if r["step"] > 37} == {"frozen"}
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -131,7 +185,7 @@ def test_progress_shows_epoch_rate_loss_and_auc(source, terminal):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     start(settings(method="rule", epochs=3), observer=Bars(console), source=source).run()
     shown = console.file.getvalue()
-    for text in ("epoch  3/3", "loss 0.", "val AUC 0.", "sizes frozen", "search", "*"):
+    for text in ("epoch  3.00", "loss 0.", "val AUC 0.", "log loss 0.", "search", "*"):
         assert text in shown
     assert ("rows/s" in shown) == terminal
 
@@ -149,7 +203,7 @@ def test_only_touched_rows_change(source):
     before = weight.detach().clone()
     samples = torch.arange(50)
     touched = trainer.task.train.batch(samples).indices.unique()
-    trainer._train_step(samples)
+    trainer.learner._train_step(samples)
     changed = torch.nonzero((weight.detach() != before).any(1)).view(-1)
     assert set(changed.tolist()) <= set(touched.tolist())
     assert len(changed)
@@ -161,7 +215,8 @@ def test_only_touched_rows_change(source):
     [
         ("fixed", [3], {}),
         ("rule", [10, 11], {}),
-        ("amtl", [4, 10, 13], {}),
+        ("amtl", [4, 10, 13], {"freeze_at": 11}),
+        ("amtl", [4, 13, 31], {"epochs": 40, "patience": 2, "table_lr": 0.3, "lr": 0.05}),
         ("amtl", [4, 13], {"embedding_dropout": 0.3}),
     ],
 )
@@ -213,27 +268,6 @@ def test_dropout_changes_training_and_repeats(source):
     runs = [start(settings(epochs=2, embedding_dropout=s), source=source).run() for s in shares]
     assert runs[1]["test_auc"] == runs[2]["test_auc"]
     assert runs[0]["test_auc"] != runs[1]["test_auc"]
-
-
-def test_early_stopping_counts_from_the_freeze(source):
-    config = settings(method="amtl", epochs=20, patience=1, table_lr=0.3, lr=0.05)
-    metrics = start(config, source=source).run()
-    frozen_from = [r["phase"] for r in metrics["history"]].index("frozen")
-    assert frozen_from == 8
-    assert metrics["best_epoch"] - 1 >= frozen_from
-    assert metrics["epochs_run"] < 20
-    assert metrics["epochs_run"] == metrics["best_epoch"] + 1
-
-
-def test_the_best_epoch_is_what_is_tested_and_kept(source, tmp_path):
-    config = settings(method="fixed", epochs=12, table_lr=0.3, lr=0.05)
-    metrics = start(config, tmp_path, source=source).run()
-    assert metrics["best_epoch"] < metrics["epochs_run"]
-    trained = load_run(tmp_path)
-    trained_source = trained.encoder.transform(source.frame)
-    assert len(trained_source) == ROWS
-    best = max(metrics["history"], key=lambda r: r["val_auc"])
-    assert best["epoch"] + 1 == metrics["best_epoch"]
 
 
 def test_warm_start_copies_matching_values(source, tmp_path):
@@ -302,12 +336,14 @@ def test_damaged_packed_files_are_refused(source, tmp_path):
         load_any(tmp_path / "none.safetensors")
 
 
-def test_a_run_stopped_before_the_freeze_cannot_be_packed_yet(source, tmp_path):
-    trainer = start(settings(), tmp_path / "run", source=source, stop=lambda steps: steps >= 2)
+def test_a_run_stopped_before_the_freeze_packs_its_best_moment(source, tmp_path):
+    trainer = start(settings(), tmp_path / "run", source=source, stop=lambda steps: steps >= 7)
     with pytest.raises(Interrupted):
         trainer.run()
-    with pytest.raises(UserError, match="--resume"):
-        pack_run(tmp_path / "run", tmp_path / "model.safetensors")
+    packed = pack_run(tmp_path / "run", tmp_path / "model.safetensors")
+    trained = load_run(tmp_path / "run")
+    assert torch.equal(packed.probabilities(source.frame), trained.probabilities(source.frame))
+    assert methods.stored_bytes(packed.model.table) <= methods.dense_bytes(trained.model.table) / 2
 
 
 @pytest.mark.parametrize(
@@ -316,7 +352,7 @@ def test_a_run_stopped_before_the_freeze_cannot_be_packed_yet(source, tmp_path):
         {"budget": 0.0},
         {"budget": 1.5},
         {"epochs": 0},
-        {"freeze_at": 1.0},
+        {"freeze_at": -1},
         {"table_lr": -1.0},
         {"embedding_dropout": 1.0},
         {"embedding_dropout": -0.1},

@@ -1,0 +1,288 @@
+"""One model in training: its optimizers, and when it is validated, frozen, slowed down and done.
+
+Sizes meet the budget at every step, so the model at any step is a model of that size: it is
+validated several times an epoch as it would be stored, and the best one is kept whatever the phase.
+When validation has not improved for a while, training goes back to the best model: first to freeze
+its sizes, then to go on with smaller learning rates, until that no longer helps either.
+
+Nothing here touches a file or a screen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amtl import methods
+from amtl.config import TrainConfig
+from amtl.data.encoding import EncodedData, Encoder
+from amtl.errors import UserError
+from amtl.metrics import auc, log_loss
+from amtl.model import predict
+
+_TIMED_STEPS = 20_000
+"""Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
+
+
+@dataclass
+class Task:
+    """Encoded data of a run.
+
+    Attributes:
+        encoder: fitted on the training split.
+        train, val, test: the three splits.
+    """
+
+    encoder: Encoder
+    train: EncodedData
+    val: EncodedData
+    test: EncodedData
+
+
+class Learner:
+    """Trains one model, step by step; learners of one task may share its data.
+
+    Args:
+        config: settings.
+        task: encoded data.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task) -> None:
+        self.config = config
+        self.task = task
+        self.model = methods.build_model(config, task.encoder)
+        self.table = self.model.table
+        self.steps_per_epoch = math.ceil(len(task.train) / config.batch_size)
+        self.steps = 0
+        self.stage = 0
+        self.stale = 0
+        self.finished = False
+        self.history: list[dict[str, Any]] = []
+        self.losses: list[float] = []
+        self.step_seconds: dict[str, list[float]] = {"search": [], "frozen": []}
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None
+        self._order: tuple[int, Tensor] | None = None
+        self._make_optimizers()
+
+    def _make_optimizers(self) -> None:
+        config = self.config
+        self.table_optimizer = methods.table_optimizer(
+            config.table_optimizer, methods.table_parameters(self.table), config.table_lr
+        )
+        self.dense_optimizer = torch.optim.Adam(self.model.mlp.parameters(), config.lr, fused=True)
+        masks = methods.mask_parameters(self.table)
+        self.mask_optimizer = torch.optim.Adam(masks, config.mask_lr) if masks else None
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        """Learning rates of the present stage; those of the size search don't fall."""
+        scale = self.config.rate_drop ** max(0, self.stage - self._first_slow_stage + 1)
+        for optimizer, rate in (
+            (self.table_optimizer, self.config.table_lr),
+            (self.dense_optimizer, self.config.lr),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+
+    @property
+    def _first_slow_stage(self) -> int:
+        return 1
+
+    @property
+    def _stages(self) -> int:
+        return self._first_slow_stage + self.config.rate_drops
+
+    @property
+    def frozen(self) -> bool:
+        """Whether sizes are fixed."""
+        return methods.is_frozen(self.table)
+
+    @property
+    def phase(self) -> str:
+        """`search`, `frozen`, or empty for a table whose rows are equally wide."""
+        if self.config.method == "fixed":
+            return ""
+        return "frozen" if self.frozen else "search"
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training split so far."""
+        return self.steps / self.steps_per_epoch
+
+    def step(self) -> tuple[float, int]:
+        """Takes one step, and validates where one is due; returns the loss and the samples.
+
+        Raises:
+            UserError: the loss is no longer finite.
+        """
+        config = self.config
+        if config.freeze_at is not None and self.steps >= config.freeze_at and not self.frozen:
+            self.freeze()
+        started = time.perf_counter()
+        samples = self._samples()
+        phase = "search" if not self.frozen else "frozen"
+        self.model.train()
+        loss = self._train_step(samples)
+        self.steps += 1
+        spent = time.perf_counter() - started
+        if len(self.step_seconds[phase]) < _TIMED_STEPS:
+            self.step_seconds[phase].append(spent)
+        self.seconds += spent
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} in epoch {math.ceil(self.epochs)}; "
+                "lower --table-lr or --lr"
+            )
+        self.losses.append(loss)
+        if self._due():
+            self._validate()
+        return loss, len(samples)
+
+    def _samples(self) -> Tensor:
+        epoch, position = divmod(self.steps, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self.task.train), generator=generator)
+        size = self.config.batch_size
+        return self._order[1][position * size : (position + 1) * size]
+
+    def _train_step(self, samples: Tensor) -> float:
+        batch = self.task.train.batch(samples)
+        loss = nn.functional.binary_cross_entropy_with_logits(self.model(batch), batch.labels)
+        loss.backward()
+        for optimizer in (self.dense_optimizer, self.table_optimizer, self.mask_optimizer):
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+        return float(loss.detach())
+
+    def _due(self) -> bool:
+        """Whether a validation comes after the step just taken: some an epoch, evenly spread."""
+        within = (self.steps - 1) % self.steps_per_epoch + 1
+        times = min(self.config.validations, self.steps_per_epoch)
+        return (
+            within * times // self.steps_per_epoch != (within - 1) * times // self.steps_per_epoch
+        )
+
+    def _validate(self) -> None:
+        config = self.config
+        logits = predict(self.model, self.task.val)
+        area, loss = auc(logits, self.task.val.labels), log_loss(logits, self.task.val.labels)
+        record: dict[str, Any] = {
+            "step": self.steps,
+            "epoch": round(self.epochs, 4),
+            "phase": self.phase,
+            "stage": self.stage,
+            "loss": statistics.fmean(self.losses),
+            "val_auc": area,
+            "val_logloss": loss,
+            "score": area - loss,
+            "stored_bytes": methods.stored_bytes(self.table),
+            "seconds": self.seconds,
+        }
+        self.losses, self.seconds = [], 0.0
+        self.history.append(record)
+        record["best"] = not math.isnan(area) and (
+            self.best is None or record["score"] > self.best["record"]["score"]
+        )
+        if record["best"]:
+            self.best = {"record": record, **self._snapshot()}
+            self.stale = 0
+        else:
+            self.stale += 1
+        patience = config.patience if self.stage == 0 else max(2, config.patience // 2)
+        waiting = config.freeze_at is not None and not self.frozen
+        if self.stale >= patience and not waiting:
+            self._turn()
+        if self.steps >= config.epochs * self.steps_per_epoch:
+            self.finished = True
+
+    def _turn(self) -> None:
+        """Back to the best model: freeze its sizes, or go on with smaller rates, or end."""
+        if self.best is None or self.stage + 1 >= self._stages:
+            self.finished = True
+            return
+        self.stage += 1
+        self.stale = 0
+        self._restore(self.best)
+        if not self.frozen:
+            self.freeze()
+        self._set_rates()
+
+    def freeze(self) -> None:
+        """Fixes the sizes; the table and its optimizer's state move to tiers."""
+        self.table.freeze(self.table_optimizer)  # type: ignore[operator]
+        self.mask_optimizer = None
+
+    def end(self) -> None:
+        """Back to the best model for good, its sizes frozen.
+
+        Raises:
+            UserError: no validation gave an AUC.
+        """
+        if self.best is None:
+            raise UserError("no epoch gave a valid AUC; does validation hold both classes?")
+        self.finished = True
+        self._restore(self.best)
+        if not self.frozen:
+            self.freeze()
+
+    def release(self) -> None:
+        """Lets go of all memory but the history; nothing else is possible afterwards."""
+        del self.model, self.table, self.table_optimizer, self.dense_optimizer, self.mask_optimizer
+        if self.best is not None:
+            self.best = {"record": self.best["record"]}
+
+    def _snapshot(self) -> dict[str, Any]:
+        """The model and its optimizers, copied."""
+        return copy.deepcopy(self._parts())
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "table_optimizer": self.table_optimizer.state_dict(),
+            "dense_optimizer": self.dense_optimizer.state_dict(),
+            "mask_optimizer": self.mask_optimizer.state_dict() if self.mask_optimizer else None,
+        }
+
+    def _restore(self, parts: dict[str, Any]) -> None:
+        self.model.load_state_dict(parts["model"])
+        self._make_optimizers()
+        self.table_optimizer.load_state_dict(copy.deepcopy(parts["table_optimizer"]))
+        self.dense_optimizer.load_state_dict(copy.deepcopy(parts["dense_optimizer"]))
+        if self.mask_optimizer and parts["mask_optimizer"]:
+            self.mask_optimizer.load_state_dict(copy.deepcopy(parts["mask_optimizer"]))
+        self._set_rates()
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit."""
+        return {
+            **self._parts(),
+            "steps": self.steps,
+            "stage": self.stage,
+            "stale": self.stale,
+            "finished": self.finished,
+            "history": self.history,
+            "losses": self.losses,
+            "step_seconds": self.step_seconds,
+            "seconds": self.seconds,
+            "best": self.best,
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.steps, self.stage, self.stale = state["steps"], state["stage"], state["stale"]
+        self._restore(state)
+        self.finished, self.best = state["finished"], state["best"]
+        self.history, self.losses = state["history"], state["losses"]
+        self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
+        torch.set_rng_state(state["rng"])
