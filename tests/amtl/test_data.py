@@ -13,7 +13,7 @@ import torch
 from amtl.config import TrainConfig
 from amtl.data import movielens, registry, synthetic
 from amtl.data.encoding import Encoder, FieldSpec, infer_fields
-from amtl.data.readers import read_table
+from amtl.data.readers import read_file
 from amtl.data.registry import load_source, named_sets, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
