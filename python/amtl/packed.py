@@ -88,7 +88,10 @@ def pack_run(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Train
     trained = load_run(folder)
     table = trained.model.table
     if not methods.is_frozen(table):
-        raise UserError(f"{folder} stopped before its sizes were frozen; go on with --resume")
+        raise UserError(
+            f"{folder} stopped before its sizes were frozen; go on with "
+            f"amtl train --resume --out {folder}"
+        )
     encoder_tensors, encoder_meta = trained.encoder.to_tensors()
     tensors = {f"encoder.{k}": v for k, v in encoder_tensors.items()}
     tensors |= {f"mlp.{k}": v for k, v in trained.model.mlp.state_dict().items()}

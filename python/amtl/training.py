@@ -27,6 +27,7 @@ from amtl.data.encoding import EncodedData, Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
+from amtl.memory import require_memory
 from amtl.metrics import auc, log_loss
 from amtl.model import ClickModel, predict
 from amtl.progress import Observer, Silent
@@ -67,7 +68,7 @@ def prepare(
     """
     source = source or load_source(config.data)
     frame = source.frame
-    labels = read_labels(frame, config.label, config.label_threshold)
+    labels = read_labels(frame, config.label, config.label_threshold, config.label_positive)
     parts = split_rows(frame, config.split, config.split_seed)
     if encoder is None:
         names = config.fields or default_fields(frame, config, source)
@@ -143,6 +144,7 @@ class Trainer:
         self.observer: Observer = observer or Silent()
         self.stop = stop or (lambda steps: False)
         self.checkpoint_seconds = checkpoint_seconds
+        require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
         self.model = build_model(config, task.encoder)
         self.table = self.model.table
         self.table_optimizer = methods.table_optimizer(

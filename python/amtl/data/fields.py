@@ -89,10 +89,10 @@ def infer_fields(
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise UserError(f"--fields names {', '.join(map(repr, twice))} twice")
-    for column, treatment in numeric.items():
+    for name, treatment in numeric.items():
         if treatment not in TREATMENTS:
             raise UserError(
-                f"--numeric {column}: {treatment!r} is not bucket, standardise or categorical"
+                f"--numeric {name}: {treatment!r} is not bucket, standardise or categorical"
             )
     if default_numeric not in TREATMENTS:
         raise UserError(

@@ -49,9 +49,7 @@ def read_labels(
     if flags.n_unique() < 2:
         always = frame[column][0] if frame[column].n_unique() == 1 else int(flags[0])
         how = "" if frame[column].n_unique() == 1 else f" with {_option(threshold, positive)}"
-        raise UserError(
-            f"label {column!r} is always {_show(always)}{how}; both classes are needed"
-        )
+        raise UserError(f"label {column!r} is always {_show(always)}{how}; both classes are needed")
     return torch.from_numpy(flags.cast(pl.Float32).to_numpy().copy())
 
 

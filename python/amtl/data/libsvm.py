@@ -42,7 +42,7 @@ def read(source: Path | io.BytesIO, where: str) -> tuple[pl.DataFrame, tuple[str
         where: its name, for messages.
 
     Raises:
-        UserError: for a line of another form, by its number.
+        UserError: for a line of another form, by its number, and if there is none.
     """
     lines = pl.read_csv(
         source,
@@ -56,6 +56,8 @@ def read(source: Path | io.BytesIO, where: str) -> tuple[pl.DataFrame, tuple[str
     numbers = pl.Series(np.arange(1, len(lines) + 1))
     kept = (lines != "").fill_null(False)
     lines, numbers = lines.filter(kept), numbers.filter(kept)
+    if not len(lines):
+        raise UserError(f"{where!r} holds no sample")
     words = lines.str.replace_all(r"\s+", " ").str.split(" ")
     labels = words.list.first().cast(pl.Float64, strict=False)
     if labels.null_count():
@@ -63,7 +65,7 @@ def read(source: Path | io.BytesIO, where: str) -> tuple[pl.DataFrame, tuple[str
     pairs = words.list.slice(1)
     counts = pairs.list.len().to_numpy().astype(np.int64)
     line = np.repeat(np.arange(len(lines)), counts)
-    flat = pairs.filter(pairs.list.len() > 0).explode().str.split_exact(":", 1).struct.unnest()
+    flat = pairs.filter(pairs.list.len() > 0).explode().str.splitn(":", 2).struct.unnest()
     ids = flat["field_0"].cast(pl.Int64, strict=False)
     values = flat["field_1"].cast(pl.Float64, strict=False)
     bad = (ids.is_null() | values.is_null()).to_numpy()
@@ -87,7 +89,7 @@ def _columns(
     counts: np.ndarray, line: np.ndarray, ids: np.ndarray, values: np.ndarray
 ) -> tuple[dict[str, pl.Series], str]:
     n = len(counts)
-    width = int(counts[0]) if n else 0
+    width = int(counts[0])
     plain = bool((values == 1).all())
     if width and (counts == width).all():
         order = np.lexsort((ids, line))

@@ -165,6 +165,4 @@ def load_source(data: str) -> Source:
             f"{data!r} is neither a file nor a known data set; known are {', '.join(sorted(sets))}"
         )
     contents = read_file(path)
-    return Source(
-        str(path.resolve()), contents.frame, label=contents.label, notes=contents.notes
-    )
+    return Source(str(path.resolve()), contents.frame, label=contents.label, notes=contents.notes)

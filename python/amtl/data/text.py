@@ -7,6 +7,7 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -58,21 +59,17 @@ def read(
 
 def _parse(source: Path | io.BytesIO, separator: str, header: bool, comma: bool) -> pl.DataFrame:
     """Types come from the first 20,000 rows, or from all if a later one does not fit them."""
-    for rows in (20_000, None):
-        try:
-            return pl.read_csv(
-                source,
-                separator=separator,
-                has_header=header,
-                decimal_comma=comma,
-                infer_schema_length=rows,
-            )
-        except pl.exceptions.ComputeError:
-            if rows is None:
-                raise
-            if isinstance(source, io.BytesIO):
-                source.seek(0)
-    raise AssertionError
+    options: dict[str, Any] = {
+        "separator": separator,
+        "has_header": header,
+        "decimal_comma": comma,
+    }
+    try:
+        return pl.read_csv(source, infer_schema_length=20_000, **options)
+    except pl.exceptions.ComputeError:
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
+        return pl.read_csv(source, infer_schema_length=None, **options)
 
 
 def find_separator(first: str, expected: str) -> str:
@@ -88,7 +85,7 @@ def find_separator(first: str, expected: str) -> str:
 
 
 def has_header(rows: list[list[str]]) -> bool:
-    """Whether the first row names the columns: no number in it, or text over a column of numbers."""
+    """Whether the first row names columns: no number in it, or text over a column of numbers."""
     head, rest = rows[0], rows[1:]
     if not any(_is_number(cell) for cell in head):
         return True
