@@ -82,7 +82,7 @@ def test_ids_that_a_float_has_merged_are_no_ids():
         (["a", None] * (N // 2), "categorical", ""),
         (list(range(N)), "unused", "--numeric x=bucket"),
         ([f"k{i}" for i in range(N)], "unused", "--numeric x=categorical"),
-        (list(range(N - 1)) + [0], "categorical", "3,999 values in 4,000 rows"),
+        ([*range(N - 1), 0], "categorical", "3,999 values in 4,000 rows"),
         (list(range(500)), "categorical", ""),
         ([[[1]], [[2]]], "unused", "no ids"),
         ([{"a": 1}, {"a": 2}], "unused", "no ids"),

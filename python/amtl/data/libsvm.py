@@ -50,6 +50,7 @@ def read(source: Path | io.BytesIO, where: str) -> tuple[pl.DataFrame, tuple[str
         new_columns=["text"],
         separator="\x01",
         quote_char=None,
+        glob=False,
         schema={"text": pl.String},
     )["text"]
     lines = lines.str.replace(r"#.*", "").str.strip_chars()

@@ -53,11 +53,12 @@ def read_file(path: Path | str) -> Contents:
     kind = suffixes[-1] if suffixes else ""
     try:
         if path.is_dir():
-            if not any(path.glob("*.parquet")):
+            parts = sorted(path.glob("*.parquet"))
+            if not parts:
                 raise UserError(f"the folder {str(path)!r} holds no .parquet file")
-            return Contents(pl.read_parquet(path / "*.parquet"))
+            return Contents(pl.read_parquet(parts, glob=False))
         if kind in _PARQUET:
-            return Contents(pl.read_parquet(_plain(path)))
+            return Contents(pl.read_parquet(_plain(path), glob=False))
         if kind in _DELIMITED + _LIBSVM + _NDJSON:
             return _read_text(path, kind)
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -76,7 +77,8 @@ def _read_text(path: Path, kind: str) -> Contents:
         raise UserError(f"{str(path)!r} is empty")
     source = _plain(path)
     if kind in _NDJSON:
-        return Contents(pl.read_ndjson(source, infer_schema_length=20_000))
+        with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
+            return Contents(pl.read_ndjson(file, infer_schema_length=20_000))
     first = text.decode(sample, str(path), whole=len(sample) < _SAMPLE)
     if kind in _LIBSVM or (kind == ".txt" and libsvm.looks_like(first)):
         frame, notes = libsvm.read(source, str(path))

@@ -63,6 +63,7 @@ def _parse(source: Path | io.BytesIO, separator: str, header: bool, comma: bool)
         "separator": separator,
         "has_header": header,
         "decimal_comma": comma,
+        "glob": False,
     }
     try:
         return pl.read_csv(source, infer_schema_length=20_000, **options)
