@@ -8,7 +8,6 @@ without storing a size per row.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -380,10 +379,12 @@ def _whole(series: pl.Series, name: str, lenient: bool) -> pl.Series:
         series = series.fill_nan(None)
     ids = exact_ids(series)
     if bool(ids.all()):
-        return series.cast(pl.Int64)
+        whole = series.cast(pl.Int128)
+        small = whole.cast(pl.Int64, strict=False)
+        return small if small.null_count() == whole.null_count() else whole.cast(pl.String)
     if not lenient:
         odd = series.filter(~ids)[0]
-        if series.dtype.is_float() and odd == math.floor(odd):
+        if float(odd).is_integer():
             raise ValueError(
                 f"{_where(name)} holds {odd:.0f} as {series.dtype}, which cannot tell it from its "
                 "neighbours; store such ids as integers or text"
@@ -392,8 +393,8 @@ def _whole(series: pl.Series, name: str, lenient: bool) -> pl.Series:
             f"{_where(name)} holds numbers such as {odd}, which are no ids; bucket or standardise "
             "numbers first"
         )
-    whole = pl.when(ids).then(series.cast(pl.Int64, strict=False).cast(pl.String))
-    return pl.select(whole.otherwise(series.cast(pl.String)).alias("value"))["value"]
+    text = pl.when(ids).then(series.cast(pl.Int128, strict=False).cast(pl.String))
+    return pl.select(text.otherwise(series.cast(pl.String)).alias("value"))["value"]
 
 
 def exact_ids(series: pl.Series) -> pl.Series:
@@ -406,7 +407,7 @@ def exact_ids(series: pl.Series) -> pl.Series:
         limit = 2.0**24 if series.dtype == pl.Float32 else 2.0**53
         ids = (series == series.floor()) & (series.abs() < limit)
         return ids.fill_null(True) | series.is_nan().fill_null(False)
-    whole = series.cast(pl.Int64, strict=False)
+    whole = series.cast(pl.Int128, strict=False)
     return ((whole.cast(series.dtype, strict=False) == series).fill_null(False)) | series.is_null()
 
 
