@@ -138,7 +138,8 @@ def named_sets() -> dict[str, NamedSet]:
             synthetic.load,
             "label",
             synthetic.FIELDS,
-            "generated clicks with a known truth: synthetic:ROWS",
+            "generated clicks with a known truth: synthetic:ROWS, or synthetic:LEVEL with LEVEL "
+            "easy, medium or hard",
             "none; generated on the spot",
         ),
     }
