@@ -164,3 +164,38 @@ def test_a_hundred_thousand_lines_take_seconds(tmp_path):
     ids = rng.integers(0, 1000, (100_000, 10))
     text = "\n".join("1 " + " ".join(f"{i}:1" for i in row) for row in ids.tolist())
     assert read(tmp_path, text, "a.libsvm").frame["features"].to_list() == ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.ndjson", "a.libsvm", "a.csv.gz"])
+def test_damage_is_a_user_error_or_not_seen(tmp_path, name):
+    rng = np.random.default_rng(0)
+    n = 60
+    frame = pl.DataFrame({"user": rng.integers(0, 9, n), "p": rng.random(n), "t": ["a|b"] * n})
+    path = tmp_path / name
+    if "parquet" in name:
+        frame.write_parquet(path)
+    elif "json" in name:
+        frame.write_ndjson(path)
+    else:
+        rows = "".join(f"1 {u}:1 {20 + u}:0.5\n" for u in frame["user"])
+        text = (rows if "svm" in name else frame.write_csv()).encode()
+        path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(rng.integers(1, 5)):
+            at = int(rng.integers(0, len(data) + 1))
+            kind = rng.integers(0, 3)
+            if kind == 0:
+                data[at : at + 1] = rng.bytes(1)
+            elif kind == 1:
+                del data[at : at + int(rng.integers(1, 40))]
+            else:
+                data[at:at] = rng.choice([b",", b"\n", b'"', b"nan", b":", b"\x00", b"9" * 30])
+        path.write_bytes(data)
+        try:
+            read_file(path)
+        except UserError:
+            refused += 1
+    assert refused > 10

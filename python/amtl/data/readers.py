@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from amtl.data import libsvm, text
 from amtl.errors import UserError
@@ -56,9 +57,9 @@ def read_file(path: Path | str) -> Contents:
             parts = sorted(path.glob("*.parquet"))
             if not parts:
                 raise UserError(f"the folder {str(path)!r} holds no .parquet file")
-            return Contents(pl.read_parquet(parts, glob=False))
+            return Contents(pl.concat([_parquet(part) for part in parts]))
         if kind in _PARQUET:
-            return Contents(pl.read_parquet(_plain(path), glob=False))
+            return Contents(_parquet(_plain(path)))
         if kind in _DELIMITED + _LIBSVM + _NDJSON:
             return _read_text(path, kind)
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -85,6 +86,14 @@ def _read_text(path: Path, kind: str) -> Contents:
         return Contents(frame, libsvm.LABEL, notes)
     frame, notes = text.read(source, first, "\t" if kind in (".tsv", ".tab") else ",", str(path))
     return Contents(frame, notes=notes)
+
+
+def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
+    """By Arrow, which a damaged file makes raise; polars may end the process."""
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
+        frame = pl.from_arrow(file.read())
+    assert isinstance(frame, pl.DataFrame)
+    return frame
 
 
 def _plain(path: Path) -> Path | io.BytesIO:
