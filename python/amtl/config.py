@@ -26,6 +26,7 @@ class TrainConfig:
         data: path or named set.
         label: label column.
         label_threshold: numbers of at least this are positive; None if labels are 0 and 1.
+        label_positive: the value that is positive, as text; None if that needs no saying.
         fields: columns used; empty for all but the label and the split column.
         numeric: column to `bucket`, `standardise` or `categorical`.
         default_numeric: treatment of other floating-point columns.
@@ -62,6 +63,7 @@ class TrainConfig:
     data: str
     label: str
     label_threshold: float | None = None
+    label_positive: str | None = None
     fields: list[str] = field(default_factory=list)
     numeric: dict[str, str] = field(default_factory=dict)
     default_numeric: str = "bucket"

@@ -48,7 +48,10 @@ class Trained:
     def test_split(self) -> EncodedData:
         """The test rows of the data it was trained on, loaded anew."""
         source = load_source(self.config.data)
-        labels = read_labels(source.frame, self.config.label, self.config.label_threshold)
+        config = self.config
+        labels = read_labels(
+            source.frame, config.label, config.label_threshold, config.label_positive
+        )
         rows = split_rows(source.frame, self.config.split, self.config.split_seed)[2]
         return self.encoder.transform(source.frame[rows.numpy()], labels[rows])
 

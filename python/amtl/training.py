@@ -26,6 +26,7 @@ from amtl.data.registry import Source, load_source, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.learner import Learner, Task
+from amtl.memory import require_memory
 from amtl.metrics import auc, log_loss
 from amtl.model import predict
 from amtl.progress import Observer, Silent
@@ -49,7 +50,7 @@ def prepare(
     """
     source = source or load_source(config.data)
     frame = source.frame
-    labels = read_labels(frame, config.label, config.label_threshold)
+    labels = read_labels(frame, config.label, config.label_threshold, config.label_positive)
     parts = split_rows(frame, config.split, config.split_seed)
     if encoder is None:
         names = config.fields or default_fields(frame, config, source)
@@ -108,6 +109,7 @@ class Trainer:
         self.observer: Observer = observer or Silent()
         self.stop = stop or (lambda steps: False)
         self.checkpoint_seconds = checkpoint_seconds
+        require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
         self.learner = self._make(config)
         self.raced: list[dict[str, Any]] = []
         self._saved_at = time.monotonic()
@@ -149,7 +151,6 @@ class Trainer:
 
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
-
         taken = 0
 
         def step(learner: Learner) -> None:

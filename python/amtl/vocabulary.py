@@ -56,7 +56,7 @@ class Vocabulary:
         *,
         separator: str | None = None,
     ) -> None:
-        series = _as_series(values)
+        series = _normal(_as_series(values), name)
         counts = torch.as_tensor(counts, dtype=torch.int64)
         size = len(counts)
         if len(series) != size - 1 or not 0 <= oov_row < size:
@@ -94,16 +94,19 @@ class Vocabulary:
         """Counts a training column and numbers its values; O(n) hashing plus a sort of values.
 
         Args:
-            column: raw values, `[n]`: integers, booleans or strings, or lists of them (then every
-                element counts).
+            column: raw values, `[n]`, or lists of them (then every element counts): integers,
+                strings, booleans, dates and times, bytes, and whole numbers held as floats or
+                decimals. Values are kept as int64, or as text where they are none (bytes as
+                hexadecimal digits, integers beyond int64).
             name: the field's name.
             min_count: values seen less often share the out-of-vocabulary row.
             separator: splits strings into several values.
 
         Raises:
-            ValueError: for floating-point values (bucket them first) or other types.
+            ValueError: for numbers with a fraction (bucket them first), whole ones that a float
+                does not hold exactly, and other types.
         """
-        flat = _flatten(_as_series(column, name=name), separator)[0]
+        flat = _flatten(_as_series(column), separator, name)[0]
         table = (
             pl.DataFrame({"value": flat})
             .lazy()
@@ -148,7 +151,7 @@ class Vocabulary:
 
     def encode_counted(self, column: Column) -> tuple[Tensor, int]:
         """As `encode`, with the number of entries that were unknown."""
-        return self._lookup(_as_series(column, name=self.name))
+        return self._lookup(_normal(_as_series(column), self.name, lenient=True))
 
     def encode_bags(self, column: Column) -> tuple[Tensor, Tensor, int]:
         """Rows of a multi-valued column.
@@ -158,7 +161,7 @@ class Vocabulary:
             `rows[offsets[b]:offsets[b + 1]]`, and the number of unknown values. A missing list is
             an empty bag.
         """
-        flat, lengths = _flatten(_as_series(column, name=self.name), self.separator)
+        flat, lengths = _flatten(_as_series(column), self.separator, self.name, lenient=True)
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(torch.from_numpy(lengths), 0, out=offsets[1:])
         rows, unknown = self._lookup(flat)
@@ -330,8 +333,8 @@ def _narrow(numbers: Tensor) -> Tensor:
     return numbers.to(torch.int32) if top < 1 << 31 else numbers.contiguous()
 
 
-def _as_series(column: Column, name: str = "") -> pl.Series:
-    """Any column as a polars Series of Int64 or String (or lists of them)."""
+def _as_series(column: Column) -> pl.Series:
+    """Any column as a polars Series, lists of fixed length as lists."""
     if isinstance(column, Tensor):
         column = column.detach().cpu().numpy()
     if isinstance(column, (pa.Array, pa.ChunkedArray)):
@@ -340,39 +343,94 @@ def _as_series(column: Column, name: str = "") -> pl.Series:
         series = converted
     else:
         series = column if isinstance(column, pl.Series) else pl.Series(column)
-    if isinstance(series.dtype, (pl.List, pl.Array)):
-        if isinstance(series.dtype, pl.Array):
-            series = series.arr.to_list()
-        inner = _normal_dtype(series.dtype.inner, name)  # type: ignore[attr-defined]
-        return series.cast(pl.List(inner))
-    return series.cast(_normal_dtype(series.dtype, name))
+    return series.arr.to_list() if isinstance(series.dtype, pl.Array) else series
 
 
-def _normal_dtype(dtype: Any, name: str) -> Any:
-    if dtype == pl.UInt64:
-        return pl.String
+def _normal(series: pl.Series, name: str = "", *, lenient: bool = False) -> pl.Series:
+    """Single values as Int64 or String, so that equal values of any type are equal.
+
+    Args:
+        series: single values.
+        name: of the column, for messages.
+        lenient: numbers that are no ids become text, which no id equals, instead of an error.
+
+    Raises:
+        ValueError: for types that have no ids, and unless `lenient` for numbers that are none.
+    """
+    dtype = series.dtype
+    if dtype in (pl.UInt64, pl.Int128) or dtype == getattr(pl, "UInt128", pl.Int128):
+        return series.cast(pl.String)
     if dtype.is_integer() or dtype in (pl.Boolean, pl.Null):
-        return pl.Int64
+        return series.cast(pl.Int64)
+    if dtype.is_float() or dtype.is_decimal():
+        return _whole(series, name, lenient)
+    if dtype == pl.Duration:
+        return series.dt.total_nanoseconds()
     if dtype in (pl.String, pl.Categorical, pl.Enum) or dtype.is_temporal():
-        return pl.String
-    where = f"column {name!r}" if name else "the column"
-    hint = "bucket or standardise numbers first" if dtype.is_numeric() else "cast it first"
-    raise ValueError(f"{where} is {dtype}; a vocabulary takes integers or strings ({hint})")
+        return series.cast(pl.String)
+    if dtype == pl.Binary:
+        return series.bin.encode("hex")
+    raise ValueError(f"{_where(name)} is {dtype}; a vocabulary takes integers, strings and dates")
 
 
-def _flatten(series: pl.Series, separator: str | None) -> tuple[pl.Series, np.ndarray]:
+def _whole(series: pl.Series, name: str, lenient: bool) -> pl.Series:
+    """Whole numbers held as floats or decimals as integers, NaN as missing."""
+    if series.dtype.is_float():
+        series = series.fill_nan(None)
+    ids = exact_ids(series)
+    if bool(ids.all()):
+        whole = series.cast(pl.Int128)
+        small = whole.cast(pl.Int64, strict=False)
+        return small if small.null_count() == whole.null_count() else whole.cast(pl.String)
+    if not lenient:
+        odd = series.filter(~ids)[0]
+        if float(odd).is_integer():
+            raise ValueError(
+                f"{_where(name)} holds {odd:.0f} as {series.dtype}, which cannot tell it from its "
+                "neighbours; store such ids as integers or text"
+            )
+        raise ValueError(
+            f"{_where(name)} holds numbers such as {odd}, which are no ids; bucket or standardise "
+            "numbers first"
+        )
+    text = pl.when(ids).then(series.cast(pl.Int128, strict=False).cast(pl.String))
+    return pl.select(text.otherwise(series.cast(pl.String)).alias("value"))["value"]
+
+
+def exact_ids(series: pl.Series) -> pl.Series:
+    """Which entries of a float or decimal column are ids it holds exactly, or missing.
+
+    An id is a whole number. A float holds one exactly below 2^53 (Float32: 2^24) in magnitude:
+    beyond, neighbours share one float.
+    """
+    if series.dtype.is_float():
+        limit = 2.0**24 if series.dtype == pl.Float32 else 2.0**53
+        ids = (series == series.floor()) & (series.abs() < limit)
+        return ids.fill_null(True) | series.is_nan().fill_null(False)
+    whole = series.cast(pl.Int128, strict=False)
+    return ((whole.cast(series.dtype, strict=False) == series).fill_null(False)) | series.is_null()
+
+
+def _where(name: str) -> str:
+    return f"column {name!r}" if name else "the column"
+
+
+def _flatten(
+    series: pl.Series, separator: str | None, name: str, *, lenient: bool = False
+) -> tuple[pl.Series, np.ndarray]:
     """Elements of a multi-valued column and the int64 number of elements per entry.
 
     Empty strings and missing entries are empty bags; single-valued columns have one element each.
     """
-    if separator and series.dtype == pl.String:
+    if separator and series.dtype in (pl.String, pl.Categorical, pl.Enum):
+        series = series.cast(pl.String)
         series = pl.select(
             pl.when(series == "")
             .then(pl.lit([], dtype=pl.List(pl.String)))
             .otherwise(series.str.split(separator))
         ).to_series()
     if not isinstance(series.dtype, pl.List):
-        return series, np.ones(len(series), dtype=np.int64)
+        return _normal(series, name, lenient=lenient), np.ones(len(series), dtype=np.int64)
     lengths = series.list.len().fill_null(0).to_numpy().astype(np.int64)
     flat = series.filter(series.list.len() > 0).explode()
-    return flat, lengths
+    return _normal(flat, name, lenient=lenient), lengths

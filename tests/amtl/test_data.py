@@ -13,8 +13,7 @@ import torch
 from amtl.config import TrainConfig
 from amtl.data import movielens, registry, synthetic
 from amtl.data.encoding import Encoder, FieldSpec, infer_fields
-from amtl.data.readers import read_table
-from amtl.data.registry import load_source, named_sets, read_labels
+from amtl.data.registry import load_source, named_sets
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.methods import METHODS
@@ -36,63 +35,9 @@ def frame() -> pl.DataFrame:
     )
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.tsv", "a.csv.gz"])
-def test_files_are_read_alike(tmp_path, name):
-    table = pl.DataFrame({"x": [1, 2], "y": ["a", "b"]})
-    path = tmp_path / name
-    if name.endswith("parquet"):
-        table.write_parquet(path)
-    else:
-        text = table.write_csv(separator="\t" if "tsv" in name else ",").encode()
-        path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-    assert read_table(path).equals(table)
-    assert read_table(path, ["y"]).columns == ["y"]
-    assert load_source(str(path)).frame.equals(table)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.csv", None, "neither a file nor a known data set.*nycflights13"),
-        ("a.xlsx", b"x", "unknown kind"),
-        ("a.parquet", b"not parquet", "cannot read"),
-    ],
-)
-def test_unreadable_files_say_what_to_do(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load_source(str(tmp_path / name))
-
-
-def test_missing_column_names_the_columns(frame, tmp_path):
-    frame.drop("tags").write_csv(tmp_path / "a.csv")
-    with pytest.raises(UserError, match=r"no column 'colour'.*user"):
-        read_table(tmp_path / "a.csv", ["colour"])
-
-
-@pytest.mark.parametrize(
-    ("values", "threshold", "message"),
-    [
-        ([0, 1, 2], None, "--label-threshold"),
-        ([1, 1, 1], None, "always 1"),
-        ([0, None, 1], None, "missing in 1 rows"),
-        (["a", "b", "c"], None, "a number or a boolean"),
-        ([1, 2, 3], 9.0, "always 0"),
-    ],
-)
-def test_labels_that_cannot_be_used(values, threshold, message):
-    with pytest.raises(UserError, match=message):
-        read_labels(pl.DataFrame({"y": values}), "y", threshold)
-
-
-@pytest.mark.parametrize(
-    ("values", "threshold"), [([0, 1, 1], None), ([False, True, True], None), ([3, 4, 5], 4)]
-)
-def test_labels(values, threshold):
-    labels = read_labels(pl.DataFrame({"y": values}), "y", threshold)
-    assert labels.tolist() == [0.0, 1.0, 1.0]
-    assert labels.dtype == torch.float32
+def test_neither_a_file_nor_a_set(tmp_path):
+    with pytest.raises(UserError, match=r"neither a file nor a known data set.*nycflights13"):
+        load_source(str(tmp_path / "none.csv"))
 
 
 def test_random_split_is_a_seeded_partition(frame):
@@ -418,8 +363,50 @@ def test_synthetic_labels_follow_the_planted_truth():
     assert frame.equals(synthetic.generate(20_000, seed=3))
     assert abs(frame["truth"].mean() - frame["label"].mean()) < 0.02
     assert load_source("synthetic:50").frame.height == 50
-    with pytest.raises(UserError, match="synthetic:ROWS"):
-        load_source("synthetic:many")
+    for argument in ("many", "hard:many", "5", "inf", "1e300"):
+        with pytest.raises(UserError, match=r"synthetic:LEVEL:ROWS|at least 10"):
+            load_source(f"synthetic:{argument}")
+
+
+def test_the_draws_of_synthetic_data_stay_what_they_were():
+    frame = synthetic.generate(1000, seed=3)
+    total = sum(int(frame[name].sum()) for name in (*synthetic.FIELDS, "label"))
+    assert (total, round(frame["truth"].sum(), 3)) == (36012020, 425.524)
+
+
+@pytest.mark.parametrize("level", ["", "easy", "medium", "hard"])
+def test_synthetic_levels_have_planted_widths(level):
+    rows = 30_000
+    source = load_source(f"synthetic:{level}:{rows}" if level else f"synthetic:{rows}")
+    planted = synthetic.planted_widths(rows, level=level)
+    assert source.frame.equals(synthetic.generate(rows, level=level))
+    assert planted["field"].unique(maintain_order=True).to_list() == list(source.fields)
+    for name in source.fields:
+        mine = planted.filter(pl.col("field") == name).sort("count", descending=True)
+        seen = source.frame[name].value_counts()
+        joined = mine.join(seen.rename({"count": "n"}), left_on="value", right_on=name)
+        assert (joined["count"] == joined["n"]).all()
+        widths = mine["width"].to_numpy()
+        field = synthetic.LEVELS[level][name]
+        assert (widths.min(), widths.max()) == field.widths
+        if field.widths[0] < field.widths[1]:
+            assert np.average(widths, weights=mine["count"].to_numpy()) > widths.mean() + 0.5
+
+
+def test_only_planted_numbers_decide():
+    """Values of width 0 have no effect: all their rows have the same odds, given the others."""
+    frame = synthetic.generate(200_000, level="hard")
+    planted = synthetic.planted_widths(200_000, level="hard")
+    idle = planted.filter((pl.col("field") == "item") & (pl.col("width") == 0))["value"]
+    rows = frame.filter(pl.col("item").is_in(idle.implode()))
+    assert rows.group_by("user").agg(pl.col("truth").n_unique())["truth"].max() == 1
+
+
+def test_two_thirds_of_hard_items_occur_once_or_twice():
+    frame = load_source("synthetic:hard").frame
+    assert frame.height == 300_000
+    counts = frame["item"].value_counts()["count"]
+    assert abs((counts <= 2).mean() - 2 / 3) < 0.03
 
 
 def test_every_named_set_describes_itself():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime as dt
 import time
 
 import numpy as np
@@ -105,9 +106,78 @@ def test_integers_read_as_text_still_match():
     assert vocab.encode(["8", "7", "x"]).tolist() == [1, 0, 2]
 
 
-def test_floats_are_refused_with_advice():
-    with pytest.raises(ValueError, match="bucket or standardise"):
-        Vocabulary.build([0.5, 1.5], name="price")
+def test_numbers_with_a_fraction_are_refused_with_advice():
+    with pytest.raises(ValueError, match=r"'price' holds numbers such as 0\.5.*bucket"):
+        Vocabulary.build([1.0, 0.5, 1.5], name="price")
+    with pytest.raises(ValueError, match="numbers such as inf"):
+        Vocabulary.build([1.0, float("inf")])
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.integers(-(2**53) + 1, 2**53 - 1)), max_size=40),
+    st.sampled_from([pl.Float64, pl.Decimal(20, 0), pl.Decimal(20, 3)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_whole_numbers_held_as_floats_or_decimals_are_those_integers(values, dtype):
+    whole = typed(values, "int")
+    held = whole.cast(dtype)
+    if dtype.is_float():
+        held = held.fill_null(float("nan"))
+    vocab, other = Vocabulary.build(whole), Vocabulary.build(held)
+    assert other.values == vocab.values
+    assert torch.equal(vocab.encode(held), vocab.encode(whole))
+    assert torch.equal(other.encode(whole), vocab.encode(whole))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(2.0**53, pl.Float64), (-(2.0**60), pl.Float64), (2.0**24, pl.Float32)]
+)
+def test_a_float_that_may_be_several_ids_is_none_of_them(value, dtype):
+    column = pl.Series([value, 1.0], dtype=dtype)
+    with pytest.raises(ValueError, match=rf"{int(value)} as Float.*integers or text"):
+        Vocabulary.build(column)
+    vocab = Vocabulary.build([int(value), 1])
+    assert vocab.encode_counted(column)[1] == 1
+    assert vocab.encode(column)[1] == vocab.encode([1])[0]
+    assert vocab.encode_counted(pl.Series([value / 2 + 1], dtype=dtype))[1] == 1
+
+
+def test_numbers_that_are_no_ids_are_unknown():
+    vocab = Vocabulary.build([7, 7, 8])
+    assert vocab.encode([7.0, 7.5, float("nan"), 8.0, -0.0]).tolist() == [0, 2, 2, 1, 2]
+    assert Vocabulary.build(["7", "8"]).encode([8.0, 7.0]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pl.Series([2**63 + 1, 2**63, 2**63 + 1], dtype=pl.UInt64),
+        pl.Series([10**25, -(10**25), 10**25], dtype=pl.Int128),
+        pl.Series([10**25, -(10**25), 10**25], dtype=pl.Decimal(38, 0)),
+        pl.Series([b"\xff", b"a", b"\xff"]),
+        pl.Series([dt.timedelta(hours=2), dt.timedelta(1), dt.timedelta(hours=2)]),
+        pl.Series([dt.time(2), dt.time(1), dt.time(2)]),
+        pl.Series([dt.datetime(2020, 1, 2), dt.datetime(2020, 1, 1), dt.datetime(2020, 1, 2)]),
+        pl.Series(["x", "y", "x"], dtype=pl.Enum(["x", "y"])),
+    ],
+    ids=lambda column: str(column.dtype),
+)
+def test_other_kinds_of_columns(column):
+    vocab = Vocabulary.build(column)
+    assert vocab.encode(column).tolist() == [0, 1, 0]
+    assert Vocabulary.from_tensors(*vocab.to_tensors()).encode(column).tolist() == [0, 1, 0]
+
+
+def test_lists_of_whole_floats_are_bags_of_ids():
+    vocab = Vocabulary.build(pl.Series([[1.0, 2.0], None, [2.0]]))
+    assert vocab.values == [2, 1]
+    rows, _, unknown = vocab.encode_bags(pl.Series([[2.0, 2.5]]))
+    assert (rows.tolist(), unknown) == ([0, 2], 1)
+
+
+def test_structs_are_refused():
+    with pytest.raises(ValueError, match="'s' is Struct"):
+        Vocabulary.build(pl.Series([{"a": 1}]), name="s")
 
 
 @pytest.mark.parametrize("as_lists", [False, True])

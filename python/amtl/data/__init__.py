@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from amtl.data.encoding import EncodedData, Encoder, FieldSpec, infer_fields
+from amtl.data.encoding import EncodedData, Encoder
+from amtl.data.fields import FieldSpec, infer_fields
+from amtl.data.labels import label_note, read_labels
 from amtl.data.registry import Source, load_source, named_sets
 from amtl.data.splits import split_rows
 
@@ -12,7 +14,9 @@ __all__ = [
     "FieldSpec",
     "Source",
     "infer_fields",
+    "label_note",
     "load_source",
     "named_sets",
+    "read_labels",
     "split_rows",
 ]

@@ -2,99 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
+from amtl.data.fields import FieldSpec, infer_fields
 from amtl.data.readers import require_columns
 from amtl.errors import UserError
 from amtl.vocabulary import Vocabulary
 
-Kind = Literal["categorical", "bag", "bucket", "standardise"]
-
-
-@dataclass(frozen=True)
-class FieldSpec:
-    """How one column enters the model.
-
-    Attributes:
-        name: the column.
-        kind: `categorical` (one embedding per value), `bag` (several values, their embeddings
-            averaged), `bucket` (a number, cut at training quantiles into categories) or
-            `standardise` (a number, scaled to mean 0 and deviation 1, without embedding).
-        separator: of a `bag` held as strings.
-        buckets: number of quantile buckets.
-    """
-
-    name: str
-    kind: Kind = "categorical"
-    separator: str | None = None
-    buckets: int = 64
-
-
-def infer_fields(
-    frame: pl.DataFrame,
-    names: Sequence[str],
-    *,
-    numeric: Mapping[str, str] | None = None,
-    default_numeric: str = "bucket",
-    separators: Mapping[str, str] | None = None,
-) -> list[FieldSpec]:
-    """Decides how each column enters the model.
-
-    Floating-point columns are numbers (`default_numeric`), lists are bags, strings are bags if
-    they hold the separator `|` and splitting leaves fewer distinct values, all else is
-    categorical.
-
-    Args:
-        frame: the data.
-        names: the columns to use.
-        numeric: column to `bucket`, `standardise` or `categorical`, overriding the choice.
-        default_numeric: what to do with floating-point columns not named there.
-        separators: column to separator, for bags held as strings; an empty separator keeps the
-            column whole.
-
-    Raises:
-        UserError: for an unknown column or treatment.
-    """
-    numeric = dict(numeric or {})
-    separators = dict(separators or {})
-    require_columns(frame.columns, [*names, *numeric, *separators], "the data")
-    for column, treatment in [*numeric.items(), ("", default_numeric)]:
-        if treatment not in ("bucket", "standardise", "categorical"):
-            raise UserError(
-                f"--numeric {column}: {treatment!r} is not bucket, standardise or categorical"
-            )
-    fields = []
-    for name in names:
-        dtype = frame.schema[name]
-        treatment = numeric.get(name) or (default_numeric if dtype.is_float() else "categorical")
-        if treatment in ("bucket", "standardise"):
-            if not dtype.is_numeric():
-                raise UserError(f"--numeric {name}={treatment}: the column is {dtype}, no number")
-            fields.append(FieldSpec(name, treatment))  # type: ignore[arg-type]
-        elif isinstance(dtype, (pl.List, pl.Array)):
-            fields.append(FieldSpec(name, "bag"))
-        elif name in separators:
-            separator = separators[name]
-            fields.append(FieldSpec(name, "bag" if separator else "categorical", separator or None))
-        elif dtype in (pl.String, pl.Categorical) and _holds_lists(frame[name]):
-            fields.append(FieldSpec(name, "bag", "|"))
-        else:
-            fields.append(FieldSpec(name, "categorical"))
-    return fields
-
-
-def _holds_lists(column: pl.Series, separator: str = "|") -> bool:
-    whole = column.cast(pl.String).drop_nulls().unique()
-    if not whole.str.contains(separator, literal=True).any():
-        return False
-    return whole.str.split(separator).explode().n_unique() < len(whole)
+__all__ = ["Batch", "EncodedData", "Encoder", "FieldSpec", "infer_fields"]
 
 
 class Batch(NamedTuple):
@@ -203,6 +126,7 @@ class Encoder:
         fields: embedded fields, the single-valued ones first, then the bags.
         dense_fields: standardised columns.
         vocabularies: one per embedded field.
+        decisions: how every column was taken, the unused ones too; empty if loaded from a file.
     """
 
     def __init__(
@@ -216,6 +140,7 @@ class Encoder:
         self.fields = list(fields)
         self.dense_fields = list(dense_fields)
         self.vocabularies = list(vocabularies)
+        self.decisions: list[FieldSpec] = []
         self._edges = dict(edges)
         self._scales = dict(scales)
         ends = np.cumsum([0, *(v.size for v in self.vocabularies)])
@@ -232,7 +157,11 @@ class Encoder:
         embedded += [f for f in fields if f.kind == "bag"]
         dense = [f for f in fields if f.kind == "standardise"]
         if not embedded:
-            raise UserError("no field has an embedding; name at least one categorical column")
+            left_out = "".join(f"; {f.name!r} {f.note}" for f in fields if f.kind == "unused")
+            raise UserError(
+                "no field has an embedding; name at least one categorical column with --fields, or "
+                f"cut numbers into buckets with --numeric bucket{left_out}"
+            )
         edges = {f.name: _quantiles(frame[f.name], f.buckets) for f in fields if f.kind == "bucket"}
         scales = {f.name: _scale(frame[f.name]) for f in dense}
         vocabularies = []
@@ -248,7 +177,9 @@ class Encoder:
                 )
             except ValueError as error:
                 raise UserError(str(error)) from error
-        return cls(embedded, dense, vocabularies, edges, scales)
+        encoder = cls(embedded, dense, vocabularies, edges, scales)
+        encoder.decisions = list(fields)
+        return encoder
 
     @property
     def num_rows(self) -> int:
@@ -291,21 +222,24 @@ class Encoder:
             label: float32 `[n]`, or None.
 
         Raises:
-            UserError: if a column is missing.
+            UserError: if a column is missing, or holds what cannot be values of its field.
         """
         wanted = [f.name for f in [*self.fields, *self.dense_fields]]
         require_columns(frame.columns, wanted, "the data")
         singles, bags, unknown = [], [], {}
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
             column = frame[spec.name]
-            if spec.kind == "bag":
-                bag, missed = self._bag(f, column)
-                bags.append(bag)
-            else:
-                if spec.kind == "bucket":
-                    column = _bucket(column, self._edges[spec.name])
-                local, missed = vocabulary.encode_counted(column)
-                singles.append(self._global_rows(f, local).to(torch.int32))
+            try:
+                if spec.kind == "bag":
+                    bag, missed = self._bag(f, column)
+                    bags.append(bag)
+                else:
+                    if spec.kind == "bucket":
+                        column = _bucket(column, self._edges[spec.name])
+                    local, missed = vocabulary.encode_counted(column)
+                    singles.append(self._global_rows(f, local).to(torch.int32))
+            except (ValueError, pl.exceptions.PolarsError) as error:
+                raise UserError(str(error).splitlines()[0]) from error
             unknown[spec.name] = missed
         n = frame.height
         dense = [self._standardise(frame[f.name]) for f in self.dense_fields]
@@ -397,7 +331,8 @@ class Encoder:
 
     def _standardise(self, column: pl.Series) -> Tensor:
         mean, scale = self._scales[column.name]
-        values = column.cast(pl.Float64).fill_null(mean).fill_nan(mean).to_numpy()
+        values = _numbers(column).to_numpy()
+        values = np.where(np.isfinite(values), values, mean)
         return torch.from_numpy(((values - mean) / scale).astype(np.float32))
 
 
@@ -409,8 +344,20 @@ def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
     return starts, rows[starts]
 
 
+def _numbers(column: pl.Series) -> pl.Series:
+    """A column as float64, missing values as NaN."""
+    try:
+        return column.cast(pl.Float64).fill_null(math.nan)
+    except pl.exceptions.PolarsError:
+        text = column.cast(pl.Float64, strict=False) if column.dtype == pl.String else None
+        odd = "" if text is None else f" such as {column.filter(text.is_null())[0]!r}"
+        raise UserError(
+            f"column {column.name!r} holds {column.dtype} values{odd} where numbers are needed"
+        ) from None
+
+
 def _quantiles(column: pl.Series, buckets: int) -> Tensor:
-    values = column.cast(pl.Float64).drop_nulls().drop_nans().to_numpy()
+    values = _numbers(column).drop_nans().to_numpy()
     if not len(values):
         return torch.empty(0, dtype=torch.float64)
     cuts = np.quantile(values, np.arange(1, buckets) / buckets, method="lower")
@@ -419,14 +366,15 @@ def _quantiles(column: pl.Series, buckets: int) -> Tensor:
 
 def _bucket(column: pl.Series, edges: Tensor) -> pl.Series:
     """Bucket numbers as integers; missing values and NaN stay missing."""
-    values = column.cast(pl.Float64).fill_nan(None)
+    values = _numbers(column).fill_nan(None)
     numbers = np.searchsorted(edges.numpy(), values.fill_null(0).to_numpy(), side="left")
     buckets = pl.DataFrame({"b": numbers.astype(np.int64), "null": values.is_null()})
     return buckets.select(pl.when(~pl.col("null")).then(pl.col("b")))["b"].alias(column.name)
 
 
 def _scale(column: pl.Series) -> tuple[float, float]:
-    values = column.cast(pl.Float64).drop_nulls().drop_nans().to_numpy()
+    values = _numbers(column).to_numpy()
+    values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
     return float(values.mean()), float(values.std()) or 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from amtl.data.readers import read_table, require_columns
+from amtl.data.readers import read_file, require_columns
 from amtl.errors import UserError
 
 CRITEO_NUMBERS = tuple(f"I{i}" for i in range(1, 14))
@@ -90,7 +90,7 @@ def load_taobao(argument: str | None) -> pl.DataFrame:
     folder = _path(argument, "taobao", "", "the Taobao display advertising data (Tianchi)")
 
     def table(name: str, wanted: list[str]) -> pl.DataFrame:
-        frame = read_table(folder / name)
+        frame = read_file(folder / name).frame
         frame = frame.rename({column: column.strip() for column in frame.columns})
         require_columns(frame.columns, wanted, str(folder / name))
         return frame

@@ -1,56 +1,114 @@
-"""Reading Parquet and CSV files."""
+"""Reading files of any kind that is known: what it is is told by its suffix and its first lines."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from amtl.data import libsvm, text
 from amtl.errors import UserError
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": ","}
+_PARQUET = (".parquet", ".pq")
+_DELIMITED = (".csv", ".tsv", ".tab", ".txt")
+_LIBSVM = (".libsvm", ".svm", ".libfm")
+_NDJSON = (".ndjson", ".jsonl")
+_PACKED = (".gz", ".zst", ".bz2")
+_SAMPLE = 1 << 16
 
 
-def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """Reads a Parquet, CSV or TSV file (the text ones also as `.gz`), or a folder of Parquet files.
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
 
-    Args:
-        path: the file; the kind is told by its suffix.
-        columns: only these, in this order; by default all.
+    Attributes:
+        frame: its columns.
+        label: its label column, where its kind says so.
+        notes: what was guessed about it, a line each.
+    """
+
+    frame: pl.DataFrame
+    label: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_file(path: Path | str) -> Contents:
+    """Reads Parquet (a file or a folder of them), delimited text, libsvm, libfm or JSON lines.
+
+    Text may be compressed (`.gz`, `.zst`, `.bz2`). Its separator is told by its first lines, and
+    so is whether it has a header, and whether a `.txt` is libsvm.
 
     Raises:
-        UserError: if the file is missing, of an unknown kind, or cannot be parsed, or if a column
-            does not exist.
+        UserError: if the file is missing, of an unknown kind, empty, or cannot be parsed; the
+            message says what to do.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no file {str(path)!r}; give a path to a Parquet or CSV file")
-    suffixes = [s for s in path.suffixes if s not in (".gz", ".zst")]
-    kind = suffixes[-1].lower() if suffixes else ""
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
+    kind = suffixes[-1] if suffixes else ""
     try:
         if path.is_dir():
-            lazy = pl.scan_parquet(path / "*.parquet")
-        elif kind in (".parquet", ".pq"):
-            lazy = pl.scan_parquet(path)
-        elif kind in _SEPARATORS:
-            lazy = pl.read_csv(path, separator=_SEPARATORS[kind], infer_schema_length=20_000).lazy()
-        else:
-            raise UserError(
-                f"{str(path)!r}: unknown kind {kind!r}; give a .parquet, .csv or .tsv file"
-            )
-        names = lazy.collect_schema().names()
-        require_columns(names, columns or [], str(path))
-        return (lazy.select(columns) if columns else lazy).collect()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
+            parts = sorted(path.glob("*.parquet"))
+            if not parts:
+                raise UserError(f"the folder {str(path)!r} holds no .parquet file")
+            return Contents(pl.concat([_parquet(part) for part in parts]))
+        if kind in _PARQUET:
+            return Contents(_parquet(_plain(path)))
+        if kind in _DELIMITED + _LIBSVM + _NDJSON:
+            return _read_text(path, kind)
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"cannot read {str(path)!r}: {reason[0]}") from error
+    known = ", ".join((*_PARQUET[:1], *_DELIMITED[:2], _DELIMITED[3], *_LIBSVM, *_NDJSON))
+    raise UserError(
+        f"{str(path)!r}: unknown kind {kind!r}; give one of {known} (text also as .gz, .zst, .bz2)"
+    )
+
+
+def _read_text(path: Path, kind: str) -> Contents:
+    with pa.input_stream(str(path)) as stream:
+        sample = stream.read(_SAMPLE)
+    if not sample.strip():
+        raise UserError(f"{str(path)!r} is empty")
+    source = _plain(path)
+    if kind in _NDJSON:
+        with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
+            return Contents(pl.read_ndjson(file, infer_schema_length=20_000))
+    first = text.decode(sample, str(path), whole=len(sample) < _SAMPLE)
+    if kind in _LIBSVM or (kind == ".txt" and libsvm.looks_like(first)):
+        frame, notes = libsvm.read(source, str(path))
+        return Contents(frame, libsvm.LABEL, notes)
+    frame, notes = text.read(source, first, "\t" if kind in (".tsv", ".tab") else ",", str(path))
+    return Contents(frame, notes=notes)
+
+
+def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
+    """By Arrow, which a damaged file makes raise; polars may end the process."""
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
+        frame = pl.from_arrow(file.read())
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _plain(path: Path) -> Path | io.BytesIO:
+    """The path, or the contents of a compressed file."""
+    if path.suffix.lower() not in _PACKED:
+        return path
+    with pa.input_stream(str(path)) as stream:
+        return io.BytesIO(stream.read())
 
 
 def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -> None:
     """Raises a UserError naming the columns of `wanted` that are not `present`."""
     missing = [name for name in wanted if name not in present]
     if missing:
+        listed = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
         raise UserError(
-            f"{where} has no column {', '.join(map(repr, missing))}; "
-            f"its columns are {', '.join(present)}"
+            f"{where} has no column {', '.join(map(repr, missing))}; its columns are {listed}"
         )

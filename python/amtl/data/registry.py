@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import torch
-from torch import Tensor
 
 from amtl.config import default_batch_size
 from amtl.data import movielens, nycflights, official, synthetic
-from amtl.data.readers import read_table, require_columns
+from amtl.data.labels import read_labels
+from amtl.data.readers import read_file
 from amtl.errors import UserError
+
+__all__ = ["NamedSet", "Source", "load_source", "named_sets", "read_labels"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Source:
         label: default label column, or None.
         fields: default fields, or None.
         numeric, recipe, licence: as in `NamedSet`.
+        notes: what was guessed about the file, a line each.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Source:
     numeric: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
     licence: str = ""
+    notes: tuple[str, ...] = ()
 
     def settings(self, method: str) -> dict[str, Any]:
         """The training settings that this data asks for, over the defaults of `TrainConfig`."""
@@ -135,14 +138,15 @@ def named_sets() -> dict[str, NamedSet]:
             synthetic.load,
             "label",
             synthetic.FIELDS,
-            "generated clicks with a known truth: synthetic:ROWS",
+            "generated clicks with a known truth: synthetic:ROWS, or synthetic:LEVEL with LEVEL "
+            "easy, medium or hard",
             "none; generated on the spot",
         ),
     }
 
 
 def load_source(data: str) -> Source:
-    """Loads a Parquet or CSV file by path, or a named set (`name` or `name:argument`).
+    """Loads a file by path (see `read_file`), or a named set (`name` or `name:argument`).
 
     Raises:
         UserError: if it is neither, or cannot be had; the message says what to do.
@@ -154,43 +158,12 @@ def load_source(data: str) -> Source:
         frame = known.load(argument if colon else None)
         if argument and name in ("criteo", "avazu", "taobao"):
             data = f"{name}:{Path(argument).resolve()}"
-        return Source(
-            data, frame, known.label, known.fields, known.numeric, known.recipe, known.licence
-        )
+        fields = tuple(name for name in known.fields if name in frame.columns)
+        return Source(data, frame, known.label, fields, known.numeric, known.recipe, known.licence)
     path = Path(data)
     if not path.exists():
         raise UserError(
             f"{data!r} is neither a file nor a known data set; known are {', '.join(sorted(sets))}"
         )
-    return Source(str(path.resolve()), read_table(path))
-
-
-def read_labels(frame: pl.DataFrame, column: str, threshold: float | None = None) -> Tensor:
-    """Labels as float32 zeros and ones, `[n]`.
-
-    Args:
-        frame: the data.
-        column: booleans, or numbers that are 0 and 1 only, unless `threshold` is given.
-        threshold: a sample is positive if its number is at least this.
-
-    Raises:
-        UserError: if the column is missing, has gaps, or is not binary.
-    """
-    require_columns(frame.columns, [column], "the data")
-    values = frame[column]
-    if values.null_count():
-        raise UserError(f"label {column!r} is missing in {values.null_count()} rows; drop them")
-    if not (values.dtype.is_numeric() or values.dtype == pl.Boolean):
-        raise UserError(f"label {column!r} is {values.dtype}; a number or a boolean is needed")
-    numbers = values.cast(pl.Float32)
-    if threshold is not None:
-        numbers = (numbers >= threshold).cast(pl.Float32)
-    distinct = sorted(numbers.unique().to_list())
-    if not set(distinct) <= {0.0, 1.0}:
-        raise UserError(
-            f"label {column!r} has values such as {distinct[:4]}, not 0 and 1; "
-            "give --label-threshold X to call values of X and more positive"
-        )
-    if len(distinct) < 2:
-        raise UserError(f"label {column!r} is always {distinct[0]:g}; both classes are needed")
-    return torch.from_numpy(numbers.to_numpy().copy())
+    contents = read_file(path)
+    return Source(str(path.resolve()), contents.frame, label=contents.label, notes=contents.notes)

@@ -1,0 +1,241 @@
+"""How each column enters the model: by its type where that decides, by a stated rule otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import polars as pl
+
+from amtl.data.readers import require_columns
+from amtl.errors import UserError
+from amtl.vocabulary import exact_ids
+
+Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
+TREATMENTS = ("bucket", "standardise", "categorical")
+
+_ENOUGH_ROWS = 20
+"""Rows per value from which each value can be learned, whatever its order may say."""
+_CROWDED_BELOW = 0.8
+"""Share of distinct values in the lower half of their range from which they count as amounts."""
+_NEARLY_UNIQUE = 0.9
+_ROWS_TO_JUDGE_BY = 1000
+"""Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """How one column enters the model.
+
+    Attributes:
+        name: the column.
+        kind: `categorical` (one embedding per value), `bag` (several values, their embeddings
+            averaged), `bucket` (a number, cut at training quantiles into categories),
+            `standardise` (a number, scaled to mean 0 and deviation 1, without embedding) or
+            `unused` (left out).
+        separator: of a `bag` held as strings.
+        buckets: number of quantile buckets.
+        note: why, and how to have it otherwise; empty where nothing was guessed.
+    """
+
+    name: str
+    kind: Kind = "categorical"
+    separator: str | None = None
+    buckets: int = 64
+    note: str = ""
+
+
+def infer_fields(
+    frame: pl.DataFrame,
+    names: Sequence[str],
+    *,
+    numeric: Mapping[str, str] | None = None,
+    default_numeric: str = "bucket",
+    separators: Mapping[str, str] | None = None,
+) -> list[FieldSpec]:
+    """Decides how each column enters the model; what is guessed has a note.
+
+    Lists are bags, and so are strings that hold the separator `|` if splitting leaves fewer
+    distinct values. Numbers with a fraction are numbers (`default_numeric`), and all else is
+    categorical, with these exceptions:
+
+    - Whole numbers held as floats or decimals (what an integer column with gaps becomes in
+      pandas) are ids, hence categorical. They are amounts, hence numbers, if they have more
+      distinct values than buckets and either nearly every row has its own (90 %), or there are
+      fewer than 20 rows a value and the values thin out upward, as prices and counts do: 80 % of
+      the distinct ones lie in the lower half of their range (from its 1st to its 99th
+      percentile), where ids would be spread evenly.
+    - Whole numbers too large for the float that holds them are numbers: ids would be merged.
+    - Columns with a single value, or of a type that has no ids, are left out, and from 1,000 rows
+      on categorical columns of which every row has its own value.
+
+    A column named in `numeric` or `separators` is taken as said there, without exception.
+
+    Args:
+        frame: the data.
+        names: the columns to use.
+        numeric: column to `bucket`, `standardise` or `categorical`, overriding the choice.
+        default_numeric: what to do with numbers not named there.
+        separators: column to separator, for bags held as strings; an empty separator keeps the
+            column whole.
+
+    Raises:
+        UserError: for an unknown column or treatment, or a column named twice.
+    """
+    numeric = dict(numeric or {})
+    separators = dict(separators or {})
+    require_columns(frame.columns, [*names, *numeric, *separators], "the data")
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise UserError(f"--fields names {', '.join(map(repr, twice))} twice")
+    for name, treatment in numeric.items():
+        if treatment not in TREATMENTS:
+            raise UserError(
+                f"--numeric {name}: {treatment!r} is not bucket, standardise or categorical"
+            )
+    if default_numeric not in TREATMENTS:
+        raise UserError(
+            f"--numeric {default_numeric!r} is not bucket, standardise or categorical; a column's "
+            "own treatment is written COLUMN=bucket"
+        )
+    fields = []
+    for name in names:
+        column = frame[name]
+        if name in numeric:
+            fields.append(_as_told(column, numeric[name], separators.get(name)))
+        elif name in separators and not column.dtype.is_nested():
+            separator = separators[name]
+            fields.append(FieldSpec(name, "bag" if separator else "categorical", separator or None))
+        else:
+            fields.append(_left_out(column) or _guess(column, default_numeric))
+    return fields
+
+
+def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldSpec:
+    if treatment == "categorical":
+        nested = isinstance(column.dtype, (pl.List, pl.Array))
+        bag = nested or bool(separator)
+        return FieldSpec(column.name, "bag" if bag else "categorical", separator or None)
+    if not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
+        raise UserError(
+            f"--numeric {column.name}={treatment}: the column is {column.dtype}, no number"
+        )
+    return FieldSpec(column.name, treatment)  # type: ignore[arg-type]
+
+
+def _left_out(column: pl.Series) -> FieldSpec | None:
+    """The spec of a column that cannot teach anything, or None."""
+    name, dtype = column.name, column.dtype
+    inner = _inner(dtype)
+    if inner.is_nested() or inner == pl.Object:
+        return FieldSpec(name, "unused", note=f"{dtype} has no ids: make lists or plain columns")
+    if column.null_count() == len(column):
+        return FieldSpec(name, "unused", note="holds nothing")
+    if dtype.is_nested():
+        if (inner.is_float() or inner.is_decimal()) and not exact_ids(_leaves(column)).all():
+            return FieldSpec(name, "unused", note="lists of numbers that are no ids")
+        return None
+    distinct = _distinct(column)
+    if distinct == 1 and not _has_gaps(column):
+        return FieldSpec(name, "unused", note=f"always {_shown(column)}")
+    return None
+
+
+def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
+    name, dtype = column.name, column.dtype
+    if dtype.is_nested():
+        return FieldSpec(name, "bag")
+    if dtype.is_float() or dtype.is_decimal():
+        return _guess_number(column, default_numeric)
+    if dtype in (pl.String, pl.Categorical, pl.Enum) and _holds_lists(column):
+        note = f"strings such as {_shown(column, '|')} hold several values; --multi {name}= keeps"
+        return FieldSpec(name, "bag", "|", note=f"{note} them whole")
+    return _keys_left_out(FieldSpec(name), column)
+
+
+def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
+    """Ids or amounts: see `infer_fields`."""
+    name = column.name
+    number = FieldSpec(name, default_numeric)  # type: ignore[arg-type]
+    if default_numeric == "categorical":
+        return number
+    values = column.drop_nulls()
+    values = values.drop_nans() if column.dtype.is_float() else values
+    whole = values.cast(pl.Float64)
+    if not len(values) or not bool((whole == whole.floor()).all()) or whole.is_infinite().any():
+        return number
+    if not exact_ids(values).all():
+        note = f"ids this large are merged in {_type(column)}; store them as integers or text"
+        return replace(number, note=note)
+    ids = f"--numeric {name}=categorical takes it as ids"
+    distinct = whole.unique().sort()
+    rows = len(whole) / len(distinct)
+    if len(distinct) > number.buckets:
+        if len(distinct) > _NEARLY_UNIQUE * len(whole) and len(whole) >= _ROWS_TO_JUDGE_BY:
+            return replace(number, note=f"nearly every row has its own value; {ids}")
+        low, high = (float(distinct.quantile(q) or 0.0) for q in (0.01, 0.99))
+        inside = distinct.filter((distinct >= low) & (distinct <= high))
+        lower = float((inside <= (low + high) / 2).mean() or 0.0)  # type: ignore[arg-type]
+        if rows < _ENOUGH_ROWS and lower >= _CROWDED_BELOW:
+            note = f"whole numbers that thin out upward, as amounts do, {rows:.1f} rows a value"
+            return replace(number, note=f"{note}; {ids}")
+    note = f"whole numbers held as {_type(column)}; --numeric {name}=bucket takes them as amounts"
+    return FieldSpec(name, note=note)
+
+
+def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
+    """Leaves out a key, of which every row has its own value, and notes what is nearly one."""
+    rows = len(column)
+    if rows < _ROWS_TO_JUDGE_BY:
+        return spec
+    distinct = _distinct(column)
+    if distinct == rows:
+        other = "=bucket takes it as a number" if column.dtype.is_numeric() else "=categorical"
+        note = f"every row has its own value: nothing to learn; --numeric {spec.name}{other}"
+        note += "" if column.dtype.is_numeric() else " keeps it"
+        return replace(spec, kind="unused", note=note)
+    if distinct > _NEARLY_UNIQUE * rows:
+        note = f"{distinct:,} values in {rows:,} rows: little to learn; --fields leaves it out"
+        return replace(spec, note=note)
+    return spec
+
+
+def _inner(dtype: Any) -> Any:
+    return dtype.inner if isinstance(dtype, (pl.List, pl.Array)) else dtype
+
+
+def _leaves(column: pl.Series) -> pl.Series:
+    lists = column.arr.to_list() if isinstance(column.dtype, pl.Array) else column
+    return lists.filter(lists.list.len() > 0).explode()
+
+
+def _distinct(column: pl.Series) -> int:
+    """Distinct values, missing ones apart."""
+    values = column.drop_nulls()
+    return (values.drop_nans() if column.dtype.is_float() else values).n_unique()
+
+
+def _has_gaps(column: pl.Series) -> bool:
+    nan = column.dtype.is_float() and bool(column.is_nan().any())
+    return nan or column.null_count() > 0
+
+
+def _type(column: pl.Series) -> str:
+    return str(column.dtype).partition("(")[0].lower()
+
+
+def _shown(column: pl.Series, holding: str = "") -> str:
+    """A value of the column as text, cut short; one that holds `holding`."""
+    values = column.drop_nulls()
+    if holding:
+        values = values.filter(values.cast(pl.String).str.contains(holding, literal=True))
+    text = repr(values[0])
+    return text if len(text) <= 32 else text[:28] + "…" + text[:1]
+
+
+def _holds_lists(column: pl.Series, separator: str = "|") -> bool:
+    whole = column.cast(pl.String).drop_nulls().unique()
+    if not whole.str.contains(separator, literal=True).any():
+        return False
+    return whole.str.split(separator).explode().n_unique() < len(whole)

@@ -1,0 +1,173 @@
+"""Labels: from whatever a column holds to zeros and ones."""
+
+from __future__ import annotations
+
+import re
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from amtl.data.readers import require_columns
+from amtl.errors import UserError
+
+_PAIRS = {
+    ("0", "1"),
+    ("-1", "1"),
+    ("1", "2"),
+    ("false", "true"),
+    ("f", "t"),
+    ("no", "yes"),
+    ("n", "y"),
+    ("off", "on"),
+    ("negative", "positive"),
+    ("neg", "pos"),
+    ("-", "+"),
+    ("dislike", "like"),
+}
+"""Negative and positive values that need no explanation."""
+
+
+def read_labels(
+    frame: pl.DataFrame, column: str, threshold: float | None = None, positive: str | None = None
+) -> Tensor:
+    """Labels as float32 zeros and ones, `[n]`.
+
+    Args:
+        frame: the data.
+        column: booleans, numbers, or text. Without the two arguments below it must hold an obvious
+            pair: 0 and 1, -1 and 1, 1 and 2, or text such as "no" and "yes", "noclick" and
+            "click".
+        threshold: a sample is positive if its number is at least this.
+        positive: a sample is positive if its value is this one.
+
+    Raises:
+        UserError: if the column is missing, has gaps, or does not hold both classes; the message
+            has the option that helps.
+    """
+    flags, _ = _decide(frame, column, threshold, positive)
+    if flags.n_unique() < 2:
+        always = frame[column][0] if frame[column].n_unique() == 1 else int(flags[0])
+        how = "" if frame[column].n_unique() == 1 else f" with {_option(threshold, positive)}"
+        raise UserError(f"label {column!r} is always {_show(always)}{how}; both classes are needed")
+    return torch.from_numpy(flags.cast(pl.Float32).to_numpy().copy())
+
+
+def label_note(
+    frame: pl.DataFrame, column: str, threshold: float | None = None, positive: str | None = None
+) -> str:
+    """What was guessed about the label, and how to have it otherwise; empty if nothing was."""
+    return _decide(frame, column, threshold, positive)[1]
+
+
+def _decide(
+    frame: pl.DataFrame, column: str, threshold: float | None, positive: str | None
+) -> tuple[pl.Series, str]:
+    """Which samples are positive, and a note on what was guessed."""
+    require_columns(frame.columns, [column], "the data")
+    if threshold is not None and positive is not None:
+        raise UserError("give --label-threshold or --label-positive, not both")
+    values = frame[column]
+    if not len(values):
+        raise UserError("the data has no rows")
+    dtype = values.dtype
+    if dtype in (pl.Categorical, pl.Enum):
+        values = values.cast(pl.String)
+    elif not (dtype.is_numeric() or dtype in (pl.Boolean, pl.String, pl.Null)):
+        raise UserError(
+            f"label {column!r} is {dtype}; numbers, booleans or text are needed: name another "
+            "column with --label"
+        )
+    gaps = values.null_count() + (int(values.is_nan().sum()) if dtype.is_float() else 0)
+    if gaps:
+        raise UserError(
+            f"label {column!r} is missing in {gaps:,} rows; leave these rows out of the file, or "
+            "name another column with --label"
+        )
+    if dtype == pl.Boolean and positive is None:
+        return (values if threshold is None else values.cast(pl.Float64) >= threshold), ""
+    numbers = values.cast(pl.Float64, strict=False)
+    if threshold is not None:
+        if numbers.null_count():
+            text = values.filter(numbers.is_null())[0]
+            raise UserError(
+                f"label {column!r} holds text such as {_show(text)}, which --label-threshold "
+                "cannot compare; --label-positive VALUE names the value that is positive"
+            )
+        return numbers >= threshold, ""
+    if positive is not None:
+        return _equal(values, positive), ""
+    if numbers.null_count():
+        return _text_pair(values)
+    return _number_pair(values, numbers)
+
+
+def _number_pair(values: pl.Series, numbers: pl.Series) -> tuple[pl.Series, str]:
+    distinct = numbers.unique().sort().to_list()
+    for low, high in ((0.0, 1.0), (-1.0, 1.0), (1.0, 2.0)):
+        if set(distinct) <= {low, high}:
+            note = f"{high:g} is positive, {low:g} negative; --label-threshold X changes it"
+            return numbers == high, note if low else ""
+    raise UserError(
+        f"label {values.name!r} has values such as {_listed(distinct)}, not 0 and 1; "
+        "--label-threshold X calls values of X and more positive, --label-positive X the value X"
+    )
+
+
+def _text_pair(values: pl.Series) -> tuple[pl.Series, str]:
+    distinct = sorted(values.unique().to_list())
+    if len(distinct) == 2:
+        for negative, positive in (distinct, distinct[::-1]):
+            if _obvious(negative, positive):
+                note = f"{_show(positive)} is positive, {_show(negative)} negative; "
+                return values == positive, note + "--label-positive VALUE changes it"
+    if len(distinct) == 1:
+        return values == distinct[0], ""
+    raise UserError(
+        f"label {values.name!r} holds {len(distinct):,} texts such as {_listed(distinct)}; "
+        "--label-positive VALUE says which one is positive"
+    )
+
+
+def _obvious(negative: str, positive: str) -> bool:
+    """Whether two texts are a known pair, or one is the other with no, non, not or un before."""
+    low, high = (text.strip().lower() for text in (negative, positive))
+    if (low, high) in _PAIRS:
+        return True
+    low, high = (re.sub(r"[\W_]", "", text) for text in (low, high))
+    return bool(high) and low in {prefix + high for prefix in ("no", "non", "not", "un")}
+
+
+def _equal(values: pl.Series, positive: str) -> pl.Series:
+    if values.dtype == pl.Boolean:
+        flags = values.cast(pl.String) == positive.strip().lower()
+    elif values.dtype == pl.String:
+        flags = values == positive
+    else:
+        try:
+            flags = values.cast(pl.Float64) == float(positive)
+        except ValueError:
+            flags = pl.repeat(False, len(values), eager=True)
+    if not flags.any():
+        raise UserError(
+            f"--label-positive {positive}: label {values.name!r} has no such value; it has "
+            f"values such as {_listed(values.unique().sort().to_list())}"
+        )
+    return flags
+
+
+def _option(threshold: float | None, positive: str | None) -> str:
+    if threshold is not None:
+        return f"--label-threshold {threshold:g}"
+    return f"--label-positive {positive}"
+
+
+def _listed(values: list[object]) -> str:
+    return ", ".join(_show(v) for v in values[:4])
+
+
+def _show(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = repr(value)
+    return text if len(text) <= 24 else text[:20] + "…" + text[:1]

@@ -1,0 +1,80 @@
+"""What a person is told when a command fails: one line, and a log for what nobody expected."""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from amtl.errors import UserError
+
+LOG = "amtl-error.log"
+MISTAKE, USAGE, STOPPED = 1, 2, 130
+
+
+def run(app: typer.Typer, args: Sequence[str]) -> int:
+    """Runs a command line and returns its exit status; nothing escapes but the end of Python.
+
+    A mistake that the user can mend is told in one line on stderr (1; 2 where the command line
+    itself is at fault), Ctrl-C ends with 130. Anything else is told in one line too (1), with the
+    file that has its traceback: `amtl-error.log` in the working directory, or where that cannot be
+    written in the folder for temporary files. Characters that the terminal cannot show are
+    replaced.
+
+    Args:
+        app: the commands.
+        args: the words after the program's name; without any, the help is shown.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(list(args) or ["--help"], prog_name="amtl", standalone_mode=False)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else MISTAKE
+    except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED
+    except UserError as error:
+        return tell(str(error))
+    except OSError as error:
+        name = f" {str(error.filename)!r}" if error.filename else ""
+        return tell(f"cannot use{name}: {error.strerror or error}")
+    except BaseException as error:  # polars panics with no Exception
+        if hasattr(error, "format_message"):
+            return tell(f"{error.format_message()} (amtl COMMAND --help has the options)", USAGE)
+        reason = str(error).strip() or "no further word"
+        log = write_log(args)
+        return tell(
+            f"{type(error).__name__}: {reason:.300} (not expected here: the traceback is in {log})"
+        )
+    if code == STOPPED:
+        return tell("stopped by Ctrl-C", STOPPED)
+    return code if isinstance(code, int) else 0
+
+
+def tell(message: str, code: int = MISTAKE) -> int:
+    """Prints one line on stderr and returns `code`."""
+    line = "".join(c if c.isprintable() else " " for c in message)
+    text = Text.assemble(("error:", "bold red"), " ", line)
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    return code
+
+
+def write_log(args: Sequence[str]) -> Path:
+    """Writes the traceback of the exception at hand to the log and returns where that is."""
+    content = f"amtl {' '.join(args)}\n\n{traceback.format_exc()}"
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        try:
+            (folder / LOG).write_text(content, errors="backslashreplace")
+        except OSError:
+            continue
+        return folder / LOG
+    return Path("(nowhere: no folder can be written)")

@@ -1,0 +1,376 @@
+"""Whatever is typed or a file holds: one line, an exit status, no traceback."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import signal
+from pathlib import Path
+
+import amtl
+import numpy as np
+import polars as pl
+import pytest
+import typer
+from amtl import cli, failures, memory
+from amtl.checkpoint import read_json
+from amtl.errors import UserError
+
+FAST = ["--dim", "4", "--epochs", "2", "--batch-size", "256"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Files of many kinds, and a finished run."""
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    n = 400
+    frame = pl.DataFrame(
+        {
+            "user": rng.integers(0, 30, n),
+            "price": rng.exponential(2.0, n),
+            "stars": rng.integers(1, 6, n).astype(float),
+            "y": rng.integers(0, 2, n),
+        }
+    )
+    frame.write_parquet(folder / "ok.parquet")
+    frame.write_csv(folder / "ok.csv")
+    others = {
+        "answer.csv": frame.with_columns(y=pl.Series(["good", "bad"] * (n // 2))),
+        "yes.csv": frame.with_columns(y=pl.Series(["yes", "no"] * (n // 2))),
+        "gaps.csv": frame.with_columns(y=pl.when(pl.col("user") > 3).then(pl.col("y"))),
+        "ones.csv": frame.with_columns(y=pl.lit(1)),
+        "text.csv": frame.with_columns(price=pl.lit("cheap")),
+        "none.csv": frame[:0],
+        "five.csv": frame[:5],
+        "few.csv": frame.select("user", "y"),
+        "markup[bold].csv": frame.rename({"user": "[/]", "price": "[red]x"}),
+        "constant.csv": frame.select(pl.lit(3).alias("user"), "y"),
+    }
+    for name, content in others.items():
+        content.write_csv(folder / name)
+    for name, content in {
+        "empty.csv": b"",
+        "twice.csv": b"user,user,y\n1,2,1\n3,4,0\n",
+        "latin1.csv": "user,y\ncaf\xe9,1\n".encode("latin1"),
+        "noise.parquet": rng.bytes(500),
+        "noise.csv": rng.bytes(500),
+        "noise.libsvm": b"\x00\x01\x02",
+        "noise.safetensors": rng.bytes(500),
+        "bad.csv.gz": b"no gzip",
+        "file": b"x",
+    }.items():
+        (folder / name).write_bytes(content)
+    assert run("train", folder / "ok.csv", "--label", "y", "--out", folder / "run", *FAST) == 0
+    assert run("pack", folder / "run", "-o", folder / "m.safetensors") == 0
+    return folder
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in args])
+    return int(stop.value.code or 0)
+
+
+TRAIN = [  # words after `train ok.parquet --label y`, and what is told
+    ("--lr nan", "'--lr'"),
+    ("--lr=-1", "--lr must be positive"),
+    ("--lr inf", "'--lr'"),
+    ("--table-lr nan", "'--table-lr'"),
+    ("--table-lr fast", "'--table-lr'"),
+    ("--budget nan", "'--budget'"),
+    ("--budget 0", "--budget"),
+    ("--budget 7", "--budget"),
+    ("--embedding-dropout nan", "'--embedding-dropout'"),
+    ("--embedding-dropout 1", "--embedding-dropout"),
+    ("--exponent nan", "'--exponent'"),
+    ("--freeze-at nan", "'--freeze-at'"),
+    ("--freeze-at=-3", "--freeze-at"),
+    ("--label-threshold nan", "'--label-threshold'"),
+    ("--dim 1000000000", "GB are free: choose a smaller --dim"),
+    ("--dim 1180591620717411303424", "'--dim'"),
+    ("--dim 0", "'--dim'"),
+    ("--dim 2.5", "'--dim'"),
+    ("--dim", "--dim"),
+    ("--batch-size 0", "'--batch-size'"),
+    ("--epochs -1", "'--epochs'"),
+    ("--patience 0", "'--patience'"),
+    ("--min-count 0", "'--min-count'"),
+    ("--seed 1180591620717411303424", "'--seed'"),
+    ("--seed -1", "'--seed'"),
+    ("--split-seed 1180591620717411303424", "'--split-seed'"),
+    ("--split sideways", "--split must be"),
+    ("--split order:", "no column ''"),
+    ("--split order:when", "no column 'when'"),
+    ("--method magic", "choose one of"),
+    ("--method fixed --budget 0.4", "--budget has no effect with --method fixed"),
+    ("--method fixed --budget 0.25 --dim 8", "leave it out and choose --dim"),
+    ("--method fixed --exponent 0", "--exponent has no effect"),
+    ("--method fixed --freeze-at 0.3", "--freeze-at has no effect"),
+    ("--method fixed --parametrization free", "--parametrization has no effect"),
+    ("--parametrization paper --budget 0.4", "--budget cannot hold"),
+    ("--parametrization cubic", "parametrization must be one of"),
+    ("--table-optimizer magic", "choose one of"),
+    ("--fields user,y", "--fields names the label 'y'"),
+    ("--fields user,user", "names 'user' twice"),
+    ("--fields user,colour", "no column 'colour'; its columns are user, price"),
+    ("--fields price --numeric standardise", "no field has an embedding"),
+    ("--numeric log", "bucket, standardise or categorical"),
+    ("--numeric price=", "bucket, standardise or categorical"),
+    ("--numeric colour=bucket", "no column 'colour'"),
+    ("--numeric price=categorical", "no ids"),
+    ("--multi colour", "no column 'colour'"),
+    ("--label-positive 7", "no such value"),
+    ("--label-positive 1 --label-threshold 1", "not both"),
+    ("--warm-start nowhere", "there is no run folder"),
+    ("--out file", "file"),
+    ("--foo", "No such option"),
+    ("more", "unexpected extra argument"),
+]
+LINES = [  # whole command lines
+    ("trian", "No such command 'trian'"),
+    ("train", "name the data"),
+    ("train nowhere.csv --label y", "neither a file nor a known data set"),
+    ("train ok.csv", "--label COLUMN is needed; columns are user"),
+    ("train ok.csv --label colour", "no column 'colour'"),
+    ("train ok.csv --label stars", "--label-threshold X"),
+    ("train ok.csv --label price", "--label-threshold X"),
+    ("train answer.csv --label y", "--label-positive VALUE"),
+    ("train answer.csv --label y --label-threshold 1", "--label-positive VALUE"),
+    ("train gaps.csv --label y", "is missing in"),
+    ("train ones.csv --label y", "is always 1"),
+    ("train none.csv --label y", "no rows"),
+    ("train five.csv --label y", "at least 10"),
+    ("train constant.csv --label y", "'user' always 3"),
+    ("train empty.csv --label y", "is empty"),
+    ("train twice.csv --label y", "'user' more than once"),
+    ("train latin1.csv --label y", "not UTF-8"),
+    ("train noise.parquet --label y", "cannot read"),
+    ("train noise.csv --label y", "noise.csv"),
+    ("train noise.libsvm --label y", "noise.libsvm"),
+    ("train bad.csv.gz --label y", "cannot read"),
+    ("train file --label y", "unknown kind"),
+    ("train . --label y", "cannot read"),
+    ("train markup[bold].csv --label [/]x", "no column '[/]x'; its columns are [/], [red]x"),
+    ("train markup[blink]", "'markup[blink]' is neither"),
+    ("train synthetic:x", "synthetic:LEVEL:ROWS"),
+    ("train synthetic:nan", "synthetic:LEVEL:ROWS"),
+    ("train synthetic:1e30", "at most 2^30"),
+    ("train criteo", "criteo:PATH"),
+    ("train --resume", "--resume needs --out"),
+    ("train --resume --out nowhere", "there is no nowhere"),
+    ("train ok.csv --label y --out run", "--force"),
+    ("evaluate", "Missing argument"),
+    ("evaluate nowhere", "there is no"),
+    ("evaluate file", "file"),
+    ("evaluate noise.safetensors", "noise.safetensors"),
+    ("evaluate run --label y", "name the file to score"),
+    ("evaluate run none.csv", "no rows"),
+    ("evaluate run empty.csv", "is empty"),
+    ("evaluate run few.csv", "no column 'price'"),
+    ("evaluate run text.csv", "holds String values such as 'cheap' where numbers"),
+    ("evaluate run answer.csv", "--label-positive VALUE"),
+    ("evaluate run ones.csv", "both classes"),
+    ("evaluate m.safetensors text.csv", "where numbers are needed"),
+    ("inspect noise.parquet", "noise.parquet"),
+    ("pack run", "Missing option '--out'"),
+    ("pack nowhere -o x.safetensors", "there is no run folder"),
+    ("pack run -o . --dtype int3", "choose one of"),
+    ("pack run -o file/x.safetensors", "'file'"),
+    ("report nowhere", "no metrics.json"),
+    ("compare", "Missing argument"),
+    ("demo --data ok.csv", "named data set"),
+    ("demo --epochs 0", "'--epochs'"),
+]
+
+
+def one_line(err: str) -> str:
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [*((f"train ok.parquet --label y {words}", told) for words, told in TRAIN), *LINES],
+)
+def test_a_mistake_is_one_line(line, told, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    before = {path.name for path in folder.iterdir()}
+    capsys.readouterr()
+    assert run(*line.split()) in (failures.MISTAKE, failures.USAGE)
+    assert told in one_line(capsys.readouterr().err)
+    assert {path.name for path in folder.iterdir()} <= before | {"runs"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "answer.csv --label-positive good",
+        "yes.csv",
+        "ok.csv --label stars --label-threshold 4",
+        "ok.csv --method fixed",
+        "ok.csv --parametrization paper",
+        "markup[bold].csv",
+    ],
+)
+def test_the_remedies_work(words, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    data, *rest = words.split()
+    rest = rest if "--label" in rest else ["--label", "y", *rest]
+    out = tmp_path / "[bold]run"
+    assert run("train", data, *rest, "--out", out, *FAST) == 0
+    assert run("evaluate", out) == 0
+    assert run("inspect", out) == 0
+    again = [] if "--label" in words else ["--label", "y"]
+    assert run("evaluate", out, data, *again) == 0
+    shown = capsys.readouterr().out
+    assert data in shown
+    assert "[bold]run" in "".join(shown.split())
+    assert read_json(out / "metrics.json")["config"]["label"] in ("y", "stars")
+
+
+def test_what_was_guessed_is_said_and_nothing_else(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert run("train", "yes.csv", "--label", "y", "--out", tmp_path / "a", *FAST) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "'yes' is positive, 'no' negative; --label-positive VALUE changes it" in shown
+    assert "stars ids whole numbers held as float64; --numeric stars=bucket" in shown
+    told = ["--numeric", "stars=bucket,price=bucket"]
+    assert run("train", "ok.csv", "--label", "y", "--out", tmp_path / "b", *told, *FAST) == 0
+    shown = capsys.readouterr().out
+    assert "--numeric" not in shown
+    assert "positive," not in shown
+
+
+def test_libsvm_needs_no_label_named(folder, tmp_path, capsys):
+    path = tmp_path / "a.libsvm"
+    path.write_text(
+        "".join(f"{'+1' if i % 3 else '-1'} {i % 7}:1 {9 + i % 5}:1\n" for i in range(300))
+    )
+    assert run("train", path, "--out", tmp_path / "r", *FAST) == 0
+    assert "columns f0 to f1" in " ".join(capsys.readouterr().out.split())
+    assert set(read_json(tmp_path / "r" / "metrics.json")["rows_by_field"]) == {"f0", "f1"}
+
+
+def test_a_terminal_of_ascii_gets_ascii(folder, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    assert run("inspect", folder / "run") == 0
+    assert run("train", "caf\xe9\udcff.csv") == failures.MISTAKE
+    for stream in (out, err):
+        stream.flush()
+    assert b"##" in out.buffer.getvalue()
+    assert err.buffer.getvalue().startswith(b"error: 'caf?")
+
+
+def test_what_nobody_expected_is_logged(folder, tmp_path, monkeypatch, capsys):
+    def surprise(data):
+        raise KeyError("a [bold]\nsurprise")
+
+    monkeypatch.setattr("amtl.data.load_source", surprise)
+    monkeypatch.chdir(tmp_path)
+    assert run("train", folder / "ok.csv", "--label", "y") == failures.MISTAKE
+    told = one_line(capsys.readouterr().err)
+    assert "KeyError: 'a [bold]" in told
+    assert str(tmp_path / failures.LOG) in told
+    log = (tmp_path / failures.LOG).read_text()
+    assert "Traceback" in log
+    assert "surprise" in log
+    monkeypatch.setattr("pathlib.Path.cwd", lambda: tmp_path / "nowhere")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert run("train", folder / "ok.csv", "--label", "y") == failures.MISTAKE
+    assert str(tmp_path / failures.LOG) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["amtl.data.load_source", "amtl.training.Trainer.__init__"])
+def test_ctrl_c_before_the_first_step(where, folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(where, interrupted)
+    out = tmp_path / "r"
+    args = ["train", folder / "ok.csv", "--label", "y", "--out", out, *FAST]
+    assert run(*args) == failures.STOPPED
+    assert "stopped" in one_line(capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_a_run_is_only_replaced_by_one_that_can_start(folder, tmp_path, capsys):
+    out = tmp_path / "r"
+    args = ["train", folder / "ok.csv", "--label", "y", "--out", out, *FAST]
+    assert run(*args) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run(*args, "--force", "--fields", "nope") == failures.MISTAKE
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run(*args, "--force") == 0
+
+
+def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
+    free = memory.available_memory()
+    assert free is None or free > 0
+    config = amtl.config.TrainConfig("d", "y", dim=1000, batch_size=1, hidden=[1])
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * 1000 * (3 * 500 + 4 + 2))
+    memory.require_memory(config, 500, 1)
+    with pytest.raises(UserError, match="--dim 1000 would take"):
+        memory.require_memory(config, 501, 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    memory.require_memory(config, 10**9, 1)
+
+
+REACHED_FROM = {
+    "cli.py": {"train", "evaluate", "pack", "inspect", "report", "compare", "demo"},
+    "data/labels.py": {"train", "evaluate"},
+    "packed.py": {"evaluate", "pack", "inspect"},
+    "trained.py": {"evaluate", "pack", "inspect"},
+    "report.py": {"report", "compare"},
+}
+"""Commands whose options the messages of a file may name; of all others, those of `train`."""
+FUNCTIONS = {"train": {"train", "_config", "_columns", "_refuse_idle"}}
+ELSEWHERE = {"--upgrade", "--force-reinstall"}
+
+
+def messages() -> list[tuple[str, str, str]]:
+    """File, function and text of every UserError; `…` stands for what is filled in."""
+    root = Path(amtl.__file__).parent
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                    parts = [
+                        part.value if isinstance(part, ast.Constant) else "…"
+                        for argument in node.args
+                        for part in (
+                            argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+                        )
+                    ]
+                    text = "".join(str(part) for part in parts)
+                    found.append((str(path.relative_to(root)), function.name, text))
+    return found
+
+
+def test_every_option_that_an_error_names_is_there():
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    options = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
+    checked = 0
+    for file, function, text in messages():
+        named = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", text)) - ELSEWHERE
+        other = re.search(r"amtl (train|pack|evaluate)\b", text)
+        if other:
+            reached = {other[1]}
+        elif file == "cli.py":
+            reached = {n for n in options if n == function or function in FUNCTIONS.get(n, ())}
+        else:
+            reached = REACHED_FROM.get(file, {"train"})
+        assert reached or not named, (file, function)
+        for command in reached:
+            assert named <= options[command], (file, function, text, command)
+        checked += len(named)
+    assert checked > 30

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from amtl.data.encoding import Encoder
+from amtl.data.fields import infer_fields
+from amtl.data.labels import label_note, read_labels
+from amtl.errors import UserError
+
+N = 4000
+rng = np.random.default_rng(0)
+
+
+def spec(values, **options):
+    series = pl.Series("x", values, strict=False)
+    return infer_fields(pl.DataFrame({"x": series}), ["x"], **options)[0]
+
+
+def with_gaps(values):
+    return np.where(np.arange(len(values)) % 9 == 0, np.nan, values.astype(float))
+
+
+IDS = {
+    "an int column with gaps": with_gaps(rng.integers(1, 900, N)),
+    "ids of seven digits": rng.integers(1_000_000, 9_999_999, 500)[rng.integers(0, 500, N)] * 1.0,
+    "long-tailed ids": with_gaps(rng.permutation(3000)[np.minimum(rng.zipf(1.3, N), 3000) - 1]),
+    "ids and a far sentinel": np.where(rng.random(N) < 0.1, 1e9, rng.integers(0, 900, N)),
+    "negative ids": -1.0 * rng.integers(0, 900, N),
+    "ratings": 1.0 * rng.integers(1, 6, N),
+    "decimals": [decimal.Decimal(int(i)) for i in rng.integers(0, 900, N)],
+}
+AMOUNTS = {
+    "prices": np.round(rng.lognormal(6, 1, N)),
+    "counts": np.floor(rng.exponential(300, N)),
+    "seconds": 1.6e9 + rng.integers(0, 10**8, N),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_whole_numbers_held_as_floats_are_ids_and_said_to_be(name):
+    field = spec(IDS[name])
+    assert field.kind == "categorical"
+    assert "--numeric x=bucket" in field.note
+    assert spec(IDS[name], numeric={"x": "bucket"}).kind == "bucket"
+
+
+@pytest.mark.parametrize("name", AMOUNTS)
+def test_whole_numbers_that_are_amounts_stay_numbers_and_are_said_to(name):
+    field = spec(AMOUNTS[name])
+    assert field.kind == "bucket"
+    assert "--numeric x=categorical" in field.note
+    assert spec(AMOUNTS[name], numeric={"x": "categorical"}).kind == "categorical"
+
+
+def test_numbers_with_a_fraction_need_no_word():
+    assert (spec(rng.random(N)).kind, spec(rng.random(N)).note) == ("bucket", "")
+    assert spec([decimal.Decimal(int(i)) / 4 for i in range(9)]).kind == "bucket"
+    assert spec([1.0, float("inf"), 2.5]).kind == "bucket"
+    assert spec([1.0, float("inf"), 2.0]).kind == "bucket"
+
+
+def test_ids_that_a_float_has_merged_are_no_ids():
+    field = spec(2.0**60 + 1024 * np.arange(40))
+    assert field.kind == "bucket"
+    assert "integers or text" in field.note
+    frame = pl.DataFrame({"x": 2.0**60 + 1024 * np.arange(40)})
+    with pytest.raises(UserError, match="integers or text"):
+        Encoder.fit(frame, infer_fields(frame, ["x"], numeric={"x": "categorical"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "note"),
+    [
+        (["a"] * N, "unused", "always 'a'"),
+        ([None] * N, "unused", "holds nothing"),
+        ([float("nan")] * N, "bucket", ""),
+        (["a", None] * (N // 2), "categorical", ""),
+        (list(range(N)), "unused", "--numeric x=bucket"),
+        ([f"k{i}" for i in range(N)], "unused", "--numeric x=categorical"),
+        ([*range(N - 1), 0], "categorical", "3,999 values in 4,000 rows"),
+        (list(range(500)), "categorical", ""),
+        ([[[1]], [[2]]], "unused", "no ids"),
+        ([{"a": 1}, {"a": 2}], "unused", "no ids"),
+        ([[0.5], [1.5]], "unused", "lists of numbers"),
+        ([[1.0, 2.0], None], "bag", ""),
+        (["a|b", "b|c", "c|a", "a|c", "b"], "bag", "--multi x="),
+        ([True, False], "categorical", ""),
+        ([b"\xff", b"\xfe"], "categorical", ""),
+        ([dt.date(2020, 1, 1), dt.date(2020, 1, 2)], "categorical", ""),
+        ([dt.timedelta(1), dt.timedelta(2)], "categorical", ""),
+        ([dt.time(1), dt.time(2)], "categorical", ""),
+    ],
+)
+def test_other_columns(values, kind, note):
+    field = spec(values)
+    assert field.kind == kind
+    assert note in field.note
+    assert bool(note) == bool(field.note)
+
+
+def test_what_the_user_says_is_not_guessed():
+    assert spec(list(range(N)), numeric={"x": "categorical"}).kind == "categorical"
+    assert spec(["a|b", "b|c"] * N, separators={"x": ""}).kind == "categorical"
+    assert spec(list(range(N)), numeric={"x": "standardise"}).note == ""
+    with pytest.raises(UserError, match="names 'x' twice"):
+        infer_fields(pl.DataFrame({"x": [1]}), ["x", "x"])
+
+
+def test_columns_left_out_have_no_rows_and_are_remembered():
+    frame = pl.DataFrame({"a": [1, 2, 1], "b": ["x"] * 3})
+    encoder = Encoder.fit(frame, infer_fields(frame, ["a", "b"]))
+    assert encoder.names == ["a"]
+    assert [d.kind for d in encoder.decisions] == ["categorical", "unused"]
+    assert encoder.transform(frame.drop("b")).rows.shape == (3, 1)
+    with pytest.raises(UserError, match="'b' always 'x'"):
+        Encoder.fit(frame, infer_fields(frame, ["b"]))
+
+
+def test_a_file_of_other_types_is_read_as_the_training_file_was():
+    ids = pl.DataFrame({"x": [7.0, 8.0, None, 7.0, 9.0]})
+    encoder = Encoder.fit(ids, infer_fields(ids, ["x"]))
+    known = encoder.transform(ids).rows[:, 0].tolist()
+    for same in (
+        [7, 8, None, 7, 9],
+        ["7", "8", None, "7", "9"],
+        [7.0, 8.0, float("nan"), 7.0, 9.0],
+    ):
+        other = pl.DataFrame({"x": pl.Series(same, strict=False)})
+        assert encoder.transform(other).rows[:, 0].tolist() == known
+    assert encoder.transform(pl.DataFrame({"x": [7.5, 2.0**60, 7.0]})).unknown == {"x": 2}
+
+
+def test_text_where_numbers_were():
+    frame = pl.DataFrame({"p": rng.random(50), "q": rng.random(50), "a": [1, 2] * 25})
+    specs = infer_fields(frame, ["p", "q", "a"], numeric={"q": "standardise"})
+    encoder = Encoder.fit(frame, specs)
+    for column in ("p", "q"):
+        odd = frame.with_columns(pl.lit("cheap").alias(column))
+        with pytest.raises(UserError, match=f"{column!r} holds String values such as 'cheap'"):
+            encoder.transform(odd)
+    odd = frame.with_columns(pl.lit(float("inf")).alias("q"))
+    assert bool(torch.isfinite(encoder.transform(odd).dense).all())
+
+
+@pytest.mark.parametrize(
+    ("values", "positives"),
+    [
+        (["yes", "no", "yes"], [1, 0, 1]),
+        (["Click", "NoClick", "NoClick"], [1, 0, 0]),
+        (["not clicked", "clicked", "clicked"], [0, 1, 1]),
+        (["True", "False", "True"], [1, 0, 1]),
+        (["1", "0", "1"], [1, 0, 1]),
+        ([-1, 1, -1], [0, 1, 0]),
+        (["-1", "+1", "+1"], [0, 1, 1]),
+        ([1, 2, 2], [0, 1, 1]),
+        ([1.0, 2.0, 1.0], [0, 1, 0]),
+    ],
+)
+def test_obvious_pairs_of_labels(values, positives):
+    frame = pl.DataFrame({"y": values})
+    assert read_labels(frame, "y").tolist() == positives
+    plain = set(values) in ({"1", "0"}, {0, 1})
+    assert ("positive" in label_note(frame, "y")) != plain
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "positive", "message"),
+    [
+        ([0, 1, 2], None, None, "--label-threshold X calls"),
+        ([1, 1, 1], None, None, "always 1"),
+        ([-1, -1], None, None, "always -1"),
+        (["yes", "yes"], None, None, "always 'yes'"),
+        ([0, None, 1], None, None, "missing in 1 rows"),
+        ([0.0, float("nan"), 1.0], None, None, "missing in 1 rows"),
+        ([4.0, float("nan"), 1.0], 3.0, None, "missing in 1 rows"),
+        (["a", "b", "c"], None, None, "--label-positive VALUE"),
+        (["good", "bad"], None, None, "--label-positive VALUE"),
+        (["a", "b"], 1.0, None, "--label-positive VALUE"),
+        ([1, 2, 3], 9.0, None, "always 0 with --label-threshold 9"),
+        (["a", "b"], None, "c", "no such value.*'a', 'b'"),
+        ([1, 2, 3], None, "x", "no such value"),
+        ([True, False], None, "x", "no such value"),
+        ([1, 2], 1.0, "1", "not both"),
+        ([[1], [0]], None, None, "another column with --label"),
+        ([dt.date(2020, 1, 1)], None, None, "another column with --label"),
+        ([], None, None, "no rows"),
+    ],
+)
+def test_labels_that_cannot_be_used(values, threshold, positive, message):
+    with pytest.raises(UserError, match=message):
+        read_labels(pl.DataFrame({"y": values}), "y", threshold, positive)
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "positive"),
+    [
+        ([0, 1, 1], None, None),
+        ([False, True, True], None, None),
+        ([3, 4, 5], 4, None),
+        (["3", "4", "5"], 4, None),
+        ([3.0, 4.5, 4.5], None, "4.5"),
+        (["bad", "good", "good"], None, "good"),
+        ([True, False, False], None, "False"),
+    ],
+)
+def test_labels(values, threshold, positive):
+    labels = read_labels(pl.DataFrame({"y": values}), "y", threshold, positive)
+    assert labels.tolist() == [0.0, 1.0, 1.0]
+    assert labels.dtype == torch.float32

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import gzip
+
+import numpy as np
+import polars as pl
+import pytest
+from amtl.data import libsvm
+from amtl.data.readers import read_file
+from amtl.data.registry import load_source
+from amtl.errors import UserError
+
+TABLE = pl.DataFrame({"x": [1, 2, 3], "y": ["a", "b", "c"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"),
+    [
+        ("a.csv", ","),
+        ("a.csv", ";"),
+        ("a.csv", "\t"),
+        ("a.csv", "|"),
+        ("a.tsv", "\t"),
+        ("a.tsv", ","),
+        ("a.txt", "\t"),
+        ("A.CSV", ","),
+        ("a.csv.gz", ";"),
+    ],
+)
+def test_text_is_read_alike_whatever_separates_it(tmp_path, name, separator):
+    path = tmp_path / name
+    text = TABLE.write_csv(separator=separator).encode()
+    path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert read_file(path).frame.equals(TABLE)
+    assert load_source(str(path)).frame.equals(TABLE)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.parquet", "a.ndjson", "a.jsonl"])
+def test_other_kinds(tmp_path, name, packed):
+    path = tmp_path / name
+    TABLE.write_parquet(path) if name.endswith("parquet") else TABLE.write_ndjson(path)
+    if packed:
+        content = gzip.compress(path.read_bytes())
+        path = path.with_name(name + ".gz")
+        path.write_bytes(content)
+    assert read_file(path).frame.equals(TABLE)
+
+
+def test_a_folder_of_parquet(tmp_path):
+    with pytest.raises(UserError, match=r"no \.parquet file"):
+        read_file(tmp_path)
+    TABLE[:2].write_parquet(tmp_path / "a.parquet")
+    TABLE[2:].write_parquet(tmp_path / "b.parquet")
+    assert read_file(tmp_path).frame.equals(TABLE)
+
+
+def read(tmp_path, content, name="a.csv"):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_file(tmp_path / name)
+
+
+def test_decimal_commas(tmp_path):
+    assert read(tmp_path, "p;q\n1,5;2\n3;4\n").frame["p"].to_list() == [1.5, 3.0]
+
+
+def test_a_file_without_a_header(tmp_path):
+    contents = read(tmp_path, "1,u7,0.5\n0,u9,0.25\n")
+    assert contents.frame.columns == ["c0", "c1", "c2"]
+    assert contents.frame.rows() == [(1, "u7", 0.5), (0, "u9", 0.25)]
+    assert "no header" in contents.notes[0]
+
+
+@pytest.mark.parametrize("text", ["a,b\nx,y\n", "2019,b\nx,1\n", "a,2020\n1,2\n", "a,b\n"])
+def test_a_header_is_seen(tmp_path, text):
+    assert read(tmp_path, text).frame.columns == text.split("\n")[0].split(",")
+    assert not read(tmp_path, text).notes
+
+
+def test_types_that_only_show_late(tmp_path):
+    text = "a,b\n" + "1,1\n" * 25_000 + "x,1.5\n"
+    frame = read(tmp_path, text).frame
+    assert frame["a"][-1] == "x"
+    assert frame["b"][-1] == 1.5
+
+
+def test_ids_beyond_int64(tmp_path):
+    frame = read(tmp_path, f"id,y\n{10**20},1\n{10**20 + 1},0\n").frame
+    assert frame["id"].cast(pl.String).to_list() == [str(10**20), str(10**20 + 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xlsx", b"x", "unknown kind"),
+        ("a.parquet", b"not parquet", "cannot read"),
+        ("a.parquet", b"", "cannot read"),
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b"\n\n", "is empty"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "names 'a' more than once"),
+        ("a.csv", "a,b\n1,caf\xe9\n".encode("latin1"), "UTF-8.*iconv"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "UTF-16.*iconv"),
+        ("a.csv", b"a,b\n" + b"1,2\n" * 40_000 + b"1,\xe9\n", "cannot read"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "cannot read"),
+        ("a.csv.gz", b"not gzip", "cannot read"),
+        ("a.ndjson", b"{]", "cannot read"),
+        ("a.libsvm", b"1 1:1\nspam 2:1\n", "line 2: 'spam 2:1'"),
+        ("a.libsvm", b"1 1:1\n\n# note\n0 2:x\n", "line 4: '0 2:x'"),
+        ("a.libfm", b"1 0:3:1\n", "line 1"),
+        ("a.svm", b"# nothing\n", "holds no sample"),
+    ],
+)
+def test_unreadable_files_say_what_to_do(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, content, name)
+
+
+def test_libsvm_rows_of_any_length_are_bags(tmp_path):
+    text = "1 3:1 7:1  # first\n-1\n\n+1 7:1 900000000000:1\n"
+    for name in ("a.libsvm", "a.svm", "a.txt"):
+        contents = read(tmp_path, text, name)
+        assert contents.label == "label"
+        assert contents.frame["label"].to_list() == [1, -1, 1]
+        assert contents.frame["features"].to_list() == [[3, 7], [], [7, 900_000_000_000]]
+    packed = gzip.compress(text.encode())
+    assert read(tmp_path, packed, "a.libsvm.gz").frame.equals(contents.frame)
+
+
+def test_libfm_of_a_table_is_that_table(tmp_path):
+    text = "5 0:1 10:1 20:0.5\n3 11:1 2:1 20:0.25\n1 0:1 12:1 20:1\n"
+    contents = read(tmp_path, text, "a.libfm")
+    assert contents.frame.columns == ["label", "f0", "f1", "f2"]
+    assert contents.frame["f0"].to_list() == [0, 2, 0]
+    assert contents.frame["f1"].to_list() == [10, 11, 12]
+    assert contents.frame["f2"].to_list() == [0.5, 0.25, 1.0]
+    assert "1 of them numbers" in contents.notes[0]
+
+
+def test_libsvm_of_few_numbers_is_a_column_each(tmp_path):
+    frame = read(tmp_path, "1 1:0.5 3:2\n0 3:1.5\n", "a.libsvm").frame
+    assert frame.to_dict(as_series=False) == {
+        "label": [1, 0],
+        "x1": [0.5, 0.0],
+        "x3": [2.0, 1.5],
+    }
+
+
+def test_libsvm_of_many_numbers_keeps_what_is_there(tmp_path):
+    lines = [f"1 {i}:0.5 {i + 1}:0" for i in range(300)]
+    contents = read(tmp_path, "\n".join(lines), "a.libsvm")
+    assert contents.frame["features"].to_list() == [[i] for i in range(300)]
+    assert "values are ignored" in contents.notes[0]
+
+
+def test_plain_text_is_not_taken_for_libsvm():
+    assert not libsvm.looks_like("a b\n1 2\n")
+    assert not libsvm.looks_like("1\n2\n")
+    assert not libsvm.looks_like("time,x\n12:30,1\n")
+    assert libsvm.looks_like("1 12:30\n")
+
+
+def test_a_hundred_thousand_lines_take_seconds(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 1000, (100_000, 10))
+    text = "\n".join("1 " + " ".join(f"{i}:1" for i in row) for row in ids.tolist())
+    assert read(tmp_path, text, "a.libsvm").frame["features"].to_list() == ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.ndjson", "a.libsvm", "a.csv.gz"])
+def test_damage_is_a_user_error_or_not_seen(tmp_path, name):
+    rng = np.random.default_rng(0)
+    n = 60
+    frame = pl.DataFrame({"user": rng.integers(0, 9, n), "p": rng.random(n), "t": ["a|b"] * n})
+    path = tmp_path / name
+    if "parquet" in name:
+        frame.write_parquet(path)
+    elif "json" in name:
+        frame.write_ndjson(path)
+    else:
+        rows = "".join(f"1 {u}:1 {20 + u}:0.5\n" for u in frame["user"])
+        text = (rows if "svm" in name else frame.write_csv()).encode()
+        path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(rng.integers(1, 5)):
+            at = int(rng.integers(0, len(data) + 1))
+            kind = rng.integers(0, 3)
+            if kind == 0:
+                data[at : at + 1] = rng.bytes(1)
+            elif kind == 1:
+                del data[at : at + int(rng.integers(1, 40))]
+            else:
+                data[at:at] = rng.choice([b",", b"\n", b'"', b"nan", b":", b"\x00", b"9" * 30])
+        path.write_bytes(data)
+        try:
+            read_file(path)
+        except UserError:
+            refused += 1
+    assert refused > 10
