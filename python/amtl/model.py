@@ -48,18 +48,73 @@ class ClickModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits `[B]` of a batch."""
+        return self.score(self.embed(batch), batch.dense)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What the table gives for a batch: `[B, F, D]`."""
         if batch.offsets is None:
             embedded = self.table(batch.indices)
         else:
             embedded = self.table(batch.indices, batch.offsets)
-        inputs = embedded.reshape(len(batch.labels), self.num_fields * self.dim)
-        inputs = inputs.to(self.mlp[0].weight.dtype)
+        return embedded.reshape(len(batch.labels), self.num_fields, self.dim)
+
+    def score(self, embedded: Tensor, dense: Tensor) -> Tensor:
+        """Logits `[B]` of embeddings `[B, F, D]` and numbers `[B, K]`."""
+        inputs = embedded.flatten(1).to(self.mlp[0].weight.dtype)
         if self.training and self.embedding_dropout:
             inputs = dropout(inputs, self.embedding_dropout)
-        if batch.dense.shape[1]:
-            inputs = torch.cat([inputs, batch.dense.to(inputs.dtype)], 1)
+        if dense.shape[1]:
+            inputs = torch.cat([inputs, dense.to(inputs.dtype)], 1)
         logits: Tensor = self.mlp(inputs)
         return logits.squeeze(1)
+
+
+@torch.no_grad()
+def field_evidence(model: ClickModel, data: EncodedData, limit: int = 50_000) -> Tensor:
+    """What each field's embeddings are worth on data that the model was not trained on.
+
+    The rise of the mean log loss when the embeddings of field f are replaced by their mean. Unlike
+    sums over gradients it sees that a field repeats what another one says, or only overfits.
+
+    Args:
+        model: trained.
+        data: held out; its first `limit` samples are used.
+        limit: bounds the time: F + 1 passes of the MLP and one of the table.
+
+    Returns:
+        float64 `[F]` in nats a sample; negative where the model does better without the field.
+    """
+    training = model.training
+    model.eval()
+    batches = []
+    for start in range(0, min(len(data), limit), 8192):
+        batch = data.batch(torch.arange(start, min(len(data), limit, start + 8192)))
+        batches.append((model.embed(batch), batch.dense, batch.labels.double()))
+    model.train(training)
+    samples = sum(len(labels) for _, _, labels in batches)
+
+    def loss(field: int | None, mean: Tensor | None) -> float:
+        total = 0.0
+        for embedded, dense, labels in batches:
+            if field is not None and mean is not None:
+                embedded = embedded.clone()
+                embedded[:, field] = mean
+            total += float(
+                nn.functional.binary_cross_entropy_with_logits(
+                    model.score(embedded, dense).double(), labels, reduction="sum"
+                )
+            )
+        return total / max(samples, 1)
+
+    model.eval()
+    whole = loss(None, None)
+    means = [
+        sum((e[:, f].double().sum(0) for e, _, _ in batches), torch.zeros(model.dim)) / samples
+        for f in range(model.num_fields)
+    ]
+    rise = [loss(f, mean.to(batches[0][0].dtype)) - whole for f, mean in enumerate(means)]
+    model.train(training)
+    return torch.tensor(rise, dtype=torch.float64)
 
 
 def dropout(values: Tensor, share: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Settings that differ from data set to data set are raced on validation, at the start of a run.
 
 Successive halving: all candidates train for one epoch, the better half of them for another, and so
-on until one is left, which then simply goes on: its steps are not lost.
+on until two have met; the winner simply goes on, so its steps are not lost. Beside them a table of
+full size trains for as long as they do. It is the yardstick, and tells what each field is worth.
 """
 
 from __future__ import annotations
@@ -11,9 +12,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from amtl.config import TrainConfig
 from amtl.learner import Learner
+from amtl.model import field_evidence
 from amtl.progress import Observer
+
+CAPACITY_BITS = (16.0, 4.0, 1.0)
+"""Bits a number may be worth: sizes that hardly, somewhat, strongly depend on the count."""
+
+_FLAT_BITS = 1e4
+_LEAST_WEIGHT = 1e-3
+"""Of the most telling field's weight; a field that helped nothing keeps so much."""
+
+FULL, FLAT = "full size", "fixed width"
 
 
 @dataclass(frozen=True)
@@ -23,25 +36,61 @@ class Raced:
     Attributes:
         config: settings of the winner, nothing left open.
         learner: the winner, as far as it has come.
-        table: per candidate its name, epochs trained, best validation score, AUC and log loss,
-            best first.
+        table: a row each for the full table and the candidates: `name`, `epochs` trained, best
+            `score` (AUC minus log loss), `val_auc`, `val_logloss`, `stored_bytes`, `chosen`.
+        evidence: what each field is worth, in nats a sample, or None where nothing asks for it.
     """
 
     config: TrainConfig
     learner: Learner
     table: list[dict[str, Any]]
+    evidence: list[float] | None
 
 
-def candidates(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """The settings to try for what `config` leaves open: changes of `TrainConfig` by name."""
-    return {}
+def is_open(config: TrainConfig) -> bool:
+    """Whether `config` leaves to a race how sizes follow from counts."""
+    given = {"capacity_bits", "init_exponent", "field_weights"} & set(config.table_options)
+    return (
+        config.race
+        and config.method != "fixed"
+        and not given
+        and config.table_options.get("parametrization") != "free"
+    )
 
 
-def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """`config` with changes; those under `table_options` are added to its own."""
-    changes = dict(changes)
-    options = {**config.table_options, **changes.pop("table_options", {})}
-    return replace(config, **changes, table_options=options, race=False)
+def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[str, TrainConfig]:
+    """The settings to try by name.
+
+    A narrow table of fixed width is one of them where the budget allows a width of 1.
+    """
+    found = {}
+    for bits in CAPACITY_BITS:
+        options: dict[str, Any] = {"capacity_bits": bits}
+        if field_weights is not None:
+            options["field_weights"] = field_weights
+        found[f"{bits:g} bits a number"] = with_options(config, options)
+    if config.budget * config.dim >= 1:
+        flat = {"capacity_bits": _FLAT_BITS, "min_dim": 1, "parametrization": "rule"}
+        found[FLAT] = with_options(config, flat)
+    return found
+
+
+def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
+    """`config` with more options of the layer, and nothing left to race for."""
+    return replace(config, table_options={**config.table_options, **options}, race=False)
+
+
+def field_weights(evidence: Tensor) -> list[float] | None:
+    """Factors on the counts of each field, in proportion to what it is worth; None if nothing is.
+
+    Args:
+        evidence: `[F]`, see `amtl.model.field_evidence`.
+    """
+    top = float(evidence.max())
+    if not top > 0:
+        return None
+    weights = evidence.clamp(min=_LEAST_WEIGHT * top)
+    return [float(w) for w in weights / weights.mean()]
 
 
 def race(
@@ -53,55 +102,73 @@ def race(
     """Runs candidates against each other.
 
     Args:
-        config: settings, some of them open.
+        config: settings that `is_open`.
         make: a fresh learner of given settings.
         observer: is told how it goes.
         step: takes one step of a learner.
 
     Returns:
-        The winner. O(candidates · log candidates) epochs.
+        The winner. It takes about twice as many epochs as there are candidates.
     """
-    names = candidates(config)
-    entries = {name: with_changes(config, changes) for name, changes in names.items()}
-    learners = {name: make(entry) for name, entry in entries.items()}
-    steps_per_epoch = next(iter(learners.values())).steps_per_epoch
+    full = make(replace(config, method="fixed", table_options={}, race=False, freeze_at=None))
+    count = len(candidates(config, None))
+    rungs = _rungs(count)
     observer.begin(
-        f"choosing among {len(names)} settings", sum(_rungs(len(names))) * steps_per_epoch, 0
+        f"choosing among {count} settings",
+        (sum(rungs) + len(rungs)) * full.steps_per_epoch,
+        0,
     )
-    alive = list(names)
-    for epochs, left in enumerate(_rungs(len(names)), 1):
+    _run(full, len(rungs), step)
+    evidence, weights = None, None
+    if config.method == "amtl":
+        measured = field_evidence(full.model, full.task.val)
+        evidence, weights = measured.tolist(), field_weights(measured)
+    rows = [_row(FULL, full)]
+    full.release()
+    entries = candidates(config, weights)
+    learners: dict[str, Learner] = {}
+    alive = list(entries)
+    for epochs, left in enumerate(rungs, 1):
+        for name in alive[left:]:
+            rows.append(_row(name, learners[name]))
+            learners.pop(name).release()
         alive = alive[:left]
         for name in alive:
-            learner = learners[name]
-            while learner.steps < epochs * steps_per_epoch and not learner.finished:
-                step(learner)
+            if name not in learners:
+                learners[name] = make(entries[name])
+            _run(learners[name], epochs, step)
         alive.sort(key=lambda name: -_best(learners[name])["score"])
-        for name in learners.keys() - set(alive):
-            learners[name].release()
-    winner = alive[0]
-    table = [
-        {
-            "name": name,
-            "epochs": learner.epochs,
-            "at": {k: _best(learner)[k] for k in ("score", "val_auc", "val_logloss", "epoch")},
-            "chosen": name == winner,
-        }
-        for name, learner in learners.items()
-    ]
-    table.sort(key=lambda row: (-row["epochs"], -row["at"]["score"]))
-    return Raced(entries[winner], learners[winner], table)
+    rows += [_row(name, learners[name]) for name in reversed(alive)]
+    rows[-1]["chosen"] = True
+    return Raced(entries[alive[0]], learners[alive[0]], rows[:1] + rows[:0:-1], evidence)
+
+
+def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:
+    while learner.steps < epochs * learner.steps_per_epoch and not learner.finished:
+        step(learner)
 
 
 def _rungs(count: int) -> list[int]:
-    """How many candidates train in the first epoch, the second, ...: halved until one is left."""
+    """How many candidates train in the first epoch, the second, ...: halved down to two."""
     rungs = [count]
     while rungs[-1] > 2:
         rungs.append((rungs[-1] + 1) // 2)
     return rungs
 
 
+def _row(name: str, learner: Learner) -> dict[str, Any]:
+    best = _best(learner)
+    keys = ("score", "val_auc", "val_logloss", "stored_bytes")
+    return {
+        "name": name,
+        "epochs": round(learner.epochs, 2),
+        **{key: best[key] for key in keys},
+        "chosen": False,
+    }
+
+
 def _best(learner: Learner) -> dict[str, Any]:
     if learner.best is None:
-        return {"score": -math.inf, "val_auc": math.nan, "val_logloss": math.nan, "epoch": 0.0}
+        return {"score": -math.inf, "val_auc": None, "val_logloss": None, "stored_bytes": None}
     record: dict[str, Any] = learner.best["record"]
     return record

@@ -30,7 +30,7 @@ from amtl.memory import require_memory
 from amtl.metrics import auc, log_loss
 from amtl.model import predict
 from amtl.progress import Observer, Silent
-from amtl.race import candidates, race
+from amtl.race import is_open, race
 from amtl.storage import load_encoder, save_encoder
 
 
@@ -111,7 +111,7 @@ class Trainer:
         self.checkpoint_seconds = checkpoint_seconds
         require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
         self.learner = self._make(config)
-        self.raced: list[dict[str, Any]] = []
+        self.raced: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
         self._best_saved = -1
 
@@ -137,7 +137,7 @@ class Trainer:
         """
         if self.out and not self.learner.finished:
             self._write_inputs()
-        if self.learner.steps == 0 and candidates(self.config):
+        if self.learner.steps == 0 and is_open(self.config):
             self._race()
         learner, config = self.learner, self.config
         total = learner.steps_per_epoch * config.epochs
@@ -165,7 +165,8 @@ class Trainer:
             result = race(self.config, self._make, self.observer, step)
         finally:
             self.observer.end()
-        self.config, self.learner, self.raced = result.config, result.learner, result.table
+        self.config, self.learner = result.config, result.learner
+        self.raced = {"table": result.table, "evidence": result.evidence}
         if self.out:
             self._write_inputs()
             self.save()
