@@ -38,6 +38,8 @@ class Lookup:
     """One call: its forward, and the update that its backward makes."""
 
     def __init__(self, tables: Sequence[Tensor], optimizer: RowOptimizer, indices: Tensor) -> None:
+        if not isinstance(optimizer, RowOptimizer):
+            raise TypeError(f"optimizer must be of amtl_kernels.optim, got {ops._kind(optimizer)}")
         self.tables = list(tables)
         self.optimizer = optimizer
         self.indices = indices
@@ -74,7 +76,7 @@ class _Update(torch.autograd.Function):
 
 
 class Bags:
-    """The pooling of a call; ``offsets`` None is a plain lookup."""
+    """The pooling of a call; ``mode`` None is a plain lookup. ``name`` is the table's in errors."""
 
     def __init__(
         self,
@@ -84,7 +86,9 @@ class Bags:
         mode: str | None,
         per_sample_weights: Tensor | None,
         include_last_offset: bool,
+        name: str = "weight",
     ) -> None:
+        ops._check_tensor(table, name)
         if mode is None:
             self.indices = ops._check_indices(indices, table.device)
             self.offsets, self.weights, self.mode, self.last = None, None, 0, False
@@ -96,6 +100,14 @@ class Bags:
     def used(self, rows: int, bounds_check: int) -> Tensor:
         """The indices as the forward used them."""
         return self.indices.clamp(0, rows - 1) if bounds_check == 2 else self.indices
+
+
+def first_block(blocks: Sequence[Tensor]) -> Tensor:
+    """The block that stands for a table in tiers."""
+    ops._check_list(blocks, "blocks", "tensors")
+    if not blocks:
+        raise ValueError("blocks must hold at least one tensor")
+    return blocks[0]
 
 
 class Masked(Lookup):

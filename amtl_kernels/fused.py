@@ -33,6 +33,7 @@ from amtl_kernels._fused_calls import (
     Masked,
     SeveralTables,
     Tiered,
+    first_block,
     run,
     run_tables,
 )
@@ -217,7 +218,7 @@ def tiered_embedding(
         ValueError: The blocks are not parameters of one group of ``optimizer``; else as the
             namesake.
     """
-    bags = Bags(blocks[0], indices, None, None, None, False)
+    bags = Bags(first_block(blocks), indices, None, None, None, False, "blocks[0]")
     call = Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
     return run(call, None, None)
 
@@ -258,7 +259,9 @@ def tiered_embedding_bag(
         ValueError: The blocks are not parameters of one group of ``optimizer``; else as the
             namesake.
     """
-    bags = Bags(blocks[0], indices, offsets, mode, per_sample_weights, include_last_offset)
+    first = first_block(blocks)
+    weights = (per_sample_weights, include_last_offset)
+    bags = Bags(first, indices, offsets, mode, *weights, "blocks[0]")
     call = Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
     return run(call, None, bags.weights)
 
