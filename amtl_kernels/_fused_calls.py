@@ -76,26 +76,39 @@ class _Update(torch.autograd.Function):
 
 
 class Bags:
-    """The pooling of a call; ``mode`` None is a plain lookup. ``name`` is the table's in errors."""
+    """The indices of a call and their pooling; ``offsets`` None is a plain lookup."""
 
     def __init__(
         self,
+        indices: Tensor,
+        offsets: Tensor | None = None,
+        weights: Tensor | None = None,
+        mode: int = 0,
+        last: bool = False,
+    ) -> None:
+        self.indices, self.offsets, self.weights = indices, offsets, weights
+        self.mode, self.last = mode, last
+
+    @staticmethod
+    def plain(table: Tensor, indices: Tensor, name: str = "weight") -> Bags:
+        """No pooling; ``name`` is the table's in errors."""
+        ops._check_tensor(table, name)
+        return Bags(ops._check_indices(indices, table.device))
+
+    @staticmethod
+    def pooled(
         table: Tensor,
         indices: Tensor,
         offsets: Tensor | None,
-        mode: str | None,
+        mode: str,
         per_sample_weights: Tensor | None,
         include_last_offset: bool,
         name: str = "weight",
-    ) -> None:
+    ) -> Bags:
+        """Bags, checked; ``name`` is the table's in errors."""
         ops._check_tensor(table, name)
-        if mode is None:
-            self.indices = ops._check_indices(indices, table.device)
-            self.offsets, self.weights, self.mode, self.last = None, None, 0, False
-            return
-        self.indices, self.offsets, self.weights, self.mode, self.last = ops._bags(
-            table, indices, offsets, mode, per_sample_weights, include_last_offset
-        )
+        bags = ops._bags(table, indices, offsets, mode, per_sample_weights, include_last_offset)
+        return Bags(*bags)
 
     def used(self, rows: int, bounds_check: int) -> Tensor:
         """The indices as the forward used them."""

@@ -66,7 +66,7 @@ def masked_embedding(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = Bags(weight, indices, None, None, None, False)
+    bags = Bags.plain(weight, indices)
     return run(Masked(weight, optimizer, row_dims, bags, padding_idx, bounds_check), None, None)
 
 
@@ -103,7 +103,7 @@ def masked_embedding_bag(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = Bags(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
+    bags = Bags.pooled(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
     call = Masked(weight, optimizer, row_dims, bags, padding_idx, bounds_check)
     return run(call, None, bags.weights)
 
@@ -139,7 +139,7 @@ def adaptive_embedding(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = Bags(weight, indices, None, None, None, False)
+    bags = Bags.plain(weight, indices)
     groups = (row_group, group_dims, group_mask)
     call = Adaptive(weight, optimizer, groups, bags, seed, padding_idx, bounds_check)
     return run(call, group_mask, None)
@@ -184,7 +184,7 @@ def adaptive_embedding_bag(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = Bags(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
+    bags = Bags.pooled(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
     groups = (row_group, group_dims, group_mask)
     call = Adaptive(weight, optimizer, groups, bags, seed, padding_idx, bounds_check)
     return run(call, group_mask, bags.weights)
@@ -218,7 +218,7 @@ def tiered_embedding(
         ValueError: The blocks are not parameters of one group of ``optimizer``; else as the
             namesake.
     """
-    bags = Bags(first_block(blocks), indices, None, None, None, False, "blocks[0]")
+    bags = Bags.plain(first_block(blocks), indices, "blocks[0]")
     call = Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
     return run(call, None, None)
 
@@ -261,7 +261,7 @@ def tiered_embedding_bag(
     """
     first = first_block(blocks)
     weights = (per_sample_weights, include_last_offset)
-    bags = Bags(first, indices, offsets, mode, *weights, "blocks[0]")
+    bags = Bags.pooled(first, indices, offsets, mode, *weights, "blocks[0]")
     call = Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
     return run(call, None, bags.weights)
 

@@ -74,9 +74,7 @@ def check_kernel(
             tl.atomic_min(found_ptr + 2, first)
 
 
-def _find(
-    table: Table, flat: Tensor, offsets: Tensor | None, include_last_offset: bool
-) -> Tensor:
+def _find(table: Table, flat: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
     found = torch.full((3,), _NONE, dtype=torch.int64, device=flat.device)
     block = 1 << 15 if launch.INTERPRETED else 1024
     count = max(flat.numel(), 0 if offsets is None else offsets.numel())
