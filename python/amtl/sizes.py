@@ -113,8 +113,8 @@ class LawSizes(SizeHead):
     ) -> None:
         if budget is None:
             raise ValueError(
-                "the sizes need a budget: the fraction of N * D to store, in (0, 1]. Only "
-                "parametrization='free' works without one (the paper's layer)."
+                "this parametrization needs a budget: the fraction of N * D to store, in (0, 1]. "
+                "Only parametrization='free' works without one (the paper's layer)."
             )
         self.law = law
         self._rounds_down = law.rounds_down
