@@ -44,7 +44,7 @@ class SearchOptions:
         twins: False keeps one branch (the paper's ablation).
         weight_std: standard deviation of the initial weights; nn.Embedding's is 1.
         bounds_check: "raise", "clamp" or "off" for indices out of range.
-        seed: of the size noise.
+        seed: added to what the size noise draws from torch's default generator.
 
     Raises:
         ValueError: a value out of range; the message names it.
