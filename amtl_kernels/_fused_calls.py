@@ -38,6 +38,8 @@ class Lookup:
     """One call: its forward, and the update that its backward makes."""
 
     def __init__(self, tables: Sequence[Tensor], optimizer: RowOptimizer, indices: Tensor) -> None:
+        if not isinstance(optimizer, RowOptimizer):
+            raise TypeError(f"optimizer must be of amtl_kernels.optim, got {ops._kind(optimizer)}")
         self.tables = list(tables)
         self.optimizer = optimizer
         self.indices = indices
@@ -74,28 +76,51 @@ class _Update(torch.autograd.Function):
 
 
 class Bags:
-    """The pooling of a call; ``offsets`` None is a plain lookup."""
+    """The indices of a call and their pooling; ``offsets`` None is a plain lookup."""
 
     def __init__(
         self,
+        indices: Tensor,
+        offsets: Tensor | None = None,
+        weights: Tensor | None = None,
+        mode: int = 0,
+        last: bool = False,
+    ) -> None:
+        self.indices, self.offsets, self.weights = indices, offsets, weights
+        self.mode, self.last = mode, last
+
+    @staticmethod
+    def plain(table: Tensor, indices: Tensor, name: str = "weight") -> Bags:
+        """No pooling; ``name`` is the table's in errors."""
+        ops._check_tensor(table, name)
+        return Bags(ops._check_indices(indices, table.device))
+
+    @staticmethod
+    def pooled(
         table: Tensor,
         indices: Tensor,
         offsets: Tensor | None,
-        mode: str | None,
+        mode: str,
         per_sample_weights: Tensor | None,
         include_last_offset: bool,
-    ) -> None:
-        if mode is None:
-            self.indices = ops._check_indices(indices, table.device)
-            self.offsets, self.weights, self.mode, self.last = None, None, 0, False
-            return
-        self.indices, self.offsets, self.weights, self.mode, self.last = ops._bags(
-            table, indices, offsets, mode, per_sample_weights, include_last_offset
-        )
+        name: str = "weight",
+    ) -> Bags:
+        """Bags, checked; ``name`` is the table's in errors."""
+        ops._check_tensor(table, name)
+        bags = ops._bags(table, indices, offsets, mode, per_sample_weights, include_last_offset)
+        return Bags(*bags)
 
     def used(self, rows: int, bounds_check: int) -> Tensor:
         """The indices as the forward used them."""
         return self.indices.clamp(0, rows - 1) if bounds_check == 2 else self.indices
+
+
+def first_block(blocks: Sequence[Tensor]) -> Tensor:
+    """The block that stands for a table in tiers."""
+    ops._check_list(blocks, "blocks", "tensors")
+    if not blocks:
+        raise ValueError("blocks must hold at least one tensor")
+    return blocks[0]
 
 
 class Masked(Lookup):

@@ -33,6 +33,7 @@ from amtl_kernels._fused_calls import (
     Masked,
     SeveralTables,
     Tiered,
+    first_block,
     run,
     run_tables,
 )
@@ -65,7 +66,7 @@ def masked_embedding(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = Bags(weight, indices, None, None, None, False)
+    bags = Bags.plain(weight, indices)
     return run(Masked(weight, optimizer, row_dims, bags, padding_idx, bounds_check), None, None)
 
 
@@ -102,7 +103,7 @@ def masked_embedding_bag(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = Bags(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
+    bags = Bags.pooled(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
     call = Masked(weight, optimizer, row_dims, bags, padding_idx, bounds_check)
     return run(call, None, bags.weights)
 
@@ -138,7 +139,7 @@ def adaptive_embedding(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = Bags(weight, indices, None, None, None, False)
+    bags = Bags.plain(weight, indices)
     groups = (row_group, group_dims, group_mask)
     call = Adaptive(weight, optimizer, groups, bags, seed, padding_idx, bounds_check)
     return run(call, group_mask, None)
@@ -183,7 +184,7 @@ def adaptive_embedding_bag(
     Raises:
         ValueError: ``weight`` is not a parameter of ``optimizer``; else as the namesake.
     """
-    bags = Bags(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
+    bags = Bags.pooled(weight, indices, offsets, mode, per_sample_weights, include_last_offset)
     groups = (row_group, group_dims, group_mask)
     call = Adaptive(weight, optimizer, groups, bags, seed, padding_idx, bounds_check)
     return run(call, group_mask, bags.weights)
@@ -217,7 +218,7 @@ def tiered_embedding(
         ValueError: The blocks are not parameters of one group of ``optimizer``; else as the
             namesake.
     """
-    bags = Bags(blocks[0], indices, None, None, None, False)
+    bags = Bags.plain(first_block(blocks), indices, "blocks[0]")
     call = Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
     return run(call, None, None)
 
@@ -258,7 +259,9 @@ def tiered_embedding_bag(
         ValueError: The blocks are not parameters of one group of ``optimizer``; else as the
             namesake.
     """
-    bags = Bags(blocks[0], indices, offsets, mode, per_sample_weights, include_last_offset)
+    first = first_block(blocks)
+    weights = (per_sample_weights, include_last_offset)
+    bags = Bags.pooled(first, indices, offsets, mode, *weights, "blocks[0]")
     call = Tiered(blocks, optimizer, tier_ends, bags, embedding_dim, padding_idx, bounds_check)
     return run(call, None, bags.weights)
 

@@ -8,13 +8,17 @@ What all of them share:
 
 - Weights are float32, float16 or bfloat16 (the reference backend also takes float64) and
   contiguous. Sums accumulate in float32 and are rounded once.
-- Indices are int32 or int64 of any shape; no index is negative.
+- A row of size 0 keeps nothing: it is zeros, counted in a bag's mean like any other, and no update
+  touches it or its state; the mask gradient it adds to is that of any row.
+- Indices are int32 or int64 of any shape, offsets either of the two; no index is negative.
+  Positions past the last offset are ignored, whatever is there.
 - Results are the same from run to run, bit for bit.
 - ``bounds_check``: ``"raise"`` (an IndexError naming value, position and N), ``"clamp"`` (into
   ``0..N-1``, with one warning per process) or ``"off"`` (the caller vouches for the indices).
 - ``sparse=True`` gives the table a coalesced sparse COO gradient with ``U`` rows, and nothing of
   size ``N * D`` is allocated; ``sparse=False`` gives a dense ``[N, D]`` gradient, for optimizers
   that refuse sparse ones.
+- An argument of another kind than asked for is a TypeError that names it.
 - ``torch.compile(fullgraph=True)`` traces them, gradients included. They can be differentiated
   once.
 """
@@ -41,7 +45,27 @@ def _fail(message: str) -> None:
     raise ValueError(message)
 
 
+def _check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_kind(value)}: torch.as_tensor makes one")
+
+
+def _check_whole(value: object, name: str) -> None:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, got {_kind(value)}")
+
+
+def _check_list(values: object, name: str, items: str) -> None:
+    if isinstance(values, (str, Tensor)) or not hasattr(values, "__len__"):
+        raise TypeError(f"{name} must be a list of {items}, got {_kind(values)}")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def _check_table(weight: Tensor, name: str = "weight") -> None:
+    _check_tensor(weight, name)
     if weight.dim() != 2:
         _fail(f"{name} must be [N, D], got shape {tuple(weight.shape)}")
     if weight.dtype not in _WEIGHT_TYPES:
@@ -51,6 +75,7 @@ def _check_table(weight: Tensor, name: str = "weight") -> None:
 
 
 def _check_indices(indices: Tensor, device: torch.device) -> Tensor:
+    _check_tensor(indices, "indices")
     if indices.dtype not in _INDEX_TYPES:
         _fail(f"indices must be int32 or int64, got {indices.dtype}")
     if indices.device != device:
@@ -61,6 +86,7 @@ def _check_indices(indices: Tensor, device: torch.device) -> Tensor:
 def _check_sizes(
     sizes: Tensor, name: str, leading: int | torch.SymInt, device: torch.device, dims: int
 ) -> Tensor:
+    _check_tensor(sizes, name)
     if sizes.dtype not in _SIZE_TYPES:
         _fail(f"{name} must be uint8 or int32, got {sizes.dtype}")
     if not 1 <= sizes.dim() <= dims or sizes.shape[0] != leading:
@@ -74,6 +100,8 @@ def _check_sizes(
 def _check_groups(
     weight: Tensor, row_group: Tensor, group_dims: Tensor, group_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
+    _check_tensor(row_group, "row_group")
+    _check_tensor(group_mask, "group_mask")
     if row_group.dtype != torch.int32:
         _fail(f"row_group must be int32, got {row_group.dtype}")
     if row_group.dim() != 1 or row_group.shape[0] != weight.shape[0]:
@@ -94,11 +122,14 @@ def _check_groups(
 def _check_tiers(
     blocks: Sequence[Tensor], tier_ends: Sequence[int], embedding_dim: int | None
 ) -> int:
+    _check_list(blocks, "blocks", "tensors")
+    _check_list(tier_ends, "tier_ends", "whole numbers")
     if not blocks or len(blocks) != len(tier_ends):
         _fail(f"{len(blocks)} blocks and {len(tier_ends)} tier_ends: one end per block is needed")
     start = 0
     for c, (block, end) in enumerate(zip(blocks, tier_ends, strict=True)):
         _check_table(block, f"blocks[{c}]")
+        _check_whole(end, f"tier_ends[{c}]")
         if block.shape[0] != end - start:
             _fail(f"blocks[{c}] has {block.shape[0]} rows, tier_ends say {end - start}")
         if block.dtype != blocks[0].dtype or block.device != blocks[0].device:
@@ -106,21 +137,25 @@ def _check_tiers(
         start = end
     widest = max(int(block.shape[1]) for block in blocks)
     dim = widest if embedding_dim is None else embedding_dim
+    _check_whole(dim, "embedding_dim")
     if dim < widest:
         _fail(f"embedding_dim is {dim}, but the widest tier has {widest} columns")
+    if dim < 1:
+        _fail("embedding_dim must be given, and at least 1, where no tier has any columns")
     return dim
 
 
 def _padding(padding_idx: int | None, rows: int) -> int:
     if padding_idx is None:
         return -1
+    _check_whole(padding_idx, "padding_idx")
     if not -rows <= padding_idx < rows:
         _fail(f"padding_idx {padding_idx} is outside a table of {rows} rows")
     return padding_idx + rows if padding_idx < 0 else padding_idx
 
 
 def _bounds(bounds_check: str) -> int:
-    if bounds_check not in _BOUNDS:
+    if not isinstance(bounds_check, str) or bounds_check not in _BOUNDS:
         _fail(f"bounds_check must be 'raise', 'clamp' or 'off', got {bounds_check!r}")
     return _BOUNDS[bounds_check]
 
@@ -134,9 +169,11 @@ def _bags(
     include_last_offset: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, int, bool]:
     """Flat indices, their offsets and weights, the mode's number, include_last_offset."""
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         _fail(f"mode must be 'sum' or 'mean', got {mode!r}")
+    indices = _check_indices(indices, table.device)
     if per_sample_weights is not None:
+        _check_tensor(per_sample_weights, "per_sample_weights")
         if mode != "sum":
             _fail("per_sample_weights go with mode='sum' only, as in embedding_bag")
         if per_sample_weights.shape != indices.shape:
@@ -149,18 +186,19 @@ def _bags(
                 f"per_sample_weights are {per_sample_weights.dtype} on "
                 f"{per_sample_weights.device}, the table is {table.dtype} on {table.device}"
             )
-        per_sample_weights = per_sample_weights.reshape(-1)
-    indices = _check_indices(indices, table.device)
+        per_sample_weights = per_sample_weights.reshape(-1).contiguous()
     if indices.dim() == 2:
         if offsets is not None:
             _fail("2-D indices are bags of equal length: offsets must be None")
+        # int64 whatever the indices are: there may be more of them than int32 can count.
         bags, length = indices.shape
-        offsets = torch.arange(0, bags + 1, dtype=indices.dtype, device=indices.device).mul_(length)
+        offsets = torch.arange(0, bags + 1, device=indices.device).mul_(length)
         return indices.reshape(-1), offsets, per_sample_weights, _MODES[mode], True
     if indices.dim() != 1:
         _fail(f"indices must be 1-D with offsets, or 2-D, got shape {tuple(indices.shape)}")
     if offsets is None:
         raise ValueError("1-D indices need offsets")
+    _check_tensor(offsets, "offsets")
     if offsets.dim() != 1 or offsets.dtype not in _INDEX_TYPES:
         _fail(
             f"offsets must be 1-D int32 or int64, got {offsets.dtype} of shape "
@@ -170,8 +208,7 @@ def _bags(
         _fail(f"offsets are on {offsets.device}, the table is on {table.device}")
     if include_last_offset and offsets.shape[0] == 0:
         _fail("include_last_offset needs at least one offset")
-    offsets = offsets.to(indices.dtype).contiguous()
-    return indices, offsets, per_sample_weights, _MODES[mode], include_last_offset
+    return indices, offsets.contiguous(), per_sample_weights, _MODES[mode], include_last_offset
 
 
 def masked_embedding(
@@ -191,7 +228,7 @@ def masked_embedding(
     Args:
         weight: ``[N, D]`` table.
         indices: Rows, any shape, int32 or int64.
-        row_dims: ``[N]`` uint8 or int32, kept size of each row, in ``1..D``.
+        row_dims: ``[N]`` uint8 or int32, kept size of each row, in ``0..D``.
         padding_idx: A row that gets no gradient; its value is looked up as usual.
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradient of ``weight`` is sparse (see the module).
@@ -201,7 +238,7 @@ def masked_embedding(
 
     Raises:
         IndexError: An index is out of range and ``bounds_check="raise"``.
-        ValueError: Shapes, types or devices do not fit, or a size is outside ``1..D``.
+        ValueError: Shapes, types or devices do not fit, or a size is outside ``0..D``.
 
     Cost: ``O(L * D)``; moves ``L * (k_mean + D)`` values and ``L`` sizes.
     """
@@ -239,7 +276,7 @@ def masked_embedding_bag(
         indices: ``[L]`` rows, or ``[B, l]`` for bags of equal length (then ``offsets`` is None).
         offsets: ``[B]`` first position of every bag (``[B + 1]`` with ``include_last_offset``),
             int32 or int64, starting at 0 and never decreasing. Empty bags give zeros.
-        row_dims: ``[N]`` uint8 or int32, kept size of each row, in ``1..D``.
+        row_dims: ``[N]`` uint8 or int32, kept size of each row, in ``0..D``.
         mode: ``"sum"`` or ``"mean"``.
         per_sample_weights: Shape of ``indices`` and type of ``weight``; only with ``"sum"``. Gets
             a gradient.
@@ -255,7 +292,7 @@ def masked_embedding_bag(
     Raises:
         IndexError: An index is out of range and ``bounds_check="raise"``.
         ValueError: Shapes, types or devices do not fit, offsets are not in order, or a size is
-            outside ``1..D``.
+            outside ``0..D``.
 
     Cost: ``O(L * k_mean + B * D)``; moves ``L * k_mean + B * D`` values and ``L`` sizes.
     """
@@ -308,7 +345,7 @@ def adaptive_embedding(
         weight: ``[N, D]`` table.
         indices: Rows, any shape, int32 or int64.
         row_group: ``[N]`` int32, group of each row, in ``0..G-1``.
-        group_dims: ``[G]`` or ``[G, Q]`` uint8 or int32, kept sizes, in ``1..D``.
+        group_dims: ``[G]`` or ``[G, Q]`` uint8 or int32, kept sizes, in ``0..D``.
         group_mask: ``[G, D]`` floating-point soft mask; gets the mask gradient.
         seed: Chooses the size column of each row; any 64-bit integer.
         padding_idx: A row that gets no gradient, nor does its mask; its value is looked up as
@@ -370,7 +407,7 @@ def adaptive_embedding_bag(
         indices: ``[L]`` rows, or ``[B, l]`` for bags of equal length (then ``offsets`` is None).
         offsets: ``[B]`` first position of every bag (``[B + 1]`` with ``include_last_offset``).
         row_group: ``[N]`` int32, group of each row, in ``0..G-1``.
-        group_dims: ``[G]`` or ``[G, Q]`` uint8 or int32, kept sizes, in ``1..D``.
+        group_dims: ``[G]`` or ``[G, Q]`` uint8 or int32, kept sizes, in ``0..D``.
         group_mask: ``[G, D]`` floating-point soft mask; gets the mask gradient.
         mode: ``"sum"`` or ``"mean"``.
         per_sample_weights: Shape of ``indices`` and type of ``weight``; only with ``"sum"``.
@@ -428,10 +465,10 @@ def tiered_embedding(
 
     Row ``i`` lives in the tier ``c`` with ``tier_ends[c-1] <= i < tier_ends[c]``, at
     ``blocks[c][i - tier_ends[c-1]]``; the output is that, followed by zeros. The row number tells
-    the tier, so no size is read.
+    the tier, so no size is read, and of a tier of no columns nothing at all.
 
     Args:
-        blocks: Tables ``[n_c, w_c]`` with ``1 <= w_c <= D``, same type and device.
+        blocks: Tables ``[n_c, w_c]`` with ``0 <= w_c <= D``, same type and device.
         tier_ends: First row after each tier; the last is ``N``.
         indices: Rows, any shape, int32 or int64.
         embedding_dim: ``D``, width of the output; the widest block's by default.
@@ -480,7 +517,7 @@ def tiered_embedding_bag(
     """:func:`tiered_embedding`, pooled by bag as in :func:`masked_embedding_bag`.
 
     Args:
-        blocks: Tables ``[n_c, w_c]`` with ``1 <= w_c <= D``, same type and device.
+        blocks: Tables ``[n_c, w_c]`` with ``0 <= w_c <= D``, same type and device.
         tier_ends: First row after each tier; the last is ``N``.
         indices: ``[L]`` rows, or ``[B, l]`` for bags of equal length (then ``offsets`` is None).
         offsets: ``[B]`` first position of every bag (``[B + 1]`` with ``include_last_offset``).

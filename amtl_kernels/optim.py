@@ -390,6 +390,8 @@ class RowwiseAdagrad(Adagrad):
     def _change(
         self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
     ) -> Tensor:
+        if not grad.numel():
+            return grad
         squares = grad * grad
         total = moments[0].add_(squares.flatten(1).mean(1) if grad.dim() > 1 else squares)
         root = total.sqrt().add_(group["eps"])

@@ -95,13 +95,20 @@ def check_offsets(offsets: Tensor, lookups: int) -> None:
         )
 
 
+def _in_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
+    """The flat indices up to the last offset: what follows is in no bag and is never looked at."""
+    flat = indices.reshape(-1)
+    if offsets is None:
+        return flat
+    check_offsets(offsets, flat.numel())
+    return flat[: int(offsets[-1])] if include_last_offset else flat
+
+
 def _bag_of_lookup(offsets: Tensor, lookups: int, include_last_offset: bool) -> tuple[Tensor, int]:
-    """The bag of every position (-1: none, past the last offset) and the number of bags."""
-    check_offsets(offsets, lookups)
+    """The bag of every position (-1: there are none) and the number of bags."""
     bags = offsets.numel() - int(include_last_offset)
     positions = torch.arange(lookups, device=offsets.device)
-    bag = torch.searchsorted(offsets.to(torch.int64), positions, right=True) - 1
-    return torch.where(bag < bags, bag, -1), bags
+    return torch.searchsorted(offsets.to(torch.int64), positions, right=True) - 1, bags
 
 
 def _compute_type(dtype: torch.dtype) -> torch.dtype:
@@ -109,10 +116,10 @@ def _compute_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_sizes(sizes: Tensor, dim: int) -> Tensor:
-    bad = ((sizes < 1) | (sizes > dim)).nonzero()
+    bad = ((sizes < 0) | (sizes > dim)).nonzero()
     if bad.numel():
         position = int(bad[0])
-        raise ValueError(f"size {int(sizes[position])} at position {position} is outside 1..{dim}")
+        raise ValueError(f"size {int(sizes[position])} at position {position} is outside 0..{dim}")
     return sizes
 
 
@@ -155,7 +162,7 @@ def _pool(
     counted = (bag >= 0) & (flat != padding_idx)
     terms = values.to(compute)
     if per_sample_weights is not None:
-        terms = terms * per_sample_weights.to(compute)[:, None]
+        terms = terms * per_sample_weights[: flat.numel()].to(compute)[:, None]
     out = torch.zeros(bags, values.shape[1], dtype=compute, device=values.device)
     out = out.index_add(0, bag[counted], terms[counted])
     if mode == MEAN:
@@ -184,8 +191,9 @@ def masked_embedding_bag(
     bounds_check: int,
 ) -> Tensor:
     """Masked rows pooled by bag."""
-    values = masked_embedding(weight, indices, row_dims, padding_idx, bounds_check)
-    flat = check_indices(indices, weight.shape[0], bounds_check)
+    used = _in_bags(indices, offsets, include_last_offset)
+    values = masked_embedding(weight, used, row_dims, padding_idx, bounds_check)
+    flat = check_indices(used, weight.shape[0], bounds_check)
     return _pool(values, flat, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
 
 
@@ -220,10 +228,11 @@ def adaptive_embedding_bag(
     bounds_check: int,
 ) -> Tensor:
     """As :func:`masked_embedding_bag`, with sizes read through groups and hashed columns."""
+    used = _in_bags(indices, offsets, include_last_offset)
     values = adaptive_embedding(
-        weight, indices, row_group, group_dims, group_mask, seed, padding_idx, bounds_check
+        weight, used, row_group, group_dims, group_mask, seed, padding_idx, bounds_check
     )
-    flat = check_indices(indices, weight.shape[0], bounds_check)
+    flat = check_indices(used, weight.shape[0], bounds_check)
     return _pool(values, flat, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
 
 
@@ -262,8 +271,9 @@ def tiered_embedding_bag(
     bounds_check: int,
 ) -> Tensor:
     """Tier rows pooled by bag."""
-    values = tiered_embedding(blocks, tier_ends, indices, embedding_dim, padding_idx, bounds_check)
-    flat = check_indices(indices, tier_ends[-1], bounds_check)
+    used = _in_bags(indices, offsets, include_last_offset)
+    values = tiered_embedding(blocks, tier_ends, used, embedding_dim, padding_idx, bounds_check)
+    flat = check_indices(used, tier_ends[-1], bounds_check)
     return _pool(values, flat, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
 
 
@@ -293,7 +303,7 @@ def _incoming(
 def _scale(delta: Tensor, per_sample_weights: Tensor | None) -> Tensor:
     if per_sample_weights is None:
         return delta
-    return delta * per_sample_weights.to(delta.dtype)[:, None]
+    return delta * per_sample_weights[: delta.shape[0]].to(delta.dtype)[:, None]
 
 
 def _reduce_rows(delta: Tensor, flat: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,9 +313,14 @@ def _reduce_rows(delta: Tensor, flat: Tensor, counted: Tensor) -> tuple[Tensor, 
     return rows, sums.index_add(0, torch.searchsorted(rows, flat[counted]), delta[counted])
 
 
-def _psw_grad(delta: Tensor, values: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
-    dots = (delta * values.to(delta.dtype)).sum(1)
-    return torch.where(counted, dots, torch.zeros_like(dots)).to(dtype)
+def _psw_grad(
+    delta: Tensor, values: Tensor, sizes: Tensor, counted: Tensor, indices: Tensor
+) -> Tensor:
+    """``[L]`` products of gradients and kept prefixes, zero for padding and past the last bag."""
+    dots = _keep_prefix(delta * values.to(delta.dtype), sizes).sum(1)
+    out = values.new_zeros(indices.numel())
+    out[: dots.numel()] = torch.where(counted, dots, torch.zeros_like(dots)).to(values.dtype)
+    return out
 
 
 def masked_embedding_backward(
@@ -322,15 +337,16 @@ def masked_embedding_backward(
     psw_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row gradients ``(rows [U], grads [U, D])`` and the gradient of ``per_sample_weights``."""
-    flat = check_indices(indices, weight.shape[0], RAISE)
+    used = _in_bags(indices, offsets, include_last_offset)
+    flat = check_indices(used, weight.shape[0], RAISE)
     delta, counted = _incoming(grad, flat, offsets, mode, padding_idx, include_last_offset)
     rows, grads, psw = flat.new_empty(0), weight.new_empty(0, weight.shape[1]), weight.new_empty(0)
     if weight_grad:
         rows, sums = _reduce_rows(_scale(delta, per_sample_weights), flat, counted)
         grads = _keep_prefix(sums, row_dims[rows].to(torch.int64)).to(weight.dtype)
     if psw_grad:
-        values = _keep_prefix(weight[flat], row_dims[flat].to(torch.int64))
-        psw = _psw_grad(delta, values, counted, weight.dtype)
+        sizes = row_dims[flat].to(torch.int64)
+        psw = _psw_grad(delta, weight[flat], sizes, counted, indices)
     return rows, grads, psw
 
 
@@ -356,7 +372,8 @@ def adaptive_embedding_backward(
     group ``g`` and over all ``j``, masked ones too.
     """
     dim = weight.shape[1]
-    flat = check_indices(indices, weight.shape[0], RAISE)
+    used = _in_bags(indices, offsets, include_last_offset)
+    flat = check_indices(used, weight.shape[0], RAISE)
     delta, counted = _incoming(grad, flat, offsets, mode, padding_idx, include_last_offset)
     rows, grads, psw = flat.new_empty(0), weight.new_empty(0, dim), weight.new_empty(0)
     mask = torch.empty(0, dim, dtype=delta.dtype, device=weight.device)
@@ -372,7 +389,7 @@ def adaptive_embedding_backward(
             mask = mask.index_add(0, row_group[all_rows].to(torch.int64), products)
     if psw_grad:
         sizes = _adaptive_sizes(flat, row_group, group_dims, seed, dim)
-        psw = _psw_grad(delta, _keep_prefix(weight[flat], sizes), counted, weight.dtype)
+        psw = _psw_grad(delta, weight[flat], sizes, counted, indices)
     return rows, grads, mask, psw
 
 
@@ -391,7 +408,8 @@ def tiered_embedding_backward(
     psw_grad: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Row gradients of every tier, rows counted from the tier's start."""
-    flat = check_indices(indices, tier_ends[-1], RAISE)
+    used = _in_bags(indices, offsets, include_last_offset)
+    flat = check_indices(used, tier_ends[-1], RAISE)
     delta, counted = _incoming(grad, flat, offsets, mode, padding_idx, include_last_offset)
     rows = [flat.new_empty(0) for _ in blocks]
     grads = [block.new_empty(0, block.shape[1]) for block in blocks]
@@ -406,7 +424,9 @@ def tiered_embedding_backward(
             start = end
     if psw_grad:
         values = tiered_embedding(blocks, tier_ends, flat, embedding_dim, -1, OFF)
-        psw = _psw_grad(delta, values, counted, blocks[0].dtype)
+        tier = torch.bucketize(flat, torch.tensor(tier_ends, device=flat.device), right=True)
+        widths = torch.tensor([block.shape[1] for block in blocks], device=flat.device)
+        psw = _psw_grad(delta, values, widths[tier], counted, indices)
     return rows, grads, psw
 
 
@@ -420,14 +440,21 @@ def kept_prefix(grads: Tensor) -> Tensor:
 def _touch(
     weight: Tensor, rows: Tensor, grads: Tensor, weight_decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Touched weights, their gradients with weight decay, and the kept prefix."""
+    """Touched weights, their gradients with weight decay, and the kept prefix.
+
+    Past the prefix the gradient is zero, whatever the weights are there.
+    """
     compute = _compute_type(weight.dtype)
     kept = kept_prefix(grads)
     old = weight[rows].to(compute)
-    return old, (grads.to(compute) + weight_decay * old) * kept, kept
+    return old, torch.where(kept, grads.to(compute) + weight_decay * old, 0.0), kept
 
 
-def _write(weight: Tensor, rows: Tensor, values: Tensor, rounding_seed: int | None) -> None:
+def _write(
+    weight: Tensor, rows: Tensor, kept: Tensor, values: Tensor, rounding_seed: int | None
+) -> None:
+    """Writes the kept prefix of the rows; what lies past it stays, bit for bit."""
+    values = torch.where(kept, values, weight[rows].to(values.dtype))
     if rounding_seed is None or weight.element_size() != 2:
         weight[rows] = values.to(weight.dtype)
     else:
@@ -444,8 +471,8 @@ def apply_sgd_(
     rounding_seed: int | None = None,
 ) -> None:
     """``w -= lr * (g + weight_decay * w)``."""
-    old, g, _ = _touch(weight, rows, grads, weight_decay)
-    _write(weight, rows, old - lr * g, rounding_seed)
+    old, g, kept = _touch(weight, rows, grads, weight_decay)
+    _write(weight, rows, kept, old - lr * g, rounding_seed)
 
 
 def apply_adagrad_(
@@ -459,10 +486,11 @@ def apply_adagrad_(
     rounding_seed: int | None = None,
 ) -> None:
     """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as ``torch.optim.Adagrad``."""
-    old, g, _ = _touch(weight, rows, grads, weight_decay)
-    state = state_sum[rows].to(g.dtype) + g * g
+    old, g, kept = _touch(weight, rows, grads, weight_decay)
+    state = state_sum[rows].to(g.dtype)
+    state = torch.where(kept, state + g * g, state)
     state_sum[rows] = state.to(state_sum.dtype)
-    _write(weight, rows, old - lr * g / (state.sqrt() + eps), rounding_seed)
+    _write(weight, rows, kept, old - lr * g / (state.sqrt() + eps), rounding_seed)
 
 
 def apply_rowwise_adagrad_(
@@ -477,9 +505,10 @@ def apply_rowwise_adagrad_(
 ) -> None:
     """``s += mean(g^2)`` over the kept prefix, ``w -= lr * g / (sqrt(s) + eps)``; ``s`` is [N]."""
     old, g, kept = _touch(weight, rows, grads, weight_decay)
-    state = state_sum[rows].to(g.dtype) + (g * g).sum(1) / kept.sum(1).clamp(min=1)
+    state, size = state_sum[rows].to(g.dtype), kept.sum(1)
+    state = torch.where(size > 0, state + (g * g).sum(1) / size, state)
     state_sum[rows] = state.to(state_sum.dtype)
-    _write(weight, rows, old - lr * g / (state.sqrt() + eps)[:, None], rounding_seed)
+    _write(weight, rows, kept, old - lr * g / (state.sqrt() + eps)[:, None], rounding_seed)
 
 
 def apply_adam_(
@@ -505,7 +534,7 @@ def apply_adam_(
     exp_avg[rows] = m.to(exp_avg.dtype)
     exp_avg_sq[rows] = v.to(exp_avg_sq.dtype)
     change = lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
-    _write(weight, rows, torch.where(kept, old - change, old), rounding_seed)
+    _write(weight, rows, kept, old - change, rounding_seed)
 
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3

@@ -59,8 +59,8 @@ def _paddings(padding_idx: Padding, rows: Sequence[int]) -> list[int]:
     for t, (padding, count) in enumerate(zip(every, rows, strict=True)):
         try:
             found.append(ops._padding(padding, count))
-        except ValueError as error:  # noqa: PERF203
-            raise ValueError(f"table {t}: {error}") from None
+        except (TypeError, ValueError) as error:  # noqa: PERF203
+            raise type(error)(f"table {t}: {error}") from None
     return found
 
 
@@ -74,6 +74,8 @@ def check_bags(
     padding_idx: Padding,
 ) -> TableBags:
     """Checks what the forms share, against one of the tables and the number of rows of each."""
+    ops._check_tensor(indices, "indices")
+    ops._check_tensor(offsets, "offsets")
     if indices.dim() != 1 or offsets.dim() != 1:
         raise ValueError("indices and offsets must be 1-D")
     if offsets.shape[0] < 1 or (offsets.shape[0] - 1) % len(rows):
@@ -81,13 +83,13 @@ def check_bags(
     indices, offsets, weights, number, _ = ops._bags(
         table, indices, offsets, mode, per_sample_weights, True
     )
-    if weights is not None:
-        weights = weights.contiguous()
     return TableBags(indices, offsets, weights, number, _paddings(padding_idx, rows))
 
 
 def check_weights(weights: Sequence[Tensor], **others: Sequence[Tensor]) -> list[int]:
     """Checks dense tables, and that the other lists are as long; the rows of each table."""
+    for name, values in {"weights": weights, **others}.items():
+        ops._check_list(values, name, "tensors")
     lengths = {name: len(other) for name, other in others.items()}
     if not weights or set(lengths.values()) != {len(weights)}:
         raise ValueError(f"{len(weights)} tables with {lengths}: one of each per table is needed")
@@ -117,8 +119,8 @@ def check_groups(
     for t, table in enumerate(zip(weights, row_groups, group_dims, group_masks, strict=True)):
         try:
             pairs.append(ops._check_groups(*table))
-        except ValueError as error:  # noqa: PERF203
-            raise ValueError(f"table {t}: {error}") from None
+        except (TypeError, ValueError) as error:  # noqa: PERF203
+            raise type(error)(f"table {t}: {error}") from None
     return [groups for groups, _ in pairs], [sizes for _, sizes in pairs]
 
 
@@ -143,15 +145,18 @@ def check_tiers(
     embedding_dims: Sequence[int] | None,
 ) -> Tiers:
     """Checks every table's tiers."""
+    ops._check_list(blocks, "blocks", "lists of tensors")
+    ops._check_list(tier_ends, "tier_ends", "lists of whole numbers")
     given: Sequence[int | None] = embedding_dims or [None] * len(blocks)
+    ops._check_list(given, "embedding_dims", "whole numbers")
     if not blocks or {len(tier_ends), len(given)} != {len(blocks)}:
         raise ValueError("one list of blocks, one of tier_ends and one width per table are needed")
     dims = []
     for t, (mine, ends, dim) in enumerate(zip(blocks, tier_ends, given, strict=True)):
         try:
             dims.append(ops._check_tiers(mine, ends, dim))
-        except ValueError as error:
-            raise ValueError(f"table {t}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"table {t}: {error}") from None
         if mine[0].dtype != blocks[0][0].dtype or mine[0].device != blocks[0][0].device:
             raise ValueError(f"table {t} differs from table 0 in type or device")
     return Tiers(
@@ -180,7 +185,7 @@ def masked_embedding_bag_tables(
         weights: ``T`` tables ``[N_t, D_t]``.
         indices: ``[L]`` rows, concatenated by table (see the module).
         offsets: ``[T * B + 1]``.
-        row_dims: ``T`` times ``[N_t]`` uint8 or int32, kept sizes in ``1..D_t``.
+        row_dims: ``T`` times ``[N_t]`` uint8 or int32, kept sizes in ``0..D_t``.
         mode: ``"sum"`` or ``"mean"``.
         per_sample_weights: ``[L]``; only with ``"sum"``. Gets a gradient.
         padding_idx: A row that counts for nothing: one for every table, or a list.
@@ -228,7 +233,7 @@ def adaptive_embedding_bag_tables(
         indices: ``[L]`` rows, concatenated by table (see the module).
         offsets: ``[T * B + 1]``.
         row_groups: ``T`` times ``[N_t]`` int32.
-        group_dims: ``T`` times ``[G_t]`` or ``[G_t, Q_t]`` uint8 or int32, sizes in ``1..D_t``.
+        group_dims: ``T`` times ``[G_t]`` or ``[G_t, Q_t]`` uint8 or int32, sizes in ``0..D_t``.
         group_masks: ``T`` times ``[G_t, D_t]`` soft masks, which get their gradients (as views of
             one tensor).
         mode: ``"sum"`` or ``"mean"``.
@@ -279,7 +284,7 @@ def tiered_embedding_bag_tables(
     """:func:`tiered_embedding_bag` of ``T`` tables in one call.
 
     Args:
-        blocks: For each table its tiers ``[n_c, w_c]``.
+        blocks: For each table its tiers ``[n_c, w_c]`` with ``0 <= w_c <= D_t``.
         tier_ends: For each table the first row after each tier.
         indices: ``[L]`` rows, concatenated by table (see the module).
         offsets: ``[T * B + 1]``.

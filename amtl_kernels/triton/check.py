@@ -37,6 +37,7 @@ def check_kernel(
     num_offsets,
     HAS_SIZES: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
+    LAST_OFFSET: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -44,11 +45,13 @@ def check_kernel(
     """Lowers ``found [3]`` (int64) to the first bad position: index, size of its row, offset.
 
     Grid (ceil(max(L, num_offsets) / BLOCK)); a minimum of integers is the same in any order.
-    index [L], offset [num_offsets].
+    index [L], offset [num_offsets], whose last one ends the lookups if LAST_OFFSET.
     """
     NONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < num_lookups
+    if LAST_OFFSET:
+        valid = valid & (at < tl.load(offset_ptr + num_offsets - 1))
     row = tl.load(index_ptr + at, mask=valid, other=0).to(tl.int64)
     bad = valid & ((row < 0) | (row >= num_rows))
     first = tl.min(tl.where(bad, at, NONE), axis=0)
@@ -57,7 +60,7 @@ def check_kernel(
     if HAS_SIZES:
         known = valid & (row >= 0) & (row < num_rows)
         size = kept_size(row, known, sizes_ptr, row_group_ptr, seed_mix, Q, 0, 0, Q)
-        bad = known & ((size < 1) | (size > D))
+        bad = known & ((size < 0) | (size > D))
         first = tl.min(tl.where(bad, at, NONE), axis=0)
         if first != NONE:
             tl.atomic_min(found_ptr + 1, first)
@@ -71,7 +74,7 @@ def check_kernel(
             tl.atomic_min(found_ptr + 2, first)
 
 
-def _find(table: Table, flat: Tensor, offsets: Tensor | None) -> Tensor:
+def _find(table: Table, flat: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
     found = torch.full((3,), _NONE, dtype=torch.int64, device=flat.device)
     block = 1 << 15 if launch.INTERPRETED else 1024
     count = max(flat.numel(), 0 if offsets is None else offsets.numel())
@@ -88,6 +91,7 @@ def _find(table: Table, flat: Tensor, offsets: Tensor | None) -> Tensor:
             0 if offsets is None else offsets.numel(),
             HAS_SIZES=table.meta["TIERS"] == 0,
             HAS_OFFSETS=offsets is not None,
+            LAST_OFFSET=include_last_offset,
             D=table.dim,
             Q=table.meta["Q"],
             BLOCK=block,
@@ -95,7 +99,13 @@ def _find(table: Table, flat: Tensor, offsets: Tensor | None) -> Tensor:
     return found
 
 
-def lookups(table: Table, flat: Tensor, bounds_check: int, offsets: Tensor | None = None) -> None:
+def lookups(
+    table: Table,
+    flat: Tensor,
+    bounds_check: int,
+    offsets: Tensor | None = None,
+    include_last_offset: bool = False,
+) -> None:
     """Answers bad input as ``bounds_check`` says, before anything is written.
 
     Args:
@@ -103,25 +113,26 @@ def lookups(table: Table, flat: Tensor, bounds_check: int, offsets: Tensor | Non
         flat: Indices [L], int32 or int64.
         bounds_check: 0 off, 1 raise, 2 clamp.
         offsets: Bag offsets, or None.
+        include_last_offset: Whether lookups end with the last of them.
 
     Raises:
         IndexError: An index is outside the table (raise), or the table has no rows (clamp).
-        ValueError: A size is outside ``1..D``, or the offsets are not monotone from 0 to at most L.
+        ValueError: A size is outside ``0..D``, or the offsets are not monotone from 0 to at most L.
         RuntimeError: ``raise`` while a CUDA graph is being captured.
     """
     if launch.recorder is not None:
-        _find(table, flat, offsets)
+        _find(table, flat, offsets, include_last_offset)
         return
     if bounds_check == reference.OFF:
         return
     if bounds_check == reference.CLAMP and table.rows and flat.is_cuda:
         if flat.numel():
-            warn_later(lambda: _describe(table, flat))
+            warn_later(lambda: _describe(table, flat, offsets, include_last_offset))
         return
     refuse_capture(flat)
     if flat.numel() == 0 and offsets is None:
         return
-    index, size, offset = _find(table, flat, offsets).tolist()
+    index, size, offset = _find(table, flat, offsets, include_last_offset).tolist()
     if offset != _NONE and offsets is not None:
         reference.check_offsets(offsets, flat.numel())
     if index != _NONE:
@@ -134,7 +145,7 @@ def lookups(table: Table, flat: Tensor, bounds_check: int, offsets: Tensor | Non
         reference.warn_clamped(value, index, table.rows)
     if size != _NONE:
         raise ValueError(
-            f"the row at position {size} of the indices has a kept size outside 1..{table.dim}"
+            f"the row at position {size} of the indices has a kept size outside 0..{table.dim}"
         )
 
 
@@ -147,9 +158,11 @@ def refuse_capture(flat: Tensor) -> None:
         )
 
 
-def _describe(table: Table, flat: Tensor) -> Tensor:
+def _describe(
+    table: Table, flat: Tensor, offsets: Tensor | None, include_last_offset: bool
+) -> Tensor:
     """[3]: position of the first bad index, its value, the rows of its table."""
-    found = _find(table, flat, None)[:1]
+    found = _find(table, flat, offsets, include_last_offset)[:1]
     value = flat[found.clamp(max=flat.numel() - 1)].to(torch.int64)
     return torch.cat([found, value, torch.full_like(found, table.rows)])
 

@@ -213,7 +213,7 @@ def _pool_rows(
     flat = indices.reshape(-1).contiguous()
     offsets = offsets.contiguous()
     bags = offsets.numel() - int(include_last_offset)
-    check.lookups(table, flat, bounds_check, offsets)
+    check.lookups(table, flat, bounds_check, offsets, include_last_offset)
     out = torch.empty(max(bags, 0), table.dim, dtype=table.data.dtype, device=flat.device)
     block = table.meta["BLOCK_D"]
     length = flat.numel() // max(bags, 1)

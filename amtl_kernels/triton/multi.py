@@ -230,7 +230,7 @@ def check_tables_kernel(
     if KIND != TIERED:
         known = live & (outside == 0)
         size = size_in(table, row, known, tables_ptr, sizes_ptr, row_group_ptr, seed_mix, KIND, T)
-        wrong = (size < 1) | (size > table_field(tables_ptr, table, DIM, T))
+        wrong = (size < 0) | (size > table_field(tables_ptr, table, DIM, T))
         bad = bad | (known & wrong)
     first = tl.min(tl.where(bad, at, NONE), axis=0)
     if first != NONE:

@@ -118,6 +118,8 @@ def _apply(
     seed: int | None,
 ) -> None:
     dim = weight.shape[1]
+    if dim == 0:
+        return
     grads = grads.contiguous()
     most = launch.tile_rows(dim, most=1024)
     with launch.device_guard(weight):

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -86,7 +87,7 @@ SortedLookups::SortedLookups(const Executor& executor, const LookupTable& table,
   const int64_t* begins = nullptr;
   if (bags.offsets) begins = BagBegins(executor, table, bags, &scratch_, &bag_count);
   count_ = begins ? begins[bag_count] : table.lookups;
-  if (table.rows == 0 && table.lookups > 0) ThrowBadIndex(table);
+  if (table.rows == 0 && count_ > 0) ThrowBadIndex(table);
   const bool mean = begins && bags.mean;
   const float* scales = mean ? MeanScales(executor, table, begins, bag_count, &scratch_) : nullptr;
   weighted_ = mean || table.per_sample_weights;
@@ -194,7 +195,7 @@ void SortedLookups::Describe(bool with_groups, int64_t* rows) {
     kernels.describe(table_, rows_, u0, u1, segments_, prefetch, sizes_, groups_);
     bool falls = false;
     for (int64_t u = u0; u < u1; ++u) {
-      if (sizes_[u] == 0) bad_segment = u;
+      if (sizes_[u] < 0) bad_segment = u;
       falls |= groups_ && u > u0 && groups_[u] < groups_[u - 1];
     }
     // The group before this range may not be known yet.
@@ -203,7 +204,7 @@ void SortedLookups::Describe(bool with_groups, int64_t* rows) {
   });
   if (bad_segment >= 0) {
     throw std::invalid_argument("row " + std::to_string(rows_[bad_segment]) +
-                                " has a size outside 1.." + std::to_string(table_.dim) +
+                                " has a size outside 0.." + std::to_string(table_.dim) +
                                 ", or a group outside the size table");
   }
   if (falling) SortByGroup();
@@ -332,14 +333,19 @@ void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, con
   int64_t bag_count = table.lookups;
   if (bags.offsets == nullptr) throw std::invalid_argument("per_sample_weights need offsets");
   const int64_t* begins = BagBegins(executor, table, bags, &scratch, &bag_count);
-  if (table.rows == 0 && table.lookups > 0) ThrowBadIndex(table);
-  int64_t* bag_of = scratch.Get<int64_t>(table.lookups);
-  executor.For(begins[bag_count], 1 << 14, [&](int64_t p0, int64_t p1) {
+  const int64_t lookups = begins[bag_count];
+  if (table.rows == 0 && lookups > 0) ThrowBadIndex(table);
+  int64_t* bag_of = scratch.Get<int64_t>(lookups);
+  executor.For(lookups, 1 << 14, [&](int64_t p0, int64_t p1) {
     ForPositions(begins, bag_count, p0, p1, [&](int64_t p, int64_t bag) { bag_of[p] = bag; });
   });
-  std::fill(bag_of + begins[bag_count], bag_of + table.lookups, -1);
+  if (lookups < table.lookups) {
+    const int64_t bytes = BytesOf(table.type);
+    std::memset(static_cast<char*>(out) + lookups * bytes, 0,
+                static_cast<size_t>((table.lookups - lookups) * bytes));
+  }
   std::atomic<bool> bad{false};
-  executor.For(table.lookups, 1024, [&](int64_t p0, int64_t p1) {
+  executor.For(lookups, 1024, [&](int64_t p0, int64_t p1) {
     Faults faults;
     Kernels().dot(table, &faults, grad, grad_stride, bag_of, p0, p1, out);
     if (faults.index) bad = true;

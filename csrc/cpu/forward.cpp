@@ -39,12 +39,12 @@ template <class D>
     }
     for (int64_t q = 0; q < columns; ++q) {
       const int64_t size = static_cast<int64_t>(dims[at * columns + q]);
-      if (size >= 1 && size <= t.dim) continue;
+      if (size >= 0 && size <= t.dim) continue;
       throw std::invalid_argument("the size of row " + std::to_string(row) + " at position " +
-                                  std::to_string(p) + " is outside 1.." + std::to_string(t.dim));
+                                  std::to_string(p) + " is outside 0.." + std::to_string(t.dim));
     }
   }
-  throw std::invalid_argument("a size is outside 1.." + std::to_string(t.dim));
+  throw std::invalid_argument("a size is outside 0.." + std::to_string(t.dim));
 }
 
 [[noreturn]] void ThrowBadSize(const LookupTable& t) {
@@ -152,7 +152,7 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   int64_t count = table.lookups;
   const int64_t* begins = pooled ? BagBegins(executor, table, bags, &scratch, &count) : nullptr;
   const int64_t lookups = pooled ? begins[count] : table.lookups;
-  if (table.rows == 0 && table.lookups > 0) ThrowBadIndex(table);
+  if (table.rows == 0 && lookups > 0) ThrowBadIndex(table);
 
   const KernelTable& kernels = Kernels();
   const int64_t bytes = count * table.dim * BytesOf(table.type);
@@ -214,13 +214,8 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
     executor.For(workers, 1, work);
   }
   if (bad_sizes) ThrowBadSize(table);
-  bool bad_index = bad_indices;
-  if (lookups < table.lookups && bounds_check != BoundsCheck::kOff && !bad_index) {
-    int64_t value = 0;
-    bad_index = FindBadIndex(table, &value) >= 0;
-  }
-  if (bad_index && bounds_check == BoundsCheck::kRaise) ThrowBadIndex(table);
-  return bad_index && bounds_check == BoundsCheck::kClamp;
+  if (bad_indices && bounds_check == BoundsCheck::kRaise) ThrowBadIndex(table);
+  return bad_indices && bounds_check == BoundsCheck::kClamp;
 }
 
 }  // namespace amtl::cpu

@@ -133,10 +133,10 @@ struct KernelTable {
   // Walks segments [begin, end); `scratch` holds 2 * padded_dim + kWalkMargin floats.
   void (*walk)(FloatType type, Update update, bool weighted, const WalkTask& task, int64_t begin,
                int64_t end, WalkEdges* edges, float* scratch);
-  // Gradient of the per-sample weight of lookups [begin, end): bags[p] < 0 gives 0.
+  // Gradient of the per-sample weight of lookups [begin, end), which are in `bags`.
   void (*dot)(const LookupTable& table, Faults* faults, const void* grad, int64_t stride,
               const int64_t* bags, int64_t begin, int64_t end, void* out);
-  // Kept sizes, 0 for wrong ones, and groups (unless null) of rows [begin, end), which ascend up to
+  // Kept sizes, -1 for wrong ones, and groups (unless null) of rows [begin, end), which ascend up to
   // `limit`.
   void (*describe)(const LookupTable& table, const int64_t* rows, int64_t begin, int64_t end,
                    int64_t limit, bool prefetch, int32_t* sizes, int32_t* groups);

@@ -91,7 +91,7 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
         } else {
           AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(ring, i, acc);
         }
-        if (counts) counted += ring.size[i] != 0;
+        if (counts) counted += ring.size[i] >= 0;
       }
     }
     if (counts && counted > 1) {
@@ -122,7 +122,7 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
       const T* row = reinterpret_cast<const T*>(ring.row[i]);
       const int size = ring.size[i];
       const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
-      counted += size != 0;
+      counted += size >= 0;
       for (int c = 0; c < size; c += kLanes) {
         const Reg x = Load(row + c, FirstLanes(size - c));
         StoreAll(task.wide + c, MulAdd(x, scale, LoadAll(task.wide + c)));
@@ -196,13 +196,11 @@ void DotTyped(const LookupTable& table, Faults* faults, const T* grad, int64_t s
     const int64_t i = sources.At(p);
     const T* row = reinterpret_cast<const T*>(ring.row[i]);
     const int size = ring.size[i];
+    const T* delta = grad + bags[p] * stride;
     Reg sum = Zero();
-    if (bags[p] >= 0) {
-      const T* delta = grad + bags[p] * stride;
-      for (int c = 0; c < size; c += kLanes) {
-        const Mask m = FirstLanes(size - c);
-        sum = MulAdd(Load(row + c, m), Load(delta + c, m), sum);
-      }
+    for (int c = 0; c < size; c += kLanes) {
+      const Mask m = FirstLanes(size - c);
+      sum = MulAdd(Load(row + c, m), Load(delta + c, m), sum);
     }
     Store(out + p, Set1(Sum(sum)), FirstLanes(1));
   }

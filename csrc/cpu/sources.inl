@@ -12,7 +12,7 @@ constexpr int kPlaces = kMaxStaticRegisters + 1;
 // Where lookups lie, by position modulo kSourceRing.
 struct SourceRing {
   alignas(64) const char* row[kSourceRing];
-  alignas(64) int32_t size[kSourceRing];  // 0: counts for nothing
+  alignas(64) int32_t size[kSourceRing];  // below 0: counts for nothing, not even in a mean
   alignas(64) float scale[kSourceRing];
   // Byte of `row` at which register r of it is read. Past the size that is the last register kept:
   // no line is touched that isn't kept, and no branch depends on the size.
@@ -57,13 +57,13 @@ inline void HashColumns(const int64_t* number, uint32_t mixed_seed, uint32_t col
   }
 }
 
-// Sizes outside 1..dim become 0.
+// Sizes outside 0..dim become -1.
 inline void CheckSizes(int32_t dim, int32_t* size, bool* wrong) {
   int bad = 0;
   for (int i = 0; i < kSourceBlock; ++i) {
-    const bool out = static_cast<uint32_t>(size[i]) - 1u >= static_cast<uint32_t>(dim);
+    const bool out = static_cast<uint32_t>(size[i]) > static_cast<uint32_t>(dim);
     bad |= out;
-    size[i] = out ? 0 : size[i];
+    size[i] = out ? -1 : size[i];
   }
   *wrong |= bad != 0;
 }
@@ -93,7 +93,7 @@ inline void GroupSizes(const LookupTable& t, const int64_t* number, int32_t* siz
   *wrong |= bad != 0;
   if (bad != 0) {
     for (int i = 0; i < kSourceBlock; ++i) {
-      if (static_cast<uint32_t>(s.row_group[number[i]]) >= groups) size[i] = 0;
+      if (static_cast<uint32_t>(s.row_group[number[i]]) >= groups) size[i] = -1;
     }
   }
 }
@@ -244,7 +244,7 @@ class Sources {
     }
     if (table_.skip_padding && table_.padding_idx >= 0) {
       for (int i = 0; i < kSourceBlock; ++i) {
-        size[i] = number[i] == table_.padding_idx ? 0 : size[i];
+        size[i] = number[i] == table_.padding_idx ? -1 : size[i];
       }
     }
   }
@@ -271,7 +271,7 @@ class Sources {
       const int32_t size = ring_.size[at + i];
       ring_.first[at + i] = first;
       ring_.row[at + i] = reinterpret_cast<const char*>(address - address % 64);
-      ring_.size[at + i] = size > 0 ? size + first : 0;
+      ring_.size[at + i] = size > 0 ? size + first : size;
     }
     FindPlaces(at);
   }
@@ -285,7 +285,7 @@ class Sources {
   SourceRing ring_;
 };
 
-// Sizes (and groups, unless null) of rows [begin, end), which are in range; a size of 0 is wrong.
+// Sizes (and groups, unless null) of rows [begin, end), which are in range; a size of -1 is wrong.
 void Describe(const LookupTable& table, const int64_t* rows, int64_t begin, int64_t end,
               int64_t limit, bool prefetch, int32_t* sizes, int32_t* groups) {
   int64_t number[kSourceBlock];

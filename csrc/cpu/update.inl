@@ -36,13 +36,14 @@ inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, in
   const Reg decay = Set1(h.weight_decay);
   Reg rate = Set1(-h.lr);
   if constexpr (kUpdate == Update::kRowWiseAdagrad) {
+    if (size == 0) return;
     Reg squares = Zero();
     ForKept(weight, size, [&](int c, Mask m) {
       const Reg x = MulAdd(decay, Load(weight + c, m), Keep(LoadAll(g + c), m));
       squares = MulAdd(x, x, squares);
     });
     float* state = slice.state1 + local;
-    *state += size > 0 ? Sum(squares) / static_cast<float>(size) : 0.0f;
+    *state += Sum(squares) / static_cast<float>(size);
     rate = Set1(-h.lr / (__builtin_sqrtf(*state) + h.eps));
   }
   float* first = slice.state1 + local * slice.width;
@@ -82,7 +83,8 @@ AMTL_ALWAYS_INLINE void PrefetchUpdate(const TableSlice& slice, int64_t local, i
   PrefetchRow(static_cast<const T*>(slice.weight) + place, values,
               LinesOf<T>(slice.width, aligned));
   if constexpr (kUpdate == Update::kRowWiseAdagrad) {
-    PrefetchRow(slice.state1 + local, 1, 1);
+    // Of a row that keeps nothing no state is used: the first one is in the caches.
+    PrefetchRow(slice.state1 + (size > 0 ? local : 0), 1, 1);
   } else if constexpr (kUpdate == Update::kAdagrad || kUpdate == Update::kAdam) {
     PrefetchRow(slice.state1 + place, size, LinesOf<float>(slice.width, aligned));
     if constexpr (kUpdate == Update::kAdam) {

@@ -14,10 +14,12 @@ enum class DType { kFloat32, kFloat16, kBFloat16 };
 // The lookups of one call and how they are pooled.
 struct Lookups {
   const void* indices = nullptr;  // [L] int64 if `wide`, else int32
-  const void* offsets = nullptr;  // [B] or [B + 1], same type; null: no pooling
+  const void* offsets = nullptr;  // [B] or [B + 1] int64 if `wide_offsets`, else int32; null: no
+                                  // pooling
   std::int64_t count = 0;         // L
   std::int64_t bags = 0;          // B, over all tables
   bool wide = true;
+  bool wide_offsets = true;
   bool last_offset = false;  // offsets hold the end of the last bag
   bool mean = false;
   std::int64_t padding = -1;  // row that counts for nothing; -1: none

@@ -93,11 +93,11 @@ __device__ __forceinline__ std::int64_t group_within(std::int64_t group, std::in
   return group < 0 ? 0 : (group < groups ? group : groups - 1);
 }
 
-// The size as stored, which may be out of range. Rows of a group that is not there have none.
+// The size as stored, which may be out of range, as it is for rows of a group that is not there.
 __device__ __forceinline__ int stored_size(const DenseTable& table, std::int64_t row) {
   if (table.row_group != nullptr) {
     const std::int64_t group = load<Memory::kSizes>(table.row_group + row);
-    if (group < 0 || group >= table.groups) return 0;
+    if (group < 0 || group >= table.groups) return -1;
     const int column = table.columns == 1 ? 0 : hash_column(row, table.seed_term, table.columns);
     return load_dims(table.group_dims, group * table.columns + column, table.narrow_dims);
   }
@@ -113,7 +113,7 @@ __device__ __forceinline__ RowRef<T> locate(const DenseTable& table, const Table
   ref.data = static_cast<T*>(table.weight) + row * table.dim;
   ref.width = table.dim;
   const int size = stored_size(table, row);
-  if (bad_size != nullptr) *bad_size = size < 1 || size > table.dim;
+  if (bad_size != nullptr) *bad_size = size < 0 || size > table.dim;
   ref.size = size < 0 ? 0 : (size > table.dim ? table.dim : size);
   return ref;
 }
@@ -179,7 +179,7 @@ __device__ __forceinline__ int stored_size(const TieredTable& table, int tier, s
     const int columns = load<Memory::kSizes>(&block->columns);
     const int column = columns == 1 ? 0 : hash_column(local, table.seed_term, columns);
     const std::int64_t group = block_group(block, local);
-    if (group < 0 || group >= load<Memory::kSizes>(&block->groups)) return 0;
+    if (group < 0 || group >= load<Memory::kSizes>(&block->groups)) return -1;
     i = group * columns + column;
   }
   return load_dims(reinterpret_cast<const void*>(dims), i, narrow);
@@ -197,7 +197,7 @@ __device__ __forceinline__ RowRef<T> locate(const TieredTable& table, const Tabl
   if (bad_size != nullptr) *bad_size = false;
   if (table.device_dense != nullptr) {
     const int size = stored_size(table, tier, row - begin);
-    if (bad_size != nullptr) *bad_size = size < 1 || size > ref.width;
+    if (bad_size != nullptr) *bad_size = size < 0 || size > ref.width;
     ref.size = size < 0 ? 0 : (size > ref.width ? ref.width : size);
   }
   return ref;
@@ -254,9 +254,9 @@ struct BagRange {
 
 __device__ __forceinline__ BagRange range_of_bag(const Lookups& lookups, std::int64_t bag) {
   BagRange range;
-  range.begin = load_index(lookups.offsets, bag, lookups.wide);
+  range.begin = load_index(lookups.offsets, bag, lookups.wide_offsets);
   range.end = bag + 1 < lookups.bags || lookups.last_offset
-                  ? load_index(lookups.offsets, bag + 1, lookups.wide)
+                  ? load_index(lookups.offsets, bag + 1, lookups.wide_offsets)
                   : lookups.count;
   if (range.begin < 0) range.begin = 0;
   if (range.end > lookups.count) range.end = lookups.count;

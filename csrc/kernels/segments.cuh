@@ -33,7 +33,7 @@ __device__ __forceinline__ std::int64_t bag_at(const Lookups& lookups, std::int6
                                                std::int64_t low, std::int64_t high) {
   while (low <= high) {
     const std::int64_t middle = low + (high - low) / 2;
-    if (load_index(lookups.offsets, middle, lookups.wide) <= position) {
+    if (load_index(lookups.offsets, middle, lookups.wide_offsets) <= position) {
       low = middle + 1;
     } else {
       high = middle - 1;

@@ -56,11 +56,4 @@ Tensor NewTensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type
   });
 }
 
-Tensor ConvertIndices(const Tensor& tensor, ScalarType type) {
-  const Tensor values = torch::stable::to(tensor, type);
-  const size_t bytes = static_cast<size_t>(values.numel()) * values.element_size();
-  hostsim::register_buffer("converted indices", values.const_data_ptr(), bytes, false, true);
-  return values;
-}
-
 }  // namespace amtl

@@ -34,12 +34,21 @@ inline void CheckLike(const Tensor& tensor, const char* name, const Tensor& tabl
 
 inline void CheckWeight(const Tensor& weight) {
   Check(weight.dim() == 2, "a table must be [N, D]");
-  Check(weight.size(1) >= 1, "a table needs at least one column");
   Check(weight.is_contiguous(), "a table must be contiguous");
   const ScalarType type = weight.scalar_type();
   Check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
         "native operators take float32, float16 and bfloat16; float64 runs on the reference: "
         "amtl_kernels.set_backend(\"reference\")");
+}
+
+// A table that is not stored in tiers, whose rows are as wide as the output.
+inline void CheckDenseTable(const Tensor& weight) {
+  CheckWeight(weight);
+  Check(weight.size(1) >= 1, "a table needs at least one column");
+}
+
+inline void CheckEmbeddingDim(int64_t dim) {
+  Check(dim >= 1 && dim <= 0x7fffffff, "embedding_dim must be in 1..2^31 - 1, got ", dim);
 }
 
 inline void CheckIndices(const Tensor& indices, const Tensor& table) {

@@ -4,13 +4,24 @@
 
 namespace amtl {
 
+namespace {
+
+// Where rows of no columns lie: kernels may ask for a register of a row whatever is kept of it.
+alignas(64) constexpr char kNoColumns[64] = {};
+
+}  // namespace
+
 void CpuLookup::SetTable(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
-  CheckWeight(weight);
-  CheckIndices(indices, weight);
+  CheckDenseTable(weight);
+  SetIndices(indices, weight, padding_idx);
   table.weight = static_cast<const char*>(weight.const_data_ptr());
-  table.type = FloatTypeOf(weight);
   table.rows = weight.size(0);
   table.dim = weight.size(1);
+}
+
+void CpuLookup::SetIndices(const Tensor& indices, const Tensor& like, int64_t padding_idx) {
+  CheckIndices(indices, like);
+  table.type = FloatTypeOf(like);
   table.indices = indices.const_data_ptr();
   table.index_type = IndexTypeOf(indices);
   table.lookups = indices.numel();
@@ -51,6 +62,7 @@ void CpuLookup::SetTiers(const std::vector<Tensor>& tiers, const std::vector<int
                          const Tensor& indices, int64_t dim, int64_t padding_idx) {
   Check(!tiers.empty() && tiers.size() == tier_ends.size(), "one tier_end per block is needed");
   Check(tiers.size() <= cpu::kMaxTiers, "more than ", cpu::kMaxTiers, " tiers");
+  CheckEmbeddingDim(dim);
   int64_t start = 0;
   for (size_t c = 0; c < tiers.size(); ++c) {
     const Tensor& block = tiers[c];
@@ -61,14 +73,13 @@ void CpuLookup::SetTiers(const std::vector<Tensor>& tiers, const std::vector<int
           " rows, tier_ends say ", tier_ends[c] - start);
     Check(block.size(1) <= dim, "block ", c, " is wider than embedding_dim ", dim);
     const int64_t before = start * block.size(1) * cpu::BytesOf(FloatTypeOf(block));
-    origins.push_back(reinterpret_cast<uintptr_t>(block.const_data_ptr()) -
-                      static_cast<uintptr_t>(before));
+    const void* data = block.size(1) > 0 ? block.const_data_ptr() : kNoColumns;
+    origins.push_back(reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(before));
     widths.push_back(static_cast<int32_t>(block.size(1)));
     start = tier_ends[c];
   }
   ends = tier_ends;
-  SetTable(tiers[0], indices, padding_idx);
-  table.weight = nullptr;
+  SetIndices(indices, tiers[0], padding_idx);
   table.rows = start;
   table.dim = dim;
   cpu::SizeTable& sizes = table.sizes;

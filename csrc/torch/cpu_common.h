@@ -59,6 +59,9 @@ struct CpuLookup {
   Tensor NewOutput(const Tensor& like, const Tensor& indices) const;
   // Checks the shape of an incoming gradient.
   void CheckGrad(const Tensor& grad, const Tensor& like) const;
+
+ private:
+  void SetIndices(const Tensor& indices, const Tensor& like, int64_t padding_idx);
 };
 
 // Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step, and maybe

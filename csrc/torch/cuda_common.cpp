@@ -62,7 +62,7 @@ void CudaLookup::SetIndices(const Tensor& indices, const Tensor& table, int64_t 
 }
 
 void CudaLookup::SetTable(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
-  CheckWeight(weight);
+  CheckDenseTable(weight);
   type = DTypeOf(weight);
   rows = weight.size(0);
   dim = weight.size(1);
@@ -100,6 +100,7 @@ void CudaLookup::SetTiers(const std::vector<Tensor>& blocks, const std::vector<i
                           const Tensor& indices, int64_t embedding_dim, int64_t padding_idx) {
   Check(!blocks.empty() && blocks.size() == tier_ends.size(), "one tier_end per block is needed");
   Check(blocks.size() <= kMaxInlineTiers, "more than ", kMaxInlineTiers, " tiers");
+  CheckEmbeddingDim(embedding_dim);
   is_tiered = true;
   type = DTypeOf(blocks[0]);
   dim = embedding_dim;
@@ -131,14 +132,12 @@ void CudaLookup::SetBags(const Tensor& like, const OptionalTensor& offsets,
   Check(offsets->dim() == 1, "offsets must be 1-D");
   CheckLike(*offsets, "offsets", like);
   Check(mode == 0 || mode == 1, "mode must be 0 (sum) or 1 (mean)");
-  // Kernels take both in one type.
-  const ScalarType index_type = lookups.wide ? ScalarType::Long : ScalarType::Int;
-  held.push_back(offset_type == index_type ? *offsets : ConvertIndices(*offsets, index_type));
-  const Tensor& same = held.back();
-  lookups.bags = same.size(0) - (include_last_offset ? 1 : 0);
+  held.push_back(*offsets);
+  lookups.wide_offsets = offset_type == ScalarType::Long;
+  lookups.bags = offsets->size(0) - (include_last_offset ? 1 : 0);
   Check(lookups.bags >= 0, "include_last_offset needs at least one offset");
   // An empty tensor has no memory to point to; any pointer says that bags are asked for.
-  lookups.offsets = same.numel() > 0 ? same.const_data_ptr() : this;
+  lookups.offsets = offsets->numel() > 0 ? offsets->const_data_ptr() : this;
   lookups.last_offset = include_last_offset;
   lookups.mean = mode == 1;
   if (!weights) return;
@@ -187,9 +186,9 @@ void AnswerReport(const CudaContext& context, const CudaLookup& lookup, const Re
   }
   if (report[kBadOffset] != kNone) {
     const auto i = static_cast<int64_t>(report[kBadOffset]);
-    const int64_t value = ReadIndex(context, l.offsets, l.wide, i);
+    const int64_t value = ReadIndex(context, l.offsets, l.wide_offsets, i);
     Check(i > 0, "offsets must start at 0, but offsets[0] is ", value);
-    const int64_t before = ReadIndex(context, l.offsets, l.wide, i - 1);
+    const int64_t before = ReadIndex(context, l.offsets, l.wide_offsets, i - 1);
     Check(value >= before, "offsets must not decrease, but offsets[", i, "] = ", value,
           " is smaller than offsets[", i - 1, "] = ", before);
     Check(false, "offsets must end within the ", l.count, " indices, but offsets[", i, "] is ",
@@ -204,7 +203,7 @@ void AnswerReport(const CudaContext& context, const CudaLookup& lookup, const Re
     Check(group >= 0 && group < lookup.dense.groups, "row_group ", group, " of row ", row,
           " is outside 0..", lookup.dense.groups - 1);
   }
-  Check(false, "the size of row ", row, " at position ", position, " is outside 1..", lookup.dim);
+  Check(false, "the size of row ", row, " at position ", position, " is outside 0..", lookup.dim);
 }
 
 std::optional<Tensor> StartReport(const CudaContext& context, const Tensor& like,

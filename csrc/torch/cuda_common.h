@@ -43,9 +43,6 @@ DType DTypeOf(const Tensor& tensor);
 // Memory of the device, its values void.
 Tensor NewTensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type);
 
-// The tensor in another integer type.
-Tensor ConvertIndices(const Tensor& tensor, ScalarType type);
-
 // A lookup's arguments, checked, as the launchers take them.
 struct CudaLookup {
   DenseTable dense;
@@ -55,7 +52,7 @@ struct CudaLookup {
   DType type = DType::kFloat32;
   int64_t rows = 0;
   int64_t dim = 0;
-  // Index and offset tensors of one type, kept alive.
+  // Index and offset tensors, kept alive.
   std::vector<Tensor> held;
 
   void SetTable(const Tensor& weight, const Tensor& indices, int64_t padding_idx);

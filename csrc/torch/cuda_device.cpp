@@ -34,8 +34,4 @@ Tensor NewTensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type
   return torch::stable::new_empty(like, shape, type);
 }
 
-Tensor ConvertIndices(const Tensor& tensor, ScalarType type) {
-  return torch::stable::to(tensor, type);
-}
-
 }  // namespace amtl

@@ -78,6 +78,7 @@ void SetCounter(const std::vector<Tensor>& state, const std::vector<Tensor>& tab
 
 void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& update,
              const Tensor& rows, const Tensor& grads) {
+  if (weight.size(1) == 0) return;
   DenseTable table;
   table.weight = weight.mutable_data_ptr();
   table.rows = weight.size(0);

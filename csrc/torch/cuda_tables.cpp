@@ -58,7 +58,7 @@ struct CudaTables {
   TieredTable& table() { return lookup.tiered; }
 
   void AddBlock(const Tensor& block) {
-    CheckWeight(block);
+    list.dense ? CheckDenseTable(block) : CheckWeight(block);
     CheckLike(block, "a table", like());
     Check(block.size(1) <= 0x7fffffff, "a table may have at most 2^31 - 1 columns");
     cuda::TableBlock entry;
@@ -185,14 +185,14 @@ CudaTables Tiered(const Tensors& blocks, const Ints& tier_counts, const Ints& ti
     const int64_t dim = embedding_dims[t];
     int64_t row = 0;
     Named(t, [&] {
+      CheckEmbeddingDim(dim);
       const ScalarType type = blocks[c].scalar_type();
       for (int64_t i = 0; i < tier_counts[t]; ++i, ++c) {
         tables.AddBlock(blocks[c]);
         Check(blocks[c].scalar_type() == type, "blocks differ in type");
         Check(blocks[c].size(0) == tier_ends[c] - row, "block ", i, " has ", blocks[c].size(0),
               " rows, tier_ends say ", tier_ends[c] - row);
-        Check(blocks[c].size(1) <= dim && dim <= 0x7fffffff, "block ", i,
-              " is wider than embedding_dim ", dim);
+        Check(blocks[c].size(1) <= dim, "block ", i, " is wider than embedding_dim ", dim);
         row = tier_ends[c];
       }
     });
@@ -217,7 +217,7 @@ void AnswerForTables(const CudaContext& context, const CudaTables& tables, const
     size_t t = 0;
     int64_t start = 0;
     for (size_t next = 1; next < tables.tables(); ++next) {
-      const int64_t begin = ReadIndex(context, lookups.offsets, lookups.wide,
+      const int64_t begin = ReadIndex(context, lookups.offsets, lookups.wide_offsets,
                                       static_cast<int64_t>(next) * tables.list.batch);
       if (begin > position) break;
       t = next;

@@ -44,13 +44,13 @@ class SizeGrid:
 
     Attributes:
         dim: D >= 1.
-        min_dim: smallest size, 1..D.
+        min_dim: smallest size, 0..D; a row of size 0 stores nothing.
         granularity: step between sizes, 1..D.
         tier_width: frozen rows are stored in widths that are multiples of it (or D).
     """
 
     dim: int
-    min_dim: int = 1
+    min_dim: int = 0
     granularity: int = 1
     tier_width: int = 1
 
@@ -58,10 +58,12 @@ class SizeGrid:
         if self.dim < 1:
             raise ValueError(f"embedding_dim must be at least 1, got {self.dim}")
         for name in ("min_dim", "granularity", "tier_width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= self.dim:
+            value, least = getattr(self, name), 0 if name == "min_dim" else 1
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole and least <= value <= self.dim):
                 raise ValueError(
-                    f"{name} must be a whole number in 1..{self.dim} (embedding_dim), got {value!r}"
+                    f"{name} must be a whole number in {least}..{self.dim} (embedding_dim), "
+                    f"got {value!r}"
                 )
 
     @cached_property
@@ -122,9 +124,8 @@ class SizeGrid:
                 f"budget={budget} cannot be reached: the smallest row (min_dim={self.min_dim}, "
                 f"granularity={self.granularity}, tier_width={self.tier_width}) stores {least} of "
                 f"{self.dim} dimensions, {least / self.dim:.4g} of the table. Raise the budget to "
-                f"at least {least / self.dim:.4g}, or lower min_dim, granularity or tier_width to "
-                f"at most {max(1, math.floor(budget * self.dim))}"
-                + ("." if budget * self.dim >= 1 else ", and raise embedding_dim.")
+                f"at least {least / self.dim:.4g}, lower min_dim, granularity or tier_width to at "
+                f"most {max(1, math.floor(budget * self.dim))}, or set min_dim=0."
             )
 
 
@@ -162,13 +163,15 @@ def fit_shift(
     low = thresholds[0] - ordered[-1] - margin
     high = thresholds[-1] - ordered[0] + margin
     ticks = torch.arange(_SHIFT_WAYS + 1, dtype=torch.float64, device=score.device) / _SHIFT_WAYS
+    around = torch.arange(-1, 1, device=score.device)
     for _ in range(_SHIFT_ROUNDS):
         # torch.lerp may not return `low` itself at tick 0; this form does.
         candidates = low + (high - low) * ticks
         reached = above[torch.searchsorted(ordered, thresholds - candidates[:, None])]
-        fits = ((reached * steps).sum(1) <= capacity).cumprod(0).sum().clamp(min=1)
+        # Costs grow along the candidates (exact sums of whole numbers), and the first one fits.
+        fits = (reached @ steps <= capacity).sum()
         # index_select, because a tensor in brackets is read back from the GPU first.
-        chosen = torch.stack([fits - 1, fits.clamp(max=_SHIFT_WAYS)])
+        chosen = (fits + around).clamp_(0, _SHIFT_WAYS)
         low, high = candidates.index_select(0, chosen).unbind()
     return low.clone()
 

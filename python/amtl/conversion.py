@@ -100,7 +100,8 @@ def convert(
             `torch.bincount(indices.flatten(), minlength=N)` over the training split.
         budget: stored fraction of each table, see `amtl.SearchOptions`.
         names: what to replace; None: everything named in `counts`.
-        **options: other options of the layers, see `amtl.SearchOptions`; `field_sizes`.
+        **options: other options of the layers, see `amtl.SearchOptions`; `field_sizes`, and
+            `shared_rows`, which may also be a mapping by name.
 
     Returns:
         The model (the new layer if the model was itself an embedding).
@@ -127,8 +128,12 @@ def convert(
                 f"counts for {name!r} are missing: give "
                 f"torch.bincount(training_indices.flatten(), minlength={_rows(module)})"
             )
+        chosen = dict(options)
+        if isinstance(options.get("shared_rows"), Mapping):
+            shared = options["shared_rows"]
+            chosen["shared_rows"] = next((shared[n] for n in places[module] if n in shared), None)
         try:
-            replacements[module] = _layer_from(module, counts[known[0]], budget, options)
+            replacements[module] = _layer_from(module, counts[known[0]], budget, chosen)
         except ValueError as error:
             raise ValueError(f"{name or type(module).__name__}: {error}") from error
         replacements[module].name = name

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import amtl_kernels
 from amtl.options import SearchOptions
+from amtl.sharing import SharedRows
 from amtl.table import AMTLTable
 
 
@@ -21,8 +22,9 @@ class AMTLEmbedding(AMTLTable):
 
     In the search phase `out = m_i * W[i]`, where the mask m_i keeps the first k_i columns (paper,
     section 3) and k_i follows from the row's training count through `amtl.sizes`. The mask
-    gradient is straight-through, over masked columns too. A forward costs O(G * D) for the sizes
-    of G groups (in training with noise, G * Q more) beside the lookup; frozen, the lookup alone.
+    gradient is straight-through, over masked columns too. The first forward after an optimizer step
+    costs O(G * D) for the sizes of G groups (in training with noise, G * Q more) beside the lookup;
+    frozen, the lookup alone.
     `torch.compile(fullgraph=True)` traces both phases, one graph for all steps.
 
     Args:
@@ -36,6 +38,10 @@ class AMTLEmbedding(AMTLTable):
         field_sizes: rows per field if the table holds several; one budget over all of them.
         row_features: [N, E], features that sizes may depend on beside the count. Every row is then
             a group of its own, and the size head costs O(N) a step.
+        shared_rows: where rows of size 0 are looked up, gradients included: a row for each field
+            (its out-of-vocabulary row), or "rarest" for the row of least count of each field. None
+            or "zero": they give zeros. For the size rule such a row counts the lookups that land
+            on it. The padding row never shares.
         **options: see `SearchOptions`.
 
     Raises:
@@ -59,6 +65,7 @@ class AMTLEmbedding(AMTLTable):
         counts: object = None,
         field_sizes: Sequence[int] | None = None,
         row_features: Tensor | None = None,
+        shared_rows: SharedRows = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -76,6 +83,7 @@ class AMTLEmbedding(AMTLTable):
             counts,
             field_sizes,
             row_features,
+            shared_rows,
             SearchOptions(**options),
         )
 
@@ -93,6 +101,7 @@ class AMTLEmbedding(AMTLTable):
         counts: object,
         field_sizes: Sequence[int] | None = None,
         row_features: Tensor | None = None,
+        shared_rows: SharedRows = None,
         **options: Any,
     ) -> AMTLEmbedding:
         """A layer around a trained table [N, D]; `freeze=True` keeps its weights from training."""
@@ -112,6 +121,7 @@ class AMTLEmbedding(AMTLTable):
             counts=counts,
             field_sizes=field_sizes,
             row_features=row_features,
+            shared_rows=shared_rows,
             **options,
         )
 
@@ -148,13 +158,14 @@ class AMTLEmbedding(AMTLTable):
                 sparse=self.sparse,
             )
         assert self.weight is not None and self.row_group is not None
-        if self.max_norm is not None:
-            self._renorm(input)
         noisy = self._noisy()
-        dims, mask = self._head()(noisy)
+        dims, mask, sizes = self._head()(noisy)
+        rows = self._searched_rows(input, sizes)
+        if self.max_norm is not None:
+            self._renorm(rows)
         return amtl_kernels.adaptive_embedding(
             self.weight,
-            input,
+            rows,
             self.row_group,
             dims,
             mask,
@@ -176,7 +187,7 @@ class AMTLEmbeddingBag(AMTLTable):
         include_last_offset: offsets end with the end of the last bag.
         padding_idx: a row that counts for nothing.
         max_norm, norm_type, scale_grad_by_freq, sparse, _weight, counts, field_sizes,
-            row_features, **options: as in `AMTLEmbedding`.
+            row_features, shared_rows, **options: as in `AMTLEmbedding`.
 
     Raises:
         ValueError: an argument out of range, or a budget that the smallest size cannot meet.
@@ -200,6 +211,7 @@ class AMTLEmbeddingBag(AMTLTable):
         counts: object = None,
         field_sizes: Sequence[int] | None = None,
         row_features: Tensor | None = None,
+        shared_rows: SharedRows = None,
         _freeze: bool = False,
         **options: Any,
     ) -> None:
@@ -223,6 +235,7 @@ class AMTLEmbeddingBag(AMTLTable):
             counts,
             field_sizes,
             row_features,
+            shared_rows,
             SearchOptions(**options),
         )
         self.mode = mode
@@ -244,6 +257,7 @@ class AMTLEmbeddingBag(AMTLTable):
         counts: object,
         field_sizes: Sequence[int] | None = None,
         row_features: Tensor | None = None,
+        shared_rows: SharedRows = None,
         **options: Any,
     ) -> AMTLEmbeddingBag:
         """A layer around a trained table [N, D]; `freeze=True` keeps its weights from training."""
@@ -264,6 +278,7 @@ class AMTLEmbeddingBag(AMTLTable):
             counts=counts,
             field_sizes=field_sizes,
             row_features=row_features,
+            shared_rows=shared_rows,
             _freeze=freeze,
             **options,
         )
@@ -315,13 +330,14 @@ class AMTLEmbeddingBag(AMTLTable):
                 sparse=self.sparse,
             )
         assert self.weight is not None and self.row_group is not None
-        if self.max_norm is not None:
-            self._renorm(input)
         noisy = self._noisy()
-        dims, mask = self._head()(noisy)
+        dims, mask, sizes = self._head()(noisy)
+        rows = self._searched_rows(input, sizes)
+        if self.max_norm is not None:
+            self._renorm(rows)
         return amtl_kernels.adaptive_embedding_bag(
             self.weight,
-            input,
+            rows,
             offsets,
             self.row_group,
             dims,

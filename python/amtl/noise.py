@@ -1,7 +1,8 @@
-"""Seeds of the size noise: one per forward, counted in a tensor so that torch.compile can follow.
+"""Seeds of the size noise: one per forward, from torch's default generator, as dropout draws.
 
-A Python counter would be a constant of the compiled graph and recompile it at every step. Here the
-counter is a CPU tensor, and an operator turns it into the number that the lookups take.
+So `torch.manual_seed` makes a run repeat, activation checkpointing draws the same again, and
+whoever saves torch's generator resumes exactly. The seed is drawn as a CPU tensor, which
+torch.compile can follow, and an operator turns it into the number that the lookups take.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("amtl", "FRAGMENT")
-_LIBRARY.define("read_seed(Tensor counter) -> SymInt")
+_LIBRARY.define("read_seed(Tensor seed) -> SymInt")
 
 
 @torch.library.impl(_LIBRARY, "read_seed", "CompositeExplicitAutograd")
-def _read_seed(counter: Tensor) -> int:
-    return int(counter)
+def _read_seed(seed: Tensor) -> int:
+    return int(seed)
 
 
 @torch.library.register_fake("amtl::read_seed", lib=_LIBRARY)
-def _read_seed_fake(counter: Tensor) -> torch.SymInt:
+def _read_seed_fake(seed: Tensor) -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def first_seed(seed: int) -> int:
-    """A 62-bit number to count up from (splitmix64), so that layers of other seeds differ."""
+def mix_seed(seed: int) -> int:
+    """A 62-bit number from any seed (splitmix64), so that neighbouring seeds differ everywhere."""
     mask = (1 << 64) - 1
     x = (seed + 0x9E3779B97F4A7C15) & mask
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -32,12 +33,11 @@ def first_seed(seed: int) -> int:
     return (x ^ (x >> 31)) >> 2
 
 
-def next_seed(counter: Tensor) -> int:
-    """Count up and return the new value.
+def draw_seed(offset: int) -> int:
+    """A number of 63 bits from the default generator of the CPU.
 
     Args:
-        counter: int64 scalar on the CPU, changed in place.
+        offset: 0..2^62 - 1, added to what was drawn.
     """
-    counter.add_(1)
-    seed: int = torch.ops.amtl.read_seed(counter)
+    seed: int = torch.ops.amtl.read_seed(torch.randint(1 << 62, ()) + offset)
     return seed

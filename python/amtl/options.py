@@ -20,7 +20,8 @@ class SearchOptions:
             with "free": the paper's layer, whose saving is an outcome of training.
         parametrization: "ordinal" (default), "free" (the paper) or "rule" (nothing learned); see
             `amtl.sizes`.
-        min_dim: smallest size, 1..D.
+        min_dim: smallest size, 0..D. None: 0, and 1 for "free" (the paper). A row of size 0 stores
+            nothing and is looked up as its field's shared row, or as zeros.
         granularity: sizes are multiples of it (and D).
         tier_width: stored widths are multiples of it (and D). None: the largest power of two up to
             min(16 bytes' worth, budget * D / 4), at least 1.
@@ -32,12 +33,18 @@ class SearchOptions:
         noise_quantiles: number of noise levels Q that rows are hashed to.
         freeze_at: share of training after which the trainer should call `freeze()`; noise ends
             there in any case.
-        init_exponent: a of `k ~ (count + 1)^a`: the rule, and where "ordinal" starts.
+        capacity_bits: b of the capacity law, `k = D * 1/2 log2(1 + rho * count) / b`: the rule, and
+            where "ordinal" starts. What a number is worth: many bits make sizes flat, few make
+            them proportional to the count.
+        init_exponent: a of a power law `k ~ (count + 1)^a` in its place; None keeps the capacity
+            law.
+        field_weights: what the counts of each field are multiplied by in either law; None for
+            ones. `layer.head.set_field_weights` changes them later.
         mask_hidden: hidden widths of the twins.
         twins: False keeps one branch (the paper's ablation).
         weight_std: standard deviation of the initial weights; nn.Embedding's is 1.
         bounds_check: "raise", "clamp" or "off" for indices out of range.
-        seed: of the size noise.
+        seed: added to what the size noise draws from torch's default generator.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -45,7 +52,7 @@ class SearchOptions:
 
     budget: float | None = 0.4
     parametrization: str = "ordinal"
-    min_dim: int = 1
+    min_dim: int | None = None
     granularity: int = 1
     tier_width: int | None = None
     temperature: float = 1.0
@@ -54,7 +61,9 @@ class SearchOptions:
     size_noise: float | None = None
     noise_quantiles: int = 64
     freeze_at: float = 0.4
-    init_exponent: float = 0.5
+    capacity_bits: float = 4.0
+    init_exponent: float | None = None
+    field_weights: Sequence[float] | None = None
     mask_hidden: Sequence[int] = (32,)
     twins: bool = True
     weight_std: float = 1.0
@@ -81,6 +90,10 @@ class SearchOptions:
                 f"bounds_check must be 'raise', 'clamp' or 'off', got {self.bounds_check!r}"
             )
         object.__setattr__(self, "mask_hidden", tuple(self.mask_hidden))
+        if self.field_weights is not None:
+            object.__setattr__(self, "field_weights", tuple(map(float, self.field_weights)))
+        if self.min_dim is None:
+            object.__setattr__(self, "min_dim", 1 if self.parametrization == "free" else 0)
         if self.size_noise is None:
             object.__setattr__(self, "size_noise", 0.0 if self.parametrization == "free" else 0.5)
 
@@ -89,6 +102,7 @@ class SearchOptions:
         width = self.tier_width
         if width is None:
             width = min(dim, default_tier_width(dim, self.budget, itemsize))
+        assert self.min_dim is not None
         return SizeGrid(dim, self.min_dim, self.granularity, width)
 
     def head(self, groups: FrequencyGroups, grid: SizeGrid) -> SizeHead:
@@ -99,7 +113,9 @@ class SearchOptions:
             groups,
             grid,
             self.budget,
+            capacity_bits=self.capacity_bits,
             init_exponent=self.init_exponent,
+            field_weights=self.field_weights,
             hidden=self.mask_hidden,
             twins=self.twins,
             kernel_width=self.kernel_width,

@@ -7,8 +7,8 @@ tiers: outputs stay bit-identical, memory drops, training goes on. `thaw()` lead
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +24,10 @@ from amtl.frequency import (
     encode_row_map,
     frequency_groups,
 )
-from amtl.noise import first_seed, next_seed
+from amtl.noise import draw_seed, mix_seed
 from amtl.options import SearchOptions
-from amtl.sizes import SizeHead
+from amtl.sharing import SharedRows, groups_that_share, own_rows, resolve_shared_rows
+from amtl.size_head import SizeHead
 from amtl.tiers import (
     TierPlan,
     as_optimizers,
@@ -35,6 +36,7 @@ from amtl.tiers import (
     merge_rows,
     plan_tiers,
     require_held,
+    restore_parameters,
     split_rows,
     thaw_optimizers,
 )
@@ -49,13 +51,15 @@ class AMTLTable(nn.Module):
     `amtl.load` set it to the dotted module name. Attributes of the search phase: `weight` [N, D],
     `row_group` int32 [N], `head`. Of the frozen phase: `blocks`, `tier_ends`, and `row_order`
     (int32 [N], the new row of each row) unless rows kept their order or the caller took it with
-    `absorb_order()`.
+    `absorb_order()`. Of both: `shared_rows`, int64 [F] or None, the row of each field that stands
+    in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to.
     """
 
     weight: nn.Parameter | None
     row_group: Tensor | None
     row_order: Tensor | None
     row_map: Tensor | None
+    shared_rows: Tensor | None
     head: SizeHead | None
 
     def __init__(
@@ -74,6 +78,7 @@ class AMTLTable(nn.Module):
         counts: object,
         field_sizes: Sequence[int] | None,
         row_features: Tensor | None,
+        shared_rows: SharedRows,
         options: SearchOptions,
     ) -> None:
         super().__init__()
@@ -113,14 +118,23 @@ class AMTLTable(nn.Module):
             self.reset_parameters()
         else:
             self.weight = nn.Parameter(weight.contiguous(), requires_grad=requires_grad)
-        groups = frequency_groups(
-            check_counts(counts, num_embeddings).to(self.weight.device),
-            self.field_sizes,
-            row_features,
-        )
-        self.row_group = groups.row_group
         self.grid = options.grid(embedding_dim, self.weight.element_size())
-        self.head = options.head(groups, self.grid)
+        checked = check_counts(counts, num_embeddings).to(self.weight.device)
+        self._share(resolve_shared_rows(shared_rows, checked, self.field_sizes, padding_idx))
+        self.row_group, self.head = self._search(checked, options, row_features)
+
+    def _share(self, rows: Sequence[int] | None) -> None:
+        self.shared_rows = None if rows is None else torch.tensor(rows, device=self.device)
+
+    def _search(
+        self, counts: Tensor, options: SearchOptions, row_features: Tensor | None
+    ) -> tuple[Tensor, SizeHead]:
+        """Group of each row, and a new size head."""
+        shared = None if self.shared_rows is None else self.shared_rows.tolist()
+        groups = groups_that_share(
+            counts, self.field_sizes, row_features, shared, self.padding_idx, options, self.grid
+        )
+        return groups.row_group, options.head(groups, self.grid)
 
     def _describe(
         self,
@@ -135,6 +149,7 @@ class AMTLTable(nn.Module):
     ) -> None:
         """Everything but the tensors."""
         self.num_embeddings = num_embeddings
+        self.full_rows = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.max_norm = max_norm
@@ -147,13 +162,14 @@ class AMTLTable(nn.Module):
         self.tier_ends: tuple[int, ...] | None = None
         self.progress = 0.0
         self._noise_on = options.freeze_at > 0
-        self._first_seed = first_seed(options.seed)
-        self._seed_counter = torch.tensor(self._first_seed)
+        self._seed_offset = mix_seed(options.seed)
         self._mask_places: list[tuple[int, int]] = []
+        self._redirection: tuple[Tensor, Tensor | None] | None = None
         self.register_parameter("weight", None)
         self.register_buffer("row_group", None, persistent=False)
         self.register_buffer("row_map", None)
         self.register_buffer("row_order", None)
+        self.register_buffer("shared_rows", None)
         self.blocks = nn.ParameterList()
         self.register_module("head", None)
 
@@ -177,10 +193,13 @@ class AMTLTable(nn.Module):
         ends = tuple(config["tier_ends"])
         dim = config["embedding_dim"]
         rows = [end - start for start, end in zip((0, *ends), ends, strict=False)]
-        fits = len(blocks) == len(ends) > 0 and ends[-1] == config["num_embeddings"]
+        shared = config.get("shared_rows")
+        fits = len(blocks) == len(ends) > 0
+        fits = fits and ends[-1] <= config["num_embeddings"]
+        fits = fits and (shared is not None or ends[-1] == config["num_embeddings"])
         for block, count in zip(blocks, rows, strict=False):
             fits = fits and block.dim() == 2 and block.shape[0] == count >= 0
-            fits = fits and 1 <= block.shape[1] <= dim
+            fits = fits and block.shape[1] <= dim
         if row_order is not None:
             fits = fits and tuple(row_order.shape) == (config["num_embeddings"],)
         if not fits:
@@ -204,6 +223,8 @@ class AMTLTable(nn.Module):
             dim, layer.options.min_dim, layer.options.granularity, config["tier_width"]
         )
         layer._configure(config)
+        layer.full_rows = config.get("full_rows", layer.num_embeddings)
+        layer.shared_rows = None if shared is None else torch.tensor(shared, device=blocks[0].device)
         layer._enter_frozen([nn.Parameter(b) for b in blocks], ends, row_order)
         return layer
 
@@ -270,14 +291,20 @@ class AMTLTable(nn.Module):
         return self._head().sizes().to(torch.int32)
 
     def row_dims(self) -> Tensor:
-        """Size of each row, int32 [N]; once frozen, its stored width, which training may use."""
+        """Size of each row, int32 [N]; once frozen, its stored width, which training may use.
+
+        Rows that are looked up as their shared row have size 0.
+        """
         if self.tier_ends is None:
             assert self.row_group is not None
             return self.group_dims()[self.row_group]
-        widths = torch.tensor([block.shape[1] for block in self.blocks], dtype=torch.int32)
-        ends = torch.tensor((0, *self.tier_ends))
-        dims = widths.repeat_interleave(ends.diff()).to(self.device)
-        return dims if self.row_order is None else dims[self.row_order]
+        plan = self._plan()
+        starts = (0, *plan.ends)
+        dims = torch.zeros(self.num_embeddings, dtype=torch.int32, device=self.device)
+        for tier, width in enumerate(plan.widths):
+            if plan.ends[tier] > starts[tier]:
+                dims[plan.rows(tier)] = width
+        return dims
 
     def row_fields(self) -> Tensor:
         """Field of each row, int64 [N]."""
@@ -293,7 +320,7 @@ class AMTLTable(nn.Module):
         if self.tier_ends is None:
             return self._head().stored_fraction()
         stored = sum(block.numel() for block in self.blocks)
-        return stored / max(1, self.num_embeddings * self.embedding_dim)
+        return stored / max(1, self.full_rows * self.embedding_dim)
 
     def stored_bytes(self) -> int:
         """Bytes of the frozen table: weights, and `row_order` while it is kept.
@@ -301,30 +328,61 @@ class AMTLTable(nn.Module):
         In the search phase: what the weights would take if sizes were frozen now.
         """
         if self.tier_ends is None:
-            size = self.num_embeddings * self.embedding_dim
+            size = self.full_rows * self.embedding_dim
             return round(self.stored_fraction() * size) * self._table()[0].element_size()
         order = 0 if self.row_order is None else self.row_order.nbytes
         return sum(block.nbytes for block in self.blocks) + order
 
     def dense_bytes(self) -> int:
-        """Bytes of the same table as an nn.Embedding."""
-        return self.num_embeddings * self.embedding_dim * self._table()[0].element_size()
+        """Bytes of an nn.Embedding with all the rows that the layer was made with."""
+        return self.full_rows * self.embedding_dim * self._table()[0].element_size()
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """What an nn.Embedding with the same outputs holds (without noise): new, dense [N, D]."""
-        if self.weight is not None:
+        if self.tier_ends is None:
+            assert self.weight is not None
+            dims = self.row_dims()
             columns = torch.arange(self.embedding_dim, device=self.device)
-            return self.weight.masked_fill(columns >= self.row_dims()[:, None], 0)
-        return merge_rows([b.detach() for b in self.blocks], self._plan(), self.embedding_dim)
+            dense = self.weight.masked_fill(columns >= dims[:, None], 0)
+            merged = self._merged(dims)
+            if merged is not None:
+                dense[merged] = dense[self._stand_ins()[merged]]
+            return dense
+        plan = self._plan()
+        dense = merge_rows([b.detach() for b in self.blocks], plan, self.embedding_dim)
+        places = self._frozen_rows(torch.arange(self.num_embeddings, device=self.device))
+        return dense if plan.ends[-1] == len(dense) else dense[self._own_rows()[places]]
 
     def _plan(self) -> TierPlan:
         assert self.tier_ends is not None
-        order = None
-        if self.row_order is not None:
-            order = torch.empty(self.num_embeddings, dtype=torch.int64, device=self.device)
-            order[self.row_order] = torch.arange(self.num_embeddings, device=self.device)
-        return TierPlan(tuple(b.shape[1] for b in self.blocks), self.tier_ends, order)
+        order = None if self.row_order is None else self._own_rows()
+        widths = tuple(b.shape[1] for b in self.blocks)
+        return TierPlan(widths, self.tier_ends, order, self.num_embeddings)
+
+    def _own_rows(self) -> Tensor:
+        """The row that each place of the tiers holds, int64 [P]."""
+        assert self.tier_ends is not None
+        places = self.tier_ends[-1]
+        if self.row_order is None:
+            return torch.arange(places, device=self.device)
+        shares = places < self.num_embeddings
+        return own_rows(self.row_order, self.shared_rows if shares else None, places)
+
+    def _merged(self, dims: Tensor) -> Tensor | None:
+        """Rows that are looked up as another one, bool [N], from the sizes of all rows."""
+        if self.shared_rows is None:
+            return None
+        merged = dims == 0
+        merged[self.shared_rows] = False
+        if self.padding_idx is not None:
+            merged[self.padding_idx] = False
+        return merged if bool(merged.any()) else None
+
+    def _stand_ins(self) -> Tensor:
+        """The shared row of each row, int64 [N]."""
+        assert self.shared_rows is not None
+        return self.shared_rows[self.row_fields()]
 
     def update_schedule(self, progress: float) -> None:
         """Tell the layer which share of training is done: sets temperature and size noise.
@@ -354,13 +412,17 @@ class AMTLTable(nn.Module):
         return self.head
 
     def _named(self, error: IndexError) -> IndexError:
-        return IndexError(f"table {self.name!r}: {error}") if self.name else error
+        text = str(error)
+        if self.tier_ends is not None:
+            # The operator knows the stored rows only.
+            text = text.replace(f" {self.tier_ends[-1]} rows", f" {self.num_embeddings} rows")
+        return IndexError(f"table {self.name!r}: {text}" if self.name else text)
 
     def _noisy(self) -> bool:
         return self.training and self._noise_on and self._head().size_noise > 0
 
     def _seed(self, noisy: bool) -> int:
-        return next_seed(self._seed_counter) if noisy else 0
+        return draw_seed(self._seed_offset) if noisy else 0
 
     def _renorm(self, indices: Tensor) -> None:
         """Scale looked-up rows of the table to at most `max_norm`, in place, as nn.Embedding."""
@@ -375,19 +437,17 @@ class AMTLTable(nn.Module):
                 return
             start = 0
             for block, end in zip(self.blocks, self.tier_ends, strict=True):
-                local = flat[(flat >= start) & (flat < end)] - start
-                torch.embedding_renorm_(block.detach(), local, self.max_norm, self.norm_type)
+                if block.shape[1]:
+                    local = flat[(flat >= start) & (flat < end)] - start
+                    torch.embedding_renorm_(block.detach(), local, self.max_norm, self.norm_type)
                 start = end
 
-    def _frozen_rows(self, indices: Tensor) -> Tensor:
-        """Indices in the numbering of the tiers; those out of range stay so, for the operator."""
-        order = self.row_order
-        if order is None:
-            return indices
-        if self.options.bounds_check == "off":
-            return order[indices]
+    def _mapped(self, indices: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
+        """Other row numbers for indices; those out of range stay so, for the operator."""
+        if self.options.bounds_check == "off" or self.num_embeddings == 0:
+            return lookup(indices)
         inside = (indices >= 0) & (indices < self.num_embeddings)
-        rows = order[indices.clamp(0, self.num_embeddings - 1)]
+        rows = lookup(indices.clamp(0, self.num_embeddings - 1))
         if self.options.bounds_check == "raise":
             return torch.where(inside, rows, indices)
         if not torch.compiler.is_compiling() and not bool(inside.all()):
@@ -396,6 +456,56 @@ class AMTLTable(nn.Module):
                 int(indices.flatten()[position]), position, self.num_embeddings
             )
         return rows
+
+    def _frozen_rows(self, indices: Tensor) -> Tensor:
+        """Indices in the numbering of the tiers."""
+        assert self.tier_ends is not None
+        order, places = self.row_order, self.tier_ends[-1]
+        if order is not None:
+            return self._mapped(indices, lambda rows: order[rows])
+        if places == self.num_embeddings:
+            return indices
+        assert self.shared_rows is not None
+        shared = self.shared_rows[-1]
+        return self._mapped(indices, lambda rows: torch.where(rows >= places, shared, rows))
+
+    def _searched_rows(self, indices: Tensor, sizes: Tensor) -> Tensor:
+        """Indices with rows of size 0 replaced by their field's shared row.
+
+        Args:
+            sizes: of the groups, without noise.
+        """
+        stand_in = self._redirect(sizes)
+        if stand_in is None:
+            return indices
+        group, padding = self.row_group, self.padding_idx
+        assert group is not None
+
+        def lookup(rows: Tensor) -> Tensor:
+            other = stand_in[group[rows]]
+            moves = other >= 0 if padding is None else (other >= 0) & (rows != padding)
+            return torch.where(moves, other.to(rows.dtype), rows)
+
+        return self._mapped(indices, lookup)
+
+    def _redirect(self, sizes: Tensor) -> Tensor | None:
+        """What stands in for the rows of each group, int32 [G], -1 for themselves; None for nobody.
+
+        Once per solution of the sizes. A GPU is not waited for: there somebody always does.
+        """
+        if self.shared_rows is None or self.grid.sizes[0] > 0:
+            return None
+        if self._redirection is not None and self._redirection[0] is sizes:
+            return self._redirection[1]
+        nothing = sizes == 0
+        traced = torch.compiler.is_compiling() or type(sizes) is not Tensor
+        result = None
+        if traced or not sizes.is_cpu or bool(nothing.any()):
+            shared = self.shared_rows[self._head().group_fields]
+            result = torch.where(nothing, shared, -1).to(torch.int32)
+        if not traced:
+            self._redirection = sizes, result
+        return result
 
     def _frozen_padding(self) -> int | None:
         return self._tier_padding if self.row_order is not None else self.padding_idx
@@ -407,7 +517,7 @@ class AMTLTable(nn.Module):
 
         Rows are ordered by falling stored width, stable, so a table in frequency order whose sizes
         fall with frequency keeps its order. Otherwise the layer keeps `row_order` (4 bytes a row)
-        until `absorb_order()`. Padding inside a tier starts at zero; its bytes are paid for, so
+        until `absorb_order()`. Rows of size 0 that have a shared row keep no place at all. Padding inside a tier starts at zero; its bytes are paid for, so
         training goes on in it. The dense weight is released; until then both exist. O(N * D).
 
         Args:
@@ -433,7 +543,9 @@ class AMTLTable(nn.Module):
             stored = torch.tensor(self.grid.stored, dtype=small, device=self.device)[levels][group]
             row_dims = head.get_buffer("size_table")[levels].to(small)[group]
             del group
-            plan = plan_tiers(stored, self.embedding_dim)
+            merged = self._merged(row_dims)
+            plan = plan_tiers(stored, self.embedding_dim, merged)
+            order = self._places(plan, merged)
             trainable = self.weight.requires_grad
             blocks = [
                 nn.Parameter(block, requires_grad=trainable)
@@ -444,8 +556,22 @@ class AMTLTable(nn.Module):
             for parameter in head.parameters():
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
-            self._enter_frozen(blocks, plan.ends, plan.places())
+            self._enter_frozen(blocks, plan.ends, order)
         return self
+
+    def _places(self, plan: TierPlan, merged: Tensor | None) -> Tensor | None:
+        """The place of each row, int32 [N]; None where a comparison tells it."""
+        if merged is None:
+            return plan.places()
+        assert self.shared_rows is not None
+        stand_in = self._stand_ins()[merged]
+        if plan.order is None and bool((stand_in == self.shared_rows[-1]).all()):
+            return None
+        places = plan.places()
+        if places is None:
+            places = torch.arange(plan.num_rows, dtype=torch.int32, device=self.device)
+        places[merged] = places[stand_in]
+        return places
 
     def _enter_frozen(
         self, blocks: list[nn.Parameter], ends: tuple[int, ...], row_order: Tensor | None
@@ -467,7 +593,7 @@ class AMTLTable(nn.Module):
     ) -> _Self:
         """Back to the search phase: a dense weight, zeros beyond the stored widths.
 
-        The size head continues where it was, so rows show their searched size again; what frozen
+        Rows that had no place start from their shared row. The size head continues where it was, so rows show their searched size again; what frozen
         training put into the padding of a tier is kept in the weight, but masked.
 
         Args:
@@ -487,49 +613,24 @@ class AMTLTable(nn.Module):
         blocks = list(self.blocks)
         require_held(optimizers, blocks[:1], "thaw")
         if counts is not None:
-            groups = frequency_groups(
-                check_counts(counts, self.num_embeddings).to(self.device), None
-            )
-            self.field_sizes = [self.num_embeddings]
-            self.head = self.options.head(groups, self.grid)
-            self.row_map = encode_row_map(groups.row_group)
+            checked = check_counts(counts, self.num_embeddings).to(self.device)
+            if len(self.field_sizes) > 1:
+                self.field_sizes, self.shared_rows = [self.num_embeddings], None
+            options = replace(self.options, field_weights=None)
+            row_group, self.head = self._search(checked, options, None)
+            self.row_map = encode_row_map(row_group)
         head = self._head()
         assert self.row_map is not None
         plan = self._plan()
         with torch.no_grad():
-            dense = merge_rows([b.detach() for b in blocks], plan, self.embedding_dim)
+            dense = self.dense_weight()
             weight = nn.Parameter(dense, requires_grad=blocks[0].requires_grad)
             thaw_optimizers(optimizers, weight, blocks, plan)
-            self._restore_mask(optimizers, weight, head)
+            mask = list(head.parameters())
+            restore_parameters(optimizers, mask, self._mask_places, weight)
+            self._mask_places = []
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
         return self
-
-    def _restore_mask(
-        self, optimizers: list[Optimizer], weight: nn.Parameter, head: SizeHead
-    ) -> None:
-        """Put mask parameters back into the group they came from, else into the table's."""
-        parameters = list(head.parameters())
-        for number, optimizer in enumerate(optimizers):
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            missing = [p for p in parameters if id(p) not in held]
-            places = [g for o, g in self._mask_places if o == number]
-            if len(places) == len(parameters) and max(places, default=-1) < len(
-                optimizer.param_groups
-            ):
-                targets = [optimizer.param_groups[g] for g in places]
-            elif not self._mask_places and id(weight) in held:
-                table = next(
-                    g for g in optimizer.param_groups if any(p is weight for p in g["params"])
-                )
-                targets = [table] * len(parameters)
-            else:
-                continue
-            for parameter, group in zip(parameters, targets, strict=True):
-                if any(parameter is p for p in missing):
-                    group["params"].append(parameter)
-                    if group.get("param_names") is not None:
-                        group["param_names"].append(f"mask.{len(group['params'])}")
-        self._mask_places = []
 
     def _enter_search(self, weight: nn.Parameter, row_group: Tensor) -> None:
         self.weight = weight
@@ -539,9 +640,13 @@ class AMTLTable(nn.Module):
         self._tier_padding = None
         self.blocks = nn.ParameterList()
         self.tier_ends = None
+        self._redirection = None
 
     def absorb_order(self) -> Tensor:
         """Hand the row order over: from now on the layer expects new row numbers.
+
+        Rows of size 0 have the new number of their shared row, so the layer has fewer rows from
+        now on: `num_embeddings` is the number of rows that it stores.
 
         Returns:
             int32 [N]: old row -> new row, the identity if rows kept their order. Rows of several
@@ -552,15 +657,15 @@ class AMTLTable(nn.Module):
         """
         if self.tier_ends is None:
             raise RuntimeError("absorb_order() needs a frozen layer; call freeze() first")
-        order = self.row_order
-        if order is None:
-            return torch.arange(self.num_embeddings, dtype=torch.int32, device=self.device)
+        rows = torch.arange(self.num_embeddings, dtype=torch.int32, device=self.device)
+        order = self._frozen_rows(rows).to(torch.int32)
         if self.row_map is not None:
             groups = decode_row_map(self.row_map, self.num_embeddings)
-            moved = torch.empty_like(groups)
-            moved[order] = groups
-            self.row_map = encode_row_map(moved)
-        self.padding_idx = self._tier_padding
+            self.row_map = encode_row_map(groups[self._own_rows()])
+        self.padding_idx = self._frozen_padding()
+        if self.shared_rows is not None:
+            self.shared_rows = order[self.shared_rows].to(torch.int64)
+        self.num_embeddings = self.tier_ends[-1]
         self.row_order = None
         self._tier_padding = None
         return order
@@ -573,11 +678,10 @@ class AMTLTable(nn.Module):
             destination[prefix + "row_map"] = encode_row_map(self.row_group)
         if self.tier_ends is not None:
             destination[prefix + "tier_ends"] = torch.tensor(self.tier_ends)
-        # absorb_order() moves the padding row, so it is part of the state.
+        # absorb_order() moves the padding row and leaves fewer rows, so they are part of the state.
         padding = -1 if self.padding_idx is None else self.padding_idx
-        steps = int(self._seed_counter) - self._first_seed
         destination[prefix + "schedule"] = torch.tensor(
-            [steps, self.progress, padding], dtype=torch.float64
+            [0, self.progress, padding, self.full_rows, self.num_embeddings], dtype=torch.float64
         )
 
     def _load_from_state_dict(
@@ -591,23 +695,29 @@ class AMTLTable(nn.Module):
         error_msgs: list[str],
     ) -> None:
         schedule = state_dict.pop(prefix + "schedule", None)
+        fits = False
         if schedule is not None:
-            self._seed_counter = torch.tensor(self._first_seed + int(schedule[0]))
             self.update_schedule(float(schedule[1]))
             if self.padding_idx is not None and schedule[2] >= 0:
                 self.padding_idx = int(schedule[2])
+            fits = len(schedule) < 4 or int(schedule[3]) == self.full_rows
+            if fits:
+                self.num_embeddings = int(schedule[4]) if len(schedule) > 4 else self.full_rows
+        shared = state_dict.setdefault(prefix + "shared_rows", self.shared_rows)
+        if shared is None:
+            del state_dict[prefix + "shared_rows"]
+        elif self.shared_rows is None:
+            self.shared_rows = torch.empty_like(shared, device=self.device)
         ends = state_dict.pop(prefix + "tier_ends", None)
         row_map = state_dict.get(prefix + "row_map")
         if ends is not None:
-            self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), error_msgs)
+            self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, error_msgs)
             self.row_map = None if row_map is None else torch.empty_like(row_map).to(self.device)
         elif prefix + "weight" in state_dict:
             loaded = state_dict[prefix + "weight"]
-            if self.weight is None and tuple(loaded.shape) == (
-                self.num_embeddings,
-                self.embedding_dim,
-            ):
-                self._adopt_weight()
+            same = tuple(loaded.shape) == (self.num_embeddings, self.embedding_dim)
+            if same and (self.weight is None or self.weight.shape != loaded.shape):
+                self._adopt_weight(self.row_map if row_map is None else row_map)
             state_dict.pop(prefix + "row_map", None)
             if row_map is not None:
                 self.row_group = decode_row_map(row_map, self.num_embeddings).to(self.device)
@@ -618,14 +728,24 @@ class AMTLTable(nn.Module):
             self._enter_frozen(list(self.blocks), self.tier_ends, self.row_order)
 
     def _adopt_tiers(
-        self, state_dict: dict[str, Any], prefix: str, ends: tuple[int, ...], errors: list[str]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        ends: tuple[int, ...],
+        fits: bool,
+        errors: list[str],
     ) -> None:
-        """Take the frozen phase with room for the tiers of a state dict."""
+        """Take the frozen phase with room for the tiers of a state dict.
+
+        Args:
+            fits: the state is of a table with as many rows; then fewer may be stored.
+        """
         loaded = [state_dict.get(f"{prefix}blocks.{c}") for c in range(len(ends))]
         widths = [int(b.shape[1]) for b in loaded if b is not None]
+        merges = prefix + "shared_rows" in state_dict and ends[-1:] < (self.num_embeddings,)
         if (
             not ends
-            or ends[-1] != self.num_embeddings
+            or (ends[-1] != self.num_embeddings and not (fits and merges))
             or len(widths) != len(ends)
             or max(widths) > self.embedding_dim
         ):
@@ -649,15 +769,16 @@ class AMTLTable(nn.Module):
         self._enter_frozen(blocks, ends, room)
         self.padding_idx = padding
 
-    def _adopt_weight(self) -> None:
+    def _adopt_weight(self, row_map: Tensor | None) -> None:
         """Take the search phase with room for a dense weight."""
         like = self._table()[0]
         weight = nn.Parameter(
             like.new_empty(self.num_embeddings, self.embedding_dim, requires_grad=False),
             requires_grad=like.requires_grad,
         )
-        assert self.row_map is not None
-        self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
+        assert row_map is not None
+        groups = decode_row_map(row_map, self.num_embeddings).to(self.device)
+        self._enter_search(weight, groups)
 
     def config(self) -> dict[str, Any]:
         """Everything but the tensors, JSON-able: class, shape, options, tiers."""
@@ -672,7 +793,12 @@ class AMTLTable(nn.Module):
             "field_sizes": list(self.field_sizes),
             "tier_ends": None if self.tier_ends is None else list(self.tier_ends),
             "tier_width": self.grid.tier_width,
-            "options": {**asdict(self.options), "mask_hidden": list(self.options.mask_hidden)},
+            "full_rows": self.full_rows,
+            "shared_rows": None if self.shared_rows is None else self.shared_rows.tolist(),
+            "options": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in asdict(self.options).items()
+            },
         }
 
     def extra_repr(self) -> str:

@@ -29,13 +29,16 @@ class TierPlan:
 
     Attributes:
         widths: falling width of each tier.
-        ends: first row after each tier; the last is N.
-        order: int64 [N], the row that each place holds; None if rows stay where they are.
+        ends: first place after each tier; the last is P <= N.
+        order: int64 [P], the row that each place holds; None if the first P rows stay where they
+            are.
+        num_rows: N.
     """
 
     widths: tuple[int, ...]
     ends: tuple[int, ...]
     order: Tensor | None
+    num_rows: int
 
     def rows(self, tier: int) -> slice | Tensor:
         """Rows of one tier, as an index into the table."""
@@ -45,32 +48,40 @@ class TierPlan:
         return self.order[start : self.ends[tier]]
 
     def places(self) -> Tensor | None:
-        """Inverse of `order`: the place of each row, int32 [N], or None."""
+        """Inverse of `order`: the place of each row, int32 [N], or None; 0 for rows without one."""
         if self.order is None:
             return None
-        place = torch.empty(self.order.numel(), dtype=torch.int32, device=self.order.device)
+        place = torch.zeros(self.num_rows, dtype=torch.int32, device=self.order.device)
         place[self.order] = torch.arange(
             self.order.numel(), dtype=torch.int32, device=self.order.device
         )
         return place
 
 
-def plan_tiers(stored: Tensor, widest: int) -> TierPlan:
+def plan_tiers(stored: Tensor, widest: int, merged: Tensor | None = None) -> TierPlan:
     """Order rows by falling stored width, stable within a width. O(N * number of widths).
 
     Args:
-        stored: integer [N], stored width of each row, 1..`widest`.
+        stored: integer [N], stored width of each row, 0..`widest`.
         widest: D.
+        merged: bool [N], rows without a place of their own; None for none.
     """
+    total = stored.numel()
+    rows = None if merged is None else (~merged).nonzero().flatten()
+    if rows is not None:
+        stored = stored[rows]
     if stored.numel() == 0:
-        return TierPlan((widest,), (0,), None)
+        return TierPlan((widest,), (0,), None, total)
     widths = stored.unique().flip(0).tolist()
     members = torch.bincount(stored.to(torch.int32), minlength=widest + 1)
     ends = members[widths].cumsum(0).tolist()
     order = None
-    if not bool((stored[1:] <= stored[:-1]).all()):
+    falling = bool((stored[1:] <= stored[:-1]).all())
+    if not falling or (rows is not None and int(rows[-1]) >= len(rows)):
         order = torch.cat([(stored == width).nonzero().flatten() for width in widths])
-    return TierPlan(tuple(widths), tuple(ends), order)
+        if rows is not None:
+            order = rows[order]
+    return TierPlan(tuple(widths), tuple(ends), order, total)
 
 
 def split_rows(table: Tensor, plan: TierPlan, row_dims: Tensor | None = None) -> list[Tensor]:
@@ -103,7 +114,7 @@ def split_rows(table: Tensor, plan: TierPlan, row_dims: Tensor | None = None) ->
 
 def merge_rows(blocks: Sequence[Tensor], plan: TierPlan, dim: int) -> Tensor:
     """Inverse of `split_rows`: dense [N, dim], zeros beyond the stored widths."""
-    table = empty_table(plan.ends[-1], dim, dtype=blocks[0].dtype, device=blocks[0].device).zero_()
+    table = empty_table(plan.num_rows, dim, dtype=blocks[0].dtype, device=blocks[0].device).zero_()
     for tier, block in enumerate(blocks):
         table[plan.rows(tier), : block.shape[1]] = block
     return table
@@ -116,7 +127,7 @@ def split_vector(vector: Tensor, plan: TierPlan) -> list[Tensor]:
 
 def merge_vectors(parts: Sequence[Tensor], plan: TierPlan) -> Tensor:
     """Inverse of `split_vector`."""
-    vector = parts[0].new_zeros(plan.ends[-1], *parts[0].shape[1:])
+    vector = parts[0].new_zeros(plan.num_rows, *parts[0].shape[1:])
     for tier, part in enumerate(parts):
         vector[plan.rows(tier)] = part
     return vector
@@ -261,3 +272,36 @@ def _remove(group: dict[str, Any], position: int) -> None:
     del group["params"][position]
     if group.get("param_names") is not None:
         del group["param_names"][position]
+
+
+def restore_parameters(
+    optimizers: list[Optimizer],
+    parameters: Sequence[nn.Parameter],
+    places: Sequence[tuple[int, int]],
+    neighbour: nn.Parameter,
+) -> None:
+    """Inverse of `drop_parameters`, without state; where nothing was dropped, beside `neighbour`.
+
+    Args:
+        optimizers: as given to `drop_parameters`.
+        parameters: as given to `drop_parameters`.
+        places: what it returned.
+        neighbour: a parameter whose group takes them otherwise.
+    """
+    for number, optimizer in enumerate(optimizers):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        groups = [g for o, g in places if o == number]
+        if len(groups) == len(parameters) and max(groups, default=-1) < len(optimizer.param_groups):
+            targets = [optimizer.param_groups[g] for g in groups]
+        elif not places and id(neighbour) in held:
+            table = next(
+                g for g in optimizer.param_groups if any(p is neighbour for p in g["params"])
+            )
+            targets = [table] * len(parameters)
+        else:
+            continue
+        for parameter, group in zip(parameters, targets, strict=True):
+            if id(parameter) not in held:
+                group["params"].append(parameter)
+                if group.get("param_names") is not None:
+                    group["param_names"].append(f"mask.{len(group['params'])}")

@@ -178,18 +178,31 @@ class Vocabulary:
         return [values[p] if p >= 0 else None for p in picked.tolist()]
 
     def renumber(self, new_rows: Tensor) -> None:
-        """Moves row `i` to `new_rows[i]`, a permutation of `0 .. size-1`, counts included."""
+        """Moves row `i` to `new_rows[i]`, a permutation of `0 .. size-1`, counts included.
+
+        Rows may also move to where the out-of-vocabulary row goes; the others are then a
+        permutation of fewer numbers. Their values leave the vocabulary: they are encoded as
+        unknown ones, and their counts add up.
+        """
         new_rows = torch.as_tensor(new_rows).long()
+        merged = torch.zeros(self.size, dtype=torch.bool)
+        if len(new_rows) == self.size:
+            merged = new_rows == new_rows[self.oov_row]
+            merged[self.oov_row] = False
+        size = self.size - int(merged.sum())
         if len(new_rows) != self.size or not torch.equal(
-            torch.sort(new_rows).values, torch.arange(self.size)
+            torch.sort(new_rows[~merged]).values, torch.arange(size)
         ):
-            raise ValueError(f"renumber() needs a permutation of 0..{self.size - 1}")
-        counts = torch.empty_like(self.counts)
-        counts[new_rows] = self.counts
-        self.counts = counts
+            raise ValueError(
+                f"renumber() needs a permutation of 0..{size - 1}; only the out-of-vocabulary row "
+                "may take others in"
+            )
+        self.counts = torch.zeros(size, dtype=torch.int64).index_add_(0, new_rows, self.counts)
         self.oov_row = int(new_rows[self.oov_row])
         self._null_row = int(new_rows[self._null_row])
-        self._rows = new_rows[self._rows.long()].to(torch.int32)
+        stays = ~merged[self._rows.long()]
+        self._rows = new_rows[self._rows.long()][stays].to(torch.int32)
+        self._values = self._values.filter(pl.Series(stays.numpy()))
         self._table = None
 
     def to_table(self) -> pa.Table:

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from amtl import AMTLEmbeddingBag
 from amtl.config import TrainConfig
 from amtl.data import movielens, registry, synthetic
 from amtl.data.encoding import Encoder, FieldSpec, infer_fields
@@ -184,6 +185,38 @@ def test_a_freeze_like_renumbering_leaves_one_run_per_tier_and_field():
     tensors, _ = encoder.to_tensors()
     assert len(tensors["0.run_starts"]) <= 3
     assert len(tensors["1.run_starts"]) <= 3
+
+
+def test_rows_of_size_0_leave_the_vocabulary(frame):
+    """What a freeze with shared rows hands over: fewer rows, the same encoding of old and new data."""
+    encoder = Encoder.fit(frame[:150], infer_fields(frame, ["genres", "user", "tags"]))
+    data = encoder.transform(frame)
+    oov = [int(encoder.field_rows(f)[v.oov_row]) for f, v in enumerate(encoder.vocabularies)]
+    layer = AMTLEmbeddingBag(
+        encoder.num_rows,
+        8,
+        counts=encoder.counts(),
+        field_sizes=encoder.field_sizes,
+        budget=0.1,
+        shared_rows=oov,
+    ).eval()
+    batch = data.batch(torch.arange(50))
+    before = layer(batch.indices, batch.offsets)
+    counted = int(encoder.counts().sum())
+    new_rows = layer.freeze().absorb_order()
+    assert layer.num_embeddings < encoder.num_rows
+    encoder.renumber(new_rows)
+    data.renumber(new_rows)
+    assert encoder.num_rows == layer.num_embeddings == len(encoder.counts())
+    assert int(encoder.counts().sum()) == counted
+    assert torch.equal(encoder.row_fields(), layer.row_fields())
+    for encoded in (data, encoder.transform(frame)):
+        batch = encoded.batch(torch.arange(50))
+        assert torch.equal(layer(batch.indices, batch.offsets), before)
+    again = Encoder.from_tensors(*encoder.to_tensors())
+    assert torch.equal(again.transform(frame).rows, data.rows)
+    with pytest.raises(ValueError, match="permutation"):
+        encoder.renumber(torch.zeros(encoder.num_rows))
 
 
 def test_no_embedded_field_is_an_error(frame):

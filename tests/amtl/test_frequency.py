@@ -16,7 +16,7 @@ from amtl.frequency import (
     log_count_zscores,
     mid_ranks,
 )
-from amtl.sizes import FreeSizes, OrdinalSizes
+from amtl.sizes import FreeSizes, make_size_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,12 +88,12 @@ def test_gate_takes_both_sides():
     assert float(head.gate.min()) < 0.4 < 0.6 < float(head.gate.max())
 
 
-@pytest.mark.parametrize("head_class", [OrdinalSizes, FreeSizes])
-def test_grouped_evaluation_equals_per_row_evaluation(head_class):
+@pytest.mark.parametrize("parametrization", ["ordinal", "free"])
+def test_grouped_evaluation_equals_per_row_evaluation(parametrization):
     torch.manual_seed(0)
     counts = torch.cat([torch.randint(0, 40, (300,)), torch.randint(0, 5, (200,))])
     groups = frequency_groups(counts, [300, 200])
-    head = head_class(groups, SizeGrid(16), 0.3)
+    head = make_size_head(parametrization, groups, SizeGrid(16), 0.3)
     of_row = groups.row_group.long()
     assert head.num_groups < 50
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_grouped_evaluation_equals_per_row_evaluation(head_class):
     torch.testing.assert_close(by_group, by_row, rtol=1e-5, atol=1e-5)
 
     # A head in which every row is a group of its own gives the same sizes.
-    alone = head_class(per_row(counts, [300, 200]), SizeGrid(16), 0.3)
+    alone = make_size_head(parametrization, per_row(counts, [300, 200]), SizeGrid(16), 0.3)
     for mine, theirs in zip(alone.parameters(), head.parameters(), strict=True):
         mine.data.copy_(theirs.data)
     assert alone.num_groups == 500
@@ -124,7 +124,7 @@ def test_row_features():
     counts = torch.tensor([5, 5, 3, 9])
     groups = frequency_groups(counts, [2, 2], row_features=torch.tensor([[1], [2], [3], [4]]))
     assert groups.num_groups == 4 and groups.fields.tolist() == [0, 0, 1, 1]
-    head = OrdinalSizes(groups, SizeGrid(8), 0.5)
+    head = make_size_head("ordinal", groups, SizeGrid(8), 0.5)
     assert head.features.shape == (4, 5) and head.features[:, 4].tolist() == [1, 2, 3, 4]
     assert head.features[:2, 1].tolist() == [0.5, 0.5]
     for wrong in (torch.zeros(3, 1), torch.zeros(4), torch.full((4, 1), float("nan"))):

@@ -9,12 +9,16 @@ import pytest
 import torch
 from amtl.budget import BudgetError, SizeGrid, default_tier_width, fit_shift, fit_tilt
 from amtl.frequency import frequency_groups
-from amtl.sizes import FreeSizes, OrdinalSizes, RuleSizes, TwinBranches, make_size_head
+from amtl.laws import CapacityLaw
+from amtl.sizes import FreeSizes, OrdinalSizes, TwinBranches, make_size_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import amtl_kernels
+
+
+BITS = 4.0
 
 
 def randomise(head, scale=1.0, seed=0):
@@ -51,7 +55,9 @@ def zipf_counts(rows, seed=0, top=5000):
 @settings(max_examples=100, deadline=None)
 def test_grid(dim, data):
     grid = SizeGrid(
-        dim, *(data.draw(st.integers(1, dim), label=n) for n in ("min", "granularity", "width"))
+        dim,
+        data.draw(st.integers(0, dim), label="min"),
+        *(data.draw(st.integers(1, dim), label=n) for n in ("granularity", "width")),
     )
     sizes = grid.sizes
     assert sizes[-1] == dim and list(sizes) == sorted(set(sizes)) and sizes[0] >= grid.min_dim
@@ -61,13 +67,17 @@ def test_grid(dim, data):
         assert stored % grid.tier_width == 0 or stored == dim
     for column, level in enumerate(grid.column_levels, start=1):
         assert sizes[level] >= column and (level == 0 or sizes[level - 1] < column)
-    if grid.granularity == grid.min_dim == 1:
+    assert grid.stored_width(0) == 0
+    if grid.granularity == 1 and grid.min_dim <= 1:
         assert grid.column_midpoints == tuple(j - 0.5 for j in range(1, dim + 1))
 
 
 @pytest.mark.parametrize("field", ["min_dim", "granularity", "tier_width"])
 @pytest.mark.parametrize("value", [0, 9, -1, 1.5, True])
 def test_grid_refuses(field, value):
+    if field == "min_dim" and value == 0:
+        assert SizeGrid(8).sizes[0] == 0
+        return
     with pytest.raises(ValueError, match=field):
         SizeGrid(8, **{field: value})
 
@@ -84,17 +94,18 @@ def test_tier_width_default():
 @pytest.mark.parametrize("budget", [0, -0.1, 1.01, float("nan"), True])
 def test_budget_out_of_range(budget):
     with pytest.raises(ValueError, match="budget must be"):
-        RuleSizes(frequency_groups(torch.arange(5)), SizeGrid(8), budget)
+        make_size_head("rule", frequency_groups(torch.arange(5)), SizeGrid(8), budget)
 
 
 def test_unreachable_budget_says_what_to_change():
     groups = frequency_groups(torch.arange(50))
     with pytest.raises(BudgetError, match=r"at least 0.5.*lower min_dim.* at most 3"):
-        OrdinalSizes(groups, SizeGrid(8, min_dim=4), 0.4)
+        make_size_head("ordinal", groups, SizeGrid(8, min_dim=4), 0.4)
     with pytest.raises(BudgetError, match="tier_width=4"):
-        FreeSizes(groups, SizeGrid(8, tier_width=4), 0.4)
-    with pytest.raises(BudgetError, match="embedding_dim"):
-        RuleSizes(groups, SizeGrid(8), 0.1)
+        FreeSizes(groups, SizeGrid(8, 1, tier_width=4), 0.4)
+    with pytest.raises(BudgetError, match="set min_dim=0"):
+        make_size_head("rule", groups, SizeGrid(8, 1), 0.1)
+    assert make_size_head("rule", groups, SizeGrid(8), 0.1).stored_fraction() <= 0.1
 
 
 # The budget
@@ -105,11 +116,16 @@ def stored_if(head, scores, shift):
     total = 0.0
     grid = head.grid
     for score, rows in zip(scores.tolist(), head.group_rows.tolist(), strict=True):
-        if isinstance(head, OrdinalSizes):
-            size = grid.dim ** (1 / (1 + math.exp(-(score + shift))))
+        steps = grid.midpoints
+        if isinstance(head.law, CapacityLaw):
+            size = grid.dim * math.log2(1 + math.exp(score + shift)) / 2 / BITS
+            steps = grid.sizes[1:]
+        elif isinstance(head, OrdinalSizes):
+            low = 1 if grid.sizes[0] else 0.25
+            size = low * (grid.dim / low) ** (1 / (1 + math.exp(-(score + shift))))
         else:
             size = math.exp(score + shift)
-        level = sum(size >= mid for mid in grid.midpoints)
+        level = sum(size >= step for step in steps)
         total += rows * grid.stored[level]
     return total
 
@@ -119,11 +135,11 @@ def budget_cases(draw):
     dim = draw(st.sampled_from([1, 2, 3, 8, 16, 17, 64]))
     grid = SizeGrid(
         dim,
-        draw(st.integers(1, max(1, dim // 4))),
+        draw(st.integers(0, max(1, dim // 4))),
         draw(st.integers(1, max(1, dim // 4))),
         draw(st.integers(1, max(1, dim // 4))),
     )
-    least = grid.stored[0] / dim
+    least = max(grid.stored[0] / dim, 1e-3)
     budget = draw(st.floats(least, 1.0))
     fields = draw(st.integers(1, 3))
     shape = st.lists(st.integers(0, 20) | st.integers(0, 10**9), min_size=1, max_size=40)
@@ -135,17 +151,24 @@ def budget_cases(draw):
 
 
 @settings(max_examples=120, deadline=None)
-@given(budget_cases(), st.sampled_from(["ordinal", "rule"]), st.integers(0, 99))
-def test_budget_is_met_and_never_exceeded(case, parametrization, seed):
+@given(
+    budget_cases(),
+    st.sampled_from(["ordinal", "rule"]),
+    st.sampled_from([None, 0.5]),
+    st.integers(0, 99),
+)
+def test_budget_is_met_and_never_exceeded(case, parametrization, exponent, seed):
     groups, grid, budget = case
-    head = make_size_head(parametrization, groups, grid, budget)
+    head = make_size_head(
+        parametrization, groups, grid, budget, capacity_bits=BITS, init_exponent=exponent
+    )
     if parametrization == "ordinal":
         randomise(head, seed=seed)
         scores = head.scores().detach().double()
         shift = float(head._shift(scores))
     else:
-        scores = head.init_exponent * torch.log1p(head.group_counts.double())
-        shift = float(fit_shift_of(head, scores))
+        scores = head.scores()
+        shift = float(head._shift(scores))
     limit = budget * head.num_rows * grid.dim
     stored = head.stored_fraction() * head.num_rows * grid.dim
     assert stored <= limit * (1 + 1e-9)
@@ -155,11 +178,6 @@ def test_budget_is_met_and_never_exceeded(case, parametrization, seed):
         assert stored_if(head, scores, shift + 1e-7) > limit * (1 - 1e-9)
     else:
         assert head.sizes().tolist() == [grid.dim] * head.num_groups
-
-
-def fit_shift_of(head, scores):
-    spare = head.capacity - head.num_rows * head.grid.stored[0]
-    return fit_shift(scores, head.rows, head.step_thresholds, head.steps, spare)
 
 
 @settings(max_examples=40, deadline=None)
@@ -203,7 +221,7 @@ def test_solvers_are_operators():
 def test_budget_solver_is_cheap():
     """A few thousand groups: about a third of a millisecond when the machine is quiet."""
     counts = torch.arange(4000).flip(0)
-    head = OrdinalSizes(frequency_groups(counts), SizeGrid(64), 0.4)
+    head = make_size_head("ordinal", frequency_groups(counts), SizeGrid(64), 0.4)
     scores = head.scores().detach().double()
     times = []
     for _ in range(20):
@@ -220,7 +238,9 @@ def test_ordinal_starts_at_the_rule():
     """d log k / d log(count + 1) is the exponent where k is the square root of D."""
     counts = torch.arange(2000).flip(0)
     dim, exponent = 256, 0.5
-    head = OrdinalSizes(frequency_groups(counts), SizeGrid(dim), 0.1, init_exponent=exponent)
+    head = make_size_head(
+        "ordinal", frequency_groups(counts), SizeGrid(dim, 1), 0.1, init_exponent=exponent
+    )
     scores = head.scores()
     log_sizes = head.log_sizes(scores, head._shift(scores)).detach().double()
     log_counts = torch.log1p(head.group_counts.double())
@@ -232,14 +252,18 @@ def test_ordinal_starts_at_the_rule():
     assert bool((head.sizes()[:-1] >= head.sizes()[1:]).all())
 
 
-def test_ordinal_mask_kernel():
-    head = randomise(OrdinalSizes(frequency_groups(zipf_counts(300)), SizeGrid(16), 0.3), 0.3)
+@pytest.mark.parametrize("exponent", [None, 0.5])
+def test_ordinal_mask_kernel(exponent):
+    groups = frequency_groups(zipf_counts(300))
+    head = make_size_head("ordinal", groups, SizeGrid(16), 0.3, init_exponent=exponent)
+    randomise(head, 0.3)
     head.set_temperature(0.5)
     scores = head.scores()
     log_sizes = head.log_sizes(scores, head._shift(scores))
-    columns = torch.log(torch.arange(1, 17) - 0.5)
+    # The capacity law cuts sizes, the power law rounds them.
+    columns = torch.log(torch.arange(1, 17) - (0.0 if exponent is None else 0.5))
     expected = torch.sigmoid((log_sizes[:, None] - columns) / (0.3 * 0.5))
-    sizes, mask = head()
+    sizes, mask, _ = head()
     torch.testing.assert_close(mask, expected)
     # The hard size is where the soft mask crosses 1/2. The group that would take the next step of
     # the budget sits a hair below its threshold, closer than float32 can tell.
@@ -250,13 +274,24 @@ def test_ordinal_mask_kernel():
     assert torch.equal(sizes.long(), head.sizes())
 
 
-def test_ordinal_gradient_keeps_the_budget():
+def real_size(head, u):
+    """Continuous sizes by the definitions."""
+    dim = head.grid.dim
+    if isinstance(head.law, CapacityLaw):
+        return dim * torch.log2(1 + torch.exp(u)) / 2 / BITS
+    return torch.exp(math.log(dim) * torch.sigmoid(u))
+
+
+@pytest.mark.parametrize("exponent", [None, 0.5])
+def test_ordinal_gradient_keeps_the_budget(exponent):
     """Autograd against finite differences of the problem with k and its budget made continuous."""
     torch.manual_seed(1)
     groups = frequency_groups(zipf_counts(60))
-    head = to_double(randomise(OrdinalSizes(groups, SizeGrid(16), 0.3), 0.3))
+    grid = SizeGrid(16, 0 if exponent is None else 1)
+    head = make_size_head("ordinal", groups, grid, 0.2, init_exponent=exponent)
+    head = to_double(randomise(head, 0.1))
     scores = head.scores().detach().requires_grad_()
-    shift = head._shift(scores)
+    shift = head._shift(scores.detach())
     signal = torch.randn(head.num_groups, 16, dtype=torch.float64)
 
     def loss_of(log_sizes):
@@ -266,7 +301,7 @@ def test_ordinal_gradient_keeps_the_budget():
     loss_of(head.log_sizes(scores, shift)).backward()
 
     def mass(f, c):
-        return (head.rows * torch.exp(head.log_dim * torch.sigmoid(f + c))).sum()
+        return (head.rows * real_size(head, f + c)).sum()
 
     target = mass(scores.detach(), shift)
 
@@ -275,9 +310,10 @@ def test_ordinal_gradient_keeps_the_budget():
         for _ in range(80):
             middle = (low + high) / 2
             low, high = (low, middle) if mass(f, middle) > target else (middle, high)
-        return head.log_dim * torch.sigmoid(f + (low + high) / 2)
+        return torch.log(real_size(head, f + (low + high) / 2))
 
     step = 1e-5
+    assert float(real_size(head, scores.detach() + shift).max()) < 16
     for group in range(0, head.num_groups, 7):
         nudge = torch.zeros_like(scores)
         nudge[group] = step
@@ -289,7 +325,7 @@ def test_ordinal_gradient_keeps_the_budget():
 def test_ordinal_learns_where_memory_pays():
     """A gradient that asks for longer rows in one field moves memory there, at one budget."""
     counts = torch.cat([zipf_counts(300), zipf_counts(300)])
-    head = OrdinalSizes(frequency_groups(counts, [300, 300]), SizeGrid(16), 0.3)
+    head = make_size_head("ordinal", frequency_groups(counts, [300, 300]), SizeGrid(16), 0.3)
     first = head.group_fields == 0
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     before = head.sizes()
@@ -337,7 +373,7 @@ def paper_case(dtype, distinct):
     rows, dim = 40, 7
     counts = torch.arange(rows).flip(0) if distinct else torch.randint(0, 9, (rows,))
     groups = frequency_groups(counts)
-    head = randomise(FreeSizes(groups, SizeGrid(dim), None), 0.7)
+    head = randomise(FreeSizes(groups, SizeGrid(dim, 1), None), 0.7)
     if dtype == torch.float64:
         to_double(head)
         head.gate = torch.sigmoid(
@@ -353,7 +389,7 @@ def paper_case(dtype, distinct):
 
 def product_and_paper(groups, head, weight, indices, counts):
     with amtl_kernels.use_backend("reference"):
-        sizes, mask = head()
+        sizes, mask, _ = head()
         ours = amtl_kernels.adaptive_embedding(
             weight, indices, groups.row_group, sizes, mask, sparse=False
         )
@@ -408,7 +444,7 @@ def test_paper_gradients_are_the_formulas():
 
 
 def test_ties_go_to_the_smaller_size():
-    head = FreeSizes(frequency_groups(torch.arange(9)), SizeGrid(6), None)
+    head = FreeSizes(frequency_groups(torch.arange(9)), SizeGrid(6, 1), None)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.zero_()
@@ -424,12 +460,137 @@ def test_fewer_logits_with_granularity():
     assert torch.equal(mask[:, 4], mask[:, 7]) and torch.equal(mask[:, 8], mask[:, 9])
 
 
-# The rule
+# The laws
+
+
+@pytest.mark.parametrize("bits", [0.5, 4.0, 40.0])
+@pytest.mark.parametrize("parametrization", ["rule", "ordinal"])
+def test_capacity_law(bits, parametrization):
+    """Some one rho explains all sizes: k = floor(D / 2 * log2(1 + rho * count) / bits)."""
+    counts = zipf_counts(3000)
+    dim = 32
+    head = make_size_head(
+        parametrization, frequency_groups(counts), SizeGrid(dim), 0.1, capacity_bits=bits
+    )
+    sizes = head.sizes().double()
+
+    def least_rho(k):
+        return (2 ** (2 * bits * k / dim) - 1) / head.group_counts
+
+    low = least_rho(sizes)[sizes > 0].max()
+    high = least_rho(sizes + 1)[sizes < dim].min()
+    assert int(sizes.unique().numel()) > 2 and low <= high * (1 + 1e-6)
+
+
+def test_capacity_law_from_flat_to_proportional():
+    counts = zipf_counts(3000).clamp(min=1)
+    groups = frequency_groups(counts)
+    flat = make_size_head("rule", groups, SizeGrid(16), 0.125, capacity_bits=1e3)
+    assert flat.sizes().tolist() == [2] * flat.num_groups
+    with_unseen = torch.cat([counts, torch.zeros(500, dtype=torch.int64)])
+    flat = make_size_head(
+        "rule", frequency_groups(with_unseen), SizeGrid(16), 0.125, capacity_bits=1e3
+    )
+    # What rows never seen leave over goes to the most frequent ones.
+    assert int(flat.sizes()[:-1].min()) == 2 and int(flat.sizes()[-1]) == 0
+    assert bool((flat.sizes().diff() <= 0).all()) and int(flat.sizes()[0]) == 3
+    steep = make_size_head("rule", groups, SizeGrid(64), 0.01, capacity_bits=1e-4)
+    inside = (steep.sizes() > 4) & (steep.sizes() < 64)
+    ratio = (steep.sizes() / steep.group_counts)[inside]
+    assert int(inside.sum()) > 3 and float(ratio.max() / ratio.min()) < 1.25
+
+
+@pytest.mark.parametrize("parametrization", ["rule", "ordinal"])
+@pytest.mark.parametrize(("dim", "bits"), [(1024, 64.0), (1024, 1e3), (1, 64.0), (1024, 1e-6)])
+def test_capacity_law_stays_finite(parametrization, dim, bits):
+    counts = torch.tensor([0, 1, 2, 10**6, 10**12])
+    head = make_size_head(
+        parametrization,
+        frequency_groups(counts),
+        SizeGrid(dim),
+        0.4,
+        capacity_bits=bits,
+        size_noise=0.5,
+    )
+    sizes = head(True)
+    assert head.stored_fraction() <= 0.4
+    assert int(sizes.dims.min()) >= 0 and int(sizes.dims.max()) <= dim
+    assert bool(torch.isfinite(sizes.mask).all())
+    if parametrization == "ordinal":
+        sizes.mask.sum().backward()
+        assert all(bool(torch.isfinite(p.grad).all()) for p in head.parameters())
+
+
+@pytest.mark.parametrize("exponent", [None, 0.5])
+def test_rows_never_seen_come_last(exponent):
+    groups = frequency_groups(torch.tensor([5, 3, 1, 0, 0]))
+    sizes = make_size_head("rule", groups, SizeGrid(4), 0.6, init_exponent=exponent).sizes()
+    assert sizes.tolist() == sorted(sizes.tolist(), reverse=True)
+    if exponent is None:
+        assert sizes.tolist() == [4, 4, 4, 0]
+        full = make_size_head("rule", groups, SizeGrid(4), 1.0)
+        assert full.sizes().tolist() == [4] * 4
+
+
+def test_power_law_can_round_to_nothing():
+    for parametrization in ("rule", "ordinal"):
+        head = make_size_head(
+            parametrization,
+            frequency_groups(zipf_counts(3000)),
+            SizeGrid(16),
+            0.03,
+            init_exponent=1.0,
+        )
+        sizes = head.sizes()
+        assert int(sizes[-1]) == 0 and int(sizes[0]) > 1
+        assert 0.025 < head.stored_fraction() <= 0.03
+
+
+@pytest.mark.parametrize("parametrization", ["rule", "ordinal"])
+@pytest.mark.parametrize("exponent", [None, 0.5])
+def test_field_weights_multiply_counts(parametrization, exponent):
+    """A weight of 8 does what counts of 8 times as much do, and the budget stays."""
+    # Beyond 1,000, so that count + 1 is the count.
+    counts = (1000 * zipf_counts(600)).view(2, 300) + 1000
+    both = counts.flatten()
+    scaled = torch.cat([counts[0], 8 * counts[1]])
+    options = {"capacity_bits": 4.0, "init_exponent": exponent}
+    grid, fields = SizeGrid(16), [300, 300]
+    plain = make_size_head(parametrization, frequency_groups(both, fields), grid, 0.2, **options)
+    wanted = make_size_head(
+        parametrization, frequency_groups(scaled, fields), grid, 0.2, **options
+    ).sizes()
+    before = plain.sizes()
+    weighted = make_size_head(
+        parametrization,
+        frequency_groups(both, fields),
+        grid,
+        0.2,
+        field_weights=[1, 8],
+        **options,
+    )
+    assert int((weighted.sizes() - wanted).abs().max()) <= 1
+    assert float((weighted.sizes() == wanted).double().mean()) > 0.97
+    plain.set_field_weights(torch.tensor([2.0, 16.0]))
+    assert float((plain.sizes() == weighted.sizes()).double().mean()) > 0.97
+    assert not torch.equal(plain.sizes(), before)
+    assert plain.stored_fraction() <= 0.2
+    fresh = make_size_head(parametrization, frequency_groups(both, fields), grid, 0.2, **options)
+    fresh.load_state_dict(plain.state_dict())
+    assert torch.equal(fresh.sizes(), plain.sizes())
+    old = {k: v for k, v in plain.state_dict().items() if k != "field_weights"}
+    fresh.load_state_dict(old)
+    assert torch.equal(fresh.sizes(), before)
+    for bad in ([1.0], [1.0, 0.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="field_weights"):
+            plain.set_field_weights(bad)
 
 
 def test_rule_is_a_scaled_power_of_the_count():
     counts = zipf_counts(3000)
-    head = RuleSizes(frequency_groups(counts), SizeGrid(32), 0.2, init_exponent=0.7)
+    head = make_size_head(
+        "rule", frequency_groups(counts), SizeGrid(32, 1), 0.2, init_exponent=0.7
+    )
     power = (head.group_counts.double() + 1) ** 0.7
     sizes = head.sizes()
     inside = (sizes > 1) & (sizes < 32)
@@ -455,7 +616,7 @@ def test_rule_and_ordinal_need_a_budget():
 @pytest.mark.parametrize("dim", [8, 64, 300])
 def test_noise_columns_are_quantiles_of_log_size(parametrization, dim):
     groups = frequency_groups(zipf_counts(300))
-    head = make_size_head(parametrization, groups, SizeGrid(dim), 0.3, size_noise=0.5)
+    head = make_size_head(parametrization, groups, SizeGrid(dim, 1), 0.3, size_noise=0.5)
     plain, noisy = head(False).dims, head(True).dims
     assert plain.shape == (head.num_groups,) and noisy.shape == (head.num_groups, 64)
     assert plain.dtype == noisy.dtype == (torch.uint8 if dim <= 255 else torch.int32)
@@ -471,7 +632,7 @@ def test_noise_columns_are_quantiles_of_log_size(parametrization, dim):
 
 
 def test_noise_is_centred_with_its_deviation():
-    head = RuleSizes(
+    head = make_size_head("rule", 
         frequency_groups(torch.arange(9)), SizeGrid(8), 0.5, size_noise=0.5, noise_quantiles=64
     )
     logs = head.noise_factors.double().log()
@@ -481,12 +642,31 @@ def test_noise_is_centred_with_its_deviation():
 
 def test_noise_respects_the_grid():
     groups = frequency_groups(zipf_counts(300))
-    head = RuleSizes(groups, SizeGrid(32, 8, 4), 0.5, size_noise=1.0)
+    head = make_size_head("rule", groups, SizeGrid(32, 8, 4), 0.5, size_noise=1.0)
     assert set(head(True).dims.unique().tolist()) <= set(head.grid.sizes)
 
 
+@pytest.mark.parametrize("parametrization", ["ordinal", "rule", "free"])
+@pytest.mark.parametrize("granularity", [1, 3])
+def test_noise_never_decides_whether_a_row_keeps_anything(parametrization, granularity):
+    head = make_size_head(
+        parametrization,
+        frequency_groups(zipf_counts(300)),
+        SizeGrid(16, 0, granularity),
+        0.1,
+        size_noise=2.0,
+    )
+    randomise(head, 0.3)
+    sizes = head(True)
+    nothing = sizes.sizes == 0
+    assert bool(nothing.any()) and not bool(nothing.all())
+    assert torch.equal((sizes.dims == 0).all(1), nothing)
+    assert torch.equal((sizes.dims == 0).any(1), nothing)
+    assert set(sizes.dims.unique().tolist()) <= set(head.grid.sizes)
+
+
 def test_no_noise_is_no_columns():
-    head = RuleSizes(frequency_groups(torch.arange(9)), SizeGrid(8), 0.5, size_noise=0.0)
+    head = make_size_head("rule", frequency_groups(torch.arange(9)), SizeGrid(8), 0.5, size_noise=0.0)
     assert head(True).dims.ndim == 1
 
 
@@ -497,6 +677,9 @@ def test_no_noise_is_no_columns():
     ("change", "message"),
     [
         ({"init_exponent": -1.0}, "init_exponent"),
+        ({"capacity_bits": 0.0}, "capacity_bits"),
+        ({"capacity_bits": float("nan")}, "capacity_bits"),
+        ({"field_weights": [1.0, 2.0]}, "field_weights"),
         ({"init_exponent": float("inf")}, "init_exponent"),
         ({"kernel_width": 0.0}, "kernel_width"),
         ({"hidden": (0,)}, "hidden"),
@@ -545,8 +728,10 @@ def test_single_branch_ignores_the_gate():
 def test_width_one_has_one_size():
     for parametrization in ("ordinal", "rule", "free"):
         head = make_size_head(parametrization, frequency_groups(torch.arange(9)), SizeGrid(1), 1.0)
-        sizes, mask = head()
-        assert sizes.tolist() == [1] * 9 and mask.shape == (9, 1)
+        sizes, mask, _ = head()
+        if parametrization != "free":
+            assert sizes.tolist() == [1] * 9
+        assert mask.shape == (9, 1)
         assert bool(torch.isfinite(mask).all())
         if mask.requires_grad:
             mask.sum().backward()

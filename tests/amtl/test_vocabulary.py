@@ -249,6 +249,33 @@ def test_renumber_refuses_what_is_no_permutation():
         Vocabulary.build([1, 2]).renumber(torch.tensor([0, 0, 1]))
 
 
+@given(
+    st.one_of(small_ints.map(lambda v: ("int", v)), texts.map(lambda v: ("str", v))),
+    st.randoms(use_true_random=False),
+)
+def test_values_merged_into_the_unknown_row_leave(case, random):
+    kind, values = case
+    column = typed(values, kind)
+    vocab = Vocabulary.build(column, name="f")
+    before, total, oov = vocab.encode(column).long(), int(vocab.counts.sum()), vocab.oov_row
+    leaves = [row for row in range(vocab.size) if row != oov and random.random() < 0.5]
+    stays = [row for row in range(vocab.size) if row not in leaves]
+    random.shuffle(stays)
+    mapping = torch.empty(vocab.size, dtype=torch.int64)
+    mapping[torch.tensor(stays)] = torch.arange(len(stays))
+    if leaves:
+        mapping[torch.tensor(leaves)] = int(mapping[oov])
+    expected = torch.zeros(len(stays), dtype=torch.int64).index_add(0, mapping, vocab.counts)
+    vocab.renumber(mapping)
+    assert vocab.size == len(stays) and vocab.oov_row == int(mapping[oov])
+    assert torch.equal(vocab.counts, expected) and int(vocab.counts.sum()) == total
+    for copy in (vocab, Vocabulary.from_tensors(*vocab.to_tensors())):
+        rows, unknown = copy.encode_counted(column)
+        assert torch.equal(rows.long(), mapping[before])
+        assert unknown == int((rows == copy.oov_row).sum())
+        assert len(copy.values) == copy.size - 1
+
+
 def test_a_million_rows_take_well_under_seconds():
     column = pl.Series(np.random.default_rng(0).zipf(1.2, 1_000_000) % 100_003).cast(pl.String)
     start = time.perf_counter()

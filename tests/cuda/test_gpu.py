@@ -31,7 +31,7 @@ def inputs(sorted_groups: bool = True) -> dict[str, Tensor]:
         "indices": (torch.rand(LOOKUPS, generator=g) ** 6 * ROWS).long().clamp(max=ROWS - 1),
         "offsets": torch.arange(0, LOOKUPS, LOOKUPS // BAGS),
         "row_group": group.sort().values if sorted_groups else group,
-        "group_dims": torch.randint(1, DIM + 1, (GROUPS, 16), generator=g).int(),
+        "group_dims": torch.randint(0, DIM + 1, (GROUPS, 16), generator=g).int(),
         "grad": torch.randn(BAGS, DIM, generator=g),
     }
     return {name: value.cuda() for name, value in values.items()}
@@ -207,7 +207,7 @@ def test_several_tables_in_a_cuda_graph(dim: int) -> None:
     offsets = torch.arange(0, tables * bags * 4 + 1, 4).cuda()
     indices = torch.randint(0, rows, (tables * bags * 4,), generator=g).cuda()
     groups = [torch.randint(0, 7, (rows,), generator=g).int().cuda() for _ in range(tables)]
-    dims = [torch.randint(1, dim + 1, (7, 2), generator=g).int().cuda() for _ in range(tables)]
+    dims = [torch.randint(0, dim + 1, (7, 2), generator=g).int().cuda() for _ in range(tables)]
     grad = torch.randn(bags, tables * dim, generator=g).cuda()
     first = [torch.randn(rows, dim, generator=g).cuda() for _ in range(tables)]
     ops, padding = torch.ops.amtl, [-1, 0, -1, 3, -1]

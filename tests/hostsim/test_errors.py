@@ -129,13 +129,17 @@ IN_FORWARDS: dict[str, dict[str, Any]] = {
     "offsets that fall": {"offsets": put(1, -1)},
     "offsets past the indices": {"offsets": put(-1, 99)},
     "narrow offsets that fall": {"offsets": lambda v: put(1, -1)(v.int())},
+    "wide offsets of narrow indices": {
+        "offsets": put(-1, 2**32 + 1),
+        "indices": lambda v: v.int(),
+    },
     "no tables": {"weights": []},
     "no offset to include": {"offsets": lambda v: v[:0], "include_last_offset": True},
-    "a size of zero": {"row_dims": put(3, 0)},
+    "a negative size": {"row_dims": put(3, -1)},
     "a size past the row": {"row_dims": put(2, D + 1)},
     "a group that is not there": {"row_group": put(2, G)},
     "a group that is not there in a later table": {"row_groups": put(1, -1)},
-    "a group size of zero": {"group_dims": put(1, 0)},
+    "a negative group size": {"group_dims": put(1, -1)},
     "a group size past the row": {"group_dims": put(2, D + 3)},
 }
 
@@ -168,6 +172,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tier ends that do not fit": {"tier_ends": lambda v: [v[0] + 1, *v[1:]]},
     "too few tier ends": {"tier_ends": lambda v: v[1:]},
     "a block wider than the row": {"embedding_dim": 3},
+    "rows without columns": {"embedding_dim": 0},
+    "a table of rows without columns": {"embedding_dims": [D, 0]},
     "blocks wider than the rows": {"embedding_dims": [D, 3]},
     "a table without tiers": {"tier_counts": [4, 0]},
     "too few counts of tiers": {"tier_counts": [4]},

@@ -122,7 +122,7 @@ def fused_calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     g = torch.Generator().manual_seed(3)
     weight, grad = weight_and_grad(dtype, g)
     indices = torch.randperm(ROWS, generator=g)
-    sizes = torch.randint(1, DIM + 1, (ROWS,), generator=g).int()
+    sizes = torch.randint(0, DIM + 1, (ROWS,), generator=g).int()
     group = torch.arange(ROWS).int() // 5
     dims = sizes[:10].contiguous()
     ends = [20, ROWS]
@@ -212,7 +212,7 @@ def test_several_tables_round_as_the_reference_does(dtype: torch.dtype, counted:
     for implementations in (sim.IMPLEMENTATIONS, reference_tables.IMPLEMENTATIONS):
         g = torch.Generator().manual_seed(4)
         weights, grads = zip(*(weight_and_grad(dtype, g) for _ in range(3)), strict=True)
-        sizes = [torch.randint(1, DIM + 1, (ROWS,), generator=g).int() for _ in weights]
+        sizes = [torch.randint(0, DIM + 1, (ROWS,), generator=g).int() for _ in weights]
         indices = torch.cat([torch.randperm(ROWS, generator=g) for _ in weights])
         bags = (indices, torch.arange(3 * ROWS + 1), None, 0, [-1] * 3)
         step = 1.0 if counted else 9.0

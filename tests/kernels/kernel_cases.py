@@ -189,17 +189,23 @@ def draw_values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randint(-4, 5, shape, generator=generator).float()
 
 
+def draw_sizes(shape: tuple[int, ...], largest: int, generator: torch.Generator) -> Tensor:
+    """Sizes in 1..largest, and a fifth of 0."""
+    sizes = torch.randint(1, largest + 1, shape, generator=generator)
+    return sizes * (torch.rand(shape, generator=generator) > 0.2)
+
+
 def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None) -> Inputs:
     dtype = dtype or case.dtype
     g = torch.Generator().manual_seed(case.seed)
     indices = draw_indices(case, g)
     largest = min(case.dim, 255) if case.size_dtype == torch.uint8 else case.dim
-    row_dims = torch.randint(1, largest + 1, (case.rows,), generator=g)
+    row_dims = draw_sizes((case.rows,), largest, g)
     row_group = torch.randint(0, case.groups, (case.rows,), generator=g, dtype=torch.int32)
     if case.sorted_groups:
         row_group = row_group.sort().values
     shape = (case.groups, case.columns) if case.columns else (case.groups,)
-    group_dims = torch.randint(1, largest + 1, shape, generator=g)
+    group_dims = draw_sizes(shape, largest, g)
     weight = draw_values((case.rows, case.dim), g).to(dtype)
 
     bags = max(1, case.bags) if case.include_last_offset else case.bags
@@ -214,6 +220,10 @@ def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None) -> 
     if bags:
         offsets[0] = 0
     width = torch.randint(1, case.dim + 1, (case.tiers,), generator=g).sort(descending=True).values
+    # The last tier mostly has no columns; sometimes another one, sometimes none.
+    empty = int(torch.randint(-2, case.tiers + 2, (), generator=g))
+    if empty >= 0:
+        width[min(empty, case.tiers - 1)] = 0
     cuts = torch.randint(0, case.rows + 1, (case.tiers - 1,), generator=g).sort().values.tolist()
     tier_ends = [*cuts, case.rows]
     starts = [0, *cuts]

@@ -113,7 +113,7 @@ def test_offsets_out_of_order(
             )
 
 
-@pytest.mark.parametrize("size", [0, D + 1, -3])
+@pytest.mark.parametrize("size", [D + 1, -3])
 def test_size_outside_the_row(backend: Any, size: int) -> None:
     device = backend.device
     weight = torch.randn(N, D, device=device)
@@ -121,10 +121,11 @@ def test_size_outside_the_row(backend: Any, size: int) -> None:
     sizes[8] = size
     good, bad = torch.tensor([7, 9], device=device), torch.tensor([7, 8], device=device)
     ak.masked_embedding(weight, good, sizes)
-    with pytest.raises(ValueError, match="size"):
+    message = rf"size.* outside 0\.\.{D}"
+    with pytest.raises(ValueError, match=message):
         ak.masked_embedding(weight, bad, sizes)
     groups = torch.arange(N, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="size"):
+    with pytest.raises(ValueError, match=message):
         ak.adaptive_embedding(weight, bad, groups, sizes, torch.zeros(N, D, device=device))
 
 

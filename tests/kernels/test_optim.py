@@ -106,6 +106,35 @@ def test_update_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("where", ["in the prefix", "past the prefix"])
+def test_nan_stays_where_it_is(backend: Any, name: str, where: str) -> None:
+    """One in the prefix's gradient leaves the rest of the row alone, one past it the prefix."""
+    device = backend.device
+    weight, grads = torch.ones(N, D), torch.ones(2, D)
+    grads[:, 5:] = 0
+    if where == "in the prefix":
+        grads[0, 2] = float("nan")
+    else:
+        weight[4, 5:] = float("nan")
+    shape = (N,) if name == "rowwise_adagrad" else (N, D)
+    # Zeros, and no eps: a division of zero by zero must not reach what is not kept.
+    states = [torch.zeros(shape, device=device)] * {"sgd": 0, "adam": 2}.get(name, 1)
+    states = [state.clone() for state in states]
+    scalars = {"sgd": (0.1, 0.01), "adam": (1, 0.1, 0.9, 0.99, 0.0, 0.01)}
+    hyper = scalars.get(name, (0.1, 0.0, 0.01))
+    now, rows = weight.clone().to(device), torch.tensor([4, 9], device=device)
+    getattr(torch.ops.amtl, f"apply_{name}_")(now, *states, rows, grads.to(device), *hyper)
+    now = now.cpu()
+    torch.testing.assert_close(now[:, 5:], weight[:, 5:], rtol=0, atol=0, equal_nan=True)
+    assert now[9].isfinite().all() and (now[9, :5] != 1).all()
+    spoilt = now[4, :5].isnan()
+    if where == "past the prefix":
+        assert not spoilt.any() and (now[4, :5] != 1).all()
+    else:
+        assert spoilt[2] and spoilt.all() == (name == "rowwise_adagrad")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_accumulate(name: str) -> None:
     sizes = torch.randint(1, D + 1, (N,), dtype=torch.int32)
     (i, x), (j, y) = random_steps(2, "cpu")

@@ -30,9 +30,9 @@ def table() -> dict[str, Tensor]:
         "psw": torch.randn(L, dtype=torch.float64, generator=g, requires_grad=True),
         "indices": torch.randint(0, N, (L,), generator=g),
         "offsets": torch.tensor([0, 4, 4, 11, 12, 30, 40]),
-        "row_dims": torch.randint(1, D + 1, (N,), generator=g, dtype=torch.int32),
+        "row_dims": torch.randint(0, D + 1, (N,), generator=g, dtype=torch.int32),
         "row_group": torch.randint(0, G, (N,), generator=g, dtype=torch.int32),
-        "group_dims": torch.randint(1, D + 1, (G, Q), generator=g, dtype=torch.int32),
+        "group_dims": torch.randint(0, D + 1, (G, Q), generator=g, dtype=torch.int32),
     }
 
 

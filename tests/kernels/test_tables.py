@@ -17,7 +17,7 @@ from amtl_kernels import fused, optim, reference_tables
 
 FORMS = ("masked", "adaptive", "tiered")
 SHAPES = ((50, 7), (3, 64), (200, 1), (20, 33))
-WIDTHS = ((7, 4, 1), (64,), (1, 1), (20, 9))  # of each table's tiers
+WIDTHS = ((7, 4, 0), (64,), (1, 1), (20, 0, 9))  # of each table's tiers
 DIMS = [7, 64, 1, 40]  # the last tiered table is narrower than its output
 BAGS = 9
 
@@ -168,13 +168,13 @@ def make(
         indices=indices.to(index_dtype).to(device),
         offsets=offsets.to(device),
         row_dims=on(
-            [torch.randint(1, dim + 1, (n,), generator=g, dtype=torch.uint8) for n, dim in SHAPES]
+            [torch.randint(0, dim + 1, (n,), generator=g, dtype=torch.uint8) for n, dim in SHAPES]
         ),
         row_groups=on([torch.randint(0, 5, (n,), generator=g).int() for n, _ in SHAPES]),
         # Sizes of one and of several columns, narrow and wide.
         group_dims=on(
             [
-                torch.randint(1, dim + 1, (5,) if t == 1 else (5, t + 1), generator=g).to(
+                torch.randint(0, dim + 1, (5,) if t == 1 else (5, t + 1), generator=g).to(
                     torch.uint8 if t == 2 else torch.int32
                 )
                 for t, (_, dim) in enumerate(SHAPES)

@@ -47,7 +47,7 @@ class Problem:
         self.offsets = torch.arange(0, LOOKUPS, LOOKUPS // BAGS).cuda()
         self.grad = torch.randn(BAGS, DIM, generator=g).cuda()
         self.row_group = torch.randint(0, GROUPS, (ROWS,), generator=g).int().cuda()
-        self.group_dims = torch.randint(1, DIM + 1, (GROUPS, 4), generator=g).int().cuda()
+        self.group_dims = torch.randint(0, DIM + 1, (GROUPS, 4), generator=g).int().cuda()
         self.ends = [1_000, ROWS]
         shapes = {
             "adaptive": [(ROWS, DIM)],

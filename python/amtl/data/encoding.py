@@ -252,19 +252,25 @@ class Encoder:
         )
 
     def renumber(self, new_rows: Tensor) -> None:
-        """Moves shared-table row `i` to `new_rows[i]` (a permutation of all rows).
+        """Moves shared-table row `i` to `new_rows[i]`: a permutation of all rows.
 
-        Vocabularies are reordered so that each field's rows ascend; where a freeze kept rows of a
-        field in order within each size tier, a field ends as one run per tier.
+        Rows may also move to where their field's out-of-vocabulary row goes; their values then
+        leave the vocabulary. Vocabularies are reordered so that each field's rows ascend; where a
+        freeze kept rows of a field in order within each size tier, a field ends as one run per
+        tier.
         """
         new_rows = torch.as_tensor(new_rows).long()
-        for f, vocabulary in enumerate(self.vocabularies):
-            moved = new_rows[self._global_rows(f, torch.arange(vocabulary.size))]
-            order = torch.argsort(moved)
-            rank = torch.empty_like(order)
-            rank[order] = torch.arange(len(order))
-            vocabulary.renumber(rank)
-            self._runs[f] = _runs(moved[order])
+        moved = [
+            torch.unique(new_rows[self.field_rows(f)], return_inverse=True)
+            for f in range(len(self.vocabularies))
+        ]
+        taken = torch.sort(torch.cat([rows for rows, _ in moved])).values
+        if not torch.equal(taken, torch.arange(len(taken))):
+            raise ValueError("renumber() needs a permutation of the rows, or of fewer of them")
+        for f, (rows, rank) in enumerate(moved):
+            self.vocabularies[f].renumber(rank)
+            self._runs[f] = _runs(rows)
+        self.field_offsets = [int(e) for e in np.cumsum([0, *self.field_sizes])]
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Contents as tensors and a JSON-able dict, for a safetensors file."""

@@ -80,7 +80,7 @@ def fused(
     g = torch.Generator().manual_seed(3)
     weight, grad = draw(dtype, g)
     indices = torch.randperm(ROWS, generator=g).to(device)
-    sizes = torch.randint(1, DIM + 1, (ROWS,), generator=g).int().to(device)
+    sizes = torch.randint(0, DIM + 1, (ROWS,), generator=g).int().to(device)
     group = (torch.arange(ROWS).int() // 5).to(device)
     weight, grad = weight.to(device, copy=True), grad.to(device)
     tables = [weight]
@@ -186,7 +186,7 @@ def test_several_tables(counter: tuple[int, ...], device: str) -> None:
         g = torch.Generator().manual_seed(4)
         weights, grads = zip(*(draw(torch.bfloat16, g) for _ in range(3)), strict=True)
         tables = [w.to(where, copy=True) for w in weights]
-        sizes = [torch.randint(1, DIM + 1, (ROWS,), generator=g).int().to(where) for _ in tables]
+        sizes = [torch.randint(0, DIM + 1, (ROWS,), generator=g).int().to(where) for _ in tables]
         indices = torch.cat([torch.randperm(ROWS, generator=g) for _ in tables]).to(where)
         bags = (indices, torch.arange(3 * ROWS + 1, device=where), None, 0, [-1] * 3)
         state = [torch.full((ROWS, DIM), 0.1, device=where) for _ in tables]

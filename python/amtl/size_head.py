@@ -1,0 +1,313 @@
+"""The base of the size heads: statistics of the groups, and sizes that are solved for once.
+
+Sizes change when parameters do. So a head solves for them once per change and keeps the result:
+repeated forwards between two optimizer steps rebuild the differentiable part only, and without
+gradients nothing at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from amtl.budget import SizeGrid, capacity
+from amtl.frequency import FrequencyGroups, frequency_features, log_count_zscores
+
+
+class GroupSizes(NamedTuple):
+    """What a size head returns.
+
+    Attributes:
+        dims: uint8 (D <= 255) or int32, [G], or [G, Q] under size noise: row i takes column
+            hash(seed, i) mod Q.
+        mask: float32 [G, D], the soft mask; only its gradient matters.
+        sizes: as `dims`, [G], always without noise. The same tensor until sizes are solved anew.
+    """
+
+    dims: Tensor
+    mask: Tensor
+    sizes: Tensor
+
+
+@dataclass
+class Solution:
+    """Sizes as solved for one state of the parameters, without gradients.
+
+    Attributes:
+        shift: what the budget adds to all scores (or tilts all logits by).
+        levels: int64 [G], index of each group's size in `grid.sizes`.
+        sizes: uint8 or int32 [G].
+        noisy: the same type, [G, Q], once asked for.
+        mask: float32 [G, D], once asked for without gradients.
+    """
+
+    shift: Tensor
+    levels: Tensor
+    sizes: Tensor
+    noisy: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class SizeHead(nn.Module):
+    """Base of the size heads: group statistics, allowed sizes, budget and size noise.
+
+    The statistics travel in the state_dict, so a loaded head needs no counts. Floating-point
+    tensors keep their type under `.half()` and `.to(dtype)`: sizes must not depend on the type of
+    the table.
+
+    Args:
+        groups: frequency groups of the table.
+        grid: allowed sizes.
+        budget: stored fraction of N * D to meet, None for no budget.
+        size_noise: standard deviation of the noise in log-size, >= 0.
+        noise_quantiles: number of quantiles Q of the noise.
+
+    Raises:
+        ValueError: an argument out of range.
+        BudgetError: the budget is below what the smallest size stores.
+    """
+
+    group_counts: Tensor
+    group_fields: Tensor
+    group_rows: Tensor
+    features: Tensor
+    gate: Tensor
+    rows: Tensor
+    noise_factors: Tensor
+    temperature: Tensor
+    trains = False
+    """Whether the soft mask has a gradient to pass on."""
+
+    def __init__(
+        self,
+        groups: FrequencyGroups,
+        grid: SizeGrid,
+        budget: float | None,
+        *,
+        size_noise: float = 0.0,
+        noise_quantiles: int = 64,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        grid.check_budget(budget)
+        if not (math.isfinite(size_noise) and size_noise >= 0):
+            raise ValueError(f"size_noise must be a finite number >= 0, got {size_noise!r}")
+        if not (isinstance(noise_quantiles, int) and noise_quantiles >= 1):
+            raise ValueError(
+                f"noise_quantiles must be a whole number >= 1, got {noise_quantiles!r}"
+            )
+        self.grid = grid
+        self.budget = budget
+        self.size_noise = float(size_noise)
+        self.num_fields = groups.num_fields
+        self._constant(
+            "temperature", torch.tensor(temperature, dtype=torch.float32).to(groups.counts.device)
+        )
+        rows = groups.rows_per_group()
+        device = rows.device
+        self.register_buffer("group_counts", groups.counts)
+        self.register_buffer("group_fields", groups.fields)
+        self.register_buffer("group_rows", rows)
+        features = frequency_features(groups.counts, rows, groups.fields, groups.num_fields)
+        if groups.extra is not None:
+            features = torch.cat([features, groups.extra], dim=1)
+        self.register_buffer("features", features)
+        quantile = (torch.arange(noise_quantiles, dtype=torch.float64) + 0.5) / noise_quantiles
+        factors = torch.exp(self.size_noise * torch.special.ndtri(quantile))
+        self._constant("noise_factors", factors.to(device, torch.float32))
+        self._constant("size_table", torch.tensor(grid.sizes, device=device))
+        self._constant(
+            "stored_table", torch.tensor(grid.stored, dtype=torch.float64, device=device)
+        )
+        self._dims_dtype = torch.uint8 if grid.dim <= 255 else torch.int32
+        self._slots: list[tuple[dict[str, Any], str]] | None = []
+        self._kept: tuple[Any, Solution] | None = None
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def _derive(self) -> None:
+        """Recompute what follows from the group statistics."""
+        zscore = log_count_zscores(
+            self.group_counts, self.group_rows, self.group_fields, self.num_fields
+        )
+        self._constant("gate", torch.sigmoid(zscore).to(torch.float32))
+        self._constant("rows", self.group_rows.to(torch.float64))
+        self.num_rows = int(self.group_rows.sum())
+        self.capacity = (
+            math.inf if self.budget is None else capacity(self.grid, self.num_rows, self.budget)
+        )
+        self._kept = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SizeHead:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        self._kept = None
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Another number of groups is not an error: the loaded table brings its own counts.
+        for name in ("group_counts", "group_fields", "group_rows", "features"):
+            loaded = state_dict.get(prefix + name)
+            current = getattr(self, name)
+            if loaded is not None and loaded.shape != current.shape:
+                self.register_buffer(name, current.new_empty(loaded.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._derive()
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set T, a tensor so that a compiled graph need not know its value."""
+        self.temperature.fill_(temperature)
+        self._kept = None
+
+    def train(self, mode: bool = True) -> SizeHead:
+        """As nn.Module; what was solved is forgotten, however parameters have changed."""
+        self._kept = None
+        super().train(mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def _replicate_for_data_parallel(self) -> SizeHead:
+        # The replica's parameters are not those in the slots, nor on their device.
+        replica = super()._replicate_for_data_parallel()
+        replica._slots = None
+        return replica
+
+    def _watch(self) -> None:
+        """Remember where the parameters are, which a walk over modules would find slowly."""
+        self._slots = [(m._parameters, name) for m in self.modules() for name in m._parameters]
+
+    def _state(self) -> Any:
+        """What sizes depend on, comparable; None if that cannot be told.
+
+        On the CPU the very values, for edits through `parameter.data` count no version. On a GPU
+        reading them would wait, so there versions have to do (and `train()` and `eval()`).
+        """
+        if self._slots is None or torch.compiler.is_compiling():
+            return None
+        state: list[Any] = [torch.is_inference_mode_enabled()]
+        for parameters, name in self._slots:
+            parameter = parameters[name]
+            if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
+                return None
+            if parameter.device.type == "cpu":
+                size = parameter.numel() * parameter.itemsize
+                state.append(ctypes.string_at(parameter.data_ptr(), size))
+            elif parameter.is_inference() or (
+                parameter.is_cuda and torch.cuda.is_current_stream_capturing()
+            ):
+                return None
+            else:
+                state.append((parameter.data_ptr(), parameter._version))
+        return state
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups G."""
+        return self.group_counts.numel()
+
+    def scores(self) -> Tensor:
+        """What the parameters say of each group, differentiable; [G] or [G, M]."""
+        raise NotImplementedError
+
+    def _solve(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and levels that meet the budget, from detached scores."""
+        raise NotImplementedError
+
+    def _real_sizes(self, scores: Tensor, solution: Solution) -> Tensor:
+        """Sizes before they were cut to the grid, float32 [G]."""
+        raise NotImplementedError
+
+    def _mask(self, scores: Tensor, shift: Tensor) -> Tensor:
+        """The soft mask, float32 [G, D], differentiable."""
+        raise NotImplementedError
+
+    _rounds_down = False
+
+    def _solution(self, noise: bool) -> tuple[Solution, Tensor | None]:
+        """Sizes for the present parameters, and the scores if they had to be computed."""
+        state = self._state()
+        scores = None
+        if state is not None and self._kept is not None and self._kept[0] == state:
+            solution = self._kept[1]
+        else:
+            scores = self.scores()
+            with torch.no_grad():
+                shift, levels = self._solve(scores.detach())
+                sizes = self.get_buffer("size_table")[levels].to(self._dims_dtype)
+            solution = Solution(shift, levels, sizes)
+            if state is not None and type(sizes) is Tensor:
+                self._kept = state, solution
+        if noise and solution.noisy is None:
+            with torch.no_grad():
+                fresh = self.scores() if scores is None else scores
+                real = self._real_sizes(fresh.detach(), solution)
+                solution.noisy = self._noisy_dims(real, solution.sizes)
+        return solution, scores
+
+    def levels(self) -> Tensor:
+        """Index of each group's size in `grid.sizes`, int64 [G], without noise or gradient."""
+        with torch.no_grad():
+            return self._solution(False)[0].levels
+
+    def sizes(self) -> Tensor:
+        """Size of each group, int64 [G], without noise or gradient."""
+        table: Tensor = self.get_buffer("size_table")
+        return table[self.levels()]
+
+    def stored_fraction(self) -> float:
+        """Stored weights over N * D, tier rounding included."""
+        if self.num_rows == 0:
+            return 0.0
+        stored = self.get_buffer("stored_table")[self.levels()]
+        return float((stored * self.rows).sum()) / (self.num_rows * self.grid.dim)
+
+    def forward(self, noise: bool = False) -> GroupSizes:
+        """Sizes and soft mask; `noise` gives [G, Q] sizes. O(G * D) when parameters changed."""
+        noise = noise and self.size_noise > 0
+        solution, scores = self._solution(noise)
+        dims = solution.noisy if noise else solution.sizes
+        assert dims is not None
+        if self.trains and torch.is_grad_enabled():
+            mask = self._mask(self.scores() if scores is None else scores, solution.shift)
+        else:
+            if solution.mask is None:
+                with torch.no_grad():
+                    fresh = self.scores() if scores is None else scores
+                    solution.mask = self._mask(fresh, solution.shift)
+            mask = solution.mask
+        return GroupSizes(dims, mask, solution.sizes)
+
+    def _noisy_dims(self, real: Tensor, sizes: Tensor) -> Tensor:
+        """Sizes at the Q quantiles of the noise, [G, Q], around sizes that may be fractional.
+
+        `dims[g, q] = k_g * exp(sigma * Phi^-1((q + 1/2) / Q))`, cut to the grid as without noise.
+        Whether a row keeps anything at all is never left to the noise.
+        """
+        step, dim = self.grid.granularity, self.grid.dim
+        noisy = torch.outer(real.to(torch.float32) / step, self.noise_factors)
+        if self._rounds_down:
+            full = noisy >= dim / step
+            noisy = noisy.floor_().mul_(step).masked_fill_(full, dim)
+        else:
+            noisy = noisy.round_().mul_(step)
+        least = next(size for size in self.grid.sizes if size)
+        noisy = noisy.clamp_(least, dim).masked_fill_(sizes[:, None] == 0, 0)
+        return noisy.to(self._dims_dtype)
+
+    def extra_repr(self) -> str:
+        """Number of groups, budget and noise."""
+        return f"groups={self.num_groups}, budget={self.budget}, size_noise={self.size_noise:g}"

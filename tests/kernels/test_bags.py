@@ -1,0 +1,254 @@
+"""What callers may give as bags: two integer types, gaps in memory, indices nobody asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import Inputs, build
+from test_lookup import variant
+from torch import Tensor
+
+import amtl_kernels as ak
+from amtl_kernels import fused, optim
+
+N, D, L, B = 50, 8, 40, 6
+FORMS = ("masked", "adaptive", "tiered")
+CASE = variant(rows=N, dim=D, lookups=L, groups=5, bags=B, include_last_offset=True, columns=0)
+
+
+def call(
+    form: str, several: bool, inputs: Inputs, tables: list[Tensor], room: Any = ak, **options: Any
+) -> Tensor:
+    """One table's bags, or the same bags of a call for several, which has one."""
+    lookups = (options.pop("indices", inputs.indices), options.pop("offsets", inputs.offsets))
+    groups = (inputs.row_group, inputs.group_dims, inputs.group_mask)
+    if not several:
+        options = {"include_last_offset": True, **options}
+        if form == "masked":
+            return room.masked_embedding_bag(tables[0], *lookups, inputs.row_dims, **options)
+        if form == "adaptive":
+            return room.adaptive_embedding_bag(tables[0], *lookups, *groups, **options)
+        options["embedding_dim"] = D
+        return room.tiered_embedding_bag(tables, inputs.tier_ends, *lookups, **options)
+    if form == "masked":
+        return room.masked_embedding_bag_tables(tables, *lookups, [inputs.row_dims], **options)
+    if form == "adaptive":
+        groups_of_all = [[each] for each in groups]
+        return room.adaptive_embedding_bag_tables(tables, *lookups, *groups_of_all, **options)
+    options["embedding_dims"] = [D]
+    return room.tiered_embedding_bag_tables([tables], [inputs.tier_ends], *lookups, **options)
+
+
+def tables_of(form: str, inputs: Inputs) -> list[Tensor]:
+    source = inputs.blocks if form == "tiered" else [inputs.weight]
+    return [table.clone().requires_grad_() for table in source]
+
+
+def trained(form: str, several: bool, inputs: Inputs, psw: Tensor, **options: Any) -> list[Tensor]:
+    """Output, gradients, and the tables after a fused step."""
+    tables = tables_of(form, inputs)
+    psw = psw.detach().requires_grad_()
+    out = call(form, several, inputs, tables, per_sample_weights=psw, **options)
+    out.square().sum().backward()
+    assert psw.grad is not None
+    found = [out.detach(), psw.grad, *(t.grad.to_dense() for t in tables if t.grad is not None)]
+    optimizer = optim.SGD(tables, lr=0.1)
+    out = call(
+        form, several, inputs, tables, fused, per_sample_weights=psw, optimizer=optimizer, **options
+    )
+    out.sum().backward()
+    return [*found, *tables]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("several", [False, True])
+def test_offsets_and_indices_of_two_types(backend: Any, form: str, several: bool) -> None:
+    inputs = build(CASE, backend.device)
+    psw = torch.rand(L, device=backend.device)
+    results = []
+    for indices in (torch.int64, torch.int32):
+        for offsets in (torch.int64, torch.int32):
+            types = {"indices": inputs.indices.to(indices), "offsets": inputs.offsets.to(offsets)}
+            results.append(trained(form, several, inputs, psw, **types))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("beyond", [2**32, 2**32 + 3])
+def test_offsets_do_not_wrap(backend: Any, form: str, several: bool, beyond: int) -> None:
+    """Narrowed to the type of the indices they would be 0 and 3, and nothing would look wrong."""
+    inputs = build(CASE, backend.device)
+    offsets = torch.tensor([0, beyond], device=backend.device)
+    indices = inputs.indices.int()
+    with pytest.raises(ValueError, match=rf"end within the {L} indices, but offsets.* {beyond}"):
+        call(form, several, inputs, tables_of(form, inputs), indices=indices, offsets=offsets)
+
+
+def test_bags_of_equal_length_are_counted_in_64_bits() -> None:
+    """Two bags of 2^30 lookups: the end of the second is past what int32 holds."""
+    indices = torch.empty(2, 2**30, dtype=torch.int32, device="meta")
+    table = torch.empty(1, D, device="meta")
+    _, offsets, *_ = ak.ops._bags(table, indices, None, "sum", None, False)
+    assert offsets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("several", [False, True])
+def test_weights_with_gaps_in_memory(backend: Any, form: str, several: bool) -> None:
+    inputs = build(CASE, backend.device)
+    psw = torch.rand(L, device=backend.device)
+    gaps = torch.stack([psw, -psw], 1)[:, 0]
+    assert not gaps.is_contiguous()
+    want = trained(form, several, inputs, psw)
+    got = trained(form, several, inputs, gaps)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("bounds_check", ["raise", "clamp", "off"])
+def test_positions_past_the_last_offset(
+    backend: Any, form: str, several: bool, bounds_check: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Whatever is there: no such row, a row whose size is wrong, a weight that is NaN."""
+    inputs = build(CASE, backend.device)
+    inputs.offsets[-1] = L - 3
+    inputs.indices[inputs.indices == 7] = 8
+    psw = torch.rand(L, device=backend.device)
+    options = {"bounds_check": bounds_check}
+    want = trained(form, several, inputs, psw, **options)
+    inputs.indices[-3:] = torch.tensor([N + 100, -5, 7])
+    inputs.row_dims[7] = D + 1
+    inputs.row_group[7] = 5
+    psw[-3:] = float("nan")
+    got = trained(form, several, inputs, psw, **options)
+    assert not got[1][-3:].any()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_positions_past_the_last_offset_of_an_empty_table(backend: Any, several: bool) -> None:
+    inputs = build(variant(rows=1, dim=D, lookups=4, bags=2, columns=0), backend.device)
+    inputs.weight, inputs.row_dims = inputs.weight[:0], inputs.row_dims[:0]
+    psw = torch.ones(4, device=backend.device)
+    offsets = torch.zeros(3, dtype=torch.int64, device=backend.device)
+    out, psw_grad, grad, _ = trained("masked", several, inputs, psw, offsets=offsets)
+    assert out.shape == (2, D) and not out.any() and not psw_grad.any() and grad.shape == (0, D)
+
+
+WRONG: tuple[Any, ...] = (None, "rows", [0, 1])
+TENSORS: dict[str, tuple[str, ...]] = {
+    "masked_embedding": ("weight", "indices", "row_dims"),
+    "adaptive_embedding": ("weight", "indices", "row_group", "group_dims", "group_mask"),
+    "tiered_embedding": ("blocks", "tier_ends", "indices"),
+}
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "per_sample_weights": ("rows", [1.0]),
+    "offsets": ("rows", [0]),
+    "mode": (None, 3, ["sum"]),
+    "padding_idx": ("first", [0], 0.5),
+    "bounds_check": (None, 1, ["raise"]),
+    "embedding_dim": ("wide", [8]),
+    "seed": (None, "one"),
+}
+
+
+def named_arguments(op: str) -> dict[str, Any]:
+    inputs = build(CASE)
+    found: dict[str, Any] = {"indices": inputs.indices, "padding_idx": 0, "bounds_check": "raise"}
+    if op.startswith("tiered"):
+        found |= {"blocks": inputs.blocks, "tier_ends": inputs.tier_ends, "embedding_dim": D}
+    else:
+        found |= {"weight": inputs.weight}
+    if op.startswith("masked"):
+        found |= {"row_dims": inputs.row_dims}
+    if op.startswith("adaptive"):
+        found |= {"row_group": inputs.row_group, "group_dims": inputs.group_dims}
+        found |= {"group_mask": inputs.group_mask, "seed": 0}
+    if "bag" in op:
+        found |= {"offsets": inputs.offsets, "include_last_offset": True, "mode": "sum"}
+        found |= {"per_sample_weights": torch.ones(L)}
+    return found
+
+
+def in_lists(op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the form for several tables."""
+    plural = {
+        "weight": "weights",
+        "row_dims": "row_dims",
+        "row_group": "row_groups",
+        "group_dims": "group_dims",
+        "group_mask": "group_masks",
+        "blocks": "blocks",
+        "tier_ends": "tier_ends",
+        "embedding_dim": "embedding_dims",
+    }
+    del arguments["include_last_offset"]
+    return {
+        plural.get(name, name): [value] if name in plural else value
+        for name, value in arguments.items()
+    }
+
+
+@pytest.mark.parametrize("op", [*TENSORS, *(f"{op}_bag" for op in TENSORS)])
+@pytest.mark.parametrize("form", ["one", "one fused", "several", "several fused"])
+def test_what_is_no_tensor_is_named(op: str, form: str) -> None:
+    """None, strings and lists: the message holds the argument's name, and no attribute's."""
+    several, is_fused = "several" in form, "fused" in form
+    if several and "bag" not in op:
+        pytest.skip("several tables are looked up in bags")
+    function: Callable[..., Any] = getattr(
+        fused if is_fused else ak, op + ("_tables" if several else "")
+    )
+    kinds = dict.fromkeys(TENSORS[op.removesuffix("_bag")], WRONG)
+    tried = 0
+    for name, values in (kinds | OTHERS).items():
+        for value in values:
+            arguments = named_arguments(op)
+            if name not in arguments:
+                continue
+            # These two are lists.
+            if name == "tier_ends" and isinstance(value, list):
+                continue
+            if several and name == "padding_idx" and isinstance(value, list):
+                continue
+            if is_fused:
+                tables = arguments.get("blocks", [arguments.get("weight")])
+                arguments["optimizer"] = optim.SGD([t.requires_grad_() for t in tables])
+            arguments[name] = value
+            if several:
+                arguments = in_lists(op, arguments)
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=name) as caught:
+                function(**arguments)
+            assert "attribute" not in str(caught.value) and "len()" not in str(caught.value)
+            tried += 1
+    assert tried >= 10
+
+
+def test_lists_of_tables_are_named() -> None:
+    inputs = build(CASE)
+    lookups = (inputs.indices, inputs.offsets)
+    for value in (None, "tables", inputs.weight):
+        with pytest.raises(TypeError, match="weights must be a list of tensors"):
+            ak.masked_embedding_bag_tables(value, *lookups, [inputs.row_dims])
+        with pytest.raises(TypeError, match="row_dims must be a list of tensors"):
+            ak.masked_embedding_bag_tables([inputs.weight], *lookups, value)
+        with pytest.raises(TypeError, match="blocks must be a list"):
+            ak.tiered_embedding_bag_tables(value, [inputs.tier_ends], *lookups)
+        with pytest.raises(TypeError, match="tier_ends must be a list"):
+            ak.tiered_embedding_bag_tables([inputs.blocks], value, *lookups)
+
+
+def test_an_optimizer_that_is_none_is_named() -> None:
+    inputs = build(CASE)
+    for optimizer in (None, "sgd", torch.optim.SGD([torch.zeros(1, requires_grad=True)])):
+        with pytest.raises(TypeError, match=r"optimizer must be of amtl_kernels\.optim"):
+            fused.masked_embedding(
+                inputs.weight, inputs.indices, inputs.row_dims, optimizer=optimizer
+            )
