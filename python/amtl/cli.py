@@ -116,6 +116,7 @@ def train(
     once, and leaves a run folder with checkpoints and metrics.json.
     """
     from amtl.data.registry import load_source
+    from amtl.store.runs import holds_run
     from amtl.training import start
 
     if resume:
@@ -159,11 +160,10 @@ def train(
         stem = Path(source.name.split(":", 1)[0]).stem
         share = f"-b{config.budget:g}" if method != "fixed" else ""
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
-    if (out / "checkpoint.pt").exists() and not force:
+    if holds_run(out) and not force:
         raise UserError(
             f"{out} holds a run already: --resume --out {out} goes on with it, --force replaces it"
         )
-    _clear(out)
     if source.licence:
         console.print(f"[dim]{source.licence}[/]", highlight=False)
     console.print(
@@ -210,11 +210,6 @@ def _columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any]:
         column, equals, separator = part.partition("=")
         separators[column] = separator if equals else "|"
     return {"numeric": treatments, "default_numeric": default, "separators": separators}
-
-
-def _clear(out: Path) -> None:
-    for name in ("checkpoint.pt", "best.pt", "metrics.json", "config.json"):
-        (out / name).unlink(missing_ok=True)
 
 
 def _train(make: Any, out: Path) -> dict[str, Any]:
@@ -265,9 +260,9 @@ def evaluate(
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data.registry import load_source, read_labels
-    from amtl.packed import load_any
+    from amtl.store.runs import load_trained
 
-    trained = load_any(run)
+    trained = load_trained(run)
     if data is None:
         encoded, what = trained.test_split(), f"test split of {trained.config.data}"
     else:
@@ -299,7 +294,7 @@ def pack(
     import torch
 
     from amtl.methods import dense_bytes, stored_bytes
-    from amtl.packed import pack_run
+    from amtl.store.runs import pack_run
 
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
@@ -319,9 +314,10 @@ def inspect(run: Run) -> None:
     import numpy as np
 
     from amtl import methods
-    from amtl.packed import load_any, size_table
+    from amtl.store.runs import load_trained
+    from amtl.trained import size_table
 
-    trained = load_any(run)
+    trained = load_trained(run)
     table = Table(box=box.SIMPLE_HEAD, title=f"{run}", title_justify="left")
     table.add_column("field")
     for name in ("values", "mean size", "by lookups", "sizes", "bytes", "share"):

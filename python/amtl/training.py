@@ -1,8 +1,8 @@
 """The training job: from settings to a trained model, its metrics and its files.
 
 A run folder holds `config.json`, `vocabulary.safetensors` (fields and vocabularies as fitted),
-`checkpoint.pt` (everything needed to go on), `best.pt` (the model with the best validation AUC)
-and, at the end, `metrics.json`.
+`checkpoint.safetensors` (everything needed to go on), `best.safetensors` (the model with the best
+validation AUC) and, at the end, `metrics.json`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from amtl import checkpoint, methods
+from amtl import methods
 from amtl.config import TrainConfig
 from amtl.data.encoding import EncodedData, Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.metrics import auc, log_loss
-from amtl.model import ClickModel, predict
+from amtl.model import build_model, predict
 from amtl.progress import Observer, Silent
-from amtl.storage import load_encoder, save_encoder
+from amtl.store import runs
 
 _TIMED_STEPS = 20_000
 """Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
@@ -91,30 +91,6 @@ def default_fields(frame: pl.DataFrame, config: TrainConfig, source: Source) -> 
     return [name for name in frame.columns if name not in skip]
 
 
-def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
-    """A fresh model, the same for the same seed."""
-    torch.manual_seed(config.seed)
-    table = methods.build_table(
-        config.method,
-        encoder,
-        config.dim,
-        budget=config.budget,
-        init_std=config.init_std,
-        seed=config.seed,
-        freeze_at=config.freeze_at,
-        options=config.table_options,
-    )
-    torch.manual_seed(config.seed)
-    return ClickModel(
-        table,
-        len(encoder.fields),
-        config.dim,
-        len(encoder.dense_fields),
-        config.hidden,
-        config.embedding_dropout,
-    )
-
-
 class Trainer:
     """Trains one model; can stop at any step and go on as if it had not.
 
@@ -163,6 +139,7 @@ class Trainer:
         self.finished = False
         self._epoch_seconds = 0.0
         self._saved_at = time.monotonic()
+        self._fresh = True
 
     @property
     def frozen(self) -> bool:
@@ -179,9 +156,7 @@ class Trainer:
 
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
-        from amtl.trained import load_run
-
-        donor = load_run(run)
+        donor = runs.load_run(run)
         if donor.config.method != "fixed":
             raise UserError(f"--warm-start {run}: a run of --method fixed is needed")
         if donor.config.dim != self.config.dim:
@@ -225,8 +200,9 @@ class Trainer:
         title = f"{config.method} D={config.dim}"
         if config.effective_budget is not None:
             title += f" {config.effective_budget:.1%}"
-        if self.out and not self.finished:
-            self._write_inputs()
+        if self.out and self._fresh:
+            runs.begin_run(self.out, config, self.task.encoder)
+            self._fresh = False
         self.observer.begin(title, self.steps_per_epoch, config.epochs, self.steps_done)
         try:
             while not self.finished:
@@ -300,7 +276,7 @@ class Trainer:
                 "epoch": self.epoch,
             }
             if self.out:
-                checkpoint.save_checkpoint(self.out / "best.pt", state)
+                runs.save_checkpoint(self.out, "best", state)
             else:
                 self.best_model = {k: v.detach().clone() for k, v in state["model"].items()}
         record["best_val_auc"] = self.best["val_auc"]
@@ -358,15 +334,15 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Writes `checkpoint.pt`, if there is a run folder."""
+        """Writes the checkpoint, if there is a run folder."""
         if self.out:
-            checkpoint.save_checkpoint(self.out / "checkpoint.pt", self.state())
+            runs.save_checkpoint(self.out, "checkpoint", self.state())
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Goes back to the state in the run folder."""
         assert self.out is not None
-        state = checkpoint.load_checkpoint(self.out / "checkpoint.pt")
+        state = runs.load_checkpoint(self.out, "checkpoint")
         self.model.load_state_dict(state["model"])
         if state["row_map"] is not None:
             self.table_optimizer = methods.table_optimizer(
@@ -386,18 +362,13 @@ class Trainer:
         self._epoch_seconds = state["epoch_seconds"]
         self.best, self.finished = state["best"], state["finished"]
         torch.set_rng_state(state["rng"])
-
-    def _write_inputs(self) -> None:
-        assert self.out is not None
-        checkpoint.write_json(self.out / "config.json", self.config.to_dict())
-        if self.row_map is None:
-            save_encoder(self.out / "vocabulary.safetensors", self.task.encoder)
+        self._fresh = False
 
     def _finish(self) -> dict[str, Any]:
         if self.best["epoch"] < 0:
             raise UserError("no epoch gave a valid AUC; does validation hold both classes?")
         if self.out:
-            best = checkpoint.load_checkpoint(self.out / "best.pt")["model"]
+            best = runs.load_checkpoint(self.out, "best")["model"]
         else:
             assert self.best_model is not None
             best = self.best_model
@@ -405,7 +376,7 @@ class Trainer:
         logits = predict(self.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
-            checkpoint.write_json(self.out / "metrics.json", result)
+            runs.save_metrics(self.out, result)
         return result
 
 
@@ -511,8 +482,7 @@ def start(
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
-        config = TrainConfig.from_dict(checkpoint.read_json(out / "config.json"))
-        encoder = load_encoder(out / "vocabulary.safetensors")
+        config, encoder = runs.load_inputs(out)
         trainer = Trainer(config, prepare(config, source, encoder), out, observer, stop)
         trainer.resume()
         return trainer

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
+import zlib
 from collections import OrderedDict
 
 import amtl
@@ -16,9 +17,10 @@ import safetensors
 import safetensors.torch
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, PackedFileError, TensorFileError
-from amtl import tensorfile as tensorfile_module
-from amtl.packing import FORMAT, VERSION
-from amtl.tensorfile import read_tensors, write_tensors
+from amtl.store import files
+from amtl.store import tensors as format_module
+from amtl.store.packed import FORMAT, VERSION
+from amtl.store.tensors import read_tensors, write_tensors
 from torch import nn
 
 
@@ -267,7 +269,7 @@ def test_large_files_are_verified_on_request(packed_path, monkeypatch):
     amtl.load(packed_path, verify=False)
     with pytest.raises(TensorFileError, match="checksum of tensor"):
         amtl.load(packed_path, verify=True)
-    monkeypatch.setattr(tensorfile_module, "_VERIFIED_SIZE", 100)
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 100)
     amtl.load(packed_path)
 
 
@@ -338,7 +340,7 @@ def test_failures_of_the_system(packed_path, monkeypatch, where):
     def fails(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(tensorfile_module.os, where, fails)
+    monkeypatch.setattr(files.os, where, fails)
     with pytest.raises(OSError, match="disk full"):
         amtl.save(frozen(rows=90), packed_path)
     monkeypatch.undo()
@@ -351,11 +353,11 @@ def test_a_full_disk(packed_path):
     content = packed_path.read_bytes()
     script = (
         "import resource, signal, sys, torch\n"
-        "from amtl import tensorfile\n"
+        "from amtl.store import tensors\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
-        "    tensorfile.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
+        "    tensors.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
         "except OSError:\n"
         "    sys.exit(7)\n"
     )
@@ -380,7 +382,7 @@ def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
             order.append(name)
             return original(*args)
 
-        monkeypatch.setattr(tensorfile_module.os, name, noted)
+        monkeypatch.setattr(files.os, name, noted)
     amtl.save(frozen(), tmp_path / "x")
     assert order == ["fsync", "replace", "fsync"]
 
@@ -389,12 +391,12 @@ def test_a_killed_save_leaves_the_old_file_whole(packed_path):
     content = packed_path.read_bytes()
     script = (
         "import os, sys, safetensors.torch, torch\n"
-        "from amtl import tensorfile\n"
+        "from amtl.store import tensors\n"
         "write = safetensors.torch.save_file\n"
         "def dies(*args):\n"
         "    write(*args); os._exit(9)\n"
         "safetensors.torch.save_file = dies\n"
-        "tensorfile.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
+        "tensors.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(packed_path)], check=False)
     assert done.returncode == 9
@@ -405,7 +407,7 @@ def test_a_killed_save_leaves_the_old_file_whole(packed_path):
 # Size and speed
 
 
-def sparse_file(path, rows, dim):
+def sparse_file(path, rows, dim, crc=None):
     """A packed table of rows * dim float32 zeros that takes no disk: a hole with a header."""
     layer = AMTLEmbedding(8, dim, counts=torch.ones(8), budget=1.0).freeze()
     config = {**layer.config(), "num_embeddings": rows, "tier_ends": [rows], "field_sizes": [rows]}
@@ -413,8 +415,14 @@ def sparse_file(path, rows, dim):
     entry = {"dtype": "F32", "shape": [rows, dim], "data_offsets": [0, rows * dim * 4]}
     metadata = {"format": FORMAT, "version": str(VERSION), "amtl": json.dumps(header)}
     name, shape = "layers//blocks/0", torch.empty(rows, dim, device="meta")
-    sealed = tensorfile_module._seal(metadata, {name: shape}, {name: "00000000"})
-    content = {"__metadata__": {tensorfile_module._ENTRY: sealed}, name: entry}
+    if crc is None:
+        block = bytes(1 << 20)
+        assert rows * dim * 4 % len(block) == 0
+        crc = 0
+        for _ in range(rows * dim * 4 // len(block)):
+            crc = zlib.crc32(block, crc)
+    sealed = format_module._seal(metadata, {name: shape}, {name: f"{crc:08x}"})
+    content = {"__metadata__": {format_module._ENTRY: sealed}, name: entry}
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -422,16 +430,19 @@ def sparse_file(path, rows, dim):
         file.truncate(8 + len(text) + rows * dim * 4)
 
 
-def test_a_gigabyte_opens_in_well_under_a_second(tmp_path):
+def test_a_gigabyte_opens_in_milliseconds_and_is_checked_when_used(tmp_path):
     path = tmp_path / "big.safetensors"
     sparse_file(path, 4_194_304, 64)
     assert path.stat().st_size > 2**30
     start = time.perf_counter()
     layer = amtl.load(path)
-    out = layer(torch.tensor([0, 4_194_303]))
     seconds = time.perf_counter() - start
+    out = layer(torch.tensor([0, 4_194_303]))
     assert out.shape == (2, 64) and layer.stored_bytes() == 2**30
-    assert seconds < 0.5
+    assert seconds < 0.1
+    start = time.perf_counter()
+    layer(torch.tensor([0, 4_194_303]))
+    assert time.perf_counter() - start < 0.1, "the check is once"
 
 
 def test_loaded_tensors_are_maps(packed_path):
