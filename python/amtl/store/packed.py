@@ -252,9 +252,9 @@ def table_of_tiers(blocks: Sequence[Tensor], dim: int, bags: bool) -> AMTLTable:
     """
     like: AMTLTable
     if bags:
-        like = AMTLEmbeddingBag(1, dim, counts=torch.ones(1), sparse=True, mode="mean")
+        like = AMTLEmbeddingBag(1, dim, counts=torch.ones(1), budget=1.0, sparse=True, mode="mean")
     else:
-        like = AMTLEmbedding(1, dim, counts=torch.ones(1), sparse=True)
+        like = AMTLEmbedding(1, dim, counts=torch.ones(1), budget=1.0, sparse=True)
     ends = list(itertools.accumulate(block.shape[0] for block in blocks))
     shape = {"num_embeddings": ends[-1], "field_sizes": ends[-1:], "tier_ends": ends}
     return type(like).from_config({**like.config(), **shape}, blocks)

@@ -194,7 +194,8 @@ def read_tensors(
         raise TensorFileError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise TensorFileError(
-            f"{path} is damaged: truncated, corrupted or not a safetensors file ({error}); {RESTORE}"
+            f"{path} is damaged: truncated, corrupted or not a safetensors file ({error}); "
+            f"{RESTORE}"
         ) from error
     if _ENTRY not in attributes:
         return FileTensors(path, tensors, {}), attributes
