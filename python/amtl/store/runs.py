@@ -7,6 +7,7 @@ go on), `best.safetensors` (the model with the best validation AUC) and, at the 
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -126,15 +127,17 @@ def load_checkpoint(folder: Path, name: str) -> dict[str, Any]:
 
 def _load_checkpoint_of_v1(path: Path) -> dict[str, Any]:
     """A zip archive, whose checksums torch.load() does not compare; no code is run from it."""
+    whole = io.BytesIO()
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            raise ValueError(f"checksum of {broken}")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(whole, "w") as copy:
+            for entry in archive.infolist():
+                copy.writestr(entry.filename, archive.read(entry))
+        whole.seek(0)
+        state: dict[str, Any] = torch.load(whole, map_location="cpu", weights_only=True)
     except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}): {RESTORE}"
+            f"{path} is damaged ({type(error).__name__}: {reason}): {RESTORE}"
         ) from error
     return state
 
@@ -164,8 +167,9 @@ def load_run(folder: Path) -> Trained:
         if best["row_map"] is not None:
             encoder.renumber(best["row_map"])
     except (*_INCONSISTENT, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"the files of {folder} do not fit together ({error}): {RESTORE}"
+            f"the files of {folder} do not fit together ({reason}): {RESTORE}"
         ) from error
     model.eval()
     path = folder / _METRICS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
 import pickle
@@ -443,6 +445,91 @@ def test_a_gigabyte_opens_in_milliseconds_and_is_checked_when_used(tmp_path):
     start = time.perf_counter()
     layer(torch.tensor([0, 4_194_303]))
     assert time.perf_counter() - start < 0.1, "the check is once"
+
+
+def called(layer):
+    return layer(torch.arange(5))
+
+
+def compiled(layer):
+    return torch.compile(layer, fullgraph=True, backend="eager")(torch.arange(5))
+
+
+def pickled(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)(torch.arange(5))
+
+
+def copied(layer):
+    return copy.deepcopy(layer)(torch.arange(5))
+
+
+def in_a_model(layer):
+    return nn.Sequential(layer)(torch.arange(5))
+
+
+def traced(layer):
+    return torch.export.export(layer, (torch.arange(5),)).module()(torch.arange(5))
+
+
+USES = [called, compiled, pickled, copied, in_a_model, traced]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_large_file_is_checked_before_its_values_are_used(packed_path, monkeypatch, use):
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
+    amtl.save(frozen(), packed_path)
+    expected = called(amtl.load(packed_path, verify=True))
+    layer = amtl.load(packed_path)
+    for _ in range(3):
+        assert torch.equal(use(layer), expected)
+    assert torch.equal(called(layer), expected)
+    assert not layer._forward_pre_hooks, "later calls cost nothing"
+    content = bytearray(packed_path.read_bytes())
+    content[-1] ^= 1
+    packed_path.unlink()
+    packed_path.write_bytes(content)
+    layer = amtl.load(packed_path)
+    for _ in range(2):
+        with pytest.raises(Exception, match="corrupted: checksum of tensor"):
+            use(layer)
+    with pytest.raises(TensorFileError, match="checksum of tensor"):
+        layer.state_dict()
+    with pytest.raises(TensorFileError, match="checksum of tensor"):
+        amtl.save(layer, packed_path)
+    assert packed_path.read_bytes() == content
+
+
+def test_values_changed_before_the_check_are_no_damage(packed_path, monkeypatch):
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
+    layer = amtl.load(packed_path)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(1)
+    assert called(layer).max() == 1
+
+
+def test_what_is_beside_the_layers_is_checked_when_taken_out(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    model = Model(frozen(in_order=False), frozen(AMTLEmbeddingBag, mode="sum")).eval()
+    amtl.save(model, path, tensors={"good": torch.arange(3.0), "zzz": torch.full((7,), 8.25)})
+    content = path.read_bytes()
+    value = torch.full((7,), 8.25).numpy().tobytes()
+    path.write_bytes(content.replace(value, bytes([1]) + value[1:]))
+    with pytest.raises(TensorFileError, match="zzz"):
+        amtl.load(path)
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
+    packed = amtl.open_packed(path)
+    assert packed.tensors["good"].tolist() == [0, 1, 2]
+    with pytest.raises(TensorFileError, match="zzz"):
+        packed.tensors["zzz"]
+    rows = torch.randint(60, (7, 3))
+    assert torch.equal(packed.into(Model().eval())(rows), model(rows))
+    with pytest.raises(TensorFileError, match="zzz"):
+        amtl.open_packed(path, device="cpu")
 
 
 def test_loaded_tensors_are_maps(packed_path):
