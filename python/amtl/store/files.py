@@ -98,13 +98,15 @@ def _folder_aside(path: Path) -> Iterator[Path]:
     while True:
         folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         folder.mkdir()
-        handle = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        # Another process may have swept the folder before it was locked.
-        if os.fstat(handle).st_nlink:
-            break
-        os.close(handle)
+        # Another process may sweep the folder before it is locked.
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            # Where the file system has no locks, nobody sweeps.
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():
+                break
+            os.close(handle)
     try:
         yield folder
     finally:

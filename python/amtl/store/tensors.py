@@ -30,6 +30,7 @@ from amtl.store.files import RESTORE, checksums, write_aside
 
 _ENTRY = "amtl.tensorfile"
 _CHECKED_AT_ONCE = 1 << 26
+_WORTH_A_CODE = 64
 
 
 class TensorFileError(UserError):
@@ -66,6 +67,10 @@ class FileTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold checked values."""
+        return (dict, (dict(self),))
 
     def unchecked(self, name: str) -> Tensor:
         """A tensor whose values may be damaged until `check` was called for it."""
@@ -380,7 +385,7 @@ def compact(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             f"delta{width}": zlib.compress(planes.tobytes()),
         }
         code = min(candidates, key=lambda key: len(candidates[key]))
-        if len(candidates[code]) < tensor.nbytes:
+        if len(candidates[code]) + _WORTH_A_CODE < tensor.nbytes:
             packed[name] = torch.frombuffer(bytearray(candidates[code]), dtype=torch.uint8)
             codes[name] = [code, str(values.dtype), list(values.shape)]
     return packed, codes

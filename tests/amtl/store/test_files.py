@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import zlib
+from unittest import mock
 
 import pytest
 import torch
 from amtl.errors import UserError
 from amtl.store import files
+from amtl.store import tensors as format_module
 from amtl.store.files import FileWriteError, checksums, read_json, write_aside, write_json
 from amtl.store.tensors import (
     PackedFileError,
@@ -263,10 +265,12 @@ def test_compact_integers_come_back(wide, narrow):
         "scalar": torch.tensor(7),
         "empty": torch.zeros(4, 0, dtype=torch.int32),
     }
-    packed, codes = compact(tensors)
-    again = expand(packed, json.loads(json.dumps(codes)))
-    assert same(tensors, again)
-    assert all(packed[k].nbytes <= tensors[k].nbytes for k in tensors)
+    for worth in (0, -1000):
+        with mock.patch.object(format_module, "_WORTH_A_CODE", worth):
+            packed, codes = compact(tensors)
+        again = expand(packed, json.loads(json.dumps(codes)))
+        assert same(tensors, again)
+        assert worth or all(packed[k].nbytes <= tensors[k].nbytes for k in tensors)
 
 
 def test_compact_saves_what_it_can():

@@ -524,8 +524,10 @@ def test_what_is_beside_the_layers_is_checked_when_taken_out(tmp_path, monkeypat
     monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
     packed = amtl.open_packed(path)
     assert packed.tensors["good"].tolist() == [0, 1, 2]
-    with pytest.raises(TensorFileError, match="zzz"):
-        packed.tensors["zzz"]
+    for use in (lambda: packed.tensors["zzz"], lambda: copy.deepcopy(packed.tensors)):
+        with pytest.raises(TensorFileError, match="zzz"):
+            use()
+    assert copy.deepcopy(packed.state).keys() == packed.state.keys()
     rows = torch.randint(60, (7, 3))
     assert torch.equal(packed.into(Model().eval())(rows), model(rows))
     with pytest.raises(TensorFileError, match="zzz"):
