@@ -310,7 +310,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
     def walk(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
             return {"$tensor": put(value, name)}
-        if value is None or type(value) in (bool, int, float, str):
+        if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, dict):
             # What nn.Module.state_dict() attaches, and load_state_dict() reads.
@@ -418,17 +418,18 @@ def expand(tensors: Mapping[str, Tensor], codes: Mapping[str, Any]) -> dict[str,
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, none sharing memory with another, which safetensors refuses."""
+    """Contiguous CPU tensors, none overlapping another in memory, which safetensors refuses."""
     plain: dict[str, Tensor] = {}
-    storages = set()
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensor {name!r} ({tensor.layout}, {tensor.device}) cannot be packed")
-        flat = tensor.detach().cpu().contiguous()
-        if flat.untyped_storage().data_ptr() in storages:
-            flat = flat.clone()
-        storages.add(flat.untyped_storage().data_ptr())
-        plain[name] = flat
+        plain[name] = tensor.detach().cpu().contiguous()
+    end = 0
+    for name in sorted(plain, key=lambda name: plain[name].data_ptr()):
+        flat = plain[name]
+        if flat.nbytes and flat.data_ptr() < end:
+            plain[name] = flat.clone()
+        end = max(end, flat.data_ptr() + flat.nbytes)
     return plain
 
 

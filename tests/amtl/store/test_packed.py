@@ -404,6 +404,9 @@ def test_a_killed_save_leaves_the_old_file_whole(packed_path):
     assert done.returncode == 9
     assert packed_path.read_bytes() == content
     assert amtl.load(packed_path).num_embeddings == 60
+    assert len(list(packed_path.parent.iterdir())) == 2
+    amtl.save(frozen(), packed_path)
+    assert list(packed_path.parent.iterdir()) == [packed_path], "the next save sweeps"
 
 
 # Size and speed
@@ -564,6 +567,15 @@ def test_parts_and_shared_memory(tmp_path):
     write_tensors(tmp_path / "x", tensors, {})
     loaded, _ = read_tensors(tmp_path / "x")
     assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
+
+
+def test_parts_of_one_storage_are_not_copied(tmp_path):
+    whole = torch.arange(40)
+    parts = {"b": whole[20:], "a": whole[:20].view(4, 5), "none": whole[20:20]}
+    assert all(t.data_ptr() == parts[k].data_ptr() for k, t in format_module._plain(parts).items())
+    write_tensors(tmp_path / "x", parts, {})
+    loaded, _ = read_tensors(tmp_path / "x")
+    assert all(torch.equal(loaded[k], v) for k, v in parts.items())
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):
