@@ -12,7 +12,7 @@ Put the layers into a model, train, freeze, save:
 - `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `SearchOptions` has their keyword arguments.
 - `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`, `table_parameters`,
   `update_schedule`, `freeze`: for whole models.
-- `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped).
+- `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
 Inside: `frequency` (groups of rows with equal counts), `budget` (sizes that meet it), `sizes` (what
 learns them), `table` (the two phases), `tiers` (frozen storage).
@@ -31,9 +31,8 @@ from amtl.conversion import (
 )
 from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.options import SearchOptions
-from amtl.packing import PackedFile, PackedFileError, load, open_packed, save
+from amtl.store import PackedFile, PackedFileError, TensorFileError, load, open_packed, save
 from amtl.table import AMTLTable
-from amtl.tensorfile import TensorFileError
 
 __all__ = [
     "AMTLEmbedding",

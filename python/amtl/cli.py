@@ -166,6 +166,7 @@ def train(
     once, and leaves a run folder with checkpoints and metrics.json.
     """
     from amtl.data import label_note, load_source
+    from amtl.store.runs import holds_run
     from amtl.training import start
 
     if resume:
@@ -213,7 +214,7 @@ def train(
         budget = config.effective_budget
         share = "" if budget is None else f"-b{budget:g}"
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
-    if (out / "checkpoint.pt").exists() and not force:
+    if holds_run(out) and not force:
         at = shlex.quote(str(out))
         raise UserError(
             f"{out} holds a run already: --resume --out {at} goes on with it, --force replaces it"
@@ -293,15 +294,10 @@ def _columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any]:
     return {"numeric": treatments, "default_numeric": default, "separators": separators}
 
 
-def _clear(out: Path) -> None:
-    for name in ("checkpoint.pt", "best.pt", "metrics.json", "config.json"):
-        (out / name).unlink(missing_ok=True)
-
-
 def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
     """Runs a trainer under progress bars and Ctrl-C handling; prints its result.
 
-    A `fresh` run removes what an older one left in `out` once its own data and model are there.
+    What was guessed of the columns is told of a `fresh` run.
     """
     from amtl.progress import Bars
     from amtl.training import Interrupted
@@ -310,7 +306,6 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
     trainer = make(stop, Bars(console))
     if fresh:
         _print_decisions(trainer.task.encoder.decisions)
-        _clear(out)
     with stop:
         try:
             metrics: dict[str, Any] = trainer.run()
@@ -388,9 +383,9 @@ def evaluate(
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data import load_source, read_labels
-    from amtl.packed import load_any
+    from amtl.store.runs import load_trained
 
-    trained = load_any(run)
+    trained = load_trained(run)
     if data is None:
         if label or label_threshold is not None or label_positive is not None:
             raise UserError("--label and its kin are about DATA: name the file to score")
@@ -427,7 +422,7 @@ def pack(
     import torch
 
     from amtl.methods import dense_bytes, stored_bytes
-    from amtl.packed import pack_run
+    from amtl.store.runs import pack_run
 
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
@@ -447,9 +442,10 @@ def inspect(run: Run) -> None:
     import numpy as np
 
     from amtl import methods
-    from amtl.packed import load_any, size_table
+    from amtl.store.runs import load_trained
+    from amtl.trained import size_table
 
-    trained = load_any(run)
+    trained = load_trained(run)
     table = Table(box=box.SIMPLE_HEAD, title=escape(str(run)), title_justify="left")
     table.add_column("field")
     for name in ("values", "mean size", "by lookups", "sizes", "bytes", "share"):

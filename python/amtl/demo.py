@@ -13,10 +13,10 @@ from amtl import methods
 from amtl.config import TrainConfig
 from amtl.data.registry import load_source
 from amtl.errors import UserError
-from amtl.packed import load_packed, pack_run
 from amtl.progress import Bars
 from amtl.report import group_results, write_report
-from amtl.trained import load_run
+from amtl.store import load
+from amtl.store.runs import load_run, pack_run
 from amtl.training import start
 
 BUDGETS = (0.4, 0.125)
@@ -73,8 +73,6 @@ def run_demo(
             **{"dim": dim, **source.settings(settings["method"]), **given, **settings},
         )
         folder = out / name
-        for old in ("checkpoint.pt", "best.pt", "metrics.json"):
-            (folder / old).unlink(missing_ok=True)
         trainer = start(config, folder, observer=Bars(console), source=source)
         all_metrics.append(trainer.run())
         folders.append(folder)
@@ -86,7 +84,7 @@ def run_demo(
     full, chosen = all_metrics[0], all_metrics[best]
     packed_path = out / "model.safetensors"
     pack_run(folders[best], packed_path)
-    packed = load_packed(packed_path)
+    packed = load(packed_path)
     trained = load_run(folders[best])
     frame = source.frame[: min(50_000, source.frame.height)]
     same = torch.equal(packed.probabilities(frame), trained.probabilities(frame))

@@ -25,7 +25,7 @@ from amtl.config import TrainConfig
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.errors import UserError
 from amtl.metrics import auc, log_loss
-from amtl.model import predict
+from amtl.model import build_model, predict
 
 _TIMED_STEPS = 20_000
 """Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
@@ -57,7 +57,7 @@ class Learner:
     def __init__(self, config: TrainConfig, task: Task) -> None:
         self.config = config
         self.task = task
-        self.model = methods.build_model(config, task.encoder)
+        self.model = build_model(config, task.encoder)
         self.table = self.model.table
         self.steps_per_epoch = math.ceil(len(task.train) / config.batch_size)
         self.steps = 0

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amtl.config import TrainConfig
 from amtl.data.encoding import Encoder
 from amtl.errors import UserError
-from amtl.model import ClickModel
 
 METHODS = ("amtl", "rule", "fixed")
 TABLE_OPTIMIZERS = ("adam", "adagrad", "rowwise_adagrad", "sgd")
@@ -64,6 +62,7 @@ def build_table(
             extra["parametrization"] = "rule"
         if bags:
             extra["mode"] = "mean"
+        shared = [int(encoder.field_rows(f)[v.oov_row]) for f, v in enumerate(encoder.vocabularies)]
         try:
             table = (AMTLEmbeddingBag if bags else AMTLEmbedding)(
                 encoder.num_rows,
@@ -71,7 +70,7 @@ def build_table(
                 sparse=True,
                 counts=encoder.counts(),
                 field_sizes=encoder.field_sizes,
-                **{"budget": budget, "seed": seed, **extra},
+                **{"budget": budget, "seed": seed, "shared_rows": shared, **extra},
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"--method {method}: {error}") from error
@@ -79,29 +78,6 @@ def build_table(
     with torch.no_grad():
         table_parameters(table)[0].normal_(0.0, init_std, generator=generator)
     return table
-
-
-def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
-    """A fresh model, the same for the same seed."""
-    torch.manual_seed(config.seed)
-    table = build_table(
-        config.method,
-        encoder,
-        config.dim,
-        budget=config.budget,
-        init_std=config.init_std,
-        seed=config.seed,
-        options=config.table_options,
-    )
-    torch.manual_seed(config.seed)
-    return ClickModel(
-        table,
-        len(encoder.fields),
-        config.dim,
-        len(encoder.dense_fields),
-        config.hidden,
-        config.embedding_dropout,
-    )
 
 
 def is_adaptive(table: nn.Module) -> bool:

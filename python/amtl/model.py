@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from amtl.data.encoding import Batch, EncodedData
+from amtl import methods
+from amtl.config import TrainConfig
+from amtl.data.encoding import Batch, EncodedData, Encoder
 
 _LEVELS = 2**16
 
@@ -67,6 +69,34 @@ class ClickModel(nn.Module):
             inputs = torch.cat([inputs, dense.to(inputs.dtype)], 1)
         logits: Tensor = self.mlp(inputs)
         return logits.squeeze(1)
+
+
+def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
+    """A fresh model, the same for the same seed."""
+    torch.manual_seed(config.seed)
+    table = methods.build_table(
+        config.method,
+        encoder,
+        config.dim,
+        budget=config.budget,
+        init_std=config.init_std,
+        seed=config.seed,
+        options=config.table_options,
+    )
+    torch.manual_seed(config.seed)
+    return assemble(config, encoder, table)
+
+
+def assemble(config: TrainConfig, encoder: Encoder, table: nn.Module) -> ClickModel:
+    """The model of these settings around a table."""
+    return ClickModel(
+        table,
+        len(encoder.fields),
+        config.dim,
+        len(encoder.dense_fields),
+        config.hidden,
+        config.embedding_dropout,
+    )
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amtl import checkpoint
-from amtl.checkpoint import write_atomically
 from amtl.errors import UserError
+from amtl.store.files import read_json, write_text
 
 COLORS = {"amtl": "#2563eb", "rule": "#d97706", "fixed": "#64748b"}
 _LABELS = {"amtl": "AMTL", "rule": "rule", "fixed": "fixed"}
@@ -76,7 +75,7 @@ def load_metrics(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 f"{folder} has no metrics.json: not a run, or not finished "
                 f"(amtl train --resume --out {folder} goes on)"
             )
-        runs.append(checkpoint.read_json(folder / "metrics.json"))
+        runs.append(read_json(folder / "metrics.json"))
     return runs
 
 
@@ -197,7 +196,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     }
     with matplotlib.rc_context(settings):
         page = _page(results)
-    write_atomically(out, lambda file: file.write(page.encode()))
+    write_text(out, page)
 
 
 def _page(results: Sequence[Result]) -> str:

@@ -22,7 +22,6 @@ from amtl.frequency import (
     check_field_sizes,
     decode_row_map,
     encode_row_map,
-    frequency_groups,
 )
 from amtl.noise import draw_seed, mix_seed
 from amtl.options import SearchOptions
@@ -224,7 +223,9 @@ class AMTLTable(nn.Module):
         )
         layer._configure(config)
         layer.full_rows = config.get("full_rows", layer.num_embeddings)
-        layer.shared_rows = None if shared is None else torch.tensor(shared, device=blocks[0].device)
+        layer.shared_rows = (
+            None if shared is None else torch.tensor(shared, device=blocks[0].device)
+        )
         layer._enter_frozen([nn.Parameter(b) for b in blocks], ends, row_order)
         return layer
 

@@ -1,24 +1,21 @@
-"""A trained model with its vocabularies: from a run folder or a packed file to predictions."""
+"""A trained model with its vocabularies: from raw rows to predictions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
 from torch import Tensor
 
-from amtl import checkpoint, methods
+from amtl import methods
 from amtl.config import TrainConfig
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.registry import load_source, read_labels
 from amtl.data.splits import split_rows
-from amtl.errors import UserError
 from amtl.metrics import auc, log_loss
 from amtl.model import ClickModel, predict
-from amtl.storage import load_encoder
 
 
 @dataclass
@@ -67,27 +64,26 @@ class Trained:
         }
 
 
-def load_run(folder: Path) -> Trained:
-    """Loads the best model of a run folder.
-
-    Raises:
-        UserError: if the folder is no run, or has no model yet.
-    """
-    if not folder.is_dir():
-        raise UserError(f"there is no run folder {str(folder)!r}; make one with amtl train --out")
-    config = TrainConfig.from_dict(checkpoint.read_json(folder / "config.json"))
-    encoder = load_encoder(folder / "vocabulary.safetensors")
-    if not (folder / "best.pt").exists():
-        raise UserError(
-            f"{folder} has no trained model yet; go on with amtl train --resume --out {folder}"
+def size_table(trained: Trained) -> list[dict[str, Any]]:
+    """Rows, bytes and sizes per field, for `amtl inspect`."""
+    widths = methods.row_widths(trained.model.table)
+    itemsize = methods.table_parameters(trained.model.table)[0].element_size()
+    counts = trained.encoder.counts()
+    result = []
+    for f, name in enumerate(trained.encoder.names):
+        rows = trained.encoder.field_rows(f)
+        w, c = widths[rows].double(), counts[rows].double()
+        result.append(
+            {
+                "field": name,
+                "kind": trained.encoder.fields[f].kind,
+                "rows": len(rows),
+                "lookups": int(c.sum()),
+                "mean_size": float(w.mean()),
+                "mean_size_of_lookups": float((w * c).sum() / c.sum().clamp(min=1)),
+                "min_size": int(w.min()),
+                "max_size": int(w.max()),
+                "bytes": int(w.sum()) * itemsize,
+            }
         )
-    best = checkpoint.load_checkpoint(folder / "best.pt")
-    model = methods.build_model(config, encoder)
-    model.load_state_dict(best["model"])
-    if methods.is_adaptive(model.table):
-        if not methods.is_frozen(model.table):
-            model.table.freeze()  # type: ignore[operator]
-        encoder.renumber(model.table.absorb_order())  # type: ignore[operator]
-    model.eval()
-    path = folder / "metrics.json"
-    return Trained(config, encoder, model, checkpoint.read_json(path) if path.exists() else None)
+    return result

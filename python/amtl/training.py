@@ -1,8 +1,8 @@
 """The training job: from settings to a trained model, its metrics and its files.
 
 A run folder holds `config.json`, `vocabulary.safetensors` (fields and vocabularies as fitted),
-`checkpoint.pt` (everything needed to go on), `best.pt` (the best model so far) and, at the end,
-`metrics.json`.
+`checkpoint.safetensors` (everything needed to go on), `best.safetensors` (the best model
+so far) and, at the end, `metrics.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from amtl import checkpoint, methods
+from amtl import methods
 from amtl.config import TrainConfig
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
@@ -31,7 +31,7 @@ from amtl.metrics import auc, log_loss
 from amtl.model import predict
 from amtl.progress import Observer, Silent
 from amtl.race import is_open, race
-from amtl.storage import load_encoder, save_encoder
+from amtl.store import runs
 
 
 class Interrupted(Exception):
@@ -114,6 +114,7 @@ class Trainer:
         self.raced: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
         self._best_saved = -1
+        self._fresh = True
 
     def _make(self, config: TrainConfig) -> Learner:
         learner = Learner(config, self.task)
@@ -135,8 +136,8 @@ class Trainer:
         Raises:
             Interrupted: if `stop` asked for it.
         """
-        if self.out and not self.learner.finished:
-            self._write_inputs()
+        if self._fresh:
+            self._begin()
         if self.learner.steps == 0 and is_open(self.config):
             self._race()
         learner, config = self.learner, self.config
@@ -167,9 +168,8 @@ class Trainer:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
         self.raced = {"table": result.table, "evidence": result.evidence}
-        if self.out:
-            self._write_inputs()
-            self.save()
+        self._begin()
+        self.save()
 
     def _step(self) -> None:
         learner = self.learner
@@ -199,9 +199,7 @@ class Trainer:
 
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
-        from amtl.trained import load_run
-
-        donor = load_run(run)
+        donor = runs.load_run(run)
         if donor.config.method != "fixed":
             raise UserError(f"--warm-start {run}: a run of --method fixed is needed")
         if donor.config.dim != self.config.dim:
@@ -237,33 +235,36 @@ class Trainer:
         return {**self.learner.state(), "raced": self.raced}
 
     def save(self) -> None:
-        """Writes `checkpoint.pt`, and `best.pt` if it changed, if there is a run folder."""
+        """Writes the checkpoint, and the best model if it changed, if there is a run folder."""
         if self.out:
             best = self.learner.best
             if best is not None and best["record"]["step"] != self._best_saved:
-                checkpoint.save_checkpoint(self.out / "best.pt", best)
+                runs.save_checkpoint(self.out, "best", best)
                 self._best_saved = best["record"]["step"]
-            checkpoint.save_checkpoint(self.out / "checkpoint.pt", self.state())
+            runs.save_checkpoint(self.out, "checkpoint", self.state())
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
-        """Goes back to the state in the run folder."""
+        """Goes back to the state in the run folder; to the start if it was stopped in its race."""
         assert self.out is not None
-        state = checkpoint.load_checkpoint(self.out / "checkpoint.pt")
+        if not runs.holds_run(self.out):
+            return
+        state = runs.load_checkpoint(self.out, "checkpoint")
         self.raced = state.pop("raced")
         self.learner.load_state(state)
+        self._fresh = False
 
-    def _write_inputs(self) -> None:
-        assert self.out is not None
-        checkpoint.write_json(self.out / "config.json", self.config.to_dict())
-        save_encoder(self.out / "vocabulary.safetensors", self.task.encoder)
+    def _begin(self) -> None:
+        if self.out:
+            runs.begin_run(self.out, self.config, self.task.encoder)
+        self._fresh = False
 
     def _finish(self) -> dict[str, Any]:
         self.learner.end()
         logits = predict(self.learner.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
-            checkpoint.write_json(self.out / "metrics.json", result)
+            runs.save_metrics(self.out, result)
         return result
 
 
@@ -375,8 +376,7 @@ def start(
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
-        config = TrainConfig.from_dict(checkpoint.read_json(out / "config.json"))
-        encoder = load_encoder(out / "vocabulary.safetensors")
+        config, encoder = runs.load_inputs(out)
         trainer = Trainer(config, prepare(config, source, encoder), out, observer, stop)
         trainer.resume()
         return trainer

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from amtl.checkpoint import load_checkpoint, read_json
 from amtl.cli import main
+from amtl.store.files import read_json
+from amtl.store.runs import holds_run, load_checkpoint
 
 FAST = ["--dim", "4", "--epochs", "3", "--batch-size", "128"]
 SIZED = [*FAST, "--budget", "0.5"]
@@ -280,7 +281,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data, tmp_path):
     )
     try:
         deadline = time.monotonic() + 90
-        while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        while not holds_run(out) and time.monotonic() < deadline:
             time.sleep(0.05)
         child.send_signal(signal.SIGINT)
         shown, _ = child.communicate(timeout=60)
@@ -288,6 +289,6 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data, tmp_path):
         child.kill()
     assert child.returncode == 130
     assert "--resume" in shown
-    state = load_checkpoint(out / "checkpoint.pt")
+    state = load_checkpoint(out, "checkpoint")
     assert not state["finished"]
     assert state["steps"] >= 1

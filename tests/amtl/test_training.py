@@ -12,9 +12,10 @@ from amtl.config import TrainConfig, default_batch_size
 from amtl.data.registry import Source
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.packed import load_any, load_packed, pack_run, size_table
 from amtl.progress import Bars, Silent
-from amtl.trained import load_run
+from amtl.store.files import read_json
+from amtl.store.runs import load_run, load_trained, pack_run
+from amtl.trained import size_table
 from amtl.training import Interrupted, start
 from rich.console import Console
 
@@ -116,9 +117,7 @@ def test_a_run_learns_and_records(source, tmp_path, method):
     assert history[0]["loss"] > history[-1]["loss"]
     assert sum(metrics["bytes_by_field"].values()) == metrics["stored_bytes"]
     assert metrics["dense_bytes"] == metrics["rows"] * 8 * 4
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == json.loads(
-        json.dumps(metrics)
-    )
+    assert read_json(tmp_path / "run" / "metrics.json") == json.loads(json.dumps(metrics))
     if method == "fixed":
         assert {r["phase"] for r in history} == {""}
         assert metrics["stored_fraction"] == 1
@@ -331,9 +330,9 @@ def test_damaged_packed_files_are_refused(source, tmp_path):
     for content in (b"", whole[:200], whole[:-100]):
         path.write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
-            load_packed(path)
+            load_trained(path)
     with pytest.raises(UserError, match="there is no file"):
-        load_any(tmp_path / "none.safetensors")
+        load_trained(tmp_path / "none.safetensors")
 
 
 def test_a_run_stopped_before_the_freeze_packs_its_best_moment(source, tmp_path):

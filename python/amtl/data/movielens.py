@@ -17,6 +17,7 @@ from zipfile import BadZipFile, ZipFile
 import polars as pl
 
 from amtl.errors import UserError
+from amtl.store.files import write_aside
 
 LABEL = "label"
 FIELDS = ("user_id", "movie_id", "gender", "age", "occupation", "zip", "genres", "year")
@@ -86,14 +87,11 @@ def archive(size: str) -> Path:
 
 
 def _download(known: _Archive, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".part{os.getpid()}")
     try:
         with urllib.request.urlopen(known.url, timeout=30) as answer:
-            partial.write_bytes(answer.read())
-        partial.replace(path)
+            content = answer.read()
+        write_aside({path: lambda aside: aside.write_bytes(content)})
     except (urllib.error.URLError, OSError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(
             f"cannot download {known.url} ({error}). On a machine with internet access, download "
             f"it and copy it to {path}, then run the same command again"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
 import time
+import zlib
 from collections import OrderedDict
 
 import amtl
@@ -16,9 +19,10 @@ import safetensors
 import safetensors.torch
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, PackedFileError, TensorFileError
-from amtl import tensorfile as tensorfile_module
-from amtl.packing import FORMAT, VERSION
-from amtl.tensorfile import read_tensors, write_tensors
+from amtl.store import files
+from amtl.store import tensors as format_module
+from amtl.store.packed import FORMAT, VERSION
+from amtl.store.tensors import read_tensors, write_tensors
 from torch import nn
 
 
@@ -267,7 +271,7 @@ def test_large_files_are_verified_on_request(packed_path, monkeypatch):
     amtl.load(packed_path, verify=False)
     with pytest.raises(TensorFileError, match="checksum of tensor"):
         amtl.load(packed_path, verify=True)
-    monkeypatch.setattr(tensorfile_module, "_VERIFIED_SIZE", 100)
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 100)
     amtl.load(packed_path)
 
 
@@ -338,7 +342,7 @@ def test_failures_of_the_system(packed_path, monkeypatch, where):
     def fails(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(tensorfile_module.os, where, fails)
+    monkeypatch.setattr(files.os, where, fails)
     with pytest.raises(OSError, match="disk full"):
         amtl.save(frozen(rows=90), packed_path)
     monkeypatch.undo()
@@ -351,11 +355,11 @@ def test_a_full_disk(packed_path):
     content = packed_path.read_bytes()
     script = (
         "import resource, signal, sys, torch\n"
-        "from amtl import tensorfile\n"
+        "from amtl.store import tensors\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
-        "    tensorfile.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
+        "    tensors.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
         "except OSError:\n"
         "    sys.exit(7)\n"
     )
@@ -380,7 +384,7 @@ def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
             order.append(name)
             return original(*args)
 
-        monkeypatch.setattr(tensorfile_module.os, name, noted)
+        monkeypatch.setattr(files.os, name, noted)
     amtl.save(frozen(), tmp_path / "x")
     assert order == ["fsync", "replace", "fsync"]
 
@@ -389,23 +393,26 @@ def test_a_killed_save_leaves_the_old_file_whole(packed_path):
     content = packed_path.read_bytes()
     script = (
         "import os, sys, safetensors.torch, torch\n"
-        "from amtl import tensorfile\n"
+        "from amtl.store import tensors\n"
         "write = safetensors.torch.save_file\n"
         "def dies(*args):\n"
         "    write(*args); os._exit(9)\n"
         "safetensors.torch.save_file = dies\n"
-        "tensorfile.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
+        "tensors.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(packed_path)], check=False)
     assert done.returncode == 9
     assert packed_path.read_bytes() == content
     assert amtl.load(packed_path).num_embeddings == 60
+    assert len(list(packed_path.parent.iterdir())) == 2
+    amtl.save(frozen(), packed_path)
+    assert list(packed_path.parent.iterdir()) == [packed_path], "the next save sweeps"
 
 
 # Size and speed
 
 
-def sparse_file(path, rows, dim):
+def sparse_file(path, rows, dim, crc=None):
     """A packed table of rows * dim float32 zeros that takes no disk: a hole with a header."""
     layer = AMTLEmbedding(8, dim, counts=torch.ones(8), budget=1.0).freeze()
     config = {**layer.config(), "num_embeddings": rows, "tier_ends": [rows], "field_sizes": [rows]}
@@ -413,8 +420,14 @@ def sparse_file(path, rows, dim):
     entry = {"dtype": "F32", "shape": [rows, dim], "data_offsets": [0, rows * dim * 4]}
     metadata = {"format": FORMAT, "version": str(VERSION), "amtl": json.dumps(header)}
     name, shape = "layers//blocks/0", torch.empty(rows, dim, device="meta")
-    sealed = tensorfile_module._seal(metadata, {name: shape}, {name: "00000000"})
-    content = {"__metadata__": {tensorfile_module._ENTRY: sealed}, name: entry}
+    if crc is None:
+        block = bytes(1 << 20)
+        assert rows * dim * 4 % len(block) == 0
+        crc = 0
+        for _ in range(rows * dim * 4 // len(block)):
+            crc = zlib.crc32(block, crc)
+    sealed = format_module._seal(metadata, {name: shape}, {name: f"{crc:08x}"})
+    content = {"__metadata__": {format_module._ENTRY: sealed}, name: entry}
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -422,16 +435,106 @@ def sparse_file(path, rows, dim):
         file.truncate(8 + len(text) + rows * dim * 4)
 
 
-def test_a_gigabyte_opens_in_well_under_a_second(tmp_path):
+def test_a_gigabyte_opens_in_milliseconds_and_is_checked_when_used(tmp_path):
     path = tmp_path / "big.safetensors"
     sparse_file(path, 4_194_304, 64)
     assert path.stat().st_size > 2**30
     start = time.perf_counter()
     layer = amtl.load(path)
-    out = layer(torch.tensor([0, 4_194_303]))
     seconds = time.perf_counter() - start
+    out = layer(torch.tensor([0, 4_194_303]))
     assert out.shape == (2, 64) and layer.stored_bytes() == 2**30
-    assert seconds < 0.5
+    assert seconds < 0.1
+    start = time.perf_counter()
+    layer(torch.tensor([0, 4_194_303]))
+    assert time.perf_counter() - start < 0.1, "the check is once"
+
+
+def called(layer):
+    return layer(torch.arange(5))
+
+
+def compiled(layer):
+    return torch.compile(layer, fullgraph=True, backend="eager")(torch.arange(5))
+
+
+def pickled(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)(torch.arange(5))
+
+
+def copied(layer):
+    return copy.deepcopy(layer)(torch.arange(5))
+
+
+def in_a_model(layer):
+    return nn.Sequential(layer)(torch.arange(5))
+
+
+def traced(layer):
+    return torch.export.export(layer, (torch.arange(5),)).module()(torch.arange(5))
+
+
+USES = [called, compiled, pickled, copied, in_a_model, traced]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_large_file_is_checked_before_its_values_are_used(packed_path, monkeypatch, use):
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
+    amtl.save(frozen(), packed_path)
+    expected = called(amtl.load(packed_path, verify=True))
+    layer = amtl.load(packed_path)
+    for _ in range(3):
+        assert torch.equal(use(layer), expected)
+    assert torch.equal(called(layer), expected)
+    assert not layer._forward_pre_hooks, "later calls cost nothing"
+    content = bytearray(packed_path.read_bytes())
+    content[-1] ^= 1
+    packed_path.unlink()
+    packed_path.write_bytes(content)
+    layer = amtl.load(packed_path)
+    for _ in range(2):
+        with pytest.raises(Exception, match="corrupted: checksum of tensor"):
+            use(layer)
+    with pytest.raises(TensorFileError, match="checksum of tensor"):
+        layer.state_dict()
+    with pytest.raises(TensorFileError, match="checksum of tensor"):
+        amtl.save(layer, packed_path)
+    assert packed_path.read_bytes() == content
+
+
+def test_values_changed_before_the_check_are_no_damage(packed_path, monkeypatch):
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
+    layer = amtl.load(packed_path)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(1)
+    assert called(layer).max() == 1
+
+
+def test_what_is_beside_the_layers_is_checked_when_taken_out(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    model = Model(frozen(in_order=False), frozen(AMTLEmbeddingBag, mode="sum")).eval()
+    amtl.save(model, path, tensors={"good": torch.arange(3.0), "zzz": torch.full((7,), 8.25)})
+    content = path.read_bytes()
+    value = torch.full((7,), 8.25).numpy().tobytes()
+    path.write_bytes(content.replace(value, bytes([1]) + value[1:]))
+    with pytest.raises(TensorFileError, match="zzz"):
+        amtl.load(path)
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
+    packed = amtl.open_packed(path)
+    assert packed.tensors["good"].tolist() == [0, 1, 2]
+    for use in (lambda: packed.tensors["zzz"], lambda: copy.deepcopy(packed.tensors)):
+        with pytest.raises(TensorFileError, match="zzz"):
+            use()
+    assert copy.deepcopy(packed.state).keys() == packed.state.keys()
+    rows = torch.randint(60, (7, 3))
+    assert torch.equal(packed.into(Model().eval())(rows), model(rows))
+    with pytest.raises(TensorFileError, match="zzz"):
+        amtl.open_packed(path, device="cpu")
 
 
 def test_loaded_tensors_are_maps(packed_path):
@@ -464,6 +567,15 @@ def test_parts_and_shared_memory(tmp_path):
     write_tensors(tmp_path / "x", tensors, {})
     loaded, _ = read_tensors(tmp_path / "x")
     assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
+
+
+def test_parts_of_one_storage_are_not_copied(tmp_path):
+    whole = torch.arange(40)
+    parts = {"b": whole[20:], "a": whole[:20].view(4, 5), "none": whole[20:20]}
+    assert all(t.data_ptr() == parts[k].data_ptr() for k, t in format_module._plain(parts).items())
+    write_tensors(tmp_path / "x", parts, {})
+    loaded, _ = read_tensors(tmp_path / "x")
+    assert all(torch.equal(loaded[k], v) for k, v in parts.items())
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):

@@ -1,0 +1,338 @@
+"""Packed files: frozen layers, models with frozen layers, and whole runs, as safetensors.
+
+The tiers are stored as they are, so loading is a memory map: nothing is unpacked, nothing is
+pickled, and a table of any size opens in milliseconds. Files up to 64 MiB are checked then; of
+larger ones each layer is when it is first called, saved, copied or asked for its state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from amtl.conversion import layers as layers_of
+from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.errors import UserError
+from amtl.store.files import write_aside
+from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
+from amtl.table import AMTLTable
+
+FORMAT, VERSION = "amtl-packed", 1
+_RUN_OF_V1 = "amtl-model"
+
+_CLASSES: dict[str, type[AMTLTable]] = {
+    "AMTLEmbedding": AMTLEmbedding,
+    "AMTLEmbeddingBag": AMTLEmbeddingBag,
+}
+_Model = TypeVar("_Model", bound=nn.Module)
+_Kind = Literal["layer", "layers", "model", "run"]
+
+
+@dataclass
+class PackedFile:
+    """An opened packed file.
+
+    Attributes:
+        kind: what was saved: one "layer", a dict of "layers", a "model", or a "run", which is a
+            model with settings and vocabularies.
+        layers: frozen layers by dotted name ("" for a single layer), parameters memory-mapped.
+        aliases: further names of shared layers -> the name in `layers`.
+        state: the model's other parameters and buffers by state_dict key.
+        metadata: what the writer attached, JSON-able.
+        tensors: tensors that the writer attached.
+    """
+
+    kind: _Kind
+    layers: dict[str, AMTLTable]
+    aliases: dict[str, str] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Any = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def into(self, model: _Model, *, assign: bool = False) -> _Model:
+        """Put the layers into a model of the same architecture and load the rest of its state.
+
+        Args:
+            model: built as usual, with embeddings of any kind where the layers go.
+            assign: the rest takes the place of the model's tensors instead of being copied into
+                them, as in `load_state_dict`.
+
+        Returns:
+            The same model, its embeddings replaced.
+
+        Raises:
+            PackedFileError: the model has other modules, keys or shapes than the one saved; it is
+                left as it was.
+        """
+        targets = {**{name: name for name in self.layers}, **self.aliases}
+        prefixes = tuple(f"{name}." for name in targets)
+        state = dict(self.state)
+        rest = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes)}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        absent = [name for name in targets if name not in modules]
+        missing, surplus = sorted(rest.keys() - state), sorted(state.keys() - rest)
+        shapes = [k for k in rest.keys() & state.keys() if rest[k].shape != state[k].shape]
+        if absent or missing or surplus or shapes:
+            raise PackedFileError(
+                "the file does not fit the model: "
+                f"modules not in the model: {absent}; keys not in the file: {missing}; "
+                f"keys not in the model: {surplus}; other shapes: {sorted(shapes)}"
+            )
+        for name, source in targets.items():
+            parent, _, key = name.rpartition(".")
+            layer = self.layers[source]
+            layer.train(modules[name].training)
+            model.get_submodule(parent)._modules[key] = layer
+        model.load_state_dict(state, strict=False, assign=assign)
+        return model
+
+
+def save(
+    obj: AMTLTable | Mapping[str, AMTLTable] | nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Any = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a frozen layer, several, or a model that holds frozen layers, to one file.
+
+    The file is written aside, flushed and renamed: an interruption leaves the old file whole. The
+    size search (head, counts) is not stored: a packed table can train on, and `thaw(counts=...)`.
+
+    Args:
+        obj: a frozen layer; frozen layers by name; or a model, of which everything in its
+            state_dict is stored.
+        path: where to, for example "model.safetensors".
+        metadata: anything JSON-able to store along: vocabularies, settings.
+        tensors: further tensors to store along.
+
+    Raises:
+        ValueError: a layer is still searching, no layer at all, or something that cannot be
+            stored.
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be written.
+    """
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be JSON-able: {error}") from error
+    if isinstance(obj, AMTLTable):
+        write_packed(path, "layer", {"": obj}, metadata=metadata, tensors=tensors)
+    elif isinstance(obj, nn.Module):
+        write_packed(path, "model", layers_of(obj), obj, metadata=metadata, tensors=tensors)
+    else:
+        write_packed(path, "layers", dict(obj), metadata=metadata, tensors=tensors)
+
+
+def write_packed(
+    path: str | os.PathLike[str],
+    kind: _Kind,
+    layers: Mapping[str, AMTLTable],
+    model: nn.Module | None = None,
+    *,
+    metadata: Any = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """What `save` does, for its kinds and for runs.
+
+    Args:
+        path: where to.
+        kind: see `PackedFile`.
+        layers: frozen layers by name.
+        model: what holds them, if anything does.
+        metadata: JSON-able.
+        tensors: to store along.
+
+    Raises:
+        As `save`.
+    """
+    if not layers:
+        raise ValueError("there is no AMTL layer to save")
+    rest: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    if model is not None:
+        aliases = {
+            name: next(n for n, layer in layers.items() if layer is module)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, AMTLTable) and name not in layers
+        }
+        inside = tuple(f"{name}." for name in (*layers, *aliases))
+        rest = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
+    packed: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, AMTLTable):
+            raise ValueError(f"{name!r} is a {type(layer).__name__}, not an AMTL layer")
+        if type(layer).__name__ not in _CLASSES:
+            raise ValueError(f"{name!r} is of a class of your own, {type(layer).__name__}")
+        if layer.phase != "frozen":
+            raise ValueError(f"layer {name!r} is still searching its sizes: call freeze() first")
+        if layer in _unchecked:
+            _unchecked[layer].check()
+        for tier, block in enumerate(layer.blocks):
+            packed[f"layers/{name}/blocks/{tier}"] = block.detach()
+        if layer.row_order is not None:
+            packed[f"layers/{name}/row_order"] = layer.row_order
+    for key, value in rest.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key!r} of the state_dict is a {type(value).__name__}, not a tensor")
+        packed[f"state/{key}"] = value.detach()
+    for key, value in (tensors or {}).items():
+        packed[f"user/{key}"] = value.detach()
+    header = {
+        "kind": kind,
+        "layers": {name: layer.config() for name, layer in layers.items()},
+        "aliases": aliases,
+        "metadata": metadata,
+    }
+    write_aside({Path(path): document_writer(FORMAT, VERSION, packed, header)})
+
+
+def open_packed(
+    path: str | os.PathLike[str],
+    *,
+    verify: bool | None = None,
+    device: torch.device | str | None = None,
+) -> PackedFile:
+    """Open a packed file with everything in it; tensors are memory-mapped.
+
+    Args:
+        path: a file of `save` or `amtl pack`.
+        verify: compare the checksums of all tensors now (True, reads them) or never (False). None:
+            now for files up to 64 MiB; of larger ones, those of `state` and `tensors` when a
+            tensor is taken out, a layer's when it is first called, saved, copied or asked for its
+            `state_dict()`. What reaches a layer's values past these (`dense_weight`, `revert`,
+            its blocks) should open the file with True.
+        device: move everything there, which reads it, so it is checked unless `verify` is False.
+
+    Raises:
+        PackedFileError: not a packed file, of a newer version, or inconsistent.
+        TensorFileError: truncated or corrupted (PackedFileError is one, too).
+        FileNotFoundError: no such file.
+        ImportError: safetensors is not installed.
+    """
+    contents, kind, _, header = read_document(Path(path), {FORMAT: VERSION, _RUN_OF_V1: 1}, verify)
+    if device is not None:
+        contents = contents.to(device)
+    try:
+        if kind == _RUN_OF_V1:
+            return _run_of_v1(contents, header)
+        return PackedFile(
+            kind=header["kind"],
+            layers={
+                name: _layer(name, config, contents.select(f"layers/{name}/"))
+                for name, config in header["layers"].items()
+            },
+            aliases=header["aliases"],
+            state=contents.select("state/"),
+            metadata=header["metadata"],
+            tensors=contents.select("user/"),
+        )
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PackedFileError(f"{path} is inconsistent: {error!r}") from error
+
+
+def table_of_tiers(blocks: Sequence[Tensor], dim: int, bags: bool) -> AMTLTable:
+    """A frozen layer around tiers, or around one dense table; averages bags if there are any.
+
+    Args:
+        blocks: tier `c` as `[rows, width_c]`, used as they are.
+        dim: width of the output.
+        bags: whether it is called with offsets.
+    """
+    like: AMTLTable
+    if bags:
+        like = AMTLEmbeddingBag(1, dim, counts=torch.ones(1), budget=1.0, sparse=True, mode="mean")
+    else:
+        like = AMTLEmbedding(1, dim, counts=torch.ones(1), budget=1.0, sparse=True)
+    ends = list(itertools.accumulate(block.shape[0] for block in blocks))
+    shape = {"num_embeddings": ends[-1], "field_sizes": ends[-1:], "tier_ends": ends}
+    return type(like).from_config({**like.config(), **shape}, blocks)
+
+
+def _run_of_v1(contents: FileTensors, meta: Mapping[str, Any]) -> PackedFile:
+    """What version 1 of `amtl pack` wrote, as its successor would have it."""
+    tiers = contents.select("table.")
+    blocks = [tiers.unchecked(str(c)) for c in range(meta["tiers"])]
+    table = table_of_tiers(blocks, meta["config"]["dim"], meta["bags"])
+    _check_when_used(table, tiers)
+    return PackedFile(
+        kind="run",
+        layers={"table": table},
+        state=contents.select("mlp.", "mlp."),
+        metadata={**{k: meta[k] for k in ("config", "encoder", "metrics")}, "codes": {}},
+        tensors=contents.select("encoder."),
+    )
+
+
+def _layer(name: str, config: Mapping[str, Any], contents: FileTensors) -> AMTLTable:
+    blocks = [contents.unchecked(f"blocks/{c}") for c in range(len(config["tier_ends"]))]
+    order = contents.unchecked("row_order") if "row_order" in contents else None
+    layer = _CLASSES[config["class"]].from_config(config, blocks, order)
+    layer.name = name
+    _check_when_used(layer, contents)
+    return layer
+
+
+class _Unchecked:
+    """A hook of a layer that checks its part of the file before its values are first used."""
+
+    def __init__(self, contents: FileTensors | None = None) -> None:
+        self._contents = contents
+        self._handles: list[Any] = []
+
+    def __call__(self, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            _check_while_tracing(id(self))
+            return
+        self.check()
+        # Not above: a graph that is being traced counts the hooks.
+        for handle in self._handles:
+            handle.remove()
+
+    def attach(self, layer: AMTLTable) -> None:
+        self._handles = [
+            layer.register_forward_pre_hook(self, prepend=True),
+            layer.register_state_dict_pre_hook(self),
+        ]
+
+    def check(self) -> None:
+        if self._contents is not None:
+            self._contents.check()
+        self._contents = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a layer hold checked values."""
+        self.check()
+        return (_Unchecked, ())
+
+
+_unchecked: weakref.WeakKeyDictionary[AMTLTable, _Unchecked] = weakref.WeakKeyDictionary()
+
+
+def _check_when_used(layer: AMTLTable, contents: FileTensors) -> None:
+    if not contents.checked:
+        _unchecked[layer] = _Unchecked(contents)
+        _unchecked[layer].attach(layer)
+
+
+def _check_while_tracing(number: int) -> bool:
+    """The compiler runs this instead of tracing it."""
+    for hook in list(_unchecked.values()):
+        if id(hook) == number:
+            hook.check()
+    return True
+
+
+# What torch.compiler.assume_constant_result() sets, which would import the compiler.
+_check_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]

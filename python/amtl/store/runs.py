@@ -1,0 +1,276 @@
+"""Run folders: settings, vocabularies, checkpoints, the best model and its metrics.
+
+`config.json`, `vocabulary.safetensors` (as fitted), `checkpoint.safetensors` (all that is needed to
+go on), `best.safetensors` (the model with the best validation AUC) and, at the end,
+`metrics.json`. Version 1 had `checkpoint.pt` and `best.pt`, which are read still.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amtl import methods
+from amtl.config import TrainConfig
+from amtl.conversion import layers
+from amtl.data.encoding import Encoder
+from amtl.errors import UserError
+from amtl.model import assemble, build_model
+from amtl.store.files import RESTORE, json_text, read_json, write_aside, write_json
+from amtl.store.packed import PackedFile, open_packed, table_of_tiers, write_packed
+from amtl.store.tensors import (
+    FileTensors,
+    PackedFileError,
+    compact,
+    document_writer,
+    expand,
+    flatten,
+    read_document,
+    unflatten,
+)
+from amtl.trained import Trained
+
+_CONFIG, _VOCABULARY, _METRICS = "config.json", "vocabulary.safetensors", "metrics.json"
+_CHECKPOINT = "amtl-checkpoint"
+_ENDS = (".safetensors", ".pt")
+_INCONSISTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError, zlib.error)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is something to `--resume`, or to lose."""
+    return any((folder / f"checkpoint{end}").exists() for end in _ENDS)
+
+
+def begin_run(folder: Path, config: TrainConfig, encoder: Encoder) -> None:
+    """Write what a run starts from, in place of the run that the folder holds, if any.
+
+    The old run goes when all that the new one needs is on disk, not before.
+
+    Raises:
+        FileWriteError: the folder cannot be written; the old run is whole.
+    """
+    old = [folder / f"{name}{end}" for name in ("checkpoint", "best") for end in _ENDS]
+    old.append(folder / _METRICS)
+
+    def remove() -> None:
+        for path in old:
+            path.unlink(missing_ok=True)
+
+    text = json_text(config.to_dict())
+    write_aside(
+        {
+            folder / _VOCABULARY: _encoder_writer(encoder),
+            folder / _CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        },
+        remove,
+    )
+
+
+def load_inputs(folder: Path) -> tuple[TrainConfig, Encoder]:
+    """Settings of a run, and its vocabularies as fitted.
+
+    Raises:
+        UserError: the folder is no run, or a file is damaged.
+    """
+    config = TrainConfig.from_dict(read_json(folder / _CONFIG))
+    path = folder / _VOCABULARY
+    tensors, _, version, content = _read(path, {"amtl-encoder": 2})
+    try:
+        if version == 1:
+            return config, Encoder.from_tensors(tensors, content)
+        return config, _encoder(tensors, content)
+    except _INCONSISTENT as error:
+        raise UserError(f"{path} is inconsistent ({error!r}): {RESTORE}") from error
+
+
+def save_checkpoint(folder: Path, name: str, state: Mapping[str, Any]) -> None:
+    """Save tensors, numbers, strings and containers of them; the old file stays whole till then.
+
+    Args:
+        folder: the run.
+        name: "checkpoint" or "best".
+        state: see `flatten`.
+
+    Raises:
+        FileWriteError: it cannot be written; the old one is whole.
+        ValueError: something in `state` cannot be saved.
+    """
+    tensors, tree = flatten(dict(state))
+    write_aside({folder / f"{name}.safetensors": document_writer(_CHECKPOINT, 1, tensors, tree)})
+    (folder / f"{name}.pt").unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path, name: str) -> dict[str, Any]:
+    """Load what `save_checkpoint` wrote, every byte of it checked.
+
+    Raises:
+        UserError: the file is missing, damaged, or of a newer format.
+    """
+    path = folder / f"{name}.safetensors"
+    old = folder / f"{name}.pt"
+    if not path.exists() and old.exists():
+        return _load_checkpoint_of_v1(old)
+    tensors, _, _, tree = _read(path, {_CHECKPOINT: 1})
+    try:
+        state: dict[str, Any] = unflatten(tensors, tree)
+    except _INCONSISTENT as error:
+        raise UserError(f"{path} is inconsistent ({error!r}): {RESTORE}") from error
+    return state
+
+
+def _load_checkpoint_of_v1(path: Path) -> dict[str, Any]:
+    """A zip archive, whose checksums torch.load() does not compare; no code is run from it."""
+    whole = io.BytesIO()
+    try:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(whole, "w") as copy:
+            for entry in archive.infolist():
+                copy.writestr(entry.filename, archive.read(entry))
+        whole.seek(0)
+        state: dict[str, Any] = torch.load(whole, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {reason}): {RESTORE}"
+        ) from error
+    return state
+
+
+def save_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the record of a finished run."""
+    write_json(folder / _METRICS, metrics)
+
+
+def load_run(folder: Path) -> Trained:
+    """Load the best model of a run folder.
+
+    Raises:
+        UserError: the folder is no run, has no model yet, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {str(folder)!r}; make one with amtl train --out")
+    config, encoder = load_inputs(folder)
+    if not any((folder / f"best{end}").exists() for end in _ENDS):
+        raise UserError(
+            f"{folder} has no trained model yet; go on with amtl train --resume --out {folder}"
+        )
+    best = load_checkpoint(folder, "best")
+    try:
+        model = build_model(config, encoder)
+        model.load_state_dict(best["model"])
+        renumber(model.table, encoder, best.get("row_map"))
+    except (*_INCONSISTENT, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the files of {folder} do not fit together ({reason}): {RESTORE}"
+        ) from error
+    model.eval()
+    path = folder / _METRICS
+    return Trained(config, encoder, model, read_json(path) if path.exists() else None)
+
+
+def renumber(table: nn.Module, encoder: Encoder, row_map: Tensor | None) -> None:
+    """Bring a table into the form in which it is stored, and the vocabularies with it.
+
+    Args:
+        table: of the best model; if its sizes are still searched, they freeze as they are.
+        encoder: numbered as fitted.
+        row_map: how version 1 had renumbered rows in training.
+    """
+    if row_map is not None:
+        encoder.renumber(row_map)
+    elif methods.is_adaptive(table):
+        if not methods.is_frozen(table):
+            table.freeze()  # type: ignore[operator]
+        encoder.renumber(table.absorb_order())  # type: ignore[operator]
+
+
+def pack_run(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Trained:
+    """Write the best model of a run to one file, as `amtl.save` does; return it as loaded from it.
+
+    Args:
+        folder: a finished or stopped run.
+        out: the file.
+        dtype: of the stored embedding values; by default as trained, which keeps predictions
+            bit for bit.
+
+    Raises:
+        UserError: the run has no model yet, or a file is damaged or cannot be written.
+    """
+    trained = load_run(folder)
+    model, config = trained.model, trained.config
+    if not methods.is_adaptive(model.table):
+        dense = methods.table_parameters(model.table)[0].detach()
+        model.table = table_of_tiers([dense], config.dim, isinstance(model.table, nn.EmbeddingBag))
+    model.table.to(dtype)
+    tensors, meta = trained.encoder.to_tensors()
+    tensors, codes = compact(tensors)
+    skip = ("history", "config", "sizes")
+    metrics = {k: v for k, v in (trained.metrics or {}).items() if k not in skip}
+    content = {"config": config.to_dict(), "encoder": meta, "codes": codes, "metrics": metrics}
+    write_packed(out, "run", layers(model), model, metadata=content, tensors=tensors)
+    return from_packed(open_packed(out))
+
+
+def from_packed(packed: PackedFile) -> Trained:
+    """The model with its vocabularies that a file of `pack_run` holds; its table stays mapped.
+
+    Raises:
+        PackedFileError: the contents do not fit together.
+    """
+    content = packed.metadata
+    try:
+        config = TrainConfig.from_dict(content["config"])
+        encoder = _encoder(packed.tensors, content)
+        with torch.device("meta"):
+            model = assemble(config, encoder, nn.Identity())
+        packed.into(model, assign=True)
+    except UserError:
+        raise
+    except _INCONSISTENT as error:
+        raise PackedFileError(f"a packed run is inconsistent: {error!r}") from error
+    model.eval()
+    return Trained(config, encoder, model, content["metrics"])
+
+
+def load_trained(path: Path) -> Trained:
+    """Load a run folder or a packed run, for commands.
+
+    Raises:
+        UserError: there is no such thing, or a file is damaged.
+    """
+    if path.is_dir():
+        return load_run(path)
+    try:
+        packed = open_packed(path)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}, nor a run folder") from error
+    if packed.kind != "run":
+        raise UserError(
+            f"{path} holds a {packed.kind} without vocabularies; name a run or a file of amtl pack"
+        )
+    return from_packed(packed)
+
+
+def _read(path: Path, versions: Mapping[str, int]) -> tuple[FileTensors, str, int, Any]:
+    """A file of a run, checked whole."""
+    try:
+        return read_document(path, versions, verify=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; run amtl train without --resume") from error
+
+
+def _encoder_writer(encoder: Encoder) -> Callable[[Path], object]:
+    tensors, meta = encoder.to_tensors()
+    tensors, codes = compact(tensors)
+    return document_writer("amtl-encoder", 2, tensors, {"encoder": meta, "codes": codes})
+
+
+def _encoder(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Encoder:
+    return Encoder.from_tensors(expand(tensors, content["codes"]), content["encoder"])

@@ -1,0 +1,285 @@
+"""Run folders and packed runs: round trips, replacing one, and files of version 1."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import amtl
+import polars as pl
+import pytest
+import torch
+from amtl.cli import main
+from amtl.config import TrainConfig
+from amtl.data.registry import load_source
+from amtl.errors import UserError
+from amtl.store import files, runs
+from amtl.store.files import FileWriteError, read_json
+from amtl.trained import Trained
+from amtl.training import Interrupted, start
+from torch import nn
+
+FIELDS = ["shop", "city", "hour", "truth"]
+
+
+def settings(**changes) -> TrainConfig:
+    base = {
+        "data": "synthetic:300",
+        "label": "label",
+        "fields": FIELDS,
+        "dim": 4,
+        "budget": 0.5,
+        "hidden": [4],
+        "epochs": 4,
+        "batch_size": 80,
+    }
+    return TrainConfig(**{**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    start(settings(), folder).run()
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def command(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    return int(stop.value.code or 0)
+
+
+TRAIN = ["train", "synthetic:300", "--fields", ",".join(FIELDS), "--dim", "4", "--epochs", "2"]
+
+
+# One format, one reader
+
+
+def test_a_packed_run_is_a_packed_file(run, tmp_path):
+    path = tmp_path / "model.safetensors"
+    runs.pack_run(run, path)
+    frame = load_source("synthetic:300").frame
+    trained = amtl.load(run)
+    expected = trained.probabilities(frame)
+    packed = amtl.load(path)
+    assert isinstance(trained, Trained) and isinstance(packed, Trained)
+    assert torch.equal(packed.probabilities(frame), expected)
+    assert packed.config == trained.config
+    assert packed.metrics["test_auc"] == trained.metrics["test_auc"]
+    opened = amtl.open_packed(path)
+    assert opened.kind == "run" and list(opened.layers) == ["table"]
+    batch = first_batch(trained, frame)
+    filled = amtl.load(path, amtl.load(run).model)
+    assert torch.equal(filled(batch), trained.model(batch))
+
+
+def first_batch(trained, frame):
+    return next(trained.encoder.transform(frame).batches(50))
+
+
+def test_a_model_saved_by_hand_and_a_run_open_with_the_same_call(run, tmp_path):
+    trained = amtl.load(run)
+    amtl.save(trained.model, tmp_path / "by-hand")
+    fresh = amtl.load(run).model
+    nn.init.zeros_(fresh.mlp[0].weight)
+    amtl.load(tmp_path / "by-hand", fresh)
+    batch = first_batch(trained, load_source("synthetic:300").frame)
+    assert torch.equal(fresh(batch), trained.model(batch))
+    assert command("evaluate", tmp_path / "by-hand") == 1, "it has no vocabularies"
+    with pytest.raises(UserError, match="is a run folder"):
+        amtl.load(run, fresh)
+
+
+def test_vocabularies_are_stored_compactly(run):
+    encoder = runs.load_inputs(run)[1]
+    whole = sum(t.nbytes for t in encoder.to_tensors()[0].values())
+    packed = sum(t.nbytes for t in runs.compact(encoder.to_tensors()[0])[0].values())
+    assert packed < 0.55 * whole
+
+
+# Replacing a run
+
+
+def test_force_keeps_the_old_run_until_the_new_one_has_started(run, monkeypatch, capsys):
+    before = contents(run)
+    assert command(*TRAIN, "--out", run) == 1
+    assert "--force replaces it" in capsys.readouterr().err
+    for wrong in (["--fields", "colour"], ["--table-optimizer", "x"], ["--freeze-at", "7"]):
+        assert command(*TRAIN, *wrong, "--out", run, "--force") == 1
+    assert contents(run) == before
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        assert command(*TRAIN, "--out", run, "--force") == 1
+    assert "free some space" in capsys.readouterr().err
+    assert contents(run) == before
+    assert command(*TRAIN, "--out", run, "--force") == 0
+    after = contents(run)
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in before if name != "vocabulary.safetensors")
+
+
+def test_a_new_run_leaves_nothing_of_the_old_one(run):
+    trainer = start(settings(seed=7), run, stop=lambda steps: steps >= 1)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert contents(run).keys() == {
+        "config.json",
+        "vocabulary.safetensors",
+        "checkpoint.safetensors",
+    }
+    assert runs.load_inputs(run)[0].seed == 7
+    with pytest.raises(UserError, match="no trained model yet"):
+        amtl.load(run)
+
+
+# Failing disks
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "best"])
+def test_a_failed_checkpoint_leaves_the_old_one(run, monkeypatch, name):
+    before = contents(run)
+    state = runs.load_checkpoint(run, name)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(FileWriteError, match=f"{name}.safetensors: No space left"):
+        runs.save_checkpoint(run, name, {**state, "epoch": 99})
+    assert contents(run) == before
+
+
+LIMITED = """
+import resource, signal, sys
+from amtl.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [*TRAIN, "--out", "RUN", "--force"],
+        ["train", "--resume", "--out", "RUN"],
+        ["pack", "RUN", "-o", "OUT/model.safetensors"],
+        ["report", "RUN", "-o", "OUT/report.html"],
+    ],
+)
+def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path, args):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("old")
+    (out / "report.html").write_text("old")
+    before = {**contents(run), **contents(out)}
+    args = [a.replace("RUN", str(run)).replace("OUT", str(out)) for a in args]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *args], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: cannot write") and done.stderr.count("\n") == 1
+    assert "free some space" in done.stderr
+    assert {**contents(run), **contents(out)} == before
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["pack", "RUN", "-o", "OUT"],
+        ["report", "RUN", "-o", "OUT"],
+        ["pack", "RUN", "-o", "FILE/x"],
+        [*TRAIN, "--out", "FILE"],
+        ["evaluate", "OUT"],
+        ["inspect", "FILE"],
+    ],
+)
+def test_something_in_the_way_is_one_line(run, tmp_path, args, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "file").write_text("old")
+    names = {"RUN": run, "OUT": tmp_path / "out", "FILE": tmp_path / "file"}
+    for name, path in names.items():
+        args = [str(a).replace(name, str(path)) for a in args]
+    assert command(*args) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "old" and not os.listdir(tmp_path / "out")
+
+
+# Files of version 1, made by the code of November 2026
+
+
+@pytest.fixture(scope="module")
+def v1(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("v1")
+    with tarfile.open(Path(__file__).with_name("v1.tar.xz")) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def test_runs_and_packed_files_of_version_1_open(v1, tmp_path):
+    expected = json.loads((v1 / "expected.json").read_text())
+    frame = pl.DataFrame(expected["rows"])
+    for name, key in (
+        ("finished", "packed"),
+        ("packed.safetensors", "packed"),
+        ("fixed.safetensors", "fixed"),
+    ):
+        trained = amtl.load(v1 / name)
+        torch.testing.assert_close(trained.probabilities(frame), torch.tensor(expected[key]))
+        assert command("evaluate", v1 / name) == command("inspect", v1 / name) == 0
+    assert amtl.open_packed(v1 / "packed.safetensors").kind == "run"
+    packed = runs.pack_run(v1 / "finished", tmp_path / "new.safetensors")
+    torch.testing.assert_close(packed.probabilities(frame), torch.tensor(expected["packed"]))
+    assert packed.metrics["test_auc"] == expected["test_auc"]
+    old = (v1 / "packed.safetensors").stat().st_size
+    assert (tmp_path / "new.safetensors").stat().st_size < old
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(30, 4)
+        self.top = nn.Linear(4, 1)
+
+    def forward(self, rows):
+        return self.top(self.table(rows))
+
+
+def test_models_of_version_1_open(v1):
+    expected = json.loads((v1 / "expected.json").read_text())["model"]
+    model = amtl.load(v1 / "model.safetensors", Model().eval())
+    torch.testing.assert_close(model(torch.arange(30)).flatten(), torch.tensor(expected))
+    packed = amtl.open_packed(v1 / "model.safetensors")
+    assert packed.metadata == {"who": "me"}
+    assert packed.tensors["extra"].tolist() == list(range(5))
+
+
+def test_a_run_of_version_1_goes_on(v1, tmp_path):
+    run = Path(shutil.copytree(v1 / "stopped", tmp_path / "run"))
+    assert runs.holds_run(run) and (run / "checkpoint.pt").exists()
+    metrics = start(None, run, resume=True).run()
+    assert metrics["epochs_run"] == 4
+    finished = read_json(v1 / "finished" / "metrics.json")
+    assert metrics["test_auc"] == pytest.approx(finished["test_auc"], abs=0.02)
+    assert not list(run.glob("*.pt")), "the new files took their place"
+    assert amtl.load(run).metrics["test_auc"] == metrics["test_auc"]
