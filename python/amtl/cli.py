@@ -156,6 +156,13 @@ def train(
         str | None,
         typer.Option(help="amtl: ordinal, free (the paper's logits), paper (and no budget)."),
     ] = None,
+    race: Annotated[
+        bool, typer.Option(help="Try on validation how sizes should follow from counts.")
+    ] = True,
+    compare: Annotated[
+        bool,
+        typer.Option(help="Train a full-size and a same-bytes fixed table too, to compare."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/…")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --out.")] = False,
@@ -205,6 +212,8 @@ def train(
         split_seed=split_seed,
         seed=seed,
         min_count=min_count,
+        race=race,
+        compare=compare,
         exponent=exponent,
         parametrization=parametrization,
         **_columns(numeric or [], multi or []),
@@ -362,6 +371,24 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
+    _print_comparison(metrics)
+
+
+def _print_comparison(metrics: dict[str, Any]) -> None:
+    """This model, full size, same bytes fixed."""
+    from amtl import comparison
+
+    header, rows = comparison.table(metrics)
+    if len(rows) > 1:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] == comparison.THIS else "")
+        console.print(table)
+    warning = comparison.verdict(metrics)
+    if warning:
+        console.print(f"  {warning}", style="yellow", highlight=False)
 
 
 @app.command()

@@ -54,6 +54,7 @@ class TrainConfig:
         rate_drop: what the learning rates of MLP and table are multiplied by at each such turn.
         rate_drops: so many turns; the next one ends training.
         race: whether candidates for what is left open here are tried at the start of training.
+        compare: also train a table of full size and one of fixed width in the same bytes.
         lr: learning rate of the MLP (Adam).
         table_lr: learning rate of the embeddings.
         mask_lr: learning rate of the size parameters (Adam).
@@ -84,10 +85,11 @@ class TrainConfig:
     batch_size: int = 8192
     epochs: int = 30
     validations: int = 4
-    patience: int = 6
+    patience: int = 8
     rate_drop: float = 0.1
     rate_drops: int = 2
     race: bool = True
+    compare: bool = False
     lr: float = 2e-3
     table_lr: float = 3e-2
     mask_lr: float = 1e-2

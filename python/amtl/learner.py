@@ -70,6 +70,8 @@ class Learner:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self._order: tuple[int, Tensor] | None = None
+        if methods.has_settled_sizes(self.table):
+            self.table.freeze()  # type: ignore[operator]
         self._make_optimizers()
 
     def _make_optimizers(self) -> None:

@@ -110,6 +110,15 @@ def is_frozen(table: nn.Module) -> bool:
     return not is_adaptive(table) or table.phase == "frozen"
 
 
+def has_settled_sizes(table: nn.Module) -> bool:
+    """Whether a search would change nothing: nothing learns the sizes, and no noise varies them."""
+    return (
+        not is_frozen(table)
+        and not mask_parameters(table)
+        and table.options.size_noise == 0  # type: ignore[union-attr]
+    )
+
+
 def stored_bytes(table: nn.Module) -> int:
     """Bytes of embedding values when packed, in their dtype; packing takes the row order in."""
     if is_adaptive(table) and not is_frozen(table):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from amtl import methods
+from amtl.comparison import train_baselines
 from amtl.config import TrainConfig
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
@@ -265,7 +266,26 @@ class Trainer:
         result = collect_metrics(self, logits)
         if self.out:
             runs.save_metrics(self.out, result)
+        if self.config.compare:
+            result["compared"] = self._compare(result)
+            if self.out:
+                runs.save_metrics(self.out, result)
         return result
+
+    def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+        def run(name: str, learner: Learner) -> None:
+            total = learner.steps_per_epoch * learner.config.epochs
+            self.observer.begin(f"{name}, D={learner.config.dim}", total, 0)
+            try:
+                while not learner.finished:
+                    loss, samples = learner.step()
+                    self.observer.step(learner.epochs, loss, samples)
+                    if self.stop(learner.steps):
+                        raise Interrupted
+            finally:
+                self.observer.end()
+
+        return train_baselines(self.config, metrics, self._make, run)
 
 
 def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
@@ -308,6 +328,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "sizes": size_summary(encoder, table),
         "history": learner.history,
         "raced": trainer.raced,
+        "compared": None,
         "config": config.to_dict(),
         "versions": versions(),
     }
