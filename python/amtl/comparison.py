@@ -102,7 +102,13 @@ def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str | None:
-    """A warning where a table of fixed width validates better in the same bytes, or None."""
+    """What the scores say against the sizes or the budget that were asked for, or None."""
+    less = (metrics["raced"] or {}).get("less")
+    if less is not None and less["chosen"]:
+        return (
+            f"{less['name']} validated better than all of it, so the model takes "
+            f"{metrics['stored_bytes']:,} bytes; --no-race spends the whole budget"
+        )
     narrow = next((r for r in metrics.get("compared") or [] if r["name"] == FLAT), None)
     raced = (metrics["raced"] or {}).get("table", [])
     if any(row["name"] == FLAT and row["chosen"] for row in raced):

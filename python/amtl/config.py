@@ -74,7 +74,7 @@ class TrainConfig:
     split_seed: int = 0
     seed: int = 0
     method: str = "amtl"
-    dim: int = 64
+    dim: int = 16
     budget: float = 0.4
     freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class TrainConfig:
     race: bool = True
     compare: bool = False
     lr: float = 2e-3
-    table_lr: float = 3e-2
+    table_lr: float = 6e-2
     mask_lr: float = 1e-2
     table_optimizer: str = "adam"
 

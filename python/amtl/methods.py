@@ -1,5 +1,9 @@
 """The three ways to give values their embedding sizes: fixed, rule and amtl.
 
+`rule` sizes rows by their counts alone. `amtl` weighs the counts of each field by what the field
+is worth on held-out data, which a race measures; with another `parametrization` the twins learn
+sizes while the table trains.
+
 All three put every field into one table with one lookup call, start from the same distribution
 and are trained by the same optimizer, so that what differs between runs is the sizes alone.
 """
@@ -60,6 +64,8 @@ def build_table(
 
         if method == "rule":
             extra["parametrization"] = "rule"
+        if extra.setdefault("parametrization", "rule") == "rule":
+            extra.setdefault("size_noise", 0.0)
         if bags:
             extra["mode"] = "mean"
         shared = [int(encoder.field_rows(f)[v.oov_row]) for f, v in enumerate(encoder.vocabularies)]
@@ -113,9 +119,7 @@ def is_frozen(table: nn.Module) -> bool:
 def has_settled_sizes(table: nn.Module) -> bool:
     """Whether a search would change nothing: nothing learns the sizes, and no noise varies them."""
     return (
-        not is_frozen(table)
-        and not mask_parameters(table)
-        and table.options.size_noise == 0  # type: ignore[union-attr]
+        not is_frozen(table) and not mask_parameters(table) and table.options.size_noise == 0  # type: ignore[union-attr]
     )
 
 

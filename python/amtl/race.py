@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from amtl.config import TrainConfig
+from amtl.errors import UserError
 from amtl.learner import Learner
 from amtl.model import field_evidence
 from amtl.progress import Observer
@@ -25,6 +26,12 @@ CAPACITY_BITS = (16.0, 4.0, 1.0)
 _FLAT_BITS = 1e4
 _LEAST_WEIGHT = 1e-3
 """Of the most telling field's weight; a field that helped nothing keeps so much."""
+
+LESS = 0.3
+"""Of the budget: tried too, because fewer numbers may overfit less."""
+
+_HOPELESS = 0.01
+"""So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up."""
 
 FULL, FLAT = "full size", "fixed width"
 
@@ -69,8 +76,9 @@ def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[s
         if field_weights is not None:
             options["field_weights"] = field_weights
         found[f"{bits:g} bits a number"] = with_options(config, options)
-    if config.budget * config.dim >= 1:
-        flat = {"capacity_bits": _FLAT_BITS, "min_dim": 1, "parametrization": "rule"}
+    width = int(config.budget * config.dim)
+    if width >= 1:
+        flat = {"capacity_bits": _FLAT_BITS, "min_dim": width, "parametrization": "rule"}
         found[FLAT] = with_options(config, flat)
     return found
 
@@ -141,6 +149,45 @@ def race(
     rows += [_row(name, learners[name]) for name in reversed(alive)]
     rows[-1]["chosen"] = True
     return Raced(entries[alive[0]], learners[alive[0]], rows[:1] + rows[:0:-1], evidence)
+
+
+def race_less(
+    config: TrainConfig,
+    winner: Learner,
+    make: Callable[[TrainConfig], Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> Raced | None:
+    """Trains the same settings in a part of the budget, which is a limit and no aim.
+
+    Args:
+        config: settings of the winner.
+        winner: trained to its end.
+        make: a fresh learner of given settings.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The smaller model with its row, if it validates better; `config` and `learner` are the
+        winner's if not. None where no size fits so small a budget.
+    """
+    smaller = replace(config, budget=LESS * config.budget)
+    try:
+        learner = make(smaller)
+    except UserError:
+        return None
+    name = f"{LESS:.0%} of the budget"
+    horizon = 2 * learner.steps_per_epoch
+    mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
+    observer.begin(name, learner.steps_per_epoch * config.epochs, 0)
+    while not learner.finished:
+        step(learner)
+        if learner.steps == horizon and _best(learner)["score"] < mark - _HOPELESS:
+            break
+    row = _row(name, learner)
+    if not row["score"] > _best(winner)["score"]:
+        return Raced(config, winner, [row], None)
+    return Raced(smaller, learner, [{**row, "chosen": True}], None)
 
 
 def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:

@@ -31,7 +31,7 @@ from amtl.memory import require_memory
 from amtl.metrics import auc, log_loss
 from amtl.model import predict
 from amtl.progress import Observer, Silent
-from amtl.race import is_open, race
+from amtl.race import is_open, race, race_less
 from amtl.store import runs
 
 
@@ -149,10 +149,38 @@ class Trainer:
                 self._step()
         finally:
             self.observer.end()
+        if self.raced is not None and self.raced["less"] is None:
+            self._race_less()
         return self._finish()
 
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
+        try:
+            result = race(self.config, self._make, self.observer, self._racer())
+        finally:
+            self.observer.end()
+        self.config, self.learner = result.config, result.learner
+        self.raced = {"table": result.table, "evidence": result.evidence, "less": None}
+        self._begin()
+        self.save()
+
+    def _race_less(self) -> None:
+        """Looks whether a part of the budget does better than all of it."""
+        assert self.raced is not None
+        args = (self.config, self.learner, self._make, self.observer, self._racer())
+        try:
+            result = race_less(*args)
+        finally:
+            self.observer.end()
+        if result is None:
+            return
+        self.raced["less"] = result.table[0]
+        if result.learner is not self.learner:
+            self.config, self.learner, self._best_saved = result.config, result.learner, -1
+            self._begin()
+        self.save()
+
+    def _racer(self) -> Callable[[Learner], None]:
         taken = 0
 
         def step(learner: Learner) -> None:
@@ -163,14 +191,7 @@ class Trainer:
             if self.stop(taken):
                 raise Interrupted
 
-        try:
-            result = race(self.config, self._make, self.observer, step)
-        finally:
-            self.observer.end()
-        self.config, self.learner = result.config, result.learner
-        self.raced = {"table": result.table, "evidence": result.evidence}
-        self._begin()
-        self.save()
+        return step
 
     def _step(self) -> None:
         learner = self.learner

