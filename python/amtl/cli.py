@@ -150,11 +150,19 @@ def train(
         int | None, _count("Step at which sizes are fixed.", "by validation")
     ] = None,
     exponent: Annotated[
-        float | None, _rate("a of size ∝ (count + 1)^a: the rule, and amtl's start.")
+        float | None, _rate("a of size ∝ (count + 1)^a in place of the capacity rule.")
+    ] = None,
+    capacity_bits: Annotated[
+        float | None,
+        _rate("Bits a number is worth: many make sizes flat, few steep.", "by validation"),
     ] = None,
     parametrization: Annotated[
         str | None,
-        typer.Option(help="amtl: ordinal, free (the paper's logits), paper (and no budget)."),
+        typer.Option(
+            help="amtl: rule (by counts and fields), ordinal (twins learn one number a group), "
+            "free (the paper's logits), paper (and no budget).",
+            show_default="rule",
+        ),
     ] = None,
     race: Annotated[
         bool, typer.Option(help="Try on validation how sizes should follow from counts.")
@@ -197,7 +205,9 @@ def train(
         "freeze_at": freeze_at,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    _refuse_idle(method, parametrization, [*given, *(["exponent"] if exponent is not None else [])])
+    laws = {"exponent": exponent, "capacity_bits": capacity_bits}
+    laws = {name: value for name, value in laws.items() if value is not None}
+    _refuse_idle(method, parametrization, [*given, *laws])
     source = load_source(data)
     config = _config(
         source,
@@ -214,7 +224,7 @@ def train(
         min_count=min_count,
         race=race,
         compare=compare,
-        exponent=exponent,
+        laws=laws,
         parametrization=parametrization,
         **_columns(numeric or [], multi or []),
     )
@@ -249,7 +259,7 @@ def train(
 def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
     """Raises a UserError for options that the method cannot obey."""
     if method == "fixed":
-        idle = [name for name in ("budget", "exponent", "freeze_at") if name in given]
+        idle = [n for n in ("budget", "exponent", "capacity_bits", "freeze_at") if n in given]
         idle += ["parametrization"] if parametrization else []
         if idle:
             raise UserError(
@@ -274,11 +284,13 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
     require_columns(source.frame.columns, [label], "the data")
     if label in more["fields"]:
         raise UserError(f"--fields names the label {label!r}, which is what is predicted")
-    exponent, parametrization = more.pop("exponent", None), more.pop("parametrization", None)
+    laws, parametrization = more.pop("laws", {}), more.pop("parametrization", None)
     settings = {**source.settings(more["method"]), **given, **more}
     options = dict(settings.pop("table_options", {}))
-    if exponent is not None:
-        options["init_exponent"] = exponent
+    if len(laws) > 1:
+        raise UserError("--exponent and --capacity-bits are two laws of the count: give one")
+    for name, value in laws.items():
+        options[{"exponent": "init_exponent"}.get(name, name)] = value
     if parametrization == "paper":
         options |= {"parametrization": "free", "budget": None}
     elif parametrization is not None:
@@ -371,24 +383,9 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
-    _print_comparison(metrics)
+    from amtl.display import print_comparison
 
-
-def _print_comparison(metrics: dict[str, Any]) -> None:
-    """This model, full size, same bytes fixed."""
-    from amtl import comparison
-
-    header, rows = comparison.table(metrics)
-    if len(rows) > 1:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*row, style="bold" if row[0] == comparison.THIS else "")
-        console.print(table)
-    warning = comparison.verdict(metrics)
-    if warning:
-        console.print(f"  {warning}", style="yellow", highlight=False)
+    print_comparison(console, metrics)
 
 
 @app.command()
@@ -511,10 +508,11 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML file with results, curves and sizes of runs."""
+    from amtl.display import print_results
     from amtl.report import group_results, load_metrics, write_report
 
     write_report(runs, out)
-    _print_results(group_results(load_metrics(runs)))
+    print_results(console, group_results(load_metrics(runs)))
     console.print(f"wrote [bold]{escape(str(out))}[/]", highlight=False)
 
 
@@ -523,21 +521,10 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Finished run folders.")],
 ) -> None:
     """Print the results of runs side by side, seeds averaged."""
+    from amtl.display import print_results
     from amtl.report import group_results, load_metrics
 
-    _print_results(group_results(load_metrics(runs)))
-
-
-def _print_results(results: Any) -> None:
-    from amtl.report import table_rows
-
-    header, rows = table_rows(results)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for result, row in zip(results, rows, strict=True):
-        table.add_row(*map(escape, row), style="bold" if result.method == "amtl" else "")
-    console.print(table)
+    print_results(console, group_results(load_metrics(runs)))
 
 
 @app.command()

@@ -14,6 +14,7 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,12 @@ class Learner:
     Args:
         config: settings.
         task: encoded data.
+        warm: is handed the fresh table, to put other weights into it.
     """
 
-    def __init__(self, config: TrainConfig, task: Task) -> None:
+    def __init__(
+        self, config: TrainConfig, task: Task, warm: Callable[[nn.Module], None] | None = None
+    ) -> None:
         self.config = config
         self.task = task
         self.model = build_model(config, task.encoder)
@@ -70,7 +74,9 @@ class Learner:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self._order: tuple[int, Tensor] | None = None
-        if methods.has_settled_sizes(self.table):
+        if warm is not None:
+            warm(self.table)
+        if config.freeze_at is None and methods.has_settled_sizes(self.table):
             self.table.freeze()  # type: ignore[operator]
         self._make_optimizers()
 

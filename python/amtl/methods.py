@@ -113,7 +113,7 @@ def row_widths(table: nn.Module) -> Tensor:
 
 def is_frozen(table: nn.Module) -> bool:
     """Whether sizes no longer change; always true of `fixed`."""
-    return not is_adaptive(table) or table.phase == "frozen"
+    return not is_adaptive(table) or bool(table.phase == "frozen")
 
 
 def has_settled_sizes(table: nn.Module) -> bool:

@@ -62,7 +62,7 @@ class ClickModel(nn.Module):
 
     def score(self, embedded: Tensor, dense: Tensor) -> Tensor:
         """Logits `[B]` of embeddings `[B, F, D]` and numbers `[B, K]`."""
-        inputs = embedded.flatten(1).to(self.mlp[0].weight.dtype)
+        inputs = embedded.flatten(1).to(dense.dtype)
         if self.training and self.embedding_dropout:
             inputs = dropout(inputs, self.embedding_dropout)
         if dense.shape[1]:

@@ -110,6 +110,7 @@ class Trainer:
         self.observer: Observer = observer or Silent()
         self.stop = stop or (lambda steps: False)
         self.checkpoint_seconds = checkpoint_seconds
+        self._warmed = False
         require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
         self.learner = self._make(config)
         self.raced: dict[str, Any] | None = None
@@ -118,10 +119,10 @@ class Trainer:
         self._fresh = True
 
     def _make(self, config: TrainConfig) -> Learner:
-        learner = Learner(config, self.task)
-        if config.warm_start:
-            self._warm_start(learner, Path(config.warm_start))
-        return learner
+        run = config.warm_start
+        if run is None:
+            return Learner(config, self.task)
+        return Learner(config, self.task, lambda table: self._warm_start(table, Path(run)))
 
     @property
     def table(self) -> nn.Module:
@@ -144,6 +145,8 @@ class Trainer:
         learner, config = self.learner, self.config
         total = learner.steps_per_epoch * config.epochs
         self.observer.begin(title(config), total, learner.steps)
+        if learner.frozen and config.method != "fixed":
+            self._note_freeze()
         try:
             while not learner.finished:
                 self._step()
@@ -216,8 +219,8 @@ class Trainer:
             f"{len(methods.table_parameters(self.table))} size tiers"
         )
 
-    def _warm_start(self, learner: Learner, run: Path) -> None:
-        """Copies matching rows of a trained `fixed` run into the table.
+    def _warm_start(self, table: nn.Module, run: Path) -> None:
+        """Copies matching rows of a trained `fixed` run into a table.
 
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
@@ -229,7 +232,7 @@ class Trainer:
                 f"--warm-start {run}: its width is {donor.config.dim}; use --dim {donor.config.dim}"
             )
         source = methods.table_parameters(donor.model.table)[0].detach()
-        target = methods.table_parameters(learner.table)[0]
+        target = methods.table_parameters(table)[0]
         matched = 0
         for f, name in enumerate(self.task.encoder.names):
             if name not in donor.encoder.names:
@@ -250,7 +253,9 @@ class Trainer:
             matched += len(local)
         if not matched:
             raise UserError(f"--warm-start {run}: it has no field in common with this run")
-        self.observer.note(f"warm start: {matched:,} rows from {run}")
+        if not self._warmed:
+            self.observer.note(f"warm start: {matched:,} rows from {run}")
+        self._warmed = True
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit."""

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 import typer
 from amtl import cli, failures, memory
-from amtl.checkpoint import read_json
+from amtl.store.files import read_json
 from amtl.errors import UserError
 
 FAST = ["--dim", "4", "--epochs", "2", "--batch-size", "256"]
@@ -107,7 +107,7 @@ TRAIN = [  # words after `train ok.parquet --label y`, and what is told
     ("--method fixed --budget 0.4", "--budget has no effect with --method fixed"),
     ("--method fixed --budget 0.25 --dim 8", "leave it out and choose --dim"),
     ("--method fixed --exponent 0", "--exponent has no effect"),
-    ("--method fixed --freeze-at 0.3", "--freeze-at has no effect"),
+    ("--method fixed --freeze-at 30", "--freeze-at has no effect"),
     ("--method fixed --parametrization free", "--parametrization has no effect"),
     ("--parametrization paper --budget 0.4", "--budget cannot hold"),
     ("--parametrization cubic", "parametrization must be one of"),
@@ -177,7 +177,7 @@ LINES = [  # whole command lines
     ("pack run", "Missing option '--out'"),
     ("pack nowhere -o x.safetensors", "there is no run folder"),
     ("pack run -o . --dtype int3", "choose one of"),
-    ("pack run -o file/x.safetensors", "'file'"),
+    ("pack run -o file/x.safetensors", "cannot write file/x.safetensors"),
     ("report nowhere", "no metrics.json"),
     ("compare", "Missing argument"),
     ("demo --data ok.csv", "named data set"),

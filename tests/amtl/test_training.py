@@ -274,7 +274,11 @@ def test_warm_start_copies_matching_values(source, tmp_path):
     fixed.run()
     donor = load_run(tmp_path / "fixed")
     config = settings(
-        method="amtl", fields=["item", "user"], min_count=3, warm_start=str(tmp_path / "fixed")
+        method="amtl",
+        fields=["item", "user"],
+        min_count=3,
+        freeze_at=10,
+        warm_start=str(tmp_path / "fixed"),
     )
     trainer = start(config, tmp_path / "warm", source=source)
     weight = methods.table_parameters(trainer.table)[0].detach()
