@@ -118,9 +118,10 @@ def is_frozen(table: nn.Module) -> bool:
 
 def has_settled_sizes(table: nn.Module) -> bool:
     """Whether a search would change nothing: nothing learns the sizes, and no noise varies them."""
-    return (
-        not is_frozen(table) and not mask_parameters(table) and table.options.size_noise == 0  # type: ignore[union-attr]
-    )
+    if is_frozen(table) or mask_parameters(table):
+        return False
+    noise: float = table.options.size_noise  # type: ignore[union-attr, assignment]
+    return noise == 0
 
 
 def stored_bytes(table: nn.Module) -> int:
