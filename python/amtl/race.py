@@ -46,12 +46,14 @@ class Raced:
         table: a row each for the full table and the candidates: `name`, `epochs` trained, best
             `score` (AUC minus log loss), `val_auc`, `val_logloss`, `stored_bytes`, `chosen`.
         evidence: what each field is worth, in nats a sample, or None where nothing asks for it.
+        sized: settings of the best candidate whose rows differ in width.
     """
 
     config: TrainConfig
     learner: Learner
     table: list[dict[str, Any]]
     evidence: list[float] | None
+    sized: TrainConfig
 
 
 def is_open(config: TrainConfig) -> bool:
@@ -148,46 +150,46 @@ def race(
         alive.sort(key=lambda name: -_best(learners[name])["score"])
     rows += [_row(name, learners[name]) for name in reversed(alive)]
     rows[-1]["chosen"] = True
-    return Raced(entries[alive[0]], learners[alive[0]], rows[:1] + rows[:0:-1], evidence)
+    table = rows[:1] + rows[:0:-1]
+    sized = next(row["name"] for row in table if row["name"] not in (FULL, FLAT))
+    return Raced(entries[alive[0]], learners[alive[0]], table, evidence, entries[sized])
 
 
 def race_less(
-    config: TrainConfig,
+    sized: TrainConfig,
     winner: Learner,
     make: Callable[[TrainConfig], Learner],
     observer: Observer,
     step: Callable[[Learner], None],
-) -> Raced | None:
-    """Trains the same settings in a part of the budget, which is a limit and no aim.
+) -> tuple[Learner | None, dict[str, Any] | None]:
+    """Trains with a part of the budget, which is a limit and no aim.
 
     Args:
-        config: settings of the winner.
-        winner: trained to its end.
+        sized: settings of the best candidate whose rows differ in width.
+        winner: the race's winner, trained to its end.
         make: a fresh learner of given settings.
         observer: is told how it goes.
         step: takes one step of a learner.
 
     Returns:
-        The smaller model with its row, if it validates better; `config` and `learner` are the
-        winner's if not. None where no size fits so small a budget.
+        The smaller model if it validates better, and its row; nothing where no size fits.
     """
-    smaller = replace(config, budget=LESS * config.budget)
+    config = replace(sized, budget=LESS * sized.budget)
     try:
-        learner = make(smaller)
+        learner = make(config)
     except UserError:
-        return None
-    name = f"{LESS:.0%} of the budget"
+        return None, None
     horizon = 2 * learner.steps_per_epoch
     mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
+    name = f"{LESS:.0%} of the budget"
     observer.begin(name, learner.steps_per_epoch * config.epochs, 0)
     while not learner.finished:
         step(learner)
         if learner.steps == horizon and _best(learner)["score"] < mark - _HOPELESS:
             break
     row = _row(name, learner)
-    if not row["score"] > _best(winner)["score"]:
-        return Raced(config, winner, [row], None)
-    return Raced(smaller, learner, [{**row, "chosen": True}], None)
+    row["chosen"] = row["score"] > _best(winner)["score"]
+    return (learner if row["chosen"] else None), row
 
 
 def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:

@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,23 +164,27 @@ class Trainer:
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
-        self.raced = {"table": result.table, "evidence": result.evidence, "less": None}
+        self.raced = {
+            "table": result.table,
+            "evidence": result.evidence,
+            "sized": result.sized.table_options,
+            "less": None,
+        }
         self._begin()
         self.save()
 
     def _race_less(self) -> None:
         """Looks whether a part of the budget does better than all of it."""
         assert self.raced is not None
-        args = (self.config, self.learner, self._make, self.observer, self._racer())
+        sized = replace(self.config, table_options=self.raced["sized"])
         try:
-            result = race_less(*args)
+            better, self.raced["less"] = race_less(
+                sized, self.learner, self._make, self.observer, self._racer()
+            )
         finally:
             self.observer.end()
-        if result is None:
-            return
-        self.raced["less"] = result.table[0]
-        if result.learner is not self.learner:
-            self.config, self.learner, self._best_saved = result.config, result.learner, -1
+        if better is not None:
+            self.config, self.learner, self._best_saved = better.config, better, -1
             self._begin()
         self.save()
 

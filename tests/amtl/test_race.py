@@ -18,7 +18,6 @@ from amtl.race import (
     CAPACITY_BITS,
     FLAT,
     FULL,
-    Raced,
     candidates,
     field_weights,
     is_open,
@@ -202,6 +201,19 @@ def test_the_better_half_goes_on_and_the_best_one_wins():
     assert [row["name"] for row in result.table if row["chosen"]] == ["16 bits a number"]
 
 
+def test_where_a_fixed_width_wins_less_is_tried_with_sizes():
+    scores = {
+        FULL: [0.9, 0.9],
+        FLAT: [0.9, 0.9],
+        16.0: [0.1, 0.1],
+        4.0: [0.5, 0.4],
+        1.0: [0.2, 0.9],
+    }
+    result, made = scripted_race(scores, settings(method="rule"))
+    assert result.learner is made[FLAT]
+    assert result.sized.table_options["capacity_bits"] == 4.0
+
+
 @pytest.mark.parametrize(
     ("scores", "steps", "better"),
     [([0.5, 0.6, 0.9], 12, True), ([0.5, 0.6, 0.7], 12, False), ([0.1, 0.2, 0.9], 8, False)],
@@ -211,14 +223,17 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, steps, bette
     while not winner.finished:
         winner.step()
     small = Scripted(scores)
-    result = race_less(
-        settings(), winner, lambda config: small, Quiet(), lambda learner: learner.step()
-    )
-    assert isinstance(result, Raced)
+    made = []
+
+    def make(config):
+        made.append(config)
+        return small
+
+    result, row = race_less(settings(), winner, make, Quiet(), lambda learner: learner.step())
     assert small.steps == steps
-    assert result.learner is (small if better else winner)
-    assert result.config.budget == pytest.approx(0.075 if better else 0.25)
-    assert result.table[0]["chosen"] == better
+    assert result is (small if better else None)
+    assert made[0].budget == pytest.approx(0.075)
+    assert row["chosen"] == better
 
 
 @pytest.mark.parametrize("method", ["amtl", "rule"])
