@@ -139,7 +139,7 @@ def race(
     learners: dict[str, Learner] = {}
     alive = list(entries)
     for epochs, left in enumerate(rungs, 1):
-        for name in alive[left:]:
+        for name in reversed(alive[left:]):
             rows.append(_row(name, learners[name]))
             learners.pop(name).release()
         alive = alive[:left]
