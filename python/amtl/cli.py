@@ -453,9 +453,12 @@ def pack(
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(types)}")
     packed = pack_run(run, out, types[dtype])
     stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
+    mlp = sum(p.nbytes for p in packed.model.mlp.parameters())
+    total = out.stat().st_size
     console.print(
-        f"wrote [bold]{escape(str(out))}[/], {out.stat().st_size:,} bytes; embeddings "
-        f"{stored:,} bytes, {stored / full:.1%} of a full {dtype} table",
+        f"wrote [bold]{escape(str(out))}[/], {total:,} bytes: embeddings {stored:,} "
+        f"({stored / full:.1%} of a full {dtype} table), MLP {mlp:,}, vocabularies and header "
+        f"{total - stored - mlp:,}",
         highlight=False,
     )
 

