@@ -221,5 +221,5 @@ def test_functional_calls_see_their_parameters_only():
 
 def test_replicas_keep_nothing():
     head = layer_of().head
-    assert head._state() is not None
-    assert head._replicate_for_data_parallel()._state() is None
+    assert head._snapshot() is not None
+    assert head._replicate_for_data_parallel()._snapshot() is None
