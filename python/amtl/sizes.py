@@ -384,9 +384,7 @@ def make_size_head(
 ) -> SizeHead:
     """Build the head of a parametrization name; see the classes for the arguments.
 
-    Args:
-        capacity_bits: of the capacity law, see `amtl.laws`.
-        init_exponent: a number chooses a power law instead.
+    The law is that of capacity, with `capacity_bits`, or a power law if `init_exponent` is given.
 
     Raises:
         ValueError: an unknown name, or an argument out of range.

@@ -17,7 +17,6 @@ from torch import nn
 
 import amtl_kernels
 
-
 BITS = 4.0
 
 
@@ -588,9 +587,7 @@ def test_field_weights_multiply_counts(parametrization, exponent):
 
 def test_rule_is_a_scaled_power_of_the_count():
     counts = zipf_counts(3000)
-    head = make_size_head(
-        "rule", frequency_groups(counts), SizeGrid(32, 1), 0.2, init_exponent=0.7
-    )
+    head = make_size_head("rule", frequency_groups(counts), SizeGrid(32, 1), 0.2, init_exponent=0.7)
     power = (head.group_counts.double() + 1) ** 0.7
     sizes = head.sizes()
     inside = (sizes > 1) & (sizes < 32)
@@ -632,8 +629,13 @@ def test_noise_columns_are_quantiles_of_log_size(parametrization, dim):
 
 
 def test_noise_is_centred_with_its_deviation():
-    head = make_size_head("rule", 
-        frequency_groups(torch.arange(9)), SizeGrid(8), 0.5, size_noise=0.5, noise_quantiles=64
+    head = make_size_head(
+        "rule",
+        frequency_groups(torch.arange(9)),
+        SizeGrid(8),
+        0.5,
+        size_noise=0.5,
+        noise_quantiles=64,
     )
     logs = head.noise_factors.double().log()
     torch.testing.assert_close(logs, -logs.flip(0), rtol=0, atol=1e-6)
@@ -666,7 +668,9 @@ def test_noise_never_decides_whether_a_row_keeps_anything(parametrization, granu
 
 
 def test_no_noise_is_no_columns():
-    head = make_size_head("rule", frequency_groups(torch.arange(9)), SizeGrid(8), 0.5, size_noise=0.0)
+    head = make_size_head(
+        "rule", frequency_groups(torch.arange(9)), SizeGrid(8), 0.5, size_noise=0.0
+    )
     assert head(True).dims.ndim == 1
 
 
