@@ -186,8 +186,8 @@ __device__ __forceinline__ void update_elements(const Update& update, const Adam
 template <typename S>
 __device__ __forceinline__ float step_rowwise(const Update& update, S* state, float squares,
                                               int size, bool writes, unsigned mask) {
-  const float total = to_float(load<Memory::kState, Cache::kPlain>(state)) +
-                      squares / static_cast<float>(size);
+  const float total =
+      to_float(load<Memory::kState, Cache::kPlain>(state)) + squares / static_cast<float>(size);
   // All have read the old sum before one replaces it.
   __syncwarp(mask);
   if (writes) store<Memory::kState>(state, from_float<S>(total));
