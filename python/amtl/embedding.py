@@ -160,6 +160,7 @@ class AMTLEmbedding(AMTLTable):
         assert self.weight is not None and self.row_group is not None
         noisy = self._noisy()
         dims, mask, sizes = self._head()(noisy)
+        self._notice_learning(sizes)
         rows = self._searched_rows(input, sizes)
         if self.max_norm is not None:
             self._renorm(rows)
@@ -332,6 +333,7 @@ class AMTLEmbeddingBag(AMTLTable):
         assert self.weight is not None and self.row_group is not None
         noisy = self._noisy()
         dims, mask, sizes = self._head()(noisy)
+        self._notice_learning(sizes)
         rows = self._searched_rows(input, sizes)
         if self.max_norm is not None:
             self._renorm(rows)

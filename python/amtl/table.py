@@ -205,7 +205,8 @@ class AMTLTable(TableRows):
 
         Args:
             optimizer: the optimizer(s) of the table and the mask. The blocks take the place of the
-                weight in its parameter group, with their state; mask parameters are dropped.
+                weight in its parameter group, with their state; mask parameters are dropped. None:
+                whichever hold them, looked for among all objects of the process.
 
         Returns:
             The layer.
@@ -216,9 +217,10 @@ class AMTLTable(TableRows):
         """
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
-        optimizers = as_optimizers(optimizer)
-        require_held(optimizers, [self.weight], "freeze")
         head = self._head()
+        optimizers = as_optimizers(optimizer, [self.weight, *head.parameters()])
+        if optimizer is not None:
+            require_held(optimizers, [self.weight], "freeze")
         with torch.no_grad():
             levels = head.levels()
             small = torch.uint8 if self.embedding_dim <= 255 else torch.int32
@@ -235,7 +237,9 @@ class AMTLTable(TableRows):
                 for block in split_rows(self.weight.detach(), plan, row_dims)
             ]
             freeze_optimizers(optimizers, self.weight, blocks, plan, row_dims)
-            self._mask_places = drop_parameters(optimizers, list(head.parameters()))
+            places = drop_parameters(optimizers, list(head.parameters()))
+            # Optimizers that were looked for have no order to be found again by.
+            self._mask_places = [] if optimizer is None else places
             for parameter in head.parameters():
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
@@ -293,9 +297,10 @@ class AMTLTable(TableRows):
         """
         if self.tier_ends is None:
             raise RuntimeError("the layer is in the search phase already")
-        optimizers = as_optimizers(optimizer)
         blocks = list(self.blocks)
-        require_held(optimizers, blocks[:1], "thaw")
+        optimizers = as_optimizers(optimizer, blocks)
+        if optimizer is not None:
+            require_held(optimizers, blocks[:1], "thaw")
         if counts is not None:
             checked = check_counts(counts, self.num_embeddings).to(self.device)
             if len(self.field_sizes) > 1:

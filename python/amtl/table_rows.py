@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,10 @@ from amtl.noise import draw_seed, mix_seed
 from amtl.options import SearchOptions
 from amtl.sharing import own_rows
 from amtl.size_head import SizeHead
-from amtl.tiers import TierPlan, merge_rows
+from amtl.tiers import TierPlan, merge_rows, optimizers_of
+
+_PATIENCE = 5
+"""Changes of the table without one of its sizes before it is asked who trains them."""
 
 
 class TableRows(nn.Module):
@@ -59,6 +63,8 @@ class TableRows(nn.Module):
         self._seed_offset = mix_seed(options.seed)
         self._mask_places: list[tuple[int, int]] = []
         self._redirection: tuple[Tensor, Tensor | None] | None = None
+        self._noticed: tuple[Tensor, int] | None = None
+        self._untaught = 0
         self.register_parameter("weight", None)
         self.register_buffer("row_group", None, persistent=False)
         self.register_buffer("row_map", None)
@@ -247,6 +253,29 @@ class TableRows(nn.Module):
 
     def _noisy(self) -> bool:
         return self.training and self._noise_on and self._head().size_noise > 0
+
+    def _notice_learning(self, sizes: Tensor) -> None:
+        """Warn once if the table learns and its sizes, which want to, are in no optimizer."""
+        head, weight = self._head(), self.weight
+        if not (self.training and head.trains and self._untaught >= 0 and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
+            return
+        before, self._noticed = self._noticed, (sizes, weight._version)
+        if before is None or before[0] is not sizes or before[1] == weight._version:
+            return
+        self._untaught += 1
+        if self._untaught < _PATIENCE:
+            return
+        self._untaught = -1
+        trainable = [p for p in head.parameters() if p.requires_grad]
+        if trainable and not optimizers_of(trainable):
+            warnings.warn(
+                f"table {self.name!r} is trained, but what learns its sizes is in no optimizer, so "
+                'they stay as they started: optimizer.add_param_group({"params": '
+                'amtl.mask_parameters(model), "lr": 1e-2}), or parametrization="rule"',
+                stacklevel=4,
+            )
 
     def _seed(self, noisy: bool) -> int:
         return draw_seed(self._seed_offset) if noisy else 0
