@@ -20,6 +20,11 @@ from amtl.budget import SizeGrid, capacity
 from amtl.frequency import FrequencyGroups, frequency_features, log_count_zscores
 
 
+def being_traced() -> bool:
+    """Whether operations are recorded, so that what was computed before must not be left out."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 class GroupSizes(NamedTuple):
     """What a size head returns.
 
@@ -230,7 +235,7 @@ class SizeHead(nn.Module):
 
     def _snapshot(self) -> list[_Watched] | None:
         """What sizes depend on now; None if a change of it could go unseen."""
-        if self._slots is None or torch.compiler.is_compiling() or self._capturing():
+        if self._slots is None or being_traced() or self._capturing():
             return None
         seen = []
         for slots, name in self._slots:
@@ -245,7 +250,7 @@ class SizeHead(nn.Module):
 
     def _recall(self) -> Solution | None:
         """What was kept, if it still holds."""
-        if torch.compiler.is_compiling() or self._kept is None:
+        if being_traced() or self._kept is None:
             return None
         seen, inference, solution = self._kept
         if inference != torch.is_inference_mode_enabled() or self._capturing():

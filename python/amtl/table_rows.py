@@ -16,7 +16,7 @@ from amtl.frequency import decode_row_map
 from amtl.noise import draw_seed, mix_seed
 from amtl.options import SearchOptions
 from amtl.sharing import own_rows
-from amtl.size_head import SizeHead
+from amtl.size_head import SizeHead, being_traced
 from amtl.tiers import TierPlan, merge_rows, optimizers_of
 
 _PATIENCE = 5
@@ -259,7 +259,7 @@ class TableRows(nn.Module):
         head, weight = self._head(), self.weight
         if not (self.training and head.trains and self._untaught >= 0 and torch.is_grad_enabled()):
             return
-        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
+        if being_traced() or type(weight) is not nn.Parameter:
             return
         before, self._noticed = self._noticed, (sizes, weight._version)
         if before is None or before[0] is not sizes or before[1] == weight._version:
@@ -277,7 +277,27 @@ class TableRows(nn.Module):
                 stacklevel=4,
             )
 
+    def _check_caller(self) -> None:
+        """Refuse transformations that cannot see into the operators, with the reason."""
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            if torch.onnx.is_in_onnx_export():
+                raise RuntimeError(
+                    "ONNX has no operator for rows of different widths: export what "
+                    "amtl.revert(model, masked=True) makes, a dense model with the same outputs"
+                )
+        elif torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "AMTL layers do not work under torch.func transforms (grad, vmap, jvp, ...): their "
+                "operators have no rule for them. Use autograd (backward, torch.autograd.grad); "
+                "indices of any shape are looked up in one call, without vmap"
+            )
+
     def _seed(self, noisy: bool) -> int:
+        if noisy and torch._C._is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace would record one draw of the size noise for ever: call eval() "
+                "first, or freeze()"
+            )
         return draw_seed(self._seed_offset) if noisy else 0
 
     def _renorm(self, indices: Tensor) -> None:
@@ -350,7 +370,7 @@ class TableRows(nn.Module):
         if self._redirection is not None and self._redirection[0] is sizes:
             return self._redirection[1]
         nothing = sizes == 0
-        traced = torch.compiler.is_compiling() or type(sizes) is not Tensor
+        traced = being_traced() or type(sizes) is not Tensor
         result = None
         if traced or not sizes.is_cpu or bool(nothing.any()):
             shared = self.shared_rows[self._head().group_fields]
