@@ -293,7 +293,7 @@ class TableRows(nn.Module):
             )
 
     def _seed(self, noisy: bool) -> int:
-        if noisy and torch._C._is_tracing():
+        if noisy and not torch.compiler.is_compiling() and torch._C._is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would record one draw of the size noise for ever: call eval() "
                 "first, or freeze()"
