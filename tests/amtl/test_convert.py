@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import amtl
 import pytest
@@ -296,6 +298,46 @@ def test_initialisers_of_linear_layers_leave_sizes_alone(parametrization):
     assert not any(
         isinstance(m, nn.Linear) for layer in amtl.layers(model).values() for m in layer.modules()
     )
+
+
+class Keeper(Model):
+    """Keeps its tables and their weights in containers of its own, as deepctr-torch does."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = [self.users, self.top]
+        self.by_name = {"tags": self.tags, "rest": (1, self.users)}
+        named = [("users", self.users.weight), ("top", self.top.weight)]
+        self.regularised = [([self.users.weight, self.tags.weight], 0.0, 1e-3), (named, 1e-3, 0.0)]
+        self.itself = self.plain
+        self.plain.append(self.plain)
+
+    def regularisation(self):
+        first, second = (part[0] for part in self.regularised)
+        return sum(w.square().sum() for w in first) + sum(w.square().sum() for _, w in second)
+
+
+def test_references_of_the_models_own_follow():
+    torch.manual_seed(0)
+    model = Keeper()
+    amtl.convert(model, COUNTS, budget=0.5)
+    assert model.plain[0] is model.users and model.plain[1] is model.top
+    assert model.by_name["tags"] is model.tags and model.by_name["rest"] == (1, model.users)
+    optimizer = torch.optim.SGD(amtl.parameter_groups(model), lr=0.1)
+    (model(*inputs()).sum() + model.regularisation()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    tables = [weakref.ref(model.users.weight), weakref.ref(model.tags.weight)]
+    amtl.freeze(model, optimizer)
+    gc.collect()
+    assert [table() for table in tables] == [None, None]
+    expected = sum(b.square().sum() for m in (model.users, model.tags) for b in m.blocks)
+    expected += sum(b.square().sum() for b in model.users.blocks) + model.top.weight.square().sum()
+    torch.testing.assert_close(model.regularisation(), expected)
+    model.regularisation().backward()
+    assert all(b.grad is not None for b in model.users.blocks)
+    amtl.revert(model)
+    assert model.plain[0] is model.users and type(model.users) is nn.Embedding
 
 
 class Scaled(nn.Embedding):
