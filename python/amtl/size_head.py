@@ -344,16 +344,16 @@ class SizeHead(nn.Module):
         Whether a row keeps anything at all is never left to the noise.
         """
         step, dim = self.grid.granularity, self.grid.dim
-        keeps = (sizes > 0)[:, None].to(torch.float32)
-        noisy = torch.outer(real.to(torch.float32) / step * keeps[:, 0], self.noise_factors)
+        noisy = torch.outer(real.to(torch.float32) / step, self.noise_factors)
         full = noisy >= dim / step if self._rounds_down and dim % step else None
         noisy = noisy.floor_() if self._rounds_down else noisy.round_()
         if step > 1:
             noisy.mul_(step)
         if full is not None:
             noisy.masked_fill_(full, dim)
-        least = next(size for size in self.grid.sizes if size)
-        noisy = torch.maximum(noisy, keeps * least).clamp_(max=dim)
+        noisy.clamp_(next(size for size in self.grid.sizes if size), dim)
+        if self.grid.sizes[0] == 0:
+            noisy.mul_((sizes > 0)[:, None])
         return noisy.to(self._dims_dtype)
 
     def extra_repr(self) -> str:
