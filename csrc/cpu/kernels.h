@@ -136,8 +136,8 @@ struct KernelTable {
   // Gradient of the per-sample weight of lookups [begin, end), which are in `bags`.
   void (*dot)(const LookupTable& table, Faults* faults, const void* grad, int64_t stride,
               const int64_t* bags, int64_t begin, int64_t end, void* out);
-  // Kept sizes, -1 for wrong ones, and groups (unless null) of rows [begin, end), which ascend up to
-  // `limit`.
+  // Kept sizes, -1 for wrong ones, and groups (unless null) of rows [begin, end), which ascend up
+  // to `limit`.
   void (*describe)(const LookupTable& table, const int64_t* rows, int64_t begin, int64_t end,
                    int64_t limit, bool prefetch, int32_t* sizes, int32_t* groups);
   // Applies updates to rows[begin, end) with gradients grads [.., slice.width]; `scratch` holds a

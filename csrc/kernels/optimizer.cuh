@@ -182,15 +182,15 @@ __device__ __forceinline__ void update_elements(const Update& update, const Adam
 }
 
 // Row-wise Adagrad: adds the mean of a row's squares to its state, the threads of `mask` together,
-// of whom one writes. `size` is not 0. Returns the row's denominator.
+// of whom one writes. A row that keeps nothing leaves it alone. Returns the row's denominator.
 template <typename S>
 __device__ __forceinline__ float step_rowwise(const Update& update, S* state, float squares,
                                               int size, bool writes, unsigned mask) {
   const float total = to_float(load<Memory::kState, Cache::kPlain>(state)) +
-                      squares / static_cast<float>(size);
+                      squares / static_cast<float>(size > 0 ? size : 1);
   // All have read the old sum before one replaces it.
   __syncwarp(mask);
-  if (writes) store<Memory::kState>(state, from_float<S>(total));
+  if (writes && size > 0) store<Memory::kState>(state, from_float<S>(total));
   return sqrtf(total) + update.eps;
 }
 
@@ -202,8 +202,6 @@ __device__ __forceinline__ void update_row(const Update& update, const AdamScale
                                            const float (&grad)[V], unsigned mask, int lanes) {
   float denominator = 0;
   if (update.rule == Rule::kRowwiseAdagrad) {
-    // The same for all threads of the tile.
-    if (size == 0) return;
     float squares = 0;
     if (column < size) {
       float w[V];

@@ -106,7 +106,6 @@ struct RowwiseReducer {
 
   __device__ __forceinline__ void step_row(std::int64_t row, const TableView& view) {
     const RowRef<T> ref = locate<T>(table, view, row);
-    if (ref.size == 0) return;
     float squares = 0;
     for (int piece = 0; piece < pieces; ++piece) {
       const int column = column_of(piece);

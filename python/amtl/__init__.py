@@ -14,8 +14,9 @@ Put the layers into a model, train, freeze, save:
   `update_schedule`, `freeze`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
-Inside: `frequency` (groups of rows with equal counts), `budget` (sizes that meet it), `sizes` (what
-learns them), `table` (the two phases), `tiers` (frozen storage).
+Inside: `frequency` (groups of rows with equal counts), `budget` (sizes that meet it), `laws` (sizes
+that counts deserve), `sizes` (what learns them), `table` (the two phases), `sharing` (rows that
+keep nothing), `tiers` (frozen storage).
 """
 
 from amtl.budget import BudgetError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -65,11 +65,18 @@ def update_schedule(model: nn.Module, progress: float) -> None:
 
 
 def freeze(model: _Model, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> _Model:
-    """`layer.freeze(optimizer)` on all layers that are still searching."""
+    """`layer.freeze(optimizer)` on all layers that are still searching.
+
+    Where a module keeps a table in a list of its own, as regularisers do, its tiers take its place.
+    """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
     for layer in layers(model).values():
         if layer.phase == "search":
+            table = layer.weight
             layer.freeze(optimizers)
+            _rewire(model, {id(table): layer.table_parameters()})
+            # Or it would live on beside the next table.
+            del table
     return model
 
 
@@ -86,7 +93,8 @@ def convert(
     valid, and its type, device, `requires_grad`, `padding_idx`, `max_norm`, `sparse`, training
     flag and hooks. What is new to the optimizer are the mask parameters:
     `optimizer.add_param_group({"params": amtl.mask_parameters(model), "lr": 1e-2})`.
-    A module that appears under several names is replaced everywhere by one layer.
+    A module that appears under several names is replaced everywhere by one layer, also where the
+    model keeps it in a plain list, dict, tuple or set.
 
     Rows may be in any order: groups are looked up by row, so the caller permutes nothing. A table
     in frequency order is only faster (hot rows are neighbours), and freezes without the 4 bytes a
@@ -316,5 +324,47 @@ def _swap(
                 continue
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = new
+    _rewire(model, {id(old): [new] for old, new in replacements.items()})
     result: _Model = root
     return result
+
+
+def _rewire(model: nn.Module, replacements: Mapping[int, Sequence[Any]]) -> None:
+    """Replace objects (by id) in containers that modules keep beside their parameters and modules.
+
+    An object that makes way for several is spread out in lists and sets; a tuple that holds it is
+    repeated, as `(name, parameter)` would be.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        for key, value in list(module.__dict__.items()):
+            if key not in ("_parameters", "_buffers", "_modules"):
+                moved = _moved(value, replacements, seen)
+                if len(moved) == 1 and moved[0] is not value:
+                    module.__dict__[key] = moved[0]
+
+
+def _moved(value: Any, replacements: Mapping[int, Sequence[Any]], seen: set[int]) -> list[Any]:
+    """What takes the place of a value: mostly the value itself."""
+    if id(value) in replacements:
+        return list(replacements[id(value)])
+    kind = type(value)
+    if kind not in (list, tuple, dict, set) or (kind is not tuple and id(value) in seen):
+        return [value]
+    seen.add(id(value))
+    before = list(value.values()) if kind is dict else list(value)
+    parts = [_moved(item, replacements, seen) for item in before]
+    if all(len(p) == 1 and p[0] is b for p, b in zip(parts, before, strict=True)):
+        return [value]
+    if kind is list:
+        value[:] = [item for part in parts for item in part]
+    elif kind is set:
+        value.clear()
+        value.update(item for part in parts for item in part)
+    elif kind is dict:
+        for key, part in zip(list(value), parts, strict=True):
+            value[key] = part[0] if len(part) == 1 else part
+    else:
+        times = max(len(part) for part in parts)
+        return [tuple(part[i % len(part)] for part in parts) for i in range(times)]
+    return [value]

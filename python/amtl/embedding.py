@@ -143,6 +143,7 @@ class AMTLEmbedding(AMTLTable):
             raise self._named(error) from None
 
     def _lookup(self, input: Tensor) -> Tensor:
+        self._check_caller()
         bounds = cast(Any, self.options.bounds_check)
         if self.tier_ends is not None:
             rows = self._frozen_rows(input)
@@ -160,6 +161,7 @@ class AMTLEmbedding(AMTLTable):
         assert self.weight is not None and self.row_group is not None
         noisy = self._noisy()
         dims, mask, sizes = self._head()(noisy)
+        self._notice_learning(sizes)
         rows = self._searched_rows(input, sizes)
         if self.max_norm is not None:
             self._renorm(rows)
@@ -311,6 +313,7 @@ class AMTLEmbeddingBag(AMTLTable):
     def _lookup(
         self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
     ) -> Tensor:
+        self._check_caller()
         mode, bounds = cast(Any, self.mode), cast(Any, self.options.bounds_check)
         if self.tier_ends is not None:
             rows = self._frozen_rows(input)
@@ -332,6 +335,7 @@ class AMTLEmbeddingBag(AMTLTable):
         assert self.weight is not None and self.row_group is not None
         noisy = self._noisy()
         dims, mask, sizes = self._head()(noisy)
+        self._notice_learning(sizes)
         rows = self._searched_rows(input, sizes)
         if self.max_norm is not None:
             self._renorm(rows)

@@ -20,6 +20,11 @@ from amtl.budget import SizeGrid, capacity
 from amtl.frequency import FrequencyGroups, frequency_features, log_count_zscores
 
 
+def being_traced() -> bool:
+    """Whether operations are recorded, so that what was computed before must not be left out."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 class GroupSizes(NamedTuple):
     """What a size head returns.
 
@@ -52,6 +57,44 @@ class Solution:
     sizes: Tensor
     noisy: Tensor | None = None
     mask: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A parameter as it was when sizes were solved.
+
+    On the CPU its very values are compared, for edits through `parameter.data` count no version.
+    On a GPU reading them would wait, so there versions have to do (and `train()` and `eval()`).
+
+    Attributes:
+        slots, name: where the module holds it.
+        parameter: what was there.
+        address: of its first value.
+        size: bytes, or -1 where they cannot be read.
+        value: bytes or version.
+    """
+
+    slots: dict[str, Any]
+    name: str
+    parameter: nn.Parameter
+    address: int
+    size: int
+    value: Any = None
+
+    def read(self) -> Any:
+        """The present value."""
+        if self.size < 0:
+            return self.parameter._version
+        return ctypes.string_at(self.address, self.size)
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        parameter = self.parameter
+        return (
+            self.slots[self.name] is parameter
+            and parameter.data_ptr() == self.address
+            and self.read() == self.value
+        )
 
 
 class SizeHead(nn.Module):
@@ -127,7 +170,7 @@ class SizeHead(nn.Module):
         )
         self._dims_dtype = torch.uint8 if grid.dim <= 255 else torch.int32
         self._slots: list[tuple[dict[str, Any], str]] | None = []
-        self._kept: tuple[Any, Solution] | None = None
+        self._kept: tuple[list[_Watched], bool, Solution] | None = None
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
@@ -190,29 +233,33 @@ class SizeHead(nn.Module):
         """Remember where the parameters are, which a walk over modules would find slowly."""
         self._slots = [(m._parameters, name) for m in self.modules() for name in m._parameters]
 
-    def _state(self) -> Any:
-        """What sizes depend on, comparable; None if that cannot be told.
-
-        On the CPU the very values, for edits through `parameter.data` count no version. On a GPU
-        reading them would wait, so there versions have to do (and `train()` and `eval()`).
-        """
-        if self._slots is None or torch.compiler.is_compiling():
+    def _snapshot(self) -> list[_Watched] | None:
+        """What sizes depend on now; None if a change of it could go unseen."""
+        if self._slots is None or being_traced() or self._capturing():
             return None
-        state: list[Any] = [torch.is_inference_mode_enabled()]
-        for parameters, name in self._slots:
-            parameter = parameters[name]
-            if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
+        seen = []
+        for slots, name in self._slots:
+            parameter = slots[name]
+            plain = type(parameter) is nn.Parameter and parameter.is_contiguous()
+            if not plain or parameter.is_inference():
                 return None
-            if parameter.device.type == "cpu":
-                size = parameter.numel() * parameter.itemsize
-                state.append(ctypes.string_at(parameter.data_ptr(), size))
-            elif parameter.is_inference() or (
-                parameter.is_cuda and torch.cuda.is_current_stream_capturing()
-            ):
-                return None
-            else:
-                state.append((parameter.data_ptr(), parameter._version))
-        return state
+            size = parameter.nbytes if parameter.is_cpu else -1
+            seen.append(_Watched(slots, name, parameter, parameter.data_ptr(), size))
+            seen[-1].value = seen[-1].read()
+        return seen
+
+    def _recall(self) -> Solution | None:
+        """What was kept, if it still holds."""
+        if being_traced() or self._kept is None:
+            return None
+        seen, inference, solution = self._kept
+        if inference != torch.is_inference_mode_enabled() or self._capturing():
+            return None
+        return solution if all(watched.holds() for watched in seen) else None
+
+    def _capturing(self) -> bool:
+        """A CUDA graph must solve for sizes whenever it is replayed."""
+        return self.group_counts.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def num_groups(self) -> int:
@@ -239,18 +286,17 @@ class SizeHead(nn.Module):
 
     def _solution(self, noise: bool) -> tuple[Solution, Tensor | None]:
         """Sizes for the present parameters, and the scores if they had to be computed."""
-        state = self._state()
         scores = None
-        if state is not None and self._kept is not None and self._kept[0] == state:
-            solution = self._kept[1]
-        else:
+        solution = self._recall()
+        if solution is None:
             scores = self.scores()
             with torch.no_grad():
                 shift, levels = self._solve(scores.detach())
                 sizes = self.get_buffer("size_table")[levels].to(self._dims_dtype)
             solution = Solution(shift, levels, sizes)
-            if state is not None and type(sizes) is Tensor:
-                self._kept = state, solution
+            seen = self._snapshot()
+            if seen is not None and type(sizes) is Tensor:
+                self._kept = seen, torch.is_inference_mode_enabled(), solution
         if noise and solution.noisy is None:
             with torch.no_grad():
                 fresh = self.scores() if scores is None else scores
@@ -299,13 +345,15 @@ class SizeHead(nn.Module):
         """
         step, dim = self.grid.granularity, self.grid.dim
         noisy = torch.outer(real.to(torch.float32) / step, self.noise_factors)
-        if self._rounds_down:
-            full = noisy >= dim / step
-            noisy = noisy.floor_().mul_(step).masked_fill_(full, dim)
-        else:
-            noisy = noisy.round_().mul_(step)
-        least = next(size for size in self.grid.sizes if size)
-        noisy = noisy.clamp_(least, dim).masked_fill_(sizes[:, None] == 0, 0)
+        full = noisy >= dim / step if self._rounds_down and dim % step else None
+        noisy = noisy.floor_() if self._rounds_down else noisy.round_()
+        if step > 1:
+            noisy.mul_(step)
+        if full is not None:
+            noisy.masked_fill_(full, dim)
+        noisy.clamp_(next(size for size in self.grid.sizes if size), dim)
+        if self.grid.sizes[0] == 0:
+            noisy.mul_((sizes > 0)[:, None])
         return noisy.to(self._dims_dtype)
 
     def extra_repr(self) -> str:

@@ -37,6 +37,24 @@ __all__ = [
 ]
 
 
+class _Affine(nn.Module):
+    """nn.Linear under another type, which initialisers of a model's linear layers do not look for.
+
+    `model.apply` with one of them would change every size.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, device: torch.device | str | None
+    ) -> None:
+        super().__init__()
+        made = nn.Linear(in_features, out_features, device=device)
+        self.out_features = out_features
+        self.weight, self.bias = made.weight, made.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class TwinBranches(nn.Module):
     """The twins: two MLPs of one shape, weights not shared, fused by the gate before any softmax.
 
@@ -67,9 +85,9 @@ class TwinBranches(nn.Module):
             layers: list[nn.Module] = []
             width = in_features
             for size in hidden:
-                layers += [nn.Linear(width, size, device=device), nn.SiLU()]
+                layers += [_Affine(width, size, device), nn.SiLU()]
                 width = size
-            last = nn.Linear(width, out_features, device=device)
+            last = _Affine(width, out_features, device)
             if zero_output:
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
@@ -384,9 +402,7 @@ def make_size_head(
 ) -> SizeHead:
     """Build the head of a parametrization name; see the classes for the arguments.
 
-    Args:
-        capacity_bits: of the capacity law, see `amtl.laws`.
-        init_exponent: a number chooses a power law instead.
+    The law is that of capacity, with `capacity_bits`, or a power law if `init_exponent` is given.
 
     Raises:
         ValueError: an unknown name, or an argument out of range.

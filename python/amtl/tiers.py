@@ -8,6 +8,7 @@ same way for the optimizer's state.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,13 +134,29 @@ def merge_vectors(parts: Sequence[Tensor], plan: TierPlan) -> Tensor:
     return vector
 
 
-def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """One, several or no optimizers as a list."""
+def as_optimizers(
+    optimizer: Optimizer | Iterable[Optimizer] | None, parameters: Iterable[nn.Parameter]
+) -> list[Optimizer]:
+    """One or several optimizers as a list; for None, those of this process that hold parameters."""
     if optimizer is None:
-        return []
+        return optimizers_of(parameters)
     if isinstance(optimizer, Optimizer):
         return [optimizer]
     return list(optimizer)
+
+
+def optimizers_of(parameters: Iterable[nn.Parameter]) -> list[Optimizer]:
+    """The living optimizers that hold one of the parameters, O(objects in the process)."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [
+        thing
+        for thing in gc.get_objects()
+        # Not isinstance, which asks proxies for the class of what they stand for.
+        if issubclass(type(thing), Optimizer)
+        and any(
+            id(p) in wanted for group in getattr(thing, "param_groups", ()) for p in group["params"]
+        )
+    ]
 
 
 def _position(group: dict[str, Any], parameter: nn.Parameter) -> int | None:
@@ -176,7 +193,7 @@ def _replace(
 def require_held(
     optimizers: list[Optimizer], parameters: Sequence[nn.Parameter], action: str
 ) -> None:
-    """Raise unless trainable parameters are in one of the optimizers that were given."""
+    """Raise unless trainable parameters are in one of the optimizers, if there are any."""
     for parameter in parameters:
         if optimizers and parameter.requires_grad and not _holders(optimizers, parameter):
             raise ValueError(

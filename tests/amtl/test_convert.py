@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
 
 import amtl
 import pytest
@@ -232,6 +235,109 @@ def test_optimizer_from_before_goes_on():
     amtl.freeze(model, optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert all(id(p) in held for p in amtl.table_parameters(model))
+
+
+def step_of(model, optimizer):
+    optimizer.zero_grad()
+    model(*inputs()).square().sum().backward()
+    optimizer.step()
+
+
+def test_freezing_finds_the_optimizer():
+    """Nobody passes it, and the table trains on all the same."""
+    model = amtl.convert(model_of(), COUNTS, budget=0.5)
+    tables = torch.optim.Adagrad([*amtl.table_parameters(model), *model.top.parameters()], lr=0.1)
+    masks = torch.optim.Adam(amtl.mask_parameters(model))
+    for optimizer in (tables, masks):
+        step_of(model, optimizer)
+    amtl.freeze(model)
+    held = {id(p) for group in tables.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad} - {
+        id(p) for layer in amtl.layers(model).values() for p in layer.head.parameters()
+    }
+    assert masks.param_groups[0]["params"] == []
+    assert all("sum" in tables.state[block] for block in amtl.table_parameters(model))
+    before = [block.detach().clone() for block in amtl.table_parameters(model)]
+    step_of(model, tables)
+    after = amtl.table_parameters(model)
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    model.users.thaw()
+    assert any(p is model.users.weight for p in tables.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_sizes_that_nobody_trains_are_noticed(held):
+    """An optimizer from before convert holds the table, and knows nothing of sizes."""
+    model = model_of()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    amtl.convert(model, COUNTS, budget=0.5)
+    masks = torch.optim.SGD(amtl.mask_parameters(model), lr=0.0) if held else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            step_of(model, optimizer)
+    said = [str(w.message) for w in caught if "in no optimizer" in str(w.message)]
+    assert len(said) == (0 if held else 3) and (masks is None) == (not held)
+    if not held:
+        assert "add_param_group" in said[0] and "'users'" in said[0]
+
+
+@pytest.mark.parametrize("parametrization", ["ordinal", "free"])
+def test_initialisers_of_linear_layers_leave_sizes_alone(parametrization):
+    """As model.apply(init) and loops over modules() do it."""
+    budget = 0.5 if parametrization == "ordinal" else None
+    model = amtl.convert(model_of(), COUNTS, budget=budget, parametrization=parametrization)
+    before = [p.detach().clone() for p in amtl.mask_parameters(model)]
+
+    def initialise(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_normal_(module.weight)
+
+    model.apply(initialise)
+    assert all(torch.equal(a, b) for a, b in zip(before, amtl.mask_parameters(model), strict=True))
+    assert not any(
+        isinstance(m, nn.Linear) for layer in amtl.layers(model).values() for m in layer.modules()
+    )
+
+
+class Keeper(Model):
+    """Keeps its tables and their weights in containers of its own, as deepctr-torch does."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = [self.users, self.top]
+        self.by_name = {"tags": self.tags, "rest": (1, self.users)}
+        named = [("users", self.users.weight), ("top", self.top.weight)]
+        self.regularised = [([self.users.weight, self.tags.weight], 0.0, 1e-3), (named, 1e-3, 0.0)]
+        self.itself = self.plain
+        self.plain.append(self.plain)
+
+    def regularisation(self):
+        first, second = (part[0] for part in self.regularised)
+        return sum(w.square().sum() for w in first) + sum(w.square().sum() for _, w in second)
+
+
+def test_references_of_the_models_own_follow():
+    torch.manual_seed(0)
+    model = Keeper()
+    amtl.convert(model, COUNTS, budget=0.5)
+    assert model.plain[0] is model.users and model.plain[1] is model.top
+    assert model.by_name["tags"] is model.tags and model.by_name["rest"] == (1, model.users)
+    optimizer = torch.optim.SGD(amtl.parameter_groups(model), lr=0.1)
+    (model(*inputs()).sum() + model.regularisation()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    tables = [weakref.ref(model.users.weight), weakref.ref(model.tags.weight)]
+    amtl.freeze(model, optimizer)
+    gc.collect()
+    assert [table() for table in tables] == [None, None]
+    expected = sum(b.square().sum() for m in (model.users, model.tags) for b in m.blocks)
+    expected += sum(b.square().sum() for b in model.users.blocks) + model.top.weight.square().sum()
+    torch.testing.assert_close(model.regularisation(), expected)
+    model.regularisation().backward()
+    assert all(b.grad is not None for b in model.users.blocks)
+    amtl.revert(model)
+    assert model.plain[0] is model.users and type(model.users) is nn.Embedding
 
 
 class Scaled(nn.Embedding):

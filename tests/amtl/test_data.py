@@ -188,7 +188,7 @@ def test_a_freeze_like_renumbering_leaves_one_run_per_tier_and_field():
 
 
 def test_rows_of_size_0_leave_the_vocabulary(frame):
-    """What a freeze with shared rows hands over: fewer rows, the same encoding of old and new data."""
+    """What a freeze with shared rows hands over: fewer rows, one encoding of old and new data."""
     encoder = Encoder.fit(frame[:150], infer_fields(frame, ["genres", "user", "tags"]))
     data = encoder.transform(frame)
     oov = [int(encoder.field_rows(f)[v.oov_row]) for f, v in enumerate(encoder.vocabularies)]

@@ -6,12 +6,14 @@ import copy
 import inspect
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch._dynamo
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, BudgetError
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -468,6 +470,47 @@ def test_compile(kind):
     twin.eval().freeze()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(rows), twin(rows))
+
+
+# Transformations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_cannot_work_says_why(kind, frozen):
+    layer = layer_of(kind)
+    rows = torch.randint(ROWS, (4, 3))
+    if frozen:
+        layer.freeze()
+    else:
+        with pytest.raises(RuntimeError, match=r"size noise.*eval\(\)"):
+            torch.jit.trace(layer, (rows,))
+    parameters = dict(layer.named_parameters())
+    with pytest.raises(RuntimeError, match=r"torch\.func.*Use autograd"):
+        torch.func.grad(lambda p: functional_call(layer, p, (rows,)).sum())(parameters)
+    layer.eval()
+    with pytest.raises(RuntimeError, match="without vmap"):
+        torch.func.vmap(layer)(rows[:, None])
+    with pytest.raises(RuntimeError, match=r"amtl\.revert"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(layer, (rows,), io.BytesIO(), dynamo=False)
+    with pytest.raises(ValueError, match="float64"):
+        layer.double()(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_and_exports(kind, frozen):
+    layer = layer_of(kind, shared_rows="rarest", budget=0.1).eval()
+    rows, others = torch.randint(ROWS, (4, 3)), torch.randint(ROWS, (4, 3))
+    layer(rows)
+    if frozen:
+        layer.freeze()
+    traced = torch.jit.trace(layer, (rows,))
+    exported = torch.export.export(layer, (rows,)).module()
+    for program in (traced, exported):
+        assert torch.equal(program(others), layer(others))
 
 
 # Fields and accounting

@@ -176,7 +176,7 @@ def test_widths_add_up_to_the_stored_bytes_once_frozen(encoded, method):
     [
         ({"method": "magic"}, "choose one of amtl, rule, fixed"),
         ({"dim": 0}, "--dim"),
-        ({"budget": 1e-6}, "--method amtl"),
+        ({"options": {"min_dim": 4}}, "--method amtl"),
         ({"options": {"no_such": 1}}, "no_such"),
     ],
 )

@@ -295,7 +295,7 @@ def test_sizes_that_move_take_rows_along():
     with torch.no_grad():
         before = layer(torch.arange(ROWS))
         layer.head.set_field_weights([1e4, 1.0])
-        target, shown = looked_up(layer)
+        _, shown = looked_up(layer)
         after = layer(torch.arange(ROWS))
     assert torch.equal(after, shown) and not torch.equal(after, before)
     assert layer.stored_fraction() <= 0.06

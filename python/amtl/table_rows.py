@@ -1,0 +1,425 @@
+"""What a table is made of, what it costs, and which row a lookup reads, in either phase."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import amtl_kernels
+from amtl.budget import SizeGrid
+from amtl.frequency import decode_row_map
+from amtl.noise import draw_seed, mix_seed
+from amtl.options import SearchOptions
+from amtl.sharing import own_rows
+from amtl.size_head import SizeHead, being_traced
+from amtl.tiers import TierPlan, merge_rows, optimizers_of
+
+_PATIENCE = 5
+"""Changes of the table without one of its sizes before it is asked who trains them."""
+
+
+class TableRows(nn.Module):
+    """The attributes of `AMTLTable`, sizes and accounting, and the rows that lookups read."""
+
+    weight: nn.Parameter | None
+    row_group: Tensor | None
+    row_order: Tensor | None
+    row_map: Tensor | None
+    shared_rows: Tensor | None
+    head: SizeHead | None
+    grid: SizeGrid
+
+    def _describe(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        max_norm: float | None,
+        norm_type: float,
+        sparse: bool,
+        field_sizes: list[int],
+        options: SearchOptions,
+    ) -> None:
+        """Everything but the tensors."""
+        self.num_embeddings = num_embeddings
+        self.full_rows = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = False
+        self.name = ""
+        self.sparse = sparse
+        self.options = options
+        self.field_sizes = field_sizes
+        self.tier_ends: tuple[int, ...] | None = None
+        self.progress = 0.0
+        self._noise_on = options.freeze_at > 0
+        self._seed_offset = mix_seed(options.seed)
+        self._mask_places: list[tuple[int, int]] = []
+        self._redirection: tuple[Tensor, Tensor | None] | None = None
+        self._noticed: tuple[Tensor, int] | None = None
+        self._untaught = 0
+        self.register_parameter("weight", None)
+        self.register_buffer("row_group", None, persistent=False)
+        self.register_buffer("row_map", None)
+        self.register_buffer("row_order", None)
+        self.register_buffer("shared_rows", None)
+        self.blocks = nn.ParameterList()
+        self.register_module("head", None)
+
+    @property
+    def phase(self) -> str:
+        """Either "search" or "frozen"."""
+        return "search" if self.tier_ends is None else "frozen"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the table."""
+        return self._table()[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the table."""
+        return self._table()[0].dtype
+
+    @property
+    def budget(self) -> float | None:
+        """Stored fraction aimed at, None without a budget."""
+        return self.options.budget
+
+    @property
+    def freeze_at(self) -> float:
+        """Share of training after which sizes should be frozen."""
+        return self.options.freeze_at
+
+    @property
+    def field_offsets(self) -> list[int]:
+        """First row of each field, in the numbering before `absorb_order()`."""
+        offsets = [0]
+        for size in self.field_sizes[:-1]:
+            offsets.append(offsets[-1] + size)
+        return offsets
+
+    def _table(self) -> list[nn.Parameter]:
+        return list(self.blocks) if self.weight is None else [self.weight]
+
+    def table_parameters(self) -> list[nn.Parameter]:
+        """The table: `[weight]`, or the blocks once frozen."""
+        return self._table()
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """What learns the sizes; give it a learning rate of its own. Empty once frozen."""
+        if self.head is None or self.tier_ends is not None:
+            return []
+        return list(self.head.parameters())
+
+    def group_dims(self) -> Tensor:
+        """Size of each group without noise, int32 [G]."""
+        return self._head().sizes().to(torch.int32)
+
+    def row_dims(self) -> Tensor:
+        """Size of each row, int32 [N]; once frozen, its stored width, which training may use.
+
+        Rows that are looked up as their shared row have size 0.
+        """
+        if self.tier_ends is None:
+            assert self.row_group is not None
+            return self.group_dims()[self.row_group]
+        plan = self._plan()
+        starts = (0, *plan.ends)
+        dims = torch.zeros(self.num_embeddings, dtype=torch.int32, device=self.device)
+        for tier, width in enumerate(plan.widths):
+            if plan.ends[tier] > starts[tier]:
+                dims[plan.rows(tier)] = width
+        return dims
+
+    def row_fields(self) -> Tensor:
+        """Field of each row, int64 [N]."""
+        groups = self.row_group
+        if groups is None:
+            if self.row_map is None:
+                raise RuntimeError("a layer loaded from a packed file knows no fields")
+            groups = decode_row_map(self.row_map, self.num_embeddings)
+        return self._head().group_fields[groups]
+
+    def stored_fraction(self) -> float:
+        """Weights stored after freezing, over N * D; tier rounding included."""
+        if self.tier_ends is None:
+            return self._head().stored_fraction()
+        stored = sum(block.numel() for block in self.blocks)
+        return stored / max(1, self.full_rows * self.embedding_dim)
+
+    def stored_bytes(self) -> int:
+        """Bytes of the frozen table: weights, and `row_order` while it is kept.
+
+        In the search phase: what the weights would take if sizes were frozen now.
+        """
+        if self.tier_ends is None:
+            size = self.full_rows * self.embedding_dim
+            return round(self.stored_fraction() * size) * self._table()[0].element_size()
+        order = 0 if self.row_order is None else self.row_order.nbytes
+        return sum(block.nbytes for block in self.blocks) + order
+
+    def dense_bytes(self) -> int:
+        """Bytes of an nn.Embedding with all the rows that the layer was made with."""
+        return self.full_rows * self.embedding_dim * self._table()[0].element_size()
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """What an nn.Embedding with the same outputs holds (without noise): new, dense [N, D]."""
+        if self.tier_ends is None:
+            assert self.weight is not None
+            dims = self.row_dims()
+            columns = torch.arange(self.embedding_dim, device=self.device)
+            dense = self.weight.masked_fill(columns >= dims[:, None], 0)
+            merged = self._merged(dims)
+            if merged is not None:
+                dense[merged] = dense[self._stand_ins()[merged]]
+            return dense
+        plan = self._plan()
+        dense = merge_rows([b.detach() for b in self.blocks], plan, self.embedding_dim)
+        places = self._frozen_rows(torch.arange(self.num_embeddings, device=self.device))
+        return dense if plan.ends[-1] == len(dense) else dense[self._own_rows()[places]]
+
+    def _plan(self) -> TierPlan:
+        assert self.tier_ends is not None
+        order = None if self.row_order is None else self._own_rows()
+        widths = tuple(b.shape[1] for b in self.blocks)
+        return TierPlan(widths, self.tier_ends, order, self.num_embeddings)
+
+    def _own_rows(self) -> Tensor:
+        """The row that each place of the tiers holds, int64 [P]."""
+        assert self.tier_ends is not None
+        places = self.tier_ends[-1]
+        if self.row_order is None:
+            return torch.arange(places, device=self.device)
+        shares = places < self.num_embeddings
+        return own_rows(self.row_order, self.shared_rows if shares else None, places)
+
+    def _merged(self, dims: Tensor) -> Tensor | None:
+        """Rows that are looked up as another one, bool [N], from the sizes of all rows."""
+        if self.shared_rows is None:
+            return None
+        merged = dims == 0
+        merged[self.shared_rows] = False
+        if self.padding_idx is not None:
+            merged[self.padding_idx] = False
+        return merged if bool(merged.any()) else None
+
+    def _stand_ins(self) -> Tensor:
+        """The shared row of each row, int64 [N]."""
+        assert self.shared_rows is not None
+        return self.shared_rows[self.row_fields()]
+
+    def update_schedule(self, progress: float) -> None:
+        """Tell the layer which share of training is done: sets temperature and size noise.
+
+        Temperature goes geometrically from `temperature` to `final_temperature`, which it reaches
+        at `freeze_at`; size noise is on before `freeze_at` and off from there.
+
+        Raises:
+            ValueError: progress is outside 0..1.
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress must be a share of training in 0..1, got {progress!r}")
+        self.progress = float(progress)
+        # Booleans and tensors, not the progress itself: torch.compile would recompile every step.
+        self._noise_on = progress < self.freeze_at
+        first, last = self.options.temperature, self.options.final_temperature
+        if self.head is not None and last is not None:
+            share = min(1.0, progress / self.freeze_at) if self.freeze_at > 0 else 1.0
+            self.head.set_temperature(first * (last / first) ** share)
+
+    def _head(self) -> SizeHead:
+        if self.head is None:
+            raise RuntimeError(
+                "this layer was loaded from a packed file and has no size head; thaw(counts=...) "
+                "makes one"
+            )
+        return self.head
+
+    def _named(self, error: IndexError) -> IndexError:
+        text = str(error)
+        if self.tier_ends is not None:
+            # The operator knows the stored rows only.
+            text = text.replace(f" {self.tier_ends[-1]} rows", f" {self.num_embeddings} rows")
+        return IndexError(f"table {self.name!r}: {text}" if self.name else text)
+
+    def _noisy(self) -> bool:
+        return self.training and self._noise_on and self._head().size_noise > 0
+
+    def _notice_learning(self, sizes: Tensor) -> None:
+        """Warn once if the table learns and its sizes, which want to, are in no optimizer."""
+        head, weight = self._head(), self.weight
+        if not (self.training and head.trains and self._untaught >= 0 and torch.is_grad_enabled()):
+            return
+        if being_traced() or type(weight) is not nn.Parameter:
+            return
+        before, self._noticed = self._noticed, (sizes, weight._version)
+        if before is None or before[0] is not sizes or before[1] == weight._version:
+            return
+        self._untaught += 1
+        if self._untaught < _PATIENCE:
+            return
+        self._untaught = -1
+        trainable = [p for p in head.parameters() if p.requires_grad]
+        if trainable and not optimizers_of(trainable):
+            warnings.warn(
+                f"table {self.name!r} is trained, but what learns its sizes is in no optimizer, so "
+                'they stay as they started: optimizer.add_param_group({"params": '
+                'amtl.mask_parameters(model), "lr": 1e-2}), or parametrization="rule"',
+                stacklevel=4,
+            )
+
+    def _check_caller(self) -> None:
+        """Refuse transformations that cannot see into the operators, with the reason."""
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            if torch.onnx.is_in_onnx_export():
+                raise RuntimeError(
+                    "ONNX has no operator for rows of different widths: export what "
+                    "amtl.revert(model, masked=True) makes, a dense model with the same outputs"
+                )
+        elif torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "AMTL layers do not work under torch.func transforms (grad, vmap, jvp, ...): their "
+                "operators have no rule for them. Use autograd (backward, torch.autograd.grad); "
+                "indices of any shape are looked up in one call, without vmap"
+            )
+
+    def _seed(self, noisy: bool) -> int:
+        if noisy and not torch.compiler.is_compiling() and torch._C._is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace would record one draw of the size noise for ever: call eval() "
+                "first, or freeze()"
+            )
+        return draw_seed(self._seed_offset) if noisy else 0
+
+    def _renorm(self, indices: Tensor) -> None:
+        """Scale looked-up rows of the table to at most `max_norm`, in place, as nn.Embedding."""
+        assert self.max_norm is not None
+        with torch.no_grad():
+            flat = indices.reshape(-1)
+            if self.options.bounds_check == "clamp":
+                flat = flat.clamp(0, self.num_embeddings - 1)
+            if self.tier_ends is None:
+                assert self.weight is not None
+                torch.embedding_renorm_(self.weight.detach(), flat, self.max_norm, self.norm_type)
+                return
+            start = 0
+            for block, end in zip(self.blocks, self.tier_ends, strict=True):
+                if block.shape[1]:
+                    local = flat[(flat >= start) & (flat < end)] - start
+                    torch.embedding_renorm_(block.detach(), local, self.max_norm, self.norm_type)
+                start = end
+
+    def _mapped(self, indices: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
+        """Other row numbers for indices; those out of range stay so, for the operator."""
+        if self.options.bounds_check == "off" or self.num_embeddings == 0:
+            return lookup(indices)
+        inside = (indices >= 0) & (indices < self.num_embeddings)
+        rows = lookup(indices.clamp(0, self.num_embeddings - 1))
+        if self.options.bounds_check == "raise":
+            return torch.where(inside, rows, indices)
+        if not torch.compiler.is_compiling() and not bool(inside.all()):
+            position = int((~inside).flatten().nonzero()[0])
+            amtl_kernels.reference.warn_clamped(
+                int(indices.flatten()[position]), position, self.num_embeddings
+            )
+        return rows
+
+    def _frozen_rows(self, indices: Tensor) -> Tensor:
+        """Indices in the numbering of the tiers."""
+        assert self.tier_ends is not None
+        order, places = self.row_order, self.tier_ends[-1]
+        if order is not None:
+            return self._mapped(indices, lambda rows: order[rows])
+        if places == self.num_embeddings:
+            return indices
+        assert self.shared_rows is not None
+        shared = self.shared_rows[-1]
+        return self._mapped(indices, lambda rows: torch.where(rows >= places, shared, rows))
+
+    def _searched_rows(self, indices: Tensor, sizes: Tensor) -> Tensor:
+        """Indices, with the shared row for rows of groups that have size 0 without noise."""
+        stand_in = self._redirect(sizes)
+        if stand_in is None:
+            return indices
+        group, padding = self.row_group, self.padding_idx
+        assert group is not None
+
+        def lookup(rows: Tensor) -> Tensor:
+            other = stand_in[group[rows]]
+            moves = other >= 0 if padding is None else (other >= 0) & (rows != padding)
+            return torch.where(moves, other.to(rows.dtype), rows)
+
+        return self._mapped(indices, lookup)
+
+    def _redirect(self, sizes: Tensor) -> Tensor | None:
+        """What stands in for the rows of each group, int32 [G], -1 for themselves; None for nobody.
+
+        Once per solution of the sizes. A GPU is not waited for: there somebody always does.
+        """
+        if self.shared_rows is None or self.grid.sizes[0] > 0:
+            return None
+        if self._redirection is not None and self._redirection[0] is sizes:
+            return self._redirection[1]
+        nothing = sizes == 0
+        traced = being_traced() or type(sizes) is not Tensor
+        result = None
+        if traced or not sizes.is_cpu or bool(nothing.any()):
+            shared = self.shared_rows[self._head().group_fields]
+            result = torch.where(nothing, shared, -1).to(torch.int32)
+        if not traced:
+            self._redirection = sizes, result
+        return result
+
+    def _frozen_padding(self) -> int | None:
+        return self._tier_padding if self.row_order is not None else self.padding_idx
+
+    _tier_padding: int | None = None
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the tensors, JSON-able: class, shape, options, tiers."""
+        return {
+            "class": type(self).__name__,
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "padding_idx": self.padding_idx,
+            "max_norm": self.max_norm,
+            "norm_type": self.norm_type,
+            "sparse": self.sparse,
+            "field_sizes": list(self.field_sizes),
+            "tier_ends": None if self.tier_ends is None else list(self.tier_ends),
+            "tier_width": self.grid.tier_width,
+            "full_rows": self.full_rows,
+            "shared_rows": None if self.shared_rows is None else self.shared_rows.tolist(),
+            "options": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in asdict(self.options).items()
+            },
+        }
+
+    def extra_repr(self) -> str:
+        """As nn.Embedding, then the phase, the budget and what is not default."""
+        parts = [f"{self.num_embeddings}, {self.embedding_dim}"]
+        if self.padding_idx is not None:
+            parts.append(f"padding_idx={self.padding_idx}")
+        if self.max_norm is not None:
+            parts.append(f"max_norm={self.max_norm}")
+        if self.norm_type != 2:
+            parts.append(f"norm_type={self.norm_type}")
+        if self.sparse:
+            parts.append("sparse=True")
+        parts.append(f"phase={self.phase!r}, budget={self.budget}")
+        parts.append(f"parametrization={self.options.parametrization!r}")
+        if len(self.field_sizes) > 1:
+            parts.append(f"fields={len(self.field_sizes)}")
+        if self.tier_ends is not None:
+            parts.append(f"tiers={len(self.tier_ends)}, stored={self.stored_fraction():.3f}")
+        return ", ".join(parts)
