@@ -18,8 +18,8 @@ class SearchOptions:
     Attributes:
         budget: stored fraction of N * D over rows, tier rounding included, in (0, 1]. None only
             with "free": the paper's layer, whose saving is an outcome of training.
-        parametrization: "ordinal" (default), "free" (the paper) or "rule" (nothing learned); see
-            `amtl.sizes`.
+        parametrization: "rule" (default: sizes follow from counts, nothing is learned), "ordinal"
+            (the twins learn on from there) or "free" (the paper); see `amtl.sizes`.
         min_dim: smallest size, 0..D. None: 0, and 1 for "free" (the paper). A row of size 0 stores
             nothing and is looked up as its field's shared row, or as zeros.
         granularity: sizes are multiples of it (and D).
@@ -29,7 +29,7 @@ class SearchOptions:
         final_temperature: T at the freeze point, reached geometrically; None keeps T.
         kernel_width: width of the ordinal soft mask in log-size.
         size_noise: standard deviation of the noise in log-size during the search, in training mode
-            only. None: 0.5, and 0 for "free".
+            only. None: 0.5 for "ordinal", else 0.
         noise_quantiles: number of noise levels Q that rows are hashed to.
         freeze_at: share of training after which the trainer should call `freeze()`; noise ends
             there in any case.
@@ -51,7 +51,7 @@ class SearchOptions:
     """
 
     budget: float | None = 0.4
-    parametrization: str = "ordinal"
+    parametrization: str = "rule"
     min_dim: int | None = None
     granularity: int = 1
     tier_width: int | None = None
@@ -95,7 +95,9 @@ class SearchOptions:
         if self.min_dim is None:
             object.__setattr__(self, "min_dim", 1 if self.parametrization == "free" else 0)
         if self.size_noise is None:
-            object.__setattr__(self, "size_noise", 0.0 if self.parametrization == "free" else 0.5)
+            object.__setattr__(
+                self, "size_noise", 0.5 if self.parametrization == "ordinal" else 0.0
+            )
 
     def grid(self, dim: int, itemsize: int) -> SizeGrid:
         """Allowed sizes of a table of width `dim` with weights of `itemsize` bytes."""

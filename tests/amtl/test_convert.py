@@ -245,7 +245,7 @@ def step_of(model, optimizer):
 
 def test_freezing_finds_the_optimizer():
     """Nobody passes it, and the table trains on all the same."""
-    model = amtl.convert(model_of(), COUNTS, budget=0.5)
+    model = amtl.convert(model_of(), COUNTS, budget=0.5, parametrization="ordinal")
     tables = torch.optim.Adagrad([*amtl.table_parameters(model), *model.top.parameters()], lr=0.1)
     masks = torch.optim.Adam(amtl.mask_parameters(model))
     for optimizer in (tables, masks):
@@ -270,7 +270,7 @@ def test_sizes_that_nobody_trains_are_noticed(held):
     """An optimizer from before convert holds the table, and knows nothing of sizes."""
     model = model_of()
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    amtl.convert(model, COUNTS, budget=0.5)
+    amtl.convert(model, COUNTS, budget=0.5, parametrization="ordinal")
     masks = torch.optim.SGD(amtl.mask_parameters(model), lr=0.0) if held else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -29,12 +29,24 @@ def counts_of(rows=ROWS, seed=0):
 
 def layer_of(kind=AMTLEmbedding, **options):
     torch.manual_seed(0)
-    return kind(ROWS, DIM, **{"counts": counts_of(), "budget": 0.4, **options})
+    options = {"budget": 0.4, "parametrization": "ordinal", **options}
+    return kind(ROWS, DIM, **{"counts": counts_of(), **options})
 
 
 def masked_weight(layer):
     columns = torch.arange(layer.embedding_dim)
     return torch.where(columns < layer.row_dims()[:, None], layer.weight, 0)
+
+
+def test_by_default_sizes_follow_from_counts_and_nothing_is_learned():
+    layer = AMTLEmbedding(ROWS, DIM, counts=counts_of(), budget=0.4)
+    assert layer.options.parametrization == "rule" and layer.mask_parameters() == []
+    dims = layer.row_dims()
+    by_count = dims[torch.argsort(counts_of(), stable=True)]
+    assert bool((by_count.diff() >= 0).all()) and dims.min() < dims.max()
+    rows = torch.arange(ROWS)
+    assert torch.equal(layer(rows), layer.eval()(rows))
+    assert 0.35 < layer.stored_fraction() <= 0.4
 
 
 # Drop-in
@@ -179,7 +191,7 @@ def test_repr_names_what_matters(kind, phase):
         ({"freeze_at": 1.1}, "freeze_at"),
         ({"init_exponent": -1}, "init_exponent"),
         ({"mask_hidden": (0,)}, "hidden"),
-        ({"kernel_width": 0}, "kernel_width"),
+        ({"parametrization": "ordinal", "kernel_width": 0}, "kernel_width"),
         ({"weight_std": -1}, "weight_std"),
         ({"bounds_check": "maybe"}, "bounds_check"),
         ({"padding_idx": ROWS}, "padding_idx"),
@@ -533,7 +545,12 @@ def test_row_features_tell_rows_of_one_count_apart():
     torch.manual_seed(0)
     useful = torch.arange(ROWS) % 2
     layer = AMTLEmbedding(
-        ROWS, DIM, counts=torch.ones(ROWS), row_features=useful[:, None], budget=0.5
+        ROWS,
+        DIM,
+        counts=torch.ones(ROWS),
+        row_features=useful[:, None],
+        budget=0.5,
+        parametrization="ordinal",
     )
     assert layer.head.num_groups == ROWS
     optimizer = torch.optim.Adam(layer.mask_parameters(), lr=1e-2)
@@ -548,7 +565,12 @@ def test_row_features_tell_rows_of_one_count_apart():
     rows = torch.arange(ROWS)
     before = layer.eval()(rows)
     fresh = AMTLEmbedding(
-        ROWS, DIM, counts=torch.ones(ROWS), row_features=torch.zeros(ROWS, 1), budget=0.5
+        ROWS,
+        DIM,
+        counts=torch.ones(ROWS),
+        row_features=torch.zeros(ROWS, 1),
+        budget=0.5,
+        parametrization="ordinal",
     )
     fresh.load_state_dict(layer.freeze().state_dict())
     assert torch.equal(fresh.eval()(rows), before)

@@ -29,6 +29,7 @@ def counts_of(seed=0):
 def layer_of(kind=AMTLEmbedding, shared_rows=(11, 160), **options):
     torch.manual_seed(0)
     options = {"counts": counts_of(), "field_sizes": FIELDS, "budget": 0.06, **options}
+    options = {"parametrization": "ordinal", **options}
     return kind(ROWS, DIM, shared_rows=shared_rows, **options)
 
 

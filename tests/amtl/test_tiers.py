@@ -27,7 +27,7 @@ def counts_of(rows, in_order=False, seed=0):
 
 def layer_of(kind=AMTLEmbedding, rows=200, dim=16, in_order=False, **options):
     torch.manual_seed(0)
-    options = {"budget": 0.25, **options}
+    options = {"budget": 0.25, "parametrization": "ordinal", **options}
     return kind(rows, dim, counts=counts_of(rows, in_order), **options)
 
 
