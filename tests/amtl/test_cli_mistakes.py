@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 import typer
 from amtl import cli, failures, memory
-from amtl.store.files import read_json
 from amtl.errors import UserError
+from amtl.store.files import read_json
 
 FAST = ["--dim", "4", "--epochs", "2", "--batch-size", "256"]
 
