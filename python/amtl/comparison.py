@@ -81,6 +81,9 @@ def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     early = _early(metrics)
     late = {row["name"]: row for row in metrics.get("compared") or []}
     late[THIS] = dict(metrics)
+    cut = (metrics["raced"] or {}).get("cut")
+    if cut is not None:
+        late.setdefault(FULL, cut["full"])
     header = ["table", "bytes"]
     epochs = max((row["epochs"] for row in early.values()), default=0)
     if early:
@@ -104,6 +107,9 @@ def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def verdict(metrics: Mapping[str, Any]) -> str | None:
     """What the scores say against the sizes or the budget that were asked for, or None."""
     less = (metrics["raced"] or {}).get("less")
+    cut = (metrics["raced"] or {}).get("cut")
+    if cut is not None and cut["chosen"]:
+        return None
     if less is not None and less["chosen"]:
         return (
             f"{less['name']} validated better than all of it, so the model takes "

@@ -189,7 +189,7 @@ class Learner:
             "epoch": round(self.epochs, 4),
             "phase": self.phase,
             "stage": self.stage,
-            "loss": statistics.fmean(self.losses),
+            "loss": statistics.fmean(self.losses) if self.losses else None,
             "val_auc": area,
             "val_logloss": loss,
             "score": area - loss,
@@ -224,6 +224,12 @@ class Learner:
         if not self.frozen:
             self.freeze()
         self._set_rates()
+
+    def refine(self) -> None:
+        """Takes the model as it is for the best so far, and goes on at smaller rates."""
+        self.stage = 1
+        self._set_rates()
+        self._validate()
 
     def freeze(self) -> None:
         """Fixes the sizes; the table and its optimizer's state move to tiers."""

@@ -119,8 +119,9 @@ class Bars:
         """Shows AUC and log loss."""
         self._val = f"{record['val_auc']:.4f}"
         self._last = time.perf_counter()
+        loss = "–     " if record["loss"] is None else f"{record['loss']:.4f}"
         line = (
-            f"  {self._title}  epoch {record['epoch']:>5.2f}  loss {record['loss']:.4f}  "
+            f"  {self._title}  epoch {record['epoch']:>5.2f}  loss {loss}  "
             f"val AUC {record['val_auc']:.4f}  log loss {record['val_logloss']:.4f}"
             f"{' *' if record['best'] else '  '}  {record['seconds']:.1f} s  {record['phase']}"
         )

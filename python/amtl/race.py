@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from amtl.config import TrainConfig
+from amtl.cut import Donor
 from amtl.errors import UserError
 from amtl.learner import Learner
 from amtl.model import field_evidence
@@ -192,6 +193,53 @@ def race_less(
     row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
     row["rival"] = rival
     return (learner if row["chosen"] else None), row
+
+
+def race_cut(
+    sized: TrainConfig,
+    winner: Learner,
+    make: Callable[[TrainConfig, Donor | None], Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any]]:
+    """Trains a table of full size to its end, cuts sizes out of it and trains on.
+
+    Worth it where full size led the race: what it has learned is more than the sized table learns
+    from scratch.
+
+    Args:
+        sized: settings of the best candidate whose rows differ in width.
+        winner: the best model so far.
+        make: a fresh learner of given settings, filled from a donor.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The cut model if it validates better in AUC and in AUC minus log loss, and its row, with
+        that of the full table under `full`.
+    """
+    full = make(replace(sized, method="fixed", table_options={}), None)
+    for name, config in ((FULL, full.config), ("cut from full size", sized)):
+        if name == FULL:
+            learner = full
+        else:
+            learner = make(config, Donor(full.model, full.task.encoder))
+            learner.refine()
+        observer.begin(name, learner.steps_per_epoch * config.epochs, 0)
+        while not learner.finished:
+            step(learner)
+        if name == FULL:
+            full.end()
+    row, rival = _row(name, learner), _best(winner)
+    row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
+    row["full"] = _row(FULL, full)
+    return (learner if row["chosen"] else None), row
+
+
+def full_size_led(table: list[dict[str, Any]]) -> bool:
+    """Whether the full table did better than the chosen candidate after as many epochs."""
+    chosen = next(row for row in table if row["chosen"])
+    return bool(table[0]["score"] > chosen["score"])
 
 
 def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:

@@ -488,7 +488,8 @@ def _plot_curves(figure: Any, results: Sequence[Result]) -> None:
                     color=style["color"],
                     markeredgewidth=1.5,
                 )
-        right.plot(epochs, [r["loss"] for r in run["history"]], linewidth=1.5, **style)
+        losses = [math.nan if r["loss"] is None else r["loss"] for r in history]
+        right.plot(epochs, losses, linewidth=1.5, **style)
     left.set_ylabel("validation AUC")
     right.set_ylabel("training loss")
     every = sorted(v["val_auc"] for r in results for v in r.runs[0]["history"])

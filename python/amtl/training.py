@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from amtl import methods
 from amtl.comparison import train_baselines
 from amtl.config import TrainConfig
+from amtl.cut import Donor
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
 from amtl.data.splits import split_rows
@@ -32,7 +33,7 @@ from amtl.memory import require_memory
 from amtl.metrics import auc, log_loss
 from amtl.model import predict
 from amtl.progress import Observer, Silent
-from amtl.race import is_open, race, race_less
+from amtl.race import full_size_led, is_open, race, race_cut, race_less
 from amtl.store import runs
 
 
@@ -119,7 +120,11 @@ class Trainer:
         self._best_saved = -1
         self._fresh = True
 
-    def _make(self, config: TrainConfig) -> Learner:
+    def _make(self, config: TrainConfig, donor: Donor | None = None) -> Learner:
+        if donor is not None:
+            learner = Learner(config, self.task, donor.fill)
+            learner.model.mlp.load_state_dict(donor.state)
+            return learner
         run = config.warm_start
         if run is None:
             return Learner(config, self.task)
@@ -153,8 +158,8 @@ class Trainer:
                 self._step()
         finally:
             self.observer.end()
-        if self.raced is not None and self.raced["less"] is None:
-            self._race_less()
+        if self.raced is not None and "less" not in self.raced:
+            self._race_on()
         return self._finish()
 
     def _race(self) -> None:
@@ -168,23 +173,28 @@ class Trainer:
             "table": result.table,
             "evidence": result.evidence,
             "sized": result.sized.table_options,
-            "less": None,
+            "budget": self.config.budget,
         }
         self._begin()
         self.save()
 
-    def _race_less(self) -> None:
-        """Looks whether a part of the budget does better than all of it."""
-        assert self.raced is not None
-        sized = replace(self.config, table_options=self.raced["sized"])
+    def _race_on(self) -> None:
+        """Looks whether less of the budget does better, or a model cut out of the full table."""
+        raced = self.raced
+        assert raced is not None
+        sized = replace(self.config, table_options=raced["sized"], budget=raced["budget"])
         try:
-            better, self.raced["less"] = race_less(
-                sized, self.learner, self._make, self.observer, self._racer()
-            )
+            better, less = race_less(sized, self.learner, self._make, self.observer, self._racer())
+            winner = better or self.learner
+            cut = None
+            if full_size_led(raced["table"]):
+                chosen, cut = race_cut(sized, winner, self._make, self.observer, self._racer())
+                winner = chosen or winner
         finally:
             self.observer.end()
-        if better is not None:
-            self.config, self.learner, self._best_saved = better.config, better, -1
+        self.raced = {**raced, "less": less, "cut": cut}
+        if winner is not self.learner:
+            self.config, self.learner, self._best_saved = winner.config, winner, -1
             self._begin()
         self.save()
 
