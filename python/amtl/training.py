@@ -297,7 +297,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "dense_bytes": full,
         "stored_fraction": stored / full,
         "rows": encoder.num_rows,
-        "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.mlp.parameters()),
+        "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
         "bytes_by_field": {
             name: int(b) * itemsize for name, b in zip(encoder.names, by_field, strict=True)
         },
