@@ -147,9 +147,9 @@ class FieldAttention(Interaction):
         """See `Interaction`."""
         x = embedded
         for layer in self.layers:
-            query, key, value, residual = layer(x).chunk(4, -1)
-            parts = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)]
-            mixed = nn.functional.scaled_dot_product_attention(*parts, scale=1.0)
+            *parts, residual = layer(x).chunk(4, -1)
+            query, key, value = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0)
             x = torch.relu(mixed.transpose(1, 2).flatten(2) + residual)
         logits: Tensor = self.out(x.flatten(1))
         return logits.squeeze(1)

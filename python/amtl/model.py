@@ -77,7 +77,7 @@ class ClickModel(nn.Module):
 
     def score(self, embedded: Tensor, dense: Tensor) -> Tensor:
         """Logits `[B]` of embeddings `[B, F, D]` and numbers `[B, K]`."""
-        embedded = embedded.to(self.mlp[0].weight.dtype)
+        embedded = embedded.to(next(self.mlp.parameters()).dtype)
         if self.training and self.embedding_dropout:
             embedded = dropout(embedded, self.embedding_dropout)
         first = int(self.interaction.first_order)

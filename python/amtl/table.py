@@ -54,7 +54,6 @@ class AMTLTable(nn.Module):
     in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to.
     """
 
-    weight: nn.Parameter | None
     row_group: Tensor | None
     row_order: Tensor | None
     row_map: Tensor | None
@@ -234,7 +233,7 @@ class AMTLTable(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weights from N(0, weight_std^2), the padding row zero, as nn.Embedding does."""
-        if self.weight is None:
+        if self.tier_ends is not None or self.weight is None:
             raise RuntimeError("reset_parameters() needs the search phase; call thaw() first")
         nn.init.normal_(self.weight, std=self.options.weight_std)
         if self.padding_idx is not None:
@@ -274,8 +273,30 @@ class AMTLTable(nn.Module):
             offsets.append(offsets[-1] + size)
         return offsets
 
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The dense table [N, D] of the search phase, unmasked.
+
+        Raises:
+            RuntimeError: the layer is frozen: nobody should take nothing for a table.
+        """
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")
+        if self.tier_ends is not None:
+            raise RuntimeError(
+                f"the layer {self.name!r} is frozen and has no dense weight: dense_weight() is a "
+                "copy of what it shows, table_parameters() are what trains, and amtl.revert() puts "
+                "an nn.Embedding in its place"
+            )
+        return self._parameters["weight"]
+
+    @weight.setter
+    def weight(self, value: nn.Parameter | None) -> None:
+        self._parameters["weight"] = value
+
     def _table(self) -> list[nn.Parameter]:
-        return list(self.blocks) if self.weight is None else [self.weight]
+        weight = self._parameters["weight"]
+        return list(self.blocks) if weight is None else [weight]
 
     def table_parameters(self) -> list[nn.Parameter]:
         """The table: `[weight]`, or the blocks once frozen."""
@@ -577,7 +598,7 @@ class AMTLTable(nn.Module):
     def _enter_frozen(
         self, blocks: list[nn.Parameter], ends: tuple[int, ...], row_order: Tensor | None
     ) -> None:
-        self.weight = None
+        self._parameters["weight"] = None
         self.row_group = None
         self.blocks = nn.ParameterList(blocks)
         self.tier_ends = ends
@@ -634,7 +655,7 @@ class AMTLTable(nn.Module):
         return self
 
     def _enter_search(self, weight: nn.Parameter, row_group: Tensor) -> None:
-        self.weight = weight
+        self._parameters["weight"] = weight
         self.row_group = row_group
         self.row_map = None
         self.row_order = None
@@ -717,7 +738,8 @@ class AMTLTable(nn.Module):
         elif prefix + "weight" in state_dict:
             loaded = state_dict[prefix + "weight"]
             same = tuple(loaded.shape) == (self.num_embeddings, self.embedding_dim)
-            if same and (self.weight is None or self.weight.shape != loaded.shape):
+            present = self._parameters["weight"]
+            if same and (present is None or present.shape != loaded.shape):
                 self._adopt_weight(self.row_map if row_map is None else row_map)
             state_dict.pop(prefix + "row_map", None)
             if row_map is not None:

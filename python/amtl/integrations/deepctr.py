@@ -222,7 +222,7 @@ def _follow(model: Any, before: Mapping[str, nn.Parameter]) -> None:
     model.regularization_weight = [
         (penalised(weights), l1, l2) for weights, l1, l2 in model.regularization_weight
     ]
-    optimizer = getattr(model, "optim", None)
+    optimizer: Any = getattr(model, "optim", None)
     for group in [] if optimizer is None else optimizer.param_groups:
         old = group["params"]
         parts = [layers[id(p)].table_parameters() if id(p) in layers else [p] for p in old]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from amtl.conversion import layers as layers_of
 from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.errors import UserError
+from amtl.integrations import settle
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
 from amtl.table import AMTLTable
@@ -93,6 +94,7 @@ class PackedFile:
             layer.train(modules[name].training)
             model.get_submodule(parent)._modules[key] = layer
         model.load_state_dict(state, strict=False, assign=assign)
+        settle(model)
         return model
 
 
