@@ -11,20 +11,15 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
-from amtl.integrations import settle
+from amtl.integrations import check, settle
 from amtl.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _OF_NO_CONSEQUENCE = {
     *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate_func__"),
-    *(
-        "__static_attributes__",
-        "__firstlineno__",
-        "__constants__",
-        "reset_parameters",
-        "extra_repr",
-    ),
+    *("__static_attributes__", "__firstlineno__", "__constants__"),
+    *("reset_parameters", "extra_repr"),
 }
 """What a subclass of nn.Embedding may define and still be replaced."""
 
@@ -133,6 +128,7 @@ def convert(
         _check_convertible(name, module, counts)
         by_module.setdefault(module, name)
     _check_unshared(model, by_module)
+    check(model, by_module)
     replacements: dict[nn.Module, AMTLTable] = {}
     for module, name in by_module.items():
         known = [n for n in (name, *places[module]) if n in counts]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import amtl
+from amtl.integrations.optimizers import add_masks, move_to_layers
 from amtl.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -129,11 +130,9 @@ def convert(
         options["shared_rows"] = _dotted(options["shared_rows"])
     before = {name: tables[name].weight for name in counts}
     amtl.convert(model, _dotted(counts), budget, **options)
-    _follow(named, before)
-    masks = amtl.mask_parameters(model)
-    if optimizer is not None and masks:
-        rate = {} if mask_lr is None else {"lr": mask_lr}
-        optimizer.add_param_group({"params": masks, **rate})
+    _penalise_layers(named, before)
+    if optimizer is not None:
+        add_masks(optimizer, {name: _get(named, name) for name in counts}, mask_lr)
     return model
 
 
@@ -168,7 +167,10 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     before = {name: table.weight for name, table in _tables(model).items()}
     amtl.load(path, model=model)
     named: Any = model
-    _follow(named, {n: w for n, w in before.items() if isinstance(_get(named, n), AMTLTable)})
+    before = {name: w for name, w in before.items() if isinstance(_get(named, name), AMTLTable)}
+    _penalise_layers(named, before)
+    if getattr(named, "optim", None) is not None:
+        move_to_layers(named.optim, {weight: _get(named, name) for name, weight in before.items()})
     return model
 
 
@@ -208,8 +210,8 @@ def _dotted(by_table: Mapping[str, Any]) -> dict[str, Any]:
     return {f"embedding_dict.{name}": value for name, value in by_table.items()}
 
 
-def _follow(model: Any, before: Mapping[str, nn.Parameter]) -> None:
-    """Let the regulariser and the optimizer have the layers in place of their former weights."""
+def _penalise_layers(model: Any, before: Mapping[str, nn.Parameter]) -> None:
+    """Let the regulariser have the layers in place of their former weights."""
     layers = {id(weight): _get(model, name) for name, weight in before.items()}
 
     def penalised(weights: Iterable[Any]) -> Any:
@@ -222,12 +224,3 @@ def _follow(model: Any, before: Mapping[str, nn.Parameter]) -> None:
     model.regularization_weight = [
         (penalised(weights), l1, l2) for weights, l1, l2 in model.regularization_weight
     ]
-    optimizer: Any = getattr(model, "optim", None)
-    for group in [] if optimizer is None else optimizer.param_groups:
-        old = group["params"]
-        parts = [layers[id(p)].table_parameters() if id(p) in layers else [p] for p in old]
-        group["params"] = [p for part in parts for p in part]
-        kept = {id(p) for p in group["params"]}
-        for parameter in old:
-            if id(parameter) not in kept:
-                optimizer.state.pop(parameter, None)

@@ -9,7 +9,7 @@ They leave it as it is; its parameters train by an ordinary optimizer or one fus
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterable
 
 from torch import nn
 from torchrec.modules import embedding_modules as theirs
@@ -24,7 +24,6 @@ class AMTLEmbeddingBagCollection(theirs.EmbeddingBagCollectionInterface):  # typ
     embedding_bag_configs = theirs.EmbeddingBagCollection.embedding_bag_configs
     is_weighted = theirs.EmbeddingBagCollection.is_weighted
     device = theirs.EmbeddingBagCollection.device
-    original: ClassVar[type[nn.Module]] = theirs.EmbeddingBagCollection
 
 
 class AMTLEmbeddingCollection(theirs.EmbeddingCollectionInterface):  # type: ignore[misc]
@@ -36,27 +35,35 @@ class AMTLEmbeddingCollection(theirs.EmbeddingCollectionInterface):  # type: ign
     embedding_names_by_table = theirs.EmbeddingCollection.embedding_names_by_table
     need_indices = theirs.EmbeddingCollection.need_indices
     device = theirs.EmbeddingCollection.device
-    original: ClassVar[type[nn.Module]] = theirs.EmbeddingCollection
 
 
-_KINDS: tuple[Any, ...] = (AMTLEmbeddingBagCollection, AMTLEmbeddingCollection)
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    theirs.EmbeddingBagCollection: AMTLEmbeddingBagCollection,
+    theirs.EmbeddingCollection: AMTLEmbeddingCollection,
+}
+_THEIRS = {ours: original for original, ours in _OURS.items()}
+
+
+def check_collections(model: nn.Module, embeddings: Iterable[nn.Module]) -> None:
+    """Whether the collections that hold `embeddings` could hold AMTL layers.
+
+    Raises:
+        ValueError: one is of a subclass, of which nothing is known.
+    """
+    wanted = set(embeddings)
+    for module in model.modules():
+        known = type(module) in _OURS or not isinstance(module, tuple(_OURS))
+        if not known and wanted & set(module.modules()):
+            raise ValueError(
+                f"{type(module).__name__} is a subclass of a collection of TorchRec, which "
+                "rebuilds it without the AMTL layers in it: use TorchRec's own class"
+            )
 
 
 def reclass_collections(model: nn.Module) -> None:
-    """Give collections the class that fits what they hold now, in place.
-
-    Raises:
-        TypeError: a subclass of a collection, of which nothing is known, holds a layer.
-    """
+    """Give collections the class that fits what they hold now, in place."""
     for module in model.modules():
         holds = any(isinstance(inner, AMTLTable) for inner in module.modules())
-        for kind in _KINDS:
-            if holds and type(module) is kind.original:
-                module.__class__ = kind
-            elif holds and isinstance(module, kind.original):
-                raise TypeError(
-                    f"{type(module).__name__} is a subclass of {kind.original.__name__}, which "
-                    "TorchRec rebuilds without the AMTL layers in it: use the class itself"
-                )
-            elif not holds and type(module) is kind:
-                module.__class__ = kind.original
+        kind = (_OURS if holds else _THEIRS).get(type(module))
+        if kind is not None:
+            module.__class__ = kind

@@ -126,5 +126,7 @@ def test_a_collection_of_a_class_of_your_own_is_refused():
 
     model = Model()
     model.bags.__class__ = Own
-    with pytest.raises(TypeError, match="Own is a subclass of EmbeddingBagCollection"):
+    with pytest.raises(ValueError, match="Own is a subclass of a collection of TorchRec"):
         amtl.convert(model, {NAMES[0]: torch.arange(ROWS)})
+    assert not amtl.layers(model)
+    amtl.convert(model, {NAMES[2]: torch.arange(ROWS)})
