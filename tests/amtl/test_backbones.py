@@ -10,12 +10,13 @@ import pytest
 import torch
 from amtl import methods
 from amtl.backbones import INTERACTIONS, InterestPooling, interaction
+from amtl.cli import main
 from amtl.config import BACKBONES, TrainConfig
 from amtl.data.registry import Source
 from amtl.errors import UserError
 from amtl.report import group_results
 from amtl.store.runs import load_run, load_trained, pack_run
-from amtl.training import start
+from amtl.training import Interrupted, start
 
 ROWS = 1500
 F, D, K, B = 3, 4, 2, 5
@@ -99,10 +100,28 @@ def test_other_methods_have_backbones_too(source, tmp_path, method, backbone):
         torch.testing.assert_close(packed, expected)
 
 
+def test_train_pack_and_evaluate_from_the_shell(source, tmp_path, capfd):
+    def amtl(*args, code=0):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in args])
+        assert (stop.value.code or 0) == code
+        return " ".join("".join(capfd.readouterr()).split())
+
+    data, out, file = tmp_path / "d.parquet", tmp_path / "run", tmp_path / "m.safetensors"
+    source.frame.write_parquet(data)
+    options = ["--backbone", "din", "--dim", "4", "--epochs", "2", "--batch-size", "256"]
+    amtl("train", data, "--label", "label", *options, "--out", out)
+    amtl("pack", out, "-o", file)
+    scored = [amtl("evaluate", each, data).partition("AUC")[2] for each in (out, file)]
+    assert scored[0] == scored[1] and "log loss" in scored[0]
+    more = ["--fields", "user,item", "--out", out, "--force"]
+    said = amtl("train", data, "--label", "label", *options, *more, code=1)
+    assert "--backbone din needs a field of several values" in said
+    assert load_run(out).config.fields == [], "the old run is whole"
+
+
 @pytest.mark.parametrize("backbone", ["dcn", "din"])
 def test_a_resumed_run_equals_an_uninterrupted_one(source, tmp_path, backbone):
-    from amtl.training import Interrupted
-
     config = settings(backbone=backbone, epochs=3)
     expected = start(config, source=source).run()
     with pytest.raises(Interrupted):
