@@ -104,6 +104,13 @@ def train(
         str | None, typer.Option(help="Columns to use, separated by commas; default: all.")
     ] = None,
     method: Annotated[str, typer.Option(help="amtl, rule or fixed.")] = "amtl",
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="dnn, deepfm, dcn, xdeepfm, autoint, din or widedeep.",
+            show_default=TrainConfig.backbone,
+        ),
+    ] = None,
     dim: Annotated[int | None, _count("Full embedding width.", TrainConfig.dim)] = None,
     budget: Annotated[
         float | None, _rate("Stored fraction of rows × dim.", TrainConfig.budget)
@@ -133,7 +140,7 @@ def train(
         _count("Validations without a better one before it slows down.", TrainConfig.patience),
     ] = None,
     batch_size: Annotated[int | None, _count("Samples a step.", "by the data's size")] = None,
-    lr: Annotated[float | None, _rate("Of the MLP.", TrainConfig.lr)] = None,
+    lr: Annotated[float | None, _rate("Of all but the table.", TrainConfig.lr)] = None,
     table_lr: Annotated[float | None, _rate("Of the table.", TrainConfig.table_lr)] = None,
     table_optimizer: Annotated[
         str | None,
@@ -193,6 +200,7 @@ def train(
     if data is None:
         raise UserError("name the data: a Parquet or CSV file, or a set (see: amtl datasets)")
     given = {
+        "backbone": backbone,
         "dim": dim,
         "budget": budget,
         "epochs": epochs,
@@ -230,6 +238,7 @@ def train(
     )
     if out is None:
         stem = "-".join(Path(part).stem for part in source.name.split(":"))
+        stem += f"-{backbone}" if backbone else ""
         budget = config.effective_budget
         share = "" if budget is None else f"-b{budget:g}"
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"

@@ -9,6 +9,9 @@ from typing import Any
 
 from amtl.errors import UserError
 
+BACKBONES = ("dnn", "deepfm", "dcn", "xdeepfm", "autoint", "din", "widedeep")
+"""See `amtl.backbones`."""
+
 
 def default_batch_size(rows: int) -> int:
     """About a hundred steps an epoch, a power of two from 256 to 8192."""
@@ -41,6 +44,7 @@ class TrainConfig:
         freeze_at: step at which sizes are fixed; None leaves it to validation.
         table_options: more keyword arguments of the layer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
+        backbone: what meets the embeddings beside the MLP, one of `BACKBONES`.
         hidden: widths of the MLP.
         embedding_dropout: share of the embeddings' numbers zeroed in a training step.
         init_std: deviation of initial embedding weights.
@@ -79,6 +83,7 @@ class TrainConfig:
     freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
+    backbone: str = "dnn"
     hidden: list[int] = field(default_factory=lambda: [128, 64])
     embedding_dropout: float = 0.0
     init_std: float = 0.01
@@ -103,6 +108,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
+        if self.backbone not in BACKBONES:
+            raise UserError(f"--backbone {self.backbone!r}: choose one of {', '.join(BACKBONES)}")
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
         if not 0 <= self.embedding_dropout < 1:

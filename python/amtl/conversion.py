@@ -11,9 +11,17 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.integrations import check, settle
 from amtl.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+_OF_NO_CONSEQUENCE = {
+    *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate_func__"),
+    *("__static_attributes__", "__firstlineno__", "__constants__"),
+    *("reset_parameters", "extra_repr"),
+}
+"""What a subclass of nn.Embedding may define and still be replaced."""
 
 _HOOKS = (
     "_backward_hooks",
@@ -91,7 +99,7 @@ def convert(
 
     A warm start: the layer takes over the very weight Parameter, so optimizers that hold it stay
     valid, and its type, device, `requires_grad`, `padding_idx`, `max_norm`, `sparse`, training
-    flag and hooks. What is new to the optimizer are the mask parameters:
+    flag, hooks and attributes that were set on it. New to the optimizer are the mask parameters:
     `optimizer.add_param_group({"params": amtl.mask_parameters(model), "lr": 1e-2})`.
     A module that appears under several names is replaced everywhere by one layer, also where the
     model keeps it in a plain list, dict, tuple or set.
@@ -128,6 +136,7 @@ def convert(
         _check_convertible(name, module, counts)
         by_module.setdefault(module, name)
     _check_unshared(model, by_module)
+    check(model, by_module)
     replacements: dict[nn.Module, AMTLTable] = {}
     for module, name in by_module.items():
         known = [n for n in (name, *places[module]) if n in counts]
@@ -215,6 +224,14 @@ def _check_convertible(name: str, module: nn.Module, counts: Mapping[str, Any]) 
             f"{name!r} is a {type(module).__name__} with a forward of its own, which an AMTL layer "
             "would lose"
         )
+    kinds = type(module).__mro__[: type(module).__mro__.index(base)]
+    own = {key for kind in kinds for key in vars(kind)} - _OF_NO_CONSEQUENCE
+    own |= {*module._parameters, *module._buffers, *module._modules} - {"weight"}
+    if own:
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__} with {', '.join(map(repr, sorted(own)))} of "
+            "its own, which an AMTL layer would lose: put a plain nn.Embedding in its place"
+        )
     if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"{name!r} has weights of type {module.weight.dtype}, not float32, float16 or bfloat16"
@@ -271,17 +288,20 @@ def _layer_from(
     else:
         assert layer.weight is not None
         layer.weight.requires_grad_(module.weight.requires_grad)
+    extra = {key: value for key, value in vars(module).items() if key not in vars(layer)}
+    vars(layer).update(extra, _extra=tuple(extra))
     return layer
 
 
 def _embedding_from(layer: AMTLTable, masked: bool) -> nn.Module:
-    if layer.weight is None:
+    if layer.phase == "frozen":
         dense = layer.dense_weight()
         weight = nn.Parameter(dense, requires_grad=layer.table_parameters()[0].requires_grad)
     elif masked:
-        weight = nn.Parameter(layer.dense_weight(), requires_grad=layer.weight.requires_grad)
+        trains = layer.table_parameters()[0].requires_grad
+        weight = nn.Parameter(layer.dense_weight(), requires_grad=trains)
     else:
-        weight = layer.weight
+        weight = layer.table_parameters()[0]
     common: dict[str, Any] = {
         "max_norm": layer.max_norm,
         "norm_type": layer.norm_type,
@@ -301,6 +321,7 @@ def _embedding_from(layer: AMTLTable, masked: bool) -> nn.Module:
     else:
         module = nn.Embedding(layer.num_embeddings, layer.embedding_dim, **common)
     module.weight = weight
+    vars(module).update({key: vars(layer)[key] for key in vars(layer).get("_extra", ())})
     return module
 
 
@@ -325,6 +346,7 @@ def _swap(
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = new
     _rewire(model, {id(old): [new] for old, new in replacements.items()})
+    settle(root)
     result: _Model = root
     return result
 

@@ -2,9 +2,9 @@
 
 What a table of full width has learned can be kept in fewer numbers if the first ones say most. So
 the embeddings of each field are turned to their principal axes first, rows weighed by their counts:
-with `V` the eigenvectors of `sum_i c_i e_i e_i'`, the most telling first, `e_i V` takes the place of
-`e_i` and `A V` that of the first layer's weights `A` for the field. Nothing changes by that, since
-`(A V)(V' e) = A e`; cutting rows to a prefix then loses as little as it can.
+with `V` the eigenvectors of `sum_i c_i e_i e_i'`, the most telling first, `e_i V` takes the place
+of `e_i` and `A V` that of the first layer's weights `A` for the field. Nothing changes by that,
+since `(A V)(V' e) = A e`; cutting rows to a prefix then loses as little as it can.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Donor:
     """A trained model of full width, turned field by field.
 
     Args:
-        model: its table an `nn.Embedding` or `nn.EmbeddingBag` of width D.
+        model: the MLP alone over an `nn.Embedding` or `nn.EmbeddingBag` of width D; other
+            backbones use embeddings in ways that turning would change.
         encoder: whose rows the table has.
     """
 

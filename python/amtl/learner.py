@@ -85,7 +85,9 @@ class Learner:
         self.table_optimizer = methods.table_optimizer(
             config.table_optimizer, methods.table_parameters(self.table), config.table_lr
         )
-        self.dense_optimizer = torch.optim.Adam(self.model.mlp.parameters(), config.lr, fused=True)
+        self.dense_optimizer = torch.optim.Adam(
+            self.model.dense_parameters(), config.lr, fused=True
+        )
         masks = methods.mask_parameters(self.table)
         self.mask_optimizer = torch.optim.Adam(masks, config.mask_lr) if masks else None
         self._set_rates()

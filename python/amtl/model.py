@@ -1,4 +1,4 @@
-"""The click model of the paper: embeddings, concatenation, MLP, one logit."""
+"""The click model: embeddings of all fields, an MLP over them, what a backbone adds, one logit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amtl import methods
+from amtl.backbones import interaction, pooling
 from amtl.config import TrainConfig
 from amtl.data.encoding import Batch, EncodedData, Encoder
 
@@ -15,7 +16,9 @@ _LEVELS = 2**16
 
 
 class ClickModel(nn.Module):
-    """Looks all fields up in one table with one call, concatenates and scores them.
+    """Looks all fields up in one table with one call and scores them.
+
+    With `backbone="dnn"` it is the model of the paper: embeddings, concatenation, MLP, one logit.
 
     Args:
         table: an embedding over the shared table of all fields: `nn.Embedding`-like if every field
@@ -25,6 +28,11 @@ class ClickModel(nn.Module):
         num_dense: standardised numbers K that join the embeddings.
         hidden: widths of the MLP's hidden layers.
         embedding_dropout: share of the embeddings' numbers zeroed in training mode, 0 to below 1.
+        backbone: what is added to the MLP, a key of `amtl.backbones.INTERACTIONS`.
+        num_bags: how many of the fields, the last ones, have several values.
+
+    Raises:
+        UserError: the backbone needs other fields or a larger `dim`.
     """
 
     def __init__(
@@ -35,14 +43,18 @@ class ClickModel(nn.Module):
         num_dense: int = 0,
         hidden: Sequence[int] = (128, 64),
         embedding_dropout: float = 0.0,
+        backbone: str = "dnn",
+        num_bags: int = 0,
     ) -> None:
         super().__init__()
         self.table = table
         self.num_fields = num_fields
         self.dim = dim
         self.embedding_dropout = embedding_dropout
+        self.pooling = pooling(backbone, num_fields - num_bags, num_bags, dim)
+        self.interaction = interaction(backbone, num_fields, dim, num_dense)
         layers: list[nn.Module] = []
-        width = num_fields * dim + num_dense
+        width = num_fields * (dim - self.interaction.first_order) + num_dense
         for size in hidden:
             layers += [nn.Linear(width, size), nn.ReLU()]
             width = size
@@ -53,22 +65,33 @@ class ClickModel(nn.Module):
         return self.score(self.embed(batch), batch.dense)
 
     def embed(self, batch: Batch) -> Tensor:
-        """What the table gives for a batch: `[B, F, D]`."""
+        """What the table gives for a batch, fields of several values pooled: `[B, F, D]`."""
         if batch.offsets is None:
             embedded = self.table(batch.indices)
+        elif self.pooling is not None:
+            each = torch.arange(len(batch.indices), dtype=torch.int32, device=batch.indices.device)
+            embedded = self.pooling(self.table(batch.indices, each), batch.offsets)
         else:
             embedded = self.table(batch.indices, batch.offsets)
         return embedded.reshape(len(batch.labels), self.num_fields, self.dim)
 
     def score(self, embedded: Tensor, dense: Tensor) -> Tensor:
         """Logits `[B]` of embeddings `[B, F, D]` and numbers `[B, K]`."""
-        inputs = embedded.flatten(1).to(dense.dtype)
+        embedded = embedded.to(dense.dtype)
         if self.training and self.embedding_dropout:
-            inputs = dropout(inputs, self.embedding_dropout)
+            embedded = dropout(embedded, self.embedding_dropout)
+        first = int(self.interaction.first_order)
+        own, embedded = embedded[:, :, :first].flatten(1), embedded[:, :, first:]
+        inputs = embedded.flatten(1)
         if dense.shape[1]:
             inputs = torch.cat([inputs, dense.to(inputs.dtype)], 1)
         logits: Tensor = self.mlp(inputs)
-        return logits.squeeze(1)
+        return logits.squeeze(1) + self.interaction(own, embedded, dense)
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """Everything but the table."""
+        table = {id(parameter) for parameter in self.table.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in table]
 
 
 def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
@@ -96,6 +119,8 @@ def assemble(config: TrainConfig, encoder: Encoder, table: nn.Module) -> ClickMo
         len(encoder.dense_fields),
         config.hidden,
         config.embedding_dropout,
+        config.backbone,
+        sum(field.kind == "bag" for field in encoder.fields),
     )
 
 

@@ -236,10 +236,10 @@ def race_cut(
     return (learner if row["chosen"] else None), row
 
 
-def full_size_led(table: list[dict[str, Any]]) -> bool:
-    """Whether the full table did better than the chosen candidate after as many epochs."""
+def is_worth_cutting(config: TrainConfig, table: list[dict[str, Any]]) -> bool:
+    """Whether the full table led the chosen candidate after as many epochs, and can be turned."""
     chosen = next(row for row in table if row["chosen"])
-    return bool(table[0]["score"] > chosen["score"])
+    return config.backbone == "dnn" and bool(table[0]["score"] > chosen["score"])
 
 
 def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:

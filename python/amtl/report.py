@@ -83,6 +83,7 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
     """Groups runs by everything but the seed: fixed, then rule, then amtl, by falling memory."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
+        run["config"].setdefault("backbone", "dnn")
         config = {k: v for k, v in run["config"].items() if k not in ("seed", "warm_start")}
         config["warm"] = bool(run["config"]["warm_start"])
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
@@ -107,6 +108,8 @@ def _name(run: dict[str, Any]) -> str:
         name += f" {100 * run['budget']:.3g}%"
     elif run["method"] != "fixed":
         name += " no budget"
+    if run["config"]["backbone"] != "dnn":
+        name = f"{run['config']['backbone']}, {name}"
     if run["config"]["warm_start"]:
         name += ", warm start"
     return name

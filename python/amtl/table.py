@@ -187,7 +187,7 @@ class AMTLTable(TableRows):
 
     def reset_parameters(self) -> None:
         """Draw weights from N(0, weight_std^2), the padding row zero, as nn.Embedding does."""
-        if self.weight is None:
+        if self.tier_ends is not None or self.weight is None:
             raise RuntimeError("reset_parameters() needs the search phase; call thaw() first")
         nn.init.normal_(self.weight, std=self.options.weight_std)
         if self.padding_idx is not None:
@@ -263,7 +263,7 @@ class AMTLTable(TableRows):
     def _enter_frozen(
         self, blocks: list[nn.Parameter], ends: tuple[int, ...], row_order: Tensor | None
     ) -> None:
-        self.weight = None
+        self._parameters["weight"] = None
         self.row_group = None
         self.blocks = nn.ParameterList(blocks)
         self.tier_ends = ends
@@ -322,7 +322,7 @@ class AMTLTable(TableRows):
         return self
 
     def _enter_search(self, weight: nn.Parameter, row_group: Tensor) -> None:
-        self.weight = weight
+        self._parameters["weight"] = weight
         self.row_group = row_group
         self.row_map = None
         self.row_order = None
@@ -405,7 +405,8 @@ class AMTLTable(TableRows):
         elif prefix + "weight" in state_dict:
             loaded = state_dict[prefix + "weight"]
             same = tuple(loaded.shape) == (self.num_embeddings, self.embedding_dim)
-            if same and (self.weight is None or self.weight.shape != loaded.shape):
+            present = self._parameters["weight"]
+            if same and (present is None or present.shape != loaded.shape):
                 self._adopt_weight(self.row_map if row_map is None else row_map)
             state_dict.pop(prefix + "row_map", None)
             if row_map is not None:

@@ -26,7 +26,6 @@ _PATIENCE = 5
 class TableRows(nn.Module):
     """The attributes of `AMTLTable`, sizes and accounting, and the rows that lookups read."""
 
-    weight: nn.Parameter | None
     row_group: Tensor | None
     row_order: Tensor | None
     row_map: Tensor | None
@@ -74,6 +73,27 @@ class TableRows(nn.Module):
         self.register_module("head", None)
 
     @property
+    def weight(self) -> nn.Parameter | None:
+        """The dense table [N, D] of the search phase, unmasked.
+
+        Raises:
+            RuntimeError: the layer is frozen: nobody should take nothing for a table.
+        """
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")
+        if self.tier_ends is not None:
+            raise RuntimeError(
+                f"the layer {self.name!r} is frozen and has no dense weight: dense_weight() is a "
+                "copy of what it shows, table_parameters() are what trains, and amtl.revert() puts "
+                "an nn.Embedding in its place"
+            )
+        return self._parameters["weight"]
+
+    @weight.setter
+    def weight(self, value: nn.Parameter | None) -> None:
+        self._parameters["weight"] = value
+
+    @property
     def phase(self) -> str:
         """Either "search" or "frozen"."""
         return "search" if self.tier_ends is None else "frozen"
@@ -107,7 +127,8 @@ class TableRows(nn.Module):
         return offsets
 
     def _table(self) -> list[nn.Parameter]:
-        return list(self.blocks) if self.weight is None else [self.weight]
+        weight = self._parameters["weight"]
+        return list(self.blocks) if weight is None else [weight]
 
     def table_parameters(self) -> list[nn.Parameter]:
         """The table: `[weight]`, or the blocks once frozen."""

@@ -33,7 +33,7 @@ from amtl.memory import require_memory
 from amtl.metrics import auc, log_loss
 from amtl.model import predict
 from amtl.progress import Observer, Silent
-from amtl.race import full_size_led, is_open, race, race_cut, race_less
+from amtl.race import is_open, is_worth_cutting, race, race_cut, race_less
 from amtl.store import runs
 
 
@@ -187,7 +187,7 @@ class Trainer:
             better, less = race_less(sized, self.learner, self._make, self.observer, self._racer())
             winner = better or self.learner
             cut = None
-            if full_size_led(raced["table"]):
+            if is_worth_cutting(sized, raced["table"]):
                 chosen, cut = race_cut(sized, winner, self._make, self.observer, self._racer())
                 winner = chosen or winner
         finally:
@@ -358,7 +358,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "dense_bytes": full,
         "stored_fraction": stored / full,
         "rows": encoder.num_rows,
-        "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.mlp.parameters()),
+        "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
         "bytes_by_field": {
             name: int(b) * itemsize for name, b in zip(encoder.names, by_field, strict=True)
         },

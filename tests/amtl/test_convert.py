@@ -409,3 +409,32 @@ def test_row_order_does_not_matter(order):
     assert torch.equal(second.freeze()(rows), before)
     first.freeze()
     assert (first.row_order is None) == (order == "frequency")
+
+
+class Normed(nn.Embedding):
+    """Another initialisation, which a converted table has no use for, and something that it has."""
+
+    norm_of = 2.0
+
+    def reset_parameters(self):
+        nn.init.constant_(self.weight, 0.5)
+
+
+class Drawn(nn.Embedding):
+    def reset_parameters(self):
+        nn.init.constant_(self.weight, 0.5)
+
+
+def test_what_a_subclass_has_beside_its_weight_is_not_lost():
+    with pytest.raises(ValueError, match=r"'0' is a Normed with 'norm_of' of its own"):
+        amtl.convert(nn.Sequential(Normed(30, 4)), {"0": counts_of(30)})
+    buffered = nn.Embedding(30, 4)
+    buffered.register_buffer("norms", torch.ones(30))
+    with pytest.raises(ValueError, match=r"'0' is a Embedding with 'norms' of its own"):
+        amtl.convert(nn.Sequential(buffered), {"0": counts_of(30)})
+    model = nn.Sequential(Drawn(30, 4))
+    model[0].vocabulary = ["a", "b"]
+    amtl.convert(model, {"0": counts_of(30)})
+    assert type(model[0]) is AMTLEmbedding and model[0].vocabulary == ["a", "b"]
+    amtl.revert(amtl.freeze(model))
+    assert type(model[0]) is nn.Embedding and model[0].vocabulary == ["a", "b"]

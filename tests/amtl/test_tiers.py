@@ -97,7 +97,11 @@ def test_freeze_is_bit_identical(dtype, parametrization, in_order, tier_width):
     predicted = layer.stored_bytes(), layer.stored_fraction()
     layer.freeze()
     bag.freeze()
-    assert layer.phase == "frozen" and layer.weight is None
+    assert layer.phase == "frozen" and "weight" not in dict(layer.named_parameters())
+    with pytest.raises(RuntimeError, match="frozen and has no dense weight"):
+        layer.weight  # noqa: B018
+    with pytest.raises(RuntimeError, match="frozen and has no dense weight"):
+        layer.weight = torch.nn.Parameter(layer.dense_weight())
     assert torch.equal(layer(rows), before)
     assert torch.equal(bag(rows), pooled)
     order = 0 if layer.row_order is None else 800

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from amtl.conversion import layers as layers_of
 from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.errors import UserError
+from amtl.integrations import check, settle
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
 from amtl.table import AMTLTable
@@ -87,12 +88,14 @@ class PackedFile:
                 f"modules not in the model: {absent}; keys not in the file: {missing}; "
                 f"keys not in the model: {surplus}; other shapes: {sorted(shapes)}"
             )
+        check(model, (modules[name] for name in targets))
         for name, source in targets.items():
             parent, _, key = name.rpartition(".")
             layer = self.layers[source]
             layer.train(modules[name].training)
             model.get_submodule(parent)._modules[key] = layer
         model.load_state_dict(state, strict=False, assign=assign)
+        settle(model)
         return model
 
 

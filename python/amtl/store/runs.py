@@ -231,6 +231,9 @@ def from_packed(packed: PackedFile) -> Trained:
         with torch.device("meta"):
             model = assemble(config, encoder, nn.Identity())
         packed.into(model, assign=True)
+        # Products of matrices round by where these lie, which a file does not keep.
+        for parameter in model.dense_parameters():
+            parameter.data = parameter.data.clone()
     except UserError:
         raise
     except _INCONSISTENT as error:

@@ -1,0 +1,201 @@
+"""FuxiCTR: models on its `BaseModel` that look features up in `FeatureEmbedding`.
+
+    model = DeepFM(feature_map, ...)                  # compiles itself
+    fuxictr.convert(model, fuxictr.count(model, train_gen), budget=0.25, mask_lr=1e-2)
+    model.fit(train_gen, epochs=4, validation_data=valid_gen)
+    fuxictr.freeze(model)
+    model.fit(train_gen, epochs=6, validation_data=valid_gen)
+    amtl.save(model, "model.safetensors")
+    ...
+    fuxictr.load("model.safetensors", DeepFM(feature_map, ...)).predict(test_gen)
+
+Converted are the tables of categorical and sequence features, in every `FeatureEmbedding` of the
+model; features that share one go on sharing it. Tables of width 1 (logistic regression) and
+pretrained ones stay as they are. `model.save_weights` and `load_weights` work as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import amtl
+from amtl.integrations.optimizers import add_masks, move_to_layers
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def count(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """How often each row is looked up in one pass over the training split.
+
+    Args:
+        model: of FuxiCTR.
+        batches: the training split as `model.fit` takes it: tensors by feature name.
+
+    Returns:
+        int64 [N] by feature, for one of the features that share a table, summed over them. The
+        padding row of a table is not counted.
+
+    Raises:
+        TypeError: not a model of FuxiCTR.
+        ValueError: an id out of range.
+    """
+    tables = _tables(model)
+    feature_of = {feature: features[0] for features, _ in tables for feature in features}
+    rows = {features[0]: modules[0].num_embeddings for features, modules in tables}
+    padding = {features[0]: modules[0].padding_idx for features, modules in tables}
+    counts = {name: torch.zeros(n, dtype=torch.int64) for name, n in rows.items()}
+    for batch in batches:
+        for feature, name in feature_of.items():
+            if feature not in batch:
+                continue
+            ids = torch.as_tensor(batch[feature]).long().flatten()
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows[name]:
+                raise ValueError(
+                    f"feature {feature!r} has ids from {int(ids.min())} to {int(ids.max())}; its "
+                    f"table has {rows[name]} rows"
+                )
+            counts[name] += torch.bincount(ids.cpu(), minlength=rows[name])
+    for name, row in padding.items():
+        if row is not None:
+            counts[name][row] = 0
+    return counts
+
+
+def convert(
+    model: _Model,
+    counts: Mapping[str, Any],
+    budget: float | None = 0.4,
+    *,
+    mask_lr: float | None = None,
+    **options: Any,
+) -> _Model:
+    """Replace tables of a trained or untrained model by AMTL layers, in place.
+
+    The model's optimizer gets the parameters that learn the sizes. Its embedding regulariser goes
+    on over what the layers store; neither it nor that of the network touches the sizes.
+
+    Args:
+        model: of FuxiCTR, compiled, as its constructor leaves it.
+        counts: training counts [N] by feature, as from `count`; for a shared table under the name
+            of any one of its features. Others are left alone.
+        budget: stored fraction of each table, see `amtl.SearchOptions`.
+        mask_lr: learning rate of the sizes; None: the optimizer's own, as for all parameters.
+        **options: as in `amtl.convert`; a `shared_rows` by name goes by feature, too.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: not a model of FuxiCTR.
+        ValueError: an unknown feature, two for one table, or what `amtl.convert` refuses. Nothing
+            is replaced then.
+    """
+    tables = _tables(model)
+    place_of = {id(module): name for name, module in model.named_modules()}
+    dotted: dict[str, list[str]] = {}
+    for name in counts:
+        found = next((t for t in tables if name in t[0]), None)
+        if found is None:
+            known = [features[0] for features, _ in tables]
+            raise ValueError(f"the model has no table of {name!r} to convert; it has {known}")
+        features, modules = found
+        twice = [other for other in features if other in counts]
+        if len(twice) > 1:
+            raise ValueError(
+                f"features {twice} share a table: give the sum of their counts under one name"
+            )
+        dotted[name] = [place_of[id(module)] for module in modules]
+    if isinstance(options.get("shared_rows"), Mapping):
+        options["shared_rows"] = _spread(options["shared_rows"], dotted)
+    amtl.convert(model, _spread(counts, dotted), budget, **options)
+    named: Any = model
+    layers = amtl.layers(model)
+    vars(model)["regularization_loss"] = functools.partial(_regularization_loss, named)
+    if getattr(named, "optimizer", None) is not None:
+        new = {place: layers[place] for places in dotted.values() for place in places}
+        add_masks(named.optimizer, new, mask_lr)
+    return model
+
+
+def freeze(model: _Model) -> _Model:
+    """Fix the sizes, in the model's optimizer too, which keeps its state.
+
+    Raises:
+        ValueError: the optimizer does not hold a table that trains.
+    """
+    return amtl.freeze(model, getattr(model, "optimizer", None))
+
+
+def load(path: str | os.PathLike[str], model: _Model) -> _Model:
+    """Load what `amtl.save` wrote into a newly built model; its optimizer follows.
+
+    Args:
+        path: the file.
+        model: as its constructor gives it.
+
+    Returns:
+        The model, its tables frozen: it predicts and trains on.
+
+    Raises:
+        TypeError: not a model of FuxiCTR.
+        ValueError: the model has AMTL layers already.
+        PackedFileError: see `amtl.load`.
+    """
+    if amtl.layers(model):
+        raise ValueError("the model has AMTL layers already; load into a newly built one")
+    _tables(model)
+    weights: dict[str, Any] = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    amtl.load(path, model=model)
+    named: Any = model
+    if getattr(named, "optimizer", None) is not None:
+        layers = amtl.layers(model)
+        move_to_layers(named.optimizer, {weights[name]: layers[name] for name in layers})
+    return model
+
+
+def _tables(model: nn.Module) -> list[tuple[list[str], list[Any]]]:
+    """What can be converted: features that share, and their table in each `FeatureEmbedding`."""
+    dicts: list[Any] = [
+        module for module in model.modules() if type(module).__name__ == "FeatureEmbeddingDict"
+    ]
+    if not dicts or not hasattr(model, "regularization_loss"):
+        raise TypeError(
+            f"{type(model).__name__} is not a model of FuxiCTR with a FeatureEmbedding; "
+            "amtl.convert() takes any module"
+        )
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for each in dicts:
+        features: dict[Any, list[str]] = {}
+        for name, table in each.embedding_layers.items():
+            if type(table) is nn.Embedding and table.embedding_dim > 1:
+                features.setdefault(table, []).append(name)
+        for table, names in features.items():
+            found.setdefault(tuple(names), []).append(table)
+    return [(list(names), modules) for names, modules in found.items()]
+
+
+def _spread(by_feature: Mapping[str, Any], dotted: Mapping[str, list[str]]) -> dict[str, Any]:
+    return {place: by_feature[name] for name in by_feature for place in dotted.get(name, [])}
+
+
+def _regularization_loss(model: Any) -> Any:
+    """FuxiCTR's own, which goes over all that trains, the parameters of the sizes left out."""
+    heads = [layer.head for layer in amtl.layers(model).values() if layer.head is not None]
+    masks = [p for head in heads for p in head.parameters() if p.requires_grad]
+    for parameter in masks:
+        parameter.requires_grad_(False)
+    try:
+        return type(model).regularization_loss(model)
+    finally:
+        for parameter in masks:
+            parameter.requires_grad_(True)

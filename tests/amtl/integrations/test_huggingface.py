@@ -1,0 +1,96 @@
+"""Models of transformers: saved, loaded, resized and tied by their own library."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import amtl
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="needs: pip install transformers")
+
+ROWS, IDS = 60, torch.arange(60).view(4, 15)
+
+
+def build(kind="GPT2LMHeadModel"):
+    torch.manual_seed(0)
+    if kind == "BertModel":
+        config = transformers.BertConfig(
+            vocab_size=ROWS,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=ROWS, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False
+        )
+    return getattr(transformers, kind)(config).eval()
+
+
+def convert(model):
+    """Whatever `get_input_embeddings` gives is converted, under the name it has."""
+    embedding = model.get_input_embeddings()
+    name = next(n for n, m in model.named_modules() if m is embedding)
+    torch.manual_seed(0)
+    return amtl.convert(model, {name: torch.arange(ROWS) ** 2}, budget=0.4)
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(IDS)[0]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertModel"])
+def test_a_model_saves_and_loads_through_its_own_library(tmp_path, kind, frozen):
+    model = convert(build(kind))
+    full = outputs(amtl.revert(copy.deepcopy(model)))
+    if frozen:
+        amtl.freeze(model)
+    expected = outputs(model)
+    assert not torch.allclose(expected, full), "masks must matter"
+    model.save_pretrained(tmp_path)
+    loaded, found = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    assert type(loaded.get_input_embeddings()) is torch.nn.Embedding
+    torch.testing.assert_close(outputs(loaded), expected)
+    # As a trainer calls it, and of a copy with values of its own.
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        amtl.table_parameters(twin)[0].mul_(2)
+    twin.save_pretrained(tmp_path / "twin", state_dict=twin.state_dict())
+    again = type(model).from_pretrained(tmp_path / "twin")
+    torch.testing.assert_close(outputs(again), outputs(twin))
+    assert not torch.allclose(outputs(again), expected)
+
+
+def test_a_model_within_a_model_saves_itself(tmp_path):
+    model = convert(build())
+    model.transformer.save_pretrained(tmp_path)
+    loaded = transformers.GPT2Model.from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(loaded), outputs(model.transformer))
+
+
+def test_resizing_is_refused():
+    model = convert(build())
+    with pytest.raises(TypeError, match="AMTLEmbedding"):
+        model.resize_token_embeddings(ROWS + 5)
+    amtl.freeze(model)
+    with pytest.raises(RuntimeError, match="is frozen and has no dense weight"):
+        model.resize_token_embeddings(ROWS + 5)
+    amtl.revert(model).resize_token_embeddings(ROWS + 5)
+    assert model.get_input_embeddings().num_embeddings == ROWS + 5
+
+
+def test_tied_heads_are_refused_before_and_after():
+    tied = transformers.GPT2Config(vocab_size=ROWS, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(tied)
+    with pytest.raises(ValueError, match=r"shared by .*lm_head\.weight"):
+        convert(model)
+    frozen = amtl.freeze(convert(build()))
+    with pytest.raises(RuntimeError, match="no dense weight"):
+        frozen.lm_head.weight = frozen.get_input_embeddings().weight
