@@ -196,7 +196,7 @@ def race_less(
 
 
 def race_cut(
-    sized: TrainConfig,
+    entries: Mapping[str, TrainConfig],
     winner: Learner,
     make: Callable[[TrainConfig, Donor | None], Learner],
     observer: Observer,
@@ -205,10 +205,10 @@ def race_cut(
     """Trains a table of full size to its end, cuts sizes out of it and trains on.
 
     Worth it where full size led the race: what it has learned is more than the sized table learns
-    from scratch.
+    from scratch. Which sizes to cut shows at once, before any training.
 
     Args:
-        sized: settings of the best candidate whose rows differ in width.
+        entries: the candidates.
         winner: the best model so far.
         make: a fresh learner of given settings, filled from a donor.
         observer: is told how it goes.
@@ -218,22 +218,31 @@ def race_cut(
         The cut model if it validates better in AUC and in AUC minus log loss, and its row, with
         that of the full table under `full`.
     """
-    full = make(replace(sized, method="fixed", table_options={}), None)
-    for name, config in ((FULL, full.config), ("cut from full size", sized)):
-        if name == FULL:
-            learner = full
-        else:
-            learner = make(config, Donor(full.model, full.task.encoder))
-            learner.refine()
-        observer.begin(name, learner.steps_per_epoch * config.epochs, 0)
-        while not learner.finished:
-            step(learner)
-        if name == FULL:
-            full.end()
-    row, rival = _row(name, learner), _best(winner)
+    whole = replace(next(iter(entries.values())), method="fixed", table_options={})
+    full = make(whole, None)
+    _run_to_end(FULL, full, observer, step)
+    full.end()
+    donor, learner = Donor(full.model, full.task.encoder), None
+    for entry in entries.values():
+        other = make(entry, donor)
+        other.refine()
+        if learner is None or _best(other)["score"] > _best(learner)["score"]:
+            learner = other
+    assert learner is not None
+    _run_to_end("cut from full size", learner, observer, step)
+    row, rival = _row("cut from full size", learner), _best(winner)
     row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
     row["full"] = _row(FULL, full)
     return (learner if row["chosen"] else None), row
+
+
+def _run_to_end(
+    name: str, learner: Learner, observer: Observer, step: Callable[[Learner], None]
+) -> None:
+    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
+    while not learner.finished:
+        step(learner)
+    observer.end()
 
 
 def is_worth_cutting(config: TrainConfig, table: list[dict[str, Any]]) -> bool:

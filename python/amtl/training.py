@@ -33,7 +33,7 @@ from amtl.memory import require_memory
 from amtl.metrics import auc, log_loss
 from amtl.model import predict
 from amtl.progress import Observer, Silent
-from amtl.race import is_open, is_worth_cutting, race, race_cut, race_less
+from amtl.race import candidates, is_open, is_worth_cutting, race, race_cut, race_less
 from amtl.store import runs
 
 
@@ -164,6 +164,7 @@ class Trainer:
 
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
+        given = self.config.table_options
         try:
             result = race(self.config, self._make, self.observer, self._racer())
         finally:
@@ -174,6 +175,7 @@ class Trainer:
             "evidence": result.evidence,
             "sized": result.sized.table_options,
             "budget": self.config.budget,
+            "given": given,
         }
         self._begin()
         self.save()
@@ -188,7 +190,9 @@ class Trainer:
             winner = better or self.learner
             cut = None
             if is_worth_cutting(sized, raced["table"]):
-                chosen, cut = race_cut(sized, winner, self._make, self.observer, self._racer())
+                given = replace(sized, table_options=raced["given"])
+                entries = candidates(given, raced["sized"].get("field_weights"))
+                chosen, cut = race_cut(entries, winner, self._make, self.observer, self._racer())
                 winner = chosen or winner
         finally:
             self.observer.end()

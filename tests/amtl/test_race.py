@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from amtl import comparison, methods
 from amtl.config import TrainConfig
+from amtl.cut import Donor
 from amtl.data.registry import Source
 from amtl.learner import Learner
-from amtl.model import field_evidence
+from amtl.metrics import log_loss
+from amtl.model import build_model, field_evidence, predict
 from amtl.race import (
     CAPACITY_BITS,
     FLAT,
@@ -306,3 +309,72 @@ def test_settings_of_a_race_are_only_what_is_open():
         }
         assert changed == {"table_options", "race"}
         assert entry.table_options["twins"] is False
+
+
+def test_cutting_a_full_table_along_principal_axes(task):
+    full = Learner(settings(method="fixed", table_lr=0.1), task)
+    while full.epochs < 2:
+        full.step()
+    full.model.eval()
+    expected = predict(full.model, task.val)
+    donor = Donor(full.model, task.encoder)
+    turned = copy.deepcopy(full.model)
+    with torch.no_grad():
+        turned.table.weight.copy_(donor.weight)
+    turned.mlp.load_state_dict(donor.state)
+    torch.testing.assert_close(predict(turned, task.val), expected, rtol=1e-4, atol=1e-4)
+    # Along the new axes the first numbers hold most, rows weighed by their counts.
+    counts = task.encoder.counts().float()
+    for f in range(len(task.encoder.fields)):
+        rows = task.encoder.field_rows(f)
+        energy = (counts[rows, None] * donor.weight[rows] ** 2).sum(0)
+        assert bool((energy.diff() <= 1e-4 * energy.max()).all())
+    entry = candidates(settings(budget=0.5), None)["4 bits a number"]
+    cut = Learner(entry, task, donor.fill)
+    cut.model.mlp.load_state_dict(donor.state)
+    plain = Learner(entry, task, lambda table: table.weight.data.copy_(full.table.weight))
+    plain.model.mlp.load_state_dict(full.model.mlp.state_dict())
+    for learner in (cut, plain):
+        learner.refine()
+    assert cut.phase == "frozen" and cut.table_optimizer.param_groups[0]["lr"] == pytest.approx(
+        cut.config.table_lr * cut.config.rate_drop
+    )
+    losses = [learner.history[0]["val_logloss"] for learner in (cut, plain)]
+    whole = float(log_loss(expected, task.val.labels))
+    assert abs(losses[0] - whole) < abs(losses[1] - whole)
+
+
+def test_a_shared_row_starts_as_the_mean_of_the_rows_it_stands_in_for(task):
+    full = Learner(settings(method="fixed"), task)
+    full.step()
+    donor = Donor(full.model, task.encoder)
+    config = candidates(settings(budget=0.1), None)["1 bits a number"]
+    table = build_model(config, task.encoder).table
+    donor.fill(table)
+    nothing, counts = table.row_dims() == 0, task.encoder.counts()
+    checked = 0
+    for f, shared in enumerate(table.shared_rows.tolist()):
+        rows = nothing & (task.encoder.row_fields() == f) & (counts > 0)
+        rows[shared] = False
+        if bool(rows.any()):
+            mean = (counts[rows, None] * donor.weight[rows]).sum(0) / counts[rows].sum()
+            torch.testing.assert_close(table.weight[shared].detach(), mean)
+            checked += 1
+    assert checked
+
+
+def test_what_full_size_learned_is_cut_where_it_led(source):
+    def trained(score):
+        metrics = start(settings(seed=score, budget=0.05, table_lr=0.1), source=source).run()
+        raced = metrics["raced"]
+        chosen = next(row for row in raced["table"] if row["chosen"])
+        assert (raced["cut"] is not None) == (raced["table"][0]["score"] > chosen["score"])
+        if raced["cut"] is not None:
+            assert raced["cut"]["full"]["epochs"] > 0
+            assert metrics["stored_fraction"] <= 0.25
+            header, rows = comparison.table(metrics)
+            full = next(row for row in rows if row[0] == FULL)
+            assert full[header.index("val AUC, end")] != "–"
+        return raced["cut"] is not None
+
+    assert any(trained(seed) for seed in range(4))
