@@ -370,6 +370,7 @@ class Layer(_Ours):
             "counts": torch.from_numpy(counts).repeat(case.tables),
             "field_sizes": [counts.size] * case.tables,
             "budget": case.row_mean,
+            "parametrization": "ordinal",
         }
         rows, dim = problem.weight.shape
         ids, starts = problem.global_ids, problem.offsets[:-1]

@@ -21,6 +21,15 @@ def default_batch_size(rows: int) -> int:
     return size
 
 
+def _of_version_1(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as version 1 meant them: other defaults, freezing by a share of the epochs."""
+    options: dict[str, Any] = {"min_dim": 1, "init_exponent": 0.5, "shared_rows": None}
+    if content.get("method", "amtl") == "amtl":
+        options["parametrization"] = "ordinal"
+    options |= content.get("table_options", {})
+    return {**content, "table_options": options, "freeze_at": None, "race": False}
+
+
 @dataclass
 class TrainConfig:
     """Settings of a training run; two runs with equal settings give equal results on one CPU.
@@ -134,6 +143,8 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
         """The inverse of `to_dict`; settings unknown to this version are refused."""
+        if "race" not in content:
+            content = _of_version_1(content)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(content) - known)
         if unknown:

@@ -93,6 +93,10 @@ class TableRows(nn.Module):
     def weight(self, value: nn.Parameter | None) -> None:
         self._parameters["weight"] = value
 
+    def __dir__(self) -> list[str]:
+        # torch.jit.trace reads whatever is listed.
+        return [n for n in super().__dir__() if n != "weight" or self.tier_ends is None]
+
     @property
     def phase(self) -> str:
         """Either "search" or "frozen"."""

@@ -296,6 +296,11 @@ class Trainer:
         if not runs.holds_run(self.out):
             return
         state = runs.load_checkpoint(self.out, "checkpoint")
+        if "steps" not in state:
+            raise UserError(
+                f"{self.out} was begun by an older version, whose training cannot go on here; its "
+                f"best model opens and packs as it is, and amtl train --force starts anew"
+            )
         self.raced = state.pop("raced")
         self.learner.load_state(state)
         self._fresh = False

@@ -122,9 +122,12 @@ def test_a_run_learns_and_records(source, tmp_path, method):
         assert {r["phase"] for r in history} == {""}
         assert metrics["stored_fraction"] == 1
     else:
-        assert history[0]["phase"] == "search"
+        assert {r["phase"] for r in history} == {"frozen"}, "their sizes are settled"
         assert metrics["stored_fraction"] <= 0.5
         assert all(r["stored_bytes"] <= metrics["dense_bytes"] / 2 for r in history)
+
+
+LEARNED = {"parametrization": "ordinal"}
 
 
 def overfitting(**changes):
@@ -147,7 +150,7 @@ def test_the_best_moment_is_kept_whatever_the_phase(source, tmp_path, method):
 
 
 def test_without_progress_training_turns_back_freezes_slows_down_and_ends(source):
-    trainer = start(overfitting(method="amtl"), source=source)
+    trainer = start(overfitting(table_options=LEARNED), source=source)
     metrics = trainer.run()
     history = metrics["history"]
     assert metrics["epochs_run"] < 40
@@ -161,11 +164,11 @@ def test_without_progress_training_turns_back_freezes_slows_down_and_ends(source
 
 
 def test_a_turn_starts_from_the_best_model(source):
-    learner = start(overfitting(method="amtl"), source=source).learner
+    learner = start(overfitting(table_options=LEARNED), source=source).learner
     while learner.stage == 0:
         learner.step()
     rows = torch.arange(60)
-    other = start(overfitting(method="amtl"), source=source).learner
+    other = start(overfitting(table_options=LEARNED), source=source).learner
     while other.steps < learner.best["record"]["step"]:
         other.step()
     learner.table.eval(), other.table.eval()
@@ -182,7 +185,8 @@ def test_freeze_at_counts_steps_and_overrules_validation(source):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_epoch_rate_loss_and_auc(source, terminal):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    start(settings(method="rule", epochs=3), observer=Bars(console), source=source).run()
+    config = settings(epochs=12, patience=1, table_options=LEARNED)
+    start(config, observer=Bars(console), source=source).run()
     shown = console.file.getvalue()
     for text in ("epoch  3.00", "loss 0.", "val AUC 0.", "log loss 0.", "search", "*"):
         assert text in shown
@@ -197,7 +201,8 @@ def test_every_table_optimizer_passes_the_freeze(source, optimizer):
 
 
 def test_only_touched_rows_change(source):
-    trainer = start(settings(method="amtl"), source=source)
+    options = {**LEARNED, "min_dim": 1}
+    trainer = start(settings(method="amtl", table_options=options), source=source)
     weight = methods.table_parameters(trainer.table)[0]
     before = weight.detach().clone()
     samples = torch.arange(50)
@@ -209,13 +214,16 @@ def test_only_touched_rows_change(source):
     assert weight.grad is None or weight.grad.is_sparse
 
 
+OVERFIT = {"epochs": 40, "patience": 2, "table_lr": 0.3, "lr": 0.05, "table_options": LEARNED}
+
+
 @pytest.mark.parametrize(
     ("method", "stops", "changes"),
     [
         ("fixed", [3], {}),
         ("rule", [10, 11], {}),
         ("amtl", [4, 10, 13], {"freeze_at": 11}),
-        ("amtl", [4, 13, 31], {"epochs": 40, "patience": 2, "table_lr": 0.3, "lr": 0.05}),
+        ("amtl", [4, 13, 31], OVERFIT),
         ("amtl", [4, 13], {"embedding_dropout": 0.3}),
     ],
 )

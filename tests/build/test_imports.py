@@ -45,8 +45,9 @@ TRAIN_A_STEP = """
 import torch
 import amtl_kernels, amtl
 
+options = {"budget": 0.5, "parametrization": "ordinal", "min_dim": 1}
 counts = torch.tensor([9, 9, 5, 1, 1, 0])
-layer = amtl.AMTLEmbeddingBag(6, 8, counts=counts, budget=0.5, sparse=True, mode="sum")
+layer = amtl.AMTLEmbeddingBag(6, 8, counts=counts, sparse=True, mode="sum", **options)
 optimizer = amtl_kernels.optim.Adam(layer.table_parameters(), lr=0.1)
 before = layer.weight.detach().clone()
 layer(torch.tensor([[0, 3], [5, 5]])).square().sum().backward()
