@@ -263,6 +263,8 @@ class AMTLTable(TableRows):
     def _enter_frozen(
         self, blocks: list[nn.Parameter], ends: tuple[int, ...], row_order: Tensor | None
     ) -> None:
+        if self.head is not None:
+            self.head.hold()
         self.weight = None
         self.row_group = None
         self.blocks = nn.ParameterList(blocks)
@@ -315,13 +317,14 @@ class AMTLTable(TableRows):
             dense = self.dense_weight()
             weight = nn.Parameter(dense, requires_grad=blocks[0].requires_grad)
             thaw_optimizers(optimizers, weight, blocks, plan)
-            mask = list(head.parameters())
-            restore_parameters(optimizers, mask, self._mask_places, weight)
-            self._mask_places = []
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
+            restore_parameters(optimizers, list(head.parameters()), self._mask_places, weight)
+            self._mask_places = []
         return self
 
     def _enter_search(self, weight: nn.Parameter, row_group: Tensor) -> None:
+        if self.head is not None:
+            self.head.release()
         self.weight = weight
         self.row_group = row_group
         self.row_map = None
