@@ -61,7 +61,7 @@ class TableRows(nn.Module):
         self.progress = 0.0
         self._noise_on = options.freeze_at > 0
         self._seed_offset = mix_seed(options.seed)
-        self._mask_places: list[tuple[int, int]] = []
+        self._mask_places: list[tuple[int, int, int, int]] = []
         self._redirection: tuple[Tensor, Tensor | None] | None = None
         self._noticed: tuple[Tensor, int] | None = None
         self._untaught = 0

@@ -266,22 +266,51 @@ def thaw_optimizers(
             optimizer.state[weight] = merged
 
 
+def replace_parameters(
+    optimizers: list[Optimizer], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
+) -> None:
+    """Put parameters in the place of others, without state: theirs belonged to other values."""
+    for optimizer, group, position in _holders(optimizers, old[0]):
+        _replace(group, position, 1, new)
+        optimizer.state.pop(old[0], None)
+        drop_parameters([optimizer], old[1:])
+        _begin_state(optimizer, group, new)
+
+
+def _begin_state(
+    optimizer: Optimizer, group: dict[str, Any], parameters: Iterable[nn.Parameter]
+) -> None:
+    """What Adagrad makes when it is constructed and its steps rely on; others wait."""
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return
+    for parameter in parameters:
+        device = parameter.device if group.get("fused") else None
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "sum": torch.full_like(
+                parameter, group["initial_accumulator_value"], requires_grad=False
+            ),
+        }
+
+
 def drop_parameters(
     optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]
-) -> list[tuple[int, int]]:
-    """Take parameters and their state out; returns (optimizer, group) numbers they were in.
+) -> list[tuple[int, int, int, int]]:
+    """Take parameters and their state out; returns where each one was.
 
-    Groups stay, empty if need be, so that schedulers keep their count.
+    That is the number of the optimizer, of the group, the position in it when the ones before were
+    gone, and the number of the parameter. Groups stay, empty if need be, so that schedulers keep
+    their count.
     """
     places = []
     for number, optimizer in enumerate(optimizers):
         for group_number, group in enumerate(optimizer.param_groups):
-            for parameter in parameters:
+            for index, parameter in enumerate(parameters):
                 position = _position(group, parameter)
                 if position is not None:
                     _remove(group, position)
                     optimizer.state.pop(parameter, None)
-                    places.append((number, group_number))
+                    places.append((number, group_number, position, index))
     return places
 
 
@@ -294,10 +323,12 @@ def _remove(group: dict[str, Any], position: int) -> None:
 def restore_parameters(
     optimizers: list[Optimizer],
     parameters: Sequence[nn.Parameter],
-    places: Sequence[tuple[int, int]],
+    places: Sequence[tuple[int, int, int, int]],
     neighbour: nn.Parameter,
 ) -> None:
-    """Inverse of `drop_parameters`, without state; where nothing was dropped, beside `neighbour`.
+    """Inverse of `drop_parameters`, without state; where nothing was dropped, behind `neighbour`.
+
+    The order within a group matters: by it, and by nothing else, optimizers load their state.
 
     Args:
         optimizers: as given to `drop_parameters`.
@@ -305,20 +336,25 @@ def restore_parameters(
         places: what it returned.
         neighbour: a parameter whose group takes them otherwise.
     """
-    for number, optimizer in enumerate(optimizers):
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        groups = [g for o, g in places if o == number]
-        if len(groups) == len(parameters) and max(groups, default=-1) < len(optimizer.param_groups):
-            targets = [optimizer.param_groups[g] for g in groups]
-        elif not places and id(neighbour) in held:
-            table = next(
-                g for g in optimizer.param_groups if any(p is neighbour for p in g["params"])
-            )
-            targets = [table] * len(parameters)
-        else:
-            continue
-        for parameter, group in zip(parameters, targets, strict=True):
-            if id(parameter) not in held:
-                group["params"].append(parameter)
-                if group.get("param_names") is not None:
-                    group["param_names"].append(f"mask.{len(group['params'])}")
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    missing = [i for i, parameter in enumerate(parameters) if id(parameter) not in held]
+    if places:
+        for number, group_number, position, index in reversed(places):
+            if index in missing and number < len(optimizers):
+                optimizer = optimizers[number]
+                if group_number < len(optimizer.param_groups):
+                    group = optimizer.param_groups[group_number]
+                    _insert(optimizer, group, position, parameters[index])
+        return
+    for optimizer, group, position in _holders(optimizers, neighbour):
+        for index in reversed(missing):
+            _insert(optimizer, group, position + 1, parameters[index])
+
+
+def _insert(
+    optimizer: Optimizer, group: dict[str, Any], position: int, parameter: nn.Parameter
+) -> None:
+    group["params"].insert(position, parameter)
+    if group.get("param_names") is not None:
+        group["param_names"].insert(position, f"mask.{position}")
+    _begin_state(optimizer, group, [parameter])
