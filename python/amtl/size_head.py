@@ -252,7 +252,8 @@ class SizeHead(nn.Module):
     def release(self) -> None:
         """Inverse of `hold`: the very parameters, with the values that the buffers have by now."""
         for module, name, parameter in self._held:
-            parameter.data = module._buffers.pop(name)
+            parameter.data = module.get_buffer(name)
+            del module._buffers[name]
             module.register_parameter(name, parameter)
         if self._held:
             self._held = []

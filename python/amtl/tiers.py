@@ -11,7 +11,7 @@ import copy
 import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -293,14 +293,26 @@ def _begin_state(
         }
 
 
-def drop_parameters(
-    optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]
-) -> list[tuple[int, int, int, int]]:
-    """Take parameters and their state out; returns where each one was.
+class Place(NamedTuple):
+    """Where a parameter was.
 
-    That is the number of the optimizer, of the group, the position in it when the ones before were
-    gone, and the number of the parameter. Groups stay, empty if need be, so that schedulers keep
-    their count.
+    Attributes:
+        parameter, optimizer, group: numbers.
+        position: in the group, when the parameters before were gone.
+        name: what the optimizer called it, if it has names.
+    """
+
+    parameter: int
+    optimizer: int
+    group: int
+    position: int
+    name: str | None
+
+
+def drop_parameters(optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]) -> list[Place]:
+    """Take parameters and their state out; returns where they were.
+
+    Groups stay, empty if need be, so that schedulers keep their count.
     """
     places = []
     for number, optimizer in enumerate(optimizers):
@@ -308,22 +320,22 @@ def drop_parameters(
             for index, parameter in enumerate(parameters):
                 position = _position(group, parameter)
                 if position is not None:
-                    _remove(group, position)
+                    name = _remove(group, position)
                     optimizer.state.pop(parameter, None)
-                    places.append((number, group_number, position, index))
+                    places.append(Place(index, number, group_number, position, name))
     return places
 
 
-def _remove(group: dict[str, Any], position: int) -> None:
+def _remove(group: dict[str, Any], position: int) -> str | None:
     del group["params"][position]
-    if group.get("param_names") is not None:
-        del group["param_names"][position]
+    names: list[str] | None = group.get("param_names")
+    return None if names is None else names.pop(position)
 
 
 def restore_parameters(
     optimizers: list[Optimizer],
     parameters: Sequence[nn.Parameter],
-    places: Sequence[tuple[int, int, int, int]],
+    places: Sequence[Place],
     neighbour: nn.Parameter,
 ) -> None:
     """Inverse of `drop_parameters`, without state; where nothing was dropped, behind `neighbour`.
@@ -338,23 +350,26 @@ def restore_parameters(
     """
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     missing = [i for i, parameter in enumerate(parameters) if id(parameter) not in held]
-    if places:
-        for number, group_number, position, index in reversed(places):
-            if index in missing and number < len(optimizers):
-                optimizer = optimizers[number]
-                if group_number < len(optimizer.param_groups):
-                    group = optimizer.param_groups[group_number]
-                    _insert(optimizer, group, position, parameters[index])
-        return
-    for optimizer, group, position in _holders(optimizers, neighbour):
-        for index in reversed(missing):
-            _insert(optimizer, group, position + 1, parameters[index])
+    for place in reversed(places):
+        if place.parameter in missing and place.optimizer < len(optimizers):
+            optimizer = optimizers[place.optimizer]
+            if place.group < len(optimizer.param_groups):
+                group = optimizer.param_groups[place.group]
+                _insert(optimizer, group, place.position, parameters[place.parameter], place.name)
+    if not places:
+        for optimizer, group, position in _holders(optimizers, neighbour):
+            for index in reversed(missing):
+                _insert(optimizer, group, position + 1, parameters[index], None)
 
 
 def _insert(
-    optimizer: Optimizer, group: dict[str, Any], position: int, parameter: nn.Parameter
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    position: int,
+    parameter: nn.Parameter,
+    name: str | None,
 ) -> None:
     group["params"].insert(position, parameter)
     if group.get("param_names") is not None:
-        group["param_names"].insert(position, f"mask.{position}")
+        group["param_names"].insert(position, name or f"mask.{len(group['params'])}")
     _begin_state(optimizer, group, [parameter])

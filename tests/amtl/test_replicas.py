@@ -84,7 +84,8 @@ def life(rank, parametrization):
     other_optimizer.load_state_dict(saved["optimizer"])
     train(DistributedDataParallel(other), other_optimizer, rank)
     train(wrapped, optimizer, rank)
-    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters()))
+    pairs = zip(other.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
     model.table.thaw(optimizer)
     refuses(wrapped, optimizer, rank)
@@ -93,7 +94,7 @@ def life(rank, parametrization):
 
 
 def other_sizes(rank):
-    """The wrapper copies counts, which are buffers, from the first process; a budget it does not."""
+    """The wrapper copies counts from the first process, for they are buffers; a budget is none."""
     model, optimizer = converted(LEARNED, budget=0.4 + 0.2 * rank)
     wrapped = DistributedDataParallel(model)
     train(wrapped, optimizer, rank)
