@@ -60,11 +60,12 @@ demo: $(VENV)/.extra-demo
 test: $(VENV)/.extra-test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-# About an hour on two cores. Walks and damage are drawn anew each time; a failure names its seed.
+# About an hour on two cores. Hypothesis prints how to repeat a failure; damage needs its seed.
 soak: $(VENV)/.extra-test
-	@OMP_NUM_THREADS=1 AMTL_SOAK=1 AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$(date +%s) $(PY) -m pytest \
-		-n 2 --dist load tests/amtl/test_walk.py tests/amtl/store/test_damage.py \
-		tests/kernels/test_lookup.py $(PYTEST_ARGS)
+	@seed=$$(date +%s); echo "AMTL_DAMAGE_SEED=$$seed"; OMP_NUM_THREADS=1 AMTL_SOAK=1 \
+		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load \
+		tests/amtl/test_walk.py tests/amtl/store/test_damage.py tests/kernels/test_lookup.py \
+		$(PYTEST_ARGS)
 
 lint: $(VENV)/.extra-demo $(VENV)/.extra-lint
 	@$(PY) -m ruff check .
