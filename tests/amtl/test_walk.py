@@ -96,14 +96,19 @@ class Walk(RuleBasedStateMachine):
                 "min_dim": st.integers(0, 1),
                 "size_noise": st.just(0.0),
                 "shared_rows": st.sampled_from([None, "rarest"]),
-                "tier_width": st.sampled_from([None, 1, 2]),
+                "tier_width": st.sampled_from([None, 1, 2, 4]),
             }
         ),
         seed=st.integers(0, 99),
     )
     def build(self, bag, padding, optimizer, options, seed):
         torch.manual_seed(seed)
+        if options["tier_width"] == 4:
+            # Half of the table, if no row may keep nothing.
+            options["min_dim"] = 0
         self.made, self.kind, self.options = (bag, padding), optimizer, options
+        # An optimizer that was made for a frozen model gets the head beside the table at thaw().
+        self.beside = False
         self.counts = torch.randint(1000, (ROWS,)) ** torch.randint(3, (ROWS,))
         self.model = Model(*self.made)
         self.twin = Twin(self.model.table.weight, bag, padding, optimizer)
@@ -112,6 +117,12 @@ class Walk(RuleBasedStateMachine):
     def _convert(self, model, counts):
         with torch.no_grad():
             amtl.convert(model, {"table": counts}, **self.options)
+
+    def _optimizer(self, model):
+        groups = amtl.parameter_groups(model)
+        if self.beside and self.phase == "search":
+            groups = [{"params": list(model.parameters())}, {"params": []}]
+        return OPTIMIZERS[self.kind](groups)
 
     @property
     def phase(self) -> str:
@@ -176,13 +187,15 @@ class Walk(RuleBasedStateMachine):
         model = Model(*self.made)
         self._convert(model, torch.ones(ROWS))
         if optimizer_first:
-            optimizer = OPTIMIZERS[self.kind](amtl.parameter_groups(model))
+            optimizer = self._optimizer(model)
         if into_frozen:
             amtl.freeze(model)
         model.load_state_dict(saved)
         if not optimizer_first:
-            optimizer = OPTIMIZERS[self.kind](amtl.parameter_groups(model))
+            optimizer = self._optimizer(model)
         optimizer.load_state_dict(optimizer_state)
+        if self.phase == "frozen":
+            self.beside = not optimizer_first
         self.model, self.optimizer = model, optimizer
 
     @precondition(lambda self: self.phase == "frozen")
@@ -215,7 +228,7 @@ class Walk(RuleBasedStateMachine):
 
 TestWalk = Walk.TestCase
 TestWalk.settings = settings(
-    max_examples=1000 if SOAK else 12,
+    max_examples=2000 if SOAK else 12,
     stateful_step_count=40 if SOAK else 12,
     deadline=None,
     report_multiple_bugs=False,
