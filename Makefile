@@ -22,13 +22,14 @@ define quietly
 @$(1) >>$(LOG) 2>&1 || { tail -n 40 $(LOG); echo "The set-up failed; the whole log is $(LOG)."; exit 1; }
 endef
 
-.PHONY: demo test lint format bench docs gpu wheel clean
+.PHONY: demo test soak lint format bench docs gpu wheel clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo "make demo    train on real data, print AUC and memory, write a report and a packed model"
 	@echo "make test    the test suite"
+	@echo "make soak    random walks, damaged files and drawn lookups, for about an hour"
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make bench   the quick benchmark suite"
 	@echo "make docs    the documentation, into site/"
@@ -58,6 +59,13 @@ demo: $(VENV)/.extra-demo
 
 test: $(VENV)/.extra-test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# About an hour on two cores. Hypothesis prints how to repeat a failure; damage needs its seed.
+soak: $(VENV)/.extra-test
+	@seed=$$(date +%s); echo "AMTL_DAMAGE_SEED=$$seed"; OMP_NUM_THREADS=1 AMTL_SOAK=1 \
+		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load \
+		tests/amtl/test_walk.py tests/amtl/store/test_damage.py tests/kernels/test_lookup.py \
+		$(PYTEST_ARGS)
 
 lint: $(VENV)/.extra-demo $(VENV)/.extra-lint
 	@$(PY) -m ruff check .

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.integrations import check, settle
+from amtl.replicas import retire, wrappers_of
 from amtl.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -76,6 +77,19 @@ def freeze(model: _Model, optimizer: Optimizer | Iterable[Optimizer] | None = No
     """`layer.freeze(optimizer)` on all layers that are still searching.
 
     Where a module keeps a table in a list of its own, as regularisers do, its tiers take its place.
+
+    Under DistributedDataParallel, freeze in all processes at the same step, then wrap anew, for the
+    parameters are others:
+
+        amtl.freeze(model.module, optimizer)
+        model = DistributedDataParallel(model.module)
+
+    That sizes are the same in all processes is checked; the old wrapper refuses to train.
+    `thaw()`, and loading a state of the other phase, ask for the same.
+
+    Raises:
+        RuntimeError: processes have different sizes.
+        ValueError: a table is trainable but not in the optimizer.
     """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
     for layer in layers(model).values():
@@ -154,6 +168,9 @@ def convert(
         except ValueError as error:
             raise ValueError(f"{name or type(module).__name__}: {error}") from error
         replacements[module].name = name
+        if replacements[module].mask_parameters():
+            # What learns sizes is new to wrappers from before.
+            retire(wrappers_of(module.parameters()))
     return _swap(model, places, replacements)
 
 

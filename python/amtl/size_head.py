@@ -170,6 +170,7 @@ class SizeHead(nn.Module):
         )
         self._dims_dtype = torch.uint8 if grid.dim <= 255 else torch.int32
         self._slots: list[tuple[dict[str, Any], str]] | None = []
+        self._held: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._kept: tuple[list[_Watched], bool, Solution] | None = None
 
     def _constant(self, name: str, value: Tensor) -> None:
@@ -232,6 +233,31 @@ class SizeHead(nn.Module):
     def _watch(self) -> None:
         """Remember where the parameters are, which a walk over modules would find slowly."""
         self._slots = [(m._parameters, name) for m in self.modules() for name in m._parameters]
+
+    def hold(self) -> None:
+        """Keep the parameters as buffers: nobody who asks the model for parameters meets them.
+
+        What trains, wraps or counts parameters would take them for some that want a gradient. They
+        stay in the state_dict under their names.
+        """
+        for module in self.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    del module._parameters[name]
+                    module.register_buffer(name, parameter.detach())
+                    self._held.append((module, name, parameter))
+        if self._held:
+            self._slots = self._kept = None
+
+    def release(self) -> None:
+        """Inverse of `hold`: the very parameters, with the values that the buffers have by now."""
+        for module, name, parameter in self._held:
+            parameter.data = module.get_buffer(name)
+            del module._buffers[name]
+            module.register_parameter(name, parameter)
+        if self._held:
+            self._held = []
+            self._watch()
 
     def _snapshot(self) -> list[_Watched] | None:
         """What sizes depend on now; None if a change of it could go unseen."""

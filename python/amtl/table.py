@@ -23,6 +23,7 @@ from amtl.frequency import (
     encode_row_map,
 )
 from amtl.options import SearchOptions
+from amtl.replicas import require_same_sizes, retire, wrappers_of
 from amtl.sharing import SharedRows, groups_that_share, resolve_shared_rows
 from amtl.size_head import SizeHead
 from amtl.table_rows import TableRows
@@ -31,7 +32,9 @@ from amtl.tiers import (
     as_optimizers,
     drop_parameters,
     freeze_optimizers,
+    optimizers_of,
     plan_tiers,
+    replace_parameters,
     require_held,
     restore_parameters,
     split_rows,
@@ -212,7 +215,8 @@ class AMTLTable(TableRows):
             The layer.
 
         Raises:
-            RuntimeError: the layer is frozen already.
+            RuntimeError: the layer is frozen already, or processes that train it together have
+                different sizes.
             ValueError: the table is trainable but not in the optimizer.
         """
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
@@ -221,8 +225,12 @@ class AMTLTable(TableRows):
         optimizers = as_optimizers(optimizer, [self.weight, *head.parameters()])
         if optimizer is not None:
             require_held(optimizers, [self.weight], "freeze")
+        wrappers = wrappers_of([self.weight, *head.parameters()])
         with torch.no_grad():
             levels = head.levels()
+            if wrappers:
+                kept = head.get_buffer("size_table")[levels]
+                require_same_sizes(wrappers, [kept, self.row_group], self.name)
             small = torch.uint8 if self.embedding_dim <= 255 else torch.int32
             group = self.row_group.to(torch.int64)
             stored = torch.tensor(self.grid.stored, dtype=small, device=self.device)[levels][group]
@@ -238,12 +246,13 @@ class AMTLTable(TableRows):
             ]
             freeze_optimizers(optimizers, self.weight, blocks, plan, row_dims)
             places = drop_parameters(optimizers, list(head.parameters()))
-            # Optimizers that were looked for have no order to be found again by.
-            self._mask_places = [] if optimizer is None else places
+            # Several that were looked for have no order to be found again by.
+            self._mask_places = places if optimizer is not None or len(optimizers) == 1 else []
             for parameter in head.parameters():
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
             self._enter_frozen(blocks, plan.ends, order)
+        retire(wrappers)
         return self
 
     def _places(self, plan: TierPlan, merged: Tensor | None) -> Tensor | None:
@@ -263,6 +272,8 @@ class AMTLTable(TableRows):
     def _enter_frozen(
         self, blocks: list[nn.Parameter], ends: tuple[int, ...], row_order: Tensor | None
     ) -> None:
+        if self.head is not None:
+            self.head.hold()
         self._parameters["weight"] = None
         self.row_group = None
         self.blocks = nn.ParameterList(blocks)
@@ -301,6 +312,7 @@ class AMTLTable(TableRows):
         optimizers = as_optimizers(optimizer, blocks)
         if optimizer is not None:
             require_held(optimizers, blocks[:1], "thaw")
+        wrappers = wrappers_of(blocks)
         if counts is not None:
             checked = check_counts(counts, self.num_embeddings).to(self.device)
             if len(self.field_sizes) > 1:
@@ -314,14 +326,19 @@ class AMTLTable(TableRows):
         with torch.no_grad():
             dense = self.dense_weight()
             weight = nn.Parameter(dense, requires_grad=blocks[0].requires_grad)
-            thaw_optimizers(optimizers, weight, blocks, plan)
+            head.release()
+            # The reverse of freezing, so that positions are those of then.
             mask = list(head.parameters())
-            restore_parameters(optimizers, mask, self._mask_places, weight)
-            self._mask_places = []
+            restore_parameters(optimizers, mask, self._mask_places, blocks[-1])
+            thaw_optimizers(optimizers, weight, blocks, plan)
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
+            self._mask_places = []
+        retire(wrappers)
         return self
 
     def _enter_search(self, weight: nn.Parameter, row_group: Tensor) -> None:
+        if self.head is not None:
+            self.head.release()
         self._parameters["weight"] = weight
         self.row_group = row_group
         self.row_map = None
@@ -443,8 +460,8 @@ class AMTLTable(TableRows):
                 f"table [{self.num_embeddings}, {self.embedding_dim}]"
             )
             return
-        like = self._table()[0]
-        starts = (0, *ends)
+        before, mask = self._table(), self.mask_parameters()
+        like, starts = before[0], (0, *ends)
         blocks = [
             nn.Parameter(
                 like.new_empty(end - start, width, requires_grad=False),
@@ -452,6 +469,15 @@ class AMTLTable(TableRows):
             )
             for start, end, width in zip(starts, ends, widths, strict=False)
         ]
+        if self.tier_ends is not None and [b.shape for b in before] == [b.shape for b in blocks]:
+            blocks = before
+        else:
+            optimizers = optimizers_of([*before, *mask])
+            replace_parameters(optimizers, before, blocks)
+            places = drop_parameters(optimizers, mask)
+            if self.tier_ends is None:
+                self._mask_places = places if len(optimizers) == 1 else []
+            retire(wrappers_of([*before, *mask]))
         order = state_dict.get(prefix + "row_order")
         room = None if order is None else torch.zeros_like(order, device=like.device)
         padding, self.padding_idx = self.padding_idx, None
@@ -460,11 +486,20 @@ class AMTLTable(TableRows):
 
     def _adopt_weight(self, row_map: Tensor | None) -> None:
         """Take the search phase with room for a dense weight."""
-        like = self._table()[0]
+        before = self._table()
+        like = before[0]
         weight = nn.Parameter(
             like.new_empty(self.num_embeddings, self.embedding_dim, requires_grad=False),
             requires_grad=like.requires_grad,
         )
         assert row_map is not None
         groups = decode_row_map(row_map, self.num_embeddings).to(self.device)
+        optimizers = optimizers_of(before)
+        retire(wrappers_of(before))
+        if self.head is not None:
+            self.head.release()
+            mask = list(self.head.parameters())
+            restore_parameters(optimizers, mask, self._mask_places, before[-1])
+        self._mask_places = []
+        replace_parameters(optimizers, before, [weight])
         self._enter_search(weight, groups)

@@ -17,7 +17,7 @@ from amtl.noise import draw_seed, mix_seed
 from amtl.options import SearchOptions
 from amtl.sharing import own_rows
 from amtl.size_head import SizeHead, being_traced
-from amtl.tiers import TierPlan, merge_rows, optimizers_of
+from amtl.tiers import Place, TierPlan, merge_rows, optimizers_of
 
 _PATIENCE = 5
 """Changes of the table without one of its sizes before it is asked who trains them."""
@@ -60,7 +60,7 @@ class TableRows(nn.Module):
         self.progress = 0.0
         self._noise_on = options.freeze_at > 0
         self._seed_offset = mix_seed(options.seed)
-        self._mask_places: list[tuple[int, int]] = []
+        self._mask_places: list[Place] = []
         self._redirection: tuple[Tensor, Tensor | None] | None = None
         self._noticed: tuple[Tensor, int] | None = None
         self._untaught = 0

@@ -11,7 +11,7 @@ import copy
 import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -266,38 +266,81 @@ def thaw_optimizers(
             optimizer.state[weight] = merged
 
 
-def drop_parameters(
-    optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]
-) -> list[tuple[int, int]]:
-    """Take parameters and their state out; returns (optimizer, group) numbers they were in.
+def replace_parameters(
+    optimizers: list[Optimizer], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
+) -> None:
+    """Put parameters in the place of others, without state: theirs belonged to other values."""
+    for optimizer, group, position in _holders(optimizers, old[0]):
+        _replace(group, position, 1, new)
+        optimizer.state.pop(old[0], None)
+        drop_parameters([optimizer], old[1:])
+        _begin_state(optimizer, group, new)
+
+
+def _begin_state(
+    optimizer: Optimizer, group: dict[str, Any], parameters: Iterable[nn.Parameter]
+) -> None:
+    """What Adagrad makes when it is constructed and its steps rely on; others wait."""
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return
+    for parameter in parameters:
+        device = parameter.device if group.get("fused") else None
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "sum": torch.full_like(
+                parameter, group["initial_accumulator_value"], requires_grad=False
+            ),
+        }
+
+
+class Place(NamedTuple):
+    """Where a parameter was.
+
+    Attributes:
+        parameter, optimizer, group: numbers.
+        position: in the group, when the parameters before were gone.
+        name: what the optimizer called it, if it has names.
+    """
+
+    parameter: int
+    optimizer: int
+    group: int
+    position: int
+    name: str | None
+
+
+def drop_parameters(optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]) -> list[Place]:
+    """Take parameters and their state out; returns where they were.
 
     Groups stay, empty if need be, so that schedulers keep their count.
     """
     places = []
     for number, optimizer in enumerate(optimizers):
         for group_number, group in enumerate(optimizer.param_groups):
-            for parameter in parameters:
+            for index, parameter in enumerate(parameters):
                 position = _position(group, parameter)
                 if position is not None:
-                    _remove(group, position)
+                    name = _remove(group, position)
                     optimizer.state.pop(parameter, None)
-                    places.append((number, group_number))
+                    places.append(Place(index, number, group_number, position, name))
     return places
 
 
-def _remove(group: dict[str, Any], position: int) -> None:
+def _remove(group: dict[str, Any], position: int) -> str | None:
     del group["params"][position]
-    if group.get("param_names") is not None:
-        del group["param_names"][position]
+    names: list[str] | None = group.get("param_names")
+    return None if names is None else names.pop(position)
 
 
 def restore_parameters(
     optimizers: list[Optimizer],
     parameters: Sequence[nn.Parameter],
-    places: Sequence[tuple[int, int]],
+    places: Sequence[Place],
     neighbour: nn.Parameter,
 ) -> None:
-    """Inverse of `drop_parameters`, without state; where nothing was dropped, beside `neighbour`.
+    """Inverse of `drop_parameters`, without state; where nothing was dropped, behind `neighbour`.
+
+    The order within a group matters: by it, and by nothing else, optimizers load their state.
 
     Args:
         optimizers: as given to `drop_parameters`.
@@ -305,20 +348,28 @@ def restore_parameters(
         places: what it returned.
         neighbour: a parameter whose group takes them otherwise.
     """
-    for number, optimizer in enumerate(optimizers):
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        groups = [g for o, g in places if o == number]
-        if len(groups) == len(parameters) and max(groups, default=-1) < len(optimizer.param_groups):
-            targets = [optimizer.param_groups[g] for g in groups]
-        elif not places and id(neighbour) in held:
-            table = next(
-                g for g in optimizer.param_groups if any(p is neighbour for p in g["params"])
-            )
-            targets = [table] * len(parameters)
-        else:
-            continue
-        for parameter, group in zip(parameters, targets, strict=True):
-            if id(parameter) not in held:
-                group["params"].append(parameter)
-                if group.get("param_names") is not None:
-                    group["param_names"].append(f"mask.{len(group['params'])}")
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    missing = [i for i, parameter in enumerate(parameters) if id(parameter) not in held]
+    for place in reversed(places):
+        if place.parameter in missing and place.optimizer < len(optimizers):
+            optimizer = optimizers[place.optimizer]
+            if place.group < len(optimizer.param_groups):
+                group = optimizer.param_groups[place.group]
+                _insert(optimizer, group, place.position, parameters[place.parameter], place.name)
+    if not places:
+        for optimizer, group, position in _holders(optimizers, neighbour):
+            for index in reversed(missing):
+                _insert(optimizer, group, position + 1, parameters[index], None)
+
+
+def _insert(
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    position: int,
+    parameter: nn.Parameter,
+    name: str | None,
+) -> None:
+    group["params"].insert(position, parameter)
+    if group.get("param_names") is not None:
+        group["param_names"].insert(position, name or f"mask.{len(group['params'])}")
+    _begin_state(optimizer, group, [parameter])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from kernel_cases import Case, assert_agrees, build, cases, expected
 
 import amtl_kernels
+
+LONGER = 1 if os.environ.get("AMTL_SOAK", "0") in ("", "0") else 20
 
 BASE = Case(
     seed=1,
@@ -51,7 +54,11 @@ def limited(backend: Any, case: Case) -> Case:
 
 
 def drawn(backend: Any, check: Callable[[Any, Case], None]) -> None:
-    @settings(deadline=None, max_examples=backend.examples, suppress_health_check=list(HealthCheck))
+    @settings(
+        deadline=None,
+        max_examples=LONGER * backend.examples,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(case=cases(min(6_000, backend.max_lookups), backend.max_dim))
     def run(case: Case) -> None:
         check(backend, case)

@@ -1,0 +1,79 @@
+"""Tables under DistributedDataParallel, which knows the parameters that it was made with only.
+
+When a table changes its phase, its parameters are others, and the old wrapper would no longer
+average their gradients: replicas would part without a word. So whoever changes them asks for the
+wrappers, makes sure that all processes are about to do the same, and puts the wrappers out of use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
+    """The living DistributedDataParallel wrappers around one of the parameters.
+
+    O(objects in the process) where processes train together, else nothing.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return []
+    from torch.nn.parallel import DistributedDataParallel
+
+    wanted = {id(parameter) for parameter in parameters}
+    # A wrapper that is garbage already counts in no process, whenever each would find it out.
+    gc.collect()
+    return [
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), DistributedDataParallel)
+        and any(id(p) in wanted for p in thing.parameters())
+    ]
+
+
+def require_same_sizes(wrappers: Sequence[Any], tensors: Sequence[Tensor], name: str) -> None:
+    """Raise in all processes unless all of them hold the same integers.
+
+    A collective call in each process group of the wrappers: all its processes have to make it.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    for group in {id(w.process_group): w.process_group for w in wrappers}.values():
+        sums = [float(_checksum(t)) for t in tensors]
+        mine = torch.tensor(sums, dtype=torch.float64, device=tensors[0].device)
+        count = distributed.get_world_size(group)
+        everyone = [torch.empty_like(mine) for _ in range(count)]
+        distributed.all_gather(everyone, mine, group=group)
+        if not all(torch.equal(mine, other) for other in everyone):
+            raise RuntimeError(
+                f"freeze: processes have different sizes for table {name!r}, so their tiers would "
+                "not match. Give convert the same counts and options in all of them (counts summed "
+                "over all processes), and freeze at the same step."
+            )
+
+
+def _checksum(tensor: Tensor) -> int:
+    data = tensor.detach().cpu().contiguous()
+    return zlib.crc32((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
+
+
+def retire(wrappers: Iterable[Any]) -> None:
+    """Let forward passes with gradients through these wrappers fail from now on, saying why."""
+    for wrapper in wrappers:
+        wrapper.register_forward_pre_hook(_refuse, prepend=True)
+
+
+def _refuse(wrapper: nn.Module, inputs: object) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the parameters of an AMTL layer have changed (freeze, thaw, convert or "
+            "load_state_dict) since this DistributedDataParallel was made, so it would no longer "
+            "keep the processes equal: wrap anew, model = DistributedDataParallel(model.module)"
+        )

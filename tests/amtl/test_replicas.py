@@ -1,0 +1,137 @@
+"""Two processes under DistributedDataParallel, through search, freeze, save and resume."""
+
+from __future__ import annotations
+
+import datetime
+import io
+from pathlib import Path
+
+import amtl
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
+)
+
+ROWS, DIM, LEARNED = 60, 8, "ordinal"
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(ROWS, DIM)
+        self.top = nn.Linear(DIM, 1)
+
+    def forward(self, rows):
+        return self.top(self.table(rows)).sum()
+
+
+def converted(parametrization, budget=0.4):
+    torch.manual_seed(0)
+    counts = {"table": torch.arange(ROWS) ** 2}
+    model = amtl.convert(Model(), counts, budget, parametrization=parametrization)
+    return model, torch.optim.Adagrad(amtl.parameter_groups(model, lr=1e-2), lr=0.1)
+
+
+def train(wrapped, optimizer, rank, steps=2):
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        wrapped(torch.randint(ROWS, (20,), generator=generator)).backward()
+        optimizer.step()
+
+
+def assert_equal_everywhere(model):
+    for value in (*model.parameters(), *model.buffers()):
+        both = [torch.empty_like(value) for _ in range(2)]
+        distributed.all_gather(both, value.detach())
+        assert torch.equal(*both)
+
+
+def refuses(wrapped, optimizer, rank):
+    before = [p.detach().clone() for p in wrapped.parameters()]
+    with pytest.raises(RuntimeError, match="wrap anew"):
+        train(wrapped, optimizer, rank)
+    assert all(torch.equal(a, b) for a, b in zip(before, wrapped.parameters(), strict=True))
+    with torch.no_grad():
+        wrapped(torch.arange(3))
+
+
+def life(rank, parametrization):
+    """Search, freeze, frozen, save, resume, thaw."""
+    model, optimizer = converted(parametrization)
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, optimizer, rank)
+    assert_equal_everywhere(model)
+
+    amtl.freeze(model, optimizer)
+    refuses(wrapped, optimizer, rank)
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, optimizer, rank, steps=3)
+    assert_equal_everywhere(model)
+
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file)
+    other, other_optimizer = converted(parametrization)
+    early = DistributedDataParallel(other)
+    other.load_state_dict(saved["model"])
+    refuses(early, other_optimizer, rank)
+    other_optimizer.load_state_dict(saved["optimizer"])
+    train(DistributedDataParallel(other), other_optimizer, rank)
+    train(wrapped, optimizer, rank)
+    pairs = zip(other.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+    model.table.thaw(optimizer)
+    refuses(wrapped, optimizer, rank)
+    train(DistributedDataParallel(model), optimizer, rank)
+    assert_equal_everywhere(model)
+
+
+def other_sizes(rank):
+    """The wrapper copies counts from the first process, for they are buffers; a budget is none."""
+    model, optimizer = converted(LEARNED, budget=0.4 + 0.2 * rank)
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, optimizer, rank)
+    with pytest.raises(RuntimeError, match="different sizes for table 'table'"):
+        amtl.freeze(model, optimizer)
+    assert model.table.phase == "search"
+
+
+def late_conversion(rank):
+    """What learns sizes is new to a wrapper from before; by the rule nothing is."""
+    counts = {"table": torch.arange(ROWS)}
+    for parametrization in ("rule", LEARNED):
+        wrapped = DistributedDataParallel(Model())
+        amtl.convert(wrapped.module, counts, budget=0.4, parametrization=parametrization)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        if parametrization == LEARNED:
+            refuses(wrapped, optimizer, rank)
+        else:
+            train(wrapped, optimizer, rank)
+            assert_equal_everywhere(wrapped.module)
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    life(rank, "rule")
+    life(rank, LEARNED)
+    other_sizes(rank)
+    late_conversion(rank)
+    distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)

@@ -1,0 +1,204 @@
+"""An ordinary training script is cut off and goes on: as if it had not been, whatever the order."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import amtl
+import pytest
+import torch
+from torch import nn
+
+ROWS, DIM = 60, 8
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bottom = nn.Linear(2, 2)
+        self.table = nn.Embedding(ROWS, DIM)
+        self.top = nn.Linear(DIM + 2, 1)
+
+    def forward(self, rows):
+        dense = self.bottom(rows[:, None] / torch.tensor([ROWS, 2.0 * ROWS]))
+        return self.top(torch.cat([self.table(rows), dense], 1)).square().mean()
+
+
+def script(optimizer, parametrization, built="after", grouped=False):
+    """Build, convert, and the optimizer before or after that."""
+    torch.manual_seed(0)
+    model = Model()
+    early = OPTIMIZERS[optimizer](model.parameters()) if built == "before" else None
+    counts = {"table": torch.arange(ROWS).roll(7) ** 2}
+    amtl.convert(model, counts, budget=0.4, parametrization=parametrization)
+    if early is not None:
+        early.add_param_group({"params": amtl.mask_parameters(model)})
+        return model, early
+    parameters = amtl.parameter_groups(model, lr=1e-2) if grouped else model.parameters()
+    return model, OPTIMIZERS[optimizer](parameters)
+
+
+def train(model, optimizer, steps, seed):
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randint(ROWS, (20,))).backward()
+        optimizer.step()
+
+
+def checkpoint(model, optimizer):
+    file = io.BytesIO()
+    torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_held(model, *optimizers):
+    """Each parameter in one place, and nothing else."""
+    held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert {id(p) for o in optimizers for p in o.state} <= set(held)
+
+
+def assert_same(a, b):
+    for mine, theirs in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+@pytest.mark.parametrize("parametrization", ["rule", "ordinal"])
+@pytest.mark.parametrize("built", ["before", "after", "grouped", "after loading"])
+@pytest.mark.parametrize("saved_phase", ["search", "frozen"])
+@pytest.mark.parametrize("loading_phase", ["search", "frozen"])
+def test_goes_on_as_if_nothing_had_been(
+    optimizer, parametrization, built, saved_phase, loading_phase
+):
+    how = {"built": built, "grouped": built == "grouped"}
+    model, its = script(optimizer, parametrization, **how)
+    train(model, its, 3, seed=1)
+    if saved_phase == "frozen":
+        amtl.freeze(model, its)
+        train(model, its, 3, seed=2)
+    saved = checkpoint(model, its)
+
+    other, others = script(optimizer, parametrization, **how)
+    train(other, others, 1, seed=9)
+    if loading_phase == "frozen":
+        amtl.freeze(other)
+    other.load_state_dict(saved["state_dict"])
+    if built == "after loading":
+        others = OPTIMIZERS[optimizer](other.parameters())
+    assert_held(other, others)
+    others.load_state_dict(saved["optimizer"])
+    for m, o in ((model, its), (other, others)):
+        train(m, o, 3, seed=3)
+    assert_same(model, other)
+    if saved_phase == "search":
+        for m, o in ((model, its), (other, others)):
+            amtl.freeze(m, o)
+            train(m, o, 3, seed=4)
+        assert_same(model, other)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("phase", ["search", "frozen"])
+def test_weights_alone_may_be_loaded(optimizer, phase):
+    """Without the optimizer's state it starts anew for what is new, and all of it trains."""
+    model, its = script(optimizer, "ordinal")
+    other, others = script(optimizer, "ordinal")
+    for m, o in ((model, its), (other, others)):
+        train(m, o, 1, seed=1)
+    if phase == "frozen":
+        amtl.freeze(model, its)
+    else:
+        amtl.freeze(other, others)
+    other.load_state_dict(model.state_dict())
+    assert_held(other, others)
+    trained = [p for p in (*amtl.table_parameters(other), *other.top.parameters()) if p.numel()]
+    before = copy.deepcopy(trained)
+    train(other, others, 3, seed=2)
+    assert not any(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+
+
+def test_a_load_into_the_same_tiers_keeps_the_parameters():
+    model, optimizer = script("adam", "rule")
+    amtl.freeze(model, optimizer)
+    before = list(model.parameters())
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_tiers_of_other_widths_replace_each_other():
+    model, optimizer = script("adam", "rule")
+    amtl.freeze(model, optimizer)
+    other = amtl.convert(Model(), {"table": torch.arange(ROWS)}, budget=0.7)
+    others = OPTIMIZERS["adam"](other.parameters())
+    train(other, others, 1, seed=1)
+    amtl.freeze(other, others)
+    assert [b.shape for b in other.table.blocks] != [b.shape for b in model.table.blocks]
+    other.load_state_dict(model.state_dict())
+    assert_held(other, others)
+    train(other, others, 1, seed=1)
+    others.load_state_dict(optimizer.state_dict())
+
+
+class Trainer:
+    """As Lightning resumes from `ckpt_path`: optimizers first, then the model, then their state."""
+
+    def __init__(self, parametrization):
+        self.model, tables = script("adagrad", parametrization, grouped=True)
+        del tables
+        masks = amtl.mask_parameters(self.model)
+        known = {id(p) for p in masks}
+        rest = [p for p in self.model.parameters() if id(p) not in known]
+        self.optimizers = [OPTIMIZERS["adagrad"](rest)]
+        if masks:
+            self.optimizers.append(OPTIMIZERS["adam"](masks))
+        self.schedules = [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in self.optimizers]
+
+    def fit(self, steps, seed):
+        torch.manual_seed(seed)
+        for _ in range(steps):
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            self.model(torch.randint(ROWS, (20,))).backward()
+            for step in (*self.optimizers, *self.schedules):
+                step.step()
+
+    def save(self):
+        return copy.deepcopy(
+            {
+                "state_dict": self.model.state_dict(),
+                "optimizers": [o.state_dict() for o in self.optimizers],
+                "schedules": [s.state_dict() for s in self.schedules],
+            }
+        )
+
+    def restore(self, saved):
+        self.model.load_state_dict(saved["state_dict"])
+        for mine, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            mine.load_state_dict(state)
+        for mine, state in zip(self.schedules, saved["schedules"], strict=True):
+            mine.load_state_dict(state)
+
+
+@pytest.mark.parametrize("parametrization", ["rule", "ordinal"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_in_a_trainers_order(parametrization, frozen):
+    trainer = Trainer(parametrization)
+    trainer.fit(3, seed=1)
+    if frozen:
+        amtl.freeze(trainer.model, trainer.optimizers)
+        trainer.fit(2, seed=2)
+    other = Trainer(parametrization)
+    other.restore(trainer.save())
+    assert_held(other.model, *other.optimizers)
+    for one in (trainer, other):
+        one.fit(3, seed=3)
+    assert_same(trainer.model, other.model)
