@@ -294,7 +294,12 @@ def test_ctrl_c_before_the_first_step(where, folder, tmp_path, monkeypatch, caps
     monkeypatch.setattr(where, interrupted)
     out = tmp_path / "r"
     args = ["train", folder / "ok.csv", "--label", "y", "--out", out, *FAST]
-    assert run(*args) == failures.STOPPED
+    # A shell starts what it runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(*args) == failures.STOPPED
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "stopped" in one_line(capsys.readouterr().err)
     assert not out.exists()
 
