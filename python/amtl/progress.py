@@ -123,7 +123,7 @@ class Bars:
         line = (
             f"  {self._title}  epoch {record['epoch']:>5.2f}  loss {loss}  "
             f"val AUC {record['val_auc']:.4f}  log loss {record['val_logloss']:.4f}"
-            f"{' *' if record['best'] else '  '}  {record['seconds']:.1f} s  {record['phase']}"
+            f"{' *' if record['best'] else '  '} {record['phase']}"
         )
         self._console.print(line, style="dim", highlight=False)
 
