@@ -80,7 +80,7 @@ def test_a_model_from_training_to_loading(kind, tmp_path):
     state = model.optim.state[trained]
     tables = set(model.embedding_dict)
     counts = deepctr.count(model, fed(model, x))
-    assert deepctr.convert(model, counts, budget=0.4, mask_lr=0.05) is model
+    assert deepctr.convert(model, counts, 0.4, mask_lr=0.05, parametrization="ordinal") is model
     layers = amtl.layers(model)
     assert set(layers) == {f"embedding_dict.{name}" for name in tables}
     assert model.embedding_dict["item"].weight is trained
@@ -120,7 +120,7 @@ def test_a_model_from_training_to_loading(kind, tmp_path):
     )
 
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    again = deepctr.convert(build(kind), counts, budget=0.4)
+    again = deepctr.convert(build(kind), counts, budget=0.4, parametrization="ordinal")
     again.load_state_dict(torch.load(tmp_path / "state.pt"))
     np.testing.assert_array_equal(again.predict(fed(model, x)), predicted)
     torch.save(model, tmp_path / "whole.pt")

@@ -94,7 +94,12 @@ def test_a_model_from_training_to_loading(model, tmp_path):
     fit(model)
     tables = model.embedding_layer.embedding_layer.embedding_layers
     trained = tables["item"].weight
-    assert fuxictr.convert(model, fuxictr.count(model, batches()), 0.4, mask_lr=0.05) is model
+    assert (
+        fuxictr.convert(
+            model, fuxictr.count(model, batches()), 0.4, mask_lr=0.05, parametrization="ordinal"
+        )
+        is model
+    )
     assert tables["history"] is tables["item"] and tables["item"].weight is trained
     assert tables["item"].padding_idx == 0
     assert len(amtl.layers(model)) == 2
@@ -124,7 +129,7 @@ def test_a_model_from_training_to_loading(model, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(again, trained, strict=True))
 
     model.save_weights(tmp_path / "weights")
-    twin = fuxictr.convert(build(tmp_path), COUNTS)
+    twin = fuxictr.convert(build(tmp_path), COUNTS, parametrization="ordinal")
     twin.load_weights(tmp_path / "weights")
     np.testing.assert_array_equal(twin.predict(batches()), predicted)
 
@@ -147,7 +152,7 @@ def test_counts_are_summed_over_who_shares_a_table(model):
 
 def test_regularisers_do_not_touch_the_sizes(model):
     before = model.regularization_loss().detach()
-    fuxictr.convert(model, COUNTS, budget=0.5)
+    fuxictr.convert(model, COUNTS, budget=0.5, parametrization="ordinal")
     torch.testing.assert_close(model.regularization_loss().detach(), before)
     model.regularization_loss().backward()
     masks = amtl.mask_parameters(model)
@@ -169,8 +174,8 @@ def test_what_is_refused(model):
     assert not amtl.layers(model)
     with pytest.raises(TypeError, match="Linear is not a model of FuxiCTR"):
         fuxictr.convert(nn.Linear(2, 2), {})
-    fuxictr.convert(model, {"user": COUNTS["user"]}, mask_lr=0.1)
-    fuxictr.convert(model, {"item": COUNTS["history"]}, mask_lr=0.2)
+    fuxictr.convert(model, {"user": COUNTS["user"]}, mask_lr=0.1, parametrization="ordinal")
+    fuxictr.convert(model, {"item": COUNTS["history"]}, mask_lr=0.2, parametrization="ordinal")
     assert [g["lr"] for g in model.optimizer.param_groups] == [1e-2, 0.1, 0.2]
     with pytest.raises(ValueError, match="newly built"):
         fuxictr.load("nowhere", model)
