@@ -94,21 +94,13 @@ class Learner:
 
     def _set_rates(self) -> None:
         """Learning rates of the present stage; those of the size search don't fall."""
-        scale = self.config.rate_drop ** max(0, self.stage - self._first_slow_stage + 1)
+        scale = self.config.rate_drop**self.stage
         for optimizer, rate in (
             (self.table_optimizer, self.config.table_lr),
             (self.dense_optimizer, self.config.lr),
         ):
             for group in optimizer.param_groups:
                 group["lr"] = rate * scale
-
-    @property
-    def _first_slow_stage(self) -> int:
-        return 1
-
-    @property
-    def _stages(self) -> int:
-        return self._first_slow_stage + self.config.rate_drops
 
     @property
     def frozen(self) -> bool:
@@ -217,7 +209,7 @@ class Learner:
 
     def _turn(self) -> None:
         """Back to the best model: freeze its sizes, or go on with smaller rates, or end."""
-        if self.best is None or self.stage + 1 >= self._stages:
+        if self.best is None or self.stage >= self.config.rate_drops:
             self.finished = True
             return
         self.stage += 1

@@ -220,7 +220,7 @@ def race_cut(
     """
     whole = replace(next(iter(entries.values())), method="fixed", table_options={})
     full = make(whole, None)
-    _run_to_end(FULL, full, observer, step)
+    run_to_end(FULL, full, observer, step)
     full.end()
     donor, learner = Donor(full.model, full.task.encoder), None
     for entry in entries.values():
@@ -229,20 +229,23 @@ def race_cut(
         if learner is None or _best(other)["score"] > _best(learner)["score"]:
             learner = other
     assert learner is not None
-    _run_to_end("cut from full size", learner, observer, step)
+    run_to_end("cut from full size", learner, observer, step)
     row, rival = _row("cut from full size", learner), _best(winner)
     row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
     row["full"] = _row(FULL, full)
     return (learner if row["chosen"] else None), row
 
 
-def _run_to_end(
+def run_to_end(
     name: str, learner: Learner, observer: Observer, step: Callable[[Learner], None]
 ) -> None:
+    """Trains a learner until it is finished, under a bar of its own."""
     observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
-    while not learner.finished:
-        step(learner)
-    observer.end()
+    try:
+        while not learner.finished:
+            step(learner)
+    finally:
+        observer.end()
 
 
 def is_worth_cutting(config: TrainConfig, table: list[dict[str, Any]]) -> bool:

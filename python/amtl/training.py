@@ -33,7 +33,7 @@ from amtl.memory import require_memory
 from amtl.metrics import auc, log_loss
 from amtl.model import predict
 from amtl.progress import Observer, Silent
-from amtl.race import candidates, is_open, is_worth_cutting, race, race_cut, race_less
+from amtl.race import candidates, is_open, is_worth_cutting, race, race_cut, race_less, run_to_end
 from amtl.store import runs
 
 
@@ -165,6 +165,8 @@ class Trainer:
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
         given = self.config.table_options
+        # Nobody trains it any more, and candidates need the room.
+        self.learner.release()
         try:
             result = race(self.config, self._make, self.observer, self._racer())
         finally:
@@ -324,16 +326,8 @@ class Trainer:
 
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         def run(name: str, learner: Learner) -> None:
-            total = learner.steps_per_epoch * learner.config.epochs
-            self.observer.begin(f"{name}, D={learner.config.dim}", total, 0)
-            try:
-                while not learner.finished:
-                    loss, samples = learner.step()
-                    self.observer.step(learner.epochs, loss, samples)
-                    if self.stop(learner.steps):
-                        raise Interrupted
-            finally:
-                self.observer.end()
+            title = f"{name}, D={learner.config.dim}"
+            run_to_end(title, learner, self.observer, self._racer())
 
         return train_baselines(self.config, metrics, self._make, run)
 
