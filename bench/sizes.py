@@ -57,9 +57,9 @@ def jobs(sets: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 def run_all(out: Path, sets: dict[str, tuple[str, str, str]], seeds: Sequence[int]) -> None:
     """Makes the runs that `out` lacks and nobody else is making."""
-    from amtl.config import TrainConfig
     from amtl.data.registry import load_source
-    from amtl.training import Trainer, prepare
+    from amtl.run.config import TrainConfig
+    from amtl.run.training import Trainer, prepare
 
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}

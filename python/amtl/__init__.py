@@ -14,13 +14,12 @@ Put the layers into a model, train, freeze, save:
   `update_schedule`, `freeze`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
-Inside: `frequency` (groups of rows with equal counts), `budget` (sizes that meet it), `laws` (sizes
-that counts deserve), `sizes` (what learns them), `table` (the two phases), `sharing` (rows that
-keep nothing), `tiers` (frozen storage).
+Rooms, each using only those before it: `layer` (tables that learn sizes), `integrations` (other
+people's models), `store` (files), `data` (from tables to indices), `run` (training), `cli`.
 """
 
-from amtl.budget import BudgetError
-from amtl.conversion import (
+from amtl.layer.budget import BudgetError
+from amtl.layer.conversion import (
     convert,
     freeze,
     layers,
@@ -30,10 +29,11 @@ from amtl.conversion import (
     table_parameters,
     update_schedule,
 )
-from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
-from amtl.options import SearchOptions
-from amtl.store import PackedFile, PackedFileError, TensorFileError, load, open_packed, save
-from amtl.table import AMTLTable
+from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.options import SearchOptions
+from amtl.layer.table import AMTLTable
+from amtl.opening import load
+from amtl.store import PackedFile, PackedFileError, TensorFileError, open_packed, save
 
 __all__ = [
     "AMTLEmbedding",

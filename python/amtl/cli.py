@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from amtl import failures
-from amtl.config import TrainConfig
 from amtl.errors import UserError
+from amtl.run.config import TrainConfig
 
 app = typer.Typer(
     name="amtl",
@@ -188,8 +188,8 @@ def train(
     once, and leaves a run folder with checkpoints and metrics.json.
     """
     from amtl.data import label_note, load_source
-    from amtl.store.runs import holds_run
-    from amtl.training import start
+    from amtl.run.folders import holds_run
+    from amtl.run.training import start
 
     if resume:
         if out is None:
@@ -329,8 +329,8 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
 
     What was guessed of the columns is told of a `fresh` run.
     """
-    from amtl.progress import Bars
-    from amtl.training import Interrupted
+    from amtl.run.progress import Bars
+    from amtl.run.training import Interrupted
 
     stop = _Stopper()
     trainer = make(stop, Bars(console))
@@ -392,7 +392,7 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
-    from amtl.display import print_comparison
+    from amtl.run.display import print_comparison
 
     print_comparison(console, metrics)
 
@@ -416,7 +416,7 @@ def evaluate(
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data import load_source, read_labels
-    from amtl.store.runs import load_trained
+    from amtl.run.folders import load_trained
 
     trained = load_trained(run)
     if data is None:
@@ -454,8 +454,8 @@ def pack(
     """Write a trained model to one file: tiers, MLP, vocabularies. No pickle."""
     import torch
 
-    from amtl.methods import dense_bytes, stored_bytes
-    from amtl.store.runs import pack_run
+    from amtl.run.folders import pack_run
+    from amtl.run.methods import dense_bytes, stored_bytes
 
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
@@ -477,9 +477,9 @@ def inspect(run: Run) -> None:
     """Show sizes per field and their histogram."""
     import numpy as np
 
-    from amtl import methods
-    from amtl.store.runs import load_trained
-    from amtl.trained import size_table
+    from amtl.run import methods
+    from amtl.run.folders import load_trained
+    from amtl.run.trained import size_table
 
     trained = load_trained(run)
     table = Table(box=box.SIMPLE_HEAD, title=escape(str(run)), title_justify="left")
@@ -520,8 +520,8 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML file with results, curves and sizes of runs."""
-    from amtl.display import print_results
-    from amtl.report import group_results, load_metrics, write_report
+    from amtl.run.display import print_results
+    from amtl.run.report import group_results, load_metrics, write_report
 
     write_report(runs, out)
     print_results(console, group_results(load_metrics(runs)))
@@ -533,8 +533,8 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Finished run folders.")],
 ) -> None:
     """Print the results of runs side by side, seeds averaged."""
-    from amtl.display import print_results
-    from amtl.report import group_results, load_metrics
+    from amtl.run.display import print_results
+    from amtl.run.report import group_results, load_metrics
 
     print_results(console, group_results(load_metrics(runs)))
 
@@ -562,7 +562,7 @@ def demo(
     seed: Annotated[int, _seed("Of every run.")] = 0,
 ) -> None:
     """Flights out of New York: full-size, fixed, rule and learned sizes side by side."""
-    from amtl.demo import run_demo
+    from amtl.run.demo import run_demo
 
     run_demo(console, out, data, epochs, seed)
 

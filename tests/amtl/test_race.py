@@ -10,14 +10,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from amtl import comparison, methods
-from amtl.config import TrainConfig
-from amtl.cut import Donor
 from amtl.data.registry import Source
-from amtl.learner import Learner
-from amtl.metrics import log_loss
-from amtl.model import build_model, field_evidence, predict
-from amtl.race import (
+from amtl.run import comparison, methods
+from amtl.run.config import TrainConfig
+from amtl.run.cut import Donor
+from amtl.run.folders import load_run
+from amtl.run.learner import Learner
+from amtl.run.metrics import log_loss
+from amtl.run.model import build_model, field_evidence, predict
+from amtl.run.race import (
     CAPACITY_BITS,
     FLAT,
     FULL,
@@ -27,8 +28,7 @@ from amtl.race import (
     race,
     race_less,
 )
-from amtl.store.runs import load_run
-from amtl.training import Interrupted, prepare, start
+from amtl.run.training import Interrupted, prepare, start
 
 ROWS = 3000
 

@@ -7,16 +7,16 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from amtl import methods
-from amtl.config import TrainConfig, default_batch_size
-from amtl.data.registry import Source
+from amtl.data.registry import Source, default_batch_size
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.progress import Bars, Silent
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.folders import load_run, load_trained, pack_run
+from amtl.run.progress import Bars, Silent
+from amtl.run.trained import size_table
+from amtl.run.training import Interrupted, start
 from amtl.store.files import read_json
-from amtl.store.runs import load_run, load_trained, pack_run
-from amtl.trained import size_table
-from amtl.training import Interrupted, start
 from rich.console import Console
 
 ROWS = 1200

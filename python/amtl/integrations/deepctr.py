@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import amtl
 from amtl.integrations.optimizers import add_masks, move_to_layers
-from amtl.table import AMTLTable
+from amtl.layer.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -19,13 +19,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from amtl.conversion import layers as layers_of
-from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.errors import UserError
 from amtl.integrations import check, settle
+from amtl.layer.conversion import layers as layers_of
+from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.table import AMTLTable
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
-from amtl.table import AMTLTable
 
 FORMAT, VERSION = "amtl-packed", 1
 _RUN_OF_V1 = "amtl-model"

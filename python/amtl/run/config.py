@@ -10,15 +10,7 @@ from typing import Any
 from amtl.errors import UserError
 
 BACKBONES = ("dnn", "deepfm", "dcn", "xdeepfm", "autoint", "din", "widedeep")
-"""See `amtl.backbones`."""
-
-
-def default_batch_size(rows: int) -> int:
-    """About a hundred steps an epoch, a power of two from 256 to 8192."""
-    size = 256
-    while size < 8192 and size * 2 * 100 <= rows * 8 // 10 * 1.5:
-        size *= 2
-    return size
+"""See `amtl.run.backbones`."""
 
 
 def _of_version_1(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,21 +20,28 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from amtl import methods
-from amtl.comparison import train_baselines
-from amtl.config import TrainConfig
-from amtl.cut import Donor
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.learner import Learner, Task
-from amtl.memory import require_memory
-from amtl.metrics import auc, log_loss
-from amtl.model import predict
-from amtl.progress import Observer, Silent
-from amtl.race import candidates, is_open, is_worth_cutting, race, race_cut, race_less, run_to_end
-from amtl.store import runs
+from amtl.run import folders, methods
+from amtl.run.comparison import train_baselines
+from amtl.run.config import TrainConfig
+from amtl.run.cut import Donor
+from amtl.run.learner import Learner, Task
+from amtl.run.memory import require_memory
+from amtl.run.metrics import auc, log_loss
+from amtl.run.model import predict
+from amtl.run.progress import Observer, Silent
+from amtl.run.race import (
+    candidates,
+    is_open,
+    is_worth_cutting,
+    race,
+    race_cut,
+    race_less,
+    run_to_end,
+)
 
 
 class Interrupted(Exception):
@@ -245,7 +252,7 @@ class Trainer:
 
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
-        donor = runs.load_run(run)
+        donor = folders.load_run(run)
         if donor.config.method != "fixed":
             raise UserError(f"--warm-start {run}: a run of --method fixed is needed")
         if donor.config.dim != self.config.dim:
@@ -287,17 +294,17 @@ class Trainer:
         if self.out:
             best = self.learner.best
             if best is not None and best["record"]["step"] != self._best_saved:
-                runs.save_checkpoint(self.out, "best", best)
+                folders.save_checkpoint(self.out, "best", best)
                 self._best_saved = best["record"]["step"]
-            runs.save_checkpoint(self.out, "checkpoint", self.state())
+            folders.save_checkpoint(self.out, "checkpoint", self.state())
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Goes back to the state in the run folder; to the start if it was stopped in its race."""
         assert self.out is not None
-        if not runs.holds_run(self.out):
+        if not folders.holds_run(self.out):
             return
-        state = runs.load_checkpoint(self.out, "checkpoint")
+        state = folders.load_checkpoint(self.out, "checkpoint")
         if "steps" not in state:
             raise UserError(
                 f"{self.out} was begun by an older version, whose training cannot go on here; its "
@@ -309,7 +316,7 @@ class Trainer:
 
     def _begin(self) -> None:
         if self.out:
-            runs.begin_run(self.out, self.config, self.task.encoder)
+            folders.begin_run(self.out, self.config, self.task.encoder)
         self._fresh = False
 
     def _finish(self) -> dict[str, Any]:
@@ -317,11 +324,11 @@ class Trainer:
         logits = predict(self.learner.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
-            runs.save_metrics(self.out, result)
+            folders.save_metrics(self.out, result)
         if self.config.compare:
             result["compared"] = self._compare(result)
             if self.out:
-                runs.save_metrics(self.out, result)
+                folders.save_metrics(self.out, result)
         return result
 
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -441,7 +448,7 @@ def start(
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
-        config, encoder = runs.load_inputs(out)
+        config, encoder = folders.load_inputs(out)
         trainer = Trainer(config, prepare(config, source, encoder), out, observer, stop)
         trainer.resume()
         return trainer

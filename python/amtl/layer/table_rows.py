@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import amtl_kernels
-from amtl.budget import SizeGrid
-from amtl.frequency import decode_row_map
-from amtl.noise import draw_seed, mix_seed
-from amtl.options import SearchOptions
-from amtl.sharing import own_rows
-from amtl.size_head import SizeHead, being_traced
-from amtl.tiers import Place, TierPlan, merge_rows, optimizers_of
+from amtl.layer.budget import SizeGrid
+from amtl.layer.frequency import decode_row_map
+from amtl.layer.noise import draw_seed, mix_seed
+from amtl.layer.options import SearchOptions
+from amtl.layer.sharing import own_rows
+from amtl.layer.size_head import SizeHead, being_traced
+from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
 
 _PATIENCE = 5
 """Changes of the table without one of its sizes before it is asked who trains them."""

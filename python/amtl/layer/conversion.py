@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.integrations import check, settle
-from amtl.replicas import retire, wrappers_of
-from amtl.table import AMTLTable
+from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.replicas import retire, wrappers_of
+from amtl.layer.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

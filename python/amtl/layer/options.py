@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from amtl.budget import SizeGrid, default_tier_width
-from amtl.frequency import FrequencyGroups
-from amtl.sizes import PARAMETRIZATIONS, SizeHead, make_size_head
+from amtl.layer.budget import SizeGrid, default_tier_width
+from amtl.layer.frequency import FrequencyGroups
+from amtl.layer.sizes import PARAMETRIZATIONS, SizeHead, make_size_head
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SearchOptions:
         budget: stored fraction of N * D over rows, tier rounding included, in (0, 1]. None only
             with "free": the paper's layer, whose saving is an outcome of training.
         parametrization: "rule" (default: sizes follow from counts, nothing is learned), "ordinal"
-            (the twins learn on from there) or "free" (the paper); see `amtl.sizes`.
+            (the twins learn on from there) or "free" (the paper); see `amtl.layer.sizes`.
         min_dim: smallest size, 0..D. None: 0, and 1 for "free" (the paper). A row of size 0 stores
             nothing and is looked up as its field's shared row, or as zeros.
         granularity: sizes are multiples of it (and D).

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from amtl import methods
-from amtl.config import TrainConfig
-from amtl.learner import Learner
-from amtl.metrics import auc, log_loss
-from amtl.model import predict
-from amtl.race import FLAT, FULL
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.learner import Learner
+from amtl.run.metrics import auc, log_loss
+from amtl.run.model import predict
+from amtl.run.race import FLAT, FULL
 
 THIS = "this model"
 _SCORES = ("val_auc", "val_logloss", "test_auc", "test_logloss")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import amtl_kernels
-from amtl.options import SearchOptions
-from amtl.sharing import SharedRows
-from amtl.table import AMTLTable
+from amtl.layer.options import SearchOptions
+from amtl.layer.sharing import SharedRows
+from amtl.layer.table import AMTLTable
 
 
 class AMTLEmbedding(AMTLTable):
@@ -21,7 +21,7 @@ class AMTLEmbedding(AMTLTable):
     `indices.shape + [D]`, with zeros beyond each row's size.
 
     In the search phase `out = m_i * W[i]`, where the mask m_i keeps the first k_i columns (paper,
-    section 3) and k_i follows from the row's training count through `amtl.sizes`. The mask
+    section 3) and k_i follows from the row's training count through `amtl.layer.sizes`. The mask
     gradient is straight-through, over masked columns too. The first forward after an optimizer step
     costs O(G * D) for the sizes of G groups (in training with noise, G * Q more) beside the lookup;
     frozen, the lookup alone.

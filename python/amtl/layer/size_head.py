@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amtl.budget import SizeGrid, capacity
-from amtl.frequency import FrequencyGroups, frequency_features, log_count_zscores
+from amtl.layer.budget import SizeGrid, capacity
+from amtl.layer.frequency import FrequencyGroups, frequency_features, log_count_zscores
 
 
 def being_traced() -> bool:

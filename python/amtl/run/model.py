@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from amtl import methods
-from amtl.backbones import interaction, pooling
-from amtl.config import TrainConfig
 from amtl.data.encoding import Batch, EncodedData, Encoder
+from amtl.run import methods
+from amtl.run.backbones import interaction, pooling
+from amtl.run.config import TrainConfig
 
 _LEVELS = 2**16
 
@@ -28,7 +28,7 @@ class ClickModel(nn.Module):
         num_dense: standardised numbers K that join the embeddings.
         hidden: widths of the MLP's hidden layers.
         embedding_dropout: share of the embeddings' numbers zeroed in training mode, 0 to below 1.
-        backbone: what is added to the MLP, a key of `amtl.backbones.INTERACTIONS`.
+        backbone: what is added to the MLP, a key of `amtl.run.backbones.INTERACTIONS`.
         num_bags: how many of the fields, the last ones, have several values.
 
     Raises:

@@ -60,7 +60,7 @@ def build_table(
         else:
             table = nn.Embedding(encoder.num_rows, dim, sparse=True)
     else:
-        from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
+        from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 
         if method == "rule":
             extra["parametrization"] = "rule"

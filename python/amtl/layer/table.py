@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import amtl_kernels
-from amtl.frequency import (
+from amtl.layer.frequency import (
     check_counts,
     check_field_sizes,
     decode_row_map,
     encode_row_map,
 )
-from amtl.options import SearchOptions
-from amtl.replicas import require_same_sizes, retire, wrappers_of
-from amtl.sharing import SharedRows, groups_that_share, resolve_shared_rows
-from amtl.size_head import SizeHead
-from amtl.table_rows import TableRows
-from amtl.tiers import (
+from amtl.layer.options import SearchOptions
+from amtl.layer.replicas import require_same_sizes, retire, wrappers_of
+from amtl.layer.sharing import SharedRows, groups_that_share, resolve_shared_rows
+from amtl.layer.size_head import SizeHead
+from amtl.layer.table_rows import TableRows
+from amtl.layer.tiers import (
     TierPlan,
     as_optimizers,
     drop_parameters,

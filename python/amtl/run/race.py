@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from amtl.config import TrainConfig
-from amtl.cut import Donor
 from amtl.errors import UserError
-from amtl.learner import Learner
-from amtl.model import field_evidence
-from amtl.progress import Observer
+from amtl.run.config import TrainConfig
+from amtl.run.cut import Donor
+from amtl.run.learner import Learner
+from amtl.run.model import field_evidence
+from amtl.run.progress import Observer
 
 CAPACITY_BITS = (16.0, 4.0, 1.0)
 """Bits a number may be worth: sizes that hardly, somewhat, strongly depend on the count."""
@@ -95,7 +95,7 @@ def field_weights(evidence: Tensor) -> list[float] | None:
     """Factors on the counts of each field, in proportion to what it is worth; None if nothing is.
 
     Args:
-        evidence: `[F]`, see `amtl.model.field_evidence`.
+        evidence: `[F]`, see `amtl.run.model.field_evidence`.
     """
     top = float(evidence.max())
     if not top > 0:
