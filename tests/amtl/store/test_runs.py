@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -188,6 +189,8 @@ main(sys.argv[1:])
     ],
 )
 def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path, args):
+    # Importing it writes its list of fonts, the first time on a machine, and warns if it can't.
+    importlib.import_module("matplotlib.font_manager")
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_text("old")
