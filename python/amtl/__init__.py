@@ -11,7 +11,7 @@ Put the layers into a model, train, freeze, save:
 
 - `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `SearchOptions` has their keyword arguments.
 - `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`, `table_parameters`,
-  `update_schedule`, `freeze`: for whole models.
+  `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
 Rooms, each using only those before it: `layer` (tables that learn sizes), `integrations` (other
@@ -22,6 +22,8 @@ from amtl.layer.budget import BudgetError
 from amtl.layer.conversion import (
     convert,
     freeze,
+    fuse,
+    fused_optimizers,
     layers,
     mask_parameters,
     parameter_groups,
@@ -46,6 +48,8 @@ __all__ = [
     "TensorFileError",
     "convert",
     "freeze",
+    "fuse",
+    "fused_optimizers",
     "layers",
     "load",
     "mask_parameters",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import amtl_kernels
+from amtl.layer.fusing import FusedOptimizer
 from amtl.layer.options import SearchOptions
 from amtl.layer.sharing import SharedRows
 from amtl.layer.table import AMTLTable
@@ -42,6 +42,9 @@ class AMTLEmbedding(AMTLTable):
             (its out-of-vocabulary row), or "rarest" for the row of least count of each field. None
             or "zero": they give zeros. For the size rule such a row counts the lookups that land
             on it. The padding row never shares.
+        fused_optimizer: what updates the table within the backward, so that no gradient of it is
+            ever stored: a class of `amtl_kernels.optim`, or a `functools.partial` of one; see
+            `fuse`. None: gradients, for any optimizer.
         **options: see `SearchOptions`.
 
     Raises:
@@ -66,6 +69,7 @@ class AMTLEmbedding(AMTLTable):
         field_sizes: Sequence[int] | None = None,
         row_features: Tensor | None = None,
         shared_rows: SharedRows = None,
+        fused_optimizer: FusedOptimizer | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -86,6 +90,7 @@ class AMTLEmbedding(AMTLTable):
             shared_rows,
             SearchOptions(**options),
         )
+        self.fuse(fused_optimizer)
 
     @classmethod
     def from_pretrained(
@@ -144,19 +149,19 @@ class AMTLEmbedding(AMTLTable):
 
     def _lookup(self, input: Tensor) -> Tensor:
         self._check_caller()
-        bounds = cast(Any, self.options.bounds_check)
+        bounds = self.options.bounds_check
         if self.tier_ends is not None:
             rows = self._frozen_rows(input)
             if self.max_norm is not None:
                 self._renorm(rows)
-            return amtl_kernels.tiered_embedding(
+            return self._call(
+                "tiered_embedding",
                 list(self.blocks),
                 self.tier_ends,
                 rows,
                 embedding_dim=self.embedding_dim,
                 padding_idx=self._frozen_padding(),
                 bounds_check=bounds,
-                sparse=self.sparse,
             )
         assert self.weight is not None and self.row_group is not None
         noisy = self._noisy()
@@ -165,7 +170,8 @@ class AMTLEmbedding(AMTLTable):
         rows = self._searched_rows(input, sizes)
         if self.max_norm is not None:
             self._renorm(rows)
-        return amtl_kernels.adaptive_embedding(
+        return self._call(
+            "adaptive_embedding",
             self.weight,
             rows,
             self.row_group,
@@ -174,7 +180,6 @@ class AMTLEmbedding(AMTLTable):
             seed=self._seed(noisy),
             padding_idx=self.padding_idx,
             bounds_check=bounds,
-            sparse=self.sparse,
         )
 
 
@@ -189,7 +194,7 @@ class AMTLEmbeddingBag(AMTLTable):
         include_last_offset: offsets end with the end of the last bag.
         padding_idx: a row that counts for nothing.
         max_norm, norm_type, scale_grad_by_freq, sparse, _weight, counts, field_sizes,
-            row_features, shared_rows, **options: as in `AMTLEmbedding`.
+            row_features, shared_rows, fused_optimizer, **options: as in `AMTLEmbedding`.
 
     Raises:
         ValueError: an argument out of range, or a budget that the smallest size cannot meet.
@@ -214,6 +219,7 @@ class AMTLEmbeddingBag(AMTLTable):
         field_sizes: Sequence[int] | None = None,
         row_features: Tensor | None = None,
         shared_rows: SharedRows = None,
+        fused_optimizer: FusedOptimizer | None = None,
         _freeze: bool = False,
         **options: Any,
     ) -> None:
@@ -240,6 +246,7 @@ class AMTLEmbeddingBag(AMTLTable):
             shared_rows,
             SearchOptions(**options),
         )
+        self.fuse(fused_optimizer)
         self.mode = mode
         self.include_last_offset = include_last_offset
 
@@ -314,12 +321,13 @@ class AMTLEmbeddingBag(AMTLTable):
         self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
     ) -> Tensor:
         self._check_caller()
-        mode, bounds = cast(Any, self.mode), cast(Any, self.options.bounds_check)
+        mode, bounds = self.mode, self.options.bounds_check
         if self.tier_ends is not None:
             rows = self._frozen_rows(input)
             if self.max_norm is not None:
                 self._renorm(rows)
-            return amtl_kernels.tiered_embedding_bag(
+            return self._call(
+                "tiered_embedding_bag",
                 list(self.blocks),
                 self.tier_ends,
                 rows,
@@ -330,7 +338,6 @@ class AMTLEmbeddingBag(AMTLTable):
                 padding_idx=self._frozen_padding(),
                 include_last_offset=self.include_last_offset,
                 bounds_check=bounds,
-                sparse=self.sparse,
             )
         assert self.weight is not None and self.row_group is not None
         noisy = self._noisy()
@@ -339,7 +346,8 @@ class AMTLEmbeddingBag(AMTLTable):
         rows = self._searched_rows(input, sizes)
         if self.max_norm is not None:
             self._renorm(rows)
-        return amtl_kernels.adaptive_embedding_bag(
+        return self._call(
+            "adaptive_embedding_bag",
             self.weight,
             rows,
             offsets,
@@ -352,7 +360,6 @@ class AMTLEmbeddingBag(AMTLTable):
             include_last_offset=self.include_last_offset,
             seed=self._seed(noisy),
             bounds_check=bounds,
-            sparse=self.sparse,
         )
 
     def _configure(self, config: Mapping[str, Any]) -> None:

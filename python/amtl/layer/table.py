@@ -22,6 +22,7 @@ from amtl.layer.frequency import (
     decode_row_map,
     encode_row_map,
 )
+from amtl.layer.fusing import FusedOptimizer, make_handle
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import require_same_sizes, retire, wrappers_of
 from amtl.layer.sharing import SharedRows, groups_that_share, resolve_shared_rows
@@ -197,6 +198,58 @@ class AMTLTable(TableRows):
             with torch.no_grad():
                 self.weight[self.padding_idx].fill_(0)
 
+    def fuse(self: _Self, optimizer: FusedOptimizer | None) -> _Self:
+        """Let the backward update the table, by an optimizer that is the handle from then on.
+
+        `fused_optimizer` is the handle, an ordinary `torch.optim.Optimizer`: schedulers set its
+        learning rate, `state_dict()` saves it, freezing, thawing and loading take it along. Its
+        `step()` finds no gradient and counts the step; call it once after each backward, as usual:
+        then gradients that should have added up over several are refused. Without `step()`, every
+        backward is one. Nothing is left to clip: norms over all parameters miss the table, and
+        GradScaler, which would have to scale gradients back, refuses the handle.
+
+        Args:
+            optimizer: a class of `amtl_kernels.optim` or what else makes one of its optimizers from
+                a list of parameters; one that holds the table already, which keeps its state; or
+                None: gradients again, which the former handle takes at its `step()`.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError: another kind of optimizer.
+            ValueError: an optimizer that does not hold the table.
+        """
+        if optimizer is None:
+            self.fused_optimizer = None
+            return self
+        tables: list[Tensor] = [*self.table_parameters()]
+        handle = make_handle(optimizer, self.table_parameters())
+        try:
+            handle.check_owns(tables)
+        except ValueError:
+            raise ValueError(
+                f"the fused optimizer must hold table {self.name!r} in one of its groups"
+            ) from None
+        self.fused_optimizer = handle
+        return self
+
+    def _replicate_for_data_parallel(self: _Self) -> _Self:
+        if self.fused_optimizer is not None and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"table {self.name!r} has a fused optimizer, which nn.DataParallel cannot train: "
+                "its copies are in no optimizer. Call amtl.fuse(model, None)"
+            )
+        return super()._replicate_for_data_parallel()
+
+    def _followed(
+        self, optimizer: Optimizer | Iterable[Optimizer] | None, parameters: list[nn.Parameter]
+    ) -> list[Optimizer]:
+        """The optimizers that a change of parameters concerns; the handle comes last."""
+        handle = self.fused_optimizer
+        found = [o for o in as_optimizers(optimizer, parameters) if o is not handle]
+        return found if handle is None else [*found, handle]
+
     def freeze(self: _Self, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> _Self:
         """Fix the sizes and cut the table into tiers; outputs (without noise) stay bit-identical.
 
@@ -222,7 +275,7 @@ class AMTLTable(TableRows):
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
         head = self._head()
-        optimizers = as_optimizers(optimizer, [self.weight, *head.parameters()])
+        optimizers = self._followed(optimizer, [self.weight, *head.parameters()])
         if optimizer is not None:
             require_held(optimizers, [self.weight], "freeze")
         wrappers = wrappers_of([self.weight, *head.parameters()])
@@ -309,7 +362,7 @@ class AMTLTable(TableRows):
         if self.tier_ends is None:
             raise RuntimeError("the layer is in the search phase already")
         blocks = list(self.blocks)
-        optimizers = as_optimizers(optimizer, blocks)
+        optimizers = self._followed(optimizer, blocks)
         if optimizer is not None:
             require_held(optimizers, blocks[:1], "thaw")
         wrappers = wrappers_of(blocks)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 import amtl_kernels
 from amtl.layer.budget import SizeGrid
 from amtl.layer.frequency import decode_row_map
+from amtl.layer.fusing import Updated, refuse_replicas, watch
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
 from amtl.layer.sharing import own_rows
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
+from amtl_kernels.optim import RowOptimizer
 
 _PATIENCE = 5
 """Changes of the table without one of its sizes before it is asked who trains them."""
@@ -32,6 +34,8 @@ class TableRows(nn.Module):
     shared_rows: Tensor | None
     head: SizeHead | None
     grid: SizeGrid
+    fused_optimizer: RowOptimizer | None = None
+    """What updates the table within the backward, see `fuse`."""
 
     def _describe(
         self,
@@ -64,6 +68,8 @@ class TableRows(nn.Module):
         self._redirection: tuple[Tensor, Tensor | None] | None = None
         self._noticed: tuple[Tensor, int] | None = None
         self._untaught = 0
+        self.fused_optimizer = None
+        self._updated = Updated()
         self.register_parameter("weight", None)
         self.register_buffer("row_group", None, persistent=False)
         self.register_buffer("row_map", None)
@@ -317,6 +323,19 @@ class TableRows(nn.Module):
                 "indices of any shape are looked up in one call, without vmap"
             )
 
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """An operator of `amtl_kernels`, or its form that updates the table in the backward."""
+        optimizer = self.fused_optimizer
+        tables = self._table() if optimizer is not None and torch.is_grad_enabled() else ()
+        if optimizer is None or not any(table.requires_grad for table in tables):
+            plain: Tensor = getattr(amtl_kernels, name)(*args, **kwargs, sparse=self.sparse)
+            return plain
+        refuse_replicas(tables, self.name)
+        fused = getattr(amtl_kernels.fused, name)
+        return watch(
+            fused(*args, **kwargs, optimizer=optimizer), optimizer, self._updated, self.name
+        )
+
     def _seed(self, noisy: bool) -> int:
         if noisy and not torch.compiler.is_compiling() and torch._C._is_tracing():
             raise RuntimeError(
@@ -443,6 +462,8 @@ class TableRows(nn.Module):
             parts.append("sparse=True")
         parts.append(f"phase={self.phase!r}, budget={self.budget}")
         parts.append(f"parametrization={self.options.parametrization!r}")
+        if self.fused_optimizer is not None:
+            parts.append(f"fused_optimizer={type(self.fused_optimizer).__name__}")
         if len(self.field_sizes) > 1:
             parts.append(f"fields={len(self.field_sizes)}")
         if self.tier_ends is not None:

@@ -350,15 +350,18 @@ def restore_parameters(
     """
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     missing = [i for i, parameter in enumerate(parameters) if id(parameter) not in held]
+    placed = set()
     for place in reversed(places):
         if place.parameter in missing and place.optimizer < len(optimizers):
             optimizer = optimizers[place.optimizer]
             if place.group < len(optimizer.param_groups):
                 group = optimizer.param_groups[place.group]
                 _insert(optimizer, group, place.position, parameters[place.parameter], place.name)
-    if not places:
-        for optimizer, group, position in _holders(optimizers, neighbour):
-            for index in reversed(missing):
+                placed.add(place.parameter)
+    # Of several that hold the table, a fused optimizer comes last.
+    for optimizer, group, position in _holders(optimizers, neighbour)[:1]:
+        for index in reversed(missing):
+            if index not in placed:
                 _insert(optimizer, group, position + 1, parameters[index], None)
 
 
