@@ -50,8 +50,8 @@ def jobs(sets: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     for seed in seeds:
         for name in sets:
             base = {"set": name, "seed": seed}
-            for dim in (DIM, *NARROW.values()):
-                found.append({**base, "method": "fixed", "dim": dim})
+            dims = (DIM, *NARROW.values())
+            found += [{**base, "method": "fixed", "dim": dim} for dim in dims]
             for method in ("amtl", "rule"):
                 found += [{**base, "method": method, "budget": b} for b in BUDGETS]
     return found
