@@ -151,7 +151,7 @@ def train(
     ] = None,
     embedding_dropout: Annotated[
         float | None,
-        _rate("Share of the embeddings' numbers zeroed in a step.", TrainConfig.embedding_dropout),
+        _rate("Share of the embeddings' numbers zeroed in a step.", "by validation"),
     ] = None,
     freeze_at: Annotated[
         int | None, _count("Step at which sizes are fixed.", "by validation")

@@ -47,7 +47,8 @@ class TrainConfig:
         warm_start: folder of a `fixed` run whose table to start from, or None.
         backbone: what meets the embeddings beside the MLP, one of `BACKBONES`.
         hidden: widths of the MLP.
-        embedding_dropout: share of the embeddings' numbers zeroed in a training step.
+        embedding_dropout: share of the embeddings' numbers zeroed in a training step; None:
+            what validation prefers where there is a race, else none.
         init_std: deviation of initial embedding weights.
         batch_size: samples per step.
         epochs: at most so many.
@@ -86,7 +87,7 @@ class TrainConfig:
     warm_start: str | None = None
     backbone: str = "dnn"
     hidden: list[int] = field(default_factory=lambda: [128, 64])
-    embedding_dropout: float = 0.0
+    embedding_dropout: float | None = None
     init_std: float = 0.01
     batch_size: int = 8192
     epochs: int = 30
@@ -113,7 +114,7 @@ class TrainConfig:
             raise UserError(f"--backbone {self.backbone!r}: choose one of {', '.join(BACKBONES)}")
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
-        if not 0 <= self.embedding_dropout < 1:
+        if self.embedding_dropout is not None and not 0 <= self.embedding_dropout < 1:
             raise UserError(
                 f"--embedding-dropout must be from 0 up to (not including) 1, "
                 f"not {self.embedding_dropout:g}"

@@ -118,7 +118,7 @@ def assemble(config: TrainConfig, encoder: Encoder, table: nn.Module) -> ClickMo
         config.dim,
         len(encoder.dense_fields),
         config.hidden,
-        config.embedding_dropout,
+        config.embedding_dropout or 0.0,
         config.backbone,
         sum(field.kind == "bag" for field in encoder.fields),
     )

@@ -31,6 +31,10 @@ _LEAST_WEIGHT = 1e-3
 LESS = 0.3
 """Of the budget: tried too, because fewer numbers may overfit less."""
 
+DROPOUT = 0.1
+"""Share of the embeddings' numbers zeroed in training, tried too: a table that is large for its
+data gains by it, one of few numbers a row loses."""
+
 _HOPELESS = 0.01
 """So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up."""
 
@@ -167,31 +171,64 @@ def race_less(
 
     Args:
         sized: settings of the best candidate whose rows differ in width.
-        winner: the race's winner, trained to its end.
+        winner: the best model so far, trained to its end.
         make: a fresh learner of given settings.
         observer: is told how it goes.
         step: takes one step of a learner.
 
     Returns:
-        The smaller model if it validates better in AUC and in AUC minus log loss, and its row,
-        with the winner's under `rival`; nothing where no size fits.
+        As `contend`, the winner's row under `rival`; nothing where no size fits.
     """
-    config = replace(sized, budget=LESS * sized.budget)
     try:
-        learner = make(config)
+        learner = make(replace(sized, budget=LESS * sized.budget))
     except UserError:
         return None, None
+    better, row = contend(f"{LESS:.0%} of the budget", learner, winner, observer, step)
+    return better, {**row, "rival": _row("all of the budget", winner)}
+
+
+def race_dropout(
+    winner: Learner,
+    make: Callable[[TrainConfig], Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any]]:
+    """Trains with a share of the embeddings' numbers zeroed in each step; see `contend`.
+
+    A race of a few epochs cannot tell: what is dropped slows learning down at first.
+    """
+    learner = make(replace(winner.config, embedding_dropout=DROPOUT))
+    return contend(f"{DROPOUT:.0%} dropped in training", learner, winner, observer, step)
+
+
+def contend(
+    name: str,
+    learner: Learner,
+    winner: Learner,
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any]]:
+    """Trains a fresh learner to its end, or until it is hopelessly behind.
+
+    Args:
+        name: of the learner, in its row and the progress bar.
+        learner: fresh.
+        winner: the best model so far, trained to its end.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The learner if it validates better in AUC and in AUC minus log loss, and its row.
+    """
     horizon = 2 * learner.steps_per_epoch
     mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
-    name = f"{LESS:.0%} of the budget"
-    observer.begin(name, learner.steps_per_epoch * config.epochs, 0)
+    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
     while not learner.finished:
         step(learner)
         if learner.steps == horizon and _best(learner)["score"] < mark - _HOPELESS:
             break
-    row, rival = _row(name, learner), _row("all of the budget", winner)
+    row, rival = _row(name, learner), _best(winner)
     row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
-    row["rival"] = rival
     return (learner if row["chosen"] else None), row
 
 

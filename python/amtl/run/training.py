@@ -39,6 +39,7 @@ from amtl.run.race import (
     is_worth_cutting,
     race,
     race_cut,
+    race_dropout,
     race_less,
     run_to_end,
 )
@@ -190,22 +191,26 @@ class Trainer:
         self.save()
 
     def _race_on(self) -> None:
-        """Looks whether less of the budget does better, or a model cut out of the full table."""
+        """Looks whether dropout, less of the budget or a cut out of the full table does better."""
         raced = self.raced
         assert raced is not None
-        sized = replace(self.config, table_options=raced["sized"], budget=raced["budget"])
+        winner = self.learner
+        dropout = cut = None
         try:
-            better, less = race_less(sized, self.learner, self._make, self.observer, self._racer())
-            winner = better or self.learner
-            cut = None
+            if self.config.embedding_dropout is None:
+                better, dropout = race_dropout(winner, self._make, self.observer, self._racer())
+                winner = better or winner
+            sized = replace(winner.config, table_options=raced["sized"], budget=raced["budget"])
+            better, less = race_less(sized, winner, self._make, self.observer, self._racer())
+            winner = better or winner
             if is_worth_cutting(sized, raced["table"]):
-                given = replace(sized, table_options=raced["given"])
+                given = replace(winner.config, table_options=raced["given"], budget=raced["budget"])
                 entries = candidates(given, raced["sized"].get("field_weights"))
                 chosen, cut = race_cut(entries, winner, self._make, self.observer, self._racer())
                 winner = chosen or winner
         finally:
             self.observer.end()
-        self.raced = {**raced, "less": less, "cut": cut}
+        self.raced = {**raced, "dropout": dropout, "less": less, "cut": cut}
         if winner is not self.learner:
             self.config, self.learner, self._best_saved = winner.config, winner, -1
             self._begin()
