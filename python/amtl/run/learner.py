@@ -85,6 +85,7 @@ class Learner:
         self.table_optimizer = methods.table_optimizer(
             config.table_optimizer, methods.table_parameters(self.table), config.table_lr
         )
+        methods.fuse(self.table, self.table_optimizer)
         self.dense_optimizer = torch.optim.Adam(
             self.model.dense_parameters(), config.lr, fused=True
         )

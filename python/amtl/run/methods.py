@@ -158,3 +158,14 @@ def table_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> tor
         raise UserError(f"--table-optimizer {name!r}: choose one of {', '.join(classes)}")
     optimizer: torch.optim.Optimizer = classes[name](parameters, lr=lr)
     return optimizer
+
+
+def fuse(table: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Lets the backward apply the optimizer; `fixed` tables have gradients instead.
+
+    Args:
+        table: of `build_table`.
+        optimizer: `table_optimizer()` of its parameters.
+    """
+    if is_adaptive(table):
+        table.fuse(optimizer)  # type: ignore[operator]
