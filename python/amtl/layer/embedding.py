@@ -143,44 +143,9 @@ class AMTLEmbedding(AMTLTable):
             IndexError: an index is out of range (`bounds_check="raise"`).
         """
         try:
-            return self._lookup(input)
+            return self._embed(input)
         except IndexError as error:
             raise self._named(error) from None
-
-    def _lookup(self, input: Tensor) -> Tensor:
-        self._check_caller()
-        bounds = self.options.bounds_check
-        if self.tier_ends is not None:
-            rows = self._frozen_rows(input)
-            if self.max_norm is not None:
-                self._renorm(rows)
-            return self._call(
-                "tiered_embedding",
-                list(self.blocks),
-                self.tier_ends,
-                rows,
-                embedding_dim=self.embedding_dim,
-                padding_idx=self._frozen_padding(),
-                bounds_check=bounds,
-            )
-        assert self.weight is not None and self.row_group is not None
-        noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
-        self._notice_learning(sizes)
-        rows = self._searched_rows(input, sizes)
-        if self.max_norm is not None:
-            self._renorm(rows)
-        return self._call(
-            "adaptive_embedding",
-            self.weight,
-            rows,
-            self.row_group,
-            dims,
-            mask,
-            seed=self._seed(noisy),
-            padding_idx=self.padding_idx,
-            bounds_check=bounds,
-        )
 
 
 class AMTLEmbeddingBag(AMTLTable):
@@ -313,54 +278,11 @@ class AMTLEmbeddingBag(AMTLTable):
             ValueError: shapes, types or devices do not fit.
         """
         try:
-            return self._lookup(input, offsets, per_sample_weights)
+            return self._pool(
+                input, offsets, per_sample_weights, self.mode, self.include_last_offset
+            )
         except IndexError as error:
             raise self._named(error) from None
-
-    def _lookup(
-        self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
-    ) -> Tensor:
-        self._check_caller()
-        mode, bounds = self.mode, self.options.bounds_check
-        if self.tier_ends is not None:
-            rows = self._frozen_rows(input)
-            if self.max_norm is not None:
-                self._renorm(rows)
-            return self._call(
-                "tiered_embedding_bag",
-                list(self.blocks),
-                self.tier_ends,
-                rows,
-                offsets,
-                mode=mode,
-                per_sample_weights=per_sample_weights,
-                embedding_dim=self.embedding_dim,
-                padding_idx=self._frozen_padding(),
-                include_last_offset=self.include_last_offset,
-                bounds_check=bounds,
-            )
-        assert self.weight is not None and self.row_group is not None
-        noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
-        self._notice_learning(sizes)
-        rows = self._searched_rows(input, sizes)
-        if self.max_norm is not None:
-            self._renorm(rows)
-        return self._call(
-            "adaptive_embedding_bag",
-            self.weight,
-            rows,
-            offsets,
-            self.row_group,
-            dims,
-            mask,
-            mode=mode,
-            per_sample_weights=per_sample_weights,
-            padding_idx=self.padding_idx,
-            include_last_offset=self.include_last_offset,
-            seed=self._seed(noisy),
-            bounds_check=bounds,
-        )
 
     def _configure(self, config: Mapping[str, Any]) -> None:
         self.mode = config["mode"]

@@ -56,6 +56,8 @@ class AMTLTable(TableRows):
     in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to.
     """
 
+    _keeps_numbering = False
+
     def __init__(
         self,
         num_embeddings: int,
@@ -250,6 +252,93 @@ class AMTLTable(TableRows):
         found = [o for o in as_optimizers(optimizer, parameters) if o is not handle]
         return found if handle is None else [*found, handle]
 
+    def _embed(self, input: Tensor) -> Tensor:
+        """The rows at indices of any shape: `input.shape + [D]`."""
+        self._check_caller()
+        bounds = self._operator_bounds()
+        if self.tier_ends is not None:
+            rows = self._frozen_rows(input)
+            if self.max_norm is not None:
+                self._renorm(rows)
+            return self._call(
+                "tiered_embedding",
+                list(self.blocks),
+                self.tier_ends,
+                rows,
+                embedding_dim=self.embedding_dim,
+                padding_idx=self._frozen_padding(),
+                bounds_check=bounds,
+            )
+        assert self.weight is not None and self.row_group is not None
+        noisy = self._noisy()
+        dims, mask, sizes = self._head()(noisy)
+        self._notice_learning(sizes)
+        rows = self._searched_rows(input, sizes)
+        if self.max_norm is not None:
+            self._renorm(rows)
+        return self._call(
+            "adaptive_embedding",
+            self.weight,
+            rows,
+            self.row_group,
+            dims,
+            mask,
+            seed=self._seed(noisy),
+            padding_idx=self.padding_idx,
+            bounds_check=bounds,
+        )
+
+    def _pool(
+        self,
+        input: Tensor,
+        offsets: Tensor | None,
+        per_sample_weights: Tensor | None,
+        mode: str,
+        include_last_offset: bool,
+    ) -> Tensor:
+        """The rows at indices, pooled by bag: [B, D]."""
+        self._check_caller()
+        bounds = self._operator_bounds()
+        if self.tier_ends is not None:
+            rows = self._frozen_rows(input)
+            if self.max_norm is not None:
+                self._renorm(rows)
+            return self._call(
+                "tiered_embedding_bag",
+                list(self.blocks),
+                self.tier_ends,
+                rows,
+                offsets,
+                mode=mode,
+                per_sample_weights=per_sample_weights,
+                embedding_dim=self.embedding_dim,
+                padding_idx=self._frozen_padding(),
+                include_last_offset=include_last_offset,
+                bounds_check=bounds,
+            )
+        assert self.weight is not None and self.row_group is not None
+        noisy = self._noisy()
+        dims, mask, sizes = self._head()(noisy)
+        self._notice_learning(sizes)
+        rows = self._searched_rows(input, sizes)
+        if self.max_norm is not None:
+            self._renorm(rows)
+        return self._call(
+            "adaptive_embedding_bag",
+            self.weight,
+            rows,
+            offsets,
+            self.row_group,
+            dims,
+            mask,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            padding_idx=self.padding_idx,
+            include_last_offset=include_last_offset,
+            seed=self._seed(noisy),
+            bounds_check=bounds,
+        )
+
     def freeze(self: _Self, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> _Self:
         """Fix the sizes and cut the table into tiers; outputs (without noise) stay bit-identical.
 
@@ -351,7 +440,7 @@ class AMTLTable(TableRows):
         Args:
             optimizer: as in `freeze`; state is merged, mask parameters return without state.
             counts: needed for a layer loaded from a packed file only: [N], in the layer's present
-                row numbering. One field is assumed.
+                row numbering. One field is assumed, except in a collection.
 
         Returns:
             The layer.
@@ -368,7 +457,7 @@ class AMTLTable(TableRows):
         wrappers = wrappers_of(blocks)
         if counts is not None:
             checked = check_counts(counts, self.num_embeddings).to(self.device)
-            if len(self.field_sizes) > 1:
+            if len(self.field_sizes) > 1 and not self._keeps_numbering:
                 self.field_sizes, self.shared_rows = [self.num_embeddings], None
             options = replace(self.options, field_weights=None)
             row_group, self.head = self._search(checked, options, None)
@@ -412,8 +501,12 @@ class AMTLTable(TableRows):
             fields interleave. Renumber the vocabulary with it.
 
         Raises:
-            RuntimeError: the layer is not frozen.
+            RuntimeError: the layer is not frozen, or a collection.
         """
+        if self._keeps_numbering:
+            raise RuntimeError(
+                "a collection keeps the row numbers of its tables, whose tiers interleave"
+            )
         if self.tier_ends is None:
             raise RuntimeError("absorb_order() needs a frozen layer; call freeze() first")
         rows = torch.arange(self.num_embeddings, dtype=torch.int32, device=self.device)
