@@ -89,6 +89,9 @@ def test_one_call_gives_what_the_tables_give(shape, index_type, frozen, shared):
     assert torch.equal(collection(dict(reversed(named.items()))), wanted)
     for t, name in enumerate(ROWS):
         assert torch.equal(collection.lookup(name, named[name]), wanted[..., t, :])
+        assert torch.equal(collection.table(name)(named[name]), wanted[..., t, :])
+    some = input[..., [2, 0, 2]]
+    assert torch.equal(collection.lookup(["day", "user", "day"], some), wanted[..., [2, 0, 2], :])
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
@@ -234,6 +237,8 @@ def test_an_index_never_reaches_the_next_table(frozen, table, value):
         collection(input)
     with pytest.raises(IndexError, match=f"table '{name}': index {value} at position 2"):
         collection.lookup(name, input[:, table])
+    with pytest.raises(IndexError, match=f"table '{name}': index {value} at position 2"):
+        collection.lookup(["user", name], torch.stack([input[:, 0] * 0, input[:, table]], 1))
     indices, offsets = bags_of()
     first, last = int(offsets[4 * table]), int(offsets[4 * table + 4])
     position = last - first - 1
@@ -276,7 +281,9 @@ class Model(nn.Module):
 def test_takes_over_weights_and_the_optimizers_state(kind, told):
     torch.manual_seed(0)
     model = Model()
-    optimizer = kind([{"params": [model.top.weight]}, {"params": model.tables.parameters()}], lr=0.1)
+    optimizer = kind(
+        [{"params": [model.top.weight]}, {"params": model.tables.parameters()}], lr=0.1
+    )
     twin = copy.deepcopy(model)
     other = kind([{"params": [twin.top.weight]}, {"params": twin.tables.parameters()}], lr=0.1)
     for each, held in ((model, optimizer), (twin, other)):

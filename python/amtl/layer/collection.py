@@ -13,6 +13,7 @@ import amtl_kernels
 from amtl.layer.frequency import check_counts
 from amtl.layer.fusing import FusedOptimizer
 from amtl.layer.options import SearchOptions
+from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.size_head import being_traced
 from amtl.layer.table import AMTLTable
 from amtl.layer.tiers import optimizers_of, unite_parameters
@@ -125,7 +126,7 @@ class AMTLEmbeddingCollection(AMTLTable):
             ValueError: embeddings that do not go into one collection.
         """
         modules = list(embeddings.values())
-        _check_alike(embeddings)
+        check_alike(embeddings)
         if isinstance(modules[0], nn.EmbeddingBag):
             options.setdefault("mode", modules[0].mode)
         weights: list[Any] = [module.weight for module in modules]
@@ -146,6 +147,7 @@ class AMTLEmbeddingCollection(AMTLTable):
         else:
             optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         unite_parameters(optimizers, made.table_parameters()[0], weights)
+        retire(wrappers_of(weights))
         return made
 
     def _hold_names(self, names: Sequence[str], mode: str) -> None:
@@ -195,9 +197,7 @@ class AMTLEmbeddingCollection(AMTLTable):
         """
         if isinstance(input, Mapping):
             if input.keys() != self._table_of.keys():
-                raise ValueError(
-                    f"input must name the tables {self.names}, it names {list(input)}"
-                )
+                raise ValueError(f"input must name the tables {self.names}, it names {list(input)}")
             input = torch.stack([input[name] for name in self.names], -1)
         if offsets is None:
             if per_sample_weights is not None:
@@ -205,30 +205,41 @@ class AMTLEmbeddingCollection(AMTLTable):
             return self._embed(self._rows(input))
         return self._pooled(input, offsets, per_sample_weights)
 
-    def lookup(self, name: str, input: Tensor) -> Tensor:
-        """Rows of one table.
+    def lookup(self, names: str | Sequence[str], input: Tensor) -> Tensor:
+        """Rows of one table, or of some.
 
         Args:
-            name: of the table.
-            input: int32 or int64, any shape.
+            names: one table; or S, the same one more than once if need be.
+            input: int32 or int64: any shape for one table, [..., S] for some.
 
         Returns:
             `input.shape + [D]`.
 
         Raises:
             KeyError: no such table.
-            IndexError: an index outside the table (`bounds_check="raise"`).
+            IndexError: an index outside its table (`bounds_check="raise"`).
         """
-        table = self._table_of[name]
-        return self._embed(self._rows(input[..., None], table).squeeze(-1))
+        if isinstance(names, str):
+            table = self._table_of[names]
+            return self._embed(self._rows(input[..., None], [table]).squeeze(-1))
+        chosen = [self._table_of[name] for name in names]
+        return self._embed(self._rows(input, None if list(names) == self.names else chosen))
 
-    def _rows(self, input: Tensor, table: int | None = None) -> Tensor:
-        """Rows of the common table for [..., T] rows of each, or [..., 1] of one."""
+    def table(self, name: str) -> CollectedTable:
+        """A module that looks one table up, to stand where an nn.Embedding stood.
+
+        Raises:
+            KeyError: no such table.
+        """
+        return CollectedTable(self, name)
+
+    def _rows(self, input: Tensor, tables: list[int] | None = None) -> Tensor:
+        """Rows of the common table for [..., S] rows of these tables, of all for None."""
         if input.dtype not in _CHECKED:
             raise ValueError(f"indices must be int32 or int64, got {input.dtype}")
         starts, sizes = self.starts, self.sizes
-        if table is not None:
-            starts, sizes = starts[table : table + 1], sizes[table : table + 1]
+        if tables is not None:
+            starts, sizes = starts[tables], sizes[tables]
         if not input.dim() or input.shape[-1] != len(starts):
             raise ValueError(
                 f"indices must be [..., {len(starts)}], one for each table, got "
@@ -244,22 +255,16 @@ class AMTLEmbeddingCollection(AMTLTable):
             return torch.where(inside, input + starts, -1)
         low, high = torch.aminmax(input.reshape(-1, len(starts)), dim=0)
         if bool(((low < 0) | (high >= sizes)).any()):
-            self._outside(input, sizes, table or 0)
+            self._outside(input, sizes, tables)
             input = torch.minimum(input.clamp(min=0), sizes - 1)
         return input + starts
 
-    def _outside(self, input: Tensor, sizes: Tensor, first: int) -> None:
-        """Refuse, or warn of, indices [..., T] that are not all inside tables of these sizes."""
+    def _outside(self, input: Tensor, sizes: Tensor, tables: list[int] | None) -> None:
+        """Refuse, or warn of, indices [..., S] that are not all inside tables of these sizes."""
         flat = input.reshape(-1, len(sizes))
-        position, table = ((flat < 0) | (flat >= sizes)).nonzero()[0].tolist()
-        value, rows = int(flat[position, table]), int(sizes[table])
-        if self.options.bounds_check == "clamp":
-            amtl_kernels.reference.warn_clamped(value, position, rows)
-            return
-        raise IndexError(
-            f"table {self.names[first + table]!r}: index {value} at position {position} is out of "
-            f"range for a table of {rows} rows"
-        )
+        position, column = ((flat < 0) | (flat >= sizes)).nonzero()[0].tolist()
+        table = column if tables is None else tables[column]
+        self._complain(int(flat[position, column]), position, table)
 
     def _pooled(self, input: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         tables = len(self.names)
@@ -285,13 +290,13 @@ class AMTLEmbeddingCollection(AMTLTable):
                 position = int(outside.nonzero()[0])
                 which = int(table[position])
                 # Counted from the table's first index, as the operators do.
-                self._outside_bag(int(input[position]), position - int(offsets[which * bags]), which)
+                self._complain(int(input[position]), position - int(offsets[which * bags]), which)
                 input = torch.minimum(input.clamp(min=0), sizes - 1)
         rows = input + self.starts[table]
         out = self._pool(rows, offsets, weights, self.mode, True)
         return out.view(tables, bags, self.embedding_dim).transpose(0, 1)
 
-    def _outside_bag(self, value: int, position: int, table: int) -> None:
+    def _complain(self, value: int, position: int, table: int) -> None:
         rows = self.field_sizes[table]
         if self.options.bounds_check == "clamp":
             amtl_kernels.reference.warn_clamped(value, position, rows)
@@ -331,7 +336,9 @@ class AMTLEmbeddingCollection(AMTLTable):
         hidden = self.phase == "search" and not masked
         dense = self.table_parameters()[0].detach().clone() if hidden else self.dense_weight()
         return {
-            name: nn.Embedding(*part.shape, sparse=self.sparse, _weight=part.clone())
+            name: nn.Embedding(
+                len(part), self.embedding_dim, sparse=self.sparse, _weight=part.clone()
+            )
             for name, part in zip(self.names, dense.split(self.field_sizes), strict=True)
         }
 
@@ -352,8 +359,12 @@ def _in_order(what: str, values: Any, names: Sequence[str]) -> list[Any]:
     return list(values)
 
 
-def _check_alike(embeddings: Mapping[str, Any]) -> None:
-    """Raise unless these embeddings go into one collection."""
+def check_alike(embeddings: Mapping[str, Any]) -> None:
+    """Raise unless these embeddings go into one collection.
+
+    Raises:
+        ValueError: they do not.
+    """
     if not embeddings:
         raise ValueError("a collection needs at least one embedding")
     first_name, first = next(iter(embeddings.items()))
@@ -369,3 +380,33 @@ def _check_alike(embeddings: Mapping[str, Any]) -> None:
         for key in ("dtype", "device"):
             if getattr(module.weight, key) != getattr(first.weight, key):
                 raise ValueError(f"{name!r} differs from {first_name!r} in {key}")
+
+
+class CollectedTable(nn.Module):
+    """One table of a collection, called as an nn.Embedding; it has no parameters of its own.
+
+    Attributes:
+        name: of the table.
+        num_embeddings, embedding_dim: of the table.
+    """
+
+    def __init__(self, collection: AMTLEmbeddingCollection, name: str) -> None:
+        super().__init__()
+        # In a tuple, which nn.Module does not look into: the model has the collection once.
+        self._home = (collection,)
+        self.name = name
+        self.num_embeddings = collection.field_sizes[collection.names.index(name)]
+        self.embedding_dim = collection.embedding_dim
+
+    @property
+    def collection(self) -> AMTLEmbeddingCollection:
+        """Where the table is."""
+        return self._home[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`collection.lookup(name, input)`."""
+        return self.collection.lookup(self.name, input)
+
+    def extra_repr(self) -> str:
+        """As nn.Embedding, with the name."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, name={self.name!r}"
