@@ -262,7 +262,7 @@ class AMTLTable(TableRows):
                 self._renorm(rows)
             return self._call(
                 "tiered_embedding",
-                list(self.blocks),
+                self._tiers(),
                 self.tier_ends,
                 rows,
                 embedding_dim=self.embedding_dim,
@@ -305,7 +305,7 @@ class AMTLTable(TableRows):
                 self._renorm(rows)
             return self._call(
                 "tiered_embedding_bag",
-                list(self.blocks),
+                self._tiers(),
                 self.tier_ends,
                 rows,
                 offsets,

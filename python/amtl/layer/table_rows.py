@@ -138,7 +138,11 @@ class TableRows(nn.Module):
 
     def _table(self) -> list[nn.Parameter]:
         weight = self._parameters["weight"]
-        return list(self.blocks) if weight is None else [weight]
+        return self._tiers() if weight is None else [weight]
+
+    def _tiers(self) -> list[nn.Parameter]:
+        """The blocks; a ParameterList takes a microsecond for each."""
+        return list(self.blocks._parameters.values())  # type: ignore[arg-type]
 
     def table_parameters(self) -> list[nn.Parameter]:
         """The table: `[weight]`, or the blocks once frozen."""
@@ -268,12 +272,14 @@ class TableRows(nn.Module):
             self.head.set_temperature(first * (last / first) ** share)
 
     def _head(self) -> SizeHead:
-        if self.head is None:
+        # Not by its name, which a module looks for in three places.
+        head: SizeHead | None = self._modules["head"]  # type: ignore[assignment]
+        if head is None:
             raise RuntimeError(
                 "this layer was loaded from a packed file and has no size head; thaw(counts=...) "
                 "makes one"
             )
-        return self.head
+        return head
 
     def _named(self, error: IndexError) -> IndexError:
         text = str(error)
@@ -287,8 +293,11 @@ class TableRows(nn.Module):
 
     def _notice_learning(self, sizes: Tensor) -> None:
         """Warn once if the table learns and its sizes, which want to, are in no optimizer."""
+        if not self.training or self._untaught < 0 or not torch.is_grad_enabled():
+            return
         head, weight = self._head(), self.weight
-        if not (self.training and head.trains and self._untaught >= 0 and torch.is_grad_enabled()):
+        if not head.trains:
+            self._untaught = -1
             return
         if being_traced() or type(weight) is not nn.Parameter:
             return
