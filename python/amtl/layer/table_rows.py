@@ -375,6 +375,11 @@ class TableRows(nn.Module):
         """Other row numbers for indices; those out of range stay so, for the operator."""
         if self.options.bounds_check == "off" or self.num_embeddings == 0:
             return lookup(indices)
+        if indices.is_cpu and not being_traced() and type(indices) is Tensor and indices.numel():
+            # Without temporaries of the size of the indices, which cost more than the lookup.
+            low, high = torch.aminmax(indices)
+            if int(low) >= 0 and int(high) < self.num_embeddings:
+                return lookup(indices)
         inside = (indices >= 0) & (indices < self.num_embeddings)
         rows = lookup(indices.clamp(0, self.num_embeddings - 1))
         if self.options.bounds_check == "raise":
@@ -410,7 +415,8 @@ class TableRows(nn.Module):
         assert group is not None
 
         def lookup(rows: Tensor) -> Tensor:
-            other = stand_in[group[rows]]
+            of_rows = group.index_select(0, rows.reshape(-1))
+            other = stand_in.index_select(0, of_rows).view(rows.shape)
             moves = other >= 0 if padding is None else (other >= 0) & (rows != padding)
             return torch.where(moves, other.to(rows.dtype), rows)
 
