@@ -126,8 +126,8 @@ def has_settled_sizes(table: nn.Module) -> bool:
 
 def stored_bytes(table: nn.Module) -> int:
     """Bytes of embedding values when packed, in their dtype; packing takes the row order in."""
-    if is_adaptive(table) and not is_frozen(table):
-        return int(table.stored_bytes())  # type: ignore[operator]
+    if is_adaptive(table):
+        return int(table.value_bytes())  # type: ignore[operator]
     return sum(p.numel() * p.element_size() for p in table_parameters(table))
 
 
