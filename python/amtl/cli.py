@@ -113,7 +113,14 @@ def train(
     ] = None,
     dim: Annotated[int | None, _count("Full embedding width.", TrainConfig.dim)] = None,
     budget: Annotated[
-        float | None, _rate("Stored fraction of rows × dim.", TrainConfig.budget)
+        float | None, _rate("Stored share of the bytes of rows × dim.", TrainConfig.budget)
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a stored number: 32, 8, 4, 2, or auto for what validation prefers.",
+            show_default=TrainConfig.bits,
+        ),
     ] = None,
     warm_start: Annotated[
         Path | None, typer.Option(help="Start from the table of this fixed run.")
@@ -203,6 +210,7 @@ def train(
         "backbone": backbone,
         "dim": dim,
         "budget": budget,
+        "bits": bits,
         "epochs": epochs,
         "patience": patience,
         "batch_size": batch_size,
@@ -241,6 +249,7 @@ def train(
         stem += f"-{backbone}" if backbone else ""
         budget = config.effective_budget
         share = "" if budget is None else f"-b{budget:g}"
+        share += f"-{config.bits}bits" if config.bits != TrainConfig.bits else ""
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
     if holds_run(out) and not force:
         at = shlex.quote(str(out))
@@ -268,7 +277,9 @@ def train(
 def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
     """Raises a UserError for options that the method cannot obey."""
     if method == "fixed":
-        idle = [n for n in ("budget", "exponent", "capacity_bits", "freeze_at") if n in given]
+        idle = [
+            n for n in ("budget", "bits", "exponent", "capacity_bits", "freeze_at") if n in given
+        ]
         idle += ["parametrization"] if parametrization else []
         if idle:
             raise UserError(

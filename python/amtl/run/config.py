@@ -13,6 +13,9 @@ BACKBONES = ("dnn", "deepfm", "dcn", "xdeepfm", "autoint", "din", "widedeep")
 """See `amtl.run.backbones`."""
 
 
+BITS = ("auto", "32", "8", "4", "2")
+
+
 def _of_version_1(content: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as version 1 meant them: other defaults, freezing by a share of the epochs."""
     options: dict[str, Any] = {"min_dim": 1, "init_exponent": 0.5, "shared_rows": None}
@@ -41,7 +44,8 @@ class TrainConfig:
         seed: of weights, batches and size noise.
         method: `amtl`, `rule` or `fixed`.
         dim: full embedding width D.
-        budget: stored fraction of N × D.
+        budget: stored bytes over those of N × D numbers of 32 bits.
+        bits: of a stored number: `32`, `8`, `4`, `2`, or `auto` for what validation prefers.
         freeze_at: step at which sizes are fixed; None leaves it to validation.
         table_options: more keyword arguments of the layer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
@@ -82,6 +86,7 @@ class TrainConfig:
     method: str = "amtl"
     dim: int = 16
     budget: float = 0.4
+    bits: str = "32"
     freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
@@ -112,6 +117,8 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
         if self.backbone not in BACKBONES:
             raise UserError(f"--backbone {self.backbone!r}: choose one of {', '.join(BACKBONES)}")
+        if self.bits not in BITS:
+            raise UserError(f"--bits must be one of {', '.join(BITS)}, not {self.bits!r}")
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
         if self.embedding_dropout is not None and not 0 <= self.embedding_dropout < 1:
@@ -128,6 +135,12 @@ class TrainConfig:
         if self.method == "fixed":
             return None
         return self.table_options.get("budget", self.budget)
+
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        """Keyword arguments of the layer; bits that nothing chose are 4."""
+        bits = {"32": None, "auto": 4}.get(self.bits, int(self.bits) if self.bits.isdigit() else 4)
+        return {"bits": bits, **self.table_options}
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers."""

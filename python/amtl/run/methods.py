@@ -124,6 +124,13 @@ def has_settled_sizes(table: nn.Module) -> bool:
     return noise == 0
 
 
+def number_bits(table: nn.Module) -> int:
+    """Bits of a stored number."""
+    if is_adaptive(table) and table.options.bits is not None:  # type: ignore[union-attr]
+        return int(table.options.bits)  # type: ignore[union-attr, arg-type]
+    return 8 * table_parameters(table)[0].element_size()
+
+
 def stored_bytes(table: nn.Module) -> int:
     """Bytes of embedding values when packed, in their dtype; packing takes the row order in."""
     if is_adaptive(table):

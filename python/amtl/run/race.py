@@ -24,6 +24,13 @@ from amtl.run.progress import Observer
 CAPACITY_BITS = (16.0, 4.0, 1.0)
 """Bits a number may be worth: sizes that hardly, somewhat, strongly depend on the count."""
 
+_AUTO: list[tuple[int | None, float | None]] = [
+    *((4, capacity) for capacity in CAPACITY_BITS),
+    *((8, 4.0), (2, 4.0)),
+]
+"""What is tried for `--bits auto`: bits of a stored number, and what sizes depend on counts by."""
+
+_FOR_STEPS = 0.95
 _FLAT_BITS = 1e4
 _LEAST_WEIGHT = 1e-3
 """Of the most telling field's weight; a field that helped nothing keeps so much."""
@@ -63,31 +70,60 @@ class Raced:
 
 def is_open(config: TrainConfig) -> bool:
     """Whether `config` leaves to a race how sizes follow from counts."""
-    given = {"capacity_bits", "init_exponent", "field_weights"} & set(config.table_options)
     return (
         config.race
         and config.method != "fixed"
-        and not given
+        and (config.bits == "auto" or not _has_law(config))
         and config.table_options.get("parametrization") != "free"
     )
+
+
+def _has_law(config: TrainConfig) -> bool:
+    return bool({"capacity_bits", "init_exponent", "field_weights"} & set(config.table_options))
 
 
 def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[str, TrainConfig]:
     """The settings to try by name.
 
-    A narrow table of fixed width is one of them where the budget allows a width of 1.
+    A table of fixed width is one of them where the budget allows a width of 1.
     """
     found = {}
-    for bits in CAPACITY_BITS:
-        options: dict[str, Any] = {"capacity_bits": bits}
-        if field_weights is not None:
-            options["field_weights"] = field_weights
-        found[f"{bits:g} bits a number"] = with_options(config, options)
-    width = int(config.budget * config.dim)
+    bits = None if config.bits == "auto" else config.layer_options["bits"]
+    menu: list[tuple[int | None, float | None]] = [(bits, capacity) for capacity in CAPACITY_BITS]
+    if config.bits == "auto":
+        menu = _AUTO if not _has_law(config) else [(8, None), (4, None), (2, None)]
+        bits = 4
+    for number_bits, capacity in menu:
+        options: dict[str, Any] = {} if number_bits is None else {"bits": number_bits}
+        name = [] if number_bits is None else [f"int{number_bits}"]
+        if capacity is not None:
+            options["capacity_bits"] = capacity
+            name.append(f"{capacity:g} bits a number")
+            if field_weights is not None:
+                options["field_weights"] = field_weights
+        found[", ".join(name)] = with_options(config, options)
+    width = flat_width(config.budget, config.dim, bits)
     if width >= 1:
         flat = {"capacity_bits": _FLAT_BITS, "min_dim": width, "parametrization": "rule"}
+        if bits is not None:
+            flat["bits"] = bits
         found[FLAT] = with_options(config, flat)
     return found
+
+
+def flat_width(budget: float, dim: int, bits: int | None) -> int:
+    """Width of the widest table of equally wide rows that fits a budget, 0 for none.
+
+    Args:
+        budget: share of the bytes of `dim` numbers of 32 bits.
+        dim: full width D.
+        bits: of a stored number; step sizes, which some rows in a hundred would pay for, are left
+            room for. None for 32.
+    """
+    if bits is None:
+        return int(budget * dim)
+    whole = max(1, 8 // bits)
+    return min(dim, int(_FOR_STEPS * budget * 32 / bits * dim) // whole * whole)
 
 
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:

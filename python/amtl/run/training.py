@@ -352,7 +352,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     best = learner.best["record"]
     labels = trainer.task.test.labels
     widths = methods.row_widths(table)
-    itemsize = methods.table_parameters(table)[0].element_size()
+    bits = methods.number_bits(table)
     fields = encoder.row_fields()
     by_field = torch.bincount(fields, weights=widths.double(), minlength=len(encoder.names))
     steps = {k: statistics.median(v) * 1e3 if v else None for k, v in learner.step_seconds.items()}
@@ -372,10 +372,11 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "stored_bytes": stored,
         "dense_bytes": full,
         "stored_fraction": stored / full,
+        "bits": bits,
         "rows": encoder.num_rows,
         "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
         "bytes_by_field": {
-            name: int(b) * itemsize for name, b in zip(encoder.names, by_field, strict=True)
+            name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)
         },
         "rows_by_field": dict(zip(encoder.names, encoder.field_sizes, strict=True)),
         "unknown_test_values": trainer.task.test.unknown,
