@@ -85,7 +85,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         bits: 2, 4 or 8.
     """
     count = unit(bits)
-    parts = codes.reshape(len(codes), -1, count)
+    parts = codes.reshape(len(codes), codes.shape[1] // count, count)
     packed = parts[..., 0].clone()
     for position in range(1, count):
         packed |= parts[..., position] << (bits * position)

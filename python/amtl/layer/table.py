@@ -318,6 +318,10 @@ class AMTLTable(TableRows):
             merged = self._merged(row_dims)
             steps = None
             if self.options.bits is not None:
+                padding = self.padding_idx
+                if padding is not None and not bool(self.weight[padding].any()):
+                    # No code is zero, so a row of zeros keeps no numbers.
+                    stored[padding] = row_dims[padding] = 0
                 steps = head.step_groups()[group].masked_fill_(stored == 0, 0)
             del group
             plan = plan_tiers(stored, self.embedding_dim, merged, steps)
