@@ -9,7 +9,8 @@ Put the layers into a model, train, freeze, save:
     amtl.freeze(model, optimizer)            # at about 40 % of it, then train on
     amtl.save(model, "model.safetensors")
 
-- `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `SearchOptions` has their keyword arguments.
+- `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `AMTLEmbeddingCollection`: many tables in one
+  call under one budget; `SearchOptions` has their keyword arguments.
 - `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`, `table_parameters`,
   `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
@@ -19,6 +20,7 @@ people's models), `store` (files), `data` (from tables to indices), `run` (train
 """
 
 from amtl.layer.budget import BudgetError
+from amtl.layer.collection import AMTLEmbeddingCollection
 from amtl.layer.conversion import (
     convert,
     freeze,
@@ -40,6 +42,7 @@ from amtl.store import PackedFile, PackedFileError, TensorFileError, open_packed
 __all__ = [
     "AMTLEmbedding",
     "AMTLEmbeddingBag",
+    "AMTLEmbeddingCollection",
     "AMTLTable",
     "BudgetError",
     "PackedFile",

@@ -203,6 +203,24 @@ def test_a_fused_optimizer_trains_what_is_rounded():
     torch.testing.assert_close(*(layer.eval()(rows) for layer in layers))
 
 
+def test_a_collection_of_few_bits(tmp_path):
+    counts = {"a": COUNTS[:200], "b": COUNTS[200:]}
+    tables = amtl.AMTLEmbeddingCollection(
+        {"a": 200, "b": 100}, DIM, counts=counts, budget=0.1, bits=4
+    )
+    trained_rows = torch.stack([torch.arange(100), torch.arange(100)], 1)
+    tables.freeze()
+    tables(trained_rows).sum().backward()
+    tables.eval()
+    expected = tables(trained_rows)
+    assert torch.equal(expected[:, 1], tables.lookup("b", torch.arange(100)))
+    assert (
+        sum(tables.table_bytes().values()) + 8 * len(tables.rounding.ends) >= tables.value_bytes()
+    )
+    amtl.save(tables, tmp_path / "tables.safetensors")
+    assert torch.equal(amtl.load(tmp_path / "tables.safetensors")(trained_rows), expected)
+
+
 def test_steps_follow_the_mean_square_in_training_only():
     rounding = Rounding(4, Parts([2, 4], [4, 2]), torch.tensor([1.0, 4.0]))
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 0.0, 0.0]])

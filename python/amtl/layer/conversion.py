@@ -238,8 +238,17 @@ def revert(model: _Model, *, masked: bool = False) -> _Model:
     Returns:
         The model (the new embedding if the model was itself a layer). Rows keep the numbering that
         the layers expect.
+
+    Raises:
+        ValueError: a collection, whose tables `embeddings()` gives.
     """
     places = _places(model)
+    for name, layer in layers(model).items():
+        if not isinstance(layer, AMTLEmbedding | AMTLEmbeddingBag):
+            raise ValueError(
+                f"{name!r} is a {type(layer).__name__}, which no embedding can stand in for: its "
+                "method embeddings() gives one for each table"
+            )
     replacements = {
         module: _embedding_from(module, masked)
         for module in places

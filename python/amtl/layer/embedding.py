@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import amtl_kernels
 from amtl.layer.fusing import FusedOptimizer
 from amtl.layer.options import SearchOptions
-from amtl.layer.rounding import pooled
 from amtl.layer.sharing import SharedRows
 from amtl.layer.table import AMTLTable
 
@@ -145,36 +143,9 @@ class AMTLEmbedding(AMTLTable):
             IndexError: an index is out of range (`bounds_check="raise"`).
         """
         try:
-            return self._lookup(input)
+            return self._embed(input)
         except IndexError as error:
             raise self._named(error) from None
-
-    def _lookup(self, input: Tensor) -> Tensor:
-        self._check_caller()
-        bounds = self.options.bounds_check
-        if self.tier_ends is not None:
-            rows = self._frozen_rows(input)
-            if self.max_norm is not None:
-                self._renorm(rows)
-            return self._frozen_lookup(rows)
-        assert self.weight is not None and self.row_group is not None
-        noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
-        self._notice_learning(sizes)
-        rows = self._searched_rows(input, sizes)
-        if self.max_norm is not None:
-            self._renorm(rows)
-        return self._call(
-            "adaptive_embedding",
-            self.weight,
-            rows,
-            self.row_group,
-            dims,
-            mask,
-            seed=self._seed(noisy),
-            padding_idx=self.padding_idx,
-            bounds_check=bounds,
-        )
 
 
 class AMTLEmbeddingBag(AMTLTable):
@@ -307,74 +278,11 @@ class AMTLEmbeddingBag(AMTLTable):
             ValueError: shapes, types or devices do not fit.
         """
         try:
-            return self._lookup(input, offsets, per_sample_weights)
+            return self._pool(
+                input, offsets, per_sample_weights, self.mode, self.include_last_offset
+            )
         except IndexError as error:
             raise self._named(error) from None
-
-    def _lookup(
-        self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
-    ) -> Tensor:
-        self._check_caller()
-        mode, bounds = self.mode, self.options.bounds_check
-        if self.tier_ends is not None:
-            rows = self._frozen_rows(input)
-            if self.max_norm is not None:
-                self._renorm(rows)
-            if self.rounding is not None or self.steps is not None:
-                return self._bags_of_few_bits(rows, offsets, per_sample_weights)
-            return self._call(
-                "tiered_embedding_bag",
-                list(self.blocks),
-                self.tier_ends,
-                rows,
-                offsets,
-                mode=mode,
-                per_sample_weights=per_sample_weights,
-                embedding_dim=self.embedding_dim,
-                padding_idx=self._frozen_padding(),
-                include_last_offset=self.include_last_offset,
-                bounds_check=bounds,
-            )
-        assert self.weight is not None and self.row_group is not None
-        noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
-        self._notice_learning(sizes)
-        rows = self._searched_rows(input, sizes)
-        if self.max_norm is not None:
-            self._renorm(rows)
-        return self._call(
-            "adaptive_embedding_bag",
-            self.weight,
-            rows,
-            offsets,
-            self.row_group,
-            dims,
-            mask,
-            mode=mode,
-            per_sample_weights=per_sample_weights,
-            padding_idx=self.padding_idx,
-            include_last_offset=self.include_last_offset,
-            seed=self._seed(noisy),
-            bounds_check=bounds,
-        )
-
-    def _bags_of_few_bits(
-        self, rows: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
-    ) -> Tensor:
-        """Bags of frozen rows, which are rounded or decoded before they are pooled."""
-        include_last = self.include_last_offset
-        if offsets is None:
-            if rows.dim() != 2:
-                raise ValueError(f"without offsets, input must be [B, l], got {tuple(rows.shape)}")
-            offsets = torch.arange(len(rows), device=rows.device) * rows.shape[1]
-            rows, include_last = rows.reshape(-1), False
-            if per_sample_weights is not None:
-                per_sample_weights = per_sample_weights.reshape(-1)
-        amtl_kernels.reference.check_offsets(offsets, rows.numel())
-        padding = self._frozen_padding()
-        counted = None if padding is None else rows != padding
-        values = self._frozen_lookup(rows)
-        return pooled(values, offsets, self.mode, per_sample_weights, include_last, counted)
 
     def _configure(self, config: Mapping[str, Any]) -> None:
         self.mode = config["mode"]

@@ -23,6 +23,7 @@ from amtl.layer.frequency import (
     encode_row_map,
 )
 from amtl.layer.fusing import FusedOptimizer, make_handle
+from amtl.layer.lookups import TableLookups
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import require_same_sizes, retire, wrappers_of
 from amtl.layer.rounding import (
@@ -37,7 +38,6 @@ from amtl.layer.rounding import (
 )
 from amtl.layer.sharing import SharedRows, groups_that_share, resolve_shared_rows
 from amtl.layer.size_head import SizeHead
-from amtl.layer.table_rows import TableRows
 from amtl.layer.tiers import (
     TierPlan,
     as_optimizers,
@@ -55,7 +55,7 @@ from amtl.layer.tiers import (
 _Self = TypeVar("_Self", bound="AMTLTable")
 
 
-class AMTLTable(TableRows):
+class AMTLTable(TableLookups):
     """What the two layers share: the table, its phases, sizes and accounting.
 
     Not constructed directly. `name` says which table an index error is about; `amtl.convert` and
@@ -65,6 +65,8 @@ class AMTLTable(TableRows):
     `absorb_order()`. Of both: `shared_rows`, int64 [F] or None, the row of each field that stands
     in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to.
     """
+
+    _keeps_numbering = False
 
     def __init__(
         self,
@@ -420,7 +422,7 @@ class AMTLTable(TableRows):
         Args:
             optimizer: as in `freeze`; state is merged, mask parameters return without state.
             counts: needed for a layer loaded from a packed file only: [N], in the layer's present
-                row numbering. One field is assumed.
+                row numbering. One field is assumed, except in a collection.
 
         Returns:
             The layer.
@@ -437,7 +439,7 @@ class AMTLTable(TableRows):
         wrappers = wrappers_of(blocks)
         if counts is not None:
             checked = check_counts(counts, self.num_embeddings).to(self.device)
-            if len(self.field_sizes) > 1:
+            if len(self.field_sizes) > 1 and not self._keeps_numbering:
                 self.field_sizes, self.shared_rows = [self.num_embeddings], None
             options = replace(self.options, field_weights=None)
             row_group, self.head = self._search(checked, options, None)
@@ -484,8 +486,12 @@ class AMTLTable(TableRows):
             fields interleave. Renumber the vocabulary with it.
 
         Raises:
-            RuntimeError: the layer is not frozen.
+            RuntimeError: the layer is not frozen, or a collection.
         """
+        if self._keeps_numbering:
+            raise RuntimeError(
+                "a collection keeps the row numbers of its tables, whose tiers interleave"
+            )
         if self.tier_ends is None:
             raise RuntimeError("absorb_order() needs a frozen layer; call freeze() first")
         rows = torch.arange(self.num_embeddings, dtype=torch.int32, device=self.device)

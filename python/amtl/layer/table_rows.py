@@ -16,17 +16,12 @@ from amtl.layer.frequency import decode_row_map
 from amtl.layer.fusing import Updated, refuse_replicas, watch
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
-from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, lookup, pack_codes, unit
+from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, pack_codes, unit
 from amtl.layer.sharing import own_rows
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
 from amtl_kernels.optim import RowOptimizer
 
-_BOUNDS = {
-    "raise": amtl_kernels.reference.RAISE,
-    "clamp": amtl_kernels.reference.CLAMP,
-    "off": amtl_kernels.reference.OFF,
-}
 _PATIENCE = 5
 """Changes of the table without one of its sizes before it is asked who trains them."""
 
@@ -375,28 +370,6 @@ class TableRows(nn.Module):
             fused(*args, **kwargs, optimizer=optimizer), optimizer, self._updated, self.name
         )
 
-    def _frozen_lookup(self, rows: Tensor) -> Tensor:
-        """Rows of the tiers, rounded or decoded where the table has few bits: [..., D]."""
-        bounds = self.options.bounds_check
-        if self.steps is not None:
-            assert self.tier_ends is not None
-            check = amtl_kernels.reference.check_indices
-            flat = check(rows, self.tier_ends[-1], _BOUNDS[bounds]).reshape(rows.shape)
-            bits, dim = self.options.bits or 8, self.embedding_dim
-            return lookup(list(self.blocks), self.tier_ends, self.steps, bits, flat, dim)
-        values = self._call(
-            "tiered_embedding",
-            list(self.blocks),
-            self.tier_ends,
-            rows,
-            embedding_dim=self.embedding_dim,
-            padding_idx=self._frozen_padding(),
-            bounds_check=bounds,
-        )
-        if self.rounding is None:
-            return values
-        return self.rounding(values, rows)
-
     def _seed(self, noisy: bool) -> int:
         if noisy and not torch.compiler.is_compiling() and torch._C._is_tracing():
             raise RuntimeError(
@@ -443,7 +416,10 @@ class TableRows(nn.Module):
         assert self.tier_ends is not None
         order, places = self.row_order, self.tier_ends[-1]
         if order is not None:
-            return self._mapped(indices, lambda rows: order[rows])
+            # Four times as fast as brackets.
+            return self._mapped(
+                indices, lambda rows: order.index_select(0, rows.reshape(-1)).view(rows.shape)
+            )
         if places == self.num_embeddings:
             return indices
         assert self.shared_rows is not None
@@ -483,6 +459,10 @@ class TableRows(nn.Module):
         if not traced:
             self._redirection = sizes, result
         return result
+
+    def _operator_bounds(self) -> str:
+        """What the operators do about indices out of range."""
+        return self.options.bounds_check
 
     def _frozen_padding(self) -> int | None:
         return self._tier_padding if self.row_order is not None else self.padding_idx

@@ -280,6 +280,51 @@ def thaw_optimizers(
             optimizer.state[weight] = merged
 
 
+def unite_parameters(
+    optimizers: list[Optimizer], weight: nn.Parameter, parts: Sequence[nn.Parameter]
+) -> None:
+    """Put a table [N, D] in the place of tables [N_t, D], with their states one below the other.
+
+    Raises:
+        ValueError: an optimizer holds some of the tables, or in several groups.
+    """
+    for optimizer in optimizers:
+        held = [_holders([optimizer], part) for part in parts]
+        if not any(held):
+            continue
+        groups = {id(group) for found in held for _, group, _ in found}
+        if not all(held) or len(groups) > 1:
+            raise ValueError(
+                "tables of one collection must be in one group of their optimizer, all of them"
+            )
+    plan = TierPlan(
+        tuple(part.shape[1] for part in parts),
+        tuple(sum(len(p) for p in parts[: t + 1]) for t in range(len(parts))),
+        None,
+        len(weight),
+    )
+    for optimizer in optimizers:
+        for _, group, position in _holders([optimizer], parts[0]):
+            states = {part: optimizer.state.pop(part, None) for part in parts[1:]}
+            for part in parts[1:]:
+                _remove(group, _require_position(group, part))
+            position = _require_position(group, parts[0])
+            group["params"][position : position + 1] = parts
+            if group.get("param_names") is not None:
+                name = group["param_names"][position]
+                group["param_names"][position : position + 1] = [name] * len(parts)
+            for part, state in states.items():
+                if state is not None:
+                    optimizer.state[part] = state
+    thaw_optimizers(optimizers, weight, parts, plan)
+
+
+def _require_position(group: dict[str, Any], parameter: nn.Parameter) -> int:
+    position = _position(group, parameter)
+    assert position is not None
+    return position
+
+
 def replace_parameters(
     optimizers: list[Optimizer], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
 ) -> None:

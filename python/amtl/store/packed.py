@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from amtl.errors import UserError
 from amtl.integrations import check, settle
+from amtl.layer.collection import AMTLEmbeddingCollection
 from amtl.layer.conversion import layers as layers_of
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.table import AMTLTable
@@ -33,6 +34,7 @@ _RUN_OF_V1 = "amtl-model"
 _CLASSES: dict[str, type[AMTLTable]] = {
     "AMTLEmbedding": AMTLEmbedding,
     "AMTLEmbeddingBag": AMTLEmbeddingBag,
+    "AMTLEmbeddingCollection": AMTLEmbeddingCollection,
 }
 _Model = TypeVar("_Model", bound=nn.Module)
 _Kind = Literal["layer", "layers", "model", "run"]
