@@ -64,6 +64,7 @@ def settings(**changes) -> TrainConfig:
         "validations": 2,
         "hidden": [16],
         "seed": 3,
+        "bits": "32",
     }
     return TrainConfig(**{**base, **changes})
 
@@ -76,6 +77,7 @@ def task(source):
 def test_what_is_open_and_what_the_user_settled():
     assert is_open(settings())
     assert is_open(settings(method="rule"))
+    assert is_open(settings(bits="auto", table_options={"init_exponent": 1.0}))
     for changes in (
         {"method": "fixed"},
         {"race": False},

@@ -258,8 +258,8 @@ class Trainer:
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
         donor = folders.load_run(run)
-        if donor.config.method != "fixed":
-            raise UserError(f"--warm-start {run}: a run of --method fixed is needed")
+        if donor.config.method != "fixed" or donor.config.number_bits is not None:
+            raise UserError(f"--warm-start {run}: a run of --method fixed --bits 32 is needed")
         if donor.config.dim != self.config.dim:
             raise UserError(
                 f"--warm-start {run}: its width is {donor.config.dim}; use --dim {donor.config.dim}"
