@@ -122,7 +122,7 @@ class Trainer:
         self.checkpoint_seconds = checkpoint_seconds
         self._warmed = False
         require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
-        self.learner = self._make(config)
+        self._learner: Learner | None = None
         self.raced: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
         self._best_saved = -1
@@ -137,6 +137,17 @@ class Trainer:
         if run is None:
             return Learner(config, self.task)
         return Learner(config, self.task, lambda table: self._warm_start(table, Path(run)))
+
+    @property
+    def learner(self) -> Learner:
+        """The model in training; before a race, which makes its own, one of the settings given."""
+        if self._learner is None:
+            self._learner = self._make(self.config)
+        return self._learner
+
+    @learner.setter
+    def learner(self, learner: Learner) -> None:
+        self._learner = learner
 
     @property
     def table(self) -> nn.Module:
@@ -154,7 +165,7 @@ class Trainer:
         """
         if self._fresh:
             self._begin()
-        if self.learner.steps == 0 and is_open(self.config):
+        if is_open(self.config) and (self._learner is None or self._learner.steps == 0):
             self._race()
         learner, config = self.learner, self.config
         total = learner.steps_per_epoch * config.epochs
@@ -174,7 +185,8 @@ class Trainer:
         """Lets candidates for the open settings run against each other; the best one goes on."""
         given = self.config.table_options
         # Nobody trains it any more, and candidates need the room.
-        self.learner.release()
+        if self._learner is not None:
+            self._learner.release()
         try:
             result = race(self.config, self._make, self.observer, self._racer())
         finally:
