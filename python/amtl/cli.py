@@ -467,13 +467,14 @@ def pack(
 
     from amtl.run.folders import pack_run
     from amtl.run.methods import dense_bytes, stored_bytes
+    from amtl.store import open_packed
 
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(types)}")
     packed = pack_run(run, out, types[dtype])
     stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
-    mlp = sum(p.nbytes for p in packed.model.mlp.parameters())
+    mlp = sum(t.nbytes for t in open_packed(out).state.values())
     total = out.stat().st_size
     console.print(
         f"wrote [bold]{escape(str(out))}[/], {total:,} bytes: embeddings {stored:,} "

@@ -338,6 +338,9 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         self.learner.end()
+        if self.learner.round_dense() and self.out and self.learner.best is not None:
+            best = {**self.learner.best, "model": self.learner.model.state_dict()}
+            folders.save_checkpoint(self.out, "best", best)
         logits = predict(self.learner.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
