@@ -518,10 +518,11 @@ def inspect(run: Run) -> None:
     for size, n in zip(sizes, rows, strict=True):
         bar = ("#" if console.options.ascii_only else "█") * max(1, round(40 * n / top))
         console.print(f"{size:>4}  {n:>9,}  [blue]{bar}[/]", highlight=False)
-    full = methods.dense_bytes(trained.model.table)
+    stored, full = (f(trained.model.table) for f in (methods.stored_bytes, methods.dense_bytes))
+    bits = methods.number_bits(trained.model.table)
     console.print(
-        f"\n{total:,} of {full:,} bytes ({total / full:.1%}); method {trained.config.method}, "
-        f"width {trained.config.dim}",
+        f"\n{stored:,} of {full:,} bytes ({stored / full:.1%}); method {trained.config.method}, "
+        f"width {trained.config.dim}, {bits} bits a number",
         highlight=False,
     )
 

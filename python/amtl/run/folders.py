@@ -210,8 +210,8 @@ def pack_run(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Train
         model.table = table_of_tiers([dense], config.dim, isinstance(model.table, nn.EmbeddingBag))
     if dtype is not None and methods.number_bits(model.table) < 16:
         raise UserError(
-            f"{folder} has numbers of {methods.number_bits(model.table)} bits, which no --dtype "
-            "changes: leave it out, or train with --bits 32"
+            f"{folder} stores numbers of {methods.number_bits(model.table)} bits, which are packed "
+            "as they are: leave the type of the embeddings out"
         )
     model.table.to(dtype)
     tensors, meta = trained.encoder.to_tensors()

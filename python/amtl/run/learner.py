@@ -263,8 +263,11 @@ class Learner:
             p.copy_(p.to(torch.float16))
         record, labels = self.best["record"], self.task.val.labels
         logits = predict(self.model, self.task.val)
-        score = auc(logits, labels) - log_loss(logits, labels)
-        if score >= record["score"] - _NEXT_TO_NOTHING:
+        area, loss = auc(logits, labels), log_loss(logits, labels)
+        if area - loss >= record["score"] - _NEXT_TO_NOTHING:
+            scores = {"val_auc": area, "val_logloss": loss, "score": area - loss}
+            model = copy.deepcopy(self.model.state_dict())
+            self.best = {**self.best, "record": {**record, **scores}, "model": model}
             return True
         for p, values in zip(parameters, kept, strict=True):
             p.copy_(values)

@@ -122,7 +122,10 @@ class Trainer:
         self.checkpoint_seconds = checkpoint_seconds
         self._warmed = False
         require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
-        self._learner: Learner | None = None
+        # A race makes its own learners; this one finds mistakes before anything is written, but for
+        # bits, which may fit nothing here and are then raced without.
+        raced = config.raced_bits and is_open(config)
+        self.learner = self._make(replace(config, bits="32") if raced else config)
         self.raced: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
         self._best_saved = -1
@@ -137,17 +140,6 @@ class Trainer:
         if run is None:
             return Learner(config, self.task)
         return Learner(config, self.task, lambda table: self._warm_start(table, Path(run)))
-
-    @property
-    def learner(self) -> Learner:
-        """The model in training; before a race, which makes its own, one of the settings given."""
-        if self._learner is None:
-            self._learner = self._make(self.config)
-        return self._learner
-
-    @learner.setter
-    def learner(self, learner: Learner) -> None:
-        self._learner = learner
 
     @property
     def table(self) -> nn.Module:
@@ -165,7 +157,7 @@ class Trainer:
         """
         if self._fresh:
             self._begin()
-        if is_open(self.config) and (self._learner is None or self._learner.steps == 0):
+        if self.learner.steps == 0 and is_open(self.config):
             self._race()
         learner, config = self.learner, self.config
         total = learner.steps_per_epoch * config.epochs
@@ -185,8 +177,7 @@ class Trainer:
         """Lets candidates for the open settings run against each other; the best one goes on."""
         given = self.config.table_options
         # Nobody trains it any more, and candidates need the room.
-        if self._learner is not None:
-            self._learner.release()
+        self.learner.release()
         try:
             result = race(self.config, self._make, self.observer, self._racer())
         finally:
@@ -338,9 +329,9 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         self.learner.end()
-        if self.learner.round_dense() and self.out and self.learner.best is not None:
-            best = {**self.learner.best, "model": self.learner.model.state_dict()}
-            folders.save_checkpoint(self.out, "best", best)
+        if self.learner.round_dense() and self.out:
+            assert self.learner.best is not None
+            folders.save_checkpoint(self.out, "best", self.learner.best)
         logits = predict(self.learner.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
@@ -393,6 +384,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "bytes_by_field": {
             name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)
         },
+        "step_bytes": stored - int(widths.sum()) * bits // 8,
         "rows_by_field": dict(zip(encoder.names, encoder.field_sizes, strict=True)),
         "unknown_test_values": trainer.task.test.unknown,
         "step_ms_median": steps,
