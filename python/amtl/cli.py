@@ -113,7 +113,14 @@ def train(
     ] = None,
     dim: Annotated[int | None, _count("Full embedding width.", TrainConfig.dim)] = None,
     budget: Annotated[
-        float | None, _rate("Stored fraction of rows × dim.", TrainConfig.budget)
+        float | None, _rate("Stored share of the bytes of rows × dim.", TrainConfig.budget)
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a stored number: 32, 8, 4, 2, or auto for what validation prefers.",
+            show_default=TrainConfig.bits,
+        ),
     ] = None,
     warm_start: Annotated[
         Path | None, typer.Option(help="Start from the table of this fixed run.")
@@ -203,6 +210,7 @@ def train(
         "backbone": backbone,
         "dim": dim,
         "budget": budget,
+        "bits": bits,
         "epochs": epochs,
         "patience": patience,
         "batch_size": batch_size,
@@ -241,6 +249,7 @@ def train(
         stem += f"-{backbone}" if backbone else ""
         budget = config.effective_budget
         share = "" if budget is None else f"-b{budget:g}"
+        share += f"-{config.bits}bits" if config.bits != TrainConfig.bits else ""
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
     if holds_run(out) and not force:
         at = shlex.quote(str(out))
@@ -268,7 +277,9 @@ def train(
 def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
     """Raises a UserError for options that the method cannot obey."""
     if method == "fixed":
-        idle = [n for n in ("budget", "exponent", "capacity_bits", "freeze_at") if n in given]
+        idle = [
+            n for n in ("budget", "bits", "exponent", "capacity_bits", "freeze_at") if n in given
+        ]
         idle += ["parametrization"] if parametrization else []
         if idle:
             raise UserError(
@@ -456,13 +467,14 @@ def pack(
 
     from amtl.run.folders import pack_run
     from amtl.run.methods import dense_bytes, stored_bytes
+    from amtl.store import open_packed
 
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(types)}")
     packed = pack_run(run, out, types[dtype])
     stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
-    mlp = sum(p.nbytes for p in packed.model.mlp.parameters())
+    mlp = sum(t.nbytes for t in open_packed(out).state.values())
     total = out.stat().st_size
     console.print(
         f"wrote [bold]{escape(str(out))}[/], {total:,} bytes: embeddings {stored:,} "
@@ -506,10 +518,11 @@ def inspect(run: Run) -> None:
     for size, n in zip(sizes, rows, strict=True):
         bar = ("#" if console.options.ascii_only else "█") * max(1, round(40 * n / top))
         console.print(f"{size:>4}  {n:>9,}  [blue]{bar}[/]", highlight=False)
-    full = methods.dense_bytes(trained.model.table)
+    stored, full = (f(trained.model.table) for f in (methods.stored_bytes, methods.dense_bytes))
+    bits = methods.number_bits(trained.model.table)
     console.print(
-        f"\n{total:,} of {full:,} bytes ({total / full:.1%}); method {trained.config.method}, "
-        f"width {trained.config.dim}",
+        f"\n{stored:,} of {full:,} bytes ({stored / full:.1%}); method {trained.config.method}, "
+        f"width {trained.config.dim}, {bits} bits a number",
         highlight=False,
     )
 

@@ -324,9 +324,9 @@ class AMTLEmbeddingCollection(AMTLTable):
         """Bytes of the weights that each table stores, or would if sizes were frozen now."""
         table = torch.tensor([self.grid.stored_width(k) for k in range(self.embedding_dim + 1)])
         stored = table.to(self.device)[self.row_dims().long()]
-        item = self.table_parameters()[0].element_size()
+        bits = self.options.bits or 8 * self.dtype.itemsize
         parts = stored.split(self.field_sizes)
-        return {name: int(p.sum()) * item for name, p in zip(self.names, parts, strict=True)}
+        return {name: int(p.sum()) * bits // 8 for name, p in zip(self.names, parts, strict=True)}
 
     def embeddings(self, *, masked: bool = True) -> dict[str, nn.Embedding]:
         """New nn.Embeddings of the tables, by name.

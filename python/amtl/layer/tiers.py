@@ -48,6 +48,10 @@ class TierPlan:
             return slice(start, self.ends[tier])
         return self.order[start : self.ends[tier]]
 
+    def of_places(self, values: Tensor) -> Tensor:
+        """Values [N] of rows as those of places, [P]."""
+        return values[: self.ends[-1]] if self.order is None else values[self.order]
+
     def places(self) -> Tensor | None:
         """Inverse of `order`: the place of each row, int32 [N], or None; 0 for rows without one."""
         if self.order is None:
@@ -59,27 +63,37 @@ class TierPlan:
         return place
 
 
-def plan_tiers(stored: Tensor, widest: int, merged: Tensor | None = None) -> TierPlan:
+def plan_tiers(
+    stored: Tensor, widest: int, merged: Tensor | None = None, within: Tensor | None = None
+) -> TierPlan:
     """Order rows by falling stored width, stable within a width. O(N * number of widths).
 
     Args:
         stored: integer [N], stored width of each row, 0..`widest`.
         widest: D.
         merged: bool [N], rows without a place of their own; None for none.
+        within: int64 [N] >= 0, by which rows of one width are ordered; None for as they come.
     """
     total = stored.numel()
     rows = None if merged is None else (~merged).nonzero().flatten()
     if rows is not None:
         stored = stored[rows]
+        within = None if within is None else within[rows]
     if stored.numel() == 0:
         return TierPlan((widest,), (0,), None, total)
     widths = stored.unique().flip(0).tolist()
     members = torch.bincount(stored.to(torch.int32), minlength=widest + 1)
     ends = members[widths].cumsum(0).tolist()
     order = None
-    falling = bool((stored[1:] <= stored[:-1]).all())
+    key = stored
+    if within is not None:
+        key = stored.to(torch.int64) * (int(within.max()) + 1) - within
+    falling = bool((key[1:] <= key[:-1]).all())
     if not falling or (rows is not None and int(rows[-1]) >= len(rows)):
-        order = torch.cat([(stored == width).nonzero().flatten() for width in widths])
+        if within is None:
+            order = torch.cat([(stored == width).nonzero().flatten() for width in widths])
+        else:
+            order = key.argsort(descending=True, stable=True)
         if rows is not None:
             order = rows[order]
     return TierPlan(tuple(widths), tuple(ends), order, total)

@@ -26,7 +26,7 @@ def narrow_width(metrics: Mapping[str, Any]) -> int:
 
 def baselines(config: TrainConfig, metrics: Mapping[str, Any]) -> dict[str, TrainConfig]:
     """Settings of the two tables by name; the narrow one only where a width of 1 fits the bytes."""
-    plain: dict[str, Any] = {"table_options": {}, "race": False, "freeze_at": None}
+    plain: dict[str, Any] = {"bits": "32", "table_options": {}, "race": False, "freeze_at": None}
     found = {FULL: replace(config, method="fixed", **plain)}
     width = narrow_width(metrics)
     if width:

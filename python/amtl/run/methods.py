@@ -39,7 +39,7 @@ def build_table(
             budget) or `amtl` (learned sizes).
         encoder: fields, sizes and counts.
         dim: full width D.
-        budget: stored fraction of N × D for `rule` and `amtl`.
+        budget: stored share of the bytes of N × D for `rule` and `amtl`.
         init_std: deviation of the normal initial weights.
         seed: of the initial weights and of the size noise.
         options: more keyword arguments of `AMTLEmbedding`.
@@ -54,7 +54,7 @@ def build_table(
     bags = any(f.kind == "bag" for f in encoder.fields)
     extra = dict(options or {})
     table: nn.Module
-    if method == "fixed":
+    if method == "fixed" and extra.get("bits") is None:
         if bags:
             table = nn.EmbeddingBag(encoder.num_rows, dim, mode="mean", sparse=True)
         else:
@@ -62,7 +62,9 @@ def build_table(
     else:
         from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 
-        if method == "rule":
+        if method == "fixed":
+            budget = 1.0
+        if method != "amtl":
             extra["parametrization"] = "rule"
         if extra.setdefault("parametrization", "rule") == "rule":
             extra.setdefault("size_noise", 0.0)
@@ -124,10 +126,17 @@ def has_settled_sizes(table: nn.Module) -> bool:
     return noise == 0
 
 
+def number_bits(table: nn.Module) -> int:
+    """Bits of a stored number."""
+    if is_adaptive(table) and table.options.bits is not None:  # type: ignore[union-attr]
+        return int(table.options.bits)  # type: ignore[union-attr, arg-type]
+    return 8 * table_parameters(table)[0].element_size()
+
+
 def stored_bytes(table: nn.Module) -> int:
     """Bytes of embedding values when packed, in their dtype; packing takes the row order in."""
-    if is_adaptive(table) and not is_frozen(table):
-        return int(table.stored_bytes())  # type: ignore[operator]
+    if is_adaptive(table):
+        return int(table.value_bytes())  # type: ignore[operator]
     return sum(p.numel() * p.element_size() for p in table_parameters(table))
 
 

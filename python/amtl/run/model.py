@@ -104,7 +104,7 @@ def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
         budget=config.budget,
         init_std=config.init_std,
         seed=config.seed,
-        options=config.table_options,
+        options=config.layer_options,
     )
     torch.manual_seed(config.seed)
     return assemble(config, encoder, table)

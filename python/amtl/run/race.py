@@ -24,6 +24,14 @@ from amtl.run.progress import Observer
 CAPACITY_BITS = (16.0, 4.0, 1.0)
 """Bits a number may be worth: sizes that hardly, somewhat, strongly depend on the count."""
 
+_AUTO: list[tuple[int | None, float | None]] = [
+    *((4, capacity) for capacity in CAPACITY_BITS),
+    *((8, 4.0), (2, 4.0)),
+]
+"""What is tried for `--bits auto`: bits of a stored number, and what sizes depend on counts by."""
+
+_FOR_STEPS = 0.95
+_ALL_FITS = 1.1
 _FLAT_BITS = 1e4
 _LEAST_WEIGHT = 1e-3
 """Of the most telling field's weight; a field that helped nothing keeps so much."""
@@ -63,31 +71,65 @@ class Raced:
 
 def is_open(config: TrainConfig) -> bool:
     """Whether `config` leaves to a race how sizes follow from counts."""
-    given = {"capacity_bits", "init_exponent", "field_weights"} & set(config.table_options)
     return (
         config.race
         and config.method != "fixed"
-        and not given
+        and (config.raced_bits or not _has_law(config))
         and config.table_options.get("parametrization") != "free"
     )
+
+
+def _has_law(config: TrainConfig) -> bool:
+    return bool({"capacity_bits", "init_exponent", "field_weights"} & set(config.table_options))
 
 
 def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[str, TrainConfig]:
     """The settings to try by name.
 
-    A narrow table of fixed width is one of them where the budget allows a width of 1.
+    A table of fixed width is one of them where the budget allows a width of 1.
     """
     found = {}
-    for bits in CAPACITY_BITS:
-        options: dict[str, Any] = {"capacity_bits": bits}
-        if field_weights is not None:
-            options["field_weights"] = field_weights
-        found[f"{bits:g} bits a number"] = with_options(config, options)
-    width = int(config.budget * config.dim)
-    if width >= 1:
+    bits = config.number_bits
+    menu: list[tuple[int | None, float | None]] = [(bits, capacity) for capacity in CAPACITY_BITS]
+    if config.raced_bits:
+        menu = _AUTO if not _has_law(config) else [(8, None), (4, None), (2, None)]
+    whole = set()
+    for number_bits, capacity in menu:
+        if number_bits is not None and config.budget * 32 / number_bits > _ALL_FITS:
+            # All rows get all their numbers, whatever the law.
+            if number_bits in whole:
+                continue
+            whole.add(number_bits)
+        options: dict[str, Any] = {} if number_bits is None else {"bits": number_bits}
+        name = [] if number_bits is None else [f"int{number_bits}"]
+        if capacity is not None:
+            options["capacity_bits"] = capacity
+            name.append(f"{capacity:g} bits a number")
+            if field_weights is not None:
+                options["field_weights"] = field_weights
+        found[", ".join(name)] = with_options(config, options)
+    width = flat_width(config.budget, config.dim, bits)
+    if width >= 1 and not (bits is not None and bits in whole):
         flat = {"capacity_bits": _FLAT_BITS, "min_dim": width, "parametrization": "rule"}
+        if bits is not None:
+            flat["bits"] = bits
         found[FLAT] = with_options(config, flat)
     return found
+
+
+def flat_width(budget: float, dim: int, bits: int | None) -> int:
+    """Width of the widest table of equally wide rows that fits a budget, 0 for none.
+
+    Args:
+        budget: share of the bytes of `dim` numbers of 32 bits.
+        dim: full width D.
+        bits: of a stored number; step sizes, which some rows in a hundred would pay for, are left
+            room for. None for 32.
+    """
+    if bits is None:
+        return int(budget * dim)
+    whole = max(1, 8 // bits)
+    return min(dim, int(_FOR_STEPS * budget * 32 / bits * dim) // whole * whole)
 
 
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
@@ -125,7 +167,8 @@ def race(
     Returns:
         The winner. It takes about twice as many epochs as there are candidates.
     """
-    full = make(replace(config, method="fixed", table_options={}, race=False, freeze_at=None))
+    plain: dict[str, Any] = {"method": "fixed", "bits": "32", "table_options": {}}
+    full = make(replace(config, **plain, race=False, freeze_at=None))
     count = len(candidates(config, None))
     rungs = _rungs(count)
     observer.begin(
@@ -141,22 +184,28 @@ def race(
     rows = [_row(FULL, full)]
     full.release()
     entries = candidates(config, weights)
-    learners: dict[str, Learner] = {}
-    alive = list(entries)
+    learners, refused = _made(entries, make)
+    if not learners and config.raced_bits:
+        # Too small for step sizes, or too narrow for whole bytes.
+        entries = candidates(replace(config, bits="32"), weights)
+        learners, refused = _made(entries, make)
+    if not learners:
+        assert refused is not None
+        raise refused
+    alive = list(learners)
+    rungs = _rungs(len(alive))
     for epochs, left in enumerate(rungs, 1):
         for name in reversed(alive[left:]):
             rows.append(_row(name, learners[name]))
             learners.pop(name).release()
         alive = alive[:left]
         for name in alive:
-            if name not in learners:
-                learners[name] = make(entries[name])
             _run(learners[name], epochs, step)
         alive.sort(key=lambda name: -_best(learners[name])["score"])
     rows += [_row(name, learners[name]) for name in reversed(alive)]
     rows[-1]["chosen"] = True
     table = rows[:1] + rows[:0:-1]
-    sized = next(row["name"] for row in table if row["name"] not in (FULL, FLAT))
+    sized = next((row["name"] for row in table if row["name"] not in (FULL, FLAT)), alive[0])
     return Raced(entries[alive[0]], learners[alive[0]], table, evidence, entries[sized])
 
 
@@ -167,7 +216,7 @@ def race_less(
     observer: Observer,
     step: Callable[[Learner], None],
 ) -> tuple[Learner | None, dict[str, Any] | None]:
-    """Trains with a part of the budget, which is a limit and no aim.
+    """Trains with a part of the budget, which is a limit and no aim, as long as that is better.
 
     Args:
         sized: settings of the best candidate whose rows differ in width.
@@ -177,14 +226,28 @@ def race_less(
         step: takes one step of a learner.
 
     Returns:
-        As `contend`, the winner's row under `rival`; nothing where no size fits.
+        The best model with less of the budget that validates better, and its row with the winner's
+        under `rival`; the row of the first one tried if none does; nothing where no size fits.
     """
-    try:
-        learner = make(replace(sized, budget=LESS * sized.budget))
-    except UserError:
-        return None, None
-    better, row = contend(f"{LESS:.0%} of the budget", learner, winner, observer, step)
-    return better, {**row, "rival": _row("all of the budget", winner)}
+    rival, best, row = _row("all of the budget", winner), None, None
+    share = 1.0
+    while True:
+        share *= LESS
+        try:
+            learner = make(replace(sized, budget=share * sized.budget))
+        except UserError:
+            break
+        name = f"{100 * share:.2g}% of the budget"
+        better, tried = contend(name, learner, best or winner, observer, step)
+        if row is None or better is not None:
+            row = {**tried, "rival": rival}
+        if better is None:
+            learner.release()
+            break
+        if best is not None:
+            best.release()
+        best = better
+    return best, row
 
 
 def race_dropout(
@@ -255,13 +318,16 @@ def race_cut(
         The cut model if it validates better in AUC and in AUC minus log loss, and its row, with
         that of the full table under `full`.
     """
-    whole = replace(next(iter(entries.values())), method="fixed", table_options={})
+    entry = next(iter(entries.values()))
+    whole = replace(entry, method="fixed", bits="32", table_options={})
     full = make(whole, None)
     run_to_end(FULL, full, observer, step)
     full.end()
     donor, learner = Donor(full.model, full.task.encoder), None
     for entry in entries.values():
-        other = make(entry, donor)
+        other, _ = _try(lambda config: make(config, donor), entry)
+        if other is None:
+            continue
         other.refine()
         if learner is None or _best(other)["score"] > _best(learner)["score"]:
             learner = other
@@ -294,6 +360,29 @@ def is_worth_cutting(config: TrainConfig, table: list[dict[str, Any]]) -> bool:
 def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:
     while learner.steps < epochs * learner.steps_per_epoch and not learner.finished:
         step(learner)
+
+
+def _made(
+    entries: Mapping[str, TrainConfig], make: Callable[[TrainConfig], Learner]
+) -> tuple[dict[str, Learner], UserError | None]:
+    """Fresh learners of those settings that fit the table and the budget, and the last refusal."""
+    learners, refused = {}, None
+    for name, entry in entries.items():
+        learner, error = _try(make, entry)
+        if learner is None:
+            refused = error
+        else:
+            learners[name] = learner
+    return learners, refused
+
+
+def _try(
+    make: Callable[[TrainConfig], Learner], config: TrainConfig
+) -> tuple[Learner | None, UserError | None]:
+    try:
+        return make(config), None
+    except UserError as error:
+        return None, error
 
 
 def _rungs(count: int) -> list[int]:

@@ -122,7 +122,10 @@ class Trainer:
         self.checkpoint_seconds = checkpoint_seconds
         self._warmed = False
         require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
-        self.learner = self._make(config)
+        # A race makes its own learners; this one finds mistakes before anything is written, but for
+        # bits, which may fit nothing here and are then raced without.
+        raced = config.raced_bits and is_open(config)
+        self.learner = self._make(replace(config, bits="32") if raced else config)
         self.raced: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
         self._best_saved = -1
@@ -258,8 +261,8 @@ class Trainer:
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
         donor = folders.load_run(run)
-        if donor.config.method != "fixed":
-            raise UserError(f"--warm-start {run}: a run of --method fixed is needed")
+        if donor.config.method != "fixed" or donor.config.number_bits is not None:
+            raise UserError(f"--warm-start {run}: a run of --method fixed --bits 32 is needed")
         if donor.config.dim != self.config.dim:
             raise UserError(
                 f"--warm-start {run}: its width is {donor.config.dim}; use --dim {donor.config.dim}"
@@ -326,6 +329,9 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         self.learner.end()
+        if self.learner.round_dense() and self.out:
+            assert self.learner.best is not None
+            folders.save_checkpoint(self.out, "best", self.learner.best)
         logits = predict(self.learner.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
@@ -352,7 +358,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     best = learner.best["record"]
     labels = trainer.task.test.labels
     widths = methods.row_widths(table)
-    itemsize = methods.table_parameters(table)[0].element_size()
+    bits = methods.number_bits(table)
     fields = encoder.row_fields()
     by_field = torch.bincount(fields, weights=widths.double(), minlength=len(encoder.names))
     steps = {k: statistics.median(v) * 1e3 if v else None for k, v in learner.step_seconds.items()}
@@ -372,11 +378,13 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "stored_bytes": stored,
         "dense_bytes": full,
         "stored_fraction": stored / full,
+        "bits": bits,
         "rows": encoder.num_rows,
         "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
         "bytes_by_field": {
-            name: int(b) * itemsize for name, b in zip(encoder.names, by_field, strict=True)
+            name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)
         },
+        "step_bytes": stored - int(widths.sum()) * bits // 8,
         "rows_by_field": dict(zip(encoder.names, encoder.field_sizes, strict=True)),
         "unknown_test_values": trainer.task.test.unknown,
         "step_ms_median": steps,

@@ -173,6 +173,7 @@ def write_packed(
         inside = tuple(f"{name}." for name in (*layers, *aliases))
         rest = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
     packed: dict[str, Tensor] = {}
+    stored = dict(layers)
     for name, layer in layers.items():
         if not isinstance(layer, AMTLTable):
             raise ValueError(f"{name!r} is a {type(layer).__name__}, not an AMTL layer")
@@ -182,23 +183,35 @@ def write_packed(
             raise ValueError(f"layer {name!r} is still searching its sizes: call freeze() first")
         if layer in _unchecked:
             _unchecked[layer].check()
+        if layer.rounding is not None:
+            layer = stored[name] = layer.to_integers()
         for tier, block in enumerate(layer.blocks):
             packed[f"layers/{name}/blocks/{tier}"] = block.detach()
         if layer.row_order is not None:
             packed[f"layers/{name}/row_order"] = layer.row_order
+        if layer.steps is not None:
+            packed[f"layers/{name}/steps"] = layer.steps
     for key, value in rest.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} of the state_dict is a {type(value).__name__}, not a tensor")
-        packed[f"state/{key}"] = value.detach()
+        packed[f"state/{key}"] = _narrow(value.detach()) if kind == "run" else value.detach()
     for key, value in (tensors or {}).items():
         packed[f"user/{key}"] = value.detach()
     header = {
         "kind": kind,
-        "layers": {name: layer.config() for name, layer in layers.items()},
+        "layers": {name: layer.config() for name, layer in stored.items()},
         "aliases": aliases,
         "metadata": metadata,
     }
     write_aside({Path(path): document_writer(FORMAT, VERSION, packed, header)})
+
+
+def _narrow(values: Tensor) -> Tensor:
+    """Numbers of 32 bits as such of 16 where these hold them exactly."""
+    if values.dtype != torch.float32:
+        return values
+    narrow = values.to(torch.float16)
+    return narrow if torch.equal(narrow.to(torch.float32), values) else values
 
 
 def open_packed(
@@ -282,8 +295,10 @@ def _run_of_v1(contents: FileTensors, meta: Mapping[str, Any]) -> PackedFile:
 
 def _layer(name: str, config: Mapping[str, Any], contents: FileTensors) -> AMTLTable:
     blocks = [contents.unchecked(f"blocks/{c}") for c in range(len(config["tier_ends"]))]
-    order = contents.unchecked("row_order") if "row_order" in contents else None
-    layer = _CLASSES[config["class"]].from_config(config, blocks, order)
+    order, steps = (
+        contents.unchecked(key) if key in contents else None for key in ("row_order", "steps")
+    )
+    layer = _CLASSES[config["class"]].from_config(config, blocks, order, steps)
     layer.name = name
     _check_when_used(layer, contents)
     return layer
