@@ -372,7 +372,7 @@ def test_a_race_that_was_stopped_begins_again_and_ends_the_same(source, tmp_path
     config = settings(method="amtl")
     expected = start(config, source=source).run()
     stopped = start(config, tmp_path, source=source, stop=lambda steps: steps >= 30)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="race is run again"):
         stopped.run()
     again = start(None, tmp_path, resume=True, source=source).run()
     for key in ("test_auc", "val_auc", "stored_bytes", "raced"):

@@ -46,7 +46,15 @@ from amtl.run.race import (
 
 
 class Interrupted(Exception):
-    """Training stopped on request; the run folder holds a checkpoint to resume from."""
+    """Training stopped on request; the run folder holds something to resume from.
+
+    Args:
+        kept: what that is.
+    """
+
+    def __init__(self, kept: str = "a checkpoint") -> None:
+        super().__init__(kept)
+        self.kept = kept
 
 
 def prepare(
@@ -179,7 +187,8 @@ class Trainer:
         # Nobody trains it any more, and candidates need the room.
         self.learner.release()
         try:
-            result = race(self.config, self._make, self.observer, self._racer())
+            racer = self._racer("the start (a race is run again)")
+            result = race(self.config, self._make, self.observer, racer)
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
@@ -219,7 +228,8 @@ class Trainer:
             self._begin()
         self.save()
 
-    def _racer(self) -> Callable[[Learner], None]:
+    def _racer(self, kept: str = "a checkpoint") -> Callable[[Learner], None]:
+        """Takes steps of learners beside the one that checkpoints hold; `kept` is what does."""
         taken = 0
 
         def step(learner: Learner) -> None:
@@ -228,7 +238,7 @@ class Trainer:
             self.observer.step(learner.epochs, loss, samples)
             taken += 1
             if self.stop(taken):
-                raise Interrupted
+                raise Interrupted(kept)
 
         return step
 
