@@ -508,7 +508,7 @@ def inspect(run: Run) -> None:
             f"{e['mean_size_of_lookups']:.2f}",
             f"{e['min_size']}–{e['max_size']}",
             f"{e['bytes']:,}",
-            f"{e['bytes'] / total:.1%}",
+            f"{e['bytes'] / max(total, 1):.1%}",
         )
     console.print(table)
     widths = methods.row_widths(trained.model.table).numpy()

@@ -213,7 +213,10 @@ class Trainer:
                 better, dropout = race_dropout(winner, self._make, self.observer, self._racer())
                 winner = better or winner
             sized = replace(winner.config, table_options=raced["sized"], budget=raced["budget"])
-            better, less = race_less(sized, winner, self._make, self.observer, self._racer())
+            assert winner.best is not None
+            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
+            make, observer = self._make, self.observer
+            better, less = race_less(sized, winner, used, make, observer, self._racer())
             winner = better or winner
             if is_worth_cutting(sized, raced["table"]):
                 given = replace(winner.config, table_options=raced["given"], budget=raced["budget"])
