@@ -380,3 +380,10 @@ def test_every_option_that_an_error_names_is_there():
             assert named <= options[command], (file, function, text, command)
         checked += len(named)
     assert checked > 30
+
+
+def test_a_table_of_nothing_can_be_inspected(tmp_path, capsys):
+    pl.DataFrame({"user": ["a"] * 40, "y": [0, 1] * 20}).write_csv(tmp_path / "one.csv")
+    words = ("--label", "y", "--out", tmp_path / "run", *FAST)
+    assert run("train", tmp_path / "one.csv", *words) == 0
+    assert run("inspect", tmp_path / "run") == 0
