@@ -383,7 +383,7 @@ def test_every_option_that_an_error_names_is_there():
 
 
 def test_a_table_of_nothing_can_be_inspected(tmp_path, capsys):
-    pl.DataFrame({"user": ["a"] * 40, "y": [0, 1] * 20}).write_csv(tmp_path / "one.csv")
+    pl.DataFrame({"user": [None] + ["a"] * 39, "y": [0, 1] * 20}).write_csv(tmp_path / "one.csv")
     words = ("--label", "y", "--out", tmp_path / "run", *FAST)
     assert run("train", tmp_path / "one.csv", *words) == 0
     assert run("inspect", tmp_path / "run") == 0
