@@ -380,11 +380,3 @@ def test_every_option_that_an_error_names_is_there():
             assert named <= options[command], (file, function, text, command)
         checked += len(named)
     assert checked > 30
-
-
-def test_a_table_of_nothing_can_be_inspected(tmp_path, capsys):
-    pl.DataFrame({"user": [None] + ["a"] * 39, "y": [0, 1] * 20}).write_csv(tmp_path / "one.csv")
-    words = ("--label", "y", "--out", tmp_path / "run", "--budget", "0.01", "--bits", "32", *FAST)
-    assert run("train", tmp_path / "one.csv", *words) == 0
-    assert read_json(tmp_path / "run" / "metrics.json")["stored_bytes"] == 0
-    assert run("inspect", tmp_path / "run") == 0
