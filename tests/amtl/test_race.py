@@ -285,6 +285,7 @@ def test_where_a_fixed_width_wins_less_is_tried_with_sizes():
         ([0.5, 0.6, 0.9], None, 12, True),
         ([0.5, 0.6, 0.7], None, 12, False),
         ([0.1, 0.2, 0.9], None, 8, False),
+        ([0.5, 0.58, 0.9], None, 12, True),
         ([0.5, 0.6, 0.9], 0.79, 12, False),
     ],
 )
@@ -299,7 +300,7 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
         made.append(config)
         return small
 
-    result, row = race_less(settings(), winner, make, Quiet(), lambda learner: learner.step())
+    result, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
     assert small.steps == steps
     assert result is (small if better else None)
     assert made[0].budget == pytest.approx(0.075)
@@ -345,9 +346,9 @@ def test_less_is_tried_as_long_as_it_is_better():
         made.append(config.budget)
         return tried[len(made) - 1]
 
-    best, row = race_less(settings(), winner, make, Quiet(), lambda learner: learner.step())
+    best, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
     assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
-    assert row["name"] == "9% of the budget" and row["rival"]["score"] == 0.8
+    assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
     assert made == pytest.approx([0.075, 0.0225, 0.00675])
     assert [learner.released for learner in tried] == [True, False, True, False]
 
@@ -372,7 +373,7 @@ def test_a_race_that_was_stopped_begins_again_and_ends_the_same(source, tmp_path
     config = settings(method="amtl")
     expected = start(config, source=source).run()
     stopped = start(config, tmp_path, source=source, stop=lambda steps: steps >= 30)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="race is run again"):
         stopped.run()
     again = start(None, tmp_path, resume=True, source=source).run()
     for key in ("test_auc", "val_auc", "stored_bytes", "raced"):
