@@ -223,6 +223,7 @@ def _goal_suite() -> Suite:
         forward(30_000_000, huge_pages=True, group="huge pages"),
         forward(30_000_000, huge_pages=True, distribution="zipf", group="huge pages"),
         step_rowwise(16_000_000, huge_pages=True, group="huge pages"),
+        *_product(2_000_000, (1_000, 10_000)),
     ]
     return Suite(cases, 8.0, [step_rowwise(2_000_000)])
 
@@ -251,7 +252,6 @@ def _full() -> Suite:
         forward(rows, dtype="float16", group="half precision"),
         *_fields("26 tables", 100_000, 16, 2048),
         *_fields("26 tables", 100_000, 64, 2048),
-        *_product(rows, (1_000, 10_000)),
         _training(100_000),
         _training(400_000, bags=16384),
         _call_overhead(),

@@ -153,7 +153,9 @@ def test_a_dry_run_lists_cases_with_minutes_and_gigabytes_and_measures_nothing(
     assert done.exit_code == 0, done.output
     assert not out.exists()
     names = [case.name for case in SUITES["quick"]().cases]
-    lines = {line.split(maxsplit=2)[2]: line.split() for line in done.output.splitlines()[1:23]}
+    printed = done.output.splitlines()
+    end = next(i for i, line in enumerate(printed) if line.endswith("in total"))
+    lines = {line.split(maxsplit=2)[2]: line.split() for line in printed[1 : end + 1]}
     assert set(names) < set(lines)
     minutes = sum(float(lines[name][0]) for name in lines if name != "in total")
     assert float(lines["in total"][0]) == pytest.approx(minutes, abs=0.2)
