@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from amtl_kernels.reference import (
-    ADAGRAD,
+    ADAM,
     RAISE,
-    ROWWISE_ADAGRAD,
-    SGD,
     _adaptive_sizes,
     _check_sizes,
     _in_bags,
@@ -317,19 +315,21 @@ def apply_(
     if len(state) == len(blocks) * moments + 1:
         step = int(state[-1])
     seed = int(step) if any(stochastic) else None
+    rates: list[float] = [lr, *([eps] if optimizer else []), weight_decay]
+    if optimizer == ADAM:
+        rates = [int(step), lr, beta1, beta2, eps, weight_decay]
     for c, block in enumerate(blocks):
-        mine: Any = state[c * moments : (c + 1) * moments]
-        touched = (rows[c], grads[c])
-        if optimizer == SGD:
-            apply_sgd_(block, *touched, lr, weight_decay, seed)
-        elif optimizer == ADAGRAD:
-            apply_adagrad_(block, *mine, *touched, lr, eps, weight_decay, seed)
-        elif optimizer == ROWWISE_ADAGRAD:
-            apply_rowwise_adagrad_(block, *mine, *touched, lr, eps, weight_decay, seed)
-        else:
-            betas = (beta1, beta2)
-            apply_adam_(block, *mine, *touched, int(step), lr, *betas, eps, weight_decay, seed)
+        mine = state[c * moments : (c + 1) * moments]
+        _APPLY[optimizer](block, *mine, rows[c], grads[c], *rates, seed)
 
+
+_APPLY: tuple[Callable[..., None], ...] = (
+    apply_sgd_,
+    apply_adagrad_,
+    apply_rowwise_adagrad_,
+    apply_adam_,
+)
+"""By the number of the optimizer."""
 
 IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
     "lookup": lookup,
