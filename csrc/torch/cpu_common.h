@@ -5,7 +5,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
-#include "torch/common.h"
+#include "torch/arguments.h"
 
 namespace amtl {
 
@@ -46,22 +46,8 @@ struct CpuLookup {
   CpuLookup(const CpuLookup&) = delete;
   CpuLookup& operator=(const CpuLookup&) = delete;
 
-  void SetTable(const Tensor& weight, const Tensor& indices, int64_t padding_idx);
-  void SetRowSizes(const Tensor& weight, const Tensor& row_dims);
-  void SetGroupSizes(const Tensor& weight, const Tensor& row_group, const Tensor& group_dims,
-                     int64_t seed);
-  void SetTiers(const std::vector<Tensor>& tiers, const std::vector<int64_t>& tier_ends,
-                const Tensor& indices, int64_t dim, int64_t padding_idx);
-  void SetBags(const Tensor& like, const OptionalTensor& offsets, const OptionalTensor& weights,
-               int64_t mode, bool include_last_offset);
-
-  // [.., dim] of a forward.
-  Tensor NewOutput(const Tensor& like, const Tensor& indices) const;
-  // Checks the shape of an incoming gradient.
-  void CheckGrad(const Tensor& grad, const Tensor& like) const;
-
- private:
-  void SetIndices(const Tensor& indices, const Tensor& like, int64_t padding_idx);
+  // Table t of a call; bags are left to the caller.
+  void Describe(const Call& call, size_t t);
 };
 
 // Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step, and maybe
@@ -119,7 +105,5 @@ struct CpuOptimizer {
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,
                 void* out, int64_t stride);
 void WarnClamped(const CpuLookup& lookup);
-// The same with all threads, warning.
-void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out);
 
 }  // namespace amtl
