@@ -1,9 +1,9 @@
 // Backwards fused with an optimizer step on CUDA: no row gradients in memory, and no wait for the
 // GPU unless a mask gradient is asked for and nobody says whether the groups are in order.
-#include "torch/cuda_backward.h"
+#include "torch/cuda_old_backward.h"
 #include "torch/cuda_optimizer.h"
 
-namespace amtl {
+namespace amtl::old {
 namespace {
 
 // Returns the mask gradient, or [0, D].
@@ -123,4 +123,4 @@ STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("tiered_embedding_update_", TORCH_BOX(&TieredEmbeddingUpdate));
 }
 
-}  // namespace amtl
+}  // namespace amtl::old

@@ -7,10 +7,10 @@
 
 #include "cuda/tables.h"
 #include "kernels/hash.h"
-#include "torch/cuda_backward.h"
+#include "torch/cuda_old_backward.h"
 #include "torch/cuda_optimizer.h"
 
-namespace amtl {
+namespace amtl::old {
 namespace {
 
 using Tensors = std::vector<Tensor>;
@@ -521,4 +521,4 @@ STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("tiered_embedding_bag_tables_update_", TORCH_BOX(&TieredTablesUpdate));
 }
 
-}  // namespace amtl
+}  // namespace amtl::old

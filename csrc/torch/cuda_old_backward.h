@@ -1,9 +1,9 @@
 // The pieces of backwards that plain and fused operators share.
 #pragma once
 
-#include "torch/cuda_common.h"
+#include "torch/cuda_old_common.h"
 
-namespace amtl {
+namespace amtl::old {
 
 struct DenseGrads {
   Tensor rows, grads, mask;
@@ -37,4 +37,4 @@ DenseGrads DenseBackward(const CudaContext& context, const CudaLookup& lookup, c
 TieredGrads TieredBackward(const CudaContext& context, const CudaLookup& lookup,
                            const std::vector<Tensor>& blocks, const Tensor& grad, bool weight_grad);
 
-}  // namespace amtl
+}  // namespace amtl::old

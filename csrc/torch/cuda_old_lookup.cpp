@@ -1,7 +1,7 @@
 // Forward and backward of the lookups on CUDA.
-#include "torch/cuda_backward.h"
+#include "torch/cuda_old_backward.h"
 
-namespace amtl {
+namespace amtl::old {
 namespace {
 
 Tensor MaskedEmbedding(const Tensor& weight, const Tensor& indices, const Tensor& row_dims,
@@ -121,4 +121,4 @@ STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
   m.impl("tiered_embedding_backward", TORCH_BOX(&TieredEmbeddingBackward));
 }
 
-}  // namespace amtl
+}  // namespace amtl::old

@@ -1,6 +1,6 @@
-#include "torch/cuda_backward.h"
+#include "torch/cuda_old_backward.h"
 
-namespace amtl {
+namespace amtl::old {
 
 Tensor PerSampleWeightGrad(const CudaContext& context, const CudaLookup& lookup, const Tensor& like,
                            const Tensor& grad, bool wanted) {
@@ -96,4 +96,4 @@ TieredGrads TieredBackward(const CudaContext& context, const CudaLookup& lookup,
   return {rows, grads};
 }
 
-}  // namespace amtl
+}  // namespace amtl::old
