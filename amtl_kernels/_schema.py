@@ -155,9 +155,50 @@ LOOKUPS: tuple[str, ...] = tuple(_LOOKUPS)
 SCHEMAS: dict[str, str] = {**_LOOKUPS, **_BACKWARDS, **_OPTIMIZERS, **_UPDATES, **_table_schemas()}
 """Every operator that a backend may implement, with its schema."""
 
+# The four operators that replace all of the above. T tables hold C blocks together; a call has L
+# lookups in T * B bags.
+#   blocks         C tensors [n_c, w_c], table after table; a dense table is one block
+#   block_counts   of each table; their sum is C
+#   dims           widths of the output, or []: each table is as wide as its widest block
+#   sizes          []: rows keep the width of their block. Else T tensors: [N_t] of rows, or, with
+#                  row_groups, [G_t] or [G_t, Q_t] of groups; such tables have one block each
+#   row_groups     [] or T tensors int32 [N_t]
+#   masks          [] or T tensors [G_t, D_t]: only gradients reach them, values are never read
+#   offsets        None: a plain lookup in one table, [*indices.shape, D]. Else [T * B + 1], and of
+#                  one table without include_last_offset [B]
+#   pooling        0 sum, 1 mean
+#   padding_idx    of each table, -1 for none
+#   mask_grads     fp32, flat, table after table; [0] if not asked for
+#   state          of each block one after the other, then maybe an int64 step counter
+#   hyper          lr, eps, weight_decay, beta1, beta2, step, and maybe 1 for stochastic rounding
+_TABLES = "int[] block_counts, int[] dims, Tensor[] sizes, Tensor[] row_groups, SymInt seed"
+_BAGS = (
+    "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int pooling, int[] padding_idx,"
+    " bool include_last_offset"
+)
+_STEP = "Tensor(b!)[] state, int optimizer, float[] hyper"
+
+OPERATORS: dict[str, str] = {
+    "lookup": (
+        f"(Tensor[] blocks, {_TABLES}, Tensor[] masks, {_BAGS}, int bounds_check, bool sparse_grad)"
+        " -> Tensor"
+    ),
+    "lookup_backward": (
+        f"(Tensor grad, Tensor[] blocks, {_TABLES}, {_BAGS}, bool weight_grad, bool mask_grad,"
+        " bool psw_grad)"
+        " -> (Tensor[] rows, Tensor[] grads, Tensor mask_grads, Tensor psw_grad)"
+    ),
+    "lookup_update_": (
+        f"(Tensor(a!)[] blocks, {_TABLES}, Tensor grad, {_BAGS}, bool mask_grad, bool psw_grad,"
+        f" bool groups_sorted, {_STEP}) -> (Tensor mask_grads, Tensor psw_grad)"
+    ),
+    "apply_": f"(Tensor(a!)[] blocks, Tensor[] rows, Tensor[] grads, {_STEP}) -> ()",
+}
+"""The operators that a backend implements, with their schemas."""
+
 LIBRARY = torch.library.Library("amtl", "DEF")
 
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in {**SCHEMAS, **OPERATORS}.items():
     LIBRARY.define(_name + _schema)
 for _name in LOOKUPS:
     LIBRARY.define(_name + "_densegrad" + SCHEMAS[_name])

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from amtl_kernels import _schema, reference, reference_tables
+from amtl_kernels import _schema, reference, reference_lists, reference_tables
 from amtl_kernels._version import __version__
 
 Implementations = dict[str, Callable[..., object]]
@@ -89,7 +89,7 @@ def set_backend(name: str | None) -> None:
             raise ValueError(f"unknown backend {name!r}; known: {known}")
         implementations = _backends[name].load()
         keys = _backends[name].dispatch_keys
-        unknown = implementations.keys() - _schema.SCHEMAS.keys()
+        unknown = implementations.keys() - _schema.SCHEMAS.keys() - _schema.OPERATORS.keys()
         if unknown:
             raise ValueError(f"backend {name!r} implements unknown operators: {sorted(unknown)}")
     for library in _state.overrides:
@@ -188,7 +188,11 @@ def _triton_implementation(op: str) -> Callable[..., object]:
     return implementations.get(op, _REFERENCE[op])
 
 
-_REFERENCE: Implementations = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
+_REFERENCE: Implementations = {
+    **reference.IMPLEMENTATIONS,
+    **reference_tables.IMPLEMENTATIONS,
+    **reference_lists.IMPLEMENTATIONS,
+}
 _AUTOMATIC = torch.library.Library("amtl", "IMPL")
 
 

@@ -9,14 +9,17 @@ cannot hide in a tolerance. Only means that leave out padding divide by other nu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference
+from amtl_kernels import reference, reference_lists
+
+FORMS = ("masked", "adaptive", "tiered")
+"""Tables with a size of every row, with sizes of groups, in tiers."""
 
 DIMS = (1, 3, 8, 16, 17, 40, 64, 129, 300)
 
@@ -171,6 +174,164 @@ class Inputs:
             (self.grad_flat, *tiers, i, None, None, c.dim, *flat, True, False),
         )
 
+    def call(self, form: str, pooled: bool) -> Call:
+        """The arguments of the four operators, of one of ``FORMS``."""
+        return Call(
+            tables=self.tables(form),
+            masks=[self.group_mask] if form == "adaptive" else [],
+            bags={
+                "indices": self.indices if pooled else self.indices.reshape(1, -1),
+                "offsets": self.offsets if pooled else None,
+                "per_sample_weights": self.per_sample_weights if pooled else None,
+                "pooling": int(self.case.mean and pooled),
+                "padding_idx": [self.padding_idx],
+                "include_last_offset": self.include_last_offset and pooled,
+            },
+            grad=self.grad_bags if pooled else self.grad_flat,
+            groups_sorted=self.case.sorted_groups,
+        )
+
+    def tables(self, form: str) -> dict[str, Any]:
+        """The arguments that describe a table, as those of a call with one."""
+        arguments: dict[str, Any] = {
+            "blocks": [self.weight],
+            "block_counts": [1],
+            "dims": [],
+            "sizes": [],
+            "row_groups": [],
+            "seed": 0,
+        }
+        if form == "masked":
+            return arguments | {"sizes": [self.row_dims]}
+        if form == "adaptive":
+            groups = {"sizes": [self.group_dims], "row_groups": [self.row_group]}
+            return arguments | groups | {"seed": self.case.hash_seed}
+        blocks = list(self.blocks)
+        return arguments | {
+            "blocks": blocks,
+            "block_counts": [len(blocks)],
+            "dims": [self.case.dim],
+        }
+
+
+@dataclass
+class Call:
+    """The arguments of the four operators, by the names of their schemas."""
+
+    tables: dict[str, Any]
+    masks: list[Tensor]
+    bags: dict[str, Any]
+    grad: Tensor
+    groups_sorted: bool
+
+    @property
+    def has_masks(self) -> bool:
+        return bool(self.tables["row_groups"])
+
+    @property
+    def has_weights(self) -> bool:
+        return self.bags["per_sample_weights"] is not None
+
+    def lookup(self, bounds_check: int = 1, sparse_grad: bool = True) -> dict[str, Any]:
+        """Arguments of ``lookup``."""
+        options = {"bounds_check": bounds_check, "sparse_grad": sparse_grad}
+        return {**self.tables, "masks": self.masks, **self.bags, **options}
+
+    def backward(self, weight_grad: bool = True, mask_grad: bool = True) -> dict[str, Any]:
+        """Arguments of ``lookup_backward``."""
+        wants = {
+            "weight_grad": weight_grad,
+            "mask_grad": mask_grad and self.has_masks,
+            "psw_grad": self.has_weights,
+        }
+        return {"grad": self.grad, **self.tables, **self.bags, **wants}
+
+    def update(self, optimizer: int, stochastic: bool = False) -> dict[str, Any]:
+        """Arguments of ``lookup_update_``, with blocks and states of its own."""
+        return {
+            **self.tables,
+            "grad": self.grad,
+            **self.bags,
+            "mask_grad": self.has_masks,
+            "psw_grad": self.has_weights,
+            "groups_sorted": self.groups_sorted,
+            **self._step(optimizer, stochastic),
+        }
+
+    def apply(
+        self, rows: list[Tensor], grads: list[Tensor], optimizer: int, stochastic: bool = False
+    ) -> dict[str, Any]:
+        """Arguments of ``apply_``, with blocks and states of its own."""
+        return {"rows": rows, "grads": grads, **self._step(optimizer, stochastic)}
+
+    def _step(self, optimizer: int, stochastic: bool) -> dict[str, Any]:
+        blocks = [block.clone() for block in self.tables["blocks"]]
+        state = []
+        for block in blocks:
+            shape = block.shape[:1] if optimizer == reference.ROWWISE_ADAGRAD else block.shape
+            for moment in range((0, 1, 1, 2)[optimizer]):
+                value = torch.full(shape, 0.5 + moment, device=block.device)
+                state.append(value.double() if block.dtype == torch.float64 else value)
+        hyper = [0.125, 1e-3, 0.25, 0.875, 0.75, 3.0, *([1.0] if stochastic else [])]
+        return {"blocks": blocks, "state": state, "optimizer": optimizer, "hyper": hyper}
+
+
+def in_order(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of an operator in the order of its schema."""
+    schema = getattr(torch.ops.amtl, op).default._schema
+    assert arguments.keys() == {argument.name for argument in schema.arguments}
+    return tuple(arguments[argument.name] for argument in schema.arguments)
+
+
+def several(case: Case, count: int, **options: Any) -> list[Inputs]:
+    """Inputs of tables that one call takes together: of other sizes, with as many bags."""
+    tables = []
+    for t in range(count):
+        mine = replace(
+            case,
+            seed=case.seed + t,
+            rows=case.rows + 3 * t,
+            dim=(case.dim, case.dim + 5, 1)[t % 3],
+            groups=case.groups + t,
+            columns=(case.columns + t) % 8,
+            padding=("none", case.padding)[t % 2],
+            include_last_offset=True,
+        )
+        tables.append(build(mine, **options))
+    return tables
+
+
+def join(form: str, tables: list[Inputs]) -> Call:
+    """Pooled lookups in several tables at once; those past the last bag of the last stay there."""
+    bags = min(table.offsets.numel() for table in tables) - 1
+    indices, weights, begins, start = [], [], [], 0
+    for t, table in enumerate(tables):
+        end = int(table.offsets[bags]) if t + 1 < len(tables) else table.indices.numel()
+        indices.append(table.indices[:end])
+        if table.per_sample_weights is not None:
+            weights.append(table.per_sample_weights[:end])
+        begins.append(table.offsets[: bags + (t + 1 == len(tables))] + start)
+        start += end
+    calls = [table.call(form, True) for table in tables]
+    arguments = {
+        name: [value for call in calls for value in call.tables[name]]
+        for name in ("blocks", "block_counts", "dims", "sizes", "row_groups")
+    }
+    return Call(
+        tables={**arguments, "seed": calls[0].tables["seed"]},
+        masks=[mask for call in calls for mask in call.masks],
+        bags={
+            "indices": torch.cat(indices),
+            "offsets": torch.cat(begins),
+            "per_sample_weights": torch.cat(weights) if weights else None,
+            "pooling": calls[0].bags["pooling"],
+            "padding_idx": [table.padding_idx for table in tables],
+            "include_last_offset": True,
+        },
+        grad=torch.cat([table.grad_bags[:bags] for table in tables], 1),
+        groups_sorted=all(call.groups_sorted for call in calls),
+    )
+
 
 def draw_indices(case: Case, generator: torch.Generator) -> Tensor:
     if case.pattern == "one row":
@@ -284,4 +445,5 @@ def assert_agrees(got: Any, want: Any, case: Case, what: str) -> None:
 
 def expected(op: str, arguments: tuple[Any, ...]) -> Any:
     """The reference's answer, computed in float64."""
-    return reference.IMPLEMENTATIONS[op](*wide(arguments))
+    every = {**reference.IMPLEMENTATIONS, **reference_lists.IMPLEMENTATIONS}
+    return every[op](*wide(arguments))
