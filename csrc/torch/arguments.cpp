@@ -104,9 +104,8 @@ void CheckTables(Tables& tables) {
   }
   Ints dims;
   for (size_t t = 0; t < count; ++t) {
-    Named(tables, t, [&] {
-      dims.push_back(tables.sized() ? CheckSized(tables, t) : CheckTiers(tables, t));
-    });
+    Named(tables, t,
+          [&] { dims.push_back(tables.sized() ? CheckSized(tables, t) : CheckTiers(tables, t)); });
     Check(tables.blocks[tables.first[t]].scalar_type() == tables.like().scalar_type(),
           "tables differ in type");
     int64_t rows = 0;
@@ -165,6 +164,23 @@ void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad) {
   Check(typed, "the gradient must have the type of the table");
   Check(grad.dim() >= 1 && grad.size(grad.dim() - 1) == width && grad.numel() == rows * width,
         "the gradient must be [", rows, ", ", width, "]");
+}
+
+void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads) {
+  Check(!blocks.empty() && rows.size() == blocks.size() && grads.size() == blocks.size(),
+        "rows and gradients of every block are needed");
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    const Tensor& block = blocks[c];
+    CheckWeight(block);
+    CheckLike(block, "a block", blocks[0]);
+    Check(rows[c].scalar_type() == ScalarType::Long && rows[c].dim() == 1,
+          "rows must be int64 [U]");
+    Check(grads[c].scalar_type() == block.scalar_type() && grads[c].dim() == 2 &&
+              grads[c].size(0) == rows[c].size(0) && grads[c].size(1) == block.size(1),
+          "grads must be [", rows[c].size(0), ", ", block.size(1), "] in the type of the table");
+    CheckLike(rows[c], "rows", block);
+    CheckLike(grads[c], "grads", block);
+  }
 }
 
 std::vector<int64_t> OutputShape(const Tables& tables, const Bags& bags) {

@@ -16,10 +16,10 @@ using Ints = std::vector<int64_t>;
 
 // T tables, each a list of blocks of rows of equal width.
 struct Tables {
-  Tensors blocks;      // [n_c, w_c], table after table
-  Ints block_counts;   // [T]
-  Ints dims;           // [T] widths of the output; empty: the widest block's, until they are checked
-  Tensors sizes;       // empty: rows keep their block's width; T times [N_t], or [G_t] or [G_t, Q_t]
+  Tensors blocks;     // [n_c, w_c], table after table
+  Ints block_counts;  // [T]
+  Ints dims;          // [T] widths of the output; empty: the widest block's, until they are checked
+  Tensors sizes;      // empty: rows keep their block's width; T times [N_t], or [G_t] or [G_t, Q_t]
   Tensors row_groups;  // empty, or T times int32 [N_t]
   int64_t seed = 0;
 
@@ -53,6 +53,8 @@ struct Bags {
 void CheckTables(Tables& tables);
 void CheckBags(const Tables& tables, Bags& bags);
 void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad);
+// Of every block, its rows that have a gradient, and the gradients.
+void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads);
 
 // [.., D] of a plain lookup, [B, sum of the widths] of bags.
 std::vector<int64_t> OutputShape(const Tables& tables, const Bags& bags);
@@ -125,8 +127,9 @@ struct Boxed<kFunction> {
   }
   template <class... Values>
   static void Put(StableIValue* stack, const std::tuple<Values...>& values) {
-    std::apply([&](const auto&... value) { ((*stack++ = torch::stable::detail::from(value)), ...); },
-               values);
+    std::apply(
+        [&](const auto&... value) { ((*stack++ = torch::stable::detail::from(value)), ...); },
+        values);
   }
 };
 

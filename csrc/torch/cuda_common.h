@@ -3,9 +3,7 @@
 // Needs no CUDA header of PyTorch, so that one module imports with and without CUDA builds of it.
 #pragma once
 
-#include <array>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "cuda/launchers.h"

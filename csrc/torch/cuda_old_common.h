@@ -1,6 +1,9 @@
 // Will be deleted with the operators of before.
 #pragma once
 
+#include <array>
+#include <optional>
+
 #include "torch/cuda_common.h"
 
 namespace amtl::old {

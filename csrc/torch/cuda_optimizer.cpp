@@ -1,4 +1,4 @@
-// Optimizer updates on (rows, grads) on CUDA.
+// Optimizers on CUDA: their arguments, and steps on rows from their gradients.
 #include "torch/cuda_optimizer.h"
 
 #include <cmath>
@@ -52,8 +52,7 @@ void* StateData(const Tensor& state, const Tensor& table, const char* name, Upda
   return state.mutable_data_ptr();
 }
 
-void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t first,
-               Update& update) {
+void SetStates(const Tensor& table, const Tensors& state, size_t first, Update& update) {
   const size_t count = StatesPerTable(update.rule);
   if (count > 0) update.first = StateData(state[first], table, "state", update);
   if (count > 1) {
@@ -63,8 +62,7 @@ void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t fir
   }
 }
 
-void SetCounter(const std::vector<Tensor>& state, const std::vector<Tensor>& tables,
-                Update& update) {
+void SetCounter(const Tensors& state, const Tensors& tables, Update& update) {
   const size_t states = StatesPerTable(update.rule) * tables.size();
   Check(state.size() == states || state.size() == states + 1, "this optimizer has ", states,
         " state tensors, and at most a step counter after them");
@@ -87,6 +85,29 @@ void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& upd
                                static_cast<const int64_t*>(rows.const_data_ptr()),
                                grads.const_data_ptr(), rows.size(0), context.stream()),
             "an optimizer step");
+}
+
+namespace {
+
+void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, const Tensors& state,
+           int64_t optimizer, const std::vector<double>& hyper) {
+  Update update = MakeUpdate(optimizer, hyper);
+  const size_t per_block = StatesPerTable(update.rule);
+  CheckRows(blocks, rows, grads);
+  SetCounter(state, blocks, update);
+  // Everything is checked before anything changes.
+  for (size_t c = 0; c < blocks.size(); ++c) SetStates(blocks[c], state, c * per_block, update);
+  const CudaContext context(blocks[0]);
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    SetStates(blocks[c], state, c * per_block, update);
+    ApplyTo(context, blocks[c], update, rows[c], grads[c]);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
+  m.impl("apply_", AMTL_BOX(&Apply));
 }
 
 }  // namespace amtl

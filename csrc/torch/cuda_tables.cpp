@@ -1,0 +1,148 @@
+#include "torch/cuda_tables.h"
+
+#include <algorithm>
+
+#include "kernels/hash.h"
+
+namespace amtl {
+
+namespace {
+
+bool IsByte(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Byte; }
+
+int32_t Columns(const Tensor& group_dims) {
+  return group_dims.dim() == 2 ? static_cast<int32_t>(group_dims.size(1)) : 1;
+}
+
+std::pair<Tables, Bags> Checked(Tables tables, Bags bags) {
+  CheckTables(tables);
+  CheckBags(tables, bags);
+  return {std::move(tables), std::move(bags)};
+}
+
+}  // namespace
+
+CudaTables::CudaTables(Tables given, Bags looked_up)
+    : CudaTables(Checked(std::move(given), std::move(looked_up))) {}
+
+CudaTables::CudaTables(std::pair<Tables, Bags> checked)
+    : tables(std::move(checked.first)),
+      bags(std::move(checked.second)),
+      type(DTypeOf(tables.like())),
+      width(tables.width()) {
+  for (size_t t = 0; t < tables.count(); ++t) {
+    dim = std::max(dim, static_cast<int>(tables.dims[t]));
+    groups += tables.groups(t);
+  }
+  SetLookups();
+  if (tables.count() > 1 || tables.blocks.size() > kMaxInlineTiers) {
+    SetPacked();
+  } else if (tables.sized()) {
+    SetDense();
+  } else {
+    SetInline();
+  }
+}
+
+void CudaTables::SetLookups() {
+  lookups.indices = bags.indices.const_data_ptr();
+  lookups.wide = bags.indices.scalar_type() == ScalarType::Long;
+  lookups.count = bags.indices.numel();
+  lookups.padding = bags.padding_idx[0];
+  if (!bags.offsets) return;
+  lookups.wide_offsets = bags.offsets->scalar_type() == ScalarType::Long;
+  lookups.bags = static_cast<int64_t>(tables.count()) * bags.batch;
+  // An empty tensor has no memory to point to; any pointer says that bags are asked for.
+  lookups.offsets = bags.offsets->numel() > 0 ? bags.offsets->const_data_ptr() : this;
+  lookups.last_offset = bags.include_last_offset;
+  lookups.mean = bags.pooling == 1;
+  if (bags.per_sample_weights) lookups.sample_weights = bags.per_sample_weights->const_data_ptr();
+}
+
+void CudaTables::SetDense() {
+  encoding_ = Encoding::kDense;
+  const Tensor& sizes = tables.sizes[0];
+  dense_.weight = const_cast<void*>(like().const_data_ptr());
+  dense_.rows = tables.rows[0];
+  dense_.dim = dim;
+  dense_.narrow_dims = IsByte(sizes);
+  if (!tables.grouped()) {
+    dense_.row_dims = sizes.const_data_ptr();
+    return;
+  }
+  dense_.row_group = tables.row_groups[0].const_data_ptr<int32_t>();
+  dense_.group_dims = sizes.const_data_ptr();
+  dense_.columns = Columns(sizes);
+  dense_.groups = groups;
+  dense_.seed_term = SeedTerm(tables.seed);
+}
+
+void CudaTables::SetInline() {
+  encoding_ = Encoding::kInline;
+  tiered_.dim = dim;
+  tiered_.tiers = static_cast<int>(tables.blocks.size());
+  for (size_t c = 0; c < tables.blocks.size(); ++c) {
+    const Tensor& block = tables.blocks[c];
+    tiered_.end[c] = tiered_.rows += block.size(0);
+    tiered_.width[c] = static_cast<int32_t>(block.size(1));
+    tiered_.base[c] = AddressOf(block);
+  }
+}
+
+void CudaTables::SetPacked() {
+  encoding_ = Encoding::kPacked;
+  list_.type = type;
+  list_.dense = tables.sized();
+  list_.batch = bags.batch;
+  list_.groups = groups;
+  if (tables.grouped()) list_.seed_term = SeedTerm(tables.seed);
+  int64_t first_group = 0;
+  for (size_t t = 0; t < tables.count(); ++t) {
+    cuda::OneTable one;
+    one.blocks = static_cast<int32_t>(tables.block_counts[t]);
+    one.dim = static_cast<int32_t>(tables.dims[t]);
+    one.padding = bags.padding_idx[t];
+    list_.tables.push_back(one);
+    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
+      cuda::TableBlock block;
+      block.rows = tables.blocks[c].size(0);
+      block.width = static_cast<int32_t>(tables.blocks[c].size(1));
+      block.address = AddressOf(tables.blocks[c]);
+      list_.blocks.push_back(block);
+    }
+    if (!tables.sized()) continue;
+    DenseBlock& dense = list_.blocks.back().dense;
+    dense.narrow = IsByte(tables.sizes[t]);
+    if (!tables.grouped()) {
+      dense.row_dims = AddressOf(tables.sizes[t]);
+      continue;
+    }
+    dense.row_group = AddressOf(tables.row_groups[t]);
+    dense.group_dims = AddressOf(tables.sizes[t]);
+    dense.columns = Columns(tables.sizes[t]);
+    dense.first_group = first_group;
+    dense.groups = tables.groups(t);
+    first_group += dense.groups;
+  }
+}
+
+void CudaTables::PlaceState(size_t c, Update& update) {
+  if (encoding_ == Encoding::kInline) {
+    update.tier_first[c] = reinterpret_cast<uint64_t>(update.first);
+    update.tier_second[c] = reinterpret_cast<uint64_t>(update.second);
+  } else if (encoding_ == Encoding::kPacked) {
+    list_.blocks[c].first = reinterpret_cast<uint64_t>(update.first);
+    list_.blocks[c].second = reinterpret_cast<uint64_t>(update.second);
+  }
+}
+
+void CudaTables::Upload(const CudaContext& context, Update* update) {
+  if (!is_packed()) return;
+  const auto bytes = static_cast<int64_t>(cuda::packed_bytes(list_));
+  memory_ = NewTensor(like(), {(bytes + 7) / 8}, ScalarType::Long);
+  CheckCuda(cuda::pack_tables(list_, memory_.mutable_data_ptr(), tiered_, lookups, update,
+                              context.stream()),
+            "the upload of the tables' addresses");
+}
+
+}  // namespace amtl
