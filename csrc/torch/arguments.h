@@ -1,8 +1,10 @@
-// The arguments that the operators share, in the order of the schemas, and the checks of what the
-// host can see of them, on every device in the same words.
+// The arguments that all operators share, in groups as amtl_kernels/_schema.py has them, and the
+// checks of what a device need not look at memory for.
 #pragma once
 
-#include <exception>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "torch/common.h"
@@ -12,71 +14,126 @@ namespace amtl {
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// A call's tables: amtl_kernels/_schema.py says what the lists hold.
+// T tables, each a list of blocks of rows of equal width.
 struct Tables {
-  const Tensors& blocks;
-  const Ints& block_counts;
-  const Ints& dims;
-  const Tensors& sizes;
-  const Tensors& row_groups;
-  int64_t seed;
+  Tensors blocks;     // [n_c, w_c], table after table
+  Ints block_counts;  // [T]
+  Ints dims;          // [T] widths of the output; empty: the widest block's, until they are checked
+  Tensors sizes;      // empty: rows keep their block's width; T times [N_t], or [G_t] or [G_t, Q_t]
+  Tensors row_groups;  // empty, or T times int32 [N_t]
+  int64_t seed = 0;
+
+  // Of each table, known once they are checked: its rows, and the number of its first block. One
+  // more at the end of `first`.
+  Ints rows;
+  std::vector<size_t> first;
+
+  size_t count() const { return block_counts.size(); }
+  bool sized() const { return !sizes.empty(); }
+  bool grouped() const { return !row_groups.empty(); }
+  int64_t groups(size_t t) const { return grouped() ? sizes[t].size(0) : 0; }
+  const Tensor& like() const { return blocks[0]; }
+  int64_t width() const;       // of the output, over all tables
+  int64_t mask_count() const;  // values of the mask gradients, over all tables
 };
 
+// What is looked up in them.
 struct Bags {
-  const Tensor& indices;
-  const OptionalTensor& offsets;
-  const OptionalTensor& per_sample_weights;
-  int64_t pooling;
-  const Ints& padding_idx;
-  bool include_last_offset;
+  Tensor indices;
+  OptionalTensor offsets;  // none: every index has a row of the output to itself
+  OptionalTensor per_sample_weights;
+  int64_t pooling = 0;  // 0 sum, 1 mean
+  Ints padding_idx;     // [T], -1: none
+  bool include_last_offset = false;
+
+  int64_t batch = 0;  // bags of each table, known once they are checked
 };
 
-// One table, checked. With sizes it has one block, as wide as its output.
-struct OneTable {
-  size_t first_block;
-  size_t blocks;
-  int64_t rows;
-  int64_t dim;
-  const Tensor* sizes = nullptr;  // of rows or of groups
-  const Tensor* row_group = nullptr;
-  int64_t groups = 0;
-  int64_t columns = 1;  // of sizes
+// Throw std::invalid_argument, with the table's number in front where there are several.
+void CheckTables(Tables& tables);
+void CheckBags(const Tables& tables, Bags& bags);
+void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad);
+// Of every block, its rows that have a gradient, and the gradients.
+void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads);
+
+// [.., D] of a plain lookup, [B, sum of the widths] of bags.
+std::vector<int64_t> OutputShape(const Tables& tables, const Bags& bags);
+
+// Calls f(); if there are several tables, errors name table t.
+template <class F>
+void Named(const Tables& tables, size_t t, F&& f) {
+  if (tables.count() == 1) return f();
+  const std::string name = "table " + std::to_string(t) + ": ";
+  try {
+    f();
+  } catch (const std::out_of_range& error) {
+    throw std::out_of_range(name + error.what());
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(name + error.what());
+  }
+}
+
+// Says that an index was clamped, through PyTorch, which native code has no stable way to warn by.
+void WarnClamped(int64_t value, int64_t position, int64_t rows);
+
+// --- Registration --------------------------------------------------------------------------------
+
+// How a parameter of an operator's function is made of the values of a call.
+template <class T>
+struct Unbox {
+  static constexpr size_t kValues = 1;
+  static T From(StableIValue* values) { return torch::stable::detail::to<T>(values[0]); }
 };
 
-// The most blocks of one table.
-constexpr size_t kMaxBlocks = 1024;
+template <>
+struct Unbox<Tables> {
+  static constexpr size_t kValues = 6;
+  static Tables From(StableIValue* values);
+};
 
-// Rethrows an error with the table's number in front.
-[[noreturn]] void ThrowNamed(std::exception_ptr error, size_t table);
+template <>
+struct Unbox<Bags> {
+  static constexpr size_t kValues = 6;
+  static Bags From(StableIValue* values);
+};
 
-// A call's tables and bags, checked. What lies in memory of the device, indices, offsets and sizes,
-// is not looked at.
-struct Call {
-  Tables tables;
-  Bags bags;
-  std::vector<OneTable> every;
-  int64_t width = 0;      // of the output
-  int64_t bag_count = 0;  // of each table; without offsets the lookups
+template <auto kFunction>
+struct Boxed;
 
-  Call(const Tables& tables, const Bags& bags);
-
-  size_t count() const { return every.size(); }
-  const Tensor& like() const { return tables.blocks[0]; }
-  bool pooled() const { return bags.offsets.has_value(); }
-  bool dense() const { return !tables.sizes.empty(); }
-  // [.., width] of a forward.
-  Ints OutputShape() const;
-  // Of a backward or an update.
-  void CheckGrad(const Tensor& grad, bool mask_grad, bool psw_grad) const;
+template <class Result, class... Parameters, Result (*kFunction)(Parameters...)>
+struct Boxed<kFunction> {
+  static void Call(StableIValue* stack, uint64_t arguments, uint64_t /*results*/) {
+    constexpr size_t kArguments = (Unbox<std::decay_t<Parameters>>::kValues + ...);
+    Check(arguments == kArguments, "the schema has ", arguments, " arguments, the kernel takes ",
+          kArguments);
+    StableIValue* next = stack;
+    const auto take = [&](auto unbox) {
+      StableIValue* const values = std::exchange(next, next + unbox.kValues);
+      return unbox.From(values);
+    };
+    // Braces: from left to right.
+    std::tuple<std::decay_t<Parameters>...> given{take(Unbox<std::decay_t<Parameters>>{})...};
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(kFunction, std::move(given));
+    } else {
+      Put(stack, std::apply(kFunction, std::move(given)));
+    }
+  }
 
  private:
-  void AddTable(size_t first_block, size_t t);
-  void AddSizes(OneTable& table, size_t t) const;
-  void CheckBags();
+  template <class Value>
+  static void Put(StableIValue* stack, const Value& value) {
+    stack[0] = torch::stable::detail::from(value);
+  }
+  template <class... Values>
+  static void Put(StableIValue* stack, const std::tuple<Values...>& values) {
+    std::apply(
+        [&](const auto&... value) { ((*stack++ = torch::stable::detail::from(value)), ...); },
+        values);
+  }
 };
 
-// Of an update on rows and their gradients.
-void CheckRows(const Tensor& block, const Tensor& rows, const Tensor& grads);
-void CheckRowLists(const Tensors& blocks, const Tensors& rows, const Tensors& grads);
+// As TORCH_BOX, for functions that take Tables and Bags.
+#define AMTL_BOX(function) (&::amtl::Boxed<(function)>::Call)
 
 }  // namespace amtl

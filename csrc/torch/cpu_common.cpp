@@ -1,7 +1,5 @@
 #include "torch/cpu_common.h"
 
-#include <array>
-
 namespace amtl {
 
 namespace {
@@ -11,36 +9,34 @@ alignas(64) constexpr char kNoColumns[64] = {};
 
 }  // namespace
 
-static_assert(kMaxBlocks == cpu::kMaxTiers);
-
-void CpuLookup::Describe(const Call& call, size_t t) {
-  const OneTable& one = call.every[t];
-  const Tensor& indices = call.bags.indices;
-  const Tensor* blocks = &call.tables.blocks[one.first_block];
+void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
+  const Tensor& indices = lookups.indices;
+  const Tensor* blocks = &tables.blocks[tables.first[t]];
   table.type = FloatTypeOf(blocks[0]);
   table.indices = indices.const_data_ptr();
   table.index_type = IndexTypeOf(indices);
   table.lookups = indices.numel();
-  table.padding_idx = call.bags.padding_idx[t];
-  table.rows = one.rows;
-  table.dim = one.dim;
+  table.padding_idx = lookups.padding_idx[t];
+  table.rows = tables.rows[t];
+  table.dim = tables.dims[t];
   cpu::SizeTable& sizes = table.sizes;
-  if (one.sizes != nullptr) {
+  if (tables.sized()) {
+    const Tensor& dims = tables.sizes[t];
     table.weight = static_cast<const char*>(blocks[0].const_data_ptr());
-    sizes.type = one.sizes->scalar_type() == ScalarType::Byte ? cpu::SizeType::kUInt8
-                                                              : cpu::SizeType::kInt32;
-    sizes.dims = one.sizes->const_data_ptr();
-    sizes.columns = one.columns;
+    sizes.type =
+        dims.scalar_type() == ScalarType::Byte ? cpu::SizeType::kUInt8 : cpu::SizeType::kInt32;
+    sizes.dims = dims.const_data_ptr();
+    sizes.columns = dims.dim() == 2 ? dims.size(1) : 1;
     sizes.kind = cpu::SizeTable::Kind::kRows;
-    if (one.row_group == nullptr) return;
+    if (!tables.grouped()) return;
     sizes.kind = cpu::SizeTable::Kind::kGroups;
-    sizes.row_group = one.row_group->const_data_ptr<int32_t>();
-    sizes.groups = one.groups;
-    sizes.mixed_seed = cpu::MixSeed(call.tables.seed);
+    sizes.row_group = tables.row_groups[t].const_data_ptr<int32_t>();
+    sizes.groups = dims.size(0);
+    sizes.mixed_seed = cpu::MixSeed(tables.seed);
     return;
   }
   int64_t start = 0;
-  for (size_t c = 0; c < one.blocks; ++c) {
+  for (int64_t c = 0; c < tables.block_counts[t]; ++c) {
     const Tensor& block = blocks[c];
     const int64_t before = start * block.size(1) * cpu::BytesOf(table.type);
     const void* data = block.size(1) > 0 ? block.const_data_ptr() : kNoColumns;
@@ -52,7 +48,7 @@ void CpuLookup::Describe(const Call& call, size_t t) {
   sizes.tier_ends = ends.data();
   sizes.tier_widths = widths.data();
   sizes.origins = origins.data();
-  sizes.tiers = static_cast<int64_t>(one.blocks);
+  sizes.tiers = tables.block_counts[t];
 }
 
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,
@@ -65,11 +61,7 @@ bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t 
 void WarnClamped(const CpuLookup& lookup) {
   int64_t value = 0;
   const int64_t position = cpu::FindBadIndex(lookup.table, &value);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(value),
-                                    torch::stable::detail::from(position),
-                                    torch::stable::detail::from(lookup.table.rows)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("amtl::_warn_clamped", "", stack.data(), TORCH_ABI_VERSION));
+  WarnClamped(value, position, lookup.table.rows);
 }
 
 }  // namespace amtl

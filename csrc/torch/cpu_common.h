@@ -47,7 +47,7 @@ struct CpuLookup {
   CpuLookup& operator=(const CpuLookup&) = delete;
 
   // Table t of a call; bags are left to the caller.
-  void Describe(const Call& call, size_t t);
+  void Describe(const Tables& tables, const Bags& lookups, size_t t);
 };
 
 // Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step, and maybe
@@ -88,16 +88,11 @@ struct CpuOptimizer {
     CheckRounding(values.size() > 6 && values[6] != 0, tables[0]);
   }
 
-  cpu::TableSlice Slice(const Tensor& weight, size_t table) const {
+  void SetState(const Tensor& weight, size_t block, cpu::TableSlice* slice) const {
     const size_t count = static_cast<size_t>(StateCount(update));
-    cpu::TableSlice slice{};
-    slice.weight = weight.mutable_data_ptr();
-    slice.width = static_cast<int32_t>(weight.size(1));
-    slice.end_row = weight.size(0);
     const bool row_wise = update == cpu::Update::kRowWiseAdagrad;
-    if (count > 0) slice.state1 = StateData(state[table * count], weight, "state", row_wise);
-    if (count > 1) slice.state2 = StateData(state[table * count + 1], weight, "state", row_wise);
-    return slice;
+    if (count > 0) slice->state1 = StateData(state[block * count], weight, "state", row_wise);
+    if (count > 1) slice->state2 = StateData(state[block * count + 1], weight, "state", row_wise);
   }
 };
 

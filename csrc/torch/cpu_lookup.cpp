@@ -35,31 +35,26 @@ Executor SerialExecutor() {
 // A call's tables and their lookups, as the kernels take them.
 class TableBatch {
  public:
-  TableBatch(const Tables& tables, const Bags& bags)
-      : call_(tables, bags), bags_(call_.bags), lookups_(call_.count()) {
+  TableBatch(Tables& tables, Bags& bags) : tables_(tables), bags_(bags), lookups_(tables.count()) {
+    CheckTables(tables);
+    CheckBags(tables, bags);
     for (size_t t = 0; t < this->tables(); ++t) {
-      lookups_[t].Describe(call_, t);
+      lookups_[t].Describe(tables_, bags_, t);
       columns_.push_back(t == 0 ? 0 : columns_[t - 1] + lookups_[t - 1].table.dim);
     }
     if (this->tables() == 1) {
       TakeBags();
       return;
     }
-    begins_.resize(this->tables() * (call_.bag_count + 1));
+    begins_.resize(this->tables() * (bags_.batch + 1));
     Check(OffsetAt(0) == 0, "offsets must start at 0, but offsets[0] is ", OffsetAt(0));
     for (size_t t = 0; t < this->tables(); ++t) Cut(t);
     PlanTasks();
   }
 
-  const Call& call() const { return call_; }
   size_t tables() const { return lookups_.size(); }
   const CpuLookup& operator[](size_t t) const { return lookups_[t]; }
-  int64_t width() const { return call_.width; }
-  Tensor NewOutput() const { return torch::stable::new_empty(call_.like(), call_.OutputShape()); }
-  // The first block of a table and that after its last.
-  size_t FirstBlock(size_t t) const {
-    return t == tables() ? call_.tables.blocks.size() : call_.every[t].first_block;
-  }
+  int64_t width() const { return columns_.back() + lookups_.back().table.dim; }
   // A table's columns of an output or a gradient.
   char* Columns(void* data, size_t t) const {
     return static_cast<char*>(data) + columns_[t] * cpu::BytesOf(lookups_[0].table.type);
@@ -96,14 +91,14 @@ class TableBatch {
       work(0, 1);
     }
     for (size_t t = 0; t < errors.size(); ++t) {
-      if (errors[t]) ThrowNamed(errors[t], t);
+      if (errors[t]) Named(tables_, t, [&] { std::rethrow_exception(errors[t]); });
     }
   }
 
   // [L], or [0] if it is not wanted.
   Tensor NewWeightsGrad(bool wanted) const {
     const int64_t count = wanted ? bags_.indices.numel() : 0;
-    const Tensor out = torch::stable::new_empty(call_.like(), {count});
+    const Tensor out = torch::stable::new_empty(tables_.like(), {count});
     if (wanted && tables() > 1) {
       char* data = static_cast<char*>(out.mutable_data_ptr());
       const int64_t bytes = cpu::BytesOf(lookups_[0].table.type);
@@ -113,9 +108,8 @@ class TableBatch {
   }
   void WeightsGrad(const Executor& executor, size_t t, const Tensor& grad,
                    const Tensor& out) const {
-    if (out.numel() == 0) return;
     const cpu::LookupTable& table = lookups_[t].table;
-    const int64_t first = t == 0 ? 0 : OffsetAt(static_cast<int64_t>(t) * call_.bag_count);
+    const int64_t first = t == 0 ? 0 : OffsetAt(static_cast<int64_t>(t) * bags_.batch);
     cpu::PerSampleWeightGrad(
         executor, table, lookups_[t].bags, Columns(grad, t), width(),
         static_cast<char*>(out.mutable_data_ptr()) + first * cpu::BytesOf(table.type));
@@ -154,19 +148,19 @@ class TableBatch {
   template <class Offset>
   void CopyBegins(const Offset* offsets, int64_t first_bag, int64_t* begins) {
     bool falls = false;
-    for (int64_t b = 0; b <= call_.bag_count; ++b) {
+    for (int64_t b = 0; b <= bags_.batch; ++b) {
       begins[b] = offsets[first_bag + b] - static_cast<int64_t>(offsets[first_bag]);
       falls |= b > 0 && begins[b] < begins[b - 1];
     }
     if (!falls) return;
-    for (int64_t b = 1; b <= call_.bag_count; ++b) {
+    for (int64_t b = 1; b <= bags_.batch; ++b) {
       Check(begins[b] >= begins[b - 1], "offsets must not decrease, but offsets[", first_bag + b,
             "] = ", offsets[first_bag + b], " is smaller than offsets[", first_bag + b - 1,
             "] = ", offsets[first_bag + b - 1]);
     }
   }
   void Cut(size_t t) {
-    const int64_t first_bag = static_cast<int64_t>(t) * call_.bag_count;
+    const int64_t first_bag = static_cast<int64_t>(t) * bags_.batch;
     int64_t* begins = begins_.data() + first_bag + t;
     const void* data = bags_.offsets->const_data_ptr();
     if (bags_.offsets->scalar_type() == ScalarType::Int) {
@@ -175,17 +169,17 @@ class TableBatch {
       CopyBegins(static_cast<const int64_t*>(data), first_bag, begins);
     }
     const int64_t first = OffsetAt(first_bag);
-    used_ = first + begins[call_.bag_count];
+    used_ = first + begins[bags_.batch];
     Check(used_ <= bags_.indices.numel(), "offsets must end within the ", bags_.indices.numel(),
-          " indices, but offsets[", first_bag + call_.bag_count, "] is ", used_);
+          " indices, but offsets[", first_bag + bags_.batch, "] is ", used_);
     CpuLookup& lookup = lookups_[t];
     cpu::LookupTable& table = lookup.table;
-    table.lookups = begins[call_.bag_count];
+    table.lookups = begins[bags_.batch];
     table.indices = static_cast<const char*>(table.indices) +
                     first * (table.index_type == cpu::IndexType::kInt32 ? 4 : 8);
     lookup.bags.offsets = begins;
     lookup.bags.type = cpu::IndexType::kInt64;
-    lookup.bags.length = call_.bag_count + 1;
+    lookup.bags.length = bags_.batch + 1;
     lookup.bags.include_last_offset = true;
     SetPooling(lookup, first);
   }
@@ -193,7 +187,7 @@ class TableBatch {
   // The largest tables first: those beyond a thread's share run alone, the rest side by side.
   void PlanTasks() {
     const auto work = [&](size_t t) {
-      return (lookups_[t].table.lookups + call_.bag_count) * lookups_[t].table.dim;
+      return (lookups_[t].table.lookups + bags_.batch) * lookups_[t].table.dim;
     };
     int64_t left = 0;
     for (size_t t = 0; t < tables(); ++t) left += work(t);
@@ -208,7 +202,7 @@ class TableBatch {
     }
   }
 
-  const Call call_;
+  const Tables& tables_;
   const Bags& bags_;
   std::vector<CpuLookup> lookups_;
   Ints columns_, begins_;
@@ -227,152 +221,142 @@ struct Masks {
   Ints first;
   bool wanted;
 
-  Masks(const Call& call, bool mask_grad) : wanted(mask_grad) {
+  Masks(const Tables& tables, bool mask_grad) : wanted(mask_grad) {
     int64_t size = 0;
-    for (const OneTable& table : call.every) {
+    for (size_t t = 0; t < tables.count(); ++t) {
       first.push_back(size);
-      size += table.groups * table.dim;
+      size += tables.groups(t) * tables.dims[t];
     }
-    flat = torch::stable::new_zeros(call.like(), {wanted ? size : 0}, ScalarType::Float);
+    flat = torch::stable::new_zeros(tables.like(), {wanted ? size : 0}, ScalarType::Float);
   }
   float* operator[](size_t t) const {
     return wanted ? flat.mutable_data_ptr<float>() + first[t] : nullptr;
   }
 };
 
-void Walk(const TableBatch& batch, const Sorted& sorted, const Tensor& grad, const Masks& masks,
-          cpu::Update update, const cpu::Hyper& hyper, const std::vector<TableSlice>& slices) {
+// Every block as a walk takes it, without state and gradients.
+std::vector<TableSlice> SlicesOf(const Tables& tables) {
+  std::vector<TableSlice> slices(tables.blocks.size());
+  for (size_t t = 0; t < tables.count(); ++t) {
+    int64_t row = 0;
+    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
+      const Tensor& block = tables.blocks[c];
+      slices[c].weight = const_cast<void*>(block.const_data_ptr());
+      slices[c].width = static_cast<int32_t>(block.size(1));
+      slices[c].first_row = row;
+      slices[c].end_row = row += block.size(0);
+    }
+  }
+  return slices;
+}
+
+void Walk(const TableBatch& batch, const Tables& tables, const Sorted& sorted, const Tensor& grad,
+          const Masks& masks, cpu::Update update, const cpu::Hyper& hyper,
+          const std::vector<TableSlice>& slices) {
   batch.ForTables([&](const Executor&, size_t t) {
-    const size_t first = batch.FirstBlock(t);
-    sorted[t]->Walk(batch.Columns(grad, t), batch.width(), masks[t], update, hyper, &slices[first],
-                    static_cast<int64_t>(batch.FirstBlock(t + 1) - first));
+    sorted[t]->Walk(batch.Columns(grad, t), batch.width(), masks[t], update, hyper,
+                    &slices[tables.first[t]], tables.block_counts[t]);
   });
 }
 
-Tensor Lookup(const Tensors& blocks, const Ints& block_counts, const Ints& dims,
-              const Tensors& sizes, const Tensors& row_groups, int64_t seed, const Tensors& masks,
-              const Tensor& indices, const OptionalTensor& offsets,
-              const OptionalTensor& per_sample_weights, int64_t pooling, const Ints& padding_idx,
-              bool include_last_offset, int64_t bounds_check, bool sparse_grad) {
-  const TableBatch batch(
-      {blocks, block_counts, dims, sizes, row_groups, seed},
-      {indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset});
-  const Tensor out = batch.NewOutput();
-  std::vector<char> clamped(batch.tables(), false);
+Tensor Lookup(Tables tables, const Tensors& masks, Bags bags, int64_t bounds_check,
+              bool sparse_grad) {
+  const TableBatch batch(tables, bags);
+  const Tensor out = torch::stable::new_empty(tables.like(), OutputShape(tables, bags));
+  std::vector<char> clamped(tables.count(), false);
   batch.ForTables([&](const Executor& executor, size_t t) {
     clamped[t] = CpuForward(executor, batch[t], bounds_check,
                             batch.Columns(out.mutable_data_ptr(), t), batch.width());
   });
-  for (size_t t = 0; t < batch.tables(); ++t) {
+  for (size_t t = 0; t < tables.count(); ++t) {
     if (clamped[t]) WarnClamped(batch[t]);
   }
   return out;
 }
 
-std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(
-    const Tensor& grad, const Tensors& blocks, const Ints& block_counts, const Ints& dims,
-    const Tensors& sizes, const Tensors& row_groups, int64_t seed, const Tensor& indices,
-    const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, int64_t pooling,
-    const Ints& padding_idx, bool include_last_offset, bool weight_grad, bool mask_grad,
-    bool psw_grad) {
-  const TableBatch batch(
-      {blocks, block_counts, dims, sizes, row_groups, seed},
-      {indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset});
-  batch.call().CheckGrad(grad, mask_grad, psw_grad);
-  const Masks masks(batch.call(), mask_grad);
+std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(const Tensor& grad, Tables tables,
+                                                            Bags bags, bool weight_grad,
+                                                            bool mask_grad, bool psw_grad) {
+  const TableBatch batch(tables, bags);
+  CheckGrad(tables, bags, grad);
+  mask_grad = mask_grad && tables.grouped();
+  const Masks masks(tables, mask_grad);
   const Tensor psw = batch.NewWeightsGrad(psw_grad);
+  const Tensors& blocks = tables.blocks;
   Tensors rows, grads;
   // Rows of a single block are those of its table, and are written where they are returned.
   const bool in_place = weight_grad && blocks.size() == 1;
-  Sorted sorted(batch.tables());
-  std::vector<int64_t*> all_rows(batch.tables());
-  std::vector<TableSlice> slices(blocks.size());
+  std::vector<TableSlice> slices = SlicesOf(tables);
+  Sorted sorted(tables.count());
+  std::vector<int64_t*> all_rows(tables.count());
   batch.ForTables([&](const Executor& executor, size_t t) {
-    batch.WeightsGrad(executor, t, grad, psw);
+    if (psw_grad) batch.WeightsGrad(executor, t, grad, psw);
     if (!weight_grad && !mask_grad) return;
     sorted[t] = std::make_unique<SortedLookups>(executor, batch[t].table, batch[t].bags);
     if (in_place) {
-      rows.push_back(
-          torch::stable::new_empty(blocks[0], {sorted[t]->segments()}, ScalarType::Long));
+      const Ints shape{sorted[t]->segments()};
+      rows.push_back(torch::stable::new_empty(blocks[0], shape, ScalarType::Long));
       all_rows[t] = rows[0].mutable_data_ptr<int64_t>();
     } else {
       all_rows[t] = sorted[t]->ScratchRows();
     }
     sorted[t]->Describe(mask_grad, all_rows[t]);
-    int64_t row = 0;
-    for (size_t c = batch.FirstBlock(t); c < batch.FirstBlock(t + 1); ++c) {
-      TableSlice& slice = slices[c];
-      slice.weight = const_cast<void*>(blocks[c].const_data_ptr());
-      slice.first_row = row;
-      slice.end_row = row += blocks[c].size(0);
-      slice.width = static_cast<int32_t>(blocks[c].size(1));
-      slice.first_segment = sorted[t]->SegmentOf(slice.first_row);
+    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
+      slices[c].first_segment = sorted[t]->SegmentOf(slices[c].first_row);
     }
   });
   // Allocated on this thread, which has PyTorch's state.
-  for (size_t t = 0; t < batch.tables(); ++t) {
-    for (size_t c = batch.FirstBlock(t); c < batch.FirstBlock(t + 1); ++c) {
+  for (size_t t = 0; t < tables.count(); ++t) {
+    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
+      const Tensor& block = blocks[c];
       const int64_t count =
           weight_grad ? sorted[t]->SegmentOf(slices[c].end_row) - slices[c].first_segment : 0;
-      if (!in_place) {
-        rows.push_back(torch::stable::new_empty(blocks[c], {count}, ScalarType::Long));
-      }
-      grads.push_back(torch::stable::new_empty(blocks[c], {count, blocks[c].size(1)}));
+      if (!in_place) rows.push_back(torch::stable::new_empty(block, {count}, ScalarType::Long));
+      grads.push_back(torch::stable::new_empty(block, {count, block.size(1)}));
       slices[c].grads = weight_grad ? grads.back().mutable_data_ptr() : nullptr;
     }
   }
   if (!weight_grad && !mask_grad) return {rows, grads, masks.flat, psw};
-  batch.ForTables([&](const Executor&, size_t t) {
-    if (!weight_grad || in_place) return;
-    for (size_t c = batch.FirstBlock(t); c < batch.FirstBlock(t + 1); ++c) {
+  for (size_t t = 0; weight_grad && !in_place && t < tables.count(); ++t) {
+    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
       const int64_t* from = all_rows[t] + slices[c].first_segment;
       int64_t* to = rows[c].mutable_data_ptr<int64_t>();
       for (int64_t i = 0; i < rows[c].numel(); ++i) to[i] = from[i] - slices[c].first_row;
     }
-  });
-  Walk(batch, sorted, grad, masks, cpu::Update::kStoreGrad, cpu::Hyper{}, slices);
+  }
+  Walk(batch, tables, sorted, grad, masks, cpu::Update::kStoreGrad, cpu::Hyper{}, slices);
   return {rows, grads, masks.flat, psw};
 }
 
-std::tuple<Tensor, Tensor> LookupUpdate(
-    const Tensors& blocks, const Ints& block_counts, const Ints& dims, const Tensors& sizes,
-    const Tensors& row_groups, int64_t seed, const Tensor& grad, const Tensor& indices,
-    const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, int64_t pooling,
-    const Ints& padding_idx, bool include_last_offset, bool mask_grad, bool psw_grad,
-    bool groups_sorted, const Tensors& state, int64_t optimizer, const std::vector<double>& hyper) {
-  const TableBatch batch(
-      {blocks, block_counts, dims, sizes, row_groups, seed},
-      {indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset});
-  batch.call().CheckGrad(grad, mask_grad, psw_grad);
-  const CpuOptimizer step(optimizer, hyper, state, blocks);
-  std::vector<TableSlice> slices;
-  for (size_t t = 0; t < batch.tables(); ++t) {
-    int64_t row = 0;
-    for (size_t c = batch.FirstBlock(t); c < batch.FirstBlock(t + 1); ++c) {
-      slices.push_back(step.Slice(blocks[c], c));
-      slices[c].first_row = row;
-      slices[c].end_row = row += blocks[c].size(0);
-    }
-  }
-  const Masks masks(batch.call(), mask_grad);
+std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags,
+                                        bool mask_grad, bool psw_grad, bool groups_sorted,
+                                        const Tensors& state, int64_t optimizer,
+                                        const std::vector<double>& hyper) {
+  const TableBatch batch(tables, bags);
+  CheckGrad(tables, bags, grad);
+  mask_grad = mask_grad && tables.grouped();
+  const CpuOptimizer step(optimizer, hyper, state, tables.blocks);
+  std::vector<TableSlice> slices = SlicesOf(tables);
+  for (size_t c = 0; c < slices.size(); ++c) step.SetState(tables.blocks[c], c, &slices[c]);
+  const Masks masks(tables, mask_grad);
   const Tensor psw = batch.NewWeightsGrad(psw_grad);
-  Sorted sorted(batch.tables());
+  Sorted sorted(tables.count());
   // Everything is checked before any table changes.
   batch.ForTables([&](const Executor& executor, size_t t) {
-    batch.WeightsGrad(executor, t, grad, psw);
+    if (psw_grad) batch.WeightsGrad(executor, t, grad, psw);
     sorted[t] = std::make_unique<SortedLookups>(executor, batch[t].table, batch[t].bags);
     sorted[t]->Describe(mask_grad, sorted[t]->ScratchRows());
   });
-  Walk(batch, sorted, grad, masks, step.update, step.hyper, slices);
+  Walk(batch, tables, sorted, grad, masks, step.update, step.hyper, slices);
   return {masks.flat, psw};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(amtl, CPU, m) {
-  m.impl("lookup", TORCH_BOX(&Lookup));
-  m.impl("lookup_backward", TORCH_BOX(&LookupBackward));
-  m.impl("lookup_update_", TORCH_BOX(&LookupUpdate));
+  m.impl("lookup", AMTL_BOX(&Lookup));
+  m.impl("lookup_backward", AMTL_BOX(&LookupBackward));
+  m.impl("lookup_update_", AMTL_BOX(&LookupUpdate));
 }
 
 }  // namespace amtl

@@ -43,12 +43,14 @@ namespace {
 
 void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, const Tensors& state,
            int64_t optimizer, const std::vector<double>& hyper) {
-  CheckRowLists(blocks, rows, grads);
+  CheckRows(blocks, rows, grads);
   const CpuOptimizer step(optimizer, hyper, state, blocks);
-  std::vector<cpu::TableSlice> slices;
+  std::vector<cpu::TableSlice> slices(blocks.size());
   for (size_t c = 0; c < blocks.size(); ++c) {
-    CheckRows(blocks[c], rows[c], grads[c]);
-    slices.push_back(step.Slice(blocks[c], c));
+    slices[c].weight = blocks[c].mutable_data_ptr();
+    slices[c].end_row = blocks[c].size(0);
+    slices[c].width = static_cast<int32_t>(blocks[c].size(1));
+    step.SetState(blocks[c], c, &slices[c]);
   }
   const cpu::Executor executor = TorchExecutor();
   for (size_t c = 0; c < blocks.size(); ++c) {
