@@ -439,6 +439,39 @@ def test_a_list_of_tables_has_no_races(
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_more_tiers_than_travel_with_a_launch(rule: str, pooled: bool) -> None:
+    """The 129th tier moves them all to memory of the device, which changes no bit."""
+    batch = Batch(3, rows=300, dim=12, lookups=500, pattern="uniform")
+    indices = batch.indices.clamp(min=5)
+    ends = [*range(1, 128), 180, 240, 300]
+    halves = [batch.weight[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    every = [half[:, : 12 - c % 3].contiguous() for c, half in enumerate(halves)]
+    assert len(every) == 130
+    bags: dict[str, Any] = {}
+    grad = batch.weight[indices]
+    if pooled:
+        bags, grad = {"offsets": batch.offsets, "per_sample_weights": batch.psw}, batch.grad
+    results = []
+    # Without the first five, whose rows nobody asks for, they do travel.
+    for missing in (0, 5):
+        blocks = [block.clone() for block in every[missing:]]
+        of = call(blocks, indices - missing, grad, dims=[12], padding_idx=[200 - missing], **bags)
+        states = [s for block in blocks for s in states_of(rule, block, torch.float32, 1)]
+        want = in_double("lookup", of.lookup())
+        with sim.simulation(4, track_races=True):
+            rows, grads, _, psw = run("lookup_backward", of.backward())
+        with sim.simulation(5, capturing=True):
+            out = run("lookup", of.lookup(bounds_check=0))
+            run("lookup_update_", step(of, blocks, states, rule, RATES))
+        if missing == 0:
+            close(out, want, "forward")
+            rows, grads, blocks = rows[5:], grads[5:], blocks[5:]
+        results.append([out, psw, *rows, *grads, *blocks, *states[-125:]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_nonsense_is_never_followed() -> None:
     """Without a bounds check, bad indices, offsets and sizes stay inside of every buffer."""
     batch = Batch(1, dim=8)
