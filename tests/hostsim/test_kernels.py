@@ -555,9 +555,7 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(tiered, values[[2, 0, 1, 2]])
 
     rates = [1.0, *RATES[1:2], 0.0, *RATES[3:]]
-    # Not as step() would, by way of a copy of the table.
-    fused = of.backward() | {"groups_sorted": True, "state": [], "optimizer": 0, "hyper": rates}
-    del fused["weight_grad"]
+    fused = step(of, [weight], [], "sgd", rates, mask_grad=True)
     mask, _ = run("lookup_update_", fused)
     assert torch.equal(mask, values[0] + values[1] + 2 * values[2])
     values[:, :40] -= torch.tensor([[1.0], [1.0], [2.0]])
