@@ -60,7 +60,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference, reference_tables
+from amtl_kernels import reference, reference_lists, reference_tables
 
 __all__ = ["implementations"]
 
@@ -73,16 +73,28 @@ def implementations() -> dict[str, Callable[..., object]]:
     Raises:
         ImportError: Triton is not installed.
     """
-    from amtl_kernels.triton import backward, lookup, multi, multi_backward, optimizer, update
+    from amtl_kernels.triton import (
+        backward,
+        lookup,
+        multi,
+        multi_backward,
+        operators,
+        optimizer,
+        update,
+    )
 
     kernels: dict[str, Callable[..., object]] = {}
-    for room in (lookup, backward, update, multi, multi_backward, optimizer):
+    for room in (lookup, backward, update, multi, multi_backward, optimizer, operators):
         kernels |= room.OPERATORS
     return {op: _except_float64(op, function) for op, function in kernels.items()}
 
 
 def _except_float64(op: str, function: Callable[..., object]) -> Callable[..., object]:
-    every = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
+    every = {
+        **reference.IMPLEMENTATIONS,
+        **reference_tables.IMPLEMENTATIONS,
+        **reference_lists.IMPLEMENTATIONS,
+    }
 
     @functools.wraps(function)
     def implementation(*args: Any) -> object:

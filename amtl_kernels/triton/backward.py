@@ -20,9 +20,9 @@ def gradients(
     table: Table,
     weights: Sequence[Tensor],
     weight_grad: bool,
-    mask: Tensor | None,
+    mask_grad: bool,
     psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Gradients of one table or several; waits once, for how many distinct rows there are.
 
     Args:
@@ -30,13 +30,15 @@ def gradients(
         table: The table, or the tables.
         weights: Its one tensor, or those of its tiers or tables.
         weight_grad: Whether row gradients are wanted.
-        mask: Gets the mask gradients, if they are wanted: fp32 [G, D] or flat.
+        mask_grad: Whether mask gradients are wanted, which tables without groups have none of.
         psw_grad: Whether the gradient of per-sample weights is wanted.
 
     Returns:
-        Rows [U] and gradients [U, D] of each of ``weights``, and the gradient of per-sample weights
-        [L]; all of 0 rows where they are not wanted.
+        Rows [U] and gradients [U, D] of each of ``weights``, mask gradients (flat, fp32) and the
+        gradient of per-sample weights [L]; all of 0 rows where they are not wanted.
     """
+    masks = lookups.mask_gradients(table.dim, mask_grad)
+    mask = masks if masks.numel() else None
     none = torch.empty(0, dtype=torch.int64, device=lookups.flat.device)
     rows = [torch.empty_like(none) for _ in weights]
     grads = [weight.new_empty(0, weight.shape[1]) for weight in weights]
@@ -64,13 +66,7 @@ def gradients(
                 # The kernel sees the gradients as tiers too, of the positions in the list of rows.
                 out = Table.by_tiers(grads, ends, table.dim, keep=False)
         reduce_rows(lookups, plan, table, places, all_rows, out, mask)
-    return rows, grads, sample_grad(lookups, table, psw_grad)
-
-
-def empty_mask(table: Table, lookups: Lookups, wanted: bool) -> Tensor:
-    """fp32 [G, D], or [0, D] if not wanted."""
-    groups = lookups.groups if wanted else 0
-    return torch.empty(groups, table.dim, dtype=torch.float32, device=lookups.flat.device)
+    return rows, grads, masks, sample_grad(lookups, table, psw_grad)
 
 
 def masked_embedding_backward(
@@ -90,7 +86,7 @@ def masked_embedding_backward(
     bags = (per_sample_weights, mode, padding_idx, include_last_offset)
     lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags)
     table = Table.by_rows(weight, row_dims)
-    (rows,), (grads,), psw = gradients(lookups, table, [weight], weight_grad, None, psw_grad)
+    (rows,), (grads,), _, psw = gradients(lookups, table, [weight], weight_grad, False, psw_grad)
     return rows, grads, psw
 
 
@@ -119,10 +115,8 @@ def adaptive_embedding_backward(
     groups = (row_group, group_dims.shape[0])
     lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags, *groups)
     table = Table.by_groups(weight, row_group, group_dims, seed)
-    mask = empty_mask(table, lookups, mask_grad)
-    wanted = mask if mask_grad else None
-    (rows,), (grads,), psw = gradients(lookups, table, [weight], weight_grad, wanted, psw_grad)
-    return rows, grads, mask, psw
+    rows, grads, mask, psw = gradients(lookups, table, [weight], weight_grad, mask_grad, psw_grad)
+    return rows[0], grads[0], mask.view(-1, table.dim), psw
 
 
 def tiered_embedding_backward(
@@ -143,7 +137,8 @@ def tiered_embedding_backward(
     bags = (per_sample_weights, mode, padding_idx, include_last_offset)
     lookups = Lookups.of(grad, embedding_dim, indices, offsets, *bags)
     table = Table.by_tiers(blocks, tier_ends, embedding_dim)
-    return gradients(lookups, table, blocks, weight_grad, None, psw_grad)
+    rows, grads, _, psw = gradients(lookups, table, blocks, weight_grad, False, psw_grad)
+    return rows, grads, psw
 
 
 OPERATORS: dict[str, Callable[..., object]] = {

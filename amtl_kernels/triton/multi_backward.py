@@ -44,6 +44,7 @@ def _dense(
         [weight.shape[0] for weight in weights],
         [weight.shape[1] for weight in weights],
         padding_idx,
+        [1] * len(weights),
         row_groups,
         [each.shape[0] for each in sizes] if row_groups else [],
     )
@@ -73,17 +74,10 @@ def _tiered(
         for first, count, stop in zip(first_row, tier_counts, last, strict=True)
         for end in tier_ends[stop - count : stop]
     ]
-    several = Several.of(grad, rows, embedding_dims, padding_idx)
+    several = Several.of(grad, rows, embedding_dims, padding_idx, tier_counts)
     table = Table.by_tiers(blocks, ends, max(embedding_dims))
     lookups = Lookups.of_tables(grad, several, indices, offsets, per_sample_weights, mode)
     return lookups, table
-
-
-def _empty_masks(weights: Sequence[Tensor], group_dims: Sequence[Tensor], wanted: bool) -> Tensor:
-    """Flat mask gradients, table after table; none if not wanted."""
-    sizes = [g.shape[0] * w.shape[1] for g, w in zip(group_dims, weights, strict=True)]
-    count = sum(sizes) if wanted else 0
-    return torch.empty(count, dtype=torch.float32, device=weights[0].device)
 
 
 def masked_embedding_bag_tables_backward(
@@ -101,7 +95,8 @@ def masked_embedding_bag_tables_backward(
     """``masked_embedding_backward`` of every table."""
     bags = (indices, offsets, per_sample_weights, mode, padding_idx)
     lookups, table = _dense(grad, weights, row_dims, [], 0, *bags)
-    return backward.gradients(lookups, table, weights, weight_grad, None, psw_grad)
+    rows, grads, _, psw = backward.gradients(lookups, table, weights, weight_grad, False, psw_grad)
+    return rows, grads, psw
 
 
 def adaptive_embedding_bag_tables_backward(
@@ -122,10 +117,7 @@ def adaptive_embedding_bag_tables_backward(
     """``adaptive_embedding_backward`` of every table; mask gradients flat, table after table."""
     bags = (indices, offsets, per_sample_weights, mode, padding_idx)
     lookups, table = _dense(grad, weights, group_dims, row_groups, seed, *bags)
-    masks = _empty_masks(weights, group_dims, mask_grad)
-    wanted = masks if mask_grad else None
-    rows, grads, psw = backward.gradients(lookups, table, weights, weight_grad, wanted, psw_grad)
-    return rows, grads, masks, psw
+    return backward.gradients(lookups, table, weights, weight_grad, mask_grad, psw_grad)
 
 
 def tiered_embedding_bag_tables_backward(
@@ -145,7 +137,8 @@ def tiered_embedding_bag_tables_backward(
     """``tiered_embedding_backward`` of every table; one entry per block of all tables."""
     bags = (indices, offsets, per_sample_weights, mode, padding_idx)
     lookups, table = _tiered(grad, blocks, tier_counts, tier_ends, embedding_dims, *bags)
-    return backward.gradients(lookups, table, blocks, weight_grad, None, psw_grad)
+    rows, grads, _, psw = backward.gradients(lookups, table, blocks, weight_grad, False, psw_grad)
+    return rows, grads, psw
 
 
 def masked_embedding_bag_tables_update_(
@@ -165,7 +158,7 @@ def masked_embedding_bag_tables_update_(
     """``masked_embedding_update_`` of every table."""
     bags = (indices, offsets, per_sample_weights, mode, padding_idx)
     lookups, table = _dense(grad, weights, row_dims, [], 0, *bags)
-    return update.step(lookups, table, weights, state, None, psw_grad, optimizer, hyper)
+    return update.step(lookups, table, weights, state, False, psw_grad, optimizer, hyper)[1]
 
 
 def adaptive_embedding_bag_tables_update_(
@@ -188,10 +181,7 @@ def adaptive_embedding_bag_tables_update_(
     """``adaptive_embedding_update_`` of every table; mask gradients flat, table after table."""
     bags = (indices, offsets, per_sample_weights, mode, padding_idx)
     lookups, table = _dense(grad, weights, group_dims, row_groups, seed, *bags)
-    masks = _empty_masks(weights, group_dims, mask_grad)
-    wanted = masks if mask_grad else None
-    psw = update.step(lookups, table, weights, state, wanted, psw_grad, optimizer, hyper)
-    return masks, psw
+    return update.step(lookups, table, weights, state, mask_grad, psw_grad, optimizer, hyper)
 
 
 def tiered_embedding_bag_tables_update_(
@@ -213,7 +203,7 @@ def tiered_embedding_bag_tables_update_(
     """``tiered_embedding_update_`` of every table."""
     bags = (indices, offsets, per_sample_weights, mode, padding_idx)
     lookups, table = _tiered(grad, blocks, tier_counts, tier_ends, embedding_dims, *bags)
-    return update.step(lookups, table, blocks, state, None, psw_grad, optimizer, hyper)
+    return update.step(lookups, table, blocks, state, False, psw_grad, optimizer, hyper)[1]
 
 
 OPERATORS: dict[str, Callable[..., object]] = {

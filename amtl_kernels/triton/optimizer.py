@@ -8,6 +8,7 @@ the weights and in the state.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,9 +19,12 @@ from amtl_kernels.triton import launch
 from amtl_kernels.triton.rules import (
     ROWWISE_ADAGRAD,
     bound_vector,
+    check_states,
     load_tile,
     rates,
     rounds,
+    seed_of_step,
+    step_rates,
     sum_squares,
     update_row_state,
     update_tile,
@@ -62,6 +66,7 @@ def apply_kernel(
     log1,
     log2,
     rounding_mix,
+    step_ptr,
     RULE: tl.constexpr,
     ROUND: tl.constexpr,
     D: tl.constexpr,
@@ -72,8 +77,7 @@ def apply_kernel(
     """One step of the rows ``rows``, by their gradients.
 
     Grid (ceil(U / R)), a program owns R rows. rows [U], grad [U, D] -> weight, state, second
-    [N, D]; row-wise Adagrad's state is [N]. Nothing is counted on the device here: ``log1`` and
-    ``log2`` are not used.
+    [N, D]; row-wise Adagrad's state is [N].
     """
     at = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     live = at < num_rows
@@ -87,6 +91,8 @@ def apply_kernel(
             grad = load_tile(grad_ptr, at * D, cols, bound)
             root += sum_squares(weight_ptr, row * D, size, cols, grad, weight_decay, VEC)
         root = update_row_state(state_ptr, row, size, root, eps)
+    lr, inverse_root2 = step_rates(lr, inverse_root2, log1, log2, step_ptr, RULE)
+    rounding_seed = seed_of_step(rounding_mix, step_ptr)
     place = (row * D, size, row, row * D, row * D)
     scalars = (lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2)
     for start in tl.range(0, D, BLOCK_D):
@@ -101,10 +107,60 @@ def apply_kernel(
             grad,
             root,
             scalars,
-            rounding_mix.to(tl.uint32),
+            rounding_seed,
             RULE,
             ROUND,
             VEC,
+        )
+
+
+def apply_(
+    blocks: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Sequence[Tensor],
+    optimizer: int,
+    hyper: Sequence[float],
+) -> None:
+    """The optimizer's update of every block's ``rows``, a launch a block.
+
+    A step counter behind the states counts in place of ``hyper``; nothing waits for it.
+    """
+    states, counter = check_states(optimizer, blocks, state)
+    scalars = (*rates(optimizer, hyper, counter is not None, int(hyper[5])), counter)
+    for block, mine, touched, grad in zip(blocks, states, rows, grads, strict=True):
+        _update(block, mine, touched, grad.contiguous(), optimizer, scalars, any(hyper[6:]))
+
+
+def _update(
+    weight: Tensor,
+    state: Sequence[Tensor],
+    rows: Tensor,
+    grads: Tensor,
+    optimizer: int,
+    scalars: Sequence[Any],
+    stochastic: bool,
+) -> None:
+    dim = weight.shape[1]
+    if dim == 0:
+        return
+    most = launch.tile_rows(dim, most=1024)
+    with launch.device_guard(weight):
+        launch.launch(
+            apply_kernel,
+            (launch.cdiv(rows.numel(), most),),
+            weight,
+            rows.contiguous(),
+            grads,
+            *(*state, None, None)[:2],
+            rows.numel(),
+            *scalars,
+            RULE=optimizer,
+            ROUND=rounds([weight], stochastic),
+            D=dim,
+            VEC=bound_vector([dim], [weight, grads, *(s for s in state if s.dim() == 2)]),
+            BLOCK_D=launch.block_d(dim),
+            R=most,
         )
 
 
@@ -117,28 +173,8 @@ def _apply(
     hyper: tuple[float, ...],
     seed: int | None,
 ) -> None:
-    dim = weight.shape[1]
-    if dim == 0:
-        return
-    grads = grads.contiguous()
-    most = launch.tile_rows(dim, most=1024)
-    with launch.device_guard(weight):
-        launch.launch(
-            apply_kernel,
-            (launch.cdiv(rows.numel(), most),),
-            weight,
-            rows.contiguous(),
-            grads,
-            *(*state, None, None)[:2],
-            rows.numel(),
-            *rates(optimizer, hyper, False, seed or 0),
-            RULE=optimizer,
-            ROUND=rounds([weight], seed is not None),
-            D=dim,
-            VEC=bound_vector([dim], [weight, grads, *(s for s in state if s.dim() == 2)]),
-            BLOCK_D=launch.block_d(dim),
-            R=most,
-        )
+    scalars = (*rates(optimizer, hyper, False, seed or 0), None)
+    _update(weight, state, rows, grads.contiguous(), optimizer, scalars, seed is not None)
 
 
 def apply_sgd_(
