@@ -209,8 +209,7 @@ def _gradients(
                 mine = (every >= start) & (every < end)
                 rows[c] = every[mine] - start
                 grads[c] = kept[mine, : block.shape[1]].to(block.dtype).contiguous()
-        if mask_grad:
-            assert table.sizes is not None and table.row_group is not None
+        if mask_grad and table.sizes is not None and table.row_group is not None:
             products = sums * table.values(every).to(sums.dtype)
             masks = torch.zeros(
                 table.sizes.shape[0], table.dim, dtype=sums.dtype, device=sums.device

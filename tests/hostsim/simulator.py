@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtl_kernels._schema import SCHEMAS
+from amtl_kernels._schema import OPERATORS, SCHEMAS
 
 
 def _load() -> Any:
@@ -35,11 +35,12 @@ def _load() -> Any:
 
 tools = _load()
 LIBRARY = torch.library.Library("amtl_sim", "DEF")
+_SCHEMAS = {**SCHEMAS, **OPERATORS}
 
 
 def _on_device(name: str) -> Callable[..., Any]:
     """The operator, for CPU tensors that stand for the device's."""
-    LIBRARY.define(name + SCHEMAS[name])
+    LIBRARY.define(name + _SCHEMAS[name])
     operator = getattr(torch.ops.amtl_sim, name).default
     arguments = operator._schema.arguments
 
@@ -59,7 +60,7 @@ def _on_device(name: str) -> Callable[..., Any]:
     return run
 
 
-IMPLEMENTATIONS = {name: _on_device(name) for name in SCHEMAS}
+IMPLEMENTATIONS = {name: _on_device(name) for name in _SCHEMAS}
 """Operator name to the operator on the simulated device."""
 
 ops = SimpleNamespace(**IMPLEMENTATIONS)

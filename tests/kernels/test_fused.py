@@ -17,7 +17,7 @@ from test_lookup import limited, variant
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import _fused_calls, fused, optim
+from amtl_kernels import _calls, fused, optim
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": optim.SGD,
@@ -154,12 +154,12 @@ def test_schedulers_reach_the_fused_step() -> None:
 def test_the_order_of_groups_is_looked_at_once() -> None:
     """A changed tensor is looked at again, a dead one forgotten."""
     group = torch.tensor([0, 0, 1, 5], dtype=torch.int32)
-    assert _fused_calls._never_falls(group)
-    known = _fused_calls._orders[group]
-    assert _fused_calls._never_falls(group) and _fused_calls._orders[group] is known
+    assert _calls._never_falls(group)
+    known = _calls._orders[group]
+    assert _calls._never_falls(group) and _calls._orders[group] is known
     group[1] = 7
-    assert not _fused_calls._never_falls(group)
-    before = len(_fused_calls._orders)
+    assert not _calls._never_falls(group)
+    before = len(_calls._orders)
     del group
-    assert len(_fused_calls._orders) == before - 1
-    assert _fused_calls._never_falls(torch.zeros(0, dtype=torch.int32))
+    assert len(_calls._orders) == before - 1
+    assert _calls._never_falls(torch.zeros(0, dtype=torch.int32))
