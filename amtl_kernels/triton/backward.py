@@ -1,8 +1,8 @@
-"""The three backward operators: sort, reduce, and the gradient of ``per_sample_weights``."""
+"""The gradients of lookups: sort, reduce, and the gradient of ``per_sample_weights``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,83 +67,3 @@ def gradients(
                 out = Table.by_tiers(grads, ends, table.dim, keep=False)
         reduce_rows(lookups, plan, table, places, all_rows, out, mask)
     return rows, grads, masks, sample_grad(lookups, table, psw_grad)
-
-
-def masked_embedding_backward(
-    grad: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row gradients ``(rows [U], grads [U, D])`` and the gradient of ``per_sample_weights``."""
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags)
-    table = Table.by_rows(weight, row_dims)
-    (rows,), (grads,), _, psw = gradients(lookups, table, [weight], weight_grad, False, psw_grad)
-    return rows, grads, psw
-
-
-def adaptive_embedding_backward(
-    grad: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_group: Tensor,
-    group_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    weight_grad: bool,
-    mask_grad: bool,
-    psw_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`masked_embedding_backward`, and the gradient of the soft mask.
-
-    ``group_mask_grad[g, j] = sum of delta_j * weight[i, j]`` over the lookups of the rows ``i`` of
-    group ``g`` and over all ``j``, masked ones too.
-    """
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    groups = (row_group, group_dims.shape[0])
-    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags, *groups)
-    table = Table.by_groups(weight, row_group, group_dims, seed)
-    rows, grads, mask, psw = gradients(lookups, table, [weight], weight_grad, mask_grad, psw_grad)
-    return rows[0], grads[0], mask.view(-1, table.dim), psw
-
-
-def tiered_embedding_backward(
-    grad: Tensor,
-    blocks: Sequence[Tensor],
-    tier_ends: Sequence[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Row gradients of every tier, rows counted from the tier's start."""
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    lookups = Lookups.of(grad, embedding_dim, indices, offsets, *bags)
-    table = Table.by_tiers(blocks, tier_ends, embedding_dim)
-    rows, grads, _, psw = gradients(lookups, table, blocks, weight_grad, False, psw_grad)
-    return rows, grads, psw
-
-
-OPERATORS: dict[str, Callable[..., object]] = {
-    "masked_embedding_backward": masked_embedding_backward,
-    "adaptive_embedding_backward": adaptive_embedding_backward,
-    "tiered_embedding_backward": tiered_embedding_backward,
-}
-"""Operator name to implementation."""

@@ -7,14 +7,12 @@ the weights and in the state.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from amtl_kernels import reference
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.rules import (
     ROWWISE_ADAGRAD,
@@ -125,124 +123,40 @@ def apply_(
     """The optimizer's update of every block's ``rows``, a launch a block.
 
     A step counter behind the states counts in place of ``hyper``; nothing waits for it.
+
+    Args:
+        blocks: Tables or tiers, each [N, D].
+        rows: Of each block, [U], each row once.
+        grads: Their gradients, [U, D].
+        state: The optimizer's, of each block in turn, and a step counter or none.
+        optimizer: The rule.
+        hyper: Its hyperparameters.
+
+    Raises:
+        ValueError: No such rule, or a state that does not fit its block.
     """
     states, counter = check_states(optimizer, blocks, state)
     scalars = (*rates(optimizer, hyper, counter is not None, int(hyper[5])), counter)
     for block, mine, touched, grad in zip(blocks, states, rows, grads, strict=True):
-        _update(block, mine, touched, grad.contiguous(), optimizer, scalars, any(hyper[6:]))
-
-
-def _update(
-    weight: Tensor,
-    state: Sequence[Tensor],
-    rows: Tensor,
-    grads: Tensor,
-    optimizer: int,
-    scalars: Sequence[Any],
-    stochastic: bool,
-) -> None:
-    dim = weight.shape[1]
-    if dim == 0:
-        return
-    most = launch.tile_rows(dim, most=1024)
-    with launch.device_guard(weight):
-        launch.launch(
-            apply_kernel,
-            (launch.cdiv(rows.numel(), most),),
-            weight,
-            rows.contiguous(),
-            grads,
-            *(*state, None, None)[:2],
-            rows.numel(),
-            *scalars,
-            RULE=optimizer,
-            ROUND=rounds([weight], stochastic),
-            D=dim,
-            VEC=bound_vector([dim], [weight, grads, *(s for s in state if s.dim() == 2)]),
-            BLOCK_D=launch.block_d(dim),
-            R=most,
-        )
-
-
-def _apply(
-    optimizer: int,
-    weight: Tensor,
-    state: Sequence[Tensor],
-    rows: Tensor,
-    grads: Tensor,
-    hyper: tuple[float, ...],
-    seed: int | None,
-) -> None:
-    scalars = (*rates(optimizer, hyper, False, seed or 0), None)
-    _update(weight, state, rows, grads.contiguous(), optimizer, scalars, seed is not None)
-
-
-def apply_sgd_(
-    weight: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``w -= lr * (g + weight_decay * w)``."""
-    hyper = (lr, 0.0, weight_decay, 0.0, 0.0, 1.0)
-    _apply(reference.SGD, weight, (), rows, grads, hyper, rounding_seed)
-
-
-def apply_adagrad_(
-    weight: Tensor,
-    state_sum: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as ``torch.optim.Adagrad``."""
-    hyper = (lr, eps, weight_decay, 0.0, 0.0, 1.0)
-    _apply(reference.ADAGRAD, weight, (state_sum,), rows, grads, hyper, rounding_seed)
-
-
-def apply_rowwise_adagrad_(
-    weight: Tensor,
-    state_sum: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``s += mean(g^2)`` over the kept prefix, ``w -= lr * g / (sqrt(s) + eps)``; ``s`` is [N]."""
-    hyper = (lr, eps, weight_decay, 0.0, 0.0, 1.0)
-    _apply(reference.ROWWISE_ADAGRAD, weight, (state_sum,), rows, grads, hyper, rounding_seed)
-
-
-def apply_adam_(
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """Lazy Adam: ``torch.optim.Adam`` at step ``step`` on the kept prefix of the touched rows."""
-    hyper = (lr, eps, weight_decay, beta1, beta2, float(step))
-    _apply(reference.ADAM, weight, (exp_avg, exp_avg_sq), rows, grads, hyper, rounding_seed)
-
-
-OPERATORS: dict[str, Callable[..., object]] = {
-    "apply_sgd_": apply_sgd_,
-    "apply_adagrad_": apply_adagrad_,
-    "apply_rowwise_adagrad_": apply_rowwise_adagrad_,
-    "apply_adam_": apply_adam_,
-}
-"""Operator name to implementation."""
+        dim = block.shape[1]
+        if dim == 0:
+            continue
+        grad = grad.contiguous()
+        most = launch.tile_rows(dim, most=1024)
+        with launch.device_guard(block):
+            launch.launch(
+                apply_kernel,
+                (launch.cdiv(touched.numel(), most),),
+                block,
+                touched.contiguous(),
+                grad,
+                *(*mine, None, None)[:2],
+                touched.numel(),
+                *scalars,
+                RULE=optimizer,
+                ROUND=rounds([block], any(hyper[6:])),
+                D=dim,
+                VEC=bound_vector([dim], [block, grad, *(s for s in mine if s.dim() == 2)]),
+                BLOCK_D=launch.block_d(dim),
+                R=most,
+            )

@@ -14,7 +14,7 @@ gradients twice, once for the squares and once for the step, since a row doesn't
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -451,88 +451,3 @@ def step(
     elif mask is not None:
         mask.zero_()
     return masks, psw
-
-
-def masked_embedding_update_(
-    weight: Tensor,
-    state: Sequence[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-) -> Tensor:
-    """``masked_embedding_backward`` and the optimizer's update of the rows, kept prefixes only."""
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags)
-    table = Table.by_rows(weight, row_dims)
-    return step(lookups, table, [weight], state, False, psw_grad, optimizer, hyper)[1]
-
-
-def adaptive_embedding_update_(
-    weight: Tensor,
-    state: Sequence[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_group: Tensor,
-    group_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    mask_grad: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-    groups_sorted: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``adaptive_embedding_backward`` and the optimizer's update of the rows.
-
-    The mask gradient is that of the weights before the update. Lookups are sorted by group and row
-    in any case, so ``groups_sorted`` saves nothing here.
-    """
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    groups = (row_group, group_dims.shape[0])
-    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags, *groups)
-    table = Table.by_groups(weight, row_group, group_dims, seed)
-    masks, psw = step(lookups, table, [weight], state, mask_grad, psw_grad, optimizer, hyper)
-    return masks.view(-1, table.dim), psw
-
-
-def tiered_embedding_update_(
-    blocks: Sequence[Tensor],
-    state: Sequence[Tensor],
-    grad: Tensor,
-    tier_ends: Sequence[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-) -> Tensor:
-    """``tiered_embedding_backward`` and the optimizer's update of every block."""
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    lookups = Lookups.of(grad, embedding_dim, indices, offsets, *bags)
-    table = Table.by_tiers(blocks, tier_ends, embedding_dim)
-    return step(lookups, table, blocks, state, False, psw_grad, optimizer, hyper)[1]
-
-
-OPERATORS: dict[str, Callable[..., object]] = {
-    "masked_embedding_update_": masked_embedding_update_,
-    "adaptive_embedding_update_": adaptive_embedding_update_,
-    "tiered_embedding_update_": tiered_embedding_update_,
-}
-"""Operator name to implementation."""
