@@ -53,7 +53,6 @@ void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
 
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,
                 void* out, int64_t stride) {
-  Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
   return cpu::RunForward(executor, lookup.table, lookup.bags,
                          static_cast<cpu::BoundsCheck>(bounds_check), out, stride);
 }

@@ -53,6 +53,11 @@ void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, con
     step.SetState(blocks[c], c, &slices[c]);
   }
   const cpu::Executor executor = TorchExecutor();
+  // Everything is checked before any block changes.
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    cpu::CheckAscending(executor, static_cast<const int64_t*>(rows[c].const_data_ptr()),
+                        rows[c].size(0), blocks[c].size(0));
+  }
   for (size_t c = 0; c < blocks.size(); ++c) {
     cpu::ApplyUpdate(executor, FloatTypeOf(blocks[c]), step.update, slices[c], step.hyper,
                      static_cast<const int64_t*>(rows[c].const_data_ptr()),

@@ -13,13 +13,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amtl_kernels._schema import OPERATORS, SCHEMAS
+from amtl_kernels._schema import OPERATORS
 
 
 def _load() -> Any:
@@ -35,12 +34,11 @@ def _load() -> Any:
 
 tools = _load()
 LIBRARY = torch.library.Library("amtl_sim", "DEF")
-_SCHEMAS = {**SCHEMAS, **OPERATORS}
 
 
 def _on_device(name: str) -> Callable[..., Any]:
     """The operator, for CPU tensors that stand for the device's."""
-    LIBRARY.define(name + _SCHEMAS[name])
+    LIBRARY.define(name + OPERATORS[name])
     operator = getattr(torch.ops.amtl_sim, name).default
     arguments = operator._schema.arguments
 
@@ -60,10 +58,8 @@ def _on_device(name: str) -> Callable[..., Any]:
     return run
 
 
-IMPLEMENTATIONS = {name: _on_device(name) for name in _SCHEMAS}
+IMPLEMENTATIONS = {name: _on_device(name) for name in OPERATORS}
 """Operator name to the operator on the simulated device."""
-
-ops = SimpleNamespace(**IMPLEMENTATIONS)
 
 
 @contextlib.contextmanager
