@@ -37,7 +37,7 @@ assert native["cuda"].startswith("on"), native
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 missing = [
     f"{op} on {key}"
-    for op in _schema.OPERATORS
+    for op in _schema.SCHEMAS
     for key in ("CPU", "CUDA")
     if not has_kernel(f"amtl::{op}", key)
 ]

@@ -134,9 +134,7 @@ def problem(form: str, count: int, kind: str, rule: int | None) -> tuple[str, tu
     ]
     counter = torch.empty((), dtype=torch.int64, **cuda)
     step = {"state": [*state, counter], "optimizer": rule, "hyper": HYPER}
-    return "lookup_update_", in_order(
-        "lookup_update_", arguments | step | {"groups_sorted": False}
-    )
+    return "lookup_update_", in_order("lookup_update_", arguments | step | {"groups_sorted": False})
 
 
 def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
