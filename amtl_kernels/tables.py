@@ -31,7 +31,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from amtl_kernels import ops
-from amtl_kernels._calls import Bags, Tables, call
+from amtl_kernels._arguments import Bags, Tables
+from amtl_kernels._calls import call
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
 
