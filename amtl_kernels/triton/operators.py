@@ -43,7 +43,7 @@ def _are_whole_apart(tensors: Sequence[Tensor]) -> bool:
 
 
 def _side_by_side(sizes: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The sizes as they are or, where no pointer reaches all, as int32 in memory that they share."""
+    """The sizes as they are or, if no pointer reaches all, as int32 in memory that they share."""
     if _are_whole_apart(sizes):
         return sizes
     flat = torch.cat([each.reshape(-1).to(torch.int32) for each in sizes])

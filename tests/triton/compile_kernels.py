@@ -199,7 +199,9 @@ class Calls:
         hyper = [0.1, 0.1, 0.1, 0.9, 0.99, 1.0]
         hot = (self.hot, None, None, 0, [-1], False)
 
-        def update(tables: tuple[Any, ...], grad: Tensor, bags: Any, mask: bool, *step: Any) -> None:
+        def update(
+            tables: tuple[Any, ...], grad: Tensor, bags: Any, mask: bool, *step: Any
+        ) -> None:
             wants = (mask, False, False)
             self.ops["lookup_update_"](*tables, grad, *bags, *wants, *step)
 
@@ -209,7 +211,10 @@ class Calls:
         counted = [*self.state(rule, self.blocks), torch.ones((), dtype=torch.int64)]
         update(self.tiered(), self.wide, hot, False, counted, rule, [*hyper, 1.0])
         if every or rule == reference.ADAM:
-            tables, both = self.adaptive(self.many, 2), (self.hot, self.bags, None, 0, [2, -1], True)
+            tables, both = (
+                self.adaptive(self.many, 2),
+                (self.hot, self.bags, None, 0, [2, -1], True),
+            )
             of_both = self.state(rule, tables[0])
             update(tables, self.grad_of_both, both, True, of_both, rule, hyper)
         if every:

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from kernel_cases import in_order
 from launch_counts import FREE, WAITING
 
@@ -134,9 +134,7 @@ def problem(form: str, count: int, kind: str, rule: int | None) -> tuple[str, tu
     ]
     counter = torch.empty((), dtype=torch.int64, **cuda)
     step = {"state": [*state, counter], "optimizer": rule, "hyper": HYPER}
-    return "lookup_update_", in_order(
-        "lookup_update_", arguments | step | {"groups_sorted": False}
-    )
+    return "lookup_update_", in_order("lookup_update_", arguments | step | {"groups_sorted": False})
 
 
 def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
