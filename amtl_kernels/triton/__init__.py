@@ -60,7 +60,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference_lists
+from amtl_kernels import reference
 
 __all__ = ["implementations"]
 
@@ -83,7 +83,7 @@ def _except_float64(op: str, function: Callable[..., object]) -> Callable[..., o
     def implementation(*args: Any) -> object:
         tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
         if tensor.dtype == torch.float64:
-            return reference_lists.IMPLEMENTATIONS[op](*args)
+            return reference.IMPLEMENTATIONS[op](*args)
         return function(*args)
 
     return implementation

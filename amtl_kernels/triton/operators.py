@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference, reference_lists
-from amtl_kernels.reference_lists import Bags, split_bags, split_tables
+from amtl_kernels import reference
+from amtl_kernels.reference import Bags, split_bags, split_tables
 from amtl_kernels.triton import check
 from amtl_kernels.triton.backward import gradients
 from amtl_kernels.triton.lookup import gather, pool
@@ -51,7 +51,7 @@ def _side_by_side(sizes: Sequence[Tensor]) -> Sequence[Tensor]:
     return [part.view(each.shape) for part, each in zip(parts, sizes, strict=True)]
 
 
-def _one(table: reference_lists.Table, bags: Bags, values: Tensor) -> tuple[Lookups, Table]:
+def _one(table: reference.Table, bags: Bags, values: Tensor) -> tuple[Lookups, Table]:
     """Lookups in one table, and the table; ``values`` are their output or its gradient."""
     blocks, sizes, row_group = table.blocks, table.sizes, table.row_group
     if sizes is not None and table.dim != blocks[0].shape[1]:
@@ -138,7 +138,7 @@ class _Call:
         bags = (self.indices, self.offsets, self.weights, self.pooling)
         return Lookups.of_tables(values, several, *bags), table
 
-    def each(self, run: Callable[[int, reference_lists.Table, Bags], _Result]) -> list[_Result]:
+    def each(self, run: Callable[[int, reference.Table, Bags], _Result]) -> list[_Result]:
         """What ``run`` returns of every table; errors name the table if there are several."""
         bags = split_bags(
             self.indices,
@@ -148,7 +148,7 @@ class _Call:
             list(self.padding_idx),
             self.include_last_offset,
         )
-        return reference_lists._for_each(run, self.tables, bags)
+        return reference.for_each(run, self.tables, bags)
 
     def columns(self, grad: Tensor) -> Sequence[Tensor]:
         """Every table's incoming gradient."""
@@ -193,7 +193,7 @@ def lookup(
             pool(lookups, all_tables, clamp)
             return out
 
-    def run(t: int, given: reference_lists.Table, mine: Bags) -> Tensor:
+    def run(t: int, given: reference.Table, mine: Bags) -> Tensor:
         shape = mine.indices.shape
         if mine.offsets is not None:
             shape = torch.Size([max(mine.offsets.numel() - int(mine.include_last_offset), 0)])
@@ -287,7 +287,7 @@ def lookup_update_(
     states, counter = check_states(optimizer, blocks, state)
     columns, rest = call.columns(grad), iter(states)
 
-    def run(t: int, given: reference_lists.Table, mine: Bags) -> tuple[Tensor, Tensor]:
+    def run(t: int, given: reference.Table, mine: Bags) -> tuple[Tensor, Tensor]:
         own = [one for _ in given.blocks for one in next(rest)]
         own += [] if counter is None else [counter]
         return step(*_one(given, mine, columns[t]), given.blocks, own, *wants, *rule)

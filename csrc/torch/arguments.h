@@ -97,15 +97,21 @@ struct Unbox<Bags> {
   static Bags From(StableIValue* values);
 };
 
+template <class Result>
+inline constexpr size_t kResults = std::is_void_v<Result> ? 0 : 1;
+template <class... Values>
+inline constexpr size_t kResults<std::tuple<Values...>> = sizeof...(Values);
+
 template <auto kFunction>
 struct Boxed;
 
 template <class Result, class... Parameters, Result (*kFunction)(Parameters...)>
 struct Boxed<kFunction> {
-  static void Call(StableIValue* stack, uint64_t arguments, uint64_t /*results*/) {
+  static void Call(StableIValue* stack, uint64_t arguments, uint64_t results) {
     constexpr size_t kArguments = (Unbox<std::decay_t<Parameters>>::kValues + ...);
-    Check(arguments == kArguments, "the schema has ", arguments, " arguments, the kernel takes ",
-          kArguments);
+    Check(arguments == kArguments && results == kResults<Result>, "the schema has ", arguments,
+          " arguments and ", results, " results, the kernel ", kArguments, " and ",
+          kResults<Result>);
     StableIValue* next = stack;
     const auto take = [&](auto unbox) {
       StableIValue* const values = std::exchange(next, next + unbox.kValues);

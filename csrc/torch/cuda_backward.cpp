@@ -167,15 +167,14 @@ Grads Reduce(const CudaContext& context, const CudaTables& call, const Tensor& g
 
 namespace {
 
-std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(const Tensor& grad,
-                                                            const Tables& tables, const Bags& bags,
-                                                            bool weight_grad, bool mask_grad,
-                                                            bool psw_grad) {
-  CudaTables call(tables, bags);
+std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(const Tensor& grad, Tables tables,
+                                                            Bags bags, bool weight_grad,
+                                                            bool mask_grad, bool psw_grad) {
+  CudaTables call(std::move(tables), std::move(bags));
   CheckGrad(call.tables, call.bags, grad);
   const CudaContext context(call.like());
   call.Upload(context);
-  const Grads out = Reduce(context, call, grad, weight_grad, mask_grad && tables.grouped());
+  const Grads out = Reduce(context, call, grad, weight_grad, mask_grad && call.tables.grouped());
   return {out.rows, out.grads, out.masks, WeightsGrad(context, call, grad, psw_grad)};
 }
 

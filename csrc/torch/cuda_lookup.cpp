@@ -120,9 +120,9 @@ void AnswerReport(const CudaContext& context, const CudaTables& call, int64_t bo
 }
 
 // Masks and the kind of gradient are there for autograd.
-Tensor Lookup(const Tables& tables, const Tensors& /*masks*/, const Bags& bags,
-              int64_t bounds_check, bool /*sparse_grad*/) {
-  CudaTables call(tables, bags);
+Tensor Lookup(Tables tables, const Tensors& /*masks*/, Bags bags, int64_t bounds_check,
+              bool /*sparse_grad*/) {
+  CudaTables call(std::move(tables), std::move(bags));
   const CudaContext context(call.like());
   const Tensor out =
       NewTensor(call.like(), OutputShape(call.tables, call.bags), call.like().scalar_type());

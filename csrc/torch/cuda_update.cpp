@@ -46,11 +46,11 @@ Tensor TieredStep(const CudaContext& context, const CudaTables& call, const Tens
   return MasksOf(context, call, sums);
 }
 
-std::tuple<Tensor, Tensor> LookupUpdate(const Tables& tables, const Tensor& grad, const Bags& bags,
+std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags,
                                         bool mask_grad, bool psw_grad, bool groups_sorted,
                                         const Tensors& state, int64_t optimizer,
                                         const std::vector<double>& hyper) {
-  CudaTables call(tables, bags);
+  CudaTables call(std::move(tables), std::move(bags));
   const Tensors& blocks = call.tables.blocks;
   CheckGrad(call.tables, call.bags, grad);
   Update update = MakeUpdate(optimizer, hyper);
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> LookupUpdate(const Tables& tables, const Tensor& grad
           call.tables.count() > 1 ? "tables" : "blocks", " differ in type");
     call.PlaceState(c, update);
   }
-  mask_grad &= tables.grouped();
+  mask_grad &= call.tables.grouped();
   const CudaContext context(call.like());
   call.Upload(context, &update);
   // Before the weights change.

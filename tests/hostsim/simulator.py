@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtl_kernels._schema import OPERATORS
+from amtl_kernels._schema import SCHEMAS
 
 
 def _load() -> Any:
@@ -38,7 +38,7 @@ LIBRARY = torch.library.Library("amtl_sim", "DEF")
 
 def _on_device(name: str) -> Callable[..., Any]:
     """The operator, for CPU tensors that stand for the device's."""
-    LIBRARY.define(name + OPERATORS[name])
+    LIBRARY.define(name + SCHEMAS[name])
     operator = getattr(torch.ops.amtl_sim, name).default
     arguments = operator._schema.arguments
 
@@ -58,7 +58,7 @@ def _on_device(name: str) -> Callable[..., Any]:
     return run
 
 
-IMPLEMENTATIONS = {name: _on_device(name) for name in OPERATORS}
+IMPLEMENTATIONS = {name: _on_device(name) for name in SCHEMAS}
 """Operator name to the operator on the simulated device."""
 
 

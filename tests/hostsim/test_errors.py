@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import amtl_kernels
-from amtl_kernels._schema import OPERATORS
+from amtl_kernels._schema import SCHEMAS
 
 from . import simulator as sim
 
@@ -246,4 +246,4 @@ def test_arguments_that_fit_are_accepted(kind: Kind) -> None:
 
 
 def test_every_operator_is_asked() -> None:
-    assert {op for op, _, _ in KINDS} == set(OPERATORS)
+    assert {op for op, _, _ in KINDS} == set(SCHEMAS)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from amtl_kernels import reference, reference_lists
+from amtl_kernels import reference
 
 from . import simulator as sim
 from .calls import RULES, Call, applying, call, flatten, in_double, run, step
@@ -204,7 +204,7 @@ def reference_step(
     rule: str, blocks: list[Tensor], states: list[Tensor], rows: list[Tensor], grads: list[Tensor]
 ) -> None:
     arguments = applying(blocks, rows, grads, states, rule, RATES)
-    run("apply_", arguments, reference_lists.IMPLEMENTATIONS)
+    run("apply_", arguments, reference.IMPLEMENTATIONS)
 
 
 def search_step(
@@ -381,7 +381,7 @@ def test_adam_step_counted_on_the_device() -> None:
             run("lookup_update_", step(of, [got], state, "adam", [*rates, 1e6]))
         moments = [torch.zeros(4, 8), torch.zeros(4, 8)]
         arguments = applying([want], [rows], [grads], moments, "adam", [*rates, number])
-        run("apply_", arguments, reference_lists.IMPLEMENTATIONS)
+        run("apply_", arguments, reference.IMPLEMENTATIONS)
         torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
 
 
@@ -555,9 +555,7 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(tiered, values[[2, 0, 1, 2]])
 
     rates = [1.0, *RATES[1:2], 0.0, *RATES[3:]]
-    # Not as step() would, by way of a copy of the table.
-    fused = of.backward() | {"groups_sorted": True, "state": [], "optimizer": 0, "hyper": rates}
-    del fused["weight_grad"]
+    fused = step(of, [weight], [], "sgd", rates, mask_grad=True)
     mask, _ = run("lookup_update_", fused)
     assert torch.equal(mask, values[0] + values[1] + 2 * values[2])
     values[:, :40] -= torch.tensor([[1.0], [1.0], [2.0]])

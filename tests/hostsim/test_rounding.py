@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import amtl_kernels
-from amtl_kernels import reference_lists, rounding
+from amtl_kernels import reference, rounding
 
 from . import simulator as sim
 from .calls import RULES, Call, applying, call, run, step
 
 NARROW = (torch.bfloat16, torch.float16)
-ROOMS = (sim.IMPLEMENTATIONS, reference_lists.IMPLEMENTATIONS)
+ROOMS = (sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS)
 ROWS, DIM = 50, 24
 
 

@@ -30,7 +30,10 @@ def call(
     include_last_offset: bool = False,
     groups_sorted: bool = False,
 ) -> Call:
-    """A call of one table, or of as many as ``padding_idx`` has entries; not pooled, not padded."""
+    """A call of one table, or of as many as ``padding_idx`` has entries; not pooled, not padded.
+
+    Its masks, which no operator reads, are the blocks.
+    """
     counts = [1] * len(blocks) if sizes else [len(blocks)]
     return Call(
         tables={
@@ -64,10 +67,18 @@ def step(
     **changes: Any,
 ) -> dict[str, Any]:
     """Arguments of ``lookup_update_`` that update ``blocks``, without other gradients."""
-    number = RULES.index(rule)
-    wants = {"mask_grad": False, "psw_grad": False}
-    mine = {"blocks": blocks, "state": state, "optimizer": number, "hyper": list(hyper)}
-    return of.update(number) | wants | mine | changes
+    mine = {"blocks": blocks, "state": state, "hyper": list(hyper)}
+    return {
+        **of.tables,
+        "grad": of.grad,
+        **of.bags,
+        "mask_grad": False,
+        "psw_grad": False,
+        "groups_sorted": of.groups_sorted,
+        "optimizer": RULES.index(rule),
+        **mine,
+        **changes,
+    }
 
 
 def applying(

@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference, reference_lists
+from amtl_kernels import reference
 
 FORMS = ("masked", "adaptive", "tiered")
 """Tables with a size of every row, with sizes of groups, in tiers."""
@@ -383,4 +383,4 @@ def assert_agrees(got: Any, want: Any, case: Case, what: str) -> None:
 
 def expected(op: str, arguments: tuple[Any, ...]) -> Any:
     """The reference's answer, computed in float64."""
-    return reference_lists.IMPLEMENTATIONS[op](*wide(arguments))
+    return reference.IMPLEMENTATIONS[op](*wide(arguments))

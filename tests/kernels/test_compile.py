@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import amtl_kernels as ak
-from amtl_kernels import reference_lists
+from amtl_kernels import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
@@ -121,7 +121,7 @@ def test_needs_input_grad_is_honoured(inputs: Inputs) -> None:
 
     def spy(*arguments: object) -> object:
         calls.append(arguments[-3:])
-        return reference_lists.lookup_backward(*arguments)
+        return reference.lookup_backward(*arguments)
 
     ak.register_backend("spy", lambda: {"lookup_backward": spy})
     with ak.use_backend("spy"):

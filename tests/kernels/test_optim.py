@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import fused, optim, reference_lists
+from amtl_kernels import fused, optim, reference
 
 N, D = 60, 17
 NUMBERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}
@@ -86,7 +86,7 @@ def test_update_agrees_with_the_reference(
     results = []
     for function, device in (
         (torch.ops.amtl.apply_, backend.device),
-        (reference_lists.apply_, "cpu"),
+        (reference.apply_, "cpu"),
     ):
         w, s = weight.clone().to(device), [state.clone().to(device) for state in states]
         function([w], [rows.to(device)], [grads.to(dtype).to(device)], s, *step)

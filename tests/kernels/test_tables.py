@@ -15,7 +15,7 @@ from kernel_cases import Call as Arguments
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import _schema, fused, optim, reference, reference_lists
+from amtl_kernels import _schema, fused, optim, reference
 
 SHAPES = ((50, 7), (3, 64), (200, 1), (20, 33))
 WIDTHS = ((7, 4, 0), (64,), (1, 1), (20, 0, 9))  # of each table's tiers
@@ -418,5 +418,5 @@ def test_gradcheck_of_the_reference(form: str, mode: str) -> None:
 
 
 def test_there_are_four_operators() -> None:
-    assert list(_schema.OPERATORS) == ["lookup", "lookup_backward", "lookup_update_", "apply_"]
-    assert list(reference_lists.IMPLEMENTATIONS) == list(_schema.OPERATORS)
+    assert list(_schema.SCHEMAS) == ["lookup", "lookup_backward", "lookup_update_", "apply_"]
+    assert list(reference.IMPLEMENTATIONS) == list(_schema.SCHEMAS)
