@@ -13,11 +13,11 @@ from kernel_cases import in_order
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import reference, reference_lists
+from amtl_kernels import reference
 from amtl_kernels.triton import implementations, launch, plan, rules
 
 OPERATORS = implementations()
-EXPECTED = reference_lists.IMPLEMENTATIONS
+EXPECTED = reference.IMPLEMENTATIONS
 NARROW = [torch.float16, torch.bfloat16]
 ROWS, DIM = 40, 24
 # Of weight and gradients: from 1 down to fp16's smallest steps.

@@ -17,14 +17,14 @@ from test_tables import BAGS, SHAPES, Call, make
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import reference_lists
+from amtl_kernels import reference
 from amtl_kernels.triton import implementations, launch, operators, plan
 from amtl_kernels.triton.lookup import pool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch_counts import count
 
-OPERATORS, EXPECTED = implementations(), reference_lists.IMPLEMENTATIONS
+OPERATORS, EXPECTED = implementations(), reference.IMPLEMENTATIONS
 OFF, RAISE, CLAMP = 0, 1, 2
 
 
@@ -202,3 +202,11 @@ def compare(got: Any, want: Any) -> None:
         return
     for a, b in zip(got, want, strict=True):
         compare(a, b)
+
+
+def test_a_width_that_a_table_does_not_have(device: str) -> None:
+    """Else kernels would write past their output."""
+    call = uniform("masked", device).operator()
+    call.tables["dims"] = [7, 64, 1, 40]
+    with pytest.raises(ValueError, match="table 3: embedding_dim is 40, the table has 33 columns"):
+        OPERATORS["lookup"](*in_order("lookup", call.lookup()))

@@ -10,7 +10,7 @@ from kernel_calls import RULES, applying
 from kernel_cases import in_order, wide
 from torch import Tensor
 
-from amtl_kernels import reference, reference_lists
+from amtl_kernels import reference
 from amtl_kernels.triton import implementations, launch
 
 OPERATORS = implementations()
@@ -45,7 +45,7 @@ def compare(
     double = {name: wide(value) for name, value in arguments.items()}
     before = [tensor.clone() for tensor in (*blocks, *state)]
     OPERATORS["apply_"](*in_order("apply_", arguments))
-    reference_lists.IMPLEMENTATIONS["apply_"](*in_order("apply_", double))
+    reference.IMPLEMENTATIONS["apply_"](*in_order("apply_", double))
     moments = len(state) // len(blocks)
     of_block = [*range(len(blocks)), *(c for c in range(len(blocks)) for _ in range(moments))]
     got, want = [*blocks, *state], [*double["blocks"], *double["state"]]
