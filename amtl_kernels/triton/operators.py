@@ -9,8 +9,10 @@ Several tables share a launch if one pointer reaches all of them; else each has 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -43,7 +45,7 @@ def _are_whole_apart(tensors: Sequence[Tensor]) -> bool:
 
 
 def _side_by_side(sizes: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The sizes as they are or, where no pointer reaches all, as int32 in memory that they share."""
+    """The sizes as they are or, if no pointer reaches all, as int32 in memory that they share."""
     if _are_whole_apart(sizes):
         return sizes
     flat = torch.cat([each.reshape(-1).to(torch.int32) for each in sizes])
@@ -54,10 +56,6 @@ def _side_by_side(sizes: Sequence[Tensor]) -> Sequence[Tensor]:
 def _one(table: reference.Table, bags: Bags, values: Tensor) -> tuple[Lookups, Table]:
     """Lookups in one table, and the table; ``values`` are their output or its gradient."""
     blocks, sizes, row_group = table.blocks, table.sizes, table.row_group
-    if sizes is not None and table.dim != blocks[0].shape[1]:
-        raise ValueError(
-            f"embedding_dim is {table.dim}, the table has {blocks[0].shape[1]} columns"
-        )
     groups = 0
     if sizes is None:
         ends = list(itertools.accumulate(block.shape[0] for block in blocks))
@@ -81,32 +79,43 @@ def _one(table: reference.Table, bags: Bags, values: Tensor) -> tuple[Lookups, T
     return lookups, seen
 
 
+@dataclass(frozen=True)
 class _Call:
     """The arguments that the operators share: a list of tables, and the lookups in them."""
 
-    def __init__(
-        self,
-        blocks: Sequence[Tensor],
-        block_counts: Sequence[int],
-        dims: Sequence[int],
-        sizes: Sequence[Tensor],
-        row_groups: Sequence[Tensor],
-        seed: int,
-        indices: Tensor,
-        offsets: Tensor | None,
-        per_sample_weights: Tensor | None,
-        pooling: int,
-        padding_idx: Sequence[int],
-        include_last_offset: bool,
-    ) -> None:
-        self.blocks, self.sizes, self.row_groups = blocks, sizes, row_groups
-        self.seed, self.padding_idx = seed, padding_idx
-        self.indices, self.offsets, self.weights = indices, offsets, per_sample_weights
-        self.pooling, self.include_last_offset = pooling, include_last_offset
-        self.tables = split_tables(
-            list(blocks), list(block_counts), list(dims), list(sizes), list(row_groups), seed
+    blocks: Sequence[Tensor]
+    block_counts: Sequence[int]
+    dims: Sequence[int]
+    sizes: Sequence[Tensor]
+    row_groups: Sequence[Tensor]
+    seed: int
+    indices: Tensor
+    offsets: Tensor | None
+    per_sample_weights: Tensor | None
+    pooling: int
+    padding_idx: Sequence[int]
+    include_last_offset: bool
+
+    @functools.cached_property
+    def tables(self) -> list[reference.Table]:
+        """Every table on its own, with a width that kernels may rely on."""
+        sizes = (list(self.sizes), list(self.row_groups))
+        tables = split_tables(
+            list(self.blocks), list(self.block_counts), list(self.dims), *sizes, self.seed
         )
-        self.dims = [table.dim for table in self.tables]
+        for t, table in enumerate(tables):
+            columns = table.blocks[0].shape[1]
+            if table.sizes is not None and table.dim != columns:
+                which = f"table {t}: " if len(tables) > 1 else ""
+                raise ValueError(
+                    f"{which}embedding_dim is {table.dim}, the table has {columns} columns"
+                )
+        return tables
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of every table's output."""
+        return [table.dim for table in self.tables]
 
     @property
     def shares_launches(self) -> bool:
@@ -124,9 +133,9 @@ class _Call:
         several = Several.of(
             values,
             [table.rows for table in self.tables],
-            self.dims,
+            self.widths,
             self.padding_idx,
-            [len(table.blocks) for table in self.tables],
+            self.block_counts,
             self.row_groups,
             [each.shape[0] for each in sizes] if self.row_groups else [],
         )
@@ -134,8 +143,8 @@ class _Call:
             table = Table.by_tables(self.blocks, sizes, self.row_groups, self.seed)
         else:
             ends = list(itertools.accumulate(block.shape[0] for block in self.blocks))
-            table = Table.by_tiers(self.blocks, ends, max(self.dims))
-        bags = (self.indices, self.offsets, self.weights, self.pooling)
+            table = Table.by_tiers(self.blocks, ends, max(self.widths))
+        bags = (self.indices, self.offsets, self.per_sample_weights, self.pooling)
         return Lookups.of_tables(values, several, *bags), table
 
     def each(self, run: Callable[[int, reference.Table, Bags], _Result]) -> list[_Result]:
@@ -143,7 +152,7 @@ class _Call:
         bags = split_bags(
             self.indices,
             self.offsets,
-            self.weights,
+            self.per_sample_weights,
             self.pooling,
             list(self.padding_idx),
             self.include_last_offset,
@@ -152,13 +161,13 @@ class _Call:
 
     def columns(self, grad: Tensor) -> Sequence[Tensor]:
         """Every table's incoming gradient."""
-        return [grad] if len(self.tables) == 1 else grad.split(self.dims, 1)
+        return [grad] if len(self.tables) == 1 else grad.split(self.widths, 1)
 
-    def join_sample_grads(self, parts: Sequence[Tensor]) -> Tensor:
+    def join_sample_grads(self, parts: Sequence[Tensor], wanted: bool) -> Tensor:
         """The gradient of all per-sample weights, of those of every table; zero past the last."""
-        if len(parts) == 1 or not any(part.numel() for part in parts):
-            return parts[0]
         found = torch.cat(list(parts))
+        if not wanted:
+            return found
         return torch.nn.functional.pad(found, (0, self.indices.numel() - found.numel()))
 
 
@@ -187,7 +196,7 @@ def lookup(
     if call.shares_launches and _are_whole_apart(sizes):
         assert offsets is not None
         number = max(offsets.numel() - 1, 0) // len(call.tables)
-        out = blocks[0].new_empty(number, sum(call.dims))
+        out = blocks[0].new_empty(number, sum(call.widths))
         lookups, all_tables = call.together(out)
         if check.find(lookups, all_tables, bounds_check) is None:
             pool(lookups, all_tables, clamp)
@@ -248,7 +257,7 @@ def lookup_backward(
         [one for mine in rows for one in mine],
         [one for mine in grads for one in mine],
         torch.cat(mask_grads),
-        call.join_sample_grads(psw),
+        call.join_sample_grads(psw, psw_grad),
     )
 
 
@@ -296,7 +305,7 @@ def lookup_update_(
     if len(found) == 1:
         return found[0]
     mask_grads, psw = zip(*found, strict=True)
-    return torch.cat(mask_grads), call.join_sample_grads(psw)
+    return torch.cat(mask_grads), call.join_sample_grads(psw, psw_grad)
 
 
 OPERATORS: dict[str, Callable[..., object]] = {

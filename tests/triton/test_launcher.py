@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+from kernel_calls import call  # noqa: E402
 from kernel_cases import Call, in_order  # noqa: E402
 
 from amtl_kernels import _schema  # noqa: E402
@@ -84,29 +85,21 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]:
 
 def problem(count: int, rows: int = 100, dim: int = 64) -> Call:
     """``count`` plain lookups in one table with sizes by row."""
-    tables = {"blocks": [torch.zeros(rows, dim)], "block_counts": [1], "dims": [], "seed": 0}
-    sizes = torch.ones(rows, dtype=torch.uint8)
-    bags: dict[str, Any] = {
-        "indices": torch.arange(count) % rows,
-        "offsets": None,
-        "per_sample_weights": None,
-        "pooling": 0,
-        "padding_idx": [-1],
-        "include_last_offset": False,
-    }
-    grad = torch.zeros(count, dim)
-    return Call({**tables, "sizes": [sizes], "row_groups": []}, [], bags, grad, False)
+    table, sizes = torch.zeros(rows, dim), torch.ones(rows, dtype=torch.uint8)
+    return call([table], torch.arange(count) % rows, torch.zeros(count, dim), sizes=[sizes])
 
 
 def bags_of_groups(count: int, rows: int, seed: int) -> Call:
     """``count`` lookups in two bags of a table with sizes by group."""
-    call = problem(count, rows)
-    call.tables["sizes"] = [torch.ones(3, 4, dtype=torch.int32)]
-    call.tables["row_groups"] = [torch.zeros(rows, dtype=torch.int32)]
-    call.tables["seed"] = seed
-    call.bags["offsets"] = torch.tensor([0, count // 2])
-    call.grad = torch.zeros(2, 64)
-    return call
+    return call(
+        [torch.zeros(rows, 64)],
+        torch.arange(count) % rows,
+        torch.zeros(2, 64),
+        sizes=[torch.ones(3, 4, dtype=torch.int32)],
+        row_groups=[torch.zeros(rows, dtype=torch.int32)],
+        seed=seed,
+        offsets=torch.tensor([0, count // 2]),
+    )
 
 
 def run(op: str, arguments: dict[str, Any]) -> Any:
@@ -144,10 +137,10 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
     driver.utils.load_binary = lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024)
     shapes = ((16, 48, 16), (33, 50, -3), (1, 160, 2**62), (120, 7, 1))
     for count, rows, seed in shapes:
-        call = bags_of_groups(count, rows, seed)
-        run("lookup", call.lookup(0))
-        found, grads, _, _ = run("lookup_backward", call.backward())
-        run("apply_", call.apply(found, grads, 1))
+        mine = bags_of_groups(count, rows, seed)
+        run("lookup", mine.lookup(0))
+        found, grads, _, _ = run("lookup_backward", mine.backward())
+        run("apply_", mine.apply(found, grads, 1))
     assert sorted(loaded) == sorted(set(loaded)), loaded
     assert {"pooled_fwd_kernel", "reduce_rows_kernel", "apply_kernel"} <= set(loaded)
     loaded.clear()
@@ -166,21 +159,16 @@ def test_tables_in_one_launch_are_compiled_and_described_once(
     uploads = []
     upload = launch.upload
     monkeypatch.setattr(launch, "upload", lambda *a: uploads.append(a) or upload(*a))
-    call = problem(1)
-    call.tables["blocks"] = [torch.zeros(rows, 64) for rows in (30, 7, 500)]
-    call.tables["sizes"] = [
-        torch.ones(block.shape[0], dtype=torch.uint8) for block in call.tables["blocks"]
-    ]
-    call.tables["block_counts"] = [1] * 3
+    blocks = [torch.zeros(rows, 64) for rows in (30, 7, 500)]
+    sizes = [torch.ones(block.shape[0], dtype=torch.uint8) for block in blocks]
     compiled = []
     driver.utils.load_binary = lambda name, *_: compiled.append(name) or (1, 1, 32, 0, 1024)
     for bags, length in ((100, 3), (16, 1), (1, 40)):
         driver.launches.clear()
         indices = torch.zeros(3 * bags * length, dtype=torch.int64)
         offsets = torch.arange(0, indices.numel() + 1, length)
-        given = {"indices": indices, "offsets": offsets, "include_last_offset": True}
-        call.bags |= given | {"padding_idx": [-1] * 3}
-        run("lookup", call.lookup(0))
+        bags_of_all = {"offsets": offsets, "padding_idx": [-1] * 3, "include_last_offset": True}
+        run("lookup", call(blocks, indices, sizes=sizes, **bags_of_all).lookup(0))
         grid = (launch.cdiv(bags, launch.TILE // 64), 1, 3)
         assert driver.launches == [("pooled_fwd_kernel", grid)]
     assert compiled == ["pooled_fwd_kernel"]
@@ -191,9 +179,8 @@ def test_tables_in_one_launch_are_compiled_and_described_once(
 def test_grids_of_an_update_are_bounded_by_lookups_and_rows(driver: Driver) -> None:
     """The host knows no number of rows or pieces: grids are what these could be at most."""
     for count, rows, most in ((1000, 10_000, 1000), (1000, 10, 10 + 16), (5, 10_000, 5)):
-        call = problem(count, rows)
         driver.launches.clear()
-        run("lookup_update_", call.update(0))
+        run("lookup_update_", problem(count, rows).update(0))
         grids = dict(driver.launches)
         assert grids["reduce_update_kernel"] == (launch.cdiv(most, 16), 1, 1)
         # One program for each window of 64 lookups but the last.
