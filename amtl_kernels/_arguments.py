@@ -28,6 +28,13 @@ class Tables(NamedTuple):
         return [sum(next(blocks).shape[0] for _ in range(n)) for n in self.block_counts]
 
 
+class Codes(NamedTuple):
+    """What makes numbers of tables of few bits: step sizes of their blocks, and their bits."""
+
+    steps: list[Tensor]
+    bits: list[int]
+
+
 class Bags(NamedTuple):
     """The arguments that describe lookups, in the order of the schemas."""
 

@@ -9,25 +9,30 @@ import torch
 from torch import Tensor
 
 from amtl_kernels import _schema
-from amtl_kernels._arguments import CLAMP, Bags, Tables, clamped, split_masks
+from amtl_kernels._arguments import CLAMP, Bags, Codes, Tables, clamped, split_masks
 
 _TABLES = len(Tables._fields)
 _BAGS = len(Bags._fields)
 _NAMES = tuple(argument.name for argument in torch.ops.amtl.lookup.default._schema.arguments)
 
 
-def _widths(tables: Tables) -> list[int]:
+def _widths(tables: Tables, bits: Sequence[int] | None) -> list[int]:
     """Of every table's output."""
     if tables.dims:
         return list(tables.dims)
     blocks = iter(tables.blocks)
-    return [max(next(blocks).shape[1] for _ in range(n)) for n in tables.block_counts]
+    widest = [max(next(blocks).shape[1] for _ in range(n)) for n in tables.block_counts]
+    if not bits:
+        return widest
+    return [width * 8 // each for width, each in zip(widest, bits, strict=True)]
 
 
 def _fake_lookup(*arguments: Any) -> Tensor:
     tables = Tables(*arguments[:_TABLES])
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    widths, like = _widths(tables), tables.blocks[0]
+    steps, bits = (*arguments[_TABLES + 3 + _BAGS :], None, None)[:2]
+    widths = _widths(tables, bits)
+    like = steps[0] if steps else tables.blocks[0]
     if bags.offsets is None:
         return like.new_empty(*bags.indices.shape, widths[0])
     ends = bags.offsets.shape[0] - int(bags.include_last_offset)
@@ -124,7 +129,7 @@ def _gradients(
 def _registered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tables, masks = Tables(*inputs[:_TABLES]), inputs[_TABLES]
     bags = Bags(*inputs[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    _save(ctx, tables, masks, bags, *inputs[-2:])
+    _save(ctx, tables, masks, bags, *inputs[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS])
 
 
 def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
@@ -148,6 +153,12 @@ def forward(
     """The lookup alone, past the gradients that are registered with it."""
     with torch._C._AutoDispatchBelowAutograd():
         out: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
+    return out
+
+
+def lookup_codes(tables: Tables, codes: Codes, bags: Bags, bounds_check: int) -> Tensor:
+    """The lookup in tables of few bits, which are constants."""
+    out: Tensor = torch.ops.amtl.lookup(*tables, [], *bags, bounds_check, True, *codes)
     return out
 
 

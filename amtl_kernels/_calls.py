@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from amtl_kernels import _autograd
-from amtl_kernels._arguments import CLAMP, Bags, Tables, clamped, split_masks
+from amtl_kernels._arguments import CLAMP, Bags, Codes, Tables, clamped, split_masks
 from amtl_kernels.optim import RowOptimizer
 
 
@@ -30,6 +30,7 @@ def call(
     bounds_check: int,
     sparse: bool,
     optimizer: RowOptimizer | None,
+    codes: Codes | None = None,
 ) -> Tensor:
     """Looks up; arguments are those of the operator ``lookup``, checked by the caller.
 
@@ -40,14 +41,19 @@ def call(
         bounds_check: The number of what to do about an index out of range.
         sparse: Whether gradients of the blocks are sparse.
         optimizer: What updates the blocks in the backward, if anything does.
+        codes: Of tables of few bits, what makes numbers of them.
 
     Returns:
         The operator's result.
 
     Raises:
         TypeError: ``optimizer`` is of another kind.
-        ValueError: ``optimizer`` does not hold the blocks in one group.
+        ValueError: ``optimizer`` does not hold the blocks in one group, or a gradient through a
+            table of few bits is asked for.
     """
+    if codes is not None:
+        _check_constant(bags, optimizer)
+        return _autograd.lookup_codes(tables, codes, bags, bounds_check)
     if optimizer is None:
         return _autograd.lookup(tables, list(masks), bags, bounds_check, sparse)
     check_optimizer(optimizer)
@@ -56,6 +62,16 @@ def call(
     fused = _Fused(tables, list(masks), bags, bounds_check, optimizer)
     updated: Tensor = _Update.apply(fused, bags.per_sample_weights, *masks, *tables.blocks)
     return updated
+
+
+def _check_constant(bags: Bags, optimizer: RowOptimizer | None) -> None:
+    if optimizer is not None:
+        raise ValueError("a table of few bits has no gradient: optimizer must be None")
+    psw = bags.per_sample_weights
+    if psw is not None and psw.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "per_sample_weights get no gradient from a table of few bits: detach() them"
+        )
 
 
 def check_optimizer(optimizer: object) -> None:

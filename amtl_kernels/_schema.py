@@ -26,6 +26,12 @@ import torch
 #   mask_grads     fp32, flat, table after table; [0] if not asked for
 #   state          of each block one after the other, then maybe an int64 step counter
 #   hyper          lr, eps, weight_decay, beta1, beta2, step, and maybe 1 for stochastic rounding
+#   steps, bits    tables of few bits, which have no sizes and no gradient: of each table float32
+#                  [C_t], the step size of each of its blocks, and 2, 4 or 8. Blocks are uint8
+#                  [n_c, w_c * bits / 8], the first code in the lowest bits; code u stands for
+#                  (u - (2^bits - 1) / 2) * step in float32, and so do the output and
+#                  per_sample_weights. Last, and None by default: a call without them does not even
+#                  pass them
 _TABLES = "int[] block_counts, int[] dims, Tensor[] sizes, Tensor[] row_groups, SymInt seed"
 _BAGS = (
     "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int pooling, int[] padding_idx,"
@@ -35,8 +41,8 @@ _STEP = "Tensor(b!)[] state, int optimizer, float[] hyper"
 
 SCHEMAS: dict[str, str] = {
     "lookup": (
-        f"(Tensor[] blocks, {_TABLES}, Tensor[] masks, {_BAGS}, int bounds_check, bool sparse_grad)"
-        " -> Tensor"
+        f"(Tensor[] blocks, {_TABLES}, Tensor[] masks, {_BAGS}, int bounds_check, bool sparse_grad,"
+        " Tensor[]? steps=None, int[]? bits=None) -> Tensor"
     ),
     "lookup_backward": (
         f"(Tensor grad, Tensor[] blocks, {_TABLES}, {_BAGS}, bool weight_grad, bool mask_grad,"

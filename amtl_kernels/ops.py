@@ -18,6 +18,11 @@ What all of them share:
 - ``sparse=True`` gives the table a coalesced sparse COO gradient with ``U`` rows, and nothing of
   size ``N * D`` is allocated; ``sparse=False`` gives a dense ``[N, D]`` gradient, for optimizers
   that refuse sparse ones.
+- ``steps`` and ``bits``: a table of tiers may hold codes of 2, 4 or 8 bits in place of numbers, the
+  first code in a byte's lowest bits; its blocks are uint8 ``[n_c, w_c * bits / 8]``. Code ``u`` of
+  tier ``c`` stands for ``(u - (2**bits - 1) / 2) * steps[c]``, computed in float32 in this order;
+  the output is float32, and so are ``per_sample_weights``. Such a table is a constant: there is no
+  gradient of it, nor of per-sample weights through it.
 - ``optimizer``: one of ``amtl_kernels.optim`` that holds the table. The backward then updates the
   table and leaves it without a gradient (``amtl_kernels.fused`` says what that means); ``sparse``
   has no effect.
@@ -34,7 +39,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amtl_kernels._arguments import Bags, Tables
+from amtl_kernels._arguments import Bags, Codes, Tables
 from amtl_kernels._calls import call, kind
 from amtl_kernels.optim import RowOptimizer
 
@@ -45,6 +50,7 @@ _BOUNDS = {"off": 0, "raise": 1, "clamp": 2}
 _MODES = {"sum": 0, "mean": 1}
 _INDEX_TYPES = (torch.int32, torch.int64)
 _SIZE_TYPES = (torch.uint8, torch.int32)
+_BITS = (2, 4, 8)
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -67,11 +73,14 @@ def _check_list(values: object, name: str, items: str) -> None:
         raise TypeError(f"{name} must be a list of {items}, got {kind(values)}")
 
 
-def _check_table(weight: Tensor, name: str = "weight") -> None:
+def _check_table(weight: Tensor, name: str = "weight", codes: bool = False) -> None:
     _check_tensor(weight, name)
     if weight.dim() != 2:
         _fail(f"{name} must be [N, D], got shape {tuple(weight.shape)}")
-    if weight.dtype not in _WEIGHT_TYPES:
+    if codes:
+        if weight.dtype != torch.uint8:
+            _fail(f"{name} must be uint8, the type of codes, got {weight.dtype}")
+    elif weight.dtype not in _WEIGHT_TYPES:
         _fail(f"{name} must be float32, float16 or bfloat16, got {weight.dtype}")
     if not weight.is_contiguous():
         _fail(f"{name} must be contiguous: a copy of a table is not made silently")
@@ -123,7 +132,10 @@ def _check_groups(
 
 
 def _check_tiers(
-    blocks: Sequence[Tensor], tier_ends: Sequence[int], embedding_dim: int | None
+    blocks: Sequence[Tensor],
+    tier_ends: Sequence[int],
+    embedding_dim: int | None,
+    bits: int | None = None,
 ) -> int:
     _check_list(blocks, "blocks", "tensors")
     _check_list(tier_ends, "tier_ends", "whole numbers")
@@ -131,7 +143,7 @@ def _check_tiers(
         _fail(f"{len(blocks)} blocks and {len(tier_ends)} tier_ends: one end per block is needed")
     start = 0
     for c, (block, end) in enumerate(zip(blocks, tier_ends, strict=True)):
-        _check_table(block, f"blocks[{c}]")
+        _check_table(block, f"blocks[{c}]", bits is not None)
         _check_whole(end, f"tier_ends[{c}]")
         if block.shape[0] != end - start:
             _fail(f"blocks[{c}] has {block.shape[0]} rows, tier_ends say {end - start}")
@@ -139,6 +151,8 @@ def _check_tiers(
             _fail(f"blocks[{c}] differs from blocks[0] in dtype or device")
         start = end
     widest = max(int(block.shape[1]) for block in blocks)
+    if bits is not None:
+        widest = widest * 8 // bits
     dim = widest if embedding_dim is None else embedding_dim
     _check_whole(dim, "embedding_dim")
     if dim < widest:
@@ -146,6 +160,23 @@ def _check_tiers(
     if dim < 1:
         _fail("embedding_dim must be given, and at least 1, where no tier has any columns")
     return dim
+
+
+def _check_codes(blocks: Sequence[Tensor], steps: Tensor | None, bits: int | None) -> Codes | None:
+    if steps is None and bits is None:
+        return None
+    if steps is None or bits is None:
+        raise ValueError("steps and bits go together: a table has both or neither")
+    _check_whole(bits, "bits")
+    if bits not in _BITS:
+        _fail(f"bits must be 2, 4 or 8, got {bits}")
+    _check_tensor(steps, "steps")
+    _check_list(blocks, "blocks", "tensors")
+    if steps.dtype != torch.float32 or steps.shape != (len(blocks),):
+        _fail(f"steps must be float32 [{len(blocks)}], got {steps.dtype} {tuple(steps.shape)}")
+    if blocks and isinstance(blocks[0], Tensor) and steps.device != blocks[0].device:
+        _fail(f"steps are on {steps.device}, the table is on {blocks[0].device}")
+    return Codes([steps.detach().contiguous()], [int(bits)])
 
 
 def _padding(padding_idx: int | None, rows: int) -> int:
@@ -440,6 +471,8 @@ def tiered_embedding(
     bounds_check: BoundsCheck = "raise",
     sparse: bool = True,
     optimizer: RowOptimizer | None = None,
+    steps: Tensor | None = None,
+    bits: int | None = None,
 ) -> Tensor:
     """Looks rows up in a frozen table that is stored as tiers of equal width.
 
@@ -456,9 +489,11 @@ def tiered_embedding(
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradients of the blocks are sparse (see the module).
         optimizer: What updates the blocks in the backward, if anything does (see the module).
+        steps: Of blocks of codes, the step size of each: float32 ``[C]`` (see the module).
+        bits: Of blocks of codes, the bits of a code: 2, 4 or 8.
 
     Returns:
-        ``indices.shape + [D]`` in the type of the blocks.
+        ``indices.shape + [D]`` in the type of the blocks; float32 of codes.
 
     Raises:
         IndexError: An index is out of range and ``bounds_check="raise"``.
@@ -466,11 +501,12 @@ def tiered_embedding(
 
     Cost: ``O(L * D)``; moves ``L * (w_mean + D)`` values.
     """
-    dim = _check_tiers(blocks, tier_ends, embedding_dim)
+    codes = _check_codes(blocks, steps, bits)
+    dim = _check_tiers(blocks, tier_ends, embedding_dim, bits)
     indices = _check_indices(indices, blocks[0].device)
     bags = _plain(indices, _padding(padding_idx, tier_ends[-1]))
     tables = Tables(list(blocks), [len(blocks)], [dim])
-    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer)
+    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer, codes)
 
 
 def tiered_embedding_bag(
@@ -487,6 +523,8 @@ def tiered_embedding_bag(
     bounds_check: BoundsCheck = "raise",
     sparse: bool = True,
     optimizer: RowOptimizer | None = None,
+    steps: Tensor | None = None,
+    bits: int | None = None,
 ) -> Tensor:
     """:func:`tiered_embedding`, pooled by bag as in :func:`masked_embedding_bag`.
 
@@ -503,9 +541,11 @@ def tiered_embedding_bag(
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradients of the blocks are sparse (see the module).
         optimizer: What updates the blocks in the backward, if anything does (see the module).
+        steps: Of blocks of codes, the step size of each: float32 ``[C]`` (see the module).
+        bits: Of blocks of codes, the bits of a code: 2, 4 or 8.
 
     Returns:
-        ``[B, D]`` in the type of the blocks.
+        ``[B, D]`` in the type of the blocks; float32 of codes.
 
     Raises:
         IndexError: An index is out of range and ``bounds_check="raise"``.
@@ -513,9 +553,10 @@ def tiered_embedding_bag(
 
     Cost: ``O(L * w_mean + B * D)``; moves ``L * w_mean + B * D`` values.
     """
-    dim = _check_tiers(blocks, tier_ends, embedding_dim)
+    codes = _check_codes(blocks, steps, bits)
+    dim = _check_tiers(blocks, tier_ends, embedding_dim, bits)
     padding = [_padding(padding_idx, tier_ends[-1])]
     weights = (per_sample_weights, padding, include_last_offset)
-    bags = _bags(blocks[0], indices, offsets, mode, *weights)
+    bags = _bags(blocks[0] if steps is None else steps, indices, offsets, mode, *weights)
     tables = Tables(list(blocks), [len(blocks)], [dim])
-    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer)
+    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer, codes)

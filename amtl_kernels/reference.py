@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -176,6 +176,18 @@ def _pool(
     return out.to(values.dtype)
 
 
+def widths_of(blocks: list[Tensor], bits: int) -> list[int]:
+    """Numbers in a row of each block, of codes of so many bits if not 0."""
+    return [block.shape[1] * 8 // bits if bits else block.shape[1] for block in blocks]
+
+
+def decode(codes: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Numbers ``[M, w]`` of rows of codes ``[M, w * bits / 8]``, in the type of ``step``."""
+    shifts = range(0, 8, bits)
+    parts = torch.stack([(codes >> shift) & (2**bits - 1) for shift in shifts], -1)
+    return (parts.flatten(1).to(step.dtype) - (2**bits - 1) / 2) * step
+
+
 @dataclass(frozen=True)
 class Table:
     """One table of a call: its blocks, and how much of a row is kept."""
@@ -185,6 +197,13 @@ class Table:
     sizes: Tensor | None
     row_group: Tensor | None
     seed: int
+    steps: Tensor | None = None
+    bits: int = 0
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers in a row of each block."""
+        return widths_of(self.blocks, self.bits)
 
     @property
     def rows(self) -> int:
@@ -200,11 +219,14 @@ class Table:
 
     def values(self, flat: Tensor) -> Tensor:
         """Whole rows ``[M, D]``, those of narrow blocks followed by zeros."""
-        out = self.blocks[0].new_zeros(flat.numel(), self.dim)
-        for block, start, end in self.slices():
+        like = self.blocks[0] if self.steps is None else self.steps
+        out = like.new_zeros(flat.numel(), self.dim)
+        for c, (block, start, end) in enumerate(self.slices()):
             mine = ((flat >= start) & (flat < end)).nonzero()[:, 0]
-            missing = self.dim - block.shape[1]
-            padded = torch.nn.functional.pad(block[flat[mine] - start], (0, missing))
+            rows = block[flat[mine] - start]
+            if self.steps is not None:
+                rows = decode(rows, self.steps[c], self.bits)
+            padded = torch.nn.functional.pad(rows, (0, self.dim - rows.shape[1]))
             out = out.index_copy(0, mine, padded)
         return out
 
@@ -212,7 +234,7 @@ class Table:
         """Kept sizes ``[M]`` of rows, int64."""
         if self.sizes is None:
             ends = torch.tensor([end for _, _, end in self.slices()], device=flat.device)
-            widths = torch.tensor([block.shape[1] for block in self.blocks], device=flat.device)
+            widths = torch.tensor(self.widths, device=flat.device)
             return widths[torch.bucketize(flat, ends, right=True)]
         if self.row_group is None:
             return _check_sizes(self.sizes[flat].to(torch.int64), self.dim)
@@ -231,6 +253,38 @@ class Bags:
     include_last_offset: bool
 
 
+def check_codes(
+    blocks: list[Tensor],
+    block_counts: list[int],
+    sizes: list[Tensor],
+    steps: list[Tensor],
+    bits: list[int],
+) -> None:
+    """Raises ValueError unless tables of few bits are whole, and others are none."""
+
+    def check(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(message)
+
+    check(bool(steps) == bool(bits), "steps and bits go together")
+    if not steps:
+        of_codes = any(block.dtype == torch.uint8 for block in blocks)
+        return check(not of_codes, "blocks of codes need steps and bits, and have no gradient")
+    check(
+        len(steps) == len(bits) == len(block_counts),
+        "one tensor of steps and one number of bits per table are needed",
+    )
+    check(not sizes, "a table of few bits has no sizes")
+    of_codes = all(block.dtype == torch.uint8 for block in blocks)
+    check(of_codes, "a table of few bits must have blocks of uint8")
+    for mine, few, count in zip(steps, bits, block_counts, strict=True):
+        check(few in (2, 4, 8), f"bits must be 2, 4 or 8, got {few}")
+        check(
+            mine.dtype == torch.float32 and mine.shape == (count,),
+            f"steps must be float32 [{count}]",
+        )
+
+
 def split_tables(
     blocks: list[Tensor],
     block_counts: list[int],
@@ -238,15 +292,20 @@ def split_tables(
     sizes: list[Tensor],
     row_groups: list[Tensor],
     seed: int,
+    steps: list[Tensor] | None = None,
+    bits: list[int] | None = None,
 ) -> list[Table]:
     """Every table on its own."""
+    check_codes(blocks, block_counts, sizes, steps or [], bits or [])
     tables, first = [], 0
     for t, count in enumerate(block_counts):
         mine = list(blocks[first : first + count])
         first += count
-        dim = dims[t] if dims else max(block.shape[1] for block in mine)
+        few = bits[t] if bits else 0
+        dim = dims[t] if dims else max(widths_of(mine, few))
         row_group = row_groups[t] if row_groups else None
-        tables.append(Table(mine, dim, sizes[t] if sizes else None, row_group, seed))
+        table = Table(mine, dim, sizes[t] if sizes else None, row_group, seed)
+        tables.append(replace(table, steps=steps[t], bits=few) if steps else table)
     return tables
 
 
@@ -306,6 +365,8 @@ def lookup(
     include_last_offset: bool,
     bounds_check: int,
     sparse_grad: bool,
+    steps: list[Tensor] | None = None,
+    bits: list[int] | None = None,
 ) -> Tensor:
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
 
@@ -318,7 +379,7 @@ def lookup(
         pooled = (bags.pooling, bags.padding_idx, bags.include_last_offset)
         return _pool(values, flat, bags.offsets, bags.per_sample_weights, *pooled)
 
-    tables = split_tables(blocks, block_counts, dims, sizes, row_groups, seed)
+    tables = split_tables(blocks, block_counts, dims, sizes, row_groups, seed, steps, bits)
     every = split_bags(
         indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
     )

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from amtl_kernels import ops
-from amtl_kernels._arguments import Bags, Tables
+from amtl_kernels._arguments import Bags, Codes, Tables
 from amtl_kernels._calls import call
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
@@ -114,8 +114,10 @@ def check_tiers(
     blocks: Sequence[Sequence[Tensor]],
     tier_ends: Sequence[Sequence[int]],
     embedding_dims: Sequence[int] | None,
-) -> Tables:
-    """Checks every table's tiers, and concatenates them."""
+    steps: Sequence[Tensor] | None = None,
+    bits: int | Sequence[int] | None = None,
+) -> tuple[Tables, Codes | None]:
+    """Checks every table's tiers, and concatenates them, and what makes numbers of codes."""
     ops._check_list(blocks, "blocks", "lists of tensors")
     ops._check_list(tier_ends, "tier_ends", "lists of whole numbers")
     given: Sequence[int | None] = embedding_dims or [None] * len(blocks)
@@ -123,16 +125,37 @@ def check_tiers(
     if not blocks or {len(tier_ends), len(given)} != {len(blocks)}:
         raise ValueError("one list of blocks, one of tier_ends and one width per table are needed")
     dims = []
+    every_steps, every_bits = _of_each(steps, bits, len(blocks))
+    codes = Codes([], [])
     for t, (mine, ends, dim) in enumerate(zip(blocks, tier_ends, given, strict=True)):
         try:
-            dims.append(ops._check_tiers(mine, ends, dim))
+            found = ops._check_codes(mine, every_steps[t], every_bits[t])
+            dims.append(ops._check_tiers(mine, ends, dim, every_bits[t]))
+            if found is not None:
+                codes.steps.extend(found.steps)
+                codes.bits.extend(found.bits)
         except (TypeError, ValueError) as error:
             raise type(error)(f"table {t}: {error}") from None
         if mine[0].dtype != blocks[0][0].dtype or mine[0].device != blocks[0][0].device:
             raise ValueError(f"table {t} differs from table 0 in type or device")
-    return Tables(
+    tables = Tables(
         [block for mine in blocks for block in mine], [len(mine) for mine in blocks], dims
     )
+    return tables, codes if codes.bits else None
+
+
+def _of_each(
+    steps: Sequence[Tensor] | None, bits: int | Sequence[int] | None, count: int
+) -> tuple[Sequence[Tensor | None], Sequence[int | None]]:
+    """Step sizes and bits of each table."""
+    every_steps: Sequence[Tensor | None] = [None] * count
+    if steps is not None:
+        ops._check_list(steps, "steps", "tensors")
+        every_steps = steps
+    every_bits = bits if isinstance(bits, Sequence) else [bits] * count
+    if len(every_steps) != count or len(every_bits) != count:
+        raise ValueError(f"{len(every_steps)} steps and {len(every_bits)} bits for {count} tables")
+    return every_steps, every_bits
 
 
 def _call(
@@ -141,9 +164,10 @@ def _call(
     bags: Bags,
     bounds_check: str,
     optimizer: RowOptimizer | None,
+    codes: Codes | None = None,
 ) -> Tensor:
     """Looks up; the operators name a table in errors only where there are several."""
-    arguments = (tables, masks, bags, ops._bounds(bounds_check), True, optimizer)
+    arguments = (tables, masks, bags, ops._bounds(bounds_check), True, optimizer, codes)
     if len(tables.block_counts) > 1:
         return call(*arguments)
     try:
@@ -261,6 +285,8 @@ def tiered_embedding_bag_tables(
     padding_idx: Padding = None,
     bounds_check: BoundsCheck = "raise",
     optimizer: RowOptimizer | None = None,
+    steps: Sequence[Tensor] | None = None,
+    bits: int | Sequence[int] | None = None,
 ) -> Tensor:
     """:func:`tiered_embedding_bag` of ``T`` tables in one call.
 
@@ -275,9 +301,11 @@ def tiered_embedding_bag_tables(
         padding_idx: A row that counts for nothing: one for every table, or a list.
         bounds_check: What to do about an index outside its table.
         optimizer: What updates the tables in the backward, if anything does.
+        steps: Of blocks of codes (``amtl_kernels.ops``), for each table float32 ``[C_t]``.
+        bits: Of blocks of codes, the bits of a code: 2, 4 or 8, one number or each table's own.
 
     Returns:
-        ``[B, D_0 + .. + D_(T-1)]`` in the type of the blocks.
+        ``[B, D_0 + .. + D_(T-1)]`` in the type of the blocks; float32 of codes.
 
     Raises:
         IndexError: An index is out of range and ``bounds_check="raise"``.
@@ -285,8 +313,8 @@ def tiered_embedding_bag_tables(
 
     Cost: that of ``T`` calls of :func:`tiered_embedding_bag`, less their overhead.
     """
-    tables = check_tiers(blocks, tier_ends, embedding_dims)
+    tables, codes = check_tiers(blocks, tier_ends, embedding_dims, steps, bits)
     rows = [ends[-1] for ends in tier_ends]
-    first = tables.blocks[0]
-    bags = check_bags(first, rows, indices, offsets, mode, per_sample_weights, padding_idx)
-    return _call(tables, [], bags, bounds_check, optimizer)
+    like = tables.blocks[0] if codes is None else codes.steps[0]
+    bags = check_bags(like, rows, indices, offsets, mode, per_sample_weights, padding_idx)
+    return _call(tables, [], bags, bounds_check, optimizer, codes)

@@ -187,8 +187,14 @@ def lookup(
     include_last_offset: bool,
     bounds_check: int,
     sparse_grad: bool,
+    steps: Sequence[Tensor] | None = None,
+    bits: Sequence[int] | None = None,
 ) -> Tensor:
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
+    if steps:
+        given = (blocks, block_counts, dims, sizes, row_groups, seed, masks)
+        pooled = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+        return reference.lookup(*given, *pooled, bounds_check, sparse_grad, steps, bits)  # type: ignore[arg-type]
     tables = (blocks, block_counts, dims, sizes, row_groups, seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
     call = _Call(*tables, *bags)

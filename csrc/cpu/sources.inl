@@ -14,6 +14,7 @@ struct SourceRing {
   alignas(64) const char* row[kSourceRing];
   alignas(64) int32_t size[kSourceRing];  // below 0: counts for nothing, not even in a mean
   alignas(64) float scale[kSourceRing];
+  alignas(64) float step[kSourceRing];  // of codes
   // Byte of `row` at which register r of it is read. Past the size that is the last register kept:
   // no line is touched that isn't kept, and no branch depends on the size.
   alignas(64) int32_t place[kPlaces][kSourceRing];
@@ -209,7 +210,7 @@ class Sources {
       ResolveIndices(static_cast<const int64_t*>(table_.indices) + begin, count, number);
     }
     if (table_.per_sample_weights) LoadScales(table_, begin, resolved_, ring_.scale + at);
-    FindRows(number, ring_.row + at, ring_.size + at);
+    FindRows(number, at);
     if (registers_ > 0) shifted_ ? FindLines(at) : FindPlaces(at);
   }
 
@@ -225,15 +226,24 @@ class Sources {
     }
   }
 
-  void FindRows(const int64_t* number, const char** row, int32_t* size) {
+  void FindRows(const int64_t* number, int64_t at) {
     const SizeTable& s = table_.sizes;
+    const char** row = ring_.row + at;
+    int32_t* size = ring_.size + at;
     int32_t slot[kSourceBlock];
     ResolveSizes(table_, number, size, slot, &faults_->size);
     const int64_t bytes = BytesOf(table_.type);
     if (s.kind == SizeTable::Kind::kTiers) {
       uintptr_t place[kSourceBlock];
-      for (int i = 0; i < kSourceBlock; ++i) {
-        place[i] = static_cast<uintptr_t>(number[i] * (size[i] * bytes));
+      if (table_.bits > 0) {
+        for (int i = 0; i < kSourceBlock; ++i) {
+          place[i] = static_cast<uintptr_t>(number[i] * (int64_t{size[i]} * table_.bits / 8));
+        }
+        for (int i = 0; i < kSourceBlock; ++i) ring_.step[at + i] = s.steps[slot[i]];
+      } else {
+        for (int i = 0; i < kSourceBlock; ++i) {
+          place[i] = static_cast<uintptr_t>(number[i] * (size[i] * bytes));
+        }
       }
       for (int i = 0; i < kSourceBlock; ++i) {
         row[i] = reinterpret_cast<const char*>(s.origins[slot[i]] + place[i]);

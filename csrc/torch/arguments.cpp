@@ -27,6 +27,9 @@ void CheckCounts(const Tables& tables) {
     Check(tables.block_counts[t] <= kMaxBlocks, "more than ", kMaxBlocks, " tiers");
     Check(!tables.sized() || tables.block_counts[t] == 1, "a table with sizes is one block");
   }
+  Check(!tables.coded() || (tables.steps.size() == count && tables.bits.size() == count),
+        "one tensor of steps and one number of bits per table are needed");
+  Check(!tables.coded() || !tables.sized(), "a table of few bits has no sizes");
   const int64_t blocks =
       std::accumulate(tables.block_counts.begin(), tables.block_counts.end(), int64_t{0});
   Check(count > 0 && blocks == static_cast<int64_t>(tables.blocks.size()),
@@ -66,21 +69,37 @@ int64_t CheckSized(const Tables& tables, size_t t) {
   return dim;
 }
 
+void CheckCodes(const Tensor& block) {
+  Check(block.scalar_type() == ScalarType::Byte, "a table of few bits must have blocks of uint8");
+  Check(block.dim() == 2, "a table must be [N, D]");
+  Check(block.is_contiguous(), "a table must be contiguous");
+}
+
+void CheckSteps(const Tables& tables, size_t t) {
+  const Tensor& steps = tables.steps[t];
+  const int64_t bits = tables.bits[t], blocks = tables.block_counts[t];
+  Check(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8, got ", bits);
+  Check(steps.scalar_type() == ScalarType::Float && steps.dim() == 1 && steps.size(0) == blocks,
+        "steps must be float32 [", blocks, "]");
+  CheckLike(steps, "steps", tables.like());
+}
+
 // A table in which rows keep all of their block's width; returns the width of the output.
 int64_t CheckTiers(const Tables& tables, size_t t) {
   const Tensor* block = &tables.blocks[tables.first[t]];
   const int64_t count = tables.block_counts[t];
   int64_t widest = 0;
+  if (tables.coded()) CheckSteps(tables, t);
   for (int64_t c = 0; c < count; ++c) {
-    CheckWeight(block[c]);
+    tables.coded() ? CheckCodes(block[c]) : CheckWeight(block[c]);
     CheckLike(block[c], "a block", tables.like());
     Check(block[c].scalar_type() == block[0].scalar_type(), "blocks differ in type");
-    widest = std::max(widest, block[c].size(1));
+    widest = std::max(widest, tables.width_of(block[c], t));
   }
   const int64_t dim = tables.dims.empty() ? widest : tables.dims[t];
   CheckEmbeddingDim(dim);
   for (int64_t c = 0; c < count; ++c) {
-    Check(block[c].size(1) <= dim, "block ", c, " is wider than embedding_dim ", dim);
+    Check(tables.width_of(block[c], t) <= dim, "block ", c, " is wider than embedding_dim ", dim);
   }
   return dim;
 }
@@ -144,8 +163,13 @@ void CheckBags(const Tables& tables, Bags& bags) {
   if (!bags.per_sample_weights) return;
   const Tensor& weights = *bags.per_sample_weights;
   Check(bags.pooling == 0, "per_sample_weights go with mode sum only");
-  Check(weights.scalar_type() == tables.like().scalar_type(),
-        "per_sample_weights must have the type of the table", several ? "s" : "");
+  if (tables.coded()) {
+    Check(weights.scalar_type() == ScalarType::Float,
+          "per_sample_weights of tables of few bits must be float32");
+  } else {
+    Check(weights.scalar_type() == tables.like().scalar_type(),
+          "per_sample_weights must have the type of the table", several ? "s" : "");
+  }
   Check(weights.dim() == 1 && weights.size(0) == bags.indices.numel(),
         "per_sample_weights must have one value per index");
   CheckLike(weights, "per_sample_weights", tables.like());
@@ -209,6 +233,19 @@ Tables Unbox<Tables>::From(StableIValue* values) {
   tables.row_groups = to<Tensors>(values[4]);
   tables.seed = to<int64_t>(values[5]);
   return tables;
+}
+
+Codes Unbox<Codes>::From(StableIValue* values) {
+  Codes codes;
+  if (auto steps = to<std::optional<Tensors>>(values[0])) codes.steps = std::move(*steps);
+  if (auto bits = to<std::optional<Ints>>(values[1])) codes.bits = std::move(*bits);
+  return codes;
+}
+
+void Codes::AddTo(Tables& tables) && {
+  Check(steps.empty() == bits.empty(), "steps and bits go together");
+  tables.steps = std::move(steps);
+  tables.bits = std::move(bits);
 }
 
 Bags Unbox<Bags>::From(StableIValue* values) {

@@ -22,6 +22,8 @@ struct Tables {
   Tensors sizes;      // empty: rows keep their block's width; T times [N_t], or [G_t] or [G_t, Q_t]
   Tensors row_groups;  // empty, or T times int32 [N_t]
   int64_t seed = 0;
+  Tensors steps;  // empty, or T times float32 [C_t]: blocks hold codes of `bits` bits
+  Ints bits;
 
   // Of each table, known once they are checked: its rows, and the number of its first block. One
   // more at the end of `first`.
@@ -31,8 +33,15 @@ struct Tables {
   size_t count() const { return block_counts.size(); }
   bool sized() const { return !sizes.empty(); }
   bool grouped() const { return !row_groups.empty(); }
+  bool coded() const { return !steps.empty(); }
   int64_t groups(size_t t) const { return grouped() ? sizes[t].size(0) : 0; }
   const Tensor& like() const { return blocks[0]; }
+  // Has the type of the output.
+  const Tensor& numbers() const { return coded() ? steps[0] : blocks[0]; }
+  // Numbers in a row of a block of table t.
+  int64_t width_of(const Tensor& block, size_t t) const {
+    return coded() ? block.size(1) * 8 / bits[t] : block.size(1);
+  }
   int64_t width() const;       // of the output, over all tables
   int64_t mask_count() const;  // values of the mask gradients, over all tables
 };
@@ -47,6 +56,14 @@ struct Bags {
   bool include_last_offset = false;
 
   int64_t batch = 0;  // bags of each table, known once they are checked
+};
+
+// What only a lookup is given of tables of few bits.
+struct Codes {
+  Tensors steps;
+  Ints bits;
+
+  void AddTo(Tables& tables) &&;
 };
 
 // Throw std::invalid_argument, with the table's number in front where there are several.
@@ -95,6 +112,12 @@ template <>
 struct Unbox<Bags> {
   static constexpr size_t kValues = 6;
   static Bags From(StableIValue* values);
+};
+
+template <>
+struct Unbox<Codes> {
+  static constexpr size_t kValues = 2;
+  static Codes From(StableIValue* values);
 };
 
 template <class Result>

@@ -12,7 +12,8 @@ alignas(64) constexpr char kNoColumns[64] = {};
 void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
   const Tensor& indices = lookups.indices;
   const Tensor* blocks = &tables.blocks[tables.first[t]];
-  table.type = FloatTypeOf(blocks[0]);
+  table.type = tables.coded() ? cpu::FloatType::kFloat : FloatTypeOf(blocks[0]);
+  table.bits = tables.coded() ? static_cast<int32_t>(tables.bits[t]) : 0;
   table.indices = indices.const_data_ptr();
   table.index_type = IndexTypeOf(indices);
   table.lookups = indices.numel();
@@ -38,10 +39,10 @@ void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
   int64_t start = 0;
   for (int64_t c = 0; c < tables.block_counts[t]; ++c) {
     const Tensor& block = blocks[c];
-    const int64_t before = start * block.size(1) * cpu::BytesOf(table.type);
+    const int64_t before = start * block.size(1) * (tables.coded() ? 1 : cpu::BytesOf(table.type));
     const void* data = block.size(1) > 0 ? block.const_data_ptr() : kNoColumns;
     origins.push_back(reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(before));
-    widths.push_back(static_cast<int32_t>(block.size(1)));
+    widths.push_back(static_cast<int32_t>(tables.width_of(block, t)));
     ends.push_back(start += block.size(0));
   }
   sizes.kind = cpu::SizeTable::Kind::kTiers;
@@ -49,6 +50,7 @@ void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
   sizes.tier_widths = widths.data();
   sizes.origins = origins.data();
   sizes.tiers = tables.block_counts[t];
+  if (tables.coded()) sizes.steps = tables.steps[t].const_data_ptr<float>();
 }
 
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,

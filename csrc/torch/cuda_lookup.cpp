@@ -121,7 +121,10 @@ void AnswerReport(const CudaContext& context, const CudaTables& call, int64_t bo
 
 // Masks and the kind of gradient are there for autograd.
 Tensor Lookup(Tables tables, const Tensors& /*masks*/, Bags bags, int64_t bounds_check,
-              bool /*sparse_grad*/) {
+              bool /*sparse_grad*/, Codes codes) {
+  if (!codes.steps.empty()) {
+    throw std::runtime_error("amtl: tables of few bits are not implemented on CUDA yet");
+  }
   CudaTables call(std::move(tables), std::move(bags));
   const CudaContext context(call.like());
   const Tensor out =

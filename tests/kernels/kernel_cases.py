@@ -215,10 +215,11 @@ class Call:
 
 
 def in_order(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of an operator in the order of its schema."""
+    """The arguments of an operator in the order of its schema; those of codes may be missing."""
     schema = getattr(torch.ops.amtl, op).default._schema
-    assert arguments.keys() == {argument.name for argument in schema.arguments}
-    return tuple(arguments[argument.name] for argument in schema.arguments)
+    names = [a.name for a in schema.arguments if a.name in arguments or not a.has_default_value()]
+    assert arguments.keys() == set(names)
+    return tuple(arguments[name] for name in names)
 
 
 def several(case: Case, count: int, **options: Any) -> list[Inputs]:
