@@ -269,7 +269,8 @@ def check_codes(
     check(bool(steps) == bool(bits), "steps and bits go together")
     if not steps:
         of_codes = any(block.dtype == torch.uint8 for block in blocks)
-        return check(not of_codes, "blocks of codes need steps and bits, and have no gradient")
+        check(not of_codes, "blocks of codes need steps and bits, and have no gradient")
+        return
     check(
         len(steps) == len(bits) == len(block_counts),
         "one tensor of steps and one number of bits per table are needed",

@@ -29,8 +29,9 @@ inline void AddCodes(const SourceRing& ring, int64_t i, Reg* acc) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const Mask kept = Below(size, kLanes * r);
-    const char* at = r == 0 ? row : row + ring.place[r][i];
-    const Reg x = levels.Decode(kWhole ? levels.LoadAll(at) : levels.Load(at, kept));
+    const char* at = kWhole && r == 0 ? row : row + ring.place[r][i];
+    const Reg x =
+        levels.Decode(kWhole ? levels.LoadAll(at) : levels.LoadLine(at, ring.over[r][i], kept));
     acc[r] = kWeighted ? MulAdd(Keep(x, kept), scale, acc[r]) : AddSome(acc[r], x, kept);
   }
 }
@@ -103,8 +104,9 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
   Out* out = static_cast<Out*>(task.out) + begin * task.out_stride;
   int64_t p = task.begins ? task.begins[begin] : begin;
   const int64_t lookups_end = task.begins ? task.begins[end] : end;
-  Sources sources(*task.table, task.faults, kPlaced, kRegisterBytes, kShifted, task.prefetch, p,
-                  lookups_end);
+  constexpr bool kPart = Memory<T>::kCodes && kLayout == Layout::kPart;
+  Sources sources(*task.table, task.faults, kPlaced, kRegisterBytes, kShifted, kPart, task.prefetch,
+                  p, lookups_end);
   const SourceRing& ring = sources.ring();
   const bool counts = task.mean;
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
@@ -171,7 +173,7 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
   const int registers = Registers(task.dim);
   Out* out = static_cast<Out*>(task.out) + begin * task.out_stride;
   int64_t p = task.begins ? task.begins[begin] : begin;
-  Sources sources(*task.table, task.faults, 0, 0, false, task.prefetch, p,
+  Sources sources(*task.table, task.faults, 0, 0, false, false, task.prefetch, p,
                   task.begins ? task.begins[end] : end);
   const SourceRing& ring = sources.ring();
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
@@ -265,7 +267,7 @@ void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
 template <class T>
 void DotTyped(const LookupTable& table, Faults* faults, const T* grad, int64_t stride,
               const int64_t* bags, int64_t begin, int64_t end, T* out) {
-  Sources sources(table, faults, 0, 0, false, false, begin, end);
+  Sources sources(table, faults, 0, 0, false, false, false, begin, end);
   const SourceRing& ring = sources.ring();
   for (int64_t p = begin; p < end; ++p) {
     sources.Ready(p, p + 1);

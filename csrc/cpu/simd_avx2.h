@@ -108,8 +108,28 @@ template <int kBits>
 class Levels {
  public:
   explicit Levels(float step) : step_(_mm256_set1_ps(step)) {}
-  static __m256i LoadAll(const char* p) { return Spread(p, kBits); }
-  static __m256i Load(const char* p, Mask m) { return Spread(p, CountLanes(m) * kBits / 8); }
+  static __m256i LoadAll(const char* p) {
+    uint64_t codes = 0;
+    std::memcpy(&codes, p, kBits);
+    return Spread(codes);
+  }
+  static __m256i LoadLine(const char* p, int32_t over, Mask m) {
+#if defined(__SANITIZE_ADDRESS__)
+    return Load(p + over, m);
+#else
+    uint64_t codes = 0;
+    std::memcpy(&codes, p, kBits);
+    return Spread(codes >> (8 * over));
+#endif
+  }
+  static __m256i Load(const char* p, Mask m) {
+    uint64_t codes = 0;
+    const int bytes = CountLanes(m) * kBits / 8;
+    for (int i = 0; i < bytes; ++i) {
+      codes |= static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << (8 * i);
+    }
+    return Spread(codes);
+  }
   Reg Decode(__m256i codes) const {
     codes = _mm256_and_si256(codes, _mm256_set1_epi32((1 << kBits) - 1));
     const Reg half = _mm256_set1_ps(static_cast<float>((1 << kBits) - 1) / 2);
@@ -120,15 +140,7 @@ class Levels {
   }
 
  private:
-  static __m256i Spread(const char* p, int bytes) {
-    uint64_t all = 0;
-    if (bytes == kBits) {
-      std::memcpy(&all, p, kBits);
-    } else {
-      for (int i = 0; i < bytes; ++i) {
-        all |= static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << (8 * i);
-      }
-    }
+  static __m256i Spread(uint64_t all) {
     if (kBits == 8) return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(all)));
     const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     return _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(all)),

@@ -91,6 +91,21 @@ inline Reg AddSome(Reg acc, Reg x, Mask m) { return _mm512_mask_add_ps(acc, m, a
 // The numbers that codes stand for, of rows with one step size. Codes are loaded to the low bits of
 // the lanes, with others above them. (code - half) * step is rounded before it is added to
 // anything: looked up in the 2^bits products, or multiplied by what no compiler contracts.
+//
+// LoadLine reads a whole register, of which the first `over` bytes are not wanted, and nothing
+// behind the kept lanes is.
+inline __m128i SkipBytes(__m128i bytes, int32_t over) {
+  alignas(32) static constexpr uint8_t kFrom[32] = {
+      0,   1,   2,   3,   4,   5,   6,   7,   8,   9,   10,  11,  12,  13,  14,  15,
+      255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+  return _mm_shuffle_epi8(bytes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFrom + over)));
+}
+// What is read is memory, but not always of the table.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kReadsLines = false;
+#else
+constexpr bool kReadsLines = true;
+#endif
 template <int kBits>
 class Levels {
  public:
@@ -98,6 +113,12 @@ class Levels {
   static __m512i LoadAll(const char* p) {
     return Spread(kBits == 4 ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
                              : _mm_loadu_si32(p));
+  }
+  static __m512i LoadLine(const char* p, int32_t over, Mask m) {
+    if (!kReadsLines) return Load(p + over, m);
+    const __m128i bytes =
+        kBits == 4 ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)) : _mm_loadu_si32(p);
+    return Spread(SkipBytes(bytes, over));
   }
   static __m512i Load(const char* p, Mask m) {
     return Spread(_mm_maskz_loadu_epi8(static_cast<__mmask16>(_pext_u32(m, kFirstOfByte)), p));
@@ -131,6 +152,11 @@ class Levels<8> {
   explicit Levels(float step) : step_(_mm512_set1_ps(step)) {}
   static __m512i LoadAll(const char* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static __m512i LoadLine(const char* p, int32_t over, Mask m) {
+    if (!kReadsLines) return Load(p + over, m);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepu8_epi32(SkipBytes(bytes, over));
   }
   static __m512i Load(const char* p, Mask m) {
     return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p));

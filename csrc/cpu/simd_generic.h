@@ -146,6 +146,7 @@ class Levels {
     uint64_t codes;
   };
   static Loaded LoadAll(const char* p) { return Load(p, {kLanes}); }
+  static Loaded LoadLine(const char* p, int32_t over, Mask m) { return Load(p + over, m); }
   static Loaded Load(const char* p, Mask m) {
     Loaded loaded{0};
     for (int i = 0; i < m.n * kBits / 8; ++i) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +39,7 @@ class Coded:
         return {"steps": self.steps, "bits": self.bits, "embedding_dim": self.dim}
 
 
-def decoded(block: Tensor, step: float, bits: int) -> list[list[float]]:
+def decoded(block: Tensor, step: float | Tensor, bits: int) -> list[list[float]]:
     """Row by row and number by number, in float32."""
     half = torch.tensor((2**bits - 1) / 2)
     rows = []
@@ -53,10 +55,12 @@ def make(
     """Widths are cut to whole bytes. ``exact``: sums are the same in any order."""
     g = torch.Generator().manual_seed(seed)
     sizes = [width * bits // 8 for width in widths]
-    blocks = [
-        torch.randint(0, 256, (n, size), generator=g, dtype=torch.uint8)
-        for n, size in zip(counts, sizes, strict=True)
-    ]
+    blocks = []
+    for c, (n, size) in enumerate(zip(counts, sizes, strict=True)):
+        # Files are mapped: codes may begin at any byte.
+        at = (seed + 37 * c) % 64
+        memory = torch.randint(0, 256, (at + n * size,), generator=g, dtype=torch.uint8)
+        blocks.append(memory[at:].view(n, size))
     steps = torch.rand(len(blocks), generator=g) + 0.1
     if exact:
         steps = torch.exp2(torch.randint(-3, 3, steps.shape, generator=g))
@@ -203,6 +207,29 @@ def test_as_many_blocks_as_a_table_may_have(backend: Any, bits: int) -> None:
     assert torch.equal(got.cpu(), one.numbers[rows])
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_nothing_beyond_the_pages_of_a_table_is_read(backend: Any, bits: int) -> None:
+    """The pages before and behind the table cannot be read."""
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    memory = mmap.mmap(-1, 3 * page)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    g = torch.Generator().manual_seed(bits)
+    whole[page : 2 * page] = torch.randint(0, 256, (page,), generator=g, dtype=torch.uint8)
+    walls = [ctypes.c_void_p(whole.data_ptr()), ctypes.c_void_p(whole.data_ptr() + 2 * page)]
+    assert not any(libc.mprotect(wall, page, 0) for wall in walls)
+    step = torch.tensor([0.3], device=backend.device)
+    for size in (1, 2, 3, 4, 5, 8, 12, 16, 23, 32):
+        count = page // size
+        for start in (page, 2 * page - count * size):
+            block = whole[start : start + count * size].view(count, size)
+            rows = torch.tensor([0, 1, count - 2, count - 1])
+            got = ak.tiered_embedding(
+                [block.to(backend.device)], [count], rows.to(backend.device), steps=step, bits=bits
+            )
+            assert got.tolist() == decoded(block[rows], step.cpu(), bits)
+    assert not any(libc.mprotect(wall, page, mmap.PROT_READ | mmap.PROT_WRITE) for wall in walls)
+
+
 def test_large_tables_are_asked_for_ahead(backend: Any) -> None:
     """Those that are larger than the caches take other paths of the CPU kernels."""
     g = torch.Generator().manual_seed(0)
@@ -260,9 +287,9 @@ def test_rows_that_are_not_there(backend: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ak.reference, "_warned_clamped", False)
     one = make(4, [3, 2], [8, 4], backend.device)
     rows = torch.tensor([0, 7, -1], device=backend.device)
-    with pytest.raises(IndexError, match="index 7 at position 1 is out of range .* of 5 rows"):
+    with pytest.raises(IndexError, match=r"index 7 at position 1 is out of range .* of 5 rows"):
         ak.tiered_embedding(*one.table, rows, **one.options)
-    with pytest.warns(RuntimeWarning, match="index 7 at position 1 .* was clamped"):
+    with pytest.warns(RuntimeWarning, match=r"index 7 at position 1 .* was clamped"):
         got = ak.tiered_embedding(*one.table, rows, bounds_check="clamp", **one.options)
     assert torch.equal(got.cpu(), one.numbers[[0, 4, 0]])
     with warnings.catch_warnings():
@@ -349,7 +376,7 @@ def test_mistakes_are_named() -> None:
         weight = torch.zeros(1, 1, requires_grad=True)
         call(steps=one.steps, bits=4, optimizer=ak.optim.SGD([weight], lr=0.1))
     bag = torch.ones(1, 1, dtype=torch.float16)
-    with pytest.raises(ValueError, match="per_sample_weights are torch.float16 .* torch.float32"):
+    with pytest.raises(ValueError, match=r"per_sample_weights are torch.float16 .* torch.float32"):
         ak.tiered_embedding_bag(
             *one.table, rows[None], per_sample_weights=bag, steps=one.steps, bits=4
         )
