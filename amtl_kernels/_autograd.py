@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amtl_kernels import _schema
-from amtl_kernels._calls import CLAMP, Bags, Tables, clamped, split_masks
+from amtl_kernels._arguments import CLAMP, Bags, Tables, clamped, split_masks
 
 _TABLES = len(Tables._fields)
 _BAGS = len(Bags._fields)
@@ -74,10 +75,9 @@ def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tables, masks = Tables(*inputs[:_TABLES]), inputs[_TABLES]
-    bags = Bags(*inputs[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    bounds_check, ctx.sparse = inputs[-2:]
+def _save(
+    ctx: Any, tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool
+) -> None:
     indices = bags.indices
     if bounds_check == CLAMP:
         indices = clamped(indices, bags.offsets, tables.rows())
@@ -89,36 +89,101 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.tables = tables._replace(blocks=[], sizes=[], row_groups=[])
     ctx.pooled = bags[3:]
     ctx.mask_dtypes = [mask.dtype for mask in masks]
+    ctx.sparse = sparse
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
+class _Gradients(NamedTuple):
+    blocks: list[Tensor | None]
+    masks: list[Tensor | None]
+    per_sample_weights: Tensor | None
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, blocks: Sequence[bool], masks: Sequence[bool], wants_psw: bool
+) -> _Gradients:
+    """The gradients that are wanted, of what :func:`_save` has saved."""
     saved = iter(ctx.saved_tensors)
     bags = Bags(next(saved), next(saved), next(saved), *ctx.pooled)
-    blocks, sizes, row_groups = ([next(saved) for _ in range(n)] for n in ctx.lists)
-    tables = ctx.tables._replace(blocks=blocks, sizes=sizes, row_groups=row_groups)
-    wants = dict(zip(_NAMES, ctx.needs_input_grad, strict=True))
-    wanted, wanted_masks = list(wants["blocks"]), list(wants["masks"])
-    wants_psw = wants["per_sample_weights"]
+    weights, sizes, row_groups = ([next(saved) for _ in range(n)] for n in ctx.lists)
+    tables = ctx.tables._replace(blocks=weights, sizes=sizes, row_groups=row_groups)
     rows, grads, flat, psw = torch.ops.amtl.lookup_backward(
-        grad.contiguous(), *tables, *bags, any(wanted), any(wanted_masks), wants_psw
+        grad.contiguous(), *tables, *bags, any(blocks), any(masks), wants_psw
     )
-    found: dict[str, object] = {
-        # PyTorch takes an empty list of numbers for one of tensors.
-        "dims": None if tables.dims else [],
-        "sizes": [None] * len(sizes),
-        "row_groups": [None] * len(row_groups),
-        "per_sample_weights": psw if wants_psw else None,
-        "masks": [None] * len(ctx.mask_dtypes),
-    }
-    found["blocks"] = [
-        row_gradient(rows[c], grads[c], block.shape, ctx.sparse) if wanted[c] else None
-        for c, block in enumerate(blocks)
+    of_blocks = [
+        row_gradient(rows[c], grads[c], weight.shape, ctx.sparse) if blocks[c] else None
+        for c, weight in enumerate(weights)
     ]
-    if any(wanted_masks):
-        parts = split_masks(flat, sizes, [block.shape[1] for block in blocks])
-        every = zip(parts, ctx.mask_dtypes, wanted_masks, strict=True)
-        found["masks"] = [part.to(dtype) if asked else None for part, dtype, asked in every]
-    return tuple(found.get(name) for name in _NAMES)
+    of_masks: list[Tensor | None] = [None] * len(ctx.mask_dtypes)
+    if any(masks):
+        parts = split_masks(flat, sizes, [weight.shape[1] for weight in weights])
+        every = zip(parts, ctx.mask_dtypes, masks, strict=True)
+        of_masks = [part.to(dtype) if wanted else None for part, dtype, wanted in every]
+    return _Gradients(of_blocks, of_masks, psw if wants_psw else None)
+
+
+def _registered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tables, masks = Tables(*inputs[:_TABLES]), inputs[_TABLES]
+    bags = Bags(*inputs[_TABLES + 1 : _TABLES + 1 + _BAGS])
+    _save(ctx, tables, masks, bags, *inputs[-2:])
+
+
+def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
+    wants = dict(zip(_NAMES, ctx.needs_input_grad, strict=True))
+    found = _gradients(ctx, grad, wants["blocks"], wants["masks"], wants["per_sample_weights"])
+    _, sizes, row_groups = ctx.lists
+    # PyTorch takes an empty list of numbers for one of tensors.
+    dims: list[None] | None = None if ctx.tables.dims else []
+    lists: dict[str, object] = {
+        "dims": dims,
+        "sizes": [None] * sizes,
+        "row_groups": [None] * row_groups,
+    }
+    named = {**lists, **found._asdict()}
+    return tuple(named.get(name) for name in _NAMES)
+
+
+def forward(
+    tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool = True
+) -> Tensor:
+    """The lookup alone, past the gradients that are registered with it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        out: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
+    return out
+
+
+class _Lookup(torch.autograd.Function):
+    """What is registered with the operator, without PyTorch's search for tensors in its lists.
+
+    These searches, in Python and for every call, cost more than a small lookup.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], *learnable: Tensor | None) -> Tensor:
+        _save(ctx, *call)
+        return forward(*call)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _, wants_psw, *rest = ctx.needs_input_grad
+        count = len(ctx.mask_dtypes)
+        found = _gradients(ctx, grad, rest[count:], rest[:count], wants_psw)
+        return (None, found.per_sample_weights, *found.masks, *found.blocks)
+
+
+def lookup(
+    tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool
+) -> Tensor:
+    """The operator with its gradients."""
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
+        return traced
+    if torch.is_grad_enabled():
+        learnable = (bags.per_sample_weights, *masks, *tables.blocks)
+        if any(tensor is not None and tensor.requires_grad for tensor in learnable):
+            out: Tensor = _Lookup.apply((tables, masks, bags, bounds_check, sparse), *learnable)
+            return out
+    return forward(tables, masks, bags, bounds_check, sparse)
 
 
 def register() -> None:
@@ -132,5 +197,8 @@ def register() -> None:
     for op, fake in fakes.items():
         torch.library.register_fake(f"amtl::{op}", fake, lib=_schema.LIBRARY)
     torch.library.register_autograd(
-        "amtl::lookup", _backward, setup_context=_setup, lib=_schema.LIBRARY
+        "amtl::lookup",
+        _registered_backward,
+        setup_context=_registered_setup,
+        lib=_schema.LIBRARY,
     )

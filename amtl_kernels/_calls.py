@@ -1,7 +1,7 @@
 """What every public lookup ends in: one call of the operators for a list of tables.
 
-With an optimizer the backward of the call updates the tables; without one it makes gradients, which
-``_autograd`` registers with the operator.
+With an optimizer the backward of the call updates the tables; without one ``_autograd`` makes
+gradients.
 """
 
 from __future__ import annotations
@@ -13,61 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from amtl_kernels import _autograd
+from amtl_kernels._arguments import CLAMP, Bags, Tables, clamped, split_masks
 from amtl_kernels.optim import RowOptimizer
-
-CLAMP = 2
-"""The value of ``bounds_check`` that moves indices into range."""
-
-
-class Tables(NamedTuple):
-    """The arguments that describe tables, in the order of the schemas."""
-
-    blocks: list[Tensor]
-    block_counts: list[int]
-    dims: Sequence[int] = ()
-    sizes: Sequence[Tensor] = ()
-    row_groups: Sequence[Tensor] = ()
-    seed: int = 0
-
-    def rows(self) -> list[int]:
-        """Of each table."""
-        blocks = iter(self.blocks)
-        return [sum(next(blocks).shape[0] for _ in range(n)) for n in self.block_counts]
-
-
-class Bags(NamedTuple):
-    """The arguments that describe lookups, in the order of the schemas."""
-
-    indices: Tensor
-    offsets: Tensor | None
-    per_sample_weights: Tensor | None
-    pooling: int
-    padding_idx: list[int]
-    include_last_offset: bool
 
 
 def kind(value: object) -> str:
     """What a value is, as errors say it."""
     return "None" if value is None else f"a {type(value).__name__}"
-
-
-def clamped(indices: Tensor, offsets: Tensor | None, rows: Sequence[int]) -> Tensor:
-    """The indices as a forward with ``bounds_check="clamp"`` uses them."""
-    if len(rows) == 1 or offsets is None:
-        return indices.clamp(0, rows[0] - 1)
-    bags = (offsets.shape[0] - 1) // len(rows)
-    if bags == 0:
-        return indices
-    positions = torch.arange(indices.shape[0], device=indices.device, dtype=offsets.dtype)
-    table = torch.bucketize(positions, offsets[bags::bags].contiguous(), right=True)
-    last = torch.tensor([n - 1 for n in rows], device=indices.device, dtype=indices.dtype)
-    return indices.clamp(min=0).minimum(last[table.clamp(max=len(rows) - 1)])
-
-
-def split_masks(flat: Tensor, sizes: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
-    """The mask gradients ``[G_t, D_t]`` in the flat one."""
-    counts = [each.shape[0] * dim for each, dim in zip(sizes, dims, strict=True)]
-    return [part.view(-1, dim) for part, dim in zip(flat.split(counts), dims, strict=True)]
 
 
 def call(
@@ -96,8 +49,7 @@ def call(
         ValueError: ``optimizer`` does not hold the blocks in one group.
     """
     if optimizer is None:
-        out: Tensor = torch.ops.amtl.lookup(*tables, list(masks), *bags, bounds_check, sparse)
-        return out
+        return _autograd.lookup(tables, list(masks), bags, bounds_check, sparse)
     check_optimizer(optimizer)
     # Fails now rather than in the backward.
     optimizer.check_owns(tables.blocks)
@@ -147,10 +99,7 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: _Fused, psw: Tensor | None, *masks_and_blocks: Tensor) -> Tensor:
         ctx.fused = fused
-        out: Tensor = torch.ops.amtl.lookup(
-            *fused.tables, fused.masks, *fused.bags, fused.bounds_check, True
-        )
-        return out
+        return _autograd.forward(fused.tables, fused.masks, fused.bags, fused.bounds_check)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

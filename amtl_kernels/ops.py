@@ -34,7 +34,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amtl_kernels._calls import Bags, Tables, call, kind
+from amtl_kernels._arguments import Bags, Tables
+from amtl_kernels._calls import call, kind
 from amtl_kernels.optim import RowOptimizer
 
 BoundsCheck = Literal["raise", "clamp", "off"]

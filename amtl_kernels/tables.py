@@ -31,7 +31,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from amtl_kernels import ops
-from amtl_kernels._calls import Bags, Tables, call
+from amtl_kernels._arguments import Bags, Tables
+from amtl_kernels._calls import call
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
 
@@ -134,6 +135,10 @@ def check_tiers(
     )
 
 
+# How errors begin that no table is named in.
+_OF_ALL_TABLES = ("offsets", "the tables of a fused lookup")
+
+
 def _call(
     tables: Tables,
     masks: Sequence[Tensor],
@@ -148,8 +153,7 @@ def _call(
     try:
         return call(*arguments)
     except (IndexError, ValueError) as error:
-        # These are those of all tables.
-        if optimizer is not None or str(error).startswith("offsets"):
+        if str(error).startswith(_OF_ALL_TABLES):
             raise
         raise type(error)(f"table 0: {error}") from None
 

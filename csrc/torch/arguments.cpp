@@ -56,8 +56,8 @@ int64_t CheckSized(const Tables& tables, size_t t) {
   CheckLike(weight, "a table", tables.like());
   const int64_t dim = weight.size(1);
   Check(dim <= 0x7fffffff, "a table may have at most 2^31 - 1 columns");
-  Check(tables.dims.empty() || tables.dims[t] == dim, "embedding_dim is ", tables.dims[t],
-        ", the table has ", dim, " columns");
+  const int64_t wanted = tables.dims.empty() ? dim : tables.dims[t];
+  Check(wanted == dim, "embedding_dim is ", wanted, ", the table has ", dim, " columns");
   if (tables.grouped()) {
     CheckGroupSizes(weight, tables.row_groups[t], tables.sizes[t]);
   } else {

@@ -22,7 +22,9 @@ import sys
 import torch
 from hostsim import simulator as sim
 from hostsim.calls import RULES, call, run
+from hostsim.test_errors import CHANGES, KINDS, outcome
 from hostsim.test_kernels import Batch, test_fused_step_of_a_tiered_table
+from hostsim.test_kernels import test_more_tiers_than_travel_with_a_launch
 from hostsim.test_kernels import test_a_list_of_tables_has_no_races
 from hostsim.test_kernels import test_fused_step_of_a_dense_table
 from hostsim.test_kernels import test_nonsense_is_never_followed
@@ -55,7 +57,12 @@ for dtype in (torch.float32, torch.bfloat16):
         test_fused_step_of_a_dense_table("rowwise_adagrad", dtype, 264, masks)
 for dtype in (torch.float16, torch.bfloat16):
     test_updates_round_as_the_reference_does("adam", dtype, 7)
+test_more_tiers_than_travel_with_a_launch(rule="adam", pooled=True)
 test_nonsense_is_never_followed()
+# A refusal must not read what is missing.
+for changes in CHANGES.values():
+    for kind in KINDS:
+        outcome(sim.IMPLEMENTATIONS[kind[0]], kind, changes)
 print("clean")
 """
 
