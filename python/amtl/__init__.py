@@ -9,20 +9,23 @@ Put the layers into a model, train, freeze, save:
     amtl.freeze(model, optimizer)            # at about 40 % of it, then train on
     amtl.save(model, "model.safetensors")
 
-- `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `SearchOptions` has their keyword arguments.
+- `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `AMTLEmbeddingCollection`: many tables in one
+  call under one budget; `SearchOptions` has their keyword arguments.
 - `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`, `table_parameters`,
-  `update_schedule`, `freeze`: for whole models.
+  `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
-Inside: `frequency` (groups of rows with equal counts), `budget` (sizes that meet it), `laws` (sizes
-that counts deserve), `sizes` (what learns them), `table` (the two phases), `sharing` (rows that
-keep nothing), `tiers` (frozen storage).
+Rooms, each using only those before it: `layer` (tables that learn sizes), `integrations` (other
+people's models), `store` (files), `data` (from tables to indices), `run` (training), `cli`.
 """
 
-from amtl.budget import BudgetError
-from amtl.conversion import (
+from amtl.layer.budget import BudgetError
+from amtl.layer.collection import AMTLEmbeddingCollection
+from amtl.layer.conversion import (
     convert,
     freeze,
+    fuse,
+    fused_optimizers,
     layers,
     mask_parameters,
     parameter_groups,
@@ -30,14 +33,16 @@ from amtl.conversion import (
     table_parameters,
     update_schedule,
 )
-from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
-from amtl.options import SearchOptions
-from amtl.store import PackedFile, PackedFileError, TensorFileError, load, open_packed, save
-from amtl.table import AMTLTable
+from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.options import SearchOptions
+from amtl.layer.table import AMTLTable
+from amtl.opening import load
+from amtl.store import PackedFile, PackedFileError, TensorFileError, open_packed, save
 
 __all__ = [
     "AMTLEmbedding",
     "AMTLEmbeddingBag",
+    "AMTLEmbeddingCollection",
     "AMTLTable",
     "BudgetError",
     "PackedFile",
@@ -46,6 +51,8 @@ __all__ = [
     "TensorFileError",
     "convert",
     "freeze",
+    "fuse",
+    "fused_optimizers",
     "layers",
     "load",
     "mask_parameters",

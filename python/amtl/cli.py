@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from amtl import failures
-from amtl.config import TrainConfig
 from amtl.errors import UserError
+from amtl.run.config import TrainConfig
 
 app = typer.Typer(
     name="amtl",
@@ -113,7 +113,14 @@ def train(
     ] = None,
     dim: Annotated[int | None, _count("Full embedding width.", TrainConfig.dim)] = None,
     budget: Annotated[
-        float | None, _rate("Stored fraction of rows × dim.", TrainConfig.budget)
+        float | None, _rate("Stored share of the bytes of rows × dim.", TrainConfig.budget)
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a stored number: 32, 8, 4, 2, or auto for what validation prefers.",
+            show_default=TrainConfig.bits,
+        ),
     ] = None,
     warm_start: Annotated[
         Path | None, typer.Option(help="Start from the table of this fixed run.")
@@ -151,7 +158,7 @@ def train(
     ] = None,
     embedding_dropout: Annotated[
         float | None,
-        _rate("Share of the embeddings' numbers zeroed in a step.", TrainConfig.embedding_dropout),
+        _rate("Share of the embeddings' numbers zeroed in a step.", "by validation"),
     ] = None,
     freeze_at: Annotated[
         int | None, _count("Step at which sizes are fixed.", "by validation")
@@ -188,8 +195,8 @@ def train(
     once, and leaves a run folder with checkpoints and metrics.json.
     """
     from amtl.data import label_note, load_source
-    from amtl.store.runs import holds_run
-    from amtl.training import start
+    from amtl.run.folders import holds_run
+    from amtl.run.training import start
 
     if resume:
         if out is None:
@@ -203,6 +210,7 @@ def train(
         "backbone": backbone,
         "dim": dim,
         "budget": budget,
+        "bits": bits,
         "epochs": epochs,
         "patience": patience,
         "batch_size": batch_size,
@@ -241,6 +249,7 @@ def train(
         stem += f"-{backbone}" if backbone else ""
         budget = config.effective_budget
         share = "" if budget is None else f"-b{budget:g}"
+        share += f"-{config.bits}bits" if config.bits != TrainConfig.bits else ""
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
     if holds_run(out) and not force:
         at = shlex.quote(str(out))
@@ -268,7 +277,9 @@ def train(
 def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
     """Raises a UserError for options that the method cannot obey."""
     if method == "fixed":
-        idle = [n for n in ("budget", "exponent", "capacity_bits", "freeze_at") if n in given]
+        idle = [
+            n for n in ("budget", "bits", "exponent", "capacity_bits", "freeze_at") if n in given
+        ]
         idle += ["parametrization"] if parametrization else []
         if idle:
             raise UserError(
@@ -329,8 +340,8 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
 
     What was guessed of the columns is told of a `fresh` run.
     """
-    from amtl.progress import Bars
-    from amtl.training import Interrupted
+    from amtl.run.progress import Bars
+    from amtl.run.training import Interrupted
 
     stop = _Stopper()
     trainer = make(stop, Bars(console))
@@ -392,7 +403,7 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
-    from amtl.display import print_comparison
+    from amtl.run.display import print_comparison
 
     print_comparison(console, metrics)
 
@@ -416,7 +427,7 @@ def evaluate(
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data import load_source, read_labels
-    from amtl.store.runs import load_trained
+    from amtl.run.folders import load_trained
 
     trained = load_trained(run)
     if data is None:
@@ -454,8 +465,8 @@ def pack(
     """Write a trained model to one file: tiers, MLP, vocabularies. No pickle."""
     import torch
 
-    from amtl.methods import dense_bytes, stored_bytes
-    from amtl.store.runs import pack_run
+    from amtl.run.folders import pack_run
+    from amtl.run.methods import dense_bytes, stored_bytes
 
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
@@ -477,9 +488,9 @@ def inspect(run: Run) -> None:
     """Show sizes per field and their histogram."""
     import numpy as np
 
-    from amtl import methods
-    from amtl.store.runs import load_trained
-    from amtl.trained import size_table
+    from amtl.run import methods
+    from amtl.run.folders import load_trained
+    from amtl.run.trained import size_table
 
     trained = load_trained(run)
     table = Table(box=box.SIMPLE_HEAD, title=escape(str(run)), title_justify="left")
@@ -520,8 +531,8 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML file with results, curves and sizes of runs."""
-    from amtl.display import print_results
-    from amtl.report import group_results, load_metrics, write_report
+    from amtl.run.display import print_results
+    from amtl.run.report import group_results, load_metrics, write_report
 
     write_report(runs, out)
     print_results(console, group_results(load_metrics(runs)))
@@ -533,8 +544,8 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Finished run folders.")],
 ) -> None:
     """Print the results of runs side by side, seeds averaged."""
-    from amtl.display import print_results
-    from amtl.report import group_results, load_metrics
+    from amtl.run.display import print_results
+    from amtl.run.report import group_results, load_metrics
 
     print_results(console, group_results(load_metrics(runs)))
 
@@ -562,7 +573,7 @@ def demo(
     seed: Annotated[int, _seed("Of every run.")] = 0,
 ) -> None:
     """Flights out of New York: full-size, fixed, rule and learned sizes side by side."""
-    from amtl.demo import run_demo
+    from amtl.run.demo import run_demo
 
     run_demo(console, out, data, epochs, seed)
 

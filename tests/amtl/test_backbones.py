@@ -8,15 +8,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from amtl import methods
-from amtl.backbones import INTERACTIONS, InterestPooling, interaction
 from amtl.cli import main
-from amtl.config import BACKBONES, TrainConfig
 from amtl.data.registry import Source
 from amtl.errors import UserError
-from amtl.report import group_results
-from amtl.store.runs import load_run, load_trained, pack_run
-from amtl.training import Interrupted, start
+from amtl.run import methods
+from amtl.run.backbones import INTERACTIONS, InterestPooling, interaction
+from amtl.run.config import BACKBONES, TrainConfig
+from amtl.run.folders import load_run, load_trained, pack_run
+from amtl.run.report import group_results
+from amtl.run.training import Interrupted, start
 
 ROWS = 1500
 F, D, K, B = 3, 4, 2, 5

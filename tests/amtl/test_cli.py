@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 from amtl.cli import main
+from amtl.run.folders import holds_run, load_checkpoint
 from amtl.store.files import read_json
-from amtl.store.runs import holds_run, load_checkpoint
 
 FAST = ["--dim", "4", "--epochs", "3", "--batch-size", "128"]
 SIZED = [*FAST, "--budget", "0.5"]

@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 import pytest
 import typer
-from amtl import cli, failures, memory
+from amtl import cli, failures
 from amtl.errors import UserError
+from amtl.run import memory
 from amtl.store.files import read_json
 
 FAST = ["--dim", "4", "--epochs", "2", "--batch-size", "256"]
@@ -286,7 +287,7 @@ def test_what_nobody_expected_is_logged(folder, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / failures.LOG) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["amtl.data.load_source", "amtl.training.Trainer.__init__"])
+@pytest.mark.parametrize("where", ["amtl.data.load_source", "amtl.run.training.Trainer.__init__"])
 def test_ctrl_c_before_the_first_step(where, folder, tmp_path, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
@@ -317,7 +318,7 @@ def test_a_run_is_only_replaced_by_one_that_can_start(folder, tmp_path, capsys):
 def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
     free = memory.available_memory()
     assert free is None or free > 0
-    config = amtl.config.TrainConfig("d", "y", dim=1000, batch_size=1, hidden=[1])
+    config = amtl.run.config.TrainConfig("d", "y", dim=1000, batch_size=1, hidden=[1])
     monkeypatch.setattr(memory, "available_memory", lambda: 4 * 1000 * (3 * 500 + 4 + 2))
     memory.require_memory(config, 500, 1)
     with pytest.raises(UserError, match="--dim 1000 would take"):

@@ -11,13 +11,13 @@ import polars as pl
 import pytest
 import torch
 from amtl import AMTLEmbeddingBag
-from amtl.config import TrainConfig
 from amtl.data import movielens, registry, synthetic
 from amtl.data.encoding import Encoder, FieldSpec, infer_fields
 from amtl.data.registry import load_source, named_sets
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.methods import METHODS
+from amtl.run.config import TrainConfig
+from amtl.run.methods import METHODS
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from amtl.budget import SizeGrid
-from amtl.frequency import (
+from amtl.layer.budget import SizeGrid
+from amtl.layer.frequency import (
     check_counts,
     check_field_sizes,
     decode_row_map,
@@ -16,7 +16,7 @@ from amtl.frequency import (
     log_count_zscores,
     mid_ranks,
 )
-from amtl.sizes import FreeSizes, make_size_head
+from amtl.layer.sizes import FreeSizes, make_size_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,11 +4,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from amtl import methods
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.errors import UserError
-from amtl.metrics import auc, log_loss
-from amtl.model import ClickModel, dropout, predict
+from amtl.run import methods
+from amtl.run.metrics import auc, log_loss
+from amtl.run.model import ClickModel, dropout, predict
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 

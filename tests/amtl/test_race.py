@@ -10,25 +10,27 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from amtl import comparison, methods
-from amtl.config import TrainConfig
-from amtl.cut import Donor
 from amtl.data.registry import Source
-from amtl.learner import Learner
-from amtl.metrics import log_loss
-from amtl.model import build_model, field_evidence, predict
-from amtl.race import (
+from amtl.run import comparison, methods
+from amtl.run.config import TrainConfig
+from amtl.run.cut import Donor
+from amtl.run.folders import load_run
+from amtl.run.learner import Learner
+from amtl.run.metrics import log_loss
+from amtl.run.model import build_model, field_evidence, predict
+from amtl.run.race import (
     CAPACITY_BITS,
+    DROPOUT,
     FLAT,
     FULL,
     candidates,
     field_weights,
     is_open,
     race,
+    race_dropout,
     race_less,
 )
-from amtl.store.runs import load_run
-from amtl.training import Interrupted, prepare, start
+from amtl.run.training import Interrupted, prepare, start
 
 ROWS = 3000
 
@@ -147,6 +149,7 @@ class Scripted:
         self.auc = auc
         self.scores, self.steps, self.finished, self.released = scores, 0, False, False
         self.history = []
+        self.config = settings()
 
     @property
     def epochs(self):
@@ -248,6 +251,34 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
     assert row["chosen"] == better
 
 
+@pytest.mark.parametrize(
+    ("scores", "steps", "better"),
+    [([0.5, 0.6, 0.9], 12, True), ([0.5, 0.6, 0.7], 12, False), ([0.1, 0.2, 0.9], 8, False)],
+)
+def test_dropout_is_taken_where_it_does_better(scores, steps, better):
+    winner, other = Scripted([0.5, 0.6, 0.8]), Scripted(scores)
+    winner.config = settings(seed=11)
+    while not winner.finished:
+        winner.step()
+    made = []
+
+    def make(config):
+        made.append(config)
+        return other
+
+    result, row = race_dropout(winner, make, Quiet(), lambda learner: learner.step())
+    assert other.steps == steps
+    assert result is (other if better else None) and row["chosen"] == better
+    assert made == [settings(seed=11, embedding_dropout=DROPOUT)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_a_given_dropout_is_not_raced(source, share):
+    metrics = start(settings(embedding_dropout=share, epochs=2), source=source).run()
+    assert metrics["raced"]["dropout"] is None
+    assert metrics["config"]["embedding_dropout"] == share
+
+
 @pytest.mark.parametrize("method", ["amtl", "rule"])
 def test_a_raced_run_can_be_loaded_and_says_what_it_chose(source, tmp_path, method):
     metrics = start(settings(method=method), tmp_path, source=source).run()
@@ -280,8 +311,12 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     names = [row["name"] for row in metrics["compared"]]
     assert names == [FULL, FLAT][: len(names)] and names[0] == FULL
     full = metrics["compared"][0]
-    alone = start(settings(method="fixed"), source=source).run()
-    assert full["test_auc"] == alone["test_auc"]
+    alone = [
+        start(settings(method="fixed", embedding_dropout=s), source=source).run()
+        for s in (None, DROPOUT)
+    ]
+    best = max(alone, key=lambda m: m["val_auc"] - m["val_logloss"])
+    assert full["test_auc"] == best["test_auc"]
     assert full["stored_bytes"] == metrics["dense_bytes"]
     fake = {
         **metrics,

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from amtl.errors import UserError
-from amtl.report import group_results, load_metrics, table_rows, write_report
+from amtl.run.report import group_results, load_metrics, table_rows, write_report
 
 
 def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **config):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
-import amtl.sizes
 import pytest
 import torch
 from amtl import AMTLEmbedding
+from amtl.layer import sizes
 from torch.func import functional_call
 
 ROWS, DIM = 300, 16
@@ -43,7 +43,11 @@ def fresh_sizes(head):
 def solved(monkeypatch):
     """How often sizes were solved, and scores computed."""
     calls = {"solve": 0, "scores": 0}
-    for owner in (amtl.sizes.OrdinalSizes, amtl.sizes.FreeSizes, amtl.sizes.RuleSizes):
+    for owner in (
+        sizes.OrdinalSizes,
+        sizes.FreeSizes,
+        sizes.RuleSizes,
+    ):
         solve, scores = owner._solve, owner.scores
 
         def counted_solve(self, values, solve=solve):

@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
-from amtl.budget import BudgetError, SizeGrid, default_tier_width, fit_shift, fit_tilt
-from amtl.frequency import frequency_groups
-from amtl.laws import CapacityLaw
-from amtl.sizes import FreeSizes, OrdinalSizes, TwinBranches, make_size_head
+from amtl.layer.budget import BudgetError, SizeGrid, default_tier_width, fit_shift, fit_tilt
+from amtl.layer.frequency import frequency_groups
+from amtl.layer.laws import CapacityLaw
+from amtl.layer.sizes import FreeSizes, OrdinalSizes, TwinBranches, make_size_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

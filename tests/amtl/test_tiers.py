@@ -10,7 +10,7 @@ import amtl
 import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag
-from amtl.tiers import merge_rows, merge_vectors, plan_tiers, split_rows, split_vector
+from amtl.layer.tiers import merge_rows, merge_vectors, plan_tiers, split_rows, split_vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import torch
-from amtl.vocabulary import Vocabulary
+from amtl.data.vocabulary import Vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

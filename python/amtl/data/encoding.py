@@ -14,8 +14,8 @@ from torch import Tensor
 
 from amtl.data.fields import FieldSpec, infer_fields
 from amtl.data.readers import require_columns
+from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError
-from amtl.vocabulary import Vocabulary
 
 __all__ = ["Batch", "EncodedData", "Encoder", "FieldSpec", "infer_fields"]
 

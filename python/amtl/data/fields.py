@@ -9,8 +9,8 @@ from typing import Any, Literal
 import polars as pl
 
 from amtl.data.readers import require_columns
+from amtl.data.vocabulary import exact_ids
 from amtl.errors import UserError
-from amtl.vocabulary import exact_ids
 
 Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
 TREATMENTS = ("bucket", "standardise", "categorical")

@@ -9,13 +9,20 @@ from typing import Any
 
 import polars as pl
 
-from amtl.config import default_batch_size
 from amtl.data import movielens, nycflights, official, synthetic
 from amtl.data.labels import read_labels
 from amtl.data.readers import read_file
 from amtl.errors import UserError
 
 __all__ = ["NamedSet", "Source", "load_source", "named_sets", "read_labels"]
+
+
+def default_batch_size(rows: int) -> int:
+    """About a hundred steps an epoch, a power of two from 256 to 8192."""
+    size = 256
+    while size < 8192 and size * 2 * 100 <= rows * 8 // 10 * 1.5:
+        size *= 2
+    return size
 
 
 @dataclass(frozen=True)

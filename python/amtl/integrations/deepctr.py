@@ -10,11 +10,14 @@
     deepctr.load("model.safetensors", DeepFM(...)).predict(x)
 
 Converted are the tables in `model.embedding_dict`, which sequence features and features with a
-common `embedding_name` look up too. The tables of width 1 of the linear part stay as they are.
+common `embedding_name` look up too. Those of one width go into one `AMTLEmbeddingCollection`, under
+one budget: `input_from_feature_columns` then looks all single-valued features up in one call. The
+tables of width 1 of the linear part stay as they are.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -24,9 +27,13 @@ from torch import Tensor, nn
 
 import amtl
 from amtl.integrations.optimizers import add_masks, move_to_layers
-from amtl.table import AMTLTable
+from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable, check_alike
+from amtl.layer.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+_COLLECTION = "amtl_collection"
+"""The attribute of a model that holds its collection."""
 
 _EXACT = 2**24
 """Whole numbers up to here are exact as float32."""
@@ -85,6 +92,7 @@ def convert(
     budget: float | None = 0.4,
     *,
     mask_lr: float | None = None,
+    collection: bool | None = None,
     **options: Any,
 ) -> _Model:
     """Replace tables of a trained or untrained model by AMTL layers, in place.
@@ -96,9 +104,14 @@ def convert(
     Args:
         model: of deepctr-torch.
         counts: training counts [N] by table, as from `count`; others are left alone.
-        budget: stored fraction of each table, see `amtl.SearchOptions`.
+        budget: stored fraction, see `amtl.SearchOptions`: of all the tables of a collection, of
+            each one without.
         mask_lr: learning rate of the sizes; None: the optimizer's own, as for all parameters.
-        **options: as in `amtl.convert`; a `shared_rows` by name goes by table, too.
+        collection: True: one collection of all these tables, `model.amtl_collection`, which takes
+            over weights and the optimizer's state; False: a layer for each; None: a collection
+            if there are several, of one width.
+        **options: as in `amtl.convert`, or those of the collection; a `shared_rows` by name goes by
+            table, too.
 
     Returns:
         The model.
@@ -106,7 +119,8 @@ def convert(
     Raises:
         TypeError: not a model of deepctr-torch.
         ValueError: an unknown table, a table with more rows than float32 can tell apart, `mask_lr`
-            before `model.compile`, or what `amtl.convert` refuses. Nothing is replaced then.
+            before `model.compile`, tables that do not go into one collection, or what
+            `amtl.convert` refuses. Nothing is replaced then.
     """
     tables = _tables(model)
     named: Any = model
@@ -126,11 +140,14 @@ def convert(
             "mask_lr is for the optimizer, which is not there yet: call model.compile() first, "
             "or leave it out and sizes learn at the rate of the optimizer that is built then"
         )
+    chosen = {name: tables[name] for name in counts}
+    if collection or (collection is None and _fit(chosen, options)):
+        return _collect(model, chosen, counts, budget, mask_lr, options)
     if isinstance(options.get("shared_rows"), Mapping):
         options["shared_rows"] = _dotted(options["shared_rows"])
     before = {name: tables[name].weight for name in counts}
     amtl.convert(model, _dotted(counts), budget, **options)
-    _penalise_layers(named, before)
+    _penalise_layers(named, {weight: _get(named, name) for name, weight in before.items()})
     if optimizer is not None:
         add_masks(optimizer, {name: _get(named, name) for name in counts}, mask_lr)
     return model
@@ -165,10 +182,24 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     if amtl.layers(model):
         raise ValueError("the model has AMTL layers already; load into a newly built one")
     before = {name: table.weight for name, table in _tables(model).items()}
-    amtl.load(path, model=model)
     named: Any = model
+    packed = amtl.open_packed(path)
+    collected = packed.layers.get(_COLLECTION)
+    if isinstance(collected, AMTLEmbeddingCollection):
+        replaced = _install(named, collected)
+        try:
+            packed.into(model)
+        except Exception:
+            _uninstall(named, replaced)
+            raise
+        before = {name: before[name] for name in replaced}
+        _penalise_layers(named, {before[name]: collected for name in replaced})
+        if getattr(named, "optim", None) is not None:
+            move_to_layers(named.optim, dict.fromkeys(before.values(), collected))
+        return model
+    packed.into(model)
     before = {name: w for name, w in before.items() if isinstance(_get(named, name), AMTLTable)}
-    _penalise_layers(named, before)
+    _penalise_layers(named, {weight: _get(named, name) for name, weight in before.items()})
     if getattr(named, "optim", None) is not None:
         move_to_layers(named.optim, {weight: _get(named, name) for name, weight in before.items()})
     return model
@@ -210,17 +241,109 @@ def _dotted(by_table: Mapping[str, Any]) -> dict[str, Any]:
     return {f"embedding_dict.{name}": value for name, value in by_table.items()}
 
 
-def _penalise_layers(model: Any, before: Mapping[str, nn.Parameter]) -> None:
-    """Let the regulariser have the layers in place of their former weights."""
-    layers = {id(weight): _get(model, name) for name, weight in before.items()}
+def _penalise_layers(model: Any, replaced: Mapping[nn.Parameter, AMTLTable]) -> None:
+    """Let the regulariser have layers in place of their former weights, each once."""
+    layers = {id(weight): layer for weight, layer in replaced.items()}
 
     def penalised(weights: Iterable[Any]) -> Any:
         # A weight may come as (name, weight).
         values = [(w, w[1] if isinstance(w, tuple) else w) for w in weights]
         if not any(id(value) in layers for _, value in values):
             return weights
-        return _Stored(layers.get(id(value), w) for w, value in values)
+        kept = [layers.get(id(value), w) for w, value in values]
+        return _Stored({id(each): each for each in kept}.values())
 
     model.regularization_weight = [
         (penalised(weights), l1, l2) for weights, l1, l2 in model.regularization_weight
     ]
+
+
+def _fit(tables: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether tables are several that go into one collection."""
+    shared = options.get("shared_rows")
+    if isinstance(shared, Mapping) and shared.keys() != tables.keys():
+        return False
+    try:
+        check_alike(tables)
+    except ValueError:
+        return False
+    return len(tables) > 1
+
+
+def _collect(
+    model: _Model,
+    tables: Mapping[str, Any],
+    counts: Mapping[str, Any],
+    budget: float | None,
+    mask_lr: float | None,
+    options: Mapping[str, Any],
+) -> _Model:
+    """Put tables into one collection of the model, and its optimizer's state along."""
+    named: Any = model
+    optimizer = getattr(named, "optim", None)
+    given = {} if optimizer is None else {"optimizer": optimizer}
+    made = AMTLEmbeddingCollection.from_embeddings(
+        tables, counts, **{**given, "budget": budget, **options}
+    )
+    _penalise_layers(named, {table.weight: made for table in tables.values()})
+    _install(named, made)
+    if optimizer is not None:
+        add_masks(optimizer, {_COLLECTION: made}, mask_lr)
+    return model
+
+
+def _install(model: Any, collection: AMTLEmbeddingCollection) -> dict[str, nn.Module]:
+    """Let a model look its tables up in a collection; returns what was replaced, by name."""
+    collection.name = _COLLECTION
+    setattr(model, _COLLECTION, collection)
+    replaced = {name: _get(model, name) for name in collection.names}
+    for name in collection.names:
+        model.embedding_dict[name] = collection.table(name)
+    from deepctr_torch.models.basemodel import BaseModel
+
+    method = "input_from_feature_columns"
+    if getattr(type(model), method, None) is getattr(BaseModel, method):
+        vars(model)[method] = functools.partial(_input_from_feature_columns, model)
+    return replaced
+
+
+def _uninstall(model: Any, replaced: Mapping[str, nn.Module]) -> None:
+    delattr(model, _COLLECTION)
+    vars(model).pop("input_from_feature_columns", None)
+    for name, module in replaced.items():
+        model.embedding_dict[name] = module
+
+
+def _input_from_feature_columns(
+    model: Any, X: Tensor, feature_columns: Any, embedding_dict: Any, support_dense: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """deepctr-torch's own, with one lookup for all single-valued features in the collection."""
+    from deepctr_torch.inputs import SparseFeat
+
+    def collected(feature: Any) -> bool:
+        if not isinstance(feature, SparseFeat):
+            return False
+        table = embedding_dict[feature.embedding_name]
+        return isinstance(table, CollectedTable)
+
+    own = type(model).input_from_feature_columns
+    together = [feature for feature in feature_columns if collected(feature)]
+    if not together:
+        result: tuple[list[Tensor], list[Tensor]] = own(
+            model, X, feature_columns, embedding_dict, support_dense
+        )
+        return result
+    rest = [feature for feature in feature_columns if not collected(feature)]
+    others, dense = own(model, X, rest, embedding_dict, support_dense)
+    columns = [model.feature_index[feature.name][0] for feature in together]
+    first = columns[0]
+    adjacent = columns == list(range(first, first + len(columns)))
+    ids = X[:, first : first + len(columns)] if adjacent else X[:, columns]
+    home = embedding_dict[together[0].embedding_name].collection
+    out = home.lookup([feature.embedding_name for feature in together], ids.long())
+    found = iter(out.split(1, 1))
+    single = [f for f in feature_columns if isinstance(f, SparseFeat)]
+    # Single-valued features that are not in the collection come first in `others`, in order.
+    left = iter(others[: len(single) - len(together)])
+    ordered = [next(found) if collected(feature) else next(left) for feature in single]
+    return [*ordered, *others[len(single) - len(together) :]], dense

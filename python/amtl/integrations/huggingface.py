@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from amtl.table import AMTLTable
+from amtl.layer.table import AMTLTable
 
 
 def save_as_dense(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from amtl.table import AMTLTable
+from amtl.layer.table import AMTLTable
 
 
 def add_masks(optimizer: Optimizer, layers: Mapping[str, AMTLTable], lr: float | None) -> None:

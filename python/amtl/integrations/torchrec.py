@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from torch import nn
 from torchrec.modules import embedding_modules as theirs
 
-from amtl.table import AMTLTable
+from amtl.layer.table import AMTLTable
 
 
 class AMTLEmbeddingBagCollection(theirs.EmbeddingBagCollectionInterface):  # type: ignore[misc]

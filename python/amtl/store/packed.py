@@ -19,13 +19,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from amtl.conversion import layers as layers_of
-from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.errors import UserError
 from amtl.integrations import check, settle
+from amtl.layer.collection import AMTLEmbeddingCollection
+from amtl.layer.conversion import layers as layers_of
+from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.table import AMTLTable
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
-from amtl.table import AMTLTable
 
 FORMAT, VERSION = "amtl-packed", 1
 _RUN_OF_V1 = "amtl-model"
@@ -33,6 +34,7 @@ _RUN_OF_V1 = "amtl-model"
 _CLASSES: dict[str, type[AMTLTable]] = {
     "AMTLEmbedding": AMTLEmbedding,
     "AMTLEmbeddingBag": AMTLEmbeddingBag,
+    "AMTLEmbeddingCollection": AMTLEmbeddingCollection,
 }
 _Model = TypeVar("_Model", bound=nn.Module)
 _Kind = Literal["layer", "layers", "model", "run"]
@@ -171,6 +173,7 @@ def write_packed(
         inside = tuple(f"{name}." for name in (*layers, *aliases))
         rest = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
     packed: dict[str, Tensor] = {}
+    stored = dict(layers)
     for name, layer in layers.items():
         if not isinstance(layer, AMTLTable):
             raise ValueError(f"{name!r} is a {type(layer).__name__}, not an AMTL layer")
@@ -180,10 +183,14 @@ def write_packed(
             raise ValueError(f"layer {name!r} is still searching its sizes: call freeze() first")
         if layer in _unchecked:
             _unchecked[layer].check()
+        if layer.rounding is not None:
+            layer = stored[name] = layer.to_integers()
         for tier, block in enumerate(layer.blocks):
             packed[f"layers/{name}/blocks/{tier}"] = block.detach()
         if layer.row_order is not None:
             packed[f"layers/{name}/row_order"] = layer.row_order
+        if layer.steps is not None:
+            packed[f"layers/{name}/steps"] = layer.steps
     for key, value in rest.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} of the state_dict is a {type(value).__name__}, not a tensor")
@@ -192,7 +199,7 @@ def write_packed(
         packed[f"user/{key}"] = value.detach()
     header = {
         "kind": kind,
-        "layers": {name: layer.config() for name, layer in layers.items()},
+        "layers": {name: layer.config() for name, layer in stored.items()},
         "aliases": aliases,
         "metadata": metadata,
     }
@@ -280,8 +287,10 @@ def _run_of_v1(contents: FileTensors, meta: Mapping[str, Any]) -> PackedFile:
 
 def _layer(name: str, config: Mapping[str, Any], contents: FileTensors) -> AMTLTable:
     blocks = [contents.unchecked(f"blocks/{c}") for c in range(len(config["tier_ends"]))]
-    order = contents.unchecked("row_order") if "row_order" in contents else None
-    layer = _CLASSES[config["class"]].from_config(config, blocks, order)
+    order, steps = (
+        contents.unchecked(key) if key in contents else None for key in ("row_order", "steps")
+    )
+    layer = _CLASSES[config["class"]].from_config(config, blocks, order, steps)
     layer.name = name
     _check_when_used(layer, contents)
     return layer

@@ -71,20 +71,31 @@ def compiled(model):
     return model
 
 
+@pytest.mark.parametrize("collection", [False, None])
 @pytest.mark.parametrize("kind", [DeepFM, DCN, xDeepFM, AutoInt, DIN, WDL])
-def test_a_model_from_training_to_loading(kind, tmp_path):
+def test_a_model_from_training_to_loading(kind, collection, tmp_path):
     x, y = data()
     model = compiled(build(kind))
     fit(model, x, y)
     trained = model.embedding_dict["item"].weight
     state = model.optim.state[trained]
     tables = set(model.embedding_dict)
+    weights = torch.cat([t.weight for t in model.embedding_dict.values()]).detach()
     counts = deepctr.count(model, fed(model, x))
-    assert deepctr.convert(model, counts, 0.4, mask_lr=0.05, parametrization="ordinal") is model
+    options = {"collection": collection, "parametrization": "ordinal"}
+    assert deepctr.convert(model, counts, 0.4, mask_lr=0.05, **options) is model
     layers = amtl.layers(model)
-    assert set(layers) == {f"embedding_dict.{name}" for name in tables}
-    assert model.embedding_dict["item"].weight is trained
-    assert model.optim.state[trained] is state
+    if collection is False:
+        assert set(layers) == {f"embedding_dict.{name}" for name in tables}
+        assert model.embedding_dict["item"].weight is trained
+        assert model.optim.state[trained] is state
+    else:
+        assert set(layers) == {"amtl_collection"}
+        weight = model.amtl_collection.weight
+        assert torch.equal(weight, weights) and trained not in model.optim.state
+        moments = model.optim.state[weight]["exp_avg"][40:70]
+        assert torch.equal(moments, state["exp_avg"]) and bool(moments.any())
+    assert deepctr.count(model, fed(model, x)).keys() == counts.keys()
     assert model.optim.param_groups[-1]["lr"] == 0.05
     for linear in model.linear_model.embedding_dict.values():
         assert type(linear) is torch.nn.Embedding
@@ -120,7 +131,7 @@ def test_a_model_from_training_to_loading(kind, tmp_path):
     )
 
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    again = deepctr.convert(build(kind), counts, budget=0.4, parametrization="ordinal")
+    again = deepctr.convert(build(kind), counts, budget=0.4, **options)
     again.load_state_dict(torch.load(tmp_path / "state.pt"))
     np.testing.assert_array_equal(again.predict(fed(model, x)), predicted)
     torch.save(model, tmp_path / "whole.pt")
@@ -144,6 +155,69 @@ def test_counts_are_of_lookups_that_matter():
     x["user"][3] = 40
     with pytest.raises(ValueError, match=r"'user' has ids from \d to 40; its table 'user' has 40"):
         deepctr.count(model, x)
+
+
+@pytest.mark.parametrize("kind", [DeepFM, DIN])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_collection_gives_what_its_tables_give(kind, frozen, monkeypatch):
+    """At full size both are the model as it was; a lookup is counted for each call."""
+    x, y = data()
+    results, calls = [], []
+    embed = amtl.AMTLEmbeddingCollection._embed
+    monkeypatch.setattr(
+        amtl.AMTLEmbeddingCollection,
+        "_embed",
+        lambda self, rows: calls.append(rows.shape) or embed(self, rows),
+    )
+    for collection in (None, False):
+        torch.manual_seed(0)
+        model = compiled(build(kind))
+        deepctr.convert(model, deepctr.count(model, x), budget=1.0, collection=collection)
+        fit(model, x, y)
+        if frozen:
+            deepctr.freeze(model)
+        fit(model, x, y)
+        calls.clear()
+        results.append(model.predict(fed(model, x)))
+        if kind is DeepFM and collection is None:
+            # One each for the two sequences, one for user and item.
+            assert [tuple(rows) for rows in calls] == [(96, 4), (96, 3), (96, 2)]
+        assert bool(calls) == (collection is None)
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_tables_that_differ_have_layers_of_their_own():
+    features = [SparseFeat("user", 40, embedding_dim=8), SparseFeat("item", 30, embedding_dim=4)]
+    features += [SparseFeat("day", 7, embedding_dim=8)]
+    model = WDL(features, features, dnn_hidden_units=(4,))
+    counts = {"user": np.arange(40), "item": np.arange(30), "day": np.arange(7)}
+    with pytest.raises(ValueError, match="'item' differs from 'user' in embedding_dim"):
+        deepctr.convert(model, counts, collection=True)
+    assert not amtl.layers(model)
+    deepctr.convert(model, {"user": counts["user"], "day": counts["day"]}, budget=1.0)
+    assert list(amtl.layers(model)) == ["amtl_collection"]
+    X = torch.stack([torch.arange(5), torch.arange(5), torch.arange(5)], 1).float()
+    out, dense = model.input_from_feature_columns(X, features, model.embedding_dict)
+    assert [tuple(o.shape) for o in out] == [(5, 1, 8), (5, 1, 4), (5, 1, 8)] and dense == []
+    for feature, found in zip(features, out, strict=True):
+        assert torch.equal(found[:, 0], model.embedding_dict[feature.name](torch.arange(5)))
+    model = WDL(features, features, dnn_hidden_units=(4,))
+    deepctr.convert(model, counts)
+    assert len(amtl.layers(model)) == 3
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path):
+    x, _ = data()
+    model = build(DeepFM)
+    amtl.save(
+        deepctr.freeze(deepctr.convert(model, deepctr.count(model, x))), tmp_path / "m.safetensors"
+    )
+    other = build(DeepFM, dnn_hidden_units=(9, 4))
+    before = other.predict(fed(other, x))
+    with pytest.raises(amtl.PackedFileError, match="does not fit the model"):
+        deepctr.load(tmp_path / "m.safetensors", other)
+    assert not amtl.layers(other) and type(other.embedding_dict["item"]) is torch.nn.Embedding
+    np.testing.assert_array_equal(other.predict(fed(other, x)), before)
 
 
 def test_compiling_before_or_after_is_the_same():

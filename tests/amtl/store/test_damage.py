@@ -15,12 +15,12 @@ import amtl
 import pytest
 import torch
 from amtl import AMTLEmbedding
-from amtl.config import TrainConfig
 from amtl.errors import UserError
-from amtl.store import runs
+from amtl.run import folders
+from amtl.run.config import TrainConfig
+from amtl.run.training import start
 from amtl.store import tensors as format_module
 from amtl.store.files import read_json
-from amtl.training import start
 
 COUNT = int(os.environ.get("AMTL_DAMAGE", "40"))
 SEED = int(os.environ.get("AMTL_DAMAGE_SEED", "0"))
@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
         batch_size=80,
     )
     start(config, folder).run()
-    runs.pack_run(folder, folder / "run.safetensors")
+    folders.pack_run(folder, folder / "run.safetensors")
     layer = AMTLEmbedding(60, 8, counts=torch.arange(60), budget=0.4, padding_idx=3).freeze()
     amtl.save(layer, folder / "layer.safetensors", metadata={"a": 1})
     with tarfile.open(Path(__file__).with_name("v1.tar.xz")) as archive:
@@ -50,12 +50,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 def inputs(path):
-    config, encoder = runs.load_inputs(path.parent)
+    config, encoder = folders.load_inputs(path.parent)
     return config.to_dict(), encoder.to_tensors()
 
 
 def checkpoint(path):
-    return runs.load_checkpoint(path.parent, path.stem)
+    return folders.load_checkpoint(path.parent, path.stem)
 
 
 def everything_packed(path):
@@ -157,5 +157,5 @@ def test_a_file_of_another_run_does_not_pass_for_this_one(folder, tmp_path, name
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     shutil.copy(other / name, copy / name)
     with pytest.raises(UserError, match="do not fit together") as caught:
-        runs.load_run(copy)
+        folders.load_run(copy)
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -16,13 +17,14 @@ import polars as pl
 import pytest
 import torch
 from amtl.cli import main
-from amtl.config import TrainConfig
 from amtl.data.registry import load_source
 from amtl.errors import UserError
-from amtl.store import files, runs
+from amtl.run import folders
+from amtl.run.config import TrainConfig
+from amtl.run.trained import Trained
+from amtl.run.training import Interrupted, start
+from amtl.store import files
 from amtl.store.files import FileWriteError
-from amtl.trained import Trained
-from amtl.training import Interrupted, start
 from torch import nn
 
 FIELDS = ["shop", "city", "hour", "truth"]
@@ -72,7 +74,7 @@ TRAIN = ["train", "synthetic:300", "--fields", ",".join(FIELDS), "--dim", "4", "
 
 def test_a_packed_run_is_a_packed_file(run, tmp_path):
     path = tmp_path / "model.safetensors"
-    runs.pack_run(run, path)
+    folders.pack_run(run, path)
     frame = load_source("synthetic:300").frame
     trained = amtl.load(run)
     expected = trained.probabilities(frame)
@@ -106,9 +108,9 @@ def test_a_model_saved_by_hand_and_a_run_open_with_the_same_call(run, tmp_path):
 
 
 def test_vocabularies_are_stored_compactly(run):
-    encoder = runs.load_inputs(run)[1]
+    encoder = folders.load_inputs(run)[1]
     whole = sum(t.nbytes for t in encoder.to_tensors()[0].values())
-    packed = sum(t.nbytes for t in runs.compact(encoder.to_tensors()[0])[0].values())
+    packed = sum(t.nbytes for t in folders.compact(encoder.to_tensors()[0])[0].values())
     assert packed < 0.55 * whole
 
 
@@ -146,7 +148,7 @@ def test_a_new_run_leaves_nothing_of_the_old_one(run):
         "vocabulary.safetensors",
         "checkpoint.safetensors",
     }
-    assert runs.load_inputs(run)[0].seed == 7
+    assert folders.load_inputs(run)[0].seed == 7
     with pytest.raises(UserError, match="no trained model yet"):
         amtl.load(run)
 
@@ -157,14 +159,14 @@ def test_a_new_run_leaves_nothing_of_the_old_one(run):
 @pytest.mark.parametrize("name", ["checkpoint", "best"])
 def test_a_failed_checkpoint_leaves_the_old_one(run, monkeypatch, name):
     before = contents(run)
-    state = runs.load_checkpoint(run, name)
+    state = folders.load_checkpoint(run, name)
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(FileWriteError, match=f"{name}.safetensors: No space left"):
-        runs.save_checkpoint(run, name, {**state, "epoch": 99})
+        folders.save_checkpoint(run, name, {**state, "epoch": 99})
     assert contents(run) == before
 
 
@@ -187,6 +189,8 @@ main(sys.argv[1:])
     ],
 )
 def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path, args):
+    # Importing it writes its list of fonts, the first time on a machine, and warns if it can't.
+    importlib.import_module("matplotlib.font_manager")
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_text("old")
@@ -248,7 +252,7 @@ def test_runs_and_packed_files_of_version_1_open(v1, tmp_path):
         torch.testing.assert_close(trained.probabilities(frame), torch.tensor(expected[key]))
         assert command("evaluate", v1 / name) == command("inspect", v1 / name) == 0
     assert amtl.open_packed(v1 / "packed.safetensors").kind == "run"
-    packed = runs.pack_run(v1 / "finished", tmp_path / "new.safetensors")
+    packed = folders.pack_run(v1 / "finished", tmp_path / "new.safetensors")
     torch.testing.assert_close(packed.probabilities(frame), torch.tensor(expected["packed"]))
     assert packed.metrics["test_auc"] == expected["test_auc"]
     old = (v1 / "packed.safetensors").stat().st_size
@@ -276,7 +280,7 @@ def test_models_of_version_1_open(v1):
 
 def test_training_of_version_1_cannot_go_on_but_starts_anew(v1, tmp_path):
     run = Path(shutil.copytree(v1 / "stopped", tmp_path / "run"))
-    assert runs.holds_run(run) and (run / "checkpoint.pt").exists()
+    assert folders.holds_run(run) and (run / "checkpoint.pt").exists()
     with pytest.raises(UserError, match="begun by an older version"):
         start(None, run, resume=True)
     assert (run / "checkpoint.pt").exists()

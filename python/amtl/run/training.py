@@ -20,21 +20,29 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from amtl import methods
-from amtl.comparison import train_baselines
-from amtl.config import TrainConfig
-from amtl.cut import Donor
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.learner import Learner, Task
-from amtl.memory import require_memory
-from amtl.metrics import auc, log_loss
-from amtl.model import predict
-from amtl.progress import Observer, Silent
-from amtl.race import candidates, is_open, is_worth_cutting, race, race_cut, race_less, run_to_end
-from amtl.store import runs
+from amtl.run import folders, methods
+from amtl.run.comparison import train_baselines
+from amtl.run.config import TrainConfig
+from amtl.run.cut import Donor
+from amtl.run.learner import Learner, Task
+from amtl.run.memory import require_memory
+from amtl.run.metrics import auc, log_loss
+from amtl.run.model import predict
+from amtl.run.progress import Observer, Silent
+from amtl.run.race import (
+    candidates,
+    is_open,
+    is_worth_cutting,
+    race,
+    race_cut,
+    race_dropout,
+    race_less,
+    run_to_end,
+)
 
 
 class Interrupted(Exception):
@@ -183,22 +191,26 @@ class Trainer:
         self.save()
 
     def _race_on(self) -> None:
-        """Looks whether less of the budget does better, or a model cut out of the full table."""
+        """Looks whether dropout, less of the budget or a cut out of the full table does better."""
         raced = self.raced
         assert raced is not None
-        sized = replace(self.config, table_options=raced["sized"], budget=raced["budget"])
+        winner = self.learner
+        dropout = cut = None
         try:
-            better, less = race_less(sized, self.learner, self._make, self.observer, self._racer())
-            winner = better or self.learner
-            cut = None
+            if self.config.embedding_dropout is None:
+                better, dropout = race_dropout(winner, self._make, self.observer, self._racer())
+                winner = better or winner
+            sized = replace(winner.config, table_options=raced["sized"], budget=raced["budget"])
+            better, less = race_less(sized, winner, self._make, self.observer, self._racer())
+            winner = better or winner
             if is_worth_cutting(sized, raced["table"]):
-                given = replace(sized, table_options=raced["given"])
+                given = replace(winner.config, table_options=raced["given"], budget=raced["budget"])
                 entries = candidates(given, raced["sized"].get("field_weights"))
                 chosen, cut = race_cut(entries, winner, self._make, self.observer, self._racer())
                 winner = chosen or winner
         finally:
             self.observer.end()
-        self.raced = {**raced, "less": less, "cut": cut}
+        self.raced = {**raced, "dropout": dropout, "less": less, "cut": cut}
         if winner is not self.learner:
             self.config, self.learner, self._best_saved = winner.config, winner, -1
             self._begin()
@@ -245,7 +257,7 @@ class Trainer:
 
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
-        donor = runs.load_run(run)
+        donor = folders.load_run(run)
         if donor.config.method != "fixed":
             raise UserError(f"--warm-start {run}: a run of --method fixed is needed")
         if donor.config.dim != self.config.dim:
@@ -287,17 +299,17 @@ class Trainer:
         if self.out:
             best = self.learner.best
             if best is not None and best["record"]["step"] != self._best_saved:
-                runs.save_checkpoint(self.out, "best", best)
+                folders.save_checkpoint(self.out, "best", best)
                 self._best_saved = best["record"]["step"]
-            runs.save_checkpoint(self.out, "checkpoint", self.state())
+            folders.save_checkpoint(self.out, "checkpoint", self.state())
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Goes back to the state in the run folder; to the start if it was stopped in its race."""
         assert self.out is not None
-        if not runs.holds_run(self.out):
+        if not folders.holds_run(self.out):
             return
-        state = runs.load_checkpoint(self.out, "checkpoint")
+        state = folders.load_checkpoint(self.out, "checkpoint")
         if "steps" not in state:
             raise UserError(
                 f"{self.out} was begun by an older version, whose training cannot go on here; its "
@@ -309,7 +321,7 @@ class Trainer:
 
     def _begin(self) -> None:
         if self.out:
-            runs.begin_run(self.out, self.config, self.task.encoder)
+            folders.begin_run(self.out, self.config, self.task.encoder)
         self._fresh = False
 
     def _finish(self) -> dict[str, Any]:
@@ -317,11 +329,11 @@ class Trainer:
         logits = predict(self.learner.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
-            runs.save_metrics(self.out, result)
+            folders.save_metrics(self.out, result)
         if self.config.compare:
             result["compared"] = self._compare(result)
             if self.out:
-                runs.save_metrics(self.out, result)
+                folders.save_metrics(self.out, result)
         return result
 
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -340,7 +352,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     best = learner.best["record"]
     labels = trainer.task.test.labels
     widths = methods.row_widths(table)
-    itemsize = methods.table_parameters(table)[0].element_size()
+    bits = methods.number_bits(table)
     fields = encoder.row_fields()
     by_field = torch.bincount(fields, weights=widths.double(), minlength=len(encoder.names))
     steps = {k: statistics.median(v) * 1e3 if v else None for k, v in learner.step_seconds.items()}
@@ -360,10 +372,11 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "stored_bytes": stored,
         "dense_bytes": full,
         "stored_fraction": stored / full,
+        "bits": bits,
         "rows": encoder.num_rows,
         "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
         "bytes_by_field": {
-            name: int(b) * itemsize for name, b in zip(encoder.names, by_field, strict=True)
+            name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)
         },
         "rows_by_field": dict(zip(encoder.names, encoder.field_sizes, strict=True)),
         "unknown_test_values": trainer.task.test.unknown,
@@ -441,7 +454,7 @@ def start(
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
-        config, encoder = runs.load_inputs(out)
+        config, encoder = folders.load_inputs(out)
         trainer = Trainer(config, prepare(config, source, encoder), out, observer, stop)
         trainer.resume()
         return trainer

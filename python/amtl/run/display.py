@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from amtl import comparison
-from amtl.report import Result, table_rows
+from amtl.run import comparison
+from amtl.run.report import Result, table_rows
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:

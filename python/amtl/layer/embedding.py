@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import amtl_kernels
-from amtl.options import SearchOptions
-from amtl.sharing import SharedRows
-from amtl.table import AMTLTable
+from amtl.layer.fusing import FusedOptimizer
+from amtl.layer.options import SearchOptions
+from amtl.layer.sharing import SharedRows
+from amtl.layer.table import AMTLTable
 
 
 class AMTLEmbedding(AMTLTable):
@@ -21,7 +21,7 @@ class AMTLEmbedding(AMTLTable):
     `indices.shape + [D]`, with zeros beyond each row's size.
 
     In the search phase `out = m_i * W[i]`, where the mask m_i keeps the first k_i columns (paper,
-    section 3) and k_i follows from the row's training count through `amtl.sizes`. The mask
+    section 3) and k_i follows from the row's training count through `amtl.layer.sizes`. The mask
     gradient is straight-through, over masked columns too. The first forward after an optimizer step
     costs O(G * D) for the sizes of G groups (in training with noise, G * Q more) beside the lookup;
     frozen, the lookup alone.
@@ -42,6 +42,9 @@ class AMTLEmbedding(AMTLTable):
             (its out-of-vocabulary row), or "rarest" for the row of least count of each field. None
             or "zero": they give zeros. For the size rule such a row counts the lookups that land
             on it. The padding row never shares.
+        fused_optimizer: what updates the table within the backward, so that no gradient of it is
+            ever stored: a class of `amtl_kernels.optim`, or a `functools.partial` of one; see
+            `fuse`. None: gradients, for any optimizer.
         **options: see `SearchOptions`.
 
     Raises:
@@ -66,6 +69,7 @@ class AMTLEmbedding(AMTLTable):
         field_sizes: Sequence[int] | None = None,
         row_features: Tensor | None = None,
         shared_rows: SharedRows = None,
+        fused_optimizer: FusedOptimizer | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -86,6 +90,7 @@ class AMTLEmbedding(AMTLTable):
             shared_rows,
             SearchOptions(**options),
         )
+        self.fuse(fused_optimizer)
 
     @classmethod
     def from_pretrained(
@@ -138,44 +143,9 @@ class AMTLEmbedding(AMTLTable):
             IndexError: an index is out of range (`bounds_check="raise"`).
         """
         try:
-            return self._lookup(input)
+            return self._embed(input)
         except IndexError as error:
             raise self._named(error) from None
-
-    def _lookup(self, input: Tensor) -> Tensor:
-        self._check_caller()
-        bounds = cast(Any, self.options.bounds_check)
-        if self.tier_ends is not None:
-            rows = self._frozen_rows(input)
-            if self.max_norm is not None:
-                self._renorm(rows)
-            return amtl_kernels.tiered_embedding(
-                list(self.blocks),
-                self.tier_ends,
-                rows,
-                embedding_dim=self.embedding_dim,
-                padding_idx=self._frozen_padding(),
-                bounds_check=bounds,
-                sparse=self.sparse,
-            )
-        assert self.weight is not None and self.row_group is not None
-        noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
-        self._notice_learning(sizes)
-        rows = self._searched_rows(input, sizes)
-        if self.max_norm is not None:
-            self._renorm(rows)
-        return amtl_kernels.adaptive_embedding(
-            self.weight,
-            rows,
-            self.row_group,
-            dims,
-            mask,
-            seed=self._seed(noisy),
-            padding_idx=self.padding_idx,
-            bounds_check=bounds,
-            sparse=self.sparse,
-        )
 
 
 class AMTLEmbeddingBag(AMTLTable):
@@ -189,7 +159,7 @@ class AMTLEmbeddingBag(AMTLTable):
         include_last_offset: offsets end with the end of the last bag.
         padding_idx: a row that counts for nothing.
         max_norm, norm_type, scale_grad_by_freq, sparse, _weight, counts, field_sizes,
-            row_features, shared_rows, **options: as in `AMTLEmbedding`.
+            row_features, shared_rows, fused_optimizer, **options: as in `AMTLEmbedding`.
 
     Raises:
         ValueError: an argument out of range, or a budget that the smallest size cannot meet.
@@ -214,6 +184,7 @@ class AMTLEmbeddingBag(AMTLTable):
         field_sizes: Sequence[int] | None = None,
         row_features: Tensor | None = None,
         shared_rows: SharedRows = None,
+        fused_optimizer: FusedOptimizer | None = None,
         _freeze: bool = False,
         **options: Any,
     ) -> None:
@@ -240,6 +211,7 @@ class AMTLEmbeddingBag(AMTLTable):
             shared_rows,
             SearchOptions(**options),
         )
+        self.fuse(fused_optimizer)
         self.mode = mode
         self.include_last_offset = include_last_offset
 
@@ -306,54 +278,11 @@ class AMTLEmbeddingBag(AMTLTable):
             ValueError: shapes, types or devices do not fit.
         """
         try:
-            return self._lookup(input, offsets, per_sample_weights)
+            return self._pool(
+                input, offsets, per_sample_weights, self.mode, self.include_last_offset
+            )
         except IndexError as error:
             raise self._named(error) from None
-
-    def _lookup(
-        self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
-    ) -> Tensor:
-        self._check_caller()
-        mode, bounds = cast(Any, self.mode), cast(Any, self.options.bounds_check)
-        if self.tier_ends is not None:
-            rows = self._frozen_rows(input)
-            if self.max_norm is not None:
-                self._renorm(rows)
-            return amtl_kernels.tiered_embedding_bag(
-                list(self.blocks),
-                self.tier_ends,
-                rows,
-                offsets,
-                mode=mode,
-                per_sample_weights=per_sample_weights,
-                embedding_dim=self.embedding_dim,
-                padding_idx=self._frozen_padding(),
-                include_last_offset=self.include_last_offset,
-                bounds_check=bounds,
-                sparse=self.sparse,
-            )
-        assert self.weight is not None and self.row_group is not None
-        noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
-        self._notice_learning(sizes)
-        rows = self._searched_rows(input, sizes)
-        if self.max_norm is not None:
-            self._renorm(rows)
-        return amtl_kernels.adaptive_embedding_bag(
-            self.weight,
-            rows,
-            offsets,
-            self.row_group,
-            dims,
-            mask,
-            mode=mode,
-            per_sample_weights=per_sample_weights,
-            padding_idx=self.padding_idx,
-            include_last_offset=self.include_last_offset,
-            seed=self._seed(noisy),
-            bounds_check=bounds,
-            sparse=self.sparse,
-        )
 
     def _configure(self, config: Mapping[str, Any]) -> None:
         self.mode = config["mode"]

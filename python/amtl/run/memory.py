@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from amtl.config import TrainConfig
 from amtl.errors import UserError
+from amtl.run.config import TrainConfig
 
 _STATES = {"adam": 2, "adagrad": 1}
 """Numbers an optimizer keeps per weight."""

@@ -10,15 +10,10 @@ from typing import Any
 from amtl.errors import UserError
 
 BACKBONES = ("dnn", "deepfm", "dcn", "xdeepfm", "autoint", "din", "widedeep")
-"""See `amtl.backbones`."""
+"""See `amtl.run.backbones`."""
 
 
-def default_batch_size(rows: int) -> int:
-    """About a hundred steps an epoch, a power of two from 256 to 8192."""
-    size = 256
-    while size < 8192 and size * 2 * 100 <= rows * 8 // 10 * 1.5:
-        size *= 2
-    return size
+BITS = ("auto", "32", "8", "4", "2")
 
 
 def _of_version_1(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,13 +44,15 @@ class TrainConfig:
         seed: of weights, batches and size noise.
         method: `amtl`, `rule` or `fixed`.
         dim: full embedding width D.
-        budget: stored fraction of N × D.
+        budget: stored bytes over those of N × D numbers of 32 bits.
+        bits: of a stored number: `32`, `8`, `4`, `2`, or `auto` for what validation prefers.
         freeze_at: step at which sizes are fixed; None leaves it to validation.
         table_options: more keyword arguments of the layer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
         backbone: what meets the embeddings beside the MLP, one of `BACKBONES`.
         hidden: widths of the MLP.
-        embedding_dropout: share of the embeddings' numbers zeroed in a training step.
+        embedding_dropout: share of the embeddings' numbers zeroed in a training step; None:
+            what validation prefers where there is a race, else none.
         init_std: deviation of initial embedding weights.
         batch_size: samples per step.
         epochs: at most so many.
@@ -89,12 +86,13 @@ class TrainConfig:
     method: str = "amtl"
     dim: int = 16
     budget: float = 0.4
+    bits: str = "32"
     freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
     backbone: str = "dnn"
     hidden: list[int] = field(default_factory=lambda: [128, 64])
-    embedding_dropout: float = 0.0
+    embedding_dropout: float | None = None
     init_std: float = 0.01
     batch_size: int = 8192
     epochs: int = 30
@@ -119,9 +117,11 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
         if self.backbone not in BACKBONES:
             raise UserError(f"--backbone {self.backbone!r}: choose one of {', '.join(BACKBONES)}")
+        if self.bits not in BITS:
+            raise UserError(f"--bits must be one of {', '.join(BITS)}, not {self.bits!r}")
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
-        if not 0 <= self.embedding_dropout < 1:
+        if self.embedding_dropout is not None and not 0 <= self.embedding_dropout < 1:
             raise UserError(
                 f"--embedding-dropout must be from 0 up to (not including) 1, "
                 f"not {self.embedding_dropout:g}"
@@ -135,6 +135,12 @@ class TrainConfig:
         if self.method == "fixed":
             return None
         return self.table_options.get("budget", self.budget)
+
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        """Keyword arguments of the layer; bits that nothing chose are 4."""
+        bits = {"32": None, "auto": 4}.get(self.bits, int(self.bits) if self.bits.isdigit() else 4)
+        return {"bits": bits, **self.table_options}
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amtl import methods
 from amtl.data.encoding import Encoder
-from amtl.model import ClickModel
+from amtl.run import methods
+from amtl.run.model import ClickModel
 
 
 class Donor:

@@ -16,18 +16,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import amtl_kernels
-from amtl.frequency import (
+from amtl.layer.frequency import (
     check_counts,
     check_field_sizes,
     decode_row_map,
     encode_row_map,
 )
-from amtl.options import SearchOptions
-from amtl.replicas import require_same_sizes, retire, wrappers_of
-from amtl.sharing import SharedRows, groups_that_share, resolve_shared_rows
-from amtl.size_head import SizeHead
-from amtl.table_rows import TableRows
-from amtl.tiers import (
+from amtl.layer.fusing import FusedOptimizer, make_handle
+from amtl.layer.lookups import TableLookups
+from amtl.layer.options import SearchOptions
+from amtl.layer.replicas import require_same_sizes, retire, wrappers_of
+from amtl.layer.rounding import (
+    Parts,
+    Rounding,
+    cut,
+    encode,
+    mean_squares,
+    pack_codes,
+    plan_parts,
+    unit,
+)
+from amtl.layer.sharing import SharedRows, groups_that_share, resolve_shared_rows
+from amtl.layer.size_head import SizeHead
+from amtl.layer.tiers import (
     TierPlan,
     as_optimizers,
     drop_parameters,
@@ -44,7 +55,7 @@ from amtl.tiers import (
 _Self = TypeVar("_Self", bound="AMTLTable")
 
 
-class AMTLTable(TableRows):
+class AMTLTable(TableLookups):
     """What the two layers share: the table, its phases, sizes and accounting.
 
     Not constructed directly. `name` says which table an index error is about; `amtl.convert` and
@@ -54,6 +65,8 @@ class AMTLTable(TableRows):
     `absorb_order()`. Of both: `shared_rows`, int64 [F] or None, the row of each field that stands
     in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to.
     """
+
+    _keeps_numbering = False
 
     def __init__(
         self,
@@ -124,10 +137,19 @@ class AMTLTable(TableRows):
     ) -> tuple[Tensor, SizeHead]:
         """Group of each row, and a new size head."""
         shared = None if self.shared_rows is None else self.shared_rows.tolist()
-        groups = groups_that_share(
-            counts, self.field_sizes, row_features, shared, self.padding_idx, options, self.grid
-        )
-        return groups.row_group, options.head(groups, self.grid)
+        parts = 0
+        while True:
+            numbers = options.in_numbers(
+                self.num_embeddings, self.embedding_dim, self._table()[0].element_size(), parts
+            )
+            groups = groups_that_share(
+                counts, self.field_sizes, row_features, shared, self.padding_idx, numbers, self.grid
+            )
+            head = numbers.head(groups, self.grid)
+            # Step sizes are paid for, and how many there are depends on the sizes.
+            if options.bits is None or head.num_parts() <= parts:
+                return groups.row_group, head
+            parts = head.num_parts()
 
     @classmethod
     def from_config(
@@ -135,6 +157,7 @@ class AMTLTable(TableRows):
         config: Mapping[str, Any],
         blocks: Sequence[Tensor],
         row_order: Tensor | None = None,
+        steps: Tensor | None = None,
     ) -> _Self:
         """A frozen layer from `config()` and its tensors, without a size head.
 
@@ -142,6 +165,7 @@ class AMTLTable(TableRows):
             config: what `config()` returned.
             blocks: the tiers, used as they are (not copied).
             row_order: int32 [N] or None.
+            steps: float [C], step sizes of blocks of codes, or None.
 
         Raises:
             ValueError: tensors that do not fit the configuration.
@@ -153,9 +177,13 @@ class AMTLTable(TableRows):
         fits = len(blocks) == len(ends) > 0
         fits = fits and ends[-1] <= config["num_embeddings"]
         fits = fits and (shared is not None or ends[-1] == config["num_embeddings"])
+        bits = config["options"].get("bits")
+        numbers = 1 if steps is None else 8 // (bits or 8)
         for block, count in zip(blocks, rows, strict=False):
             fits = fits and block.dim() == 2 and block.shape[0] == count >= 0
-            fits = fits and block.shape[1] <= dim
+            fits = fits and block.shape[1] * numbers <= dim
+            fits = fits and (block.dtype == torch.uint8) == (steps is not None)
+        fits = fits and (steps is None or (bits is not None and tuple(steps.shape) == (len(ends),)))
         if row_order is not None:
             fits = fits and tuple(row_order.shape) == (config["num_embeddings"],)
         if not fits:
@@ -176,13 +204,15 @@ class AMTLTable(TableRows):
             SearchOptions(**config["options"]),
         )
         exact = replace(layer.options, tier_width=config["tier_width"])
-        layer.grid = exact.grid(dim, blocks[0].element_size())
+        layer.grid = exact.grid(dim, (blocks[0] if steps is None else steps).element_size())
         layer._configure(config)
         layer.full_rows = config.get("full_rows", layer.num_embeddings)
         layer.shared_rows = (
             None if shared is None else torch.tensor(shared, device=blocks[0].device)
         )
-        layer._enter_frozen([nn.Parameter(b) for b in blocks], ends, row_order)
+        parameters = [nn.Parameter(b, requires_grad=steps is None) for b in blocks]
+        layer._enter_frozen(parameters, ends, row_order)
+        layer.steps = steps
         return layer
 
     def _configure(self, config: Mapping[str, Any]) -> None:
@@ -196,6 +226,58 @@ class AMTLTable(TableRows):
         if self.padding_idx is not None:
             with torch.no_grad():
                 self.weight[self.padding_idx].fill_(0)
+
+    def fuse(self: _Self, optimizer: FusedOptimizer | None) -> _Self:
+        """Let the backward update the table, by an optimizer that is the handle from then on.
+
+        `fused_optimizer` is the handle, an ordinary `torch.optim.Optimizer`: schedulers set its
+        learning rate, `state_dict()` saves it, freezing, thawing and loading take it along. Its
+        `step()` finds no gradient and counts the step; call it once after each backward, as usual:
+        then gradients that should have added up over several are refused. Without `step()`, every
+        backward is one. Nothing is left to clip: norms over all parameters miss the table, and
+        GradScaler, which would have to scale gradients back, refuses the handle.
+
+        Args:
+            optimizer: a class of `amtl_kernels.optim` or what else makes one of its optimizers from
+                a list of parameters; one that holds the table already, which keeps its state; or
+                None: gradients again, which the former handle takes at its `step()`.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError: another kind of optimizer.
+            ValueError: an optimizer that does not hold the table.
+        """
+        if optimizer is None:
+            self.fused_optimizer = None
+            return self
+        tables: list[Tensor] = [*self.table_parameters()]
+        handle = make_handle(optimizer, self.table_parameters())
+        try:
+            handle.check_owns(tables)
+        except ValueError:
+            raise ValueError(
+                f"the fused optimizer must hold table {self.name!r} in one of its groups"
+            ) from None
+        self.fused_optimizer = handle
+        return self
+
+    def _replicate_for_data_parallel(self: _Self) -> _Self:
+        if self.fused_optimizer is not None and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"table {self.name!r} has a fused optimizer, which nn.DataParallel cannot train: "
+                "its copies are in no optimizer. Call amtl.fuse(model, None)"
+            )
+        return super()._replicate_for_data_parallel()
+
+    def _followed(
+        self, optimizer: Optimizer | Iterable[Optimizer] | None, parameters: list[nn.Parameter]
+    ) -> list[Optimizer]:
+        """The optimizers that a change of parameters concerns; the handle comes last."""
+        handle = self.fused_optimizer
+        found = [o for o in as_optimizers(optimizer, parameters) if o is not handle]
+        return found if handle is None else [*found, handle]
 
     def freeze(self: _Self, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> _Self:
         """Fix the sizes and cut the table into tiers; outputs (without noise) stay bit-identical.
@@ -222,7 +304,7 @@ class AMTLTable(TableRows):
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
         head = self._head()
-        optimizers = as_optimizers(optimizer, [self.weight, *head.parameters()])
+        optimizers = self._followed(optimizer, [self.weight, *head.parameters()])
         if optimizer is not None:
             require_held(optimizers, [self.weight], "freeze")
         wrappers = wrappers_of([self.weight, *head.parameters()])
@@ -235,9 +317,16 @@ class AMTLTable(TableRows):
             group = self.row_group.to(torch.int64)
             stored = torch.tensor(self.grid.stored, dtype=small, device=self.device)[levels][group]
             row_dims = head.get_buffer("size_table")[levels].to(small)[group]
-            del group
             merged = self._merged(row_dims)
-            plan = plan_tiers(stored, self.embedding_dim, merged)
+            steps = None
+            if self.options.bits is not None:
+                padding = self.padding_idx
+                if padding is not None and not bool(self.weight[padding].any()):
+                    # No code is zero, so a row of zeros keeps no numbers.
+                    stored[padding] = row_dims[padding] = 0
+                steps = head.step_groups()[group].masked_fill_(stored == 0, 0)
+            del group
+            plan = plan_tiers(stored, self.embedding_dim, merged, steps)
             order = self._places(plan, merged)
             trainable = self.weight.requires_grad
             blocks = [
@@ -252,8 +341,43 @@ class AMTLTable(TableRows):
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
             self._enter_frozen(blocks, plan.ends, order)
+            if self.options.bits is not None and steps is not None:
+                parts = plan_parts(plan.of_places(stored), plan.of_places(steps))
+                self.rounding = Rounding(
+                    self.options.bits, parts, mean_squares(blocks, plan.ends, parts)
+                )
         retire(wrappers)
         return self
+
+    def to_integers(self: _Self) -> _Self:
+        """A frozen layer of few bits as one that holds their codes only: new, with equal outputs.
+
+        Lookups decode. It does not train; `thaw(counts=...)` leads back to numbers of the table's
+        type. O(stored numbers).
+
+        Raises:
+            RuntimeError: the layer is not frozen, or has no `bits`.
+            ValueError: a number is not finite.
+        """
+        if self.steps is not None:
+            return self
+        if self.rounding is None or self.tier_ends is None:
+            raise RuntimeError("to_integers() needs a frozen layer with bits=2, 4 or 8")
+        bits, parts = self.rounding.bits, self.rounding.parts()
+        steps = self.rounding.steps().to(self.dtype)
+        pieces = cut([block.detach() for block in self.blocks], self.tier_ends, parts)
+        if not all(bool(values.isfinite().all()) for values in (*pieces, steps)):
+            raise ValueError(
+                f"table {self.name!r} holds numbers that are not finite, which have no code"
+            )
+        codes = [
+            pack_codes(encode(piece, step, bits), bits)
+            for piece, step in zip(pieces, steps, strict=True)
+        ]
+        config = {**self.config(), "tier_ends": parts.ends}
+        layer = type(self).from_config(config, codes, self.row_order, steps)
+        layer.name = self.name
+        return layer.train(self.training)
 
     def _places(self, plan: TierPlan, merged: Tensor | None) -> Tensor | None:
         """The place of each row, int32 [N]; None where a comparison tells it."""
@@ -298,7 +422,7 @@ class AMTLTable(TableRows):
         Args:
             optimizer: as in `freeze`; state is merged, mask parameters return without state.
             counts: needed for a layer loaded from a packed file only: [N], in the layer's present
-                row numbering. One field is assumed.
+                row numbering. One field is assumed, except in a collection.
 
         Returns:
             The layer.
@@ -309,13 +433,13 @@ class AMTLTable(TableRows):
         if self.tier_ends is None:
             raise RuntimeError("the layer is in the search phase already")
         blocks = list(self.blocks)
-        optimizers = as_optimizers(optimizer, blocks)
+        optimizers = self._followed(optimizer, blocks)
         if optimizer is not None:
             require_held(optimizers, blocks[:1], "thaw")
         wrappers = wrappers_of(blocks)
         if counts is not None:
             checked = check_counts(counts, self.num_embeddings).to(self.device)
-            if len(self.field_sizes) > 1:
+            if len(self.field_sizes) > 1 and not self._keeps_numbering:
                 self.field_sizes, self.shared_rows = [self.num_embeddings], None
             options = replace(self.options, field_weights=None)
             row_group, self.head = self._search(checked, options, None)
@@ -324,8 +448,9 @@ class AMTLTable(TableRows):
         assert self.row_map is not None
         plan = self._plan()
         with torch.no_grad():
-            dense = self.dense_weight()
-            weight = nn.Parameter(dense, requires_grad=blocks[0].requires_grad)
+            dense = self._dense(rounded=False)
+            trains = blocks[0].requires_grad or self.steps is not None
+            weight = nn.Parameter(dense, requires_grad=trains)
             head.release()
             # The reverse of freezing, so that positions are those of then.
             mask = list(head.parameters())
@@ -343,6 +468,8 @@ class AMTLTable(TableRows):
         self.row_group = row_group
         self.row_map = None
         self.row_order = None
+        self.rounding = None
+        self.steps = None
         self._tier_padding = None
         self.blocks = nn.ParameterList()
         self.tier_ends = None
@@ -359,8 +486,12 @@ class AMTLTable(TableRows):
             fields interleave. Renumber the vocabulary with it.
 
         Raises:
-            RuntimeError: the layer is not frozen.
+            RuntimeError: the layer is not frozen, or a collection.
         """
+        if self._keeps_numbering:
+            raise RuntimeError(
+                "a collection keeps the row numbers of its tables, whose tiers interleave"
+            )
         if self.tier_ends is None:
             raise RuntimeError("absorb_order() needs a frozen layer; call freeze() first")
         rows = torch.arange(self.num_embeddings, dtype=torch.int32, device=self.device)
@@ -384,6 +515,7 @@ class AMTLTable(TableRows):
             destination[prefix + "row_map"] = encode_row_map(self.row_group)
         if self.tier_ends is not None:
             destination[prefix + "tier_ends"] = torch.tensor(self.tier_ends)
+            # Named so that the keys of a layer that never heard of bits are what they were.
         # absorb_order() moves the padding row and leaves fewer rows, so they are part of the state.
         padding = -1 if self.padding_idx is None else self.padding_idx
         destination[prefix + "schedule"] = torch.tensor(
@@ -447,7 +579,10 @@ class AMTLTable(TableRows):
         Fewer rows may be stored if the state `fits`, that is, was made with as many rows.
         """
         loaded = [state_dict.get(f"{prefix}blocks.{c}") for c in range(len(ends))]
-        widths = [int(b.shape[1]) for b in loaded if b is not None]
+        columns = [int(b.shape[1]) for b in loaded if b is not None]
+        steps = state_dict.get(prefix + "steps")
+        numbers = 1 if steps is None else unit(self.options.bits or 8)
+        widths = [count * numbers for count in columns]
         merges = prefix + "shared_rows" in state_dict and ends[-1:] < (self.num_embeddings,)
         if (
             not ends
@@ -460,16 +595,30 @@ class AMTLTable(TableRows):
                 f"table [{self.num_embeddings}, {self.embedding_dim}]"
             )
             return
+        rounds = prefix + "rounding.ends" in state_dict
+        if (rounds or steps is not None) != (self.options.bits is not None):
+            kind = "a table of few bits" if self.options.bits is None else "one of floats"
+            errors.append(
+                f"{prefix}blocks: the state is of {kind}, the layer has bits={self.options.bits}"
+            )
+            return
         before, mask = self._table(), self.mask_parameters()
-        like, starts = before[0], (0, *ends)
+        starts, dtype = (0, *ends), self.dtype
+        trains = (before[0].requires_grad or self.steps is not None) and steps is None
         blocks = [
             nn.Parameter(
-                like.new_empty(end - start, width, requires_grad=False),
-                requires_grad=like.requires_grad,
+                torch.empty(
+                    end - start,
+                    count,
+                    dtype=dtype if steps is None else torch.uint8,
+                    device=self.device,
+                ),
+                requires_grad=trains,
             )
-            for start, end, width in zip(starts, ends, widths, strict=False)
+            for start, end, count in zip(starts, ends, columns, strict=False)
         ]
-        if self.tier_ends is not None and [b.shape for b in before] == [b.shape for b in blocks]:
+        alike = [(b.shape, b.dtype) for b in before] == [(b.shape, b.dtype) for b in blocks]
+        if self.tier_ends is not None and alike:
             blocks = before
         else:
             optimizers = optimizers_of([*before, *mask])
@@ -479,18 +628,25 @@ class AMTLTable(TableRows):
                 self._mask_places = places if len(optimizers) == 1 else []
             retire(wrappers_of([*before, *mask]))
         order = state_dict.get(prefix + "row_order")
-        room = None if order is None else torch.zeros_like(order, device=like.device)
+        room = None if order is None else torch.zeros_like(order, device=self.device)
         padding, self.padding_idx = self.padding_idx, None
         self._enter_frozen(blocks, ends, room)
         self.padding_idx = padding
+        self.steps = None if steps is None else torch.empty_like(steps, dtype=dtype)
+        self.rounding = None
+        if rounds and self.options.bits is not None:
+            count = len(state_dict[prefix + "rounding.ends"])
+            empty = torch.zeros(count, device=blocks[0].device)
+            self.rounding = Rounding(self.options.bits, Parts([0] * count, [0] * count), empty)
 
     def _adopt_weight(self, row_map: Tensor | None) -> None:
         """Take the search phase with room for a dense weight."""
         before = self._table()
-        like = before[0]
         weight = nn.Parameter(
-            like.new_empty(self.num_embeddings, self.embedding_dim, requires_grad=False),
-            requires_grad=like.requires_grad,
+            torch.empty(
+                self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.device
+            ),
+            requires_grad=before[0].requires_grad or self.steps is not None,
         )
         assert row_map is not None
         groups = decode_row_map(row_map, self.num_embeddings).to(self.device)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import amtl_kernels
-from amtl.budget import SizeGrid
-from amtl.frequency import decode_row_map
-from amtl.noise import draw_seed, mix_seed
-from amtl.options import SearchOptions
-from amtl.sharing import own_rows
-from amtl.size_head import SizeHead, being_traced
-from amtl.tiers import Place, TierPlan, merge_rows, optimizers_of
+from amtl.layer.budget import SizeGrid
+from amtl.layer.frequency import decode_row_map
+from amtl.layer.fusing import Updated, refuse_replicas, watch
+from amtl.layer.noise import draw_seed, mix_seed
+from amtl.layer.options import SearchOptions
+from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, pack_codes, unit
+from amtl.layer.sharing import own_rows
+from amtl.layer.size_head import SizeHead, being_traced
+from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
+from amtl_kernels.optim import RowOptimizer
 
 _PATIENCE = 5
 """Changes of the table without one of its sizes before it is asked who trains them."""
@@ -30,8 +33,12 @@ class TableRows(nn.Module):
     row_order: Tensor | None
     row_map: Tensor | None
     shared_rows: Tensor | None
+    steps: Tensor | None
     head: SizeHead | None
+    rounding: Rounding | None
     grid: SizeGrid
+    fused_optimizer: RowOptimizer | None = None
+    """What updates the table within the backward, see `fuse`."""
 
     def _describe(
         self,
@@ -64,11 +71,15 @@ class TableRows(nn.Module):
         self._redirection: tuple[Tensor, Tensor | None] | None = None
         self._noticed: tuple[Tensor, int] | None = None
         self._untaught = 0
+        self.fused_optimizer = None
+        self._updated = Updated()
         self.register_parameter("weight", None)
         self.register_buffer("row_group", None, persistent=False)
         self.register_buffer("row_map", None)
         self.register_buffer("row_order", None)
         self.register_buffer("shared_rows", None)
+        self.register_buffer("steps", None)
+        self.register_module("rounding", None)
         self.blocks = nn.ParameterList()
         self.register_module("head", None)
 
@@ -109,8 +120,8 @@ class TableRows(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the table."""
-        return self._table()[0].dtype
+        """Type of the table; of integers, that of what lookups give."""
+        return self._table()[0].dtype if self.steps is None else self.steps.dtype
 
     @property
     def budget(self) -> float | None:
@@ -174,30 +185,45 @@ class TableRows(nn.Module):
         return self._head().group_fields[groups]
 
     def stored_fraction(self) -> float:
-        """Weights stored after freezing, over N * D; tier rounding included."""
+        """Bytes of values stored, over those of N * D numbers of the table's type.
+
+        In the search phase: what they would be if sizes were frozen now. Tier rounding and step
+        sizes included.
+        """
+        return self.value_bytes() / max(1, self.dense_bytes())
+
+    def value_bytes(self) -> int:
+        """Bytes of values that a packed table takes: numbers or codes, and step sizes."""
+        bits = self.options.bits
         if self.tier_ends is None:
-            return self._head().stored_fraction()
-        stored = sum(block.numel() for block in self.blocks)
-        return stored / max(1, self.full_rows * self.embedding_dim)
+            head = self._head()
+            numbers = round(head.stored_fraction() * self.full_rows * self.embedding_dim)
+            if bits is None:
+                return numbers * self.dtype.itemsize
+            return numbers * bits // 8 + head.num_parts() * PART_BYTES
+        blocks = list(self.blocks)
+        if self.steps is not None:
+            parts = sum(block.shape[1] > 0 for block in blocks)
+            return sum(block.nbytes for block in blocks) + parts * PART_BYTES
+        if self.rounding is None or bits is None:
+            return sum(block.nbytes for block in blocks)
+        parts = sum(width > 0 for width in self.rounding.parts().widths)
+        return sum(block.numel() for block in blocks) * bits // 8 + parts * PART_BYTES
 
     def stored_bytes(self) -> int:
-        """Bytes of the frozen table: weights, and `row_order` while it is kept.
-
-        In the search phase: what the weights would take if sizes were frozen now.
-        """
-        if self.tier_ends is None:
-            size = self.full_rows * self.embedding_dim
-            return round(self.stored_fraction() * size) * self._table()[0].element_size()
-        order = 0 if self.row_order is None else self.row_order.nbytes
-        return sum(block.nbytes for block in self.blocks) + order
+        """`value_bytes`, and `row_order` while it is kept."""
+        return self.value_bytes() + (0 if self.row_order is None else self.row_order.nbytes)
 
     def dense_bytes(self) -> int:
         """Bytes of an nn.Embedding with all the rows that the layer was made with."""
-        return self.full_rows * self.embedding_dim * self._table()[0].element_size()
+        return self.full_rows * self.embedding_dim * self.dtype.itemsize
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """What an nn.Embedding with the same outputs holds (without noise): new, dense [N, D]."""
+        return self._dense()
+
+    def _dense(self, rounded: bool = True) -> Tensor:
         if self.tier_ends is None:
             assert self.weight is not None
             dims = self.row_dims()
@@ -208,14 +234,28 @@ class TableRows(nn.Module):
                 dense[merged] = dense[self._stand_ins()[merged]]
             return dense
         plan = self._plan()
-        dense = merge_rows([b.detach() for b in self.blocks], plan, self.embedding_dim)
+        blocks = [b.detach() for b in self.blocks]
+        if self.steps is not None:
+            bits = self.options.bits or 8
+            blocks = [decode(b, s, bits) for b, s in zip(blocks, self.steps, strict=True)]
+        elif self.rounding is not None and rounded:
+            parts, bits = self.rounding.parts(), self.rounding.bits
+            pieces = cut(blocks, plan.ends, parts)
+            steps = self.rounding.steps().to(self.dtype)
+            blocks = [
+                decode(pack_codes(encode(b, s, bits), bits), s, bits)
+                for b, s in zip(pieces, steps, strict=True)
+            ]
+            plan = replace(plan, widths=tuple(parts.widths), ends=tuple(parts.ends))
+        dense = merge_rows(blocks, plan, self.embedding_dim)
         places = self._frozen_rows(torch.arange(self.num_embeddings, device=self.device))
         return dense if plan.ends[-1] == len(dense) else dense[self._own_rows()[places]]
 
     def _plan(self) -> TierPlan:
         assert self.tier_ends is not None
         order = None if self.row_order is None else self._own_rows()
-        widths = tuple(b.shape[1] for b in self.blocks)
+        numbers = 1 if self.steps is None else unit(self.options.bits or 8)
+        widths = tuple(b.shape[1] * numbers for b in self.blocks)
         return TierPlan(widths, self.tier_ends, order, self.num_embeddings)
 
     def _own_rows(self) -> Tensor:
@@ -317,6 +357,19 @@ class TableRows(nn.Module):
                 "indices of any shape are looked up in one call, without vmap"
             )
 
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """An operator of `amtl_kernels`, or its form that updates the table in the backward."""
+        optimizer = self.fused_optimizer
+        tables = self._table() if optimizer is not None and torch.is_grad_enabled() else ()
+        if optimizer is None or not any(table.requires_grad for table in tables):
+            plain: Tensor = getattr(amtl_kernels, name)(*args, **kwargs, sparse=self.sparse)
+            return plain
+        refuse_replicas(tables, self.name)
+        fused = getattr(amtl_kernels.fused, name)
+        return watch(
+            fused(*args, **kwargs, optimizer=optimizer), optimizer, self._updated, self.name
+        )
+
     def _seed(self, noisy: bool) -> int:
         if noisy and not torch.compiler.is_compiling() and torch._C._is_tracing():
             raise RuntimeError(
@@ -363,7 +416,10 @@ class TableRows(nn.Module):
         assert self.tier_ends is not None
         order, places = self.row_order, self.tier_ends[-1]
         if order is not None:
-            return self._mapped(indices, lambda rows: order[rows])
+            # Four times as fast as brackets.
+            return self._mapped(
+                indices, lambda rows: order.index_select(0, rows.reshape(-1)).view(rows.shape)
+            )
         if places == self.num_embeddings:
             return indices
         assert self.shared_rows is not None
@@ -404,6 +460,10 @@ class TableRows(nn.Module):
             self._redirection = sizes, result
         return result
 
+    def _operator_bounds(self) -> str:
+        """What the operators do about indices out of range."""
+        return self.options.bounds_check
+
     def _frozen_padding(self) -> int | None:
         return self._tier_padding if self.row_order is not None else self.padding_idx
 
@@ -443,6 +503,8 @@ class TableRows(nn.Module):
             parts.append("sparse=True")
         parts.append(f"phase={self.phase!r}, budget={self.budget}")
         parts.append(f"parametrization={self.options.parametrization!r}")
+        if self.fused_optimizer is not None:
+            parts.append(f"fused_optimizer={type(self.fused_optimizer).__name__}")
         if len(self.field_sizes) > 1:
             parts.append(f"fields={len(self.field_sizes)}")
         if self.tier_ends is not None:

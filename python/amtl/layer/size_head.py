@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amtl.budget import SizeGrid, capacity
-from amtl.frequency import FrequencyGroups, frequency_features, log_count_zscores
+from amtl.layer.budget import SizeGrid, capacity
+from amtl.layer.frequency import FrequencyGroups, frequency_features, log_count_zscores
+from amtl.layer.rounding import step_groups
 
 
 def being_traced() -> bool:
@@ -339,6 +340,16 @@ class SizeHead(nn.Module):
         """Size of each group, int64 [G], without noise or gradient."""
         table: Tensor = self.get_buffer("size_table")
         return table[self.levels()]
+
+    def step_groups(self) -> Tensor:
+        """What shares a step size at equal width, int64 [G]; see `amtl.layer.rounding`."""
+        return step_groups(self.group_counts, self.group_fields)
+
+    def num_parts(self) -> int:
+        """How many step sizes the present sizes would take."""
+        stored = self.get_buffer("stored_table")[self.levels()].to(torch.int64)
+        key = self.step_groups() * (self.grid.dim + 1) + stored
+        return int(key[(stored > 0) & (self.rows > 0)].unique().numel())
 
     def stored_fraction(self) -> float:
         """Stored weights over N * D, tier rounding included."""

@@ -60,7 +60,7 @@ def build_table(
         else:
             table = nn.Embedding(encoder.num_rows, dim, sparse=True)
     else:
-        from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
+        from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 
         if method == "rule":
             extra["parametrization"] = "rule"
@@ -124,10 +124,17 @@ def has_settled_sizes(table: nn.Module) -> bool:
     return noise == 0
 
 
+def number_bits(table: nn.Module) -> int:
+    """Bits of a stored number."""
+    if is_adaptive(table) and table.options.bits is not None:  # type: ignore[union-attr]
+        return int(table.options.bits)  # type: ignore[union-attr, arg-type]
+    return 8 * table_parameters(table)[0].element_size()
+
+
 def stored_bytes(table: nn.Module) -> int:
     """Bytes of embedding values when packed, in their dtype; packing takes the row order in."""
-    if is_adaptive(table) and not is_frozen(table):
-        return int(table.stored_bytes())  # type: ignore[operator]
+    if is_adaptive(table):
+        return int(table.value_bytes())  # type: ignore[operator]
     return sum(p.numel() * p.element_size() for p in table_parameters(table))
 
 
@@ -158,3 +165,14 @@ def table_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> tor
         raise UserError(f"--table-optimizer {name!r}: choose one of {', '.join(classes)}")
     optimizer: torch.optim.Optimizer = classes[name](parameters, lr=lr)
     return optimizer
+
+
+def fuse(table: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Lets the backward apply the optimizer; `fixed` tables have gradients instead.
+
+    Args:
+        table: of `build_table`.
+        optimizer: `table_optimizer()` of its parameters.
+    """
+    if is_adaptive(table):
+        table.fuse(optimizer)  # type: ignore[operator]

@@ -14,22 +14,33 @@ from typing import Any
 
 from torch import Tensor
 
-from amtl.config import TrainConfig
-from amtl.cut import Donor
 from amtl.errors import UserError
-from amtl.learner import Learner
-from amtl.model import field_evidence
-from amtl.progress import Observer
+from amtl.run.config import TrainConfig
+from amtl.run.cut import Donor
+from amtl.run.learner import Learner
+from amtl.run.model import field_evidence
+from amtl.run.progress import Observer
 
 CAPACITY_BITS = (16.0, 4.0, 1.0)
 """Bits a number may be worth: sizes that hardly, somewhat, strongly depend on the count."""
 
+_AUTO: list[tuple[int | None, float | None]] = [
+    *((4, capacity) for capacity in CAPACITY_BITS),
+    *((8, 4.0), (2, 4.0)),
+]
+"""What is tried for `--bits auto`: bits of a stored number, and what sizes depend on counts by."""
+
+_FOR_STEPS = 0.95
 _FLAT_BITS = 1e4
 _LEAST_WEIGHT = 1e-3
 """Of the most telling field's weight; a field that helped nothing keeps so much."""
 
 LESS = 0.3
 """Of the budget: tried too, because fewer numbers may overfit less."""
+
+DROPOUT = 0.1
+"""Share of the embeddings' numbers zeroed in training, tried too: a table that is large for its
+data gains by it, one of few numbers a row loses."""
 
 _HOPELESS = 0.01
 """So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up."""
@@ -59,31 +70,60 @@ class Raced:
 
 def is_open(config: TrainConfig) -> bool:
     """Whether `config` leaves to a race how sizes follow from counts."""
-    given = {"capacity_bits", "init_exponent", "field_weights"} & set(config.table_options)
     return (
         config.race
         and config.method != "fixed"
-        and not given
+        and (config.bits == "auto" or not _has_law(config))
         and config.table_options.get("parametrization") != "free"
     )
+
+
+def _has_law(config: TrainConfig) -> bool:
+    return bool({"capacity_bits", "init_exponent", "field_weights"} & set(config.table_options))
 
 
 def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[str, TrainConfig]:
     """The settings to try by name.
 
-    A narrow table of fixed width is one of them where the budget allows a width of 1.
+    A table of fixed width is one of them where the budget allows a width of 1.
     """
     found = {}
-    for bits in CAPACITY_BITS:
-        options: dict[str, Any] = {"capacity_bits": bits}
-        if field_weights is not None:
-            options["field_weights"] = field_weights
-        found[f"{bits:g} bits a number"] = with_options(config, options)
-    width = int(config.budget * config.dim)
+    bits = None if config.bits == "auto" else config.layer_options["bits"]
+    menu: list[tuple[int | None, float | None]] = [(bits, capacity) for capacity in CAPACITY_BITS]
+    if config.bits == "auto":
+        menu = _AUTO if not _has_law(config) else [(8, None), (4, None), (2, None)]
+        bits = 4
+    for number_bits, capacity in menu:
+        options: dict[str, Any] = {} if number_bits is None else {"bits": number_bits}
+        name = [] if number_bits is None else [f"int{number_bits}"]
+        if capacity is not None:
+            options["capacity_bits"] = capacity
+            name.append(f"{capacity:g} bits a number")
+            if field_weights is not None:
+                options["field_weights"] = field_weights
+        found[", ".join(name)] = with_options(config, options)
+    width = flat_width(config.budget, config.dim, bits)
     if width >= 1:
         flat = {"capacity_bits": _FLAT_BITS, "min_dim": width, "parametrization": "rule"}
+        if bits is not None:
+            flat["bits"] = bits
         found[FLAT] = with_options(config, flat)
     return found
+
+
+def flat_width(budget: float, dim: int, bits: int | None) -> int:
+    """Width of the widest table of equally wide rows that fits a budget, 0 for none.
+
+    Args:
+        budget: share of the bytes of `dim` numbers of 32 bits.
+        dim: full width D.
+        bits: of a stored number; step sizes, which some rows in a hundred would pay for, are left
+            room for. None for 32.
+    """
+    if bits is None:
+        return int(budget * dim)
+    whole = max(1, 8 // bits)
+    return min(dim, int(_FOR_STEPS * budget * 32 / bits * dim) // whole * whole)
 
 
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
@@ -95,7 +135,7 @@ def field_weights(evidence: Tensor) -> list[float] | None:
     """Factors on the counts of each field, in proportion to what it is worth; None if nothing is.
 
     Args:
-        evidence: `[F]`, see `amtl.model.field_evidence`.
+        evidence: `[F]`, see `amtl.run.model.field_evidence`.
     """
     top = float(evidence.max())
     if not top > 0:
@@ -167,31 +207,64 @@ def race_less(
 
     Args:
         sized: settings of the best candidate whose rows differ in width.
-        winner: the race's winner, trained to its end.
+        winner: the best model so far, trained to its end.
         make: a fresh learner of given settings.
         observer: is told how it goes.
         step: takes one step of a learner.
 
     Returns:
-        The smaller model if it validates better in AUC and in AUC minus log loss, and its row,
-        with the winner's under `rival`; nothing where no size fits.
+        As `contend`, the winner's row under `rival`; nothing where no size fits.
     """
-    config = replace(sized, budget=LESS * sized.budget)
     try:
-        learner = make(config)
+        learner = make(replace(sized, budget=LESS * sized.budget))
     except UserError:
         return None, None
+    better, row = contend(f"{LESS:.0%} of the budget", learner, winner, observer, step)
+    return better, {**row, "rival": _row("all of the budget", winner)}
+
+
+def race_dropout(
+    winner: Learner,
+    make: Callable[[TrainConfig], Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any]]:
+    """Trains with a share of the embeddings' numbers zeroed in each step; see `contend`.
+
+    A race of a few epochs cannot tell: what is dropped slows learning down at first.
+    """
+    learner = make(replace(winner.config, embedding_dropout=DROPOUT))
+    return contend(f"{DROPOUT:.0%} dropped in training", learner, winner, observer, step)
+
+
+def contend(
+    name: str,
+    learner: Learner,
+    winner: Learner,
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any]]:
+    """Trains a fresh learner to its end, or until it is hopelessly behind.
+
+    Args:
+        name: of the learner, in its row and the progress bar.
+        learner: fresh.
+        winner: the best model so far, trained to its end.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The learner if it validates better in AUC and in AUC minus log loss, and its row.
+    """
     horizon = 2 * learner.steps_per_epoch
     mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
-    name = f"{LESS:.0%} of the budget"
-    observer.begin(name, learner.steps_per_epoch * config.epochs, 0)
+    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
     while not learner.finished:
         step(learner)
         if learner.steps == horizon and _best(learner)["score"] < mark - _HOPELESS:
             break
-    row, rival = _row(name, learner), _row("all of the budget", winner)
+    row, rival = _row(name, learner), _best(winner)
     row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
-    row["rival"] = rival
     return (learner if row["chosen"] else None), row
 
 

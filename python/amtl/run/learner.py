@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amtl import methods
-from amtl.config import TrainConfig
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.errors import UserError
-from amtl.metrics import auc, log_loss
-from amtl.model import build_model, predict
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.metrics import auc, log_loss
+from amtl.run.model import build_model, predict
 
 _TIMED_STEPS = 20_000
 """Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
@@ -85,6 +85,7 @@ class Learner:
         self.table_optimizer = methods.table_optimizer(
             config.table_optimizer, methods.table_parameters(self.table), config.table_lr
         )
+        methods.fuse(self.table, self.table_optimizer)
         self.dense_optimizer = torch.optim.Adam(
             self.model.dense_parameters(), config.lr, fused=True
         )

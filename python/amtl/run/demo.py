@@ -9,16 +9,16 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from amtl import methods
-from amtl.config import TrainConfig
 from amtl.data.registry import load_source
-from amtl.display import print_results
 from amtl.errors import UserError
-from amtl.progress import Bars
-from amtl.report import group_results, write_report
-from amtl.store import load
-from amtl.store.runs import load_run, pack_run
-from amtl.training import start
+from amtl.opening import load
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.display import print_results
+from amtl.run.folders import load_run, pack_run
+from amtl.run.progress import Bars
+from amtl.run.report import group_results, write_report
+from amtl.run.training import start
 
 BUDGETS = (0.4, 0.125, 0.03)
 NARROW = 0.125

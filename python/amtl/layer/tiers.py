@@ -48,6 +48,10 @@ class TierPlan:
             return slice(start, self.ends[tier])
         return self.order[start : self.ends[tier]]
 
+    def of_places(self, values: Tensor) -> Tensor:
+        """Values [N] of rows as those of places, [P]."""
+        return values[: self.ends[-1]] if self.order is None else values[self.order]
+
     def places(self) -> Tensor | None:
         """Inverse of `order`: the place of each row, int32 [N], or None; 0 for rows without one."""
         if self.order is None:
@@ -59,27 +63,37 @@ class TierPlan:
         return place
 
 
-def plan_tiers(stored: Tensor, widest: int, merged: Tensor | None = None) -> TierPlan:
+def plan_tiers(
+    stored: Tensor, widest: int, merged: Tensor | None = None, within: Tensor | None = None
+) -> TierPlan:
     """Order rows by falling stored width, stable within a width. O(N * number of widths).
 
     Args:
         stored: integer [N], stored width of each row, 0..`widest`.
         widest: D.
         merged: bool [N], rows without a place of their own; None for none.
+        within: int64 [N] >= 0, by which rows of one width are ordered; None for as they come.
     """
     total = stored.numel()
     rows = None if merged is None else (~merged).nonzero().flatten()
     if rows is not None:
         stored = stored[rows]
+        within = None if within is None else within[rows]
     if stored.numel() == 0:
         return TierPlan((widest,), (0,), None, total)
     widths = stored.unique().flip(0).tolist()
     members = torch.bincount(stored.to(torch.int32), minlength=widest + 1)
     ends = members[widths].cumsum(0).tolist()
     order = None
-    falling = bool((stored[1:] <= stored[:-1]).all())
+    key = stored
+    if within is not None:
+        key = stored.to(torch.int64) * (int(within.max()) + 1) - within
+    falling = bool((key[1:] <= key[:-1]).all())
     if not falling or (rows is not None and int(rows[-1]) >= len(rows)):
-        order = torch.cat([(stored == width).nonzero().flatten() for width in widths])
+        if within is None:
+            order = torch.cat([(stored == width).nonzero().flatten() for width in widths])
+        else:
+            order = key.argsort(descending=True, stable=True)
         if rows is not None:
             order = rows[order]
     return TierPlan(tuple(widths), tuple(ends), order, total)
@@ -266,6 +280,51 @@ def thaw_optimizers(
             optimizer.state[weight] = merged
 
 
+def unite_parameters(
+    optimizers: list[Optimizer], weight: nn.Parameter, parts: Sequence[nn.Parameter]
+) -> None:
+    """Put a table [N, D] in the place of tables [N_t, D], with their states one below the other.
+
+    Raises:
+        ValueError: an optimizer holds some of the tables, or in several groups.
+    """
+    for optimizer in optimizers:
+        held = [_holders([optimizer], part) for part in parts]
+        if not any(held):
+            continue
+        groups = {id(group) for found in held for _, group, _ in found}
+        if not all(held) or len(groups) > 1:
+            raise ValueError(
+                "tables of one collection must be in one group of their optimizer, all of them"
+            )
+    plan = TierPlan(
+        tuple(part.shape[1] for part in parts),
+        tuple(sum(len(p) for p in parts[: t + 1]) for t in range(len(parts))),
+        None,
+        len(weight),
+    )
+    for optimizer in optimizers:
+        for _, group, position in _holders([optimizer], parts[0]):
+            states = {part: optimizer.state.pop(part, None) for part in parts[1:]}
+            for part in parts[1:]:
+                _remove(group, _require_position(group, part))
+            position = _require_position(group, parts[0])
+            group["params"][position : position + 1] = parts
+            if group.get("param_names") is not None:
+                name = group["param_names"][position]
+                group["param_names"][position : position + 1] = [name] * len(parts)
+            for part, state in states.items():
+                if state is not None:
+                    optimizer.state[part] = state
+    thaw_optimizers(optimizers, weight, parts, plan)
+
+
+def _require_position(group: dict[str, Any], parameter: nn.Parameter) -> int:
+    position = _position(group, parameter)
+    assert position is not None
+    return position
+
+
 def replace_parameters(
     optimizers: list[Optimizer], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
 ) -> None:
@@ -350,15 +409,18 @@ def restore_parameters(
     """
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     missing = [i for i, parameter in enumerate(parameters) if id(parameter) not in held]
+    placed = set()
     for place in reversed(places):
         if place.parameter in missing and place.optimizer < len(optimizers):
             optimizer = optimizers[place.optimizer]
             if place.group < len(optimizer.param_groups):
                 group = optimizer.param_groups[place.group]
                 _insert(optimizer, group, place.position, parameters[place.parameter], place.name)
-    if not places:
-        for optimizer, group, position in _holders(optimizers, neighbour):
-            for index in reversed(missing):
+                placed.add(place.parameter)
+    # Of several that hold the table, a fused optimizer comes last.
+    for optimizer, group, position in _holders(optimizers, neighbour)[:1]:
+        for index in reversed(missing):
+            if index not in placed:
                 _insert(optimizer, group, position + 1, parameters[index], None)
 
 

@@ -4,7 +4,7 @@ A size head maps groups to sizes. Its forward returns what `amtl_kernels.adaptiv
 hard sizes `dims` (integers, [G], or [G, Q] while size noise explores) and the soft mask (float32,
 [G, D]), whose values the forward ignores and whose gradient trains the head.
 
-    OrdinalSizes   one number per group, turned into a size by a law (`amtl.laws`)
+    OrdinalSizes   one number per group, turned into a size by a law (`amtl.layer.laws`)
     FreeSizes      D logits per group, tempered softmax, argmax (the paper, section 3)
     RuleSizes      the law of the counts alone; nothing to train
 """
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amtl.budget import SizeGrid, fit_shift, fit_tilt
-from amtl.frequency import FrequencyGroups
-from amtl.laws import CapacityLaw, PowerLaw, SigmoidPowerLaw, SizeLaw
-from amtl.size_head import GroupSizes, SizeHead, Solution
+from amtl.layer.budget import SizeGrid, fit_shift, fit_tilt
+from amtl.layer.frequency import FrequencyGroups
+from amtl.layer.laws import CapacityLaw, PowerLaw, SigmoidPowerLaw, SizeLaw
+from amtl.layer.size_head import GroupSizes, SizeHead, Solution
 
 PARAMETRIZATIONS = ("ordinal", "free", "rule")
 

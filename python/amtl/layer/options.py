@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from amtl.budget import SizeGrid, default_tier_width
-from amtl.frequency import FrequencyGroups
-from amtl.sizes import PARAMETRIZATIONS, SizeHead, make_size_head
+from amtl.layer.budget import BudgetError, SizeGrid, default_tier_width
+from amtl.layer.frequency import FrequencyGroups
+from amtl.layer.rounding import BITS, PART_BYTES, unit
+from amtl.layer.sizes import PARAMETRIZATIONS, SizeHead, make_size_head
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,14 @@ class SearchOptions:
     """How a layer searches sizes. All fields are keyword arguments of the layers.
 
     Attributes:
-        budget: stored fraction of N * D over rows, tier rounding included, in (0, 1]. None only
-            with "free": the paper's layer, whose saving is an outcome of training.
+        budget: stored bytes over those of N * D numbers of the table's type, tier rounding and step
+            sizes included, in (0, 1]. None only with "free": the paper's layer, whose saving is an
+            outcome of training.
+        bits: of a stored number, 2, 4 or 8; None keeps the table's type. Frozen training rounds
+            what is looked up, and `to_integers` (which saving calls) keeps the codes only. Rows are
+            stored in whole bytes, so sizes are even at 4 bits and multiples of 4 at 2.
         parametrization: "rule" (default: sizes follow from counts, nothing is learned), "ordinal"
-            (the twins learn on from there) or "free" (the paper); see `amtl.sizes`.
+            (the twins learn on from there) or "free" (the paper); see `amtl.layer.sizes`.
         min_dim: smallest size, 0..D. None: 0, and 1 for "free" (the paper). A row of size 0 stores
             nothing and is looked up as its field's shared row, or as zeros.
         granularity: sizes are multiples of it (and D).
@@ -51,6 +56,7 @@ class SearchOptions:
     """
 
     budget: float | None = 0.4
+    bits: int | None = None
     parametrization: str = "rule"
     min_dim: int | None = None
     granularity: int = 1
@@ -75,6 +81,8 @@ class SearchOptions:
             raise ValueError(
                 f"parametrization must be one of {PARAMETRIZATIONS}, got {self.parametrization!r}"
             )
+        if self.bits not in (None, *BITS):
+            raise ValueError(f"bits must be one of {BITS} or None, got {self.bits!r}")
         for name in ("temperature", "final_temperature"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -102,10 +110,40 @@ class SearchOptions:
     def grid(self, dim: int, itemsize: int) -> SizeGrid:
         """Allowed sizes of a table of width `dim` with weights of `itemsize` bytes."""
         width = self.tier_width
-        if width is None:
+        if width is None and self.bits is None:
             width = min(dim, default_tier_width(dim, self.budget, itemsize))
+        whole = 1 if self.bits is None else unit(self.bits)
+        width = whole if width is None else width
+        if width % whole or dim % whole:
+            raise ValueError(
+                f"rows of {self.bits} bits a number are stored in whole bytes: embedding_dim and "
+                f"tier_width must be multiples of {whole}, got {dim} and {width}"
+            )
         assert self.min_dim is not None
         return SizeGrid(dim, self.min_dim, self.granularity, width)
+
+    def in_numbers(self, rows: int, dim: int, itemsize: int, parts: int) -> SearchOptions:
+        """These options with a budget that counts numbers, as size heads do.
+
+        Args:
+            rows: N.
+            dim: D.
+            itemsize: bytes of a number of the table.
+            parts: parts of the tiers with a step size of their own, which are paid for first.
+
+        Raises:
+            BudgetError: step sizes alone take more.
+        """
+        if self.bits is None or self.budget is None:
+            return self
+        size = max(1, rows * dim)
+        share = (self.budget * size * itemsize - parts * PART_BYTES) * 8 / self.bits / size
+        if share <= 0:
+            raise BudgetError(
+                f"budget {self.budget:g} is {self.budget * size * itemsize:.0f} bytes, fewer than "
+                f"the {parts * PART_BYTES} that {parts} step sizes take"
+            )
+        return replace(self, budget=min(1.0, share))
 
     def head(self, groups: FrequencyGroups, grid: SizeGrid) -> SizeHead:
         """The size head that these options describe."""

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amtl import methods
-from amtl.config import TrainConfig
-from amtl.conversion import layers
 from amtl.data.encoding import Encoder
 from amtl.errors import UserError
-from amtl.model import assemble, build_model
+from amtl.layer.conversion import layers
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.model import assemble, build_model
+from amtl.run.trained import Trained
 from amtl.store.files import RESTORE, json_text, read_json, write_aside, write_json
 from amtl.store.packed import PackedFile, open_packed, table_of_tiers, write_packed
 from amtl.store.tensors import (
@@ -35,7 +36,6 @@ from amtl.store.tensors import (
     read_document,
     unflatten,
 )
-from amtl.trained import Trained
 
 _CONFIG, _VOCABULARY, _METRICS = "config.json", "vocabulary.safetensors", "metrics.json"
 _CHECKPOINT = "amtl-checkpoint"

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from amtl.budget import SizeGrid
-from amtl.frequency import FrequencyGroups, frequency_groups
-from amtl.options import SearchOptions
+from amtl.layer.budget import SizeGrid
+from amtl.layer.frequency import FrequencyGroups, frequency_groups
+from amtl.layer.options import SearchOptions
 
 SharedRows = Sequence[int] | str | None
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from amtl import methods
-from amtl.backbones import interaction, pooling
-from amtl.config import TrainConfig
 from amtl.data.encoding import Batch, EncodedData, Encoder
+from amtl.run import methods
+from amtl.run.backbones import interaction, pooling
+from amtl.run.config import TrainConfig
 
 _LEVELS = 2**16
 
@@ -28,7 +28,7 @@ class ClickModel(nn.Module):
         num_dense: standardised numbers K that join the embeddings.
         hidden: widths of the MLP's hidden layers.
         embedding_dropout: share of the embeddings' numbers zeroed in training mode, 0 to below 1.
-        backbone: what is added to the MLP, a key of `amtl.backbones.INTERACTIONS`.
+        backbone: what is added to the MLP, a key of `amtl.run.backbones.INTERACTIONS`.
         num_bags: how many of the fields, the last ones, have several values.
 
     Raises:
@@ -104,7 +104,7 @@ def build_model(config: TrainConfig, encoder: Encoder) -> ClickModel:
         budget=config.budget,
         init_std=config.init_std,
         seed=config.seed,
-        options=config.table_options,
+        options=config.layer_options,
     )
     torch.manual_seed(config.seed)
     return assemble(config, encoder, table)
@@ -118,7 +118,7 @@ def assemble(config: TrainConfig, encoder: Encoder, table: nn.Module) -> ClickMo
         config.dim,
         len(encoder.dense_fields),
         config.hidden,
-        config.embedding_dropout,
+        config.embedding_dropout or 0.0,
         config.backbone,
         sum(field.kind == "bag" for field in encoder.fields),
     )

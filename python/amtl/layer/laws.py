@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amtl.budget import SizeGrid
+from amtl.layer.budget import SizeGrid
 
 
 class SizeLaw(ABC):

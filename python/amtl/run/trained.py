@@ -9,13 +9,13 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from amtl import methods
-from amtl.config import TrainConfig
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.registry import load_source, read_labels
 from amtl.data.splits import split_rows
-from amtl.metrics import auc, log_loss
-from amtl.model import ClickModel, predict
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.metrics import auc, log_loss
+from amtl.run.model import ClickModel, predict
 
 
 @dataclass

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from amtl.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.integrations import check, settle
-from amtl.replicas import retire, wrappers_of
-from amtl.table import AMTLTable
+from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.fusing import FusedOptimizer, make_handle
+from amtl.layer.replicas import retire, wrappers_of
+from amtl.layer.table import AMTLTable
+from amtl_kernels.optim import RowOptimizer
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -57,14 +59,58 @@ def table_parameters(model: nn.Module) -> list[nn.Parameter]:
 def parameter_groups(model: nn.Module, **mask_options: Any) -> list[dict[str, Any]]:
     """All parameters in two groups for an optimizer: the model's, then what learns the sizes.
 
+    Tables that have a fused optimizer are left to it.
+
     Args:
         model: a model with AMTL layers.
         **mask_options: options of the second group, such as `lr=1e-2`.
     """
     masks = mask_parameters(model)
     known = {id(p) for p in masks}
+    for layer in layers(model).values():
+        if layer.fused_optimizer is not None:
+            known.update(id(p) for p in layer.table_parameters())
     rest = [p for p in model.parameters() if id(p) not in known]
     return [{"params": rest}, {"params": masks, **mask_options}]
+
+
+def fuse(model: _Model, optimizer: FusedOptimizer | None) -> _Model:
+    """`layer.fuse(optimizer)` on all layers, with one optimizer for all of them.
+
+    Args:
+        model: a model with AMTL layers.
+        optimizer: as for a layer: a class of `amtl_kernels.optim`, a `functools.partial` of one, or
+            an optimizer that holds all the tables already; None: gradients again.
+
+    Returns:
+        The model; `fused_optimizers(model)` are the handles.
+
+    Raises:
+        TypeError: another kind of optimizer.
+        ValueError: an optimizer that does not hold all the tables, or no layer at all.
+    """
+    found = layers(model)
+    if not found:
+        raise ValueError("the model has no AMTL layers to fuse an optimizer with")
+    handle = None if optimizer is None else make_handle(optimizer, table_parameters(model))
+    before = {layer: layer.fused_optimizer for layer in found.values()}
+    try:
+        for layer in before:
+            layer.fuse(handle)
+    except ValueError:
+        for layer, former in before.items():
+            layer.fused_optimizer = former
+        raise
+    return model
+
+
+def fused_optimizers(model: nn.Module) -> list[RowOptimizer]:
+    """The optimizers that update tables of a model within the backward, each once.
+
+    For learning-rate schedulers, checkpoints and `step()`.
+    """
+    handles = (layer.fused_optimizer for layer in layers(model).values())
+    return list(dict.fromkeys(handle for handle in handles if handle is not None))
 
 
 def update_schedule(model: nn.Module, progress: float) -> None:
@@ -107,6 +153,7 @@ def convert(
     counts: Mapping[str, Any] | Tensor,
     budget: float | None = 0.4,
     names: Iterable[str] | None = None,
+    fused_optimizer: FusedOptimizer | None = None,
     **options: Any,
 ) -> _Model:
     """Replace embeddings of a trained or untrained model by AMTL layers, in place.
@@ -130,6 +177,8 @@ def convert(
             `torch.bincount(indices.flatten(), minlength=N)` over the training split.
         budget: stored fraction of each table, see `amtl.SearchOptions`.
         names: what to replace; None: everything named in `counts`.
+        fused_optimizer: one for all the tables, as in `amtl.fuse`: the backward applies it, and
+            other optimizers that hold the tables never see a gradient of theirs.
         **options: other options of the layers, see `amtl.SearchOptions`; `field_sizes`, and
             `shared_rows`, which may also be a mapping by name.
 
@@ -137,8 +186,9 @@ def convert(
         The model (the new layer if the model was itself an embedding).
 
     Raises:
-        ValueError: an unknown name, missing counts, a module or a weight that cannot be replaced
-            (see the message). Nothing is replaced then.
+        TypeError: a fused optimizer of another kind.
+        ValueError: an unknown name, missing counts, a module or a weight that cannot be replaced,
+            a fused optimizer without one of the tables (see the message). Nothing is replaced then.
     """
     if not isinstance(counts, Mapping):
         counts = {"": counts}
@@ -171,6 +221,8 @@ def convert(
         if replacements[module].mask_parameters():
             # What learns sizes is new to wrappers from before.
             retire(wrappers_of(module.parameters()))
+    if fused_optimizer is not None and replacements:
+        fuse(nn.ModuleList(replacements.values()), fused_optimizer)
     return _swap(model, places, replacements)
 
 
@@ -186,8 +238,17 @@ def revert(model: _Model, *, masked: bool = False) -> _Model:
     Returns:
         The model (the new embedding if the model was itself a layer). Rows keep the numbering that
         the layers expect.
+
+    Raises:
+        ValueError: a collection, whose tables `embeddings()` gives.
     """
     places = _places(model)
+    for name, layer in layers(model).items():
+        if not isinstance(layer, AMTLEmbedding | AMTLEmbeddingBag):
+            raise ValueError(
+                f"{name!r} is a {type(layer).__name__}, which no embedding can stand in for: its "
+                "method embeddings() gives one for each table"
+            )
     replacements = {
         module: _embedding_from(module, masked)
         for module in places

@@ -1,0 +1,126 @@
+"""Optimizers that a backward applies: the handle of a layer, and what it does not go with.
+
+A handle is an optimizer of `amtl_kernels.optim` that holds the table. While a layer has one, no
+gradient of the table is made: backward updates each row as soon as its gradient is summed. The
+handle stays an ordinary optimizer: its learning rate is read at every update, its state is saved
+and loaded as any other, and its `step()` finds no gradient and only counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from amtl_kernels.optim import RowOptimizer
+
+FusedOptimizer = Callable[[list[nn.Parameter]], RowOptimizer] | RowOptimizer
+"""What makes an optimizer of parameters, such as its class or a `functools.partial` of it; or one
+that holds them already."""
+
+
+def make_handle(optimizer: FusedOptimizer, tables: Sequence[nn.Parameter]) -> RowOptimizer:
+    """The optimizer that updates these tables in the backward.
+
+    Args:
+        optimizer: see `FusedOptimizer`.
+        tables: what it has to hold.
+
+    Raises:
+        TypeError: not an optimizer of `amtl_kernels.optim`, nor what makes one.
+        ValueError: it does not hold the tables, those of one layer in one group.
+    """
+    made: Any = optimizer
+    if not isinstance(optimizer, Optimizer) and callable(optimizer):
+        made = optimizer(list(tables))
+    if not isinstance(made, RowOptimizer):
+        raise TypeError(
+            "a fused optimizer is SGD, Adagrad, RowwiseAdagrad or Adam of amtl_kernels.optim, such "
+            f"as functools.partial(amtl_kernels.optim.Adam, lr=1e-3), not {type(made).__name__}"
+        )
+    return made
+
+
+@dataclass
+class Updated:
+    """The last update of a layer's table: in which backward, and after how many steps."""
+
+    backward: int = -1
+    steps: int = -1
+
+
+class _Passes:
+    """How often `step()` of an optimizer was called, and whether a table went without it."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.skipped: str | None = None
+
+    def stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.skipped is not None:
+            name, self.skipped = self.skipped, None
+            self.steps += 1
+            raise RuntimeError(_twice(name))
+        self.steps += 1
+
+    def updating(self, updated: Updated, name: str, grad: Tensor) -> None:
+        # Lookups within one backward are one pass.
+        backward = torch._C._current_graph_task_id()
+        if updated.steps == self.steps and updated.backward != backward:
+            if self.steps:
+                raise RuntimeError(_twice(name))
+            # Whoever never calls step() means every backward to be one.
+            self.skipped = name
+        updated.backward, updated.steps = backward, self.steps
+
+
+def _twice(name: str) -> str:
+    return (
+        f"a second backward reached table {name!r} before step() of its fused optimizer. Each "
+        "backward is an update, so gradients do not add up: call step() after each, or let "
+        "layer.fuse(None) (of a model: amtl.fuse(model, None)) go back to gradients, which the "
+        "same optimizer takes at its step()"
+    )
+
+
+_passes: WeakKeyDictionary[Optimizer, _Passes] = WeakKeyDictionary()
+
+
+def watch(out: Tensor, optimizer: RowOptimizer, updated: Updated, name: str) -> Tensor:
+    """Refuse a second update between two steps, once the output's gradient arrives."""
+    passes = _passes.get(optimizer)
+    if passes is None:
+        passes = _passes[optimizer] = _Passes()
+        optimizer.register_step_pre_hook(passes.stepping)
+    if out.requires_grad:
+        out.register_hook(partial(passes.updating, updated, name))
+    return out
+
+
+def refuse_replicas(tables: Iterable[nn.Parameter], name: str) -> None:
+    """Raise inside a DistributedDataParallel that is to average these tables' gradients.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapper: Any = DistributedDataParallel._active_ddp_module
+    if wrapper is None:
+        return
+    averaged = {id(p) for p in wrapper._module_parameters}
+    if any(id(table) in averaged for table in tables):
+        raise RuntimeError(
+            f"table {name!r} has a fused optimizer, which updates it from the samples of one "
+            "process: DistributedDataParallel, which averages gradients, has none to average, and "
+            "processes would part. Call amtl.fuse(model, None) before wrapping, and step() the "
+            "optimizer"
+        )
