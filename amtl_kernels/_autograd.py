@@ -189,13 +189,12 @@ def lookup(
     if torch.compiler.is_compiling():
         traced: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
         return traced
-    call = (tables, masks, bags, bounds_check, sparse)
-    psw = bags.per_sample_weights
-    learnable = (psw, *masks, *tables.blocks)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in learnable):
-        return forward(*call)
-    out: Tensor = _Lookup.apply(call, *learnable)
-    return out
+    if torch.is_grad_enabled():
+        learnable = (bags.per_sample_weights, *masks, *tables.blocks)
+        if any(tensor is not None and tensor.requires_grad for tensor in learnable):
+            out: Tensor = _Lookup.apply((tables, masks, bags, bounds_check, sparse), *learnable)
+            return out
+    return forward(tables, masks, bags, bounds_check, sparse)
 
 
 def register() -> None:

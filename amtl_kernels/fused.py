@@ -40,7 +40,8 @@ def _required(lookup: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tens
     @functools.wraps(lookup)
     def update(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
         if "optimizer" not in kwargs:
-            raise TypeError(f"{lookup.__name__}() needs the keyword argument 'optimizer'")
+            name = lookup.__name__
+            raise TypeError(f"{name}() missing 1 required keyword-only argument: 'optimizer'")
         check_optimizer(kwargs["optimizer"])
         return lookup(*args, **kwargs)
 
@@ -48,11 +49,20 @@ def _required(lookup: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tens
 
 
 masked_embedding = _required(ops.masked_embedding)
+""":func:`amtl_kernels.masked_embedding` whose backward updates the table."""
 masked_embedding_bag = _required(ops.masked_embedding_bag)
+""":func:`amtl_kernels.masked_embedding_bag` whose backward updates the table."""
 adaptive_embedding = _required(ops.adaptive_embedding)
+""":func:`amtl_kernels.adaptive_embedding` whose backward updates the table."""
 adaptive_embedding_bag = _required(ops.adaptive_embedding_bag)
+""":func:`amtl_kernels.adaptive_embedding_bag` whose backward updates the table."""
 tiered_embedding = _required(ops.tiered_embedding)
+""":func:`amtl_kernels.tiered_embedding` whose backward updates the table."""
 tiered_embedding_bag = _required(ops.tiered_embedding_bag)
+""":func:`amtl_kernels.tiered_embedding_bag` whose backward updates the table."""
 masked_embedding_bag_tables = _required(tables.masked_embedding_bag_tables)
+""":func:`amtl_kernels.masked_embedding_bag_tables` whose backward updates the tables."""
 adaptive_embedding_bag_tables = _required(tables.adaptive_embedding_bag_tables)
+""":func:`amtl_kernels.adaptive_embedding_bag_tables` whose backward updates the tables."""
 tiered_embedding_bag_tables = _required(tables.tiered_embedding_bag_tables)
+""":func:`amtl_kernels.tiered_embedding_bag_tables` whose backward updates the tables."""

@@ -158,6 +158,10 @@ def _of_each(
     return every_steps, every_bits
 
 
+# How errors begin that no table is named in.
+_OF_ALL_TABLES = ("offsets", "the tables of a fused lookup")
+
+
 def _call(
     tables: Tables,
     masks: Sequence[Tensor],
@@ -173,8 +177,7 @@ def _call(
     try:
         return call(*arguments)
     except (IndexError, ValueError) as error:
-        # These are those of all tables.
-        if optimizer is not None or str(error).startswith("offsets"):
+        if str(error).startswith(_OF_ALL_TABLES):
             raise
         raise type(error)(f"table 0: {error}") from None
 

@@ -23,8 +23,8 @@ slowly, so that the tests of the operators run without a GPU.
 
 Waits of the host: ``bounds_check="raise"`` waits for the answer, a backward for the number of
 distinct rows that it returns. A fused update waits for nothing and can be captured in a CUDA graph,
-after one call that compiles its kernels and, for tiers, uploads where they are; ``"clamp"`` and
-``"off"`` lookups likewise. Limits:
+after one call that compiles its kernels and, for tiers or several tables, uploads where they are;
+``"clamp"`` and ``"off"`` lookups likewise. Limits:
 
 - A captured update repeats the learning rate that it was captured with; steps are counted on if the
   counter is on the device (``capturable`` of the optimizers).
@@ -36,13 +36,13 @@ after one call that compiles its kernels and, for tiers, uploads where they are;
   Sizes of different integer types are copied to int32 in every call of a backward or update, which
   a graph can't hold; the lookup then goes table by table.
 
-Autotuning is in ``launch.py`` (``Tuned``) and only of the two lookups, in spaces of three and four
-points of loads per thread and warps per program (``WIDE_SPACE``, ``NARROW_SPACE``, which say why
-these). What bounds a lookup is bytes in flight, so a space needs no more than a middle and its
-neighbours; and a lookup's result is the same bit for bit in any tile. Backwards and updates have
-fixed tiles (``launch.TILE``): the order of their sums follows the tile, and a choice by time would
-make results differ from run to run; they also write weights, which a timed trial must not.
-``AMTL_TRITON_AUTOTUNE=0`` takes the first point always.
+Autotuning is in ``launch.py`` (``Tuned``) and only of the two lookups in one table, in spaces of
+three and four points of loads per thread and warps per program (``WIDE_SPACE``, ``NARROW_SPACE``,
+which say why these). What bounds a lookup is bytes in flight, so a space needs no more than a
+middle and its neighbours; and a lookup's result is the same bit for bit in any tile. Backwards and
+updates have fixed tiles (``launch.TILE``): the order of their sums follows the tile, and a choice
+by time would make results differ from run to run; they also write weights, which a timed trial must
+not. ``AMTL_TRITON_AUTOTUNE=0`` takes the first point always.
 
 What has been shown so far: results equal the reference under the interpreter, and every kernel
 compiles ahead of time for sm_80, sm_90 and sm_100 within its register ceiling, without spills and

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from amtl_kernels.reference import MEAN
 from amtl_kernels.triton import launch
-from amtl_kernels.triton.tables import distance, first_with_memory, padded_table
+from amtl_kernels.triton.tables import distances, first_with_memory, padded_table
 
 ROWS, PADDING, COLUMN, WIDTH, FIRST_ROW, FIRST_GROUP, GROUPS, FIRST_TIER, LAST_TIER = (
     tl.constexpr(i) for i in range(9)
@@ -176,10 +176,10 @@ class Several:
         ``values`` are the output, or the gradient of it. A dense table is one tier.
         """
         none = [0] * len(rows)
-        unit = min(launch.vector(dim, values) for dim in dims)
+        unit = min(launch.vector(dim, values) for dim in set(dims))
         widths = [dim // unit for dim in dims]
         anchor = first_with_memory(row_groups) if row_groups else None
-        starts = none if anchor is None else [distance(each, anchor) for each in row_groups]
+        starts = none if anchor is None else distances(row_groups, anchor)
         lines = [
             rows,
             padding_idx,

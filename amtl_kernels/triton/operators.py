@@ -79,7 +79,7 @@ def _one(table: reference.Table, bags: Bags, values: Tensor) -> tuple[Lookups, T
     return lookups, seen
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
     """The arguments that the operators share: a list of tables, and the lookups in them."""
 

@@ -299,6 +299,31 @@ def test_errors_name_the_table(backend: Any, form: str) -> None:
         call.together(padding_idx=[0, 0])
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_errors_name_a_single_table_too(backend: Any, is_fused: bool) -> None:
+    table = torch.ones(3, 4, device=backend.device, requires_grad=True)
+    sizes = torch.tensor([4, 5, 4], dtype=torch.int32, device=backend.device)
+    room: Any = fused if is_fused else ak
+    options = {"optimizer": optim.SGD([table])} if is_fused else {}
+
+    def call(indices: list[int], offsets: list[int], **others: Any) -> Tensor:
+        lookups = (torch.tensor(v, device=backend.device) for v in (indices, offsets))
+        op = room.masked_embedding_bag_tables
+        found: Tensor = op([table], *lookups, [sizes], **{**options, **others})
+        return found
+
+    with pytest.raises(IndexError, match=r"^table 0: index 3 at position 1 .* of 3 rows"):
+        call([0, 3], [0, 2])
+    with pytest.raises(ValueError, match=r"^table 0: .*size"):
+        call([0, 1], [0, 2])
+    with pytest.raises(ValueError, match=r"^offsets must end within the 2 indices"):
+        call([0, 1], [0, 3])
+    if is_fused:
+        other = optim.SGD([torch.ones(1, requires_grad=True)])
+        with pytest.raises(ValueError, match=r"^the tables of a fused lookup"):
+            call([0, 1], [0, 2], optimizer=other)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bad_table_leaves_the_others_alone(form: str) -> None:
     call = make(form)
