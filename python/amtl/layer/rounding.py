@@ -176,9 +176,9 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, steps: Tensor, widths: Tensor, bits: int) -> Tensor:
         half = (2**bits - 1) / 2
         step = steps[:, None]
-        codes = torch.round(values / step + half).clamp_(0, 2 * half)
+        codes = (values / step).add_(half).round_().clamp_(0, 2 * half)
         columns = torch.arange(values.shape[1], device=values.device)
-        return ((codes - half) * step).masked_fill_(columns >= widths[:, None], 0)
+        return codes.sub_(half).mul_(step).masked_fill_(columns >= widths[:, None], 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -239,7 +239,7 @@ class Rounding(nn.Module):
 
     @torch.no_grad()
     def _follow(self, values: Tensor, part: Tensor, widths: Tensor) -> None:
-        squares = values.to(torch.float32).square().sum(1)
+        squares = torch.linalg.vector_norm(values.to(torch.float32), dim=1).square_()
         total = torch.zeros_like(self.mean_square).index_add_(0, part, squares)
         count = torch.zeros_like(total).index_add_(0, part, widths.to(torch.float32))
         mean = torch.where(count > 0, total / count.clamp(min=1), self.mean_square)
