@@ -133,7 +133,9 @@ def _registered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
-    wants = dict(zip(_NAMES, ctx.needs_input_grad, strict=True))
+    # Arguments that are left at their defaults are not passed on.
+    names = _NAMES[: len(ctx.needs_input_grad)]
+    wants = dict(zip(names, ctx.needs_input_grad, strict=True))
     found = _gradients(ctx, grad, wants["blocks"], wants["masks"], wants["per_sample_weights"])
     _, sizes, row_groups = ctx.lists
     # PyTorch takes an empty list of numbers for one of tensors.
@@ -144,7 +146,7 @@ def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
         "row_groups": [None] * row_groups,
     }
     named = {**lists, **found._asdict()}
-    return tuple(named.get(name) for name in _NAMES)
+    return tuple(named.get(name) for name in names)
 
 
 def forward(
@@ -186,7 +188,7 @@ def lookup(
     tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool
 ) -> Tensor:
     """The operator with its gradients."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         traced: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
         return traced
     if torch.is_grad_enabled():
