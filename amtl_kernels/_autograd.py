@@ -188,7 +188,7 @@ def lookup(
     tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool
 ) -> Tensor:
     """The operator with its gradients."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         traced: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
         return traced
     if torch.is_grad_enabled():
