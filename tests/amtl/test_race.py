@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from amtl.data.registry import Source
+from amtl.errors import UserError
 from amtl.run import comparison, methods
 from amtl.run.config import TrainConfig
 from amtl.run.cut import Donor
@@ -64,6 +65,7 @@ def settings(**changes) -> TrainConfig:
         "validations": 2,
         "hidden": [16],
         "seed": 3,
+        "bits": "32",
     }
     return TrainConfig(**{**base, **changes})
 
@@ -76,6 +78,7 @@ def task(source):
 def test_what_is_open_and_what_the_user_settled():
     assert is_open(settings())
     assert is_open(settings(method="rule"))
+    assert is_open(settings(bits="auto", table_options={"init_exponent": 1.0}))
     for changes in (
         {"method": "fixed"},
         {"race": False},
@@ -96,6 +99,59 @@ def test_candidates_settle_everything_and_one_is_a_narrow_table(task):
     flat = Learner(found[FLAT], task)
     assert set(methods.row_widths(flat.table).tolist()) == {2}
     assert FLAT not in candidates(settings(budget=0.1), None)
+
+
+def test_bits_are_raced_where_sizes_are_settled(task):
+    found = candidates(settings(bits="auto", budget=0.1), [1.0, 2.0, 0.5])
+    assert [(entry.layer_options["bits"], name) for name, entry in found.items()] == [
+        (4, "int4, 16 bits a number"),
+        (4, "int4, 4 bits a number"),
+        (4, "int4, 1 bits a number"),
+        (8, "int8, 4 bits a number"),
+        (2, "int2, 4 bits a number"),
+        (4, FLAT),
+    ]
+    # All rows get all numbers of 4 and 2 bits, so one candidate each is enough.
+    assert list(candidates(settings(bits="auto", budget=0.25), None)) == [
+        "int4, 4 bits a number",
+        "int8, 4 bits a number",
+        "int2, 4 bits a number",
+    ]
+    law = settings(bits="auto", budget=0.1, table_options={"capacity_bits": 2.0})
+    assert list(candidates(law, None)) == ["int8", "int4", "int2", FLAT]
+    eight = candidates(settings(bits="8"), [1.0, 2.0, 0.5])
+    assert {entry.layer_options["bits"] for entry in eight.values()} == {8}
+    for learned in (
+        {"table_options": {"parametrization": "ordinal"}},
+        {"freeze_at": 3},
+        {"method": "fixed"},
+    ):
+        config = settings(bits="auto", **learned)
+        assert not config.raced_bits and config.number_bits is None
+    assert settings(bits="auto", dim=5).number_bits == 8
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_fixed_widths_of_few_bits_fit_their_budget(task, bits):
+    for share in (0.5, 0.9):
+        budget = share * bits / 32
+        found = candidates(settings(bits=str(bits), budget=budget, dim=128), None)
+        assert FLAT in found
+        table = Learner(found[FLAT], task).table
+        widths = methods.row_widths(table)
+        assert 0.85 * budget < methods.stored_bytes(table) / methods.dense_bytes(table) <= budget
+        assert (widths >= found[FLAT].table_options["min_dim"]).all()
+
+
+def test_where_few_bits_do_not_fit_numbers_of_32_are_raced(source):
+    # Rows of 5 numbers of 4 or 2 bits are no whole bytes, and step sizes outweigh the budget.
+    for changes in ({"dim": 5, "budget": 0.3}, {"budget": 0.0003}):
+        metrics = start(settings(bits="auto", epochs=2, **changes), source=source).run()
+        names = [row["name"] for row in metrics["raced"]["table"]]
+        if changes["budget"] == 0.3:
+            assert names[:2] == [FULL, "int8, 4 bits a number"] and metrics["bits"] == 8
+        else:
+            assert "4 bits a number" in names and metrics["bits"] == 32
 
 
 def test_evidence_tells_which_fields_matter(source, task):
@@ -230,6 +286,7 @@ def test_where_a_fixed_width_wins_less_is_tried_with_sizes():
         ([0.5, 0.6, 0.9], None, 12, True),
         ([0.5, 0.6, 0.7], None, 12, False),
         ([0.1, 0.2, 0.9], None, 8, False),
+        ([0.5, 0.58, 0.9], None, 12, True),
         ([0.5, 0.6, 0.9], 0.79, 12, False),
     ],
 )
@@ -241,10 +298,12 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
     made = []
 
     def make(config):
+        if made:
+            raise UserError("no size is smaller")
         made.append(config)
         return small
 
-    result, row = race_less(settings(), winner, make, Quiet(), lambda learner: learner.step())
+    result, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
     assert small.steps == steps
     assert result is (small if better else None)
     assert made[0].budget == pytest.approx(0.075)
@@ -279,6 +338,24 @@ def test_a_given_dropout_is_not_raced(source, share):
     assert metrics["config"]["embedding_dropout"] == share
 
 
+def test_less_is_tried_as_long_as_it_is_better():
+    winner = Scripted([0.5, 0.8])
+    while not winner.finished:
+        winner.step()
+    tried = [Scripted([0.5, score]) for score in (0.79, 0.85, 0.84, 0.83, 0.99)]
+    made = []
+
+    def make(config):
+        made.append(config.budget)
+        return tried[len(made) - 1]
+
+    best, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
+    assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
+    assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
+    assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
+    assert [learner.released for learner in tried] == [True, False, True, True, False]
+
+
 @pytest.mark.parametrize("method", ["amtl", "rule"])
 def test_a_raced_run_can_be_loaded_and_says_what_it_chose(source, tmp_path, method):
     metrics = start(settings(method=method), tmp_path, source=source).run()
@@ -299,7 +376,7 @@ def test_a_race_that_was_stopped_begins_again_and_ends_the_same(source, tmp_path
     config = settings(method="amtl")
     expected = start(config, source=source).run()
     stopped = start(config, tmp_path, source=source, stop=lambda steps: steps >= 30)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="race is run again"):
         stopped.run()
     again = start(None, tmp_path, resume=True, source=source).run()
     for key in ("test_auc", "val_auc", "stored_bytes", "raced"):

@@ -188,3 +188,17 @@ def test_unfinished_runs_are_named(tmp_path):
         write_report([tmp_path], tmp_path / "r.html")
     with pytest.raises(UserError, match="at least one"):
         write_report([], tmp_path / "r.html")
+
+
+def test_seeds_whose_race_chose_differently_are_one_result():
+    runs = []
+    for seed, (weight, budget, dropout) in enumerate([(1.0, 0.3, None), (2.0, 0.09, 0.1)]):
+        options = {"field_weights": [weight], "bits": 4}
+        run = metrics("amtl", budget=budget, seed=seed, table_options=options, race=False)
+        run["config"] |= {"bits": "auto", "embedding_dropout": dropout}
+        run["raced"] = {"given": {}, "budget": 0.3, "dropout": {"name": "10 %"}}
+        runs.append(run)
+    results = group_results(runs)
+    assert [(r.name, len(r.runs)) for r in results] == [("AMTL D=16 30%", 2)]
+    few = metrics(bits="4")
+    assert [r.name for r in group_results([metrics(), few])] == ["fixed D=16", "fixed D=16 4 bits"]

@@ -287,3 +287,39 @@ def test_lookup_of_codes():
     assert out.shape == (1, 2, 6)
     assert out[0, 0].tolist() == [-13.0, 15.0, -15.0, -11.0, 0.0, 0.0]
     assert out[0, 1].tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("method", ["amtl", "fixed"])
+def test_a_run_of_few_bits_is_packed_as_it_was_validated(method, tmp_path):
+    from amtl.cli import main
+    from amtl.run import methods
+    from amtl.run.config import TrainConfig
+    from amtl.run.folders import pack_run
+    from amtl.run.training import start
+
+    sized = {"budget": 0.08} if method == "amtl" else {}
+    config = TrainConfig(
+        "synthetic:2000", "label", method=method, dim=8, bits="4", epochs=2, race=False, **sized
+    )
+    metrics = start(config, tmp_path / "run").run()
+    assert metrics["bits"] == 4
+    packed = pack_run(tmp_path / "run", tmp_path / "run.safetensors")
+    table = packed.model.table
+    assert table.steps is not None and methods.stored_bytes(table) == metrics["stored_bytes"]
+    assert sum(metrics["bytes_by_field"].values()) <= metrics["stored_bytes"]
+    evaluated = packed.evaluate(packed.test_split())
+    assert evaluated["auc"] == metrics["test_auc"]
+    for command in ("inspect", "evaluate"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, str(tmp_path / "run.safetensors")])
+        assert ended.value.code == 0
+
+
+def test_bits_need_settled_sizes():
+    from amtl.errors import UserError
+    from amtl.run.config import TrainConfig
+
+    with pytest.raises(UserError, match="--bits 4 needs sizes that are settled"):
+        TrainConfig("d", "y", bits="4", table_options={"parametrization": "ordinal"})
+    with pytest.raises(UserError, match="--bits must be one of"):
+        TrainConfig("d", "y", bits="16")

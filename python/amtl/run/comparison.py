@@ -26,7 +26,7 @@ def narrow_width(metrics: Mapping[str, Any]) -> int:
 
 def baselines(config: TrainConfig, metrics: Mapping[str, Any]) -> dict[str, TrainConfig]:
     """Settings of the two tables by name; the narrow one only where a width of 1 fits the bytes."""
-    plain: dict[str, Any] = {"table_options": {}, "race": False, "freeze_at": None}
+    plain: dict[str, Any] = {"bits": "32", "table_options": {}, "race": False, "freeze_at": None}
     found = {FULL: replace(config, method="fixed", **plain)}
     width = narrow_width(metrics)
     if width:
@@ -126,8 +126,8 @@ def verdict(metrics: Mapping[str, Any]) -> str | None:
         return None
     if less is not None and less["chosen"]:
         return (
-            f"{less['name']} validated better than all of it, so the model takes "
-            f"{metrics['stored_bytes']:,} bytes; --no-race spends the whole budget"
+            f"fewer bytes validated better than the whole budget, so the model takes "
+            f"{metrics['stored_bytes']:,}; --no-race spends all"
         )
     narrow = next((r for r in metrics.get("compared") or [] if r["name"] == FLAT), None)
     raced = (metrics["raced"] or {}).get("table", [])

@@ -45,7 +45,8 @@ class TrainConfig:
         method: `amtl`, `rule` or `fixed`.
         dim: full embedding width D.
         budget: stored bytes over those of N × D numbers of 32 bits.
-        bits: of a stored number: `32`, `8`, `4`, `2`, or `auto` for what validation prefers.
+        bits: of a stored number: `32`, `8`, `4`, `2`, or `auto` for what validation prefers, 4
+            where there is no race, and 32 for `fixed` and where sizes are learned.
         freeze_at: step at which sizes are fixed; None leaves it to validation.
         table_options: more keyword arguments of the layer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
@@ -86,7 +87,7 @@ class TrainConfig:
     method: str = "amtl"
     dim: int = 16
     budget: float = 0.4
-    bits: str = "32"
+    bits: str = "auto"
     freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
@@ -119,6 +120,11 @@ class TrainConfig:
             raise UserError(f"--backbone {self.backbone!r}: choose one of {', '.join(BACKBONES)}")
         if self.bits not in BITS:
             raise UserError(f"--bits must be one of {', '.join(BITS)}, not {self.bits!r}")
+        if self.bits in ("8", "4", "2") and self.method == "amtl" and self._learns_sizes():
+            raise UserError(
+                f"--bits {self.bits} needs sizes that are settled before training, as "
+                "--parametrization rule has them; with others, --bits 32"
+            )
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
         if self.embedding_dropout is not None and not 0 <= self.embedding_dropout < 1:
@@ -138,9 +144,25 @@ class TrainConfig:
 
     @property
     def layer_options(self) -> dict[str, Any]:
-        """Keyword arguments of the layer; bits that nothing chose are 4."""
-        bits = {"32": None, "auto": 4}.get(self.bits, int(self.bits) if self.bits.isdigit() else 4)
-        return {"bits": bits, **self.table_options}
+        """Keyword arguments of the layer."""
+        return {"bits": self.number_bits, **self.table_options}
+
+    @property
+    def number_bits(self) -> int | None:
+        """Bits of a stored number where nothing else was chosen; None for 32."""
+        if self.bits == "auto":
+            return (8 if self.dim % 2 else 4) if self.raced_bits else None
+        return None if self.bits == "32" else int(self.bits)
+
+    @property
+    def raced_bits(self) -> bool:
+        """Whether validation may choose the bits: sizes must be settled for training to round."""
+        return self.bits == "auto" and self.method != "fixed" and not self._learns_sizes()
+
+    def _learns_sizes(self) -> bool:
+        options = self.table_options
+        learned = options.get("parametrization", "rule") != "rule" or options.get("size_noise")
+        return bool(learned) or self.freeze_at is not None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers."""
@@ -151,6 +173,8 @@ class TrainConfig:
         """The inverse of `to_dict`; settings unknown to this version are refused."""
         if "race" not in content:
             content = _of_version_1(content)
+        # Before there were bits, numbers had 32.
+        content = {"bits": "32", **content}
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(content) - known)
         if unknown:

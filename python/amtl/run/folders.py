@@ -208,6 +208,11 @@ def pack_run(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Train
     if not methods.is_adaptive(model.table):
         dense = methods.table_parameters(model.table)[0].detach()
         model.table = table_of_tiers([dense], config.dim, isinstance(model.table, nn.EmbeddingBag))
+    if dtype is not None and methods.number_bits(model.table) < 16:
+        raise UserError(
+            f"{folder} stores numbers of {methods.number_bits(model.table)} bits, which are packed "
+            "as they are: leave the type of the embeddings out"
+        )
     model.table.to(dtype)
     tensors, meta = trained.encoder.to_tensors()
     tensors, codes = compact(tensors)
@@ -233,7 +238,7 @@ def from_packed(packed: PackedFile) -> Trained:
         packed.into(model, assign=True)
         # Products of matrices round by where these lie, which a file does not keep.
         for parameter in model.dense_parameters():
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(torch.float32, copy=True)
     except UserError:
         raise
     except _INCONSISTENT as error:

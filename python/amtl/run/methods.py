@@ -39,7 +39,7 @@ def build_table(
             budget) or `amtl` (learned sizes).
         encoder: fields, sizes and counts.
         dim: full width D.
-        budget: stored fraction of N × D for `rule` and `amtl`.
+        budget: stored share of the bytes of N × D for `rule` and `amtl`.
         init_std: deviation of the normal initial weights.
         seed: of the initial weights and of the size noise.
         options: more keyword arguments of `AMTLEmbedding`.
@@ -54,7 +54,7 @@ def build_table(
     bags = any(f.kind == "bag" for f in encoder.fields)
     extra = dict(options or {})
     table: nn.Module
-    if method == "fixed":
+    if method == "fixed" and extra.get("bits") is None:
         if bags:
             table = nn.EmbeddingBag(encoder.num_rows, dim, mode="mean", sparse=True)
         else:
@@ -62,7 +62,9 @@ def build_table(
     else:
         from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 
-        if method == "rule":
+        if method == "fixed":
+            budget = 1.0
+        if method != "amtl":
             extra["parametrization"] = "rule"
         if extra.setdefault("parametrization", "rule") == "rule":
             extra.setdefault("size_noise", 0.0)

@@ -84,7 +84,8 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         run["config"].setdefault("backbone", "dnn")
-        config = {k: v for k, v in run["config"].items() if k not in ("seed", "warm_start")}
+        run["config"].setdefault("bits", "32")
+        config = {k: v for k, v in _asked(run).items() if k not in ("seed", "warm_start")}
         config["warm"] = bool(run["config"]["warm_start"])
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
     order = ["fixed", "rule", "amtl"]
@@ -102,10 +103,23 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
     return results
 
 
+def _asked(run: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with what its race chose, which seeds may differ in, left open."""
+    config, raced = run["config"], run.get("raced")
+    if not raced or "given" not in raced:
+        return dict(config)
+    asked = {**config, "table_options": raced["given"], "budget": raced["budget"], "race": True}
+    if raced.get("dropout") is not None:
+        asked["embedding_dropout"] = None
+    return asked
+
+
 def _name(run: dict[str, Any]) -> str:
     name = f"{_LABELS[run['method']]} D={run['dim']}"
+    if run["config"]["bits"] not in ("32", "auto"):
+        name += f" {run['config']['bits']} bits"
     if run["budget"] is not None:
-        name += f" {100 * run['budget']:.3g}%"
+        name += f" {100 * _asked(run)['budget']:.3g}%"
     elif run["method"] != "fixed":
         name += " no budget"
     if run["config"]["backbone"] != "dnn":

@@ -67,7 +67,7 @@ class Trained:
 def size_table(trained: Trained) -> list[dict[str, Any]]:
     """Rows, bytes and sizes per field, for `amtl inspect`."""
     widths = methods.row_widths(trained.model.table)
-    itemsize = methods.table_parameters(trained.model.table)[0].element_size()
+    bits = methods.number_bits(trained.model.table)
     counts = trained.encoder.counts()
     result = []
     for f, name in enumerate(trained.encoder.names):
@@ -83,7 +83,7 @@ def size_table(trained: Trained) -> list[dict[str, Any]]:
                 "mean_size_of_lookups": float((w * c).sum() / c.sum().clamp(min=1)),
                 "min_size": int(w.min()),
                 "max_size": int(w.max()),
-                "bytes": int(w.sum()) * itemsize,
+                "bytes": int(w.sum()) * bits // 8,
             }
         )
     return result

@@ -46,7 +46,15 @@ from amtl.run.race import (
 
 
 class Interrupted(Exception):
-    """Training stopped on request; the run folder holds a checkpoint to resume from."""
+    """Training stopped on request; the run folder holds something to resume from.
+
+    Args:
+        kept: what that is.
+    """
+
+    def __init__(self, kept: str = "a checkpoint") -> None:
+        super().__init__(kept)
+        self.kept = kept
 
 
 def prepare(
@@ -122,7 +130,10 @@ class Trainer:
         self.checkpoint_seconds = checkpoint_seconds
         self._warmed = False
         require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
-        self.learner = self._make(config)
+        # A race makes its own learners; this one finds mistakes before anything is written, but for
+        # bits, which may fit nothing here and are then raced without.
+        raced = config.raced_bits and is_open(config)
+        self.learner = self._make(replace(config, bits="32") if raced else config)
         self.raced: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
         self._best_saved = -1
@@ -176,7 +187,8 @@ class Trainer:
         # Nobody trains it any more, and candidates need the room.
         self.learner.release()
         try:
-            result = race(self.config, self._make, self.observer, self._racer())
+            racer = self._racer("the start (a race is run again)")
+            result = race(self.config, self._make, self.observer, racer)
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
@@ -201,7 +213,10 @@ class Trainer:
                 better, dropout = race_dropout(winner, self._make, self.observer, self._racer())
                 winner = better or winner
             sized = replace(winner.config, table_options=raced["sized"], budget=raced["budget"])
-            better, less = race_less(sized, winner, self._make, self.observer, self._racer())
+            assert winner.best is not None
+            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
+            make, observer = self._make, self.observer
+            better, less = race_less(sized, winner, used, make, observer, self._racer())
             winner = better or winner
             if is_worth_cutting(sized, raced["table"]):
                 given = replace(winner.config, table_options=raced["given"], budget=raced["budget"])
@@ -216,7 +231,8 @@ class Trainer:
             self._begin()
         self.save()
 
-    def _racer(self) -> Callable[[Learner], None]:
+    def _racer(self, kept: str = "a checkpoint") -> Callable[[Learner], None]:
+        """Takes steps of learners beside the one that checkpoints hold; `kept` is what does."""
         taken = 0
 
         def step(learner: Learner) -> None:
@@ -225,7 +241,7 @@ class Trainer:
             self.observer.step(learner.epochs, loss, samples)
             taken += 1
             if self.stop(taken):
-                raise Interrupted
+                raise Interrupted(kept)
 
         return step
 
@@ -258,8 +274,8 @@ class Trainer:
         Values are matched by field name and raw value; the out-of-vocabulary row by being that.
         """
         donor = folders.load_run(run)
-        if donor.config.method != "fixed":
-            raise UserError(f"--warm-start {run}: a run of --method fixed is needed")
+        if donor.config.method != "fixed" or donor.config.number_bits is not None:
+            raise UserError(f"--warm-start {run}: a run of --method fixed --bits 32 is needed")
         if donor.config.dim != self.config.dim:
             raise UserError(
                 f"--warm-start {run}: its width is {donor.config.dim}; use --dim {donor.config.dim}"
@@ -326,6 +342,9 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         self.learner.end()
+        if self.learner.round_dense() and self.out:
+            assert self.learner.best is not None
+            folders.save_checkpoint(self.out, "best", self.learner.best)
         logits = predict(self.learner.model, self.task.test)
         result = collect_metrics(self, logits)
         if self.out:
@@ -378,6 +397,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "bytes_by_field": {
             name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)
         },
+        "step_bytes": stored - int(widths.sum()) * bits // 8,
         "rows_by_field": dict(zip(encoder.names, encoder.field_sizes, strict=True)),
         "unknown_test_values": trainer.task.test.unknown,
         "step_ms_median": steps,

@@ -194,7 +194,7 @@ def write_packed(
     for key, value in rest.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} of the state_dict is a {type(value).__name__}, not a tensor")
-        packed[f"state/{key}"] = value.detach()
+        packed[f"state/{key}"] = _narrow(value.detach()) if kind == "run" else value.detach()
     for key, value in (tensors or {}).items():
         packed[f"user/{key}"] = value.detach()
     header = {
@@ -204,6 +204,14 @@ def write_packed(
         "metadata": metadata,
     }
     write_aside({Path(path): document_writer(FORMAT, VERSION, packed, header)})
+
+
+def _narrow(values: Tensor) -> Tensor:
+    """Numbers of 32 bits as such of 16 where these hold them exactly."""
+    if values.dtype != torch.float32:
+        return values
+    narrow = values.to(torch.float16)
+    return narrow if torch.equal(narrow.to(torch.float32), values) else values
 
 
 def open_packed(
