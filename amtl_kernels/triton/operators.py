@@ -22,6 +22,7 @@ from amtl_kernels import reference
 from amtl_kernels.reference import Bags, split_bags, split_tables
 from amtl_kernels.triton import check
 from amtl_kernels.triton.backward import gradients
+from amtl_kernels.triton.codes import look_up
 from amtl_kernels.triton.lookup import gather, pool
 from amtl_kernels.triton.lookups import Lookups, Several
 from amtl_kernels.triton.optimizer import apply_
@@ -95,13 +96,16 @@ class _Call:
     pooling: int
     padding_idx: Sequence[int]
     include_last_offset: bool
+    steps: Sequence[Tensor] = ()
+    bits: Sequence[int] = ()
 
     @functools.cached_property
     def tables(self) -> list[reference.Table]:
         """Every table on its own, with a width that kernels may rely on."""
         sizes = (list(self.sizes), list(self.row_groups))
         tables = split_tables(
-            list(self.blocks), list(self.block_counts), list(self.dims), *sizes, self.seed
+            *(list(self.blocks), list(self.block_counts), list(self.dims), *sizes, self.seed),
+            *(list(self.steps), list(self.bits)),
         )
         for t, table in enumerate(tables):
             columns = table.blocks[0].shape[1]
@@ -122,6 +126,7 @@ class _Call:
         """Whether these are several tables that one launch reaches."""
         return (
             len(self.tables) > 1
+            and not self.steps
             and _are_whole_apart(self.blocks)
             and _are_whole_apart(self.row_groups)
         )
@@ -191,13 +196,9 @@ def lookup(
     bits: Sequence[int] | None = None,
 ) -> Tensor:
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
-    if steps:
-        given = (blocks, block_counts, dims, sizes, row_groups, seed, masks)
-        pooled = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
-        return reference.lookup(*given, *pooled, bounds_check, sparse_grad, steps, bits)  # type: ignore[arg-type]
     tables = (blocks, block_counts, dims, sizes, row_groups, seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
-    call = _Call(*tables, *bags)
+    call = _Call(*tables, *bags, steps or (), bits or ())
     clamp = bounds_check == reference.CLAMP
     if call.shares_launches and _are_whole_apart(sizes):
         assert offsets is not None
@@ -212,9 +213,13 @@ def lookup(
         shape = mine.indices.shape
         if mine.offsets is not None:
             shape = torch.Size([max(mine.offsets.numel() - int(mine.include_last_offset), 0)])
-        out = given.blocks[0].new_empty(*shape, given.dim)
+        like = given.blocks[0] if given.steps is None else given.steps
+        out = like.new_empty(*shape, given.dim)
         lookups, table = _one(given, mine, out)
         check.check(lookups, table, bounds_check)
+        if given.steps is not None:
+            look_up(lookups, table, given.steps.contiguous(), given.bits, clamp)
+            return out
         (gather if mine.offsets is None else pool)(lookups, table, clamp)
         return out
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cuda/codes.h"
 #include "torch/cuda_tables.h"
 
 namespace amtl {
@@ -119,19 +120,73 @@ void AnswerReport(const CudaContext& context, const CudaTables& call, int64_t bo
   }
 }
 
+// Whether kernels may take eight codes of this table at once, and store four numbers.
+bool Aligned(const CudaTables& call, const float* out, int64_t out_stride) {
+  const int64_t bytes = call.tables.bits[0];
+  auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % 16) | out_stride % 4 |
+              call.tables.dims[0] % 4;
+  for (const Tensor& block : call.tables.blocks) {
+    bits |= static_cast<int64_t>(AddressOf(block) % static_cast<uint64_t>(bytes)) |
+            block.size(1) % bytes;
+  }
+  return bits == 0;
+}
+
+void LaunchCodes(const CudaContext& context, CudaTables& call, float* out, int64_t out_stride) {
+  call.Upload(context);
+  CheckCuda(
+      cuda::codes_forward(static_cast<int>(call.tables.bits[0]), Aligned(call, out, out_stride),
+                          call.tiered(), call.tables.steps[0].const_data_ptr<float>(), call.lookups,
+                          out_stride, out, context.stream()),
+      "a lookup");
+}
+
+// Table t of several, and its bags, which keep their positions in all indices.
+std::pair<Tables, Bags> PartOf(const CudaTables& call, size_t t) {
+  const Tables& all = call.tables;
+  Tables one;
+  const auto first = all.blocks.begin() + static_cast<ptrdiff_t>(all.first[t]);
+  one.blocks.assign(first, first + static_cast<ptrdiff_t>(all.block_counts[t]));
+  one.block_counts = {all.block_counts[t]};
+  one.dims = {all.dims[t]};
+  one.steps = {all.steps[t]};
+  one.bits = {all.bits[t]};
+  Bags bags = call.bags;
+  Tensor offsets = *bags.offsets;
+  bags.offsets =
+      torch::stable::narrow(offsets, 0, static_cast<int64_t>(t) * bags.batch, bags.batch + 1);
+  bags.padding_idx = {call.bags.padding_idx[t]};
+  return {std::move(one), std::move(bags)};
+}
+
+// Tables of few bits have a launch each: they may differ in their bits.
+void LookupCodes(const CudaContext& context, CudaTables& call, float* out) {
+  if (call.tables.count() == 1) return LaunchCodes(context, call, out, call.width);
+  for (size_t t = 0; t < call.tables.count(); ++t) {
+    auto [tables, bags] = PartOf(call, t);
+    CudaTables part(std::move(tables), std::move(bags));
+    part.lookups.report = call.lookups.report;
+    LaunchCodes(context, part, out, call.width);
+    out += call.tables.dims[t];
+  }
+}
+
 // Masks and the kind of gradient are there for autograd.
 Tensor Lookup(Tables tables, const Tensors& /*masks*/, Bags bags, int64_t bounds_check,
               bool /*sparse_grad*/, Codes codes) {
-  if (!codes.steps.empty()) {
-    throw std::runtime_error("amtl: tables of few bits are not implemented on CUDA yet");
-  }
+  std::move(codes).AddTo(tables);
   CudaTables call(std::move(tables), std::move(bags));
   const CudaContext context(call.like());
-  const Tensor out =
-      NewTensor(call.like(), OutputShape(call.tables, call.bags), call.like().scalar_type());
+  const Tensor out = NewTensor(call.like(), OutputShape(call.tables, call.bags),
+                               call.tables.numbers().scalar_type());
   const auto report_memory = StartReport(context, call, bounds_check);
-  call.Upload(context);
   void* data = out.mutable_data_ptr();
+  if (call.tables.coded()) {
+    LookupCodes(context, call, static_cast<float*>(data));
+    if (report_memory) AnswerReport(context, call, bounds_check);
+    return out;
+  }
+  call.Upload(context);
   CheckCuda(call.With([&](const auto& table) {
     return call.lookups.offsets != nullptr
                ? cuda::pool_forward(call.type, table, call.lookups, call.width, data,

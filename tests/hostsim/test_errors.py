@@ -76,6 +76,8 @@ def values(form: str, layout: str) -> dict[str, Any]:
         "weight_grad": True,
         "mask_grad": True,
         "psw_grad": pooled,
+        "steps": None,
+        "bits": None,
     }
 
 

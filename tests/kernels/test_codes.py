@@ -79,7 +79,9 @@ def make(
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[int, list[int], list[int], int]:
     bits = draw(st.sampled_from(BITS))
-    widths = draw(st.lists(st.sampled_from([0, 4, 8, 12, 16, 20, 36, 64, 100]), min_size=1))
+    widths = draw(
+        st.lists(st.sampled_from([0, 4, 8, 12, 16, 20, 36, 64, 100]), min_size=1, max_size=6)
+    )
     if draw(st.booleans()):
         # Rows of whole registers have a path of their own.
         widths = [width // 16 * 16 for width in widths]
@@ -90,7 +92,7 @@ def tables(draw: st.DrawFn) -> tuple[int, list[int], list[int], int]:
 
 def drawn(backend: Any, check: Any) -> None:
     slow = list(HealthCheck)
-    settings(deadline=None, max_examples=2 * backend.examples, suppress_health_check=slow)(
+    settings(deadline=None, max_examples=backend.examples, suppress_health_check=slow)(
         given(drawn=tables())(check)
     )()
 

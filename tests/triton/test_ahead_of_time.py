@@ -29,9 +29,11 @@ REGISTERS = {
     "combine_update_kernel": 96,
     "counted_kernel": 64,
     "cut_kernel": 64,
+    "gather_codes_kernel": 64,
     "gather_fwd_kernel": 64,
     "keys_kernel": 64,
     "pieces_kernel": 96,
+    "pooled_codes_kernel": 64,
     "pooled_fwd_kernel": 96,
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,
@@ -60,6 +62,9 @@ def expected_vector_loads(entry: dict[str, Any]) -> int:
     tile = c.get("TILE") or c["BLOCK_D"] * (c.get("LANES") or c.get("R"))
     loads = max(1, tile // (threads * lanes))
     kernel = entry["kernel"]
+    if kernel.endswith("codes_kernel"):
+        # Numbers are taken out of their bytes one by one.
+        return 0
     if kernel == "gather_fwd_kernel":
         return loads
     if kernel == "pooled_fwd_kernel":

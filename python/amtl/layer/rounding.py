@@ -118,7 +118,7 @@ def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
 
 def in_operators(blocks: Sized, steps: Tensor, per_sample_weights: Tensor | None = None) -> bool:
     """Whether the operators look up in such tiers of integers; they decode to float32 only."""
-    if steps.dtype != torch.float32 or len(blocks) > _MOST_BLOCKS or steps.device.type != "cpu":
+    if steps.dtype != torch.float32 or len(blocks) > _MOST_BLOCKS:
         return False
     weights = per_sample_weights
     learns = weights is not None and weights.requires_grad and torch.is_grad_enabled()
