@@ -115,6 +115,7 @@ def expected(problem: Problem, rotation: int, equations: Equations) -> Outcome:
         mean_square = row_gradient.square().sum(1, keepdim=True) / dims.unsqueeze(1)
         step = row_gradient / (mean_square.sqrt() + problem.eps)
     else:
+        # Adam's first step is Adagrad's.
         step = row_gradient / (row_gradient.abs() + problem.eps)
     return Outcome(output, None, mask_gradient, -problem.learning_rate * step)
 

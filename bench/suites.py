@@ -153,6 +153,35 @@ def _call_overhead() -> Case:
     return replace(case, contenders=("torch", "fbgemm", *SEARCH, "amtl_masked", *FROZEN))
 
 
+def _product(rows: int, tables: Sequence[int]) -> list[Case]:
+    """What users of the layers get: a layer beside its operator, tables beside nn.Embeddings.
+
+    One thread: what is asked is what calls cost beside the operators' work, on shared machines too.
+    """
+    shared: dict[str, object] = {"group": "product", "threads": 1}
+    bag = ("amtl_bag_bare_search", "amtl_bag_search", "amtl_bag_bare_frozen", "amtl_bag_frozen")
+    cases = [replace(step_rowwise(rows, **shared), contenders=bag, baselines=bag[::2])]
+    forms = ("amtl_collection", "amtl_layers")
+    many = ("torch_embeddings", *(f"{f}_{phase}" for phase in ("search", "frozen") for f in forms))
+    for count in tables:
+        table: dict[str, object] = {
+            **shared,
+            "tables": 26,
+            "dim": 16,
+            "bags": 2048,
+            "bag_size": 1,
+            "distribution": "zipf",
+        }
+        adam = replace(step_sgd(count, **table), optimizer="adam")
+        several = (adam, forward(count, **table))
+        cases += [replace(case, contenders=many, baselines=many[:1]) for case in several]
+    return cases
+
+
+def _product_suite() -> Suite:
+    return Suite(_product(2_000_000, (1_000, 10_000)), 8.0, [])
+
+
 def _quick() -> Suite:
     rows = 500_000
     cases = [
@@ -163,6 +192,7 @@ def _quick() -> Suite:
         step_rowwise(rows, threads=1, group="one thread"),
         step_rowwise(rows, distribution="nycflights13", group="measured ids"),
         *_fields("26 tables", 20_000, 16, 2048),
+        *_product(rows, (1_000,)),
         _training(20_000),
         _call_overhead(),
     ]
@@ -223,6 +253,7 @@ def _full() -> Suite:
         forward(rows, dtype="float16", group="half precision"),
         *_fields("26 tables", 100_000, 16, 2048),
         *_fields("26 tables", 100_000, 64, 2048),
+        *_product(rows, (1_000, 10_000)),
         _training(100_000),
         _training(400_000, bags=16384),
         _call_overhead(),
@@ -275,6 +306,7 @@ def _tiny() -> Suite:
         *_goals(2000),
         step_eager(2000, group="goals"),
         *_fields("26 tables", 200, 8, 32),
+        *[replace(case, dim=8) for case in _product(2000, (200,))],
         replace(_training(200, bags=32, dim=8), dense=(8,)),
     ]
     cases = [replace(case, bags=min(case.bags, 32), threads=1) for case in cases]
@@ -285,6 +317,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "quick": _quick,
     "goals": _goal_suite,
     "full": _full,
+    "product": _product_suite,
     "scale": _scale,
     "tiny": _tiny,
 }
@@ -316,6 +349,7 @@ class Goal:
         against: The peer.
         limit: Largest ratio of times that reaches it.
         faster: Whether it is stated as a speedup, the inverse of the ratio.
+        group: Of the cases.
     """
 
     text: str
@@ -326,6 +360,31 @@ class Goal:
     against: str
     limit: float
     faster: bool = False
+    group: str = "goals"
+
+
+def _product_goals() -> Iterable[Goal]:
+    bag = "layer with a fused optimizer against the operator that it calls"
+    for phase in ("search", "frozen"):
+        of, bare = f"amtl_bag_{phase}", f"amtl_bag_bare_{phase}"
+        yield Goal(bag, "step", "rowwise_adagrad", "", of, bare, 1.1, group="product")
+    limits = {
+        ("collection", "step", "search"): 1.3,
+        ("collection", "step", "frozen"): 0.8,
+        ("collection", "forward", "search"): 1.2,
+        ("collection", "forward", "frozen"): 1.0,
+        ("layers", "step", "search"): 1.8,
+        ("layers", "step", "frozen"): 1.2,
+        ("layers", "forward", "search"): 1.5,
+        ("layers", "forward", "frozen"): 1.2,
+    }
+    for (form, work, phase), limit in limits.items():
+        what = "step with Adam" if work == "step" else "inference"
+        held = "in a collection" if form == "collection" else "as layers"
+        text = f"26 tables {held}, {phase} {what}, against nn.Embeddings"
+        optimizer = "adam" if work == "step" else "none"
+        of = f"amtl_{form}_{phase}"
+        yield Goal(text, work, optimizer, "", of, "torch_embeddings", limit, group="product")
 
 
 _STEP = "search step, row-wise Adagrad, against FBGEMM without a mask"
@@ -361,6 +420,7 @@ GOALS = (
     Goal(f"{_LOOKUP} FBGEMM", "forward", "none", "uniform", "amtl_frozen", "fbgemm",
          1 / 2.2, True),
     Goal(f"{_LOOKUP} FBGEMM", "forward", "none", "zipf", "amtl_frozen", "fbgemm", 1.0, True),
+    *_product_goals(),
 )  # fmt: skip
 PEAK_GOAL = 1.2
 
@@ -368,7 +428,7 @@ PEAK_GOAL = 1.2
 def _matches(goal: Goal, comparison: Comparison) -> bool:
     case = comparison.case
     return (
-        case.get("group") == "goals"
+        case.get("group") == goal.group
         and case.get("work") == goal.work
         and case.get("optimizer") == goal.optimizer
         and goal.distribution in ("", case.get("distribution"))

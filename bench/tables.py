@@ -10,7 +10,12 @@ from bench.results import Comparison, Report
 
 README_BEGIN = "<!-- bench:begin -->"
 README_END = "<!-- bench:end -->"
-OPTIMIZERS = {"sgd": "SGD", "adagrad": "Adagrad", "rowwise_adagrad": "row-wise Adagrad"}
+OPTIMIZERS = {
+    "sgd": "SGD",
+    "adagrad": "Adagrad",
+    "rowwise_adagrad": "row-wise Adagrad",
+    "adam": "Adam",
+}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Work = Literal["forward", "backward", "step"]
-Optimizer = Literal["none", "sgd", "rowwise_adagrad", "adagrad"]
+Optimizer = Literal["none", "sgd", "rowwise_adagrad", "adagrad", "adam"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def update_bytes(traffic: Traffic, optimizer: Optimizer) -> float:
     kept = traffic.distinct * traffic.distinct_mean
     if optimizer == "none":
         return 0.0
-    state = {"sgd": 0.0, "rowwise_adagrad": 2.0 * 4 * traffic.distinct, "adagrad": 2.0 * 4 * kept}
+    moment = 2.0 * 4 * kept
+    rowwise = 2.0 * 4 * traffic.distinct
+    state = {"sgd": 0.0, "rowwise_adagrad": rowwise, "adagrad": moment, "adam": 2 * moment}
     return 3 * traffic.element * kept + state[optimizer]
 
 

@@ -25,15 +25,21 @@ from bench.inputs import Case, Problem, noise_column, table_counts
 from bench.oracle import Equations, GivenSizes, Outcome
 
 INSTALL = "pip install --no-build-isolation -e ."
-_OPTIMIZERS = {"sgd": "SGD", "adagrad": "Adagrad", "rowwise_adagrad": "RowwiseAdagrad"}
+OPTIMIZERS = {
+    "sgd": "SGD",
+    "adagrad": "Adagrad",
+    "rowwise_adagrad": "RowwiseAdagrad",
+    "adam": "Adam",
+}
 
 
-def _optimizer_class(name: str) -> Callable[..., Optimizer] | None:
+def optimizer_class(name: str) -> Callable[..., Optimizer] | None:
+    """The optimizer of a case in ``amtl_kernels.optim``, if there is one."""
     try:
         module = importlib.import_module("amtl_kernels.optim")
     except ImportError:
         return None
-    found = getattr(module, _OPTIMIZERS[name], None)
+    found = getattr(module, OPTIMIZERS[name], None)
     return found if callable(found) else None
 
 
@@ -48,7 +54,7 @@ def _make_optimizer(problem: Problem, parameters: list[nn.Parameter]) -> Optimiz
     case = problem.case
     if case.work != "step":
         return None
-    kind = _optimizer_class(case.optimizer)
+    kind = optimizer_class(case.optimizer)
     assert kind is not None
     options: dict[str, Any] = {"lr": problem.learning_rate}
     if case.optimizer != "sgd":
@@ -56,7 +62,7 @@ def _make_optimizer(problem: Problem, parameters: list[nn.Parameter]) -> Optimiz
     return kind(parameters, **options)
 
 
-class _Ours(Contender):
+class Ours(Contender):
     """One of ours.
 
     Attributes:
@@ -87,8 +93,8 @@ class _Ours(Contender):
         """Steps need the optimizer, and only steps can be fused."""
         if self.fused and case.work != "step":
             return "only a step has an update to fuse"
-        if case.work == "step" and _optimizer_class(case.optimizer) is None:
-            return f"amtl_kernels.optim has no {_OPTIMIZERS[case.optimizer]}"
+        if case.work == "step" and optimizer_class(case.optimizer) is None:
+            return f"amtl_kernels.optim has no {OPTIMIZERS[case.optimizer]}"
         return ""
 
 
@@ -104,7 +110,7 @@ def by_sample(problem: Problem) -> list[Tensor] | None:
     return [ids.view(case.tables, case.bags).t().contiguous() for ids in problem.global_ids]
 
 
-class Search(_Ours):
+class Search(Ours):
     """The search phase as trained: size noise, mask gradient, sparse coalesced row gradient."""
 
     name = "amtl_search"
@@ -150,7 +156,7 @@ class Search(_Ours):
         return AutogradSession(problem, lookup, [weight], optimizer=separate, masks=[mask])
 
 
-class Tables(_Ours):
+class Tables(Ours):
     """The search phase of several tables in one call, in FBGEMM's layout."""
 
     name = "amtl_tables"
@@ -205,7 +211,7 @@ class Tables(_Ours):
         )
 
 
-class Masked(_Ours):
+class Masked(Ours):
     """Sizes given per row, no mask gradient."""
 
     name = "amtl_masked"
@@ -236,7 +242,7 @@ class Masked(_Ours):
         return AutogradSession(problem, lookup, [weight], optimizer=optimizer)
 
 
-class Frozen(_Ours):
+class Frozen(Ours):
     """Frozen tiers, trained on or served."""
 
     def __init__(self, name: str, tier_width: int, fused: bool = False) -> None:
@@ -335,7 +341,7 @@ class _LayerSession(AutogradSession):
             self._layer.train()
 
 
-class Layer(_Ours):
+class Layer(Ours):
     """The whole layer in its search phase: size head, budget solver, lookup, both optimizers."""
 
     name = "amtl_layer"

@@ -26,7 +26,8 @@ def refuse_copy(case: Case, what: str) -> str:
 
 def state_bytes(case: Case) -> float:
     """Optimizer state of all tables, in float32."""
-    per_row = {"none": 0, "sgd": 0, "rowwise_adagrad": 4, "adagrad": 4 * case.dim}
+    wide = 4 * case.dim
+    per_row = {"none": 0, "sgd": 0, "rowwise_adagrad": 4, "adagrad": wide, "adam": 2 * wide}
     return float(per_row[case.optimizer] * case.tables * case.rows)
 
 

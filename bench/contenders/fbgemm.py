@@ -48,6 +48,8 @@ class Split(_Fbgemm):
         """Its backward always updates, so there is no backward alone."""
         if case.work == "backward":
             return "Split TBE always updates in its backward"
+        if case.optimizer == "adam":
+            return "compared with SGD and Adagrad only"
         if case.dtype == "bfloat16":
             return "no bfloat16 weights on a CPU"
         return super().refuses(case)

@@ -104,6 +104,8 @@ class Fused(_TorchRec):
         """Its backward always updates; a table is not shared with the others."""
         if case.work == "backward":
             return "its backward always updates"
+        if case.optimizer == "adam":
+            return "compared with SGD and Adagrad only"
         return refuse_copy(case, "a copy") or super().refuses(case)
 
     def allocates(self, case: Case) -> dict[str, float]:

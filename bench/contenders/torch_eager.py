@@ -35,6 +35,8 @@ def make_optimizer(problem: Problem, parameters: list[nn.Parameter]) -> Optimize
 def _refuse_rowwise(case: Case) -> str:
     if case.optimizer == "rowwise_adagrad":
         return "torch.optim has no row-wise Adagrad"
+    if case.optimizer == "adam":
+        return "torch.optim.Adam refuses sparse gradients"
     return ""
 
 

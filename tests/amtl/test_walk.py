@@ -18,12 +18,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
+from amtl_kernels import optim
+
 SOAK = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
 ROWS, DIM = 23, 8
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+# Ours for the model, applied by the backward; PyTorch's of the same equations for the twin.
+FUSED = {
+    "sgd, fused": lambda p: optim.SGD(p, lr=0.1),
+    "adagrad, fused": lambda p: optim.Adagrad(p, lr=0.1),
 }
 
 
@@ -45,7 +52,7 @@ class Twin:
 
     def __init__(self, weight: Tensor, bag: bool, padding: int | None, optimizer: str) -> None:
         self.weight = nn.Parameter(weight.detach().clone())
-        self.optimizer = OPTIMIZERS[optimizer]([self.weight])
+        self.optimizer = OPTIMIZERS[optimizer.removesuffix(", fused")]([self.weight])
         self.bag, self.padding = bag, padding
         self.stands_in = torch.arange(ROWS)
 
@@ -88,7 +95,7 @@ class Walk(RuleBasedStateMachine):
     @initialize(
         bag=st.booleans(),
         padding=st.sampled_from([None, 0, 11]),
-        optimizer=st.sampled_from(list(OPTIMIZERS)),
+        optimizer=st.sampled_from([*OPTIMIZERS, *FUSED]),
         options=st.fixed_dictionaries(
             {
                 "parametrization": st.sampled_from(["rule", "ordinal", "free"]),
@@ -112,7 +119,7 @@ class Walk(RuleBasedStateMachine):
         self.counts = torch.randint(1000, (ROWS,)) ** torch.randint(3, (ROWS,))
         self.model = Model(*self.made)
         self.twin = Twin(self.model.table.weight, bag, padding, optimizer)
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.optimizer = (OPTIMIZERS | FUSED)[optimizer](self.model.parameters())
 
     def _convert(self, model, counts):
         with torch.no_grad():
@@ -122,7 +129,11 @@ class Walk(RuleBasedStateMachine):
         groups = amtl.parameter_groups(model)
         if self.beside and self.phase == "search":
             groups = [{"params": list(model.parameters())}, {"params": []}]
-        return OPTIMIZERS[self.kind](groups)
+        return (OPTIMIZERS | FUSED)[self.kind](groups)
+
+    def _fuse(self, model, optimizer):
+        if self.kind in FUSED:
+            amtl.fuse(model, optimizer)
 
     @property
     def phase(self) -> str:
@@ -139,6 +150,7 @@ class Walk(RuleBasedStateMachine):
         self._convert(self.model, self.counts)
         masks = amtl.mask_parameters(self.model)
         self.optimizer.add_param_group({"params": masks, "lr": 1e-2})
+        self._fuse(self.model, self.optimizer)
         self.twin.look(self.model.table)
 
     @rule(seed=st.integers(0, 2**16))
@@ -153,6 +165,8 @@ class Walk(RuleBasedStateMachine):
         ):
             optimizer.zero_grad()
             (forward(rows) - target).square().mean().backward()
+            if self.kind in FUSED and self.phase != "plain" and optimizer is self.optimizer:
+                assert all(p.grad is None for p in amtl.table_parameters(self.model))
             optimizer.step()
         if self.phase == "search":
             self.twin.look(self.model.table)
@@ -188,11 +202,13 @@ class Walk(RuleBasedStateMachine):
         self._convert(model, torch.ones(ROWS))
         if optimizer_first:
             optimizer = self._optimizer(model)
+            self._fuse(model, optimizer)
         if into_frozen:
             amtl.freeze(model)
         model.load_state_dict(saved)
         if not optimizer_first:
             optimizer = self._optimizer(model)
+            self._fuse(model, optimizer)
         optimizer.load_state_dict(optimizer_state)
         if self.phase == "frozen":
             self.beside = not optimizer_first
@@ -228,7 +244,7 @@ class Walk(RuleBasedStateMachine):
 
 TestWalk = Walk.TestCase
 TestWalk.settings = settings(
-    max_examples=2000 if SOAK else 12,
+    max_examples=2000 if SOAK else 16,
     stateful_step_count=40 if SOAK else 12,
     deadline=None,
     report_multiple_bugs=False,

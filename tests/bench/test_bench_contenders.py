@@ -19,8 +19,14 @@ WORK: list[tuple[Work, Optimizer]] = [
     ("step", "sgd"),
     ("step", "adagrad"),
     ("step", "rowwise_adagrad"),
+    ("step", "adam"),
 ]
 SLOW = {"compiled"}
+PRODUCT = {
+    f"amtl_{form}_{phase}"
+    for form in ("bag", "bag_bare", "layers", "collection")
+    for phase in ("search", "frozen")
+}
 
 
 def tiny(work: Work, optimizer: Optimizer, **options: object) -> Case:
@@ -33,7 +39,7 @@ def tiny(work: Work, optimizer: Optimizer, **options: object) -> Case:
 
 @pytest.mark.parametrize(("work", "optimizer"), WORK)
 @pytest.mark.parametrize("name", sorted(set(CONTENDERS) - SLOW))
-@pytest.mark.parametrize("layout", ["one table", "three tables", "not pooled"])
+@pytest.mark.parametrize("layout", ["one table", "three tables", "three fields", "not pooled"])
 def test_contender(name: str, work: Work, optimizer: Optimizer, layout: str) -> None:
     check(name, work, optimizer, layout)
 
@@ -49,6 +55,8 @@ def check(name: str, work: Work, optimizer: Optimizer, layout: str) -> None:
     options: dict[str, object] = {}
     if layout == "three tables":
         options["tables"] = 3
+    if layout == "three fields":
+        options.update(tables=3, bag_size=1)
     if layout == "not pooled":
         options.update(pooled=False, bag_size=1)
     case = tiny(work, optimizer, **options)
@@ -73,7 +81,8 @@ def check(name: str, work: Work, optimizer: Optimizer, layout: str) -> None:
         assert torch.equal(problem.weight, before), "outcome() left the weights changed"
         session.call(1)
         session.call(2)
-    if work == "step" and contender.equations.sizes != "stored" and name != "torchrec_fused":
+    of_its_own = "frozen" in name or name == "torchrec_fused"
+    if work == "step" and not of_its_own:
         assert not torch.equal(problem.weight, before), "a timed step changes the table"
 
 
@@ -83,10 +92,23 @@ def test_ours_are_compared_in_every_kind_of_work() -> None:
     for work, optimizer in WORK:
         for contender in ours:
             assert contender.absent() == ""
+            if contender.name in PRODUCT:
+                continue
             fused = contender.name.endswith("_fused")
             tables = 2 if "tables" in contender.name else 1
             refused = bool(contender.refuses(tiny(work, optimizer, tables=tables)))
             assert refused == (fused and work != "step")
+
+
+def test_layers_and_collections_are_compared_where_they_make_sense() -> None:
+    answered = {
+        (name, work)
+        for name in PRODUCT
+        for work, optimizer in WORK
+        for shape in ({}, {"tables": 3, "bag_size": 1})
+        if not CONTENDERS[name].refuses(tiny(work, optimizer, **shape))
+    }
+    assert answered == {(name, work) for name in PRODUCT for work in ("forward", "step")}
 
 
 def outcome_of(values: torch.Tensor) -> Outcome:

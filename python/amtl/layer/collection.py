@@ -253,8 +253,9 @@ class AMTLEmbeddingCollection(AMTLTable):
             if bounds == "clamp":
                 return torch.minimum(input.clamp(min=0), sizes - 1) + starts
             return torch.where(inside, input + starts, -1)
-        low, high = torch.aminmax(input.reshape(-1, len(starts)), dim=0)
-        if bool(((low < 0) | (high >= sizes)).any()):
+        # Nothing of the size of the input is made for that, which would cost more than the lookup.
+        highest = input.reshape(-1, len(starts)).amax(0)
+        if int(input.min()) < 0 or bool((highest >= sizes).any()):
             self._outside(input, sizes, tables)
             input = torch.minimum(input.clamp(min=0), sizes - 1)
         return input + starts

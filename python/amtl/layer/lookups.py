@@ -77,7 +77,7 @@ class TableLookups(TableRows):
                 )
             return self._call(
                 "tiered_embedding_bag",
-                list(self.blocks),
+                self._tiers(),
                 self.tier_ends,
                 rows,
                 offsets,
@@ -117,10 +117,10 @@ class TableLookups(TableRows):
         bounds, dim = self._operator_bounds(), self.embedding_dim
         if self.steps is not None:
             bits = self.options.bits or 8
-            return lookup(list(self.blocks), self.tier_ends, self.steps, bits, rows, dim, bounds)
+            return lookup(self._tiers(), self.tier_ends, self.steps, bits, rows, dim, bounds)
         values = self._call(
             "tiered_embedding",
-            list(self.blocks),
+            self._tiers(),
             self.tier_ends,
             rows,
             embedding_dim=dim,

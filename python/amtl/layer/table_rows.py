@@ -143,7 +143,11 @@ class TableRows(nn.Module):
 
     def _table(self) -> list[nn.Parameter]:
         weight = self._parameters["weight"]
-        return list(self.blocks) if weight is None else [weight]
+        return self._tiers() if weight is None else [weight]
+
+    def _tiers(self) -> list[nn.Parameter]:
+        """The blocks; a ParameterList takes a microsecond for each."""
+        return list(self.blocks._parameters.values())  # type: ignore[arg-type]
 
     def table_parameters(self) -> list[nn.Parameter]:
         """The table: `[weight]`, or the blocks once frozen."""
@@ -302,12 +306,14 @@ class TableRows(nn.Module):
             self.head.set_temperature(first * (last / first) ** share)
 
     def _head(self) -> SizeHead:
-        if self.head is None:
+        # Not by its name, which a module looks for in three places.
+        head: SizeHead | None = self._modules["head"]  # type: ignore[assignment]
+        if head is None:
             raise RuntimeError(
                 "this layer was loaded from a packed file and has no size head; thaw(counts=...) "
                 "makes one"
             )
-        return self.head
+        return head
 
     def _named(self, error: IndexError) -> IndexError:
         text = str(error)
@@ -321,8 +327,11 @@ class TableRows(nn.Module):
 
     def _notice_learning(self, sizes: Tensor) -> None:
         """Warn once if the table learns and its sizes, which want to, are in no optimizer."""
+        if not self.training or self._untaught < 0 or not torch.is_grad_enabled():
+            return
         head, weight = self._head(), self.weight
-        if not (self.training and head.trains and self._untaught >= 0 and torch.is_grad_enabled()):
+        if not head.trains:
+            self._untaught = -1
             return
         if being_traced() or type(weight) is not nn.Parameter:
             return
@@ -400,6 +409,11 @@ class TableRows(nn.Module):
         """Other row numbers for indices; those out of range stay so, for the operator."""
         if self.options.bounds_check == "off" or self.num_embeddings == 0:
             return lookup(indices)
+        if indices.is_cpu and not being_traced() and type(indices) is Tensor and indices.numel():
+            # Without temporaries of the size of the indices, which cost more than the lookup.
+            low, high = torch.aminmax(indices)
+            if int(low) >= 0 and int(high) < self.num_embeddings:
+                return lookup(indices)
         inside = (indices >= 0) & (indices < self.num_embeddings)
         rows = lookup(indices.clamp(0, self.num_embeddings - 1))
         if self.options.bounds_check == "raise":
@@ -435,7 +449,8 @@ class TableRows(nn.Module):
         assert group is not None
 
         def lookup(rows: Tensor) -> Tensor:
-            other = stand_in[group[rows]]
+            of_rows = group.index_select(0, rows.reshape(-1))
+            other = stand_in.index_select(0, of_rows).view(rows.shape)
             moves = other >= 0 if padding is None else (other >= 0) & (rows != padding)
             return torch.where(moves, other.to(rows.dtype), rows)
 

@@ -1,0 +1,325 @@
+"""What users of the layers get: layers and collections with a fused optimizer, beside their peers.
+
+A layer is compared with the operator that it calls, and many tables with as many nn.Embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.contenders.amtl import OPTIMIZERS, Ours, by_sample, optimizer_class
+from bench.contenders.base import AutogradSession, Contender, Session, refuse_copy, table_rows
+from bench.inputs import Case, Problem, table_counts
+from bench.oracle import Equations, GivenSizes
+
+
+class _LayerRows:
+    """Rows of layers in either phase, one below the other."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = layers
+
+    def _parts(self, rows: Tensor) -> Iterable[tuple[Any, Tensor, Tensor]]:
+        start = 0
+        for layer in self._layers:
+            here = ((rows >= start) & (rows < start + layer.num_embeddings)).nonzero().squeeze(1)
+            yield layer, here, rows[here] - start
+            start += layer.num_embeddings
+
+    def read(self, rows: Tensor) -> Tensor:
+        """A copy of ``rows``, ``[U, D]``: unmasked in the search, zero-extended from tiers."""
+        return torch.cat(
+            [
+                (layer.weight if layer.phase == "search" else layer.dense_weight())[local]
+                for layer, _, local in self._parts(rows)
+            ]
+        ).detach()
+
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Puts values back."""
+        with torch.no_grad():
+            for layer, here, local in self._parts(rows):
+                if layer.phase == "search":
+                    layer.weight.index_copy_(0, local, values[here])
+                    continue
+                places = local if layer.row_order is None else layer.row_order[local].long()
+                start = 0
+                for block, end in zip(layer.blocks, layer.tier_ends, strict=True):
+                    mine = ((places >= start) & (places < end)).nonzero().squeeze(1)
+                    part = values[here[mine], : block.shape[1]].contiguous()
+                    block.index_copy_(0, places[mine] - start, part)
+                    start = end
+
+
+class _Product(Ours):
+    """A form of ours that takes a fused optimizer in steps.
+
+    Attributes:
+        frozen: Whether its tables are frozen before they are timed.
+    """
+
+    form = ""
+
+    def __init__(self, frozen: bool) -> None:
+        self.frozen = frozen
+        phase = "frozen" if frozen else "search"
+        self.name = f"{self.form}_{phase}"
+        self.title = f"{self.title}, {phase}"
+        self.equations = GivenSizes("kept")
+
+    def absent(self) -> str:
+        """Needs the layer package too."""
+        if importlib.util.find_spec("amtl") is None:
+            return "amtl is not importable"
+        return super().absent()
+
+    def refuses(self, case: Case) -> str:
+        """Its optimizer is fused, and a frozen table is a copy."""
+        if case.work == "backward":
+            return "its backward is a step"
+        if case.dtype != "float32":
+            return "measured in float32"
+        return refuse_copy(case, "the bookkeeping") or super().refuses(case)
+
+    def _fused(self, problem: Problem) -> Any:
+        case = problem.case
+        if case.work != "step":
+            return None
+        options: dict[str, Any] = {"lr": problem.learning_rate}
+        if case.optimizer != "sgd":
+            options["eps"] = problem.eps
+        kind = optimizer_class(case.optimizer)
+        assert kind is not None
+        return functools.partial(kind, **options)
+
+    def _settle(self, problem: Problem, layers: Sequence[Any]) -> Any:
+        """Freezes if need be, notes the sizes, and returns the optimizer."""
+        handle = layers[0].fused_optimizer
+        for layer in layers:
+            if self.frozen:
+                layer.freeze(handle)
+            layer.train()
+        self.equations = GivenSizes("kept", row_dims=torch.cat([e.row_dims() for e in layers]))
+        return handle
+
+    def _session(self, problem: Problem, layers: Sequence[Any], lookup: Any) -> Session:
+        handle = self._settle(problem, layers)
+        return AutogradSession(
+            problem,
+            lookup,
+            [p for layer in layers for p in layer.table_parameters()],
+            optimizer=handle,
+            rows=_LayerRows(layers),
+        )
+
+
+def _layer_options(problem: Problem, counts: Tensor) -> dict[str, Any]:
+    """Sizes in whole tiers: then what a frozen row stores is what it shows."""
+    case = problem.case
+    width = max(1, min(4, int(case.row_mean * case.dim / 4)))
+    return {
+        "counts": counts,
+        "budget": case.row_mean,
+        "sparse": True,
+        "granularity": width,
+        "tier_width": width,
+    }
+
+
+class Bag(_Product):
+    """``AMTLEmbeddingBag`` as a user has it."""
+
+    form = "amtl_bag"
+    title = "AMTLEmbeddingBag, fused optimizer"
+
+    def refuses(self, case: Case) -> str:
+        """One table, pooled."""
+        if case.tables > 1 or not case.pooled:
+            return "a layer of bags is one table"
+        return super().refuses(case)
+
+    def _layer(self, problem: Problem) -> Any:
+        import amtl
+
+        return amtl.AMTLEmbeddingBag(
+            *problem.weight.shape,
+            mode="sum",
+            _weight=problem.weight,
+            fused_optimizer=self._fused(problem),
+            **_layer_options(problem, torch.from_numpy(table_counts(problem.case))),
+        )
+
+    def prepare(self, problem: Problem) -> Session:
+        """A layer over the problem's weights, its sizes from the same counts and budget."""
+        layer = self._layer(problem)
+        ids, starts = problem.global_ids, problem.offsets[:-1]
+
+        def lookup(rotation: int) -> Tensor:
+            output: Tensor = layer(ids[rotation], starts)
+            return output
+
+        return self._session(problem, [layer], lookup)
+
+
+class BareBag(Bag):
+    """The operator that such a layer calls, over the very tensors, with the same optimizer."""
+
+    form = "amtl_bag_bare"
+    title = "the operator that AMTLEmbeddingBag calls"
+
+    def prepare(self, problem: Problem) -> Session:
+        """A layer, of which only the tensors are used."""
+        import amtl_kernels
+
+        layer = self._layer(problem)
+        handle = self._settle(problem, [layer])
+        ids, starts, dim = problem.global_ids, problem.offsets[:-1], problem.case.dim
+        source: Any = amtl_kernels if handle is None else amtl_kernels.fused
+        extra = {} if handle is None else {"optimizer": handle}
+        if self.frozen:
+            blocks, ends = list(layer.blocks), list(layer.tier_ends)
+
+            def lookup(rotation: int) -> Tensor:
+                output: Tensor = source.tiered_embedding_bag(
+                    blocks, ends, ids[rotation], starts, embedding_dim=dim, **extra
+                )
+                return output
+        else:
+            weight, row_group = layer.weight, layer.row_group
+            dims, mask, _ = layer.head()
+
+            def lookup(rotation: int) -> Tensor:
+                output: Tensor = source.adaptive_embedding_bag(
+                    weight, ids[rotation], starts, row_group, dims, mask, **extra
+                )
+                return output
+
+        return AutogradSession(
+            problem, lookup, layer.table_parameters(), rows=_LayerRows([layer]), optimizer=None
+        )
+
+
+def _refuse_many(case: Case) -> str:
+    if case.tables == 1 or case.bag_size > 1 or not case.pooled:
+        return "is for several tables with one lookup each"
+    return ""
+
+
+class Layers(_Product):
+    """One ``AMTLEmbedding`` a table, one optimizer for all, side by side as an MLP takes them."""
+
+    form = "amtl_layers"
+    title = "AMTLEmbedding per table, fused optimizer"
+
+    def refuses(self, case: Case) -> str:
+        """Needs several tables."""
+        return _refuse_many(case) or super().refuses(case)
+
+    def prepare(self, problem: Problem) -> Session:
+        """Layers over the problem's weights."""
+        import amtl
+
+        case = problem.case
+        counts = torch.from_numpy(table_counts(case))
+        layers = nn.ModuleList(
+            amtl.AMTLEmbedding(*part.shape, _weight=part, **_layer_options(problem, counts))
+            for part in problem.weight.split(problem.rows_per_table)
+        )
+        fused = self._fused(problem)
+        if fused is not None:
+            amtl.fuse(layers, fused)
+        ids = [list(rotation.view(case.tables, case.bags)) for rotation in problem.ids]
+        each = list(layers)
+
+        def lookup(rotation: int) -> Tensor:
+            return torch.cat([layer(i) for layer, i in zip(each, ids[rotation], strict=True)], 1)
+
+        return self._session(problem, each, lookup)
+
+
+class Collection(_Product):
+    """``AMTLEmbeddingCollection``: all tables in one call."""
+
+    form = "amtl_collection"
+    title = "AMTLEmbeddingCollection, fused optimizer"
+
+    def refuses(self, case: Case) -> str:
+        """Needs several tables."""
+        return _refuse_many(case) or super().refuses(case)
+
+    def prepare(self, problem: Problem) -> Session:
+        """A collection over the problem's weights."""
+        import amtl
+
+        case = problem.case
+        counts = [torch.from_numpy(table_counts(case))] * case.tables
+        options = {**_layer_options(problem, counts[0]), "counts": counts}
+        collection = amtl.AMTLEmbeddingCollection(
+            [problem.rows_per_table] * case.tables,
+            case.dim,
+            _weight=problem.weight,
+            fused_optimizer=self._fused(problem),
+            **options,
+        )
+        starts = torch.arange(case.tables) * problem.rows_per_table
+        samples = by_sample(problem)
+        assert samples is not None
+        ids = [rotation - starts for rotation in samples]
+
+        def lookup(rotation: int) -> Tensor:
+            output: Tensor = collection(ids[rotation])
+            return output.flatten(1)
+
+        return self._session(problem, [collection], lookup)
+
+
+class Embeddings(Contender):
+    """One ``nn.Embedding`` a table with dense gradients, as most models are written."""
+
+    name = "torch_embeddings"
+    title = "nn.Embedding per table"
+    equations = Equations("all")
+
+    def refuses(self, case: Case) -> str:
+        """Needs several tables; row-wise Adagrad does not exist here."""
+        if case.optimizer == "rowwise_adagrad":
+            return "torch.optim has no row-wise Adagrad"
+        return _refuse_many(case)
+
+    def prepare(self, problem: Problem) -> Session:
+        """Modules over the problem's storage."""
+        case = problem.case
+        tables = [
+            nn.Embedding.from_pretrained(part, freeze=False)
+            for part in problem.weight.split(problem.rows_per_table)
+        ]
+        parameters = [cast(nn.Parameter, table.weight) for table in tables]
+        ids = [list(rotation.view(case.tables, case.bags)) for rotation in problem.ids]
+
+        def lookup(rotation: int) -> Tensor:
+            return torch.cat([table(i) for table, i in zip(tables, ids[rotation], strict=True)], 1)
+
+        optimizer: Any = None
+        if case.work == "step":
+            kind: Any = getattr(torch.optim, OPTIMIZERS[case.optimizer])
+            options = {} if case.optimizer == "sgd" else {"eps": problem.eps}
+            optimizer = kind(parameters, lr=problem.learning_rate, **options)
+        return AutogradSession(
+            problem,
+            lookup,
+            parameters,
+            optimizer=optimizer,
+            gradient=lambda rows: table_rows(parameters, rows),
+        )
+
+
+def contenders() -> Iterable[Contender]:
+    """Those of this module."""
+    kinds = (Bag, BareBag, Layers, Collection)
+    return [Embeddings(), *(kind(frozen) for kind in kinds for frozen in (False, True))]
