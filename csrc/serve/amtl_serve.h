@@ -114,8 +114,8 @@ AMTL_API amtl_status amtl_lookup_i32(const amtl_layer* layer, const int32_t* ind
                                      float* out);
 
 /*
- * Looks rows up and pools them: bag b is indices[offsets[b]] .. indices[offsets[b + 1] - 1]. Bags of
- * nothing, or of padding only, are zeros. Indices behind the last bag are not looked at.
+ * Looks rows up and pools them: bag b is indices[offsets[b]] .. indices[offsets[b + 1] - 1]. Bags
+ * of nothing, or of padding only, are zeros. Indices behind the last bag are not looked at.
  *
  * indices: [count].
  * offsets: [bags + 1], from 0 on, never decreasing, up to count at most.

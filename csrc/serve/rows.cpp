@@ -73,9 +73,8 @@ AMTL_INLINE void Add(const Source* sources, const float* weights, int64_t count,
       Format::Each(sources[i], [sums](int32_t c, float x) AMTL_INLINED { sums[c] += x; });
     } else {
       const float weight = weights[i];
-      Format::Each(sources[i], [sums, weight](int32_t c, float x) AMTL_INLINED {
-        sums[c] = std::fma(x, weight, sums[c]);
-      });
+      Format::Each(sources[i], [sums, weight](int32_t c, float x)
+                                   AMTL_INLINED { sums[c] = std::fma(x, weight, sums[c]); });
     }
   }
 }

@@ -100,7 +100,8 @@ void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const 
   } else if (places < rows) {
     const std::vector<int64_t> all = stand_ins->Integers();
     shared = all.empty() ? -1 : all.back();
-    if (shared < 0 || shared >= places) Damaged("the shared row of \"" + prefix + "\" has no place");
+    if (shared < 0 || shared >= places)
+      Damaged("the shared row of \"" + prefix + "\" has no place");
   }
   if (config["padding_idx"].null()) return;
   padding_row = padding_place = config["padding_idx"].Integer();

@@ -35,17 +35,24 @@ struct Type {
   int64_t bytes;
 };
 constexpr Type kTypes[] = {
-    {"F64", "float64", 8},    {"F32", "float32", 4}, {"F16", "float16", 2},
-    {"BF16", "bfloat16", 2},  {"I64", "int64", 8},   {"I32", "int32", 4},
-    {"I16", "int16", 2},      {"I8", "int8", 1},     {"U8", "uint8", 1},
-    {"U16", "uint16", 2},     {"U32", "uint32", 4},  {"U64", "uint64", 8},
-    {"C64", "complex64", 8},  {"BOOL", "bool", 1},   {"F8_E4M3", "float8_e4m3fn", 1},
+    {"F64", "float64", 8},         {"F32", "float32", 4}, {"F16", "float16", 2},
+    {"BF16", "bfloat16", 2},       {"I64", "int64", 8},   {"I32", "int32", 4},
+    {"I16", "int16", 2},           {"I8", "int8", 1},     {"U8", "uint8", 1},
+    {"U16", "uint16", 2},          {"U32", "uint32", 4},  {"U64", "uint64", 8},
+    {"C64", "complex64", 8},       {"BOOL", "bool", 1},   {"F8_E4M3", "float8_e4m3fn", 1},
     {"F8_E5M2", "float8_e5m2", 1},
 };
 
 const Type* FindType(const std::string& name) {
   for (const Type& type : kTypes) {
     if (name == type.name) return &type;
+  }
+  return nullptr;
+}
+
+const Type* FindTorchType(const std::string& name) {
+  for (const Type& type : kTypes) {
+    if (name == type.torch_name) return &type;
   }
   return nullptr;
 }
@@ -136,9 +143,7 @@ TensorFile::TensorFile(const std::string& path) {
   }
 }
 
-TensorFile::~TensorFile() {
-  munmap(const_cast<uint8_t*>(data_), static_cast<size_t>(size_));
-}
+TensorFile::~TensorFile() { munmap(const_cast<uint8_t*>(data_), static_cast<size_t>(size_)); }
 
 void TensorFile::Map(const std::string& path) {
   const auto fail = [] { throw Failure(AMTL_ERROR_IO, std::strerror(errno)); };
@@ -215,9 +220,10 @@ void TensorFile::ReadSeal(const std::string& entry) {
       Damaged("its header disagrees about the tensors");
     }
     Tensor& tensor = found->second;
+    // Both know the type, by its two names, or both do not.
     const Type* type = FindType(tensor.type);
-    if (told[1].Integers() != tensor.shape ||
-        (type != nullptr && told[0].String() != type->torch_name)) {
+    const Type* named = FindTorchType(told[0].String());
+    if (type != named || told[1].Integers() != tensor.shape) {
       Damaged("its header disagrees about tensor \"" + found->first + "\"");
     }
     tensor.crc = ReadHex(told[2].String());
