@@ -10,7 +10,7 @@ import ctypes
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 
 OK, ARGUMENT, INDEX, IO, FORMAT, VERSION, DAMAGED, UNSUPPORTED, MEMORY = range(9)
@@ -42,8 +42,8 @@ class Library:
             getattr(self.c, name).argtypes = [c_void_p, c_size_t]
         for name in ("amtl_find", "amtl_find_table"):
             getattr(self.c, name).argtypes = [c_void_p, c_char_p]
-        one = "close kind layer_count table_count name rows dim bits padding layer_mode".split()
-        for name in one:
+        one = ("close", "kind", "layer_count", "table_count", "name", "rows", "dim", "bits")
+        for name in (*one, "padding", "layer_mode"):
             getattr(self.c, f"amtl_{name}").argtypes = [c_void_p]
         for suffix, index in (("", c_int64), ("_i32", c_int32)):
             many = POINTER(index)
@@ -151,6 +151,13 @@ def _pointer(values: array.array[float]) -> object:
     return ctypes.cast(values.buffer_info()[0], POINTER(c_float))
 
 
+def _result(call: Callable[..., array.array[float]], *arguments: object) -> bytes | int:
+    try:
+        return call(*arguments).tobytes()
+    except ServeError as error:
+        return error.status
+
+
 def everything(file: File) -> list[object]:
     """What a file gives for some rows of every table, and some bags; errors by their status."""
     found: list[object] = [file.kind]
@@ -161,19 +168,13 @@ def everything(file: File) -> list[object]:
             if len(rows) * view.dim > _MOST_VALUES:
                 continue
             ends = [0, 0, len(rows) // 2, len(rows)]
-            for call in (
-                lambda view=view, rows=rows: view.lookup(rows).tobytes(),
-                lambda view=view, rows=rows: view.lookup([*rows, view.rows]).tobytes(),
-                lambda view=view: view.lookup([-1]).tobytes(),
-                lambda view=view, rows=rows, ends=ends: view.bags(rows, ends, MEAN).tobytes(),
-                lambda view=view, rows=rows, ends=ends: view.bags(
-                    rows, ends, SUM, [0.5] * len(rows)
-                ).tobytes(),
-            ):
-                try:
-                    found.append(call())
-                except ServeError as error:
-                    found.append(error.status)
+            found += [
+                _result(view.lookup, rows),
+                _result(view.lookup, [*rows, view.rows]),
+                _result(view.lookup, [-1]),
+                _result(view.bags, rows, ends, MEAN),
+                _result(view.bags, rows, ends, SUM, [0.5] * len(rows)),
+            ]
     return found
 
 

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import amtl
-import amtl_kernels
 import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, AMTLEmbeddingCollection
@@ -26,6 +25,8 @@ from amtl.run.config import TrainConfig
 from amtl.run.training import start
 from amtl.store.tensors import document_writer, read_document
 from torch import nn
+
+import amtl_kernels
 
 from . import client
 from .client import DAMAGED, MEAN, SUM, VERIFY, Library, ServeError
