@@ -29,7 +29,7 @@ endef
 help:
 	@echo "make demo    train on real data, print AUC and memory, write a report and a packed model"
 	@echo "make test    the test suite"
-	@echo "make soak    random walks, damaged files and drawn lookups, for about an hour"
+	@echo "make soak    random walks, command lines, damaged files and lookups, for about an hour"
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make bench   the quick benchmark suite"
 	@echo "make docs    the documentation, into site/"
@@ -64,7 +64,8 @@ test: $(VENV)/.extra-test
 soak: $(VENV)/.extra-test
 	@seed=$$(date +%s); echo "AMTL_DAMAGE_SEED=$$seed"; OMP_NUM_THREADS=1 AMTL_SOAK=1 \
 		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load \
-		tests/amtl/test_walk.py tests/amtl/store/test_damage.py tests/kernels/test_lookup.py \
+		tests/amtl/test_walk.py tests/amtl/test_cli_fuzz.py tests/amtl/store/test_damage.py \
+		tests/kernels/test_lookup.py \
 		$(PYTEST_ARGS)
 
 lint: $(VENV)/.extra-demo $(VENV)/.extra-lint

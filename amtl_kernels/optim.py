@@ -98,8 +98,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 class RowOptimizer(torch.optim.Optimizer):
     """Runs one update for each parameter: sparse through the operators, dense in PyTorch."""
 
-    # The optimizer's number in the fused operators and its name in the others.
-    _number, _operator = -1, ""
+    # The optimizer's number in the operators.
+    _number = -1
     # State tensors, in the order of the operators.
     _names: tuple[str, ...] = ()
     # Whether the update itself depends on the step.
@@ -193,7 +193,12 @@ class RowOptimizer(torch.optim.Optimizer):
         if isinstance(step, Tensor):
             states.append(step)
             step = 1
-        hyper = [
+        hyper = self._hyper(group, step)
+        return self._number, states, hyper
+
+    def _hyper(self, group: dict[str, Any], step: int) -> list[float]:
+        """Hyperparameters as the operators take them."""
+        return [
             float(group["lr"]),
             group.get("eps", 0.0),
             group["weight_decay"],
@@ -201,7 +206,6 @@ class RowOptimizer(torch.optim.Optimizer):
             float(step),
             *([1.0] if group["stochastic_rounding"] else []),
         ]
-        return self._number, states, hyper
 
     def check_owns(self, tables: list[Tensor]) -> dict[str, Any]:
         """The parameter group that holds all ``tables``.
@@ -250,13 +254,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _sparse(self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any]) -> None:
         moments = self._moments(table, group)
-        step = int(self._advance(table, group))
-        seed = step if group["stochastic_rounding"] else None
-        counted = [step] if self._always_counts else []
-        eps = [group["eps"]] if "eps" in group else []
-        apply = getattr(torch.ops.amtl, f"apply_{self._operator}_")
-        rates = [float(group["lr"]), *group.get("betas", ()), *eps, group["weight_decay"]]
-        apply(table, *moments, rows, grads, *counted, *rates, seed)
+        hyper = self._hyper(group, int(self._advance(table, group)))
+        torch.ops.amtl.apply_([table], [rows], [grads], moments, self._number, hyper)
 
     def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         moments = self._moments(parameter, group)
@@ -302,7 +301,7 @@ class SGD(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number, _operator = 0, "sgd"
+    _number = 0
 
     def __init__(
         self,
@@ -345,7 +344,7 @@ class Adagrad(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number, _operator, _names = 1, "adagrad", ("sum",)
+    _number, _names = 1, ("sum",)
 
     def __init__(
         self,
@@ -382,7 +381,7 @@ class RowwiseAdagrad(Adagrad):
     rank keeps one sum per leading index. Arguments as for :class:`Adagrad`.
     """
 
-    _number, _operator = 2, "rowwise_adagrad"
+    _number = 2
 
     def _shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape[:1]
@@ -417,7 +416,7 @@ class Adam(RowOptimizer):
         ValueError: A hyperparameter is out of range.
     """
 
-    _number, _operator, _names = 3, "adam", ("exp_avg", "exp_avg_sq")
+    _number, _names = 3, ("exp_avg", "exp_avg_sq")
     _always_counts = True
 
     def __init__(

@@ -350,10 +350,10 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
     with stop:
         try:
             metrics: dict[str, Any] = trainer.run()
-        except Interrupted:
+        except Interrupted as stopped:
             command = f"amtl train --resume --out {shlex.quote(str(out))}"
             console.print(
-                f"stopped; a checkpoint is in {escape(str(out))}. Go on with: "
+                f"stopped; {escape(stopped.kept)} is in {escape(str(out))}. Go on with: "
                 f"[bold]{escape(command)}[/]"
             )
             sys.exit(failures.STOPPED)
@@ -450,7 +450,7 @@ def evaluate(
     )
     if unknown:
         listed = ", ".join(f"{k} {v:,}" for k, v in unknown.items())
-        text = f"values unseen in training: {escape(listed)}"
+        text = f"values without a row of their own: {escape(listed)}"
         console.print(text, style="dim", highlight=False)
 
 
@@ -508,7 +508,7 @@ def inspect(run: Run) -> None:
             f"{e['mean_size_of_lookups']:.2f}",
             f"{e['min_size']}–{e['max_size']}",
             f"{e['bytes']:,}",
-            f"{e['bytes'] / total:.1%}",
+            f"{e['bytes'] / max(total, 1):.1%}",
         )
     console.print(table)
     widths = methods.row_widths(trained.model.table).numpy()

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from amtl.data.registry import Source
+from amtl.errors import UserError
 from amtl.run import comparison, methods
 from amtl.run.config import TrainConfig
 from amtl.run.cut import Donor
@@ -112,7 +113,7 @@ def test_bits_are_raced_where_sizes_are_settled(task):
     ]
     # All rows get all numbers of 4 and 2 bits, so one candidate each is enough.
     assert list(candidates(settings(bits="auto", budget=0.25), None)) == [
-        "int4, 16 bits a number",
+        "int4, 4 bits a number",
         "int8, 4 bits a number",
         "int2, 4 bits a number",
     ]
@@ -285,6 +286,7 @@ def test_where_a_fixed_width_wins_less_is_tried_with_sizes():
         ([0.5, 0.6, 0.9], None, 12, True),
         ([0.5, 0.6, 0.7], None, 12, False),
         ([0.1, 0.2, 0.9], None, 8, False),
+        ([0.5, 0.58, 0.9], None, 12, True),
         ([0.5, 0.6, 0.9], 0.79, 12, False),
     ],
 )
@@ -296,10 +298,12 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
     made = []
 
     def make(config):
+        if made:
+            raise UserError("no size is smaller")
         made.append(config)
         return small
 
-    result, row = race_less(settings(), winner, make, Quiet(), lambda learner: learner.step())
+    result, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
     assert small.steps == steps
     assert result is (small if better else None)
     assert made[0].budget == pytest.approx(0.075)
@@ -338,18 +342,18 @@ def test_less_is_tried_as_long_as_it_is_better():
     winner = Scripted([0.5, 0.8])
     while not winner.finished:
         winner.step()
-    tried = [Scripted([0.5, score]) for score in (0.82, 0.85, 0.84, 0.99)]
+    tried = [Scripted([0.5, score]) for score in (0.79, 0.85, 0.84, 0.83, 0.99)]
     made = []
 
     def make(config):
         made.append(config.budget)
         return tried[len(made) - 1]
 
-    best, row = race_less(settings(), winner, make, Quiet(), lambda learner: learner.step())
+    best, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
     assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
-    assert row["name"] == "9% of the budget" and row["rival"]["score"] == 0.8
-    assert made == pytest.approx([0.075, 0.0225, 0.00675])
-    assert [learner.released for learner in tried] == [True, False, True, False]
+    assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
+    assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
+    assert [learner.released for learner in tried] == [True, False, True, True, False]
 
 
 @pytest.mark.parametrize("method", ["amtl", "rule"])
@@ -372,7 +376,7 @@ def test_a_race_that_was_stopped_begins_again_and_ends_the_same(source, tmp_path
     config = settings(method="amtl")
     expected = start(config, source=source).run()
     stopped = start(config, tmp_path, source=source, stop=lambda steps: steps >= 30)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="race is run again"):
         stopped.run()
     again = start(None, tmp_path, resume=True, source=source).run()
     for key in ("test_auc", "val_auc", "stored_bytes", "raced"):

@@ -24,7 +24,6 @@ ROOT = HERE.parent.parent
 REGISTERS = {
     "apply_kernel": 64,
     "check_kernel": 64,
-    "check_tables_kernel": 64,
     "combine_groups_kernel": 64,
     "combine_rows_kernel": 64,
     "combine_update_kernel": 96,
@@ -34,7 +33,6 @@ REGISTERS = {
     "keys_kernel": 64,
     "pieces_kernel": 96,
     "pooled_fwd_kernel": 96,
-    "pooled_tables_fwd_kernel": 96,
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,
     "sample_grad_kernel": 64,
@@ -64,7 +62,7 @@ def expected_vector_loads(entry: dict[str, Any]) -> int:
     kernel = entry["kernel"]
     if kernel == "gather_fwd_kernel":
         return loads
-    if kernel in ("pooled_fwd_kernel", "pooled_tables_fwd_kernel"):
+    if kernel == "pooled_fwd_kernel":
         return 3 * loads
     if kernel == "reduce_rows_kernel":
         return 3 * loads + (loads if c["WRITE_MASK"] else 0)
@@ -79,8 +77,7 @@ def expected_vector_loads(entry: dict[str, Any]) -> int:
 
 def width(entry: dict[str, Any]) -> int | None:
     """Columns of a row, None for kernels that know of none."""
-    c = entry["constants"]
-    found: int | None = c["STRIDE"] // c["T"] if "STRIDE" in c else c.get("D")
+    found: int | None = entry["constants"].get("D")
     return found
 
 
@@ -129,12 +126,17 @@ def test_every_kernel_is_compiled_for_every_architecture(report: list[dict[str, 
     for kernel in (
         "gather_fwd_kernel",
         "pooled_fwd_kernel",
-        "pooled_tables_fwd_kernel",
         "reduce_rows_kernel",
         "reduce_update_kernel",
         "apply_kernel",
     ):
         assert {(kernel, t) for t in types} <= dtypes
+    pooled = {
+        (entry["dtype"], entry["constants"]["TABLES"] > 0)
+        for entry in main
+        if entry["kernel"] == "pooled_fwd_kernel"
+    }
+    assert pooled == {(t, several) for t in types for several in (False, True)}
     updates = {
         (e["dtype"], e["constants"]["RULE"], e["constants"]["ROUND"])
         for e in main
@@ -178,7 +180,6 @@ def test_rows_are_stored_in_16_bytes(report: list[dict[str, Any]]) -> None:
     kernels = {
         "gather_fwd_kernel",
         "pooled_fwd_kernel",
-        "pooled_tables_fwd_kernel",
         "reduce_rows_kernel",
         "reduce_update_kernel",
         "apply_kernel",

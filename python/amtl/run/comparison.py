@@ -126,8 +126,8 @@ def verdict(metrics: Mapping[str, Any]) -> str | None:
         return None
     if less is not None and less["chosen"]:
         return (
-            f"{less['name']} validated better than all of it, so the model takes "
-            f"{metrics['stored_bytes']:,} bytes; --no-race spends the whole budget"
+            f"fewer bytes validated better than the whole budget, so the model takes "
+            f"{metrics['stored_bytes']:,}; --no-race spends all"
         )
     narrow = next((r for r in metrics.get("compared") or [] if r["name"] == FLAT), None)
     raced = (metrics["raced"] or {}).get("table", [])

@@ -31,20 +31,29 @@ _AUTO: list[tuple[int | None, float | None]] = [
 """What is tried for `--bits auto`: bits of a stored number, and what sizes depend on counts by."""
 
 _FOR_STEPS = 0.95
-_ALL_FITS = 1.1
+_ALMOST_ALL = 0.9
+"""Share of the numbers from which on a law of the count has nothing to decide."""
+
+_MIDDLE = 4.0
+"""Of `CAPACITY_BITS`: the law where none could be told better."""
+
+_MISSES = 2
+"""In a row, after which yet fewer bytes are not tried."""
+
 _FLAT_BITS = 1e4
 _LEAST_WEIGHT = 1e-3
 """Of the most telling field's weight; a field that helped nothing keeps so much."""
 
 LESS = 0.3
-"""Of the budget: tried too, because fewer numbers may overfit less."""
+"""Of the best model's bytes: tried too, because fewer numbers may overfit less."""
 
 DROPOUT = 0.1
 """Share of the embeddings' numbers zeroed in training, tried too: a table that is large for its
 data gains by it, one of few numbers a row loses."""
 
-_HOPELESS = 0.01
-"""So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up."""
+_HOPELESS = 0.03
+"""So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up;
+from .012 behind a table of few numbers, which learns for longer, has gone on to win by .02."""
 
 FULL, FLAT = "full size", "fixed width"
 
@@ -95,11 +104,10 @@ def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[s
         menu = _AUTO if not _has_law(config) else [(8, None), (4, None), (2, None)]
     whole = set()
     for number_bits, capacity in menu:
-        if number_bits is not None and config.budget * 32 / number_bits > _ALL_FITS:
-            # All rows get all their numbers, whatever the law.
-            if number_bits in whole:
-                continue
+        if number_bits is not None and config.budget * 32 / number_bits > _ALMOST_ALL:
             whole.add(number_bits)
+            if capacity not in (None, _MIDDLE):
+                continue
         options: dict[str, Any] = {} if number_bits is None else {"bits": number_bits}
         name = [] if number_bits is None else [f"int{number_bits}"]
         if capacity is not None:
@@ -212,15 +220,19 @@ def race(
 def race_less(
     sized: TrainConfig,
     winner: Learner,
+    used: float,
     make: Callable[[TrainConfig], Learner],
     observer: Observer,
     step: Callable[[Learner], None],
 ) -> tuple[Learner | None, dict[str, Any] | None]:
-    """Trains with a part of the budget, which is a limit and no aim, as long as that is better.
+    """Trains with fewer and fewer bytes, the budget being a limit and no aim.
+
+    Until it is twice in a row no better: the first step may only remove what overfits.
 
     Args:
         sized: settings of the best candidate whose rows differ in width.
         winner: the best model so far, trained to its end.
+        used: share of the full table's bytes that it stores.
         make: a fresh learner of given settings.
         observer: is told how it goes.
         step: takes one step of a learner.
@@ -229,24 +241,24 @@ def race_less(
         The best model with less of the budget that validates better, and its row with the winner's
         under `rival`; the row of the first one tried if none does; nothing where no size fits.
     """
-    rival, best, row = _row("all of the budget", winner), None, None
-    share = 1.0
-    while True:
+    rival, best, row = _row("the best before", winner), None, None
+    share, misses = min(used, sized.budget), 0
+    while misses < _MISSES:
         share *= LESS
-        try:
-            learner = make(replace(sized, budget=share * sized.budget))
-        except UserError:
+        learner, _ = _try(make, replace(sized, budget=share))
+        if learner is None:
             break
-        name = f"{100 * share:.2g}% of the budget"
+        name = f"{100 * share:.2g}% of the bytes"
         better, tried = contend(name, learner, best or winner, observer, step)
         if row is None or better is not None:
             row = {**tried, "rival": rival}
         if better is None:
             learner.release()
-            break
+            misses += 1
+            continue
         if best is not None:
             best.release()
-        best = better
+        best, misses = better, 0
     return best, row
 
 

@@ -46,7 +46,15 @@ from amtl.run.race import (
 
 
 class Interrupted(Exception):
-    """Training stopped on request; the run folder holds a checkpoint to resume from."""
+    """Training stopped on request; the run folder holds something to resume from.
+
+    Args:
+        kept: what that is.
+    """
+
+    def __init__(self, kept: str = "a checkpoint") -> None:
+        super().__init__(kept)
+        self.kept = kept
 
 
 def prepare(
@@ -179,7 +187,8 @@ class Trainer:
         # Nobody trains it any more, and candidates need the room.
         self.learner.release()
         try:
-            result = race(self.config, self._make, self.observer, self._racer())
+            racer = self._racer("the start (a race is run again)")
+            result = race(self.config, self._make, self.observer, racer)
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
@@ -204,7 +213,10 @@ class Trainer:
                 better, dropout = race_dropout(winner, self._make, self.observer, self._racer())
                 winner = better or winner
             sized = replace(winner.config, table_options=raced["sized"], budget=raced["budget"])
-            better, less = race_less(sized, winner, self._make, self.observer, self._racer())
+            assert winner.best is not None
+            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
+            make, observer = self._make, self.observer
+            better, less = race_less(sized, winner, used, make, observer, self._racer())
             winner = better or winner
             if is_worth_cutting(sized, raced["table"]):
                 given = replace(winner.config, table_options=raced["given"], budget=raced["budget"])
@@ -219,7 +231,8 @@ class Trainer:
             self._begin()
         self.save()
 
-    def _racer(self) -> Callable[[Learner], None]:
+    def _racer(self, kept: str = "a checkpoint") -> Callable[[Learner], None]:
+        """Takes steps of learners beside the one that checkpoints hold; `kept` is what does."""
         taken = 0
 
         def step(learner: Learner) -> None:
@@ -228,7 +241,7 @@ class Trainer:
             self.observer.step(learner.epochs, loss, samples)
             taken += 1
             if self.stop(taken):
-                raise Interrupted
+                raise Interrupted(kept)
 
         return step
 
