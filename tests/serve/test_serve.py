@@ -148,15 +148,16 @@ def test_bags_are_those_of_the_kernel(library, tmp_path, dtype, bits):
                 layer.mode = name
                 python = layer(*tensors, given)
                 rounded = torch.tensor(bags).reshape(python.shape).to(dtype)
-                if bits is None:
+                # Codes with step sizes of 16 bits are pooled in that type by PyTorch's operators.
+                if bits is None or dtype == torch.float32:
                     assert torch.equal(rounded, python), name
-                elif dtype == torch.float32:
-                    torch.testing.assert_close(rounded, python, rtol=1e-5, atol=1e-5)
 
 
 def test_without_row_order_and_with_a_row_for_all_others(library, tmp_path):
     counts = torch.arange(200).flip(0) ** 2
-    for shared in (None, [150], [0]):
+    # A row as wide as the shared one, so that it stays first, and places need no order.
+    counts[0] = 10**9
+    for shared in (None, [150], [0], [1]):
         layer = AMTLEmbeddingBag(
             200, 8, counts=counts, budget=0.2, shared_rows=shared, padding_idx=7
         )
