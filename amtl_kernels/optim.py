@@ -26,6 +26,7 @@ learning rate is captured as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any, overload
 
 import torch
@@ -188,8 +189,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         group = self.check_owns(tables)
         states = [state for table in tables for state in self._moments(table, group)]
-        steps = [self._advance(table, group) for table in tables]
-        step = steps[-1]
+        step = self._advance_together(tables, group)
         if isinstance(step, Tensor):
             states.append(step)
             step = 1
@@ -219,6 +219,15 @@ class RowOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: There is none.
         """
+        first, count = tables[0], len(tables)
+        for group in self.param_groups:
+            held = group["params"]
+            # Mostly they lie side by side, as the tiers of a table do.
+            for place, parameter in enumerate(held):
+                if parameter is first:
+                    side_by_side = held[place : place + count]
+                    if len(side_by_side) == count and all(map(is_, side_by_side, tables)):
+                        return group
         wanted = {id(table) for table in tables}
         for group in self.param_groups:
             if wanted <= {id(parameter) for parameter in group["params"]}:
@@ -251,6 +260,16 @@ class RowOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         step: Tensor = state["step"]
         return step if capturable else int(step)
+
+    def _advance_together(self, tables: list[Tensor], group: dict[str, Any]) -> int | Tensor:
+        """As `_advance` of each table; the last one's step."""
+        if self._always_counts or group["stochastic_rounding"]:
+            steps = [self.state[table].get("step") for table in tables]
+            if len(steps) > 1 and all(s is not None for s in steps):
+                torch._foreach_add_(steps, 1)
+                step: Tensor = steps[-1]
+                return step if group["capturable"] else int(step)
+        return [self._advance(table, group) for table in tables][-1]
 
     def _sparse(self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any]) -> None:
         moments = self._moments(table, group)
