@@ -410,7 +410,7 @@ class Layer(Ours):
         )
 
 
-class Codes(_Ours):
+class Codes(Ours):
     """Tables of few bits, of full width, as FBGEMM's: served only."""
 
     equations = Equations("all")
