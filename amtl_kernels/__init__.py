@@ -1,11 +1,10 @@
 """Fused operators for embedding tables whose rows have their own width."""
 
-from amtl_kernels import _autograd, _autograd_tables, backend, reference
+from amtl_kernels import _autograd, backend, reference
 from amtl_kernels._version import __version__
 
 backend.initialize()
 _autograd.register()
-_autograd_tables.register()
 
 from amtl_kernels import fused, optim  # noqa: E402
 from amtl_kernels.backend import (  # noqa: E402

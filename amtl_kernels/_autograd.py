@@ -2,422 +2,216 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amtl_kernels import _schema
+from amtl_kernels._arguments import CLAMP, Bags, Codes, Tables, clamped, split_masks
 
-_CLAMP = 2
-
-
-def _bags(offsets: Tensor, include_last_offset: bool) -> int | torch.SymInt:
-    return offsets.shape[0] - int(include_last_offset)
-
-
-def _fake_flat(weight: Tensor, indices: Tensor, *rest: object) -> Tensor:
-    return weight.new_empty(*indices.shape, weight.shape[1])
+_TABLES = len(Tables._fields)
+_BAGS = len(Bags._fields)
+_NAMES = tuple(argument.name for argument in torch.ops.amtl.lookup.default._schema.arguments)
 
 
-def _fake_masked_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    bounds_check: int,
-) -> Tensor:
-    return weight.new_empty(_bags(offsets, include_last_offset), weight.shape[1])
+def _widths(tables: Tables, bits: Sequence[int] | None) -> list[int]:
+    """Of every table's output."""
+    if tables.dims:
+        return list(tables.dims)
+    blocks = iter(tables.blocks)
+    widest = [max(next(blocks).shape[1] for _ in range(n)) for n in tables.block_counts]
+    if not bits:
+        return widest
+    return [width * 8 // each for width, each in zip(widest, bits, strict=True)]
 
 
-def _fake_adaptive_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    row_group: Tensor,
-    group_dims: Tensor,
-    group_mask: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    bounds_check: int,
-) -> Tensor:
-    return weight.new_empty(_bags(offsets, include_last_offset), weight.shape[1])
+def _fake_lookup(*arguments: Any) -> Tensor:
+    tables = Tables(*arguments[:_TABLES])
+    bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
+    steps, bits = (*arguments[_TABLES + 3 + _BAGS :], None, None)[:2]
+    widths = _widths(tables, bits)
+    like = steps[0] if steps else tables.blocks[0]
+    if bags.offsets is None:
+        return like.new_empty(*bags.indices.shape, widths[0])
+    ends = bags.offsets.shape[0] - int(bags.include_last_offset)
+    return like.new_empty(ends // len(widths), sum(widths))
 
 
-def _fake_tiered(
-    blocks: list[Tensor],
-    tier_ends: list[int],
-    indices: Tensor,
-    embedding_dim: int,
-    padding_idx: int,
-    bounds_check: int,
-) -> Tensor:
-    return blocks[0].new_empty(*indices.shape, embedding_dim)
-
-
-def _fake_tiered_bag(
-    blocks: list[Tensor],
-    tier_ends: list[int],
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    bounds_check: int,
-) -> Tensor:
-    return blocks[0].new_empty(_bags(offsets, include_last_offset), embedding_dim)
-
-
-_FAKE_LOOKUPS: dict[str, Callable[..., Tensor]] = {
-    "masked_embedding": _fake_flat,
-    "masked_embedding_bag": _fake_masked_bag,
-    "adaptive_embedding": _fake_flat,
-    "adaptive_embedding_bag": _fake_adaptive_bag,
-    "tiered_embedding": _fake_tiered,
-    "tiered_embedding_bag": _fake_tiered_bag,
-}
-
-
-def fake_rows(weight: Tensor, asked: bool) -> tuple[Tensor, Tensor]:
-    distinct = torch.library.get_ctx().new_dynamic_size() if asked else 0
-    rows = weight.new_empty(distinct, dtype=torch.int64)
-    return rows, weight.new_empty(distinct, weight.shape[1])
-
-
-def fake_psw(weight: Tensor, per_sample_weights: Tensor | None, asked: bool) -> Tensor:
-    if not asked or per_sample_weights is None:
-        return weight.new_empty(0)
-    return weight.new_empty(per_sample_weights.shape[0])
-
-
-def _fake_masked_backward(
-    grad: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (*fake_rows(weight, weight_grad), fake_psw(weight, per_sample_weights, psw_grad))
-
-
-def _fake_adaptive_backward(
-    grad: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_group: Tensor,
-    group_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    weight_grad: bool,
-    mask_grad: bool,
-    psw_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    groups = group_dims.shape[0] if mask_grad else 0
-    return (
-        *fake_rows(weight, weight_grad),
-        weight.new_empty(groups, weight.shape[1], dtype=compute),
-        fake_psw(weight, per_sample_weights, psw_grad),
-    )
-
-
-def _fake_tiered_backward(
-    grad: Tensor,
-    blocks: list[Tensor],
-    tier_ends: list[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    pairs = [fake_rows(block, weight_grad) for block in blocks]
-    psw = fake_psw(blocks[0], per_sample_weights, psw_grad)
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], psw
-
-
-def _fake_masked_update(
-    weight: Tensor,
-    state: list[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: list[float],
-) -> Tensor:
-    return fake_psw(weight, per_sample_weights, psw_grad)
-
-
-def _fake_adaptive_update(
-    weight: Tensor,
-    state: list[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_group: Tensor,
-    group_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    mask_grad: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: list[float],
-    groups_sorted: bool = False,
+def _fake_others(
+    tables: Tables, bags: Bags, mask_grad: bool, psw_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    groups = group_dims.shape[0] if mask_grad else 0
-    return (
-        weight.new_empty(groups, weight.shape[1], dtype=compute),
-        fake_psw(weight, per_sample_weights, psw_grad),
-    )
+    """Gradients of masks and of per-sample weights."""
+    like, psw = tables.blocks[0], bags.per_sample_weights
+    compute = torch.float64 if like.dtype == torch.float64 else torch.float32
+    values = 0
+    if mask_grad and tables.row_groups:
+        pairs = zip(tables.sizes, tables.blocks, strict=True)
+        values = sum(sizes.shape[0] * block.shape[1] for sizes, block in pairs)
+    weights = psw.shape[0] if psw_grad and psw is not None else 0
+    return like.new_empty(values, dtype=compute), like.new_empty(weights)
 
 
-def _fake_tiered_update(
-    blocks: list[Tensor],
-    state: list[Tensor],
-    grad: Tensor,
-    tier_ends: list[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: list[float],
-) -> Tensor:
-    return fake_psw(blocks[0], per_sample_weights, psw_grad)
+def _fake_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    tables = Tables(*arguments[1 : 1 + _TABLES])
+    bags = Bags(*arguments[1 + _TABLES : 1 + _TABLES + _BAGS])
+    weight_grad, mask_grad, psw_grad = arguments[-3:]
+    rows, grads = [], []
+    for block in tables.blocks:
+        distinct = torch.library.get_ctx().new_dynamic_size() if weight_grad else 0
+        rows.append(block.new_empty(distinct, dtype=torch.int64))
+        grads.append(block.new_empty(distinct, block.shape[1]))
+    return rows, grads, *_fake_others(tables, bags, mask_grad, psw_grad)
 
 
-_FAKE_BACKWARDS: dict[str, Callable[..., object]] = {
-    "masked_embedding_update_": _fake_masked_update,
-    "adaptive_embedding_update_": _fake_adaptive_update,
-    "tiered_embedding_update_": _fake_tiered_update,
-    "masked_embedding_backward": _fake_masked_backward,
-    "adaptive_embedding_backward": _fake_adaptive_backward,
-    "tiered_embedding_backward": _fake_tiered_backward,
-}
+def _fake_update(*arguments: Any) -> tuple[Tensor, Tensor]:
+    bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
+    mask_grad, psw_grad = arguments[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS]
+    return _fake_others(Tables(*arguments[:_TABLES]), bags, mask_grad, psw_grad)
 
 
-def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, dense: bool) -> Tensor:
-    if dense:
+def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
+    """The gradient ``[N, D]`` of a block whose ``rows`` have one."""
+    if not sparse:
         return grads.new_zeros(shape).index_copy(0, rows, grads)
     return torch.sparse_coo_tensor(
         rows.unsqueeze(0), grads, shape, is_coalesced=True, check_invariants=False
     )
 
 
-def _kept_indices(indices: Tensor, rows: int, bounds_check: int) -> Tensor:
-    """The indices as the forward used them."""
-    if bounds_check == _CLAMP:
-        return indices.clamp(0, rows - 1)
-    return indices
-
-
-class _Call:
-    """One lookup's arguments by name, whichever of the operators it is."""
-
-    def __init__(self, op: str) -> None:
-        schema = getattr(torch.ops.amtl, op).default._schema
-        self.names = tuple(argument.name for argument in schema.arguments)
-        self.tensors = tuple(
-            name
-            for name in self.names
-            if name
-            in {
-                "weight",
-                "indices",
-                "offsets",
-                "row_dims",
-                "row_group",
-                "group_dims",
-                "per_sample_weights",
-            }
-        )
-
-    def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        arguments = dict(zip(self.names, inputs, strict=True))
-        weight = arguments.get("weight")
-        rows = arguments["tier_ends"][-1] if weight is None else weight.shape[0]
-        arguments["indices"] = _kept_indices(arguments["indices"], rows, arguments["bounds_check"])
-        blocks = list(arguments.get("blocks", ()))
-        ctx.save_for_backward(*(arguments[name] for name in self.tensors), *blocks)
-        ctx.blocks = len(blocks)
-        ctx.tier_ends = list(arguments.get("tier_ends", ()))
-        ctx.embedding_dim = arguments.get("embedding_dim", 0)
-        ctx.mode = arguments.get("mode", 0)
-        ctx.padding_idx = arguments["padding_idx"]
-        ctx.include_last_offset = arguments.get("include_last_offset", False)
-        ctx.seed = arguments.get("seed", 0)
-        mask = arguments.get("group_mask")
-        ctx.mask_dtype = None if mask is None else mask.dtype
-
-    def saved(self, ctx: Any) -> tuple[dict[str, Tensor | None], list[Tensor]]:
-        saved = ctx.saved_tensors
-        named = dict(zip(self.tensors, saved[: len(self.tensors)], strict=True))
-        return named, list(saved[len(self.tensors) :])
-
-    def gradients(self, **by_name: object) -> tuple[object, ...]:
-        return tuple(by_name.get(name) for name in self.names)
-
-
-def _register_masked(op: str, suffix: str) -> None:
-    call = _Call(op + suffix)
-    weight_at = call.names.index("weight")
-    psw_at = call.names.index("per_sample_weights") if op.endswith("bag") else None
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
-        t, _ = call.saved(ctx)
-        weight = t["weight"]
-        assert weight is not None
-        wants_weight = ctx.needs_input_grad[weight_at]
-        wants_psw = psw_at is not None and ctx.needs_input_grad[psw_at]
-        rows, grads, psw = torch.ops.amtl.masked_embedding_backward(
-            grad.contiguous(),
-            weight,
-            t["indices"],
-            t.get("offsets"),
-            t["row_dims"],
-            t.get("per_sample_weights"),
-            ctx.mode,
-            ctx.padding_idx,
-            ctx.include_last_offset,
-            wants_weight,
-            wants_psw,
-        )
-        dense = bool(suffix)
-        return call.gradients(
-            weight=row_gradient(rows, grads, weight.shape, dense) if wants_weight else None,
-            per_sample_weights=psw if wants_psw else None,
-        )
-
-    torch.library.register_autograd(
-        f"amtl::{op}{suffix}", backward, setup_context=call.setup, lib=_schema.LIBRARY
+def _save(
+    ctx: Any, tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool
+) -> None:
+    indices = bags.indices
+    if bounds_check == CLAMP:
+        indices = clamped(indices, bags.offsets, tables.rows())
+    ctx.lists = [len(tables.blocks), len(tables.sizes), len(tables.row_groups)]
+    ctx.save_for_backward(
+        *(indices, bags.offsets, bags.per_sample_weights),
+        *(*tables.blocks, *tables.sizes, *tables.row_groups),
     )
+    ctx.tables = tables._replace(blocks=[], sizes=[], row_groups=[])
+    ctx.pooled = bags[3:]
+    ctx.mask_dtypes = [mask.dtype for mask in masks]
+    ctx.sparse = sparse
 
 
-def _register_adaptive(op: str, suffix: str) -> None:
-    call = _Call(op + suffix)
-    weight_at, mask_at = call.names.index("weight"), call.names.index("group_mask")
-    psw_at = call.names.index("per_sample_weights") if op.endswith("bag") else None
+class _Gradients(NamedTuple):
+    blocks: list[Tensor | None]
+    masks: list[Tensor | None]
+    per_sample_weights: Tensor | None
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
-        t, _ = call.saved(ctx)
-        weight = t["weight"]
-        assert weight is not None
-        wants_weight, wants_mask = ctx.needs_input_grad[weight_at], ctx.needs_input_grad[mask_at]
-        wants_psw = psw_at is not None and ctx.needs_input_grad[psw_at]
-        rows, grads, mask, psw = torch.ops.amtl.adaptive_embedding_backward(
-            grad.contiguous(),
-            weight,
-            t["indices"],
-            t.get("offsets"),
-            t["row_group"],
-            t["group_dims"],
-            t.get("per_sample_weights"),
-            ctx.mode,
-            ctx.padding_idx,
-            ctx.include_last_offset,
-            ctx.seed,
-            wants_weight,
-            wants_mask,
-            wants_psw,
-        )
-        dense = bool(suffix)
-        return call.gradients(
-            weight=row_gradient(rows, grads, weight.shape, dense) if wants_weight else None,
-            group_mask=mask.to(ctx.mask_dtype) if wants_mask else None,
-            per_sample_weights=psw if wants_psw else None,
-        )
 
-    torch.library.register_autograd(
-        f"amtl::{op}{suffix}", backward, setup_context=call.setup, lib=_schema.LIBRARY
+def _gradients(
+    ctx: Any, grad: Tensor, blocks: Sequence[bool], masks: Sequence[bool], wants_psw: bool
+) -> _Gradients:
+    """The gradients that are wanted, of what :func:`_save` has saved."""
+    saved = iter(ctx.saved_tensors)
+    bags = Bags(next(saved), next(saved), next(saved), *ctx.pooled)
+    weights, sizes, row_groups = ([next(saved) for _ in range(n)] for n in ctx.lists)
+    tables = ctx.tables._replace(blocks=weights, sizes=sizes, row_groups=row_groups)
+    rows, grads, flat, psw = torch.ops.amtl.lookup_backward(
+        grad.contiguous(), *tables, *bags, any(blocks), any(masks), wants_psw
     )
+    of_blocks = [
+        row_gradient(rows[c], grads[c], weight.shape, ctx.sparse) if blocks[c] else None
+        for c, weight in enumerate(weights)
+    ]
+    of_masks: list[Tensor | None] = [None] * len(ctx.mask_dtypes)
+    if any(masks):
+        parts = split_masks(flat, sizes, [weight.shape[1] for weight in weights])
+        every = zip(parts, ctx.mask_dtypes, masks, strict=True)
+        of_masks = [part.to(dtype) if wanted else None for part, dtype, wanted in every]
+    return _Gradients(of_blocks, of_masks, psw if wants_psw else None)
 
 
-def _register_tiered(op: str, suffix: str) -> None:
-    call = _Call(op + suffix)
-    psw_at = call.names.index("per_sample_weights") if op.endswith("bag") else None
+def _registered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tables, masks = Tables(*inputs[:_TABLES]), inputs[_TABLES]
+    bags = Bags(*inputs[_TABLES + 1 : _TABLES + 1 + _BAGS])
+    _save(ctx, tables, masks, bags, *inputs[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS])
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
-        t, blocks = call.saved(ctx)
-        wanted = list(ctx.needs_input_grad[0])
-        wants_psw = psw_at is not None and ctx.needs_input_grad[psw_at]
-        rows, grads, psw = torch.ops.amtl.tiered_embedding_backward(
-            grad.contiguous(),
-            blocks,
-            ctx.tier_ends,
-            t["indices"],
-            t.get("offsets"),
-            t.get("per_sample_weights"),
-            ctx.embedding_dim,
-            ctx.mode,
-            ctx.padding_idx,
-            ctx.include_last_offset,
-            any(wanted),
-            wants_psw,
-        )
-        dense = bool(suffix)
-        return call.gradients(
-            blocks=[
-                row_gradient(rows[c], grads[c], block.shape, dense) if wanted[c] else None
-                for c, block in enumerate(blocks)
-            ],
-            per_sample_weights=psw if wants_psw else None,
-        )
 
-    torch.library.register_autograd(
-        f"amtl::{op}{suffix}", backward, setup_context=call.setup, lib=_schema.LIBRARY
-    )
+def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
+    # Arguments that are left at their defaults are not passed on.
+    names = _NAMES[: len(ctx.needs_input_grad)]
+    wants = dict(zip(names, ctx.needs_input_grad, strict=True))
+    found = _gradients(ctx, grad, wants["blocks"], wants["masks"], wants["per_sample_weights"])
+    _, sizes, row_groups = ctx.lists
+    # PyTorch takes an empty list of numbers for one of tensors.
+    dims: list[None] | None = None if ctx.tables.dims else []
+    lists: dict[str, object] = {
+        "dims": dims,
+        "sizes": [None] * sizes,
+        "row_groups": [None] * row_groups,
+    }
+    named = {**lists, **found._asdict()}
+    return tuple(named.get(name) for name in names)
+
+
+def forward(
+    tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool = True
+) -> Tensor:
+    """The lookup alone, past the gradients that are registered with it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        out: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
+    return out
+
+
+def lookup_codes(tables: Tables, codes: Codes, bags: Bags, bounds_check: int) -> Tensor:
+    """The lookup in tables of few bits, which are constants."""
+    out: Tensor = torch.ops.amtl.lookup(*tables, [], *bags, bounds_check, True, *codes)
+    return out
+
+
+class _Lookup(torch.autograd.Function):
+    """What is registered with the operator, without PyTorch's search for tensors in its lists.
+
+    These searches, in Python and for every call, cost more than a small lookup.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], *learnable: Tensor | None) -> Tensor:
+        _save(ctx, *call)
+        return forward(*call)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _, wants_psw, *rest = ctx.needs_input_grad
+        count = len(ctx.mask_dtypes)
+        found = _gradients(ctx, grad, rest[count:], rest[:count], wants_psw)
+        return (None, found.per_sample_weights, *found.masks, *found.blocks)
+
+
+def lookup(
+    tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool
+) -> Tensor:
+    """The operator with its gradients."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        traced: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
+        return traced
+    if torch.is_grad_enabled():
+        learnable = (bags.per_sample_weights, *masks, *tables.blocks)
+        if any(tensor is not None and tensor.requires_grad for tensor in learnable):
+            out: Tensor = _Lookup.apply((tables, masks, bags, bounds_check, sparse), *learnable)
+            return out
+    return forward(tables, masks, bags, bounds_check, sparse)
 
 
 def register() -> None:
     """Registers fake implementations and gradients, once, when the package is imported."""
-    for op, fake in _FAKE_LOOKUPS.items():
-        for suffix in ("", "_densegrad"):
-            torch.library.register_fake(f"amtl::{op}{suffix}", fake, lib=_schema.LIBRARY)
-    for op, fake_backward in _FAKE_BACKWARDS.items():
-        torch.library.register_fake(f"amtl::{op}", fake_backward, lib=_schema.LIBRARY)
-    for op in _schema.SCHEMAS:
-        if op.startswith("apply_"):
-            torch.library.register_fake(f"amtl::{op}", lambda *_: None, lib=_schema.LIBRARY)
-    for suffix in ("", "_densegrad"):
-        for bag in ("", "_bag"):
-            _register_masked("masked_embedding" + bag, suffix)
-            _register_adaptive("adaptive_embedding" + bag, suffix)
-            _register_tiered("tiered_embedding" + bag, suffix)
+    fakes = {
+        "lookup": _fake_lookup,
+        "lookup_backward": _fake_backward,
+        "lookup_update_": _fake_update,
+        "apply_": lambda *_: None,
+    }
+    for op, fake in fakes.items():
+        torch.library.register_fake(f"amtl::{op}", fake, lib=_schema.LIBRARY)
+    torch.library.register_autograd(
+        "amtl::lookup",
+        _registered_backward,
+        setup_context=_registered_setup,
+        lib=_schema.LIBRARY,
+    )

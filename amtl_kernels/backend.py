@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from amtl_kernels import _schema, reference, reference_tables
+from amtl_kernels import _schema, reference
 from amtl_kernels._version import __version__
 
 Implementations = dict[str, Callable[..., object]]
@@ -185,26 +185,19 @@ def _late_triton(op: str, *args: object) -> object:
 @functools.cache
 def _triton_implementation(op: str) -> Callable[..., object]:
     implementations = _load_triton()
-    return implementations.get(op, _REFERENCE[op])
+    return implementations.get(op, reference.IMPLEMENTATIONS[op])
 
 
-_REFERENCE: Implementations = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
 _AUTOMATIC = torch.library.Library("amtl", "IMPL")
 
 
 def _register_automatic() -> None:
     """The fallbacks below native code. Triton itself is imported at its first use."""
-    for op, function in _REFERENCE.items():
+    for op, function in reference.IMPLEMENTATIONS.items():
         _AUTOMATIC.impl(op, function, "CompositeExplicitAutograd")
-    for op in _schema.LOOKUPS:
-        _AUTOMATIC.impl(
-            op + "_densegrad",
-            getattr(torch.ops.amtl, op).default,
-            "CompositeExplicitAutograd",
-        )
     _AUTOMATIC.impl("_warn_clamped", reference.warn_clamped, "CompositeExplicitAutograd")
     has_triton = not _triton_status().startswith(("not", "installed,"))
-    for op in _REFERENCE:
+    for op in reference.IMPLEMENTATIONS:
         native = torch._C._dispatch_has_kernel_for_dispatch_key(f"amtl::{op}", "CUDA")
         if has_triton and not native:
             _AUTOMATIC.impl(op, functools.partial(_late_triton, op), "CUDA")
@@ -212,7 +205,7 @@ def _register_automatic() -> None:
 
 def initialize() -> None:
     """Registers everything, once, when the package is imported."""
-    register_backend("reference", lambda: dict(_REFERENCE))
+    register_backend("reference", lambda: dict(reference.IMPLEMENTATIONS))
     register_backend("triton", _load_triton)
     _load_native()
     _register_automatic()

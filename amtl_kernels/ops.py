@@ -18,6 +18,14 @@ What all of them share:
 - ``sparse=True`` gives the table a coalesced sparse COO gradient with ``U`` rows, and nothing of
   size ``N * D`` is allocated; ``sparse=False`` gives a dense ``[N, D]`` gradient, for optimizers
   that refuse sparse ones.
+- ``steps`` and ``bits``: a table of tiers may hold codes of 2, 4 or 8 bits in place of numbers, the
+  first code in a byte's lowest bits; its blocks are uint8 ``[n_c, w_c * bits / 8]``. Code ``u`` of
+  tier ``c`` stands for ``(u - (2**bits - 1) / 2) * steps[c]``, computed in float32 in this order;
+  the output is float32, and so are ``per_sample_weights``. Such a table is a constant: there is no
+  gradient of it, nor of per-sample weights through it.
+- ``optimizer``: one of ``amtl_kernels.optim`` that holds the table. The backward then updates the
+  table and leaves it without a gradient (``amtl_kernels.fused`` says what that means); ``sparse``
+  has no effect.
 - An argument of another kind than asked for is a TypeError that names it.
 - ``torch.compile(fullgraph=True)`` traces them, gradients included. They can be differentiated
   once.
@@ -31,6 +39,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from amtl_kernels._arguments import Bags, Codes, Tables
+from amtl_kernels._calls import call, kind
+from amtl_kernels.optim import RowOptimizer
+
 BoundsCheck = Literal["raise", "clamp", "off"]
 Mode = Literal["sum", "mean"]
 
@@ -38,6 +50,7 @@ _BOUNDS = {"off": 0, "raise": 1, "clamp": 2}
 _MODES = {"sum": 0, "mean": 1}
 _INDEX_TYPES = (torch.int32, torch.int64)
 _SIZE_TYPES = (torch.uint8, torch.int32)
+_BITS = (2, 4, 8)
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -47,28 +60,27 @@ def _fail(message: str) -> None:
 
 def _check_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_kind(value)}: torch.as_tensor makes one")
+        raise TypeError(f"{name} must be a tensor, got {kind(value)}: torch.as_tensor makes one")
 
 
 def _check_whole(value: object, name: str) -> None:
     if not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number, got {_kind(value)}")
+        raise TypeError(f"{name} must be a whole number, got {kind(value)}")
 
 
 def _check_list(values: object, name: str, items: str) -> None:
     if isinstance(values, (str, Tensor)) or not hasattr(values, "__len__"):
-        raise TypeError(f"{name} must be a list of {items}, got {_kind(values)}")
+        raise TypeError(f"{name} must be a list of {items}, got {kind(values)}")
 
 
-def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
-def _check_table(weight: Tensor, name: str = "weight") -> None:
+def _check_table(weight: Tensor, name: str = "weight", codes: bool = False) -> None:
     _check_tensor(weight, name)
     if weight.dim() != 2:
         _fail(f"{name} must be [N, D], got shape {tuple(weight.shape)}")
-    if weight.dtype not in _WEIGHT_TYPES:
+    if codes:
+        if weight.dtype != torch.uint8:
+            _fail(f"{name} must be uint8, the type of codes, got {weight.dtype}")
+    elif weight.dtype not in _WEIGHT_TYPES:
         _fail(f"{name} must be float32, float16 or bfloat16, got {weight.dtype}")
     if not weight.is_contiguous():
         _fail(f"{name} must be contiguous: a copy of a table is not made silently")
@@ -120,7 +132,10 @@ def _check_groups(
 
 
 def _check_tiers(
-    blocks: Sequence[Tensor], tier_ends: Sequence[int], embedding_dim: int | None
+    blocks: Sequence[Tensor],
+    tier_ends: Sequence[int],
+    embedding_dim: int | None,
+    bits: int | None = None,
 ) -> int:
     _check_list(blocks, "blocks", "tensors")
     _check_list(tier_ends, "tier_ends", "whole numbers")
@@ -128,7 +143,7 @@ def _check_tiers(
         _fail(f"{len(blocks)} blocks and {len(tier_ends)} tier_ends: one end per block is needed")
     start = 0
     for c, (block, end) in enumerate(zip(blocks, tier_ends, strict=True)):
-        _check_table(block, f"blocks[{c}]")
+        _check_table(block, f"blocks[{c}]", bits is not None)
         _check_whole(end, f"tier_ends[{c}]")
         if block.shape[0] != end - start:
             _fail(f"blocks[{c}] has {block.shape[0]} rows, tier_ends say {end - start}")
@@ -136,6 +151,8 @@ def _check_tiers(
             _fail(f"blocks[{c}] differs from blocks[0] in dtype or device")
         start = end
     widest = max(int(block.shape[1]) for block in blocks)
+    if bits is not None:
+        widest = widest * 8 // bits
     dim = widest if embedding_dim is None else embedding_dim
     _check_whole(dim, "embedding_dim")
     if dim < widest:
@@ -143,6 +160,23 @@ def _check_tiers(
     if dim < 1:
         _fail("embedding_dim must be given, and at least 1, where no tier has any columns")
     return dim
+
+
+def _check_codes(blocks: Sequence[Tensor], steps: Tensor | None, bits: int | None) -> Codes | None:
+    if steps is None and bits is None:
+        return None
+    if steps is None or bits is None:
+        raise ValueError("steps and bits go together: a table has both or neither")
+    _check_whole(bits, "bits")
+    if bits not in _BITS:
+        _fail(f"bits must be 2, 4 or 8, got {bits}")
+    _check_tensor(steps, "steps")
+    _check_list(blocks, "blocks", "tensors")
+    if steps.dtype != torch.float32 or steps.shape != (len(blocks),):
+        _fail(f"steps must be float32 [{len(blocks)}], got {steps.dtype} {tuple(steps.shape)}")
+    if blocks and isinstance(blocks[0], Tensor) and steps.device != blocks[0].device:
+        _fail(f"steps are on {steps.device}, the table is on {blocks[0].device}")
+    return Codes([steps.detach().contiguous()], [int(bits)])
 
 
 def _padding(padding_idx: int | None, rows: int) -> int:
@@ -166,9 +200,10 @@ def _bags(
     offsets: Tensor | None,
     mode: str,
     per_sample_weights: Tensor | None,
+    padding_idx: list[int],
     include_last_offset: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, int, bool]:
-    """Flat indices, their offsets and weights, the mode's number, include_last_offset."""
+) -> Bags:
+    """Pooled lookups, checked, of flat indices."""
     if not isinstance(mode, str) or mode not in _MODES:
         _fail(f"mode must be 'sum' or 'mean', got {mode!r}")
     indices = _check_indices(indices, table.device)
@@ -193,7 +228,8 @@ def _bags(
         # int64 whatever the indices are: there may be more of them than int32 can count.
         bags, length = indices.shape
         offsets = torch.arange(0, bags + 1, device=indices.device).mul_(length)
-        return indices.reshape(-1), offsets, per_sample_weights, _MODES[mode], True
+        indices = indices.reshape(-1)
+        return Bags(indices, offsets, per_sample_weights, _MODES[mode], padding_idx, True)
     if indices.dim() != 1:
         _fail(f"indices must be 1-D with offsets, or 2-D, got shape {tuple(indices.shape)}")
     if offsets is None:
@@ -208,7 +244,13 @@ def _bags(
         _fail(f"offsets are on {offsets.device}, the table is on {table.device}")
     if include_last_offset and offsets.shape[0] == 0:
         _fail("include_last_offset needs at least one offset")
-    return indices, offsets.contiguous(), per_sample_weights, _MODES[mode], include_last_offset
+    pooling, offsets = _MODES[mode], offsets.contiguous()
+    return Bags(indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+
+
+def _plain(indices: Tensor, padding: int) -> Bags:
+    """Lookups without pooling."""
+    return Bags(indices, None, None, 0, [padding], False)
 
 
 def masked_embedding(
@@ -219,6 +261,7 @@ def masked_embedding(
     padding_idx: int | None = None,
     bounds_check: BoundsCheck = "raise",
     sparse: bool = True,
+    optimizer: RowOptimizer | None = None,
 ) -> Tensor:
     """Looks rows up and keeps a prefix of each: ``e_i * m_i`` of the paper's mask (section 3.2).
 
@@ -232,6 +275,7 @@ def masked_embedding(
         padding_idx: A row that gets no gradient; its value is looked up as usual.
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradient of ``weight`` is sparse (see the module).
+        optimizer: What updates ``weight`` in the backward, if anything does (see the module).
 
     Returns:
         ``indices.shape + [D]`` in the type of ``weight``.
@@ -245,12 +289,9 @@ def masked_embedding(
     _check_table(weight)
     indices = _check_indices(indices, weight.device)
     row_dims = _check_sizes(row_dims, "row_dims", weight.shape[0], weight.device, 1)
-    ops = torch.ops.amtl
-    op = ops.masked_embedding if sparse else ops.masked_embedding_densegrad
-    out: Tensor = op(
-        weight, indices, row_dims, _padding(padding_idx, weight.shape[0]), _bounds(bounds_check)
-    )
-    return out
+    bags = _plain(indices, _padding(padding_idx, weight.shape[0]))
+    tables = Tables([weight], [1], sizes=[row_dims])
+    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer)
 
 
 def masked_embedding_bag(
@@ -265,6 +306,7 @@ def masked_embedding_bag(
     include_last_offset: bool = False,
     bounds_check: BoundsCheck = "raise",
     sparse: bool = True,
+    optimizer: RowOptimizer | None = None,
 ) -> Tensor:
     """Looks rows up, keeps a prefix of each and pools them by bag.
 
@@ -285,6 +327,7 @@ def masked_embedding_bag(
             that end are ignored.
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradient of ``weight`` is sparse (see the module).
+        optimizer: What updates ``weight`` in the backward, if anything does (see the module).
 
     Returns:
         ``[B, D]`` in the type of ``weight``.
@@ -297,24 +340,12 @@ def masked_embedding_bag(
     Cost: ``O(L * k_mean + B * D)``; moves ``L * k_mean + B * D`` values and ``L`` sizes.
     """
     _check_table(weight)
-    indices, offsets, per_sample_weights, mode_number, include_last_offset = _bags(
-        weight, indices, offsets, mode, per_sample_weights, include_last_offset
-    )
+    padding = [_padding(padding_idx, weight.shape[0])]
+    weights = (per_sample_weights, padding, include_last_offset)
+    bags = _bags(weight, indices, offsets, mode, *weights)
     row_dims = _check_sizes(row_dims, "row_dims", weight.shape[0], weight.device, 1)
-    ops = torch.ops.amtl
-    op = ops.masked_embedding_bag if sparse else ops.masked_embedding_bag_densegrad
-    out: Tensor = op(
-        weight,
-        indices,
-        offsets,
-        row_dims,
-        per_sample_weights,
-        mode_number,
-        _padding(padding_idx, weight.shape[0]),
-        include_last_offset,
-        _bounds(bounds_check),
-    )
-    return out
+    tables = Tables([weight], [1], sizes=[row_dims])
+    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer)
 
 
 def adaptive_embedding(
@@ -328,6 +359,7 @@ def adaptive_embedding(
     padding_idx: int | None = None,
     bounds_check: BoundsCheck = "raise",
     sparse: bool = True,
+    optimizer: RowOptimizer | None = None,
 ) -> Tensor:
     """Looks rows up under masks that are being learned.
 
@@ -352,6 +384,7 @@ def adaptive_embedding(
             usual.
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradient of ``weight`` is sparse (see the module).
+        optimizer: What updates ``weight`` in the backward, if anything does (see the module).
 
     Returns:
         ``indices.shape + [D]`` in the type of ``weight``.
@@ -365,20 +398,10 @@ def adaptive_embedding(
     """
     _check_table(weight)
     indices = _check_indices(indices, weight.device)
-    row_group, group_dims = _check_groups(weight, row_group, group_dims, group_mask)
-    ops = torch.ops.amtl
-    op = ops.adaptive_embedding if sparse else ops.adaptive_embedding_densegrad
-    out: Tensor = op(
-        weight,
-        indices,
-        row_group,
-        group_dims,
-        group_mask,
-        seed,
-        _padding(padding_idx, weight.shape[0]),
-        _bounds(bounds_check),
-    )
-    return out
+    groups, sizes = _check_groups(weight, row_group, group_dims, group_mask)
+    bags = _plain(indices, _padding(padding_idx, weight.shape[0]))
+    tables = Tables([weight], [1], sizes=[sizes], row_groups=[groups], seed=seed)
+    return call(tables, [group_mask], bags, _bounds(bounds_check), sparse, optimizer)
 
 
 def adaptive_embedding_bag(
@@ -396,6 +419,7 @@ def adaptive_embedding_bag(
     seed: int = 0,
     bounds_check: BoundsCheck = "raise",
     sparse: bool = True,
+    optimizer: RowOptimizer | None = None,
 ) -> Tensor:
     """:func:`adaptive_embedding`, pooled by bag as in :func:`masked_embedding_bag`.
 
@@ -416,6 +440,7 @@ def adaptive_embedding_bag(
         seed: Chooses the size column of each row; any 64-bit integer.
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradient of ``weight`` is sparse (see the module).
+        optimizer: What updates ``weight`` in the backward, if anything does (see the module).
 
     Returns:
         ``[B, D]`` in the type of ``weight``.
@@ -428,27 +453,12 @@ def adaptive_embedding_bag(
     Cost: ``O(L * k_mean + B * D)`` forward; backward as :func:`adaptive_embedding`.
     """
     _check_table(weight)
-    indices, offsets, per_sample_weights, mode_number, include_last_offset = _bags(
-        weight, indices, offsets, mode, per_sample_weights, include_last_offset
-    )
-    row_group, group_dims = _check_groups(weight, row_group, group_dims, group_mask)
-    ops = torch.ops.amtl
-    op = ops.adaptive_embedding_bag if sparse else ops.adaptive_embedding_bag_densegrad
-    out: Tensor = op(
-        weight,
-        indices,
-        offsets,
-        row_group,
-        group_dims,
-        group_mask,
-        per_sample_weights,
-        mode_number,
-        _padding(padding_idx, weight.shape[0]),
-        include_last_offset,
-        seed,
-        _bounds(bounds_check),
-    )
-    return out
+    padding = [_padding(padding_idx, weight.shape[0])]
+    weights = (per_sample_weights, padding, include_last_offset)
+    bags = _bags(weight, indices, offsets, mode, *weights)
+    groups, sizes = _check_groups(weight, row_group, group_dims, group_mask)
+    tables = Tables([weight], [1], sizes=[sizes], row_groups=[groups], seed=seed)
+    return call(tables, [group_mask], bags, _bounds(bounds_check), sparse, optimizer)
 
 
 def tiered_embedding(
@@ -460,6 +470,9 @@ def tiered_embedding(
     padding_idx: int | None = None,
     bounds_check: BoundsCheck = "raise",
     sparse: bool = True,
+    optimizer: RowOptimizer | None = None,
+    steps: Tensor | None = None,
+    bits: int | None = None,
 ) -> Tensor:
     """Looks rows up in a frozen table that is stored as tiers of equal width.
 
@@ -475,9 +488,12 @@ def tiered_embedding(
         padding_idx: A row that gets no gradient; its value is looked up as usual.
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradients of the blocks are sparse (see the module).
+        optimizer: What updates the blocks in the backward, if anything does (see the module).
+        steps: Of blocks of codes, the step size of each: float32 ``[C]`` (see the module).
+        bits: Of blocks of codes, the bits of a code: 2, 4 or 8.
 
     Returns:
-        ``indices.shape + [D]`` in the type of the blocks.
+        ``indices.shape + [D]`` in the type of the blocks; float32 of codes.
 
     Raises:
         IndexError: An index is out of range and ``bounds_check="raise"``.
@@ -485,19 +501,12 @@ def tiered_embedding(
 
     Cost: ``O(L * D)``; moves ``L * (w_mean + D)`` values.
     """
-    dim = _check_tiers(blocks, tier_ends, embedding_dim)
+    codes = _check_codes(blocks, steps, bits)
+    dim = _check_tiers(blocks, tier_ends, embedding_dim, bits)
     indices = _check_indices(indices, blocks[0].device)
-    ops = torch.ops.amtl
-    op = ops.tiered_embedding if sparse else ops.tiered_embedding_densegrad
-    out: Tensor = op(
-        list(blocks),
-        list(tier_ends),
-        indices,
-        dim,
-        _padding(padding_idx, tier_ends[-1]),
-        _bounds(bounds_check),
-    )
-    return out
+    bags = _plain(indices, _padding(padding_idx, tier_ends[-1]))
+    tables = Tables(list(blocks), [len(blocks)], [dim])
+    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer, codes)
 
 
 def tiered_embedding_bag(
@@ -513,6 +522,9 @@ def tiered_embedding_bag(
     include_last_offset: bool = False,
     bounds_check: BoundsCheck = "raise",
     sparse: bool = True,
+    optimizer: RowOptimizer | None = None,
+    steps: Tensor | None = None,
+    bits: int | None = None,
 ) -> Tensor:
     """:func:`tiered_embedding`, pooled by bag as in :func:`masked_embedding_bag`.
 
@@ -528,9 +540,12 @@ def tiered_embedding_bag(
         include_last_offset: Whether ``offsets`` end with the end of the last bag.
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradients of the blocks are sparse (see the module).
+        optimizer: What updates the blocks in the backward, if anything does (see the module).
+        steps: Of blocks of codes, the step size of each: float32 ``[C]`` (see the module).
+        bits: Of blocks of codes, the bits of a code: 2, 4 or 8.
 
     Returns:
-        ``[B, D]`` in the type of the blocks.
+        ``[B, D]`` in the type of the blocks; float32 of codes.
 
     Raises:
         IndexError: An index is out of range and ``bounds_check="raise"``.
@@ -538,22 +553,10 @@ def tiered_embedding_bag(
 
     Cost: ``O(L * w_mean + B * D)``; moves ``L * w_mean + B * D`` values.
     """
-    dim = _check_tiers(blocks, tier_ends, embedding_dim)
-    indices, offsets, per_sample_weights, mode_number, include_last_offset = _bags(
-        blocks[0], indices, offsets, mode, per_sample_weights, include_last_offset
-    )
-    ops = torch.ops.amtl
-    op = ops.tiered_embedding_bag if sparse else ops.tiered_embedding_bag_densegrad
-    out: Tensor = op(
-        list(blocks),
-        list(tier_ends),
-        indices,
-        offsets,
-        per_sample_weights,
-        dim,
-        mode_number,
-        _padding(padding_idx, tier_ends[-1]),
-        include_last_offset,
-        _bounds(bounds_check),
-    )
-    return out
+    codes = _check_codes(blocks, steps, bits)
+    dim = _check_tiers(blocks, tier_ends, embedding_dim, bits)
+    padding = [_padding(padding_idx, tier_ends[-1])]
+    weights = (per_sample_weights, padding, include_last_offset)
+    bags = _bags(blocks[0] if steps is None else steps, indices, offsets, mode, *weights)
+    tables = Tables(list(blocks), [len(blocks)], [dim])
+    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer, codes)

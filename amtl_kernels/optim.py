@@ -26,6 +26,7 @@ learning rate is captured as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any, overload
 
 import torch
@@ -98,8 +99,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 class RowOptimizer(torch.optim.Optimizer):
     """Runs one update for each parameter: sparse through the operators, dense in PyTorch."""
 
-    # The optimizer's number in the fused operators and its name in the others.
-    _number, _operator = -1, ""
+    # The optimizer's number in the operators.
+    _number = -1
     # State tensors, in the order of the operators.
     _names: tuple[str, ...] = ()
     # Whether the update itself depends on the step.
@@ -188,12 +189,16 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         group = self.check_owns(tables)
         states = [state for table in tables for state in self._moments(table, group)]
-        steps = [self._advance(table, group) for table in tables]
-        step = steps[-1]
+        step = self._advance_together(tables, group)
         if isinstance(step, Tensor):
             states.append(step)
             step = 1
-        hyper = [
+        hyper = self._hyper(group, step)
+        return self._number, states, hyper
+
+    def _hyper(self, group: dict[str, Any], step: int) -> list[float]:
+        """Hyperparameters as the operators take them."""
+        return [
             float(group["lr"]),
             group.get("eps", 0.0),
             group["weight_decay"],
@@ -201,7 +206,6 @@ class RowOptimizer(torch.optim.Optimizer):
             float(step),
             *([1.0] if group["stochastic_rounding"] else []),
         ]
-        return self._number, states, hyper
 
     def check_owns(self, tables: list[Tensor]) -> dict[str, Any]:
         """The parameter group that holds all ``tables``.
@@ -215,6 +219,15 @@ class RowOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: There is none.
         """
+        first, count = tables[0], len(tables)
+        for group in self.param_groups:
+            held = group["params"]
+            # Mostly they lie side by side, as the tiers of a table do.
+            for place, parameter in enumerate(held):
+                if parameter is first:
+                    side_by_side = held[place : place + count]
+                    if len(side_by_side) == count and all(map(is_, side_by_side, tables)):
+                        return group
         wanted = {id(table) for table in tables}
         for group in self.param_groups:
             if wanted <= {id(parameter) for parameter in group["params"]}:
@@ -248,15 +261,20 @@ class RowOptimizer(torch.optim.Optimizer):
         step: Tensor = state["step"]
         return step if capturable else int(step)
 
+    def _advance_together(self, tables: list[Tensor], group: dict[str, Any]) -> int | Tensor:
+        """As `_advance` of each table; the last one's step."""
+        if self._always_counts or group["stochastic_rounding"]:
+            steps = [self.state[table].get("step") for table in tables]
+            if len(steps) > 1 and all(s is not None for s in steps):
+                torch._foreach_add_(steps, 1)
+                step: Tensor = steps[-1]
+                return step if group["capturable"] else int(step)
+        return [self._advance(table, group) for table in tables][-1]
+
     def _sparse(self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any]) -> None:
         moments = self._moments(table, group)
-        step = int(self._advance(table, group))
-        seed = step if group["stochastic_rounding"] else None
-        counted = [step] if self._always_counts else []
-        eps = [group["eps"]] if "eps" in group else []
-        apply = getattr(torch.ops.amtl, f"apply_{self._operator}_")
-        rates = [float(group["lr"]), *group.get("betas", ()), *eps, group["weight_decay"]]
-        apply(table, *moments, rows, grads, *counted, *rates, seed)
+        hyper = self._hyper(group, int(self._advance(table, group)))
+        torch.ops.amtl.apply_([table], [rows], [grads], moments, self._number, hyper)
 
     def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         moments = self._moments(parameter, group)
@@ -302,7 +320,7 @@ class SGD(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number, _operator = 0, "sgd"
+    _number = 0
 
     def __init__(
         self,
@@ -345,7 +363,7 @@ class Adagrad(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number, _operator, _names = 1, "adagrad", ("sum",)
+    _number, _names = 1, ("sum",)
 
     def __init__(
         self,
@@ -382,7 +400,7 @@ class RowwiseAdagrad(Adagrad):
     rank keeps one sum per leading index. Arguments as for :class:`Adagrad`.
     """
 
-    _number, _operator = 2, "rowwise_adagrad"
+    _number = 2
 
     def _shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape[:1]
@@ -417,7 +435,7 @@ class Adam(RowOptimizer):
         ValueError: A hyperparameter is out of range.
     """
 
-    _number, _operator, _names = 3, "adam", ("exp_avg", "exp_avg_sq")
+    _number, _names = 3, ("exp_avg", "exp_avg_sq")
     _always_counts = True
 
     def __init__(

@@ -9,7 +9,9 @@ gathered per lookup, ``O(L * D)`` memory for ``L`` lookups.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +19,13 @@ from torch import Tensor
 from amtl_kernels.rounding import mix, round_stochastically, rounding_bits, row_term
 
 SUM, MEAN = 0, 1
-"""Values of ``mode``."""
+"""Values of ``pooling``."""
 OFF, RAISE, CLAMP = 0, 1, 2
 """Values of ``bounds_check``."""
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
+"""Values of ``optimizer``."""
+
+_Result = TypeVar("_Result")
 
 
 def hash_columns(rows: Tensor, seed: int, columns: int) -> Tensor:
@@ -152,7 +158,7 @@ def _pool(
     flat: Tensor,
     offsets: Tensor,
     per_sample_weights: Tensor | None,
-    mode: int,
+    pooling: int,
     padding_idx: int,
     include_last_offset: bool,
 ) -> Tensor:
@@ -165,123 +171,228 @@ def _pool(
         terms = terms * per_sample_weights[: flat.numel()].to(compute)[:, None]
     out = torch.zeros(bags, values.shape[1], dtype=compute, device=values.device)
     out = out.index_add(0, bag[counted], terms[counted])
-    if mode == MEAN:
+    if pooling == MEAN:
         out = out * _mean_scale(bag, bags, counted, compute)[:, None]
     return out.to(values.dtype)
 
 
-def masked_embedding(
-    weight: Tensor, indices: Tensor, row_dims: Tensor, padding_idx: int, bounds_check: int
-) -> Tensor:
-    """``out[.., j] = weight[i, j]`` for ``j < row_dims[i]``, else 0."""
-    flat = check_indices(indices, weight.shape[0], bounds_check)
-    sizes = _check_sizes(row_dims[flat].to(torch.int64), weight.shape[1])
-    return _keep_prefix(weight[flat], sizes).reshape(*indices.shape, weight.shape[1])
+def widths_of(blocks: list[Tensor], bits: int) -> list[int]:
+    """Numbers in a row of each block, of codes of so many bits if not 0."""
+    return [block.shape[1] * 8 // bits if bits else block.shape[1] for block in blocks]
 
 
-def masked_embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    bounds_check: int,
-) -> Tensor:
-    """Masked rows pooled by bag."""
-    used = _in_bags(indices, offsets, include_last_offset)
-    values = masked_embedding(weight, used, row_dims, padding_idx, bounds_check)
-    flat = check_indices(used, weight.shape[0], bounds_check)
-    return _pool(values, flat, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
+def decode(codes: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Numbers ``[M, w]`` of rows of codes ``[M, w * bits / 8]``, in the type of ``step``."""
+    shifts = range(0, 8, bits)
+    parts = torch.stack([(codes >> shift) & (2**bits - 1) for shift in shifts], -1)
+    return (parts.flatten(1).to(step.dtype) - (2**bits - 1) / 2) * step
 
 
-def adaptive_embedding(
-    weight: Tensor,
-    indices: Tensor,
-    row_group: Tensor,
-    group_dims: Tensor,
-    group_mask: Tensor,
-    seed: int,
-    padding_idx: int,
-    bounds_check: int,
-) -> Tensor:
-    """As :func:`masked_embedding`, with sizes read through groups and hashed columns."""
-    flat = check_indices(indices, weight.shape[0], bounds_check)
-    sizes = _adaptive_sizes(flat, row_group, group_dims, seed, weight.shape[1])
-    return _keep_prefix(weight[flat], sizes).reshape(*indices.shape, weight.shape[1])
+@dataclass(frozen=True)
+class Table:
+    """One table of a call: its blocks, and how much of a row is kept."""
+
+    blocks: list[Tensor]
+    dim: int
+    sizes: Tensor | None
+    row_group: Tensor | None
+    seed: int
+    steps: Tensor | None = None
+    bits: int = 0
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers in a row of each block."""
+        return widths_of(self.blocks, self.bits)
+
+    @property
+    def rows(self) -> int:
+        """Of all blocks."""
+        return sum(block.shape[0] for block in self.blocks)
+
+    def slices(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Every block with its first row and the row after its last."""
+        start = 0
+        for block in self.blocks:
+            yield block, start, start + block.shape[0]
+            start += block.shape[0]
+
+    def values(self, flat: Tensor) -> Tensor:
+        """Whole rows ``[M, D]``, those of narrow blocks followed by zeros."""
+        like = self.blocks[0] if self.steps is None else self.steps
+        out = like.new_zeros(flat.numel(), self.dim)
+        for c, (block, start, end) in enumerate(self.slices()):
+            mine = ((flat >= start) & (flat < end)).nonzero()[:, 0]
+            rows = block[flat[mine] - start]
+            if self.steps is not None:
+                rows = decode(rows, self.steps[c], self.bits)
+            padded = torch.nn.functional.pad(rows, (0, self.dim - rows.shape[1]))
+            out = out.index_copy(0, mine, padded)
+        return out
+
+    def kept(self, flat: Tensor) -> Tensor:
+        """Kept sizes ``[M]`` of rows, int64."""
+        if self.sizes is None:
+            ends = torch.tensor([end for _, _, end in self.slices()], device=flat.device)
+            widths = torch.tensor(self.widths, device=flat.device)
+            return widths[torch.bucketize(flat, ends, right=True)]
+        if self.row_group is None:
+            return _check_sizes(self.sizes[flat].to(torch.int64), self.dim)
+        return _adaptive_sizes(flat, self.row_group, self.sizes, self.seed, self.dim)
 
 
-def adaptive_embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    row_group: Tensor,
-    group_dims: Tensor,
-    group_mask: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    bounds_check: int,
-) -> Tensor:
-    """As :func:`masked_embedding_bag`, with sizes read through groups and hashed columns."""
-    used = _in_bags(indices, offsets, include_last_offset)
-    values = adaptive_embedding(
-        weight, used, row_group, group_dims, group_mask, seed, padding_idx, bounds_check
+@dataclass(frozen=True)
+class Bags:
+    """The lookups in one table."""
+
+    indices: Tensor
+    offsets: Tensor | None
+    per_sample_weights: Tensor | None
+    pooling: int
+    padding_idx: int
+    include_last_offset: bool
+
+
+def check_codes(
+    blocks: list[Tensor],
+    block_counts: list[int],
+    sizes: list[Tensor],
+    steps: list[Tensor],
+    bits: list[int],
+) -> None:
+    """Raises ValueError unless tables of few bits are whole, and others are none."""
+
+    def check(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(message)
+
+    check(bool(steps) == bool(bits), "steps and bits go together")
+    if not steps:
+        of_codes = any(block.dtype == torch.uint8 for block in blocks)
+        check(not of_codes, "blocks of codes need steps and bits, and have no gradient")
+        return
+    check(
+        len(steps) == len(bits) == len(block_counts),
+        "one tensor of steps and one number of bits per table are needed",
     )
-    flat = check_indices(used, weight.shape[0], bounds_check)
-    return _pool(values, flat, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
-
-
-def tiered_embedding(
-    blocks: list[Tensor],
-    tier_ends: list[int],
-    indices: Tensor,
-    embedding_dim: int,
-    padding_idx: int,
-    bounds_check: int,
-) -> Tensor:
-    """Row ``i`` of tier ``c`` is ``blocks[c][i - tier_ends[c-1]]``, followed by zeros."""
-    flat = check_indices(indices, tier_ends[-1] if tier_ends else 0, bounds_check)
-    out = blocks[0].new_zeros(flat.numel(), embedding_dim)
-    start = 0
-    for block, end in zip(blocks, tier_ends, strict=True):
-        mine = ((flat >= start) & (flat < end)).nonzero()[:, 0]
-        padded = torch.nn.functional.pad(
-            block[flat[mine] - start], (0, embedding_dim - block.shape[1])
+    check(not sizes, "a table of few bits has no sizes")
+    of_codes = all(block.dtype == torch.uint8 for block in blocks)
+    check(of_codes, "a table of few bits must have blocks of uint8")
+    for mine, few, count in zip(steps, bits, block_counts, strict=True):
+        check(few in (2, 4, 8), f"bits must be 2, 4 or 8, got {few}")
+        check(
+            mine.dtype == torch.float32 and mine.shape == (count,),
+            f"steps must be float32 [{count}]",
         )
-        out = out.index_copy(0, mine, padded)
-        start = end
-    return out.reshape(*indices.shape, embedding_dim)
 
 
-def tiered_embedding_bag(
+def split_tables(
     blocks: list[Tensor],
-    tier_ends: list[int],
+    block_counts: list[int],
+    dims: list[int],
+    sizes: list[Tensor],
+    row_groups: list[Tensor],
+    seed: int,
+    steps: list[Tensor] | None = None,
+    bits: list[int] | None = None,
+) -> list[Table]:
+    """Every table on its own."""
+    check_codes(blocks, block_counts, sizes, steps or [], bits or [])
+    tables, first = [], 0
+    for t, count in enumerate(block_counts):
+        mine = list(blocks[first : first + count])
+        first += count
+        few = bits[t] if bits else 0
+        dim = dims[t] if dims else max(widths_of(mine, few))
+        row_group = row_groups[t] if row_groups else None
+        table = Table(mine, dim, sizes[t] if sizes else None, row_group, seed)
+        tables.append(replace(table, steps=steps[t], bits=few) if steps else table)
+    return tables
+
+
+def split_bags(
     indices: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
+    pooling: int,
+    padding_idx: list[int],
+    include_last_offset: bool,
+) -> list[Bags]:
+    """Every table's own lookups; offsets start at 0 in each."""
+    tables = len(padding_idx)
+    if offsets is None or tables == 1:
+        weights = per_sample_weights
+        return [Bags(indices, offsets, weights, pooling, padding_idx[0], include_last_offset)]
+    check_offsets(offsets, indices.numel())
+    bags, every = (offsets.numel() - 1) // tables, []
+    for t in range(tables):
+        mine = offsets[t * bags : (t + 1) * bags + 1]
+        part = slice(int(mine[0]), int(mine[-1]))
+        weights = None if per_sample_weights is None else per_sample_weights[part].contiguous()
+        begins = (mine - mine[0]).contiguous()
+        padding = padding_idx[t]
+        every.append(Bags(indices[part].contiguous(), begins, weights, pooling, padding, True))
+    return every
+
+
+def for_each(
+    run: Callable[[int, Table, Bags], _Result], tables: list[Table], every: list[Bags]
+) -> list[_Result]:
+    """Every table's result; errors name the table if there are several."""
+    results = []
+    for t, (table, bags) in enumerate(zip(tables, every, strict=True)):
+        try:
+            results.append(run(t, table, bags))
+        except (IndexError, ValueError) as error:  # noqa: PERF203
+            if len(tables) == 1:
+                raise
+            raise type(error)(f"table {t}: {error}") from None
+    return results
+
+
+def lookup(
+    blocks: list[Tensor],
+    block_counts: list[int],
+    dims: list[int],
+    sizes: list[Tensor],
+    row_groups: list[Tensor],
+    seed: int,
+    masks: list[Tensor],
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    pooling: int,
+    padding_idx: list[int],
     include_last_offset: bool,
     bounds_check: int,
+    sparse_grad: bool,
+    steps: list[Tensor] | None = None,
+    bits: list[int] | None = None,
 ) -> Tensor:
-    """Tier rows pooled by bag."""
-    used = _in_bags(indices, offsets, include_last_offset)
-    values = tiered_embedding(blocks, tier_ends, used, embedding_dim, padding_idx, bounds_check)
-    flat = check_indices(used, tier_ends[-1], bounds_check)
-    return _pool(values, flat, offsets, per_sample_weights, mode, padding_idx, include_last_offset)
+    """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
+
+    def forward(t: int, table: Table, bags: Bags) -> Tensor:
+        used = _in_bags(bags.indices, bags.offsets, bags.include_last_offset)
+        flat = check_indices(used, table.rows, bounds_check)
+        values = _keep_prefix(table.values(flat), table.kept(flat))
+        if bags.offsets is None:
+            return values.reshape(*bags.indices.shape, table.dim)
+        pooled = (bags.pooling, bags.padding_idx, bags.include_last_offset)
+        return _pool(values, flat, bags.offsets, bags.per_sample_weights, *pooled)
+
+    tables = split_tables(blocks, block_counts, dims, sizes, row_groups, seed, steps, bits)
+    every = split_bags(
+        indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
+    )
+    outs = for_each(forward, tables, every)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
 def _incoming(
     grad: Tensor,
     flat: Tensor,
     offsets: Tensor | None,
-    mode: int,
+    pooling: int,
     padding_idx: int,
     include_last_offset: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -295,7 +406,7 @@ def _incoming(
     if bags == 0:
         return grad.new_zeros(flat.numel(), grad.shape[1], dtype=compute), counted
     delta = grad.to(compute)[bag.clamp(min=0)]
-    if mode == MEAN:
+    if pooling == MEAN:
         delta = delta * _mean_scale(bag, bags, counted, compute)[bag.clamp(min=0), None]
     return delta, counted
 
@@ -323,111 +434,92 @@ def _psw_grad(
     return out
 
 
-def masked_embedding_backward(
-    grad: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row gradients ``(rows [U], grads [U, D])`` and the gradient of ``per_sample_weights``."""
-    used = _in_bags(indices, offsets, include_last_offset)
-    flat = check_indices(used, weight.shape[0], RAISE)
-    delta, counted = _incoming(grad, flat, offsets, mode, padding_idx, include_last_offset)
-    rows, grads, psw = flat.new_empty(0), weight.new_empty(0, weight.shape[1]), weight.new_empty(0)
-    if weight_grad:
-        rows, sums = _reduce_rows(_scale(delta, per_sample_weights), flat, counted)
-        grads = _keep_prefix(sums, row_dims[rows].to(torch.int64)).to(weight.dtype)
+@dataclass(frozen=True)
+class _Gradients:
+    rows: list[Tensor]
+    grads: list[Tensor]
+    mask: Tensor
+    psw: Tensor
+
+
+def _gradients(
+    grad: Tensor, table: Table, bags: Bags, weight_grad: bool, mask_grad: bool, psw_grad: bool
+) -> _Gradients:
+    """Gradients of one table: ``mask[g, j] = sum of delta_j * row_j`` over all ``j``, flat."""
+    used = _in_bags(bags.indices, bags.offsets, bags.include_last_offset)
+    flat = check_indices(used, table.rows, RAISE)
+    pooled = (bags.pooling, bags.padding_idx, bags.include_last_offset)
+    delta, counted = _incoming(grad, flat, bags.offsets, *pooled)
+    rows = [flat.new_empty(0) for _ in table.blocks]
+    grads = [block.new_empty(0, block.shape[1]) for block in table.blocks]
+    mask, psw = torch.empty(0, dtype=delta.dtype, device=delta.device), grad.new_empty(0)
+    if weight_grad or mask_grad:
+        every, sums = _reduce_rows(_scale(delta, bags.per_sample_weights), flat, counted)
+        if weight_grad:
+            kept = _keep_prefix(sums, table.kept(every))
+            for c, (block, start, end) in enumerate(table.slices()):
+                mine = (every >= start) & (every < end)
+                rows[c] = every[mine] - start
+                grads[c] = kept[mine, : block.shape[1]].to(block.dtype).contiguous()
+        if mask_grad and table.sizes is not None and table.row_group is not None:
+            products = sums * table.values(every).to(sums.dtype)
+            masks = torch.zeros(
+                table.sizes.shape[0], table.dim, dtype=sums.dtype, device=sums.device
+            )
+            mask = masks.index_add(0, table.row_group[every].to(torch.int64), products).flatten()
     if psw_grad:
-        sizes = row_dims[flat].to(torch.int64)
-        psw = _psw_grad(delta, weight[flat], sizes, counted, indices)
-    return rows, grads, psw
+        psw = _psw_grad(delta, table.values(flat), table.kept(flat), counted, bags.indices)
+    return _Gradients(rows, grads, mask, psw)
 
 
-def adaptive_embedding_backward(
+def lookup_backward(
     grad: Tensor,
-    weight: Tensor,
+    blocks: list[Tensor],
+    block_counts: list[int],
+    dims: list[int],
+    sizes: list[Tensor],
+    row_groups: list[Tensor],
+    seed: int,
     indices: Tensor,
     offsets: Tensor | None,
-    row_group: Tensor,
-    group_dims: Tensor,
     per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
+    pooling: int,
+    padding_idx: list[int],
     include_last_offset: bool,
-    seed: int,
     weight_grad: bool,
     mask_grad: bool,
     psw_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`masked_embedding_backward`, and the gradient of the soft mask.
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Distinct rows ``[U]`` of every block, counted within it, with their gradients ``[U, w]``.
 
-    ``group_mask_grad[g, j] = sum of delta_j * weight[i, j]`` over the lookups of the rows ``i`` of
-    group ``g`` and over all ``j``, masked ones too.
+    Also the gradients of the soft masks, flat, and of ``per_sample_weights``, which is zero for
+    padding and past the last bag.
     """
-    dim = weight.shape[1]
-    used = _in_bags(indices, offsets, include_last_offset)
-    flat = check_indices(used, weight.shape[0], RAISE)
-    delta, counted = _incoming(grad, flat, offsets, mode, padding_idx, include_last_offset)
-    rows, grads, psw = flat.new_empty(0), weight.new_empty(0, dim), weight.new_empty(0)
-    mask = torch.empty(0, dim, dtype=delta.dtype, device=weight.device)
-    if weight_grad or mask_grad:
-        all_rows, sums = _reduce_rows(_scale(delta, per_sample_weights), flat, counted)
-        if weight_grad:
-            rows = all_rows
-            sizes = _adaptive_sizes(rows, row_group, group_dims, seed, dim)
-            grads = _keep_prefix(sums, sizes).to(weight.dtype)
-        if mask_grad:
-            products = sums * weight[all_rows].to(sums.dtype)
-            mask = torch.zeros(group_dims.shape[0], dim, dtype=sums.dtype, device=sums.device)
-            mask = mask.index_add(0, row_group[all_rows].to(torch.int64), products)
-    if psw_grad:
-        sizes = _adaptive_sizes(flat, row_group, group_dims, seed, dim)
-        psw = _psw_grad(delta, weight[flat], sizes, counted, indices)
-    return rows, grads, mask, psw
-
-
-def tiered_embedding_backward(
-    grad: Tensor,
-    blocks: list[Tensor],
-    tier_ends: list[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Row gradients of every tier, rows counted from the tier's start."""
-    used = _in_bags(indices, offsets, include_last_offset)
-    flat = check_indices(used, tier_ends[-1], RAISE)
-    delta, counted = _incoming(grad, flat, offsets, mode, padding_idx, include_last_offset)
-    rows = [flat.new_empty(0) for _ in blocks]
-    grads = [block.new_empty(0, block.shape[1]) for block in blocks]
-    psw = blocks[0].new_empty(0)
-    if weight_grad:
-        all_rows, sums = _reduce_rows(_scale(delta, per_sample_weights), flat, counted)
-        start = 0
-        for c, (block, end) in enumerate(zip(blocks, tier_ends, strict=True)):
-            mine = (all_rows >= start) & (all_rows < end)
-            rows[c] = all_rows[mine] - start
-            grads[c] = sums[mine, : block.shape[1]].to(block.dtype).contiguous()
-            start = end
-    if psw_grad:
-        values = tiered_embedding(blocks, tier_ends, flat, embedding_dim, -1, OFF)
-        tier = torch.bucketize(flat, torch.tensor(tier_ends, device=flat.device), right=True)
-        widths = torch.tensor([block.shape[1] for block in blocks], device=flat.device)
-        psw = _psw_grad(delta, values, widths[tier], counted, indices)
-    return rows, grads, psw
+    tables = split_tables(blocks, block_counts, dims, sizes, row_groups, seed)
+    every = split_bags(
+        indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
+    )
+    columns = [grad]
+    if len(tables) > 1:
+        columns = [part.contiguous() for part in grad.split([table.dim for table in tables], 1)]
+    found = for_each(
+        lambda t, table, bags: _gradients(
+            columns[t], table, bags, weight_grad, mask_grad, psw_grad
+        ),
+        tables,
+        every,
+    )
+    psw = found[0].psw
+    if psw_grad and len(tables) > 1:
+        parts = torch.cat([one.psw for one in found])
+        psw = parts.new_zeros(indices.numel())
+        psw[: parts.numel()] = parts
+    return (
+        [rows for one in found for rows in one.rows],
+        [grads for one in found for grads in one.grads],
+        torch.cat([one.mask for one in found]),
+        psw,
+    )
 
 
 def kept_prefix(grads: Tensor) -> Tensor:
@@ -462,7 +554,7 @@ def _write(
         weight[rows] = round_stochastically(values, weight.dtype, bits)
 
 
-def apply_sgd_(
+def _apply_sgd(
     weight: Tensor,
     rows: Tensor,
     grads: Tensor,
@@ -475,7 +567,7 @@ def apply_sgd_(
     _write(weight, rows, kept, old - lr * g, rounding_seed)
 
 
-def apply_adagrad_(
+def _apply_adagrad(
     weight: Tensor,
     state_sum: Tensor,
     rows: Tensor,
@@ -493,7 +585,7 @@ def apply_adagrad_(
     _write(weight, rows, kept, old - lr * g / (state.sqrt() + eps), rounding_seed)
 
 
-def apply_rowwise_adagrad_(
+def _apply_rowwise_adagrad(
     weight: Tensor,
     state_sum: Tensor,
     rows: Tensor,
@@ -511,7 +603,7 @@ def apply_rowwise_adagrad_(
     _write(weight, rows, kept, old - lr * g / (state.sqrt() + eps)[:, None], rounding_seed)
 
 
-def apply_adam_(
+def _apply_adam(
     weight: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -537,171 +629,70 @@ def apply_adam_(
     _write(weight, rows, kept, old - change, rounding_seed)
 
 
-SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
-"""Values of ``optimizer``."""
-
-
-def split_state(
-    tables: int, state: list[Tensor], optimizer: int, hyper: list[float]
-) -> tuple[list[list[Tensor]], list[float]]:
-    """State table by table, and ``hyper`` with the step of the counter, if there is one."""
-    moments = (0, 1, 1, 2)[optimizer]
-    if len(state) == tables * moments + 1:
-        hyper = [*hyper[:5], float(state[-1]), *hyper[6:]]
-    return [state[t * moments : (t + 1) * moments] for t in range(tables)], hyper
-
-
-def update_rows(
-    weight: Tensor,
+def lookup_update_(
+    blocks: list[Tensor],
+    block_counts: list[int],
+    dims: list[int],
+    sizes: list[Tensor],
+    row_groups: list[Tensor],
+    seed: int,
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    pooling: int,
+    padding_idx: list[int],
+    include_last_offset: bool,
+    mask_grad: bool,
+    psw_grad: bool,
+    groups_sorted: bool,
     state: list[Tensor],
-    rows: Tensor,
-    grads: Tensor,
+    optimizer: int,
+    hyper: list[float],
+) -> tuple[Tensor, Tensor]:
+    """:func:`lookup_backward`, then :func:`apply_`, of whatever backend is set."""
+    tables = (blocks, block_counts, dims, sizes, row_groups, seed)
+    bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+    ops = torch.ops.amtl
+    rows, grads, masks, psw = ops.lookup_backward(grad, *tables, *bags, True, mask_grad, psw_grad)
+    ops.apply_(blocks, rows, grads, state, optimizer, hyper)
+    return masks, psw
+
+
+def apply_(
+    blocks: list[Tensor],
+    rows: list[Tensor],
+    grads: list[Tensor],
+    state: list[Tensor],
     optimizer: int,
     hyper: list[float],
 ) -> None:
-    """Whatever backend is set updates the rows: a fused backward is a backward and an update."""
+    """The optimizer's update of every block's ``rows``; a counter in ``state`` is the step."""
     lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
+    moments = (0, 1, 1, 2)[optimizer]
+    if len(state) == len(blocks) * moments + 1:
+        step = int(state[-1])
     seed = int(step) if any(stochastic) else None
-    ops = torch.ops.amtl
-    if optimizer == SGD:
-        ops.apply_sgd_(weight, rows, grads, lr, weight_decay, seed)
-    elif optimizer == ADAGRAD:
-        ops.apply_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay, seed)
-    elif optimizer == ROWWISE_ADAGRAD:
-        ops.apply_rowwise_adagrad_(weight, *state, rows, grads, lr, eps, weight_decay, seed)
-    else:
-        betas = (beta1, beta2)
-        ops.apply_adam_(weight, *state, rows, grads, int(step), lr, *betas, eps, weight_decay, seed)
-
-
-def masked_embedding_update_(
-    weight: Tensor,
-    state: list[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: list[float],
-) -> Tensor:
-    """:func:`masked_embedding_backward`, then the optimizer's update."""
-    rows, grads, psw = torch.ops.amtl.masked_embedding_backward(
-        grad,
-        weight,
-        indices,
-        offsets,
-        row_dims,
-        per_sample_weights,
-        mode,
-        padding_idx,
-        include_last_offset,
-        True,
-        psw_grad,
-    )
-    (mine,), hyper = split_state(1, state, optimizer, hyper)
-    update_rows(weight, mine, rows, grads, optimizer, hyper)
-    return psw
-
-
-def adaptive_embedding_update_(
-    weight: Tensor,
-    state: list[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_group: Tensor,
-    group_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    mask_grad: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: list[float],
-    groups_sorted: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """:func:`adaptive_embedding_backward`, then the optimizer's update."""
-    rows, grads, mask, psw = torch.ops.amtl.adaptive_embedding_backward(
-        grad,
-        weight,
-        indices,
-        offsets,
-        row_group,
-        group_dims,
-        per_sample_weights,
-        mode,
-        padding_idx,
-        include_last_offset,
-        seed,
-        True,
-        mask_grad,
-        psw_grad,
-    )
-    (mine,), hyper = split_state(1, state, optimizer, hyper)
-    update_rows(weight, mine, rows, grads, optimizer, hyper)
-    return mask, psw
-
-
-def tiered_embedding_update_(
-    blocks: list[Tensor],
-    state: list[Tensor],
-    grad: Tensor,
-    tier_ends: list[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: list[float],
-) -> Tensor:
-    """:func:`tiered_embedding_backward`, then the optimizer's update of every block."""
-    rows, grads, psw = torch.ops.amtl.tiered_embedding_backward(
-        grad,
-        blocks,
-        tier_ends,
-        indices,
-        offsets,
-        per_sample_weights,
-        embedding_dim,
-        mode,
-        padding_idx,
-        include_last_offset,
-        True,
-        psw_grad,
-    )
-    states, hyper = split_state(len(blocks), state, optimizer, hyper)
+    rates: list[float] = [lr, *([eps] if optimizer else []), weight_decay]
+    if optimizer == ADAM:
+        rates = [int(step), lr, beta1, beta2, eps, weight_decay]
     for c, block in enumerate(blocks):
-        update_rows(block, states[c], rows[c], grads[c], optimizer, hyper)
-    return psw
+        mine = state[c * moments : (c + 1) * moments]
+        _UPDATES[optimizer](block, *mine, rows[c], grads[c], *rates, seed)
 
+
+_UPDATES: tuple[Callable[..., None], ...] = (
+    _apply_sgd,
+    _apply_adagrad,
+    _apply_rowwise_adagrad,
+    _apply_adam,
+)
+"""By the number of the optimizer."""
 
 IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
-    "masked_embedding": masked_embedding,
-    "masked_embedding_bag": masked_embedding_bag,
-    "adaptive_embedding": adaptive_embedding,
-    "adaptive_embedding_bag": adaptive_embedding_bag,
-    "tiered_embedding": tiered_embedding,
-    "tiered_embedding_bag": tiered_embedding_bag,
-    "masked_embedding_backward": masked_embedding_backward,
-    "adaptive_embedding_backward": adaptive_embedding_backward,
-    "tiered_embedding_backward": tiered_embedding_backward,
-    "apply_sgd_": apply_sgd_,
-    "apply_adagrad_": apply_adagrad_,
-    "apply_rowwise_adagrad_": apply_rowwise_adagrad_,
-    "apply_adam_": apply_adam_,
-    "masked_embedding_update_": masked_embedding_update_,
-    "adaptive_embedding_update_": adaptive_embedding_update_,
-    "tiered_embedding_update_": tiered_embedding_update_,
+    "lookup": lookup,
+    "lookup_backward": lookup_backward,
+    "lookup_update_": lookup_update_,
+    "apply_": apply_,
 }
 """Operator name to reference."""

@@ -16,6 +16,8 @@ What the three functions share, beyond what ``amtl_kernels.ops`` says of all loo
   ``nn.EmbeddingBag`` would. Negative ones count from the end of their table.
 - ``bounds_check``: what to do about an index outside its table. The IndexError names the table, and
   counts the position from the table's first index.
+- ``optimizer``: one of ``amtl_kernels.optim`` that holds all tables in one group. The backward then
+  updates the tables and leaves them without gradients (see ``amtl_kernels.fused``).
 - Widths and numbers of rows may differ by table; type and device may not. Gradients of the tables
   are sparse.
 
@@ -25,30 +27,16 @@ On the CPU tables run in parallel, and a call is one sort and one walk a table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from amtl_kernels import ops
+from amtl_kernels._arguments import Bags, Codes, Tables
+from amtl_kernels._calls import call
 from amtl_kernels.ops import BoundsCheck, Mode
+from amtl_kernels.optim import RowOptimizer
 
 Padding = int | Sequence[int | None] | None
-
-
-@dataclass(frozen=True)
-class TableBags:
-    """The bags of a call, checked: what every form of the operators takes after its tables."""
-
-    indices: Tensor
-    offsets: Tensor
-    per_sample_weights: Tensor | None
-    mode: int
-    padding_idx: list[int]
-
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, int, list[int]]:
-        """In the order of the schemas."""
-        return self.indices, self.offsets, self.per_sample_weights, self.mode, self.padding_idx
 
 
 def _paddings(padding_idx: Padding, rows: Sequence[int]) -> list[int]:
@@ -72,7 +60,7 @@ def check_bags(
     mode: str,
     per_sample_weights: Tensor | None,
     padding_idx: Padding,
-) -> TableBags:
+) -> Bags:
     """Checks what the forms share, against one of the tables and the number of rows of each."""
     ops._check_tensor(indices, "indices")
     ops._check_tensor(offsets, "offsets")
@@ -80,10 +68,8 @@ def check_bags(
         raise ValueError("indices and offsets must be 1-D")
     if offsets.shape[0] < 1 or (offsets.shape[0] - 1) % len(rows):
         raise ValueError(f"offsets must hold {len(rows)} * B + 1 values, got {offsets.shape[0]}")
-    indices, offsets, weights, number, _ = ops._bags(
-        table, indices, offsets, mode, per_sample_weights, True
-    )
-    return TableBags(indices, offsets, weights, number, _paddings(padding_idx, rows))
+    paddings = _paddings(padding_idx, rows)
+    return ops._bags(table, indices, offsets, mode, per_sample_weights, paddings, True)
 
 
 def check_weights(weights: Sequence[Tensor], **others: Sequence[Tensor]) -> list[int]:
@@ -124,27 +110,14 @@ def check_groups(
     return [groups for groups, _ in pairs], [sizes for _, sizes in pairs]
 
 
-@dataclass(frozen=True)
-class Tiers:
-    """The tiers of all tables, checked and concatenated."""
-
-    blocks: list[Tensor]
-    counts: list[int]
-    ends: list[int]
-    dims: list[int]
-    rows: list[int]
-
-    def arguments(self) -> tuple[list[Tensor], list[int], list[int], list[int]]:
-        """In the order of the schemas."""
-        return self.blocks, self.counts, self.ends, self.dims
-
-
 def check_tiers(
     blocks: Sequence[Sequence[Tensor]],
     tier_ends: Sequence[Sequence[int]],
     embedding_dims: Sequence[int] | None,
-) -> Tiers:
-    """Checks every table's tiers."""
+    steps: Sequence[Tensor] | None = None,
+    bits: int | Sequence[int] | None = None,
+) -> tuple[Tables, Codes | None]:
+    """Checks every table's tiers, and concatenates them, and what makes numbers of codes."""
     ops._check_list(blocks, "blocks", "lists of tensors")
     ops._check_list(tier_ends, "tier_ends", "lists of whole numbers")
     given: Sequence[int | None] = embedding_dims or [None] * len(blocks)
@@ -152,20 +125,61 @@ def check_tiers(
     if not blocks or {len(tier_ends), len(given)} != {len(blocks)}:
         raise ValueError("one list of blocks, one of tier_ends and one width per table are needed")
     dims = []
+    every_steps, every_bits = _of_each(steps, bits, len(blocks))
+    codes = Codes([], [])
     for t, (mine, ends, dim) in enumerate(zip(blocks, tier_ends, given, strict=True)):
         try:
-            dims.append(ops._check_tiers(mine, ends, dim))
+            found = ops._check_codes(mine, every_steps[t], every_bits[t])
+            dims.append(ops._check_tiers(mine, ends, dim, every_bits[t]))
+            if found is not None:
+                codes.steps.extend(found.steps)
+                codes.bits.extend(found.bits)
         except (TypeError, ValueError) as error:
             raise type(error)(f"table {t}: {error}") from None
         if mine[0].dtype != blocks[0][0].dtype or mine[0].device != blocks[0][0].device:
             raise ValueError(f"table {t} differs from table 0 in type or device")
-    return Tiers(
-        [block for mine in blocks for block in mine],
-        [len(mine) for mine in blocks],
-        [end for ends in tier_ends for end in ends],
-        dims,
-        [ends[-1] for ends in tier_ends],
+    tables = Tables(
+        [block for mine in blocks for block in mine], [len(mine) for mine in blocks], dims
     )
+    return tables, codes if codes.bits else None
+
+
+def _of_each(
+    steps: Sequence[Tensor] | None, bits: int | Sequence[int] | None, count: int
+) -> tuple[Sequence[Tensor | None], Sequence[int | None]]:
+    """Step sizes and bits of each table."""
+    every_steps: Sequence[Tensor | None] = [None] * count
+    if steps is not None:
+        ops._check_list(steps, "steps", "tensors")
+        every_steps = steps
+    every_bits = bits if isinstance(bits, Sequence) else [bits] * count
+    if len(every_steps) != count or len(every_bits) != count:
+        raise ValueError(f"{len(every_steps)} steps and {len(every_bits)} bits for {count} tables")
+    return every_steps, every_bits
+
+
+# How errors begin that no table is named in.
+_OF_ALL_TABLES = ("offsets", "the tables of a fused lookup")
+
+
+def _call(
+    tables: Tables,
+    masks: Sequence[Tensor],
+    bags: Bags,
+    bounds_check: str,
+    optimizer: RowOptimizer | None,
+    codes: Codes | None = None,
+) -> Tensor:
+    """Looks up; the operators name a table in errors only where there are several."""
+    arguments = (tables, masks, bags, ops._bounds(bounds_check), True, optimizer, codes)
+    if len(tables.block_counts) > 1:
+        return call(*arguments)
+    try:
+        return call(*arguments)
+    except (IndexError, ValueError) as error:
+        if str(error).startswith(_OF_ALL_TABLES):
+            raise
+        raise type(error)(f"table 0: {error}") from None
 
 
 def masked_embedding_bag_tables(
@@ -178,6 +192,7 @@ def masked_embedding_bag_tables(
     per_sample_weights: Tensor | None = None,
     padding_idx: Padding = None,
     bounds_check: BoundsCheck = "raise",
+    optimizer: RowOptimizer | None = None,
 ) -> Tensor:
     """:func:`masked_embedding_bag` of ``T`` tables in one call.
 
@@ -190,6 +205,7 @@ def masked_embedding_bag_tables(
         per_sample_weights: ``[L]``; only with ``"sum"``. Gets a gradient.
         padding_idx: A row that counts for nothing: one for every table, or a list.
         bounds_check: What to do about an index outside its table.
+        optimizer: What updates the tables in the backward, if anything does.
 
     Returns:
         ``[B, D_0 + .. + D_(T-1)]`` in the type of the tables.
@@ -203,13 +219,9 @@ def masked_embedding_bag_tables(
     """
     rows = check_weights(weights, row_dims=row_dims)
     bags = check_bags(weights[0], rows, indices, offsets, mode, per_sample_weights, padding_idx)
-    out: Tensor = torch.ops.amtl.masked_embedding_bag_tables(
-        list(weights),
-        check_row_dims(weights, row_dims),
-        *bags.arguments(),
-        ops._bounds(bounds_check),
-    )
-    return out
+    sizes = check_row_dims(weights, row_dims)
+    tables = Tables(list(weights), [1] * len(weights), sizes=sizes)
+    return _call(tables, [], bags, bounds_check, optimizer)
 
 
 def adaptive_embedding_bag_tables(
@@ -225,6 +237,7 @@ def adaptive_embedding_bag_tables(
     padding_idx: Padding = None,
     seed: int = 0,
     bounds_check: BoundsCheck = "raise",
+    optimizer: RowOptimizer | None = None,
 ) -> Tensor:
     """:func:`adaptive_embedding_bag` of ``T`` tables in one call.
 
@@ -241,6 +254,7 @@ def adaptive_embedding_bag_tables(
         padding_idx: A row that counts for nothing: one for every table, or a list.
         seed: Chooses the size column of each row, in every table.
         bounds_check: What to do about an index outside its table.
+        optimizer: What updates the tables in the backward, if anything does.
 
     Returns:
         ``[B, D_0 + .. + D_(T-1)]`` in the type of the tables.
@@ -257,16 +271,9 @@ def adaptive_embedding_bag_tables(
     )
     groups, sizes = check_groups(weights, row_groups, group_dims, group_masks)
     bags = check_bags(weights[0], rows, indices, offsets, mode, per_sample_weights, padding_idx)
-    out: Tensor = torch.ops.amtl.adaptive_embedding_bag_tables(
-        list(weights),
-        groups,
-        sizes,
-        list(group_masks),
-        *bags.arguments(),
-        seed,
-        ops._bounds(bounds_check),
-    )
-    return out
+    counts = [1] * len(weights)
+    tables = Tables(list(weights), counts, sizes=sizes, row_groups=groups, seed=seed)
+    return _call(tables, group_masks, bags, bounds_check, optimizer)
 
 
 def tiered_embedding_bag_tables(
@@ -280,6 +287,9 @@ def tiered_embedding_bag_tables(
     embedding_dims: Sequence[int] | None = None,
     padding_idx: Padding = None,
     bounds_check: BoundsCheck = "raise",
+    optimizer: RowOptimizer | None = None,
+    steps: Sequence[Tensor] | None = None,
+    bits: int | Sequence[int] | None = None,
 ) -> Tensor:
     """:func:`tiered_embedding_bag` of ``T`` tables in one call.
 
@@ -293,9 +303,12 @@ def tiered_embedding_bag_tables(
         embedding_dims: ``T`` widths ``D_t``; each table's widest block by default.
         padding_idx: A row that counts for nothing: one for every table, or a list.
         bounds_check: What to do about an index outside its table.
+        optimizer: What updates the tables in the backward, if anything does.
+        steps: Of blocks of codes (``amtl_kernels.ops``), for each table float32 ``[C_t]``.
+        bits: Of blocks of codes, the bits of a code: 2, 4 or 8, one number or each table's own.
 
     Returns:
-        ``[B, D_0 + .. + D_(T-1)]`` in the type of the blocks.
+        ``[B, D_0 + .. + D_(T-1)]`` in the type of the blocks; float32 of codes.
 
     Raises:
         IndexError: An index is out of range and ``bounds_check="raise"``.
@@ -303,10 +316,8 @@ def tiered_embedding_bag_tables(
 
     Cost: that of ``T`` calls of :func:`tiered_embedding_bag`, less their overhead.
     """
-    tiers = check_tiers(blocks, tier_ends, embedding_dims)
-    table = tiers.blocks[0]
-    bags = check_bags(table, tiers.rows, indices, offsets, mode, per_sample_weights, padding_idx)
-    out: Tensor = torch.ops.amtl.tiered_embedding_bag_tables(
-        *tiers.arguments(), *bags.arguments(), ops._bounds(bounds_check)
-    )
-    return out
+    tables, codes = check_tiers(blocks, tier_ends, embedding_dims, steps, bits)
+    rows = [ends[-1] for ends in tier_ends]
+    like = tables.blocks[0] if codes is None else codes.steps[0]
+    bags = check_bags(like, rows, indices, offsets, mode, per_sample_weights, padding_idx)
+    return _call(tables, [], bags, bounds_check, optimizer, codes)

@@ -165,27 +165,37 @@ for dtype in (torch.float32, torch.bfloat16):
         p = torch.randn(v["l"], device="cuda").to(dtype)
         grad = torch.randn(v["b"], d, device="cuda").to(dtype)
         ops = torch.ops.amtl
-        ops.masked_embedding(w, i, k, -1, 1)
-        ops.adaptive_embedding_bag(w, i, o, g, s, w, p, 0, 3, False, 5, 1)
-        ops.adaptive_embedding_backward(grad, w, i, o, g, s, p, 0, 3, False, 5, True, True, True)
+        rows = ([w], [1], [], [k], [], 0)
+        groups = ([w], [1], [], [s], [g], 5)
+        ops.lookup(*rows, [], i, None, None, 0, [-1], False, 1, True)
+        ops.lookup(*groups, [w], i, o, p, 0, [3], False, 1, True)
+        ops.lookup_backward(grad, *groups, i, o, p, 0, [3], False, True, True, True)
         state = torch.zeros(v["n"], device="cuda")
-        ops.adaptive_embedding_update_(
-            w, [state], grad, i, o, g, s, None, 1, 3, False, 5, True, False, 2,
+        ops.lookup_update_(
+            *groups, grad, i, o, None, 1, [3], False, True, False, False, [state], 2,
             [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
         # Adam, its steps counted in device memory; groups in order; weights rounded at random.
         moments = [torch.zeros(v["n"], d, device="cuda") for _ in range(2)]
         counter = torch.ones((), dtype=torch.int64, device="cuda")
-        ops.adaptive_embedding_update_(
-            w, [*moments, counter], grad, i, o, g.sort().values, s, None, 0, 3, False, 5, True,
-            False, 3, [0.1, 1e-8, 0.0, 0.9, 0.99, 1.0, 1.0], True)
-        rows, grads, _ = ops.masked_embedding_backward(
-            grad, w, i, o, k, None, 0, -1, False, True, False)
-        ops.apply_adam_(w, *moments, rows, grads, 2, 0.1, 0.9, 0.99, 1e-8, 0.0)
+        ordered = ([w], [1], [], [s], [g.sort().values], 5)
+        ops.lookup_update_(
+            *ordered, grad, i, o, None, 0, [3], False, True, False, True, [*moments, counter], 3,
+            [0.1, 1e-8, 0.0, 0.9, 0.99, 1.0, 1.0])
+        found, grads, _, _ = ops.lookup_backward(
+            grad, *rows, i, o, None, 0, [-1], False, True, False, False)
+        ops.apply_([w], found, grads, moments, 3, [0.1, 1e-8, 0.0, 0.9, 0.99, 2.0])
         half = max(1, d // 2)
         blocks = [w[:200].contiguous(), w[200:, :half].contiguous()]
-        ops.tiered_embedding_bag(blocks, [200, v["n"]], i, o, p, d, 0, -1, False, 1)
-        ops.tiered_embedding_backward(grad, blocks, [200, v["n"]], i, o, p, d, 0, -1, False, True,
-                                      True)
+        tiers = (blocks, [2], [d], [], [], 0)
+        ops.lookup(*tiers, [], i, o, p, 0, [-1], False, 1, True)
+        ops.lookup_backward(grad, *tiers, i, o, p, 0, [-1], False, True, False, True)
+        # Both tables in one call, of the same bags.
+        both = ([w, *blocks], [1, 2], [], [], [], 0)
+        twice = (torch.cat([i, i]), torch.cat([o, o + v["l"], o.new_tensor([2 * v["l"]])]))
+        pair = torch.cat([grad, grad], 1)
+        bags = (*twice, None, 0, [-1, -1], True)
+        ops.lookup(*both, [], *bags, 1, True)
+        ops.lookup_backward(pair, *both, *bags, True, False, False)
 torch.cuda.synchronize()
 print("done")
 """

@@ -171,61 +171,31 @@ def ours(case: Case) -> dict[str, Callable[[], object]]:
     c = case
     state = c.torch.zeros(c.rows, device=DEVICE)
     states = [c.torch.zeros(len(block), device=DEVICE) for block in c.blocks]
-    group = (c.row_group, c.group_dims)
-    bags = (0, -1, False)
+    plain: tuple[Any, ...] = (c.indices, None, None, 0, [-1], False)
+    bags = (c.indices, c.offsets, None, 0, [-1], False)
+    tier_bags = (c.tier_indices, *bags[1:])
+    search = ([c.weight], [1], [], [c.group_dims], [c.row_group], 0)
+    tiers = (c.blocks, [len(c.blocks)], [c.dim], [], [], 0)
+    # Groups rise along the rows of a case, as a table in frequency order has them.
+    with_mask, without = (True, False, True), (False, False, False)
 
     def pooled() -> object:
-        return ops.adaptive_embedding_bag(
-            c.weight, c.indices, c.offsets, *group, c.mask, None, *bags, 0, 0
-        )
+        return ops.lookup(*search, [c.mask], *bags, 0, True)
 
     def frozen() -> object:
-        return ops.tiered_embedding_bag(
-            c.blocks, c.tier_ends, c.tier_indices, c.offsets, None, c.dim, *bags, 0
-        )
+        return ops.lookup(*tiers, [], *tier_bags, 0, True)
 
     def update() -> object:
-        return ops.adaptive_embedding_update_(
-            c.weight,
-            [state],
-            c.grad,
-            c.indices,
-            c.offsets,
-            *group,
-            None,
-            *bags,
-            0,
-            True,
-            False,
-            ROWWISE,
-            HYPER,
-            # Groups rise along the rows of a case, as a table in frequency order has them.
-            True,
-        )
+        return ops.lookup_update_(*search, c.grad, *bags, *with_mask, [state], ROWWISE, HYPER)
 
     def frozen_update() -> object:
-        return ops.tiered_embedding_update_(
-            c.blocks,
-            states,
-            c.grad,
-            c.tier_ends,
-            c.tier_indices,
-            c.offsets,
-            None,
-            c.dim,
-            *bags,
-            False,
-            ROWWISE,
-            HYPER,
-        )
+        return ops.lookup_update_(*tiers, c.grad, *tier_bags, *without, states, ROWWISE, HYPER)
 
     return {
-        "gather": lambda: ops.adaptive_embedding(c.weight, c.indices, *group, c.mask, 0, -1, 0),
+        "gather": lambda: ops.lookup(*search, [c.mask], *plain, 0, True),
         "pooled": pooled,
         "frozen pooled": frozen,
-        "search backward": lambda: ops.adaptive_embedding_backward(
-            c.grad, c.weight, c.indices, c.offsets, *group, None, *bags, 0, True, True, False
-        ),
+        "search backward": lambda: ops.lookup_backward(c.grad, *search, *bags, True, True, False),
         "search step": lambda: (pooled(), update()),
         "frozen step": lambda: (frozen(), frozen_update()),
     }

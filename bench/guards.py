@@ -161,16 +161,16 @@ def _kernels() -> dict[str, Callable[[int], Callable[[], object]]]:
     def search_backward(lookups: int) -> Callable[[], object]:
         bags = lookups // _BAG
         return functools.partial(
-            op.adaptive_embedding_backward, problem.grad[:bags], problem.weight, ids[:lookups],
-            problem.offsets[:bags], problem.row_group, problem.group_dims, None, 0, -1, False, 1,
-            True, True, False,
+            op.lookup_backward, problem.grad[:bags], [problem.weight], [1], [],
+            [problem.group_dims], [problem.row_group], 1, ids[:lookups], problem.offsets[:bags],
+            None, 0, [-1], False, True, True, False,
         )  # fmt: skip
 
     def frozen_backward(lookups: int) -> Callable[[], object]:
         bags = lookups // _BAG
         return functools.partial(
-            op.tiered_embedding_backward, problem.grad[:bags], blocks, tiers.ends,
-            tiers.rank[ids[:lookups]], problem.offsets[:bags], None, _DIM, 0, -1, False, True,
+            op.lookup_backward, problem.grad[:bags], blocks, [len(blocks)], [_DIM], [], [], 0,
+            tiers.rank[ids[:lookups]], problem.offsets[:bags], None, 0, [-1], False, True, False,
             False,
         )  # fmt: skip
 
@@ -178,9 +178,8 @@ def _kernels() -> dict[str, Callable[[int], Callable[[], object]]]:
         rows = torch.arange(lookups)
         grads = torch.ones(lookups, _DIM)
         state = torch.zeros(_ROWS)
-        return functools.partial(
-            op.apply_rowwise_adagrad_, problem.weight, state, rows, grads, 0.01, 1e-8, 0.0
-        )
+        step = (2, [0.01, 1e-8, 0.0, 0.0, 0.0, 1.0])
+        return functools.partial(op.apply_, [problem.weight], [rows], [grads], [state], *step)
 
     return {
         "search bag forward": search,

@@ -30,6 +30,8 @@ LOOKUPS = (
     "amtl_search",
     "amtl_masked",
     *FROZEN,
+    "amtl_int8",
+    "amtl_int4",
 )
 
 

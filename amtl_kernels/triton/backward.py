@@ -1,8 +1,8 @@
-"""The three backward operators: sort, reduce, and the gradient of ``per_sample_weights``."""
+"""The gradients of lookups: sort, reduce, and the gradient of ``per_sample_weights``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ def gradients(
     table: Table,
     weights: Sequence[Tensor],
     weight_grad: bool,
-    mask: Tensor | None,
+    mask_grad: bool,
     psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Gradients of one table or several; waits once, for how many distinct rows there are.
 
     Args:
@@ -30,13 +30,15 @@ def gradients(
         table: The table, or the tables.
         weights: Its one tensor, or those of its tiers or tables.
         weight_grad: Whether row gradients are wanted.
-        mask: Gets the mask gradients, if they are wanted: fp32 [G, D] or flat.
+        mask_grad: Whether mask gradients are wanted, which tables without groups have none of.
         psw_grad: Whether the gradient of per-sample weights is wanted.
 
     Returns:
-        Rows [U] and gradients [U, D] of each of ``weights``, and the gradient of per-sample weights
-        [L]; all of 0 rows where they are not wanted.
+        Rows [U] and gradients [U, D] of each of ``weights``, mask gradients (flat, fp32) and the
+        gradient of per-sample weights [L]; all of 0 rows where they are not wanted.
     """
+    masks = lookups.mask_gradients(table.dim, mask_grad)
+    mask = masks if masks.numel() else None
     none = torch.empty(0, dtype=torch.int64, device=lookups.flat.device)
     rows = [torch.empty_like(none) for _ in weights]
     grads = [weight.new_empty(0, weight.shape[1]) for weight in weights]
@@ -64,91 +66,4 @@ def gradients(
                 # The kernel sees the gradients as tiers too, of the positions in the list of rows.
                 out = Table.by_tiers(grads, ends, table.dim, keep=False)
         reduce_rows(lookups, plan, table, places, all_rows, out, mask)
-    return rows, grads, sample_grad(lookups, table, psw_grad)
-
-
-def empty_mask(table: Table, lookups: Lookups, wanted: bool) -> Tensor:
-    """fp32 [G, D], or [0, D] if not wanted."""
-    groups = lookups.groups if wanted else 0
-    return torch.empty(groups, table.dim, dtype=torch.float32, device=lookups.flat.device)
-
-
-def masked_embedding_backward(
-    grad: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row gradients ``(rows [U], grads [U, D])`` and the gradient of ``per_sample_weights``."""
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags)
-    table = Table.by_rows(weight, row_dims)
-    (rows,), (grads,), psw = gradients(lookups, table, [weight], weight_grad, None, psw_grad)
-    return rows, grads, psw
-
-
-def adaptive_embedding_backward(
-    grad: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_group: Tensor,
-    group_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    weight_grad: bool,
-    mask_grad: bool,
-    psw_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`masked_embedding_backward`, and the gradient of the soft mask.
-
-    ``group_mask_grad[g, j] = sum of delta_j * weight[i, j]`` over the lookups of the rows ``i`` of
-    group ``g`` and over all ``j``, masked ones too.
-    """
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    groups = (row_group, group_dims.shape[0])
-    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags, *groups)
-    table = Table.by_groups(weight, row_group, group_dims, seed)
-    mask = empty_mask(table, lookups, mask_grad)
-    wanted = mask if mask_grad else None
-    (rows,), (grads,), psw = gradients(lookups, table, [weight], weight_grad, wanted, psw_grad)
-    return rows, grads, mask, psw
-
-
-def tiered_embedding_backward(
-    grad: Tensor,
-    blocks: Sequence[Tensor],
-    tier_ends: Sequence[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    weight_grad: bool,
-    psw_grad: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Row gradients of every tier, rows counted from the tier's start."""
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    lookups = Lookups.of(grad, embedding_dim, indices, offsets, *bags)
-    table = Table.by_tiers(blocks, tier_ends, embedding_dim)
-    return gradients(lookups, table, blocks, weight_grad, None, psw_grad)
-
-
-OPERATORS: dict[str, Callable[..., object]] = {
-    "masked_embedding_backward": masked_embedding_backward,
-    "adaptive_embedding_backward": adaptive_embedding_backward,
-    "tiered_embedding_backward": tiered_embedding_backward,
-}
-"""Operator name to implementation."""
+    return rows, grads, masks, sample_grad(lookups, table, psw_grad)

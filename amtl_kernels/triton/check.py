@@ -9,8 +9,6 @@ and trusts the caller.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -18,16 +16,20 @@ from torch import Tensor
 
 from amtl_kernels import reference
 from amtl_kernels.triton import launch
+from amtl_kernels.triton.lookups import ROWS, Lookups, bag_of, table_line
 from amtl_kernels.triton.tables import Table, kept_size
 
 _NONE = torch.iinfo(torch.int64).max
 
 
-@triton.jit(do_not_specialize=["num_lookups", "num_rows", "num_offsets", "seed_mix"])
+@triton.jit(
+    do_not_specialize=["num_lookups", "num_rows", "num_offsets", "num_bags", "steps", "seed_mix"]
+)
 def check_kernel(
     index_ptr,
     offset_ptr,
     found_ptr,
+    tables_ptr,
     sizes_ptr,
     row_group_ptr,
     tiers_ptr,
@@ -35,32 +37,47 @@ def check_kernel(
     num_lookups,
     num_rows,
     num_offsets,
-    HAS_SIZES: tl.constexpr,
+    num_bags,
+    steps,
     HAS_OFFSETS: tl.constexpr,
     LAST_OFFSET: tl.constexpr,
+    TABLES: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
+    TIERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Lowers ``found [3]`` (int64) to the first bad position: index, size of its row, offset.
 
     Grid (ceil(max(L, num_offsets) / BLOCK)); a minimum of integers is the same in any order.
-    index [L], offset [num_offsets], whose last one ends the lookups if LAST_OFFSET.
+    index [L], offset [num_offsets], whose last one ends the lookups if LAST_OFFSET. ``num_bags``
+    are those of all tables.
     """
     NONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < num_lookups
-    if LAST_OFFSET:
+    if TABLES > 0:
+        bag = bag_of(at, offset_ptr, num_offsets, steps)
+        valid = valid & (bag >= 0) & (bag < num_bags)
+        table = tl.where(valid, bag // tl.maximum(num_bags // TABLES, 1), 0)
+        num_rows = table_line(tables_ptr, table, ROWS, TABLES)
+    elif LAST_OFFSET:
         valid = valid & (at < tl.load(offset_ptr + num_offsets - 1))
     row = tl.load(index_ptr + at, mask=valid, other=0).to(tl.int64)
     bad = valid & ((row < 0) | (row >= num_rows))
     first = tl.min(tl.where(bad, at, NONE), axis=0)
     if first != NONE:
         tl.atomic_min(found_ptr, first)
-    if HAS_SIZES:
+    if Q >= 0:
         known = valid & (row >= 0) & (row < num_rows)
-        size = kept_size(row, known, sizes_ptr, row_group_ptr, seed_mix, Q, 0, 0, Q)
-        bad = known & ((size < 0) | (size > D))
+        width, columns, sizes, groups = D, Q, 0, 0
+        if TABLES > 0:
+            width = tl.load(tiers_ptr + 2 * TIERS + table)
+            sizes = tl.load(tiers_ptr + 3 * TIERS + table)
+            groups = tl.load(tiers_ptr + 4 * TIERS + table)
+            columns = tl.load(tiers_ptr + 5 * TIERS + table)
+        size = kept_size(row, known, sizes_ptr, row_group_ptr, seed_mix, columns, sizes, groups, Q)
+        bad = known & ((size < 0) | (size > width))
         first = tl.min(tl.where(bad, at, NONE), axis=0)
         if first != NONE:
             tl.atomic_min(found_ptr + 1, first)
@@ -74,67 +91,88 @@ def check_kernel(
             tl.atomic_min(found_ptr + 2, first)
 
 
-def _find(table: Table, flat: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
+def _find(lookups: Lookups, table: Table) -> Tensor:
+    """[3]: what :func:`check_kernel` finds."""
+    flat, bags = lookups.flat, lookups.bags
     found = torch.full((3,), _NONE, dtype=torch.int64, device=flat.device)
-    block = 1 << 15 if launch.INTERPRETED else 1024
-    count = max(flat.numel(), 0 if offsets is None else offsets.numel())
+    offsets = 0 if bags is None else bags.offsets.numel()
+    block = launch.flat_block()
     with launch.device_guard(flat):
         launch.launch(
             check_kernel,
-            (launch.cdiv(count, block),),
+            (launch.cdiv(max(flat.numel(), offsets), block),),
             flat,
-            offsets,
+            None if bags is None else bags.offsets,
             found,
+            lookups.lines,
             *table.args,
             flat.numel(),
             table.rows,
-            0 if offsets is None else offsets.numel(),
-            HAS_SIZES=table.meta["TIERS"] == 0,
-            HAS_OFFSETS=offsets is not None,
-            LAST_OFFSET=include_last_offset,
+            offsets,
+            0 if bags is None else bags.number,
+            0 if bags is None else bags.steps,
+            HAS_OFFSETS=bags is not None,
+            LAST_OFFSET=bags is not None and bags.is_closed,
+            TABLES=lookups.tables,
             D=table.dim,
             Q=table.meta["Q"],
+            TIERS=table.meta["TIERS"],
             BLOCK=block,
         )
     return found
 
 
-def lookups(
-    table: Table,
-    flat: Tensor,
-    bounds_check: int,
-    offsets: Tensor | None = None,
-    include_last_offset: bool = False,
-) -> None:
-    """Answers bad input as ``bounds_check`` says, before anything is written.
+def find(lookups: Lookups, table: Table, bounds_check: int) -> list[int] | None:
+    """Looks for bad input as ``bounds_check`` says, before anything is written.
 
     Args:
-        table: The table looked up.
-        flat: Indices [L], int32 or int64.
+        lookups: What is looked up.
+        table: The table, or the tables.
         bounds_check: 0 off, 1 raise, 2 clamp.
-        offsets: Bag offsets, or None.
-        include_last_offset: Whether lookups end with the last of them.
+
+    Returns:
+        First position of a bad index, of a row with a bad size, and of a bad offset, each
+        2^63 - 1 if there is none; None if all is well, or nobody waits for the answer.
+
+    Raises:
+        RuntimeError: ``raise`` while a CUDA graph is being captured.
+    """
+    flat, bags = lookups.flat, lookups.bags
+    if launch.recorder is not None:
+        _find(lookups, table)
+        return None
+    if bounds_check == reference.OFF:
+        return None
+    if bounds_check == reference.CLAMP and table.rows and flat.is_cuda:
+        if flat.numel():
+            _warn_later(lookups, table)
+        return None
+    if flat.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            'bounds_check="raise" has to wait for the device, which a CUDA graph can\'t; capture '
+            'with bounds_check="clamp" or "off"'
+        )
+    if flat.numel() == 0 and bags is None:
+        return None
+    found: list[int] = _find(lookups, table).tolist()
+    return found if min(found) != _NONE else None
+
+
+def check(lookups: Lookups, table: Table, bounds_check: int) -> None:
+    """Answers bad input to a single table as ``bounds_check`` says, before anything is written.
 
     Raises:
         IndexError: An index is outside the table (raise), or the table has no rows (clamp).
         ValueError: A size is outside ``0..D``, or the offsets are not monotone from 0 to at most L.
         RuntimeError: ``raise`` while a CUDA graph is being captured.
     """
-    if launch.recorder is not None:
-        _find(table, flat, offsets, include_last_offset)
+    flat, bags = lookups.flat, lookups.bags
+    found = find(lookups, table, bounds_check)
+    if found is None:
         return
-    if bounds_check == reference.OFF:
-        return
-    if bounds_check == reference.CLAMP and table.rows and flat.is_cuda:
-        if flat.numel():
-            warn_later(lambda: _describe(table, flat, offsets, include_last_offset))
-        return
-    refuse_capture(flat)
-    if flat.numel() == 0 and offsets is None:
-        return
-    index, size, offset = _find(table, flat, offsets, include_last_offset).tolist()
-    if offset != _NONE and offsets is not None:
-        reference.check_offsets(offsets, flat.numel())
+    index, size, offset = found
+    if offset != _NONE and bags is not None:
+        reference.check_offsets(bags.offsets, flat.numel())
     if index != _NONE:
         value = int(flat[index])
         if bounds_check == reference.RAISE or table.rows == 0:
@@ -149,33 +187,24 @@ def lookups(
         )
 
 
-def refuse_capture(flat: Tensor) -> None:
-    """Raises where a check that waits is about to be captured in a CUDA graph."""
-    if flat.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            'bounds_check="raise" has to wait for the device, which a CUDA graph can\'t; capture '
-            'with bounds_check="clamp" or "off"'
-        )
-
-
-def _describe(
-    table: Table, flat: Tensor, offsets: Tensor | None, include_last_offset: bool
-) -> Tensor:
+def _describe(lookups: Lookups, table: Table) -> Tensor:
     """[3]: position of the first bad index, its value, the rows of its table."""
-    found = _find(table, flat, offsets, include_last_offset)[:1]
-    value = flat[found.clamp(max=flat.numel() - 1)].to(torch.int64)
-    return torch.cat([found, value, torch.full_like(found, table.rows)])
+    found = _find(lookups, table)[:1]
+    at = found.clamp(max=lookups.flat.numel() - 1)
+    rows = torch.full_like(found, table.rows)
+    bags, several = lookups.bags, lookups.several
+    if bags is not None and several is not None:
+        bag = torch.searchsorted(bags.offsets, at.to(bags.offsets.dtype), right=True) - 1
+        which = (bag // max(bags.number // several.count, 1)).clamp(0, several.count - 1)
+        rows = several.lines[ROWS.value][which]
+    return torch.cat([found, lookups.flat[at].to(torch.int64), rows])
 
 
 _answers: list[tuple[torch.cuda.Event, Tensor]] = []
 
 
-def warn_later(describe: Callable[[], Tensor]) -> None:
-    """Warns about a clamped index once the device has told of it, without waiting for that.
-
-    Args:
-        describe: Launches the search; see :func:`_describe` for what it returns.
-    """
+def _warn_later(lookups: Lookups, table: Table) -> None:
+    """Warns about a clamped index once the device has told of it, without waiting for that."""
     if reference._warned_clamped or torch.cuda.is_current_stream_capturing():
         return
     if _answers and _answers[0][0].query():
@@ -188,7 +217,7 @@ def warn_later(describe: Callable[[], Tensor]) -> None:
     if _answers:
         return
     answer = torch.empty(3, dtype=torch.int64, pin_memory=True)
-    answer.copy_(describe(), non_blocking=True)
+    answer.copy_(_describe(lookups, table), non_blocking=True)
     event = torch.cuda.Event()
     event.record()
     _answers.append((event, answer))

@@ -33,7 +33,6 @@ REGISTERS = {
     "combine_update_kernel": 96,
     "pieces_kernel": 96,
     "pooled_fwd_kernel": 96,
-    "pooled_tables_fwd_kernel": 96,
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,
 }

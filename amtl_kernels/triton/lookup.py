@@ -1,19 +1,32 @@
-"""Plain and pooled lookup: one kernel each for row sizes, groups with size noise, and tiers."""
+"""Plain and pooled lookup: one kernel each for all kinds of table, and for several in one call."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from amtl_kernels.reference import CLAMP, MEAN
-from amtl_kernels.triton import check, launch
-from amtl_kernels.triton.tables import Table, clamp_row, load_prefix, locate
+from amtl_kernels.triton import launch
+from amtl_kernels.triton.lookups import (
+    COLUMN,
+    FIRST_ROW,
+    FIRST_TIER,
+    LAST_TIER,
+    PADDING,
+    ROWS,
+    WIDTH,
+    Lookups,
+    table_line,
+)
+from amtl_kernels.triton.tables import (
+    Table,
+    clamp_row,
+    load_prefix,
+    locate,
+    row_of_tier,
+    size_at,
+)
 
 
 @triton.jit(do_not_specialize=["num_lookups", "num_rows", "seed_mix"])
@@ -58,6 +71,48 @@ def gather_fwd_kernel(
     )
 
 
+@triton.jit
+def locate_in(
+    table,
+    row,
+    valid,
+    tables_ptr,
+    sizes_ptr,
+    row_group_ptr,
+    tiers_ptr,
+    seed_mix,
+    Q: tl.constexpr,
+    TIERS: tl.constexpr,
+    TABLES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """As :func:`locate`, of rows [R] of one ``table``: only its own tiers are searched, if any."""
+    number = row
+    row += table_line(tables_ptr, table, FIRST_ROW, TABLES)
+    tier = table
+    if Q < 0:
+        first_tier = table_line(tables_ptr, table, FIRST_TIER, TABLES)
+        last_tier = table_line(tables_ptr, table, LAST_TIER, TABLES)
+        tier = tl.zeros_like(row) + first_tier
+        for c in tl.range(first_tier, last_tier):
+            tier += (row >= tl.load(tiers_ptr + c)).to(tl.int64)
+    first, width = row_of_tier(row, tier, tiers_ptr, TIERS, VEC)
+    size = size_at(
+        number,
+        width,
+        tier,
+        valid,
+        sizes_ptr,
+        row_group_ptr,
+        tiers_ptr,
+        seed_mix,
+        Q,
+        TIERS,
+        VEC,
+    )
+    return first, size
+
+
 @triton.jit(
     do_not_specialize=[
         "num_lookups",
@@ -75,6 +130,7 @@ def pooled_fwd_kernel(
     offset_ptr,
     weight_ptr,
     out_ptr,
+    tables_ptr,
     sizes_ptr,
     row_group_ptr,
     tiers_ptr,
@@ -90,6 +146,9 @@ def pooled_fwd_kernel(
     HAS_WEIGHTS: tl.constexpr,
     IS_MEAN: tl.constexpr,
     HUGE: tl.constexpr,
+    TABLES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
@@ -100,11 +159,12 @@ def pooled_fwd_kernel(
 ):
     """Sums (or averages) the kept prefixes of a bag's rows in fp32, rounded once at the end.
 
-    Grid (ceil(B / R), ceil(D / BLOCK_D)); the TILE / BLOCK_D lanes of a program serve R bags with
-    SPLIT lanes each, and every lane walks its bag in steps of SPLIT. With SPLIT == 1 a bag is
-    summed in the order of its lookups by one lane, so neither TILE nor the warps can change the
-    result; more lanes per bag are for long bags, where one lane leaves the memory idle.
-    index [L], offset [num_offsets], weight [L] -> out [B, D].
+    Grid (ceil(B / R), ceil(D / BLOCK_D), T); the TILE / BLOCK_D lanes of a program serve R bags of
+    one table with SPLIT lanes each, and every lane walks its bag in steps of SPLIT. With SPLIT == 1
+    a bag is summed in the order of its lookups by one lane, so neither TILE nor the warps can
+    change the result; more lanes per bag are for long bags, where one lane leaves the memory idle.
+    index [L], offset [num_offsets], weight [L] -> out [B, STRIDE], of several tables each in its
+    own columns. ``num_bags`` are those of one table, and D columns those of the widest.
     """
     LANES: tl.constexpr = TILE // BLOCK_D
     R: tl.constexpr = LANES // SPLIT
@@ -112,12 +172,18 @@ def pooled_fwd_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     bag = tl.program_id(0).to(tl.int64) * R + lane // SPLIT
     valid = bag < num_bags
-    start = tl.load(offset_ptr + bag, mask=valid, other=0).to(tl.int64)
+    begin = bag
+    if TABLES > 0:
+        table = tl.program_id(2)
+        begin += table.to(tl.int64) * num_bags
+        num_rows = table_line(tables_ptr, table, ROWS, TABLES)
+        padding_idx = table_line(tables_ptr, table, PADDING, TABLES)
+    start = tl.load(offset_ptr + begin, mask=valid, other=0).to(tl.int64)
     # The last offset is left out unless include_last_offset: then the lookups end there. Ends are
     # clipped so that unchecked offsets can't lead out of the index array.
-    end = tl.load(offset_ptr + bag + 1, mask=valid & (bag + 1 < num_offsets), other=num_lookups).to(
-        tl.int64
-    )
+    end = tl.load(
+        offset_ptr + begin + 1, mask=valid & (begin + 1 < num_offsets), other=num_lookups
+    ).to(tl.int64)
     start = tl.maximum(start, 0)
     end = tl.where(valid, tl.minimum(end, num_lookups), 0)
     total = tl.zeros([LANES, BLOCK_D], tl.float32)
@@ -133,11 +199,30 @@ def pooled_fwd_kernel(
         row = tl.load(index_ptr + at, mask=live, other=0).to(tl.int64)
         if CLAMP_ROWS:
             row = clamp_row(row, num_rows)
+            if TABLES > 0:
+                # A table without rows.
+                live = live & (row >= 0)
         if HAS_PADDING:
             live = live & (row != padding_idx)
-        first, size = locate(
-            row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
-        )
+        if TABLES > 0:
+            first, size = locate_in(
+                table,
+                row,
+                live,
+                tables_ptr,
+                sizes_ptr,
+                row_group_ptr,
+                tiers_ptr,
+                seed_mix,
+                Q,
+                TIERS,
+                TABLES,
+                VEC,
+            )
+        else:
+            first, size = locate(
+                row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
+            )
         values = load_prefix(table_ptr, first, size, cols, VEC).to(tl.float32)
         if HAS_WEIGHTS:
             weight = tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -157,10 +242,15 @@ def pooled_fwd_kernel(
         valid = bag < num_bags
     if IS_MEAN:
         total = total * scale[:, None]
+    out = bag[:, None] * STRIDE + cols[None, :]
+    width = D
+    if TABLES > 0:
+        out += table_line(tables_ptr, table, COLUMN, TABLES) * UNIT
+        width = table_line(tables_ptr, table, WIDTH, TABLES) * UNIT
     tl.store(
-        out_ptr + bag[:, None] * D + cols[None, :],
+        out_ptr + out,
         total.to(out_ptr.dtype.element_ty),
-        mask=valid[:, None] & (cols[None, :] < D),
+        mask=valid[:, None] & (cols[None, :] < width),
     )
 
 
@@ -177,203 +267,84 @@ decides the order of a sum."""
 _LONG_BAG_LANES = 8
 
 
-def _gather_rows(table: Table, indices: Tensor, bounds_check: int) -> Tensor:
-    flat = indices.reshape(-1).contiguous()
-    out = torch.empty(*indices.shape, table.dim, dtype=table.data.dtype, device=flat.device)
-    check.lookups(table, flat, bounds_check)
-    block = table.meta["BLOCK_D"]
-    with launch.device_guard(flat):
+def gather(lookups: Lookups, table: Table, clamp: bool) -> None:
+    """Writes the rows of a plain lookup to ``lookups.values``, one launch.
+
+    Args:
+        lookups: What is looked up.
+        table: The table.
+        clamp: Whether indices outside the table are moved into it.
+    """
+    count, block = lookups.flat.numel(), table.meta["BLOCK_D"]
+    with launch.device_guard(lookups.flat):
         _gather(
-            lambda tile: (
-                launch.cdiv(flat.numel(), tile // block),
-                launch.cdiv(table.dim, block),
-            ),
+            lambda tile: (launch.cdiv(count, tile // block), launch.cdiv(table.dim, block)),
             table.data,
-            flat,
-            out,
+            lookups.flat,
+            lookups.values,
             *table.args,
-            flat.numel(),
+            count,
             table.rows,
-            CLAMP_ROWS=bounds_check == CLAMP,
+            CLAMP_ROWS=clamp,
             **table.meta,
         )
-    return out
 
 
-def _pool_rows(
-    table: Table,
-    indices: Tensor,
-    offsets: Tensor,
-    weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    bounds_check: int,
-) -> Tensor:
-    flat = indices.reshape(-1).contiguous()
-    offsets = offsets.contiguous()
-    bags = offsets.numel() - int(include_last_offset)
-    check.lookups(table, flat, bounds_check, offsets, include_last_offset)
-    out = torch.empty(max(bags, 0), table.dim, dtype=table.data.dtype, device=flat.device)
-    block = table.meta["BLOCK_D"]
-    length = flat.numel() // max(bags, 1)
+def pool(lookups: Lookups, table: Table, clamp: bool) -> None:
+    """Writes the sums or means of all bags to ``lookups.values``, one launch.
+
+    Args:
+        lookups: What is looked up, with bags.
+        table: The table, or the tables.
+        clamp: Whether indices outside their table are moved into it.
+    """
+    bags, several = lookups.bags, lookups.several
+    assert bags is not None
+    count, block = lookups.flat.numel(), table.meta["BLOCK_D"]
+    number = bags.number // max(lookups.tables, 1)
+    length = count // max(number, 1)
     lanes = launch.tile(table.dim) // block
-    split = max(1, min(_LONG_BAG_LANES, lanes)) if length >= _LONG_BAG else 1
-    kernel = _pooled if split == 1 else _untuned_pooled
-    with launch.device_guard(flat):
-        kernel(
-            lambda tile: (
-                launch.cdiv(max(bags, 0), max(tile // block // split, 1)),
-                launch.cdiv(table.dim, block),
-            ),
-            table.data,
-            flat,
-            offsets,
-            None if weights is None else weights.contiguous(),
-            out,
-            *table.args,
-            flat.numel(),
-            table.rows,
-            bags,
-            offsets.numel(),
-            padding_idx,
-            launch.next_power_of_two(max(length, 1)),
-            CLAMP_ROWS=bounds_check == CLAMP,
-            HAS_PADDING=padding_idx >= 0,
-            HAS_WEIGHTS=weights is not None,
-            IS_MEAN=mode == MEAN,
-            HUGE=flat.numel() > _INT32_MAX,
-            SPLIT=split,
-            **table.meta,
-        )
-    return out
+    split = 1
+    if several is None and length >= _LONG_BAG:
+        split = max(1, min(_LONG_BAG_LANES, lanes))
 
+    def grid(tile: int) -> tuple[int, ...]:
+        rows = launch.cdiv(number, max(tile // block // split, 1))
+        return rows, launch.cdiv(table.dim, block), max(lookups.tables, 1)
 
-def _untuned_pooled(grid: Callable[[int], tuple[int, ...]], *args: Any, **meta: Any) -> None:
-    size = launch.tile(meta["D"])
-    launch.launch(pooled_fwd_kernel, grid(size), *args, **meta, TILE=size)
-
-
-def masked_embedding(
-    weight: Tensor, indices: Tensor, row_dims: Tensor, padding_idx: int, bounds_check: int
-) -> Tensor:
-    """``out[.., j] = weight[i, j]`` for ``j < row_dims[i]``, else 0."""
-    return _gather_rows(Table.by_rows(weight, row_dims), indices, bounds_check)
-
-
-def masked_embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    bounds_check: int,
-) -> Tensor:
-    """Masked rows pooled by bag."""
-    table = Table.by_rows(weight, row_dims)
-    return _pool_rows(
-        table,
-        indices,
-        offsets,
-        per_sample_weights,
-        mode,
-        padding_idx,
-        include_last_offset,
-        bounds_check,
+    arguments = (
+        table.data,
+        lookups.flat,
+        bags.offsets,
+        lookups.weights,
+        lookups.values,
+        lookups.lines,
+        *table.args,
+        count,
+        table.rows,
+        number,
+        bags.offsets.numel(),
+        lookups.padding_idx,
+        launch.next_power_of_two(max(length, 1)),
     )
-
-
-def adaptive_embedding(
-    weight: Tensor,
-    indices: Tensor,
-    row_group: Tensor,
-    group_dims: Tensor,
-    group_mask: Tensor,
-    seed: int,
-    padding_idx: int,
-    bounds_check: int,
-) -> Tensor:
-    """As :func:`masked_embedding`, with sizes read through groups and hashed columns."""
-    table = Table.by_groups(weight, row_group, group_dims, seed)
-    return _gather_rows(table, indices, bounds_check)
-
-
-def adaptive_embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    row_group: Tensor,
-    group_dims: Tensor,
-    group_mask: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    bounds_check: int,
-) -> Tensor:
-    """As :func:`masked_embedding_bag`, with sizes read through groups and hashed columns."""
-    table = Table.by_groups(weight, row_group, group_dims, seed)
-    return _pool_rows(
-        table,
-        indices,
-        offsets,
-        per_sample_weights,
-        mode,
-        padding_idx,
-        include_last_offset,
-        bounds_check,
-    )
-
-
-def tiered_embedding(
-    blocks: Sequence[Tensor],
-    tier_ends: Sequence[int],
-    indices: Tensor,
-    embedding_dim: int,
-    padding_idx: int,
-    bounds_check: int,
-) -> Tensor:
-    """Row ``i`` of tier ``c`` is ``blocks[c][i - tier_ends[c-1]]``, followed by zeros."""
-    table = Table.by_tiers(blocks, tier_ends, embedding_dim)
-    return _gather_rows(table, indices, bounds_check)
-
-
-def tiered_embedding_bag(
-    blocks: Sequence[Tensor],
-    tier_ends: Sequence[int],
-    indices: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    bounds_check: int,
-) -> Tensor:
-    """Tier rows pooled by bag."""
-    table = Table.by_tiers(blocks, tier_ends, embedding_dim)
-    return _pool_rows(
-        table,
-        indices,
-        offsets,
-        per_sample_weights,
-        mode,
-        padding_idx,
-        include_last_offset,
-        bounds_check,
-    )
-
-
-OPERATORS: dict[str, Callable[..., object]] = {
-    "masked_embedding": masked_embedding,
-    "masked_embedding_bag": masked_embedding_bag,
-    "adaptive_embedding": adaptive_embedding,
-    "adaptive_embedding_bag": adaptive_embedding_bag,
-    "tiered_embedding": tiered_embedding,
-    "tiered_embedding_bag": tiered_embedding_bag,
-}
-"""Operator name to implementation."""
+    constants = {
+        "CLAMP_ROWS": clamp,
+        "HAS_PADDING": lookups.has_padding,
+        "HAS_WEIGHTS": lookups.weights is not None,
+        "IS_MEAN": bags.is_mean,
+        "HUGE": count > _INT32_MAX,
+        "TABLES": lookups.tables,
+        "STRIDE": table.dim if several is None else several.stride,
+        "UNIT": 1 if several is None else several.unit,
+        "SPLIT": split,
+        **table.meta,
+    }
+    with launch.device_guard(lookups.flat):
+        if several is None and split == 1:
+            _pooled(grid, *arguments, **constants)
+        else:
+            # A bag's lanes decide the order of its sum; and tuning is for one table at a time.
+            tile = launch.tile(table.dim)
+            if several is not None:
+                tile = max(block, launch.tile(table.dim if table.meta["VEC"] > 1 else 1))
+            launch.launch(pooled_fwd_kernel, grid(tile), *arguments, **constants, TILE=tile)

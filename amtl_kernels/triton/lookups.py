@@ -1,4 +1,4 @@
-"""What a backward starts from: lookups, their bags, and which of several tables each is in.
+"""What every call starts from: lookups, their bags, and which of several tables each is in.
 
 Several tables are put one after another: their rows and groups are numbered on from table to table,
 so that everything behind the sort treats them as one table in tiers (``tables.py``), in as many
@@ -8,6 +8,7 @@ launches. Only here does a lookup ask which table it is in.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from amtl_kernels.reference import MEAN
 from amtl_kernels.triton import launch
-from amtl_kernels.triton.tables import distance, first_with_memory, padded_table
+from amtl_kernels.triton.tables import distances, first_with_memory, padded_table
 
-ROWS, PADDING, COLUMN, FIRST_ROW, FIRST_GROUP, GROUPS = (tl.constexpr(i) for i in range(6))
-"""Lines of :class:`Several`'s table, [6, T] int64."""
+ROWS, PADDING, COLUMN, WIDTH, FIRST_ROW, FIRST_GROUP, GROUPS, FIRST_TIER, LAST_TIER = (
+    tl.constexpr(i) for i in range(9)
+)
+"""Lines of :class:`Several`'s table, [9, T] int64."""
 
 NUMBERS = ["num_lookups", "num_rows", "num_offsets", "num_bags", "padding_idx", "limit", "steps"]
 """Integers that kernels are not compiled for."""
@@ -139,62 +142,91 @@ class Several:
     """Tables that share a call: what lookups have to know of theirs.
 
     Attributes:
-        lines: [6, T] int64: rows, padding row or -1, first column (in units of ``unit``) of the
-            incoming gradient, rows and groups of the tables before, and where row groups start,
-            counted from ``row_group``.
+        lines: [9, T] int64: rows, padding row or -1, first column and number of columns (in units
+            of ``unit``) of the output, rows and groups of the tables before, where row groups
+            start, counted from ``row_group``, and first and last tier.
         count: T.
-        step: Columns of all tables, in units of ``unit``.
-        unit: Values of a vector load of the gradient.
+        dims: Columns of each table's output.
+        unit: Values of a vector of the output or its gradient.
         row_group: The first table's row groups, or None.
-        groups: Groups of all tables.
-        group_tiers: The table of tiers of a flat mask gradient, a group's row after the other; or
-            None.
+        groups: Groups of each table; none without row groups.
+        has_padding: Whether any table has a padding row.
     """
 
     lines: Tensor
     count: int
-    step: int
+    dims: Sequence[int]
     unit: int
     row_group: Tensor | None
-    groups: int
-    group_tiers: Tensor | None
+    groups: Sequence[int]
     has_padding: bool
 
     @staticmethod
     def of(
-        grad: Tensor,
+        values: Tensor,
         rows: Sequence[int],
         dims: Sequence[int],
         padding_idx: Sequence[int],
+        tier_counts: Sequence[int],
         row_groups: Sequence[Tensor] = (),
         groups: Sequence[int] = (),
     ) -> Several:
-        """Tables of ``rows`` rows, ``dims`` columns of ``grad`` and ``groups`` groups."""
+        """Tables of ``rows`` rows, ``dims`` columns of ``values`` and ``groups`` groups.
+
+        ``values`` are the output, or the gradient of it. A dense table is one tier.
+        """
         none = [0] * len(rows)
-        unit = min(launch.vector(dim, grad) for dim in dims)
-        columns = list(itertools.accumulate((dim // unit for dim in dims), initial=0))
-        first_row = list(itertools.accumulate(rows, initial=0))
-        ends = list(itertools.accumulate(groups)) or none
-        first_group = [0, *ends[:-1]]
+        unit = min(launch.vector(dim, values) for dim in set(dims))
+        widths = [dim // unit for dim in dims]
         anchor = first_with_memory(row_groups) if row_groups else None
-        starts = none if anchor is None else [distance(each, anchor) for each in row_groups]
-        lines = [rows, padding_idx, columns[:-1], first_row[:-1], first_group, starts]
-        tiers = None
-        if anchor is not None:
-            sizes = [n * dim for n, dim in zip(groups, dims, strict=True)]
-            begins = list(itertools.accumulate(sizes, initial=0))
-            bases = [b - g * d for b, g, d in zip(begins, first_group, dims, strict=False)]
-            tiers = padded_table([ends, bases, dims], grad.device)
+        starts = none if anchor is None else distances(row_groups, anchor)
+        lines = [
+            rows,
+            padding_idx,
+            _before(widths),
+            widths,
+            _before(rows),
+            _before(groups) or none,
+            starts,
+            _before(tier_counts),
+            [end - 1 for end in itertools.accumulate(tier_counts)],
+        ]
         return Several(
-            lines=launch.constant(lines, grad.device),
+            lines=launch.constant(lines, values.device),
             count=len(rows),
-            step=columns[-1],
+            dims=dims,
             unit=unit,
             row_group=anchor,
-            groups=ends[-1],
-            group_tiers=tiers,
+            groups=groups,
             has_padding=any(row >= 0 for row in padding_idx),
         )
+
+    @property
+    def stride(self) -> int:
+        """Columns of all tables."""
+        return sum(self.dims)
+
+    @property
+    def step(self) -> int:
+        """The same in units of ``unit``."""
+        return self.stride // self.unit
+
+    @functools.cached_property
+    def group_tiers(self) -> Tensor | None:
+        """The table of tiers of a flat mask gradient, a group's row after the other; or None."""
+        if self.row_group is None:
+            return None
+        pairs = list(zip(self.groups, self.dims, strict=True))
+        begins = _before([groups * dim for groups, dim in pairs])
+        firsts = zip(begins, _before(self.groups), self.dims, strict=True)
+        bases = [begin - first * dim for begin, first, dim in firsts]
+        ends = list(itertools.accumulate(self.groups))
+        return padded_table([ends, bases, self.dims], self.lines.device)
+
+
+def _before(counts: Sequence[int]) -> list[int]:
+    """The sum of the ``counts`` before each."""
+    return [end - count for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -204,14 +236,17 @@ class Bags:
     Attributes:
         offsets: [number] or [number + 1] start of each bag.
         number: Number of bags, of all tables.
-        is_mean: Whether a bag's gradient is divided by the lookups that count.
-        counted: int64 [L], lookups up to here that are not padding; None where all count.
+        is_mean: Whether a bag is divided by the lookups that count.
     """
 
     offsets: Tensor
     number: int
     is_mean: bool
-    counted: Tensor | None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the last offset says where the lookups end."""
+        return self.offsets.numel() > self.number
 
     @property
     def steps(self) -> int:
@@ -221,20 +256,21 @@ class Bags:
 
 @dataclass(frozen=True)
 class Lookups:
-    """What was looked up, and the gradient that came back.
+    """What is looked up, and where the output goes or the gradient of it came from.
 
     Attributes:
-        grad: [M, D] of bags or lookups; of several tables [B, all columns]. Contiguous.
+        values: Output or incoming gradient, [M, D] of bags or lookups; of several tables [B, all
+            columns]. Contiguous.
         flat: Indices [L].
         bags: Bags of a pooled lookup, else None.
         weights: Per-sample weights [L], or None.
-        padding_idx: A row that gets no gradient, or -1; of several tables ``several`` knows.
+        padding_idx: A row that counts for nothing, or -1; of several tables ``several`` knows.
         several: The tables, if these are several.
         row_group: int32 row groups of the table, or of the first of several; else None.
         groups: Number of groups.
     """
 
-    grad: Tensor
+    values: Tensor
     flat: Tensor
     bags: Bags | None
     weights: Tensor | None
@@ -245,7 +281,7 @@ class Lookups:
 
     @staticmethod
     def of(
-        grad: Tensor,
+        values: Tensor,
         dim: int,
         indices: Tensor,
         offsets: Tensor | None,
@@ -256,61 +292,86 @@ class Lookups:
         row_group: Tensor | None = None,
         groups: int = 0,
     ) -> Lookups:
-        """The lookups of a single table's operator."""
-        flat = indices.reshape(-1).contiguous()
+        """Lookups in a single table of ``dim`` columns."""
         bags = None
         if offsets is not None:
             number = max(offsets.numel() - int(include_last_offset), 0)
-            counted = None
-            if mode == MEAN and padding_idx >= 0:
-                counted = (flat != padding_idx).cumsum(0)
-            bags = Bags(offsets.contiguous(), number, mode == MEAN, counted)
-        grad = grad.reshape(-1, dim).contiguous()
-        weights = None if weights is None else weights.reshape(-1).contiguous()
-        return Lookups(grad, flat, bags, weights, padding_idx, None, row_group, groups)
+            bags = Bags(offsets.contiguous(), number, mode == MEAN)
+        return Lookups(
+            values=values.reshape(-1, dim).contiguous(),
+            flat=indices.reshape(-1).contiguous(),
+            bags=bags,
+            weights=None if weights is None else weights.reshape(-1).contiguous(),
+            padding_idx=padding_idx,
+            several=None,
+            row_group=row_group,
+            groups=groups,
+        )
 
     @staticmethod
     def of_tables(
-        grad: Tensor,
+        values: Tensor,
         several: Several,
         indices: Tensor,
         offsets: Tensor,
         weights: Tensor | None,
         mode: int,
     ) -> Lookups:
-        """The lookups of an operator for several tables."""
-        flat, offsets = indices.contiguous(), offsets.contiguous()
-        number, is_mean = offsets.numel() - 1, mode == MEAN
-        counted = None
-        if is_mean and several.has_padding:
-            flags = torch.empty(flat.numel(), dtype=torch.int64, device=flat.device)
-            block = launch.flat_block()
-            with launch.device_guard(flat):
-                launch.launch(
-                    counted_kernel,
-                    (launch.cdiv(flat.numel(), block),),
-                    flat,
-                    offsets,
-                    several.lines,
-                    flags,
-                    flat.numel(),
-                    offsets.numel(),
-                    number,
-                    offsets.numel().bit_length(),
-                    TABLES=several.count,
-                    BLOCK=block,
-                )
-            counted = flags.cumsum(0)
+        """Lookups in several tables, with the last offset included."""
         return Lookups(
-            grad=grad.contiguous(),
-            flat=flat,
-            bags=Bags(offsets, number, is_mean, counted),
+            values=values.contiguous(),
+            flat=indices.contiguous(),
+            bags=Bags(offsets.contiguous(), offsets.numel() - 1, mode == MEAN),
             weights=None if weights is None else weights.contiguous(),
             padding_idx=-1,
             several=several,
             row_group=several.row_group,
-            groups=several.groups,
+            groups=sum(several.groups),
         )
+
+    @functools.cached_property
+    def counted(self) -> Tensor | None:
+        """int64 [L], lookups up to here that are not padding; None where a mean counts all."""
+        bags, flat, several = self.bags, self.flat, self.several
+        if bags is None or not bags.is_mean or not self.has_padding:
+            return None
+        if several is None:
+            return (flat != self.padding_idx).cumsum(0)
+        flags = torch.empty(flat.numel(), dtype=torch.int64, device=flat.device)
+        block = launch.flat_block()
+        with launch.device_guard(flat):
+            launch.launch(
+                counted_kernel,
+                (launch.cdiv(flat.numel(), block),),
+                flat,
+                bags.offsets,
+                several.lines,
+                flags,
+                flat.numel(),
+                bags.offsets.numel(),
+                bags.number,
+                bags.steps,
+                TABLES=several.count,
+                BLOCK=block,
+            )
+        return flags.cumsum(0)
+
+    def mask_gradients(self, dim: int, wanted: bool) -> Tensor:
+        """Memory for the mask gradients, fp32, a group's ``dim`` after the other; [0] if unwanted.
+
+        Several tables have a ``dim`` each.
+        """
+        count = self.groups * dim
+        if self.several is not None:
+            pairs = zip(self.several.groups, self.several.dims, strict=False)
+            count = sum(groups * width for groups, width in pairs)
+        count = count if wanted else 0
+        return torch.empty(count, dtype=torch.float32, device=self.flat.device)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether there is a padding row."""
+        return self.padding_idx >= 0 if self.several is None else self.several.has_padding
 
     @property
     def tables(self) -> int:
@@ -331,4 +392,4 @@ class Lookups:
         """Values per unit of ``Plan.source``, and per vector load of the gradient."""
         if self.several is not None:
             return {"GRAD_STEP": self.several.unit, "GRAD_VEC": self.several.unit}
-        return {"GRAD_STEP": dim, "GRAD_VEC": launch.vector(dim, self.grad)}
+        return {"GRAD_STEP": dim, "GRAD_VEC": launch.vector(dim, self.values)}

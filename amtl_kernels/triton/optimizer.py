@@ -7,20 +7,22 @@ the weights and in the state.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from amtl_kernels import reference
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.rules import (
     ROWWISE_ADAGRAD,
     bound_vector,
+    check_states,
     load_tile,
     rates,
     rounds,
+    seed_of_step,
+    step_rates,
     sum_squares,
     update_row_state,
     update_tile,
@@ -62,6 +64,7 @@ def apply_kernel(
     log1,
     log2,
     rounding_mix,
+    step_ptr,
     RULE: tl.constexpr,
     ROUND: tl.constexpr,
     D: tl.constexpr,
@@ -72,8 +75,7 @@ def apply_kernel(
     """One step of the rows ``rows``, by their gradients.
 
     Grid (ceil(U / R)), a program owns R rows. rows [U], grad [U, D] -> weight, state, second
-    [N, D]; row-wise Adagrad's state is [N]. Nothing is counted on the device here: ``log1`` and
-    ``log2`` are not used.
+    [N, D]; row-wise Adagrad's state is [N].
     """
     at = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     live = at < num_rows
@@ -87,6 +89,8 @@ def apply_kernel(
             grad = load_tile(grad_ptr, at * D, cols, bound)
             root += sum_squares(weight_ptr, row * D, size, cols, grad, weight_decay, VEC)
         root = update_row_state(state_ptr, row, size, root, eps)
+    lr, inverse_root2 = step_rates(lr, inverse_root2, log1, log2, step_ptr, RULE)
+    rounding_seed = seed_of_step(rounding_mix, step_ptr)
     place = (row * D, size, row, row * D, row * D)
     scalars = (lr, weight_decay, eps, beta1, rest1, beta2, rest2, inverse_root2)
     for start in tl.range(0, D, BLOCK_D):
@@ -101,112 +105,58 @@ def apply_kernel(
             grad,
             root,
             scalars,
-            rounding_mix.to(tl.uint32),
+            rounding_seed,
             RULE,
             ROUND,
             VEC,
         )
 
 
-def _apply(
-    optimizer: int,
-    weight: Tensor,
+def apply_(
+    blocks: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    grads: Sequence[Tensor],
     state: Sequence[Tensor],
-    rows: Tensor,
-    grads: Tensor,
-    hyper: tuple[float, ...],
-    seed: int | None,
+    optimizer: int,
+    hyper: Sequence[float],
 ) -> None:
-    dim = weight.shape[1]
-    if dim == 0:
-        return
-    grads = grads.contiguous()
-    most = launch.tile_rows(dim, most=1024)
-    with launch.device_guard(weight):
-        launch.launch(
-            apply_kernel,
-            (launch.cdiv(rows.numel(), most),),
-            weight,
-            rows.contiguous(),
-            grads,
-            *(*state, None, None)[:2],
-            rows.numel(),
-            *rates(optimizer, hyper, False, seed or 0),
-            RULE=optimizer,
-            ROUND=rounds([weight], seed is not None),
-            D=dim,
-            VEC=bound_vector([dim], [weight, grads, *(s for s in state if s.dim() == 2)]),
-            BLOCK_D=launch.block_d(dim),
-            R=most,
-        )
+    """The optimizer's update of every block's ``rows``, a launch a block.
 
+    A step counter behind the states counts in place of ``hyper``; nothing waits for it.
 
-def apply_sgd_(
-    weight: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``w -= lr * (g + weight_decay * w)``."""
-    hyper = (lr, 0.0, weight_decay, 0.0, 0.0, 1.0)
-    _apply(reference.SGD, weight, (), rows, grads, hyper, rounding_seed)
+    Args:
+        blocks: Tables or tiers, each [N, D].
+        rows: Of each block, [U], each row once.
+        grads: Their gradients, [U, D].
+        state: The optimizer's, of each block in turn, and a step counter or none.
+        optimizer: The rule.
+        hyper: Its hyperparameters.
 
-
-def apply_adagrad_(
-    weight: Tensor,
-    state_sum: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as ``torch.optim.Adagrad``."""
-    hyper = (lr, eps, weight_decay, 0.0, 0.0, 1.0)
-    _apply(reference.ADAGRAD, weight, (state_sum,), rows, grads, hyper, rounding_seed)
-
-
-def apply_rowwise_adagrad_(
-    weight: Tensor,
-    state_sum: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``s += mean(g^2)`` over the kept prefix, ``w -= lr * g / (sqrt(s) + eps)``; ``s`` is [N]."""
-    hyper = (lr, eps, weight_decay, 0.0, 0.0, 1.0)
-    _apply(reference.ROWWISE_ADAGRAD, weight, (state_sum,), rows, grads, hyper, rounding_seed)
-
-
-def apply_adam_(
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """Lazy Adam: ``torch.optim.Adam`` at step ``step`` on the kept prefix of the touched rows."""
-    hyper = (lr, eps, weight_decay, beta1, beta2, float(step))
-    _apply(reference.ADAM, weight, (exp_avg, exp_avg_sq), rows, grads, hyper, rounding_seed)
-
-
-OPERATORS: dict[str, Callable[..., object]] = {
-    "apply_sgd_": apply_sgd_,
-    "apply_adagrad_": apply_adagrad_,
-    "apply_rowwise_adagrad_": apply_rowwise_adagrad_,
-    "apply_adam_": apply_adam_,
-}
-"""Operator name to implementation."""
+    Raises:
+        ValueError: No such rule, or a state that does not fit its block.
+    """
+    states, counter = check_states(optimizer, blocks, state)
+    scalars = (*rates(optimizer, hyper, counter is not None, int(hyper[5])), counter)
+    for block, mine, touched, grad in zip(blocks, states, rows, grads, strict=True):
+        dim = block.shape[1]
+        if dim == 0:
+            continue
+        grad = grad.contiguous()
+        most = launch.tile_rows(dim, most=1024)
+        with launch.device_guard(block):
+            launch.launch(
+                apply_kernel,
+                (launch.cdiv(touched.numel(), most),),
+                block,
+                touched.contiguous(),
+                grad,
+                *(*mine, None, None)[:2],
+                touched.numel(),
+                *scalars,
+                RULE=optimizer,
+                ROUND=rounds([block], any(hyper[6:])),
+                D=dim,
+                VEC=bound_vector([dim], [block, grad, *(s for s in mine if s.dim() == 2)]),
+                BLOCK_D=launch.block_d(dim),
+                R=most,
+            )

@@ -322,7 +322,7 @@ def make_plan(lookups: Lookups, table: Table, grouped: bool, list_rows: bool = F
     offsets = None if bags is None else bags.offsets
     num_offsets, num_bags = (0, 0) if bags is None else (bags.offsets.numel(), bags.number)
     is_mean = bags is not None and bags.is_mean
-    counted = None if bags is None else bags.counted
+    counted = lookups.counted
     scale = None
     if is_mean or lookups.weights is not None:
         scale = torch.empty(count, dtype=torch.float32, device=device)

@@ -485,7 +485,7 @@ def reduce_rows(
         launch.launch(
             reduce_rows_kernel,
             (plan.programs, columns),
-            lookups.grad,
+            lookups.values,
             plan.source,
             plan.scale,
             plan.keys,

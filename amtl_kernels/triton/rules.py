@@ -236,20 +236,38 @@ def rounds(weights: Sequence[Tensor], stochastic: bool) -> bool:
     return stochastic and weights[0].element_size() == 2
 
 
-def split_counter(
-    tables: int, state: Sequence[Tensor], optimizer: int
-) -> tuple[Sequence[Tensor], Tensor | None]:
-    """The states, and the step counter that may follow them (None if it does not)."""
-    count = states_per_table(optimizer) * tables
+def check_states(
+    optimizer: int, blocks: Sequence[Tensor], state: Sequence[Tensor]
+) -> tuple[list[Sequence[Tensor]], Tensor | None]:
+    """State of every block, and the step counter that may follow (None if it does not).
+
+    Raises:
+        ValueError: No such rule, or a state that does not fit its block.
+    """
+    if not reference.SGD <= optimizer <= reference.ADAM:
+        raise ValueError("optimizer must be 0, 1, 2 or 3")
+    moments = states_per_table(optimizer)
+    count = moments * len(blocks)
     if len(state) not in (count, count + 1):
         raise ValueError(
-            f"this optimizer has {states_per_table(optimizer)} state tensors per table and at most "
-            f"a step counter after them, got {len(state)} for {tables} tables"
+            f"this optimizer has {moments} state tensors per table and at most a step counter "
+            f"after them, got {len(state)} for {len(blocks)} tables"
         )
     counter = state[count] if len(state) > count else None
     if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1):
         raise ValueError("the step counter must be one int64")
-    return state[:count], counter
+    states = [state[c * moments : (c + 1) * moments] for c in range(len(blocks))]
+    for block, mine in zip(blocks, states, strict=True):
+        shape = block.shape[:1] if optimizer == reference.ROWWISE_ADAGRAD else block.shape
+        for tensor in mine:
+            if tensor.shape != shape or not tensor.is_contiguous():
+                raise ValueError(
+                    f"optimizer state must be contiguous and {list(shape)}, got "
+                    f"{list(tensor.shape)}"
+                )
+        if not block.is_contiguous():
+            raise ValueError("a table that is updated must be contiguous")
+    return states, counter
 
 
 def bound_vector(widths: Sequence[int], tensors: Sequence[Tensor]) -> int:
@@ -279,24 +297,13 @@ class States:
     def __init__(
         self, optimizer: int, weights: Sequence[Tensor], state: Sequence[Tensor], ends: Any
     ) -> None:
-        state, self.counter = split_counter(len(weights), state, optimizer)
-        count = states_per_table(optimizer)
+        states, self.counter = check_states(optimizer, weights, state)
         row_wise = optimizer == reference.ROWWISE_ADAGRAD
-        for i, tensor in enumerate(state):
-            table = weights[i // count]
-            shape = table.shape[:1] if row_wise else table.shape
-            if tensor.shape != shape or not tensor.is_contiguous():
-                raise ValueError(
-                    f"optimizer state must be contiguous and {list(shape)}, got "
-                    f"{list(tensor.shape)}"
-                )
-        if any(not weight.is_contiguous() for weight in weights):
-            raise ValueError("a table that is updated must be contiguous")
-        self.tensors = [] if row_wise else list(state)
+        self.tensors = [] if row_wise else [tensor for mine in states for tensor in mine]
         self.pointers: list[Tensor | None] = [None, None]
         self.tiers: list[Tensor | None] = [None, None]
-        for i in range(count):
-            mine = list(state[i::count])
+        for i in range(states_per_table(optimizer)):
+            mine = [of_block[i] for of_block in states]
             if row_wise:
                 mine = [tensor.unsqueeze(1) for tensor in mine]
             if len({tensor.dtype for tensor in mine}) > 1:

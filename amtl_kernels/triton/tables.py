@@ -299,10 +299,9 @@ class Table:
         ``keep`` says whether the blocks will come again and their device table is worth keeping.
         """
         anchor = first_with_memory(blocks)
-        lanes = min(launch.vector(b.shape[1], anchor, b) for b in blocks)
         rows = tier_ends[-1] if tier_ends else 0
         tiers = tier_table(blocks, tier_ends, anchor, keep=keep)
-        return Table(anchor, rows, dim, tiers=tiers, ends=tier_ends, vector=lanes)
+        return Table(anchor, rows, dim, tiers=tiers, ends=tier_ends, vector=common_vector(blocks))
 
     @staticmethod
     def by_tables(
@@ -317,9 +316,9 @@ class Table:
         groups_anchor = first_with_memory(row_groups) if row_groups else None
         groups = [0] * len(weights)
         if groups_anchor is not None:
-            groups = [distance(each, groups_anchor) for each in row_groups]
+            groups = distances(row_groups, groups_anchor)
         ends = list(itertools.accumulate(weight.shape[0] for weight in weights))
-        lines = [[distance(each, sizes_anchor) for each in sizes], groups, columns]
+        lines = [distances(sizes, sizes_anchor), groups, columns]
         return Table(
             anchor,
             ends[-1],
@@ -330,7 +329,7 @@ class Table:
             seed=seed,
             tiers=tier_table(weights, ends, anchor, lines),
             ends=ends,
-            vector=min(launch.vector(weight.shape[1], anchor, weight) for weight in weights),
+            vector=common_vector(weights),
         )
 
 
@@ -344,11 +343,17 @@ def first_with_memory(tensors: Sequence[Tensor]) -> Tensor:
     return next((t for t in tensors if t.numel()), tensors[0])
 
 
-def distance(tensor: Tensor, anchor: Tensor) -> int:
-    """Values from the start of ``anchor`` to that of ``tensor``; 0 if that has no memory."""
-    if not tensor.numel():
-        return 0
-    return (tensor.data_ptr() - anchor.data_ptr()) // anchor.element_size()
+def distances(tensors: Sequence[Tensor], anchor: Tensor) -> list[int]:
+    """Values from the start of ``anchor`` to that of each tensor; 0 for one without memory."""
+    start, size = anchor.data_ptr(), anchor.element_size()
+    return [(t.data_ptr() - start) // size if t.numel() else 0 for t in tensors]
+
+
+def common_vector(blocks: Sequence[Tensor]) -> int:
+    """``launch.vector`` of rows of all ``blocks``, which are of one type."""
+    lanes = launch.vector(0, blocks[0])
+    fits = all(b.shape[1] % lanes == 0 and b.data_ptr() % 16 == 0 for b in blocks)
+    return lanes if fits else 1
 
 
 def tier_table(
@@ -367,8 +372,8 @@ def tier_table(
     starts = [0, *ends[:-1]]
     widths = [block.shape[1] for block in blocks]
     bases = [
-        distance(block, anchor) - start * width
-        for block, start, width in zip(blocks, starts, widths, strict=True)
+        distance - start * width
+        for distance, start, width in zip(distances(blocks, anchor), starts, widths, strict=True)
     ]
     return padded_table([ends, bases, widths, *more], anchor.device, keep)
 

@@ -14,7 +14,7 @@ gradients twice, once for the squares and once for the step, since a row doesn't
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from amtl_kernels import reference
 from amtl_kernels.triton import launch
-from amtl_kernels.triton.backward import empty_mask
 from amtl_kernels.triton.lookups import Lookups
 from amtl_kernels.triton.plan import Plan, make_plan, piece_number
 from amtl_kernels.triton.reduce import (
@@ -371,7 +370,7 @@ def _launch(
         launch.launch(
             reduce_update_kernel,
             (plan.programs, columns // blocks),
-            lookups.grad,
+            lookups.values,
             plan.source,
             plan.scale,
             plan.keys,
@@ -417,11 +416,11 @@ def step(
     table: Table,
     weights: Sequence[Tensor],
     state: Sequence[Tensor],
-    mask: Tensor | None,
+    mask_grad: bool,
     psw_grad: bool,
     optimizer: int,
     hyper: Sequence[float],
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One step of one table or several. No wait.
 
     Args:
@@ -429,20 +428,21 @@ def step(
         table: The table, or the tables.
         weights: Its one tensor, or those of its tiers or tables.
         state: The optimizer's, of each of them in turn, and a step counter or none.
-        mask: Gets the mask gradients of the weights before the step, if they are wanted.
+        mask_grad: Whether mask gradients, of the weights before the step, are wanted.
         psw_grad: Whether the gradient of per-sample weights is wanted.
         optimizer: The rule.
         hyper: Its hyperparameters.
 
     Returns:
-        The gradient of per-sample weights [L], or [0].
+        Mask gradients (flat, fp32) and the gradient of per-sample weights [L]; [0] where they are
+        not wanted.
 
     Raises:
         ValueError: No such rule, or states that do not fit the weights.
     """
-    if not reference.SGD <= optimizer <= reference.ADAM:
-        raise ValueError("optimizer must be 0, 1, 2 or 3")
     states = States(optimizer, weights, state, table.ends)
+    masks = lookups.mask_gradients(table.dim, mask_grad)
+    mask = masks if masks.numel() else None
     # Before the weights change.
     psw = sample_grad(lookups, table, psw_grad)
     if lookups.flat.numel():
@@ -450,91 +450,4 @@ def step(
         _launch(lookups, plan, table, weights, states, mask, optimizer, hyper)
     elif mask is not None:
         mask.zero_()
-    return psw
-
-
-def masked_embedding_update_(
-    weight: Tensor,
-    state: Sequence[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-) -> Tensor:
-    """``masked_embedding_backward`` and the optimizer's update of the rows, kept prefixes only."""
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags)
-    table = Table.by_rows(weight, row_dims)
-    return step(lookups, table, [weight], state, None, psw_grad, optimizer, hyper)
-
-
-def adaptive_embedding_update_(
-    weight: Tensor,
-    state: Sequence[Tensor],
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    row_group: Tensor,
-    group_dims: Tensor,
-    per_sample_weights: Tensor | None,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    seed: int,
-    mask_grad: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-    groups_sorted: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``adaptive_embedding_backward`` and the optimizer's update of the rows.
-
-    The mask gradient is that of the weights before the update. Lookups are sorted by group and row
-    in any case, so ``groups_sorted`` saves nothing here.
-    """
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    groups = (row_group, group_dims.shape[0])
-    lookups = Lookups.of(grad, weight.shape[1], indices, offsets, *bags, *groups)
-    table = Table.by_groups(weight, row_group, group_dims, seed)
-    mask = empty_mask(table, lookups, mask_grad)
-    wanted = mask if mask_grad else None
-    psw = step(lookups, table, [weight], state, wanted, psw_grad, optimizer, hyper)
-    return mask, psw
-
-
-def tiered_embedding_update_(
-    blocks: Sequence[Tensor],
-    state: Sequence[Tensor],
-    grad: Tensor,
-    tier_ends: Sequence[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    embedding_dim: int,
-    mode: int,
-    padding_idx: int,
-    include_last_offset: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
-) -> Tensor:
-    """``tiered_embedding_backward`` and the optimizer's update of every block."""
-    bags = (per_sample_weights, mode, padding_idx, include_last_offset)
-    lookups = Lookups.of(grad, embedding_dim, indices, offsets, *bags)
-    table = Table.by_tiers(blocks, tier_ends, embedding_dim)
-    return step(lookups, table, blocks, state, None, psw_grad, optimizer, hyper)
-
-
-OPERATORS: dict[str, Callable[..., object]] = {
-    "masked_embedding_update_": masked_embedding_update_,
-    "adaptive_embedding_update_": adaptive_embedding_update_,
-    "tiered_embedding_update_": tiered_embedding_update_,
-}
-"""Operator name to implementation."""
+    return masks, psw

@@ -410,9 +410,61 @@ class Layer(Ours):
         )
 
 
+class Codes(Ours):
+    """Tables of few bits, of full width, as FBGEMM's: served only."""
+
+    equations = Equations("all")
+
+    def __init__(self, bits: int, tolerance: float) -> None:
+        self.name = f"amtl_int{bits}"
+        self.title = f"amtl frozen int{bits}, full width"
+        self.bits = bits
+        self.tolerance = tolerance
+
+    def refuses(self, case: Case) -> str:
+        """Lookups only."""
+        if case.work != "forward" or not case.pooled:
+            return "tables of few bits serve, and are measured with bags only"
+        if case.dtype != "float32":
+            return "their output is float32"
+        return refuse_copy(case, "a quantised copy") or super().refuses(case)
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """Its rows."""
+        return {self.name: case.tables * case.rows * case.dim * self.bits / 8}
+
+    def prepare(self, problem: Problem) -> Session:
+        """Quantises a copy of the problem's weights, with one step size for all rows."""
+        import amtl_kernels
+
+        weight, bits, starts = problem.weight, self.bits, problem.offsets[:-1]
+        steps = weight.abs().max().reshape(1) / ((2**bits - 1) / 2)
+        table = ([pack(weight, steps, bits)], [weight.shape[0]])
+        ids = problem.global_ids
+
+        def lookup(rotation: int) -> Tensor:
+            return amtl_kernels.tiered_embedding_bag(
+                *table, ids[rotation], starts, steps=steps, bits=bits
+            )
+
+        return AutogradSession(problem, lookup, [])
+
+
+def pack(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+    """The nearest codes of ``weight``, those that share a byte from its lowest bits on."""
+    highest = 2**bits - 1
+    codes = (weight / step + highest / 2).round_().clamp_(0, highest).to(torch.uint8)
+    parts = codes.view(len(codes), -1, 8 // bits)
+    packed = parts[..., 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= parts[..., place] << (bits * place)
+    return packed
+
+
 def contenders() -> Iterable[Contender]:
-    """Those of this module."""
+    """Those of this module; the tolerances of codes are their quantisation error."""
+    codes = [Codes(8, 2e-2), Codes(4, 0.2)]
     fused = [Search(fused=True), Frozen("amtl_frozen", 4, fused=True)]
     frozen = [Frozen("amtl_frozen", 4), Frozen("amtl_frozen64", 16)]
     tables = [Tables(), Tables(fused=True)]
-    return [Search(), Masked(), *frozen, *fused, *tables, Layer()]
+    return [Search(), Masked(), *frozen, *codes, *fused, *tables, Layer()]

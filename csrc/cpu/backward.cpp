@@ -353,9 +353,8 @@ void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, con
   if (bad) ThrowBadIndex(table);
 }
 
-void ApplyUpdate(const Executor& executor, FloatType type, Update update, const TableSlice& slice,
-                 const Hyper& hyper, const int64_t* rows, const void* grads, int64_t count) {
-  const int64_t table_rows = slice.end_row;
+void CheckAscending(const Executor& executor, const int64_t* rows, int64_t count,
+                    int64_t table_rows) {
   std::atomic<bool> unordered{false};
   executor.For(count, 1 << 15, [&](int64_t i0, int64_t i1) {
     bool wrong = false;
@@ -368,6 +367,10 @@ void ApplyUpdate(const Executor& executor, FloatType type, Update update, const 
     throw std::invalid_argument("rows must be strictly ascending and within a table of " +
                                 std::to_string(table_rows) + " rows");
   }
+}
+
+void ApplyUpdate(const Executor& executor, FloatType type, Update update, const TableSlice& slice,
+                 const Hyper& hyper, const int64_t* rows, const void* grads, int64_t count) {
   Scratch scratch;
   const int64_t padded = (slice.width + 15) / 16 * 16 + kWalkMargin;
   float* values = scratch.Get<float>(std::max(1, executor.threads) * padded);

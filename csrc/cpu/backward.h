@@ -62,7 +62,10 @@ class SortedLookups {
 void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, const BagTable& bags,
                          const void* grad, int64_t grad_stride, void* out);
 
-// Applies an update to rows (strictly ascending, checked) with gradients grads [count, width].
+// Throws invalid_argument unless rows are strictly ascending and within the table.
+void CheckAscending(const Executor& executor, const int64_t* rows, int64_t count,
+                    int64_t table_rows);
+// Applies an update to rows, which have been checked, with gradients grads [count, width].
 void ApplyUpdate(const Executor& executor, FloatType type, Update update, const TableSlice& slice,
                  const Hyper& hyper, const int64_t* rows, const void* grads, int64_t count);
 

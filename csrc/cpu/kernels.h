@@ -27,7 +27,7 @@ static_assert((kSourceRing & (kSourceRing - 1)) == 0, "positions are masked");
 // Tables up to this size are left to the caches: asking for them ahead only costs instructions.
 constexpr int64_t kPrefetchBytes = int64_t{4} << 20;
 inline bool IsLarge(const LookupTable& table) {
-  return table.rows * table.dim * BytesOf(table.type) >= kPrefetchBytes;
+  return table.BytesOfValues(table.rows * table.dim) >= kPrefetchBytes;
 }
 constexpr int64_t kPrefetchGradBytes = int64_t{1} << 18;
 // Floats of scratch that walks and updates need besides sums of padded rows.

@@ -1,5 +1,41 @@
 // Lookups, pooled or not, and the gradient of per-sample weights. A part of kernels.inl.
 
+// The type of a row's memory where numbers are codes.
+template <int kBits>
+struct Codes {};
+
+// Whether T is memory of codes, what is written of it, and the bytes of a register in it.
+template <class T>
+struct Memory {
+  using Out = T;
+  static constexpr bool kCodes = false;
+  static constexpr int kRegisterBytes = kLanes * static_cast<int>(sizeof(T));
+};
+template <int kBits_>
+struct Memory<Codes<kBits_>> {
+  using Out = float;
+  static constexpr bool kCodes = true;
+  static constexpr int kBits = kBits_;
+  static constexpr int kRegisterBytes = kLanes * kBits_ / 8;
+};
+
+// Adds the numbers that a row's codes stand for to acc. `kWhole`: rows are whole registers.
+template <class T, int R, bool kWeighted, bool kWhole>
+inline void AddCodes(const SourceRing& ring, int64_t i, Reg* acc) {
+  const char* row = ring.row[i];
+  const Bound size = BoundOf(ring.size + i);
+  const Levels<Memory<T>::kBits> levels(ring.step[i]);
+  const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const Mask kept = Below(size, kLanes * r);
+    const char* at = kWhole && r == 0 ? row : row + ring.place[r][i];
+    const Reg x =
+        levels.Decode(kWhole ? levels.LoadAll(at) : levels.LoadLine(at, ring.over[r][i], kept));
+    acc[r] = kWeighted ? MulAdd(Keep(x, kept), scale, acc[r]) : AddSome(acc[r], x, kept);
+  }
+}
+
 // Adds the kept values of a row to acc. `kWhole`: rows are whole registers.
 template <class T, int R, bool kWeighted, bool kWhole>
 inline void AddRow(const SourceRing& ring, int64_t i, Reg* acc) {
@@ -60,15 +96,17 @@ enum class Layout { kWhole, kPart, kShifted };
 template <class T, int R, bool kWeighted, Layout kLayout>
 void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
   constexpr bool kShifted = kLayout == Layout::kShifted;
-  constexpr int kRegisterBytes = kLanes * static_cast<int>(sizeof(T));
+  using Out = typename Memory<T>::Out;
+  constexpr int kRegisterBytes = Memory<T>::kRegisterBytes;
   constexpr int kPlaced = kShifted ? R + 1 : R;
   // Registers smaller than a line are asked for once a line.
   constexpr int kStep = kRegisterBytes < 64 ? 64 / kRegisterBytes : 1;
-  T* out = static_cast<T*>(task.out) + begin * task.out_stride;
+  Out* out = static_cast<Out*>(task.out) + begin * task.out_stride;
   int64_t p = task.begins ? task.begins[begin] : begin;
   const int64_t lookups_end = task.begins ? task.begins[end] : end;
-  Sources sources(*task.table, task.faults, kPlaced, kRegisterBytes, kShifted, task.prefetch, p,
-                  lookups_end);
+  constexpr bool kPart = Memory<T>::kCodes && kLayout == Layout::kPart;
+  Sources sources(*task.table, task.faults, kPlaced, kRegisterBytes, kShifted, kPart, task.prefetch,
+                  p, lookups_end);
   const SourceRing& ring = sources.ring();
   const bool counts = task.mean;
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
@@ -85,8 +123,14 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
           for (int r = 0; r < kPlaced; r += kStep) {
             __builtin_prefetch(ring.row[ahead] + (r == 0 ? 0 : ring.place[r][ahead]), 0, 2);
           }
+          // Rows of codes are short and begin anywhere: the last register may be in another line.
+          if constexpr (Memory<T>::kCodes && R > 1) {
+            __builtin_prefetch(ring.row[ahead] + ring.place[R - 1][ahead], 0, 2);
+          }
         }
-        if constexpr (kShifted) {
+        if constexpr (Memory<T>::kCodes) {
+          AddCodes<T, R, kWeighted, kLayout == Layout::kWhole>(ring, i, acc);
+        } else if constexpr (kShifted) {
           AddShiftedRow<R, kWeighted>(ring, i, acc);
         } else {
           AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(ring, i, acc);
@@ -98,18 +142,38 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
       const Reg scale = Set1(1.0f / static_cast<float>(counted));
       for (int r = 0; r < R; ++r) acc[r] = Mul(acc[r], scale);
     }
-    StoreRow<T, R>(out, acc, task.dim, task.stream);
+    StoreRow<Out, R>(out, acc, task.dim, task.stream);
   }
   if (task.stream) FenceStream();
 }
 
+// A row's registers, one by one.
+template <class T>
+struct Row {
+  const T* data;
+
+  Row(const SourceRing& ring, int64_t i) : data(reinterpret_cast<const T*>(ring.row[i])) {}
+  Reg At(int column, Mask kept) const { return Load(data + column, kept); }
+};
+template <int kBits>
+struct Row<Codes<kBits>> {
+  const char* data;
+  Levels<kBits> levels;
+
+  Row(const SourceRing& ring, int64_t i) : data(ring.row[i]), levels(ring.step[i]) {}
+  Reg At(int column, Mask kept) const {
+    return Keep(levels.Decode(levels.Load(data + column * kBits / 8, kept)), kept);
+  }
+};
+
 // Any width: sums in memory.
 template <class T, bool kWeighted>
 void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
+  using Out = typename Memory<T>::Out;
   const int registers = Registers(task.dim);
-  T* out = static_cast<T*>(task.out) + begin * task.out_stride;
+  Out* out = static_cast<Out*>(task.out) + begin * task.out_stride;
   int64_t p = task.begins ? task.begins[begin] : begin;
-  Sources sources(*task.table, task.faults, 0, 0, false, task.prefetch, p,
+  Sources sources(*task.table, task.faults, 0, 0, false, false, task.prefetch, p,
                   task.begins ? task.begins[end] : end);
   const SourceRing& ring = sources.ring();
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
@@ -119,12 +183,12 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
     for (; p < stop; ++p) {
       sources.Ready(p, p + 1);
       const int64_t i = sources.At(p);
-      const T* row = reinterpret_cast<const T*>(ring.row[i]);
       const int size = ring.size[i];
       const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
       counted += size >= 0;
+      const Row<T> row(ring, i);
       for (int c = 0; c < size; c += kLanes) {
-        const Reg x = Load(row + c, FirstLanes(size - c));
+        const Reg x = row.At(c, FirstLanes(size - c));
         StoreAll(task.wide + c, MulAdd(x, scale, LoadAll(task.wide + c)));
       }
     }
@@ -175,7 +239,21 @@ void PoolTyped(const PoolTask& task, int64_t begin, int64_t end) {
   PoolLaid<T, Layout::kPart>(task, begin, end);
 }
 
+template <int kBits>
+void PoolCodes(const PoolTask& task, int64_t begin, int64_t end) {
+  task.whole ? PoolLaid<Codes<kBits>, Layout::kWhole>(task, begin, end)
+             : PoolLaid<Codes<kBits>, Layout::kPart>(task, begin, end);
+}
+
 void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
+  switch (task.table->bits) {
+    case 2:
+      return PoolCodes<2>(task, begin, end);
+    case 4:
+      return PoolCodes<4>(task, begin, end);
+    case 8:
+      return PoolCodes<8>(task, begin, end);
+  }
   switch (type) {
     case FloatType::kFloat:
       return PoolTyped<float>(task, begin, end);
@@ -189,7 +267,7 @@ void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
 template <class T>
 void DotTyped(const LookupTable& table, Faults* faults, const T* grad, int64_t stride,
               const int64_t* bags, int64_t begin, int64_t end, T* out) {
-  Sources sources(table, faults, 0, 0, false, false, begin, end);
+  Sources sources(table, faults, 0, 0, false, false, false, begin, end);
   const SourceRing& ring = sources.ring();
   for (int64_t p = begin; p < end; ++p) {
     sources.Ready(p, p + 1);

@@ -30,6 +30,7 @@ struct SizeTable {
   const int32_t* tier_widths;  // [tiers]
   const uintptr_t* origins;    // [tiers]: address of the block, less the rows before it
   int64_t tiers;
+  const float* steps;  // [tiers], of codes
 };
 
 // The lookups of one call.
@@ -40,12 +41,17 @@ struct LookupTable {
   int64_t rows;
   int64_t dim;
   FloatType type;
+  int32_t bits;        // of codes, whose output is of floats; 0: numbers are of `type`
   const char* weight;  // dense tables
   SizeTable sizes;
   int64_t padding_idx;
   bool skip_padding;  // pooled lookups: padding counts for nothing
   const void* per_sample_weights;
 
+  // Of numbers in the table.
+  int64_t BytesOfValues(int64_t values) const {
+    return bits > 0 ? values * bits / 8 : values * BytesOf(type);
+  }
   int64_t IndexAt(int64_t p) const {
     return index_type == IndexType::kInt32 ? static_cast<const int32_t*>(indices)[p]
                                            : static_cast<const int64_t*>(indices)[p];

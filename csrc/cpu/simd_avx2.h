@@ -101,6 +101,54 @@ inline void StoreAll(float* p, Reg a) { _mm256_storeu_ps(p, a); }
 inline Reg AddKept(Reg acc, const float* p, Mask m) {
   return _mm256_add_ps(acc, _mm256_and_ps(_mm256_loadu_ps(p), _mm256_castsi256_ps(m)));
 }
+inline Reg AddSome(Reg acc, Reg x, Mask m) { return Add(acc, Keep(x, m)); }
+
+// See simd_avx512.h.
+template <int kBits>
+class Levels {
+ public:
+  explicit Levels(float step) : step_(_mm256_set1_ps(step)) {}
+  static __m256i LoadAll(const char* p) {
+    uint64_t codes = 0;
+    std::memcpy(&codes, p, kBits);
+    return Spread(codes);
+  }
+  static __m256i LoadLine(const char* p, int32_t over, Mask m) {
+#if defined(__SANITIZE_ADDRESS__)
+    return Load(p + over, m);
+#else
+    uint64_t codes = 0;
+    std::memcpy(&codes, p, kBits);
+    return Spread(codes >> (8 * over));
+#endif
+  }
+  static __m256i Load(const char* p, Mask m) {
+    uint64_t codes = 0;
+    const int bytes = CountLanes(m) * kBits / 8;
+    for (int i = 0; i < bytes; ++i) {
+      codes |= static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << (8 * i);
+    }
+    return Spread(codes);
+  }
+  Reg Decode(__m256i codes) const {
+    codes = _mm256_and_si256(codes, _mm256_set1_epi32((1 << kBits) - 1));
+    const Reg half = _mm256_set1_ps(static_cast<float>((1 << kBits) - 1) / 2);
+    Reg x = _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes), half), step_);
+    // The compiler must not make one operation of this product and a sum.
+    asm("" : "+x"(x));
+    return x;
+  }
+
+ private:
+  static __m256i Spread(uint64_t all) {
+    if (kBits == 8) return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(all)));
+    const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(all)),
+                             _mm256_mullo_epi32(lane, _mm256_set1_epi32(kBits)));
+  }
+  Reg step_;
+};
+
 inline void StoreStream(float* p, Reg a) { _mm256_stream_ps(p, a); }
 inline void FenceStream() { _mm_sfence(); }
 

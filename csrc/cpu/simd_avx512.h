@@ -86,6 +86,90 @@ inline void StoreAll(float* p, Reg a) { _mm512_storeu_ps(p, a); }
 inline Reg AddKept(Reg acc, const float* p, Mask m) {
   return _mm512_mask_add_ps(acc, m, acc, _mm512_loadu_ps(p));
 }
+inline Reg AddSome(Reg acc, Reg x, Mask m) { return _mm512_mask_add_ps(acc, m, acc, x); }
+
+// The numbers that codes stand for, of rows with one step size. Codes are loaded to the low bits of
+// the lanes, with others above them. (code - half) * step is rounded before it is added to
+// anything: looked up in the 2^bits products, or multiplied by what no compiler contracts.
+//
+// LoadLine reads a whole register, of which the first `over` bytes are not wanted, and nothing
+// behind the kept lanes is.
+inline __m128i SkipBytes(__m128i bytes, int32_t over) {
+  alignas(32) static constexpr uint8_t kFrom[32] = {
+      0,   1,   2,   3,   4,   5,   6,   7,   8,   9,   10,  11,  12,  13,  14,  15,
+      255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+  return _mm_shuffle_epi8(bytes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFrom + over)));
+}
+// What is read is memory, but not always of the table.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kReadsLines = false;
+#else
+constexpr bool kReadsLines = true;
+#endif
+template <int kBits>
+class Levels {
+ public:
+  explicit Levels(float step) : products_(_mm512_mul_ps(Steps(), _mm512_set1_ps(step))) {}
+  static __m512i LoadAll(const char* p) {
+    return Spread(kBits == 4 ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
+                             : _mm_loadu_si32(p));
+  }
+  static __m512i LoadLine(const char* p, int32_t over, Mask m) {
+    if (!kReadsLines) return Load(p + over, m);
+    const __m128i bytes =
+        kBits == 4 ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)) : _mm_loadu_si32(p);
+    return Spread(SkipBytes(bytes, over));
+  }
+  static __m512i Load(const char* p, Mask m) {
+    return Spread(_mm_maskz_loadu_epi8(static_cast<__mmask16>(_pext_u32(m, kFirstOfByte)), p));
+  }
+  Reg Decode(__m512i codes) const { return _mm512_permutexvar_ps(codes, products_); }
+
+ private:
+  static constexpr unsigned kFirstOfByte = kBits == 4 ? 0x5555 : 0x1111;
+  static Reg Steps() {
+    if (kBits == 2) return _mm512_broadcast_f32x4(_mm_set_ps(1.5f, 0.5f, -0.5f, -1.5f));
+    return _mm512_set_ps(7.5f, 6.5f, 5.5f, 4.5f, 3.5f, 2.5f, 1.5f, 0.5f, -0.5f, -1.5f, -2.5f, -3.5f,
+                         -4.5f, -5.5f, -6.5f, -7.5f);
+  }
+  static __m512i Spread(__m128i bytes) {
+    if (kBits == 2) {
+      const __m512i shift =
+          _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+      return _mm512_srlv_epi32(_mm512_broadcastd_epi32(bytes), shift);
+    }
+    const __m512i half = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i shift =
+        _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+    const __m512i words = _mm512_permutexvar_epi32(half, _mm512_castsi128_si512(bytes));
+    return _mm512_srlv_epi32(words, shift);
+  }
+  Reg products_;
+};
+template <>
+class Levels<8> {
+ public:
+  explicit Levels(float step) : step_(_mm512_set1_ps(step)) {}
+  static __m512i LoadAll(const char* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static __m512i LoadLine(const char* p, int32_t over, Mask m) {
+    if (!kReadsLines) return Load(p + over, m);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepu8_epi32(SkipBytes(bytes, over));
+  }
+  static __m512i Load(const char* p, Mask m) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p));
+  }
+  Reg Decode(__m512i codes) const {
+    const Reg steps = _mm512_sub_ps(_mm512_cvtepi32_ps(codes), _mm512_set1_ps(127.5f));
+    return _mm512_mul_round_ps(steps, step_, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+
+ private:
+  Reg step_;
+};
+
 // Past the caches; `p` is aligned to 64 bytes.
 inline void StoreStream(float* p, Reg a) { _mm512_stream_ps(p, a); }
 inline void FenceStream() { _mm_sfence(); }

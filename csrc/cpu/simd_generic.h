@@ -135,6 +135,40 @@ inline void StoreAll(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x));
 inline Reg AddKept(const Reg& acc, const float* p, Mask m) {
   return Map([&](int i) { return i < m.n ? acc.x[i] + p[i] : acc.x[i]; });
 }
+inline Reg AddSome(const Reg& acc, const Reg& x, Mask m) { return Add(acc, Keep(x, m)); }
+
+// See simd_avx512.h.
+template <int kBits>
+class Levels {
+ public:
+  explicit Levels(float step) : step_(step) {}
+  struct Loaded {
+    uint64_t codes;
+  };
+  static Loaded LoadAll(const char* p) { return Load(p, {kLanes}); }
+  static Loaded LoadLine(const char* p, int32_t over, Mask m) { return Load(p + over, m); }
+  static Loaded Load(const char* p, Mask m) {
+    Loaded loaded{0};
+    for (int i = 0; i < m.n * kBits / 8; ++i) {
+      loaded.codes |= static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << (8 * i);
+    }
+    return loaded;
+  }
+  Reg Decode(Loaded loaded) const {
+    constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+    constexpr float kHalf = static_cast<float>(kMask) / 2;
+    Reg x = Map([&](int i) {
+      return (static_cast<float>(loaded.codes >> (kBits * i) & kMask) - kHalf) * step_;
+    });
+    // The compiler must not make one operation of this product and a sum.
+    asm("" : "+m"(x));
+    return x;
+  }
+
+ private:
+  float step_;
+};
+
 inline void StoreStream(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }
 inline void FenceStream() {}
 

@@ -14,9 +14,13 @@ struct SourceRing {
   alignas(64) const char* row[kSourceRing];
   alignas(64) int32_t size[kSourceRing];  // below 0: counts for nothing, not even in a mean
   alignas(64) float scale[kSourceRing];
+  alignas(64) float step[kSourceRing];  // of codes
   // Byte of `row` at which register r of it is read. Past the size that is the last register kept:
   // no line is touched that isn't kept, and no branch depends on the size.
   alignas(64) int32_t place[kPlaces][kSourceRing];
+  // Of codes that do not fill their last register: a register is read so that it stays within the
+  // cache line of what is kept, and begins this many bytes behind what is read.
+  alignas(64) int32_t over[kMaxStaticRegisters][kSourceRing];
   // Of shifted rows: the lane of the first line at which the row begins. `row` is that line then,
   // and `size` counts from its start.
   alignas(64) int32_t first[kSourceRing];
@@ -160,14 +164,16 @@ AMTL_ALWAYS_INLINE void PrefetchSize(const LookupTable& t, int64_t number) {
 // the caches.
 class Sources {
  public:
-  // `registers` of a row have places, each of `register_bytes`; 0: nobody asks for them.
+  // `registers` of a row have places, each of `register_bytes`; 0: nobody asks for them. `part`:
+  // of codes that may end within a register.
   Sources(const LookupTable& table, Faults* faults, int registers, int register_bytes, bool shifted,
-          bool prefetch, int64_t begin, int64_t end)
+          bool part, bool prefetch, int64_t begin, int64_t end)
       : table_(table),
         faults_(faults),
         registers_(registers),
         register_bytes_(register_bytes),
         shifted_(shifted),
+        part_(part),
         prefetch_(prefetch),
         begin_(begin),
         end_(end),
@@ -209,8 +215,9 @@ class Sources {
       ResolveIndices(static_cast<const int64_t*>(table_.indices) + begin, count, number);
     }
     if (table_.per_sample_weights) LoadScales(table_, begin, resolved_, ring_.scale + at);
-    FindRows(number, ring_.row + at, ring_.size + at);
+    FindRows(number, at);
     if (registers_ > 0) shifted_ ? FindLines(at) : FindPlaces(at);
+    if (registers_ > 0 && part_) KeepWithinLines(at);
   }
 
   template <class Index>
@@ -225,15 +232,24 @@ class Sources {
     }
   }
 
-  void FindRows(const int64_t* number, const char** row, int32_t* size) {
+  void FindRows(const int64_t* number, int64_t at) {
     const SizeTable& s = table_.sizes;
+    const char** row = ring_.row + at;
+    int32_t* size = ring_.size + at;
     int32_t slot[kSourceBlock];
     ResolveSizes(table_, number, size, slot, &faults_->size);
     const int64_t bytes = BytesOf(table_.type);
     if (s.kind == SizeTable::Kind::kTiers) {
       uintptr_t place[kSourceBlock];
-      for (int i = 0; i < kSourceBlock; ++i) {
-        place[i] = static_cast<uintptr_t>(number[i] * (size[i] * bytes));
+      if (table_.bits > 0) {
+        for (int i = 0; i < kSourceBlock; ++i) {
+          place[i] = static_cast<uintptr_t>(number[i] * (int64_t{size[i]} * table_.bits / 8));
+        }
+        for (int i = 0; i < kSourceBlock; ++i) ring_.step[at + i] = s.steps[slot[i]];
+      } else {
+        for (int i = 0; i < kSourceBlock; ++i) {
+          place[i] = static_cast<uintptr_t>(number[i] * (size[i] * bytes));
+        }
       }
       for (int i = 0; i < kSourceBlock; ++i) {
         row[i] = reinterpret_cast<const char*>(s.origins[slot[i]] + place[i]);
@@ -263,6 +279,30 @@ class Sources {
     }
   }
 
+  // Nothing outside the cache lines that hold something kept is read: no line is waited for that
+  // was not asked for, and none that is not there.
+  void KeepWithinLines(int64_t at) {
+    int32_t last[kSourceBlock], over[kSourceBlock];
+    for (int i = 0; i < kSourceBlock; ++i) {
+      const int32_t size = ring_.size[at + i] > 0 ? ring_.size[at + i] : 1;
+      const int32_t full = static_cast<int32_t>(static_cast<uint32_t>(size - 1) / kLanes);
+      const int32_t kept = (size - full * kLanes) * table_.bits / 8;
+      last[i] = full * register_bytes_;
+      const auto row = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(ring_.row[at + i]));
+      const int32_t begin = static_cast<int32_t>((row + static_cast<uint32_t>(last[i])) % 64);
+      const int32_t beyond = begin + register_bytes_ - 64;
+      over[i] = beyond > 0 && begin + kept <= 64 ? beyond : 0;
+    }
+    for (int r = 0; r < registers_; ++r) {
+      const int32_t here = r * register_bytes_;
+      for (int i = 0; i < kSourceBlock; ++i) {
+        const int32_t mine = here < last[i] ? 0 : over[i];
+        ring_.over[r][at + i] = mine;
+        ring_.place[r][at + i] -= mine;
+      }
+    }
+  }
+
   // For rows of floats that begin anywhere in a cache line, with registers of a line.
   void FindLines(int64_t at) {
     for (int i = 0; i < kSourceBlock; ++i) {
@@ -279,7 +319,7 @@ class Sources {
   const LookupTable& table_;
   Faults* faults_;
   int registers_, register_bytes_;
-  bool shifted_, prefetch_;
+  bool shifted_, part_, prefetch_;
   int64_t begin_, end_;
   int64_t resolved_;  // where the next block begins
   SourceRing ring_;

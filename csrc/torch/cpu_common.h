@@ -5,7 +5,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
-#include "torch/common.h"
+#include "torch/arguments.h"
 
 namespace amtl {
 
@@ -46,22 +46,8 @@ struct CpuLookup {
   CpuLookup(const CpuLookup&) = delete;
   CpuLookup& operator=(const CpuLookup&) = delete;
 
-  void SetTable(const Tensor& weight, const Tensor& indices, int64_t padding_idx);
-  void SetRowSizes(const Tensor& weight, const Tensor& row_dims);
-  void SetGroupSizes(const Tensor& weight, const Tensor& row_group, const Tensor& group_dims,
-                     int64_t seed);
-  void SetTiers(const std::vector<Tensor>& tiers, const std::vector<int64_t>& tier_ends,
-                const Tensor& indices, int64_t dim, int64_t padding_idx);
-  void SetBags(const Tensor& like, const OptionalTensor& offsets, const OptionalTensor& weights,
-               int64_t mode, bool include_last_offset);
-
-  // [.., dim] of a forward.
-  Tensor NewOutput(const Tensor& like, const Tensor& indices) const;
-  // Checks the shape of an incoming gradient.
-  void CheckGrad(const Tensor& grad, const Tensor& like) const;
-
- private:
-  void SetIndices(const Tensor& indices, const Tensor& like, int64_t padding_idx);
+  // Table t of a call; bags are left to the caller.
+  void Describe(const Tables& tables, const Bags& lookups, size_t t);
 };
 
 // Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step, and maybe
@@ -102,16 +88,11 @@ struct CpuOptimizer {
     CheckRounding(values.size() > 6 && values[6] != 0, tables[0]);
   }
 
-  cpu::TableSlice Slice(const Tensor& weight, size_t table) const {
+  void SetState(const Tensor& weight, size_t block, cpu::TableSlice* slice) const {
     const size_t count = static_cast<size_t>(StateCount(update));
-    cpu::TableSlice slice{};
-    slice.weight = weight.mutable_data_ptr();
-    slice.width = static_cast<int32_t>(weight.size(1));
-    slice.end_row = weight.size(0);
     const bool row_wise = update == cpu::Update::kRowWiseAdagrad;
-    if (count > 0) slice.state1 = StateData(state[table * count], weight, "state", row_wise);
-    if (count > 1) slice.state2 = StateData(state[table * count + 1], weight, "state", row_wise);
-    return slice;
+    if (count > 0) slice->state1 = StateData(state[block * count], weight, "state", row_wise);
+    if (count > 1) slice->state2 = StateData(state[block * count + 1], weight, "state", row_wise);
   }
 };
 
@@ -119,7 +100,5 @@ struct CpuOptimizer {
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,
                 void* out, int64_t stride);
 void WarnClamped(const CpuLookup& lookup);
-// The same with all threads, warning.
-void CpuForward(const CpuLookup& lookup, int64_t bounds_check, const Tensor& out);
 
 }  // namespace amtl

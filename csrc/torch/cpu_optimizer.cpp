@@ -6,8 +6,6 @@
 namespace amtl {
 
 using cpu::Hyper;
-using cpu::TableSlice;
-using cpu::Update;
 
 Hyper MakeHyper(const std::vector<double>& values) {
   Check(values.size() == 6 || values.size() == 7,
@@ -43,70 +41,32 @@ float* StateData(const Tensor& state, const Tensor& weight, const char* name, bo
 
 namespace {
 
-using Seed = std::optional<int64_t>;
-
-Hyper MakeHyper(double lr, double eps, double weight_decay) {
-  return amtl::MakeHyper({lr, eps, weight_decay, 0, 0, 1});
-}
-
-void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update update,
-           const Hyper& hyper, const Seed& rounding_seed, float* state1, float* state2) {
-  CheckWeight(weight);
-  CheckRounding(rounding_seed.has_value(), weight);
-  Check(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "rows must be int64 [U]");
-  Check(grads.scalar_type() == weight.scalar_type() && grads.dim() == 2 &&
-            grads.size(0) == rows.size(0) && grads.size(1) == weight.size(1),
-        "grads must be [", rows.size(0), ", ", weight.size(1), "] in the type of the table");
-  CheckLike(rows, "rows", weight);
-  CheckLike(grads, "grads", weight);
-  TableSlice slice{};
-  slice.weight = weight.mutable_data_ptr();
-  slice.state1 = state1;
-  slice.state2 = state2;
-  slice.end_row = weight.size(0);
-  slice.width = static_cast<int32_t>(weight.size(1));
-  cpu::ApplyUpdate(TorchExecutor(), FloatTypeOf(weight), update, slice, hyper,
-                   static_cast<const int64_t*>(rows.const_data_ptr()), grads.const_data_ptr(),
-                   rows.size(0));
-}
-
-void ApplySgd(const Tensor& weight, const Tensor& rows, const Tensor& grads, double lr,
-              double weight_decay, Seed rounding_seed) {
-  Apply(weight, rows, grads, Update::kSgd, MakeHyper(lr, 0, weight_decay), rounding_seed, nullptr,
-        nullptr);
-}
-
-void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
-                  const Tensor& grads, double lr, double eps, double weight_decay,
-                  Seed rounding_seed) {
-  Apply(weight, rows, grads, Update::kAdagrad, MakeHyper(lr, eps, weight_decay), rounding_seed,
-        StateData(state_sum, weight, "state_sum", false), nullptr);
-}
-
-void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
-                         const Tensor& grads, double lr, double eps, double weight_decay,
-                         Seed rounding_seed) {
-  Apply(weight, rows, grads, Update::kRowWiseAdagrad, MakeHyper(lr, eps, weight_decay),
-        rounding_seed, StateData(state_sum, weight, "state_sum", true), nullptr);
-}
-
-void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-               const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
-               double beta2, double eps, double weight_decay, Seed rounding_seed) {
-  const Hyper hyper =
-      amtl::MakeHyper({lr, eps, weight_decay, beta1, beta2, static_cast<double>(step)});
-  float* first = StateData(exp_avg, weight, "exp_avg", false);
-  float* second = StateData(exp_avg_sq, weight, "exp_avg_sq", false);
-  Apply(weight, rows, grads, Update::kAdam, hyper, rounding_seed, first, second);
+void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, const Tensors& state,
+           int64_t optimizer, const std::vector<double>& hyper) {
+  CheckRows(blocks, rows, grads);
+  const CpuOptimizer step(optimizer, hyper, state, blocks);
+  std::vector<cpu::TableSlice> slices(blocks.size());
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    slices[c].weight = blocks[c].mutable_data_ptr();
+    slices[c].end_row = blocks[c].size(0);
+    slices[c].width = static_cast<int32_t>(blocks[c].size(1));
+    step.SetState(blocks[c], c, &slices[c]);
+  }
+  const cpu::Executor executor = TorchExecutor();
+  // Everything is checked before any block changes.
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    cpu::CheckAscending(executor, static_cast<const int64_t*>(rows[c].const_data_ptr()),
+                        rows[c].size(0), blocks[c].size(0));
+  }
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    cpu::ApplyUpdate(executor, FloatTypeOf(blocks[c]), step.update, slices[c], step.hyper,
+                     static_cast<const int64_t*>(rows[c].const_data_ptr()),
+                     grads[c].const_data_ptr(), rows[c].size(0));
+  }
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(amtl, CPU, m) {
-  m.impl("apply_sgd_", TORCH_BOX(&ApplySgd));
-  m.impl("apply_adagrad_", TORCH_BOX(&ApplyAdagrad));
-  m.impl("apply_rowwise_adagrad_", TORCH_BOX(&ApplyRowWiseAdagrad));
-  m.impl("apply_adam_", TORCH_BOX(&ApplyAdam));
-}
+STABLE_TORCH_LIBRARY_IMPL(amtl, CPU, m) { m.impl("apply_", TORCH_BOX(&Apply)); }
 
 }  // namespace amtl

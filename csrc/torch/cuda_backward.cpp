@@ -1,99 +1,187 @@
+// Gradients of lookups on CUDA.
 #include "torch/cuda_backward.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
 
 namespace amtl {
 
-Tensor PerSampleWeightGrad(const CudaContext& context, const CudaLookup& lookup, const Tensor& like,
-                           const Tensor& grad, bool wanted) {
-  if (!wanted) return NewTensor(like, {0}, like.scalar_type());
-  const Tensor out = NewTensor(like, {lookup.lookups.count}, like.scalar_type());
-  const auto run = [&](const auto& table) {
-    return cuda::pool_psw_backward(lookup.type, table, lookup.lookups, lookup.dim,
+cuda::Backward BackwardOf(const CudaTables& call, const Tensor& grad) {
+  cuda::Backward backward;
+  backward.type = call.type;
+  backward.lookups = call.lookups;
+  backward.grad = grad.const_data_ptr();
+  backward.grad_stride = call.width;
+  return backward;
+}
+
+Tensor WeightsGrad(const CudaContext& context, const CudaTables& call, const Tensor& grad,
+                   bool wanted) {
+  const Tensor out =
+      NewTensor(call.like(), {wanted ? call.lookups.count : 0}, call.like().scalar_type());
+  if (!wanted) return out;
+  CheckCuda(call.With([&](const auto& table) {
+    return cuda::pool_psw_backward(call.type, table, call.lookups, call.width,
                                    grad.const_data_ptr(), out.mutable_data_ptr(), context.stream());
-  };
-  CheckCuda(lookup.is_tiered ? run(lookup.tiered) : run(lookup.dense),
+  }),
             "the gradient of per-sample weights");
   return out;
 }
 
-cuda::Backward BackwardOf(const CudaLookup& lookup, const Tensor& grad) {
-  cuda::Backward backward;
-  backward.type = lookup.type;
-  backward.lookups = lookup.lookups;
-  backward.grad = grad.const_data_ptr();
-  backward.grad_stride = lookup.dim;
-  return backward;
+Tensor NewSums(const CudaTables& call, bool mask_grad) {
+  return NewTensor(call.like(), {mask_grad ? call.groups * call.dim : 0}, ScalarType::Float);
 }
 
-DenseGrads DenseBackward(const CudaContext& context, const CudaLookup& lookup, const Tensor& weight,
-                         const Tensor& grad, bool weight_grad, bool mask_grad) {
-  const int64_t dim = lookup.dim;
-  const ScalarType type = weight.scalar_type();
-  DenseGrads out{NewTensor(weight, {0}, ScalarType::Long), NewTensor(weight, {0, dim}, type),
-                 NewTensor(weight, {mask_grad ? lookup.dense.groups : 0, dim}, ScalarType::Float)};
-  if (!weight_grad && !mask_grad) return out;
-  cuda::Backward backward = BackwardOf(lookup, grad);
+Tensor MasksOf(const CudaContext& context, const CudaTables& call, const Tensor& sums) {
+  const Tables& tables = call.tables;
+  const bool equal = std::all_of(tables.dims.begin(), tables.dims.end(),
+                                 [&](int64_t dim) { return dim == call.dim; });
+  if (sums.numel() == 0 || equal) return sums;
+  const Tensor flat = NewTensor(call.like(), {tables.mask_count()}, ScalarType::Float);
+  auto* to = flat.mutable_data_ptr<float>();
+  const auto* from = sums.const_data_ptr<float>();
+  for (size_t t = 0; t < tables.count(); ++t) {
+    const int64_t dim = tables.dims[t], count = tables.groups(t);
+    if (count > 0) {
+      CheckCuda(cudaMemcpy2DAsync(to, dim * sizeof(float), from, call.dim * sizeof(float),
+                                  dim * sizeof(float), count, cudaMemcpyDeviceToDevice,
+                                  static_cast<cudaStream_t>(context.stream())),
+                "a copy");
+    }
+    to += count * dim;
+    from += count * call.dim;
+  }
+  return flat;
+}
+
+namespace {
+
+Grads DenseReduce(const CudaContext& context, const CudaTables& call, const Tensor& grad,
+                  bool weight_grad, bool mask_grad) {
+  const Tensor& like = call.like();
+  const int64_t dim = call.dim;
+  Tensor rows = NewTensor(like, {0}, ScalarType::Long);
+  Tensor grads = NewTensor(like, {0, dim}, like.scalar_type());
+  const Tensor masks = NewSums(call, mask_grad);
+  if (!weight_grad && !mask_grad) return {{rows}, {grads}, masks};
+  cuda::Backward backward = BackwardOf(call, grad);
   backward.mask_grad = mask_grad;
   backward.need_rows = weight_grad;
-  const Tensor workspace = NewWorkspace(backward, lookup.dense, weight);
+  const Tensor workspace = NewWorkspace(backward, call.dense(), like);
   const cuda::Stream stream = context.stream();
-  CheckCuda(cuda::backward_sort(backward, lookup.dense, stream), "the sort of lookups");
+  CheckCuda(cuda::backward_sort(backward, call.dense(), stream), "the sort of lookups");
   cuda::BackwardHeader header;
   context.Read(&header, backward.workspace, sizeof(header));
-  void* grads = nullptr;
+  void* grads_data = nullptr;
   if (weight_grad) {
-    out.rows = NewTensor(weight, {header.distinct}, ScalarType::Long);
-    out.grads = NewTensor(weight, {header.distinct, dim}, type);
-    grads = header.distinct > 0 ? out.grads.mutable_data_ptr() : nullptr;
-    CheckCuda(cuda::backward_rows(backward, lookup.dense, header.distinct,
-                                  static_cast<int64_t*>(out.rows.mutable_data_ptr()), stream),
+    rows = NewTensor(like, {header.distinct}, ScalarType::Long);
+    grads = NewTensor(like, {header.distinct, dim}, like.scalar_type());
+    grads_data = header.distinct > 0 ? grads.mutable_data_ptr() : nullptr;
+    CheckCuda(cuda::backward_rows(backward, call.dense(), header.distinct,
+                                  static_cast<int64_t*>(rows.mutable_data_ptr()), stream),
               "a copy");
   }
-  float* mask = mask_grad ? static_cast<float*>(out.mask.mutable_data_ptr()) : nullptr;
-  CheckCuda(cuda::backward_reduce(backward, lookup.dense, grads, mask, header.groups_unsorted != 0,
-                                  stream),
+  CheckCuda(cuda::backward_reduce(backward, call.dense(), grads_data,
+                                  mask_grad ? masks.mutable_data_ptr<float>() : nullptr,
+                                  header.groups_unsorted != 0, stream),
             "a backward");
-  return out;
+  return {{rows}, {grads}, masks};
 }
 
-TieredGrads TieredBackward(const CudaContext& context, const CudaLookup& lookup,
-                           const std::vector<Tensor>& blocks, const Tensor& grad,
-                           bool weight_grad) {
+// The table, with other addresses for its blocks; `memory` keeps those of a packed table.
+TieredTable WithBases(const CudaContext& context, const CudaTables& call,
+                      const std::vector<uint64_t>& bases, Tensors& memory) {
+  TieredTable table = call.tiered();
+  if (!call.is_packed()) {
+    std::copy(bases.begin(), bases.end(), table.base);
+    return table;
+  }
+  memory.push_back(NewTensor(call.like(), {static_cast<int64_t>(bases.size())}, ScalarType::Long));
+  auto* device_bases = static_cast<uint64_t*>(memory.back().mutable_data_ptr());
+  CheckCuda(cuda::upload(device_bases, bases.data(), bases.size() * 8, context.stream()),
+            "an upload");
+  table.device_base = device_bases;
+  return table;
+}
+
+Grads TieredReduce(const CudaContext& context, const CudaTables& call, const Tensor& grad,
+                   bool weight_grad, bool mask_grad) {
   const cuda::Stream stream = context.stream();
-  const ScalarType type = blocks[0].scalar_type();
-  const auto tiers = static_cast<int64_t>(blocks.size());
+  const Tensors& blocks = call.tables.blocks;
+  Grads out;
+  cuda::Backward backward = BackwardOf(call, grad);
+  backward.mask_grad = mask_grad;
+  backward.need_rows = weight_grad;
+  const Tensor sums = NewSums(call, mask_grad);
   std::vector<int64_t> below(blocks.size(), 0);
-  cuda::Backward backward = BackwardOf(lookup, grad);
-  std::vector<Tensor> memory;
-  const bool any = weight_grad && lookup.lookups.count > 0;
+  int64_t* device_below = nullptr;
+  Tensors memory;
+  const bool any = call.lookups.count > 0 && (weight_grad || mask_grad);
   if (any) {
-    memory.push_back(NewWorkspace(backward, lookup.tiered, blocks[0]));
-    memory.push_back(NewTensor(blocks[0], {tiers}, ScalarType::Long));
-    auto* device_below = static_cast<int64_t*>(memory[1].mutable_data_ptr());
-    CheckCuda(cuda::backward_sort(backward, lookup.tiered, stream), "the sort of lookups");
-    CheckCuda(cuda::backward_tier_counts(backward, lookup.tiered, device_below, stream),
+    memory.push_back(NewWorkspace(backward, call.tiered(), call.like()));
+    CheckCuda(cuda::backward_sort(backward, call.tiered(), stream), "the sort of lookups");
+  }
+  if (any && weight_grad) {
+    memory.push_back(
+        NewTensor(call.like(), {static_cast<int64_t>(blocks.size())}, ScalarType::Long));
+    device_below = memory.back().mutable_data_ptr<int64_t>();
+    CheckCuda(cuda::backward_tier_counts(backward, call.tiered(), device_below, stream),
               "the count of rows");
     context.Read(below.data(), device_below, below.size() * sizeof(int64_t));
   }
-  std::vector<Tensor> rows, grads;
-  TieredTable row_out = lookup.tiered;
-  TieredTable grad_out = lookup.tiered;
-  const uint64_t element = type == ScalarType::Float ? 4 : 2;
-  for (int64_t c = 0; c < tiers; ++c) {
+  const uint64_t element = call.type == DType::kFloat32 ? 4 : 2;
+  std::vector<uint64_t> row_bases, grad_bases;
+  for (size_t c = 0; c < blocks.size(); ++c) {
     const int64_t before = c > 0 ? below[c - 1] : 0;
-    const int64_t count = below[c] - before;
-    rows.push_back(NewTensor(blocks[c], {count}, ScalarType::Long));
-    grads.push_back(NewTensor(blocks[c], {count, blocks[c].size(1)}, type));
-    row_out.base[c] = reinterpret_cast<uint64_t>(rows.back().mutable_data_ptr());
-    grad_out.base[c] = reinterpret_cast<uint64_t>(grads.back().mutable_data_ptr()) -
-                       static_cast<uint64_t>(before) * row_out.width[c] * element;
+    const int64_t count = below[c] - before, columns = blocks[c].size(1);
+    out.rows.push_back(NewTensor(blocks[c], {count}, ScalarType::Long));
+    out.grads.push_back(NewTensor(blocks[c], {count, columns}, blocks[c].scalar_type()));
+    row_bases.push_back(AddressOf(out.rows[c]));
+    grad_bases.push_back(AddressOf(out.grads[c]) -
+                         static_cast<uint64_t>(before * columns) * element);
   }
-  if (any) {
-    const auto* device_below = static_cast<const int64_t*>(memory[1].const_data_ptr());
+  TieredTable grad_out = call.tiered();
+  if (any && weight_grad) {
+    grad_out = WithBases(context, call, grad_bases, memory);
+    const TieredTable row_out = WithBases(context, call, row_bases, memory);
     CheckCuda(cuda::backward_tier_rows(backward, row_out, device_below, below.back(), stream),
               "the split of rows");
-    CheckCuda(cuda::backward_reduce(backward, grad_out, true, nullptr, stream), "a backward");
   }
-  return {rows, grads};
+  if (any || mask_grad) {
+    CheckCuda(cuda::backward_reduce(backward, grad_out, weight_grad,
+                                    mask_grad ? sums.mutable_data_ptr<float>() : nullptr, stream),
+              "a backward");
+  }
+  out.masks = MasksOf(context, call, sums);
+  return out;
+}
+
+}  // namespace
+
+Grads Reduce(const CudaContext& context, const CudaTables& call, const Tensor& grad,
+             bool weight_grad, bool mask_grad) {
+  return (call.is_dense() ? DenseReduce : TieredReduce)(context, call, grad, weight_grad,
+                                                        mask_grad);
+}
+
+namespace {
+
+std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(const Tensor& grad, Tables tables,
+                                                            Bags bags, bool weight_grad,
+                                                            bool mask_grad, bool psw_grad) {
+  CudaTables call(std::move(tables), std::move(bags));
+  CheckGrad(call.tables, call.bags, grad);
+  const CudaContext context(call.like());
+  call.Upload(context);
+  const Grads out = Reduce(context, call, grad, weight_grad, mask_grad && call.tables.grouped());
+  return {out.rows, out.grads, out.masks, WeightsGrad(context, call, grad, psw_grad)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
+  m.impl("lookup_backward", AMTL_BOX(&LookupBackward));
 }
 
 }  // namespace amtl

@@ -1,23 +1,16 @@
 // The pieces of backwards that plain and fused operators share.
 #pragma once
 
-#include "torch/cuda_common.h"
+#include "torch/cuda_tables.h"
 
 namespace amtl {
 
-struct DenseGrads {
-  Tensor rows, grads, mask;
+struct Grads {
+  Tensors rows, grads;  // of each block, rows counted from its start
+  Tensor masks;         // flat, table after table
 };
 
-struct TieredGrads {
-  std::vector<Tensor> rows, grads;
-};
-
-// [L], or [0] if it is not wanted.
-Tensor PerSampleWeightGrad(const CudaContext& context, const CudaLookup& lookup, const Tensor& like,
-                           const Tensor& grad, bool wanted);
-
-cuda::Backward BackwardOf(const CudaLookup& lookup, const Tensor& grad);
+cuda::Backward BackwardOf(const CudaTables& call, const Tensor& grad);
 
 template <typename Table>
 Tensor NewWorkspace(cuda::Backward& backward, const Table& table, const Tensor& like) {
@@ -28,13 +21,18 @@ Tensor NewWorkspace(cuda::Backward& backward, const Table& table, const Tensor& 
   return workspace;
 }
 
-// Row gradients of a dense table and the mask gradient. Waits for the number of distinct rows,
-// which is the size of the outputs.
-DenseGrads DenseBackward(const CudaContext& context, const CudaLookup& lookup, const Tensor& weight,
-                         const Tensor& grad, bool weight_grad, bool mask_grad);
+// Row gradients and mask gradients. Waits for the number of distinct rows, which is the size of the
+// outputs.
+Grads Reduce(const CudaContext& context, const CudaTables& call, const Tensor& grad,
+             bool weight_grad, bool mask_grad);
 
-// The same per tier, rows counted from the tier's start.
-TieredGrads TieredBackward(const CudaContext& context, const CudaLookup& lookup,
-                           const std::vector<Tensor>& blocks, const Tensor& grad, bool weight_grad);
+// Memory for sums of groups [G over all tables, widest table], flat; none if they are not wanted.
+Tensor NewSums(const CudaTables& call, bool mask_grad);
+// The same as mask gradients: [G_t, D_t] of each table, one after the other.
+Tensor MasksOf(const CudaContext& context, const CudaTables& call, const Tensor& sums);
+
+// [L], or [0] if it is not wanted.
+Tensor WeightsGrad(const CudaContext& context, const CudaTables& call, const Tensor& grad,
+                   bool wanted);
 
 }  // namespace amtl

@@ -1,124 +1,207 @@
-// Forward and backward of the lookups on CUDA.
-#include "torch/cuda_backward.h"
+// The lookup on CUDA, and what it says of bad input.
+#include <algorithm>
+#include <array>
+
+#include "cuda/codes.h"
+#include "torch/cuda_tables.h"
 
 namespace amtl {
 namespace {
 
-Tensor MaskedEmbedding(const Tensor& weight, const Tensor& indices, const Tensor& row_dims,
-                       int64_t padding_idx, int64_t bounds_check) {
-  CudaLookup lookup;
-  lookup.SetTable(weight, indices, padding_idx);
-  lookup.SetRowSizes(weight, row_dims);
-  return CudaForward(lookup, weight, indices, bounds_check);
+// First bad position of each kind, all ones if none.
+using Report = std::array<unsigned long long, kReportSlots>;
+constexpr unsigned long long kNone = ~0ull;
+
+// Where kernels are to report bad input, if they are to, with the offsets checked: keep the tensor
+// until the report has been read.
+std::optional<Tensor> StartReport(const CudaContext& context, CudaTables& call,
+                                  int64_t bounds_check) {
+  Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
+  if (bounds_check == 0) return std::nullopt;
+  if (context.capturing()) {
+    if (bounds_check == 2) return std::nullopt;
+    throw std::runtime_error(
+        "amtl: bounds_check=\"raise\" waits for the GPU, which a CUDA graph capture cannot; use "
+        "bounds_check=\"off\" (on CUDA it clamps without a word)");
+  }
+  const Tensor memory = NewTensor(call.like(), {kReportSlots}, ScalarType::Long);
+  call.lookups.report = static_cast<unsigned long long*>(memory.mutable_data_ptr());
+  CheckCuda(cuda::clear_report(call.lookups.report, context.stream()), "a memset");
+  if (call.lookups.offsets != nullptr) {
+    CheckCuda(cuda::check_offsets(call.lookups, context.stream()), "the check of offsets");
+  }
+  return memory;
 }
 
-Tensor MaskedEmbeddingBag(const Tensor& weight, const Tensor& indices, const Tensor& offsets,
-                          const Tensor& row_dims, const OptionalTensor& per_sample_weights,
-                          int64_t mode, int64_t padding_idx, bool include_last_offset,
-                          int64_t bounds_check) {
-  CudaLookup lookup;
-  lookup.SetTable(weight, indices, padding_idx);
-  lookup.SetRowSizes(weight, row_dims);
-  lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
-  return CudaForward(lookup, weight, indices, bounds_check);
+// One index or offset, from the device.
+int64_t ReadIndex(const CudaContext& context, const void* values, bool wide, int64_t position) {
+  if (wide) {
+    int64_t value = 0;
+    context.Read(&value, static_cast<const int64_t*>(values) + position, sizeof(value));
+    return value;
+  }
+  int32_t value = 0;
+  context.Read(&value, static_cast<const int32_t*>(values) + position, sizeof(value));
+  return value;
 }
 
-Tensor AdaptiveEmbedding(const Tensor& weight, const Tensor& indices, const Tensor& row_group,
-                         const Tensor& group_dims, const Tensor& group_mask, int64_t seed,
-                         int64_t padding_idx, int64_t bounds_check) {
-  CudaLookup lookup;
-  lookup.SetTable(weight, indices, padding_idx);
-  lookup.SetGroupSizes(weight, row_group, group_dims, seed);
-  return CudaForward(lookup, weight, indices, bounds_check);
+int64_t ReadOffset(const CudaContext& context, const Lookups& lookups, int64_t i) {
+  return ReadIndex(context, lookups.offsets, lookups.wide_offsets, i);
 }
 
-Tensor AdaptiveEmbeddingBag(const Tensor& weight, const Tensor& indices, const Tensor& offsets,
-                            const Tensor& row_group, const Tensor& group_dims,
-                            const Tensor& group_mask, const OptionalTensor& per_sample_weights,
-                            int64_t mode, int64_t padding_idx, bool include_last_offset,
-                            int64_t seed, int64_t bounds_check) {
-  CudaLookup lookup;
-  lookup.SetTable(weight, indices, padding_idx);
-  lookup.SetGroupSizes(weight, row_group, group_dims, seed);
-  lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
-  return CudaForward(lookup, weight, indices, bounds_check);
+void RefuseOffset(const CudaContext& context, const Lookups& lookups, int64_t i) {
+  const int64_t value = ReadOffset(context, lookups, i);
+  Check(i > 0, "offsets must start at 0, but offsets[0] is ", value);
+  const int64_t before = ReadOffset(context, lookups, i - 1);
+  Check(value >= before, "offsets must not decrease, but offsets[", i, "] = ", value,
+        " is smaller than offsets[", i - 1, "] = ", before);
+  Check(false, "offsets must end within the ", lookups.count, " indices, but offsets[", i, "] is ",
+        value);
 }
 
-Tensor TieredEmbedding(const std::vector<Tensor>& blocks, const std::vector<int64_t>& tier_ends,
-                       const Tensor& indices, int64_t embedding_dim, int64_t padding_idx,
-                       int64_t bounds_check) {
-  CudaLookup lookup;
-  lookup.SetTiers(blocks, tier_ends, indices, embedding_dim, padding_idx);
-  return CudaForward(lookup, blocks[0], indices, bounds_check);
+// A position of the indices: which table's bags hold it, and where among that table's.
+struct Place {
+  size_t table = 0;
+  int64_t position = 0;
+  int64_t index = 0;
+};
+
+Place PlaceOf(const CudaContext& context, const CudaTables& call, int64_t position) {
+  Place place;
+  int64_t start = 0;
+  for (size_t next = 1; next < call.tables.count(); ++next) {
+    const int64_t begin =
+        ReadOffset(context, call.lookups, static_cast<int64_t>(next) * call.bags.batch);
+    if (begin > position) break;
+    place.table = next;
+    start = begin;
+  }
+  place.position = position - start;
+  place.index = ReadIndex(context, call.lookups.indices, call.lookups.wide, position);
+  return place;
 }
 
-Tensor TieredEmbeddingBag(const std::vector<Tensor>& blocks, const std::vector<int64_t>& tier_ends,
-                          const Tensor& indices, const Tensor& offsets,
-                          const OptionalTensor& per_sample_weights, int64_t embedding_dim,
-                          int64_t mode, int64_t padding_idx, bool include_last_offset,
-                          int64_t bounds_check) {
-  CudaLookup lookup;
-  lookup.SetTiers(blocks, tier_ends, indices, embedding_dim, padding_idx);
-  lookup.SetBags(blocks[0], offsets, per_sample_weights, mode, include_last_offset);
-  return CudaForward(lookup, blocks[0], indices, bounds_check);
+void AnswerIndex(const CudaTables& call, const Place& place, int64_t bounds_check) {
+  const int64_t rows = call.tables.rows[place.table];
+  if (bounds_check == 2 && rows > 0) return WarnClamped(place.index, place.position, rows);
+  std::ostringstream message;
+  message << "index " << place.index << " at position " << place.position
+          << " is out of range for a table of " << rows << " rows";
+  throw std::out_of_range(message.str());
 }
 
-std::tuple<Tensor, Tensor, Tensor> MaskedEmbeddingBackward(
-    const Tensor& grad, const Tensor& weight, const Tensor& indices, const OptionalTensor& offsets,
-    const Tensor& row_dims, const OptionalTensor& per_sample_weights, int64_t mode,
-    int64_t padding_idx, bool include_last_offset, bool weight_grad, bool psw_grad) {
-  CudaLookup lookup;
-  lookup.SetTable(weight, indices, padding_idx);
-  lookup.SetRowSizes(weight, row_dims);
-  lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
-  lookup.CheckGrad(grad, weight);
-  const CudaContext context(weight);
-  const DenseGrads out = DenseBackward(context, lookup, weight, grad, weight_grad, false);
-  return {out.rows, out.grads, PerSampleWeightGrad(context, lookup, weight, grad, psw_grad)};
+void RefuseSize(const CudaContext& context, const CudaTables& call, const Place& place) {
+  const Tables& tables = call.tables;
+  const size_t t = place.table;
+  const int64_t row = std::clamp<int64_t>(place.index, 0, tables.rows[t] - 1);
+  if (tables.grouped()) {
+    const int64_t group =
+        ReadIndex(context, tables.row_groups[t].const_data_ptr(), /*wide=*/false, row);
+    Check(group >= 0 && group < tables.groups(t), "row_group ", group, " of row ", row,
+          " is outside 0..", tables.groups(t) - 1);
+  }
+  Check(false, "the size of row ", row, " at position ", place.position, " is outside 0..",
+        tables.dims[t]);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> AdaptiveEmbeddingBackward(
-    const Tensor& grad, const Tensor& weight, const Tensor& indices, const OptionalTensor& offsets,
-    const Tensor& row_group, const Tensor& group_dims, const OptionalTensor& per_sample_weights,
-    int64_t mode, int64_t padding_idx, bool include_last_offset, int64_t seed, bool weight_grad,
-    bool mask_grad, bool psw_grad) {
-  CudaLookup lookup;
-  lookup.SetTable(weight, indices, padding_idx);
-  lookup.SetGroupSizes(weight, row_group, group_dims, seed);
-  lookup.SetBags(weight, offsets, per_sample_weights, mode, include_last_offset);
-  lookup.CheckGrad(grad, weight);
-  const CudaContext context(weight);
-  const DenseGrads out = DenseBackward(context, lookup, weight, grad, weight_grad, mask_grad);
-  return {out.rows, out.grads, out.mask,
-          PerSampleWeightGrad(context, lookup, weight, grad, psw_grad)};
+// Throws or warns as bounds_check says.
+void AnswerReport(const CudaContext& context, const CudaTables& call, int64_t bounds_check) {
+  Report report{};
+  context.Read(report.data(), call.lookups.report, sizeof(report));
+  if (report[kBadOffset] != kNone) {
+    RefuseOffset(context, call.lookups, static_cast<int64_t>(report[kBadOffset]));
+  }
+  for (const ReportSlot slot : {kBadIndex, kBadSize}) {
+    if (report[slot] == kNone) continue;
+    const Place place = PlaceOf(context, call, static_cast<int64_t>(report[slot]));
+    Named(call.tables, place.table, [&] {
+      slot == kBadIndex ? AnswerIndex(call, place, bounds_check) : RefuseSize(context, call, place);
+    });
+  }
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> TieredEmbeddingBackward(
-    const Tensor& grad, const std::vector<Tensor>& blocks, const std::vector<int64_t>& tier_ends,
-    const Tensor& indices, const OptionalTensor& offsets, const OptionalTensor& per_sample_weights,
-    int64_t embedding_dim, int64_t mode, int64_t padding_idx, bool include_last_offset,
-    bool weight_grad, bool psw_grad) {
-  CudaLookup lookup;
-  lookup.SetTiers(blocks, tier_ends, indices, embedding_dim, padding_idx);
-  lookup.SetBags(blocks[0], offsets, per_sample_weights, mode, include_last_offset);
-  lookup.CheckGrad(grad, blocks[0]);
-  const CudaContext context(blocks[0]);
-  const TieredGrads out = TieredBackward(context, lookup, blocks, grad, weight_grad);
-  return {out.rows, out.grads, PerSampleWeightGrad(context, lookup, blocks[0], grad, psw_grad)};
+// Whether kernels may take eight codes of this table at once, and store four numbers.
+bool Aligned(const CudaTables& call, const float* out, int64_t out_stride) {
+  const int64_t bytes = call.tables.bits[0];
+  auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % 16) | out_stride % 4 |
+              call.tables.dims[0] % 4;
+  for (const Tensor& block : call.tables.blocks) {
+    bits |= static_cast<int64_t>(AddressOf(block) % static_cast<uint64_t>(bytes)) |
+            block.size(1) % bytes;
+  }
+  return bits == 0;
+}
+
+void LaunchCodes(const CudaContext& context, CudaTables& call, float* out, int64_t out_stride) {
+  call.Upload(context);
+  CheckCuda(
+      cuda::codes_forward(static_cast<int>(call.tables.bits[0]), Aligned(call, out, out_stride),
+                          call.tiered(), call.tables.steps[0].const_data_ptr<float>(), call.lookups,
+                          out_stride, out, context.stream()),
+      "a lookup");
+}
+
+// Table t of several, and its bags, which keep their positions in all indices.
+std::pair<Tables, Bags> PartOf(const CudaTables& call, size_t t) {
+  const Tables& all = call.tables;
+  Tables one;
+  const auto first = all.blocks.begin() + static_cast<ptrdiff_t>(all.first[t]);
+  one.blocks.assign(first, first + static_cast<ptrdiff_t>(all.block_counts[t]));
+  one.block_counts = {all.block_counts[t]};
+  one.dims = {all.dims[t]};
+  one.steps = {all.steps[t]};
+  one.bits = {all.bits[t]};
+  Bags bags = call.bags;
+  Tensor offsets = *bags.offsets;
+  bags.offsets =
+      torch::stable::narrow(offsets, 0, static_cast<int64_t>(t) * bags.batch, bags.batch + 1);
+  bags.padding_idx = {call.bags.padding_idx[t]};
+  return {std::move(one), std::move(bags)};
+}
+
+// Tables of few bits have a launch each: they may differ in their bits.
+void LookupCodes(const CudaContext& context, CudaTables& call, float* out) {
+  if (call.tables.count() == 1) return LaunchCodes(context, call, out, call.width);
+  for (size_t t = 0; t < call.tables.count(); ++t) {
+    auto [tables, bags] = PartOf(call, t);
+    CudaTables part(std::move(tables), std::move(bags));
+    part.lookups.report = call.lookups.report;
+    LaunchCodes(context, part, out, call.width);
+    out += call.tables.dims[t];
+  }
+}
+
+// Masks and the kind of gradient are there for autograd.
+Tensor Lookup(Tables tables, const Tensors& /*masks*/, Bags bags, int64_t bounds_check,
+              bool /*sparse_grad*/, Codes codes) {
+  std::move(codes).AddTo(tables);
+  CudaTables call(std::move(tables), std::move(bags));
+  const CudaContext context(call.like());
+  const Tensor out = NewTensor(call.like(), OutputShape(call.tables, call.bags),
+                               call.tables.numbers().scalar_type());
+  const auto report_memory = StartReport(context, call, bounds_check);
+  void* data = out.mutable_data_ptr();
+  if (call.tables.coded()) {
+    LookupCodes(context, call, static_cast<float*>(data));
+    if (report_memory) AnswerReport(context, call, bounds_check);
+    return out;
+  }
+  call.Upload(context);
+  CheckCuda(call.With([&](const auto& table) {
+    return call.lookups.offsets != nullptr
+               ? cuda::pool_forward(call.type, table, call.lookups, call.width, data,
+                                    context.stream())
+               : cuda::lookup_forward(call.type, table, call.lookups, data, context.stream());
+  }),
+            "a lookup");
+  if (report_memory) AnswerReport(context, call, bounds_check);
+  return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
-  m.impl("masked_embedding", TORCH_BOX(&MaskedEmbedding));
-  m.impl("masked_embedding_bag", TORCH_BOX(&MaskedEmbeddingBag));
-  m.impl("adaptive_embedding", TORCH_BOX(&AdaptiveEmbedding));
-  m.impl("adaptive_embedding_bag", TORCH_BOX(&AdaptiveEmbeddingBag));
-  m.impl("tiered_embedding", TORCH_BOX(&TieredEmbedding));
-  m.impl("tiered_embedding_bag", TORCH_BOX(&TieredEmbeddingBag));
-  m.impl("masked_embedding_backward", TORCH_BOX(&MaskedEmbeddingBackward));
-  m.impl("adaptive_embedding_backward", TORCH_BOX(&AdaptiveEmbeddingBackward));
-  m.impl("tiered_embedding_backward", TORCH_BOX(&TieredEmbeddingBackward));
+  m.impl("lookup", AMTL_BOX(&Lookup));
 }
 
 }  // namespace amtl

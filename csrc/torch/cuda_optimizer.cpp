@@ -1,4 +1,4 @@
-// Optimizer updates on (rows, grads) on CUDA.
+// Optimizers on CUDA: their arguments, and steps on rows from their gradients.
 #include "torch/cuda_optimizer.h"
 
 #include <cmath>
@@ -52,8 +52,7 @@ void* StateData(const Tensor& state, const Tensor& table, const char* name, Upda
   return state.mutable_data_ptr();
 }
 
-void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t first,
-               Update& update) {
+void SetStates(const Tensor& table, const Tensors& state, size_t first, Update& update) {
   const size_t count = StatesPerTable(update.rule);
   if (count > 0) update.first = StateData(state[first], table, "state", update);
   if (count > 1) {
@@ -63,8 +62,7 @@ void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t fir
   }
 }
 
-void SetCounter(const std::vector<Tensor>& state, const std::vector<Tensor>& tables,
-                Update& update) {
+void SetCounter(const Tensors& state, const Tensors& tables, Update& update) {
   const size_t states = StatesPerTable(update.rule) * tables.size();
   Check(state.size() == states || state.size() == states + 1, "this optimizer has ", states,
         " state tensors, and at most a step counter after them");
@@ -91,60 +89,25 @@ void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& upd
 
 namespace {
 
-using Seed = std::optional<int64_t>;
-
-void Apply(const Tensor& weight, const Tensor& rows, const Tensor& grads, Update update,
-           const Seed& rounding_seed) {
-  CheckWeight(weight);
-  Check(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "rows must be int64 [U]");
-  Check(grads.scalar_type() == weight.scalar_type() && grads.dim() == 2 &&
-            grads.size(0) == rows.size(0) && grads.size(1) == weight.size(1),
-        "grads must be [", rows.size(0), ", ", weight.size(1), "] in the type of the table");
-  CheckLike(rows, "rows", weight);
-  CheckLike(grads, "grads", weight);
-  update.stochastic_rounding = rounding_seed.has_value();
-  update.seed_term = SeedTerm(rounding_seed.value_or(0));
-  ApplyTo(CudaContext(weight), weight, update, rows, grads);
-}
-
-void ApplySgd(const Tensor& weight, const Tensor& rows, const Tensor& grads, double lr,
-              double weight_decay, Seed rounding_seed) {
-  Apply(weight, rows, grads, MakeUpdate(0, {lr, 0, weight_decay, 0, 0, 1}), rounding_seed);
-}
-
-void ApplyAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
-                  const Tensor& grads, double lr, double eps, double weight_decay,
-                  Seed rounding_seed) {
-  Update update = MakeUpdate(1, {lr, eps, weight_decay, 0, 0, 1});
-  update.first = StateData(state_sum, weight, "state_sum", update);
-  Apply(weight, rows, grads, update, rounding_seed);
-}
-
-void ApplyRowWiseAdagrad(const Tensor& weight, const Tensor& state_sum, const Tensor& rows,
-                         const Tensor& grads, double lr, double eps, double weight_decay,
-                         Seed rounding_seed) {
-  Update update = MakeUpdate(2, {lr, eps, weight_decay, 0, 0, 1});
-  update.first = StateData(state_sum, weight, "state_sum", update);
-  Apply(weight, rows, grads, update, rounding_seed);
-}
-
-void ApplyAdam(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-               const Tensor& rows, const Tensor& grads, int64_t step, double lr, double beta1,
-               double beta2, double eps, double weight_decay, Seed rounding_seed) {
-  Check(exp_avg.scalar_type() == exp_avg_sq.scalar_type(), "both states must have one type");
-  Update update = MakeUpdate(3, {lr, eps, weight_decay, beta1, beta2, static_cast<double>(step)});
-  update.first = StateData(exp_avg, weight, "exp_avg", update);
-  update.second = StateData(exp_avg_sq, weight, "exp_avg_sq", update);
-  Apply(weight, rows, grads, update, rounding_seed);
+void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, const Tensors& state,
+           int64_t optimizer, const std::vector<double>& hyper) {
+  Update update = MakeUpdate(optimizer, hyper);
+  const size_t per_block = StatesPerTable(update.rule);
+  CheckRows(blocks, rows, grads);
+  SetCounter(state, blocks, update);
+  // Everything is checked before anything changes.
+  for (size_t c = 0; c < blocks.size(); ++c) SetStates(blocks[c], state, c * per_block, update);
+  const CudaContext context(blocks[0]);
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    SetStates(blocks[c], state, c * per_block, update);
+    ApplyTo(context, blocks[c], update, rows[c], grads[c]);
+  }
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(AMTL_CUDA_NAMESPACE, AMTL_CUDA_KEY, m) {
-  m.impl("apply_sgd_", TORCH_BOX(&ApplySgd));
-  m.impl("apply_adagrad_", TORCH_BOX(&ApplyAdagrad));
-  m.impl("apply_rowwise_adagrad_", TORCH_BOX(&ApplyRowWiseAdagrad));
-  m.impl("apply_adam_", TORCH_BOX(&ApplyAdam));
+  m.impl("apply_", AMTL_BOX(&Apply));
 }
 
 }  // namespace amtl

@@ -1,8 +1,7 @@
 // An optimizer's arguments, checked, as the kernels take them.
 #pragma once
 
-#include <vector>
-
+#include "torch/arguments.h"
 #include "torch/cuda_common.h"
 
 namespace amtl {
@@ -17,11 +16,10 @@ size_t StatesPerTable(Rule rule);
 void* StateData(const Tensor& state, const Tensor& table, const char* name, Update& update);
 
 // The state of the table whose tensors begin at `state[first]`.
-void SetStates(const Tensor& table, const std::vector<Tensor>& state, size_t first, Update& update);
+void SetStates(const Tensor& table, const Tensors& state, size_t first, Update& update);
 
 // Checks the number of state tensors, and takes the step counter that may follow them.
-void SetCounter(const std::vector<Tensor>& state, const std::vector<Tensor>& tables,
-                Update& update);
+void SetCounter(const Tensors& state, const Tensors& tables, Update& update);
 
 // One step on rows [U] of a table from their gradients [U, D].
 void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& update,

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from amtl.data.registry import Source
+from amtl.errors import UserError
 from amtl.run import comparison, methods
 from amtl.run.config import TrainConfig
 from amtl.run.cut import Donor
@@ -112,7 +113,7 @@ def test_bits_are_raced_where_sizes_are_settled(task):
     ]
     # All rows get all numbers of 4 and 2 bits, so one candidate each is enough.
     assert list(candidates(settings(bits="auto", budget=0.25), None)) == [
-        "int4, 16 bits a number",
+        "int4, 4 bits a number",
         "int8, 4 bits a number",
         "int2, 4 bits a number",
     ]
@@ -297,6 +298,8 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
     made = []
 
     def make(config):
+        if made:
+            raise UserError("no size is smaller")
         made.append(config)
         return small
 
@@ -339,7 +342,7 @@ def test_less_is_tried_as_long_as_it_is_better():
     winner = Scripted([0.5, 0.8])
     while not winner.finished:
         winner.step()
-    tried = [Scripted([0.5, score]) for score in (0.82, 0.85, 0.84, 0.99)]
+    tried = [Scripted([0.5, score]) for score in (0.79, 0.85, 0.84, 0.83, 0.99)]
     made = []
 
     def make(config):
@@ -349,8 +352,8 @@ def test_less_is_tried_as_long_as_it_is_better():
     best, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
     assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
     assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
-    assert made == pytest.approx([0.075, 0.0225, 0.00675])
-    assert [learner.released for learner in tried] == [True, False, True, False]
+    assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
+    assert [learner.released for learner in tried] == [True, False, True, True, False]
 
 
 @pytest.mark.parametrize("method", ["amtl", "rule"])

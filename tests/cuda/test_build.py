@@ -57,10 +57,13 @@ with FakeTensorMode():
     tables = [weight, weight], indices, offsets, [dims, dims]
     out = ak.masked_embedding_bag_tables(*tables)
     assert out.device.type == "cuda" and out.shape == (2, 12), out
-    rows, grads, psw = torch.ops.amtl.masked_embedding_bag_tables_backward(
-        out, [weight, weight], [dims, dims], indices, offsets, None, 0, [-1, -1], False, False
+    described = [weight, weight], [1, 1], [], [dims, dims], [], 0
+    bags = indices, offsets, None, 0, [-1, -1], True
+    rows, grads, masks, psw = torch.ops.amtl.lookup_backward(
+        out, *described, *bags, False, False, False
     )
     assert len(rows) == 2 and rows[0].device.type == "cuda" and grads[1].shape == (0, 6)
+    assert masks.shape == psw.shape == (0,)
 print("fine")
 """
 

@@ -5,11 +5,19 @@ The operators' values are tested by ``tests/kernels`` on the backend ``cuda``.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import amtl_kernels as ak
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+from kernel_calls import call, step
+from kernel_cases import Call, in_order
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,46 +45,28 @@ def inputs(sorted_groups: bool = True) -> dict[str, Tensor]:
     return {name: value.cuda() for name, value in values.items()}
 
 
+def run(op: str, arguments: dict[str, Any]) -> Any:
+    return getattr(torch.ops.amtl, op)(*in_order(op, arguments))
+
+
+def search(v: dict[str, Tensor]) -> Call:
+    """Bags in a table in groups."""
+    groups = {"row_groups": [v["row_group"]], "sizes": [v["group_dims"]], "seed": 7}
+    return call([v["weight"]], v["indices"], v["grad"], **groups, offsets=v["offsets"])
+
+
 def backward(v: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return torch.ops.amtl.adaptive_embedding_backward(
-        v["grad"],
-        v["weight"],
-        v["indices"],
-        v["offsets"],
-        v["row_group"],
-        v["group_dims"],
-        None,
-        0,
-        -1,
-        False,
-        7,
-        True,
-        True,
-        False,
-    )
+    (rows,), (grads,), masks, _ = run("lookup_backward", search(v).backward())
+    return rows, grads, masks
 
 
-def step(v: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    hyper = [0.05, 1e-8, 0.0, 0.0, 0.0, 1.0]
-    mask, _ = torch.ops.amtl.adaptive_embedding_update_(
-        v["weight"],
-        [state],
-        v["grad"],
-        v["indices"],
-        v["offsets"],
-        v["row_group"],
-        v["group_dims"],
-        None,
-        0,
-        -1,
-        False,
-        7,
-        True,
-        False,
-        2,
-        hyper,
-    )
-    return v["weight"], mask
+ROWWISE = ("rowwise_adagrad", [0.05, 1e-8, 0.0, 0.0, 0.0, 1.0])
+
+
+def search_step(v: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """A fused step; the table and its mask gradient."""
+    arguments = step(search(v), [v["weight"]], [state], *ROWWISE, mask_grad=True)
+    return v["weight"], run("lookup_update_", arguments)[0]
 
 
 @pytest.mark.parametrize("sorted_groups", [True, False])
@@ -112,29 +102,16 @@ def test_a_fused_step_in_a_cuda_graph() -> None:
     eager, captured = inputs(), inputs()
     states = [torch.zeros(ROWS, device="cuda") for _ in range(2)]
     for _ in range(3):
-        want_weight, want_mask = step(eager, states[0])
+        want_weight, want_mask = search_step(eager, states[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(inputs(), torch.zeros(ROWS, device="cuda"))
+        search_step(inputs(), torch.zeros(ROWS, device="cuda"))
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = torch.ops.amtl.adaptive_embedding_bag(
-            captured["weight"],
-            captured["indices"],
-            captured["offsets"],
-            captured["row_group"],
-            captured["group_dims"],
-            captured["weight"],
-            None,
-            0,
-            -1,
-            False,
-            7,
-            0,
-        )
-        _, mask = step(captured, states[1])
+        out = run("lookup", search(captured).lookup(bounds_check=0))
+        _, mask = search_step(captured, states[1])
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()
@@ -210,32 +187,30 @@ def test_several_tables_in_a_cuda_graph(dim: int) -> None:
     dims = [torch.randint(0, dim + 1, (7, 2), generator=g).int().cuda() for _ in range(tables)]
     grad = torch.randn(bags, tables * dim, generator=g).cuda()
     first = [torch.randn(rows, dim, generator=g).cuda() for _ in range(tables)]
-    ops, padding = torch.ops.amtl, [-1, 0, -1, 3, -1]
+    padding = [-1, 0, -1, 3, -1]
 
-    def step(weights: list[Tensor], state: list[Tensor]) -> tuple[Tensor, Tensor]:
-        lookups = (indices, offsets, None, 0, padding, 7)
-        masks = weights
-        out = ops.adaptive_embedding_bag_tables(weights, groups, dims, masks, *lookups, 0)
-        hyper = [0.05, 1e-8, 0.0, 0.0, 0.0, 1.0]
-        mask, _ = ops.adaptive_embedding_bag_tables_update_(
-            weights, groups, dims, state, grad, *lookups, True, False, 2, hyper
-        )
-        return out, mask
+    def both(weights: list[Tensor], state: list[Tensor]) -> tuple[Tensor, Tensor]:
+        described = {"row_groups": groups, "sizes": dims, "seed": 7, "padding_idx": padding}
+        bags = {"offsets": offsets, "include_last_offset": True}
+        of = call(weights, indices, grad, **described, **bags)
+        out = run("lookup", of.lookup(bounds_check=0))
+        arguments = step(of, weights, state, *ROWWISE, mask_grad=True)
+        return out, run("lookup_update_", arguments)[0]
 
     def fresh() -> tuple[list[Tensor], list[Tensor]]:
         return [w.clone() for w in first], [torch.zeros(rows, device="cuda") for _ in first]
 
     eager, captured = fresh(), fresh()
     for _ in range(3):
-        want = step(*eager)
+        want = both(*eager)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(*fresh())
+        both(*fresh())
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = step(*captured)
+        got = both(*captured)
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()
@@ -247,8 +222,9 @@ def test_a_check_that_waits_is_refused_in_a_capture() -> None:
     v = inputs()
     sizes = torch.full((ROWS,), DIM, dtype=torch.int32, device="cuda")
     graph = torch.cuda.CUDAGraph()
+    arguments = call([v["weight"]], v["indices"], sizes=[sizes]).lookup(bounds_check=1)
     with pytest.raises(RuntimeError, match="cannot"), torch.cuda.graph(graph):
-        torch.ops.amtl.masked_embedding(v["weight"], v["indices"], sizes, -1, 1)
+        run("lookup", arguments)
 
 
 def test_bad_input_leaves_the_gpu_usable() -> None:
@@ -258,7 +234,8 @@ def test_bad_input_leaves_the_gpu_usable() -> None:
     bad[123] = 2**40
     with pytest.raises(IndexError, match=f"index {2**40} at position 123"):
         ak.masked_embedding(v["weight"], bad, sizes)
-    assert torch.ops.amtl.masked_embedding(v["weight"], bad, sizes, -1, 0).isfinite().all()
+    unchecked = call([v["weight"]], bad, sizes=[sizes]).lookup(bounds_check=0)
+    assert run("lookup", unchecked).isfinite().all()
     torch.cuda.synchronize()
 
 
@@ -276,7 +253,6 @@ def test_a_table_of_more_than_two_to_the_31_elements() -> None:
     every = torch.arange(rows, device="cuda")
     out = ak.masked_embedding(weight, every, sizes, bounds_check="off")
     assert out.numel() > 2**31 and torch.equal(out[-500:], weight[-500:])
-    got, grads, _ = torch.ops.amtl.masked_embedding_backward(
-        weight[-500:].contiguous(), weight, last, None, sizes, None, 0, -1, False, True, False
-    )
+    of = call([weight], last, weight[-500:].contiguous(), sizes=[sizes])
+    (got,), (grads,), _, _ = run("lookup_backward", of.backward())
     assert torch.equal(got, last) and torch.equal(grads, weight[-500:])

@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,8 +60,6 @@ def _on_device(name: str) -> Callable[..., Any]:
 
 IMPLEMENTATIONS = {name: _on_device(name) for name in SCHEMAS}
 """Operator name to the operator on the simulated device."""
-
-ops = SimpleNamespace(**IMPLEMENTATIONS)
 
 
 @contextlib.contextmanager

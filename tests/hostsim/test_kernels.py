@@ -7,7 +7,6 @@ optimizer steps, several tables in one call, hot rows over many chunks, unusual 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from torch import Tensor
 from amtl_kernels import reference
 
 from . import simulator as sim
+from .calls import RULES, Call, applying, call, flatten, in_double, run, step
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.int64: 0.0, torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 9e-3}
@@ -74,24 +74,20 @@ class Batch:
             self.group_dims = self.group_dims[:, 0].contiguous()
         self.grad = torch.randn(bags, dim, generator=g).to(dtype)
 
-    def adaptive_backward(self, function: Callable[..., Any], double: bool) -> Any:
-        cast = (lambda t: t.double()) if double else (lambda t: t)
-        return function(
-            cast(self.grad),
-            cast(self.weight),
-            self.indices,
-            self.offsets,
-            self.row_group,
-            self.group_dims,
-            cast(self.psw),
-            0,
-            -1,
-            False,
-            11,
-            True,
-            True,
-            True,
-        )
+    def search(self, **options: Any) -> Call:
+        """Weighted bags in a table in groups."""
+        given: dict[str, Any] = {
+            "sizes": [self.group_dims],
+            "row_groups": [self.row_group],
+            "seed": 11,
+            "offsets": self.offsets,
+            "per_sample_weights": self.psw,
+        }
+        return call([self.weight], self.indices, self.grad, **given | options)
+
+    def masked(self, **options: Any) -> Call:
+        """Lookups in a table with a size for every row."""
+        return call([self.weight], self.indices, self.grad, sizes=[self.row_dims], **options)
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
@@ -102,17 +98,22 @@ def test_no_races_in_any_order_and_equal_results(
 ) -> None:
     """The same bits whatever runs first: no atomics on floats, no race."""
     batch = Batch(3, dtype, dim=16, columns=5, sorted_groups=sorted_groups)
+    arguments = batch.search().backward()
     with sim.simulation(0, "forward"):
-        first = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
+        first = flatten(run("lookup_backward", arguments))
     for seed in (1, 2):
         with sim.simulation(seed, order, track_races=True):
-            again = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
+            again = flatten(run("lookup_backward", arguments))
         for a, b in zip(first, again, strict=True):
             assert torch.equal(a, b)
-    for got, want in zip(
-        first, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
-    ):
-        close(got, want, "backward", scale=3)
+    backward_is_close(batch, first)
+
+
+def backward_is_close(batch: Batch, found: Any, scale: float = 3) -> None:
+    """Row gradients, mask gradients and those of the weights, against float64."""
+    want = in_double("lookup_backward", batch.search().backward())
+    for got, wanted in zip(flatten(found), flatten(want), strict=True):
+        close(got, wanted, "backward", scale)
 
 
 @settings(deadline=None, max_examples=40)
@@ -154,20 +155,14 @@ def test_relative_error_of_everything(
     )
     # Terms of both signs can cancel, which leaves nothing to be relative to.
     batch.psw = batch.psw.abs()
-    args = (batch.indices, batch.offsets, batch.row_group, batch.group_dims)
-    psw = None if mean else batch.psw
-    rest = (int(mean), 2, False, seed, 1)
+    weighted = None if mean else batch.psw
+    pooled = {"pooling": int(mean), "padding_idx": [2], "seed": seed}
+    forward = batch.search(per_sample_weights=weighted, **pooled).lookup()
     with sim.simulation(seed):
-        got = sim.ops.adaptive_embedding_bag(batch.weight, *args, batch.weight, psw, *rest)
-        grads = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
-    want = reference.adaptive_embedding_bag(
-        batch.weight.double(), *args, batch.weight, None if mean else batch.psw.double(), *rest
-    )
-    close(got, want, "forward", scale=3)
-    for g, w in zip(
-        grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
-    ):
-        close(g, w, "backward", scale=3)
+        got = run("lookup", forward)
+        grads = run("lookup_backward", batch.search().backward())
+    close(got, in_double("lookup", forward), "forward", scale=3)
+    backward_is_close(batch, grads)
 
 
 @pytest.mark.parametrize("dim", [8, 24, 40, 520])
@@ -175,22 +170,15 @@ def test_neighbours_that_swap_halves_keep_to_the_row(dim: int) -> None:
     """Eight columns a thread: alone, with a last thread that has no neighbour, over two pieces."""
     batch = Batch(6, torch.bfloat16, dim=dim, lookups=900, pattern="uniform")
     with sim.simulation(6, track_races=True):
-        grads = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
-    for g, w in zip(
-        grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
-    ):
-        close(g, w, "backward", scale=3)
+        grads = run("lookup_backward", batch.search().backward())
+    backward_is_close(batch, grads)
 
 
 def test_hot_row_and_one_group_over_many_levels() -> None:
     """20,000 lookups of few rows: partial sums of partial sums, three levels deep."""
     batch = Batch(5, dim=4, rows=3, groups=1, lookups=20_000, bags=1_000, pattern="uniform")
     before = dict(sim.tools.launch_counts())
-    grads = batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
-    for g, w in zip(
-        grads, batch.adaptive_backward(reference.adaptive_embedding_backward, True), strict=True
-    ):
-        close(g, w, "backward", scale=10)
+    backward_is_close(batch, run("lookup_backward", batch.search().backward()), scale=10)
     after = sim.tools.launch_counts()
     partials = sum(n - before.get(k, 0) for k, n in after.items() if "reduce_partials" in k)
     assert partials >= 6, "rows and groups, three levels each"
@@ -198,13 +186,8 @@ def test_hot_row_and_one_group_over_many_levels() -> None:
 
 # --- Fused optimizer steps ------------------------------------------------------------------------
 
-RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 HYPER = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.02, "beta1": 0.9, "beta2": 0.99, "step": 3.0}
-
-
-def step_of(rule: str, **other: float) -> tuple[int, list[float]]:
-    """The last arguments of fused updates."""
-    return RULES.index(rule), list((HYPER | other).values())
+RATES = list(HYPER.values())
 
 
 def states_of(rule: str, weight: Tensor, dtype: torch.dtype, seed: int) -> list[Tensor]:
@@ -218,17 +201,10 @@ def states_of(rule: str, weight: Tensor, dtype: torch.dtype, seed: int) -> list[
 
 
 def reference_step(
-    rule: str, weight: Tensor, states: list[Tensor], rows: Tensor, grads: Tensor
+    rule: str, blocks: list[Tensor], states: list[Tensor], rows: list[Tensor], grads: list[Tensor]
 ) -> None:
-    step = (3,) if rule == "adam" else ()
-    order = {
-        "sgd": ("lr", "weight_decay"),
-        "adagrad": ("lr", "eps", "weight_decay"),
-        "rowwise_adagrad": ("lr", "eps", "weight_decay"),
-        "adam": ("lr", "beta1", "beta2", "eps", "weight_decay"),
-    }[rule]
-    apply = reference.IMPLEMENTATIONS[f"apply_{rule}_"]
-    apply(weight, *states, rows, grads, *step, *(HYPER[name] for name in order))
+    arguments = applying(blocks, rows, grads, states, rule, RATES)
+    run("apply_", arguments, reference.IMPLEMENTATIONS)
 
 
 def search_step(
@@ -240,24 +216,9 @@ def search_step(
     promised: bool = True,
 ) -> Tensor:
     """A fused step of a table in groups; returns the mask gradient."""
-    mask: Tensor = sim.ops.adaptive_embedding_update_(
-        weight,
-        states,
-        batch.grad,
-        batch.indices,
-        batch.offsets,
-        batch.row_group,
-        batch.group_dims,
-        batch.psw,
-        0,
-        -1,
-        False,
-        11,
-        masks,
-        False,
-        *step_of(rule),
-        promised,
-    )[0]
+    of = batch.search(groups_sorted=promised)
+    arguments = step(of, [weight], states, rule, RATES, mask_grad=masks)
+    mask: Tensor = run("lookup_update_", arguments)[0]
     return mask
 
 
@@ -277,12 +238,12 @@ WIDE = (129, 192, 256, 260, 1000, 1024)
 def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, masks: str) -> None:
     narrow = dtype != torch.float32 and dim in (64, 129, 1000)
     batch = Batch(dim, dtype, dim=dim, columns=3, sorted_groups=masks != "unsorted")
-    rows, grads, mask_grad, _ = batch.adaptive_backward(reference.adaptive_embedding_backward, True)
+    rows, grads, mask_grad, _ = in_double("lookup_backward", batch.search().backward())
     weight = batch.weight.clone()
     states = states_of(rule, weight, dtype if narrow else torch.float32, 1)
     want_weight = weight.double()
     want_states = [state.double() for state in states]
-    reference_step(rule, want_weight, want_states, rows, grads)
+    reference_step(rule, [want_weight], want_states, rows, grads)
     untouched = [t.clone() for t in (weight, *states)]
     with sim.simulation(dim, track_races=True, capturing=masks == "captured"):
         got_mask = search_step(batch, weight, states, rule, masks != "none", masks == "promised")
@@ -293,7 +254,7 @@ def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, ma
         close(got_mask, mask_grad, "mask gradient", scale=4)
     # Past the kept prefix, and in rows not looked up, not a bit has changed.
     kept = torch.zeros(weight.shape, dtype=torch.bool)
-    kept[rows] = reference.kept_prefix(grads)
+    kept[rows[0]] = reference.kept_prefix(grads[0])
     for now, before in zip((weight, *states), untouched, strict=True):
         left = ~kept if now.dim() == 2 else ~kept.any(1)
         assert torch.equal(now[left], before[left])
@@ -317,45 +278,19 @@ def test_fused_step_of_a_tiered_table(
         for start, end, width in zip([0, *ends], ends, widths, strict=False)
     ]
     batch = Batch(4, dtype, dim=widths[0])
-    rows, grads, _ = reference.tiered_embedding_backward(
-        batch.grad.double(),
-        [b.double() for b in blocks],
-        ends,
-        batch.indices,
-        batch.offsets,
-        batch.psw.double(),
-        widths[0],
-        0,
-        -1,
-        False,
-        True,
-        False,
-    )
-    states = [states_of(rule, block, torch.float32, c) for c, block in enumerate(blocks)]
+    bags = {"offsets": batch.offsets, "per_sample_weights": batch.psw, "dims": [widths[0]]}
+    of = call(blocks, batch.indices, batch.grad, **bags)
+    rows, grads, _, _ = in_double("lookup_backward", of.backward())
+    states = [s for c, b in enumerate(blocks) for s in states_of(rule, b, torch.float32, c)]
     want = [block.double() for block in blocks]
-    want_states = [[s.double() for s in per_tier] for per_tier in states]
-    for c in range(3):
-        reference_step(rule, want[c], want_states[c], rows[c], grads[c])
+    want_states = [state.double() for state in states]
+    reference_step(rule, want, want_states, rows, grads)
     with sim.simulation(7, track_races=True):
-        sim.ops.tiered_embedding_update_(
-            blocks,
-            [state for per_tier in states for state in per_tier],
-            batch.grad,
-            ends,
-            batch.indices,
-            batch.offsets,
-            batch.psw,
-            widths[0],
-            0,
-            -1,
-            False,
-            False,
-            *step_of(rule),
-        )
+        run("lookup_update_", step(of, blocks, states, rule, RATES))
     for c in range(3):
         close(blocks[c], want[c], f"tier {c}", scale=4)
-        for state, wanted in zip(states[c], want_states[c], strict=True):
-            close(state, wanted, f"state of tier {c}", scale=4)
+    for state, wanted in zip(states, want_states, strict=True):
+        close(state, wanted, "state", scale=4)
 
 
 @pytest.mark.parametrize("form", ["search", "frozen"])
@@ -367,41 +302,23 @@ def test_a_hot_wide_row_steps_the_same_in_any_order(
     batch = Batch(8, dtype, rows=300, dim=dim, lookups=3_000, groups=20, pattern="uniform")
     batch.indices[::10] = 150
     batch.psw = batch.psw / 8
-    if form == "search":
-        rows, grads, mask_grad, _ = batch.adaptive_backward(
-            reference.adaptive_embedding_backward, True
-        )
-    else:
-        mask_grad = torch.empty(0, dim)
-        arguments = (batch.indices, batch.offsets, batch.psw.double(), dim, 0, -1, False)
-        (rows,), (grads,), _ = reference.tiered_embedding_backward(
-            batch.grad.double(), [batch.weight.double()], [300], *arguments, True, False
-        )
+    bags = {"offsets": batch.offsets, "per_sample_weights": batch.psw}
+    of = (
+        batch.search()
+        if form == "search"
+        else call([batch.weight], batch.indices, batch.grad, **bags)
+    )
+    of.groups_sorted = True
+    rows, grads, mask_grad, _ = in_double("lookup_backward", of.backward())
     want = [batch.weight.double(), torch.ones(300).double(), mask_grad]
-    reference_step("rowwise_adagrad", want[0], [want[1]], rows, grads)
+    reference_step("rowwise_adagrad", [want[0]], [want[1]], rows, grads)
     results = []
     for seed, order in ((0, "forward"), (1, "reverse"), (2, "random"), (3, "random")):
         weight, state = batch.weight.clone(), torch.ones(300)
-        mask = mask_grad
+        wants = {"mask_grad": form == "search"}
         with sim.simulation(seed, order, track_races=seed < 2):
-            if form == "search":
-                mask = search_step(batch, weight, [state])
-            else:
-                sim.ops.tiered_embedding_update_(
-                    [weight],
-                    [state],
-                    batch.grad,
-                    [300],
-                    batch.indices,
-                    batch.offsets,
-                    batch.psw,
-                    dim,
-                    0,
-                    -1,
-                    False,
-                    False,
-                    *step_of("rowwise_adagrad"),
-                )
+            arguments = step(of, [weight], [state], "rowwise_adagrad", RATES, **wants)
+            mask, _ = run("lookup_update_", arguments)
         results.append([weight, state, mask])
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
@@ -413,12 +330,10 @@ def test_rows_as_wide_as_shared_memory() -> None:
     """Sums of a row and of its mask fill a block's 48 KB; a wider row takes a step of its own."""
     for dim in (2_000, 6_144, 6_145):
         batch = Batch(9, dim=dim, rows=5, lookups=40, bags=8, groups=2)
-        rows, grads, mask_grad, _ = batch.adaptive_backward(
-            reference.adaptive_embedding_backward, True
-        )
+        rows, grads, mask_grad, _ = in_double("lookup_backward", batch.search().backward())
         weight, state = batch.weight.clone(), torch.ones(5)
         want, want_state = weight.double(), state.double()
-        reference_step("rowwise_adagrad", want, [want_state], rows, grads)
+        reference_step("rowwise_adagrad", [want], [want_state], rows, grads)
         if dim > 6_144:
             # The number of rows is read back between the backward and the step.
             with sim.simulation(capturing=True), pytest.raises(RuntimeError, match="captur"):
@@ -441,33 +356,32 @@ def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype) -> None:
     rate = torch.finfo(dtype).eps / 8
     grad = torch.ones(rows, dim, dtype=dtype)
     sizes = torch.full((rows,), dim, dtype=torch.int32)
-    lookups = (grad, torch.arange(rows), None, sizes, None, 0, -1, False, False)
-    step = (0, [rate, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0])
-    sim.ops.masked_embedding_update_(weight, [], *lookups, *step)
+    of = call([weight], torch.arange(rows), grad, sizes=[sizes])
+    rounding = [rate, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0]
+    run("lookup_update_", step(of, [weight], [], "sgd", rounding))
     moved = 1 - weight.double().mean().item()
     deviation = torch.finfo(dtype).eps / 2 * math.sqrt(0.25 * 0.75 / (rows * dim))
     assert weight.unique().numel() == 2
     assert abs(moved - rate) < 5 * deviation
     again = torch.ones(rows, dim, dtype=dtype)
-    sim.ops.masked_embedding_update_(again, [], *lookups, *step)
+    run("lookup_update_", step(of, [again], [], "sgd", rounding))
     assert torch.equal(weight, again), "the same seed rounds the same way"
 
 
 def test_adam_step_counted_on_the_device() -> None:
     """A graph replays with the step that device memory holds; equal to the host's arithmetic."""
-    for step in (1, 7, 100_000):
+    for number in (1, 7, 100_000):
         got, want = torch.ones(4, 8), torch.ones(4, 8)
         rows, grads = torch.arange(4), torch.full((4, 8), 0.5)
-        state = [*(torch.zeros(4, 8) for _ in range(2)), torch.tensor(step)]
-        # What the host would have computed must not be used.
-        other = [0.1, 1e-8, 0.0, 0.9, 0.999, 1e6]
-        sizes = torch.full((4,), 8, dtype=torch.int32)
-        lookups = (grads, rows, None, sizes, None, 0, -1, False, False)
+        state = [*(torch.zeros(4, 8) for _ in range(2)), torch.tensor(number)]
+        rates = [0.1, 1e-8, 0.0, 0.9, 0.999]
+        of = call([got], rows, grads, sizes=[torch.full((4,), 8, dtype=torch.int32)])
         with sim.simulation(capturing=True):
-            sim.ops.masked_embedding_update_(got, state, *lookups, 3, other)
-        reference.apply_adam_(
-            want, torch.zeros(4, 8), torch.zeros(4, 8), rows, grads, step, 0.1, 0.9, 0.999, 1e-8, 0
-        )
+            # What the host would have computed must not be used.
+            run("lookup_update_", step(of, [got], state, "adam", [*rates, 1e6]))
+        moments = [torch.zeros(4, 8), torch.zeros(4, 8)]
+        arguments = applying([want], [rows], [grads], moments, "adam", [*rates, number])
+        run("apply_", arguments, reference.IMPLEMENTATIONS)
         torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
 
 
@@ -488,37 +402,74 @@ def test_a_list_of_tables_has_no_races(
     )
     grad = torch.randn(bags, sum(dims), generator=torch.Generator().manual_seed(1)).to(dtype)
     for seed, order in ((0, "forward"), (1, "reverse"), (2, "random")):
-        weights = [b.weight.clone() for b in batches]
-        described: list[Any] = [weights, [b.row_dims for b in batches]]
+        blocks = [b.weight.clone() for b in batches]
+        described: dict[str, Any] = {"sizes": [b.row_dims for b in batches]}
         if form == "adaptive":
-            described = [weights, [b.row_group for b in batches], [b.group_dims for b in batches]]
+            described = {
+                "sizes": [b.group_dims for b in batches],
+                "row_groups": [b.row_group for b in batches],
+                "seed": 11,
+            }
         if form == "tiered":
-            halves = [w.chunk(2) for w in weights]
-            blocks = [half.contiguous() for pair in halves for half in pair]
+            blocks = [half.contiguous() for weight in blocks for half in weight.chunk(2)]
             blocks[3] = blocks[3][:, :0].contiguous()
-            ends = [end for a, b in halves for end in (len(a), len(a) + len(b))]
-            described = [blocks, [2, 2, 2], ends, list(dims)]
-        psw = torch.cat([b.psw for b in batches])
-        bags_of = [torch.cat([b.indices for b in batches]), offsets, psw, 0, [1, -1, 0]]
-        bags_of += [11] if form == "adaptive" else []
-        masks_of = [b.weight for b in batches] if form == "adaptive" else None
-        state = [torch.zeros(len(block)) for block in described[0]]
-        name = f"{form}_embedding_bag_tables"
-        forward, backward, update = (
-            sim.IMPLEMENTATIONS[name + suffix] for suffix in ("", "_backward", "_update_")
+            described = {"block_counts": [2, 2, 2], "dims": dims}
+        of = call(
+            blocks,
+            torch.cat([b.indices for b in batches]),
+            grad,
+            **described,
+            offsets=offsets,
+            per_sample_weights=torch.cat([b.psw for b in batches]),
+            padding_idx=[1, -1, 0],
+            include_last_offset=True,
         )
-        wanted = [True] * (2 if form == "adaptive" else 1)
+        state = [torch.zeros(len(block)) for block in blocks]
+        wants = {"mask_grad": form == "adaptive", "psw_grad": True}
+        fused = step(of, blocks, state, "rowwise_adagrad", RATES, **wants)
         with sim.simulation(seed, order, track_races=True):
-            out = forward(*described, *([masks_of] if masks_of else []), *bags_of, 1)
-            rows, grads, *found = backward(grad, *described, *bags_of, True, *wanted)
-            again = update(*described, state, grad, *bags_of, *wanted, *step_of("rowwise_adagrad"))
+            out = run("lookup", of.lookup())
+            rows, grads, *found = run("lookup_backward", of.backward())
+            again = run("lookup_update_", fused)
         # Mask gradients and those of per-sample weights, fused or not.
-        again = list(again) if form == "adaptive" else [again]
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-        results.append([out, *rows, *grads, *found, *described[0], *state])
+        results.append([out, *rows, *grads, *found, *blocks, *state])
     assert not results[0][0].isnan().any() and results[0][-1].any()
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_more_tiers_than_travel_with_a_launch(rule: str, pooled: bool) -> None:
+    """The 129th tier moves them all to memory of the device, which changes no bit."""
+    batch = Batch(3, rows=300, dim=12, lookups=500, pattern="uniform")
+    indices = batch.indices.clamp(min=5)
+    ends = [*range(1, 128), 180, 240, 300]
+    halves = [batch.weight[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    every = [half[:, : 12 - c % 3].contiguous() for c, half in enumerate(halves)]
+    assert len(every) == 130
+    bags: dict[str, Any] = {}
+    grad = batch.weight[indices]
+    if pooled:
+        bags, grad = {"offsets": batch.offsets, "per_sample_weights": batch.psw}, batch.grad
+    results = []
+    # Without the first five, whose rows nobody asks for, they do travel.
+    for missing in (0, 5):
+        blocks = [block.clone() for block in every[missing:]]
+        of = call(blocks, indices - missing, grad, dims=[12], padding_idx=[200 - missing], **bags)
+        states = [s for block in blocks for s in states_of(rule, block, torch.float32, 1)]
+        want = in_double("lookup", of.lookup())
+        with sim.simulation(4, track_races=True):
+            rows, grads, _, psw = run("lookup_backward", of.backward())
+        with sim.simulation(5, capturing=True):
+            out = run("lookup", of.lookup(bounds_check=0))
+            run("lookup_update_", step(of, blocks, states, rule, RATES))
+        if missing == 0:
+            close(out, want, "forward")
+            rows, grads, blocks = rows[5:], grads[5:], blocks[5:]
+        results.append([out, psw, *rows, *grads, *blocks, *states[-125:]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_nonsense_is_never_followed() -> None:
@@ -531,13 +482,13 @@ def test_nonsense_is_never_followed() -> None:
     offsets[2], offsets[5], offsets[9] = -4, 10**10, 1
     sizes = batch.row_dims.clone()
     sizes[0], sizes[1] = -7, 10**6
-    sim.ops.masked_embedding(batch.weight, indices, sizes, -1, 0)
-    for weights, mode in ((batch.psw, 0), (None, 1)):
-        bags = (indices, offsets, sizes, weights, mode, 2, False)
-        assert sim.ops.masked_embedding_bag(batch.weight, *bags, 0).isfinite().all()
-        sim.ops.masked_embedding_backward(
-            batch.grad, batch.weight, *bags, True, weights is not None
-        )
+    given = {"sizes": [sizes]}
+    run("lookup", call([batch.weight], indices, **given).lookup(bounds_check=0))
+    for weights, pooling in ((batch.psw, 0), (None, 1)):
+        bags = {"offsets": offsets, "per_sample_weights": weights, "pooling": pooling}
+        of = call([batch.weight], indices, batch.grad, **given, **bags, padding_idx=[2])
+        assert run("lookup", of.lookup(bounds_check=0)).isfinite().all()
+        run("lookup_backward", of.backward())
 
 
 def test_groups_that_are_not_there_stay_inside_of_every_buffer() -> None:
@@ -547,29 +498,35 @@ def test_groups_that_are_not_there_stay_inside_of_every_buffer() -> None:
     known = batch.row_group.clone()
     batch.row_group[::9], batch.row_group[1::9] = -3, 10**6
     lost = (batch.row_group != known).nonzero().flatten()
-    args = (batch.indices, batch.row_group, batch.group_dims, batch.weight, 0, -1, 0)
-    out = sim.ops.adaptive_embedding(batch.weight, *args)
+    plain = batch.search(seed=0, offsets=None, per_sample_weights=None)
+    out = run("lookup", plain.lookup(bounds_check=0))
     kept = torch.isin(batch.indices, lost, invert=True)
     assert out[kept].any(1).all() and not out[~kept].any() and not kept.all()
-    for grads in batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False):
+    for grads in flatten(run("lookup_backward", batch.search().backward())):
         assert grads.isfinite().all()
-    tables = [[batch.weight] * 2, [batch.row_group] * 2, [batch.group_dims] * 2]
-    offsets = torch.cat([batch.offsets, batch.offsets, torch.tensor([300])])
-    bags = (batch.indices, offsets.sort().values, batch.psw, 0, [-1, -1], 11)
-    grad = torch.cat([batch.grad, batch.grad], 1)
-    found = sim.ops.adaptive_embedding_bag_tables_backward(grad, *tables, *bags, True, True, True)
-    assert all(part.isfinite().all() for part in (*found[1], *found[2:]))
+    twice = call(
+        [batch.weight] * 2,
+        batch.indices,
+        torch.cat([batch.grad, batch.grad], 1),
+        sizes=[batch.group_dims] * 2,
+        row_groups=[batch.row_group] * 2,
+        seed=11,
+        offsets=torch.cat([batch.offsets, batch.offsets, torch.tensor([300])]).sort().values,
+        per_sample_weights=batch.psw,
+        padding_idx=[-1, -1],
+        include_last_offset=True,
+    )
+    for grads in flatten(run("lookup_backward", twice.backward())):
+        assert grads.isfinite().all()
 
 
 def test_a_false_promise_of_order_stays_inside_of_every_buffer() -> None:
     """Groups said to be in order that are not: mask gradients are wrong, memory is safe."""
     batch = Batch(1, dim=8, groups=40, sorted_groups=False)
-    lookups = (batch.grad, batch.indices, batch.offsets, batch.row_group, batch.group_dims)
-    options = (batch.psw, 0, -1, False, 11, True, False, *step_of("sgd"))
     weights = []
     for promised in (True, False):
         weights.append(batch.weight.clone())
-        sim.ops.adaptive_embedding_update_(weights[-1], [], *lookups, *options, promised)
+        search_step(batch, weights[-1], [], "sgd", promised=promised)
     assert torch.equal(*weights)
 
 
@@ -583,21 +540,24 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     weight = torch.empty(rows, dim)
     weight[chosen] = values
     sizes = torch.full((rows,), 40, dtype=torch.uint8)
-    groups = (torch.zeros(rows, dtype=torch.int32), torch.tensor([40], dtype=torch.int32))
+    groups = {
+        "row_groups": [torch.zeros(rows, dtype=torch.int32)],
+        "sizes": [torch.tensor([40], dtype=torch.int32)],
+    }
     kept = values.clone()
     kept[:, 40:] = 0
-    got = sim.ops.masked_embedding(weight, indices, sizes, -1, 1)
+    got = run("lookup", call([weight], indices, sizes=[sizes]).lookup())
     assert torch.equal(got, kept[[2, 0, 1, 2]])
-    options = (weight, None, 0, -1, False, 0, 1)
-    pooled = sim.ops.adaptive_embedding_bag(weight, indices, offsets, *groups, *options)
+    of = call([weight], indices, torch.ones(2, dim), **groups, offsets=offsets, groups_sorted=True)
+    pooled = run("lookup", of.lookup())
     assert torch.equal(pooled, torch.stack([kept[2] + kept[0], kept[1] + kept[2]]))
-    tiered = sim.ops.tiered_embedding([weight[:9], weight[9:]], [9, rows], indices, dim, -1, 1)
+    tiered = run("lookup", call([weight[:9], weight[9:]], indices).lookup())
     assert torch.equal(tiered, values[[2, 0, 1, 2]])
 
-    step = (*step_of("sgd", lr=1.0, weight_decay=0.0), True)
-    where = (torch.ones(2, dim), indices, offsets, *groups, None, 0, -1, False, 0)
-    mask, _ = sim.ops.adaptive_embedding_update_(weight, [], *where, True, False, *step)
-    assert torch.equal(mask[0], values[0] + values[1] + 2 * values[2])
+    rates = [1.0, *RATES[1:2], 0.0, *RATES[3:]]
+    fused = step(of, [weight], [], "sgd", rates, mask_grad=True)
+    mask, _ = run("lookup_update_", fused)
+    assert torch.equal(mask, values[0] + values[1] + 2 * values[2])
     values[:, :40] -= torch.tensor([[1.0], [1.0], [2.0]])
     assert torch.equal(weight[chosen], values)
 
@@ -605,12 +565,13 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
 def test_a_grid_that_a_gpu_refuses_is_refused_here() -> None:
     """Column pieces go to the y dimension, which ends at 65,535."""
     with pytest.raises(RuntimeError, match="amtl: a lookup failed: invalid argument"):
-        sim.ops.masked_embedding(
-            torch.zeros(1, 32 * 65_536 + 1, dtype=torch.float16),
-            torch.zeros(1, dtype=torch.int64),
-            torch.ones(1, dtype=torch.int32),
-            -1,
-            0,
+        run(
+            "lookup",
+            call(
+                [torch.zeros(1, 32 * 65_536 + 1, dtype=torch.float16)],
+                torch.zeros(1, dtype=torch.int64),
+                sizes=[torch.ones(1, dtype=torch.int32)],
+            ).lookup(bounds_check=0),
         )
 
 
@@ -626,23 +587,15 @@ def test_every_kernel_has_been_executed() -> None:
         defined |= set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text))
     assert len(defined) >= 15
     batch = Batch(2)
-    reference_args = (batch.indices, batch.offsets)
-    sim.ops.masked_embedding_bag(
-        batch.weight, *reference_args, batch.row_dims, None, 1, 3, False, 1
-    )
-    sim.ops.masked_embedding_backward(
-        batch.grad, batch.weight, *reference_args, batch.row_dims, None, 1, 3, False, True, False
-    )
     blocks = [batch.weight[:20].contiguous(), batch.weight[20:, :4].contiguous()]
-    sim.ops.tiered_embedding(blocks, [20, 40], batch.indices, 17, -1, 1)
-    sim.ops.tiered_embedding_backward(
-        batch.grad, blocks, [20, 40], *reference_args, None, 17, 0, -1, False, True, False
-    )
-    for sorted_groups in (True, False):
-        Batch(3, sorted_groups=sorted_groups).adaptive_backward(
-            sim.ops.adaptive_embedding_backward, False
-        )
-    sim.ops.apply_sgd_(batch.weight, torch.arange(40), torch.ones(40, 17), 0.1, 0.0)
+    means = batch.masked(offsets=batch.offsets, pooling=1, padding_idx=[3])
+    tiers = call(blocks, batch.indices, batch.grad, offsets=batch.offsets)
+    for of in (means, tiers, Batch(3).search(), Batch(3, sorted_groups=False).search()):
+        run("lookup", of.lookup())
+        run("lookup_backward", of.backward())
+    run("lookup", call(blocks, batch.indices).lookup())
+    ones = applying([batch.weight], [torch.arange(40)], [torch.ones(40, 17)], [], "sgd", RATES)
+    run("apply_", ones)
     test_a_list_of_tables_has_no_races("masked", torch.float32, (5, 1, 9))
     executed = {
         match for name in sim.tools.launch_counts() for match in re.findall(r"(\w+_kernel)", name)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import amtl_kernels
-from amtl_kernels import reference, reference_tables, rounding
+from amtl_kernels import reference, rounding
 
 from . import simulator as sim
+from .calls import RULES, Call, applying, call, run, step
 
 NARROW = (torch.bfloat16, torch.float16)
-RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+ROOMS = (sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS)
 ROWS, DIM = 50, 24
 
 
@@ -53,8 +54,8 @@ def test_rounding_is_unbiased(dtype: torch.dtype) -> None:
     columns = values.numel()
     total = torch.zeros(columns, dtype=torch.float64)
     low, high = neighbours(values, dtype)
-    for step in range(count):
-        bits = rounding.rounding_bits(torch.tensor([7]), columns, step)
+    for number in range(count):
+        bits = rounding.rounding_bits(torch.tensor([7]), columns, number)
         rounded = rounding.round_stochastically(values[None], dtype, bits)[0].double()
         assert ((rounded == low) | (rounded == high)).all()
         total += rounded
@@ -88,12 +89,9 @@ def weight_and_grad(dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Ten
     return weight, (torch.randn(ROWS, DIM, generator=g) * scale).to(dtype)
 
 
-RATES = {
-    "sgd": (1e-3, 0.01),
-    "adagrad": (1e-3, 1e-6, 0.01),
-    "rowwise_adagrad": (1e-3, 1e-6, 0.01),
-    "adam": (5, 1e-3, 0.9, 0.99, 1e-6, 0.01),
-}
+def rounding_step(number: float, rounds: bool) -> list[float]:
+    """The last of ``hyper``."""
+    return [number, 1.0] if rounds else [number]
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -106,53 +104,44 @@ def test_updates_round_as_the_reference_does(rule: str, dtype: torch.dtype, seed
     rows = torch.randperm(ROWS, generator=g)[:30].sort().values
     grads = grads[:30].contiguous()
     results = []
-    for implementations in (sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS):
+    for room, rounds in ((ROOMS[0], True), (ROOMS[1], True), (ROOMS[1], False)):
         w, s = weight.clone(), [state.clone() for state in states]
-        implementations[f"apply_{rule}_"](w, *s, rows, grads, *RATES[rule], seed)
+        hyper = [1e-3, 1e-6, 0.01, 0.9, 0.99, *rounding_step(seed, rounds)]
+        run("apply_", applying([w], [rows], [grads], s, rule, hyper), room)
         results.append(w)
-    assert torch.equal(*results)
-    nearest = weight.clone()
-    states = [state.clone() for state in states]
-    reference.IMPLEMENTATIONS[f"apply_{rule}_"](nearest, *states, rows, grads, *RATES[rule])
-    assert not torch.equal(results[0], nearest)
+    assert torch.equal(*results[:2])
+    assert not torch.equal(*results[1:])
 
 
-def fused_calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Every fused update with one lookup a row: sums are exact, so only rounding can differ."""
+def fused_call(kind: str, dtype: torch.dtype) -> Call:
+    """A fused update with one lookup a row: sums are exact, so only rounding can differ."""
     g = torch.Generator().manual_seed(3)
     weight, grad = weight_and_grad(dtype, g)
     indices = torch.randperm(ROWS, generator=g)
     sizes = torch.randint(0, DIM + 1, (ROWS,), generator=g).int()
-    group = torch.arange(ROWS).int() // 5
-    dims = sizes[:10].contiguous()
-    ends = [20, ROWS]
+    if kind == "masked":
+        return call([weight], indices, grad, sizes=[sizes])
+    if kind == "adaptive":
+        groups = {"row_groups": [torch.arange(ROWS).int() // 5], "sizes": [sizes[:10].contiguous()]}
+        return call([weight], indices, grad, **groups, seed=3)
     blocks = [weight[:20].contiguous(), weight[20:, :8].contiguous()]
-    bags = (indices, None)
-    return {
-        "masked": ([weight], grad, (*bags, sizes, None, 0, -1, False, False)),
-        "adaptive": ([weight], grad, (*bags, group, dims, None, 0, -1, False, 3, True, False)),
-        "tiered": (blocks, grad, (ends, *bags, None, DIM, 0, -1, False, False)),
-    }
+    return call(blocks, indices, grad, dims=[DIM])
 
 
 def run_fused(
-    implementations: Any,
-    kind: str,
-    dtype: torch.dtype,
-    optimizer: int,
-    hyper: list[float],
-    counter: int | None = None,
+    room: Any, kind: str, dtype: torch.dtype, rule: str, hyper: list[float], counter: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    tables, grad, rest = fused_calls(dtype)[kind]
-    moments = (0, 1, 1, 2)[optimizer]
-    states = [torch.full(t.shape, 0.1) for t in tables for _ in range(moments)]
-    given = [*states] if counter is None else [*states, torch.tensor(counter)]
-    function = implementations[f"{kind}_embedding_update_"]
-    first = tables if kind == "tiered" else tables[0]
+    """The blocks and states after a step, whose number a ``counter`` above 0 holds."""
+    of = fused_call(kind, dtype)
+    blocks = of.tables["blocks"]
+    moments = (0, 1, 1, 2)[RULES.index(rule)]
+    states = [torch.full(block.shape, 0.1) for block in blocks for _ in range(moments)]
+    given = [*states, torch.tensor(counter)] if counter else states
     # The reference makes its backward and its update of other operators.
     with amtl_kernels.use_backend("reference"):
-        function(first, given, grad, *rest, optimizer, hyper)
-    return tables, states
+        wants = {"mask_grad": kind == "adaptive"}
+        run("lookup_update_", step(of, blocks, given, rule, hyper, **wants), room)
+    return blocks, states
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -160,8 +149,7 @@ def run_fused(
 def test_fused_updates_round_as_the_reference_does(kind: str, dtype: torch.dtype) -> None:
     """Rows of a tier are hashed by their number in the tier, as the reference has them."""
     hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0]
-    got, _ = run_fused(sim.IMPLEMENTATIONS, kind, dtype, 0, hyper)
-    want, _ = run_fused(reference.IMPLEMENTATIONS, kind, dtype, 0, hyper)
+    got, want = (run_fused(room, kind, dtype, "sgd", hyper)[0] for room in ROOMS)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
@@ -171,17 +159,16 @@ def test_fused_updates_round_as_the_reference_does(kind: str, dtype: torch.dtype
 def test_wide_row_wise_steps_round_as_the_reference_does(dim: int, dtype: torch.dtype) -> None:
     """Gradients of 1 upon a state of 3 divide by 2: all is exact but the rounding."""
     results = []
-    for implementations in (sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS):
+    for room in ROOMS:
         g = torch.Generator().manual_seed(6)
         weight = torch.randn(ROWS, dim, generator=g).to(dtype)
         blocks = [weight[:20].contiguous(), weight[20:].contiguous()]
         states = [torch.full((len(block),), 3.0) for block in blocks]
-        bags = (torch.randperm(ROWS, generator=g), None, None, dim, 0, -1, False, False)
+        grad = torch.ones(ROWS, dim, dtype=dtype)
+        of = call(blocks, torch.randperm(ROWS, generator=g), grad)
         hyper = [2.0**-9, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0]
         with amtl_kernels.use_backend("reference"):
-            implementations["tiered_embedding_update_"](
-                blocks, states, torch.ones(ROWS, dim, dtype=dtype), [20, ROWS], *bags, 2, hyper
-            )
+            run("lookup_update_", step(of, blocks, states, "rowwise_adagrad", hyper), room)
         assert all(torch.equal(state, torch.full_like(state, 4.0)) for state in states)
         results.append(blocks)
     for got, want in zip(*results, strict=True):
@@ -189,17 +176,17 @@ def test_wide_row_wise_steps_round_as_the_reference_does(dim: int, dtype: torch.
 
 
 @pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
-@pytest.mark.parametrize("implementations", [sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS])
-def test_a_counter_on_the_device_is_the_step(kind: str, implementations: Any) -> None:
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_counter_on_the_device_is_the_step(kind: str, room: Any) -> None:
     """A counter takes the place of the step of ``hyper``, in rounding and in bias correction."""
     hyper = [1e-3, 1e-6, 0.0, 0.9, 0.99, 9.0, 1.0]
     other = [*hyper[:5], 1.0, 1.0]
-    want, _ = run_fused(implementations, kind, torch.bfloat16, 0, hyper)
-    got, _ = run_fused(implementations, kind, torch.bfloat16, 0, other, counter=9)
+    want, _ = run_fused(room, kind, torch.bfloat16, "sgd", hyper)
+    got, _ = run_fused(room, kind, torch.bfloat16, "sgd", other, counter=9)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
-    want, want_states = run_fused(implementations, kind, torch.float32, 3, hyper)
-    got, got_states = run_fused(implementations, kind, torch.float32, 3, other, counter=9)
+    want, want_states = run_fused(room, kind, torch.float32, "adam", hyper)
+    got, got_states = run_fused(room, kind, torch.float32, "adam", other, counter=9)
     for a, b in zip([*got, *got_states], [*want, *want_states], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-9)
 
@@ -209,19 +196,22 @@ def test_a_counter_on_the_device_is_the_step(kind: str, implementations: Any) ->
 def test_several_tables_round_as_the_reference_does(dtype: torch.dtype, counted: bool) -> None:
     """Rows are hashed by their number in their own table, in one call of all as in many."""
     results = []
-    for implementations in (sim.IMPLEMENTATIONS, reference_tables.IMPLEMENTATIONS):
+    for room in ROOMS:
         g = torch.Generator().manual_seed(4)
         weights, grads = zip(*(weight_and_grad(dtype, g) for _ in range(3)), strict=True)
-        sizes = [torch.randint(0, DIM + 1, (ROWS,), generator=g).int() for _ in weights]
-        indices = torch.cat([torch.randperm(ROWS, generator=g) for _ in weights])
-        bags = (indices, torch.arange(3 * ROWS + 1), None, 0, [-1] * 3)
-        step = 1.0 if counted else 9.0
+        of = call(
+            weights,
+            torch.cat([torch.randperm(ROWS, generator=g) for _ in weights]),
+            torch.cat(grads, 1),
+            sizes=[torch.randint(0, DIM + 1, (ROWS,), generator=g).int() for _ in weights],
+            offsets=torch.arange(3 * ROWS + 1),
+            padding_idx=[-1] * 3,
+            include_last_offset=True,
+        )
         state = [torch.tensor(9)] if counted else []
-        hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, step, 1.0]
+        hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, 1.0 if counted else 9.0, 1.0]
         with amtl_kernels.use_backend("reference"):
-            implementations["masked_embedding_bag_tables_update_"](
-                list(weights), sizes, state, torch.cat(grads, 1), *bags, False, 0, hyper
-            )
+            run("lookup_update_", step(of, list(weights), state, "sgd", hyper), room)
         results.append(weights)
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
@@ -239,9 +229,10 @@ def test_sums_that_stall_to_nearest_move(dtype: torch.dtype) -> None:
     weight = torch.ones(ROWS, DIM, dtype=dtype)
     nearest = weight.clone()
     rows, grads = torch.arange(ROWS), torch.ones(ROWS, DIM, dtype=dtype)
-    for step in range(1, steps + 1):
-        sim.ops.apply_sgd_(weight, rows, grads, rate, 0.0, step)
-        sim.ops.apply_sgd_(nearest, rows, grads, rate, 0.0)
+    for number in range(1, steps + 1):
+        for table, rounds in ((weight, True), (nearest, False)):
+            hyper = [rate, 0.0, 0.0, 0.0, 0.0, *rounding_step(number, rounds)]
+            run("apply_", applying([table], [rows], [grads], [], "sgd", hyper))
     assert torch.equal(nearest, torch.ones_like(nearest))
     error = eps / 2 * math.sqrt(steps / weight.numel())
     assert abs(weight.double().mean().item() - (1 - steps * rate)) < 5 * error

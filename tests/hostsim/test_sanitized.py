@@ -21,7 +21,10 @@ SAMPLE = """
 import sys
 import torch
 from hostsim import simulator as sim
-from hostsim.test_kernels import Batch, RULES, test_fused_step_of_a_tiered_table
+from hostsim.calls import RULES, call, run
+from hostsim.test_errors import CHANGES, KINDS, outcome
+from hostsim.test_kernels import Batch, test_fused_step_of_a_tiered_table
+from hostsim.test_kernels import test_more_tiers_than_travel_with_a_launch
 from hostsim.test_kernels import test_a_list_of_tables_has_no_races
 from hostsim.test_kernels import test_fused_step_of_a_dense_table
 from hostsim.test_kernels import test_nonsense_is_never_followed
@@ -32,18 +35,18 @@ if "plant" in sys.argv:
     import numpy as np
     short = np.lib.stride_tricks.as_strided(np.zeros((4, 8), dtype=np.float32), (5, 8))
     with sim.simulation(watch_bounds=False):
-        sim.ops.masked_embedding(
-            torch.from_numpy(short), torch.tensor([4]), torch.full((5,), 8).int(), -1, 0
-        )
+        sizes = [torch.full((5,), 8).int()]
+        of = call([torch.from_numpy(short)], torch.tensor([4]), sizes=sizes)
+        run("lookup", of.lookup(bounds_check=0))
     sys.exit("the planted overflow went unnoticed")
 
 for dtype in (torch.float32, torch.bfloat16):
     for dim in (1, 8, 17, 24, 129):
         batch = Batch(dim, dtype, dim=dim, lookups=120, columns=3, sorted_groups=dim % 8 == 0)
-        batch.adaptive_backward(sim.ops.adaptive_embedding_backward, False)
-        args = (batch.indices, batch.offsets, batch.row_group, batch.group_dims)
-        sim.ops.adaptive_embedding_bag(batch.weight, *args, batch.weight, None, 1, 2, False, 5, 1)
-        sim.ops.masked_embedding(batch.weight, batch.indices, batch.row_dims, -1, 1)
+        run("lookup_backward", batch.search().backward())
+        means = batch.search(per_sample_weights=None, pooling=1, padding_idx=[2])
+        run("lookup", means.lookup())
+        run("lookup", batch.masked().lookup())
     for form in ("masked", "adaptive", "tiered"):
         test_a_list_of_tables_has_no_races(form, dtype, (5, 1, 9))
     for rule in RULES:
@@ -54,7 +57,12 @@ for dtype in (torch.float32, torch.bfloat16):
         test_fused_step_of_a_dense_table("rowwise_adagrad", dtype, 264, masks)
 for dtype in (torch.float16, torch.bfloat16):
     test_updates_round_as_the_reference_does("adam", dtype, 7)
+test_more_tiers_than_travel_with_a_launch(rule="adam", pooled=True)
 test_nonsense_is_never_followed()
+# A refusal must not read what is missing.
+for changes in CHANGES.values():
+    for kind in KINDS:
+        outcome(sim.IMPLEMENTATIONS[kind[0]], kind, changes)
 print("clean")
 """
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import simulator as sim
+from .calls import Call, call, run, step
 
 SECTOR = 32
 ROWS, DIM, LOOKUPS, BAG = 3_000, 64, 4_000, 20
@@ -43,7 +44,12 @@ class Batch:
         self.weight = torch.randn(ROWS, dim, generator=g).to(dtype)
         self.grad = torch.randn(len(self.offsets), dim, generator=g).to(dtype)
         self.element = self.weight.element_size()
-        self.groups = (self.row_group, self.group_dims)
+
+    def search(self, **options: Any) -> Call:
+        """Bags in the table in groups, which are in order."""
+        given: dict[str, Any] = {"offsets": self.offsets, "groups_sorted": True}
+        groups = {"sizes": [self.group_dims], "row_groups": [self.row_group]}
+        return call([self.weight], self.indices, self.grad, **groups, **given | options)
 
     def prefixes(self, rows: Tensor) -> int:
         """Bytes of the kept prefixes of ``rows``; of a 16-bit table in whole sectors."""
@@ -83,11 +89,8 @@ def most(needed: int, batch: Batch) -> float:
 
 
 def test_gather(batch: Batch) -> None:
-    traffic = measured(
-        lambda: sim.ops.adaptive_embedding(
-            batch.weight, batch.indices, *batch.groups, batch.weight, 0, -1, 0
-        )
-    )
+    arguments = batch.search(offsets=None).lookup(bounds_check=0)
+    traffic = measured(lambda: run("lookup", arguments))
     needed = batch.prefixes(batch.indices) + batch.element * LOOKUPS * DIM
     assert least(needed, batch) <= sectors(traffic, "table", "output") <= most(needed, batch)
     # One sector for a row's group, one for the group's size, eight bytes for the index.
@@ -95,21 +98,8 @@ def test_gather(batch: Batch) -> None:
 
 
 def test_pooled(batch: Batch) -> None:
-    traffic = measured(
-        lambda: sim.ops.adaptive_embedding_bag(
-            batch.weight,
-            batch.indices,
-            batch.offsets,
-            *batch.groups,
-            batch.weight,
-            None,
-            0,
-            -1,
-            False,
-            0,
-            0,
-        )
-    )
+    arguments = batch.search().lookup(bounds_check=0)
+    traffic = measured(lambda: run("lookup", arguments))
     needed = batch.prefixes(batch.indices) + batch.element * len(batch.offsets) * DIM
     assert least(needed, batch) <= sectors(traffic, "table", "output") <= most(needed, batch)
     assert sectors(traffic, "index", "sizes") <= LOOKUPS * (3 * 8 + 2 * SECTOR)
@@ -121,16 +111,12 @@ def test_frozen_pooled_reads_nothing_but_indices_and_rows(batch: Batch) -> None:
     step = SECTOR // batch.element
     width = (batch.sizes.long() + step - 1) // step * step
     values, counts = torch.unique_consecutive(width, return_counts=True)
-    ends = counts.cumsum(0).tolist()
     blocks = [
         torch.randn(int(n), int(w)).to(batch.weight.dtype)
         for n, w in zip(counts, values, strict=True)
     ]
-    traffic = measured(
-        lambda: sim.ops.tiered_embedding_bag(
-            blocks, ends, batch.indices, batch.offsets, None, DIM, 0, -1, False, 0
-        )
-    )
+    frozen = call(blocks, batch.indices, offsets=batch.offsets, dims=[DIM]).lookup(bounds_check=0)
+    traffic = measured(lambda: run("lookup", frozen))
     needed = batch.element * (int(width[batch.indices].sum()) + len(batch.offsets) * DIM)
     assert sectors(traffic, "table", "output") <= 1.01 * needed
     assert sectors(traffic, "sizes") == 0
@@ -151,25 +137,11 @@ def backward_moved(traffic: dict[str, dict[str, int]]) -> int:
 
 def fused_step(batch: Batch, promised: bool, row_state: Tensor | None = None) -> None:
     """One step with mask gradients: of SGD, or row-wise Adagrad with its state."""
-    states, rule, decay = ([], 0, 0.0) if row_state is None else ([row_state], 2, 0.1)
-    sim.ops.adaptive_embedding_update_(
-        batch.weight,
-        states,
-        batch.grad,
-        batch.indices,
-        batch.offsets,
-        *batch.groups,
-        None,
-        0,
-        -1,
-        False,
-        0,
-        True,
-        False,
-        rule,
-        [0.1, 1e-8, decay, 0.0, 0.0, 1.0],
-        promised,
-    )
+    states, rule, decay = ([], "sgd", 0.0)
+    if row_state is not None:
+        states, rule, decay = [row_state], "rowwise_adagrad", 0.1
+    of, rates = batch.search(groups_sorted=promised), [0.1, 1e-8, decay, 0.0, 0.0, 1.0]
+    run("lookup_update_", step(of, [batch.weight], states, rule, rates, mask_grad=True))
 
 
 def test_search_backward_with_a_fused_step(batch: Batch) -> None:
@@ -204,23 +176,7 @@ def test_a_wide_row_wise_step_reads_the_gradient_once(pattern: str, dtype: torch
 
 def test_search_backward_to_row_gradients(batch: Batch) -> None:
     """As above, but rows of gradients are written at full width for the optimizer to read."""
-    traffic = measured(
-        lambda: sim.ops.adaptive_embedding_backward(
-            batch.grad,
-            batch.weight,
-            batch.indices,
-            batch.offsets,
-            *batch.groups,
-            None,
-            0,
-            -1,
-            False,
-            0,
-            True,
-            True,
-            False,
-        )
-    )
+    traffic = measured(lambda: run("lookup_backward", batch.search().backward()))
     distinct = batch.indices.unique().numel()
     needed = batch.element * (LOOKUPS * DIM + 2 * distinct * DIM) + 4 * 300 * DIM
     assert backward_moved(traffic) <= 1.3 * needed
@@ -255,10 +211,7 @@ def test_masked_columns_cost_nothing() -> None:
     halves = []
     for size in (DIM, DIM // 2, DIM // 8):
         sizes = torch.full((ROWS,), size, dtype=torch.uint8)
-        traffic = measured(
-            lambda sizes=sizes: sim.ops.masked_embedding_bag(
-                batch.weight, batch.indices, batch.offsets, sizes, None, 0, -1, False, 0
-            )
-        )
+        masked = call([batch.weight], batch.indices, sizes=[sizes], offsets=batch.offsets)
+        traffic = measured(lambda of=masked: run("lookup", of.lookup(bounds_check=0)))
         halves.append(traffic["table"]["read_sectors"])
     assert halves == [halves[0], halves[0] // 2, halves[0] // 8]

@@ -8,8 +8,9 @@ cannot hide in a tolerance. Only means that leave out padding divide by other nu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from amtl_kernels import reference
+
+FORMS = ("masked", "adaptive", "tiered")
+"""Tables with a size of every row, with sizes of groups, in tiers."""
 
 DIMS = (1, 3, 8, 16, 17, 40, 64, 129, 300)
 
@@ -70,7 +74,7 @@ def cases(draw: st.DrawFn, max_lookups: int = 6_000, max_dim: int = 300) -> Case
 
 @dataclass
 class Inputs:
-    """Tensors of a case, and the operators' arguments in the order of their schemas."""
+    """Tensors of a case, and the operators' arguments."""
 
     case: Case
     weight: Tensor
@@ -92,84 +96,180 @@ class Inputs:
         self.include_last_offset = self.case.include_last_offset
 
     def forwards(self, bounds_check: int = 1) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        c, mode = self.case, int(self.case.mean)
-        pooled = (mode, self.padding_idx, self.include_last_offset)
-        groups = (self.row_group, self.group_dims, self.group_mask)
-        psw = self.per_sample_weights
-        flat = self.indices.reshape(1, -1)
-        yield "masked_embedding", (self.weight, flat, self.row_dims, self.padding_idx, bounds_check)
-        yield (
-            "masked_embedding_bag",
-            (self.weight, self.indices, self.offsets, self.row_dims, psw, *pooled, bounds_check),
-        )
-        yield (
-            "adaptive_embedding",
-            (self.weight, flat, *groups, c.hash_seed, self.padding_idx, bounds_check),
-        )
-        yield (
-            "adaptive_embedding_bag",
-            (
-                self.weight,
-                self.indices,
-                self.offsets,
-                *groups,
-                psw,
-                *pooled,
-                c.hash_seed,
-                bounds_check,
-            ),
-        )
-        tiers = (self.blocks, self.tier_ends)
-        yield "tiered_embedding", (*tiers, flat, c.dim, self.padding_idx, bounds_check)
-        yield (
-            "tiered_embedding_bag",
-            (*tiers, self.indices, self.offsets, psw, c.dim, *pooled, bounds_check),
-        )
+        """The lookups, as operator and arguments."""
+        for form, pooled in itertools.product(FORMS, (False, True)):
+            arguments = self.call(form, pooled).lookup(bounds_check)
+            yield "lookup", in_order("lookup", arguments)
 
     def backwards(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        c, psw = self.case, self.per_sample_weights
-        bags = (int(c.mean), self.padding_idx, self.include_last_offset)
-        flat = (0, self.padding_idx, False)
-        groups = (self.row_group, self.group_dims)
-        w, i, o, wants = self.weight, self.indices, self.offsets, psw is not None
-        yield (
-            "masked_embedding_backward",
-            (self.grad_bags, w, i, o, self.row_dims, psw, *bags, True, wants),
+        """The backwards, as operator and arguments."""
+        for form, pooled in itertools.product(FORMS, (True, False)):
+            call = self.call(form, pooled)
+            wants = [(True, True)]
+            if form == "adaptive" and not pooled:
+                wants += [(False, True), (True, False)]
+            for weight_grad, mask_grad in wants:
+                arguments = call.backward(weight_grad, mask_grad)
+                yield "lookup_backward", in_order("lookup_backward", arguments)
+
+    def call(self, form: str, pooled: bool) -> Call:
+        """The arguments of the four operators, of one of ``FORMS``."""
+        return Call(
+            tables=self.tables(form),
+            masks=[self.group_mask] if form == "adaptive" else [],
+            bags={
+                "indices": self.indices if pooled else self.indices.reshape(1, -1),
+                "offsets": self.offsets if pooled else None,
+                "per_sample_weights": self.per_sample_weights if pooled else None,
+                "pooling": int(self.case.mean and pooled),
+                "padding_idx": [self.padding_idx],
+                "include_last_offset": self.include_last_offset and pooled,
+            },
+            grad=self.grad_bags if pooled else self.grad_flat,
+            groups_sorted=self.case.sorted_groups,
         )
-        yield (
-            "masked_embedding_backward",
-            (self.grad_flat, w, i, None, self.row_dims, None, *flat, True, False),
+
+    def tables(self, form: str) -> dict[str, Any]:
+        """The arguments that describe a table, as those of a call with one."""
+        arguments: dict[str, Any] = {
+            "blocks": [self.weight],
+            "block_counts": [1],
+            "dims": [],
+            "sizes": [],
+            "row_groups": [],
+            "seed": 0,
+        }
+        if form == "masked":
+            return arguments | {"sizes": [self.row_dims]}
+        if form == "adaptive":
+            groups = {"sizes": [self.group_dims], "row_groups": [self.row_group]}
+            return arguments | groups | {"seed": self.case.hash_seed}
+        blocks = list(self.blocks)
+        return arguments | {
+            "blocks": blocks,
+            "block_counts": [len(blocks)],
+            "dims": [self.case.dim],
+        }
+
+
+@dataclass
+class Call:
+    """The arguments of the four operators, by the names of their schemas."""
+
+    tables: dict[str, Any]
+    masks: list[Tensor]
+    bags: dict[str, Any]
+    grad: Tensor
+    groups_sorted: bool
+
+    @property
+    def has_masks(self) -> bool:
+        return bool(self.tables["row_groups"])
+
+    @property
+    def has_weights(self) -> bool:
+        return self.bags["per_sample_weights"] is not None
+
+    def lookup(self, bounds_check: int = 1, sparse_grad: bool = True) -> dict[str, Any]:
+        """Arguments of ``lookup``."""
+        options = {"bounds_check": bounds_check, "sparse_grad": sparse_grad}
+        return {**self.tables, "masks": self.masks, **self.bags, **options}
+
+    def backward(self, weight_grad: bool = True, mask_grad: bool = True) -> dict[str, Any]:
+        """Arguments of ``lookup_backward``."""
+        wants = {
+            "weight_grad": weight_grad,
+            "mask_grad": mask_grad and self.has_masks,
+            "psw_grad": self.has_weights,
+        }
+        return {"grad": self.grad, **self.tables, **self.bags, **wants}
+
+    def update(self, optimizer: int, stochastic: bool = False) -> dict[str, Any]:
+        """Arguments of ``lookup_update_``, with blocks and states of its own."""
+        return {
+            **self.tables,
+            "grad": self.grad,
+            **self.bags,
+            "mask_grad": self.has_masks,
+            "psw_grad": self.has_weights,
+            "groups_sorted": self.groups_sorted,
+            **self._step(optimizer, stochastic),
+        }
+
+    def apply(
+        self, rows: list[Tensor], grads: list[Tensor], optimizer: int, stochastic: bool = False
+    ) -> dict[str, Any]:
+        """Arguments of ``apply_``, with blocks and states of its own."""
+        return {"rows": rows, "grads": grads, **self._step(optimizer, stochastic)}
+
+    def _step(self, optimizer: int, stochastic: bool) -> dict[str, Any]:
+        blocks = [block.clone() for block in self.tables["blocks"]]
+        state = []
+        for block in blocks:
+            shape = block.shape[:1] if optimizer == reference.ROWWISE_ADAGRAD else block.shape
+            for moment in range((0, 1, 1, 2)[optimizer]):
+                value = torch.full(shape, 0.5 + moment, device=block.device)
+                state.append(value.double() if block.dtype == torch.float64 else value)
+        hyper = [0.125, 1e-3, 0.25, 0.875, 0.75, 3.0, *([1.0] if stochastic else [])]
+        return {"blocks": blocks, "state": state, "optimizer": optimizer, "hyper": hyper}
+
+
+def in_order(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of an operator in the order of its schema; those of codes may be missing."""
+    schema = getattr(torch.ops.amtl, op).default._schema
+    names = [a.name for a in schema.arguments if a.name in arguments or not a.has_default_value()]
+    assert arguments.keys() == set(names)
+    return tuple(arguments[name] for name in names)
+
+
+def several(case: Case, count: int, **options: Any) -> list[Inputs]:
+    """Inputs of tables that one call takes together: of other sizes, with as many bags."""
+    tables = []
+    for t in range(count):
+        mine = replace(
+            case,
+            seed=case.seed + t,
+            rows=case.rows + 3 * t,
+            dim=(case.dim, case.dim + 5, 1)[t % 3],
+            groups=case.groups + t,
+            columns=(case.columns + t) % 8,
+            padding=("none", case.padding)[t % 2],
+            include_last_offset=True,
         )
-        yield (
-            "adaptive_embedding_backward",
-            (self.grad_bags, w, i, o, *groups, psw, *bags, c.hash_seed, True, True, wants),
-        )
-        for rows, mask in ((True, True), (False, True), (True, False)):
-            yield (
-                "adaptive_embedding_backward",
-                (
-                    self.grad_flat,
-                    w,
-                    i,
-                    None,
-                    *groups,
-                    None,
-                    *flat,
-                    c.hash_seed,
-                    rows,
-                    mask,
-                    False,
-                ),
-            )
-        tiers = (self.blocks, self.tier_ends)
-        yield (
-            "tiered_embedding_backward",
-            (self.grad_bags, *tiers, i, o, psw, c.dim, *bags, True, wants),
-        )
-        yield (
-            "tiered_embedding_backward",
-            (self.grad_flat, *tiers, i, None, None, c.dim, *flat, True, False),
-        )
+        tables.append(build(mine, **options))
+    return tables
+
+
+def join(form: str, tables: list[Inputs]) -> Call:
+    """Pooled lookups in several tables at once; those past the last bag of the last stay there."""
+    bags = min(table.offsets.numel() for table in tables) - 1
+    indices, weights, begins, start = [], [], [], 0
+    for t, table in enumerate(tables):
+        end = int(table.offsets[bags]) if t + 1 < len(tables) else table.indices.numel()
+        indices.append(table.indices[:end])
+        if table.per_sample_weights is not None:
+            weights.append(table.per_sample_weights[:end])
+        begins.append(table.offsets[: bags + (t + 1 == len(tables))] + start)
+        start += end
+    calls = [table.call(form, True) for table in tables]
+    arguments = {
+        name: [value for call in calls for value in call.tables[name]]
+        for name in ("blocks", "block_counts", "dims", "sizes", "row_groups")
+    }
+    return Call(
+        tables={**arguments, "seed": calls[0].tables["seed"]},
+        masks=[mask for call in calls for mask in call.masks],
+        bags={
+            "indices": torch.cat(indices),
+            "offsets": torch.cat(begins),
+            "per_sample_weights": torch.cat(weights) if weights else None,
+            "pooling": calls[0].bags["pooling"],
+            "padding_idx": [table.padding_idx for table in tables],
+            "include_last_offset": True,
+        },
+        grad=torch.cat([table.grad_bags[:bags] for table in tables], 1),
+        groups_sorted=all(call.groups_sorted for call in calls),
+    )
 
 
 def draw_indices(case: Case, generator: torch.Generator) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Inputs, build
+from kernel_cases import FORMS, Inputs, build, in_order
 from test_lookup import variant
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import amtl_kernels as ak
+from amtl_kernels import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
@@ -84,34 +86,34 @@ def test_compile_traces_everything_once_for_all_seeds(inputs: Inputs) -> None:
     assert counter.frame_count <= 2
 
 
-def test_opcheck_of_lookups(inputs: Inputs) -> None:
-    for suffix in ("", "_densegrad"):
-        for op, arguments in inputs.forwards():
-            arguments = tuple(
-                a.detach().clone().requires_grad_()
-                if isinstance(a, Tensor) and a.is_floating_point()
-                else [b.detach().clone().requires_grad_() for b in a]
-                if isinstance(a, list) and isinstance(a[0], Tensor)
-                else a
-                for a in arguments
-            )
-            torch.library.opcheck(getattr(torch.ops.amtl, op + suffix).default, arguments)
+def with_grad(value: Any) -> Any:
+    """Fresh leaves in place of floating-point tensors."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().clone().requires_grad_()
+    return [with_grad(v) for v in value] if isinstance(value, list) else value
 
 
-def test_opcheck_of_backwards_and_updates(inputs: Inputs) -> None:
-    for op, arguments in inputs.backwards():
-        torch.library.opcheck(getattr(torch.ops.amtl, op).default, arguments)
-    rows = torch.tensor([1, 4, 9])
-    grads = torch.randn(3, 7)
-    weight, state, second = torch.randn(50, 7), torch.rand(50, 7), torch.rand(50, 7)
+@pytest.mark.parametrize("sparse_grad", [True, False])
+def test_opcheck_of_lookups(inputs: Inputs, sparse_grad: bool) -> None:
+    for _, arguments in inputs.forwards():
+        torch.library.opcheck(
+            torch.ops.amtl.lookup.default, (*map(with_grad, arguments[:-1]), sparse_grad)
+        )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_of_backwards_and_updates(inputs: Inputs, form: str) -> None:
     ops = torch.ops.amtl
-    for op, arguments in (
-        (ops.apply_sgd_, (weight, rows, grads, 0.1, 0.0)),
-        (ops.apply_adagrad_, (weight, state, rows, grads, 0.1, 1e-8, 0.0)),
-        (ops.apply_rowwise_adagrad_, (weight, state[:, 0].clone(), rows, grads, 0.1, 1e-8, 0.0)),
-        (ops.apply_adam_, (weight, state, second, rows, grads, 1, 0.1, 0.9, 0.99, 1e-8, 0.0)),
-    ):
-        torch.library.opcheck(op.default, arguments)
+    for pooled in (True, False):
+        call = inputs.call(form, pooled)
+        backward = in_order("lookup_backward", call.backward())
+        torch.library.opcheck(ops.lookup_backward.default, backward)
+        rows, grads, _, _ = ops.lookup_backward(*backward)
+        for optimizer in range(4):
+            update = in_order("lookup_update_", call.update(optimizer))
+            torch.library.opcheck(ops.lookup_update_.default, update)
+            apply = in_order("apply_", call.apply(rows, grads, optimizer))
+            torch.library.opcheck(ops.apply_.default, apply)
 
 
 def test_needs_input_grad_is_honoured(inputs: Inputs) -> None:
@@ -119,9 +121,9 @@ def test_needs_input_grad_is_honoured(inputs: Inputs) -> None:
 
     def spy(*arguments: object) -> object:
         calls.append(arguments[-3:])
-        return ak.reference.adaptive_embedding_backward(*arguments)
+        return reference.lookup_backward(*arguments)
 
-    ak.register_backend("spy", lambda: {"adaptive_embedding_backward": spy})
+    ak.register_backend("spy", lambda: {"lookup_backward": spy})
     with ak.use_backend("spy"):
         for rows, mask in ((True, False), (False, True), (True, True)):
             weight = inputs.weight.clone().requires_grad_(rows)

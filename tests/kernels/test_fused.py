@@ -17,7 +17,7 @@ from test_lookup import limited, variant
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import _fused_calls, fused, optim
+from amtl_kernels import _calls, fused, optim
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": optim.SGD,
@@ -33,7 +33,7 @@ def lookup(
     kind: str, inputs: Inputs, tables: list[Tensor], mask: Tensor, psw: Tensor, **options: Any
 ) -> Tensor:
     """One call; with ``optimizer`` in the options it is a fused one."""
-    room = fused if "optimizer" in options else ak
+    room = options.pop("room", fused if "optimizer" in options else ak)
     i, o = inputs.indices, inputs.offsets
     bags = {"per_sample_weights": psw, "include_last_offset": inputs.include_last_offset}
     padding = {"padding_idx": 0, **options}
@@ -126,6 +126,27 @@ def test_fused_steps_repeat_bit_for_bit(backend: Any) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_public_lookups_take_an_optimizer(kind: str) -> None:
+    """The same as the fused ones, which must be given one."""
+    inputs = build(variant(rows=50, dim=7, lookups=40, weighted=True))
+    results = []
+    for room in (ak, fused):
+        source = inputs.blocks if kind.startswith("tiered") else [inputs.weight]
+        tables = [t.clone().requires_grad_() for t in source]
+        psw = torch.ones(inputs.indices.shape, requires_grad=True)
+        mask = inputs.group_mask.clone().requires_grad_()
+        optimizer = optim.Adagrad(tables, lr=0.1)
+        lookup(kind, inputs, tables, mask, psw, room=room, optimizer=optimizer).sum().backward()
+        assert all(table.grad is None for table in tables)
+        assert any(not torch.equal(a, b) for a, b in zip(tables, source, strict=True))
+        results.append([*tables, *(t.grad for t in (psw, mask) if t.grad is not None)])
+    assert len(results[0]) == len(results[1])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(TypeError, match="required keyword-only argument: 'optimizer'"):
+        lookup(kind, inputs, tables, mask, psw, room=fused)
+
+
 def test_the_optimizer_must_hold_the_table() -> None:
     inputs = build(variant(rows=50, dim=7, lookups=40))
     other = torch.zeros(3, 3, requires_grad=True)
@@ -154,12 +175,12 @@ def test_schedulers_reach_the_fused_step() -> None:
 def test_the_order_of_groups_is_looked_at_once() -> None:
     """A changed tensor is looked at again, a dead one forgotten."""
     group = torch.tensor([0, 0, 1, 5], dtype=torch.int32)
-    assert _fused_calls._never_falls(group)
-    known = _fused_calls._orders[group]
-    assert _fused_calls._never_falls(group) and _fused_calls._orders[group] is known
+    assert _calls._never_falls(group)
+    known = _calls._orders[group]
+    assert _calls._never_falls(group) and _calls._orders[group] is known
     group[1] = 7
-    assert not _fused_calls._never_falls(group)
-    before = len(_fused_calls._orders)
+    assert not _calls._never_falls(group)
+    before = len(_calls._orders)
     del group
-    assert len(_fused_calls._orders) == before - 1
-    assert _fused_calls._never_falls(torch.zeros(0, dtype=torch.int32))
+    assert len(_calls._orders) == before - 1
+    assert _calls._never_falls(torch.zeros(0, dtype=torch.int32))

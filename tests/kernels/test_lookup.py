@@ -10,7 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Case, assert_agrees, build, cases, expected
+from kernel_cases import (
+    FORMS,
+    Case,
+    assert_agrees,
+    build,
+    cases,
+    expected,
+    in_order,
+    join,
+    several,
+)
 
 import amtl_kernels
 
@@ -66,19 +76,30 @@ def drawn(backend: Any, check: Callable[[Any, Case], None]) -> None:
     run()
 
 
-def check_forward(backend: Any, case: Case) -> None:
-    inputs = build(case, backend.device)
-    for op, arguments in inputs.forwards():
-        got = getattr(torch.ops.amtl, op)(*arguments)
+def check(backend: Any, case: Case, op: str, arguments: tuple[Any, ...]) -> None:
+    got = getattr(torch.ops.amtl, op)(*arguments)
+    assert_agrees(got, expected(op, arguments), case, op)
+    if op == "lookup":
         assert got.dtype == case.dtype
-        assert_agrees(got, expected(op, arguments), case, op)
+
+
+def check_forward(backend: Any, case: Case) -> None:
+    for op, arguments in build(case, backend.device).forwards():
+        check(backend, case, op, arguments)
 
 
 def check_backward(backend: Any, case: Case) -> None:
-    inputs = build(case, backend.device)
-    for op, arguments in inputs.backwards():
-        got = getattr(torch.ops.amtl, op)(*arguments)
-        assert_agrees(got, expected(op, arguments), case, op)
+    for op, arguments in build(case, backend.device).backwards():
+        check(backend, case, op, arguments)
+
+
+def check_several(backend: Any, case: Case) -> None:
+    """The same of three tables in one call."""
+    tables = several(case, 3, device=backend.device)
+    for form in FORMS:
+        call = join(form, tables)
+        check(backend, case, "lookup", in_order("lookup", call.lookup()))
+        check(backend, case, "lookup_backward", in_order("lookup_backward", call.backward()))
 
 
 EDGES = {
@@ -106,6 +127,7 @@ def test_edges(backend: Any, edge: str) -> None:
     case = limited(backend, EDGES[edge])
     check_forward(backend, case)
     check_backward(backend, case)
+    check_several(backend, case)
 
 
 def test_drawn_forward(backend: Any) -> None:
@@ -114,6 +136,10 @@ def test_drawn_forward(backend: Any) -> None:
 
 def test_drawn_backward(backend: Any) -> None:
     drawn(backend, check_backward)
+
+
+def test_drawn_calls_of_several_tables(backend: Any) -> None:
+    drawn(backend, check_several)
 
 
 def test_masked_values_are_never_read(backend: Any) -> None:

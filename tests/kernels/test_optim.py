@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import fused, optim
+from amtl_kernels import fused, optim, reference
 
 N, D = 60, 17
+NUMBERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}
+"""Of the optimizers in the operators."""
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
     "sgd": (optim.SGD, torch.optim.SGD),
@@ -76,20 +78,18 @@ def test_update_agrees_with_the_reference(
     sizes = torch.randint(0, dim + 1, (20,), generator=g)
     grads = torch.randn(20, dim, generator=g) * (torch.arange(dim) < sizes[:, None])
     grads[3, 0] = 0.0
-    op = f"apply_{name}_"
     moments = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[name]
     shape = (N,) if name == "rowwise_adagrad" else (N, dim)
     states = [torch.rand(*shape, generator=g) for _ in range(moments)]
-    scalars = {"sgd": (0.1, 0.01), "adam": (3, 0.1, 0.9, 0.99, 1e-8, 0.01)}
-    hyper = scalars.get(name, (0.1, 1e-8, 0.01))
+    step = [NUMBERS[name], [0.1, 1e-8, 0.01, 0.9, 0.99, 3.0]]
     weight = torch.randn(N, dim, generator=g).to(dtype)
     results = []
     for function, device in (
-        (getattr(torch.ops.amtl, op), backend.device),
-        (ak.reference.IMPLEMENTATIONS[op], "cpu"),
+        (torch.ops.amtl.apply_, backend.device),
+        (reference.apply_, "cpu"),
     ):
         w, s = weight.clone().to(device), [state.clone().to(device) for state in states]
-        function(w, *s, rows.to(device), grads.to(dtype).to(device), *hyper)
+        function([w], [rows.to(device)], [grads.to(dtype).to(device)], s, *step)
         results.append([t.cpu() for t in (w, *s)])
     for got, want in zip(*results, strict=True):
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[got.dtype]
@@ -120,10 +120,9 @@ def test_nan_stays_where_it_is(backend: Any, name: str, where: str) -> None:
     # Zeros, and no eps: a division of zero by zero must not reach what is not kept.
     states = [torch.zeros(shape, device=device)] * {"sgd": 0, "adam": 2}.get(name, 1)
     states = [state.clone() for state in states]
-    scalars = {"sgd": (0.1, 0.01), "adam": (1, 0.1, 0.9, 0.99, 0.0, 0.01)}
-    hyper = scalars.get(name, (0.1, 0.0, 0.01))
+    step = [NUMBERS[name], [0.1, 0.0, 0.01, 0.9, 0.99, 1.0]]
     now, rows = weight.clone().to(device), torch.tensor([4, 9], device=device)
-    getattr(torch.ops.amtl, f"apply_{name}_")(now, *states, rows, grads.to(device), *hyper)
+    torch.ops.amtl.apply_([now], [rows], [grads.to(device)], states, *step)
     now = now.cpu()
     torch.testing.assert_close(now[:, 5:], weight[:, 5:], rtol=0, atol=0, equal_nan=True)
     assert now[9].isfinite().all() and (now[9, :5] != 1).all()
@@ -193,13 +192,19 @@ def test_clip_grad_norm() -> None:
         optim.clip_grad_norm_([table], 0.0)
 
 
-def test_rows_must_ascend() -> None:
+@pytest.mark.parametrize("bad", [[3, 3], [N - 1, N], [-1, 2]])
+def test_rows_must_ascend(bad: list[int]) -> None:
+    """In every block, before any of them changes."""
+    blocks = [torch.zeros(N, D), torch.zeros(N, 2)]
+    rows = [torch.tensor([1, 2]), torch.tensor(bad)]
+    grads = [torch.ones(2, D), torch.ones(2, 2)]
+    step = [0, [0.1, 0.0, 0.0, 0.0, 0.0, 1.0]]
     with pytest.raises(ValueError, match="strictly ascending"):
-        torch.ops.amtl.apply_sgd_(
-            torch.zeros(N, D), torch.tensor([3, 3]), torch.ones(2, D), 0.1, 0.0
-        )
-    with pytest.raises(ValueError, match="strictly ascending"):
-        torch.ops.amtl.apply_sgd_(torch.zeros(N, D), torch.tensor([N]), torch.ones(1, D), 0.1, 0.0)
+        torch.ops.amtl.apply_(blocks, rows, grads, [], *step)
+    assert not any(block.any() for block in blocks)
+    rows[1] = torch.tensor([2, 3])
+    torch.ops.amtl.apply_(blocks, rows, grads, [], *step)
+    assert all(block.any() for block in blocks)
 
 
 ROUNDING = [n for n in ("reference", "hostsim") if n in ak.build_info()["backends"]]  # type: ignore[operator]

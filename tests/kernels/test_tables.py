@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import FORMS, in_order
+from kernel_cases import Call as Arguments
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import fused, optim, reference_tables
+from amtl_kernels import _schema, fused, optim, reference
 
-FORMS = ("masked", "adaptive", "tiered")
 SHAPES = ((50, 7), (3, 64), (200, 1), (20, 33))
 WIDTHS = ((7, 4, 0), (64,), (1, 1), (20, 0, 9))  # of each table's tiers
 DIMS = [7, 64, 1, 40]  # the last tiered table is narrower than its output
@@ -98,29 +99,32 @@ class Call:
             outs.append(out)
         return torch.cat(outs, 1)
 
-    def operator(self) -> tuple[str, list[Any], list[Any], list[Any]]:
-        """The operator's name, and its arguments: tables, masks, bags."""
-        padding = [-1, 1, -1, SHAPES[-1][0] - 1]
-        bags = [self.indices, self.offsets, self.weights, int(self.mode == "mean"), padding]
-        op = f"{self.form}_embedding_bag_tables"
-        if self.form == "masked":
-            return op, [self.tables, self.row_dims], [], bags
-        if self.form == "adaptive":
-            groups = [self.tables, self.row_groups, self.group_dims]
-            return op, groups, [self.masks], [*bags, 8]
-        ends = [end for ends in self.ends for end in ends]
-        return op, [self.tables, [len(w) for w in WIDTHS], ends, DIMS], [], bags
-
-    def update(self) -> tuple[Any, list[Any]]:
-        """The fused operator and its arguments, for a step of row-wise Adagrad."""
-        op, tables, masks, bags = self.operator()
-        dims = DIMS if self.form == "tiered" else [dim for _, dim in SHAPES]
-        grad = torch.ones(BAGS, sum(dims), dtype=self.tables[0].dtype)
-        state = [torch.zeros(table.shape[0]) for table in self.tables]
-        wants = [True] * len(masks) + [self.weights is not None]
-        hyper = [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0]
-        arguments = [*tables, state, grad, *bags, *wants, 2, hyper]
-        return getattr(torch.ops.amtl, f"{op}_update_").default, arguments
+    def operator(self) -> Arguments:
+        """The arguments of the operators."""
+        tiered = self.form == "tiered"
+        groups = self.row_groups if self.form == "adaptive" else []
+        dims = DIMS if tiered else [dim for _, dim in SHAPES]
+        return Arguments(
+            tables={
+                "blocks": self.tables,
+                "block_counts": [len(w) for w in WIDTHS] if tiered else [1] * len(SHAPES),
+                "dims": DIMS if tiered else [],
+                "sizes": {"masked": self.row_dims, "adaptive": self.group_dims}.get(self.form, []),
+                "row_groups": groups,
+                "seed": 8,
+            },
+            masks=self.masks,
+            bags={
+                "indices": self.indices,
+                "offsets": self.offsets,
+                "per_sample_weights": self.weights,
+                "pooling": int(self.mode == "mean"),
+                "padding_idx": [-1, 1, -1, SHAPES[-1][0] - 1],
+                "include_last_offset": True,
+            },
+            grad=torch.ones(BAGS, sum(dims), dtype=self.tables[0].dtype),
+            groups_sorted=False,
+        )
 
 
 def make(
@@ -295,15 +299,40 @@ def test_errors_name_the_table(backend: Any, form: str) -> None:
         call.together(padding_idx=[0, 0])
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_errors_name_a_single_table_too(backend: Any, is_fused: bool) -> None:
+    table = torch.ones(3, 4, device=backend.device, requires_grad=True)
+    sizes = torch.tensor([4, 5, 4], dtype=torch.int32, device=backend.device)
+    room: Any = fused if is_fused else ak
+    options = {"optimizer": optim.SGD([table])} if is_fused else {}
+
+    def call(indices: list[int], offsets: list[int], **others: Any) -> Tensor:
+        lookups = (torch.tensor(v, device=backend.device) for v in (indices, offsets))
+        op = room.masked_embedding_bag_tables
+        found: Tensor = op([table], *lookups, [sizes], **{**options, **others})
+        return found
+
+    with pytest.raises(IndexError, match=r"^table 0: index 3 at position 1 .* of 3 rows"):
+        call([0, 3], [0, 2])
+    with pytest.raises(ValueError, match=r"^table 0: .*size"):
+        call([0, 1], [0, 2])
+    with pytest.raises(ValueError, match=r"^offsets must end within the 2 indices"):
+        call([0, 1], [0, 3])
+    if is_fused:
+        other = optim.SGD([torch.ones(1, requires_grad=True)])
+        with pytest.raises(ValueError, match=r"^the tables of a fused lookup"):
+            call([0, 1], [0, 2], optimizer=other)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bad_table_leaves_the_others_alone(form: str) -> None:
     call = make(form)
     call.indices[int(call.offsets[3 * BAGS])] = 77
-    copies = [table.clone() for table in call.tables]
-    update, arguments = call.update()
+    update = call.operator().update(reference.ROWWISE_ADAGRAD)
+    copies = [block.clone() for block in update["blocks"]]
     with pytest.raises(IndexError, match="table 3: index 77 at position 0"):
-        update(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(call.tables, copies, strict=True))
+        torch.ops.amtl.lookup_update_(*in_order("lookup_update_", update))
+    assert all(torch.equal(a, b) for a, b in zip(update["blocks"], copies, strict=True))
 
 
 @pytest.mark.parametrize("form", ["masked", "adaptive"])
@@ -358,20 +387,13 @@ def test_threads_do_not_change_a_bit(form: str) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str) -> None:
-    call = make(form, weighted=True).fresh()
-    op, tables, masks, bags = call.operator()
-    lookup = getattr(torch.ops.amtl, op).default
-    torch.library.opcheck(lookup, (*tables, *masks, *bags, 1))
-    plain = make(form, weighted=True)
-    op, tables, masks, bags = plain.operator()
-    update, arguments = plain.update()
-    grad = arguments[len(tables) + 1]
-    wants = [True] * (len(masks) + 1)
-    backward = getattr(torch.ops.amtl, f"{op}_backward").default
-    torch.library.opcheck(backward, (grad, *tables, *bags, True, *wants))
-    # torch.compile cannot trace an operator that writes and has an argument `mode`.
-    utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(update, tuple(arguments), test_utils=utilities)
+    lookup = make(form, weighted=True).fresh().operator().lookup()
+    torch.library.opcheck(torch.ops.amtl.lookup.default, in_order("lookup", lookup))
+    plain = make(form, weighted=True).operator()
+    backward = in_order("lookup_backward", plain.backward())
+    torch.library.opcheck(torch.ops.amtl.lookup_backward.default, backward)
+    update = in_order("lookup_update_", plain.update(reference.ROWWISE_ADAGRAD))
+    torch.library.opcheck(torch.ops.amtl.lookup_update_.default, update)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
@@ -420,9 +442,6 @@ def test_gradcheck_of_the_reference(form: str, mode: str) -> None:
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-def test_the_reference_covers_every_operator() -> None:
-    from amtl_kernels import _schema
-
-    assert {op for op in _schema.SCHEMAS if "_tables" in op} == set(
-        reference_tables.IMPLEMENTATIONS
-    )
+def test_there_are_four_operators() -> None:
+    assert list(_schema.SCHEMAS) == ["lookup", "lookup_backward", "lookup_update_", "apply_"]
+    assert list(reference.IMPLEMENTATIONS) == list(_schema.SCHEMAS)

@@ -115,100 +115,86 @@ class Calls:
         self.row_group = torch.zeros(rows, dtype=torch.int32)
         self.one = torch.ones(groups, dtype=torch.int32)
         self.many = torch.ones(groups, 4, dtype=torch.int32)
-        self.mask = torch.zeros(groups, dim)
         self.psw = torch.zeros(lookups, dtype=dtype)
         widths = [dim, max(1, dim // 16 * 8), 8] if dim % 8 == 0 else [dim, 5, 1]
         shapes = zip((10, 20, 34), widths, strict=True)
         self.blocks = [torch.zeros(n, w, dtype=dtype) for n, w in shapes]
-        self.ends = [10, 30, 64]
         self.grad = torch.zeros(4, dim, dtype=dtype)
         # One row owns 200 lookups: more than a window holds, so the second pass runs too.
         self.hot = torch.zeros(200, dtype=index)
         self.wide = torch.zeros(200, dim, dtype=dtype)
-        # Two tables.
+        self.wide_psw = torch.zeros(200, dtype=dtype)
+        # Of two tables.
         self.bags = torch.tensor([0, 5, 20, 20, 200], dtype=index)
-        self.both = [self.weight, self.weight]
-        self.groups_of_both = [[self.row_group] * 2, [self.many] * 2]
-        self.tiers_of_both = [self.blocks * 2, [3, 3], self.ends * 2, [dim, dim]]
         self.grad_of_both = torch.zeros(2, 2 * dim, dtype=dtype)
 
+    def masked(self, count: int = 1) -> tuple[Any, ...]:
+        """Arguments that describe ``count`` tables with sizes by row."""
+        return [self.weight] * count, [1] * count, [], [self.sizes] * count, [], 0
+
+    def adaptive(self, sizes: Tensor, count: int = 1) -> tuple[Any, ...]:
+        """The same, with sizes by group."""
+        groups = ([sizes] * count, [self.row_group] * count, 3)
+        return ([self.weight] * count, [1] * count, [], *groups)
+
+    def tiered(self, count: int = 1) -> tuple[Any, ...]:
+        """The same, in tiers."""
+        return self.blocks * count, [3] * count, [self.dim] * count, [], [], 0
+
     def lookups(self, every: bool) -> None:
-        ops, dim, weight, indices, offsets = (
-            self.ops,
-            self.dim,
-            self.weight,
-            self.indices,
-            self.offsets,
-        )
-        group, mask, psw = self.row_group, self.mask, self.psw
-        ops["masked_embedding"](weight, indices, self.sizes, -1, 1)
-        long = indices.repeat(20)
-        ops["masked_embedding_bag"](weight, long, offsets, self.sizes, None, 1, -1, False, 1)
-        ops["adaptive_embedding_bag"](
-            *(weight, indices, offsets, group, self.many, mask, None, 1, 2, False, 3, 2)
-        )
-        pooled = (self.hot, self.bags, None)
-        ops["adaptive_embedding_bag_tables"](
-            *(self.both, *self.groups_of_both, [mask] * 2, *pooled, 1, [2, -1], 3, 2)
-        )
+        indices, offsets, psw = self.indices, self.offsets, self.psw
+        lookup, masks, sparse = self.ops["lookup"], [], True
+
+        def plain(tables: tuple[Any, ...], bounds: int) -> None:
+            lookup(*tables, masks, indices, None, None, 0, [-1], False, bounds, sparse)
+
+        def both(tables: tuple[Any, ...], *bags: Any, bounds: int) -> None:
+            lookup(*tables, masks, self.hot, self.bags, *bags, True, bounds, sparse)
+
+        def pooled(tables: tuple[Any, ...], *bags: Any, bounds: int) -> None:
+            lookup(*tables, masks, *bags, False, bounds, sparse)
+
+        plain(self.masked(), 1)
+        pooled(self.masked(), indices.repeat(20), offsets, None, 1, [-1], bounds=1)
+        pooled(self.adaptive(self.many), indices, offsets, None, 1, [2], bounds=2)
+        both(self.adaptive(self.many, 2), None, 1, [2, -1], bounds=2)
+        # Tables of few bits: numbers that share a byte, and bytes.
+        floats = torch.zeros(indices.numel())
+        for bits, bags in ((4, (indices, None, None)), (8, (indices, offsets, floats))):
+            blocks = [torch.zeros(n, self.dim * bits // 8, dtype=torch.uint8) for n in (10, 20)]
+            tables = (blocks, [2], [self.dim], [], [], 0)
+            lookup(*tables, masks, *bags, 0, [3], False, 1, sparse, [torch.ones(2)], [bits])
         if not every:
             return
-        ops["adaptive_embedding"](weight, indices, group, self.many, mask, 3, -1, 2)
-        ops["tiered_embedding"](self.blocks, self.ends, indices, dim, -1, 1)
-        ops["masked_embedding_bag"](weight, indices, offsets, self.sizes, psw, 0, -1, False, 1)
-        ops["adaptive_embedding_bag"](
-            *(weight, indices, offsets, group, self.one, mask, None, 1, -1, False, 3, 2)
-        )
-        tiered = (self.blocks, self.ends, indices, offsets, psw, dim)
-        ops["tiered_embedding_bag"](*tiered, 0, 3, False, 1)
-        psw = self.wide[:, 0].contiguous()
-        ops["masked_embedding_bag_tables"](
-            *(self.both, [self.sizes] * 2, self.hot, self.bags, psw, 0, [-1, -1], 1)
-        )
-        ops["tiered_embedding_bag_tables"](*self.tiers_of_both, *pooled, 0, [2, -1], 2)
+        plain(self.adaptive(self.many), 2)
+        plain(self.tiered(), 1)
+        pooled(self.masked(), indices, offsets, psw, 0, [-1], bounds=1)
+        pooled(self.adaptive(self.one), indices, offsets, None, 1, [-1], bounds=2)
+        pooled(self.tiered(), indices, offsets, psw, 0, [3], bounds=1)
+        both(self.masked(2), self.wide_psw, 0, [-1, -1], bounds=1)
+        both(self.tiered(2), None, 0, [2, -1], bounds=2)
 
     def backwards(self, every: bool) -> None:
-        ops, dim, weight, grad = self.ops, self.dim, self.weight, self.grad
-        bags = (self.indices, self.offsets)
-        group, psw, wide, hot = self.row_group, self.psw, self.wide, self.hot
-        ops["adaptive_embedding_backward"](
-            *(grad, weight, *bags, group, self.many, psw, 0, 3, False, 4, True, True, True)
-        )
-        ops["tiered_embedding_backward"](
-            *(wide, self.blocks, self.ends, hot, None, None, dim, 0, -1, False, True, False)
-        )
-        both = (self.hot, self.bags, None, 1, [2, -1])
-        ops["adaptive_embedding_bag_tables_backward"](
-            *(self.grad_of_both, self.both, *self.groups_of_both, *both, 7, True, True, False)
-        )
+        backward = self.ops["lookup_backward"]
+        few = (self.indices, self.offsets, self.psw, 0, [3], False)
+        hot = (self.hot, None, None, 0, [-1], False)
+        backward(self.grad, *self.adaptive(self.many), *few, True, True, True)
+        backward(self.wide, *self.tiered(), *hot, True, False, False)
+        both = (self.hot, self.bags, None, 1, [2, -1], True)
+        backward(self.grad_of_both, *self.adaptive(self.many, 2), *both, True, True, False)
         if not every:
             return
-        ops["masked_embedding_backward"](
-            *(grad, weight, *bags, self.sizes, psw, 0, 3, False, True, True)
-        )
-        flat = torch.zeros(self.indices.numel(), dim, dtype=self.dtype)
-        ops["adaptive_embedding_backward"](
-            *(flat, weight, self.indices, None, group, self.one, None, 0, 3, False, 4),
-            *(True, True, False),
-        )
-        ops["tiered_embedding_backward"](
-            *(grad, self.blocks, self.ends, *bags, psw, dim, 0, 3, False, True, True)
-        )
-        ops["masked_embedding_backward"](
-            *(wide, weight, hot, None, self.sizes, None, 0, -1, False, True, False)
-        )
+        backward(self.grad, *self.masked(), *few, True, False, True)
+        flat = torch.zeros(self.indices.numel(), self.dim, dtype=self.dtype)
+        plain = (self.indices, None, None, 0, [3], False)
+        backward(flat, *self.adaptive(self.one), *plain, True, True, False)
+        backward(self.grad, *self.tiered(), *few, True, False, True)
+        backward(self.wide, *self.masked(), *hot, True, False, False)
         for group_dims in (self.one, self.many):
-            ops["adaptive_embedding_backward"](
-                *(wide, weight, hot, None, group, group_dims, None, 0, -1, False, 4),
-                *(True, True, False),
-            )
-        weighted = (self.hot, self.bags, wide[:, 0].contiguous(), 0, [2, -1])
-        ops["masked_embedding_bag_tables_backward"](
-            *(self.grad_of_both, self.both, [self.sizes] * 2, *weighted, True, True)
-        )
-        ops["tiered_embedding_bag_tables_backward"](
-            *(self.grad_of_both, *self.tiers_of_both, *weighted, True, True)
-        )
+            backward(self.wide, *self.adaptive(group_dims), *hot, True, True, False)
+        weighted = (self.hot, self.bags, self.wide_psw, 0, [2, -1], True)
+        backward(self.grad_of_both, *self.masked(2), *weighted, True, False, True)
+        backward(self.grad_of_both, *self.tiered(2), *weighted, True, False, True)
 
     def state(self, rule: int, tables: Sequence[Tensor]) -> list[Tensor]:
         by_row = rule == reference.ROWWISE_ADAGRAD
@@ -216,38 +202,40 @@ class Calls:
         return [torch.zeros(shape) for shape in shapes for _ in range(OPTIMIZERS[rule])]
 
     def updates(self, rule: int, every: bool) -> None:
-        ops, weight, hot, wide = self.ops, self.weight, self.hot, self.wide
         hyper = [0.1, 0.1, 0.1, 0.9, 0.99, 1.0]
-        state = self.state(rule, [weight])
-        plain = (0, -1, False, False, rule, hyper)
-        ops["masked_embedding_update_"](weight, state, wide, hot, None, self.sizes, None, *plain)
+        hot = (self.hot, None, None, 0, [-1], False)
+
+        def update(
+            tables: tuple[Any, ...], grad: Tensor, bags: Any, mask: bool, *step: Any
+        ) -> None:
+            wants = (mask, False, False)
+            self.ops["lookup_update_"](*tables, grad, *bags, *wants, *step)
+
+        state = self.state(rule, [self.weight])
+        update(self.masked(), self.wide, hot, False, state, rule, hyper)
         # Rounded stochastically, and by steps that are counted on the device.
         counted = [*self.state(rule, self.blocks), torch.ones((), dtype=torch.int64)]
-        rounded = (0, -1, False, False, rule, [*hyper, 1.0])
-        ops["tiered_embedding_update_"](
-            *(self.blocks, counted, wide, self.ends, hot, None, None, self.dim, *rounded)
-        )
+        update(self.tiered(), self.wide, hot, False, counted, rule, [*hyper, 1.0])
         if every or rule == reference.ADAM:
-            both = (self.grad_of_both, hot, self.bags, None, 0, [2, -1])
-            ops["adaptive_embedding_bag_tables_update_"](
-                *(self.both, *self.groups_of_both, self.state(rule, self.both), *both, 4),
-                *(True, False, rule, hyper),
+            tables, both = (
+                self.adaptive(self.many, 2),
+                (self.hot, self.bags, None, 0, [2, -1], True),
             )
+            of_both = self.state(rule, tables[0])
+            update(tables, self.grad_of_both, both, True, of_both, rule, hyper)
         if every:
-            ops["adaptive_embedding_update_"](
-                *(weight, state, self.grad, self.indices, self.offsets, self.row_group, self.many),
-                *(self.psw, 0, 3, False, 4, True, False, rule, hyper),
-            )
+            few = (self.indices, self.offsets, self.psw, 0, [3], False)
+            update(self.adaptive(self.many), self.grad, few, True, state, rule, hyper)
 
     def optimizers(self) -> None:
-        touched = torch.arange(20)
-        step = (touched, torch.zeros(20, self.dim, dtype=self.dtype))
-        state, more = (torch.zeros(self.rows, self.dim) for _ in range(2))
-        by_row = torch.zeros(self.rows)
-        self.ops["apply_sgd_"](self.weight, *step, 0.1, 0.1)
-        self.ops["apply_adagrad_"](self.weight, state, *step, 0.1, 0.1, 0.1)
-        self.ops["apply_rowwise_adagrad_"](self.weight, by_row, *step, 0.1, 0.1, 0.1)
-        self.ops["apply_adam_"](self.weight, state, more, *step, 1, 0.1, 0.9, 0.99, 0.1, 0.1, 1)
+        """Also with a step that is counted on the device, and with stochastic rounding."""
+        touched, grads = [torch.arange(20)], [torch.zeros(20, self.dim, dtype=self.dtype)]
+        hyper, counter = [0.1, 0.1, 0.1, 0.9, 0.99, 1.0], torch.ones((), dtype=torch.int64)
+        apply = self.ops["apply_"]
+        for rule in RULES:
+            apply([self.weight], touched, grads, self.state(rule, [self.weight]), rule, hyper)
+        state = [*self.state(reference.ADAM, [self.weight]), counter]
+        apply([self.weight], touched, grads, state, reference.ADAM, [*hyper, 1.0])
 
 
 def compile_recorded(requests: Sequence[tuple[int, Any]]) -> Iterator[dict[str, Any]]:

@@ -24,17 +24,17 @@ ROOT = HERE.parent.parent
 REGISTERS = {
     "apply_kernel": 64,
     "check_kernel": 64,
-    "check_tables_kernel": 64,
     "combine_groups_kernel": 64,
     "combine_rows_kernel": 64,
     "combine_update_kernel": 96,
     "counted_kernel": 64,
     "cut_kernel": 64,
+    "gather_codes_kernel": 64,
     "gather_fwd_kernel": 64,
     "keys_kernel": 64,
     "pieces_kernel": 96,
+    "pooled_codes_kernel": 64,
     "pooled_fwd_kernel": 96,
-    "pooled_tables_fwd_kernel": 96,
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,
     "sample_grad_kernel": 64,
@@ -62,9 +62,12 @@ def expected_vector_loads(entry: dict[str, Any]) -> int:
     tile = c.get("TILE") or c["BLOCK_D"] * (c.get("LANES") or c.get("R"))
     loads = max(1, tile // (threads * lanes))
     kernel = entry["kernel"]
+    if kernel.endswith("codes_kernel"):
+        # Numbers are taken out of their bytes one by one.
+        return 0
     if kernel == "gather_fwd_kernel":
         return loads
-    if kernel in ("pooled_fwd_kernel", "pooled_tables_fwd_kernel"):
+    if kernel == "pooled_fwd_kernel":
         return 3 * loads
     if kernel == "reduce_rows_kernel":
         return 3 * loads + (loads if c["WRITE_MASK"] else 0)
@@ -79,8 +82,7 @@ def expected_vector_loads(entry: dict[str, Any]) -> int:
 
 def width(entry: dict[str, Any]) -> int | None:
     """Columns of a row, None for kernels that know of none."""
-    c = entry["constants"]
-    found: int | None = c["STRIDE"] // c["T"] if "STRIDE" in c else c.get("D")
+    found: int | None = entry["constants"].get("D")
     return found
 
 
@@ -129,12 +131,17 @@ def test_every_kernel_is_compiled_for_every_architecture(report: list[dict[str, 
     for kernel in (
         "gather_fwd_kernel",
         "pooled_fwd_kernel",
-        "pooled_tables_fwd_kernel",
         "reduce_rows_kernel",
         "reduce_update_kernel",
         "apply_kernel",
     ):
         assert {(kernel, t) for t in types} <= dtypes
+    pooled = {
+        (entry["dtype"], entry["constants"]["TABLES"] > 0)
+        for entry in main
+        if entry["kernel"] == "pooled_fwd_kernel"
+    }
+    assert pooled == {(t, several) for t in types for several in (False, True)}
     updates = {
         (e["dtype"], e["constants"]["RULE"], e["constants"]["ROUND"])
         for e in main
@@ -178,7 +185,6 @@ def test_rows_are_stored_in_16_bytes(report: list[dict[str, Any]]) -> None:
     kernels = {
         "gather_fwd_kernel",
         "pooled_fwd_kernel",
-        "pooled_tables_fwd_kernel",
         "reduce_rows_kernel",
         "reduce_update_kernel",
         "apply_kernel",

@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+from kernel_cases import in_order
 from launch_counts import FREE, WAITING
 
 from amtl_kernels import reference
@@ -91,39 +93,48 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def problem(form: str, count: int, kind: str, rule: int | None) -> tuple[str, list[Any]]:
+def problem(form: str, count: int, kind: str, rule: int | None) -> tuple[str, tuple[Any, ...]]:
     """A backward (no rule) or an update of ``count`` tables, and its arguments."""
     cuda = {"device": "cuda"}
     dims = [(64, 32)[t % 2] for t in range(count)]
-    padding = [(-1, 2)[t % 2] for t in range(count)]
-    psw = torch.empty(LOOKUPS, **cuda) if kind == "weighted" else None
-    indices = torch.empty(LOOKUPS, dtype=torch.int64, **cuda)
-    offsets = torch.empty(BAGS * count + 1, dtype=torch.int64, **cuda)
-    bags: list[Any] = [indices, offsets, psw, int(kind == "mean"), padding]
-    weights = [torch.empty(ROWS, dim, **cuda) for dim in dims]
-    wants = [psw is not None]
+    blocks = [torch.empty(ROWS, dim, **cuda) for dim in dims]
+    arguments: dict[str, Any] = {
+        "block_counts": [1] * count,
+        "dims": dims,
+        "sizes": [],
+        "row_groups": [],
+        "seed": 7,
+        "grad": torch.empty(BAGS, sum(dims), **cuda),
+        "indices": torch.empty(LOOKUPS, dtype=torch.int64, **cuda),
+        "offsets": torch.empty(BAGS * count + 1, dtype=torch.int64, **cuda),
+        "per_sample_weights": torch.empty(LOOKUPS, **cuda) if kind == "weighted" else None,
+        "pooling": int(kind == "mean"),
+        "padding_idx": [(-1, 2)[t % 2] for t in range(count)],
+        "include_last_offset": True,
+        "mask_grad": form == "adaptive",
+        "psw_grad": kind == "weighted",
+    }
     if form == "masked":
-        sizes = [torch.empty(ROWS, dtype=torch.uint8, **cuda) for _ in dims]
-        described: list[Any] = [weights, sizes]
+        arguments["sizes"] = [torch.empty(ROWS, dtype=torch.uint8, **cuda) for _ in dims]
     elif form == "adaptive":
-        groups = [torch.empty(ROWS, dtype=torch.int32, **cuda) for _ in dims]
-        sizes = [torch.empty(GROUPS, 4, dtype=torch.int32, **cuda) for _ in dims]
-        described, bags, wants = [weights, groups, sizes], [*bags, 7], [True, *wants]
+        arguments["row_groups"] = [torch.empty(ROWS, dtype=torch.int32, **cuda) for _ in dims]
+        arguments["sizes"] = [torch.empty(GROUPS, 4, dtype=torch.int32, **cuda) for _ in dims]
     else:
-        weights = [torch.empty(ROWS, width, **cuda) for dim in dims for width in (dim, 8)]
-        described = [weights, [2] * count, [ROWS, 2 * ROWS] * count, dims]
-    grad = torch.empty(BAGS, sum(dims), **cuda)
-    op = f"{form}_embedding_bag_tables"
+        blocks = [torch.empty(ROWS, width, **cuda) for dim in dims for width in (dim, 8)]
+        arguments["block_counts"] = [2] * count
+    arguments["blocks"] = blocks
     if rule is None:
-        return f"{op}_backward", [grad, *described, *bags, True, *wants]
+        arguments["weight_grad"] = True
+        return "lookup_backward", in_order("lookup_backward", arguments)
     by_row = rule == reference.ROWWISE_ADAGRAD
     state = [
-        torch.empty(w.shape[:1] if by_row else w.shape, **cuda)
-        for w in weights
+        torch.empty(block.shape[:1] if by_row else block.shape, **cuda)
+        for block in blocks
         for _ in range(MOMENTS[rule])
     ]
-    state.append(torch.empty((), dtype=torch.int64, **cuda))
-    return f"{op}_update_", [*described, state, grad, *bags, *wants, rule, HYPER]
+    counter = torch.empty((), dtype=torch.int64, **cuda)
+    step = {"state": [*state, counter], "optimizer": rule, "hyper": HYPER}
+    return "lookup_update_", in_order("lookup_update_", arguments | step | {"groups_sorted": False})
 
 
 def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -131,7 +142,7 @@ def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.empty(len(values), len(values[0]), dtype=torch.int64, device=device)
 
 
-def warm_up(op: str, arguments: list[Any]) -> None:
+def warm_up(op: str, arguments: tuple[Any, ...]) -> None:
     """The call before the capture, which may send what describes the tables."""
     with (
         mock.patch.object(launch, "recorder", lambda *_: None),

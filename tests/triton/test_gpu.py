@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+from kernel_calls import call
+from kernel_cases import Call, in_order
 
 import amtl_kernels as ak
 from amtl_kernels import reference
@@ -63,32 +69,34 @@ class Problem:
             for _ in range(RULES[rule])
         ]
 
-    def update(self) -> list[Tensor]:
-        bags = (None, 0, -1, False)
+    def call(self) -> Call:
         if self.kind == "tables":
-            dims = [t.shape[1] for t in self.tables]
-            count = len(dims)
-            offsets = torch.arange(0, LOOKUPS + 1, LOOKUPS // BAGS, device="cuda")
-            grad = self.grad.view(BAGS // count, -1)[:, : sum(dims)]
-            return list(
-                torch.ops.amtl.adaptive_embedding_bag_tables_update_(
-                    *(self.tables, [self.row_group] * count, self.sizes, self.states, grad),
-                    *(self.indices, offsets, None, 0, [-1] * count, 7, True, False),
-                    *(self.rule, HYPER),
-                )
+            count = len(self.tables)
+            return call(
+                self.tables,
+                self.indices,
+                self.grad.view(BAGS // count, -1)[:, : sum(t.shape[1] for t in self.tables)],
+                sizes=self.sizes,
+                row_groups=[self.row_group] * count,
+                seed=7,
+                offsets=torch.arange(0, LOOKUPS + 1, LOOKUPS // BAGS, device="cuda"),
+                padding_idx=[-1] * count,
+                include_last_offset=True,
             )
-        if self.kind == "tiered":
-            out = torch.ops.amtl.tiered_embedding_update_(
-                *(self.tables, self.states, self.grad, self.ends, self.indices, self.offsets),
-                *(None, DIM, 0, -1, False, False, self.rule, HYPER),
-            )
-            return [out]
-        return list(
-            torch.ops.amtl.adaptive_embedding_update_(
-                *(self.tables[0], self.states, self.grad, self.indices, self.offsets),
-                *(self.row_group, self.group_dims, *bags, 7, True, False, self.rule, HYPER),
-            )
-        )
+        described: dict[str, Any] = {"dims": [DIM]}
+        if self.kind == "adaptive":
+            groups = {"sizes": [self.group_dims], "row_groups": [self.row_group]}
+            described = {**groups, "seed": 7}
+        return call(self.tables, self.indices, self.grad, offsets=self.offsets, **described)
+
+    def update(self) -> list[Tensor]:
+        arguments = self.call().update(self.rule) | {
+            "blocks": self.tables,
+            "state": self.states,
+            "hyper": HYPER,
+            "mask_grad": self.kind != "tiered",
+        }
+        return list(torch.ops.amtl.lookup_update_(*in_order("lookup_update_", arguments)))
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "tiered", "tables"])
@@ -125,12 +133,11 @@ def test_a_fused_update_in_a_cuda_graph(kind: str, rule: int) -> None:
 
 def test_a_backward_that_waits_is_refused_in_a_capture() -> None:
     problem = Problem("adaptive", reference.SGD)
-    arguments: list[Any] = [problem.grad, problem.tables[0], problem.indices, problem.offsets]
-    arguments += [problem.row_group, problem.group_dims, None, 0, -1, False, 7, True, False, False]
-    torch.ops.amtl.adaptive_embedding_backward(*arguments)
+    arguments = in_order("lookup_backward", problem.call().backward())
+    torch.ops.amtl.lookup_backward(*arguments)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(graph):
-        torch.ops.amtl.adaptive_embedding_backward(*arguments)
+        torch.ops.amtl.lookup_backward(*arguments)
 
 
 def test_updates_on_a_side_stream() -> None:

@@ -7,6 +7,7 @@ not, up to the handing over to the device.
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ import torch
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+from kernel_calls import call  # noqa: E402
+from kernel_cases import Call, in_order  # noqa: E402
 
 from amtl_kernels import _schema  # noqa: E402
 from amtl_kernels.triton import implementations, launch, lookup  # noqa: E402
@@ -78,15 +83,31 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]:
     config._active = before
 
 
-def lookups(count: int, rows: int = 100, dim: int = 64) -> tuple[torch.Tensor, ...]:
-    weight = torch.zeros(rows, dim)
-    return weight, torch.arange(count) % rows, torch.ones(rows, dtype=torch.uint8)
+def problem(count: int, rows: int = 100, dim: int = 64) -> Call:
+    """``count`` plain lookups in one table with sizes by row."""
+    table, sizes = torch.zeros(rows, dim), torch.ones(rows, dtype=torch.uint8)
+    return call([table], torch.arange(count) % rows, torch.zeros(count, dim), sizes=[sizes])
+
+
+def bags_of_groups(count: int, rows: int, seed: int) -> Call:
+    """``count`` lookups in two bags of a table with sizes by group."""
+    return call(
+        [torch.zeros(rows, 64)],
+        torch.arange(count) % rows,
+        torch.zeros(2, 64),
+        sizes=[torch.ones(3, 4, dtype=torch.int32)],
+        row_groups=[torch.zeros(rows, dtype=torch.int32)],
+        seed=seed,
+        offsets=torch.tensor([0, count // 2]),
+    )
+
+
+def run(op: str, arguments: dict[str, Any]) -> Any:
+    return implementations()[op](*in_order(op, arguments))
 
 
 def test_lookups_are_tuned_once_per_key(driver: Driver) -> None:
-    gather = implementations()["masked_embedding"]
-    weight, indices, sizes = lookups(130)
-    gather(weight, indices, sizes, -1, 0)
+    run("lookup", problem(130).lookup(0))
     space = len(launch.WIDE_SPACE)
     assert driver.benchmarked == space
     gather_launches = [grid for name, grid in driver.launches if name == "gather_fwd_kernel"]
@@ -94,18 +115,15 @@ def test_lookups_are_tuned_once_per_key(driver: Driver) -> None:
     assert len(gather_launches) == space + 1
     tile = launch.WIDE_SPACE[0].tile(4, 64)
     assert gather_launches[-1] == (launch.cdiv(130, tile // 64), 1, 1)
-    weight, indices, sizes = lookups(77, rows=30)
-    gather(weight, indices, sizes, 3, 2)
+    run("lookup", problem(77, rows=30).lookup(2))
     assert driver.benchmarked == space
-    weight, indices, sizes = lookups(77, dim=32)
-    gather(weight, indices, sizes, -1, 0)
+    run("lookup", problem(77, dim=32).lookup(0))
     assert driver.benchmarked == 2 * space
 
 
 def test_tuning_can_be_turned_off(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMTL_TRITON_AUTOTUNE", "0")
-    weight, indices, sizes = lookups(64)
-    implementations()["masked_embedding"](weight, indices, sizes, -1, 0)
+    run("lookup", problem(64).lookup(0))
     assert driver.benchmarked == 0
     assert len(driver.launches) == 1
 
@@ -115,49 +133,21 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
 ) -> None:
     """Lookups, rows, bags and seeds are run-time values: only D, dtypes and flags are compiled."""
     monkeypatch.setenv("AMTL_TRITON_AUTOTUNE", "0")
-    ops = implementations()
     loaded = []
     driver.utils.load_binary = lambda name, *_: loaded.append(name) or (1, 1, 32, 0, 1024)
     shapes = ((16, 48, 16), (33, 50, -3), (1, 160, 2**62), (120, 7, 1))
     for count, rows, seed in shapes:
-        weight, indices, _ = lookups(count, rows)
-        offsets = torch.tensor([0, count // 2])
-        row_group = torch.zeros(rows, dtype=torch.int32)
-        dims, mask = torch.ones(3, 4, dtype=torch.int32), torch.zeros(3, 64)
-        ops["adaptive_embedding_bag"](
-            weight, indices, offsets, row_group, dims, mask, None, 0, -1, False, seed, 0
-        )
-        grad = torch.zeros(2, 64)
-        rows_out, grads, _, _ = ops["adaptive_embedding_backward"](
-            grad,
-            weight,
-            indices,
-            offsets,
-            row_group,
-            dims,
-            None,
-            0,
-            -1,
-            False,
-            seed,
-            True,
-            True,
-            False,
-        )
-        state = torch.zeros(rows, 64)
-        ops["apply_adagrad_"](weight, state, rows_out, grads, 0.1, 1e-8, 0.0, seed + 2)
+        mine = bags_of_groups(count, rows, seed)
+        run("lookup", mine.lookup(0))
+        found, grads, _, _ = run("lookup_backward", mine.backward())
+        run("apply_", mine.apply(found, grads, 1))
     assert sorted(loaded) == sorted(set(loaded)), loaded
     assert {"pooled_fwd_kernel", "reduce_rows_kernel", "apply_kernel"} <= set(loaded)
     loaded.clear()
     for count, rows, seed in shapes:
-        weight, indices, _ = lookups(count, rows)
-        offsets = torch.tensor([0, count // 2])
-        row_group = torch.zeros(rows, dtype=torch.int32)
-        state = torch.zeros(rows, 64)
-        ops["adaptive_embedding_update_"](
-            *(weight, [state], grad, indices, offsets, row_group, dims, None, 0, -1, False, seed),
-            *(True, False, 1, [0.1 * count, 1e-8, 0.0, 0.0, 0.0, float(count), 1.0]),
-        )
+        step = bags_of_groups(count, rows, seed).update(1, stochastic=True)
+        hyper = [0.1 * count, 1e-8, 0.0, 0.0, 0.0, float(count), 1.0]
+        run("lookup_update_", step | {"hyper": hyper})
     assert sorted(loaded) == sorted(set(loaded)), loaded
     assert {"reduce_update_kernel", "combine_update_kernel"} <= set(loaded)
 
@@ -166,34 +156,31 @@ def test_tables_in_one_launch_are_compiled_and_described_once(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bags and lookups are run-time values; what tells the tables apart is uploaded once."""
-    lookup_tables = implementations()["masked_embedding_bag_tables"]
     uploads = []
     upload = launch.upload
     monkeypatch.setattr(launch, "upload", lambda *a: uploads.append(a) or upload(*a))
-    weights = [torch.zeros(rows, 64) for rows in (30, 7, 500)]
-    sizes = [torch.ones(weight.shape[0], dtype=torch.uint8) for weight in weights]
+    blocks = [torch.zeros(rows, 64) for rows in (30, 7, 500)]
+    sizes = [torch.ones(block.shape[0], dtype=torch.uint8) for block in blocks]
     compiled = []
     driver.utils.load_binary = lambda name, *_: compiled.append(name) or (1, 1, 32, 0, 1024)
     for bags, length in ((100, 3), (16, 1), (1, 40)):
         driver.launches.clear()
         indices = torch.zeros(3 * bags * length, dtype=torch.int64)
         offsets = torch.arange(0, indices.numel() + 1, length)
-        lookup_tables(weights, sizes, indices, offsets, None, 0, [-1] * 3, 0)
-        grid = (launch.cdiv(bags, launch.TILE // 64), 3, 1)
-        assert driver.launches == [("pooled_tables_fwd_kernel", grid)]
-    assert compiled == ["pooled_tables_fwd_kernel"]
-    assert len(uploads) == 1
+        bags_of_all = {"offsets": offsets, "padding_idx": [-1] * 3, "include_last_offset": True}
+        run("lookup", call(blocks, indices, sizes=sizes, **bags_of_all).lookup(0))
+        grid = (launch.cdiv(bags, launch.TILE // 64), 1, 3)
+        assert driver.launches == [("pooled_fwd_kernel", grid)]
+    assert compiled == ["pooled_fwd_kernel"]
+    # The tables as tiers, which a backward reads too, and what lookups know of theirs.
+    assert len(uploads) == 2
 
 
 def test_grids_of_an_update_are_bounded_by_lookups_and_rows(driver: Driver) -> None:
     """The host knows no number of rows or pieces: grids are what these could be at most."""
-    update = implementations()["masked_embedding_update_"]
-    step = (0, [0.1, 0.0, 0.0, 0.0, 0.0, 1.0])
     for count, rows, most in ((1000, 10_000, 1000), (1000, 10, 10 + 16), (5, 10_000, 5)):
-        weight, indices, sizes = lookups(count, rows)
         driver.launches.clear()
-        grad = torch.zeros(count, 64)
-        update(weight, [], grad, indices, None, sizes, None, 0, -1, False, False, *step)
+        run("lookup_update_", problem(count, rows).update(0))
         grids = dict(driver.launches)
         assert grids["reduce_update_kernel"] == (launch.cdiv(most, 16), 1, 1)
         # One program for each window of 64 lookups but the last.
@@ -201,9 +188,8 @@ def test_grids_of_an_update_are_bounded_by_lookups_and_rows(driver: Driver) -> N
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
-    weight, indices, sizes = lookups(4)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        implementations()["masked_embedding"](weight, indices, sizes, -1, 0)
+        run("lookup", problem(4).lookup())
 
 
 def test_every_operator_has_a_triton_implementation() -> None:

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 import amtl_kernels
-from amtl.layer.rounding import lookup, pooled
+from amtl.layer.rounding import in_operators, lookup, pooled
 from amtl.layer.table_rows import TableRows
-
-_BOUNDS = {
-    "raise": amtl_kernels.reference.RAISE,
-    "clamp": amtl_kernels.reference.CLAMP,
-    "off": amtl_kernels.reference.OFF,
-}
 
 
 class TableLookups(TableRows):
@@ -62,6 +56,21 @@ class TableLookups(TableRows):
             rows = self._frozen_rows(input)
             if self.max_norm is not None:
                 self._renorm(rows)
+            if self.steps is not None and in_operators(self.blocks, self.steps, per_sample_weights):
+                return amtl_kernels.tiered_embedding_bag(
+                    list(self.blocks),
+                    self.tier_ends,
+                    rows,
+                    offsets,
+                    mode=mode,  # type: ignore[arg-type]
+                    per_sample_weights=per_sample_weights,
+                    embedding_dim=self.embedding_dim,
+                    padding_idx=self._frozen_padding(),
+                    include_last_offset=include_last_offset,
+                    bounds_check=bounds,  # type: ignore[arg-type]
+                    steps=self.steps,
+                    bits=self.options.bits or 8,
+                )
             if self.rounding is not None or self.steps is not None:
                 return self._bags_of_few_bits(
                     rows, offsets, per_sample_weights, mode, include_last_offset
@@ -107,10 +116,8 @@ class TableLookups(TableRows):
         assert self.tier_ends is not None
         bounds, dim = self._operator_bounds(), self.embedding_dim
         if self.steps is not None:
-            check = amtl_kernels.reference.check_indices
-            flat = check(rows, self.tier_ends[-1], _BOUNDS[bounds]).reshape(rows.shape)
             bits = self.options.bits or 8
-            return lookup(self._tiers(), self.tier_ends, self.steps, bits, flat, dim)
+            return lookup(self._tiers(), self.tier_ends, self.steps, bits, rows, dim, bounds)
         values = self._call(
             "tiered_embedding",
             self._tiers(),

@@ -9,11 +9,22 @@ learned; here they follow the mean square of the numbers, which needs no learnin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import amtl_kernels
+
+_BOUNDS = {
+    "raise": amtl_kernels.reference.RAISE,
+    "clamp": amtl_kernels.reference.CLAMP,
+    "off": amtl_kernels.reference.OFF,
+}
+
+_MOST_BLOCKS = 1024
+"""Of a table in the operators."""
 
 BITS = (2, 4, 8)
 
@@ -105,8 +116,23 @@ def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
     return (unpack_codes(packed, bits).to(step.dtype) - half) * step
 
 
+def in_operators(blocks: Sized, steps: Tensor, per_sample_weights: Tensor | None = None) -> bool:
+    """Whether the operators look up in such tiers of integers; they decode to float32 only."""
+    if steps.dtype != torch.float32 or len(blocks) > _MOST_BLOCKS:
+        return False
+    weights = per_sample_weights
+    learns = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+    return not learns and (weights is None or weights.dtype == torch.float32)
+
+
 def lookup(
-    blocks: Sequence[Tensor], ends: Sequence[int], steps: Tensor, bits: int, rows: Tensor, dim: int
+    blocks: Sequence[Tensor],
+    ends: Sequence[int],
+    steps: Tensor,
+    bits: int,
+    rows: Tensor,
+    dim: int,
+    bounds_check: str = "off",
 ) -> Tensor:
     """Rows of tiers of integers.
 
@@ -115,13 +141,24 @@ def lookup(
         ends: first place after each part.
         steps: [C], step size of each part.
         bits: 2, 4 or 8.
-        rows: places, integer of any shape, in range.
+        rows: places, integer of any shape.
         dim: D.
+        bounds_check: what to do about places out of range, see `amtl_kernels.ops`.
 
     Returns:
         `rows.shape + [dim]`, of the type of `steps`, zeros beyond a row's width.
     """
-    flat = rows.reshape(-1).to(torch.int64)
+    if in_operators(blocks, steps):
+        return amtl_kernels.tiered_embedding(
+            blocks,
+            ends,
+            rows,
+            embedding_dim=dim,
+            bounds_check=bounds_check,  # type: ignore[arg-type]
+            steps=steps,
+            bits=bits,
+        )
+    flat = amtl_kernels.reference.check_indices(rows, ends[-1], _BOUNDS[bounds_check])
     out = steps.new_zeros(flat.numel(), dim)
     limits = torch.tensor(ends, device=flat.device)
     part = torch.bucketize(flat, limits, right=True)
@@ -139,9 +176,9 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, steps: Tensor, widths: Tensor, bits: int) -> Tensor:
         half = (2**bits - 1) / 2
         step = steps[:, None]
-        codes = torch.round(values / step + half).clamp_(0, 2 * half)
+        codes = (values / step).add_(half).round_().clamp_(0, 2 * half)
         columns = torch.arange(values.shape[1], device=values.device)
-        return ((codes - half) * step).masked_fill_(columns >= widths[:, None], 0)
+        return codes.sub_(half).mul_(step).masked_fill_(columns >= widths[:, None], 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -202,7 +239,7 @@ class Rounding(nn.Module):
 
     @torch.no_grad()
     def _follow(self, values: Tensor, part: Tensor, widths: Tensor) -> None:
-        squares = values.to(torch.float32).square().sum(1)
+        squares = torch.linalg.vector_norm(values.to(torch.float32), dim=1).square_()
         total = torch.zeros_like(self.mean_square).index_add_(0, part, squares)
         count = torch.zeros_like(total).index_add_(0, part, widths.to(torch.float32))
         mean = torch.where(count > 0, total / count.clamp(min=1), self.mean_square)
@@ -267,5 +304,7 @@ def pooled(
     out = values.new_zeros(bags + 1, values.shape[1]).index_add(0, bag, values)[:bags]
     if mode == "mean":
         one = values.new_ones(len(values)) if counted is None else counted.to(values.dtype)
-        out = out / values.new_zeros(bags + 1).index_add(0, bag, one)[:bags, None].clamp(min=1)
+        count = values.new_zeros(bags + 1).index_add(0, bag, one)[:bags, None].clamp(min=1)
+        # As the operators do, so that frozen tables give the same outputs as codes.
+        out = out * (1.0 / count)
     return out

@@ -31,7 +31,15 @@ _AUTO: list[tuple[int | None, float | None]] = [
 """What is tried for `--bits auto`: bits of a stored number, and what sizes depend on counts by."""
 
 _FOR_STEPS = 0.95
-_ALL_FITS = 1.1
+_ALMOST_ALL = 0.9
+"""Share of the numbers from which on a law of the count has nothing to decide."""
+
+_MIDDLE = 4.0
+"""Of `CAPACITY_BITS`: the law where none could be told better."""
+
+_MISSES = 2
+"""In a row, after which yet fewer bytes are not tried."""
+
 _FLAT_BITS = 1e4
 _LEAST_WEIGHT = 1e-3
 """Of the most telling field's weight; a field that helped nothing keeps so much."""
@@ -96,11 +104,10 @@ def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[s
         menu = _AUTO if not _has_law(config) else [(8, None), (4, None), (2, None)]
     whole = set()
     for number_bits, capacity in menu:
-        if number_bits is not None and config.budget * 32 / number_bits > _ALL_FITS:
-            # All rows get all their numbers, whatever the law.
-            if number_bits in whole:
-                continue
+        if number_bits is not None and config.budget * 32 / number_bits > _ALMOST_ALL:
             whole.add(number_bits)
+            if capacity not in (None, _MIDDLE):
+                continue
         options: dict[str, Any] = {} if number_bits is None else {"bits": number_bits}
         name = [] if number_bits is None else [f"int{number_bits}"]
         if capacity is not None:
@@ -218,7 +225,9 @@ def race_less(
     observer: Observer,
     step: Callable[[Learner], None],
 ) -> tuple[Learner | None, dict[str, Any] | None]:
-    """Trains with fewer bytes, the budget being a limit and no aim, as long as that is better.
+    """Trains with fewer and fewer bytes, the budget being a limit and no aim.
+
+    Until it is twice in a row no better: the first step may only remove what overfits.
 
     Args:
         sized: settings of the best candidate whose rows differ in width.
@@ -233,8 +242,8 @@ def race_less(
         under `rival`; the row of the first one tried if none does; nothing where no size fits.
     """
     rival, best, row = _row("the best before", winner), None, None
-    share = min(used, sized.budget)
-    while True:
+    share, misses = min(used, sized.budget), 0
+    while misses < _MISSES:
         share *= LESS
         learner, _ = _try(make, replace(sized, budget=share))
         if learner is None:
@@ -245,10 +254,11 @@ def race_less(
             row = {**tried, "rival": rival}
         if better is None:
             learner.release()
-            break
+            misses += 1
+            continue
         if best is not None:
             best.release()
-        best = better
+        best, misses = better, 0
     return best, row
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_calls import applying, call
+from kernel_cases import in_order
 
 from amtl_kernels import reference
 from amtl_kernels.triton import implementations
@@ -23,22 +25,21 @@ def hash_kernel(rows_ptr, out_ptr, mixed, Q: tl.constexpr, BLOCK: tl.constexpr):
 def test_rows_beyond_32_bits(device: str) -> None:
     """The last tier starts at row 2^40 - 10, so that its base and row * width are near 2^46.
 
-    Only that tier has memory behind it; the rows before it are never looked up.
+    Only that tier has memory behind it: the rows before it have no columns.
     """
     end, dim = 2**40, 64
-    blocks = [torch.empty(0, dim, device=device), torch.randn(10, 32, device=device)]
-    ends = [end - 10, end]
+    blocks = [torch.empty(end - 10, 0, device=device), torch.randn(10, 32, device=device)]
     indices = torch.tensor([end - 1, end - 10, end - 4, end - 4], device=device)
-    out = OPERATORS["tiered_embedding"](blocks, ends, indices, dim, -1, 0)
-    want = torch.nn.functional.pad(blocks[1][indices - ends[0]], (0, 32))
+    grad = torch.randn(4, dim, device=device)
+    plain = call(blocks, indices, dims=[dim])
+    out = OPERATORS["lookup"](*in_order("lookup", plain.lookup(0)))
+    want = torch.nn.functional.pad(blocks[1][indices - (end - 10)], (0, 32))
     assert torch.equal(out, want)
 
-    grad = torch.randn(4, dim, device=device)
-    offsets = torch.arange(4, device=device)
-    psw = torch.ones(4, device=device)
-    rows, grads, psw_grad = OPERATORS["tiered_embedding_backward"](
-        grad, blocks, ends, indices, offsets, psw, dim, 0, -1, False, True, True
-    )
+    offsets, psw = torch.arange(4, device=device), torch.ones(4, device=device)
+    bags = call(blocks, indices, grad, dims=[dim], offsets=offsets, per_sample_weights=psw)
+    arguments = in_order("lookup_backward", bags.backward())
+    rows, grads, _, psw_grad = OPERATORS["lookup_backward"](*arguments)
     assert rows[0].numel() == 0
     assert rows[1].tolist() == [0, 6, 9]
     torch.testing.assert_close(grads[1][1], grad[2, :32] + grad[3, :32])
@@ -65,9 +66,11 @@ def test_tables_beyond_2_31_elements(device: str) -> None:
     sizes = torch.full((rows,), dim, dtype=torch.uint8, device=device)
     weight[-1] = torch.arange(dim, device=device)
     indices = torch.tensor([rows - 1, 0], device=device)
-    out = OPERATORS["masked_embedding"](weight, indices, sizes, -1, 1)
+    plain = call([weight], indices, sizes=[sizes])
+    out = OPERATORS["lookup"](*in_order("lookup", plain.lookup()))
     assert torch.equal(out, weight[indices])
     grads = torch.ones(1, dim, dtype=torch.float16, device=device)
-    OPERATORS["apply_sgd_"](weight, indices[:1], grads, 1.0, 0.0)
+    step = applying([weight], [indices[:1]], [grads], [], "sgd", [1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    OPERATORS["apply_"](*in_order("apply_", step))
     assert torch.equal(weight[-1], torch.arange(dim, device=device).half() - 1)
     assert not weight[0].any()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Case, Inputs, build
+from kernel_cases import FORMS, Case, Inputs, build, in_order, wide
 from torch import Tensor
 
 import amtl_kernels as ak
@@ -62,53 +63,29 @@ def states_of(tables: list[Tensor], rule: int, dtype: torch.dtype) -> list[Tenso
     ]
 
 
-def calls(inputs: Inputs, rule: int, state_dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+def calls(inputs: Inputs, rule: int, state_dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Fresh arguments of every form of a fused update, by a name of the form."""
-    c, psw = inputs.case, inputs.per_sample_weights
-    weight, blocks = inputs.weight.clone(), [b.clone() for b in inputs.blocks]
-    state, tiers = (states_of(t, rule, state_dtype) for t in ([weight], blocks))
-    groups = (inputs.row_group, inputs.group_dims)
-    end = (rule, HYPER)
-    found: dict[str, tuple[Any, ...]] = {}
-    for name, grad, offsets, weights, bags in (
-        (
-            "bag",
-            inputs.grad_bags,
-            inputs.offsets,
-            psw,
-            (int(c.mean), inputs.padding_idx, inputs.include_last_offset),
-        ),
-        ("rows", inputs.grad_flat, None, None, (0, inputs.padding_idx, False)),
-    ):
-        i, wants = inputs.indices, weights is not None
-        found[f"masked_embedding_update_ {name}"] = (
-            *(weight, state, grad, i, offsets, inputs.row_dims, weights, *bags, wants),
-            *end,
-        )
-        found[f"adaptive_embedding_update_ {name}"] = (
-            *(weight, state, grad, i, offsets, *groups, weights, *bags, c.hash_seed),
-            *(name == "bag", wants, *end),
-        )
-        found[f"tiered_embedding_update_ {name}"] = (
-            *(blocks, tiers, grad, inputs.tier_ends, i, offsets, weights, c.dim, *bags, wants),
-            *end,
-        )
+    found: dict[str, dict[str, Any]] = {}
+    for form, pooled in itertools.product(FORMS, (True, False)):
+        arguments = inputs.call(form, pooled).update(rule)
+        state = states_of(arguments["blocks"], rule, state_dtype)
+        changes = {"state": state, "hyper": HYPER, "mask_grad": pooled and form == "adaptive"}
+        found[f"{form} {'bag' if pooled else 'rows'}"] = arguments | changes
     return found
 
 
-def as_list(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for part in value for t in as_list(part)]
+def run(arguments: dict[str, Any]) -> list[Tensor]:
+    """What an update changes and returns."""
+    out = OPERATORS["lookup_update_"](*in_order("lookup_update_", arguments))
+    return [*arguments["blocks"], *arguments["state"], *out]
 
 
-def wide(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A copy in float64, for a reference that rounds nothing."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.double() if value.is_floating_point() else value
-        return [one(v) for v in value] if isinstance(value, list) else value
-
-    return tuple(one(a) for a in arguments)
+def expected(arguments: dict[str, Any]) -> list[Tensor]:
+    """The same of a reference that rounds nothing."""
+    double = {name: wide(value) for name, value in arguments.items()}
+    with ak.use_backend("reference"):
+        out = torch.ops.amtl.lookup_update_(*in_order("lookup_update_", double))
+    return [*double["blocks"], *double["state"], *out]
 
 
 def kept_values(form: str, inputs: Inputs, like: list[Tensor]) -> list[Tensor]:
@@ -142,24 +119,15 @@ def draw(case: Case, device: str) -> Inputs:
 
 def check(case: Case, rule: int, device: str, state_dtype: torch.dtype = torch.float32) -> None:
     inputs = draw(case, device)
-    for form in calls(inputs, rule, state_dtype):
-        arguments = calls(inputs, rule, state_dtype)[form]
-        before = [t.clone() for t in as_list(arguments[0])]
-        double = wide(arguments)
-        op = form.split()[0]
-        got = OPERATORS[op](*arguments)
-        with ak.use_backend("reference"):
-            want = reference.IMPLEMENTATIONS[op](*double)
-        for a, b in zip(
-            [*as_list(arguments[0]), *as_list(arguments[1]), *as_list(got)],
-            [*as_list(double[0]), *as_list(double[1]), *as_list(want)],
-            strict=True,
-        ):
+    for form, arguments in calls(inputs, rule, state_dtype).items():
+        before = [t.clone() for t in arguments["blocks"]]
+        want = expected(arguments)
+        for a, b in zip(run(arguments), want, strict=True):
             tolerance = max(TOLERANCE[a.dtype], TOLERANCE[state_dtype])
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, msg=form)
-        tables = as_list(arguments[0])
-        for new, old, kept in zip(tables, before, kept_values(form, inputs, before), strict=True):
-            assert torch.equal(new[~kept], old[~kept]), form
+        kept = kept_values(form, inputs, before)
+        for new, old, mine in zip(arguments["blocks"], before, kept, strict=True):
+            assert torch.equal(new[~mine], old[~mine]), form
 
 
 @pytest.fixture
@@ -208,13 +176,10 @@ def test_nothing_to_do(device: str) -> None:
 
 def test_steps_repeat_bit_for_bit(small_passes: None, device: str) -> None:
     inputs = draw(dataclasses.replace(CASE, lookups=30), device)
-    for form in calls(inputs, reference.ADAM, torch.float32):
-        results = []
-        for _ in range(2):
-            arguments = calls(inputs, reference.ADAM, torch.float32)[form]
-            out = OPERATORS[form.split()[0]](*arguments)
-            results.append([*as_list(arguments[0]), *as_list(arguments[1]), *as_list(out)])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), form
+    both = (calls(inputs, reference.ADAM, torch.float32) for _ in range(2))
+    for first, second in zip(*(mine.values() for mine in both), strict=True):
+        for a, b in zip(run(first), run(second), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="counted on CPU tensors")
@@ -226,7 +191,7 @@ def test_launches_and_waits_of_an_update(
     monkeypatch.setattr(plan, "CHUNK", 32)
     inputs = build(CASE, device)
     for form, arguments in calls(inputs, RULES[rule], torch.float32).items():
-        found = count(OPERATORS[form.split()[0]], *arguments)
+        found = count(OPERATORS["lookup_update_"], *in_order("lookup_update_", arguments))
         most = 7 + (2 if form.startswith("adaptive") and "bag" in form else 0) + ("bag" in form)
         assert not found.waits and not found.uploads, f"{form}: {found}"
         assert found.launches <= most, f"{form}: {found}"
@@ -247,15 +212,14 @@ def test_launches_and_waits_of_a_backward(device: str, monkeypatch: pytest.Monke
 
 def test_bad_state_is_refused(device: str) -> None:
     inputs = build(CASE, device)
-    form = "masked_embedding_update_ rows"
-    weight, _, *rest = calls(inputs, reference.ADAGRAD, torch.float32)[form]
+    arguments = calls(inputs, reference.ADAGRAD, torch.float32)["masked rows"]
     for state, message in (
         ([], "1 state tensors per table"),
         ([torch.zeros(3, device=device)], "must be contiguous and"),
         ([torch.zeros(CASE.dim, CASE.rows, device=device).t()], "must be contiguous and"),
     ):
         with pytest.raises(ValueError, match=message):
-            OPERATORS["masked_embedding_update_"](weight, state, *rest)
+            run(arguments | {"state": state})
     with pytest.raises(ValueError, match="optimizer must be"):
-        OPERATORS["masked_embedding_update_"](weight, [], *rest[:-2], 4, HYPER)
-    assert torch.equal(weight, inputs.weight)
+        run(arguments | {"state": [], "optimizer": 4})
+    assert torch.equal(arguments["blocks"][0], inputs.weight)

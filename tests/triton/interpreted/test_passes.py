@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Case, Inputs, assert_agrees, build, cases, expected
+from kernel_cases import Case, Inputs, assert_agrees, build, cases, expected, in_order
 
 from amtl_kernels.triton import implementations, launch, lookup, plan
 
@@ -100,19 +100,11 @@ def test_long_bags_share_lanes(device: str) -> None:
     check(build(case, device))
     mean = build(dataclasses.replace(case, weighted=False, padding="none"), device)
     for padding in (-1, 3):
-        arguments = (
-            mean.weight,
-            mean.indices,
-            torch.tensor([0, 256], device=device),
-            mean.row_dims,
-            None,
-            1,
-            padding,
-            False,
-            1,
-        )
-        got = OPERATORS["masked_embedding_bag"](*arguments)
-        want = expected("masked_embedding_bag", arguments)
+        given = mean.call("masked", True)
+        given.bags |= {"offsets": torch.tensor([0, 256], device=device), "pooling": 1}
+        given.bags["padding_idx"] = [padding]
+        arguments = in_order("lookup", given.lookup())
+        got, want = OPERATORS["lookup"](*arguments), expected("lookup", arguments)
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
@@ -120,7 +112,8 @@ def test_tile_size_cannot_change_a_bit(device: str, monkeypatch: pytest.MonkeyPa
     """What the autotuner may choose between has equal results."""
     inputs = build(dataclasses.replace(HOT, weighted=False), device)
     inputs.weight.normal_()
-    calls = [call for call in inputs.forwards() if "masked" in call[0]]
+    lookups = [inputs.call("masked", pooled).lookup() for pooled in (False, True)]
+    calls = [("lookup", in_order("lookup", arguments)) for arguments in lookups]
     answers = []
     monkeypatch.setenv("AMTL_TRITON_AUTOTUNE", "0")
     spaces = (launch.WIDE_SPACE, launch.NARROW_SPACE)

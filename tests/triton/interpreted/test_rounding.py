@@ -8,25 +8,21 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_calls import applying, call, step
+from kernel_cases import in_order
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import reference, reference_tables
+from amtl_kernels import reference
 from amtl_kernels.triton import implementations, launch, plan, rules
 
 OPERATORS = implementations()
-EXPECTED = {**reference.IMPLEMENTATIONS, **reference_tables.IMPLEMENTATIONS}
+EXPECTED = reference.IMPLEMENTATIONS
 NARROW = [torch.float16, torch.bfloat16]
 ROWS, DIM = 40, 24
 # Of weight and gradients: from 1 down to fp16's smallest steps.
 SCALE = 2.0 ** -torch.arange(DIM).double()
-RATES: dict[str, tuple[Any, ...]] = {
-    "apply_sgd_": (1e-3, 0.01),
-    "apply_adagrad_": (1e-3, 1e-6, 0.01),
-    "apply_rowwise_adagrad_": (1e-3, 1e-6, 0.01),
-    "apply_adam_": (5, 1e-3, 0.9, 0.99, 1e-6, 0.01),
-}
-MOMENTS = {0: 0, 1: 1, 2: 1, 3: 2}
+MOMENTS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}
 
 
 def draw(dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -44,24 +40,42 @@ def same(got: Tensor, want: Tensor) -> None:
         assert (got.cpu() != want).double().mean() < 0.01
 
 
-@pytest.mark.parametrize("op", RATES)
+def states_of(tables: list[Tensor], rule: str) -> list[Tensor]:
+    return [
+        torch.full(t.shape[:1] if rule == "rowwise_adagrad" else t.shape, 0.1, device=t.device)
+        for t in tables
+        for _ in range(MOMENTS[rule])
+    ]
+
+
+@pytest.mark.parametrize("rule", MOMENTS)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("seed", [1, 2**40 + 3])
-def test_given_gradients(op: str, dtype: torch.dtype, seed: int, device: str) -> None:
+def test_given_gradients(rule: str, dtype: torch.dtype, seed: int, device: str) -> None:
+    """The seed is the step, by ``hyper`` or by a counter on the device."""
     g = torch.Generator().manual_seed(2)
     weight, grads = draw(dtype, g)
-    shapes = {"apply_sgd_": [], "apply_rowwise_adagrad_": [(ROWS,)], "apply_adam_": [(ROWS, DIM)]}
-    count = 2 if op == "apply_adam_" else 1
-    states = [torch.rand(s, generator=g) for s in shapes.get(op, [(ROWS, DIM)]) * count]
     rows = torch.randperm(ROWS, generator=g)[:30].sort().values
-    got, want = weight.to(device, copy=True), weight.clone()
-    nearest = weight.to(device, copy=True)
-    for table, rounding in ((got, [seed]), (nearest, [])):
-        mine = [s.to(device, copy=True) for s in states]
-        OPERATORS[op](table, *mine, rows.to(device), grads[:30].to(device), *RATES[op], *rounding)
-    EXPECTED[op](want, *states, rows, grads[:30], *RATES[op], seed)
+    grads = grads[:30]
+
+    def apply(
+        operators: Any, where: str, step: int, *stochastic: float, counter: int | None = None
+    ) -> Tensor:
+        table, touched = weight.to(where, copy=True), rows.to(where)
+        state = states_of([table], rule)
+        if counter is not None:
+            state.append(torch.tensor(counter, device=where))
+        hyper = [1e-3, 1e-6, 0.01, 0.9, 0.99, float(step), *stochastic]
+        arguments = applying([table], [touched], [grads.to(where)], state, rule, hyper)
+        operators["apply_"](*in_order("apply_", arguments))
+        return table
+
+    want = apply(EXPECTED, "cpu", seed, 1.0)
+    got = apply(OPERATORS, device, seed, 1.0)
     same(got, want)
-    assert not torch.equal(got, nearest)
+    assert not torch.equal(got, apply(OPERATORS, device, seed))
+    if rule != "adam":  # Whose corrections for a counter differ in the last bit.
+        assert torch.equal(apply(OPERATORS, device, 7, 1.0, counter=seed), got)
 
 
 def fused(
@@ -69,7 +83,7 @@ def fused(
     kind: str,
     device: str,
     dtype: torch.dtype,
-    rule: int,
+    rule: str,
     hyper: list[float],
     *end: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -84,22 +98,18 @@ def fused(
     group = (torch.arange(ROWS).int() // 5).to(device)
     weight, grad = weight.to(device, copy=True), grad.to(device)
     tables = [weight]
+    described: dict[str, Any] = {"sizes": [sizes]}
     if kind == "tiered":
         tables = [weight[:20].clone(), weight[20:32].clone(), weight[32:, :8].clone()]
-    shapes = [t.shape[:1] if rule == 2 else t.shape for t in tables for _ in range(MOMENTS[rule])]
-    states = [torch.full(shape, 0.1, device=device) for shape in shapes]
-    counter = [torch.tensor(value, device=device) for value in end]
-    given, bags = [*states, *counter], (indices, None)
+        described = {"dims": [DIM]}
+    elif kind == "adaptive":
+        described = {"sizes": [sizes[:10].contiguous()], "row_groups": [group], "seed": 3}
+    states = states_of(tables, rule)
+    given = [*states, *(torch.tensor(value, device=device) for value in end)]
+    arguments = step(call(tables, indices, grad, **described), tables, given, rule, hyper)
+    arguments["mask_grad"] = kind == "adaptive"
     with ak.use_backend("reference"):
-        if kind == "masked":
-            rest: tuple[Any, ...] = (*bags, sizes, None, 0, -1, False, False)
-            operators["masked_embedding_update_"](weight, given, grad, *rest, rule, hyper)
-        elif kind == "tiered":
-            rest = ([20, 32, ROWS], *bags, None, DIM, 0, -1, False, False)
-            operators["tiered_embedding_update_"](tables, given, grad, *rest, rule, hyper)
-        else:
-            rest = (*bags, group, sizes[:10].contiguous(), None, 0, -1, False, 3, True, False)
-            operators["adaptive_embedding_update_"](weight, given, grad, *rest, rule, hyper, True)
+        operators["lookup_update_"](*in_order("lookup_update_", arguments))
     return tables, states
 
 
@@ -108,14 +118,14 @@ def fused(
 @pytest.mark.parametrize("rule", MOMENTS)
 @pytest.mark.parametrize("counter", [(), (2**33 + 9,)])
 def test_fused_updates(
-    kind: str, dtype: torch.dtype, rule: int, counter: tuple[int, ...], device: str
+    kind: str, dtype: torch.dtype, rule: str, counter: tuple[int, ...], device: str
 ) -> None:
     """Rows are hashed by their number in their own tensor, by the counter's step if there is any.
 
     Adam's corrections for a counter differ in the last bit, and with them some roundings.
     """
-    if counter and rule == reference.ADAM:
-        rule = reference.SGD
+    if counter and rule == "adam":
+        rule = "sgd"
     hyper = [1e-3, 1e-6, 0.0, 0.9, 0.99, 9.0, 1.0]
     got, _ = fused(OPERATORS, kind, device, dtype, rule, hyper, *counter)
     want, _ = fused(EXPECTED, kind, "cpu", dtype, rule, hyper, *counter)
@@ -138,12 +148,12 @@ def test_small_corrections_keep_their_digits(device: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
-@pytest.mark.parametrize("step", [1, 2, 7, 60, 693, 10**6])
-def test_adams_steps_counted_on_the_device(kind: str, step: int, device: str) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 7, 60, 693, 10**6])
+def test_adams_steps_counted_on_the_device(kind: str, steps: int, device: str) -> None:
     """In place of the step of ``hyper``; corrections are float32, of few steps by a series."""
     hyper = [1.0, 1e-6, 0.0, 0.9, 0.999, 5.0]
-    got, states = fused(OPERATORS, kind, device, torch.float32, 3, hyper, step)
-    want, wanted = fused(EXPECTED, kind, "cpu", torch.float32, 3, hyper, step)
+    got, states = fused(OPERATORS, kind, device, torch.float32, "adam", hyper, steps)
+    want, wanted = fused(EXPECTED, kind, "cpu", torch.float32, "adam", hyper, steps)
     for a, b in zip([*got, *states], [*want, *wanted], strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=3e-6, atol=5e-7)
 
@@ -151,7 +161,7 @@ def test_adams_steps_counted_on_the_device(kind: str, step: int, device: str) ->
 def test_float32_tables_are_not_rounded(device: str) -> None:
     hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, 9.0]
     results = [
-        fused(OPERATORS, "masked", device, torch.float32, 0, [*hyper, r]) for r in (0.0, 1.0)
+        fused(OPERATORS, "masked", device, torch.float32, "sgd", [*hyper, r]) for r in (0.0, 1.0)
     ]
     assert torch.equal(results[0][0][0], results[1][0][0])
 
@@ -168,10 +178,9 @@ def test_hot_rows_are_rounded_in_the_second_pass(
         sizes = torch.full((5,), DIM, dtype=torch.int32, device=where)
         indices = torch.full((50,), 3, device=where)
         hyper = [0.25, 0.0, 0.0, 0.0, 0.0, 7.0, 1.0]
+        arguments = step(call([weight], indices, grad, sizes=[sizes]), [weight], [], "sgd", hyper)
         with ak.use_backend("reference"):
-            operators["masked_embedding_update_"](
-                weight, [], grad, indices, None, sizes, None, 0, -1, False, False, 0, hyper
-            )
+            operators["lookup_update_"](*in_order("lookup_update_", arguments))
         results.append(weight.cpu())
     assert torch.equal(*results)
     assert results[0][3].unique().numel() == 2
@@ -188,14 +197,21 @@ def test_several_tables(counter: tuple[int, ...], device: str) -> None:
         tables = [w.to(where, copy=True) for w in weights]
         sizes = [torch.randint(0, DIM + 1, (ROWS,), generator=g).int().to(where) for _ in tables]
         indices = torch.cat([torch.randperm(ROWS, generator=g) for _ in tables]).to(where)
-        bags = (indices, torch.arange(3 * ROWS + 1, device=where), None, 0, [-1] * 3)
-        state = [torch.full((ROWS, DIM), 0.1, device=where) for _ in tables]
+        of_all = call(
+            tables,
+            indices,
+            torch.cat(grads, 1).to(where),
+            sizes=sizes,
+            offsets=torch.arange(3 * ROWS + 1, device=where),
+            padding_idx=[-1] * 3,
+            include_last_offset=True,
+        )
+        state = states_of(tables, "adagrad")
         state += [torch.tensor(value, device=where) for value in counter]
         hyper = [1e-3, 1e-6, 0.0, 0.0, 0.0, 1.0, 1.0]
+        arguments = step(of_all, tables, state, "adagrad", hyper)
         with ak.use_backend("reference"):
-            operators["masked_embedding_bag_tables_update_"](
-                tables, sizes, state, torch.cat(grads, 1).to(where), *bags, False, 1, hyper
-            )
+            operators["lookup_update_"](*in_order("lookup_update_", arguments))
         results.append(tables)
     for got, want in zip(*results, strict=True):
         same(got, want)
@@ -209,4 +225,4 @@ def test_bad_counters_are_refused(device: str) -> None:
         ([weight, weight, torch.tensor(1, device=device)], "at most a step counter"),
     ):
         with pytest.raises(ValueError, match=message):
-            rules.split_counter(1, state, reference.ADAGRAD)
+            rules.check_states(reference.ADAGRAD, [weight], state)

@@ -10,17 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_tables import BAGS, DIMS, FORMS, SHAPES, Call, make
+from kernel_calls import call as arguments_of
+from kernel_cases import FORMS, in_order
+from kernel_cases import Call as Arguments
+from test_tables import BAGS, SHAPES, Call, make
 from torch import Tensor
 
 import amtl_kernels as ak
-from amtl_kernels import reference_tables
-from amtl_kernels.triton import implementations, launch, plan
+from amtl_kernels import reference
+from amtl_kernels.triton import implementations, launch, operators, plan
+from amtl_kernels.triton.lookup import pool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch_counts import count
 
-OPERATORS = implementations()
+OPERATORS, EXPECTED = implementations(), reference.IMPLEMENTATIONS
 OFF, RAISE, CLAMP = 0, 1, 2
 
 
@@ -31,9 +35,9 @@ def uniform(form: str, device: str, **options: Any) -> Call:
     return call
 
 
-def forward(call: Call, bounds: int) -> tuple[str, list[Any]]:
-    op, tables, masks, bags = call.operator()
-    return op, [*tables, *masks, *bags, bounds]
+def lookup(call: Call, bounds: int) -> Tensor:
+    out: Tensor = OPERATORS["lookup"](*in_order("lookup", call.operator().lookup(bounds)))
+    return out
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -42,16 +46,14 @@ def forward(call: Call, bounds: int) -> tuple[str, list[Any]]:
 def test_equals_the_reference(
     form: str, kind: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also rows wider than a tile; and no single-table lookup takes part."""
+    """Also rows wider than a tile; and no lookup in a single table takes part."""
     mode = "mean" if kind == "mean" else "sum"
     call = uniform(form, device, dtype=dtype, mode=mode, weighted=kind == "weighted", extra=3)
-    monkeypatch.setattr(reference_tables, f"{form}_embedding_bag_tables", None)
+    monkeypatch.setattr(operators, "_one", None)
     for widest, bounds in ((launch.MAX_BLOCK_D, RAISE), (16, OFF)):
         monkeypatch.setattr(launch, "MAX_BLOCK_D", widest)
-        op, arguments = forward(call, bounds)
-        got = OPERATORS[op](*arguments)
-        with ak.use_backend("reference"):
-            want = getattr(torch.ops.amtl, op)(*arguments)
+        got = lookup(call, bounds)
+        want = EXPECTED["lookup"](*in_order("lookup", call.operator().lookup(bounds)))
         tolerance = 1e-6 if dtype == torch.float32 else 1e-3
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
@@ -63,13 +65,11 @@ def test_indices_are_clamped_within_their_table(form: str, device: str) -> None:
     for t, (rows, _) in enumerate(SHAPES):
         first = int(call.offsets[t * BAGS])
         call.indices[first], moved[first] = rows + 5, rows - 1
-    op, arguments = forward(call, CLAMP)
-    _, plain = forward(replace(call, indices=moved), OFF)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Said once per process.
-        got = OPERATORS[op](*arguments)
-    assert torch.equal(got, OPERATORS[op](*plain))
-    assert torch.equal(OPERATORS[op](*arguments), got)
+        got = lookup(call, CLAMP)
+    assert torch.equal(got, lookup(replace(call, indices=moved), OFF))
+    assert torch.equal(lookup(call, CLAMP), got)
 
 
 def test_tables_of_no_rows_and_of_different_types(device: str) -> None:
@@ -80,8 +80,15 @@ def test_tables_of_no_rows_and_of_different_types(device: str) -> None:
     offsets = torch.tensor([0, 0, 0, 1, 3], device=device)
     for dtypes in ((torch.int32, torch.int32), (torch.int32, torch.uint8)):
         typed = [s.to(t) for s, t in zip(sizes, dtypes, strict=True)]
-        arguments = ([empty, full], typed, indices, offsets, None, 0, [-1, -1], RAISE)
-        got = OPERATORS["masked_embedding_bag_tables"](*arguments)
+        both = arguments_of(
+            [empty, full],
+            indices,
+            sizes=typed,
+            offsets=offsets,
+            padding_idx=[-1, -1],
+            include_last_offset=True,
+        )
+        got = OPERATORS["lookup"](*in_order("lookup", both.lookup()))
         want = torch.zeros(2, 12, device=device)
         want[0, 8:9] = full[0, :1]
         want[1, 8:] = full[4] + torch.where(torch.arange(4, device=device) < 3, full[2], 0.0)
@@ -91,31 +98,21 @@ def test_tables_of_no_rows_and_of_different_types(device: str) -> None:
 @pytest.mark.skipif(not launch.INTERPRETED, reason="counted on CPU tensors")
 @pytest.mark.parametrize("form", FORMS)
 def test_launches_and_waits(form: str, device: str) -> None:
-    call = uniform(form, device, weighted=True)
-    op, arguments = forward(call, OFF)
-    found = count(OPERATORS[op], *arguments)
+    call = uniform(form, device, weighted=True).operator()
+    found = count(OPERATORS["lookup"], *in_order("lookup", call.lookup(OFF)))
     assert (found.launches, found.waits, found.uploads) == (1, [], []), str(found)
-    op, arguments = forward(call, RAISE)
-    found = count(OPERATORS[op], *arguments)
+    found = count(OPERATORS["lookup"], *in_order("lookup", call.lookup(RAISE)))
     assert (found.launches, found.waits) == (3, ["tolist"]), str(found)
-
-    op, tables, masks, bags = call.operator()
-    grad = torch.ones(BAGS, sum(DIMS if form == "tiered" else [dim for _, dim in SHAPES]))
-    wants = [True] * (len(masks) + 1)
-    found = count(OPERATORS[f"{op}_backward"], grad, *tables, *bags, True, *wants)
+    found = count(OPERATORS["lookup_backward"], *in_order("lookup_backward", call.backward()))
     assert found.waits == ["tolist"], str(found)
     assert found.launches <= 14, str(found)
-    _, arguments = call.update()
-    found = count(OPERATORS[f"{op}_update_"], *arguments)
+    found = count(OPERATORS["lookup_update_"], *in_order("lookup_update_", call.update(2)))
     assert (found.waits, found.uploads) == ([], []), str(found)
     assert found.launches <= 9, str(found)
 
 
-def many(form: str, device: str) -> tuple[list[Any], list[Any], list[bool], int]:
-    """Tables of which one has no rows, in the arguments of their operators.
-
-    Returns what describes them, the lookups, the flags for other gradients, and all columns.
-    """
+def many(form: str, device: str) -> Arguments:
+    """Tables of which one has no rows."""
     g = torch.Generator().manual_seed(9)
 
     def draw(high: int, *shape: int, low: int = 0) -> Tensor:
@@ -125,31 +122,43 @@ def many(form: str, device: str) -> tuple[list[Any], list[Any], list[bool], int]
     dims = [(4, 12, 8)[t % 3] for t in range(len(rows))]
     lengths = draw(4, len(rows), BAGS)
     lengths[1] = 0
-    offsets = torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)])
     parts = [draw(max(n, 1), int(mine.sum())) for n, mine in zip(rows, lengths, strict=True)]
     indices = torch.cat(parts)
-    psw = torch.randn(indices.numel(), generator=g).to(device)
-    padding = [(-1, -1, 1)[t % 3] for t in range(len(rows))]
-    bags: list[Any] = [indices, offsets, psw, 0, padding]
-    wants = [True]
-    tables = zip(rows, dims, strict=True)
+    shapes = list(zip(rows, dims, strict=True))
+    described: dict[str, Any] = {}
     if form == "tiered":
-        shapes = [
-            (n, w) for rows_, dim in tables for n, w in ((rows_ // 2, dim), (-(-rows_ // 2), 4))
-        ]
-        ends = [end for n in rows for end in (n // 2, n)]
-        described: list[Any] = [shapes, [2] * len(rows), ends, dims]
+        shapes = [(n, w) for m, dim in shapes for n, w in ((m // 2, dim), (-(-m // 2), 4))]
+        described = {"block_counts": [2] * len(rows), "dims": dims}
+    elif form == "masked":
+        described["sizes"] = [draw(d + 1, n, low=1).int() for n, d in shapes]
     else:
-        described = [list(tables)]
-        if form == "masked":
-            described.append([draw(d + 1, n, low=1).int() for n, d in described[0]])
-        else:
-            described.append([draw(3, n).int() for n in rows])
-            described.append([draw(d + 1, 3, 1 + d // 4, low=1).int() for d in dims])
-            bags.append(5)
-            wants.append(True)
-    described[0] = [torch.randn(*shape, generator=g).to(device) for shape in described[0]]
-    return described, bags, wants, sum(dims)
+        described["row_groups"] = [draw(3, n).int() for n in rows]
+        described["sizes"] = [draw(d + 1, 3, 1 + d // 4, low=1).int() for d in dims]
+        described["seed"] = 5
+    return arguments_of(
+        [torch.randn(*shape, generator=g).to(device) for shape in shapes],
+        indices,
+        torch.randn(BAGS, sum(dims), generator=g).to(device),
+        offsets=torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)]),
+        per_sample_weights=torch.randn(indices.numel(), generator=g).to(device),
+        padding_idx=[(-1, -1, 1)[t % 3] for t in range(len(rows))],
+        include_last_offset=True,
+        **described,
+    )
+
+
+def compare_with_reference(call: Arguments) -> None:
+    """Backward, and a step of each of two optimizers."""
+    arguments = in_order("lookup_backward", call.backward())
+    compare(OPERATORS["lookup_backward"](*arguments), EXPECTED["lookup_backward"](*arguments))
+    for rule in (2, 3):
+        results = []
+        for operators_ in (OPERATORS, EXPECTED):
+            step = call.update(rule)
+            with ak.use_backend("reference"):
+                more = operators_["lookup_update_"](*in_order("lookup_update_", step))
+            results.append([*step["blocks"], *step["state"], *more])
+        compare(*results)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -159,26 +168,31 @@ def test_more_tables_than_are_compared_at_once(
     """Eleven tables, or 22 tiers, are searched; hot rows and groups lie over several programs."""
     monkeypatch.setattr(plan, "CHUNK", 8)
     monkeypatch.setattr(launch, "INTERPRETED_TILE", 512)
-    described, bags, wants, columns = many(form, device)
-    grad = torch.randn(BAGS, columns, device=device)
-    op = f"{form}_embedding_bag_tables"
-    arguments = [grad, *described, *bags, True, *wants]
-    with ak.use_backend("reference"):
-        want = reference_tables.IMPLEMENTATIONS[f"{op}_backward"](*arguments)
-    compare(OPERATORS[f"{op}_backward"](*arguments), want)
-    for rule in (2, 3):
-        results = []
-        for operators in (OPERATORS, reference_tables.IMPLEMENTATIONS):
-            weights = [w.clone() for w in described[0]]
-            shapes = [w.shape[:1] if rule == 2 else w.shape for w in weights]
-            state = [torch.full(s, 0.1, device=device) for s in shapes for _ in range(rule - 1)]
-            step = (rule, [0.1, 1e-3, 0.0, 0.9, 0.99, 3.0])
-            with ak.use_backend("reference"):
-                more = operators[f"{op}_update_"](
-                    weights, *described[1:], state, grad, *bags, *wants, *step
-                )
-            results.append([*weights, *state, *([more] if isinstance(more, Tensor) else more)])
-        compare(*results)
+    compare_with_reference(many(form, device))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tables_that_no_pointer_reaches_have_launches_of_their_own(
+    form: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables at fractions of an element from each other, if there were any."""
+    monkeypatch.setattr(operators, "_are_whole_apart", lambda tensors: len(tensors) < 2)
+    monkeypatch.setattr(operators._Call, "together", None)
+    call = uniform(form, device, weighted=True, extra=3).operator()
+    arguments = in_order("lookup", call.lookup())
+    compare(OPERATORS["lookup"](*arguments), EXPECTED["lookup"](*arguments))
+    compare_with_reference(call)
+
+
+def test_a_table_without_rows_is_not_read(device: str) -> None:
+    """An index is clamped to its last row, which there is none of."""
+    memory = torch.full((48,), 7.0, device=device)
+    blocks = [memory[8:].view(5, 8), torch.empty(0, 8, device=device)]
+    indices, offsets = torch.tensor([1, 0], device=device), torch.tensor([0, 1, 2], device=device)
+    call = operators._Call(blocks, [1, 1], [], [], [], 0, indices, offsets, None, 0, [-1, -1], True)
+    out = torch.empty(1, 16, device=device)
+    pool(*call.together(out), clamp=True)
+    assert out.tolist() == [[7.0] * 8 + [0.0] * 8]
 
 
 def compare(got: Any, want: Any) -> None:
@@ -188,3 +202,11 @@ def compare(got: Any, want: Any) -> None:
         return
     for a, b in zip(got, want, strict=True):
         compare(a, b)
+
+
+def test_a_width_that_a_table_does_not_have(device: str) -> None:
+    """Else kernels would write past their output."""
+    call = uniform("masked", device).operator()
+    call.tables["dims"] = [7, 64, 1, 40]
+    with pytest.raises(ValueError, match="table 3: embedding_dim is 40, the table has 33 columns"):
+        OPERATORS["lookup"](*in_order("lookup", call.lookup()))

@@ -1,0 +1,153 @@
+"""What every public lookup ends in: one call of the operators for a list of tables.
+
+With an optimizer the backward of the call updates the tables; without one ``_autograd`` makes
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from amtl_kernels import _autograd
+from amtl_kernels._arguments import CLAMP, Bags, Codes, Tables, clamped, split_masks
+from amtl_kernels.optim import RowOptimizer
+
+
+def kind(value: object) -> str:
+    """What a value is, as errors say it."""
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def call(
+    tables: Tables,
+    masks: Sequence[Tensor],
+    bags: Bags,
+    bounds_check: int,
+    sparse: bool,
+    optimizer: RowOptimizer | None,
+    codes: Codes | None = None,
+) -> Tensor:
+    """Looks up; arguments are those of the operator ``lookup``, checked by the caller.
+
+    Args:
+        tables: The tables.
+        masks: Soft mask of each table, or none.
+        bags: The lookups.
+        bounds_check: The number of what to do about an index out of range.
+        sparse: Whether gradients of the blocks are sparse.
+        optimizer: What updates the blocks in the backward, if anything does.
+        codes: Of tables of few bits, what makes numbers of them.
+
+    Returns:
+        The operator's result.
+
+    Raises:
+        TypeError: ``optimizer`` is of another kind.
+        ValueError: ``optimizer`` does not hold the blocks in one group, or a gradient through a
+            table of few bits is asked for.
+    """
+    if codes is not None:
+        _check_constant(bags, optimizer)
+        return _autograd.lookup_codes(tables, codes, bags, bounds_check)
+    if optimizer is None:
+        return _autograd.lookup(tables, list(masks), bags, bounds_check, sparse)
+    check_optimizer(optimizer)
+    # Fails now rather than in the backward.
+    optimizer.check_owns(tables.blocks)
+    fused = _Fused(tables, list(masks), bags, bounds_check, optimizer)
+    updated: Tensor = _Update.apply(fused, bags.per_sample_weights, *masks, *tables.blocks)
+    return updated
+
+
+def _check_constant(bags: Bags, optimizer: RowOptimizer | None) -> None:
+    if optimizer is not None:
+        raise ValueError("a table of few bits has no gradient: optimizer must be None")
+    psw = bags.per_sample_weights
+    if psw is not None and psw.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "per_sample_weights get no gradient from a table of few bits: detach() them"
+        )
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raises TypeError unless it can update tables."""
+    if not isinstance(optimizer, RowOptimizer):
+        raise TypeError(f"optimizer must be of amtl_kernels.optim, got {kind(optimizer)}")
+
+
+class _Fused(NamedTuple):
+    """A call whose backward updates the tables."""
+
+    tables: Tables
+    masks: list[Tensor]
+    bags: Bags
+    bounds_check: int
+    optimizer: RowOptimizer
+
+    def update(self, grad: Tensor, mask_grad: bool, psw_grad: bool) -> tuple[Tensor, Tensor]:
+        tables, bags = self.tables, self.bags
+        if self.bounds_check == CLAMP:
+            used = clamped(bags.indices, bags.offsets, tables.rows())
+            bags = bags._replace(indices=used)
+        number, state, hyper = self.optimizer.fused_update(tables.blocks)
+        # The CPU kernels work in any order.
+        groups_sorted = (
+            mask_grad
+            and len(tables.row_groups) == 1
+            and tables.row_groups[0].is_cuda
+            and _never_falls(tables.row_groups[0])
+        )
+        wants = (mask_grad, psw_grad, groups_sorted)
+        masks, psw = torch.ops.amtl.lookup_update_(
+            *tables, grad, *bags, *wants, state, number, hyper
+        )
+        return masks, psw
+
+
+class _Update(torch.autograd.Function):
+    """Connects a call to the graph through all that may need a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, fused: _Fused, psw: Tensor | None, *masks_and_blocks: Tensor) -> Tensor:
+        ctx.fused = fused
+        return _autograd.forward(fused.tables, fused.masks, fused.bags, fused.bounds_check)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        fused = ctx.fused
+        _, wants_psw, *rest = ctx.needs_input_grad
+        wanted = rest[: len(fused.masks)]
+        flat, psw = fused.update(grad.contiguous(), any(wanted), wants_psw)
+        masks: list[Tensor | None] = [None] * len(fused.masks)
+        if any(wanted):
+            dims = [block.shape[1] for block in fused.tables.blocks]
+            parts = split_masks(flat, fused.tables.sizes, dims)
+            every = zip(parts, fused.masks, wanted, strict=True)
+            masks = [part.to(mask.dtype) if wants else None for part, mask, wants in every]
+        return (None, psw if wants_psw else None, *masks, *[None] * len(fused.tables.blocks))
+
+
+# Tensor to its version and whether it was found never to fall.
+_orders = WeakTensorKeyDictionary()
+
+
+def _never_falls(row_group: Tensor) -> bool:
+    """Whether groups are in order along the rows: looked at once for each version of the tensor.
+
+    The look waits for the GPU, so while a CUDA graph is captured the answer is no unless known.
+    """
+    if row_group.is_inference():
+        return False
+    version, sorted_ = _orders.get(row_group, (None, False))
+    if version != row_group._version:
+        if row_group.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        sorted_ = bool((row_group[1:] >= row_group[:-1]).all())
+        _orders[row_group] = (row_group._version, sorted_)
+    return bool(sorted_)

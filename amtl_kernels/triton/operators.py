@@ -1,0 +1,328 @@
+"""The four operators: from the arguments of their schemas to tables and lookups, and to kernels.
+
+One table or several, a call takes the same launches: behind the sort of a backward several tables
+are one table in tiers (``lookups.py``), and a lookup in several has a program know its table. All
+take vector loads only if the rows of all are aligned, and tiles of the widest.
+
+Several tables share a launch if one pointer reaches all of them; else each has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from amtl_kernels import reference
+from amtl_kernels.reference import Bags, split_bags, split_tables
+from amtl_kernels.triton import check
+from amtl_kernels.triton.backward import gradients
+from amtl_kernels.triton.codes import look_up
+from amtl_kernels.triton.lookup import gather, pool
+from amtl_kernels.triton.lookups import Lookups, Several
+from amtl_kernels.triton.optimizer import apply_
+from amtl_kernels.triton.rules import check_states
+from amtl_kernels.triton.tables import Table
+from amtl_kernels.triton.update import step
+
+_Result = TypeVar("_Result")
+
+
+def _are_whole_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are of one type and whole elements apart."""
+    if not tensors:
+        return True
+    first = tensors[0]
+    size, start = first.element_size(), first.data_ptr()
+    return all(
+        t.dtype == first.dtype and t.is_contiguous() and (t.data_ptr() - start) % size == 0
+        for t in tensors
+    )
+
+
+def _side_by_side(sizes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sizes as they are or, if no pointer reaches all, as int32 in memory that they share."""
+    if _are_whole_apart(sizes):
+        return sizes
+    flat = torch.cat([each.reshape(-1).to(torch.int32) for each in sizes])
+    parts = flat.split([each.numel() for each in sizes])
+    return [part.view(each.shape) for part, each in zip(parts, sizes, strict=True)]
+
+
+def _one(table: reference.Table, bags: Bags, values: Tensor) -> tuple[Lookups, Table]:
+    """Lookups in one table, and the table; ``values`` are their output or its gradient."""
+    blocks, sizes, row_group = table.blocks, table.sizes, table.row_group
+    groups = 0
+    if sizes is None:
+        ends = list(itertools.accumulate(block.shape[0] for block in blocks))
+        seen = Table.by_tiers(blocks, ends, table.dim)
+    elif row_group is None:
+        seen = Table.by_rows(blocks[0], sizes)
+    else:
+        seen, groups = Table.by_groups(blocks[0], row_group, sizes, table.seed), sizes.shape[0]
+    lookups = Lookups.of(
+        values,
+        table.dim,
+        bags.indices,
+        bags.offsets,
+        bags.per_sample_weights,
+        bags.pooling,
+        bags.padding_idx,
+        bags.include_last_offset,
+        row_group,
+        groups,
+    )
+    return lookups, seen
+
+
+@dataclass
+class _Call:
+    """The arguments that the operators share: a list of tables, and the lookups in them."""
+
+    blocks: Sequence[Tensor]
+    block_counts: Sequence[int]
+    dims: Sequence[int]
+    sizes: Sequence[Tensor]
+    row_groups: Sequence[Tensor]
+    seed: int
+    indices: Tensor
+    offsets: Tensor | None
+    per_sample_weights: Tensor | None
+    pooling: int
+    padding_idx: Sequence[int]
+    include_last_offset: bool
+    steps: Sequence[Tensor] = ()
+    bits: Sequence[int] = ()
+
+    @functools.cached_property
+    def tables(self) -> list[reference.Table]:
+        """Every table on its own, with a width that kernels may rely on."""
+        sizes = (list(self.sizes), list(self.row_groups))
+        tables = split_tables(
+            *(list(self.blocks), list(self.block_counts), list(self.dims), *sizes, self.seed),
+            *(list(self.steps), list(self.bits)),
+        )
+        for t, table in enumerate(tables):
+            columns = table.blocks[0].shape[1]
+            if table.sizes is not None and table.dim != columns:
+                which = f"table {t}: " if len(tables) > 1 else ""
+                raise ValueError(
+                    f"{which}embedding_dim is {table.dim}, the table has {columns} columns"
+                )
+        return tables
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of every table's output."""
+        return [table.dim for table in self.tables]
+
+    @property
+    def shares_launches(self) -> bool:
+        """Whether these are several tables that one launch reaches."""
+        return (
+            len(self.tables) > 1
+            and not self.steps
+            and _are_whole_apart(self.blocks)
+            and _are_whole_apart(self.row_groups)
+        )
+
+    def together(self, values: Tensor) -> tuple[Lookups, Table]:
+        """Lookups in several tables, and the tables."""
+        assert self.offsets is not None
+        sizes = _side_by_side(self.sizes)
+        several = Several.of(
+            values,
+            [table.rows for table in self.tables],
+            self.widths,
+            self.padding_idx,
+            self.block_counts,
+            self.row_groups,
+            [each.shape[0] for each in sizes] if self.row_groups else [],
+        )
+        if sizes:
+            table = Table.by_tables(self.blocks, sizes, self.row_groups, self.seed)
+        else:
+            ends = list(itertools.accumulate(block.shape[0] for block in self.blocks))
+            table = Table.by_tiers(self.blocks, ends, max(self.widths))
+        bags = (self.indices, self.offsets, self.per_sample_weights, self.pooling)
+        return Lookups.of_tables(values, several, *bags), table
+
+    def each(self, run: Callable[[int, reference.Table, Bags], _Result]) -> list[_Result]:
+        """What ``run`` returns of every table; errors name the table if there are several."""
+        bags = split_bags(
+            self.indices,
+            self.offsets,
+            self.per_sample_weights,
+            self.pooling,
+            list(self.padding_idx),
+            self.include_last_offset,
+        )
+        return reference.for_each(run, self.tables, bags)
+
+    def columns(self, grad: Tensor) -> Sequence[Tensor]:
+        """Every table's incoming gradient."""
+        return [grad] if len(self.tables) == 1 else grad.split(self.widths, 1)
+
+    def join_sample_grads(self, parts: Sequence[Tensor], wanted: bool) -> Tensor:
+        """The gradient of all per-sample weights, of those of every table; zero past the last."""
+        found = torch.cat(list(parts))
+        if not wanted:
+            return found
+        return torch.nn.functional.pad(found, (0, self.indices.numel() - found.numel()))
+
+
+def lookup(
+    blocks: Sequence[Tensor],
+    block_counts: Sequence[int],
+    dims: Sequence[int],
+    sizes: Sequence[Tensor],
+    row_groups: Sequence[Tensor],
+    seed: int,
+    masks: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    pooling: int,
+    padding_idx: Sequence[int],
+    include_last_offset: bool,
+    bounds_check: int,
+    sparse_grad: bool,
+    steps: Sequence[Tensor] | None = None,
+    bits: Sequence[int] | None = None,
+) -> Tensor:
+    """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
+    tables = (blocks, block_counts, dims, sizes, row_groups, seed)
+    bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+    call = _Call(*tables, *bags, steps or (), bits or ())
+    clamp = bounds_check == reference.CLAMP
+    if call.shares_launches and _are_whole_apart(sizes):
+        assert offsets is not None
+        number = max(offsets.numel() - 1, 0) // len(call.tables)
+        out = blocks[0].new_empty(number, sum(call.widths))
+        lookups, all_tables = call.together(out)
+        if check.find(lookups, all_tables, bounds_check) is None:
+            pool(lookups, all_tables, clamp)
+            return out
+
+    def run(t: int, given: reference.Table, mine: Bags) -> Tensor:
+        shape = mine.indices.shape
+        if mine.offsets is not None:
+            shape = torch.Size([max(mine.offsets.numel() - int(mine.include_last_offset), 0)])
+        like = given.blocks[0] if given.steps is None else given.steps
+        out = like.new_empty(*shape, given.dim)
+        lookups, table = _one(given, mine, out)
+        check.check(lookups, table, bounds_check)
+        if given.steps is not None:
+            look_up(lookups, table, given.steps.contiguous(), given.bits, clamp)
+            return out
+        (gather if mine.offsets is None else pool)(lookups, table, clamp)
+        return out
+
+    # Table by table, which also tells in which of several something is wrong.
+    outs = call.each(run)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def lookup_backward(
+    grad: Tensor,
+    blocks: Sequence[Tensor],
+    block_counts: Sequence[int],
+    dims: Sequence[int],
+    sizes: Sequence[Tensor],
+    row_groups: Sequence[Tensor],
+    seed: int,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    pooling: int,
+    padding_idx: Sequence[int],
+    include_last_offset: bool,
+    weight_grad: bool,
+    mask_grad: bool,
+    psw_grad: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Distinct rows ``[U]`` of every block, counted within it, with their gradients ``[U, w]``.
+
+    Also the gradients of the soft masks, flat, and of ``per_sample_weights``. ``mask[g, j]`` is the
+    sum of ``delta_j * row_j`` over the lookups of the rows of group ``g``, for all ``j``.
+    """
+    tables = (blocks, block_counts, dims, sizes, row_groups, seed)
+    bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+    call = _Call(*tables, *bags)
+    wants = (weight_grad, mask_grad, psw_grad)
+    if call.shares_launches:
+        return gradients(*call.together(grad), blocks, *wants)
+    columns = call.columns(grad)
+    found = call.each(
+        lambda t, given, mine: gradients(*_one(given, mine, columns[t]), given.blocks, *wants)
+    )
+    if len(found) == 1:
+        return found[0]
+    rows, grads, mask_grads, psw = zip(*found, strict=True)
+    return (
+        [one for mine in rows for one in mine],
+        [one for mine in grads for one in mine],
+        torch.cat(mask_grads),
+        call.join_sample_grads(psw, psw_grad),
+    )
+
+
+def lookup_update_(
+    blocks: Sequence[Tensor],
+    block_counts: Sequence[int],
+    dims: Sequence[int],
+    sizes: Sequence[Tensor],
+    row_groups: Sequence[Tensor],
+    seed: int,
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    pooling: int,
+    padding_idx: Sequence[int],
+    include_last_offset: bool,
+    mask_grad: bool,
+    psw_grad: bool,
+    groups_sorted: bool,
+    state: Sequence[Tensor],
+    optimizer: int,
+    hyper: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """:func:`lookup_backward` and the optimizer's update of the rows, kept prefixes only.
+
+    Mask gradients are those of the weights before the update. Lookups are sorted by group and row
+    in any case, so ``groups_sorted`` saves nothing here.
+    """
+    tables = (blocks, block_counts, dims, sizes, row_groups, seed)
+    bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+    call = _Call(*tables, *bags)
+    wants, rule = (mask_grad, psw_grad), (optimizer, hyper)
+    if call.shares_launches:
+        return step(*call.together(grad), blocks, state, *wants, *rule)
+    states, counter = check_states(optimizer, blocks, state)
+    columns, rest = call.columns(grad), iter(states)
+
+    def run(t: int, given: reference.Table, mine: Bags) -> tuple[Tensor, Tensor]:
+        own = [one for _ in given.blocks for one in next(rest)]
+        own += [] if counter is None else [counter]
+        return step(*_one(given, mine, columns[t]), given.blocks, own, *wants, *rule)
+
+    found = call.each(run)
+    if len(found) == 1:
+        return found[0]
+    mask_grads, psw = zip(*found, strict=True)
+    return torch.cat(mask_grads), call.join_sample_grads(psw, psw_grad)
+
+
+OPERATORS: dict[str, Callable[..., object]] = {
+    "lookup": lookup,
+    "lookup_backward": lookup_backward,
+    "lookup_update_": lookup_update_,
+    "apply_": apply_,
+}
+"""Operator name to implementation."""

@@ -1,0 +1,116 @@
+#include "serve/table.h"
+
+#include <cstring>
+#include <limits>
+
+#include "serve/failure.h"
+
+namespace amtl::serve {
+
+namespace {
+
+const Tensor& Require(const TensorFile& file, const std::string& name) {
+  const Tensor* found = file.Find(name);
+  if (found == nullptr) Damaged("it has no tensor \"" + name + "\"");
+  return *found;
+}
+
+bool ParseNumber(const std::string& type, Number* number) {
+  if (type == "F32") *number = Number::kFloat;
+  if (type == "F16") *number = Number::kHalf;
+  if (type == "BF16") *number = Number::kBFloat16;
+  return type == "F32" || type == "F16" || type == "BF16";
+}
+
+float FloatAt(const uint8_t* data, Number number, int64_t at) {
+  const int64_t bytes = number == Number::kFloat ? 4 : 2;
+  const Source source{data + at * bytes, 1, 0};
+  float value;
+  ReaderOf(number, 0).copy(&source, 1, 1, &value);
+  return value;
+}
+
+}  // namespace
+
+Table::Table(const TensorFile& file, const std::string& name, const Json& config) {
+  const std::string prefix = "layers/" + name + "/";
+  rows = config["num_embeddings"].Integer();
+  dim = config["embedding_dim"].Integer();
+  if (rows < 0 || dim < 1 || dim > std::numeric_limits<int32_t>::max()) {
+    Damaged("layer \"" + name + "\" has an impossible shape");
+  }
+  if (const Json* pooling = config.Find("mode")) {
+    const std::string& text = pooling->String();
+    if (text != "sum" && text != "mean") Damaged("layer \"" + name + "\" has an unknown mode");
+    mode = text == "mean" ? AMTL_MEAN : AMTL_SUM;
+  }
+  if (!config["max_norm"].null()) unsupported = "has max_norm, which changes rows at lookups";
+  ReadTiers(file, prefix, config);
+  ReadPlaces(file, prefix, config);
+}
+
+void Table::ReadTiers(const TensorFile& file, const std::string& prefix, const Json& config) {
+  const auto damaged = [&] { Damaged("the tiers of \"" + prefix + "\" do not make its table"); };
+  ends = config["tier_ends"].Integers();
+  const int64_t count = static_cast<int64_t>(ends.size());
+  if (count == 0) damaged();
+  const Json* asked = config["options"].Find("bits");
+  const Tensor* steps = file.Find(prefix + "steps");
+  const std::string& type = Require(file, prefix + "blocks/0").type;
+  Number number = Number::kFloat;
+  if (steps != nullptr) {
+    bits = asked != nullptr && !asked->null() ? static_cast<int>(asked->Integer()) : 0;
+    if (bits != 2 && bits != 4 && bits != 8) damaged();
+    if (type != "U8" || steps->shape != std::vector<int64_t>{count}) damaged();
+    if (!ParseNumber(steps->type, &number)) unsupported = "has step sizes of " + steps->type;
+  } else if (type == "U8") {
+    damaged();
+  } else if (!ParseNumber(type, &number)) {
+    unsupported = "holds numbers of " + type;
+  }
+  const int64_t numbers = bits == 0 ? 1 : 8 / bits;
+  int64_t begin = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const Tensor& block = Require(file, prefix + "blocks/" + std::to_string(c));
+    const int64_t end = ends[static_cast<size_t>(c)];
+    if (end < begin || block.type != type || block.shape.size() != 2) damaged();
+    if (block.shape[0] != end - begin || block.shape[1] > dim / numbers) damaged();
+    const int64_t row_bytes = end > begin ? block.bytes / (end - begin) : 0;
+    Tier tier{block.data, begin, row_bytes, static_cast<int32_t>(block.shape[1] * numbers), 0};
+    if (steps != nullptr && unsupported.empty()) tier.step = FloatAt(steps->data, number, c);
+    tiers.push_back(tier);
+    begin = end;
+  }
+  places = begin;
+  reader = &ReaderOf(number, bits);
+  if (bits == 0) bits = number == Number::kFloat ? 32 : 16;
+}
+
+void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const Json& config) {
+  const Tensor* numbering = file.Find(prefix + "row_order");
+  const Json* stand_ins = config.Find("shared_rows");
+  if (places > rows || (places < rows && (stand_ins == nullptr || stand_ins->null()))) {
+    Damaged("the tiers of \"" + prefix + "\" have other rows than its table");
+  }
+  if (numbering != nullptr) {
+    if (numbering->type != "I32" || numbering->shape != std::vector<int64_t>{rows}) {
+      Damaged("\"" + prefix + "row_order\" does not fit its table");
+    }
+    order = numbering->data;
+  } else if (places < rows) {
+    const std::vector<int64_t> all = stand_ins->Integers();
+    shared = all.empty() ? -1 : all.back();
+    if (shared < 0 || shared >= places)
+      Damaged("the shared row of \"" + prefix + "\" has no place");
+  }
+  if (config["padding_idx"].null()) return;
+  padding_row = padding_place = config["padding_idx"].Integer();
+  if (padding_row < 0 || padding_row >= rows) Damaged("\"" + prefix + "\" has no padding row");
+  if (order != nullptr) {
+    int32_t place;
+    std::memcpy(&place, order + padding_row * 4, 4);
+    padding_place = place;
+  }
+}
+
+}  // namespace amtl::serve

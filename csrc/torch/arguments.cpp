@@ -1,0 +1,262 @@
+#include "torch/arguments.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+namespace amtl {
+
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// What the CPU kernels have room for.
+constexpr int64_t kMaxBlocks = 1024;
+
+void CheckCounts(const Tables& tables) {
+  const size_t count = tables.count();
+  if (tables.grouped()) {
+    Check(tables.row_groups.size() == count && tables.sizes.size() == count,
+          "one row_group and one group_dims per table are needed");
+  } else {
+    Check(!tables.sized() || tables.sizes.size() == count, "one row_dims per table is needed");
+  }
+  for (size_t t = 0; t < count; ++t) {
+    Check(tables.block_counts[t] > 0, "table ", t, " has no tiers");
+    Check(tables.block_counts[t] <= kMaxBlocks, "more than ", kMaxBlocks, " tiers");
+    Check(!tables.sized() || tables.block_counts[t] == 1, "a table with sizes is one block");
+  }
+  Check(!tables.coded() || (tables.steps.size() == count && tables.bits.size() == count),
+        "one tensor of steps and one number of bits per table are needed");
+  Check(!tables.coded() || !tables.sized(), "a table of few bits has no sizes");
+  const int64_t blocks =
+      std::accumulate(tables.block_counts.begin(), tables.block_counts.end(), int64_t{0});
+  Check(count > 0 && blocks == static_cast<int64_t>(tables.blocks.size()),
+        "block_counts must say how many of the blocks each table has");
+  Check(tables.dims.empty() || tables.dims.size() == count, "one width per table is needed");
+}
+
+void CheckRowSizes(const Tensor& weight, const Tensor& row_dims) {
+  CheckSizes(row_dims, "row_dims", weight.size(0), weight);
+  Check(row_dims.dim() == 1, "row_dims must be 1-D");
+}
+
+void CheckGroupSizes(const Tensor& weight, const Tensor& row_group, const Tensor& group_dims) {
+  CheckSizes(group_dims, "group_dims", group_dims.dim() > 0 ? group_dims.size(0) : 0, weight);
+  Check(group_dims.dim() <= 2, "group_dims must be [G] or [G, Q]");
+  Check(row_group.scalar_type() == ScalarType::Int, "row_group must be int32");
+  Check(row_group.dim() == 1 && row_group.size(0) == weight.size(0), "row_group must be [",
+        weight.size(0), "]");
+  CheckLike(row_group, "row_group", weight);
+  Check(group_dims.dim() == 1 || group_dims.size(1) >= 1, "group_dims needs at least one column");
+}
+
+// A table of one block in which rows keep a prefix; returns its width.
+int64_t CheckSized(const Tables& tables, size_t t) {
+  const Tensor& weight = tables.blocks[t];
+  CheckDenseTable(weight);
+  CheckLike(weight, "a table", tables.like());
+  const int64_t dim = weight.size(1);
+  Check(dim <= 0x7fffffff, "a table may have at most 2^31 - 1 columns");
+  const int64_t wanted = tables.dims.empty() ? dim : tables.dims[t];
+  Check(wanted == dim, "embedding_dim is ", wanted, ", the table has ", dim, " columns");
+  if (tables.grouped()) {
+    CheckGroupSizes(weight, tables.row_groups[t], tables.sizes[t]);
+  } else {
+    CheckRowSizes(weight, tables.sizes[t]);
+  }
+  return dim;
+}
+
+void CheckCodes(const Tensor& block) {
+  Check(block.scalar_type() == ScalarType::Byte, "a table of few bits must have blocks of uint8");
+  Check(block.dim() == 2, "a table must be [N, D]");
+  Check(block.is_contiguous(), "a table must be contiguous");
+}
+
+void CheckSteps(const Tables& tables, size_t t) {
+  const Tensor& steps = tables.steps[t];
+  const int64_t bits = tables.bits[t], blocks = tables.block_counts[t];
+  Check(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8, got ", bits);
+  Check(steps.scalar_type() == ScalarType::Float && steps.dim() == 1 && steps.size(0) == blocks,
+        "steps must be float32 [", blocks, "]");
+  CheckLike(steps, "steps", tables.like());
+}
+
+// A table in which rows keep all of their block's width; returns the width of the output.
+int64_t CheckTiers(const Tables& tables, size_t t) {
+  const Tensor* block = &tables.blocks[tables.first[t]];
+  const int64_t count = tables.block_counts[t];
+  int64_t widest = 0;
+  if (tables.coded()) CheckSteps(tables, t);
+  for (int64_t c = 0; c < count; ++c) {
+    tables.coded() ? CheckCodes(block[c]) : CheckWeight(block[c]);
+    CheckLike(block[c], "a block", tables.like());
+    Check(block[c].scalar_type() == block[0].scalar_type(), "blocks differ in type");
+    widest = std::max(widest, tables.width_of(block[c], t));
+  }
+  const int64_t dim = tables.dims.empty() ? widest : tables.dims[t];
+  CheckEmbeddingDim(dim);
+  for (int64_t c = 0; c < count; ++c) {
+    Check(tables.width_of(block[c], t) <= dim, "block ", c, " is wider than embedding_dim ", dim);
+  }
+  return dim;
+}
+
+}  // namespace
+
+int64_t Tables::width() const { return std::accumulate(dims.begin(), dims.end(), int64_t{0}); }
+
+int64_t Tables::mask_count() const {
+  int64_t values = 0;
+  for (size_t t = 0; t < count(); ++t) values += groups(t) * dims[t];
+  return values;
+}
+
+void CheckTables(Tables& tables) {
+  CheckCounts(tables);
+  const size_t count = tables.count();
+  tables.first.assign(1, 0);
+  for (const int64_t blocks : tables.block_counts) {
+    tables.first.push_back(tables.first.back() + static_cast<size_t>(blocks));
+  }
+  Ints dims;
+  for (size_t t = 0; t < count; ++t) {
+    Named(tables, t,
+          [&] { dims.push_back(tables.sized() ? CheckSized(tables, t) : CheckTiers(tables, t)); });
+    Check(tables.blocks[tables.first[t]].scalar_type() == tables.like().scalar_type(),
+          "tables differ in type");
+    int64_t rows = 0;
+    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) rows += tables.blocks[c].size(0);
+    tables.rows.push_back(rows);
+  }
+  tables.dims = std::move(dims);
+}
+
+void CheckBags(const Tables& tables, Bags& bags) {
+  const bool several = tables.count() > 1;
+  Check(bags.padding_idx.size() == tables.count(), "one padding_idx per table is needed");
+  CheckIndices(bags.indices, tables.like());
+  if (!bags.offsets) {
+    Check(!several, "several tables need offsets");
+    Check(!bags.per_sample_weights, "per_sample_weights need offsets");
+    return;
+  }
+  const Tensor& offsets = *bags.offsets;
+  const ScalarType type = offsets.scalar_type();
+  Check(bags.indices.dim() == 1, "indices must be 1-D");
+  Check(type == ScalarType::Int || type == ScalarType::Long, "offsets must be int32 or int64");
+  Check(offsets.dim() == 1, "offsets must be 1-D");
+  CheckLike(offsets, "offsets", tables.like());
+  Check(bags.pooling == 0 || bags.pooling == 1, "mode must be 0 (sum) or 1 (mean)");
+  const int64_t ends = offsets.size(0) - (several || bags.include_last_offset ? 1 : 0);
+  if (several) {
+    const auto count = static_cast<int64_t>(tables.count());
+    Check(bags.include_last_offset, "several tables need include_last_offset");
+    Check(ends >= 0 && ends % count == 0, "offsets must hold tables * bags + 1 values");
+    bags.batch = ends / count;
+  } else {
+    Check(ends >= 0, "include_last_offset needs at least one offset");
+    bags.batch = ends;
+  }
+  if (!bags.per_sample_weights) return;
+  const Tensor& weights = *bags.per_sample_weights;
+  Check(bags.pooling == 0, "per_sample_weights go with mode sum only");
+  if (tables.coded()) {
+    Check(weights.scalar_type() == ScalarType::Float,
+          "per_sample_weights of tables of few bits must be float32");
+  } else {
+    Check(weights.scalar_type() == tables.like().scalar_type(),
+          "per_sample_weights must have the type of the table", several ? "s" : "");
+  }
+  Check(weights.dim() == 1 && weights.size(0) == bags.indices.numel(),
+        "per_sample_weights must have one value per index");
+  CheckLike(weights, "per_sample_weights", tables.like());
+}
+
+void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad) {
+  const int64_t width = tables.width();
+  CheckLike(grad, "the gradient", tables.like());
+  const bool typed = grad.scalar_type() == tables.like().scalar_type();
+  if (tables.count() > 1) {
+    Check(typed && grad.dim() == 2 && grad.size(0) == bags.batch && grad.size(1) == width,
+          "the gradient must be [", bags.batch, ", ", width, "] in the type of the tables");
+    return;
+  }
+  const int64_t rows = bags.offsets ? bags.batch : bags.indices.numel();
+  Check(typed, "the gradient must have the type of the table");
+  Check(grad.dim() >= 1 && grad.size(grad.dim() - 1) == width && grad.numel() == rows * width,
+        "the gradient must be [", rows, ", ", width, "]");
+}
+
+void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads) {
+  Check(!blocks.empty() && rows.size() == blocks.size() && grads.size() == blocks.size(),
+        "rows and gradients of every block are needed");
+  for (size_t c = 0; c < blocks.size(); ++c) {
+    const Tensor& block = blocks[c];
+    CheckWeight(block);
+    CheckLike(block, "a block", blocks[0]);
+    Check(rows[c].scalar_type() == ScalarType::Long && rows[c].dim() == 1,
+          "rows must be int64 [U]");
+    Check(grads[c].scalar_type() == block.scalar_type() && grads[c].dim() == 2 &&
+              grads[c].size(0) == rows[c].size(0) && grads[c].size(1) == block.size(1),
+          "grads must be [", rows[c].size(0), ", ", block.size(1), "] in the type of the table");
+    CheckLike(rows[c], "rows", block);
+    CheckLike(grads[c], "grads", block);
+  }
+}
+
+std::vector<int64_t> OutputShape(const Tables& tables, const Bags& bags) {
+  std::vector<int64_t> shape;
+  if (bags.offsets) {
+    shape.push_back(bags.batch);
+  } else {
+    for (int64_t d = 0; d < bags.indices.dim(); ++d) shape.push_back(bags.indices.size(d));
+  }
+  shape.push_back(tables.width());
+  return shape;
+}
+
+void WarnClamped(int64_t value, int64_t position, int64_t rows) {
+  std::array<StableIValue, 3> stack{from(value), from(position), from(rows)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("amtl::_warn_clamped", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+Tables Unbox<Tables>::From(StableIValue* values) {
+  Tables tables;
+  tables.blocks = to<Tensors>(values[0]);
+  tables.block_counts = to<Ints>(values[1]);
+  tables.dims = to<Ints>(values[2]);
+  tables.sizes = to<Tensors>(values[3]);
+  tables.row_groups = to<Tensors>(values[4]);
+  tables.seed = to<int64_t>(values[5]);
+  return tables;
+}
+
+Codes Unbox<Codes>::From(StableIValue* values) {
+  Codes codes;
+  if (auto steps = to<std::optional<Tensors>>(values[0])) codes.steps = std::move(*steps);
+  if (auto bits = to<std::optional<Ints>>(values[1])) codes.bits = std::move(*bits);
+  return codes;
+}
+
+void Codes::AddTo(Tables& tables) && {
+  Check(steps.empty() == bits.empty(), "steps and bits go together");
+  tables.steps = std::move(steps);
+  tables.bits = std::move(bits);
+}
+
+Bags Unbox<Bags>::From(StableIValue* values) {
+  Bags bags;
+  bags.indices = to<Tensor>(values[0]);
+  bags.offsets = to<OptionalTensor>(values[1]);
+  bags.per_sample_weights = to<OptionalTensor>(values[2]);
+  bags.pooling = to<int64_t>(values[3]);
+  bags.padding_idx = to<Ints>(values[4]);
+  bags.include_last_offset = to<bool>(values[5]);
+  return bags;
+}
+
+}  // namespace amtl

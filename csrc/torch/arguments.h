@@ -1,0 +1,168 @@
+// The arguments that all operators share, in groups as amtl_kernels/_schema.py has them, and the
+// checks of what a device need not look at memory for.
+#pragma once
+
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "torch/common.h"
+
+namespace amtl {
+
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// T tables, each a list of blocks of rows of equal width.
+struct Tables {
+  Tensors blocks;     // [n_c, w_c], table after table
+  Ints block_counts;  // [T]
+  Ints dims;          // [T] widths of the output; empty: the widest block's, until they are checked
+  Tensors sizes;      // empty: rows keep their block's width; T times [N_t], or [G_t] or [G_t, Q_t]
+  Tensors row_groups;  // empty, or T times int32 [N_t]
+  int64_t seed = 0;
+  Tensors steps;  // empty, or T times float32 [C_t]: blocks hold codes of `bits` bits
+  Ints bits;
+
+  // Of each table, known once they are checked: its rows, and the number of its first block. One
+  // more at the end of `first`.
+  Ints rows;
+  std::vector<size_t> first;
+
+  size_t count() const { return block_counts.size(); }
+  bool sized() const { return !sizes.empty(); }
+  bool grouped() const { return !row_groups.empty(); }
+  bool coded() const { return !steps.empty(); }
+  int64_t groups(size_t t) const { return grouped() ? sizes[t].size(0) : 0; }
+  const Tensor& like() const { return blocks[0]; }
+  // Has the type of the output.
+  const Tensor& numbers() const { return coded() ? steps[0] : blocks[0]; }
+  // Numbers in a row of a block of table t.
+  int64_t width_of(const Tensor& block, size_t t) const {
+    return coded() ? block.size(1) * 8 / bits[t] : block.size(1);
+  }
+  int64_t width() const;       // of the output, over all tables
+  int64_t mask_count() const;  // values of the mask gradients, over all tables
+};
+
+// What is looked up in them.
+struct Bags {
+  Tensor indices;
+  OptionalTensor offsets;  // none: every index has a row of the output to itself
+  OptionalTensor per_sample_weights;
+  int64_t pooling = 0;  // 0 sum, 1 mean
+  Ints padding_idx;     // [T], -1: none
+  bool include_last_offset = false;
+
+  int64_t batch = 0;  // bags of each table, known once they are checked
+};
+
+// What only a lookup is given of tables of few bits.
+struct Codes {
+  Tensors steps;
+  Ints bits;
+
+  void AddTo(Tables& tables) &&;
+};
+
+// Throw std::invalid_argument, with the table's number in front where there are several.
+void CheckTables(Tables& tables);
+void CheckBags(const Tables& tables, Bags& bags);
+void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad);
+// Of every block, its rows that have a gradient, and the gradients.
+void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads);
+
+// [.., D] of a plain lookup, [B, sum of the widths] of bags.
+std::vector<int64_t> OutputShape(const Tables& tables, const Bags& bags);
+
+// Calls f(); if there are several tables, errors name table t.
+template <class F>
+void Named(const Tables& tables, size_t t, F&& f) {
+  if (tables.count() == 1) return f();
+  const std::string name = "table " + std::to_string(t) + ": ";
+  try {
+    f();
+  } catch (const std::out_of_range& error) {
+    throw std::out_of_range(name + error.what());
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(name + error.what());
+  }
+}
+
+// Says that an index was clamped, through PyTorch, which native code has no stable way to warn by.
+void WarnClamped(int64_t value, int64_t position, int64_t rows);
+
+// --- Registration --------------------------------------------------------------------------------
+
+// How a parameter of an operator's function is made of the values of a call.
+template <class T>
+struct Unbox {
+  static constexpr size_t kValues = 1;
+  static T From(StableIValue* values) { return torch::stable::detail::to<T>(values[0]); }
+};
+
+template <>
+struct Unbox<Tables> {
+  static constexpr size_t kValues = 6;
+  static Tables From(StableIValue* values);
+};
+
+template <>
+struct Unbox<Bags> {
+  static constexpr size_t kValues = 6;
+  static Bags From(StableIValue* values);
+};
+
+template <>
+struct Unbox<Codes> {
+  static constexpr size_t kValues = 2;
+  static Codes From(StableIValue* values);
+};
+
+template <class Result>
+inline constexpr size_t kResults = std::is_void_v<Result> ? 0 : 1;
+template <class... Values>
+inline constexpr size_t kResults<std::tuple<Values...>> = sizeof...(Values);
+
+template <auto kFunction>
+struct Boxed;
+
+template <class Result, class... Parameters, Result (*kFunction)(Parameters...)>
+struct Boxed<kFunction> {
+  static void Call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+    constexpr size_t kArguments = (Unbox<std::decay_t<Parameters>>::kValues + ...);
+    Check(arguments == kArguments && results == kResults<Result>, "the schema has ", arguments,
+          " arguments and ", results, " results, the kernel ", kArguments, " and ",
+          kResults<Result>);
+    StableIValue* next = stack;
+    const auto take = [&](auto unbox) {
+      StableIValue* const values = std::exchange(next, next + unbox.kValues);
+      return unbox.From(values);
+    };
+    // Braces: from left to right.
+    std::tuple<std::decay_t<Parameters>...> given{take(Unbox<std::decay_t<Parameters>>{})...};
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(kFunction, std::move(given));
+    } else {
+      Put(stack, std::apply(kFunction, std::move(given)));
+    }
+  }
+
+ private:
+  template <class Value>
+  static void Put(StableIValue* stack, const Value& value) {
+    stack[0] = torch::stable::detail::from(value);
+  }
+  template <class... Values>
+  static void Put(StableIValue* stack, const std::tuple<Values...>& values) {
+    std::apply(
+        [&](const auto&... value) { ((*stack++ = torch::stable::detail::from(value)), ...); },
+        values);
+  }
+};
+
+// As TORCH_BOX, for functions that take Tables and Bags.
+#define AMTL_BOX(function) (&::amtl::Boxed<(function)>::Call)
+
+}  // namespace amtl

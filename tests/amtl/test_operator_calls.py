@@ -1,0 +1,120 @@
+"""A training step is one lookup and one update, however many tables, tiers and fields there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import amtl
+import pytest
+import torch
+from amtl import AMTLEmbedding, AMTLEmbeddingBag, AMTLEmbeddingCollection
+from amtl.data.registry import load_source
+from amtl.run.config import TrainConfig
+from amtl.run.learner import Learner
+from amtl.run.training import prepare
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from amtl_kernels.optim import Adam
+
+FUSED = partial(Adam, lr=1e-2)
+ONE_OF_EACH = {"lookup": 1, "lookup_update_": 1}
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of this package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "amtl":
+            self.count[func._schema.name.removeprefix("amtl::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(step) -> dict[str, int]:
+    with Calls() as calls:
+        step()
+    # Sizes are solved by operators of their own, once per change.
+    return {k: n for k, n in calls.count.items() if k.startswith(("lookup", "apply"))}
+
+
+def counts_of(rows: int) -> torch.Tensor:
+    return (1000 / torch.arange(1, rows + 1)).long()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", [AMTLEmbedding, AMTLEmbeddingBag])
+def test_a_layer_is_looked_up_and_updated_once(kind, bits, frozen):
+    layer = kind(50, 16, counts=counts_of(50), budget=0.06, bits=bits, fused_optimizer=FUSED)
+    if frozen:
+        layer.freeze()
+        assert len(layer.blocks) > 1
+    inputs = (
+        (torch.arange(6),) if kind is AMTLEmbedding else (torch.arange(6), torch.tensor([0, 3]))
+    )
+
+    def step():
+        layer(*inputs).sum().backward()
+        layer.fused_optimizer.step()
+
+    assert counted(step) == ONE_OF_EACH
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_many_tables_are_looked_up_and_updated_once(frozen):
+    names = [f"t{i}" for i in range(26)]
+    tables = AMTLEmbeddingCollection(
+        dict.fromkeys(names, 20),
+        8,
+        counts={name: counts_of(20) for name in names},
+        budget=0.3,
+        fused_optimizer=FUSED,
+    )
+    if frozen:
+        tables.freeze()
+    rows = torch.randint(0, 20, (5, 26))
+
+    def step():
+        tables(rows).sum().backward()
+        tables.fused_optimizer.step()
+
+    assert counted(step) == ONE_OF_EACH
+
+
+def test_converted_tables_are_each_looked_up_and_updated_once():
+    model = nn.ModuleDict({name: nn.Embedding(30, 8) for name in "ab"})
+    counts = {name: counts_of(30) for name in "ab"}
+    amtl.convert(model, counts, budget=0.3, fused_optimizer=FUSED)
+    amtl.freeze(model)
+    rows = torch.arange(4)
+    assert counted(lambda: (model["a"](rows) + model["b"](rows)).sum().backward()) == {
+        "lookup": 2,
+        "lookup_update_": 2,
+    }
+
+
+@pytest.mark.parametrize("bits", ["32", "4"])
+@pytest.mark.parametrize("method", ["amtl", "rule"])
+def test_a_step_of_amtl_train_looks_up_and_updates_once(method, bits):
+    sizes = {"dim": 8, "batch_size": 64, "validations": 1}
+    config = TrainConfig("synthetic:600", "label", method=method, bits=bits, **sizes)
+    learner = Learner(config, prepare(config, load_source(config.data)))
+    learner.step()
+    assert learner.frozen
+    assert counted(learner.step) == ONE_OF_EACH
+
+
+def test_without_a_fused_optimizer_all_tiers_step_in_one_call():
+    layer = AMTLEmbedding(50, 16, counts=counts_of(50), budget=0.2, sparse=True).freeze()
+    optimizer = Adam(layer.table_parameters(), lr=1e-2)
+    layer(torch.arange(6)).sum().backward()
+    assert counted(optimizer.step)["apply_"] >= 1
+    assert counted(lambda: layer(torch.arange(6)).sum().backward()) == {
+        "lookup": 1,
+        "lookup_backward": 1,
+    }
