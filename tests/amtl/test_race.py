@@ -342,7 +342,7 @@ def test_less_is_tried_as_long_as_it_is_better():
     winner = Scripted([0.5, 0.8])
     while not winner.finished:
         winner.step()
-    tried = [Scripted([0.5, score]) for score in (0.79, 0.85, 0.84, 0.83, 0.99)]
+    tried = [Scripted([0.5, score]) for score in (0.795, 0.85, 0.845, 0.843, 0.99)]
     made = []
 
     def make(config):
@@ -354,6 +354,21 @@ def test_less_is_tried_as_long_as_it_is_better():
     assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
     assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
     assert [learner.released for learner in tried] == [True, False, True, True, False]
+
+
+def test_what_is_far_behind_ends_the_search_for_less():
+    winner = Scripted([0.5, 0.8])
+    while not winner.finished:
+        winner.step()
+    tried = [Scripted([0.5, 0.78]), Scripted([0.5, 0.99])]
+    made = []
+
+    def make(config):
+        made.append(config)
+        return tried[len(made) - 1]
+
+    best, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
+    assert best is None and row["score"] == 0.78 and len(made) == 1
 
 
 @pytest.mark.parametrize("method", ["amtl", "rule"])

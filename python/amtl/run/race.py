@@ -37,8 +37,8 @@ _ALMOST_ALL = 0.9
 _MIDDLE = 4.0
 """Of `CAPACITY_BITS`: the law where none could be told better."""
 
-_MISSES = 2
-"""In a row, after which yet fewer bytes are not tried."""
+_NEAR = 0.01
+"""In AUC minus log loss: a model of fewer bytes that misses by less is no reason to stop there."""
 
 _FLAT_BITS = 1e4
 _LEAST_WEIGHT = 1e-3
@@ -51,7 +51,7 @@ DROPOUT = 0.1
 """Share of the embeddings' numbers zeroed in training, tried too: a table that is large for its
 data gains by it, one of few numbers a row loses."""
 
-_HOPELESS = 0.03
+_HOPELESS = 0.02
 """So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up;
 from .012 behind a table of few numbers, which learns for longer, has gone on to win by .02."""
 
@@ -227,7 +227,7 @@ def race_less(
 ) -> tuple[Learner | None, dict[str, Any] | None]:
     """Trains with fewer and fewer bytes, the budget being a limit and no aim.
 
-    Until it is twice in a row no better: the first step may only remove what overfits.
+    Until it is twice in a row no better, or far from it: a step may only remove what overfits.
 
     Args:
         sized: settings of the best candidate whose rows differ in width.
@@ -242,8 +242,8 @@ def race_less(
         under `rival`; the row of the first one tried if none does; nothing where no size fits.
     """
     rival, best, row = _row("the best before", winner), None, None
-    share, misses = min(used, sized.budget), 0
-    while misses < _MISSES:
+    share, missed = min(used, sized.budget), False
+    while True:
         share *= LESS
         learner, _ = _try(make, replace(sized, budget=share))
         if learner is None:
@@ -254,11 +254,13 @@ def race_less(
             row = {**tried, "rival": rival}
         if better is None:
             learner.release()
-            misses += 1
+            if missed or tried["score"] < _best(best or winner)["score"] - _NEAR:
+                break
+            missed = True
             continue
         if best is not None:
             best.release()
-        best, misses = better, 0
+        best, missed = better, False
     return best, row
 
 

@@ -1,0 +1,62 @@
+"""The table of sizes at equal bytes: its runs, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import sizes
+
+
+def record(method, seed, auc, size, **job):
+    return {
+        "job": {"set": "s", "seed": seed, "method": method, **job},
+        "test_auc": auc,
+        "test_logloss": 0.5,
+        "val_auc": auc,
+        "stored_bytes": 100 * size,
+        "dense_bytes": 100 * job.get("dim", sizes.DIM) / sizes.DIM,
+        "cpu": 1.0,
+    }
+
+
+def test_every_method_meets_its_peers_at_every_budget():
+    jobs = sizes.jobs(["s"], [0, 1])
+    assert len(jobs) == 2 * (1 + len(sizes.NARROW) + len(sizes.FEW_BITS) + 2 * len(sizes.BUDGETS))
+    assert len({json.dumps(job, sort_keys=True) for job in jobs}) == len(jobs)
+    assert {job["method"] for job in sizes.jobs(["s"], [0], ["amtl"])} == {"amtl"}
+
+
+def test_differences_are_paired_by_seed():
+    gains = (0.01, 0.02, 0.03)
+    records = []
+    for seed, gain in enumerate(gains):
+        records += [
+            record("fixed", seed, 0.7, 1.0, dim=16),
+            record("fixed", seed, 0.6 + 0.01 * seed, 0.125, dim=2),
+            record("fixed", seed, 0.65, 0.125, dim=16, bits="4"),
+            record("amtl", seed, 0.7 + gain, 0.05, budget=0.125),
+        ]
+    records.append(record("fixed", 9, 0.1, 1.0, dim=16))
+    summary = {(e["method"], e["size"]): e for e in sizes.summarise(records)}
+    ours = summary["amtl", 0.125]
+    against = ours["against"]
+    assert against["full"]["mean"] == pytest.approx(0.02) and against["full"]["seeds"] == 3
+    # Student's t at two degrees of freedom.
+    assert against["full"]["half"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    assert against["narrow"]["mean"] == pytest.approx(0.11)
+    assert against["few_bits"]["mean"] == pytest.approx(0.07)
+    assert ours["of_full"] == pytest.approx(0.05)
+    shown = sizes.table(list(summary.values()))
+    assert "| amtl, ≤ 12.5 % | 0.7200 ± 0.0100 (3)" in shown and "fixed int4, D = 16" in shown
+
+
+def test_runs_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "NARROW", {0.125: 2})
+    out, sets = tmp_path / "runs.jsonl", {"s": ("synthetic:300", "label", "")}
+    sizes.run_all(out, sets, [0], ["fixed"])
+    lines = out.read_text().splitlines()
+    assert [json.loads(line)["job"]["dim"] for line in lines] == [16, 2]
+    sizes.run_all(out, sets, [0], ["fixed"])
+    assert out.read_text().splitlines() == lines
