@@ -594,6 +594,11 @@ def test_every_kernel_has_been_executed() -> None:
         run("lookup", of.lookup())
         run("lookup_backward", of.backward())
     run("lookup", call(blocks, batch.indices).lookup())
+    codes = {"steps": [torch.ones(1)], "bits": [4]}
+    few = [torch.zeros(40, 8, dtype=torch.uint8)]
+    for bags in (None, batch.offsets):
+        of = call(few, batch.indices, offsets=bags).lookup()
+        run("lookup", {**of, **codes})
     ones = applying([batch.weight], [torch.arange(40)], [torch.ones(40, 17)], [], "sgd", RATES)
     run("apply_", ones)
     test_a_list_of_tables_has_no_races("masked", torch.float32, (5, 1, 9))
