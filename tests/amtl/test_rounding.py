@@ -251,6 +251,12 @@ def test_pooling_is_that_of_embedding_bag(mode, last):
     assert pooled(values, torch.tensor([0]), mode, None, True, None).shape == (0, 3)
 
 
+def test_means_of_long_bags_of_16_bit_numbers():
+    values = torch.full((1000, 2), 0.5, dtype=torch.bfloat16)
+    out = pooled(values, torch.tensor([0]), "mean", None, False, None)
+    assert out.dtype == torch.bfloat16 and out.tolist() == [[0.5, 0.5]]
+
+
 def test_degenerate_tables():
     nothing = layer_of(_weight=torch.zeros(ROWS, DIM)).freeze()
     assert float(nothing(torch.arange(ROWS)).abs().max()) < 1e-20

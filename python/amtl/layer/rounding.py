@@ -294,6 +294,10 @@ def pooled(
     bags = len(offsets) - int(include_last_offset)
     if bags <= 0:
         return values.new_zeros(0, values.shape[1])
+    dtype = values.dtype
+    if dtype.itemsize < 4:
+        # A bfloat16 stops counting at 256.
+        values = values.to(torch.float32)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
     if counted is not None:
@@ -307,4 +311,4 @@ def pooled(
         count = values.new_zeros(bags + 1).index_add(0, bag, one)[:bags, None].clamp(min=1)
         # As the operators do, so that frozen tables give the same outputs as codes.
         out = out * (1.0 / count)
-    return out
+    return out.to(dtype)
