@@ -125,7 +125,7 @@ class Bars:
             f"val AUC {record['val_auc']:.4f}  log loss {record['val_logloss']:.4f}"
             f"{' *' if record['best'] else '  '} {record['phase']}"
         )
-        self._console.print(line, style="dim", highlight=False)
+        self._console.print(line, style="dim", highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Prints above the bar."""
