@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from amtl.data.registry import Source
+from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.run import comparison, methods
 from amtl.run.config import TrainConfig
@@ -396,6 +397,15 @@ def test_a_race_that_was_stopped_begins_again_and_ends_the_same(source, tmp_path
     again = start(None, tmp_path, resume=True, source=source).run()
     for key in ("test_auc", "val_auc", "stored_bytes", "raced"):
         assert again[key] == expected[key], key
+
+
+def test_a_validation_split_of_one_class_is_said(source):
+    rows = split_rows(source.frame, "random")[1].numpy()
+    labels = source.frame["label"].to_numpy().copy()
+    labels[rows] = 1
+    frame = source.frame.with_columns(label=pl.Series(labels))
+    with pytest.raises(UserError, match="no epoch gave a valid AUC"):
+        start(settings(epochs=1), source=Source("made here", frame, "label")).run()
 
 
 def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(source):

@@ -177,7 +177,8 @@ class Trainer:
                 self._step()
         finally:
             self.observer.end()
-        if self.raced is not None and "less" not in self.raced:
+        # Without a valid AUC there is nothing to go on from, which the end then says.
+        if self.raced is not None and "less" not in self.raced and self.learner.best is not None:
             self._race_on()
         return self._finish()
 
