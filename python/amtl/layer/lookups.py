@@ -18,17 +18,10 @@ class TableLookups(TableRows):
         self._check_caller()
         bounds = self._operator_bounds()
         if self.tier_ends is not None:
-            rows = self._frozen_rows(input)
-            if self.max_norm is not None:
-                self._renorm(rows)
+            rows = self._renormed(self._frozen_rows(input))
             return self._frozen_lookup(rows)
         assert self.weight is not None and self.row_group is not None
-        noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
-        self._notice_learning(sizes)
-        rows = self._searched_rows(input, sizes)
-        if self.max_norm is not None:
-            self._renorm(rows)
+        rows, dims, mask, seed = self._searched(input)
         return self._call(
             "adaptive_embedding",
             self.weight,
@@ -36,7 +29,7 @@ class TableLookups(TableRows):
             self.row_group,
             dims,
             mask,
-            seed=self._seed(noisy),
+            seed=seed,
             padding_idx=self.padding_idx,
             bounds_check=bounds,
         )
@@ -53,12 +46,10 @@ class TableLookups(TableRows):
         self._check_caller()
         bounds = self._operator_bounds()
         if self.tier_ends is not None:
-            rows = self._frozen_rows(input)
-            if self.max_norm is not None:
-                self._renorm(rows)
+            rows = self._renormed(self._frozen_rows(input))
             if self.steps is not None and in_operators(self.blocks, self.steps, per_sample_weights):
                 return amtl_kernels.tiered_embedding_bag(
-                    list(self.blocks),
+                    self._tiers(),
                     self.tier_ends,
                     rows,
                     offsets,
@@ -89,12 +80,7 @@ class TableLookups(TableRows):
                 bounds_check=bounds,
             )
         assert self.weight is not None and self.row_group is not None
-        noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
-        self._notice_learning(sizes)
-        rows = self._searched_rows(input, sizes)
-        if self.max_norm is not None:
-            self._renorm(rows)
+        rows, dims, mask, seed = self._searched(input)
         return self._call(
             "adaptive_embedding_bag",
             self.weight,
@@ -107,9 +93,23 @@ class TableLookups(TableRows):
             per_sample_weights=per_sample_weights,
             padding_idx=self.padding_idx,
             include_last_offset=include_last_offset,
-            seed=self._seed(noisy),
+            seed=seed,
             bounds_check=bounds,
         )
+
+    def _searched(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Rows to look up in the search phase, sizes and soft mask of the groups, and the seed."""
+        noisy = self._noisy()
+        dims, mask, sizes = self._head()(noisy)
+        self._notice_learning(sizes)
+        rows = self._renormed(self._searched_rows(input, sizes))
+        return rows, dims, mask, self._seed(noisy)
+
+    def _renormed(self, rows: Tensor) -> Tensor:
+        """These rows, scaled in the table if it has a `max_norm`."""
+        if self.max_norm is not None:
+            self._renorm(rows)
+        return rows
 
     def _frozen_lookup(self, rows: Tensor) -> Tensor:
         """Rows of the tiers, rounded or decoded where the table has few bits: [..., D]."""

@@ -178,7 +178,7 @@ class AMTLTable(TableLookups):
         fits = fits and ends[-1] <= config["num_embeddings"]
         fits = fits and (shared is not None or ends[-1] == config["num_embeddings"])
         bits = config["options"].get("bits")
-        numbers = 1 if steps is None else 8 // (bits or 8)
+        numbers = 1 if steps is None else unit(bits or 8)
         for block, count in zip(blocks, rows, strict=False):
             fits = fits and block.dim() == 2 and block.shape[0] == count >= 0
             fits = fits and block.shape[1] * numbers <= dim

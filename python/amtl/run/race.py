@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from amtl.errors import UserError
+from amtl.layer.rounding import unit
 from amtl.run.config import TrainConfig
 from amtl.run.cut import Donor
 from amtl.run.learner import Learner
@@ -136,7 +137,7 @@ def flat_width(budget: float, dim: int, bits: int | None) -> int:
     """
     if bits is None:
         return int(budget * dim)
-    whole = max(1, 8 // bits)
+    whole = unit(bits)
     return min(dim, int(_FOR_STEPS * budget * 32 / bits * dim) // whole * whole)
 
 
