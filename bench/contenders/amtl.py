@@ -435,11 +435,13 @@ class Codes(Ours):
 
     def prepare(self, problem: Problem) -> Session:
         """Quantises a copy of the problem's weights, with one step size for all rows."""
+        from amtl.layer.rounding import encode, pack_codes
+
         import amtl_kernels
 
         weight, bits, starts = problem.weight, self.bits, problem.offsets[:-1]
         steps = weight.abs().max().reshape(1) / ((2**bits - 1) / 2)
-        table = ([pack(weight, steps, bits)], [weight.shape[0]])
+        table = ([pack_codes(encode(weight, steps, bits), bits)], [weight.shape[0]])
         ids = problem.global_ids
 
         def lookup(rotation: int) -> Tensor:
@@ -448,17 +450,6 @@ class Codes(Ours):
             )
 
         return AutogradSession(problem, lookup, [])
-
-
-def pack(weight: Tensor, step: Tensor, bits: int) -> Tensor:
-    """The nearest codes of ``weight``, those that share a byte from its lowest bits on."""
-    highest = 2**bits - 1
-    codes = (weight / step + highest / 2).round_().clamp_(0, highest).to(torch.uint8)
-    parts = codes.view(len(codes), -1, 8 // bits)
-    packed = parts[..., 0].clone()
-    for place in range(1, 8 // bits):
-        packed |= parts[..., place] << (bits * place)
-    return packed
 
 
 def contenders() -> Iterable[Contender]:
