@@ -21,10 +21,22 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from amtl.data.registry import load_source
+from amtl.run import methods
+from amtl.run.comparison import train_with_teacher
+from amtl.run.config import TrainConfig
+from amtl.run.learner import Learner, Task
+from amtl.run.metrics import auc, log_loss
+from amtl.run.model import predict
+from amtl.run.progress import Silent
+from amtl.run.race import DROPOUT
+from amtl.run.teaching import Teacher
+from amtl.run.training import Trainer, prepare
 
 DIM = 16
 BUDGETS = (0.03, 0.0625, 0.125, 0.4)
@@ -47,7 +59,10 @@ _T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 Key = tuple[str, str, float]
 
 
-KINDS = ("fixed", "amtl", "few-bits", "rule")
+KINDS = ("fixed", "amtl", "few-bits", "taught", "rule")
+
+TAUGHT = (0.03, 0.125)
+"""Budgets at which the fixed table of few bits is also given a teacher."""
 
 
 def jobs(
@@ -73,6 +88,8 @@ def jobs(
                         {**base, "method": "fixed", "dim": dim, "bits": bits}
                         for dim, bits in FEW_BITS.values()
                     ]
+                elif kind == "taught":
+                    found.append({**base, "method": "fixed", "dim": DIM, "taught": True})
                 else:
                     found += [{**base, "method": kind, "budget": b} for b in BUDGETS]
     return found
@@ -85,11 +102,6 @@ def run_all(
     kinds: Sequence[str] = KINDS,
 ) -> None:
     """Makes the runs that `out` lacks and nobody else is making."""
-    from amtl.data.registry import load_source
-    from amtl.run.config import TrainConfig
-    from amtl.run.race import DROPOUT
-    from amtl.run.training import Trainer, prepare
-
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}
     for job in jobs(list(sets), seeds, kinds):
@@ -104,20 +116,65 @@ def run_all(
                 config = TrainConfig(source.name, label, fields=columns)
                 loaded[job["set"]] = (source, columns, prepare(config, source))
             source, columns, task = loaded[job["set"]]
-            given = {k: v for k, v in job.items() if k != "set"}
-            settings = {**source.settings(job["method"]), "dim": DIM, **given}
-            started = time.process_time()
+            settings = {**source.settings(job["method"]), "dim": DIM}
             config = TrainConfig(source.name, label, fields=columns, **settings)
-            shares = (None, DROPOUT) if job["method"] == "fixed" else (None,)
-            metrics = max(
-                (Trainer(replace(config, embedding_dropout=s), task).run() for s in shares),
-                key=lambda m: m["val_auc"] - m["val_logloss"],
-            )
-            keep = ("test_auc", "test_logloss", "val_auc", "val_logloss", "stored_bytes")
-            keep += ("dense_bytes", "best_epoch", "epochs_run", "raced")
-            line = {"job": job, "cpu": time.process_time() - started}
-            _append(out, {**line, **{k: metrics[k] for k in keep}})
-            print(f"{job}: test AUC {metrics['test_auc']:.4f}", file=sys.stderr)
+            for line in (
+                _taught(job, config, task) if job.get("taught") else _made(job, config, task)
+            ):
+                _append(out, line)
+                print(f"{line['job']}: test AUC {line['test_auc']:.4f}", file=sys.stderr)
+
+
+def _made(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict[str, Any]]:
+    given = {k: v for k, v in job.items() if k != "set"}
+    shares = (None, DROPOUT) if job["method"] == "fixed" else (None,)
+    started = time.process_time()
+    metrics = max(
+        (
+            Trainer(replace(config, **given, embedding_dropout=share), task).run()
+            for share in shares
+        ),
+        key=lambda m: m["val_auc"] - m["val_logloss"],
+    )
+    keep = ("test_auc", "test_logloss", "val_auc", "val_logloss", "stored_bytes")
+    keep += ("dense_bytes", "best_epoch", "epochs_run", "raced")
+    line = {"job": job, "cpu": time.process_time() - started}
+    yield {**line, **{k: metrics[k] for k in keep}}
+
+
+def _taught(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict[str, Any]]:
+    """Fixed tables with a teacher: some of few bits, and last the full one, which `job` names.
+
+    The full table is every teacher's best model; the effort is that of a sized run.
+    """
+    seeded = replace(config, method="fixed", seed=job["seed"])
+    teacher = Teacher()
+
+    def train(dim: int, bits: str | None) -> dict[str, Any]:
+        started = time.process_time()
+        entry = replace(seeded, dim=dim, bits=bits or "32")
+        make = partial(Learner, task=task)
+        arguments = (lambda c, taught=None: make(c, taught=taught)), Silent(), Learner.step
+        best, pupil = train_with_teacher("", entry, teacher, *arguments)
+        learner = pupil or best
+        record, logits = learner.best["record"], predict(learner.model, task.test)
+        return {
+            "job": {**job, "dim": dim, **({"bits": bits} if bits else {})},
+            "cpu": time.process_time() - started,
+            "test_auc": auc(logits, task.test.labels),
+            "test_logloss": log_loss(logits, task.test.labels),
+            "val_auc": record["val_auc"],
+            "val_logloss": record["val_logloss"],
+            "stored_bytes": methods.stored_bytes(learner.table),
+            "dense_bytes": methods.dense_bytes(learner.table),
+            "best_epoch": record["epoch"],
+            "epochs_run": learner.epochs,
+        }
+
+    full = train(DIM, None)
+    for budget in TAUGHT:
+        yield train(*FEW_BITS[budget])
+    yield full
 
 
 class _claim:
@@ -163,6 +220,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         job = record["job"]
         size = job["budget"] if "budget" in job else job["dim"] / DIM
         method = job["method"] + (f" int{job['bits']}" if "bits" in job else "")
+        method += " taught" if job.get("taught") else ""
         groups[job["set"], method, size][job["seed"]] = record
     summary = []
     for (name, method, size), runs in sorted(groups.items()):
@@ -181,6 +239,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 rivals["narrow"] = (name, "fixed", NARROW[size] / DIM)
             dim, bits = FEW_BITS[size]
             rivals["few_bits"] = (name, f"fixed int{bits}", dim / DIM)
+            rivals["full_taught"] = (name, "fixed taught", 1.0)
+            rivals["few_bits_taught"] = (name, f"fixed int{bits} taught", dim / DIM)
             if method == "amtl":
                 rivals["rule"] = (name, "rule", size)
         entry["against"] = {
@@ -212,9 +272,10 @@ def table(summary: Sequence[dict[str, Any]]) -> str:
     for name in dict.fromkeys(entry["set"] for entry in summary):
         lines += [f"**{name}**", ""]
         columns = ("test AUC", "log loss", "bytes", "of full", "− full", "− same bytes")
-        columns += ("− same bytes, few bits", "− rule")
+        columns += ("− same bytes, few bits", "− full, taught")
+        columns += ("− few bits, taught", "− rule")
         lines += [f"| | {' | '.join(columns)} |"]
-        lines += ["|---|---|---|---:|---:|---|---|---|---|"]
+        lines += ["|---|---|---|---:|---:|---|---|---|---|---|---|"]
         for entry in summary:
             if entry["set"] != name:
                 continue
@@ -230,7 +291,11 @@ def table(summary: Sequence[dict[str, Any]]) -> str:
                 f"| {entry['test_logloss']:.4f} | {entry['stored_bytes']:,.0f} "
                 f"| {100 * entry['of_full']:.1f} % | "
                 + " | ".join(
-                    _gain(entry["against"].get(r)) for r in ("full", "narrow", "few_bits", "rule")
+                    _gain(entry["against"].get(rival))
+                    for rival in (
+                        *("full", "narrow", "few_bits"),
+                        *("full_taught", "few_bits_taught", "rule"),
+                    )
                 )
                 + " |"
             )

@@ -160,6 +160,10 @@ def train(
         float | None,
         _rate("Share of the embeddings' numbers zeroed in a step.", "by validation"),
     ] = None,
+    distillation: Annotated[
+        float | None,
+        _rate("Share of each label that a better model's prediction replaces.", "by validation"),
+    ] = None,
     freeze_at: Annotated[
         int | None, _count("Step at which sizes are fixed.", "by validation")
     ] = None,
@@ -218,6 +222,7 @@ def train(
         "table_lr": table_lr,
         "table_optimizer": table_optimizer,
         "embedding_dropout": embedding_dropout,
+        "distillation": distillation,
         "freeze_at": freeze_at,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 
@@ -13,25 +12,26 @@ import torch
 from amtl.data.registry import Source
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.run import comparison, methods
+from amtl.run import comparison, methods, teaching
+from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
-from amtl.run.cut import Donor
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
-from amtl.run.metrics import log_loss
-from amtl.run.model import build_model, field_evidence, predict
+from amtl.run.model import field_evidence
 from amtl.run.race import (
     CAPACITY_BITS,
     DROPOUT,
     FLAT,
     FULL,
+    SHARES,
     candidates,
     field_weights,
     is_open,
     race,
-    race_dropout,
     race_less,
+    race_taught,
 )
+from amtl.run.teaching import Teacher
 from amtl.run.training import Interrupted, prepare, start
 
 ROWS = 3000
@@ -312,30 +312,42 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
 
 
 @pytest.mark.parametrize(
-    ("scores", "steps", "better"),
-    [([0.5, 0.6, 0.9], 12, True), ([0.5, 0.6, 0.7], 12, False), ([0.1, 0.2, 0.9], 8, False)],
+    ("scores", "chosen"),
+    [
+        ({0.5: [0.5, 0.6, 0.9], 0.8: [0.5, 0.6, 0.95]}, 0.8),
+        ({0.5: [0.5, 0.6, 0.9], 0.8: [0.5, 0.6, 0.85]}, 0.5),
+        ({0.5: [0.5, 0.6, 0.7], 0.8: [0.1, 0.2, 0.9]}, None),
+    ],
 )
-def test_dropout_is_taken_where_it_does_better(scores, steps, better):
-    winner, other = Scripted([0.5, 0.6, 0.8]), Scripted(scores)
-    winner.config = settings(seed=11)
+@pytest.mark.parametrize("dropout", [None, 0.3])
+def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
+    winner = Scripted([0.5, 0.6, 0.8])
+    winner.config = settings(seed=11, embedding_dropout=dropout)
     while not winner.finished:
         winner.step()
-    made = []
+    made = {}
 
     def make(config):
-        made.append(config)
-        return other
+        assert config == dataclasses.replace(
+            winner.config,
+            distillation=config.distillation,
+            embedding_dropout=DROPOUT if dropout is None else dropout,
+        )
+        made[config.distillation] = Scripted(scores[config.distillation])
+        return made[config.distillation]
 
-    result, row = race_dropout(winner, make, Quiet(), lambda learner: learner.step())
-    assert other.steps == steps
-    assert result is (other if better else None) and row["chosen"] == better
-    assert made == [settings(seed=11, embedding_dropout=DROPOUT)]
+    best, rows = race_taught(winner, make, Quiet(), lambda learner: learner.step())
+    assert tuple(made) == SHARES
+    assert best is made.get(chosen)
+    assert [row["chosen"] for row in rows] == [share == chosen for share in SHARES]
+    assert [learner.released for learner in made.values()] == [s != chosen for s in SHARES]
+    # Hopelessly behind after two epochs.
+    assert made[0.8].steps == (8 if scores[0.8][0] == 0.1 else 12)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_a_given_dropout_is_not_raced(source, share):
     metrics = start(settings(embedding_dropout=share, epochs=2), source=source).run()
-    assert metrics["raced"]["dropout"] is None
     assert metrics["config"]["embedding_dropout"] == share
 
 
@@ -409,12 +421,14 @@ def test_a_validation_split_of_one_class_is_said(source):
 
 
 def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(source):
-    metrics = start(settings(compare=True, budget=0.5), source=source).run()
-    names = [row["name"] for row in metrics["compared"]]
-    assert names == [FULL, FLAT][: len(names)] and names[0] == FULL
+    given = {"seed": 7, "epochs": 6, "budget": 0.5}
+    metrics = start(settings(compare=True, **given), source=source).run()
+    assert [row["name"] for row in metrics["compared"]] == [FULL, FLAT, FLAT + TAUGHT]
+    score = {r["name"]: r["val_auc"] - r["val_logloss"] for r in metrics["compared"]}
+    assert score[FLAT + TAUGHT] > score[FLAT]
     full = metrics["compared"][0]
     alone = [
-        start(settings(method="fixed", embedding_dropout=s), source=source).run()
+        start(settings(method="fixed", embedding_dropout=s, **given), source=source).run()
         for s in (None, DROPOUT)
     ]
     best = max(alone, key=lambda m: m["val_auc"] - m["val_logloss"])
@@ -448,70 +462,72 @@ def test_settings_of_a_race_are_only_what_is_open():
         assert entry.table_options["twins"] is False
 
 
-def test_cutting_a_full_table_along_principal_axes(task):
-    full = Learner(settings(method="fixed", table_lr=0.1), task)
-    while full.epochs < 2:
-        full.step()
-    full.model.eval()
-    expected = predict(full.model, task.val)
-    donor = Donor(full.model, task.encoder)
-    turned = copy.deepcopy(full.model)
+def test_a_run_has_the_full_table_for_a_teacher_and_shows_its_end(source):
+    metrics = start(settings(budget=0.05, table_lr=0.1, epochs=3), source=source).run()
+    raced = metrics["raced"]
+    assert raced["full"]["name"] == FULL and raced["full"]["epochs"] > 0
+    assert len(raced["taught"]) == len(SHARES)
+    header, rows = comparison.table(metrics)
+    full = next(row for row in rows if row[0] == FULL)
+    assert full[header.index("val AUC, end")] != "–"
+    chosen = [row["chosen"] for row in raced["taught"]]
+    assert sum(chosen) <= 1
+    taught = metrics["config"]["distillation"]
+    assert taught == (SHARES[chosen.index(True)] if any(chosen) else None)
+
+
+def test_no_teacher_where_none_is_wanted(source):
+    metrics = start(settings(distillation=0.0, epochs=2), source=source).run()
+    assert metrics["raced"]["taught"] == [] and metrics["raced"]["full"] is None
+    assert metrics["config"]["embedding_dropout"] is None
+    given = start(settings(distillation=0.3, epochs=2), source=source).run()
+    assert [row["name"] for row in given["raced"]["taught"]] == ["30% of the labels a teacher's"]
+    for changes in ({"race": False}, {"method": "fixed"}, {"table_options": {"capacity_bits": 2}}):
+        with pytest.raises(UserError, match="--distillation needs a race"):
+            start(settings(distillation=0.3, **changes), source=source).run()
+
+
+def test_a_teacher_is_the_mean_of_the_models_that_help(task, monkeypatch):
+    logits = {"good": 2.0, "better": 3.0, "bad": -2.0}
+
+    class Model:
+        def __init__(self, name):
+            self.model, self.task, self.ended = name, task, 0
+
+        def end(self):
+            self.ended += 1
+
+    noise = torch.randn(2, len(task.val), generator=torch.Generator().manual_seed(0))
+
+    def said(name, data):
+        clean = logits[name] * (data.labels - 0.5)
+        if data is task.val and name != "bad":
+            clean = clean + 2 * noise[int(name == "better")]
+        return clean
+
+    monkeypatch.setattr(teaching, "predict", said)
+    teacher, models = Teacher(), [Model(name) for name in logits]
+    for model in models:
+        teacher.add(model)
+    assert [model.ended for model in models] == [1, 1, 1]
+    expected = torch.sigmoid(2.5 * (task.train.labels - 0.5))
+    torch.testing.assert_close(teacher.labels(), expected)
+
+
+def test_labels_are_mixed_with_the_teachers(task):
+    config = settings(method="fixed", distillation=0.25)
+    taught = torch.rand(len(task.train), generator=torch.Generator().manual_seed(1))
+    learner, plain = Learner(config, task, taught=taught), Learner(config, task)
+    batch = task.train.batch(learner._samples())
     with torch.no_grad():
-        turned.table.weight.copy_(donor.weight)
-    turned.mlp.load_state_dict(donor.state)
-    torch.testing.assert_close(predict(turned, task.val), expected, rtol=1e-4, atol=1e-4)
-    # Along the new axes the first numbers hold most, rows weighed by their counts.
-    counts = task.encoder.counts().float()
-    for f in range(len(task.encoder.fields)):
-        rows = task.encoder.field_rows(f)
-        energy = (counts[rows, None] * donor.weight[rows] ** 2).sum(0)
-        assert bool((energy.diff() <= 1e-4 * energy.max()).all())
-    entry = candidates(settings(budget=0.5), None)["4 bits a number"]
-    cut = Learner(entry, task, donor.fill)
-    cut.model.mlp.load_state_dict(donor.state)
-    plain = Learner(entry, task, lambda table: table.weight.data.copy_(full.table.weight))
-    plain.model.mlp.load_state_dict(full.model.mlp.state_dict())
-    for learner in (cut, plain):
-        learner.refine()
-    assert cut.phase == "frozen" and cut.table_optimizer.param_groups[0]["lr"] == pytest.approx(
-        cut.config.table_lr * cut.config.rate_drop
-    )
-    losses = [learner.history[0]["val_logloss"] for learner in (cut, plain)]
-    whole = float(log_loss(expected, task.val.labels))
-    assert abs(losses[0] - whole) < abs(losses[1] - whole)
-
-
-def test_a_shared_row_starts_as_the_mean_of_the_rows_it_stands_in_for(task):
-    full = Learner(settings(method="fixed"), task)
-    full.step()
-    donor = Donor(full.model, task.encoder)
-    config = candidates(settings(budget=0.1), None)["1 bits a number"]
-    table = build_model(config, task.encoder).table
-    donor.fill(table)
-    nothing, counts = table.row_dims() == 0, task.encoder.counts()
-    checked = 0
-    for f, shared in enumerate(table.shared_rows.tolist()):
-        rows = nothing & (task.encoder.row_fields() == f) & (counts > 0)
-        rows[shared] = False
-        if bool(rows.any()):
-            mean = (counts[rows, None] * donor.weight[rows]).sum(0) / counts[rows].sum()
-            torch.testing.assert_close(table.weight[shared].detach(), mean)
-            checked += 1
-    assert checked
-
-
-def test_what_full_size_learned_is_cut_where_it_led(source):
-    def trained(score):
-        metrics = start(settings(seed=score, budget=0.05, table_lr=0.1), source=source).run()
-        raced = metrics["raced"]
-        chosen = next(row for row in raced["table"] if row["chosen"])
-        assert (raced["cut"] is not None) == (raced["table"][0]["score"] > chosen["score"])
-        if raced["cut"] is not None:
-            assert raced["cut"]["full"]["epochs"] > 0
-            assert metrics["stored_fraction"] <= 0.25
-            header, rows = comparison.table(metrics)
-            full = next(row for row in rows if row[0] == FULL)
-            assert full[header.index("val AUC, end")] != "–"
-        return raced["cut"] is not None
-
-    assert any(trained(seed) for seed in range(4))
+        labels = 0.75 * batch.labels + 0.25 * taught[learner._samples()]
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(
+            learner.model(batch), labels
+        )
+    assert learner.step()[0] == pytest.approx(float(expected), rel=1e-6)
+    # Nobody taught this one.
+    with torch.no_grad():
+        hard = torch.nn.functional.binary_cross_entropy_with_logits(
+            plain.model(batch), batch.labels
+        )
+    assert plain.step()[0] == pytest.approx(float(hard), rel=1e-6)

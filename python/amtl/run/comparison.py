@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from amtl.run import methods
@@ -12,9 +13,11 @@ from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
-from amtl.run.race import DROPOUT, FLAT, FULL
+from amtl.run.progress import Observer
+from amtl.run.race import DROPOUT, FLAT, FULL, plain, race_taught, run_to_end
+from amtl.run.teaching import Teacher
 
-THIS = "this model"
+THIS, TAUGHT = "this model", ", taught"
 _SCORES = ("val_auc", "val_logloss", "test_auc", "test_logloss")
 
 
@@ -26,61 +29,103 @@ def narrow_width(metrics: Mapping[str, Any]) -> int:
 
 def baselines(config: TrainConfig, metrics: Mapping[str, Any]) -> dict[str, TrainConfig]:
     """Settings of the two tables by name; the narrow one only where a width of 1 fits the bytes."""
-    plain: dict[str, Any] = {"bits": "32", "table_options": {}, "race": False, "freeze_at": None}
-    found = {FULL: replace(config, method="fixed", **plain)}
+    found = {FULL: plain(config)}
     width = narrow_width(metrics)
     if width:
-        found[FLAT] = replace(config, method="fixed", dim=width, **plain)
+        found[FLAT] = replace(found[FULL], dim=width)
     return found
 
 
 def train_baselines(
     config: TrainConfig,
     metrics: Mapping[str, Any],
-    make: Callable[[TrainConfig], Learner],
-    run: Callable[[str, Learner], None],
+    make: Callable[..., Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
 ) -> list[dict[str, Any]]:
-    """Trains the two tables as the run was trained, and scores the test split once each.
+    """Trains the two tables with the run's effort, and scores the test split once each.
 
-    Where dropout was tried for the run it is for them: the one that validates better counts.
+    Where the run's dropout was left to validation, theirs is; where it had a teacher, each is
+    trained once more with one of its own, made of what is trained here.
 
     Args:
         config: settings of the run.
         metrics: its metrics.
-        make: a fresh learner of given settings.
-        run: trains a learner of a given name to its end.
+        make: a fresh learner of given settings and, as `taught`, a teacher's labels.
+        observer: is told how it goes.
+        step: takes one step of a learner.
 
     Returns:
-        Per table: `name`, `dim`, `stored_bytes`, scores on validation and test, `best_epoch`.
+        Per table, and per table that is better for its teacher: `name`, `dim`, `stored_bytes`,
+        scores on validation and test, `best_epoch`.
     """
-    raced = (metrics["raced"] or {}).get("dropout") is not None
-    shares = (None, DROPOUT) if raced else (config.embedding_dropout,)
-    rows = []
+    raced = metrics["raced"] or {}
+    share = raced.get("asked", {}).get("embedding_dropout", config.embedding_dropout)
+    rows, teacher = [], Teacher()
     for name, entry in baselines(config, metrics).items():
-        learner = None
-        for share in shares:
-            other = make(replace(entry, embedding_dropout=share))
-            run(name, other)
-            if learner is None or _score(other) > _score(learner):
-                learner = other
-        assert learner is not None
-        learner.end()
-        assert learner.best is not None
-        record, test = learner.best["record"], learner.task.test
-        logits = predict(learner.model, test)
-        rows.append(
-            {
-                "name": name,
-                "dim": entry.dim,
-                "stored_bytes": methods.stored_bytes(learner.table),
-                "val_auc": record["val_auc"],
-                "val_logloss": record["val_logloss"],
-                "test_auc": auc(logits, test.labels),
-                "test_logloss": log_loss(logits, test.labels),
-                "best_epoch": record["epoch"],
-            }
-        )
+        entry, title = replace(entry, embedding_dropout=share), f"{name}, D={entry.dim}"
+        if raced.get("taught"):
+            best, pupil = train_with_teacher(title, entry, teacher, make, observer, step)
+        else:
+            best, pupil = make(entry), None
+            run_to_end(title, best, observer, step)
+            best.end()
+        rows.append(_row(name, best))
+        if pupil is not None:
+            rows.append(_row(name + TAUGHT, pupil))
     return rows
+
+
+def train_with_teacher(
+    name: str,
+    entry: TrainConfig,
+    teacher: Teacher,
+    make: Callable[..., Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner, Learner | None]:
+    """Trains a table by itself, and then again with a teacher that it has joined.
+
+    Args:
+        name: in the progress bar.
+        entry: settings; dropout is tried where they leave it open.
+        teacher: takes in the table.
+        make: a fresh learner of given settings and, as `taught`, a teacher's labels.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The better one without a teacher, and the taught one if it validates better still; ended.
+    """
+    share, best = entry.embedding_dropout, None
+    for dropout in (None, DROPOUT) if share is None else (share,):
+        learner = make(replace(entry, embedding_dropout=dropout))
+        run_to_end(name, learner, observer, step)
+        if best is None or _score(learner) > _score(best):
+            best = learner
+    assert best is not None
+    teacher.add(best)
+    best.config = replace(best.config, embedding_dropout=share)
+    pupil, _ = race_taught(best, partial(make, taught=teacher.labels()), observer, step)
+    if pupil is not None:
+        pupil.end()
+    return best, pupil
+
+
+def _row(name: str, learner: Learner) -> dict[str, Any]:
+    assert learner.best is not None
+    record, test = learner.best["record"], learner.task.test
+    logits = predict(learner.model, test)
+    return {
+        "name": name,
+        "dim": learner.config.dim,
+        "stored_bytes": methods.stored_bytes(learner.table),
+        "val_auc": record["val_auc"],
+        "val_logloss": record["val_logloss"],
+        "test_auc": auc(logits, test.labels),
+        "test_logloss": log_loss(logits, test.labels),
+        "best_epoch": record["epoch"],
+    }
 
 
 def _score(learner: Learner) -> float:
@@ -95,16 +140,16 @@ def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     early = _early(metrics)
     late = {row["name"]: row for row in metrics.get("compared") or []}
     late[THIS] = dict(metrics)
-    cut = (metrics["raced"] or {}).get("cut")
-    if cut is not None:
-        late.setdefault(FULL, cut["full"])
+    full = (metrics["raced"] or {}).get("full")
+    if full is not None:
+        late.setdefault(FULL, full)
     header = ["table", "bytes"]
     epochs = max((row["epochs"] for row in early.values()), default=0)
     if early:
         header += [f"val AUC, {epochs:g} epochs", "log loss"]
     header += ["val AUC, end", "log loss", "test AUC", "log loss"]
     rows = []
-    for name in (THIS, FULL, FLAT):
+    for name in (THIS, FULL, FULL + TAUGHT, FLAT, FLAT + TAUGHT):
         first, last = early.get(name), late.get(name)
         if first is None and last is None:
             continue
@@ -121,15 +166,13 @@ def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def verdict(metrics: Mapping[str, Any]) -> str | None:
     """What the scores say against the sizes or the budget that were asked for, or None."""
     less = (metrics["raced"] or {}).get("less")
-    cut = (metrics["raced"] or {}).get("cut")
-    if cut is not None and cut["chosen"]:
-        return None
     if less is not None and less["chosen"]:
         return (
             f"fewer bytes validated better than the whole budget, so the model takes "
             f"{metrics['stored_bytes']:,}; --no-race spends all"
         )
-    narrow = next((r for r in metrics.get("compared") or [] if r["name"] == FLAT), None)
+    rivals = [r for r in metrics.get("compared") or [] if r["name"].startswith(FLAT)]
+    narrow = max(rivals, key=lambda r: r["val_auc"] - r["val_logloss"], default=None)
     raced = (metrics["raced"] or {}).get("table", [])
     if any(row["name"] == FLAT and row["chosen"] for row in raced):
         return (

@@ -54,6 +54,8 @@ class TrainConfig:
         hidden: widths of the MLP.
         embedding_dropout: share of the embeddings' numbers zeroed in a training step; None:
             what validation prefers where there is a race, else none.
+        distillation: share of each training label that is a better model's prediction, which a
+            race supplies; None: what validation prefers where there is a race, else none.
         init_std: deviation of initial embedding weights.
         batch_size: samples per step.
         epochs: at most so many.
@@ -94,6 +96,7 @@ class TrainConfig:
     backbone: str = "dnn"
     hidden: list[int] = field(default_factory=lambda: [128, 64])
     embedding_dropout: float | None = None
+    distillation: float | None = None
     init_std: float = 0.01
     batch_size: int = 8192
     epochs: int = 30
@@ -132,6 +135,8 @@ class TrainConfig:
                 f"--embedding-dropout must be from 0 up to (not including) 1, "
                 f"not {self.embedding_dropout:g}"
             )
+        if self.distillation is not None and not 0 <= self.distillation <= 1:
+            raise UserError(f"--distillation must be from 0 to 1, not {self.distillation:g}")
         if self.freeze_at is not None and self.freeze_at < 0:
             raise UserError(f"--freeze-at is a number of steps, not {self.freeze_at}")
 

@@ -57,10 +57,16 @@ class Learner:
         config: settings.
         task: encoded data.
         warm: is handed the fresh table, to put other weights into it.
+        taught: probability of a click for every training sample, of which `config.distillation`
+            is mixed into the labels.
     """
 
     def __init__(
-        self, config: TrainConfig, task: Task, warm: Callable[[nn.Module], None] | None = None
+        self,
+        config: TrainConfig,
+        task: Task,
+        warm: Callable[[nn.Module], None] | None = None,
+        taught: Tensor | None = None,
     ) -> None:
         self.config = config
         self.task = task
@@ -77,6 +83,8 @@ class Learner:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self._order: tuple[int, Tensor] | None = None
+        self._taught = taught
+        self._ended = False
         if warm is not None:
             warm(self.table)
         if config.freeze_at is None and methods.has_settled_sizes(self.table):
@@ -162,7 +170,10 @@ class Learner:
 
     def _train_step(self, samples: Tensor) -> float:
         batch = self.task.train.batch(samples)
-        loss = nn.functional.binary_cross_entropy_with_logits(self.model(batch), batch.labels)
+        labels = batch.labels
+        if self._taught is not None:
+            labels = labels.lerp(self._taught[samples], self.config.distillation or 0.0)
+        loss = nn.functional.binary_cross_entropy_with_logits(self.model(batch), labels)
         loss.backward()
         for optimizer in (self.dense_optimizer, self.table_optimizer, self.mask_optimizer):
             if optimizer is not None:
@@ -223,12 +234,6 @@ class Learner:
             self.freeze()
         self._set_rates()
 
-    def refine(self) -> None:
-        """Takes the model as it is for the best so far, and goes on at smaller rates."""
-        self.stage = 1
-        self._set_rates()
-        self._validate()
-
     def freeze(self) -> None:
         """Fixes the sizes; the table and its optimizer's state move to tiers."""
         self.table.freeze(self.table_optimizer)  # type: ignore[operator]
@@ -242,7 +247,9 @@ class Learner:
         """
         if self.best is None:
             raise UserError("no epoch gave a valid AUC; does validation hold both classes?")
-        self.finished = True
+        if self._ended:
+            return
+        self.finished = self._ended = True
         self._restore(self.best)
         if not self.frozen:
             self.freeze()
@@ -276,6 +283,7 @@ class Learner:
     def release(self) -> None:
         """Lets go of all memory but the history; nothing else is possible afterwards."""
         del self.model, self.table, self.table_optimizer, self.dense_optimizer, self.mask_optimizer
+        self._taught = None
         if self.best is not None:
             self.best = {"record": self.best["record"]}
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from amtl.errors import UserError
 from amtl.layer.rounding import unit
 from amtl.run.config import TrainConfig
-from amtl.run.cut import Donor
 from amtl.run.learner import Learner
 from amtl.run.model import field_evidence
 from amtl.run.progress import Observer
@@ -49,8 +48,11 @@ LESS = 0.3
 """Of the best model's bytes: tried too, because fewer numbers may overfit less."""
 
 DROPOUT = 0.1
-"""Share of the embeddings' numbers zeroed in training, tried too: a table that is large for its
-data gains by it, one of few numbers a row loses."""
+"""Share of the embeddings' numbers zeroed in training of a taught model: it gains by it, unlike a
+table of few numbers a row that learns from the labels alone."""
+
+SHARES = (0.5, 0.8)
+"""Of the labels, a teacher's: data of few or noisy clicks gain by the larger one."""
 
 _HOPELESS = 0.02
 """So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up;
@@ -141,6 +143,12 @@ def flat_width(budget: float, dim: int, bits: int | None) -> int:
     return min(dim, int(_FOR_STEPS * budget * 32 / bits * dim) // whole * whole)
 
 
+def plain(config: TrainConfig) -> TrainConfig:
+    """`config` for a table of full size and 32 bits, as it would be trained by itself."""
+    options: dict[str, Any] = {"table_options": {}, "freeze_at": None, "distillation": None}
+    return replace(config, method="fixed", bits="32", race=False, **options)
+
+
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     """`config` with more options of the layer, and nothing left to race for."""
     return replace(config, table_options={**config.table_options, **options}, race=False)
@@ -176,8 +184,7 @@ def race(
     Returns:
         The winner. It takes about twice as many epochs as there are candidates.
     """
-    plain: dict[str, Any] = {"method": "fixed", "bits": "32", "table_options": {}}
-    full = make(replace(config, **plain, race=False, freeze_at=None))
+    full = make(plain(config))
     count = len(candidates(config, None))
     rungs = _rungs(count)
     observer.begin(
@@ -190,7 +197,7 @@ def race(
     if config.method == "amtl":
         measured = field_evidence(full.model, full.task.val)
         evidence, weights = measured.tolist(), field_weights(measured)
-    rows = [_row(FULL, full)]
+    rows = [outcome(FULL, full)]
     full.release()
     entries = candidates(config, weights)
     learners, refused = _made(entries, make)
@@ -205,13 +212,13 @@ def race(
     rungs = _rungs(len(alive))
     for epochs, left in enumerate(rungs, 1):
         for name in reversed(alive[left:]):
-            rows.append(_row(name, learners[name]))
+            rows.append(outcome(name, learners[name]))
             learners.pop(name).release()
         alive = alive[:left]
         for name in alive:
             _run(learners[name], epochs, step)
         alive.sort(key=lambda name: -_best(learners[name])["score"])
-    rows += [_row(name, learners[name]) for name in reversed(alive)]
+    rows += [outcome(name, learners[name]) for name in reversed(alive)]
     rows[-1]["chosen"] = True
     table = rows[:1] + rows[:0:-1]
     sized = next((row["name"] for row in table if row["name"] not in (FULL, FLAT)), alive[0])
@@ -242,7 +249,7 @@ def race_less(
         The best model with less of the budget that validates better, and its row with the winner's
         under `rival`; the row of the first one tried if none does; nothing where no size fits.
     """
-    rival, best, row = _row("the best before", winner), None, None
+    rival, best, row = outcome("the best before", winner), None, None
     share, missed = min(used, sized.budget), False
     while True:
         share *= LESS
@@ -265,18 +272,40 @@ def race_less(
     return best, row
 
 
-def race_dropout(
+def race_taught(
     winner: Learner,
     make: Callable[[TrainConfig], Learner],
     observer: Observer,
     step: Callable[[Learner], None],
-) -> tuple[Learner | None, dict[str, Any]]:
-    """Trains with a share of the embeddings' numbers zeroed in each step; see `contend`.
+) -> tuple[Learner | None, list[dict[str, Any]]]:
+    """Trains the winner's settings anew on labels that a teacher softens; see `contend`.
 
-    A race of a few epochs cannot tell: what is dropped slows learning down at first.
+    Args:
+        winner: the best model so far, trained to its end.
+        make: a fresh learner of given settings, which has the teacher's labels.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The best of them if it validates better, and their rows.
     """
-    learner = make(replace(winner.config, embedding_dropout=DROPOUT))
-    return contend(f"{DROPOUT:.0%} dropped in training", learner, winner, observer, step)
+    config, best, rows = winner.config, None, []
+    if config.embedding_dropout is None:
+        config = replace(config, embedding_dropout=DROPOUT)
+    shares = SHARES if config.distillation is None else (config.distillation,)
+    for share in shares:
+        learner = make(replace(config, distillation=share))
+        name = f"{share:.0%} of the labels a teacher's"
+        better, row = contend(name, learner, best or winner, observer, step)
+        rows.append(row)
+        if better is None:
+            learner.release()
+            continue
+        if best is not None:
+            best.release()
+            rows[0]["chosen"] = False
+        best = better
+    return best, rows
 
 
 def contend(
@@ -305,52 +334,8 @@ def contend(
         step(learner)
         if learner.steps == horizon and _best(learner)["score"] < mark - _HOPELESS:
             break
-    row, rival = _row(name, learner), _best(winner)
+    row, rival = outcome(name, learner), _best(winner)
     row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
-    return (learner if row["chosen"] else None), row
-
-
-def race_cut(
-    entries: Mapping[str, TrainConfig],
-    winner: Learner,
-    make: Callable[[TrainConfig, Donor | None], Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
-) -> tuple[Learner | None, dict[str, Any]]:
-    """Trains a table of full size to its end, cuts sizes out of it and trains on.
-
-    Worth it where full size led the race: what it has learned is more than the sized table learns
-    from scratch. Which sizes to cut shows at once, before any training.
-
-    Args:
-        entries: the candidates.
-        winner: the best model so far.
-        make: a fresh learner of given settings, filled from a donor.
-        observer: is told how it goes.
-        step: takes one step of a learner.
-
-    Returns:
-        The cut model if it validates better in AUC and in AUC minus log loss, and its row, with
-        that of the full table under `full`.
-    """
-    entry = next(iter(entries.values()))
-    whole = replace(entry, method="fixed", bits="32", table_options={})
-    full = make(whole, None)
-    run_to_end(FULL, full, observer, step)
-    full.end()
-    donor, learner = Donor(full.model, full.task.encoder), None
-    for entry in entries.values():
-        other, _ = _try(lambda config: make(config, donor), entry)
-        if other is None:
-            continue
-        other.refine()
-        if learner is None or _best(other)["score"] > _best(learner)["score"]:
-            learner = other
-    assert learner is not None
-    run_to_end("cut from full size", learner, observer, step)
-    row, rival = _row("cut from full size", learner), _best(winner)
-    row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
-    row["full"] = _row(FULL, full)
     return (learner if row["chosen"] else None), row
 
 
@@ -364,12 +349,6 @@ def run_to_end(
             step(learner)
     finally:
         observer.end()
-
-
-def is_worth_cutting(config: TrainConfig, table: list[dict[str, Any]]) -> bool:
-    """Whether the full table led the chosen candidate after as many epochs, and can be turned."""
-    chosen = next(row for row in table if row["chosen"])
-    return config.backbone == "dnn" and bool(table[0]["score"] > chosen["score"])
 
 
 def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:
@@ -408,7 +387,8 @@ def _rungs(count: int) -> list[int]:
     return rungs
 
 
-def _row(name: str, learner: Learner) -> dict[str, Any]:
+def outcome(name: str, learner: Learner) -> dict[str, Any]:
+    """What a learner has come to, as a row of `Raced.table` that is not chosen."""
     best = _best(learner)
     keys = ("score", "val_auc", "val_logloss", "stored_bytes")
     return {

@@ -109,8 +109,7 @@ def _asked(run: dict[str, Any]) -> dict[str, Any]:
     if not raced or "given" not in raced:
         return dict(config)
     asked = {**config, "table_options": raced["given"], "budget": raced["budget"], "race": True}
-    if raced.get("dropout") is not None:
-        asked["embedding_dropout"] = None
+    asked |= raced.get("asked", {})
     return asked
 
 

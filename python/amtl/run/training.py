@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,16 @@ from amtl.errors import UserError
 from amtl.run import folders, methods
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
-from amtl.run.cut import Donor
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
-from amtl.run.race import (
-    candidates,
-    is_open,
-    is_worth_cutting,
-    race,
-    race_cut,
-    race_dropout,
-    race_less,
-    run_to_end,
-)
+from amtl.run.race import FULL, is_open, outcome, plain, race, race_less, race_taught, run_to_end
+from amtl.run.teaching import Teacher
+
+_RACED_LATER = ("embedding_dropout", "distillation")
+"""Settings that models trained to their end decide."""
 
 
 class Interrupted(Exception):
@@ -139,15 +134,11 @@ class Trainer:
         self._best_saved = -1
         self._fresh = True
 
-    def _make(self, config: TrainConfig, donor: Donor | None = None) -> Learner:
-        if donor is not None:
-            learner = Learner(config, self.task, donor.fill)
-            learner.model.mlp.load_state_dict(donor.state)
-            return learner
+    def _make(self, config: TrainConfig, taught: Tensor | None = None) -> Learner:
         run = config.warm_start
         if run is None:
-            return Learner(config, self.task)
-        return Learner(config, self.task, lambda table: self._warm_start(table, Path(run)))
+            return Learner(config, self.task, taught=taught)
+        return Learner(config, self.task, lambda table: self._warm_start(table, Path(run)), taught)
 
     @property
     def table(self) -> nn.Module:
@@ -164,6 +155,11 @@ class Trainer:
             Interrupted: if `stop` asked for it.
         """
         if self._fresh:
+            if self.config.distillation and not is_open(self.config):
+                raise UserError(
+                    "--distillation needs a race, whose models teach: leave out --no-race and what "
+                    "settles sizes beforehand, and use --method amtl or rule"
+                )
             self._begin()
         if self.learner.steps == 0 and is_open(self.config):
             self._race()
@@ -199,34 +195,40 @@ class Trainer:
             "sized": result.sized.table_options,
             "budget": self.config.budget,
             "given": given,
+            "asked": {name: getattr(self.config, name) for name in _RACED_LATER},
         }
         self._begin()
         self.save()
 
     def _race_on(self) -> None:
-        """Looks whether dropout, less of the budget or a cut out of the full table does better."""
-        raced = self.raced
+        """Looks whether softened labels do better, and less of the budget."""
+        raced, winner, observer = self.raced, self.learner, self.observer
         assert raced is not None
-        winner = self.learner
-        dropout = cut = None
+        taught: list[dict[str, Any]] = []
+        labels = full = None
         try:
-            if self.config.embedding_dropout is None:
-                better, dropout = race_dropout(winner, self._make, self.observer, self._racer())
-                winner = better or winner
+            if winner.config.distillation != 0:
+                table = self._make(plain(winner.config))
+                run_to_end(FULL, table, observer, self._racer())
+                full = outcome(FULL, table)
+                teacher = Teacher()
+                teacher.add(winner)
+                teacher.add(table)
+                table.release()
+                make = partial(self._make, taught=teacher.labels())
+                better, taught = race_taught(winner, make, observer, self._racer())
+                if better is not None:
+                    teacher.add(better)
+                    winner, labels = better, teacher.labels()
             sized = replace(winner.config, table_options=raced["sized"], budget=raced["budget"])
             assert winner.best is not None
             used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
-            make, observer = self._make, self.observer
+            make = partial(self._make, taught=labels)
             better, less = race_less(sized, winner, used, make, observer, self._racer())
             winner = better or winner
-            if is_worth_cutting(sized, raced["table"]):
-                given = replace(winner.config, table_options=raced["given"], budget=raced["budget"])
-                entries = candidates(given, raced["sized"].get("field_weights"))
-                chosen, cut = race_cut(entries, winner, self._make, self.observer, self._racer())
-                winner = chosen or winner
         finally:
-            self.observer.end()
-        self.raced = {**raced, "dropout": dropout, "less": less, "cut": cut}
+            observer.end()
+        self.raced = {**raced, "full": full, "taught": taught, "less": less}
         if winner is not self.learner:
             self.config, self.learner, self._best_saved = winner.config, winner, -1
             self._begin()
@@ -357,11 +359,12 @@ class Trainer:
         return result
 
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
-        def run(name: str, learner: Learner) -> None:
-            title = f"{name}, D={learner.config.dim}"
-            run_to_end(title, learner, self.observer, self._racer())
-
-        return train_baselines(self.config, metrics, self._make, run)
+        try:
+            return train_baselines(
+                self.config, metrics, self._make, self.observer, self._racer("the trained model")
+            )
+        finally:
+            self.observer.end()
 
 
 def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:

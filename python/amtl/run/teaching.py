@@ -1,0 +1,47 @@
+"""Labels that a better model softens: distillation (arXiv 1503.02531) from finished models.
+
+A click says little about how likely it was; a model that has seen all samples says more. Trained on
+a mixture of both, a table of few numbers learns what the teacher knows and overfits less.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amtl.run.learner import Learner
+from amtl.run.metrics import auc, log_loss
+from amtl.run.model import predict
+
+
+class Teacher:
+    """Finished models of one task; their logits are averaged where that validates better."""
+
+    def __init__(self) -> None:
+        self._val: list[Tensor] = []
+        self._train: list[Tensor] = []
+        self._labels = torch.empty(0)
+
+    def add(self, learner: Learner) -> None:
+        """Takes in what a model, trained to its end, says: one pass over two splits."""
+        learner.end()
+        task = learner.task
+        self._labels = task.val.labels
+        self._val.append(predict(learner.model, task.val))
+        self._train.append(predict(learner.model, task.train))
+
+    def labels(self) -> Tensor:
+        """Probability of a click for every training sample, float32 `[n]`.
+
+        The best model's; others join as long as the mean of the logits validates better.
+        """
+        order = sorted(range(len(self._val)), key=lambda i: -self._score([i]))
+        chosen = order[:1]
+        for i in order[1:]:
+            if self._score([*chosen, i]) > self._score(chosen):
+                chosen.append(i)
+        return torch.sigmoid(torch.stack([self._train[i] for i in chosen]).mean(0))
+
+    def _score(self, models: list[int]) -> float:
+        logits = torch.stack([self._val[i] for i in models]).mean(0)
+        return auc(logits, self._labels) - log_loss(logits, self._labels)
