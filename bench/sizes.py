@@ -66,7 +66,10 @@ TAUGHT = (0.03, 0.125)
 
 
 def jobs(
-    sets: Sequence[str], seeds: Sequence[int], kinds: Sequence[str] = KINDS
+    sets: Sequence[str],
+    seeds: Sequence[int],
+    kinds: Sequence[str] = KINDS,
+    budgets: Sequence[float] = BUDGETS,
 ) -> list[dict[str, Any]]:
     """All runs: full size and fixed tables of the same bytes, then what is sized by row.
 
@@ -74,6 +77,7 @@ def jobs(
         sets: names of data sets.
         seeds: of the weights and the order of samples.
         kinds: some of `KINDS`.
+        budgets: of what is sized by row.
     """
     found = []
     for seed in seeds:
@@ -91,7 +95,7 @@ def jobs(
                 elif kind == "taught":
                     found.append({**base, "method": "fixed", "dim": DIM, "taught": True})
                 else:
-                    found += [{**base, "method": kind, "budget": b} for b in BUDGETS]
+                    found += [{**base, "method": kind, "budget": b} for b in budgets]
     return found
 
 
@@ -100,11 +104,12 @@ def run_all(
     sets: dict[str, tuple[str, str, str]],
     seeds: Sequence[int],
     kinds: Sequence[str] = KINDS,
+    budgets: Sequence[float] = BUDGETS,
 ) -> None:
     """Makes the runs that `out` lacks and nobody else is making."""
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}
-    for job in jobs(list(sets), seeds, kinds):
+    for job in jobs(list(sets), seeds, kinds, budgets):
         with _claim(out, job) as mine:
             if not mine:
                 continue
@@ -319,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--sets", default=",".join(SETS))
     run.add_argument("--seeds", default="10,11,12,13,14")
     run.add_argument("--kinds", default=",".join(KINDS))
+    run.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     run.add_argument("--also", action="append", default=[], metavar="NAME=DATA:LABEL:FIELDS")
     show = commands.add_parser("table")
     show.add_argument("out", type=Path)
@@ -331,7 +337,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             data, label, fields = rest.rsplit(":", 2)
             sets[name] = (data, label, fields)
         seeds = [int(seed) for seed in args.seeds.split(",")]
-        run_all(args.out, sets, seeds, args.kinds.split(","))
+        budgets = [float(budget) for budget in args.budgets.split(",")]
+        run_all(args.out, sets, seeds, args.kinds.split(","), budgets)
         return
     summary = summarise(list(read(args.out)))
     if args.summary:
