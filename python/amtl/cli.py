@@ -466,6 +466,10 @@ def pack(
     dtype: Annotated[
         str, typer.Option(help="Of the embeddings: float32 (same predictions) or float16.")
     ] = "float32",
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Round the embeddings to 8, 4 or 2 bits; amtl evaluate FILE scores it."),
+    ] = None,
 ) -> None:
     """Write a trained model to one file: tiers, MLP, vocabularies. No pickle."""
     import torch
@@ -477,7 +481,11 @@ def pack(
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(types)}")
-    packed = pack_run(run, out, types[dtype])
+    if bits not in (None, 8, 4, 2):
+        raise UserError(f"--bits {bits}: choose one of 8, 4, 2")
+    if bits is not None and types[dtype] is not None:
+        raise UserError(f"--bits {bits} and --dtype {dtype} exclude each other: leave one out")
+    packed = pack_run(run, out, types[dtype], bits)
     stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
     mlp = sum(t.nbytes for t in open_packed(out).state.values())
     total = out.stat().st_size

@@ -329,3 +329,78 @@ def test_bits_need_settled_sizes():
         TrainConfig("d", "y", bits="4", table_options={"parametrization": "ordinal"})
     with pytest.raises(UserError, match="--bits must be one of"):
         TrainConfig("d", "y", bits="16")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", [AMTLEmbedding, AMTLEmbeddingBag])
+def test_bits_given_at_freezing_round_what_was_learned(bits, kind, tmp_path):
+    bags = kind is AMTLEmbeddingBag
+    layer = trained(layer_of(bits=None, budget=0.3, kind=kind), bags=bags).eval()
+    with torch.no_grad():
+        # What training leaves rows is larger than its start.
+        layer.weight.mul_(10)
+    sizes, before = layer.row_dims().clone(), layer.dense_weight()
+    full = layer.value_bytes()
+    amtl.freeze(torch.nn.Sequential(layer), bits=bits)
+    assert layer.options.bits == bits
+    whole = unit(bits)
+    assert torch.equal(layer.row_dims(), ((sizes + whole - 1) // whole * whole).clamp(max=DIM))
+    after, step = layer.dense_weight(), layer.rounding.steps().max()
+    kept = torch.arange(DIM) < sizes[:, None]
+    assert not torch.equal(after, before)
+    if bits == 8:
+        torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=2 * float(step))
+    # Rows fill whole bytes and step sizes are paid for; 60 parts at most here.
+    assert layer.value_bytes() <= full * bits / 32 + ROWS + 60 * PART_BYTES
+    rows = torch.arange(ROWS)
+    inputs = (rows, torch.arange(0, ROWS, 3)) if bags else (rows,)
+    codes = layer.to_integers()
+    assert torch.equal(codes(*inputs), layer(*inputs))
+    path = tmp_path / "table.safetensors"
+    amtl.save(layer, path)
+    assert torch.equal(amtl.load(path)(*inputs), layer(*inputs))
+    trained(layer.train(), bags=bags)
+    with pytest.raises(ValueError, match="bits must be one of"):
+        layer_of(bits=None).freeze(bits=3)
+    odd = AMTLEmbedding(4, 5, counts=[4, 3, 2, 1])
+    with pytest.raises(ValueError, match="whole bytes"):
+        odd.freeze(bits=4)
+    assert odd.phase == "search" and odd.options.bits is None
+
+
+@pytest.mark.parametrize("method", ["amtl", "fixed"])
+def test_packing_rounds_a_trained_run(method, tmp_path):
+    from amtl.cli import main
+    from amtl.errors import UserError
+    from amtl.run import methods
+    from amtl.run.config import TrainConfig
+    from amtl.run.folders import pack_run
+    from amtl.run.training import start
+
+    sized = {"budget": 0.4, "bits": "32"} if method == "amtl" else {}
+    config = TrainConfig(
+        "synthetic:2000", "label", method=method, dim=8, epochs=2, race=False, **sized
+    )
+    metrics = start(config, tmp_path / "run").run()
+    for bits, near in ((8, 5e-4), (4, 5e-2)):
+        file = tmp_path / f"{bits}.safetensors"
+        packed = pack_run(tmp_path / "run", file, bits=bits)
+        assert methods.number_bits(packed.model.table) == bits
+        stored = methods.stored_bytes(packed.model.table)
+        steps = methods.row_widths(packed.model.table).numel() * PART_BYTES
+        assert stored < metrics["stored_bytes"] * bits / 32 + steps
+        result = packed.evaluate(packed.test_split())
+        assert result["auc"] == pytest.approx(metrics["test_auc"], abs=near)
+    with pytest.raises(SystemExit) as ended:
+        main(["pack", str(tmp_path / "run"), "-o", str(tmp_path / "c.safetensors"), "--bits", "4"])
+    assert ended.value.code == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["pack", str(tmp_path / "run"), "-o", str(tmp_path / "d.safetensors"), "--bits", "5"])
+    assert ended.value.code != 0
+    if method == "amtl":
+        few = TrainConfig(
+            "synthetic:2000", "label", dim=8, epochs=1, race=False, bits="4", budget=0.1
+        )
+        start(few, tmp_path / "few").run()
+        with pytest.raises(UserError, match="4 bits, which are packed as they are"):
+            pack_run(tmp_path / "few", tmp_path / "e.safetensors", bits=8)

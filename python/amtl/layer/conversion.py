@@ -119,8 +119,13 @@ def update_schedule(model: nn.Module, progress: float) -> None:
         layer.update_schedule(progress)
 
 
-def freeze(model: _Model, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> _Model:
-    """`layer.freeze(optimizer)` on all layers that are still searching.
+def freeze(
+    model: _Model,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    *,
+    bits: int | None = None,
+) -> _Model:
+    """`layer.freeze(optimizer, bits=bits)` on all layers that are still searching.
 
     Where a module keeps a table in a list of its own, as regularisers do, its tiers take its place.
 
@@ -141,7 +146,7 @@ def freeze(model: _Model, optimizer: Optimizer | Iterable[Optimizer] | None = No
     for layer in layers(model).values():
         if layer.phase == "search":
             table = layer.weight
-            layer.freeze(optimizers)
+            layer.freeze(optimizers, bits=bits)
             _rewire(model, {id(table): layer.table_parameters()})
             # Or it would live on beside the next table.
             del table

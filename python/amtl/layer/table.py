@@ -279,8 +279,16 @@ class AMTLTable(TableLookups):
         found = [o for o in as_optimizers(optimizer, parameters) if o is not handle]
         return found if handle is None else [*found, handle]
 
-    def freeze(self: _Self, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> _Self:
+    def freeze(
+        self: _Self,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        bits: int | None = None,
+    ) -> _Self:
         """Fix the sizes and cut the table into tiers; outputs (without noise) stay bit-identical.
+
+        Where numbers have few bits, by the layer's own `bits` or those given here, outputs are
+        rounded from now on, and training goes on rounding.
 
         Rows are ordered by falling stored width, stable, so a table in frequency order whose sizes
         fall with frequency keeps its order. Otherwise the layer keeps `row_order` (4 bytes a row)
@@ -292,6 +300,10 @@ class AMTLTable(TableLookups):
             optimizer: the optimizer(s) of the table and the mask. The blocks take the place of the
                 weight in its parameter group, with their state; mask parameters are dropped. None:
                 whichever hold them, looked for among all objects of the process.
+            bits: of a stored number, 2, 4 or 8, in place of the layer's own: its `bits` from now
+                on. Sizes are rounded up to whole bytes, and no level of so few bits is zero, so
+                what a row gains stands for little rather than nothing. The table takes about
+                `bits / 32` of what it would.
 
         Returns:
             The layer.
@@ -299,11 +311,16 @@ class AMTLTable(TableLookups):
         Raises:
             RuntimeError: the layer is frozen already, or processes that train it together have
                 different sizes.
-            ValueError: the table is trainable but not in the optimizer.
+            ValueError: the table is trainable but not in the optimizer, or rows of D numbers of so
+                many bits are no whole bytes.
         """
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
         head = self._head()
+        if bits is not None:
+            options = replace(self.options, bits=bits, tier_width=None)
+            self.grid = options.grid(self.embedding_dim, self.weight.element_size())
+            self.options = options
         optimizers = self._followed(optimizer, [self.weight, *head.parameters()])
         if optimizer is not None:
             require_held(optimizers, [self.weight], "freeze")

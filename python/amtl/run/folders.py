@@ -22,7 +22,7 @@ from amtl.errors import UserError
 from amtl.layer.conversion import layers
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.model import assemble, build_model
+from amtl.run.model import ClickModel, assemble, build_model
 from amtl.run.trained import Trained
 from amtl.store.files import RESTORE, json_text, read_json, write_aside, write_json
 from amtl.store.packed import PackedFile, open_packed, table_of_tiers, write_packed
@@ -191,7 +191,9 @@ def renumber(table: nn.Module, encoder: Encoder, row_map: Tensor | None) -> None
         encoder.renumber(table.absorb_order())  # type: ignore[operator]
 
 
-def pack_run(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Trained:
+def pack_run(
+    folder: Path, out: Path, dtype: torch.dtype | None = None, bits: int | None = None
+) -> Trained:
     """Write the best model of a run to one file, as `amtl.save` does; return it as loaded from it.
 
     Args:
@@ -199,12 +201,16 @@ def pack_run(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Train
         out: the file.
         dtype: of the stored embedding values; by default as trained, which keeps predictions
             bit for bit.
+        bits: round them to numbers of 2, 4 or 8 bits in place of that.
 
     Raises:
-        UserError: the run has no model yet, or a file is damaged or cannot be written.
+        UserError: the run has no model yet, a file is damaged or cannot be written, or its numbers
+            have few bits already.
     """
     trained = load_run(folder)
     model, config = trained.model, trained.config
+    if bits is not None:
+        _round(model, trained, bits)
     if not methods.is_adaptive(model.table):
         dense = methods.table_parameters(model.table)[0].detach()
         model.table = table_of_tiers([dense], config.dim, isinstance(model.table, nn.EmbeddingBag))
@@ -221,6 +227,27 @@ def pack_run(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Train
     content = {"config": config.to_dict(), "encoder": meta, "codes": codes, "metrics": metrics}
     write_packed(out, "run", layers(model), model, metadata=content, tensors=tensors)
     return from_packed(open_packed(out))
+
+
+def _round(model: ClickModel, trained: Trained, bits: int) -> None:
+    """Rounds a trained table; codes of each field and magnitude of the count share a step size."""
+    table, config = model.table, trained.config
+    if methods.number_bits(table) < 16:
+        raise UserError(
+            f"its numbers have {methods.number_bits(table)} bits, which are packed as they are: "
+            "leave --bits out"
+        )
+    try:
+        if methods.is_adaptive(table):
+            table.thaw().freeze(bits=bits)  # type: ignore[operator]
+            return
+        options = {"bits": bits}
+        layer = methods.build_table("fixed", trained.encoder, config.dim, options=options)
+        with torch.no_grad():
+            methods.table_parameters(layer)[0].copy_(methods.table_parameters(table)[0])
+        model.table = layer.freeze().train(table.training)  # type: ignore[operator]
+    except ValueError as error:
+        raise UserError(f"--bits {bits}: {error}") from error
 
 
 def from_packed(packed: PackedFile) -> Trained:
