@@ -19,7 +19,7 @@ from rich.table import Table
 
 from amtl import failures
 from amtl.errors import UserError
-from amtl.run.config import TrainConfig
+from amtl.run.config import TrainConfig, parse_budget
 
 app = typer.Typer(
     name="amtl",
@@ -113,7 +113,11 @@ def train(
     ] = None,
     dim: Annotated[int | None, _count("Full embedding width.", TrainConfig.dim)] = None,
     budget: Annotated[
-        float | None, _rate("Stored share of the bytes of rows × dim.", TrainConfig.budget)
+        str | None,
+        typer.Option(
+            help="Stored share of the bytes of rows × dim, or bytes such as 500kB or 2MB.",
+            show_default=str(TrainConfig.budget),
+        ),
     ] = None,
     bits: Annotated[
         str | None,
@@ -213,7 +217,7 @@ def train(
     given = {
         "backbone": backbone,
         "dim": dim,
-        "budget": budget,
+        **({} if budget is None else parse_budget(budget)),
         "bits": bits,
         "epochs": epochs,
         "patience": patience,
@@ -228,7 +232,7 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     laws = {"exponent": exponent, "capacity_bits": capacity_bits}
     laws = {name: value for name, value in laws.items() if value is not None}
-    _refuse_idle(method, parametrization, [*given, *laws])
+    _refuse_idle(method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])])
     source = load_source(data)
     config = _config(
         source,
@@ -252,8 +256,9 @@ def train(
     if out is None:
         stem = "-".join(Path(part).stem for part in source.name.split(":"))
         stem += f"-{backbone}" if backbone else ""
-        budget = config.effective_budget
-        share = "" if budget is None else f"-b{budget:g}"
+        share = "" if config.effective_budget is None else f"-b{config.effective_budget:g}"
+        if config.budget_bytes is not None:
+            share = f"-b{config.budget_bytes}B"
         share += f"-{config.bits}bits" if config.bits != TrainConfig.bits else ""
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
     if holds_run(out) and not force:

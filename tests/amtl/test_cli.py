@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 from amtl.cli import main
+from amtl.run.config import parse_budget
 from amtl.run.folders import holds_run, load_checkpoint
 from amtl.store.files import read_json
 
@@ -174,6 +175,31 @@ def test_the_paper_mode_has_no_budget(data, tmp_path, capsys):
     assert read_json(out / "metrics.json")["budget"] is None
     assert run("compare", out) == 0
     assert "AMTL D=4 no budget" in capsys.readouterr().out
+
+
+def test_a_budget_in_bytes(data, tmp_path):
+    out = tmp_path / "r"
+    args = ["--label", "label", "--fields", "user,item", "--no-race", "--bits", "32"]
+    assert run("train", data, *args, "--out", out, *FAST, "--budget", "0.5kB") == 0
+    metrics = read_json(out / "metrics.json")
+    assert 350 < metrics["stored_bytes"] <= 500
+    assert metrics["budget"] == pytest.approx(500 / metrics["dense_bytes"])
+    assert run("train", "--resume", "--out", out) == 0
+    assert read_json(out / "metrics.json")["stored_bytes"] == metrics["stored_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.25", {"budget": 0.25}),
+        ("2MB", {"budget_bytes": 2_000_000}),
+        ("1.5 kb", {"budget_bytes": 1500}),
+        ("2GiB", {"budget_bytes": 2**31}),
+        ("300B", {"budget_bytes": 300}),
+    ],
+)
+def test_a_budget_is_a_share_or_bytes(text, expected):
+    assert parse_budget(text) == expected
 
 
 def test_evaluate_and_pack_agree(runs, data, tmp_path, capsys):

@@ -23,12 +23,13 @@ from amtl.run.race import (
     DROPOUT,
     FLAT,
     FULL,
+    LESS,
     SHARES,
     candidates,
     field_weights,
     is_open,
     race,
-    race_less,
+    race_bytes,
     race_taught,
 )
 from amtl.run.teaching import Teacher
@@ -231,6 +232,10 @@ class Scripted:
         self.released = True
 
 
+def step(learner):
+    learner.step()
+
+
 class Quiet:
     def __getattr__(self, name):
         return lambda *args: None
@@ -245,7 +250,7 @@ def scripted_race(scores, config):
         made[name] = Scripted(scores[name])
         return made[name]
 
-    return race(config, make, Quiet(), lambda learner: learner.step()), made
+    return race(config, make, Quiet(), step), made
 
 
 def test_the_better_half_goes_on_and_the_best_one_wins():
@@ -304,7 +309,7 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
         made.append(config)
         return small
 
-    result, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
+    result, row = race_bytes(LESS, settings(), winner, 0.25, make, Quiet(), step)
     assert small.steps == steps
     assert result is (small if better else None)
     assert made[0].budget == pytest.approx(0.075)
@@ -336,7 +341,7 @@ def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
         made[config.distillation] = Scripted(scores[config.distillation])
         return made[config.distillation]
 
-    best, rows = race_taught(winner, make, Quiet(), lambda learner: learner.step())
+    best, rows = race_taught(winner, make, Quiet(), step)
     assert tuple(made) == SHARES
     assert best is made.get(chosen)
     assert [row["chosen"] for row in rows] == [share == chosen for share in SHARES]
@@ -362,11 +367,35 @@ def test_less_is_tried_as_long_as_it_is_better():
         made.append(config.budget)
         return tried[len(made) - 1]
 
-    best, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
+    best, row = race_bytes(LESS, settings(), winner, 0.25, make, Quiet(), step)
     assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
     assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
     assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
     assert [learner.released for learner in tried] == [True, False, True, True, False]
+
+
+def test_more_is_tried_up_to_the_budget_as_long_as_it_is_better():
+    winner = Scripted([0.5, 0.8])
+    while not winner.finished:
+        winner.step()
+
+    def tried(used, *scores):
+        made = []
+
+        def make(config):
+            made.append(config.budget)
+            return Scripted([0.5, scores[len(made) - 1]])
+
+        best, _ = race_bytes(1 / LESS, settings(), winner, used, make, Quiet(), step)
+        return made, None if best is None else best.scores[1]
+
+    budget = settings().budget
+    assert tried(0.02, 0.85, 0.9, 0.95) == (
+        pytest.approx([0.02 / LESS, 0.02 / LESS**2, budget]),
+        0.95,
+    )
+    assert tried(0.02, 0.85, 0.84, 0.95) == (pytest.approx([0.02 / LESS, 0.02 / LESS**2]), 0.85)
+    assert tried(0.95 * budget) == ([], None)
 
 
 def test_what_is_far_behind_ends_the_search_for_less():
@@ -380,7 +409,7 @@ def test_what_is_far_behind_ends_the_search_for_less():
         made.append(config)
         return tried[len(made) - 1]
 
-    best, row = race_less(settings(), winner, 0.25, make, Quiet(), lambda learner: learner.step())
+    best, row = race_bytes(LESS, settings(), winner, 0.25, make, Quiet(), step)
     assert best is None and row["score"] == 0.78 and len(made) == 1
 
 

@@ -166,7 +166,8 @@ def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def verdict(metrics: Mapping[str, Any]) -> str | None:
     """What the scores say against the sizes or the budget that were asked for, or None."""
     less = (metrics["raced"] or {}).get("less")
-    if less is not None and less["chosen"]:
+    whole = (metrics["raced"] or {}).get("budget", math.inf) * metrics["dense_bytes"]
+    if less is not None and less["chosen"] and metrics["stored_bytes"] < whole / 2:
         return (
             f"fewer bytes validated better than the whole budget, so the model takes "
             f"{metrics['stored_bytes']:,}; --no-race spends all"

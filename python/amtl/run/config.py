@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from amtl.errors import UserError
@@ -14,6 +15,26 @@ BACKBONES = ("dnn", "deepfm", "dcn", "xdeepfm", "autoint", "din", "widedeep")
 
 
 BITS = ("auto", "32", "8", "4", "2")
+
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_budget(text: str) -> dict[str, Any]:
+    """`budget` or `budget_bytes` of what was typed: a share, or bytes with their unit (`2MB`).
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = re.fullmatch(r"([0-9.]+)\s*([kmg]?i?)b", text.strip().lower())
+    try:
+        if found is None:
+            return {"budget": float(text)}
+        return {"budget_bytes": round(float(found[1]) * _UNITS[found[2]])}
+    except (ValueError, KeyError):
+        raise UserError(
+            f"--budget {text!r}: a share such as 0.1, or bytes such as 500kB or 2MB, is needed"
+        ) from None
 
 
 def _of_version_1(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +66,7 @@ class TrainConfig:
         method: `amtl`, `rule` or `fixed`.
         dim: full embedding width D.
         budget: stored bytes over those of N × D numbers of 32 bits.
+        budget_bytes: the same as a number of bytes; `with_rows` makes `budget` of it.
         bits: of a stored number: `32`, `8`, `4`, `2`, or `auto` for what validation prefers, 4
             where there is no race, and 32 for `fixed` and where sizes are learned.
         freeze_at: step at which sizes are fixed; None leaves it to validation.
@@ -89,6 +111,7 @@ class TrainConfig:
     method: str = "amtl"
     dim: int = 16
     budget: float = 0.4
+    budget_bytes: int | None = None
     bits: str = "auto"
     freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
@@ -130,6 +153,8 @@ class TrainConfig:
             )
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
+        if self.budget_bytes is not None and self.budget_bytes < 1:
+            raise UserError(f"--budget must be at least a byte, not {self.budget_bytes}")
         if self.embedding_dropout is not None and not 0 <= self.embedding_dropout < 1:
             raise UserError(
                 f"--embedding-dropout must be from 0 up to (not including) 1, "
@@ -139,6 +164,13 @@ class TrainConfig:
             raise UserError(f"--distillation must be from 0 to 1, not {self.distillation:g}")
         if self.freeze_at is not None and self.freeze_at < 0:
             raise UserError(f"--freeze-at is a number of steps, not {self.freeze_at}")
+
+    def with_rows(self, rows: int) -> TrainConfig:
+        """Settings whose budget is a share of the bytes of `rows` rows."""
+        if self.budget_bytes is None:
+            return self
+        share = self.budget_bytes / (max(1, rows) * self.dim * 4)
+        return replace(self, budget=min(1.0, share), budget_bytes=None)
 
     @property
     def effective_budget(self) -> float | None:

@@ -225,7 +225,8 @@ def race(
     return Raced(entries[alive[0]], learners[alive[0]], table, evidence, entries[sized])
 
 
-def race_less(
+def race_bytes(
+    factor: float,
     sized: TrainConfig,
     winner: Learner,
     used: float,
@@ -233,11 +234,13 @@ def race_less(
     observer: Observer,
     step: Callable[[Learner], None],
 ) -> tuple[Learner | None, dict[str, Any] | None]:
-    """Trains with fewer and fewer bytes, the budget being a limit and no aim.
+    """Trains with fewer and fewer bytes, or more and more, the budget being a limit and no aim.
 
-    Until it is twice in a row no better, or far from it: a step may only remove what overfits.
+    With fewer until that is twice in a row no better, or far from it: a step may only remove what
+    overfits. With more until it is no better, or the budget is reached.
 
     Args:
+        factor: what the bytes are multiplied by from step to step.
         sized: settings of the best candidate whose rows differ in width.
         winner: the best model so far, trained to its end.
         used: share of the full table's bytes that it stores.
@@ -246,13 +249,13 @@ def race_less(
         step: takes one step of a learner.
 
     Returns:
-        The best model with less of the budget that validates better, and its row with the winner's
-        under `rival`; the row of the first one tried if none does; nothing where no size fits.
+        The best model of other bytes that validates better, and its row with the winner's under
+        `rival`; the row of the first one tried if none does; nothing where no size fits.
     """
     rival, best, row = outcome("the best before", winner), None, None
-    share, missed = min(used, sized.budget), False
-    while True:
-        share *= LESS
+    share, missed = min(used, sized.budget), factor > 1
+    while factor < 1 or share < _ALMOST_ALL * sized.budget:
+        share = min(share * factor, sized.budget)
         learner, _ = _try(make, replace(sized, budget=share))
         if learner is None:
             break
@@ -268,7 +271,7 @@ def race_less(
             continue
         if best is not None:
             best.release()
-        best, missed = better, False
+        best, missed = better, factor > 1
     return best, row
 
 

@@ -33,7 +33,17 @@ from amtl.run.memory import require_memory
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
-from amtl.run.race import FULL, is_open, outcome, plain, race, race_less, race_taught, run_to_end
+from amtl.run.race import (
+    FULL,
+    LESS,
+    is_open,
+    outcome,
+    plain,
+    race,
+    race_bytes,
+    race_taught,
+    run_to_end,
+)
 from amtl.run.teaching import Teacher
 
 _RACED_LATER = ("embedding_dropout", "distillation")
@@ -117,6 +127,7 @@ class Trainer:
         stop: Callable[[int], bool] | None = None,
         checkpoint_seconds: float = 300.0,
     ) -> None:
+        config = config.with_rows(task.encoder.num_rows)
         self.config = config
         self.task = task
         self.out = out
@@ -201,34 +212,49 @@ class Trainer:
         self.save()
 
     def _race_on(self) -> None:
-        """Looks whether softened labels do better, and less of the budget."""
-        raced, winner, observer = self.raced, self.learner, self.observer
+        """Looks whether less of the budget does better, and labels that these models soften."""
+        raced, observer, racer = self.raced, self.observer, self._racer()
         assert raced is not None
+        winner, full, more = self.learner, None, None
         taught: list[dict[str, Any]] = []
-        labels = full = None
+
+        def prefer(better: Learner | None) -> Learner:
+            if better is None:
+                return winner
+            if winner is not self.learner:
+                winner.release()
+            return better
+
+        def race_sizes(factor: float, labels: Tensor | None = None) -> Any:
+            config, best = winner.config, winner.best
+            sized = replace(config, table_options=raced["sized"], budget=raced["budget"])
+            assert best is not None
+            used = best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
+            make = partial(self._make, taught=labels)
+            return race_bytes(factor, sized, winner, used, make, observer, racer)
+
         try:
-            if winner.config.distillation != 0:
-                table = self._make(plain(winner.config))
-                run_to_end(FULL, table, observer, self._racer())
-                full = outcome(FULL, table)
+            better, less = race_sizes(LESS)
+            winner = prefer(better)
+            if self.config.distillation != 0:
                 teacher = Teacher()
-                teacher.add(winner)
+                for learner in {id(m): m for m in (self.learner, winner)}.values():
+                    teacher.add(learner)
+                table = self._make(plain(self.config))
+                run_to_end(FULL, table, observer, racer)
+                full = outcome(FULL, table)
                 teacher.add(table)
                 table.release()
                 make = partial(self._make, taught=teacher.labels())
-                better, taught = race_taught(winner, make, observer, self._racer())
+                better, taught = race_taught(winner, make, observer, racer)
                 if better is not None:
                     teacher.add(better)
-                    winner, labels = better, teacher.labels()
-            sized = replace(winner.config, table_options=raced["sized"], budget=raced["budget"])
-            assert winner.best is not None
-            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
-            make = partial(self._make, taught=labels)
-            better, less = race_less(sized, winner, used, make, observer, self._racer())
-            winner = better or winner
+                    winner = prefer(better)
+                    better, more = race_sizes(1 / LESS, teacher.labels())
+                    winner = prefer(better)
         finally:
             observer.end()
-        self.raced = {**raced, "full": full, "taught": taught, "less": less}
+        self.raced = {**raced, "less": less, "full": full, "taught": taught, "more": more}
         if winner is not self.learner:
             self.config, self.learner, self._best_saved = winner.config, winner, -1
             self._begin()
