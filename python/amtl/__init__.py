@@ -19,6 +19,7 @@ Rooms, each using only those before it: `layer` (tables that learn sizes), `inte
 people's models), `store` (files), `data` (from tables to indices), `run` (training), `cli`.
 """
 
+import amtl.integrations  # noqa: F401  (registers what other libraries ask of the layers)
 from amtl.layer.budget import BudgetError
 from amtl.layer.collection import AMTLEmbeddingCollection
 from amtl.layer.conversion import (

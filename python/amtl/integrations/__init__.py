@@ -14,26 +14,24 @@ from collections.abc import Iterable
 from torch import nn
 
 from amtl.integrations.huggingface import save_as_dense
+from amtl.layer.hosts import Host, register
 
 _TORCHREC = "torchrec.modules.embedding_modules"
 
 
-def check(model: nn.Module, embeddings: Iterable[nn.Module]) -> None:
-    """Whether AMTL layers may take the place of these embeddings of a model.
-
-    Raises:
-        ValueError: the library that the model is of would lose them.
-    """
+def _check(model: nn.Module, embeddings: Iterable[nn.Module]) -> None:
     if _TORCHREC in sys.modules:
         from amtl.integrations.torchrec import check_collections
 
         check_collections(model, embeddings)
 
 
-def settle(model: nn.Module) -> None:
-    """What a model needs whose embeddings became AMTL layers, or layers embeddings, in place."""
+def _settle(model: nn.Module) -> None:
     save_as_dense(model)
     if _TORCHREC in sys.modules:
         from amtl.integrations.torchrec import reclass_collections
 
         reclass_collections(model)
+
+
+register(Host(_check, _settle))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from amtl.integrations import check, settle
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.fusing import FusedOptimizer, make_handle
+from amtl.layer.hosts import check, settle
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.table import AMTLTable
 from amtl_kernels.optim import RowOptimizer

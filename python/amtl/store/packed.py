@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from amtl.errors import UserError
-from amtl.integrations import check, settle
 from amtl.layer.collection import AMTLEmbeddingCollection
 from amtl.layer.conversion import layers as layers_of
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.hosts import check, settle
 from amtl.layer.table import AMTLTable
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
