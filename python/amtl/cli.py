@@ -395,6 +395,9 @@ def _print_decisions(decisions: Sequence[Any]) -> None:
 
 
 def _print_result(metrics: dict[str, Any], out: Path) -> None:
+    from amtl.run.comparison import choices
+    from amtl.run.display import print_comparison
+
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="dim")
     table.add_column()
@@ -406,6 +409,7 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
         "log loss": f"{metrics['test_logloss']:.4f}",
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",
+        "chosen": choices(metrics) or "as given",
         "unseen": escape(", ".join(f"{k} {v:,}" for k, v in unseen.items())) or "no test value",
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
         "run": escape(str(out)),
@@ -413,8 +417,6 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
-    from amtl.run.display import print_comparison
-
     print_comparison(console, metrics)
 
 

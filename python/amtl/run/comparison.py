@@ -14,7 +14,7 @@ from amtl.run.learner import Learner
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer
-from amtl.run.race import DROPOUT, FLAT, FULL, plain, race_taught, run_to_end
+from amtl.run.race import CAPACITY_BITS, DROPOUT, FLAT, FULL, plain, race_taught, run_to_end
 from amtl.run.teaching import Teacher
 
 THIS, TAUGHT = "this model", ", taught"
@@ -161,6 +161,21 @@ def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 row[2] += f" ({first['epochs']:g})"
         rows.append(row + [_number(last, key) for key in _SCORES])
     return header, rows
+
+
+def choices(metrics: Mapping[str, Any]) -> str:
+    """What a race has settled, as options of the command line; empty where there was none."""
+    if not metrics["raced"]:
+        return ""
+    config = metrics["config"]
+    capacity = config["table_options"].get("capacity_bits")
+    found = {
+        "bits": metrics["bits"],
+        "capacity-bits": None if capacity is None or capacity > max(CAPACITY_BITS) else capacity,
+        "distillation": config["distillation"],
+        "embedding-dropout": config["embedding_dropout"],
+    }
+    return " ".join(f"--{name} {value:g}" for name, value in found.items() if value)
 
 
 def verdict(metrics: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from amtl.run.progress import Bars
 from amtl.run.report import group_results, write_report
 from amtl.run.training import start
 
-BUDGETS = (0.125, 0.01)
+BUDGETS = (0.03,)
 NARROW = 0.125
 
 
