@@ -275,7 +275,7 @@ def test_a_whole_demo(tmp_path, capsys):
     assert (out / "report.html").exists()
     assert (out / "model.safetensors").exists()
     assert " 4 bits " in shown and "one in " in shown
-    for name in ("fixed-full", "fixed-narrow", "fixed-4-bits", "amtl-0.03", "amtl-0.03"):
+    for name in ("fixed-full", "fixed-narrow", "fixed-4-bits", "amtl-0.03"):
         assert (out / name / "metrics.json").exists()
 
 
