@@ -440,6 +440,27 @@ def test_a_race_that_was_stopped_begins_again_and_ends_the_same(source, tmp_path
         assert again[key] == expected[key], key
 
 
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.95])
+def test_what_was_stopped_after_its_race_ends_the_same(source, tmp_path, share):
+    config, asked = settings(epochs=2), []
+
+    def counted(steps):
+        asked.append(steps)
+        return False
+
+    expected = start(config, source=source, stop=counted).run()
+    last = int(share * len(asked))
+    asked.clear()
+    stopped = start(
+        config, tmp_path, source=source, stop=lambda steps: counted(steps) or len(asked) > last
+    )
+    with pytest.raises(Interrupted):
+        stopped.run()
+    again = start(None, tmp_path, resume=True, source=source).run()
+    for key in ("test_auc", "val_auc", "stored_bytes", "raced"):
+        assert again[key] == expected[key], key
+
+
 def test_a_validation_split_of_one_class_is_said(source):
     rows = split_rows(source.frame, "random")[1].numpy()
     labels = source.frame["label"].to_numpy().copy()
