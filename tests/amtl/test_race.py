@@ -30,6 +30,7 @@ from amtl.run.race import (
     is_open,
     race,
     race_bytes,
+    race_law,
     race_taught,
 )
 from amtl.run.teaching import Teacher
@@ -396,6 +397,33 @@ def test_more_is_tried_up_to_the_budget_as_long_as_it_is_better():
     )
     assert tried(0.02, 0.85, 0.84, 0.95) == (pytest.approx([0.02 / LESS, 0.02 / LESS**2]), 0.85)
     assert tried(0.95 * budget) == ([], None)
+
+
+def test_the_middle_law_is_tried_where_another_has_won():
+    winner, made = Scripted([0.5, 0.8]), []
+    while not winner.finished:
+        winner.step()
+
+    def tried(score, **changes):
+        made.clear()
+
+        def make(config):
+            made.append(config)
+            return Scripted([0.5, score])
+
+        return race_law(settings(**changes), make, winner, Quiet(), step)
+
+    options = {"capacity_bits": 16.0, "twins": False}
+    better, row = tried(0.9, table_options=options, distillation=0.5)
+    assert better is not None and row["chosen"]
+    assert made == [settings(table_options={**options, "capacity_bits": 4.0}, distillation=0.5)]
+    assert tried(0.7, table_options=options)[0] is None
+    for changes in (
+        {"table_options": {"capacity_bits": 4.0}},
+        {"table_options": {}},
+        {"table_options": {"capacity_bits": 1.0, "bits": 4}, "budget": 0.125},
+    ):
+        assert tried(0.9, **changes) == (None, None) and not made
 
 
 def test_what_is_far_behind_ends_the_search_for_less():

@@ -311,6 +311,38 @@ def race_taught(
     return best, rows
 
 
+def race_law(
+    sized: TrainConfig,
+    make: Callable[[TrainConfig], Learner],
+    winner: Learner,
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any] | None]:
+    """Trains with the middle one of the laws where another has won; see `contend`.
+
+    One epoch, after which a race lets the worse half go, is little to tell laws apart by.
+
+    Args:
+        sized: the winner's settings with sizes of the best candidate whose rows differ in width.
+        make: a fresh learner of given settings.
+        winner: the best model so far, trained to its end.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The learner if it validates better, and its row; nothing where there is no other law.
+    """
+    options = sized.table_options
+    whole = sized.budget * 32 / options.get("bits", 32) > _ALMOST_ALL
+    if whole or options.get("capacity_bits") in (None, _MIDDLE):
+        return None, None
+    options = {**options, "capacity_bits": _MIDDLE}
+    learner, _ = _try(make, replace(sized, table_options=options))
+    if learner is None:
+        return None, None
+    return contend(f"sizes by {_MIDDLE:g} bits a number", learner, winner, observer, step)
+
+
 def contend(
     name: str,
     learner: Learner,

@@ -41,6 +41,7 @@ from amtl.run.race import (
     plain,
     race,
     race_bytes,
+    race_law,
     race_taught,
     run_to_end,
 )
@@ -215,7 +216,8 @@ class Trainer:
         """Looks whether less of the budget does better, and labels that these models soften."""
         raced, observer, racer = self.raced, self.observer, self._racer()
         assert raced is not None
-        winner, full, more = self.learner, None, None
+        winner, options = self.learner, raced["sized"]
+        full = law = more = None
         taught: list[dict[str, Any]] = []
 
         def prefer(better: Learner | None) -> Learner:
@@ -226,10 +228,9 @@ class Trainer:
             return better
 
         def race_sizes(factor: float, labels: Tensor | None = None) -> Any:
-            config, best = winner.config, winner.best
-            sized = replace(config, table_options=raced["sized"], budget=raced["budget"])
-            assert best is not None
-            used = best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
+            sized = replace(winner.config, table_options=options, budget=raced["budget"])
+            assert winner.best is not None
+            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
             make = partial(self._make, taught=labels)
             return race_bytes(factor, sized, winner, used, make, observer, racer)
 
@@ -247,14 +248,20 @@ class Trainer:
                 table.release()
                 make = partial(self._make, taught=teacher.labels())
                 better, taught = race_taught(winner, make, observer, racer)
-                if better is not None:
-                    teacher.add(better)
-                    winner = prefer(better)
-                    better, more = race_sizes(1 / LESS, teacher.labels())
-                    winner = prefer(better)
+                winner = prefer(better)
+            if winner.config.distillation:
+                if "capacity_bits" not in raced["given"]:
+                    sized = replace(winner.config, table_options=options)
+                    better, law = race_law(sized, make, winner, observer, racer)
+                    if better is not None:
+                        winner, options = prefer(better), better.config.table_options
+                teacher.add(winner)
+                better, more = race_sizes(1 / LESS, teacher.labels())
+                winner = prefer(better)
         finally:
             observer.end()
-        self.raced = {**raced, "less": less, "full": full, "taught": taught, "more": more}
+        found = {"less": less, "full": full, "taught": taught, "law": law, "more": more}
+        self.raced = {**raced, **found}
         if winner is not self.learner:
             self.config, self.learner, self._best_saved = winner.config, winner, -1
             self._begin()
