@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
 from amtl.run.race import (
+    DROPOUT,
     FULL,
     LESS,
     is_open,
@@ -217,7 +218,8 @@ class Trainer:
         raced, observer, racer = self.raced, self.observer, self._racer()
         assert raced is not None
         winner, options = self.learner, raced["sized"]
-        full = law = more = None
+        full: dict[str, Any] | None = None
+        law = more = None
         taught: list[dict[str, Any]] = []
 
         def prefer(better: Learner | None) -> Learner:
@@ -241,11 +243,13 @@ class Trainer:
                 teacher = Teacher()
                 for learner in {id(m): m for m in (self.learner, winner)}.values():
                     teacher.add(learner)
-                table = self._make(plain(self.config))
-                run_to_end(FULL, table, observer, racer)
-                full = outcome(FULL, table)
-                teacher.add(table)
-                table.release()
+                for table in self._full_tables():
+                    run_to_end(FULL, table, observer, racer)
+                    row = outcome(FULL, table)
+                    if full is None or row["score"] > full["score"]:
+                        full = row
+                    teacher.add(table)
+                    table.release()
                 make = partial(self._make, taught=teacher.labels())
                 better, taught = race_taught(winner, make, observer, racer)
                 winner = prefer(better)
@@ -266,6 +270,15 @@ class Trainer:
             self.config, self.learner, self._best_saved = winner.config, winner, -1
             self._begin()
         self.save()
+
+    def _full_tables(self) -> Iterator[Learner]:
+        """Tables of full size, without and with dropout where that is left open: one may overfit.
+
+        A teacher of several says more than any of them.
+        """
+        given = self.config.embedding_dropout
+        for share in (None, DROPOUT) if given is None else (given,):
+            yield self._make(replace(plain(self.config), embedding_dropout=share))
 
     def _racer(self, kept: str = "a checkpoint") -> Callable[[Learner], None]:
         """Takes steps of learners beside the one that checkpoints hold; `kept` is what does."""
