@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CLAMP = 2
-"""The value of ``bounds_check`` that moves indices into range."""
+OFF, CLAMP = 0, 2
+"""The values of ``bounds_check`` that vouch for indices, and that move them into range."""
 
 
 class Tables(NamedTuple):
@@ -28,11 +28,12 @@ class Tables(NamedTuple):
         return [sum(next(blocks).shape[0] for _ in range(n)) for n in self.block_counts]
 
 
-class Codes(NamedTuple):
-    """What makes numbers of tables of few bits: step sizes of their blocks, and their bits."""
+class FewBits(NamedTuple):
+    """What makes numbers of tables of few bits, in the order of the schema."""
 
     steps: list[Tensor]
     bits: list[int]
+    step_ends: list[int] | None = None
 
 
 class Bags(NamedTuple):
@@ -44,6 +45,79 @@ class Bags(NamedTuple):
     pooling: int
     padding_idx: list[int]
     include_last_offset: bool
+
+
+def are_codes(blocks: Sequence[Tensor]) -> bool:
+    """Whether blocks hold codes of few bits, and so no numbers."""
+    return len(blocks) > 0 and blocks[0].dtype == torch.uint8
+
+
+def widths_of(blocks: Sequence[Tensor], bits: int) -> list[int]:
+    """Numbers in a row of each block, of codes of so many bits if they are codes."""
+    per_byte = 8 // bits if are_codes(blocks) else 1
+    return [block.shape[1] * per_byte for block in blocks]
+
+
+def cut(blocks: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
+    """The parts of blocks that end before these rows, each within a block, as views."""
+    parts: list[Tensor] = []
+    first = start = 0
+    for block in blocks:
+        after = first + block.shape[0]
+        while len(parts) < len(ends) and ends[len(parts)] <= after:
+            end = ends[len(parts)]
+            parts.append(block[start - first : end - first])
+            start = end
+        first = after
+    return parts
+
+
+def check_few_bits(
+    blocks: Sequence[Tensor],
+    block_counts: Sequence[int],
+    sizes: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    bits: Sequence[int],
+    step_ends: Sequence[int],
+) -> None:
+    """Raises ValueError unless tables of few bits are whole, and others are none."""
+
+    def check(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(message)
+
+    check(bool(steps) == bool(bits), "steps and bits go together")
+    if not steps:
+        check(not step_ends, "step_ends need steps and bits")
+        check(not are_codes(blocks), "blocks of codes need steps and bits, and have no gradient")
+        return
+    check(
+        len(steps) == len(bits) == len(block_counts),
+        "one tensor of steps and one number of bits per table are needed",
+    )
+    check(not sizes, "a table of few bits has no sizes")
+    same = all(block.dtype == blocks[0].dtype for block in blocks)
+    check(same, "blocks differ in type")
+    every = sum(mine.numel() for mine in steps)
+    check(not step_ends or every == len(step_ends), "one of step_ends per step is needed")
+    first, part = 0, 0
+    for mine, few, count in zip(steps, bits, block_counts, strict=True):
+        check(few in (2, 4, 8), f"bits must be 2, 4 or 8, got {few}")
+        parts = mine.numel() if step_ends else count
+        check(
+            mine.dtype == torch.float32 and mine.shape == (parts,),
+            f"steps must be float32 [{parts}]",
+        )
+        ends = step_ends[part : part + parts]
+        rows = [block.shape[0] for block in blocks[first : first + count]]
+        of_blocks = {sum(rows[: c + 1]) for c in range(count)}
+        whole = of_blocks <= {0, *ends} and list(ends) == sorted(ends)
+        whole = whole and min(ends, default=0) >= 0 and max(ends, default=0) == max(of_blocks)
+        first, part = first + count, part + parts
+        check(
+            whole or not step_ends,
+            "step_ends must not decrease, and every block must end at one of them",
+        )
 
 
 def clamped(indices: Tensor, offsets: Tensor | None, rows: Sequence[int]) -> Tensor:

@@ -9,30 +9,38 @@ import torch
 from torch import Tensor
 
 from amtl_kernels import _schema
-from amtl_kernels._arguments import CLAMP, Bags, Codes, Tables, clamped, split_masks
+from amtl_kernels._arguments import (
+    CLAMP,
+    OFF,
+    Bags,
+    FewBits,
+    Tables,
+    are_codes,
+    clamped,
+    split_masks,
+    widths_of,
+)
 
 _TABLES = len(Tables._fields)
 _BAGS = len(Bags._fields)
 _NAMES = tuple(argument.name for argument in torch.ops.amtl.lookup.default._schema.arguments)
 
 
-def _widths(tables: Tables, bits: Sequence[int] | None) -> list[int]:
+def _widths(tables: Tables, bits: Sequence[int]) -> list[int]:
     """Of every table's output."""
     if tables.dims:
         return list(tables.dims)
     blocks = iter(tables.blocks)
-    widest = [max(next(blocks).shape[1] for _ in range(n)) for n in tables.block_counts]
-    if not bits:
-        return widest
-    return [width * 8 // each for width, each in zip(widest, bits, strict=True)]
+    every = zip(tables.block_counts, bits or [8] * len(tables.block_counts), strict=True)
+    return [max(widths_of([next(blocks) for _ in range(n)], each)) for n, each in every]
 
 
 def _fake_lookup(*arguments: Any) -> Tensor:
     tables = Tables(*arguments[:_TABLES])
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
     steps, bits = (*arguments[_TABLES + 3 + _BAGS :], None, None)[:2]
-    widths = _widths(tables, bits)
-    like = steps[0] if steps else tables.blocks[0]
+    widths = _widths(tables, bits or ())
+    like = steps[0] if steps and are_codes(tables.blocks) else tables.blocks[0]
     if bags.offsets is None:
         return like.new_empty(*bags.indices.shape, widths[0])
     ends = bags.offsets.shape[0] - int(bags.include_last_offset)
@@ -81,20 +89,28 @@ def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -
 
 
 def _save(
-    ctx: Any, tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool
+    ctx: Any,
+    tables: Tables,
+    masks: list[Tensor],
+    bags: Bags,
+    bounds_check: int,
+    sparse: bool,
+    few: FewBits | None,
 ) -> None:
     indices = bags.indices
     if bounds_check == CLAMP:
         indices = clamped(indices, bags.offsets, tables.rows())
-    ctx.lists = [len(tables.blocks), len(tables.sizes), len(tables.row_groups)]
+    steps = [] if few is None else few.steps
+    ctx.lists = [len(tables.blocks), len(tables.sizes), len(tables.row_groups), len(steps)]
     ctx.save_for_backward(
         *(indices, bags.offsets, bags.per_sample_weights),
-        *(*tables.blocks, *tables.sizes, *tables.row_groups),
+        *(*tables.blocks, *tables.sizes, *tables.row_groups, *steps),
     )
     ctx.tables = tables._replace(blocks=[], sizes=[], row_groups=[])
     ctx.pooled = bags[3:]
     ctx.mask_dtypes = [mask.dtype for mask in masks]
     ctx.sparse = sparse
+    ctx.few = few and few._replace(steps=[])
 
 
 class _Gradients(NamedTuple):
@@ -109,11 +125,17 @@ def _gradients(
     """The gradients that are wanted, of what :func:`_save` has saved."""
     saved = iter(ctx.saved_tensors)
     bags = Bags(next(saved), next(saved), next(saved), *ctx.pooled)
-    weights, sizes, row_groups = ([next(saved) for _ in range(n)] for n in ctx.lists)
+    weights, sizes, row_groups, steps = ([next(saved) for _ in range(n)] for n in ctx.lists)
     tables = ctx.tables._replace(blocks=weights, sizes=sizes, row_groups=row_groups)
+    few = ctx.few and ctx.few._replace(steps=steps)
+    of_psw = sample_gradient(grad, tables, bags, few) if few and wants_psw else None
+    if of_psw is not None and not any(blocks):
+        return _Gradients([None] * len(weights), [], of_psw)
     rows, grads, flat, psw = torch.ops.amtl.lookup_backward(
-        grad.contiguous(), *tables, *bags, any(blocks), any(masks), wants_psw
+        grad.contiguous(), *tables, *bags, any(blocks), any(masks), wants_psw and not few
     )
+    if wants_psw and not few:
+        of_psw = psw
     of_blocks = [
         row_gradient(rows[c], grads[c], weight.shape, ctx.sparse) if blocks[c] else None
         for c, weight in enumerate(weights)
@@ -123,13 +145,34 @@ def _gradients(
         parts = split_masks(flat, sizes, [weight.shape[1] for weight in weights])
         every = zip(parts, ctx.mask_dtypes, masks, strict=True)
         of_masks = [part.to(dtype) if wanted else None for part, dtype, wanted in every]
-    return _Gradients(of_blocks, of_masks, psw if wants_psw else None)
+    return _Gradients(of_blocks, of_masks, of_psw)
+
+
+def sample_gradient(grad: Tensor, tables: Tables, bags: Bags, few: FewBits) -> Tensor:
+    """The gradient ``[L]`` of per-sample weights, of what one table of few bits shows.
+
+    The operators of the backward would take it of what is stored.
+    """
+    offsets, (padding,) = bags.offsets, bags.padding_idx
+    assert offsets is not None
+    plain = Bags(bags.indices, None, None, 0, [-1], False)
+    values = torch.ops.amtl.lookup(*tables, [], *plain, OFF, True, *few)
+    number = offsets.shape[0] - int(bags.include_last_offset)
+    positions = torch.arange(values.shape[0], device=grad.device, dtype=offsets.dtype)
+    bag = torch.bucketize(positions, offsets, right=True) - 1
+    counted = (bag < number) & (bags.indices != padding)
+    # One more for what is in no bag.
+    padded = torch.nn.functional.pad(grad.to(torch.float32), (0, 0, 0, 1))
+    dots = (values.to(torch.float32) * padded[bag.clamp(0, number)]).sum(1)
+    return dots.where(counted, 0).to(grad.dtype)
 
 
 def _registered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tables, masks = Tables(*inputs[:_TABLES]), inputs[_TABLES]
     bags = Bags(*inputs[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    _save(ctx, tables, masks, bags, *inputs[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS])
+    bounds_check, sparse, *few = inputs[_TABLES + 1 + _BAGS :]
+    given = FewBits(*few) if few and few[0] else None
+    _save(ctx, tables, masks, bags, bounds_check, sparse, given)
 
 
 def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
@@ -137,30 +180,32 @@ def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
     names = _NAMES[: len(ctx.needs_input_grad)]
     wants = dict(zip(names, ctx.needs_input_grad, strict=True))
     found = _gradients(ctx, grad, wants["blocks"], wants["masks"], wants["per_sample_weights"])
-    _, sizes, row_groups = ctx.lists
+    _, sizes, row_groups, steps = ctx.lists
     # PyTorch takes an empty list of numbers for one of tensors.
     dims: list[None] | None = None if ctx.tables.dims else []
     lists: dict[str, object] = {
         "dims": dims,
         "sizes": [None] * sizes,
         "row_groups": [None] * row_groups,
+        "steps": [None] * steps if steps else None,
     }
     named = {**lists, **found._asdict()}
     return tuple(named.get(name) for name in names)
 
 
 def forward(
-    tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool = True
+    tables: Tables,
+    masks: list[Tensor],
+    bags: Bags,
+    bounds_check: int,
+    sparse: bool = True,
+    few: FewBits | None = None,
 ) -> Tensor:
     """The lookup alone, past the gradients that are registered with it."""
     with torch._C._AutoDispatchBelowAutograd():
-        out: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
-    return out
-
-
-def lookup_codes(tables: Tables, codes: Codes, bags: Bags, bounds_check: int) -> Tensor:
-    """The lookup in tables of few bits, which are constants."""
-    out: Tensor = torch.ops.amtl.lookup(*tables, [], *bags, bounds_check, True, *codes)
+        out: Tensor = torch.ops.amtl.lookup(
+            *tables, masks, *bags, bounds_check, sparse, *(few or ())
+        )
     return out
 
 
@@ -185,18 +230,26 @@ class _Lookup(torch.autograd.Function):
 
 
 def lookup(
-    tables: Tables, masks: list[Tensor], bags: Bags, bounds_check: int, sparse: bool
+    tables: Tables,
+    masks: list[Tensor],
+    bags: Bags,
+    bounds_check: int,
+    sparse: bool,
+    few: FewBits | None = None,
 ) -> Tensor:
     """The operator with its gradients."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
-        traced: Tensor = torch.ops.amtl.lookup(*tables, masks, *bags, bounds_check, sparse)
+        traced: Tensor = torch.ops.amtl.lookup(
+            *tables, masks, *bags, bounds_check, sparse, *(few or ())
+        )
         return traced
     if torch.is_grad_enabled():
         learnable = (bags.per_sample_weights, *masks, *tables.blocks)
         if any(tensor is not None and tensor.requires_grad for tensor in learnable):
-            out: Tensor = _Lookup.apply((tables, masks, bags, bounds_check, sparse), *learnable)
+            call = (tables, masks, bags, bounds_check, sparse, few)
+            out: Tensor = _Lookup.apply(call, *learnable)
             return out
-    return forward(tables, masks, bags, bounds_check, sparse)
+    return forward(tables, masks, bags, bounds_check, sparse, few)
 
 
 def register() -> None:

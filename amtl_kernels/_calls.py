@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from amtl_kernels import _autograd
-from amtl_kernels._arguments import CLAMP, Bags, Codes, Tables, clamped, split_masks
+from amtl_kernels._arguments import (
+    CLAMP,
+    Bags,
+    FewBits,
+    Tables,
+    are_codes,
+    clamped,
+    split_masks,
+)
 from amtl_kernels.optim import RowOptimizer
 
 
@@ -30,7 +38,7 @@ def call(
     bounds_check: int,
     sparse: bool,
     optimizer: RowOptimizer | None,
-    codes: Codes | None = None,
+    few: FewBits | None = None,
 ) -> Tensor:
     """Looks up; arguments are those of the operator ``lookup``, checked by the caller.
 
@@ -41,36 +49,35 @@ def call(
         bounds_check: The number of what to do about an index out of range.
         sparse: Whether gradients of the blocks are sparse.
         optimizer: What updates the blocks in the backward, if anything does.
-        codes: Of tables of few bits, what makes numbers of them.
+        few: Of tables of few bits, what makes numbers of them.
 
     Returns:
         The operator's result.
 
     Raises:
         TypeError: ``optimizer`` is of another kind.
-        ValueError: ``optimizer`` does not hold the blocks in one group, or a gradient through a
-            table of few bits is asked for.
+        ValueError: ``optimizer`` does not hold the blocks in one group, or a gradient is asked for
+            that a table of few bits does not have.
     """
-    if codes is not None:
-        _check_constant(bags, optimizer)
-        return _autograd.lookup_codes(tables, codes, bags, bounds_check)
+    if few is not None:
+        _check_gradients(tables, bags, optimizer)
     if optimizer is None:
-        return _autograd.lookup(tables, list(masks), bags, bounds_check, sparse)
+        return _autograd.lookup(tables, list(masks), bags, bounds_check, sparse, few)
     check_optimizer(optimizer)
     # Fails now rather than in the backward.
     optimizer.check_owns(tables.blocks)
-    fused = _Fused(tables, list(masks), bags, bounds_check, optimizer)
+    fused = _Fused(tables, list(masks), bags, bounds_check, optimizer, few)
     updated: Tensor = _Update.apply(fused, bags.per_sample_weights, *masks, *tables.blocks)
     return updated
 
 
-def _check_constant(bags: Bags, optimizer: RowOptimizer | None) -> None:
-    if optimizer is not None:
-        raise ValueError("a table of few bits has no gradient: optimizer must be None")
-    psw = bags.per_sample_weights
-    if psw is not None and psw.requires_grad and torch.is_grad_enabled():
+def _check_gradients(tables: Tables, bags: Bags, optimizer: RowOptimizer | None) -> None:
+    if optimizer is not None and are_codes(tables.blocks):
+        raise ValueError("a table of codes has no gradient: optimizer must be None")
+    psw, several = bags.per_sample_weights, len(tables.block_counts) > 1
+    if several and psw is not None and psw.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "per_sample_weights get no gradient from a table of few bits: detach() them"
+            "per_sample_weights get no gradient from several tables of few bits: detach() them"
         )
 
 
@@ -88,12 +95,17 @@ class _Fused(NamedTuple):
     bags: Bags
     bounds_check: int
     optimizer: RowOptimizer
+    few: FewBits | None
 
     def update(self, grad: Tensor, mask_grad: bool, psw_grad: bool) -> tuple[Tensor, Tensor]:
         tables, bags = self.tables, self.bags
         if self.bounds_check == CLAMP:
             used = clamped(bags.indices, bags.offsets, tables.rows())
             bags = bags._replace(indices=used)
+        shown = None
+        if psw_grad and self.few is not None:
+            shown = _autograd.sample_gradient(grad, tables, bags, self.few)
+            psw_grad = False
         number, state, hyper = self.optimizer.fused_update(tables.blocks)
         # The CPU kernels work in any order.
         groups_sorted = (
@@ -106,7 +118,7 @@ class _Fused(NamedTuple):
         masks, psw = torch.ops.amtl.lookup_update_(
             *tables, grad, *bags, *wants, state, number, hyper
         )
-        return masks, psw
+        return masks, psw if shown is None else shown
 
 
 class _Update(torch.autograd.Function):
@@ -115,7 +127,8 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: _Fused, psw: Tensor | None, *masks_and_blocks: Tensor) -> Tensor:
         ctx.fused = fused
-        return _autograd.forward(fused.tables, fused.masks, fused.bags, fused.bounds_check)
+        tables, masks, bags, bounds_check, _, few = fused
+        return _autograd.forward(tables, masks, bags, bounds_check, few=few)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

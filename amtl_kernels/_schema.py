@@ -26,12 +26,16 @@ import torch
 #   mask_grads     fp32, flat, table after table; [0] if not asked for
 #   state          of each block one after the other, then maybe an int64 step counter
 #   hyper          lr, eps, weight_decay, beta1, beta2, step, and maybe 1 for stochastic rounding
-#   steps, bits    tables of few bits, which have no sizes and no gradient: of each table float32
-#                  [C_t], the step size of each of its blocks, and 2, 4 or 8. Blocks are uint8
-#                  [n_c, w_c * bits / 8], the first code in the lowest bits; code u stands for
-#                  (u - (2^bits - 1) / 2) * step in float32, and so do the output and
-#                  per_sample_weights. Last, and None by default: a call without them does not even
-#                  pass them
+#   steps, bits    tables of few bits, which have no sizes: of each table float32 [P_t], step sizes
+#                  of the parts of its rows, and 2, 4 or 8. With half = (2^bits - 1) / 2, code u of
+#                  0..2^bits - 1 stands for (u - half) * step, in float32. Blocks of uint8
+#                  [n_c, w_c * bits / 8] hold codes, the first in the lowest bits; they have no
+#                  gradient, and output and per_sample_weights are float32. Blocks of floats are
+#                  rounded as they are read, to code clamp(round(x / step + half), 0, 2 * half); the
+#                  other operators know nothing of it, so gradients pass straight through
+#   step_ends      table after table the first row after each part, each within a block; None: every
+#                  block is a part. The three are last, and None by default: a call without them
+#                  does not even pass them
 _TABLES = "int[] block_counts, int[] dims, Tensor[] sizes, Tensor[] row_groups, SymInt seed"
 _BAGS = (
     "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int pooling, int[] padding_idx,"
@@ -42,7 +46,7 @@ _STEP = "Tensor(b!)[] state, int optimizer, float[] hyper"
 SCHEMAS: dict[str, str] = {
     "lookup": (
         f"(Tensor[] blocks, {_TABLES}, Tensor[] masks, {_BAGS}, int bounds_check, bool sparse_grad,"
-        " Tensor[]? steps=None, int[]? bits=None) -> Tensor"
+        " Tensor[]? steps=None, int[]? bits=None, int[]? step_ends=None) -> Tensor"
     ),
     "lookup_backward": (
         f"(Tensor grad, Tensor[] blocks, {_TABLES}, {_BAGS}, bool weight_grad, bool mask_grad,"

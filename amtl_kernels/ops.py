@@ -18,11 +18,20 @@ What all of them share:
 - ``sparse=True`` gives the table a coalesced sparse COO gradient with ``U`` rows, and nothing of
   size ``N * D`` is allocated; ``sparse=False`` gives a dense ``[N, D]`` gradient, for optimizers
   that refuse sparse ones.
-- ``steps`` and ``bits``: a table of tiers may hold codes of 2, 4 or 8 bits in place of numbers, the
-  first code in a byte's lowest bits; its blocks are uint8 ``[n_c, w_c * bits / 8]``. Code ``u`` of
-  tier ``c`` stands for ``(u - (2**bits - 1) / 2) * steps[c]``, computed in float32 in this order;
-  the output is float32, and so are ``per_sample_weights``. Such a table is a constant: there is no
-  gradient of it, nor of per-sample weights through it.
+- ``steps`` and ``bits``: a table of tiers may be one of few bits. Its numbers have codes ``u`` in
+  ``0..2**bits - 1`` of 2, 4 or 8 bits, which stand for ``(u - half) * step`` with ``half =
+  (2**bits - 1) / 2``, computed in float32 in this order.
+
+  - Blocks of uint8 ``[n_c, w_c * bits / 8]`` hold the codes, the first in a byte's lowest bits. The
+    output is float32, and so are ``per_sample_weights``. Such a table is a constant.
+  - Blocks of floats are rounded as they are read: a number ``x`` becomes what its code ``u =
+    clamp(round(x / step + half), 0, 2 * half)`` stands for, in float32 and with ties to even; zeros
+    behind a row stay zeros, a NaN stays NaN. Gradients pass straight through, as if nothing had
+    been rounded, with ``optimizer`` as without.
+
+  ``steps`` holds a step size for each tier, ``[C]``, or, with ``step_ends``, for parts of them:
+  ``step_ends[p]`` is the first row after part ``p``, and every tier ends with a part. Gradients of
+  ``per_sample_weights`` are those of the rounded numbers; several tables of few bits give none.
 - ``optimizer``: one of ``amtl_kernels.optim`` that holds the table. The backward then updates the
   table and leaves it without a gradient (``amtl_kernels.fused`` says what that means); ``sparse``
   has no effect.
@@ -39,7 +48,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amtl_kernels._arguments import Bags, Codes, Tables
+from amtl_kernels._arguments import Bags, FewBits, Tables, are_codes, widths_of
 from amtl_kernels._calls import call, kind
 from amtl_kernels.optim import RowOptimizer
 
@@ -141,18 +150,16 @@ def _check_tiers(
     _check_list(tier_ends, "tier_ends", "whole numbers")
     if not blocks or len(blocks) != len(tier_ends):
         _fail(f"{len(blocks)} blocks and {len(tier_ends)} tier_ends: one end per block is needed")
-    start = 0
+    start, codes = 0, bits is not None and isinstance(blocks[0], Tensor) and are_codes(blocks)
     for c, (block, end) in enumerate(zip(blocks, tier_ends, strict=True)):
-        _check_table(block, f"blocks[{c}]", bits is not None)
+        _check_table(block, f"blocks[{c}]", codes)
         _check_whole(end, f"tier_ends[{c}]")
         if block.shape[0] != end - start:
             _fail(f"blocks[{c}] has {block.shape[0]} rows, tier_ends say {end - start}")
         if block.dtype != blocks[0].dtype or block.device != blocks[0].device:
             _fail(f"blocks[{c}] differs from blocks[0] in dtype or device")
         start = end
-    widest = max(int(block.shape[1]) for block in blocks)
-    if bits is not None:
-        widest = widest * 8 // bits
+    widest = max(widths_of(blocks, bits or 8))
     dim = widest if embedding_dim is None else embedding_dim
     _check_whole(dim, "embedding_dim")
     if dim < widest:
@@ -162,8 +169,15 @@ def _check_tiers(
     return dim
 
 
-def _check_codes(blocks: Sequence[Tensor], steps: Tensor | None, bits: int | None) -> Codes | None:
+def _check_few_bits(
+    blocks: Sequence[Tensor],
+    steps: Tensor | None,
+    bits: int | None,
+    step_ends: Sequence[int] | None,
+) -> FewBits | None:
     if steps is None and bits is None:
+        if step_ends is not None:
+            _fail("step_ends need steps and bits")
         return None
     if steps is None or bits is None:
         raise ValueError("steps and bits go together: a table has both or neither")
@@ -172,11 +186,20 @@ def _check_codes(blocks: Sequence[Tensor], steps: Tensor | None, bits: int | Non
         _fail(f"bits must be 2, 4 or 8, got {bits}")
     _check_tensor(steps, "steps")
     _check_list(blocks, "blocks", "tensors")
-    if steps.dtype != torch.float32 or steps.shape != (len(blocks),):
-        _fail(f"steps must be float32 [{len(blocks)}], got {steps.dtype} {tuple(steps.shape)}")
+    if step_ends is not None:
+        _check_list(step_ends, "step_ends", "whole numbers")
+    parts = len(blocks if step_ends is None else step_ends)
+    if steps.dtype != torch.float32 or steps.shape != (parts,):
+        _fail(f"steps must be float32 [{parts}], got {steps.dtype} {tuple(steps.shape)}")
     if blocks and isinstance(blocks[0], Tensor) and steps.device != blocks[0].device:
         _fail(f"steps are on {steps.device}, the table is on {blocks[0].device}")
-    return Codes([steps.detach().contiguous()], [int(bits)])
+    ends = None if step_ends is None else list(step_ends)
+    return FewBits([steps.detach().contiguous()], [int(bits)], ends)
+
+
+def _numbers(blocks: Sequence[Tensor], steps: Tensor | None) -> Tensor:
+    """What has the type of the output."""
+    return blocks[0] if steps is None or not are_codes(blocks) else steps
 
 
 def _padding(padding_idx: int | None, rows: int) -> int:
@@ -473,6 +496,7 @@ def tiered_embedding(
     optimizer: RowOptimizer | None = None,
     steps: Tensor | None = None,
     bits: int | None = None,
+    step_ends: Sequence[int] | None = None,
 ) -> Tensor:
     """Looks rows up in a frozen table that is stored as tiers of equal width.
 
@@ -489,8 +513,9 @@ def tiered_embedding(
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradients of the blocks are sparse (see the module).
         optimizer: What updates the blocks in the backward, if anything does (see the module).
-        steps: Of blocks of codes, the step size of each: float32 ``[C]`` (see the module).
-        bits: Of blocks of codes, the bits of a code: 2, 4 or 8.
+        steps: Of a table of few bits, step sizes: float32 ``[C]`` or ``[P]`` (see the module).
+        bits: Of a table of few bits, the bits of a code: 2, 4 or 8.
+        step_ends: First row after each of ``P`` parts with a step size; by default tiers are parts.
 
     Returns:
         ``indices.shape + [D]`` in the type of the blocks; float32 of codes.
@@ -501,12 +526,12 @@ def tiered_embedding(
 
     Cost: ``O(L * D)``; moves ``L * (w_mean + D)`` values.
     """
-    codes = _check_codes(blocks, steps, bits)
+    few = _check_few_bits(blocks, steps, bits, step_ends)
     dim = _check_tiers(blocks, tier_ends, embedding_dim, bits)
     indices = _check_indices(indices, blocks[0].device)
     bags = _plain(indices, _padding(padding_idx, tier_ends[-1]))
     tables = Tables(list(blocks), [len(blocks)], [dim])
-    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer, codes)
+    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer, few)
 
 
 def tiered_embedding_bag(
@@ -525,6 +550,7 @@ def tiered_embedding_bag(
     optimizer: RowOptimizer | None = None,
     steps: Tensor | None = None,
     bits: int | None = None,
+    step_ends: Sequence[int] | None = None,
 ) -> Tensor:
     """:func:`tiered_embedding`, pooled by bag as in :func:`masked_embedding_bag`.
 
@@ -541,8 +567,9 @@ def tiered_embedding_bag(
         bounds_check: What to do about an index outside ``0..N-1`` (see the module).
         sparse: Whether the gradients of the blocks are sparse (see the module).
         optimizer: What updates the blocks in the backward, if anything does (see the module).
-        steps: Of blocks of codes, the step size of each: float32 ``[C]`` (see the module).
-        bits: Of blocks of codes, the bits of a code: 2, 4 or 8.
+        steps: Of a table of few bits, step sizes: float32 ``[C]`` or ``[P]`` (see the module).
+        bits: Of a table of few bits, the bits of a code: 2, 4 or 8.
+        step_ends: First row after each of ``P`` parts with a step size; by default tiers are parts.
 
     Returns:
         ``[B, D]`` in the type of the blocks; float32 of codes.
@@ -553,10 +580,10 @@ def tiered_embedding_bag(
 
     Cost: ``O(L * w_mean + B * D)``; moves ``L * w_mean + B * D`` values.
     """
-    codes = _check_codes(blocks, steps, bits)
+    few = _check_few_bits(blocks, steps, bits, step_ends)
     dim = _check_tiers(blocks, tier_ends, embedding_dim, bits)
     padding = [_padding(padding_idx, tier_ends[-1])]
     weights = (per_sample_weights, padding, include_last_offset)
-    bags = _bags(blocks[0] if steps is None else steps, indices, offsets, mode, *weights)
+    bags = _bags(_numbers(blocks, steps), indices, offsets, mode, *weights)
     tables = Tables(list(blocks), [len(blocks)], [dim])
-    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer, codes)
+    return call(tables, [], bags, _bounds(bounds_check), sparse, optimizer, few)

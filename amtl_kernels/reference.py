@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from amtl_kernels._arguments import are_codes, check_few_bits, cut, widths_of
 from amtl_kernels.rounding import mix, round_stochastically, rounding_bits, row_term
 
 SUM, MEAN = 0, 1
@@ -176,21 +177,20 @@ def _pool(
     return out.to(values.dtype)
 
 
-def widths_of(blocks: list[Tensor], bits: int) -> list[int]:
-    """Numbers in a row of each block, of codes of so many bits if not 0."""
-    return [block.shape[1] * 8 // bits if bits else block.shape[1] for block in blocks]
-
-
-def decode(codes: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Numbers ``[M, w]`` of rows of codes ``[M, w * bits / 8]``, in the type of ``step``."""
-    shifts = range(0, 8, bits)
-    parts = torch.stack([(codes >> shift) & (2**bits - 1) for shift in shifts], -1)
-    return (parts.flatten(1).to(step.dtype) - (2**bits - 1) / 2) * step
+def to_few_bits(rows: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Numbers ``[M, w]`` of few bits, float32, of codes ``[M, w * bits / 8]`` or of others."""
+    half = (2**bits - 1) / 2
+    if rows.dtype == torch.uint8:
+        parts = torch.stack([(rows >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+        codes = parts.flatten(1).to(torch.float32)
+    else:
+        codes = torch.round(rows.to(torch.float32) / step + half).clamp(0, 2 * half)
+    return (codes - half) * step
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table of a call: its blocks, and how much of a row is kept."""
+    """One table of a call: its blocks (of few bits, one a step size), and what is kept of a row."""
 
     blocks: list[Tensor]
     dim: int
@@ -199,6 +199,11 @@ class Table:
     seed: int
     steps: Tensor | None = None
     bits: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is looked up."""
+        return torch.float32 if are_codes(self.blocks) else self.blocks[0].dtype
 
     @property
     def widths(self) -> list[int]:
@@ -218,14 +223,17 @@ class Table:
             start += block.shape[0]
 
     def values(self, flat: Tensor) -> Tensor:
-        """Whole rows ``[M, D]``, those of narrow blocks followed by zeros."""
-        like = self.blocks[0] if self.steps is None else self.steps
-        out = like.new_zeros(flat.numel(), self.dim)
+        """Whole rows ``[M, D]``, those of narrow blocks followed by zeros.
+
+        Numbers of few bits are as precise as sums of them.
+        """
+        dtype = self.dtype if self.steps is None else _compute_type(self.dtype)
+        out = self.blocks[0].new_zeros(flat.numel(), self.dim, dtype=dtype)
         for c, (block, start, end) in enumerate(self.slices()):
             mine = ((flat >= start) & (flat < end)).nonzero()[:, 0]
             rows = block[flat[mine] - start]
             if self.steps is not None:
-                rows = decode(rows, self.steps[c], self.bits)
+                rows = to_few_bits(rows, self.steps[c], self.bits).to(dtype)
             padded = torch.nn.functional.pad(rows, (0, self.dim - rows.shape[1]))
             out = out.index_copy(0, mine, padded)
         return out
@@ -253,39 +261,6 @@ class Bags:
     include_last_offset: bool
 
 
-def check_codes(
-    blocks: list[Tensor],
-    block_counts: list[int],
-    sizes: list[Tensor],
-    steps: list[Tensor],
-    bits: list[int],
-) -> None:
-    """Raises ValueError unless tables of few bits are whole, and others are none."""
-
-    def check(holds: bool, message: str) -> None:
-        if not holds:
-            raise ValueError(message)
-
-    check(bool(steps) == bool(bits), "steps and bits go together")
-    if not steps:
-        of_codes = any(block.dtype == torch.uint8 for block in blocks)
-        check(not of_codes, "blocks of codes need steps and bits, and have no gradient")
-        return
-    check(
-        len(steps) == len(bits) == len(block_counts),
-        "one tensor of steps and one number of bits per table are needed",
-    )
-    check(not sizes, "a table of few bits has no sizes")
-    of_codes = all(block.dtype == torch.uint8 for block in blocks)
-    check(of_codes, "a table of few bits must have blocks of uint8")
-    for mine, few, count in zip(steps, bits, block_counts, strict=True):
-        check(few in (2, 4, 8), f"bits must be 2, 4 or 8, got {few}")
-        check(
-            mine.dtype == torch.float32 and mine.shape == (count,),
-            f"steps must be float32 [{count}]",
-        )
-
-
 def split_tables(
     blocks: list[Tensor],
     block_counts: list[int],
@@ -295,15 +270,19 @@ def split_tables(
     seed: int,
     steps: list[Tensor] | None = None,
     bits: list[int] | None = None,
+    step_ends: list[int] | None = None,
 ) -> list[Table]:
     """Every table on its own."""
-    check_codes(blocks, block_counts, sizes, steps or [], bits or [])
-    tables, first = [], 0
+    check_few_bits(blocks, block_counts, sizes, steps or [], bits or [], step_ends or [])
+    tables, first, part = [], 0, 0
     for t, count in enumerate(block_counts):
         mine = list(blocks[first : first + count])
         first += count
         few = bits[t] if bits else 0
         dim = dims[t] if dims else max(widths_of(mine, few))
+        if steps and step_ends:
+            ends = step_ends[part : part + steps[t].numel()]
+            part, mine = part + len(ends), cut(mine, ends)
         row_group = row_groups[t] if row_groups else None
         table = Table(mine, dim, sizes[t] if sizes else None, row_group, seed)
         tables.append(replace(table, steps=steps[t], bits=few) if steps else table)
@@ -368,6 +347,7 @@ def lookup(
     sparse_grad: bool,
     steps: list[Tensor] | None = None,
     bits: list[int] | None = None,
+    step_ends: list[int] | None = None,
 ) -> Tensor:
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
 
@@ -376,11 +356,13 @@ def lookup(
         flat = check_indices(used, table.rows, bounds_check)
         values = _keep_prefix(table.values(flat), table.kept(flat))
         if bags.offsets is None:
-            return values.reshape(*bags.indices.shape, table.dim)
+            return values.reshape(*bags.indices.shape, table.dim).to(table.dtype)
         pooled = (bags.pooling, bags.padding_idx, bags.include_last_offset)
-        return _pool(values, flat, bags.offsets, bags.per_sample_weights, *pooled)
+        out = _pool(values, flat, bags.offsets, bags.per_sample_weights, *pooled)
+        return out.to(table.dtype)
 
-    tables = split_tables(blocks, block_counts, dims, sizes, row_groups, seed, steps, bits)
+    of_tables = (blocks, block_counts, dims, sizes, row_groups, seed, steps, bits, step_ends)
+    tables = split_tables(*of_tables)
     every = split_bags(
         indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
     )

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from amtl_kernels import ops
-from amtl_kernels._arguments import Bags, Codes, Tables
+from amtl_kernels._arguments import Bags, FewBits, Tables
 from amtl_kernels._calls import call
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
@@ -116,8 +116,9 @@ def check_tiers(
     embedding_dims: Sequence[int] | None,
     steps: Sequence[Tensor] | None = None,
     bits: int | Sequence[int] | None = None,
-) -> tuple[Tables, Codes | None]:
-    """Checks every table's tiers, and concatenates them, and what makes numbers of codes."""
+    step_ends: Sequence[Sequence[int]] | None = None,
+) -> tuple[Tables, FewBits | None]:
+    """Checks every table's tiers, and concatenates them, and what makes numbers of few bits."""
     ops._check_list(blocks, "blocks", "lists of tensors")
     ops._check_list(tier_ends, "tier_ends", "lists of whole numbers")
     given: Sequence[int | None] = embedding_dims or [None] * len(blocks)
@@ -125,15 +126,17 @@ def check_tiers(
     if not blocks or {len(tier_ends), len(given)} != {len(blocks)}:
         raise ValueError("one list of blocks, one of tier_ends and one width per table are needed")
     dims = []
-    every_steps, every_bits = _of_each(steps, bits, len(blocks))
-    codes = Codes([], [])
+    every_steps, every_bits, every_ends = _of_each(steps, bits, step_ends, len(blocks))
+    few = FewBits([], [], None if step_ends is None else [])
     for t, (mine, ends, dim) in enumerate(zip(blocks, tier_ends, given, strict=True)):
         try:
-            found = ops._check_codes(mine, every_steps[t], every_bits[t])
+            found = ops._check_few_bits(mine, every_steps[t], every_bits[t], every_ends[t])
             dims.append(ops._check_tiers(mine, ends, dim, every_bits[t]))
             if found is not None:
-                codes.steps.extend(found.steps)
-                codes.bits.extend(found.bits)
+                few.steps.extend(found.steps)
+                few.bits.extend(found.bits)
+                if few.step_ends is not None:
+                    few.step_ends.extend(found.step_ends or ())
         except (TypeError, ValueError) as error:
             raise type(error)(f"table {t}: {error}") from None
         if mine[0].dtype != blocks[0][0].dtype or mine[0].device != blocks[0][0].device:
@@ -141,13 +144,16 @@ def check_tiers(
     tables = Tables(
         [block for mine in blocks for block in mine], [len(mine) for mine in blocks], dims
     )
-    return tables, codes if codes.bits else None
+    return tables, few if few.bits else None
 
 
 def _of_each(
-    steps: Sequence[Tensor] | None, bits: int | Sequence[int] | None, count: int
-) -> tuple[Sequence[Tensor | None], Sequence[int | None]]:
-    """Step sizes and bits of each table."""
+    steps: Sequence[Tensor] | None,
+    bits: int | Sequence[int] | None,
+    step_ends: Sequence[Sequence[int]] | None,
+    count: int,
+) -> tuple[Sequence[Tensor | None], Sequence[int | None], Sequence[Sequence[int] | None]]:
+    """Step sizes, bits and ends of parts of each table."""
     every_steps: Sequence[Tensor | None] = [None] * count
     if steps is not None:
         ops._check_list(steps, "steps", "tensors")
@@ -155,7 +161,13 @@ def _of_each(
     every_bits = bits if isinstance(bits, Sequence) else [bits] * count
     if len(every_steps) != count or len(every_bits) != count:
         raise ValueError(f"{len(every_steps)} steps and {len(every_bits)} bits for {count} tables")
-    return every_steps, every_bits
+    every_ends: Sequence[Sequence[int] | None] = [None] * count
+    if step_ends is not None:
+        ops._check_list(step_ends, "step_ends", "lists of whole numbers")
+        every_ends = step_ends
+    if len(every_ends) != count:
+        raise ValueError(f"{len(every_ends)} step_ends for {count} tables")
+    return every_steps, every_bits, every_ends
 
 
 # How errors begin that no table is named in.
@@ -168,10 +180,10 @@ def _call(
     bags: Bags,
     bounds_check: str,
     optimizer: RowOptimizer | None,
-    codes: Codes | None = None,
+    few: FewBits | None = None,
 ) -> Tensor:
     """Looks up; the operators name a table in errors only where there are several."""
-    arguments = (tables, masks, bags, ops._bounds(bounds_check), True, optimizer, codes)
+    arguments = (tables, masks, bags, ops._bounds(bounds_check), True, optimizer, few)
     if len(tables.block_counts) > 1:
         return call(*arguments)
     try:
@@ -290,6 +302,7 @@ def tiered_embedding_bag_tables(
     optimizer: RowOptimizer | None = None,
     steps: Sequence[Tensor] | None = None,
     bits: int | Sequence[int] | None = None,
+    step_ends: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """:func:`tiered_embedding_bag` of ``T`` tables in one call.
 
@@ -304,8 +317,10 @@ def tiered_embedding_bag_tables(
         padding_idx: A row that counts for nothing: one for every table, or a list.
         bounds_check: What to do about an index outside its table.
         optimizer: What updates the tables in the backward, if anything does.
-        steps: Of blocks of codes (``amtl_kernels.ops``), for each table float32 ``[C_t]``.
-        bits: Of blocks of codes, the bits of a code: 2, 4 or 8, one number or each table's own.
+        steps: Of tables of few bits (``amtl_kernels.ops``), step sizes of each table: float32
+            ``[C_t]``, or ``[P_t]`` with ``step_ends``.
+        bits: Of tables of few bits, the bits of a code: 2, 4 or 8, one number or each table's own.
+        step_ends: For each table the first row after each part that has a step size.
 
     Returns:
         ``[B, D_0 + .. + D_(T-1)]`` in the type of the blocks; float32 of codes.
@@ -316,8 +331,8 @@ def tiered_embedding_bag_tables(
 
     Cost: that of ``T`` calls of :func:`tiered_embedding_bag`, less their overhead.
     """
-    tables, codes = check_tiers(blocks, tier_ends, embedding_dims, steps, bits)
+    tables, few = check_tiers(blocks, tier_ends, embedding_dims, steps, bits, step_ends)
     rows = [ends[-1] for ends in tier_ends]
-    like = tables.blocks[0] if codes is None else codes.steps[0]
+    like = ops._numbers(tables.blocks, None if few is None else few.steps[0])
     bags = check_bags(like, rows, indices, offsets, mode, per_sample_weights, padding_idx)
-    return _call(tables, [], bags, bounds_check, optimizer, codes)
+    return _call(tables, [], bags, bounds_check, optimizer, few)

@@ -1,7 +1,7 @@
 """Lookups in tables of few bits: one launch a table, plain or pooled.
 
-Rows are found as those of any tiers, in bytes; each number is taken out of its byte and decoded
-where it is used.
+Rows are found as those of any tiers, of codes in bytes. Each number is taken out of its byte and
+decoded where it is used, or rounded to what a code stands for.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -28,18 +28,27 @@ def decode(
     steps_ptr,
     tiers_ptr,
     BITS: tl.constexpr,
+    CODED: tl.constexpr,
     D: tl.constexpr,
     TIERS: tl.constexpr,
 ):
     """Numbers [R, C] of rows [R] at columns [C], 0 beyond a row's width and where not ``live``."""
-    PER: tl.constexpr = 8 // BITS
+    PER: tl.constexpr = 8 // BITS if CODED else 1
+    LAST: tl.constexpr = (1 << BITS) - 1
     first, width, tier, _ = place(row, tiers_ptr, D, TIERS, 1)
     kept = live[:, None] & (cols[None, :] < (width * PER)[:, None])
-    byte = tl.load(table_ptr + first[:, None] + (cols // PER)[None, :], mask=kept, other=0)
-    code = (byte.to(tl.int32) >> ((cols % PER) * BITS)[None, :]) & ((1 << BITS) - 1)
-    step = tl.load(steps_ptr + tier, mask=live, other=0.0)
-    values = (code.to(tl.float32) - ((1 << BITS) - 1) * 0.5) * step[:, None]
-    return tl.where(kept, values, 0.0)
+    stored = tl.load(table_ptr + first[:, None] + (cols // PER)[None, :], mask=kept, other=0)
+    step = tl.load(steps_ptr + tier, mask=live, other=1.0)[:, None]
+    if CODED:
+        code = (stored.to(tl.int32) >> ((cols % PER) * BITS)[None, :]) & LAST
+        code = code.to(tl.float32)
+    else:
+        code = tl.div_rn(stored.to(tl.float32), step + tl.zeros_like(stored).to(tl.float32))
+        code = code + LAST * 0.5
+        # Comparisons leave a NaN; from 2^23 on numbers are whole, and ties go to the even one.
+        code = tl.where(code < 0.0, 0.0, tl.where(code > LAST, LAST * 1.0, code))
+        code = (code + 8388608.0) - 8388608.0
+    return tl.where(kept, (code - LAST * 0.5) * step, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_lookups", "num_rows"])
@@ -53,6 +62,7 @@ def gather_codes_kernel(
     num_rows,
     CLAMP_ROWS: tl.constexpr,
     BITS: tl.constexpr,
+    CODED: tl.constexpr,
     D: tl.constexpr,
     TIERS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -69,10 +79,10 @@ def gather_codes_kernel(
     row = tl.load(index_ptr + lookup, mask=valid, other=0).to(tl.int64)
     if CLAMP_ROWS:
         row = clamp_row(row, num_rows)
-    values = decode(table_ptr, row, valid, cols, steps_ptr, tiers_ptr, BITS, D, TIERS)
+    values = decode(table_ptr, row, valid, cols, steps_ptr, tiers_ptr, BITS, CODED, D, TIERS)
     tl.store(
         out_ptr + lookup[:, None] * D + cols[None, :],
-        values,
+        values.to(out_ptr.dtype.element_ty),
         mask=valid[:, None] & (cols[None, :] < D),
     )
 
@@ -97,6 +107,7 @@ def pooled_codes_kernel(
     IS_MEAN: tl.constexpr,
     HUGE: tl.constexpr,
     BITS: tl.constexpr,
+    CODED: tl.constexpr,
     D: tl.constexpr,
     TIERS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,27 +140,27 @@ def pooled_codes_kernel(
             row = clamp_row(row, num_rows)
         if HAS_PADDING:
             live = live & (row != padding_idx)
-        values = decode(table_ptr, row, live, cols, steps_ptr, tiers_ptr, BITS, D, TIERS)
+        values = decode(table_ptr, row, live, cols, steps_ptr, tiers_ptr, BITS, CODED, D, TIERS)
         if HAS_WEIGHTS:
             weight = tl.load(weight_ptr + at, mask=live, other=0.0)
-            values = values * weight[:, None]
+            values = values * weight.to(tl.float32)[:, None]
         total += values
         count += live.to(tl.int32)
     if IS_MEAN:
         total = total * (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]
     tl.store(
         out_ptr + bag[:, None] * D + cols[None, :],
-        total,
+        total.to(out_ptr.dtype.element_ty),
         mask=valid[:, None] & (cols[None, :] < D),
     )
 
 
 def look_up(lookups: Lookups, table: Table, steps: Tensor, bits: int, clamp: bool) -> None:
-    """Writes rows or bags of a table of codes to ``lookups.values``.
+    """Writes rows or bags of a table of few bits to ``lookups.values``.
 
     Args:
         lookups: What is looked up.
-        table: The table; widths of its tiers are bytes, ``dim`` is the output's.
+        table: The table, a tier a step size; widths of codes are bytes, ``dim`` is the output's.
         steps: ``[C]``.
         bits: Of a code.
         clamp: Whether indices outside the table are moved into it.
@@ -158,6 +169,7 @@ def look_up(lookups: Lookups, table: Table, steps: Tensor, bits: int, clamp: boo
     shared = {
         "CLAMP_ROWS": clamp,
         "BITS": bits,
+        "CODED": table.data.dtype == torch.uint8,
         **{name: table.meta[name] for name in ("D", "TIERS", "BLOCK_D")},
         "TILE": max(launch.tile(table.dim), table.meta["BLOCK_D"]),
     }

@@ -98,6 +98,7 @@ class _Call:
     include_last_offset: bool
     steps: Sequence[Tensor] = ()
     bits: Sequence[int] = ()
+    step_ends: Sequence[int] = ()
 
     @functools.cached_property
     def tables(self) -> list[reference.Table]:
@@ -105,7 +106,7 @@ class _Call:
         sizes = (list(self.sizes), list(self.row_groups))
         tables = split_tables(
             *(list(self.blocks), list(self.block_counts), list(self.dims), *sizes, self.seed),
-            *(list(self.steps), list(self.bits)),
+            *(list(self.steps), list(self.bits), list(self.step_ends)),
         )
         for t, table in enumerate(tables):
             columns = table.blocks[0].shape[1]
@@ -194,11 +195,12 @@ def lookup(
     sparse_grad: bool,
     steps: Sequence[Tensor] | None = None,
     bits: Sequence[int] | None = None,
+    step_ends: Sequence[int] | None = None,
 ) -> Tensor:
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
     tables = (blocks, block_counts, dims, sizes, row_groups, seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
-    call = _Call(*tables, *bags, steps or (), bits or ())
+    call = _Call(*tables, *bags, steps or (), bits or (), step_ends or ())
     clamp = bounds_check == reference.CLAMP
     if call.shares_launches and _are_whole_apart(sizes):
         assert offsets is not None
@@ -213,8 +215,7 @@ def lookup(
         shape = mine.indices.shape
         if mine.offsets is not None:
             shape = torch.Size([max(mine.offsets.numel() - int(mine.include_last_offset), 0)])
-        like = given.blocks[0] if given.steps is None else given.steps
-        out = like.new_empty(*shape, given.dim)
+        out = given.blocks[0].new_empty(*shape, given.dim, dtype=given.dtype)
         lookups, table = _one(given, mine, out)
         check.check(lookups, table, bounds_check)
         if given.steps is not None:

@@ -4,20 +4,34 @@
 template <int kBits>
 struct Codes {};
 
-// Whether T is memory of codes, what is written of it, and the bytes of a register in it.
+// And where they are of type T, and are rounded to what codes stand for.
+template <class T>
+struct Rounded {};
+
+// Whether T is memory of codes or of what is rounded, what is written of it, and the bytes of a
+// register in it.
 template <class T>
 struct Memory {
   using Out = T;
   static constexpr bool kCodes = false;
+  static constexpr bool kRounds = false;
   static constexpr int kRegisterBytes = kLanes * static_cast<int>(sizeof(T));
+};
+template <class T>
+struct Memory<Rounded<T>> : Memory<T> {
+  static constexpr bool kRounds = true;
 };
 template <int kBits_>
 struct Memory<Codes<kBits_>> {
   using Out = float;
   static constexpr bool kCodes = true;
+  static constexpr bool kRounds = false;
   static constexpr int kBits = kBits_;
   static constexpr int kRegisterBytes = kLanes * kBits_ / 8;
 };
+
+// Half of the largest code of so many bits: numbers lie evenly on both sides of zero.
+inline float HalfOf(int bits) { return static_cast<float>((1 << bits) - 1) / 2; }
 
 // Adds the numbers that a row's codes stand for to acc. `kWhole`: rows are whole registers.
 template <class T, int R, bool kWeighted, bool kWhole>
@@ -38,18 +52,20 @@ inline void AddCodes(const SourceRing& ring, int64_t i, Reg* acc) {
 
 // Adds the kept values of a row to acc. `kWhole`: rows are whole registers.
 template <class T, int R, bool kWeighted, bool kWhole>
-inline void AddRow(const SourceRing& ring, int64_t i, Reg* acc) {
-  const T* row = reinterpret_cast<const T*>(ring.row[i]);
+inline void AddRow(const SourceRing& ring, float half, int64_t i, Reg* acc) {
+  using Out = typename Memory<T>::Out;
+  const Out* row = reinterpret_cast<const Out*>(ring.row[i]);
   const Bound size = BoundOf(ring.size + i);
   const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const T* at = r == 0 ? row : Offset(row, ring.place[r][i]);
+    const Out* at = r == 0 ? row : Offset(row, ring.place[r][i]);
     const Mask kept = Below(size, kLanes * r);
-    if constexpr (kWhole && !kWeighted) {
+    if constexpr (kWhole && !kWeighted && !Memory<T>::kRounds) {
       acc[r] = AddKept(acc[r], at, kept);
     } else {
-      const Reg x = Load(at, kept);
+      Reg x = Load(at, kept);
+      if constexpr (Memory<T>::kRounds) x = Keep(Round(x, Set1(ring.step[i]), half), kept);
       acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
     }
   }
@@ -58,8 +74,8 @@ inline void AddRow(const SourceRing& ring, int64_t i, Reg* acc) {
 // The same for rows that begin anywhere in a cache line. A load across two lines fetches both, even
 // when its mask keeps nothing of the second one. So lines are loaded whole, where they lie and only
 // those that hold something kept, and shifted into place.
-template <int R, bool kWeighted>
-inline void AddShiftedRow(const SourceRing& ring, int64_t i, Reg* acc) {
+template <int R, bool kWeighted, bool kRounds>
+inline void AddShiftedRow(const SourceRing& ring, float half, int64_t i, Reg* acc) {
   const float* line = reinterpret_cast<const float*>(ring.row[i]);
   const Bound end = BoundOf(ring.size + i);
   const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
@@ -68,7 +84,10 @@ inline void AddShiftedRow(const SourceRing& ring, int64_t i, Reg* acc) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const Reg high = Load(Offset(line, ring.place[r + 1][i]), Below(end, kLanes * (r + 1)));
-    const Reg x = Shifted(low, high, shift);
+    Reg x = Shifted(low, high, shift);
+    if constexpr (kRounds) {
+      x = Keep(Round(x, Set1(ring.step[i]), half), Below(end, kLanes * r + ring.first[i]));
+    }
     acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
     low = high;
   }
@@ -109,6 +128,7 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
                   p, lookups_end);
   const SourceRing& ring = sources.ring();
   const bool counts = task.mean;
+  const float half = HalfOf(task.table->rounding);
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
     const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
     Reg acc[R];
@@ -131,9 +151,9 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
         if constexpr (Memory<T>::kCodes) {
           AddCodes<T, R, kWeighted, kLayout == Layout::kWhole>(ring, i, acc);
         } else if constexpr (kShifted) {
-          AddShiftedRow<R, kWeighted>(ring, i, acc);
+          AddShiftedRow<R, kWeighted, Memory<T>::kRounds>(ring, half, i, acc);
         } else {
-          AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(ring, i, acc);
+          AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(ring, half, i, acc);
         }
         if (counts) counted += ring.size[i] >= 0;
       }
@@ -152,15 +172,26 @@ template <class T>
 struct Row {
   const T* data;
 
-  Row(const SourceRing& ring, int64_t i) : data(reinterpret_cast<const T*>(ring.row[i])) {}
+  Row(const SourceRing& ring, float, int64_t i) : data(reinterpret_cast<const T*>(ring.row[i])) {}
   Reg At(int column, Mask kept) const { return Load(data + column, kept); }
+};
+template <class T>
+struct Row<Rounded<T>> {
+  const T* data;
+  float step, half;
+
+  Row(const SourceRing& ring, float half, int64_t i)
+      : data(reinterpret_cast<const T*>(ring.row[i])), step(ring.step[i]), half(half) {}
+  Reg At(int column, Mask kept) const {
+    return Keep(Round(Load(data + column, kept), Set1(step), half), kept);
+  }
 };
 template <int kBits>
 struct Row<Codes<kBits>> {
   const char* data;
   Levels<kBits> levels;
 
-  Row(const SourceRing& ring, int64_t i) : data(ring.row[i]), levels(ring.step[i]) {}
+  Row(const SourceRing& ring, float, int64_t i) : data(ring.row[i]), levels(ring.step[i]) {}
   Reg At(int column, Mask kept) const {
     return Keep(levels.Decode(levels.Load(data + column * kBits / 8, kept)), kept);
   }
@@ -176,6 +207,7 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
   Sources sources(*task.table, task.faults, 0, 0, false, false, task.prefetch, p,
                   task.begins ? task.begins[end] : end);
   const SourceRing& ring = sources.ring();
+  const float half = HalfOf(task.table->rounding);
   for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
     const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
     for (int r = 0; r < registers; ++r) StoreAll(task.wide + kLanes * r, Zero());
@@ -186,7 +218,7 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
       const int size = ring.size[i];
       const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
       counted += size >= 0;
-      const Row<T> row(ring, i);
+      const Row<T> row(ring, half, i);
       for (int c = 0; c < size; c += kLanes) {
         const Reg x = row.At(c, FirstLanes(size - c));
         StoreAll(task.wide + c, MulAdd(x, scale, LoadAll(task.wide + c)));
@@ -232,11 +264,20 @@ void PoolLaid(const PoolTask& task, int64_t begin, int64_t end) {
 
 template <class T>
 void PoolTyped(const PoolTask& task, int64_t begin, int64_t end) {
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (sizeof(typename Memory<T>::Out) == sizeof(float)) {
     if (kShiftsLanes && task.unaligned) return PoolLaid<T, Layout::kShifted>(task, begin, end);
-    if (task.whole) return PoolLaid<T, Layout::kWhole>(task, begin, end);
+    // What is rounded gains nothing by whole registers.
+    if constexpr (!Memory<T>::kRounds) {
+      if (task.whole) return PoolLaid<T, Layout::kWhole>(task, begin, end);
+    }
   }
   PoolLaid<T, Layout::kPart>(task, begin, end);
+}
+
+template <class T>
+void PoolNumbers(const PoolTask& task, int64_t begin, int64_t end) {
+  task.table->rounding > 0 ? PoolTyped<Rounded<T>>(task, begin, end)
+                           : PoolTyped<T>(task, begin, end);
 }
 
 template <int kBits>
@@ -256,11 +297,11 @@ void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
   }
   switch (type) {
     case FloatType::kFloat:
-      return PoolTyped<float>(task, begin, end);
+      return PoolNumbers<float>(task, begin, end);
     case FloatType::kHalf:
-      return PoolTyped<Half>(task, begin, end);
+      return PoolNumbers<Half>(task, begin, end);
     case FloatType::kBFloat16:
-      return PoolTyped<BFloat16>(task, begin, end);
+      return PoolNumbers<BFloat16>(task, begin, end);
   }
 }
 

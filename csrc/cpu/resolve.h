@@ -30,7 +30,7 @@ struct SizeTable {
   const int32_t* tier_widths;  // [tiers]
   const uintptr_t* origins;    // [tiers]: address of the block, less the rows before it
   int64_t tiers;
-  const float* steps;  // [tiers], of codes
+  const float* steps;  // [tiers], of few bits
 };
 
 // The lookups of one call.
@@ -42,6 +42,7 @@ struct LookupTable {
   int64_t dim;
   FloatType type;
   int32_t bits;        // of codes, whose output is of floats; 0: numbers are of `type`
+  int32_t rounding;    // bits of codes to whose numbers others are rounded; 0: they are not
   const char* weight;  // dense tables
   SizeTable sizes;
   int64_t padding_idx;
@@ -63,8 +64,6 @@ struct Faults {
   bool index = false;
   bool size = false;
 };
-
-constexpr int64_t kMaxTiers = 1024;
 
 // per_sample_weights of lookups [begin, end) as floats.
 void LoadScales(const LookupTable& table, int64_t begin, int64_t end, float* out);

@@ -149,6 +149,18 @@ class Levels {
   Reg step_;
 };
 
+// See simd_avx512.h.
+inline Reg Round(Reg x, Reg step, float half) {
+  const Reg middle = _mm256_set1_ps(half);
+  Reg code = _mm256_round_ps(_mm256_add_ps(_mm256_div_ps(x, step), middle), 0);
+  code = _mm256_max_ps(_mm256_setzero_ps(), code);
+  code = _mm256_min_ps(_mm256_set1_ps(2 * half), code);
+  code = _mm256_mul_ps(_mm256_sub_ps(code, middle), step);
+  // The compiler must not make one operation of this product and a sum.
+  asm("" : "+x"(code));
+  return code;
+}
+
 inline void StoreStream(float* p, Reg a) { _mm256_stream_ps(p, a); }
 inline void FenceStream() { _mm_sfence(); }
 

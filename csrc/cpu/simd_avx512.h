@@ -170,6 +170,18 @@ class Levels<8> {
   Reg step_;
 };
 
+// The number nearest to x that a code stands for, of codes 0..2 * half. NaN stays NaN. The product
+// is rounded before it is added to anything, as those of Levels.
+inline Reg Round(Reg x, Reg step, float half) {
+  const Reg middle = _mm512_set1_ps(half);
+  Reg code = _mm512_roundscale_ps(_mm512_add_ps(_mm512_div_ps(x, step), middle), 0);
+  // Of two operands one of which is NaN, these return the second.
+  code = _mm512_max_ps(_mm512_setzero_ps(), code);
+  code = _mm512_min_ps(_mm512_set1_ps(2 * half), code);
+  return _mm512_mul_round_ps(_mm512_sub_ps(code, middle), step,
+                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 // Past the caches; `p` is aligned to 64 bytes.
 inline void StoreStream(float* p, Reg a) { _mm512_stream_ps(p, a); }
 inline void FenceStream() { _mm_sfence(); }

@@ -169,6 +169,20 @@ class Levels {
   float step_;
 };
 
+// See simd_avx512.h.
+inline Reg Round(const Reg& x, const Reg& step, float half) {
+  // Numbers from here on are whole, and ties go to the even one. Above 2 * half nothing is rounded.
+  constexpr float kWhole = 8388608.0f;
+  Reg y = Map([&](int i) {
+    const float code = x.x[i] / step.x[i] + half;
+    const float kept = code < 0 ? 0 : code > 2 * half ? 2 * half : code;
+    return (kept + kWhole - kWhole - half) * step.x[i];
+  });
+  // The compiler must not make one operation of this product and a sum.
+  asm("" : "+m"(y));
+  return y;
+}
+
 inline void StoreStream(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }
 inline void FenceStream() {}
 

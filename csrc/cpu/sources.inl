@@ -6,6 +6,8 @@
 // groups and sizes out of range are pulled into range and reported, so the loops that use the rows
 // need no checks.
 
+// Up to this many tiers are counted rather than searched.
+constexpr int64_t kCountedTiers = 64;
 // Up to this many registers of a row have precomputed places.
 constexpr int kPlaces = kMaxStaticRegisters + 1;
 
@@ -14,7 +16,7 @@ struct SourceRing {
   alignas(64) const char* row[kSourceRing];
   alignas(64) int32_t size[kSourceRing];  // below 0: counts for nothing, not even in a mean
   alignas(64) float scale[kSourceRing];
-  alignas(64) float step[kSourceRing];  // of codes
+  alignas(64) float step[kSourceRing];  // of few bits
   // Byte of `row` at which register r of it is read. Past the size that is the last register kept:
   // no line is touched that isn't kept, and no branch depends on the size.
   alignas(64) int32_t place[kPlaces][kSourceRing];
@@ -123,15 +125,39 @@ inline void FindTiers(const SizeTable& s, const int64_t* number, int32_t* tier, 
   for (int i = 0; i < kSourceBlock; ++i) size[i] = width[i];
 }
 
+// The same where tiers are many: bisected, each row at its own place.
+template <class Row>
+inline void SearchTiers(const SizeTable& s, const int64_t* number, int32_t* tier, int32_t* size) {
+  Row row[kSourceBlock];
+  int32_t first[kSourceBlock];
+  for (int i = 0; i < kSourceBlock; ++i) row[i] = static_cast<Row>(number[i]);
+  for (int i = 0; i < kSourceBlock; ++i) first[i] = 0;
+  for (int32_t left = static_cast<int32_t>(s.tiers); left > 1;) {
+    const int32_t half = left / 2;
+    left -= half;
+    for (int i = 0; i < kSourceBlock; ++i) {
+      const Row end = static_cast<Row>(s.tier_ends[first[i] + half - 1]);
+      first[i] += row[i] >= end ? half : 0;
+    }
+  }
+  for (int i = 0; i < kSourceBlock; ++i) tier[i] = first[i];
+  for (int i = 0; i < kSourceBlock; ++i) size[i] = s.tier_widths[first[i]];
+}
+
 // Kept sizes of a block of rows that are in range. `slot` is the group of each, or its tier.
 inline void ResolveSizes(const LookupTable& t, const int64_t* number, int32_t* size, int32_t* slot,
                          bool* wrong) {
   const SizeTable& s = t.sizes;
   const bool narrow = s.type == SizeType::kUInt8;
   if (s.kind == SizeTable::Kind::kTiers) {
-    constexpr int64_t kNarrowRows = int64_t{1} << 31;
-    t.rows < kNarrowRows ? FindTiers<int32_t>(s, number, slot, size)
-                         : FindTiers<int64_t>(s, number, slot, size);
+    const bool many = s.tiers > kCountedTiers;
+    if (t.rows < int64_t{1} << 31) {
+      many ? SearchTiers<int32_t>(s, number, slot, size)
+           : FindTiers<int32_t>(s, number, slot, size);
+    } else {
+      many ? SearchTiers<int64_t>(s, number, slot, size)
+           : FindTiers<int64_t>(s, number, slot, size);
+    }
     return;
   }
   if (s.kind == SizeTable::Kind::kGroups) {
@@ -245,7 +271,6 @@ class Sources {
         for (int i = 0; i < kSourceBlock; ++i) {
           place[i] = static_cast<uintptr_t>(number[i] * (int64_t{size[i]} * table_.bits / 8));
         }
-        for (int i = 0; i < kSourceBlock; ++i) ring_.step[at + i] = s.steps[slot[i]];
       } else {
         for (int i = 0; i < kSourceBlock; ++i) {
           place[i] = static_cast<uintptr_t>(number[i] * (size[i] * bytes));
@@ -253,6 +278,9 @@ class Sources {
       }
       for (int i = 0; i < kSourceBlock; ++i) {
         row[i] = reinterpret_cast<const char*>(s.origins[slot[i]] + place[i]);
+      }
+      if (s.steps) {
+        for (int i = 0; i < kSourceBlock; ++i) ring_.step[at + i] = s.steps[slot[i]];
       }
     } else {
       const int64_t row_bytes = table_.dim * bytes;

@@ -1,5 +1,6 @@
-// Lookups in tables of few bits: a row is codes, which are decoded on the way. Widths of blocks are
-// bytes here; columns, and the width of the output, are numbers.
+// Lookups in tables of few bits: a row is codes, which are decoded on the way, or numbers, which are
+// rounded to what codes stand for. Columns, and the width of the output, are numbers; where a row
+// is kept, its width is in bytes.
 #pragma once
 
 #include "kernels/lookup.cuh"
@@ -38,7 +39,11 @@ struct CodeWord<8> {
 
 template <int kBits, int V>
 struct Codes {
+  using Out = float;
+  static constexpr int kNumbers = V;
   static constexpr int kBytes = V * kBits / 8;
+  static constexpr int kColumnBytes = 1;         // of a column of a block
+  static constexpr int kPiece = V == 8 ? 4 : 1;  // numbers of the output that are stored at once
   using Word = typename CodeWord<kBytes>::type;
   Word word = 0;
 
@@ -47,12 +52,38 @@ struct Codes {
     word = load<Memory::kTable>(reinterpret_cast<const Word*>(address));
   }
   // (code - half) * step, rounded before it is added to anything.
-  __device__ __forceinline__ void decode(float step, float (&values)[V]) const {
+  __device__ __forceinline__ void decode(float step, float /*half*/, float (&values)[V]) const {
     constexpr int kLevels = 1 << kBits;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       const int code = static_cast<int>(word >> (e * kBits)) & (kLevels - 1);
       values[e] = multiply(static_cast<float>(code) - (kLevels - 1) * 0.5f, step);
+    }
+  }
+};
+
+// V numbers as they lie in memory, to be rounded.
+template <typename T, int V>
+struct Rounded {
+  using Out = T;
+  static constexpr int kNumbers = V;
+  static constexpr int kBytes = V * static_cast<int>(sizeof(T));
+  static constexpr int kColumnBytes = static_cast<int>(sizeof(T));
+  static constexpr int kPiece = V;
+  RawVector<T, V> raw;
+
+  // From `address` on, which is aligned to them.
+  __device__ __forceinline__ void read(const std::uint8_t* address) {
+    raw = load<Memory::kTable>(reinterpret_cast<const RawVector<T, V>*>(address));
+  }
+  // What the nearest code of 0..2 * half stands for. NaN stays NaN.
+  __device__ __forceinline__ void decode(float step, float half, float (&values)[V]) const {
+    unpack<T, V>(raw, values);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const float code = rintf(values[e] / step + half);
+      const float kept = code < 0.0f ? 0.0f : (code > 2.0f * half ? 2.0f * half : code);
+      values[e] = multiply(kept - half, step);
     }
   }
 };
@@ -65,6 +96,7 @@ struct StagedCodes {
   bool counts = false;
 };
 
+template <int kColumnBytes>
 __device__ __forceinline__ StagedCodes stage_codes(const TieredTable& table, const Lookups& lookups,
                                                    const float* steps, std::int64_t position,
                                                    bool skip_padding) {
@@ -78,7 +110,7 @@ __device__ __forceinline__ StagedCodes stage_codes(const TieredTable& table, con
   if (skip_padding && index == padding_of(lookups, 0)) return staged;
   const int tier = tier_of(table, index);
   const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
-  staged.bytes = tier_width(table, tier);
+  staged.bytes = tier_width(table, tier) * kColumnBytes;
   staged.data = reinterpret_cast<const std::uint8_t*>(tier_base(table, tier)) +
                 (index - begin) * staged.bytes;
   staged.step = load<Memory::kSizes>(steps + tier);
@@ -87,33 +119,35 @@ __device__ __forceinline__ StagedCodes stage_codes(const TieredTable& table, con
 }
 
 // V numbers of a row of the output from `column` on, of those below `dim`.
-template <int V>
-__device__ __forceinline__ void store_numbers(float* row, int column, int dim,
+template <int kPiece, typename T, int V>
+__device__ __forceinline__ void store_numbers(T* row, int column, int dim,
                                               const float (&values)[V]) {
-  constexpr int kPiece = V == 8 ? 4 : 1;
 #pragma unroll
   for (int p = 0; p < V; p += kPiece) {
     if (column + p >= dim) continue;
-    RawVector<float, kPiece> raw;
-    memcpy(&raw, values + p, sizeof(raw));
+    float piece[kPiece];
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) piece[e] = values[p + e];
     store<Memory::kOutput, Cache::kStreamed>(
-        reinterpret_cast<RawVector<float, kPiece>*>(row + column + p), raw);
+        reinterpret_cast<RawVector<T, kPiece>*>(row + column + p), pack<T, kPiece>(piece));
   }
 }
 
-// As lookup_fwd_kernel. With V = 8 blocks and their rows are aligned to eight codes, rows of the
-// output to four numbers; other V fill a byte.
+// As lookup_fwd_kernel. Blocks and their rows are aligned to Numbers::kBytes, rows of the output to
+// Numbers::kPiece numbers.
 //
-// @param[in]  table   [N, D] codes
+// @param[in]  table   [N, D] codes or numbers
 // @param[in]  lookups indices [L]
 // @param[in]  steps   [C]
+// @param[in]  half    of the largest code
 // @param[out] out     [L, D]
-template <int kBits, int V>
+template <typename Numbers>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     lookup_codes_kernel(const __grid_constant__ TieredTable table,
                         const __grid_constant__ Lookups lookups, LookupShape shape,
-                        const float* steps, float* out) {
+                        const float* steps, float half, typename Numbers::Out* out) {
   constexpr int kUnroll = 4;
+  constexpr int V = Numbers::kNumbers;
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const std::int64_t warp =
@@ -123,16 +157,16 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
 
   StagedCodes mine;
   if (lane < shape.rows_per_warp && first + lane < lookups.count) {
-    mine = stage_codes(table, lookups, steps, first + lane, false);
+    mine = stage_codes<Numbers::kColumnBytes>(table, lookups, steps, first + lane, false);
   }
   const std::int64_t left = lookups.count - first;
   const int rows = left < shape.rows_per_warp ? static_cast<int>(left) : shape.rows_per_warp;
   const int rows_per_step = kWarp / shape.lanes;
   const int sub = lane / shape.lanes;
   const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane % shape.lanes) * V;
-  const int byte = column / V * Codes<kBits, V>::kBytes;
+  const int byte = column / V * Numbers::kBytes;
   for (int base = 0; base < rows; base += rows_per_step * kUnroll) {
-    Codes<kBits, V> codes[kUnroll];
+    Numbers codes[kUnroll];
     float step[kUnroll];
     bool keeps[kUnroll];
 #pragma unroll
@@ -149,24 +183,27 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
       const int row = base + u * rows_per_step + sub;
       if (row >= rows) continue;
       float values[V] = {};
-      if (keeps[u]) codes[u].decode(step[u], values);
-      store_numbers<V>(out + (first + row) * table.dim, column, table.dim, values);
+      if (keeps[u]) codes[u].decode(step[u], half, values);
+      store_numbers<Numbers::kPiece>(out + (first + row) * table.dim, column, table.dim, values);
     }
   }
 }
 
 // As pool_fwd_kernel, with one tile a bag.
 //
-// @param[in]  table   [N, D] codes
-// @param[in]  lookups indices [L], offsets [B] or [B + 1], sample_weights float [L] or null
+// @param[in]  table   [N, D] codes or numbers
+// @param[in]  lookups indices [L], offsets [B] or [B + 1], sample_weights [L] or null, as `out`
 // @param[in]  steps   [C]
+// @param[in]  half    of the largest code
 // @param[out] out     [B, D], rows shape.out_stride numbers apart
-template <int kBits, int V>
+template <typename Numbers>
 __global__ void __launch_bounds__(kBlockThreads, 3)
     pool_codes_kernel(const __grid_constant__ TieredTable table,
                       const __grid_constant__ Lookups lookups, PoolShape shape, const float* steps,
-                      float* out) {
+                      float half, typename Numbers::Out* out) {
+  using Out = typename Numbers::Out;
   constexpr int kUnroll = 4;
+  constexpr int V = Numbers::kNumbers;
   const int lane = static_cast<int>(threadIdx.x) % shape.tile;
   const unsigned mask = tile_mask(shape.tile);
   const std::int64_t bag = static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / shape.tile) +
@@ -175,7 +212,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   const int rows_per_step = shape.tile / shape.lanes;
   const int sub = lane / shape.lanes;
   const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane % shape.lanes) * V;
-  const int byte = column / V * Codes<kBits, V>::kBytes;
+  const int byte = column / V * Numbers::kBytes;
 
   float sum[V] = {};
   int counted = 0;
@@ -184,17 +221,17 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     StagedCodes mine;
     float scale = 1.0f;
     if (base + lane < range.end) {
-      mine = stage_codes(table, lookups, steps, base + lane, true);
+      mine = stage_codes<Numbers::kColumnBytes>(table, lookups, steps, base + lane, true);
       if (lookups.sample_weights != nullptr) {
-        scale =
-            load<Memory::kIndex>(static_cast<const float*>(lookups.sample_weights) + base + lane);
+        scale = to_float(
+            load<Memory::kIndex>(static_cast<const Out*>(lookups.sample_weights) + base + lane));
       }
     }
     counted += mine.counts;
     const int rows =
         range.end - base < shape.tile ? static_cast<int>(range.end - base) : shape.tile;
     for (int first = 0; first < rows; first += rows_per_step * kUnroll) {
-      Codes<kBits, V> codes[kUnroll];
+      Numbers codes[kUnroll];
       float step[kUnroll];
       float factor[kUnroll];
       bool keeps[kUnroll];
@@ -213,7 +250,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
       for (int u = 0; u < kUnroll; ++u) {
         if (!keeps[u]) continue;
         float values[V];
-        codes[u].decode(step[u], values);
+        codes[u].decode(step[u], half, values);
 #pragma unroll
         for (int e = 0; e < V; ++e) sum[e] += factor[u] * values[e];
       }
@@ -233,7 +270,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
 #pragma unroll
     for (int e = 0; e < V; ++e) sum[e] *= share;
   }
-  store_numbers<V>(out + bag * shape.out_stride, column, table.dim, sum);
+  store_numbers<Numbers::kPiece>(out + bag * shape.out_stride, column, table.dim, sum);
 }
 
 }  // namespace amtl

@@ -11,9 +11,6 @@ namespace {
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-// What the CPU kernels have room for.
-constexpr int64_t kMaxBlocks = 1024;
-
 void CheckCounts(const Tables& tables) {
   const size_t count = tables.count();
   if (tables.grouped()) {
@@ -24,12 +21,11 @@ void CheckCounts(const Tables& tables) {
   }
   for (size_t t = 0; t < count; ++t) {
     Check(tables.block_counts[t] > 0, "table ", t, " has no tiers");
-    Check(tables.block_counts[t] <= kMaxBlocks, "more than ", kMaxBlocks, " tiers");
     Check(!tables.sized() || tables.block_counts[t] == 1, "a table with sizes is one block");
   }
-  Check(!tables.coded() || (tables.steps.size() == count && tables.bits.size() == count),
+  Check(!tables.few_bits() || (tables.steps.size() == count && tables.bits.size() == count),
         "one tensor of steps and one number of bits per table are needed");
-  Check(!tables.coded() || !tables.sized(), "a table of few bits has no sizes");
+  Check(!tables.few_bits() || !tables.sized(), "a table of few bits has no sizes");
   const int64_t blocks =
       std::accumulate(tables.block_counts.begin(), tables.block_counts.end(), int64_t{0});
   Check(count > 0 && blocks == static_cast<int64_t>(tables.blocks.size()),
@@ -70,18 +66,41 @@ int64_t CheckSized(const Tables& tables, size_t t) {
 }
 
 void CheckCodes(const Tensor& block) {
-  Check(block.scalar_type() == ScalarType::Byte, "a table of few bits must have blocks of uint8");
   Check(block.dim() == 2, "a table must be [N, D]");
   Check(block.is_contiguous(), "a table must be contiguous");
 }
 
 void CheckSteps(const Tables& tables, size_t t) {
   const Tensor& steps = tables.steps[t];
-  const int64_t bits = tables.bits[t], blocks = tables.block_counts[t];
+  const int64_t bits = tables.bits[t];
+  const auto parts = static_cast<int64_t>(tables.first_part[t + 1] - tables.first_part[t]);
   Check(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8, got ", bits);
-  Check(steps.scalar_type() == ScalarType::Float && steps.dim() == 1 && steps.size(0) == blocks,
-        "steps must be float32 [", blocks, "]");
+  Check(steps.scalar_type() == ScalarType::Float && steps.dim() == 1 && steps.size(0) == parts,
+        "steps must be float32 [", parts, "]");
   CheckLike(steps, "steps", tables.like());
+  if (tables.step_ends.empty()) return;
+  int64_t found = 0, before = 0;
+  bool whole = true;
+  tables.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
+    whole &= before <= end && begin <= end;
+    before = end;
+    ++found;
+  });
+  whole &= found == parts && before == tables.rows[t];
+  Check(whole, "step_ends must not decrease, and every block must end at one of them");
+}
+
+// Numbers the parts of all tables, one after the other.
+void NumberParts(Tables& tables) {
+  const bool given = !tables.step_ends.empty();
+  tables.first_part.assign(1, 0);
+  for (size_t t = 0; t < tables.count(); ++t) {
+    const int64_t parts = given && tables.steps[t].dim() == 1 ? tables.steps[t].size(0)
+                                                              : tables.block_counts[t];
+    tables.first_part.push_back(tables.first_part.back() + static_cast<size_t>(parts));
+  }
+  Check(!given || tables.first_part.back() == tables.step_ends.size(),
+        "one of step_ends per step is needed");
 }
 
 // A table in which rows keep all of their block's width; returns the width of the output.
@@ -89,7 +108,7 @@ int64_t CheckTiers(const Tables& tables, size_t t) {
   const Tensor* block = &tables.blocks[tables.first[t]];
   const int64_t count = tables.block_counts[t];
   int64_t widest = 0;
-  if (tables.coded()) CheckSteps(tables, t);
+  if (tables.few_bits()) CheckSteps(tables, t);
   for (int64_t c = 0; c < count; ++c) {
     tables.coded() ? CheckCodes(block[c]) : CheckWeight(block[c]);
     CheckLike(block[c], "a block", tables.like());
@@ -121,15 +140,18 @@ void CheckTables(Tables& tables) {
   for (const int64_t blocks : tables.block_counts) {
     tables.first.push_back(tables.first.back() + static_cast<size_t>(blocks));
   }
+  if (tables.few_bits()) NumberParts(tables);
   Ints dims;
   for (size_t t = 0; t < count; ++t) {
+    int64_t rows = 0;
+    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
+      rows += tables.blocks[c].dim() > 0 ? tables.blocks[c].size(0) : 0;
+    }
+    tables.rows.push_back(rows);
     Named(tables, t,
           [&] { dims.push_back(tables.sized() ? CheckSized(tables, t) : CheckTiers(tables, t)); });
     Check(tables.blocks[tables.first[t]].scalar_type() == tables.like().scalar_type(),
           "tables differ in type");
-    int64_t rows = 0;
-    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) rows += tables.blocks[c].size(0);
-    tables.rows.push_back(rows);
   }
   tables.dims = std::move(dims);
 }
@@ -235,17 +257,20 @@ Tables Unbox<Tables>::From(StableIValue* values) {
   return tables;
 }
 
-Codes Unbox<Codes>::From(StableIValue* values) {
-  Codes codes;
-  if (auto steps = to<std::optional<Tensors>>(values[0])) codes.steps = std::move(*steps);
-  if (auto bits = to<std::optional<Ints>>(values[1])) codes.bits = std::move(*bits);
-  return codes;
+FewBits Unbox<FewBits>::From(StableIValue* values) {
+  FewBits few;
+  if (auto steps = to<std::optional<Tensors>>(values[0])) few.steps = std::move(*steps);
+  if (auto bits = to<std::optional<Ints>>(values[1])) few.bits = std::move(*bits);
+  if (auto ends = to<std::optional<Ints>>(values[2])) few.step_ends = std::move(*ends);
+  return few;
 }
 
-void Codes::AddTo(Tables& tables) && {
+void FewBits::AddTo(Tables& tables) && {
   Check(steps.empty() == bits.empty(), "steps and bits go together");
+  Check(step_ends.empty() || !steps.empty(), "step_ends need steps and bits");
   tables.steps = std::move(steps);
   tables.bits = std::move(bits);
+  tables.step_ends = std::move(step_ends);
 }
 
 Bags Unbox<Bags>::From(StableIValue* values) {

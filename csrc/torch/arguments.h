@@ -22,18 +22,24 @@ struct Tables {
   Tensors sizes;      // empty: rows keep their block's width; T times [N_t], or [G_t] or [G_t, Q_t]
   Tensors row_groups;  // empty, or T times int32 [N_t]
   int64_t seed = 0;
-  Tensors steps;  // empty, or T times float32 [C_t]: blocks hold codes of `bits` bits
+  // Of few bits: steps are T times float32 [P_t], one a part; blocks hold codes, or numbers that a
+  // lookup rounds. All empty otherwise.
+  Tensors steps;
   Ints bits;
+  Ints step_ends;  // table after table, the first row after each part; empty: a part a block
 
-  // Of each table, known once they are checked: its rows, and the number of its first block. One
-  // more at the end of `first`.
+  // Of each table, known once they are checked: its rows, and the numbers of its first block and
+  // its first part. One more at the end of the last two.
   Ints rows;
-  std::vector<size_t> first;
+  std::vector<size_t> first, first_part;
 
   size_t count() const { return block_counts.size(); }
   bool sized() const { return !sizes.empty(); }
   bool grouped() const { return !row_groups.empty(); }
-  bool coded() const { return !steps.empty(); }
+  bool few_bits() const { return !steps.empty(); }
+  bool coded() const {
+    return few_bits() && !blocks.empty() && blocks[0].scalar_type() == ScalarType::Byte;
+  }
   int64_t groups(size_t t) const { return grouped() ? sizes[t].size(0) : 0; }
   const Tensor& like() const { return blocks[0]; }
   // Has the type of the output.
@@ -41,6 +47,21 @@ struct Tables {
   // Numbers in a row of a block of table t.
   int64_t width_of(const Tensor& block, size_t t) const {
     return coded() ? block.size(1) * 8 / bits[t] : block.size(1);
+  }
+  // Calls f(block, begin, end) for the parts of table t that a lookup tells apart: rows from `end`
+  // on are of others, and the block's first row is row `begin`.
+  template <class F>
+  void ForParts(size_t t, F&& f) const {
+    int64_t begin = 0;
+    size_t part = step_ends.empty() ? 0 : first_part[t];
+    for (size_t c = first[t]; c < first[t + 1]; ++c) {
+      const int64_t end = begin + blocks[c].size(0);
+      if (step_ends.empty()) f(blocks[c], begin, end);
+      for (; !step_ends.empty() && part < first_part[t + 1] && step_ends[part] <= end; ++part) {
+        f(blocks[c], begin, step_ends[part]);
+      }
+      begin = end;
+    }
   }
   int64_t width() const;       // of the output, over all tables
   int64_t mask_count() const;  // values of the mask gradients, over all tables
@@ -59,9 +80,10 @@ struct Bags {
 };
 
 // What only a lookup is given of tables of few bits.
-struct Codes {
+struct FewBits {
   Tensors steps;
   Ints bits;
+  Ints step_ends;
 
   void AddTo(Tables& tables) &&;
 };
@@ -115,9 +137,9 @@ struct Unbox<Bags> {
 };
 
 template <>
-struct Unbox<Codes> {
-  static constexpr size_t kValues = 2;
-  static Codes From(StableIValue* values);
+struct Unbox<FewBits> {
+  static constexpr size_t kValues = 3;
+  static FewBits From(StableIValue* values);
 };
 
 template <class Result>

@@ -13,7 +13,8 @@ void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
   const Tensor& indices = lookups.indices;
   const Tensor* blocks = &tables.blocks[tables.first[t]];
   table.type = tables.coded() ? cpu::FloatType::kFloat : FloatTypeOf(blocks[0]);
-  table.bits = tables.coded() ? static_cast<int32_t>(tables.bits[t]) : 0;
+  const int32_t bits = tables.few_bits() ? static_cast<int32_t>(tables.bits[t]) : 0;
+  (tables.coded() ? table.bits : table.rounding) = bits;
   table.indices = indices.const_data_ptr();
   table.index_type = IndexTypeOf(indices);
   table.lookups = indices.numel();
@@ -36,21 +37,20 @@ void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
     sizes.mixed_seed = cpu::MixSeed(tables.seed);
     return;
   }
-  int64_t start = 0;
-  for (int64_t c = 0; c < tables.block_counts[t]; ++c) {
-    const Tensor& block = blocks[c];
-    const int64_t before = start * block.size(1) * (tables.coded() ? 1 : cpu::BytesOf(table.type));
+  const int64_t bytes = tables.coded() ? 1 : cpu::BytesOf(table.type);
+  tables.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
+    const int64_t before = begin * block.size(1) * bytes;
     const void* data = block.size(1) > 0 ? block.const_data_ptr() : kNoColumns;
     origins.push_back(reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(before));
     widths.push_back(static_cast<int32_t>(tables.width_of(block, t)));
-    ends.push_back(start += block.size(0));
-  }
+    ends.push_back(end);
+  });
   sizes.kind = cpu::SizeTable::Kind::kTiers;
   sizes.tier_ends = ends.data();
   sizes.tier_widths = widths.data();
   sizes.origins = origins.data();
-  sizes.tiers = tables.block_counts[t];
-  if (tables.coded()) sizes.steps = tables.steps[t].const_data_ptr<float>();
+  sizes.tiers = static_cast<int64_t>(ends.size());
+  if (tables.few_bits()) sizes.steps = tables.steps[t].const_data_ptr<float>();
 }
 
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,

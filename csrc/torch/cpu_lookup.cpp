@@ -260,9 +260,9 @@ void Walk(const TableBatch& batch, const Tables& tables, const Sorted& sorted, c
 }
 
 Tensor Lookup(Tables tables, const Tensors& masks, Bags bags, int64_t bounds_check,
-              bool sparse_grad, Codes codes) {
+              bool sparse_grad, FewBits few) {
   Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
-  std::move(codes).AddTo(tables);
+  std::move(few).AddTo(tables);
   const TableBatch batch(tables, bags);
   const Tensor out = torch::stable::new_empty(tables.numbers(), OutputShape(tables, bags));
   std::vector<char> clamped(tables.count(), false);

@@ -120,25 +120,31 @@ void AnswerReport(const CudaContext& context, const CudaTables& call, int64_t bo
   }
 }
 
-// Whether kernels may take eight codes of this table at once, and store four numbers.
-bool Aligned(const CudaTables& call, const float* out, int64_t out_stride) {
-  const int64_t bytes = call.tables.bits[0];
-  auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % 16) | out_stride % 4 |
-              call.tables.dims[0] % 4;
-  for (const Tensor& block : call.tables.blocks) {
+// Whether kernels may take eight codes of this table at once, or 16 bytes of numbers, and store 16
+// bytes.
+bool Aligned(const CudaTables& call, const char* out, int64_t out_stride) {
+  const Tables& tables = call.tables;
+  const int64_t number = tables.numbers().element_size(), column = tables.like().element_size();
+  const int64_t bytes = tables.coded() ? tables.bits[0] : 16, numbers = 16 / number;
+  auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % 16) | out_stride % numbers |
+              tables.dims[0] % numbers;
+  for (const Tensor& block : tables.blocks) {
     bits |= static_cast<int64_t>(AddressOf(block) % static_cast<uint64_t>(bytes)) |
-            block.size(1) % bytes;
+            block.size(1) * column % bytes;
   }
   return bits == 0;
 }
 
-void LaunchCodes(const CudaContext& context, CudaTables& call, float* out, int64_t out_stride) {
+void LaunchFewBits(const CudaContext& context, CudaTables& call, char* out, int64_t out_stride) {
   call.Upload(context);
-  CheckCuda(
-      cuda::codes_forward(static_cast<int>(call.tables.bits[0]), Aligned(call, out, out_stride),
-                          call.tiered(), call.tables.steps[0].const_data_ptr<float>(), call.lookups,
-                          out_stride, out, context.stream()),
-      "a lookup");
+  cuda::FewBits few;
+  few.bits = static_cast<int>(call.tables.bits[0]);
+  few.coded = call.tables.coded();
+  few.type = DTypeOf(call.tables.numbers());
+  few.steps = call.tables.steps[0].const_data_ptr<float>();
+  CheckCuda(cuda::codes_forward(few, Aligned(call, out, out_stride), call.tiered(), call.lookups,
+                                out_stride, out, context.stream()),
+            "a lookup");
 }
 
 // Table t of several, and its bags, which keep their positions in all indices.
@@ -151,6 +157,11 @@ std::pair<Tables, Bags> PartOf(const CudaTables& call, size_t t) {
   one.dims = {all.dims[t]};
   one.steps = {all.steps[t]};
   one.bits = {all.bits[t]};
+  if (!all.step_ends.empty()) {
+    const auto ends = all.step_ends.begin();
+    one.step_ends.assign(ends + static_cast<ptrdiff_t>(all.first_part[t]),
+                         ends + static_cast<ptrdiff_t>(all.first_part[t + 1]));
+  }
   Bags bags = call.bags;
   Tensor offsets = *bags.offsets;
   bags.offsets =
@@ -160,29 +171,29 @@ std::pair<Tables, Bags> PartOf(const CudaTables& call, size_t t) {
 }
 
 // Tables of few bits have a launch each: they may differ in their bits.
-void LookupCodes(const CudaContext& context, CudaTables& call, float* out) {
-  if (call.tables.count() == 1) return LaunchCodes(context, call, out, call.width);
+void LookupFewBits(const CudaContext& context, CudaTables& call, char* out) {
+  if (call.tables.count() == 1) return LaunchFewBits(context, call, out, call.width);
   for (size_t t = 0; t < call.tables.count(); ++t) {
     auto [tables, bags] = PartOf(call, t);
     CudaTables part(std::move(tables), std::move(bags));
     part.lookups.report = call.lookups.report;
-    LaunchCodes(context, part, out, call.width);
-    out += call.tables.dims[t];
+    LaunchFewBits(context, part, out, call.width);
+    out += call.tables.dims[t] * call.tables.numbers().element_size();
   }
 }
 
 // Masks and the kind of gradient are there for autograd.
 Tensor Lookup(Tables tables, const Tensors& /*masks*/, Bags bags, int64_t bounds_check,
-              bool /*sparse_grad*/, Codes codes) {
-  std::move(codes).AddTo(tables);
+              bool /*sparse_grad*/, FewBits few) {
+  std::move(few).AddTo(tables);
   CudaTables call(std::move(tables), std::move(bags));
   const CudaContext context(call.like());
   const Tensor out = NewTensor(call.like(), OutputShape(call.tables, call.bags),
                                call.tables.numbers().scalar_type());
   const auto report_memory = StartReport(context, call, bounds_check);
   void* data = out.mutable_data_ptr();
-  if (call.tables.coded()) {
-    LookupCodes(context, call, static_cast<float*>(data));
+  if (call.tables.few_bits()) {
+    LookupFewBits(context, call, static_cast<char*>(data));
     if (report_memory) AnswerReport(context, call, bounds_check);
     return out;
   }

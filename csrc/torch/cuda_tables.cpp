@@ -14,6 +14,22 @@ int32_t Columns(const Tensor& group_dims) {
   return group_dims.dim() == 2 ? static_cast<int32_t>(group_dims.size(1)) : 1;
 }
 
+// What kernels tell apart of table t: its blocks, or the parts of them.
+std::vector<cuda::TableBlock> PartsOf(const Tables& tables, size_t t) {
+  std::vector<cuda::TableBlock> parts;
+  int64_t start = 0;
+  tables.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
+    const int64_t row_bytes = block.size(1) * block.element_size();
+    cuda::TableBlock part;
+    part.rows = end - start;
+    part.width = static_cast<int32_t>(block.size(1));
+    part.address = AddressOf(block) + static_cast<uint64_t>((start - begin) * row_bytes);
+    parts.push_back(part);
+    start = end;
+  });
+  return parts;
+}
+
 std::pair<Tables, Bags> Checked(Tables tables, Bags bags) {
   CheckTables(tables);
   CheckBags(tables, bags);
@@ -35,7 +51,8 @@ CudaTables::CudaTables(std::pair<Tables, Bags> checked)
     groups += tables.groups(t);
   }
   SetLookups();
-  if (tables.count() > 1 || tables.blocks.size() > kMaxInlineTiers) {
+  const size_t tiers = std::max(tables.blocks.size(), tables.step_ends.size());
+  if (tables.count() > 1 || tiers > kMaxInlineTiers) {
     SetPacked();
   } else if (tables.sized()) {
     SetDense();
@@ -80,12 +97,11 @@ void CudaTables::SetDense() {
 void CudaTables::SetInline() {
   encoding_ = Encoding::kInline;
   tiered_.dim = dim;
-  tiered_.tiers = static_cast<int>(tables.blocks.size());
-  for (size_t c = 0; c < tables.blocks.size(); ++c) {
-    const Tensor& block = tables.blocks[c];
-    tiered_.end[c] = tiered_.rows += block.size(0);
-    tiered_.width[c] = static_cast<int32_t>(block.size(1));
-    tiered_.base[c] = AddressOf(block);
+  for (const cuda::TableBlock& part : PartsOf(tables, 0)) {
+    const int c = tiered_.tiers++;
+    tiered_.end[c] = tiered_.rows += part.rows;
+    tiered_.width[c] = part.width;
+    tiered_.base[c] = part.address;
   }
 }
 
@@ -99,17 +115,12 @@ void CudaTables::SetPacked() {
   int64_t first_group = 0;
   for (size_t t = 0; t < tables.count(); ++t) {
     cuda::OneTable one;
-    one.blocks = static_cast<int32_t>(tables.block_counts[t]);
+    const std::vector<cuda::TableBlock> parts = PartsOf(tables, t);
+    one.blocks = static_cast<int32_t>(parts.size());
     one.dim = static_cast<int32_t>(tables.dims[t]);
     one.padding = bags.padding_idx[t];
     list_.tables.push_back(one);
-    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
-      cuda::TableBlock block;
-      block.rows = tables.blocks[c].size(0);
-      block.width = static_cast<int32_t>(tables.blocks[c].size(1));
-      block.address = AddressOf(tables.blocks[c]);
-      list_.blocks.push_back(block);
-    }
+    list_.blocks.insert(list_.blocks.end(), parts.begin(), parts.end());
     if (!tables.sized()) continue;
     DenseBlock& dense = list_.blocks.back().dense;
     dense.narrow = IsByte(tables.sizes[t]);

@@ -15,16 +15,16 @@ from amtl.layer.rounding import (
     Rounding,
     decode,
     encode,
-    lookup,
     pack_codes,
     plan_parts,
-    pooled,
     step_groups,
     unit,
     unpack_codes,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import amtl_kernels
 
 ROWS, DIM = 300, 16
 COUNTS = (4000 / torch.arange(1, ROWS + 1).pow(1.1)).long()
@@ -222,39 +222,102 @@ def test_a_collection_of_few_bits(tmp_path):
 
 
 def test_steps_follow_the_mean_square_in_training_only():
+    blocks = [torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2), torch.tensor([[2.0, 2.0]] * 2)]
     rounding = Rounding(4, Parts([2, 4], [4, 2]), torch.tensor([1.0, 4.0]))
-    values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 0.0, 0.0]])
-    rows = torch.tensor([0, 3])
-    rounding.eval()(values, rows)
+    rows = torch.tensor([[0, 3], [1, 1]])
+    for _ in range(7):
+        rounding.follow(blocks, [2, 4], rows, 4)
     assert rounding.mean_square.tolist() == [1.0, 4.0]
-    rounding.train()(values, rows)
-    torch.testing.assert_close(rounding.mean_square, torch.tensor([0.9 + 0.75, 4.0]))
+    rounding.follow(blocks, [2, 4], rows, 4)
+    # Three lookups of the first part move it by 3 of 67, of a window of 64; the other is there.
+    torch.testing.assert_close(rounding.mean_square, torch.tensor([1 + 6.5 * 3 / 67, 4.0]))
     assert rounding.half().mean_square.dtype == torch.float32
+    layer = layer_of().freeze().eval()
+    before = layer.rounding.mean_square.clone()
+    for changes in (False, True):
+        for _ in range(8):
+            layer.train(changes)(torch.arange(ROWS))
+        assert torch.equal(layer.rounding.mean_square, before) != changes
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean"])
-@pytest.mark.parametrize("last", [False, True])
-def test_pooling_is_that_of_embedding_bag(mode, last):
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(9, 3, generator=generator)
-    offsets = torch.tensor([0, 2, 2, 7]) if last else torch.tensor([0, 0, 4])
-    weights = torch.rand(9, generator=generator) if mode == "sum" else None
-    rows = torch.tensor([0, 1, 2, 1, 4, 5, 1, 7, 8])
-    taken = rows[:7] if last else rows
-    expected = torch.nn.functional.embedding_bag(
-        taken, values, offsets, mode=mode, include_last_offset=last,
-        per_sample_weights=None if weights is None else weights[: len(taken)],
-        padding_idx=1,
-    )  # fmt: skip
-    got = pooled(values[rows], offsets, mode, weights, last, rows != 1)
-    torch.testing.assert_close(got, expected)
-    assert pooled(values, torch.tensor([0]), mode, None, True, None).shape == (0, 3)
+def test_a_sample_of_lookups_sees_every_field():
+    """Fields take turns in a batch: a stride of the batch could meet the same one each time."""
+    blocks, ends = [torch.arange(1.0, 9.0)[:, None]], [8]
+    rounding = Rounding(4, Parts(list(range(1, 9)), [1] * 8), torch.zeros(8))
+    rows = torch.arange(8).expand(8192, 8)
+    for _ in range(8):
+        rounding.follow(blocks, ends, rows, 1)
+    share = 512 / (512 + 64)
+    wanted = torch.arange(1.0, 9.0).square() * share
+    # As often as each other, but for one lookup.
+    torch.testing.assert_close(rounding.mean_square, wanted, rtol=5e-3, atol=0)
 
 
-def test_means_of_long_bags_of_16_bit_numbers():
-    values = torch.full((1000, 2), 0.5, dtype=torch.bfloat16)
-    out = pooled(values, torch.tensor([0]), "mean", None, False, None)
-    assert out.dtype == torch.bfloat16 and out.tolist() == [[0.5, 0.5]]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_round_as_their_codes_say(dtype):
+    with amtl_kernels.use_backend("reference" if dtype == torch.float64 else "auto"):
+        layer, rows = layer_of(kind=AMTLEmbeddingBag, mode="sum", dtype=dtype), torch.arange(ROWS)
+        layer.freeze()(rows, rows).sum().backward()
+        packed = layer.eval().to_integers()
+        weights = torch.rand(ROWS).to(dtype)
+        for offsets, more in ((torch.arange(ROWS), None), (torch.tensor([0, 3, 3, 120]), weights)):
+            wanted, got = (one(rows, offsets, per_sample_weights=more) for one in (layer, packed))
+            assert wanted.dtype == got.dtype == packed.dtype == dtype
+            # Codes are summed in float32.
+            bound = 1e-5 if dtype == torch.float64 and more is not None else 0
+            torch.testing.assert_close(got, wanted, rtol=bound, atol=bound)
+        assert torch.equal(layer.dense_weight(), packed.dense_weight())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_of_samples_learn_from_what_is_shown(packed):
+    layer = layer_of(2, kind=AMTLEmbeddingBag, mode="sum").freeze()
+    layer = layer.to_integers() if packed else layer.eval()
+    rows, offsets = torch.tensor([0, 5, 9, 200]), torch.tensor([0, 2])
+    weights = torch.tensor([0.5, 2.0, -1.0, 1.0], requires_grad=True)
+    slope = torch.randn(2, DIM, generator=torch.Generator().manual_seed(0))
+    (layer(rows, offsets, per_sample_weights=weights) * slope).sum().backward()
+    wanted = (layer.dense_weight()[rows] * slope[[0, 0, 1, 1]]).sum(1)
+    torch.testing.assert_close(weights.grad, wanted)
+
+
+def test_a_forward_that_is_repeated_counts_once():
+    from torch.utils.checkpoint import checkpoint
+
+    layers = [layer_of().freeze(), layer_of().freeze()]
+    rows = torch.arange(ROWS)
+    for _ in range(9):
+        checkpoint(layers[0], rows, use_reentrant=False).sum().backward()
+        layers[1](rows).sum().backward()
+    assert torch.equal(layers[0].rounding.mean_square, layers[1].rounding.mean_square)
+    for one, other in zip(layers[0].blocks, layers[1].blocks, strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_training_is_compiled_in_one_graph():
+    torch.compiler.reset()
+    layers = [layer_of().freeze(), layer_of().freeze()]
+    compiled = torch.compile(layers[0], fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        rows = torch.arange(0, ROWS, 2)
+        outs = [one(rows) for one in (compiled, layers[1])]
+        for out in outs:
+            (out - 1).square().sum().backward()
+        layers[1].rounding.mean_square.copy_(layers[0].rounding.mean_square)
+        assert torch.equal(*outs)
+    for one, other in zip(layers[0].blocks, layers[1].blocks, strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_training_that_is_interrupted_goes_on_as_it_would_have():
+    """Also in the middle between two steps in which step sizes follow."""
+    layer = trained(layer_of().freeze(), steps=5)
+    again = layer_of()
+    again.load_state_dict(layer.state_dict())
+    for one in (layer, again):
+        trained(one, steps=7)
+    assert again.rounding.turn == layer.rounding.turn == 12 % 8
+    assert torch.equal(again.rounding.mean_square, layer.rounding.mean_square)
 
 
 def test_degenerate_tables():
@@ -285,14 +348,6 @@ def test_mistakes_are_named():
     packed = layer_of().freeze().to_integers()
     with pytest.raises(IndexError, match=f"index {ROWS} at position 1"):
         packed(torch.tensor([0, ROWS]))
-
-
-def test_lookup_of_codes():
-    blocks = [torch.tensor([[0xF1, 0x20]], dtype=torch.uint8), torch.zeros(2, 0, dtype=torch.uint8)]
-    out = lookup(blocks, [1, 3], torch.tensor([2.0, 1.0]), 4, torch.tensor([[0, 2]]), 6)
-    assert out.shape == (1, 2, 6)
-    assert out[0, 0].tolist() == [-13.0, 15.0, -15.0, -11.0, 0.0, 0.0]
-    assert out[0, 1].tolist() == [0.0] * 6
 
 
 @pytest.mark.parametrize("method", ["amtl", "fixed"])

@@ -304,11 +304,10 @@ def test_there_is_no_gradient(backend: Any) -> None:
     one = make(4, [3], [8], backend.device)
     rows = torch.tensor([[0, 1]], device=backend.device)
     weights = torch.ones(1, 2, device=backend.device, requires_grad=True)
-    with pytest.raises(ValueError, match="per_sample_weights get no gradient from a table of few"):
-        ak.tiered_embedding_bag(*one.table, rows, per_sample_weights=weights, **one.options)
-    with torch.no_grad():
-        out = ak.tiered_embedding_bag(*one.table, rows, per_sample_weights=weights, **one.options)
-    assert torch.equal(out.cpu(), one.numbers[:2].sum(0, keepdim=True))
+    out = ak.tiered_embedding_bag(*one.table, rows, per_sample_weights=weights, **one.options)
+    assert torch.equal(out.detach().cpu(), one.numbers[:2].sum(0, keepdim=True))
+    out.sum().backward()
+    assert torch.equal(weights.grad.cpu(), one.numbers[:2].sum(1)[None])
     assert not ak.tiered_embedding(*one.table, rows, **one.options).requires_grad
     tables = ([one.blocks[0]], [1], [8], [], [], 0)
     bags = (rows[0], None, None, 0, [-1], False)
@@ -325,10 +324,12 @@ def test_operators_refuse_what_does_not_fit(backend: Any) -> None:
     steps = torch.ones(1, device=backend.device)
     rows = torch.tensor([0], device=backend.device)
 
-    def lookup(steps: Any, bits: Any, block: Tensor = block, sizes: Any = ()) -> None:
+    def lookup(
+        steps: Any, bits: Any, block: Tensor = block, sizes: Any = (), step_ends: Any = None
+    ) -> None:
         bags = (rows, None, None, 0, [-1], False)
         torch.ops.amtl.lookup(
-            *([block], [1], [], list(sizes), [], 0), [], *bags, 1, True, steps, bits
+            *([block], [1], [], list(sizes), [], 0), [], *bags, 1, True, steps, bits, step_ends
         )
 
     with pytest.raises(ValueError, match="need steps and bits"):
@@ -343,8 +344,13 @@ def test_operators_refuse_what_does_not_fit(backend: Any) -> None:
         lookup([steps, steps], [4, 4])
     with pytest.raises(ValueError, match="steps and bits go together"):
         lookup([steps], None)
-    with pytest.raises(ValueError, match="must have blocks of uint8"):
-        lookup([steps], [4], block.float())
+    with pytest.raises(ValueError, match="step_ends need steps and bits"):
+        lookup(None, None, block.float(), step_ends=[3])
+    with pytest.raises(ValueError, match="one of step_ends per step is needed"):
+        lookup([steps], [4], step_ends=[2, 3])
+    for ends in ([2, 2], [1, 4], [-1, 3], [3, 2]):
+        with pytest.raises(ValueError, match="step_ends must not decrease, and every block must"):
+            lookup([steps.expand(2).contiguous()], [4], step_ends=ends)
     with pytest.raises(ValueError, match="a table of few bits has no sizes"):
         lookup([steps], [4], block, [torch.ones(3, dtype=torch.int32, device=backend.device)])
 
@@ -368,8 +374,14 @@ def test_mistakes_are_named() -> None:
         call(steps=[1.0], bits=4)
     with pytest.raises(ValueError, match=r"steps must be float32 \[1\], got torch.float64"):
         call(steps=one.steps.double(), bits=4)
-    with pytest.raises(ValueError, match=r"blocks\[0\] must be uint8, the type of codes"):
-        call([torch.zeros(3, 8)], steps=one.steps, bits=4)
+    with pytest.raises(ValueError, match=r"blocks\[0\] must be float32, .* got torch.int32"):
+        call([torch.zeros(3, 8, dtype=torch.int32)], steps=one.steps, bits=4)
+    with pytest.raises(ValueError, match="step_ends need steps and bits"):
+        call([torch.zeros(3, 8)], step_ends=[3])
+    with pytest.raises(ValueError, match=r"steps must be float32 \[2\], got torch.float32 \(1,\)"):
+        call(steps=one.steps, bits=4, step_ends=[1, 3])
+    with pytest.raises(TypeError, match="step_ends must be a list of whole numbers"):
+        call(steps=one.steps, bits=4, step_ends=3)
     with pytest.raises(ValueError, match=r"blocks\[0\] must be float32, float16 or bfloat16"):
         call()
     with pytest.raises(ValueError, match="the widest tier has 8 columns"):
@@ -389,6 +401,8 @@ def test_mistakes_are_named() -> None:
         ak.tiered_embedding_bag_tables(*tables, steps=[one.steps], bits=1)
     with pytest.raises(TypeError, match="steps must be a list of tensors"):
         ak.tiered_embedding_bag_tables(*tables, steps=one.steps, bits=4)
+    with pytest.raises(ValueError, match="2 step_ends for 1 tables"):
+        ak.tiered_embedding_bag_tables(*tables, steps=[one.steps], bits=4, step_ends=[[3], [3]])
 
 
 def test_compiled(backend: Any) -> None:

@@ -164,6 +164,11 @@ class Calls:
             blocks = [torch.zeros(n, self.dim * bits // 8, dtype=torch.uint8) for n in (10, 20)]
             tables = (blocks, [2], [self.dim], [], [], 0)
             lookup(*tables, masks, *bags, 0, [3], False, 1, sparse, [torch.ones(2)], [bits])
+        # And numbers that are rounded to such.
+        steps = [torch.ones(4)]
+        for bags in ((indices, None, None), (indices, offsets, psw)):
+            few = (steps, [4], [4, 10, 30, 64])
+            lookup(*self.tiered(), masks, *bags, 0, [3], False, 1, sparse, *few)
         if not every:
             return
         plain(self.adaptive(self.many), 2)

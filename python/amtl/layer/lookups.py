@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-import amtl_kernels
-from amtl.layer.rounding import in_operators, lookup, pooled
 from amtl.layer.table_rows import TableRows
 
 
@@ -18,8 +18,7 @@ class TableLookups(TableRows):
         self._check_caller()
         bounds = self._operator_bounds()
         if self.tier_ends is not None:
-            rows = self._renormed(self._frozen_rows(input))
-            return self._frozen_lookup(rows)
+            return self._frozen("tiered_embedding", input)
         assert self.weight is not None and self.row_group is not None
         rows, dims, mask, seed = self._searched(input)
         return self._call(
@@ -46,38 +45,15 @@ class TableLookups(TableRows):
         self._check_caller()
         bounds = self._operator_bounds()
         if self.tier_ends is not None:
-            rows = self._renormed(self._frozen_rows(input))
-            if self.steps is not None and in_operators(self.blocks, self.steps, per_sample_weights):
-                return amtl_kernels.tiered_embedding_bag(
-                    self._tiers(),
-                    self.tier_ends,
-                    rows,
-                    offsets,
-                    mode=mode,  # type: ignore[arg-type]
-                    per_sample_weights=per_sample_weights,
-                    embedding_dim=self.embedding_dim,
-                    padding_idx=self._frozen_padding(),
-                    include_last_offset=include_last_offset,
-                    bounds_check=bounds,  # type: ignore[arg-type]
-                    steps=self.steps,
-                    bits=self.options.bits or 8,
-                )
-            if self.rounding is not None or self.steps is not None:
-                return self._bags_of_few_bits(
-                    rows, offsets, per_sample_weights, mode, include_last_offset
-                )
-            return self._call(
+            if self.steps is not None and per_sample_weights is not None:
+                per_sample_weights = per_sample_weights.to(torch.float32)
+            return self._frozen(
                 "tiered_embedding_bag",
-                self._tiers(),
-                self.tier_ends,
-                rows,
+                input,
                 offsets,
                 mode=mode,
                 per_sample_weights=per_sample_weights,
-                embedding_dim=self.embedding_dim,
-                padding_idx=self._frozen_padding(),
                 include_last_offset=include_last_offset,
-                bounds_check=bounds,
             )
         assert self.weight is not None and self.row_group is not None
         rows, dims, mask, seed = self._searched(input)
@@ -111,45 +87,27 @@ class TableLookups(TableRows):
             self._renorm(rows)
         return rows
 
-    def _frozen_lookup(self, rows: Tensor) -> Tensor:
-        """Rows of the tiers, rounded or decoded where the table has few bits: [..., D]."""
+    def _frozen(self, name: str, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A lookup in the tiers, rounded or decoded where the table has few bits."""
         assert self.tier_ends is not None
-        bounds, dim = self._operator_bounds(), self.embedding_dim
+        rows = self._renormed(self._frozen_rows(input))
+        tiers, few, dim = self._tiers(), {}, self.embedding_dim
         if self.steps is not None:
-            bits = self.options.bits or 8
-            return lookup(self._tiers(), self.tier_ends, self.steps, bits, rows, dim, bounds)
-        values = self._call(
-            "tiered_embedding",
-            self._tiers(),
+            few = {"steps": self.steps.to(torch.float32), "bits": self.options.bits}
+        elif self.rounding is not None:
+            few = self.rounding.arguments(self.dtype)
+        out = self._call(
+            name,
+            tiers,
             self.tier_ends,
             rows,
+            *args,
             embedding_dim=dim,
             padding_idx=self._frozen_padding(),
-            bounds_check=bounds,
+            bounds_check=self._operator_bounds(),
+            **few,
+            **kwargs,
         )
-        if self.rounding is None:
-            return values
-        rounded: Tensor = self.rounding(values, rows)
-        return rounded
-
-    def _bags_of_few_bits(
-        self,
-        rows: Tensor,
-        offsets: Tensor | None,
-        per_sample_weights: Tensor | None,
-        mode: str,
-        include_last_offset: bool,
-    ) -> Tensor:
-        """Bags of frozen rows, which are rounded or decoded before they are pooled."""
-        if offsets is None:
-            if rows.dim() != 2:
-                raise ValueError(f"without offsets, input must be [B, l], got {tuple(rows.shape)}")
-            offsets = torch.arange(len(rows), device=rows.device) * rows.shape[1]
-            rows, include_last_offset = rows.reshape(-1), False
-            if per_sample_weights is not None:
-                per_sample_weights = per_sample_weights.reshape(-1)
-        amtl_kernels.reference.check_offsets(offsets, rows.numel())
-        padding = self._frozen_padding()
-        counted = None if padding is None else rows != padding
-        values = self._frozen_lookup(rows)
-        return pooled(values, offsets, mode, per_sample_weights, include_last_offset, counted)
+        if self.rounding is not None and self.training:
+            self.rounding.follow(tiers, self.tier_ends, rows, dim)
+        return out if self.steps is None else out.to(self.steps.dtype)

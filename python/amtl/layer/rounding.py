@@ -2,14 +2,14 @@
 
 Rows of one field whose counts are alike, and which are equally wide, share a step size s. A number
 of b bits is a code u in 0..2^b - 1 and stands for `(u - (2^b - 1) / 2) * s`: levels lie evenly on
-both sides of zero, which is none of them. In training the table stays as it is and what is looked
-up is rounded; gradients pass straight through (as in LSQ, arXiv 1902.08153, where step sizes are
-learned; here they follow the mean square of the numbers, which needs no learning rate).
+both sides of zero, which is none of them. In training the table stays as it is and the operators
+round what is looked up; gradients pass straight through (as in LSQ, arXiv 1902.08153, where step
+sizes are learned; here they follow the mean square of the numbers, which needs no learning rate).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,22 +17,20 @@ from torch import Tensor, nn
 
 import amtl_kernels
 
-_BOUNDS = {
-    "raise": amtl_kernels.reference.RAISE,
-    "clamp": amtl_kernels.reference.CLAMP,
-    "off": amtl_kernels.reference.OFF,
-}
-
-_MOST_BLOCKS = 1024
-"""Of a table in the operators."""
-
 BITS = (2, 4, 8)
 
 _STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}
 """Step sizes that lose least of a normal distribution, in standard deviations."""
 
 _LEAST_STEP = 1e-30
-_MOMENTUM = 0.1
+_EVERY = 8
+"""Training steps from one in which step sizes follow to the next."""
+_SAMPLE = 4096
+"""Most of its lookups that they follow then."""
+_WINDOW = 64
+"""Lookups of a part that its step size remembers."""
+_GOLDEN = 0x9E3779B1
+"""Odd, and of no simple ratio to 2^32: its multiples modulo that are spread evenly."""
 
 PART_BYTES = 8
 """A step size and where its rows end."""
@@ -83,9 +81,13 @@ def plan_parts(stored: Tensor, steps: Tensor) -> Parts:
 
 
 def encode(values: Tensor, step: float | Tensor, bits: int) -> Tensor:
-    """Codes of numbers, uint8 of their shape; numbers out of range get the nearest code."""
+    """Codes of numbers, uint8 of their shape; numbers out of range get the nearest code.
+
+    As the operators round: in float32.
+    """
     half = (2**bits - 1) / 2
-    return torch.round(values / step + half).clamp_(0, 2 * half).to(torch.uint8)
+    codes = torch.round(values.to(torch.float32) / step + half)
+    return codes.clamp_(0, 2 * half).to(torch.uint8)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -111,88 +113,22 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
 
 
 def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Numbers [n, w] of a block of bytes [n, w * bits / 8] with one step size, or one a row."""
+    """Numbers [n, w] of a block of bytes [n, w * bits / 8] with one step size, of its type."""
     half = (2**bits - 1) / 2
-    return (unpack_codes(packed, bits).to(step.dtype) - half) * step
-
-
-def in_operators(blocks: Sized, steps: Tensor, per_sample_weights: Tensor | None = None) -> bool:
-    """Whether the operators look up in such tiers of integers; they decode to float32 only."""
-    if steps.dtype != torch.float32 or len(blocks) > _MOST_BLOCKS:
-        return False
-    weights = per_sample_weights
-    learns = weights is not None and weights.requires_grad and torch.is_grad_enabled()
-    return not learns and (weights is None or weights.dtype == torch.float32)
-
-
-def lookup(
-    blocks: Sequence[Tensor],
-    ends: Sequence[int],
-    steps: Tensor,
-    bits: int,
-    rows: Tensor,
-    dim: int,
-    bounds_check: str = "off",
-) -> Tensor:
-    """Rows of tiers of integers.
-
-    Args:
-        blocks: uint8, part `c` as [rows, width * bits / 8].
-        ends: first place after each part.
-        steps: [C], step size of each part.
-        bits: 2, 4 or 8.
-        rows: places, integer of any shape.
-        dim: D.
-        bounds_check: what to do about places out of range, see `amtl_kernels.ops`.
-
-    Returns:
-        `rows.shape + [dim]`, of the type of `steps`, zeros beyond a row's width.
-    """
-    if in_operators(blocks, steps):
-        return amtl_kernels.tiered_embedding(
-            blocks,
-            ends,
-            rows,
-            embedding_dim=dim,
-            bounds_check=bounds_check,  # type: ignore[arg-type]
-            steps=steps,
-            bits=bits,
-        )
-    flat = amtl_kernels.reference.check_indices(rows, ends[-1], _BOUNDS[bounds_check])
-    out = steps.new_zeros(flat.numel(), dim)
-    limits = torch.tensor(ends, device=flat.device)
-    part = torch.bucketize(flat, limits, right=True)
-    for c in part.unique().tolist():
-        block = blocks[c]
-        here = (part == c).nonzero().flatten()
-        local = flat[here] - (ends[c - 1] if c else 0)
-        width = block.shape[1] * 8 // bits
-        out[here, :width] = decode(block[local], steps[c], bits)
-    return out.reshape(*rows.shape, dim)
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, steps: Tensor, widths: Tensor, bits: int) -> Tensor:
-        half = (2**bits - 1) / 2
-        step = steps[:, None]
-        codes = (values / step).add_(half).round_().clamp_(0, 2 * half)
-        columns = torch.arange(values.shape[1], device=values.device)
-        return codes.sub_(half).mul_(step).masked_fill_(columns >= widths[:, None], 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        # Columns beyond a row's width get none: the lookup behind this one sees to it.
-        return grad, None, None, None
+    numbers = (unpack_codes(packed, bits).to(torch.float32) - half) * step.to(torch.float32)
+    return numbers.to(step.dtype)
 
 
 class Rounding(nn.Module):
-    """Rounds what is looked up in the tiers, and follows the mean square of each part.
+    """The step sizes of tiers of few bits, which follow the mean square of each part.
 
     Args:
         bits: 2, 4 or 8.
         parts: see `Parts`.
         mean_square: float32 [C].
+
+    Attributes:
+        turn: calls of `follow` since the last one that did, of `_EVERY`.
     """
 
     ends: Tensor
@@ -202,6 +138,8 @@ class Rounding(nn.Module):
     def __init__(self, bits: int, parts: Parts, mean_square: Tensor) -> None:
         super().__init__()
         self.bits = bits
+        self.turn = 0
+        self._ends = tuple(parts.ends)
         device = mean_square.device
         self.register_buffer("ends", torch.tensor(parts.ends, device=device))
         self.register_buffer("widths", torch.tensor(parts.widths, device=device))
@@ -221,29 +159,48 @@ class Rounding(nn.Module):
         """Step size of each part, float32 [C]."""
         return (_STEP[self.bits] * self.mean_square.sqrt()).clamp(min=_LEAST_STEP)
 
-    def forward(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Values as they will be stored; gradients pass straight through.
-
-        Args:
-            values: [..., D], looked up in the tiers.
-            rows: [...], their places.
-        """
-        flat = values.reshape(-1, values.shape[-1])
-        last = len(self.ends) - 1
-        part = torch.bucketize(rows.reshape(-1), self.ends, right=True).clamp_(max=last)
-        widths = self.widths[part]
-        rounded: Tensor = _Round.apply(flat, self.steps()[part].to(flat.dtype), widths, self.bits)
-        if self.training:
-            self._follow(flat.detach(), part, widths)
-        return rounded.reshape(values.shape)
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What rounds a lookup in tiers of this type, for `amtl_kernels.tiered_embedding`."""
+        steps = self.steps().to(dtype).to(torch.float32)
+        return {"steps": steps, "bits": self.bits, "step_ends": self._ends}
 
     @torch.no_grad()
-    def _follow(self, values: Tensor, part: Tensor, widths: Tensor) -> None:
+    def follow(
+        self, blocks: Sequence[Tensor], tier_ends: Sequence[int], rows: Tensor, dim: int
+    ) -> None:
+        """Move mean squares towards those of what is looked up: every few calls, by a sample.
+
+        A part's mean square becomes about that of its last `_WINDOW` lookups in the samples, so it
+        changes as fast as the part's rows do. Where calls are traced it is all of them, for a graph
+        is the same each time. A forward that checkpointing repeats does not count.
+
+        Args:
+            blocks: the tiers.
+            tier_ends: first place after each.
+            rows: places that are looked up, integer of any shape, maybe out of range.
+            dim: D.
+        """
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() != -1:
+                return
+            self.turn = (self.turn + 1) % _EVERY
+            if self.turn:
+                return
+        rows = rows.reshape(-1)
+        if len(rows) > _SAMPLE:
+            # Spread like this, positions do not fall in step with fields that take turns.
+            turns = torch.arange(_SAMPLE, device=rows.device) * _GOLDEN & 0xFFFFFFFF
+            rows = rows.index_select(0, turns * len(rows) >> 32)
+        rows = rows.clamp(0, max(0, tier_ends[-1] - 1))
+        values = amtl_kernels.tiered_embedding(
+            blocks, tier_ends, rows, embedding_dim=dim, bounds_check="off"
+        )
         squares = torch.linalg.vector_norm(values.to(torch.float32), dim=1).square_()
+        part = torch.bucketize(rows, self.ends, right=True)
         total = torch.zeros_like(self.mean_square).index_add_(0, part, squares)
-        count = torch.zeros_like(total).index_add_(0, part, widths.to(torch.float32))
-        mean = torch.where(count > 0, total / count.clamp(min=1), self.mean_square)
-        self.mean_square.lerp_(mean, _MOMENTUM)
+        count = torch.zeros_like(total).index_add_(0, part, torch.ones_like(squares))
+        total /= self.widths.clamp(min=1)
+        self.mean_square += (total - count * self.mean_square) / (count + _WINDOW)
 
 
 def mean_squares(blocks: Sequence[Tensor], tier_ends: Sequence[int], parts: Parts) -> Tensor:
@@ -268,47 +225,3 @@ def cut(blocks: Sequence[Tensor], tier_ends: Sequence[int], parts: Parts) -> lis
         pieces.append(blocks[tier][start - base : end - base])
         start = end
     return pieces
-
-
-def pooled(
-    values: Tensor,
-    offsets: Tensor,
-    mode: str,
-    per_sample_weights: Tensor | None,
-    include_last_offset: bool,
-    counted: Tensor | None,
-) -> Tensor:
-    """Bags of looked-up rows.
-
-    Args:
-        values: [L, D].
-        offsets: [B], or [B + 1] with `include_last_offset`.
-        mode: "sum" or "mean".
-        per_sample_weights: [L] or None.
-        include_last_offset: see nn.EmbeddingBag.
-        counted: bool [L], lookups that count; None for all.
-
-    Returns:
-        [B, D]; bags of nothing are zero.
-    """
-    bags = len(offsets) - int(include_last_offset)
-    if bags <= 0:
-        return values.new_zeros(0, values.shape[1])
-    dtype = values.dtype
-    if dtype.itemsize < 4:
-        # A bfloat16 stops counting at 256.
-        values = values.to(torch.float32)
-    if per_sample_weights is not None:
-        values = values * per_sample_weights[:, None]
-    if counted is not None:
-        values = values * counted[:, None]
-    positions = torch.arange(len(values), device=values.device)
-    # What lies past the last offset goes to a bag of its own, which is cut off.
-    bag = torch.bucketize(positions, offsets.to(positions.dtype), right=True) - 1
-    out = values.new_zeros(bags + 1, values.shape[1]).index_add(0, bag, values)[:bags]
-    if mode == "mean":
-        one = values.new_ones(len(values)) if counted is None else counted.to(values.dtype)
-        count = values.new_zeros(bags + 1).index_add(0, bag, one)[:bags, None].clamp(min=1)
-        # As the operators do, so that frozen tables give the same outputs as codes.
-        out = out * (1.0 / count)
-    return out.to(dtype)

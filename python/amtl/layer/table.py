@@ -535,9 +535,10 @@ class AMTLTable(TableLookups):
             # Named so that the keys of a layer that never heard of bits are what they were.
         # absorb_order() moves the padding row and leaves fewer rows, so they are part of the state.
         padding = -1 if self.padding_idx is None else self.padding_idx
-        destination[prefix + "schedule"] = torch.tensor(
-            [0, self.progress, padding, self.full_rows, self.num_embeddings], dtype=torch.float64
-        )
+        schedule = [0, self.progress, padding, self.full_rows, self.num_embeddings]
+        if self.rounding is not None:
+            schedule.append(self.rounding.turn)
+        destination[prefix + "schedule"] = torch.tensor(schedule, dtype=torch.float64)
 
     def _load_from_state_dict(
         self,
@@ -567,6 +568,8 @@ class AMTLTable(TableLookups):
         row_map = state_dict.get(prefix + "row_map")
         if ends is not None:
             self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, error_msgs)
+            if self.rounding is not None and schedule is not None and len(schedule) > 5:
+                self.rounding.turn = int(schedule[5])
             self.row_map = None if row_map is None else torch.empty_like(row_map).to(self.device)
         elif prefix + "weight" in state_dict:
             loaded = state_dict[prefix + "weight"]
@@ -652,9 +655,9 @@ class AMTLTable(TableLookups):
         self.steps = None if steps is None else torch.empty_like(steps, dtype=dtype)
         self.rounding = None
         if rounds and self.options.bits is not None:
-            count = len(state_dict[prefix + "rounding.ends"])
-            empty = torch.zeros(count, device=blocks[0].device)
-            self.rounding = Rounding(self.options.bits, Parts([0] * count, [0] * count), empty)
+            parts = Parts(*(state_dict[f"{prefix}rounding.{k}"].tolist() for k in Parts._fields))
+            empty = torch.zeros(len(parts.ends), device=blocks[0].device)
+            self.rounding = Rounding(self.options.bits, parts, empty)
 
     def _adopt_weight(self, row_map: Tensor | None) -> None:
         """Take the search phase with room for a dense weight."""
