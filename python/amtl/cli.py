@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import signal
@@ -103,7 +104,16 @@ def train(
     fields: Annotated[
         str | None, typer.Option(help="Columns to use, separated by commas; default: all.")
     ] = None,
-    method: Annotated[str, typer.Option(help="amtl, rule or fixed.")] = "amtl",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="amtl, rule, fixed; twins, aml (learn sizes); or a method of the field to compare "
+            "with: qr, double_hash, mde, random, magprune, pep, ptq, mpe, alpt."
+        ),
+    ] = "amtl",
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, a setting of such a method.")
+    ] = None,
     backbone: Annotated[
         str | None,
         typer.Option(
@@ -251,6 +261,7 @@ def train(
         compare=compare,
         laws=laws,
         parametrization=parametrization,
+        options=_options(method, option or []),
         **_columns(numeric or [], multi or []),
     )
     if out is None:
@@ -296,6 +307,14 @@ def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str])
                 f"--{idle[0].replace('_', '-')} has no effect with --method fixed, whose rows are "
                 "all --dim wide: leave it out and choose --dim, or use --method rule or amtl"
             )
+    if method not in ("amtl", "rule", "fixed"):
+        idle = [n for n in ("bits", "exponent", "capacity_bits", "freeze_at") if n in given]
+        idle += ["parametrization"] if parametrization else []
+        if idle:
+            raise UserError(
+                f"--{idle[0].replace('_', '-')} has no effect with --method {method}; its own "
+                "settings are given by --option NAME=VALUE"
+            )
     if parametrization == "paper" and "budget" in given:
         raise UserError(
             "--budget cannot hold with --parametrization paper, whose saving is an outcome of "
@@ -314,9 +333,12 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
     require_columns(source.frame.columns, [label], "the data")
     if label in more["fields"]:
         raise UserError(f"--fields names the label {label!r}, which is what is predicted")
+    from amtl.run.methods import ALIASES
+
     laws, parametrization = more.pop("laws", {}), more.pop("parametrization", None)
+    more["method"], named = ALIASES.get(more["method"], (more["method"], {}))
     settings = {**source.settings(more["method"]), **given, **more}
-    options = dict(settings.pop("table_options", {}))
+    options = {**settings.pop("table_options", {}), **named, **settings.pop("options")}
     if len(laws) > 1:
         raise UserError("--exponent and --capacity-bits are two laws of the count: give one")
     for name, value in laws.items():
@@ -326,6 +348,24 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
     elif parametrization is not None:
         options["parametrization"] = parametrization
     return TrainConfig(data=source.name, label=label, table_options=options, **settings)
+
+
+def _options(method: str, given: Sequence[str]) -> dict[str, Any]:
+    """Parses --option."""
+    from amtl.peers import PEERS
+
+    if given and method not in PEERS:
+        raise UserError(f"--option is for methods of the field: {', '.join(PEERS)}")
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text}: write NAME=VALUE")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found
 
 
 def _columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any]:

@@ -105,12 +105,15 @@ class Learner:
         self._set_rates()
 
     def _set_rates(self) -> None:
-        """Learning rates of the present stage; those of the size search don't fall."""
+        """Learning rates of the present stage; those of a size search don't fall."""
         scale = self.config.rate_drop**self.stage
-        for optimizer, rate in (
+        rates = [
             (self.table_optimizer, self.config.table_lr),
             (self.dense_optimizer, self.config.lr),
-        ):
+        ]
+        if self.mask_optimizer is not None and self.frozen:
+            rates.append((self.mask_optimizer, self.config.mask_lr))
+        for optimizer, rate in rates:
             for group in optimizer.param_groups:
                 group["lr"] = rate * scale
 
@@ -173,13 +176,16 @@ class Learner:
         labels = batch.labels
         if self._taught is not None:
             labels = labels.lerp(self._taught[samples], self.config.distillation or 0.0)
-        loss = nn.functional.binary_cross_entropy_with_logits(self.model(batch), labels)
+        loss = self._loss(self.model(batch), labels)
         loss.backward()
         for optimizer in (self.dense_optimizer, self.table_optimizer, self.mask_optimizer):
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
         return float(loss.detach())
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
     def _due(self) -> bool:
         """Whether a validation comes after the step just taken: some an epoch, evenly spread."""

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from amtl.errors import UserError
 from amtl.store.files import read_json, write_text
 
 COLORS = {"amtl": "#2563eb", "rule": "#d97706", "fixed": "#64748b"}
-_LABELS = {"amtl": "AMTL", "rule": "rule", "fixed": "fixed"}
+_PEER_COLORS = ["#0d9488", "#be185d", "#7c3aed", "#65a30d", "#dc2626", "#0891b2", "#92400e"]
 _DASHES = ["-", "--", ":", "-."]
 
 
@@ -79,8 +79,24 @@ def load_metrics(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return runs
 
 
+def methods_in_order(names: Iterable[str]) -> list[str]:
+    """Each once: fixed, methods of the field, rule, amtl."""
+    peers = sorted(set(names) - set(COLORS))
+    return ["fixed", *peers, "rule", "amtl"]
+
+
+def color(method: str) -> str:
+    """Of a method's lines."""
+    if method in COLORS:
+        return COLORS[method]
+    from amtl.peers import PEERS
+
+    place = [*PEERS, method].index(method)
+    return _PEER_COLORS[place % len(_PEER_COLORS)]
+
+
 def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
-    """Groups runs by everything but the seed: fixed, then rule, then amtl, by falling memory."""
+    """Groups runs by everything but the seed: in the order of methods, by falling memory."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         run["config"].setdefault("backbone", "dnn")
@@ -88,7 +104,7 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
         config = {k: v for k, v in _asked(run).items() if k not in ("seed", "warm_start")}
         config["warm"] = bool(run["config"]["warm_start"])
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
-    order = ["fixed", "rule", "amtl"]
+    order = methods_in_order(run["method"] for run in runs)
     ordered = sorted(
         groups.values(),
         key=lambda g: (order.index(g[0]["method"]), -g[0]["stored_bytes"], g[0]["dim"]),
@@ -113,8 +129,12 @@ def _asked(run: dict[str, Any]) -> dict[str, Any]:
     return asked
 
 
+def _label(method: str) -> str:
+    return "AMTL" if method == "amtl" else method
+
+
 def _name(run: dict[str, Any]) -> str:
-    name = f"{_LABELS[run['method']]} D={run['dim']}"
+    name = f"{_label(run['method'])} D={run['dim']}"
     if run["config"]["bits"] not in ("32", "auto"):
         name += f" {run['config']['bits']} bits"
     if run["budget"] is not None:
@@ -370,7 +390,7 @@ def _figure(
 def _style(results: Sequence[Result], result: Result) -> dict[str, Any]:
     same = [r for r in results if r.method == result.method]
     return {
-        "color": COLORS[result.method],
+        "color": color(result.method),
         "linestyle": _DASHES[same.index(result) % len(_DASHES)],
     }
 
@@ -379,26 +399,26 @@ def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
     from matplotlib.ticker import LogLocator
 
     axes = figure.subplots()
-    for method in ("fixed", "rule", "amtl"):
+    for method in methods_in_order(r.method for r in results):
         own = sorted(
             (r for r in results if r.method == method), key=lambda r: r.mean("stored_bytes")
         )
         if not own:
             continue
-        color = COLORS[method]
+        tint = color(method)
         axes.plot(
             [r.mean("stored_bytes") for r in own],
             [r.mean("test_auc") for r in own],
-            color=color,
+            color=tint,
             linewidth=1.6,
             alpha=0.8,
-            label=_LABELS[method],
+            label=_label(method),
             marker="o",
             markersize=7,
             markeredgecolor="white",
         )
         points = [(run["stored_bytes"], run["test_auc"]) for r in own for run in r.runs]
-        axes.scatter(*zip(*points, strict=True), s=12, color=color, alpha=0.5)
+        axes.scatter(*zip(*points, strict=True), s=12, color=tint, alpha=0.5)
         for r in own:
             axes.annotate(
                 r.name.split(" ", 1)[1],
@@ -406,7 +426,7 @@ def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
                 xytext=(6, 6 if method != "rule" else -12),
                 textcoords="offset points",
                 fontsize=8,
-                color=color,
+                color=tint,
             )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,0 +1,75 @@
+"""Methods that train twice: a search, and training with what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from amtl.errors import UserError
+from amtl.peers import DoesNotFit, SearchingPeer
+from amtl.run.learner import Learner
+from amtl.run.progress import Observer
+
+
+class SearchLearner(Learner):
+    """A search: the method's penalty joins the loss, and rates don't fall."""
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = super()._loss(logits, labels)
+        penalty = self.table.penalty()  # type: ignore[operator]
+        return loss if penalty is None else loss + penalty
+
+    def _turn(self) -> None:
+        self.finished = True
+
+    def freeze(self) -> None:
+        """Nothing: what is found settles in a table of its own."""
+
+
+def is_search(table: nn.Module) -> bool:
+    """Whether a table is of a method that trains twice, and has not searched yet."""
+    return isinstance(table, SearchingPeer) and not bool(table.settled)
+
+
+def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]) -> Learner:
+    """Searches, and returns a fresh learner with what was found.
+
+    Args:
+        learner: fresh, of a table that `is_search`; its settings and task are used.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Raises:
+        UserError: what was found does not fit the budget, or no validation gave an AUC.
+    """
+    config, task, found = learner.config, learner.task, learner
+    if learner.table.phase == "search":
+        learner.release()
+        found = SearchLearner(config, task)
+    table: SearchingPeer = found.table  # type: ignore[assignment]
+    observer.begin(f"{config.method} searches", found.steps_per_epoch * config.epochs, 0)
+    validations = 0
+    while not found.finished:
+        step(found)
+        if len(found.history) > validations:
+            validations = len(found.history)
+            if table.searched():
+                break
+    if not table.takes_last:
+        found.end()
+    try:
+        fresh = Learner(config, task, lambda made: made.settle(table))  # type: ignore[operator]
+    except DoesNotFit as error:
+        raise UserError(f"--method {config.method}: {error}") from error
+    if table.keeps_model:
+        with torch.no_grad():
+            mine, theirs = fresh.model.dense_parameters(), found.model.dense_parameters()
+            for parameter, other in zip(mine, theirs, strict=True):
+                parameter.copy_(other)
+    fresh.seconds = found.seconds + sum(record["seconds"] for record in found.history)
+    if table.goes_on:
+        fresh.refine()
+    fresh.finished = not table.trains_again
+    return fresh
