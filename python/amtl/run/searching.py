@@ -47,7 +47,7 @@ def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]
     config, task, found = learner.config, learner.task, learner
     if learner.table.phase == "search":
         learner.release()
-        found = SearchLearner(config, task)
+        found = SearchLearner(config, task, taught=learner.taught)
     table: SearchingPeer = found.table  # type: ignore[assignment]
     observer.begin(f"{config.method} searches", found.steps_per_epoch * config.epochs, 0)
     validations = 0
@@ -60,7 +60,7 @@ def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]
     if not table.takes_last:
         found.end()
     try:
-        fresh = Learner(config, task, lambda made: made.settle(table))  # type: ignore[operator]
+        fresh = Learner(config, task, lambda made: made.settle(table), learner.taught)  # type: ignore[operator]
     except DoesNotFit as error:
         raise UserError(f"--method {config.method}: {error}") from error
     if table.keeps_model:
