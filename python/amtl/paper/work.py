@@ -120,7 +120,8 @@ def jobs(records: Records, plan: Plan) -> Iterator[dict[str, Any]]:
                 continue
             job = {"set": name, "budget": budget, "method": method}
             if not is_tuned(records, cell, known[method], plan):
-                yield {**job, "trial": len(tried(records, cell))}
+                made = {r["job"]["trial"] for r in tried(records, cell)}
+                yield {**job, "trial": min(set(range(len(made) + 1)) - made)}
             elif best := chosen(records, cell):
                 seed = FIRST_SEED + extra
                 if seed not in seeded(records, cell):
@@ -259,7 +260,8 @@ def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[st
     cell = (job["set"], job["budget"], job["method"])
     tuning = "trial" in job
     if tuning:
-        past = [(r["choice"], r.get("score")) for r in tried(records, cell)]
+        before = [r for r in tried(records, cell) if r["job"]["trial"] < job["trial"]]
+        past = [(r["choice"], r.get("score")) for r in before]
         choice = next_choice(contender.space, past, repr(cell))
         assert choice is not None
         seed, task = TUNING_SEED, replace(data.task, test=data.task.val)
