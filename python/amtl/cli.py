@@ -108,7 +108,7 @@ def train(
         str,
         typer.Option(
             help="amtl, rule, fixed; twins, aml (learn sizes); or a method of the field to compare "
-            "with: qr, double_hash, mde, random, magprune, pep, ptq, mpe, alpt."
+            "with: qr, double_hash, mde, random, magprune, pep, ptq, mpe, alpt, autodim."
         ),
     ] = "amtl",
     option: Annotated[

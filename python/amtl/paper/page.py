@@ -16,9 +16,8 @@ NO_LOSS = -5e-4
 """Lower end of the 95 % interval against full size that counts as no loss."""
 
 NOT_MADE = {
-    "autoemb, nis, esapn, autodim, optembed": "not built yet: each searches sizes by a second "
-    "network or by alternating between two splits, and wants a search loop of its own beside "
-    "`amtl.run.searching`",
+    "autoemb, nis, esapn, optembed": "not built yet: each wants a loop of its own (a controller "
+    "that is rewarded, an evolution of masks on validation) beside `amtl.run.searching`",
     "loss by the number of warm-start steps": "not run: `amtl train --warm-start` has it by hand",
     "DeepFM, DCN, AutoInt, DIN": "not run: the page is about the MLP alone",
 }

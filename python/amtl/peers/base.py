@@ -20,6 +20,51 @@ class DoesNotFit(ValueError):
     """No table of this kind is as small as the budget."""
 
 
+def choices_in_budget(scores: Tensor, costs: Tensor, budget: int) -> Tensor:
+    """An option for each group: `argmax_o scores_o - c * costs_o`, c the least that fits.
+
+    c above 0 gives less than what was found (the best scores), below 0 more. What one c for all
+    leaves over goes to groups that would have more at the next one.
+
+    Args:
+        scores: `[G, O]`.
+        costs: int64 `[G, O]`.
+        budget: of all groups.
+
+    Returns:
+        int64 `[G]`. O(G O) for each of 60 steps.
+
+    Raises:
+        DoesNotFit: the cheapest options cost more.
+    """
+    if int(costs.min(1).values.sum()) > budget:
+        raise DoesNotFit(f"the least that can be chosen is larger than {budget:,}")
+    values, groups = scores.double(), torch.arange(len(scores))
+    share = costs.double() / float(costs.max())
+
+    def chosen(c: float) -> Tensor:
+        return (values - c * share).argmax(1)
+
+    ordered = share.sort(1).values
+    steps = (ordered[:, 1:] - ordered[:, :-1])[ordered[:, 1:] > ordered[:, :-1]]
+    high = (float(values.max() - values.min()) + 1.0) / float(steps.min()) if len(steps) else 1.0
+    low = -high
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = int(costs[groups, chosen(middle)].sum()) <= budget
+        low, high = (low, middle) if fits else (middle, high)
+    options, more = chosen(high), chosen(low)
+    spare = budget - int(costs[groups, options].sum())
+    for g in torch.nonzero(costs[groups, more] > costs[groups, options]).squeeze(1).tolist():
+        extra = costs[g] - costs[g, options[g]]
+        allowed = (extra <= spare) & (costs[g] <= costs[g, more[g]])
+        best = int(torch.where(allowed, extra, -1).argmax())
+        if int(extra[best]) > 0:
+            options[g] = best
+            spare -= int(extra[best])
+    return options
+
+
 @dataclass(frozen=True)
 class Part:
     """Equal things that a server must keep.
@@ -240,6 +285,10 @@ class SearchingPeer(Peer):
     def penalty(self) -> Tensor | None:
         """Added to the loss of the search, or None."""
         return None
+
+    def architecture(self) -> list[nn.Parameter]:
+        """What the search trains on validation batches, in turns with all else on training ones."""
+        return []
 
     def searched(self) -> bool:
         """Whether the search may end; asked after each validation."""

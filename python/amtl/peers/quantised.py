@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amtl.layer.rounding import PART_BYTES, step_groups
-from amtl.peers.base import DoesNotFit, Facts, Part, Peer, SearchingPeer
+from amtl.peers.base import DoesNotFit, Facts, Part, Peer, SearchingPeer, choices_in_budget
 
 _LEAST_STEP = 1e-10
 
@@ -192,7 +192,8 @@ class Mpe(SearchingPeer):
         spare = self.facts.budget - self._beside()
         if spare < 0:
             raise DoesNotFit(f"step sizes alone take more than {self.facts.budget:,} bytes")
-        self.bits.copy_(bits_in_budget(found.gamma, self.get_buffer("sizes") * self.dim, 8 * spare))
+        costs = (self.get_buffer("sizes") * self.dim)[:, None] * torch.arange(len(self.BITS))
+        self.bits.copy_(choices_in_budget(found.gamma, costs, 8 * spare))
 
     def _beside(self) -> int:
         return 4 * len(self.steps) + 4 * self.dim + 8 * len(self.BITS)
@@ -211,37 +212,6 @@ class Mpe(SearchingPeer):
     def row_bits(self) -> Tensor:
         """See `Peer`."""
         return self.bits[self.group] * self.dim
-
-
-def bits_in_budget(gamma: Tensor, numbers: Tensor, budget: int) -> Tensor:
-    """Bits of each group, `argmax_b gamma_b - c * b`, c being the least that meets the budget.
-
-    Where c of no shift, that of the bits as found, is below, more bits are given than were found.
-
-    Args:
-        gamma: `[G, B]`, scores of 0 to B - 1 bits.
-        numbers: int64 `[G]` in each group.
-        budget: in bits.
-    """
-    values = torch.arange(gamma.shape[1], dtype=torch.float64)
-
-    def chosen(c: float) -> Tensor:
-        return (gamma.double() - c * values).argmax(1)
-
-    spread = float(gamma.max() - gamma.min()) + 1.0
-    low, high = -spread, spread
-    for _ in range(60):
-        middle = (low + high) / 2
-        fits = int((chosen(middle) * numbers).sum()) <= budget
-        low, high = (low, middle) if fits else (middle, high)
-    bits = chosen(high)
-    # Groups that tie, as untouched ones do, would all wait for the same c.
-    spare = budget - int((bits * numbers).sum())
-    for g in torch.nonzero(chosen(low) > bits).squeeze(1).tolist():
-        more = min(int(chosen(low)[g] - bits[g]), spare // int(numbers[g]))
-        bits[g] += more
-        spare -= more * int(numbers[g])
-    return bits
 
 
 class Alpt(Peer):

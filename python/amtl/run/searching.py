@@ -14,7 +14,29 @@ from amtl.run.progress import Observer
 
 
 class SearchLearner(Learner):
-    """A search: the method's penalty joins the loss, and rates don't fall."""
+    """A search: the method's penalty joins the loss, and rates don't fall.
+
+    Where a method has an `architecture`, a batch of the validation split trains that after each
+    step (the first-order form of DARTS, arXiv 1806.09055).
+    """
+
+    _architecture: torch.optim.Optimizer | None = None
+
+    def _make_optimizers(self) -> None:
+        super()._make_optimizers()
+        own = self.table.architecture()  # type: ignore[operator]
+        self._architecture = torch.optim.Adam(own, self.config.mask_lr) if own else None
+
+    def _train_step(self, samples: Tensor) -> float:
+        loss = super()._train_step(samples)
+        if self._architecture is not None:
+            val = self.task.val
+            batch = val.batch(torch.randint(len(val), (min(len(val), len(samples)),)))
+            self.model.zero_grad()
+            self._loss(self.model(batch), batch.labels).backward()
+            self._architecture.step()
+            self.model.zero_grad()
+        return loss
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         loss = super()._loss(logits, labels)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from amtl.layer.embedding import AMTLEmbedding
 from amtl.peers import PEERS, DoesNotFit, Facts, Part, SearchingPeer, served_bytes
+from amtl.peers.base import choices_in_budget
+from amtl.peers.fields import AutoDim
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
 from amtl.peers.pruning import MagnitudePruning, Pep, sparse_parts
-from amtl.peers.quantised import Alpt, Mpe, PostTraining, best_rounding, bits_in_budget, rounded
+from amtl.peers.quantised import Alpt, Mpe, PostTraining, best_rounding, rounded
 from amtl.peers.sized import MixedDimension, Shuffled, mixed_widths
 
 
@@ -55,7 +57,7 @@ def test_budgets_are_met_and_mostly_used(name, share):
     table = settled(PEERS[name], given)
     assert table.value_bytes() <= given.budget
     # Codes of few bits, and sizes that are the whole table's, end before the budget does.
-    least = {"ptq": 0.12, "alpt": 0.5, "mpe": 0.15}.get(name, 0.75)
+    least = {"ptq": 0.12, "alpt": 0.5, "mpe": 0.15, "autodim": 0.5}.get(name, 0.75)
     assert table.value_bytes() >= least * given.budget or share == 1.0
     bits = table.row_bits()
     assert bits is None or int(bits.sum()) <= 8 * given.budget
@@ -82,8 +84,19 @@ def test_every_parameter_learns_and_bags_are_means(name):
     assert trained
     for parameter in trained:
         grad = parameter.grad
-        assert grad is not None and float(grad.to_dense().abs().sum()) > 0
+        # Maps of widths that were not chosen have none.
+        assert name == "autodim" or float(grad.to_dense().abs().sum()) > 0
     assert all(p.grad.is_sparse for p in table.table_parameters())
+
+
+@pytest.mark.parametrize("name", ["qr", "double_hash", "mde", "alpt"])
+def test_all_that_is_trained_is_counted(name):
+    table = settled(PEERS[name], long_facts(6000))
+    bits = table.bits if name == "alpt" else 32
+    numbers = sum(p.numel() for p in table.table_parameters())
+    others = sum(p.numel() for p in table.mask_parameters())
+    assert table.value_bytes() >= numbers * bits // 8 + 4 * others
+    assert others > 0 or name in ("qr", "double_hash")
 
 
 def test_quotient_and_remainder():
@@ -185,18 +198,21 @@ def test_learned_thresholds():
     table = Pep(given, each="row", pull=2.0)
     initial = table.weight.detach().clone()
     with torch.no_grad():
-        table.weight.copy_(torch.tensor([[2.0, -1.0, 0.5, 3.0], [0.1, 0.2, -4, 0.3], [0, 0, 0, 1]]))
+        table.weight.copy_(
+            torch.tensor([[2.0, -1.0, 0.5, 3.0], [0.1, 0.2, -4, 0.3], [0, 0, 0, 2.2]])
+        )
         table.threshold.copy_(torch.tensor([[0.0], [math.log(3.0) / 2], [-50.0]]))
     # sigmoid(2 * 0) = 1/2, sigmoid(log 3) = 3/4.
     shown = table(torch.arange(3))
-    expected = torch.tensor([[1.5, -0.5, 0.0, 2.5], [0, 0, -3.25, 0], [0, 0, 0, 1.0]])
+    expected = torch.tensor([[1.5, -0.5, 0.0, 2.5], [0, 0, -3.25, 0], [0, 0, 0, 2.2]])
     torch.testing.assert_close(shown, expected)
     assert not table.searched() and len(table.mask_parameters()) == 1
     decay = 0.5 * 1e-5 * (0 + math.log(3.0) ** 2 + 100.0**2)
     assert float(table.penalty().detach()) == pytest.approx(decay, rel=1e-5)
     with torch.no_grad():
         table.threshold[2] = 50.0
-    assert not table.searched()  # 1.5, 0.5, 2.5 and 3.25 still take 49 bytes
+    # 1.5, 0.5, 2.5, 3.25 and 1.2 are left, 53 bytes.
+    assert not table.searched()
     made = Pep(given, each="row", pull=2.0)
     made.settle(table)
     # What is most above its threshold survives, with the values it once started from.
@@ -219,14 +235,43 @@ def test_rounding_is_lsq():
     assert float(offset.grad) == 2.0
 
 
-def test_bits_in_a_budget():
-    gamma = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.1, 0.9], [0.0, 0.0, 0.0]])
-    numbers = torch.tensor([10, 10, 10])
-    # What was found, with the tie's least; then what is lost least per bit.
-    assert bits_in_budget(gamma, numbers, 30).tolist() == [1, 2, 0]
-    assert bits_in_budget(gamma, numbers, 60).tolist() == [2, 2, 2]
-    assert bits_in_budget(gamma, numbers, 10).tolist() == [1, 0, 0]
-    assert bits_in_budget(gamma, numbers, 9).tolist() == [0, 0, 0]
+def test_choices_in_a_budget():
+    scores = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.1, 0.9], [0.0, 0.0, 0.0]])
+    costs = torch.tensor([[0, 10, 20]] * 3)
+    # What was found, with the tie's least; then what is lost least per unit.
+    assert choices_in_budget(scores, costs, 30).tolist() == [1, 2, 0]
+    assert choices_in_budget(scores, costs, 60).tolist() == [2, 2, 2]
+    assert choices_in_budget(scores, costs, 10).tolist() == [1, 0, 0]
+    assert choices_in_budget(scores, costs, 9).tolist() == [0, 0, 0]
+    # One group is small, and the dearer option may come first.
+    assert choices_in_budget(scores[:2], torch.tensor([[4, 1, 2], [10, 20, 30]]), 12).tolist() == [
+        1,
+        0,
+    ]
+    with pytest.raises(DoesNotFit):
+        choices_in_budget(scores, costs + 5, 14)
+
+
+def test_widths_of_fields():
+    given = long_facts(6000, init_std=0.5)
+    table = AutoDim(given, noise=0.0)
+    assert table.widths == [1, 2, 4, 8] and table.architecture() == [table.alpha]
+    rows = torch.tensor([3, 360, 5])
+    first = table.weight[torch.tensor([3, 5])]
+    mapped = [first[:, :d] @ m[0] for d, m in zip(table.widths, table.maps, strict=True)]
+    # Two values normalised are plus and minus one, nearly.
+    normed = [(m - m.mean(0)) / (m.var(0, unbiased=False) + 1e-5).sqrt() for m in mapped]
+    torch.testing.assert_close(table(rows)[[0, 2]], sum(normed) / 4)
+    # Rows of 350 and 50 values: 4 * (rows * width + width * 8 for the map).
+    assert table.costs().tolist() == [[1432, 2864, 5728, 11200], [232, 464, 928, 1600]]
+    with torch.no_grad():
+        table.alpha[0, 1], table.alpha[1, 3] = 5.0, 1.0
+    made = AutoDim(given)
+    made.settle(table)
+    assert made.choice.tolist() == [1, 3] and made.value_bytes() == 2864 + 1600 + 8
+    shown = made(rows)
+    torch.testing.assert_close(shown[0], made.weight[3, :2] @ made.maps[1][0])
+    torch.testing.assert_close(shown[1], made.weight[360])
 
 
 def test_mixed_precision():
