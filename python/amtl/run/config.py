@@ -14,6 +14,9 @@ BACKBONES = ("dnn", "deepfm", "dcn", "xdeepfm", "autoint", "din", "widedeep")
 """See `amtl.run.backbones`."""
 
 
+OWN = ("amtl", "rule", "fixed")
+"""The product's own methods; the others are there to be compared with."""
+
 BITS = ("auto", "32", "8", "4", "2")
 
 
@@ -63,14 +66,14 @@ class TrainConfig:
         split: `random` or `order:COLUMN`.
         split_seed: of the random split, apart from `seed`, so that seeds share a test set.
         seed: of weights, batches and size noise.
-        method: `amtl`, `rule` or `fixed`.
+        method: `amtl`, `rule`, `fixed` or a peer, see `amtl.run.methods`.
         dim: full embedding width D.
         budget: stored bytes over those of N × D numbers of 32 bits.
         budget_bytes: the same as a number of bytes; `with_rows` makes `budget` of it.
         bits: of a stored number: `32`, `8`, `4`, `2`, or `auto` for what validation prefers, 4
             where there is no race, and 32 for `fixed` and where sizes are learned.
         freeze_at: step at which sizes are fixed; None leaves it to validation.
-        table_options: more keyword arguments of the layer.
+        table_options: more keyword arguments of the layer, or of the peer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
         backbone: what meets the embeddings beside the MLP, one of `BACKBONES`.
         hidden: widths of the MLP.
@@ -144,6 +147,15 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
         if self.backbone not in BACKBONES:
             raise UserError(f"--backbone {self.backbone!r}: choose one of {', '.join(BACKBONES)}")
+        if self.method not in OWN:
+            self.race = False
+            if self.freeze_at is not None or self.warm_start is not None:
+                raise UserError(f"--freeze-at and --warm-start have no meaning for {self.method}")
+            if self.bits not in ("auto", "32"):
+                raise UserError(
+                    f"--bits is a setting of the product's own methods, not of {self.method}; what "
+                    "that one has is set by --option NAME=VALUE"
+                )
         if self.bits not in BITS:
             raise UserError(f"--bits must be one of {', '.join(BITS)}, not {self.bits!r}")
         if self.bits in ("8", "4", "2") and self.method == "amtl" and self._learns_sizes():
@@ -181,7 +193,9 @@ class TrainConfig:
 
     @property
     def layer_options(self) -> dict[str, Any]:
-        """Keyword arguments of the layer."""
+        """Keyword arguments of the layer, or of the peer."""
+        if self.method not in OWN:
+            return dict(self.table_options)
         return {"bits": self.number_bits, **self.table_options}
 
     @property
@@ -194,7 +208,8 @@ class TrainConfig:
     @property
     def raced_bits(self) -> bool:
         """Whether validation may choose the bits: sizes must be settled for training to round."""
-        return self.bits == "auto" and self.method != "fixed" and not self._learns_sizes()
+        sized = self.method in OWN and self.method != "fixed"
+        return self.bits == "auto" and sized and not self._learns_sizes()
 
     def _learns_sizes(self) -> bool:
         options = self.table_options

@@ -209,6 +209,11 @@ def pack_run(
     """
     trained = load_run(folder)
     model, config = trained.model, trained.config
+    if methods.is_peer(model.table):
+        raise UserError(
+            f"{folder} is a run of --method {config.method}, which is there to be compared with "
+            "and does not pack: amtl, rule and fixed do"
+        )
     if bits is not None:
         _round(model, trained, bits)
     if not methods.is_adaptive(model.table):

@@ -83,7 +83,7 @@ class Learner:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self._order: tuple[int, Tensor] | None = None
-        self._taught = taught
+        self.taught = taught
         self._ended = False
         if warm is not None:
             warm(self.table)
@@ -105,12 +105,15 @@ class Learner:
         self._set_rates()
 
     def _set_rates(self) -> None:
-        """Learning rates of the present stage; those of the size search don't fall."""
+        """Learning rates of the present stage; those of a size search don't fall."""
         scale = self.config.rate_drop**self.stage
-        for optimizer, rate in (
+        rates = [
             (self.table_optimizer, self.config.table_lr),
             (self.dense_optimizer, self.config.lr),
-        ):
+        ]
+        if self.mask_optimizer is not None and self.frozen:
+            rates.append((self.mask_optimizer, self.config.mask_lr))
+        for optimizer, rate in rates:
             for group in optimizer.param_groups:
                 group["lr"] = rate * scale
 
@@ -171,15 +174,18 @@ class Learner:
     def _train_step(self, samples: Tensor) -> float:
         batch = self.task.train.batch(samples)
         labels = batch.labels
-        if self._taught is not None:
-            labels = labels.lerp(self._taught[samples], self.config.distillation or 0.0)
-        loss = nn.functional.binary_cross_entropy_with_logits(self.model(batch), labels)
+        if self.taught is not None:
+            labels = labels.lerp(self.taught[samples], self.config.distillation or 0.0)
+        loss = self._loss(self.model(batch), labels)
         loss.backward()
         for optimizer in (self.dense_optimizer, self.table_optimizer, self.mask_optimizer):
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
         return float(loss.detach())
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
     def _due(self) -> bool:
         """Whether a validation comes after the step just taken: some an epoch, evenly spread."""
@@ -234,6 +240,12 @@ class Learner:
             self.freeze()
         self._set_rates()
 
+    def refine(self) -> None:
+        """Takes the model as it is for the best so far, and goes on at smaller rates."""
+        self.stage = 1
+        self._set_rates()
+        self._validate()
+
     def freeze(self) -> None:
         """Fixes the sizes; the table and its optimizer's state move to tiers."""
         self.table.freeze(self.table_optimizer)  # type: ignore[operator]
@@ -283,7 +295,7 @@ class Learner:
     def release(self) -> None:
         """Lets go of all memory but the history; nothing else is possible afterwards."""
         del self.model, self.table, self.table_optimizer, self.dense_optimizer, self.mask_optimizer
-        self._taught = None
+        self.taught = None
         if self.best is not None:
             self.best = {"record": self.best["record"]}
 

@@ -1,11 +1,12 @@
-"""The three ways to give values their embedding sizes: fixed, rule and amtl.
+"""The registry of methods: what gives values their embeddings, by name.
 
-`rule` sizes rows by their counts alone. `amtl` weighs the counts of each field by what the field
-is worth on held-out data, which a race measures; with another `parametrization` the twins learn
-sizes while the table trains.
+The product's own are `fixed`, `rule` and `amtl`. `rule` sizes rows by their counts alone. `amtl`
+weighs the counts of each field by what the field is worth on held-out data, which a race measures;
+with another `parametrization` the twins learn sizes while the table trains. `aml` and `twins` are
+names for two of these. Beside them are the peers, methods of the field, see `amtl.peers`.
 
-All three put every field into one table with one lookup call, start from the same distribution
-and are trained by the same optimizer, so that what differs between runs is the sizes alone.
+All put every field into one table with one lookup call, start from the same distribution and are
+trained by the same optimizer, so that what differs between runs is the method alone.
 """
 
 from __future__ import annotations
@@ -17,8 +18,16 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
 from amtl.errors import UserError
+from amtl.peers import PEERS, Facts, Part, Peer, served_bytes
+from amtl.run.config import OWN
 
-METHODS = ("amtl", "rule", "fixed")
+METHODS = OWN
+
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "twins": ("amtl", {"parametrization": "ordinal"}),
+    "aml": ("amtl", {"parametrization": "ordinal", "twins": False}),
+}
+"""Names for settings of a method: the twins that learn sizes, and a single branch of them."""
 TABLE_OPTIMIZERS = ("adam", "adagrad", "rowwise_adagrad", "sgd")
 
 
@@ -36,21 +45,24 @@ def build_table(
 
     Args:
         method: `fixed` (every row `dim` wide), `rule` (size by a power of the count, scaled to the
-            budget) or `amtl` (learned sizes).
+            budget), `amtl` (learned sizes) or one of `PEERS`.
         encoder: fields, sizes and counts.
         dim: full width D.
         budget: stored share of the bytes of N × D for `rule` and `amtl`.
         init_std: deviation of the normal initial weights.
         seed: of the initial weights and of the size noise.
-        options: more keyword arguments of `AMTLEmbedding`.
+        options: more keyword arguments of `AMTLEmbedding`, or of the peer.
 
     Raises:
         UserError: for an unknown method, or settings the layer refuses.
     """
-    if method not in METHODS:
-        raise UserError(f"--method {method!r}: choose one of {', '.join(METHODS)}")
+    if method not in (*METHODS, *PEERS):
+        known = ", ".join((*METHODS, *ALIASES, *PEERS))
+        raise UserError(f"--method {method!r}: choose one of {known}")
     if dim < 1:
         raise UserError(f"--dim must be at least 1, not {dim}")
+    if method in PEERS:
+        return _build_peer(method, encoder, dim, budget, init_std, seed, options or {})
     bags = any(f.kind == "bag" for f in encoder.fields)
     extra = dict(options or {})
     table: nn.Module
@@ -88,25 +100,67 @@ def build_table(
     return table
 
 
+def _build_peer(
+    method: str,
+    encoder: Encoder,
+    dim: int,
+    budget: float,
+    init_std: float,
+    seed: int,
+    options: dict[str, Any],
+) -> Peer:
+    facts = Facts(
+        encoder.counts(),
+        encoder.row_fields(),
+        encoder.field_sizes,
+        dim,
+        int(budget * 4 * encoder.num_rows * dim),
+        init_std,
+        seed,
+    )
+    try:
+        table = PEERS[method](facts, **options)
+        if not table.searches:
+            table.require_fit()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--method {method}: {error}") from error
+    return table
+
+
 def is_adaptive(table: nn.Module) -> bool:
-    """Whether sizes vary by row."""
-    return not isinstance(table, (nn.Embedding, nn.EmbeddingBag)) or hasattr(table, "row_dims")
+    """Whether it is the product's layer, whose sizes vary by row."""
+    return hasattr(table, "row_dims")
+
+
+def is_peer(table: nn.Module) -> bool:
+    """Whether it is a method of the field, see `amtl.peers`."""
+    return isinstance(table, Peer)
+
+
+def _plain(table: nn.Module) -> bool:
+    return not is_adaptive(table) and not is_peer(table)
 
 
 def table_parameters(table: nn.Module) -> list[nn.Parameter]:
     """The parameters holding embedding values: one weight, or the tiers."""
-    if is_adaptive(table):
-        return list(table.table_parameters())  # type: ignore[operator]
-    return [table.weight]  # type: ignore[list-item]
+    if _plain(table):
+        return [table.weight]  # type: ignore[list-item]
+    return list(table.table_parameters())  # type: ignore[operator]
 
 
 def mask_parameters(table: nn.Module) -> list[nn.Parameter]:
     """The parameters that decide sizes; empty for `fixed` and `rule` and once frozen."""
-    return list(table.mask_parameters()) if is_adaptive(table) else []  # type: ignore[operator]
+    return [] if _plain(table) else list(table.mask_parameters())  # type: ignore[operator]
 
 
 def row_widths(table: nn.Module) -> Tensor:
-    """Stored numbers per row, tier rounding included once frozen: int64 `[N]`."""
+    """Stored numbers per row, tier rounding included once frozen: int64 `[N]`.
+
+    Of a peer: what 32 bits hold of the row's bits, nothing where rows share what is stored.
+    """
+    if isinstance(table, Peer):
+        bits = table.row_bits()
+        return torch.zeros(table.facts.rows).long() if bits is None else -(-bits.long() // 32)
     if not is_adaptive(table):
         weight = table_parameters(table)[0]
         return torch.full((weight.shape[0],), weight.shape[1])
@@ -115,12 +169,12 @@ def row_widths(table: nn.Module) -> Tensor:
 
 def is_frozen(table: nn.Module) -> bool:
     """Whether sizes no longer change; always true of `fixed`."""
-    return not is_adaptive(table) or bool(table.phase == "frozen")
+    return _plain(table) or bool(table.phase == "frozen")
 
 
 def has_settled_sizes(table: nn.Module) -> bool:
     """Whether a search would change nothing: nothing learns the sizes, and no noise varies them."""
-    if is_frozen(table) or mask_parameters(table):
+    if is_peer(table) or is_frozen(table) or mask_parameters(table):
         return False
     noise: float = table.options.size_noise  # type: ignore[union-attr, assignment]
     return noise == 0
@@ -135,16 +189,47 @@ def number_bits(table: nn.Module) -> int:
 
 def stored_bytes(table: nn.Module) -> int:
     """Bytes of embedding values when packed, in their dtype; packing takes the row order in."""
-    if is_adaptive(table):
+    if not _plain(table):
         return int(table.value_bytes())  # type: ignore[operator]
     return sum(p.numel() * p.element_size() for p in table_parameters(table))
 
 
 def dense_bytes(table: nn.Module) -> int:
     """Bytes of the full N × D table."""
-    if is_adaptive(table):
+    if not _plain(table):
         return int(table.dense_bytes())  # type: ignore[operator]
     return stored_bytes(table)
+
+
+def served_parts(table: nn.Module) -> list[Part]:
+    """Everything that serving keeps of a table, for `served_bytes`: what methods are compared by.
+
+    Of the product's layer these are its values and step sizes, where its tiers end (integers have
+    that beside their step size), and the shared rows.
+    """
+    if isinstance(table, Peer):
+        return table.parts()
+    parts = [Part("values", stored_bytes(table), 8)]
+    if is_adaptive(table):
+        shared = table.shared_rows
+        if table.options.bits is None:  # type: ignore[union-attr]
+            tiers = int(row_widths(table).unique().numel())
+            parts.append(Part("ends and widths of tiers", tiers, 64))
+        if shared is not None:
+            parts.append(Part("shared rows", len(shared), 32))  # type: ignore[arg-type]
+    return parts
+
+
+def server_bytes(table: nn.Module) -> int:
+    """`served_bytes` of `served_parts`."""
+    return served_bytes(served_parts(table))
+
+
+def row_bits(table: nn.Module) -> Tensor | None:
+    """Bits stored of each row, int64 `[N]`; None where rows share what is stored."""
+    if isinstance(table, Peer):
+        return table.row_bits()
+    return row_widths(table) * number_bits(table)
 
 
 def table_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -170,11 +255,13 @@ def table_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> tor
 
 
 def fuse(table: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Lets the backward apply the optimizer; `fixed` tables have gradients instead.
+    """Lets the backward apply the optimizer; `fixed` tables and peers have gradients instead.
 
     Args:
         table: of `build_table`.
         optimizer: `table_optimizer()` of its parameters.
     """
-    if is_adaptive(table):
+    if isinstance(table, Peer):
+        optimizer.register_step_post_hook(lambda *_: table.after_step())
+    elif is_adaptive(table):
         table.fuse(optimizer)  # type: ignore[operator]

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import html
-import io
 import itertools
 import json
 import math
-import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amtl.errors import UserError
+from amtl.run.html import STYLE, html_page, html_table, require_matplotlib, section, svg
 from amtl.store.files import read_json, write_text
 
 COLORS = {"amtl": "#2563eb", "rule": "#d97706", "fixed": "#64748b"}
-_LABELS = {"amtl": "AMTL", "rule": "rule", "fixed": "fixed"}
+_PEER_COLORS = ["#0d9488", "#be185d", "#7c3aed", "#65a30d", "#dc2626", "#0891b2", "#92400e"]
 _DASHES = ["-", "--", ":", "-."]
 
 
@@ -79,8 +78,24 @@ def load_metrics(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return runs
 
 
+def methods_in_order(names: Iterable[str]) -> list[str]:
+    """Each once: fixed, methods of the field, rule, amtl."""
+    peers = sorted(set(names) - set(COLORS))
+    return ["fixed", *peers, "rule", "amtl"]
+
+
+def color(method: str) -> str:
+    """Of a method's lines."""
+    if method in COLORS:
+        return COLORS[method]
+    from amtl.peers import PEERS
+
+    place = [*PEERS, method].index(method)
+    return _PEER_COLORS[place % len(_PEER_COLORS)]
+
+
 def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
-    """Groups runs by everything but the seed: fixed, then rule, then amtl, by falling memory."""
+    """Groups runs by everything but the seed: in the order of methods, by falling memory."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         run["config"].setdefault("backbone", "dnn")
@@ -88,7 +103,7 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
         config = {k: v for k, v in _asked(run).items() if k not in ("seed", "warm_start")}
         config["warm"] = bool(run["config"]["warm_start"])
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
-    order = ["fixed", "rule", "amtl"]
+    order = methods_in_order(run["method"] for run in runs)
     ordered = sorted(
         groups.values(),
         key=lambda g: (order.index(g[0]["method"]), -g[0]["stored_bytes"], g[0]["dim"]),
@@ -113,8 +128,12 @@ def _asked(run: dict[str, Any]) -> dict[str, Any]:
     return asked
 
 
+def _label(method: str) -> str:
+    return "AMTL" if method == "amtl" else method
+
+
 def _name(run: dict[str, Any]) -> str:
-    name = f"{_LABELS[run['method']]} D={run['dim']}"
+    name = f"{_label(run['method'])} D={run['dim']}"
     if run["config"]["bits"] not in ("32", "auto"):
         name += f" {run['config']['bits']} bits"
     if run["budget"] is not None:
@@ -187,30 +206,9 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     sources = sorted({run["config"]["data"] for run in runs})
     if len(sources) > 1:
         raise UserError(f"one report is about one data set, not {', '.join(sources)}")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError('plots need matplotlib; run: pip install "amtl-kernels[demo]"') from error
+    matplotlib = require_matplotlib()
     results = group_results(runs)
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "amtl",
-        "font.family": "sans-serif",
-        "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#94a3b8",
-        "axes.labelcolor": "#334155",
-        "xtick.color": "#475569",
-        "ytick.color": "#475569",
-        "axes.grid": True,
-        "grid.color": "#e2e8f0",
-        "grid.linewidth": 0.8,
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(STYLE):
         page = _page(results)
     write_text(out, page)
 
@@ -221,14 +219,14 @@ def _page(results: Sequence[Result]) -> str:
     title = Path(config["data"]).stem if "/" in config["data"] else config["data"]
     adaptive = [r for r in results if r.method != "fixed"]
     sections = [
-        _section(
+        section(
             "Results",
             _summary(results)
-            + _html_table(*table_rows(results))
+            + html_table(*table_rows(results))
             + "<p class=note>ms/step: median step time, search / frozen; best: the epoch of the "
             "model that was kept, by validation AUC minus log loss.</p>",
         ),
-        _section(
+        section(
             "AUC against memory",
             _figure(_plot_memory, results, (8.6, 4.2)),
             "Each point is one run; lines join the means of a method. Memory counts the "
@@ -239,7 +237,7 @@ def _page(results: Sequence[Result]) -> str:
         names = list(adaptive[-1].runs[0]["sizes"]["fields"])
         height = 2.5 * math.ceil(len(names) / 3)
         sections.append(
-            _section(
+            section(
                 "Kept size against frequency",
                 _figure(_plot_sizes, adaptive, (10.5, max(height, 2.8))),
                 "Mean stored numbers per value against its count in the training split, by "
@@ -247,39 +245,29 @@ def _page(results: Sequence[Result]) -> str:
             )
         )
         sections.append(
-            _section(
+            section(
                 "How many values keep how much",
                 _figure(_plot_histogram, adaptive, (8.6, 3.2)),
                 "Rows of the table by stored width (first seed).",
             )
         )
     sections += [
-        _section(
+        section(
             "Training curves",
             _figure(_plot_curves, results, (10.5, 3.8)),
             "Validation AUC and training loss (first seed). The dot marks the model that was kept; "
             "at a vertical tick training went back to the best model so far, froze its sizes and "
             "went on more slowly.",
         ),
-        _section(
+        section(
             "Bytes by field",
             _figure(_plot_fields, results, (8.6, 4.2)),
             "Embedding bytes per field (first seed).",
         ),
-        _section("Settings", _settings(runs)),
+        section("Settings", _settings(runs)),
     ]
     body = "\n".join(sections)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>amtl report: {html.escape(title)}</title>
-<style>{_CSS}</style></head>
-<body><main>
-<header><h1>{html.escape(title)}</h1>
-<p>{_intro(runs)}</p></header>
-{body}
-</main></body></html>
-"""
+    return html_page(f"amtl report: {title}", title, _intro(runs), body)
 
 
 def _intro(runs: Sequence[dict[str, Any]]) -> str:
@@ -319,20 +307,6 @@ def _summary(results: Sequence[Result]) -> str:
     )
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div class=scroll>{table}</div>"
-
-
-def _section(title: str, content: str, caption: str = "") -> str:
-    note = f"<p class=note>{html.escape(caption)}</p>" if caption else ""
-    return f"<section><h2>{html.escape(title)}</h2>{content}{note}</section>"
-
-
 def _settings(runs: Sequence[dict[str, Any]]) -> str:
     configs = [run["config"] for run in runs]
     rows = []
@@ -344,7 +318,7 @@ def _settings(runs: Sequence[dict[str, Any]]) -> str:
                 values.append(text)
         rows.append([key, ", ".join(values)])
     made_with = ", ".join(f"{k} {v}" for k, v in runs[0]["versions"].items())
-    table = _html_table(["setting", "value"], rows)
+    table = html_table(["setting", "value"], rows)
     details = f"<details><summary>All settings</summary>{table}</details>"
     return f"{details}<p class=note>{html.escape(made_with)}</p>"
 
@@ -358,19 +332,13 @@ def _figure(
 
     figure = Figure(figsize=size, layout="constrained")
     draw(figure, results)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    svg = text[text.index("<svg") :]
-    prefix = draw.__name__.strip("_")
-    svg = re.sub(r'(id="|url\(#|href="#)', lambda m: f"{m.group(1)}{prefix}-", svg)
-    return f"<figure>{svg}</figure>"
+    return svg(figure, draw.__name__.strip("_"))
 
 
 def _style(results: Sequence[Result], result: Result) -> dict[str, Any]:
     same = [r for r in results if r.method == result.method]
     return {
-        "color": COLORS[result.method],
+        "color": color(result.method),
         "linestyle": _DASHES[same.index(result) % len(_DASHES)],
     }
 
@@ -379,26 +347,26 @@ def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
     from matplotlib.ticker import LogLocator
 
     axes = figure.subplots()
-    for method in ("fixed", "rule", "amtl"):
+    for method in methods_in_order(r.method for r in results):
         own = sorted(
             (r for r in results if r.method == method), key=lambda r: r.mean("stored_bytes")
         )
         if not own:
             continue
-        color = COLORS[method]
+        tint = color(method)
         axes.plot(
             [r.mean("stored_bytes") for r in own],
             [r.mean("test_auc") for r in own],
-            color=color,
+            color=tint,
             linewidth=1.6,
             alpha=0.8,
-            label=_LABELS[method],
+            label=_label(method),
             marker="o",
             markersize=7,
             markeredgecolor="white",
         )
         points = [(run["stored_bytes"], run["test_auc"]) for r in own for run in r.runs]
-        axes.scatter(*zip(*points, strict=True), s=12, color=color, alpha=0.5)
+        axes.scatter(*zip(*points, strict=True), s=12, color=tint, alpha=0.5)
         for r in own:
             axes.annotate(
                 r.name.split(" ", 1)[1],
@@ -406,7 +374,7 @@ def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
                 xytext=(6, 6 if method != "rule" else -12),
                 textcoords="offset points",
                 fontsize=8,
-                color=color,
+                color=tint,
             )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -570,29 +538,3 @@ def _bytes(value: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return ""
-
-
-_CSS = """
-:root{color-scheme:light}
-body{margin:0;background:#f1f5f9;color:#0f172a;font:16px/1.55 system-ui,-apple-system,"Segoe UI",
-Helvetica,Arial,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:32px 20px 64px}
-header p{color:#475569;max-width:80ch}
-h1{font-size:30px;margin:0 0 4px;letter-spacing:-.01em}
-h2{font-size:19px;margin:0 0 14px}
-section{background:#fff;border:1px solid #e2e8f0;border-radius:12px;padding:22px 24px;margin:18px 0}
-figure{margin:0}figure svg{width:100%;height:auto;display:block}
-.note{color:#64748b;font-size:13.5px;margin:12px 0 0;max-width:90ch}
-.cards{display:flex;gap:14px;flex-wrap:wrap}
-.card{flex:1;min-width:180px;background:#eff6ff;border-radius:10px;padding:14px 16px}
-.card b{display:block;font-size:28px;color:#1d4ed8;line-height:1.2}
-.card span{font-size:13.5px;color:#475569}
-.scroll{overflow-x:auto;margin-top:16px}
-table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
-th{text-align:right;font-weight:600;color:#475569;border-bottom:2px solid #e2e8f0;padding:7px 10px;
-white-space:nowrap}
-td{text-align:right;padding:7px 10px;border-bottom:1px solid #f1f5f9;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}
-details td{white-space:normal;text-align:left}details th{text-align:left}
-summary{cursor:pointer;color:#334155}
-"""

@@ -46,6 +46,7 @@ from amtl.run.race import (
     race_taught,
     run_to_end,
 )
+from amtl.run.searching import is_search, search
 from amtl.run.teaching import Teacher
 
 _RACED_LATER = ("embedding_dropout", "distillation")
@@ -176,10 +177,12 @@ class Trainer:
             self._begin()
         if self.learner.steps == 0 and is_open(self.config):
             self._race()
+        if is_search(self.learner.table):
+            self._search()
         learner, config = self.learner, self.config
         total = learner.steps_per_epoch * config.epochs
         self.observer.begin(title(config), total, learner.steps)
-        if learner.frozen and config.method != "fixed":
+        if learner.frozen and methods.is_adaptive(learner.table):
             self._note_freeze()
         try:
             while not learner.finished:
@@ -211,6 +214,15 @@ class Trainer:
             "asked": {name: getattr(self.config, name) for name in _RACED_LATER},
         }
         self._begin()
+        self.save()
+
+    def _search(self) -> None:
+        """Lets a method that trains twice find what it trains with."""
+        try:
+            racer = self._racer("the start (a search is run again)")
+            self.learner = search(self.learner, self.observer, racer)
+        finally:
+            self.observer.end()
         self.save()
 
     def _race_on(self) -> None:

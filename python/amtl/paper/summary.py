@@ -1,0 +1,157 @@
+"""From runs to one small record: a summary a configuration, and what is to be said of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from amtl.paper.protocol import DIM, RULER, Plan, contenders
+from amtl.paper.statistics import half_width, holm, paired
+from amtl.paper.work import Cell, Records, chosen, seeded, tried
+
+OURS = "amtl"
+_MEANS = ("test_auc", "test_logloss", "val_auc", "bytes", "cpu", "epochs", "bias", "ece", "planted")
+VERSION = 1
+
+
+def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict[str, Any]:
+    """One record of everything, for JSON.
+
+    Returns:
+        `plan`, `methods`, `versions`; `cells`, a list of configurations (see `_cell`), the table of
+        full size among them; `at_most`, for each set, budget and contender the configuration of no
+        more than that budget that validates best, with its difference to ours.
+    """
+    cells = {cell: _cell(records, cell, plan) for cell in plan.cells()}
+    at_most = []
+    for name in plan.sets:
+        for budget in sorted(plan.budgets):
+            at_most += _at_most(cells, name, budget, plan)
+    for entries in (list(cells.values()), at_most):
+        corrected = holm([(entry["against"] or {}).get("p") for entry in entries])
+        for entry, p in zip(entries, corrected, strict=True):
+            if entry["against"]:
+                entry["against"]["p_holm"] = p
+    known = contenders()
+    return {
+        "version": VERSION,
+        "plan": {
+            "sets": {name: list(what) for name, what in plan.sets.items()},
+            "budgets": list(plan.budgets),
+            "methods": list(plan.methods),
+            "trials": plan.trials,
+            "seeds": plan.seeds,
+            "finalist_seeds": plan.finalist_seeds,
+            "epochs": plan.epochs,
+            "dim": DIM,
+        },
+        "methods": {
+            name: {
+                "about": known[name].about,
+                "space": {k: list(v) for k, v in known[name].space.items()},
+                "tunes_itself": known[name].tunes_itself,
+            }
+            for name in dict.fromkeys([RULER, *plan.methods])
+        },
+        "versions": dict(versions),
+        "cells": list(cells.values()),
+        "at_most": at_most,
+    }
+
+
+def _cell(records: Records, cell: Cell, plan: Plan) -> dict[str, Any]:
+    """A configuration: its trials, its choice, its seeds, means over them, and the gain of ours."""
+    name, budget, method = cell
+    trials, best = tried(records, cell), chosen(records, cell)
+    runs = {s: r for s, r in seeded(records, cell).items() if "refused" not in r}
+    entry: dict[str, Any] = {
+        "set": name,
+        "budget": budget,
+        "method": method,
+        "trials": len([r for r in trials if "refused" not in r]),
+        "refused": next((r["refused"] for r in trials if "refused" in r), None),
+        "tuning_cpu": round(sum(r.get("cpu", 0.0) for r in trials), 1),
+        "choice": best["choice"] if best else None,
+        "tuned_score": best["score"] if best else None,
+        "seeds": sorted(runs),
+        "seed_auc": [round(runs[s]["test_auc"], 6) for s in sorted(runs)],
+        "options": runs[min(runs)]["options"] if runs else None,
+        "dense_bytes": best["dense_bytes"] if best else None,
+        "against": None,
+    }
+    for key in _MEANS:
+        values = [r[key] for r in runs.values() if r.get(key) is not None]
+        entry[key] = round(statistics.fmean(values), 6) if values else None
+    entry["half"] = half_width([r["test_auc"] for r in runs.values()])
+    first = runs[min(runs)] if runs else {}
+    for key in ("loss_by_decile", "sizes"):
+        entry[key] = first.get(key)
+    if method != OURS and runs:
+        entry["against"] = _gain(records, (name, budget, OURS), cell)
+    return entry
+
+
+def _gain(records: Records, ours: Cell, theirs: Cell) -> dict[str, Any] | None:
+    """Ours minus theirs in test AUC, by seed."""
+    return paired(*(_by_seed(records, cell) for cell in (ours, theirs)))
+
+
+def _by_seed(records: Records, cell: Cell) -> dict[int, float]:
+    return {s: r["test_auc"] for s, r in seeded(records, cell).items() if "refused" not in r}
+
+
+def _at_most(
+    cells: Mapping[Cell, dict[str, Any]], name: str, budget: float, plan: Plan
+) -> list[dict[str, Any]]:
+    """The best of each contender within a budget, chosen by validation at the seed of tuning."""
+    found: dict[str, dict[str, Any]] = {}
+    for method in plan.methods:
+        fitting = [
+            entry
+            for (s, b, m), entry in cells.items()
+            if (s, m) == (name, method) and b <= budget and entry["seeds"]
+        ]
+        if fitting:
+            found[method] = max(fitting, key=lambda e: e["tuned_score"])
+    ours = found.get(OURS)
+    result = []
+    for method, entry in found.items():
+        against = None
+        if ours is not None and method != OURS:
+            against = paired(_seeds_of(ours), _seeds_of(entry))
+        result.append(
+            {
+                "set": name,
+                "budget": budget,
+                "method": method,
+                "from": entry["budget"],
+                "test_auc": entry["test_auc"],
+                "half": entry["half"],
+                "bytes": entry["bytes"],
+                "seeds": len(entry["seeds"]),
+                "against": against,
+            }
+        )
+    return result
+
+
+def _seeds_of(entry: Mapping[str, Any]) -> dict[int, float]:
+    return dict(zip(entry["seeds"], entry["seed_auc"], strict=True))
+
+
+def ranks(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean rank of each contender by test AUC over the sets and budgets that all of them reach."""
+    groups: dict[tuple[str, float], dict[str, float]] = {}
+    for entry in entries:
+        if entry["test_auc"] is not None:
+            groups.setdefault((entry["set"], entry["budget"]), {})[entry["method"]] = entry[
+                "test_auc"
+            ]
+    everyone = {method for group in groups.values() for method in group}
+    places: dict[str, list[int]] = {}
+    for group in groups.values():
+        if set(group) == everyone:
+            for place, method in enumerate(sorted(group, key=lambda m: -group[m]), 1):
+                places.setdefault(method, []).append(place)
+    return {m: statistics.fmean(p) for m, p in sorted(places.items(), key=lambda kv: sum(kv[1]))}

@@ -1,0 +1,398 @@
+"""Making the runs: tuning on validation, then fresh seeds, by as many processes as are asked for.
+
+A run of tuning is handed a task without its test split, so no choice can depend on that. The test
+split is scored once by each seed of a configuration, when its choice is made.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from amtl.data.encoding import Encoder
+from amtl.data.registry import Source, load_source
+from amtl.data.synthetic import planted_widths
+from amtl.errors import UserError
+from amtl.paper.protocol import DIM, RULER, Contender, Plan, Size, contenders
+from amtl.paper.records import Claim, append, read
+from amtl.paper.tuning import next_choice
+from amtl.peers import DoesNotFit, add_peer
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.learner import Learner, Task
+from amtl.run.metrics import auc
+from amtl.run.model import predict
+from amtl.run.progress import Silent
+from amtl.run.race import is_open, run_to_end
+from amtl.run.searching import is_search, search
+from amtl.run.teaching import Teacher
+from amtl.run.training import Trainer, prepare
+
+TUNING_SEED = 0
+FIRST_SEED = 10
+FINALISTS = 3
+_ALWAYS = ("amtl", "fixed")
+_BINS = 10
+
+Cell = tuple[str, float, str]
+Records = Sequence[dict[str, Any]]
+
+
+def cell_of(record: dict[str, Any]) -> Cell:
+    """Set, budget and contender of a run."""
+    job = record["job"]
+    return job["set"], job["budget"], job["method"]
+
+
+def tried(records: Records, cell: Cell) -> list[dict[str, Any]]:
+    """The runs of tuning of a cell, in their order."""
+    found = [r for r in records if "trial" in r["job"] and cell_of(r) == cell]
+    return sorted(found, key=lambda r: r["job"]["trial"])
+
+
+def chosen(records: Records, cell: Cell) -> dict[str, Any] | None:
+    """The run of tuning that validates best, None where nothing fits or nothing was tried."""
+    fitting = [r for r in tried(records, cell) if "refused" not in r]
+    return max(fitting, key=lambda r: r["score"]) if fitting else None
+
+
+def seeded(records: Records, cell: Cell) -> dict[int, dict[str, Any]]:
+    """The fresh runs of a cell, of the choice that validates best, by seed."""
+    best = chosen(records, cell)
+    return {
+        r["job"]["seed"]: r
+        for r in records
+        if best and "seed" in r["job"] and cell_of(r) == cell and r["choice"] == best["choice"]
+    }
+
+
+def is_tuned(records: Records, cell: Cell, contender: Contender, plan: Plan) -> bool:
+    """Whether nothing is left to try."""
+    runs = tried(records, cell)
+    wanted = 1 if contender.tunes_itself else plan.trials
+    fitting = sum("refused" not in r for r in runs)
+    if fitting >= wanted or len(runs) >= wanted + math.ceil(wanted / 2) + 1:
+        return True
+    past = [(r["choice"], r.get("score")) for r in runs]
+    return next_choice(contender.space, past, repr(cell)) is None
+
+
+def finalists(records: Records, plan: Plan, name: str, budget: float) -> set[str]:
+    """Contenders that get more seeds: those that validate best, once all have their seeds."""
+    scores: dict[str, float] = {}
+    for set_name, share, method in plan.cells():
+        if (set_name, share) != (name, budget):
+            continue
+        cell = (name, budget, method)
+        if chosen(records, cell) is None:
+            if not tried(records, cell):
+                return set()
+            continue
+        runs = seeded(records, cell)
+        if len(runs) < plan.seeds:
+            return set()
+        scores[method] = statistics.fmean(r.get("score", -math.inf) for r in runs.values())
+    best = sorted(scores, key=lambda m: -scores[m])[:FINALISTS]
+    return {*best, *(m for m in _ALWAYS if m in scores)}
+
+
+def jobs(records: Records, plan: Plan) -> Iterator[dict[str, Any]]:
+    """What is left to do, in order: tuning and the first seed of each cell, then further seeds.
+
+    The jobs of later rounds come when those before are done.
+    """
+    known = contenders()
+    for extra in range(plan.finalist_seeds):
+        for name, budget, method in plan.cells():
+            cell = (name, budget, method)
+            if extra >= plan.seeds and method not in finalists(records, plan, name, budget):
+                continue
+            job = {"set": name, "budget": budget, "method": method}
+            if not is_tuned(records, cell, known[method], plan):
+                made = {r["job"]["trial"] for r in tried(records, cell)}
+                yield {**job, "trial": min(set(range(len(made) + 1)) - made)}
+            elif best := chosen(records, cell):
+                seed = FIRST_SEED + extra
+                if seed not in seeded(records, cell):
+                    yield {**job, "seed": seed, "choice": best["choice"]}
+
+
+def count(plan: Plan) -> int:
+    """Runs of a plan at most."""
+    known = contenders()
+    cells = plan.cells()
+    tuning = sum(1 if known[m].tunes_itself else plan.trials for _, _, m in cells)
+    groups = {(s, b) for s, b, _ in cells}
+    further = (FINALISTS + len(_ALWAYS)) * (plan.finalist_seeds - plan.seeds) * len(groups)
+    return tuning + plan.seeds * len(cells) + further
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    added: Sequence[Path] = (),
+    workers: int = 1,
+    tell: Callable[[Records], None] | None = None,
+) -> None:
+    """Makes the runs that `out` lacks.
+
+    Args:
+        plan: which.
+        out: file of runs, a line each.
+        added: files of methods to add, see `amtl.peers.add_peer`.
+        workers: processes; one thread each.
+        tell: called with all runs, from time to time.
+
+    Raises:
+        UserError: data, or a setting, is not to be had; or a worker died.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    errors = context.Queue()
+    running = [
+        context.Process(target=_work, args=(plan, out, list(added), errors), daemon=True)
+        for _ in range(workers)
+    ]
+    for process in running:
+        process.start()
+    try:
+        while any(process.is_alive() for process in running):
+            time.sleep(0.5)
+            if tell is not None:
+                tell(list(read(out)))
+            if not errors.empty():
+                raise UserError(errors.get())
+    finally:
+        for process in running:
+            process.terminate()
+            process.join()
+    if not errors.empty():
+        raise UserError(errors.get())
+    if any(process.exitcode for process in running):
+        raise UserError(
+            "a worker died; run the command again to go on, with fewer --jobs if memory was short"
+        )
+
+
+def _work(plan: Plan, out: Path, added: Sequence[Path], errors: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        for path in added:
+            add_peer(path)
+        work(plan, out)
+    except UserError as error:
+        errors.put(str(error))
+    except KeyboardInterrupt:
+        os._exit(1)
+
+
+def work(plan: Plan, out: Path) -> None:
+    """Makes what is left to do and nobody else is doing, until nothing is."""
+    loaded: dict[str, Data] = {}
+    idle = False
+    while not idle:
+        idle = True
+        for job in jobs(list(read(out)), plan):
+            with Claim(out, job) as mine:
+                if not mine:
+                    continue
+                if job["set"] not in loaded:
+                    loaded.clear()
+                    loaded[job["set"]] = Data(*plan.sets[job["set"]])
+                append(out, do(job, loaded[job["set"]], list(read(out)), plan))
+            # What comes next may follow from this one.
+            idle = False
+            break
+
+
+class Data:
+    """A data set as it is trained on.
+
+    Args:
+        data, label, fields: see `Plan.sets`.
+    """
+
+    def __init__(self, data: str, label: str, fields: str) -> None:
+        self.source: Source = load_source(data)
+        self.label = label
+        self.fields = [f.strip() for f in fields.split(",") if f.strip()]
+        self.task: Task = prepare(self.config({}), self.source)
+        self.size = Size(self.task.encoder.num_rows, len(self.task.encoder.fields))
+        self.planted = _planted(data, self.task.encoder)
+        self._taught: dict[int, Tensor] = {}
+
+    def config(self, settings: dict[str, Any]) -> TrainConfig:
+        """Settings of a run over those that the data asks for."""
+        own = self.source.settings(settings.get("method", "fixed"))
+        merged = {**own, "dim": DIM, **settings}
+        return TrainConfig(self.source.name, self.label, fields=self.fields, **merged)
+
+    def teacher(self, seed: int, epochs: int | None = None) -> Tensor:
+        """What a table of full size says of the training samples, once for each seed: `[n]`."""
+        if seed not in self._taught:
+            given = {} if epochs is None else {"epochs": epochs}
+            config = self.config({"method": RULER, "seed": seed, "bits": "32", **given})
+            teacher = Teacher()
+            teacher.add(train(config, self.task))
+            self._taught[seed] = teacher.labels()
+        return self._taught[seed]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the full table."""
+        return 4 * DIM * self.size.rows
+
+
+def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[str, Any]:
+    """Makes one run and returns its line."""
+    contender = contenders()[job["method"]]
+    cell = (job["set"], job["budget"], job["method"])
+    tuning = "trial" in job
+    if tuning:
+        before = [r for r in tried(records, cell) if r["job"]["trial"] < job["trial"]]
+        past = [(r["choice"], r.get("score")) for r in before]
+        choice = next_choice(contender.space, past, repr(cell))
+        assert choice is not None
+        seed, task = TUNING_SEED, replace(data.task, test=data.task.val)
+    else:
+        choice, seed, task = job["choice"], job["seed"], data.task
+    line: dict[str, Any] = {"job": job, "choice": choice}
+    started, cpu = time.perf_counter(), time.process_time()
+    try:
+        settings = contender.settings(job["budget"], data.size, choice)
+        if plan.epochs is not None:
+            settings["epochs"] = plan.epochs
+        config = data.config({**settings, "seed": seed})
+        taught = data.teacher(seed, plan.epochs) if config.distillation else None
+        learner = train(config, task, taught)
+    except (UserError, DoesNotFit) as error:
+        return {**line, "refused": str(error)}
+    assert learner.best is not None
+    record, config = learner.best["record"], learner.config
+    line |= {
+        "score": record["val_auc"] - record["val_logloss"],
+        "val_auc": record["val_auc"],
+        "val_logloss": record["val_logloss"],
+        "bytes": methods.server_bytes(learner.table),
+        "dense_bytes": data.dense_bytes,
+        "cpu": round(time.process_time() - cpu, 2),
+        "seconds": round(time.perf_counter() - started, 2),
+        "epochs": round(learner.epochs, 2),
+        "best_epoch": record["epoch"],
+        "options": {
+            **config.table_options,
+            "bits": methods.number_bits(learner.table),
+            "distillation": config.distillation,
+            "embedding_dropout": config.embedding_dropout,
+        },
+    }
+    return line if tuning else {**line, **_tested(learner, data)}
+
+
+def train(config: TrainConfig, task: Task, taught: Tensor | None = None) -> Learner:
+    """Trains a model to its end, after a race or a search where its settings ask for one.
+
+    Args:
+        config: settings.
+        task: encoded data.
+        taught: probability of a click for every training sample, for `config.distillation`.
+
+    Raises:
+        UserError: the settings do not fit, the loss is not finite, or no validation gave an AUC.
+    """
+    if is_open(config):
+        trainer = Trainer(config, task)
+        trainer.run()
+        return trainer.learner
+    learner = Learner(config, task, taught=taught)
+    if is_search(learner.table):
+        learner = search(learner, Silent(), _step)
+    run_to_end("", learner, Silent(), _step)
+    learner.end()
+    learner.round_dense()
+    return learner
+
+
+def _step(learner: Learner) -> None:
+    learner.step()
+
+
+def _tested(learner: Learner, data: Data) -> dict[str, Any]:
+    """Scores on the test split, loss by rarity, calibration, and sizes against counts."""
+    logits = predict(learner.model, data.task.test).double()
+    labels = data.task.test.labels.double()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    counts = data.task.encoder.counts()
+    rows = data.task.test.rows.long()
+    found: dict[str, Any] = {
+        "test_auc": auc(logits, labels),
+        "test_logloss": float(loss.mean()),
+        "bias": float(torch.sigmoid(logits).mean() - labels.mean()),
+        "ece": expected_calibration_error(torch.sigmoid(logits), labels),
+    }
+    if rows.shape[1]:
+        order = torch.argsort(counts[rows].min(1).values, stable=True)
+        found["loss_by_decile"] = [float(part.mean()) for part in loss[order].chunk(10)]
+    bits = methods.row_bits(learner.table)
+    if bits is not None:
+        found["sizes"] = sizes_by_count(bits.double(), counts)
+        if data.planted is not None:
+            known = data.planted >= 0
+            found["planted"] = rank_correlation(bits[known].double(), data.planted[known].double())
+    return found
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean distance of prediction and frequency over ten bins of equally many samples."""
+    order = torch.argsort(probabilities)
+    distance = [
+        len(part) * float((probabilities[part] - labels[part]).mean().abs())
+        for part in order.chunk(_BINS)
+    ]
+    return sum(distance) / max(1, len(labels))
+
+
+def sizes_by_count(bits: Tensor, counts: Tensor) -> list[list[float]]:
+    """For each binary order of the count: mean count, mean bits of a row, rows."""
+    order = torch.log2(counts.double() + 1).floor().long()
+    return [
+        [float(counts[here].double().mean()), float(bits[here].mean()), int(here.sum())]
+        for here in (order == o for o in order.unique())
+    ]
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """Spearman's, None where one is constant."""
+    from scipy import stats
+
+    if float(a.std()) == 0 or float(b.std()) == 0:
+        return None
+    return float(stats.spearmanr(a.numpy(), b.numpy()).statistic)
+
+
+def _planted(data: str, encoder: Encoder) -> Tensor | None:
+    """Planted width of each row of generated data, -1 where there is none; None of other data."""
+    name, _, rest = data.partition(":")
+    level, _, rows = rest.partition(":")
+    if name != "synthetic" or level not in ("easy", "medium", "hard"):
+        return None
+    truth = planted_widths(int(rows or 300_000), level=level)
+    planted = torch.full((encoder.num_rows,), -1)
+    for f, vocabulary in enumerate(encoder.vocabularies):
+        own = truth.filter(pl.col("field") == encoder.names[f])
+        local, _ = vocabulary.encode_counted(own["value"])
+        known = local != vocabulary.oov_row
+        width = torch.from_numpy(own["width"].to_numpy().copy())
+        planted[encoder.field_rows(f)[local[known].long()]] = width[known]
+    return planted

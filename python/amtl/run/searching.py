@@ -1,0 +1,97 @@
+"""Methods that train twice: a search, and training with what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from amtl.errors import UserError
+from amtl.peers import DoesNotFit, SearchingPeer
+from amtl.run.learner import Learner
+from amtl.run.progress import Observer
+
+
+class SearchLearner(Learner):
+    """A search: the method's penalty joins the loss, and rates don't fall.
+
+    Where a method has an `architecture`, a batch of the validation split trains that after each
+    step (the first-order form of DARTS, arXiv 1806.09055).
+    """
+
+    _architecture: torch.optim.Optimizer | None = None
+
+    def _make_optimizers(self) -> None:
+        super()._make_optimizers()
+        own = self.table.architecture()  # type: ignore[operator]
+        self._architecture = torch.optim.Adam(own, self.config.mask_lr) if own else None
+
+    def _train_step(self, samples: Tensor) -> float:
+        loss = super()._train_step(samples)
+        if self._architecture is not None:
+            val = self.task.val
+            batch = val.batch(torch.randint(len(val), (min(len(val), len(samples)),)))
+            self.model.zero_grad()
+            self._loss(self.model(batch), batch.labels).backward()
+            self._architecture.step()
+            self.model.zero_grad()
+        return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = super()._loss(logits, labels)
+        penalty = self.table.penalty()  # type: ignore[operator]
+        return loss if penalty is None else loss + penalty
+
+    def _turn(self) -> None:
+        self.finished = True
+
+    def freeze(self) -> None:
+        """Nothing: what is found settles in a table of its own."""
+
+
+def is_search(table: nn.Module) -> bool:
+    """Whether a table is of a method that trains twice, and has not searched yet."""
+    return isinstance(table, SearchingPeer) and not bool(table.settled)
+
+
+def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]) -> Learner:
+    """Searches, and returns a fresh learner with what was found.
+
+    Args:
+        learner: fresh, of a table that `is_search`; its settings and task are used.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Raises:
+        UserError: what was found does not fit the budget, or no validation gave an AUC.
+    """
+    config, task, found = learner.config, learner.task, learner
+    if learner.table.phase == "search":
+        learner.release()
+        found = SearchLearner(config, task, taught=learner.taught)
+    table: SearchingPeer = found.table  # type: ignore[assignment]
+    observer.begin(f"{config.method} searches", found.steps_per_epoch * config.epochs, 0)
+    validations = 0
+    while not found.finished:
+        step(found)
+        if len(found.history) > validations:
+            validations = len(found.history)
+            if table.searched():
+                break
+    if not table.takes_last:
+        found.end()
+    try:
+        fresh = Learner(config, task, lambda made: made.settle(table), learner.taught)  # type: ignore[operator]
+    except DoesNotFit as error:
+        raise UserError(f"--method {config.method}: {error}") from error
+    if table.keeps_model:
+        with torch.no_grad():
+            mine, theirs = fresh.model.dense_parameters(), found.model.dense_parameters()
+            for parameter, other in zip(mine, theirs, strict=True):
+                parameter.copy_(other)
+    fresh.seconds = found.seconds + sum(record["seconds"] for record in found.history)
+    if table.goes_on:
+        fresh.refine()
+    fresh.finished = not table.trains_again
+    return fresh

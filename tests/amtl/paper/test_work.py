@@ -1,0 +1,144 @@
+"""Runs of `amtl paper`, from tuning to the page, on data of a few seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from amtl import cli
+from amtl.paper import work as module
+from amtl.paper.page import write_markdown
+from amtl.paper.protocol import Plan
+from amtl.paper.records import read
+from amtl.paper.work import Data, expected_calibration_error, rank_correlation, sizes_by_count, work
+from amtl.peers import PEERS
+from amtl.store.files import read_json
+
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "examples" / "my_method.py"
+SET = ("synthetic:medium:2000", "label", "user,item,shop")
+
+
+@pytest.fixture
+def plan() -> Plan:
+    names = ["fixed", "int", "magprune"]
+    return Plan({"s": SET}, [0.1], names, trials=2, seeds=1, finalist_seeds=2, epochs=1)
+
+
+def test_tuning_sees_no_test_split_and_goes_on_where_it_was(plan, tmp_path, monkeypatch):
+    tuned = []
+    train = module.train
+
+    def watched(config, task, taught=None):
+        tuned.append(task.test is task.val)
+        assert (config.distillation or 0) == 0 or taught is not None
+        return train(config, task, taught)
+
+    monkeypatch.setattr(module, "train", watched)
+    out = tmp_path / "runs.jsonl"
+    work(plan, out)
+    records = list(read(out))
+    lines = out.read_text().splitlines()
+    tested = ["test_auc" in r for r in records if "refused" not in r]
+    # A teacher is trained on the task as it is, and says nothing of the test split.
+    assert sum(not t for t in tuned) >= sum(tested) and sum(tuned) == tested.count(False)
+    assert {r["job"]["method"] for r in records} == {"fixed", "int", "magprune"}
+    for r in records:
+        budget = r["job"]["budget"] * r.get("dense_bytes", 0)
+        assert "refused" in r or r["bytes"] <= budget
+    seeds = [r["job"] for r in records if "seed" in r["job"] and r["job"]["method"] == "int"]
+    assert [job["seed"] for job in seeds] == [10, 11]
+
+    work(plan, out)
+    assert out.read_text().splitlines() == lines
+    # A run that was lost comes out as it was.
+    at = next(i for i, r in enumerate(records) if r["job"]["method"] == "magprune")
+    out.write_text("\n".join([*lines[:at], *lines[at + 1 :]]) + "\n")
+    work(plan, out)
+    again = next(r for r in read(out) if r["job"] == records[at]["job"])
+    assert again["val_auc"] == records[at]["val_auc"] and again["choice"] == records[at]["choice"]
+    # More trials go on from those that there are.
+    work(replace(plan, trials=3), out)
+    trials = [
+        r["job"]["trial"] for r in read(out) if r["job"]["method"] == "int" and "trial" in r["job"]
+    ]
+    assert sorted(trials) == [0, 1, 2]
+
+
+def test_a_teacher_is_of_the_same_seed(plan, monkeypatch):
+    data = Data(*SET)
+    seen = []
+    train = module.train
+
+    def watched(config, task, taught=None):
+        seen.append((config.method, config.seed, config.bits))
+        return train(config, task, taught)
+
+    monkeypatch.setattr(module, "train", watched)
+    labels = data.teacher(5, 1)
+    assert data.teacher(5, 1) is labels and seen == [("fixed", 5, "32")]
+    assert labels.shape == data.task.train.labels.shape
+    assert float(labels.min()) > 0 and float(labels.max()) < 1
+
+
+def test_planted_widths_are_found_again():
+    data = Data(*SET)
+    names = data.task.encoder.names
+    assert data.planted.shape == (data.size.rows,)
+    rows = data.task.encoder.field_rows(names.index("user"))
+    known = data.planted[rows] >= 0
+    # All but the row of values never seen.
+    assert int((~known).sum()) == 1
+    counts = data.task.encoder.counts()[rows][known]
+    assert rank_correlation(counts.double(), data.planted[rows][known].double()) > 0.1
+    assert Data("synthetic:300", "label", "").planted is None
+
+
+def test_details():
+    predicted = torch.tensor([0.2] * 10 + [0.8] * 10)
+    assert expected_calibration_error(predicted, torch.cat([torch.ones(10), torch.zeros(10)])) == (
+        pytest.approx(0.8)
+    )
+    sizes = sizes_by_count(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([1, 2, 4]))
+    assert sizes == [[1.5, 2.0, 2], [4.0, 8.0, 1]]
+    assert rank_correlation(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])) is None
+
+
+def test_one_command(tmp_path, capsys, monkeypatch):
+    def run(*args):
+        with pytest.raises(SystemExit) as done:
+            cli.main(["paper", "--out", str(tmp_path), *map(str, args)])
+        return done.value.code
+
+    tiny = ("--sets", "", "--also", f"tiny={':'.join(SET)}", "--budgets", "12.5", "--epochs", 1)
+    few = (*tiny, "--methods", "amtl,qr", "--trials", 2, "--seeds", 1, "--finalist-seeds", 1)
+    assert run(*few, "--add", EXAMPLE, "--jobs", 2) == 0
+    assert "my_method, seed 10: val AUC" in capsys.readouterr().out.replace("\n", " ")
+    summary = read_json(tmp_path / "summary.json")
+    done = {c["method"]: c for c in summary["cells"] if c["budget"] == 0.125}
+    assert set(done) == {"amtl", "qr", "my_method"}
+    assert all(c["seeds"] == [10] and c["bytes"] <= 0.125 * c["dense_bytes"] for c in done.values())
+    page = (tmp_path / "paper.html").read_text()
+    assert "my_method" in page and "<svg" in page
+    lines = (tmp_path / "runs.jsonl").read_text()
+    made = [json.dumps(r["job"], sort_keys=True) for r in read(tmp_path / "runs.jsonl")]
+    assert len(set(made)) == len(made)
+    (tmp_path / "paper.html").unlink()
+    assert run("--summary", tmp_path / "summary.json") == 0
+    assert (tmp_path / "paper.html").read_text() == page
+    assert run(*few, "--page-only") == 0 and (tmp_path / "runs.jsonl").read_text() == lines
+    (tmp_path / "other.json").write_text("{}")
+    assert run("--summary", tmp_path / "other.json") == 1
+    assert run(*tiny, "--methods", "nothing") == 1
+    assert run("--budgets", "ten") == 1
+    assert run(*tiny, "--methods", "fixed", "--also", "gone=gone.csv:label:") == 1
+    assert "gone.csv" in capsys.readouterr().err
+    monkeypatch.delitem(PEERS, "my_method")
+
+
+def test_the_page_of_the_documentation_is_that_of_the_latest_summary():
+    summary = max((ROOT / "bench" / "results").glob("*-paper.json"))
+    assert (ROOT / "docs" / "evidence.md").read_text() == write_markdown(read_json(summary))

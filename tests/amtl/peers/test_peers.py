@@ -1,0 +1,334 @@
+"""Methods of the field: each against a case computed by hand, and its bytes against its budget."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from amtl.layer.embedding import AMTLEmbedding
+from amtl.peers import PEERS, DoesNotFit, Facts, Part, SearchingPeer, served_bytes
+from amtl.peers.base import choices_in_budget
+from amtl.peers.fields import AutoDim
+from amtl.peers.hashing import DoubleHash, QuotientRemainder
+from amtl.peers.pruning import MagnitudePruning, Pep, sparse_parts
+from amtl.peers.quantised import Alpt, Mpe, PostTraining, best_rounding, rounded
+from amtl.peers.sized import MixedDimension, Shuffled, mixed_widths
+
+
+def facts(budget, counts=(9, 7, 5, 3, 2, 1, 8, 1), sizes=(6, 2), dim=2, **more) -> Facts:
+    fields = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return Facts(torch.tensor(counts), fields, list(sizes), dim, budget, **more)
+
+
+def long_facts(budget, rows=400, dim=8, **more) -> Facts:
+    counts = (1000 / torch.arange(1, rows + 1)).long()
+    sizes = [rows - 50, 50]
+    return facts(budget, counts.tolist(), sizes, dim, **more)
+
+
+def settled(kind, given: Facts, change=None, **options):
+    """A peer as it is served, its search trained by `change` alone."""
+    table = kind(given, **options)
+    if not isinstance(table, SearchingPeer):
+        return table
+    with torch.no_grad():
+        if change is not None:
+            change(table)
+    made = kind(given, **options)
+    made.settle(table)
+    return made
+
+
+def test_parts_are_counted_in_whole_bytes():
+    assert (
+        served_bytes([Part("codes", 3, 2), Part("steps", 2, 32), Part("bits", 9, 1)]) == 1 + 8 + 2
+    )
+    # Two full rows, one of two numbers with a bit a column, one of one number of 4.
+    parts = sparse_parts(torch.tensor([4, 4, 2, 1, 0]), 4)
+    assert [(p.count, p.bits) for p in parts] == [(11, 32), (4 + 2, 1), (4, 64)]
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.15])
+def test_budgets_are_met_and_mostly_used(name, share):
+    full = 4 * 400 * 8
+    given = long_facts(int(share * full))
+    table = settled(PEERS[name], given)
+    assert table.value_bytes() <= given.budget
+    # Codes of few bits, and sizes that are the whole table's, end before the budget does.
+    least = {"ptq": 0.12, "alpt": 0.5, "mpe": 0.15, "autodim": 0.5}.get(name, 0.75)
+    assert table.value_bytes() >= least * given.budget or share == 1.0
+    bits = table.row_bits()
+    assert bits is None or int(bits.sum()) <= 8 * given.budget
+    out = table(torch.arange(400))
+    assert out.shape == (400, 8) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_budget_below_the_least_is_refused(name):
+    with pytest.raises(DoesNotFit):
+        settled(PEERS[name], long_facts(3))
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_every_parameter_learns_and_bags_are_means(name):
+    table = settled(PEERS[name], long_facts(6000, init_std=0.5))
+    rows = torch.tensor([3, 1, 4, 1, 390])
+    out = table(rows, torch.tensor([0, 2, 2]))
+    each = table(rows)
+    torch.testing.assert_close(out, torch.stack([each[:2].mean(0), 0 * each[0], each[2:].mean(0)]))
+    loss = (table(torch.arange(400)) * torch.arange(3200.0).view(400, 8).sin()).sum()
+    loss.backward()
+    trained = [*table.table_parameters(), *table.mask_parameters()]
+    assert trained
+    for parameter in trained:
+        grad = parameter.grad
+        # Maps of widths that were not chosen have none.
+        assert name == "autodim" or float(grad.to_dense().abs().sum()) > 0
+    assert all(p.grad.is_sparse for p in table.table_parameters())
+
+
+@pytest.mark.parametrize("name", ["qr", "double_hash", "mde", "alpt"])
+def test_all_that_is_trained_is_counted(name):
+    table = settled(PEERS[name], long_facts(6000))
+    bits = table.bits if name == "alpt" else 32
+    numbers = sum(p.numel() for p in table.table_parameters())
+    others = sum(p.numel() for p in table.mask_parameters())
+    assert table.value_bytes() >= numbers * bits // 8 + 4 * others
+    assert others > 0 or name in ("qr", "double_hash")
+
+
+def test_quotient_and_remainder():
+    # Field of 6: three remainders and two quotients; of 2: a row each. 7 rows of 2 numbers.
+    table = QuotientRemainder(facts(7 * 8 + 8), "mult")
+    assert table.value_bytes() == 64 and table.width == 2
+    remainder, quotient = table.remainder, table.quotient
+    out = table(torch.tensor([4, 2, 7]))
+    torch.testing.assert_close(out[0], remainder[1] * quotient[1])
+    torch.testing.assert_close(out[1], remainder[2] * quotient[0])
+    torch.testing.assert_close(out[2], remainder[4])
+    added = QuotientRemainder(facts(64), "add")
+    torch.testing.assert_close(added(torch.tensor(5)), added.remainder[2] + added.quotient[1])
+    # All 8 rows fit, or half as wide ones.
+    assert len(QuotientRemainder(facts(8 * 8 + 8)).remainder) == 8
+    assert QuotientRemainder(facts(8 * 4 + 8)).width == 1
+
+
+def test_no_two_values_share_both_rows():
+    table = QuotientRemainder(long_facts(3000))
+    pairs = torch.stack([table.first, table.second], 1)
+    assert len(pairs.unique(dim=0)) == 400
+
+
+def test_double_hashing_keeps_frequent_rows():
+    table = DoubleHash(facts(5 * 8 + 8), frequent=0.5, width=2)
+    assert len(table.weight) == 5 and table.value_bytes() == 48
+    # The two most frequent of all have rows 0 and 1.
+    torch.testing.assert_close(table(torch.tensor([0, 6])), table.weight[:2])
+    first, second = table.places[4].tolist()
+    assert min(first, second) >= 2
+    torch.testing.assert_close(table(torch.tensor(4)), table.weight[first] + table.weight[second])
+    whole = DoubleHash(facts(1000))
+    torch.testing.assert_close(whole(torch.arange(8)), whole.weight[whole.places[:, 0]])
+
+
+def test_mixed_dimensions():
+    popularity, rows = torch.tensor([16.0, 1.0]).double(), torch.tensor([2, 10])
+    # Widths as 4 to 1. [8, 2]: 36 numbers and 16 to project; [3, 1]: 16 and 32; blocks take 16.
+    assert mixed_widths(popularity, rows, 0.5, 8, 4 * 52 + 16) == [8, 2]
+    assert mixed_widths(popularity, rows, 0.5, 8, 4 * 52 + 15) == [3, 1]
+    assert mixed_widths(popularity, rows, 0.0, 8, 10_000) == [8, 8]
+    table = MixedDimension(long_facts(6000), 0.5, "popularity")
+    assert len(set(table.widths)) > 1 and len(table.widths) > 2
+    row = 399
+    block, place = int(table.block[row]), int(table.place[row])
+    projected = [b for b, d in enumerate(table.widths) if d < 8]
+    assert block in projected
+    expected = table.tables[block][place] @ table.projections[projected.index(block)]
+    torch.testing.assert_close(table(torch.tensor(row)), expected)
+    lookups = torch.bincount(table.block, weights=table.facts.counts.double())
+    # Quarters of the large field's lookups, but for the one row that is more than a quarter.
+    assert float(lookups[:4].max() / lookups[:4].sum()) < 0.4
+
+
+def test_shuffled_sizes_are_the_rule_s_in_another_order():
+    given = long_facts(4000)
+    table = Shuffled(given)
+    rule = AMTLEmbedding(
+        400,
+        8,
+        counts=given.counts,
+        field_sizes=given.field_sizes,
+        budget=(4000 - 72) / (4 * 3200),
+        tier_width=1,
+    ).row_dims()
+    assert torch.equal(table.widths.sort().values, rule.sort().values.long())
+    assert not torch.equal(table.widths, rule.long())
+    row = int(((table.widths > 0) & (table.widths < 8)).nonzero()[0])
+    kept = int(table.widths[row])
+    expected = torch.cat([table.weight[row, :kept], torch.zeros(8 - kept)])
+    torch.testing.assert_close(table(torch.tensor(row)), expected)
+
+
+def test_pruning_keeps_the_largest_numbers():
+    values = torch.tensor([[5.0, -1.0, 0.5, 3.0], [0.1, 0.2, -4.0, 0.3], [0.0, 0.0, 0.0, 2.0]])
+
+    def train(table):
+        table.weight.copy_(values)
+
+    given = facts(0, (9, 4, 1), (3,), 4)
+    # 5 and 3 of one row, 4 of another: numbers 12, columns 4 + 2 bits, ends of rows 4 times 8.
+    exact = Facts(given.counts, given.fields, given.field_sizes, 4, 12 + 1 + 32)
+    table = settled(MagnitudePruning, exact, train)
+    assert table.value_bytes() == 45
+    expected = torch.tensor([[5.0, 0, 0, 3.0], [0, 0, -4.0, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(table(torch.arange(3)), expected)
+    less = Facts(given.counts, given.fields, given.field_sizes, 4, 44)
+    assert int(settled(MagnitudePruning, less, train).mask.sum()) == 2
+    # The fourth is 2, but times the root of count + 1 the first row's -1 is 3.2 and that 2 is 2.8.
+    more = Facts(given.counts, given.fields, given.field_sizes, 4, 49)
+    assert bool(settled(MagnitudePruning, more, train).mask[2, 3])
+    by_row = settled(MagnitudePruning, more, train, by="row").mask
+    assert by_row.sum(1).tolist() == [3, 1, 0] and bool(by_row[0, 1])
+
+
+def test_learned_thresholds():
+    given = facts(12 + 1 + 32, (9, 4, 1), (3,), 4, init_std=1.0)
+    table = Pep(given, each="row", pull=2.0)
+    initial = table.weight.detach().clone()
+    with torch.no_grad():
+        table.weight.copy_(
+            torch.tensor([[2.0, -1.0, 0.5, 3.0], [0.1, 0.2, -4, 0.3], [0, 0, 0, 2.2]])
+        )
+        table.threshold.copy_(torch.tensor([[0.0], [math.log(3.0) / 2], [-50.0]]))
+    # sigmoid(2 * 0) = 1/2, sigmoid(log 3) = 3/4.
+    shown = table(torch.arange(3))
+    expected = torch.tensor([[1.5, -0.5, 0.0, 2.5], [0, 0, -3.25, 0], [0, 0, 0, 2.2]])
+    torch.testing.assert_close(shown, expected)
+    assert not table.searched() and len(table.mask_parameters()) == 1
+    decay = 0.5 * 1e-5 * (0 + math.log(3.0) ** 2 + 100.0**2)
+    assert float(table.penalty().detach()) == pytest.approx(decay, rel=1e-5)
+    with torch.no_grad():
+        table.threshold[2] = 50.0
+    # 1.5, 0.5, 2.5, 3.25 and 1.2 are left, 53 bytes.
+    assert not table.searched()
+    made = Pep(given, each="row", pull=2.0)
+    made.settle(table)
+    # What is most above its threshold survives, with the values it once started from.
+    mask = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(made(torch.arange(3)), initial * mask)
+    assert not made.mask_parameters() and made.phase == "frozen"
+
+
+def test_rounding_is_lsq():
+    values = torch.tensor([-2.0, -0.3, 0.2, 0.26, 5.0], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    offset = torch.tensor(0.0, requires_grad=True)
+    out = rounded(values, step, 2, offset)
+    torch.testing.assert_close(out.detach(), torch.tensor([-1.0, -0.5, 0.0, 0.5, 0.5]))
+    out.sum().backward()
+    torch.testing.assert_close(values.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
+    # LSQ: the bound outside, round(v / s) - v / s inside.
+    inside = (-1 + 0.6) + (0 - 0.4) + (1 - 0.52)
+    assert float(step.grad) == pytest.approx(-2 + 1 + inside, abs=1e-5)
+    assert float(offset.grad) == 2.0
+
+
+def test_choices_in_a_budget():
+    scores = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.1, 0.9], [0.0, 0.0, 0.0]])
+    costs = torch.tensor([[0, 10, 20]] * 3)
+    # What was found, with the tie's least; then what is lost least per unit.
+    assert choices_in_budget(scores, costs, 30).tolist() == [1, 2, 0]
+    assert choices_in_budget(scores, costs, 60).tolist() == [2, 2, 2]
+    assert choices_in_budget(scores, costs, 10).tolist() == [1, 0, 0]
+    assert choices_in_budget(scores, costs, 9).tolist() == [0, 0, 0]
+    # One group is small, and the dearer option may come first.
+    assert choices_in_budget(scores[:2], torch.tensor([[4, 1, 2], [10, 20, 30]]), 12).tolist() == [
+        1,
+        0,
+    ]
+    with pytest.raises(DoesNotFit):
+        choices_in_budget(scores, costs + 5, 14)
+
+
+def test_widths_of_fields():
+    given = long_facts(6000, init_std=0.5)
+    table = AutoDim(given, noise=0.0)
+    assert table.widths == [1, 2, 4, 8] and table.architecture() == [table.alpha]
+    rows = torch.tensor([3, 360, 5])
+    first = table.weight[torch.tensor([3, 5])]
+    mapped = [first[:, :d] @ m[0] for d, m in zip(table.widths, table.maps, strict=True)]
+    # Two values normalised are plus and minus one, nearly.
+    normed = [(m - m.mean(0)) / (m.var(0, unbiased=False) + 1e-5).sqrt() for m in mapped]
+    torch.testing.assert_close(table(rows)[[0, 2]], sum(normed) / 4)
+    # Rows of 350 and 50 values: 4 * (rows * width + width * 8 for the map).
+    assert table.costs().tolist() == [[1432, 2864, 5728, 11200], [232, 464, 928, 1600]]
+    with torch.no_grad():
+        table.alpha[0, 1], table.alpha[1, 3] = 5.0, 1.0
+    made = AutoDim(given)
+    made.settle(table)
+    assert made.choice.tolist() == [1, 3] and made.value_bytes() == 2864 + 1600 + 8
+    shown = made(rows)
+    torch.testing.assert_close(shown[0], made.weight[3, :2] @ made.maps[1][0])
+    torch.testing.assert_close(shown[1], made.weight[360])
+
+
+def test_mixed_precision():
+    given = long_facts(3200, init_std=0.2)
+    table = Mpe(given, decay=1e-2, groups=8)
+    rows = torch.tensor([0, 399])
+    # Every number of bits is equally likely at first; 0 bits show nothing.
+    steps = table.steps.abs() + 1e-10
+    values = [rounded(table.weight[rows], steps[b - 1], b) for b in range(1, 7)]
+    torch.testing.assert_close(table(rows), sum(values) / 7, rtol=1e-4, atol=1e-6)
+    lookups = torch.bincount(table.group, weights=given.counts.double())
+    assert lookups.argmax() == 0 and len(table.group.unique()) == 8
+    share = lookups / lookups[lookups > 0].min()
+    assert float(table.penalty().detach()) == pytest.approx(
+        float((1e-2 * 3.0 / share).sum()), rel=1e-4
+    )
+    with torch.no_grad():
+        table.gamma[:, 2], table.gamma[0, 6] = 1.0, 2.0
+        table.steps.fill_(0.25)
+    made = Mpe(given, decay=1e-2, groups=8)
+    made.settle(table)
+    assert int(made.bits[0]) == 6 and served_bytes(made.parts()) <= 3200
+    row = int((made.group == 7).nonzero()[0])
+    bits = int(made.bits[7])
+    expected = rounded(made.weight[row], torch.tensor(0.25), bits)
+    torch.testing.assert_close(made(torch.tensor(row)), expected)
+    assert len(made.mask_parameters()) == 2
+
+
+def test_integers_all_through_training():
+    table = Alpt(facts(8 * 2 + 8, init_std=0.3), bits=8)
+    with torch.no_grad():
+        table.steps.fill_(0.5)
+        table.weight.fill_(0.6)
+    drawn = []
+    for _ in range(300):
+        with torch.no_grad():
+            table.weight.fill_(0.6)
+        table.after_step()
+        drawn.append(table.weight.detach().clone())
+    drawn = torch.stack(drawn)
+    assert set(drawn.unique().tolist()) == {0.5, 1.0}
+    assert float(drawn.mean()) == pytest.approx(0.6, abs=0.02)
+    table.weight.data.fill_(1.0)
+    table(torch.tensor([0, 1, 7])).sum().backward()
+    # Codes are 2 everywhere: two numbers a row, two rows of the first field.
+    torch.testing.assert_close(table.steps.grad, torch.tensor([8.0, 4.0]))
+
+
+def test_rounding_after_training():
+    levels = torch.tensor([[-1.5, -0.5], [0.5, 1.5]])
+    step, values = best_rounding(0.3 * levels, 2)
+    assert step == pytest.approx(0.3, rel=1e-5)
+    torch.testing.assert_close(values, 0.3 * levels)
+    given = long_facts(2000, init_std=1.0)
+    table = settled(PostTraining, given, bits=4)
+    for g in range(len(table.steps)):
+        codes = table.weight.detach()[table.group == g] / table.steps[g] + 7.5
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert float(codes.min()) >= -1e-3 and float(codes.max()) <= 15 + 1e-3
