@@ -13,8 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from amtl.layer.rounding import pooled
-
 
 class DoesNotFit(ValueError):
     """No table of this kind is as small as the budget."""
@@ -185,7 +183,8 @@ class Peer(nn.Module):
         values = self.embed(indices.reshape(-1).long())
         if offsets is None:
             return values.view(*indices.shape, self.dim)
-        return pooled(values, offsets, "mean", None, False, None)
+        each = torch.arange(len(values), device=values.device)
+        return nn.functional.embedding_bag(each, values, offsets.to(each.dtype), mode="mean")
 
     def row_table(self, rows: int, width: int, mean: float = 0.0) -> nn.Parameter:
         """A matrix looked up by row, initially normal with deviation `init_std`; see `look_up`."""
