@@ -31,7 +31,15 @@ RULES = {
     "rowwise_adagrad": optim.RowwiseAdagrad,
     "adam": optim.Adam,
 }
-FAULTS = ("index", "size", "group", "late offsets", "falling offsets", "long offsets")
+FAULTS = (
+    "index",
+    "size",
+    "group",
+    "index and size",
+    "late offsets",
+    "falling offsets",
+    "long offsets",
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ class Call:
         bad = [small - 1] if small else [min(dim + 1, 255)]
         if case.form == "masked":
             sizes = self.random.integers(0, dim + 1, n)
-            if case.fault == "size":
+            if case.fault in ("size", "index and size"):
                 sizes[spoilt] = bad[0]
             made.kept = sizes.tolist()
         else:
@@ -186,7 +194,7 @@ class Call:
         made.group_count = count
         groups = self.random.integers(0, count, n)
         sizes = self.random.integers(0, dim + 1, (count, case.columns or 1))
-        if case.fault == "size":
+        if case.fault in ("size", "index and size"):
             # A group of its own: whoever looks it up errs, whatever the column.
             count += 1
             sizes = np.concatenate([sizes, np.full_like(sizes[:1], bad)])
@@ -253,7 +261,7 @@ class Call:
                 indices[mine] %= len(table.rows)
             begins = offsets[t * per_table : (t + 1) * per_table + 1] - mine.start
             wide = (mine.stop - mine.start) // 3
-            if case.fault == "index":
+            if case.fault in ("index", "index and size"):
                 wrong = self.random.choice([-1, len(table.rows), 2**31 - 1, -(2**31)], wide)
                 indices[mine.start + self.random.integers(0, wide * 3 or 1, wide)] = wrong
             self.lookups.append(
