@@ -337,9 +337,8 @@ class AMTLTable(TableLookups):
                 for block in split_rows(self.weight.detach(), plan, row_dims)
             ]
             freeze_optimizers(optimizers, self.weight, blocks, plan, row_dims)
-            places = drop_parameters(optimizers, list(head.parameters()))
-            # Several that were looked for have no order to be found again by.
-            self._mask_places = places if optimizer is not None or len(optimizers) == 1 else []
+            mask = list(head.parameters())
+            self._mask_places = drop_parameters(optimizers, mask, optimizer is not None)
             for parameter in head.parameters():
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
@@ -464,7 +463,8 @@ class AMTLTable(TableLookups):
             head.release()
             # The reverse of freezing, so that positions are those of then.
             mask = list(head.parameters())
-            restore_parameters(optimizers, mask, self._mask_places, blocks[-1])
+            told = optimizer is not None
+            restore_parameters(optimizers, mask, self._mask_places, blocks[-1], told)
             thaw_optimizers(optimizers, weight, blocks, plan)
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
             self._mask_places = []
@@ -654,7 +654,7 @@ class AMTLTable(TableLookups):
             replace_parameters(optimizers, before, blocks)
             places = drop_parameters(optimizers, mask)
             if self.tier_ends is None:
-                self._mask_places = places if len(optimizers) == 1 else []
+                self._mask_places = places
             retire(wrappers_of([*before, *mask]))
         order = state_dict.get(prefix + "row_order")
         room = None if order is None else torch.zeros_like(order, device=self.device)
