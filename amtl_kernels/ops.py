@@ -14,7 +14,8 @@ What all of them share:
   Positions past the last offset are ignored, whatever is there.
 - Results are the same from run to run, bit for bit.
 - ``bounds_check``: ``"raise"`` (an IndexError naming value, position and N), ``"clamp"`` (into
-  ``0..N-1``, with one warning per process) or ``"off"`` (the caller vouches for the indices).
+  ``0..N-1``, with one warning per process) or ``"off"`` (the caller vouches for indices, offsets,
+  sizes and groups: a GPU looks at none of them).
 - ``sparse=True`` gives the table a coalesced sparse COO gradient with ``U`` rows, and nothing of
   size ``N * D`` is allocated; ``sparse=False`` gives a dense ``[N, D]`` gradient, for optimizers
   that refuse sparse ones.
@@ -387,9 +388,10 @@ def adaptive_embedding(
     """Looks rows up under masks that are being learned.
 
     Row ``i`` keeps ``k_i = group_dims[row_group[i]]`` values, or, when ``group_dims`` has ``Q``
-    columns, ``group_dims[row_group[i], hash(seed, i) % Q]``: the same row has the same size in
-    forward and backward. The values of ``group_mask`` are ignored in the forward: it is the soft
-    mask of the straight-through estimator, and receives
+    columns, ``group_dims[row_group[i], q]`` with ``q`` in ``0..Q-1`` a hash of ``seed`` and ``i``
+    (``reference.hash_columns``): the same row has the same size in forward and backward. The values
+    of ``group_mask`` are ignored in the forward: it is the soft mask of the straight-through
+    estimator, and receives
 
     ``d out / d group_mask[g, j] = sum of delta_j * weight[i, j]``
 

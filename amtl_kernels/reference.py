@@ -17,14 +17,23 @@ import torch
 from torch import Tensor
 
 from amtl_kernels._arguments import are_codes, check_few_bits, cut, widths_of
-from amtl_kernels.rounding import mix, round_stochastically, rounding_bits, row_term
+from amtl_kernels.reference_updates import (
+    ADAGRAD,
+    ADAM,
+    ROWWISE_ADAGRAD,
+    SGD,
+    compute_type,
+    kept_prefix,
+    update,
+)
+from amtl_kernels.rounding import mix, row_term
+
+__all__ = ["ADAGRAD", "ADAM", "ROWWISE_ADAGRAD", "SGD", "kept_prefix"]
 
 SUM, MEAN = 0, 1
 """Values of ``pooling``."""
 OFF, RAISE, CLAMP = 0, 1, 2
 """Values of ``bounds_check``."""
-SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
-"""Values of ``optimizer``."""
 
 _Result = TypeVar("_Result")
 
@@ -103,12 +112,14 @@ def check_offsets(offsets: Tensor, lookups: int) -> None:
 
 
 def _in_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
-    """The flat indices up to the last offset: what follows is in no bag and is never looked at."""
+    """The flat indices of all bags: those past the last offset are never looked at."""
     flat = indices.reshape(-1)
     if offsets is None:
         return flat
     check_offsets(offsets, flat.numel())
-    return flat[: int(offsets[-1])] if include_last_offset else flat
+    if include_last_offset:
+        return flat[: int(offsets[-1])]
+    return flat if offsets.numel() else flat[:0]
 
 
 def _bag_of_lookup(offsets: Tensor, lookups: int, include_last_offset: bool) -> tuple[Tensor, int]:
@@ -116,10 +127,6 @@ def _bag_of_lookup(offsets: Tensor, lookups: int, include_last_offset: bool) -> 
     bags = offsets.numel() - int(include_last_offset)
     positions = torch.arange(lookups, device=offsets.device)
     return torch.searchsorted(offsets.to(torch.int64), positions, right=True) - 1, bags
-
-
-def _compute_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_sizes(sizes: Tensor, dim: int) -> Tensor:
@@ -134,7 +141,14 @@ def _adaptive_sizes(
     rows: Tensor, row_group: Tensor, group_dims: Tensor, seed: int, dim: int
 ) -> Tensor:
     """Kept sizes of ``rows``: one per group, or one per group and hashed column."""
-    group = row_group[rows].to(torch.int64)
+    group, groups = row_group[rows].to(torch.int64), group_dims.shape[0]
+    bad = ((group < 0) | (group >= groups)).nonzero()
+    if bad.numel():
+        position = int(bad[0])
+        raise ValueError(
+            f"row_group {int(group[position])} of row {int(rows[position])} is outside "
+            f"0..{groups - 1}"
+        )
     if group_dims.dim() == 1:
         return _check_sizes(group_dims[group].to(torch.int64), dim)
     column = hash_columns(rows, seed, group_dims.shape[1])
@@ -164,7 +178,7 @@ def _pool(
     include_last_offset: bool,
 ) -> Tensor:
     """Pools masked rows ``values [L, D]`` into bags ``[B, D]``."""
-    compute = _compute_type(values.dtype)
+    compute = compute_type(values.dtype)
     bag, bags = _bag_of_lookup(offsets, flat.numel(), include_last_offset)
     counted = (bag >= 0) & (flat != padding_idx)
     terms = values.to(compute)
@@ -227,7 +241,7 @@ class Table:
 
         Numbers of few bits are as precise as sums of them.
         """
-        dtype = self.dtype if self.steps is None else _compute_type(self.dtype)
+        dtype = self.dtype if self.steps is None else compute_type(self.dtype)
         out = self.blocks[0].new_zeros(flat.numel(), self.dim, dtype=dtype)
         for c, (block, start, end) in enumerate(self.slices()):
             mine = ((flat >= start) & (flat < end)).nonzero()[:, 0]
@@ -379,7 +393,7 @@ def _incoming(
     include_last_offset: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient ``[L, D]`` that reaches each lookup before its own weight, and which count."""
-    compute = _compute_type(grad.dtype)
+    compute = compute_type(grad.dtype)
     counted = flat != padding_idx
     if offsets is None:
         return grad.reshape(flat.numel(), grad.shape[-1]).to(compute), counted
@@ -420,6 +434,7 @@ def _psw_grad(
 class _Gradients:
     rows: list[Tensor]
     grads: list[Tensor]
+    sizes: list[Tensor]
     mask: Tensor
     psw: Tensor
 
@@ -427,22 +442,27 @@ class _Gradients:
 def _gradients(
     grad: Tensor, table: Table, bags: Bags, weight_grad: bool, mask_grad: bool, psw_grad: bool
 ) -> _Gradients:
-    """Gradients of one table: ``mask[g, j] = sum of delta_j * row_j`` over all ``j``, flat."""
+    """Gradients of one table: ``mask[g, j] = sum of delta_j * row_j`` over all ``j``, flat.
+
+    Those of rows are not rounded, and have their kept sizes beside them.
+    """
     used = _in_bags(bags.indices, bags.offsets, bags.include_last_offset)
     flat = check_indices(used, table.rows, RAISE)
     pooled = (bags.pooling, bags.padding_idx, bags.include_last_offset)
     delta, counted = _incoming(grad, flat, bags.offsets, *pooled)
     rows = [flat.new_empty(0) for _ in table.blocks]
-    grads = [block.new_empty(0, block.shape[1]) for block in table.blocks]
+    grads = [delta.new_empty(0, block.shape[1]) for block in table.blocks]
+    sizes = list(rows)
     mask, psw = torch.empty(0, dtype=delta.dtype, device=delta.device), grad.new_empty(0)
     if weight_grad or mask_grad:
         every, sums = _reduce_rows(_scale(delta, bags.per_sample_weights), flat, counted)
         if weight_grad:
-            kept = _keep_prefix(sums, table.kept(every))
+            size = table.kept(every)
+            kept = _keep_prefix(sums, size)
             for c, (block, start, end) in enumerate(table.slices()):
                 mine = (every >= start) & (every < end)
-                rows[c] = every[mine] - start
-                grads[c] = kept[mine, : block.shape[1]].to(block.dtype).contiguous()
+                rows[c], sizes[c] = every[mine] - start, size[mine]
+                grads[c] = kept[mine, : block.shape[1]]
         if mask_grad and table.sizes is not None and table.row_group is not None:
             products = sums * table.values(every).to(sums.dtype)
             masks = torch.zeros(
@@ -451,7 +471,29 @@ def _gradients(
             mask = masks.index_add(0, table.row_group[every].to(torch.int64), products).flatten()
     if psw_grad:
         psw = _psw_grad(delta, table.values(flat), table.kept(flat), counted, bags.indices)
-    return _Gradients(rows, grads, mask, psw)
+    return _Gradients(rows, grads, sizes, mask, psw)
+
+
+def _gradients_of_all(
+    grad: Tensor, tables: list[Table], every: list[Bags], *wanted: bool
+) -> list[_Gradients]:
+    """The gradients of every table, each by its columns of ``grad``."""
+    columns = [grad]
+    if len(tables) > 1:
+        columns = [part.contiguous() for part in grad.split([table.dim for table in tables], 1)]
+    return for_each(
+        lambda t, table, bags: _gradients(columns[t], table, bags, *wanted), tables, every
+    )
+
+
+def _beside_rows(found: list[_Gradients], indices: Tensor, psw_grad: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of all masks, flat, and of all per-sample weights."""
+    psw = found[0].psw
+    if psw_grad and len(found) > 1:
+        parts = torch.cat([one.psw for one in found])
+        psw = parts.new_zeros(indices.numel())
+        psw[: parts.numel()] = parts
+    return torch.cat([one.mask for one in found]), psw
 
 
 def lookup_backward(
@@ -481,134 +523,11 @@ def lookup_backward(
     every = split_bags(
         indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
     )
-    columns = [grad]
-    if len(tables) > 1:
-        columns = [part.contiguous() for part in grad.split([table.dim for table in tables], 1)]
-    found = for_each(
-        lambda t, table, bags: _gradients(
-            columns[t], table, bags, weight_grad, mask_grad, psw_grad
-        ),
-        tables,
-        every,
-    )
-    psw = found[0].psw
-    if psw_grad and len(tables) > 1:
-        parts = torch.cat([one.psw for one in found])
-        psw = parts.new_zeros(indices.numel())
-        psw[: parts.numel()] = parts
-    return (
-        [rows for one in found for rows in one.rows],
-        [grads for one in found for grads in one.grads],
-        torch.cat([one.mask for one in found]),
-        psw,
-    )
-
-
-def kept_prefix(grads: Tensor) -> Tensor:
-    """``[U, D]`` bool: True up to the last non-zero value of each gradient row."""
-    if grads.numel() == 0:
-        return grads.to(torch.bool)
-    return (grads != 0).to(torch.uint8).flip(1).cummax(1).values.flip(1).to(torch.bool)
-
-
-def _touch(
-    weight: Tensor, rows: Tensor, grads: Tensor, weight_decay: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Touched weights, their gradients with weight decay, and the kept prefix.
-
-    Past the prefix the gradient is zero, whatever the weights are there.
-    """
-    compute = _compute_type(weight.dtype)
-    kept = kept_prefix(grads)
-    old = weight[rows].to(compute)
-    return old, torch.where(kept, grads.to(compute) + weight_decay * old, 0.0), kept
-
-
-def _write(
-    weight: Tensor, rows: Tensor, kept: Tensor, values: Tensor, rounding_seed: int | None
-) -> None:
-    """Writes the kept prefix of the rows; what lies past it stays, bit for bit."""
-    values = torch.where(kept, values, weight[rows].to(values.dtype))
-    if rounding_seed is None or weight.element_size() != 2:
-        weight[rows] = values.to(weight.dtype)
-    else:
-        bits = rounding_bits(rows, weight.shape[1], rounding_seed)
-        weight[rows] = round_stochastically(values, weight.dtype, bits)
-
-
-def _apply_sgd(
-    weight: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``w -= lr * (g + weight_decay * w)``."""
-    old, g, kept = _touch(weight, rows, grads, weight_decay)
-    _write(weight, rows, kept, old - lr * g, rounding_seed)
-
-
-def _apply_adagrad(
-    weight: Tensor,
-    state_sum: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as ``torch.optim.Adagrad``."""
-    old, g, kept = _touch(weight, rows, grads, weight_decay)
-    state = state_sum[rows].to(g.dtype)
-    state = torch.where(kept, state + g * g, state)
-    state_sum[rows] = state.to(state_sum.dtype)
-    _write(weight, rows, kept, old - lr * g / (state.sqrt() + eps), rounding_seed)
-
-
-def _apply_rowwise_adagrad(
-    weight: Tensor,
-    state_sum: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """``s += mean(g^2)`` over the kept prefix, ``w -= lr * g / (sqrt(s) + eps)``; ``s`` is [N]."""
-    old, g, kept = _touch(weight, rows, grads, weight_decay)
-    state, size = state_sum[rows].to(g.dtype), kept.sum(1)
-    state = torch.where(size > 0, state + (g * g).sum(1) / size, state)
-    state_sum[rows] = state.to(state_sum.dtype)
-    _write(weight, rows, kept, old - lr * g / (state.sqrt() + eps)[:, None], rounding_seed)
-
-
-def _apply_adam(
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    rounding_seed: int | None = None,
-) -> None:
-    """Lazy Adam: ``torch.optim.Adam`` at step ``step`` on the kept prefix of the touched rows."""
-    old, g, kept = _touch(weight, rows, grads, weight_decay)
-    m = exp_avg[rows].to(g.dtype)
-    v = exp_avg_sq[rows].to(g.dtype)
-    m = torch.where(kept, beta1 * m + (1 - beta1) * g, m)
-    v = torch.where(kept, beta2 * v + (1 - beta2) * g * g, v)
-    exp_avg[rows] = m.to(exp_avg.dtype)
-    exp_avg_sq[rows] = v.to(exp_avg_sq.dtype)
-    change = lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
-    _write(weight, rows, kept, old - change, rounding_seed)
+    found = _gradients_of_all(grad, tables, every, weight_grad, mask_grad, psw_grad)
+    rows = [rows for one in found for rows in one.rows]
+    grads = [grads for one in found for grads in one.grads]
+    rounded = [g.to(block.dtype).contiguous() for g, block in zip(grads, blocks, strict=True)]
+    return rows, rounded, *_beside_rows(found, indices, psw_grad)
 
 
 def lookup_update_(
@@ -632,13 +551,23 @@ def lookup_update_(
     optimizer: int,
     hyper: list[float],
 ) -> tuple[Tensor, Tensor]:
-    """:func:`lookup_backward`, then :func:`apply_`, of whatever backend is set."""
-    tables = (blocks, block_counts, dims, sizes, row_groups, seed)
-    bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
-    ops = torch.ops.amtl
-    rows, grads, masks, psw = ops.lookup_backward(grad, *tables, *bags, True, mask_grad, psw_grad)
-    ops.apply_(blocks, rows, grads, state, optimizer, hyper)
-    return masks, psw
+    """The optimizer's update by :func:`lookup_backward`'s gradients before they are rounded.
+
+    The kept prefix is the row's size.
+    """
+    tables = split_tables(blocks, block_counts, dims, sizes, row_groups, seed)
+    every = split_bags(
+        indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
+    )
+    found = _gradients_of_all(grad, tables, every, True, mask_grad, psw_grad)
+    rows = [rows for one in found for rows in one.rows]
+    grads = [grads for one in found for grads in one.grads]
+    kept = [
+        torch.arange(g.shape[1], device=g.device) < size[:, None]
+        for g, size in zip(grads, (size for one in found for size in one.sizes), strict=True)
+    ]
+    update(blocks, rows, grads, kept, state, optimizer, hyper)
+    return _beside_rows(found, indices, psw_grad)
 
 
 def apply_(
@@ -649,27 +578,9 @@ def apply_(
     optimizer: int,
     hyper: list[float],
 ) -> None:
-    """The optimizer's update of every block's ``rows``; a counter in ``state`` is the step."""
-    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
-    moments = (0, 1, 1, 2)[optimizer]
-    if len(state) == len(blocks) * moments + 1:
-        step = int(state[-1])
-    seed = int(step) if any(stochastic) else None
-    rates: list[float] = [lr, *([eps] if optimizer else []), weight_decay]
-    if optimizer == ADAM:
-        rates = [int(step), lr, beta1, beta2, eps, weight_decay]
-    for c, block in enumerate(blocks):
-        mine = state[c * moments : (c + 1) * moments]
-        _UPDATES[optimizer](block, *mine, rows[c], grads[c], *rates, seed)
+    """The optimizer's update of every block's ``rows``, up to their last non-zero gradient."""
+    update(blocks, rows, grads, [kept_prefix(g) for g in grads], state, optimizer, hyper)
 
-
-_UPDATES: tuple[Callable[..., None], ...] = (
-    _apply_sgd,
-    _apply_adagrad,
-    _apply_rowwise_adagrad,
-    _apply_adam,
-)
-"""By the number of the optimizer."""
 
 IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
     "lookup": lookup,

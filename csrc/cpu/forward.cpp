@@ -213,8 +213,9 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   } else {
     executor.For(workers, 1, work);
   }
-  if (bad_sizes) ThrowBadSize(table);
+  // First, for an index out of range is looked up as another row, whose size is nobody's fault.
   if (bad_indices && bounds_check == BoundsCheck::kRaise) ThrowBadIndex(table);
+  if (bad_sizes) ThrowBadSize(table);
   return bad_indices && bounds_check == BoundsCheck::kClamp;
 }
 

@@ -331,6 +331,10 @@ def test_what_does_not_fit_is_refused():
     for wrong in (offsets[:-1], offsets + 1, offsets.flip(0)):
         with pytest.raises(ValueError, match="offsets"):
             collection(indices, wrong)
+    with pytest.raises(ValueError, match="offsets must be int32 or int64"):
+        collection(indices, offsets.float())
+    with pytest.raises(TypeError, match="offsets must be a tensor"):
+        collection(indices, [0, 1])
     with pytest.raises(KeyError):
         collection.lookup("hour", draw()[:, 0])
     with pytest.raises(ValueError, match="no embedding can stand in for"):

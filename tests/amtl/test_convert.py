@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import warnings
 import weakref
 
@@ -14,6 +15,8 @@ from amtl import AMTLEmbedding, AMTLEmbeddingBag
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+
+ROWS, DIM = 10, 4
 
 
 class Model(nn.Module):
@@ -438,3 +441,58 @@ def test_what_a_subclass_has_beside_its_weight_is_not_lost():
     assert type(model[0]) is AMTLEmbedding and model[0].vocabulary == ["a", "b"]
     amtl.revert(amtl.freeze(model))
     assert type(model[0]) is nn.Embedding and model[0].vocabulary == ["a", "b"]
+
+
+class PastTheLayer(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.table, self.use = nn.Embedding(ROWS, DIM), use
+
+    def forward(self, rows):
+        return self.use(self.table, rows)
+
+
+USES = {
+    "embedding": lambda table, rows: F.embedding(rows, table.weight),
+    "bag": lambda table, rows: F.embedding_bag(rows[None], weight=table.weight),
+    "brackets": lambda table, rows: table.weight[rows],
+    "index_select": lambda table, rows: torch.index_select(table.weight, 0, rows),
+    "linear": lambda table, rows: F.linear(table(rows), table.weight),
+    "product": lambda table, rows: table(rows) @ table.weight.T,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_models_that_use_the_weight_themselves_are_refused(use):
+    rows = torch.arange(3)
+    model = amtl.convert(PastTheLayer(USES[use]), {"table": torch.arange(ROWS)})
+    for each in (model, copy.deepcopy(model)):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the weight of 'table' itself"):
+                each(rows)
+    assert F.embedding(rows, model.table.weight).shape == (3, DIM)
+
+
+def test_only_the_first_pass_is_watched():
+    def norms(table, rows):
+        return table(rows).sum() + table.weight.norm() + table.weight.square().sum()
+
+    model = amtl.convert(PastTheLayer(norms), {"table": torch.arange(ROWS)})
+    hooks = model._forward_hooks, model._forward_pre_hooks
+    with pytest.raises(IndexError):
+        model(torch.tensor([ROWS]))
+    assert all(hooks)
+    for _ in range(2):
+        model(torch.arange(3)).backward()
+    assert not any(hooks)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_watched_by_themselves(copied):
+    model = amtl.convert(nn.Sequential(nn.Embedding(ROWS, DIM)), {"0": torch.arange(ROWS)})
+    other = copied(model)
+    rows = torch.arange(3)
+    for each in (other, model):
+        assert each._forward_hooks
+        assert torch.equal(each(rows), each(rows))
+        assert not each._forward_hooks and not each._forward_pre_hooks

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo
-from amtl import AMTLEmbedding, AMTLEmbeddingBag, BudgetError
+from amtl import AMTLEmbedding, AMTLEmbeddingBag, AMTLEmbeddingCollection, BudgetError
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -625,3 +625,21 @@ def test_training_in_full(parametrization):
     dims = layer.row_dims().float()
     assert dims[:20].mean() > 2 * dims[-100:].mean()
     assert len(layer.blocks) > 3
+
+
+@pytest.mark.parametrize("kind", ["embedding", "bag", "collection"])
+@pytest.mark.parametrize("phase", ["search", "frozen"])
+def test_what_are_no_row_numbers_is_said(kind, phase):
+    counts = torch.arange(20).flip(0).roll(3)
+    if kind == "collection":
+        layer = AMTLEmbeddingCollection([20], 8, counts=[counts])
+    else:
+        kinds = {"embedding": AMTLEmbedding, "bag": AMTLEmbeddingBag}
+        layer = kinds[kind](20, 8, counts=counts, shared_rows="rarest")
+    if phase == "frozen":
+        layer.freeze()
+    for wrong in (None, "rows", [1, 2], 3):
+        with pytest.raises(TypeError, match="input must be a tensor of int32 or int64"):
+            layer(wrong)
+    with pytest.raises(ValueError, match="input must be int32 or int64, got"):
+        layer(torch.ones(2, 1))

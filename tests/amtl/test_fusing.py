@@ -238,12 +238,19 @@ def test_without_the_handle_gradients_add_up_again():
     assert_close(layer, plain)
 
 
-def test_gradient_scalers_refuse_the_handle():
+def test_scaled_gradients_never_reach_the_table():
+    """Also where the handle is never stepped, as with a scaler for the rest of the model."""
     layer = layer_of(fused_optimizer=OPTIMIZERS["sgd"])
+    before = layer.weight.detach().clone()
     scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(layer(draw(0)[0]).sum()).backward()
-    with pytest.raises(AssertionError, match="No inf checks"):
-        scaler.step(layer.fused_optimizer)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a GradScaler of this process scales losses"):
+            scaler.scale(layer(draw(0)[0]).sum()).backward()
+        assert torch.equal(layer.weight, before)
+    del scaler
+    unused, off = torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False)
+    off.scale(layer(draw(0)[0]).sum()).backward()
+    assert unused.is_enabled() and not torch.equal(layer.weight, before)
 
 
 def test_the_wrong_kind_is_refused():

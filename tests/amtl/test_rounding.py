@@ -161,7 +161,7 @@ def test_state_dicts_hold_what_rounding_needs():
     assert torch.equal(fresh.eval()(rows), layer.eval()(rows))
     with pytest.raises(RuntimeError, match="bits=None"):
         layer_of(None).load_state_dict(layer.state_dict())
-    with pytest.raises(RuntimeError, match="the state is of one of floats"):
+    with pytest.raises(RuntimeError, match="with bits=None, the layer has bits=4"):
         layer_of().load_state_dict(layer_of(None).freeze().state_dict())
     packed = layer.to_integers()
     other = trained(layer_of().freeze()).to_integers()
@@ -337,6 +337,10 @@ def test_degenerate_tables():
 
 
 def test_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"bits must be one of \(2, 4, 8\) or None, got 8\.0"):
+        layer_of(8.0)
+    with pytest.raises(ValueError, match="a table without rows has no step sizes"):
+        AMTLEmbedding(0, 8, counts=torch.zeros(0, dtype=torch.int64), bits=8)
     with pytest.raises(ValueError, match="bits must be one of"):
         layer_of(3)
     with pytest.raises(ValueError, match="multiples of 4"):
@@ -459,3 +463,40 @@ def test_packing_rounds_a_trained_run(method, tmp_path):
         start(few, tmp_path / "few").run()
         with pytest.raises(UserError, match="4 bits, which are packed as they are"):
             pack_run(tmp_path / "few", tmp_path / "e.safetensors", bits=8)
+
+
+@pytest.mark.parametrize("kind", [AMTLEmbedding, AMTLEmbeddingBag])
+def test_codes_of_a_table_with_a_largest_norm(kind):
+    """Codes cannot be scaled at a lookup, so all rows are before."""
+    layer = trained(layer_of(8, kind=kind, max_norm=0.7), bags=kind is AMTLEmbeddingBag)
+    layer = layer.freeze().eval()
+    every = torch.arange(ROWS)[:, None]
+    codes = layer.to_integers()
+    assert torch.equal(codes(every), layer(every))
+    assert codes(every).norm(dim=-1).max() < 0.72
+
+
+@pytest.mark.parametrize("other", [None, 2, 4])
+def test_a_state_of_other_bits_is_refused(other):
+    """The bytes would fit, and be read as other numbers."""
+    frozen = layer_of(8, budget=0.2).freeze()
+    for layer in (frozen, frozen.to_integers()):
+        for target in (layer_of(other, budget=0.2), layer_of(other, budget=0.2).freeze()):
+            with pytest.raises(RuntimeError, match=f"bits=8, the layer has bits={other}"):
+                target.load_state_dict(layer.state_dict(), strict=False)
+            target(torch.arange(ROWS)[:, None])
+
+
+def test_states_that_lack_what_a_phase_needs():
+    searching = layer_of(8)
+    codes = copy.deepcopy(searching).freeze().to_integers()
+    rows = torch.arange(ROWS)
+    before = codes(rows)
+    with pytest.raises(RuntimeError, match=r"no size head: thaw\(counts=\.\.\.\) makes one"):
+        codes.load_state_dict(searching.state_dict())
+    assert codes.phase == "frozen" and torch.equal(codes(rows), before)
+    searching.load_state_dict(codes.state_dict(), strict=False)
+    assert torch.equal(searching(rows), before)
+    with pytest.raises(RuntimeError, match=r"is of integers.* thaw\(counts=\.\.\.\)"):
+        searching.thaw()
+    assert searching.thaw(counts=COUNTS).phase == "search"

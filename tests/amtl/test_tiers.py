@@ -367,6 +367,26 @@ def test_several_optimizers():
     assert len(masks.param_groups[0]["params"]) == len(layer.mask_parameters())
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_masks_return_to_the_optimizer_that_they_came_from(told):
+    """Not to that of the table, whose learning rate is another; in a copy they have none but it."""
+    layer = layer_of()
+    masks = torch.optim.Adam([{"params": []}, {"params": layer.mask_parameters(), "lr": 0.5}])
+    tables = torch.optim.SGD(layer.table_parameters(), lr=0.1)
+    layer.freeze([tables, masks] if told else None)
+    other = copy.deepcopy(layer)
+    layer.thaw()
+    assert masks.param_groups[1]["params"] == layer.mask_parameters()
+    assert tables.param_groups[0]["params"] == layer.table_parameters()
+    optimizer = torch.optim.SGD(other.table_parameters(), lr=0.1)
+    other.thaw(optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 1 + len(other.mask_parameters())
+    other.freeze(optimizer)
+    stranger = torch.optim.SGD(other.table_parameters(), lr=0.1)
+    other.thaw(stranger)
+    assert len(stranger.param_groups[0]["params"]) == 1 + len(other.mask_parameters())
+
+
 def test_parameter_names_follow():
     layer = layer_of()
     named = [(n, p) for n, p in layer.named_parameters()]

@@ -129,6 +129,20 @@ def test_size_outside_the_row(backend: Any, size: int) -> None:
         ak.adaptive_embedding(weight, bad, groups, sizes, torch.zeros(N, D, device=device))
 
 
+@pytest.mark.parametrize("index", [N, N + 9, -1])
+@pytest.mark.parametrize("row", [0, N - 1])
+def test_an_index_out_of_range_is_not_taken_for_a_bad_size(
+    backend: Any, index: int, row: int
+) -> None:
+    """The size is one of a row that nobody asked for."""
+    device = backend.device
+    sizes = torch.full((N,), 3, dtype=torch.int32, device=device)
+    sizes[row] = D + 1
+    indices = torch.tensor([5, index], device=device)
+    with pytest.raises(IndexError, match=f"index {index} at position 1"):
+        ak.masked_embedding(torch.randn(N, D, device=device), indices, sizes)
+
+
 def test_arguments_that_do_not_fit() -> None:
     weight = torch.randn(N, D)
     indices = torch.arange(4)

@@ -16,9 +16,8 @@ from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.size_head import being_traced
 from amtl.layer.table import AMTLTable
+from amtl.layer.table_rows import require_rows
 from amtl.layer.tiers import optimizers_of, unite_parameters
-
-_CHECKED = (torch.int32, torch.int64)
 
 
 class AMTLEmbeddingCollection(AMTLTable):
@@ -235,8 +234,7 @@ class AMTLEmbeddingCollection(AMTLTable):
 
     def _rows(self, input: Tensor, tables: list[int] | None = None) -> Tensor:
         """Rows of the common table for [..., S] rows of these tables, of all for None."""
-        if input.dtype not in _CHECKED:
-            raise ValueError(f"indices must be int32 or int64, got {input.dtype}")
+        require_rows(input)
         starts, sizes = self.starts, self.sizes
         if tables is not None:
             starts, sizes = starts[tables], sizes[tables]
@@ -269,6 +267,8 @@ class AMTLEmbeddingCollection(AMTLTable):
 
     def _pooled(self, input: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         tables = len(self.names)
+        require_rows(input)
+        require_rows(offsets, "offsets")
         if input.dim() != 1 or offsets.dim() != 1 or (len(offsets) - 1) % tables:
             raise ValueError(
                 f"bags are indices [L] and offsets [{tables} * B + 1], got {tuple(input.shape)} "

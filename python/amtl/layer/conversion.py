@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from amtl.layer.bypass import watch_first_pass
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.fusing import FusedOptimizer, make_handle
 from amtl.layer.hosts import check, settle
@@ -168,7 +169,9 @@ def convert(
     flag, hooks and attributes that were set on it. New to the optimizer are the mask parameters:
     `optimizer.add_param_group({"params": amtl.mask_parameters(model), "lr": 1e-2})`.
     A module that appears under several names is replaced everywhere by one layer, also where the
-    model keeps it in a plain list, dict, tuple or set.
+    model keeps it in a plain list, dict, tuple or set. A model that uses the weight itself, as by
+    `F.embedding(ids, model.table.weight)`, would go past the masks: its first forward pass is an
+    error that says so.
 
     Rows may be in any order: groups are looked up by row, so the caller permutes nothing. A table
     in frequency order is only faster (hot rows are neighbours), and freezes without the 4 bytes a
@@ -228,7 +231,10 @@ def convert(
             retire(wrappers_of(module.parameters()))
     if fused_optimizer is not None and replacements:
         fuse(nn.ModuleList(replacements.values()), fused_optimizer)
-    return _swap(model, places, replacements)
+    converted = _swap(model, places, replacements)
+    if not isinstance(converted, AMTLTable):
+        watch_first_pass(converted)
+    return converted
 
 
 def revert(model: _Model, *, masked: bool = False) -> _Model:

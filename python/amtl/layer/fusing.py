@@ -8,6 +8,7 @@ and loaded as any other, and its `step()` finds no gradient and only counts.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +62,7 @@ class _Passes:
     def __init__(self) -> None:
         self.steps = 0
         self.skipped: str | None = None
+        self.scales: bool | None = None
 
     def stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.skipped is not None:
@@ -70,6 +72,15 @@ class _Passes:
         self.steps += 1
 
     def updating(self, updated: Updated, name: str, grad: Tensor) -> None:
+        if self.scales is not False:
+            self.scales = _scales_gradients()
+            if self.scales:
+                raise RuntimeError(
+                    f"table {name!r} has a fused optimizer, and a GradScaler of this process "
+                    "scales losses: the backward would update the table by gradients that nobody "
+                    "scales back. Call amtl.fuse(model, None), or do without the scaler, which "
+                    "bfloat16 has no need of"
+                )
         # Lookups within one backward are one pass.
         backward = torch._C._current_graph_task_id()
         if updated.steps == self.steps and updated.backward != backward:
@@ -78,6 +89,16 @@ class _Passes:
             # Whoever never calls step() means every backward to be one.
             self.skipped = name
         updated.backward, updated.steps = backward, self.steps
+
+
+def _scales_gradients() -> bool:
+    """Whether a GradScaler of this process is in use; O(objects in the process)."""
+    return any(
+        issubclass(type(thing), torch.amp.GradScaler)
+        and thing.is_enabled()
+        and thing._scale is not None
+        for thing in gc.get_objects()
+    )
 
 
 def _twice(name: str) -> str:

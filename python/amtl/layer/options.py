@@ -81,7 +81,7 @@ class SearchOptions:
             raise ValueError(
                 f"parametrization must be one of {PARAMETRIZATIONS}, got {self.parametrization!r}"
             )
-        if self.bits not in (None, *BITS):
+        if self.bits is not None and not (type(self.bits) is int and self.bits in BITS):
             raise ValueError(f"bits must be one of {BITS} or None, got {self.bits!r}")
         for name in ("temperature", "final_temperature"):
             value = getattr(self, name)

@@ -93,6 +93,8 @@ class AMTLTable(TableLookups):
                 f"a table needs num_embeddings >= 0 and embedding_dim >= 1, got "
                 f"[{num_embeddings}, {embedding_dim}]"
             )
+        if num_embeddings == 0 and options.bits is not None:
+            raise ValueError("a table without rows has no step sizes: bits must be None")
         if scale_grad_by_freq:
             raise ValueError(
                 "scale_grad_by_freq=True is not supported: it would scale the gradient of the "
@@ -234,8 +236,9 @@ class AMTLTable(TableLookups):
         learning rate, `state_dict()` saves it, freezing, thawing and loading take it along. Its
         `step()` finds no gradient and counts the step; call it once after each backward, as usual:
         then gradients that should have added up over several are refused. Without `step()`, every
-        backward is one. Nothing is left to clip: norms over all parameters miss the table, and
-        GradScaler, which would have to scale gradients back, refuses the handle.
+        backward is one; `torch.autograd.grad` is a backward, too. Nothing is left to clip: norms
+        over all parameters miss the table, and hooks on it are given None. With a GradScaler in
+        use, whose gradients would have to be scaled back first, the backward refuses.
 
         Args:
             optimizer: a class of `amtl_kernels.optim` or what else makes one of its optimizers from
@@ -351,9 +354,8 @@ class AMTLTable(TableLookups):
                 for block in split_rows(self.weight.detach(), plan, row_dims)
             ]
             freeze_optimizers(optimizers, self.weight, blocks, plan, row_dims)
-            places = drop_parameters(optimizers, list(head.parameters()))
-            # Several that were looked for have no order to be found again by.
-            self._mask_places = places if optimizer is not None or len(optimizers) == 1 else []
+            mask = list(head.parameters())
+            self._mask_places = drop_parameters(optimizers, mask, optimizer is not None)
             for parameter in head.parameters():
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
@@ -380,6 +382,9 @@ class AMTLTable(TableLookups):
             return self
         if self.rounding is None or self.tier_ends is None:
             raise RuntimeError("to_integers() needs a frozen layer with bits=2, 4 or 8")
+        if self.max_norm is not None:
+            # As looking every row up would, which codes can no longer do.
+            self._renorm(torch.arange(self.tier_ends[-1], device=self.device))
         bits, parts = self.rounding.bits, self.rounding.parts()
         steps = self.rounding.steps().to(self.dtype)
         pieces = cut([block.detach() for block in self.blocks], self.tier_ends, parts)
@@ -462,7 +467,11 @@ class AMTLTable(TableLookups):
             row_group, self.head = self._search(checked, options, None)
             self.row_map = encode_row_map(row_group)
         head = self._head()
-        assert self.row_map is not None
+        if self.row_map is None:
+            raise RuntimeError(
+                "the state that was loaded is of integers, which know no groups; thaw(counts=...) "
+                "makes them"
+            )
         plan = self._plan()
         with torch.no_grad():
             dense = self._dense(rounded=False)
@@ -471,7 +480,8 @@ class AMTLTable(TableLookups):
             head.release()
             # The reverse of freezing, so that positions are those of then.
             mask = list(head.parameters())
-            restore_parameters(optimizers, mask, self._mask_places, blocks[-1])
+            told = optimizer is not None
+            restore_parameters(optimizers, mask, self._mask_places, blocks[-1], told)
             thaw_optimizers(optimizers, weight, blocks, plan)
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
             self._mask_places = []
@@ -532,10 +542,10 @@ class AMTLTable(TableLookups):
             destination[prefix + "row_map"] = encode_row_map(self.row_group)
         if self.tier_ends is not None:
             destination[prefix + "tier_ends"] = torch.tensor(self.tier_ends)
-            # Named so that the keys of a layer that never heard of bits are what they were.
         # absorb_order() moves the padding row and leaves fewer rows, so they are part of the state.
         padding = -1 if self.padding_idx is None else self.padding_idx
         schedule = [0, self.progress, padding, self.full_rows, self.num_embeddings]
+        schedule.append(self.options.bits or 0)
         if self.rounding is not None:
             schedule.append(self.rounding.turn)
         destination[prefix + "schedule"] = torch.tensor(schedule, dtype=torch.float64)
@@ -567,10 +577,17 @@ class AMTLTable(TableLookups):
         ends = state_dict.pop(prefix + "tier_ends", None)
         row_map = state_dict.get(prefix + "row_map")
         if ends is not None:
-            self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, error_msgs)
-            if self.rounding is not None and schedule is not None and len(schedule) > 5:
-                self.rounding.turn = int(schedule[5])
+            bits = int(schedule[5]) if schedule is not None and len(schedule) > 5 else None
+            self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, bits, error_msgs)
+            if self.rounding is not None and schedule is not None and len(schedule) > 6:
+                self.rounding.turn = int(schedule[6])
             self.row_map = None if row_map is None else torch.empty_like(row_map).to(self.device)
+        elif prefix + "weight" in state_dict and self.head is None:
+            error_msgs.append(
+                f"{prefix}weight: the state is of the search, for which a layer from a packed file "
+                "has no size head: thaw(counts=...) makes one"
+            )
+            return
         elif prefix + "weight" in state_dict:
             loaded = state_dict[prefix + "weight"]
             same = tuple(loaded.shape) == (self.num_embeddings, self.embedding_dim)
@@ -592,12 +609,21 @@ class AMTLTable(TableLookups):
         prefix: str,
         ends: tuple[int, ...],
         fits: bool,
+        bits: int | None,
         errors: list[str],
     ) -> None:
         """Take the frozen phase with room for the tiers of a state dict.
 
-        Fewer rows may be stored if the state `fits`, that is, was made with as many rows.
+        Fewer rows may be stored if the state `fits`, that is, was made with as many rows. `bits`
+        are those of the state, 0 for numbers of the table's type, None if it does not say.
         """
+        mine = self.options.bits or 0
+        if bits not in (None, mine):
+            errors.append(
+                f"{prefix}blocks: the state is of a table with bits={bits or None}, the layer has "
+                f"bits={mine or None}"
+            )
+            return
         loaded = [state_dict.get(f"{prefix}blocks.{c}") for c in range(len(ends))]
         columns = [int(b.shape[1]) for b in loaded if b is not None]
         steps = state_dict.get(prefix + "steps")
@@ -645,7 +671,7 @@ class AMTLTable(TableLookups):
             replace_parameters(optimizers, before, blocks)
             places = drop_parameters(optimizers, mask)
             if self.tier_ends is None:
-                self._mask_places = places if len(optimizers) == 1 else []
+                self._mask_places = places
             retire(wrappers_of([*before, *mask]))
         order = state_dict.get(prefix + "row_order")
         room = None if order is None else torch.zeros_like(order, device=self.device)

@@ -26,6 +26,19 @@ _PATIENCE = 5
 """Changes of the table without one of its sizes before it is asked who trains them."""
 
 
+def require_rows(value: object, name: str = "input") -> None:
+    """Raise unless these are row numbers.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not of int32 or int64.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of int32 or int64, got {value!r:.60}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {value.dtype}")
+
+
 class TableRows(nn.Module):
     """The attributes of `AMTLTable`, sizes and accounting, and the rows that lookups read."""
 
@@ -390,6 +403,8 @@ class TableRows(nn.Module):
     def _renorm(self, indices: Tensor) -> None:
         """Scale looked-up rows of the table to at most `max_norm`, in place, as nn.Embedding."""
         assert self.max_norm is not None
+        if self.steps is not None:
+            return
         with torch.no_grad():
             flat = indices.reshape(-1)
             if self.options.bounds_check == "clamp":
@@ -427,6 +442,7 @@ class TableRows(nn.Module):
 
     def _frozen_rows(self, indices: Tensor) -> Tensor:
         """Indices in the numbering of the tiers."""
+        require_rows(indices)
         assert self.tier_ends is not None
         order, places = self.row_order, self.tier_ends[-1]
         if order is not None:
@@ -442,6 +458,7 @@ class TableRows(nn.Module):
 
     def _searched_rows(self, indices: Tensor, sizes: Tensor) -> Tensor:
         """Indices, with the shared row for rows of groups that have size 0 without noise."""
+        require_rows(indices)
         stand_in = self._redirect(sizes)
         if stand_in is None:
             return indices

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -352,36 +353,58 @@ def _begin_state(
         }
 
 
+class Weakly:
+    """An optimizer, while it lives; copies and files of what holds this are without it."""
+
+    def __init__(self, optimizer: Optimizer | None = None) -> None:
+        self._reference = None if optimizer is None else weakref.ref(optimizer)
+
+    def __call__(self) -> Optimizer | None:
+        """The optimizer, or None."""
+        return None if self._reference is None else self._reference()
+
+    def __reduce__(self) -> tuple[type[Weakly], tuple[()]]:
+        return Weakly, ()
+
+
 class Place(NamedTuple):
     """Where a parameter was.
 
     Attributes:
-        parameter, optimizer, group: numbers.
+        parameter, number, group: numbers; that of the optimizer among those that were given, -1 if
+            they were looked for, in no order.
+        optimizer: the optimizer itself.
         position: in the group, when the parameters before were gone.
         name: what the optimizer called it, if it has names.
     """
 
     parameter: int
-    optimizer: int
+    number: int
+    optimizer: Weakly
     group: int
     position: int
     name: str | None
 
 
-def drop_parameters(optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]) -> list[Place]:
+def drop_parameters(
+    optimizers: list[Optimizer], parameters: Sequence[nn.Parameter], told: bool = False
+) -> list[Place]:
     """Take parameters and their state out; returns where they were.
 
-    Groups stay, empty if need be, so that schedulers keep their count.
+    Groups stay, empty if need be, so that schedulers keep their count. `told`: the optimizers were
+    given, not looked for.
     """
     places = []
     for number, optimizer in enumerate(optimizers):
+        known = number if told or len(optimizers) == 1 else -1
         for group_number, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(parameters):
                 position = _position(group, parameter)
                 if position is not None:
                     name = _remove(group, position)
                     optimizer.state.pop(parameter, None)
-                    places.append(Place(index, number, group_number, position, name))
+                    where = (known, Weakly(optimizer), group_number, position)
+                    places.append(Place(index, *where, name))
     return places
 
 
@@ -396,27 +419,34 @@ def restore_parameters(
     parameters: Sequence[nn.Parameter],
     places: Sequence[Place],
     neighbour: nn.Parameter,
+    told: bool = False,
 ) -> None:
     """Inverse of `drop_parameters`, without state; where nothing was dropped, behind `neighbour`.
 
     The order within a group matters: by it, and by nothing else, optimizers load their state.
 
     Args:
-        optimizers: as given to `drop_parameters`.
+        optimizers: as given to `drop_parameters`, which may have others in the place of those.
         parameters: as given to `drop_parameters`.
         places: what it returned.
         neighbour: a parameter whose group takes them otherwise.
+        told: the optimizers were given: no other one is meant.
     """
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     missing = [i for i, parameter in enumerate(parameters) if id(parameter) not in held]
     placed = set()
     for place in reversed(places):
-        if place.parameter in missing and place.optimizer < len(optimizers):
-            optimizer = optimizers[place.optimizer]
-            if place.group < len(optimizer.param_groups):
-                group = optimizer.param_groups[place.group]
-                _insert(optimizer, group, place.position, parameters[place.parameter], place.name)
-                placed.add(place.parameter)
+        optimizer = place.optimizer()
+        if told and not any(optimizer is given for given in optimizers):
+            optimizer = None
+        if optimizer is None and place.number in range(len(optimizers)):
+            optimizer = optimizers[place.number]
+        if optimizer is None or place.parameter not in missing:
+            continue
+        if place.group < len(optimizer.param_groups):
+            group = optimizer.param_groups[place.group]
+            _insert(optimizer, group, place.position, parameters[place.parameter], place.name)
+            placed.add(place.parameter)
     # Of several that hold the table, a fused optimizer comes last.
     for optimizer, group, position in _holders(optimizers, neighbour)[:1]:
         for index in reversed(missing):

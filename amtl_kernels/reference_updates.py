@@ -1,0 +1,160 @@
+"""What the optimizers do with gradients of rows, in plain PyTorch: a part of ``reference``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from amtl_kernels.rounding import round_stochastically, rounding_bits
+
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
+"""Values of ``optimizer``."""
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """In which numbers of a type are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kept_prefix(grads: Tensor) -> Tensor:
+    """``[U, D]`` bool: True up to the last non-zero value of each gradient row."""
+    if grads.numel() == 0:
+        return grads.to(torch.bool)
+    return (grads != 0).to(torch.uint8).flip(1).cummax(1).values.flip(1).to(torch.bool)
+
+
+def _touch(
+    weight: Tensor, rows: Tensor, grads: Tensor, kept: Tensor, weight_decay: float
+) -> tuple[Tensor, Tensor]:
+    """Touched weights, and their gradients with weight decay.
+
+    Past the kept prefix the gradient is zero, whatever the weights are there.
+    """
+    compute = compute_type(weight.dtype)
+    old = weight[rows].to(compute)
+    return old, torch.where(kept, grads.to(compute) + weight_decay * old, 0.0)
+
+
+def _write(
+    weight: Tensor, rows: Tensor, kept: Tensor, values: Tensor, rounding_seed: int | None
+) -> None:
+    """Writes the kept prefix of the rows; what lies past it stays, bit for bit."""
+    values = torch.where(kept, values, weight[rows].to(values.dtype))
+    if rounding_seed is None or weight.element_size() != 2:
+        weight[rows] = values.to(weight.dtype)
+    else:
+        bits = rounding_bits(rows, weight.shape[1], rounding_seed)
+        weight[rows] = round_stochastically(values, weight.dtype, bits)
+
+
+def _apply_sgd(
+    weight: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    kept: Tensor,
+    lr: float,
+    weight_decay: float,
+    rounding_seed: int | None = None,
+) -> None:
+    """``w -= lr * (g + weight_decay * w)``."""
+    old, g = _touch(weight, rows, grads, kept, weight_decay)
+    _write(weight, rows, kept, old - lr * g, rounding_seed)
+
+
+def _apply_adagrad(
+    weight: Tensor,
+    state_sum: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    kept: Tensor,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    rounding_seed: int | None = None,
+) -> None:
+    """``s += g^2``, ``w -= lr * g / (sqrt(s) + eps)``, as ``torch.optim.Adagrad``."""
+    old, g = _touch(weight, rows, grads, kept, weight_decay)
+    state = state_sum[rows].to(g.dtype)
+    state = torch.where(kept, state + g * g, state)
+    state_sum[rows] = state.to(state_sum.dtype)
+    _write(weight, rows, kept, old - lr * g / (state.sqrt() + eps), rounding_seed)
+
+
+def _apply_rowwise_adagrad(
+    weight: Tensor,
+    state_sum: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    kept: Tensor,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    rounding_seed: int | None = None,
+) -> None:
+    """``s += mean(g^2)`` over the kept prefix, ``w -= lr * g / (sqrt(s) + eps)``; ``s`` is [N]."""
+    old, g = _touch(weight, rows, grads, kept, weight_decay)
+    state, size = state_sum[rows].to(g.dtype), kept.sum(1)
+    state = torch.where(size > 0, state + (g * g).sum(1) / size, state)
+    state_sum[rows] = state.to(state_sum.dtype)
+    _write(weight, rows, kept, old - lr * g / (state.sqrt() + eps)[:, None], rounding_seed)
+
+
+def _apply_adam(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    kept: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rounding_seed: int | None = None,
+) -> None:
+    """Lazy Adam: ``torch.optim.Adam`` at step ``step`` on the kept prefix of the touched rows."""
+    old, g = _touch(weight, rows, grads, kept, weight_decay)
+    m = exp_avg[rows].to(g.dtype)
+    v = exp_avg_sq[rows].to(g.dtype)
+    m = torch.where(kept, beta1 * m + (1 - beta1) * g, m)
+    v = torch.where(kept, beta2 * v + (1 - beta2) * g * g, v)
+    exp_avg[rows] = m.to(exp_avg.dtype)
+    exp_avg_sq[rows] = v.to(exp_avg_sq.dtype)
+    change = lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
+    _write(weight, rows, kept, old - change, rounding_seed)
+
+
+_UPDATES: tuple[Callable[..., None], ...] = (
+    _apply_sgd,
+    _apply_adagrad,
+    _apply_rowwise_adagrad,
+    _apply_adam,
+)
+"""By the number of the optimizer."""
+
+
+def update(
+    blocks: list[Tensor],
+    rows: list[Tensor],
+    grads: list[Tensor],
+    kept: list[Tensor],
+    state: list[Tensor],
+    optimizer: int,
+    hyper: list[float],
+) -> None:
+    """Updates the kept values of ``rows``; a counter in ``state`` is the step."""
+    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
+    moments = (0, 1, 1, 2)[optimizer]
+    if len(state) == len(blocks) * moments + 1:
+        step = int(state[-1])
+    seed = int(step) if any(stochastic) else None
+    rates: list[float] = [lr, *([eps] if optimizer else []), weight_decay]
+    if optimizer == ADAM:
+        rates = [int(step), lr, beta1, beta2, eps, weight_decay]
+    for c, block in enumerate(blocks):
+        mine = state[c * moments : (c + 1) * moments]
+        _UPDATES[optimizer](block, *mine, rows[c], grads[c], kept[c], *rates, seed)
