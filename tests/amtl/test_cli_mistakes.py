@@ -336,9 +336,11 @@ REACHED_FROM = {
     "packed.py": {"evaluate", "pack", "inspect"},
     "trained.py": {"evaluate", "pack", "inspect"},
     "report.py": {"report", "compare"},
+    **{f"paper/{name}.py": {"paper"} for name in ("command", "protocol", "tuning", "work")},
+    "peers/__init__.py": {"paper"},
 }
 """Commands whose options the messages of a file may name; of all others, those of `train`."""
-FUNCTIONS = {"train": {"train", "_config", "_columns", "_refuse_idle"}}
+FUNCTIONS = {"train": {"train", "_config", "_columns", "_options", "_refuse_idle"}}
 ELSEWHERE = {"--upgrade", "--force-reinstall"}
 
 
