@@ -369,7 +369,10 @@ def messages() -> list[tuple[str, str, str]]:
 
 def test_every_option_that_an_error_names_is_there():
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    options = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
+    options = {
+        name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)}
+        for name, c in commands.items()
+    }
     checked = 0
     for file, function, text in messages():
         named = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", text)) - ELSEWHERE

@@ -89,13 +89,13 @@ def _row(cells: Iterable[str]) -> str:
 
 def intro(summary: dict[str, Any]) -> str:
     """What was run, exactly."""
-    plan, cells = summary["plan"], summary["cells"]
-    done = [c for c in cells if c["seeds"]]
+    plan = summary["plan"]
+    done = [c for c in summary["cells"] if c["seeds"]]
     seeds = sorted({len(c["seeds"]) for c in done}) or [0]
     trials = sorted({c["trials"] for c in done if not _tunes_itself(summary, c["method"])}) or [0]
     cut = f", at most {plan['epochs']} epochs a run" if plan["epochs"] else ""
     return (
-        f"{len(done)} of {len(cells)} configurations ({', '.join(plan['sets'])}; budgets "
+        f"{len(done)} of {plan['cells']} configurations ({', '.join(plan['sets'])}; budgets "
         f"{', '.join(_share(b) for b in plan['budgets'])} of the bytes of a table of width "
         f"{plan['dim']} and 32 bits): {_span(trials)} tuning run(s) on validation for each, but "
         f"one for what tunes itself, and {_span(seeds)} fresh seed(s){cut}. "
@@ -160,7 +160,14 @@ def _results(summary: dict[str, Any], name: str, own: list[dict[str, Any]]) -> B
     return Block(
         name,
         text,
-        [("Test AUC at each budget, spent.", spent), ("The budget as a limit.", limit)],
+        [
+            (caption, table)
+            for caption, table in (
+                ("Test AUC at each budget, spent.", spent),
+                ("The budget as a limit.", limit),
+            )
+            if table[1]
+        ],
         lambda figure: _draw_curves(figure, plan["methods"], own, full),
     )
 
@@ -390,15 +397,14 @@ def _failures(summary: dict[str, Any]) -> Block:
             where = f"{cell['set']} ≤ {_share(cell['budget'])}"
             refused.setdefault((cell["method"], _plain(cell["refused"])), []).append(where)
     rows = [[method, ", ".join(where), reason] for (method, reason), where in refused.items()]
-    open_cells = sum(
-        not c["seeds"] and not (c["refused"] and not c["choice"]) for c in summary["cells"]
-    )
+    closed = sum(bool(c["seeds"]) or (not c["choice"]) for c in summary["cells"])
+    left = summary["plan"]["cells"] - closed
     tables: list[tuple[str, _TABLE]] = []
     if rows:
         tables.append(("No such table is that small.", (["method", "where", "why"], rows)))
     tables.append(("Not here.", (["what", "why"], [list(item) for item in NOT_MADE.items()])))
-    text = [f"{open_cells} configurations have not been run yet: amtl paper goes on with them."]
-    return Block("What did not work, and what is missing", text if open_cells else (), tables)
+    text = [f"{left} configurations have not been run yet: amtl paper goes on with them."]
+    return Block("What did not work, and what is missing", text if left else (), tables)
 
 
 def _plain(reason: str) -> str:

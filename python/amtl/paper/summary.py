@@ -8,7 +8,7 @@ from typing import Any
 
 from amtl.paper.protocol import DIM, RULER, Plan, contenders
 from amtl.paper.statistics import half_width, holm, paired
-from amtl.paper.work import Cell, Records, chosen, seeded, tried
+from amtl.paper.work import Cell, Records, cell_of, chosen, seeded, tried
 
 OURS = "amtl"
 _MEANS = ("test_auc", "test_logloss", "val_auc", "bytes", "cpu", "epochs", "bias", "ece", "planted")
@@ -19,11 +19,14 @@ def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict
     """One record of everything, for JSON.
 
     Returns:
-        `plan`, `methods`, `versions`; `cells`, a list of configurations (see `_cell`), the table of
-        full size among them; `at_most`, for each set, budget and contender the configuration of no
-        more than that budget that validates best, with its difference to ours.
+        `plan`, `methods`, `versions`; `cells`, a list of the configurations that have runs (see
+        `_cell`), the table of full size among them; `at_most`, for each set, budget and contender
+        the configuration of no more than that budget that validates best, with its difference to
+        ours.
     """
-    cells = {cell: _cell(records, cell, plan) for cell in plan.cells()}
+    planned = plan.cells()
+    begun = {cell_of(record) for record in records}
+    cells = {cell: _cell(records, cell) for cell in planned if cell in begun}
     at_most = []
     for name in plan.sets:
         for budget in sorted(plan.budgets):
@@ -45,6 +48,7 @@ def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict
             "finalist_seeds": plan.finalist_seeds,
             "epochs": plan.epochs,
             "dim": DIM,
+            "cells": len(planned),
         },
         "methods": {
             name: {
@@ -60,7 +64,7 @@ def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict
     }
 
 
-def _cell(records: Records, cell: Cell, plan: Plan) -> dict[str, Any]:
+def _cell(records: Records, cell: Cell) -> dict[str, Any]:
     """A configuration: its trials, its choice, its seeds, means over them, and the gain of ours."""
     name, budget, method = cell
     trials, best = tried(records, cell), chosen(records, cell)
