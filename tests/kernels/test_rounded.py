@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -71,6 +72,12 @@ class Numbers:
         return {**self.few, "embedding_dim": self.dim}
 
 
+def require_equal(got: Tensor, want: Tensor) -> None:
+    """Bit for bit; but Triton's interpreter cuts a bfloat16 off where a GPU rounds it."""
+    cuts = got.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    torch.testing.assert_close(got.cpu(), want.cpu(), rtol=2.0**-7 if cuts else 0, atol=0)
+
+
 def in_order(backend: Any) -> bool:
     """Whether bags are summed in order; on GPUs the order depends on how rows are read."""
     return bool(backend.name == "reference" or backend.name.startswith("cpu"))
@@ -110,19 +117,18 @@ def test_rows_are_rounded_bit_for_bit(backend: Any, dtype: torch.dtype) -> None:
         rows = torch.randperm(one.ends[-1], generator=torch.Generator().manual_seed(seed))
         rows = rows.int() if seed % 2 else rows
         got = ak.tiered_embedding(one.blocks, one.ends, rows.to(backend.device), **one.options)
-        assert got.dtype == dtype
-        assert torch.equal(got.cpu(), one.shown[rows.long()].to(dtype))
+        require_equal(got, one.shown[rows.long()].to(dtype))
 
     drawn(backend, check)
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean", "weighted"])
-def test_bags_are_those_of_codes_bit_for_bit(backend: Any, mode: str) -> None:
+def test_bags_are_those_of_codes_bit_for_bit(backend: Any) -> None:
     def check(drawn: tuple[int, list[int], list[int], int]) -> None:
         bits, counts, widths, seed = drawn
         shape = present(counts, widths)
         one = Numbers(bits, *shape, backend.device, seed, exact=not in_order(backend))
         indices, offsets = bags_of(one.ends[-1], seed, backend.device)
+        mode = ("sum", "mean", "weighted")[seed // 3 % 3]
         options: dict[str, Any] = {**one.options, "include_last_offset": True}
         options["padding_idx"] = None if seed % 3 else int(indices[3])
         if mode == "weighted":
@@ -158,7 +164,7 @@ def test_sums_of_16_bits_are_rounded_once(backend: Any, dtype: torch.dtype) -> N
     rows = torch.arange(40, device=backend.device)[None]
     got = ak.tiered_embedding_bag(one.blocks, one.ends, rows, **one.options)
     codes = ak.tiered_embedding_bag(one.codes, one.ends, rows, **one.options)
-    assert torch.equal(got, codes.to(dtype))
+    require_equal(got, codes.to(dtype))
 
 
 def test_many_parts(backend: Any) -> None:
@@ -241,7 +247,7 @@ def test_gradients_pass_straight_through(backend: Any, sparse: bool) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_weights_of_samples_learn_from_what_is_shown(backend: Any, fused: bool) -> None:
-    one = Numbers(2, [6, 5], [16, 8], backend.device, 4)
+    one = Numbers(2, [6, 5], [16, 8], backend.device, 4, finite=True)
     indices, offsets = bags_of(11, 1, backend.device)
     weights = torch.rand(62, generator=torch.Generator().manual_seed(0)).to(backend.device)
     weights.requires_grad_()

@@ -33,7 +33,7 @@ REGISTERS = {
     "gather_fwd_kernel": 64,
     "keys_kernel": 64,
     "pieces_kernel": 96,
-    "pooled_codes_kernel": 64,
+    "pooled_codes_kernel": 96,
     "pooled_fwd_kernel": 96,
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,
