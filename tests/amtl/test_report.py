@@ -195,8 +195,9 @@ def test_seeds_whose_race_chose_differently_are_one_result():
     for seed, (weight, budget, dropout) in enumerate([(1.0, 0.3, None), (2.0, 0.09, 0.1)]):
         options = {"field_weights": [weight], "bits": 4}
         run = metrics("amtl", budget=budget, seed=seed, table_options=options, race=False)
-        run["config"] |= {"bits": "auto", "embedding_dropout": dropout}
-        run["raced"] = {"given": {}, "budget": 0.3, "dropout": {"name": "10 %"}}
+        run["config"] |= {"bits": "auto", "embedding_dropout": dropout, "distillation": dropout}
+        asked = {"embedding_dropout": None, "distillation": None}
+        run["raced"] = {"given": {}, "budget": 0.3, "asked": asked}
         runs.append(run)
     results = group_results(runs)
     assert [(r.name, len(r.runs)) for r in results] == [("AMTL D=16 30%", 2)]
