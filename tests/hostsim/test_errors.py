@@ -94,6 +94,8 @@ def outcome(function: Any, kind: Kind, changes: dict[str, Any]) -> tuple[str, st
         given[name] = change(given[name]) if callable(change) else change
     try:
         function(*(given[name] for name in names))
+        if function is sim.IMPLEMENTATIONS[op]:
+            sim.raise_found()
     except Exception as error:
         return type(error).__name__, str(error).splitlines()[0]
     return "accepted", ""
