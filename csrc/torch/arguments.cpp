@@ -95,8 +95,8 @@ void NumberParts(Tables& tables) {
   const bool given = !tables.step_ends.empty();
   tables.first_part.assign(1, 0);
   for (size_t t = 0; t < tables.count(); ++t) {
-    const int64_t parts = given && tables.steps[t].dim() == 1 ? tables.steps[t].size(0)
-                                                              : tables.block_counts[t];
+    const int64_t parts =
+        given && tables.steps[t].dim() == 1 ? tables.steps[t].size(0) : tables.block_counts[t];
     tables.first_part.push_back(tables.first_part.back() + static_cast<size_t>(parts));
   }
   Check(!given || tables.first_part.back() == tables.step_ends.size(),
