@@ -14,7 +14,8 @@ struct FewBits {
 };
 
 // One table of few bits, plain or pooled.
-// @param[in]  aligned blocks and their rows are aligned to eight codes or 16 bytes of numbers, `out`
+// @param[in]  aligned blocks and their rows are aligned to eight codes or 16 bytes of numbers,
+// `out`
 //                     and its rows, also in their number of columns, to 16 bytes
 // @param[out] out     [L, D] or [B, out_stride]
 int codes_forward(const FewBits& few, bool aligned, const TieredTable& table,

@@ -1,6 +1,6 @@
-// Lookups in tables of few bits: a row is codes, which are decoded on the way, or numbers, which are
-// rounded to what codes stand for. Columns, and the width of the output, are numbers; where a row
-// is kept, its width is in bytes.
+// Lookups in tables of few bits: a row is codes, which are decoded on the way, or numbers, which
+// are rounded to what codes stand for. Columns, and the width of the output, are numbers; where a
+// row is kept, its width is in bytes.
 #pragma once
 
 #include "kernels/lookup.cuh"
