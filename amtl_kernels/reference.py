@@ -303,6 +303,23 @@ def split_tables(
     return tables
 
 
+def check_bags(
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    pooling: int,
+    tables: int,
+    include_last_offset: bool,
+) -> None:
+    """Raises ValueError unless these arguments of lookups in so many tables go together."""
+    if offsets is None and (tables > 1 or per_sample_weights is not None):
+        what = "several tables" if tables > 1 else "per_sample_weights"
+        raise ValueError(f"{what} need offsets")
+    if tables > 1 and not include_last_offset:
+        raise ValueError("several tables need include_last_offset")
+    if per_sample_weights is not None and pooling != SUM:
+        raise ValueError("per_sample_weights go with mode sum only")
+
+
 def split_bags(
     indices: Tensor,
     offsets: Tensor | None,
@@ -313,6 +330,7 @@ def split_bags(
 ) -> list[Bags]:
     """Every table's own lookups; offsets start at 0 in each."""
     tables = len(padding_idx)
+    check_bags(offsets, per_sample_weights, pooling, tables, include_last_offset)
     if offsets is None or tables == 1:
         weights = per_sample_weights
         return [Bags(indices, offsets, weights, pooling, padding_idx[0], include_last_offset)]

@@ -100,6 +100,10 @@ class _Call:
     bits: Sequence[int] = ()
     step_ends: Sequence[int] = ()
 
+    def __post_init__(self) -> None:
+        bags = (self.offsets, self.per_sample_weights, self.pooling)
+        reference.check_bags(*bags, len(self.padding_idx), self.include_last_offset)
+
     @functools.cached_property
     def tables(self) -> list[reference.Table]:
         """Every table on its own, with a width that kernels may rely on."""

@@ -78,6 +78,7 @@ def values(form: str, layout: str) -> dict[str, Any]:
         "psw_grad": pooled,
         "steps": None,
         "bits": None,
+        "step_ends": None,
     }
 
 
@@ -92,8 +93,9 @@ def outcome(function: Any, kind: Kind, changes: dict[str, Any]) -> tuple[str, st
         if callable(change) and (given[name] is None or given[name] == []):
             return "not applicable", ""
         given[name] = change(given[name]) if callable(change) else change
+    arguments = [given[name] for name in names]
     try:
-        function(*(given[name] for name in names))
+        function(*arguments)
     except Exception as error:
         return type(error).__name__, str(error).splitlines()[0]
     return "accepted", ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Inputs, build
+from kernel_cases import Inputs, build, in_order, join, several
 from test_lookup import variant
 from torch import Tensor
 
@@ -140,6 +141,32 @@ def test_positions_past_the_last_offset_of_an_empty_table(backend: Any, several:
     offsets = torch.zeros(3, dtype=torch.int64, device=backend.device)
     out, psw_grad, grad, _ = trained("masked", several, inputs, psw, offsets=offsets)
     assert out.shape == (2, D) and not out.any() and not psw_grad.any() and grad.shape == (0, D)
+
+
+MIXES: dict[str, dict[str, Any]] = {
+    "several tables need include_last_offset": {"include_last_offset": False},
+    "per_sample_weights go with mode sum only": {"pooling": 1},
+    "several tables need offsets": {"offsets": None},
+}
+
+
+@pytest.mark.parametrize("op", ["lookup", "lookup_backward"])
+@pytest.mark.parametrize("message", MIXES)
+def test_operators_refuse_what_does_not_go_together(backend: Any, op: str, message: str) -> None:
+    call = join("masked", several(replace(CASE, weighted=True), 2, device=backend.device))
+    call.bags |= MIXES[message]
+    arguments = call.lookup() if op == "lookup" else call.backward()
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.amtl, op)(*in_order(op, arguments))
+
+
+@pytest.mark.parametrize("op", ["lookup", "lookup_backward"])
+def test_weights_without_bags_are_refused(backend: Any, op: str) -> None:
+    call = build(CASE, backend.device).call("masked", False)
+    call.bags["per_sample_weights"] = torch.ones(L, device=backend.device)
+    arguments = call.lookup() if op == "lookup" else call.backward()
+    with pytest.raises(ValueError, match="per_sample_weights need offsets"):
+        getattr(torch.ops.amtl, op)(*in_order(op, arguments))
 
 
 WRONG: tuple[Any, ...] = (None, "rows", [0, 1])
