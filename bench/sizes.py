@@ -28,13 +28,11 @@ from amtl.paper.protocol import DIM, SETS, parse_set
 from amtl.paper.records import Claim, append, read
 from amtl.paper.statistics import paired
 from amtl.run import methods
-from amtl.run.comparison import train_with_teacher
+from amtl.run.comparison import scored, train_with_teacher
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner, Task
-from amtl.run.metrics import auc, log_loss
-from amtl.run.model import predict
 from amtl.run.progress import Silent
-from amtl.run.race import DROPOUT
+from amtl.run.race import dropouts
 from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
 
@@ -121,12 +119,12 @@ def run_all(
 
 def _made(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict[str, Any]]:
     given = {k: v for k, v in job.items() if k != "set"}
-    shares = (None, DROPOUT) if job["method"] == "fixed" else (None,)
+    config = replace(config, **given)
     started = time.process_time()
     metrics = max(
         (
-            Trainer(replace(config, **given, embedding_dropout=share), task).run()
-            for share in shares
+            Trainer(entry, task).run()
+            for entry in (dropouts(config) if job["method"] == "fixed" else [config])
         ),
         key=lambda m: m["val_auc"] - m["val_logloss"],
     )
@@ -148,20 +146,13 @@ def _taught(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[di
         started = time.process_time()
         entry = replace(seeded, dim=dim, bits=bits or "32")
         make = partial(Learner, task=task)
-        arguments = (lambda c, taught=None: make(c, taught=taught)), Silent(), Learner.step
-        best, pupil = train_with_teacher("", entry, teacher, *arguments)
+        best, pupil = train_with_teacher("", entry, teacher, make, Silent(), Learner.step)
         learner = pupil or best
-        record, logits = learner.best["record"], predict(learner.model, task.test)
         return {
             "job": {**job, "dim": dim, **({"bits": bits} if bits else {})},
             "cpu": time.process_time() - started,
-            "test_auc": auc(logits, task.test.labels),
-            "test_logloss": log_loss(logits, task.test.labels),
-            "val_auc": record["val_auc"],
-            "val_logloss": record["val_logloss"],
-            "stored_bytes": methods.stored_bytes(learner.table),
+            **scored("taught", learner),
             "dense_bytes": methods.dense_bytes(learner.table),
-            "best_epoch": record["epoch"],
             "epochs_run": learner.epochs,
         }
 

@@ -411,7 +411,7 @@ def test_the_middle_law_is_tried_where_another_has_won():
             made.append(config)
             return Scripted([0.5, score])
 
-        return race_law(settings(**changes), make, winner, Quiet(), step)
+        return race_law(settings(**changes), winner, make, Quiet(), step)
 
     options = {"capacity_bits": 16.0, "twins": False}
     better, row = tried(0.9, table_options=options, distillation=0.5)

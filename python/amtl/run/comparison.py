@@ -14,7 +14,7 @@ from amtl.run.learner import Learner
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer
-from amtl.run.race import CAPACITY_BITS, DROPOUT, FLAT, FULL, plain, race_taught, run_to_end
+from amtl.run.race import CAPACITY_BITS, FLAT, FULL, dropouts, plain, race_taught, run_to_end
 from amtl.run.teaching import Teacher
 
 THIS, TAUGHT = "this model", ", taught"
@@ -70,9 +70,9 @@ def train_baselines(
             best, pupil = make(entry), None
             run_to_end(title, best, observer, step)
             best.end()
-        rows.append(_row(name, best))
+        rows.append(scored(name, best))
         if pupil is not None:
-            rows.append(_row(name + TAUGHT, pupil))
+            rows.append(scored(name + TAUGHT, pupil))
     return rows
 
 
@@ -97,22 +97,23 @@ def train_with_teacher(
     Returns:
         The better one without a teacher, and the taught one if it validates better still; ended.
     """
-    share, best = entry.embedding_dropout, None
-    for dropout in (None, DROPOUT) if share is None else (share,):
-        learner = make(replace(entry, embedding_dropout=dropout))
+    best = None
+    for settings in dropouts(entry):
+        learner = make(settings)
         run_to_end(name, learner, observer, step)
         if best is None or _score(learner) > _score(best):
             best = learner
     assert best is not None
     teacher.add(best)
-    best.config = replace(best.config, embedding_dropout=share)
+    best.config = entry
     pupil, _ = race_taught(best, partial(make, taught=teacher.labels()), observer, step)
     if pupil is not None:
         pupil.end()
     return best, pupil
 
 
-def _row(name: str, learner: Learner) -> dict[str, Any]:
+def scored(name: str, learner: Learner) -> dict[str, Any]:
+    """A model that has ended, as a row of `train_baselines`; scores the test split."""
     assert learner.best is not None
     record, test = learner.best["record"], learner.task.test
     logits = predict(learner.model, test)

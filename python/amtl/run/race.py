@@ -149,6 +149,13 @@ def plain(config: TrainConfig) -> TrainConfig:
     return replace(config, method="fixed", bits="32", race=False, **options)
 
 
+def dropouts(config: TrainConfig) -> list[TrainConfig]:
+    """`config` without dropout and with it where it leaves that open, else as it is."""
+    if config.embedding_dropout is not None:
+        return [config]
+    return [config, replace(config, embedding_dropout=DROPOUT)]
+
+
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     """`config` with more options of the layer, and nothing left to race for."""
     return replace(config, table_options={**config.table_options, **options}, race=False)
@@ -313,8 +320,8 @@ def race_taught(
 
 def race_law(
     sized: TrainConfig,
-    make: Callable[[TrainConfig], Learner],
     winner: Learner,
+    make: Callable[[TrainConfig], Learner],
     observer: Observer,
     step: Callable[[Learner], None],
 ) -> tuple[Learner | None, dict[str, Any] | None]:
@@ -324,8 +331,8 @@ def race_law(
 
     Args:
         sized: the winner's settings with sizes of the best candidate whose rows differ in width.
-        make: a fresh learner of given settings.
         winner: the best model so far, trained to its end.
+        make: a fresh learner of given settings.
         observer: is told how it goes.
         step: takes one step of a learner.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,9 @@ from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
 from amtl.run.race import (
-    DROPOUT,
     FULL,
     LESS,
+    dropouts,
     is_open,
     outcome,
     plain,
@@ -253,9 +253,12 @@ class Trainer:
             winner = prefer(better)
             if self.config.distillation != 0:
                 teacher = Teacher()
-                for learner in {id(m): m for m in (self.learner, winner)}.values():
-                    teacher.add(learner)
-                for table in self._full_tables():
+                teacher.add(self.learner)
+                if winner is not self.learner:
+                    teacher.add(winner)
+                # One of them may overfit, and a teacher of several says more than any of them.
+                for entry in dropouts(plain(self.config)):
+                    table = self._make(entry)
                     run_to_end(FULL, table, observer, racer)
                     row = outcome(FULL, table)
                     if full is None or row["score"] > full["score"]:
@@ -268,7 +271,7 @@ class Trainer:
             if winner.config.distillation:
                 if "capacity_bits" not in raced["given"]:
                     sized = replace(winner.config, table_options=options)
-                    better, law = race_law(sized, make, winner, observer, racer)
+                    better, law = race_law(sized, winner, make, observer, racer)
                     if better is not None:
                         winner, options = prefer(better), better.config.table_options
                 teacher.add(winner)
@@ -282,15 +285,6 @@ class Trainer:
             self.config, self.learner, self._best_saved = winner.config, winner, -1
             self._begin()
         self.save()
-
-    def _full_tables(self) -> Iterator[Learner]:
-        """Tables of full size, without and with dropout where that is left open: one may overfit.
-
-        A teacher of several says more than any of them.
-        """
-        given = self.config.embedding_dropout
-        for share in (None, DROPOUT) if given is None else (given,):
-            yield self._make(replace(plain(self.config), embedding_dropout=share))
 
     def _racer(self, kept: str = "a checkpoint") -> Callable[[Learner], None]:
         """Takes steps of learners beside the one that checkpoints hold; `kept` is what does."""
