@@ -287,8 +287,8 @@ def test_a_forward_that_is_repeated_counts_once():
     layers = [layer_of().freeze(), layer_of().freeze()]
     rows = torch.arange(ROWS)
     for _ in range(9):
-        checkpoint(layers[0], rows, use_reentrant=False).sum().backward()
-        layers[1](rows).sum().backward()
+        for out in (checkpoint(layers[0], rows, use_reentrant=False), layers[1](rows)):
+            out.square().sum().backward()
     assert torch.equal(layers[0].rounding.mean_square, layers[1].rounding.mean_square)
     for one, other in zip(layers[0].blocks, layers[1].blocks, strict=True):
         assert torch.equal(one.grad, other.grad)
@@ -300,10 +300,14 @@ def test_training_is_compiled_in_one_graph():
     compiled = torch.compile(layers[0], fullgraph=True, backend="aot_eager")
     for _ in range(3):
         rows = torch.arange(0, ROWS, 2)
-        outs = [one(rows) for one in (compiled, layers[1])]
+        before = layers[0].rounding.mean_square.clone()
+        outs = [compiled(rows)]
+        # A graph follows in every step, before it looks up.
+        assert not torch.equal(layers[0].rounding.mean_square, before)
+        layers[1].rounding.mean_square.copy_(layers[0].rounding.mean_square)
+        outs.append(layers[1](rows))
         for out in outs:
             (out - 1).square().sum().backward()
-        layers[1].rounding.mean_square.copy_(layers[0].rounding.mean_square)
         assert torch.equal(*outs)
     for one, other in zip(layers[0].blocks, layers[1].blocks, strict=True):
         assert torch.equal(one.grad, other.grad)

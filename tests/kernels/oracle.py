@@ -43,12 +43,21 @@ def numbers(codes: Sequence[int], step: float, bits: int) -> list[float]:
     return found
 
 
+def rounded(values: Array, step: float, bits: int) -> Array:
+    """The nearest numbers of so many bits, in float32; ties go to even codes."""
+    half = np.float32((2**bits - 1) / 2)
+    codes = np.rint(values.astype(np.float32) / np.float32(step) + half)
+    found = (codes.clip(0, 2 * half) - half) * np.float32(step)
+    return found.astype(np.float64)
+
+
 @dataclass
 class Table:
     """A table of any form: its rows, and how much of each is kept."""
 
     rows: Array  # [N, D]
     kept: list[int]
+    rounded: Array | None = None  # what lookups show of the rows, where that is something else
     groups: list[int] | None = None
     group_count: int = 0
     padding: int | None = None
@@ -57,6 +66,10 @@ class Table:
     @property
     def dim(self) -> int:
         return self.rows.shape[1]
+
+    @property
+    def shown(self) -> Array:
+        return self.rows if self.rounded is None else self.rounded
 
 
 @dataclass
@@ -112,7 +125,7 @@ def forward(table: Table, lookups: Lookups) -> Array:
     for b, bag in enumerate(lookups.bags(table)):
         for _, row, factor in bag:
             kept = table.kept[row]
-            out[b, :kept] += factor * table.rows[row, :kept]
+            out[b, :kept] += factor * table.shown[row, :kept]
     return out
 
 
@@ -138,7 +151,7 @@ def backward(table: Table, lookups: Lookups, grad: Array) -> Gradients:
             mine[:kept] += factor * delta[:kept]
             if table.groups is not None:
                 found.mask[table.groups[row]] += factor * delta * table.rows[row]
-            found.weights[position] = delta[:kept] @ table.rows[row, :kept]
+            found.weights[position] = delta[:kept] @ table.shown[row, :kept]
     return found
 
 

@@ -95,6 +95,9 @@ class TableLookups(TableRows):
         if self.steps is not None:
             few = {"steps": self.steps.to(torch.float32), "bits": self.options.bits}
         elif self.rounding is not None:
+            if self.training:
+                # Before the lookup, so that one that checkpointing repeats shows the same.
+                self.rounding.follow(tiers, self.tier_ends, rows, dim)
             few = self.rounding.arguments(self.dtype)
         out = self._call(
             name,
@@ -108,6 +111,4 @@ class TableLookups(TableRows):
             **few,
             **kwargs,
         )
-        if self.rounding is not None and self.training:
-            self.rounding.follow(tiers, self.tier_ends, rows, dim)
         return out if self.steps is None else out.to(self.steps.dtype)
