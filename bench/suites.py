@@ -160,7 +160,9 @@ def _product(rows: int, tables: Sequence[int]) -> list[Case]:
     """
     shared: dict[str, object] = {"group": "product", "threads": 1}
     bag = ("amtl_bag_bare_search", "amtl_bag_search", "amtl_bag_bare_frozen", "amtl_bag_frozen")
-    cases = [replace(step_rowwise(rows, **shared), contenders=bag, baselines=bag[::2])]
+    baselines = (*bag[::2], "amtl_bag_frozen")
+    few = (*bag, "amtl_bag_int4_frozen")
+    cases = [replace(step_rowwise(rows, **shared), contenders=few, baselines=baselines)]
     forms = ("amtl_collection", "amtl_layers")
     many = ("torch_embeddings", *(f"{f}_{phase}" for phase in ("search", "frozen") for f in forms))
     for count in tables:
@@ -368,6 +370,8 @@ def _product_goals() -> Iterable[Goal]:
     for phase in ("search", "frozen"):
         of, bare = f"amtl_bag_{phase}", f"amtl_bag_bare_{phase}"
         yield Goal(bag, "step", "rowwise_adagrad", "", of, bare, 1.1, group="product")
+    few, of = "frozen layer of 4 bits against one of floats", "amtl_bag_int4_frozen"
+    yield Goal(few, "step", "rowwise_adagrad", "", of, "amtl_bag_frozen", 1.25, group="product")
     limits = {
         ("collection", "step", "search"): 1.3,
         ("collection", "step", "frozen"): 0.8,

@@ -33,10 +33,13 @@ class _LayerRows:
             start += layer.num_embeddings
 
     def read(self, rows: Tensor) -> Tensor:
-        """A copy of ``rows``, ``[U, D]``: unmasked in the search, zero-extended from tiers."""
+        """A copy of ``rows``, ``[U, D]``: unmasked in the search, zero-extended from tiers.
+
+        As they are stored, which is not what a layer of few bits shows.
+        """
         return torch.cat(
             [
-                (layer.weight if layer.phase == "search" else layer.dense_weight())[local]
+                (layer.weight if layer.phase == "search" else layer._dense(rounded=False))[local]
                 for layer, _, local in self._parts(rows)
             ]
         ).detach()
@@ -165,6 +168,31 @@ class Bag(_Product):
             return output
 
         return self._session(problem, [layer], lookup)
+
+
+class FewBitsBag(Bag):
+    """The same in training with 4 bits, which rounds what is looked up; as many numbers."""
+
+    form = "amtl_bag_int4"
+    title = "AMTLEmbeddingBag, 4 bits, fused optimizer"
+    bits = 4
+    tolerance = 0.2
+
+    def _layer(self, problem: Problem) -> Any:
+        import amtl
+
+        options = _layer_options(problem, torch.from_numpy(table_counts(problem.case)))
+        # Rows of 4 bits fill bytes.
+        width = options["tier_width"] + options["tier_width"] % 2
+        options |= {"granularity": width, "tier_width": width}
+        options |= {"bits": self.bits, "budget": options["budget"] * self.bits / 32}
+        return amtl.AMTLEmbeddingBag(
+            *problem.weight.shape,
+            mode="sum",
+            _weight=problem.weight,
+            fused_optimizer=self._fused(problem),
+            **options,
+        )
 
 
 class BareBag(Bag):
@@ -322,4 +350,5 @@ class Embeddings(Contender):
 def contenders() -> Iterable[Contender]:
     """Those of this module."""
     kinds = (Bag, BareBag, Layers, Collection)
-    return [Embeddings(), *(kind(frozen) for kind in kinds for frozen in (False, True))]
+    each = [kind(frozen) for kind in kinds for frozen in (False, True)]
+    return [Embeddings(), *each, FewBitsBag(frozen=True)]

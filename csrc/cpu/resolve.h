@@ -16,6 +16,12 @@ inline uint32_t MixSeed(int64_t seed) {
   return static_cast<uint32_t>(s ^ (s >> 32)) * 0x85EBCA77u;
 }
 
+// Rows of smaller tables have numbers of 32 bits.
+constexpr int64_t kNarrowRows = (int64_t{1} << 31) - 1;
+// More tiers than kCountedTiers are searched in groups, one of which is a register or two.
+constexpr int64_t kCountedTiers = 32;
+constexpr int64_t kTierGroup = 16;
+
 // How rows get their sizes; all pointers may be null where a kind doesn't use them.
 struct SizeTable {
   enum class Kind { kRows, kGroups, kTiers };
@@ -30,7 +36,11 @@ struct SizeTable {
   const int32_t* tier_widths;  // [tiers]
   const uintptr_t* origins;    // [tiers]: address of the block, less the rows before it
   int64_t tiers;
-  const float* steps;  // [tiers], of few bits
+  // Of many tiers: their ends in groups, and those of the groups, with larger numbers behind them.
+  const int32_t* grouped_ends;
+  const int32_t* ends_of_groups;  // [group_ends]
+  int64_t group_ends;             // a multiple of kTierGroup
+  const float* steps;             // [tiers], of few bits
 };
 
 // The lookups of one call.

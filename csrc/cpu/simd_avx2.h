@@ -103,6 +103,11 @@ inline Reg AddKept(Reg acc, const float* p, Mask m) {
 }
 inline Reg AddSome(Reg acc, Reg x, Mask m) { return Add(acc, Keep(x, m)); }
 
+inline int CountUpTo(const int32_t* p, int32_t x) {
+  const __m256i ends = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return kLanes - CountLanes(_mm256_cmpgt_epi32(ends, _mm256_set1_epi32(x)));
+}
+
 // See simd_avx512.h.
 template <int kBits>
 class Levels {

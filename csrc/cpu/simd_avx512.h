@@ -88,6 +88,11 @@ inline Reg AddKept(Reg acc, const float* p, Mask m) {
 }
 inline Reg AddSome(Reg acc, Reg x, Mask m) { return _mm512_mask_add_ps(acc, m, acc, x); }
 
+// Of kLanes numbers in memory, those up to x.
+inline int CountUpTo(const int32_t* p, int32_t x) {
+  return __builtin_popcount(_mm512_cmple_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(x)));
+}
+
 // The numbers that codes stand for, of rows with one step size. Codes are loaded to the low bits of
 // the lanes, with others above them. (code - half) * step is rounded before it is added to
 // anything: looked up in the 2^bits products, or multiplied by what no compiler contracts.

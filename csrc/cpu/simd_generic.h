@@ -137,6 +137,12 @@ inline Reg AddKept(const Reg& acc, const float* p, Mask m) {
 }
 inline Reg AddSome(const Reg& acc, const Reg& x, Mask m) { return Add(acc, Keep(x, m)); }
 
+inline int CountUpTo(const int32_t* p, int32_t x) {
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) count += p[i] <= x;
+  return count;
+}
+
 // See simd_avx512.h.
 template <int kBits>
 class Levels {

@@ -6,8 +6,6 @@
 // groups and sizes out of range are pulled into range and reported, so the loops that use the rows
 // need no checks.
 
-// Up to this many tiers are counted rather than searched.
-constexpr int64_t kCountedTiers = 64;
 // Up to this many registers of a row have precomputed places.
 constexpr int kPlaces = kMaxStaticRegisters + 1;
 
@@ -104,9 +102,11 @@ inline void GroupSizes(const LookupTable& t, const int64_t* number, int32_t* siz
   }
 }
 
-// Tier of each row, and its width: counted and summed over the tiers that end at or before it.
+// Tier of each row, and its width: counted and summed over the tiers that end at or before it. Not
+// inlined, nor what is below: the loops around them were slower for it.
 template <class Row>
-inline void FindTiers(const SizeTable& s, const int64_t* number, int32_t* tier, int32_t* size) {
+__attribute__((noinline)) void FindTiers(const SizeTable& s, const int64_t* number, int32_t* tier,
+                                         int32_t* size) {
   Row row[kSourceBlock];
   int32_t count[kSourceBlock], width[kSourceBlock];
   for (int i = 0; i < kSourceBlock; ++i) row[i] = static_cast<Row>(number[i]);
@@ -125,23 +125,21 @@ inline void FindTiers(const SizeTable& s, const int64_t* number, int32_t* tier, 
   for (int i = 0; i < kSourceBlock; ++i) size[i] = width[i];
 }
 
-// The same where tiers are many: bisected, each row at its own place.
-template <class Row>
-inline void SearchTiers(const SizeTable& s, const int64_t* number, int32_t* tier, int32_t* size) {
-  Row row[kSourceBlock];
-  int32_t first[kSourceBlock];
-  for (int i = 0; i < kSourceBlock; ++i) row[i] = static_cast<Row>(number[i]);
-  for (int i = 0; i < kSourceBlock; ++i) first[i] = 0;
-  for (int32_t left = static_cast<int32_t>(s.tiers); left > 1;) {
-    const int32_t half = left / 2;
-    left -= half;
-    for (int i = 0; i < kSourceBlock; ++i) {
-      const Row end = static_cast<Row>(s.tier_ends[first[i] + half - 1]);
-      first[i] += row[i] >= end ? half : 0;
+// The same where tiers are many: those of groups that end at or before a row, then of its group.
+__attribute__((noinline)) void SearchTiers(const SizeTable& s, const int64_t* number, int32_t* tier,
+                                           int32_t* size) {
+  for (int i = 0; i < kSourceBlock; ++i) {
+    const int32_t row = static_cast<int32_t>(number[i]);
+    int64_t found = 0;
+    for (int64_t g = 0; g < s.group_ends; g += kLanes) {
+      found += CountUpTo(s.ends_of_groups + g, row);
     }
+    const int32_t* ends = s.grouped_ends + found * kTierGroup;
+    found *= kTierGroup;
+    for (int e = 0; e < kTierGroup; e += kLanes) found += CountUpTo(ends + e, row);
+    tier[i] = static_cast<int32_t>(found);
   }
-  for (int i = 0; i < kSourceBlock; ++i) tier[i] = first[i];
-  for (int i = 0; i < kSourceBlock; ++i) size[i] = s.tier_widths[first[i]];
+  for (int i = 0; i < kSourceBlock; ++i) size[i] = s.tier_widths[tier[i]];
 }
 
 // Kept sizes of a block of rows that are in range. `slot` is the group of each, or its tier.
@@ -150,14 +148,9 @@ inline void ResolveSizes(const LookupTable& t, const int64_t* number, int32_t* s
   const SizeTable& s = t.sizes;
   const bool narrow = s.type == SizeType::kUInt8;
   if (s.kind == SizeTable::Kind::kTiers) {
-    const bool many = s.tiers > kCountedTiers;
-    if (t.rows < int64_t{1} << 31) {
-      many ? SearchTiers<int32_t>(s, number, slot, size)
-           : FindTiers<int32_t>(s, number, slot, size);
-    } else {
-      many ? SearchTiers<int64_t>(s, number, slot, size)
-           : FindTiers<int64_t>(s, number, slot, size);
-    }
+    if (s.grouped_ends) return SearchTiers(s, number, slot, size);
+    t.rows < kNarrowRows ? FindTiers<int32_t>(s, number, slot, size)
+                         : FindTiers<int64_t>(s, number, slot, size);
     return;
   }
   if (s.kind == SizeTable::Kind::kGroups) {

@@ -1,5 +1,7 @@
 #include "torch/cpu_common.h"
 
+#include <limits>
+
 namespace amtl {
 
 namespace {
@@ -45,12 +47,29 @@ void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
     widths.push_back(static_cast<int32_t>(tables.width_of(block, t)));
     ends.push_back(end);
   });
+  if (table.rows < cpu::kNarrowRows && ends.size() > cpu::kCountedTiers) GroupEnds();
   sizes.kind = cpu::SizeTable::Kind::kTiers;
   sizes.tier_ends = ends.data();
   sizes.tier_widths = widths.data();
   sizes.origins = origins.data();
   sizes.tiers = static_cast<int64_t>(ends.size());
   if (tables.few_bits()) sizes.steps = tables.steps[t].const_data_ptr<float>();
+}
+
+void CpuLookup::GroupEnds() {
+  constexpr size_t kGroup = cpu::kTierGroup;
+  const auto pad = [&] {
+    const size_t whole = (grouped_ends.size() + kGroup - 1) / kGroup * kGroup;
+    grouped_ends.resize(whole, std::numeric_limits<int32_t>::max());
+  };
+  for (const int64_t end : ends) grouped_ends.push_back(static_cast<int32_t>(end));
+  pad();
+  const size_t count = grouped_ends.size();
+  for (size_t e = kGroup - 1; e < count; e += kGroup) grouped_ends.push_back(grouped_ends[e]);
+  pad();
+  table.sizes.grouped_ends = grouped_ends.data();
+  table.sizes.ends_of_groups = grouped_ends.data() + count;
+  table.sizes.group_ends = static_cast<int64_t>(grouped_ends.size() - count);
 }
 
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,

@@ -41,6 +41,7 @@ struct CpuLookup {
   std::vector<int64_t> ends;
   std::vector<int32_t> widths;
   std::vector<uintptr_t> origins;
+  std::vector<int32_t> grouped_ends;  // then those of the groups
 
   CpuLookup() = default;
   CpuLookup(const CpuLookup&) = delete;
@@ -48,6 +49,9 @@ struct CpuLookup {
 
   // Table t of a call; bags are left to the caller.
   void Describe(const Tables& tables, const Bags& lookups, size_t t);
+
+ private:
+  void GroupEnds();
 };
 
 // Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step, and maybe

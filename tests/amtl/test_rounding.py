@@ -229,8 +229,8 @@ def test_steps_follow_the_mean_square_in_training_only():
         rounding.follow(blocks, [2, 4], rows, 4)
     assert rounding.mean_square.tolist() == [1.0, 4.0]
     rounding.follow(blocks, [2, 4], rows, 4)
-    # Three lookups of the first part move it by 3 of 67, of a window of 64; the other is there.
-    torch.testing.assert_close(rounding.mean_square, torch.tensor([1 + 6.5 * 3 / 67, 4.0]))
+    # Three lookups of the first part move it by 3 of 35, of a window of 32; the other is there.
+    torch.testing.assert_close(rounding.mean_square, torch.tensor([1 + 6.5 * 3 / 35, 4.0]))
     assert rounding.half().mean_square.dtype == torch.float32
     layer = layer_of().freeze().eval()
     before = layer.rounding.mean_square.clone()
@@ -247,7 +247,7 @@ def test_a_sample_of_lookups_sees_every_field():
     rows = torch.arange(8).expand(8192, 8)
     for _ in range(8):
         rounding.follow(blocks, ends, rows, 1)
-    share = 512 / (512 + 64)
+    share = 256 / (256 + 32)
     wanted = torch.arange(1.0, 9.0).square() * share
     # As often as each other, but for one lookup.
     torch.testing.assert_close(rounding.mean_square, wanted, rtol=5e-3, atol=0)

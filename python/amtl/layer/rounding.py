@@ -25,9 +25,9 @@ _STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}
 _LEAST_STEP = 1e-30
 _EVERY = 8
 """Training steps from one in which step sizes follow to the next."""
-_SAMPLE = 4096
+_SAMPLE = 2048
 """Most of its lookups that they follow then."""
-_WINDOW = 64
+_WINDOW = 32
 """Lookups of a part that its step size remembers."""
 _GOLDEN = 0x9E3779B1
 """Odd, and of no simple ratio to 2^32: its multiples modulo that are spread evenly."""
@@ -134,6 +134,7 @@ class Rounding(nn.Module):
     ends: Tensor
     widths: Tensor
     mean_square: Tensor
+    spread: Tensor
 
     def __init__(self, bits: int, parts: Parts, mean_square: Tensor) -> None:
         super().__init__()
@@ -144,6 +145,10 @@ class Rounding(nn.Module):
         self.register_buffer("ends", torch.tensor(parts.ends, device=device))
         self.register_buffer("widths", torch.tensor(parts.widths, device=device))
         self.register_buffer("mean_square", mean_square.to(torch.float32))
+        # Positions in a batch, as shares of 2^32, that do not fall in step with fields that take
+        # turns.
+        spread = torch.arange(_SAMPLE, device=device) * _GOLDEN & 0xFFFFFFFF
+        self.register_buffer("spread", spread, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rounding:
         kept = self.mean_square
@@ -183,14 +188,13 @@ class Rounding(nn.Module):
         if not torch.compiler.is_compiling():
             if torch._C._current_graph_task_id() != -1:
                 return
-            self.turn = (self.turn + 1) % _EVERY
-            if self.turn:
+            # Past nn.Module, whose assignment takes as long as half the rest of a call.
+            turn = self.__dict__["turn"] = (self.turn + 1) % _EVERY
+            if turn:
                 return
         rows = rows.reshape(-1)
         if len(rows) > _SAMPLE:
-            # Spread like this, positions do not fall in step with fields that take turns.
-            turns = torch.arange(_SAMPLE, device=rows.device) * _GOLDEN & 0xFFFFFFFF
-            rows = rows.index_select(0, turns * len(rows) >> 32)
+            rows = rows.index_select(0, self.spread * len(rows) >> 32)
         rows = rows.clamp(0, max(0, tier_ends[-1] - 1))
         values = amtl_kernels.tiered_embedding(
             blocks, tier_ends, rows, embedding_dim=dim, bounds_check="off"
