@@ -148,7 +148,7 @@ def test_bags_are_those_of_the_kernel(library, tmp_path, dtype, bits):
                 layer.mode = name
                 python = layer(*tensors, given)
                 rounded = torch.tensor(bags).reshape(python.shape).to(dtype)
-                # Numbers of codes with step sizes of 16 bits are not rounded before they are pooled.
+                # Numbers of codes with steps of 16 bits are not rounded before they are pooled.
                 if bits is None or dtype == torch.float32:
                     assert torch.equal(rounded, python), name
 
