@@ -12,6 +12,7 @@ from amtl_kernels.backend import (  # noqa: E402
     get_backend,
     register_backend,
     set_backend,
+    synchronize,
     use_backend,
 )
 from amtl_kernels.memory import advise_huge_pages, empty_table  # noqa: E402
@@ -46,6 +47,7 @@ __all__ = [
     "reference",
     "register_backend",
     "set_backend",
+    "synchronize",
     "tiered_embedding",
     "tiered_embedding_bag",
     "tiered_embedding_bag_tables",

@@ -11,6 +11,9 @@ from torch import Tensor
 OFF, CLAMP = 0, 2
 """The values of ``bounds_check`` that vouch for indices, and that move them into range."""
 
+FOUND_BEFORE = "The GPU found this in a lookup that was called before."
+"""Last line of errors that a later call raises; native code has the same."""
+
 
 class Tables(NamedTuple):
     """The arguments that describe tables, in the order of the schemas."""

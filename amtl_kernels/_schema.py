@@ -65,5 +65,7 @@ LIBRARY = torch.library.Library("amtl", "DEF")
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
+# Raises what lookups before have found on the device of `like`, if that is known by now.
+LIBRARY.define("_raise_found(Tensor like) -> ()")
 # Called by native code, which has no stable way to warn.
 LIBRARY.define("_warn_clamped(int value, int position, int rows) -> ()")

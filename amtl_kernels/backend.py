@@ -89,7 +89,7 @@ def set_backend(name: str | None) -> None:
             raise ValueError(f"unknown backend {name!r}; known: {known}")
         implementations = _backends[name].load()
         keys = _backends[name].dispatch_keys
-        unknown = implementations.keys() - _schema.SCHEMAS.keys()
+        unknown = implementations.keys() - _schema.SCHEMAS.keys() - {"_raise_found"}
         if unknown:
             raise ValueError(f"backend {name!r} implements unknown operators: {sorted(unknown)}")
     for library in _state.overrides:
@@ -115,6 +115,27 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         set_backend(before)
+
+
+def synchronize(device: torch.device | str | int | None = None) -> None:
+    """Waits for a GPU, then raises, or warns of, what lookups have found on it.
+
+    Lookups do not wait for the GPU, so they return before it has seen their indices: what
+    ``bounds_check`` says of a bad one comes with a later call of this package, or with this. On
+    the CPU lookups raise by themselves, and there is nothing to wait for.
+
+    Args:
+        device: Which GPU; None: the current one, if there is any.
+
+    Raises:
+        IndexError: An index was out of range, and ``bounds_check="raise"`` or the table empty.
+        ValueError: Offsets were not monotone from 0 to at most L, or a size outside ``0..D``.
+    """
+    where = torch.device("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.synchronize(device)
+        where = torch.device("cuda", torch.cuda.current_device())
+    torch.ops.amtl._raise_found(torch.empty(0, dtype=torch.uint8, device=where))
 
 
 def build_info() -> dict[str, object]:
@@ -185,7 +206,7 @@ def _late_triton(op: str, *args: object) -> object:
 @functools.cache
 def _triton_implementation(op: str) -> Callable[..., object]:
     implementations = _load_triton()
-    return implementations.get(op, reference.IMPLEMENTATIONS[op])
+    return implementations.get(op) or reference.IMPLEMENTATIONS[op]
 
 
 _AUTOMATIC = torch.library.Library("amtl", "IMPL")
@@ -196,8 +217,9 @@ def _register_automatic() -> None:
     for op, function in reference.IMPLEMENTATIONS.items():
         _AUTOMATIC.impl(op, function, "CompositeExplicitAutograd")
     _AUTOMATIC.impl("_warn_clamped", reference.warn_clamped, "CompositeExplicitAutograd")
+    _AUTOMATIC.impl("_raise_found", lambda like: None, "CompositeExplicitAutograd")
     has_triton = not _triton_status().startswith(("not", "installed,"))
-    for op in reference.IMPLEMENTATIONS:
+    for op in (*reference.IMPLEMENTATIONS, "_raise_found"):
         native = torch._C._dispatch_has_kernel_for_dispatch_key(f"amtl::{op}", "CUDA")
         if has_triton and not native:
             _AUTOMATIC.impl(op, functools.partial(_late_triton, op), "CUDA")

@@ -13,9 +13,9 @@ gradients cannot be accumulated over several backwards, nor clipped by a norm ov
 Several lookups in one table within one backward update it one after the other. The functions are
 for eager mode; ``torch.compile`` breaks the graph at them.
 
-On a GPU a step waits for nothing but the bounds check of its lookup (``bounds_check="off"`` leaves
-that out), so it can be captured into a CUDA graph: warm up with a step first, which makes the state
-and looks whether ``row_group`` is in order, and give the optimizer ``capturable=True``. Row-wise
+On a GPU a step waits for nothing, so it can be captured into a CUDA graph: warm up with a step
+first, which makes the state and looks whether ``row_group`` is in order, and give the optimizer
+``capturable=True``. Row-wise
 Adagrad on rows of more than 6,144 columns is the exception: it makes row gradients, whose number
 the host must know.
 """

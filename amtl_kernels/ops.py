@@ -12,10 +12,18 @@ What all of them share:
   touches it or its state; the mask gradient it adds to is that of any row.
 - Indices are int32 or int64 of any shape, offsets either of the two; no index is negative.
   Positions past the last offset are ignored, whatever is there.
-- Results are the same from run to run, bit for bit.
+- Results are the same from run to run, bit for bit, on one processor or one model of GPU. Sums are
+  taken in an order that depends on shapes alone, so two models differ only where their compiled
+  code rounds differently; nobody has compared two.
 - ``bounds_check``: ``"raise"`` (an IndexError naming value, position and N), ``"clamp"`` (into
   ``0..N-1``, with one warning per process) or ``"off"`` (the caller vouches for indices, offsets,
-  sizes and groups: a GPU looks at none of them).
+  sizes and groups: a GPU looks at none of them). On a CPU a lookup raises before it returns. On a
+  GPU, whatever the kernels, no lookup waits: bad indices are moved into range (and get no gradient
+  unless they were to be clamped), bad offsets and sizes are cut to what exists, and the error or
+  warning comes with the first call of this package that finds it known,
+  ``amtl_kernels.synchronize()`` at the latest. That first call does nothing else, but updates that
+  ran before it have happened. Lookups captured into a CUDA graph are checked at every replay; one
+  lookup must have run before the capture.
 - ``sparse=True`` gives the table a coalesced sparse COO gradient with ``U`` rows, and nothing of
   size ``N * D`` is allocated; ``sparse=False`` gives a dense ``[N, D]`` gradient, for optimizers
   that refuse sparse ones.

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from amtl_kernels import ops
-from amtl_kernels._arguments import Bags, FewBits, Tables
+from amtl_kernels._arguments import FOUND_BEFORE, Bags, FewBits, Tables
 from amtl_kernels._calls import call
 from amtl_kernels.ops import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
@@ -189,7 +189,7 @@ def _call(
     try:
         return call(*arguments)
     except (IndexError, ValueError) as error:
-        if str(error).startswith(_OF_ALL_TABLES):
+        if str(error).startswith(_OF_ALL_TABLES) or str(error).endswith(FOUND_BEFORE):
             raise
         raise type(error)(f"table 0: {error}") from None
 

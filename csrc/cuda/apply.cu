@@ -23,8 +23,9 @@ int apply_update(DType type, const DenseTable& table, const Update& update,
   if (distinct == 0) return cudaSuccess;
   std::uint64_t addresses = reinterpret_cast<std::uint64_t>(grads);
   if (update.rule != Rule::kRowwiseAdagrad) {
-    addresses |= reinterpret_cast<std::uint64_t>(update.first) |
-                 reinterpret_cast<std::uint64_t>(update.second);
+    for (const void* state : {update.first, update.second}) {
+      addresses |= state_alignment(type, update, reinterpret_cast<std::uint64_t>(state));
+    }
   }
   const int vector = vector_elements(type, table, addresses);
   AMTL_DISPATCH_TYPE(type, vector, T, V, {

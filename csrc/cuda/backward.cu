@@ -158,8 +158,7 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
   if (error != cudaSuccess) return error;
   error = sort_pairs(plan.sort_scratch, plan.sort_bytes, plan.keys_in, plan.keys, plan.payloads_in,
                      plan.payloads, count, plan.wide_keys, plan.scaled, plan.key_bits, stream);
-  const std::int32_t* row_group = groups_to_check(backward, table);
-  if (error != cudaSuccess || (!backward.need_rows && row_group == nullptr)) return error;
+  if (error != cudaSuccess || !backward.need_rows) return error;
 
   const SortedPairs pairs = plan.pairs(count, table.rows);
   const dim3 blocks{static_cast<unsigned>(plan.head_blocks), 1, 1};
@@ -168,8 +167,8 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
   AMTL_LAUNCH((scan_heads_kernel), 1, kBlockThreads, 0, as_stream(stream), plan.head_blocks,
               plan.block_heads, plan.header);
   AMTL_LAUNCH((write_heads_kernel), blocks, kBlockThreads, 0, as_stream(stream), pairs,
-              plan.block_heads, plan.chunk, row_group,
-              backward.need_rows ? plan.distinct_rows : nullptr, plan.chunk_row, plan.header);
+              plan.block_heads, plan.chunk, groups_to_check(backward, table), plan.distinct_rows,
+              plan.chunk_row, plan.header);
   return cudaGetLastError();
 }
 

@@ -14,7 +14,7 @@ constexpr int kPartialChunk = 32;
 // registers let live on a multiprocessor, then long chunks. Every chunk leaves up to four partial
 // sums in float32 however narrow the gradient is, so narrow ones get longer chunks.
 inline int first_chunk(std::int64_t lookups, int lanes, DType type) {
-  const std::int64_t wanted = static_cast<std::int64_t>(multiprocessors()) * 1024 / lanes;
+  const std::int64_t wanted = kSumsCutFor * 1024 / lanes;
   const int longest = type == DType::kFloat32 ? 64 : 128;
   int chunk = 8;
   while (chunk < longest && lookups / chunk > wanted) chunk *= 2;

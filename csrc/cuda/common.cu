@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <new>
 
 #include "cuda/dispatch.cuh"
 #include "kernels/check.cuh"
@@ -39,13 +40,38 @@ int clear_report(unsigned long long* report, Stream stream) {
   return cudaMemsetAsync(report, 0xff, kReportSlots * sizeof(*report), as_stream(stream));
 }
 
-int check_offsets(const Lookups& lookups, Stream stream) {
-  const std::int64_t entries = lookups.bags + lookups.last_offset;
-  if (entries == 0) return cudaSuccess;
+namespace {
+
+template <typename Table>
+int launch_check(const Table& table, const Lookups& lookups, const Finding& call,
+                 Findings* findings, Stream stream) {
+  const std::int64_t entries = lookups.offsets != nullptr ? lookups.bags + lookups.last_offset : 0;
   dim3 grid;
-  if (!grid_for(entries, kBlockThreads, 1, grid)) return cudaErrorInvalidValue;
-  AMTL_LAUNCH((check_offsets_kernel), grid, kBlockThreads, 0, as_stream(stream), lookups, entries);
+  if (!grid_for(std::max<std::int64_t>(entries, 1), kBlockThreads, 1, grid)) {
+    return cudaErrorInvalidValue;
+  }
+  AMTL_LAUNCH((check_kernel<Table>), grid, kBlockThreads, 0, as_stream(stream), table, lookups,
+              entries, call, findings->of_call + call.call % kFindings, &findings->any);
   return cudaGetLastError();
+}
+
+}  // namespace
+
+int check_lookups(const DenseTable& table, const Lookups& lookups, const Finding& call,
+                  Findings* findings, Stream stream) {
+  return launch_check(table, lookups, call, findings, stream);
+}
+int check_lookups(const TieredTable& table, const Lookups& lookups, const Finding& call,
+                  Findings* findings, Stream stream) {
+  return launch_check(table, lookups, call, findings, stream);
+}
+
+int new_findings(Findings** findings) {
+  void* memory = nullptr;
+  const cudaError_t error =
+      cudaHostAlloc(&memory, sizeof(Findings), cudaHostAllocPortable | cudaHostAllocMapped);
+  if (error == cudaSuccess) *findings = new (memory) Findings();
+  return error;
 }
 
 int multiprocessors() {

@@ -46,8 +46,24 @@ namespace amtl::cuda {
   }                                            \
   break;
 
-// Multiprocessors of the current GPU, read once; a guess suffices, it only shapes launches.
+// Multiprocessors of the current GPU, read once; a guess suffices. Only for launches whose shape
+// changes no bit of the result.
 int multiprocessors();
+
+// Multiprocessors that sums are cut up for, whatever card takes them: so the order of a sum, and
+// with it every bit, does not depend on how many a card has. Tests cut for one.
+#ifndef AMTL_SUMS_CUT_FOR
+#define AMTL_SUMS_CUT_FOR 132
+#endif
+constexpr std::int64_t kSumsCutFor = AMTL_SUMS_CUT_FOR;
+
+// What the address of an optimizer's state says of vectors, to be or-ed to other addresses. State
+// in float32 beside 16-bit weights moves in pieces of 16 bytes whatever the vector: where it does
+// not lie so, elements go one by one.
+inline std::uint64_t state_alignment(DType type, const Update& update, std::uint64_t address) {
+  const bool wider = type != DType::kFloat32 && !update.narrow_state;
+  return !wider ? address : (address % 16 == 0 ? 0 : 2);
+}
 
 inline int power_of_two_at_least(std::int64_t value) {
   int power = 1;

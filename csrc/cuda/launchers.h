@@ -1,5 +1,6 @@
-// The CUDA operators over raw device pointers. Nothing here allocates, synchronises or knows of
-// torch: callers bring workspaces, so every function may be captured into a CUDA graph.
+// The CUDA operators over raw device pointers. Nothing here but new_findings allocates, nothing
+// synchronises or knows of torch: callers bring workspaces, so every function else may be captured
+// into a CUDA graph.
 //
 // All return a cudaError_t as int, so that this header needs no CUDA.
 #pragma once
@@ -19,9 +20,17 @@ int vector_elements(DType type, const TieredTable& table, std::uint64_t addresse
 
 // @param[out] report [kReportSlots] set to "nothing bad"
 int clear_report(unsigned long long* report, Stream stream);
-// Checks that offsets start at 0, never fall and end within the indices: kBadOffset is the first
-// position that does not.
-int check_offsets(const Lookups& lookups, Stream stream);
+// Checks that offsets start at 0, never fall and end within the indices, and tells the host of the
+// first bad one, or of what the lookup launched before this has reported.
+//
+// @param[in]  call      what is known of a finding: number of the call, tables, whether it clamps
+// @param[out] findings  gets an entry once the device has come to it; no wait is needed for that
+int check_lookups(const DenseTable& table, const Lookups& lookups, const Finding& call,
+                  Findings* findings, Stream stream);
+int check_lookups(const TieredTable& table, const Lookups& lookups, const Finding& call,
+                  Findings* findings, Stream stream);
+// Memory of the host that every device may write to, for the life of the process.
+int new_findings(Findings** findings);
 
 // @param[out] out [L, D]
 int lookup_forward(DType type, const DenseTable& table, const Lookups& lookups, void* out,
@@ -93,10 +102,9 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
 int backward_reduce(const Backward& backward, const TieredTable& table, bool grads,
                     float* group_grad, Stream stream);
 
-// Second half with a fused optimizer step in place of row gradients; `groups_unsorted` as the
-// header has it, or true where nobody may wait for the header. Only what update_fits.
+// Second half with a fused optimizer step in place of row gradients. Only what update_fits.
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
-                    float* group_grad, bool groups_unsorted, Stream stream);
+                    float* group_grad, Stream stream);
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
                     float* group_grad, Stream stream);
 // Row-wise Adagrad holds a row's sums, and those of its mask, in a block's shared memory.

@@ -18,7 +18,7 @@ inline PoolShape pool_shape(int dim, int vector, const Lookups& lookups, std::in
       mean_length >= 32 ? kWarp : std::max(8, power_of_two_at_least(mean_length + 1) / 2);
   shape.tile = std::min(kWarp, std::max({shape.lanes, by_length, 8}));
   const std::int64_t pieces = ceil_div(dim, static_cast<std::int64_t>(shape.lanes) * vector);
-  const std::int64_t wanted = static_cast<std::int64_t>(multiprocessors()) * 2048;
+  const std::int64_t wanted = kSumsCutFor * 2048;
   while (shape.split < kBlockThreads / shape.tile && mean_length / shape.split >= 4 * shape.tile &&
          lookups.bags * pieces * shape.tile * shape.split < wanted) {
     shape.split *= 2;

@@ -12,33 +12,65 @@ int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count,
 int sort_by_group(const Plan& plan, const TieredTable& table, std::int64_t count,
                   SortedPairs& by_group, Stream stream);
 
-// Reduces the partial sums of groups, level after level.
-int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream);
-
 // The mask gradient alone, from pairs that are ordered by group.
 int reduce_masks(const Backward& backward, const Plan& plan, const DenseTable& table,
                  const SortedPairs& by_group, float* group_grad, int vector, Stream stream);
 int reduce_masks(const Backward& backward, const Plan& plan, const TieredTable& table,
                  const SortedPairs& by_group, float* group_grad, int vector, Stream stream);
 
-template <typename T, typename S, int V, Finish kFinish, typename Table>
-int launch_partials(const Table& table, const Update& update, const PartialList& in,
-                    const ReduceOutput& out, int lanes, Stream stream) {
+inline ReduceShape partial_shape(int lanes) {
   ReduceShape shape;
   shape.lanes = lanes;
   shape.chunk = kPartialChunk;
+  return shape;
+}
+
+// Blocks for a level of `slots` partial sums of `dim` columns, in tiles of `lanes` threads.
+inline bool partial_grid(std::int64_t slots, int dim, int lanes, int vector, dim3& grid) {
+  return grid_for(ceil_div(slots, kPartialChunk), kBlockThreads / lanes,
+                  ceil_div(dim, lanes * vector), grid);
+}
+
+// The partial sums of groups at one level of the plan, and where they go.
+inline GroupLevel group_level(const Plan& plan, std::size_t level, int dim, int vector,
+                              float* group_grad) {
+  GroupLevel groups;
+  groups.in = PartialList{plan.levels[level].groups, plan.levels[level].slots};
+  groups.out.group_grad = group_grad;
+  if (level + 1 < plan.levels.size()) groups.out.rows = plan.levels[level + 1].groups;
+  groups.shape = partial_shape(lanes_for(dim, vector));
+  return groups;
+}
+
+// Reduces the partial sums of groups, level after level.
+int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream);
+
+// One level of rows and, with a mask gradient, of groups.
+template <typename T, typename S, int V, Finish kFinish, typename Table>
+int launch_level(const Plan& plan, std::size_t level, const Table& table, const Update& update,
+                 const ReduceOutput& out, const ReduceShape& shape, Stream stream) {
+  constexpr int kGroupVector = V < 4 ? V : 4;
+  const PartialList in{plan.levels[level].rows, plan.levels[level].slots};
   dim3 grid;
-  if (!grid_for(ceil_div(in.count, shape.chunk), kBlockThreads / lanes,
-                ceil_div(table.dim, lanes * V), grid)) {
+  if (!partial_grid(in.count, table.dim, shape.lanes, V, grid)) return cudaErrorInvalidValue;
+  if (out.group_grad == nullptr) {
+    AMTL_LAUNCH((reduce_partials_kernel<T, S, V, kFinish, Table>), grid, kBlockThreads, 0,
+                as_stream(stream), table, update, in, out, shape);
+    return cudaGetLastError();
+  }
+  const GroupLevel groups = group_level(plan, level, table.dim, kGroupVector, out.group_grad);
+  dim3 of_groups;
+  if (!partial_grid(groups.in.count, table.dim, groups.shape.lanes, kGroupVector, of_groups)) {
     return cudaErrorInvalidValue;
   }
-  AMTL_LAUNCH((reduce_partials_kernel<T, S, V, kFinish, Table>), grid, kBlockThreads, 0,
-              as_stream(stream), table, update, in, out, shape);
+  grid = dim3{std::max(grid.x, of_groups.x), std::max(grid.y, of_groups.y), 2};
+  AMTL_LAUNCH((reduce_both_kernel<T, S, V, kFinish, Table>), grid, kBlockThreads, 0,
+              as_stream(stream), table, update, in, out, shape, groups);
   return cudaGetLastError();
 }
 
-// All levels over `pairs`. Rows finish as kFinish says; group sums are only collected into their
-// first level, for reduce_groups.
+// All levels over `pairs`. Rows finish as kFinish says; without `rows`, group sums are only
+// collected into their first level, for reduce_groups.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
 int reduce_pairs(const Backward& backward, const Plan& plan, const Table& table,
                  const Update& update, const SortedPairs& pairs, bool rows, ReduceOutput out,
@@ -65,9 +97,9 @@ int reduce_pairs(const Backward& backward, const Plan& plan, const Table& table,
   int error = cudaGetLastError();
   for (std::size_t level = 0; rows && level < plan.levels.size() && error == cudaSuccess; ++level) {
     const bool last = level + 1 == plan.levels.size();
-    const PartialList partials{plan.levels[level].rows, plan.levels[level].slots};
     out.rows = last ? Partials{} : plan.levels[level + 1].rows;
-    error = launch_partials<T, S, V, kFinish>(table, update, partials, out, shape.lanes, stream);
+    error = launch_level<T, S, V, kFinish>(plan, level, table, update, out,
+                                           partial_shape(shape.lanes), stream);
   }
   return error;
 }

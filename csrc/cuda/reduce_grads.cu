@@ -1,23 +1,30 @@
+#include <type_traits>
+
 #include "cuda/reduce.cuh"
 
 namespace amtl::cuda {
 
 int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream) {
-  const int lanes = lanes_for(dim, vector >= 4 ? 4 : 1);
-  DenseTable groups;
-  groups.dim = dim;
-  for (std::size_t level = 0; level < plan.levels.size(); ++level) {
-    const PartialList in{plan.levels[level].groups, plan.levels[level].slots};
-    ReduceOutput next;
-    next.group_grad = out.group_grad;
-    if (level + 1 < plan.levels.size()) next.rows = plan.levels[level + 1].groups;
-    const int error = vector >= 4 ? launch_partials<float, float, 4, Finish::kGroups>(
-                                        groups, Update{}, in, next, lanes, stream)
-                                  : launch_partials<float, float, 1, Finish::kGroups>(
-                                        groups, Update{}, in, next, lanes, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  DenseTable none;
+  none.dim = dim;
+  const auto run = [&](auto width) {
+    constexpr int kVector = decltype(width)::value;
+    for (std::size_t level = 0; level < plan.levels.size(); ++level) {
+      const GroupLevel groups = group_level(plan, level, dim, kVector, out.group_grad);
+      dim3 grid;
+      if (!partial_grid(groups.in.count, dim, groups.shape.lanes, kVector, grid)) {
+        return cudaErrorInvalidValue;
+      }
+      AMTL_LAUNCH((reduce_partials_kernel<float, float, kVector, Finish::kGroups, DenseTable>),
+                  grid, kBlockThreads, 0, as_stream(stream), none, Update{}, groups.in, groups.out,
+                  groups.shape);
+      const cudaError_t error = cudaGetLastError();
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  };
+  return vector >= 4 ? run(std::integral_constant<int, 4>{})
+                     : run(std::integral_constant<int, 1>{});
 }
 
 namespace {
@@ -76,7 +83,7 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
     out.group_grad = apart ? nullptr : group_grad;
     error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{}, pairs,
                                                       grads != nullptr, out, stream);
-    if (error != cudaSuccess || out.group_grad == nullptr) return error;
+    if (error != cudaSuccess || out.group_grad == nullptr || grads != nullptr) return error;
     return reduce_groups(plan, table.dim, out, V, stream);
   })
   return cudaSuccess;

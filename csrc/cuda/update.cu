@@ -4,26 +4,25 @@ namespace amtl::cuda {
 
 namespace {
 
-std::uint64_t state_addresses(const DenseTable&, const Update& update) {
+std::uint64_t state_addresses(DType type, const DenseTable&, const Update& update) {
   if (update.rule == Rule::kRowwiseAdagrad) return 0;
-  return reinterpret_cast<std::uint64_t>(update.first) |
-         reinterpret_cast<std::uint64_t>(update.second);
+  return state_alignment(type, update, reinterpret_cast<std::uint64_t>(update.first)) |
+         state_alignment(type, update, reinterpret_cast<std::uint64_t>(update.second));
 }
 
-std::uint64_t state_addresses(const TieredTable& table, const Update& update) {
+std::uint64_t state_addresses(DType type, const TieredTable& table, const Update& update) {
   std::uint64_t bits = 0;
   if (update.rule == Rule::kRowwiseAdagrad || update.device_tier_first != nullptr) return bits;
   for (int c = 0; c < table.tiers; ++c) {
-    if (update.rule != Rule::kSgd) bits |= update.tier_first[c];
-    if (update.rule == Rule::kAdam) bits |= update.tier_second[c];
+    if (update.rule != Rule::kSgd) bits |= state_alignment(type, update, update.tier_first[c]);
+    if (update.rule == Rule::kAdam) bits |= state_alignment(type, update, update.tier_second[c]);
   }
   return bits;
 }
 
 template <typename Table>
 int run(const Backward& backward, const Table& table, const DenseTable* dense,
-        const TieredTable* tiered, const Update& update, float* group_grad, bool groups_unsorted,
-        Stream stream) {
+        const TieredTable* tiered, const Update& update, float* group_grad, Stream stream) {
   int error = clear_groups(table, group_grad, stream);
   if (error != cudaSuccess || backward.lookups.count == 0) return error;
   const bool wide_type = backward.type == DType::kFloat32;
@@ -33,8 +32,8 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
   const int vector = vector_elements(backward.type, table,
                                      reinterpret_cast<std::uint64_t>(backward.grad) |
                                          backward.grad_stride * (wide_type ? 4 : 2) |
-                                         state_addresses(table, update));
-  if (group_grad != nullptr && groups_unsorted && !backward.groups_sorted) {
+                                         state_addresses(backward.type, table, update));
+  if (group_grad != nullptr && !backward.groups_sorted) {
     // Before the weights change.
     SortedPairs by_group;
     error = sort_by_group(plan, table, backward.lookups.count, by_group, stream);
@@ -45,13 +44,10 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
   }
   const UpdateCall call{backward, plan, dense, tiered, update, group_grad, vector, stream};
   // Other rules spread wide rows over blocks; this one must see a row whole.
-  if (update.rule == Rule::kRowwiseAdagrad && table.dim > kWarp * vector) {
-    error = update_rowwise(call);
-  } else if (update.narrow_state && !wide_type) {
-    error = update_narrow_state(call);
-  } else {
-    error = update_wide_state(call);
+  if (update.rule != Rule::kRowwiseAdagrad || table.dim <= kWarp * vector) {
+    return update.narrow_state && !wide_type ? update_narrow_state(call) : update_wide_state(call);
   }
+  error = update_rowwise(call);
   if (error != cudaSuccess || group_grad == nullptr) return error;
   ReduceOutput out;
   out.group_grad = group_grad;
@@ -65,13 +61,13 @@ bool update_fits(const Update& update, int dim) {
 }
 
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
-                    float* group_grad, bool groups_unsorted, Stream stream) {
-  return run(backward, table, &table, nullptr, update, group_grad, groups_unsorted, stream);
+                    float* group_grad, Stream stream) {
+  return run(backward, table, &table, nullptr, update, group_grad, stream);
 }
 
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
                     float* group_grad, Stream stream) {
-  return run(backward, table, nullptr, &table, update, group_grad, true, stream);
+  return run(backward, table, nullptr, &table, update, group_grad, stream);
 }
 
 }  // namespace amtl::cuda

@@ -253,6 +253,7 @@ void __stcg(T* address, T value, HOSTSIM_HERE) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) {}
 [[noreturn]] inline void __trap() { hostsim::fail("trap", "__trap() was called"); }
 

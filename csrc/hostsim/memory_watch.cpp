@@ -15,6 +15,7 @@ struct Buffer {
   std::uintptr_t begin = 0;
   std::uintptr_t end = 0;
   bool writable = false;
+  bool of_host = false;
   std::vector<bool> written;  // empty: initialised from the start
 };
 
@@ -194,7 +195,14 @@ void forget_buffer(const void* data) {
   });
 }
 
-void clear_buffers() { watch().buffers.clear(); }
+void register_host_buffer(const std::string& name, const void* data, std::size_t bytes) {
+  register_buffer(name, data, bytes, true, true);
+  watch().buffers.back().of_host = true;
+}
+
+void clear_buffers() {
+  std::erase_if(watch().buffers, [](const Buffer& buffer) { return !buffer.of_host; });
+}
 
 void library_access(Access access, const void* data, std::size_t bytes, const char* what) {
   check_buffers(access, reinterpret_cast<std::uintptr_t>(data), bytes, Site{what, 0});

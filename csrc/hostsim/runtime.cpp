@@ -297,7 +297,7 @@ void launch(const char* name, Dim3 grid, Dim3 block, std::size_t dynamic_shared_
             const std::function<void()>& body) {
   Machine& m = machine();
   if (m.running >= 0) throw SimError("launch", "a kernel launched from inside of a kernel");
-  check_stream(name, stream);
+  use_of_stream(name, stream);
   const std::uint64_t threads =
       static_cast<std::uint64_t>(block.x) * block.y * static_cast<std::uint64_t>(block.z);
   std::ostringstream shape;

@@ -78,6 +78,8 @@ void reset_traffic();
 // before they are read.
 void register_buffer(const std::string& name, const void* data, std::size_t bytes, bool writable,
                      bool initialised);
+// One that clear_buffers leaves alone.
+void register_host_buffer(const std::string& name, const void* data, std::size_t bytes);
 // Forgets the buffer that begins at `data`, as when its memory is freed.
 void forget_buffer(const void* data);
 void clear_buffers();
@@ -89,6 +91,11 @@ void library_access(Access access, const void* data, std::size_t bytes, const ch
 void use_stream(void* stream);
 // Throws if a stream is not the current one.
 void check_stream(const char* what, void* stream);
+// The same for what is put on the stream or waits for it, which is noted.
+void use_of_stream(const char* what, void* stream);
+// What has been noted since the last call, in order: names of kernels, and the library's "a
+// memset", "a copy", "a sort", "a wait".
+std::vector<std::string> take_stream_uses();
 
 // Runs `body` once per thread of every block. Throws SimError.
 void launch(const char* name, Dim3 grid, Dim3 block, std::size_t dynamic_shared_bytes, void* stream,

@@ -1,5 +1,8 @@
 // The runtime API of a device whose work is done as soon as it is asked for.
+#include <cstdlib>
 #include <cstring>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "hostsim/include/cuda_runtime_api.h"
@@ -18,7 +21,11 @@ struct Arrival {
 struct Queue {
   void* stream = nullptr;
   std::vector<Arrival> arrivals;
+  std::vector<std::string> uses;
 };
+
+// Nobody may ask.
+constexpr std::size_t kMostUses = 10000;
 
 Queue& queue() {
   static Queue instance;
@@ -37,6 +44,13 @@ void check_stream(const char* what, void* stream) {
     throw SimError("stream", std::string(what) + " goes to a stream that is not the current one");
   }
 }
+
+void use_of_stream(const char* what, void* stream) {
+  check_stream(what, stream);
+  if (queue().uses.size() < kMostUses) queue().uses.emplace_back(what);
+}
+
+std::vector<std::string> take_stream_uses() { return std::exchange(queue().uses, {}); }
 
 }  // namespace hostsim
 
@@ -71,7 +85,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  hostsim::check_stream("a wait", stream);
+  hostsim::use_of_stream("a wait", stream);
   if (hostsim::options().capturing) return cudaErrorStreamCaptureUnsupported;
   for (const hostsim::Arrival& arrival : hostsim::queue().arrivals) {
     std::memcpy(arrival.to, arrival.bytes.data(), arrival.bytes.size());
@@ -80,8 +94,16 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return cudaSuccess;
 }
 
+cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned flags) {
+  if (flags != (cudaHostAllocPortable | cudaHostAllocMapped)) return cudaErrorInvalidValue;
+  if (hostsim::options().capturing) return cudaErrorStreamCaptureUnsupported;
+  *data = std::calloc(1, bytes);
+  hostsim::register_host_buffer("memory of the host", *data, bytes);
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t stream) {
-  hostsim::check_stream("a memset", stream);
+  hostsim::use_of_stream("a memset", stream);
   if (bytes == 0) return cudaSuccess;
   hostsim::library_access(hostsim::Access::kWrite, data, bytes, "a memset");
   std::memset(data, value, bytes);
@@ -96,7 +118,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from,
                               std::size_t from_pitch, std::size_t width, std::size_t height,
                               cudaMemcpyKind kind, cudaStream_t stream) {
-  hostsim::check_stream("a copy", stream);
+  hostsim::use_of_stream("a copy", stream);
   if (width > to_pitch || width > from_pitch) return cudaErrorInvalidValue;
   if (width == 0) return cudaSuccess;
   const bool to_host = kind == cudaMemcpyDeviceToHost;

@@ -31,8 +31,32 @@ struct Lookups {
   unsigned long long* report = nullptr;
 };
 
-// Places in Lookups::report.
-enum ReportSlot { kBadIndex = 0, kBadOffset = 1, kBadSize = 2, kReportSlots = 3 };
+// Places in Lookups::report. The last counts the blocks of the kernel that reads the others.
+enum ReportSlot { kBadIndex = 0, kBadOffset = 1, kBadSize = 2, kReportKinds = 3, kReportSlots = 4 };
+
+// What the device has found wrong with one call: integers only, for it writes them into memory of
+// the host one by one.
+struct Finding {
+  std::int64_t what = 0;      // 1 + ReportSlot, written last; 0: nothing
+  std::int64_t call = 0;      // rises from call to call
+  std::int64_t clamps = 0;    // indices were moved into range, which is worth a warning
+  std::int64_t tables = 1;    // of the call
+  std::int64_t table = 0;     // the first bad one's
+  std::int64_t position = 0;  // of the index among its table's, or of the offset
+  std::int64_t value = 0;     // the index or offset; of a bad size, the row
+  std::int64_t before = 0;    // the offset before it
+  std::int64_t limit = 0;     // rows of the table, number of indices, or columns of the table
+  std::int64_t group = 0;     // of the row
+  std::int64_t groups = 0;    // how many there are, if the row's is none of them; else 0
+};
+
+constexpr int kFindings = 64;
+
+// Memory of the host that the device may write to.
+struct Findings {
+  std::int64_t any = 0;  // some call has found something; written after it
+  Finding of_call[kFindings];
+};
 
 // Several tables in one call, in the argument layout of FBGEMM's table-batched embeddings: bag
 // t * batch + b is bag b of table t, and its output goes to columns dim_offsets[t].. of row b.

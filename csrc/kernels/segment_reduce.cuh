@@ -296,11 +296,9 @@ __global__ void __launch_bounds__(kBlockThreads, V == 1 ? 3 : 2)
 // The same over partial sums, whose runs bring along whether they begin and end. Finish::kGroups
 // writes out.group_grad, with groups for keys.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
-__global__ void __launch_bounds__(kBlockThreads, 2)
-    reduce_partials_kernel(const __grid_constant__ Table table,
-                           const __grid_constant__ Update update,
-                           const __grid_constant__ PartialList in,
-                           const __grid_constant__ ReduceOutput out, ReduceShape shape) {
+__device__ __forceinline__ void reduce_partials(const Table& table, const Update& update,
+                                                const PartialList& in, const ReduceOutput& out,
+                                                const ReduceShape& shape) {
   // Fewer in flight where a thread holds eight sums: what they would spill costs more.
   constexpr int kUnroll = V > 4 ? 2 : 4;
   const int lane = static_cast<int>(threadIdx.x) % shape.lanes;
@@ -366,6 +364,39 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     }
   }
   if (current >= 0) reducer.end_run(current, rank, flags, false);
+}
+
+template <typename T, typename S, int V, Finish kFinish, typename Table>
+__global__ void __launch_bounds__(kBlockThreads, 2)
+    reduce_partials_kernel(const __grid_constant__ Table table,
+                           const __grid_constant__ Update update,
+                           const __grid_constant__ PartialList in,
+                           const __grid_constant__ ReduceOutput out, ReduceShape shape) {
+  reduce_partials<T, S, V, kFinish, Table>(table, update, in, out, shape);
+}
+
+// One level of groups, which knows no table.
+struct GroupLevel {
+  PartialList in;
+  ReduceOutput out;
+  ReduceShape shape;
+};
+
+// Partial sums of rows where blockIdx.z is 0, of groups where it is 1: a launch for both.
+template <typename T, typename S, int V, Finish kFinish, typename Table>
+__global__ void __launch_bounds__(kBlockThreads, 2)
+    reduce_both_kernel(const __grid_constant__ Table table, const __grid_constant__ Update update,
+                       const __grid_constant__ PartialList in,
+                       const __grid_constant__ ReduceOutput out, ReduceShape shape,
+                       const __grid_constant__ GroupLevel groups) {
+  if (blockIdx.z == 0) {
+    reduce_partials<T, S, V, kFinish, Table>(table, update, in, out, shape);
+  } else {
+    DenseTable none;
+    none.dim = table.dim;
+    reduce_partials<float, float, (V < 4 ? V : 4), Finish::kGroups, DenseTable>(
+        none, Update{}, groups.in, groups.out, groups.shape);
+  }
 }
 
 }  // namespace amtl

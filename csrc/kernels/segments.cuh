@@ -173,8 +173,8 @@ static __global__ void __launch_bounds__(kBlockThreads)
 //
 // @param[in]  block_heads  [number of blocks] rows begun before each block
 // @param[in]  row_group    [N] or null
-// @param[out] rows         [U], or null
-// @param[out] chunk_row    [ceil(L / chunk)], or null
+// @param[out] rows         [U]
+// @param[out] chunk_row    [ceil(L / chunk)]
 static __global__ void __launch_bounds__(kBlockThreads)
     write_heads_kernel(SortedPairs pairs, const std::int64_t* block_heads, int chunk,
                        const std::int32_t* row_group, std::int64_t* rows, std::int64_t* chunk_row,
@@ -197,14 +197,14 @@ static __global__ void __launch_bounds__(kBlockThreads)
     const std::int64_t position = first + i;
     if (heads[i]) {
       const std::int64_t row = load_key(pairs, position);
-      if (rows != nullptr) store<Memory::kSorted>(rows + next, row);
+      store<Memory::kSorted>(rows + next, row);
       if (row_group != nullptr && position > 0) {
         falls |= load<Memory::kSizes>(row_group + row) <
                  load<Memory::kSizes>(row_group + load_key(pairs, position - 1));
       }
       ++next;
     }
-    if (chunk_row != nullptr && position < pairs.count && position % chunk == 0) {
+    if (position < pairs.count && position % chunk == 0) {
       store<Memory::kOther>(chunk_row + position / chunk, next - 1);
     }
   }

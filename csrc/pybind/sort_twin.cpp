@@ -33,7 +33,7 @@ std::size_t sort_scratch_bytes(std::int64_t count, bool, bool, int) {
 int sort_pairs(void* scratch, std::size_t scratch_bytes, const void* keys_in, void* keys_out,
                const void* values_in, void* values_out, std::int64_t count, bool wide_keys,
                bool wide_values, int bits, Stream stream) {
-  hostsim::check_stream("a sort", stream);
+  hostsim::use_of_stream("a sort", stream);
   const auto access = [&](hostsim::Access kind, const void* data, bool wide) {
     hostsim::library_access(kind, data, static_cast<std::size_t>(count) * (wide ? 8 : 4), "a sort");
   };

@@ -59,5 +59,6 @@ PYBIND11_MODULE(_tools, module) {
   module.def("clear_buffers", &hostsim::clear_buffers);
   module.def("traffic", &traffic);
   module.def("reset_traffic", &hostsim::reset_traffic);
+  module.def("take_stream_uses", &hostsim::take_stream_uses);
   module.def("launch_counts", [] { return hostsim::launch_counts(); });
 }

@@ -1,5 +1,6 @@
 // Gradients of lookups on CUDA.
 #include "torch/cuda_backward.h"
+#include "torch/cuda_findings.h"
 
 #include <cuda_runtime_api.h>
 
@@ -72,9 +73,9 @@ Grads DenseReduce(const CudaContext& context, const CudaTables& call, const Tens
   const cuda::Stream stream = context.stream();
   CheckCuda(cuda::backward_sort(backward, call.dense(), stream), "the sort of lookups");
   cuda::BackwardHeader header;
-  context.Read(&header, backward.workspace, sizeof(header));
   void* grads_data = nullptr;
   if (weight_grad) {
+    context.Read(&header, backward.workspace, sizeof(header));
     rows = NewTensor(like, {header.distinct}, ScalarType::Long);
     grads = NewTensor(like, {header.distinct, dim}, like.scalar_type());
     grads_data = header.distinct > 0 ? grads.mutable_data_ptr() : nullptr;
@@ -84,7 +85,7 @@ Grads DenseReduce(const CudaContext& context, const CudaTables& call, const Tens
   }
   CheckCuda(cuda::backward_reduce(backward, call.dense(), grads_data,
                                   mask_grad ? masks.mutable_data_ptr<float>() : nullptr,
-                                  header.groups_unsorted != 0, stream),
+                                  !weight_grad || header.groups_unsorted != 0, stream),
             "a backward");
   return {{rows}, {grads}, masks};
 }
@@ -172,6 +173,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(const Tensor& grad, 
                                                             bool mask_grad, bool psw_grad) {
   CudaTables call(std::move(tables), std::move(bags));
   CheckGrad(call.tables, call.bags, grad);
+  RaiseFindings();
   const CudaContext context(call.like());
   call.Upload(context);
   const Grads out = Reduce(context, call, grad, weight_grad, mask_grad && call.tables.grouped());

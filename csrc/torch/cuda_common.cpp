@@ -11,6 +11,11 @@ bool CudaContext::capturing() const {
 }
 
 void CudaContext::Read(void* to, const void* from, size_t bytes) const {
+  if (capturing()) {
+    throw std::runtime_error(
+        "amtl: a backward has to ask how many distinct rows there are, which a CUDA graph capture "
+        "cannot; capture a fused update instead");
+  }
   const auto stream = static_cast<cudaStream_t>(stream_);
   CheckCuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream), "a copy");
   CheckCuda(cudaStreamSynchronize(stream), "a kernel");

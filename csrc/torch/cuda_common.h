@@ -25,7 +25,7 @@ class CudaContext {
   cuda::Stream stream() const { return stream_; }
   // Whether the stream is being captured into a graph, where nothing may wait for the GPU.
   bool capturing() const;
-  // Copies to the host and waits.
+  // Copies to the host and waits; throws while the stream is being captured.
   void Read(void* to, const void* from, size_t bytes) const;
 
  private:

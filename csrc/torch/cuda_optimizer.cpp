@@ -1,5 +1,6 @@
 // Optimizers on CUDA: their arguments, and steps on rows from their gradients.
 #include "torch/cuda_optimizer.h"
+#include "torch/cuda_findings.h"
 
 #include <cmath>
 
@@ -97,6 +98,7 @@ void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, con
   SetCounter(state, blocks, update);
   // Everything is checked before anything changes.
   for (size_t c = 0; c < blocks.size(); ++c) SetStates(blocks[c], state, c * per_block, update);
+  RaiseFindings();
   const CudaContext context(blocks[0]);
   for (size_t c = 0; c < blocks.size(); ++c) {
     SetStates(blocks[c], state, c * per_block, update);

@@ -1,6 +1,7 @@
 // Backwards fused with an optimizer step on CUDA: no row gradients in memory, and no wait for the
-// GPU unless a mask gradient is asked for and nobody says whether the groups are in order.
+// GPU.
 #include "torch/cuda_backward.h"
+#include "torch/cuda_findings.h"
 #include "torch/cuda_optimizer.h"
 
 namespace amtl {
@@ -16,15 +17,8 @@ Tensor DenseStep(const CudaContext& context, const CudaTables& call, const Tenso
   backward.need_rows = false;
   const Tensor workspace = NewWorkspace(backward, call.dense(), call.like());
   CheckCuda(cuda::backward_sort(backward, call.dense(), context.stream()), "the sort of lookups");
-  // A capture must not wait: it takes the way that suits every order.
-  bool unsorted = !groups_sorted;
-  if (mask_grad && unsorted && !context.capturing()) {
-    cuda::BackwardHeader header;
-    context.Read(&header, backward.workspace, sizeof(header));
-    unsorted = header.groups_unsorted != 0;
-  }
   CheckCuda(cuda::backward_update(backward, call.dense(), update,
-                                  mask_grad ? masks.mutable_data_ptr<float>() : nullptr, unsorted,
+                                  mask_grad ? masks.mutable_data_ptr<float>() : nullptr,
                                   context.stream()),
             "a fused backward");
   return masks;
@@ -64,6 +58,7 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
     call.PlaceState(c, update);
   }
   mask_grad &= call.tables.grouped();
+  RaiseFindings();
   const CudaContext context(call.like());
   call.Upload(context, &update);
   // Before the weights change.

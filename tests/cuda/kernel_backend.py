@@ -15,4 +15,4 @@ def backends() -> list[dict[str, Any]]:
     if not (built and torch.cuda.is_available()):
         return []
     # Nothing to override: PyTorch's own dispatch finds the CUDA kernels.
-    return [{"name": "cuda", "load": dict, "device": "cuda", "examples": 40}]
+    return [{"name": "cuda", "load": dict, "device": "cuda", "examples": 40, "late": True}]

@@ -33,5 +33,6 @@ def backends() -> list[dict[str, Any]]:
             "max_lookups": 300,
             "max_dim": 129,
             "examples": 10,
+            "late": True,
         }
     ]

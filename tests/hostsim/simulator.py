@@ -36,9 +36,9 @@ tools = _load()
 LIBRARY = torch.library.Library("amtl_sim", "DEF")
 
 
-def _on_device(name: str) -> Callable[..., Any]:
+def _on_device(name: str, schema: str) -> Callable[..., Any]:
     """The operator, for CPU tensors that stand for the device's."""
-    LIBRARY.define(name + SCHEMAS[name])
+    LIBRARY.define(name + schema)
     operator = getattr(torch.ops.amtl_sim, name).default
     arguments = operator._schema.arguments
 
@@ -58,8 +58,16 @@ def _on_device(name: str) -> Callable[..., Any]:
     return run
 
 
-IMPLEMENTATIONS = {name: _on_device(name) for name in SCHEMAS}
+IMPLEMENTATIONS = {
+    name: _on_device(name, schema)
+    for name, schema in (*SCHEMAS.items(), ("_raise_found", "(Tensor like) -> ()"))
+}
 """Operator name to the operator on the simulated device."""
+
+
+def raise_found() -> None:
+    """Raises what lookups have found, as a later call would."""
+    IMPLEMENTATIONS["_raise_found"](torch.empty(0))
 
 
 @contextlib.contextmanager

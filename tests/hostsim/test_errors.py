@@ -96,6 +96,8 @@ def outcome(function: Any, kind: Kind, changes: dict[str, Any]) -> tuple[str, st
     arguments = [given[name] for name in names]
     try:
         function(*arguments)
+        if function is sim.IMPLEMENTATIONS[op]:
+            sim.raise_found()
     except Exception as error:
         return type(error).__name__, str(error).splitlines()[0]
     return "accepted", ""

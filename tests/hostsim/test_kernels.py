@@ -368,6 +368,36 @@ def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype) -> None:
     assert torch.equal(weight, again), "the same seed rounds the same way"
 
 
+def off_by(offset: int, like: Tensor) -> Tensor:
+    """float32 ones of a tensor's shape, ``offset`` bytes off the alignment of an allocation."""
+    flat = torch.ones(like.numel() + 32)
+    start = (offset - flat.data_ptr()) % 64 // 4
+    return flat[start : start + like.numel()].view(like.shape)
+
+
+@pytest.mark.parametrize("rule", ["adagrad", "adam"])
+@pytest.mark.parametrize("form", ["dense", "tiered"])
+def test_wide_state_need_not_lie_as_narrow_weights_do(form: str, rule: str) -> None:
+    """Eight bytes suffice for four 16-bit weights; their float32 state moves by sixteen."""
+    rows, dim = 12, 16
+    hyper = [0.1, 1e-8, 0.0, 0.9, 0.99, 1.0]
+    results = []
+    for offset in (0, 8):
+        blocks = [torch.ones(rows, dim).half(), torch.ones(rows, 8).half()]
+        blocks = blocks[:1] if form == "dense" else blocks
+        state = [off_by(offset, block) for block in blocks for _ in range(1 + (rule == "adam"))]
+        sizes = [torch.full((rows,), 7, dtype=torch.int32)] if form == "dense" else []
+        indices = torch.arange(rows * len(blocks))
+        of = call(blocks, indices, torch.ones(len(indices), dim).half(), sizes=sizes)
+        run("lookup_update_", step(of, blocks, state, rule, hyper))
+        touched = [torch.arange(rows)] * len(blocks)
+        grads = [torch.ones_like(block) for block in blocks]
+        run("apply_", applying(blocks, touched, grads, state, rule, hyper))
+        results.append([*blocks, *state])
+    for aligned, apart in zip(*results, strict=True):
+        assert torch.equal(aligned, apart)
+
+
 def test_adam_step_counted_on_the_device() -> None:
     """A graph replays with the step that device memory holds; equal to the host's arithmetic."""
     for number in (1, 7, 100_000):

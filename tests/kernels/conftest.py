@@ -12,7 +12,8 @@ Another room adds its own by a file ``tests/<room>/kernel_backend.py`` with
                  "device": "cpu",
                  "max_lookups": 300,           # inputs are cut to this many lookups
                  "max_dim": 129,
-                 "examples": 10}]              # hypothesis examples per test
+                 "examples": 10,               # hypothesis examples per test
+                 "late": False}]               # True: bad input is told of by a later call
 
 An empty list says that the backend cannot run on this machine. ``AMTL_TEST_BACKENDS=cpu,hostsim``
 runs only those named. The inputs come from ``kernel_cases.py``.
@@ -46,6 +47,7 @@ class Backend:
     max_lookups: int = 100_000
     max_dim: int = 300
     examples: int = 20
+    late: bool = False
 
 
 def _native() -> list[Backend]:

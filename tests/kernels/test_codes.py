@@ -283,6 +283,7 @@ def test_several_tables(backend: Any) -> None:
             steps=steps,
             bits=bits,
         )
+        ak.synchronize()
 
 
 def test_rows_that_are_not_there(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,8 +292,10 @@ def test_rows_that_are_not_there(backend: Any, monkeypatch: pytest.MonkeyPatch) 
     rows = torch.tensor([0, 7, -1], device=backend.device)
     with pytest.raises(IndexError, match=r"index 7 at position 1 is out of range .* of 5 rows"):
         ak.tiered_embedding(*one.table, rows, **one.options)
+        ak.synchronize()
     with pytest.warns(RuntimeWarning, match=r"index 7 at position 1 .* was clamped"):
         got = ak.tiered_embedding(*one.table, rows, bounds_check="clamp", **one.options)
+        ak.synchronize()
     assert torch.equal(got.cpu(), one.numbers[[0, 4, 0]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,7 @@
-"""Bad input gets a clear error on every backend, and no result."""
+"""Bad input gets a clear error on every backend: at once on the CPU, with a later call on a GPU.
+
+``synchronize`` is that later call where there is no other; on the CPU the lookup raises first.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ def test_index_out_of_range(backend: Any, kind: str, value: int) -> None:
     for dtype in (torch.int32, torch.int64):
         with pytest.raises(IndexError, match=message):
             call(kind, indices.to(dtype), backend.device)
+            ak.synchronize()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,9 +59,11 @@ def test_clamp_warns_once_and_differentiates_what_it_used(
     indices = torch.tensor([3, -4, 5, N + 7], device=backend.device)
     with pytest.warns(RuntimeWarning, match="index -4 at position 1 .* was clamped"):
         got = call(kind, indices, backend.device, bounds_check="clamp")
+        ak.synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = call(kind, indices, backend.device, bounds_check="clamp")
+        ak.synchronize()
     assert torch.equal(got, call(kind, indices.clamp(0, N - 1), backend.device))
     assert torch.equal(got, again)
 
@@ -69,6 +75,7 @@ def test_clamped_lookups_train_the_clamped_row(backend: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ak.masked_embedding(weight, indices, sizes, bounds_check="clamp").sum().backward()
+        ak.synchronize()
     assert weight.grad is not None
     assert weight.grad._indices().tolist() == [[2, N - 1]]
 
@@ -83,6 +90,7 @@ def test_no_lookup_into_an_empty_table(backend: Any) -> None:
             ak.masked_embedding(
                 weight, torch.zeros(1, dtype=torch.int64, device=backend.device), sizes, **options
             )
+            ak.synchronize()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +119,7 @@ def test_offsets_out_of_order(
                 sizes,
                 include_last_offset=include_last_offset,
             )
+            ak.synchronize()
 
 
 @pytest.mark.parametrize("size", [D + 1, -3])
@@ -121,12 +130,15 @@ def test_size_outside_the_row(backend: Any, size: int) -> None:
     sizes[8] = size
     good, bad = torch.tensor([7, 9], device=device), torch.tensor([7, 8], device=device)
     ak.masked_embedding(weight, good, sizes)
+    ak.synchronize()
     message = rf"size.* outside 0\.\.{D}"
     with pytest.raises(ValueError, match=message):
         ak.masked_embedding(weight, bad, sizes)
+        ak.synchronize()
     groups = torch.arange(N, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match=message):
         ak.adaptive_embedding(weight, bad, groups, sizes, torch.zeros(N, D, device=device))
+        ak.synchronize()
 
 
 @pytest.mark.parametrize("index", [N, N + 9, -1])

@@ -284,6 +284,7 @@ def test_errors_name_the_table(backend: Any, form: str) -> None:
     call.indices[first + 2] = 3
     with pytest.raises(IndexError, match=r"table 1: index 3 at position 2 .* a table of 3 rows"):
         call.together()
+        ak.synchronize()
     call.indices[first + 2] = before
     for offsets, message in (
         (call.offsets[:-1], "offsets must hold 4"),
@@ -293,6 +294,7 @@ def test_errors_name_the_table(backend: Any, form: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             replace(call, offsets=offsets).together()
+            ak.synchronize()
     with pytest.raises(ValueError, match="table 1: padding_idx 3"):
         call.together(padding_idx=3)
     with pytest.raises(ValueError, match="2 padding_idx for 4 tables"):
@@ -312,12 +314,19 @@ def test_errors_name_a_single_table_too(backend: Any, is_fused: bool) -> None:
         found: Tensor = op([table], *lookups, [sizes], **{**options, **others})
         return found
 
-    with pytest.raises(IndexError, match=r"^table 0: index 3 at position 1 .* of 3 rows"):
+    # What a later call raises is not named after its function, which may be another.
+    name = "" if backend.late else "table 0: "
+    with pytest.raises(IndexError, match=rf"^{name}index 3 at position 1 .* of 3 rows"):
         call([0, 3], [0, 2])
-    with pytest.raises(ValueError, match=r"^table 0: .*size"):
+        call([0], [0, 1])
+        ak.synchronize()
+    with pytest.raises(ValueError, match=rf"^{name}.*size"):
         call([0, 1], [0, 2])
+        call([0], [0, 1])
+        ak.synchronize()
     with pytest.raises(ValueError, match=r"^offsets must end within the 2 indices"):
         call([0, 1], [0, 3])
+        ak.synchronize()
     if is_fused:
         other = optim.SGD([torch.ones(1, requires_grad=True)])
         with pytest.raises(ValueError, match=r"^the tables of a fused lookup"):
@@ -342,6 +351,7 @@ def test_a_bad_size_names_the_table(backend: Any, form: str) -> None:
     call.group_dims[2].fill_(2)
     with pytest.raises(ValueError, match=r"table 2: .*size"):
         call.together()
+        ak.synchronize()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -15,6 +15,7 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+constexpr unsigned cudaHostAllocPortable = 1, cudaHostAllocMapped = 2;
 
 const char* cudaGetErrorString(cudaError_t error);
 // Launches that a GPU refuses throw SimError at once; there is never anything to report.
@@ -25,6 +26,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+
+// Memory of the host that kernels may write to, never freed.
+cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned flags);
 
 cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t stream);
 // What is copied to the host arrives at the next cudaStreamSynchronize; until then NaN is there.

@@ -1,0 +1,158 @@
+"""What the CUDA operators put on the stream: how much, what waits, when bad input is told of."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amtl_kernels import _arguments, reference
+
+from . import simulator as sim
+from .calls import Call, call, run, step
+from .test_errors import KINDS, Kind, outcome, put, values
+
+ROWWISE = ("rowwise_adagrad", [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
+
+
+def uses(of: Any) -> list[str]:
+    """What a call puts on the stream, in order: kernels by name, and the library's calls."""
+    sim.tools.take_stream_uses()
+    of()
+    found = [use.removeprefix("a ") for use in sim.tools.take_stream_uses()]
+    return [re.sub(r"[( ]*(\w+).*", r"\1", use) for use in found]
+
+
+def search(lookups: int, dim: int = 4) -> tuple[Call, Tensor, Tensor]:
+    """Bags of two in a table whose groups are in order: the call, its table and state."""
+    rows, groups = 2_000, 50
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, dim, generator=g)
+    of = call(
+        [weight],
+        (torch.rand(lookups, generator=g) ** 4 * rows).long(),
+        torch.randn(lookups // 2, dim, generator=g),
+        sizes=[torch.full((groups, 1), dim - 1, dtype=torch.int32)],
+        row_groups=[torch.arange(rows, dtype=torch.int32) * groups // rows],
+        offsets=torch.arange(0, lookups, 2),
+        groups_sorted=True,
+    )
+    return of, weight, torch.ones(rows)
+
+
+def test_a_search_step_is_twelve_operations_and_no_wait() -> None:
+    """With as many levels of partial sums as 65,536 bags of twenty have, checked as by default."""
+    of, weight, state = search(64 * 4_100)
+
+    def one() -> None:
+        run("lookup", of.lookup(bounds_check=1))
+        run("lookup_update_", step(of, [weight], [state], *ROWWISE, mask_grad=True))
+
+    with sim.simulation(watch_bounds=False):
+        found = uses(one)
+    levels = ["reduce_both_kernel"] * 4
+    assert found == [
+        *("memset", "pool_fwd_kernel", "check_kernel", "lookup_keys_kernel", "sort"),
+        *("memset", "memset", "reduce_lookups_kernel", *levels),
+    ]
+    assert len(found) <= 12
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k[0] != "lookup_backward"], ids=" ".join)
+def test_only_row_gradients_are_waited_for(kind: Kind) -> None:
+    found = uses(lambda: outcome(sim.IMPLEMENTATIONS[kind[0]], kind, {}))
+    assert found and "wait" not in found
+    uploads = found.count("upload_kernel")
+    assert uploads == (kind[2] == "tables"), found
+    if kind[0] == "lookup":
+        assert len(found) - uploads == 3, found
+
+
+@pytest.mark.parametrize("form", ["masked", "adaptive", "tiered"])
+def test_row_gradients_are_waited_for_once_and_not_in_a_capture(form: str) -> None:
+    kind = ("lookup_backward", form, "bags")
+    operator = sim.IMPLEMENTATIONS[kind[0]]
+    assert uses(lambda: outcome(operator, kind, {})).count("wait") == 1
+    with sim.simulation(capturing=True):
+        refused = outcome(operator, kind, {})
+        assert refused[0] == "RuntimeError" and "how many distinct rows" in refused[1]
+        # Nobody asks for rows: nothing to wait for.
+        assert outcome(operator, kind, {"weight_grad": False}) == ("accepted", "")
+
+
+def lookup(kind: str, changes: dict[str, Any], bounds_check: int = 1) -> None:
+    given = values(kind, "bags") | {"bounds_check": bounds_check}
+    for name, change in changes.items():
+        given[name] = change(given[name])
+    names = [a.name for a in torch.ops.amtl.lookup.default._schema.arguments]
+    sim.IMPLEMENTATIONS["lookup"](*(given[name] for name in names))
+
+
+BAD = {"indices": put(1, 77)}
+
+
+@pytest.mark.parametrize("op", ["lookup", "lookup_backward", "lookup_update_", "apply_"])
+def test_every_later_call_tells_of_bad_input(op: str) -> None:
+    """Before it does anything: an update that follows a bad lookup changes nothing."""
+    lookup("masked", BAD)
+    kind = (op, "tiered", "bags")
+    given = values("tiered", "bags")
+    names = [a.name for a in getattr(torch.ops.amtl, op).default._schema.arguments]
+    before = [tensor.clone() for tensor in (*given["blocks"], *given["state"])]
+    with pytest.raises(IndexError, match=r"index 77 at position 1 .* of 6 rows") as caught:
+        sim.IMPLEMENTATIONS[op](*(given[name] for name in names))
+    assert str(caught.value).endswith(f"\n{_arguments.FOUND_BEFORE}")
+    after = [*given["blocks"], *given["state"]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    # Told once.
+    assert outcome(sim.IMPLEMENTATIONS[op], kind, {}) == ("accepted", "")
+
+
+def test_a_captured_lookup_is_checked() -> None:
+    lookup("masked", {})
+    with sim.simulation(capturing=True):
+        lookup("masked", BAD)
+    with pytest.raises(IndexError, match="index 77"):
+        sim.raise_found()
+
+
+def test_a_clamped_index_is_told_of_by_a_later_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_warned_clamped", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lookup("masked", BAD, bounds_check=2)
+    with pytest.warns(RuntimeWarning, match="index 77 at position 1 .* was clamped"):
+        lookup("masked", {})
+
+
+def test_the_first_checked_lookup_is_not_captured() -> None:
+    """Memory of the host is taken then, which a capture forbids: said, and mended by a warm-up."""
+    program = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from hostsim.test_streams import lookup
+from hostsim import simulator as sim
+with sim.simulation(capturing=True):
+    try:
+        lookup("masked", {})
+    except RuntimeError as error:
+        print(error)
+lookup("masked", {})
+with sim.simulation(capturing=True):
+    lookup("masked", {})
+print("fine")
+"""
+    tests = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", program, tests], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said, fine = done.stdout.splitlines()
+    assert "call a lookup once before the first capture" in said and fine == "fine"
