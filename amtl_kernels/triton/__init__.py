@@ -73,9 +73,11 @@ def implementations() -> dict[str, Callable[..., object]]:
     Raises:
         ImportError: Triton is not installed.
     """
+    from amtl_kernels.triton.check import raise_found
     from amtl_kernels.triton.operators import OPERATORS
 
-    return {op: _except_float64(op, function) for op, function in OPERATORS.items()}
+    operators = {op: _except_float64(op, function) for op, function in OPERATORS.items()}
+    return {**operators, "_raise_found": raise_found}
 
 
 def _except_float64(op: str, function: Callable[..., object]) -> Callable[..., object]:

@@ -122,7 +122,8 @@ def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 def constant(values: Sequence[Sequence[int]], device: torch.device, keep: bool = True) -> Tensor:
     """As :func:`upload`, from the last call with equal values if there was one.
 
-    What a CUDA graph reads is kept for good. ``keep`` says whether the values will come again.
+    What a CUDA graph reads is kept for good. ``keep`` says whether the values will come again: then
+    the first call waits until they are there, since the next may be on another stream.
     """
     if not keep:
         return upload(values, device)
@@ -130,9 +131,13 @@ def constant(values: Sequence[Sequence[int]], device: torch.device, keep: bool =
     found = _captured.get(key)
     if found is None:
         found = _constants.pop(key, None)
-        found = upload(values, device) if found is None else found
-        while len(_constants) >= CONSTANTS_KEPT:
-            _constants.pop(next(iter(_constants)))
+        if found is None:
+            found = upload(values, device)
+            # Both for the new one to arrive, and for no stream to read what is dropped any more.
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            while len(_constants) >= CONSTANTS_KEPT:
+                _constants.pop(next(iter(_constants)))
         _constants[key] = found
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             _captured[key] = found

@@ -204,16 +204,18 @@ def lookup(
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
     tables = (blocks, block_counts, dims, sizes, row_groups, seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+    check.raise_found(indices)
     call = _Call(*tables, *bags, steps or (), bits or (), step_ends or ())
-    clamp = bounds_check == reference.CLAMP
+    # What is found out of range is told of when all is done: nothing may be read there.
+    clamp = bounds_check != reference.OFF
     if call.shares_launches and _are_whole_apart(sizes):
         assert offsets is not None
         number = max(offsets.numel() - 1, 0) // len(call.tables)
         out = blocks[0].new_empty(number, sum(call.widths))
         lookups, all_tables = call.together(out)
-        if check.find(lookups, all_tables, bounds_check) is None:
-            pool(lookups, all_tables, clamp)
-            return out
+        check.check(lookups, all_tables, bounds_check)
+        pool(lookups, all_tables, clamp)
+        return out
 
     def run(t: int, given: reference.Table, mine: Bags) -> Tensor:
         shape = mine.indices.shape
@@ -222,13 +224,14 @@ def lookup(
         out = given.blocks[0].new_empty(*shape, given.dim, dtype=given.dtype)
         lookups, table = _one(given, mine, out)
         check.check(lookups, table, bounds_check)
+        if clamp and not table.rows:
+            return out.zero_()
         if given.steps is not None:
             look_up(lookups, table, given.steps.contiguous(), given.bits, clamp)
             return out
         (gather if mine.offsets is None else pool)(lookups, table, clamp)
         return out
 
-    # Table by table, which also tells in which of several something is wrong.
     outs = call.each(run)
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
@@ -258,6 +261,7 @@ def lookup_backward(
     """
     tables = (blocks, block_counts, dims, sizes, row_groups, seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+    check.raise_found(indices)
     call = _Call(*tables, *bags)
     wants = (weight_grad, mask_grad, psw_grad)
     if call.shares_launches:
@@ -305,6 +309,7 @@ def lookup_update_(
     """
     tables = (blocks, block_counts, dims, sizes, row_groups, seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
+    check.raise_found(indices)
     call = _Call(*tables, *bags)
     wants, rule = (mask_grad, psw_grad), (optimizer, hyper)
     if call.shares_launches:
@@ -330,4 +335,4 @@ OPERATORS: dict[str, Callable[..., object]] = {
     "lookup_update_": lookup_update_,
     "apply_": apply_,
 }
-"""Operator name to implementation."""
+"""Operator name to implementation, all but that which raises what these have found."""

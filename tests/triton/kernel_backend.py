@@ -21,5 +21,5 @@ def backends() -> list[dict[str, Any]]:
             {"name": "triton", "device": "cpu", "max_lookups": 200, "max_dim": 129, "examples": 10}
         ]
     if torch.cuda.is_available():
-        return [{"name": "triton", "device": "cuda"}]
+        return [{"name": "triton", "device": "cuda", "late": True}]
     return []

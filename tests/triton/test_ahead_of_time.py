@@ -38,6 +38,7 @@ REGISTERS = {
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,
     "sample_grad_kernel": 64,
+    "tell_kernel": 64,
     "tier_counts_kernel": 64,
 }
 """Registers per thread at most, of any specialisation: at 64 a multiprocessor of 65,536 holds 1,024

@@ -147,6 +147,7 @@ def warm_up(op: str, arguments: tuple[Any, ...]) -> None:
     with (
         mock.patch.object(launch, "recorder", lambda *_: None),
         mock.patch.object(launch, "upload", upload),
+        mock.patch.object(torch.cuda, "synchronize", lambda _: None),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
     ):
         implementations()[op](*arguments)
@@ -191,6 +192,31 @@ def test_backwards_wait_once_in_launches_that_do_not_grow(form: str) -> None:
         found.append((kernels, asked.calls))
     assert found[0] == found[1]
     assert len(found[0][0]) + len(found[0][1]) <= 14, found[0]
+
+
+def test_constants_are_there_before_another_stream_reads_them() -> None:
+    """The first call waits for them, and for who reads what they push out; later ones do not."""
+    done: list[object] = []
+
+    def sent(*arguments: Any) -> Tensor:
+        done.append("upload")
+        return upload(*arguments)
+
+    device = torch.device("cuda")
+    with (
+        mock.patch.object(launch, "upload", sent),
+        mock.patch.object(launch, "CONSTANTS_KEPT", 2),
+        mock.patch.object(torch.cuda, "synchronize", done.append),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+    ):
+        first = launch.constant([[1]], device)
+        assert launch.constant([[1]], device) is first
+        assert done == ["upload", device]
+        for value in (2, 3):
+            launch.constant([[value]], device)
+        assert done == ["upload", device] * 3 and len(launch._constants) == 2
+        launch.constant([[4]], device, keep=False)
+        assert done == [*["upload", device] * 3, "upload"]
 
 
 def test_a_wait_is_seen() -> None:

@@ -140,6 +140,24 @@ def test_a_backward_that_waits_is_refused_in_a_capture() -> None:
         torch.ops.amtl.lookup_backward(*arguments)
 
 
+def test_every_replay_of_a_captured_lookup_is_checked() -> None:
+    problem = Problem("adaptive", reference.SGD)
+    arguments = in_order("lookup", problem.call().lookup(bounds_check=1))
+    torch.ops.amtl.lookup(*arguments)
+    ak.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.amtl.lookup(*arguments)
+    for bad in (-5, ROWS):
+        problem.indices[7] = bad
+        graph.replay()
+        with pytest.raises(IndexError, match=f"index {bad} at position 7"):
+            ak.synchronize()
+        problem.indices[7] = 0
+        graph.replay()
+        ak.synchronize()
+
+
 def test_updates_on_a_side_stream() -> None:
     """Kernels go to the current stream: a late gradient there must be waited for by none else."""
     first, second = (Problem("adaptive", reference.ADAGRAD) for _ in range(2))
