@@ -306,7 +306,8 @@ __device__ __forceinline__ void reduce_partials(const Table& table, const Update
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / shape.lanes) +
                              threadIdx.x / shape.lanes;
   const std::int64_t begin = chunk * shape.chunk;
-  if (begin >= in.count) return;
+  // A launch for rows and groups has as many blocks as the one of the two that needs more.
+  if (begin >= in.count || static_cast<int>(blockIdx.y) * shape.lanes * V >= table.dim) return;
   const int length =
       in.count - begin < shape.chunk ? static_cast<int>(in.count - begin) : shape.chunk;
   const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane) * V;
