@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bench.contenders import amtl, fbgemm, product, recsys, torch_eager
+from bench.contenders import amtl, fbgemm, peer, product, recsys, torch_eager
 from bench.contenders.base import Contender, Session
 
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
-    for module in (torch_eager, fbgemm, recsys, amtl, product)
+    for module in (torch_eager, fbgemm, peer, recsys, amtl, product)
     for contender in module.contenders()
 }
 

@@ -21,7 +21,7 @@ from bench.contenders.base import (
     sparse_rows,
     table_rows,
 )
-from bench.inputs import Case, Problem, noise_column, table_counts
+from bench.inputs import Case, Problem, noise_columns, table_counts
 from bench.oracle import Equations, GivenSizes, Outcome
 
 INSTALL = "pip install --no-build-isolation -e ."
@@ -84,6 +84,8 @@ class Ours(Contender):
             return "amtl_kernels is not importable"
         import amtl_kernels
 
+        if amtl_kernels.get_backend() != "auto":
+            return ""
         native = amtl_kernels.build_info().get("native") or {}
         if not isinstance(native, dict) or "cpu_capability" not in native:
             return "amtl_kernels was built without native CPU operators"
@@ -185,8 +187,8 @@ class Tables(Ours):
         local = torch.arange(rows).repeat(tables)
         sizes = problem.group_dims[problem.row_group.long()] if not problem.case.noise else None
         if sizes is None:
-            column = noise_column(local.numpy(), problem.seed, problem.group_dims.shape[1])
-            sizes = problem.group_dims[problem.row_group.long(), torch.from_numpy(column)]
+            column = noise_columns(local, problem.seed, problem.group_dims.shape[1])
+            sizes = problem.group_dims[problem.row_group.long(), column]
         self.equations = GivenSizes("noisy", mask_gradient=True, row_dims=sizes)
         optimizer = _make_optimizer(problem, weights)
         functions, extra = _functions(self.fused, optimizer)
@@ -346,6 +348,7 @@ class Layer(Ours):
 
     name = "amtl_layer"
     title = "amtl layer, search"
+    devices = ("cpu",)
 
     def __init__(self) -> None:
         self.equations = GivenSizes("kept")

@@ -54,6 +54,7 @@ class Contender(ABC):
         ours: Whether it is this project's.
         tolerance: Larger than the dtype's where it rounds on purpose.
         compiles: Whether its first call compiles something.
+        devices: Where it can run.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Contender(ABC):
     ours: bool = False
     tolerance: float = 0.0
     compiles: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def absent(self) -> str:
         """Why it can't run on this machine at all; empty where it can."""

@@ -20,6 +20,7 @@ _DENSE_LIMIT = 2**29
 class _Fbgemm(Contender):
     equations = Equations("all")
     install = INSTALL
+    devices = ("cpu",)
 
     def absent(self) -> str:
         """Whether the package imports."""
@@ -43,6 +44,7 @@ class Split(_Fbgemm):
 
     name = "fbgemm"
     title = "FBGEMM TBE Split, no mask"
+    devices = ("cpu", "cuda")
 
     def refuses(self, case: Case) -> str:
         """Its backward always updates, so there is no backward alone."""
@@ -51,7 +53,7 @@ class Split(_Fbgemm):
         if case.optimizer == "adam":
             return "compared with SGD and Adagrad only"
         if case.dtype == "bfloat16":
-            return "no bfloat16 weights on a CPU"
+            return "no bfloat16 weights on a CPU" if case.device == "cpu" else "float32 and float16"
         return super().refuses(case)
 
     def prepare(self, problem: Problem) -> Session:
@@ -71,8 +73,12 @@ class Split(_Fbgemm):
             "adagrad": EmbOptimType.EXACT_ADAGRAD,
             "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         }
-        rows = problem.rows_per_table
-        spec = (rows, case.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
+        rows, weight = problem.rows_per_table, problem.weight
+        on_cpu = case.device == "cpu"
+        location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+        spec = (rows, case.dim, location, ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA)
+        # Its own table would be written with zeros first, which doubles the peak.
+        given = {"preallocated_host_buffers": {"weights": weight.view(-1)}} if on_cpu else {}
         tbe: Any = SplitTableBatchedEmbeddingBagsCodegen(
             [spec] * case.tables,
             optimizer=optimizers[case.optimizer],
@@ -81,9 +87,12 @@ class Split(_Fbgemm):
             pooling_mode=PoolingMode.SUM,
             weights_precision=SparseType.from_dtype(case.torch_dtype),
             output_dtype=SparseType.from_dtype(case.torch_dtype),
-            # Its own table would be written with zeros first, which doubles the peak.
-            preallocated_host_buffers={"weights": problem.weight.view(-1)},
+            **given,
         )
+        if not on_cpu:
+            for mine, part in zip(tbe.split_embedding_weights(), weight.split(rows), strict=True):
+                mine.copy_(part)
+            weight = tbe.weights_dev.view(-1, case.dim)
         if case.huge_pages and case.optimizer.endswith("adagrad"):
             from amtl_kernels.memory import advise_huge_pages
 
@@ -94,7 +103,12 @@ class Split(_Fbgemm):
             output: Tensor = tbe(ids[rotation], offsets)
             return output
 
-        return AutogradSession(problem, lookup, [], rows=Rows(problem.weight))
+        return AutogradSession(problem, lookup, [], rows=Rows(weight))
+
+    def allocates(self, case: Case) -> dict[str, float]:
+        """On a GPU its tables are its own."""
+        size = case.tables * case.rows * case.dim * (4.0 if case.dtype == "float32" else 2.0)
+        return {**super().allocates(case), **({self.name: size} if case.device == "cuda" else {})}
 
 
 class Dense(_Fbgemm):

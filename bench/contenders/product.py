@@ -68,6 +68,7 @@ class _Product(Ours):
     """
 
     form = ""
+    devices = ("cpu",)
 
     def __init__(self, frozen: bool) -> None:
         self.frozen = frozen
@@ -313,6 +314,7 @@ class Embeddings(Contender):
     name = "torch_embeddings"
     title = "nn.Embedding per table"
     equations = Equations("all")
+    devices = ("cpu",)
 
     def refuses(self, case: Case) -> str:
         """Needs several tables; row-wise Adagrad does not exist here."""

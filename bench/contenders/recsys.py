@@ -84,7 +84,7 @@ class Collection(_TorchRec):
         rows = problem.rows_per_table
         for t, bag in enumerate(collection.embedding_bags.values()):
             bag.weight = nn.Parameter(problem.weight[t * rows : (t + 1) * rows])
-        collection._device = torch.device("cpu")
+        collection._device = problem.weight.device
         features = _features(problem)
 
         def lookup(rotation: int) -> Tensor:
@@ -132,7 +132,7 @@ class Fused(_TorchRec):
             tables=_configs(problem),
             optimizer_type=kind,
             optimizer_kwargs=options,
-            device=torch.device("cpu"),
+            device=problem.weight.device,
         )
         rows = problem.rows_per_table
         state = collection.state_dict()
