@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BENCH_SUITE ?= quick
 BENCH_ARGS ?=
+GPU_ARGS ?=
 PYTEST_ARGS ?=
 export MAX_JOBS ?= 2
 # Compiling the CUDA kernels takes minutes and serves nobody on a machine without a GPU;
@@ -15,8 +16,8 @@ export AMTL_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,off)
 PY := $(VENV)/bin/python
 LOG := $(VENV)/setup.log
 QUIET_PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
+SOURCES := CMakeLists.txt setup.py $(shell find csrc bench/peer -type f -not -name "*.so")
+CPP := $(shell find csrc bench/peer -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 
 define quietly
 @$(1) >>$(LOG) 2>&1 || { tail -n 40 $(LOG); echo "The set-up failed; the whole log is $(LOG)."; exit 1; }
@@ -33,7 +34,7 @@ help:
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make bench   the quick benchmark suite"
 	@echo "make docs    the documentation, into site/"
-	@echo "make gpu     prove and measure everything on this machine's GPU"
+	@echo "make gpu     prove and measure on this machine's GPU, ten minutes at a time"
 	@echo "make clean   remove builds and the virtual environment"
 
 # torch first and pinned: a range would be met by whatever build is newest.
@@ -87,7 +88,7 @@ docs: $(VENV)/.extra-docs
 	@echo "site/index.html"
 
 gpu:
-	@$(PYTHON) -m bench.gpu
+	@$(PYTHON) -m bench gpu $(GPU_ARGS)
 
 wheel: $(VENV)/.torch
 	@$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``compare``, ``table``, ``plot``, ``guards``."""
+"""The command line: ``run``, ``compare``, ``table``, ``plot``, ``guards``; ``gpu`` has its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -24,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from bench import binding, guards, machine, memory, plots, tables
+from bench import binding, device, guards, machine, memory, plots, tables
 from bench.compare import compare_reports
 from bench.inputs import Case
 from bench.oracle import MismatchError
@@ -145,6 +146,9 @@ def run(
         raise typer.BadParameter("the clock is wall or cpu")
     if clock == "cpu" and any(case.threads > 1 for case in chosen.cases):
         raise typer.BadParameter("processor seconds tell the time of one thread: add --threads 1")
+    on_gpu = {case.device for case in chosen.cases} == {"cuda"}
+    if on_gpu and not dry_run and not torch.cuda.is_available():
+        raise typer.BadParameter("no GPU here: python -m bench gpu --dry-run rehearses without one")
     budget = Budget(seconds if seconds is not None else chosen.seconds)
     if suite == "tiny":
         budget = Budget(budget.seconds, minimal_rounds=3, maximal_rounds=5)
@@ -155,7 +159,7 @@ def run(
         return
     started = time.perf_counter()
     report = Report(suite, machine.describe())
-    counts = sorted({case.threads for case in chosen.cases})
+    counts = sorted({case.threads for case in chosen.cases if case.device == "cpu"})
     cores = len(binding.allowed_cpus())
     with console.status("measuring this machine's ceilings"):
         megabytes = 16 if suite == "tiny" else 512
@@ -164,12 +168,15 @@ def run(
             for count in counts
             if count <= cores
         }
-    runner = Runner(
-        budget=budget,
-        copy_bandwidth={int(count): found["copy"] for count, found in report.ceilings.items()},
-        probe=None if suite == "tiny" else machine.ThreadProbe(),
-        timer=cpu_clock if clock == "cpu" else wall_clock,
-    )
+    if on_gpu:
+        runner, report.ceilings = device.runner(budget)
+    else:
+        runner = Runner(
+            budget=budget,
+            copy_bandwidth={int(count): found["copy"] for count, found in report.ceilings.items()},
+            probe=None if suite == "tiny" else machine.ThreadProbe(),
+            timer=cpu_clock if clock == "cpu" else wall_clock,
+        )
     report.absent = runner.absent()
     report.settings = {"seconds_per_case": budget.seconds, "clock": clock, "note": note}
     for name, reason in report.absent.items():

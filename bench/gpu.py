@@ -1,384 +1,518 @@
-"""Proof and measurement on a GPU, in one command: ``python -m bench.gpu`` (or ``make gpu``).
+"""Proof and measurement on a GPU: ``python -m bench gpu`` (or ``make gpu``).
 
-In order: what machine this is; a build, where the checkout has no module with CUDA kernels; the
-tests marked ``gpu`` (determinism, streams and CUDA graphs first, then the operators in CUDA, then
-in Triton); compute-sanitizer over small cases; then timings (``bench.gpu_timings``). Needs torch
-and pytest, no network; what is missing is named in the report and left out.
+Stages in the order of their worth, each in a process of its own that is killed at its limit, each
+with a result file that is written as soon as it ends: a stage that fails, crashes or hangs costs
+itself alone. Runs in pieces: ``--minutes 10 --resume`` goes on where the last piece ended, and
+``--stages`` picks some. Needs torch; pytest and hypothesis for the tests; no network. What is
+missing is named and left out.
 
-Everything fits in ten minutes: a stage has a limit, cut short where what follows would get less
-than its reserve, and is ended with all of its processes when it reaches it. A stage that fails or
-breaks hides no other. The report goes to ``bench/results/gpu-<card>.json`` and ``.md``, and is
-written anew after every stage.
+``--dry-run`` rehearses all of it without a GPU: the host simulator stands for the CUDA kernels, the
+interpreter for Triton's, and nothing that is timed means anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_timings import PLANS, Row
+from bench import stages
+from bench.stages import LeftOutError, Result, Save, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
-BUDGET = 570.0
+RESULTS = ROOT / "runs" / "gpu"
+NO_GPU = 3
 
 
-@dataclass
-class Stage:
-    """One stage's outcome: ``ok``, ``failed`` or ``left out``, and why."""
+@dataclass(frozen=True)
+class Setting:
+    """How the stages run.
 
-    name: str
-    outcome: str
-    seconds: float
-    detail: str = ""
-
-
-@dataclass
-class Report:
-    """Everything that is written."""
-
-    environment: dict[str, Any] = field(default_factory=dict)
-    stages: list[Stage] = field(default_factory=list)
-    copy_bandwidth: float = 0.0
-    rows: list[Row] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-
-def run(command: list[str], seconds: float, **options: Any) -> tuple[int, str]:
-    """Exit code (124: out of time) and the end of the output.
-
-    Out of time, the whole group of processes is killed: a child of the command that lived on would
-    keep the pipe open, and the GPU.
+    Attributes:
+        dry: Without a GPU.
+        out: Folder of the results.
     """
+
+    dry: bool
+    out: Path
+
+    @property
+    def device(self) -> str:
+        """Where tensors lie."""
+        return "cpu" if self.dry else "cuda"
+
+    def backend(self, name: str) -> None:
+        """Has ``cuda`` or ``triton`` answer the operators, or what stands for it in a rehearsal."""
+        os.environ["AMTL_BACKEND"] = "auto"
+        if name == "triton":
+            if importlib.util.find_spec("triton") is None:
+                raise LeftOutError("triton is not installed")
+            if self.dry:
+                os.environ["TRITON_INTERPRET"] = "1"
+        import amtl_kernels
+
+        if name == "cuda" and self.dry:
+            name = _simulator()
+        # The CUDA kernels are there for CUDA tensors without being asked.
+        amtl_kernels.set_backend("auto" if name == "cuda" else name)
+
+
+def _simulator() -> str:
+    """Registers the host simulator; its name."""
+    import amtl_kernels
+
+    path = ROOT / "tests" / "hostsim" / "kernel_backend.py"
+    if not path.exists():
+        raise LeftOutError("the host simulator is part of a checkout")
+    spec = importlib.util.spec_from_file_location("hostsim_backend", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.backends()
+    if not found:
+        raise LeftOutError("amtl_kernels._tools is not built: AMTL_TOOLS=on builds it")
+    amtl_kernels.register_backend(found[0]["name"], found[0]["load"])
+    return str(found[0]["name"])
+
+
+def command(arguments: Sequence[str], **options: Any) -> tuple[int, str]:
+    """Exit code and output of a command; 127 where there is none. Ends with its stage."""
     try:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            cwd=ROOT,
-            start_new_session=True,
-            **options,
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, errors="replace", check=False, **options
         )
     except FileNotFoundError as missing:
         return 127, str(missing)
-    try:
-        text, _ = process.communicate(timeout=seconds)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-        code = 124
-    return code, text[-4000:]
+    return done.returncode, done.stdout + done.stderr
 
 
-def environment() -> dict[str, Any]:
-    """Card, driver, versions; imports torch, which the caller has checked for."""
+# --- Stages --------------------------------------------------------------------------------------
+
+
+def environment(setting: Setting, save: Save) -> None:
+    """Card, driver, clocks, versions."""
     import torch
 
+    from bench import device
+
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    for tool, command in {
+    for tool, arguments in {
         "driver": ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv"],
         "nvcc": ["nvcc", "--version"],
+        "cmake": ["cmake", "--version"],
         "sanitizer": ["compute-sanitizer", "--version"],
     }.items():
-        code, text = run(command, 20)
-        found[tool] = text.strip().splitlines()[-1] if code == 0 and text.strip() else "missing"
-    for package in ("triton", "fbgemm_gpu", "torchrec"):
+        code, text = command(arguments, timeout=20)
+        lines = text.strip().splitlines()
+        found[tool] = lines[0 if tool == "cmake" else -1] if code == 0 and lines else "missing"
+    for package in ("triton", "fbgemm_gpu", "torchrec", "pytest", "hypothesis", "xdist"):
         found[package] = "present" if importlib.util.find_spec(package) else "missing"
-    if torch.cuda.is_available():
+    if setting.dry:
+        found["card"] = "none: a dry run"
+    elif not torch.cuda.is_available():
+        save(found)
+        raise RuntimeError("no CUDA GPU is visible to PyTorch here")
+    else:
         properties = torch.cuda.get_device_properties(0)
         found["card"] = properties.name
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["multiprocessors"] = properties.multi_processor_count
         found["l2_bytes"] = getattr(properties, "L2_cache_size", 0)
         found["memory_bytes"] = properties.total_memory
+        found["state"] = device.state()
+    save(found)
+
+
+def native_status() -> str:
+    """What a fresh process says of CUDA in the built module, and for which architectures."""
+    check = (
+        "import amtl_kernels as a; n = a.build_info()['native'];"
+        "print(n.get('cuda', n), 'for', n.get('cuda_architectures'))"
+    )
+    code, text = command([sys.executable, "-c", check], cwd=ROOT, timeout=60)
+    return text.strip().splitlines()[-1] if code == 0 and text.strip() else "off: no module"
+
+
+def covers(architectures: str, capability: str) -> bool:
+    """Whether code for ``80-real 90-virtual`` and the like runs on a card of ``90``."""
+    card = int(capability)
+    for each in architectures.split():
+        number, _, kind = each.partition("-")
+        if not number.isdigit():
+            continue
+        built = int(number)
+        same_major = built // 10 == card // 10 and built <= card
+        if (kind != "virtual" and same_major) or (kind != "real" and built <= card):
+            return True
+    return False
+
+
+def build(setting: Setting, save: Save) -> None:
+    """Takes the module that is there, if its code runs on this card; else builds with CMake alone.
+
+    The unmasked kernel of ``bench/peer`` is built beside it, or named as missing.
+    """
+    if setting.dry:
+        setting.backend("cuda")
+        save({"ran": "the host simulator, built before"})
+        return
+    import torch
+
+    from bench.contenders.peer import MODULE
+
+    card = "".join(str(part) for part in torch.cuda.get_device_capability(0))
+    folder = ROOT / "build" / f"gpu-{card}"
+    jobs = str(len(os.sched_getaffinity(0)))
+    configure = [
+        *("cmake", "-S", str(ROOT), "-B", str(folder)),
+        *(["-GNinja"] if shutil.which("ninja") else []),
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DAMTL_CUDA=on",
+        "-DAMTL_TOOLS=OFF",
+        f"-DAMTL_CUDA_ARCHITECTURES={card}-real",
+    ]
+
+    def make(*targets: str) -> str:
+        """The end of the output if something failed, else nothing."""
+        every = [f"--target={target}" for target in targets]
+        for step in (configure, ["cmake", "--build", str(folder), "--parallel", jobs, *every]):
+            code, text = command(step)
+            if code:
+                return f"{' '.join(step[:3])} ended with {code}\n{text[-3000:]}"
+        return ""
+
+    status, started = native_status(), time.monotonic()
+    found: dict[str, Any] = {"ran": "prebuilt", "module": status}
+    if not (status.startswith("on") and covers(status.rpartition(" for ")[2], card)):
+        found = {"ran": "CMake", "before": status}
+        save(found)
+        wrong = make("_C")
+        if wrong:
+            raise RuntimeError(wrong)
+        found |= {"module": native_status(), "seconds": round(time.monotonic() - started, 1)}
+    save(found)
+    if not found["module"].startswith("on"):
+        raise RuntimeError(f"the module that was built says: {found['module']}")
+    if not MODULE.exists():
+        save({**found, "peer": make("tbe").splitlines()[:1] or "built"})
+
+
+def smoke(setting: Setting, save: Save, *, backend: str) -> None:
+    """Every kernel once, against the reference."""
+    from bench import gpu_smoke
+
+    setting.backend(backend)
+    found: dict[str, str] = {}
+
+    def note(name: str, what: str) -> None:
+        found[name] = what
+        save({"calls": found})
+
+    gpu_smoke.run(setting.device, note, simulated=setting.dry, check=True)
+    if setting.dry and backend == "cuda":
+        import amtl_kernels._tools as tools
+
+        save({"calls": found, "kernels": sorted(tools.launch_counts())})
+    wrong = [f"{name}: {what}" for name, what in found.items() if what != "ok"]
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+    print(f"{len(found)} calls are right")
+
+
+def tests(
+    setting: Setting, save: Save, *, folders: Sequence[str], backend: str, rehearsed: Sequence[str]
+) -> None:
+    """Tests of some folders on one backend; in a rehearsal, those few of ``rehearsed``."""
+    for package in ("pytest", "hypothesis"):
+        if importlib.util.find_spec(package) is None:
+            raise LeftOutError(f"{package} is not installed")
+    os.environ["OMP_NUM_THREADS"] = "2"
+    os.environ["AMTL_TEST_EXAMPLES"] = "5" if backend == "triton" else "40"
+    os.environ["AMTL_TRITON_AUTOTUNE"] = "0"
+    name = {"cuda": "hostsim", "triton": "triton"}[backend] if setting.dry else backend
+    os.environ["AMTL_TEST_BACKENDS"] = name
+    if setting.dry and backend == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"
+    os.chdir(ROOT)
+    arguments = ["-q", "-p", "no:cacheprovider"]
+    if setting.dry:
+        arguments += rehearsed
+    else:
+        arguments += ["-m", "gpu", *folders]
+        if importlib.util.find_spec("xdist") and len(os.sched_getaffinity(0)) >= 8:
+            arguments += ["-n", "6"]
+    import pytest
+
+    code = int(pytest.main(arguments))
+    save({"exit": code, "backend": name})
+    # 5: nothing was collected, which proves nothing.
+    if code:
+        raise RuntimeError(f"pytest ended with {code}")
+
+
+def _clocked(setting: Setting, seconds: float) -> tuple[Any, dict[str, Any]]:
+    """A runner for this place, and what it says of the place."""
+    from bench import device
+    from bench.plan import Budget
+    from bench.runner import Runner
+
+    if setting.dry:
+        budget = Budget(seconds, minimal_rounds=1, maximal_rounds=1, shortest_sample=0.0)
+        budget = dataclasses.replace(budget, warm_calls=1)
+        return Runner(budget=budget, copy_bandwidth={1: 1e9}, cache_bytes=1024), {}
+    runner, ceilings = device.runner(Budget(seconds, minimal_rounds=10, maximal_rounds=100))
+    return runner, {"copy_bandwidth": ceilings["cuda"]["copy"], "before": device.state()}
+
+
+def timings(
+    setting: Setting, save: Save, *, number: int, backend: str = "cuda", tuned: bool = False
+) -> None:
+    """One case of the suite ``gpu``, by everybody; on Triton by ours alone."""
+    import torch
+
+    from bench import device
+    from bench.suites import gpu_cases
+
+    os.environ["AMTL_TRITON_AUTOTUNE"] = str(int(tuned))
+    setting.backend(backend)
+    case = gpu_cases()[number]
+    if setting.dry:
+        small = {"rows": 60, "dim": 8, "bags": 4, "tables": min(case.tables, 2)}
+        small["bag_size"] = min(case.bag_size, 3)
+        case = dataclasses.replace(case, device="cpu", threads=1, **small)
+    names = case.contenders
+    if backend == "triton":
+        names = tuple(name for name in names if name.startswith("amtl"))
+    if setting.dry:
+        # The simulator and the interpreter are slow, and not what a rehearsal is about.
+        names = tuple(name for name in names if name in _REHEARSED[backend])
+    case = dataclasses.replace(case, contenders=names)
+    runner, found = _clocked(setting, 0.001 if setting.dry else 4.0)
+    result = runner.run(case)
+    for timing in result.timings.values():
+        timing.samples = [float(f"{value:.5g}") for value in timing.samples]
+        timing.facts["seconds"] = float(f"{timing.summary.median:.5g}")
+    if not setting.dry:
+        found["after"] = device.state()
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    save({**found, "case": case.name, "comparison": dataclasses.asdict(result)})
+    if not any(timing.ours for timing in result.timings.values()):
+        raise RuntimeError(f"nothing of ours was timed: {result.left_out}")
+    print(f"{len(result.timings)} timed")
+
+
+def training(setting: Setting, save: Save) -> None:
+    """One whole training step, captured into a CUDA graph and replayed."""
+    from bench import gpu_step
+
+    setting.backend("cuda")
+    save(gpu_step.measure(setting.device, simulated=setting.dry))
+
+
+def sanitizer(setting: Setting, save: Save, *, tool: str) -> None:
+    """compute-sanitizer's ``tool`` over the calls of the smoke stage."""
+    if setting.dry:
+        raise LeftOutError("a dry run: the simulator has watched the calls of the smoke stage")
+    if shutil.which("compute-sanitizer") is None:
+        raise LeftOutError("no compute-sanitizer on this machine")
+    # PyTorch's allocator would hide reads past an allocation inside of a larger block.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    calls = ["--tool", tool, "--error-exitcode", "3", sys.executable, "-m", "bench.gpu_smoke"]
+    code, text = command(["compute-sanitizer", *calls], cwd=ROOT, env=environment)
+    print(text[-3500:])
+    save({"exit": code, "ended": text.rstrip().endswith("done") or "\ndone\n" in text})
+    if code:
+        raise RuntimeError(f"compute-sanitizer {tool} ended with {code}")
+
+
+_REHEARSED = {
+    "cuda": ("tbe", "torch", "fbgemm", "amtl_search_fused", "amtl_tables_fused", "amtl_frozen"),
+    "triton": ("amtl_frozen_fused", "amtl_masked"),
+}
+_CUDA_REHEARSED = ("tests/kernels/test_errors.py", "-k", "hostsim and size_outside")
+_STREAMS_REHEARSED = ("tests/hostsim/test_streams.py", "-k", "captured_lookup or clamped_index")
+_TRITON_REHEARSED = ("tests/kernels/test_errors.py", "-k", "triton and empty_table")
+
+
+def all_stages(setting: Setting) -> list[Stage]:
+    """Everything, by worth."""
+    from bench.suites import gpu_cases
+
+    def stage(name: str, limit: float, work: Callable[..., None], **options: Any) -> Stage:
+        needs = options.pop("needs", "")
+        return Stage(name, limit, functools.partial(work, setting, **options), needs)
+
+    native = {"needs": "build"}
+    of_cuda = {"backend": "cuda", "needs": "build"}
+    found = [
+        stage("environment", 60, environment),
+        stage("build", 400, build, needs="environment"),
+        stage("smoke", 60, smoke, **of_cuda),
+        stage(
+            *("tests-streams", 120, tests),
+            **{**of_cuda, "folders": ["tests/cuda"], "rehearsed": _STREAMS_REHEARSED},
+        ),
+        stage(
+            *("tests-operators", 240, tests),
+            **{**of_cuda, "folders": ["tests/kernels"], "rehearsed": _CUDA_REHEARSED},
+        ),
+    ]
+    cases = gpu_cases()
+    # A rehearsal takes one of each kind.
+    numbers: Sequence[int] = (0, 3, 4, 8) if setting.dry else range(len(cases))
+    found += [stage(f"timings-{n:02}", 75, timings, number=n, **native) for n in numbers]
+    found.append(stage("training-step", 90, training, **native))
+    tools = ("memcheck", "synccheck")
+    found += [stage(f"sanitizer-{tool}", 150, sanitizer, tool=tool, **native) for tool in tools]
+    triton: dict[str, Any] = {"backend": "triton", "needs": "environment"}
+    folders = ["tests/kernels", "tests/triton"]
+    found.append(
+        stage("triton-tests", 400, tests, **triton, folders=folders, rehearsed=_TRITON_REHEARSED)
+    )
+    numbers = (0,) if setting.dry else (0, 2, 4)
+    found += [stage(f"triton-timings-{n:02}", 120, timings, number=n, **triton) for n in numbers]
+    found.append(stage("triton-autotune", 240, timings, number=3, tuned=True, **triton))
     return found
 
 
-def native_with_cuda() -> bool:
-    """Whether a fresh process finds CUDA kernels in the built module."""
-    check = "import amtl_kernels as a; n = a.build_info()['native']; print(n.get('cuda', n))"
-    code, text = run([sys.executable, "-c", check], 60)
-    return code == 0 and text.strip().splitlines()[-1].startswith("on")
+# --- Report --------------------------------------------------------------------------------------
 
 
-def build(capability: str, seconds: float) -> tuple[str, str]:
-    """Builds for this card, unless a module with CUDA kernels is there already."""
-    if native_with_cuda():
-        return "ok", "a module with CUDA kernels was there"
-    if shutil.which("nvcc") is None:
-        return "failed", "no nvcc, and no built module with CUDA kernels to use"
-    environment = {
-        **os.environ,
-        "AMTL_CUDA": "on",
-        "AMTL_TOOLS": "off",
-        "MAX_JOBS": str(os.cpu_count() or 2),
-        "CMAKE_ARGS": f"-DAMTL_CUDA_ARCHITECTURES={capability.replace('.', '')}-real",
-    }
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    code, text = run(command, seconds, env=environment)
-    if code or not native_with_cuda():
-        return "failed", f"exit {code}\n{text[-1500:]}"
-    return "ok", "built here"
-
-
-def gpu_tests(folders: list[str], backends: str, seconds: float) -> tuple[str, str]:
-    """The tests marked ``gpu`` in some folders, on some backends."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist") and len(os.sched_getaffinity(0)) >= 8:
-        command += ["-n", "6"]
-    environment = {**os.environ, "AMTL_TEST_BACKENDS": backends, "OMP_NUM_THREADS": "2"}
-    code, text = run([*command, *folders], seconds, env=environment)
-    last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-    # Exit code 5: nothing was collected, which proves nothing.
-    return ("ok" if code == 0 else "failed"), (
-        last if code == 0 else f"exit {code}\n{text[-2500:]}"
-    )
-
-
-SMALL_CASES = """
-import torch, amtl_kernels
-v = dict(n=500, d=17, l=2000, b=100)
-for dtype in (torch.float32, torch.bfloat16):
-    for d in (1, 17, 64, 160):
-        w = torch.randn(v["n"], d, device="cuda").to(dtype)
-        i = (torch.rand(v["l"], device="cuda") ** 4 * v["n"]).long().clamp(max=v["n"] - 1)
-        o = torch.arange(0, v["l"], v["l"] // v["b"], device="cuda")
-        k = torch.randint(1, d + 1, (v["n"],), device="cuda", dtype=torch.int32)
-        g = torch.randint(0, 9, (v["n"],), device="cuda", dtype=torch.int32)
-        s = torch.randint(1, d + 1, (9, 4), device="cuda", dtype=torch.int32)
-        p = torch.randn(v["l"], device="cuda").to(dtype)
-        grad = torch.randn(v["b"], d, device="cuda").to(dtype)
-        ops = torch.ops.amtl
-        rows = ([w], [1], [], [k], [], 0)
-        groups = ([w], [1], [], [s], [g], 5)
-        ops.lookup(*rows, [], i, None, None, 0, [-1], False, 1, True)
-        ops.lookup(*groups, [w], i, o, p, 0, [3], False, 1, True)
-        ops.lookup_backward(grad, *groups, i, o, p, 0, [3], False, True, True, True)
-        state = torch.zeros(v["n"], device="cuda")
-        ops.lookup_update_(
-            *groups, grad, i, o, None, 1, [3], False, True, False, False, [state], 2,
-            [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
-        # Adam, its steps counted in device memory; groups in order; weights rounded at random.
-        moments = [torch.zeros(v["n"], d, device="cuda") for _ in range(2)]
-        counter = torch.ones((), dtype=torch.int64, device="cuda")
-        ordered = ([w], [1], [], [s], [g.sort().values], 5)
-        ops.lookup_update_(
-            *ordered, grad, i, o, None, 0, [3], False, True, False, True, [*moments, counter], 3,
-            [0.1, 1e-8, 0.0, 0.9, 0.99, 1.0, 1.0])
-        found, grads, _, _ = ops.lookup_backward(
-            grad, *rows, i, o, None, 0, [-1], False, True, False, False)
-        ops.apply_([w], found, grads, moments, 3, [0.1, 1e-8, 0.0, 0.9, 0.99, 2.0])
-        half = max(1, d // 2)
-        blocks = [w[:200].contiguous(), w[200:, :half].contiguous()]
-        tiers = (blocks, [2], [d], [], [], 0)
-        ops.lookup(*tiers, [], i, o, p, 0, [-1], False, 1, True)
-        ops.lookup_backward(grad, *tiers, i, o, p, 0, [-1], False, True, False, True)
-        # Both tables in one call, of the same bags.
-        both = ([w, *blocks], [1, 2], [], [], [], 0)
-        twice = (torch.cat([i, i]), torch.cat([o, o + v["l"], o.new_tensor([2 * v["l"]])]))
-        pair = torch.cat([grad, grad], 1)
-        bags = (*twice, None, 0, [-1, -1], True)
-        ops.lookup(*both, [], *bags, 1, True)
-        ops.lookup_backward(pair, *both, *bags, True, False, False)
-torch.cuda.synchronize()
-print("done")
-"""
-
-
-def sanitizer(tool: str, seconds: float) -> tuple[str, str]:
-    """compute-sanitizer's ``tool`` over small cases of every operator."""
-    if shutil.which("compute-sanitizer") is None:
-        return "left out", "no compute-sanitizer on this machine"
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3"]
-    # PyTorch's allocator would hide reads past an allocation inside of a larger block.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    code, text = run([*command, sys.executable, "-c", SMALL_CASES], seconds, env=environment)
-    ok = code == 0 and "done" in text
-    return ("ok" if ok else "failed"), ("no findings" if ok else f"exit {code}\n{text[-2000:]}")
-
-
-def timings(report: Report, seconds: float) -> tuple[str, str]:
-    """Every case in a process of its own until the time is up; what is left out is named."""
-    deadline = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
-        for number, plan in enumerate(PLANS):
-            left = deadline - time.monotonic()
-            if left < 15:
-                report.left_out[str(plan)] = "out of time"
-                continue
-            part = Path(folder) / f"{number}.json"
-            command = [sys.executable, "-m", "bench.gpu_timings", str(number), "--part", str(part)]
-            # Cases that hang must not eat the time of the rest.
-            limit = min(left, 90.0 if number == 0 else 60.0)
-            code, text = run([*command, "--seconds", str(limit - 10)], limit)
-            adopt(report, part)
-            if code:
-                why = text.strip().splitlines()[-1] if text.strip() else ""
-                report.left_out[f"amtl, the rest of {plan}"] = f"exit {code}: {why}"
-    failed = [
-        what
-        for what, why in report.left_out.items()
-        if what.startswith("amtl") and why != "out of time"
-    ]
-    if not any(row.who == "amtl CUDA" for row in report.rows):
-        failed.append("nothing of ours was timed")
-    return ("failed" if failed else "ok"), "; ".join(failed)
-
-
-def adopt(report: Report, part: Path) -> None:
-    """Takes over what the process of a case has written."""
-    if not part.exists():
-        return
-    values = json.loads(part.read_text())
-    report.rows += [Row(**row) for row in values["rows"]]
-    report.left_out |= values["left_out"]
-    report.copy_bandwidth = max(report.copy_bandwidth, values["copy_bandwidth"])
-
-
-GOALS = {
-    "gather": "≥ 85 %",
-    "pooled": "≥ 75 %",
-    "search step": "≥ 50 % (backward with optimizer), no slower than unmasked FBGEMM",
-    "frozen step": "≥ 1.5 × unmasked FBGEMM",
-}
-
-
-def markdown(report: Report) -> str:
-    """The report to be read."""
-    e = report.environment
+def markdown(found: Sequence[Result]) -> str:
+    """All results, to be read."""
+    told = next((each.data for each in found if each.name == "environment"), {})
     lines = [
-        f"# GPU report: {e.get('card', 'no GPU')}",
+        f"# GPU report: {told.get('card', 'no GPU')}",
         "",
-        f"torch {e.get('torch')}, Python {e.get('python')}, driver {e.get('driver')}, "
-        f"triton {e.get('triton')}, fbgemm_gpu {e.get('fbgemm_gpu')}",
+        f"torch {told.get('torch')}, Python {told.get('python')}, driver {told.get('driver')}, "
+        f"triton {told.get('triton')}, fbgemm_gpu {told.get('fbgemm_gpu')}",
         "",
         "| stage | outcome | seconds | |",
         "|---|---|---|---|",
     ]
-    for stage in report.stages:
-        detail = stage.detail.splitlines()[0][:120] if stage.detail else ""
-        lines.append(f"| {stage.name} | {stage.outcome} | {stage.seconds:.0f} | {detail} |")
-    if report.rows:
-        lines += ["", f"Copy: {report.copy_bandwidth / 1e12:.2f} TB/s. Caches cold, medians.", ""]
-        for case in dict.fromkeys(row.case for row in report.rows):
-            lines += [f"## {case}", "", "| work | who | µs | of copy rate |", "|---|---|---|---|"]
-            for row in sorted(
-                (r for r in report.rows if r.case == case), key=lambda r: (r.work, r.seconds)
-            ):
-                lines.append(
-                    f"| {row.work} | {row.who} | {row.seconds * 1e6:.1f} | {row.share:.0%} |"
-                )
-            lines.append("")
-        lines.append("Goals: " + "; ".join(f"{work} {goal}" for work, goal in GOALS.items()) + ".")
-    if report.left_out:
-        lines += ["", "Left out:", ""]
-        lines += [f"- {what}: {why.splitlines()[0]}" for what, why in report.left_out.items()]
-    failed = [stage for stage in report.stages if stage.outcome == "failed"]
-    for stage in failed:
-        lines += ["", f"## Failed: {stage.name}", "", "```", stage.detail[-2000:], "```"]
+    for each in found:
+        detail = each.detail.strip().splitlines()[-1][:120] if each.detail.strip() else ""
+        ran = f"{each.data['ran']}; " if "ran" in each.data else ""
+        cells = [each.name, each.outcome, f"{each.seconds:.0f}", ran + detail.replace("|", "\\|")]
+        lines.append(f"| {' | '.join(cells)} |")
+    for each in found:
+        comparison = each.data.get("comparison")
+        if comparison is None:
+            continue
+        copy = each.data.get("copy_bandwidth", 0.0)
+        lines += ["", f"## {each.name}: {each.data['case']}", ""]
+        if copy:
+            lines += [f"Copy: {copy / 1e12:.2f} TB/s; {each.data.get('before')}.", ""]
+        lines += ["| who | µs | of copy rate, per lookup | behind the L2 |", "|---|---|---|---|"]
+        timed = comparison["timings"].values()
+        for timing in sorted(timed, key=lambda timing: timing["facts"]["seconds"]):
+            seconds = timing["facts"]["seconds"]
+            floor = timing["share"] * timing["facts"]["floor_bytes"] / timing["useful_bytes"]
+            cells = [
+                timing["title"],
+                f"{seconds * 1e6:.1f}",
+                f"{timing['share']:.0%}",
+                f"{floor:.0%}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        for name, why in comparison["left_out"].items():
+            lines.append(f"\nWithout {name}: {why.splitlines()[0]}")
+    for each in found:
+        if each.outcome in ("failed", "killed"):
+            lines += ["", f"## {each.outcome}: {each.name}", "", "```", each.detail[-2500:], "```"]
     return "\n".join(lines) + "\n"
 
 
-def write(report: Report, folder: Path) -> Path:
-    """Both files; returns the Markdown one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    card = str(report.environment.get("card", "none")).lower().replace(" ", "-")
-    text = folder / f"gpu-{card}.md"
-    text.with_suffix(".json").write_text(json.dumps(asdict(report), indent=1) + "\n")
-    text.write_text(markdown(report))
-    return text
+def report(folder: Path, every: Sequence[Stage]) -> list[Result]:
+    """Writes ``report.md`` of what lies in a folder; the results."""
+    found = [stages.read(stages.path_of(folder, every, stage)) for stage in every]
+    results = [result for result in found if result is not None]
+    (folder / "report.md").write_text(markdown(results))
+    return results
 
 
-class Clock:
-    """Shares out the time of the whole run."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds - 10
-
-    def limit(self, share: float, reserve: float) -> float:
-        """Seconds for a stage: ``share``, less where the stages after it need ``reserve``."""
-        return max(15.0, min(share, self.end - time.monotonic() - reserve))
+# --- Command line --------------------------------------------------------------------------------
 
 
-def stages(report: Report, clock: Clock) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
-    """Everything after the build, the cheapest and most telling first."""
-    checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
-        (
-            "tests: determinism, streams, graphs",
-            lambda: gpu_tests(["tests/cuda"], "cuda", clock.limit(90, 330)),
-        ),
-        (
-            "tests: CUDA operators",
-            lambda: gpu_tests(["tests/kernels"], "cuda", clock.limit(120, 270)),
-        ),
-    ]
+def _spoiled(every: list[Stage], spoils: Sequence[str]) -> list[Stage]:
+    """Stages that fail, crash or, for a second, hang instead of working, as tests ask."""
 
-    def checked(tool: str, reserve: float) -> Callable[[], tuple[str, str]]:
-        return lambda: sanitizer(tool, clock.limit(75, reserve))
+    def fail(save: Save) -> None:
+        save({"so far": 1})
+        raise RuntimeError("spoiled")
 
-    for tool, reserve in (("memcheck", 240.0), ("racecheck", 210.0), ("initcheck", 180.0)):
-        checks.append((f"compute-sanitizer {tool}", checked(tool, reserve)))
-    if importlib.util.find_spec("triton"):
-        folders = ["tests/kernels", "tests/triton"]
-        checks.append(
-            (
-                "tests: Triton operators",
-                lambda: gpu_tests(folders, "triton", clock.limit(120, 140)),
-            )
-        )
-    checks.append(("timings", lambda: timings(report, clock.limit(BUDGET, 0))))
-    return checks
+    def crash(save: Save) -> None:
+        os.abort()
+
+    def hang(save: Save) -> None:
+        save({"so far": 1})
+        subprocess.run(["sleep", "600"], check=False)
+
+    ways = {"fail": fail, "crash": crash, "hang": hang}
+    for each in spoils:
+        name, _, way = each.partition("=")
+        changes: dict[str, Any] = {"work": ways[way]} | ({"limit": 1.0} if way == "hang" else {})
+        every = [dataclasses.replace(s, **changes) if s.name == name else s for s in every]
+    return every
 
 
-def run_stage(report: Report, name: str, call: Callable[[], tuple[str, str]], out: Path) -> bool:
-    """Runs a stage and writes the report as it is then; a stage that breaks has failed."""
-    start = time.monotonic()
-    try:
-        outcome, detail = call()
-    except Exception as error:
-        outcome, detail = "failed", f"{type(error).__name__}: {error}"
-    seconds = time.monotonic() - start
-    report.stages.append(Stage(name, outcome, seconds, detail))
-    print(f"{name}: {outcome} ({seconds:.0f} s)", flush=True)
-    write(report, out)
-    return outcome != "failed"
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs stages; 0 if none failed, 3 where there is no GPU."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--dry-run", action="store_true", help="rehearse without a GPU")
+    parser.add_argument("--stages", default="", help="only these: beginnings of names, by commas")
+    parser.add_argument("--resume", action="store_true", help="leave what has ended ok as it is")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for this piece")
+    parser.add_argument("--list", action="store_true", help="only list the stages")
+    parser.add_argument("--spoil", action="append", default=[], help="NAME=fail|crash|hang; tests")
+    options = parser.parse_args(arguments)
+    # Forked with everything imported that every stage needs, and no GPU touched.
+    import torch
 
+    every = all_stages(Setting(options.dry_run, options.out.resolve()))
+    if options.list:
+        for stage in every:
+            print(f"{stage.limit:5.0f} s  {stage.name}")
+        return 0
+    every = _spoiled(every, options.spoil)
+    assert not torch.cuda.is_initialized(), "stages cannot be forked off a process with a GPU"
 
-def main() -> int:
-    """Runs the stages; 0 if none failed, 3 where there is no GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
-    parser.add_argument("--seconds", type=float, default=BUDGET, help="time for everything")
-    options = parser.parse_args()
-    clock = Clock(options.seconds)
-    report = Report(environment=environment())
-    if "card" not in report.environment:
-        print("No CUDA GPU is visible to PyTorch here; nothing was proved or measured.")
-        print(json.dumps(report.environment, indent=1))
-        return 3
-    capability = report.environment["capability"]
-    if run_stage(report, "build", lambda: build(capability, clock.limit(200, 300)), options.out):
-        for name, call in stages(report, clock):
-            run_stage(report, name, call, options.out)
-    print(write(report, options.out).read_text())
-    return int(any(s.outcome == "failed" for s in report.stages))
+    def notice(result: Result) -> None:
+        print(f"{result.name}: {result.outcome} ({result.seconds:.0f} s)", flush=True)
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    out = options.out.resolve()
+    late = stages.run_all(
+        every,
+        out,
+        wanted=[each for each in options.stages.split(",") if each],
+        resume=options.resume,
+        seconds=60 * options.minutes,
+        notice=notice,
+    )
+    results = report(out, every)
+    if late:
+        print(f"no time for {', '.join(late)}: the same command with --resume goes on")
+    print(f"{out / 'report.md'}")
+    first = results[0] if results else None
+    if first is not None and first.name == "environment" and first.outcome != "ok":
+        print(json.dumps(first.data, indent=1))
+        print("No CUDA GPU is visible to PyTorch here; --dry-run rehearses without one.")
+        return NO_GPU
+    return int(any(each.outcome in ("failed", "killed") for each in results))

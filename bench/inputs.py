@@ -55,6 +55,7 @@ class Case:
         baselines: Names of those the others are compared with.
         huge_pages: Whether tables lie on huge pages, everybody's.
         group: Heading that the case is shown under.
+        device: Where everything lies: ``"cpu"``, or ``"cuda"``, where ``threads`` say nothing.
         dense: Hidden widths of a network on top, trained with Adam: then a call is one training
             step of a whole model on ``bags`` samples. Empty for the tables alone.
     """
@@ -78,6 +79,7 @@ class Case:
     huge_pages: bool = False
     group: str = "operators"
     dense: tuple[int, ...] = ()
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
         if not self.pooled and self.bag_size != 1:
@@ -100,7 +102,8 @@ class Case:
         ids: str = self.distribution
         if ids == "zipf" and self.exponent != ZIPF_EXPONENT:
             ids = f"zipf{self.exponent:g}"
-        parts = [work, shape, bag, ids, f"k{self.row_mean:g}", f"t{self.threads}"]
+        parts = [work, shape, bag, ids, f"k{self.row_mean:g}"]
+        parts.append(f"t{self.threads}" if self.device == "cpu" else self.device)
         if not self.noise:
             parts.append("quiet")
         if self.huge_pages:
@@ -250,6 +253,11 @@ def noise_column(rows: NDArray[np.int64], seed: int, quantiles: int) -> NDArray[
     return ((x.astype(np.uint64) * np.uint64(quantiles)) >> np.uint64(32)).astype(np.int64)
 
 
+def noise_columns(rows: Tensor, seed: int, quantiles: int) -> Tensor:
+    """The same of a tensor, on its device."""
+    return torch.from_numpy(noise_column(rows.cpu().numpy(), seed, quantiles)).to(rows.device)
+
+
 @dataclass(frozen=True)
 class TierLayout:
     """Where the rows of a search table lie once it is frozen into tiers.
@@ -314,7 +322,8 @@ class Problem:
             return self.ids
         if not hasattr(self, "_global_ids"):
             per_table = case.bags * case.bag_size
-            start = torch.arange(case.tables).repeat_interleave(per_table) * self.rows_per_table
+            tables = torch.arange(case.tables, device=case.device)
+            start = tables.repeat_interleave(per_table) * self.rows_per_table
             self._global_ids = [ids + start for ids in self.ids]
         return self._global_ids
 
@@ -327,8 +336,8 @@ class Problem:
         """Kept sizes of rows of the concatenated tables, int64, with or without size noise."""
         if not noise or self.group_dims.dim() == 1:
             return self.row_dims[rows].long()
-        columns = noise_column(rows.numpy(), self.seed, self.group_dims.shape[1])
-        return self.group_dims[self.row_group[rows].long(), torch.from_numpy(columns)].long()
+        columns = noise_columns(rows, self.seed, self.group_dims.shape[1])
+        return self.group_dims[self.row_group[rows].long(), columns].long()
 
     def tiers(self, width: int) -> TierLayout:
         """Tiers whose widths are multiples of ``width``."""
@@ -358,8 +367,8 @@ class Problem:
             dims: Kept size of each lookup.
             mask_gradient: Whether the backward reads whole rows.
         """
-        _, first = np.unique(ids.numpy(), return_index=True)
-        sizes = dims.double().numpy()
+        _, first = np.unique(ids.cpu().numpy(), return_index=True)
+        sizes = dims.double().cpu().numpy()
         case = self.case
         return Traffic(
             lookups=ids.numel(),
@@ -379,11 +388,11 @@ def _tier_layout(row_dims: Tensor, width: int, dim: int) -> TierLayout:
     widths.clamp_(max=dim)
     if bool((widths[1:] <= widths[:-1]).all()):
         # Rows of one table are numbered by falling count; sorting 60M would take seconds and GB.
-        order = rank = torch.arange(widths.numel())
+        order = rank = torch.arange(widths.numel(), device=widths.device)
     else:
         order = torch.argsort(widths, descending=True, stable=True)
         rank = torch.empty_like(order)
-        rank[order] = torch.arange(order.numel())
+        rank[order] = torch.arange(order.numel(), device=widths.device)
     sizes, counts = torch.unique_consecutive(widths[order], return_counts=True)
     return TierLayout(order, rank, widths, counts.cumsum(0).tolist(), sizes.tolist())
 
@@ -395,7 +404,8 @@ def _tier_blocks(problem: Problem, layout: TierLayout) -> list[Tensor]:
         block = _empty(end - start, size, problem.case)
         for chunk in range(0, end - start, _FILL_ROWS):
             here = rows[chunk : chunk + _FILL_ROWS]
-            mask = torch.arange(size) < problem.row_dims[here].unsqueeze(1)
+            columns = torch.arange(size, device=here.device)
+            mask = columns < problem.row_dims[here].unsqueeze(1)
             block[chunk : chunk + _FILL_ROWS] = problem.weight[here, :size] * mask
         blocks.append(block)
         start = end
@@ -403,7 +413,7 @@ def _tier_blocks(problem: Problem, layout: TierLayout) -> list[Tensor]:
 
 
 def _empty(rows: int, width: int, case: Case) -> Tensor:
-    storage = torch.empty(rows, width, dtype=case.torch_dtype)
+    storage = torch.empty(rows, width, dtype=case.torch_dtype, device=case.device)
     if case.huge_pages:
         from amtl_kernels.memory import advise_huge_pages
 
@@ -420,7 +430,8 @@ def _to_huge_pages(values: Tensor) -> None:
 def _fill(weight: Tensor, generator: torch.Generator) -> None:
     """Random numbers, repeated every 65,536 rows: drawing 30M × 64 afresh takes minutes."""
     rows = min(weight.shape[0], _FILL_ROWS)
-    pattern = torch.randn(rows, weight.shape[1], generator=generator).mul_(0.1).to(weight.dtype)
+    pattern = torch.randn(rows, weight.shape[1], generator=generator, device="cpu").mul_(0.1)
+    pattern = pattern.to(weight)
     for start in range(0, weight.shape[0], rows):
         part = weight[start : start + rows]
         part.copy_(pattern[: part.shape[0]])
@@ -451,9 +462,9 @@ def _make_sizes(case: Case) -> _Sizes:
     group_dims = rule(quantiles=NOISE_QUANTILES).astype(small) if case.noise else quiet
     groups = [row_group + np.int32(starts.size * t) for t in range(case.tables)]
     return _Sizes(
-        torch.from_numpy(quiet[row_group]).repeat(case.tables),
-        torch.from_numpy(np.concatenate(groups)),
-        torch.from_numpy(np.concatenate([group_dims] * case.tables)),
+        torch.from_numpy(quiet[row_group]).repeat(case.tables).to(case.device),
+        torch.from_numpy(np.concatenate(groups)).to(case.device),
+        torch.from_numpy(np.concatenate([group_dims] * case.tables)).to(case.device),
     )
 
 
@@ -466,7 +477,7 @@ def _same(a: Case, b: Case, *fields: str) -> bool:
 
 def same_table(a: Case, b: Case) -> bool:
     """Whether both cases work on a table of the same shape, so that one can take the other's."""
-    return _same(a, b, "tables", "rows", "dim", "dtype", "huge_pages")
+    return _same(a, b, "tables", "rows", "dim", "dtype", "huge_pages", "device")
 
 
 def make_problem(
@@ -505,19 +516,19 @@ def make_problem(
             draw_ids(case.distribution, rows, lookups, numpy_generator, case.exponent)
             for _ in range(case.tables)
         ]
-        ids.append(torch.from_numpy(np.concatenate(parts)))
+        ids.append(torch.from_numpy(np.concatenate(parts)).to(case.device))
     grad = torch.randn(case.tables * case.bags, case.dim, generator=torch_generator)
     groups = sizes.group_dims.shape[0]
     return Problem(
         case=case,
         weight=weight,
         ids=ids,
-        offsets=torch.arange(0, case.tables * lookups + 1, case.bag_size),
-        grad=grad.to(case.torch_dtype),
+        offsets=torch.arange(0, case.tables * lookups + 1, case.bag_size, device=case.device),
+        grad=grad.to(case.device, case.torch_dtype),
         row_dims=sizes.row_dims,
         row_group=sizes.row_group,
         group_dims=sizes.group_dims,
-        group_mask=torch.rand(groups, case.dim, generator=torch_generator),
+        group_mask=torch.rand(groups, case.dim, generator=torch_generator).to(case.device),
         fill_seed=seed,
         layouts=layouts,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -17,7 +18,7 @@ from bench.inputs import Case, Problem, TraceUnavailableError, make_problem, sam
 from bench.oracle import MismatchError, compare, expected
 from bench.plan import Budget
 from bench.results import Comparison, Timing
-from bench.traffic import useful_bytes
+from bench.traffic import floor_bytes, useful_bytes
 
 Call = Callable[[int], object]
 Timer = Callable[[Callable[[], None]], float]
@@ -31,7 +32,7 @@ _BUDGET = Budget()
 
 
 def wall_clock(run: Callable[[], None]) -> float:
-    """Seconds of one run on the CPU. A GPU suite passes a timer over events instead."""
+    """Seconds of one run on the CPU."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -132,21 +133,23 @@ class Runner:
 
     Attributes:
         budget: Of each case.
-        copy_bandwidth: Measured copy bandwidth by threads, in bytes per second.
+        copy_bandwidth: Measured copy bandwidth by threads, or by ``"cuda"``, in bytes per second.
         attempts: How often a case is tried where the second core turns out to be busy.
         probe: Tells whether threads help at the moment; None trusts the machine.
         contenders: Who can take part.
-        timer: Measures a run in seconds.
-        available: Tells the bytes of memory that are free.
+        timer: Measures a run in seconds; of a case on a GPU, that GPU's clock.
+        available: Tells the bytes of memory that are free, on the GPU likewise.
+        cache_bytes: Of a GPU's L2; not 0: timings also carry the bytes that have to pass it.
     """
 
     budget: Budget = _BUDGET
-    copy_bandwidth: Mapping[int, float] = field(default_factory=dict)
+    copy_bandwidth: Mapping[int | str, float] = field(default_factory=dict)
     attempts: int = 3
     probe: machine.ThreadProbe | None = None
     contenders: Mapping[str, Contender] = field(default_factory=lambda: CONTENDERS)
     timer: Timer = wall_clock
     available: Callable[[], float] = machine.available_bytes
+    cache_bytes: int = 0
     _last: Problem | None = None
 
     def absent(self) -> dict[str, str]:
@@ -183,12 +186,14 @@ class Runner:
 
     def _run(self, case: Case, notice: Notice | None) -> Comparison:
         result = Comparison(case.as_dict(), {}, baselines=list(case.baselines))
+        on_cpu = case.device == "cpu"
         cores = len(binding.allowed_cpus())
-        if case.threads > cores:
+        if on_cpu and case.threads > cores:
             reason = f"the case is for {case.threads} threads, this machine has {cores} core(s)"
             result.left_out = dict.fromkeys(case.contenders, reason)
             return result
-        torch.set_num_threads(case.threads)
+        if on_cpu:
+            torch.set_num_threads(case.threads)
         chosen, result.left_out = self.choose(case)
         if not chosen:
             return result
@@ -201,17 +206,8 @@ class Runner:
         sessions: dict[str, Session] = {}
         for contender in chosen:
             name = contender.name
-            session = contender.prepare(problem)
-            # Compared before anything is timed; steps put back what they changed.
-            wanted = expected(problem, 0, contender.equations)
             try:
-                difference = compare(
-                    name,
-                    session.outcome(0),
-                    wanted,
-                    case.torch_dtype,
-                    tolerance=contender.tolerance,
-                )
+                sessions[name], difference = self._checked(contender, problem)
             except MismatchError as error:
                 if contender.ours:
                     raise
@@ -219,17 +215,23 @@ class Runner:
                 # It may have written where it should not.
                 problem.refill()
                 continue
-            sessions[name] = session
+            except Exception as error:
+                # A peer's trouble with a GPU costs nobody else the measurement.
+                if on_cpu or contender.ours:
+                    raise
+                result.left_out[name] = f"failed here: {type(error).__name__}: {error}"[:400]
+                continue
             result.timings[name] = self._timing(contender, problem, difference)
         calls: dict[str, Call] = {name: session.call for name, session in sessions.items()}
+        budget = self.budget if on_cpu else self.budget.cold()
         for _ in range(self.attempts):
-            before = self._speedup(case.threads)
+            before = self._speedup(case)
             samples = interleave(
-                calls, len(problem.ids), budget=self.budget, timer=self.timer, notice=notice
+                calls, len(problem.ids), budget=budget, timer=self.timer, notice=notice
             )
-            after = self._speedup(case.threads)
+            after = self._speedup(case)
             result.thread_speedup = [round(before, 2), round(after, 2)]
-            slow = case.threads > 1 and min(before, after) < MINIMAL_SPEEDUP
+            slow = on_cpu and case.threads > 1 and min(before, after) < MINIMAL_SPEEDUP
             result.rejected = (
                 f"{case.threads} threads were {min(before, after):.2f} times as fast as one: "
                 "other work was running"
@@ -242,21 +244,40 @@ class Runner:
         for name, values in samples.items():
             timing = result.timings[name]
             timing.samples = values
-            copy = self.copy_bandwidth.get(case.threads, 0.0)
+            copy = self.copy_bandwidth.get(case.threads if on_cpu else case.device, 0.0)
             if copy:
                 timing.share = timing.useful_bytes / timing.summary.median / copy
         return result
+
+    def _checked(self, contender: Contender, problem: Problem) -> tuple[Session, float]:
+        """A session whose result is right, and how far off that is.
+
+        Compared before anything is timed; steps put back what they changed.
+        """
+        case = problem.case
+        # What contenders and equations make themselves lies where everything does.
+        place = torch.device(case.device) if case.device != "cpu" else contextlib.nullcontext()
+        with place:
+            session = contender.prepare(problem)
+            wanted = expected(problem, 0, contender.equations)
+            outcome = session.outcome(0)
+            return session, compare(
+                contender.name, outcome, wanted, case.torch_dtype, tolerance=contender.tolerance
+            )
 
     def willing(self, case: Case) -> tuple[list[Contender], dict[str, str]]:
         """Those who are here and have an answer to a case; and why the others don't."""
         chosen, left_out = [], {}
         absent = self.absent()
         for name in case.contenders:
-            reason = absent.get(name) or self.contenders[name].refuses(case)
+            contender = self.contenders[name]
+            reason = absent.get(name) or contender.refuses(case)
+            if case.device not in contender.devices:
+                reason = "measured on a CPU only"
             if reason:
                 left_out[name] = reason
             else:
-                chosen.append(self.contenders[name])
+                chosen.append(contender)
         return chosen, left_out
 
     def choose(self, case: Case) -> tuple[list[Contender], dict[str, str]]:
@@ -277,10 +298,10 @@ class Runner:
         fitting = [one for one in chosen if one.name not in admission.left_out]
         return fitting, {**left_out, **admission.left_out}
 
-    def _speedup(self, threads: int) -> float:
-        if self.probe is None:
-            return float(threads)
-        return self.probe.speedup(threads)
+    def _speedup(self, case: Case) -> float:
+        if self.probe is None or case.device != "cpu":
+            return float(case.threads)
+        return self.probe.speedup(case.threads)
 
     def _timing(self, contender: Contender, problem: Problem, difference: float) -> Timing:
         case = problem.case
@@ -289,6 +310,11 @@ class Runner:
         masked = contender.equations.mask_gradient and case.work != "forward"
         traffic = problem.traffic(ids, dims, mask_gradient=masked)
         all_rows = problem.row_dims.double().mean().item() / case.dim
+        floor = {}
+        if self.cache_bytes:
+            rows = ids.cpu().numpy()
+            asked = (case.bag_size, self.cache_bytes, case.work, case.optimizer)
+            floor = {"floor_bytes": floor_bytes(traffic, rows, *asked)}
         return Timing(
             title=contender.title,
             ours=contender.ours,
@@ -297,6 +323,7 @@ class Runner:
             useful_bytes=useful_bytes(traffic, case.work, case.optimizer),
             error=float(f"{difference:.2g}"),
             facts={
+                **floor,
                 "distinct_rows": traffic.distinct,
                 "kept_over_lookups": round(traffic.lookup_mean / case.dim, 4),
                 "kept_over_distinct": round(traffic.distinct_mean / case.dim, 4),

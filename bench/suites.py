@@ -317,7 +317,49 @@ def _tiny() -> Suite:
     return Suite(cases, 0.02, [])
 
 
+def gpu_cases() -> list[Case]:
+    """What a GPU is asked, by worth: each is a stage of ``python -m bench gpu``."""
+    large: dict[str, object] = {"bags": 65_536, "device": "cuda", "group": "GPU"}
+    rows = 2_000_000
+    tables: dict[str, object] = {**large, "tables": 26, "dim": 16, "bags": 8192, "bag_size": 1}
+    tables["distribution"] = "zipf"
+    joined = replace(step_rowwise(100_000, **tables), contenders=_GPU_TABLES)
+    cases = [
+        *(step_rowwise(rows, distribution=ids, **large) for ids in ("zipf", "uniform")),
+        *(forward(rows, distribution=ids, **large) for ids in ("zipf", "uniform")),
+        joined,
+        replace(joined, tables=26, dim=64, bags=2048, bag_size=20),
+        step_rowwise(rows, **{**large, "bags": 1_000_000, "bag_size": 1}),
+        forward(rows, **{**large, "bags": 1_000_000, "bag_size": 1}),
+        forward(rows, **{**large, "bags": 1_000_000, "bag_size": 1, "pooled": False}),
+        step_rowwise(rows, distribution="zipf", dtype="float16", **large),
+        step_rowwise(rows, distribution="zipf", dtype="bfloat16", dim=128, **large),
+        step_rowwise(20_000_000, **large),
+        replace(step_sgd(rows, distribution="zipf", **large), optimizer="adam"),
+        backward(rows, distribution="zipf", **large),
+        step_eager(rows, distribution="zipf", **large),
+    ]
+    # Whoever runs on a CPU alone is told of in the CPU's suites.
+    return [
+        replace(
+            case,
+            contenders=tuple(name for name in case.contenders if name not in _CPU_ONLY),
+            baselines=(*case.baselines, "tbe"),
+        )
+        for case in (replace(each, contenders=("tbe", *each.contenders)) for each in cases)
+    ]
+
+
+_CPU_ONLY = ("amtl_layer", "fbgemm_nbit_fp32", "fbgemm_int8", "fbgemm_int4", "fbgemm_dense")
+_GPU_TABLES = ("fbgemm", "torchrec_fused", "amtl_tables_fused", *SEARCH_STEP, *FROZEN_STEP)
+
+
+def _gpu() -> Suite:
+    return Suite(gpu_cases(), 4.0, [])
+
+
 SUITES: dict[str, Callable[[], Suite]] = {
+    "gpu": _gpu,
     "quick": _quick,
     "goals": _goal_suite,
     "full": _full,
@@ -393,6 +435,15 @@ def _product_goals() -> Iterable[Goal]:
         yield Goal(text, work, optimizer, "", of, "torch_embeddings", limit, group="product")
 
 
+def _gpu_goals() -> Iterable[Goal]:
+    for peer, who in (("tbe", "a table-batched kernel of our own"), ("fbgemm", "FBGEMM")):
+        shared = ("step", "rowwise_adagrad", "")
+        text = f"on a GPU, against {who} without a mask: "
+        yield Goal(f"{text}search step", *shared, "amtl_search", peer, 1.0, group="GPU")
+        frozen = (*shared, "amtl_frozen", peer, 1 / 1.5, True)
+        yield Goal(f"{text}frozen step", *frozen, group="GPU")
+
+
 _STEP = "search step, row-wise Adagrad, against FBGEMM without a mask"
 _SGD = "search step, SGD, against FBGEMM without a mask"
 _BACKWARD = "forward + backward with mask gradient, against F.embedding_bag without a mask"
@@ -427,6 +478,7 @@ GOALS = (
          1 / 2.2, True),
     Goal(f"{_LOOKUP} FBGEMM", "forward", "none", "zipf", "amtl_frozen", "fbgemm", 1.0, True),
     *_product_goals(),
+    *_gpu_goals(),
 )  # fmt: skip
 PEAK_GOAL = 1.2
 

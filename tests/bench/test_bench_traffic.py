@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from bench.inputs import Case, make_problem
-from bench.traffic import Traffic, useful_bytes
+from bench.traffic import Traffic, floor_bytes, misses, useful_bytes
 
 TRAFFIC = Traffic(
     lookups=1000, distinct=400, outputs=50, dim=64, lookup_mean=32.0, distinct_mean=16.0
@@ -59,3 +60,30 @@ def test_traffic_of_a_problem_counts_what_is_there(noise: bool) -> None:
     assert traffic.distinct_mean == pytest.approx(sum(sizes.values()) / len(sizes))
     assert traffic.index == 8
     assert torch.unique(ids).numel() == traffic.distinct
+
+
+def test_a_cache_drops_the_oldest() -> None:
+    ids = np.array([1, 2, 1, 3, 2, 1, 1])
+    # 1 and 2 missed; 1 hit; 3 pushes 2 out, 2 pushes 1 out, 1 pushes 3 out; 1 hit.
+    assert misses(ids, 2) == 5
+    assert misses(ids, 3) == 3
+    assert misses(ids, 1) == 6
+
+
+def test_the_floor_lies_between_distinct_rows_and_every_lookup() -> None:
+    generator = np.random.default_rng(0)
+    ids = np.minimum(generator.zipf(1.3, 4_000), 500) - 1
+    distinct = np.unique(ids).size
+    traffic = Traffic(4_000, distinct, 200, 64, 30.0, 20.0, mask_gradient=True)
+    for work, optimizer in (("forward", "none"), ("backward", "none"), ("step", "adam")):
+        asked = (work, optimizer)
+        every = useful_bytes(traffic, *asked)  # type: ignore[arg-type]
+        sizes = (1, 1 << 12, 1 << 16, 1 << 30)
+        floors = [floor_bytes(traffic, ids, 20, size, *asked) for size in sizes]  # type: ignore[arg-type]
+        assert floors == sorted(floors, reverse=True) and floors[0] <= every
+        # Everything is read once, and the incoming gradient once a bag.
+        rows = 4 * distinct * 20.0 + 4 * 200 * 64 + 8 * 4_000
+        if work == "forward":
+            assert floors[-1] == rows
+        if work == "backward":
+            assert floors[-1] == rows + 4 * 200 * 64 + 4 * distinct * (64 + 20.0) + 8 * 4_000

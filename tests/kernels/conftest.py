@@ -16,7 +16,8 @@ Another room adds its own by a file ``tests/<room>/kernel_backend.py`` with
                  "late": False}]               # True: bad input is told of by a later call
 
 An empty list says that the backend cannot run on this machine. ``AMTL_TEST_BACKENDS=cpu,hostsim``
-runs only those named. The inputs come from ``kernel_cases.py``.
+runs only those named, ``AMTL_TEST_EXAMPLES=5`` at most so many examples. The inputs come from
+``kernel_cases.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,8 @@ def _chosen() -> list[Backend]:
         *_native(),
         *_from_other_rooms(),
     ]
+    most = int(os.environ.get("AMTL_TEST_EXAMPLES", "1000"))
+    every = [replace(backend, examples=min(backend.examples, most)) for backend in every]
     names = os.environ.get("AMTL_TEST_BACKENDS")
     if not names:
         return every

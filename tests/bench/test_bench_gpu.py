@@ -1,0 +1,230 @@
+"""The GPU command without a GPU: a rehearsal of every stage, and what a bad one costs: itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import device, gpu, stages
+
+ROOT = Path(__file__).resolve().parents[2]
+SPOILED = {"tests-operators": "fail", "timings-00": "crash", "timings-04": "hang"}
+
+
+def command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench", "gpu", "--out", str(out), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """By the stage's name, in the order of their files."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return {each["name"]: each for each in found}
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU is there: python -m bench gpu is the test"
+)
+def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(tmp_path: Path) -> None:
+    pytest.importorskip("amtl_kernels._tools", reason="build with AMTL_TOOLS=on")
+    pytest.importorskip("triton")
+    spoils = [f"--spoil={name}={way}" for name, way in SPOILED.items()]
+    done = command(tmp_path, "--dry-run", *spoils)
+    assert done.returncode == 1, done.stderr
+    found = results(tmp_path)
+    every = gpu.all_stages(gpu.Setting(True, tmp_path))
+    assert list(found) == [stage.name for stage in every]
+    bad = {"fail": "failed", "crash": "failed", "hang": "killed"}
+    wanted = {name: bad[way] for name, way in SPOILED.items()}
+    sanitizers = {"sanitizer-memcheck": "left out", "sanitizer-synccheck": "left out"}
+    wanted = {stage.name: "ok" for stage in every} | sanitizers | wanted
+    assert {name: each["outcome"] for name, each in found.items()} == wanted, done.stdout
+    # What they had saved is there however they ended; why, too.
+    assert found["tests-operators"]["data"] == found["timings-04"]["data"] == {"so far": 1}
+    assert "spoiled" in found["tests-operators"]["detail"]
+    assert "SIGABRT" in found["timings-00"]["detail"]
+    assert found["timings-04"]["seconds"] < 10
+    # The rehearsal of the kernels misses none.
+    sources = (ROOT / "csrc" / "kernels").glob("*.cuh")
+    kernels = {k for path in sources for k in re.findall(r"(\w+_kernel)\(", path.read_text())}
+    ran = " ".join(found["smoke"]["data"]["kernels"])
+    assert kernels and kernels <= set(re.findall(r"\w+_kernel", ran))
+    assert set(found["smoke"]["data"]["calls"].values()) == {"ok"}
+    timed = found["timings-03"]["data"]["comparison"]["timings"]
+    assert {"tbe", "torch", "amtl_frozen"} <= set(timed)
+    assert found["training-step"]["data"]["replay_seconds"] > 0
+    report = (tmp_path / "report.md").read_text()
+    assert "| timings-04 | killed |" in report and "## failed: tests-operators" in report
+
+    # Another piece of the run: what has ended well is left as it is.
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    again = command(tmp_path, "--dry-run", "--resume", "--stages", "smoke,timings-04,build")
+    assert again.stdout.startswith("timings-04: ok"), again.stdout
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    changed = {name for name in after if after[name] != before[name]}
+    assert {name.partition("-")[2] for name in changed} == {"timings-04.json"}
+
+
+def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = command(tmp_path)
+    assert done.returncode == gpu.NO_GPU and "--dry-run rehearses" in done.stdout
+    found = results(tmp_path)
+    assert found.pop("environment")["outcome"] == "failed"
+    assert {each["outcome"] for each in found.values()} == {"left out"}
+    assert found["build"]["detail"] == "environment: failed"
+    assert found["smoke"]["detail"] == "build: left out"
+
+
+STAGES = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from bench import stages
+from bench.stages import LeftOutError, Stage
+
+def grandchild(save):
+    process = subprocess.Popen(["sleep", "600"])
+    save({"pid": process.pid})
+    process.wait()
+
+def absent(save):
+    raise LeftOutError("no such thing here")
+
+every = [
+    Stage("fine", 30, lambda save: print("a\\nlast line")),
+    Stage("hangs", 0.5, grandchild),
+    Stage("absent", 30, absent),
+    Stage("after absent", 30, lambda save: None, needs="absent"),
+    Stage("long", 500, lambda save: None),
+    Stage("short", 30, lambda save: None),
+]
+late = stages.run_all(every, Path(sys.argv[1]), seconds=40)
+print(json.dumps(late))
+"""
+
+
+def test_time_boxes_and_what_stages_need(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", STAGES, str(tmp_path)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # There was no time for it; what comes after has its turn.
+    assert json.loads(done.stdout) == ["long"]
+    found = results(tmp_path)
+    assert list(found) == ["fine", "hangs", "absent", "after absent", "short"]
+    assert found["fine"]["detail"] == "last line"
+    assert found["hangs"]["outcome"] == "killed"
+    # Nothing that a stage has started outlives it.
+    with pytest.raises(ProcessLookupError):
+        os.kill(found["hangs"]["data"]["pid"], 0)
+    assert found["absent"]["detail"] == "no such thing here"
+    assert found["after absent"]["detail"] == "absent: left out"
+    assert stages.read(tmp_path / "none.json") is None
+
+
+@pytest.mark.parametrize(
+    ("architectures", "card", "runs"),
+    [
+        ("80-real 90-real", "90", True),
+        ("80-real", "86", True),
+        ("86-real", "80", False),
+        ("90-real", "100", False),
+        ("80-real 90-virtual", "100", True),
+        ("90-virtual", "80", False),
+        ("90", "90", True),
+        ("None", "90", False),
+    ],
+)
+def test_prebuilt_code_is_taken_where_it_runs(architectures: str, card: str, runs: bool) -> None:
+    assert gpu.covers(architectures, card) == runs
+
+
+@pytest.mark.parametrize("prebuilt", [True, False])
+@pytest.mark.parametrize("breaks", [True, False])
+def test_it_builds_with_cmake_alone_what_is_not_there(
+    prebuilt: bool, breaks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+    status = ["on: nvcc 13.0 for 80-real 90-real" if prebuilt else "off: no module"]
+
+    def run(arguments: list[str], **options: Any) -> tuple[int, str]:
+        asked.append(arguments)
+        if breaks:
+            return 2, "an error"
+        status[0] = "on: nvcc 13.0 for 90-real"
+        return 0, ""
+
+    monkeypatch.setattr(gpu, "command", run)
+    monkeypatch.setattr(gpu, "native_status", lambda: status[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("bench.contenders.peer.MODULE", tmp_path / "tbe.so")
+    saved: list[dict[str, Any]] = []
+    setting = gpu.Setting(False, tmp_path)
+    if breaks and not prebuilt:
+        with pytest.raises(RuntimeError, match=r"cmake -S .* ended with 2"):
+            gpu.build(setting, saved.append)
+        assert saved[-1]["ran"] == "CMake"
+        return
+    gpu.build(setting, saved.append)
+    assert saved[-1]["ran"] == ("prebuilt" if prebuilt else "CMake")
+    assert all(step[0] == "cmake" for step in asked)
+    targets = [each for step in asked for each in step if each.startswith("--target")]
+    assert targets == ([] if prebuilt else ["--target=_C"]) + ([] if breaks else ["--target=tbe"])
+    # A peer that does not build is named and costs nothing else.
+    assert ("ended with 2" in saved[-1]["peer"][0]) if breaks else saved[-1]["peer"] == "built"
+
+
+class Events:
+    """Stands in for ``torch.cuda``: notes what a clock asks of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def _sleep(self, cycles: int) -> None:
+        self.asked.append(cycles)
+
+    def Event(self, enable_timing: bool) -> Any:
+        asked = self.asked
+
+        class Event:
+            def record(self) -> None:
+                asked.append("record")
+
+            def synchronize(self) -> None:
+                asked.append("wait")
+
+            def elapsed_time(self, end: Any) -> float:
+                return 2.5
+
+        return Event()
+
+
+def test_the_clock_times_the_gpu_and_not_the_host() -> None:
+    cuda = Events()
+    clock = device.DeviceClock(1 << 20, cuda)
+
+    def slow_host() -> None:
+        cuda.asked.append("run")
+        torch.randn(300, 300) @ torch.randn(300, 300)
+        device.time.sleep(0.02)
+
+    assert clock(slow_host) == 2.5e-3
+    sleep, *rest = cuda.asked
+    assert rest == ["record", "run", "record", "wait"]
+    cuda.asked.clear()
+    clock(slow_host)
+    # The GPU waits for as long as the host takes to enqueue, and some more, at any clock.
+    assert cuda.asked[0] > sleep and cuda.asked[0] / 2e9 > 0.02
