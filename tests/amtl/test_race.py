@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from amtl.errors import UserError
 from amtl.run import comparison, methods, teaching
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
+from amtl.run.display import print_comparison
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
 from amtl.run.model import field_evidence
@@ -35,6 +37,7 @@ from amtl.run.race import (
 )
 from amtl.run.teaching import Teacher
 from amtl.run.training import Interrupted, prepare, start
+from rich.console import Console
 
 ROWS = 3000
 
@@ -454,6 +457,13 @@ def test_a_raced_run_can_be_loaded_and_says_what_it_chose(source, tmp_path, meth
     assert methods.stored_bytes(trained.model.table) == metrics["stored_bytes"]
     header, rows = comparison.table(metrics)
     assert [row[0] for row in rows] == [comparison.THIS, FULL, FLAT]
+    large = {**metrics, "raced": {**metrics["raced"], "full": None}}
+    large["compared"] = [{**metrics, "name": FULL + TAUGHT, "stored_bytes": 123_456_789_012}]
+    console = Console(width=80, file=io.StringIO())
+    print_comparison(console, large)
+    printed = console.file.getvalue()
+    assert "123,456,789,012" in printed and f"{metrics['test_logloss']:.4f}" in printed
+    assert "…" not in printed
     assert all(len(row) == len(header) for row in rows)
 
 

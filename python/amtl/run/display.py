@@ -37,9 +37,9 @@ def print_comparison(console: Console, metrics: dict[str, Any]) -> None:
 
 
 def _table(header: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     for i, name in enumerate(header):
-        # In two lines, for all columns to fit into 80 characters.
-        title = name.replace(", ", ",\n").replace("log loss", "log\nloss")
-        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
+        # In two lines, and names in two where need be, for all numbers to fit into 80 characters.
+        title = name.replace(", ", "\n").replace("log loss", "log\nloss")
+        table.add_column(title, justify="right" if i else "left", no_wrap=i > 0)
     return table

@@ -57,7 +57,7 @@ class Silent:
 class Bars:
     """A progress bar with epochs, rate, time left, loss and validation AUC.
 
-    On a terminal one live bar per run; elsewhere one line per validation. Early stopping usually
+    On a terminal one live bar per run; elsewhere one line per run and per validation. Early stopping usually
     ends training long before its last step, so the time left is an upper bound.
     """
 
@@ -71,13 +71,15 @@ class Bars:
         self._val = "–"
 
     def begin(self, title: str, steps: int, done_steps: int) -> None:
-        """Opens the bar."""
+        """Opens the bar, in place of the last one."""
+        self.end()
         self._title = title
         self._val = "–"
         self._loss = 0.0
         self._samples, self._busy = 0, 0.0
         self._last = time.perf_counter()
         if not self._console.is_terminal:
+            self._console.print(f"  {title} ...", style="dim", highlight=False, soft_wrap=True)
             return
         self._progress = Progress(
             SpinnerColumn(),
