@@ -30,9 +30,9 @@ from amtl.paper.statistics import paired
 from amtl.run import methods
 from amtl.run.comparison import scored, train_with_teacher
 from amtl.run.config import TrainConfig
+from amtl.run.contest import dropouts
 from amtl.run.learner import Learner, Task
 from amtl.run.progress import Silent
-from amtl.run.race import dropouts
 from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
 

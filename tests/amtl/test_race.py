@@ -16,25 +16,12 @@ from amtl.errors import UserError
 from amtl.run import comparison, methods, teaching
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
+from amtl.run.contest import DROPOUT, LESS, SHARES, race_bytes, race_law, race_taught
 from amtl.run.display import print_comparison
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
 from amtl.run.model import field_evidence
-from amtl.run.race import (
-    CAPACITY_BITS,
-    DROPOUT,
-    FLAT,
-    FULL,
-    LESS,
-    SHARES,
-    candidates,
-    field_weights,
-    is_open,
-    race,
-    race_bytes,
-    race_law,
-    race_taught,
-)
+from amtl.run.race import CAPACITY_BITS, FLAT, FULL, candidates, field_weights, is_open, race
 from amtl.run.teaching import Teacher
 from amtl.run.training import Interrupted, prepare, start
 from rich.console import Console
@@ -527,7 +514,9 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
         "raced": None,
         "compared": [{**full, "name": FLAT, "dim": 3, "val_auc": 0.99, "val_logloss": 0.1}],
     }
-    assert "--method fixed --dim 3" in comparison.verdict(fake)
+    assert "--method fixed --dim 3, or" in comparison.verdict(fake)
+    fake["compared"][0] |= {"name": FLAT + TAUGHT, "distillation": 0.8}
+    assert "--method fixed --dim 3 --distillation 0.8, or" in comparison.verdict(fake)
     fake["compared"][0] |= {"val_auc": 0.1, "val_logloss": 1.0}
     assert comparison.verdict(fake) is None
 
@@ -570,9 +559,52 @@ def test_no_teacher_where_none_is_wanted(source):
     assert metrics["config"]["embedding_dropout"] is None
     given = start(settings(distillation=0.3, epochs=2), source=source).run()
     assert [row["name"] for row in given["raced"]["taught"]] == ["30% of the labels a teacher's"]
-    for changes in ({"race": False}, {"method": "fixed"}, {"table_options": {"capacity_bits": 2}}):
-        with pytest.raises(UserError, match="--distillation needs a race"):
-            start(settings(distillation=0.3, **changes), source=source).run()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"race": False},
+        {"method": "fixed", "dim": 2, "budget": 1.0},
+        {"method": "fixed", "dim": 16, "budget": 1.0, "embedding_dropout": 0.1},
+        {"method": "rule", "table_options": {"capacity_bits": 2}},
+    ],
+    ids=["no race", "narrow", "full", "settled"],
+)
+def test_a_given_share_is_taught_without_a_race(source, tmp_path, changes, monkeypatch):
+    made = []
+    create = Learner.__init__
+
+    def counted(self, config, *args, **kwargs):
+        made.append((config.method, config.dim, config.embedding_dropout, config.distillation))
+        create(self, config, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "__init__", counted)
+    config = settings(distillation=0.5, epochs=3, **changes)
+    trainer = start(config, tmp_path, source=source)
+    metrics = trainer.run()
+    kind, dim, share = config.method, config.dim, config.embedding_dropout
+    full = [("fixed", 16, s, None) for s in ((None, DROPOUT) if share is None else (share,))]
+    if (kind, dim) == ("fixed", 16):
+        full = []  # The model is one itself.
+    pupil = (kind, dim, DROPOUT if share is None else share, 0.5)
+    assert made == [(kind, dim, share, 0.5), *full, pupil]
+    raced = metrics["raced"]
+    assert raced["full"]["name"] == FULL and raced["less"] is raced["more"] is raced["law"] is None
+    (row,) = raced["taught"]
+    if share is None:
+        assert metrics["config"]["embedding_dropout"] == (DROPOUT if row["chosen"] else None)
+    loaded = load_run(tmp_path)
+    assert methods.stored_bytes(loaded.model.table) == metrics["stored_bytes"]
+    # A finished run that is gone on with has nothing left to try.
+    made.clear()
+    again = start(None, tmp_path, resume=True, source=source).run()
+    assert again["test_auc"] == metrics["test_auc"] and len(made) == 1
+
+
+def test_a_method_that_trains_twice_takes_no_teacher(source):
+    with pytest.raises(UserError, match=r"--method pep .* takes no teacher"):
+        start(settings(method="pep", distillation=0.3), source=source).run()
 
 
 def test_a_teacher_is_the_mean_of_the_models_that_help(task, monkeypatch):

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from amtl.errors import UserError
 from amtl.peers import PEERS, DoesNotFit
+from amtl.run.contest import DROPOUT
 from amtl.run.methods import ALIASES
-from amtl.run.race import DROPOUT, flat_width
+from amtl.run.race import flat_width
 
 DIM = 16
 BUDGETS = (0.001, 0.005, 0.01, 0.03, 0.0625, 0.125, 0.25, 0.4, 1.0)

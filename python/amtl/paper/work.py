@@ -30,11 +30,12 @@ from amtl.paper.tuning import next_choice
 from amtl.peers import DoesNotFit, add_peer
 from amtl.run import methods
 from amtl.run.config import TrainConfig
+from amtl.run.contest import run_to_end
 from amtl.run.learner import Learner, Task
 from amtl.run.metrics import auc
 from amtl.run.model import predict
 from amtl.run.progress import Silent
-from amtl.run.race import is_open, run_to_end
+from amtl.run.race import is_open
 from amtl.run.searching import is_search, search
 from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare

@@ -10,11 +10,12 @@ from typing import Any
 
 from amtl.run import methods
 from amtl.run.config import TrainConfig
+from amtl.run.contest import dropouts, race_taught, run_to_end
 from amtl.run.learner import Learner
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer
-from amtl.run.race import CAPACITY_BITS, FLAT, FULL, dropouts, plain, race_taught, run_to_end
+from amtl.run.race import CAPACITY_BITS, FLAT, FULL, best_record, plain
 from amtl.run.teaching import Teacher
 
 THIS, TAUGHT = "this model", ", taught"
@@ -56,8 +57,8 @@ def train_baselines(
         step: takes one step of a learner.
 
     Returns:
-        Per table, and per table that is better for its teacher: `name`, `dim`, `stored_bytes`,
-        scores on validation and test, `best_epoch`.
+        Per table, and per table that is better for its teacher: `name`, `dim`, `distillation`,
+        `stored_bytes`, scores on validation and test, `best_epoch`.
     """
     raced = metrics["raced"] or {}
     share = raced.get("asked", {}).get("embedding_dropout", config.embedding_dropout)
@@ -101,7 +102,7 @@ def train_with_teacher(
     for settings in dropouts(entry):
         learner = make(settings)
         run_to_end(name, learner, observer, step)
-        if best is None or _score(learner) > _score(best):
+        if best is None or best_record(learner)["score"] > best_record(best)["score"]:
             best = learner
     assert best is not None
     teacher.add(best)
@@ -120,6 +121,7 @@ def scored(name: str, learner: Learner) -> dict[str, Any]:
     return {
         "name": name,
         "dim": learner.config.dim,
+        "distillation": learner.config.distillation,
         "stored_bytes": methods.stored_bytes(learner.table),
         "val_auc": record["val_auc"],
         "val_logloss": record["val_logloss"],
@@ -127,10 +129,6 @@ def scored(name: str, learner: Learner) -> dict[str, Any]:
         "test_logloss": log_loss(logits, test.labels),
         "best_epoch": record["epoch"],
     }
-
-
-def _score(learner: Learner) -> float:
-    return -math.inf if learner.best is None else float(learner.best["record"]["score"])
 
 
 def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -203,9 +201,12 @@ def verdict(metrics: Mapping[str, Any]) -> str | None:
     )
     if lead <= 0:
         return None
+    options = f"--method fixed --dim {narrow['dim']}"
+    if narrow["name"] != FLAT:
+        options += f" --distillation {narrow['distillation']:g}"
     return (
         f"a table of fixed width in the same bytes validates better, by {lead:.4f} in AUC minus "
-        f"log loss: use --method fixed --dim {narrow['dim']}, or another --budget"
+        f"log loss: use {options}, or another --budget"
     )
 
 

@@ -79,8 +79,8 @@ class TrainConfig:
         hidden: widths of the MLP.
         embedding_dropout: share of the embeddings' numbers zeroed in a training step; None:
             what validation prefers where there is a race, else none.
-        distillation: share of each training label that is a better model's prediction, which a
-            race supplies; None: what validation prefers where there is a race, else none.
+        distillation: share of each training label that is a better model's prediction; None: what
+            validation prefers where there is a race, else none.
         init_std: deviation of initial embedding weights.
         batch_size: samples per step.
         epochs: at most so many.

@@ -57,8 +57,8 @@ class Silent:
 class Bars:
     """A progress bar with epochs, rate, time left, loss and validation AUC.
 
-    On a terminal one live bar per run; elsewhere one line per run and per validation. Early stopping usually
-    ends training long before its last step, so the time left is an upper bound.
+    On a terminal one live bar per run; elsewhere one line per run and per validation. Early
+    stopping usually ends training long before its last step, so the time left is an upper bound.
     """
 
     def __init__(self, console: Console) -> None:

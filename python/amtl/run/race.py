@@ -31,32 +31,15 @@ _AUTO: list[tuple[int | None, float | None]] = [
 """What is tried for `--bits auto`: bits of a stored number, and what sizes depend on counts by."""
 
 _FOR_STEPS = 0.95
-_ALMOST_ALL = 0.9
+ALMOST_ALL = 0.9
 """Share of the numbers from which on a law of the count has nothing to decide."""
 
-_MIDDLE = 4.0
+MIDDLE = 4.0
 """Of `CAPACITY_BITS`: the law where none could be told better."""
-
-_NEAR = 0.01
-"""In AUC minus log loss: a model of fewer bytes that misses by less is no reason to stop there."""
 
 _FLAT_BITS = 1e4
 _LEAST_WEIGHT = 1e-3
 """Of the most telling field's weight; a field that helped nothing keeps so much."""
-
-LESS = 0.3
-"""Of the best model's bytes: tried too, because fewer numbers may overfit less."""
-
-DROPOUT = 0.1
-"""Share of the embeddings' numbers zeroed in training of a taught model: it gains by it, unlike a
-table of few numbers a row that learns from the labels alone."""
-
-SHARES = (0.5, 0.8)
-"""Of the labels, a teacher's: data of few or noisy clicks gain by the larger one."""
-
-_HOPELESS = 0.02
-"""So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up;
-from .012 behind a table of few numbers, which learns for longer, has gone on to win by .02."""
 
 FULL, FLAT = "full size", "fixed width"
 
@@ -107,9 +90,9 @@ def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[s
         menu = _AUTO if not _has_law(config) else [(8, None), (4, None), (2, None)]
     whole = set()
     for number_bits, capacity in menu:
-        if number_bits is not None and config.budget * 32 / number_bits > _ALMOST_ALL:
+        if number_bits is not None and config.budget * 32 / number_bits > ALMOST_ALL:
             whole.add(number_bits)
-            if capacity not in (None, _MIDDLE):
+            if capacity not in (None, MIDDLE):
                 continue
         options: dict[str, Any] = {} if number_bits is None else {"bits": number_bits}
         name = [] if number_bits is None else [f"int{number_bits}"]
@@ -147,13 +130,6 @@ def plain(config: TrainConfig) -> TrainConfig:
     """`config` for a table of full size and 32 bits, as it would be trained by itself."""
     options: dict[str, Any] = {"table_options": {}, "freeze_at": None, "distillation": None}
     return replace(config, method="fixed", bits="32", race=False, **options)
-
-
-def dropouts(config: TrainConfig) -> list[TrainConfig]:
-    """`config` without dropout and with it where it leaves that open, else as it is."""
-    if config.embedding_dropout is not None:
-        return [config]
-    return [config, replace(config, embedding_dropout=DROPOUT)]
 
 
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
@@ -224,173 +200,12 @@ def race(
         alive = alive[:left]
         for name in alive:
             _run(learners[name], epochs, step)
-        alive.sort(key=lambda name: -_best(learners[name])["score"])
+        alive.sort(key=lambda name: -best_record(learners[name])["score"])
     rows += [outcome(name, learners[name]) for name in reversed(alive)]
     rows[-1]["chosen"] = True
     table = rows[:1] + rows[:0:-1]
     sized = next((row["name"] for row in table if row["name"] not in (FULL, FLAT)), alive[0])
     return Raced(entries[alive[0]], learners[alive[0]], table, evidence, entries[sized])
-
-
-def race_bytes(
-    factor: float,
-    sized: TrainConfig,
-    winner: Learner,
-    used: float,
-    make: Callable[[TrainConfig], Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
-) -> tuple[Learner | None, dict[str, Any] | None]:
-    """Trains with fewer and fewer bytes, or more and more, the budget being a limit and no aim.
-
-    With fewer until that is twice in a row no better, or far from it: a step may only remove what
-    overfits. With more until it is no better, or the budget is reached.
-
-    Args:
-        factor: what the bytes are multiplied by from step to step.
-        sized: settings of the best candidate whose rows differ in width.
-        winner: the best model so far, trained to its end.
-        used: share of the full table's bytes that it stores.
-        make: a fresh learner of given settings.
-        observer: is told how it goes.
-        step: takes one step of a learner.
-
-    Returns:
-        The best model of other bytes that validates better, and its row with the winner's under
-        `rival`; the row of the first one tried if none does; nothing where no size fits.
-    """
-    rival, best, row = outcome("the best before", winner), None, None
-    share, missed = min(used, sized.budget), factor > 1
-    while factor < 1 or share < _ALMOST_ALL * sized.budget:
-        share = min(share * factor, sized.budget)
-        learner, _ = _try(make, replace(sized, budget=share))
-        if learner is None:
-            break
-        name = f"{100 * share:.2g}% of the bytes"
-        better, tried = contend(name, learner, best or winner, observer, step)
-        if row is None or better is not None:
-            row = {**tried, "rival": rival}
-        if better is None:
-            learner.release()
-            if missed or tried["score"] < _best(best or winner)["score"] - _NEAR:
-                break
-            missed = True
-            continue
-        if best is not None:
-            best.release()
-        best, missed = better, factor > 1
-    return best, row
-
-
-def race_taught(
-    winner: Learner,
-    make: Callable[[TrainConfig], Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
-) -> tuple[Learner | None, list[dict[str, Any]]]:
-    """Trains the winner's settings anew on labels that a teacher softens; see `contend`.
-
-    Args:
-        winner: the best model so far, trained to its end.
-        make: a fresh learner of given settings, which has the teacher's labels.
-        observer: is told how it goes.
-        step: takes one step of a learner.
-
-    Returns:
-        The best of them if it validates better, and their rows.
-    """
-    config, best, rows = winner.config, None, []
-    if config.embedding_dropout is None:
-        config = replace(config, embedding_dropout=DROPOUT)
-    shares = SHARES if config.distillation is None else (config.distillation,)
-    for share in shares:
-        learner = make(replace(config, distillation=share))
-        name = f"{share:.0%} of the labels a teacher's"
-        better, row = contend(name, learner, best or winner, observer, step)
-        rows.append(row)
-        if better is None:
-            learner.release()
-            continue
-        if best is not None:
-            best.release()
-            rows[0]["chosen"] = False
-        best = better
-    return best, rows
-
-
-def race_law(
-    sized: TrainConfig,
-    winner: Learner,
-    make: Callable[[TrainConfig], Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
-) -> tuple[Learner | None, dict[str, Any] | None]:
-    """Trains with the middle one of the laws where another has won; see `contend`.
-
-    One epoch, after which a race lets the worse half go, is little to tell laws apart by.
-
-    Args:
-        sized: the winner's settings with sizes of the best candidate whose rows differ in width.
-        winner: the best model so far, trained to its end.
-        make: a fresh learner of given settings.
-        observer: is told how it goes.
-        step: takes one step of a learner.
-
-    Returns:
-        The learner if it validates better, and its row; nothing where there is no other law.
-    """
-    options = sized.table_options
-    whole = sized.budget * 32 / options.get("bits", 32) > _ALMOST_ALL
-    if whole or options.get("capacity_bits") in (None, _MIDDLE):
-        return None, None
-    options = {**options, "capacity_bits": _MIDDLE}
-    learner, _ = _try(make, replace(sized, table_options=options))
-    if learner is None:
-        return None, None
-    return contend(f"sizes by {_MIDDLE:g} bits a number", learner, winner, observer, step)
-
-
-def contend(
-    name: str,
-    learner: Learner,
-    winner: Learner,
-    observer: Observer,
-    step: Callable[[Learner], None],
-) -> tuple[Learner | None, dict[str, Any]]:
-    """Trains a fresh learner to its end, or until it is hopelessly behind.
-
-    Args:
-        name: of the learner, in its row and the progress bar.
-        learner: fresh.
-        winner: the best model so far, trained to its end.
-        observer: is told how it goes.
-        step: takes one step of a learner.
-
-    Returns:
-        The learner if it validates better in AUC and in AUC minus log loss, and its row.
-    """
-    horizon = 2 * learner.steps_per_epoch
-    mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
-    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
-    while not learner.finished:
-        step(learner)
-        if learner.steps == horizon and _best(learner)["score"] < mark - _HOPELESS:
-            break
-    row, rival = outcome(name, learner), _best(winner)
-    row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
-    return (learner if row["chosen"] else None), row
-
-
-def run_to_end(
-    name: str, learner: Learner, observer: Observer, step: Callable[[Learner], None]
-) -> None:
-    """Trains a learner until it is finished, under a bar of its own."""
-    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
-    try:
-        while not learner.finished:
-            step(learner)
-    finally:
-        observer.end()
 
 
 def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:
@@ -404,7 +219,7 @@ def _made(
     """Fresh learners of those settings that fit the table and the budget, and the last refusal."""
     learners, refused = {}, None
     for name, entry in entries.items():
-        learner, error = _try(make, entry)
+        learner, error = attempt(make, entry)
         if learner is None:
             refused = error
         else:
@@ -412,9 +227,10 @@ def _made(
     return learners, refused
 
 
-def _try(
+def attempt(
     make: Callable[[TrainConfig], Learner], config: TrainConfig
 ) -> tuple[Learner | None, UserError | None]:
+    """A fresh learner, or why there is none."""
     try:
         return make(config), None
     except UserError as error:
@@ -431,7 +247,7 @@ def _rungs(count: int) -> list[int]:
 
 def outcome(name: str, learner: Learner) -> dict[str, Any]:
     """What a learner has come to, as a row of `Raced.table` that is not chosen."""
-    best = _best(learner)
+    best = best_record(learner)
     keys = ("score", "val_auc", "val_logloss", "stored_bytes")
     return {
         "name": name,
@@ -441,7 +257,8 @@ def outcome(name: str, learner: Learner) -> dict[str, Any]:
     }
 
 
-def _best(learner: Learner) -> dict[str, Any]:
+def best_record(learner: Learner) -> dict[str, Any]:
+    """The best validation of a learner; a score below all others where none was valid."""
     if learner.best is None:
         return {"score": -math.inf, "val_auc": None, "val_logloss": None, "stored_bytes": None}
     record: dict[str, Any] = learner.best["record"]

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,14 @@ from amtl.errors import UserError
 from amtl.run import folders, methods
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
+from amtl.run.contest import Contest
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
-from amtl.run.race import (
-    FULL,
-    LESS,
-    dropouts,
-    is_open,
-    outcome,
-    plain,
-    race,
-    race_bytes,
-    race_law,
-    race_taught,
-    run_to_end,
-)
+from amtl.run.race import is_open, race
 from amtl.run.searching import is_search, search
-from amtl.run.teaching import Teacher
 
 _RACED_LATER = ("embedding_dropout", "distillation")
 """Settings that models trained to their end decide."""
@@ -169,10 +156,10 @@ class Trainer:
             Interrupted: if `stop` asked for it.
         """
         if self._fresh:
-            if self.config.distillation and not is_open(self.config):
+            if self.config.distillation and is_search(self.learner.table):
                 raise UserError(
-                    "--distillation needs a race, whose models teach: leave out --no-race and what "
-                    "settles sizes beforehand, and use --method amtl or rule"
+                    f"--method {self.config.method} trains twice by itself and takes no teacher: "
+                    f"leave --distillation out"
                 )
             self._begin()
         if self.learner.steps == 0 and is_open(self.config):
@@ -190,8 +177,9 @@ class Trainer:
         finally:
             self.observer.end()
         # Without a valid AUC there is nothing to go on from, which the end then says.
-        if self.raced is not None and "less" not in self.raced and self.learner.best is not None:
-            self._race_on()
+        contends = self.raced is not None or self.config.distillation
+        if contends and "less" not in (self.raced or {}) and self.learner.best is not None:
+            self._contend()
         return self._finish()
 
     def _race(self) -> None:
@@ -225,64 +213,16 @@ class Trainer:
             self.observer.end()
         self.save()
 
-    def _race_on(self) -> None:
-        """Looks whether less of the budget does better, and labels that these models soften."""
-        raced, observer, racer = self.raced, self.observer, self._racer()
-        assert raced is not None
-        winner, options = self.learner, raced["sized"]
-        full: dict[str, Any] | None = None
-        law = more = None
-        taught: list[dict[str, Any]] = []
-
-        def prefer(better: Learner | None) -> Learner:
-            if better is None:
-                return winner
-            if winner is not self.learner:
-                winner.release()
-            return better
-
-        def race_sizes(factor: float, labels: Tensor | None = None) -> Any:
-            sized = replace(winner.config, table_options=options, budget=raced["budget"])
-            assert winner.best is not None
-            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
-            make = partial(self._make, taught=labels)
-            return race_bytes(factor, sized, winner, used, make, observer, racer)
-
+    def _contend(self) -> None:
+        """Holds the model against others that are trained to their end; the best one stays."""
+        contest = Contest(self.learner, self._make, self.observer, self._racer())
         try:
-            better, less = race_sizes(LESS)
-            winner = prefer(better)
-            if self.config.distillation != 0:
-                teacher = Teacher()
-                teacher.add(self.learner)
-                if winner is not self.learner:
-                    teacher.add(winner)
-                # One of them may overfit, and a teacher of several says more than any of them.
-                for entry in dropouts(plain(self.config)):
-                    table = self._make(entry)
-                    run_to_end(FULL, table, observer, racer)
-                    row = outcome(FULL, table)
-                    if full is None or row["score"] > full["score"]:
-                        full = row
-                    teacher.add(table)
-                    table.release()
-                make = partial(self._make, taught=teacher.labels())
-                better, taught = race_taught(winner, make, observer, racer)
-                winner = prefer(better)
-            if winner.config.distillation:
-                if "capacity_bits" not in raced["given"]:
-                    sized = replace(winner.config, table_options=options)
-                    better, law = race_law(sized, winner, make, observer, racer)
-                    if better is not None:
-                        winner, options = prefer(better), better.config.table_options
-                teacher.add(winner)
-                better, more = race_sizes(1 / LESS, teacher.labels())
-                winner = prefer(better)
+            contest.run(self.raced)
         finally:
-            observer.end()
-        found = {"less": less, "full": full, "taught": taught, "law": law, "more": more}
-        self.raced = {**raced, **found}
-        if winner is not self.learner:
-            self.config, self.learner, self._best_saved = winner.config, winner, -1
+            self.observer.end()
+        self.raced = {**(self.raced or {}), **contest.found}
+        if contest.winner is not self.learner:
+            self.config, self.learner, self._best_saved = contest.winner.config, contest.winner, -1
             self._begin()
         self.save()
 

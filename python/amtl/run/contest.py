@@ -1,0 +1,320 @@
+"""Models trained to their end against each other on validation: fewer bytes, a teacher, more bytes.
+
+What a race at the start cannot tell after an epoch or three. Every contender may take the winner's
+place; the labels that finished models soften are one of them (`amtl.run.teaching`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.learner import Learner
+from amtl.run.progress import Observer
+from amtl.run.race import ALMOST_ALL, FULL, MIDDLE, attempt, best_record, outcome, plain
+from amtl.run.teaching import Teacher
+
+_NEAR = 0.01
+"""In AUC minus log loss: a model of fewer bytes that misses by less is no reason to stop there."""
+
+LESS = 0.3
+"""Of the best model's bytes: tried too, because fewer numbers may overfit less."""
+
+DROPOUT = 0.1
+"""Share of the embeddings' numbers zeroed in training of a taught model: it gains by it, unlike a
+table of few numbers a row that learns from the labels alone."""
+
+SHARES = (0.5, 0.8)
+"""Of the labels, a teacher's: data of few or noisy clicks gain by the larger one."""
+
+_HOPELESS = 0.02
+"""So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up;
+from .012 behind a table of few numbers, which learns for longer, has gone on to win by .02."""
+
+
+class Contest:
+    """What follows when the first model of a run is trained to its end.
+
+    Args:
+        first: that model.
+        make: a fresh learner of given settings and, as `taught`, a teacher's labels.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Attributes:
+        winner: the model that validates best so far.
+        found: rows of what was tried, None or nothing where it was not: `less` and `more` bytes,
+            the `full` table, `taught`, another `law`.
+    """
+
+    def __init__(
+        self,
+        first: Learner,
+        make: Callable[..., Learner],
+        observer: Observer,
+        step: Callable[[Learner], None],
+    ) -> None:
+        self.first = self.winner = first
+        self.found: dict[str, Any] = {
+            "less": None,
+            "full": None,
+            "taught": [],
+            "law": None,
+            "more": None,
+        }
+        self._make, self._observer, self._step = make, observer, step
+
+    def run(self, raced: Mapping[str, Any] | None) -> None:
+        """Tries all that the settings leave open.
+
+        Args:
+            raced: of the race at the start, `sized` and `given` options of the table and the
+                `budget`; None where there was none, so that sizes are settled.
+        """
+        share = self.first.config.distillation
+        if raced is not None:
+            self._resize("less", LESS, raced["sized"], raced["budget"])
+        if share == 0 or (share is None and raced is None):
+            return
+        teacher = self._teacher()
+        labels = teacher.labels()
+        best, self.found["taught"] = race_taught(
+            self.winner, partial(self._make, taught=labels), self._observer, self._step
+        )
+        self._prefer(best)
+        if raced is None or not self.winner.config.distillation:
+            return
+        options = raced["sized"]
+        if "capacity_bits" not in raced["given"]:
+            sized = replace(self.winner.config, table_options=options)
+            make = partial(self._make, taught=labels)
+            best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
+            if best is not None:
+                options = best.config.table_options
+            self._prefer(best)
+        teacher.add(self.winner)
+        self._resize("more", 1 / LESS, options, raced["budget"], teacher.labels())
+
+    def _resize(
+        self,
+        name: str,
+        factor: float,
+        options: dict[str, Any],
+        budget: float,
+        labels: Tensor | None = None,
+    ) -> None:
+        winner = self.winner
+        sized = replace(winner.config, table_options=options, budget=budget)
+        assert winner.best is not None
+        used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
+        make = partial(self._make, taught=labels)
+        best, self.found[name] = race_bytes(
+            factor, sized, winner, used, make, self._observer, self._step
+        )
+        self._prefer(best)
+
+    def _teacher(self) -> Teacher:
+        """The models there are, and tables of full size trained to their end.
+
+        One of them may overfit, and a teacher of several says more than any of them. Of a fixed
+        table nobody knows how wide it could be: the default width, if that is more.
+        """
+        teacher, rows = Teacher(), []
+        teacher.add(self.first)
+        if self.winner is not self.first:
+            teacher.add(self.winner)
+        alone = replace(self.first.config, distillation=None, race=False)
+        wide = max(alone.dim, TrainConfig.dim)
+        for entry in dropouts(replace(plain(alone), dim=wide)):
+            if entry == alone:
+                rows.append(outcome(FULL, self.first))
+                continue
+            table = self._make(entry)
+            run_to_end(FULL, table, self._observer, self._step)
+            rows.append(outcome(FULL, table))
+            teacher.add(table)
+            table.release()
+        self.found["full"] = max(rows, key=lambda row: row["score"])
+        return teacher
+
+    def _prefer(self, better: Learner | None) -> None:
+        if better is None:
+            return
+        if self.winner is not self.first:
+            self.winner.release()
+        self.winner = better
+
+
+def dropouts(config: TrainConfig) -> list[TrainConfig]:
+    """`config` without dropout and with it where it leaves that open, else as it is."""
+    if config.embedding_dropout is not None:
+        return [config]
+    return [config, replace(config, embedding_dropout=DROPOUT)]
+
+
+def race_bytes(
+    factor: float,
+    sized: TrainConfig,
+    winner: Learner,
+    used: float,
+    make: Callable[[TrainConfig], Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any] | None]:
+    """Trains with fewer and fewer bytes, or more and more, the budget being a limit and no aim.
+
+    With fewer until that is twice in a row no better, or far from it: a step may only remove what
+    overfits. With more until it is no better, or the budget is reached.
+
+    Args:
+        factor: what the bytes are multiplied by from step to step.
+        sized: settings of the best candidate whose rows differ in width.
+        winner: the best model so far, trained to its end.
+        used: share of the full table's bytes that it stores.
+        make: a fresh learner of given settings.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The best model of other bytes that validates better, and its row with the winner's under
+        `rival`; the row of the first one tried if none does; nothing where no size fits.
+    """
+    rival, best, row = outcome("the best before", winner), None, None
+    share, missed = min(used, sized.budget), factor > 1
+    while factor < 1 or share < ALMOST_ALL * sized.budget:
+        share = min(share * factor, sized.budget)
+        learner, _ = attempt(make, replace(sized, budget=share))
+        if learner is None:
+            break
+        name = f"{100 * share:.2g}% of the bytes"
+        better, tried = contend(name, learner, best or winner, observer, step)
+        if row is None or better is not None:
+            row = {**tried, "rival": rival}
+        if better is None:
+            learner.release()
+            if missed or tried["score"] < best_record(best or winner)["score"] - _NEAR:
+                break
+            missed = True
+            continue
+        if best is not None:
+            best.release()
+        best, missed = better, factor > 1
+    return best, row
+
+
+def race_taught(
+    winner: Learner,
+    make: Callable[[TrainConfig], Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, list[dict[str, Any]]]:
+    """Trains the winner's settings anew on labels that a teacher softens; see `contend`.
+
+    Args:
+        winner: the best model so far, trained to its end.
+        make: a fresh learner of given settings, which has the teacher's labels.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The best of them if it validates better, and their rows.
+    """
+    config, best, rows = winner.config, None, []
+    if config.embedding_dropout is None:
+        config = replace(config, embedding_dropout=DROPOUT)
+    shares = SHARES if config.distillation is None else (config.distillation,)
+    for share in shares:
+        learner = make(replace(config, distillation=share))
+        name = f"{share:.0%} of the labels a teacher's"
+        better, row = contend(name, learner, best or winner, observer, step)
+        rows.append(row)
+        if better is None:
+            learner.release()
+            continue
+        if best is not None:
+            best.release()
+            rows[0]["chosen"] = False
+        best = better
+    return best, rows
+
+
+def race_law(
+    sized: TrainConfig,
+    winner: Learner,
+    make: Callable[[TrainConfig], Learner],
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any] | None]:
+    """Trains with the middle one of the laws where another has won; see `contend`.
+
+    One epoch, after which a race lets the worse half go, is little to tell laws apart by.
+
+    Args:
+        sized: the winner's settings with sizes of the best candidate whose rows differ in width.
+        winner: the best model so far, trained to its end.
+        make: a fresh learner of given settings.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The learner if it validates better, and its row; nothing where there is no other law.
+    """
+    options = sized.table_options
+    whole = sized.budget * 32 / options.get("bits", 32) > ALMOST_ALL
+    if whole or options.get("capacity_bits") in (None, MIDDLE):
+        return None, None
+    options = {**options, "capacity_bits": MIDDLE}
+    learner, _ = attempt(make, replace(sized, table_options=options))
+    if learner is None:
+        return None, None
+    return contend(f"sizes by {MIDDLE:g} bits a number", learner, winner, observer, step)
+
+
+def contend(
+    name: str,
+    learner: Learner,
+    winner: Learner,
+    observer: Observer,
+    step: Callable[[Learner], None],
+) -> tuple[Learner | None, dict[str, Any]]:
+    """Trains a fresh learner to its end, or until it is hopelessly behind.
+
+    Args:
+        name: of the learner, in its row and the progress bar.
+        learner: fresh.
+        winner: the best model so far, trained to its end.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+
+    Returns:
+        The learner if it validates better in AUC and in AUC minus log loss, and its row.
+    """
+    horizon = 2 * learner.steps_per_epoch
+    mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
+    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
+    while not learner.finished:
+        step(learner)
+        if learner.steps == horizon and best_record(learner)["score"] < mark - _HOPELESS:
+            break
+    row, rival = outcome(name, learner), best_record(winner)
+    row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
+    return (learner if row["chosen"] else None), row
+
+
+def run_to_end(
+    name: str, learner: Learner, observer: Observer, step: Callable[[Learner], None]
+) -> None:
+    """Trains a learner until it is finished, under a bar of its own."""
+    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
+    try:
+        while not learner.finished:
+            step(learner)
+    finally:
+        observer.end()
