@@ -394,8 +394,10 @@ def test_the_middle_law_is_tried_where_another_has_won():
     while not winner.finished:
         winner.step()
 
-    def tried(score, **changes):
+    def tried(score, law=None, **changes):
         made.clear()
+        options = changes["table_options"]
+        winner.config = settings(table_options=options if law is None else {"capacity_bits": law})
 
         def make(config):
             made.append(config)
@@ -408,6 +410,10 @@ def test_the_middle_law_is_tried_where_another_has_won():
     assert better is not None and row["chosen"]
     assert made == [settings(table_options={**options, "capacity_bits": 4.0}, distillation=0.5)]
     assert tried(0.7, table_options=options)[0] is None
+    # A fixed width has won, and the best of those whose rows differ has the middle law.
+    options["capacity_bits"] = 4.0
+    better, _ = tried(0.9, law=1e4, table_options=options)
+    assert better is not None and made == [settings(table_options=options)]
     for changes in (
         {"table_options": {"capacity_bits": 4.0}},
         {"table_options": {}},

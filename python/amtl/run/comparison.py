@@ -188,8 +188,7 @@ def verdict(metrics: Mapping[str, Any]) -> str | None:
         )
     rivals = [r for r in metrics.get("compared") or [] if r["name"].startswith(FLAT)]
     narrow = max(rivals, key=lambda r: r["val_auc"] - r["val_logloss"], default=None)
-    raced = (metrics["raced"] or {}).get("table", [])
-    if any(row["name"] == FLAT and row["chosen"] for row in raced):
+    if metrics["config"]["table_options"].get("capacity_bits", 0) > max(CAPACITY_BITS):
         return (
             "a fixed width validated best in these bytes, so all rows are equally wide: sizes by "
             "row bring nothing on this data at this budget"

@@ -18,7 +18,7 @@ from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.progress import Observer
-from amtl.run.race import ALMOST_ALL, FULL, MIDDLE, attempt, best_record, outcome, plain
+from amtl.run.race import ALMOST_ALL, FULL, MIDDLE, attempt, best_record, has_law, outcome, plain
 from amtl.run.teaching import Teacher
 
 _NEAR = 0.01
@@ -92,7 +92,7 @@ class Contest:
         if raced is None or not self.winner.config.distillation:
             return
         options = raced["sized"]
-        if "capacity_bits" not in raced["given"]:
+        if not has_law(raced["given"]):
             sized = replace(self.winner.config, table_options=options)
             make = partial(self._make, taught=labels)
             best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
@@ -252,9 +252,9 @@ def race_law(
     observer: Observer,
     step: Callable[[Learner], None],
 ) -> tuple[Learner | None, dict[str, Any] | None]:
-    """Trains with the middle one of the laws where another has won; see `contend`.
+    """Trains with the middle one of the laws where another, or a fixed width, has won.
 
-    One epoch, after which a race lets the worse half go, is little to tell laws apart by.
+    See `contend`. One epoch, after which a race lets the worse half go, tells little of laws.
 
     Args:
         sized: the winner's settings with sizes of the best candidate whose rows differ in width.
@@ -266,11 +266,10 @@ def race_law(
     Returns:
         The learner if it validates better, and its row; nothing where there is no other law.
     """
-    options = sized.table_options
+    options = {**sized.table_options, "capacity_bits": MIDDLE}
     whole = sized.budget * 32 / options.get("bits", 32) > ALMOST_ALL
-    if whole or options.get("capacity_bits") in (None, MIDDLE):
+    if whole or winner.config.table_options.get("capacity_bits") in (None, MIDDLE):
         return None, None
-    options = {**options, "capacity_bits": MIDDLE}
     learner, _ = attempt(make, replace(sized, table_options=options))
     if learner is None:
         return None, None

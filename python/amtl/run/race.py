@@ -69,13 +69,14 @@ def is_open(config: TrainConfig) -> bool:
     return (
         config.race
         and config.method != "fixed"
-        and (config.raced_bits or not _has_law(config))
+        and (config.raced_bits or not has_law(config.table_options))
         and config.table_options.get("parametrization") != "free"
     )
 
 
-def _has_law(config: TrainConfig) -> bool:
-    return bool({"capacity_bits", "init_exponent", "field_weights"} & set(config.table_options))
+def has_law(options: Mapping[str, Any]) -> bool:
+    """Whether options of the table say how sizes follow from counts."""
+    return bool({"capacity_bits", "init_exponent", "field_weights"} & set(options))
 
 
 def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[str, TrainConfig]:
@@ -87,7 +88,7 @@ def candidates(config: TrainConfig, field_weights: list[float] | None) -> dict[s
     bits = config.number_bits
     menu: list[tuple[int | None, float | None]] = [(bits, capacity) for capacity in CAPACITY_BITS]
     if config.raced_bits:
-        menu = _AUTO if not _has_law(config) else [(8, None), (4, None), (2, None)]
+        menu = _AUTO if not has_law(config.table_options) else [(8, None), (4, None), (2, None)]
     whole = set()
     for number_bits, capacity in menu:
         if number_bits is not None and config.budget * 32 / number_bits > ALMOST_ALL:
