@@ -6,14 +6,18 @@ import time
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
-    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+
+_WHOLE = Column(no_wrap=True, justify="right")
+"""Of a terminal too narrow for all, the title gives way."""
 
 
 class Observer(Protocol):
@@ -55,7 +59,7 @@ class Silent:
 
 
 class Bars:
-    """A progress bar with epochs, rate, time left, loss and validation AUC.
+    """A progress bar with epochs, rate, time left and validation AUC.
 
     On a terminal one live bar per run; elsewhere one line per run and per validation. Early
     stopping usually ends training long before its last step, so the time left is an upper bound.
@@ -64,7 +68,6 @@ class Bars:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
-        self._loss = 0.0
         self._samples = 0
         self._busy = 0.0
         self._last = 0.0
@@ -75,7 +78,6 @@ class Bars:
         self.end()
         self._title = title
         self._val = "–"
-        self._loss = 0.0
         self._samples, self._busy = 0, 0.0
         self._last = time.perf_counter()
         if not self._console.is_terminal:
@@ -83,19 +85,20 @@ class Bars:
             return
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}", markup=True),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("at most"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("loss {task.fields[loss]}  val AUC {task.fields[val]}"),
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True, ratio=1)),
+            TextColumn("epoch {task.fields[epoch]:.1f}", table_column=_WHOLE),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[rate]}", table_column=_WHOLE),
+            TextColumn("≤", table_column=_WHOLE),
+            TimeRemainingColumn(compact=True, table_column=_WHOLE),
+            TextColumn("AUC {task.fields[val]}", table_column=_WHOLE),
             console=self._console,
             transient=True,
+            expand=True,
             refresh_per_second=5,
         )
         self._task = self._progress.add_task(
-            title, total=steps, completed=done_steps, rate="", loss="–", val="–"
+            escape(title), total=steps, completed=done_steps, epoch=0.0, rate="", val="–"
         )
         self._progress.start()
 
@@ -105,15 +108,13 @@ class Bars:
         self._busy += now - self._last
         self._last = now
         self._samples += samples
-        self._loss = loss if not self._loss else 0.95 * self._loss + 0.05 * loss
         if self._progress:
             rate = self._samples / max(self._busy, 1e-9)
             self._progress.update(
                 self._task,
                 advance=1,
-                description=f"{self._title}  epoch {epochs:.1f}",
+                epoch=epochs,
                 rate=f"{rate / 1e3:.0f}k rows/s",
-                loss=f"{self._loss:.4f}",
                 val=self._val,
             )
 
