@@ -525,6 +525,12 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     assert "--method fixed --dim 3 --distillation 0.8, or" in comparison.verdict(fake)
     fake["compared"][0] |= {"val_auc": 0.1, "val_logloss": 1.0}
     assert comparison.verdict(fake) is None
+    scores = {"val_auc": metrics["val_auc"] + 0.002, "val_logloss": metrics["val_logloss"]}
+    short = {**fake, "raced": {"full": {"name": FULL, **scores}}}
+    assert "larger --budget" in comparison.verdict(short)
+    assert comparison.verdict({**short, "method": "fixed"}) is None
+    scores["val_auc"] -= 0.0015
+    assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) is None
 
 
 def test_the_width_of_the_same_bytes():

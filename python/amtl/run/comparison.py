@@ -21,6 +21,9 @@ from amtl.run.teaching import Teacher
 THIS, TAUGHT = "this model", ", taught"
 _SCORES = ("val_auc", "val_logloss", "test_auc", "test_logloss")
 
+_NOTABLE = 0.001
+"""In AUC minus log loss: by so much two seeds of one model differ."""
+
 
 def narrow_width(metrics: Mapping[str, Any]) -> int:
     """Width of the widest table of fixed width that is no larger than the run's; 0 for none."""
@@ -179,34 +182,44 @@ def choices(metrics: Mapping[str, Any]) -> str:
 
 def verdict(metrics: Mapping[str, Any]) -> str | None:
     """What the scores say against the sizes or the budget that were asked for, or None."""
-    less = (metrics["raced"] or {}).get("less")
-    whole = (metrics["raced"] or {}).get("budget", math.inf) * metrics["dense_bytes"]
+    raced = metrics["raced"] or {}
+    compared = metrics.get("compared") or []
+    if metrics["method"] == "fixed":
+        return None
+    full = raced.get("full") or next((row for row in compared if row["name"] == FULL), None)
+    if full is not None and full["val_auc"] is not None and _lead(full, metrics) > _NOTABLE:
+        return (
+            f"a table of full size validates better, by {_lead(full, metrics):.4f} in AUC minus "
+            f"log loss: this data needs a larger --budget to lose nothing"
+        )
+    less = raced.get("less")
+    whole = raced.get("budget", math.inf) * metrics["dense_bytes"]
     if less is not None and less["chosen"] and metrics["stored_bytes"] < whole / 2:
         return (
             f"fewer bytes validated better than the whole budget, so the model takes "
             f"{metrics['stored_bytes']:,}; --no-race spends all"
         )
-    rivals = [r for r in metrics.get("compared") or [] if r["name"].startswith(FLAT)]
-    narrow = max(rivals, key=lambda r: r["val_auc"] - r["val_logloss"], default=None)
     if metrics["config"]["table_options"].get("capacity_bits", 0) > max(CAPACITY_BITS):
         return (
             "a fixed width validated best in these bytes, so all rows are equally wide: sizes by "
             "row bring nothing on this data at this budget"
         )
-    if narrow is None or metrics["method"] == "fixed":
-        return None
-    lead = (narrow["val_auc"] - narrow["val_logloss"]) - (
-        metrics["val_auc"] - metrics["val_logloss"]
-    )
-    if lead <= 0:
+    rivals = [row for row in compared if row["name"].startswith(FLAT)]
+    narrow = max(rivals, key=lambda row: _lead(row, metrics), default=None)
+    if narrow is None or _lead(narrow, metrics) <= 0:
         return None
     options = f"--method fixed --dim {narrow['dim']}"
     if narrow["name"] != FLAT:
         options += f" --distillation {narrow['distillation']:g}"
     return (
-        f"a table of fixed width in the same bytes validates better, by {lead:.4f} in AUC minus "
-        f"log loss: use {options}, or another --budget"
+        f"a table of fixed width in the same bytes validates better, by "
+        f"{_lead(narrow, metrics):.4f} in AUC minus log loss: use {options}, or another --budget"
     )
+
+
+def _lead(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """By how much a model validates better than another, in AUC minus log loss."""
+    return float((row["val_auc"] - row["val_logloss"]) - (other["val_auc"] - other["val_logloss"]))
 
 
 def _early(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

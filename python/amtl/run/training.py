@@ -91,7 +91,7 @@ def default_fields(frame: pl.DataFrame, config: TrainConfig, source: Source) -> 
 def title(config: TrainConfig) -> str:
     """A run in a few words."""
     budget = config.effective_budget
-    share = "" if budget is None else f" {budget:.1%}"
+    share = "" if budget is None else f" {100 * budget:.3g}%"
     return f"{config.method} D={config.dim}{share}"
 
 
