@@ -295,7 +295,12 @@ def compare(
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.99,
 ) -> None:
     """Flags what became slower, by interval; exits with 1 where something did."""
-    outcome = compare_reports(_read(old), _read(new), tolerance=tolerance, confidence=confidence)
+    try:
+        outcome = compare_reports(
+            _read(old), _read(new), tolerance=tolerance, confidence=confidence
+        )
+    except ResultFormatError as error:
+        raise typer.BadParameter(str(error)) from error
     table = Table(box=None)
     for heading in ("case", "contender", "new / old", "interval", "relative to", ""):
         table.add_column(heading)
@@ -318,6 +323,15 @@ def compare(
     if outcome.regressions:
         console.print(f"[red]{len(outcome.regressions)} regression(s)[/red]")
         raise typer.Exit(1)
+
+
+@app.command()
+def summary(
+    result: Path,
+    out: Annotated[Path | None, typer.Option(help="Write here and not in its place.")] = None,
+) -> None:
+    """Drops raw samples; medians, percentiles and ratios with their intervals stay."""
+    _read(result).summarised().write(out or result)
 
 
 @app.command()

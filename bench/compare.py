@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.results import Comparison, Report
+from bench.results import Comparison, Report, ResultFormatError, Timing
 from bench.stats import Ratio, Verdict, change_between, verdict
 
 
@@ -50,6 +51,10 @@ def _relative_samples(comparison: Comparison, of: str, peer: str) -> list[float]
     return [a / b for a, b in zip(mine, theirs, strict=True)]
 
 
+def _timings(report: Report) -> Iterator[Timing]:
+    return (timing for entry in report.comparisons for timing in entry.timings.values())
+
+
 def compare_reports(
     old: Report, new: Report, *, tolerance: float = 0.05, confidence: float = 0.99
 ) -> Outcome:
@@ -63,7 +68,12 @@ def compare_reports(
         new: The later one.
         tolerance: Relative change that does not matter.
         confidence: Of the intervals; high, since many are looked at together.
+
+    Raises:
+        ResultFormatError: One of them is a summary, whose samples are gone.
     """
+    if any(timing.kept for report in (old, new) for timing in _timings(report)):
+        raise ResultFormatError("a summary cannot be compared: its samples are gone")
     changes, missing = [], []
     for before in old.comparisons:
         after = new.find(before.name)

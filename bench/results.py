@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,13 @@ class Timing:
     Attributes:
         title: What tables show.
         ours: Whether it is this project's.
-        samples: Seconds per call, one a round, ``[rounds]``.
+        samples: Seconds per call, one a round, ``[rounds]``; empty in a summary.
         lookups: Lookups per call.
         useful_bytes: Bytes that one call has to move (``bench.traffic``).
         share: Useful bytes per second over the measured copy bandwidth.
         error: Largest relative difference from the equations, checked before timing.
         facts: Anything else: mean sizes, peak memory, bytes stored.
+        kept: What is left of the samples in a summary.
     """
 
     title: str
@@ -42,11 +45,12 @@ class Timing:
     share: float = 0.0
     error: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
+    kept: Summary | None = None
 
     @property
     def summary(self) -> Summary:
         """Median and percentiles in seconds."""
-        return Summary.of(self.samples)
+        return self.kept or Summary.of(self.samples)
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Comparison:
         baselines: Whom the others are compared with.
         thread_speedup: Probe with all threads over one, before and after.
         rejected: Why the timings must not be used; empty where they may.
+        kept: In a summary, by contender, ratios over each baseline.
     """
 
     case: dict[str, Any]
@@ -68,6 +73,7 @@ class Comparison:
     baselines: list[str] = field(default_factory=list)
     thread_speedup: list[float] = field(default_factory=list)
     rejected: str = ""
+    kept: dict[str, dict[str, Ratio]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -83,6 +89,8 @@ class Comparison:
         """Time of one contender over another's; None where either is missing."""
         if of not in self.timings or against not in self.timings:
             return None
+        if self.kept:
+            return self.kept[of].get(against)
         return paired_ratio(self.timings[of].samples, self.timings[against].samples)
 
 
@@ -118,12 +126,35 @@ class Report:
         """The comparison of a case."""
         return next((entry for entry in self.comparisons if entry.name == name), None)
 
+    def summarised(self) -> Report:
+        """Without raw samples: percentiles, and ratios over baselines with their intervals."""
+        found = copy.deepcopy(self)
+        for entry in found.comparisons:
+            entry.kept = {
+                of: {
+                    against: ratio
+                    for against in entry.baselines
+                    if against != of and (ratio := entry.ratio(of, against))
+                }
+                for of in entry.timings
+            }
+            for timing in entry.timings.values():
+                timing.kept, timing.samples = timing.summary, []
+        return found
+
     def write(self, path: Path) -> None:
         """Writes JSON; an interrupted write leaves an older file whole."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         for entry in content["comparisons"]:
             for timing in entry["timings"].values():
-                timing["samples"] = [float(f"{value:.5g}") for value in timing["samples"]]
+                timing["samples"] = _short(timing["samples"])
+                kept = timing.pop("kept")
+                if kept:
+                    timing["kept"] = _short(kept.values())
+            entry["kept"] = {
+                of: {against: _short(ratio.values()) for against, ratio in row.items()}
+                for of, row in entry["kept"].items()
+            }
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
         try:
@@ -152,16 +183,24 @@ class Report:
             raise ResultFormatError(f"{path} is not a result file: it states no format")
         if content.pop("format") != FORMAT:
             raise ResultFormatError(f"{path} has another format than {FORMAT}, of this suite")
-        content["comparisons"] = [
-            Comparison(
-                **{
-                    **entry,
-                    "timings": {key: Timing(**value) for key, value in entry["timings"].items()},
-                }
-            )
-            for entry in content["comparisons"]
-        ]
+        content["comparisons"] = [_comparison(entry) for entry in content["comparisons"]]
         return cls(**content)
+
+
+def _comparison(entry: dict[str, Any]) -> Comparison:
+    timings = {key: Timing(**value) for key, value in entry["timings"].items()}
+    for timing in timings.values():
+        if timing.kept:
+            timing.kept = Summary(*timing.kept)
+    kept = {
+        of: {against: Ratio(*ratio) for against, ratio in row.items()}
+        for of, row in entry.get("kept", {}).items()
+    }
+    return Comparison(**{**entry, "timings": timings, "kept": kept})
+
+
+def _short(numbers: Iterable[float]) -> list[float]:
+    return [value if isinstance(value, int) else float(f"{value:.5g}") for value in numbers]
 
 
 def _compact(content: Any) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,25 @@ def test_an_improvement_is_no_regression() -> None:
     outcome = compare_reports(make_report(1), make_report(2, slower=0.7))
     assert outcome.regressions == []
     assert [c.case for c in outcome.changes if c.verdict == "faster"] == ["case3"]
+
+
+def test_a_summary_keeps_what_tables_read_and_cannot_be_compared(tmp_path: Path) -> None:
+    whole = make_report(1)
+    whole.summarised().summarised().write(tmp_path / "summary.json")
+    whole.write(tmp_path / "whole.json")
+    summary, read = Report.read(tmp_path / "summary.json"), Report.read(tmp_path / "whole.json")
+    for short, long in zip(summary.comparisons, read.comparisons, strict=True):
+        for name, timing in long.timings.items():
+            told = dataclasses.astuple(short.timings[name].summary)
+            assert told == pytest.approx(dataclasses.astuple(timing.summary), rel=1e-4)
+            assert short.timings[name].samples == [] and len(timing.samples) == 50
+        ours, known = (c.ratio("amtl_search", "fbgemm") for c in (short, long))
+        assert ours is not None and known is not None
+        assert dataclasses.astuple(ours) == pytest.approx(dataclasses.astuple(known), rel=1e-4)
+    assert (tmp_path / "summary.json").stat().st_size < (tmp_path / "whole.json").stat().st_size / 2
+    for pair in ((summary, whole), (whole, summary)):
+        with pytest.raises(ResultFormatError, match="samples are gone"):
+            compare_reports(*pair)
 
 
 def test_missing_and_rejected_cases_are_named() -> None:
