@@ -113,9 +113,12 @@ def tell_kernel(
     num_bags,
     HAS_OFFSETS: tl.constexpr,
     TABLES: tl.constexpr,
+    CLAMPS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """Tells the host of what :func:`check_kernel` has found. One program.
+
+    A bad index goes before a bad size, unless it is clamped and so worth a warning only.
 
     -> told [6, SLOTS] int64, in column ``slot``: what (1 an index, 2 a size, 3 an offset, 0
     nothing), table, position among its table's or of the offset, the index or offset there, the
@@ -133,7 +136,10 @@ def tell_kernel(
             before = tl.load(offset_ptr + bad_offset - 1, mask=bad_offset > 0, other=0)
             tl.store(told_ptr + 4 * SLOTS, before.to(tl.int64))
             tl.store(told_ptr, 3)
-    position = tl.where(bad_index != NONE, bad_index, bad_size)
+    is_index = bad_index != NONE
+    if CLAMPS:
+        is_index = is_index & (bad_size == NONE)
+    position = tl.where(is_index, bad_index, bad_size)
     if (bad_offset == NONE) & (position != NONE):
         start = position * 0
         table = position * 0
@@ -149,7 +155,7 @@ def tell_kernel(
         tl.store(told_ptr + 2 * SLOTS, position - start)
         tl.store(told_ptr + 3 * SLOTS, tl.load(index_ptr + position).to(tl.int64))
         tl.store(told_ptr + 5 * SLOTS, rows)
-        tl.store(told_ptr, tl.where(bad_index != NONE, 1, 2))
+        tl.store(told_ptr, tl.where(is_index, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -276,7 +282,7 @@ def check(lookups: Lookups, table: Table, bounds_check: int) -> None:
     flat, bags, several = lookups.flat, lookups.bags, lookups.several
     if bounds_check == reference.OFF and launch.recorder is None:
         return
-    if flat.numel() == 0 and bags is None:
+    if (flat if bags is None else bags.offsets).numel() == 0:
         return
     dims = (table.dim,) if several is None else tuple(several.dims)
     asked = _Asked(bounds_check == reference.CLAMP, flat.numel(), dims, flat.is_cuda)
@@ -325,6 +331,7 @@ def check(lookups: Lookups, table: Table, bounds_check: int) -> None:
             number,
             HAS_OFFSETS=bags is not None,
             TABLES=lookups.tables,
+            CLAMPS=asked.clamps,
             SLOTS=SLOTS,
         )
     if not flat.is_cuda:

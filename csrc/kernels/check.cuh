@@ -32,7 +32,8 @@ __device__ __forceinline__ void describe_group(const TieredTable& table, std::in
   if (finding.group < 0 || finding.group >= groups) finding.groups = groups;
 }
 
-// The first bad offset; if offsets are good, the first bad index; else the first bad size.
+// The first bad offset; if offsets are good, the first bad index; else the first bad size. An index
+// that is clamped is worth a warning only, and a bad size goes first.
 template <typename Table>
 __device__ Finding describe(const Table& table, const Lookups& lookups, Finding finding) {
   const std::int64_t offset = first_bad(lookups, kBadOffset);
@@ -45,7 +46,9 @@ __device__ Finding describe(const Table& table, const Lookups& lookups, Finding 
     return finding;
   }
   const std::int64_t index = first_bad(lookups, kBadIndex);
-  const std::int64_t position = index >= 0 ? index : first_bad(lookups, kBadSize);
+  const std::int64_t size =
+      index < 0 || finding.clamps != 0 ? first_bad(lookups, kBadSize) : std::int64_t{-1};
+  const std::int64_t position = size >= 0 ? size : index;
   if (position < 0) return finding;
   std::int64_t start = 0;
   for (std::int64_t t = 1; t < finding.tables; ++t) {
@@ -57,7 +60,7 @@ __device__ Finding describe(const Table& table, const Lookups& lookups, Finding 
   const TableView view = view_of(table, static_cast<int>(finding.table));
   finding.position = position - start;
   finding.value = load_index(lookups.indices, position, lookups.wide);
-  if (index >= 0) {
+  if (size < 0) {
     finding.what = 1 + kBadIndex;
     finding.limit = view.rows;
     return finding;

@@ -88,6 +88,7 @@ def test_offsets_do_not_wrap(backend: Any, form: str, several: bool, beyond: int
     indices = inputs.indices.int()
     with pytest.raises(ValueError, match=rf"end within the {L} indices, but offsets.* {beyond}"):
         call(form, several, inputs, tables_of(form, inputs), indices=indices, offsets=offsets)
+        ak.synchronize()
 
 
 def test_bags_of_equal_length_are_counted_in_64_bits() -> None:

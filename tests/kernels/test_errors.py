@@ -153,6 +153,7 @@ def test_an_index_out_of_range_is_not_taken_for_a_bad_size(
     indices = torch.tensor([5, index], device=device)
     with pytest.raises(IndexError, match=f"index {index} at position 1"):
         ak.masked_embedding(torch.randn(N, D, device=device), indices, sizes)
+        ak.synchronize()
 
 
 def test_arguments_that_do_not_fit() -> None:
