@@ -6,7 +6,7 @@ not packed. `amtl paper --add FILE` takes one from a file, see `examples/my_meth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -292,3 +292,10 @@ class SearchingPeer(Peer):
     def searched(self) -> bool:
         """Whether the search may end; asked after each validation."""
         return False
+
+    def conclude(self, score: Callable[[], float]) -> None:
+        """Called when the search has trained and before `settle`, for what is tried out then.
+
+        Args:
+            score: validates the model as the table now is: AUC minus log loss.
+        """

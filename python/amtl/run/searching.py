@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -81,6 +82,7 @@ def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]
                 break
     if not table.takes_last:
         found.end()
+    table.conclude(lambda: operator.sub(*found.scores()))
     try:
         fresh = Learner(config, task, lambda made: made.settle(table), learner.taught)  # type: ignore[operator]
     except DoesNotFit as error:

@@ -9,7 +9,7 @@ import torch
 from amtl.layer.embedding import AMTLEmbedding
 from amtl.peers import PEERS, DoesNotFit, Facts, Part, SearchingPeer, served_bytes
 from amtl.peers.base import choices_in_budget
-from amtl.peers.fields import AutoDim
+from amtl.peers.fields import AutoDim, OptEmbed, evolved
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
 from amtl.peers.pruning import MagnitudePruning, Pep, sparse_parts
 from amtl.peers.quantised import Alpt, Mpe, PostTraining, best_rounding, rounded
@@ -272,6 +272,72 @@ def test_widths_of_fields():
     shown = made(rows)
     torch.testing.assert_close(shown[0], made.weight[3, :2] @ made.maps[1][0])
     torch.testing.assert_close(shown[1], made.weight[360])
+
+
+def test_rows_above_a_threshold():
+    given = facts(0, (9, 4, 1, 5), (3, 1), 2)
+    table = OptEmbed(given, alpha=0.1)
+    values = torch.tensor([[0.5, -0.25], [0.2, 0.1], [1.5, 0.5], [-0.25, 0.25]])
+    with torch.no_grad():
+        table.weight.copy_(values)
+        table.threshold.copy_(torch.tensor([0.5, 1.0]))
+    assert float(table.penalty().detach()) == pytest.approx(0.1 * (math.exp(-0.5) + math.exp(-1.0)))
+    table.eval()
+    shown = table(torch.arange(4))
+    # Norms .75, .3, 2 and .5: the second row and that of the other field are below.
+    kept = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    torch.testing.assert_close(shown, values * kept)
+    shown.sum().backward()
+    # Over the threshold by .25, -.2, 1.5 and -.5: the step's gradient is 1, 1.2, 0 and .4.
+    steep, sums = torch.tensor([[1.0], [1.2], [0.0], [0.4]]), values.sum(1, keepdim=True)
+    expected = kept + steep * sums * values.sign()
+    torch.testing.assert_close(table.weight.grad.to_dense(), expected)
+    torch.testing.assert_close(table.threshold.grad, torch.tensor([-0.25 * 1 - 0.3 * 1.2, 0.0]))
+
+    table.train()
+    torch.manual_seed(0)
+    many = table(torch.zeros(400, dtype=torch.int64)).detach()
+    # Half of all lookups show one number, the others both.
+    assert set(many[:, 1].tolist()) == {-0.25, 0.0} and set(many[:, 0].tolist()) == {0.5}
+    assert 150 < int((many[:, 1] == 0).sum()) < 250
+
+
+def test_widths_that_evolve_within_the_budget():
+    # A row of the first field and one of the second, 3 and 2 numbers beside 2 times 8 bytes.
+    given = facts(4 * 5 + 16, (9, 4, 1, 5), (3, 1), 4, init_std=1.0)
+    table = OptEmbed(given)
+    with torch.no_grad():
+        table.weight.copy_(torch.tensor([[2.0] * 4, [0.1] * 4, [0.9] * 4, [1.0] * 4]))
+        table.threshold.copy_(torch.tensor([1.0, 1.0]))
+    assert table._order().tolist() == [0, 3, 2]
+    # Wants the first field 3 wide and the second 2, and as many rows as there can be.
+    wanted = torch.tensor([3, 2])
+    table.conclude(lambda: float(table.kept.sum() - (table.widths - wanted).abs().sum()))
+    assert table.widths.tolist() == [3, 2] and table.kept.tolist() == [True, False, False, True]
+    made = OptEmbed(given)
+    made.settle(table)
+    assert made.value_bytes() == given.budget and made.row_bits().tolist() == [96, 0, 0, 64]
+    expected = made.weight.detach().clone()
+    expected[1:3], expected[0, 3:], expected[3, 2:] = 0, 0, 0
+    torch.testing.assert_close(made(torch.arange(4)), expected)
+    assert not made.mask_parameters()
+
+
+def test_an_evolution():
+    asked = []
+
+    def score(widths):
+        asked.append(widths)
+        return -sum(abs(a - b) for a, b in zip(widths, (3, 16, 9, 1), strict=True))
+
+    generator = torch.Generator().manual_seed(0)
+    best = evolved(score, [(8, 8, 8, 8)], 16, 30, generator)
+    assert len(set(asked)) == len(asked) and asked[0] == (8, 8, 8, 8)
+    assert score(best) >= -3 and all(1 <= k <= 16 for widths in asked for k in widths)
+    # Without generations it is the best of one and twenty.
+    asked.clear()
+    best = evolved(score, [(3, 16, 9, 1)], 16, 0, generator)
+    assert best == (3, 16, 9, 1) and len(asked) == 21
 
 
 def test_mixed_precision():
