@@ -19,14 +19,14 @@ probability that a width changes, and draws for one that has not been scored yet
 
 
 class AutoDim(SearchingPeer):
-    """AutoDim, Zhao et al. 2020 (arXiv 2006.14827), sections 2.2 to 2.4: a width for each field.
+    """AutoDim, Zhao et al. 2020 (arXiv 2006.14827): a width for each field.
 
-    The search shows a value as the mean of its first 1, 2, 4, ... D numbers (the shared weights of
-    section 2.2), each candidate mapped linearly to D and batch-normalised, weighed by a
-    Gumbel-softmax of the field's `alpha` (equation 5, temperature 1). alpha learns on validation
-    batches, all else on training batches, in turns (section 2.3, to first order). Then each field
-    has its most likely width, and all trains again from the start, mapped to D but without the
-    normalisation (section 2.4).
+    By the paper's terms, as no text with its numbers was at hand. The search shows a value as the
+    mean of its first 1, 2, 4, ... D numbers (weight-sharing embeddings), each candidate mapped
+    linearly to D and batch-normalised, weighed by a Gumbel-softmax of the field's `alpha`
+    (temperature 1). alpha learns on validation batches, all else on training batches, in turns, to
+    first order. Then each field has its most likely width, and all trains again from the start
+    (parameter re-training), mapped to D but without the normalisation.
 
     The widths so found meet no budget: they are moved to the largest that does by
     `log p - c * bytes`, one c for all fields.

@@ -11,6 +11,7 @@ from amtl.peers import PEERS, DoesNotFit, Facts, Part, SearchingPeer, served_byt
 from amtl.peers.base import choices_in_budget
 from amtl.peers.fields import AutoDim, OptEmbed, evolved
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
+from amtl.peers.popularity import AutoEmb, standardised
 from amtl.peers.pruning import MagnitudePruning, Pep, sparse_parts
 from amtl.peers.quantised import Alpt, Mpe, PostTraining, best_rounding, rounded
 from amtl.peers.sized import MixedDimension, Shuffled, mixed_widths
@@ -272,6 +273,73 @@ def test_widths_of_fields():
     shown = made(rows)
     torch.testing.assert_close(shown[0], made.weight[3, :2] @ made.maps[1][0])
     torch.testing.assert_close(shown[1], made.weight[360])
+
+
+def normed(mapped):
+    return (mapped - mapped.mean(0)) / (mapped.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def test_widths_by_popularity():
+    # Counts 4, 1, 1 of one field and 1, 4 of another: four groups, numbers for widths 1 and 2.
+    given = facts(0, (4, 1, 1, 1, 4), (3, 2), 2, init_std=1.0)
+    table = AutoEmb(given, hidden=4)
+    assert table.widths == [1, 2] and table.weight.shape == (5, 3)
+    assert table.group.tolist() == [1, 0, 0, 2, 3]
+    rows = torch.tensor([0, 1, 4])
+    values, maps = table.weight[rows].detach(), table.maps.detach()
+    one, two = values[:, :1] @ maps[:1], values[:, 1:] @ maps[1:]
+    # Equal weights at first.
+    shown = table(rows)
+    torch.testing.assert_close(shown, (normed(one).tanh() + normed(two).tanh()) / 2)
+    with torch.no_grad():
+        for controller, weight in zip(table.controllers, (3.0, -3.0), strict=True):
+            controller[0].weight.fill_(1.0)
+            controller[0].bias.zero_()
+            controller[2].weight[0] = weight / 4
+    # log 5 and log 2 are one deviation apart from their mean in the second field; in the first
+    # there are two groups as well.
+    logits = 3 * math.tanh(1.0)
+    weight = 1 / (1 + math.exp(-logits))
+    expected = torch.tensor([1 - weight, weight, weight, 1 - weight])
+    torch.testing.assert_close(table.log_weights().exp()[:, 0], expected)
+    table.eval()
+    with torch.no_grad():
+        table.mean[1], table.variance[1], table.scale[1], table.shift[1] = 0.5, 4.0, 2.0, -1.0
+    both = [
+        ((one - table.mean[0]) / (table.variance[0] + 1e-5).sqrt()).tanh(),
+        (2 * (two - 0.5) / 2 - 1).tanh(),
+    ]
+    w = expected[table.group[rows]][:, None]
+    torch.testing.assert_close(table(rows), w * both[0] + (1 - w) * both[1], rtol=1e-4, atol=1e-5)
+    assert len(table.architecture()) == 8
+
+    def made(numbers: int) -> AutoEmb:
+        budget = Facts(given.counts, given.fields, given.field_sizes, 2, 4 * numbers, 1.0)
+        other = AutoEmb(budget, hidden=4)
+        other.settle(table)
+        return other
+
+    # The rare ones of the first field and the frequent one of the second are 2 wide: 8 numbers;
+    # maps and shifts 2 * 2 and 3 * 2, ends 2 * 2.
+    enough = made(8 + 10 + 4)
+    assert enough.choice.tolist() == [1, 0, 0, 1] and enough.value_bytes() == 4 * 22
+    assert enough.row_bits().tolist() == [32, 64, 64, 32, 64] and not enough.architecture()
+    enough.eval()
+    scale = (1 + 1e-5) ** -0.5
+    weight = enough.weight.detach()
+    torch.testing.assert_close(enough(torch.tensor(0)), (weight[0, :1] @ maps[:1] * scale).tanh())
+    torch.testing.assert_close(enough(torch.tensor(4)), (weight[4, 1:] @ maps[1:] * scale).tanh())
+    # One number less, and no room for the second map.
+    assert int(made(21).choice.sum()) == 1 and made(21).value_bytes() <= 4 * 21
+    assert made(18).choice.tolist() == [0] * 4 and made(18).value_bytes() == 4 * (5 + 4 + 4)
+    with pytest.raises(DoesNotFit):
+        made(12)
+
+
+def test_popularity_is_standardised_by_field():
+    fields = torch.tensor([0, 0, 1, 1, 2])
+    x = standardised(torch.tensor([0, 6, 3, 3, 9]), fields)
+    torch.testing.assert_close(x, torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0]))
 
 
 def test_rows_above_a_threshold():
