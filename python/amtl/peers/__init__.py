@@ -9,7 +9,7 @@ from amtl.errors import UserError
 from amtl.peers.base import DoesNotFit, Facts, Part, Peer, SearchingPeer, served_bytes
 from amtl.peers.fields import AutoDim, OptEmbed
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
-from amtl.peers.popularity import AutoEmb
+from amtl.peers.popularity import AutoEmb, Nis
 from amtl.peers.pruning import MagnitudePruning, Pep
 from amtl.peers.quantised import Alpt, Mpe, PostTraining
 from amtl.peers.sized import MixedDimension, Shuffled
@@ -29,6 +29,7 @@ PEERS: dict[str, type[Peer]] = {
     "autodim": AutoDim,
     "optembed": OptEmbed,
     "autoemb": AutoEmb,
+    "nis": Nis,
 }
 
 

@@ -289,6 +289,14 @@ class SearchingPeer(Peer):
         """What the search trains on validation batches, in turns with all else on training ones."""
         return []
 
+    def architecture_loss(self, losses: Tensor) -> Tensor:
+        """What `architecture` learns to lower, right after a pass of a validation batch.
+
+        Args:
+            losses: log loss of each sample, `[B]`.
+        """
+        return losses.mean()
+
     def searched(self) -> bool:
         """Whether the search may end; asked after each validation."""
         return False

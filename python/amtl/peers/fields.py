@@ -21,12 +21,12 @@ probability that a width changes, and draws for one that has not been scored yet
 class AutoDim(SearchingPeer):
     """AutoDim, Zhao et al. 2020 (arXiv 2006.14827): a width for each field.
 
-    By the paper's terms, as no text with its numbers was at hand. The search shows a value as the
-    mean of its first 1, 2, 4, ... D numbers (weight-sharing embeddings), each candidate mapped
-    linearly to D and batch-normalised, weighed by a Gumbel-softmax of the field's `alpha`
-    (temperature 1). alpha learns on validation batches, all else on training batches, in turns, to
-    first order. Then each field has its most likely width, and all trains again from the start
-    (parameter re-training), mapped to D but without the normalisation.
+    In the paper's terms, its sections not numbered here. The search shows a value as the mean of
+    its first 1, 2, 4, ... D numbers (weight-sharing embeddings), each candidate mapped linearly to
+    D and batch-normalised, weighed by a Gumbel-softmax of the field's `alpha` (temperature 1).
+    alpha learns on validation batches, all else on training batches, in turns, to first order. Then
+    each field has its most likely width, and all trains again from the start (parameter
+    re-training), mapped to D but without the normalisation.
 
     The widths so found meet no budget: they are moved to the largest that does by
     `log p - c * bytes`, one c for all fields.
@@ -200,7 +200,7 @@ def evolved(
 class OptEmbed(SearchingPeer):
     """OptEmbed, Lyu et al. 2022 (arXiv 2208.04482): rows that matter, and a width for each field.
 
-    Its three parts by name, as no text with their numbers was at hand:
+    Its three parts, in the paper's terms, sections not numbered here:
 
     - Redundant embedding pruning: a row is shown if its L1 norm is above its field's threshold, and
       as zeros otherwise. Thresholds start at 0 and learn with the table; `alpha * sum_f exp(-t_f)`

@@ -136,8 +136,8 @@ def standardised(counts: Tensor, fields: Tensor) -> Tensor:
 class AutoEmb(ByPopularity):
     """AutoEmb, Zhao et al. 2020 (arXiv 2002.11252): controllers choose widths by popularity.
 
-    By the paper's terms, as no text with its numbers was at hand. The search shows a value as the
-    mean of what it comes to at the widths 1, 2, 4 ... D (each mapped to D, batch-normalised, tanh),
+    In the paper's terms, its sections not numbered here. The search shows a value as the mean of
+    what it comes to at the widths 1, 2, 4 ... D (each mapped to D, batch-normalised, tanh),
     weighed by the softmax of its field's controller, a network of one hidden layer that sees how
     popular the value is (soft selection). Controllers learn on validation batches, all else on
     training batches, in turns, to first order.
@@ -192,3 +192,120 @@ class AutoEmb(ByPopularity):
     def adopt(self, found: Any) -> None:
         """See `SearchingPeer`."""
         self.choose(found.log_weights())
+
+
+class Nis(SearchingPeer):
+    """NIS, Joglekar et al. 2019 (arXiv 1907.04471): a controller buys embedding blocks.
+
+    In the paper's terms, its sections not numbered here. The table is a grid of embedding blocks,
+    rows by falling count times columns. For each column block of a field the controller chooses
+    how many of the row blocks, from the top, have it (multi-size embedding), with probabilities
+    `softmax(logits)`. Each training batch shows a fresh draw; a draw on a validation batch is
+    rewarded by `-log loss - price * max(numbers / budget - 1, 0)`, and the controller learns by
+    policy gradient against the mean of past rewards. After a warm-up in which everything is shown,
+    training and rewards take turns. Then the likeliest choice trains again from the start.
+
+    Departures. The likeliest choice is moved to the largest that the budget allows by
+    `log p - c * bytes`. Row blocks end after 1/16, 1/8 ... 1 of a field's values and there are four
+    column blocks for all fields. Column blocks lie side by side instead of being projected to D,
+    and what a row lacks is zero. The gradient is plain REINFORCE by one actor, where the paper has
+    A3C. As quality it has the log loss, whatever the task.
+
+    Args:
+        facts: see `Peer`.
+        price: of numbers beyond the budget, in nats for as many again.
+        warm_up: training steps before the controller learns.
+    """
+
+    space: ClassVar[Mapping[str, Sequence[Any]]] = {"price": (0.1, 0.01)}
+    takes_last = True
+    _ROW_BLOCKS, _COLUMN_BLOCKS, _FORGET = 5, 4, 0.05
+    choice: Tensor
+    usual: Tensor
+    steps: Tensor
+
+    def __init__(self, facts: Facts, price: float = 0.1, warm_up: int = 100) -> None:
+        super().__init__(facts)
+        self.price, self.warm_up = price, warm_up
+        sizes = torch.tensor(facts.field_sizes)
+        shares = 2 ** torch.arange(self._ROW_BLOCKS - 1, -1, -1)
+        ends = torch.cat([torch.zeros(len(sizes), 1).long(), -(-sizes[:, None] // shares)], 1)
+        columns = torch.arange(facts.dim) * min(self._COLUMN_BLOCKS, facts.dim) // facts.dim
+        first = (facts.ranks()[:, None] >= ends[facts.fields]).sum(1)
+        self.costs = ends[:, None, :] * torch.bincount(columns)[:, None]
+        """Numbers of each choice: int64 `[F, T, O]`."""
+        self.weight = self.row_table(facts.rows, facts.dim)
+        self.logits = nn.Parameter(torch.zeros(self.costs.shape))
+        self.register_buffer("fields", facts.fields, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("choice", torch.full(self.costs.shape[:2], self._ROW_BLOCKS))
+        self.register_buffer("usual", torch.tensor(torch.nan))
+        self.register_buffer("steps", torch.tensor(0))
+        self._drawn = self.choice
+        if self._spare() < 0:
+            raise DoesNotFit(f"where blocks end takes more than {facts.budget:,} bytes")
+
+    def embed(self, rows: Tensor) -> Tensor:
+        """See `Peer`."""
+        choice = self.choice
+        if self.phase == "search" and self.training and int(self.steps) >= self.warm_up:
+            probabilities = torch.softmax(self.logits.detach(), -1)
+            choice = torch.multinomial(probabilities.flatten(0, 1), 1).view(choice.shape)
+        elif self.phase == "search" and not self.training:
+            choice = self.affordable()
+        self._drawn = choice
+        return self.look_up(self.weight, rows) * self._has(rows, choice)
+
+    def _has(self, rows: Tensor, choice: Tensor) -> Tensor:
+        """Which numbers rows have by a choice: bool `[L, D]`."""
+        fields, first = self.get_buffer("fields")[rows], self.get_buffer("first")[rows]
+        return choice[fields][:, self.get_buffer("columns")] >= first[:, None]
+
+    def architecture(self) -> list[nn.Parameter]:
+        """See `SearchingPeer`."""
+        return [self.logits] if self.phase == "search" else []
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """None: the controller learns by rewards alone."""
+        return []
+
+    def architecture_loss(self, losses: Tensor) -> Tensor:
+        """See `SearchingPeer`: the policy gradient of the draw that was shown."""
+        self.steps += 1
+        if int(self.steps) <= self.warm_up:
+            return 0 * self.logits.sum()
+        numbers = self.costs.gather(2, self._drawn[:, :, None]).sum()
+        beyond = max(0.0, 4 * int(numbers) / max(1, self._spare()) - 1)
+        reward = -losses.detach().mean() - self.price * beyond
+        if bool(self.usual.isnan()):
+            self.usual.copy_(reward)
+        taken = torch.log_softmax(self.logits, -1).gather(2, self._drawn[:, :, None]).sum()
+        loss = -(reward - self.usual) * taken
+        self.usual.lerp_(reward, self._FORGET)
+        return loss
+
+    def _spare(self) -> int:
+        return self.facts.budget - 4 * self.choice.numel()
+
+    def affordable(self) -> Tensor:
+        """The likeliest choice, moved to the budget: int64 `[F, T]`."""
+        scores = torch.log_softmax(self.logits.detach(), -1).flatten(0, 1)
+        chosen = choices_in_budget(scores, 4 * self.costs.flatten(0, 1), self._spare())
+        return chosen.view(self.choice.shape)
+
+    def adopt(self, found: Any) -> None:
+        """See `SearchingPeer`."""
+        self.choice.copy_(found.affordable())
+
+    def parts(self) -> list[Part]:
+        """See `Peer`."""
+        numbers = int(self.costs.gather(2, self.choice[:, :, None]).sum())
+        return [
+            Part("numbers", numbers, 32),
+            Part("rows of column blocks", self.choice.numel(), 32),
+        ]
+
+    def row_bits(self) -> Tensor:
+        """See `Peer`."""
+        return 32 * self._has(torch.arange(self.facts.rows), self.choice).sum(1)

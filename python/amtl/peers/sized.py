@@ -24,8 +24,8 @@ class MixedDimension(Peer):
     many lookups (section 4.1, algorithm 2): the paper's two schemes.
 
     p_b is how often a row of the block is looked up, as in the authors' code (`md_solver` of DLRM,
-    queries over rows), where the first version has the lookups of the block. lambda is the largest that the budget allows, projections counted; widths are rounded to whole
-    numbers, at least 1.
+    queries over rows), where the first version has the lookups of the block. lambda is the largest
+    that the budget allows, projections counted; widths are rounded to whole numbers, at least 1.
 
     Args:
         facts: see `Peer`.

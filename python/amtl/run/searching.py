@@ -34,7 +34,10 @@ class SearchLearner(Learner):
             val = self.task.val
             batch = val.batch(torch.randint(len(val), (min(len(val), len(samples)),)))
             self.model.zero_grad()
-            self._loss(self.model(batch), batch.labels).backward()
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                self.model(batch), batch.labels, reduction="none"
+            )
+            self.table.architecture_loss(losses).backward()  # type: ignore[operator]
             self._architecture.step()
             self.model.zero_grad()
         return loss

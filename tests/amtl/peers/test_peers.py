@@ -11,10 +11,11 @@ from amtl.peers import PEERS, DoesNotFit, Facts, Part, SearchingPeer, served_byt
 from amtl.peers.base import choices_in_budget
 from amtl.peers.fields import AutoDim, OptEmbed, evolved
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
-from amtl.peers.popularity import AutoEmb, standardised
+from amtl.peers.popularity import AutoEmb, Nis, standardised
 from amtl.peers.pruning import MagnitudePruning, Pep, sparse_parts
 from amtl.peers.quantised import Alpt, Mpe, PostTraining, best_rounding, rounded
 from amtl.peers.sized import MixedDimension, Shuffled, mixed_widths
+from torch import nn
 
 
 def facts(budget, counts=(9, 7, 5, 3, 2, 1, 8, 1), sizes=(6, 2), dim=2, **more) -> Facts:
@@ -334,6 +335,69 @@ def test_widths_by_popularity():
     assert made(18).choice.tolist() == [0] * 4 and made(18).value_bytes() == 4 * (5 + 4 + 4)
     with pytest.raises(DoesNotFit):
         made(12)
+
+
+def test_blocks_that_a_controller_buys():
+    # 16 values, ends of row blocks after 1, 2, 4, 8 and 16; one value, which is all of them.
+    counts = [16 - i for i in range(16)]
+    given = facts(4 * 30 + 32, [*counts, 3], (16, 1), 8, init_std=1.0)
+    table = Nis(given, price=0.5, warm_up=1)
+    assert table.costs[0, 0].tolist() == [0, 2, 4, 8, 16, 32]
+    assert table.costs[1, 3].tolist() == [0, 2, 2, 2, 2, 2]
+    rows, weight = torch.arange(17), table.weight.detach()
+    torch.testing.assert_close(table(rows), weight)
+    assert float(table.architecture_loss(torch.ones(3)).detach()) == 0.0
+
+    with torch.no_grad():
+        table.logits[0, :, 2], table.logits[1, :, 1] = 50.0, 50.0
+        table.logits[0, 1, 2], table.logits[0, 1, 5] = 0.0, 50.0
+    expected = torch.zeros(17, 8)
+    expected[:2], expected[:16, 2:4], expected[16] = weight[:2], weight[:16, 2:4], weight[16]
+    torch.testing.assert_close(table(rows), expected)
+    # Three times 4 numbers, 32, and 4 times 2: 52 where 30 are paid for.
+    reward = -0.25 - 0.5 * (52 / 30 - 1)
+    assert float(table.architecture_loss(torch.tensor([0.2, 0.3])).detach()) == 0.0
+    assert float(table.usual) == pytest.approx(reward)
+    table(rows)
+    table.architecture_loss(torch.tensor([0.15, 0.15])).backward()
+    # It was better than usual by .1 nats: of a likely choice nothing changes, of an even one
+    # what was drawn gains.
+    assert float(table.usual) == pytest.approx(reward + 0.05 * 0.1)
+    assert float(table.logits.grad.abs().max()) < 1e-6
+    with torch.no_grad():
+        table.logits.zero_()
+    table.logits.grad = None
+    table(rows)
+    drawn, usual = table._drawn, float(table.usual)
+    over = max(0.0, float(table.costs.gather(2, drawn[:, :, None]).sum()) / 30 - 1)
+    table.architecture_loss(torch.tensor([0.4])).backward()
+    onehot = nn.functional.one_hot(drawn, 6)
+    gain = -0.4 - 0.5 * over - usual
+    torch.testing.assert_close(table.logits.grad, -gain * (onehot - 1 / 6))
+
+
+def test_bought_blocks_fit():
+    counts = [16 - i for i in range(16)]
+    given = facts(4 * 30 + 32, [*counts, 3], (16, 1), 8, init_std=1.0)
+    table = Nis(given)
+    with torch.no_grad():
+        table.logits[0, 0, 4], table.logits[0, 1:, 1], table.logits[1, :, 1] = 9.0, 9.0, 9.0
+    made = Nis(given)
+    made.settle(table)
+    # 16, three times 2 and four times 2.
+    assert made.choice.tolist() == [[4, 1, 1, 1], [1, 1, 1, 1]]
+    assert made.value_bytes() == given.budget
+    expected = torch.zeros(17, 8)
+    expected[0], expected[:8, :2], expected[16] = (
+        made.weight[0],
+        made.weight[:8, :2],
+        made.weight[16],
+    )
+    torch.testing.assert_close(made(torch.arange(17)), expected)
+    assert made.row_bits().tolist() == [256, *[64] * 7, *[0] * 8, 256]
+    table.eval()
+    torch.testing.assert_close(table(torch.arange(17)) != 0, made(torch.arange(17)) != 0)
+    assert not made.mask_parameters() and not made.architecture()
 
 
 def test_popularity_is_standardised_by_field():
