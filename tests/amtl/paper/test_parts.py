@@ -85,6 +85,7 @@ def test_plans_and_sets():
     assert parse_set("t=synthetic:easy:300:label:")[1] == ("synthetic:easy:300", "label", "")
     assert list(choose_sets("medium, easy", ["t=a:b:"])) == ["medium", "easy", "t"]
     named = choose_sets("medium@shop, nycflights13@date", ["t@day=a:b:"])
+    assert "month" not in named["nycflights13@date"][2]
     assert named["medium@shop"] == ("synthetic:medium", "label", "") and "t@day" in named
     assert variant("t@day") == ("order:day", "dnn") and variant("t") == ("random", "dnn")
     assert variant("t@day+dcn") == ("order:day", "dcn") and variant("t+din") == ("random", "din")
