@@ -16,10 +16,6 @@ NO_LOSS = -5e-4
 """Lower end of the 95 % interval against full size that counts as no loss."""
 
 NOT_MADE = {
-    "esapn": "not built: in its authors' code a row that grows starts as the image of its narrower "
-    "numbers under the map through which these are shown, so that right after the choice, when the "
-    "policy is rewarded, both choices show the same vector but for batch statistics; `nis` has a "
-    "controller whose choice does decide its reward",
     "loss by the number of warm-start steps": "not run: `amtl train --warm-start` has it by hand",
     "DIN": "not planned: no set here has a history to attend to; `amtl paper --backbones din`",
 }

@@ -9,7 +9,7 @@ from amtl.errors import UserError
 from amtl.peers.base import DoesNotFit, Facts, Part, Peer, SearchingPeer, served_bytes
 from amtl.peers.fields import AutoDim, OptEmbed
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
-from amtl.peers.popularity import AutoEmb, Nis
+from amtl.peers.popularity import AutoEmb, Esapn, Nis
 from amtl.peers.pruning import MagnitudePruning, Pep
 from amtl.peers.quantised import Alpt, Mpe, PostTraining
 from amtl.peers.sized import MixedDimension, Shuffled
@@ -30,6 +30,7 @@ PEERS: dict[str, type[Peer]] = {
     "optembed": OptEmbed,
     "autoemb": AutoEmb,
     "nis": Nis,
+    "esapn": Esapn,
 }
 
 

@@ -255,6 +255,9 @@ class SearchingPeer(Peer):
     trains_again: ClassVar[bool] = True
     """Whether there is a second training."""
 
+    trying: bool = False
+    """Whether a pass is one of a validation batch, of which `architecture` learns."""
+
     settled: Tensor
 
     def __init__(self, facts: Facts) -> None:

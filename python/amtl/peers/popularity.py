@@ -14,9 +14,9 @@ from amtl.peers.base import DoesNotFit, Facts, Part, SearchingPeer, choices_in_b
 class ByPopularity(SearchingPeer):
     """A table whose rows of equal count in a field have one of the widths 1, 2, 4 ... D.
 
-    A row has numbers of its own for each width. They are mapped linearly to D, batch-normalised and
-    squashed by tanh, with one map for a width. A server keeps the numbers of the width that was
-    chosen and the maps of those in use, the normalisation folded in.
+    A row has numbers of its own for each width. They are mapped linearly to D (`mapped`),
+    batch-normalised and squashed by tanh. A server keeps the numbers of the width that was chosen
+    and the maps of those in use, the normalisation folded in.
 
     Args:
         facts: see `Peer`.
@@ -42,25 +42,28 @@ class ByPopularity(SearchingPeer):
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("choice", torch.zeros(len(self.group_sizes), dtype=torch.int64))
         self.weight = self.row_table(facts.rows, sum(self.widths))
-        self.maps = nn.Parameter(
-            torch.cat(
-                [
-                    nn.init.xavier_uniform_(torch.empty(d, dim), generator=self._generator)
-                    for d in self.widths
-                ]
-            )
-        )
         options = len(self.widths)
         self.scale = nn.Parameter(torch.ones(options, dim))
         self.shift = nn.Parameter(torch.zeros(options, dim))
         self.register_buffer("mean", torch.zeros(options, dim))
         self.register_buffer("variance", torch.ones(options, dim))
 
+    def mapped(self, values: Tensor, option: int) -> Tensor:
+        """Numbers of one width, `[L, d]`, in D dimensions."""
+        raise NotImplementedError
+
+    def kept_numbers(self, option: int) -> int:
+        """Of the map of an option, what normalisation does to it included."""
+        return (self.widths[option] + 1) * self.dim
+
+    def linear(self, high: int, wide: int) -> Tensor:
+        """Initial numbers of a map, `[high, wide]`."""
+        return nn.init.xavier_uniform_(torch.empty(high, wide), generator=self._generator)
+
     def shown(self, values: Tensor, option: int) -> Tensor:
         """What the numbers of one width come to, `[L, D]`, of values `[L, 1 + 2 + ... + D]`."""
-        here = self.slices[option]
         mapped = nn.functional.batch_norm(
-            values[:, here] @ self.maps[here],
+            self.mapped(values[:, self.slices[option]], option),
             self.mean[option],
             self.variance[option],
             self.scale[option],
@@ -69,9 +72,8 @@ class ByPopularity(SearchingPeer):
         )
         return torch.tanh(mapped)
 
-    def chosen(self, rows: Tensor, options: Tensor) -> Tensor:
-        """Rows, int64 `[L]`, each at the width of its option, int64 `[L]`."""
-        values = self.look_up(self.weight, rows)
+    def chosen(self, values: Tensor, options: Tensor) -> Tensor:
+        """Values `[L, 1 + 2 + ... + D]`, each at the width of its option, int64 `[L]`: `[L, D]`."""
         parts, where = [], []
         for option in range(len(self.widths)):
             here = (options == option).nonzero().squeeze(1)
@@ -84,7 +86,7 @@ class ByPopularity(SearchingPeer):
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """See `Peer`."""
-        return [self.maps, self.scale, self.shift]
+        return [self.scale, self.shift]
 
     def choose(self, scores: Tensor) -> None:
         """Take widths for groups by `scores - c * bytes`, one c for all, see `choices_in_budget`.
@@ -110,7 +112,7 @@ class ByPopularity(SearchingPeer):
 
     def _beside(self, options: Sequence[int]) -> list[Part]:
         """All but the rows' numbers, where these options are in use."""
-        maps = sum((self.widths[o] + 1) * self.dim for o in options)
+        maps = sum(map(self.kept_numbers, options))
         ends = len(self.facts.field_sizes) * len(self.widths)
         return [Part("maps and shifts", maps, 32), Part("ends of rows of equal width", ends, 32)]
 
@@ -158,6 +160,7 @@ class AutoEmb(ByPopularity):
 
     def __init__(self, facts: Facts, hidden: int = 32) -> None:
         super().__init__(facts)
+        self.maps = nn.Parameter(torch.cat([self.linear(d, facts.dim) for d in self.widths]))
         popularity = standardised(self.group_counts, self.group_fields)[:, None]
         self.register_buffer("popularity", popularity, persistent=False)
         self.controllers = nn.ModuleList(
@@ -174,12 +177,20 @@ class AutoEmb(ByPopularity):
         parts = zip(self.controllers, self.get_buffer("popularity").split(sizes), strict=True)
         return torch.log_softmax(torch.cat([network(x) for network, x in parts]), 1)
 
+    def mapped(self, values: Tensor, option: int) -> Tensor:
+        """See `ByPopularity`."""
+        return values @ self.maps[self.slices[option]]
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """See `Peer`."""
+        return [self.maps, *super().mask_parameters()]
+
     def embed(self, rows: Tensor) -> Tensor:
         """See `Peer`."""
+        values = self.look_up(self.weight, rows)
         if self.phase == "frozen":
-            return self.chosen(rows, self.choice[self.group[rows]])
-        values, weights = self.look_up(self.weight, rows), self.log_weights().exp()
-        weights = weights[self.group[rows]]
+            return self.chosen(values, self.choice[self.group[rows]])
+        weights = self.log_weights().exp()[self.group[rows]]
         out = torch.zeros(len(rows), self.dim)
         for option in range(len(self.widths)):
             out = out + weights[:, option : option + 1] * self.shown(values, option)
@@ -192,6 +203,174 @@ class AutoEmb(ByPopularity):
     def adopt(self, found: Any) -> None:
         """See `SearchingPeer`."""
         self.choose(found.log_weights())
+
+
+class Esapn(ByPopularity):
+    """ESAPN, Liu et al. 2020 (SIGIR): a policy that lets rows grow.
+
+    "Automated Embedding Size Search in Deep Recommender Systems", in the paper's terms, its
+    sections not numbered here. Every value starts with one number. Each time it is looked up in
+    training, the policy network of its field sees how often that has been so far and the present
+    width, and keeps the width or doubles it (hard selection); the new numbers start as a linear
+    image of the old ones. Narrow rows are shown through the images up to D, batch-normalised, tanh.
+    On validation batches actions are drawn, and the policy learns by policy gradient from their
+    reward, by how much the loss is below the mean of the value's last.
+
+    Departures. The search has epochs where the paper has a stream; what is counted ends at the
+    count in training. The mean of the last five losses is one that forgets a fifth each time.
+    Validation batches are of the validation split, not the last training batch, and drawn growth is
+    undone. Widths of the counts of a field are then chosen by the policy's probability of ending
+    there, moved to the largest that the budget allows by `log p - c * bytes`, and all trains again
+    from the start. Maps are shared by the fields, which here are many and short.
+
+    A weakness of the method itself: right after it grows, a row is shown as before, but for what
+    normalises it. So an action hardly decides its own reward, in the authors' code as here.
+
+    Args:
+        facts: see `Peer`.
+        hidden: width of the policies' hidden layer.
+    """
+
+    space: ClassVar[Mapping[str, Sequence[Any]]] = {"hidden": (32, 8)}
+    takes_last = True
+    _FORGET = 0.2
+    option: Tensor
+    seen: Tensor
+    usual: Tensor
+
+    def __init__(self, facts: Facts, hidden: int = 32) -> None:
+        super().__init__(facts)
+        pairs = zip(self.widths[:-1], self.widths[1:], strict=True)
+        self.images = nn.ParameterList(self.linear(narrow, wide) for narrow, wide in pairs)
+        options = len(self.widths)
+        self.policies = nn.ModuleList(
+            nn.Sequential(nn.Linear(1 + options, hidden), nn.Tanh(), nn.Linear(hidden, 2))
+            for _ in facts.field_sizes
+        )
+        most = torch.zeros(len(facts.field_sizes)).long()
+        most.scatter_reduce_(0, facts.fields, facts.counts, "amax")
+        self.register_buffer("fields", facts.fields, persistent=False)
+        self.register_buffer("most", most.clamp(min=1), persistent=False)
+        self.register_buffer("option", torch.zeros(facts.rows, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(facts.rows, dtype=torch.int64))
+        self.register_buffer("usual", torch.full((facts.rows,), torch.nan))
+        self._samples = self._rows = torch.empty(0, dtype=torch.int64)
+        self._taken = torch.empty(0)
+
+    def mapped(self, values: Tensor, option: int) -> Tensor:
+        """See `ByPopularity`."""
+        for image in list(self.images)[option:]:
+            values = values @ image
+        return values
+
+    def kept_numbers(self, option: int) -> int:
+        """See `ByPopularity`; full rows have no map."""
+        full = option == len(self.widths) - 1
+        return 2 * self.dim if full else super().kept_numbers(option)
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """See `Peer`."""
+        return [*self.images, *super().mask_parameters()]
+
+    def architecture(self) -> list[nn.Parameter]:
+        """See `SearchingPeer`."""
+        return list(self.policies.parameters()) if self.phase == "search" else []
+
+    def log_policy(self, fields: Tensor, seen: Tensor, options: Tensor) -> Tensor:
+        """Logarithm of the probabilities to keep and to double a width.
+
+        Args:
+            fields: int64 `[K]`.
+            seen: int64 `[K]`, lookups so far.
+            options: int64 `[K]`, present width.
+
+        Returns:
+            `[K, 2]`.
+        """
+        most = self.get_buffer("most")[fields]
+        popularity = seen.float().log1p() / most.float().log1p()
+        present = nn.functional.one_hot(options, len(self.widths)).float()
+        known = torch.cat([popularity[:, None], present], 1)
+        logits = torch.zeros(len(fields), 2)
+        for field, policy in enumerate(self.policies):
+            here = (fields == field).nonzero().squeeze(1)
+            if len(here):
+                logits = logits.index_copy(0, here, policy(known[here]))
+        return torch.log_softmax(logits, 1)
+
+    def forward(self, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """See `Peer`; remembers which sample each lookup is of."""
+        bag = torch.arange(indices.numel())
+        if offsets is not None:
+            bag = torch.searchsorted(offsets.long(), bag, right=True) - 1
+        self._samples = bag // len(self.policies)
+        return super().forward(indices, offsets)
+
+    def embed(self, rows: Tensor) -> Tensor:
+        """See `Peer`."""
+        if self.phase == "frozen":
+            return self.chosen(self.look_up(self.weight, rows), self.choice[self.group[rows]])
+        if self.training and self.trying:
+            return self._try(rows)
+        if self.training:
+            self._grow(rows)
+        return self.chosen(self.look_up(self.weight, rows), self.option[rows])
+
+    @torch.no_grad()
+    def _grow(self, rows: Tensor) -> None:
+        """Counts lookups, and doubles the widths of rows that the policy would rather double."""
+        rows, times = rows.unique(return_counts=True)
+        self.seen[rows] = torch.minimum(self.seen[rows] + times, self.facts.counts[rows])
+        options = self.option[rows]
+        policy = self.log_policy(self.get_buffer("fields")[rows], self.seen[rows], options)
+        doubles = policy[:, 1] > policy[:, 0]
+        for option, image in enumerate(self.images):
+            here = rows[doubles & (options == option)]
+            old, new = self.slices[option], self.slices[option + 1]
+            self.weight[here, new] = self.weight[here, old] @ image
+            self.option[here] = option + 1
+
+    def _try(self, rows: Tensor) -> Tensor:
+        """Rows after actions that are drawn, which nothing but the reward remembers."""
+        options = self.option[rows]
+        policy = self.log_policy(self.get_buffer("fields")[rows], self.seen[rows], options)
+        action = torch.multinomial(policy.detach().exp(), 1)
+        can = options < len(self.widths) - 1
+        self._rows, self._taken = rows, policy.gather(1, action).squeeze(1) * can
+        doubles = can & (action.squeeze(1) == 1)
+        with torch.no_grad():
+            values = self.weight[rows]
+            for option, image in enumerate(self.images):
+                here = doubles & (options == option)
+                values[here, self.slices[option + 1]] = values[here, self.slices[option]] @ image
+            return self.chosen(values, options + doubles)
+
+    def architecture_loss(self, losses: Tensor) -> Tensor:
+        """See `SearchingPeer`: the policy gradient of the actions that were drawn."""
+        rows, loss = self._rows, losses.detach()[self._samples]
+        usual = torch.where(self.usual[rows].isnan(), loss, self.usual[rows])
+        result = -((usual - loss) * self._taken).sum()
+        times = torch.bincount(rows, minlength=len(self.usual))
+        mean = torch.bincount(rows, loss, len(self.usual)) / times
+        start = torch.where(self.usual.isnan(), mean, self.usual)
+        self.usual.copy_(torch.where(times > 0, start.lerp(mean, self._FORGET), self.usual))
+        return result
+
+    @torch.no_grad()
+    def log_widths(self) -> Tensor:
+        """Logarithm of the policy's probability that a count ends at a width, `[G, O]`."""
+        found, reached = [], torch.zeros(len(self.group_counts))
+        for option in range(len(self.widths)):
+            options = torch.full_like(self.group_counts, option)
+            policy = self.log_policy(self.group_fields, self.group_counts, options)
+            last = option == len(self.widths) - 1
+            found.append(reached + (0 if last else policy[:, 0]))
+            reached = reached + policy[:, 1]
+        return torch.stack(found, 1)
+
+    def adopt(self, found: Any) -> None:
+        """See `SearchingPeer`."""
+        self.choose(found.log_widths())
 
 
 class Nis(SearchingPeer):

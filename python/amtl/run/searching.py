@@ -34,9 +34,11 @@ class SearchLearner(Learner):
             val = self.task.val
             batch = val.batch(torch.randint(len(val), (min(len(val), len(samples)),)))
             self.model.zero_grad()
+            self.table.trying = True  # type: ignore[assignment]
             losses = nn.functional.binary_cross_entropy_with_logits(
                 self.model(batch), batch.labels, reduction="none"
             )
+            self.table.trying = False  # type: ignore[assignment]
             self.table.architecture_loss(losses).backward()  # type: ignore[operator]
             self._architecture.step()
             self.model.zero_grad()

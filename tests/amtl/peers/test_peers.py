@@ -11,7 +11,7 @@ from amtl.peers import PEERS, DoesNotFit, Facts, Part, SearchingPeer, served_byt
 from amtl.peers.base import choices_in_budget
 from amtl.peers.fields import AutoDim, OptEmbed, evolved
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
-from amtl.peers.popularity import AutoEmb, Nis, standardised
+from amtl.peers.popularity import AutoEmb, Esapn, Nis, standardised
 from amtl.peers.pruning import MagnitudePruning, Pep, sparse_parts
 from amtl.peers.quantised import Alpt, Mpe, PostTraining, best_rounding, rounded
 from amtl.peers.sized import MixedDimension, Shuffled, mixed_widths
@@ -398,6 +398,92 @@ def test_bought_blocks_fit():
     table.eval()
     torch.testing.assert_close(table(torch.arange(17)) != 0, made(torch.arange(17)) != 0)
     assert not made.mask_parameters() and not made.architecture()
+
+
+def esapn(budget=10_000) -> Esapn:
+    """Counts 8, 2, 1 and 1 of two fields; widths 1, 2 and 4; doubles what was seen often."""
+    table = Esapn(facts(budget, (8, 2, 1, 1), (3, 1), 4, init_std=1.0), hidden=1)
+    with torch.no_grad():
+        for policy in table.policies:
+            for parameter in policy.parameters():
+                parameter.zero_()
+            policy[0].weight[0, 0], policy[2].weight[1, 0] = 1.0, 2.0
+            policy[2].bias[0] = 1.0
+    return table
+
+
+def test_rows_that_grow():
+    table = esapn()
+    # Doubles where 2 tanh(log(1 + seen) / log(1 + most)) is above 1: from 3 of 8 on.
+    seen = torch.tensor([2, 3, 8])
+    policy = table.log_policy(torch.zeros(3).long(), seen, torch.tensor([0, 1, 0]))
+    gap = [2 * math.tanh(math.log(1 + n) / math.log(9)) - 1 for n in (2, 3, 8)]
+    torch.testing.assert_close(policy[:, 1] - policy[:, 0], torch.tensor(gap))
+    assert gap[0] < 0 < gap[1]
+
+    start = table.weight.detach().clone()
+    table(torch.tensor([0, 1, 0, 2, 0, 1]))
+    assert table.seen.tolist() == [3, 2, 1, 0] and table.option.tolist() == [1, 0, 0, 0]
+    # Nothing is counted beyond the counts, and once of once is most.
+    table(torch.tensor([0, 0, 0, 3, 1]))
+    assert table.seen.tolist() == [6, 2, 1, 1] and table.option[3] == 1
+    grown = start[3, :1] @ table.images[0].detach()
+    torch.testing.assert_close(
+        table.weight[3].detach(), torch.cat([start[3, :1], grown, start[3, 3:]])
+    )
+    # Narrow rows go through the images of all widths after theirs.
+    table.eval()
+    table.mean.zero_()
+    table.variance.fill_(1.0)
+    first, second = table.images
+    scale = (1 + 1e-5) ** -0.5
+    torch.testing.assert_close(
+        table(torch.tensor([1, 3])).detach(),
+        torch.stack(
+            [(start[1, :1] @ first @ second * scale).tanh(), (grown @ second * scale).tanh()]
+        ).detach(),
+    )
+
+
+def test_a_policy_is_rewarded_by_the_losses_of_its_values():
+    table = esapn()
+    table.trying = True
+    with torch.no_grad():
+        table.usual[0] = 0.7
+        table.option[1] = 2
+    before = {name: value.clone() for name, value in table.state_dict().items()}
+    table(torch.tensor([[0, 3], [1, 3]]))
+    kept = {"usual", "mean", "variance"}
+    assert all(torch.equal(v, before[k]) for k, v in table.state_dict().items() if k not in kept)
+    taken = table._taken.detach()
+    # Row 1 cannot grow.
+    assert taken[2] == 0 and (taken[[0, 1, 3]] < 0).all()
+    loss = table.architecture_loss(torch.tensor([0.5, 0.9]))
+    assert float(loss.detach()) == pytest.approx(-0.2 * float(taken[0]), rel=1e-5)
+    # .7 and a fifth of the way to .5; first losses are taken as they are.
+    torch.testing.assert_close(
+        table.usual, torch.tensor([0.66, 0.9, torch.nan, 0.7]), equal_nan=True
+    )
+    loss.backward()
+    assert all(p.grad is not None for p in table.policies[0].parameters())
+
+
+def test_widths_that_a_policy_ends_at():
+    table = esapn()
+    keep, double = (table.log_policy(torch.zeros(1).long(), torch.tensor([8]), torch.tensor([0])))[
+        0
+    ]
+    torch.testing.assert_close(
+        table.log_widths()[2], torch.stack([keep, double + keep, 2 * double])
+    )
+    torch.testing.assert_close(table.log_widths().exp().sum(1), torch.ones(4))
+    # Rows of 4, 1, 1 and 4 numbers; maps of width 1 take 2 * 4, scales and shifts of full rows too;
+    # ends 2 * 3.
+    made = esapn(4 * (10 + 8 + 8 + 6))
+    made.settle(table)
+    assert made.value_bytes() <= made.facts.budget and not made.architecture()
+    assert int(made.choice[made.group[0]]) >= int(made.choice[made.group[2]])
+    assert made.kept_numbers(2) == 8 and made.kept_numbers(1) == 12 and made.kept_numbers(0) == 8
 
 
 def test_popularity_is_standardised_by_field():

@@ -70,7 +70,8 @@ def test_a_run_is_kept_within_its_bytes_and_does_not_pack(name, source, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "at"), [("pep", 23), ("magprune", 23), ("autoemb", 23), ("nis", 23), ("alpt", 8)]
+    ("name", "at"),
+    [("pep", 23), ("magprune", 23), ("autoemb", 23), ("nis", 23), ("esapn", 23), ("alpt", 8)],
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(name, at, source, tmp_path):
     config = settings(method=name, patience=20)
