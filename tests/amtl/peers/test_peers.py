@@ -468,6 +468,15 @@ def test_a_policy_is_rewarded_by_the_losses_of_its_values():
     assert all(p.grad is not None for p in table.policies[0].parameters())
 
 
+def test_lookups_know_their_sample():
+    table = esapn()
+    # Two fields a sample; the second bag of the first one is empty.
+    table(torch.tensor([0, 1, 3, 2, 3]), torch.tensor([0, 3, 3, 4]))
+    assert table._samples.tolist() == [0, 0, 0, 1, 1]
+    table(torch.tensor([[0, 3], [1, 3]]))
+    assert table._samples.tolist() == [0, 0, 1, 1]
+
+
 def test_widths_that_a_policy_ends_at():
     table = esapn()
     keep, double = (table.log_policy(torch.zeros(1).long(), torch.tensor([8]), torch.tensor([0])))[
