@@ -18,7 +18,8 @@ class SearchLearner(Learner):
     """A search: the method's penalty joins the loss, and rates don't fall.
 
     Where a method has an `architecture`, a batch of the validation split trains that after each
-    step (the first-order form of DARTS, arXiv 1806.09055).
+    step: by the loss itself (the first-order form of DARTS, arXiv 1806.09055), or by what the
+    method makes of it in `architecture_loss`, such as a reward.
     """
 
     _architecture: torch.optim.Optimizer | None = None
