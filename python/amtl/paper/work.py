@@ -24,7 +24,7 @@ from amtl.data.encoding import Encoder
 from amtl.data.registry import Source, load_source
 from amtl.data.synthetic import planted_widths
 from amtl.errors import UserError
-from amtl.paper.protocol import DIM, RULER, Contender, Plan, Size, contenders
+from amtl.paper.protocol import DIM, RULER, Contender, Plan, Size, contenders, variant
 from amtl.paper.records import Claim, append, read
 from amtl.paper.tuning import next_choice
 from amtl.peers import DoesNotFit, add_peer
@@ -108,25 +108,47 @@ def finalists(records: Records, plan: Plan, name: str, budget: float) -> set[str
     return {*best, *(m for m in _ALWAYS if m in scores)}
 
 
+def further(records: Records, plan: Plan) -> list[Cell]:
+    """The configurations of other backbones: those of the finalists with the MLP, once known.
+
+    A table of full size is among them, as the ruler.
+    """
+    found: list[Cell] = []
+    for backbone in plan.backbones:
+        for budget in plan.budgets:
+            for name in plan.sets:
+                best = finalists(records, plan, name, budget)
+                if best:
+                    found.append((f"{name}+{backbone}", 1.0, RULER))
+                found += [(f"{name}+{backbone}", budget, m) for m in plan.methods if m in best]
+    return list(dict.fromkeys(found))
+
+
 def jobs(records: Records, plan: Plan) -> Iterator[dict[str, Any]]:
     """What is left to do, in order: tuning and the first seed of each cell, then further seeds.
 
-    The jobs of later rounds come when those before are done.
+    The jobs of later rounds come when those before are done, other backbones last.
     """
-    known = contenders()
     for extra in range(plan.finalist_seeds):
-        for name, budget, method in plan.cells():
-            cell = (name, budget, method)
-            if extra >= plan.seeds and method not in finalists(records, plan, name, budget):
-                continue
-            job = {"set": name, "budget": budget, "method": method}
-            if not is_tuned(records, cell, known[method], plan):
-                made = {r["job"]["trial"] for r in tried(records, cell)}
-                yield {**job, "trial": min(set(range(len(made) + 1)) - made)}
-            elif best := chosen(records, cell):
-                seed = FIRST_SEED + extra
-                if seed not in seeded(records, cell):
-                    yield {**job, "seed": seed, "choice": best["choice"]}
+        for cell in plan.cells():
+            if extra < plan.seeds or cell[2] in finalists(records, plan, *cell[:2]):
+                yield from _left(records, plan, cell, extra)
+    others = further(records, plan)
+    for extra in range(plan.seeds):
+        for cell in others:
+            yield from _left(records, plan, cell, extra)
+
+
+def _left(records: Records, plan: Plan, cell: Cell, extra: int) -> Iterator[dict[str, Any]]:
+    """The next job of a cell, if there is one up to its seed number `extra`."""
+    job = dict(zip(("set", "budget", "method"), cell, strict=True))
+    if not is_tuned(records, cell, contenders()[cell[2]], plan):
+        made = {r["job"]["trial"] for r in tried(records, cell)}
+        yield {**job, "trial": min(set(range(len(made) + 1)) - made)}
+    elif best := chosen(records, cell):
+        seed = FIRST_SEED + extra
+        if seed not in seeded(records, cell):
+            yield {**job, "seed": seed, "choice": best["choice"]}
 
 
 def count(plan: Plan) -> int:
@@ -135,8 +157,11 @@ def count(plan: Plan) -> int:
     cells = plan.cells()
     tuning = sum(1 if known[m].tunes_itself else plan.trials for _, _, m in cells)
     groups = {(s, b) for s, b, _ in cells}
-    further = (FINALISTS + len(_ALWAYS)) * (plan.finalist_seeds - plan.seeds) * len(groups)
-    return tuning + plan.seeds * len(cells) + further
+    best = (FINALISTS + len(_ALWAYS)) * len(groups)
+    # The ruler of a set with another backbone, where no budget of the plan is all of it.
+    others = len(plan.backbones) * (best + len(plan.sets)) * (plan.trials + plan.seeds)
+    more = best * (plan.finalist_seeds - plan.seeds)
+    return tuning + plan.seeds * len(cells) + more + others
 
 
 def run_plan(
@@ -210,7 +235,7 @@ def work(plan: Plan, out: Path) -> None:
                     continue
                 if job["set"] not in loaded:
                     loaded.clear()
-                    loaded[job["set"]] = Data(*plan.sets[job["set"]])
+                    loaded[job["set"]] = Data(*plan.source(job["set"]), *variant(job["set"]))
                 append(out, do(job, loaded[job["set"]], list(read(out)), plan))
             # What comes next may follow from this one.
             idle = False
@@ -222,10 +247,14 @@ class Data:
 
     Args:
         data, label, fields: see `Plan.sets`.
+        split, backbone: see `variant`.
     """
 
-    def __init__(self, data: str, label: str, fields: str) -> None:
+    def __init__(
+        self, data: str, label: str, fields: str, split: str = "random", backbone: str = "dnn"
+    ) -> None:
         self.source: Source = load_source(data)
+        self._given = {"split": split, "backbone": backbone}
         self.label = label
         self.fields = [f.strip() for f in fields.split(",") if f.strip()]
         self.task: Task = prepare(self.config({}), self.source)
@@ -236,7 +265,7 @@ class Data:
     def config(self, settings: dict[str, Any]) -> TrainConfig:
         """Settings of a run over those that the data asks for."""
         own = self.source.settings(settings.get("method", "fixed"))
-        merged = {**own, "dim": DIM, **settings}
+        merged = {**own, **self._given, "dim": DIM, **settings}
         return TrainConfig(self.source.name, self.label, fields=self.fields, **merged)
 
     def teacher(self, seed: int, epochs: int | None = None) -> Tensor:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from amtl.errors import UserError
 from amtl.peers.base import DoesNotFit, Facts, Part, Peer, SearchingPeer, served_bytes
-from amtl.peers.fields import AutoDim
+from amtl.peers.fields import AutoDim, OptEmbed
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
+from amtl.peers.popularity import AutoEmb, Esapn, Nis
 from amtl.peers.pruning import MagnitudePruning, Pep
 from amtl.peers.quantised import Alpt, Mpe, PostTraining
 from amtl.peers.sized import MixedDimension, Shuffled
@@ -26,6 +27,10 @@ PEERS: dict[str, type[Peer]] = {
     "mpe": Mpe,
     "alpt": Alpt,
     "autodim": AutoDim,
+    "optembed": OptEmbed,
+    "autoemb": AutoEmb,
+    "nis": Nis,
+    "esapn": Esapn,
 }
 
 

@@ -6,7 +6,7 @@ not packed. `amtl paper --add FILE` takes one from a file, see `examples/my_meth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -255,6 +255,9 @@ class SearchingPeer(Peer):
     trains_again: ClassVar[bool] = True
     """Whether there is a second training."""
 
+    trying: bool = False
+    """Whether a pass is one of a validation batch, of which `architecture` learns."""
+
     settled: Tensor
 
     def __init__(self, facts: Facts) -> None:
@@ -289,6 +292,21 @@ class SearchingPeer(Peer):
         """What the search trains on validation batches, in turns with all else on training ones."""
         return []
 
+    def architecture_loss(self, losses: Tensor) -> Tensor:
+        """What `architecture` learns to lower, right after a pass of a validation batch.
+
+        Args:
+            losses: log loss of each sample, `[B]`.
+        """
+        return losses.mean()
+
     def searched(self) -> bool:
         """Whether the search may end; asked after each validation."""
         return False
+
+    def conclude(self, score: Callable[[], float]) -> None:
+        """Called when the search has trained and before `settle`, for what is tried out then.
+
+        Args:
+            score: validates the model as the table now is: AUC minus log loss.
+        """

@@ -98,10 +98,10 @@ def _split(facts: Facts, widths: Sequence[int]) -> tuple[list[int], int]:
 
 
 class DoubleHash(Peer):
-    """Frequency-based double hashing, Zhang et al. 2020 (arXiv 2007.14523), section 3.
+    """Frequency-based double hashing, Zhang et al. 2020 (arXiv 2007.14523): its hybrid method.
 
-    The most frequent values have rows of their own. Every other one is the sum of two rows of a
-    pool, at two independent hashes of its number.
+    The most frequent values have rows of their own (its frequency hashing). Every other one is the
+    sum of two rows of a pool, at two independent hashes of its number (its double hashing).
 
     One pool for all fields, as all fields are one table here; the paper has one a feature.
 

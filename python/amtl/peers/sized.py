@@ -16,14 +16,16 @@ _BLOCKS = 4
 
 
 class MixedDimension(Peer):
-    """Mixed dimension embeddings, Ginart et al. 2019 (arXiv 1909.11810), section 3, algorithm 2.
+    """Mixed dimension embeddings, Ginart et al. 2019 (arXiv 1909.11810), popularity-based.
 
-    Block b of the rows has width `d_b = lambda * p_b^alpha`, p_b being how often a row of it is
-    looked up, and a projection `[d_b, D]` unless d_b is D. Blocks are the fields, or within each
-    field four with equally many lookups (the paper's two schemes).
+    By the numbers of the paper's first version, which later ones changed: block b of the rows has
+    width `d_b = lambda * p_b^alpha` (section 4.2, algorithm 3) and a projection `[d_b, D]` unless
+    d_b is D (section 4, algorithm 1). Blocks are the fields, or within each field four with equally
+    many lookups (section 4.1, algorithm 2): the paper's two schemes.
 
-    lambda is the largest that the budget allows, projections counted; widths are rounded to whole
-    numbers, at least 1.
+    p_b is how often a row of the block is looked up, as in the authors' code (`md_solver` of DLRM,
+    queries over rows), where the first version has the lookups of the block. lambda is the largest
+    that the budget allows, projections counted; widths are rounded to whole numbers, at least 1.
 
     Args:
         facts: see `Peer`.

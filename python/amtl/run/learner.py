@@ -195,10 +195,14 @@ class Learner:
             within * times // self.steps_per_epoch != (within - 1) * times // self.steps_per_epoch
         )
 
+    def scores(self) -> tuple[float, float]:
+        """AUC and log loss on the validation split, of the model as it would be stored."""
+        logits, labels = predict(self.model, self.task.val), self.task.val.labels
+        return auc(logits, labels), log_loss(logits, labels)
+
     def _validate(self) -> None:
         config = self.config
-        logits = predict(self.model, self.task.val)
-        area, loss = auc(logits, self.task.val.labels), log_loss(logits, self.task.val.labels)
+        area, loss = self.scores()
         record: dict[str, Any] = {
             "step": self.steps,
             "epoch": round(self.epochs, 4),
@@ -280,9 +284,8 @@ class Learner:
         kept = [p.detach().clone() for p in parameters]
         for p in parameters:
             p.copy_(p.to(torch.float16))
-        record, labels = self.best["record"], self.task.val.labels
-        logits = predict(self.model, self.task.val)
-        area, loss = auc(logits, labels), log_loss(logits, labels)
+        record = self.best["record"]
+        area, loss = self.scores()
         if area - loss >= record["score"] - _NEXT_TO_NOTHING:
             scores = {"val_auc": area, "val_logloss": loss, "score": area - loss}
             model = copy.deepcopy(self.model.state_dict())

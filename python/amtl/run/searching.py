@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,8 @@ class SearchLearner(Learner):
     """A search: the method's penalty joins the loss, and rates don't fall.
 
     Where a method has an `architecture`, a batch of the validation split trains that after each
-    step (the first-order form of DARTS, arXiv 1806.09055).
+    step: by the loss itself (the first-order form of DARTS, arXiv 1806.09055), or by what the
+    method makes of it in `architecture_loss`, such as a reward.
     """
 
     _architecture: torch.optim.Optimizer | None = None
@@ -33,7 +35,12 @@ class SearchLearner(Learner):
             val = self.task.val
             batch = val.batch(torch.randint(len(val), (min(len(val), len(samples)),)))
             self.model.zero_grad()
-            self._loss(self.model(batch), batch.labels).backward()
+            self.table.trying = True  # type: ignore[assignment]
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                self.model(batch), batch.labels, reduction="none"
+            )
+            self.table.trying = False  # type: ignore[assignment]
+            self.table.architecture_loss(losses).backward()  # type: ignore[operator]
             self._architecture.step()
             self.model.zero_grad()
         return loss
@@ -81,6 +88,7 @@ def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]
                 break
     if not table.takes_last:
         found.end()
+    table.conclude(lambda: operator.sub(*found.scores()))
     try:
         fresh = Learner(config, task, lambda made: made.settle(table), learner.taught)  # type: ignore[operator]
     except DoesNotFit as error:

@@ -81,11 +81,9 @@ def prepare(
 
 
 def default_fields(frame: pl.DataFrame, config: TrainConfig, source: Source) -> list[str]:
-    """The fields used if none are named: the set's own, or all but label and split column."""
-    if source.fields:
-        return list(source.fields)
+    """The fields used if none are named: the set's own or all, but label and split column."""
     skip = {config.label, config.split.removeprefix("order:")}
-    return [name for name in frame.columns if name not in skip]
+    return [name for name in source.fields or frame.columns if name not in skip]
 
 
 def title(config: TrainConfig) -> str:

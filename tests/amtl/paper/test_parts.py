@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from amtl.errors import UserError
 from amtl.paper.page import blocks, rerun, write_html, write_markdown
-from amtl.paper.protocol import COMMON, DIM, Plan, Size, choose_sets, contenders, parse_set
+from amtl.paper.protocol import (
+    COMMON,
+    DIM,
+    Plan,
+    Size,
+    choose_sets,
+    contenders,
+    parse_set,
+    variant,
+)
 from amtl.paper.records import Claim, append, read
 from amtl.paper.statistics import half_width, holm, paired
 from amtl.paper.summary import ranks, summarise
 from amtl.paper.tuning import next_choice
-from amtl.paper.work import count, finalists, jobs
+from amtl.paper.work import count, finalists, further, jobs
 from amtl.peers import PEERS, DoesNotFit, add_peer
 
 
@@ -74,9 +84,18 @@ def test_plans_and_sets():
     assert parse_set("ml=a/b.csv:label:x,y") == ("ml", ("a/b.csv", "label", "x,y"))
     assert parse_set("t=synthetic:easy:300:label:")[1] == ("synthetic:easy:300", "label", "")
     assert list(choose_sets("medium, easy", ["t=a:b:"])) == ["medium", "easy", "t"]
+    named = choose_sets("medium@shop, nycflights13@date", ["t@day=a:b:"])
+    assert "month" not in named["nycflights13@date"][2]
+    assert named["medium@shop"] == ("synthetic:medium", "label", "") and "t@day" in named
+    assert variant("t@day") == ("order:day", "dnn") and variant("t") == ("random", "dnn")
+    assert variant("t@day+dcn") == ("order:day", "dcn") and variant("t+din") == ("random", "din")
     for call in (
         lambda: parse_set("nothing"),
         lambda: choose_sets("nothing", []),
+        lambda: choose_sets("nothing@date", []),
+        lambda: parse_set("a+dcn=data.csv:label:"),
+        lambda: Plan({"a": ("a", "b", "")}, [0.1], ["fixed"], backbones=["nothing"]),
+        lambda: Plan({"a": ("a", "b", "")}, [0.1], ["fixed"], backbones=["dnn"]),
         lambda: Plan({}, [0.1], ["fixed"]),
         lambda: Plan({"a": ("a", "b", "")}, [0.1], ["nothing"]),
         lambda: Plan({"a": ("a", "b", "")}, [2.0], ["fixed"]),
@@ -200,6 +219,42 @@ def test_what_is_left_to_do_comes_in_rounds(plan):
     third = [j for j in jobs(records, plan) if j.get("seed") == 12]
     assert {(j["method"], j["budget"]) for j in third} >= {("amtl", 0.125), ("qr", 0.125)}
     assert count(plan) >= len(records)
+
+
+def test_the_best_are_run_with_other_backbones(plan):
+    names = ["fixed", "amtl", "qr", "mde", "ptq", "random"]
+    plan = replace(plan, methods=names, budgets=[0.125], trials=1, backbones=["dcn", "deepfm"])
+    records = [record("fixed", 0.7, 1.0, trial=0)]
+    records += [record("fixed", 0.7, 1.0, seed=s) for s in (10, 11)]
+    for method, auc in zip(names, (0.5, 0.8, 0.7, 0.75, 0.6, 0.4), strict=True):
+        assert not further(records, plan)
+        records += [record(method, auc, trial=0), record(method, auc, seed=10)]
+        records += [record(method, auc, seed=11)]
+    # The best three and `fixed`, and the table of full size with each backbone.
+    of_dcn = [
+        ("s+dcn", 1.0, "fixed"),
+        *(("s+dcn", 0.125, m) for m in ("fixed", "amtl", "qr", "mde")),
+    ]
+    others = further(records, plan)
+    assert others[:5] == of_dcn and {cell[0] for cell in others} == {"s+dcn", "s+deepfm"}
+    assert len(others) == 10 and count(plan) >= len(records) + 10 * 3
+    left = list(jobs(records, plan))
+    # Third seeds of finalists come before, and each cell is tuned first.
+    assert [j["set"] for j in left[:5]] == ["s"] * 5 and left[5] == {
+        **dict(zip(("set", "budget", "method"), of_dcn[0], strict=True)),
+        "trial": 0,
+    }
+    for line in (record("fixed", 0.74, 1.0, trial=0), record("fixed", 0.74, 1.0, seed=10)):
+        line["job"]["set"] = "s+dcn"
+        records.append(line)
+    summary = json.loads(json.dumps(summarise(records, plan, {})))
+    assert summary["plan"]["cells"] == 7 + 10 and list(summary["plan"]["sets"]) == ["s"]
+    text = write_markdown(summary)
+    assert "## s+dcn" in text and "With dcn in place of the MLP alone" in text
+    assert rerun(summary, "s+dcn").startswith("amtl paper --sets '' --also s=data.csv:label:a,b")
+    assert " --backbones dcn --out" in rerun(summary, "s+dcn")
+    assert " --backbones '' --out" in rerun(summary, "s")
+    assert "these runs are of the MLP alone" not in text
 
 
 def test_files_with_methods(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from amtl import cli
 from amtl.paper import work as module
 from amtl.paper.page import write_markdown
-from amtl.paper.protocol import Plan
+from amtl.paper.protocol import Plan, variant
 from amtl.paper.records import read
 from amtl.paper.work import Data, expected_calibration_error, rank_correlation, sizes_by_count, work
 from amtl.peers import PEERS
@@ -84,6 +84,38 @@ def test_a_teacher_is_of_the_same_seed(plan, monkeypatch):
     assert float(labels.min()) > 0 and float(labels.max()) < 1
 
 
+def test_sets_in_an_order_and_with_a_backbone(plan):
+    data = Data(*SET, *variant("s@user+dcn"))
+    user = data.source.frame["user"].to_numpy()
+    counts = data.task.encoder.counts()[data.task.encoder.field_rows(0)]
+    # The first four fifths in the order of users have all that was counted.
+    assert "user" in data.task.encoder.names and data.task.encoder.names[0] == "user"
+    assert int((counts > 0).sum()) == len(set(sorted(user)[:1600]))
+    config = data.config({"method": "fixed", "epochs": 1})
+    assert (config.split, config.backbone) == ("order:user", "dcn")
+    assert type(module.train(config, data.task).model.interaction).__name__ == "CrossNetwork"
+    # Unless it is asked for, what orders the samples is no field.
+    named = Data("synthetic:medium:2000", "label", "", *variant("s@user"))
+    assert "user" not in named.task.encoder.names and "item" in named.task.encoder.names
+
+
+def test_backbones_follow_from_the_best(plan, tmp_path):
+    small = replace(plan, methods=["fixed", "qr"], trials=1, finalist_seeds=1, backbones=["deepfm"])
+    out = tmp_path / "runs.jsonl"
+    work(small, out)
+    made = [r["job"] for r in read(out)]
+    others = [(j["budget"], j["method"]) for j in made if j["set"] == "s+deepfm"]
+    # Tuned and tested, the table of full size too; the last in order.
+    assert set(others) == {(1.0, "fixed"), (0.1, "fixed"), (0.1, "qr")}
+    assert len(others) >= 5 and [j["set"] for j in made[-len(others) :]] == ["s+deepfm"] * len(
+        others
+    )
+    by_set = {
+        j["set"]: r["val_auc"] for r, j in zip(read(out), made, strict=True) if "val_auc" in r
+    }
+    assert by_set["s"] != by_set["s+deepfm"]
+
+
 def test_planted_widths_are_found_again():
     data = Data(*SET)
     names = data.task.encoder.names
@@ -114,6 +146,7 @@ def test_one_command(tmp_path, capsys, monkeypatch):
         return done.value.code
 
     tiny = ("--sets", "", "--also", f"tiny={':'.join(SET)}", "--budgets", "12.5", "--epochs", 1)
+    tiny = (*tiny, "--backbones", "")
     few = (*tiny, "--methods", "amtl,qr", "--trials", 2, "--seeds", 1, "--finalist-seeds", 1)
     assert run(*few, "--add", EXAMPLE, "--jobs", 2) == 0
     assert "my_method, seed 10: val AUC" in capsys.readouterr().out.replace("\n", " ")
@@ -134,6 +167,7 @@ def test_one_command(tmp_path, capsys, monkeypatch):
     assert run("--summary", tmp_path / "other.json") == 1
     assert run(*tiny, "--methods", "nothing") == 1
     assert run("--budgets", "ten") == 1
+    assert run(*tiny[:-1], "nothing") == 1
     assert run(*tiny, "--methods", "fixed", "--also", "gone=gone.csv:label:") == 1
     assert "gone.csv" in capsys.readouterr().err
     monkeypatch.delitem(PEERS, "my_method")

@@ -9,11 +9,13 @@ import torch
 from amtl.layer.embedding import AMTLEmbedding
 from amtl.peers import PEERS, DoesNotFit, Facts, Part, SearchingPeer, served_bytes
 from amtl.peers.base import choices_in_budget
-from amtl.peers.fields import AutoDim
+from amtl.peers.fields import AutoDim, OptEmbed, evolved
 from amtl.peers.hashing import DoubleHash, QuotientRemainder
+from amtl.peers.popularity import AutoEmb, Esapn, Nis, standardised
 from amtl.peers.pruning import MagnitudePruning, Pep, sparse_parts
 from amtl.peers.quantised import Alpt, Mpe, PostTraining, best_rounding, rounded
 from amtl.peers.sized import MixedDimension, Shuffled, mixed_widths
+from torch import nn
 
 
 def facts(budget, counts=(9, 7, 5, 3, 2, 1, 8, 1), sizes=(6, 2), dim=2, **more) -> Facts:
@@ -272,6 +274,297 @@ def test_widths_of_fields():
     shown = made(rows)
     torch.testing.assert_close(shown[0], made.weight[3, :2] @ made.maps[1][0])
     torch.testing.assert_close(shown[1], made.weight[360])
+
+
+def normed(mapped):
+    return (mapped - mapped.mean(0)) / (mapped.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def test_widths_by_popularity():
+    # Counts 4, 1, 1 of one field and 1, 4 of another: four groups, numbers for widths 1 and 2.
+    given = facts(0, (4, 1, 1, 1, 4), (3, 2), 2, init_std=1.0)
+    table = AutoEmb(given, hidden=4)
+    assert table.widths == [1, 2] and table.weight.shape == (5, 3)
+    assert table.group.tolist() == [1, 0, 0, 2, 3]
+    rows = torch.tensor([0, 1, 4])
+    values, maps = table.weight[rows].detach(), table.maps.detach()
+    one, two = values[:, :1] @ maps[:1], values[:, 1:] @ maps[1:]
+    # Equal weights at first.
+    shown = table(rows)
+    torch.testing.assert_close(shown, (normed(one).tanh() + normed(two).tanh()) / 2)
+    with torch.no_grad():
+        for controller, weight in zip(table.controllers, (3.0, -3.0), strict=True):
+            controller[0].weight.fill_(1.0)
+            controller[0].bias.zero_()
+            controller[2].weight[0] = weight / 4
+    # log 5 and log 2 are one deviation apart from their mean in the second field; in the first
+    # there are two groups as well.
+    logits = 3 * math.tanh(1.0)
+    weight = 1 / (1 + math.exp(-logits))
+    expected = torch.tensor([1 - weight, weight, weight, 1 - weight])
+    torch.testing.assert_close(table.log_weights().exp()[:, 0], expected)
+    table.eval()
+    with torch.no_grad():
+        table.mean[1], table.variance[1], table.scale[1], table.shift[1] = 0.5, 4.0, 2.0, -1.0
+    both = [
+        ((one - table.mean[0]) / (table.variance[0] + 1e-5).sqrt()).tanh(),
+        (2 * (two - 0.5) / 2 - 1).tanh(),
+    ]
+    w = expected[table.group[rows]][:, None]
+    torch.testing.assert_close(table(rows), w * both[0] + (1 - w) * both[1], rtol=1e-4, atol=1e-5)
+    assert len(table.architecture()) == 8
+
+    def made(numbers: int) -> AutoEmb:
+        budget = Facts(given.counts, given.fields, given.field_sizes, 2, 4 * numbers, 1.0)
+        other = AutoEmb(budget, hidden=4)
+        other.settle(table)
+        return other
+
+    # The rare ones of the first field and the frequent one of the second are 2 wide: 8 numbers;
+    # maps and shifts 2 * 2 and 3 * 2, ends 2 * 2.
+    enough = made(8 + 10 + 4)
+    assert enough.choice.tolist() == [1, 0, 0, 1] and enough.value_bytes() == 4 * 22
+    assert enough.row_bits().tolist() == [32, 64, 64, 32, 64] and not enough.architecture()
+    enough.eval()
+    scale = (1 + 1e-5) ** -0.5
+    weight = enough.weight.detach()
+    torch.testing.assert_close(enough(torch.tensor(0)), (weight[0, :1] @ maps[:1] * scale).tanh())
+    torch.testing.assert_close(enough(torch.tensor(4)), (weight[4, 1:] @ maps[1:] * scale).tanh())
+    # One number less, and no room for the second map.
+    assert int(made(21).choice.sum()) == 1 and made(21).value_bytes() <= 4 * 21
+    assert made(18).choice.tolist() == [0] * 4 and made(18).value_bytes() == 4 * (5 + 4 + 4)
+    with pytest.raises(DoesNotFit):
+        made(12)
+
+
+def test_blocks_that_a_controller_buys():
+    # 16 values, ends of row blocks after 1, 2, 4, 8 and 16; one value, which is all of them.
+    counts = [16 - i for i in range(16)]
+    given = facts(4 * 30 + 32, [*counts, 3], (16, 1), 8, init_std=1.0)
+    table = Nis(given, price=0.5, warm_up=1)
+    assert table.costs[0, 0].tolist() == [0, 2, 4, 8, 16, 32]
+    assert table.costs[1, 3].tolist() == [0, 2, 2, 2, 2, 2]
+    rows, weight = torch.arange(17), table.weight.detach()
+    torch.testing.assert_close(table(rows), weight)
+    assert float(table.architecture_loss(torch.ones(3)).detach()) == 0.0
+
+    with torch.no_grad():
+        table.logits[0, :, 2], table.logits[1, :, 1] = 50.0, 50.0
+        table.logits[0, 1, 2], table.logits[0, 1, 5] = 0.0, 50.0
+    expected = torch.zeros(17, 8)
+    expected[:2], expected[:16, 2:4], expected[16] = weight[:2], weight[:16, 2:4], weight[16]
+    torch.testing.assert_close(table(rows), expected)
+    # Three times 4 numbers, 32, and 4 times 2: 52 where 30 are paid for.
+    reward = -0.25 - 0.5 * (52 / 30 - 1)
+    assert float(table.architecture_loss(torch.tensor([0.2, 0.3])).detach()) == 0.0
+    assert float(table.usual) == pytest.approx(reward)
+    table(rows)
+    table.architecture_loss(torch.tensor([0.15, 0.15])).backward()
+    # It was better than usual by .1 nats: of a likely choice nothing changes, of an even one
+    # what was drawn gains.
+    assert float(table.usual) == pytest.approx(reward + 0.05 * 0.1)
+    assert float(table.logits.grad.abs().max()) < 1e-6
+    with torch.no_grad():
+        table.logits.zero_()
+    table.logits.grad = None
+    table(rows)
+    drawn, usual = table._drawn, float(table.usual)
+    over = max(0.0, float(table.costs.gather(2, drawn[:, :, None]).sum()) / 30 - 1)
+    table.architecture_loss(torch.tensor([0.4])).backward()
+    onehot = nn.functional.one_hot(drawn, 6)
+    gain = -0.4 - 0.5 * over - usual
+    torch.testing.assert_close(table.logits.grad, -gain * (onehot - 1 / 6))
+
+
+def test_bought_blocks_fit():
+    counts = [16 - i for i in range(16)]
+    given = facts(4 * 30 + 32, [*counts, 3], (16, 1), 8, init_std=1.0)
+    table = Nis(given)
+    with torch.no_grad():
+        table.logits[0, 0, 4], table.logits[0, 1:, 1], table.logits[1, :, 1] = 9.0, 9.0, 9.0
+    made = Nis(given)
+    made.settle(table)
+    # 16, three times 2 and four times 2.
+    assert made.choice.tolist() == [[4, 1, 1, 1], [1, 1, 1, 1]]
+    assert made.value_bytes() == given.budget
+    expected = torch.zeros(17, 8)
+    expected[0], expected[:8, :2], expected[16] = (
+        made.weight[0],
+        made.weight[:8, :2],
+        made.weight[16],
+    )
+    torch.testing.assert_close(made(torch.arange(17)), expected)
+    assert made.row_bits().tolist() == [256, *[64] * 7, *[0] * 8, 256]
+    table.eval()
+    torch.testing.assert_close(table(torch.arange(17)) != 0, made(torch.arange(17)) != 0)
+    assert not made.mask_parameters() and not made.architecture()
+
+
+def esapn(budget=10_000) -> Esapn:
+    """Counts 8, 2, 1 and 1 of two fields; widths 1, 2 and 4; doubles what was seen often."""
+    table = Esapn(facts(budget, (8, 2, 1, 1), (3, 1), 4, init_std=1.0), hidden=1)
+    with torch.no_grad():
+        for policy in table.policies:
+            for parameter in policy.parameters():
+                parameter.zero_()
+            policy[0].weight[0, 0], policy[2].weight[1, 0] = 1.0, 2.0
+            policy[2].bias[0] = 1.0
+    return table
+
+
+def test_rows_that_grow():
+    table = esapn()
+    # Doubles where 2 tanh(log(1 + seen) / log(1 + most)) is above 1: from 3 of 8 on.
+    seen = torch.tensor([2, 3, 8])
+    policy = table.log_policy(torch.zeros(3).long(), seen, torch.tensor([0, 1, 0]))
+    gap = [2 * math.tanh(math.log(1 + n) / math.log(9)) - 1 for n in (2, 3, 8)]
+    torch.testing.assert_close(policy[:, 1] - policy[:, 0], torch.tensor(gap))
+    assert gap[0] < 0 < gap[1]
+
+    start = table.weight.detach().clone()
+    table(torch.tensor([0, 1, 0, 2, 0, 1]))
+    assert table.seen.tolist() == [3, 2, 1, 0] and table.option.tolist() == [1, 0, 0, 0]
+    # Nothing is counted beyond the counts, and once of once is most.
+    table(torch.tensor([0, 0, 0, 3, 1]))
+    assert table.seen.tolist() == [6, 2, 1, 1] and table.option[3] == 1
+    grown = start[3, :1] @ table.images[0].detach()
+    torch.testing.assert_close(
+        table.weight[3].detach(), torch.cat([start[3, :1], grown, start[3, 3:]])
+    )
+    # Narrow rows go through the images of all widths after theirs.
+    table.eval()
+    table.mean.zero_()
+    table.variance.fill_(1.0)
+    first, second = table.images
+    scale = (1 + 1e-5) ** -0.5
+    torch.testing.assert_close(
+        table(torch.tensor([1, 3])).detach(),
+        torch.stack(
+            [(start[1, :1] @ first @ second * scale).tanh(), (grown @ second * scale).tanh()]
+        ).detach(),
+    )
+
+
+def test_a_policy_is_rewarded_by_the_losses_of_its_values():
+    table = esapn()
+    table.trying = True
+    with torch.no_grad():
+        table.usual[0] = 0.7
+        table.option[1] = 2
+    before = {name: value.clone() for name, value in table.state_dict().items()}
+    table(torch.tensor([[0, 3], [1, 3]]))
+    kept = {"usual", "mean", "variance"}
+    assert all(torch.equal(v, before[k]) for k, v in table.state_dict().items() if k not in kept)
+    taken = table._taken.detach()
+    # Row 1 cannot grow.
+    assert taken[2] == 0 and (taken[[0, 1, 3]] < 0).all()
+    loss = table.architecture_loss(torch.tensor([0.5, 0.9]))
+    assert float(loss.detach()) == pytest.approx(-0.2 * float(taken[0]), rel=1e-5)
+    # .7 and a fifth of the way to .5; first losses are taken as they are.
+    torch.testing.assert_close(
+        table.usual, torch.tensor([0.66, 0.9, torch.nan, 0.7]), equal_nan=True
+    )
+    loss.backward()
+    assert all(p.grad is not None for p in table.policies[0].parameters())
+
+
+def test_lookups_know_their_sample():
+    table = esapn()
+    # Two fields a sample; the second bag of the first one is empty.
+    table(torch.tensor([0, 1, 3, 2, 3]), torch.tensor([0, 3, 3, 4]))
+    assert table._samples.tolist() == [0, 0, 0, 1, 1]
+    table(torch.tensor([[0, 3], [1, 3]]))
+    assert table._samples.tolist() == [0, 0, 1, 1]
+
+
+def test_widths_that_a_policy_ends_at():
+    table = esapn()
+    keep, double = (table.log_policy(torch.zeros(1).long(), torch.tensor([8]), torch.tensor([0])))[
+        0
+    ]
+    torch.testing.assert_close(
+        table.log_widths()[2], torch.stack([keep, double + keep, 2 * double])
+    )
+    torch.testing.assert_close(table.log_widths().exp().sum(1), torch.ones(4))
+    # Rows of 4, 1, 1 and 4 numbers; maps of width 1 take 2 * 4, scales and shifts of full rows too;
+    # ends 2 * 3.
+    made = esapn(4 * (10 + 8 + 8 + 6))
+    made.settle(table)
+    assert made.value_bytes() <= made.facts.budget and not made.architecture()
+    assert int(made.choice[made.group[0]]) >= int(made.choice[made.group[2]])
+    assert made.kept_numbers(2) == 8 and made.kept_numbers(1) == 12 and made.kept_numbers(0) == 8
+
+
+def test_popularity_is_standardised_by_field():
+    fields = torch.tensor([0, 0, 1, 1, 2])
+    x = standardised(torch.tensor([0, 6, 3, 3, 9]), fields)
+    torch.testing.assert_close(x, torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0]))
+
+
+def test_rows_above_a_threshold():
+    given = facts(0, (9, 4, 1, 5), (3, 1), 2)
+    table = OptEmbed(given, alpha=0.1)
+    values = torch.tensor([[0.5, -0.25], [0.2, 0.1], [1.5, 0.5], [-0.25, 0.25]])
+    with torch.no_grad():
+        table.weight.copy_(values)
+        table.threshold.copy_(torch.tensor([0.5, 1.0]))
+    assert float(table.penalty().detach()) == pytest.approx(0.1 * (math.exp(-0.5) + math.exp(-1.0)))
+    table.eval()
+    shown = table(torch.arange(4))
+    # Norms .75, .3, 2 and .5: the second row and that of the other field are below.
+    kept = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    torch.testing.assert_close(shown, values * kept)
+    shown.sum().backward()
+    # Over the threshold by .25, -.2, 1.5 and -.5: the step's gradient is 1, 1.2, 0 and .4.
+    steep, sums = torch.tensor([[1.0], [1.2], [0.0], [0.4]]), values.sum(1, keepdim=True)
+    expected = kept + steep * sums * values.sign()
+    torch.testing.assert_close(table.weight.grad.to_dense(), expected)
+    torch.testing.assert_close(table.threshold.grad, torch.tensor([-0.25 * 1 - 0.3 * 1.2, 0.0]))
+
+    table.train()
+    torch.manual_seed(0)
+    many = table(torch.zeros(400, dtype=torch.int64)).detach()
+    # Half of all lookups show one number, the others both.
+    assert set(many[:, 1].tolist()) == {-0.25, 0.0} and set(many[:, 0].tolist()) == {0.5}
+    assert 150 < int((many[:, 1] == 0).sum()) < 250
+
+
+def test_widths_that_evolve_within_the_budget():
+    # A row of the first field and one of the second, 3 and 2 numbers beside 2 times 8 bytes.
+    given = facts(4 * 5 + 16, (9, 4, 1, 5), (3, 1), 4, init_std=1.0)
+    table = OptEmbed(given)
+    with torch.no_grad():
+        table.weight.copy_(torch.tensor([[2.0] * 4, [0.1] * 4, [0.9] * 4, [1.0] * 4]))
+        table.threshold.copy_(torch.tensor([1.0, 1.0]))
+    assert table._order().tolist() == [0, 3, 2]
+    # Wants the first field 3 wide and the second 2, and as many rows as there can be.
+    wanted = torch.tensor([3, 2])
+    table.conclude(lambda: float(table.kept.sum() - (table.widths - wanted).abs().sum()))
+    assert table.widths.tolist() == [3, 2] and table.kept.tolist() == [True, False, False, True]
+    made = OptEmbed(given)
+    made.settle(table)
+    assert made.value_bytes() == given.budget and made.row_bits().tolist() == [96, 0, 0, 64]
+    expected = made.weight.detach().clone()
+    expected[1:3], expected[0, 3:], expected[3, 2:] = 0, 0, 0
+    torch.testing.assert_close(made(torch.arange(4)), expected)
+    assert not made.mask_parameters()
+
+
+def test_an_evolution():
+    asked = []
+
+    def score(widths):
+        asked.append(widths)
+        return -sum(abs(a - b) for a, b in zip(widths, (3, 16, 9, 1), strict=True))
+
+    generator = torch.Generator().manual_seed(0)
+    best = evolved(score, [(8, 8, 8, 8)], 16, 30, generator)
+    assert len(set(asked)) == len(asked) and asked[0] == (8, 8, 8, 8)
+    assert score(best) >= -3 and all(1 <= k <= 16 for widths in asked for k in widths)
+    # Without generations it is the best of one and twenty.
+    asked.clear()
+    best = evolved(score, [(3, 16, 9, 1)], 16, 0, generator)
+    assert best == (3, 16, 9, 1) and len(asked) == 21
 
 
 def test_mixed_precision():

@@ -11,7 +11,8 @@ import torch
 from amtl import cli
 from amtl.data.registry import Source
 from amtl.errors import UserError
-from amtl.peers import PEERS
+from amtl.peers import PEERS, fields
+from amtl.peers.fields import evolved
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.folders import load_run, pack_run
@@ -68,7 +69,10 @@ def test_a_run_is_kept_within_its_bytes_and_does_not_pack(name, source, tmp_path
         pack_run(tmp_path / "a", tmp_path / "packed.safetensors")
 
 
-@pytest.mark.parametrize(("name", "at"), [("pep", 23), ("magprune", 23), ("alpt", 8)])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("pep", 23), ("magprune", 23), ("autoemb", 23), ("nis", 23), ("esapn", 23), ("alpt", 8)],
+)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(name, at, source, tmp_path):
     config = settings(method=name, patience=20)
     whole = start(config, source=source).run()
@@ -108,6 +112,26 @@ def test_a_search_ends_where_the_budget_is_met(source):
     assert seen[0] == "pep searches"
     searching = seen.index("pep D=8 100.0%")
     assert searching == 1 + 3  # six steps an epoch, two validations
+
+
+def test_an_evolution_is_asked_for_once_and_by_the_validation_split(source, monkeypatch):
+    asked = []
+
+    def watched(score, *others):
+        def told(widths):
+            value = score(widths)
+            asked.append((value, widths))
+            return value
+
+        return evolved(told, *others)
+
+    monkeypatch.setattr(fields, "evolved", watched)
+    options = {"generations": 2}
+    trainer = start(settings(method="optembed", budget=0.3, table_options=options), source=source)
+    trainer.run()
+    assert trainer.table.widths.tolist() == list(max(asked)[1])
+    # A narrow row says less: choices differ, and so do AUC and log loss on that split.
+    assert len({value for value, _ in asked}) > 5 and all(-1 < value < 1 for value, _ in asked)
 
 
 def test_what_has_no_meaning_is_refused(source, tmp_path):
