@@ -66,6 +66,7 @@ def package(model, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_compiled_models_give_what_the_layers_give(model, package):
     compiled = torch._inductor.aoti_load_package(package)
     for batch in (1, 8, 50):
@@ -96,6 +97,7 @@ def example() -> Path:
     return program
 
 
+@pytest.mark.slow
 def test_compiled_models_run_without_python(model, package, tmp_path):
     program, files = example(), [tmp_path / "inputs", tmp_path / "output"]
     command = [str(program), _C.__file__, package, *map(str, files)]
