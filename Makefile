@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 LOG := $(VENV)/setup.log
 QUIET_PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := CMakeLists.txt setup.py $(shell find csrc bench/peer -type f -not -name "*.so")
-CPP := $(shell find csrc bench/peer -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
+CPP := $(shell find csrc bench/peer examples -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 
 define quietly
 @$(1) >>$(LOG) 2>&1 || { tail -n 40 $(LOG); echo "The set-up failed; the whole log is $(LOG)."; exit 1; }

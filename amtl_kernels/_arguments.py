@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ class Tables(NamedTuple):
     sizes: Sequence[Tensor] = ()
     row_groups: Sequence[Tensor] = ()
     seed: int = 0
+
+    @classmethod
+    def of(cls, values: Iterable[Any]) -> Tables:
+        """Of the values of a call, in which None is an empty list."""
+        return cls(*([] if value is None else value for value in values))
 
     def rows(self) -> list[int]:
         """Of each table."""
@@ -78,7 +83,7 @@ def cut(blocks: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
 def check_few_bits(
     blocks: Sequence[Tensor],
     block_counts: Sequence[int],
-    sizes: Sequence[Tensor],
+    sizes: Sequence[Tensor] | None,
     steps: Sequence[Tensor],
     bits: Sequence[int],
     step_ends: Sequence[int],

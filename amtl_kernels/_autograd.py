@@ -36,7 +36,7 @@ def _widths(tables: Tables, bits: Sequence[int]) -> list[int]:
 
 
 def _fake_lookup(*arguments: Any) -> Tensor:
-    tables = Tables(*arguments[:_TABLES])
+    tables = Tables.of(arguments[:_TABLES])
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
     steps, bits = (*arguments[_TABLES + 3 + _BAGS :], None, None)[:2]
     widths = _widths(tables, bits or ())
@@ -62,7 +62,7 @@ def _fake_others(
 
 
 def _fake_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    tables = Tables(*arguments[1 : 1 + _TABLES])
+    tables = Tables.of(arguments[1 : 1 + _TABLES])
     bags = Bags(*arguments[1 + _TABLES : 1 + _TABLES + _BAGS])
     weight_grad, mask_grad, psw_grad = arguments[-3:]
     rows, grads = [], []
@@ -76,7 +76,7 @@ def _fake_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor,
 def _fake_update(*arguments: Any) -> tuple[Tensor, Tensor]:
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
     mask_grad, psw_grad = arguments[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS]
-    return _fake_others(Tables(*arguments[:_TABLES]), bags, mask_grad, psw_grad)
+    return _fake_others(Tables.of(arguments[:_TABLES]), bags, mask_grad, psw_grad)
 
 
 def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
@@ -168,18 +168,20 @@ def sample_gradient(grad: Tensor, tables: Tables, bags: Bags, few: FewBits) -> T
 
 
 def _registered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tables, masks = Tables(*inputs[:_TABLES]), inputs[_TABLES]
+    tables, masks = Tables.of(inputs[:_TABLES]), inputs[_TABLES] or []
     bags = Bags(*inputs[_TABLES + 1 : _TABLES + 1 + _BAGS])
     bounds_check, sparse, *few = inputs[_TABLES + 1 + _BAGS :]
     given = FewBits(*few) if few and few[0] else None
     _save(ctx, tables, masks, bags, bounds_check, sparse, given)
+    ctx.absent = {name for name, value in zip(_NAMES, inputs, strict=False) if value is None}
 
 
 def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
     # Arguments that are left at their defaults are not passed on.
     names = _NAMES[: len(ctx.needs_input_grad)]
     wants = dict(zip(names, ctx.needs_input_grad, strict=True))
-    found = _gradients(ctx, grad, wants["blocks"], wants["masks"], wants["per_sample_weights"])
+    masks = () if "masks" in ctx.absent else wants["masks"]
+    found = _gradients(ctx, grad, wants["blocks"], masks, wants["per_sample_weights"])
     _, sizes, row_groups, steps = ctx.lists
     # PyTorch takes an empty list of numbers for one of tensors.
     dims: list[None] | None = None if ctx.tables.dims else []
@@ -190,7 +192,7 @@ def _registered_backward(ctx: Any, grad: Tensor) -> tuple[object, ...]:
         "steps": [None] * steps if steps else None,
     }
     named = {**lists, **found._asdict()}
-    return tuple(named.get(name) for name in names)
+    return tuple(None if name in ctx.absent else named.get(name) for name in names)
 
 
 def forward(

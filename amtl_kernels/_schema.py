@@ -36,7 +36,8 @@ import torch
 #   step_ends      table after table the first row after each part, each within a block; None: every
 #                  block is a part. The three are last, and None by default: a call without them
 #                  does not even pass them
-_TABLES = "int[] block_counts, int[] dims, Tensor[] sizes, Tensor[] row_groups, SymInt seed"
+# None for a list is the same as []: AOTInductor hands an empty list over as None.
+_TABLES = "int[] block_counts, int[]? dims, Tensor[]? sizes, Tensor[]? row_groups, SymInt seed"
 _BAGS = (
     "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int pooling, int[] padding_idx,"
     " bool include_last_offset"
@@ -45,8 +46,9 @@ _STEP = "Tensor(b!)[] state, int optimizer, float[] hyper"
 
 SCHEMAS: dict[str, str] = {
     "lookup": (
-        f"(Tensor[] blocks, {_TABLES}, Tensor[] masks, {_BAGS}, int bounds_check, bool sparse_grad,"
-        " Tensor[]? steps=None, int[]? bits=None, int[]? step_ends=None) -> Tensor"
+        f"(Tensor[] blocks, {_TABLES}, Tensor[]? masks, {_BAGS}, int bounds_check,"
+        " bool sparse_grad, Tensor[]? steps=None, int[]? bits=None, int[]? step_ends=None)"
+        " -> Tensor"
     ),
     "lookup_backward": (
         f"(Tensor grad, Tensor[] blocks, {_TABLES}, {_BAGS}, bool weight_grad, bool mask_grad,"
@@ -61,11 +63,17 @@ SCHEMAS: dict[str, str] = {
 }
 """The operators that a backend implements, with their schemas."""
 
+DEFINITIONS = [
+    *(name + schema for name, schema in SCHEMAS.items()),
+    # Raises what lookups before have found on the device of `like`, if that is known by now.
+    "_raise_found(Tensor like) -> ()",
+    # Called by native code, which has no stable way to warn in Python.
+    "_warn_clamped(int value, int position, int rows) -> ()",
+]
+"""All operators. Programs without Python have them from the native module, which is built with
+these lines (`csrc/torch/define.cpp`)."""
+
 LIBRARY = torch.library.Library("amtl", "DEF")
 
-for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema)
-# Raises what lookups before have found on the device of `like`, if that is known by now.
-LIBRARY.define("_raise_found(Tensor like) -> ()")
-# Called by native code, which has no stable way to warn.
-LIBRARY.define("_warn_clamped(int value, int position, int rows) -> ()")
+for _definition in DEFINITIONS:
+    LIBRARY.define(_definition)

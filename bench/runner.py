@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -309,6 +309,7 @@ class Runner:
         dims = contender.equations.dims(problem, ids)
         masked = contender.equations.mask_gradient and case.work != "forward"
         traffic = problem.traffic(ids, dims, mask_gradient=masked)
+        traffic = replace(traffic, row_element=contender.row_bits / 8)
         all_rows = problem.row_dims.double().mean().item() / case.dim
         floor = {}
         if self.cache_bytes:

@@ -19,19 +19,20 @@ FROZEN_STEP = (*FROZEN, "amtl_frozen_fused")
 _SCALE_PEERS = ("fbgemm", "torch")
 _SCALE_STEP = (*_SCALE_PEERS, "amtl_search_fused", "amtl_masked", "amtl_frozen_fused")
 _SCALE_LOOKUP = (*_SCALE_PEERS, "amtl_masked", "amtl_frozen")
+_QUANTISED = ("fbgemm_int8", "fbgemm_int4", "amtl_int8", "amtl_int4")
+# Of larger tables the suite of few bits looks at each kind on its own, for they are many gigabytes.
+_QUANTISED_ROWS = 10_000_000
 LOOKUPS = (
     "torch",
     "torch_premasked",
     "fbgemm",
     "fbgemm_nbit_fp32",
-    "fbgemm_int8",
-    "fbgemm_int4",
+    *_QUANTISED[:2],
     "torchrec",
     "amtl_search",
     "amtl_masked",
     *FROZEN,
-    "amtl_int8",
-    "amtl_int4",
+    *_QUANTISED[2:],
 )
 
 
@@ -92,7 +93,25 @@ def backward(rows: int, **options: object) -> Case:
 
 def forward(rows: int, **options: object) -> Case:
     """Lookups as in serving."""
-    return _case(Case("forward", rows, LOOKUPS, ("torch", "fbgemm")), options)
+    contenders = LOOKUPS
+    if rows > _QUANTISED_ROWS:
+        contenders = tuple(name for name in LOOKUPS if name not in _QUANTISED)
+    return _case(Case("forward", rows, contenders, ("torch", "fbgemm")), options)
+
+
+def few_bits(rows: int, **options: object) -> list[Case]:
+    """Lookups in integers: full width and tiers against FBGEMM's of the same bits, and floats."""
+    cases = []
+    for bits in (8, 4, 2):
+        peers = (f"fbgemm_int{bits}", "amtl_frozen")
+        contenders = (*peers, f"amtl_int{bits}", f"amtl_tiers_int{bits}")
+        case = Case("forward", rows, contenders, peers, group=f"int{bits}")
+        cases += [
+            _case(replace(case, distribution=ids), {"bag_size": size, **options})
+            for ids in ("uniform", "zipf")
+            for size in (20, 1)
+        ]
+    return cases
 
 
 def _case(case: Case, options: dict[str, object]) -> Case:
@@ -184,6 +203,10 @@ def _product(rows: int, tables: Sequence[int]) -> list[Case]:
 
 def _product_suite() -> Suite:
     return Suite(_product(2_000_000, (1_000, 10_000)), 8.0, [])
+
+
+def _few_bits_suite() -> Suite:
+    return Suite([*few_bits(2_000_000), *few_bits(30_000_000)], 4.0, [])
 
 
 def _quick() -> Suite:
@@ -309,6 +332,7 @@ def _tiny() -> Suite:
     cases = [
         *_goals(2000),
         step_eager(2000, group="goals"),
+        *few_bits(2000),
         *_fields("26 tables", 200, 8, 32),
         *[replace(case, dim=8) for case in _product(2000, (200,))],
         replace(_training(200, bags=32, dim=8), dense=(8,)),
@@ -364,6 +388,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "goals": _goal_suite,
     "full": _full,
     "product": _product_suite,
+    "few-bits": _few_bits_suite,
     "scale": _scale,
     "tiny": _tiny,
 }
@@ -435,6 +460,14 @@ def _product_goals() -> Iterable[Goal]:
         yield Goal(text, work, optimizer, "", of, "torch_embeddings", limit, group="product")
 
 
+def _few_bits_goals() -> Iterable[Goal]:
+    for bits in (8, 4, 2):
+        text = f"int{bits} tiers, pooled lookup, against FBGEMM IntNBit of full width"
+        pair = (f"amtl_tiers_int{bits}", f"fbgemm_int{bits}")
+        for ids, limit in (("uniform", 1 / 1.5), ("zipf", 1.0)):
+            yield Goal(text, "forward", "none", ids, *pair, limit, True, group=f"int{bits}")
+
+
 def _gpu_goals() -> Iterable[Goal]:
     for peer, who in (("tbe", "a table-batched kernel of our own"), ("fbgemm", "FBGEMM")):
         shared = ("step", "rowwise_adagrad", "")
@@ -478,6 +511,7 @@ GOALS = (
          1 / 2.2, True),
     Goal(f"{_LOOKUP} FBGEMM", "forward", "none", "zipf", "amtl_frozen", "fbgemm", 1.0, True),
     *_product_goals(),
+    *_few_bits_goals(),
     *_gpu_goals(),
 )  # fmt: skip
 PEAK_GOAL = 1.2

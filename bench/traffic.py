@@ -29,6 +29,7 @@ class Traffic:
         lookup_mean: Kept dimensions, mean over lookups.
         distinct_mean: Kept dimensions, mean over the distinct rows.
         element: Bytes of a weight.
+        row_element: Bytes of a weight as a lookup reads it; 0: the same.
         index: Bytes of an index.
         mask_gradient: Whether the backward also reads whole rows for the mask gradient.
     """
@@ -42,11 +43,12 @@ class Traffic:
     element: int = 4
     index: int = 8
     mask_gradient: bool = False
+    row_element: float = 0
 
 
 def forward_bytes(traffic: Traffic) -> float:
     """``4·L·k̄ + 4·B·D`` pooled, ``4·L·(k̄ + D)`` not pooled, and the indices."""
-    rows = traffic.element * traffic.lookups * traffic.lookup_mean
+    rows = (traffic.row_element or traffic.element) * traffic.lookups * traffic.lookup_mean
     written = traffic.element * traffic.outputs * traffic.dim
     return rows + written + traffic.index * traffic.lookups
 

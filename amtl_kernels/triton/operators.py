@@ -184,11 +184,11 @@ class _Call:
 def lookup(
     blocks: Sequence[Tensor],
     block_counts: Sequence[int],
-    dims: Sequence[int],
-    sizes: Sequence[Tensor],
-    row_groups: Sequence[Tensor],
+    dims: Sequence[int] | None,
+    sizes: Sequence[Tensor] | None,
+    row_groups: Sequence[Tensor] | None,
     seed: int,
-    masks: Sequence[Tensor],
+    masks: Sequence[Tensor] | None,
     indices: Tensor,
     offsets: Tensor | None,
     per_sample_weights: Tensor | None,
@@ -202,13 +202,13 @@ def lookup(
     step_ends: Sequence[int] | None = None,
 ) -> Tensor:
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
-    tables = (blocks, block_counts, dims, sizes, row_groups, seed)
+    tables = (blocks, block_counts, dims or (), sizes or (), row_groups or (), seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
     check.raise_found(indices)
     call = _Call(*tables, *bags, steps or (), bits or (), step_ends or ())
     # What is found out of range is told of when all is done: nothing may be read there.
     clamp = bounds_check != reference.OFF
-    if call.shares_launches and _are_whole_apart(sizes):
+    if call.shares_launches and _are_whole_apart(call.sizes):
         assert offsets is not None
         number = max(offsets.numel() - 1, 0) // len(call.tables)
         out = blocks[0].new_empty(number, sum(call.widths))
@@ -240,9 +240,9 @@ def lookup_backward(
     grad: Tensor,
     blocks: Sequence[Tensor],
     block_counts: Sequence[int],
-    dims: Sequence[int],
-    sizes: Sequence[Tensor],
-    row_groups: Sequence[Tensor],
+    dims: Sequence[int] | None,
+    sizes: Sequence[Tensor] | None,
+    row_groups: Sequence[Tensor] | None,
     seed: int,
     indices: Tensor,
     offsets: Tensor | None,
@@ -259,7 +259,7 @@ def lookup_backward(
     Also the gradients of the soft masks, flat, and of ``per_sample_weights``. ``mask[g, j]`` is the
     sum of ``delta_j * row_j`` over the lookups of the rows of group ``g``, for all ``j``.
     """
-    tables = (blocks, block_counts, dims, sizes, row_groups, seed)
+    tables = (blocks, block_counts, dims or (), sizes or (), row_groups or (), seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
     check.raise_found(indices)
     call = _Call(*tables, *bags)
@@ -284,9 +284,9 @@ def lookup_backward(
 def lookup_update_(
     blocks: Sequence[Tensor],
     block_counts: Sequence[int],
-    dims: Sequence[int],
-    sizes: Sequence[Tensor],
-    row_groups: Sequence[Tensor],
+    dims: Sequence[int] | None,
+    sizes: Sequence[Tensor] | None,
+    row_groups: Sequence[Tensor] | None,
     seed: int,
     grad: Tensor,
     indices: Tensor,
@@ -307,7 +307,7 @@ def lookup_update_(
     Mask gradients are those of the weights before the update. Lookups are sorted by group and row
     in any case, so ``groups_sorted`` saves nothing here.
     """
-    tables = (blocks, block_counts, dims, sizes, row_groups, seed)
+    tables = (blocks, block_counts, dims or (), sizes or (), row_groups or (), seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
     check.raise_found(indices)
     call = _Call(*tables, *bags)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.contenders.base import (
+    CHUNK_ROWS,
     AutogradSession,
     Contender,
     Optimizer,
@@ -21,7 +22,7 @@ from bench.contenders.base import (
     sparse_rows,
     table_rows,
 )
-from bench.inputs import Case, Problem, noise_columns, table_counts
+from bench.inputs import Case, Problem, TierLayout, noise_columns, table_counts
 from bench.oracle import Equations, GivenSizes, Outcome
 
 INSTALL = "pip install --no-build-isolation -e ."
@@ -414,50 +415,90 @@ class Layer(Ours):
 
 
 class Codes(Ours):
-    """Tables of few bits, of full width, as FBGEMM's: served only."""
+    """Tables of few bits, of full width as FBGEMM's or in frozen tiers: served only."""
 
-    equations = Equations("all")
-
-    def __init__(self, bits: int, tolerance: float) -> None:
-        self.name = f"amtl_int{bits}"
-        self.title = f"amtl frozen int{bits}, full width"
-        self.bits = bits
+    def __init__(self, bits: int, tolerance: float, tiers: bool = False) -> None:
+        self.name = f"amtl_tiers_int{bits}" if tiers else f"amtl_int{bits}"
+        self.title = f"amtl frozen int{bits}, {'tiers' if tiers else 'full width'}"
+        self.row_bits = bits
         self.tolerance = tolerance
+        self.tiers = tiers
+        self.equations = Equations("all")
 
     def refuses(self, case: Case) -> str:
         """Lookups only."""
-        if case.work != "forward" or not case.pooled:
-            return "tables of few bits serve, and are measured with bags only"
+        if case.work != "forward":
+            return "tables of few bits serve only"
         if case.dtype != "float32":
             return "their output is float32"
-        return refuse_copy(case, "a quantised copy") or super().refuses(case)
+        return refuse_copy(case, "a quantised copy", self.row_bits) or super().refuses(case)
 
     def allocates(self, case: Case) -> dict[str, float]:
         """Its rows."""
-        return {self.name: case.tables * case.rows * case.dim * self.bits / 8}
+        width = min(case.row_mean * case.dim + 4 / self.row_bits, case.dim)
+        width = width if self.tiers else case.dim
+        return {self.name: case.tables * case.rows * width * self.row_bits / 8}
 
     def prepare(self, problem: Problem) -> Session:
-        """Quantises a copy of the problem's weights, with one step size for all rows."""
-        from amtl.layer.rounding import encode, pack_codes
+        """Quantises a copy of the problem's weights, with one step size a tier."""
+        from amtl.layer.rounding import unit
 
         import amtl_kernels
 
-        weight, bits, starts = problem.weight, self.bits, problem.offsets[:-1]
-        steps = weight.abs().max().reshape(1) / ((2**bits - 1) / 2)
-        table = ([pack_codes(encode(weight, steps, bits), bits)], [weight.shape[0]])
-        ids = problem.global_ids
+        case, bits, starts = problem.case, self.row_bits, problem.offsets[:-1]
+        layout, ids = None, problem.global_ids
+        if self.tiers:
+            # Rows fill whole bytes, so some keep a few numbers more than asked for.
+            layout = problem.tiers(unit(bits))
+            ids = [layout.rank[part] for part in ids]
+            self.equations = GivenSizes("kept", row_dims=layout.widths)
+        blocks, steps = few_bits(problem.weight, bits, layout)
+        table = (blocks, layout.ends if layout else [problem.weight.shape[0]])
+        few: dict[str, Any] = {"steps": steps, "bits": bits, "embedding_dim": case.dim}
 
         def lookup(rotation: int) -> Tensor:
-            return amtl_kernels.tiered_embedding_bag(
-                *table, ids[rotation], starts, steps=steps, bits=bits
-            )
+            if not case.pooled:
+                return amtl_kernels.tiered_embedding(*table, ids[rotation], **few)
+            return amtl_kernels.tiered_embedding_bag(*table, ids[rotation], starts, **few)
 
         return AutogradSession(problem, lookup, [])
 
 
+def few_bits(weight: Tensor, bits: int, layout: TierLayout | None) -> tuple[list[Tensor], Tensor]:
+    """Codes of a table's rows in tiers, or of the whole table, and the step size of each block.
+
+    A step size is the layer's: what loses least of a normal distribution.
+
+    Args:
+        weight: ``[N, D]``.
+        bits: 2, 4 or 8.
+        layout: The tiers, whose widths fill whole bytes.
+
+    Returns:
+        Blocks of uint8 ``[n, w * bits / 8]``, and float32 ``[C]``.
+    """
+    from amtl.layer.rounding import Parts, Rounding, encode, pack_codes
+
+    ends, sizes = (layout.ends, layout.sizes) if layout else ([len(weight)], [weight.shape[1]])
+    blocks, steps, start = [], [], 0
+    for end, size in zip(ends, sizes, strict=True):
+        rows = layout.order[start:end] if layout else torch.arange(start, end)
+        square = weight[rows[:CHUNK_ROWS], :size].square().mean().reshape(1)
+        step = Rounding(bits, Parts([end - start], [size]), square).steps()
+        block = torch.empty(end - start, size * bits // 8, dtype=torch.uint8)
+        for first in range(0, end - start, CHUNK_ROWS):
+            part = weight[rows[first : first + CHUNK_ROWS], :size]
+            block[first : first + CHUNK_ROWS] = pack_codes(encode(part, step, bits), bits)
+        blocks.append(block)
+        steps.append(step)
+        start = end
+    return blocks, torch.cat(steps)
+
+
 def contenders() -> Iterable[Contender]:
     """Those of this module; the tolerances of codes are their quantisation error."""
-    codes = [Codes(8, 2e-2), Codes(4, 0.2)]
+    losses = {8: 2e-2, 4: 0.2, 2: 0.5}
+    codes = [Codes(*pair, tiers=tiers) for tiers in (False, True) for pair in losses.items()]
     fused = [Search(fused=True), Frozen("amtl_frozen", 4, fused=True)]
     frozen = [Frozen("amtl_frozen", 4), Frozen("amtl_frozen64", 16)]
     tables = [Tables(), Tables(fused=True)]

@@ -17,9 +17,13 @@ from bench.oracle import Equations, Outcome
 COPY_LIMIT = 2 * 2**30
 
 
-def refuse_copy(case: Case, what: str) -> str:
-    """A refusal where a private copy of the case's table would pass ``COPY_LIMIT``."""
-    if case.tables * case.rows * case.dim * 4 > COPY_LIMIT:
+CHUNK_ROWS = 1 << 20
+"""Rows of a table that are quantised at a time."""
+
+
+def refuse_copy(case: Case, what: str, bits: int = 32) -> str:
+    """A refusal where a private copy of the case's table, of so many bits, is too large."""
+    if case.tables * case.rows * case.dim * bits / 8 > COPY_LIMIT:
         return f"{what} of a table this large is left out to spare memory"
     return ""
 
@@ -55,6 +59,7 @@ class Contender(ABC):
         tolerance: Larger than the dtype's where it rounds on purpose.
         compiles: Whether its first call compiles something.
         devices: Where it can run.
+        row_bits: Of a number in its rows; 0: as in the problem's table.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Contender(ABC):
     tolerance: float = 0.0
     compiles: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    row_bits: int = 0
 
     def absent(self) -> str:
         """Why it can't run on this machine at all; empty where it can."""

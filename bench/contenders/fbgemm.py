@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.contenders.base import AutogradSession, Contender, Rows, Session, refuse_copy
+from bench.contenders.base import (
+    CHUNK_ROWS,
+    AutogradSession,
+    Contender,
+    Rows,
+    Session,
+    refuse_copy,
+)
 from bench.inputs import Case, Problem
 from bench.oracle import Equations
 
@@ -162,7 +170,7 @@ class IntNBit(_Fbgemm):
         self.name = f"fbgemm_int{bits}" if bits < 16 else f"fbgemm_nbit_fp{bits}"
         kind = f"int{bits}" if bits < 16 else f"fp{bits}"
         self.title = f"FBGEMM IntNBit {kind}, no mask"
-        self.bits = bits
+        self.row_bits = bits
         self.tolerance = tolerance
 
     def refuses(self, case: Case) -> str:
@@ -171,11 +179,12 @@ class IntNBit(_Fbgemm):
             return "IntNBit serves lookups only"
         if case.dtype != "float32":
             return "measured with float32 outputs only"
-        return refuse_copy(case, "a quantised copy") or super().refuses(case)
+        return refuse_copy(case, "a quantised copy", self.row_bits) or super().refuses(case)
 
     def allocates(self, case: Case) -> dict[str, float]:
-        """Its rows, and once more while they are packed."""
-        return {self.name: case.tables * case.rows * (case.dim * self.bits / 8 + 8) * 2}
+        """Its rows, with scale and bias of two bytes each, in multiples of 16 bytes."""
+        row = 16 * math.ceil((case.dim * self.row_bits / 8 + 4) / 16)
+        return {self.name: float(case.tables * case.rows * row)}
 
     def prepare(self, problem: Problem) -> Session:
         """Quantises a copy of the problem's weights."""
@@ -187,7 +196,8 @@ class IntNBit(_Fbgemm):
 
         case = problem.case
         kinds = configs.SparseType
-        kind = {8: kinds.INT8, 4: kinds.INT4, 16: kinds.FP16, 32: kinds.FP32}[self.bits]
+        integers = {2: kinds.INT2, 4: kinds.INT4, 8: kinds.INT8}
+        kind = {**integers, 16: kinds.FP16, 32: kinds.FP32}[self.row_bits]
         rows = problem.rows_per_table
         tbe: Any = IntNBitTableBatchedEmbeddingBagsCodegen(
             [("", rows, case.dim, kind, EmbeddingLocation.HOST)] * case.tables,
@@ -197,7 +207,10 @@ class IntNBit(_Fbgemm):
         tbe.initialize_weights()
         for table, (stored, scales) in enumerate(tbe.split_embedding_weights()):
             part = problem.weight[table * rows : (table + 1) * rows]
-            quantise(part, self.bits, stored, scales)
+            for first in range(0, rows, CHUNK_ROWS):
+                here = slice(first, first + CHUNK_ROWS)
+                scale = None if scales is None else scales[here]
+                quantise(part[here], self.row_bits, stored[here], scale)
         ids = [part.int() for part in problem.ids]
         offsets = problem.offsets.int()
 
@@ -233,4 +246,5 @@ def contenders() -> Iterable[Contender]:
         IntNBit(16, 1e-3),
         IntNBit(8, 2e-2),
         IntNBit(4, 0.2),
+        IntNBit(2, 0.7),
     ]

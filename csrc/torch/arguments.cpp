@@ -246,22 +246,32 @@ void WarnClamped(int64_t value, int64_t position, int64_t rows) {
       torch_call_dispatcher("amtl::_warn_clamped", "", stack.data(), TORCH_ABI_VERSION));
 }
 
+namespace {
+
+// None is an empty list.
+template <class List>
+List ListOf(StableIValue value) {
+  return to<std::optional<List>>(value).value_or(List());
+}
+
+}  // namespace
+
 Tables Unbox<Tables>::From(StableIValue* values) {
   Tables tables;
   tables.blocks = to<Tensors>(values[0]);
   tables.block_counts = to<Ints>(values[1]);
-  tables.dims = to<Ints>(values[2]);
-  tables.sizes = to<Tensors>(values[3]);
-  tables.row_groups = to<Tensors>(values[4]);
+  tables.dims = ListOf<Ints>(values[2]);
+  tables.sizes = ListOf<Tensors>(values[3]);
+  tables.row_groups = ListOf<Tensors>(values[4]);
   tables.seed = to<int64_t>(values[5]);
   return tables;
 }
 
 FewBits Unbox<FewBits>::From(StableIValue* values) {
   FewBits few;
-  if (auto steps = to<std::optional<Tensors>>(values[0])) few.steps = std::move(*steps);
-  if (auto bits = to<std::optional<Ints>>(values[1])) few.bits = std::move(*bits);
-  if (auto ends = to<std::optional<Ints>>(values[2])) few.step_ends = std::move(*ends);
+  few.steps = ListOf<Tensors>(values[0]);
+  few.bits = ListOf<Ints>(values[1]);
+  few.step_ends = ListOf<Ints>(values[2]);
   return few;
 }
 

@@ -259,7 +259,7 @@ void Walk(const TableBatch& batch, const Tables& tables, const Sorted& sorted, c
   });
 }
 
-Tensor Lookup(Tables tables, const Tensors& masks, Bags bags, int64_t bounds_check,
+Tensor Lookup(Tables tables, const std::optional<Tensors>& masks, Bags bags, int64_t bounds_check,
               bool sparse_grad, FewBits few) {
   Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
   std::move(few).AddTo(tables);

@@ -81,8 +81,8 @@ void LookupFewBits(const CudaContext& context, CudaTables& call, char* out) {
 }
 
 // Masks and the kind of gradient are there for autograd.
-Tensor Lookup(Tables tables, const Tensors& /*masks*/, Bags bags, int64_t bounds_check,
-              bool /*sparse_grad*/, FewBits few) {
+Tensor Lookup(Tables tables, const std::optional<Tensors>& /*masks*/, Bags bags,
+              int64_t bounds_check, bool /*sparse_grad*/, FewBits few) {
   std::move(few).AddTo(tables);
   CudaTables call(std::move(tables), std::move(bags));
   RaiseFindings();

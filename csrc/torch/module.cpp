@@ -8,6 +8,12 @@
 #define AMTL_CUDA_ARCHS ""
 #endif
 
+// Programs without Python open this file as well (define.cpp).
+#pragma weak PyArg_ParseTuple
+#pragma weak PyBool_FromLong
+#pragma weak PyModule_Create2
+#pragma weak Py_BuildValue
+
 namespace {
 
 PyObject* BuildInfo(PyObject*, PyObject*) {

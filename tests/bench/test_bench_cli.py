@@ -96,7 +96,7 @@ def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
     assert invoke("table", str(tmp_path / "missing.json")).exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["quick", "goals", "full", "scale", "tiny", "gpu"])
+@pytest.mark.parametrize("name", ["quick", "goals", "full", "scale", "few-bits", "tiny", "gpu"])
 def test_suites_have_distinct_names_and_known_contenders(name: str) -> None:
     from bench.contenders import CONTENDERS
 
@@ -108,10 +108,11 @@ def test_suites_have_distinct_names_and_known_contenders(name: str) -> None:
         assert set(case.baselines) <= set(case.contenders)
 
 
-@pytest.mark.parametrize("name", ["quick", "goals", "product", "gpu"])
+@pytest.mark.parametrize("name", ["quick", "goals", "product", "few-bits", "gpu"])
 def test_a_suite_covers_every_goal(name: str) -> None:
     cases = SUITES[name]().cases
-    groups = {"product": {"product"}, "gpu": {"GPU"}}.get(name, {"goals", "product"})
+    of_suite = {"product": {"product"}, "few-bits": {"int8", "int4", "int2"}, "gpu": {"GPU"}}
+    groups = of_suite.get(name, {"goals", "product"})
     goals = [goal for goal in GOALS if goal.group in groups]
     assert goals
     for goal in goals:

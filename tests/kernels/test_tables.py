@@ -452,6 +452,29 @@ def test_gradcheck_of_the_reference(form: str, mode: str) -> None:
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
+def test_none_is_an_empty_list(backend: Any) -> None:
+    """AOTInductor hands empty lists over as None."""
+    blocks = [torch.randn(5, 8, device=backend.device), torch.randn(4, 3, device=backend.device)]
+    bags = (torch.tensor([1, 7, 1], device=backend.device), None, None, 0, [-1], False)
+    grad = torch.randn(3, 8, device=backend.device)
+    wanted: list[Tensor] = []
+    for several in ([], None):
+        tables = (blocks, [2], several, several, several, 0)
+        lookup, wants = (*tables, several, *bags, 1, True), (True, False, False)
+        outs = [torch.ops.amtl.lookup(*lookup), torch.ops.amtl.lookup(*lookup, *[several] * 3)]
+        rows, grads, _, _ = torch.ops.amtl.lookup_backward(grad, *tables, *bags, *wants)
+        found = [*outs, *rows, *grads]
+        step = (False, False, False, [], reference.SGD, [0.1, *[0.0] * 4, 1.0])
+        learned = [block.clone() for block in blocks]
+        torch.ops.amtl.lookup_update_(learned, *tables[1:], grad, *bags, *step)
+        found += learned
+        learnable = [block.clone().requires_grad_() for block in blocks]
+        torch.ops.amtl.lookup(learnable, *lookup[1:]).backward(grad)
+        found += [block.grad.to_dense() for block in learnable]
+        wanted = wanted or found
+        assert all(map(torch.equal, found, wanted)) and len(found) == len(wanted)
+
+
 def test_there_are_four_operators() -> None:
     assert list(_schema.SCHEMAS) == ["lookup", "lookup_backward", "lookup_update_", "apply_"]
     assert list(reference.IMPLEMENTATIONS) == list(_schema.SCHEMAS)
