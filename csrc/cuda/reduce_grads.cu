@@ -5,8 +5,6 @@
 namespace amtl::cuda {
 
 int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream) {
-  DenseTable none;
-  none.dim = dim;
   const auto run = [&](auto width) {
     constexpr int kVector = decltype(width)::value;
     for (std::size_t level = 0; level < plan.levels.size(); ++level) {
@@ -15,9 +13,8 @@ int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector
       if (!partial_grid(groups.in.count, dim, groups.shape.lanes, kVector, grid)) {
         return cudaErrorInvalidValue;
       }
-      AMTL_LAUNCH((reduce_partials_kernel<float, float, kVector, Finish::kGroups, DenseTable>),
-                  grid, kBlockThreads, 0, as_stream(stream), none, Update{}, groups.in, groups.out,
-                  groups.shape);
+      AMTL_LAUNCH((reduce_groups_kernel<kVector>), grid, kBlockThreads, 0, as_stream(stream),
+                  groups, dim);
       const cudaError_t error = cudaGetLastError();
       if (error != cudaSuccess) return error;
     }
