@@ -127,15 +127,6 @@ int launch_keys(const Backward& backward, const Table& table, const Plan& plan, 
 }
 
 template <typename Table>
-const std::int32_t* groups_to_check(const Backward& backward, const Table& table) {
-  if constexpr (std::is_same<Table, DenseTable>::value) {
-    return backward.mask_grad && !backward.groups_sorted ? table.row_group : nullptr;
-  } else {
-    return nullptr;
-  }
-}
-
-template <typename Table>
 int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
   const Lookups& lookups = backward.lookups;
   const std::int64_t count = lookups.count;
@@ -166,8 +157,8 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
               plan.block_heads);
   AMTL_LAUNCH((scan_heads_kernel), 1, kBlockThreads, 0, as_stream(stream), plan.head_blocks,
               plan.block_heads, plan.header);
-  AMTL_LAUNCH((write_heads_kernel), blocks, kBlockThreads, 0, as_stream(stream), pairs,
-              plan.block_heads, plan.chunk, groups_to_check(backward, table), plan.distinct_rows,
+  AMTL_LAUNCH((write_heads_kernel<Table>), blocks, kBlockThreads, 0, as_stream(stream), table,
+              pairs, plan.block_heads, plan.chunk, plan.second_sort, plan.distinct_rows,
               plan.chunk_row, plan.header);
   return cudaGetLastError();
 }
