@@ -140,8 +140,9 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
     AMTL_LAUNCH((bag_share_kernel), grid, kBlockThreads, 0, as_stream(stream), lookups,
                 plan.bag_share);
   }
-  // Payloads hold 32-bit row numbers, sorts count in 32 bits.
-  if (count >= 0x7fffffff || !grid_for(count, kBlockThreads, 1, grid)) {
+  // Payloads hold 32-bit row numbers, sorts count in 32 bits, reductions do so up to a chunk past
+  // it.
+  if (count > 0x7fffffff - 256 || !grid_for(count, kBlockThreads, 1, grid)) {
     return cudaErrorInvalidValue;
   }
   int error = plan.wide_keys ? launch_keys<std::uint64_t>(backward, table, plan, grid, stream)

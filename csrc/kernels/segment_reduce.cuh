@@ -342,7 +342,7 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
   // A launch for rows and groups has as many blocks as the one of the two that needs more.
   if (of_grid * shape.chunk >= items_of(in)) return;
   if (static_cast<int>(blockIdx.y) * lanes * V >= table.dim) return;
-  // Lists are shorter than 2^31, for sorts count so.
+  // Lists are shorter than 2^31 by more than a chunk.
   const int count = static_cast<int>(items_of(in));
   const auto staged = staging + (static_cast<int>(threadIdx.x) - lane);
   ChunkReducer<T, S, V, kFinish> reducer{
@@ -356,10 +356,12 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
   }
   int open = -1;  // partial sums: the last item of the run that goes on
 
-  for (int base = static_cast<int>(of_grid) * shape.chunk;; base += lanes) {
+  int base = static_cast<int>(of_grid) * shape.chunk;
+  do {
     // Found again each time: registers are short.
-    const int begin = base & -shape.chunk;
-    const int end = count - begin < shape.chunk ? count : begin + shape.chunk;
+    const bool at_begin = (base & (shape.chunk - 1)) == 0;
+    const int chunk_end = (base | (shape.chunk - 1)) + 1;
+    const int end = chunk_end < count ? chunk_end : count;
     StagedItem item{};
     unsigned stops = 0;
     unsigned counted = 0;
@@ -393,7 +395,7 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
         item.data =
             static_cast<const T*>(in.grad) + payload.row * shape.grad_stride + view.first_column;
         item.limit = has_groups ? view.dim : ref.size;
-        if (i == begin) {
+        if (at_begin && lane == 0) {
           const std::int64_t before = i > 0 ? load_key(in.pairs, i - 1) : -1;
           if (before != key) item.flags |= kBegins;
           if (has_groups && (before < 0 || group_of(table, before) != group_of(table, key))) {
@@ -441,14 +443,14 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
       counted = tile_ballot(mask, key >= 0);
       stops = tile_ballot(mask, (item.flags & kEnds) != 0);
       // The chunk's last run stops with its last item, or, if that lies behind, at once.
-      if (end - base <= lanes && (counted != 0 || open >= 0)) {
+      if (base + lanes >= end && (counted != 0 || open >= 0)) {
         stops |= counted != 0 ? 1u << last_of(counted) : 1u;
       }
     }
     staged[lane] = item;
     __syncwarp(mask);
     if constexpr (kLookups) {
-      if (base == begin) {
+      if (at_begin) {
         const StagedItem first = staged[0];
         reducer.flags = first.flags & (kBegins | kGroupBegins);
       }
@@ -503,9 +505,9 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
     if (!kLookups && counted != 0) {
       open = stops >> last_of(counted) & 1 ? -1 : base + last_of(counted);
     }
-    if (end - base <= lanes) break;
     __syncwarp(mask);
-  }
+    base += lanes;
+  } while (base < count && (base & (shape.chunk - 1)) != 0);
 }
 
 // Finish::kGrads writes out.grads (if any), steps update the table.
