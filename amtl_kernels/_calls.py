@@ -108,11 +108,8 @@ class _Fused(NamedTuple):
             psw_grad = False
         number, state, hyper = self.optimizer.fused_update(tables.blocks)
         # The CPU kernels work in any order.
-        groups_sorted = (
-            mask_grad
-            and len(tables.row_groups) == 1
-            and tables.row_groups[0].is_cuda
-            and _never_falls(tables.row_groups[0])
+        groups_sorted = mask_grad and all(
+            groups.is_cuda and _never_falls(groups) for groups in tables.row_groups
         )
         wants = (mask_grad, psw_grad, groups_sorted)
         masks, psw = torch.ops.amtl.lookup_update_(

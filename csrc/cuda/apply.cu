@@ -5,13 +5,13 @@ namespace amtl::cuda {
 
 namespace {
 
-template <typename T, typename S, int V>
+template <Rule kRule, typename T, typename S, int V>
 int launch_apply(const DenseTable& table, const Update& update, const std::int64_t* rows,
                  const void* grads, std::int64_t distinct, Stream stream) {
   dim3 grid;
   if (!grid_for(distinct, kBlockThreads / kWarp, 1, grid)) return cudaErrorInvalidValue;
-  AMTL_LAUNCH((apply_kernel<T, S, V>), grid, kBlockThreads, 0, as_stream(stream), table, update,
-              rows, static_cast<const T*>(grads), distinct);
+  AMTL_LAUNCH((apply_kernel<kRule, T, S, V>), grid, kBlockThreads, 0, as_stream(stream), table,
+              update, rows, static_cast<const T*>(grads), distinct);
   return cudaGetLastError();
 }
 
@@ -28,16 +28,18 @@ int apply_update(DType type, const DenseTable& table, const Update& update,
     }
   }
   const int vector = vector_elements(type, table, addresses);
-  AMTL_DISPATCH_TYPE(type, vector, T, V, {
-    if constexpr (sizeof(T) == 4) {
-      return launch_apply<T, T, V>(table, update, rows, grads, distinct, stream);
-    } else {
-      return update.narrow_state
-                 ? launch_apply<T, T, V>(table, update, rows, grads, distinct, stream)
-                 : launch_apply<T, float, V>(table, update, rows, grads, distinct, stream);
-    }
-  })
-  return cudaSuccess;
+  return with_rule(update.rule, [&](auto rule) {
+    constexpr Rule kRule = decltype(rule)::value;
+    AMTL_DISPATCH_TYPE(type, vector, T, V, {
+      if constexpr (sizeof(T) == 2 && has_wide_state(kRule)) {
+        if (update.narrow_state) {
+          return launch_apply<kRule, T, T, V>(table, update, rows, grads, distinct, stream);
+        }
+      }
+      return launch_apply<kRule, T, float, V>(table, update, rows, grads, distinct, stream);
+    })
+    return static_cast<int>(cudaSuccess);
+  });
 }
 
 }  // namespace amtl::cuda

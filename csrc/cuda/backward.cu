@@ -127,15 +127,6 @@ int launch_keys(const Backward& backward, const Table& table, const Plan& plan, 
 }
 
 template <typename Table>
-const std::int32_t* groups_to_check(const Backward& backward, const Table& table) {
-  if constexpr (std::is_same<Table, DenseTable>::value) {
-    return backward.mask_grad && !backward.groups_sorted ? table.row_group : nullptr;
-  } else {
-    return nullptr;
-  }
-}
-
-template <typename Table>
 int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
   const Lookups& lookups = backward.lookups;
   const std::int64_t count = lookups.count;
@@ -149,8 +140,9 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
     AMTL_LAUNCH((bag_share_kernel), grid, kBlockThreads, 0, as_stream(stream), lookups,
                 plan.bag_share);
   }
-  // Payloads hold 32-bit row numbers, sorts count in 32 bits.
-  if (count >= 0x7fffffff || !grid_for(count, kBlockThreads, 1, grid)) {
+  // Payloads hold 32-bit row numbers, sorts count in 32 bits, reductions do so up to a chunk past
+  // it.
+  if (count > 0x7fffffff - 256 || !grid_for(count, kBlockThreads, 1, grid)) {
     return cudaErrorInvalidValue;
   }
   int error = plan.wide_keys ? launch_keys<std::uint64_t>(backward, table, plan, grid, stream)
@@ -166,8 +158,8 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
               plan.block_heads);
   AMTL_LAUNCH((scan_heads_kernel), 1, kBlockThreads, 0, as_stream(stream), plan.head_blocks,
               plan.block_heads, plan.header);
-  AMTL_LAUNCH((write_heads_kernel), blocks, kBlockThreads, 0, as_stream(stream), pairs,
-              plan.block_heads, plan.chunk, groups_to_check(backward, table), plan.distinct_rows,
+  AMTL_LAUNCH((write_heads_kernel<Table>), blocks, kBlockThreads, 0, as_stream(stream), table,
+              pairs, plan.block_heads, plan.chunk, plan.second_sort, plan.distinct_rows,
               plan.chunk_row, plan.header);
   return cudaGetLastError();
 }

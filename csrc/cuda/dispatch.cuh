@@ -1,6 +1,8 @@
 // From run-time types to template arguments, and grid arithmetic shared by the launchers.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/launchers.h"
 #include "kernels/rows.cuh"
 
@@ -45,6 +47,25 @@ namespace amtl::cuda {
     __VA_ARGS__;                               \
   }                                            \
   break;
+
+// Calls f(std::integral_constant<Rule, ...>) for the rule.
+template <typename F>
+int with_rule(Rule rule, const F& f) {
+  switch (rule) {
+    case Rule::kSgd:
+      return f(std::integral_constant<Rule, Rule::kSgd>{});
+    case Rule::kAdagrad:
+      return f(std::integral_constant<Rule, Rule::kAdagrad>{});
+    case Rule::kRowwiseAdagrad:
+      return f(std::integral_constant<Rule, Rule::kRowwiseAdagrad>{});
+    case Rule::kAdam:
+      return f(std::integral_constant<Rule, Rule::kAdam>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Rules whose state is as wide as a row come in kernels for either type of state.
+constexpr bool has_wide_state(Rule rule) { return rule == Rule::kAdagrad || rule == Rule::kAdam; }
 
 // Multiprocessors of the current GPU, read once; a guess suffices. Only for launches whose shape
 // changes no bit of the result.

@@ -85,8 +85,8 @@ int backward_sort(const Backward& backward, const TieredTable& table, Stream str
 int backward_rows(const Backward& backward, const DenseTable& table, std::int64_t distinct,
                   std::int64_t* rows, Stream stream);
 
-// Distinct rows below each tier's end, for tiered tables.
-// @param[out] rows_below [C], device memory
+// Distinct rows below each tier's end, for tiered tables, and then `groups_unsorted` of the header.
+// @param[out] rows_below [C + 1], device memory
 int backward_tier_counts(const Backward& backward, const TieredTable& table,
                          std::int64_t* rows_below, Stream stream);
 // @param[in] out the table with the addresses of the per-tier int64 row outputs for bases
@@ -100,7 +100,7 @@ int backward_tier_rows(const Backward& backward, const TieredTable& out,
 int backward_reduce(const Backward& backward, const DenseTable& table, void* grads,
                     float* group_grad, bool groups_unsorted, Stream stream);
 int backward_reduce(const Backward& backward, const TieredTable& table, bool grads,
-                    float* group_grad, Stream stream);
+                    float* group_grad, bool groups_unsorted, Stream stream);
 
 // Second half with a fused optimizer step in place of row gradients. Only what update_fits.
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,

@@ -14,6 +14,15 @@ int launch_pool(DType type, const Table& table, const Lookups& lookups, std::int
   AMTL_DISPATCH_TYPE(type, vector, T, V, {
     const PoolShape shape = pool_shape(table.dim, V, lookups, out_stride);
     dim3 grid;
+    if (shape.bags > 0) {
+      if (!grid_for(ceil_div(lookups.bags, shape.bags), kBlockThreads / shape.lanes,
+                    ceil_div(table.dim, shape.lanes * V), grid)) {
+        return cudaErrorInvalidValue;
+      }
+      AMTL_LAUNCH((pool_short_kernel<T, V, Table>), grid, kBlockThreads, 0, as_stream(stream),
+                  table, lookups, shape, static_cast<T*>(out));
+      return cudaGetLastError();
+    }
     if (!grid_for(lookups.bags * shape.split, kBlockThreads / shape.tile,
                   ceil_div(table.dim, shape.lanes * V), grid)) {
       return cudaErrorInvalidValue;

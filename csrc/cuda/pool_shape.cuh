@@ -8,6 +8,10 @@
 
 namespace amtl::cuda {
 
+// Bags shorter than this, on average, share the tiles of pool_short_kernel.
+constexpr int kShortBag = 8;
+constexpr std::int64_t kMostShort = std::int64_t{1} << 26;
+
 // A tile is as wide as a row; long bags get wider tiles, that take several rows at a time, and few
 // or very long bags several tiles.
 inline PoolShape pool_shape(int dim, int vector, const Lookups& lookups, std::int64_t out_stride) {
@@ -24,6 +28,14 @@ inline PoolShape pool_shape(int dim, int vector, const Lookups& lookups, std::in
     shape.split *= 2;
   }
   shape.out_stride = out_stride;
+  if (mean_length < kShortBag && lookups.count < kMostShort) {
+    shape.bags = std::max(1, shape.lanes / std::max(1, static_cast<int>(mean_length)));
+    // Enough tiles to fill the GPU before each one takes more bags than it has rows in flight.
+    const std::int64_t threads = static_cast<std::int64_t>(multiprocessors()) * 1024;
+    while (shape.bags > 4 && ceil_div(lookups.bags, shape.bags) * shape.lanes * pieces < threads) {
+      shape.bags = (shape.bags + 1) / 2;
+    }
+  }
   return shape;
 }
 

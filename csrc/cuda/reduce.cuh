@@ -45,25 +45,32 @@ inline GroupLevel group_level(const Plan& plan, std::size_t level, int dim, int 
 // Reduces the partial sums of groups, level after level.
 int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream);
 
+// The partial sums of rows at one level, if there is such a level. Only row gradients ask for the
+// numbers of rows among the distinct ones.
+inline Partials row_partials(const Plan& plan, std::size_t level, bool ranks) {
+  Partials rows = level < plan.levels.size() ? plan.levels[level].rows : Partials{};
+  if (!ranks) rows.ranks = nullptr;
+  return rows;
+}
+
 // One level of rows and, with a mask gradient, of groups.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
 int launch_level(const Plan& plan, std::size_t level, const Table& table, const Update& update,
                  const ReduceOutput& out, const ReduceShape& shape, Stream stream) {
   constexpr int kGroupVector = V < 4 ? V : 4;
-  const PartialList in{plan.levels[level].rows, plan.levels[level].slots};
+  const PartialList in{row_partials(plan, level, kFinish == Finish::kGrads),
+                       plan.levels[level].slots};
   dim3 grid;
   if (!partial_grid(in.count, table.dim, shape.lanes, V, grid)) return cudaErrorInvalidValue;
-  if (out.group_grad == nullptr) {
-    AMTL_LAUNCH((reduce_partials_kernel<T, S, V, kFinish, Table>), grid, kBlockThreads, 0,
-                as_stream(stream), table, update, in, out, shape);
-    return cudaGetLastError();
+  GroupLevel groups;
+  if (out.group_grad != nullptr) {
+    groups = group_level(plan, level, table.dim, kGroupVector, out.group_grad);
+    dim3 of_groups;
+    if (!partial_grid(groups.in.count, table.dim, groups.shape.lanes, kGroupVector, of_groups)) {
+      return cudaErrorInvalidValue;
+    }
+    grid = dim3{std::max(grid.x, of_groups.x), std::max(grid.y, of_groups.y), 2};
   }
-  const GroupLevel groups = group_level(plan, level, table.dim, kGroupVector, out.group_grad);
-  dim3 of_groups;
-  if (!partial_grid(groups.in.count, table.dim, groups.shape.lanes, kGroupVector, of_groups)) {
-    return cudaErrorInvalidValue;
-  }
-  grid = dim3{std::max(grid.x, of_groups.x), std::max(grid.y, of_groups.y), 2};
   AMTL_LAUNCH((reduce_both_kernel<T, S, V, kFinish, Table>), grid, kBlockThreads, 0,
               as_stream(stream), table, update, in, out, shape, groups);
   return cudaGetLastError();
@@ -83,10 +90,9 @@ int reduce_pairs(const Backward& backward, const Plan& plan, const Table& table,
   in.pairs = pairs;
   in.grad = backward.grad;
   in.chunk_row = rows && backward.need_rows ? plan.chunk_row : nullptr;
-  if (!plan.levels.empty()) {
-    out.groups = plan.levels[0].groups;
-    if (rows) out.rows = plan.levels[0].rows;
-  }
+  constexpr bool kRanks = kFinish == Finish::kGrads;
+  if (!plan.levels.empty()) out.groups = plan.levels[0].groups;
+  if (rows) out.rows = row_partials(plan, 0, kRanks);
   dim3 grid;
   if (!grid_for(ceil_div(pairs.count, shape.chunk), kBlockThreads / shape.lanes,
                 ceil_div(table.dim, shape.lanes * V), grid)) {
@@ -96,8 +102,7 @@ int reduce_pairs(const Backward& backward, const Plan& plan, const Table& table,
               as_stream(stream), table, update, in, out, shape);
   int error = cudaGetLastError();
   for (std::size_t level = 0; rows && level < plan.levels.size() && error == cudaSuccess; ++level) {
-    const bool last = level + 1 == plan.levels.size();
-    out.rows = last ? Partials{} : plan.levels[level + 1].rows;
+    out.rows = row_partials(plan, level + 1, kRanks);
     error = launch_level<T, S, V, kFinish>(plan, level, table, update, out,
                                            partial_shape(shape.lanes), stream);
   }

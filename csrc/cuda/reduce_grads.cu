@@ -5,8 +5,6 @@
 namespace amtl::cuda {
 
 int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector, Stream stream) {
-  DenseTable none;
-  none.dim = dim;
   const auto run = [&](auto width) {
     constexpr int kVector = decltype(width)::value;
     for (std::size_t level = 0; level < plan.levels.size(); ++level) {
@@ -15,9 +13,8 @@ int reduce_groups(const Plan& plan, int dim, const ReduceOutput& out, int vector
       if (!partial_grid(groups.in.count, dim, groups.shape.lanes, kVector, grid)) {
         return cudaErrorInvalidValue;
       }
-      AMTL_LAUNCH((reduce_partials_kernel<float, float, kVector, Finish::kGroups, DenseTable>),
-                  grid, kBlockThreads, 0, as_stream(stream), none, Update{}, groups.in, groups.out,
-                  groups.shape);
+      AMTL_LAUNCH((reduce_groups_kernel<kVector>), grid, kBlockThreads, 0, as_stream(stream),
+                  groups, dim);
       const cudaError_t error = cudaGetLastError();
       if (error != cudaSuccess) return error;
     }
@@ -90,7 +87,7 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
 }
 
 int backward_reduce(const Backward& backward, const TieredTable& table, bool grads,
-                    float* group_grad, Stream stream) {
+                    float* group_grad, bool groups_unsorted, Stream stream) {
   const int cleared = clear_groups(table, group_grad, stream);
   if (cleared != cudaSuccess) return cleared;
   const std::int64_t count = backward.lookups.count;
@@ -104,16 +101,18 @@ int backward_reduce(const Backward& backward, const TieredTable& table, bool gra
       backward.type, table,
       reinterpret_cast<std::uint64_t>(backward.grad) | backward.grad_stride * element);
   const SortedPairs pairs = plan.pairs(count, table.rows);
-  if (group_grad != nullptr) {
+  if (group_grad != nullptr && groups_unsorted) {
     SortedPairs by_group;
     error = sort_by_group(plan, table, count, by_group, stream);
     if (error != cudaSuccess) return error;
     error = reduce_masks(backward, plan, table, by_group, group_grad, vector, stream);
     if (error != cudaSuccess) return error;
+    group_grad = nullptr;
   }
   if (!grads) return cudaSuccess;
   AMTL_DISPATCH_TYPE(backward.type, vector, T, V, {
     ReduceOutput out;
+    out.group_grad = group_grad;
     // Only says that they are wanted.
     out.grads = plan.header;
     return reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{}, pairs, true,

@@ -21,15 +21,19 @@ int update_wide_state(const UpdateCall& call);
 int update_narrow_state(const UpdateCall& call);
 int update_rowwise(const UpdateCall& call);
 
-template <typename T, typename S, int V>
+// Columns of a thread: eight of them and their state would not leave room for loads in flight.
+constexpr int kStepVector = 4;
+
+template <Rule kRule, typename T, typename S, int kWidest>
 int run_update(const UpdateCall& call) {
+  constexpr int V = kWidest < kStepVector ? kWidest : kStepVector;
   const Backward& backward = call.backward;
   ReduceOutput out;
   out.group_grad = call.group_grad;
   const auto run = [&](const auto& table) {
     const SortedPairs pairs = call.plan.pairs(backward.lookups.count, table.rows);
-    return reduce_pairs<T, S, V, Finish::kUpdate>(backward, call.plan, table, call.update, pairs,
-                                                  true, out, call.stream);
+    return reduce_pairs<T, S, V, finish_of(kRule)>(backward, call.plan, table, call.update, pairs,
+                                                   true, out, call.stream);
   };
   return call.dense != nullptr ? run(*call.dense) : run(*call.tiered);
 }

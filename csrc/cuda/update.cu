@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda/reduce_update.cuh"
 
 namespace amtl::cuda {
@@ -44,8 +46,9 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
   }
   const UpdateCall call{backward, plan, dense, tiered, update, group_grad, vector, stream};
   // Other rules spread wide rows over blocks; this one must see a row whole.
-  if (update.rule != Rule::kRowwiseAdagrad || table.dim <= kWarp * vector) {
-    return update.narrow_state && !wide_type ? update_narrow_state(call) : update_wide_state(call);
+  if (update.rule != Rule::kRowwiseAdagrad || table.dim <= kWarp * std::min(vector, kStepVector)) {
+    const bool narrow = update.narrow_state && !wide_type && has_wide_state(update.rule);
+    return narrow ? update_narrow_state(call) : update_wide_state(call);
   }
   error = update_rowwise(call);
   if (error != cudaSuccess || group_grad == nullptr) return error;

@@ -40,19 +40,13 @@ int run(const UpdateCall& call, const Table& table) {
   ReduceOutput out;
   out.group_grad = call.group_grad;
   if (!levels.empty()) out.groups = levels[0].groups;
-  // Nobody asks for the number of a row among the distinct ones.
-  const auto rows_of = [&](std::size_t level) {
-    Partials rows = level < levels.size() ? levels[level].rows : Partials{};
-    rows.ranks = nullptr;
-    return rows;
-  };
-  out.rows = rows_of(0);
+  out.rows = row_partials(call.plan, 0, false);
   int error = launch_list<T, V>(table, call.update, in, in.pairs.count, out, shape, call.stream);
   shape.chunk = kPartialChunk;
   for (std::size_t level = 0; level < levels.size() && error == cudaSuccess; ++level) {
-    const PartialList partials{rows_of(level), levels[level].slots};
+    const PartialList partials{row_partials(call.plan, level, false), levels[level].slots};
     ReduceOutput next;
-    next.rows = rows_of(level + 1);
+    next.rows = row_partials(call.plan, level + 1, false);
     error =
         launch_list<T, V>(table, call.update, partials, partials.count, next, shape, call.stream);
   }

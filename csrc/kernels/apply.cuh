@@ -11,7 +11,7 @@ namespace amtl {
 // @param[in,out] table  [N, D]
 // @param[in]     rows   [U] distinct
 // @param[in]     grads  [U, D]
-template <typename T, typename S, int V>
+template <Rule kRule, typename T, typename S, int V>
 __global__ void __launch_bounds__(kBlockThreads, 3)
     apply_kernel(const __grid_constant__ DenseTable table, const __grid_constant__ Update update,
                  const std::int64_t* rows, const T* grads, std::int64_t distinct) {
@@ -36,34 +36,34 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   }
   size = __reduce_max_sync(kAll, size);
   if (size == 0) return;
-  const AdamScales scales = adam_scales(update);
-  TableView view;
-  view.dim = table.dim;
-  const StateRef<S> state = locate_state<S>(table, view, update, row);
-  if (update.rule == Rule::kRowwiseAdagrad) {
+  AdamScales scales;
+  if constexpr (kRule == Rule::kAdam) scales = adam_scales(update);
+  RowRef<T> ref;
+  ref.local = row;
+  StateRef<S> state = locate_state<kRule, S>(table, update, ref);
+  float denominator = 0;
+  if constexpr (kRule == Rule::kRowwiseAdagrad) {
     for (int column = lane * V; column < size; column += kWarp * V) {
       float g[V];
-      float w[V];
       unpack<T, V>(load_raw<Memory::kGrad, Cache::kReadOnly, V>(grad + column), g);
-      unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(weight + column), w);
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const float value = column + e < size ? g[e] + update.weight_decay * w[e] : 0.0f;
-        squares += value * value;
-      }
+      squares += squares_of<T, V>(
+          update, load_raw<Memory::kTable, Cache::kPlain, V>(weight + column), size - column, g);
     }
     for (int step = kWarp / 2; step > 0; step /= 2) {
       squares += __shfl_xor_sync(kAll, squares, step);
     }
-  }
-  float denominator = 0;
-  if (update.rule == Rule::kRowwiseAdagrad) {
-    denominator = step_rowwise(update, state.first, squares, size, lane == 0, kAll);
+    void* moment = locate_rowwise(table, update, ref);
+    const float before = load_rowwise<T>(update, moment);
+    // All have read it before one replaces it.
+    __syncwarp();
+    denominator = step_rowwise<T>(update, moment, before, squares, size, lane == 0);
   }
   for (int column = lane * V; column < size; column += kWarp * V) {
     float g[V];
     unpack<T, V>(load_raw<Memory::kGrad, Cache::kReadOnly, V>(grad + column), g);
-    update_elements<T, S, V>(update, scales, weight, state, size, column, g, denominator);
+    update_elements<kRule, T, S, V>(update, scales, weight,
+                                    load_raw<Memory::kTable, Cache::kPlain, V>(weight + column),
+                                    state, size, column, g, denominator);
   }
 }
 

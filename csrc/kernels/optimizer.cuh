@@ -40,57 +40,54 @@ __device__ __forceinline__ std::uint32_t row_term(std::int64_t row) {
   return fold(static_cast<std::uint64_t>(row)) * 0x9E3779B1u;
 }
 
-template <typename S>
-__device__ __forceinline__ StateRef<S> locate_state(const DenseTable& table,
-                                                    const TableView& /*view*/, const Update& update,
-                                                    std::int64_t row) {
+template <Rule kRule, typename S, typename T>
+__device__ __forceinline__ StateRef<S> locate_state(const DenseTable& table, const Update& update,
+                                                    const RowRef<T>& ref) {
   StateRef<S> state;
-  state.row_term = row_term(row);
-  const std::int64_t offset = update.rule == Rule::kRowwiseAdagrad ? row : row * table.dim;
-  if (update.first != nullptr) state.first = static_cast<S*>(update.first) + offset;
-  if (update.second != nullptr) state.second = static_cast<S*>(update.second) + offset;
+  state.row_term = row_term(ref.local);
+  const std::int64_t offset = kRule == Rule::kRowwiseAdagrad ? ref.local : ref.local * table.dim;
+  if (kRule != Rule::kSgd) state.first = static_cast<S*>(update.first) + offset;
+  if (kRule == Rule::kAdam) state.second = static_cast<S*>(update.second) + offset;
   return state;
 }
 
-template <typename S>
-__device__ __forceinline__ StateRef<S> locate_state(const TieredTable& table, const TableView& view,
-                                                    const Update& update, std::int64_t row) {
-  const int tier = tier_of(table, row);
-  const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
-  const int width = update.rule == Rule::kRowwiseAdagrad ? 1 : tier_width(table, tier);
-  const std::int64_t offset = (row - begin) * width;
+template <Rule kRule, typename S, typename T>
+__device__ __forceinline__ StateRef<S> locate_state(const TieredTable& /*table*/,
+                                                    const Update& update, const RowRef<T>& ref) {
+  const std::int64_t offset = kRule == Rule::kRowwiseAdagrad ? ref.local : ref.local * ref.width;
   StateRef<S> state;
-  state.row_term = row_term(row - begin);
-  if (update.rule == Rule::kSgd) return state;
-  state.first =
-      reinterpret_cast<S*>(tier_state(update.device_tier_first, update.tier_first, tier)) + offset;
-  if (update.rule == Rule::kAdam) {
+  state.row_term = row_term(ref.local);
+  if constexpr (kRule != Rule::kSgd) {
+    state.first =
+        reinterpret_cast<S*>(tier_state(update.device_tier_first, update.tier_first, ref.tier)) +
+        offset;
+  }
+  if constexpr (kRule == Rule::kAdam) {
     state.second =
-        reinterpret_cast<S*>(tier_state(update.device_tier_second, update.tier_second, tier)) +
+        reinterpret_cast<S*>(tier_state(update.device_tier_second, update.tier_second, ref.tier)) +
         offset;
   }
   return state;
 }
 
-// One element of the rules that treat elements alone.
+// One element of the rules that treat elements alone; row-wise Adagrad finds the row's denominator
+// in `first`.
+template <Rule kRule>
 __device__ __forceinline__ float update_element(const Update& update, const AdamScales& scales,
                                                 float weight, float grad, float& first,
                                                 float& second) {
-  switch (update.rule) {
-    case Rule::kSgd:
-      return weight - update.lr * grad;
-    case Rule::kAdagrad:
-      first += grad * grad;
-      return weight - update.lr * grad / (sqrtf(first) + update.eps);
-    case Rule::kAdam:
-      first = update.beta1 * first + update.one_minus_beta1 * grad;
-      second = update.beta2 * second + update.one_minus_beta2 * grad * grad;
-      return weight - scales.step_size * first / (sqrtf(second) * scales.second_scale + update.eps);
-    case Rule::kRowwiseAdagrad:
-      // `first` already holds the row's denominator.
-      return weight - update.lr * grad / first;
+  if constexpr (kRule == Rule::kSgd) {
+    return weight - update.lr * grad;
+  } else if constexpr (kRule == Rule::kAdagrad) {
+    first += grad * grad;
+    return weight - update.lr * grad / (sqrtf(first) + update.eps);
+  } else if constexpr (kRule == Rule::kAdam) {
+    first = update.beta1 * first + update.one_minus_beta1 * grad;
+    second = update.beta2 * second + update.one_minus_beta2 * grad * grad;
+    return weight - scales.step_size * first / (sqrtf(second) * scales.second_scale + update.eps);
+  } else {
+    return weight - update.lr * grad / first;
   }
-  return weight;
 }
 
 template <typename T, int V>
@@ -121,105 +118,108 @@ __device__ __forceinline__ RawVector<T, V> round_weights(const Update& update,
 
 template <typename S, int V>
 __device__ __forceinline__ void load_state(const S* address, float (&values)[V] AMTL_SITE) {
-  // State in float32 beside 16-bit weights is wider than one vector of weights.
-  constexpr int kPiece = sizeof(S) * V > 16 ? 16 / static_cast<int>(sizeof(S)) : V;
-#pragma unroll
-  for (int p = 0; p < V; p += kPiece) {
-    float piece[kPiece];
-    unpack<S, kPiece>(load_raw<Memory::kState, Cache::kPlain, kPiece>(address + p AMTL_SITE_PASS),
-                      piece);
-#pragma unroll
-    for (int e = 0; e < kPiece; ++e) values[p + e] = piece[e];
-  }
+  unpack<S, V>(load_raw<Memory::kState, Cache::kPlain, V>(address AMTL_SITE_PASS), values);
 }
 
 template <typename S, int V>
 __device__ __forceinline__ void store_state(S* address, const float (&values)[V] AMTL_SITE) {
+  store<Memory::kState>(reinterpret_cast<RawVector<S, V>*>(address),
+                        pack<S, V>(values) AMTL_SITE_PASS);
+}
+
+// Updates columns [column, column + V) of one row, whose weights are `old` and of which those
+// before `size` are kept. Elements past it inside the last vector are written back as they were.
+// `grad` is without weight decay; `denominator` is row-wise Adagrad's.
+template <Rule kRule, typename T, typename S, int V>
+__device__ __forceinline__ void update_elements(const Update& update, const AdamScales& scales,
+                                                T* weight, const RawVector<T, V>& old,
+                                                const StateRef<S>& state, int size, int column,
+                                                const float (&grad)[V], float denominator) {
+  constexpr bool kHasState = kRule == Rule::kAdagrad || kRule == Rule::kAdam;
+  // State in float32 beside eight weights of 16 bits: half of it at a time, for registers are
+  // short.
   constexpr int kPiece = sizeof(S) * V > 16 ? 16 / static_cast<int>(sizeof(S)) : V;
+  const int keep = size - column;
+  float w[V];
+  unpack<T, V>(old, w);
 #pragma unroll
   for (int p = 0; p < V; p += kPiece) {
-    float piece[kPiece];
+    float first[kPiece];
+    float second[kPiece] = {};
+    if constexpr (kHasState) {
+      load_state<S, kPiece>(state.first + column + p, first);
+    } else {
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) piece[e] = values[p + e];
-    store<Memory::kState>(reinterpret_cast<RawVector<S, kPiece>*>(address + p),
-                          pack<S, kPiece>(piece) AMTL_SITE_PASS);
-  }
-}
-
-// Updates columns [column, column + V) of one row, of which those before `size` are kept. Elements
-// past it inside the last vector are written back as they were. `grad` is without weight decay;
-// `denominator` is row-wise Adagrad's.
-template <typename T, typename S, int V>
-__device__ __forceinline__ void update_elements(const Update& update, const AdamScales& scales,
-                                                T* weight, StateRef<S> state, int size, int column,
-                                                const float (&grad)[V], float denominator) {
-  float w[V];
-  float first[V];
-  float second[V] = {};
-  const auto old = load_raw<Memory::kTable, Cache::kPlain, V>(weight + column);
-  unpack<T, V>(old, w);
-  if (update.rule == Rule::kAdagrad || update.rule == Rule::kAdam) {
-    load_state<S, V>(state.first + column, first);
-  } else {
-#pragma unroll
-    for (int e = 0; e < V; ++e) first[e] = denominator;
-  }
-  if (update.rule == Rule::kAdam) load_state<S, V>(state.second + column, second);
-#pragma unroll
-  for (int e = 0; e < V; ++e) {
-    if (column + e < size) {
-      const float g = grad[e] + update.weight_decay * w[e];
-      w[e] = update_element(update, scales, w[e], g, first[e], second[e]);
+      for (int e = 0; e < kPiece; ++e) first[e] = denominator;
     }
-  }
-  const auto rounded = round_weights<T, V>(update, w, state.row_term, column);
-  store<Memory::kTable>(reinterpret_cast<RawVector<T, V>*>(weight + column),
-                        replace_prefix<T, V>(old, rounded, size - column));
-  if (update.rule == Rule::kAdagrad || update.rule == Rule::kAdam) {
-    store_state<S, V>(state.first + column, first);
-  }
-  if (update.rule == Rule::kAdam) store_state<S, V>(state.second + column, second);
-}
-
-// Row-wise Adagrad: adds the mean of a row's squares to its state, the threads of `mask` together,
-// of whom one writes. A row that keeps nothing leaves it alone. Returns the row's denominator.
-template <typename S>
-__device__ __forceinline__ float step_rowwise(const Update& update, S* state, float squares,
-                                              int size, bool writes, unsigned mask) {
-  const float total = to_float(load<Memory::kState, Cache::kPlain>(state)) +
-                      squares / static_cast<float>(size > 0 ? size : 1);
-  // All have read the old sum before one replaces it.
-  __syncwarp(mask);
-  if (writes && size > 0) store<Memory::kState>(state, from_float<S>(total));
-  return sqrtf(total) + update.eps;
-}
-
-// One row's step by the `lanes` threads of a tile, each with its V columns; the tile spans the row
-// where the rule is row-wise.
-template <typename T, typename S, int V>
-__device__ __forceinline__ void update_row(const Update& update, const AdamScales& scales,
-                                           T* weight, StateRef<S> state, int size, int column,
-                                           const float (&grad)[V], unsigned mask, int lanes) {
-  float denominator = 0;
-  if (update.rule == Rule::kRowwiseAdagrad) {
-    float squares = 0;
-    if (column < size) {
-      float w[V];
-      unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(weight + column), w);
+    if constexpr (kRule == Rule::kAdam) load_state<S, kPiece>(state.second + column + p, second);
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const float g = column + e < size ? grad[e] + update.weight_decay * w[e] : 0.0f;
-        squares += g * g;
+    for (int e = 0; e < kPiece; ++e) {
+      if (p + e < keep) {
+        const float g = grad[p + e] + update.weight_decay * w[p + e];
+        w[p + e] = update_element<kRule>(update, scales, w[p + e], g, first[e], second[e]);
       }
     }
-    for (int step = lanes / 2; step > 0; step /= 2) {
-      squares += __shfl_xor_sync(mask, squares, step, lanes);
+    if constexpr (kHasState) store_state<S, kPiece>(state.first + column + p, first);
+    if constexpr (kRule == Rule::kAdam) store_state<S, kPiece>(state.second + column + p, second);
+  }
+  auto changed = round_weights<T, V>(update, w, state.row_term, column);
+  // Nothing has touched the other elements; rounding may change how a NaN is spelt.
+  if constexpr (sizeof(T) == 2) changed = replace_prefix<T, V>(old, changed, keep);
+  store<Memory::kTable>(reinterpret_cast<RawVector<T, V>*>(weight + column), changed);
+}
+
+// Address of row-wise Adagrad's number of a row.
+template <typename T, typename Table>
+__device__ __forceinline__ void* locate_rowwise(const Table& table, const Update& update,
+                                                const RowRef<T>& ref) {
+  constexpr Rule kRule = Rule::kRowwiseAdagrad;
+  if constexpr (sizeof(T) == 2) {
+    if (update.narrow_state) return locate_state<kRule, T>(table, update, ref).first;
+  }
+  return locate_state<kRule, float>(table, update, ref).first;
+}
+
+// Sum of squares of what row-wise Adagrad takes for the gradient of V columns, `keep` of them kept.
+template <typename T, int V>
+__device__ __forceinline__ float squares_of(const Update& update, const RawVector<T, V>& weights,
+                                            int keep, const float (&grad)[V]) {
+  float w[V];
+  unpack<T, V>(weights, w);
+  float squares = 0;
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const float g = e < keep ? grad[e] + update.weight_decay * w[e] : 0.0f;
+    squares += g * g;
+  }
+  return squares;
+}
+
+// Row-wise Adagrad's number of a row, in float32 or, beside 16-bit weights, in their type.
+template <typename T>
+__device__ __forceinline__ float load_rowwise(const Update& update, const void* state) {
+  if constexpr (sizeof(T) == 2) {
+    if (update.narrow_state) {
+      return to_float(load<Memory::kState, Cache::kPlain>(static_cast<const T*>(state)));
     }
-    denominator = step_rowwise(update, state.first, squares, size, column == 0, mask);
   }
-  if (column < size) {
-    update_elements<T, S, V>(update, scales, weight, state, size, column, grad, denominator);
+  return load<Memory::kState, Cache::kPlain>(static_cast<const float*>(state));
+}
+
+// Adds the mean of a row's squares to its number, which was `before`; one thread writes. A row that
+// keeps nothing leaves it alone. Returns the row's denominator.
+template <typename T>
+__device__ __forceinline__ float step_rowwise(const Update& update, void* state, float before,
+                                              float squares, int size, bool writes) {
+  const float total = before + squares / static_cast<float>(size > 0 ? size : 1);
+  if (writes && size > 0) {
+    if (sizeof(T) == 2 && update.narrow_state) {
+      store<Memory::kState>(static_cast<T*>(state), from_float<T>(total));
+    } else {
+      store<Memory::kState>(static_cast<float*>(state), total);
+    }
   }
+  return sqrtf(total) + update.eps;
 }
 
 }  // namespace amtl

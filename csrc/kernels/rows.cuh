@@ -12,6 +12,8 @@ struct RowRef {
   T* data = nullptr;
   int size = 0;   // elements that are kept
   int width = 0;  // elements that are stored
+  int tier = 0;
+  std::int64_t local = 0;  // its number within the tier
 };
 
 // Table of a bag, and of a row numbered over all tables.
@@ -72,6 +74,19 @@ __device__ __forceinline__ TableView view_of_row(const TieredTable& table, std::
   return view_of(table, low);
 }
 
+// Table of a row that has been located: tables with sizes have a block each.
+template <typename T>
+__device__ __forceinline__ TableView view_of_ref(const DenseTable& table, const RowRef<T>& /*ref*/,
+                                                 std::int64_t /*row*/) {
+  return view_of(table, 0);
+}
+
+template <typename T>
+__device__ __forceinline__ TableView view_of_ref(const TieredTable& table, const RowRef<T>& ref,
+                                                 std::int64_t row) {
+  return table.device_dense != nullptr ? view_of(table, ref.tier) : view_of_row(table, row);
+}
+
 // Row of the output that a bag belongs to.
 __device__ __forceinline__ std::int64_t output_row(const DenseTable& /*table*/, std::int64_t bag) {
   return bag;
@@ -112,6 +127,7 @@ __device__ __forceinline__ RowRef<T> locate(const DenseTable& table, const Table
   RowRef<T> ref;
   ref.data = static_cast<T*>(table.weight) + row * table.dim;
   ref.width = table.dim;
+  ref.local = row;
   const int size = stored_size(table, row);
   if (bad_size != nullptr) *bad_size = size < 0 || size > table.dim;
   ref.size = size < 0 ? 0 : (size > table.dim ? table.dim : size);
@@ -158,14 +174,28 @@ __device__ __forceinline__ std::int64_t block_group(const DenseBlock* block, std
   return load<Memory::kSizes>(groups + local);
 }
 
-// Numbered over all tables.
+// Of row `local` of a tier, numbered over all tables.
+__device__ __forceinline__ std::int64_t group_in_tier(const TieredTable& table, int tier,
+                                                      std::int64_t local) {
+  const DenseBlock* block = table.device_dense + tier;
+  const std::int64_t group =
+      group_within(block_group(block, local), load<Memory::kSizes>(&block->groups));
+  return load<Memory::kSizes>(&block->first_group) + group;
+}
+
 __device__ __forceinline__ std::int64_t group_of(const TieredTable& table, std::int64_t row) {
   const int tier = tier_of(table, row);
-  const DenseBlock* block = table.device_dense + tier;
-  const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
-  const std::int64_t group =
-      group_within(block_group(block, row - begin), load<Memory::kSizes>(&block->groups));
-  return load<Memory::kSizes>(&block->first_group) + group;
+  return group_in_tier(table, tier, row - (tier == 0 ? 0 : tier_end(table, tier - 1)));
+}
+
+// The same of a row that has been located.
+template <typename T>
+__device__ __forceinline__ std::int64_t group_of(const DenseTable& table, const RowRef<T>& ref) {
+  return group_of(table, ref.local);
+}
+template <typename T>
+__device__ __forceinline__ std::int64_t group_of(const TieredTable& table, const RowRef<T>& ref) {
+  return group_in_tier(table, ref.tier, ref.local);
 }
 
 // The size of row `local` of a block as stored, which may be out of range.
@@ -188,15 +218,15 @@ __device__ __forceinline__ int stored_size(const TieredTable& table, int tier, s
 template <typename T>
 __device__ __forceinline__ RowRef<T> locate(const TieredTable& table, const TableView& view,
                                             std::int64_t row, bool* bad_size = nullptr) {
-  const int tier = tier_of(table, row);
-  const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
   RowRef<T> ref;
-  ref.width = tier_width(table, tier);
+  ref.tier = tier_of(table, row);
+  ref.local = row - (ref.tier == 0 ? 0 : tier_end(table, ref.tier - 1));
+  ref.width = tier_width(table, ref.tier);
   ref.size = ref.width;
-  ref.data = reinterpret_cast<T*>(tier_base(table, tier)) + (row - begin) * ref.width;
+  ref.data = reinterpret_cast<T*>(tier_base(table, ref.tier)) + ref.local * ref.width;
   if (bad_size != nullptr) *bad_size = false;
   if (table.device_dense != nullptr) {
-    const int size = stored_size(table, tier, row - begin);
+    const int size = stored_size(table, ref.tier, ref.local);
     if (bad_size != nullptr) *bad_size = size < 0 || size > ref.width;
     ref.size = size < 0 ? 0 : (size > ref.width ? ref.width : size);
   }
@@ -273,7 +303,7 @@ __device__ __forceinline__ T* shuffle_pointer(unsigned mask, T* pointer, int sou
 // The lanes of this thread's tile of `lanes` threads (a power of two).
 __device__ __forceinline__ unsigned tile_mask(int lanes) {
   if (lanes == kWarp) return 0xffffffffu;
-  const int first = static_cast<int>(threadIdx.x) % kWarp / lanes * lanes;
+  const int first = static_cast<int>(threadIdx.x) % kWarp & -lanes;
   return ((1u << lanes) - 1) << first;
 }
 

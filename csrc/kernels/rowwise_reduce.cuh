@@ -6,8 +6,6 @@
 // and partial sums are those of segment_reduce.cuh, and so is the order of every sum.
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/segment_reduce.cuh"
 
 namespace amtl {
@@ -79,76 +77,71 @@ struct RowwiseReducer {
     }
   }
 
+  __device__ __forceinline__ RawVector<T, V> load_weights(const T* data, int column) const {
+    return load_raw<Memory::kTable, Cache::kPlain, V>(data + column);
+  }
+
   // Adds the products of the row's weights and gradient to its group, all columns.
-  __device__ __forceinline__ void add_products(std::int64_t row, const TableView& view) {
-    const std::int64_t next = group_of(table, row);
+  __device__ __forceinline__ void add_products(const RowRef<T>& ref, int dim) {
+    const std::int64_t next = group_of(table, ref);
     if (group >= 0 && next != group) {
       end_group(kEnds);
       group_flags = kBegins;
       clear_group();
     }
     group = next;
-    const T* data = weights_of<T>(table, view, row);
+    const T* data = weights_of(table, ref, dim);
     for (int piece = 0; piece < pieces; ++piece) {
       const int column = column_of(piece);
-      if (column >= view.dim) continue;
+      if (column >= dim) continue;
       float sum[V];
       float products[V];
       float w[V];
       load_sum(0, piece, sum);
       load_sum(1, piece, products);
-      unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(data + column), w);
+      unpack<T, V>(load_weights(data, column), w);
 #pragma unroll
       for (int e = 0; e < V; ++e) products[e] += w[e] * sum[e];
       store_sum(1, piece, products);
     }
   }
 
-  __device__ __forceinline__ void step_row(std::int64_t row, const TableView& view) {
-    const RowRef<T> ref = locate<T>(table, view, row);
+  __device__ __forceinline__ void step_row(const RowRef<T>& ref) {
     float squares = 0;
     for (int piece = 0; piece < pieces; ++piece) {
       const int column = column_of(piece);
       if (column >= ref.size) continue;
       float sum[V];
-      float w[V];
       load_sum(0, piece, sum);
-      unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(ref.data + column), w);
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const float g = column + e < ref.size ? sum[e] + update.weight_decay * w[e] : 0.0f;
-        squares += g * g;
-      }
+      squares += squares_of<T, V>(update, load_weights(ref.data, column), ref.size - column, sum);
     }
     for (int step = kWarp / 2; step > 0; step /= 2) {
       squares += __shfl_xor_sync(0xffffffffu, squares, step);
     }
     StateRef<float> state;
-    float denominator = 0;
-    if (sizeof(T) == 2 && update.narrow_state) {
-      const StateRef<T> narrow = locate_state<T>(table, view, update, row);
-      state.row_term = narrow.row_term;
-      denominator = step_rowwise(update, narrow.first, squares, ref.size, lane == 0, 0xffffffffu);
-    } else {
-      state = locate_state<float>(table, view, update, row);
-      denominator = step_rowwise(update, state.first, squares, ref.size, lane == 0, 0xffffffffu);
-    }
+    state.row_term = row_term(ref.local);
+    void* moment = locate_rowwise(table, update, ref);
+    const float before = load_rowwise<T>(update, moment);
+    // All have read it before one replaces it.
+    __syncwarp();
+    const float denominator = step_rowwise<T>(update, moment, before, squares, ref.size, lane == 0);
     for (int piece = 0; piece < pieces; ++piece) {
       const int column = column_of(piece);
       if (column >= ref.size) continue;
       float sum[V];
       load_sum(0, piece, sum);
-      update_elements<T, float, V>(update, AdamScales{}, ref.data, state, ref.size, column, sum,
-                                   denominator);
+      update_elements<Rule::kRowwiseAdagrad, T, float, V>(update, AdamScales{}, ref.data,
+                                                          load_weights(ref.data, column), state,
+                                                          ref.size, column, sum, denominator);
     }
   }
 
   // The run of `row` has ended in this chunk; flags say whether it begins and ends here.
   __device__ __forceinline__ void end_run(std::int64_t row, unsigned flags) {
-    const TableView view = view_of_row(table, row);
-    if (has_groups) add_products(row, view);
+    const RowRef<T> ref = locate<T>(table, TableView{}, row);
+    if (has_groups) add_products(ref, view_of_ref(table, ref, row).dim);
     if (flags == (kBegins | kEnds)) {
-      step_row(row, view);
+      step_row(ref);
     } else {
       const std::int64_t slot = 2 * chunk + (flags & kBegins ? 1 : 0);
       write_sum<Memory::kPartial>(0, out.rows.sums + slot * table.dim);
@@ -166,9 +159,6 @@ struct ReduceItem {
   float factor = 1.0f;
   int limit = 0;  // columns to read
 };
-
-__device__ __forceinline__ std::int64_t items_of(const LookupList& in) { return in.pairs.count; }
-__device__ __forceinline__ std::int64_t items_of(const PartialList& in) { return in.count; }
 
 template <typename T, typename Table>
 __device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, std::int64_t i,
@@ -267,7 +257,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
           if constexpr (kLookups) {
             raw[u] = zero_raw<T, V>();
             if (column < limit) {
-              raw[u] = load_raw<Memory::kGrad, Cache::kStreamed, V>(data + column);
+              raw[u] = load_raw<Memory::kGrad, Cache::kReadOnly, V>(data + column);
             }
           } else {
 #pragma unroll

@@ -8,6 +8,8 @@
 // for bit.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/optimizer.cuh"
 #include "kernels/sorted_pairs.cuh"
 
@@ -27,7 +29,7 @@ constexpr unsigned kEnds = 2;
 
 struct ReduceShape {
   int lanes = 32;  // threads per chunk: a power of two, at most 32
-  int chunk = 64;  // items per chunk
+  int chunk = 64;  // items per chunk: a power of two
   std::int64_t grad_stride = 0;
 };
 
@@ -51,7 +53,22 @@ struct ReduceOutput {
   Partials groups;              // where unfinished groups go
 };
 
-enum class Finish { kGrads, kUpdate, kGroups };
+// What becomes of the sum of a whole run: a row's gradient, a group's mask gradient, or a step.
+enum class Finish { kGrads, kGroups, kSgd, kAdagrad, kRowwiseAdagrad, kAdam };
+
+constexpr Finish finish_of(Rule rule) {
+  return rule == Rule::kAdagrad          ? Finish::kAdagrad
+         : rule == Rule::kRowwiseAdagrad ? Finish::kRowwiseAdagrad
+         : rule == Rule::kAdam           ? Finish::kAdam
+                                         : Finish::kSgd;
+}
+
+constexpr Rule rule_of(Finish finish) {
+  return finish == Finish::kAdagrad          ? Rule::kAdagrad
+         : finish == Finish::kRowwiseAdagrad ? Rule::kRowwiseAdagrad
+         : finish == Finish::kAdam           ? Rule::kAdam
+                                             : Rule::kSgd;
+}
 
 __device__ __forceinline__ void write_partial(const Partials& partials, std::int64_t slot,
                                               std::int64_t key, std::int64_t rank, unsigned flags,
@@ -62,341 +79,483 @@ __device__ __forceinline__ void write_partial(const Partials& partials, std::int
   store<Memory::kPartial>(partials.flags + slot, flags);
 }
 
-template <typename T, int V>
-__device__ __forceinline__ void write_grads(const DenseTable& table, const TableView& view,
-                                            void* grads, std::int64_t row, std::int64_t rank,
-                                            int column, const float (&sum)[V]) {
-  if (grads == nullptr || column >= table.dim) return;
-  const int size = locate<T>(table, view, row).size;
-  T* out = static_cast<T*>(grads) + rank * table.dim + column;
-  store<Memory::kOutput, Cache::kStreamed>(reinterpret_cast<RawVector<T, V>*>(out),
-                                           keep_prefix<T, V>(pack<T, V>(sum), size - column));
+// Address of a row's gradient, if any is wanted, by the row's number among the distinct ones.
+template <typename T>
+__device__ __forceinline__ T* grads_of(const DenseTable& table, const RowRef<T>& /*ref*/,
+                                       void* grads, std::int64_t rank) {
+  return static_cast<T*>(grads) + rank * table.dim;
+}
+// The tiers' bases are those of the outputs, set back by the distinct rows of the tiers before.
+template <typename T>
+__device__ __forceinline__ T* grads_of(const TieredTable& /*table*/, const RowRef<T>& ref,
+                                       void* /*grads*/, std::int64_t rank) {
+  return ref.data + (rank - ref.local) * ref.width;
 }
 
-// The tiers' bases are those of the outputs, set back by the distinct rows of the tiers before;
-// rows keep what their sizes say.
-template <typename T, int V>
-__device__ __forceinline__ void write_grads(const TieredTable& table, const TableView& view,
-                                            void* grads, std::int64_t row, std::int64_t rank,
-                                            int column, const float (&sum)[V]) {
-  const int tier = tier_of(table, row);
-  const int width = tier_width(table, tier);
-  if (grads == nullptr || column >= width) return;
-  int size = width;
-  if (table.device_dense != nullptr) {
-    const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
-    size = stored_size(table, tier, row - begin);
+// Address of a row's weights, all of them, also where the tiers' bases are those of outputs.
+template <typename T>
+__device__ __forceinline__ T* weights_of(const DenseTable& /*table*/, const RowRef<T>& ref,
+                                         int /*dim*/) {
+  return ref.data;
+}
+template <typename T>
+__device__ __forceinline__ T* weights_of(const TieredTable& table, const RowRef<T>& ref, int dim) {
+  return reinterpret_cast<T*>(load<Memory::kSizes>(&table.device_dense[ref.tier].weight)) +
+         ref.local * dim;
+}
+
+// Further flags of an item.
+constexpr unsigned kGroupBegins = 4;
+constexpr unsigned kGroupEnds = 8;
+constexpr unsigned kGroupStops = 16;  // here, if only because the chunk does
+
+// One item of a list as a lane stages it for its tile, and of the row whose run stops with it all
+// that the end of a run asks for: 32 chains of dependent loads overlap, one a lane.
+struct alignas(16) StagedItem {
+  const void* data;  // the part of the gradient, or the partial sum, that it adds,
+  int limit;         // so many columns of it,
+  float factor;      // so many times
+  void* weight;      // weights of the row, of which
+  int reach;         // so many columns are read
+  int size;          // and so many are kept
+  void* first;       // optimizer state, or where the row's or group's sum goes
+  void* second;
+  unsigned flags;
+  std::uint32_t row_term;
+  std::uint32_t group;
+  union {
+    float moment;  // row-wise Adagrad's number of the row
+    int width;     // columns of a row's gradient
+  };
+};
+
+// What the row that `ref` names asks for where its run is complete.
+template <typename T, typename S, int V, Finish kFinish, typename Table>
+__device__ __forceinline__ void stage_finish(const Table& table, const Update& update,
+                                             const ReduceOutput& out, const RowRef<T>& ref,
+                                             std::int64_t rank, int lanes, StagedItem& item) {
+  item.size = ref.size;
+  if constexpr (kFinish == Finish::kGrads) {
+    if (out.grads == nullptr) return;
+    item.first = grads_of(table, ref, out.grads, rank);
+    item.width = ref.width;
+  } else {
+    item.weight = ref.data;
+    if (item.reach < ref.size) item.reach = ref.size;
+    if constexpr (kFinish == Finish::kRowwiseAdagrad) {
+      item.row_term = row_term(ref.local);
+      item.first = locate_rowwise(table, update, ref);
+      item.moment = load_rowwise<T>(update, item.first);
+    } else {
+      const StateRef<S> state = locate_state<rule_of(kFinish), S>(table, update, ref);
+      item.row_term = state.row_term;
+      item.first = state.first;
+      item.second = state.second;
+      if constexpr (kFinish != Finish::kSgd) {
+        // The columns of this block, a line of 128 bytes at a time.
+        const int begin = static_cast<int>(blockIdx.y) * lanes * V;
+        const int end = begin + lanes * V < ref.size ? begin + lanes * V : ref.size;
+#pragma unroll 1
+        for (int c = begin; c < end; c += 128 / static_cast<int>(sizeof(S))) {
+          prefetch(state.first + c);
+          if constexpr (kFinish == Finish::kAdam) prefetch(state.second + c);
+        }
+      }
+    }
   }
-  T* out = reinterpret_cast<T*>(tier_base(table, tier)) + rank * width + column;
-  store<Memory::kOutput, Cache::kStreamed>(reinterpret_cast<RawVector<T, V>*>(out),
-                                           keep_prefix<T, V>(pack<T, V>(sum), size - column));
-}
-
-// Address of a row's weights, all of them.
-template <typename T>
-__device__ __forceinline__ T* weights_of(const DenseTable& table, const TableView& /*view*/,
-                                         std::int64_t row) {
-  return static_cast<T*>(table.weight) + row * table.dim;
-}
-template <typename T>
-__device__ __forceinline__ T* weights_of(const TieredTable& table, const TableView& view,
-                                         std::int64_t row) {
-  const int tier = tier_of(table, row);
-  const std::int64_t begin = tier == 0 ? 0 : tier_end(table, tier - 1);
-  return reinterpret_cast<T*>(load<Memory::kSizes>(&table.device_dense[tier].weight)) +
-         (row - begin) * view.dim;
 }
 
 // What a tile knows while it walks its chunk.
-template <typename T, typename S, int V, Finish kFinish, typename Table>
+template <typename T, typename S, int V, Finish kFinish>
 struct ChunkReducer {
-  const Table& table;
   const Update& update;
-  const ReduceShape& shape;
   const ReduceOutput& out;
-  std::int64_t chunk;
+  int dim;  // of sums
+  int lanes;
   int column;
   unsigned mask;
   AdamScales scales;
 
-  float sum[V];
-  float group_sum[V];
-  std::int64_t group;
-  unsigned group_flags;
+  unsigned flags = 0;  // of the run, and of the group in whose it lies
+  float sum[V] = {};
+  float group_sum[V] = {};
 
-  __device__ __forceinline__ void finish_row(std::int64_t row, std::int64_t rank,
-                                             const TableView& view) {
-    if constexpr (kFinish == Finish::kGrads) {
-      write_grads<T, V>(table, view, out.grads, row, rank, column, sum);
-    } else if constexpr (kFinish == Finish::kUpdate) {
-      const RowRef<T> ref = locate<T>(table, view, row);
-      const StateRef<S> state = locate_state<S>(table, view, update, row);
-      update_row<T, S, V>(update, scales, ref.data, state, ref.size, column, sum, mask,
-                          shape.lanes);
+  __device__ __forceinline__ void finish(const StagedItem& item, const RawVector<T, V>& weights) {
+    if constexpr (kFinish == Finish::kGroups) {
+      store_floats<Memory::kOutput>(static_cast<float*>(item.first), column, dim, sum, mask, lanes);
+    } else if constexpr (kFinish == Finish::kGrads) {
+      if (column >= item.width) return;
+      store<Memory::kOutput, Cache::kStreamed>(
+          reinterpret_cast<RawVector<T, V>*>(static_cast<T*>(item.first) + column),
+          keep_prefix<T, V>(pack<T, V>(sum), item.size - column));
     } else {
-      store_floats<Memory::kOutput>(out.group_grad + row * table.dim, column, table.dim, sum, mask,
-                                    shape.lanes);
+      constexpr Rule kRule = rule_of(kFinish);
+      StateRef<S> state;
+      state.row_term = item.row_term;
+      float denominator = 0;
+      if constexpr (kRule == Rule::kRowwiseAdagrad) {
+        float squares = 0;
+        if (column < item.size) {
+          squares = squares_of<T, V>(update, weights, item.size - column, sum);
+        }
+        for (int step = lanes / 2; step > 0; step /= 2) {
+          squares += __shfl_xor_sync(mask, squares, step, lanes);
+        }
+        denominator =
+            step_rowwise<T>(update, item.first, item.moment, squares, item.size, column == 0);
+      } else {
+        state.first = static_cast<S*>(item.first);
+        state.second = static_cast<S*>(item.second);
+      }
+      if (column < item.size) {
+        update_elements<kRule, T, S, V>(update, scales, static_cast<T*>(item.weight), weights,
+                                        state, item.size, column, sum, denominator);
+      }
     }
   }
 
-  __device__ __forceinline__ void end_group(unsigned flags) {
-    group_flags |= flags;
-    if (group_flags == (kBegins | kEnds)) {
-      store_floats<Memory::kOutput>(out.group_grad + group * table.dim, column, table.dim,
-                                    group_sum, mask, shape.lanes);
-    } else {
-      const std::int64_t slot = 2 * chunk + (group_flags & kBegins ? 1 : 0);
-      store_floats<Memory::kPartial>(out.groups.sums + slot * table.dim, column, table.dim,
-                                     group_sum, mask, shape.lanes);
-      write_partial(out.groups, slot, group, 0, group_flags, column == 0);
-    }
-#pragma unroll
-    for (int e = 0; e < V; ++e) group_sum[e] = 0;
+  // The part of a run that goes on elsewhere.
+  __device__ __forceinline__ void write_part(std::int64_t chunk, std::int64_t key,
+                                             std::int64_t rank) {
+    const std::int64_t slot = 2 * chunk + (flags & kBegins ? 1 : 0);
+    store_floats<Memory::kPartial>(out.rows.sums + slot * dim, column, dim, sum, mask, lanes);
+    write_partial(out.rows, slot, key, rank, flags & (kBegins | kEnds), column == 0);
   }
 
-  // The run of `row` has ended in this chunk; flags say whether it begins and ends here.
-  __device__ __forceinline__ void end_run(std::int64_t row, std::int64_t rank, unsigned flags,
-                                          bool from_lookups) {
-    TableView view;
-    if constexpr (kFinish != Finish::kGroups) view = view_of_row(table, row);
-    if (kFinish != Finish::kGroups && from_lookups && out.group_grad != nullptr) {
-      const std::int64_t next = group_of(table, row);
-      if (group >= 0 && next != group) {
-        end_group(kEnds);
-        group_flags = kBegins;
-      }
-      group = next;
-      if (column < view.dim) {
-        float w[V];
-        add_product(view, row, w);
-      }
-    }
-    if (flags == (kBegins | kEnds)) {
-      finish_row(row, rank, view);
-    } else if (out.rows.sums != nullptr) {
-      const std::int64_t slot = 2 * chunk + (flags & kBegins ? 1 : 0);
-      store_floats<Memory::kPartial>(out.rows.sums + slot * table.dim, column, table.dim, sum, mask,
-                                     shape.lanes);
-      write_partial(out.rows, slot, row, rank, flags, column == 0);
-    }
+  __device__ __forceinline__ void clear_run(unsigned next_flags) {
+    flags = (flags & ~(kBegins | kEnds)) | next_flags;
 #pragma unroll
     for (int e = 0; e < V; ++e) sum[e] = 0;
   }
 
-  __device__ __forceinline__ void add_product(const TableView& view, std::int64_t row,
-                                              float (&w)[V]) {
-    const T* data = weights_of<T>(table, view, row);
-    unpack<T, V>(load_raw<Memory::kTable, Cache::kPlain, V>(data + column), w);
+  __device__ __forceinline__ void add_products(const RawVector<T, V>& weights) {
+    float w[V];
+    unpack<T, V>(weights, w);
 #pragma unroll
     for (int e = 0; e < V; ++e) group_sum[e] += w[e] * sum[e];
   }
+
+  __device__ __forceinline__ void end_group(std::int64_t chunk, const StagedItem& item) {
+    const unsigned group_flags =
+        ((flags | item.flags) & (kGroupBegins | kGroupEnds)) / kGroupBegins;
+    const std::int64_t group = item.group;
+    if (group_flags == (kBegins | kEnds)) {
+      store_floats<Memory::kOutput>(out.group_grad + group * dim, column, dim, group_sum, mask,
+                                    lanes);
+    } else {
+      const std::int64_t slot = 2 * chunk + (group_flags & kBegins ? 1 : 0);
+      store_floats<Memory::kPartial>(out.groups.sums + slot * dim, column, dim, group_sum, mask,
+                                     lanes);
+      write_partial(out.groups, slot, group, 0, group_flags, column == 0);
+    }
+    flags |= kGroupBegins;
+#pragma unroll
+    for (int e = 0; e < V; ++e) group_sum[e] = 0;
+  }
 };
 
+// Loads of one step, all in flight before the first is used.
+template <typename T, int V, int kUnroll, bool kLookups>
+struct Batch {
+  RawVector<T, V> raw[kUnroll];
+  __device__ __forceinline__ void load(int u, const StagedItem& item, int column) {
+    raw[u] = zero_raw<T, V>();
+    // A pooled gradient is read again by the bag's other rows, so it goes the way of all data.
+    if (column < item.limit) {
+      raw[u] =
+          load_raw<Memory::kGrad, Cache::kReadOnly, V>(static_cast<const T*>(item.data) + column);
+    }
+  }
+  __device__ __forceinline__ void add(int u, float factor, float (&sum)[V]) const {
+    float values[V];
+    unpack<T, V>(raw[u], values);
+#pragma unroll
+    for (int e = 0; e < V; ++e) sum[e] += factor * values[e];
+  }
+};
+template <typename T, int V, int kUnroll>
+struct Batch<T, V, kUnroll, false> {
+  float values[kUnroll][V];
+  __device__ __forceinline__ void load(int u, const StagedItem& item, int column) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) values[u][e] = 0;
+    if (column < item.limit) {
+      load_floats<Memory::kPartial, Cache::kReadOnly, V>(
+          static_cast<const float*>(item.data) + column, values[u]);
+    }
+  }
+  __device__ __forceinline__ void add(int u, float /*factor*/, float (&sum)[V]) const {
+#pragma unroll
+    for (int e = 0; e < V; ++e) sum[e] += values[u][e];
+  }
+};
+
+__device__ __forceinline__ std::int64_t items_of(const LookupList& in) { return in.pairs.count; }
+__device__ __forceinline__ std::int64_t items_of(const PartialList& in) { return in.count; }
+
+__device__ __forceinline__ std::int64_t key_of(const LookupList& in, std::int64_t i) {
+  return load_key(in.pairs, i);
+}
+__device__ __forceinline__ std::int64_t key_of(const PartialList& in, std::int64_t i) {
+  return load<Memory::kPartial>(in.partials.keys + i);
+}
+__device__ __forceinline__ std::int64_t rank_of(const LookupList& /*in*/, std::int64_t /*i*/,
+                                                std::int64_t counted) {
+  return counted;
+}
+__device__ __forceinline__ std::int64_t rank_of(const PartialList& in, std::int64_t i,
+                                                std::int64_t /*counted*/) {
+  return in.partials.ranks != nullptr ? load<Memory::kPartial>(in.partials.ranks + i) : 0;
+}
+
+// The lanes of a tile as bits from the lowest on.
+__device__ __forceinline__ unsigned tile_ballot(unsigned mask, bool predicate) {
+  return __ballot_sync(mask, predicate) >> (__ffs(static_cast<int>(mask)) - 1);
+}
+
+__device__ __forceinline__ int last_of(unsigned bits) { return 31 - __clz(static_cast<int>(bits)); }
+
 // One tile of `lanes` threads per chunk: blockIdx.x runs over chunks, blockIdx.y over pieces of
-// lanes * V columns. Keys, addresses and factors are prepared one item a thread and passed around;
-// kUnroll rows of the gradient are in flight.
+// lanes * V columns. Lanes stage one item each in shared memory, then the tile walks them, kUnroll
+// at a time: their rows of the gradient and the weights of rows whose runs stop there are in flight
+// together.
 //
-// Finish::kGrads writes out.grads (if any), kUpdate steps the optimizer. With out.group_grad both
-// also add the products of every row's weights and gradient into its group; groups must rise along
-// the list then.
+// Lookups: with out.group_grad the products of every row's weights and gradient are also added into
+// its group; groups must rise along the list then.
+// Partial sums: empty slots lie between them, and they bring along whether their runs begin and
+// end.
+template <typename T, typename S, int V, Finish kFinish, typename Table, typename List,
+          typename Staging>
+__device__ __forceinline__ void reduce_list(const Table& table, const Update& update,
+                                            const List& in, const ReduceOutput& out,
+                                            const ReduceShape& shape, const Staging& staging) {
+  constexpr bool kLookups = std::is_same<List, LookupList>::value;
+  // Fewer where a thread holds eight sums, or more state.
+  constexpr int kUnroll = V > 4 ? 2 : (kFinish == Finish::kAdam ? 3 : 4);
+  const int lanes = shape.lanes;
+  // A power of two, which the compiler does not know.
+  const int shift = last_of(static_cast<unsigned>(lanes));
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const unsigned mask = tile_mask(lanes);
+  const std::int64_t of_grid =
+      static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads >> shift) + (threadIdx.x >> shift);
+  // A launch for rows and groups has as many blocks as the one of the two that needs more.
+  if (of_grid * shape.chunk >= items_of(in)) return;
+  if (static_cast<int>(blockIdx.y) * lanes * V >= table.dim) return;
+  // Lists are shorter than 2^31 by more than a chunk.
+  const int count = static_cast<int>(items_of(in));
+  const auto staged = staging + (static_cast<int>(threadIdx.x) - lane);
+  ChunkReducer<T, S, V, kFinish> reducer{
+      update, out, table.dim, lanes, (static_cast<int>(blockIdx.y) * lanes + lane) * V, mask, {}};
+  if constexpr (kFinish == Finish::kAdam) reducer.scales = adam_scales(update);
+  const bool has_groups = kLookups && out.group_grad != nullptr;
+  int rank = 0;  // of the next run to stop
+  if constexpr (kLookups && kFinish == Finish::kGrads) {
+    if (in.chunk_row != nullptr)
+      rank = static_cast<int>(load<Memory::kOther>(in.chunk_row + of_grid));
+  }
+  int open = -1;  // partial sums: the last item of the run that goes on
+
+  int base = static_cast<int>(of_grid) * shape.chunk;
+  do {
+    // Found again each time: registers are short.
+    const bool at_begin = (base & (shape.chunk - 1)) == 0;
+    const int chunk_end = (base | (shape.chunk - 1)) + 1;
+    const int end = chunk_end < count ? chunk_end : count;
+    StagedItem item{};
+    unsigned stops = 0;
+    unsigned counted = 0;
+    int items = end - base < lanes ? end - base : lanes;
+    const int i = base + lane;
+    if constexpr (kLookups) {
+      std::int64_t key = in.pairs.rows;
+      std::int64_t next = in.pairs.rows;
+      if (i < end) {
+        key = load_key(in.pairs, i);
+        if (i + 1 < count) next = load_key(in.pairs, i + 1);
+      }
+      // What counts for nothing comes last.
+      const bool counts = key < in.pairs.rows;
+      const bool last = i + 1 == end || next >= in.pairs.rows;
+      counted = tile_ballot(mask, counts);
+      stops = tile_ballot(mask, counts && (last || next != key));
+      items = __popc(counted);
+      if (items == 0) break;
+      if (counts) {
+        const bool stopping = last || next != key;
+        const Payload payload = load_payload(in.pairs, i);
+        RowRef<T> ref;
+        // Without a mask gradient nothing past the kept prefix is asked for.
+        if (stopping || !has_groups) {
+          ref = locate<T>(table, TableView{}, key);
+        }
+        const TableView view =
+            stopping || !has_groups ? view_of_ref(table, ref, key) : view_of_row(table, key);
+        item.factor = payload.factor;
+        item.data =
+            static_cast<const T*>(in.grad) + payload.row * shape.grad_stride + view.first_column;
+        item.limit = has_groups ? view.dim : ref.size;
+        if (at_begin && lane == 0) {
+          const std::int64_t before = i > 0 ? load_key(in.pairs, i - 1) : -1;
+          if (before != key) item.flags |= kBegins;
+          if (has_groups && (before < 0 || group_of(table, before) != group_of(table, key))) {
+            item.flags |= kGroupBegins;
+          }
+        }
+        if (stopping) {
+          if (has_groups) {
+            const std::int64_t group = group_of(table, ref);
+            item.group = static_cast<std::uint32_t>(group);
+            item.weight = weights_of(table, ref, view.dim);
+            item.reach = view.dim;
+            const bool ends =
+                next >= in.pairs.rows || (next != key && group_of(table, next) != group);
+            if (ends) item.flags |= kGroupEnds;
+            if (ends || last) item.flags |= kGroupStops;
+          }
+          if (next != key) {
+            item.flags |= kEnds;
+            const int of_run = rank + __popc(stops & ((1u << lane) - 1));
+            stage_finish<T, S, V, kFinish>(table, update, out, ref, of_run, lanes, item);
+          }
+        }
+      }
+    } else {
+      std::int64_t key = -1;
+      if (i < end) key = load<Memory::kPartial>(in.partials.keys + i);
+      if (key >= 0) {
+        item.flags = load<Memory::kPartial>(in.partials.flags + i);
+        item.data = in.partials.sums + static_cast<std::int64_t>(i) * table.dim;
+        item.limit = table.dim;
+        if (item.flags & kEnds) {
+          if constexpr (kFinish == Finish::kGroups) {
+            item.first = out.group_grad + key * table.dim;
+          } else {
+            std::int64_t of_run = 0;
+            if constexpr (kFinish == Finish::kGrads) {
+              of_run = load<Memory::kPartial>(in.partials.ranks + i);
+            }
+            const RowRef<T> ref = locate<T>(table, TableView{}, key);
+            stage_finish<T, S, V, kFinish>(table, update, out, ref, of_run, lanes, item);
+          }
+        }
+      }
+      counted = tile_ballot(mask, key >= 0);
+      stops = tile_ballot(mask, (item.flags & kEnds) != 0);
+      // The chunk's last run stops with its last item, or, if that lies behind, at once.
+      if (base + lanes >= end && (counted != 0 || open >= 0)) {
+        stops |= counted != 0 ? 1u << last_of(counted) : 1u;
+      }
+    }
+    staged[lane] = item;
+    __syncwarp(mask);
+    if constexpr (kLookups) {
+      if (at_begin) {
+        const StagedItem first = staged[0];
+        reducer.flags = first.flags & (kBegins | kGroupBegins);
+      }
+    }
+    for (int step = 0; step < items; step += kUnroll) {
+      Batch<T, V, kUnroll, kLookups> batch;
+      RawVector<T, V> weights[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        StagedItem next{};
+        if (step + u < items) next = staged[step + u];
+        batch.load(u, next, reducer.column);
+        weights[u] = zero_raw<T, V>();
+        if (reducer.column < next.reach) {
+          weights[u] = load_raw<Memory::kTable, Cache::kPlain, V>(
+              static_cast<const T*>(next.weight) + reducer.column);
+        }
+      }
+      unsigned left = stops >> step & ((1u << kUnroll) - 1);
+      for (int from = 0;;) {
+        const int to = left != 0 ? __ffs(static_cast<int>(left))
+                                 : (items - step < kUnroll ? items - step : kUnroll);
+        RawVector<T, V> of_row = weights[0];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          if (u + 1 == to) of_row = weights[u];
+          if (u < from || u >= to) continue;
+          const StagedItem next = staged[step + u];
+          batch.add(u, next.factor, reducer.sum);
+          if (!kLookups) reducer.flags |= next.flags & (kBegins | kEnds);
+        }
+        if (left == 0) break;
+        const int at = step + to - 1;
+        const StagedItem stop = staged[at];
+        if (has_groups) reducer.add_products(of_row);
+        reducer.flags |= stop.flags & kEnds;
+        if ((~reducer.flags & (kBegins | kEnds)) == 0) {
+          reducer.finish(stop, of_row);
+        } else if (out.rows.sums != nullptr) {
+          const int last = kLookups || counted >> at & 1 ? base + at : open;
+          reducer.write_part(base >> last_of(static_cast<unsigned>(shape.chunk)), key_of(in, last),
+                             rank_of(in, last, rank));
+        }
+        reducer.clear_run(kLookups ? kBegins : 0);
+        if constexpr (kLookups && kFinish == Finish::kGrads) ++rank;
+        if (has_groups && (stop.flags & kGroupStops))
+          reducer.end_group(base >> last_of(static_cast<unsigned>(shape.chunk)), stop);
+        left &= left - 1;
+        from = to;
+      }
+    }
+    if (!kLookups && counted != 0) {
+      open = stops >> last_of(counted) & 1 ? -1 : base + last_of(counted);
+    }
+    __syncwarp(mask);
+    base += lanes;
+  } while (base < count && (base & (shape.chunk - 1)) != 0);
+}
+
+// Finish::kGrads writes out.grads (if any), steps update the table.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
-__global__ void __launch_bounds__(kBlockThreads, V == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     reduce_lookups_kernel(const __grid_constant__ Table table,
                           const __grid_constant__ Update update,
                           const __grid_constant__ LookupList in,
                           const __grid_constant__ ReduceOutput out, ReduceShape shape) {
-  // Three where a fourth row in flight would spill.
-  constexpr int kUnroll = V > 4 && kFinish == Finish::kUpdate ? 3 : 4;
-  const int lane = static_cast<int>(threadIdx.x) % shape.lanes;
-  const unsigned mask = tile_mask(shape.lanes);
-  const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / shape.lanes) +
-                             threadIdx.x / shape.lanes;
-  const std::int64_t begin = chunk * shape.chunk;
-  if (begin >= in.pairs.count) return;
-  const std::int64_t left = in.pairs.count - begin;
-  const int length = left < shape.chunk ? static_cast<int>(left) : shape.chunk;
-  const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane) * V;
-  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,       shape, out, chunk, column,
-                                                mask,  AdamScales{}, {},    {},  -1,    0};
-  if constexpr (kFinish == Finish::kUpdate) reducer.scales = adam_scales(update);
-
-  std::int64_t current = load_key(in.pairs, begin);
-  if (current >= in.pairs.rows) return;
-  std::int64_t rank = in.chunk_row != nullptr ? load<Memory::kOther>(in.chunk_row + chunk) : 0;
-  const std::int64_t before = begin > 0 ? load_key(in.pairs, begin - 1) : -1;
-  unsigned flags = before == current ? 0 : kBegins;
-  if (out.group_grad != nullptr) {
-    const bool same = before >= 0 && group_of(table, before) == group_of(table, current);
-    reducer.group_flags = same ? 0 : kBegins;
-  }
-  std::int64_t after = -1;  // the key that ends the chunk's last run, if it is known
-  for (int base = 0; base < length && after < 0; base += shape.lanes) {
-    std::int64_t key = in.pairs.rows;
-    const T* data = nullptr;
-    float factor = 1.0f;
-    int limit = 0;
-    if (base + lane < length) {
-      const std::int64_t item = begin + base + lane;
-      key = load_key(in.pairs, item);
-      if (key < in.pairs.rows) {
-        const Payload payload = load_payload(in.pairs, item);
-        const TableView view = view_of_row(table, key);
-        factor = payload.factor;
-        data = static_cast<const T*>(in.grad) + payload.row * shape.grad_stride + view.first_column;
-        // Without a mask gradient nothing past the kept prefix is asked for.
-        limit = out.group_grad != nullptr ? view.dim : locate<T>(table, view, key).size;
-      }
-    }
-    const int items = length - base < shape.lanes ? length - base : shape.lanes;
-    for (int step = 0; step < items && after < 0; step += kUnroll) {
-      RawVector<T, V> raw[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int source = (step + u) % shape.lanes;
-        const T* from = shuffle_pointer(mask, data, source, shape.lanes);
-        const int columns = __shfl_sync(mask, limit, source, shape.lanes);
-        raw[u] = zero_raw<T, V>();
-        if (step + u < items && column < columns) {
-          raw[u] = load_raw<Memory::kGrad, Cache::kStreamed, V>(from + column);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int source = (step + u) % shape.lanes;
-        const std::int64_t next = __shfl_sync(mask, key, source, shape.lanes);
-        const float weight = __shfl_sync(mask, factor, source, shape.lanes);
-        if (step + u >= items || after >= 0) continue;
-        if (next != current) {
-          if (next >= in.pairs.rows) {
-            after = next;
-            continue;
-          }
-          reducer.end_run(current, rank, flags | kEnds, true);
-          current = next;
-          ++rank;
-          flags = kBegins;
-        }
-        float values[V];
-        unpack<T, V>(raw[u], values);
-#pragma unroll
-        for (int e = 0; e < V; ++e) reducer.sum[e] += weight * values[e];
-      }
-    }
-  }
-  if (after < 0 && length < left) after = load_key(in.pairs, begin + length);
-  if (after != current) flags |= kEnds;
-  reducer.end_run(current, rank, flags, true);
-  if (out.group_grad != nullptr) {
-    const bool goes_on =
-        after >= 0 && after < in.pairs.rows && group_of(table, after) == reducer.group;
-    reducer.end_group(goes_on ? 0 : kEnds);
-  }
+  AMTL_SHARED(StagedItem, staged, kBlockThreads);
+  reduce_list<T, S, V, kFinish>(table, update, in, out, shape, staged + 0);
 }
 
-// The same over partial sums, whose runs bring along whether they begin and end. Finish::kGroups
-// writes out.group_grad, with groups for keys.
-template <typename T, typename S, int V, Finish kFinish, typename Table>
-__device__ __forceinline__ void reduce_partials(const Table& table, const Update& update,
-                                                const PartialList& in, const ReduceOutput& out,
-                                                const ReduceShape& shape) {
-  // Fewer in flight where a thread holds eight sums: what they would spill costs more.
-  constexpr int kUnroll = V > 4 ? 2 : 4;
-  const int lane = static_cast<int>(threadIdx.x) % shape.lanes;
-  const unsigned mask = tile_mask(shape.lanes);
-  const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / shape.lanes) +
-                             threadIdx.x / shape.lanes;
-  const std::int64_t begin = chunk * shape.chunk;
-  // A launch for rows and groups has as many blocks as the one of the two that needs more.
-  if (begin >= in.count || static_cast<int>(blockIdx.y) * shape.lanes * V >= table.dim) return;
-  const int length =
-      in.count - begin < shape.chunk ? static_cast<int>(in.count - begin) : shape.chunk;
-  const int column = (static_cast<int>(blockIdx.y) * shape.lanes + lane) * V;
-  ChunkReducer<T, S, V, kFinish, Table> reducer{table, update,       shape, out, chunk, column,
-                                                mask,  AdamScales{}, {},    {},  -1,    0};
-  if constexpr (kFinish == Finish::kUpdate) reducer.scales = adam_scales(update);
-
-  std::int64_t current = -1;
-  std::int64_t rank = 0;
-  unsigned flags = 0;
-  for (int base = 0; base < length; base += shape.lanes) {
-    std::int64_t key = -1;
-    std::int64_t item_rank = 0;
-    unsigned item_flags = 0;
-    if (base + lane < length) {
-      const std::int64_t item = begin + base + lane;
-      key = load<Memory::kPartial>(in.partials.keys + item);
-      if (key >= 0) {
-        if (in.partials.ranks != nullptr) {
-          item_rank = load<Memory::kPartial>(in.partials.ranks + item);
-        }
-        item_flags = load<Memory::kPartial>(in.partials.flags + item);
-      }
-    }
-    const int items = length - base < shape.lanes ? length - base : shape.lanes;
-    for (int step = 0; step < items; step += kUnroll) {
-      float values[kUnroll][V];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const std::int64_t next = __shfl_sync(mask, key, (step + u) % shape.lanes, shape.lanes);
-#pragma unroll
-        for (int e = 0; e < V; ++e) values[u][e] = 0;
-        if (step + u < items && next >= 0 && column < table.dim) {
-          load_floats<Memory::kPartial, Cache::kReadOnly, V>(
-              in.partials.sums + (begin + base + step + u) * table.dim + column, values[u]);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int source = (step + u) % shape.lanes;
-        const std::int64_t next = __shfl_sync(mask, key, source, shape.lanes);
-        const unsigned next_flags = __shfl_sync(mask, item_flags, source, shape.lanes);
-        const std::int64_t next_rank = __shfl_sync(mask, item_rank, source, shape.lanes);
-        if (step + u >= items || next < 0) continue;
-        if (next != current) {
-          if (current >= 0) reducer.end_run(current, rank, flags, false);
-          current = next;
-          flags = 0;
-        }
-        flags |= next_flags;
-        rank = next_rank;
-#pragma unroll
-        for (int e = 0; e < V; ++e) reducer.sum[e] += values[u][e];
-      }
-    }
-  }
-  if (current >= 0) reducer.end_run(current, rank, flags, false);
-}
-
-template <typename T, typename S, int V, Finish kFinish, typename Table>
-__global__ void __launch_bounds__(kBlockThreads, 2)
-    reduce_partials_kernel(const __grid_constant__ Table table,
-                           const __grid_constant__ Update update,
-                           const __grid_constant__ PartialList in,
-                           const __grid_constant__ ReduceOutput out, ReduceShape shape) {
-  reduce_partials<T, S, V, kFinish, Table>(table, update, in, out, shape);
-}
-
-// One level of groups, which knows no table.
+// One level of partial sums of groups, which knows no table: keys are groups.
 struct GroupLevel {
   PartialList in;
   ReduceOutput out;
   ReduceShape shape;
 };
 
+template <int V, typename Staging>
+__device__ __forceinline__ void reduce_group_level(const GroupLevel& groups, int dim,
+                                                   const Staging& staged) {
+  DenseTable none;
+  none.dim = dim;
+  reduce_list<float, float, V, Finish::kGroups>(none, Update{}, groups.in, groups.out, groups.shape,
+                                                staged);
+}
+
+template <int V>
+__global__ void __launch_bounds__(kBlockThreads, 3)
+    reduce_groups_kernel(const __grid_constant__ GroupLevel groups, int dim) {
+  AMTL_SHARED(StagedItem, staged, kBlockThreads);
+  reduce_group_level<V>(groups, dim, staged + 0);
+}
+
 // Partial sums of rows where blockIdx.z is 0, of groups where it is 1: a launch for both.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     reduce_both_kernel(const __grid_constant__ Table table, const __grid_constant__ Update update,
                        const __grid_constant__ PartialList in,
                        const __grid_constant__ ReduceOutput out, ReduceShape shape,
                        const __grid_constant__ GroupLevel groups) {
+  AMTL_SHARED(StagedItem, staged, kBlockThreads);
   if (blockIdx.z == 0) {
-    reduce_partials<T, S, V, kFinish, Table>(table, update, in, out, shape);
+    reduce_list<T, S, V, kFinish>(table, update, in, out, shape, staged + 0);
   } else {
-    DenseTable none;
-    none.dim = table.dim;
-    reduce_partials<float, float, (V < 4 ? V : 4), Finish::kGroups, DenseTable>(
-        none, Update{}, groups.in, groups.out, groups.shape);
+    reduce_group_level<(V < 4 ? V : 4)>(groups, table.dim, staged + 0);
   }
 }
 

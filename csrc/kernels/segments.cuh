@@ -171,14 +171,15 @@ static __global__ void __launch_bounds__(kBlockThreads)
 // Writes the distinct rows, and for every `chunk`-th position the number of rows begun at or before
 // it less one. Notes whether groups rise along with the rows.
 //
-// @param[in]  block_heads  [number of blocks] rows begun before each block
-// @param[in]  row_group    [N] or null
-// @param[out] rows         [U]
-// @param[out] chunk_row    [ceil(L / chunk)]
-static __global__ void __launch_bounds__(kBlockThreads)
-    write_heads_kernel(SortedPairs pairs, const std::int64_t* block_heads, int chunk,
-                       const std::int32_t* row_group, std::int64_t* rows, std::int64_t* chunk_row,
-                       SegmentHeader* header) {
+// @param[in]  block_heads   [number of blocks] rows begun before each block
+// @param[in]  check_groups  rows have groups, and nobody has promised that they rise
+// @param[out] rows          [U]
+// @param[out] chunk_row     [ceil(L / chunk)]
+template <typename Table>
+__global__ void __launch_bounds__(kBlockThreads)
+    write_heads_kernel(const __grid_constant__ Table table, SortedPairs pairs,
+                       const std::int64_t* block_heads, int chunk, bool check_groups,
+                       std::int64_t* rows, std::int64_t* chunk_row, SegmentHeader* header) {
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kHeadsPerBlock +
                              static_cast<std::int64_t>(threadIdx.x) * kHeadsPerThread;
   bool heads[kHeadsPerThread];
@@ -198,9 +199,8 @@ static __global__ void __launch_bounds__(kBlockThreads)
     if (heads[i]) {
       const std::int64_t row = load_key(pairs, position);
       store<Memory::kSorted>(rows + next, row);
-      if (row_group != nullptr && position > 0) {
-        falls |= load<Memory::kSizes>(row_group + row) <
-                 load<Memory::kSizes>(row_group + load_key(pairs, position - 1));
+      if (check_groups && position > 0) {
+        falls |= group_of(table, row) < group_of(table, load_key(pairs, position - 1));
       }
       ++next;
     }
@@ -214,14 +214,18 @@ static __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// Number of distinct rows below each tier's end, for the lengths of the per-tier outputs.
+// Number of distinct rows below each tier's end, for the lengths of the per-tier outputs; and, for
+// the host reads both at once, whether groups fall somewhere.
 //
 // @param[in]  rows        [U] ascending
-// @param[out] rows_below  [C]
+// @param[out] rows_below  [C + 1]
 static __global__ void tier_counts_kernel(const __grid_constant__ TieredTable table,
                                           const std::int64_t* rows, const SegmentHeader* header,
                                           std::int64_t* rows_below) {
   const int tier = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (tier == 0) {
+    store<Memory::kOther>(rows_below + table.tiers, load<Memory::kOther>(&header->groups_unsorted));
+  }
   if (tier >= table.tiers) return;
   const std::int64_t end = tier_end(table, tier);
   std::int64_t low = 0;

@@ -115,7 +115,7 @@ Grads TieredReduce(const CudaContext& context, const CudaTables& call, const Ten
   backward.mask_grad = mask_grad;
   backward.need_rows = weight_grad;
   const Tensor sums = NewSums(call, mask_grad);
-  std::vector<int64_t> below(blocks.size(), 0);
+  std::vector<int64_t> below(blocks.size() + 1, 0);
   int64_t* device_below = nullptr;
   Tensors memory;
   const bool any = call.lookups.count > 0 && (weight_grad || mask_grad);
@@ -125,7 +125,7 @@ Grads TieredReduce(const CudaContext& context, const CudaTables& call, const Ten
   }
   if (any && weight_grad) {
     memory.push_back(
-        NewTensor(call.like(), {static_cast<int64_t>(blocks.size())}, ScalarType::Long));
+        NewTensor(call.like(), {static_cast<int64_t>(below.size())}, ScalarType::Long));
     device_below = memory.back().mutable_data_ptr<int64_t>();
     CheckCuda(cuda::backward_tier_counts(backward, call.tiered(), device_below, stream),
               "the count of rows");
@@ -146,12 +146,14 @@ Grads TieredReduce(const CudaContext& context, const CudaTables& call, const Ten
   if (any && weight_grad) {
     grad_out = WithBases(context, call, grad_bases, memory);
     const TieredTable row_out = WithBases(context, call, row_bases, memory);
-    CheckCuda(cuda::backward_tier_rows(backward, row_out, device_below, below.back(), stream),
-              "the split of rows");
+    CheckCuda(
+        cuda::backward_tier_rows(backward, row_out, device_below, below[blocks.size() - 1], stream),
+        "the split of rows");
   }
   if (any || mask_grad) {
     CheckCuda(cuda::backward_reduce(backward, grad_out, weight_grad,
-                                    mask_grad ? sums.mutable_data_ptr<float>() : nullptr, stream),
+                                    mask_grad ? sums.mutable_data_ptr<float>() : nullptr,
+                                    !weight_grad || below.back() != 0, stream),
               "a backward");
   }
   out.masks = MasksOf(context, call, sums);

@@ -26,10 +26,11 @@ Tensor DenseStep(const CudaContext& context, const CudaTables& call, const Tenso
 
 // Of any other tables.
 Tensor TieredStep(const CudaContext& context, const CudaTables& call, const Tensor& grad,
-                  bool mask_grad, const Update& update) {
+                  bool mask_grad, bool groups_sorted, const Update& update) {
   const Tensor sums = NewSums(call, mask_grad);
   cuda::Backward backward = BackwardOf(call, grad);
   backward.mask_grad = mask_grad;
+  backward.groups_sorted = groups_sorted;
   backward.need_rows = false;
   const Tensor workspace = NewWorkspace(backward, call.tiered(), call.like());
   CheckCuda(cuda::backward_sort(backward, call.tiered(), context.stream()), "the sort of lookups");
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
   }
   const Tensor masks = call.is_dense()
                            ? DenseStep(context, call, grad, mask_grad, groups_sorted, update)
-                           : TieredStep(context, call, grad, mask_grad, update);
+                           : TieredStep(context, call, grad, mask_grad, groups_sorted, update);
   return {masks, psw};
 }
 

@@ -185,6 +185,7 @@ def test_registers_stay_under_their_ceilings(architecture: str) -> None:
     [
         ("lookup_fwd_kernel", "lookup"),
         ("pool_fwd_kernel", "pool"),
+        ("pool_short_kernel", "pool"),
         ("pool_psw_bwd_kernel", "pool_psw"),
         ("reduce_lookups_kernel", "reduce_grads"),
         ("reduce_rowwise_kernel", "update_rowwise"),
@@ -204,7 +205,7 @@ def test_tables_are_read_and_written_in_16_byte_vectors(kernel: str, source: str
         symbol
         for symbol, name in names.items()
         if re.search(r"<(float, (float, )?4|__half, (float, )?8|bf16, (float, )?8),", name)
-        and not re.search(r", 1, (Dense|Tiered)|PartialList", name)
+        and "PartialList" not in name
     ]
     assert len(wide) == 6, "three types, dense and tiered"
     for symbol in wide:
@@ -214,6 +215,73 @@ def test_tables_are_read_and_written_in_16_byte_vectors(kernel: str, source: str
         assert not any(i.startswith(("LDL", "STL")) for i in instructions), names[symbol]
         if kernel == "lookup_fwd_kernel":
             assert any(re.match(r"STG\.E\S*\.128", i) for i in instructions), names[symbol]
+
+
+def machine_code(kernels: str) -> dict[str, list[tuple[int, str]]]:
+    """Kernels whose names match to addresses and instructions on sm_90."""
+    text = dump("-sass", "-arch", "sm_90", only=".sm_90")
+    blocks = [block.split("\n", 1) for block in text.split("Function : ")[1:]]
+    blocks = [(symbol.strip(), code) for symbol, code in blocks if re.search(kernels, symbol)]
+    names = demangled(tuple(sorted(symbol for symbol, _ in blocks)))
+    return {
+        names[symbol]: [
+            (int(address, 16), instruction)
+            for address, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
+        ]
+        for symbol, code in blocks
+    }
+
+
+def loads_in_flight(code: list[tuple[int, str]]) -> int:
+    """The most loads of vectors that are issued, once items are staged, before one is used."""
+    most = loads = 0
+    waiting: set[int] = set()
+    staged = next(i for i, (_, instruction) in enumerate(code) if "STS" in instruction)
+    for _, instruction in code[staged:]:
+        _, _, operands = instruction.partition(",")
+        if waiting & {int(register) for register in re.findall(r"\bR(\d+)", operands)}:
+            waiting, loads = set(), 0
+        load = re.match(r"(?:@!?P\d+ )?LDG\.E(?:\.EF)?\.(64|128)\S* R(\d+)", instruction)
+        if load:
+            first = int(load[2])
+            waiting |= set(range(first, first + int(load[1]) // 32))
+            loads += 1
+            most = max(most, loads)
+    return most
+
+
+@needs_cubins
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reductions_leave_room_for_other_warps(architecture: str) -> None:
+    """Three blocks a multiprocessor for sums of rows, four for pooled lookups."""
+    limits = {
+        "reduce_lookups": 80,
+        "reduce_both": 80,
+        "reduce_groups": 80,
+        "pool_short": 64,
+        "pool_fwd": 64,
+    }
+    found = resources()[architecture]
+    assert not {
+        name: numbers["REG"]
+        for name, numbers in found.items()
+        for kernel, limit in limits.items()
+        if name.startswith(f"{kernel}_kernel") and numbers["REG"] > limit
+    }
+
+
+@needs_cubins
+def test_a_run_ends_in_one_place_and_loads_do_not_wait_for_each_other() -> None:
+    """Code that an instruction cache holds; four rows and more on their way at a time."""
+    kernels = machine_code("reduce_(lookups|both)_kernel")
+    sizes = {name: code[-1][0] + 16 for name, code in kernels.items()}
+    assert max(sizes.values()) <= 40 * 1024, max(sizes, key=lambda name: sizes[name])
+    wide = {
+        name: loads_in_flight(code)
+        for name, code in kernels.items()
+        if re.match(r"reduce_lookups_kernel<\w+, \w+, [48],", name)
+    }
+    assert wide and min(wide.values()) >= 4, wide
 
 
 def write_table() -> None:

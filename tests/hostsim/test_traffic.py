@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import simulator as sim
-from .calls import Call, call, run, step
+from .calls import Call, call, in_double, run, step
 
 SECTOR = 32
 ROWS, DIM, LOOKUPS, BAG = 3_000, 64, 4_000, 20
@@ -188,6 +188,50 @@ def test_every_store_of_sums_fills_its_sectors(dtype: torch.dtype) -> None:
     batch = Batch("uniform", dtype)
     traffic = measured(lambda: fused_step(batch, True))["output"]
     assert traffic["write_sectors"] == traffic["unique_write_sectors"]
+
+
+@pytest.mark.parametrize("lengths", [1, 3, "skewed"])
+@pytest.mark.parametrize("mode", [0, 1], ids=["sum", "mean"])
+def test_short_bags_move_no_more_than_long_ones(lengths: int | str, mode: int) -> None:
+    """One lookup a lane, whosever it is: the same rows, each once, and the bags' own sums."""
+    batch = Batch("uniform")
+    # Whole sectors: the simulator tells the loads of one instruction apart where all lanes load.
+    batch.group_dims = (batch.group_dims + 7) // 8 * 8
+    bags = LOOKUPS // 3
+    offsets = torch.arange(0, LOOKUPS, lengths) if isinstance(lengths, int) else None
+    if offsets is None:
+        g = torch.Generator().manual_seed(4)
+        inner = torch.randint(0, LOOKUPS + 1, (bags - 1,), generator=g).sort().values
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), inner])
+    of = batch.search(offsets=offsets, pooling=mode)
+    out = []
+    traffic = measured(lambda: out.append(run("lookup", of.lookup(bounds_check=0))))
+    needed = batch.prefixes(batch.indices) + batch.element * len(offsets) * DIM
+    assert least(needed, batch) <= sectors(traffic, "table", "output") <= most(needed, batch)
+    sums = in_double("lookup", of.lookup(bounds_check=0))
+    torch.testing.assert_close(out[0].double(), sums, rtol=1e-5, atol=1e-5)
+
+
+def test_several_tables_read_the_gradient_once() -> None:
+    """A step of two tables with masks in order, as of one."""
+    first, second = Batch("zipf"), Batch("uniform")
+    tables = [first.weight.clone(), second.weight.clone()]
+    of = call(
+        tables,
+        torch.cat([first.indices, second.indices]),
+        torch.cat([first.grad, second.grad], 1),
+        sizes=[first.group_dims, second.group_dims],
+        row_groups=[first.row_group, second.row_group],
+        offsets=torch.arange(0, 2 * LOOKUPS + 1, BAG),
+        include_last_offset=True,
+        padding_idx=(-1, -1),
+        groups_sorted=True,
+    )
+    rates = [0.1, 0.0, 0.0, 0.0, 0.0, 1.0]
+    arguments = step(of, tables, [], "sgd", rates, mask_grad=True)
+    traffic = measured(lambda: run("lookup_update_", arguments))
+    needed = 2 * first.element * LOOKUPS * DIM
+    assert least(needed, first) <= sectors(traffic, "grad") <= needed
 
 
 def test_what_knowing_the_order_of_groups_saves() -> None:
