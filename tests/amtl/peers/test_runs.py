@@ -110,7 +110,7 @@ def test_a_search_ends_where_the_budget_is_met(source):
     config = settings(method="pep", budget=1.0)
     start(config, source=source, observer=Watching()).run()
     assert seen[0] == "pep searches"
-    searching = seen.index("pep D=8 100.0%")
+    searching = seen.index("pep D=8 100%")
     assert searching == 1 + 3  # six steps an epoch, two validations
 
 
