@@ -596,7 +596,8 @@ def test_a_given_share_is_taught_without_a_race(source, tmp_path, changes, monke
     trainer = start(config, tmp_path, source=source)
     metrics = trainer.run()
     kind, dim, share = config.method, config.dim, config.embedding_dropout
-    full = [("fixed", 16, s, None) for s in ((None, DROPOUT) if share is None else (share,))]
+    wide = 16 if kind == "fixed" else dim
+    full = [("fixed", wide, s, None) for s in ((None, DROPOUT) if share is None else (share,))]
     if (kind, dim) == ("fixed", 16):
         full = []  # The model is one itself.
     pupil = (kind, dim, DROPOUT if share is None else share, 0.5)

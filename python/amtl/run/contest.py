@@ -131,8 +131,11 @@ class Contest:
         if self.winner is not self.first:
             teacher.add(self.winner)
         alone = replace(self.first.config, distillation=None, race=False)
-        wide = max(alone.dim, TrainConfig.dim)
-        for entry in dropouts(replace(plain(alone), dim=wide)):
+        full = plain(alone)
+        if alone.method == "fixed" and alone.dim < TrainConfig.dim:
+            # Rows to start warm from are as narrow.
+            full = replace(full, dim=TrainConfig.dim, warm_start=None)
+        for entry in dropouts(full):
             if entry == alone:
                 rows.append(outcome(FULL, self.first))
                 continue
