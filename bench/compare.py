@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.results import Comparison, Report, ResultFormatError, Timing
+from bench.results import Comparison, Report, ResultFormatError
 from bench.stats import Ratio, Verdict, change_between, verdict
 
 
@@ -51,10 +50,6 @@ def _relative_samples(comparison: Comparison, of: str, peer: str) -> list[float]
     return [a / b for a, b in zip(mine, theirs, strict=True)]
 
 
-def _timings(report: Report) -> Iterator[Timing]:
-    return (timing for entry in report.comparisons for timing in entry.timings.values())
-
-
 def compare_reports(
     old: Report, new: Report, *, tolerance: float = 0.05, confidence: float = 0.99
 ) -> Outcome:
@@ -72,7 +67,7 @@ def compare_reports(
     Raises:
         ResultFormatError: One of them is a summary, whose samples are gone.
     """
-    if any(timing.kept for report in (old, new) for timing in _timings(report)):
+    if any(entry.kept for entry in (*old.comparisons, *new.comparisons)):
         raise ResultFormatError("a summary cannot be compared: its samples are gone")
     changes, missing = [], []
     for before in old.comparisons:

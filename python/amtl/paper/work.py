@@ -113,14 +113,16 @@ def further(records: Records, plan: Plan) -> list[Cell]:
 
     A table of full size is among them, as the ruler.
     """
+    if not plan.backbones:
+        return []
+    groups = [(name, budget) for budget in plan.budgets for name in plan.sets]
+    best = {group: finalists(records, plan, *group) for group in groups}
     found: list[Cell] = []
     for backbone in plan.backbones:
-        for budget in plan.budgets:
-            for name in plan.sets:
-                best = finalists(records, plan, name, budget)
-                if best:
-                    found.append((f"{name}+{backbone}", 1.0, RULER))
-                found += [(f"{name}+{backbone}", budget, m) for m in plan.methods if m in best]
+        for (name, budget), those in best.items():
+            if those:
+                found.append((f"{name}+{backbone}", 1.0, RULER))
+            found += [(f"{name}+{backbone}", budget, m) for m in plan.methods if m in those]
     return list(dict.fromkeys(found))
 
 

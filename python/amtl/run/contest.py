@@ -84,17 +84,14 @@ class Contest:
         if share == 0 or (share is None and raced is None):
             return
         teacher = self._teacher()
-        labels = teacher.labels()
-        best, self.found["taught"] = race_taught(
-            self.winner, partial(self._make, taught=labels), self._observer, self._step
-        )
+        make = partial(self._make, taught=teacher.labels())
+        best, self.found["taught"] = race_taught(self.winner, make, self._observer, self._step)
         self._prefer(best)
         if raced is None or not self.winner.config.distillation:
             return
         options = raced["sized"]
         if not has_law(raced["given"]):
             sized = replace(self.winner.config, table_options=options)
-            make = partial(self._make, taught=labels)
             best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
             if best is not None:
                 options = best.config.table_options
