@@ -48,7 +48,7 @@ int upload(void* to, const void* from, std::size_t bytes, Stream stream) {
 }
 
 std::size_t packed_bytes(const TableList& list) {
-  const std::size_t per_block = 8 * 5 + sizeof(DenseBlock);
+  const std::size_t per_block = 8 * 6 + sizeof(DenseBlock);
   const std::size_t per_table = 8 * 3;
   return list.blocks.size() * per_block + (list.tables.size() + 1) * per_table + 64;
 }
@@ -58,7 +58,7 @@ int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups
   const std::uint64_t element = list.type == DType::kFloat32 ? 4 : 2;
   std::vector<std::int64_t> ends, row_offsets{0}, dim_offsets{0}, padding;
   std::vector<std::uint64_t> bases, first, second;
-  std::vector<std::int32_t> widths;
+  std::vector<std::int32_t> widths, owners;
   std::vector<DenseBlock> dense;
   // What vectors must divide, in elements.
   std::uint64_t alignment = 0;
@@ -70,6 +70,7 @@ int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups
       ends.push_back(rows += block.rows);
       bases.push_back(block.address);
       widths.push_back(block.width);
+      owners.push_back(static_cast<std::int32_t>(padding.size()));
       first.push_back(block.first);
       second.push_back(block.second);
       dense.push_back(block.dense);
@@ -111,6 +112,7 @@ int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups
     update->device_tier_second = packer.put(second);
   }
   table.device_width = packer.put(widths);
+  table.device_owner = packer.put(owners);
   return upload(memory, packer.words().data(), packer.words().size() * 8, stream);
 }
 

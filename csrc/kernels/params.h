@@ -109,8 +109,9 @@ struct TieredTable {
   const std::int64_t* device_end = nullptr;
   const std::uint64_t* device_base = nullptr;
   const std::int32_t* device_width = nullptr;
-  const DenseBlock* device_dense = nullptr;  // [C] device memory; null: rows keep their width
-  std::int64_t groups = 0;                   // over all blocks
+  const std::int32_t* device_owner = nullptr;  // [C] number of the table that each tier is of
+  const DenseBlock* device_dense = nullptr;    // [C] device memory; null: rows keep their width
+  std::int64_t groups = 0;                     // over all blocks
   std::uint32_t seed_term = 0;
   TableMap map;
 };

@@ -74,17 +74,17 @@ __device__ __forceinline__ TableView view_of_row(const TieredTable& table, std::
   return view_of(table, low);
 }
 
-// Table of a row that has been located: tables with sizes have a block each.
+// Table of a row that has been located: its block tells it, so nothing is searched for.
 template <typename T>
-__device__ __forceinline__ TableView view_of_ref(const DenseTable& table, const RowRef<T>& /*ref*/,
-                                                 std::int64_t /*row*/) {
+__device__ __forceinline__ TableView view_of_ref(const DenseTable& table,
+                                                 const RowRef<T>& /*ref*/) {
   return view_of(table, 0);
 }
 
 template <typename T>
-__device__ __forceinline__ TableView view_of_ref(const TieredTable& table, const RowRef<T>& ref,
-                                                 std::int64_t row) {
-  return table.device_dense != nullptr ? view_of(table, ref.tier) : view_of_row(table, row);
+__device__ __forceinline__ TableView view_of_ref(const TieredTable& table, const RowRef<T>& ref) {
+  return view_of(table,
+                 table.map.tables == 1 ? 0 : load<Memory::kSizes>(table.device_owner + ref.tier));
 }
 
 // Row of the output that a bag belongs to.

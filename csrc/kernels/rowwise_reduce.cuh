@@ -139,7 +139,7 @@ struct RowwiseReducer {
   // The run of `row` has ended in this chunk; flags say whether it begins and ends here.
   __device__ __forceinline__ void end_run(std::int64_t row, unsigned flags) {
     const RowRef<T> ref = locate<T>(table, TableView{}, row);
-    if (has_groups) add_products(ref, view_of_ref(table, ref, row).dim);
+    if (has_groups) add_products(ref, view_of_ref(table, ref).dim);
     if (flags == (kBegins | kEnds)) {
       step_row(ref);
     } else {
@@ -171,10 +171,12 @@ __device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, std::i
   if (i == 0 || load_key(in.pairs, i - 1) != key) item.flags |= kBegins;
   if (i + 1 == in.pairs.count || load_key(in.pairs, i + 1) != key) item.flags |= kEnds;
   const Payload payload = load_payload(in.pairs, i);
-  const TableView view = view_of_row(table, key);
+  RowRef<T> ref;
+  if (!whole_rows) ref = locate<T>(table, TableView{}, key);
+  const TableView view = whole_rows ? view_of_row(table, key) : view_of_ref(table, ref);
   item.factor = payload.factor;
   item.data = static_cast<const T*>(in.grad) + payload.row * grad_stride + view.first_column;
-  item.limit = whole_rows ? view.dim : locate<T>(table, view, key).size;
+  item.limit = whole_rows ? view.dim : ref.size;
   return item;
 }
 

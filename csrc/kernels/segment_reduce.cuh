@@ -390,7 +390,7 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
           ref = locate<T>(table, TableView{}, key);
         }
         const TableView view =
-            stopping || !has_groups ? view_of_ref(table, ref, key) : view_of_row(table, key);
+            stopping || !has_groups ? view_of_ref(table, ref) : view_of_row(table, key);
         item.factor = payload.factor;
         item.data =
             static_cast<const T*>(in.grad) + payload.row * shape.grad_stride + view.first_column;
