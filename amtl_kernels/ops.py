@@ -57,7 +57,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amtl_kernels._arguments import Bags, FewBits, Tables, are_codes, widths_of
+from amtl_kernels._arguments import Bags, FewBits, Tables, are_codes
 from amtl_kernels._calls import call, kind
 from amtl_kernels.optim import RowOptimizer
 
@@ -149,6 +149,42 @@ def _check_groups(
     return row_group.contiguous(), dims
 
 
+def _widest(blocks: Sequence[Tensor], tier_ends: Sequence[int], codes: bool) -> int | None:
+    """Most columns of a block; None unless it is plain that blocks and ends are as they should be.
+
+    In the fewest calls a block: a layer has a dozen, and looks at them in every lookup.
+    """
+    first = blocks[0]
+    if not isinstance(first, Tensor):
+        return None
+    dtype, device, start, widest = first.dtype, first.device, 0, 0
+    if not codes and dtype not in _WEIGHT_TYPES:
+        return None
+    for block, end in zip(blocks, tier_ends, strict=True):
+        if type(end) is not int or not isinstance(block, Tensor) or block.dtype is not dtype:
+            return None
+        shape = block.shape
+        if len(shape) != 2 or shape[0] != end - start:
+            return None
+        if block.device != device or not block.is_contiguous():
+            return None
+        start, widest = end, max(widest, shape[1])
+    return widest
+
+
+def _find_fault(blocks: Sequence[Tensor], tier_ends: Sequence[int], codes: bool) -> None:
+    """Raises what is wrong with blocks and their ends, if anything is."""
+    start = 0
+    for c, (block, end) in enumerate(zip(blocks, tier_ends, strict=True)):
+        _check_table(block, f"blocks[{c}]", codes)
+        _check_whole(end, f"tier_ends[{c}]")
+        if block.shape[0] != end - start:
+            _fail(f"blocks[{c}] has {block.shape[0]} rows, tier_ends say {end - start}")
+        if block.dtype != blocks[0].dtype or block.device != blocks[0].device:
+            _fail(f"blocks[{c}] differs from blocks[0] in dtype or device")
+        start = end
+
+
 def _check_tiers(
     blocks: Sequence[Tensor],
     tier_ends: Sequence[int],
@@ -159,16 +195,13 @@ def _check_tiers(
     _check_list(tier_ends, "tier_ends", "whole numbers")
     if not blocks or len(blocks) != len(tier_ends):
         _fail(f"{len(blocks)} blocks and {len(tier_ends)} tier_ends: one end per block is needed")
-    start, codes = 0, bits is not None and isinstance(blocks[0], Tensor) and are_codes(blocks)
-    for c, (block, end) in enumerate(zip(blocks, tier_ends, strict=True)):
-        _check_table(block, f"blocks[{c}]", codes)
-        _check_whole(end, f"tier_ends[{c}]")
-        if block.shape[0] != end - start:
-            _fail(f"blocks[{c}] has {block.shape[0]} rows, tier_ends say {end - start}")
-        if block.dtype != blocks[0].dtype or block.device != blocks[0].device:
-            _fail(f"blocks[{c}] differs from blocks[0] in dtype or device")
-        start = end
-    widest = max(widths_of(blocks, bits or 8))
+    codes = bits is not None and isinstance(blocks[0], Tensor) and are_codes(blocks)
+    widest = _widest(blocks, tier_ends, codes)
+    if widest is None:
+        _find_fault(blocks, tier_ends, codes)
+        widest = max(block.shape[1] for block in blocks)
+    if codes:
+        widest *= 8 // (bits or 8)
     dim = widest if embedding_dim is None else embedding_dim
     _check_whole(dim, "embedding_dim")
     if dim < widest:
