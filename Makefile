@@ -66,7 +66,7 @@ soak: $(VENV)/.extra-test
 	@seed=$$(date +%s); echo "AMTL_DAMAGE_SEED=$$seed"; OMP_NUM_THREADS=1 AMTL_SOAK=1 \
 		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load \
 		tests/amtl/test_walk.py tests/amtl/test_cli_fuzz.py tests/amtl/store/test_damage.py \
-		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py \
+		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py tests/hostsim/test_cubins.py \
 		$(PYTEST_ARGS)
 
 lint: $(VENV)/.extra-demo $(VENV)/.extra-lint

@@ -2,8 +2,9 @@
 
 Reads machine code with ``cuobjdump`` (of the CUDA toolkit or of the Triton wheel): that of the
 built module if it has CUDA kernels, else of cubins that nvcc makes here, two at a time, once per
-change of the sources. No GPU is needed. ``python -m tests.hostsim.test_cubins`` writes the table of
-register ceilings anew after a change that is meant.
+change of the sources. No GPU is needed. Compiling takes minutes an architecture, so `make test`
+looks at sm_90, and AMTL_SOAK=1 (`make soak`) at all of them. ``python -m
+tests.hostsim.test_cubins`` writes the table of register ceilings anew after a change that is meant.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -61,9 +63,19 @@ def compile_one(source: Path, architecture: str, folder: Path) -> Path:
     return target
 
 
-@functools.lru_cache(maxsize=1)
+def architectures() -> tuple[str, ...]:
+    """Those that there is machine code for, or will be."""
+    soak = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
+    return ARCHITECTURES if soak or built_module() is not None else ("sm_90",)
+
+
 def binaries() -> tuple[Path, ...]:
-    """Files with machine code of every kernel for every architecture."""
+    """Files with machine code of every kernel for every architecture of these."""
+    return _binaries(architectures())
+
+
+@functools.lru_cache(maxsize=1)
+def _binaries(wanted: tuple[str, ...]) -> tuple[Path, ...]:
     module = built_module()
     if module is not None:
         return (module,)
@@ -76,7 +88,7 @@ def binaries() -> tuple[Path, ...]:
             if old != folder:
                 shutil.rmtree(old)
         folder.mkdir(exist_ok=True)
-        jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+        jobs = [(source, architecture) for source in sources for architecture in wanted]
         with ThreadPoolExecutor(2) as pool:
             return tuple(pool.map(lambda job: compile_one(*job, folder), jobs))
 
@@ -90,6 +102,18 @@ def why_not() -> str | None:
 
 
 needs_cubins = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+of_each = pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                name not in architectures(), reason="AMTL_SOAK=1 compiles for it, too"
+            ),
+        )
+        for name in ARCHITECTURES
+    ],
+)
 
 
 def dump(*options: str, only: str = "") -> str:
@@ -151,15 +175,15 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
 @needs_cubins
 def test_every_architecture_is_there() -> None:
     found = resources()
-    assert set(ARCHITECTURES) <= set(found)
-    counts = {architecture: len(found[architecture]) for architecture in ARCHITECTURES}
+    assert set(architectures()) <= set(found)
+    counts = {architecture: len(found[architecture]) for architecture in architectures()}
     assert len(set(counts.values())) == 1 and min(counts.values()) > 100
     if built_module() is not None:
         assert "sm_100" in dump("--list-ptx"), "later cards compile from PTX"
 
 
 @needs_cubins
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each
 def test_nothing_spills(architecture: str) -> None:
     bad = {
         name: numbers
@@ -170,7 +194,7 @@ def test_nothing_spills(architecture: str) -> None:
 
 
 @needs_cubins
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each
 def test_registers_stay_under_their_ceilings(architecture: str) -> None:
     ceilings = json.loads(TABLE.read_text())[architecture]
     found = {name: numbers["REG"] for name, numbers in resources()[architecture].items()}
@@ -251,7 +275,7 @@ def loads_in_flight(code: list[tuple[int, str]]) -> int:
 
 
 @needs_cubins
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each
 def test_reductions_leave_room_for_other_warps(architecture: str) -> None:
     """Three blocks a multiprocessor for sums of rows, four for pooled lookups."""
     limits = {
@@ -300,4 +324,5 @@ if __name__ == "__main__":
     reason = why_not()
     if reason:
         sys.exit(reason)
+    os.environ["AMTL_SOAK"] = "1"
     write_table()
