@@ -8,12 +8,13 @@ import polars as pl
 import pytest
 import torch
 from amtl.data.encoding import Encoder
-from amtl.data.fields import infer_fields
+from amtl.data.fields import infer_fields, numbers
 from amtl.data.labels import label_note, read_labels
 from amtl.errors import UserError
 
 N = 4000
 rng = np.random.default_rng(0)
+MOMENTS = [dt.datetime(2020, 1, 1) + dt.timedelta(minutes=7 * i) for i in range(N)]
 
 
 def spec(values, **options):
@@ -83,6 +84,9 @@ def test_ids_that_a_float_has_merged_are_no_ids():
         (list(range(N)), "unused", "--numeric x=bucket"),
         ([f"k{i}" for i in range(N)], "unused", "--numeric x=categorical"),
         ([*range(N - 1), 0], "categorical", "3,999 values in 4,000 rows"),
+        ([*range(N - 1), 0], "categorical", "--drop x leaves it out"),
+        (MOMENTS, "unused", "--numeric x=bucket takes it as a number"),
+        ([*MOMENTS[:-1], MOMENTS[0]], "categorical", "--numeric x=bucket takes it as a number"),
         (list(range(500)), "categorical", ""),
         ([[[1]], [[2]]], "unused", "no ids"),
         ([{"a": 1}, {"a": 2}], "unused", "no ids"),
@@ -135,6 +139,37 @@ def test_a_file_of_other_types_is_read_as_the_training_file_was():
     assert encoder.transform(pl.DataFrame({"x": [7.5, 2.0**60, 7.0]})).unknown == {"x": 2}
 
 
+def test_dates_and_times_are_numbers_where_that_is_asked_for():
+    moments = pl.Series("x", [*MOMENTS[:100], None])
+    same = [
+        moments,
+        moments.dt.cast_time_unit("ns"),
+        moments.cast(pl.String),
+        moments.dt.to_string("iso:strict"),
+    ]
+    for treatment in ("bucket", "standardise"):
+        for column in same:
+            frame = column.to_frame().with_columns(a=pl.lit("a"))
+            specs = infer_fields(frame, ["x", "a"], numeric={"x": treatment, "a": "categorical"})
+            encoder = Encoder.fit(frame, specs)
+            expected = encoder.transform(frame)
+            used = expected.dense if treatment == "standardise" else expected.rows[:, :1]
+            assert len(used.unique()) > 60
+            for other in same:
+                found = encoder.transform(other.to_frame().with_columns(a=pl.lit("a")))
+                assert torch.equal(found.rows, expected.rows)
+                assert torch.equal(found.dense, expected.dense)
+    days = moments.dt.date()
+    assert numbers(days).drop_nans().equals(numbers(days.cast(pl.String)).drop_nans())
+    for column in (pl.Series("x", [dt.time(1)]), pl.Series("x", [dt.timedelta(1)])):
+        assert infer_fields(column.to_frame(), ["x"], numeric={"x": "bucket"})[0].kind == "bucket"
+    text = pl.Series("x", ["2020-01-01", "soon"])
+    with pytest.raises(UserError, match="no number"):
+        infer_fields(text.to_frame(), ["x"], numeric={"x": "bucket"})
+    with pytest.raises(UserError, match="such as 'soon' where numbers"):
+        numbers(text)
+
+
 def test_text_where_numbers_were():
     frame = pl.DataFrame({"p": rng.random(50), "q": rng.random(50), "a": [1, 2] * 25})
     specs = infer_fields(frame, ["p", "q", "a"], numeric={"q": "standardise"})
@@ -180,6 +215,8 @@ def test_obvious_pairs_of_labels(values, positives):
         ([4.0, float("nan"), 1.0], 3.0, None, "missing in 1 rows"),
         (["a", "b", "c"], None, None, "--label-positive VALUE"),
         (["good", "bad"], None, None, "--label-positive VALUE"),
+        (["yes", "no", "NA"], None, None, "'NA' in 1 rows, by its look missing.*--label-positive"),
+        (["1", "NA", "0", "NA"], None, None, "'NA' in 2 rows, by its look missing"),
         (["a", "b"], 1.0, None, "--label-positive VALUE"),
         ([1, 2, 3], 9.0, None, "always 0 with --label-threshold 9"),
         (["a", "b"], None, "c", "no such value.*'a', 'b'"),

@@ -36,10 +36,22 @@ def test_text_is_read_alike_whatever_separates_it(tmp_path, name, separator):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["a.parquet", "a.ndjson", "a.jsonl"])
-def test_other_kinds(tmp_path, name, packed):
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.parquet", "write_parquet"),
+        ("a.ndjson", "write_ndjson"),
+        ("a.jsonl", "write_ndjson"),
+        ("a.json", "write_ndjson"),
+        ("a.json", "write_json"),
+        ("a.arrow", "write_ipc"),
+        ("a.arrow", "write_ipc_stream"),
+        ("a.feather", "write_ipc"),
+    ],
+)
+def test_other_kinds(tmp_path, name, write, packed):
     path = tmp_path / name
-    TABLE.write_parquet(path) if name.endswith("parquet") else TABLE.write_ndjson(path)
+    getattr(TABLE, write)(path)
     if packed:
         content = gzip.compress(path.read_bytes())
         path = path.with_name(name + ".gz")
@@ -69,6 +81,25 @@ def test_a_file_without_a_header(tmp_path):
     assert contents.frame.columns == ["c0", "c1", "c2"]
     assert contents.frame.rows() == [(1, "u7", 0.5), (0, "u9", 0.25)]
     assert "no header" in contents.notes[0]
+
+
+def test_numbers_with_gaps_are_numbers_whatever_stands_for_a_gap(tmp_path):
+    text = "i,f,t,m\n1,NA,NA,NA\nNA,0.5,a,?\n3,?,b,NA\n"
+    frame, notes = (contents := read(tmp_path, text)).frame, contents.notes
+    assert frame["i"].to_list() == [1, None, 3]
+    assert frame["i"].dtype == pl.Int64
+    assert frame["f"].to_list() == [None, 0.5, None]
+    assert frame["t"].to_list() == ["NA", "a", "b"]
+    assert frame["m"].to_list() == ["NA", "?", "NA"]
+    assert notes == ("'NA', '?' is a missing number in i, f",)
+
+
+def test_a_column_without_a_name_has_one(tmp_path):
+    contents = read(tmp_path, '"",x,\n1,5,a\n2,6,b\n')
+    assert contents.frame.columns == ["c0", "x", "c2"]
+    assert contents.notes == ("columns without a name: c0, c2",)
+    with pytest.raises(UserError, match="names 'c0' more than once"):
+        read(tmp_path, ",c0\n1,2\n")
 
 
 @pytest.mark.parametrize("text", ["a,b\nx,y\n", "2019,b\nx,1\n", "a,2020\n1,2\n", "a,b\n"])
@@ -166,7 +197,10 @@ def test_a_hundred_thousand_lines_take_seconds(tmp_path):
     assert read(tmp_path, text, "a.libsvm").frame["features"].to_list() == ids.tolist()
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.ndjson", "a.libsvm", "a.csv.gz"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.parquet", "a.arrow", "a.csv", "a.ndjson", "a.json", "a.libsvm", "a.csv.gz"],
+)
 def test_damage_is_a_user_error_or_not_seen(tmp_path, name):
     rng = np.random.default_rng(0)
     n = 60
@@ -174,8 +208,10 @@ def test_damage_is_a_user_error_or_not_seen(tmp_path, name):
     path = tmp_path / name
     if "parquet" in name:
         frame.write_parquet(path)
+    elif "arrow" in name:
+        frame.write_ipc(path)
     elif "json" in name:
-        frame.write_ndjson(path)
+        frame.write_json(path) if name == "a.json" else frame.write_ndjson(path)
     else:
         rows = "".join(f"1 {u}:1 {20 + u}:0.5\n" for u in frame["user"])
         text = (rows if "svm" in name else frame.write_csv()).encode()

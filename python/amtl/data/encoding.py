@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from amtl.data.fields import FieldSpec, infer_fields
+from amtl.data.fields import FieldSpec, infer_fields, numbers
 from amtl.data.readers import require_columns
 from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError
@@ -337,7 +336,7 @@ class Encoder:
 
     def _standardise(self, column: pl.Series) -> Tensor:
         mean, scale = self._scales[column.name]
-        values = _numbers(column).to_numpy()
+        values = numbers(column).to_numpy()
         values = np.where(np.isfinite(values), values, mean)
         return torch.from_numpy(((values - mean) / scale).astype(np.float32))
 
@@ -350,20 +349,8 @@ def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
     return starts, rows[starts]
 
 
-def _numbers(column: pl.Series) -> pl.Series:
-    """A column as float64, missing values as NaN."""
-    try:
-        return column.cast(pl.Float64).fill_null(math.nan)
-    except pl.exceptions.PolarsError:
-        text = column.cast(pl.Float64, strict=False) if column.dtype == pl.String else None
-        odd = "" if text is None else f" such as {column.filter(text.is_null())[0]!r}"
-        raise UserError(
-            f"column {column.name!r} holds {column.dtype} values{odd} where numbers are needed"
-        ) from None
-
-
 def _quantiles(column: pl.Series, buckets: int) -> Tensor:
-    values = _numbers(column).drop_nans().to_numpy()
+    values = numbers(column).drop_nans().to_numpy()
     if not len(values):
         return torch.empty(0, dtype=torch.float64)
     cuts = np.quantile(values, np.arange(1, buckets) / buckets, method="lower")
@@ -372,14 +359,14 @@ def _quantiles(column: pl.Series, buckets: int) -> Tensor:
 
 def _bucket(column: pl.Series, edges: Tensor) -> pl.Series:
     """Bucket numbers as integers; missing values and NaN stay missing."""
-    values = _numbers(column).fill_nan(None)
-    numbers = np.searchsorted(edges.numpy(), values.fill_null(0).to_numpy(), side="left")
-    buckets = pl.DataFrame({"b": numbers.astype(np.int64), "null": values.is_null()})
+    values = numbers(column).fill_nan(None)
+    places = np.searchsorted(edges.numpy(), values.fill_null(0).to_numpy(), side="left")
+    buckets = pl.DataFrame({"b": places.astype(np.int64), "null": values.is_null()})
     return buckets.select(pl.when(~pl.col("null")).then(pl.col("b")))["b"].alias(column.name)
 
 
 def _scale(column: pl.Series) -> tuple[float, float]:
-    values = _numbers(column).to_numpy()
+    values = numbers(column).to_numpy()
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ _ENOUGH_ROWS = 20
 _CROWDED_BELOW = 0.8
 """Share of distinct values in the lower half of their range from which they count as amounts."""
 _NEARLY_UNIQUE = 0.9
+_DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
 
@@ -117,7 +119,7 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
         nested = isinstance(column.dtype, (pl.List, pl.Array))
         bag = nested or bool(separator)
         return FieldSpec(column.name, "bag" if bag else "categorical", separator or None)
-    if not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
+    if not (column.dtype == pl.Boolean or _is_amount(column)):
         raise UserError(
             f"--numeric {column.name}={treatment}: the column is {column.dtype}, no number"
         )
@@ -190,15 +192,52 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
     if rows < _ROWS_TO_JUDGE_BY:
         return spec
     distinct = _distinct(column)
+    amount = f"--numeric {spec.name}=bucket takes it as a number"
     if distinct == rows:
-        other = "=bucket takes it as a number" if column.dtype.is_numeric() else "=categorical"
-        note = f"every row has its own value: nothing to learn; --numeric {spec.name}{other}"
-        note += "" if column.dtype.is_numeric() else " keeps it"
+        other = amount if _is_amount(column) else f"--numeric {spec.name}=categorical keeps it"
+        note = f"every row has its own value: nothing to learn; {other}"
         return replace(spec, kind="unused", note=note)
     if distinct > _NEARLY_UNIQUE * rows:
-        note = f"{distinct:,} values in {rows:,} rows: little to learn; --fields leaves it out"
-        return replace(spec, note=note)
+        other = f"{amount}, " if _is_amount(column) else ""
+        note = f"{distinct:,} values in {rows:,} rows: little to learn; {other}--drop {spec.name} "
+        return replace(spec, note=note + "leaves it out")
     return spec
+
+
+def numbers(column: pl.Series) -> pl.Series:
+    """A column as float64, missing values as NaN; dates and times in microseconds.
+
+    Dates may be text that begins with year, month and day, as in `2017-01-31 12:00:00`.
+
+    Raises:
+        UserError: if it holds no numbers.
+    """
+    try:
+        if column.dtype == pl.String and _is_amount(column):
+            column = column.str.to_datetime(time_unit="us")
+        if column.dtype == pl.Date:
+            column = column.cast(pl.Datetime("us"))
+        if column.dtype in (pl.Datetime, pl.Duration):
+            column = column.dt.cast_time_unit("us")
+        if column.dtype.is_temporal():
+            column = column.to_physical()
+        return column.cast(pl.Float64).fill_null(math.nan)
+    except pl.exceptions.PolarsError:
+        odd = ""
+        if column.dtype == pl.String:
+            other = column.filter(column.cast(pl.Float64, strict=False).is_null()).drop_nulls()
+            undated = other.filter(~other.str.contains(_DATE))
+            odd = f" such as {(undated if len(undated) else other)[0]!r}"
+        raise UserError(
+            f"column {column.name!r} holds {column.dtype} values{odd} where numbers are needed"
+        ) from None
+
+
+def _is_amount(column: pl.Series) -> bool:
+    """Whether a column has numbers, dates or times, the latter perhaps as text."""
+    if column.dtype != pl.String:
+        return column.dtype.is_numeric() or column.dtype.is_temporal()
+    return bool(column.drop_nulls().str.contains(_DATE).all()) and column.null_count() < len(column)
 
 
 def _inner(dtype: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amtl.data.readers import require_columns
+from amtl.data.text import MISSING
 from amtl.errors import UserError
 
 _PAIRS = {
@@ -123,6 +124,13 @@ def _text_pair(values: pl.Series) -> tuple[pl.Series, str]:
                 return values == positive, note + "--label-positive VALUE changes it"
     if len(distinct) == 1:
         return values == distinct[0], ""
+    marks = [text for text in distinct if text in MISSING]
+    if marks and len(distinct) - len(marks) <= 2:
+        rows = int(values.is_in(marks).sum())
+        raise UserError(
+            f"label {values.name!r} is {_listed(marks)} in {rows:,} rows, by its look missing; "
+            "leave these rows out of the file, or --label-positive VALUE counts them as negative"
+        )
     raise UserError(
         f"label {values.name!r} holds {len(distinct):,} texts such as {_listed(distinct)}; "
         "--label-positive VALUE says which one is positive"

@@ -16,6 +16,8 @@ from amtl.errors import UserError
 _SEPARATORS = (",", "\t", ";", "|")
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _LINES = 100
+MISSING = ("NA", "N/A", "n/a", "na", "#N/A", "NaN", "nan", "NULL", "null", "None", "?", ".", "\\N")
+"""What stands for a missing number in text that other programs write."""
 
 
 def read(
@@ -30,7 +32,8 @@ def read(
         where: the file's name, for messages.
 
     Returns:
-        The table, and notes on what was guessed.
+        The table, and notes on what was guessed. A column without a name is `c` and its position,
+        from 0; one of numbers in which `NA` or its like stands for missing ones is one of numbers.
 
     Raises:
         UserError: for a header that names a column twice.
@@ -41,20 +44,52 @@ def read(
         notes.append(f"columns are separated by {_NAMES[found]}")
     rows = _rows(first, found) or [[first.strip()]]
     header = has_header(rows)
+    names = rows[0]
     if header:
-        twice = [name for name, times in Counter(rows[0]).items() if times > 1]
+        names = [name or f"c{i}" for i, name in enumerate(names)]
+        twice = [name for name, times in Counter(names).items() if times > 1]
         if twice:
             raise UserError(
                 f"the header of {where!r} names {', '.join(map(repr, twice))} more than once; "
                 "rename one of them"
             )
+        unnamed = [names[i] for i, name in enumerate(rows[0]) if not name]
+        if unnamed:
+            notes.append(f"columns without a name: {', '.join(unnamed)}")
     else:
         notes.append(f"no header: the columns are c0 to c{len(rows[0]) - 1}")
     comma = found == ";" and bool(re.search(r"(^|;)-?\d+,\d+(;|\r?$)", first, re.M))
     frame = _parse(source, found, header, comma)
     if not header:
-        frame.columns = [f"c{i}" for i in range(frame.width)]
-    return frame, tuple(notes)
+        names = [f"c{i}" for i in range(frame.width)]
+    if len(names) == frame.width:
+        frame.columns = names
+    return _with_gaps(frame, notes), tuple(notes)
+
+
+def _with_gaps(frame: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
+    """Makes numbers of text columns that hold numbers and what stands for missing ones."""
+    columns: list[pl.Series] = []
+    marks: list[str] = []
+    for column in frame.get_columns():
+        if column.dtype != pl.String:
+            continue
+        found = column.filter(column.is_in(MISSING)).unique().sort().to_list()
+        if not found:
+            continue
+        values = column.set(column.is_in(MISSING), None)
+        for dtype in (pl.Int64, pl.Float64):
+            numbers = values.cast(dtype, strict=False)
+            if numbers.null_count() == values.null_count() < len(values):
+                columns.append(numbers)
+                marks += found
+                break
+    if columns:
+        listed = ", ".join(column.name for column in columns[:8])
+        more = f" and {len(columns) - 8} more" if len(columns) > 8 else ""
+        shown = ", ".join(map(repr, dict.fromkeys(marks)))
+        notes.append(f"{shown} is a missing number in {listed}{more}")
+    return frame.with_columns(columns)
 
 
 def _parse(source: Path | io.BytesIO, separator: str, header: bool, comma: bool) -> pl.DataFrame:
