@@ -90,7 +90,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Argument(
-            help="Parquet, CSV, TSV, libsvm, libfm or ndjson file, or a named set "
+            help="Parquet, Arrow, CSV, TSV, JSON, libsvm or libfm file, or a named set "
             "(see: amtl datasets)."
         ),
     ] = None,
@@ -103,6 +103,9 @@ def train(
     ] = None,
     fields: Annotated[
         str | None, typer.Option(help="Columns to use, separated by commas; default: all.")
+    ] = None,
+    drop: Annotated[
+        str | None, typer.Option(help="Columns not to use, separated by commas.")
     ] = None,
     method: Annotated[
         str,
@@ -250,7 +253,8 @@ def train(
         label=label,
         label_threshold=label_threshold,
         label_positive=label_positive,
-        fields=[f.strip() for f in fields.split(",") if f.strip()] if fields else [],
+        fields=_names(fields),
+        drop=_names(drop),
         method=method,
         warm_start=str(warm_start) if warm_start else None,
         split=split,
@@ -298,9 +302,7 @@ def train(
 def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
     """Raises a UserError for options that the method cannot obey."""
     if method == "fixed":
-        idle = [
-            n for n in ("budget", "bits", "exponent", "capacity_bits", "freeze_at") if n in given
-        ]
+        idle = [n for n in ("budget", "exponent", "capacity_bits", "freeze_at") if n in given]
         idle += ["parametrization"] if parametrization else []
         if idle:
             raise UserError(
@@ -326,6 +328,7 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
     """Settings from the command line over the data set's recipe over the defaults."""
     from amtl.data.readers import require_columns
 
+    drop = more.pop("drop", [])
     label = label or source.label
     if label is None:
         listed = ", ".join(source.frame.columns[:30])
@@ -347,7 +350,21 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
         options |= {"parametrization": "free", "budget": None}
     elif parametrization is not None:
         options["parametrization"] = parametrization
-    return TrainConfig(data=source.name, label=label, table_options=options, **settings)
+    config = TrainConfig(data=source.name, label=label, table_options=options, **settings)
+    if drop:
+        from amtl.run.training import default_fields
+
+        require_columns(source.frame.columns, drop, "the data")
+        names = config.fields or default_fields(source.frame, config, source)
+        config.fields = [name for name in names if name not in drop]
+        if not config.fields:
+            raise UserError("--drop leaves no column to use")
+    return config
+
+
+def _names(listed: str | None) -> list[str]:
+    """Parses what is separated by commas."""
+    return [name.strip() for name in (listed or "").split(",") if name.strip()]
 
 
 def _options(method: str, given: Sequence[str]) -> dict[str, Any]:

@@ -147,6 +147,18 @@ def test_options_reach_the_run(data, tmp_path):
     ]
 
 
+def test_columns_may_be_named_or_left_out(data, tmp_path):
+    fields = {}
+    for name, words in {"drop": [], "both": ["--fields", "user,item,tags"]}.items():
+        out = tmp_path / name
+        words = [*words, "--label", "label", "--drop", "tags, rating", "--method", "fixed"]
+        assert run("train", data, *words, "--out", out, *FAST) == 0
+        fields[name] = set(read_json(out / "metrics.json")["rows_by_field"])
+        assert run("evaluate", out) == 0
+    assert fields["both"] == {"user", "item"}
+    assert fields["drop"] == set(pl.read_parquet(data).columns) - {"tags", "rating", "label"}
+
+
 def test_the_papers_logits_train_too(data, tmp_path):
     out = tmp_path / "r"
     assert (
