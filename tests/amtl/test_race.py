@@ -520,17 +520,31 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
         "raced": None,
         "compared": [{**full, "name": FLAT, "dim": 3, "val_auc": 0.99, "val_logloss": 0.1}],
     }
-    assert "--method fixed --dim 3, or" in comparison.verdict(fake)
+    assert "--method fixed --dim 3, or" in only(comparison.verdict(fake))
     fake["compared"][0] |= {"name": FLAT + TAUGHT, "distillation": 0.8}
-    assert "--method fixed --dim 3 --distillation 0.8, or" in comparison.verdict(fake)
+    assert "--method fixed --dim 3 --distillation 0.8, or" in only(comparison.verdict(fake))
+    less = {"less": {"chosen": True}, "budget": 1.0}
+    warned = comparison.verdict({**fake, "raced": less})
+    assert "--method fixed --dim 3" in warned[0]
+    assert "fewer bytes validated better" in warned[1]
     fake["compared"][0] |= {"val_auc": 0.1, "val_logloss": 1.0}
-    assert comparison.verdict(fake) is None
+    assert comparison.verdict(fake) == []
+    tiny = {**fake, "stored_bytes": metrics["dense_bytes"] // 64}
+    assert "no table of fixed width is as small" in only(comparison.verdict(tiny))
     scores = {"val_auc": metrics["val_auc"] + 0.002, "val_logloss": metrics["val_logloss"]}
     short = {**fake, "raced": {"full": {"name": FULL, **scores}}}
-    assert "larger --budget" in comparison.verdict(short)
-    assert comparison.verdict({**short, "method": "fixed"}) is None
+    assert "a larger --budget to lose nothing" in only(comparison.verdict(short))
+    taught = {"name": FULL + TAUGHT, "distillation": 0.5, **scores, "val_logloss": 0.0}
+    both = {**short, "compared": [taught, {**full, "val_auc": None}]}
+    assert "or --method fixed --distillation 0.5," in only(comparison.verdict(both))
+    assert comparison.verdict({**short, "method": "fixed"}) == []
     scores["val_auc"] -= 0.0015
-    assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) is None
+    assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) == []
+
+
+def only(told):
+    (line,) = told
+    return line
 
 
 def test_the_width_of_the_same_bytes():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -180,41 +180,58 @@ def choices(metrics: Mapping[str, Any]) -> str:
     return " ".join(f"--{name} {value:g}" for name, value in found.items() if value)
 
 
-def verdict(metrics: Mapping[str, Any]) -> str | None:
-    """What the scores say against the sizes or the budget that were asked for, or None."""
-    raced = metrics["raced"] or {}
-    compared = metrics.get("compared") or []
+def verdict(metrics: Mapping[str, Any]) -> list[str]:
+    """What the scores say against the sizes or the budget that were asked for, the worst first."""
     if metrics["method"] == "fixed":
-        return None
-    full = raced.get("full") or next((row for row in compared if row["name"] == FULL), None)
-    if full is not None and full["val_auc"] is not None and _lead(full, metrics) > _NOTABLE:
-        return (
-            f"a table of full size validates better, by {_lead(full, metrics):.4f} in AUC minus "
-            f"log loss: this data needs a larger --budget to lose nothing"
+        return []
+    raced = metrics["raced"] or {}
+    compared = list(metrics.get("compared") or [])
+    told = []
+    full = _best([*compared, *filter(None, [raced.get("full")])], FULL)
+    if full is not None and _lead(full, metrics) > _NOTABLE:
+        what, options = "a table of full size", "a larger --budget"
+        if full["name"] != FULL:
+            what += " that has a teacher"
+            options += f", or --method fixed --distillation {full['distillation']:g},"
+        told.append(
+            f"{what} validates better, by {_lead(full, metrics):.4f} in AUC minus log loss: this "
+            f"data needs {options} to lose nothing"
+        )
+    narrow = _best(compared, FLAT)
+    if narrow is not None and _lead(narrow, metrics) > 0:
+        options = f"--method fixed --dim {narrow['dim']}"
+        if narrow["name"] != FLAT:
+            options += f" --distillation {narrow['distillation']:g}"
+        told.append(
+            f"a table of fixed width in the same bytes validates better, by "
+            f"{_lead(narrow, metrics):.4f} in AUC minus log loss: use {options}, or another "
+            f"--budget"
         )
     less = raced.get("less")
     whole = raced.get("budget", math.inf) * metrics["dense_bytes"]
     if less is not None and less["chosen"] and metrics["stored_bytes"] < whole / 2:
-        return (
+        told.append(
             f"fewer bytes validated better than the whole budget, so the model takes "
             f"{metrics['stored_bytes']:,}; --no-race spends all"
         )
-    if metrics["config"]["table_options"].get("capacity_bits", 0) > max(CAPACITY_BITS):
-        return (
+    elif metrics["config"]["table_options"].get("capacity_bits", 0) > max(CAPACITY_BITS):
+        told.append(
             "a fixed width validated best in these bytes, so all rows are equally wide: sizes by "
             "row bring nothing on this data at this budget"
         )
-    rivals = [row for row in compared if row["name"].startswith(FLAT)]
-    narrow = max(rivals, key=lambda row: _lead(row, metrics), default=None)
-    if narrow is None or _lead(narrow, metrics) <= 0:
-        return None
-    options = f"--method fixed --dim {narrow['dim']}"
-    if narrow["name"] != FLAT:
-        options += f" --distillation {narrow['distillation']:g}"
-    return (
-        f"a table of fixed width in the same bytes validates better, by "
-        f"{_lead(narrow, metrics):.4f} in AUC minus log loss: use {options}, or another --budget"
-    )
+    if compared and not narrow_width(metrics):
+        told.append(
+            f"no table of fixed width is as small: one number of 32 bits a row takes "
+            f"{metrics['dense_bytes'] // metrics['dim']:,} bytes"
+        )
+    return told
+
+
+def _best(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
+    """Of the rows of a table, alone and with a teacher, the one that validates best."""
+    named = [row for row in rows if row["name"] in (name, name + TAUGHT)]
+    valid = [row for row in named if row["val_auc"] is not None]
+    return max(valid, key=lambda row: row["val_auc"] - row["val_logloss"], default=None)
 
 
 def _lead(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:

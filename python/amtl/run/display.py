@@ -31,9 +31,8 @@ def print_comparison(console: Console, metrics: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*row, style="bold" if row[0] == comparison.THIS else "")
         console.print(table)
-    verdict = comparison.verdict(metrics)
-    if verdict:
-        console.print(f"  {verdict}", style="yellow", highlight=False)
+    for told in comparison.verdict(metrics):
+        console.print(f"  {told}", style="yellow", highlight=False)
 
 
 def _table(header: Sequence[str]) -> Table:
