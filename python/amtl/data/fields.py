@@ -70,7 +70,8 @@ def infer_fields(
       percentile), where ids would be spread evenly.
     - Whole numbers too large for the float that holds them are numbers: ids would be merged.
     - Columns with a single value, or of a type that has no ids, are left out, and from 1,000 rows
-      on categorical columns of which every row has its own value.
+      on categorical columns of which nearly every row (90 %) has its own value: a model of all
+      training rows learns them by heart, and a test row has none of them.
 
     A column named in `numeric` or `separators` is taken as said there, without exception.
 
@@ -187,20 +188,19 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
 
 
 def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
-    """Leaves out a key, of which every row has its own value, and notes what is nearly one."""
-    rows = len(column)
-    if rows < _ROWS_TO_JUDGE_BY:
-        return spec
-    distinct = _distinct(column)
+    """Leaves out a key, of which nearly every row has its own value; notes what may be a number."""
+    rows, distinct = len(column), _distinct(column)
     amount = f"--numeric {spec.name}=bucket takes it as a number"
-    if distinct == rows:
-        other = amount if _is_amount(column) else f"--numeric {spec.name}=categorical keeps it"
-        note = f"every row has its own value: nothing to learn; {other}"
-        return replace(spec, kind="unused", note=note)
-    if distinct > _NEARLY_UNIQUE * rows:
-        other = f"{amount}, " if _is_amount(column) else ""
-        note = f"{distinct:,} values in {rows:,} rows: little to learn; {other}--drop {spec.name} "
-        return replace(spec, note=note + "leaves it out")
+    if rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows:
+        much = "every row has its own value: nothing"
+        if distinct < rows:
+            much = f"{distinct:,} values in {rows:,} rows: next to nothing"
+        keep = f"--numeric {spec.name}=categorical keeps it"
+        other = f"{keep}, {amount}" if _is_amount(column) else keep
+        return replace(spec, kind="unused", note=f"{much} to learn; {other}")
+    many = distinct > max(spec.buckets, rows / _ENOUGH_ROWS)
+    if many and not column.dtype.is_numeric() and _is_amount(column):
+        return replace(spec, note=f"{distinct:,} dates or times, each its own; {amount}")
     return spec
 
 
