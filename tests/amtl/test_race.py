@@ -21,6 +21,7 @@ from amtl.run.display import print_comparison
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
 from amtl.run.model import field_evidence
+from amtl.run.progress import Silent
 from amtl.run.race import CAPACITY_BITS, FLAT, FULL, candidates, field_weights, is_open, race
 from amtl.run.teaching import Teacher
 from amtl.run.training import Interrupted, prepare, start
@@ -503,7 +504,14 @@ def test_a_validation_split_of_one_class_is_said(source):
 
 def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(source):
     given = {"seed": 7, "epochs": 6, "budget": 0.5}
-    metrics = start(settings(compare=True, **given), source=source).run()
+    watching = Watching()
+    metrics = start(settings(compare=True, **given), observer=watching, source=source).run()
+    # The run's own table of full size is the one that it is compared with.
+    assert [title for title in watching.titles if title.startswith(FULL)] == [
+        FULL,
+        f"{FULL}, dropout 0.1",
+    ]
+    assert all(watching.scores.values())
     assert [row["name"] for row in metrics["compared"]] == [FULL, FLAT, FLAT + TAUGHT]
     score = {r["name"]: r["val_auc"] - r["val_logloss"] for r in metrics["compared"]}
     assert score[FLAT + TAUGHT] > score[FLAT]
@@ -540,6 +548,22 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     assert comparison.verdict({**short, "method": "fixed"}) == []
     scores["val_auc"] -= 0.0015
     assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) == []
+
+
+class Watching(Silent):
+    """Titles in order, and how many validations came under each."""
+
+    def __init__(self):
+        self.titles, self.scores = [], {}
+
+    def begin(self, title, steps, done_steps):
+        self.titles.append(title)
+        self.scores.setdefault(title, 0)
+
+    def score(self, record):
+        self.scores[self.titles[-1]] += 1
+
+    validation = score
 
 
 def only(told):

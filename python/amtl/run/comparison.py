@@ -10,7 +10,7 @@ from typing import Any
 
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.contest import dropouts, race_taught, run_to_end
+from amtl.run.contest import dropouts, race_taught, run_to_end, titled
 from amtl.run.learner import Learner
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
@@ -46,6 +46,7 @@ def train_baselines(
     make: Callable[..., Learner],
     observer: Observer,
     step: Callable[[Learner], None],
+    full: Learner | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the two tables with the run's effort, and scores the test split once each.
 
@@ -58,6 +59,7 @@ def train_baselines(
         make: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
+        full: the first of the two tables, if the run has trained and ended it.
 
     Returns:
         Per table, and per table that is better for its teacher: `name`, `dim`, `distillation`,
@@ -69,7 +71,9 @@ def train_baselines(
     for name, entry in baselines(config, metrics).items():
         entry, title = replace(entry, embedding_dropout=share), f"{name}, D={entry.dim}"
         if raced.get("taught"):
-            best, pupil = train_with_teacher(title, entry, teacher, make, observer, step)
+            # Without a race the run's dropout is not what the full table was trained with.
+            trained = full if name == FULL and "asked" in raced else None
+            best, pupil = train_with_teacher(title, entry, teacher, make, observer, step, trained)
         else:
             best, pupil = make(entry), None
             run_to_end(title, best, observer, step)
@@ -87,6 +91,7 @@ def train_with_teacher(
     make: Callable[..., Learner],
     observer: Observer,
     step: Callable[[Learner], None],
+    trained: Learner | None = None,
 ) -> tuple[Learner, Learner | None]:
     """Trains a table by itself, and then again with a teacher that it has joined.
 
@@ -97,14 +102,15 @@ def train_with_teacher(
         make: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
+        trained: what the first training would give, if it is there.
 
     Returns:
         The better one without a teacher, and the taught one if it validates better still; ended.
     """
-    best = None
-    for settings in dropouts(entry):
+    best = trained
+    for settings in dropouts(entry) if trained is None else []:
         learner = make(settings)
-        run_to_end(name, learner, observer, step)
+        run_to_end(titled(name, settings), learner, observer, step)
         if best is None or best_record(learner)["score"] > best_record(best)["score"]:
             best = learner
     assert best is not None

@@ -52,6 +52,7 @@ class Contest:
         winner: the model that validates best so far.
         found: rows of what was tried, None or nothing where it was not: `less` and `more` bytes,
             the `full` table, `taught`, another `law`.
+        full: the best table of full size, ended, if the run is to be compared with it.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Contest:
             "law": None,
             "more": None,
         }
+        self.full: Learner | None = None
         self._make, self._observer, self._step = make, observer, step
 
     def run(self, raced: Mapping[str, Any] | None) -> None:
@@ -137,12 +139,24 @@ class Contest:
                 rows.append(outcome(FULL, self.first))
                 continue
             table = self._make(entry)
-            run_to_end(FULL, table, self._observer, self._step)
+            run_to_end(titled(FULL, entry), table, self._observer, self._step)
             rows.append(outcome(FULL, table))
             teacher.add(table)
-            table.release()
+            self._keep(table)
         self.found["full"] = max(rows, key=lambda row: row["score"])
         return teacher
+
+    def _keep(self, table: Learner) -> None:
+        """Keeps the best of the full tables where it is compared with, and its settings are."""
+        kept, config = self.full, self.first.config
+        if not config.compare or config.method == "fixed":
+            table.release()
+        elif kept is None or best_record(table)["score"] > best_record(kept)["score"]:
+            self.full = table
+            if kept is not None:
+                kept.release()
+        else:
+            table.release()
 
     def _prefer(self, better: Learner | None) -> None:
         if better is None:
@@ -157,6 +171,11 @@ def dropouts(config: TrainConfig) -> list[TrainConfig]:
     if config.embedding_dropout is not None:
         return [config]
     return [config, replace(config, embedding_dropout=DROPOUT)]
+
+
+def titled(name: str, entry: TrainConfig) -> str:
+    """A name for the progress bar, which tells settings of `dropouts` apart."""
+    return f"{name}, dropout {entry.embedding_dropout:g}" if entry.embedding_dropout else name
 
 
 def race_bytes(

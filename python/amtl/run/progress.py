@@ -32,6 +32,9 @@ class Observer(Protocol):
     def validation(self, record: dict[str, Any]) -> None:
         """The model was validated; `record` is its entry of the history."""
 
+    def score(self, record: dict[str, Any]) -> None:
+        """A model that the run is held against was validated; `record` as in `validation`."""
+
     def note(self, text: str) -> None:
         """Something worth a line happened."""
 
@@ -49,6 +52,9 @@ class Silent:
         """Ignored."""
 
     def validation(self, record: dict[str, Any]) -> None:
+        """Ignored."""
+
+    def score(self, record: dict[str, Any]) -> None:
         """Ignored."""
 
     def note(self, text: str) -> None:
@@ -120,8 +126,7 @@ class Bars:
 
     def validation(self, record: dict[str, Any]) -> None:
         """Shows AUC and log loss."""
-        self._val = f"{record['val_auc']:.4f}"
-        self._last = time.perf_counter()
+        self.score(record)
         loss = "–     " if record["loss"] is None else f"{record['loss']:.4f}"
         line = (
             f"  {self._title}  epoch {record['epoch']:>5.2f}  loss {loss}  "
@@ -129,6 +134,11 @@ class Bars:
             f"{' *' if record['best'] else '  '} {record['phase']}"
         )
         self._console.print(line, style="dim", highlight=False, soft_wrap=True)
+
+    def score(self, record: dict[str, Any]) -> None:
+        """Shows the AUC in the bar."""
+        self._val = f"{record['val_auc']:.4f}"
+        self._last = time.perf_counter()
 
     def note(self, text: str) -> None:
         """Prints above the bar."""

@@ -129,6 +129,7 @@ class Trainer:
         raced = config.raced_bits and is_open(config)
         self.learner = self._make(replace(config, bits="32") if raced else config)
         self.raced: dict[str, Any] | None = None
+        self._full: Learner | None = None
         self._saved_at = time.monotonic()
         self._best_saved = -1
         self._fresh = True
@@ -219,6 +220,7 @@ class Trainer:
         finally:
             self.observer.end()
         self.raced = {**(self.raced or {}), **contest.found}
+        self._full = contest.full
         if contest.winner is not self.learner:
             self.config, self.learner, self._best_saved = contest.winner.config, contest.winner, -1
             self._begin()
@@ -230,8 +232,11 @@ class Trainer:
 
         def step(learner: Learner) -> None:
             nonlocal taken
+            records = len(learner.history)
             loss, samples = learner.step()
             self.observer.step(learner.epochs, loss, samples)
+            if len(learner.history) > records:
+                self.observer.score(learner.history[-1])
             taken += 1
             if self.stop(taken):
                 raise Interrupted(kept)
@@ -350,8 +355,9 @@ class Trainer:
 
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         try:
+            step = self._racer("the trained model")
             return train_baselines(
-                self.config, metrics, self._make, self.observer, self._racer("the trained model")
+                self.config, metrics, self._make, self.observer, step, self._full
             )
         finally:
             self.observer.end()
