@@ -576,7 +576,7 @@ def inspect(run: Run) -> None:
     for name in ("values", "mean size", "by lookups", "sizes", "bytes", "share"):
         table.add_column(name, justify="right")
     entries = size_table(trained)
-    total = sum(e["bytes"] for e in entries)
+    stored, full = (f(trained.model.table) for f in (methods.stored_bytes, methods.dense_bytes))
     for e in entries:
         table.add_row(
             escape(e["field"]) + (" (bag)" if e["kind"] == "bag" else ""),
@@ -585,8 +585,11 @@ def inspect(run: Run) -> None:
             f"{e['mean_size_of_lookups']:.2f}",
             f"{e['min_size']}–{e['max_size']}",
             f"{e['bytes']:,}",
-            f"{e['bytes'] / max(total, 1):.1%}",
+            f"{e['bytes'] / max(stored, 1):.1%}",
         )
+    steps = stored - sum(e["bytes"] for e in entries)
+    if steps:
+        table.add_row("step sizes", *[""] * 4, f"{steps:,}", f"{steps / stored:.1%}")
     console.print(table)
     widths = methods.row_widths(trained.model.table).numpy()
     sizes, rows = np.unique(widths, return_counts=True)
@@ -595,7 +598,6 @@ def inspect(run: Run) -> None:
     for size, n in zip(sizes, rows, strict=True):
         bar = ("#" if console.options.ascii_only else "█") * max(1, round(40 * n / top))
         console.print(f"{size:>4}  {n:>9,}  [blue]{bar}[/]", highlight=False)
-    stored, full = (f(trained.model.table) for f in (methods.stored_bytes, methods.dense_bytes))
     bits = methods.number_bits(trained.model.table)
     console.print(
         f"\n{stored:,} of {full:,} bytes ({stored / full:.1%}); method {trained.config.method}, "

@@ -232,6 +232,9 @@ def test_inspect_shows_sizes(runs, tmp_path, capsys):
     shown = capsys.readouterr().out
     for text in ("user", "tags (bag)", "█", "method amtl"):
         assert text in shown
+    steps = read_json(runs["amtl"] / "metrics.json")["step_bytes"]
+    assert steps > 0
+    assert f"{steps:,}" in next(x for x in shown.splitlines() if "step sizes" in x)
     run("pack", runs["amtl"], "-o", tmp_path / "m.safetensors")
     capsys.readouterr()
     assert run("inspect", tmp_path / "m.safetensors") == 0

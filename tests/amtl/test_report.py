@@ -154,6 +154,15 @@ def test_runs_are_grouped_over_seeds_only():
     assert "epochs" in results[1].name
 
 
+def test_many_columns_are_a_number_in_a_name():
+    runs = [metrics(), metrics(), metrics()]
+    runs[0]["config"]["fields"] = []
+    runs[1]["config"]["fields"] = [f"x{i}" for i in range(40)]
+    runs[2]["config"]["fields"] = ["user", "item"]
+    names = {result.name.partition(", ")[2] for result in group_results(runs)}
+    assert names == {"all fields", "40 fields", "fields user item"}
+
+
 def test_differences_are_to_the_widest_fixed_table():
     results = group_results(
         [

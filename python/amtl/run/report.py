@@ -154,7 +154,16 @@ def _difference(run: dict[str, Any], same: Sequence[dict[str, Any]]) -> str:
         for key in config
         if key not in ("seed", "warm_start") and any(o["config"][key] != config[key] for o in same)
     ]
-    return ", ".join(f"{key} {config[key]}" for key in differing) or "again"
+    return ", ".join(_setting(key, config[key]) for key in differing) or "again"
+
+
+def _setting(key: str, value: Any) -> str:
+    """A setting in a few words, however many columns there are."""
+    if key != "fields":
+        return f"{key} {value}"
+    if not value:
+        return "all fields"
+    return f"{len(value)} fields" if len(value) > 3 else f"fields {' '.join(value)}"
 
 
 def baseline(results: Sequence[Result]) -> Result | None:
