@@ -155,12 +155,16 @@ def sample_gradient(grad: Tensor, tables: Tables, bags: Bags, few: FewBits) -> T
     """
     offsets, (padding,) = bags.offsets, bags.padding_idx
     assert offsets is not None
-    plain = Bags(bags.indices, None, None, 0, [-1], False)
-    values = torch.ops.amtl.lookup(*tables, [], *plain, OFF, True, *few)
     number = offsets.shape[0] - int(bags.include_last_offset)
-    positions = torch.arange(values.shape[0], device=grad.device, dtype=offsets.dtype)
+    positions = torch.arange(bags.indices.shape[0], device=grad.device, dtype=offsets.dtype)
     bag = torch.bucketize(positions, offsets, right=True) - 1
-    counted = (bag < number) & (bags.indices != padding)
+    # Past the last offset anything may be; where there is no bag, the table may have no row.
+    within = (bag >= 0) & (bag < number)
+    if not sum(block.shape[0] for block in tables.blocks):
+        return torch.zeros(len(positions), dtype=grad.dtype, device=grad.device)
+    plain = Bags(bags.indices.where(within, 0), None, None, 0, [-1], False)
+    values = torch.ops.amtl.lookup(*tables, [], *plain, OFF, True, *few)
+    counted = within & (bags.indices != padding)
     # One more for what is in no bag.
     padded = torch.nn.functional.pad(grad.to(torch.float32), (0, 0, 0, 1))
     dots = (values.to(torch.float32) * padded[bag.clamp(0, number)]).sum(1)

@@ -507,6 +507,8 @@ def evaluate(
         source, config = load_source(data), trained.config
         if label_threshold is None and label_positive is None:
             label_threshold, label_positive = config.label_threshold, config.label_positive
+        if label is not None and label in trained.encoder.columns:
+            raise UserError(f"--label {label}: that is a field, from which the model predicts")
         labels = read_labels(source.frame, label or config.label, label_threshold, label_positive)
         encoded, what = trained.encoder.transform(source.frame, labels), data
     result = trained.evaluate(encoded)

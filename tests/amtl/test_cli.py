@@ -251,6 +251,8 @@ def test_report_and_compare(runs, tmp_path, capsys):
 
 
 def test_warm_start(runs, data, tmp_path, capsys):
+    base = tmp_path / "[bold]base"
+    base.symlink_to(runs["fixed"])
     assert (
         run(
             "train",
@@ -260,14 +262,15 @@ def test_warm_start(runs, data, tmp_path, capsys):
             "--fields",
             "user,item",
             "--warm-start",
-            runs["fixed"],
+            base,
             "--out",
             tmp_path / "w",
             *SIZED,
         )
         == 0
     )
-    assert "warm start:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "warm start:" in shown and "[bold]base" in "".join(shown.split())
 
 
 def test_a_run_is_not_overwritten_unasked(runs, data, capsys):
@@ -283,10 +286,11 @@ def test_datasets_are_listed(capsys):
 
 
 def test_a_whole_demo(tmp_path, capsys):
-    out = tmp_path / "demo"
+    out = tmp_path / "[/]demo"
     assert run("demo", "--data", "synthetic:4000", "--epochs", "3", "--out", out) == 0
     shown = capsys.readouterr().out
     assert "equal the trained model's, bit for bit" in shown
+    assert "[/]demo/report.html" in "".join(shown.split())
     assert (out / "report.html").exists()
     assert (out / "model.safetensors").exists()
     assert " 4 bits " in shown and "one in " in shown

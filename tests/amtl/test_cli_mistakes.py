@@ -172,6 +172,7 @@ LINES = [  # whole command lines
     ("evaluate file", "file"),
     ("evaluate noise.safetensors", "noise.safetensors"),
     ("evaluate run --label y", "name the file to score"),
+    ("evaluate run ok.csv --label user", "that is a field"),
     ("evaluate run none.csv", "no rows"),
     ("evaluate run empty.csv", "is empty"),
     ("evaluate run few.csv", "no column 'price'"),

@@ -321,6 +321,8 @@ def test_what_does_not_fit_is_refused():
     collection = collection_of()
     with pytest.raises(ValueError, match=r"indices must be \[\.\.\., 3\]"):
         collection(draw()[:, :2])
+    with pytest.raises(RuntimeError, match="in one call, without vmap"):
+        torch.vmap(collection)(draw()[None])
     with pytest.raises(ValueError, match="must be int32 or int64"):
         collection(draw().float())
     with pytest.raises(ValueError, match="input must name the tables"):

@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, AMTLEmbeddingCollection, BudgetError
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -500,6 +501,9 @@ def test_what_cannot_work_says_why(kind, frozen):
     parameters = dict(layer.named_parameters())
     with pytest.raises(RuntimeError, match=r"torch\.func.*Use autograd"):
         torch.func.grad(lambda p: functional_call(layer, p, (rows,)).sum())(parameters)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        dual = {n: forward_ad.make_dual(p.detach(), p.detach()) for n, p in parameters.items()}
+        functional_call(layer, dual, (rows,))
     layer.eval()
     with pytest.raises(RuntimeError, match="without vmap"):
         torch.func.vmap(layer)(rows[:, None])

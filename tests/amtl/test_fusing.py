@@ -358,6 +358,21 @@ def test_activation_checkpointing_updates_once(reentrant):
     assert torch.equal(checked.weight, plain.weight)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_lookups_that_checkpointing_would_repeat_after_their_update_are_refused(reentrant):
+    layer = layer_of(fused_optimizer=OPTIMIZERS["sgd"])
+    layer.name = "users"
+    rows, scale = draw(0)[0], torch.ones((), requires_grad=True)
+
+    def part(x):
+        return (layer(rows) * x).tanh()
+
+    out = checkpoint(part, scale, use_reentrant=reentrant)
+    out = checkpoint(part, out, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="checkpointing repeats a lookup of table 'users'"):
+        out.sum().backward()
+
+
 def test_distributed_data_parallel_is_refused(tmp_path):
     if not (distributed.is_available() and distributed.is_gloo_available()):
         pytest.skip("needs gloo")

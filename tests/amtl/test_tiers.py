@@ -31,6 +31,11 @@ def layer_of(kind=AMTLEmbedding, rows=200, dim=16, in_order=False, **options):
     return kind(rows, dim, counts=counts_of(rows, in_order), **options)
 
 
+def hold_sizes(layer):
+    for parameter in layer.mask_parameters():
+        parameter.requires_grad_(False)
+
+
 def train(layer, optimizer, steps, seed=0):
     generator = torch.Generator().manual_seed(seed)
     losses = []
@@ -116,6 +121,7 @@ def test_freeze_is_bit_identical(dtype, parametrization, in_order, tier_width):
 @pytest.mark.parametrize("parametrization", ["ordinal", "free", "rule"])
 def test_awkward_widths(dim, parametrization):
     layer = layer_of(dim=dim, parametrization=parametrization, budget=max(0.5, 1 / dim))
+    hold_sizes(layer)
     optimizer = torch.optim.SGD(layer.table_parameters(), lr=0.1)
     train(layer, optimizer, 2)
     rows = torch.arange(200)
@@ -242,6 +248,7 @@ OPTIMIZERS = {
 def test_training_goes_on_as_a_masked_table_would(name):
     """Frozen training equals dense training whose columns beyond the stored width never existed."""
     layer = layer_of(tier_width=1, size_noise=0.0)
+    hold_sizes(layer)
     optimizer = OPTIMIZERS[name](layer.table_parameters())
     train(layer, optimizer, 5)
     dense = nn.Parameter(layer.weight.detach().clone())
@@ -385,6 +392,45 @@ def test_masks_return_to_the_optimizer_that_they_came_from(told):
     stranger = torch.optim.SGD(other.table_parameters(), lr=0.1)
     other.thaw(stranger)
     assert len(stranger.param_groups[0]["params"]) == 1 + len(other.mask_parameters())
+
+
+class Delegating(torch.optim.Optimizer):
+    """As accelerate wraps an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+
+class Sharing(torch.optim.Optimizer):
+    """As Lightning wraps one: what it held when it was wrapped."""
+
+    def __init__(self, optimizer):
+        self.__dict__ = dict(optimizer.__dict__)
+
+
+@pytest.mark.parametrize("wrapping", [Delegating, Sharing])
+@pytest.mark.parametrize("reloaded", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_wrapped_optimizer_is_changed_once(wrapping, reloaded, told):
+    layer = layer_of()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    wrapper = wrapping(optimizer)
+    train(layer, optimizer, 2)
+    if reloaded:
+        # A wrapper that shares keeps the groups and the state of before.
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(layer, optimizer, 1)
+    for change in (layer.freeze, layer.thaw):
+        change([wrapper, optimizer] if told else None)
+        held = [id(p) for p in optimizer.param_groups[0]["params"]]
+        assert sorted(held) == sorted(id(p) for p in layer.parameters())
+        for table in layer.table_parameters():
+            assert optimizer.state[table]["exp_avg"].shape == table.shape
+        assert all(bool(optimizer.state[t]["exp_avg"].any()) for t in layer.table_parameters()[:1])
+        train(layer, optimizer, 1)
 
 
 def test_parameter_names_follow():

@@ -144,6 +144,22 @@ def test_positions_past_the_last_offset_of_an_empty_table(backend: Any, several:
     assert out.shape == (2, D) and not out.any() and not psw_grad.any() and grad.shape == (0, D)
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+def test_weights_past_the_last_offset_of_a_table_of_codes(backend: Any, rows: int) -> None:
+    place = {"device": backend.device}
+    codes, steps = torch.zeros(rows, 1, dtype=torch.uint8, **place), torch.ones(1, **place)
+    indices = torch.tensor([1, 2, -7], **place)
+    offsets = torch.tensor([0, 2] if rows else [0], **place)
+    psw = torch.ones(3, requires_grad=True, **place)
+    few = {"steps": steps, "bits": 2, "embedding_dim": 4, "include_last_offset": True}
+    out = ak.tiered_embedding_bag(
+        [codes], [rows], indices, offsets, mode="sum", per_sample_weights=psw, **few
+    )
+    out.sum().backward()
+    # Four codes of -1.5.
+    assert psw.grad is not None and psw.grad.tolist() == ([-6, -6, 0] if rows else [0, 0, 0])
+
+
 MIXES: dict[str, dict[str, Any]] = {
     "several tables need include_last_offset": {"include_last_offset": False},
     "per_sample_weights go with mode sum only": {"pooling": 1},

@@ -195,6 +195,11 @@ class Encoder:
         """Names of the embedded fields."""
         return [f.name for f in self.fields]
 
+    @property
+    def columns(self) -> list[str]:
+        """Columns that are read: the embedded fields, then the standardised ones."""
+        return [f.name for f in [*self.fields, *self.dense_fields]]
+
     def counts(self) -> Tensor:
         """Training occurrences per row of the shared table: int64 `[num_rows]`."""
         counts = torch.empty(self.num_rows, dtype=torch.int64)
@@ -223,8 +228,7 @@ class Encoder:
         Raises:
             UserError: if a column is missing, or holds what cannot be values of its field.
         """
-        wanted = [f.name for f in [*self.fields, *self.dense_fields]]
-        require_columns(frame.columns, wanted, "the data")
+        require_columns(frame.columns, self.columns, "the data")
         singles, bags, unknown = [], [], {}
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
             column = frame[spec.name]

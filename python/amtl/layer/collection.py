@@ -234,6 +234,7 @@ class AMTLEmbeddingCollection(AMTLTable):
 
     def _rows(self, input: Tensor, tables: list[int] | None = None) -> Tensor:
         """Rows of the common table for [..., S] rows of these tables, of all for None."""
+        self._check_caller()
         require_rows(input)
         starts, sizes = self.starts, self.sizes
         if tables is not None:
@@ -267,6 +268,7 @@ class AMTLEmbeddingCollection(AMTLTable):
 
     def _pooled(self, input: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         tables = len(self.names)
+        self._check_caller()
         require_rows(input)
         require_rows(offsets, "offsets")
         if input.dim() != 1 or offsets.dim() != 1 or (len(offsets) - 1) % tables:

@@ -113,6 +113,23 @@ def _twice(name: str) -> str:
 _passes: WeakKeyDictionary[Optimizer, _Passes] = WeakKeyDictionary()
 
 
+def refuse_repetition(updated: Updated, name: str) -> None:
+    """Raise where a lookup is repeated in a backward that has changed the table since.
+
+    Activation checkpointing would go on with another output than the one of the forward.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    # A backward within this one, as reentrant checkpointing has it, came after it.
+    if 0 <= torch._C._current_graph_task_id() <= updated.backward:
+        raise RuntimeError(
+            f"activation checkpointing repeats a lookup of table {name!r} that the backward has "
+            "updated since, by its fused optimizer: look the table up once in what is "
+            "checkpointed, or outside of it, or call amtl.fuse(model, None)"
+        )
+
+
 def watch(out: Tensor, optimizer: RowOptimizer, updated: Updated, name: str) -> Tensor:
     """Refuse a second update between two steps, once the output's gradient arrives."""
     passes = _passes.get(optimizer)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import amtl_kernels
 from amtl.layer.budget import SizeGrid
 from amtl.layer.frequency import decode_row_map
-from amtl.layer.fusing import Updated, refuse_replicas, watch
+from amtl.layer.fusing import Updated, refuse_repetition, refuse_replicas, watch
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, pack_codes, unit
@@ -23,7 +24,7 @@ from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
 from amtl_kernels.optim import RowOptimizer
 
 _PATIENCE = 5
-"""Changes of the table without one of its sizes before it is asked who trains them."""
+"""Changes of the table, by whatever, without one of its sizes before that is warned of."""
 
 
 def require_rows(value: object, name: str = "input") -> None:
@@ -52,6 +53,8 @@ class TableRows(nn.Module):
     grid: SizeGrid
     fused_optimizer: RowOptimizer | None = None
     """What updates the table within the backward, see `fuse`."""
+    _before_use: Callable[[], None] | None = None
+    """What wants to be called before values of tiers are used: a check of the file they are in."""
 
     def _describe(
         self,
@@ -164,7 +167,12 @@ class TableRows(nn.Module):
 
     def table_parameters(self) -> list[nn.Parameter]:
         """The table: `[weight]`, or the blocks once frozen."""
+        self._announce()
         return self._table()
+
+    def _announce(self) -> None:
+        if self._before_use is not None:
+            self._before_use()
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """What learns the sizes; give it a learning rate of its own. Empty once frozen."""
@@ -270,6 +278,7 @@ class TableRows(nn.Module):
 
     def _plan(self) -> TierPlan:
         assert self.tier_ends is not None
+        self._announce()
         order = None if self.row_order is None else self._own_rows()
         numbers = 1 if self.steps is None else unit(self.options.bits or 8)
         widths = tuple(b.shape[1] * numbers for b in self.blocks)
@@ -339,7 +348,10 @@ class TableRows(nn.Module):
         return self.training and self._noise_on and self._head().size_noise > 0
 
     def _notice_learning(self, sizes: Tensor) -> None:
-        """Warn once if the table learns and its sizes, which want to, are in no optimizer."""
+        """Refuse to go on if an optimizer has the table and none its sizes, which want to learn.
+
+        Where the table changes in another way, as by hand, it is warned of once.
+        """
         if not self.training or self._untaught < 0 or not torch.is_grad_enabled():
             return
         head, weight = self._head(), self.weight
@@ -352,17 +364,24 @@ class TableRows(nn.Module):
         if before is None or before[0] is not sizes or before[1] == weight._version:
             return
         self._untaught += 1
-        if self._untaught < _PATIENCE:
+        if self._untaught not in (1, _PATIENCE):
             return
-        self._untaught = -1
         trainable = [p for p in head.parameters() if p.requires_grad]
-        if trainable and not optimizers_of(trainable):
-            warnings.warn(
-                f"table {self.name!r} is trained, but what learns its sizes is in no optimizer, so "
-                'they stay as they started: optimizer.add_param_group({"params": '
-                'amtl.mask_parameters(model), "lr": 1e-2}), or parametrization="rule"',
-                stacklevel=4,
-            )
+        if not trainable or optimizers_of(trainable):
+            self._untaught = -1
+            return
+        message = (
+            f"table {self.name!r} is trained, but what learns its sizes is in no optimizer, so "
+            'they stay as they started: optimizer.add_param_group({"params": '
+            'amtl.mask_parameters(model), "lr": 1e-2}), or requires_grad_(False) on these if the '
+            'sizes are to stay, or parametrization="rule"'
+        )
+        if optimizers_of([weight]):
+            self._untaught = 0
+            raise RuntimeError(message)
+        if self._untaught == _PATIENCE:
+            self._untaught = -1
+            warnings.warn(message, stacklevel=4)
 
     def _check_caller(self) -> None:
         """Refuse transformations that cannot see into the operators, with the reason."""
@@ -378,6 +397,14 @@ class TableRows(nn.Module):
                 "operators have no rule for them. Use autograd (backward, torch.autograd.grad); "
                 "indices of any shape are looked up in one call, without vmap"
             )
+        elif forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(parameter).tangent is not None
+            for parameter in (*self._table(), *self.mask_parameters())
+        ):
+            raise RuntimeError(
+                "AMTL layers have no forward-mode derivative: use autograd (backward, "
+                "torch.autograd.grad)"
+            )
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """An operator of `amtl_kernels`, or its form that updates the table in the backward."""
@@ -387,6 +414,7 @@ class TableRows(nn.Module):
             plain: Tensor = getattr(amtl_kernels, name)(*args, **kwargs, sparse=self.sparse)
             return plain
         refuse_replicas(tables, self.name)
+        refuse_repetition(self._updated, self.name)
         fused = getattr(amtl_kernels.fused, name)
         return watch(
             fused(*args, **kwargs, optimizer=optimizer), optimizer, self._updated, self.name
@@ -443,6 +471,7 @@ class TableRows(nn.Module):
     def _frozen_rows(self, indices: Tensor) -> Tensor:
         """Indices in the numbering of the tiers."""
         require_rows(indices)
+        self._announce()
         assert self.tier_ends is not None
         order, places = self.row_order, self.tier_ends[-1]
         if order is not None:

@@ -194,8 +194,13 @@ def _holders(
 
 
 def _replace(
-    group: dict[str, Any], position: int, count: int, parameters: Sequence[nn.Parameter]
+    group: dict[str, Any], old: nn.Parameter, count: int, parameters: Sequence[nn.Parameter]
 ) -> None:
+    """Put parameters in the place of `old` and what follows it, `count` in all."""
+    position = _position(group, old)
+    if position is None:
+        # Done: trainers wrap an optimizer in another one that has the same list of parameters.
+        return
     group["params"][position : position + count] = parameters
     names = group.get("param_names")
     if names is not None:
@@ -229,8 +234,8 @@ def freeze_optimizers(
     State of shape [N, D] is split into tiers, of shape [N] or [N, 1] permuted, anything else
     copied to every block. Momenta are cut to each row's size, second moments keep the stored width.
     """
-    for optimizer, group, position in _holders(optimizers, weight):
-        _replace(group, position, 1, blocks)
+    for optimizer, group, _ in _holders(optimizers, weight):
+        _replace(group, weight, 1, blocks)
         state = optimizer.state.pop(weight, None)
         if not state:
             continue
@@ -255,8 +260,8 @@ def thaw_optimizers(
     plan: TierPlan,
 ) -> None:
     """Inverse of `freeze_optimizers`; blocks that have no state yet count as zeros."""
-    for optimizer, group, position in _holders(optimizers, blocks[0]):
-        _replace(group, position, len(blocks), [weight])
+    for optimizer, group, _ in _holders(optimizers, blocks[0]):
+        _replace(group, blocks[0], len(blocks), [weight])
         states = [optimizer.state.pop(block, None) or {} for block in blocks]
         keys = {key: None for state in states for key in state}
         merged: dict[str, Any] = {}
@@ -330,8 +335,8 @@ def replace_parameters(
     optimizers: list[Optimizer], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
 ) -> None:
     """Put parameters in the place of others, without state: theirs belonged to other values."""
-    for optimizer, group, position in _holders(optimizers, old[0]):
-        _replace(group, position, 1, new)
+    for optimizer, group, _ in _holders(optimizers, old[0]):
+        _replace(group, old[0], 1, new)
         optimizer.state.pop(old[0], None)
         drop_parameters([optimizer], old[1:])
         _begin_state(optimizer, group, new)

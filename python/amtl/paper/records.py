@@ -1,7 +1,7 @@
 """Runs as lines of a file: made once, whoever makes them, and added when they end.
 
 Several processes may work on one file. What one of them is making, the others leave to it; what was
-stopped leaves no trace and is made again.
+stopped leaves no trace and is made again. Each line has a checksum, but those of older versions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from amtl.store.files import checked_json, json_text
 
 
 class Claim:
@@ -55,12 +57,16 @@ def append(out: Path, record: Mapping[str, Any]) -> None:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             file.truncate(whole)
-        file.write(json.dumps(record).encode() + b"\n")
+        file.write(json_text(record, None).encode() + b"\n")
 
 
 def read(out: Path) -> Iterator[dict[str, Any]]:
-    """The runs in a file, none if there is no file."""
+    """The runs in a file, none if there is no file.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     if out.exists():
-        for line in out.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+        # What follows the last line break was stopped.
+        for number, line in enumerate(out.read_bytes().split(b"\n")[:-1], 1):
+            yield checked_json(line, f"line {number} of {out}")

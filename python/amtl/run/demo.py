@@ -92,7 +92,8 @@ def run_demo(
         raise UserError("the packed model predicts something else: please report this")
     stored = methods.stored_bytes(packed.model.table)
     for line in (
-        f"packed model  [bold]{packed_path}[/], {packed_path.stat().st_size:,} bytes in all",
+        f"packed model  [bold]{escape(str(packed_path))}[/], {packed_path.stat().st_size:,} bytes "
+        "in all",
         f"  embeddings  {stored:,} bytes, one in {full['stored_bytes'] / stored:.0f} of the full "
         f"table's {full['stored_bytes']:,}",
         f"  test AUC    {chosen['test_auc']:.4f}; the full table has {full['test_auc']:.4f}",
@@ -101,5 +102,5 @@ def run_demo(
         console.print(line, highlight=False)
     report = out / "report.html"
     write_report(folders, report)
-    console.print(f"report        [bold]{report}[/]", highlight=False)
+    console.print(f"report        [bold]{escape(str(report))}[/]", highlight=False)
     console.print(f"took          {time.perf_counter() - began:.0f} s", highlight=False)

@@ -142,7 +142,7 @@ class Bars:
 
     def note(self, text: str) -> None:
         """Prints above the bar."""
-        self._console.print(f"  {text}", style="dim", highlight=False)
+        self._console.print(f"  {escape(text)}", style="dim", highlight=False)
 
     def end(self) -> None:
         """Closes the bar."""

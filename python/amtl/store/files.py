@@ -142,10 +142,10 @@ def write_text(path: Path, text: str) -> None:
     write_aside({path: lambda aside: aside.write_bytes(text.encode())})
 
 
-def json_text(content: Mapping[str, Any]) -> str:
+def json_text(content: Mapping[str, Any], indent: int | None = 1) -> str:
     """A JSON object whose last member is the checksum of the others."""
     sealed = {**content, _CHECKSUM: _json_checksum(content)}
-    return json.dumps(sealed, indent=1, allow_nan=True)
+    return json.dumps(sealed, indent=indent, allow_nan=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -160,27 +160,42 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing or damaged.
     """
     try:
-        content = json.loads(path.read_bytes().decode())
+        text = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; is {path.parent} a run of amtl train?") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return checked_json(text, str(path))
+
+
+def checked_json(text: bytes, name: str) -> dict[str, Any]:
+    """The JSON object of `json_text`, or any other, without its checksum.
+
+    Args:
+        text: UTF-8.
+        name: what errors call it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): {RESTORE}") from error
+        raise UserError(f"{name} is damaged ({error}): {RESTORE}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object): {RESTORE}")
+        raise UserError(f"{name} is damaged (it holds no JSON object): {RESTORE}")
     if content:
-        name, value = content.popitem()
+        key, value = content.popitem()
         checksum = _json_checksum(content)
-        if name == _CHECKSUM and value == checksum:
+        if key == _CHECKSUM and value == checksum:
             return content
         # Files without a checksum are read as they are, but not those whose checksum lost its name.
-        if name == _CHECKSUM or _CHECKSUM in content or value == checksum:
+        if key == _CHECKSUM or _CHECKSUM in content or value == checksum:
             raise UserError(
-                f"{path} is damaged or was edited (its checksum differs): {RESTORE}; "
+                f"{name} is damaged or was edited (its checksum differs): {RESTORE}; "
                 f'after an edit that was meant, delete its member "{_CHECKSUM}"'
             )
-        content[name] = value
+        content[key] = value
     return content
 
 

@@ -226,9 +226,9 @@ def open_packed(
         path: a file of `save` or `amtl pack`.
         verify: compare the checksums of all tensors now (True, reads them) or never (False). None:
             now for files up to 64 MiB; of larger ones, those of `state` and `tensors` when a
-            tensor is taken out, a layer's when it is first called, saved, copied or asked for its
-            `state_dict()`. What reaches a layer's values past these (`dense_weight`, `revert`,
-            its blocks) should open the file with True.
+            tensor is taken out, a layer's when it is first called, saved, copied, reverted or asked
+            for rows, numbers or parameters by one of its methods. Who reaches for its `blocks` past
+            these should open the file with True.
         device: move everything there, which reads it, so it is checked unless `verify` is False.
 
     Raises:
@@ -305,7 +305,10 @@ def _layer(name: str, config: Mapping[str, Any], contents: FileTensors) -> AMTLT
 
 
 class _Unchecked:
-    """A hook of a layer that checks its part of the file before its values are first used."""
+    """What checks a layer's part of a file before its values are first used: hooks, and its word.
+
+    Hooks come before anything that a call does, the layer's own word where no call is.
+    """
 
     def __init__(self, contents: FileTensors | None = None) -> None:
         self._contents = contents
@@ -321,6 +324,7 @@ class _Unchecked:
             handle.remove()
 
     def attach(self, layer: AMTLTable) -> None:
+        layer._before_use = self
         self._handles = [
             layer.register_forward_pre_hook(self, prepend=True),
             layer.register_state_dict_pre_hook(self),

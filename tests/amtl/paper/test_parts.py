@@ -68,6 +68,30 @@ def test_a_line_cut_short_is_written_again(tmp_path):
     assert [r["job"] for r in read(out)] == [1, 3]
 
 
+def test_every_flipped_bit_of_a_run_is_noticed(tmp_path):
+    out = tmp_path / "runs.jsonl"
+    runs = [{"job": {"seed": n, "set": "ü"}, "val_auc": 0.75 + n} for n in range(2)]
+    out.write_text(json.dumps(runs[0]) + "\n")
+    assert list(read(out)) == runs[:1], "lines of older versions have no checksum"
+    out.unlink()
+    for run in runs:
+        append(out, run)
+    whole = out.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        out.write_bytes(damaged)
+        try:
+            found = list(read(out))
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            # Without its line break, the last one counts as not written to the end.
+            assert found == runs[: 1 + (bit // 8 < len(whole) - 1)], bit
+    out.write_bytes(whole)
+    assert list(read(out)) == runs
+
+
 def test_tuning_starts_at_the_default_and_never_repeats():
     space = {"a": (1, 2, 3), "b": ("x", "y")}
     tried = []

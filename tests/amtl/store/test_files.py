@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import zlib
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -100,11 +102,29 @@ def test_something_in_the_way(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_that_may_not_be_written(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(FileWriteError, match="you may write to"):
-        write_aside({tmp_path / "x": text("new")})
+@pytest.fixture
+def forbidden():
+    """A folder that may be read but not written, with a file in it, as seen by nobody."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "x").write_text("old")
+        folder.chmod(0o555)
+        if user == 0:
+            # Nothing is forbidden to root.
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+
+def test_a_folder_that_may_not_be_written(forbidden):
+    for path in (forbidden / "x", forbidden / "deeper" / "x"):
+        with pytest.raises(FileWriteError, match="you may write to"):
+            write_aside({path: text("new")})
+    assert os.listdir(forbidden) == ["x"] and (forbidden / "x").read_text() == "old"
 
 
 SLOW = """

@@ -505,6 +505,40 @@ def test_a_large_file_is_checked_before_its_values_are_used(packed_path, monkeyp
     assert packed_path.read_bytes() == content
 
 
+PAST_THE_CALL = {
+    "dense_weight": lambda layer: layer.dense_weight(),
+    "revert": lambda layer: amtl.revert(layer).weight,
+    "thaw": lambda layer: layer.thaw(counts=torch.ones(60)).weight,
+    "table_parameters": lambda layer: torch.cat([b.flatten() for b in layer.table_parameters()]),
+    "row_dims": lambda layer: layer.row_dims(),
+    "lookup": lambda layer: layer.lookup("a", torch.arange(5)),
+    "table": lambda layer: layer.table("b")(torch.arange(5)),
+}
+
+
+@pytest.mark.parametrize("use", PAST_THE_CALL)
+def test_a_large_file_is_checked_where_its_layer_is_not_called(packed_path, monkeypatch, use):
+    monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
+    layer = frozen(in_order=False)
+    if use in ("lookup", "table"):
+        rows = {"a": 50, "b": 10}
+        counts = {name: torch.arange(n) for name, n in rows.items()}
+        layer = amtl.AMTLEmbeddingCollection(rows, 8, counts=counts, budget=0.4).freeze()
+    amtl.save(layer, packed_path)
+    expected = PAST_THE_CALL[use](amtl.load(packed_path, verify=True))
+    layer = amtl.load(packed_path)
+    assert torch.equal(PAST_THE_CALL[use](layer), expected)
+    assert not layer._forward_pre_hooks
+    content = bytearray(packed_path.read_bytes())
+    content[-1] ^= 1
+    packed_path.unlink()
+    packed_path.write_bytes(content)
+    layer = amtl.load(packed_path)
+    for _ in range(2):
+        with pytest.raises(TensorFileError, match="corrupted: checksum of tensor"):
+            PAST_THE_CALL[use](layer)
+
+
 def test_values_changed_before_the_check_are_no_damage(packed_path, monkeypatch):
     monkeypatch.setattr(format_module, "_CHECKED_AT_ONCE", 0)
     layer = amtl.load(packed_path)
