@@ -510,6 +510,11 @@ def test_what_cannot_work_says_why(kind, frozen):
     with pytest.raises(RuntimeError, match=r"amtl\.revert"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(layer, (rows,), io.BytesIO(), dynamo=False)
+    # The newer exporter needs onnxscript; it calls torch.export.
+    exporter = {"__name__": "torch.onnx.newer", "export": torch.export.export}
+    exec("def call(*args):\n    return export(*args)", exporter)
+    with pytest.raises(RuntimeError, match=r"amtl\.revert"):
+        exporter["call"](layer, (rows,))
     with pytest.raises(ValueError, match="float64"):
         layer.double()(rows)
 

@@ -149,11 +149,16 @@ def test_tiers_of_other_widths_replace_each_other():
 
 
 class Trainer:
-    """As Lightning resumes from `ckpt_path`: optimizers first, then the model, then their state."""
+    """Resumes as trainers do: optimizers and the model, in either order, then their state.
 
-    def __init__(self, parametrization):
+    Lightning loads the model of a `ckpt_path` first.
+    """
+
+    def __init__(self, parametrization, model_state=None):
         self.model, tables = script("adagrad", parametrization, grouped=True)
         del tables
+        if model_state is not None:
+            self.model.load_state_dict(model_state)
         masks = amtl.mask_parameters(self.model)
         known = {id(p) for p in masks}
         rest = [p for p in self.model.parameters() if id(p) not in known]
@@ -180,8 +185,9 @@ class Trainer:
             }
         )
 
-    def restore(self, saved):
-        self.model.load_state_dict(saved["state_dict"])
+    def restore(self, saved, with_model):
+        if with_model:
+            self.model.load_state_dict(saved["state_dict"])
         for mine, state in zip(self.optimizers, saved["optimizers"], strict=True):
             mine.load_state_dict(state)
         for mine, state in zip(self.schedules, saved["schedules"], strict=True):
@@ -190,14 +196,16 @@ class Trainer:
 
 @pytest.mark.parametrize("parametrization", ["rule", "ordinal"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_in_a_trainers_order(parametrization, frozen):
+@pytest.mark.parametrize("first", ["optimizers", "model"])
+def test_in_a_trainers_order(parametrization, frozen, first):
     trainer = Trainer(parametrization)
     trainer.fit(3, seed=1)
     if frozen:
         amtl.freeze(trainer.model, trainer.optimizers)
         trainer.fit(2, seed=2)
-    other = Trainer(parametrization)
-    other.restore(trainer.save())
+    saved = trainer.save()
+    other = Trainer(parametrization, saved["state_dict"] if first == "model" else None)
+    other.restore(saved, with_model=first == "optimizers")
     assert_held(other.model, *other.optimizers)
     for one in (trainer, other):
         one.fit(3, seed=3)

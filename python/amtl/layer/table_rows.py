@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -38,6 +39,20 @@ def require_rows(value: object, name: str = "input") -> None:
         raise TypeError(f"{name} must be a tensor of int32 or int64, got {value!r:.60}")
     if value.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {value.dtype}")
+
+
+def _exports_to_onnx() -> bool:
+    """Whether torch.onnx is among the callers; its newer exporter tells in no other way."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.onnx."):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+# What torch.compiler.assume_constant_result() sets, which would import the compiler.
+_exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class TableRows(nn.Module):
@@ -386,7 +401,9 @@ class TableRows(nn.Module):
     def _check_caller(self) -> None:
         """Refuse transformations that cannot see into the operators, with the reason."""
         if torch.compiler.is_compiling() or torch._C._is_tracing():
-            if torch.onnx.is_in_onnx_export():
+            if torch.onnx.is_in_onnx_export() or (
+                torch.compiler.is_exporting() and _exports_to_onnx()
+            ):
                 raise RuntimeError(
                     "ONNX has no operator for rows of different widths: export what "
                     "amtl.revert(model, masked=True) makes, a dense model with the same outputs"

@@ -66,6 +66,9 @@ def write_aside(
             for path, write in writes.items():
                 if path.is_dir():
                     raise IsADirectoryError(errno.EISDIR, "a folder is in the way")
+                if path.exists() and not path.is_file():
+                    # Renaming would take /dev/null from everybody.
+                    raise FileExistsError(errno.EEXIST, "a device or pipe is in the way")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _sweep(path.parent)
                 aside = stack.enter_context(_folder_aside(path)) / path.name

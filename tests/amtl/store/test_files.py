@@ -99,7 +99,11 @@ def test_something_in_the_way(tmp_path):
     assert (tmp_path / "file").read_text() == "old"
     with pytest.raises(FileWriteError, match="another name"):
         write_aside({tmp_path / "file" / "x": text("new")})
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileWriteError, match="a device or pipe is in the way"):
+        write_aside({tmp_path / "pipe": text("new")})
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe"]
 
 
 @pytest.fixture
