@@ -163,8 +163,9 @@ class Trainer:
         known = {id(p) for p in masks}
         rest = [p for p in self.model.parameters() if id(p) not in known]
         self.optimizers = [OPTIMIZERS["adagrad"](rest)]
-        if masks:
-            self.optimizers.append(OPTIMIZERS["adam"](masks))
+        if parametrization != "rule":
+            # In a group, which may be empty: once frozen there is nothing to learn.
+            self.optimizers.append(OPTIMIZERS["adam"]([{"params": masks}]))
         self.schedules = [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in self.optimizers]
 
     def fit(self, steps, seed):

@@ -574,7 +574,7 @@ def test_drawn_calls(backend: Any) -> None:
 
     @settings(
         deadline=None,
-        max_examples=500 * backend.examples if SOAK else brief,
+        max_examples=2000 * backend.examples if SOAK else brief,
         # Shrinking takes minutes under an interpreter.
         phases=list(Phase) if SOAK else [Phase.explicit, Phase.reuse, Phase.generate],
         suppress_health_check=list(HealthCheck),

@@ -48,16 +48,40 @@ def holds_run(folder: Path) -> bool:
     return any((folder / f"checkpoint{end}").exists() for end in _ENDS)
 
 
+def require_no_part(out: Path) -> None:
+    """Refuse to write something else in the place of a run's own file.
+
+    Raises:
+        UserError: `out` is one.
+    """
+    own = {
+        _CONFIG,
+        _VOCABULARY,
+        _METRICS,
+        *(f"{n}{e}" for n in ("checkpoint", "best") for e in _ENDS),
+    }
+    if out.name in own and (out.parent / _CONFIG).exists():
+        raise UserError(
+            f"{out} is a part of the run {out.parent}, which needs it: choose another name"
+        )
+
+
 def begin_run(folder: Path, config: TrainConfig, encoder: Encoder) -> None:
     """Write what a run starts from, in place of the run that the folder holds, if any.
 
     The old run goes when all that the new one needs is on disk, not before.
 
     Raises:
-        FileWriteError: the folder cannot be written; the old run is whole.
+        UserError: the folder cannot be written; the old run is whole.
     """
     old = [folder / f"{name}{end}" for name in ("checkpoint", "best") for end in _ENDS]
     old.append(folder / _METRICS)
+    for path in old:
+        if path.is_dir():
+            raise UserError(
+                f"cannot replace {path}: a folder is in the way; move it away or choose another "
+                "--out (what was there before is unchanged)"
+            )
 
     def remove() -> None:
         for path in old:
@@ -207,6 +231,7 @@ def pack_run(
         UserError: the run has no model yet, a file is damaged or cannot be written, or its numbers
             have few bits already.
     """
+    require_no_part(out)
     trained = load_run(folder)
     model, config = trained.model, trained.config
     if methods.is_peer(model.table):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amtl.errors import UserError
+from amtl.run.folders import require_no_part
 from amtl.run.html import STYLE, html_page, html_table, require_matplotlib, section, svg
 from amtl.store.files import read_json, write_text
 
@@ -209,8 +210,10 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     """Writes the report of the given run folders to `out`, atomically.
 
     Raises:
-        UserError: if a run is unfinished, data sets differ, or matplotlib is missing.
+        UserError: if a run is unfinished, data sets differ, matplotlib is missing, or `out` is a
+            file of a run.
     """
+    require_no_part(out)
     runs = load_metrics(folders)
     sources = sorted({run["config"]["data"] for run in runs})
     if len(sources) > 1:

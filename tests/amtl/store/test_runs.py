@@ -139,6 +139,31 @@ def test_force_keeps_the_old_run_until_the_new_one_has_started(run, monkeypatch,
     assert all(after[name] != before[name] for name in before if name != "vocabulary.safetensors")
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "best.pt", "config.json"])
+def test_a_folder_where_a_file_of_the_old_run_was_leaves_that_run_alone(run, name, capsys):
+    before = contents(run)
+    (run / name).unlink(missing_ok=True)
+    (run / name / "inside").mkdir(parents=True)
+    assert command(*TRAIN, "--out", run, "--force") == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{name}: a folder is in the way" in told
+    (run / name / "inside").rmdir()
+    (run / name).rmdir()
+    assert {**before, **contents(run)} == before and len(contents(run)) == len(before) - (
+        name in before
+    )
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "metrics.json"])
+def test_what_is_made_of_a_run_does_not_take_the_place_of_its_files(run, name, capsys):
+    before = contents(run)
+    for made in ("pack", "report"):
+        assert command(made, run, "-o", run / name) == 1
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and f"{name} is a part of the run" in told
+    assert contents(run) == before
+
+
 def test_a_new_run_leaves_nothing_of_the_old_one(run):
     trainer = start(settings(seed=7, race=False, validations=1), run, stop=lambda steps: steps >= 1)
     with pytest.raises(Interrupted):
