@@ -150,7 +150,7 @@ def test_counts_are_summed_over_who_shares_a_table(model):
         fuxictr.count(model, broken)
 
 
-def test_regularisers_do_not_touch_the_sizes(model):
+def test_regularisers_and_initialisers_do_not_touch_the_sizes(model):
     before = model.regularization_loss().detach()
     fuxictr.convert(model, COUNTS, budget=0.5, parametrization="ordinal")
     torch.testing.assert_close(model.regularization_loss().detach(), before)
@@ -162,6 +162,9 @@ def test_regularisers_do_not_touch_the_sizes(model):
     model.train()
     model.compute_loss(model(batch), model.get_labels(batch)).backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in masks)
+    before = [p.detach().clone() for p in masks]
+    model.reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, masks, strict=True))
 
 
 def test_what_is_refused(model):
