@@ -55,6 +55,10 @@ class Bags(NamedTuple):
     include_last_offset: bool
 
 
+SGD, ROWWISE_ADAGRAD = 0, 2
+"""The optimizers, by number, whose state is smaller than what tables of codes save."""
+
+
 def are_codes(blocks: Sequence[Tensor]) -> bool:
     """Whether blocks hold codes of few bits, and so no numbers."""
     return len(blocks) > 0 and blocks[0].dtype == torch.uint8
@@ -66,15 +70,15 @@ def widths_of(blocks: Sequence[Tensor], bits: int) -> list[int]:
     return [block.shape[1] * per_byte for block in blocks]
 
 
-def cut(blocks: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
-    """The parts of blocks that end before these rows, each within a block, as views."""
-    parts: list[Tensor] = []
+def parts_of(blocks: Sequence[Tensor], ends: Sequence[int]) -> list[tuple[int, slice]]:
+    """The parts of blocks that end before these rows: each one's block, and its rows in that."""
+    parts: list[tuple[int, slice]] = []
     first = start = 0
-    for block in blocks:
+    for c, block in enumerate(blocks):
         after = first + block.shape[0]
         while len(parts) < len(ends) and ends[len(parts)] <= after:
             end = ends[len(parts)]
-            parts.append(block[start - first : end - first])
+            parts.append((c, slice(start - first, end - first)))
             start = end
         first = after
     return parts
@@ -97,7 +101,11 @@ def check_few_bits(
     check(bool(steps) == bool(bits), "steps and bits go together")
     if not steps:
         check(not step_ends, "step_ends need steps and bits")
-        check(not are_codes(blocks), "blocks of codes need steps and bits, and have no gradient")
+        check(
+            not are_codes(blocks),
+            "blocks of codes need steps and bits, and have no gradient: an optimizer of the "
+            "lookup, SGD or RowwiseAdagrad, updates them",
+        )
         return
     check(
         len(steps) == len(bits) == len(block_counts),
@@ -126,6 +134,24 @@ def check_few_bits(
             whole or not step_ends,
             "step_ends must not decrease, and every block must end at one of them",
         )
+
+
+def check_rule_of_codes(optimizer: int) -> None:
+    """Raises ValueError unless the optimizer of this number updates codes."""
+    if optimizer not in (SGD, ROWWISE_ADAGRAD):
+        raise ValueError(
+            "blocks of codes are updated by SGD or RowwiseAdagrad: the state of other optimizers "
+            "is larger than the numbers that codes save"
+        )
+
+
+def check_update_of_codes(blocks: Sequence[Tensor], optimizer: int, psw_grad: bool) -> None:
+    """Raises ValueError unless the optimizer can update blocks that have step sizes."""
+    if not are_codes(blocks):
+        raise ValueError("blocks of floats are updated as they are, without steps and bits")
+    check_rule_of_codes(optimizer)
+    if psw_grad:
+        raise ValueError("an update of codes makes no gradient of per_sample_weights")
 
 
 def clamped(indices: Tensor, offsets: Tensor | None, rows: Sequence[int]) -> Tensor:

@@ -35,12 +35,17 @@ def _widths(tables: Tables, bits: Sequence[int]) -> list[int]:
     return [max(widths_of([next(blocks) for _ in range(n)], each)) for n, each in every]
 
 
+def _numbers(tables: Tables, steps: Sequence[Tensor]) -> Tensor:
+    """What has the type of the output."""
+    return steps[0] if steps and are_codes(tables.blocks) else tables.blocks[0]
+
+
 def _fake_lookup(*arguments: Any) -> Tensor:
     tables = Tables.of(arguments[:_TABLES])
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
     steps, bits = (*arguments[_TABLES + 3 + _BAGS :], None, None)[:2]
     widths = _widths(tables, bits or ())
-    like = steps[0] if steps and are_codes(tables.blocks) else tables.blocks[0]
+    like = _numbers(tables, steps or ())
     if bags.offsets is None:
         return like.new_empty(*bags.indices.shape, widths[0])
     ends = bags.offsets.shape[0] - int(bags.include_last_offset)
@@ -48,10 +53,10 @@ def _fake_lookup(*arguments: Any) -> Tensor:
 
 
 def _fake_others(
-    tables: Tables, bags: Bags, mask_grad: bool, psw_grad: bool
+    tables: Tables, bags: Bags, mask_grad: bool, psw_grad: bool, steps: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """Gradients of masks and of per-sample weights."""
-    like, psw = tables.blocks[0], bags.per_sample_weights
+    like, psw = _numbers(tables, steps), bags.per_sample_weights
     compute = torch.float64 if like.dtype == torch.float64 else torch.float32
     values = 0
     if mask_grad and tables.row_groups:
@@ -76,7 +81,9 @@ def _fake_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor,
 def _fake_update(*arguments: Any) -> tuple[Tensor, Tensor]:
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
     mask_grad, psw_grad = arguments[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS]
-    return _fake_others(Tables.of(arguments[:_TABLES]), bags, mask_grad, psw_grad)
+    # Behind them whether groups are sorted, three arguments of the step, and few bits.
+    steps = (*arguments[_TABLES + 7 + _BAGS :], None)[0] or ()
+    return _fake_others(Tables.of(arguments[:_TABLES]), bags, mask_grad, psw_grad, steps)
 
 
 def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -> Tensor:

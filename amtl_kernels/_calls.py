@@ -20,6 +20,7 @@ from amtl_kernels._arguments import (
     FewBits,
     Tables,
     are_codes,
+    check_rule_of_codes,
     clamped,
     split_masks,
 )
@@ -67,13 +68,18 @@ def call(
     # Fails now rather than in the backward.
     optimizer.check_owns(tables.blocks)
     fused = _Fused(tables, list(masks), bags, bounds_check, optimizer, few)
-    updated: Tensor = _Update.apply(fused, bags.per_sample_weights, *masks, *tables.blocks)
+    # Codes have no gradient that would lead to the backward.
+    codes = few is not None and are_codes(tables.blocks)
+    anchor = few.steps[0].new_empty(0).requires_grad_() if few is not None and codes else None
+    learnable = (anchor, bags.per_sample_weights, *masks, *tables.blocks)
+    updated: Tensor = _Update.apply(fused, *learnable)
     return updated
 
 
 def _check_gradients(tables: Tables, bags: Bags, optimizer: RowOptimizer | None) -> None:
     if optimizer is not None and are_codes(tables.blocks):
-        raise ValueError("a table of codes has no gradient: optimizer must be None")
+        check_optimizer(optimizer)
+        check_rule_of_codes(optimizer._number)
     psw, several = bags.per_sample_weights, len(tables.block_counts) > 1
     if several and psw is not None and psw.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -112,8 +118,9 @@ class _Fused(NamedTuple):
             groups.is_cuda and _never_falls(groups) for groups in tables.row_groups
         )
         wants = (mask_grad, psw_grad, groups_sorted)
+        few = self.few if self.few is not None and are_codes(tables.blocks) else ()
         masks, psw = torch.ops.amtl.lookup_update_(
-            *tables, grad, *bags, *wants, state, number, hyper
+            *tables, grad, *bags, *wants, state, number, hyper, *few
         )
         return masks, psw if shown is None else shown
 
@@ -122,7 +129,7 @@ class _Update(torch.autograd.Function):
     """Connects a call to the graph through all that may need a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, fused: _Fused, psw: Tensor | None, *masks_and_blocks: Tensor) -> Tensor:
+    def forward(ctx: Any, fused: _Fused, *learnable: Tensor | None) -> Tensor:
         ctx.fused = fused
         tables, masks, bags, bounds_check, _, few = fused
         return _autograd.forward(tables, masks, bags, bounds_check, few=few)
@@ -131,7 +138,7 @@ class _Update(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         fused = ctx.fused
-        _, wants_psw, *rest = ctx.needs_input_grad
+        _, _, wants_psw, *rest = ctx.needs_input_grad
         wanted = rest[: len(fused.masks)]
         flat, psw = fused.update(grad.contiguous(), any(wanted), wants_psw)
         masks: list[Tensor | None] = [None] * len(fused.masks)
@@ -140,7 +147,8 @@ class _Update(torch.autograd.Function):
             parts = split_masks(flat, fused.tables.sizes, dims)
             every = zip(parts, fused.masks, wanted, strict=True)
             masks = [part.to(mask.dtype) if wants else None for part, mask, wants in every]
-        return (None, psw if wants_psw else None, *masks, *[None] * len(fused.tables.blocks))
+        of_blocks = [None] * len(fused.tables.blocks)
+        return (None, None, psw if wants_psw else None, *masks, *of_blocks)
 
 
 # Tensor to its version and whether it was found never to fall.

@@ -30,9 +30,14 @@ import torch
 #                  of the parts of its rows, and 2, 4 or 8. With half = (2^bits - 1) / 2, code u of
 #                  0..2^bits - 1 stands for (u - half) * step, in float32. Blocks of uint8
 #                  [n_c, w_c * bits / 8] hold codes, the first in the lowest bits; they have no
-#                  gradient, and output and per_sample_weights are float32. Blocks of floats are
-#                  rounded as they are read, to code clamp(round(x / step + half), 0, 2 * half); the
-#                  other operators know nothing of it, so gradients pass straight through
+#                  gradient, and output, its gradient and per_sample_weights are float32. Blocks of
+#                  floats are rounded as they are read, to code clamp(round(x / step + half), 0,
+#                  2 * half); the other operators know nothing of it, so gradients pass straight
+#                  through. lookup_update_ updates the number x that a code stands for as that of a
+#                  table of floats, by SGD or row-wise Adagrad only, and stores code floor(p) or
+#                  floor(p) + 1 of p = clamp(x / step + half, 0, 2 * half), NaN being 0: the second
+#                  if r < (p - floor(p)) * 2^24, r the upper 24 of the random bits (rounding.py)
+#                  of the number's row in its block, its column and the step
 #   step_ends      table after table the first row after each part, each within a block; None: every
 #                  block is a part. The three are last, and None by default: a call without them
 #                  does not even pass them
@@ -43,12 +48,12 @@ _BAGS = (
     " bool include_last_offset"
 )
 _STEP = "Tensor(b!)[] state, int optimizer, float[] hyper"
+_FEW_BITS = "Tensor[]? steps=None, int[]? bits=None, int[]? step_ends=None"
 
 SCHEMAS: dict[str, str] = {
     "lookup": (
         f"(Tensor[] blocks, {_TABLES}, Tensor[]? masks, {_BAGS}, int bounds_check,"
-        " bool sparse_grad, Tensor[]? steps=None, int[]? bits=None, int[]? step_ends=None)"
-        " -> Tensor"
+        f" bool sparse_grad, {_FEW_BITS}) -> Tensor"
     ),
     "lookup_backward": (
         f"(Tensor grad, Tensor[] blocks, {_TABLES}, {_BAGS}, bool weight_grad, bool mask_grad,"
@@ -57,7 +62,7 @@ SCHEMAS: dict[str, str] = {
     ),
     "lookup_update_": (
         f"(Tensor(a!)[] blocks, {_TABLES}, Tensor grad, {_BAGS}, bool mask_grad, bool psw_grad,"
-        f" bool groups_sorted, {_STEP}) -> (Tensor mask_grads, Tensor psw_grad)"
+        f" bool groups_sorted, {_STEP}, {_FEW_BITS}) -> (Tensor mask_grads, Tensor psw_grad)"
     ),
     "apply_": f"(Tensor(a!)[] blocks, Tensor[] rows, Tensor[] grads, {_STEP}) -> ()",
 }

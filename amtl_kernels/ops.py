@@ -32,7 +32,14 @@ What all of them share:
   (2**bits - 1) / 2``, computed in float32 in this order.
 
   - Blocks of uint8 ``[n_c, w_c * bits / 8]`` hold the codes, the first in a byte's lowest bits. The
-    output is float32, and so are ``per_sample_weights``. Such a table is a constant.
+    output is float32, and so are ``per_sample_weights``. Such a table has no gradient: without
+    ``optimizer`` it is a constant. :class:`~amtl_kernels.optim.SGD` and
+    :class:`~amtl_kernels.optim.RowwiseAdagrad` update it in the backward: a looked-up row is
+    decoded, updated as one of floats, and encoded again, each number ``x`` as one of the two codes
+    around it: ``floor(p) + 1`` with probability ``p - floor(p)``, else ``floor(p)``, of ``p =
+    clamp(x / step + half, 0, 2 * half)``. So the mean is kept, and updates far below a step size
+    still add up (ALPT, arXiv 2212.05735). The random bits are a hash of the row in its block, the
+    column and the optimizer's step: results repeat bit for bit. A NaN becomes code 0.
   - Blocks of floats are rounded as they are read: a number ``x`` becomes what its code ``u =
     clamp(round(x / step + half), 0, 2 * half)`` stands for, in float32 and with ties to even; zeros
     behind a row stay zeros, a NaN stays NaN. Gradients pass straight through, as if nothing had

@@ -17,6 +17,10 @@ stall. The random bits are an integer hash of the parameter's step, row and colu
 bit for bit. Float32 parameters are not affected. The CPU kernels refuse it for 16-bit tables
 (``amtl_kernels.set_backend("reference")`` takes it).
 
+Tables of codes (uint8, see ``amtl_kernels.ops``) are always rounded so, by :class:`SGD` and
+:class:`RowwiseAdagrad` within the backward of a lookup. They have no gradient, so ``step()`` does
+nothing to them.
+
 ``capturable``: steps are counted on the device of the parameter, as in ``torch.optim.Adam``, so
 that a CUDA graph of a fused step (``amtl_kernels.fused``) replays with the steps that follow, not
 with the one that was captured. Make the state before the capture, by a step to warm up; the
@@ -249,9 +253,14 @@ class RowOptimizer(torch.optim.Optimizer):
         """Of each of its state tensors."""
         return parameter.shape
 
+    def _counts(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether an update of the parameter depends on the step, if only by its random bits."""
+        codes = parameter.dtype == torch.uint8
+        return self._always_counts or group["stochastic_rounding"] or codes
+
     def _advance(self, parameter: Tensor, group: dict[str, Any]) -> int | Tensor:
         """Counts one more step of the parameter; a tensor if that is counted on the device."""
-        if not (self._always_counts or group["stochastic_rounding"]):
+        if not self._counts(parameter, group):
             return 1
         state, capturable = self.state[parameter], group["capturable"]
         if "step" not in state:
@@ -263,7 +272,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _advance_together(self, tables: list[Tensor], group: dict[str, Any]) -> int | Tensor:
         """As `_advance` of each table; the last one's step."""
-        if self._always_counts or group["stochastic_rounding"]:
+        if self._counts(tables[0], group):
             steps = [self.state[table].get("step") for table in tables]
             if len(steps) > 1 and all(s is not None for s in steps):
                 torch._foreach_add_(steps, 1)

@@ -9,24 +9,32 @@ gathered per lookup, ``O(L * D)`` memory for ``L`` lookups.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from amtl_kernels._arguments import are_codes, check_few_bits, cut, widths_of
+from amtl_kernels._arguments import (
+    are_codes,
+    check_few_bits,
+    check_update_of_codes,
+    parts_of,
+    widths_of,
+)
 from amtl_kernels.reference_updates import (
     ADAGRAD,
     ADAM,
     ROWWISE_ADAGRAD,
     SGD,
+    CodePart,
     compute_type,
     kept_prefix,
     update,
+    update_codes,
 )
-from amtl_kernels.rounding import mix, row_term
+from amtl_kernels.rounding import decode_codes, mix, row_term
 
 __all__ = ["ADAGRAD", "ADAM", "ROWWISE_ADAGRAD", "SGD", "kept_prefix"]
 
@@ -193,12 +201,10 @@ def _pool(
 
 def to_few_bits(rows: Tensor, step: Tensor, bits: int) -> Tensor:
     """Numbers ``[M, w]`` of few bits, float32, of codes ``[M, w * bits / 8]`` or of others."""
-    half = (2**bits - 1) / 2
     if rows.dtype == torch.uint8:
-        parts = torch.stack([(rows >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
-        codes = parts.flatten(1).to(torch.float32)
-    else:
-        codes = torch.round(rows.to(torch.float32) / step + half).clamp(0, 2 * half)
+        return decode_codes(rows, step, bits)
+    half = (2**bits - 1) / 2
+    codes = torch.round(rows.to(torch.float32) / step + half).clamp(0, 2 * half)
     return (codes - half) * step
 
 
@@ -296,11 +302,25 @@ def split_tables(
         dim = dims[t] if dims else max(widths_of(mine, few))
         if steps and step_ends:
             ends = step_ends[part : part + steps[t].numel()]
-            part, mine = part + len(ends), cut(mine, ends)
+            part, mine = part + len(ends), [mine[c][rows] for c, rows in parts_of(mine, ends)]
         row_group = row_groups[t] if row_groups else None
         table = Table(mine, dim, sizes[t] if sizes else None, row_group, seed)
         tables.append(replace(table, steps=steps[t], bits=few) if steps else table)
     return tables
+
+
+def code_parts(
+    blocks: Sequence[Tensor], block_counts: Sequence[int], tables: Sequence[Table]
+) -> list[CodePart]:
+    """The parts of all tables of few bits, one after the other."""
+    found, first = [], 0
+    for count, table in zip(block_counts, tables, strict=True):
+        ends = [end for _, _, end in table.slices()]
+        assert table.steps is not None
+        for p, (c, rows) in enumerate(parts_of(blocks[first : first + count], ends)):
+            found.append(CodePart(first + c, rows.start, table.steps[p], table.bits))
+        first += count
+    return found
 
 
 def check_bags(
@@ -469,7 +489,8 @@ def _gradients(
     pooled = (bags.pooling, bags.padding_idx, bags.include_last_offset)
     delta, counted = _incoming(grad, flat, bags.offsets, *pooled)
     rows = [flat.new_empty(0) for _ in table.blocks]
-    grads = [delta.new_empty(0, block.shape[1]) for block in table.blocks]
+    widths = table.widths
+    grads = [delta.new_empty(0, width) for width in widths]
     sizes = list(rows)
     mask, psw = torch.empty(0, dtype=delta.dtype, device=delta.device), grad.new_empty(0)
     if weight_grad or mask_grad:
@@ -477,10 +498,10 @@ def _gradients(
         if weight_grad:
             size = table.kept(every)
             kept = _keep_prefix(sums, size)
-            for c, (block, start, end) in enumerate(table.slices()):
+            for c, (_, start, end) in enumerate(table.slices()):
                 mine = (every >= start) & (every < end)
                 rows[c], sizes[c] = every[mine] - start, size[mine]
-                grads[c] = kept[mine, : block.shape[1]]
+                grads[c] = kept[mine, : widths[c]]
         if mask_grad and table.sizes is not None and table.row_group is not None:
             products = sums * table.values(every).to(sums.dtype)
             masks = torch.zeros(
@@ -568,12 +589,20 @@ def lookup_update_(
     state: list[Tensor],
     optimizer: int,
     hyper: list[float],
+    steps: list[Tensor] | None = None,
+    bits: list[int] | None = None,
+    step_ends: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The optimizer's update by :func:`lookup_backward`'s gradients before they are rounded.
 
-    The kept prefix is the row's size.
+    The kept prefix is the row's size. Codes are updated as the numbers that they stand for, and
+    rounded at random: see ``reference_updates.update_codes``.
     """
-    tables = split_tables(blocks, block_counts, dims, sizes, row_groups, seed)
+    tables = split_tables(
+        blocks, block_counts, dims, sizes, row_groups, seed, steps, bits, step_ends
+    )
+    if steps:
+        check_update_of_codes(blocks, optimizer, psw_grad)
     every = split_bags(
         indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
     )
@@ -584,7 +613,11 @@ def lookup_update_(
         torch.arange(g.shape[1], device=g.device) < size[:, None]
         for g, size in zip(grads, (size for one in found for size in one.sizes), strict=True)
     ]
-    update(blocks, rows, grads, kept, state, optimizer, hyper)
+    if steps:
+        parts = code_parts(blocks, block_counts, tables)
+        update_codes(blocks, parts, rows, grads, kept, state, optimizer, hyper)
+    else:
+        update(blocks, rows, grads, kept, state, optimizer, hyper)
     return _beside_rows(found, indices, psw_grad)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from amtl_kernels.rounding import round_stochastically, rounding_bits
+from amtl_kernels.rounding import (
+    code_stochastically,
+    decode_codes,
+    pack_codes,
+    round_stochastically,
+    rounding_bits,
+)
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
 """Values of ``optimizer``."""
@@ -137,6 +144,24 @@ _UPDATES: tuple[Callable[..., None], ...] = (
 """By the number of the optimizer."""
 
 
+def _plan(
+    blocks: Sequence[Tensor], state: list[Tensor], optimizer: int, hyper: list[float]
+) -> tuple[list[list[Tensor]], list[float], int, bool]:
+    """States of each block, the rule's numbers, the step, and whether 16 bits round at random.
+
+    A counter in ``state`` is the step.
+    """
+    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
+    moments = (0, 1, 1, 2)[optimizer]
+    if len(state) == len(blocks) * moments + 1:
+        step = int(state[-1])
+    rates: list[float] = [lr, *([eps] if optimizer else []), weight_decay]
+    if optimizer == ADAM:
+        rates = [int(step), lr, beta1, beta2, eps, weight_decay]
+    states = [state[c * moments : (c + 1) * moments] for c in range(len(blocks))]
+    return states, rates, int(step), any(stochastic)
+
+
 def update(
     blocks: list[Tensor],
     rows: list[Tensor],
@@ -146,15 +171,55 @@ def update(
     optimizer: int,
     hyper: list[float],
 ) -> None:
-    """Updates the kept values of ``rows``; a counter in ``state`` is the step."""
-    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
-    moments = (0, 1, 1, 2)[optimizer]
-    if len(state) == len(blocks) * moments + 1:
-        step = int(state[-1])
-    seed = int(step) if any(stochastic) else None
-    rates: list[float] = [lr, *([eps] if optimizer else []), weight_decay]
-    if optimizer == ADAM:
-        rates = [int(step), lr, beta1, beta2, eps, weight_decay]
+    """Updates the kept values of ``rows``."""
+    states, rates, step, stochastic = _plan(blocks, state, optimizer, hyper)
     for c, block in enumerate(blocks):
-        mine = state[c * moments : (c + 1) * moments]
-        _UPDATES[optimizer](block, *mine, rows[c], grads[c], kept[c], *rates, seed)
+        seed = step if stochastic else None
+        _UPDATES[optimizer](block, *states[c], rows[c], grads[c], kept[c], *rates, seed)
+
+
+class CodePart(NamedTuple):
+    """Rows of a block of codes with one step size.
+
+    Attributes:
+        block: Its number.
+        start: The first of the rows.
+        step: Their step size.
+        bits: Of a code.
+    """
+
+    block: int
+    start: int
+    step: Tensor
+    bits: int
+
+
+def update_codes(
+    blocks: list[Tensor],
+    parts: list[CodePart],
+    rows: list[Tensor],
+    grads: list[Tensor],
+    kept: list[Tensor],
+    state: list[Tensor],
+    optimizer: int,
+    hyper: list[float],
+) -> None:
+    """Updates ``rows`` of each part, counted from its start, as those of a table of floats.
+
+    Their numbers are decoded, updated, and rounded at random to codes again. States are row-wise.
+    """
+    states, rates, step, _ = _plan(blocks, state, optimizer, hyper)
+    for part, mine, g, keeps in zip(parts, rows, grads, kept, strict=True):
+        if not mine.numel():
+            continue
+        block, at = blocks[part.block], part.start + mine
+        numbers = decode_codes(block[at], part.step, part.bits)
+        touched = [each[at] for each in states[part.block]]
+        every = torch.arange(len(at), device=at.device)
+        _UPDATES[optimizer](numbers, *touched, every, g, keeps, *rates)
+        for each, values in zip(states[part.block], touched, strict=True):
+            each[at] = values
+        random = rounding_bits(at, numbers.shape[1], step)
+        block[at] = pack_codes(
+            code_stochastically(numbers, part.step, part.bits, random), part.bits
+        )

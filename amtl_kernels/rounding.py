@@ -1,4 +1,4 @@
-"""The integer hash that decides sizes and roundings, and stochastic rounding by it.
+"""The integer hash that decides sizes and roundings, stochastic rounding by it, and codes in bytes.
 
 The same on every backend, because no floating-point number takes part in the hash.
 """
@@ -66,3 +66,52 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
         up = torch.where(values.abs() < 2.0**-14, (steps * 2.0**-24).copysign(values), up)
     # No second neighbour: from the largest number on, infinity, NaN.
     return torch.where(values.abs() < torch.finfo(dtype).max, up, values).to(dtype)
+
+
+def code_stochastically(values: Tensor, step: float | Tensor, bits: int, random: Tensor) -> Tensor:
+    """Codes of numbers: one of the two around each, with the probability that keeps the mean.
+
+    With ``half = (2**bits - 1) / 2`` and ``p = clamp(x / step + half, 0, 2 * half)`` the code is
+    ``floor(p) + 1`` with probability ``p - floor(p)``, else ``floor(p)``. A NaN has none: it
+    becomes code 0.
+
+    Args:
+        values: float32, any shape.
+        step: Step size, or one for each value.
+        bits: Of a code: 2, 4 or 8.
+        random: int64 random bits of the shape of ``values``, see :func:`rounding_bits`.
+
+    Returns:
+        uint8 of that shape.
+    """
+    half = (2**bits - 1) / 2
+    place = (values / step + half).nan_to_num(nan=0.0).clamp(0, 2 * half)
+    whole = place.floor()
+    return (whole + ((random >> 8) < (place - whole) * 2.0**24)).to(torch.uint8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``[n, w]`` as bytes ``[n, w * bits / 8]``, the first code in the lowest bits.
+
+    Args:
+        codes: uint8, ``w`` a multiple of ``8 / bits``.
+        bits: 2, 4 or 8.
+    """
+    count = 8 // bits
+    parts = codes.reshape(len(codes), codes.shape[1] // count, count)
+    packed = parts[..., 0].clone()
+    for position in range(1, count):
+        packed |= parts[..., position] << (bits * position)
+    return packed.contiguous()
+
+
+def decode_codes(packed: Tensor, step: float | Tensor, bits: int) -> Tensor:
+    """Numbers ``(code - half) * step`` of bytes ``[n, w * bits / 8]``, float32 ``[n, w]``."""
+    return (unpack_codes(packed, bits).to(torch.float32) - (2**bits - 1) / 2) * step
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of :func:`pack_codes`."""
+    mask = 2**bits - 1
+    parts = [(packed >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2)

@@ -1,20 +1,31 @@
-"""Lookups in tables of few bits: one launch a table, plain or pooled.
+"""Tables of few bits: lookups, one launch a table, plain or pooled, and updates of codes.
 
 Rows are found as those of any tiers, of codes in bytes. Each number is taken out of its byte and
-decoded where it is used, or rounded to what a code stands for.
+decoded where it is used, or rounded to what a code stands for. An update takes gradients of rows,
+one launch for rows with one step size.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from amtl_kernels.reference_updates import CodePart
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.lookups import Lookups
-from amtl_kernels.triton.tables import Table, clamp_row, place
+from amtl_kernels.triton.rules import (
+    ROWWISE_ADAGRAD,
+    check_states,
+    rates,
+    seed_of_step,
+    update_row_state,
+)
+from amtl_kernels.triton.tables import Table, clamp_row, mix, place, row_term
 
 _INT32_MAX = torch.iinfo(torch.int32).max
 
@@ -193,3 +204,147 @@ def look_up(lookups: Lookups, table: Table, steps: Tensor, bits: int, clamp: boo
             HUGE=count > _INT32_MAX,
             **shared,
         )
+
+
+@triton.jit
+def load_codes(codes_ptr, row, kept, at, BYTES: tl.constexpr):
+    """Bytes ``at`` [C] of rows [R] as int32, 0 where not ``kept`` [R, C]."""
+    return tl.load(codes_ptr + row[:, None] * BYTES + at[None, :], mask=kept, other=0).to(tl.int32)
+
+
+@triton.jit
+def number_and_grad(
+    word,
+    grad_ptr,
+    u,
+    kept,
+    at,
+    step,
+    decay,
+    E: tl.constexpr,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """Number ``E`` of each byte [R, C], and its gradient with weight decay."""
+    PER: tl.constexpr = 8 // BITS
+    LAST: tl.constexpr = (1 << BITS) - 1
+    number = (((word >> (E * BITS)) & LAST).to(tl.float32) - LAST * 0.5) * step
+    columns = (at * PER + E)[None, :]
+    grad = tl.load(grad_ptr + u[:, None] * (BYTES * PER) + columns, mask=kept, other=0.0)
+    return number, grad + decay * number
+
+
+@triton.jit(do_not_specialize=["num_rows", "before", "rounding_mix"])
+def update_codes_kernel(
+    codes_ptr,
+    rows_ptr,
+    grad_ptr,
+    state_ptr,
+    size_ptr,
+    num_rows,
+    before,
+    lr,
+    weight_decay,
+    eps,
+    rounding_mix,
+    step_ptr,
+    RULE: tl.constexpr,
+    BITS: tl.constexpr,
+    BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    R: tl.constexpr,
+):
+    """One step of rows of codes by their gradients, rounded at random so that the mean is kept.
+
+    Grid (ceil(U / R)), a program owns R rows. rows [U], grad [U, BYTES * 8 / BITS] -> codes
+    [N, BYTES], state [N]; ``size`` [1] is the step size, and ``before`` are the rows of the block
+    before these.
+    """
+    PER: tl.constexpr = 8 // BITS
+    LAST: tl.constexpr = (1 << BITS) - 1
+    u = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    live = u < num_rows
+    row = tl.load(rows_ptr + u, mask=live, other=0).to(tl.int64)
+    step = tl.load(size_ptr)
+    root = tl.zeros([R], tl.float32)
+    if RULE == ROWWISE_ADAGRAD:
+        for start in tl.range(0, BYTES, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            kept = live[:, None] & (at[None, :] < BYTES)
+            word = load_codes(codes_ptr, row, kept, at, BYTES)
+            for e in tl.static_range(PER):
+                _, g = number_and_grad(
+                    word, grad_ptr, u, kept, at, step, weight_decay, e, BITS, BYTES
+                )
+                root += tl.sum(tl.where(kept, g * g, 0.0), axis=1)
+        size = tl.where(live, BYTES * PER, 0).to(tl.int32)
+        root = update_row_state(state_ptr, row, size, root, eps)
+    seed = row_term(before + row) + seed_of_step(rounding_mix, step_ptr)
+    for start in tl.range(0, BYTES, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        kept = live[:, None] & (at[None, :] < BYTES)
+        word = load_codes(codes_ptr, row, kept, at, BYTES)
+        changed = tl.zeros([R, BLOCK], tl.int32)
+        for e in tl.static_range(PER):
+            number, g = number_and_grad(
+                word, grad_ptr, u, kept, at, step, weight_decay, e, BITS, BYTES
+            )
+            if RULE == ROWWISE_ADAGRAD:
+                number -= lr / root[:, None] * g
+            else:
+                number -= lr * g
+            code = tl.div_rn(number, step + tl.zeros([R, BLOCK], tl.float32)) + LAST * 0.5
+            # A NaN is not above zero.
+            code = tl.where(code > 0.0, code, 0.0)
+            code = tl.where(code < LAST, code, LAST * 1.0)
+            whole = tl.floor(code)
+            column = (at * PER + e).to(tl.uint32) * tl.full([], 0xC2B2AE3D, tl.uint32)
+            random = mix(seed[:, None] + column[None, :])
+            up = (random >> 8).to(tl.float32) < (code - whole) * 16777216.0
+            changed |= (whole + tl.where(up, 1.0, 0.0)).to(tl.int32) << (e * BITS)
+        # Tiles with fewer values than threads are held several times over.
+        tl.debug_barrier()
+        tl.store(codes_ptr + row[:, None] * BYTES + at[None, :], changed.to(tl.uint8), mask=kept)
+
+
+def update_codes(
+    blocks: Sequence[Tensor],
+    parts: Sequence[CodePart],
+    rows: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Sequence[Tensor],
+    optimizer: int,
+    hyper: Sequence[float],
+) -> None:
+    """One step of the parts of tables of codes, a launch a part.
+
+    Args:
+        blocks: The codes.
+        parts: What has one step size.
+        rows: Of each part, [U], each row once, counted from the part's start.
+        grads: Their gradients, [U, w].
+        state: The optimizer's, of each block in turn, and a step counter or none.
+        optimizer: The rule, SGD or row-wise Adagrad.
+        hyper: Its hyperparameters.
+    """
+    states, counter = check_states(optimizer, blocks, state)
+    found = rates(optimizer, hyper, counter is not None, int(hyper[5]))
+    scalars = (found.lr, found.weight_decay, found.eps, found.rounding_mix, counter)
+    for part, mine, grad in zip(parts, rows, grads, strict=True):
+        codes = blocks[part.block][part.start :]
+        width, moments = codes.shape[1], [each[part.start :] for each in states[part.block]]
+        if width == 0 or mine.numel() == 0:
+            continue
+        most = launch.tile_rows(width, most=1024)
+        with launch.device_guard(codes):
+            launch.launch(
+                update_codes_kernel,
+                (launch.cdiv(mine.numel(), most),),
+                *(codes, mine, grad, *(*moments, None)[:1], part.step),
+                *(mine.numel(), part.start, *scalars),
+                RULE=optimizer,
+                BITS=part.bits,
+                BYTES=width,
+                BLOCK=launch.block_d(width),
+                R=most,
+            )

@@ -12,17 +12,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from amtl_kernels import reference
-from amtl_kernels.reference import Bags, split_bags, split_tables
+from amtl_kernels._arguments import check_update_of_codes
+from amtl_kernels.reference import Bags, code_parts, split_bags, split_tables
 from amtl_kernels.triton import check
 from amtl_kernels.triton.backward import gradients
-from amtl_kernels.triton.codes import look_up
+from amtl_kernels.triton.codes import look_up, update_codes
 from amtl_kernels.triton.lookup import gather, pool
 from amtl_kernels.triton.lookups import Lookups, Several
 from amtl_kernels.triton.optimizer import apply_
@@ -301,17 +302,24 @@ def lookup_update_(
     state: Sequence[Tensor],
     optimizer: int,
     hyper: Sequence[float],
+    steps: Sequence[Tensor] | None = None,
+    bits: Sequence[int] | None = None,
+    step_ends: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`lookup_backward` and the optimizer's update of the rows, kept prefixes only.
 
     Mask gradients are those of the weights before the update. Lookups are sorted by group and row
-    in any case, so ``groups_sorted`` saves nothing here.
+    in any case, so ``groups_sorted`` saves nothing here. Of codes the gradients of rows come first:
+    their number is waited for.
     """
     tables = (blocks, block_counts, dims or (), sizes or (), row_groups or (), seed)
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
     check.raise_found(indices)
-    call = _Call(*tables, *bags)
+    call = _Call(*tables, *bags, steps or (), bits or (), step_ends or ())
     wants, rule = (mask_grad, psw_grad), (optimizer, hyper)
+    if steps:
+        check_update_of_codes(blocks, optimizer, psw_grad)
+        return _step_of_codes(call, grad, state, optimizer, hyper)
     if call.shares_launches:
         return step(*call.together(grad), blocks, state, *wants, *rule)
     states, counter = check_states(optimizer, blocks, state)
@@ -327,6 +335,33 @@ def lookup_update_(
         return found[0]
     mask_grads, psw = zip(*found, strict=True)
     return torch.cat(mask_grads), call.join_sample_grads(psw, psw_grad)
+
+
+def _step_of_codes(
+    call: _Call, grad: Tensor, state: Sequence[Tensor], optimizer: int, hyper: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    columns = call.columns(grad)
+
+    def run(t: int, given: reference.Table, mine: Bags) -> tuple[list[Tensor], list[Tensor]]:
+        # Rows as wide as their numbers, of which nothing is read.
+        shapes = [
+            grad.new_empty(1).expand(len(part), width)
+            for part, width in zip(given.blocks, given.widths, strict=True)
+        ]
+        seen = replace(given, blocks=shapes, steps=None, bits=0)
+        rows, grads, _, _ = gradients(*_one(seen, mine, columns[t]), shapes, True, False, False)
+        return rows, grads
+
+    # All of them before any table changes.
+    found = call.each(run)
+    update_codes(
+        call.blocks,
+        code_parts(call.blocks, call.block_counts, call.tables),
+        [rows for of_table, _ in found for rows in of_table],
+        [grads for _, of_table in found for grads in of_table],
+        *(state, optimizer, hyper),
+    )
+    return grad.new_empty(0, dtype=torch.float32), grad.new_empty(0)
 
 
 OPERATORS: dict[str, Callable[..., object]] = {

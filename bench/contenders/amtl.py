@@ -477,7 +477,9 @@ def few_bits(weight: Tensor, bits: int, layout: TierLayout | None) -> tuple[list
     Returns:
         Blocks of uint8 ``[n, w * bits / 8]``, and float32 ``[C]``.
     """
-    from amtl.layer.rounding import Parts, Rounding, encode, pack_codes
+    from amtl.layer.rounding import Parts, Rounding, encode
+
+    from amtl_kernels.rounding import pack_codes
 
     ends, sizes = (layout.ends, layout.sizes) if layout else ([len(weight)], [weight.shape[1]])
     blocks, steps, start = [], [], 0

@@ -287,8 +287,9 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
   const int64_t bytes = BytesOf(table_.type);
   task.segments = segments_;
   task.prefetch = IsLarge(table_);
+  task.coded = table_.bits > 0;
   task.prefetch_grad = grad_rows_ * grad_stride * bytes > kPrefetchGradBytes;
-  for (int64_t c = 0; c < slice_count; ++c) {
+  for (int64_t c = 0; c < slice_count && !task.coded; ++c) {
     task.aligned |= c == 0;
     task.aligned &= slices[c].width * bytes % 64 == 0;
     task.aligned &= reinterpret_cast<uintptr_t>(slices[c].weight) % 64 == 0;

@@ -78,6 +78,12 @@ struct TableSlice {
   int64_t end_row;
   int64_t first_segment;  // segment whose gradient is grads[0]
   int32_t width;
+  // Of codes, which `weight` holds then: their bits, the bytes of a row, what numbers are multiples
+  // of, and the rows of the block before the slice, from which rounding counts.
+  int32_t bits;
+  int32_t row_bytes;
+  float step;
+  int64_t rows_before;
 };
 
 struct Hyper {
@@ -89,6 +95,7 @@ struct Hyper {
   float one_minus_beta2;
   float step_size;           // lr / (1 - beta1^t)
   float inverse_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  uint32_t mixed_step;       // MixSeed of the step, for rounding at random
 };
 
 // Lookups sorted by row, cut into segments of equal row, and what to do at a segment's end.
@@ -113,6 +120,7 @@ struct WalkTask {
   bool prefetch;       // the table is larger than the caches
   bool prefetch_grad;  // and so is the gradient
   bool aligned;        // rows begin where cache lines do
+  bool coded;          // rows are codes: SGD or row-wise Adagrad, without a mask gradient
 };
 
 // Scratch of one walking range: partial mask gradients of the groups it shares with its neighbours.

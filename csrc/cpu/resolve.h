@@ -10,7 +10,7 @@
 
 namespace amtl::cpu {
 
-// What a seed adds to the hash of a row (HashColumns in sources.inl).
+// What a seed adds to the hash of a row (RowTerm in sources.inl).
 inline uint32_t MixSeed(int64_t seed) {
   const uint64_t s = static_cast<uint64_t>(seed);
   return static_cast<uint32_t>(s ^ (s >> 32)) * 0x85EBCA77u;

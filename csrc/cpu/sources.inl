@@ -46,17 +46,25 @@ inline void LoadRows(const Index* indices, int64_t count, int64_t rows, int64_t*
   *wrong |= moved != 0;
 }
 
-// Columns of the size table that rows take; the same on every backend (reference.hash_columns).
+// What a row adds to its hashes, beside a seed, and the hash itself; the same on every backend
+// (amtl_kernels/rounding.py).
+inline uint32_t RowTerm(int64_t row, uint32_t mixed_seed) {
+  const uint64_t r = static_cast<uint64_t>(row);
+  return static_cast<uint32_t>(r ^ (r >> 32)) * 0x9E3779B1u + mixed_seed;
+}
+inline uint32_t MixBits(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x85EBCA6Bu;
+  x ^= x >> 13;
+  x *= 0xC2B2AE35u;
+  return x ^ (x >> 16);
+}
+
+// Columns of the size table that rows take (reference.hash_columns).
 inline void HashColumns(const int64_t* number, uint32_t mixed_seed, uint32_t columns,
                         uint32_t* column) {
   for (int i = 0; i < kSourceBlock; ++i) {
-    const uint64_t r = static_cast<uint64_t>(number[i]);
-    uint32_t x = static_cast<uint32_t>(r ^ (r >> 32)) * 0x9E3779B1u + mixed_seed;
-    x ^= x >> 16;
-    x *= 0x85EBCA6Bu;
-    x ^= x >> 13;
-    x *= 0xC2B2AE35u;
-    x ^= x >> 16;
+    const uint32_t x = MixBits(RowTerm(number[i], mixed_seed));
     column[i] = static_cast<uint32_t>((static_cast<uint64_t>(x) * columns) >> 32);
   }
 }

@@ -18,21 +18,12 @@ inline void ForKept(const T* row, int size, F&& f) {
   f(c - back, Between(back, back + size - c));
 }
 
-// What an update does with one row's summed gradient g[0..size), row `local` of its slice. Memory
-// of a register before g and after its padding is readable.
-// Everything past `size` keeps its value: weights, states, and zeros in a stored gradient.
+// An optimizer's update of the first `size` of a row's weights by the summed gradient g[0..size),
+// row `local` of its slice. Memory of a register before g and after its padding is readable.
+// Everything past `size` keeps its value.
 template <class T, Update kUpdate>
-inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, int64_t segment,
-                      int size, const float* g) {
-  if constexpr (kUpdate == Update::kStoreGrad) {
-    T* out = static_cast<T*>(slice.grads) + (segment - slice.first_segment) * slice.width;
-    for (int c = 0; c < slice.width; c += kLanes) {
-      const Reg kept = c < size ? Keep(LoadAll(g + c), FirstLanes(size - c)) : Zero();
-      Store(out + c, kept, FirstLanes(slice.width - c));
-    }
-    return;
-  }
-  T* weight = static_cast<T*>(slice.weight) + local * slice.width;
+AMTL_ALWAYS_INLINE void UpdateWeights(T* weight, const TableSlice& slice, const Hyper& h,
+                                      int64_t local, int size, const float* g) {
   const Reg decay = Set1(h.weight_decay);
   Reg rate = Set1(-h.lr);
   if constexpr (kUpdate == Update::kRowWiseAdagrad) {
@@ -71,6 +62,95 @@ inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, in
   });
 }
 
+// What an update does with one row's summed gradient, as above. In a stored gradient what is past
+// `size` is zero.
+template <class T, Update kUpdate>
+inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, int64_t segment,
+                      int size, const float* g) {
+  if constexpr (kUpdate == Update::kStoreGrad) {
+    T* out = static_cast<T*>(slice.grads) + (segment - slice.first_segment) * slice.width;
+    for (int c = 0; c < slice.width; c += kLanes) {
+      const Reg kept = c < size ? Keep(LoadAll(g + c), FirstLanes(size - c)) : Zero();
+      Store(out + c, kept, FirstLanes(slice.width - c));
+    }
+    return;
+  }
+  T* weight = static_cast<T*>(slice.weight) + local * slice.width;
+  UpdateWeights<T, kUpdate>(weight, slice, h, local, size, g);
+}
+
+template <int kBits>
+inline void DecodeRow(const char* row, float step, int width, float* out) {
+  const Levels<kBits> levels(step);
+  for (int c = 0; c < width; c += kLanes) {
+    StoreAll(out + c, levels.Decode(levels.Load(row + c * kBits / 8, FirstLanes(width - c))));
+  }
+}
+
+// Numbers whose codes are made together, in short loops that the compiler turns into vector code.
+constexpr int kCodedAtOnce = 16;
+
+// Codes of numbers: of the two around each, one at random so that the mean is kept (rounding.py).
+// Memory up to a multiple of kCodedAtOnce numbers is readable.
+template <int kBits>
+inline void EncodeRow(const float* values, float step, uint32_t row_term, int width, char* row) {
+  constexpr float kLast = static_cast<float>((1 << kBits) - 1);
+  for (int c = 0; c < width; c += kCodedAtOnce) {
+    uint8_t codes[kCodedAtOnce];
+    for (int i = 0; i < kCodedAtOnce; ++i) {
+      const uint32_t random = MixBits(row_term + static_cast<uint32_t>(c + i) * 0xC2B2AE3Du);
+      const float place = values[c + i] / step + kLast / 2;
+      // A NaN is not above zero.
+      const float low = place > 0.0f ? place : 0.0f;
+      const float kept = low < kLast ? low : kLast;
+      const int32_t whole = static_cast<int32_t>(kept);
+      const float above = (kept - static_cast<float>(whole)) * 16777216.0f;
+      const bool up = static_cast<float>(static_cast<int32_t>(random >> 8)) < above;
+      codes[i] = static_cast<uint8_t>(whole + (up ? 1 : 0));
+    }
+    constexpr int kPerByte = 8 / kBits;
+    uint8_t bytes[kCodedAtOnce / kPerByte];
+    for (int b = 0; b < kCodedAtOnce / kPerByte; ++b) {
+      uint8_t byte = codes[b * kPerByte];
+      for (int e = 1; e < kPerByte; ++e) {
+        byte = static_cast<uint8_t>(byte | codes[b * kPerByte + e] << (e * kBits));
+      }
+      bytes[b] = byte;
+    }
+    char* to = row + c / kPerByte;
+    if (width - c >= kCodedAtOnce) {
+      std::memcpy(to, bytes, sizeof(bytes));
+    } else {
+      std::memcpy(to, bytes, static_cast<size_t>((width - c) / kPerByte));
+    }
+  }
+}
+
+// The same as UpdateRow of a whole row of codes: decoded, updated as floats are, and encoded.
+// `values` is scratch for the row, aligned to a line and padded to whole registers.
+template <int kBits, Update kUpdate>
+inline void UpdateCodesOf(const TableSlice& slice, const Hyper& h, int64_t local, const float* g,
+                          float* values) {
+  char* row = static_cast<char*>(slice.weight) + local * slice.row_bytes;
+  DecodeRow<kBits>(row, slice.step, slice.width, values);
+  UpdateWeights<float, kUpdate>(values, slice, h, local, slice.width, g);
+  const uint32_t row_term = RowTerm(slice.rows_before + local, h.mixed_step);
+  EncodeRow<kBits>(values, slice.step, row_term, slice.width, row);
+}
+
+template <Update kUpdate>
+inline void UpdateCodes(const TableSlice& slice, const Hyper& h, int64_t local, const float* g,
+                        float* values) {
+  switch (slice.bits) {
+    case 2:
+      return UpdateCodesOf<2, kUpdate>(slice, h, local, g, values);
+    case 4:
+      return UpdateCodesOf<4, kUpdate>(slice, h, local, g, values);
+    default:
+      return UpdateCodesOf<8, kUpdate>(slice, h, local, g, values);
+  }
+}
+
 // How far ahead of the walk its memory is asked for, in segments.
 constexpr int64_t kPrefetchDistance = 24;
 
@@ -90,6 +170,16 @@ AMTL_ALWAYS_INLINE void PrefetchUpdate(const TableSlice& slice, int64_t local, i
     if constexpr (kUpdate == Update::kAdam) {
       PrefetchRow(slice.state2 + place, size, LinesOf<float>(slice.width, aligned));
     }
+  }
+}
+
+// The same for UpdateCodes.
+template <Update kUpdate>
+AMTL_ALWAYS_INLINE void PrefetchCodes(const TableSlice& slice, int64_t local) {
+  const char* row = static_cast<const char*>(slice.weight) + local * slice.row_bytes;
+  PrefetchRow(row, slice.row_bytes, LinesOf<char>(slice.row_bytes, false));
+  if constexpr (kUpdate == Update::kRowWiseAdagrad) {
+    PrefetchRow(slice.state1 + (slice.width > 0 ? local : 0), 1, 1);
   }
 }
 

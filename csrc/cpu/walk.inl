@@ -90,7 +90,7 @@ void Reduce(FloatType type, const void* grad, int64_t stride, const void* items,
   }
 }
 
-template <class T, class I, Update kUpdate, bool kMask>
+template <class T, class I, Update kUpdate, bool kMask, bool kCodes = false>
 void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
                 float* scratch) {
   const I* items = static_cast<const I*>(task.items);
@@ -130,7 +130,9 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
       const int64_t next = task.rows[v];
       if (task.order) ahead_slice = task.slices;
       while (next >= ahead_slice->end_row) ++ahead_slice;
-      if constexpr (kReadsWeight) {
+      if constexpr (kCodes) {
+        PrefetchCodes<kUpdate>(*ahead_slice, next - ahead_slice->first_row);
+      } else if constexpr (kReadsWeight) {
         const int64_t size = task.sizes[v];
         PrefetchUpdate<T, kUpdate>(*ahead_slice, next - ahead_slice->first_row, size,
                                    kMask ? dim : size, task.aligned);
@@ -173,7 +175,10 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
         StoreAll(sum, MulAdd(w, LoadAll(g + kLanes * r), LoadAll(sum)));
       }
     }
-    if (kUpdate != Update::kStoreGrad || slice->grads != nullptr) {
+    if constexpr (kCodes) {
+      // Without a mask gradient its sums are free.
+      UpdateCodes<kUpdate>(*slice, task.hyper, local, g, mask_sum);
+    } else if (kUpdate != Update::kStoreGrad || slice->grads != nullptr) {
       UpdateRow<T, kUpdate>(*slice, task.hyper, local, u, size, g);
     }
   }
@@ -207,6 +212,16 @@ void WalkUpdate(Update update, const WalkTask& task, int64_t begin, int64_t end,
   }
 }
 
+template <class I>
+void WalkCodes(Update update, const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
+               float* scratch) {
+  if (update == Update::kSgd) {
+    WalkStatic<float, I, Update::kSgd, false, true>(task, begin, end, edges, scratch);
+  } else {
+    WalkStatic<float, I, Update::kRowWiseAdagrad, false, true>(task, begin, end, edges, scratch);
+  }
+}
+
 template <class T>
 void WalkTyped(Update update, bool weighted, const WalkTask& task, int64_t begin, int64_t end,
                WalkEdges* edges, float* scratch) {
@@ -216,6 +231,10 @@ void WalkTyped(Update update, bool weighted, const WalkTask& task, int64_t begin
 
 void Walk(FloatType type, Update update, bool weighted, const WalkTask& task, int64_t begin,
           int64_t end, WalkEdges* edges, float* scratch) {
+  if (task.coded) {
+    return weighted ? WalkCodes<WeightedItem>(update, task, begin, end, edges, scratch)
+                    : WalkCodes<Item>(update, task, begin, end, edges, scratch);
+  }
   switch (type) {
     case FloatType::kFloat:
       return WalkTyped<float>(update, weighted, task, begin, end, edges, scratch);

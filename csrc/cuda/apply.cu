@@ -15,7 +15,33 @@ int launch_apply(const DenseTable& table, const Update& update, const std::int64
   return cudaGetLastError();
 }
 
+template <int kBits>
+int launch_codes(const CodeRows& table, const Update& update, const std::int64_t* rows,
+                 const float* grads, std::int64_t distinct, Stream stream) {
+  dim3 grid;
+  if (!grid_for(distinct, kBlockThreads / kWarp, 1, grid)) return cudaErrorInvalidValue;
+  if (update.rule == Rule::kSgd) {
+    AMTL_LAUNCH((apply_codes_kernel<Rule::kSgd, kBits>), grid, kBlockThreads, 0, as_stream(stream),
+                table, update, rows, grads, distinct);
+  } else if (update.rule == Rule::kRowwiseAdagrad) {
+    AMTL_LAUNCH((apply_codes_kernel<Rule::kRowwiseAdagrad, kBits>), grid, kBlockThreads, 0,
+                as_stream(stream), table, update, rows, grads, distinct);
+  } else {
+    return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+
 }  // namespace
+
+int apply_codes(int bits, const CodeRows& table, const Update& update, const std::int64_t* rows,
+                const float* grads, std::int64_t distinct, Stream stream) {
+  if (distinct == 0) return cudaSuccess;
+  const auto launch = bits == 2   ? &launch_codes<2>
+                      : bits == 4 ? &launch_codes<4>
+                                  : &launch_codes<8>;
+  return launch(table, update, rows, grads, distinct, stream);
+}
 
 int apply_update(DType type, const DenseTable& table, const Update& update,
                  const std::int64_t* rows, const void* grads, std::int64_t distinct,

@@ -117,6 +117,10 @@ bool update_fits(const Update& update, int dim);
 int apply_update(DType type, const DenseTable& table, const Update& update,
                  const std::int64_t* rows, const void* grads, std::int64_t distinct, Stream stream);
 
+// As above, of codes, by SGD or row-wise Adagrad.
+int apply_codes(int bits, const CodeRows& table, const Update& update, const std::int64_t* rows,
+                const float* grads, std::int64_t distinct, Stream stream);
+
 // --- Sorting, the one thing taken from a library -----------------------------------------------
 
 // Stable sort of pairs by the lowest `bits` bits of their keys. Keys are uint64 if wide_keys, else

@@ -67,4 +67,68 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   }
 }
 
+// The same for codes: numbers are decoded, updated, and encoded at random so that the mean is kept.
+// A warp walks one row, a lane a byte at a time; whole rows are kept.
+//
+// @param[in,out] table  [n, dim] codes
+// @param[in]     update `first`: row-wise Adagrad's numbers [n], float32
+// @param[in]     rows   [U] distinct
+// @param[in]     grads  [U, dim]
+template <Rule kRule, int kBits>
+__global__ void __launch_bounds__(kBlockThreads, 3)
+    apply_codes_kernel(const __grid_constant__ CodeRows table,
+                       const __grid_constant__ Update update, const std::int64_t* rows,
+                       const float* grads, std::int64_t distinct) {
+  static_assert(kRule == Rule::kSgd || kRule == Rule::kRowwiseAdagrad, "no state of a number each");
+  constexpr unsigned kAll = 0xffffffffu;
+  constexpr int kPerByte = 8 / kBits;
+  const std::int64_t u =
+      static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / kWarp) + threadIdx.x / kWarp;
+  if (u >= distinct) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const std::int64_t row = load<Memory::kIndex>(rows + u);
+  if (row < 0 || row >= table.rows) return;
+  const float step = load<Memory::kSizes>(table.step);
+  const float* grad = grads + u * table.dim;
+  const int bytes = table.dim / kPerByte;
+  std::uint8_t* codes = table.codes + row * bytes;
+  float denominator = 0;
+  if constexpr (kRule == Rule::kRowwiseAdagrad) {
+    if (table.dim == 0) return;
+    float squares = 0;
+    for (int b = lane; b < bytes; b += kWarp) {
+      const unsigned word = load<Memory::kTable, Cache::kPlain>(codes + b);
+#pragma unroll
+      for (int e = 0; e < kPerByte; ++e) {
+        const float w = decode_code<kBits>(word >> (e * kBits), step);
+        const float g = load<Memory::kGrad>(grad + b * kPerByte + e) + update.weight_decay * w;
+        squares += g * g;
+      }
+    }
+    for (int s = kWarp / 2; s > 0; s /= 2) squares += __shfl_xor_sync(kAll, squares, s);
+    float* moment = static_cast<float*>(update.first) + row;
+    const float before = load<Memory::kState, Cache::kPlain>(moment);
+    // All have read it before one replaces it.
+    __syncwarp();
+    denominator = step_rowwise<float>(update, moment, before, squares, table.dim, lane == 0);
+  }
+  const std::uint32_t term = row_term(table.before + row) + step_term(update);
+  for (int b = lane; b < bytes; b += kWarp) {
+    const unsigned word = load<Memory::kTable, Cache::kPlain>(codes + b);
+    unsigned changed = 0;
+#pragma unroll
+    for (int e = 0; e < kPerByte; ++e) {
+      const int column = b * kPerByte + e;
+      const float w = decode_code<kBits>(word >> (e * kBits), step);
+      const float g = load<Memory::kGrad>(grad + column) + update.weight_decay * w;
+      float first = denominator;
+      float second = 0;
+      const float value = update_element<kRule>(update, AdamScales{}, w, g, first, second);
+      const std::uint32_t random = mix(term + static_cast<std::uint32_t>(column) * 0xC2B2AE3Du);
+      changed |= encode_randomly<kBits>(value, step, random) << (e * kBits);
+    }
+    store<Memory::kTable>(codes + b, static_cast<std::uint8_t>(changed));
+  }
+}
+
 }  // namespace amtl

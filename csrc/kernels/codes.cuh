@@ -8,15 +8,6 @@
 
 namespace amtl {
 
-// A product that no compiler makes one operation of with a sum.
-__device__ __forceinline__ float multiply(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 // V codes of kBits as they lie in memory; there are no other codes in their bytes.
 template <int kBytes>
 struct CodeWord;
@@ -53,11 +44,9 @@ struct Codes {
   }
   // (code - half) * step, rounded before it is added to anything.
   __device__ __forceinline__ void decode(float step, float /*half*/, float (&values)[V]) const {
-    constexpr int kLevels = 1 << kBits;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      const int code = static_cast<int>(word >> (e * kBits)) & (kLevels - 1);
-      values[e] = multiply(static_cast<float>(code) - (kLevels - 1) * 0.5f, step);
+      values[e] = decode_code<kBits>(static_cast<unsigned>(word >> (e * kBits)), step);
     }
   }
 };

@@ -79,4 +79,33 @@ __device__ __forceinline__ T round_randomly(float value, std::uint32_t random) {
   return from_float<T>(__uint_as_float((bits + (random & kDropped)) & ~kDropped));
 }
 
+// A product that no compiler makes one operation of with a sum.
+__device__ __forceinline__ float multiply(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// Of the lowest kBits of a word: (code - half) * step, rounded before it is added to anything.
+template <int kBits>
+__device__ __forceinline__ float decode_code(unsigned word, float step) {
+  constexpr int kLast = (1 << kBits) - 1;
+  return multiply(static_cast<float>(static_cast<int>(word) & kLast) - kLast * 0.5f, step);
+}
+
+// Of the two codes around a number one, with the probability that keeps the mean; `random` is 32
+// random bits. NaN becomes code 0.
+template <int kBits>
+__device__ __forceinline__ unsigned encode_randomly(float value, float step, std::uint32_t random) {
+  constexpr float kLast = static_cast<float>((1 << kBits) - 1);
+  const float place = value / step + kLast * 0.5f;
+  const float low = place > 0.0f ? place : 0.0f;
+  const float kept = low < kLast ? low : kLast;
+  const float whole = floorf(kept);
+  const bool up = static_cast<float>(random >> 8) < (kept - whole) * 16777216.0f;
+  return static_cast<unsigned>(whole) + (up ? 1u : 0u);
+}
+
 }  // namespace amtl

@@ -90,6 +90,13 @@ __device__ __forceinline__ float update_element(const Update& update, const Adam
   }
 }
 
+// What the step adds to the hashes of stochastic rounding. Fetched where it is used rather than
+// kept, for the sake of registers.
+__device__ __forceinline__ std::uint32_t step_term(const Update& update) {
+  if (update.step == nullptr) return update.seed_term;
+  return fold(static_cast<std::uint64_t>(load<Memory::kOther>(update.step))) * 0x85EBCA77u;
+}
+
 template <typename T, int V>
 __device__ __forceinline__ RawVector<T, V> round_weights(const Update& update,
                                                          const float (&values)[V],
@@ -98,11 +105,7 @@ __device__ __forceinline__ RawVector<T, V> round_weights(const Update& update,
     return pack<T, V>(values);
   } else {
     if (!update.stochastic_rounding) return pack<T, V>(values);
-    // Fetched here rather than kept, for the sake of registers.
-    std::uint32_t seed_term = update.seed_term;
-    if (update.step != nullptr) {
-      seed_term = fold(static_cast<std::uint64_t>(load<Memory::kOther>(update.step))) * 0x85EBCA77u;
-    }
+    const std::uint32_t seed_term = step_term(update);
     T elements[V];
 #pragma unroll
     for (int e = 0; e < V; ++e) {

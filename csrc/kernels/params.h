@@ -116,6 +116,15 @@ struct TieredTable {
   TableMap map;
 };
 
+// Rows of codes with one step size: a block, or a part of one.
+struct CodeRows {
+  std::uint8_t* codes = nullptr;  // [n, dim * bits / 8]
+  std::int64_t rows = 0;          // n
+  std::int64_t before = 0;        // rows of the block before them: rounding counts from its first
+  int dim = 0;                    // numbers in a row
+  const float* step = nullptr;    // one
+};
+
 enum class Rule { kSgd, kAdagrad, kRowwiseAdagrad, kAdam };
 
 // One optimizer step. What depends on the step is computed by the kernel if `step` points to

@@ -200,7 +200,7 @@ void CheckBags(const Tables& tables, Bags& bags) {
 void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad) {
   const int64_t width = tables.width();
   CheckLike(grad, "the gradient", tables.like());
-  const bool typed = grad.scalar_type() == tables.like().scalar_type();
+  const bool typed = grad.scalar_type() == tables.numbers().scalar_type();
   if (tables.count() > 1) {
     Check(typed && grad.dim() == 2 && grad.size(0) == bags.batch && grad.size(1) == width,
           "the gradient must be [", bags.batch, ", ", width, "] in the type of the tables");
@@ -210,6 +210,15 @@ void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad) {
   Check(typed, "the gradient must have the type of the table");
   Check(grad.dim() >= 1 && grad.size(grad.dim() - 1) == width && grad.numel() == rows * width,
         "the gradient must be [", rows, ", ", width, "]");
+}
+
+void CheckUpdateOfFewBits(const Tables& tables, int64_t optimizer, bool psw_grad) {
+  if (!tables.few_bits()) return;
+  Check(tables.coded(), "blocks of floats are updated as they are, without steps and bits");
+  Check(optimizer == 0 || optimizer == 2,
+        "blocks of codes are updated by SGD or RowwiseAdagrad: the state of other optimizers is "
+        "larger than the numbers that codes save");
+  Check(!psw_grad, "an update of codes makes no gradient of per_sample_weights");
 }
 
 void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads) {

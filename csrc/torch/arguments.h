@@ -79,7 +79,7 @@ struct Bags {
   int64_t batch = 0;  // bags of each table, known once they are checked
 };
 
-// What only a lookup is given of tables of few bits.
+// What lookups, and updates of codes, are given of tables of few bits.
 struct FewBits {
   Tensors steps;
   Ints bits;
@@ -92,6 +92,8 @@ struct FewBits {
 void CheckTables(Tables& tables);
 void CheckBags(const Tables& tables, Bags& bags);
 void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad);
+// Of an update of tables that are given step sizes, if they are.
+void CheckUpdateOfFewBits(const Tables& tables, int64_t optimizer, bool psw_grad);
 // Of every block, its rows that have a gradient, and the gradients.
 void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads);
 

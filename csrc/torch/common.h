@@ -36,7 +36,9 @@ inline void CheckWeight(const Tensor& weight) {
   Check(weight.dim() == 2, "a table must be [N, D]");
   Check(weight.is_contiguous(), "a table must be contiguous");
   const ScalarType type = weight.scalar_type();
-  Check(type != ScalarType::Byte, "blocks of codes need steps and bits, and have no gradient");
+  Check(type != ScalarType::Byte,
+        "blocks of codes need steps and bits, and have no gradient: an optimizer of the lookup, "
+        "SGD or RowwiseAdagrad, updates them");
   Check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
         "native operators take float32, float16 and bfloat16; float64 runs on the reference: "
         "amtl_kernels.set_backend(\"reference\")");

@@ -98,7 +98,7 @@ class TableBatch {
   // [L], or [0] if it is not wanted.
   Tensor NewWeightsGrad(bool wanted) const {
     const int64_t count = wanted ? bags_.indices.numel() : 0;
-    const Tensor out = torch::stable::new_empty(tables_.like(), {count});
+    const Tensor out = torch::stable::new_empty(tables_.numbers(), {count});
     if (wanted && tables() > 1) {
       char* data = static_cast<char*>(out.mutable_data_ptr());
       const int64_t bytes = cpu::BytesOf(lookups_[0].table.type);
@@ -250,12 +250,38 @@ std::vector<TableSlice> SlicesOf(const Tables& tables) {
   return slices;
 }
 
+// Every part of blocks of codes as an update takes it.
+std::vector<TableSlice> CodeSlicesOf(const Tables& tables, const CpuOptimizer& optimizer) {
+  std::vector<TableSlice> slices;
+  for (size_t t = 0; t < tables.count(); ++t) {
+    const float* step = tables.steps[t].const_data_ptr<float>();
+    int64_t start = 0;
+    tables.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
+      TableSlice slice{};
+      optimizer.SetState(block, static_cast<size_t>(&block - tables.blocks.data()), &slice);
+      slice.bits = static_cast<int32_t>(tables.bits[t]);
+      slice.row_bytes = static_cast<int32_t>(block.size(1));
+      slice.width = static_cast<int32_t>(tables.width_of(block, t));
+      slice.step = *step++;
+      slice.rows_before = start - begin;
+      slice.weight = static_cast<char*>(const_cast<void*>(block.const_data_ptr())) +
+                     slice.rows_before * slice.row_bytes;
+      if (slice.state1 != nullptr) slice.state1 += slice.rows_before;
+      slice.first_row = start;
+      slice.end_row = start = end;
+      slices.push_back(slice);
+    });
+  }
+  return slices;
+}
+
 void Walk(const TableBatch& batch, const Tables& tables, const Sorted& sorted, const Tensor& grad,
           const Masks& masks, cpu::Update update, const cpu::Hyper& hyper,
           const std::vector<TableSlice>& slices) {
+  const std::vector<size_t>& first = tables.coded() ? tables.first_part : tables.first;
   batch.ForTables([&](const Executor&, size_t t) {
     sorted[t]->Walk(batch.Columns(grad, t), batch.width(), masks[t], update, hyper,
-                    &slices[tables.first[t]], tables.block_counts[t]);
+                    &slices[first[t]], static_cast<int64_t>(first[t + 1] - first[t]));
   });
 }
 
@@ -333,13 +359,17 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(const Tensor& grad, 
 std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags,
                                         bool mask_grad, bool psw_grad, bool groups_sorted,
                                         const Tensors& state, int64_t optimizer,
-                                        const std::vector<double>& hyper) {
+                                        const std::vector<double>& hyper, FewBits few) {
+  std::move(few).AddTo(tables);
   const TableBatch batch(tables, bags);
+  CheckUpdateOfFewBits(tables, optimizer, psw_grad);
   CheckGrad(tables, bags, grad);
   mask_grad = mask_grad && tables.grouped();
   const CpuOptimizer step(optimizer, hyper, state, tables.blocks);
-  std::vector<TableSlice> slices = SlicesOf(tables);
-  for (size_t c = 0; c < slices.size(); ++c) step.SetState(tables.blocks[c], c, &slices[c]);
+  std::vector<TableSlice> slices = tables.coded() ? CodeSlicesOf(tables, step) : SlicesOf(tables);
+  for (size_t c = 0; !tables.coded() && c < slices.size(); ++c) {
+    step.SetState(tables.blocks[c], c, &slices[c]);
+  }
   const Masks masks(tables, mask_grad);
   const Tensor psw = batch.NewWeightsGrad(psw_grad);
   Sorted sorted(tables.count());

@@ -20,12 +20,15 @@ Hyper MakeHyper(const std::vector<double>& values) {
   hyper.one_minus_beta1 = static_cast<float>(1 - beta1);
   hyper.one_minus_beta2 = static_cast<float>(1 - beta2);
   hyper.step_size = static_cast<float>(values[0] / (1 - std::pow(beta1, step)));
+  hyper.mixed_step = cpu::MixSeed(static_cast<int64_t>(step));
   hyper.inverse_sqrt_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
   return hyper;
 }
 
 void CheckRounding(bool stochastic, const Tensor& weight) {
-  Check(!stochastic || weight.scalar_type() == ScalarType::Float,
+  // Codes are always rounded so.
+  const bool narrow = weight.element_size() == 2;
+  Check(!stochastic || !narrow,
         "stochastic rounding of 16-bit tables is not in the CPU kernels; the reference has it: "
         "amtl_kernels.set_backend(\"reference\")");
 }

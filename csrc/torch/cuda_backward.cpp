@@ -135,9 +135,10 @@ Grads TieredReduce(const CudaContext& context, const CudaTables& call, const Ten
   std::vector<uint64_t> row_bases, grad_bases;
   for (size_t c = 0; c < blocks.size(); ++c) {
     const int64_t before = c > 0 ? below[c - 1] : 0;
-    const int64_t count = below[c] - before, columns = blocks[c].size(1);
+    const int64_t count = below[c] - before, columns = call.columns(c);
+    const ScalarType type = call.tables.numbers().scalar_type();
     out.rows.push_back(NewTensor(blocks[c], {count}, ScalarType::Long));
-    out.grads.push_back(NewTensor(blocks[c], {count, columns}, blocks[c].scalar_type()));
+    out.grads.push_back(NewTensor(blocks[c], {count, columns}, type));
     row_bases.push_back(AddressOf(out.rows[c]));
     grad_bases.push_back(AddressOf(out.grads[c]) -
                          static_cast<uint64_t>(before * columns) * element);

@@ -15,14 +15,14 @@ int32_t Columns(const Tensor& group_dims) {
 }
 
 // What kernels tell apart of table t: its blocks, or the parts of them.
-std::vector<cuda::TableBlock> PartsOf(const Tables& tables, size_t t) {
+std::vector<cuda::TableBlock> PartsOf(const Tables& tables, size_t t, bool in_numbers) {
   std::vector<cuda::TableBlock> parts;
   int64_t start = 0;
   tables.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
     const int64_t row_bytes = block.size(1) * block.element_size();
     cuda::TableBlock part;
     part.rows = end - start;
-    part.width = static_cast<int32_t>(block.size(1));
+    part.width = static_cast<int32_t>(in_numbers ? tables.width_of(block, t) : block.size(1));
     part.address = AddressOf(block) + static_cast<uint64_t>((start - begin) * row_bytes);
     parts.push_back(part);
     start = end;
@@ -38,14 +38,15 @@ std::pair<Tables, Bags> Checked(Tables tables, Bags bags) {
 
 }  // namespace
 
-CudaTables::CudaTables(Tables given, Bags looked_up)
-    : CudaTables(Checked(std::move(given), std::move(looked_up))) {}
+CudaTables::CudaTables(Tables given, Bags looked_up, bool in_numbers)
+    : CudaTables(Checked(std::move(given), std::move(looked_up)), in_numbers) {}
 
-CudaTables::CudaTables(std::pair<Tables, Bags> checked)
+CudaTables::CudaTables(std::pair<Tables, Bags> checked, bool in_numbers)
     : tables(std::move(checked.first)),
       bags(std::move(checked.second)),
       type(DTypeOf(tables.like())),
-      width(tables.width()) {
+      width(tables.width()),
+      in_numbers(in_numbers) {
   for (size_t t = 0; t < tables.count(); ++t) {
     dim = std::max(dim, static_cast<int>(tables.dims[t]));
     groups += tables.groups(t);
@@ -59,6 +60,13 @@ CudaTables::CudaTables(std::pair<Tables, Bags> checked)
   } else {
     SetInline();
   }
+}
+
+int64_t CudaTables::columns(size_t c) const {
+  if (!in_numbers) return tables.blocks[c].size(1);
+  size_t t = 0;
+  while (c >= tables.first[t + 1]) ++t;
+  return tables.width_of(tables.blocks[c], t);
 }
 
 void CudaTables::SetLookups() {
@@ -97,7 +105,7 @@ void CudaTables::SetDense() {
 void CudaTables::SetInline() {
   encoding_ = Encoding::kInline;
   tiered_.dim = dim;
-  for (const cuda::TableBlock& part : PartsOf(tables, 0)) {
+  for (const cuda::TableBlock& part : PartsOf(tables, 0, in_numbers)) {
     const int c = tiered_.tiers++;
     tiered_.end[c] = tiered_.rows += part.rows;
     tiered_.width[c] = part.width;
@@ -115,7 +123,7 @@ void CudaTables::SetPacked() {
   int64_t first_group = 0;
   for (size_t t = 0; t < tables.count(); ++t) {
     cuda::OneTable one;
-    const std::vector<cuda::TableBlock> parts = PartsOf(tables, t);
+    const std::vector<cuda::TableBlock> parts = PartsOf(tables, t, in_numbers);
     one.blocks = static_cast<int32_t>(parts.size());
     one.dim = static_cast<int32_t>(tables.dims[t]);
     one.padding = bags.padding_idx[t];

@@ -12,14 +12,17 @@ namespace amtl {
 // every dense table is a block with sizes for its rows.
 class CudaTables {
  public:
-  // Checks all that can be checked without the device's memory.
-  CudaTables(Tables given, Bags looked_up);
+  // Checks all that can be checked without the device's memory. `in_numbers`: columns of blocks of
+  // codes are the numbers they stand for, as a gradient has them, and not bytes.
+  CudaTables(Tables given, Bags looked_up, bool in_numbers = false);
   CudaTables(const CudaTables&) = delete;
   CudaTables& operator=(const CudaTables&) = delete;
 
   const Tensor& like() const { return tables.like(); }
   bool is_dense() const { return encoding_ == Encoding::kDense; }
   bool is_packed() const { return encoding_ == Encoding::kPacked; }
+  // Of block c.
+  int64_t columns(size_t c) const;
   const DenseTable& dense() const { return dense_; }
   const TieredTable& tiered() const { return tiered_; }
 
@@ -38,14 +41,15 @@ class CudaTables {
   const Bags bags;
   const DType type;
   const int64_t width;  // of the output, over all tables
-  int dim = 0;          // of the widest table
-  int64_t groups = 0;   // over all tables
+  const bool in_numbers;
+  int dim = 0;         // of the widest table
+  int64_t groups = 0;  // over all tables
   Lookups lookups;
 
  private:
   enum class Encoding { kDense, kInline, kPacked };
 
-  CudaTables(std::pair<Tables, Bags> checked);
+  CudaTables(std::pair<Tables, Bags> checked, bool in_numbers);
   void SetLookups();
   void SetDense();
   void SetInline();

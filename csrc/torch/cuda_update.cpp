@@ -41,10 +41,82 @@ Tensor TieredStep(const CudaContext& context, const CudaTables& call, const Tens
   return MasksOf(context, call, sums);
 }
 
+// Blocks of codes, a block a part, and what an update of each asks for.
+struct CodeParts {
+  Tables tables;
+  Ints before;                  // rows of the block before the part
+  std::vector<float*> moments;  // row-wise Adagrad's numbers of the part's rows
+};
+
+// `given` have been checked.
+CodeParts PartsOfCodes(const Tables& given, const Tensors& state, Update& update) {
+  CodeParts parts;
+  Tables& tables = parts.tables;
+  tables.dims = given.dims;
+  tables.steps = given.steps;
+  tables.bits = given.bits;
+  const size_t per_block = StatesPerTable(update.rule);
+  for (size_t t = 0; t < given.count(); ++t) {
+    int64_t start = 0;
+    given.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
+      Tensor whole = block;
+      tables.blocks.push_back(torch::stable::narrow(whole, 0, start - begin, end - start));
+      parts.before.push_back(start - begin);
+      SetStates(block, state, static_cast<size_t>(&block - given.blocks.data()) * per_block,
+                update);
+      Check(!update.narrow_state, "the state of codes must be float32");
+      parts.moments.push_back(
+          update.first == nullptr ? nullptr : static_cast<float*>(update.first) + (start - begin));
+      start = end;
+    });
+    tables.block_counts.push_back(
+        static_cast<int64_t>(given.first_part[t + 1] - given.first_part[t]));
+  }
+  return parts;
+}
+
+// Codes are updated by the gradients of their rows, and so waited for.
+void UpdateCodes(Tables given, const Tensor& grad, Bags bags, const Tensors& state, Update update) {
+  CheckTables(given);
+  SetCounter(state, given.blocks, update);
+  CodeParts parts = PartsOfCodes(given, state, update);
+  CudaTables call(std::move(parts.tables), std::move(bags), true);
+  CheckGrad(call.tables, call.bags, grad);
+  RaiseFindings();
+  const CudaContext context(call.like());
+  call.Upload(context);
+  const Grads found = Reduce(context, call, grad, true, false);
+  const Tables& tables = call.tables;
+  for (size_t t = 0; t < tables.count(); ++t) {
+    for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
+      CodeRows rows;
+      rows.codes = static_cast<uint8_t*>(tables.blocks[c].mutable_data_ptr());
+      rows.rows = tables.blocks[c].size(0);
+      rows.before = parts.before[c];
+      rows.dim = static_cast<int>(call.columns(c));
+      rows.step = tables.steps[t].const_data_ptr<float>() + (c - tables.first[t]);
+      update.first = parts.moments[c];
+      if (rows.dim == 0) continue;
+      CheckCuda(cuda::apply_codes(static_cast<int>(tables.bits[t]), rows, update,
+                                  static_cast<const int64_t*>(found.rows[c].const_data_ptr()),
+                                  static_cast<const float*>(found.grads[c].const_data_ptr()),
+                                  found.rows[c].size(0), context.stream()),
+                "an optimizer step");
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags,
                                         bool mask_grad, bool psw_grad, bool groups_sorted,
                                         const Tensors& state, int64_t optimizer,
-                                        const std::vector<double>& hyper) {
+                                        const std::vector<double>& hyper, FewBits few) {
+  std::move(few).AddTo(tables);
+  if (tables.few_bits()) {
+    CheckUpdateOfFewBits(tables, optimizer, psw_grad);
+    const Tensor like = tables.like();
+    UpdateCodes(std::move(tables), grad, std::move(bags), state, MakeUpdate(optimizer, hyper));
+    return {NewTensor(like, {0}, ScalarType::Float), NewTensor(like, {0}, ScalarType::Float)};
+  }
   CudaTables call(std::move(tables), std::move(bags));
   const Tensors& blocks = call.tables.blocks;
   CheckGrad(call.tables, call.bags, grad);

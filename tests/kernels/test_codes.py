@@ -389,9 +389,14 @@ def test_mistakes_are_named() -> None:
         call()
     with pytest.raises(ValueError, match="the widest tier has 8 columns"):
         call(steps=one.steps, bits=4, embedding_dim=7)
-    with pytest.raises(ValueError, match="has no gradient: optimizer must be None"):
+    for kind in (ak.optim.Adagrad, ak.optim.Adam):
+        with pytest.raises(ValueError, match="are updated by SGD or RowwiseAdagrad: the state of"):
+            call(steps=one.steps, bits=4, optimizer=kind(one.blocks, lr=0.1))
+    with pytest.raises(ValueError, match="must be in one group of its optimizer"):
         weight = torch.zeros(1, 1, requires_grad=True)
         call(steps=one.steps, bits=4, optimizer=ak.optim.SGD([weight], lr=0.1))
+    with pytest.raises(TypeError, match=r"optimizer must be of amtl_kernels.optim, got a float"):
+        call(steps=one.steps, bits=4, optimizer=0.1)
     bag = torch.ones(1, 1, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"per_sample_weights are torch.float16 .* torch.float32"):
         ak.tiered_embedding_bag(

@@ -2,17 +2,21 @@
 
 Except where the gradient of a row's last kept values is exactly zero: the separate optimizer reads
 the kept prefix off the gradient, the fused one knows it. Weights here are drawn so that none is.
+
+Codes have no step but the fused one: it is that of the numbers they stand for, rounded at random.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from kernel_cases import Inputs, build
+from test_codes import BITS, Coded, decoded, make
 from test_lookup import limited, variant
 from torch import Tensor
 
@@ -184,3 +188,290 @@ def test_the_order_of_groups_is_looked_at_once() -> None:
     del group
     assert len(_calls._orders) == before - 1
     assert _calls._never_falls(torch.zeros(0, dtype=torch.int32))
+
+
+def random24(row: int, column: int, step: int) -> int:
+    """The upper 24 of a number's random bits in an optimizer's step."""
+    word = 0xFFFFFFFF
+    x = (row * 0x9E3779B1 + step * 0x85EBCA77 + column * 0xC2B2AE3D) & word
+    x = (x ^ x >> 16) * 0x85EBCA6B & word
+    x = (x ^ x >> 13) * 0xC2B2AE35 & word
+    return (x ^ x >> 16) >> 8
+
+
+def encoded(rows: Tensor, steps: Tensor, bits: int, count: int) -> list[list[int]]:
+    """Bytes of rows of numbers with a step size each, in an optimizer's step ``count``."""
+    half, found = (2**bits - 1) / 2, []
+    for i, (row, step) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
+        codes = []
+        for j, number in enumerate(row):
+            place = float(torch.tensor(number) / step + half)
+            place = 0.0 if math.isnan(place) else min(max(place, 0.0), 2 * half)
+            whole = math.floor(place)
+            codes.append(whole + (random24(i, j, count) < (place - whole) * 2**24))
+        shifts = range(0, 8, bits)
+        per = len(shifts)
+        found.append(
+            [
+                sum(code << shift for code, shift in zip(codes[b : b + per], shifts, strict=True))
+                for b in range(0, len(codes), per)
+            ]
+        )
+    return found
+
+
+def step_on_codes(
+    one: Coded, kind: Any, lookups: tuple[Tensor, ...], slope: Tensor, **options: Any
+) -> Any:
+    """One update of a table of codes by a fused optimizer, which is returned."""
+    optimizer = kind(one.blocks)
+    lookup = ak.tiered_embedding if len(lookups) == 1 else ak.tiered_embedding_bag
+    out = lookup(*one.table, *lookups, optimizer=optimizer, **{**one.options, **options})
+    assert out.requires_grad and not any(block.requires_grad for block in one.blocks)
+    out.backward(slope.to(out.device))
+    return optimizer
+
+
+def sgd(blocks: list[Tensor]) -> Any:
+    return ak.optim.SGD(blocks, lr=0.25)
+
+
+def test_an_update_by_hand(backend: Any) -> None:
+    # Numbers -13, 15, -15, -11 at step 2.
+    block = torch.tensor([[0xF1, 0x20]], dtype=torch.uint8, device=backend.device)
+    one = Coded([block], [1], torch.tensor([2.0], device=backend.device), 4, 4, torch.empty(0))
+    rows = torch.tensor([0, 0], device=backend.device)
+    slope = torch.tensor([[8.0, -80.0, float("nan"), 2.0], [0.0, 0.0, 0.0, 2.0]])
+    step_on_codes(one, sgd, (rows,), slope)
+    # They become -15, 35, NaN and -12: codes 0, 15 (the last), 0 and, of 1.5, one of two.
+    up = random24(0, 3, 1) < 2**23
+    assert block.tolist() == [[0xF0, 0x20 if up else 0x10]]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", ["plain", "sum", "mean", "weighted"])
+def test_updates_are_those_of_numbers_rounded_at_random(backend: Any, bits: int, mode: str) -> None:
+    """Sums are the same in any order here, so nothing but the rounding decides on a bit."""
+    counts, widths = [7, 2, 1, 30], [20, 12, 0, 8]
+    g = torch.Generator().manual_seed(bits)
+    one = make(bits, counts, widths, backend.device, 1)
+    # Step sizes of parts: the first block has three of them, one for no rows.
+    step_ends = [3, 3, 7, 9, 10, 40]
+    steps = torch.exp2(torch.randint(-3, 3, (6,), generator=g))
+    rows = torch.randint(0, 20, (64,), generator=g)
+    lookups: tuple[Tensor, ...] = (rows.to(backend.device),)
+    # One over three is no exact number.
+    padding = None if mode == "mean" else 5
+    options: dict[str, Any] = {"padding_idx": padding}
+    slope = torch.randint(-8, 9, (64, 20), generator=g) / 8
+    scale, bag = torch.ones(64), torch.arange(64)
+    if mode != "plain":
+        lookups = (rows.view(16, 4).int().to(backend.device), None)  # type: ignore[assignment]
+        bag, slope = bag // 4, slope[:16]
+    if mode == "weighted":
+        scale = torch.randint(-4, 5, (64,), generator=g).float()
+        options["per_sample_weights"] = scale.view(16, 4).to(backend.device)
+    elif mode != "plain":
+        options["mode"] = mode
+    if mode == "mean":
+        scale = torch.full((64,), 0.25)
+    before = [block.cpu().clone() for block in one.blocks]
+    few = {"steps": steps.to(backend.device), "step_ends": step_ends}
+    optimizer = step_on_codes(one, sgd, lookups, slope, **options, **few)
+    assert all(int(optimizer.state[block]["step"]) == 1 for block in one.blocks)
+    total = torch.zeros(40, 20)
+    counted = rows != (-1 if padding is None else padding)
+    total.index_add_(0, rows, slope[bag] * scale[:, None] * counted[:, None])
+    start = 0
+    for block, old, width in zip(one.blocks, before, widths, strict=True):
+        part = torch.bucketize(
+            torch.arange(start, start + len(old)), torch.tensor(step_ends), right=True
+        )
+        step = steps[part]
+        values = [decoded(row[None], s, bits)[0] for row, s in zip(old, step, strict=True)]
+        numbers = torch.tensor(values).view(len(old), width)
+        numbers -= 0.25 * total[start : start + len(old), :width]
+        wanted = torch.tensor(encoded(numbers, step, bits, 1)).long().view(old.shape)
+        touched = torch.isin(torch.arange(start, start + len(old)), rows[counted])
+        wanted[~touched] = old[~touched].long()
+        assert torch.equal(block.cpu().long(), wanted)
+        start += len(old)
+    assert mode != "plain" or not torch.equal(one.blocks[0].cpu(), before[0])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_row_wise_adagrad_of_codes(backend: Any, bits: int) -> None:
+    """Those of a table of floats, up to the rounding, with the same state."""
+    widths = [64, 36, 200] if backend.max_dim >= 200 else [64, 36, 100]
+    one = make(bits, [9, 8, 7], widths, backend.device, 2, exact=False)
+    g = torch.Generator().manual_seed(bits)
+    slope = torch.randn(60, one.dim, generator=g)
+    rows = torch.randint(0, 24, (60,), generator=g).to(backend.device)
+    numbers = [
+        torch.nn.Parameter(one.numbers[end - n : end, :width].contiguous().to(backend.device))
+        for end, n, width in zip(one.ends, (9, 8, 7), widths, strict=True)
+    ]
+
+    def kind(blocks: Any) -> Any:
+        return ak.optim.RowwiseAdagrad(blocks, lr=0.5, weight_decay=0.25)
+
+    theirs = kind(numbers)
+    ak.tiered_embedding(numbers, one.ends, rows, embedding_dim=one.dim, optimizer=theirs).backward(
+        slope.to(backend.device)
+    )
+    ours = step_on_codes(one, kind, (rows,), slope)
+    same, count, half = 0, 0, (2**bits - 1) / 2
+    for block, number, step in zip(one.blocks, numbers, one.steps, strict=True):
+        torch.testing.assert_close(ours.state[block]["sum"], theirs.state[number]["sum"])
+        every = torch.full((len(block),), float(step))
+        wanted = torch.tensor(encoded(number.detach().cpu(), every, bits, 1)).view(block.shape)
+        looked_up = (ours.state[block]["sum"] > 0).cpu()
+        same += int((block.cpu().long() == wanted)[looked_up].sum())
+        count += int(looked_up.sum()) * block.shape[1]
+        shown = torch.tensor(decoded(block.cpu(), step.cpu(), bits))
+        kept = number.detach().cpu().clamp(-half * float(step), half * float(step))
+        apart = (shown - kept).abs()[looked_up]
+        assert float(apart.max()) <= 1.001 * float(step)
+    # A sum that is rounded otherwise is rarely across what decides.
+    assert count > 100 and same >= 0.995 * count
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_keeps_the_mean(backend: Any, bits: int) -> None:
+    """Updates of a tenth of a step, which rounding to the nearest code would lose."""
+    middle = {2: 0b01010101, 4: 0x77, 8: 127}[bits]
+    block = torch.full((100, 8 * bits), middle, dtype=torch.uint8, device=backend.device)
+    one = Coded([block], [100], torch.ones(1, device=backend.device), bits, 64, torch.empty(0))
+    rows = torch.arange(100, device=backend.device)
+    optimizer = ak.optim.SGD([block], lr=0.1)
+    found = []
+    for _ in range(4):
+        block.fill_(middle)
+        ak.tiered_embedding(*one.table, rows, optimizer=optimizer, **one.options).backward(
+            -torch.ones(100, 64, device=backend.device)
+        )
+        found.append(torch.tensor(decoded(block.cpu(), 1.0, bits)))
+    moved = torch.stack(found) + 0.5
+    assert set(moved.unique().tolist()) == {0.0, 1.0}
+    # Of 25,600 draws the mean has a standard deviation of .0019.
+    assert abs(float(moved.mean()) - 0.1) < 0.006
+    assert float((moved.mean((1, 2)) - 0.1).abs().max()) < 0.012
+    # Each step draws anew, and so do neighbours.
+    assert float((moved[0] * moved[1]).mean()) < 0.02
+    assert float((moved[:, :, 1:] * moved[:, :, :-1]).mean()) < 0.015
+    assert float((moved[:, 1:] * moved[:, :-1]).mean()) < 0.015
+
+
+def test_updates_of_codes_in_several_tables(backend: Any) -> None:
+    shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 2])]
+    g = torch.Generator().manual_seed(0)
+    offsets = torch.arange(0, 31, 2).to(backend.device)
+    counts = (8, 4, 6)
+    rows = torch.cat([torch.randint(0, n, (10,), generator=g) for n in counts])
+    slope = torch.randint(-4, 5, (5, 100), generator=g).float()
+    results = []
+    for together in (True, False):
+        every = [make(*shape, backend.device, seed) for seed, shape in enumerate(shapes)]
+        blocks = [block for one in every for block in one.blocks]
+        optimizer = sgd(blocks)
+        if together:
+            out = ak.tiered_embedding_bag_tables(
+                [one.blocks for one in every],
+                [one.ends for one in every],
+                rows.to(backend.device),
+                offsets,
+                steps=[one.steps for one in every],
+                bits=[one.bits for one in every],
+                optimizer=optimizer,
+            )
+            out.backward(slope.to(backend.device))
+        else:
+            for t, (one, first) in enumerate(zip(every, (0, 16, 36), strict=True)):
+                out = ak.tiered_embedding_bag(
+                    *one.table,
+                    rows[10 * t : 10 * t + 10].view(5, 2).to(backend.device),
+                    mode="sum",
+                    optimizer=sgd(one.blocks),
+                    **one.options,
+                )
+                out.backward(slope[:, first : first + one.dim].to(backend.device))
+        results.append(blocks)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_updates_of_codes_repeat_bit_for_bit(backend: Any) -> None:
+    lookups = min(20_000, backend.max_lookups)
+    rows = torch.randint(0, 1500, (lookups,), generator=torch.Generator().manual_seed(0))
+    slope = torch.randn(lookups, 32, generator=torch.Generator().manual_seed(1))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            one = make(4, [1000, 500], [32, 20], backend.device, exact=False)
+            for _ in range(2):
+                step_on_codes(one, ak.optim.RowwiseAdagrad, (rows.to(backend.device),), slope)
+            found.append(one.blocks)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_steps_counted_on_the_device_round_alike(backend: Any) -> None:
+    tables = []
+    for capturable in (False, True):
+        one = make(8, [20], [12], backend.device)
+        optimizer = ak.optim.SGD(one.blocks, lr=0.1, capturable=capturable)
+        for _ in range(3):
+            rows = torch.arange(20, device=backend.device)
+            out = ak.tiered_embedding(*one.table, rows, optimizer=optimizer, **one.options)
+            out.backward(torch.full_like(out, 0.3))
+        tables.append(one.blocks[0])
+    assert torch.equal(*tables)
+
+
+def test_weights_of_samples_learn_beside_codes(backend: Any) -> None:
+    one = make(4, [6], [8], backend.device)
+    weights = torch.full((1, 3), 2.0, device=backend.device, requires_grad=True)
+    rows = torch.tensor([[0, 5, 5]], device=backend.device)
+    out = ak.tiered_embedding_bag(
+        *one.table, rows, per_sample_weights=weights, optimizer=sgd(one.blocks), **one.options
+    )
+    before = one.blocks[0].clone()
+    out.sum().backward()
+    # Of the numbers before the update.
+    assert torch.equal(weights.grad.cpu(), one.numbers[[0, 5, 5]].sum(1)[None])
+    changed = (one.blocks[0] != before).any(1).cpu()
+    assert not bool(changed[1:5].any())
+    with torch.no_grad():
+        out = ak.tiered_embedding(*one.table, rows, optimizer=sgd(one.blocks), **one.options)
+    assert not out.requires_grad
+
+
+def test_updates_of_codes_that_do_not_fit(backend: Any) -> None:
+    block = torch.zeros(3, 4, dtype=torch.uint8, device=backend.device)
+    rows = torch.tensor([0], device=backend.device)
+    grad = torch.zeros(1, 8, device=backend.device)
+    bags = (rows, None, None, 0, [-1], False)
+    steps = torch.ones(1, device=backend.device)
+
+    def update(
+        block: Tensor, optimizer: int = 0, psw: bool = False, state: Any = (), grad: Tensor = grad
+    ) -> None:
+        torch.ops.amtl.lookup_update_(
+            *([block], [1], [8], [], [], 0), grad, *bags, False, psw, False, list(state),
+            optimizer, [0.1, 0.0, 0.0, 0.9, 0.99, 1.0], [steps], [4],
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="blocks of floats are updated as they are"):
+        update(torch.zeros(3, 8, device=backend.device))
+    with pytest.raises(ValueError, match="an update of codes makes no gradient of per_sample"):
+        update(block, psw=True)
+    for optimizer in (1, 3):
+        with pytest.raises(ValueError, match="are updated by SGD or RowwiseAdagrad"):
+            update(block, optimizer, state=[torch.zeros(3, 8, device=backend.device)] * 2)
+    torch.library.opcheck(
+        torch.ops.amtl.lookup_update_.default,
+        ([block], [1], [8], [], [], 0, grad, *bags, False, False, False, [], 0,
+         [0.1, 0.0, 0.0, 0.9, 0.99, 1.0], [steps], [4]),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip

@@ -66,6 +66,43 @@ def test_backward_allocates_nothing_of_the_tables_size(kind: str) -> None:
     assert extra < 80e6, f"{extra / 1e6:.0f} MB"
 
 
+PEAK_OF_CODES = """
+import resource, torch
+import amtl_kernels as ak
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+rows, dim = 10_000_000, 64
+block = torch.empty(rows, dim, dtype=torch.uint8)
+optimizer = ak.optim.RowwiseAdagrad([block], lr=0.1)
+options = {"steps": torch.ones(1), "bits": 8, "optimizer": optimizer}
+
+def step(lookups: int) -> None:
+    indices = torch.randint(0, 200_000, (lookups,))
+    ak.tiered_embedding([block], [rows], indices, **options).sum().backward()
+
+block[:200_000] = 128
+# The first step makes the state, a number a row.
+step(100)
+before = peak()
+step(50_000)
+print(peak() - before)
+"""
+
+
+def test_updates_of_codes_allocate_nothing_of_the_tables_size() -> None:
+    """As floats, the rows that are updated alone would be 12.5 MB, the table 2.56 GB."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK_OF_CODES)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    extra = int(run.stdout)
+    assert extra < 60e6, f"{extra / 1e6:.0f} MB"
+
+
 @pytest.mark.no_poison
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_rows_beyond_two_to_the_31_elements(index_dtype: torch.dtype) -> None:
