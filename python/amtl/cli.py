@@ -139,6 +139,14 @@ def train(
             show_default=TrainConfig.bits,
         ),
     ] = None,
+    masters: Annotated[
+        bool,
+        typer.Option(
+            "--masters/--no-masters",
+            help="Keep the numbers that training rounds, or train codes alone: needs --bits 8, 4 "
+            "or 2, and --table-optimizer rowwise_adagrad or sgd.",
+        ),
+    ] = True,
     warm_start: Annotated[
         Path | None, typer.Option(help="Start from the table of this fixed run.")
     ] = None,
@@ -263,6 +271,7 @@ def train(
         min_count=min_count,
         race=race,
         compare=compare,
+        masters=masters,
         laws=laws,
         parametrization=parametrization,
         options=_options(method, option or []),
@@ -275,6 +284,7 @@ def train(
         if config.budget_bytes is not None:
             share = f"-b{config.budget_bytes}B"
         share += f"-{config.bits}bits" if config.bits != TrainConfig.bits else ""
+        share += "" if config.masters else "-nomasters"
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
     if holds_run(out) and not force:
         at = shlex.quote(str(out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import amtl
 import pytest
@@ -15,16 +16,15 @@ from amtl.layer.rounding import (
     Rounding,
     decode,
     encode,
-    pack_codes,
     plan_parts,
     step_groups,
     unit,
-    unpack_codes,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import amtl_kernels
+from amtl_kernels.rounding import pack_codes, unpack_codes
 
 ROWS, DIM = 300, 16
 COUNTS = (4000 / torch.arange(1, ROWS + 1).pow(1.1)).long()
@@ -187,8 +187,6 @@ def test_thawing_finds_the_numbers_that_were_rounded():
 
 
 def test_a_fused_optimizer_trains_what_is_rounded():
-    from functools import partial
-
     from amtl_kernels.optim import Adagrad
 
     layers = [layer_of().freeze(), layer_of().freeze()]

@@ -125,8 +125,9 @@ def freeze(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     *,
     bits: int | None = None,
+    masters: bool | None = None,
 ) -> _Model:
-    """`layer.freeze(optimizer, bits=bits)` on all layers that are still searching.
+    """`layer.freeze(optimizer, bits=bits, masters=masters)` on all layers that are still searching.
 
     Where a module keeps a table in a list of its own, as regularisers do, its tiers take its place.
 
@@ -141,13 +142,14 @@ def freeze(
 
     Raises:
         RuntimeError: processes have different sizes.
-        ValueError: a table is trainable but not in the optimizer.
+        ValueError: a table is trainable but not in the optimizer, or a layer cannot do what is
+            asked of it, see `AMTLEmbedding.freeze`.
     """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
     for layer in layers(model).values():
         if layer.phase == "search":
             table = layer.weight
-            layer.freeze(optimizers, bits=bits)
+            layer.freeze(optimizers, bits=bits, masters=masters)
             _rewire(model, {id(table): layer.table_parameters()})
             # Or it would live on beside the next table.
             del table
@@ -385,7 +387,8 @@ def _layer_from(
 def _embedding_from(layer: AMTLTable, masked: bool) -> nn.Module:
     if layer.phase == "frozen":
         dense = layer.dense_weight()
-        weight = nn.Parameter(dense, requires_grad=layer.table_parameters()[0].requires_grad)
+        trains = layer.table_parameters()[0].requires_grad or layer.masterless
+        weight = nn.Parameter(dense, requires_grad=trains)
     elif masked:
         trains = layer.table_parameters()[0].requires_grad
         weight = nn.Parameter(layer.dense_weight(), requires_grad=trains)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amtl_kernels.optim import RowOptimizer
+from amtl_kernels.optim import SGD, RowOptimizer, RowwiseAdagrad
 
 FusedOptimizer = Callable[[list[nn.Parameter]], RowOptimizer] | RowOptimizer
 """What makes an optimizer of parameters, such as its class or a `functools.partial` of it; or one
@@ -46,6 +46,46 @@ def make_handle(optimizer: FusedOptimizer, tables: Sequence[nn.Parameter]) -> Ro
             f"as functools.partial(amtl_kernels.optim.Adam, lr=1e-3), not {type(made).__name__}"
         )
     return made
+
+
+def require_rule_of_codes(optimizer: Optimizer | None, name: str) -> None:
+    """Raise ValueError unless this optimizer can be fused with a table without masters."""
+    if not isinstance(optimizer, SGD | RowwiseAdagrad):
+        has = "none" if optimizer is None else type(optimizer).__name__
+        raise ValueError(
+            f"table {name!r}: masters=False needs a fused SGD or RowwiseAdagrad, whose state is "
+            f"smaller than masters, and it has {has}: layer.fuse(functools.partial("
+            "amtl_kernels.optim.RowwiseAdagrad, lr=...)) before freeze() (of a model: amtl.fuse)"
+        )
+
+
+def require_no_need_of_masters(
+    name: str, weight: Tensor, optimizer: Optimizer | None, renormed: bool
+) -> None:
+    """Raise unless a table can train as codes.
+
+    Args:
+        name: of the table.
+        weight: [N, D].
+        optimizer: the fused one.
+        renormed: whether it has a `max_norm`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    require_rule_of_codes(optimizer, name)
+    if not weight.requires_grad:
+        raise ValueError(f"table {name!r} does not train: to_integers() makes codes of it")
+    if weight.dtype != torch.float32:
+        raise ValueError(
+            f"table {name!r}: masters=False makes codes of float32, not of {weight.dtype}: convert "
+            "the layer first, layer.float()"
+        )
+    if renormed:
+        raise ValueError(
+            f"table {name!r} has max_norm, which scales rows in place as codes cannot be scaled: "
+            "it needs masters=True"
+        )
 
 
 @dataclass

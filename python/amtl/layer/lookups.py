@@ -87,6 +87,20 @@ class TableLookups(TableRows):
             self._renorm(rows)
         return rows
 
+    def _keep_up(self, rows: Tensor, few: dict[str, Any]) -> None:
+        """Let the step sizes of codes that train follow what is looked up."""
+        assert self.rounding is not None and self.steps is not None and self.tier_ends is not None
+        if torch.is_grad_enabled() and self.fused_optimizer is None:
+            raise RuntimeError(
+                f"table {self.name!r} has no masters, and codes have no gradient: "
+                "layer.fuse(functools.partial(amtl_kernels.optim.RowwiseAdagrad, lr=...)) trains "
+                "them (of a model: amtl.fuse), eval() or torch.no_grad() does without"
+            )
+        tiers = self._tiers()
+        if self.rounding.follow(tiers, self.tier_ends, rows, self.embedding_dim, **few):
+            # In place: lookups whose backward is to come find codes and step sizes that fit.
+            self.rounding.recode(tiers, self.steps)
+
     def _frozen(self, name: str, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A lookup in the tiers, rounded or decoded where the table has few bits."""
         assert self.tier_ends is not None
@@ -94,6 +108,8 @@ class TableLookups(TableRows):
         tiers, few, dim = self._tiers(), {}, self.embedding_dim
         if self.steps is not None:
             few = {"steps": self.steps.to(torch.float32), "bits": self.options.bits}
+            if self.rounding is not None and self.training:
+                self._keep_up(rows, few)
         elif self.rounding is not None:
             if self.training:
                 # Before the lookup, so that one that checkpointing repeats shows the same.

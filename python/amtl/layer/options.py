@@ -23,6 +23,9 @@ class SearchOptions:
         bits: of a stored number, 2, 4 or 8; None keeps the table's type. Frozen training rounds
             what is looked up, and `to_integers` (which saving calls) keeps the codes only. Rows are
             stored in whole bytes, so sizes are even at 4 bits and multiples of 4 at 2.
+        masters: whether frozen training of few bits keeps the numbers that it rounds. False: codes
+            are all there is, updated at random so that the mean is kept (ALPT, arXiv 2212.05735),
+            which a fused SGD or RowwiseAdagrad does; see `amtl.layer.rounding`.
         parametrization: "rule" (default: sizes follow from counts, nothing is learned), "ordinal"
             (the twins learn on from there) or "free" (the paper); see `amtl.layer.sizes`.
         min_dim: smallest size, 0..D. None: 0, and 1 for "free" (the paper). A row of size 0 stores
@@ -57,6 +60,7 @@ class SearchOptions:
 
     budget: float | None = 0.4
     bits: int | None = None
+    masters: bool = True
     parametrization: str = "rule"
     min_dim: int | None = None
     granularity: int = 1
@@ -83,6 +87,8 @@ class SearchOptions:
             )
         if self.bits is not None and not (type(self.bits) is int and self.bits in BITS):
             raise ValueError(f"bits must be one of {BITS} or None, got {self.bits!r}")
+        if not self.masters and self.bits is None:
+            raise ValueError("masters=False keeps codes only: it needs bits=8, 4 or 2")
         for name in ("temperature", "final_temperature"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

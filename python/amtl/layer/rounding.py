@@ -5,6 +5,15 @@ of b bits is a code u in 0..2^b - 1 and stands for `(u - (2^b - 1) / 2) * s`: le
 both sides of zero, which is none of them. In training the table stays as it is and the operators
 round what is looked up; gradients pass straight through (as in LSQ, arXiv 1902.08153, where step
 sizes are learned; here they follow the mean square of the numbers, which needs no learning rate).
+
+Without masters (ALPT, arXiv 2212.05735) the table is codes in training, too. A fused optimizer
+decodes a row, updates it as one of floats, and encodes it again, each number `x` as one of the two
+codes around it: with `p = x / s + (2^b - 1) / 2`, in the range of codes, as `floor(p) + 1` with
+probability `p - floor(p)`, else as `floor(p)`. So the mean is kept, and updates far below a step
+size add up. A step size that should be another by more than an eighth makes way for it: the codes
+of its part are decoded and encoded anew, at random again. Beyond the range of codes nothing is
+kept, but numbers at its ends have a mean square above that of a normal distribution (3.9, 2.5 and
+1.5 standard deviations at 8, 4 and 2 bits), so the range grows until it holds them.
 """
 
 from __future__ import annotations
@@ -16,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import amtl_kernels
+from amtl.layer.tiers import TierPlan, split_rows
+from amtl_kernels.rounding import code_stochastically, decode_codes, pack_codes, rounding_bits
 
 BITS = (2, 4, 8)
 
@@ -29,6 +40,10 @@ _SAMPLE = 2048
 """Most of its lookups that they follow then."""
 _WINDOW = 32
 """Lookups of a part that its step size remembers."""
+_LEEWAY = 1.125
+"""A step size of codes that train is another one from this ratio on."""
+_CHUNK = 1 << 20
+"""Numbers that are encoded anew at once."""
 _GOLDEN = 0x9E3779B1
 """Odd, and of no simple ratio to 2^32: its multiples modulo that are spread evenly."""
 
@@ -67,6 +82,11 @@ def step_groups(counts: Tensor, fields: Tensor) -> Tensor:
     return fields * 64 + magnitude
 
 
+def step_of(mean_square: Tensor, bits: int) -> Tensor:
+    """Step size of numbers of this mean square, elementwise."""
+    return (_STEP[bits] * mean_square.sqrt()).clamp(min=_LEAST_STEP)
+
+
 def plan_parts(stored: Tensor, steps: Tensor) -> Parts:
     """Parts of places, from the stored width and the step group of each, in their order.
 
@@ -90,33 +110,9 @@ def encode(values: Tensor, step: float | Tensor, bits: int) -> Tensor:
     return codes.clamp_(0, 2 * half).to(torch.uint8)
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes [n, w] as bytes [n, w * bits / 8], the first code in the lowest bits.
-
-    Args:
-        codes: uint8, w a multiple of `unit(bits)`.
-        bits: 2, 4 or 8.
-    """
-    count = unit(bits)
-    parts = codes.reshape(len(codes), codes.shape[1] // count, count)
-    packed = parts[..., 0].clone()
-    for position in range(1, count):
-        packed |= parts[..., position] << (bits * position)
-    return packed.contiguous()
-
-
-def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack_codes`."""
-    mask = 2**bits - 1
-    parts = [(packed >> (bits * position)) & mask for position in range(unit(bits))]
-    return torch.stack(parts, dim=-1).flatten(-2)
-
-
 def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
     """Numbers [n, w] of a block of bytes [n, w * bits / 8] with one step size, of its type."""
-    half = (2**bits - 1) / 2
-    numbers = (unpack_codes(packed, bits).to(torch.float32) - half) * step.to(torch.float32)
-    return numbers.to(step.dtype)
+    return decode_codes(packed, step.to(torch.float32), bits).to(step.dtype)
 
 
 class Rounding(nn.Module):
@@ -129,6 +125,7 @@ class Rounding(nn.Module):
 
     Attributes:
         turn: calls of `follow` since the last one that did, of `_EVERY`.
+        changes: how often `recode` has changed step sizes.
     """
 
     ends: Tensor
@@ -140,6 +137,7 @@ class Rounding(nn.Module):
         super().__init__()
         self.bits = bits
         self.turn = 0
+        self.changes = 0
         self._ends = tuple(parts.ends)
         device = mean_square.device
         self.register_buffer("ends", torch.tensor(parts.ends, device=device))
@@ -162,7 +160,7 @@ class Rounding(nn.Module):
 
     def steps(self) -> Tensor:
         """Step size of each part, float32 [C]."""
-        return (_STEP[self.bits] * self.mean_square.sqrt()).clamp(min=_LEAST_STEP)
+        return step_of(self.mean_square, self.bits)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """What rounds a lookup in tiers of this type, for `amtl_kernels.tiered_embedding`."""
@@ -171,8 +169,13 @@ class Rounding(nn.Module):
 
     @torch.no_grad()
     def follow(
-        self, blocks: Sequence[Tensor], tier_ends: Sequence[int], rows: Tensor, dim: int
-    ) -> None:
+        self,
+        blocks: Sequence[Tensor],
+        tier_ends: Sequence[int],
+        rows: Tensor,
+        dim: int,
+        **few: Any,
+    ) -> bool:
         """Move mean squares towards those of what is looked up: every few calls, by a sample.
 
         A part's mean square becomes about that of its last `_WINDOW` lookups in the samples, so it
@@ -184,20 +187,24 @@ class Rounding(nn.Module):
             tier_ends: first place after each.
             rows: places that are looked up, integer of any shape, maybe out of range.
             dim: D.
+            **few: of codes, what decodes them.
+
+        Returns:
+            Whether mean squares have changed.
         """
         if not torch.compiler.is_compiling():
             if torch._C._current_graph_task_id() != -1:
-                return
+                return False
             # Past nn.Module, whose assignment takes as long as half the rest of a call.
             turn = self.__dict__["turn"] = (self.turn + 1) % _EVERY
             if turn:
-                return
+                return False
         rows = rows.reshape(-1)
         if len(rows) > _SAMPLE:
             rows = rows.index_select(0, self.spread * len(rows) >> 32)
         rows = rows.clamp(0, max(0, tier_ends[-1] - 1))
         values = amtl_kernels.tiered_embedding(
-            blocks, tier_ends, rows, embedding_dim=dim, bounds_check="off"
+            blocks, tier_ends, rows, embedding_dim=dim, bounds_check="off", **few
         )
         squares = torch.linalg.vector_norm(values.to(torch.float32), dim=1).square_()
         part = torch.bucketize(rows, self.ends, right=True)
@@ -205,6 +212,64 @@ class Rounding(nn.Module):
         count = torch.zeros_like(total).index_add_(0, part, torch.ones_like(squares))
         total /= self.widths.clamp(min=1)
         self.mean_square += (total - count * self.mean_square) / (count + _WINDOW)
+        return True
+
+    @torch.no_grad()
+    def recode(self, blocks: Sequence[Tensor], steps: Tensor) -> None:
+        """Give parts whose step size should be another one that, and codes of it, in place.
+
+        Args:
+            blocks: the codes, a block a part.
+            steps: present step sizes, float32 [C].
+        """
+        wanted = self.steps()
+        ratio = wanted / steps
+        moved = ((ratio > _LEEWAY) | (ratio * _LEEWAY < 1)).nonzero().flatten().tolist()
+        if not moved:
+            return
+        # Seeds of optimizer steps are positive.
+        self.__dict__["changes"] = self.changes + 1
+        for part in moved:
+            block, step = blocks[part].detach(), steps[part]
+            width = block.shape[1] * unit(self.bits)
+            count = max(1, _CHUNK // max(1, width))
+            for first in range(0, len(block), count):
+                codes = block[first : first + count]
+                places = torch.arange(first, first + len(codes), device=block.device)
+                random = rounding_bits(places, width, -self.changes)
+                numbers = decode_codes(codes, step, self.bits)
+                found = code_stochastically(numbers, wanted[part], self.bits, random)
+                codes.copy_(pack_codes(found, self.bits))
+        steps[moved] = wanted[moved]
+
+
+def encode_parts(
+    weight: Tensor, plan: TierPlan, row_dims: Tensor, bits: int, name: str
+) -> tuple[Tensor, list[Tensor]]:
+    """A table as codes, the nearest ones, with step sizes for its mean squares.
+
+    Args:
+        weight: [N, D].
+        plan: a tier a part.
+        row_dims: integer [N], sizes beyond which numbers are zeros.
+        bits: 2, 4 or 8.
+        name: of the table.
+
+    Returns:
+        Mean square of each part, float32 [C], and its codes. One part after the other: never is the
+        whole table there a second time.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    squares, codes = [], []
+    for part in range(len(plan.ends)):
+        (block,) = split_rows(weight.detach(), plan, row_dims, [part])
+        if not bool(block.isfinite().all()):
+            raise ValueError(f"table {name!r} holds numbers that are not finite: they have no code")
+        squares.append(block.square().mean().nan_to_num())
+        codes.append(pack_codes(encode(block, step_of(squares[-1], bits), bits), bits))
+    return torch.stack(squares), codes
 
 
 def mean_squares(blocks: Sequence[Tensor], tier_ends: Sequence[int], parts: Parts) -> Tensor:

@@ -22,7 +22,12 @@ from amtl.layer.frequency import (
     decode_row_map,
     encode_row_map,
 )
-from amtl.layer.fusing import FusedOptimizer, make_handle
+from amtl.layer.fusing import (
+    FusedOptimizer,
+    make_handle,
+    require_no_need_of_masters,
+    require_rule_of_codes,
+)
 from amtl.layer.lookups import TableLookups
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import require_same_sizes, retire, wrappers_of
@@ -31,8 +36,8 @@ from amtl.layer.rounding import (
     Rounding,
     cut,
     encode,
+    encode_parts,
     mean_squares,
-    pack_codes,
     plan_parts,
     unit,
 )
@@ -51,6 +56,7 @@ from amtl.layer.tiers import (
     split_rows,
     thaw_optimizers,
 )
+from amtl_kernels.rounding import pack_codes
 
 _Self = TypeVar("_Self", bound="AMTLTable")
 
@@ -250,13 +256,16 @@ class AMTLTable(TableLookups):
 
         Raises:
             TypeError: another kind of optimizer.
-            ValueError: an optimizer that does not hold the table.
+            ValueError: an optimizer that does not hold the table, or whose state is too large for a
+                table without masters.
         """
         if optimizer is None:
             self.fused_optimizer = None
             return self
         tables: list[Tensor] = [*self.table_parameters()]
         handle = make_handle(optimizer, self.table_parameters())
+        if self.masterless:
+            require_rule_of_codes(handle, self.name)
         try:
             handle.check_owns(tables)
         except ValueError:
@@ -287,6 +296,7 @@ class AMTLTable(TableLookups):
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         *,
         bits: int | None = None,
+        masters: bool | None = None,
     ) -> _Self:
         """Fix the sizes and cut the table into tiers; outputs (without noise) stay bit-identical.
 
@@ -307,6 +317,9 @@ class AMTLTable(TableLookups):
                 on. Sizes are rounded up to whole bytes, and no level of so few bits is zero, so
                 what a row gains stands for little rather than nothing. The table takes about
                 `bits / 32` of what it would.
+            masters: in place of the layer's own: False keeps codes only, which the fused optimizer
+                goes on training (`amtl.layer.rounding`). Training then takes about the bytes that
+                are served, and a number a row of RowwiseAdagrad.
 
         Returns:
             The layer.
@@ -315,15 +328,24 @@ class AMTLTable(TableLookups):
             RuntimeError: the layer is frozen already, or processes that train it together have
                 different sizes.
             ValueError: the table is trainable but not in the optimizer, or rows of D numbers of so
-                many bits are no whole bytes.
+                many bits are no whole bytes, or the layer cannot do without masters (it needs
+                bits, a fused SGD or RowwiseAdagrad, float32, and no `max_norm`).
         """
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
         head = self._head()
+        options = self.options
         if bits is not None:
-            options = replace(self.options, bits=bits, tier_width=None)
+            options = replace(options, bits=bits, tier_width=None)
+        if masters is not None:
+            options = replace(options, masters=masters)
+        if not options.masters:
+            require_no_need_of_masters(
+                self.name, self.weight, self.fused_optimizer, self.max_norm is not None
+            )
+        if bits is not None:
             self.grid = options.grid(self.embedding_dim, self.weight.element_size())
-            self.options = options
+        self.options = options
         optimizers = self._followed(optimizer, [self.weight, *head.parameters()])
         if optimizer is not None:
             require_held(optimizers, [self.weight], "freeze")
@@ -348,10 +370,19 @@ class AMTLTable(TableLookups):
             del group
             plan = plan_tiers(stored, self.embedding_dim, merged, steps)
             order = self._places(plan, merged)
-            trainable = self.weight.requires_grad
+            parts, rounding, codes = None, None, None
+            if steps is not None:
+                parts = plan_parts(plan.of_places(stored), plan.of_places(steps))
+            if parts is not None and not self.options.masters:
+                # A block a part, as in a packed table.
+                plan = replace(plan, widths=tuple(parts.widths), ends=tuple(parts.ends))
+                bits = self.options.bits or 8
+                squares, codes = encode_parts(self.weight, plan, row_dims, bits, self.name)
+                rounding = Rounding(bits, parts, squares)
+            trainable = self.weight.requires_grad and codes is None
             blocks = [
                 nn.Parameter(block, requires_grad=trainable)
-                for block in split_rows(self.weight.detach(), plan, row_dims)
+                for block in codes or split_rows(self.weight.detach(), plan, row_dims)
             ]
             freeze_optimizers(optimizers, self.weight, blocks, plan, row_dims)
             mask = list(head.parameters())
@@ -360,11 +391,11 @@ class AMTLTable(TableLookups):
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
             self._enter_frozen(blocks, plan.ends, order)
-            if self.options.bits is not None and steps is not None:
-                parts = plan_parts(plan.of_places(stored), plan.of_places(steps))
-                self.rounding = Rounding(
-                    self.options.bits, parts, mean_squares(blocks, plan.ends, parts)
-                )
+            if rounding is not None:
+                self.rounding, self.steps = rounding, rounding.steps()
+            elif parts is not None and self.options.bits is not None:
+                squares = mean_squares(blocks, plan.ends, parts)
+                self.rounding = Rounding(self.options.bits, parts, squares)
         retire(wrappers)
         return self
 
@@ -378,7 +409,7 @@ class AMTLTable(TableLookups):
             RuntimeError: the layer is not frozen, or has no `bits`.
             ValueError: a number is not finite.
         """
-        if self.steps is not None:
+        if self.steps is not None and self.rounding is None:
             return self
         if self.rounding is None or self.tier_ends is None:
             raise RuntimeError("to_integers() needs a frozen layer with bits=2, 4 or 8")
@@ -386,6 +417,9 @@ class AMTLTable(TableLookups):
             # As looking every row up would, which codes can no longer do.
             self._renorm(torch.arange(self.tier_ends[-1], device=self.device))
         bits, parts = self.rounding.bits, self.rounding.parts()
+        if self.steps is not None:
+            codes = [block.detach().clone() for block in self.blocks]
+            return self._constant(codes, parts.ends, self.steps.clone())
         steps = self.rounding.steps().to(self.dtype)
         pieces = cut([block.detach() for block in self.blocks], self.tier_ends, parts)
         if not all(bool(values.isfinite().all()) for values in (*pieces, steps)):
@@ -396,7 +430,11 @@ class AMTLTable(TableLookups):
             pack_codes(encode(piece, step, bits), bits)
             for piece, step in zip(pieces, steps, strict=True)
         ]
-        config = {**self.config(), "tier_ends": parts.ends}
+        return self._constant(codes, parts.ends, steps)
+
+    def _constant(self: _Self, codes: list[Tensor], ends: list[int], steps: Tensor) -> _Self:
+        """A layer of these codes that does not train, a block a part."""
+        config = {**self.config(), "tier_ends": ends}
         layer = type(self).from_config(config, codes, self.row_order, steps)
         layer.name = self.name
         return layer.train(self.training)
@@ -548,6 +586,8 @@ class AMTLTable(TableLookups):
         schedule.append(self.options.bits or 0)
         if self.rounding is not None:
             schedule.append(self.rounding.turn)
+            if self.masterless:
+                schedule.append(self.rounding.changes)
         destination[prefix + "schedule"] = torch.tensor(schedule, dtype=torch.float64)
 
     def _load_from_state_dict(
@@ -581,6 +621,7 @@ class AMTLTable(TableLookups):
             self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, bits, error_msgs)
             if self.rounding is not None and schedule is not None and len(schedule) > 6:
                 self.rounding.turn = int(schedule[6])
+                self.rounding.changes = int(schedule[7]) if len(schedule) > 7 else 0
             self.row_map = None if row_map is None else torch.empty_like(row_map).to(self.device)
         elif prefix + "weight" in state_dict and self.head is None:
             error_msgs.append(
@@ -646,6 +687,12 @@ class AMTLTable(TableLookups):
             kind = "a table of few bits" if self.options.bits is None else "one of floats"
             errors.append(
                 f"{prefix}blocks: the state is of {kind}, the layer has bits={self.options.bits}"
+            )
+            return
+        if rounds and (steps is None) != self.options.masters:
+            errors.append(
+                f"{prefix}blocks: the state is of training with masters={steps is None}, the layer "
+                f"has masters={self.options.masters}"
             )
             return
         before, mask = self._table(), self.mask_parameters()

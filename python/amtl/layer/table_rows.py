@@ -18,11 +18,12 @@ from amtl.layer.frequency import decode_row_map
 from amtl.layer.fusing import Updated, refuse_repetition, refuse_replicas, watch
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
-from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, pack_codes, unit
+from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, unit
 from amtl.layer.sharing import own_rows
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
 from amtl_kernels.optim import RowOptimizer
+from amtl_kernels.rounding import pack_codes
 
 _PATIENCE = 5
 """Changes of the table, by whatever, without one of its sizes before that is warned of."""
@@ -155,6 +156,11 @@ class TableRows(nn.Module):
         return self._table()[0].dtype if self.steps is None else self.steps.dtype
 
     @property
+    def masterless(self) -> bool:
+        """Whether it is frozen to codes that train."""
+        return self.steps is not None and self.rounding is not None
+
+    @property
     def budget(self) -> float | None:
         """Stored fraction aimed at, None without a budget."""
         return self.options.budget
@@ -171,6 +177,14 @@ class TableRows(nn.Module):
         for size in self.field_sizes[:-1]:
             offsets.append(offsets[-1] + size)
         return offsets
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TableRows:
+        kept = self.steps
+        super()._apply(fn, recurse)
+        if kept is not None and self.steps is not None and self.masterless:
+            # Other step sizes would ask for other codes.
+            self.steps = kept.to(self.steps.device)
+        return self
 
     def _table(self) -> list[nn.Parameter]:
         weight = self._parameters["weight"]
@@ -427,7 +441,8 @@ class TableRows(nn.Module):
         """An operator of `amtl_kernels`, or its form that updates the table in the backward."""
         optimizer = self.fused_optimizer
         tables = self._table() if optimizer is not None and torch.is_grad_enabled() else ()
-        if optimizer is None or not any(table.requires_grad for table in tables):
+        trains = any(table.requires_grad for table in tables) or (self.masterless and tables)
+        if optimizer is None or not trains:
             plain: Tensor = getattr(amtl_kernels, name)(*args, **kwargs, sparse=self.sparse)
             return plain
         refuse_replicas(tables, self.name)
@@ -565,6 +580,8 @@ class TableRows(nn.Module):
             "options": {
                 key: list(value) if isinstance(value, tuple) else value
                 for key, value in asdict(self.options).items()
+                # Files of tables with masters are what they were.
+                if key != "masters" or not value
             },
         }
 

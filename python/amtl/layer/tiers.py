@@ -100,7 +100,12 @@ def plan_tiers(
     return TierPlan(tuple(widths), tuple(ends), order, total)
 
 
-def split_rows(table: Tensor, plan: TierPlan, row_dims: Tensor | None = None) -> list[Tensor]:
+def split_rows(
+    table: Tensor,
+    plan: TierPlan,
+    row_dims: Tensor | None = None,
+    tiers: Sequence[int] | None = None,
+) -> list[Tensor]:
     """Cut a dense [N, D] table into contiguous blocks [rows, width].
 
     Args:
@@ -108,10 +113,11 @@ def split_rows(table: Tensor, plan: TierPlan, row_dims: Tensor | None = None) ->
         plan: the tiers.
         row_dims: integer [N], sizes beyond which a block is filled with zeros; None keeps the
             full stored width.
+        tiers: which ones; None for all.
     """
     blocks = []
-    for tier, width in enumerate(plan.widths):
-        rows = plan.rows(tier)
+    for tier in range(len(plan.widths)) if tiers is None else tiers:
+        rows, width = plan.rows(tier), plan.widths[tier]
         part = table[:, :width]
         count = plan.ends[tier] - (plan.ends[tier - 1] if tier else 0)
         block = empty_table(count, width, dtype=table.dtype, device=table.device)
@@ -233,6 +239,7 @@ def freeze_optimizers(
 
     State of shape [N, D] is split into tiers, of shape [N] or [N, 1] permuted, anything else
     copied to every block. Momenta are cut to each row's size, second moments keep the stored width.
+    Blocks of codes have no state of a number each: it would be larger than they are.
     """
     for optimizer, group, _ in _holders(optimizers, weight):
         _replace(group, weight, 1, blocks)
@@ -242,6 +249,8 @@ def freeze_optimizers(
         per_block: list[dict[str, Any]] = [{} for _ in blocks]
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
+                if blocks[0].dtype == torch.uint8:
+                    continue
                 parts = split_rows(value, plan, row_dims if key in _MOMENTA else None)
             elif isinstance(value, Tensor) and value.ndim and len(value) == len(weight):
                 parts = split_vector(value, plan)

@@ -72,6 +72,7 @@ class TrainConfig:
         budget_bytes: the same as a number of bytes; `with_rows` makes `budget` of it.
         bits: of a stored number: `32`, `8`, `4`, `2`, or `auto` for what validation prefers, 4
             where there is no race, and 32 for `fixed` and where sizes are learned.
+        masters: False trains codes alone, of 8, 4 or 2 bits, by `sgd` or `rowwise_adagrad`.
         freeze_at: step at which sizes are fixed; None leaves it to validation.
         table_options: more keyword arguments of the layer, or of the peer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
@@ -116,6 +117,7 @@ class TrainConfig:
     budget: float = 0.4
     budget_bytes: int | None = None
     bits: str = "auto"
+    masters: bool = True
     freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
@@ -151,6 +153,8 @@ class TrainConfig:
             self.race = False
             if self.freeze_at is not None or self.warm_start is not None:
                 raise UserError(f"--freeze-at and --warm-start have no meaning for {self.method}")
+            if not self.masters:
+                raise UserError(f"--no-masters has no meaning for {self.method}")
             if self.bits not in ("auto", "32"):
                 raise UserError(
                     f"--bits is a setting of the product's own methods, not of {self.method}; what "
@@ -163,6 +167,16 @@ class TrainConfig:
                 f"--bits {self.bits} needs sizes that are settled before training, as "
                 "--parametrization rule has them; with others, --bits 32"
             )
+        if not self.masters:
+            if self.bits not in ("8", "4", "2"):
+                raise UserError(
+                    f"--no-masters trains codes alone: choose --bits 8, 4 or 2, not {self.bits}"
+                )
+            if self.table_optimizer not in ("sgd", "rowwise_adagrad"):
+                raise UserError(
+                    f"--no-masters goes with --table-optimizer rowwise_adagrad or sgd: the state "
+                    f"of {self.table_optimizer} is larger than the masters that are saved"
+                )
         if not 0 < self.budget <= 1:
             raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
         if self.budget_bytes is not None and self.budget_bytes < 1:
@@ -196,7 +210,8 @@ class TrainConfig:
         """Keyword arguments of the layer, or of the peer."""
         if self.method not in OWN:
             return dict(self.table_options)
-        return {"bits": self.number_bits, **self.table_options}
+        masters = {} if self.masters else {"masters": False}
+        return {"bits": self.number_bits, **masters, **self.table_options}
 
     @property
     def number_bits(self) -> int | None:

@@ -87,9 +87,13 @@ class Learner:
         self._ended = False
         if warm is not None:
             warm(self.table)
-        if config.freeze_at is None and methods.has_settled_sizes(self.table):
+        settled = config.freeze_at is None and methods.has_settled_sizes(self.table)
+        if settled and config.masters:
             self.table.freeze()  # type: ignore[operator]
         self._make_optimizers()
+        if settled and not config.masters:
+            # What updates codes must be there before they are all that is left.
+            self.freeze()
 
     def _make_optimizers(self) -> None:
         config = self.config

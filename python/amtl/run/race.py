@@ -130,7 +130,7 @@ def flat_width(budget: float, dim: int, bits: int | None) -> int:
 def plain(config: TrainConfig) -> TrainConfig:
     """`config` for a table of full size and 32 bits, as it would be trained by itself."""
     options: dict[str, Any] = {"table_options": {}, "freeze_at": None, "distillation": None}
-    return replace(config, method="fixed", bits="32", race=False, **options)
+    return replace(config, method="fixed", bits="32", masters=True, race=False, **options)
 
 
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:

@@ -101,6 +101,7 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
     for run in runs:
         run["config"].setdefault("backbone", "dnn")
         run["config"].setdefault("bits", "32")
+        run["config"].setdefault("masters", True)
         config = {k: v for k, v in _asked(run).items() if k not in ("seed", "warm_start")}
         config["warm"] = bool(run["config"]["warm_start"])
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
@@ -137,6 +138,7 @@ def _name(run: dict[str, Any]) -> str:
     name = f"{_label(run['method'])} D={run['dim']}"
     if run["config"]["bits"] not in ("32", "auto"):
         name += f" {run['config']['bits']} bits"
+        name += "" if run["config"].get("masters", True) else " without masters"
     if run["budget"] is not None:
         name += f" {100 * _asked(run)['budget']:.3g}%"
     elif run["method"] != "fixed":

@@ -183,7 +183,7 @@ def write_packed(
             raise ValueError(f"layer {name!r} is still searching its sizes: call freeze() first")
         if layer in _unchecked:
             _unchecked[layer].check()
-        if layer.rounding is not None:
+        if layer.rounding is not None and layer.steps is None:
             layer = stored[name] = layer.to_integers()
         for tier, block in enumerate(layer.blocks):
             packed[f"layers/{name}/blocks/{tier}"] = block.detach()
