@@ -88,35 +88,41 @@ inline void DecodeRow(const char* row, float step, int width, float* out) {
 }
 
 // Numbers whose codes are made together, in short loops that the compiler turns into vector code:
-// one for each type, for it leaves a loop of several as it is.
+// one for each type, in a function of their own, for it unrolls them within others.
 constexpr int kCodedAtOnce = 16;
 
-// Codes of numbers: of the two around each, one at random so that the mean is kept (rounding.py).
+// Codes 0..last of kCodedAtOnce numbers from `column` on: of the two around each, one at random so
+// that the mean is kept (rounding.py).
+__attribute__((noinline)) void EncodeSome(const float* values, float step, float last,
+                                          uint32_t row_term, uint32_t column, uint8_t* codes) {
+  float random[kCodedAtOnce], kept[kCodedAtOnce];
+  int32_t code[kCodedAtOnce];
+  for (int i = 0; i < kCodedAtOnce; ++i) {
+    const uint32_t word = MixBits(row_term + (column + static_cast<uint32_t>(i)) * 0xC2B2AE3Du);
+    random[i] = static_cast<float>(static_cast<int32_t>(word >> 8));
+  }
+  for (int i = 0; i < kCodedAtOnce; ++i) {
+    const float place = values[i] / step + last / 2;
+    // A NaN is not above zero.
+    const float low = place > 0.0f ? place : 0.0f;
+    kept[i] = low < last ? low : last;
+  }
+  for (int i = 0; i < kCodedAtOnce; ++i) {
+    const int32_t whole = static_cast<int32_t>(kept[i]);
+    const float above = (kept[i] - static_cast<float>(whole)) * 16777216.0f;
+    code[i] = whole + (random[i] < above ? 1 : 0);
+  }
+  for (int i = 0; i < kCodedAtOnce; ++i) codes[i] = static_cast<uint8_t>(code[i]);
+}
+
 // Memory up to a multiple of kCodedAtOnce numbers is readable.
 template <int kBits>
 inline void EncodeRow(const float* values, float step, uint32_t row_term, int width, char* row) {
   constexpr float kLast = static_cast<float>((1 << kBits) - 1);
+  constexpr int kPerByte = 8 / kBits;
   for (int c = 0; c < width; c += kCodedAtOnce) {
-    float random[kCodedAtOnce], kept[kCodedAtOnce];
-    int32_t code[kCodedAtOnce];
     uint8_t codes[kCodedAtOnce];
-    for (int i = 0; i < kCodedAtOnce; ++i) {
-      const uint32_t word = MixBits(row_term + static_cast<uint32_t>(c + i) * 0xC2B2AE3Du);
-      random[i] = static_cast<float>(static_cast<int32_t>(word >> 8));
-    }
-    for (int i = 0; i < kCodedAtOnce; ++i) {
-      const float place = values[c + i] / step + kLast / 2;
-      // A NaN is not above zero.
-      const float low = place > 0.0f ? place : 0.0f;
-      kept[i] = low < kLast ? low : kLast;
-    }
-    for (int i = 0; i < kCodedAtOnce; ++i) {
-      const int32_t whole = static_cast<int32_t>(kept[i]);
-      const float above = (kept[i] - static_cast<float>(whole)) * 16777216.0f;
-      code[i] = whole + (random[i] < above ? 1 : 0);
-    }
-    for (int i = 0; i < kCodedAtOnce; ++i) codes[i] = static_cast<uint8_t>(code[i]);
-    constexpr int kPerByte = 8 / kBits;
+    EncodeSome(values + c, step, kLast, row_term, static_cast<uint32_t>(c), codes);
     uint8_t bytes[kCodedAtOnce / kPerByte];
     for (int b = 0; b < kCodedAtOnce / kPerByte; ++b) {
       uint8_t byte = codes[b * kPerByte];
