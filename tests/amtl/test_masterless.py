@@ -119,6 +119,18 @@ def test_training_of_codes_that_is_interrupted_goes_on_as_it_would_have():
         layer.load_state_dict(layer_of(4).freeze().state_dict())
 
 
+def test_the_first_range_of_codes_holds_a_first_step():
+    """Row-wise Adagrad's is as large as its learning rate, whatever numbers begin with."""
+    for rule, least in ((partial(RowwiseAdagrad, lr=0.5), 0.5), (partial(SGD, lr=0.5), 0.0)):
+        layer = alone(8, rule=rule, weight_std=0.01)
+        kept = layer.rounding.widths > 0
+        assert bool((layer.rounding.mean_square[kept] >= least**2).all())
+        assert bool((layer.rounding.mean_square[kept] < max(least**2, 0.001) * 1.001).all())
+    trained = layer_of(8, weight_std=0.01).fuse(partial(RowwiseAdagrad, lr=0.5))
+    trained(torch.arange(ROWS)).mul(0).sum().backward()
+    assert float(trained.freeze(masters=False).rounding.mean_square.max()) < 0.001
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_get_another_step_size_when_it_is_far_from_right(bits):
     generator = torch.Generator().manual_seed(bits)

@@ -59,6 +59,16 @@ def require_rule_of_codes(optimizer: Optimizer | None, name: str) -> None:
         )
 
 
+def first_step(optimizer: Optimizer | None, table: nn.Parameter) -> float:
+    """What numbers of a table move by at first; 0 if it has been trained, or nobody knows.
+
+    Row-wise Adagrad divides a row's first gradient by its root mean square.
+    """
+    if not isinstance(optimizer, RowwiseAdagrad) or optimizer.state.get(table):
+        return 0.0
+    return float(optimizer.check_owns([table])["lr"])
+
+
 def require_no_need_of_masters(
     name: str, weight: Tensor, optimizer: Optimizer | None, renormed: bool
 ) -> None:

@@ -244,7 +244,7 @@ class Rounding(nn.Module):
 
 
 def encode_parts(
-    weight: Tensor, plan: TierPlan, row_dims: Tensor, bits: int, name: str
+    weight: Tensor, plan: TierPlan, row_dims: Tensor, bits: int, name: str, least: float = 0.0
 ) -> tuple[Tensor, list[Tensor]]:
     """A table as codes, the nearest ones, with step sizes for its mean squares.
 
@@ -254,6 +254,7 @@ def encode_parts(
         row_dims: integer [N], sizes beyond which numbers are zeros.
         bits: 2, 4 or 8.
         name: of the table.
+        least: root of the least mean square to begin with.
 
     Returns:
         Mean square of each part, float32 [C], and its codes. One part after the other: never is the
@@ -267,7 +268,7 @@ def encode_parts(
         (block,) = split_rows(weight.detach(), plan, row_dims, [part])
         if not bool(block.isfinite().all()):
             raise ValueError(f"table {name!r} holds numbers that are not finite: they have no code")
-        squares.append(block.square().mean().nan_to_num())
+        squares.append(block.square().mean().nan_to_num().clamp(min=least**2))
         codes.append(pack_codes(encode(block, step_of(squares[-1], bits), bits), bits))
     return torch.stack(squares), codes
 

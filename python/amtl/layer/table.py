@@ -24,6 +24,7 @@ from amtl.layer.frequency import (
 )
 from amtl.layer.fusing import (
     FusedOptimizer,
+    first_step,
     make_handle,
     require_no_need_of_masters,
     require_rule_of_codes,
@@ -377,7 +378,9 @@ class AMTLTable(TableLookups):
                 # A block a part, as in a packed table.
                 plan = replace(plan, widths=tuple(parts.widths), ends=tuple(parts.ends))
                 bits = self.options.bits or 8
-                squares, codes = encode_parts(self.weight, plan, row_dims, bits, self.name)
+                # A range of codes that the first steps would leave cuts them off.
+                least = first_step(self.fused_optimizer, self.weight)
+                squares, codes = encode_parts(self.weight, plan, row_dims, bits, self.name, least)
                 rounding = Rounding(bits, parts, squares)
             trainable = self.weight.requires_grad and codes is None
             blocks = [
