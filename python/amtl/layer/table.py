@@ -29,11 +29,9 @@ from amtl.layer.fusing import (
     require_no_need_of_masters,
     require_rule_of_codes,
 )
-from amtl.layer.lookups import TableLookups
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import require_same_sizes, retire, wrappers_of
 from amtl.layer.rounding import (
-    Parts,
     Rounding,
     cut,
     encode,
@@ -44,14 +42,13 @@ from amtl.layer.rounding import (
 )
 from amtl.layer.sharing import SharedRows, groups_that_share, resolve_shared_rows
 from amtl.layer.size_head import SizeHead
+from amtl.layer.table_states import TableStates
 from amtl.layer.tiers import (
     TierPlan,
     as_optimizers,
     drop_parameters,
     freeze_optimizers,
-    optimizers_of,
     plan_tiers,
-    replace_parameters,
     require_held,
     restore_parameters,
     split_rows,
@@ -62,7 +59,7 @@ from amtl_kernels.rounding import pack_codes
 _Self = TypeVar("_Self", bound="AMTLTable")
 
 
-class AMTLTable(TableLookups):
+class AMTLTable(TableStates):
     """What the two layers share: the table, its phases, sizes and accounting.
 
     Not constructed directly. `name` says which table an index error is about; `amtl.convert` and
@@ -456,20 +453,6 @@ class AMTLTable(TableLookups):
         places[merged] = places[stand_in]
         return places
 
-    def _enter_frozen(
-        self, blocks: list[nn.Parameter], ends: tuple[int, ...], row_order: Tensor | None
-    ) -> None:
-        if self.head is not None:
-            self.head.hold()
-        self._parameters["weight"] = None
-        self.row_group = None
-        self.blocks = nn.ParameterList(blocks)
-        self.tier_ends = ends
-        self.row_order = row_order
-        self._tier_padding = None
-        if row_order is not None and self.padding_idx is not None:
-            self._tier_padding = int(row_order[self.padding_idx])
-
     def thaw(
         self: _Self,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -529,20 +512,6 @@ class AMTLTable(TableLookups):
         retire(wrappers)
         return self
 
-    def _enter_search(self, weight: nn.Parameter, row_group: Tensor) -> None:
-        if self.head is not None:
-            self.head.release()
-        self._parameters["weight"] = weight
-        self.row_group = row_group
-        self.row_map = None
-        self.row_order = None
-        self.rounding = None
-        self.steps = None
-        self._tier_padding = None
-        self.blocks = nn.ParameterList()
-        self.tier_ends = None
-        self._redirection = None
-
     def absorb_order(self) -> Tensor:
         """Hand the row order over: from now on the layer expects new row numbers.
 
@@ -574,184 +543,3 @@ class AMTLTable(TableLookups):
         self.row_order = None
         self._tier_padding = None
         return order
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.row_group is not None:
-            destination[prefix + "row_map"] = encode_row_map(self.row_group)
-        if self.tier_ends is not None:
-            destination[prefix + "tier_ends"] = torch.tensor(self.tier_ends)
-        # absorb_order() moves the padding row and leaves fewer rows, so they are part of the state.
-        padding = -1 if self.padding_idx is None else self.padding_idx
-        schedule = [0, self.progress, padding, self.full_rows, self.num_embeddings]
-        schedule.append(self.options.bits or 0)
-        if self.rounding is not None:
-            schedule.append(self.rounding.turn)
-            if self.masterless:
-                schedule.append(self.rounding.changes)
-        destination[prefix + "schedule"] = torch.tensor(schedule, dtype=torch.float64)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        schedule = state_dict.pop(prefix + "schedule", None)
-        fits = False
-        if schedule is not None:
-            self.update_schedule(float(schedule[1]))
-            if self.padding_idx is not None and schedule[2] >= 0:
-                self.padding_idx = int(schedule[2])
-            fits = len(schedule) < 4 or int(schedule[3]) == self.full_rows
-            if fits:
-                self.num_embeddings = int(schedule[4]) if len(schedule) > 4 else self.full_rows
-        shared = state_dict.setdefault(prefix + "shared_rows", self.shared_rows)
-        if shared is None:
-            del state_dict[prefix + "shared_rows"]
-        elif self.shared_rows is None:
-            self.shared_rows = torch.empty_like(shared, device=self.device)
-        ends = state_dict.pop(prefix + "tier_ends", None)
-        row_map = state_dict.get(prefix + "row_map")
-        if ends is not None:
-            bits = int(schedule[5]) if schedule is not None and len(schedule) > 5 else None
-            self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, bits, error_msgs)
-            if self.rounding is not None and schedule is not None and len(schedule) > 6:
-                self.rounding.turn = int(schedule[6])
-                self.rounding.changes = int(schedule[7]) if len(schedule) > 7 else 0
-            self.row_map = None if row_map is None else torch.empty_like(row_map).to(self.device)
-        elif prefix + "weight" in state_dict and self.head is None:
-            error_msgs.append(
-                f"{prefix}weight: the state is of the search, for which a layer from a packed file "
-                "has no size head: thaw(counts=...) makes one"
-            )
-            return
-        elif prefix + "weight" in state_dict:
-            loaded = state_dict[prefix + "weight"]
-            same = tuple(loaded.shape) == (self.num_embeddings, self.embedding_dim)
-            present = self._parameters["weight"]
-            if same and (present is None or present.shape != loaded.shape):
-                self._adopt_weight(self.row_map if row_map is None else row_map)
-            state_dict.pop(prefix + "row_map", None)
-            if row_map is not None:
-                self.row_group = decode_row_map(row_map, self.num_embeddings).to(self.device)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if self.tier_ends is not None and self.row_order is not None:
-            self._enter_frozen(list(self.blocks), self.tier_ends, self.row_order)
-
-    def _adopt_tiers(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        ends: tuple[int, ...],
-        fits: bool,
-        bits: int | None,
-        errors: list[str],
-    ) -> None:
-        """Take the frozen phase with room for the tiers of a state dict.
-
-        Fewer rows may be stored if the state `fits`, that is, was made with as many rows. `bits`
-        are those of the state, 0 for numbers of the table's type, None if it does not say.
-        """
-        mine = self.options.bits or 0
-        if bits not in (None, mine):
-            errors.append(
-                f"{prefix}blocks: the state is of a table with bits={bits or None}, the layer has "
-                f"bits={mine or None}"
-            )
-            return
-        loaded = [state_dict.get(f"{prefix}blocks.{c}") for c in range(len(ends))]
-        columns = [int(b.shape[1]) for b in loaded if b is not None]
-        steps = state_dict.get(prefix + "steps")
-        numbers = 1 if steps is None else unit(self.options.bits or 8)
-        widths = [count * numbers for count in columns]
-        merges = prefix + "shared_rows" in state_dict and ends[-1:] < (self.num_embeddings,)
-        if (
-            not ends
-            or (ends[-1] != self.num_embeddings and not (fits and merges))
-            or len(widths) != len(ends)
-            or max(widths) > self.embedding_dim
-        ):
-            errors.append(
-                f"{prefix}tier_ends: tiers that end at {ends} with widths {widths} do not fit a "
-                f"table [{self.num_embeddings}, {self.embedding_dim}]"
-            )
-            return
-        rounds = prefix + "rounding.ends" in state_dict
-        if (rounds or steps is not None) != (self.options.bits is not None):
-            kind = "a table of few bits" if self.options.bits is None else "one of floats"
-            errors.append(
-                f"{prefix}blocks: the state is of {kind}, the layer has bits={self.options.bits}"
-            )
-            return
-        if rounds and (steps is None) != self.options.masters:
-            errors.append(
-                f"{prefix}blocks: the state is of training with masters={steps is None}, the layer "
-                f"has masters={self.options.masters}"
-            )
-            return
-        before, mask = self._table(), self.mask_parameters()
-        starts, dtype = (0, *ends), self.dtype
-        trains = (before[0].requires_grad or self.steps is not None) and steps is None
-        blocks = [
-            nn.Parameter(
-                torch.empty(
-                    end - start,
-                    count,
-                    dtype=dtype if steps is None else torch.uint8,
-                    device=self.device,
-                ),
-                requires_grad=trains,
-            )
-            for start, end, count in zip(starts, ends, columns, strict=False)
-        ]
-        alike = [(b.shape, b.dtype) for b in before] == [(b.shape, b.dtype) for b in blocks]
-        if self.tier_ends is not None and alike:
-            blocks = before
-        else:
-            optimizers = optimizers_of([*before, *mask])
-            replace_parameters(optimizers, before, blocks)
-            places = drop_parameters(optimizers, mask)
-            if self.tier_ends is None:
-                self._mask_places = places
-            retire(wrappers_of([*before, *mask]))
-        order = state_dict.get(prefix + "row_order")
-        room = None if order is None else torch.zeros_like(order, device=self.device)
-        padding, self.padding_idx = self.padding_idx, None
-        self._enter_frozen(blocks, ends, room)
-        self.padding_idx = padding
-        self.steps = None if steps is None else torch.empty_like(steps, dtype=dtype)
-        self.rounding = None
-        if rounds and self.options.bits is not None:
-            parts = Parts(*(state_dict[f"{prefix}rounding.{k}"].tolist() for k in Parts._fields))
-            empty = torch.zeros(len(parts.ends), device=blocks[0].device)
-            self.rounding = Rounding(self.options.bits, parts, empty)
-
-    def _adopt_weight(self, row_map: Tensor | None) -> None:
-        """Take the search phase with room for a dense weight."""
-        before = self._table()
-        weight = nn.Parameter(
-            torch.empty(
-                self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.device
-            ),
-            requires_grad=before[0].requires_grad or self.steps is not None,
-        )
-        assert row_map is not None
-        groups = decode_row_map(row_map, self.num_embeddings).to(self.device)
-        optimizers = optimizers_of(before)
-        retire(wrappers_of(before))
-        if self.head is not None:
-            self.head.release()
-            mask = list(self.head.parameters())
-            restore_parameters(optimizers, mask, self._mask_places, before[-1])
-        self._mask_places = []
-        replace_parameters(optimizers, before, [weight])
-        self._enter_search(weight, groups)
