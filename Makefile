@@ -59,7 +59,7 @@ demo: $(VENV)/.extra-demo
 	@OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/amtl demo
 
 test: $(VENV)/.extra-test
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # About an hour on two cores. Hypothesis prints how to repeat a failure; damage needs its seed.
 soak: $(VENV)/.extra-test

@@ -108,6 +108,12 @@ def calls(dtype: torch.dtype, dim: int, scale: Scale) -> Iterator[Call]:
     yield update("tiers, Adam", tiers, bags, ADAM, order=False, mask=False)
     yield update("tiers, SGD", tiers, bags, SGD, order=False, mask=False)
     yield update("two tables", both_groups, both_bags, ROWWISE, order=False, mask=True)
+    if dtype == torch.float32 and dim % 4 == 0:
+        for bits in (2, 4, 8):
+            codes = torch.randint(0, 256, (rows, dim * bits // 8), generator=g).byte()
+            coded = update("", ([codes], [1], [dim], [], [], 0), mean, ROWWISE, False, False)[2]
+            few = [torch.ones(1)], [bits]
+            yield f"update of {bits} bits", "lookup_update_", (*coded, *few)
 
     touched = torch.arange(0, rows, 3)
     grads = torch.randn(len(touched), dim, generator=g).to(dtype)

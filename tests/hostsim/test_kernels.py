@@ -632,6 +632,8 @@ def test_every_kernel_has_been_executed() -> None:
     for bags in (None, batch.offsets):
         of = call(few, batch.indices, offsets=bags).lookup()
         run("lookup", {**of, **codes})
+    of_codes = call(few, batch.indices, torch.ones(len(batch.indices), 16), dims=[16])
+    run("lookup_update_", step(of_codes, few, [], "sgd", RATES, **codes))
     ones = applying([batch.weight], [torch.arange(40)], [torch.ones(40, 17)], [], "sgd", RATES)
     run("apply_", ones)
     test_a_list_of_tables_has_no_races("masked", torch.float32, (5, 1, 9))
