@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bench import guards
@@ -8,6 +10,9 @@ from bench import guards
 @pytest.mark.slow
 @pytest.mark.parametrize("path", guards.PATHS)
 def test_instructions_per_lookup_have_not_risen(path: str) -> None:
+    # Nearly two minutes a path under valgrind.
+    if path == "generic" and os.environ.get("AMTL_SOAK", "0") in ("", "0"):
+        pytest.skip("AMTL_SOAK=1 counts the path without vector instructions, too")
     try:
         counts = guards.compare(path)
     except guards.UnavailableError as error:
