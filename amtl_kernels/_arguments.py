@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amtl_kernels.reference_updates import ROWWISE_ADAGRAD, SGD
+
 OFF, CLAMP = 0, 2
 """The values of ``bounds_check`` that vouch for indices, and that move them into range."""
 
@@ -53,10 +55,6 @@ class Bags(NamedTuple):
     pooling: int
     padding_idx: list[int]
     include_last_offset: bool
-
-
-SGD, ROWWISE_ADAGRAD = 0, 2
-"""The optimizers, by number, whose state is smaller than what tables of codes save."""
 
 
 def are_codes(blocks: Sequence[Tensor]) -> bool:

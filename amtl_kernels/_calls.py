@@ -68,9 +68,10 @@ def call(
     # Fails now rather than in the backward.
     optimizer.check_owns(tables.blocks)
     fused = _Fused(tables, list(masks), bags, bounds_check, optimizer, few)
-    # Codes have no gradient that would lead to the backward.
-    codes = few is not None and are_codes(tables.blocks)
-    anchor = few.steps[0].new_empty(0).requires_grad_() if few is not None and codes else None
+    anchor = None
+    if few is not None and are_codes(tables.blocks):
+        # Codes have no gradient that would lead to the backward.
+        anchor = few.steps[0].new_empty(0).requires_grad_()
     learnable = (anchor, bags.per_sample_weights, *masks, *tables.blocks)
     updated: Tensor = _Update.apply(fused, *learnable)
     return updated

@@ -234,13 +234,14 @@ struct Masks {
   }
 };
 
-// Every block as a walk takes it, without state and gradients.
-std::vector<TableSlice> SlicesOf(const Tables& tables) {
+// Every block as a walk takes it, without gradients, and with state if there is an optimizer.
+std::vector<TableSlice> SlicesOf(const Tables& tables, const CpuOptimizer* optimizer = nullptr) {
   std::vector<TableSlice> slices(tables.blocks.size());
   for (size_t t = 0; t < tables.count(); ++t) {
     int64_t row = 0;
     for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
       const Tensor& block = tables.blocks[c];
+      if (optimizer) optimizer->SetState(block, c, &slices[c]);
       slices[c].weight = const_cast<void*>(block.const_data_ptr());
       slices[c].width = static_cast<int32_t>(block.size(1));
       slices[c].first_row = row;
@@ -366,10 +367,8 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
   CheckGrad(tables, bags, grad);
   mask_grad = mask_grad && tables.grouped();
   const CpuOptimizer step(optimizer, hyper, state, tables.blocks);
-  std::vector<TableSlice> slices = tables.coded() ? CodeSlicesOf(tables, step) : SlicesOf(tables);
-  for (size_t c = 0; !tables.coded() && c < slices.size(); ++c) {
-    step.SetState(tables.blocks[c], c, &slices[c]);
-  }
+  const std::vector<TableSlice> slices =
+      tables.coded() ? CodeSlicesOf(tables, step) : SlicesOf(tables, &step);
   const Masks masks(tables, mask_grad);
   const Tensor psw = batch.NewWeightsGrad(psw_grad);
   Sorted sorted(tables.count());

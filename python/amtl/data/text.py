@@ -74,10 +74,11 @@ def _with_gaps(frame: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
     for column in frame.get_columns():
         if column.dtype != pl.String:
             continue
-        found = column.filter(column.is_in(MISSING)).unique().sort().to_list()
+        missing = column.is_in(MISSING)
+        found = column.filter(missing).unique().sort().to_list()
         if not found:
             continue
-        values = column.set(column.is_in(MISSING), None)
+        values = column.set(missing, None)
         for dtype in (pl.Int64, pl.Float64):
             numbers = values.cast(dtype, strict=False)
             if numbers.null_count() == values.null_count() < len(values):

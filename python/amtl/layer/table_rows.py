@@ -441,7 +441,7 @@ class TableRows(nn.Module):
         """An operator of `amtl_kernels`, or its form that updates the table in the backward."""
         optimizer = self.fused_optimizer
         tables = self._table() if optimizer is not None and torch.is_grad_enabled() else ()
-        trains = any(table.requires_grad for table in tables) or (self.masterless and tables)
+        trains = tables and (any(table.requires_grad for table in tables) or self.masterless)
         if optimizer is None or not trains:
             plain: Tensor = getattr(amtl_kernels, name)(*args, **kwargs, sparse=self.sparse)
             return plain

@@ -149,14 +149,12 @@ class Contest:
     def _keep(self, table: Learner) -> None:
         """Keeps the best of the full tables where it is compared with, and its settings are."""
         kept, config = self.full, self.first.config
-        if not config.compare or config.method == "fixed":
-            table.release()
-        elif kept is None or best_record(table)["score"] > best_record(kept)["score"]:
-            self.full = table
-            if kept is not None:
-                kept.release()
-        else:
-            table.release()
+        compared = config.compare and config.method != "fixed"
+        worse: Learner | None = table
+        if compared and (kept is None or best_record(table)["score"] > best_record(kept)["score"]):
+            self.full, worse = table, kept
+        if worse is not None:
+            worse.release()
 
     def _prefer(self, better: Learner | None) -> None:
         if better is None:

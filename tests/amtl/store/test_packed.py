@@ -264,10 +264,17 @@ def test_every_flipped_byte_is_noticed(packed_path):
                 amtl.load(packed_path)
 
 
-def test_large_files_are_verified_on_request(packed_path, monkeypatch):
-    content = bytearray(packed_path.read_bytes())
+def damage_last_value(path):
+    """Flips a bit, in a new file: the old one may be mapped. Returns the content."""
+    content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    packed_path.write_bytes(content)
+    path.unlink()
+    path.write_bytes(content)
+    return content
+
+
+def test_large_files_are_verified_on_request(packed_path, monkeypatch):
+    damage_last_value(packed_path)
     amtl.load(packed_path, verify=False)
     with pytest.raises(TensorFileError, match="checksum of tensor"):
         amtl.load(packed_path, verify=True)
@@ -490,10 +497,7 @@ def test_a_large_file_is_checked_before_its_values_are_used(packed_path, monkeyp
         assert torch.equal(use(layer), expected)
     assert torch.equal(called(layer), expected)
     assert not layer._forward_pre_hooks, "later calls cost nothing"
-    content = bytearray(packed_path.read_bytes())
-    content[-1] ^= 1
-    packed_path.unlink()
-    packed_path.write_bytes(content)
+    content = damage_last_value(packed_path)
     layer = amtl.load(packed_path)
     for _ in range(2):
         with pytest.raises(Exception, match="corrupted: checksum of tensor"):
@@ -529,10 +533,7 @@ def test_a_large_file_is_checked_where_its_layer_is_not_called(packed_path, monk
     layer = amtl.load(packed_path)
     assert torch.equal(PAST_THE_CALL[use](layer), expected)
     assert not layer._forward_pre_hooks
-    content = bytearray(packed_path.read_bytes())
-    content[-1] ^= 1
-    packed_path.unlink()
-    packed_path.write_bytes(content)
+    damage_last_value(packed_path)
     layer = amtl.load(packed_path)
     for _ in range(2):
         with pytest.raises(TensorFileError, match="corrupted: checksum of tensor"):
