@@ -40,7 +40,7 @@ BUDGETS = (0.03, 0.0625, 0.125, 0.4)
 NARROW = {0.0625: 1, 0.125: 2, 0.4: 6}
 """Width of the fixed table that is no larger than the budget; below 1/D there is none."""
 
-FEW_BITS = {0.03: (4, "4"), 0.0625: (8, "4"), 0.125: (16, "4"), 0.4: (16, "8")}
+FEW_BITS = {0.008: (1, "4"), 0.016: (2, "4"), 0.03: (4, "4"), 0.0625: (8, "4"), 0.125: (16, "4"), 0.4: (16, "8")}
 """Width and bits of the fixed table that takes about the budget, step sizes not counted."""
 
 Key = tuple[str, str, float]
@@ -64,7 +64,7 @@ def jobs(
         sets: names of data sets.
         seeds: of the weights and the order of samples.
         kinds: some of `KINDS`.
-        budgets: of what is sized by row.
+        budgets: of what is sized by row, and of the fixed tables of few bits.
     """
     found = []
     for seed in seeds:
@@ -77,7 +77,7 @@ def jobs(
                 elif kind == "few-bits":
                     found += [
                         {**base, "method": "fixed", "dim": dim, "bits": bits}
-                        for dim, bits in FEW_BITS.values()
+                        for dim, bits in (FEW_BITS[b] for b in budgets if b in FEW_BITS)
                     ]
                 elif kind == "taught":
                     found.append({**base, "method": "fixed", "dim": DIM, "taught": True})
@@ -194,10 +194,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if "fixed" not in method:
             if size in NARROW:
                 rivals["narrow"] = (name, "fixed", NARROW[size] / DIM)
-            dim, bits = FEW_BITS[size]
-            rivals["few_bits"] = (name, f"fixed int{bits}", dim / DIM)
             rivals["full_taught"] = (name, "fixed taught", 1.0)
-            rivals["few_bits_taught"] = (name, f"fixed int{bits} taught", dim / DIM)
+            if size in FEW_BITS:
+                dim, bits = FEW_BITS[size]
+                rivals["few_bits"] = (name, f"fixed int{bits}", dim / DIM)
+                rivals["few_bits_taught"] = (name, f"fixed int{bits} taught", dim / DIM)
             if method == "amtl":
                 rivals["rule"] = (name, "rule", size)
         entry["against"] = {

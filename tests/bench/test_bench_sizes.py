@@ -23,7 +23,7 @@ def record(method, seed, auc, size, **job):
 
 def test_every_method_meets_its_peers_at_every_budget():
     jobs = sizes.jobs(["s"], [0, 1])
-    assert len(jobs) == 2 * (2 + len(sizes.NARROW) + len(sizes.FEW_BITS) + 2 * len(sizes.BUDGETS))
+    assert len(jobs) == 2 * (2 + len(sizes.NARROW) + 3 * len(sizes.BUDGETS))
     assert len({json.dumps(job, sort_keys=True) for job in jobs}) == len(jobs)
     assert {job["method"] for job in sizes.jobs(["s"], [0], ["amtl"])} == {"amtl"}
 
