@@ -40,7 +40,14 @@ BUDGETS = (0.03, 0.0625, 0.125, 0.4)
 NARROW = {0.0625: 1, 0.125: 2, 0.4: 6}
 """Width of the fixed table that is no larger than the budget; below 1/D there is none."""
 
-FEW_BITS = {0.008: (1, "4"), 0.016: (2, "4"), 0.03: (4, "4"), 0.0625: (8, "4"), 0.125: (16, "4"), 0.4: (16, "8")}
+FEW_BITS = {
+    0.008: (1, "4"),
+    0.016: (2, "4"),
+    0.03: (4, "4"),
+    0.0625: (8, "4"),
+    0.125: (16, "4"),
+    0.4: (16, "8"),
+}
 """Width and bits of the fixed table that takes about the budget, step sizes not counted."""
 
 Key = tuple[str, str, float]
