@@ -67,7 +67,7 @@ def test_convert_all_and_train():
         layer = model.get_submodule(name)
         assert isinstance(layer, AMTLEmbeddingBag if name == "tags" else AMTLEmbedding)
         # The very Parameter: memory is not doubled and optimizers stay valid.
-        assert layer.weight is weight and layer.budget == 0.5 and layer.name == name
+        assert layer.weight is weight and layer.name == name
     assert model.users.padding_idx == 2 and model.users.sparse
     assert model.tags.mode == "sum" and model.tags.include_last_offset
     assert keys <= set(model.state_dict())

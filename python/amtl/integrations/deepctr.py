@@ -104,8 +104,7 @@ def convert(
     Args:
         model: of deepctr-torch.
         counts: training counts [N] by table, as from `count`; others are left alone.
-        budget: stored fraction, see `amtl.SearchOptions`: of all the tables of a collection, of
-            each one without.
+        budget: stored fraction of all these tables together, see `amtl.SearchOptions`.
         mask_lr: learning rate of the sizes; None: the optimizer's own, as for all parameters.
         collection: True: one collection of all these tables, `model.amtl_collection`, which takes
             over weights and the optimizer's state; False: a layer for each; None: a collection

@@ -70,7 +70,7 @@ def count(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, T
 def convert(
     model: _Model,
     counts: Mapping[str, Any],
-    budget: float | None = 0.4,
+    budget: float | Mapping[str, float | None] | None = 0.4,
     *,
     mask_lr: float | None = None,
     **options: Any,
@@ -84,7 +84,7 @@ def convert(
         model: of FuxiCTR, compiled, as its constructor leaves it.
         counts: training counts [N] by feature, as from `count`; for a shared table under the name
             of any one of its features. Others are left alone.
-        budget: stored fraction of each table, see `amtl.SearchOptions`.
+        budget: stored fraction of all these tables together, or by feature; see `amtl.convert`.
         mask_lr: learning rate of the sizes; None: the optimizer's own, as for all parameters.
         **options: as in `amtl.convert`; a `shared_rows` by name goes by feature, too.
 
@@ -113,6 +113,8 @@ def convert(
         dotted[name] = [place_of[id(module)] for module in modules]
     if isinstance(options.get("shared_rows"), Mapping):
         options["shared_rows"] = _spread(options["shared_rows"], dotted)
+    if isinstance(budget, Mapping):
+        budget = _spread(budget, dotted)
     amtl.convert(model, _spread(counts, dotted), budget, **options)
     named: Any = model
     layers = amtl.layers(model)

@@ -38,6 +38,12 @@ def default_tier_width(dim: int, budget: float | None, itemsize: int) -> int:
     return 1 << max(0, math.floor(math.log2(max(limit, 1))))
 
 
+def check_share(budget: float) -> None:
+    """Raise ValueError unless `budget` is a fraction in (0, 1]."""
+    if isinstance(budget, bool) or not 0 < budget <= 1:
+        raise ValueError(f"budget must be a fraction in (0, 1], got {budget!r}")
+
+
 @dataclass(frozen=True)
 class SizeGrid:
     """The sizes a row may have: multiples of `granularity` from `min_dim` on, and D itself.
@@ -116,8 +122,7 @@ class SizeGrid:
         """
         if budget is None:
             return
-        if isinstance(budget, bool) or not 0 < budget <= 1:
-            raise ValueError(f"budget must be a fraction in (0, 1], got {budget!r}")
+        check_share(budget)
         least = self.stored[0]
         if least > budget * self.dim * (1 + 1e-12):
             raise BudgetError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,9 +13,12 @@ from torch.optim import Optimizer
 
 from amtl.layer.bypass import watch_first_pass
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
 from amtl.layer.hosts import check, settle
+from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
+from amtl.layer.shares import Demand, split_budget
 from amtl.layer.table import AMTLTable
 from amtl_kernels.optim import RowOptimizer
 
@@ -159,7 +163,7 @@ def freeze(
 def convert(
     model: _Model,
     counts: Mapping[str, Any] | Tensor,
-    budget: float | None = 0.4,
+    budget: float | Mapping[str, float | None] | None = 0.4,
     names: Iterable[str] | None = None,
     fused_optimizer: FusedOptimizer | None = None,
     **options: Any,
@@ -185,7 +189,9 @@ def convert(
         counts: training counts [N] by dotted module name (any name of a shared module); for a
             model that is itself an embedding, the counts alone will do.
             `torch.bincount(indices.flatten(), minlength=N)` over the training split.
-        budget: stored fraction of each table, see `amtl.SearchOptions`.
+        budget: stored fraction of all these tables together, see `amtl.SearchOptions`: it goes
+            where counts say, so that small tables that are used all the time stay whole. A mapping
+            by name gives each table a budget of its own.
         names: what to replace; None: everything named in `counts`.
         fused_optimizer: one for all the tables, as in `amtl.fuse`: the backward applies it, and
             other optimizers that hold the tables never see a gradient of theirs.
@@ -211,20 +217,15 @@ def convert(
         by_module.setdefault(module, name)
     _check_unshared(model, by_module)
     check(model, by_module)
+    found = {
+        module: _checked_counts(module, (name, *places[module]), counts)
+        for module, name in by_module.items()
+    }
+    chosen = _options_of(found, by_module, places, budget, options)
     replacements: dict[nn.Module, AMTLTable] = {}
     for module, name in by_module.items():
-        known = [n for n in (name, *places[module]) if n in counts]
-        if not known:
-            raise ValueError(
-                f"counts for {name!r} are missing: give "
-                f"torch.bincount(training_indices.flatten(), minlength={_rows(module)})"
-            )
-        chosen = dict(options)
-        if isinstance(options.get("shared_rows"), Mapping):
-            shared = options["shared_rows"]
-            chosen["shared_rows"] = next((shared[n] for n in places[module] if n in shared), None)
         try:
-            replacements[module] = _layer_from(module, counts[known[0]], budget, chosen)
+            replacements[module] = _layer_from(module, found[module], chosen[module])
         except ValueError as error:
             raise ValueError(f"{name or type(module).__name__}: {error}") from error
         replacements[module].name = name
@@ -348,9 +349,58 @@ def _check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
             )
 
 
-def _layer_from(
-    module: nn.Module, counts: Any, budget: float | None, options: Mapping[str, Any]
-) -> AMTLTable:
+def _checked_counts(module: nn.Module, names: Sequence[str], counts: Mapping[str, Any]) -> Tensor:
+    known = next((n for n in names if n in counts), None)
+    if known is None:
+        raise ValueError(
+            f"counts for {names[0]!r} are missing: give "
+            f"torch.bincount(training_indices.flatten(), minlength={_rows(module)})"
+        )
+    try:
+        return check_counts(counts[known], _rows(module))
+    except ValueError as error:
+        raise ValueError(f"{names[0] or type(module).__name__}: {error}") from error
+
+
+def _options_of(
+    counts: Mapping[nn.Module, Tensor],
+    names: Mapping[nn.Module, str],
+    places: Mapping[nn.Module, list[str]],
+    budget: float | Mapping[str, float | None] | None,
+    options: Mapping[str, Any],
+) -> dict[nn.Module, dict[str, Any]]:
+    """What each layer is made with, its part of the budget included."""
+    chosen = {module: dict(options) for module in counts}
+    if isinstance(options.get("shared_rows"), Mapping):
+        shared = options["shared_rows"]
+        for module, of_layer in chosen.items():
+            named = (shared[n] for n in places[module] if n in shared)
+            of_layer["shared_rows"] = next(named, None)
+    if isinstance(budget, Mapping):
+        for module, of_layer in chosen.items():
+            found = next((n for n in places[module] if n in budget), None)
+            if found is None:
+                raise ValueError(f"a budget for {names[module]!r} is missing")
+            of_layer["budget"] = budget[found]
+        return chosen
+    known = {field.name for field in fields(SearchOptions)}
+    common = SearchOptions(
+        budget=budget, **{key: value for key, value in options.items() if key in known}
+    )
+    demands = []
+    for module, of_rows in counts.items():
+        assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        sizes = check_field_sizes(options.get("field_sizes"), len(of_rows))
+        itemsize = module.weight.element_size()
+        demands.append(Demand(of_rows, module.embedding_dim, itemsize, sizes))
+    for of_layer, own in zip(chosen.values(), split_budget(demands, common), strict=True):
+        of_layer.update(
+            budget=own.budget, bits=own.bits, masters=own.masters, tier_width=own.tier_width
+        )
+    return chosen
+
+
+def _layer_from(module: nn.Module, counts: Tensor, options: Mapping[str, Any]) -> AMTLTable:
     assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
     common: dict[str, Any] = {
         "padding_idx": module.padding_idx,
@@ -360,7 +410,6 @@ def _layer_from(
         "sparse": module.sparse,
         "_weight": module.weight.detach(),
         "counts": counts,
-        "budget": budget,
         **options,
     }
     layer: AMTLTable

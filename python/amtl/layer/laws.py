@@ -164,6 +164,23 @@ class SigmoidPowerLaw(SizeLaw):
         return share * (1 - share) * torch.exp(self.low + self.span * share)
 
 
+def make_law(
+    parametrization: str, grid: SizeGrid, capacity_bits: float, init_exponent: float | None
+) -> SizeLaw:
+    """The law of capacity, or a power law if an exponent is given.
+
+    Args:
+        parametrization: "rule", or one whose sizes are learned from where the law starts.
+        grid: allowed sizes.
+        capacity_bits: see `CapacityLaw`.
+        init_exponent: see `PowerLaw`; None for none.
+    """
+    if init_exponent is None:
+        return CapacityLaw(grid, capacity_bits)
+    kind = PowerLaw if parametrization == "rule" else SigmoidPowerLaw
+    return kind(grid, init_exponent)
+
+
 def _log(values: Sequence[float]) -> Tensor:
     return torch.log(torch.tensor(values, dtype=torch.float64))
 

@@ -120,6 +120,7 @@ class SizeHead(nn.Module):
     group_counts: Tensor
     group_fields: Tensor
     group_rows: Tensor
+    share: Tensor
     features: Tensor
     gate: Tensor
     rows: Tensor
@@ -148,6 +149,9 @@ class SizeHead(nn.Module):
             )
         self.grid = grid
         self.budget = budget
+        # A state brings its own: tables that share a budget have parts of it that follow from the
+        # counts of all.
+        self.register_buffer("share", torch.tensor(budget or 0.0, dtype=torch.float64))
         self.size_noise = float(size_noise)
         self.num_fields = groups.num_fields
         self._constant(
@@ -208,7 +212,10 @@ class SizeHead(nn.Module):
             current = getattr(self, name)
             if loaded is not None and loaded.shape != current.shape:
                 self.register_buffer(name, current.new_empty(loaded.shape))
+        # States from before there was a share.
+        state_dict = {prefix + "share": self.share, **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.budget = float(self.share) or None
         self._derive()
 
     def set_temperature(self, temperature: float) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from amtl.layer.budget import SizeGrid, fit_shift, fit_tilt
 from amtl.layer.frequency import FrequencyGroups
-from amtl.layer.laws import CapacityLaw, PowerLaw, SigmoidPowerLaw, SizeLaw
+from amtl.layer.laws import SizeLaw, make_law
 from amtl.layer.size_head import GroupSizes, SizeHead, Solution
 
 PARAMETRIZATIONS = ("ordinal", "free", "rule")
@@ -417,13 +417,7 @@ def make_size_head(
         raise ValueError(
             f"parametrization must be one of {PARAMETRIZATIONS}, got {parametrization!r}"
         )
-    law: SizeLaw
-    if init_exponent is None:
-        law = CapacityLaw(grid, capacity_bits)
-    elif parametrization == "rule":
-        law = PowerLaw(grid, init_exponent)
-    else:
-        law = SigmoidPowerLaw(grid, init_exponent)
+    law = make_law(parametrization, grid, capacity_bits, init_exponent)
     if parametrization == "rule":
         return RuleSizes(groups, grid, budget, law, field_weights, **kwargs)
     return OrdinalSizes(

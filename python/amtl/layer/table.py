@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import amtl_kernels
+from amtl.layer.budget import BudgetError
 from amtl.layer.frequency import (
     check_counts,
     check_field_sizes,
@@ -143,19 +144,32 @@ class AMTLTable(TableStates):
     ) -> tuple[Tensor, SizeHead]:
         """Group of each row, and a new size head."""
         shared = None if self.shared_rows is None else self.shared_rows.tolist()
-        parts = 0
-        while True:
+
+        def search(parts: int) -> tuple[Tensor, SizeHead]:
             numbers = options.in_numbers(
                 self.num_embeddings, self.embedding_dim, self._table()[0].element_size(), parts
             )
             groups = groups_that_share(
                 counts, self.field_sizes, row_features, shared, self.padding_idx, numbers, self.grid
             )
-            head = numbers.head(groups, self.grid)
-            # Step sizes are paid for, and how many there are depends on the sizes.
-            if options.bits is None or head.num_parts() <= parts:
-                return groups.row_group, head
-            parts = head.num_parts()
+            return groups.row_group, numbers.head(groups, self.grid)
+
+        found = search(0)
+        if options.bits is None:
+            return found
+        # Step sizes are paid for, and how many there are depends on the sizes.
+        parts, paid = found[1].num_parts(), 0
+        while parts > paid:
+            try:
+                found, paid = search(parts), parts
+            except BudgetError:
+                if parts == paid + 1:
+                    raise
+                # Fewer numbers need fewer step sizes.
+                parts = (parts + paid + 1) // 2
+                continue
+            parts = found[1].num_parts()
+        return found
 
     @classmethod
     def from_config(

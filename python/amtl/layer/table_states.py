@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,13 @@ class TableStates(TableLookups):
             destination[prefix + "tier_ends"] = torch.tensor(self.tier_ends)
         # absorb_order() moves the padding row and leaves fewer rows, so they are part of the state.
         padding = -1 if self.padding_idx is None else self.padding_idx
-        schedule = [0, self.progress, padding, self.full_rows, self.num_embeddings]
+        schedule = [
+            self.options.budget or 0,
+            self.progress,
+            padding,
+            self.full_rows,
+            self.num_embeddings,
+        ]
         schedule.append(self.options.bits or 0)
         if self.rounding is not None:
             schedule.append(self.rounding.turn)
@@ -82,6 +89,8 @@ class TableStates(TableLookups):
         fits = False
         if schedule is not None:
             self.update_schedule(float(schedule[1]))
+            if schedule[0] > 0:
+                self.options = replace(self.options, budget=float(schedule[0]))
             if self.padding_idx is not None and schedule[2] >= 0:
                 self.padding_idx = int(schedule[2])
             fits = len(schedule) < 4 or int(schedule[3]) == self.full_rows

@@ -1,0 +1,128 @@
+"""One budget over several tables: what each of them gets, from one law for all their rows.
+
+A table of a few values that are looked up all the time costs next to nothing, and a share of its
+own would take from it what the whole model needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from amtl.layer.budget import BudgetError, check_share
+from amtl.layer.frequency import frequency_groups
+from amtl.layer.laws import make_law
+from amtl.layer.options import SearchOptions
+from amtl.layer.rounding import PART_BYTES, step_groups
+
+_ROUNDS = 64
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A table that shares a budget.
+
+    Attributes:
+        counts: int64 [N], training counts.
+        dim: D.
+        itemsize: bytes of a number of the table's type.
+        field_sizes: rows of each field in it.
+    """
+
+    counts: Tensor
+    dim: int
+    itemsize: int
+    field_sizes: Sequence[int]
+
+
+def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[SearchOptions]:
+    """The options of each table such that all together meet the budget of `options`.
+
+    The law of `options` with one shift for the rows of all tables, so that equal counts get equal
+    shares of D in every table. Bytes count, step sizes included; rows so narrow that a step size
+    may cost what few bits save keep numbers of their own type.
+
+    Args:
+        demands: the tables.
+        options: with a budget of all tables together.
+
+    Returns:
+        `options` of every table, each with a budget of its own. O(sum of N log N).
+
+    Raises:
+        BudgetError: the smallest sizes take more than the budget.
+        ValueError: see `SearchOptions.grid`.
+    """
+    budget = options.budget
+    if budget is None or len(demands) < 2:
+        return [options] * len(demands)
+    check_share(budget)
+    tables = [_Table(demand, options) for demand in demands]
+    whole = sum(table.whole for table in tables)
+
+    def fits(shift: float) -> bool:
+        return sum(table.bytes(shift) for table in tables) <= budget * whole * (1 + 1e-12)
+
+    low = min(table.lowest for table in tables)
+    high = max(table.highest for table in tables)
+    if not fits(low):
+        least = sum(table.bytes(low) for table in tables)
+        raise BudgetError(
+            f"budget={budget} cannot be reached by {len(tables)} tables together: their smallest "
+            f"rows take {least:.0f} of {whole:.0f} bytes. Raise the budget, lower min_dim, "
+            "granularity or tier_width, or set min_dim=0"
+        )
+    if fits(high):
+        low = high
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return [table.options(low) for table in tables]
+
+
+class _Table:
+    """What one table stores at a shift that all of them share."""
+
+    def __init__(self, demand: Demand, options: SearchOptions) -> None:
+        # Not a matter of counts, so that a state finds the bits it was made with.
+        saved = demand.dim * (demand.itemsize - (options.bits or 0) / 8)
+        if options.bits is not None and saved <= PART_BYTES:
+            options = replace(options, bits=None, masters=True)
+        self._options = options
+        grid = options.grid(demand.dim, demand.itemsize)
+        self._grid = grid
+        self._number = demand.itemsize if options.bits is None else options.bits / 8
+        self.whole = len(demand.counts) * demand.dim * demand.itemsize
+        groups = frequency_groups(demand.counts.cpu(), demand.field_sizes)
+        self._rows = groups.rows_per_group().to(torch.float64)
+        self._steps = step_groups(groups.counts, groups.fields)
+        weights = torch.ones(groups.num_fields, dtype=torch.float64)
+        if options.field_weights is not None and len(options.field_weights) == len(weights):
+            weights = torch.tensor(options.field_weights, dtype=torch.float64)
+        law = make_law(options.parametrization, grid, options.capacity_bits, options.init_exponent)
+        logs = torch.log(weights[groups.fields])
+        self._score = law.start(groups.counts.to(torch.float64), logs)
+        self._thresholds = torch.tensor(law.thresholds, dtype=torch.float64)
+        self._stored = torch.tensor(grid.stored, dtype=torch.float64)
+        ends = [*(float(s) for s in self._score.aminmax()), 0.0] if len(self._score) else [0.0] * 3
+        first, last = (law.thresholds[0], law.thresholds[-1]) if law.thresholds else (0.0, 0.0)
+        self.lowest, self.highest = first - ends[1] - 1, last - ends[0] + 1
+
+    def bytes(self, shift: float) -> float:
+        """Stored, step sizes included."""
+        level = torch.searchsorted(self._thresholds - shift, self._score, right=True)
+        stored = self._stored[level]
+        parts = 0
+        if self._options.bits is not None:
+            key = self._steps * (self._grid.dim + 1) + stored.to(torch.int64)
+            parts = int(key[stored > 0].unique().numel())
+        return float((stored * self._rows).sum()) * self._number + parts * PART_BYTES
+
+    def options(self, shift: float) -> SearchOptions:
+        """The table's own, with its part of the budget."""
+        # Nothing is less than a number, and a budget of 0 is none.
+        share = max(self.bytes(shift), self._number / 2) / max(self.whole, 1)
+        return replace(self._options, budget=min(1.0, share), tier_width=self._grid.tier_width)

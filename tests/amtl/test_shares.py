@@ -1,0 +1,129 @@
+"""One budget over several tables: who gets what, and that it is met."""
+
+import amtl
+import pytest
+import torch
+from amtl.layer.budget import BudgetError
+from torch import nn
+
+
+def zipf_counts(rows, total, seed):
+    rank = 1 + torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return (total / rank.to(torch.float64) ** 1.1).to(torch.int64)
+
+
+COUNTS = {
+    "user": zipf_counts(3000, 20_000, 0),
+    "item": zipf_counts(500, 60_000, 1),
+    "sex": torch.tensor([60_000, 40_000, 0]),
+}
+
+
+def build(widths=(16, 16, 16)):
+    torch.manual_seed(0)
+    pairs = zip(COUNTS.items(), widths, strict=True)
+    return nn.ModuleDict({name: nn.Embedding(len(c), w) for (name, c), w in pairs})
+
+
+def frozen_bytes(model):
+    amtl.freeze(model)
+    return sum(
+        layer.stored_fraction() * layer.full_rows * layer.embedding_dim * 4
+        for layer in amtl.layers(model).values()
+    )
+
+
+def sizes(model):
+    return torch.cat([layer.row_dims() for layer in amtl.layers(model).values()])
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.4, 0.9])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"init_exponent": 0.5},
+        {"granularity": 3},
+        {"parametrization": "ordinal"},
+        {"field_weights": [3.0]},
+    ],
+    ids=lambda options: "-".join(options) or "default",
+)
+def test_tables_share_as_one_table_of_all_rows_would(budget, options):
+    model = amtl.convert(build(), COUNTS, budget, tier_width=1, **options)
+    together = torch.cat(list(COUNTS.values()))
+    weights = {"field_weights": options["field_weights"] * 3} if "field_weights" in options else {}
+    one = amtl.AMTLEmbedding(
+        len(together),
+        16,
+        counts=together,
+        field_sizes=[len(c) for c in COUNTS.values()],
+        budget=budget,
+        tier_width=1,
+        **{**options, **weights},
+    )
+    assert torch.equal(sizes(model), one.row_dims())
+
+
+@pytest.mark.parametrize("widths", [(16, 16, 16), (16, 8, 4)])
+@pytest.mark.parametrize("bits", [None, 8, 4, 2])
+@pytest.mark.parametrize("budget", [0.03, 0.125, 0.4])
+def test_the_budget_of_all_is_met_in_bytes(widths, bits, budget):
+    model = amtl.convert(build(widths), COUNTS, budget, bits=bits)
+    whole = sum(len(c) * width * 4 for c, width in zip(COUNTS.values(), widths, strict=True))
+    stored = frozen_bytes(model)
+    held = whole if bits is None else whole * bits / 32
+    assert stored <= budget * whole
+    # Rows of one count change together: the largest group decides how near it comes.
+    assert stored >= 0.9 * min(budget * whole, held)
+
+
+def test_small_tables_in_use_stay_whole():
+    model = amtl.convert(build(), COUNTS, budget=0.05)
+    assert model["sex"].row_dims().tolist() == [16, 16, 0]
+    assert model["sex"].budget > 0.6 > 0.05 > model["user"].budget
+
+
+def test_rows_that_step_sizes_would_not_make_smaller_keep_their_type():
+    model = amtl.convert(build((16, 2, 1)), COUNTS, budget=0.1, bits=4)
+    bits = {name: layer.options.bits for name, layer in amtl.layers(model).items()}
+    assert bits == {"user": 4, "item": None, "sex": None}
+    assert frozen_bytes(model) <= 0.1 * 4 * (3000 * 16 + 500 * 2 + 3)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_state_brings_its_part_of_the_budget(bits):
+    model = amtl.convert(build(), COUNTS, budget=0.05, bits=bits).eval()
+    rows = {name: torch.arange(len(counts)) for name, counts in COUNTS.items()}
+    for _ in range(2):
+        nothing = {name: torch.zeros_like(counts) for name, counts in COUNTS.items()}
+        fresh = amtl.convert(build(), nothing, budget=0.05, bits=bits).eval()
+        fresh.load_state_dict(model.state_dict())
+        for name, layer in amtl.layers(fresh).items():
+            assert layer.budget == model[name].budget
+            assert torch.equal(layer(rows[name]), model[name](rows[name]))
+        amtl.freeze(model)
+
+
+def test_rows_never_seen_come_last_wherever_they_are():
+    counts = {"old": torch.tensor([900, 800, 0, 0]), "new": torch.tensor([1, 1, 1, 0])}
+    model = nn.ModuleDict({name: nn.Embedding(4, 8) for name in counts})
+    amtl.convert(model, counts, budget=5 / 8)
+    assert sizes(model).tolist() == [8, 8, 0, 0, 8, 8, 8, 0]
+
+
+def test_a_budget_for_each():
+    budgets = {"user": 0.1, "item": 0.5, "sex": 1.0}
+    model = amtl.convert(build(), COUNTS, budgets)
+    assert {name: layer.budget for name, layer in amtl.layers(model).items()} == budgets
+    with pytest.raises(ValueError, match="a budget for 'item' is missing"):
+        amtl.convert(build(), COUNTS, {"user": 0.1})
+
+
+def test_what_cannot_be_met_leaves_the_model_alone():
+    model = build()
+    with pytest.raises(BudgetError, match=r"cannot be reached by 3 tables together.*lower min_dim"):
+        amtl.convert(model, COUNTS, 0.1, min_dim=4)
+    with pytest.raises(ValueError, match=r"a fraction in \(0, 1\]"):
+        amtl.convert(model, COUNTS, 2)
+    assert all(type(module) is nn.Embedding for module in model.values())
