@@ -36,6 +36,8 @@ from amtl.run.progress import Silent
 from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
 
+from bench import dropin
+
 BUDGETS = (0.03, 0.0625, 0.125, 0.4)
 NARROW = {0.0625: 1, 0.125: 2, 0.4: 6}
 """Width of the fixed table that is no larger than the budget; below 1/D there is none."""
@@ -54,6 +56,11 @@ Key = tuple[str, str, float]
 
 
 KINDS = ("fixed", "amtl", "few-bits", "taught", "rule")
+LINES = ("plain", "convert")
+"""Kinds of `bench.dropin`, which are not among those that are run if none are named."""
+
+BITS_OF_LINES = {0.03: (None, 4), 0.0625: (None, 4), 0.125: (None, 4), 0.4: (None, 8)}
+"""Bits that `convert` is tried with at a budget."""
 
 TAUGHT = (0.03, 0.125)
 """Budgets at which the fixed table of few bits is also given a teacher."""
@@ -70,7 +77,7 @@ def jobs(
     Args:
         sets: names of data sets.
         seeds: of the weights and the order of samples.
-        kinds: some of `KINDS`.
+        kinds: some of `KINDS` and `LINES`.
         budgets: of what is sized by row, and of the fixed tables of few bits.
     """
     found = []
@@ -85,6 +92,20 @@ def jobs(
                     found += [
                         {**base, "method": "fixed", "dim": dim, "bits": bits}
                         for dim, bits in (FEW_BITS[b] for b in budgets if b in FEW_BITS)
+                    ]
+                elif kind == "plain":
+                    dims = dict.fromkeys((DIM, *(NARROW[b] for b in budgets if b in NARROW)))
+                    found += [{**base, "method": kind, "dim": dim} for dim in dims]
+                elif kind == "convert":
+                    found += [
+                        {
+                            **base,
+                            "method": kind,
+                            "budget": b,
+                            **({"bits": str(bits)} if bits else {}),
+                        }
+                        for b in budgets
+                        for bits in BITS_OF_LINES.get(b, (None,))
                     ]
                 elif kind == "taught":
                     found.append({**base, "method": "fixed", "dim": DIM, "taught": True})
@@ -115,13 +136,23 @@ def run_all(
                 config = TrainConfig(source.name, label, fields=columns)
                 loaded[job["set"]] = (source, columns, prepare(config, source))
             source, columns, task = loaded[job["set"]]
-            settings = {**source.settings(job["method"]), "dim": DIM}
+            method = "fixed" if job["method"] in LINES else job["method"]
+            settings = {**source.settings(method), "dim": DIM}
             config = TrainConfig(source.name, label, fields=columns, **settings)
-            for line in (
-                _taught(job, config, task) if job.get("taught") else _made(job, config, task)
-            ):
+            for line in _runs(job, config, task):
                 append(out, line)
                 print(f"{line['job']}: test AUC {line['test_auc']:.4f}", file=sys.stderr)
+
+
+def _runs(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict[str, Any]]:
+    if job["method"] in LINES:
+        bits = int(job["bits"]) if "bits" in job else None
+        dim = job.get("dim", DIM)
+        yield {"job": job, **dropin.train(task, job["seed"], dim, job.get("budget"), bits)}
+    elif job.get("taught"):
+        yield from _taught(job, config, task)
+    else:
+        yield from _made(job, config, task)
 
 
 def _made(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict[str, Any]]:
@@ -197,10 +228,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["of_full"] = entry["stored_bytes"] / statistics.fmean(
             run["dense_bytes"] * DIM / run["job"].get("dim", DIM) for run in runs.values()
         )
-        rivals: dict[str, Key] = {"full": (name, "fixed", 1.0)}
-        if "fixed" not in method:
-            if size in NARROW:
-                rivals["narrow"] = (name, "fixed", NARROW[size] / DIM)
+        plain = "plain" if method.startswith(LINES) else "fixed"
+        rivals: dict[str, Key] = {"full": (name, plain, 1.0)}
+        if "fixed" not in method and size in NARROW:
+            rivals["narrow"] = (name, plain, NARROW[size] / DIM)
+        if plain == "fixed" and "fixed" not in method:
             rivals["full_taught"] = (name, "fixed taught", 1.0)
             if size in FEW_BITS:
                 dim, bits = FEW_BITS[size]
@@ -234,7 +266,7 @@ def table(summary: Sequence[dict[str, Any]]) -> str:
             method = entry["method"]
             label = (
                 f"{method}, D = {round(entry['size'] * DIM)}"
-                if "fixed" in method
+                if method.startswith(("fixed", "plain"))
                 else f"{method}, ≤ {100 * entry['size']:.3g} %"
             )
             spread = f" ± {entry['deviation']:.4f}" if "deviation" in entry else ""

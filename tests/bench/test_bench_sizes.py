@@ -60,3 +60,29 @@ def test_runs_are_made_once(tmp_path, monkeypatch):
     assert [json.loads(line)["job"]["dim"] for line in lines] == [16, 2]
     sizes.run_all(out, sets, [0], ["fixed"])
     assert out.read_text().splitlines() == lines
+
+
+def test_the_ten_lines_differ_by_the_conversion_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "BITS_OF_LINES", {0.125: (None, 4)})
+    monkeypatch.setattr(sizes.dropin, "EPOCHS", 2)
+    out, sets = tmp_path / "runs.jsonl", {"s": ("synthetic:300", "label", "")}
+    sizes.run_all(out, sets, [0], ["plain", "convert"], [0.125, 1.0])
+    found = {}
+    for line in out.read_text().splitlines():
+        run = json.loads(line)
+        job = run["job"]
+        found[job.get("budget"), job.get("dim"), job.get("bits")] = run
+        assert run["stored_bytes"] <= job.get("budget", 1) * run["dense_bytes"]
+    full, narrow = found[None, 16, None], found[None, 2, None]
+    assert narrow["stored_bytes"] * 8 == full["stored_bytes"]
+    # All of the bytes: the same model, whose rows lie in another order.
+    assert found[1.0, None, None]["val_logloss"] == pytest.approx(full["val_logloss"], abs=1e-5)
+    assert found[0.125, None, None]["val_logloss"] != found[0.125, None, "4"]["val_logloss"]
+    summary = {
+        (e["method"], e["size"]): e for e in sizes.summarise(list(map(json.loads, out.open())))
+    }
+    against = summary["convert int4", 0.125]["against"]
+    assert against["full"]["mean"] == pytest.approx(
+        found[0.125, None, "4"]["test_auc"] - full["test_auc"]
+    )
+    assert against.keys() == {"full", "narrow"}

@@ -1,0 +1,135 @@
+"""The README's ten lines on real data: plain PyTorch, a table a field, Adam, early stopping.
+
+Nothing of `amtl train` is in it but the reading of data: no race, no teacher, no field weights.
+What `amtl.convert` brings, and nothing else, is what differs from the plain model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Any
+
+import amtl
+import torch
+from amtl.data.encoding import EncodedData
+from amtl.run.learner import Task
+from amtl.run.metrics import auc, log_loss
+from torch import Tensor, nn
+
+BATCH, RATE, EPOCHS, PATIENCE = 2048, 1e-3, 30, 4
+"""Samples a step, Adam's learning rate, epochs at most, validations without a better one; two an
+epoch."""
+
+
+class ClickModel(nn.Module):
+    """An embedding for each field and an MLP, as people write it.
+
+    Args:
+        task: the data, for the fields and their numbers of values.
+        dim: width of the tables.
+    """
+
+    def __init__(self, task: Task, dim: int) -> None:
+        super().__init__()
+        encoder = task.encoder
+        sizes = encoder.field_sizes
+        bags = [field.kind == "bag" for field in encoder.fields]
+        self.fields = nn.ModuleList(
+            nn.EmbeddingBag(rows, dim, mode="mean") if bag else nn.Embedding(rows, dim)
+            for rows, bag in zip(sizes, bags, strict=True)
+        )
+        for field in self.fields:
+            nn.init.normal_(field.weight, std=0.01)
+        self.starts = [sum(sizes[:f]) for f in range(len(sizes))]
+        width = len(sizes) * dim + len(encoder.dense_fields)
+        self.mlp = nn.Sequential(
+            *(nn.Linear(width, 128), nn.ReLU()),
+            *(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1)),
+        )
+
+    def forward(self, data: EncodedData, samples: Tensor) -> Tensor:
+        """Logits `[B]` of samples."""
+        rows = data.rows[samples].long()
+        singles = rows.shape[1]
+        parts = [self.fields[f](rows[:, f] - self.starts[f]) for f in range(singles)]
+        for f, bag in enumerate(data.bags, singles):
+            codes = bag.codes[samples]
+            first, length = bag.offsets[codes], bag.offsets[codes + 1] - bag.offsets[codes]
+            offsets = length.cumsum(0) - length
+            within = torch.arange(int(length.sum())) - offsets.repeat_interleave(length)
+            values = bag.values[first.repeat_interleave(length) + within].long()
+            parts.append(self.fields[f](values - self.starts[f], offsets))
+        logits: Tensor = self.mlp(torch.cat([*parts, data.dense[samples]], 1))
+        return logits.squeeze(1)
+
+
+@torch.no_grad()
+def scores(model: ClickModel, data: EncodedData) -> tuple[float, float]:
+    """AUC and log loss."""
+    model.eval()
+    logits = torch.cat([model(data, part) for part in torch.arange(len(data)).split(8192)])
+    return auc(logits, data.labels), log_loss(logits, data.labels)
+
+
+def train(
+    task: Task, seed: int, dim: int, budget: float | None = None, bits: int | None = None
+) -> dict[str, Any]:
+    """Trains a model, converted if there is a budget; tests it as it was when it validated best.
+
+    Args:
+        task: encoded data.
+        seed: of weights and batches.
+        dim: width of the tables.
+        budget: of all tables together; None for the plain model.
+        bits: of a stored number; None for 32.
+    """
+    torch.manual_seed(seed)
+    started = time.process_time()
+    model = ClickModel(task, dim)
+    rows = sum(task.encoder.field_sizes)
+    stored = dense = rows * dim * 4
+    if budget is not None:
+        names = [f"fields.{f}" for f in range(len(model.fields))]
+        counts = dict(
+            zip(names, task.encoder.counts().split(task.encoder.field_sizes), strict=True)
+        )
+        amtl.convert(model, counts, budget, bits=bits)
+        amtl.freeze(model)
+        layers = amtl.layers(model).values()
+        shares = [layer.stored_fraction() * layer.full_rows for layer in layers]
+        stored = round(sum(shares) * dim * 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    steps = math.ceil(len(task.train) / BATCH)
+    best: dict[str, Any] | None = None
+    stale = 0
+    for epoch in range(EPOCHS):
+        order = torch.randperm(
+            len(task.train), generator=torch.Generator().manual_seed(seed * 1009 + epoch)
+        )
+        for step, samples in enumerate(order.split(BATCH)):
+            model.train()
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                model(task.train, samples), task.train.labels[samples]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if (step + 1) * 2 // steps == step * 2 // steps:
+                continue
+            of_val = scores(model, task.val)
+            stale += 1
+            if best is None or of_val[0] - of_val[1] > best["val_auc"] - best["val_logloss"]:
+                best = {"val_auc": of_val[0], "val_logloss": of_val[1]}
+                best |= {"state": copy.deepcopy(model.state_dict())}
+                best |= {"best_epoch": epoch + (step + 1) / steps}
+                stale = 0
+        if stale >= PATIENCE:
+            break
+    assert best is not None
+    model.load_state_dict(best.pop("state"))
+    test = scores(model, task.test)
+    found = {"test_auc": test[0], "test_logloss": test[1], "epochs_run": epoch + 1}
+    found |= {"stored_bytes": stored, "dense_bytes": dense}
+    return {"cpu": time.process_time() - started, **found, **best}
