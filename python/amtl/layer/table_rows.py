@@ -596,7 +596,10 @@ class TableRows(nn.Module):
             parts.append(f"norm_type={self.norm_type}")
         if self.sparse:
             parts.append("sparse=True")
-        parts.append(f"phase={self.phase!r}, budget={self.budget}")
+        budget = self.budget if self.budget is None else float(f"{self.budget:.4g}")
+        parts.append(f"phase={self.phase!r}, budget={budget}")
+        if self.options.bits is not None:
+            parts.append(f"bits={self.options.bits}")
         parts.append(f"parametrization={self.options.parametrization!r}")
         if self.fused_optimizer is not None:
             parts.append(f"fused_optimizer={type(self.fused_optimizer).__name__}")
