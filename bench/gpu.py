@@ -271,9 +271,11 @@ def _clocked(setting: Setting, seconds: float) -> tuple[Any, dict[str, Any]]:
     if setting.dry:
         budget = Budget(seconds, minimal_rounds=1, maximal_rounds=1, shortest_sample=0.0)
         budget = dataclasses.replace(budget, warm_calls=1)
-        return Runner(budget=budget, copy_bandwidth={1: 1e9}, cache_bytes=1024), {}
+        # No copy rate: shares of one by simulated kernels would look like results.
+        return Runner(budget=budget, cache_bytes=1024), {"cache_bytes": 1024}
     runner, ceilings = device.runner(Budget(seconds, minimal_rounds=10, maximal_rounds=100))
-    return runner, {"copy_bandwidth": ceilings["cuda"]["copy"], "before": device.state()}
+    found = {"copy_bandwidth": ceilings["cuda"]["copy"], "cache_bytes": runner.cache_bytes}
+    return runner, {**found, "before": device.state()}
 
 
 def timings(
@@ -390,6 +392,36 @@ def all_stages(setting: Setting) -> list[Stage]:
 # --- Report --------------------------------------------------------------------------------------
 
 
+def case_lines(result: Result) -> list[str]:
+    """The timings of a case as a table: measured, and beside it what it can be at best."""
+    comparison, copy = result.data["comparison"], result.data.get("copy_bandwidth")
+    if copy:
+        lines = [f"Copy: {copy / 1e12:.2f} TB/s; {result.data.get('before')}."]
+    else:
+        lines = ["A dry run: times are the simulator's or the interpreter's; no share of a GPU."]
+    cache = result.data["cache_bytes"]
+    lines += [
+        f"Bytes that lookups ask for, and those that pass a cache of {cache:,} bytes:",
+        "",
+        "| who | µs | bytes a lookup, no cache | of copy rate | MB behind the L2 | of copy rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    timed = comparison["timings"].values()
+    for timing in sorted(timed, key=lambda timing: timing["facts"]["seconds"]):
+        facts = timing["facts"]
+        shares = (timing["share"], facts.get("floor_share", 0.0))
+        asked, floor = (f"{share:.0%}" if copy else "none" for share in shares)
+        cells = [
+            *(timing["title"], f"{facts['seconds'] * 1e6:.1f}"),
+            *(f"{facts['bytes_per_lookup']:.1f}", asked),
+            *(f"{facts['floor_bytes'] / 1e6:.4g}", floor),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, why in comparison["left_out"].items():
+        lines.append(f"\nWithout {name}: {why.splitlines()[0]}")
+    return lines
+
+
 def markdown(found: Sequence[Result]) -> str:
     """All results, to be read."""
     told = next((each.data for each in found if each.name == "environment"), {})
@@ -408,27 +440,8 @@ def markdown(found: Sequence[Result]) -> str:
         cells = [each.name, each.outcome, f"{each.seconds:.0f}", ran + detail.replace("|", "\\|")]
         lines.append(f"| {' | '.join(cells)} |")
     for each in found:
-        comparison = each.data.get("comparison")
-        if comparison is None:
-            continue
-        copy = each.data.get("copy_bandwidth", 0.0)
-        lines += ["", f"## {each.name}: {each.data['case']}", ""]
-        if copy:
-            lines += [f"Copy: {copy / 1e12:.2f} TB/s; {each.data.get('before')}.", ""]
-        lines += ["| who | µs | of copy rate, per lookup | behind the L2 |", "|---|---|---|---|"]
-        timed = comparison["timings"].values()
-        for timing in sorted(timed, key=lambda timing: timing["facts"]["seconds"]):
-            seconds = timing["facts"]["seconds"]
-            floor = timing["share"] * timing["facts"]["floor_bytes"] / timing["useful_bytes"]
-            cells = [
-                timing["title"],
-                f"{seconds * 1e6:.1f}",
-                f"{timing['share']:.0%}",
-                f"{floor:.0%}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        for name, why in comparison["left_out"].items():
-            lines.append(f"\nWithout {name}: {why.splitlines()[0]}")
+        if "comparison" in each.data:
+            lines += ["", f"## {each.name}: {each.data['case']}", "", *case_lines(each)]
     for each in found:
         if each.outcome in ("failed", "killed"):
             lines += ["", f"## {each.outcome}: {each.name}", "", "```", each.detail[-2500:], "```"]
@@ -490,12 +503,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for stage in every:
             print(f"{stage.limit:5.0f} s  {stage.name}")
+        print(f"{sum(stage.limit for stage in every):5.0f} s  if each took all of its time")
         return 0
     every = _spoiled(every, options.spoil)
     assert not torch.cuda.is_initialized(), "stages cannot be forked off a process with a GPU"
 
     def notice(result: Result) -> None:
         print(f"{result.name}: {result.outcome} ({result.seconds:.0f} s)", flush=True)
+        if "comparison" in result.data:
+            print("\n".join(case_lines(result)), flush=True)
 
     out = options.out.resolve()
     late = stages.run_all(

@@ -65,9 +65,15 @@ def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(tmp_path
     assert set(found["smoke"]["data"]["calls"].values()) == {"ok"}
     timed = found["timings-03"]["data"]["comparison"]["timings"]
     assert {"tbe", "torch", "amtl_frozen"} <= set(timed)
+    for timing in timed.values():
+        assert timing["facts"]["floor_bytes"] > 0 and timing["facts"]["bytes_per_lookup"] > 0
+        # A simulator's time is no share of a card's.
+        assert timing["share"] == 0 and "floor_share" not in timing["facts"]
     assert found["training-step"]["data"]["replay_seconds"] > 0
     report = (tmp_path / "report.md").read_text()
     assert "| timings-04 | killed |" in report and "## failed: tests-operators" in report
+    assert "A dry run: times are the simulator's" in report and "behind the L2" in report
+    assert "A dry run: times are the simulator's" in done.stdout and "%" not in report
 
     # Another piece of the run: what has ended well is left as it is.
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
@@ -76,6 +82,21 @@ def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(tmp_path
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     changed = {name for name in after if after[name] != before[name]}
     assert {name.partition("-")[2] for name in changed} == {"timings-04.json"}
+
+
+def test_all_but_triton_fits_into_45_minutes_whatever_it_takes(tmp_path: Path) -> None:
+    """Pieces of 9.5 minutes waste up to half a stage each at their ends."""
+    every = gpu.all_stages(gpu.Setting(False, tmp_path))
+    before = [stage.limit for stage in every if not stage.name.startswith("triton")]
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert round(sum(before) / 60) == 40 and "all others together have 40." in page
+    assert round(sum(stage.limit for stage in every) / 60) == 57 and "they would need\n57" in page
+    assert 4 * 9.5 + 7 == 45 and "--minutes 7" in page
+    listed = subprocess.run(
+        [sys.executable, "-m", "bench", "gpu", "--list"], cwd=ROOT, capture_output=True, text=True
+    )
+    names = [line.split()[-1] for line in listed.stdout.splitlines()[:-1]]
+    assert names == [stage.name for stage in every]
 
 
 def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
@@ -88,6 +109,16 @@ def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
     assert {each["outcome"] for each in found.values()} == {"left out"}
     assert found["build"]["detail"] == "environment: failed"
     assert found["smoke"]["detail"] == "build: left out"
+
+
+def test_the_report_has_both_rooflines_beside_the_time() -> None:
+    facts = {"seconds": 2e-4, "bytes_per_lookup": 123.4, "floor_bytes": 1.5e8, "floor_share": 0.3}
+    timing = {"title": "amtl search", "share": 0.25, "facts": facts}
+    comparison = {"timings": {"amtl_search": timing}, "left_out": {"fbgemm": "absent\nhere"}}
+    data = {"comparison": comparison, "copy_bandwidth": 2.5e12, "cache_bytes": 50 << 20}
+    text = "\n".join(gpu.case_lines(stages.Result("timings-00", "ok", 1.0, 9.0, "", data)))
+    assert "| amtl search | 200.0 | 123.4 | 25% | 150 | 30% |" in text
+    assert "52,428,800 bytes" in text and "Copy: 2.50 TB/s" in text and "fbgemm: absent" in text
 
 
 STAGES = """
