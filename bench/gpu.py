@@ -505,6 +505,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{stage.limit:5.0f} s  {stage.name}")
         print(f"{sum(stage.limit for stage in every):5.0f} s  if each took all of its time")
         return 0
+    wanted = [each for each in options.stages.split(",") if each]
+    for each in wanted:
+        if not any(stage.name.startswith(each) for stage in every):
+            parser.error(f"no stage begins with {each!r}: --list has their names")
     every = _spoiled(every, options.spoil)
     assert not torch.cuda.is_initialized(), "stages cannot be forked off a process with a GPU"
 
@@ -517,7 +521,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     late = stages.run_all(
         every,
         out,
-        wanted=[each for each in options.stages.split(",") if each],
+        wanted=wanted,
         resume=options.resume,
         seconds=60 * options.minutes,
         notice=notice,

@@ -121,6 +121,17 @@ def test_the_report_has_both_rooflines_beside_the_time() -> None:
     assert "52,428,800 bytes" in text and "Copy: 2.50 TB/s" in text and "fbgemm: absent" in text
 
 
+def test_a_stage_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    done = command(tmp_path, "--dry-run", "--stages", "smoke,timing-00")
+    assert done.returncode == 2 and "no stage begins with 'timing-00'" in done.stderr
+    assert not list(tmp_path.iterdir())
+    # The page's are.
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    asked = {name for names in re.findall(r"--stages ([\w,-]+)", page) for name in names.split(",")}
+    every = [stage.name for stage in gpu.all_stages(gpu.Setting(False, tmp_path))]
+    assert asked and all(any(name.startswith(each) for name in every) for each in asked)
+
+
 STAGES = """
 import json, os, subprocess, sys, time
 from pathlib import Path
