@@ -43,10 +43,12 @@ class Setting:
     Attributes:
         dry: Without a GPU.
         out: Folder of the results.
+        flush: Whether what is timed begins with an empty L2; else with that of a call on other ids.
     """
 
     dry: bool
     out: Path
+    flush: bool = True
 
     @property
     def device(self) -> str:
@@ -268,14 +270,16 @@ def _clocked(setting: Setting, seconds: float) -> tuple[Any, dict[str, Any]]:
     from bench.plan import Budget
     from bench.runner import Runner
 
+    l2 = "flushed" if setting.flush else "as the call before left it, on other ids"
     if setting.dry:
         budget = Budget(seconds, minimal_rounds=1, maximal_rounds=1, shortest_sample=0.0)
         budget = dataclasses.replace(budget, warm_calls=1)
         # No copy rate: shares of one by simulated kernels would look like results.
-        return Runner(budget=budget, cache_bytes=1024), {"cache_bytes": 1024}
-    runner, ceilings = device.runner(Budget(seconds, minimal_rounds=10, maximal_rounds=100))
+        return Runner(budget=budget, cache_bytes=1024), {"cache_bytes": 1024, "l2": l2}
+    budget = Budget(seconds, minimal_rounds=10, maximal_rounds=100)
+    runner, ceilings = device.runner(budget, flush=setting.flush)
     found = {"copy_bandwidth": ceilings["cuda"]["copy"], "cache_bytes": runner.cache_bytes}
-    return runner, {**found, "before": device.state()}
+    return runner, {**found, "l2": l2, "before": device.state()}
 
 
 def timings(
@@ -401,7 +405,8 @@ def case_lines(result: Result) -> list[str]:
         lines = ["A dry run: times are the simulator's or the interpreter's; no share of a GPU."]
     cache = result.data["cache_bytes"]
     lines += [
-        f"Bytes that lookups ask for, and those that pass a cache of {cache:,} bytes:",
+        f"L2: {result.data['l2']}. Bytes that lookups ask for, and those that pass a cache of "
+        f"{cache:,} bytes which is empty at first:",
         "",
         "| who | µs | bytes a lookup, no cache | of copy rate | MB behind the L2 | of copy rate |",
         "|---|---|---|---|---|---|",
@@ -493,13 +498,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", default="", help="only these: beginnings of names, by commas")
     parser.add_argument("--resume", action="store_true", help="leave what has ended ok as it is")
     parser.add_argument("--minutes", type=float, default=9.5, help="for this piece")
+    parser.add_argument(
+        "--l2",
+        choices=["flushed", "rotated"],
+        default="flushed",
+        help="before every run: emptied, or left as it is while the ids change",
+    )
     parser.add_argument("--list", action="store_true", help="only list the stages")
     parser.add_argument("--spoil", action="append", default=[], help="NAME=fail|crash|hang; tests")
     options = parser.parse_args(arguments)
     # Forked with everything imported that every stage needs, and no GPU touched.
     import torch
 
-    every = all_stages(Setting(options.dry_run, options.out.resolve()))
+    setting = Setting(options.dry_run, options.out.resolve(), options.l2 == "flushed")
+    every = all_stages(setting)
     if options.list:
         for stage in every:
             print(f"{stage.limit:5.0f} s  {stage.name}")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import device, gpu, stages
+from bench.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 SPOILED = {"tests-operators": "fail", "timings-00": "crash", "timings-04": "hang"}
@@ -116,6 +117,7 @@ def test_the_report_has_both_rooflines_beside_the_time() -> None:
     timing = {"title": "amtl search", "share": 0.25, "facts": facts}
     comparison = {"timings": {"amtl_search": timing}, "left_out": {"fbgemm": "absent\nhere"}}
     data = {"comparison": comparison, "copy_bandwidth": 2.5e12, "cache_bytes": 50 << 20}
+    data["l2"] = "flushed"
     text = "\n".join(gpu.case_lines(stages.Result("timings-00", "ok", 1.0, 9.0, "", data)))
     assert "| amtl search | 200.0 | 123.4 | 25% | 150 | 30% |" in text
     assert "52,428,800 bytes" in text and "Copy: 2.50 TB/s" in text and "fbgemm: absent" in text
@@ -270,3 +272,26 @@ def test_the_clock_times_the_gpu_and_not_the_host() -> None:
     clock(slow_host)
     # The GPU waits for as long as the host takes to enqueue, and some more, at any clock.
     assert cuda.asked[0] > sleep and cuda.asked[0] / 2e9 > 0.02
+
+
+@pytest.mark.parametrize(("chosen", "flushes"), [("flushed", 1), ("rotated", 0)])
+def test_the_l2_is_flushed_where_that_is_chosen(
+    chosen: str, flushes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[gpu.Setting] = []
+    monkeypatch.setattr(gpu, "all_stages", lambda setting: found.append(setting) or [])
+    gpu.main(["--list", "--l2", chosen, "--out", str(tmp_path)])
+    clock = device.DeviceClock(1 << 20, Events(), flush=found[0].flush)
+    reads: list[str] = []
+    monkeypatch.setattr(torch.Tensor, "max", lambda tensor: reads.append("read"))
+    clock(lambda: None)
+    assert len(reads) == flushes
+    asked: list[bool] = []
+
+    def runner(budget: Any, *, flush: bool) -> Any:
+        asked.append(flush)
+        return Runner(), {"cuda": {"copy": 1.0}}
+
+    monkeypatch.setattr(device, "runner", runner)
+    _, told = gpu._clocked(found[0], 1.0)
+    assert asked == [bool(flushes)] and ("flushed" in told["l2"]) == bool(flushes)
