@@ -30,16 +30,17 @@ _CYCLES = 2.2e9
 
 
 class DeviceClock:
-    """Seconds of a run on the GPU alone, with cold caches.
+    """Seconds of a run on the GPU alone, with cold caches or those that the run before has left.
 
-    Twice the L2 is read before every run. The GPU then waits until the host has enqueued all of the
-    run, so what the host takes for that is not timed: as long as a call waits for nothing, the
-    result is that of a graph's replay.
+    Twice the L2 is read before every run, if it is to be flushed. The GPU then waits until the host
+    has enqueued all of the run, so what the host takes for that is not timed: as long as a call
+    waits for nothing, the result is that of a graph's replay.
     """
 
-    def __init__(self, l2_bytes: int = 0, cuda: Any = torch.cuda) -> None:
-        """``l2_bytes``: 0 asks the GPU."""
+    def __init__(self, l2_bytes: int = 0, cuda: Any = torch.cuda, *, flush: bool = True) -> None:
+        """``l2_bytes``: 0 asks the GPU. ``flush``: whether caches are cold."""
         self._cuda = cuda
+        self._flushes = flush
         size = l2_bytes or getattr(cuda.get_device_properties(0), "L2_cache_size", 0)
         self.l2_bytes: int = size or _LEAST_L2
         where = "cuda" if cuda is torch.cuda else "cpu"
@@ -51,7 +52,8 @@ class DeviceClock:
         """Seconds between two events around the run."""
         cuda = self._cuda
         # Read, not written: dirty lines would be written back during the run.
-        self._flush.max()
+        if self._flushes:
+            self._flush.max()
         begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         cuda._sleep(int(_HEAD_START * self._host * _CYCLES))
         begin.record()
@@ -75,9 +77,14 @@ def copy_bandwidth(clock: DeviceClock, megabytes: int = 1024, repeats: int = 10)
     return 2 * 4 * source.numel() / min(clock(copy) for _ in range(repeats))
 
 
-def runner(budget: Budget) -> tuple[Runner, dict[str, dict[str, float]]]:
-    """Who runs cases on the GPU, and its ceilings as reports have them."""
-    clock = DeviceClock()
+def runner(budget: Budget, *, flush: bool = True) -> tuple[Runner, dict[str, dict[str, float]]]:
+    """Who runs cases on the GPU, and its ceilings as reports have them.
+
+    Args:
+        budget: Of each case.
+        flush: Whether the L2 is emptied before every run; else only the ids change.
+    """
+    clock = DeviceClock(flush=flush)
     ceilings = {"cuda": {"copy": copy_bandwidth(clock)}}
     on_gpu = Runner(
         budget=budget,

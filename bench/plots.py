@@ -60,24 +60,35 @@ def ratio_bars(report: Report, path: Path) -> Path | None:
 
 
 def roofline(report: Report, path: Path) -> Path | None:
-    """Useful bytes against time, below the measured ceilings."""
-    entries = [
-        (timing.useful_bytes, timing.summary.median, timing.ours)
+    """Useful bytes against time, below the measured ceilings; hollow: those behind a GPU's L2."""
+    timings = [
+        timing
         for comparison in _usable(report)
         for timing in comparison.timings.values()
         if timing.useful_bytes > 1e5
     ]
+    entries = [(each.useful_bytes, each.summary.median, each.ours) for each in timings]
+    floors = [
+        (each.facts["floor_bytes"], each.summary.median, each.ours)
+        for each in timings
+        if "floor_bytes" in each.facts
+    ]
     if not entries:
         return None
     figure, [axes] = figures.figure(7, 5)
-    for ours, colour, label in ((False, _PEER, "peers"), (True, _OURS, "amtl")):
-        chosen = [entry for entry in entries if entry[2] is ours]
-        axes.scatter(
-            [size / 1e6 for size, _, _ in chosen],
-            [size / seconds / 1e9 for size, seconds, _ in chosen],
-            s=16, color=colour, label=label, alpha=0.8,
-        )  # fmt: skip
-    most = max(report.ceilings, key=int, default=None)
+    for found, behind in ((entries, ""), (floors, ", behind the L2")):
+        for ours, colour, label in ((False, _PEER, "peers"), (True, _OURS, "amtl")):
+            chosen = [entry for entry in found if entry[2] is ours]
+            if behind and not chosen:
+                continue
+            axes.scatter(
+                [size / 1e6 for size, _, _ in chosen],
+                [size / seconds / 1e9 for size, seconds, _ in chosen],
+                s=16, edgecolors=colour, facecolors="none" if behind else colour,
+                label=label + behind, alpha=0.8,
+            )  # fmt: skip
+    # By threads, or of a GPU.
+    most = max(report.ceilings, key=lambda of: int(of) if of.isdigit() else 0, default=None)
     for kind, value in (report.ceilings.get(most, {}) if most else {}).items():
         axes.axhline(value / 1e9, linewidth=0.8, linestyle="--", color="black")
         axes.text(

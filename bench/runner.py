@@ -15,10 +15,10 @@ import torch
 from bench import binding, machine, plan
 from bench.contenders import CONTENDERS, Contender, Session
 from bench.inputs import Case, Problem, TraceUnavailableError, make_problem, same_table
-from bench.oracle import MismatchError, compare, expected
+from bench.oracle import Equations, MismatchError, compare, expected
 from bench.plan import Budget
 from bench.results import Comparison, Timing
-from bench.traffic import floor_bytes, useful_bytes
+from bench.traffic import Traffic, floor_bytes, useful_bytes
 
 Call = Callable[[int], object]
 Timer = Callable[[Callable[[], None]], float]
@@ -151,6 +151,7 @@ class Runner:
     available: Callable[[], float] = machine.available_bytes
     cache_bytes: int = 0
     _last: Problem | None = None
+    _floors: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def absent(self) -> dict[str, str]:
         """Contenders that this machine lacks: why, and how to get them."""
@@ -204,6 +205,7 @@ class Runner:
             return result
         self._last = problem
         sessions: dict[str, Session] = {}
+        self._floors.clear()
         for contender in chosen:
             name = contender.name
             try:
@@ -246,7 +248,10 @@ class Runner:
             timing.samples = values
             copy = self.copy_bandwidth.get(case.threads if on_cpu else case.device, 0.0)
             if copy:
-                timing.share = timing.useful_bytes / timing.summary.median / copy
+                copied = timing.summary.median * copy
+                timing.share = timing.useful_bytes / copied
+                if self.cache_bytes:
+                    timing.facts["floor_share"] = timing.facts["floor_bytes"] / copied
         return result
 
     def _checked(self, contender: Contender, problem: Problem) -> tuple[Session, float]:
@@ -303,6 +308,19 @@ class Runner:
             return float(case.threads)
         return self.probe.speedup(case.threads)
 
+    def _floor(self, contender: Contender, problem: Problem, traffic: Traffic) -> float:
+        """:func:`floor_bytes`, which takes seconds, once for contenders that read the same."""
+        case, equations = problem.case, contender.equations
+        key = (equations.sizes, equations.mask_gradient, equations.tier_width, contender.row_bits)
+        # Sizes that somebody brings are its own.
+        if type(equations) is not Equations:
+            key = (*key, contender.name)
+        if key not in self._floors:
+            layout = equations.layout(problem, problem.global_ids[0], contender.row_bits)
+            asked = (case.bag_size, self.cache_bytes, case.work, case.optimizer)
+            self._floors[key] = floor_bytes(traffic, layout, *asked)
+        return self._floors[key]
+
     def _timing(self, contender: Contender, problem: Problem, difference: float) -> Timing:
         case = problem.case
         ids = problem.global_ids[0]
@@ -311,17 +329,19 @@ class Runner:
         traffic = problem.traffic(ids, dims, mask_gradient=masked)
         traffic = replace(traffic, row_element=contender.row_bits / 8)
         all_rows = problem.row_dims.double().mean().item() / case.dim
+        useful = useful_bytes(traffic, case.work, case.optimizer)
         floor = {}
         if self.cache_bytes:
-            rows = ids.cpu().numpy()
-            asked = (case.bag_size, self.cache_bytes, case.work, case.optimizer)
-            floor = {"floor_bytes": floor_bytes(traffic, rows, *asked)}
+            floor = {
+                "bytes_per_lookup": round(useful / traffic.lookups, 1),
+                "floor_bytes": self._floor(contender, problem, traffic),
+            }
         return Timing(
             title=contender.title,
             ours=contender.ours,
             samples=[],
             lookups=traffic.lookups,
-            useful_bytes=useful_bytes(traffic, case.work, case.optimizer),
+            useful_bytes=useful,
             error=float(f"{difference:.2g}"),
             facts={
                 **floor,

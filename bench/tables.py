@@ -78,6 +78,10 @@ def comparison_table(comparison: Comparison) -> str:
         "contender", "ms", "P10–P90", "ns per lookup", "kept over lookups", "MB useful", "GB/s",
         "of copy ceiling",
     ]  # fmt: skip
+    floors = any("floor_bytes" in timing.facts for timing in comparison.timings.values())
+    if floors:
+        header[5:5] = ["bytes a lookup"]
+        header += ["MB behind the L2", "of copy ceiling"]
     header += [f"time / {comparison.timings[name].title}" for name in baselines]
     rows = []
     for name, timing in comparison.timings.items():
@@ -92,6 +96,11 @@ def comparison_table(comparison: Comparison) -> str:
             f"{timing.useful_bytes / summary.median / 1e9:.3g}",
             f"{timing.share:.0%}" if timing.share else "–",
         ]
+        if floors:
+            row[5:5] = [f"{timing.useful_bytes / timing.lookups:.1f}" if timing.lookups else "–"]
+            floor, share = (timing.facts.get(key) for key in ("floor_bytes", "floor_share"))
+            row.append(f"{floor / 1e6:.3g}" if floor else "–")
+            row.append(f"{share:.0%}" if share else "–")
         for baseline in baselines:
             if baseline == name:
                 row.append("1")

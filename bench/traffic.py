@@ -6,15 +6,18 @@ one is possible where the table or the hot rows fit a cache.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Work = Literal["forward", "backward", "step"]
 Optimizer = Literal["none", "sgd", "rowwise_adagrad", "adagrad", "adam"]
+
+# A GPU's memory moves no less.
+SECTOR = 32
 
 
 @dataclass(frozen=True)
@@ -91,27 +94,113 @@ def useful_bytes(traffic: Traffic, work: Work, optimizer: Optimizer = "none") ->
     return total
 
 
-def misses(ids: NDArray[np.int64], held: int) -> int:
-    """How many of these accesses an empty cache of ``held`` entries misses, the oldest going first.
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of one call's lookups lie; bytes, each table from an address of its own.
 
-    Cost: a dictionary's step for each access.
+    Attributes:
+        rows: Number of each lookup's row, in the order in which rows lie, ``[L]``.
+        begin: Its first byte, ``[L]``.
+        kept: Bytes of it that the lookup reads, ``[L]``.
+        stored: Bytes of the whole row, ``[L]``.
+        told: First bytes of what tells its size, ``[L]`` for each table that is asked for that.
     """
-    cache: OrderedDict[Any, None] = OrderedDict()
-    count = 0
-    for each in ids.tolist():
-        if each in cache:
-            cache.move_to_end(each)
-            continue
-        count += 1
-        cache[each] = None
-        if len(cache) > held:
-            cache.popitem(last=False)
-    return count
+
+    rows: NDArray[np.int64]
+    begin: NDArray[np.int64]
+    kept: NDArray[np.int64]
+    stored: NDArray[np.int64]
+    told: Sequence[NDArray[np.int64]] = ()
+
+    def distinct(self) -> Layout:
+        """Of each row once, as they lie."""
+        rows, first = np.unique(self.rows, return_index=True)
+        return Layout(rows, self.begin[first], self.kept[first], self.stored[first])
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Accesses in order: what is read, sectors that it takes, and the lookup or row it is for."""
+
+    keys: NDArray[np.int64]
+    sectors: NDArray[np.int64]
+    turns: NDArray[np.int64]
+
+
+def missed(keys: NDArray[np.int64], sizes: NDArray[np.int64], room: int, chunks: int = 1024) -> int:
+    """Sum of the sizes of those accesses that a cache misses which is empty at first.
+
+    It drops what has not been used for longest. Exact for up to twice ``chunks`` accesses; of more,
+    those of one ``chunks``-th count as made at once, so that sizes used within it drop nothing.
+
+    Args:
+        keys: What is accessed, in order, ``[n]``.
+        sizes: What it takes in the cache, the same for each access to a key, ``[n]``.
+        room: What the cache holds.
+        chunks: Cost: a NumPy step for each.
+    """
+    length = max(keys.size // chunks, 1)
+    order = keys.argsort(kind="stable")
+    again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    # The chunk of each access, and that of the access before to the same.
+    now = np.arange(keys.size) // length
+    before = np.full(keys.size, -1)
+    before[order[again + 1]] = now[order[again]]
+    counts = before != now
+    before, size = before[counts], sizes[counts]
+    ends = np.bincount(now[counts]).cumsum()
+    # By chunk: what has been used in it and not since.
+    used = np.zeros(ends.size, dtype=np.int64)
+    total = start = 0
+    for chunk, end in enumerate(ends):
+        here, needed = before[start:end], size[start:end]
+        since = used[::-1].cumsum()[::-1] - used
+        known = here >= 0
+        hit = known & (since[here] + needed <= room)
+        total += int(needed[~hit].sum())
+        np.subtract.at(used, here[known], needed[known])
+        used[chunk] += needed.sum()
+        start = end
+    return total
+
+
+def _reads(begin: NDArray[np.int64], size: NDArray[np.int64], region: int) -> _Reads:
+    """Sectors of memory ranges; one access for each range if none shares a sector with another."""
+    first = begin // SECTOR
+    count = np.where(size > 0, (begin + size - 1) // SECTOR - first + 1, 0)
+    turns = np.arange(begin.size)
+    if not (begin % SECTOR).any():
+        taken = count > 0
+        return _Reads((first + (region << 48))[taken], count[taken], turns[taken])
+    turns = turns.repeat(count)
+    within = np.arange(turns.size) - (count.cumsum() - count).repeat(count)
+    keys = first.repeat(count) + within + (region << 48)
+    return _Reads(keys, np.ones_like(keys), turns)
+
+
+def _in_turns(reads: Sequence[_Reads]) -> _Reads:
+    """All of them, those of one lookup after those of the lookup before."""
+    turns = np.concatenate([each.turns for each in reads])
+    order = turns.argsort(kind="stable")
+    keys = np.concatenate([each.keys for each in reads])[order]
+    return _Reads(keys, np.concatenate([each.sectors for each in reads])[order], turns[order])
+
+
+def _state_reads(layout: Layout, element: int, optimizer: Optimizer) -> list[_Reads]:
+    """Floats of an optimizer: one a row, or as many as the row has numbers."""
+    if optimizer == "rowwise_adagrad":
+        return [_reads(4 * layout.rows, np.full_like(layout.rows, 4), _STATE)]
+    moments = {"adagrad": 1, "adam": 2}.get(optimizer, 0)
+    begin, kept = layout.begin // element * 4, layout.kept // element * 4
+    return [_reads(begin, kept, _STATE + moment) for moment in range(moments)]
+
+
+_TABLE, _GRADIENT, _STATE, _TOLD = 0, 1, 2, 4
 
 
 def floor_bytes(
     traffic: Traffic,
-    ids: NDArray[np.int64],
+    layout: Layout,
     bag_size: int,
     cache_bytes: int,
     work: Work,
@@ -119,31 +208,49 @@ def floor_bytes(
 ) -> float:
     """Bytes of one call that have to come from or go to memory behind a cache.
 
-    As :func:`useful_bytes`, but rows looked up again while a cache of that size still holds them
-    cost nothing, nor do gradients of bags that sorted lookups come back to. What sorting moves is
-    not counted.
+    What is read passes a cache of that size, empty at first, which drops the sectors of 32 bytes
+    that have not been used for longest (:func:`missed`): row by row what tells its size and the
+    kept part of it, then gradients of bags in the order of the sorted rows, and at last each row
+    that was looked up with its optimizer's state. What is written counts once. Row gradients count
+    where the caller gets them, not on their way to an optimizer, nor does what sorting moves.
 
     Args:
         traffic: What the call touches.
-        ids: Rows looked up, in order.
-        bag_size: Lookups of a bag.
-        cache_bytes: Of a cache that holds nothing else.
-        work: As there.
+        layout: Where that lies.
+        bag_size: Lookups of a bag; 1 where nothing is pooled.
+        cache_bytes: Of the cache; it holds nothing else.
+        work: As of :func:`useful_bytes`.
         optimizer: As there.
     """
-    row = max(traffic.element * traffic.lookup_mean, 1.0)
-    found = misses(ids, max(int(cache_bytes / row), 1))
-    # Hot rows are long: what is missed is closer to the distinct rows than to all lookups.
-    again = (found - traffic.distinct) / max(traffic.lookups - traffic.distinct, 1)
-    mean = traffic.distinct_mean + again * (traffic.lookup_mean - traffic.distinct_mean)
-    seen = replace(traffic, lookups=found, lookup_mean=mean)
-    total = forward_bytes(seen) + traffic.index * (traffic.lookups - found)
-    if work == "forward":
-        return total
-    bags = np.argsort(ids, kind="stable") // bag_size
-    held = max(int(cache_bytes / (traffic.element * traffic.dim)), 1)
-    read = replace(traffic, lookups=misses(bags, held), index=0)
-    total += backward_bytes(read) + traffic.index * traffic.lookups
-    if work == "step":
-        total += update_bytes(traffic, optimizer)
-    return total
+    told = [
+        _reads(begin, np.ones_like(begin), _TOLD + table) for table, begin in enumerate(layout.told)
+    ]
+    reads = [_in_turns([*told, _reads(layout.begin, layout.kept, _TABLE)])]
+    total = float(traffic.index * traffic.lookups)
+    total += traffic.element * traffic.outputs * traffic.dim
+    if work != "forward":
+        row = traffic.element * traffic.dim
+        bags = np.argsort(layout.rows, kind="stable") // bag_size
+        reads.append(_reads(row * bags, np.full_like(bags, row), _GRADIENT))
+        once = layout.distinct()
+        # In two parts, for the first is what the lookup has read.
+        prefix = _reads(once.begin, once.kept, _TABLE)
+        at_turn = [prefix] if traffic.mask_gradient or work == "step" else []
+        if traffic.mask_gradient:
+            past = -(-once.kept // SECTOR) * SECTOR
+            rest = np.maximum(once.stored - past, 0)
+            at_turn.append(_reads(once.begin + past, rest, _TABLE))
+        if work == "step":
+            state = _state_reads(once, traffic.element, optimizer)
+            at_turn += state
+            for each in (prefix, *state):
+                # Rows that share a sector come one after the other: it is written once.
+                _, first = np.unique(each.keys, return_index=True)
+                total += SECTOR * int(each.sectors[first].sum())
+        if at_turn:
+            reads.append(_in_turns(at_turn))
+        if work == "backward":
+            total += float(once.stored.sum())
+    keys = np.concatenate([each.keys for each in reads])
+    sectors = np.concatenate([each.sectors for each in reads])
+    return total + SECTOR * missed(keys, sectors, cache_bytes // SECTOR)

@@ -30,28 +30,41 @@ struct GlobalShadow {
   bool atomic = false;
 };
 
-struct InstructionKey {
+// A place in the code as a warp executes it between two collectives.
+struct PlaceKey {
   std::uint64_t site = 0;
   std::uint64_t warp_and_time = 0;
-  std::uint64_t occurrence_and_class = 0;
-  bool operator==(const InstructionKey& other) const {
+  unsigned class_and_write = 0;
+  bool operator==(const PlaceKey& other) const {
     return site == other.site && warp_and_time == other.warp_and_time &&
-           occurrence_and_class == other.occurrence_and_class;
+           class_and_write == other.class_and_write;
   }
 };
+
+std::uint64_t mixed(std::uint64_t a, std::uint64_t b) {
+  const std::uint64_t h = (a * 0x9E3779B97F4A7C15ull ^ b) * 0xC2B2AE3D27D4EB4Full;
+  return h ^ h >> 32;
+}
 
 struct HashKey {
-  std::size_t operator()(const InstructionKey& key) const {
-    std::uint64_t h = key.site * 0x9E3779B97F4A7C15ull;
-    h = (h ^ key.warp_and_time) * 0xC2B2AE3D27D4EB4Full;
-    h = (h ^ key.occurrence_and_class) * 0x165667B19E3779F9ull;
-    return h ^ h >> 32;
+  std::size_t operator()(const PlaceKey& key) const {
+    return mixed(mixed(key.site, key.warp_and_time), key.class_and_write);
   }
 };
 
+// A sector that a lane asks for. Lanes of the same turn execute one instruction together; which
+// those are can be told in two ways.
+struct Request {
+  std::uint64_t sector = 0;
+  std::uint64_t turn = 0;         // times that the lane has been here since the last collective
+  std::uint64_t turn_shared = 0;  // the same since it touched shared memory last, and that touch
+};
+
+// What a lane has done since its last collective.
 struct LaneHistory {
   std::uint32_t collectives = 0;
   std::uint32_t barriers = 0;
+  std::uint64_t last_shared = 0;
   std::unordered_map<std::uint64_t, std::uint32_t> executions;
 };
 
@@ -59,7 +72,7 @@ struct Watch {
   std::vector<Buffer> buffers;
   std::array<Traffic, kMaxMemoryClasses> traffic{};
   std::unordered_map<std::uintptr_t, GlobalShadow> races;
-  std::unordered_map<InstructionKey, std::vector<std::uint64_t>, HashKey> instructions;
+  std::unordered_map<PlaceKey, std::vector<Request>, HashKey> requests;
   std::unordered_map<int, LaneHistory> lanes;
   std::array<std::unordered_set<std::uint64_t>, 2 * kMaxMemoryClasses> unique;
 };
@@ -145,34 +158,74 @@ void check_global_race(Access access, std::uintptr_t begin, std::size_t bytes, S
   }
 }
 
+std::uint64_t place_of(Site site) {
+  return reinterpret_cast<std::uintptr_t>(site.file) * 65536 + static_cast<unsigned>(site.line);
+}
+
+LaneHistory& history_of(const RunningThread& self) {
+  LaneHistory& lane = watch().lanes[self.thread];
+  if (lane.collectives != self.collectives || lane.barriers != self.barriers) {
+    lane.collectives = self.collectives;
+    lane.barriers = self.barriers;
+    lane.last_shared = 0;
+    lane.executions.clear();
+  }
+  return lane;
+}
+
 void count_traffic(Access access, std::uintptr_t begin, std::size_t bytes, int memory_class,
                    Site site) {
   Watch& w = watch();
   const RunningThread self = running_thread();
-  LaneHistory& lane = w.lanes[self.thread];
-  if (lane.collectives != self.collectives || lane.barriers != self.barriers) {
-    lane.collectives = self.collectives;
-    lane.barriers = self.barriers;
-    lane.executions.clear();
-  }
-  const std::uint64_t place =
-      reinterpret_cast<std::uintptr_t>(site.file) * 65536 + static_cast<unsigned>(site.line);
-  const std::uint64_t occurrence = lane.executions[place * 2 + (access != Access::kRead)]++;
-  InstructionKey key;
+  LaneHistory& lane = history_of(self);
+  const bool write = access != Access::kRead;
+  const std::uint64_t place = place_of(site) * 2 + write;
+  PlaceKey key;
   key.site = place;
   key.warp_and_time = static_cast<std::uint64_t>(self.warp) << 48 |
                       static_cast<std::uint64_t>(self.barriers & 0xffff) << 32 | self.collectives;
-  key.occurrence_and_class =
-      occurrence << 8 | static_cast<unsigned>(memory_class) << 1 | (access != Access::kRead);
-  auto& sectors = w.instructions[key];
-  for (std::uintptr_t s = begin / kSectorBytes; s <= (begin + bytes - 1) / kSectorBytes; ++s) {
-    sectors.push_back(s);
+  key.class_and_write = static_cast<unsigned>(memory_class) << 1 | write;
+  Request request;
+  request.turn = lane.executions[place]++;
+  request.turn_shared = mixed(lane.last_shared, lane.executions[mixed(place, lane.last_shared)]++);
+  auto& requests = w.requests[key];
+  for (request.sector = begin / kSectorBytes; request.sector <= (begin + bytes - 1) / kSectorBytes;
+       ++request.sector) {
+    requests.push_back(request);
   }
   Traffic& t = w.traffic[memory_class];
   (access == Access::kRead ? t.read_bytes : t.write_bytes) += bytes;
 }
 
+// Instructions, and the distinct sectors of each.
+struct Counts {
+  std::uint64_t instructions = 0;
+  std::uint64_t sectors = 0;
+};
+
+Counts distinct(std::vector<Request>& requests, std::uint64_t Request::* turn) {
+  std::sort(requests.begin(), requests.end(), [turn](const Request& a, const Request& b) {
+    return a.*turn != b.*turn ? a.*turn < b.*turn : a.sector < b.sector;
+  });
+  Counts counts;
+  const Request* last = nullptr;
+  for (const Request& request : requests) {
+    const bool next = last == nullptr || last->*turn != request.*turn;
+    counts.instructions += next;
+    counts.sectors += next || last->sector != request.sector;
+    last = &request;
+  }
+  return counts;
+}
+
 }  // namespace
+
+void watch_shared(Site site) {
+  if (!options().track_traffic) return;
+  LaneHistory& lane = history_of(running_thread());
+  const std::uint64_t place = mixed(place_of(site), 1);
+  lane.last_shared = mixed(place, ++lane.executions[place]);
+}
 
 std::array<Traffic, kMaxMemoryClasses>& traffic() { return watch().traffic; }
 
@@ -211,29 +264,32 @@ void library_access(Access access, const void* data, std::size_t bytes, const ch
 void watch_begin_launch() {
   Watch& w = watch();
   w.races.clear();
-  w.instructions.clear();
+  w.requests.clear();
   w.lanes.clear();
   for (auto& set : w.unique) set.clear();
 }
 
 void watch_end_block() {
   Watch& w = watch();
-  for (auto& [key, sectors] : w.instructions) {
-    std::sort(sectors.begin(), sectors.end());
-    const auto distinct = std::unique(sectors.begin(), sectors.end()) - sectors.begin();
-    const bool write = key.occurrence_and_class & 1;
-    const auto memory_class = static_cast<int>(key.occurrence_and_class >> 1 & 0x7f);
+  for (auto& [key, requests] : w.requests) {
+    // Lanes that skip an access in a loop fall behind by the first way of telling turns, lanes that
+    // touch shared memory alone by the second: the better one is taken, place by place.
+    const Counts by_turn = distinct(requests, &Request::turn);
+    const Counts by_shared = distinct(requests, &Request::turn_shared);
+    const Counts& counts = by_shared.sectors < by_turn.sectors ? by_shared : by_turn;
+    const bool write = key.class_and_write & 1;
+    const auto memory_class = static_cast<int>(key.class_and_write >> 1);
     Traffic& t = w.traffic[memory_class];
-    (write ? t.write_sectors : t.read_sectors) += static_cast<std::uint64_t>(distinct);
-    ++t.requests;
+    (write ? t.write_sectors : t.read_sectors) += counts.sectors;
+    t.requests += counts.instructions;
     auto& unique = w.unique[memory_class * 2 + write];
-    for (std::ptrdiff_t i = 0; i < distinct; ++i) {
-      if (unique.insert(sectors[i]).second) {
+    for (const Request& request : requests) {
+      if (unique.insert(request.sector).second) {
         ++(write ? t.unique_write_sectors : t.unique_read_sectors);
       }
     }
   }
-  w.instructions.clear();
+  w.requests.clear();
   w.lanes.clear();
 }
 

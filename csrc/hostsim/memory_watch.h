@@ -24,6 +24,9 @@ RunningThread running_thread();
 // block; otherwise records it.
 void check_hazard(Access access, Shadow& shadow, const std::string& what, Site site);
 
+// A lane touches shared memory, by which it may be told where lanes that skip loads go on together.
+void watch_shared(Site site);
+
 void watch_begin_launch();
 void watch_end_block();
 

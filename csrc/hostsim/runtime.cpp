@@ -494,6 +494,7 @@ void shared_access(Access access, Shadow& shadow, const char* what, std::size_t 
   }
   check_hazard(access, shadow, std::string(what) + "[" + std::to_string(index) + "]", site);
   if (access != Access::kRead) shadow.written = true;
+  watch_shared(site);
 }
 
 RunningThread running_thread() {

@@ -65,6 +65,25 @@ def test_plot_draws_ratios_and_roofline(result: Path, tmp_path: Path) -> None:
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in made)
 
 
+def test_a_gpu_s_results_have_both_rooflines(result: Path, tmp_path: Path) -> None:
+    content = json.loads(result.read_text())
+    content["ceilings"] = {"cuda": {"copy": 3e12}}
+    for comparison in content["comparisons"]:
+        for timing in comparison["timings"].values():
+            timing["useful_bytes"] = 2e5
+            timing["facts"] |= {"floor_bytes": 1.25e5, "floor_share": 0.4321}
+    edited = tmp_path / "gpu.json"
+    edited.write_text(json.dumps(content))
+    text = invoke("table", str(edited)).output
+    assert "| bytes a lookup |" in text and "| MB behind the L2 | of copy ceiling |" in text
+    assert "| 0.125 | 43% |" in text
+    report = Report.read(edited)
+    assert "MB behind" not in invoke("table", str(result)).output
+    assert invoke("plot", str(edited), "--out", str(tmp_path)).exit_code == 0
+    plotted = [tmp_path / f"{report.suite}-roofline.png", tmp_path / "gpu-roofline.png"]
+    assert any(path.exists() for path in plotted)
+
+
 def test_compare_of_a_file_with_itself_and_with_a_slower_one(result: Path, tmp_path: Path) -> None:
     assert invoke("compare", str(result), str(result)).exit_code == 0
     slow = json.loads(result.read_text())

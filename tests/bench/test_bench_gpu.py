@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import device, gpu, stages
+from bench.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 SPOILED = {"tests-operators": "fail", "timings-00": "crash", "timings-04": "hang"}
@@ -65,9 +66,15 @@ def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(tmp_path
     assert set(found["smoke"]["data"]["calls"].values()) == {"ok"}
     timed = found["timings-03"]["data"]["comparison"]["timings"]
     assert {"tbe", "torch", "amtl_frozen"} <= set(timed)
+    for timing in timed.values():
+        assert timing["facts"]["floor_bytes"] > 0 and timing["facts"]["bytes_per_lookup"] > 0
+        # A simulator's time is no share of a card's.
+        assert timing["share"] == 0 and "floor_share" not in timing["facts"]
     assert found["training-step"]["data"]["replay_seconds"] > 0
     report = (tmp_path / "report.md").read_text()
     assert "| timings-04 | killed |" in report and "## failed: tests-operators" in report
+    assert "A dry run: times are the simulator's" in report and "behind the L2" in report
+    assert "A dry run: times are the simulator's" in done.stdout and "%" not in report
 
     # Another piece of the run: what has ended well is left as it is.
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
@@ -76,6 +83,21 @@ def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(tmp_path
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     changed = {name for name in after if after[name] != before[name]}
     assert {name.partition("-")[2] for name in changed} == {"timings-04.json"}
+
+
+def test_all_but_triton_fits_into_45_minutes_whatever_it_takes(tmp_path: Path) -> None:
+    """Pieces of 9.5 minutes waste up to half a stage each at their ends."""
+    every = gpu.all_stages(gpu.Setting(False, tmp_path))
+    before = [stage.limit for stage in every if not stage.name.startswith("triton")]
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert round(sum(before) / 60) == 40 and "all others together have 40." in page
+    assert round(sum(stage.limit for stage in every) / 60) == 57 and "they would need\n57" in page
+    assert 4 * 9.5 + 7 == 45 and "--minutes 7" in page
+    listed = subprocess.run(
+        [sys.executable, "-m", "bench", "gpu", "--list"], cwd=ROOT, capture_output=True, text=True
+    )
+    names = [line.split()[-1] for line in listed.stdout.splitlines()[:-1]]
+    assert names == [stage.name for stage in every]
 
 
 def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
@@ -88,6 +110,28 @@ def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
     assert {each["outcome"] for each in found.values()} == {"left out"}
     assert found["build"]["detail"] == "environment: failed"
     assert found["smoke"]["detail"] == "build: left out"
+
+
+def test_the_report_has_both_rooflines_beside_the_time() -> None:
+    facts = {"seconds": 2e-4, "bytes_per_lookup": 123.4, "floor_bytes": 1.5e8, "floor_share": 0.3}
+    timing = {"title": "amtl search", "share": 0.25, "facts": facts}
+    comparison = {"timings": {"amtl_search": timing}, "left_out": {"fbgemm": "absent\nhere"}}
+    data = {"comparison": comparison, "copy_bandwidth": 2.5e12, "cache_bytes": 50 << 20}
+    data["l2"] = "flushed"
+    text = "\n".join(gpu.case_lines(stages.Result("timings-00", "ok", 1.0, 9.0, "", data)))
+    assert "| amtl search | 200.0 | 123.4 | 25% | 150 | 30% |" in text
+    assert "52,428,800 bytes" in text and "Copy: 2.50 TB/s" in text and "fbgemm: absent" in text
+
+
+def test_a_stage_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    done = command(tmp_path, "--dry-run", "--stages", "smoke,timing-00")
+    assert done.returncode == 2 and "no stage begins with 'timing-00'" in done.stderr
+    assert not list(tmp_path.iterdir())
+    # The page's are.
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    asked = {name for names in re.findall(r"--stages ([\w,-]+)", page) for name in names.split(",")}
+    every = [stage.name for stage in gpu.all_stages(gpu.Setting(False, tmp_path))]
+    assert asked and all(any(name.startswith(each) for name in every) for each in asked)
 
 
 STAGES = """
@@ -228,3 +272,26 @@ def test_the_clock_times_the_gpu_and_not_the_host() -> None:
     clock(slow_host)
     # The GPU waits for as long as the host takes to enqueue, and some more, at any clock.
     assert cuda.asked[0] > sleep and cuda.asked[0] / 2e9 > 0.02
+
+
+@pytest.mark.parametrize(("chosen", "flushes"), [("flushed", 1), ("rotated", 0)])
+def test_the_l2_is_flushed_where_that_is_chosen(
+    chosen: str, flushes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[gpu.Setting] = []
+    monkeypatch.setattr(gpu, "all_stages", lambda setting: found.append(setting) or [])
+    gpu.main(["--list", "--l2", chosen, "--out", str(tmp_path)])
+    clock = device.DeviceClock(1 << 20, Events(), flush=found[0].flush)
+    reads: list[str] = []
+    monkeypatch.setattr(torch.Tensor, "max", lambda tensor: reads.append("read"))
+    clock(lambda: None)
+    assert len(reads) == flushes
+    asked: list[bool] = []
+
+    def runner(budget: Any, *, flush: bool) -> Any:
+        asked.append(flush)
+        return Runner(), {"cuda": {"copy": 1.0}}
+
+    monkeypatch.setattr(device, "runner", runner)
+    _, told = gpu._clocked(found[0], 1.0)
+    assert asked == [bool(flushes)] and ("flushed" in told["l2"]) == bool(flushes)

@@ -117,6 +117,25 @@ def test_results_state_bytes_sizes_and_the_share_of_the_ceiling() -> None:
     assert timing.share == pytest.approx(timing.useful_bytes / timing.summary.median / 1e9)
     assert timing.facts["kept_over_lookups"] == 1.0
     assert timing.lookups == 48
+    assert "floor_bytes" not in timing.facts
+
+
+def test_of_a_gpu_results_state_both_rooflines() -> None:
+    the_runner = runner(Good())
+    the_runner.cache_bytes = 1 << 20
+    case = dataclasses.replace(CASE, contenders=("good",))
+    facts = the_runner.run(case).timings["good"].facts
+    # A row is a sector; each distinct one passes the cache once.
+    assert facts["floor_bytes"] == 32 * facts["distinct_rows"] + 4 * 16 * 8 + 8 * 48
+    assert facts["bytes_per_lookup"] == round((4 * 48 * 8 + 4 * 16 * 8 + 8 * 48) / 48, 1)
+    assert "floor_share" not in facts
+    the_runner.copy_bandwidth = {1: 1e9}
+    timing = the_runner.run(case).timings["good"]
+    copied = timing.summary.median * 1e9
+    assert timing.facts["floor_share"] == pytest.approx(facts["floor_bytes"] / copied)
+    # Of the next case it is another one.
+    twice = dataclasses.replace(case, bags=32)
+    assert the_runner.run(twice).timings["good"].facts["floor_bytes"] > facts["floor_bytes"]
 
 
 def test_calls_interleave_and_rotate() -> None:

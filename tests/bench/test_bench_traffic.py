@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.inputs import Case, make_problem
-from bench.traffic import Traffic, floor_bytes, misses, useful_bytes
+from bench.inputs import Case, TierLayout, make_problem
+from bench.oracle import Equations
+from bench.traffic import Layout, Traffic, floor_bytes, missed, useful_bytes
 
 TRAFFIC = Traffic(
     lookups=1000, distinct=400, outputs=50, dim=64, lookup_mean=32.0, distinct_mean=16.0
@@ -62,28 +63,147 @@ def test_traffic_of_a_problem_counts_what_is_there(noise: bool) -> None:
     assert torch.unique(ids).numel() == traffic.distinct
 
 
+def replayed(keys: np.ndarray, sizes: np.ndarray, room: int) -> int:
+    """The cache access by access, as one would write it down."""
+    held: dict[int, int] = {}
+    missed_sizes = 0
+    for key, size in zip(keys.tolist(), sizes.tolist(), strict=True):
+        missed_sizes += 0 if key in held else size
+        held.pop(key, None)
+        held[key] = size
+        while sum(held.values()) > room:
+            del held[next(iter(held))]
+    return missed_sizes
+
+
 def test_a_cache_drops_the_oldest() -> None:
-    ids = np.array([1, 2, 1, 3, 2, 1, 1])
+    keys = np.array([1, 2, 1, 3, 2, 1, 1])
+    ones = np.ones_like(keys)
     # 1 and 2 missed; 1 hit; 3 pushes 2 out, 2 pushes 1 out, 1 pushes 3 out; 1 hit.
-    assert misses(ids, 2) == 5
-    assert misses(ids, 3) == 3
-    assert misses(ids, 1) == 6
+    assert missed(keys, ones, 2) == 5
+    assert missed(keys, ones, 3) == 3
+    assert missed(keys, ones, 1) == 6
+    # What fits into no cache is missed every time.
+    assert missed(np.zeros(4, int), np.full(4, 9), 8) == 4 * 9
 
 
-def test_the_floor_lies_between_distinct_rows_and_every_lookup() -> None:
+def test_a_cache_of_entries_of_several_sizes_is_that_of_a_replay() -> None:
+    generator = np.random.default_rng(1)
+    keys = generator.zipf(1.3, 1_500) % 300
+    sizes = (keys * 7 % 5 + 1).astype(np.int64)
+    for room in (1, 5, 60, 200, 10_000):
+        assert missed(keys, sizes, room) == replayed(keys, sizes, room)
+    # Many accesses at once: few hits too many, never too few.
+    long = generator.zipf(1.2, 40_000) % 5_000
+    exact, quick = (missed(long, np.ones_like(long), 800, chunks) for chunks in (40_000, 1_000))
+    assert 0.97 * exact <= quick <= exact
+
+
+# Rows of two sectors each, of which 16, 4, 9 and 8 numbers are kept: 2, 1, 2, 1 sectors.
+HAND = Traffic(lookups=6, distinct=4, outputs=2, dim=16, lookup_mean=69 / 6, distinct_mean=37 / 4)
+HAND_ROWS = np.array([0, 1, 0, 2, 3, 0])
+HAND_LAYOUT = Layout(
+    HAND_ROWS, 64 * HAND_ROWS, 4 * np.array([16, 4, 9, 8])[HAND_ROWS], np.full_like(HAND_ROWS, 64)
+)
+SEARCH = dataclasses.replace(HAND, mask_gradient=True)
+
+
+def test_floor_of_a_case_by_hand() -> None:
+    """A cache of four sectors and two bags of three lookups."""
+
+    def floor(traffic: Traffic, *asked: str) -> float:
+        return floor_bytes(traffic, HAND_LAYOUT, 3, 4 * 32, *asked)  # type: ignore[arg-type]
+
+    # 0 and 1 missed, 0 hit, 2 pushes 1 out, 3 pushes 0 out, 0 pushes 2 out: 2 + 1 + 2 + 1 + 2.
+    forward = 32 * 8 + 8 * 6 + 4 * 2 * 16
+    assert floor(HAND, "forward") == forward
+    # Gradients of the bags 0 0 1 0 1 1, of two sectors each, fit; row gradients are written whole.
+    gradient = 32 * 4
+    assert floor(HAND, "backward") == forward + gradient + 4 * 64
+    # Every row whole: its prefix was pushed out by the gradients.
+    whole = 32 * 8
+    assert floor(SEARCH, "backward") == forward + gradient + whole + 4 * 64
+    # A step writes prefixes, and no row gradients.
+    assert floor(SEARCH, "step", "sgd") == forward + gradient + whole + 32 * 6
+    assert floor(HAND, "step", "sgd") == forward + gradient + 32 * 6 + 32 * 6
+    # One sector holds the numbers of all four rows, and stays.
+    assert floor(SEARCH, "step", "rowwise_adagrad") == (
+        forward + gradient + whole + 32 + 32 * 6 + 32
+    )
+    # Adagrad's and Adam's moments are read and written like the kept weights.
+    assert floor(SEARCH, "step", "adagrad") == floor(SEARCH, "step", "sgd") + 2 * 32 * 6
+    assert floor(SEARCH, "step", "adam") == floor(SEARCH, "step", "sgd") + 4 * 32 * 6
+    # Each lookup's bytes, whatever a cache holds.
+    assert useful_bytes(HAND, "forward") == 4 * 69 + 4 * 2 * 16 + 8 * 6
+
+
+def test_what_tells_sizes_is_read_by_sectors() -> None:
+    """Groups of four bytes, eight a sector, beside rows that the cache holds."""
+    told = dataclasses.replace(HAND_LAYOUT, told=[4 * 8 * HAND_ROWS, HAND_ROWS])
+    asked = (3, 1 << 20, "forward")
+    plain = floor_bytes(HAND, HAND_LAYOUT, *asked)  # type: ignore[arg-type]
+    assert floor_bytes(HAND, told, *asked) == plain + 32 * (4 + 1)  # type: ignore[arg-type]
+
+
+def test_narrow_rows_share_sectors() -> None:
+    """Tiers of 48 and 16 bytes a row: 2 rows in 3 sectors, 3 rows in 2."""
+    tiers = TierLayout(*[torch.arange(5)] * 3, ends=[2, 5], sizes=[12, 4])
+    begins = tiers.begins(32)
+    assert begins.tolist() == [0, 48, 96, 112, 128]
+    widths = np.array([48, 48, 16, 16, 16])
+    layout = Layout(np.arange(5), begins, widths, widths)
+    traffic = Traffic(5, 5, 5, 12, 7.2, 7.2)
+    written = 4 * 5 * 12 + 8 * 5
+    assert floor_bytes(traffic, layout, 1, 1 << 20, "forward") == 32 * 5 + written
+    # A cache of one sector finds what the row before has ended with.
+    assert floor_bytes(traffic, layout, 1, 32, "forward") == 32 * 5 + written
+    back = Layout(*(values[::2] for values in (np.arange(5), begins, widths, widths)))
+    assert floor_bytes(traffic, back, 1, 32, "forward") == 32 * (2 + 1 + 1) + written
+
+
+@pytest.mark.parametrize(
+    ("equations", "told", "distinct"),
+    [
+        (Equations("all"), 0, 16 * 4),
+        (Equations("kept"), 1, None),
+        (Equations("noisy", mask_gradient=True), 2, None),
+        (Equations("stored", tier_width=4), 0, None),
+    ],
+)
+def test_layout_of_a_problem(equations: Equations, told: int, distinct: int | None) -> None:
+    case = Case("forward", 500, ("a",), (), bags=30, bag_size=4, dim=16, noise=True)
+    problem = make_problem(case)
+    ids = problem.global_ids[0]
+    layout = equations.layout(problem, ids)
+    assert len(layout.told) == told
+    assert layout.kept.tolist() == (4 * equations.dims(problem, ids)).tolist()
+    if distinct is not None:
+        assert set(layout.kept) == {distinct} and (layout.begin == distinct * ids.numpy()).all()
+    # Rows do not overlap.
+    once = layout.distinct()
+    assert (once.begin[1:] >= (once.begin + once.stored)[:-1]).all()
+    assert once.rows.size == torch.unique(ids).numel()
+
+
+def test_the_floor_lies_between_distinct_sectors_and_every_lookup() -> None:
     generator = np.random.default_rng(0)
     ids = np.minimum(generator.zipf(1.3, 4_000), 500) - 1
-    distinct = np.unique(ids).size
-    traffic = Traffic(4_000, distinct, 200, 64, 30.0, 20.0, mask_gradient=True)
+    kept = 8 * (ids % 8 + 1)
+    layout = Layout(ids, 256 * ids, 4 * kept, np.full_like(ids, 256))
+    once = layout.distinct()
+    means = kept.mean(), once.kept.mean() / 4
+    traffic = Traffic(4_000, once.rows.size, 200, 64, *means, mask_gradient=True)
     for work, optimizer in (("forward", "none"), ("backward", "none"), ("step", "adam")):
         asked = (work, optimizer)
-        every = useful_bytes(traffic, *asked)  # type: ignore[arg-type]
-        sizes = (1, 1 << 12, 1 << 16, 1 << 30)
-        floors = [floor_bytes(traffic, ids, 20, size, *asked) for size in sizes]  # type: ignore[arg-type]
-        assert floors == sorted(floors, reverse=True) and floors[0] <= every
+        sizes = (32, 1 << 12, 1 << 16, 1 << 30)
+        floors = [floor_bytes(traffic, layout, 20, size, *asked) for size in sizes]  # type: ignore[arg-type]
+        assert floors == sorted(floors, reverse=True)
         # Everything is read once, and the incoming gradient once a bag.
-        rows = 4 * distinct * 20.0 + 4 * 200 * 64 + 8 * 4_000
+        rows = once.kept.sum() + 4 * 200 * 64 + 8 * 4_000
         if work == "forward":
+            # Whole sectors, and nothing cached: what every lookup asks for.
+            assert floors[0] <= useful_bytes(traffic, "forward")
             assert floors[-1] == rows
         if work == "backward":
-            assert floors[-1] == rows + 4 * 200 * 64 + 4 * distinct * (64 + 20.0) + 8 * 4_000
+            rest = (256 - once.kept).sum()
+            assert floors[-1] == rows + 4 * 200 * 64 + rest + 256 * once.rows.size

@@ -146,6 +146,24 @@ __global__ void copy_kernel(const char* in, char* out, int n) {
 // sector for every four bytes.
 __global__ void strided_kernel(const float* in, float* sum) { *sum += __ldg(in + threadIdx.x * 8); }
 
+// Rows of eight floats, of which lanes past a row's size read nothing: one sector a row.
+__global__ void skipping_kernel(const float* in, float* sum) {
+  static hostsim::SharedArray<int, 4> sizes;
+  if (threadIdx.x < 4) sizes[threadIdx.x] = threadIdx.x % 2 == 0 ? 4 : 8;
+  __syncthreads();
+  for (int row = 0; row < 4; ++row) {
+    const int size = sizes[row];
+    if (static_cast<int>(threadIdx.x) < size) *sum += __ldg(in + row * 8 + threadIdx.x);
+  }
+}
+
+// What one lane writes to shared memory parts it from the others in no load.
+__global__ void lonely_kernel(const float* in, float* sum) {
+  static hostsim::SharedArray<int, 1> flag;
+  if (threadIdx.x == 3) flag[0] = 1;
+  *sum += __ldg(in + threadIdx.x);
+}
+
 void traffic() {
   alignas(64) static char in[4096], out[4096];
   hostsim::options().track_traffic = true;
@@ -165,6 +183,13 @@ void traffic() {
     HOSTSIM_LAUNCH((strided_kernel), 1, 64, 0, nullptr, reinterpret_cast<float*>(in), &sum);
   });
   expect(strided.read_sectors == 64 && strided.read_bytes == 256, "sectors of strided accesses");
+  const auto* floats = reinterpret_cast<float*>(in);
+  const auto skipping =
+      count([&] { HOSTSIM_LAUNCH((skipping_kernel), 1, 32, 0, nullptr, floats, &sum); });
+  expect(skipping.read_sectors == 4 && skipping.requests == 4, "sectors of lanes that skip loads");
+  const auto lonely =
+      count([&] { HOSTSIM_LAUNCH((lonely_kernel), 1, 32, 0, nullptr, floats, &sum); });
+  expect(lonely.read_sectors == 4 && lonely.requests == 1, "sectors beside a lonely lane");
 }
 
 // --- Planted bugs ------------------------------------------------------------------------------

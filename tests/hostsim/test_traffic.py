@@ -51,10 +51,10 @@ class Batch:
         groups = {"sizes": [self.group_dims], "row_groups": [self.row_group]}
         return call([self.weight], self.indices, self.grad, **groups, **given | options)
 
-    def prefixes(self, rows: Tensor) -> int:
-        """Bytes of the kept prefixes of ``rows``; of a 16-bit table in whole sectors."""
+    def prefixes(self, rows: Tensor, whole: bool = False) -> int:
+        """Bytes of the kept prefixes of ``rows``; ``whole``, or of a 16-bit table, in sectors."""
         sizes = self.element * self.group_dims[self.row_group[rows].long()].long()
-        if self.element == 2:
+        if whole or self.element == 2:
             sizes = (sizes + SECTOR - 1) // SECTOR * SECTOR
         return int(sizes.sum())
 
@@ -192,11 +192,12 @@ def test_every_store_of_sums_fills_its_sectors(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("lengths", [1, 3, "skewed"])
 @pytest.mark.parametrize("mode", [0, 1], ids=["sum", "mean"])
-def test_short_bags_move_no_more_than_long_ones(lengths: int | str, mode: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_bags_move_no_more_than_long_ones(
+    lengths: int | str, mode: int, dtype: torch.dtype
+) -> None:
     """One lookup a lane, whosever it is: the same rows, each once, and the bags' own sums."""
-    batch = Batch("uniform")
-    # Whole sectors: the simulator tells the loads of one instruction apart where all lanes load.
-    batch.group_dims = (batch.group_dims + 7) // 8 * 8
+    batch = Batch("uniform", dtype)
     bags = LOOKUPS // 3
     offsets = torch.arange(0, LOOKUPS, lengths) if isinstance(lengths, int) else None
     if offsets is None:
@@ -206,10 +207,11 @@ def test_short_bags_move_no_more_than_long_ones(lengths: int | str, mode: int) -
     of = batch.search(offsets=offsets, pooling=mode)
     out = []
     traffic = measured(lambda: out.append(run("lookup", of.lookup(bounds_check=0))))
-    needed = batch.prefixes(batch.indices) + batch.element * len(offsets) * DIM
-    assert least(needed, batch) <= sectors(traffic, "table", "output") <= most(needed, batch)
+    needed = batch.prefixes(batch.indices, whole=True) + batch.element * len(offsets) * DIM
+    assert 0.98 * needed <= sectors(traffic, "table", "output") <= needed
     sums = in_double("lookup", of.lookup(bounds_check=0))
-    torch.testing.assert_close(out[0].double(), sums, rtol=1e-5, atol=1e-5)
+    close = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(out[0].double(), sums, rtol=close, atol=close)
 
 
 def test_several_tables_read_the_gradient_once() -> None:
