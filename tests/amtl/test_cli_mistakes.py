@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -118,6 +119,11 @@ TRAIN = [  # words after `train ok.parquet --label y`, and what is told
     ("--table-optimizer magic", "choose one of"),
     ("--fields user,y", "--fields names the label 'y'"),
     ("--fields user,user", "names 'user' twice"),
+    ("--fields ,,", "--fields ',,' holds an empty name"),
+    ("--fields ''", "--fields '' holds an empty name"),
+    ("--fields user,,price", "an empty name"),
+    ("--drop ,", "--drop ',' holds an empty name"),
+    ("--drop ''", "--drop '' holds an empty name"),
     ("--fields user,colour", "no column 'colour'; its columns are user, price"),
     ("--drop user,price,stars", "--drop leaves no column"),
     ("--drop colour", "no column 'colour'"),
@@ -130,13 +136,18 @@ TRAIN = [  # words after `train ok.parquet --label y`, and what is told
     ("--label-positive 7", "no such value"),
     ("--label-positive 1 --label-threshold 1", "not both"),
     ("--warm-start nowhere", "there is no run folder"),
+    ("--warm-start ''", "'--warm-start': a name is needed"),
     ("--out file", "file"),
+    ("--out ''", "'--out': a name is needed, not ''; the working folder is '.'"),
+    ("--out '  '", "'--out': a name is needed"),
+    ("--label ''", "'--label': it is empty"),
     ("--foo", "No such option"),
     ("more", "unexpected extra argument"),
 ]
 LINES = [  # whole command lines
     ("trian", "No such command 'trian'"),
     ("train", "name the data"),
+    ("train '' --label y", "'data': it is empty"),
     ("train nowhere.csv --label y", "neither a file nor a known data set"),
     ("train ok.csv", "--label COLUMN is needed; columns are user"),
     ("train ok.csv --label colour", "no column 'colour'"),
@@ -165,9 +176,13 @@ LINES = [  # whole command lines
     ("train synthetic:1e30", "at most 2^30"),
     ("train criteo", "criteo:PATH"),
     ("train --resume", "--resume needs --out"),
+    ("train --resume --out ''", "'--out': a name is needed"),
     ("train --resume --out nowhere", "there is no nowhere"),
     ("train ok.csv --label y --out run", "--force"),
     ("evaluate", "Missing argument"),
+    ("evaluate ''", "a name is needed"),
+    ("evaluate run ''", "it is empty"),
+    ("evaluate run ok.csv --label ''", "'--label': it is empty"),
     ("evaluate nowhere", "there is no"),
     ("evaluate file", "file"),
     ("evaluate noise.safetensors", "noise.safetensors"),
@@ -181,14 +196,28 @@ LINES = [  # whole command lines
     ("evaluate run ones.csv", "both classes"),
     ("evaluate m.safetensors text.csv", "where numbers are needed"),
     ("inspect noise.parquet", "noise.parquet"),
+    ("inspect ''", "a name is needed"),
+    ("pack '' -o x.safetensors", "a name is needed"),
+    ("pack run -o ''", "'--out' / '-o': a name is needed"),
     ("pack run", "Missing option '--out'"),
     ("pack nowhere -o x.safetensors", "there is no run folder"),
     ("pack run -o . --dtype int3", "choose one of"),
     ("pack run -o file/x.safetensors", "cannot write file/x.safetensors"),
+    ("report run -o ''", "'--out' / '-o': a name is needed"),
+    ("report run ''", "a name is needed"),
+    ("compare run ''", "a name is needed"),
     ("report nowhere", "no metrics.json"),
     ("compare", "Missing argument"),
     ("demo --data ok.csv", "named data set"),
+    ("demo --data ''", "'--data': it is empty"),
+    ("demo --out ''", "'--out': a name is needed"),
     ("demo --epochs 0", "'--epochs'"),
+    ("paper --page-only --out ''", "'--out': a name is needed"),
+    ("paper --page-only --summary ''", "'--summary': a name is needed"),
+    ("paper --page-only --add ''", "'--add': a name is needed"),
+    ("paper --page-only --sets easy,,hard", "--sets 'easy,,hard' holds an empty name"),
+    ("paper --page-only --budgets ''", "--budgets '' holds an empty name"),
+    ("paper --page-only --methods ''", "--methods '' holds an empty name"),
 ]
 
 
@@ -207,7 +236,7 @@ def test_a_mistake_is_one_line(line, told, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     before = {path.name for path in folder.iterdir()}
     capsys.readouterr()
-    assert run(*line.split()) in (failures.MISTAKE, failures.USAGE)
+    assert run(*shlex.split(line)) in (failures.MISTAKE, failures.USAGE)
     assert told in one_line(capsys.readouterr().err)
     assert {path.name for path in folder.iterdir()} <= before | {"runs"}
 

@@ -18,6 +18,7 @@ from amtl.paper.records import read
 from amtl.paper.summary import VERSION, summarise
 from amtl.paper.work import Records, count, run_plan
 from amtl.peers import add_peer
+from amtl.run.config import parse_names
 from amtl.run.training import versions
 from amtl.store.files import read_json, write_json, write_text
 
@@ -49,7 +50,7 @@ def make_plan(
         seeds: see `Plan`.
         epochs: see `Plan`.
         finalist_seeds: see `Plan`; None for two more than `seeds`.
-        backbones: names, separated by commas.
+        backbones: names, separated by commas; empty for none.
         quick: a slice of a few minutes in place of sets, budgets, trials and seeds.
 
     Raises:
@@ -59,11 +60,12 @@ def make_plan(
     if quick:
         sets, budgets, backbones = ",".join(QUICK_SETS), "12.5,3", ""
         trials, seeds, finalist_seeds, epochs = 2, 1, 1, epochs or 4
+    percents = parse_names("--budgets", budgets)
     try:
-        shares = [float(b) / 100 for b in budgets.split(",") if b.strip()]
+        shares = [float(percent) / 100 for percent in percents]
     except ValueError:
         raise UserError(f"--budgets {budgets}: write percents separated by commas") from None
-    names = [m.strip() for m in methods.split(",") if m.strip()] if methods else [*contenders()]
+    names = parse_names("--methods", methods) or [*contenders()]
     return Plan(
         choose_sets(sets, also),
         shares,
@@ -72,7 +74,7 @@ def make_plan(
         seeds,
         finalist_seeds or seeds + 2,
         epochs,
-        [b.strip() for b in backbones.split(",") if b.strip()],
+        parse_names("--backbones", backbones or None),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from amtl.errors import UserError
 from amtl.peers import PEERS, DoesNotFit
 from amtl.run.config import BACKBONES as KNOWN_BACKBONES
+from amtl.run.config import parse_names
 from amtl.run.contest import DROPOUT
 from amtl.run.methods import ALIASES
 from amtl.run.race import flat_width
@@ -252,11 +253,11 @@ def choose_sets(names: str, also: Sequence[str]) -> dict[str, Any]:
     """The sets of `--sets` and `--also`.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or an empty one.
     """
     known = {**SETS, **QUICK_SETS}
     found = {}
-    for name in filter(None, (n.strip() for n in names.split(","))):
+    for name in parse_names("--sets", names):
         source = known.get(name, known.get(name.partition("@")[0]))
         if source is None:
             raise UserError(f"--sets {name!r}: choose of {', '.join(known)}, or give it by --also")

@@ -40,6 +40,21 @@ def parse_budget(text: str) -> dict[str, Any]:
         ) from None
 
 
+def parse_names(option: str, text: str | None) -> list[str]:
+    """The names in what was typed after `option`, separated by commas; none where nothing was.
+
+    Raises:
+        UserError: a name is empty.
+    """
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UserError(
+            f"{option} {text!r} holds an empty name: write names with one comma between, such as "
+            "a,b, or leave the option out"
+        )
+    return names
+
+
 def _of_version_1(content: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as version 1 meant them: other defaults, freezing by a share of the epochs."""
     options: dict[str, Any] = {"min_dim": 1, "init_exponent": 0.5, "shared_rows": None}
