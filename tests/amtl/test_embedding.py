@@ -532,6 +532,7 @@ def test_traces_and_exports(kind, frozen):
     exported = torch.export.export(layer, (rows,)).module()
     for program in (traced, exported):
         assert torch.equal(program(others), layer(others))
+    assert torch.equal(copy.deepcopy(layer)(others), layer(others))
 
 
 # Fields and accounting

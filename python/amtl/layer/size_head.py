@@ -68,14 +68,14 @@ class _Watched:
     On a GPU reading them would wait, so there versions have to do (and `train()` and `eval()`).
 
     Attributes:
-        slots, name: where the module holds it.
+        module, name: where it is held.
         parameter: what was there.
         address: of its first value.
         size: bytes, or -1 where they cannot be read.
         value: bytes or version.
     """
 
-    slots: dict[str, Any]
+    module: nn.Module
     name: str
     parameter: nn.Parameter
     address: int
@@ -92,7 +92,7 @@ class _Watched:
         """Whether nothing has changed."""
         parameter = self.parameter
         return (
-            self.slots[self.name] is parameter
+            self.module._parameters[self.name] is parameter
             and parameter.data_ptr() == self.address
             and self.read() == self.value
         )
@@ -174,7 +174,7 @@ class SizeHead(nn.Module):
             "stored_table", torch.tensor(grid.stored, dtype=torch.float64, device=device)
         )
         self._dims_dtype = torch.uint8 if grid.dim <= 255 else torch.int32
-        self._slots: list[tuple[dict[str, Any], str]] | None = []
+        self._slots: list[tuple[nn.Module, str]] | None = []
         self._held: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._kept: tuple[list[_Watched], bool, Solution] | None = None
 
@@ -240,7 +240,7 @@ class SizeHead(nn.Module):
 
     def _watch(self) -> None:
         """Remember where the parameters are, which a walk over modules would find slowly."""
-        self._slots = [(m._parameters, name) for m in self.modules() for name in m._parameters]
+        self._slots = [(m, name) for m in self.modules() for name in m._parameters]
 
     def hold(self) -> None:
         """Keep the parameters as buffers: nobody who asks the model for parameters meets them.
@@ -272,13 +272,14 @@ class SizeHead(nn.Module):
         if self._slots is None or being_traced() or self._capturing():
             return None
         seen = []
-        for slots, name in self._slots:
-            parameter = slots[name]
+        for module, name in self._slots:
+            # Not kept: torch.export leaves a module another dictionary.
+            parameter = module._parameters[name]
             plain = type(parameter) is nn.Parameter and parameter.is_contiguous()
-            if not plain or parameter.is_inference():
+            if parameter is None or not plain or parameter.is_inference():
                 return None
             size = parameter.nbytes if parameter.is_cpu else -1
-            seen.append(_Watched(slots, name, parameter, parameter.data_ptr(), size))
+            seen.append(_Watched(module, name, parameter, parameter.data_ptr(), size))
             seen[-1].value = seen[-1].read()
         return seen
 
