@@ -8,6 +8,7 @@ from functools import partial
 import amtl
 import pytest
 import torch
+import torch.fx
 from amtl import AMTLEmbedding, AMTLEmbeddingCollection
 from torch import nn
 from torch.nn import functional as F
@@ -263,6 +264,42 @@ def test_compiles_in_one_graph():
         compiled(input)
     collection.freeze()
     assert torch.equal(compiled(draw(seed=1)), collection(draw(seed=1)))
+
+
+class Asks(nn.Module):
+    """Every way to look up in a collection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = collection_of(parametrization="rule").eval()
+        self.item = self.all.table("item")
+
+    def forward(self, input, bags, offsets):
+        named = {name: input[..., t] for t, name in enumerate(ROWS)}
+        return (
+            self.all(input).flatten(1) + self.all(named).flatten(1),
+            self.all.lookup(["day", "day"], input[:, -1:].expand(-1, 2)),
+            self.all.lookup("day", input[:, -1]) + self.item(input[:, 1]),
+            self.all(bags, offsets),
+        )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torch_fx_records_calls_and_torchscript_is_refused(frozen):
+    model = Asks()
+    if frozen:
+        model.all.freeze()
+    traced = torch.fx.symbolic_trace(model)
+    arguments = draw(), *bags_of()
+    for mine, theirs in zip(traced(*arguments), model(*arguments), strict=True):
+        assert torch.equal(mine, theirs)
+    assert len(list(traced.parameters())) == len(list(model.parameters()))
+    with pytest.raises(RuntimeError, match="holds it as a module"):
+        torch.fx.symbolic_trace(nn.Sequential(model.item))
+    for module in (model.all, model.item):
+        with pytest.raises(RuntimeError, match=r"torch\.export.*embeddings\(\)"):
+            torch.jit.script(module)
 
 
 class Model(nn.Module):

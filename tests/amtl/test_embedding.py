@@ -8,9 +8,11 @@ import io
 import pickle
 import warnings
 
+import amtl
 import pytest
 import torch
 import torch._dynamo
+import torch.fx
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, AMTLEmbeddingCollection, BudgetError
 from torch import nn
 from torch.autograd import forward_ad
@@ -490,6 +492,7 @@ def test_compile(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_what_cannot_work_says_why(kind, frozen):
     layer = layer_of(kind)
     rows = torch.randint(ROWS, (4, 3))
@@ -515,6 +518,13 @@ def test_what_cannot_work_says_why(kind, frozen):
     exec("def call(*args):\n    return export(*args)", exporter)
     with pytest.raises(RuntimeError, match=r"amtl\.revert"):
         exporter["call"](layer, (rows,))
+    with pytest.raises(RuntimeError, match=r"nn\.Sequential"):
+        torch.fx.symbolic_trace(layer)
+    for module in (layer, nn.Sequential(layer)):
+        with pytest.raises(RuntimeError, match=r"torch\.export.*amtl\.revert"):
+            torch.jit.script(module)
+    dense = amtl.revert(copy.deepcopy(layer), masked=True)
+    torch.testing.assert_close(torch.jit.script(dense)(rows), layer(rows))
     with pytest.raises(ValueError, match="float64"):
         layer.double()(rows)
 
@@ -522,6 +532,7 @@ def test_what_cannot_work_says_why(kind, frozen):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_traces_and_exports(kind, frozen):
     layer = layer_of(kind, shared_rows="rarest", budget=0.1).eval()
     rows, others = torch.randint(ROWS, (4, 3)), torch.randint(ROWS, (4, 3))
@@ -533,6 +544,43 @@ def test_traces_and_exports(kind, frozen):
     for program in (traced, exported):
         assert torch.equal(program(others), layer(others))
     assert torch.equal(copy.deepcopy(layer)(others), layer(others))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_traced_model_holds_the_layer_through_its_phases(kind):
+    model = nn.Sequential(nn.Sequential(layer_of(kind)), nn.Linear(DIM, 1))
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+    assert traced.get_submodule("0.0") is model[0][0]
+    rows = torch.randint(ROWS, (4, 3))
+    for _ in range(2):
+        found = []
+        for each in (traced, model):
+            torch.manual_seed(1)
+            each(rows).sum().backward()
+            found.append([p.grad.clone() for p in each.parameters()])
+            each.zero_grad()
+        assert len(found[0]) == len(found[1])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        if model[0][0].phase == "search":
+            amtl.freeze(traced)
+    revived = torch.fx.symbolic_trace(model.eval())
+    assert torch.equal(revived(rows), model(rows))
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = layer_of(AMTLEmbeddingBag, mode="sum").eval()
+
+    def forward(self, rows, offsets, weights):
+        return self.table(rows, offsets, per_sample_weights=weights * 2)
+
+
+def test_a_traced_model_hands_bags_over():
+    model = Bags()
+    arguments = torch.randint(ROWS, (7,)), torch.tensor([0, 2, 2]), torch.rand(7)
+    assert torch.equal(torch.fx.symbolic_trace(model)(*arguments), model(*arguments))
 
 
 # Fields and accounting

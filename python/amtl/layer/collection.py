@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.optim import Optimizer
 
 import amtl_kernels
 from amtl.layer.frequency import check_counts
 from amtl.layer.fusing import FusedOptimizer
+from amtl.layer.graphs import record, refuse_script
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.size_head import being_traced
@@ -198,6 +200,8 @@ class AMTLEmbeddingCollection(AMTLTable):
             if input.keys() != self._table_of.keys():
                 raise ValueError(f"input must name the tables {self.names}, it names {list(input)}")
             input = torch.stack([input[name] for name in self.names], -1)
+        if isinstance(input, Proxy):
+            return record(self, "forward", input, input, offsets, per_sample_weights)
         if offsets is None:
             if per_sample_weights is not None:
                 raise ValueError("per_sample_weights go with bags, which need offsets")
@@ -218,6 +222,8 @@ class AMTLEmbeddingCollection(AMTLTable):
             KeyError: no such table.
             IndexError: an index outside its table (`bounds_check="raise"`).
         """
+        if isinstance(input, Proxy):
+            return record(self, "lookup", input, names, input)
         if isinstance(names, str):
             table = self._table_of[names]
             return self._embed(self._rows(input[..., None], [table]).squeeze(-1))
@@ -409,6 +415,9 @@ class CollectedTable(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """`collection.lookup(name, input)`."""
         return self.collection.lookup(self.name, input)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def extra_repr(self) -> str:
         """As nn.Embedding, with the name."""

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from amtl.layer.fusing import FusedOptimizer
+from amtl.layer.graphs import record
 from amtl.layer.options import SearchOptions
 from amtl.layer.sharing import SharedRows
 from amtl.layer.table import AMTLTable
@@ -142,6 +144,8 @@ class AMTLEmbedding(AMTLTable):
         Raises:
             IndexError: an index is out of range (`bounds_check="raise"`).
         """
+        if isinstance(input, Proxy):
+            return record(self, "forward", input, input)
         try:
             return self._embed(input)
         except IndexError as error:
@@ -277,6 +281,8 @@ class AMTLEmbeddingBag(AMTLTable):
             IndexError: an index is out of range (`bounds_check="raise"`).
             ValueError: shapes, types or devices do not fit.
         """
+        if isinstance(input, Proxy):
+            return record(self, "forward", input, input, offsets, per_sample_weights)
         try:
             return self._pool(
                 input, offsets, per_sample_weights, self.mode, self.include_last_offset

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ import amtl_kernels
 from amtl.layer.budget import SizeGrid
 from amtl.layer.frequency import decode_row_map
 from amtl.layer.fusing import Updated, refuse_repetition, refuse_replicas, watch
+from amtl.layer.graphs import refuse_script
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, unit
@@ -139,6 +140,9 @@ class TableRows(nn.Module):
     def __dir__(self) -> list[str]:
         # torch.jit.trace reads whatever is listed.
         return [n for n in super().__dir__() if n != "weight" or self.tier_ends is None]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     @property
     def phase(self) -> str:
