@@ -29,10 +29,10 @@ class Model(nn.Module):
         return self.top(self.table(rows)).sum()
 
 
-def converted(parametrization, budget=0.4):
+def converted(parametrization, budget=0.4, **options):
     torch.manual_seed(0)
     counts = {"table": torch.arange(ROWS) ** 2}
-    model = amtl.convert(Model(), counts, budget, parametrization=parametrization)
+    model = amtl.convert(Model(), counts, budget, parametrization=parametrization, **options)
     return model, torch.optim.Adagrad(amtl.parameter_groups(model, lr=1e-2), lr=0.1)
 
 
@@ -117,6 +117,30 @@ def late_conversion(rank):
             assert_equal_everywhere(wrapped.module)
 
 
+def few_bits(rank):
+    """Step sizes are those that the first process follows, in the next pass at the latest."""
+    model, optimizer = converted("rule", bits=4)
+    amtl.freeze(model, optimizer)
+    wrapped = DistributedDataParallel(model)
+    before = model.table.rounding.mean_square.clone()
+    train(wrapped, optimizer, rank, steps=8)
+    assert torch.equal(model.table.rounding.mean_square, before) == (rank > 0)
+    train(wrapped, optimizer, rank, steps=1)
+    assert not torch.equal(model.table.rounding.mean_square, before)
+    assert_equal_everywhere(model)
+    before = model.table.rounding.mean_square.clone()
+    with wrapped.join():
+        train(wrapped, optimizer, rank, steps=9)
+    assert not torch.equal(model.table.rounding.mean_square, before)
+
+    apart = DistributedDataParallel(model, broadcast_buffers=False)
+    with pytest.raises(RuntimeError, match="leave it out of DistributedDataParallel"):
+        train(apart, optimizer, rank, steps=8)
+    assert_equal_everywhere(model)
+    apart.eval()(torch.arange(3))
+    train(model.train(), optimizer, rank, steps=8)
+
+
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -130,6 +154,7 @@ def process(rank: int, folder: str) -> None:
     life(rank, LEARNED)
     other_sizes(rank)
     late_conversion(rank)
+    few_bits(rank)
     distributed.destroy_process_group()
 
 

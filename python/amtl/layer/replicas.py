@@ -3,6 +3,7 @@
 When a table changes its phase, its parameters are others, and the old wrapper would no longer
 average their gradients: replicas would part without a word. So whoever changes them asks for the
 wrappers, makes sure that all processes are about to do the same, and puts the wrappers out of use.
+What changes beside parameters, one process leads.
 """
 
 from __future__ import annotations
@@ -57,6 +58,36 @@ def require_same_sizes(wrappers: Sequence[Any], tensors: Sequence[Tensor], name:
                 "not match. Give convert the same counts and options in all of them (counts summed "
                 "over all processes), and freeze at the same step."
             )
+
+
+def leads(buffer: Tensor) -> bool:
+    """Whether this process may change a buffer by what it looks up.
+
+    DistributedDataParallel gives all processes the buffers of the first one, before each forward
+    pass that is to be averaged. So in such a pass the first one leads, and others wait for it.
+
+    Raises:
+        RuntimeError: the wrapper leaves buffers alone, so that each process would go its own way.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapper: Any = DistributedDataParallel._active_ddp_module
+    if wrapper is None or distributed.get_world_size(wrapper.process_group) == 1:
+        return True
+    if not any(held is buffer for held in wrapper.module.buffers()):
+        return True
+    if not wrapper.broadcast_buffers:
+        raise RuntimeError(
+            "step sizes of a table of few bits follow what is looked up, and with "
+            "broadcast_buffers=False (forward_sync_buffers=False) each process would round by its "
+            "own: leave it out of DistributedDataParallel(...), which then shares those of the "
+            "first process"
+        )
+    # Within join() it is the last process that has input, which nobody knows before.
+    joins: bool = wrapper._join_config.enable
+    return joins or distributed.get_rank(wrapper.process_group) == 0
 
 
 def _checksum(tensor: Tensor) -> int:

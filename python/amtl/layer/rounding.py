@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import amtl_kernels
+from amtl.layer.replicas import leads
 from amtl.layer.tiers import TierPlan, split_rows
 from amtl_kernels.rounding import code_stochastically, decode_codes, pack_codes, rounding_bits
 
@@ -180,7 +181,8 @@ class Rounding(nn.Module):
 
         A part's mean square becomes about that of its last `_WINDOW` lookups in the samples, so it
         changes as fast as the part's rows do. Where calls are traced it is all of them, for a graph
-        is the same each time. A forward that checkpointing repeats does not count.
+        is the same each time. A forward that checkpointing repeats does not count. Under
+        DistributedDataParallel the first process follows, and the next pass gives it to the others.
 
         Args:
             blocks: the tiers.
@@ -191,13 +193,16 @@ class Rounding(nn.Module):
 
         Returns:
             Whether mean squares have changed.
+
+        Raises:
+            RuntimeError: processes would follow each on its own.
         """
         if not torch.compiler.is_compiling():
             if torch._C._current_graph_task_id() != -1:
                 return False
             # Past nn.Module, whose assignment takes as long as half the rest of a call.
             turn = self.__dict__["turn"] = (self.turn + 1) % _EVERY
-            if turn:
+            if turn or not leads(self.mean_square):
                 return False
         rows = rows.reshape(-1)
         if len(rows) > _SAMPLE:
