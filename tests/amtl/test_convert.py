@@ -330,6 +330,31 @@ def test_initialisers_of_linear_layers_leave_sizes_alone(parametrization):
     )
 
 
+@pytest.mark.parametrize("parametrization", ["ordinal", "free"])
+def test_walks_over_names_meet_what_learns_sizes_in_the_search_only(parametrization):
+    """As a regulariser or an initialiser of all that is called `users`; by the rule, nothing."""
+    model = amtl.convert(model_of(), COUNTS, budget=0.5, parametrization=parametrization)
+
+    def met():
+        mine = {id(p) for p in model.users.table_parameters()}
+        return [p for n, p in model.named_parameters() if "users" in n and id(p) not in mine]
+
+    assert list(map(id, met())) == list(map(id, model.users.mask_parameters()))
+    for draw in (nn.init.normal_, nn.init.ones_):
+        for parameter in met():
+            draw(parameter)
+        assert 0 < model.users.stored_fraction() <= model.users.budget
+    # Where a penalty would lead.
+    for parameter in met():
+        nn.init.zeros_(parameter)
+    ruled = amtl.convert(model_of(), COUNTS, budget=0.5)
+    if parametrization == "ordinal":
+        assert torch.equal(model.users.row_dims(), ruled.users.row_dims())
+    assert not [n for n, _ in ruled.named_parameters() if "users" in n and n != "users.weight"]
+    amtl.freeze(model)
+    assert not met()
+
+
 class Keeper(Model):
     """Keeps its tables and their weights in containers of its own, as deepctr-torch does."""
 

@@ -16,6 +16,7 @@ from torch import nn
 from amtl.integrations.huggingface import save_as_dense
 from amtl.layer.hosts import Host, register
 
+_FUXICTR = "fuxictr.pytorch.torch_utils"
 _TORCHREC = "torchrec.modules.embedding_modules"
 
 
@@ -28,6 +29,10 @@ def _check(model: nn.Module, embeddings: Iterable[nn.Module]) -> None:
 
 def _settle(model: nn.Module) -> None:
     save_as_dense(model)
+    if _FUXICTR in sys.modules:
+        from amtl.integrations.fuxictr import regularise_layers
+
+        regularise_layers(model)
     if _TORCHREC in sys.modules:
         from amtl.integrations.torchrec import reclass_collections
 

@@ -118,7 +118,6 @@ def convert(
     amtl.convert(model, _spread(counts, dotted), budget, **options)
     named: Any = model
     layers = amtl.layers(model)
-    vars(model)["regularization_loss"] = functools.partial(_regularization_loss, named)
     if getattr(named, "optimizer", None) is not None:
         new = {place: layers[place] for places in dotted.values() for place in places}
         add_masks(named.optimizer, new, mask_lr)
@@ -190,14 +189,36 @@ def _spread(by_feature: Mapping[str, Any], dotted: Mapping[str, list[str]]) -> d
     return {place: by_feature[name] for name in by_feature for place in dotted.get(name, [])}
 
 
+def regularise_layers(model: nn.Module) -> None:
+    """Let the regularisers of FuxiCTR, of the model and of models in it, see layers as they should.
+
+    That of embeddings goes on over what the layers store; none touches the sizes. `amtl.convert`
+    and `amtl.load` see to it by themselves. Copies of the model keep this.
+    """
+    for module in model.modules():
+        own = getattr(type(module), "regularization_loss", None)
+        if own is not None and hasattr(module, "_embedding_regularizer"):
+            vars(module)["regularization_loss"] = functools.partial(_regularization_loss, module)
+
+
 def _regularization_loss(model: Any) -> Any:
-    """FuxiCTR's own, which goes over all that trains, the parameters of the sizes left out."""
+    """The model's own, which goes over all that trains, the parameters of the sizes left out."""
     heads = [layer.head for layer in amtl.layers(model).values() if layer.head is not None]
-    masks = [p for head in heads for p in head.parameters() if p.requires_grad]
-    for parameter in masks:
+    hidden = [p for head in heads for p in head.parameters() if p.requires_grad]
+    tables: list[nn.Parameter] = []
+    if any(kind.__name__ == "MultiTaskModel" for kind in type(model).__mro__):
+        # It knows embeddings by their type, and would take layers for a part of the network.
+        tables = [p for p in amtl.table_parameters(model) if p.requires_grad]
+    for parameter in (*hidden, *tables):
         parameter.requires_grad_(False)
     try:
-        return type(model).regularization_loss(model)
+        loss = type(model).regularization_loss(model)
     finally:
-        for parameter in masks:
+        for parameter in (*hidden, *tables):
             parameter.requires_grad_(True)
+    if tables:
+        from fuxictr.pytorch.torch_utils import get_regularizer
+
+        for p, rate in get_regularizer(model._embedding_regularizer):
+            loss = loss + rate / p * sum(torch.norm(table, p) ** p for table in tables)
+    return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 
 import amtl
@@ -15,7 +16,7 @@ pytest.importorskip("fuxictr", reason="needs: pip install -e .[fuxictr], which b
 
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
-from fuxictr.pytorch.models import BaseModel
+from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 
 DIM = 8
 
@@ -165,6 +166,51 @@ def test_regularisers_and_initialisers_do_not_touch_the_sizes(model):
     before = [p.detach().clone() for p in masks]
     model.reset_parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, masks, strict=True))
+
+
+class TwoTasks(MultiTaskModel):
+    def __init__(self, features, folder):
+        super().__init__(
+            features,
+            num_tasks=2,
+            task=["binary_classification"] * 2,
+            verbose=0,
+            model_root=str(folder),
+            metrics=["AUC"],
+            embedding_regularizer="l1_l2(0.02,0.01)",
+            net_regularizer="l2(0.001)",
+        )
+        torch.manual_seed(0)
+        self.embedding_layer = FeatureEmbedding(features, DIM)
+        self.towers = MLP_Block(4 * DIM, hidden_units=[8], output_dim=2)
+        self.compile("adam", "binary_crossentropy", 1e-2)
+
+
+@pytest.mark.parametrize("kind", [DeepFM, TwoTasks])
+def test_a_plain_conversion_is_regularised_as_before(kind, tmp_path):
+    """Models of several tasks know embeddings by their type, which layers are not of."""
+    model = kind(feature_map(tmp_path), tmp_path) if kind is TwoTasks else build(tmp_path)
+    twin = copy.deepcopy(model)
+    tables = "embedding_layer.embedding_layer.embedding_layers"
+    counts = {f"{tables}.{name}": each for name, each in COUNTS.items()}
+    amtl.convert(model, counts, budget=0.5, parametrization="ordinal")
+    for each in (model, twin):
+        each.regularization_loss().backward()
+    torch.testing.assert_close(model.regularization_loss(), twin.regularization_loss())
+    assert all(p.requires_grad and p.grad is None for p in amtl.mask_parameters(model))
+    for name in COUNTS:
+        ours, theirs = (each.get_submodule(f"{tables}.{name}").weight for each in (model, twin))
+        assert torch.equal(ours.grad, theirs.grad) and bool(ours.grad.any())
+    before = model.regularization_loss()
+    weights = amtl.table_parameters(model)
+    amtl.freeze(model)
+    l1, l2 = (0.02, 0.01) if kind is TwoTasks else (0.0, 0.01)
+    cut = [
+        sum(l1 * p.abs().sum() + l2 / 2 * p.square().sum() for p in each)
+        for each in (weights, amtl.table_parameters(model))
+    ]
+    assert cut[1] < cut[0]
+    torch.testing.assert_close(before - model.regularization_loss(), cut[0] - cut[1])
 
 
 def test_what_is_refused(model):
