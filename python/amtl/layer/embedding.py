@@ -20,7 +20,8 @@ class AMTLEmbedding(AMTLTable):
     """nn.Embedding whose rows learn their own width under one memory budget.
 
     Arguments up to `dtype` are those of nn.Embedding, in its order; the output has its shape,
-    `indices.shape + [D]`, with zeros beyond each row's size.
+    `indices.shape + [D]`, with zeros beyond each row's size. It is no subclass of nn.Embedding:
+    what looks for `isinstance(m, nn.Embedding)` passes it by, rather than take its weight for all.
 
     In the search phase `out = m_i * W[i]`, where the mask m_i keeps the first k_i columns (paper,
     section 3) and k_i follows from the row's training count through `amtl.layer.sizes`. The mask
@@ -155,7 +156,7 @@ class AMTLEmbedding(AMTLTable):
 class AMTLEmbeddingBag(AMTLTable):
     """nn.EmbeddingBag whose rows learn their own width under one memory budget.
 
-    Arguments up to `dtype` are those of nn.EmbeddingBag, in its order.
+    Arguments up to `dtype` are those of nn.EmbeddingBag, in its order; it is no subclass of it.
 
     Args:
         num_embeddings: N. embedding_dim: D >= 1.
