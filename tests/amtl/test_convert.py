@@ -495,6 +495,23 @@ def test_what_a_subclass_has_beside_its_weight_is_not_lost():
     assert type(model[0]) is nn.Embedding and model[0].vocabulary == ["a", "b"]
 
 
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_a_parametrized_layer_searches_and_refuses_to_change_its_phase():
+    model = amtl.convert(nn.Sequential(nn.Embedding(30, 4)), {"0": counts_of(30)})
+    expected = copy.deepcopy(model)(torch.arange(30)) / 2
+    parametrize.register_parametrization(model[0], "weight", Halved())
+    assert torch.equal(model(torch.arange(30)), expected)
+    for call in (amtl.freeze, amtl.revert, amtl.table_parameters):
+        with pytest.raises(RuntimeError, match=r"'0' is parametrized.*remove_parametrizations"):
+            call(model)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert torch.equal(amtl.freeze(model)(torch.arange(30)), expected)
+
+
 class PastTheLayer(nn.Module):
     def __init__(self, use):
         super().__init__()

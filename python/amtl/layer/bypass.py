@@ -69,7 +69,7 @@ class _FirstPass:
         tables = {
             id(module._parameters["weight"]): name
             for name, module in model.named_modules()
-            if isinstance(module, AMTLTable) and module._parameters["weight"] is not None
+            if isinstance(module, AMTLTable) and module._parameters.get("weight") is not None
         }
         self.watch, self.thread = _Watch(tables), threading.get_ident()
         self.watch.__enter__()

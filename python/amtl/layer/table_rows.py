@@ -191,7 +191,14 @@ class TableRows(nn.Module):
         return self
 
     def _table(self) -> list[nn.Parameter]:
-        weight = self._parameters["weight"]
+        try:
+            weight = self._parameters["weight"]
+        except KeyError:
+            raise RuntimeError(
+                f"the weight of the layer {self.name!r} is parametrized, so that what it shows is "
+                "made anew in each call: torch.nn.utils.parametrize.remove_parametrizations(layer, "
+                '"weight") first'
+            ) from None
         return self._tiers() if weight is None else [weight]
 
     def _tiers(self) -> list[nn.Parameter]:
