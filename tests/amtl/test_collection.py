@@ -346,6 +346,26 @@ def test_takes_over_weights_and_the_optimizers_state(kind, told):
     assert torch.equal(shown["day"](draw()[:, 2]), collection.lookup("day", draw()[:, 2]))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("wrong", [None, "1", [1, 2], 3, torch.ones(11)])
+def test_what_is_no_tensor_of_rows_is_named(wrong, frozen):
+    collection, input = collection_of(), draw()
+    if frozen:
+        collection.freeze()
+    told = (TypeError, ValueError)
+    with pytest.raises(told, match=r"input\['item'\] must be .*int32 or int64"):
+        collection({"user": input[:, 0], "item": wrong, "day": input[:, 2]})
+    for names in ("item", ["item", "day"]):
+        with pytest.raises(told, match=r"input must be .*int32 or int64"):
+            collection.lookup(names, wrong)
+    with pytest.raises(ValueError, match=r"of one shape on one device, got \{'user': \(11, 'cpu'"):
+        collection({"user": input[:, 0], "item": input[:2, 1], "day": input[:, 2]})
+    indices, offsets = bags_of()
+    if wrong is not None:
+        with pytest.raises(told, match="per_sample_weights"):
+            collection(indices, offsets, wrong)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="counts must name the tables"):
         collection_of(counts={"user": COUNTS["user"]})
@@ -374,8 +394,9 @@ def test_what_does_not_fit_is_refused():
         collection(indices, offsets.float())
     with pytest.raises(TypeError, match="offsets must be a tensor"):
         collection(indices, [0, 1])
-    with pytest.raises(KeyError):
-        collection.lookup("hour", draw()[:, 0])
+    for call in (lambda: collection.lookup("hour", draw()[:, 0]), lambda: collection.table("hour")):
+        with pytest.raises(KeyError, match="no table 'hour'; the collection has"):
+            call()
     with pytest.raises(ValueError, match="no embedding can stand in for"):
         amtl.revert(nn.ModuleDict({"tables": collection}))
     padded = {"a": nn.Embedding(4, DIM, padding_idx=0)}

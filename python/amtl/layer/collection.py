@@ -194,12 +194,13 @@ class AMTLEmbeddingCollection(AMTLTable):
 
         Raises:
             IndexError: an index outside its table (`bounds_check="raise"`).
+            TypeError: an argument is no tensor.
             ValueError: shapes, types or devices do not fit.
         """
         if isinstance(input, Mapping):
             if input.keys() != self._table_of.keys():
                 raise ValueError(f"input must name the tables {self.names}, it names {list(input)}")
-            input = torch.stack([input[name] for name in self.names], -1)
+            input = self._stacked(input)
         if isinstance(input, Proxy):
             return record(self, "forward", input, input, offsets, per_sample_weights)
         if offsets is None:
@@ -221,13 +222,16 @@ class AMTLEmbeddingCollection(AMTLTable):
         Raises:
             KeyError: no such table.
             IndexError: an index outside its table (`bounds_check="raise"`).
+            TypeError: no tensor.
+            ValueError: shapes or types do not fit.
         """
         if isinstance(input, Proxy):
             return record(self, "lookup", input, names, input)
+        require_rows(input)
         if isinstance(names, str):
-            table = self._table_of[names]
+            table = self._number(names)
             return self._embed(self._rows(input[..., None], [table]).squeeze(-1))
-        chosen = [self._table_of[name] for name in names]
+        chosen = [self._number(name) for name in names]
         return self._embed(self._rows(input, None if list(names) == self.names else chosen))
 
     def table(self, name: str) -> CollectedTable:
@@ -237,6 +241,26 @@ class AMTLEmbeddingCollection(AMTLTable):
             KeyError: no such table.
         """
         return CollectedTable(self, name)
+
+    def _number(self, name: str) -> int:
+        """Which table it is."""
+        if name not in self._table_of:
+            raise KeyError(f"no table {name!r}; the collection has {self.names}")
+        return self._table_of[name]
+
+    def _stacked(self, input: Mapping[str, Tensor]) -> Tensor:
+        """Rows by name as rows of each table, [..., T]."""
+        try:
+            stacked = torch.stack([input[name] for name in self.names], -1)
+            fits = not isinstance(stacked, Tensor) or not stacked.dtype.is_floating_point
+        except (TypeError, RuntimeError):
+            fits = False
+        if fits:
+            return stacked
+        for name in self.names:
+            require_rows(input[name], f"input[{name!r}]")
+        found = {name: (*input[name].shape, str(input[name].device)) for name in self.names}
+        raise ValueError(f"input must hold tensors of one shape on one device, got {found}")
 
     def _rows(self, input: Tensor, tables: list[int] | None = None) -> Tensor:
         """Rows of the common table for [..., S] rows of these tables, of all for None."""
@@ -290,7 +314,8 @@ class AMTLEmbeddingCollection(AMTLTable):
         if bool((lengths < 0).any()) or not 0 <= end <= len(input):
             raise ValueError("offsets must start at 0, never decrease and end within the indices")
         input = input[:end]
-        weights = None if weights is None else weights[:end]
+        if isinstance(weights, Tensor):
+            weights = weights[:end]
         table = torch.repeat_interleave(lengths, output_size=end)
         bounds, sizes = self.options.bounds_check, self.sizes[table]
         if bounds != "off":
@@ -404,7 +429,7 @@ class CollectedTable(nn.Module):
         # In a tuple, which nn.Module does not look into: the model has the collection once.
         self._home = (collection,)
         self.name = name
-        self.num_embeddings = collection.field_sizes[collection.names.index(name)]
+        self.num_embeddings = collection.field_sizes[collection._number(name)]
         self.embedding_dim = collection.embedding_dim
 
     @property
