@@ -103,7 +103,14 @@ def load_inputs(folder: Path) -> tuple[TrainConfig, Encoder]:
     Raises:
         UserError: the folder is no run, or a file is damaged.
     """
-    config = TrainConfig.from_dict(read_json(folder / _CONFIG))
+    path = folder / _CONFIG
+    content = read_json(path)
+    try:
+        config = TrainConfig.from_dict(content)
+    except UserError:
+        raise
+    except _INCONSISTENT as error:
+        raise UserError(f"{path} holds no settings of a run ({error}): {RESTORE}") from error
     path = folder / _VOCABULARY
     tensors, _, version, content = _read(path, {"amtl-encoder": 2})
     try:

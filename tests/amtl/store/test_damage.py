@@ -20,7 +20,7 @@ from amtl.run import folders
 from amtl.run.config import TrainConfig
 from amtl.run.training import start
 from amtl.store import tensors as format_module
-from amtl.store.files import read_json
+from amtl.store.files import read_json, write_json
 
 COUNT = int(os.environ.get("AMTL_DAMAGE", "40"))
 SEED = int(os.environ.get("AMTL_DAMAGE_SEED", "0"))
@@ -138,6 +138,17 @@ def test_damage_is_an_error_or_harmless(folder, tmp_path, monkeypatch, name, laz
             assert "\n" not in str(error), what
         else:
             assert same(found, expected), what
+
+
+@pytest.mark.parametrize("change", [{"label": None}, {"dim": "wide"}, {"epochs": []}])
+def test_what_are_no_settings_is_an_error(folder, tmp_path, change):
+    """With a checksum that fits."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    content = {**read_json(copy / "config.json"), **change}
+    write_json(copy / "config.json", {k: v for k, v in content.items() if v is not None})
+    for read in (folders.load_inputs, folders.load_run):
+        with pytest.raises(UserError, match=r"config\.json holds no settings of a run"):
+            read(copy)
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocabulary.safetensors", "best.safetensors"])
