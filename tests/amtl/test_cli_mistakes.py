@@ -352,6 +352,28 @@ def test_a_run_is_only_replaced_by_one_that_can_start(folder, tmp_path, capsys):
     assert run(*args, "--force") == 0
 
 
+def test_data_that_changed_since_training_are_noticed(folder, tmp_path, capsys):
+    """Rows of a split would be others, and a test row one that was trained on."""
+    data, out, packed = tmp_path / "data.csv", tmp_path / "r", tmp_path / "m.safetensors"
+    frame = pl.read_csv(folder / "ok.csv")
+    frame.write_csv(data)
+    assert run("train", data, "--label", "y", "--out", out, *FAST) == 0
+    assert run("pack", out, "-o", packed) == 0
+    changes = {
+        "other labels": frame.reverse(),
+        "400 rows then, 401 now": pl.concat([frame, frame[:1]]),
+    }
+    for told, changed in changes.items():
+        changed.write_csv(data)
+        for line in (["evaluate", out], ["evaluate", packed], ["train", "--resume", "--out", out]):
+            capsys.readouterr()
+            assert run(*line) == failures.MISTAKE
+            assert told in one_line(capsys.readouterr().err)
+        assert run("evaluate", out, data) == 0
+    frame.with_columns(user=pl.lit(3)).write_csv(data)
+    assert run("evaluate", out) == 0
+
+
 def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
     free = memory.available_memory()
     assert free is None or free > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -126,6 +127,8 @@ class Encoder:
         dense_fields: standardised columns.
         vocabularies: one per embedded field.
         decisions: how every column was taken, the unused ones too; empty if loaded from a file.
+        labels: number and checksum of the labels of all splits, in their order, by which changed
+            data are noticed; None if not known.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Encoder:
         self.dense_fields = list(dense_fields)
         self.vocabularies = list(vocabularies)
         self.decisions: list[FieldSpec] = []
+        self.labels: tuple[int, int] | None = None
         self._edges = dict(edges)
         self._scales = dict(scales)
         ends = np.cumsum([0, *(v.size for v in self.vocabularies)])
@@ -275,6 +279,26 @@ class Encoder:
             self._runs[f] = _runs(rows)
         self.field_offsets = [int(e) for e in np.cumsum([0, *self.field_sizes])]
 
+    def note_labels(self, labels: Tensor) -> None:
+        """Remember the labels [n], zeros and ones, of the data that it was fitted on a part of."""
+        self.labels = _mark(labels)
+
+    def require_labels(self, labels: Tensor, data: str) -> None:
+        """Refuse data whose rows are others, or elsewhere: splits would not be those of training.
+
+        Raises:
+            UserError: they are.
+        """
+        now = _mark(labels)
+        if self.labels is not None and self.labels != now:
+            then = self.labels[0]
+            how = f"{then:,} rows then, {now[0]:,} now" if then != now[0] else "other labels in it"
+            raise UserError(
+                f"{data} is not what it was in training ({how}), so nobody can tell its splits: "
+                "restore it; or amtl train --force starts anew, amtl evaluate RUN DATA scores all "
+                "rows of a file"
+            )
+
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Contents as tensors and a JSON-able dict, for a safetensors file."""
         tensors: dict[str, Tensor] = {}
@@ -291,6 +315,8 @@ class Encoder:
             "vocabularies": vocabularies,
             "scales": {name: list(scale) for name, scale in self._scales.items()},
         }
+        if self.labels is not None:
+            meta["labels"] = list(self.labels)
         return tensors, meta
 
     @classmethod
@@ -307,6 +333,9 @@ class Encoder:
             part("edges."),
             {name: (scale[0], scale[1]) for name, scale in meta["scales"].items()},
         )
+        if "labels" in meta:
+            rows, checksum = meta["labels"]
+            encoder.labels = rows, checksum
         encoder._runs = [
             (tensors[f"{f}.run_starts"].clone(), tensors[f"{f}.run_rows"].clone())
             for f in range(len(encoder.fields))
@@ -351,6 +380,10 @@ def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
     breaks[1:] = rows[1:] != rows[:-1] + 1
     starts = torch.nonzero(breaks).view(-1)
     return starts, rows[starts]
+
+
+def _mark(labels: Tensor) -> tuple[int, int]:
+    return len(labels), zlib.crc32(labels.to(torch.uint8).numpy().tobytes())
 
 
 def _quantiles(column: pl.Series, buckets: int) -> Tensor:

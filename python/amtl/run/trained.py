@@ -43,12 +43,17 @@ class Trained:
         return torch.sigmoid(self.logits(frame))
 
     def test_split(self) -> EncodedData:
-        """The test rows of the data it was trained on, loaded anew."""
+        """The test rows of the data it was trained on, loaded anew.
+
+        Raises:
+            UserError: the data are not what they were.
+        """
         source = load_source(self.config.data)
         config = self.config
         labels = read_labels(
             source.frame, config.label, config.label_threshold, config.label_positive
         )
+        self.encoder.require_labels(labels, config.data)
         rows = split_rows(source.frame, self.config.split, self.config.split_seed)[2]
         return self.encoder.transform(source.frame[rows.numpy()], labels[rows])
 

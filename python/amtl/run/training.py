@@ -61,6 +61,9 @@ def prepare(
         config: which data and how.
         source: the data if already loaded.
         encoder: reuse this one instead of fitting one on the training split.
+
+    Raises:
+        UserError: the data do not suit the settings, or are not those that `encoder` was fitted on.
     """
     source = source or load_source(config.data)
     frame = source.frame
@@ -76,6 +79,8 @@ def prepare(
             separators=config.separators,
         )
         encoder = Encoder.fit(frame[parts[0].numpy()], specs, config.min_count)
+        encoder.note_labels(labels)
+    encoder.require_labels(labels, config.data)
     train, val, test = (encoder.transform(frame[p.numpy()], labels[p]) for p in parts)
     return Task(encoder, train, val, test)
 
