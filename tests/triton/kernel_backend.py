@@ -18,7 +18,7 @@ def backends() -> list[dict[str, Any]]:
         return []
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [
-            {"name": "triton", "device": "cpu", "max_lookups": 200, "max_dim": 129, "examples": 10}
+            {"name": "triton", "device": "cpu", "max_lookups": 120, "max_dim": 129, "examples": 6}
         ]
     if torch.cuda.is_available():
         return [{"name": "triton", "device": "cuda", "late": True}]
