@@ -1,13 +1,16 @@
 """Embedding tables whose rows learn their own width under one memory budget.
 
-Put the layers into a model, train, freeze, save:
+Put the layers into a model, freeze, train, save:
 
     counts = {"users": torch.bincount(train_users, minlength=model.users.num_embeddings)}
-    amtl.convert(model, counts, budget=0.4)
-    optimizer = torch.optim.Adagrad(amtl.parameter_groups(model, lr=1e-2), lr=0.05)
-    ...                                      # training; amtl.update_schedule(model, progress)
-    amtl.freeze(model, optimizer)            # at about 40 % of it, then train on
+    amtl.convert(model, counts, budget=0.125)
+    amtl.freeze(model)
+    ...                                      # an optimizer, training
     amtl.save(model, "model.safetensors")
+
+Where sizes are learned (`parametrization="ordinal"`), training comes first, with
+`amtl.parameter_groups(model, lr=1e-2)` and `amtl.update_schedule(model, progress)`, and
+`amtl.freeze(model, optimizer)` at about 40 % of it.
 
 - `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `AMTLEmbeddingCollection`: many tables in one
   call under one budget; `SearchOptions` has their keyword arguments.

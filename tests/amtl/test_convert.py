@@ -347,7 +347,7 @@ def test_walks_over_names_meet_what_learns_sizes_in_the_search_only(parametrizat
     # Where a penalty would lead.
     for parameter in met():
         nn.init.zeros_(parameter)
-    ruled = amtl.convert(model_of(), COUNTS, budget=0.5)
+    ruled = amtl.convert(model_of(), COUNTS, budget=0.5, bits=None)
     if parametrization == "ordinal":
         assert torch.equal(model.users.row_dims(), ruled.users.row_dims())
     assert not [n for n, _ in ruled.named_parameters() if "users" in n and n != "users.weight"]
@@ -419,7 +419,7 @@ def test_subclasses():
         ({"users": torch.ones(5)}, {}, r"users: counts must have shape \[50\]"),
         (COUNTS, {"names": ["users", "more.goods.0", "tags"], "budget": 2}, "budget"),
         ({"users": COUNTS["users"]}, {"names": ["tags"]}, "counts for 'tags' are missing"),
-        (COUNTS, {"budget": 0.25, "min_dim": 4}, "lower min_dim"),
+        (COUNTS, {"budget": 0.25, "min_dim": 4, "bits": None}, "lower min_dim"),
     ],
 )
 def test_refusals_leave_the_model_alone(counts, options, message):
@@ -454,9 +454,9 @@ def test_row_order_does_not_matter(order):
         counts = counts.sort(descending=True).values
     shuffle = torch.randperm(50)
     table = torch.randn(50, 8)
-    first = amtl.convert(nn.Embedding.from_pretrained(table), counts, budget=0.4).eval()
+    first = amtl.convert(nn.Embedding.from_pretrained(table), counts, bits=None).eval()
     second = amtl.convert(
-        nn.Embedding.from_pretrained(table[shuffle]), counts[shuffle], budget=0.4
+        nn.Embedding.from_pretrained(table[shuffle]), counts[shuffle], bits=None
     ).eval()
     rows = torch.arange(50)
     assert torch.equal(first(shuffle), second(rows))
@@ -501,7 +501,7 @@ class Halved(nn.Module):
 
 
 def test_a_parametrized_layer_searches_and_refuses_to_change_its_phase():
-    model = amtl.convert(nn.Sequential(nn.Embedding(30, 4)), {"0": counts_of(30)})
+    model = amtl.convert(nn.Sequential(nn.Embedding(30, 4)), {"0": counts_of(30)}, bits=None)
     expected = copy.deepcopy(model)(torch.arange(30)) / 2
     parametrize.register_parametrization(model[0], "weight", Halved())
     assert torch.equal(model(torch.arange(30)), expected)

@@ -36,7 +36,9 @@ def script(optimizer, parametrization, built="after", grouped=False):
     model = Model()
     early = OPTIMIZERS[optimizer](model.parameters()) if built == "before" else None
     counts = {"table": torch.arange(ROWS).roll(7) ** 2}
-    amtl.convert(model, counts, budget=0.4, parametrization=parametrization)
+    few = {"parametrization": "rule", "bits": "auto"}
+    options = few if parametrization == "few bits" else {"parametrization": parametrization}
+    amtl.convert(model, counts, budget=0.4, **{"bits": None, **options})
     if early is not None:
         early.add_param_group({"params": amtl.mask_parameters(model)})
         return model, early
@@ -72,7 +74,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
-@pytest.mark.parametrize("parametrization", ["rule", "ordinal"])
+@pytest.mark.parametrize("parametrization", ["rule", "few bits", "ordinal"])
 @pytest.mark.parametrize("built", ["before", "after", "grouped", "after loading"])
 @pytest.mark.parametrize("saved_phase", ["search", "frozen"])
 @pytest.mark.parametrize("loading_phase", ["search", "frozen"])
@@ -137,7 +139,7 @@ def test_a_load_into_the_same_tiers_keeps_the_parameters():
 def test_tiers_of_other_widths_replace_each_other():
     model, optimizer = script("adam", "rule")
     amtl.freeze(model, optimizer)
-    other = amtl.convert(Model(), {"table": torch.arange(ROWS)}, budget=0.7)
+    other = amtl.convert(Model(), {"table": torch.arange(ROWS)}, budget=0.7, bits=None)
     others = OPTIMIZERS["adam"](other.parameters())
     train(other, others, 1, seed=1)
     amtl.freeze(other, others)

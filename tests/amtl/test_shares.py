@@ -50,7 +50,7 @@ def sizes(model):
     ids=lambda options: "-".join(options) or "default",
 )
 def test_tables_share_as_one_table_of_all_rows_would(budget, options):
-    model = amtl.convert(build(), COUNTS, budget, tier_width=1, **options)
+    model = amtl.convert(build(), COUNTS, budget, bits=None, tier_width=1, **options)
     together = torch.cat(list(COUNTS.values()))
     weights = {"field_weights": options["field_weights"] * 3} if "field_weights" in options else {}
     one = amtl.AMTLEmbedding(
@@ -78,8 +78,42 @@ def test_the_budget_of_all_is_met_in_bytes(widths, bits, budget):
     assert stored >= 0.9 * min(budget * whole, held)
 
 
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({}, 8),
+        ({"budget": 0.3}, 8),
+        ({"budget": 0.29}, 4),
+        ({"budget": 0.01}, 4),
+        ({"budget": 1.0}, None),
+        ({"budget": 0.1, "tier_width": 1}, 8),
+        ({"budget": 0.1, "bits": 2}, 2),
+        ({"bits": None}, None),
+        ({"parametrization": "ordinal"}, None),
+        ({"parametrization": "free", "budget": None}, None),
+    ],
+    ids=str,
+)
+def test_bits_follow_from_the_budget(options, bits):
+    model = amtl.convert(build(), COUNTS, **options)
+    assert {layer.options.bits for layer in amtl.layers(model).values()} == {bits}
+
+
+def test_bits_that_are_not_to_be_had():
+    half = build().half()
+    for model, bits in ((half, None), (build((16, 15, 16)), 8)):
+        amtl.convert(model, COUNTS, 0.1)
+        assert {layer.options.bits for layer in amtl.layers(model).values()} == {bits}
+    single = amtl.convert(nn.Embedding(3, 1), COUNTS["sex"], 0.1)
+    assert single.options.bits is None
+    empty = amtl.convert(nn.ModuleDict({"x": nn.Embedding(0, 8)}), {"x": torch.zeros(0)}, 0.1)
+    assert empty["x"].options.bits is None
+    each = amtl.convert(build(), COUNTS, {"user": 0.1, "item": 0.4, "sex": 1.0})
+    assert [layer.options.bits for layer in amtl.layers(each).values()] == [4, 8, None]
+
+
 def test_small_tables_in_use_stay_whole():
-    model = amtl.convert(build(), COUNTS, budget=0.05)
+    model = amtl.convert(build(), COUNTS, budget=0.05, bits=None)
     assert model["sex"].row_dims().tolist() == [16, 16, 0]
     assert model["sex"].budget > 0.6 > 0.05 > model["user"].budget
 
@@ -108,7 +142,7 @@ def test_a_state_brings_its_part_of_the_budget(bits):
 def test_rows_never_seen_come_last_wherever_they_are():
     counts = {"old": torch.tensor([900, 800, 0, 0]), "new": torch.tensor([1, 1, 1, 0])}
     model = nn.ModuleDict({name: nn.Embedding(4, 8) for name in counts})
-    amtl.convert(model, counts, budget=5 / 8)
+    amtl.convert(model, counts, budget=5 / 8, bits=None)
     assert sizes(model).tolist() == [8, 8, 0, 0, 8, 8, 8, 0]
 
 
@@ -123,7 +157,7 @@ def test_a_budget_for_each():
 def test_what_cannot_be_met_leaves_the_model_alone():
     model = build()
     with pytest.raises(BudgetError, match=r"cannot be reached by 3 tables together.*lower min_dim"):
-        amtl.convert(model, COUNTS, 0.1, min_dim=4)
+        amtl.convert(model, COUNTS, 0.1, bits=None, min_dim=4)
     with pytest.raises(ValueError, match=r"a fraction in \(0, 1\]"):
         amtl.convert(model, COUNTS, 2)
     assert all(type(module) is nn.Embedding for module in model.values())

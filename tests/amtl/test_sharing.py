@@ -357,6 +357,7 @@ def test_convert_and_revert():
         model,
         {"a": counts_of(), "b": counts_of(1)},
         budget=0.06,
+        bits=None,
         shared_rows={"a": [7], "b": "rarest"},
     )
     assert model["a"].shared_rows.tolist() == [7]

@@ -123,7 +123,7 @@ class Walk(RuleBasedStateMachine):
 
     def _convert(self, model, counts):
         with torch.no_grad():
-            amtl.convert(model, {"table": counts}, **self.options)
+            amtl.convert(model, {"table": counts}, **{"bits": None, **self.options})
 
     def _optimizer(self, model):
         groups = amtl.parameter_groups(model)

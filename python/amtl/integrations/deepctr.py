@@ -1,7 +1,7 @@
 """deepctr-torch: DeepFM, DCN, xDeepFM, AutoInt, DIN, WDL and whatever else is on its `BaseModel`.
 
     model.compile("adam", "binary_crossentropy")
-    deepctr.convert(model, deepctr.count(model, train_x), budget=0.25, mask_lr=1e-2)
+    deepctr.convert(model, deepctr.count(model, train_x), budget=0.125)
     model.fit(train_x, train_y, epochs=4)
     deepctr.freeze(model)
     model.fit(train_x, train_y, initial_epoch=4, epochs=10)
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import amtl
 from amtl.integrations.optimizers import add_masks, move_to_layers
 from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable, check_alike
+from amtl.layer.shares import AUTO, automatic_bits
 from amtl.layer.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -281,6 +282,9 @@ def _collect(
     named: Any = model
     optimizer = getattr(named, "optim", None)
     given = {} if optimizer is None else {"optimizer": optimizer}
+    if options.get("bits", AUTO) == AUTO:
+        weights = [table.weight for table in tables.values()]
+        options = {**options, "bits": automatic_bits(budget, weights, options)}
     made = AMTLEmbeddingCollection.from_embeddings(
         tables, counts, **{**given, "budget": budget, **options}
     )

@@ -1,10 +1,9 @@
 """FuxiCTR: models on its `BaseModel` that look features up in `FeatureEmbedding`.
 
     model = DeepFM(feature_map, ...)                  # compiles itself
-    fuxictr.convert(model, fuxictr.count(model, train_gen), budget=0.25, mask_lr=1e-2)
-    model.fit(train_gen, epochs=4, validation_data=valid_gen)
+    fuxictr.convert(model, fuxictr.count(model, train_gen), budget=0.125)
     fuxictr.freeze(model)
-    model.fit(train_gen, epochs=6, validation_data=valid_gen)
+    model.fit(train_gen, epochs=10, validation_data=valid_gen)
     amtl.save(model, "model.safetensors")
     ...
     fuxictr.load("model.safetensors", DeepFM(feature_map, ...)).predict(test_gen)

@@ -18,7 +18,7 @@ from amtl.layer.fusing import FusedOptimizer, make_handle
 from amtl.layer.hosts import check, settle
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
-from amtl.layer.shares import Demand, split_budget
+from amtl.layer.shares import AUTO, Demand, automatic_bits, split_budget
 from amtl.layer.table import AMTLTable
 from amtl_kernels.optim import RowOptimizer
 
@@ -166,6 +166,7 @@ def convert(
     budget: float | Mapping[str, float | None] | None = 0.4,
     names: Iterable[str] | None = None,
     fused_optimizer: FusedOptimizer | None = None,
+    bits: int | str | None = AUTO,
     **options: Any,
 ) -> _Model:
     """Replace embeddings of a trained or untrained model by AMTL layers, in place.
@@ -195,6 +196,10 @@ def convert(
         names: what to replace; None: everything named in `counts`.
         fused_optimizer: one for all the tables, as in `amtl.fuse`: the backward applies it, and
             other optimizers that hold the tables never see a gradient of theirs.
+        bits: of a stored number. "auto": 8 or 4, what loses least at this budget, see
+            `amtl.layer.shares`; once frozen, training rounds what is looked up and goes on in
+            numbers of the table's type, which `amtl.save` leaves out. None: numbers of the table's
+            type and narrower rows, so that training takes less memory, too.
         **options: other options of the layers, see `amtl.SearchOptions`; `field_sizes`, and
             `shared_rows`, which may also be a mapping by name.
 
@@ -221,7 +226,7 @@ def convert(
         module: _checked_counts(module, (name, *places[module]), counts)
         for module, name in by_module.items()
     }
-    chosen = _options_of(found, by_module, places, budget, options)
+    chosen = _options_of(found, by_module, places, budget, {**options, "bits": bits})
     replacements: dict[nn.Module, AMTLTable] = {}
     for module, name in by_module.items():
         try:
@@ -296,6 +301,11 @@ def _is_embedding(module: nn.Module) -> bool:
 def _rows(module: nn.Module) -> int:
     assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
     return module.num_embeddings
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return module.weight
 
 
 def _check_convertible(name: str, module: nn.Module, counts: Mapping[str, Any]) -> None:
@@ -382,17 +392,19 @@ def _options_of(
             if found is None:
                 raise ValueError(f"a budget for {names[module]!r} is missing")
             of_layer["budget"] = budget[found]
+            if options["bits"] == AUTO:
+                of_layer["bits"] = automatic_bits(budget[found], [_weight(module)], options)
         return chosen
     known = {field.name for field in fields(SearchOptions)}
-    common = SearchOptions(
-        budget=budget, **{key: value for key, value in options.items() if key in known}
-    )
+    given = {key: value for key, value in options.items() if key in known}
+    if given["bits"] == AUTO:
+        given["bits"] = automatic_bits(budget, [_weight(module) for module in counts], options)
+    common = SearchOptions(budget=budget, **given)
     demands = []
     for module, of_rows in counts.items():
-        assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        weight = _weight(module)
         sizes = check_field_sizes(options.get("field_sizes"), len(of_rows))
-        itemsize = module.weight.element_size()
-        demands.append(Demand(of_rows, module.embedding_dim, itemsize, sizes))
+        demands.append(Demand(of_rows, weight.shape[1], weight.element_size(), sizes))
     for of_layer, own in zip(chosen.values(), split_budget(demands, common), strict=True):
         of_layer.update(
             budget=own.budget, bits=own.bits, masters=own.masters, tier_width=own.tier_width

@@ -1,13 +1,14 @@
-"""One budget over several tables: what each of them gets, from one law for all their rows.
+"""What a budget is spent on: how many bits a number has, and what each of several tables gets.
 
 A table of a few values that are looked up all the time costs next to nothing, and a share of its
-own would take from it what the whole model needs.
+own would take from it what the whole model needs. So one law goes for the rows of all tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, step_groups
 
 _ROUNDS = 64
+
+AUTO = "auto"
+_ALL_IN_8 = 0.3
+"""Budget from which on 8 bits hold every number, step sizes included."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,30 @@ class Demand:
     dim: int
     itemsize: int
     field_sizes: Sequence[int]
+
+
+def automatic_bits(
+    budget: float | None, weights: Sequence[Tensor], options: Mapping[str, Any]
+) -> int | None:
+    """The bits of numbers that lose least of what a table of full width gives, for all tables.
+
+    8 where these hold every number, else 4: below 12.5 % rows get narrower, too. None, numbers of
+    the tables' own type, where all of these fit, and where few bits are not to be had: sizes that
+    are learned, other types than float32, no rows, no budget. Counts do not matter, so that a state
+    finds the bits that it has.
+
+    Args:
+        budget: share of the bytes.
+        weights: the tables [N, D].
+        options: of `SearchOptions`, as far as they were given.
+    """
+    if budget is None or budget >= 1 or options.get("parametrization", "rule") != "rule":
+        return None
+    if any(weight.dtype != torch.float32 or not len(weight) for weight in weights):
+        return None
+    widths = [options.get("tier_width") or 2, *(weight.shape[1] for weight in weights)]
+    pairs = all(width % 2 == 0 or width == 1 for width in widths[1:]) and widths[0] % 2 == 0
+    return 4 if budget < _ALL_IN_8 and pairs else 8
 
 
 def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[SearchOptions]:
@@ -57,8 +86,10 @@ def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[Sear
         ValueError: see `SearchOptions.grid`.
     """
     budget = options.budget
-    if budget is None or len(demands) < 2:
+    if budget is None:
         return [options] * len(demands)
+    if len(demands) == 1:
+        return [_worth(demands[0], options)]
     check_share(budget)
     tables = [_Table(demand, options) for demand in demands]
     whole = sum(table.whole for table in tables)
@@ -83,15 +114,19 @@ def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[Sear
     return [table.options(low) for table in tables]
 
 
+def _worth(demand: Demand, options: SearchOptions) -> SearchOptions:
+    """Without few bits where a step size, in the worst case one a row, costs what they save."""
+    saved = demand.dim * (demand.itemsize - (options.bits or 0) / 8)
+    if options.bits is None or saved > PART_BYTES:
+        return options
+    return replace(options, bits=None, masters=True)
+
+
 class _Table:
     """What one table stores at a shift that all of them share."""
 
     def __init__(self, demand: Demand, options: SearchOptions) -> None:
-        # Not a matter of counts, so that a state finds the bits it was made with.
-        saved = demand.dim * (demand.itemsize - (options.bits or 0) / 8)
-        if options.bits is not None and saved <= PART_BYTES:
-            options = replace(options, bits=None, masters=True)
-        self._options = options
+        self._options = options = _worth(demand, options)
         grid = options.grid(demand.dim, demand.itemsize)
         self._grid = grid
         self._number = demand.itemsize if options.bits is None else options.bits / 8
