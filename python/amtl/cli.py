@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import sys
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from amtl import arguments, failures
+from amtl import arguments, failures, settings
 from amtl.arguments import count, rate
 from amtl.errors import UserError
 from amtl.run.config import TrainConfig, parse_budget, parse_names
@@ -228,9 +227,11 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     laws = {"exponent": exponent, "capacity_bits": capacity_bits}
     laws = {name: value for name, value in laws.items() if value is not None}
-    _refuse_idle(method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])])
+    settings.refuse_idle(
+        method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])]
+    )
     source = load_source(data)
-    config = _config(
+    config = settings.make_config(
         source,
         given,
         label=label,
@@ -249,8 +250,8 @@ def train(
         masters=masters,
         laws=laws,
         parametrization=parametrization,
-        options=_options(method, option or []),
-        **_columns(numeric or [], multi or []),
+        options=settings.parse_options(method, option or []),
+        **settings.parse_columns(numeric or [], multi or []),
     )
     if out is None:
         stem = "-".join(Path(part).stem for part in source.name.split(":"))
@@ -282,104 +283,6 @@ def train(
         folder,
         fresh=True,
     )
-
-
-def _refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
-    """Raises a UserError for options that the method cannot obey."""
-    if method == "fixed":
-        idle = [n for n in ("budget", "exponent", "capacity_bits", "freeze_at") if n in given]
-        idle += ["parametrization"] if parametrization else []
-        if idle:
-            raise UserError(
-                f"--{idle[0].replace('_', '-')} has no effect with --method fixed, whose rows are "
-                "all --dim wide: leave it out and choose --dim, or use --method rule or amtl"
-            )
-    if method not in ("amtl", "rule", "fixed"):
-        idle = [n for n in ("bits", "exponent", "capacity_bits", "freeze_at") if n in given]
-        idle += ["parametrization"] if parametrization else []
-        if idle:
-            raise UserError(
-                f"--{idle[0].replace('_', '-')} has no effect with --method {method}; its own "
-                "settings are given by --option NAME=VALUE"
-            )
-    if parametrization == "paper" and "budget" in given:
-        raise UserError(
-            "--budget cannot hold with --parametrization paper, whose saving is an outcome of "
-            "training: leave it out, or use --parametrization free, the same logits in a budget"
-        )
-
-
-def _config(source: Any, given: dict[str, Any], *, label: str | None, **more: Any) -> TrainConfig:
-    """Settings from the command line over the data set's recipe over the defaults."""
-    from amtl.data.readers import require_columns
-
-    drop = more.pop("drop", [])
-    label = label or source.label
-    if label is None:
-        listed = ", ".join(source.frame.columns[:30])
-        raise UserError(f"--label COLUMN is needed; columns are {listed}")
-    require_columns(source.frame.columns, [label], "the data")
-    if label in more["fields"]:
-        raise UserError(f"--fields names the label {label!r}, which is what is predicted")
-    from amtl.run.methods import ALIASES
-
-    laws, parametrization = more.pop("laws", {}), more.pop("parametrization", None)
-    more["method"], named = ALIASES.get(more["method"], (more["method"], {}))
-    settings = {**source.settings(more["method"]), **given, **more}
-    options = {**settings.pop("table_options", {}), **named, **settings.pop("options")}
-    if len(laws) > 1:
-        raise UserError("--exponent and --capacity-bits are two laws of the count: give one")
-    for name, value in laws.items():
-        options[{"exponent": "init_exponent"}.get(name, name)] = value
-    if parametrization == "paper":
-        options |= {"parametrization": "free", "budget": None}
-    elif parametrization is not None:
-        options["parametrization"] = parametrization
-    config = TrainConfig(data=source.name, label=label, table_options=options, **settings)
-    if drop:
-        from amtl.run.training import default_fields
-
-        require_columns(source.frame.columns, drop, "the data")
-        names = config.fields or default_fields(source.frame, config, source)
-        config.fields = [name for name in names if name not in drop]
-        if not config.fields:
-            raise UserError("--drop leaves no column to use")
-    return config
-
-
-def _options(method: str, given: Sequence[str]) -> dict[str, Any]:
-    """Parses --option."""
-    from amtl.peers import PEERS
-
-    if given and method not in PEERS:
-        raise UserError(f"--option is for methods of the field: {', '.join(PEERS)}")
-    found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--option {text}: write NAME=VALUE")
-        try:
-            found[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name.strip()] = value
-    return found
-
-
-def _columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any]:
-    """Parses --numeric and --multi."""
-    treatments: dict[str, str] = {}
-    default = "bucket"
-    for part in ",".join(numeric).split(",") if numeric else []:
-        column, equals, treatment = part.strip().partition("=")
-        if equals:
-            treatments[column] = treatment
-        else:
-            default = column
-    separators: dict[str, str] = {}
-    for part in multi:
-        column, equals, separator = part.partition("=")
-        separators[column] = separator if equals else "|"
-    return {"numeric": treatments, "default_numeric": default, "separators": separators}
 
 
 def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:

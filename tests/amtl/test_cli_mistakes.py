@@ -396,7 +396,6 @@ REACHED_FROM = {
     "peers/__init__.py": {"paper"},
 }
 """Commands whose options the messages of a file may name; of all others, those of `train`."""
-FUNCTIONS = {"train": {"train", "_config", "_columns", "_options", "_refuse_idle"}}
 ELSEWHERE = {"--upgrade", "--force-reinstall"}
 
 
@@ -436,7 +435,7 @@ def test_every_option_that_an_error_names_is_there():
         if other:
             reached = {other[1]}
         elif file == "cli.py":
-            reached = {n for n in options if n == function or function in FUNCTIONS.get(n, ())}
+            reached = {n for n in options if n == function}
         else:
             reached = REACHED_FROM.get(file, {"train"})
         assert reached or not named, (file, function)

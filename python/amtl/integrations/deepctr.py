@@ -2,9 +2,8 @@
 
     model.compile("adam", "binary_crossentropy")
     deepctr.convert(model, deepctr.count(model, train_x), budget=0.125)
-    model.fit(train_x, train_y, epochs=4)
     deepctr.freeze(model)
-    model.fit(train_x, train_y, initial_epoch=4, epochs=10)
+    model.fit(train_x, train_y, epochs=10)
     amtl.save(model, "model.safetensors")
     ...
     deepctr.load("model.safetensors", DeepFM(...)).predict(x)

@@ -1,0 +1,110 @@
+"""From what was typed after `amtl train` to the settings of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from amtl.errors import UserError
+from amtl.run.config import TrainConfig
+
+
+def refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
+    """Raises a UserError for options that the method cannot obey."""
+    if method == "fixed":
+        idle = [n for n in ("budget", "exponent", "capacity_bits", "freeze_at") if n in given]
+        idle += ["parametrization"] if parametrization else []
+        if idle:
+            raise UserError(
+                f"--{idle[0].replace('_', '-')} has no effect with --method fixed, whose rows are "
+                "all --dim wide: leave it out and choose --dim, or use --method rule or amtl"
+            )
+    if method not in ("amtl", "rule", "fixed"):
+        idle = [n for n in ("bits", "exponent", "capacity_bits", "freeze_at") if n in given]
+        idle += ["parametrization"] if parametrization else []
+        if idle:
+            raise UserError(
+                f"--{idle[0].replace('_', '-')} has no effect with --method {method}; its own "
+                "settings are given by --option NAME=VALUE"
+            )
+    if parametrization == "paper" and "budget" in given:
+        raise UserError(
+            "--budget cannot hold with --parametrization paper, whose saving is an outcome of "
+            "training: leave it out, or use --parametrization free, the same logits in a budget"
+        )
+
+
+def make_config(
+    source: Any, given: dict[str, Any], *, label: str | None, **more: Any
+) -> TrainConfig:
+    """Settings from the command line over the data set's recipe over the defaults."""
+    from amtl.data.readers import require_columns
+
+    drop = more.pop("drop", [])
+    label = label or source.label
+    if label is None:
+        listed = ", ".join(source.frame.columns[:30])
+        raise UserError(f"--label COLUMN is needed; columns are {listed}")
+    require_columns(source.frame.columns, [label], "the data")
+    if label in more["fields"]:
+        raise UserError(f"--fields names the label {label!r}, which is what is predicted")
+    from amtl.run.methods import ALIASES
+
+    laws, parametrization = more.pop("laws", {}), more.pop("parametrization", None)
+    more["method"], named = ALIASES.get(more["method"], (more["method"], {}))
+    settings = {**source.settings(more["method"]), **given, **more}
+    options = {**settings.pop("table_options", {}), **named, **settings.pop("options")}
+    if len(laws) > 1:
+        raise UserError("--exponent and --capacity-bits are two laws of the count: give one")
+    for name, value in laws.items():
+        options[{"exponent": "init_exponent"}.get(name, name)] = value
+    if parametrization == "paper":
+        options |= {"parametrization": "free", "budget": None}
+    elif parametrization is not None:
+        options["parametrization"] = parametrization
+    config = TrainConfig(data=source.name, label=label, table_options=options, **settings)
+    if drop:
+        from amtl.run.training import default_fields
+
+        require_columns(source.frame.columns, drop, "the data")
+        names = config.fields or default_fields(source.frame, config, source)
+        config.fields = [name for name in names if name not in drop]
+        if not config.fields:
+            raise UserError("--drop leaves no column to use")
+    return config
+
+
+def parse_options(method: str, given: Sequence[str]) -> dict[str, Any]:
+    """Parses --option."""
+    from amtl.peers import PEERS
+
+    if given and method not in PEERS:
+        raise UserError(f"--option is for methods of the field: {', '.join(PEERS)}")
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text}: write NAME=VALUE")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found
+
+
+def parse_columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any]:
+    """Parses --numeric and --multi."""
+    treatments: dict[str, str] = {}
+    default = "bucket"
+    for part in ",".join(numeric).split(",") if numeric else []:
+        column, equals, treatment = part.strip().partition("=")
+        if equals:
+            treatments[column] = treatment
+        else:
+            default = column
+    separators: dict[str, str] = {}
+    for part in multi:
+        column, equals, separator = part.partition("=")
+        separators[column] = separator if equals else "|"
+    return {"numeric": treatments, "default_numeric": default, "separators": separators}
