@@ -1,7 +1,8 @@
-"""Two processes under DistributedDataParallel, through search, freeze, save and resume."""
+"""Replicas: two processes under DistributedDataParallel, through all phases; DataParallel."""
 
 from __future__ import annotations
 
+import copy
 import datetime
 import io
 from pathlib import Path
@@ -160,3 +161,51 @@ def process(rank: int, folder: str) -> None:
 
 def test_two_processes(tmp_path: Path):
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+
+
+def data_parallel_replica(model):
+    """What nn.DataParallel makes of a model for one pass, on the device that the model is on.
+
+    Written after torch.nn.parallel.replicate, which asks for GPUs.
+    """
+    modules = list(model.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        replica._former_parameters = {}
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicas[child]
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+                continue
+            setattr(replica, name, parameter.view_as(parameter))
+            replica._former_parameters[name] = getattr(replica, name)
+        for name, buffer in module._buffers.items():
+            replica._buffers[name] = buffer
+    return replicas[model]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_data_parallel(bits, frozen):
+    model, _ = converted("rule", bits=bits)
+    if frozen:
+        amtl.freeze(model)
+    rows = torch.arange(ROWS)
+    twin = copy.deepcopy(model)
+    before = None if model.table.rounding is None else model.table.rounding.mean_square.clone()
+    if frozen and bits:
+        with torch.no_grad():
+            model.table.blocks[0].mul_(3)
+    for _ in range(3):
+        data_parallel_replica(model)(rows).backward()
+    assert torch.equal(data_parallel_replica(model.eval())(rows), model(rows))
+    for _ in range(3):
+        twin(rows).backward()
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    if bits is None or not frozen:
+        assert all(torch.equal(mine.grad, its.grad) for mine, its in pairs)
+    else:
+        # In a replica no turn is counted, so step sizes follow in each pass.
+        assert all(mine.grad is not None for mine, _ in pairs)
+        assert not torch.equal(model.table.rounding.mean_square, before)

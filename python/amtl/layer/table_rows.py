@@ -203,7 +203,9 @@ class TableRows(nn.Module):
 
     def _tiers(self) -> list[nn.Parameter]:
         """The blocks; a ParameterList takes a microsecond for each."""
-        return list(self.blocks._parameters.values())  # type: ignore[arg-type]
+        # nn.DataParallel gives its replicas tensors in place of the parameters.
+        held = self.blocks._parameters or self.blocks.__dict__.get("_former_parameters", {})
+        return list(held.values())  # type: ignore[arg-type]
 
     def table_parameters(self) -> list[nn.Parameter]:
         """The table: `[weight]`, or the blocks once frozen."""
