@@ -43,7 +43,6 @@ NARROW = {0.0625: 1, 0.125: 2, 0.4: 6}
 """Width of the fixed table that is no larger than the budget; below 1/D there is none."""
 
 FEW_BITS = {
-    0.008: (1, "4"),
     0.016: (2, "4"),
     0.03: (4, "4"),
     0.0625: (8, "4"),
