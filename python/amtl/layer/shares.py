@@ -142,9 +142,10 @@ class _Table:
         self._score = law.start(groups.counts.to(torch.float64), logs)
         self._thresholds = torch.tensor(law.thresholds, dtype=torch.float64)
         self._stored = torch.tensor(grid.stored, dtype=torch.float64)
-        ends = [*(float(s) for s in self._score.aminmax()), 0.0] if len(self._score) else [0.0] * 3
+        few, many = map(float, self._score.aminmax()) if len(self._score) else (0.0, 0.0)
         first, last = (law.thresholds[0], law.thresholds[-1]) if law.thresholds else (0.0, 0.0)
-        self.lowest, self.highest = first - ends[1] - 1, last - ends[0] + 1
+        # Shifts at which nobody gets more than the smallest size, and everybody gets D.
+        self.lowest, self.highest = first - many - 1, last - few + 1
 
     def bytes(self, shift: float) -> float:
         """Stored, step sizes included."""
