@@ -250,14 +250,14 @@ def parse_set(text: str) -> tuple[str, tuple[str, str, str]]:
 
 
 def choose_sets(names: str, also: Sequence[str]) -> dict[str, Any]:
-    """The sets of `--sets` and `--also`.
+    """The sets of `--sets` and `--also`; with the latter, an empty `--sets` means these alone.
 
     Raises:
         UserError: an unknown name, or an empty one.
     """
     known = {**SETS, **QUICK_SETS}
     found = {}
-    for name in parse_names("--sets", names):
+    for name in parse_names("--sets", None if also and not names else names):
         source = known.get(name, known.get(name.partition("@")[0]))
         if source is None:
             raise UserError(f"--sets {name!r}: choose of {', '.join(known)}, or give it by --also")
