@@ -489,6 +489,28 @@ def test_compile(kind):
     assert torch.equal(compiled(rows), twin(rows))
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_as_most_call_it(bits, dynamic):
+    """Without `fullgraph`, lookups are in the graph where dynamic shapes are allowed to be.
+
+    In evaluation, for compiled step sizes follow in each step.
+    """
+    layer = layer_of(AMTLEmbedding, parametrization="rule", bits=bits, budget=0.3).freeze().eval()
+    twin = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=dynamic):
+        compiled = torch.compile(layer, backend="aot_eager")
+        rows = torch.randint(ROWS, (9, 3))
+        for each in (compiled, twin):
+            each(rows).square().sum().backward()
+    for mine, its in zip(layer.blocks, twin.blocks, strict=True):
+        torch.testing.assert_close(mine.grad.to_dense(), its.grad.to_dense())
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    assert (breaks == 0) == dynamic
+
+
 # Transformations
 
 
