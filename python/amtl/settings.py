@@ -7,32 +7,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from amtl.errors import UserError
-from amtl.run.config import TrainConfig
+from amtl.run.config import OWN, TrainConfig
 
 
 def refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
     """Raises a UserError for options that the method cannot obey."""
-    if method == "fixed":
-        idle = [n for n in ("budget", "exponent", "capacity_bits", "freeze_at") if n in given]
-        idle += ["parametrization"] if parametrization else []
-        if idle:
-            raise UserError(
-                f"--{idle[0].replace('_', '-')} has no effect with --method fixed, whose rows are "
-                "all --dim wide: leave it out and choose --dim, or use --method rule or amtl"
-            )
-    if method not in ("amtl", "rule", "fixed"):
-        idle = [n for n in ("bits", "exponent", "capacity_bits", "freeze_at") if n in given]
-        idle += ["parametrization"] if parametrization else []
-        if idle:
-            raise UserError(
-                f"--{idle[0].replace('_', '-')} has no effect with --method {method}; its own "
-                "settings are given by --option NAME=VALUE"
-            )
+    typed = [*given, *(["parametrization"] if parametrization else [])]
+    sizes = ("exponent", "capacity_bits", "freeze_at", "parametrization")
+    if method == "fixed" and (idle := _first(("budget", *sizes), typed)):
+        raise UserError(
+            f"--{idle} has no effect with --method fixed, whose rows are "
+            "all --dim wide: leave it out and choose --dim, or use --method rule or amtl"
+        )
+    if method not in OWN and (idle := _first(("bits", *sizes), typed)):
+        raise UserError(
+            f"--{idle} has no effect with --method {method}; its own "
+            "settings are given by --option NAME=VALUE"
+        )
     if parametrization == "paper" and "budget" in given:
         raise UserError(
             "--budget cannot hold with --parametrization paper, whose saving is an outcome of "
             "training: leave it out, or use --parametrization free, the same logits in a budget"
         )
+
+
+def _first(names: Sequence[str], typed: Sequence[str]) -> str | None:
+    """The first of these options that was typed, as one types it."""
+    return next((name.replace("_", "-") for name in names if name in typed), None)
 
 
 def make_config(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import amtl
 from amtl.integrations.optimizers import add_masks, move_to_layers
 from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable, check_alike
-from amtl.layer.shares import AUTO, automatic_bits
+from amtl.layer.shares import automatic_bits
 from amtl.layer.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -281,11 +281,9 @@ def _collect(
     named: Any = model
     optimizer = getattr(named, "optim", None)
     given = {} if optimizer is None else {"optimizer": optimizer}
-    if options.get("bits", AUTO) == AUTO:
-        weights = [table.weight for table in tables.values()]
-        options = {**options, "bits": automatic_bits(budget, weights, options)}
+    bits = automatic_bits(budget, [table.weight for table in tables.values()], options)
     made = AMTLEmbeddingCollection.from_embeddings(
-        tables, counts, **{**given, "budget": budget, **options}
+        tables, counts, **{**given, "budget": budget, **options, "bits": bits}
     )
     _penalise_layers(named, {table.weight: made for table in tables.values()})
     _install(named, made)

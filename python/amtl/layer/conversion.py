@@ -392,13 +392,11 @@ def _options_of(
             if found is None:
                 raise ValueError(f"a budget for {names[module]!r} is missing")
             of_layer["budget"] = budget[found]
-            if options["bits"] == AUTO:
-                of_layer["bits"] = automatic_bits(budget[found], [_weight(module)], options)
+            of_layer["bits"] = automatic_bits(budget[found], [_weight(module)], options)
         return chosen
     known = {field.name for field in fields(SearchOptions)}
     given = {key: value for key, value in options.items() if key in known}
-    if given["bits"] == AUTO:
-        given["bits"] = automatic_bits(budget, [_weight(module) for module in counts], options)
+    given["bits"] = automatic_bits(budget, [_weight(module) for module in counts], options)
     common = SearchOptions(budget=budget, **given)
     demands = []
     for module, of_rows in counts.items():

@@ -46,18 +46,21 @@ class Demand:
 def automatic_bits(
     budget: float | None, weights: Sequence[Tensor], options: Mapping[str, Any]
 ) -> int | None:
-    """The bits of numbers that lose least of what a table of full width gives, for all tables.
+    """The bits that were asked for; for "auto", which is the default, those that lose least.
 
-    8 where these hold every number, else 4: below 12.5 % rows get narrower, too. None, numbers of
-    the tables' own type, where all of these fit, and where few bits are not to be had: sizes that
-    are learned, other types than float32, no rows, no budget. Counts do not matter, so that a state
-    finds the bits that it has.
+    These are 8 where they hold every number, else 4: below 12.5 % rows get narrower, too. None,
+    numbers of the tables' own type, where all of these fit, and where few bits are not to be had:
+    sizes that are learned, other types than float32, no rows, no budget. Counts do not matter, so
+    that a state finds the bits that it has.
 
     Args:
         budget: share of the bytes.
         weights: the tables [N, D].
         options: of `SearchOptions`, as far as they were given.
     """
+    bits: int | None = options.get("bits", AUTO)
+    if bits != AUTO:
+        return bits
     if budget is None or budget >= 1 or options.get("parametrization", "rule") != "rule":
         return None
     if any(weight.dtype != torch.float32 or not len(weight) for weight in weights):
