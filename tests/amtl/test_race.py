@@ -211,6 +211,9 @@ class Scripted:
             return None
         return {"record": max(self.history, key=lambda r: r["score"])}
 
+    def lap_end(self, laps):
+        return laps * self.steps_per_epoch
+
     def step(self):
         self.steps += 1
         if self.steps % self.steps_per_epoch == 0:
@@ -263,6 +266,38 @@ def test_the_better_half_goes_on_and_the_best_one_wins():
     names = [row["name"].split()[0] for row in result.table]
     assert names == ["full", "16", "4", "1", "fixed"]
     assert [row["name"] for row in result.table if row["chosen"]] == ["16 bits a number"]
+
+
+def test_laps_of_a_long_epoch_take_its_place(source, task, monkeypatch):
+    monkeypatch.setattr("amtl.run.learner.LAP", 1000)
+    alone = Learner(settings(race=False, epochs=1), task)
+    while not alone.finished:
+        alone.step()
+    # 2,400 samples to train on are three laps of four steps, with two validations each.
+    assert [record["step"] for record in alone.history] == [2, 4, 6, 8, 10, 12]
+    assert [alone.lap_end(laps) for laps in range(4)] == [0, 4, 8, 12]
+    taken, rows = [], []
+
+    def counted(learner):
+        taken.append(learner.config.method)
+        rows.append(learner.step()[1])
+
+    race(settings(method="rule"), lambda entry: Learner(entry, task), Quiet(), counted)
+    # Four settings, then two, for a lap each, and beside them the full table for two.
+    assert len(taken) == 4 * 6 + 4 * 2 and taken.count("fixed") == 8
+    assert sum(rows) == 8 * 800
+
+
+def test_of_a_large_validation_split_a_part_is_looked_at(source, monkeypatch):
+    whole = prepare(settings(split="order:noise"), source)
+    monkeypatch.setattr("amtl.run.training.VALIDATED", 100)
+    part, again = (prepare(settings(split="order:noise"), source) for _ in range(2))
+    assert len(whole.val) == 300 and len(part.val) == len(again.val) == 100
+    assert torch.equal(part.val.rows, again.val.rows)
+    every, looked_at = ([*map(tuple, task.val.rows.tolist())] for task in (whole, part))
+    # Of all of it, and not its first rows, which are the oldest.
+    assert set(looked_at) <= set(every) and not set(looked_at) <= set(every[:100])
+    assert len(part.train) == len(whole.train) and len(part.test) == len(whole.test)
 
 
 def test_where_a_fixed_width_wins_less_is_tried_with_sizes():

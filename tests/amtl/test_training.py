@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 
@@ -198,6 +199,22 @@ def test_progress_shows_epoch_rate_loss_and_auc(source, terminal):
         assert text in shown
     bar = re.search(r"epoch \d+\.\d .*\d+k rows/s ≤ [-\d:]+ AUC 0\.\d{4}", shown)
     assert (bar is not None) == terminal
+
+
+def test_a_log_says_how_far_a_long_run_is(monkeypatch):
+    clock = itertools.count(0.0, 25.0)
+    monkeypatch.setattr("amtl.run.progress.time.perf_counter", lambda: next(clock))
+    console = Console(file=io.StringIO(), width=80)
+    bars = Bars(console)
+    bars.begin("choosing among 6 settings", 10, 0)
+    for _ in range(8):
+        bars.step(0.1, 0.5, 5000)
+    # A step takes 25 seconds: a line each time more than a minute has passed.
+    assert console.file.getvalue().splitlines() == [
+        "  choosing among 6 settings ...",
+        "  choosing among 6 settings  step 3 of 10, 0k rows/s, at most 3 min left, val AUC –",
+        "  choosing among 6 settings  step 6 of 10, 0k rows/s, at most 2 min left, val AUC –",
+    ]
 
 
 @pytest.mark.parametrize("optimizer", methods.TABLE_OPTIMIZERS)

@@ -100,8 +100,8 @@ class TrainConfig:
         init_std: deviation of initial embedding weights.
         batch_size: samples per step.
         epochs: at most so many.
-        validations: so many an epoch, of the model as it would be stored. The best one by AUC
-            minus log loss is kept.
+        validations: so many an epoch, or lap of at most two million samples of a longer one, of
+            the model as it would be stored. The best one by AUC minus log loss is kept.
         patience: validations in a row without a better one, after which training goes back to the
             best model, freezes its sizes and goes on with learning rates times `rate_drop`; half as
             many, at least 2, from then on.

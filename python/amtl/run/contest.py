@@ -35,7 +35,7 @@ SHARES = (0.5, 0.8)
 """Of the labels, a teacher's: data of few or noisy clicks gain by the larger one."""
 
 _HOPELESS = 0.02
-"""So far behind after as many epochs, in AUC minus log loss, nothing has been seen to catch up;
+"""So far behind after two laps, in AUC minus log loss, nothing has been seen to catch up;
 from .012 behind a table of few numbers, which learns for longer, has gone on to win by .02."""
 
 
@@ -312,7 +312,7 @@ def contend(
     Returns:
         The learner if it validates better in AUC and in AUC minus log loss, and its row.
     """
-    horizon = 2 * learner.steps_per_epoch
+    horizon = learner.lap_end(2)
     mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
     observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
     while not learner.finished:

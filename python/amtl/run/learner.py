@@ -34,6 +34,10 @@ _NEXT_TO_NOTHING = 2e-5
 _TIMED_STEPS = 20_000
 """Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
 
+LAP = 2**21
+"""Samples at most between two points at which a race compares. Settings that part after two million
+samples need no epoch of a hundred million to be told apart."""
+
 
 @dataclass
 class Task:
@@ -73,6 +77,7 @@ class Learner:
         self.model = build_model(config, task.encoder)
         self.table = self.model.table
         self.steps_per_epoch = math.ceil(len(task.train) / config.batch_size)
+        self.laps = max(1, math.ceil(len(task.train) / LAP))
         self.steps = 0
         self.stage = 0
         self.stale = 0
@@ -138,6 +143,10 @@ class Learner:
         """Passes over the training split so far."""
         return self.steps / self.steps_per_epoch
 
+    def lap_end(self, laps: int) -> int:
+        """Steps from the start to the end of so many laps; a short epoch is one lap."""
+        return math.ceil(laps * self.steps_per_epoch / self.laps)
+
     def step(self) -> tuple[float, int]:
         """Takes one step, and validates where one is due; returns the loss and the samples.
 
@@ -192,9 +201,9 @@ class Learner:
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
     def _due(self) -> bool:
-        """Whether a validation comes after the step just taken: some an epoch, evenly spread."""
+        """Whether a validation comes after the step just taken: some a lap, evenly spread."""
         within = (self.steps - 1) % self.steps_per_epoch + 1
-        times = min(self.config.validations, self.steps_per_epoch)
+        times = min(self.config.validations * self.laps, self.steps_per_epoch)
         return (
             within * times // self.steps_per_epoch != (within - 1) * times // self.steps_per_epoch
         )

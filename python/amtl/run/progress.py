@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Protocol
 
@@ -18,6 +19,9 @@ from rich.table import Column
 
 _WHOLE = Column(no_wrap=True, justify="right")
 """Of a terminal too narrow for all, the title gives way."""
+
+_QUIET = 60.0
+"""Seconds after which a log, too, says how far it is."""
 
 
 class Observer(Protocol):
@@ -67,8 +71,9 @@ class Silent:
 class Bars:
     """A progress bar with epochs, rate, time left and validation AUC.
 
-    On a terminal one live bar per run; elsewhere one line per run and per validation. Early
-    stopping usually ends training long before its last step, so the time left is an upper bound.
+    On a terminal one live bar per run; elsewhere a line per run, per validation of the run, and
+    whenever a minute has passed without one. Early stopping usually ends training long before its
+    last step, so the time left is an upper bound.
     """
 
     def __init__(self, console: Console) -> None:
@@ -76,7 +81,7 @@ class Bars:
         self._progress: Progress | None = None
         self._samples = 0
         self._busy = 0.0
-        self._last = 0.0
+        self._last = self._told = 0.0
         self._val = "–"
 
     def begin(self, title: str, steps: int, done_steps: int) -> None:
@@ -85,7 +90,8 @@ class Bars:
         self._title = title
         self._val = "–"
         self._samples, self._busy = 0, 0.0
-        self._last = time.perf_counter()
+        self._last = self._told = time.perf_counter()
+        self._steps, self._left = 0, steps - done_steps
         if not self._console.is_terminal:
             self._console.print(f"  {title} ...", style="dim", highlight=False, soft_wrap=True)
             return
@@ -114,14 +120,26 @@ class Bars:
         self._busy += now - self._last
         self._last = now
         self._samples += samples
+        self._steps += 1
+        rate = self._samples / max(self._busy, 1e-9)
         if self._progress:
-            rate = self._samples / max(self._busy, 1e-9)
             self._progress.update(
                 self._task,
                 advance=1,
                 epoch=epochs,
                 rate=f"{rate / 1e3:.0f}k rows/s",
                 val=self._val,
+            )
+        elif now - self._told > _QUIET:
+            self._told = now
+            left = self._busy / self._steps * max(self._left - self._steps, 0)
+            self._console.print(
+                f"  {self._title}  step {self._steps:,} of {self._left:,}, "
+                f"{rate / 1e3:.0f}k rows/s, at most {math.ceil(left / 60)} min left, "
+                f"val AUC {self._val}",
+                style="dim",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def validation(self, record: dict[str, Any]) -> None:
@@ -134,6 +152,7 @@ class Bars:
             f"{' *' if record['best'] else '  '} {record['phase']}"
         )
         self._console.print(line, style="dim", highlight=False, soft_wrap=True)
+        self._told = self._last
 
     def score(self, record: dict[str, Any]) -> None:
         """Shows the AUC in the bar."""

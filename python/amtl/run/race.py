@@ -1,7 +1,7 @@
 """Settings that differ from data set to data set are raced on validation, at the start of a run.
 
-Successive halving: all candidates train for one epoch, the better half of them for another, and so
-on until two have met; the winner simply goes on, so its steps are not lost. Beside them a table of
+Successive halving: all candidates train for one epoch, or one lap of a long epoch, the better half
+of them for another, and so on until two have met; the winner simply goes on, so its steps are not lost. Beside them a table of
 full size trains for as long as they do. It is the yardstick, and tells what each field is worth.
 """
 
@@ -166,14 +166,14 @@ def race(
         step: takes one step of a learner.
 
     Returns:
-        The winner. It takes about twice as many epochs as there are candidates.
+        The winner. It takes about twice as many laps as there are candidates.
     """
     full = make(plain(config))
     count = len(candidates(config, None))
     rungs = _rungs(count)
     observer.begin(
         f"choosing among {count} settings",
-        (sum(rungs) + len(rungs)) * full.steps_per_epoch,
+        full.lap_end(sum(rungs) + len(rungs)),
         0,
     )
     _run(full, len(rungs), step)
@@ -194,13 +194,13 @@ def race(
         raise refused
     alive = list(learners)
     rungs = _rungs(len(alive))
-    for epochs, left in enumerate(rungs, 1):
+    for laps, left in enumerate(rungs, 1):
         for name in reversed(alive[left:]):
             rows.append(outcome(name, learners[name]))
             learners.pop(name).release()
         alive = alive[:left]
         for name in alive:
-            _run(learners[name], epochs, step)
+            _run(learners[name], laps, step)
         alive.sort(key=lambda name: -best_record(learners[name])["score"])
     rows += [outcome(name, learners[name]) for name in reversed(alive)]
     rows[-1]["chosen"] = True
@@ -209,8 +209,8 @@ def race(
     return Raced(entries[alive[0]], learners[alive[0]], table, evidence, entries[sized])
 
 
-def _run(learner: Learner, epochs: int, step: Callable[[Learner], None]) -> None:
-    while learner.steps < epochs * learner.steps_per_epoch and not learner.finished:
+def _run(learner: Learner, laps: int, step: Callable[[Learner], None]) -> None:
+    while learner.steps < learner.lap_end(laps) and not learner.finished:
         step(learner)
 
 
@@ -239,7 +239,7 @@ def attempt(
 
 
 def _rungs(count: int) -> list[int]:
-    """How many candidates train in the first epoch, the second, ...: halved down to two."""
+    """How many candidates train in the first lap, the second, ...: halved down to two."""
     rungs = [count]
     while rungs[-1] > 2:
         rungs.append((rungs[-1] + 1) // 2)
