@@ -32,6 +32,16 @@ def kind(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
+def refuse_transforms(what: str) -> None:
+    """Raises RuntimeError within ``torch.func`` transforms, for which there are no rules."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{what} do not work under torch.func transforms (grad, vmap, jvp, ...): the operators "
+            "have no rule for them. Use autograd (backward, torch.autograd.grad); indices of any "
+            "shape are looked up in one call, without vmap"
+        )
+
+
 def call(
     tables: Tables,
     masks: Sequence[Tensor],
@@ -56,10 +66,13 @@ def call(
         The operator's result.
 
     Raises:
+        RuntimeError: The call is within a ``torch.func`` transform.
         TypeError: ``optimizer`` is of another kind.
         ValueError: ``optimizer`` does not hold the blocks in one group, or a gradient is asked for
             that a table of few bits does not have.
     """
+    if not torch.compiler.is_compiling():
+        refuse_transforms("lookups")
     if few is not None:
         _check_gradients(tables, bags, optimizer)
     if optimizer is None:

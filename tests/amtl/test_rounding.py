@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import amtl_kernels
+from amtl_kernels import optim
 from amtl_kernels.rounding import pack_codes, unpack_codes
 
 ROWS, DIM = 300, 16
@@ -336,6 +337,33 @@ def test_degenerate_tables():
         nothing.blocks[0][0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         nothing.to_integers()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "fits", "too_large", "masters"),
+    [
+        (torch.float32, 8, 1e17, 3e38, True),
+        (torch.float32, 8, 1e17, 3e38, False),
+        (torch.bfloat16, 4, 1e17, 1e20, True),
+        (torch.float16, 4, 20000.0, 65000.0, True),
+    ],
+)
+def test_numbers_too_large_for_a_step_size_are_refused(dtype, bits, fits, too_large, masters):
+    """A square overflows, or what the largest code stands for."""
+    signs = torch.where(torch.rand(ROWS, DIM) < 0.5, -1.0, 1.0)
+
+    def filled(number):
+        layer = layer_of(bits, 0.3, _weight=(number * signs).to(dtype))
+        return layer if masters else layer.fuse(partial(optim.SGD, lr=0.1))
+
+    layer = filled(fits).freeze(masters=masters)
+    kept = layer(torch.arange(ROWS))[0].double()
+    assert torch.allclose(kept[kept != 0].abs(), torch.tensor(fits).double(), rtol=0.3)
+    layer = filled(too_large)
+    before = layer.weight
+    with pytest.raises(ValueError, match=f"too large to be rounded to {bits} bits"):
+        layer.freeze(masters=masters)
+    assert layer.phase == "search" and layer.weight is before
 
 
 def test_mistakes_are_named():

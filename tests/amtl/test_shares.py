@@ -152,6 +152,11 @@ def test_a_budget_for_each():
     assert {name: layer.budget for name, layer in amtl.layers(model).items()} == budgets
     with pytest.raises(ValueError, match="a budget for 'item' is missing"):
         amtl.convert(build(), COUNTS, {"user": 0.1})
+    for budget in ("2kB", 0.0, 1.5, True, {**budgets, "item": "half"}):
+        with pytest.raises(ValueError, match=r"budget must be a fraction in \(0, 1\], got "):
+            amtl.convert(build(), COUNTS, budget)
+    with pytest.raises(TypeError, match=r"counts must be a mapping, of the names.*got NoneType"):
+        amtl.convert(build(), None)
 
 
 def test_what_cannot_be_met_leaves_the_model_alone():

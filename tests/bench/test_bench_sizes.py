@@ -66,17 +66,24 @@ def test_the_ten_lines_differ_by_the_conversion_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(sizes, "BITS_OF_LINES", {0.125: (None, 4)})
     monkeypatch.setattr(sizes.dropin, "EPOCHS", 2)
     out, sets = tmp_path / "runs.jsonl", {"s": ("synthetic:300", "label", "")}
-    sizes.run_all(out, sets, [0], ["plain", "convert"], [0.125, 1.0])
+    sizes.run_all(out, sets, [0], ["plain", "convert", "compress"], [0.125, 1.0])
     found = {}
     for line in out.read_text().splitlines():
         run = json.loads(line)
         job = run["job"]
-        found[job.get("budget"), job.get("dim"), job.get("bits")] = run
+        after = "after" if job["method"] == "compress" else job.get("dim")
+        found[job.get("budget"), after, job.get("bits")] = run
         assert run["stored_bytes"] <= job.get("budget", 1) * run["dense_bytes"]
     full, narrow = found[None, 16, None], found[None, 2, None]
     assert narrow["stored_bytes"] * 8 == full["stored_bytes"]
     # All of the bytes: the same model, whose rows lie in another order.
     assert found[1.0, None, None]["val_logloss"] == pytest.approx(full["val_logloss"], abs=1e-5)
+    assert found[1.0, "after", None]["test_logloss"] == pytest.approx(
+        full["test_logloss"], abs=1e-6
+    )
+    # A trained model that is converted validated as the plain one, and is tested as it is stored.
+    assert found[0.125, "after", "4"]["val_logloss"] == full["val_logloss"]
+    assert found[0.125, "after", "4"]["test_logloss"] != full["test_logloss"]
     assert found[0.125, None, None]["val_logloss"] != found[0.125, None, "4"]["val_logloss"]
     summary = {
         (e["method"], e["size"]): e for e in sizes.summarise(list(map(json.loads, out.open())))

@@ -208,6 +208,14 @@ def test_arguments_that_do_not_fit() -> None:
             function()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_are_refused_with_the_reason(backend: Any, kind: str) -> None:
+    indices = torch.tensor([[3], [4]], device=backend.device)
+    mapped = torch.vmap(lambda some: call(kind, some, backend.device), randomness="same")
+    with pytest.raises(RuntimeError, match=r"lookups do not work under torch\.func.*without vmap"):
+        mapped(indices)
+
+
 def test_float64_says_where_it_runs() -> None:
     weight = torch.randn(N, D, dtype=torch.float64)
     sizes = torch.full((N,), D, dtype=torch.int32)

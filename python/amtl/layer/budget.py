@@ -10,6 +10,7 @@ without a device synchronisation, in O(G log G + iterations * D log G) time.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,7 +41,8 @@ def default_tier_width(dim: int, budget: float | None, itemsize: int) -> int:
 
 def check_share(budget: float) -> None:
     """Raise ValueError unless `budget` is a fraction in (0, 1]."""
-    if isinstance(budget, bool) or not 0 < budget <= 1:
+    number = isinstance(budget, numbers.Real) and not isinstance(budget, bool)
+    if not number or not 0 < budget <= 1:
         raise ValueError(f"budget must be a fraction in (0, 1], got {budget!r}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from amtl.layer.budget import check_share
 from amtl.layer.bypass import watch_first_pass
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
@@ -196,10 +197,11 @@ def convert(
         names: what to replace; None: everything named in `counts`.
         fused_optimizer: one for all the tables, as in `amtl.fuse`: the backward applies it, and
             other optimizers that hold the tables never see a gradient of theirs.
-        bits: of a stored number. "auto": 8 or 4, what loses least at this budget, see
-            `amtl.layer.shares`; once frozen, training rounds what is looked up and goes on in
-            numbers of the table's type, which `amtl.save` leaves out. None: numbers of the table's
-            type and narrower rows, so that training takes less memory, too.
+        bits: of a stored number, in tables whose rows are wide enough to gain by it. "auto": 8 or
+            4, what loses least at this budget, see `amtl.layer.shares`; once frozen, training
+            rounds what is looked up and goes on in numbers of the table's type, which `amtl.save`
+            leaves out. None: numbers of the table's type and narrower rows, so that training takes
+            less memory, too.
         **options: other options of the layers, see `amtl.SearchOptions`; `field_sizes`, and
             `shared_rows`, which may also be a mapping by name.
 
@@ -207,11 +209,17 @@ def convert(
         The model (the new layer if the model was itself an embedding).
 
     Raises:
-        TypeError: a fused optimizer of another kind.
-        ValueError: an unknown name, missing counts, a module or a weight that cannot be replaced,
-            a fused optimizer without one of the tables (see the message). Nothing is replaced then.
+        TypeError: a fused optimizer of another kind, counts without names.
+        ValueError: an unknown name, missing counts, a budget beyond (0, 1], a module or a weight
+            that cannot be replaced, a fused optimizer without one of the tables (see the message).
+            Nothing is replaced then.
     """
     if not isinstance(counts, Mapping):
+        if not isinstance(model, nn.Embedding | nn.EmbeddingBag):
+            raise TypeError(
+                "counts must be a mapping, of the names of modules to counts of their rows, got "
+                f"{type(counts).__name__}"
+            )
         counts = {"": counts}
     places = _places(model)
     wanted = list(dict.fromkeys(counts if names is None else names))
@@ -232,7 +240,7 @@ def convert(
         try:
             replacements[module] = _layer_from(module, found[module], chosen[module])
         except ValueError as error:
-            raise ValueError(f"{name or type(module).__name__}: {error}") from error
+            raise ValueError(f"table {name!r}: {error}") from error
         replacements[module].name = name
         if replacements[module].mask_parameters():
             # What learns sizes is new to wrappers from before.
@@ -391,9 +399,11 @@ def _options_of(
             found = next((n for n in places[module] if n in budget), None)
             if found is None:
                 raise ValueError(f"a budget for {names[module]!r} is missing")
+            _check_budget(budget[found])
             of_layer["budget"] = budget[found]
             of_layer["bits"] = automatic_bits(budget[found], [_weight(module)], options)
         return chosen
+    _check_budget(budget)
     known = {field.name for field in fields(SearchOptions)}
     given = {key: value for key, value in options.items() if key in known}
     given["bits"] = automatic_bits(budget, [_weight(module) for module in counts], options)
@@ -408,6 +418,11 @@ def _options_of(
             budget=own.budget, bits=own.bits, masters=own.masters, tier_width=own.tier_width
         )
     return chosen
+
+
+def _check_budget(budget: float | None) -> None:
+    if budget is not None:
+        check_share(budget)
 
 
 def _layer_from(module: nn.Module, counts: Tensor, options: Mapping[str, Any]) -> AMTLTable:

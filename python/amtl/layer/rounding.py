@@ -267,28 +267,47 @@ def encode_parts(
         whole table there a second time.
 
     Raises:
-        ValueError: a number is not finite.
+        ValueError: a number is not finite, or too large.
     """
     squares, codes = [], []
     for part in range(len(plan.ends)):
         (block,) = split_rows(weight.detach(), plan, row_dims, [part])
         if not bool(block.isfinite().all()):
             raise ValueError(f"table {name!r} holds numbers that are not finite: they have no code")
-        squares.append(block.square().mean().nan_to_num().clamp(min=least**2))
+        squares.append(_mean_square(block, bits, name).clamp(min=least**2))
         codes.append(pack_codes(encode(block, step_of(squares[-1], bits), bits), bits))
     return torch.stack(squares), codes
 
 
-def mean_squares(blocks: Sequence[Tensor], tier_ends: Sequence[int], parts: Parts) -> Tensor:
+def mean_squares(
+    blocks: Sequence[Tensor], tier_ends: Sequence[int], parts: Parts, bits: int, name: str
+) -> Tensor:
     """Mean square of the numbers in each part, float32 [C].
 
     Args:
         blocks: the tiers.
         tier_ends: first place after each.
         parts: each within one tier.
+        bits: 2, 4 or 8.
+        name: of the table.
+
+    Raises:
+        ValueError: numbers so large that the table's type cannot show what rounding makes of them.
     """
     pieces = cut(blocks, tier_ends, parts)
-    return torch.stack([p.detach().float().square().mean().nan_to_num() for p in pieces])
+    return torch.stack([_mean_square(piece.detach(), bits, name) for piece in pieces])
+
+
+def _mean_square(values: Tensor, bits: int, name: str) -> Tensor:
+    """Of numbers whose step size will do; of none, or where there is NaN, 0."""
+    square = values.float().square().mean()
+    largest = step_of(square, bits) * (2**bits - 1) / 2
+    if bool(largest > torch.finfo(values.dtype).max):
+        raise ValueError(
+            f"table {name!r} holds numbers of up to {float(values.abs().max()):.3g}, too large to "
+            f"be rounded to {bits} bits: {values.dtype} has no step size for them"
+        )
+    return square.nan_to_num()
 
 
 def cut(blocks: Sequence[Tensor], tier_ends: Sequence[int], parts: Parts) -> list[Tensor]:

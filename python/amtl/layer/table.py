@@ -398,6 +398,10 @@ class AMTLTable(TableStates):
                 nn.Parameter(block, requires_grad=trainable)
                 for block in codes or split_rows(self.weight.detach(), plan, row_dims)
             ]
+            if rounding is None and parts is not None and self.options.bits is not None:
+                bits = self.options.bits
+                squares = mean_squares(blocks, plan.ends, parts, bits, self.name)
+                rounding = Rounding(bits, parts, squares)
             freeze_optimizers(optimizers, self.weight, blocks, plan, row_dims)
             mask = list(head.parameters())
             self._mask_places = drop_parameters(optimizers, mask, optimizer is not None)
@@ -405,11 +409,9 @@ class AMTLTable(TableStates):
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
             self._enter_frozen(blocks, plan.ends, order)
-            if rounding is not None:
-                self.rounding, self.steps = rounding, rounding.steps()
-            elif parts is not None and self.options.bits is not None:
-                squares = mean_squares(blocks, plan.ends, parts)
-                self.rounding = Rounding(self.options.bits, parts, squares)
+            self.rounding = rounding
+            if rounding is not None and codes is not None:
+                self.steps = rounding.steps()
         retire(wrappers)
         return self
 

@@ -23,6 +23,7 @@ from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, unit
 from amtl.layer.sharing import own_rows
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
+from amtl_kernels._calls import refuse_transforms
 from amtl_kernels.optim import RowOptimizer
 from amtl_kernels.rounding import pack_codes
 
@@ -435,13 +436,9 @@ class TableRows(nn.Module):
                     "ONNX has no operator for rows of different widths: export what "
                     "amtl.revert(model, masked=True) makes, a dense model with the same outputs"
                 )
-        elif torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(
-                "AMTL layers do not work under torch.func transforms (grad, vmap, jvp, ...): their "
-                "operators have no rule for them. Use autograd (backward, torch.autograd.grad); "
-                "indices of any shape are looked up in one call, without vmap"
-            )
-        elif forward_ad._current_level >= 0 and any(
+            return
+        refuse_transforms("AMTL layers")
+        if forward_ad._current_level >= 0 and any(
             forward_ad.unpack_dual(parameter).tangent is not None
             for parameter in (*self._table(), *self.mask_parameters())
         ):

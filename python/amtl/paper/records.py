@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from amtl.store.files import checked_json, json_text
+from amtl.store.files import cannot_write, checked_json, json_text
 
 
 class Claim:
@@ -49,15 +49,22 @@ class Claim:
 
 
 def append(out: Path, record: Mapping[str, Any]) -> None:
-    """Add a line; what a killed process left half written before it is cut off."""
-    with out.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-        file.write(json_text(record, None).encode() + b"\n")
+    """Add a line; what a killed process left half written before it is cut off.
+
+    Raises:
+        FileWriteError: it cannot be written.
+    """
+    try:
+        with out.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(whole)
+            file.write(json_text(record, None).encode() + b"\n")
+    except OSError as error:
+        raise cannot_write(out, error) from error
 
 
 def read(out: Path) -> Iterator[dict[str, Any]]:

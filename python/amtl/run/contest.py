@@ -205,7 +205,8 @@ def race_bytes(
     """
     rival, best, row = outcome("the best before", winner), None, None
     share, missed = min(used, sized.budget), factor > 1
-    while factor < 1 or share < ALMOST_ALL * sized.budget:
+    # A table that stores nothing has nothing to leave out.
+    while share and (factor < 1 or share < ALMOST_ALL * sized.budget):
         share = min(share * factor, sized.budget)
         learner, _ = attempt(make, replace(sized, budget=share))
         if learner is None:

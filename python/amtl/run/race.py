@@ -1,8 +1,9 @@
 """Settings that differ from data set to data set are raced on validation, at the start of a run.
 
 Successive halving: all candidates train for one epoch, or one lap of a long epoch, the better half
-of them for another, and so on until two have met; the winner simply goes on, so its steps are not lost. Beside them a table of
-full size trains for as long as they do. It is the yardstick, and tells what each field is worth.
+of them for another, and so on until two have met; the winner simply goes on, so its steps are not
+lost. Beside them a table of full size trains for as long as they do. It is the yardstick, and tells
+what each field is worth.
 """
 
 from __future__ import annotations

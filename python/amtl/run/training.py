@@ -40,7 +40,7 @@ _RACED_LATER = ("embedding_dropout", "distillation")
 """Settings that models trained to their end decide."""
 
 VALIDATED = 2**18
-"""Rows at most of the validation split, which is looked at dozens of times: the same rows every time,
+"""Rows at most of the validation split, which is looked at dozens of times: always the same ones,
 so that what differs between models is told far better than the AUC itself."""
 
 

@@ -86,13 +86,18 @@ def write_aside(
         for folder in {path.parent for path in writes}:
             _sync(folder)
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "choose another folder")
-        failure = FileWriteError(
-            f"cannot write {path}: {error.strerror or error}; {advice} "
-            "(what was there before is unchanged)"
-        )
-        failure.errno = error.errno
-        raise failure from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> FileWriteError:
+    """What is told of a file that could not be written, with what to do."""
+    advice = _ADVICE.get(error.errno or 0, "choose another folder")
+    failure = FileWriteError(
+        f"cannot write {path}: {error.strerror or error}; {advice} "
+        "(what was there before is unchanged)"
+    )
+    failure.errno = error.errno
+    return failure
 
 
 @contextlib.contextmanager

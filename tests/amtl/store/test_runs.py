@@ -211,6 +211,8 @@ main(sys.argv[1:])
         ["train", "--resume", "--out", "RUN"],
         ["pack", "RUN", "-o", "OUT/model.safetensors"],
         ["report", "RUN", "-o", "OUT/report.html"],
+        ["demo", "--data", "synthetic:300", "--epochs", "1", "--out", "NEW"],
+        ["paper", "--quick", "--out", "NEW"],
     ],
 )
 def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path, args):
@@ -221,7 +223,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path, args):
     (out / "model.safetensors").write_text("old")
     (out / "report.html").write_text("old")
     before = {**contents(run), **contents(out)}
-    args = [a.replace("RUN", str(run)).replace("OUT", str(out)) for a in args]
+    for name, path in {"RUN": run, "OUT": out, "NEW": tmp_path / "new"}.items():
+        args = [a.replace(name, str(path)) for a in args]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *args], capture_output=True, text=True, check=False
     )

@@ -1,0 +1,5 @@
+"""`python -m amtl` is the command `amtl`."""
+
+from amtl.cli import main
+
+main()
