@@ -51,7 +51,7 @@ NAMES = ("bags.embedding_bags.t0", "bags.embedding_bags.t1", "items.embeddings.t
 
 def converted(names=NAMES):
     counts = dict.fromkeys(names, torch.arange(ROWS) ** 2)
-    return amtl.convert(Model(), counts, budget=0.4).eval()
+    return amtl.convert(Model(), counts, budget=0.4, bits=None).eval()
 
 
 def features():
