@@ -4,6 +4,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# TorchRec asks for a CUDA build of FBGEMM, so it comes without what it asks for.
+TORCHREC := fbgemm-gpu-cpu==1.8.0 torchrec==1.8.0 tensordict pyvers pyre-extensions \
+	typing-inspect mypy-extensions orjson cloudpickle importlib_metadata zipp
 BENCH_SUITE ?= quick
 BENCH_ARGS ?=
 GPU_ARGS ?=
@@ -58,7 +61,13 @@ $(VENV)/.extra-%: $(VENV)/.build pyproject.toml
 demo: $(VENV)/.extra-demo
 	@OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/amtl demo
 
-test: $(VENV)/.extra-test
+# Not every Python and processor has builds of them.
+$(VENV)/.torchrec: $(VENV)/.extra-test
+	@$(QUIET_PIP) --no-deps $(TORCHREC) >>$(LOG) 2>&1 || \
+		echo "FBGEMM and TorchRec cannot be installed here: tests that need them are skipped."
+	@touch $@
+
+test: $(VENV)/.torchrec
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # About an hour on two cores. Hypothesis prints how to repeat a failure; damage needs its seed.
