@@ -379,6 +379,21 @@ def test_packed_layers_thaw(tmp_path):
     assert torch.equal(again.eval()(rows), layer(rows)) and again.shared_rows.tolist() == [30]
 
 
+def test_evicted_values_give_their_place_to_others(tmp_path):
+    layer = layer_of(shared_rows=[30], field_sizes=None, budget=0.1).eval().freeze()
+    amtl.save(layer, tmp_path / "layer")
+    counts = counts_of()
+    gone = counts >= counts.topk(10).values[-1]
+    gone[30] = False
+    assert bool((layer.row_dims()[gone] > 0).all())
+    again = amtl.load(tmp_path / "layer").thaw(counts=counts.masked_fill(gone, 0)).eval()
+    again.freeze()
+    rows = torch.arange(ROWS)
+    assert not again.row_dims()[gone].any()
+    assert torch.equal(again(rows[gone]), again(torch.full_like(rows[gone], 30)))
+    assert 0.09 < again.stored_fraction() <= 0.1
+
+
 @pytest.mark.parametrize(
     "shared_rows", ["rare", [11], [11, 160, 3], [11, 12], [-1, 160], [11, ROWS], [5, 160]]
 )
