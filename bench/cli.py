@@ -73,7 +73,7 @@ def _progress() -> Progress:
 def _print_comparison(comparison: Comparison) -> None:
     table = Table(title=tables.describe_case(comparison.case), title_justify="left", box=None)
     baselines = [name for name in comparison.baselines if name in comparison.timings]
-    for heading in ("contender", "ms", "P10", "P90", "ns/lookup", "of copy"):
+    for heading in ("contender", "ms", "P10", "P90", "ns/lookup", "of copy", "of ceiling"):
         table.add_column(heading, justify="left" if heading == "contender" else "right")
     for name in baselines:
         table.add_column(f"time / {name}", justify="right")
@@ -86,6 +86,7 @@ def _print_comparison(comparison: Comparison) -> None:
             f"{summary.p90 * 1e3:.3f}",
             f"{summary.median / timing.lookups * 1e9:.1f}",
             f"{timing.share:.0%}",
+            f"{timing.facts['ceiling_share']:.0%}" if "ceiling_share" in timing.facts else "–",
         ]
         for baseline in baselines:
             ratio = comparison.ratio(name, baseline)
@@ -173,7 +174,7 @@ def run(
     else:
         runner = Runner(
             budget=budget,
-            copy_bandwidth={int(count): found["copy"] for count, found in report.ceilings.items()},
+            ceilings=report.ceilings,
             probe=None if suite == "tiny" else machine.ThreadProbe(),
             timer=cpu_clock if clock == "cpu" else wall_clock,
         )
@@ -264,13 +265,10 @@ def _print_goals(report: Report) -> None:
         for heading in ("goal", "case", "wanted", "measured", "reached"):
             table.add_column(heading)
         for goal in report.goals:
-            ratio, limit = float(goal["ratio"]), float(goal["limit"])
-            faster = bool(goal["faster"])
             table.add_row(
                 str(goal["goal"]),
                 str(goal["case"]),
-                f"≥ {1 / limit:.3g}× faster" if faster else f"≤ {limit:.3g}×",
-                f"{1 / ratio:.3g}×" if faster else f"{ratio:.3g}×",
+                *tables.goal_cells(goal),
                 "yes" if goal["reached"] else "no",
                 style=None if goal["reached"] else "yellow",
             )
@@ -281,10 +279,13 @@ def _print_goals(report: Report) -> None:
 
 
 def _read(path: Path) -> Report:
+    """A result file; its goals are judged as they stand today."""
     try:
-        return Report.read(path)
+        report = Report.read(path)
     except (OSError, ResultFormatError) as error:
         raise typer.BadParameter(str(error)) from error
+    report.goals = evaluate(report)
+    return report
 
 
 @app.command()

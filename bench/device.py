@@ -89,7 +89,7 @@ def runner(budget: Budget, *, flush: bool = True) -> tuple[Runner, dict[str, dic
     on_gpu = Runner(
         budget=budget,
         timer=clock,
-        copy_bandwidth={"cuda": ceilings["cuda"]["copy"]},
+        ceilings=ceilings,
         available=free_bytes,
         cache_bytes=clock.l2_bytes,
     )

@@ -31,7 +31,8 @@ class Timing:
         samples: Seconds per call, one a round, ``[rounds]``; empty in a summary.
         lookups: Lookups per call.
         useful_bytes: Bytes that one call has to move (``bench.traffic``).
-        share: Useful bytes per second over the measured copy bandwidth.
+        share: Useful bytes per second over the measured copy bandwidth. On a CPU ``facts`` hold
+            ``ceiling_share``, too: the same with bytes of uniformly chosen rows at their own rate.
         error: Largest relative difference from the equations, checked before timing.
         facts: Anything else: mean sizes, peak memory, bytes stored.
         kept: What is left of the samples in a summary.

@@ -18,7 +18,7 @@ from bench.inputs import Case, Problem, TraceUnavailableError, make_problem, sam
 from bench.oracle import Equations, MismatchError, compare, expected
 from bench.plan import Budget
 from bench.results import Comparison, Timing
-from bench.traffic import Traffic, floor_bytes, useful_bytes
+from bench.traffic import Traffic, ceiling_seconds, floor_bytes, row_bytes, useful_bytes
 
 Call = Callable[[int], object]
 Timer = Callable[[Callable[[], None]], float]
@@ -127,13 +127,21 @@ def interleave(
     return samples
 
 
+def _ceiling_share(case: Case, timing: Timing, ceilings: Mapping[str, float]) -> float:
+    at_random = case.distribution == "uniform"
+    rows = float(timing.facts["row_bytes"])
+    least = ceiling_seconds(timing.useful_bytes, rows, ceilings, at_random=at_random)
+    return float(f"{least / timing.summary.median:.4g}")
+
+
 @dataclass
 class Runner:
     """Runs cases: sets contenders up, checks what they compute, then times them.
 
     Attributes:
         budget: Of each case.
-        copy_bandwidth: Measured copy bandwidth by threads, or by ``"cuda"``, in bytes per second.
+        ceilings: Measured bandwidths by threads, or of ``"cuda"``, in bytes per second
+            (:func:`bench.machine.ceilings`): those of reports.
         attempts: How often a case is tried where the second core turns out to be busy.
         probe: Tells whether threads help at the moment; None trusts the machine.
         contenders: Who can take part.
@@ -143,7 +151,7 @@ class Runner:
     """
 
     budget: Budget = _BUDGET
-    copy_bandwidth: Mapping[int | str, float] = field(default_factory=dict)
+    ceilings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     attempts: int = 3
     probe: machine.ThreadProbe | None = None
     contenders: Mapping[str, Contender] = field(default_factory=lambda: CONTENDERS)
@@ -246,12 +254,14 @@ class Runner:
         for name, values in samples.items():
             timing = result.timings[name]
             timing.samples = values
-            copy = self.copy_bandwidth.get(case.threads if on_cpu else case.device, 0.0)
-            if copy:
-                copied = timing.summary.median * copy
+            ceilings = self.ceilings.get(str(case.threads) if on_cpu else case.device, {})
+            if "copy" in ceilings:
+                copied = timing.summary.median * ceilings["copy"]
                 timing.share = timing.useful_bytes / copied
                 if self.cache_bytes:
                     timing.facts["floor_share"] = timing.facts["floor_bytes"] / copied
+            if "rows" in ceilings:
+                timing.facts["ceiling_share"] = _ceiling_share(case, timing, ceilings)
         return result
 
     def _checked(self, contender: Contender, problem: Problem) -> tuple[Session, float]:
@@ -345,6 +355,7 @@ class Runner:
             error=float(f"{difference:.2g}"),
             facts={
                 **floor,
+                "row_bytes": row_bytes(traffic, case.work, case.optimizer),
                 "distinct_rows": traffic.distinct,
                 "kept_over_lookups": round(traffic.lookup_mean / case.dim, 4),
                 "kept_over_distinct": round(traffic.distinct_mean / case.dim, 4),

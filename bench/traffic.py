@@ -6,7 +6,7 @@ one is possible where the table or the hot rows fit a cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +92,41 @@ def useful_bytes(traffic: Traffic, work: Work, optimizer: Optimizer = "none") ->
     if work == "step":
         total += update_bytes(traffic, optimizer)
     return total
+
+
+def row_bytes(traffic: Traffic, work: Work, optimizer: Optimizer = "none") -> float:
+    """Of :func:`useful_bytes` those of tables and states, which lie wherever the ids point.
+
+    The others are streams: ids, outputs and gradients.
+
+    Args:
+        traffic: What the call touches.
+        work: As of :func:`useful_bytes`.
+        optimizer: As there.
+    """
+    total = (traffic.row_element or traffic.element) * traffic.lookups * traffic.lookup_mean
+    if work in ("backward", "step") and traffic.mask_gradient:
+        total += traffic.element * traffic.distinct * traffic.dim
+    if work == "step":
+        gradient = traffic.element * traffic.distinct * traffic.distinct_mean
+        total += update_bytes(traffic, optimizer) - gradient
+    return total
+
+
+def ceiling_seconds(
+    useful: float, rows: float, ceilings: Mapping[str, float], *, at_random: bool
+) -> float:
+    """What a call would take at a machine's own rates.
+
+    Args:
+        useful: From :func:`useful_bytes`.
+        rows: From :func:`row_bytes`.
+        ceilings: Bytes per second of that machine: ``copy``, and ``rows`` for those of rows.
+        at_random: Whether rows are far apart and all alike (uniform ids); else hot ones stay in a
+            cache and everything counts as a stream.
+    """
+    slow = rows if at_random else 0.0
+    return slow / ceilings["rows"] + (useful - slow) / ceilings["copy"]
 
 
 @dataclass(frozen=True)

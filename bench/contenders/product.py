@@ -309,24 +309,36 @@ class Collection(_Product):
 
 
 class Embeddings(Contender):
-    """One ``nn.Embedding`` a table with dense gradients, as most models are written."""
+    """One ``nn.Embedding`` a table, as most models are written.
+
+    Attributes:
+        sparse: Whether gradients are sparse, for the Adam that updates the rows of a batch only.
+    """
 
     name = "torch_embeddings"
     title = "nn.Embedding per table"
     equations = Equations("all")
     devices = ("cpu",)
 
+    def __init__(self, sparse: bool) -> None:
+        self.sparse = sparse
+        if sparse:
+            self.name += "_sparse"
+            self.title = "nn.Embedding(sparse=True) per table, SparseAdam"
+
     def refuses(self, case: Case) -> str:
         """Needs several tables; row-wise Adagrad does not exist here."""
         if case.optimizer == "rowwise_adagrad":
             return "torch.optim has no row-wise Adagrad"
+        if self.sparse and case.optimizer != "adam":
+            return "takes part for SparseAdam"
         return _refuse_many(case)
 
     def prepare(self, problem: Problem) -> Session:
         """Modules over the problem's storage."""
         case = problem.case
         tables = [
-            nn.Embedding.from_pretrained(part, freeze=False)
+            nn.Embedding.from_pretrained(part, freeze=False, sparse=self.sparse)
             for part in problem.weight.split(problem.rows_per_table)
         ]
         parameters = [cast(nn.Parameter, table.weight) for table in tables]
@@ -339,6 +351,10 @@ class Embeddings(Contender):
         if case.work == "step":
             kind: Any = getattr(torch.optim, OPTIMIZERS[case.optimizer])
             options = {} if case.optimizer == "sgd" else {"eps": problem.eps}
+            if self.sparse:
+                # Its eps is added before the second moment's bias is taken out, Adam's after it:
+                # so scaled, both take the same first step, which is the one that is checked.
+                kind, options = torch.optim.SparseAdam, {"eps": problem.eps * (1 - 0.999) ** 0.5}
             optimizer = kind(parameters, lr=problem.learning_rate, **options)
         return AutogradSession(
             problem,
@@ -353,4 +369,5 @@ def contenders() -> Iterable[Contender]:
     """Those of this module."""
     kinds = (Bag, BareBag, Layers, Collection)
     each = [kind(frozen) for kind in kinds for frozen in (False, True)]
-    return [Embeddings(), *each, FewBitsBag(frozen=True)]
+    peers = [Embeddings(sparse) for sparse in (False, True)]
+    return [*peers, *each, FewBitsBag(frozen=True)]

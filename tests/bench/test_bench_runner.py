@@ -111,10 +111,18 @@ def test_one_thread_needs_no_second_core() -> None:
 
 def test_results_state_bytes_sizes_and_the_share_of_the_ceiling() -> None:
     the_runner = runner(Good())
-    the_runner.copy_bandwidth = {1: 1e9}
-    timing = the_runner.run(dataclasses.replace(CASE, contenders=("good",))).timings["good"]
+    the_runner.ceilings = {"1": {"copy": 1e9, "rows": 2e8}}
+    case = dataclasses.replace(CASE, contenders=("good",))
+    timing = the_runner.run(case).timings["good"]
     assert timing.useful_bytes == 4 * 48 * 8 + 4 * 16 * 8 + 8 * 48
-    assert timing.share == pytest.approx(timing.useful_bytes / timing.summary.median / 1e9)
+    seconds = timing.summary.median
+    assert timing.share == pytest.approx(timing.useful_bytes / seconds / 1e9)
+    # Rows at their own rate where ids are uniform, at the copy's where hot ones stay in a cache.
+    assert timing.facts["row_bytes"] == 4 * 48 * 8
+    least = 4 * 48 * 8 / 2e8 + (4 * 16 * 8 + 8 * 48) / 1e9
+    assert timing.facts["ceiling_share"] == pytest.approx(least / seconds, rel=1e-3)
+    skewed = the_runner.run(dataclasses.replace(case, distribution="zipf")).timings["good"]
+    assert skewed.facts["ceiling_share"] == pytest.approx(skewed.share, rel=1e-3)
     assert timing.facts["kept_over_lookups"] == 1.0
     assert timing.lookups == 48
     assert "floor_bytes" not in timing.facts
@@ -128,8 +136,8 @@ def test_of_a_gpu_results_state_both_rooflines() -> None:
     # A row is a sector; each distinct one passes the cache once.
     assert facts["floor_bytes"] == 32 * facts["distinct_rows"] + 4 * 16 * 8 + 8 * 48
     assert facts["bytes_per_lookup"] == round((4 * 48 * 8 + 4 * 16 * 8 + 8 * 48) / 48, 1)
-    assert "floor_share" not in facts
-    the_runner.copy_bandwidth = {1: 1e9}
+    assert "floor_share" not in facts and "ceiling_share" not in facts
+    the_runner.ceilings = {"1": {"copy": 1e9}}
     timing = the_runner.run(case).timings["good"]
     copied = timing.summary.median * 1e9
     assert timing.facts["floor_share"] == pytest.approx(facts["floor_bytes"] / copied)

@@ -8,7 +8,15 @@ import torch
 
 from bench.inputs import Case, TierLayout, make_problem
 from bench.oracle import Equations
-from bench.traffic import Layout, Traffic, floor_bytes, missed, useful_bytes
+from bench.traffic import (
+    Layout,
+    Traffic,
+    ceiling_seconds,
+    floor_bytes,
+    missed,
+    row_bytes,
+    useful_bytes,
+)
 
 TRAFFIC = Traffic(
     lookups=1000, distinct=400, outputs=50, dim=64, lookup_mean=32.0, distinct_mean=16.0
@@ -39,6 +47,19 @@ def test_update_bytes() -> None:
     assert useful_bytes(TRAFFIC, "step", "sgd") - backward == 12 * kept
     assert useful_bytes(TRAFFIC, "step", "rowwise_adagrad") - backward == 12 * kept + 8 * 400
     assert useful_bytes(TRAFFIC, "step", "adagrad") - backward == 20 * kept
+
+
+def test_bytes_of_rows_and_the_time_that_a_machine_takes_for_them() -> None:
+    search = dataclasses.replace(TRAFFIC, mask_gradient=True)
+    looked_up, kept = 4 * 1000 * 32, 400 * 16
+    assert row_bytes(search, "forward") == row_bytes(TRAFFIC, "backward") == looked_up
+    assert row_bytes(search, "backward") == looked_up + 4 * 400 * 64
+    # A step writes back what it reads of rows and states; the gradient that it reads is a stream.
+    wanted = looked_up + 4 * 400 * 64 + 8 * kept + 8 * 400
+    assert row_bytes(search, "step", "rowwise_adagrad") == wanted
+    ceilings = {"copy": 100.0, "rows": 25.0}
+    assert ceiling_seconds(1000.0, 200.0, ceilings, at_random=True) == 8.0 + 8.0
+    assert ceiling_seconds(1000.0, 200.0, ceilings, at_random=False) == 10.0
 
 
 def test_elements_and_indices_of_other_widths() -> None:
