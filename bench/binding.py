@@ -40,15 +40,12 @@ def settings() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def run_python(
-    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout: float = 600
-) -> str:
-    """Runs a fresh Python with every allowed processor, from the current folder.
+def run_python(arguments: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
+    """Runs a fresh Python with every allowed processor, from the current folder, for ten minutes.
 
     Args:
         arguments: What follows ``python``.
         environment: Variables to add.
-        timeout: Seconds before it is ended.
 
     Returns:
         What it printed.
@@ -68,7 +65,7 @@ def run_python(
         preexec_fn=widen,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=600,
         check=False,
     )
     if done.returncode:

@@ -66,15 +66,15 @@ class DeviceClock:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def copy_bandwidth(clock: DeviceClock, megabytes: int = 1024, repeats: int = 10) -> float:
-    """Bytes read and written per second by the best of some copies."""
-    source = torch.empty(megabytes << 18, dtype=torch.float32, device="cuda")
+def copy_bandwidth(clock: DeviceClock) -> float:
+    """Bytes read and written per second by the best of ten copies of a gibibyte."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
 
-    return 2 * 4 * source.numel() / min(clock(copy) for _ in range(repeats))
+    return 2 * 4 * source.numel() / min(clock(copy) for _ in range(10))
 
 
 def runner(budget: Budget, *, flush: bool = True) -> tuple[Runner, dict[str, dict[str, float]]]:

@@ -18,6 +18,8 @@ import torch
 
 from bench import binding
 
+# Of each bandwidth: the best counts.
+_ATTEMPTS = 7
 _PACKAGES = ("torch", "numpy", "triton", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "amtl-kernels")
 
 
@@ -121,16 +123,16 @@ def describe() -> dict[str, Any]:
     return description
 
 
-def _best(call: Callable[[], object], repeats: int) -> float:
+def _best(call: Callable[[], object]) -> float:
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(_ATTEMPTS):
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def ceilings(threads: int, *, megabytes: int = 512, repeats: int = 7) -> dict[str, float]:
+def ceilings(threads: int, *, megabytes: int = 512) -> dict[str, float]:
     """Measured bandwidths of this machine in bytes per second, best of a few.
 
     ``copy`` counts bytes read plus bytes written. ``rows`` reads whole rows of 256 bytes at
@@ -139,7 +141,6 @@ def ceilings(threads: int, *, megabytes: int = 512, repeats: int = 7) -> dict[st
     Args:
         threads: Threads to use.
         megabytes: Size of each buffer.
-        repeats: Attempts.
     """
     torch.set_num_threads(threads)
     count = megabytes * 2**20 // 4
@@ -147,14 +148,14 @@ def ceilings(threads: int, *, megabytes: int = 512, repeats: int = 7) -> dict[st
     target = torch.zeros(count)
     size = 4.0 * count
     found = {
-        "read": size / _best(lambda: source.sum(), repeats),
-        "copy": 2 * size / _best(lambda: target.copy_(source), repeats),
+        "read": size / _best(lambda: source.sum()),
+        "copy": 2 * size / _best(lambda: target.copy_(source)),
     }
     table = source.view(-1, 64)
     picked = min(table.shape[0], 1 << 17)
     offsets = torch.arange(0, picked, 32)
     best = float("inf")
-    for seed in range(repeats):
+    for seed in range(_ATTEMPTS):
         rows = torch.randint(
             table.shape[0], (picked,), generator=torch.Generator().manual_seed(seed)
         )
@@ -172,13 +173,14 @@ class ThreadProbe:
     whatever is measured at that moment says nothing.
     """
 
-    def __init__(self, rows: int = 1 << 18, lookups: int = 1 << 17) -> None:
+    def __init__(self) -> None:
+        rows, lookups = 1 << 18, 1 << 17
         generator = torch.Generator().manual_seed(1)
         self._table = torch.ones(rows, 64)
         self._ids = torch.randint(rows, (lookups,), generator=generator)
         self._offsets = torch.arange(0, lookups, 16)
 
-    def speedup(self, threads: int, repeats: int = 9) -> float:
+    def speedup(self, threads: int) -> float:
         """Median time with one thread over that with ``threads``; 1 where only one is asked for.
 
         Medians, not minima: a minimum finds the quiet moment that the timings will not have.
@@ -187,11 +189,13 @@ class ThreadProbe:
             return 1.0
         before = torch.get_num_threads()
         times: dict[int, list[float]] = {1: [], threads: []}
-        for _ in range(repeats):
+        for _ in range(9):
             for count, found in times.items():
                 torch.set_num_threads(count)
                 self._lookup()
-                found.append(_best(self._lookup, 1))
+                start = time.perf_counter()
+                self._lookup()
+                found.append(time.perf_counter() - start)
         torch.set_num_threads(before)
         return statistics.median(times[1]) / statistics.median(times[threads])
 

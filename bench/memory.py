@@ -40,13 +40,13 @@ def measure(case: dict[str, Any], contender: str) -> dict[str, Any]:
     return found
 
 
-def startup(repeats: int = 3) -> dict[str, float]:
+def startup() -> dict[str, float]:
     """Seconds to import torch, and on top of it each package; medians of fresh processes."""
     code = (
         "import sys,time; import torch; t=time.perf_counter(); __import__(sys.argv[1]);"
         "print(time.perf_counter()-t)"
     )
-    found = {"torch": _median(["-c", code.replace("import torch; ", ""), "torch"], repeats)}
+    found = {"torch": _median(["-c", code.replace("import torch; ", ""), "torch"])}
     packages = {
         "amtl_kernels": "amtl_kernels",
         "amtl": "amtl",
@@ -55,12 +55,12 @@ def startup(repeats: int = 3) -> dict[str, float]:
     }
     for name, module in packages.items():
         if importlib.util.find_spec(module.split(".")[0]) is not None:
-            found[name] = _median(["-c", code, module], repeats)
+            found[name] = _median(["-c", code, module])
     return found
 
 
-def _median(arguments: list[str], repeats: int) -> float:
-    runs = [binding.run_python(arguments) for _ in range(repeats)]
+def _median(arguments: list[str]) -> float:
+    runs = [binding.run_python(arguments) for _ in range(3)]
     return statistics.median(float(run.strip().splitlines()[-1]) for run in runs)
 
 

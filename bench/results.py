@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.files import write_aside
 from bench.stats import Ratio, Summary, paired_ratio
 
 FORMAT = 1
@@ -156,18 +155,7 @@ class Report:
                 of: {against: _short(ratio.values()) for against, ratio in row.items()}
                 for of, row in entry["kept"].items()
             }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(_compact(content))
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        write_aside(path, _compact(content))
 
     @classmethod
     def read(cls, path: Path) -> Report:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.files import write_aside
+
 Save = Callable[[dict[str, Any]], None]
 
 
@@ -79,9 +81,7 @@ def read(path: Path) -> Result | None:
 
 
 def _write(path: Path, content: Any) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+    write_aside(path, json.dumps(content, indent=1) + "\n")
 
 
 def _child(stage: Stage, saved: Path, log: Path) -> int:

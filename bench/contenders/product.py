@@ -102,7 +102,7 @@ class _Product(Ours):
         assert kind is not None
         return functools.partial(kind, **options)
 
-    def _settle(self, problem: Problem, layers: Sequence[Any]) -> Any:
+    def _settle(self, layers: Sequence[Any]) -> Any:
         """Freezes if need be, notes the sizes, and returns the optimizer."""
         handle = layers[0].fused_optimizer
         for layer in layers:
@@ -113,7 +113,7 @@ class _Product(Ours):
         return handle
 
     def _session(self, problem: Problem, layers: Sequence[Any], lookup: Any) -> Session:
-        handle = self._settle(problem, layers)
+        handle = self._settle(layers)
         return AutogradSession(
             problem,
             lookup,
@@ -207,7 +207,7 @@ class BareBag(Bag):
         import amtl_kernels
 
         layer = self._layer(problem)
-        handle = self._settle(problem, [layer])
+        handle = self._settle([layer])
         ids, starts, dim = problem.global_ids, problem.offsets[:-1], problem.case.dim
         source: Any = amtl_kernels if handle is None else amtl_kernels.fused
         extra = {} if handle is None else {"optimizer": handle}

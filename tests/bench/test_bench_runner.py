@@ -51,7 +51,7 @@ class Probe(machine.ThreadProbe):
     def __init__(self, *speedups: float) -> None:
         self._speedups = itertools.chain(speedups, itertools.repeat(speedups[-1]))
 
-    def speedup(self, threads: int, repeats: int = 5) -> float:
+    def speedup(self, threads: int) -> float:
         return next(self._speedups)
 
 
