@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``compare``, ``table``, ``plot``, ``guards``; ``gpu`` has its own."""
+"""The command line: all commands but ``gpu``, which has its own."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from bench import binding, device, guards, machine, memory, plots, tables
+from bench import binding, breakdown, device, guards, machine, memory, plots, tables
 from bench.compare import compare_reports
 from bench.inputs import Case
 from bench.oracle import MismatchError
 from bench.plan import Budget, Cost, Plan, admit, make_plan
 from bench.results import Comparison, Report, ResultFormatError
 from bench.runner import Runner, cpu_clock, wall_clock
-from bench.suites import SUITES, evaluate, select
+from bench.suites import SUITES, backward, evaluate, select
 
 app = typer.Typer(
     help="Benchmarks of amtl_kernels against its peers, on this machine.",
@@ -43,6 +43,7 @@ app = typer.Typer(
 app.add_typer(guards.app, name="guards")
 console = Console()
 NOISY_EXIT = 3
+_ONE_THREAD = "processor seconds tell the time of one thread: add --threads 1"
 
 
 class CallRate(ProgressColumn):
@@ -146,7 +147,7 @@ def run(
     if clock not in ("wall", "cpu"):
         raise typer.BadParameter("the clock is wall or cpu")
     if clock == "cpu" and any(case.threads > 1 for case in chosen.cases):
-        raise typer.BadParameter("processor seconds tell the time of one thread: add --threads 1")
+        raise typer.BadParameter(_ONE_THREAD)
     on_gpu = {case.device for case in chosen.cases} == {"cuda"}
     if on_gpu and not dry_run and not torch.cuda.is_available():
         raise typer.BadParameter("no GPU here: python -m bench gpu --dry-run rehearses without one")
@@ -286,6 +287,23 @@ def _read(path: Path) -> Report:
         raise typer.BadParameter(str(error)) from error
     report.goals = evaluate(report)
     return report
+
+
+@app.command("breakdown")
+def break_down(
+    ids: Annotated[str, typer.Option(help="uniform or zipf.")] = "uniform",
+    rows: Annotated[int, typer.Option(help="Of the table, which is 64 wide.")] = 2_000_000,
+    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    seconds: Annotated[float, typer.Option(help="Of each of two rounds of timing.")] = 8.0,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: see run.")] = "wall",
+) -> None:
+    """Where forward and backward spend their time: sort, sum, mask gradient, fresh memory."""
+    if ids not in ("uniform", "zipf") or clock not in ("wall", "cpu"):
+        raise typer.BadParameter("ids are uniform or zipf, the clock is wall or cpu")
+    if clock == "cpu" and threads > 1:
+        raise typer.BadParameter(_ONE_THREAD)
+    case = backward(rows, distribution=ids, threads=threads)
+    typer.echo(breakdown.run(case, seconds, clock))
 
 
 @app.command()

@@ -105,7 +105,8 @@ def comparison_table(comparison: Comparison) -> str:
             row.append(f"{floor / 1e6:.3g}" if floor else "–")
             row.append(f"{share:.0%}" if share else "–")
         if ceilings:
-            row.append(f"{timing.facts.get('ceiling_share', 0.0):.0%}")
+            share = timing.facts.get("ceiling_share")
+            row.append(f"{share:.0%}" if share else "–")
         for baseline in baselines:
             if baseline == name:
                 row.append("1")

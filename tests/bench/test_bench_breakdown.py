@@ -1,0 +1,44 @@
+"""The parts of a backward: what they compute, and the command that times them."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import binding, breakdown
+from bench.cli import app
+from bench.inputs import Case, make_problem
+from bench.oracle import Equations, Outcome, compare, expected
+
+
+def test_parts_are_the_backward_of_the_whole() -> None:
+    case = Case("backward", 300, (), (), bags=32, bag_size=5, dim=16, threads=1)
+    problem = make_problem(case)
+    calls = breakdown._calls(problem)
+    wanted = expected(problem, 1, Equations("noisy", mask_gradient=True))
+    output = calls[breakdown.LOOKUP](1)
+    rows, [grads], masks, _ = calls[breakdown.MASK](1)  # type: ignore[misc]
+    outcome = Outcome(output, grads, masks.view_as(problem.group_mask))  # type: ignore[arg-type]
+    assert compare("parts", outcome, wanted, case.torch_dtype) < 1e-5
+    _, [again], none, _ = calls[breakdown.SUM](1)  # type: ignore[misc]
+    assert again.equal(grads) and none.numel() == 0
+    [sorted_rows], [narrow], none, _ = calls[breakdown.SORT](1)  # type: ignore[misc]
+    assert sorted_rows.equal(rows[0]) and sorted_rows.equal(problem.ids[1].unique())
+    assert narrow.shape == (len(sorted_rows), 1) and none.numel() == 0
+
+
+def test_the_command_names_every_part_and_the_machine_s_state() -> None:
+    # In a process of its own, for it keeps the memory that it has freed.
+    arguments = ["--rows", "2000", "--threads", "1", "--seconds", "0.02", "--clock", "cpu"]
+    printed = binding.run_python(["-m", "bench", "breakdown", *arguments])
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    times = {line[0].removeprefix("| "): float(line[1]) for line in lines[1:]}
+    parts = (breakdown.LOOKUP, breakdown.SORT, breakdown.SUM, breakdown.MASK, breakdown.REST)
+    assert set(times) == {breakdown.TORCH, breakdown.TORCH_LOOKUP, breakdown.OURS, *parts}
+    assert sum(times[part] for part in parts) == pytest.approx(times[breakdown.OURS], abs=0.03)
+    assert "cpu clock, load " in printed
+
+
+def test_processor_seconds_are_of_one_thread() -> None:
+    assert CliRunner().invoke(app, ["breakdown", "--clock", "cpu"]).exit_code == 2
+    assert CliRunner().invoke(app, ["breakdown", "--ids", "nycflights13"]).exit_code == 2
