@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from typer.testing import CliRunner
 
@@ -9,6 +11,7 @@ from bench import binding, breakdown
 from bench.cli import app
 from bench.inputs import Case, make_problem
 from bench.oracle import Equations, Outcome, compare, expected
+from bench.runner import wall_clock
 
 
 def test_parts_are_the_backward_of_the_whole() -> None:
@@ -25,6 +28,30 @@ def test_parts_are_the_backward_of_the_whole() -> None:
     [sorted_rows], [narrow], none, _ = calls[breakdown.SORT](1)  # type: ignore[misc]
     assert sorted_rows.equal(rows[0]) and sorted_rows.equal(problem.ids[1].unique())
     assert narrow.shape == (len(sorted_rows), 1) and none.numel() == 0
+
+
+def test_times_of_parts_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(Case("backward", 50, (), (), bags=4, bag_size=2, dim=8, threads=1))
+    titles = (breakdown.OURS, breakdown.LOOKUP, breakdown.SORT, breakdown.SUM, breakdown.MASK)
+    wholes = {"as it is": (10.0, 2.0, 1.0, 4.0, 7.0), "kept": (9.0, 2.0, 1.0, 3.5, 6.0)}
+    state = "as it is"
+
+    def timed(calls: dict[str, Callable[[int], object]], *_: object, **__: object) -> object:
+        for call in calls.values():
+            call(0)
+        return {name: [time] for name, time in zip(titles, wholes[state], strict=True)}
+
+    def keep() -> None:
+        nonlocal state
+        state = "kept"
+
+    monkeypatch.setattr(breakdown, "interleave", timed)
+    monkeypatch.setattr(breakdown, "_keep_freed_memory", keep)
+    found = {each.name: each for each in breakdown.measure(problem, 1.0, wall_clock)}
+    parts = (*titles, breakdown.REST)
+    assert [found[name].seconds for name in parts] == [10.0, 2.0, 1.0, 3.0, 3.0, 1.0]
+    assert [found[name].kept for name in parts] == [9.0, 2.0, 1.0, 2.5, 2.5, 1.0]
+    assert all(each.faults >= 0 for each in found.values())
 
 
 def test_the_command_names_every_part_and_the_machine_s_state() -> None:

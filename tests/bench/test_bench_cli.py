@@ -115,7 +115,7 @@ def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
     assert invoke("table", str(tmp_path / "missing.json")).exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["quick", "goals", "full", "scale", "few-bits", "tiny", "gpu"])
+@pytest.mark.parametrize("name", sorted(SUITES))
 def test_suites_have_distinct_names_and_known_contenders(name: str) -> None:
     from bench.contenders import CONTENDERS
 

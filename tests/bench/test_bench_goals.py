@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from bench.cli import app
 from bench.results import Comparison, Report, Timing
 from bench.suites import GOALS, SUITES, evaluate
 from bench.tables import goals_table
@@ -89,3 +93,14 @@ def test_the_search_step_of_a_million_rows_is_beside_sparse_adam() -> None:
     goals = [goal for goal in GOALS if goal.against == against]
     assert {goal.of for goal in goals} == {of, "amtl_layers_search"}
     assert all((goal.limit, goal.kind) == (1.0, "time") for goal in goals)
+
+
+def test_a_file_is_judged_by_today_s_goals(tmp_path: Path) -> None:
+    found = report(XEON, {"amtl_search": 1.0})
+    found.machine |= {"cores": 2, "isa": [], "memory_gib": 1, "date": "2026-01-01", "versions": {}}
+    found.comparisons[0].case |= dataclasses.asdict(SUITES["goals"]().cases[0])
+    found.goals = [{"goal": "of another day"}]
+    found.write(tmp_path / "result.json")
+    text = CliRunner().invoke(app, ["table", str(tmp_path / "result.json")]).output
+    assert "of another day" not in text
+    assert "| ≥ 65% | 70% | yes |" in text
