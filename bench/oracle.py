@@ -147,7 +147,7 @@ def expected(problem: Problem, rotation: int, equations: Equations) -> Outcome:
     if case.optimizer == "sgd":
         step = row_gradient
     elif case.optimizer == "rowwise_adagrad":
-        mean_square = row_gradient.square().sum(1, keepdim=True) / dims.unsqueeze(1)
+        mean_square = row_gradient.square().sum(1, keepdim=True) / dims.clamp(min=1).unsqueeze(1)
         step = row_gradient / (mean_square.sqrt() + problem.eps)
     else:
         # Adam's first step is Adagrad's.

@@ -177,7 +177,7 @@ def _call_overhead() -> Case:
 def _product(rows: int, tables: Sequence[int], field: int) -> list[Case]:
     """What users of the layers get: a layer beside its operator, tables beside nn.Embeddings.
 
-    One frozen layer of few bits is beside one of floats, and five fields of ``field`` rows are
+    Frozen layers of few bits are beside one of floats, and five fields of ``field`` rows are
     beside nn.Embeddings that the sparse Adam trains.
 
     One thread: what is asked is what calls cost beside the operators' work, on shared machines too.
@@ -185,8 +185,12 @@ def _product(rows: int, tables: Sequence[int], field: int) -> list[Case]:
     shared: dict[str, object] = {"group": "product", "threads": 1}
     bag = ("amtl_bag_bare_search", "amtl_bag_search", "amtl_bag_bare_frozen", "amtl_bag_frozen")
     baselines = (*bag[::2], "amtl_bag_frozen")
-    few = (*bag, "amtl_bag_int4_frozen")
-    cases = [replace(step_rowwise(rows, **shared), contenders=few, baselines=baselines)]
+    few = (*bag, *(f"amtl_bag_int{bits}_frozen" for bits in (8, 4, 2)))
+    cases = [
+        replace(step(rows, distribution=ids, **shared), contenders=few, baselines=baselines)
+        for step in (step_rowwise, step_sgd)
+        for ids in ("uniform", "zipf")
+    ]
     forms = ("amtl_collection", "amtl_layers")
     many = ("torch_embeddings", *(f"{f}_{phase}" for phase in ("search", "frozen") for f in forms))
     for count in tables:
@@ -422,8 +426,8 @@ class Goal:
     """What a contender is to reach in cases of one kind.
 
     Limits are those of DESIGN §8, which has none for these: single layers, and a million rows in
-    five fields (issue 10, §2); 2 bits, and integers at 2M rows (issue 11, §5, at 30M). That a layer
-    of 4 bits takes at most 1.3 times as long as one of floats is asked here alone.
+    five fields (issue 10, §2); 2 bits, and integers at 2M rows (issue 11, §5, at 30M); layers
+    of few bits against one of floats (issue 11, §3).
 
     Attributes:
         text: What it says.
@@ -499,11 +503,13 @@ def _lookup_goals() -> Iterable[Goal]:
 
 def _product_goals() -> Iterable[Goal]:
     bag = "layer with a fused optimizer against the operator that it calls"
-    for phase in ("search", "frozen"):
-        of, bare = f"amtl_bag_{phase}", f"amtl_bag_bare_{phase}"
-        yield Goal(bag, "step", "rowwise_adagrad", "", of, bare, 1.1, group="product")
-    few, of = "frozen layer of 4 bits against one of floats", "amtl_bag_int4_frozen"
-    yield Goal(few, "step", "rowwise_adagrad", "", of, "amtl_bag_frozen", 1.3, group="product")
+    for optimizer in ("rowwise_adagrad", "sgd"):
+        for phase in ("search", "frozen"):
+            of, bare = f"amtl_bag_{phase}", f"amtl_bag_bare_{phase}"
+            yield Goal(bag, "step", optimizer, "", of, bare, 1.1, group="product")
+        for bits in (8, 4, 2):
+            few, of = f"frozen layer of {bits} bits against floats", f"amtl_bag_int{bits}_frozen"
+            yield Goal(few, "step", optimizer, "", of, "amtl_bag_frozen", 1.25, group="product")
     limits = {
         ("collection", "step", "search"): 1.3,
         ("collection", "step", "frozen"): 0.8,

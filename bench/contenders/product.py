@@ -172,19 +172,25 @@ class Bag(_Product):
 
 
 class FewBitsBag(Bag):
-    """The same in training with 4 bits, which rounds what is looked up; as many numbers."""
+    """The same in training with few bits, which rounds what is looked up; as many numbers.
 
-    form = "amtl_bag_int4"
-    title = "AMTLEmbeddingBag, 4 bits, fused optimizer"
-    bits = 4
-    tolerance = 0.2
+    Args:
+        bits: Of a stored number.
+        tolerance: How far a lookup may be from that of the numbers that it rounds.
+    """
+
+    def __init__(self, bits: int, tolerance: float) -> None:
+        self.form = f"amtl_bag_int{bits}"
+        self.title = f"AMTLEmbeddingBag, {bits} bits, fused optimizer"
+        self.bits, self.tolerance = bits, tolerance
+        super().__init__(frozen=True)
 
     def _layer(self, problem: Problem) -> Any:
         import amtl
 
         options = _layer_options(problem, torch.from_numpy(table_counts(problem.case)))
-        # Rows of 4 bits fill bytes.
-        width = options["tier_width"] + options["tier_width"] % 2
+        # Rows of few bits fill bytes.
+        width = -(-options["tier_width"] // (8 // self.bits)) * (8 // self.bits)
         options |= {"granularity": width, "tier_width": width}
         options |= {"bits": self.bits, "budget": options["budget"] * self.bits / 32}
         return amtl.AMTLEmbeddingBag(
@@ -370,4 +376,5 @@ def contenders() -> Iterable[Contender]:
     kinds = (Bag, BareBag, Layers, Collection)
     each = [kind(frozen) for kind in kinds for frozen in (False, True)]
     peers = [Embeddings(sparse) for sparse in (False, True)]
-    return [*peers, *each, FewBitsBag(frozen=True)]
+    few = ((8, 0.02), (4, 0.2), (2, 0.6))
+    return [*peers, *each, *(FewBitsBag(*entry) for entry in few)]

@@ -26,7 +26,7 @@ PRODUCT = {
     f"amtl_{form}_{phase}"
     for form in ("bag", "bag_bare", "layers", "collection")
     for phase in ("search", "frozen")
-} | {"amtl_bag_int4_frozen"}
+} | {f"amtl_bag_int{bits}_frozen" for bits in (8, 4, 2)}
 
 
 def tiny(work: Work, optimizer: Optimizer, **options: object) -> Case:
