@@ -517,10 +517,18 @@ class TableRows(nn.Module):
         assert self.tier_ends is not None
         order, places = self.row_order, self.tier_ends[-1]
         if order is not None:
-            # Four times as fast as brackets.
-            return self._mapped(
-                indices, lambda rows: order.index_select(0, rows.reshape(-1)).view(rows.shape)
-            )
+
+            def lookup(rows: Tensor) -> Tensor:
+                # Four times as fast as brackets.
+                return order.index_select(0, rows.reshape(-1)).view(rows.shape)
+
+            if indices.is_cpu and not being_traced() and type(indices) is Tensor:
+                try:
+                    # Looks at each index itself.
+                    return lookup(indices)
+                except IndexError:
+                    pass
+            return self._mapped(indices, lookup)
         if places == self.num_embeddings:
             return indices
         assert self.shared_rows is not None
