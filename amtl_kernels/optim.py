@@ -101,7 +101,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """Runs one update for each parameter: sparse through the operators, dense in PyTorch."""
+    """Updates parameters: those with sparse gradients by an operator, dense ones in PyTorch."""
 
     # The optimizer's number in the operators.
     _number = -1
@@ -142,6 +142,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        sparse = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 grad = parameter.grad
@@ -150,9 +151,10 @@ class RowOptimizer(torch.optim.Optimizer):
                 if grad.is_sparse:
                     if parameter.dim() != 2 or grad.sparse_dim() != 1:
                         raise ValueError("sparse gradients are taken for [N, D] tables only")
-                    self._sparse(parameter, *rows_and_grads(grad), group)
+                    sparse.append((parameter, group))
                 else:
                     self._dense(parameter, grad, group)
+        self._sparse(sparse)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,10 +282,23 @@ class RowOptimizer(torch.optim.Optimizer):
                 return step if group["capturable"] else int(step)
         return [self._advance(table, group) for table in tables][-1]
 
-    def _sparse(self, table: Tensor, rows: Tensor, grads: Tensor, group: dict[str, Any]) -> None:
-        moments = self._moments(table, group)
-        hyper = self._hyper(group, int(self._advance(table, group)))
-        torch.ops.amtl.apply_([table], [rows], [grads], moments, self._number, hyper)
+    def _sparse(self, tables: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Updates tables with sparse gradients, each given with its group.
+
+        One call of the operator for all tables that agree in device, type and hyperparameters, of
+        which the step is one.
+        """
+        calls: dict[Any, list[list[Tensor]]] = {}
+        for table, group in tables:
+            assert table.grad is not None
+            moments = self._moments(table, group)
+            hyper = tuple(self._hyper(group, int(self._advance(table, group))))
+            call = calls.setdefault((table.device, table.dtype, hyper), [[], [], [], []])
+            rows, grads = rows_and_grads(table.grad)
+            for values, more in zip(call, ([table], [rows], [grads], moments), strict=True):
+                values.extend(more)
+        for (*_, hyper), call in calls.items():
+            torch.ops.amtl.apply_(*call, self._number, list(hyper))
 
     def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         moments = self._moments(parameter, group)

@@ -177,6 +177,55 @@ def test_dense_parameters_in_the_same_group() -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_tables_of_one_type_and_step_are_updated_in_one_call(backend: Any, name: str) -> None:
+    """In groups of equal hyperparameters too, and with the bits of an optimizer for each table."""
+    kinds = {
+        "late": ([N, 7], torch.float32, 0.1),
+        "narrow": ([N, D], torch.float32, 0.1),
+        "untouched": ([N, D], torch.float32, 0.1),
+        "half": ([N, 3], torch.bfloat16, 0.1),
+        "wide": ([N, 64], torch.float32, 0.1),
+        "empty": ([7, 0], torch.float32, 0.1),
+        "same": ([9, 5], torch.float32, 0.1),
+        "other": ([N, D], torch.float32, 0.2),
+    }
+    g = torch.Generator().manual_seed(2)
+    start = {k: torch.randn(*shape, generator=g).to(t) for k, (shape, t, _) in kinds.items()}
+    rows = {k: [4, 2, 4] if k == "same" else [1, 5] for k in kinds}
+    grads = {
+        k: torch.sparse_coo_tensor(
+            [rows[k]],
+            torch.randn(len(rows[k]), w.shape[1], generator=g).to(w),
+            w.shape,
+            check_invariants=True,
+        )
+        for k, w in start.items()
+    }
+    start, grads = ({k: x.to(backend.device) for k, x in each.items()} for each in (start, grads))
+    together, alone = ({k: w.clone() for k, w in start.items()} for _ in range(2))
+    make = OPTIMIZERS[name][0]
+    first = [k for k in kinds if k not in ("same", "other")]
+    groups = [
+        {"params": [together[k] for k in names], "lr": kinds[names[0]][2]}
+        for names in (first, ["same"], ["other"])
+    ]
+    both = [make(groups)], [make([alone[k]], lr=kinds[k][2]) for k in kinds]
+    for step in range(3):
+        for tables, optimizers in zip((together, alone), both, strict=True):
+            for k, table in tables.items():
+                table.grad = grads[k] if k != "untouched" and (k != "late" or step) else None
+            with torch.profiler.profile() as profile:
+                for optimizer in optimizers:
+                    optimizer.step()
+            if tables is together:
+                calls = sum(e.name == "amtl::apply_" for e in profile.events())
+                assert calls == 3 + (name == "adam" and step > 0)
+    for k in kinds:
+        assert torch.equal(together[k], alone[k])
+        assert torch.equal(together[k], start[k]) == (k in ("empty", "untouched"))
+
+
 def test_clip_grad_norm() -> None:
     table, dense = torch.randn(N, D, requires_grad=True), torch.randn(3, requires_grad=True)
     sizes = torch.randint(1, D + 1, (N,), dtype=torch.int32)
