@@ -29,12 +29,6 @@ Implementations = dict[str, Callable[..., object]]
 """Operator name (``amtl_kernels._schema.SCHEMAS``) to a function with that schema's arguments."""
 
 
-@dataclass(frozen=True)
-class _Backend:
-    load: Callable[[], Implementations]
-    dispatch_keys: tuple[str, ...]
-
-
 @dataclass
 class _State:
     name: str = "auto"
@@ -42,14 +36,12 @@ class _State:
 
 
 _state = _State()
-_backends: dict[str, _Backend] = {}
+_backends: dict[str, Callable[[], Implementations]] = {}
 _native_error: str | None = None
 _native_info: dict[str, str] = {}
 
 
-def register_backend(
-    name: str, load: Callable[[], Implementations], dispatch_keys: tuple[str, ...] = ("CPU", "CUDA")
-) -> None:
+def register_backend(name: str, load: Callable[[], Implementations]) -> None:
     """Makes a backend known to :func:`set_backend`.
 
     Args:
@@ -57,9 +49,8 @@ def register_backend(
         load: Called when the backend is first set; returns its implementations. Operators that it
             leaves out keep their native implementation. May raise ImportError to say what is
             missing.
-        dispatch_keys: Devices whose tensors it takes, as PyTorch's dispatch keys.
     """
-    _backends[name] = _Backend(load, dispatch_keys)
+    _backends[name] = load
 
 
 def get_backend() -> str:
@@ -82,20 +73,18 @@ def set_backend(name: str | None) -> None:
     """
     name = name or "auto"
     implementations: Implementations = {}
-    keys: tuple[str, ...] = ()
     if name != "auto":
         if name not in _backends:
             known = ", ".join(sorted(["auto", *_backends]))
             raise ValueError(f"unknown backend {name!r}; known: {known}")
-        implementations = _backends[name].load()
-        keys = _backends[name].dispatch_keys
+        implementations = _backends[name]()
         unknown = implementations.keys() - _schema.SCHEMAS.keys() - {"_raise_found"}
         if unknown:
             raise ValueError(f"backend {name!r} implements unknown operators: {sorted(unknown)}")
     for library in _state.overrides:
         library._destroy()
     _state.overrides = []
-    for key in keys:
+    for key in ("CPU", "CUDA") if implementations else ():
         library = torch.library.Library("amtl", "IMPL")
         with warnings.catch_warnings():
             # Overriding is the point here.

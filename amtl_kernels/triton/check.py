@@ -100,7 +100,7 @@ def check_kernel(
             tl.atomic_min(found_ptr + 2, first)
 
 
-@triton.jit(do_not_specialize=["slot", "num_lookups", "num_rows", "num_bags"])
+@triton.jit(do_not_specialize=["slot", "num_rows", "num_bags"])
 def tell_kernel(
     found_ptr,
     index_ptr,
@@ -108,7 +108,6 @@ def tell_kernel(
     tables_ptr,
     told_ptr,
     slot,
-    num_lookups,
     num_rows,
     num_bags,
     HAS_OFFSETS: tl.constexpr,
@@ -326,7 +325,6 @@ def check(lookups: Lookups, table: Table, bounds_check: int) -> None:
             lookups.lines,
             told,
             slot,
-            flat.numel(),
             table.rows,
             number,
             HAS_OFFSETS=bags is not None,

@@ -153,7 +153,7 @@ def sum_groups(
 
 
 @triton.jit
-def hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps):
+def hot_row(keys_ptr, limit, chunk, windows, steps):
     """The row that is cut at the end of this program's window, if that is its first cut.
 
     Returns whether it is, its key, the position of the cut, the slot of its first piece, and the
@@ -333,7 +333,6 @@ def combine_rows_kernel(
     out_ptr,
     out_tiers_ptr,
     chunk,
-    num_lookups,
     limit,
     windows,
     steps,
@@ -349,7 +348,7 @@ def combine_rows_kernel(
     Grid (windows - 1, ceil(D / BLOCK_D)), LANES partial sums in flight; a program whose window
     ends no row's first piece has nothing to do. partial [2 * windows, D] -> the hot rows of out.
     """
-    hot, _, cut, slot, start, end = hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps)
+    hot, _, cut, slot, start, end = hot_row(keys_ptr, limit, chunk, windows, steps)
     if hot:
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = sum_hot_row(partial_ptr, slot, start, end, cols, D, BLOCK_D, LANES)
@@ -522,7 +521,6 @@ def reduce_rows(
                 places,
                 *written,
                 plan.chunk,
-                plan.lookups,
                 plan.limit,
                 plan.windows,
                 plan.windows.bit_length(),

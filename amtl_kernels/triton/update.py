@@ -248,7 +248,6 @@ def combine_update_kernel(
     state_tiers_ptr,
     second_tiers_ptr,
     chunk,
-    num_lookups,
     num_rows,
     limit,
     windows,
@@ -282,7 +281,7 @@ def combine_update_kernel(
     Grid (windows - 1, ceil(D / BLOCK_D) / BLOCKS), as ``combine_rows_kernel``.
     partial [2 * windows, D] -> the hot rows of weight, state and second.
     """
-    hot, key, _, slot, start, end = hot_row(keys_ptr, num_lookups, limit, chunk, windows, steps)
+    hot, key, _, slot, start, end = hot_row(keys_ptr, limit, chunk, windows, steps)
     if hot:
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = sum_hot_row(partial_ptr, slot, start, end, cols, D, BLOCK_D, LANES)[None, :]
@@ -398,7 +397,6 @@ def _launch(
             plan.keys,
             *where,
             plan.chunk,
-            plan.lookups,
             plan.rows,
             plan.limit,
             plan.windows,

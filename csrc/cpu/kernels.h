@@ -1,7 +1,7 @@
 // The inner loops, one table of function pointers for each instruction set.
 //
-// Everything here works on raw pointers and on ranges that the drivers (forward.cpp, backward.cpp,
-// optimizer.cpp) hand out; nothing allocates, nothing throws.
+// Everything here works on raw pointers and on ranges that the drivers (forward.cpp, backward.cpp)
+// hand out; nothing allocates, nothing throws.
 #pragma once
 
 #include <cstdint>

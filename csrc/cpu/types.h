@@ -17,7 +17,6 @@ struct BFloat16 {
 enum class FloatType { kFloat, kHalf, kBFloat16 };
 enum class IndexType { kInt32, kInt64 };
 enum class SizeType { kUInt8, kInt32 };
-enum class Pooling { kNone, kSum, kMean };
 
 inline int64_t BytesOf(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
 

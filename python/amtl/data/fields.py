@@ -273,8 +273,8 @@ def _shown(column: pl.Series, holding: str = "") -> str:
     return text if len(text) <= 32 else text[:28] + "…" + text[:1]
 
 
-def _holds_lists(column: pl.Series, separator: str = "|") -> bool:
+def _holds_lists(column: pl.Series) -> bool:
     whole = column.cast(pl.String).drop_nulls().unique()
-    if not whole.str.contains(separator, literal=True).any():
+    if not whole.str.contains("|", literal=True).any():
         return False
-    return whole.str.split(separator).explode().n_unique() < len(whole)
+    return whole.str.split("|").explode().n_unique() < len(whole)

@@ -101,14 +101,14 @@ def generate(rows: int, seed: int = 0, level: str = "") -> pl.DataFrame:
     return _draw(rows, seed, level)[0]
 
 
-def planted_widths(rows: int, seed: int = 0, level: str = "") -> pl.DataFrame:
-    """The planted width of every value of `generate(rows, seed, level)`.
+def planted_widths(rows: int, level: str = "") -> pl.DataFrame:
+    """The planted width of every value of `generate(rows, level=level)`.
 
     Returns:
         Columns `field`, `value`, `width`, and `count`, the rows that have the value; values that
         no row has included.
     """
-    frame, widths = _draw(rows, seed, level)
+    frame, widths = _draw(rows, 0, level)
     parts = []
     for name, width in widths.items():
         count = np.bincount(frame[name].to_numpy(), minlength=len(width))

@@ -205,46 +205,6 @@ class Vocabulary:
         self._values = self._values.filter(pl.Series(stays.numpy()))
         self._table = None
 
-    def to_table(self) -> pa.Table:
-        """Values with their rows and counts as an Arrow table (`value`, `row`, `count`).
-
-        The out-of-vocabulary row's number and count and the separator travel as metadata.
-        """
-        metadata = {
-            "name": self.name,
-            "oov_row": str(self.oov_row),
-            "oov_count": str(int(self.counts[self.oov_row])),
-            "separator": self.separator or "",
-        }
-        columns = {
-            "value": self._values.to_arrow(),
-            "row": pa.array(self._rows.numpy()),
-            "count": pa.array(self.counts[self._rows.long()].numpy()),
-        }
-        return pa.table(columns).replace_schema_metadata(metadata)
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Vocabulary:
-        """The inverse of `to_table`."""
-        meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        missing = {"oov_row", "oov_count"} - set(meta)
-        if missing or not {"value", "row", "count"} <= set(table.column_names):
-            raise ValueError(
-                "not a vocabulary table: columns value, row, count and metadata needed"
-            )
-        rows = torch.from_numpy(np.array(table["row"].to_numpy(), dtype=np.int32))
-        counts = torch.zeros(len(rows) + 1, dtype=torch.int64)
-        counts[rows.long()] = torch.from_numpy(np.array(table["count"].to_numpy(), dtype=np.int64))
-        counts[int(meta["oov_row"])] = int(meta["oov_count"])
-        return cls(
-            meta.get("name", ""),
-            pl.Series("value", pl.from_arrow(table["value"])),
-            counts,
-            int(meta["oov_row"]),
-            rows,
-            separator=meta.get("separator") or None,
-        )
-
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Contents as compact tensors and a JSON-able dict, as a safetensors file wants them.
 

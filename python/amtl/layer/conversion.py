@@ -226,7 +226,7 @@ def convert(
     by_module: dict[nn.Module, str] = {}
     for name in wanted:
         module = _find(model, name)
-        _check_convertible(name, module, counts)
+        _check_convertible(name, module)
         by_module.setdefault(module, name)
     _check_unshared(model, by_module)
     check(model, by_module)
@@ -316,7 +316,7 @@ def _weight(module: nn.Module) -> Tensor:
     return module.weight
 
 
-def _check_convertible(name: str, module: nn.Module, counts: Mapping[str, Any]) -> None:
+def _check_convertible(name: str, module: nn.Module) -> None:
     if isinstance(module, AMTLTable):
         raise ValueError(f"{name!r} is an AMTL layer already")
     if not isinstance(module, nn.Embedding | nn.EmbeddingBag):

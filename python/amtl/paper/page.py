@@ -108,7 +108,7 @@ def blocks(summary: dict[str, Any]) -> list[Block]:
     cells = summary["cells"]
     done = [c for c in cells if c["seeds"]]
     plan = summary["plan"]
-    found = [_protocol(summary)]
+    found = [_protocol()]
     for name in dict.fromkeys([*plan["sets"], *(c["set"] for c in done)]):
         own = [c for c in done if c["set"] == name]
         if own:
@@ -125,7 +125,7 @@ def blocks(summary: dict[str, Any]) -> list[Block]:
     return [block for block in found if block.text or block.tables]
 
 
-def _protocol(summary: dict[str, Any]) -> Block:
+def _protocol() -> Block:
     return Block(
         "How",
         (

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def half_width(values: Sequence[float], confidence: float = 0.95) -> float | None:
-    """Half the t-interval of a mean, None of fewer than two values."""
+def half_width(values: Sequence[float]) -> float | None:
+    """Half the 95 % t-interval of a mean, None of fewer than two values."""
     from scipy import stats
 
     if len(values) < 2:
         return None
-    t = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    t = float(stats.t.ppf(0.975, len(values) - 1))
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 

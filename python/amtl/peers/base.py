@@ -68,12 +68,10 @@ class Part:
     """Equal things that a server must keep.
 
     Attributes:
-        what: in a word or two.
         count: how many.
         bits: of each.
     """
 
-    what: str
     count: int
     bits: int
 

@@ -116,9 +116,9 @@ class AutoDim(SearchingPeer):
         sizes = self.facts.field_sizes
         numbers = sum(n * d for n, d in zip(sizes, widths, strict=True))
         return [
-            Part("numbers", numbers, 32),
-            Part("maps", sum(d * self.dim for d in widths if d < self.dim), 32),
-            Part("widths of fields", len(widths), 32),
+            Part(numbers, 32),
+            Part(sum(d * self.dim for d in widths if d < self.dim), 32),  # maps
+            Part(len(widths), 32),
         ]
 
     def row_bits(self) -> Tensor:
@@ -292,8 +292,8 @@ class OptEmbed(SearchingPeer):
     def parts(self) -> list[Part]:
         """See `Peer`."""
         return [
-            Part("numbers", int(self.row_bits().sum()) // 32, 32),
-            Part("ends and widths of fields", len(self.widths), 64),
+            Part(int(self.row_bits().sum()) // 32, 32),
+            Part(len(self.widths), 64),  # ends and widths of fields
         ]
 
     def row_bits(self) -> Tensor:

@@ -77,8 +77,8 @@ class QuotientRemainder(Peer):
     def parts(self) -> list[Part]:
         """See `Peer`."""
         return [
-            Part("numbers", (len(self.remainder) + self._quotients) * self.width, 32),
-            Part("rows of each field", len(self.facts.field_sizes), 32),
+            Part((len(self.remainder) + self._quotients) * self.width, 32),
+            Part(len(self.facts.field_sizes), 32),  # rows of each field
         ]
 
 
@@ -144,6 +144,6 @@ class DoubleHash(Peer):
     def parts(self) -> list[Part]:
         """See `Peer`."""
         return [
-            Part("numbers", self.weight.numel(), 32),
-            Part("frequent rows of each field", len(self.facts.field_sizes), 32),
+            Part(self.weight.numel(), 32),
+            Part(len(self.facts.field_sizes), 32),  # frequent rows of each field
         ]

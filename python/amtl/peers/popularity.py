@@ -114,12 +114,12 @@ class ByPopularity(SearchingPeer):
         """All but the rows' numbers, where these options are in use."""
         maps = sum(map(self.kept_numbers, options))
         ends = len(self.facts.field_sizes) * len(self.widths)
-        return [Part("maps and shifts", maps, 32), Part("ends of rows of equal width", ends, 32)]
+        return [Part(maps, 32), Part(ends, 32)]
 
     def parts(self) -> list[Part]:
         """See `Peer`."""
         numbers = int(self.row_bits().sum()) // 32
-        return [Part("numbers", numbers, 32), *self._beside(self.choice.unique().tolist())]
+        return [Part(numbers, 32), *self._beside(self.choice.unique().tolist())]
 
     def row_bits(self) -> Tensor:
         """See `Peer`."""
@@ -481,8 +481,8 @@ class Nis(SearchingPeer):
         """See `Peer`."""
         numbers = int(self.costs.gather(2, self.choice[:, :, None]).sum())
         return [
-            Part("numbers", numbers, 32),
-            Part("rows of column blocks", self.choice.numel(), 32),
+            Part(numbers, 32),
+            Part(self.choice.numel(), 32),  # rows of column blocks
         ]
 
     def row_bits(self) -> Tensor:

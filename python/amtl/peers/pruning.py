@@ -25,9 +25,9 @@ def sparse_parts(kept: Tensor, dim: int) -> list[Part]:
     column = max(1, math.ceil(math.log2(dim)))
     positions = torch.where(kept < dim, (kept * column).clamp(max=dim), torch.zeros_like(kept))
     return [
-        Part("numbers", int(kept.sum()), 32),
-        Part("their columns", int(positions.sum()), 1),
-        Part("ends of rows of equal length", dim, 64),
+        Part(int(kept.sum()), 32),
+        Part(int(positions.sum()), 1),  # their columns
+        Part(dim, 64),  # ends of rows of equal length
     ]
 
 

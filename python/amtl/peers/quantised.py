@@ -69,8 +69,8 @@ class PostTraining(SearchingPeer):
     def parts(self) -> list[Part]:
         """See `Peer`."""
         return [
-            Part("codes", self.facts.rows * self.width, self.bits),
-            Part("step sizes and their ends", len(self.steps), 8 * PART_BYTES),
+            Part(self.facts.rows * self.width, self.bits),
+            Part(len(self.steps), 8 * PART_BYTES),  # step sizes and their ends
         ]
 
     def row_bits(self) -> Tensor:
@@ -203,10 +203,10 @@ class Mpe(SearchingPeer):
         bits = self.bits if bool(self.settled) else torch.full_like(self.bits, self.BITS[-1])
         total = int((bits * self.get_buffer("sizes")).sum()) * self.dim
         return [
-            Part("codes", total, 1),
-            Part("step sizes", len(self.steps), 32),
-            Part("offsets", self.dim, 32),
-            Part("ends of rows of equal bits", len(self.BITS), 64),
+            Part(total, 1),
+            Part(len(self.steps), 32),
+            Part(self.dim, 32),  # offsets
+            Part(len(self.BITS), 64),  # ends of rows of equal bits
         ]
 
     def row_bits(self) -> Tensor:
@@ -264,8 +264,8 @@ class Alpt(Peer):
     def parts(self) -> list[Part]:
         """See `Peer`."""
         return [
-            Part("codes", self.weight.numel(), self.bits),
-            Part("step sizes", len(self.steps), 32),
+            Part(self.weight.numel(), self.bits),
+            Part(len(self.steps), 32),
         ]
 
     def row_bits(self) -> Tensor:

@@ -83,9 +83,9 @@ class MixedDimension(Peer):
     def parts(self) -> list[Part]:
         """See `Peer`."""
         return [
-            Part("numbers", sum(t.numel() for t in self.tables), 32),
-            Part("projections", sum(p.numel() for p in self.projections), 32),
-            Part("ends and widths of blocks", len(self.widths), 64),
+            Part(sum(t.numel() for t in self.tables), 32),
+            Part(sum(p.numel() for p in self.projections), 32),
+            Part(len(self.widths), 64),  # ends and widths of blocks
         ]
 
     def row_bits(self) -> Tensor:
@@ -170,8 +170,8 @@ class Shuffled(Peer):
     def parts(self) -> list[Part]:
         """See `Peer`."""
         return [
-            Part("numbers", int(self.widths.sum()), 32),
-            Part("ends of widths", len(self.widths.unique()), 64),
+            Part(int(self.widths.sum()), 32),
+            Part(len(self.widths.unique()), 64),  # ends of widths
         ]
 
     def row_bits(self) -> Tensor:

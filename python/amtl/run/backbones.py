@@ -166,15 +166,16 @@ class InterestPooling(nn.Module):
         num_single: single-valued fields S, at least 1.
         num_bags: fields of several values, at least 1.
         dim: width D.
-        hidden: width of the unit.
     """
 
-    def __init__(self, num_single: int, num_bags: int, dim: int, hidden: int = 32) -> None:
+    hidden = 32  # width of the unit
+
+    def __init__(self, num_single: int, num_bags: int, dim: int) -> None:
         super().__init__()
         self.num_single = num_single
         self.query = nn.Linear(num_single * dim, dim)
         self.units = nn.ModuleList(
-            nn.Sequential(nn.Linear(4 * dim, hidden), nn.PReLU(), nn.Linear(hidden, 1))
+            nn.Sequential(nn.Linear(4 * dim, self.hidden), nn.PReLU(), nn.Linear(self.hidden, 1))
             for _ in range(num_bags)
         )
 

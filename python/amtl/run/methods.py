@@ -209,14 +209,14 @@ def served_parts(table: nn.Module) -> list[Part]:
     """
     if isinstance(table, Peer):
         return table.parts()
-    parts = [Part("values", stored_bytes(table), 8)]
+    parts = [Part(stored_bytes(table), 8)]
     if is_adaptive(table):
         shared = table.shared_rows
         if table.options.bits is None:  # type: ignore[union-attr]
             tiers = int(row_widths(table).unique().numel())
-            parts.append(Part("ends and widths of tiers", tiers, 64))
+            parts.append(Part(tiers, 64))  # ends and widths of tiers
         if shared is not None:
-            parts.append(Part("shared rows", len(shared), 32))  # type: ignore[arg-type]
+            parts.append(Part(len(shared), 32))  # type: ignore[arg-type]
     return parts
 
 

@@ -13,6 +13,7 @@ from amtl.run.backbones import interaction, pooling
 from amtl.run.config import TrainConfig
 
 _LEVELS = 2**16
+_EVIDENCE_SAMPLES = 50_000
 
 
 class ClickModel(nn.Module):
@@ -125,7 +126,7 @@ def assemble(config: TrainConfig, encoder: Encoder, table: nn.Module) -> ClickMo
 
 
 @torch.no_grad()
-def field_evidence(model: ClickModel, data: EncodedData, limit: int = 50_000) -> Tensor:
+def field_evidence(model: ClickModel, data: EncodedData) -> Tensor:
     """What each field's embeddings are worth on data that the model was not trained on.
 
     The rise of the mean log loss when the embeddings of field f are replaced by their mean. Unlike
@@ -133,8 +134,8 @@ def field_evidence(model: ClickModel, data: EncodedData, limit: int = 50_000) ->
 
     Args:
         model: trained.
-        data: held out; its first `limit` samples are used.
-        limit: bounds the time: F + 1 passes of the MLP and one of the table.
+        data: held out; its first 50,000 samples are used, for F + 1 passes of the MLP and one of
+            the table.
 
     Returns:
         float64 `[F]` in nats a sample; negative where the model does better without the field.
@@ -142,11 +143,11 @@ def field_evidence(model: ClickModel, data: EncodedData, limit: int = 50_000) ->
     training = model.training
     model.eval()
     batches = []
-    for start in range(0, min(len(data), limit), 8192):
-        batch = data.batch(torch.arange(start, min(len(data), limit, start + 8192)))
+    samples = min(len(data), _EVIDENCE_SAMPLES)
+    for start in range(0, samples, 8192):
+        batch = data.batch(torch.arange(start, min(samples, start + 8192)))
         batches.append((model.embed(batch), batch.dense, batch.labels.double()))
     model.train(training)
-    samples = sum(len(labels) for _, _, labels in batches)
 
     def loss(field: int | None, mean: Tensor | None) -> float:
         total = 0.0

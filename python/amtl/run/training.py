@@ -36,6 +36,7 @@ from amtl.run.progress import Observer, Silent
 from amtl.run.race import is_open, race
 from amtl.run.searching import is_search, search
 
+_BINS = 40
 _RACED_LATER = ("embedding_dropout", "distillation")
 """Settings that models trained to their end decide."""
 
@@ -429,7 +430,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     }
 
 
-def size_summary(encoder: Encoder, table: nn.Module, bins: int = 40) -> dict[str, Any]:
+def size_summary(encoder: Encoder, table: nn.Module) -> dict[str, Any]:
     """Kept sizes against training counts: per field, means over logarithmic bins of the count.
 
     Returns:
@@ -442,7 +443,7 @@ def size_summary(encoder: Encoder, table: nn.Module, bins: int = 40) -> dict[str
         rows = encoder.field_rows(f).numpy()
         w, c = widths[rows], counts[rows]
         top = max(np.log2(c.max() + 1.0), 1e-9) if len(c) else 1.0
-        bin_of = np.minimum((np.log2(c + 1.0) / top * bins).astype(int), bins - 1)
+        bin_of = np.minimum((np.log2(c + 1.0) / top * _BINS).astype(int), _BINS - 1)
         entry: dict[str, list[float]] = {k: [] for k in ("count", "size", "low", "high", "rows")}
         for b in np.unique(bin_of):
             inside = bin_of == b

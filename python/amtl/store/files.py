@@ -1,6 +1,8 @@
 """Files that are whole or absent: written aside and renamed, with checksums.
 
-Everything that this package writes to disk goes through `write_aside`.
+Everything that this package writes to disk goes through `write_aside`, but two files that are not
+written as a whole or have nothing to lose: lines added to a record of runs (`paper/records.py`),
+and the log of an unexpected failure (`failures.py`), which must be tried even where little works.
 """
 
 from __future__ import annotations

@@ -43,9 +43,7 @@ def settled(kind, given: Facts, change=None, **options):
 
 
 def test_parts_are_counted_in_whole_bytes():
-    assert (
-        served_bytes([Part("codes", 3, 2), Part("steps", 2, 32), Part("bits", 9, 1)]) == 1 + 8 + 2
-    )
+    assert served_bytes([Part(3, 2), Part(2, 32), Part(9, 1)]) == 1 + 8 + 2
     # Two full rows, one of two numbers with a bit a column, one of one number of 4.
     parts = sparse_parts(torch.tensor([4, 4, 2, 1, 0]), 4)
     assert [(p.count, p.bits) for p in parts] == [(11, 32), (4 + 2, 1), (4, 64)]
