@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from amtl_kernels.optim import SGD, RowOptimizer, RowwiseAdagrad
@@ -199,8 +200,6 @@ def refuse_replicas(tables: Iterable[nn.Parameter], name: str) -> None:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    from torch.nn.parallel import DistributedDataParallel
-
     wrapper: Any = DistributedDataParallel._active_ddp_module
     if wrapper is None:
         return

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
@@ -25,8 +26,6 @@ def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return []
-    from torch.nn.parallel import DistributedDataParallel
-
     wanted = {id(parameter) for parameter in parameters}
     # A wrapper that is garbage already counts in no process, whenever each would find it out.
     gc.collect()
@@ -71,8 +70,6 @@ def leads(buffer: Tensor) -> bool:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return True
-    from torch.nn.parallel import DistributedDataParallel
-
     wrapper: Any = DistributedDataParallel._active_ddp_module
     if wrapper is None or distributed.get_world_size(wrapper.process_group) == 1:
         return True

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from amtl.paper.protocol import QUICK_SETS, RULER, SETS, variant
+from amtl.paper.statistics import paired
 from amtl.paper.summary import OURS, ranks
 from amtl.run.html import STYLE, html_page, html_table, require_matplotlib, section, svg
 
@@ -227,8 +228,6 @@ def _ranking(summary: dict[str, Any]) -> Block:
 
 def _no_loss(summary: dict[str, Any], done: list[dict[str, Any]]) -> Block:
     """Fewest bytes at which nothing is lost against full size."""
-    from amtl.paper.statistics import paired
-
     rows = []
     for name in summary["plan"]["sets"]:
         full = next(

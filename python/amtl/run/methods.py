@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
 from amtl.errors import UserError
+from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.peers import PEERS, Facts, Part, Peer, served_bytes
 from amtl.run.config import OWN
+from amtl_kernels import optim
 
 METHODS = OWN
 
@@ -72,8 +74,6 @@ def build_table(
         else:
             table = nn.Embedding(encoder.num_rows, dim, sparse=True)
     else:
-        from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
-
         if method == "fixed":
             budget = 1.0
         if method != "amtl":
@@ -240,8 +240,6 @@ def table_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> tor
         parameters: `table_parameters()`.
         lr: learning rate.
     """
-    from amtl_kernels import optim
-
     classes: dict[str, Any] = {
         "adam": optim.Adam,
         "adagrad": optim.Adagrad,

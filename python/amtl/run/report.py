@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amtl.errors import UserError
+from amtl.peers import PEERS
 from amtl.run.folders import require_no_part
 from amtl.run.html import STYLE, html_page, html_table, require_matplotlib, section, svg
 from amtl.store.files import read_json, write_text
@@ -89,8 +90,6 @@ def color(method: str) -> str:
     """Of a method's lines."""
     if method in COLORS:
         return COLORS[method]
-    from amtl.peers import PEERS
-
     place = [*PEERS, method].index(method)
     return _PEER_COLORS[place % len(_PEER_COLORS)]
 

@@ -35,6 +35,7 @@ from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
 from amtl.run.race import is_open, race
 from amtl.run.searching import is_search, search
+from amtl_kernels import __version__
 
 _BINS = 40
 _RACED_LATER = ("embedding_dropout", "distillation")
@@ -460,8 +461,6 @@ def size_summary(encoder: Encoder, table: nn.Module) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    from amtl_kernels import __version__
-
     return {
         "amtl": __version__,
         "torch": torch.__version__,
