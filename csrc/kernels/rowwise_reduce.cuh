@@ -197,7 +197,7 @@ __device__ __forceinline__ ReduceItem<float> stage_item(const PartialList& in, s
 // the block: [pieces * 32 * V] floats, twice that with out.group_grad, which only a list of lookups
 // may ask for, whose groups must rise along it.
 template <typename T, int V, typename List, typename Table>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     reduce_rowwise_kernel(const __grid_constant__ Table table,
                           const __grid_constant__ Update update, const __grid_constant__ List in,
                           const __grid_constant__ ReduceOutput out, ReduceShape shape) {
