@@ -67,8 +67,8 @@ def _fake_others(
 
 
 def _fake_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    tables = Tables.of(arguments[1 : 1 + _TABLES])
-    bags = Bags(*arguments[1 + _TABLES : 1 + _TABLES + _BAGS])
+    tables = Tables.of(arguments[:_TABLES])
+    bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
     weight_grad, mask_grad, psw_grad = arguments[-3:]
     rows, grads = [], []
     for block in tables.blocks:
@@ -139,7 +139,7 @@ def _gradients(
     if of_psw is not None and not any(blocks):
         return _Gradients([None] * len(weights), [], of_psw)
     rows, grads, flat, psw = torch.ops.amtl.lookup_backward(
-        grad.contiguous(), *tables, *bags, any(blocks), any(masks), wants_psw and not few
+        *tables, grad.contiguous(), *bags, any(blocks), any(masks), wants_psw and not few
     )
     if wants_psw and not few:
         of_psw = psw

@@ -56,7 +56,7 @@ SCHEMAS: dict[str, str] = {
         f" bool sparse_grad, {_FEW_BITS}) -> Tensor"
     ),
     "lookup_backward": (
-        f"(Tensor grad, Tensor[] blocks, {_TABLES}, {_BAGS}, bool weight_grad, bool mask_grad,"
+        f"(Tensor[] blocks, {_TABLES}, Tensor grad, {_BAGS}, bool weight_grad, bool mask_grad,"
         " bool psw_grad)"
         " -> (Tensor[] rows, Tensor[] grads, Tensor mask_grads, Tensor psw_grad)"
     ),

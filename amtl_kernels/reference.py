@@ -536,13 +536,13 @@ def _beside_rows(found: list[_Gradients], indices: Tensor, psw_grad: bool) -> tu
 
 
 def lookup_backward(
-    grad: Tensor,
     blocks: list[Tensor],
     block_counts: list[int],
     dims: list[int] | None,
     sizes: list[Tensor] | None,
     row_groups: list[Tensor] | None,
     seed: int,
+    grad: Tensor,
     indices: Tensor,
     offsets: Tensor | None,
     per_sample_weights: Tensor | None,

@@ -87,11 +87,11 @@ def calls(dtype: torch.dtype, dim: int, scale: Scale) -> Iterator[Call]:
                 arguments = (*coded, [], *of, 1, True, [torch.ones(1)], [bits])
                 yield f"lookup of {bits} bits", "lookup", arguments
 
-    yield "gradients, groups", "lookup_backward", (grad, *by_group, *weighted, True, True, True)
-    yield "gradients, in order", "lookup_backward", (grad, *in_order, *mean, True, True, False)
-    yield "gradients, plain", "lookup_backward", (plain_grad, *by_row, *plain, True, False, False)
-    yield "gradients, tiers", "lookup_backward", (grad, *tiers, *weighted, True, False, True)
-    of_both = (pair, *both_groups, *both_bags, True, True, False)
+    yield "gradients, groups", "lookup_backward", (*by_group, grad, *weighted, True, True, True)
+    yield "gradients, in order", "lookup_backward", (*in_order, grad, *mean, True, True, False)
+    yield "gradients, plain", "lookup_backward", (*by_row, plain_grad, *plain, True, False, False)
+    yield "gradients, tiers", "lookup_backward", (*tiers, grad, *weighted, True, False, True)
+    of_both = (*both_groups, pair, *both_bags, True, True, False)
     yield "gradients, two tables", "lookup_backward", of_both
 
     def update(name: str, tables: Any, of: Any, rule: int, order: bool, mask: bool) -> Call:

@@ -161,15 +161,15 @@ def _kernels() -> dict[str, Callable[[int], Callable[[], object]]]:
     def search_backward(lookups: int) -> Callable[[], object]:
         bags = lookups // _BAG
         return functools.partial(
-            op.lookup_backward, problem.grad[:bags], [problem.weight], [1], [],
-            [problem.group_dims], [problem.row_group], 1, ids[:lookups], problem.offsets[:bags],
+            op.lookup_backward, [problem.weight], [1], [], [problem.group_dims],
+            [problem.row_group], 1, problem.grad[:bags], ids[:lookups], problem.offsets[:bags],
             None, 0, [-1], False, True, True, False,
         )  # fmt: skip
 
     def frozen_backward(lookups: int) -> Callable[[], object]:
         bags = lookups // _BAG
         return functools.partial(
-            op.lookup_backward, problem.grad[:bags], blocks, [len(blocks)], [_DIM], [], [], 0,
+            op.lookup_backward, blocks, [len(blocks)], [_DIM], [], [], 0, problem.grad[:bags],
             tiers.rank[ids[:lookups]], problem.offsets[:bags], None, 0, [-1], False, True, False,
             False,
         )  # fmt: skip

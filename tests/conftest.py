@@ -3,11 +3,18 @@
 Memory of ``torch.empty`` is filled with NaN (or the largest integer) before every test's code gets
 it, native code's outputs included: PyTorch does that in its deterministic mode. A value that nobody
 wrote can't pass for a result. Tests that allocate tables they never touch are marked ``no_poison``.
+
+``torch.compile`` keeps what it made of a graph by the graph, which says nothing of the Python code
+behind an operator's gradient: what was compiled with other code of ours is kept in another folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +22,11 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
+    code = hashlib.sha256()
+    for path in sorted((Path(__file__).parents[1] / "amtl_kernels").rglob("*.py")):
+        code.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"amtl-torchinductor-{code.hexdigest()[:16]}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -238,13 +238,13 @@ def lookup(
 
 
 def lookup_backward(
-    grad: Tensor,
     blocks: Sequence[Tensor],
     block_counts: Sequence[int],
     dims: Sequence[int] | None,
     sizes: Sequence[Tensor] | None,
     row_groups: Sequence[Tensor] | None,
     seed: int,
+    grad: Tensor,
     indices: Tensor,
     offsets: Tensor | None,
     per_sample_weights: Tensor | None,

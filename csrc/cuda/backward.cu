@@ -38,8 +38,8 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
   const std::int64_t count = lookups.count;
   Plan plan;
   plan.wide_keys = rows >= 0xffffffffll;
-  plan.scaled = lookups.sample_weights != nullptr || lookups.mean;
-  plan.shares = lookups.mean && lookups.padding >= 0;
+  plan.scaled = lookups.per_sample_weights != nullptr || lookups.mean;
+  plan.shares = lookups.mean && lookups.padding_idx >= 0;
   plan.second_sort = backward.mask_grad && !backward.groups_sorted;
   plan.key_bits = bits_for(rows);
   plan.group_bits = bits_for(groups);

@@ -45,7 +45,8 @@ namespace {
 template <typename Table>
 int launch_check(const Table& table, const Lookups& lookups, const Finding& call,
                  Findings* findings, Stream stream) {
-  const std::int64_t entries = lookups.offsets != nullptr ? lookups.bags + lookups.last_offset : 0;
+  const std::int64_t entries =
+      lookups.offsets != nullptr ? lookups.bags + lookups.include_last_offset : 0;
   dim3 grid;
   if (!grid_for(std::max<std::int64_t>(entries, 1), kBlockThreads, 1, grid)) {
     return cudaErrorInvalidValue;

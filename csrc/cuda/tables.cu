@@ -83,7 +83,7 @@ int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups
     }
     row_offsets.push_back(rows);
     dim_offsets.push_back(dim_offsets.back() + one.dim);
-    padding.push_back(one.padding);
+    padding.push_back(one.padding_idx);
     table.dim = std::max(table.dim, one.dim);
     alignment |= static_cast<std::uint64_t>(one.dim);
   }
@@ -101,12 +101,12 @@ int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups
   if (list.dense) table.device_dense = packer.put(dense);
   table.map.row_offsets = packer.put(row_offsets);
   table.map.dim_offsets = packer.put(dim_offsets);
-  lookups.table_padding = packer.put(padding);
+  lookups.table_padding_idx = packer.put(padding);
   lookups.batch = std::max<std::int64_t>(1, list.batch);
   const bool padded =
       std::any_of(padding.begin(), padding.end(), [](std::int64_t row) { return row >= 0; });
   // The kernels ask whether there is any padding before they look for a table's own.
-  lookups.padding = padded ? 0 : -1;
+  lookups.padding_idx = padded ? 0 : -1;
   if (update != nullptr && update->rule != Rule::kSgd) {
     update->device_tier_first = packer.put(first);
     update->device_tier_second = packer.put(second);

@@ -23,7 +23,7 @@ struct TableBlock {
 struct OneTable {
   std::int32_t blocks = 1;
   std::int32_t dim = 0;  // columns of the output
-  std::int64_t padding = -1;
+  std::int64_t padding_idx = -1;
 };
 
 struct TableList {

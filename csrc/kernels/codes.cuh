@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
 // As pool_fwd_kernel, with one tile a bag.
 //
 // @param[in]  table   [N, D] codes or numbers
-// @param[in]  lookups indices [L], offsets [B] or [B + 1], sample_weights [L] or null, as `out`
+// @param[in]  lookups indices [L], offsets [B] or [B + 1], per_sample_weights [L] or null, as `out`
 // @param[in]  steps   [C]
 // @param[in]  half    of the largest code
 // @param[out] out     [B, D], rows shape.out_stride numbers apart
@@ -211,9 +211,9 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     float scale = 1.0f;
     if (base + lane < range.end) {
       mine = stage_codes<Numbers::kColumnBytes>(table, lookups, steps, base + lane, true);
-      if (lookups.sample_weights != nullptr) {
-        scale = to_float(
-            load<Memory::kIndex>(static_cast<const Out*>(lookups.sample_weights) + base + lane));
+      if (lookups.per_sample_weights != nullptr) {
+        scale = to_float(load<Memory::kIndex>(static_cast<const Out*>(lookups.per_sample_weights) +
+                                              base + lane));
       }
     }
     counted += mine.counts;

@@ -1,6 +1,10 @@
 // What crosses the boundary between launchers and kernels: plain structs over raw pointers.
 //
 // Shapes: N rows, D columns, L lookups, B bags, G groups, T tables, C tiers.
+//
+// Arguments of the operators keep the names of the schema (amtl_kernels/_schema.py), except where
+// kernels take them resolved, so as not to ask at every row: `mean` is pooling == 1, and `sizes`
+// are either row_dims or group_dims, as the public functions call the two.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +24,13 @@ struct Lookups {
   std::int64_t bags = 0;          // B, over all tables
   bool wide = true;
   bool wide_offsets = true;
-  bool last_offset = false;  // offsets hold the end of the last bag
+  bool include_last_offset = false;  // offsets hold the end of the last bag
   bool mean = false;
-  std::int64_t padding = -1;  // row that counts for nothing; -1: none
+  std::int64_t padding_idx = -1;  // row that counts for nothing; -1: none
   // Several tables: each one's own such row [T], in place of the one above, and bags per table.
-  const std::int64_t* table_padding = nullptr;
+  const std::int64_t* table_padding_idx = nullptr;
   std::int64_t batch = 1;
-  const void* sample_weights = nullptr;  // [L] in the table's type
+  const void* per_sample_weights = nullptr;  // [L] in the table's type
   // First bad position of each kind (index, offset, size), all ones if none; null: no report.
   unsigned long long* report = nullptr;
 };

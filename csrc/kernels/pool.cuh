@@ -20,7 +20,7 @@ struct PoolShape {
 // reproducible. blockIdx.x runs over bags, blockIdx.y over pieces of lanes * V columns.
 //
 // @param[in]  table   [N, D]
-// @param[in]  lookups indices [L], offsets [B] or [B + 1], sample_weights [L] or null
+// @param[in]  lookups indices [L], offsets [B] or [B + 1], per_sample_weights [L] or null
 // @param[out] out     [B, D]; with several tables [batch, sum of D]
 template <typename T, int V, typename Table>
 __global__ void __launch_bounds__(kBlockThreads, 4)
@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     __syncwarp(mask);
     if (base + lane < range.end) {
       mine = stage_row<T>(table, view_of(table, owner), lookups, base + lane, true);
-      if (lookups.sample_weights != nullptr) {
+      if (lookups.per_sample_weights != nullptr) {
         scale = to_float(
-            load<Memory::kIndex>(static_cast<const T*>(lookups.sample_weights) + base + lane));
+            load<Memory::kIndex>(static_cast<const T*>(lookups.per_sample_weights) + base + lane));
       }
     }
     counted += mine.counts;
@@ -208,9 +208,9 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
       item.size = row.size;
       item.counts = row.counts;
       item.factor = 1.0f;
-      if (lookups.sample_weights != nullptr) {
+      if (lookups.per_sample_weights != nullptr) {
         item.factor = to_float(
-            load<Memory::kIndex>(static_cast<const T*>(lookups.sample_weights) + position));
+            load<Memory::kIndex>(static_cast<const T*>(lookups.per_sample_weights) + position));
       }
       if (last) {
         item.out = out + output_row(table, first + owner) * shape.out_stride + view.first_column;

@@ -235,8 +235,8 @@ __device__ __forceinline__ RowRef<T> locate(const TieredTable& table, const Tabl
 
 // The row of table `t` that counts for nothing.
 __device__ __forceinline__ std::int64_t padding_of(const Lookups& lookups, std::int64_t t) {
-  return lookups.table_padding == nullptr ? lookups.padding
-                                          : load<Memory::kSizes>(lookups.table_padding + t);
+  return lookups.table_padding_idx == nullptr ? lookups.padding_idx
+                                              : load<Memory::kSizes>(lookups.table_padding_idx + t);
 }
 
 // Lowers the first bad position of a kind.
@@ -285,7 +285,7 @@ struct BagRange {
 __device__ __forceinline__ BagRange range_of_bag(const Lookups& lookups, std::int64_t bag) {
   BagRange range;
   range.begin = load_index(lookups.offsets, bag, lookups.wide_offsets);
-  range.end = bag + 1 < lookups.bags || lookups.last_offset
+  range.end = bag + 1 < lookups.bags || lookups.include_last_offset
                   ? load_index(lookups.offsets, bag + 1, lookups.wide_offsets)
                   : lookups.count;
   if (range.begin < 0) range.begin = 0;

@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
   store<Memory::kSorted>(keys + position, static_cast<K>(key));
   if (scaled) {
-    if (lookups.sample_weights != nullptr) {
-      factor *=
-          to_float(load<Memory::kIndex>(static_cast<const T*>(lookups.sample_weights) + position));
+    if (lookups.per_sample_weights != nullptr) {
+      factor *= to_float(
+          load<Memory::kIndex>(static_cast<const T*>(lookups.per_sample_weights) + position));
     }
     const std::uint64_t bits = static_cast<std::uint64_t>(__float_as_uint(factor)) << 32 |
                                static_cast<std::uint32_t>(grad_row);

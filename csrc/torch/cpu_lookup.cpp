@@ -303,7 +303,7 @@ Tensor Lookup(Tables tables, const std::optional<Tensors>& masks, Bags bags, int
   return out;
 }
 
-std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(const Tensor& grad, Tables tables,
+std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const Tensor& grad,
                                                             Bags bags, bool weight_grad,
                                                             bool mask_grad, bool psw_grad) {
   const TableBatch batch(tables, bags);

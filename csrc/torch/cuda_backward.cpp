@@ -171,7 +171,7 @@ Grads Reduce(const CudaContext& context, const CudaTables& call, const Tensor& g
 
 namespace {
 
-std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(const Tensor& grad, Tables tables,
+std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const Tensor& grad,
                                                             Bags bags, bool weight_grad,
                                                             bool mask_grad, bool psw_grad) {
   CudaTables call(std::move(tables), std::move(bags));

@@ -73,15 +73,16 @@ void CudaTables::SetLookups() {
   lookups.indices = bags.indices.const_data_ptr();
   lookups.wide = bags.indices.scalar_type() == ScalarType::Long;
   lookups.count = bags.indices.numel();
-  lookups.padding = bags.padding_idx[0];
+  lookups.padding_idx = bags.padding_idx[0];
   if (!bags.offsets) return;
   lookups.wide_offsets = bags.offsets->scalar_type() == ScalarType::Long;
   lookups.bags = static_cast<int64_t>(tables.count()) * bags.batch;
   // An empty tensor has no memory to point to; any pointer says that bags are asked for.
   lookups.offsets = bags.offsets->numel() > 0 ? bags.offsets->const_data_ptr() : this;
-  lookups.last_offset = bags.include_last_offset;
+  lookups.include_last_offset = bags.include_last_offset;
   lookups.mean = bags.pooling == 1;
-  if (bags.per_sample_weights) lookups.sample_weights = bags.per_sample_weights->const_data_ptr();
+  if (bags.per_sample_weights)
+    lookups.per_sample_weights = bags.per_sample_weights->const_data_ptr();
 }
 
 void CudaTables::SetDense() {
@@ -126,7 +127,7 @@ void CudaTables::SetPacked() {
     const std::vector<cuda::TableBlock> parts = PartsOf(tables, t, in_numbers);
     one.blocks = static_cast<int32_t>(parts.size());
     one.dim = static_cast<int32_t>(tables.dims[t]);
-    one.padding = bags.padding_idx[t];
+    one.padding_idx = bags.padding_idx[t];
     list_.tables.push_back(one);
     list_.blocks.insert(list_.blocks.end(), parts.begin(), parts.end());
     if (!tables.sized()) continue;

@@ -60,7 +60,7 @@ with FakeTensorMode():
     described = [weight, weight], [1, 1], [], [dims, dims], [], 0
     bags = indices, offsets, None, 0, [-1, -1], True
     rows, grads, masks, psw = torch.ops.amtl.lookup_backward(
-        out, *described, *bags, False, False, False
+        *described, out, *bags, False, False, False
     )
     assert len(rows) == 2 and rows[0].device.type == "cuda" and grads[1].shape == (0, 6)
     assert masks.shape == psw.shape == (0,)

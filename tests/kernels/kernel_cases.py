@@ -182,7 +182,7 @@ class Call:
             "mask_grad": mask_grad and self.has_masks,
             "psw_grad": self.has_weights,
         }
-        return {"grad": self.grad, **self.tables, **self.bags, **wants}
+        return {**self.tables, "grad": self.grad, **self.bags, **wants}
 
     def update(self, optimizer: int, stochastic: bool = False) -> dict[str, Any]:
         """Arguments of ``lookup_update_``, with blocks and states of its own."""

@@ -316,7 +316,7 @@ def test_there_is_no_gradient(backend: Any) -> None:
     bags = (rows[0], None, None, 0, [-1], False)
     grad = torch.zeros(2, 8, device=backend.device)
     with pytest.raises(ValueError, match="need steps and bits, and have no gradient"):
-        torch.ops.amtl.lookup_backward(grad, *tables, *bags, True, False, False)
+        torch.ops.amtl.lookup_backward(*tables, grad, *bags, True, False, False)
     step = ([], 0, [0.1, 0.0, 0.0, 0.9, 0.99, 1.0])
     with pytest.raises(ValueError, match="need steps and bits, and have no gradient"):
         torch.ops.amtl.lookup_update_(*tables, grad, *bags, False, False, False, *step)

@@ -462,7 +462,7 @@ def test_none_is_an_empty_list(backend: Any) -> None:
         tables = (blocks, [2], several, several, several, 0)
         lookup, wants = (*tables, several, *bags, 1, True), (True, False, False)
         outs = [torch.ops.amtl.lookup(*lookup), torch.ops.amtl.lookup(*lookup, *[several] * 3)]
-        rows, grads, _, _ = torch.ops.amtl.lookup_backward(grad, *tables, *bags, *wants)
+        rows, grads, _, _ = torch.ops.amtl.lookup_backward(*tables, grad, *bags, *wants)
         found = [*outs, *rows, *grads]
         step = (False, False, False, [], reference.SGD, [0.1, *[0.0] * 4, 1.0])
         learned = [block.clone() for block in blocks]
@@ -478,3 +478,12 @@ def test_none_is_an_empty_list(backend: Any) -> None:
 def test_there_are_four_operators() -> None:
     assert list(_schema.SCHEMAS) == ["lookup", "lookup_backward", "lookup_update_", "apply_"]
     assert list(reference.IMPLEMENTATIONS) == list(_schema.SCHEMAS)
+
+
+def test_arguments_have_one_order_in_all_operators() -> None:
+    names = [
+        [argument.name for argument in getattr(torch.ops.amtl, op).default._schema.arguments]
+        for op in _schema.SCHEMAS
+    ]
+    for some, others in itertools.combinations(names, 2):
+        assert [n for n in some if n in others] == [n for n in others if n in some]

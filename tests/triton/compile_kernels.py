@@ -183,23 +183,23 @@ class Calls:
         backward = self.ops["lookup_backward"]
         few = (self.indices, self.offsets, self.psw, 0, [3], False)
         hot = (self.hot, None, None, 0, [-1], False)
-        backward(self.grad, *self.adaptive(self.many), *few, True, True, True)
-        backward(self.wide, *self.tiered(), *hot, True, False, False)
+        backward(*self.adaptive(self.many), self.grad, *few, True, True, True)
+        backward(*self.tiered(), self.wide, *hot, True, False, False)
         both = (self.hot, self.bags, None, 1, [2, -1], True)
-        backward(self.grad_of_both, *self.adaptive(self.many, 2), *both, True, True, False)
+        backward(*self.adaptive(self.many, 2), self.grad_of_both, *both, True, True, False)
         if not every:
             return
-        backward(self.grad, *self.masked(), *few, True, False, True)
+        backward(*self.masked(), self.grad, *few, True, False, True)
         flat = torch.zeros(self.indices.numel(), self.dim, dtype=self.dtype)
         plain = (self.indices, None, None, 0, [3], False)
-        backward(flat, *self.adaptive(self.one), *plain, True, True, False)
-        backward(self.grad, *self.tiered(), *few, True, False, True)
-        backward(self.wide, *self.masked(), *hot, True, False, False)
+        backward(*self.adaptive(self.one), flat, *plain, True, True, False)
+        backward(*self.tiered(), self.grad, *few, True, False, True)
+        backward(*self.masked(), self.wide, *hot, True, False, False)
         for group_dims in (self.one, self.many):
-            backward(self.wide, *self.adaptive(group_dims), *hot, True, True, False)
+            backward(*self.adaptive(group_dims), self.wide, *hot, True, True, False)
         weighted = (self.hot, self.bags, self.wide_psw, 0, [2, -1], True)
-        backward(self.grad_of_both, *self.masked(2), *weighted, True, False, True)
-        backward(self.grad_of_both, *self.tiered(2), *weighted, True, False, True)
+        backward(*self.masked(2), self.grad_of_both, *weighted, True, False, True)
+        backward(*self.tiered(2), self.grad_of_both, *weighted, True, False, True)
 
     def state(self, rule: int, tables: Sequence[Tensor]) -> list[Tensor]:
         by_row = rule == reference.ROWWISE_ADAGRAD
