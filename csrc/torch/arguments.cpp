@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 
 namespace amtl {
@@ -220,6 +221,40 @@ void CheckUpdateOfFewBits(const Tables& tables, int64_t optimizer, bool psw_grad
         "larger than the numbers that codes save");
   Check(!psw_grad, "an update of codes makes no gradient of per_sample_weights");
 }
+
+OptimizerStep::OptimizerStep(int64_t optimizer, const std::vector<double>& hyper,
+                             const Tensors& state, const Tensors& blocks) {
+  constexpr Rule kByNumber[] = {Rule::kSgd, Rule::kAdagrad, Rule::kRowwiseAdagrad, Rule::kAdam};
+  Check(optimizer >= 0 && optimizer < 4, "optimizer must be in 0..3");
+  Check(hyper.size() == 6 || hyper.size() == 7,
+        "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
+  rule = kByNumber[optimizer];
+  lr = hyper[0], eps = hyper[1], weight_decay = hyper[2], beta1 = hyper[3], beta2 = hyper[4];
+  step = hyper[5];
+  Check(step >= 1, "step counts from 1");
+  stochastic_rounding = hyper.size() > 6 && hyper[6] != 0;
+  states = rule == Rule::kSgd ? 0 : rule == Rule::kAdam ? 2 : 1;
+  const size_t all = states * blocks.size();
+  Check(state.size() == all || state.size() == all + 1, "this optimizer has ", all,
+        " state tensors, and at most a step counter after them");
+  if (state.size() == all) return;
+  counter = &state.back();
+  Check(counter->scalar_type() == ScalarType::Long && counter->numel() == 1,
+        "the step counter must be one int64");
+  CheckLike(*counter, "the step counter", blocks[0]);
+}
+
+void OptimizerStep::CheckState(const Tensor& tensor, const Tensor& block) const {
+  CheckLike(tensor, "state", block);
+  const bool row_wise = rule == Rule::kRowwiseAdagrad;
+  Check(tensor.numel() == (row_wise ? block.size(0) : block.numel()) &&
+            tensor.size(0) == block.size(0),
+        "state must be ", row_wise ? "[N]" : "[N, D]");
+}
+
+double OptimizerStep::step_size() const { return lr / (1 - std::pow(beta1, step)); }
+
+double OptimizerStep::second_scale() const { return 1 / std::sqrt(1 - std::pow(beta2, step)); }
 
 void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads) {
   Check(!blocks.empty() && rows.size() == blocks.size() && grads.size() == blocks.size(),

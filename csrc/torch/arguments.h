@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/params.h"
 #include "torch/common.h"
 
 namespace amtl {
@@ -86,6 +87,27 @@ struct FewBits {
   Ints step_ends;
 
   void AddTo(Tables& tables) &&;
+};
+
+// A step of an optimizer. What it does to numbers, each device has in a form of its own.
+struct OptimizerStep {
+  Rule rule = Rule::kSgd;
+  double lr = 0, eps = 0, weight_decay = 0, beta1 = 0, beta2 = 0;
+  double step = 1;  // unless there is a counter
+  bool stochastic_rounding = false;
+  size_t states = 0;                // tensors of each block
+  const Tensor* counter = nullptr;  // int64, one number
+
+  // hyper: lr, eps, weight_decay, beta1, beta2, step, and maybe stochastic_rounding; state: of each
+  // block one after the other, then maybe the counter. Throws std::invalid_argument.
+  OptimizerStep(int64_t optimizer, const std::vector<double>& hyper, const Tensors& state,
+                const Tensors& blocks);
+
+  // A state tensor's place and shape: that of the block, or [N] if the rule is row-wise.
+  void CheckState(const Tensor& tensor, const Tensor& block) const;
+  // Adam: lr / (1 - beta1^step) and 1 / sqrt(1 - beta2^step).
+  double step_size() const;
+  double second_scale() const;
 };
 
 // Throw std::invalid_argument, with the table's number in front where there are several.

@@ -54,50 +54,17 @@ struct CpuLookup {
   void GroupEnds();
 };
 
-// Hyperparameters as the operators pass them: lr, eps, weight_decay, beta1, beta2, step, and maybe
-// stochastic_rounding.
-cpu::Hyper MakeHyper(const std::vector<double>& values);
-// Refuses stochastic rounding of 16-bit weights.
-void CheckRounding(bool stochastic, const Tensor& weight);
-// The memory of a state tensor, float32 [N, D], or [N] if row-wise.
-float* StateData(const Tensor& state, const Tensor& weight, const char* name, bool row_wise);
-// Number of state tensors of an update.
-inline int StateCount(cpu::Update update) {
-  return update == cpu::Update::kAdam ? 2 : update == cpu::Update::kSgd ? 0 : 1;
-}
-
-// The update that an operator asks for, and its state.
+// An optimizer's step for the CPU kernels, and its state.
 struct CpuOptimizer {
+  OptimizerStep given;
   cpu::Update update;
   cpu::Hyper hyper;
-  const std::vector<Tensor>& state;
+  const Tensors& state;
 
-  CpuOptimizer(int64_t number, std::vector<double> values, const std::vector<Tensor>& tensors,
-               const std::vector<Tensor>& tables)
-      : state(tensors) {
-    constexpr cpu::Update kByNumber[] = {cpu::Update::kSgd, cpu::Update::kAdagrad,
-                                         cpu::Update::kRowWiseAdagrad, cpu::Update::kAdam};
-    Check(number >= 0 && number < 4, "optimizer must be in 0..3");
-    update = kByNumber[number];
-    const size_t states = tables.size() * static_cast<size_t>(StateCount(update));
-    Check(state.size() == states || state.size() == states + 1, "this optimizer has ", states,
-          " state tensors, and at most a step counter after them");
-    if (state.size() > states && values.size() > 5) {
-      Check(state.back().scalar_type() == ScalarType::Long && state.back().numel() == 1,
-            "the step counter must be one int64");
-      CheckLike(state.back(), "the step counter", tables[0]);
-      values[5] = static_cast<double>(*state.back().const_data_ptr<int64_t>());
-    }
-    hyper = MakeHyper(values);
-    CheckRounding(values.size() > 6 && values[6] != 0, tables[0]);
-  }
+  CpuOptimizer(int64_t optimizer, const std::vector<double>& numbers, const Tensors& tensors,
+               const Tensors& blocks);
 
-  void SetState(const Tensor& weight, size_t block, cpu::TableSlice* slice) const {
-    const size_t count = static_cast<size_t>(StateCount(update));
-    const bool row_wise = update == cpu::Update::kRowWiseAdagrad;
-    if (count > 0) slice->state1 = StateData(state[block * count], weight, "state", row_wise);
-    if (count > 1) slice->state2 = StateData(state[block * count + 1], weight, "state", row_wise);
-  }
+  void SetState(const Tensor& weight, size_t block, cpu::TableSlice* slice) const;
 };
 
 // Runs the forward; whether an index was clamped. Rows of the output are `stride` values apart.

@@ -1,45 +1,63 @@
 // Optimizer updates on (rows, grads) on the CPU.
-#include <cmath>
-
 #include "torch/cpu_common.h"
 
 namespace amtl {
 
-using cpu::Hyper;
+namespace {
 
-Hyper MakeHyper(const std::vector<double>& values) {
-  Check(values.size() == 6 || values.size() == 7,
-        "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
-  const double beta1 = values[3], beta2 = values[4], step = values[5];
-  Check(step >= 1, "step counts from 1");
-  Hyper hyper{};
-  hyper.lr = static_cast<float>(values[0]);
-  hyper.eps = static_cast<float>(values[1]);
-  hyper.weight_decay = static_cast<float>(values[2]);
-  hyper.beta2 = static_cast<float>(beta2);
-  hyper.one_minus_beta1 = static_cast<float>(1 - beta1);
-  hyper.one_minus_beta2 = static_cast<float>(1 - beta2);
-  hyper.step_size = static_cast<float>(values[0] / (1 - std::pow(beta1, step)));
-  hyper.mixed_step = cpu::MixSeed(static_cast<int64_t>(step));
-  hyper.inverse_sqrt_bias2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
+cpu::Hyper HyperOf(const OptimizerStep& given) {
+  cpu::Hyper hyper{};
+  hyper.lr = static_cast<float>(given.lr);
+  hyper.eps = static_cast<float>(given.eps);
+  hyper.weight_decay = static_cast<float>(given.weight_decay);
+  hyper.beta2 = static_cast<float>(given.beta2);
+  hyper.one_minus_beta1 = static_cast<float>(1 - given.beta1);
+  hyper.one_minus_beta2 = static_cast<float>(1 - given.beta2);
+  hyper.step_size = static_cast<float>(given.step_size());
+  hyper.inverse_sqrt_bias2 = static_cast<float>(given.second_scale());
+  hyper.mixed_step = cpu::MixSeed(static_cast<int64_t>(given.step));
   return hyper;
 }
 
-void CheckRounding(bool stochastic, const Tensor& weight) {
+cpu::Update UpdateOf(Rule rule) {
+  switch (rule) {
+    case Rule::kSgd:
+      return cpu::Update::kSgd;
+    case Rule::kAdagrad:
+      return cpu::Update::kAdagrad;
+    case Rule::kRowwiseAdagrad:
+      return cpu::Update::kRowWiseAdagrad;
+    default:
+      return cpu::Update::kAdam;
+  }
+}
+
+}  // namespace
+
+CpuOptimizer::CpuOptimizer(int64_t optimizer, const std::vector<double>& numbers,
+                           const Tensors& tensors, const Tensors& blocks)
+    : given(optimizer, numbers, tensors, blocks), update(UpdateOf(given.rule)), state(tensors) {
+  if (given.counter != nullptr) {
+    given.step = static_cast<double>(*given.counter->const_data_ptr<int64_t>());
+    Check(given.step >= 1, "step counts from 1");
+  }
+  hyper = HyperOf(given);
   // Codes are always rounded so.
-  const bool narrow = weight.element_size() == 2;
-  Check(!stochastic || !narrow,
+  Check(!given.stochastic_rounding || blocks[0].element_size() != 2,
         "stochastic rounding of 16-bit tables is not in the CPU kernels; the reference has it: "
         "amtl_kernels.set_backend(\"reference\")");
 }
 
-float* StateData(const Tensor& state, const Tensor& weight, const char* name, bool row_wise) {
-  Check(state.scalar_type() == ScalarType::Float, name, " must be float32");
-  CheckLike(state, name, weight);
-  Check(state.numel() == (row_wise ? weight.size(0) : weight.numel()) &&
-            state.size(0) == weight.size(0),
-        name, row_wise ? " must be [N]" : " must be [N, D]");
-  return state.mutable_data_ptr<float>();
+void CpuOptimizer::SetState(const Tensor& weight, size_t block, cpu::TableSlice* slice) const {
+  float* memory[2] = {nullptr, nullptr};
+  for (size_t s = 0; s < given.states; ++s) {
+    const Tensor& tensor = state[block * given.states + s];
+    Check(tensor.scalar_type() == ScalarType::Float, "state must be float32");
+    given.CheckState(tensor, weight);
+    memory[s] = tensor.mutable_data_ptr<float>();
+  }
+  slice->state1 = memory[0];
+  slice->state2 = memory[1];
 }
 
 namespace {

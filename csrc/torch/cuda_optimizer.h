@@ -1,4 +1,4 @@
-// An optimizer's arguments, checked, as the kernels take them.
+// An optimizer's step as the kernels take it.
 #pragma once
 
 #include "torch/arguments.h"
@@ -6,20 +6,12 @@
 
 namespace amtl {
 
-// hyper: lr, eps, weight_decay, beta1, beta2, step, and maybe stochastic_rounding.
-Update MakeUpdate(int64_t optimizer, const std::vector<double>& hyper);
+// The step without the states of any block.
+Update MakeUpdate(const OptimizerStep& given);
 
-// Number of state tensors of a table.
-size_t StatesPerTable(Rule rule);
-
-// The memory of a state tensor, shaped as the table, or [N] if the rule is row-wise.
-void* StateData(const Tensor& state, const Tensor& table, const char* name, Update& update);
-
-// The state of the table whose tensors begin at `state[first]`.
-void SetStates(const Tensor& table, const Tensors& state, size_t first, Update& update);
-
-// Checks the number of state tensors, and takes the step counter that may follow them.
-void SetCounter(const Tensors& state, const Tensors& tables, Update& update);
+// The states of a block, of which there are `given.states` in `state` for each.
+void SetStates(const OptimizerStep& given, const Tensors& state, const Tensor& weight, size_t block,
+               Update& update);
 
 // One step on rows [U] of a table from their gradients [U, D].
 void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& update,

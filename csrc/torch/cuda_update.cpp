@@ -49,21 +49,20 @@ struct CodeParts {
 };
 
 // `given` have been checked.
-CodeParts PartsOfCodes(const Tables& given, const Tensors& state, Update& update) {
+CodeParts PartsOfCodes(const Tables& given, const OptimizerStep& step, const Tensors& state,
+                       Update& update) {
   CodeParts parts;
   Tables& tables = parts.tables;
   tables.dims = given.dims;
   tables.steps = given.steps;
   tables.bits = given.bits;
-  const size_t per_block = StatesPerTable(update.rule);
   for (size_t t = 0; t < given.count(); ++t) {
     int64_t start = 0;
     given.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
       Tensor whole = block;
       tables.blocks.push_back(torch::stable::narrow(whole, 0, start - begin, end - start));
       parts.before.push_back(start - begin);
-      SetStates(block, state, static_cast<size_t>(&block - given.blocks.data()) * per_block,
-                update);
+      SetStates(step, state, block, static_cast<size_t>(&block - given.blocks.data()), update);
       Check(!update.narrow_state, "the state of codes must be float32");
       parts.moments.push_back(
           update.first == nullptr ? nullptr : static_cast<float*>(update.first) + (start - begin));
@@ -76,10 +75,12 @@ CodeParts PartsOfCodes(const Tables& given, const Tensors& state, Update& update
 }
 
 // Codes are updated by the gradients of their rows, and so waited for.
-void UpdateCodes(Tables given, const Tensor& grad, Bags bags, const Tensors& state, Update update) {
+void UpdateCodes(Tables given, const Tensor& grad, Bags bags, const Tensors& state,
+                 int64_t optimizer, const std::vector<double>& hyper) {
   CheckTables(given);
-  SetCounter(state, given.blocks, update);
-  CodeParts parts = PartsOfCodes(given, state, update);
+  const OptimizerStep step(optimizer, hyper, state, given.blocks);
+  Update update = MakeUpdate(step);
+  CodeParts parts = PartsOfCodes(given, step, state, update);
   CudaTables call(std::move(parts.tables), std::move(bags), true);
   CheckGrad(call.tables, call.bags, grad);
   RaiseFindings();
@@ -114,18 +115,17 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
   if (tables.few_bits()) {
     CheckUpdateOfFewBits(tables, optimizer, psw_grad);
     const Tensor like = tables.like();
-    UpdateCodes(std::move(tables), grad, std::move(bags), state, MakeUpdate(optimizer, hyper));
+    UpdateCodes(std::move(tables), grad, std::move(bags), state, optimizer, hyper);
     return {NewTensor(like, {0}, ScalarType::Float), NewTensor(like, {0}, ScalarType::Float)};
   }
   CudaTables call(std::move(tables), std::move(bags));
   const Tensors& blocks = call.tables.blocks;
   CheckGrad(call.tables, call.bags, grad);
-  Update update = MakeUpdate(optimizer, hyper);
-  const size_t per_block = StatesPerTable(update.rule);
-  SetCounter(state, blocks, update);
+  const OptimizerStep step(optimizer, hyper, state, blocks);
+  Update update = MakeUpdate(step);
   for (size_t c = 0; c < blocks.size(); ++c) {
     const bool narrow = update.narrow_state;
-    SetStates(blocks[c], state, c * per_block, update);
+    SetStates(step, state, blocks[c], c, update);
     Check(c == 0 || narrow == update.narrow_state, "the states of ",
           call.tables.count() > 1 ? "tables" : "blocks", " differ in type");
     call.PlaceState(c, update);
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
   if (!cuda::update_fits(update, call.dim)) {
     const Grads out = Reduce(context, call, grad, true, mask_grad);
     for (size_t c = 0; c < blocks.size(); ++c) {
-      SetStates(blocks[c], state, c * per_block, update);
+      SetStates(step, state, blocks[c], c, update);
       ApplyTo(context, blocks[c], update, out.rows[c], out.grads[c]);
     }
     return {out.masks, psw};
