@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import kernel_calls
 import pytest
 import torch
 from kernel_cases import FORMS, in_order
@@ -102,29 +103,23 @@ class Call:
     def operator(self) -> Arguments:
         """The arguments of the operators."""
         tiered = self.form == "tiered"
-        groups = self.row_groups if self.form == "adaptive" else []
         dims = DIMS if tiered else [dim for _, dim in SHAPES]
-        return Arguments(
-            tables={
-                "blocks": self.tables,
-                "block_counts": [len(w) for w in WIDTHS] if tiered else [1] * len(SHAPES),
-                "dims": DIMS if tiered else [],
-                "sizes": {"masked": self.row_dims, "adaptive": self.group_dims}.get(self.form, []),
-                "row_groups": groups,
-                "seed": 8,
-            },
-            masks=self.masks,
-            bags={
-                "indices": self.indices,
-                "offsets": self.offsets,
-                "per_sample_weights": self.weights,
-                "pooling": int(self.mode == "mean"),
-                "padding_idx": [-1, 1, -1, SHAPES[-1][0] - 1],
-                "include_last_offset": True,
-            },
-            grad=torch.ones(BAGS, sum(dims), dtype=self.tables[0].dtype),
-            groups_sorted=False,
+        arguments = kernel_calls.call(
+            self.tables,
+            self.indices,
+            torch.ones(BAGS, sum(dims), dtype=self.tables[0].dtype),
+            block_counts=[len(w) for w in WIDTHS] if tiered else [1] * len(SHAPES),
+            dims=DIMS if tiered else [],
+            sizes={"masked": self.row_dims, "adaptive": self.group_dims}.get(self.form, []),
+            row_groups=self.row_groups if self.form == "adaptive" else [],
+            seed=8,
+            offsets=self.offsets,
+            per_sample_weights=self.weights,
+            pooling=int(self.mode == "mean"),
+            padding_idx=[-1, 1, -1, SHAPES[-1][0] - 1],
+            include_last_offset=True,
         )
+        return replace(arguments, masks=self.masks)
 
 
 def make(
