@@ -93,6 +93,8 @@ def test_train_writes_a_run_and_shows_it(runs, data, tmp_path, capsys):
     assert "sizes frozen" in shown
     metrics, parquet = read_json(out / "metrics.json"), read_json(runs["amtl"] / "metrics.json")
     assert metrics["test_auc"] == parquet["test_auc"]
+    words = " ".join(shown.split())
+    assert f"-o FILE: the table, an MLP of {metrics['mlp_bytes']:,} bytes" in words
     assert metrics["config"]["data"] == str(data.with_suffix(".csv").resolve())
 
 
