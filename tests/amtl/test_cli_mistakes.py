@@ -260,7 +260,7 @@ def test_the_remedies_work(words, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     data, *rest = words.split()
     rest = rest if "--label" in rest else ["--label", "y", *rest]
-    out = tmp_path / "[bold]run"
+    out = tmp_path / "[bold]run:smile:"
     assert run("train", data, *rest, "--out", out, *FAST) == 0
     assert run("evaluate", out) == 0
     assert run("inspect", out) == 0
@@ -268,8 +268,18 @@ def test_the_remedies_work(words, folder, tmp_path, monkeypatch, capsys):
     assert run("evaluate", out, data, *again) == 0
     shown = capsys.readouterr().out
     assert data in shown
-    assert "[bold]run" in "".join(shown.split())
+    assert "[bold]run:smile:" in "".join(shown.split())
     assert read_json(out / "metrics.json")["config"]["label"] in ("y", "stars")
+
+
+@pytest.mark.parametrize(
+    "command", [None, *(c.callback.__name__ for c in cli.app.registered_commands)]
+)
+def test_help_shows_no_pictures(command, capsys):
+    """Of `:NAME:` the library that prints it makes one where it knows the name."""
+    assert run(*([] if command is None else [command]), "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--help" in shown and max(shown) < "\U0001f000"
 
 
 def test_what_was_guessed_is_said_and_nothing_else(folder, tmp_path, monkeypatch, capsys):
