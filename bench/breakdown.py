@@ -56,7 +56,7 @@ class Part:
 def _backward(grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Sequence[object]) -> Any:
     """The operator of the backward, told whether a mask gradient is wanted."""
     return functools.partial(
-        torch.ops.amtl.lookup_backward, grad, [weight], [1], [], *sizes, *bags, True
+        torch.ops.amtl.lookup_backward, [weight], [1], [], *sizes, grad, *bags, True
     )
 
 

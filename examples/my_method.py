@@ -20,4 +20,4 @@ class Modulo(Peer):
         return self.padded(self.look_up(self.weight, rows % len(self.weight)))
 
     def parts(self) -> list[Part]:
-        return [Part("numbers", self.weight.numel(), 32)]
+        return [Part(self.weight.numel(), 32)]  # numbers, and the bits of each

@@ -30,7 +30,7 @@ def test_run_writes_a_complete_result(result: Path) -> None:
     assert report.suite == "tiny"
     assert report.machine["versions"]["torch"]
     assert report.ceilings["1"]["copy"] > 0
-    assert len(report.comparisons) == 9
+    assert len(report.comparisons) == 10
     for comparison in report.comparisons:
         assert any(timing.ours for timing in comparison.timings.values()), comparison.left_out
         for timing in comparison.timings.values():

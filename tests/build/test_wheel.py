@@ -50,7 +50,7 @@ def test_contents(wheel: Path) -> None:
     assert "amtl/data/__init__.py" in names
     roots = {name.split("/")[0] for name in names}
     version = wheel.name.split("-")[1]
-    assert roots == {"amtl", "amtl_kernels", f"amtl_kernels-{version}.dist-info"}
+    assert roots == {"amtl", "amtl_command", "amtl_kernels", f"amtl_kernels-{version}.dist-info"}
 
 
 @pytest.mark.slow
