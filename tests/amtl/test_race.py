@@ -16,7 +16,7 @@ from amtl.errors import UserError
 from amtl.run import comparison, methods, teaching
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
-from amtl.run.contest import DROPOUT, LESS, SHARES, race_bytes, race_law, race_taught
+from amtl.run.contest import DROPOUT, SHARES
 from amtl.run.display import print_comparison
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
@@ -190,84 +190,6 @@ def test_weights_follow_evidence_and_stay_positive(evidence, expected):
     assert weights == (None if expected is None else pytest.approx(expected))
 
 
-class Scripted:
-    """A learner whose best score by epoch is written down."""
-
-    steps_per_epoch = 4
-
-    def __init__(self, scores, auc=None):
-        self.auc = auc
-        self.scores, self.steps, self.finished, self.released = scores, 0, False, False
-        self.history = []
-        self.config = settings()
-
-    @property
-    def epochs(self):
-        return self.steps / self.steps_per_epoch
-
-    @property
-    def best(self):
-        if not self.history:
-            return None
-        return {"record": max(self.history, key=lambda r: r["score"])}
-
-    def lap_end(self, laps):
-        return laps * self.steps_per_epoch
-
-    def step(self):
-        self.steps += 1
-        if self.steps % self.steps_per_epoch == 0:
-            score = self.scores[self.steps // self.steps_per_epoch - 1]
-            area = score if self.auc is None else self.auc
-            record = {"score": score, "val_auc": area, "val_logloss": 0.0, "stored_bytes": 1}
-            self.history.append({**record, "step": self.steps})
-            self.finished = self.steps == len(self.scores) * self.steps_per_epoch
-
-    def release(self):
-        self.released = True
-
-
-def step(learner):
-    learner.step()
-
-
-class Quiet:
-    def __getattr__(self, name):
-        return lambda *args: None
-
-
-def scripted_race(scores, config):
-    made = {}
-
-    def make(entry):
-        bits = entry.table_options.get("capacity_bits")
-        name = FULL if entry.method == "fixed" else FLAT if bits > 100 else bits
-        made[name] = Scripted(scores[name])
-        return made[name]
-
-    return race(config, make, Quiet(), step), made
-
-
-def test_the_better_half_goes_on_and_the_best_one_wins():
-    scores = {
-        FULL: [0.9, 0.9],
-        FLAT: [0.1, 0.9],
-        16.0: [0.4, 0.6],
-        4.0: [0.5, 0.4],
-        1.0: [0.2, 0.9],
-    }
-    result, made = scripted_race(scores, settings(method="rule"))
-    assert result.learner is made[16.0]
-    assert result.config.table_options["capacity_bits"] == 16.0 and not result.config.race
-    assert [learner.steps for learner in made.values()] == [8, 8, 8, 4, 4]
-    assert [made[name].released for name in (FULL, FLAT, 1.0, 4.0, 16.0)] == [
-        *(True, True, True, False, False)
-    ]
-    names = [row["name"].split()[0] for row in result.table]
-    assert names == ["full", "16", "4", "1", "fixed"]
-    assert [row["name"] for row in result.table if row["chosen"]] == ["16 bits a number"]
-
-
 def test_laps_of_a_long_epoch_take_its_place(source, task, monkeypatch):
     monkeypatch.setattr("amtl.run.learner.LAP", 1000)
     alone = Learner(settings(race=False, epochs=1), task)
@@ -282,7 +204,7 @@ def test_laps_of_a_long_epoch_take_its_place(source, task, monkeypatch):
         taken.append(learner.config.method)
         rows.append(learner.step()[1])
 
-    race(settings(method="rule"), lambda entry: Learner(entry, task), Quiet(), counted)
+    race(settings(method="rule"), lambda entry: Learner(entry, task), Silent(), counted)
     # Four settings, then two, for a lap each, and beside them the full table for two.
     assert len(taken) == 4 * 6 + 4 * 2 and taken.count("fixed") == 8
     assert sum(rows) == 8 * 800
@@ -300,183 +222,10 @@ def test_of_a_large_validation_split_a_part_is_looked_at(source, monkeypatch):
     assert len(part.train) == len(whole.train) and len(part.test) == len(whole.test)
 
 
-def test_where_a_fixed_width_wins_less_is_tried_with_sizes():
-    scores = {
-        FULL: [0.9, 0.9],
-        FLAT: [0.9, 0.9],
-        16.0: [0.1, 0.1],
-        4.0: [0.5, 0.4],
-        1.0: [0.2, 0.9],
-    }
-    result, made = scripted_race(scores, settings(method="rule"))
-    assert result.learner is made[FLAT]
-    assert result.sized.table_options["capacity_bits"] == 4.0
-
-
-@pytest.mark.parametrize(
-    ("scores", "auc", "steps", "better"),
-    [
-        ([0.5, 0.6, 0.9], None, 12, True),
-        ([0.5, 0.6, 0.7], None, 12, False),
-        ([0.1, 0.2, 0.9], None, 8, False),
-        ([0.5, 0.58, 0.9], None, 12, True),
-        ([0.5, 0.6, 0.9], 0.79, 12, False),
-    ],
-)
-def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, better):
-    winner = Scripted([0.5, 0.6, 0.8])
-    while not winner.finished:
-        winner.step()
-    small = Scripted(scores, auc)
-    made = []
-
-    def make(config):
-        if made:
-            raise UserError("no size is smaller")
-        made.append(config)
-        return small
-
-    result, row = race_bytes(LESS, settings(), winner, 0.25, make, Quiet(), step)
-    assert small.steps == steps
-    assert result is (small if better else None)
-    assert made[0].budget == pytest.approx(0.075)
-    assert row["chosen"] == better
-
-
-@pytest.mark.parametrize(
-    ("scores", "chosen"),
-    [
-        ({0.5: [0.5, 0.6, 0.9], 0.8: [0.5, 0.6, 0.95]}, 0.8),
-        ({0.5: [0.5, 0.6, 0.9], 0.8: [0.5, 0.6, 0.85]}, 0.5),
-        ({0.5: [0.5, 0.6, 0.7], 0.8: [0.1, 0.2, 0.9]}, None),
-    ],
-)
-@pytest.mark.parametrize("dropout", [None, 0.3])
-def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
-    winner = Scripted([0.5, 0.6, 0.8])
-    winner.config = settings(seed=11, embedding_dropout=dropout)
-    while not winner.finished:
-        winner.step()
-    made = {}
-
-    def make(config):
-        assert config == dataclasses.replace(
-            winner.config,
-            distillation=config.distillation,
-            embedding_dropout=DROPOUT if dropout is None else dropout,
-        )
-        made[config.distillation] = Scripted(scores[config.distillation])
-        return made[config.distillation]
-
-    best, rows = race_taught(winner, make, Quiet(), step)
-    assert tuple(made) == SHARES
-    assert best is made.get(chosen)
-    assert [row["chosen"] for row in rows] == [share == chosen for share in SHARES]
-    assert [learner.released for learner in made.values()] == [s != chosen for s in SHARES]
-    # Hopelessly behind after two epochs.
-    assert made[0.8].steps == (8 if scores[0.8][0] == 0.1 else 12)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_a_given_dropout_is_not_raced(source, share):
     metrics = start(settings(embedding_dropout=share, epochs=2), source=source).run()
     assert metrics["config"]["embedding_dropout"] == share
-
-
-def test_less_is_tried_as_long_as_it_is_better():
-    winner = Scripted([0.5, 0.8])
-    while not winner.finished:
-        winner.step()
-    tried = [Scripted([0.5, score]) for score in (0.795, 0.85, 0.845, 0.843, 0.99)]
-    made = []
-
-    def make(config):
-        made.append(config.budget)
-        return tried[len(made) - 1]
-
-    best, row = race_bytes(LESS, settings(), winner, 0.25, make, Quiet(), step)
-    assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
-    assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
-    assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
-    assert [learner.released for learner in tried] == [True, False, True, True, False]
-
-
-def test_more_is_tried_up_to_the_budget_as_long_as_it_is_better():
-    winner = Scripted([0.5, 0.8])
-    while not winner.finished:
-        winner.step()
-
-    def tried(used, *scores):
-        made = []
-
-        def make(config):
-            made.append(config.budget)
-            return Scripted([0.5, scores[len(made) - 1]])
-
-        best, _ = race_bytes(1 / LESS, settings(), winner, used, make, Quiet(), step)
-        return made, None if best is None else best.scores[1]
-
-    budget = settings().budget
-    assert tried(0.02, 0.85, 0.9, 0.95) == (
-        pytest.approx([0.02 / LESS, 0.02 / LESS**2, budget]),
-        0.95,
-    )
-    assert tried(0.02, 0.85, 0.84, 0.95) == (pytest.approx([0.02 / LESS, 0.02 / LESS**2]), 0.85)
-    assert tried(0.95 * budget) == ([], None)
-
-
-def test_the_middle_law_is_tried_where_another_has_won():
-    winner, made = Scripted([0.5, 0.8]), []
-    while not winner.finished:
-        winner.step()
-
-    def tried(score, law=None, **changes):
-        made.clear()
-        options = changes["table_options"]
-        winner.config = settings(table_options=options if law is None else {"capacity_bits": law})
-
-        def make(config):
-            made.append(config)
-            return Scripted([0.5, score])
-
-        return race_law(settings(**changes), winner, make, Quiet(), step)
-
-    options = {"capacity_bits": 16.0, "twins": False}
-    better, row = tried(0.9, table_options=options, distillation=0.5)
-    assert better is not None and row["chosen"]
-    assert made == [settings(table_options={**options, "capacity_bits": 4.0}, distillation=0.5)]
-    assert tried(0.7, table_options=options)[0] is None
-    # A fixed width has won, and the best of those whose rows differ has the middle law.
-    options["capacity_bits"] = 4.0
-    better, _ = tried(0.9, law=1e4, table_options=options)
-    assert better is not None and made == [settings(table_options=options)]
-    for changes in (
-        {"table_options": {"capacity_bits": 4.0}},
-        {"table_options": {}},
-        {"table_options": {"capacity_bits": 1.0, "bits": 4}, "budget": 0.125},
-    ):
-        assert tried(0.9, **changes) == (None, None) and not made
-
-
-def test_what_is_far_behind_ends_the_search_for_less():
-    winner = Scripted([0.5, 0.8])
-    while not winner.finished:
-        winner.step()
-    tried = [Scripted([0.5, 0.78]), Scripted([0.5, 0.99])]
-    made = []
-
-    def make(config):
-        made.append(config)
-        return tried[len(made) - 1]
-
-    best, row = race_bytes(LESS, settings(), winner, 0.25, make, Quiet(), step)
-    assert best is None and row["score"] == 0.78 and len(made) == 1
-
-
-def test_a_table_that_stores_nothing_leaves_nothing_out():
-    winner = Scripted([0.8])
-    step(winner)
-    assert race_bytes(LESS, settings(), winner, 0.0, pytest.fail, Quiet(), step) == (None, None)
 
 
 @pytest.mark.parametrize("method", ["amtl", "rule"])

@@ -81,8 +81,7 @@ class Contest:
                 `budget`; None where there was none, so that sizes are settled.
         """
         share = self.first.config.distillation
-        if raced is not None:
-            self._resize("less", LESS, raced["sized"], raced["budget"])
+        options = self._fewer_bytes(raced) if raced is not None else {}
         if share == 0 or (share is None and raced is None):
             return
         teacher = self._teacher()
@@ -91,7 +90,6 @@ class Contest:
         self._prefer(best)
         if raced is None or not self.winner.config.distillation:
             return
-        options = raced["sized"]
         if not has_law(raced["given"]):
             sized = replace(self.winner.config, table_options=options)
             best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
@@ -101,6 +99,20 @@ class Contest:
         teacher.add(self.winner)
         self._resize("more", 1 / LESS, options, raced["budget"], teacher.labels())
 
+    def _fewer_bytes(self, raced: Mapping[str, Any]) -> dict[str, Any]:
+        """Tries fewer bytes and returns the options by which sizes follow from counts from now on.
+
+        Those of the race's best candidate; the middle law's where fewer bytes do better by that
+        alone: a law that won with all the bytes may leave the wrong rows nothing with few.
+        """
+        options: dict[str, Any] = raced["sized"]
+        if self._resize("less", LESS, options, raced["budget"]) or has_law(raced["given"]):
+            return options
+        middle = middle_law(options)
+        if middle is not None and self._resize("less", LESS, middle, raced["budget"]):
+            return middle
+        return options
+
     def _resize(
         self,
         name: str,
@@ -108,7 +120,8 @@ class Contest:
         options: dict[str, Any],
         budget: float,
         labels: Tensor | None = None,
-    ) -> None:
+    ) -> bool:
+        """Races other bytes, see `race_bytes`, and says whether a model of them is the winner."""
         winner = self.winner
         sized = replace(winner.config, table_options=options, budget=budget)
         assert winner.best is not None
@@ -118,6 +131,7 @@ class Contest:
             factor, sized, winner, used, make, self._observer, self._step
         )
         self._prefer(best)
+        return best is not None
 
     def _teacher(self) -> Teacher:
         """The models there are, and tables of full size trained to their end.
@@ -261,6 +275,13 @@ def race_taught(
             rows[0]["chosen"] = False
         best = better
     return best, rows
+
+
+def middle_law(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Options of a table with the middle one of the laws, None where they have it or no law."""
+    if options.get("capacity_bits") in (None, MIDDLE):
+        return None
+    return {**options, "capacity_bits": MIDDLE}
 
 
 def race_law(
