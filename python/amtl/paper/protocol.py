@@ -53,6 +53,14 @@ The product trains on labels that a table of full size softens where that valida
 every other method, taught by one of the same seed.
 """
 
+COMMON_FIRST = (
+    {"distillation": 0.5},
+    {"embedding_dropout": DROPOUT},
+    {"distillation": 0.5, "embedding_dropout": DROPOUT},
+)
+"""Tried right after the defaults: what the product's own run tries of every table, so that few
+trials are no handicap to what it is compared with."""
+
 RULER = "fixed"
 """The contender that a table of full size is of."""
 
@@ -92,15 +100,24 @@ class Contender:
         name: of the column, and for `--methods`.
         about: what it is, in a few words.
         settings: `TrainConfig` settings from the budget, the table's size and a choice.
-        space: names of what is chosen to their values.
-        tunes_itself: its run races its settings on validation by itself, so it gets one trial.
+        space: names of what is chosen to their values, nothing where its run tunes itself: races
+            its settings on validation.
     """
 
     name: str
     about: str
     settings: Callable[[float, Size, Mapping[str, Any]], Settings]
     space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    tunes_itself: bool = False
+
+    @property
+    def tunes_itself(self) -> bool:
+        """Whether there is nothing to choose, so that it gets no runs of tuning."""
+        return not self.space
+
+    @property
+    def first(self) -> Sequence[Mapping[str, Any]]:
+        """Changes of the default choice that are tried first, see `COMMON_FIRST`."""
+        return [change for change in COMMON_FIRST if set(change) <= set(self.space)]
 
 
 def _fixed(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
@@ -152,22 +169,20 @@ def contenders() -> dict[str, Contender]:
             _integers,
             {"bits": (4, 8, 2), **COMMON},
         ),
-        Contender("rule", "the product, sizes by counts", _own("rule"), tunes_itself=True),
-        Contender("amtl", "the product's default", _own("amtl"), tunes_itself=True),
+        Contender("rule", "the product, sizes by counts", _own("rule")),
+        Contender("amtl", "the product's default", _own("amtl")),
         Contender(
             "amtl-alone",
             "the default without a teacher",
             _own("amtl", distillation=0.0),
-            tunes_itself=True,
         ),
         Contender(
             "amtl-32",
             "the default with 32 bits: width alone",
             _own("amtl", bits="32"),
-            tunes_itself=True,
         ),
-        Contender("twins", "the twins learn sizes, 32 bits", _own("twins"), tunes_itself=True),
-        Contender("aml", "one branch of the twins", _own("aml"), tunes_itself=True),
+        Contender("twins", "the twins learn sizes, 32 bits", _own("twins")),
+        Contender("aml", "one branch of the twins", _own("aml")),
     ]
     found += [
         Contender(name, _headline(kind), _peer(name), {**kind.space, **COMMON})

@@ -8,7 +8,7 @@ from typing import Any
 
 from amtl.paper.protocol import DIM, RULER, Plan, contenders
 from amtl.paper.statistics import half_width, holm, paired
-from amtl.paper.work import Cell, Records, cell_of, chosen, further, seeded, tried
+from amtl.paper.work import Cell, Records, cell_of, choice_of, further, seeded, tried
 
 OURS = "amtl"
 _MEANS = ("test_auc", "test_logloss", "val_auc", "bytes", "cpu", "epochs", "bias", "ece", "planted")
@@ -68,21 +68,26 @@ def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict
 def _cell(records: Records, cell: Cell) -> dict[str, Any]:
     """A configuration: its trials, its choice, its seeds, means over them, and the gain of ours."""
     name, budget, method = cell
-    trials, best = tried(records, cell), chosen(records, cell)
-    runs = {s: r for s, r in seeded(records, cell).items() if "refused" not in r}
+    trials, choice = tried(records, cell), choice_of(records, cell)
+    fresh = seeded(records, cell)
+    runs = {s: r for s, r in fresh.items() if "refused" not in r}
+    # What tunes itself has no runs of tuning; its fresh ones have no other choice.
+    of_choice = [r for r in trials if "refused" not in r and r["choice"] == choice] or [
+        *runs.values()
+    ]
     entry: dict[str, Any] = {
         "set": name,
         "budget": budget,
         "method": method,
         "trials": len([r for r in trials if "refused" not in r]),
-        "refused": next((r["refused"] for r in trials if "refused" in r), None),
+        "refused": next((r["refused"] for r in (*trials, *fresh.values()) if "refused" in r), None),
         "tuning_cpu": round(sum(r.get("cpu", 0.0) for r in trials), 1),
-        "choice": best["choice"] if best else None,
-        "tuned_score": best["score"] if best else None,
+        "choice": choice if of_choice else None,
+        "tuned_score": statistics.fmean(r["score"] for r in of_choice) if of_choice else None,
         "seeds": sorted(runs),
         "seed_auc": [round(runs[s]["test_auc"], 6) for s in sorted(runs)],
         "options": runs[min(runs)]["options"] if runs else None,
-        "dense_bytes": best["dense_bytes"] if best else None,
+        "dense_bytes": of_choice[0]["dense_bytes"] if of_choice else None,
         "against": None,
     }
     for key in _MEANS:
@@ -109,7 +114,7 @@ def _by_seed(records: Records, cell: Cell) -> dict[int, float]:
 def _at_most(
     cells: Mapping[Cell, dict[str, Any]], name: str, budget: float, plan: Plan
 ) -> list[dict[str, Any]]:
-    """The best of each contender within a budget, chosen by validation at the seed of tuning."""
+    """The best of each contender within a budget, chosen by validation."""
     found: dict[str, dict[str, Any]] = {}
     for method in plan.methods:
         fitting = [

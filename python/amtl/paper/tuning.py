@@ -17,6 +17,7 @@ def next_choice(
     space: Mapping[str, Sequence[Any]],
     tried: Sequence[tuple[Mapping[str, Any], float | None]],
     of: str,
+    first: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any] | None:
     """A choice not tried yet, the same whenever the same ones were.
 
@@ -24,6 +25,7 @@ def next_choice(
         space: names to values, the default first.
         tried: choices and their scores, in order; None of those that did not fit.
         of: name of what is tuned, which suggestions depend on.
+        first: changes of the default that are tried right after it, before any suggestion.
 
     Returns:
         A choice, or None where all were tried or none is found.
@@ -31,8 +33,12 @@ def next_choice(
     Raises:
         UserError: optuna is missing.
     """
-    if not tried:
-        return {name: values[0] for name, values in space.items()}
+    default = {name: values[0] for name, values in space.items()}
+    seen = {_key(choice) for choice, _ in tried}
+    for change in ({}, *first):
+        changed = {**default, **change}
+        if _key(changed) not in seen:
+            return changed
     if len(tried) >= math.prod(len(values) for values in space.values()):
         return None
     try:
@@ -45,7 +51,6 @@ def next_choice(
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: CategoricalDistribution(list(v)) for name, v in space.items()}
-    seen = {_key(choice) for choice, _ in tried}
     seed = zlib.crc32(f"{of} {len(tried)}".encode())
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     study = optuna.create_study(direction="maximize", sampler=sampler)

@@ -68,25 +68,38 @@ def chosen(records: Records, cell: Cell) -> dict[str, Any] | None:
     return max(fitting, key=lambda r: r["score"]) if fitting else None
 
 
+def choice_of(records: Records, cell: Cell) -> dict[str, Any] | None:
+    """The choice that validates best, empty for what tunes itself, None where nothing is chosen."""
+    if contenders()[cell[2]].tunes_itself:
+        return {}
+    best = chosen(records, cell)
+    return best["choice"] if best else None
+
+
 def seeded(records: Records, cell: Cell) -> dict[int, dict[str, Any]]:
     """The fresh runs of a cell, of the choice that validates best, by seed."""
-    best = chosen(records, cell)
+    choice = choice_of(records, cell)
     return {
         r["job"]["seed"]: r
         for r in records
-        if best and "seed" in r["job"] and cell_of(r) == cell and r["choice"] == best["choice"]
+        if "seed" in r["job"] and cell_of(r) == cell and r["choice"] == choice
     }
 
 
 def is_tuned(records: Records, cell: Cell, contender: Contender, plan: Plan) -> bool:
     """Whether nothing is left to try."""
-    runs = tried(records, cell)
-    wanted = 1 if contender.tunes_itself else plan.trials
+    if contender.tunes_itself:
+        return True
+    runs, wanted = tried(records, cell), plan.trials
     fitting = sum("refused" not in r for r in runs)
     if fitting >= wanted or len(runs) >= wanted + math.ceil(wanted / 2) + 1:
         return True
+    return _next_choice(contender, cell, runs) is None
+
+
+def _next_choice(contender: Contender, cell: Cell, runs: Records) -> dict[str, Any] | None:
     past = [(r["choice"], r.get("score")) for r in runs]
-    return next_choice(contender.space, past, repr(cell)) is None
+    return next_choice(contender.space, past, repr(cell), contender.first)
 
 
 def finalists(records: Records, plan: Plan, name: str, budget: float) -> set[str]:
@@ -96,14 +109,15 @@ def finalists(records: Records, plan: Plan, name: str, budget: float) -> set[str
         if (set_name, share) != (name, budget):
             continue
         cell = (name, budget, method)
-        if chosen(records, cell) is None:
+        if choice_of(records, cell) is None:
             if not tried(records, cell):
                 return set()
             continue
         runs = seeded(records, cell)
         if len(runs) < plan.seeds:
             return set()
-        scores[method] = statistics.fmean(r.get("score", -math.inf) for r in runs.values())
+        if not all("refused" in r for r in runs.values()):
+            scores[method] = statistics.fmean(r.get("score", -math.inf) for r in runs.values())
     best = sorted(scores, key=lambda m: -scores[m])[:FINALISTS]
     return {*best, *(m for m in _ALWAYS if m in scores)}
 
@@ -147,17 +161,17 @@ def _left(records: Records, plan: Plan, cell: Cell, extra: int) -> Iterator[dict
     if not is_tuned(records, cell, contenders()[cell[2]], plan):
         made = {r["job"]["trial"] for r in tried(records, cell)}
         yield {**job, "trial": min(set(range(len(made) + 1)) - made)}
-    elif best := chosen(records, cell):
-        seed = FIRST_SEED + extra
-        if seed not in seeded(records, cell):
-            yield {**job, "seed": seed, "choice": best["choice"]}
+        return
+    choice, seed = choice_of(records, cell), FIRST_SEED + extra
+    if choice is not None and seed not in seeded(records, cell):
+        yield {**job, "seed": seed, "choice": choice}
 
 
 def count(plan: Plan) -> int:
     """Runs of a plan at most."""
     known = contenders()
     cells = plan.cells()
-    tuning = sum(1 if known[m].tunes_itself else plan.trials for _, _, m in cells)
+    tuning = sum(0 if known[m].tunes_itself else plan.trials for _, _, m in cells)
     groups = {(s, b) for s, b, _ in cells}
     best = (FINALISTS + len(_ALWAYS)) * len(groups)
     # The ruler of a set with another backbone, where no budget of the plan is all of it.
@@ -293,8 +307,7 @@ def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[st
     tuning = "trial" in job
     if tuning:
         before = [r for r in tried(records, cell) if r["job"]["trial"] < job["trial"]]
-        past = [(r["choice"], r.get("score")) for r in before]
-        choice = next_choice(contender.space, past, repr(cell))
+        choice = _next_choice(contender, cell, before)
         assert choice is not None
         seed, task = TUNING_SEED, replace(data.task, test=data.task.val)
     else:

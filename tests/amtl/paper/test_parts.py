@@ -24,6 +24,7 @@ from amtl.paper.summary import ranks, summarise
 from amtl.paper.tuning import next_choice
 from amtl.paper.work import count, finalists, further, jobs
 from amtl.peers import PEERS, DoesNotFit, add_peer
+from amtl.run.contest import DROPOUT
 
 
 def test_intervals_and_paired_tests():
@@ -102,6 +103,20 @@ def test_tuning_starts_at_the_default_and_never_repeats():
     assert tried[0][0] == {"a": 1, "b": "x"}
     assert len({json.dumps(choice) for choice, _ in tried}) == len(tried) == 6
     assert next_choice({}, [({}, 1.0)], "s") is None
+
+
+def test_what_the_product_tries_itself_is_tried_first_of_others():
+    contender, tried = contenders()["int"], []
+    for _ in range(4):
+        tried.append((next_choice(contender.space, tried, "s", contender.first), 0.0))
+    default = {name: values[0] for name, values in contender.space.items()}
+    assert [choice for choice, _ in tried] == [
+        default,
+        {**default, "distillation": 0.5},
+        {**default, "embedding_dropout": DROPOUT},
+        {**default, "distillation": 0.5, "embedding_dropout": DROPOUT},
+    ]
+    assert contenders()["amtl"].first == []
 
 
 def test_plans_and_sets():
@@ -243,6 +258,26 @@ def test_what_is_left_to_do_comes_in_rounds(plan):
     third = [j for j in jobs(records, plan) if j.get("seed") == 12]
     assert {(j["method"], j["budget"]) for j in third} >= {("amtl", 0.125), ("qr", 0.125)}
     assert count(plan) >= len(records)
+
+
+def test_what_tunes_itself_gets_seeds_and_no_tuning(plan):
+    left = [j for j in jobs([], plan) if j["method"] == "amtl"]
+    assert [(j.get("seed"), j.get("choice")) for j in left] == [
+        (seed, {}) for seed in (10, 10, 11, 11)
+    ]
+    others = [record(m, 0.6, trial=t, rate=t) for m in ("fixed", "qr") for t in (0, 1)]
+    others += [record(m, 0.6, seed=s) for m in ("fixed", "qr") for s in (10, 11)]
+    seeds = [record("amtl", 0.7 + 0.1 * n, seed=s) for n, s in enumerate((10, 11))]
+    assert finalists(others + seeds[:1], plan, "s", 0.125) == set()
+    assert finalists(others + seeds, plan, "s", 0.125) == {"amtl", "fixed", "qr"}
+    (cell,) = (c for c in summarise(seeds, plan, {})["cells"])
+    assert cell["trials"] == 0 and cell["choice"] == {} and cell["refused"] is None
+    assert cell["tuned_score"] == pytest.approx(0.25) and cell["dense_bytes"] == 1000
+    refused = [{k: v for k, v in run.items() if k in ("job", "choice")} for run in seeds]
+    refused = [{**run, "refused": "too small"} for run in refused]
+    assert finalists(others + refused, plan, "s", 0.125) == {"fixed", "qr"}
+    (cell,) = (c for c in summarise(refused, plan, {})["cells"])
+    assert cell["refused"] == "too small" and cell["choice"] is None and not cell["seeds"]
 
 
 def test_the_best_are_run_with_other_backbones(plan):
