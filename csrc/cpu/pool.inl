@@ -65,7 +65,7 @@ inline void AddRow(const SourceRing& ring, float half, int64_t i, Reg* acc) {
       acc[r] = AddKept(acc[r], at, kept);
     } else {
       Reg x = Load(at, kept);
-      if constexpr (Memory<T>::kRounds) x = Keep(Round(x, Set1(ring.step[i]), half), kept);
+      if constexpr (Memory<T>::kRounds) x = Round(x, kept, Set1(ring.step[i]), half);
       acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
     }
   }
@@ -78,6 +78,7 @@ template <int R, bool kWeighted, bool kRounds>
 inline void AddShiftedRow(const SourceRing& ring, float half, int64_t i, Reg* acc) {
   const float* line = reinterpret_cast<const float*>(ring.row[i]);
   const Bound end = BoundOf(ring.size + i);
+  const Bound size = Before(end, ring.first + i);
   const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
   const Shift shift = ShiftBy(ring.first + i);
   Reg low = Load(line, Below(end, 0));
@@ -85,9 +86,7 @@ inline void AddShiftedRow(const SourceRing& ring, float half, int64_t i, Reg* ac
   for (int r = 0; r < R; ++r) {
     const Reg high = Load(Offset(line, ring.place[r + 1][i]), Below(end, kLanes * (r + 1)));
     Reg x = Shifted(low, high, shift);
-    if constexpr (kRounds) {
-      x = Keep(Round(x, Set1(ring.step[i]), half), Below(end, kLanes * r + ring.first[i]));
-    }
+    if constexpr (kRounds) x = Round(x, Below(size, kLanes * r), Set1(ring.step[i]), half);
     acc[r] = kWeighted ? MulAdd(x, scale, acc[r]) : Add(acc[r], x);
     low = high;
   }
@@ -183,7 +182,7 @@ struct Row<Rounded<T>> {
   Row(const SourceRing& ring, float half, int64_t i)
       : data(reinterpret_cast<const T*>(ring.row[i])), step(ring.step[i]), half(half) {}
   Reg At(int column, Mask kept) const {
-    return Keep(Round(Load(data + column, kept), Set1(step), half), kept);
+    return Round(Load(data + column, kept), kept, Set1(step), half);
   }
 };
 template <int kBits>

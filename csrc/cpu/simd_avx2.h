@@ -23,6 +23,9 @@ inline Mask Between(int, int end) { return FirstLanes(end); }
 // See simd_avx512.h.
 using Bound = __m256i;
 inline Bound BoundOf(const int32_t* n) { return _mm256_set1_epi32(*n); }
+inline Bound Before(Bound n, const int32_t* lanes) {
+  return _mm256_sub_epi32(n, _mm256_set1_epi32(*lanes));
+}
 inline Mask Below(Bound n, int first) {
   const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
   return _mm256_cmpgt_epi32(n, _mm256_add_epi32(lane, _mm256_set1_epi32(first)));
@@ -155,7 +158,7 @@ class Levels {
 };
 
 // See simd_avx512.h.
-inline Reg Round(Reg x, Reg step, float half) {
+inline Reg Round(Reg x, Mask kept, Reg step, float half) {
   const Reg middle = _mm256_set1_ps(half);
   Reg code = _mm256_round_ps(_mm256_add_ps(_mm256_div_ps(x, step), middle), 0);
   code = _mm256_max_ps(_mm256_setzero_ps(), code);
@@ -163,7 +166,7 @@ inline Reg Round(Reg x, Reg step, float half) {
   code = _mm256_mul_ps(_mm256_sub_ps(code, middle), step);
   // The compiler must not make one operation of this product and a sum.
   asm("" : "+x"(code));
-  return code;
+  return Keep(code, kept);
 }
 
 inline void StoreStream(float* p, Reg a) { _mm256_stream_ps(p, a); }

@@ -24,6 +24,7 @@ inline Mask Between(int, int end) { return FirstLanes(end); }
 // See simd_avx512.h.
 using Bound = int;
 inline Bound BoundOf(const int32_t* n) { return *n; }
+inline Bound Before(Bound n, const int32_t* lanes) { return n - *lanes; }
 inline Mask Below(Bound n, int first) { return FirstLanes(n - first); }
 
 template <class F>
@@ -176,7 +177,7 @@ class Levels {
 };
 
 // See simd_avx512.h.
-inline Reg Round(const Reg& x, const Reg& step, float half) {
+inline Reg Round(const Reg& x, Mask kept, const Reg& step, float half) {
   // Numbers from here on are whole, and ties go to the even one. Above 2 * half nothing is rounded.
   constexpr float kWhole = 8388608.0f;
   Reg y = Map([&](int i) {
@@ -186,7 +187,7 @@ inline Reg Round(const Reg& x, const Reg& step, float half) {
   });
   // The compiler must not make one operation of this product and a sum.
   asm("" : "+m"(y));
-  return y;
+  return Keep(y, kept);
 }
 
 inline void StoreStream(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }

@@ -109,6 +109,40 @@ def test_by_hand(backend: Any) -> None:
     assert got == [-3.0, -6.0, -0.75, -1.5]
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_ties_are_those_of_the_nearest_quotient(backend: Any, bits: int) -> None:
+    # A reciprocal of the step size, multiplied by, would be off by an ulp: another code next to it.
+    rows = 400 if backend.name.startswith("cpu") else 24
+    g = torch.Generator().manual_seed(bits)
+    exponents = torch.randint(-20, 20, (rows,), generator=g).float()
+    exponents[:10] = torch.tensor([-149, -140, -128, -126, -101, -100, 99, 101, 120, 126.0])
+    steps = torch.rand(rows, generator=g).add(1).double().mul(torch.exp2(exponents.double()))
+    steps = steps.float()
+    steps[10] = 0.0
+    half = (2**bits - 1) / 2
+    whole = torch.arange(-int(half) - 2, int(half) + 3)
+    near = (whole[None, :].double() * steps[:, None].double()).float()
+    values = [near]
+    for towards in (float("inf"), float("-inf")):
+        for _ in range(2):
+            values.append(torch.nextafter(values[-1], torch.tensor(towards)))
+        values.append(near)
+    values.append(torch.tensor([[float("inf"), float("-inf"), 3e38, 0.0]]).expand(rows, -1))
+    block = torch.cat(values, 1).contiguous()
+    codes = torch.round(block / steps[:, None] + half).clamp(0, 2 * half)
+    got = ak.tiered_embedding(
+        [block.to(backend.device)],
+        [rows],
+        torch.arange(rows, device=backend.device),
+        steps=steps.to(backend.device),
+        bits=bits,
+        step_ends=list(range(1, rows + 1)),
+    )
+    torch.testing.assert_close(
+        got.cpu(), (codes - half) * steps[:, None], rtol=0, atol=0, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_are_rounded_bit_for_bit(backend: Any, dtype: torch.dtype) -> None:
     def check(drawn: tuple[int, list[int], list[int], int]) -> None:
