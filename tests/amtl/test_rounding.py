@@ -111,6 +111,21 @@ def test_what_is_looked_up_are_levels_and_gradients_pass_straight_through(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("masters", [True, False])
+def test_a_table_in_frequency_order_keeps_it(bits, masters):
+    alone = {"field_sizes": None, "shared_rows": None, "min_dim": unit(bits), "masters": masters}
+    if not masters:
+        alone["fused_optimizer"] = partial(optim.SGD, lr=0.1)
+    layer = layer_of(bits, bits / 64, **alone)
+    layer.freeze()
+    assert layer.row_order is None and len(set(layer.row_dims().tolist())) > 1
+    # Of two fields the places of one come first.
+    both = layer_of(bits, bits / 64)
+    both.freeze()
+    assert both.row_order is not None
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("budget", [0.03, 0.06, 0.12])
 def test_the_budget_counts_bytes_and_step_sizes(bits, budget):
     layer = layer_of(bits, budget)

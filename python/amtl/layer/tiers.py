@@ -73,7 +73,8 @@ def plan_tiers(
         stored: integer [N], stored width of each row, 0..`widest`.
         widest: D.
         merged: bool [N], rows without a place of their own; None for none.
-        within: int64 [N] >= 0, by which rows of one width are ordered; None for as they come.
+        within: int64 [N] >= 0, by which rows of one width are ordered, falling, as sizes and
+            counts do in a table in frequency order; None for as they come.
     """
     total = stored.numel()
     rows = None if merged is None else (~merged).nonzero().flatten()
@@ -88,7 +89,7 @@ def plan_tiers(
     order = None
     key = stored
     if within is not None:
-        key = stored.to(torch.int64) * (int(within.max()) + 1) - within
+        key = stored.to(torch.int64) * (int(within.max()) + 1) + within
     falling = bool((key[1:] <= key[:-1]).all())
     if not falling or (rows is not None and int(rows[-1]) >= len(rows)):
         if within is None:
