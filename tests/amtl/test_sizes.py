@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 
 import pytest
 import torch
+from amtl import AMTLEmbedding
 from amtl.layer.budget import BudgetError, SizeGrid, default_tier_width, fit_shift, fit_tilt
 from amtl.layer.frequency import frequency_groups
 from amtl.layer.laws import CapacityLaw
@@ -597,6 +599,13 @@ def test_rule_is_a_scaled_power_of_the_count():
     assert int(inside.sum()) > 5 and low <= high * (1 + 1e-9)
     assert not list(head.parameters())
     assert not head().mask.requires_grad
+
+
+@pytest.mark.parametrize("budget", ["2kB", "0.1", [0.1], float("nan"), True, 5.0])
+def test_a_budget_that_is_no_share_is_named(budget):
+    message = r"budget must be a fraction in \(0, 1\], got "
+    with pytest.raises(ValueError, match=message + re.escape(repr(budget))):
+        AMTLEmbedding(10, 4, counts=torch.arange(10), budget=budget)
 
 
 def test_rule_and_ordinal_need_a_budget():

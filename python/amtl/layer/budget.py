@@ -39,10 +39,14 @@ def default_tier_width(dim: int, budget: float | None, itemsize: int) -> int:
     return 1 << max(0, math.floor(math.log2(max(limit, 1))))
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_share(budget: float) -> None:
     """Raise ValueError unless `budget` is a fraction in (0, 1]."""
-    number = isinstance(budget, numbers.Real) and not isinstance(budget, bool)
-    if not number or not 0 < budget <= 1:
+    if not is_number(budget) or not 0 < budget <= 1:
         raise ValueError(f"budget must be a fraction in (0, 1], got {budget!r}")
 
 
