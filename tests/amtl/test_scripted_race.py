@@ -1,0 +1,307 @@
+"""The race and what follows it, with learners whose scores are written down beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from amtl.errors import UserError
+from amtl.run import contest
+from amtl.run.config import TrainConfig
+from amtl.run.contest import DROPOUT, LESS, SHARES, Contest, race_bytes, race_law, race_taught
+from amtl.run.progress import Silent
+from amtl.run.race import FLAT, FULL, race
+
+
+def settings(**changes) -> TrainConfig:
+    base = {"data": "", "label": "label", "dim": 8, "budget": 0.25, "epochs": 4, "bits": "32"}
+    return TrainConfig(**{**base, **changes})
+
+
+class Scripted:
+    """A learner whose best score by epoch is written down."""
+
+    steps_per_epoch = 4
+
+    def __init__(self, scores, auc=None):
+        self.auc = auc
+        self.scores, self.steps, self.finished, self.released = scores, 0, False, False
+        self.history = []
+        self.config = settings()
+
+    @property
+    def epochs(self):
+        return self.steps / self.steps_per_epoch
+
+    @property
+    def best(self):
+        if not self.history:
+            return None
+        return {"record": max(self.history, key=lambda r: r["score"])}
+
+    def lap_end(self, laps):
+        return laps * self.steps_per_epoch
+
+    def step(self):
+        self.steps += 1
+        if self.steps % self.steps_per_epoch == 0:
+            score = self.scores[self.steps // self.steps_per_epoch - 1]
+            area = score if self.auc is None else self.auc
+            record = {"score": score, "val_auc": area, "val_logloss": 0.0, "stored_bytes": 1}
+            self.history.append({**record, "step": self.steps})
+            self.finished = self.steps == len(self.scores) * self.steps_per_epoch
+
+    def release(self):
+        self.released = True
+
+
+def step(learner):
+    learner.step()
+
+
+def scripted_race(scores, config):
+    made = {}
+
+    def make(entry):
+        bits = entry.table_options.get("capacity_bits")
+        name = FULL if entry.method == "fixed" else FLAT if bits > 100 else bits
+        made[name] = Scripted(scores[name])
+        return made[name]
+
+    return race(config, make, Silent(), step), made
+
+
+def test_the_better_half_goes_on_and_the_best_one_wins():
+    scores = {
+        FULL: [0.9, 0.9],
+        FLAT: [0.1, 0.9],
+        16.0: [0.4, 0.6],
+        4.0: [0.5, 0.4],
+        1.0: [0.2, 0.9],
+    }
+    result, made = scripted_race(scores, settings(method="rule"))
+    assert result.learner is made[16.0]
+    assert result.config.table_options["capacity_bits"] == 16.0 and not result.config.race
+    assert [learner.steps for learner in made.values()] == [8, 8, 8, 4, 4]
+    assert [made[name].released for name in (FULL, FLAT, 1.0, 4.0, 16.0)] == [
+        *(True, True, True, False, False)
+    ]
+    names = [row["name"].split()[0] for row in result.table]
+    assert names == ["full", "16", "4", "1", "fixed"]
+    assert [row["name"] for row in result.table if row["chosen"]] == ["16 bits a number"]
+
+
+def test_where_a_fixed_width_wins_less_is_tried_with_sizes():
+    scores = {
+        FULL: [0.9, 0.9],
+        FLAT: [0.9, 0.9],
+        16.0: [0.1, 0.1],
+        4.0: [0.5, 0.4],
+        1.0: [0.2, 0.9],
+    }
+    result, made = scripted_race(scores, settings(method="rule"))
+    assert result.learner is made[FLAT]
+    assert result.sized.table_options["capacity_bits"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "auc", "steps", "better"),
+    [
+        ([0.5, 0.6, 0.9], None, 12, True),
+        ([0.5, 0.6, 0.7], None, 12, False),
+        ([0.1, 0.2, 0.9], None, 8, False),
+        ([0.5, 0.58, 0.9], None, 12, True),
+        ([0.5, 0.6, 0.9], 0.79, 12, False),
+    ],
+)
+def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, better):
+    winner = Scripted([0.5, 0.6, 0.8])
+    while not winner.finished:
+        winner.step()
+    small = Scripted(scores, auc)
+    made = []
+
+    def make(config):
+        if made:
+            raise UserError("no size is smaller")
+        made.append(config)
+        return small
+
+    result, row = race_bytes(LESS, settings(), winner, 0.25, make, Silent(), step)
+    assert small.steps == steps
+    assert result is (small if better else None)
+    assert made[0].budget == pytest.approx(0.075)
+    assert row["chosen"] == better
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ({0.5: [0.5, 0.6, 0.9], 0.8: [0.5, 0.6, 0.95]}, 0.8),
+        ({0.5: [0.5, 0.6, 0.9], 0.8: [0.5, 0.6, 0.85]}, 0.5),
+        ({0.5: [0.5, 0.6, 0.7], 0.8: [0.1, 0.2, 0.9]}, None),
+    ],
+)
+@pytest.mark.parametrize("dropout", [None, 0.3])
+def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
+    winner = Scripted([0.5, 0.6, 0.8])
+    winner.config = settings(seed=11, embedding_dropout=dropout)
+    while not winner.finished:
+        winner.step()
+    made = {}
+
+    def make(config):
+        assert config == dataclasses.replace(
+            winner.config,
+            distillation=config.distillation,
+            embedding_dropout=DROPOUT if dropout is None else dropout,
+        )
+        made[config.distillation] = Scripted(scores[config.distillation])
+        return made[config.distillation]
+
+    best, rows = race_taught(winner, make, Silent(), step)
+    assert tuple(made) == SHARES
+    assert best is made.get(chosen)
+    assert [row["chosen"] for row in rows] == [share == chosen for share in SHARES]
+    assert [learner.released for learner in made.values()] == [s != chosen for s in SHARES]
+    # Hopelessly behind after two epochs.
+    assert made[0.8].steps == (8 if scores[0.8][0] == 0.1 else 12)
+
+
+def test_less_is_tried_as_long_as_it_is_better():
+    winner = Scripted([0.5, 0.8])
+    while not winner.finished:
+        winner.step()
+    tried = [Scripted([0.5, score]) for score in (0.795, 0.85, 0.845, 0.843, 0.99)]
+    made = []
+
+    def make(config):
+        made.append(config.budget)
+        return tried[len(made) - 1]
+
+    best, row = race_bytes(LESS, settings(), winner, 0.25, make, Silent(), step)
+    assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
+    assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
+    assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
+    assert [learner.released for learner in tried] == [True, False, True, True, False]
+
+
+def test_more_is_tried_up_to_the_budget_as_long_as_it_is_better():
+    winner = Scripted([0.5, 0.8])
+    while not winner.finished:
+        winner.step()
+
+    def tried(used, *scores):
+        made = []
+
+        def make(config):
+            made.append(config.budget)
+            return Scripted([0.5, scores[len(made) - 1]])
+
+        best, _ = race_bytes(1 / LESS, settings(), winner, used, make, Silent(), step)
+        return made, None if best is None else best.scores[1]
+
+    budget = settings().budget
+    assert tried(0.02, 0.85, 0.9, 0.95) == (
+        pytest.approx([0.02 / LESS, 0.02 / LESS**2, budget]),
+        0.95,
+    )
+    assert tried(0.02, 0.85, 0.84, 0.95) == (pytest.approx([0.02 / LESS, 0.02 / LESS**2]), 0.85)
+    assert tried(0.95 * budget) == ([], None)
+
+
+def test_the_middle_law_is_tried_where_another_has_won():
+    winner, made = Scripted([0.5, 0.8]), []
+    while not winner.finished:
+        winner.step()
+
+    def tried(score, law=None, **changes):
+        made.clear()
+        options = changes["table_options"]
+        winner.config = settings(table_options=options if law is None else {"capacity_bits": law})
+
+        def make(config):
+            made.append(config)
+            return Scripted([0.5, score])
+
+        return race_law(settings(**changes), winner, make, Silent(), step)
+
+    options = {"capacity_bits": 16.0, "twins": False}
+    better, row = tried(0.9, table_options=options, distillation=0.5)
+    assert better is not None and row["chosen"]
+    assert made == [settings(table_options={**options, "capacity_bits": 4.0}, distillation=0.5)]
+    assert tried(0.7, table_options=options)[0] is None
+    # A fixed width has won, and the best of those whose rows differ has the middle law.
+    options["capacity_bits"] = 4.0
+    better, _ = tried(0.9, law=1e4, table_options=options)
+    assert better is not None and made == [settings(table_options=options)]
+    for changes in (
+        {"table_options": {"capacity_bits": 4.0}},
+        {"table_options": {}},
+        {"table_options": {"capacity_bits": 1.0, "bits": 4}, "budget": 0.125},
+    ):
+        assert tried(0.9, **changes) == (None, None) and not made
+
+
+def test_what_is_far_behind_ends_the_search_for_less():
+    winner = Scripted([0.5, 0.8])
+    while not winner.finished:
+        winner.step()
+    tried = [Scripted([0.5, 0.78]), Scripted([0.5, 0.99])]
+    made = []
+
+    def make(config):
+        made.append(config)
+        return tried[len(made) - 1]
+
+    best, row = race_bytes(LESS, settings(), winner, 0.25, make, Silent(), step)
+    assert best is None and row["score"] == 0.78 and len(made) == 1
+
+
+def test_a_table_that_stores_nothing_leaves_nothing_out():
+    winner = Scripted([0.8])
+    step(winner)
+    assert race_bytes(LESS, settings(), winner, 0.0, pytest.fail, Silent(), step) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("sized", "given", "better", "tried", "settled"),
+    [
+        # What `better` says of fewer bytes by each law, and by which law sizes then follow.
+        ({"capacity_bits": 16.0}, {}, {16.0: True}, [16.0], 16.0),
+        ({"capacity_bits": 16.0}, {}, {16.0: False, 4.0: True}, [16.0, 4.0], 4.0),
+        ({"capacity_bits": 1.0}, {}, {1.0: False, 4.0: False}, [1.0, 4.0], 1.0),
+        ({"capacity_bits": 4.0}, {}, {4.0: False}, [4.0], 4.0),
+        ({"capacity_bits": 16.0}, {"capacity_bits": 16.0}, {16.0: False}, [16.0], 16.0),
+        ({"init_exponent": 1.0}, {"init_exponent": 1.0}, {None: False}, [None], None),
+    ],
+)
+def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, settled):
+    first = Scripted([0.5, 0.8])
+    first.table = None
+    first.config = settings(bits="auto", table_options=sized)
+    while not first.finished:
+        first.step()
+    made = []
+
+    def make(config, taught):
+        assert taught is None and config.budget == pytest.approx(LESS / 100)
+        law = config.table_options.get("capacity_bits")
+        assert config.table_options == {**sized, **({"capacity_bits": law} if law else {})}
+        made.append((law, Scripted([0.5, 0.9 if better[law] else 0.6])))
+        made[-1][1].config, made[-1][1].table = config, None
+        return made[-1][1]
+
+    def one_size(factor, sized, winner, used, make, observer, step):
+        learner = make(dataclasses.replace(sized, budget=used * factor))
+        return contest.contend("less", learner, winner, observer, step)
+
+    monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 100)
+    monkeypatch.setattr(contest, "race_bytes", one_size)
+    course = Contest(first, make, Silent(), step)
+    options = course._fewer_bytes({"sized": sized, "given": given, "budget": 0.25})
+    assert [law for law, _ in made] == tried
+    assert options.get("capacity_bits") == settled
+    won = [learner for law, learner in made if better[law]]
+    assert course.winner is (won[0] if won else first)
+    assert course.found["less"]["chosen"] == bool(won)
