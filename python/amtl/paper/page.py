@@ -17,7 +17,7 @@ NO_LOSS = -5e-4
 """Lower end of the 95 % interval against full size that counts as no loss."""
 
 NOT_MADE = {
-    "loss by the number of warm-start steps": "not run: `amtl train --warm-start` has it by hand",
+    "loss by the number of warm-start steps": "by hand, with `amtl train --warm-start`: docs/method.md",
     "DIN": "not planned: no set here has a history to attend to; `amtl paper --backbones din`",
 }
 """What the issue of this page asks for and is not on it, and why."""
