@@ -17,7 +17,7 @@ NO_LOSS = -5e-4
 """Lower end of the 95 % interval against full size that counts as no loss."""
 
 NOT_MADE = {
-    "loss by the number of warm-start steps": "by hand, with `amtl train --warm-start`: docs/method.md",
+    "loss by the number of warm-start steps": "measured by hand: docs/method.md, Warm start",
     "DIN": "not planned: no set here has a history to attend to; `amtl paper --backbones din`",
 }
 """What the issue of this page asks for and is not on it, and why."""
@@ -135,8 +135,9 @@ def _protocol() -> Block:
             "up: numbers, codes, step sizes, projections, masks, and where rows of one kind end; "
             "vocabularies, and so the order of rows, are free for all.",
             "A run of tuning is handed no test split. The first choice is the method's default; "
-            "then come a teacher, dropout and both, which is what the product's own run tries; "
-            "further ones are suggested by optuna (TPE) from the space at the end of this page. "
+            "then come, each a change of the best so far, a teacher, the method's own settings and "
+            "dropout; what trials are left are suggested by optuna (TPE) from the space at the end "
+            "of this page. "
             "The choice with the best validation AUC minus log loss is trained anew with fresh "
             "seeds, which score the test split once each. What tunes itself races its settings on "
             "validation within its one run, which takes many trainings: see Run times.",

@@ -25,7 +25,8 @@ def next_choice(
         space: names to values, the default first.
         tried: choices and their scores, in order; None of those that did not fit.
         of: name of what is tuned, which suggestions depend on.
-        first: changes of the default that are tried right after it, before any suggestion.
+        first: changes that are tried first, one after the other, each of the best choice so far;
+            those that a choice has had already are left out.
 
     Returns:
         A choice, or None where all were tried or none is found.
@@ -33,12 +34,13 @@ def next_choice(
     Raises:
         UserError: optuna is missing.
     """
-    default = {name: values[0] for name, values in space.items()}
+    if not tried:
+        return {name: values[0] for name, values in space.items()}
     seen = {_key(choice) for choice, _ in tried}
-    for change in ({}, *first):
-        changed = {**default, **change}
-        if _key(changed) not in seen:
-            return changed
+    best, _ = max(tried, key=lambda t: -math.inf if t[1] is None else t[1])
+    for change in first:
+        if not any(change.items() <= choice.items() for choice, _ in tried):
+            return {**best, **change}
     if len(tried) >= math.prod(len(values) for values in space.values()):
         return None
     try:

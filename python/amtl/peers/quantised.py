@@ -113,8 +113,9 @@ class Mpe(SearchingPeer):
     each group takes the most bits with a probability of at least half an equal share, and the
     table trains again from its initial values, all else from where it was.
 
-    The bits so found meet no budget. They are moved to the largest that does by `gamma_b - c * b`
-    with one c for all groups, which is what another decay would do. gamma learns a tenth as fast as
+    The bits so found meet no budget. They are moved to the largest that does by
+    `gamma_b - c * b / c_g` with one c for all groups, as another decay would: frequent groups keep
+    theirs longest. gamma learns a tenth as fast as
     `mask_lr` says, the paper's rate. As the paper, it forgets `c_g` of groups without lookups: 1.
 
     Args:
@@ -193,7 +194,8 @@ class Mpe(SearchingPeer):
         if spare < 0:
             raise DoesNotFit(f"step sizes alone take more than {self.facts.budget:,} bytes")
         costs = (self.get_buffer("sizes") * self.dim)[:, None] * torch.arange(len(self.BITS))
-        self.bits.copy_(choices_in_budget(found.gamma, costs, 8 * spare))
+        scores = found.gamma * self.get_buffer("share")[:, None]
+        self.bits.copy_(choices_in_budget(scores, costs, 8 * spare))
 
     def _beside(self) -> int:
         return 4 * len(self.steps) + 4 * self.dim + 8 * len(self.BITS)

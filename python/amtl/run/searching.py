@@ -73,10 +73,10 @@ def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]
     Raises:
         UserError: what was found does not fit the budget, or no validation gave an AUC.
     """
-    config, task, found = learner.config, learner.task, learner
+    config, task, taught, found = learner.config, learner.task, learner.taught, learner
     if learner.table.phase == "search":
         learner.release()
-        found = SearchLearner(config, task, taught=learner.taught)
+        found = SearchLearner(config, task, taught=taught)
     table: SearchingPeer = found.table  # type: ignore[assignment]
     observer.begin(f"{config.method} searches", found.steps_per_epoch * config.epochs, 0)
     validations = 0
@@ -90,7 +90,7 @@ def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]
         found.end()
     table.conclude(lambda: operator.sub(*found.scores()))
     try:
-        fresh = Learner(config, task, lambda made: made.settle(table), learner.taught)  # type: ignore[operator]
+        fresh = Learner(config, task, lambda made: made.settle(table), taught)  # type: ignore[operator]
     except DoesNotFit as error:
         raise UserError(f"--method {config.method}: {error}") from error
     if table.keeps_model:

@@ -105,17 +105,23 @@ def test_tuning_starts_at_the_default_and_never_repeats():
     assert next_choice({}, [({}, 1.0)], "s") is None
 
 
-def test_what_the_product_tries_itself_is_tried_first_of_others():
+def test_first_come_changes_of_the_best_so_far():
     contender, tried = contenders()["int"], []
-    for _ in range(4):
-        tried.append((next_choice(contender.space, tried, "s", contender.first), 0.0))
     default = {name: values[0] for name, values in contender.space.items()}
-    assert [choice for choice, _ in tried] == [
-        default,
-        {**default, "distillation": 0.5},
-        {**default, "embedding_dropout": DROPOUT},
-        {**default, "distillation": 0.5, "embedding_dropout": DROPOUT},
+    better = {**default, "distillation": 0.5}
+    wanted = [
+        (default, 0.5),
+        (better, 0.6),
+        ({**better, "bits": 8}, 0.7),
+        # It did not fit.
+        ({**better, "bits": 8} | {"bits": 2}, None),
+        ({**better, "bits": 8, "embedding_dropout": DROPOUT}, 0.1),
     ]
+    for choice, score in wanted:
+        assert next_choice(contender.space, tried, "s", contender.first) == choice
+        tried.append((choice, score))
+    suggested = next_choice(contender.space, tried, "s", contender.first)
+    assert suggested not in [choice for choice, _ in tried]
     assert contenders()["amtl"].first == []
 
 

@@ -16,7 +16,10 @@ from amtl.peers.fields import evolved
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.folders import load_run, pack_run
+from amtl.run.learner import Learner
 from amtl.run.model import predict
+from amtl.run.progress import Silent
+from amtl.run.searching import search
 from amtl.run.training import Interrupted, prepare, start
 
 ROWS = 1500
@@ -113,6 +116,23 @@ def test_a_search_ends_where_the_budget_is_met(source):
     assert seen[0] == "pep searches"
     searching = seen.index("pep D=8 100%")
     assert searching == 1 + 3  # six steps an epoch, two validations
+
+
+@pytest.mark.parametrize("name", [name for name, kind in PEERS.items() if kind.searches])
+def test_a_teacher_is_heard_in_both_trainings(name, source):
+    config = settings(method=name, epochs=2, distillation=0.5)
+    task = prepare(config, source)
+    rate = float(task.train.labels.mean())
+
+    def trained(taught):
+        learner = search(Learner(config, task, taught=taught), Silent(), Learner.step)
+        assert learner.taught is taught
+        while not learner.finished:
+            learner.step()
+        return learner
+
+    alone, learner = trained(None), trained(torch.full((len(task.train),), rate))
+    assert not torch.equal(predict(alone.model, task.val), predict(learner.model, task.val))
 
 
 def test_an_evolution_is_asked_for_once_and_by_the_validation_split(source, monkeypatch):
