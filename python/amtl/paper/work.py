@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -228,6 +229,7 @@ def run_plan(
 
 
 def _work(plan: Plan, out: Path, added: Sequence[Path], errors: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
         for path in added:
@@ -236,6 +238,14 @@ def _work(plan: Plan, out: Path, added: Sequence[Path], errors: Any) -> None:
     except UserError as error:
         errors.put(str(error))
     except KeyboardInterrupt:
+        os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """A killed command cannot end its workers, which would go on for days."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
         os._exit(1)
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,3 +180,29 @@ def test_one_command(tmp_path, capsys, monkeypatch):
 def test_the_page_of_the_documentation_is_that_of_the_latest_summary():
     summary = max((ROOT / "bench" / "results").glob("*-paper.json"))
     assert (ROOT / "docs" / "evidence.md").read_text() == write_markdown(read_json(summary))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc, which Linux has")
+def test_a_killed_command_leaves_no_workers(tmp_path):
+    command = [sys.executable, "-m", "amtl", "paper", "--quick", "--jobs", "2"]
+    started = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+    def until(wanted):
+        deadline = time.monotonic() + 60
+        while not wanted():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    # The workers, and the tracker of what they share.
+    until(lambda: len(children.read_text().split()) >= 3)
+    workers = [Path("/proc", pid) for pid in children.read_text().split()]
+    # Each has come as far as to watch.
+    until(lambda: (tmp_path / "runs.jsonl").exists())
+    started.kill()
+    started.wait()
+    until(lambda: not any(worker.exists() for worker in workers))
