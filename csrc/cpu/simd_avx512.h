@@ -24,7 +24,8 @@ constexpr bool kMovesBack = true;
 inline Mask Between(int begin, int end) {
   return static_cast<Mask>((0xFFFFu >> (kLanes - end)) & (0xFFFFu << begin));
 }
-// A number of values in memory, and the lanes below it of a register that begins at value `first`.
+// A number of values in memory, what is left of it from `lanes` values on, and the lanes below it
+// of a register that begins at value `first`.
 using Bound = __m512i;
 inline Bound BoundOf(const int32_t* n) { return _mm512_set1_epi32(*n); }
 inline Bound Before(Bound n, const int32_t* lanes) {

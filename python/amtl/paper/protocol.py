@@ -113,8 +113,10 @@ class Contender:
         With few trials that leaves it no worse off than the product, whose own run tries these.
         """
         own = [{name: v} for name in self.space if name not in COMMON for v in self.space[name][1:]]
-        common = [{"distillation": 0.5}, {"embedding_dropout": DROPOUT}]
-        return [c for c in (common[0], *own, common[1]) if set(c) <= set(self.space)]
+        teacher, dropout = (
+            {name: COMMON[name][-1]} for name in ("distillation", "embedding_dropout")
+        )
+        return [c for c in (teacher, *own, dropout) if set(c) <= set(self.space)]
 
 
 def _fixed(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
@@ -168,16 +170,8 @@ def contenders() -> dict[str, Contender]:
         ),
         Contender("rule", "the product, sizes by counts", _own("rule")),
         Contender("amtl", "the product's default", _own("amtl")),
-        Contender(
-            "amtl-alone",
-            "the default without a teacher",
-            _own("amtl", distillation=0.0),
-        ),
-        Contender(
-            "amtl-32",
-            "the default with 32 bits: width alone",
-            _own("amtl", bits="32"),
-        ),
+        Contender("amtl-alone", "the default without a teacher", _own("amtl", distillation=0.0)),
+        Contender("amtl-32", "the default with 32 bits: width alone", _own("amtl", bits="32")),
         Contender("twins", "the twins learn sizes, 32 bits", _own("twins")),
         Contender("aml", "one branch of the twins", _own("aml")),
     ]

@@ -36,7 +36,6 @@ def next_choice(
     """
     if not tried:
         return {name: values[0] for name, values in space.items()}
-    seen = {_key(choice) for choice, _ in tried}
     best, _ = max(tried, key=lambda t: -math.inf if t[1] is None else t[1])
     for change in first:
         if not any(change.items() <= choice.items() for choice, _ in tried):
@@ -53,6 +52,7 @@ def next_choice(
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: CategoricalDistribution(list(v)) for name, v in space.items()}
+    seen = {_key(choice) for choice, _ in tried}
     seed = zlib.crc32(f"{of} {len(tried)}".encode())
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     study = optuna.create_study(direction="maximize", sampler=sampler)

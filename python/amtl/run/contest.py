@@ -307,7 +307,7 @@ def race_law(
     """
     options = {**sized.table_options, "capacity_bits": MIDDLE}
     whole = sized.budget * 32 / options.get("bits", 32) > ALMOST_ALL
-    if whole or winner.config.table_options.get("capacity_bits") in (None, MIDDLE):
+    if whole or middle_law(winner.config.table_options) is None:
         return None, None
     learner, _ = attempt(make, replace(sized, table_options=options))
     if learner is None:
