@@ -106,9 +106,11 @@ class MagnitudePruning(Masked):
 class Pep(Masked):
     """PEP, Liu et al. 2021 (arXiv 2101.07577), section 3: thresholds that are learned.
 
-    The search shows `sign(V) * relu(|V| - sigmoid(s))` (equation 6), V and s trained together, s
-    with weight decay, which is what makes thresholds rise, until the budget is met. Then the
-    numbers that survived train again from their initial values (the paper's lottery ticket).
+    The search shows `sign(V) * relu(|V| - sigmoid(s))` (equation 6), V and s trained together, both
+    with weight decay, until the budget is met. Of s, which is negative, it makes thresholds rise;
+    of V it makes rows fall that few lookups hold up, since Adam moves a number whose gradient is
+    decay alone as fast as any other. Then the numbers that survived train again from their initial
+    values (the paper's lottery ticket).
 
     s starts at -7 instead of -15 to -150, as initial weights are small here, and changes `pull`
     times as fast as its learning rate says, since training is shorter. If the search ends first,
@@ -151,7 +153,8 @@ class Pep(Masked):
 
     def penalty(self) -> Tensor:
         """See `SearchingPeer`."""
-        return 0.5 * self._DECAY * self.thresholds().square().sum()
+        squares = self.thresholds().square().sum() + self.weight.square().sum()
+        return 0.5 * self._DECAY * squares
 
     def _above(self) -> Tensor:
         return self.weight.detach().abs() - torch.sigmoid(self.thresholds().detach())

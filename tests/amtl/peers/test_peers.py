@@ -207,7 +207,8 @@ def test_learned_thresholds():
     expected = torch.tensor([[1.5, -0.5, 0.0, 2.5], [0, 0, -3.25, 0], [0, 0, 0, 2.2]])
     torch.testing.assert_close(shown, expected)
     assert not table.searched() and len(table.mask_parameters()) == 1
-    decay = 0.5 * 1e-5 * (0 + math.log(3.0) ** 2 + 100.0**2)
+    squares = (4 + 1 + 0.25 + 9) + (0.01 + 0.04 + 16 + 0.09) + 4.84
+    decay = 0.5 * 1e-5 * (squares + math.log(3.0) ** 2 + 100.0**2)
     assert float(table.penalty().detach()) == pytest.approx(decay, rel=1e-5)
     with torch.no_grad():
         table.threshold[2] = 50.0

@@ -19,7 +19,7 @@ from amtl.run.folders import load_run, pack_run
 from amtl.run.learner import Learner
 from amtl.run.model import predict
 from amtl.run.progress import Silent
-from amtl.run.searching import search
+from amtl.run.searching import SearchLearner, search
 from amtl.run.training import Interrupted, prepare, start
 
 ROWS = 1500
@@ -116,6 +116,18 @@ def test_a_search_ends_where_the_budget_is_met(source):
     assert seen[0] == "pep searches"
     searching = seen.index("pep D=8 100%")
     assert searching == 1 + 3  # six steps an epoch, two validations
+
+
+def test_rows_that_are_not_looked_up_fall_under_pep(source):
+    """Adam moves what decay alone pulls as fast as anything else."""
+    task = prepare(settings(), source)
+    learner = SearchLearner(settings(method="pep"), task)
+    unseen = learner.table.facts.counts == 0
+    assert bool(unseen.any())
+    before = learner.table.weight.detach()[unseen].abs().mean()
+    for _ in range(6):
+        learner.step()
+    assert learner.table.weight.detach()[unseen].abs().mean() < 0.9 * before
 
 
 @pytest.mark.parametrize("name", [name for name, kind in PEERS.items() if kind.searches])
