@@ -542,7 +542,36 @@ def test_models_that_use_the_weight_themselves_are_refused(use):
     assert F.embedding(rows, model.table.weight).shape == (3, DIM)
 
 
-def test_only_the_first_pass_is_watched():
+@pytest.mark.parametrize("first", [False, True])
+def test_each_mode_is_watched(first):
+    """A model that scores all items by their weight, where it evaluates or where it trains only."""
+
+    class OneMode(PastTheLayer):
+        def forward(self, rows):
+            return self.use(self.table, rows) if self.training != first else self.table(rows)
+
+    rows = torch.arange(3)
+    model = amtl.convert(OneMode(USES["product"]), {"table": torch.arange(ROWS)}).train(first)
+    for _ in range(2):
+        model(rows)
+    model.train(not first)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the weight of 'table' itself"):
+            model(rows)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_watched_model_compiles_whole(eager):
+    model = amtl.convert(
+        PastTheLayer(lambda table, rows: table(rows)), {"table": torch.arange(ROWS)}, bits=None
+    )
+    rows = torch.arange(3)
+    expected = model(rows) if eager else copy.deepcopy(model)(rows)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(rows), expected)
+
+
+def test_only_the_first_passes_are_watched():
     def norms(table, rows):
         return table(rows).sum() + table.weight.norm() + table.weight.square().sum()
 
@@ -551,8 +580,10 @@ def test_only_the_first_pass_is_watched():
     with pytest.raises(IndexError):
         model(torch.tensor([ROWS]))
     assert all(hooks)
-    for _ in range(2):
-        model(torch.arange(3)).backward()
+    for training in (True, True, False):
+        assert all(hooks)
+        model.train(training)(torch.arange(3)).backward()
+    model(torch.arange(3))
     assert not any(hooks)
 
 
@@ -563,5 +594,6 @@ def test_copies_are_watched_by_themselves(copied):
     rows = torch.arange(3)
     for each in (other, model):
         assert each._forward_hooks
-        assert torch.equal(each(rows), each(rows))
+        for training in (True, False):
+            assert torch.equal(each.train(training)(rows), each(rows))
         assert not each._forward_hooks and not each._forward_pre_hooks

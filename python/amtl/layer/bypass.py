@@ -1,8 +1,8 @@
 """Models that look up in an embedding's weight themselves, past the layer and its masks.
 
-Nobody can read that off a model, so the first forward pass after a conversion is watched: where the
-weight of a layer goes into a lookup or a product, the pass ends with an error that names the layer.
-Later passes cost nothing.
+Nobody can read that off a model, so the first forward passes after a conversion are watched, one in
+training mode and one in evaluation: where the weight of a layer goes into a lookup or a product,
+the pass ends with an error that names the layer. Later passes cost nothing.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _FirstPass:
-    """Hooks around forward passes until one has ended well."""
+class _FirstPasses:
+    """Hooks around forward passes until one of each mode has ended well."""
 
     def __init__(self, model: nn.Module) -> None:
         self.watch: _Watch | None = None
         self.thread: int | None = None
-        self.done = False
+        self.seen: set[bool] = set()
         self.handles = [
             model.register_forward_pre_hook(self.begin),
             model.register_forward_hook(self.end, always_call=True),
@@ -62,9 +62,10 @@ class _FirstPass:
     def begin(self, model: nn.Module, inputs: object) -> None:
         if torch.compiler.is_compiling() or torch._C._is_tracing() or self.watch is not None:
             return
-        if self.done:
-            for handle in self.handles:
-                handle.remove()
+        if model.training in self.seen:
+            if len(self.seen) == 2:
+                for handle in self.handles:
+                    handle.remove()
             return
         tables = {
             id(module._parameters["weight"]): name
@@ -80,9 +81,10 @@ class _FirstPass:
         self.watch.__exit__(None, None, None)
         self.watch = None
         # None is also what a pass gives that failed.
-        self.done = output is not None
+        if output is not None:
+            self.seen.add(model.training)
 
 
-def watch_first_pass(model: nn.Module) -> None:
-    """Let the next forward pass of the model fail where it goes past one of its AMTL layers."""
-    _FirstPass(model)
+def watch_first_passes(model: nn.Module) -> None:
+    """Let the next forward pass in either mode fail where it goes past one of its AMTL layers."""
+    _FirstPasses(model)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from amtl.layer.budget import check_share
-from amtl.layer.bypass import watch_first_pass
+from amtl.layer.bypass import watch_first_passes
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
@@ -249,7 +249,7 @@ def convert(
         fuse(nn.ModuleList(replacements.values()), fused_optimizer)
     converted = _swap(model, places, replacements)
     if not isinstance(converted, AMTLTable):
-        watch_first_pass(converted)
+        watch_first_passes(converted)
     return converted
 
 
