@@ -128,32 +128,45 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
   const SourceRing& ring = sources.ring();
   const bool counts = task.mean;
   const float half = HalfOf(task.table->rounding);
-  for (int64_t bag = begin; bag < end; ++bag, out += task.out_stride) {
-    const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
+  const auto add = [&](int64_t p, Reg* acc) __attribute__((always_inline)) {
+    const int64_t i = sources.At(p);
+    if (task.prefetch) {
+      const int64_t ahead = sources.Ahead(p);
+#pragma GCC unroll 9
+      for (int r = 0; r < kPlaced; r += kStep) {
+        __builtin_prefetch(ring.row[ahead] + (r == 0 ? 0 : ring.place[r][ahead]), 0, 2);
+      }
+      // Rows of codes are short and begin anywhere: the last register may be in another line.
+      if constexpr (Memory<T>::kCodes && R > 1) {
+        __builtin_prefetch(ring.row[ahead] + ring.place[R - 1][ahead], 0, 2);
+      }
+    }
+    if constexpr (Memory<T>::kCodes) {
+      AddCodes<T, R, kWeighted, kLayout == Layout::kWhole>(ring, i, acc);
+    } else if constexpr (kShifted) {
+      AddShiftedRow<R, kWeighted, Memory<T>::kRounds>(ring, half, i, acc);
+    } else {
+      AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(ring, half, i, acc);
+    }
+    return i;
+  };
+  // Bags of one need no sums of their own.
+  while (!task.begins && p < end) {
+    for (const int64_t ready = sources.Ready(p, end); p < ready; ++p, out += task.out_stride) {
+      Reg acc[R];
+      for (int r = 0; r < R; ++r) acc[r] = Zero();
+      add(p, acc);
+      StoreRow<Out, R>(out, acc, task.dim, task.stream);
+    }
+  }
+  for (int64_t bag = begin; task.begins && bag < end; ++bag, out += task.out_stride) {
+    const int64_t stop = task.begins[bag + 1];
     Reg acc[R];
     for (int r = 0; r < R; ++r) acc[r] = Zero();
     int64_t counted = 0;
     while (p < stop) {
       for (const int64_t ready = sources.Ready(p, stop); p < ready; ++p) {
-        const int64_t i = sources.At(p);
-        if (task.prefetch) {
-          const int64_t ahead = sources.Ahead(p);
-#pragma GCC unroll 9
-          for (int r = 0; r < kPlaced; r += kStep) {
-            __builtin_prefetch(ring.row[ahead] + (r == 0 ? 0 : ring.place[r][ahead]), 0, 2);
-          }
-          // Rows of codes are short and begin anywhere: the last register may be in another line.
-          if constexpr (Memory<T>::kCodes && R > 1) {
-            __builtin_prefetch(ring.row[ahead] + ring.place[R - 1][ahead], 0, 2);
-          }
-        }
-        if constexpr (Memory<T>::kCodes) {
-          AddCodes<T, R, kWeighted, kLayout == Layout::kWhole>(ring, i, acc);
-        } else if constexpr (kShifted) {
-          AddShiftedRow<R, kWeighted, Memory<T>::kRounds>(ring, half, i, acc);
-        } else {
-          AddRow<T, R, kWeighted, kLayout == Layout::kWhole>(ring, half, i, acc);
-        }
+        const int64_t i = add(p, acc);
         if (counts) counted += ring.size[i] >= 0;
       }
     }
