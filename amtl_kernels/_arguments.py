@@ -64,8 +64,8 @@ def are_codes(blocks: Sequence[Tensor]) -> bool:
 
 def widths_of(blocks: Sequence[Tensor], bits: int) -> list[int]:
     """Numbers in a row of each block, of codes of so many bits if they are codes."""
-    per_byte = 8 // bits if are_codes(blocks) else 1
-    return [block.shape[1] * per_byte for block in blocks]
+    columns = [block.shape[1] for block in blocks]
+    return [number * 8 // bits for number in columns] if are_codes(blocks) else columns
 
 
 def parts_of(blocks: Sequence[Tensor], ends: Sequence[int]) -> list[tuple[int, slice]]:
@@ -116,7 +116,11 @@ def check_few_bits(
     check(not step_ends or every == len(step_ends), "one of step_ends per step is needed")
     first, part = 0, 0
     for mine, few, count in zip(steps, bits, block_counts, strict=True):
-        check(few in (2, 4, 8), f"bits must be 2, 4 or 8, got {few}")
+        check(few in (2, 4, 8, 16), f"bits must be 2, 4, 8 or 16, got {few}")
+        for block in blocks[first : first + count] if are_codes(blocks) else ():
+            taken = block.shape[1]
+            whole = taken * 8 % few == 0
+            check(whole, f"a row of codes of {few} bits cannot take {taken} bytes")
         parts = mine.numel() if step_ends else count
         check(
             mine.dtype == torch.float32 and mine.shape == (parts,),

@@ -27,17 +27,18 @@ import torch
 #   state          of each block one after the other, then maybe an int64 step counter
 #   hyper          lr, eps, weight_decay, beta1, beta2, step, and maybe 1 for stochastic rounding
 #   steps, bits    tables of few bits, which have no sizes: of each table float32 [P_t], step sizes
-#                  of the parts of its rows, and 2, 4 or 8. With half = (2^bits - 1) / 2, code u of
-#                  0..2^bits - 1 stands for (u - half) * step, in float32. Blocks of uint8
-#                  [n_c, w_c * bits / 8] hold codes, the first in the lowest bits; they have no
-#                  gradient, and output, its gradient and per_sample_weights are float32. Blocks of
-#                  floats are rounded as they are read, to code clamp(round(x / step + half), 0,
-#                  2 * half); the other operators know nothing of it, so gradients pass straight
-#                  through. lookup_update_ updates the number x that a code stands for as that of a
-#                  table of floats, by SGD or row-wise Adagrad only, and stores code floor(p) or
-#                  floor(p) + 1 of p = clamp(x / step + half, 0, 2 * half), NaN being 0: the second
-#                  if r < (p - floor(p)) * 2^24, r the upper 24 of the random bits (rounding.py)
-#                  of the number's row in its block, its column and the step
+#                  of the parts of its rows, and 2, 4, 8 or 16. With half = (2^bits - 1) / 2, code u
+#                  of 0..2^bits - 1 stands for (u - half) * step, in float32. Blocks of uint8 [n_c,
+#                  w_c * bits / 8] hold codes, the first in the lowest bits, of 16 bits the lower
+#                  byte first, at any address; they have no gradient, and output, its gradient and
+#                  per_sample_weights are float32. Blocks of floats are rounded as they are read, to
+#                  code clamp(round(x / step + half), 0, 2 * half); the other operators know nothing
+#                  of it, so gradients pass straight through. lookup_update_ updates the number x
+#                  that a code stands for as that of a table of floats, by SGD or row-wise Adagrad
+#                  only, and stores code floor(p) or floor(p) + 1 of p = clamp(x / step + half, 0, 2
+#                  * half), NaN being 0: the second if r < (p - floor(p)) * 2^24, r the upper 24 of
+#                  the random bits (rounding.py) of the number's row in its block, its column and
+#                  the step
 #   step_ends      table after table the first row after each part, each within a block; None: every
 #                  block is a part. The three are last, and None by default: a call without them
 #                  does not even pass them

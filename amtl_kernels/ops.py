@@ -28,18 +28,19 @@ What all of them share:
   size ``N * D`` is allocated; ``sparse=False`` gives a dense ``[N, D]`` gradient, for optimizers
   that refuse sparse ones.
 - ``steps`` and ``bits``: a table of tiers may be one of few bits. Its numbers have codes ``u`` in
-  ``0..2**bits - 1`` of 2, 4 or 8 bits, which stand for ``(u - half) * step`` with ``half =
+  ``0..2**bits - 1`` of 2, 4, 8 or 16 bits, which stand for ``(u - half) * step`` with ``half =
   (2**bits - 1) / 2``, computed in float32 in this order.
 
-  - Blocks of uint8 ``[n_c, w_c * bits / 8]`` hold the codes, the first in a byte's lowest bits. The
-    output is float32, and so are ``per_sample_weights``. Such a table has no gradient: without
-    ``optimizer`` it is a constant. :class:`~amtl_kernels.optim.SGD` and
-    :class:`~amtl_kernels.optim.RowwiseAdagrad` update it in the backward: a looked-up row is
-    decoded, updated as one of floats, and encoded again, each number ``x`` as one of the two codes
-    around it: ``floor(p) + 1`` with probability ``p - floor(p)``, else ``floor(p)``, of ``p =
-    clamp(x / step + half, 0, 2 * half)``. So the mean is kept, and updates far below a step size
-    still add up (ALPT, arXiv 2212.05735). The random bits are a hash of the row in its block, the
-    column and the optimizer's step: results repeat bit for bit. A NaN becomes code 0.
+  - Blocks of uint8 ``[n_c, w_c * bits / 8]`` hold the codes, the first in a byte's lowest bits; a
+    code of 16 bits is two bytes, the lower one first, at any address. The output is float32, and so
+    are ``per_sample_weights``. Such a table has no gradient: without ``optimizer`` it is a
+    constant. :class:`~amtl_kernels.optim.SGD` and :class:`~amtl_kernels.optim.RowwiseAdagrad`
+    update it in the backward: a looked-up row is decoded, updated as one of floats, and encoded
+    again, each number ``x`` as one of the two codes around it: ``floor(p) + 1`` with probability
+    ``p - floor(p)``, else ``floor(p)``, of ``p = clamp(x / step + half, 0, 2 * half)``. So the mean
+    is kept, and updates far below a step size still add up (ALPT, arXiv 2212.05735). The random
+    bits are a hash of the row in its block, the column and the optimizer's step: results repeat bit
+    for bit. A NaN becomes code 0.
   - Blocks of floats are rounded as they are read: a number ``x`` becomes what its code ``u =
     clamp(round(x / step + half), 0, 2 * half)`` stands for, in float32 and with ties to even; zeros
     behind a row stay zeros, a NaN stays NaN. Gradients pass straight through, as if nothing had
@@ -75,7 +76,7 @@ _BOUNDS = {"off": 0, "raise": 1, "clamp": 2}
 _MODES = {"sum": 0, "mean": 1}
 _INDEX_TYPES = (torch.int32, torch.int64)
 _SIZE_TYPES = (torch.uint8, torch.int32)
-_BITS = (2, 4, 8)
+_BITS = (2, 4, 8, 16)
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -208,7 +209,7 @@ def _check_tiers(
         _find_fault(blocks, tier_ends, codes)
         widest = max(block.shape[1] for block in blocks)
     if codes:
-        widest *= 8 // (bits or 8)
+        widest = widest * 8 // (bits or 8)
     dim = widest if embedding_dim is None else embedding_dim
     _check_whole(dim, "embedding_dim")
     if dim < widest:
@@ -232,7 +233,7 @@ def _check_few_bits(
         raise ValueError("steps and bits go together: a table has both or neither")
     _check_whole(bits, "bits")
     if bits not in _BITS:
-        _fail(f"bits must be 2, 4 or 8, got {bits}")
+        _fail(f"bits must be 2, 4, 8 or 16, got {bits}")
     _check_tensor(steps, "steps")
     _check_list(blocks, "blocks", "tensors")
     if step_ends is not None:
@@ -564,7 +565,7 @@ def tiered_embedding(
         sparse: Whether the gradients of the blocks are sparse (see the module).
         optimizer: What updates the blocks in the backward, if anything does (see the module).
         steps: Of a table of few bits, step sizes: float32 ``[C]`` or ``[P]`` (see the module).
-        bits: Of a table of few bits, the bits of a code: 2, 4 or 8.
+        bits: Of a table of few bits, the bits of a code: 2, 4, 8 or 16.
         step_ends: First row after each of ``P`` parts with a step size; by default tiers are parts.
 
     Returns:
@@ -618,7 +619,7 @@ def tiered_embedding_bag(
         sparse: Whether the gradients of the blocks are sparse (see the module).
         optimizer: What updates the blocks in the backward, if anything does (see the module).
         steps: Of a table of few bits, step sizes: float32 ``[C]`` or ``[P]`` (see the module).
-        bits: Of a table of few bits, the bits of a code: 2, 4 or 8.
+        bits: Of a table of few bits, the bits of a code: 2, 4, 8 or 16.
         step_ends: First row after each of ``P`` parts with a step size; by default tiers are parts.
 
     Returns:

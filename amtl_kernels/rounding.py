@@ -68,6 +68,11 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
     return torch.where(values.abs() < torch.finfo(dtype).max, up, values).to(dtype)
 
 
+def code_type(bits: int) -> torch.dtype:
+    """What holds codes of so many bits one by one."""
+    return torch.uint8 if bits <= 8 else torch.int32
+
+
 def code_stochastically(values: Tensor, step: float | Tensor, bits: int, random: Tensor) -> Tensor:
     """Codes of numbers: one of the two around each, with the probability that keeps the mean.
 
@@ -78,25 +83,29 @@ def code_stochastically(values: Tensor, step: float | Tensor, bits: int, random:
     Args:
         values: float32, any shape.
         step: Step size, or one for each value.
-        bits: Of a code: 2, 4 or 8.
+        bits: Of a code: 2, 4, 8 or 16.
         random: int64 random bits of the shape of ``values``, see :func:`rounding_bits`.
 
     Returns:
-        uint8 of that shape.
+        uint8 of that shape, of 16 bits int32.
     """
     half = (2**bits - 1) / 2
     place = (values / step + half).nan_to_num(nan=0.0).clamp(0, 2 * half)
     whole = place.floor()
-    return (whole + ((random >> 8) < (place - whole) * 2.0**24)).to(torch.uint8)
+    return (whole + ((random >> 8) < (place - whole) * 2.0**24)).to(code_type(bits))
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes ``[n, w]`` as bytes ``[n, w * bits / 8]``, the first code in the lowest bits.
 
+    A code of 16 bits is two bytes, the lower one first.
+
     Args:
-        codes: uint8, ``w`` a multiple of ``8 / bits``.
-        bits: 2, 4 or 8.
+        codes: uint8, of 16 bits int32; ``w`` is a multiple of ``8 / bits``.
+        bits: 2, 4, 8 or 16.
     """
+    if bits == 16:
+        return torch.stack([codes & 255, codes >> 8], -1).flatten(-2).to(torch.uint8)
     count = 8 // bits
     parts = codes.reshape(len(codes), codes.shape[1] // count, count)
     packed = parts[..., 0].clone()
@@ -112,6 +121,9 @@ def decode_codes(packed: Tensor, step: float | Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`pack_codes`."""
+    if bits == 16:
+        pairs = packed.to(torch.int32).unflatten(-1, (-1, 2))
+        return pairs[..., 0] | pairs[..., 1] << 8
     mask = 2**bits - 1
     parts = [(packed >> shift) & mask for shift in range(0, 8, bits)]
     return torch.stack(parts, -1).flatten(-2)

@@ -319,7 +319,8 @@ def tiered_embedding_bag_tables(
         optimizer: What updates the tables in the backward, if anything does.
         steps: Of tables of few bits (``amtl_kernels.ops``), step sizes of each table: float32
             ``[C_t]``, or ``[P_t]`` with ``step_ends``.
-        bits: Of tables of few bits, the bits of a code: 2, 4 or 8, one number or each table's own.
+        bits: Of tables of few bits, the bits of a code: 2, 4, 8 or 16, one number or each table's
+            own.
         step_ends: For each table the first row after each part that has a step size.
 
     Returns:

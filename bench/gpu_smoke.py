@@ -80,7 +80,7 @@ def calls(dtype: torch.dtype, dim: int, scale: Scale) -> Iterator[Call]:
     yield lookup("two tables of groups", both_groups, both_bags, masks * 2)
     yield lookup("two tables, one of tiers", both_tiers, both_bags)
     if dtype == torch.float32 and dim % 4 == 0:
-        for bits in (2, 4, 8):
+        for bits in (2, 4, 8, 16):
             codes = torch.randint(0, 256, (rows, dim * bits // 8), generator=g).byte()
             coded = ([codes], [1], [dim], [], [], 0)
             for of in (plain, mean):
@@ -109,7 +109,7 @@ def calls(dtype: torch.dtype, dim: int, scale: Scale) -> Iterator[Call]:
     yield update("tiers, SGD", tiers, bags, SGD, order=False, mask=False)
     yield update("two tables", both_groups, both_bags, ROWWISE, order=False, mask=True)
     if dtype == torch.float32 and dim % 4 == 0:
-        for bits in (2, 4, 8):
+        for bits in (2, 4, 8, 16):
             codes = torch.randint(0, 256, (rows, dim * bits // 8), generator=g).byte()
             coded = update("", ([codes], [1], [dim], [], [], 0), mean, ROWWISE, False, False)[2]
             few = [torch.ones(1)], [bits]

@@ -31,6 +31,13 @@ _INT32_MAX = torch.iinfo(torch.int32).max
 
 
 @triton.jit
+def load_pairs(at, kept):
+    """Two bytes each, the lower one first, as int32: codes may begin at any address."""
+    low = tl.load(at, mask=kept, other=0).to(tl.int32)
+    return low | (tl.load(at + 1, mask=kept, other=0).to(tl.int32) << 8)
+
+
+@triton.jit
 def decode(
     table_ptr,
     row,
@@ -44,11 +51,16 @@ def decode(
     TIERS: tl.constexpr,
 ):
     """Numbers [R, C] of rows [R] at columns [C], 0 beyond a row's width and where not ``live``."""
-    PER: tl.constexpr = 8 // BITS if CODED else 1
+    PAIRS: tl.constexpr = CODED and BITS == 16
+    PER: tl.constexpr = 8 // BITS if CODED and not PAIRS else 1
     LAST: tl.constexpr = (1 << BITS) - 1
     first, width, tier, _ = place(row, tiers_ptr, D, TIERS, 1)
-    kept = live[:, None] & (cols[None, :] < (width * PER)[:, None])
-    stored = tl.load(table_ptr + first[:, None] + (cols // PER)[None, :], mask=kept, other=0)
+    numbers = width // 2 if PAIRS else width * PER
+    kept = live[:, None] & (cols[None, :] < numbers[:, None])
+    if PAIRS:
+        stored = load_pairs(table_ptr + first[:, None] + (cols * 2)[None, :], kept)
+    else:
+        stored = tl.load(table_ptr + first[:, None] + (cols // PER)[None, :], mask=kept, other=0)
     step = tl.load(steps_ptr + tier, mask=live, other=1.0)[:, None]
     if CODED:
         code = (stored.to(tl.int32) >> ((cols % PER) * BITS)[None, :]) & LAST
@@ -207,9 +219,29 @@ def look_up(lookups: Lookups, table: Table, steps: Tensor, bits: int, clamp: boo
 
 
 @triton.jit
-def load_codes(codes_ptr, row, kept, at, BYTES: tl.constexpr):
-    """Bytes ``at`` [C] of rows [R] as int32, 0 where not ``kept`` [R, C]."""
-    return tl.load(codes_ptr + row[:, None] * BYTES + at[None, :], mask=kept, other=0).to(tl.int32)
+def load_codes(codes_ptr, row, kept, at, BITS: tl.constexpr, BYTES: tl.constexpr):
+    """Words ``at`` [C] of rows [R] as int32, 0 where not ``kept`` [R, C].
+
+    A word is a byte, or the two bytes of a code of 16 bits.
+    """
+    if BITS == 16:
+        word = load_pairs(codes_ptr + row[:, None] * BYTES + (at * 2)[None, :], kept)
+    else:
+        start = codes_ptr + row[:, None] * BYTES
+        word = tl.load(start + at[None, :], mask=kept, other=0).to(tl.int32)
+    return word
+
+
+@triton.jit
+def store_codes(codes_ptr, row, kept, at, word, BITS: tl.constexpr, BYTES: tl.constexpr):
+    """The inverse of ``load_codes``."""
+    if BITS == 16:
+        start = codes_ptr + row[:, None] * BYTES + (at * 2)[None, :]
+        tl.store(start, (word & 255).to(tl.uint8), mask=kept)
+        tl.store(start + 1, (word >> 8).to(tl.uint8), mask=kept)
+    else:
+        start = codes_ptr + row[:, None] * BYTES + at[None, :]
+        tl.store(start, word.to(tl.uint8), mask=kept)
 
 
 @triton.jit
@@ -225,12 +257,13 @@ def number_and_grad(
     BITS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """Number ``E`` of each byte [R, C], and its gradient with weight decay."""
-    PER: tl.constexpr = 8 // BITS
+    """Number ``E`` of each word [R, C], and its gradient with weight decay."""
+    PER: tl.constexpr = 1 if BITS == 16 else 8 // BITS
+    WIDTH: tl.constexpr = BYTES * 8 // BITS
     LAST: tl.constexpr = (1 << BITS) - 1
     number = (((word >> (E * BITS)) & LAST).to(tl.float32) - LAST * 0.5) * step
     columns = (at * PER + E)[None, :]
-    grad = tl.load(grad_ptr + u[:, None] * (BYTES * PER) + columns, mask=kept, other=0.0)
+    grad = tl.load(grad_ptr + u[:, None] * WIDTH + columns, mask=kept, other=0.0)
     return number, grad + decay * number
 
 
@@ -260,7 +293,8 @@ def update_codes_kernel(
     [N, BYTES], state [N]; ``size`` [1] is the step size, and ``before`` are the rows of the block
     before these.
     """
-    PER: tl.constexpr = 8 // BITS
+    PER: tl.constexpr = 1 if BITS == 16 else 8 // BITS
+    WORDS: tl.constexpr = BYTES // 2 if BITS == 16 else BYTES
     LAST: tl.constexpr = (1 << BITS) - 1
     u = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     live = u < num_rows
@@ -268,22 +302,22 @@ def update_codes_kernel(
     step = tl.load(size_ptr)
     root = tl.zeros([R], tl.float32)
     if RULE == ROWWISE_ADAGRAD:
-        for start in tl.range(0, BYTES, BLOCK):
+        for start in tl.range(0, WORDS, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            kept = live[:, None] & (at[None, :] < BYTES)
-            word = load_codes(codes_ptr, row, kept, at, BYTES)
+            kept = live[:, None] & (at[None, :] < WORDS)
+            word = load_codes(codes_ptr, row, kept, at, BITS, BYTES)
             for e in tl.static_range(PER):
                 _, g = number_and_grad(
                     word, grad_ptr, u, kept, at, step, weight_decay, e, BITS, BYTES
                 )
                 root += tl.sum(tl.where(kept, g * g, 0.0), axis=1)
-        size = tl.where(live, BYTES * PER, 0).to(tl.int32)
+        size = tl.where(live, WORDS * PER, 0).to(tl.int32)
         root = update_row_state(state_ptr, row, size, root, eps)
     seed = row_term(before + row) + seed_of_step(rounding_mix, step_ptr)
-    for start in tl.range(0, BYTES, BLOCK):
+    for start in tl.range(0, WORDS, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        kept = live[:, None] & (at[None, :] < BYTES)
-        word = load_codes(codes_ptr, row, kept, at, BYTES)
+        kept = live[:, None] & (at[None, :] < WORDS)
+        word = load_codes(codes_ptr, row, kept, at, BITS, BYTES)
         changed = tl.zeros([R, BLOCK], tl.int32)
         for e in tl.static_range(PER):
             number, g = number_and_grad(
@@ -304,7 +338,7 @@ def update_codes_kernel(
             changed |= (whole + tl.where(up, 1.0, 0.0)).to(tl.int32) << (e * BITS)
         # Tiles with fewer values than threads are held several times over.
         tl.debug_barrier()
-        tl.store(codes_ptr + row[:, None] * BYTES + at[None, :], changed.to(tl.uint8), mask=kept)
+        store_codes(codes_ptr, row, kept, at, changed, BITS, BYTES)
 
 
 def update_codes(
@@ -332,10 +366,12 @@ def update_codes(
     scalars = (found.lr, found.weight_decay, found.eps, found.rounding_mix, counter)
     for part, mine, grad in zip(parts, rows, grads, strict=True):
         codes = blocks[part.block][part.start :]
-        width, moments = codes.shape[1], [each[part.start :] for each in states[part.block]]
-        if width == 0 or mine.numel() == 0:
+        moments = [each[part.start :] for each in states[part.block]]
+        if codes.shape[1] == 0 or mine.numel() == 0:
             continue
-        most = launch.tile_rows(width, most=1024)
+        # A code of 16 bits is one word of two bytes, and others share a byte.
+        words = codes.shape[1] // max(1, part.bits // 8)
+        most = launch.tile_rows(words, most=1024)
         with launch.device_guard(codes):
             launch.launch(
                 update_codes_kernel,
@@ -344,7 +380,7 @@ def update_codes(
                 *(mine.numel(), part.start, *scalars),
                 RULE=optimizer,
                 BITS=part.bits,
-                BYTES=width,
-                BLOCK=launch.block_d(width),
+                BYTES=codes.shape[1],
+                BLOCK=launch.block_d(words),
                 R=most,
             )

@@ -306,6 +306,8 @@ void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
       return PoolCodes<4>(task, begin, end);
     case 8:
       return PoolCodes<8>(task, begin, end);
+    case 16:
+      return PoolCodes<16>(task, begin, end);
   }
   switch (type) {
     case FloatType::kFloat:

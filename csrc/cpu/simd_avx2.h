@@ -156,6 +156,38 @@ class Levels {
   }
   Reg step_;
 };
+template <>
+class Levels<16> {
+ public:
+  explicit Levels(float step) : step_(_mm256_set1_ps(step)) {}
+  static __m256i LoadAll(const char* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static __m256i LoadLine(const char* p, int32_t over, Mask m) {
+#if defined(__SANITIZE_ADDRESS__)
+    return Load(p + over, m);
+#else
+    // An index of 128 or more makes a zero.
+    alignas(32) static constexpr uint8_t kFrom[32] = {
+        0,   1,   2,   3,   4,   5,   6,   7,   8,   9,   10,  11,  12,  13,  14,  15,
+        255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+    const __m128i from = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFrom + over));
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepu16_epi32(_mm_shuffle_epi8(bytes, from));
+#endif
+  }
+  static __m256i Load(const char* p, Mask m) { return _mm256_cvtepu16_epi32(LoadHalves(p, m)); }
+  Reg Decode(__m256i codes) const {
+    const Reg half = _mm256_set1_ps(32767.5f);
+    Reg x = _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes), half), step_);
+    // The compiler must not make one operation of this product and a sum.
+    asm("" : "+x"(x));
+    return x;
+  }
+
+ private:
+  Reg step_;
+};
 
 // See simd_avx512.h.
 inline Reg Round(Reg x, Mask kept, Reg step, float half) {

@@ -178,6 +178,33 @@ class Levels<8> {
  private:
   Reg step_;
 };
+template <>
+class Levels<16> {
+ public:
+  explicit Levels(float step) : step_(_mm512_set1_ps(step)) {}
+  static __m512i LoadAll(const char* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static __m512i LoadLine(const char* p, int32_t over, Mask m) {
+    // Bytes do not move across the halves of a register, words do; `over` is odd in blocks at odd
+    // addresses only.
+    if (!kReadsLines || over % 2 != 0) return Load(p + over, m);
+    const __m256i lane = _mm256_set_epi16(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i from = _mm256_add_epi16(lane, _mm256_set1_epi16(static_cast<short>(over / 2)));
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_cvtepu16_epi32(_mm256_permutexvar_epi16(from, words));
+  }
+  static __m512i Load(const char* p, Mask m) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p));
+  }
+  Reg Decode(__m512i codes) const {
+    const Reg steps = _mm512_sub_ps(_mm512_cvtepi32_ps(codes), _mm512_set1_ps(32767.5f));
+    return _mm512_mul_round_ps(steps, step_, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+
+ private:
+  Reg step_;
+};
 
 // The number nearest to x that a code stands for, of codes 0..2 * half, and zero in lanes that are
 // not kept. NaN stays NaN. The product is rounded before it is added to anything, as those of

@@ -175,6 +175,30 @@ class Levels {
  private:
   float step_;
 };
+template <>
+class Levels<16> {
+ public:
+  explicit Levels(float step) : step_(step) {}
+  struct Loaded {
+    uint16_t codes[kLanes];
+  };
+  static Loaded LoadAll(const char* p) { return Load(p, {kLanes}); }
+  static Loaded LoadLine(const char* p, int32_t over, Mask m) { return Load(p + over, m); }
+  static Loaded Load(const char* p, Mask m) {
+    Loaded loaded{};
+    std::memcpy(loaded.codes, p, static_cast<size_t>(m.n) * sizeof(uint16_t));
+    return loaded;
+  }
+  Reg Decode(const Loaded& loaded) const {
+    Reg x = Map([&](int i) { return (static_cast<float>(loaded.codes[i]) - 32767.5f) * step_; });
+    // The compiler must not make one operation of this product and a sum.
+    asm("" : "+m"(x));
+    return x;
+  }
+
+ private:
+  float step_;
+};
 
 // See simd_avx512.h.
 inline Reg Round(const Reg& x, Mask kept, const Reg& step, float half) {

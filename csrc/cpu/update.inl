@@ -93,8 +93,9 @@ constexpr int kCodedAtOnce = 16;
 
 // Codes 0..last of kCodedAtOnce numbers from `column` on: of the two around each, one at random so
 // that the mean is kept (rounding.py).
+template <class Code>
 __attribute__((noinline)) void EncodeSome(const float* values, float step, float last,
-                                          uint32_t row_term, uint32_t column, uint8_t* codes) {
+                                          uint32_t row_term, uint32_t column, Code* codes) {
   float random[kCodedAtOnce], kept[kCodedAtOnce];
   int32_t code[kCodedAtOnce];
   for (int i = 0; i < kCodedAtOnce; ++i) {
@@ -112,30 +113,39 @@ __attribute__((noinline)) void EncodeSome(const float* values, float step, float
     const float above = (kept[i] - static_cast<float>(whole)) * 16777216.0f;
     code[i] = whole + (random[i] < above ? 1 : 0);
   }
-  for (int i = 0; i < kCodedAtOnce; ++i) codes[i] = static_cast<uint8_t>(code[i]);
+  for (int i = 0; i < kCodedAtOnce; ++i) codes[i] = static_cast<Code>(code[i]);
 }
 
 // Memory up to a multiple of kCodedAtOnce numbers is readable.
 template <int kBits>
 inline void EncodeRow(const float* values, float step, uint32_t row_term, int width, char* row) {
   constexpr float kLast = static_cast<float>((1 << kBits) - 1);
-  constexpr int kPerByte = 8 / kBits;
-  for (int c = 0; c < width; c += kCodedAtOnce) {
-    uint8_t codes[kCodedAtOnce];
-    EncodeSome(values + c, step, kLast, row_term, static_cast<uint32_t>(c), codes);
-    uint8_t bytes[kCodedAtOnce / kPerByte];
-    for (int b = 0; b < kCodedAtOnce / kPerByte; ++b) {
-      uint8_t byte = codes[b * kPerByte];
-      for (int e = 1; e < kPerByte; ++e) {
-        byte = static_cast<uint8_t>(byte | codes[b * kPerByte + e] << (e * kBits));
-      }
-      bytes[b] = byte;
+  if constexpr (kBits == 16) {
+    for (int c = 0; c < width; c += kCodedAtOnce) {
+      uint16_t codes[kCodedAtOnce];
+      EncodeSome(values + c, step, kLast, row_term, static_cast<uint32_t>(c), codes);
+      const int count = width - c < kCodedAtOnce ? width - c : kCodedAtOnce;
+      std::memcpy(row + 2 * c, codes, 2 * static_cast<size_t>(count));
     }
-    char* to = row + c / kPerByte;
-    if (width - c >= kCodedAtOnce) {
-      std::memcpy(to, bytes, sizeof(bytes));
-    } else {
-      std::memcpy(to, bytes, static_cast<size_t>((width - c) / kPerByte));
+  } else {
+    constexpr int kPerByte = 8 / kBits;
+    for (int c = 0; c < width; c += kCodedAtOnce) {
+      uint8_t codes[kCodedAtOnce];
+      EncodeSome(values + c, step, kLast, row_term, static_cast<uint32_t>(c), codes);
+      uint8_t bytes[kCodedAtOnce / kPerByte];
+      for (int b = 0; b < kCodedAtOnce / kPerByte; ++b) {
+        uint8_t byte = codes[b * kPerByte];
+        for (int e = 1; e < kPerByte; ++e) {
+          byte = static_cast<uint8_t>(byte | codes[b * kPerByte + e] << (e * kBits));
+        }
+        bytes[b] = byte;
+      }
+      char* to = row + c / kPerByte;
+      if (width - c >= kCodedAtOnce) {
+        std::memcpy(to, bytes, sizeof(bytes));
+      } else {
+        std::memcpy(to, bytes, static_cast<size_t>((width - c) / kPerByte));
+      }
     }
   }
 }
@@ -160,8 +170,10 @@ inline void UpdateCodes(const TableSlice& slice, const Hyper& h, int64_t local, 
       return UpdateCodesOf<2, kUpdate>(slice, h, local, g, values);
     case 4:
       return UpdateCodesOf<4, kUpdate>(slice, h, local, g, values);
-    default:
+    case 8:
       return UpdateCodesOf<8, kUpdate>(slice, h, local, g, values);
+    default:
+      return UpdateCodesOf<16, kUpdate>(slice, h, local, g, values);
   }
 }
 

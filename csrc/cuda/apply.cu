@@ -39,7 +39,8 @@ int apply_codes(int bits, const CodeRows& table, const Update& update, const std
   if (distinct == 0) return cudaSuccess;
   const auto launch = bits == 2   ? &launch_codes<2>
                       : bits == 4 ? &launch_codes<4>
-                                  : &launch_codes<8>;
+                      : bits == 8 ? &launch_codes<8>
+                                  : &launch_codes<16>;
   return launch(table, update, rows, grads, distinct, stream);
 }
 

@@ -59,7 +59,8 @@ Launch launch_of(const FewBits& few, bool aligned) {
   if (few.coded) {
     if (few.bits == 2) return aligned ? &launch<Codes<2, 8>> : &launch<Codes<2, 4>>;
     if (few.bits == 4) return aligned ? &launch<Codes<4, 8>> : &launch<Codes<4, 2>>;
-    return aligned ? &launch<Codes<8, 8>> : &launch<Codes<8, 1>>;
+    if (few.bits == 8) return aligned ? &launch<Codes<8, 8>> : &launch<Codes<8, 1>>;
+    return aligned ? &launch<Codes<16, 8>> : &launch<Codes<16, 1>>;
   }
   switch (few.type) {
     case DType::kFloat16:

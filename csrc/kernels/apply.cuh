@@ -67,8 +67,27 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   }
 }
 
+// The codes of a byte, or one of two bytes.
+template <int kBits>
+__device__ __forceinline__ unsigned load_codes(const std::uint8_t* address AMTL_SITE) {
+  if constexpr (kBits == 16) {
+    return load_pair<Memory::kTable, Cache::kPlain>(address AMTL_SITE_PASS);
+  } else {
+    return load<Memory::kTable, Cache::kPlain>(address AMTL_SITE_PASS);
+  }
+}
+
+template <int kBits>
+__device__ __forceinline__ void store_codes(std::uint8_t* address, unsigned codes AMTL_SITE) {
+  if constexpr (kBits == 16) {
+    store_pair<Memory::kTable>(address, codes AMTL_SITE_PASS);
+  } else {
+    store<Memory::kTable>(address, static_cast<std::uint8_t>(codes) AMTL_SITE_PASS);
+  }
+}
+
 // The same for codes: numbers are decoded, updated, and encoded at random so that the mean is kept.
-// A warp walks one row, a lane a byte at a time; whole rows are kept.
+// A warp walks one row, a lane a byte at a time, or a code of two bytes; whole rows are kept.
 //
 // @param[in,out] table  [n, dim] codes
 // @param[in]     update `first`: row-wise Adagrad's numbers [n], float32
@@ -81,7 +100,8 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
                        const float* grads, std::int64_t distinct) {
   static_assert(kRule == Rule::kSgd || kRule == Rule::kRowwiseAdagrad, "no state of a number each");
   constexpr unsigned kAll = 0xffffffffu;
-  constexpr int kPerByte = 8 / kBits;
+  constexpr int kBytes = kBits == 16 ? 2 : 1;  // of a word, which a lane takes at once
+  constexpr int kPerWord = 8 * kBytes / kBits;
   const std::int64_t u =
       static_cast<std::int64_t>(blockIdx.x) * (kBlockThreads / kWarp) + threadIdx.x / kWarp;
   if (u >= distinct) return;
@@ -90,18 +110,18 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   if (row < 0 || row >= table.rows) return;
   const float step = load<Memory::kSizes>(table.step);
   const float* grad = grads + u * table.dim;
-  const int bytes = table.dim / kPerByte;
-  std::uint8_t* codes = table.codes + row * bytes;
+  const int words = table.dim / kPerWord;
+  std::uint8_t* codes = table.codes + row * words * kBytes;
   float denominator = 0;
   if constexpr (kRule == Rule::kRowwiseAdagrad) {
     if (table.dim == 0) return;
     float squares = 0;
-    for (int b = lane; b < bytes; b += kWarp) {
-      const unsigned word = load<Memory::kTable, Cache::kPlain>(codes + b);
+    for (int b = lane; b < words; b += kWarp) {
+      const unsigned word = load_codes<kBits>(codes + b * kBytes);
 #pragma unroll
-      for (int e = 0; e < kPerByte; ++e) {
+      for (int e = 0; e < kPerWord; ++e) {
         const float w = decode_code<kBits>(word >> (e * kBits), step);
-        const float g = load<Memory::kGrad>(grad + b * kPerByte + e) + update.weight_decay * w;
+        const float g = load<Memory::kGrad>(grad + b * kPerWord + e) + update.weight_decay * w;
         squares += g * g;
       }
     }
@@ -113,12 +133,12 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     denominator = step_rowwise<float>(update, moment, before, squares, table.dim, lane == 0);
   }
   const std::uint32_t term = row_term(table.before + row) + step_term(update);
-  for (int b = lane; b < bytes; b += kWarp) {
-    const unsigned word = load<Memory::kTable, Cache::kPlain>(codes + b);
+  for (int b = lane; b < words; b += kWarp) {
+    const unsigned word = load_codes<kBits>(codes + b * kBytes);
     unsigned changed = 0;
 #pragma unroll
-    for (int e = 0; e < kPerByte; ++e) {
-      const int column = b * kPerByte + e;
+    for (int e = 0; e < kPerWord; ++e) {
+      const int column = b * kPerWord + e;
       const float w = decode_code<kBits>(word >> (e * kBits), step);
       const float g = load<Memory::kGrad>(grad + column) + update.weight_decay * w;
       float first = denominator;
@@ -127,7 +147,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
       const std::uint32_t random = mix(term + static_cast<std::uint32_t>(column) * 0xC2B2AE3Du);
       changed |= encode_randomly<kBits>(value, step, random) << (e * kBits);
     }
-    store<Memory::kTable>(codes + b, static_cast<std::uint8_t>(changed));
+    store_codes<kBits>(codes + b * kBytes, changed);
   }
 }
 

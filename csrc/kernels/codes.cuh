@@ -51,6 +51,30 @@ struct Codes {
   }
 };
 
+// The same of 16 bits, two in each of `words`; one alone may lie at any address.
+template <int V>
+struct Codes<16, V> {
+  using Out = float;
+  static constexpr int kNumbers = V;
+  static constexpr int kBytes = 2 * V;
+  static constexpr int kColumnBytes = 1;
+  static constexpr int kPiece = V == 8 ? 4 : 1;
+  unsigned words[(V + 1) / 2] = {};
+
+  __device__ __forceinline__ void read(const std::uint8_t* address) {
+    if constexpr (V == 1) {
+      words[0] = load_pair<Memory::kTable>(address);
+    } else {
+      const auto raw = load<Memory::kTable>(reinterpret_cast<const uint4*>(address));
+      memcpy(words, &raw, sizeof(words));
+    }
+  }
+  __device__ __forceinline__ void decode(float step, float /*half*/, float (&values)[V]) const {
+#pragma unroll
+    for (int e = 0; e < V; ++e) values[e] = decode_code<16>(words[e / 2] >> (e % 2 * 16), step);
+  }
+};
+
 // V numbers as they lie in memory, to be rounded.
 template <typename T, int V>
 struct Rounded {

@@ -79,6 +79,27 @@ __device__ __forceinline__ void store(T* address, T value AMTL_SITE) {
 #endif
 }
 
+// Two bytes at any address, the lower one first, as a number.
+template <Memory kMemory, Cache kCache = Cache::kReadOnly>
+__device__ __forceinline__ unsigned load_pair(const std::uint8_t* address AMTL_SITE) {
+  if (reinterpret_cast<std::uint64_t>(address) % 2 == 0) {
+    return load<kMemory, kCache>(reinterpret_cast<const unsigned short*>(address) AMTL_SITE_PASS);
+  }
+  const unsigned low = load<kMemory, kCache>(address AMTL_SITE_PASS);
+  return low | static_cast<unsigned>(load<kMemory, kCache>(address + 1 AMTL_SITE_PASS)) << 8;
+}
+
+template <Memory kMemory>
+__device__ __forceinline__ void store_pair(std::uint8_t* address, unsigned value AMTL_SITE) {
+  if (reinterpret_cast<std::uint64_t>(address) % 2 == 0) {
+    store<kMemory>(reinterpret_cast<unsigned short*>(address),
+                   static_cast<unsigned short>(value) AMTL_SITE_PASS);
+    return;
+  }
+  store<kMemory>(address, static_cast<std::uint8_t>(value) AMTL_SITE_PASS);
+  store<kMemory>(address + 1, static_cast<std::uint8_t>(value >> 8) AMTL_SITE_PASS);
+}
+
 // Asks for what lies at an address ahead of its use, which costs no register. Moves nothing that
 // the use would not, so the simulator does not count it.
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {

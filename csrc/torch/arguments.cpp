@@ -66,16 +66,19 @@ int64_t CheckSized(const Tables& tables, size_t t) {
   return dim;
 }
 
-void CheckCodes(const Tensor& block) {
+void CheckCodes(const Tensor& block, int64_t bits) {
   Check(block.dim() == 2, "a table must be [N, D]");
   Check(block.is_contiguous(), "a table must be contiguous");
+  Check(block.size(1) * 8 % bits == 0, "a row of codes of ", bits, " bits cannot take ",
+        block.size(1), " bytes");
 }
 
 void CheckSteps(const Tables& tables, size_t t) {
   const Tensor& steps = tables.steps[t];
   const int64_t bits = tables.bits[t];
   const auto parts = static_cast<int64_t>(tables.first_part[t + 1] - tables.first_part[t]);
-  Check(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8, got ", bits);
+  Check(bits == 2 || bits == 4 || bits == 8 || bits == 16, "bits must be 2, 4, 8 or 16, got ",
+        bits);
   Check(steps.scalar_type() == ScalarType::Float && steps.dim() == 1 && steps.size(0) == parts,
         "steps must be float32 [", parts, "]");
   CheckLike(steps, "steps", tables.like());
@@ -111,7 +114,7 @@ int64_t CheckTiers(const Tables& tables, size_t t) {
   int64_t widest = 0;
   if (tables.few_bits()) CheckSteps(tables, t);
   for (int64_t c = 0; c < count; ++c) {
-    tables.coded() ? CheckCodes(block[c]) : CheckWeight(block[c]);
+    tables.coded() ? CheckCodes(block[c], tables.bits[t]) : CheckWeight(block[c]);
     CheckLike(block[c], "a block", tables.like());
     Check(block[c].scalar_type() == block[0].scalar_type(), "blocks differ in type");
     widest = std::max(widest, tables.width_of(block[c], t));

@@ -34,6 +34,10 @@ def column(row: int, seed: int, columns: int) -> int:
 def numbers(codes: Sequence[int], step: float, bits: int) -> list[float]:
     """What a row of bytes stands for, the first code in a byte's lowest bits."""
     found = []
+    if bits == 16:
+        half = np.float32(32767.5)
+        pairs = [low + 256 * high for low, high in zip(codes[::2], codes[1::2], strict=True)]
+        return [float((np.float32(code) - half) * np.float32(step)) for code in pairs]
     for byte in codes:
         for _ in range(8 // bits):
             code, byte = byte % 2**bits, byte // 2**bits

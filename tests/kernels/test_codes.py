@@ -16,7 +16,7 @@ from torch import Tensor
 
 import amtl_kernels as ak
 
-BITS = (2, 4, 8)
+BITS = (2, 4, 8, 16)
 
 
 @dataclass
@@ -45,6 +45,8 @@ def decoded(block: Tensor, step: float | Tensor, bits: int) -> list[list[float]]
     rows = []
     for row in block.tolist():
         codes = [byte >> shift & (2**bits - 1) for byte in row for shift in range(0, 8, bits)]
+        if bits == 16:
+            codes = [low + 256 * high for low, high in zip(row[::2], row[1::2], strict=True)]
         rows.append(((torch.tensor(codes).float() - half) * step).tolist())
     return rows
 
@@ -60,6 +62,9 @@ def make(
         # Files are mapped: codes may begin at any byte.
         at = (seed + 37 * c) % 64
         memory = torch.randint(0, 256, (at + n * size,), generator=g, dtype=torch.uint8)
+        if exact and bits == 16:
+            # Codes 0x7F80 to 0x807F: of larger numbers sums would be rounded.
+            memory[at + 1 :: 2] = 0x80 - (memory[at::2] >> 7)
         blocks.append(memory[at:].view(n, size))
     steps = torch.rand(len(blocks), generator=g) + 0.1
     if exact:
@@ -138,6 +143,11 @@ def test_by_hand(backend: Any) -> None:
     eight = [torch.tensor([[0, 255, 128]], dtype=torch.uint8, device=backend.device)]
     out = ak.tiered_embedding(eight, [1], rows[0, :1], steps=steps[2:], bits=8)
     assert out.tolist() == [[-63.75, 63.75, 0.25]]
+    # Codes 0, 1, 256, 32768 and 65535, the lower byte first.
+    pairs = [0, 0, 1, 0, 0, 1, 0, 128, 255, 255]
+    sixteen = [torch.tensor([pairs], dtype=torch.uint8, device=backend.device)]
+    out = ak.tiered_embedding(sixteen, [1], rows[0, :1], steps=steps[2:], bits=16)
+    assert out.tolist() == [[-16383.75, -16383.25, -16255.75, 0.25, 16383.75]]
 
 
 def test_rows_are_decoded_bit_for_bit(backend: Any) -> None:
@@ -220,7 +230,9 @@ def test_nothing_beyond_the_pages_of_a_table_is_read(backend: Any, bits: int) ->
     walls = [ctypes.c_void_p(whole.data_ptr()), ctypes.c_void_p(whole.data_ptr() + 2 * page)]
     assert not any(libc.mprotect(wall, page, 0) for wall in walls)
     step = torch.tensor([0.3], device=backend.device)
-    for size in (1, 2, 3, 4, 5, 8, 12, 16, 23, 32):
+    for size in (1, 2, 3, 4, 5, 8, 12, 16, 23, 32, 46, 62):
+        if size * 8 % bits:
+            continue
         count = page // size
         for start in (page, 2 * page - count * size):
             block = whole[start : start + count * size].view(count, size)
@@ -251,14 +263,15 @@ def test_large_tables_are_asked_for_ahead(backend: Any) -> None:
 
 
 def test_several_tables(backend: Any) -> None:
-    shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 2])]
+    shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 2]), (16, [6], [9])]
     every = [make(*shape, backend.device, seed) for seed, shape in enumerate(shapes)]
     g = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, one.ends[-1], (10,), generator=g) for one in every]
     inner = torch.tensor([0, 3, 3, 8, 10])
-    offsets = torch.cat([inner[:-1], inner[:-1] + 10, inner + 20]).to(backend.device)
+    offsets = torch.cat([inner[:-1], inner[:-1] + 10, inner[:-1] + 20, inner + 30])
+    offsets = offsets.to(backend.device)
     steps, bits = [one.steps for one in every], [one.bits for one in every]
-    padding = [None, int(rows[1][0]), -1]
+    padding = [None, int(rows[1][0]), -1, None]
     got = ak.tiered_embedding_bag_tables(
         [one.blocks for one in every],
         [one.ends for one in every],
@@ -274,7 +287,7 @@ def test_several_tables(backend: Any) -> None:
         out.append(pooled(one.numbers[mine], inner, counted, False))
     assert torch.equal(got.cpu(), torch.cat(out, 1))
     with pytest.raises(IndexError, match="table 1: index 4 at position 2"):
-        bad = torch.cat([rows[0], torch.tensor([0, 0, 4]), rows[1][3:], rows[2]])
+        bad = torch.cat([rows[0], torch.tensor([0, 0, 4]), rows[1][3:], *rows[2:]])
         ak.tiered_embedding_bag_tables(
             [one.blocks for one in every],
             [one.ends for one in every],
@@ -337,8 +350,10 @@ def test_operators_refuse_what_does_not_fit(backend: Any) -> None:
 
     with pytest.raises(ValueError, match="need steps and bits"):
         lookup(None, None)
-    with pytest.raises(ValueError, match="bits must be 2, 4 or 8, got 3"):
+    with pytest.raises(ValueError, match="bits must be 2, 4, 8 or 16, got 3"):
         lookup([steps], [3])
+    with pytest.raises(ValueError, match="a row of codes of 16 bits cannot take 3 bytes"):
+        lookup([steps], [16], block[:, :3].contiguous())
     with pytest.raises(ValueError, match=r"steps must be float32 \[1\]"):
         lookup([steps[:0]], [4])
     with pytest.raises(ValueError, match=r"steps must be float32 \[1\]"):
@@ -369,7 +384,7 @@ def test_mistakes_are_named() -> None:
         call(bits=4)
     with pytest.raises(ValueError, match="steps and bits go together"):
         call(steps=one.steps)
-    with pytest.raises(ValueError, match="bits must be 2, 4 or 8, got 5"):
+    with pytest.raises(ValueError, match="bits must be 2, 4, 8 or 16, got 5"):
         call(steps=one.steps, bits=5)
     with pytest.raises(TypeError, match="bits must be a whole number, got a str"):
         call(steps=one.steps, bits="4")
@@ -405,7 +420,7 @@ def test_mistakes_are_named() -> None:
     tables = ([one.blocks], [one.ends], rows, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="2 steps and 1 bits for 1 tables"):
         ak.tiered_embedding_bag_tables(*tables, steps=[one.steps] * 2, bits=4)
-    with pytest.raises(ValueError, match="table 0: bits must be 2, 4 or 8, got 1"):
+    with pytest.raises(ValueError, match="table 0: bits must be 2, 4, 8 or 16, got 1"):
         ak.tiered_embedding_bag_tables(*tables, steps=[one.steps], bits=1)
     with pytest.raises(TypeError, match="steps must be a list of tensors"):
         ak.tiered_embedding_bag_tables(*tables, steps=one.steps, bits=4)
@@ -413,12 +428,15 @@ def test_mistakes_are_named() -> None:
         ak.tiered_embedding_bag_tables(*tables, steps=[one.steps], bits=4, step_ends=[[3], [3]])
 
 
-def test_compiled(backend: Any) -> None:
-    one = make(4, [3, 2], [16, 8], backend.device)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_compiled(backend: Any, bits: int) -> None:
+    one = make(bits, [3, 2], [16, 8], backend.device)
+    # A number that was another one in the test before would not be a constant.
+    torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(rows: Tensor, offsets: Tensor, scale: Tensor) -> Tensor:
-        bags = ak.tiered_embedding_bag(*one.table, rows, offsets, steps=one.steps, bits=4)
+        bags = ak.tiered_embedding_bag(*one.table, rows, offsets, steps=one.steps, bits=bits)
         return bags * scale
 
     rows = torch.tensor([0, 4, 2], device=backend.device)
@@ -431,5 +449,5 @@ def test_compiled(backend: Any) -> None:
     bags = (rows, torch.tensor([0, 2], device=backend.device), None, 0, [-1], False)
     torch.library.opcheck(
         torch.ops.amtl.lookup.default,
-        (one.blocks, [2], [], [], [], 0, [], *bags, 1, True, [one.steps], [4]),
+        (one.blocks, [2], [], [], [], 0, [], *bags, 1, True, [one.steps], [bits]),
     )

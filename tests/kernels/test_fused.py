@@ -209,6 +209,9 @@ def encoded(rows: Tensor, steps: Tensor, bits: int, count: int) -> list[list[int
             place = 0.0 if math.isnan(place) else min(max(place, 0.0), 2 * half)
             whole = math.floor(place)
             codes.append(whole + (random24(i, j, count) < (place - whole) * 2**24))
+        if bits == 16:
+            found.append([byte for code in codes for byte in (code % 256, code // 256)])
+            continue
         shifts = range(0, 8, bits)
         per = len(shifts)
         found.append(
@@ -331,7 +334,8 @@ def test_row_wise_adagrad_of_codes(backend: Any, bits: int) -> None:
         shown = torch.tensor(decoded(block.cpu(), step.cpu(), bits))
         kept = number.detach().cpu().clamp(-half * float(step), half * float(step))
         apart = (shown - kept).abs()[looked_up]
-        assert float(apart.max()) <= 1.001 * float(step)
+        # In float32 a code of 16 bits has 8 bits left for what lies between it and the next.
+        assert float(apart.max()) <= (1.001 if bits < 16 else 1 + 2.0**-7) * float(step)
     # A sum that is rounded otherwise is rarely across what decides.
     assert count > 100 and same >= 0.995 * count
 
@@ -339,14 +343,15 @@ def test_row_wise_adagrad_of_codes(backend: Any, bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_rounding_keeps_the_mean(backend: Any, bits: int) -> None:
     """Updates of a tenth of a step, which rounding to the nearest code would lose."""
-    middle = {2: 0b01010101, 4: 0x77, 8: 127}[bits]
-    block = torch.full((100, 8 * bits), middle, dtype=torch.uint8, device=backend.device)
+    middle = {2: [0b01010101], 4: [0x77], 8: [127], 16: [255, 127]}[bits]
+    start = torch.tensor(middle * (8 * bits // len(middle)), dtype=torch.uint8)
+    block = start.repeat(100, 1).to(backend.device)
     one = Coded([block], [100], torch.ones(1, device=backend.device), bits, 64, torch.empty(0))
     rows = torch.arange(100, device=backend.device)
     optimizer = ak.optim.SGD([block], lr=0.1)
     found = []
     for _ in range(4):
-        block.fill_(middle)
+        block.copy_(start.expand_as(block))
         ak.tiered_embedding(*one.table, rows, optimizer=optimizer, **one.options).backward(
             -torch.ones(100, 64, device=backend.device)
         )
@@ -363,12 +368,12 @@ def test_rounding_keeps_the_mean(backend: Any, bits: int) -> None:
 
 
 def test_updates_of_codes_in_several_tables(backend: Any) -> None:
-    shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 2])]
+    shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 2]), (16, [6], [9])]
     g = torch.Generator().manual_seed(0)
-    offsets = torch.arange(0, 31, 2).to(backend.device)
-    counts = (8, 4, 6)
+    offsets = torch.arange(0, 41, 2).to(backend.device)
+    counts = (8, 4, 6, 6)
     rows = torch.cat([torch.randint(0, n, (10,), generator=g) for n in counts])
-    slope = torch.randint(-4, 5, (5, 100), generator=g).float()
+    slope = torch.randint(-4, 5, (5, 109), generator=g).float()
     results = []
     for together in (True, False):
         every = [make(*shape, backend.device, seed) for seed, shape in enumerate(shapes)]
@@ -386,7 +391,7 @@ def test_updates_of_codes_in_several_tables(backend: Any) -> None:
             )
             out.backward(slope.to(backend.device))
         else:
-            for t, (one, first) in enumerate(zip(every, (0, 16, 36), strict=True)):
+            for t, (one, first) in enumerate(zip(every, (0, 16, 36, 100), strict=True)):
                 out = ak.tiered_embedding_bag(
                     *one.table,
                     rows[10 * t : 10 * t + 10].view(5, 2).to(backend.device),

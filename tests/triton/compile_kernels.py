@@ -158,9 +158,10 @@ class Calls:
         pooled(self.masked(), indices.repeat(20), offsets, None, 1, [-1], bounds=1)
         pooled(self.adaptive(self.many), indices, offsets, None, 1, [2], bounds=2)
         both(self.adaptive(self.many, 2), None, 1, [2, -1], bounds=2)
-        # Tables of few bits: numbers that share a byte, and bytes.
+        # Tables of few bits: numbers that share a byte, bytes, and numbers of two of them.
         floats = torch.zeros(indices.numel())
-        for bits, bags in ((4, (indices, None, None)), (8, (indices, offsets, floats))):
+        weighted = (indices, offsets, floats)
+        for bits, bags in ((4, (indices, None, None)), (8, weighted), (16, weighted)):
             blocks = [torch.zeros(n, self.dim * bits // 8, dtype=torch.uint8) for n in (10, 20)]
             tables = (blocks, [2], [self.dim], [], [], 0)
             lookup(*tables, masks, *bags, 0, [3], False, 1, sparse, [torch.ones(2)], [bits])
