@@ -93,7 +93,7 @@ AMTL_API const char* amtl_name(const amtl_layer* layer);
 AMTL_API int64_t amtl_rows(const amtl_layer* layer);
 /* Width D of what is looked up. */
 AMTL_API int64_t amtl_dim(const amtl_layer* layer);
-/* Bits of a stored number: 32 or 16 of floats, 8, 4 or 2 of codes. */
+/* Bits of a stored number: 32 or 16 of floats, 16, 8, 4 or 2 of codes. */
 AMTL_API int amtl_bits(const amtl_layer* layer);
 /* The row that counts for nothing in bags, or -1. */
 AMTL_API int64_t amtl_padding(const amtl_layer* layer);

@@ -56,6 +56,18 @@ struct Codes {
   }
 };
 
+template <class T>
+struct Codes<16, T> {
+  template <class Use>
+  static AMTL_INLINE void Each(const Source& source, const Use& use) {
+    for (int32_t c = 0; c < source.width; ++c) {
+      uint16_t code;
+      std::memcpy(&code, source.row + c * int64_t{2}, sizeof(code));
+      use(c, Rounded<T>((static_cast<float>(code) - 32767.5f) * source.step));
+    }
+  }
+};
+
 template <class Format>
 AMTL_INLINE void Copy(const Source* sources, int64_t count, int64_t dim, float* out) {
   for (int64_t i = 0; i < count; ++i, out += dim) {
@@ -124,6 +136,8 @@ const RowReader& ReaderOfType(int bits) {
       return Reader<Codes<4, T>>();
     case 8:
       return Reader<Codes<8, T>>();
+    case 16:
+      return Reader<Codes<16, T>>();
     default:
       return Reader<Floats<T>>();
   }

@@ -21,7 +21,7 @@ struct RowReader {
 
 enum class Number { kFloat, kHalf, kBFloat16 };
 
-// `bits`: 0 for numbers of type `number`, 2, 4 or 8 for codes whose step sizes have that type.
+// `bits`: 0 for numbers of type `number`, 2, 4, 8 or 16 for codes whose step sizes have that type.
 const RowReader& ReaderOf(Number number, int bits);
 
 }  // namespace amtl::serve

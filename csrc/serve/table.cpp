@@ -60,7 +60,7 @@ void Table::ReadTiers(const TensorFile& file, const std::string& prefix, const J
   Number number = Number::kFloat;
   if (steps != nullptr) {
     bits = asked != nullptr && !asked->null() ? static_cast<int>(asked->Integer()) : 0;
-    if (bits != 2 && bits != 4 && bits != 8) damaged();
+    if (bits != 2 && bits != 4 && bits != 8 && bits != 16) damaged();
     if (type != "U8" || steps->shape != std::vector<int64_t>{count}) damaged();
     if (!ParseNumber(steps->type, &number)) unsupported = "has step sizes of " + steps->type;
   } else if (type == "U8") {
@@ -68,15 +68,16 @@ void Table::ReadTiers(const TensorFile& file, const std::string& prefix, const J
   } else if (!ParseNumber(type, &number)) {
     unsupported = "holds numbers of " + type;
   }
-  const int64_t numbers = bits == 0 ? 1 : 8 / bits;
   int64_t begin = 0;
   for (int64_t c = 0; c < count; ++c) {
     const Tensor& block = Require(file, prefix + "blocks/" + std::to_string(c));
     const int64_t end = ends[static_cast<size_t>(c)];
     if (end < begin || block.type != type || block.shape.size() != 2) damaged();
-    if (block.shape[0] != end - begin || block.shape[1] > dim / numbers) damaged();
+    if (block.shape[0] != end - begin || block.shape[1] > 2 * dim) damaged();
+    const int64_t width = bits == 0 ? block.shape[1] : block.shape[1] * 8 / bits;
+    if (width > dim || (bits != 0 && block.shape[1] * 8 % bits != 0)) damaged();
     const int64_t row_bytes = end > begin ? block.bytes / (end - begin) : 0;
-    Tier tier{block.data, begin, row_bytes, static_cast<int32_t>(block.shape[1] * numbers), 0};
+    Tier tier{block.data, begin, row_bytes, static_cast<int32_t>(width), 0};
     if (steps != nullptr && unsupported.empty()) tier.step = FloatAt(steps->data, number, c);
     tiers.push_back(tier);
     begin = end;

@@ -110,7 +110,7 @@ def train(
     bits: Annotated[
         str | None,
         typer.Option(
-            help="Of a stored number: 32, 8, 4, 2, or auto for what validation prefers.",
+            help="Of a stored number: 32, 16, 8, 4, 2, or auto for what validation prefers.",
             show_default=TrainConfig.bits,
         ),
     ] = None,
@@ -118,8 +118,8 @@ def train(
         bool,
         typer.Option(
             "--masters/--no-masters",
-            help="Keep the numbers that training rounds, or train codes alone: needs --bits 8, 4 "
-            "or 2, and --table-optimizer rowwise_adagrad or sgd.",
+            help="Keep the numbers that training rounds, or train codes alone: needs --bits 16, 8, "
+            "4 or 2, and --table-optimizer rowwise_adagrad or sgd.",
         ),
     ] = True,
     warm_start: Annotated[
@@ -426,7 +426,9 @@ def pack(
     ] = "float32",
     bits: Annotated[
         int | None,
-        typer.Option(help="Round the embeddings to 8, 4 or 2 bits; amtl evaluate FILE scores it."),
+        typer.Option(
+            help="Round the embeddings to 16, 8, 4 or 2 bits; amtl evaluate FILE scores it."
+        ),
     ] = None,
 ) -> None:
     """Write a trained model to one file: tiers, MLP, vocabularies. No pickle."""
@@ -439,8 +441,8 @@ def pack(
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(types)}")
-    if bits not in (None, 8, 4, 2):
-        raise UserError(f"--bits {bits}: choose one of 8, 4, 2")
+    if bits not in (None, 16, 8, 4, 2):
+        raise UserError(f"--bits {bits}: choose one of 16, 8, 4, 2")
     if bits is not None and types[dtype] is not None:
         raise UserError(f"--bits {bits} and --dtype {dtype} exclude each other: leave one out")
     packed = pack_run(run, out, types[dtype], bits)

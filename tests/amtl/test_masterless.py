@@ -15,7 +15,7 @@ from amtl.run.folders import pack_run
 from amtl.run.training import Interrupted, start
 
 from amtl_kernels.optim import SGD, Adam, RowwiseAdagrad
-from amtl_kernels.rounding import pack_codes
+from amtl_kernels.rounding import code_type, pack_codes
 
 ROWS, DIM = 300, 16
 COUNTS = (4000 / torch.arange(1, ROWS + 1).pow(1.1)).long()
@@ -137,7 +137,7 @@ def test_codes_get_another_step_size_when_it_is_far_from_right(bits):
     half, parts = (2**bits - 1) / 2, Parts([500, 1000], [16, 16])
     rounding = Rounding(bits, parts, torch.ones(2))
     steps = rounding.steps()
-    codes = torch.randint(0, 2**bits, (1000, 16), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (1000, 16), generator=generator).to(code_type(bits))
     blocks = list(pack_codes(codes, bits).split(500))
     before = [decode(block, step, bits) for block, step in zip(blocks, steps, strict=True)]
     kept = [block.clone() for block in blocks]
@@ -204,7 +204,9 @@ def test_models_and_collections_of_codes_alone(tmp_path):
 
 
 def test_what_cannot_do_without_masters_says_so():
-    with pytest.raises(ValueError, match="masters=False keeps codes only: it needs bits=8, 4 or 2"):
+    with pytest.raises(
+        ValueError, match="masters=False keeps codes only: it needs bits=16, 8, 4 or 2"
+    ):
         layer_of(None, masters=False)
     for rule in (None, partial(Adam, lr=0.1)):
         with pytest.raises(
@@ -246,7 +248,10 @@ def test_a_run_without_masters(tmp_path):
     resumed = start(None, tmp_path / "part", resume=True).run()
     assert resumed["test_auc"] == whole["test_auc"]
     for wrong, message in (
-        ({"bits": "auto"}, "--no-masters trains codes alone: choose --bits 8, 4 or 2, not auto"),
+        (
+            {"bits": "auto"},
+            "--no-masters trains codes alone: choose --bits 16, 8, 4 or 2, not auto",
+        ),
         ({"table_optimizer": "adam"}, "--no-masters goes with --table-optimizer rowwise_adagrad"),
         ({"method": "alpt", "bits": "auto"}, "--no-masters has no meaning for alpt"),
     ):

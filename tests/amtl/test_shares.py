@@ -66,7 +66,7 @@ def test_tables_share_as_one_table_of_all_rows_would(budget, options):
 
 
 @pytest.mark.parametrize("widths", [(16, 16, 16), (16, 8, 4)])
-@pytest.mark.parametrize("bits", [None, 8, 4, 2])
+@pytest.mark.parametrize("bits", [None, 16, 8, 4, 2])
 @pytest.mark.parametrize("budget", [0.03, 0.125, 0.4])
 def test_the_budget_of_all_is_met_in_bytes(widths, bits, budget):
     model = amtl.convert(build(widths), COUNTS, budget, bits=bits)
@@ -88,6 +88,7 @@ def test_the_budget_of_all_is_met_in_bytes(widths, bits, budget):
         ({"budget": 1.0}, None),
         ({"budget": 0.1, "tier_width": 1}, 8),
         ({"budget": 0.1, "bits": 2}, 2),
+        ({"bits": 16}, 16),
         ({"bits": None}, None),
         ({"parametrization": "ordinal"}, None),
         ({"parametrization": "free", "budget": None}, None),

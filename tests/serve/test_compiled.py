@@ -23,7 +23,7 @@ QUICKLY = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
 
 class Model(nn.Module):
-    """Rows of one layer and bags of another, under an MLP: integer tiers of two kinds."""
+    """Rows of one layer and bags of another, under an MLP: integer tiers of three kinds."""
 
     def __init__(self):
         super().__init__()
@@ -31,15 +31,18 @@ class Model(nn.Module):
         shared = {"counts": counts, "budget": 0.1}
         rows = AMTLEmbedding(ROWS, DIM, bits=4, shared_rows="rarest", **shared)
         bags = AMTLEmbeddingBag(ROWS, DIM, bits=8, mode="mean", padding_idx=3, **shared)
-        self.rows, self.bags = (layer.freeze().to_integers() for layer in (rows, bags))
+        pairs = AMTLEmbedding(ROWS, DIM, bits=16, **shared)
+        self.rows, self.bags, self.pairs = (
+            layer.freeze().to_integers() for layer in (rows, bags, pairs)
+        )
         # Frozen, in numbers that training rounds.
         self.trained = AMTLEmbedding(ROWS, DIM, bits=2, **shared).freeze()
         self.floats = AMTLEmbedding(ROWS, DIM, **shared).freeze()
-        self.mlp = nn.Sequential(nn.Linear(4 * DIM, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.mlp = nn.Sequential(nn.Linear(5 * DIM, 8), nn.ReLU(), nn.Linear(8, 1))
 
     def tables(self, rows, bags):
-        found = (self.rows(rows), self.bags(bags), self.trained(rows), self.floats(rows))
-        return torch.cat(found, -1)
+        of_rows = (self.rows, self.pairs, self.trained, self.floats)
+        return torch.cat([self.bags(bags), *(layer(rows) for layer in of_rows)], -1)
 
     def forward(self, rows, bags):
         found = self.tables(rows, bags)

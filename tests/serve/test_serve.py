@@ -34,7 +34,7 @@ from .client import DAMAGED, MEAN, SUM, VERIFY, Library, ServeError
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("AMTL_TEST_CACHE", ROOT / "build")) / "serve-tests"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BITS = [None, 8, 4, 2]
+BITS = [None, 16, 8, 4, 2]
 
 
 def built(name: str, *options: str) -> Path:
@@ -409,8 +409,8 @@ def test_values_are_checked_if_asked_for(library, small, tmp_path):
 def test_other_versions_and_other_files(library, small, tmp_path):
     tensors, _, _, content = read_document(small, {"amtl-packed": 1})
     path = tmp_path / "other"
-    document_writer("amtl-packed", 2, tensors, content)(path)
-    with pytest.raises(ServeError, match="format version 2, this library reads up to 1") as caught:
+    document_writer("amtl-packed", 3, tensors, content)(path)
+    with pytest.raises(ServeError, match="format version 3, this library reads up to 2") as caught:
         library.open(path)
     assert caught.value.status == client.VERSION
     for kind, status in (("amtl-checkpoint", client.FORMAT), ("amtl-model", client.FORMAT)):
@@ -489,6 +489,17 @@ def test_places_that_are_not_there_are_an_error(library, tmp_path):
                 file.find("").lookup([4, 5])
             assert caught.value.status == DAMAGED
             file.find("").lookup([4])
+
+
+def test_rows_of_half_a_number_are_damaged(library, tmp_path):
+    path = tmp_path / "f"
+    amtl.save(some_layer(torch.float32, 16, AMTLEmbedding), path)
+    tensors, _, version, content = read_document(path, {"amtl-packed": 2})
+    odd = {"layers//blocks/0": tensors["layers//blocks/0"][:, 1:].contiguous()}
+    document_writer("amtl-packed", version, {**tensors, **odd}, content)(path)
+    with pytest.raises(ServeError, match="do not make its table") as caught:
+        library.open(path)
+    assert caught.value.status == DAMAGED
 
 
 def test_inconsistent_files_are_an_error_or_harmless(library, small, tmp_path):

@@ -20,7 +20,7 @@ class SearchOptions:
         budget: stored bytes over those of N * D numbers of the table's type, tier rounding and step
             sizes included, in (0, 1]. None only with "free": the paper's layer, whose saving is an
             outcome of training.
-        bits: of a stored number, 2, 4 or 8; None keeps the table's type. Frozen training rounds
+        bits: of a stored number, 2, 4, 8 or 16; None keeps the table's type. Frozen training rounds
             what is looked up, and `to_integers` (which saving calls) keeps the codes only. Rows are
             stored in whole bytes, so sizes are even at 4 bits and multiples of 4 at 2.
         masters: whether frozen training of few bits keeps the numbers that it rounds. False: codes
@@ -91,7 +91,7 @@ class SearchOptions:
         if self.bits is not None and not (type(self.bits) is int and self.bits in BITS):
             raise ValueError(f"bits must be one of {BITS} or None, got {self.bits!r}")
         if not self.masters and self.bits is None:
-            raise ValueError("masters=False keeps codes only: it needs bits=8, 4 or 2")
+            raise ValueError("masters=False keeps codes only: it needs bits=16, 8, 4 or 2")
         for name in ("temperature", "final_temperature"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

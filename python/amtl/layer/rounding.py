@@ -12,8 +12,8 @@ codes around it: with `p = x / s + (2^b - 1) / 2`, in the range of codes, as `fl
 probability `p - floor(p)`, else as `floor(p)`. So the mean is kept, and updates far below a step
 size add up. A step size that should be another by more than an eighth makes way for it: the codes
 of its part are decoded and encoded anew, at random again. Beyond the range of codes nothing is
-kept, but numbers at its ends have a mean square above that of a normal distribution (3.9, 2.5 and
-1.5 standard deviations at 8, 4 and 2 bits), so the range grows until it holds them.
+kept, but numbers at its ends have a mean square above that of a normal distribution (5.9, 3.9, 2.5
+and 1.5 standard deviations at 16, 8, 4 and 2 bits), so the range grows until it holds them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,22 @@ from torch import Tensor, nn
 import amtl_kernels
 from amtl.layer.replicas import leads
 from amtl.layer.tiers import TierPlan, split_rows
-from amtl_kernels.rounding import code_stochastically, decode_codes, pack_codes, rounding_bits
+from amtl_kernels.rounding import (
+    code_stochastically,
+    code_type,
+    decode_codes,
+    pack_codes,
+    rounding_bits,
+)
 
-BITS = (2, 4, 8)
+BITS = (2, 4, 8, 16)
 
-_STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}
+_STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308, 16: 1.812e-4}
 """Step sizes that lose least of a normal distribution, in standard deviations."""
 
 _LEAST_STEP = 1e-30
+_LEAST_HALF = 2.0**-24
+"""The same of float16: what its smallest numbers are apart, so that none of them is lost."""
 _EVERY = 8
 """Training steps from one in which step sizes follow to the next."""
 _SAMPLE = 2048
@@ -65,8 +73,14 @@ class Parts(NamedTuple):
 
 
 def unit(bits: int) -> int:
-    """Numbers that fill a byte; rows are stored in multiples of it."""
+    """Numbers that fill a byte, at least 1; rows are stored in multiples of it."""
     return max(1, 8 // bits)
+
+
+def numbers_in(block: Tensor, bits: int | None) -> int:
+    """Numbers in a row of a block: of one of codes (uint8), which have so many bits."""
+    columns = block.shape[1]
+    return columns * 8 // (bits or 8) if block.dtype == torch.uint8 else columns
 
 
 def step_groups(counts: Tensor, fields: Tensor) -> Tensor:
@@ -83,9 +97,10 @@ def step_groups(counts: Tensor, fields: Tensor) -> Tensor:
     return fields * 64 + magnitude
 
 
-def step_of(mean_square: Tensor, bits: int) -> Tensor:
-    """Step size of numbers of this mean square, elementwise."""
-    return (_STEP[bits] * mean_square.sqrt()).clamp(min=_LEAST_STEP)
+def step_of(mean_square: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Step size of numbers of this mean square, elementwise; not zero as a number of the type."""
+    least = _LEAST_HALF if dtype == torch.float16 else _LEAST_STEP
+    return (_STEP[bits] * mean_square.sqrt()).clamp(min=least)
 
 
 def plan_parts(stored: Tensor, steps: Tensor) -> Parts:
@@ -102,13 +117,13 @@ def plan_parts(stored: Tensor, steps: Tensor) -> Parts:
 
 
 def encode(values: Tensor, step: float | Tensor, bits: int) -> Tensor:
-    """Codes of numbers, uint8 of their shape; numbers out of range get the nearest code.
+    """Codes of numbers, as `pack_codes` takes them; those out of range get the nearest code.
 
     As the operators round: in float32.
     """
     half = (2**bits - 1) / 2
     codes = torch.round(values.to(torch.float32) / step + half)
-    return codes.clamp_(0, 2 * half).to(torch.uint8)
+    return codes.clamp_(0, 2 * half).to(code_type(bits))
 
 
 def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -120,7 +135,7 @@ class Rounding(nn.Module):
     """The step sizes of tiers of few bits, which follow the mean square of each part.
 
     Args:
-        bits: 2, 4 or 8.
+        bits: 2, 4, 8 or 16.
         parts: see `Parts`.
         mean_square: float32 [C].
 
@@ -159,13 +174,13 @@ class Rounding(nn.Module):
         """The parts."""
         return Parts(self.ends.tolist(), self.widths.tolist())
 
-    def steps(self) -> Tensor:
-        """Step size of each part, float32 [C]."""
-        return step_of(self.mean_square, self.bits)
+    def steps(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Step size of each part, [C], a number of this type."""
+        return step_of(self.mean_square, self.bits, dtype).to(dtype)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """What rounds a lookup in tiers of this type, for `amtl_kernels.tiered_embedding`."""
-        steps = self.steps().to(dtype).to(torch.float32)
+        steps = self.steps(dtype).to(torch.float32)
         return {"steps": steps, "bits": self.bits, "step_ends": self._ends}
 
     @torch.no_grad()
@@ -237,7 +252,7 @@ class Rounding(nn.Module):
         self.__dict__["changes"] = self.changes + 1
         for part in moved:
             block, step = blocks[part].detach(), steps[part]
-            width = block.shape[1] * unit(self.bits)
+            width = numbers_in(block, self.bits)
             count = max(1, _CHUNK // max(1, width))
             for first in range(0, len(block), count):
                 codes = block[first : first + count]
@@ -258,7 +273,7 @@ def encode_parts(
         weight: [N, D].
         plan: a tier a part.
         row_dims: integer [N], sizes beyond which numbers are zeros.
-        bits: 2, 4 or 8.
+        bits: 2, 4, 8 or 16.
         name: of the table.
         least: root of the least mean square to begin with.
 
@@ -288,7 +303,7 @@ def mean_squares(
         blocks: the tiers.
         tier_ends: first place after each.
         parts: each within one tier.
-        bits: 2, 4 or 8.
+        bits: 2, 4, 8 or 16.
         name: of the table.
 
     Raises:

@@ -38,8 +38,8 @@ from amtl.layer.rounding import (
     encode,
     encode_parts,
     mean_squares,
+    numbers_in,
     plan_parts,
-    unit,
 )
 from amtl.layer.sharing import SharedRows, groups_that_share, resolve_shared_rows
 from amtl.layer.size_head import SizeHead
@@ -198,11 +198,11 @@ class AMTLTable(TableStates):
         fits = fits and ends[-1] <= config["num_embeddings"]
         fits = fits and (shared is not None or ends[-1] == config["num_embeddings"])
         bits = config["options"].get("bits")
-        numbers = 1 if steps is None else unit(bits or 8)
         for block, count in zip(blocks, rows, strict=False):
             fits = fits and block.dim() == 2 and block.shape[0] == count >= 0
-            fits = fits and block.shape[1] * numbers <= dim
+            fits = fits and numbers_in(block, bits) <= dim
             fits = fits and (block.dtype == torch.uint8) == (steps is not None)
+            fits = fits and (steps is None or block.shape[1] * 8 % (bits or 8) == 0)
         fits = fits and (steps is None or (bits is not None and tuple(steps.shape) == (len(ends),)))
         if row_order is not None:
             fits = fits and tuple(row_order.shape) == (config["num_embeddings"],)
@@ -325,8 +325,8 @@ class AMTLTable(TableStates):
             optimizer: the optimizer(s) of the table and the mask. The blocks take the place of the
                 weight in its parameter group, with their state; mask parameters are dropped. None:
                 whichever hold them, looked for among all objects of the process.
-            bits: of a stored number, 2, 4 or 8, in place of the layer's own: its `bits` from now
-                on. Sizes are rounded up to whole bytes, and no level of so few bits is zero, so
+            bits: of a stored number, 2, 4, 8 or 16, in place of the layer's own: its `bits` from
+                now on. Sizes are rounded up to whole bytes, and no level of so few bits is zero, so
                 what a row gains stands for little rather than nothing. The table takes about
                 `bits / 32` of what it would.
             masters: in place of the layer's own: False keeps codes only, which the fused optimizer
@@ -428,7 +428,7 @@ class AMTLTable(TableStates):
         if self.steps is not None and self.rounding is None:
             return self
         if self.rounding is None or self.tier_ends is None:
-            raise RuntimeError("to_integers() needs a frozen layer with bits=2, 4 or 8")
+            raise RuntimeError("to_integers() needs a frozen layer with bits=2, 4, 8 or 16")
         if self.max_norm is not None:
             # As looking every row up would, which codes can no longer do.
             self._renorm(torch.arange(self.tier_ends[-1], device=self.device))
@@ -436,7 +436,7 @@ class AMTLTable(TableStates):
         if self.steps is not None:
             codes = [block.detach().clone() for block in self.blocks]
             return self._constant(codes, parts.ends, self.steps.clone())
-        steps = self.rounding.steps().to(self.dtype)
+        steps = self.rounding.steps(self.dtype)
         pieces = cut([block.detach() for block in self.blocks], self.tier_ends, parts)
         if not all(bool(values.isfinite().all()) for values in (*pieces, steps)):
             raise ValueError(

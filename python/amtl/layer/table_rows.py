@@ -19,7 +19,7 @@ from amtl.layer.fusing import Updated, refuse_repetition, refuse_replicas, watch
 from amtl.layer.graphs import refuse_script
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
-from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, unit
+from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, numbers_in
 from amtl.layer.sharing import own_rows
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
@@ -309,7 +309,7 @@ class TableRows(nn.Module):
         elif self.rounding is not None and rounded:
             parts, bits = self.rounding.parts(), self.rounding.bits
             pieces = cut(blocks, plan.ends, parts)
-            steps = self.rounding.steps().to(self.dtype)
+            steps = self.rounding.steps(self.dtype)
             blocks = [
                 decode(pack_codes(encode(b, s, bits), bits), s, bits)
                 for b, s in zip(pieces, steps, strict=True)
@@ -323,8 +323,7 @@ class TableRows(nn.Module):
         assert self.tier_ends is not None
         self._announce()
         order = None if self.row_order is None else self._own_rows()
-        numbers = 1 if self.steps is None else unit(self.options.bits or 8)
-        widths = tuple(b.shape[1] * numbers for b in self.blocks)
+        widths = tuple(numbers_in(block, self.options.bits) for block in self.blocks)
         return TierPlan(widths, self.tier_ends, order, self.num_embeddings)
 
     def _own_rows(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amtl.layer.frequency import decode_row_map, encode_row_map
 from amtl.layer.lookups import TableLookups
 from amtl.layer.replicas import retire, wrappers_of
-from amtl.layer.rounding import Parts, Rounding, unit
+from amtl.layer.rounding import Parts, Rounding, numbers_in
 from amtl.layer.tiers import (
     drop_parameters,
     optimizers_of,
@@ -153,10 +153,10 @@ class TableStates(TableLookups):
             )
             return
         loaded = [state_dict.get(f"{prefix}blocks.{c}") for c in range(len(ends))]
-        columns = [int(b.shape[1]) for b in loaded if b is not None]
+        present = [block for block in loaded if block is not None]
+        columns = [int(block.shape[1]) for block in present]
         steps = state_dict.get(prefix + "steps")
-        numbers = 1 if steps is None else unit(self.options.bits or 8)
-        widths = [count * numbers for count in columns]
+        widths = [numbers_in(block, self.options.bits) for block in present]
         merges = prefix + "shared_rows" in state_dict and ends[-1:] < (self.num_embeddings,)
         if (
             not ends

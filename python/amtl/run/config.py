@@ -17,7 +17,7 @@ BACKBONES = ("dnn", "deepfm", "dcn", "xdeepfm", "autoint", "din", "widedeep")
 OWN = ("amtl", "rule", "fixed")
 """The product's own methods; the others are there to be compared with."""
 
-BITS = ("auto", "32", "8", "4", "2")
+BITS = ("auto", "32", "16", "8", "4", "2")
 
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -85,9 +85,9 @@ class TrainConfig:
         dim: full embedding width D.
         budget: stored bytes over those of N × D numbers of 32 bits.
         budget_bytes: the same as a number of bytes; `with_rows` makes `budget` of it.
-        bits: of a stored number: `32`, `8`, `4`, `2`, or `auto` for what validation prefers, 4
-            where there is no race, and 32 for `fixed` and where sizes are learned.
-        masters: False trains codes alone, of 8, 4 or 2 bits, by `sgd` or `rowwise_adagrad`.
+        bits: of a stored number: `32`, `16`, `8`, `4`, `2`, or `auto` for what validation
+            prefers, 4 where there is no race, and 32 for `fixed` and where sizes are learned.
+        masters: False trains codes alone, of 16, 8, 4 or 2 bits, by `sgd` or `rowwise_adagrad`.
         freeze_at: step at which sizes are fixed; None leaves it to validation.
         table_options: more keyword arguments of the layer, or of the peer.
         warm_start: folder of a `fixed` run whose table to start from, or None.
@@ -177,15 +177,15 @@ class TrainConfig:
                 )
         if self.bits not in BITS:
             raise UserError(f"--bits must be one of {', '.join(BITS)}, not {self.bits!r}")
-        if self.bits in ("8", "4", "2") and self.method == "amtl" and self._learns_sizes():
+        if self.bits not in ("auto", "32") and self.method == "amtl" and self._learns_sizes():
             raise UserError(
                 f"--bits {self.bits} needs sizes that are settled before training, as "
                 "--parametrization rule has them; with others, --bits 32"
             )
         if not self.masters:
-            if self.bits not in ("8", "4", "2"):
+            if self.bits in ("auto", "32"):
                 raise UserError(
-                    f"--no-masters trains codes alone: choose --bits 8, 4 or 2, not {self.bits}"
+                    f"--no-masters trains codes alone: choose --bits 16, 8, 4 or 2, not {self.bits}"
                 )
             if self.table_optimizer not in ("sgd", "rowwise_adagrad"):
                 raise UserError(

@@ -232,7 +232,7 @@ def pack_run(
         out: the file.
         dtype: of the stored embedding values; by default as trained, which keeps predictions
             bit for bit.
-        bits: round them to numbers of 2, 4 or 8 bits in place of that.
+        bits: round them to numbers of 2, 4, 8 or 16 bits in place of that.
 
     Raises:
         UserError: the run has no model yet, a file is damaged or cannot be written, or its numbers
@@ -251,7 +251,7 @@ def pack_run(
     if not methods.is_adaptive(model.table):
         dense = methods.table_parameters(model.table)[0].detach()
         model.table = table_of_tiers([dense], config.dim, isinstance(model.table, nn.EmbeddingBag))
-    if dtype is not None and methods.number_bits(model.table) < 16:
+    if dtype is not None and methods.few_bits(model.table):
         raise UserError(
             f"{folder} stores numbers of {methods.number_bits(model.table)} bits, which are packed "
             "as they are: leave the type of the embeddings out"
@@ -269,7 +269,7 @@ def pack_run(
 def _round(model: ClickModel, trained: Trained, bits: int) -> None:
     """Rounds a trained table; codes of each field and magnitude of the count share a step size."""
     table, config = model.table, trained.config
-    if methods.number_bits(table) < 16:
+    if methods.few_bits(table):
         raise UserError(
             f"its numbers have {methods.number_bits(table)} bits, which are packed as they are: "
             "leave --bits out"

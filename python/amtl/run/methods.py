@@ -182,9 +182,14 @@ def has_settled_sizes(table: nn.Module) -> bool:
 
 def number_bits(table: nn.Module) -> int:
     """Bits of a stored number."""
-    if is_adaptive(table) and table.options.bits is not None:  # type: ignore[union-attr]
+    if few_bits(table):
         return int(table.options.bits)  # type: ignore[union-attr, arg-type]
     return 8 * table_parameters(table)[0].element_size()
+
+
+def few_bits(table: nn.Module) -> bool:
+    """Whether its numbers are stored as codes."""
+    return is_adaptive(table) and table.options.bits is not None  # type: ignore[union-attr]
 
 
 def stored_bytes(table: nn.Module) -> int:

@@ -28,7 +28,10 @@ from amtl.layer.table import AMTLTable
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
 
-FORMAT, VERSION = "amtl-packed", 1
+FORMAT, VERSION = "amtl-packed", 2
+_VERSION_OF_FEWER_BITS = 1
+"""Version 2 added numbers of 16 bits, and is written where there are some: older readers open all
+other files, and say of these that they are newer."""
 _RUN_OF_V1 = "amtl-model"
 
 _CLASSES: dict[str, type[AMTLTable]] = {
@@ -203,7 +206,9 @@ def write_packed(
         "aliases": aliases,
         "metadata": metadata,
     }
-    write_aside({Path(path): document_writer(FORMAT, VERSION, packed, header)})
+    newest = any(layer.options.bits == 16 for layer in stored.values())
+    version = VERSION if newest else _VERSION_OF_FEWER_BITS
+    write_aside({Path(path): document_writer(FORMAT, version, packed, header)})
 
 
 def _narrow(values: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, PackedFileError, TensorFileError
 from amtl.store import files
+from amtl.store import packed as packed_module
 from amtl.store import tensors as format_module
 from amtl.store.packed import FORMAT, VERSION
 from amtl.store.tensors import read_tensors, write_tensors
@@ -201,7 +202,35 @@ def test_any_safetensors_reader_opens_it(tmp_path):
     with safetensors.safe_open(path, "pt") as file:
         (entry,) = file.metadata().values()
     assert json.loads(entry)["metadata"] == metadata
-    assert metadata["format"] == FORMAT and metadata["version"] == str(VERSION)
+    assert metadata["format"] == FORMAT and metadata["version"] == "1"
+
+
+def test_only_numbers_of_16_bits_need_the_newest_version(tmp_path, monkeypatch):
+    """So readers from before them open all others, and say of these that they are newer."""
+    path = tmp_path / "layers.safetensors"
+    for bits, version in ((16, VERSION), (8, 1)):
+        layers = {"plain": frozen(), "few": frozen(bits=bits)}
+        amtl.save(layers, path)
+        assert read_tensors(path)[1]["version"] == str(version)
+        found = amtl.load(path)["few"].eval()
+        assert torch.equal(found(torch.arange(60)), layers["few"](torch.arange(60)))
+        with monkeypatch.context() as before:
+            before.setattr(packed_module, "VERSION", 1)
+            if bits == 8:
+                amtl.load(path)
+                continue
+            with pytest.raises(PackedFileError, match=r"version 2, .* up to 1: upgrade amtl"):
+                amtl.load(path)
+
+
+def test_rows_of_half_a_number_make_no_table(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    amtl.save(frozen(bits=16), path)
+    tensors, metadata = read_tensors(path)
+    odd = {**tensors, "layers//blocks/0": tensors["layers//blocks/0"][:, 1:].contiguous()}
+    write_tensors(path, odd, metadata)
+    with pytest.raises(PackedFileError, match="do not make a table"):
+        amtl.load(path)
 
 
 def test_we_open_any_safetensors(tmp_path):
