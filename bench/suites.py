@@ -101,11 +101,12 @@ def forward(rows: int, **options: object) -> Case:
     return _case(Case("forward", rows, contenders, ("torch", "fbgemm")), options)
 
 
-def few_bits(rows: int, **options: object) -> list[Case]:
+def few_bits(rows: int, kinds: Sequence[int] = (16, 8, 4, 2), **options: object) -> list[Case]:
     """Lookups in integers: full width and tiers against FBGEMM's of the same bits, and floats."""
     cases = []
-    for bits in (8, 4, 2):
-        peers = (f"fbgemm_int{bits}", "amtl_frozen")
+    for bits in kinds:
+        # Of 16 bits theirs are floats.
+        peers = ("fbgemm_nbit_fp16" if bits == 16 else f"fbgemm_int{bits}", "amtl_frozen")
         contenders = (*peers, f"amtl_int{bits}", f"amtl_tiers_int{bits}")
         case = Case("forward", rows, contenders, peers, group=f"int{bits}")
         cases += [
@@ -217,7 +218,7 @@ def _product_suite() -> Suite:
 
 
 def _few_bits_suite() -> Suite:
-    return Suite([*few_bits(2_000_000), *few_bits(30_000_000)], 4.0, [])
+    return Suite([*few_bits(2_000_000), *few_bits(30_000_000, (8, 4, 2))], 4.0, [])
 
 
 def _quick() -> Suite:

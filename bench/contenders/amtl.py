@@ -471,7 +471,7 @@ def few_bits(weight: Tensor, bits: int, layout: TierLayout | None) -> tuple[list
 
     Args:
         weight: ``[N, D]``.
-        bits: 2, 4 or 8.
+        bits: 2, 4, 8 or 16.
         layout: The tiers, whose widths fill whole bytes.
 
     Returns:
@@ -499,7 +499,7 @@ def few_bits(weight: Tensor, bits: int, layout: TierLayout | None) -> tuple[list
 
 def contenders() -> Iterable[Contender]:
     """Those of this module; the tolerances of codes are their quantisation error."""
-    losses = {8: 2e-2, 4: 0.2, 2: 0.5}
+    losses = {16: 1e-4, 8: 2e-2, 4: 0.2, 2: 0.5}
     codes = [Codes(*pair, tiers=tiers) for tiers in (False, True) for pair in losses.items()]
     fused = [Search(fused=True), Frozen("amtl_frozen", 4, fused=True)]
     frozen = [Frozen("amtl_frozen", 4), Frozen("amtl_frozen64", 16)]
