@@ -29,8 +29,10 @@ from amtl_kernels.tables import (  # noqa: E402
     masked_embedding_bag_tables,
     tiered_embedding_bag_tables,
 )
+from amtl_kernels.tiered import TieredTable  # noqa: E402
 
 __all__ = [
+    "TieredTable",
     "__version__",
     "adaptive_embedding",
     "adaptive_embedding_bag",

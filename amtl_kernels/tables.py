@@ -30,10 +30,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from amtl_kernels import ops
+from amtl_kernels import _checks
 from amtl_kernels._arguments import FOUND_BEFORE, Bags, FewBits, Tables
 from amtl_kernels._calls import call
-from amtl_kernels.ops import BoundsCheck, Mode
+from amtl_kernels._checks import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
 
 Padding = int | Sequence[int | None] | None
@@ -46,7 +46,7 @@ def _paddings(padding_idx: Padding, rows: Sequence[int]) -> list[int]:
     found = []
     for t, (padding, count) in enumerate(zip(every, rows, strict=True)):
         try:
-            found.append(ops._padding(padding, count))
+            found.append(_checks.padding_of(padding, count))
         except (TypeError, ValueError) as error:  # noqa: PERF203
             raise type(error)(f"table {t}: {error}") from None
     return found
@@ -62,25 +62,25 @@ def check_bags(
     padding_idx: Padding,
 ) -> Bags:
     """Checks what the forms share, against one of the tables and the number of rows of each."""
-    ops._check_tensor(indices, "indices")
-    ops._check_tensor(offsets, "offsets")
+    _checks.check_tensor(indices, "indices")
+    _checks.check_tensor(offsets, "offsets")
     if indices.dim() != 1 or offsets.dim() != 1:
         raise ValueError("indices and offsets must be 1-D")
     if offsets.shape[0] < 1 or (offsets.shape[0] - 1) % len(rows):
         raise ValueError(f"offsets must hold {len(rows)} * B + 1 values, got {offsets.shape[0]}")
     paddings = _paddings(padding_idx, rows)
-    return ops._bags(table, indices, offsets, mode, per_sample_weights, paddings, True)
+    return _checks.pooled(table, indices, offsets, mode, per_sample_weights, paddings, True)
 
 
 def check_weights(weights: Sequence[Tensor], **others: Sequence[Tensor]) -> list[int]:
     """Checks dense tables, and that the other lists are as long; the rows of each table."""
     for name, values in {"weights": weights, **others}.items():
-        ops._check_list(values, name, "tensors")
+        _checks.check_list(values, name, "tensors")
     lengths = {name: len(other) for name, other in others.items()}
     if not weights or set(lengths.values()) != {len(weights)}:
         raise ValueError(f"{len(weights)} tables with {lengths}: one of each per table is needed")
     for t, weight in enumerate(weights):
-        ops._check_table(weight, f"weights[{t}]")
+        _checks.check_table(weight, f"weights[{t}]")
         if weight.dtype != weights[0].dtype or weight.device != weights[0].device:
             raise ValueError(f"weights[{t}] differs from weights[0] in type or device")
     return [weight.shape[0] for weight in weights]
@@ -89,7 +89,7 @@ def check_weights(weights: Sequence[Tensor], **others: Sequence[Tensor]) -> list
 def check_row_dims(weights: Sequence[Tensor], row_dims: Sequence[Tensor]) -> list[Tensor]:
     """Checks the sizes of every table's rows."""
     return [
-        ops._check_sizes(sizes, f"row_dims[{t}]", weight.shape[0], weight.device, 1)
+        _checks.check_sizes(sizes, f"row_dims[{t}]", weight.shape[0], weight.device, 1)
         for t, (weight, sizes) in enumerate(zip(weights, row_dims, strict=True))
     ]
 
@@ -104,7 +104,7 @@ def check_groups(
     pairs = []
     for t, table in enumerate(zip(weights, row_groups, group_dims, group_masks, strict=True)):
         try:
-            pairs.append(ops._check_groups(*table))
+            pairs.append(_checks.check_groups(*table))
         except (TypeError, ValueError) as error:  # noqa: PERF203
             raise type(error)(f"table {t}: {error}") from None
     return [groups for groups, _ in pairs], [sizes for _, sizes in pairs]
@@ -119,10 +119,10 @@ def check_tiers(
     step_ends: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Tables, FewBits | None]:
     """Checks every table's tiers, and concatenates them, and what makes numbers of few bits."""
-    ops._check_list(blocks, "blocks", "lists of tensors")
-    ops._check_list(tier_ends, "tier_ends", "lists of whole numbers")
+    _checks.check_list(blocks, "blocks", "lists of tensors")
+    _checks.check_list(tier_ends, "tier_ends", "lists of whole numbers")
     given: Sequence[int | None] = embedding_dims or [None] * len(blocks)
-    ops._check_list(given, "embedding_dims", "whole numbers")
+    _checks.check_list(given, "embedding_dims", "whole numbers")
     if not blocks or {len(tier_ends), len(given)} != {len(blocks)}:
         raise ValueError("one list of blocks, one of tier_ends and one width per table are needed")
     dims = []
@@ -130,8 +130,8 @@ def check_tiers(
     few = FewBits([], [], None if step_ends is None else [])
     for t, (mine, ends, dim) in enumerate(zip(blocks, tier_ends, given, strict=True)):
         try:
-            found = ops._check_few_bits(mine, every_steps[t], every_bits[t], every_ends[t])
-            dims.append(ops._check_tiers(mine, ends, dim, every_bits[t]))
+            found = _checks.few_bits(mine, every_steps[t], every_bits[t], every_ends[t])
+            dims.append(_checks.check_tiers(mine, ends, dim, every_bits[t]))
             if found is not None:
                 few.steps.extend(found.steps)
                 few.bits.extend(found.bits)
@@ -156,14 +156,14 @@ def _of_each(
     """Step sizes, bits and ends of parts of each table."""
     every_steps: Sequence[Tensor | None] = [None] * count
     if steps is not None:
-        ops._check_list(steps, "steps", "tensors")
+        _checks.check_list(steps, "steps", "tensors")
         every_steps = steps
     every_bits = bits if isinstance(bits, Sequence) else [bits] * count
     if len(every_steps) != count or len(every_bits) != count:
         raise ValueError(f"{len(every_steps)} steps and {len(every_bits)} bits for {count} tables")
     every_ends: Sequence[Sequence[int] | None] = [None] * count
     if step_ends is not None:
-        ops._check_list(step_ends, "step_ends", "lists of whole numbers")
+        _checks.check_list(step_ends, "step_ends", "lists of whole numbers")
         every_ends = step_ends
     if len(every_ends) != count:
         raise ValueError(f"{len(every_ends)} step_ends for {count} tables")
@@ -183,7 +183,7 @@ def _call(
     few: FewBits | None = None,
 ) -> Tensor:
     """Looks up; the operators name a table in errors only where there are several."""
-    arguments = (tables, masks, bags, ops._bounds(bounds_check), True, optimizer, few)
+    arguments = (tables, masks, bags, _checks.bounds_of(bounds_check), True, optimizer, few)
     if len(tables.block_counts) > 1:
         return call(*arguments)
     try:
@@ -334,6 +334,6 @@ def tiered_embedding_bag_tables(
     """
     tables, few = check_tiers(blocks, tier_ends, embedding_dims, steps, bits, step_ends)
     rows = [ends[-1] for ends in tier_ends]
-    like = ops._numbers(tables.blocks, None if few is None else few.steps[0])
+    like = _checks.numbers_of(tables.blocks, None if few is None else few.steps[0])
     bags = check_bags(like, rows, indices, offsets, mode, per_sample_weights, padding_idx)
     return _call(tables, [], bags, bounds_check, optimizer, few)

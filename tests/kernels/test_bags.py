@@ -95,7 +95,7 @@ def test_bags_of_equal_length_are_counted_in_64_bits() -> None:
     """Two bags of 2^30 lookups: the end of the second is past what int32 holds."""
     indices = torch.empty(2, 2**30, dtype=torch.int32, device="meta")
     table = torch.empty(1, D, device="meta")
-    _, offsets, *_ = ak.ops._bags(table, indices, None, "sum", None, [-1], False)
+    _, offsets, *_ = ak._checks.pooled(table, indices, None, "sum", None, [-1], False)
     assert offsets.dtype == torch.int64
 
 

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import amtl_kernels
+from amtl.layer.rounding import Rounding
+from amtl.layer.size_head import being_traced
 from amtl.layer.table_rows import TableRows
+from amtl_kernels import TieredTable
 
 
 class TableLookups(TableRows):
     """The lookups of `AMTLTable`."""
+
+    _kept: _Kept | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def _embed(self, input: Tensor) -> Tensor:
         """The rows at indices of any shape: `input.shape + [D]`."""
         self._check_caller()
         bounds = self._operator_bounds()
         if self.tier_ends is not None:
-            return self._frozen("tiered_embedding", input)
+            table, rows = self._frozen(input)
+            return self._shown(self._call(table.embedding, rows, **self._frozen_options()))
         assert self.weight is not None and self.row_group is not None
         rows, dims, mask, seed = self._searched(input)
         return self._call(
-            "adaptive_embedding",
+            amtl_kernels.adaptive_embedding,
             self.weight,
             rows,
             self.row_group,
@@ -47,18 +58,21 @@ class TableLookups(TableRows):
         if self.tier_ends is not None:
             if self.steps is not None and per_sample_weights is not None:
                 per_sample_weights = per_sample_weights.to(torch.float32)
-            return self._frozen(
-                "tiered_embedding_bag",
-                input,
+            table, rows = self._frozen(input)
+            out = self._call(
+                table.embedding_bag,
+                rows,
                 offsets,
                 mode=mode,
                 per_sample_weights=per_sample_weights,
                 include_last_offset=include_last_offset,
+                **self._frozen_options(),
             )
+            return self._shown(out)
         assert self.weight is not None and self.row_group is not None
         rows, dims, mask, seed = self._searched(input)
         return self._call(
-            "adaptive_embedding_bag",
+            amtl_kernels.adaptive_embedding_bag,
             self.weight,
             rows,
             offsets,
@@ -101,30 +115,64 @@ class TableLookups(TableRows):
             # In place: lookups whose backward is to come find codes and step sizes that fit.
             self.rounding.recode(tiers, self.steps)
 
-    def _frozen(self, name: str, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """A lookup in the tiers, rounded or decoded where the table has few bits."""
+    def _frozen(self, input: Tensor) -> tuple[TieredTable, Tensor]:
+        """The tiers, rounded or decoded where the table has few bits, and places to look up."""
         assert self.tier_ends is not None
         rows = self._renormed(self._frozen_rows(input))
-        tiers, few, dim = self._tiers(), {}, self.embedding_dim
-        if self.steps is not None:
-            few = {"steps": self.steps.to(torch.float32), "bits": self.options.bits}
-            if self.rounding is not None and self.training:
-                self._keep_up(rows, few)
-        elif self.rounding is not None:
-            if self.training:
+        # Past nn.Module, which takes half a microsecond to find what is no plain attribute.
+        steps, rounding = self._buffers["steps"], cast(Rounding | None, self._modules["rounding"])
+        tiers, training = self._tiers(), self.training
+        if rounding is not None and training:
+            if steps is not None:
+                self._keep_up(rows, {"steps": steps.to(torch.float32), "bits": self.options.bits})
+            else:
                 # Before the lookup, so that one that checkpointing repeats shows the same.
-                self.rounding.follow(tiers, self.tier_ends, rows, dim)
-            few = self.rounding.arguments(self.dtype)
-        out = self._call(
-            name,
-            tiers,
-            self.tier_ends,
-            rows,
-            *args,
-            embedding_dim=dim,
-            padding_idx=self._frozen_padding(),
-            bounds_check=self._operator_bounds(),
-            **few,
-            **kwargs,
-        )
-        return out if self.steps is None else out.to(self.steps.dtype)
+                rounding.follow(tiers, self.tier_ends, rows, self.embedding_dim)
+        of = steps if steps is not None or rounding is None else rounding.mean_square
+        traced = being_traced()
+        seen = None if of is None or traced else _state(of, tiers[0].dtype)
+        kept = self._kept
+        if not traced and kept is not None and kept.shows(tiers, of, seen):
+            return kept.table, rows
+        few: dict[str, Any] = {}
+        if steps is not None:
+            few = {"steps": steps.to(torch.float32), "bits": self.options.bits}
+        elif rounding is not None:
+            few = rounding.arguments(self.dtype)
+        table = TieredTable.of(tiers, self.tier_ends, self.embedding_dim, **few)
+        if not traced:
+            self.__dict__["_kept"] = _Kept(table, tiers, of, seen)
+        return table, rows
+
+    def _frozen_options(self) -> dict[str, Any]:
+        return {"padding_idx": self._frozen_padding(), "bounds_check": self._operator_bounds()}
+
+    def _shown(self, out: Tensor) -> Tensor:
+        """What a lookup in tiers gives, in the type of the layer."""
+        steps = self._buffers["steps"]
+        return out if steps is None else out.to(steps.dtype)
+
+
+_State = tuple[int, torch.dtype, bool]
+
+
+class _Kept(NamedTuple):
+    """Tiers as they were looked at, whose step sizes are those of a tensor in one of its states."""
+
+    table: TieredTable
+    tiers: list[nn.Parameter]
+    of: Tensor | None
+    seen: _State | None
+
+    def shows(self, tiers: list[nn.Parameter], of: Tensor | None, seen: _State | None) -> bool:
+        """Whether the very same tensors are unchanged where it matters."""
+        same = self.of is of and self.seen == seen and (of is None or seen is not None)
+        return same and len(tiers) == len(self.tiers) and all(map(is_, tiers, self.tiers))
+
+
+def _state(tensor: Tensor, dtype: torch.dtype) -> _State | None:
+    """What changes with a tensor; None where it may change unseen, as by replays of CUDA graphs."""
+    if not tensor.is_cpu or tensor.is_inference():
+        return None
+    # What is made in inference mode cannot be saved for a backward.
+    return tensor._version, dtype, torch.is_inference_mode_enabled()

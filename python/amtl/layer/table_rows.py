@@ -446,20 +446,17 @@ class TableRows(nn.Module):
                 "torch.autograd.grad)"
             )
 
-    def _call(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
-        """An operator of `amtl_kernels`, or its form that updates the table in the backward."""
+    def _call(self, lookup: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """A lookup of `amtl_kernels`, which updates the table in the backward if that is wished."""
         optimizer = self.fused_optimizer
         tables = self._table() if optimizer is not None and torch.is_grad_enabled() else ()
         trains = tables and (any(table.requires_grad for table in tables) or self.masterless)
         if optimizer is None or not trains:
-            plain: Tensor = getattr(amtl_kernels, name)(*args, **kwargs, sparse=self.sparse)
-            return plain
+            return lookup(*args, **kwargs, sparse=self.sparse)
         refuse_replicas(tables, self.name)
         refuse_repetition(self._updated, self.name)
-        fused = getattr(amtl_kernels.fused, name)
-        return watch(
-            fused(*args, **kwargs, optimizer=optimizer), optimizer, self._updated, self.name
-        )
+        fused = lookup(*args, **kwargs, optimizer=optimizer)
+        return watch(fused, optimizer, self._updated, self.name)
 
     def _seed(self, noisy: bool) -> int:
         if noisy and not torch.compiler.is_compiling() and torch._C._is_tracing():
@@ -514,11 +511,13 @@ class TableRows(nn.Module):
         require_rows(indices)
         self._announce()
         assert self.tier_ends is not None
-        order, places = self.row_order, self.tier_ends[-1]
+        order, places = self._buffers["row_order"], self.tier_ends[-1]
         if order is not None:
 
             def lookup(rows: Tensor) -> Tensor:
                 # Four times as fast as brackets.
+                if rows.dim() == 1:
+                    return order.index_select(0, rows)
                 return order.index_select(0, rows.reshape(-1)).view(rows.shape)
 
             if indices.is_cpu and not being_traced() and type(indices) is Tensor:
@@ -575,7 +574,7 @@ class TableRows(nn.Module):
         return self.options.bounds_check
 
     def _frozen_padding(self) -> int | None:
-        return self._tier_padding if self.row_order is not None else self.padding_idx
+        return self.padding_idx if self._buffers["row_order"] is None else self._tier_padding
 
     _tier_padding: int | None = None
 

@@ -33,6 +33,7 @@ class TableStates(TableLookups):
         self.blocks = nn.ParameterList(blocks)
         self.tier_ends = ends
         self.row_order = row_order
+        self._kept = None
         self._tier_padding = None
         if row_order is not None and self.padding_idx is not None:
             self._tier_padding = int(row_order[self.padding_idx])
@@ -50,6 +51,7 @@ class TableStates(TableLookups):
         self.blocks = nn.ParameterList()
         self.tier_ends = None
         self._redirection = None
+        self._kept = None
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
