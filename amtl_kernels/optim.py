@@ -114,10 +114,12 @@ class RowOptimizer(torch.optim.Optimizer):
         for name in ("lr", "eps", "weight_decay", "initial_accumulator_value"):
             if not defaults.get(name, 0.0) >= 0.0:
                 raise ValueError(f"{name} must not be negative, got {defaults[name]}")
+        self._places: dict[int, tuple[int, int]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._places = {}
         for group in self.param_groups:
             group.setdefault("stochastic_rounding", False)
             group.setdefault("capturable", False)
@@ -226,14 +228,17 @@ class RowOptimizer(torch.optim.Optimizer):
             ValueError: There is none.
         """
         first, count = tables[0], len(tables)
-        for group in self.param_groups:
+        # Mostly they lie side by side, as the tiers of a table do, and where they lay before.
+        number, place = self._places.get(id(first), (0, 0))
+        for group in self.param_groups[number : number + 1]:
+            if _lie(group["params"], place, tables):
+                return group
+        for number, group in enumerate(self.param_groups):
             held = group["params"]
-            # Mostly they lie side by side, as the tiers of a table do.
-            for place, parameter in enumerate(held):
-                if parameter is first:
-                    side_by_side = held[place : place + count]
-                    if len(side_by_side) == count and all(map(is_, side_by_side, tables)):
-                        return group
+            for place in range(len(held) - count + 1):
+                if held[place] is first and _lie(held, place, tables):
+                    self._places[id(first)] = number, place
+                    return group
         wanted = {id(table) for table in tables}
         for group in self.param_groups:
             if wanted <= {id(parameter) for parameter in group["params"]}:
@@ -323,6 +328,12 @@ class RowOptimizer(torch.optim.Optimizer):
     ) -> Tensor:
         """What a dense parameter moves by, for a learning rate of one."""
         raise NotImplementedError
+
+
+def _lie(held: list[Tensor], place: int, tables: list[Tensor]) -> bool:
+    """Whether these tables are held from a place on."""
+    side_by_side = held[place : place + len(tables)]
+    return len(side_by_side) == len(tables) and all(map(is_, side_by_side, tables))
 
 
 def _wide(parameter: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -367,3 +368,22 @@ def test_the_step_counter_survives_a_round_trip(capturable: bool) -> None:
 def test_bad_hyperparameters(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)).rstrip("s")):
         optim.Adam([torch.zeros(2, 2)], **options)
+
+
+def test_tables_are_found_where_they_are_now() -> None:
+    """Where they lay before is a hint only."""
+    tables = [torch.nn.Parameter(torch.zeros(2, n)) for n in (1, 2, 3, 4)]
+    optimizer = optim.SGD([{"params": tables[:2]}, {"params": tables[2:]}], lr=0.1)
+    for _ in range(2):
+        assert optimizer.check_owns(tables[2:]) is optimizer.param_groups[1]
+        assert optimizer.check_owns(tables[:2]) is optimizer.param_groups[0]
+    optimizer.param_groups.reverse()
+    assert optimizer.check_owns(tables[2:]) is optimizer.param_groups[0]
+    optimizer.param_groups[0]["params"].reverse()
+    assert optimizer.check_owns(tables[2:]) is optimizer.param_groups[0]
+    optimizer.param_groups[0]["params"] = tables[2:3]
+    with pytest.raises(ValueError, match="must be in one group"):
+        optimizer.check_owns(tables[2:])
+    assert optimizer.check_owns(tables[2:3]) is optimizer.param_groups[0]
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again.check_owns(again.param_groups[1]["params"]) is again.param_groups[1]
