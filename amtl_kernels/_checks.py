@@ -32,7 +32,8 @@ def check_tensor(value: object, name: str) -> None:
 
 
 def check_whole(value: object, name: str) -> None:
-    if not hasattr(value, "__index__"):
+    # Dynamo asks no number that it keeps open for its attributes.
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, got {kind(value)}")
 
 

@@ -133,3 +133,19 @@ def test_needs_input_grad_is_honoured(inputs: Inputs) -> None:
             ).sum().backward()
             assert (weight.grad is not None, soft.grad is not None) == (rows, mask)
     assert calls == [(True, False, False), (False, True, False), (True, True, False)]
+
+
+def test_a_compiled_lookup_takes_other_numbers() -> None:
+    """From the second value on Dynamo keeps a number open."""
+    codes, rows = torch.arange(20, dtype=torch.uint8).view(5, 4), torch.arange(5)
+    steps = torch.ones(1)
+
+    def lookup(bits: int, dim: int, padding: int) -> Tensor:
+        return ak.tiered_embedding(
+            [codes], [5], rows, steps=steps, bits=bits, embedding_dim=dim, padding_idx=padding
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lookup, fullgraph=True, backend="aot_eager")
+    for numbers in ((8, 4, 1), (4, 8, 2), (2, 16, 3), (8, 5, 4)):
+        assert torch.equal(compiled(*numbers), lookup(*numbers))
