@@ -29,6 +29,7 @@ from hostsim.test_kernels import test_a_list_of_tables_has_no_races
 from hostsim.test_kernels import test_fused_step_of_a_dense_table
 from hostsim.test_kernels import test_nonsense_is_never_followed
 from hostsim.test_rounding import test_updates_round_as_the_reference_does
+from amtl_kernels._arguments import Bags
 
 if "plant" in sys.argv:
     # A table that claims one row more than it has.
@@ -57,6 +58,24 @@ for dtype in (torch.float32, torch.bfloat16):
         test_fused_step_of_a_dense_table("rowwise_adagrad", dtype, 264, masks)
 for dtype in (torch.float16, torch.bfloat16):
     test_updates_round_as_the_reference_does("adam", dtype, 7)
+for bits in (2, 4, 8, 16):
+    g, byte = torch.Generator().manual_seed(bits), max(1, bits // 8)
+    shapes = ((5, 7), (3, 3), (4, 1))
+    blocks = [
+        torch.randint(0, 256, (n, w * byte), generator=g, dtype=torch.uint8) for n, w in shapes
+    ]
+    dim = blocks[0].shape[1] * 8 // bits
+    table = (blocks, [3], [dim], [], [], 0)
+    few = ([torch.rand(3, generator=g) + 0.1], [bits], None)
+    rows, offsets = torch.randint(0, 12, (60,), generator=g), torch.arange(0, 61, 3)
+    for bags in (Bags(rows, None, None, 0, [-1], False), Bags(rows, offsets, None, 1, [2], True)):
+        out = sim.IMPLEMENTATIONS["lookup"](*table, [], *bags, 0, True, *few)
+        for number, states in ((0, []), (2, [torch.zeros(len(block)) for block in blocks])):
+            hyper = [0.1, 1e-8, 0.01, 0.0, 0.0, 1.0]
+            wants = (False, False, False)
+            sim.IMPLEMENTATIONS["lookup_update_"](
+                *table, torch.ones_like(out), *bags, *wants, states, number, hyper, *few
+            )
 test_more_tiers_than_travel_with_a_launch(rule="adam", pooled=True)
 test_nonsense_is_never_followed()
 # A refusal must not read what is missing.
