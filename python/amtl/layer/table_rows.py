@@ -31,6 +31,10 @@ _PATIENCE = 5
 """Changes of the table, by whatever, without one of its sizes before that is warned of."""
 
 
+class NoWeightError(AttributeError, RuntimeError):
+    """A frozen layer was asked for its dense weight; `hasattr` and `getattr` take it for none."""
+
+
 def require_rows(value: object, name: str = "input") -> None:
     """Raise unless these are row numbers.
 
@@ -122,21 +126,36 @@ class TableRows(nn.Module):
         """The dense table [N, D] of the search phase, unmasked.
 
         Raises:
-            RuntimeError: the layer is frozen: nobody should take nothing for a table.
+            NoWeightError: the layer is frozen: nobody should take nothing for a table.
         """
         if "weight" not in self._parameters:
             raise AttributeError("weight")
-        if self.tier_ends is not None:
-            raise RuntimeError(
-                f"the layer {self.name!r} is frozen and has no dense weight: dense_weight() is a "
-                "copy of what it shows, table_parameters() are what trains, and amtl.revert() puts "
-                "an nn.Embedding in its place"
-            )
+        self._require_weight()
         return self._parameters["weight"]
 
     @weight.setter
     def weight(self, value: nn.Parameter | None) -> None:
         self._parameters["weight"] = value
+
+    def _require_weight(self) -> None:
+        if self.tier_ends is not None:
+            raise NoWeightError(
+                f"the layer {self.name!r} is frozen and has no dense weight: dense_weight() is a "
+                "copy of what it shows, table_parameters() are what trains, and amtl.revert() puts "
+                "an nn.Embedding in its place"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here where the property raises, and would lose what it says.
+        if name == "weight":
+            self._require_weight()
+        return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module; a frozen layer takes no weight."""
+        if name == "weight" and param is not None:
+            self._require_weight()
+        super().register_parameter(name, param)
 
     def __dir__(self) -> list[str]:
         # torch.jit.trace reads whatever is listed.
