@@ -29,7 +29,10 @@ from amtl_kernels.optim import RowOptimizer
 
 def kind(value: object) -> str:
     """What a value is, as errors say it."""
-    return "None" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "AEIOaeio" else f"a {name}"
 
 
 def refuse_transforms(what: str) -> None:

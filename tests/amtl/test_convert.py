@@ -485,7 +485,7 @@ def test_what_a_subclass_has_beside_its_weight_is_not_lost():
         amtl.convert(nn.Sequential(Normed(30, 4)), {"0": counts_of(30)})
     buffered = nn.Embedding(30, 4)
     buffered.register_buffer("norms", torch.ones(30))
-    with pytest.raises(ValueError, match=r"'0' is a Embedding with 'norms' of its own"):
+    with pytest.raises(ValueError, match=r"'0' is an Embedding with 'norms' of its own"):
         amtl.convert(nn.Sequential(buffered), {"0": counts_of(30)})
     model = nn.Sequential(Drawn(30, 4))
     model[0].vocabulary = ["a", "b"]

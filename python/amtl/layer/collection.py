@@ -20,6 +20,7 @@ from amtl.layer.size_head import being_traced
 from amtl.layer.table import AMTLTable
 from amtl.layer.table_rows import require_rows
 from amtl.layer.tiers import optimizers_of, unite_parameters
+from amtl_kernels._calls import kind
 
 
 class AMTLEmbeddingCollection(AMTLTable):
@@ -404,7 +405,7 @@ def check_alike(embeddings: Mapping[str, Any]) -> None:
     first_name, first = next(iter(embeddings.items()))
     for name, module in embeddings.items():
         if type(module) not in (nn.Embedding, nn.EmbeddingBag):
-            raise ValueError(f"{name!r} is a {type(module).__name__}, not an nn.Embedding")
+            raise ValueError(f"{name!r} is {kind(module)}, not an nn.Embedding")
         for key in ("padding_idx", "max_norm"):
             if getattr(module, key) is not None:
                 raise ValueError(f"{name!r} has {key}, which a collection has not for one table")

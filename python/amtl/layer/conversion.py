@@ -21,6 +21,7 @@ from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.shares import AUTO, Demand, automatic_bits, split_budget
 from amtl.layer.table import AMTLTable
+from amtl_kernels._calls import kind
 from amtl_kernels.optim import RowOptimizer
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -273,7 +274,7 @@ def revert(model: _Model, *, masked: bool = False) -> _Model:
     for name, layer in layers(model).items():
         if not isinstance(layer, AMTLEmbedding | AMTLEmbeddingBag):
             raise ValueError(
-                f"{name!r} is a {type(layer).__name__}, which no embedding can stand in for: its "
+                f"{name!r} is {kind(layer)}, which no embedding can stand in for: its "
                 "method embeddings() gives one for each table"
             )
     replacements = {
@@ -320,9 +321,7 @@ def _check_convertible(name: str, module: nn.Module) -> None:
     if isinstance(module, AMTLTable):
         raise ValueError(f"{name!r} is an AMTL layer already")
     if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        raise ValueError(
-            f"{name!r} is a {type(module).__name__}, not an nn.Embedding or nn.EmbeddingBag"
-        )
+        raise ValueError(f"{name!r} is {kind(module)}, not an nn.Embedding or nn.EmbeddingBag")
     if parametrize.is_parametrized(module):
         raise ValueError(
             f"{name!r} has parametrizations; remove them first "
@@ -331,15 +330,14 @@ def _check_convertible(name: str, module: nn.Module) -> None:
     base = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
     if type(module).forward is not base.forward:
         raise ValueError(
-            f"{name!r} is a {type(module).__name__} with a forward of its own, which an AMTL layer "
-            "would lose"
+            f"{name!r} is {kind(module)} with a forward of its own, which an AMTL layer would lose"
         )
     kinds = type(module).__mro__[: type(module).__mro__.index(base)]
     own = {key for kind in kinds for key in vars(kind)} - _OF_NO_CONSEQUENCE
     own |= {*module._parameters, *module._buffers, *module._modules} - {"weight"}
     if own:
         raise ValueError(
-            f"{name!r} is a {type(module).__name__} with {', '.join(map(repr, sorted(own)))} of "
+            f"{name!r} is {kind(module)} with {', '.join(map(repr, sorted(own)))} of "
             "its own, which an AMTL layer would lose: put a plain nn.Embedding in its place"
         )
     if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -27,6 +27,7 @@ from amtl.layer.hosts import check, settle
 from amtl.layer.table import AMTLTable
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
+from amtl_kernels._calls import kind as kind_of
 
 FORMAT, VERSION = "amtl-packed", 2
 _VERSION_OF_FEWER_BITS = 1
@@ -179,7 +180,7 @@ def write_packed(
     stored = dict(layers)
     for name, layer in layers.items():
         if not isinstance(layer, AMTLTable):
-            raise ValueError(f"{name!r} is a {type(layer).__name__}, not an AMTL layer")
+            raise ValueError(f"{name!r} is {kind_of(layer)}, not an AMTL layer")
         if type(layer).__name__ not in _CLASSES:
             raise ValueError(f"{name!r} is of a class of your own, {type(layer).__name__}")
         if layer.phase != "frozen":
@@ -196,7 +197,7 @@ def write_packed(
             packed[f"layers/{name}/steps"] = layer.steps
     for key, value in rest.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{key!r} of the state_dict is a {type(value).__name__}, not a tensor")
+            raise ValueError(f"{key!r} of the state_dict is {kind_of(value)}, not a tensor")
         packed[f"state/{key}"] = _narrow(value.detach()) if kind == "run" else value.detach()
     for key, value in (tensors or {}).items():
         packed[f"user/{key}"] = value.detach()

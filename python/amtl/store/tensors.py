@@ -27,6 +27,7 @@ from torch import Tensor
 
 from amtl.errors import UserError
 from amtl.store.files import RESTORE, checksums, write_aside
+from amtl_kernels._calls import kind
 
 _ENTRY = "amtl.tensorfile"
 _CHECKED_AT_ONCE = 1 << 26
@@ -326,7 +327,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
         if type(value) in (list, tuple):
             parts = [walk(v, f"{name}.{i}".lstrip(".")) for i, v in enumerate(value)]
             return parts if type(value) is list else {"$tuple": parts}
-        raise ValueError(f"{name or 'the content'} is a {type(value).__name__}: cannot be saved")
+        raise ValueError(f"{name or 'the content'} is {kind(value)}: cannot be saved")
 
     return tensors, walk(tree, "")
 
