@@ -160,6 +160,10 @@ def train(
         float | None,
         rate("Share of the embeddings' numbers zeroed in a step.", "by validation"),
     ] = None,
+    embedding_decay: Annotated[
+        float | None,
+        rate("Weight decay of all embeddings in each step (Adam).", TrainConfig.embedding_decay),
+    ] = None,
     distillation: Annotated[
         float | None,
         rate("Share of each label that a better model's prediction replaces.", "by validation"),
@@ -222,6 +226,7 @@ def train(
         "table_lr": table_lr,
         "table_optimizer": table_optimizer,
         "embedding_dropout": embedding_dropout,
+        "embedding_decay": embedding_decay,
         "distillation": distillation,
         "freeze_at": freeze_at,
     }

@@ -160,6 +160,7 @@ class Peer(nn.Module):
         self.dim = facts.dim
         self._generator = torch.Generator().manual_seed(facts.seed)
         self._row_tables: list[nn.Parameter] = []
+        self.sparse = True
 
     def embed(self, rows: Tensor) -> Tensor:
         """Embeddings `[L, D]` of rows, int64 `[L]`."""
@@ -193,8 +194,8 @@ class Peer(nn.Module):
         return parameter
 
     def look_up(self, table: nn.Parameter, rows: Tensor) -> Tensor:
-        """Rows of a `row_table`, `[L, width]`; its gradient is of these rows only."""
-        return nn.functional.embedding(rows, table, sparse=True)
+        """Rows of a `row_table`, `[L, width]`; its gradient is of these rows only if `sparse`."""
+        return nn.functional.embedding(rows, table, sparse=self.sparse)
 
     def padded(self, values: Tensor) -> Tensor:
         """Values `[L, width]` and zeros up to width D."""

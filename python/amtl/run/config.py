@@ -95,6 +95,9 @@ class TrainConfig:
         hidden: widths of the MLP.
         embedding_dropout: share of the embeddings' numbers zeroed in a training step; None:
             what validation prefers where there is a race, else none.
+        embedding_decay: weight decay of the embeddings, `decay / 2 * sum(w^2)` added to each step's
+            loss over all rows, those that the step does not look up too. It regularises most what
+            is seen least, and costs a pass of Adam over the whole table a step.
         distillation: share of each training label that is a better model's prediction; None: what
             validation prefers where there is a race, else none.
         init_std: deviation of initial embedding weights.
@@ -139,6 +142,7 @@ class TrainConfig:
     backbone: str = "dnn"
     hidden: list[int] = field(default_factory=lambda: [128, 64])
     embedding_dropout: float | None = None
+    embedding_decay: float = 0.0
     distillation: float | None = None
     init_std: float = 0.01
     batch_size: int = 8192
@@ -200,6 +204,14 @@ class TrainConfig:
             raise UserError(
                 f"--embedding-dropout must be from 0 up to (not including) 1, "
                 f"not {self.embedding_dropout:g}"
+            )
+        if not (math.isfinite(self.embedding_decay) and self.embedding_decay >= 0):
+            raise UserError(
+                f"--embedding-decay must be a number from 0 on, not {self.embedding_decay:g}"
+            )
+        if self.embedding_decay and (self.table_optimizer != "adam" or not self.masters):
+            raise UserError(
+                "--embedding-decay goes with --table-optimizer adam, and without --no-masters"
             )
         if self.distillation is not None and not 0 <= self.distillation <= 1:
             raise UserError(f"--distillation must be from 0 to 1, not {self.distillation:g}")

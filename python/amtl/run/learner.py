@@ -103,7 +103,10 @@ class Learner:
     def _make_optimizers(self) -> None:
         config = self.config
         self.table_optimizer = methods.table_optimizer(
-            config.table_optimizer, methods.table_parameters(self.table), config.table_lr
+            config.table_optimizer,
+            methods.table_parameters(self.table),
+            config.table_lr,
+            config.embedding_decay,
         )
         methods.fuse(self.table, self.table_optimizer)
         self.dense_optimizer = torch.optim.Adam(

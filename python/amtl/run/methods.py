@@ -237,14 +237,19 @@ def row_bits(table: nn.Module) -> Tensor | None:
     return row_widths(table) * number_bits(table)
 
 
-def table_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """An optimizer that touches only the rows of a batch.
+def table_optimizer(
+    name: str, parameters: list[nn.Parameter], lr: float, decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """An optimizer that touches only the rows of a batch, or with weight decay all of them.
 
     Args:
         name: one of `TABLE_OPTIMIZERS`.
         parameters: `table_parameters()`.
         lr: learning rate.
+        decay: weight decay, in the gradient as Adam has it; with `adam` only.
     """
+    if decay:
+        return torch.optim.Adam(parameters, lr, weight_decay=decay, fused=True)
     classes: dict[str, Any] = {
         "adam": optim.Adam,
         "adagrad": optim.Adagrad,
@@ -260,11 +265,15 @@ def table_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> tor
 def fuse(table: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Lets the backward apply the optimizer; `fixed` tables and peers have gradients instead.
 
+    So has any table whose optimizer goes over all rows: these gradients are dense.
+
     Args:
         table: of `build_table`.
         optimizer: `table_optimizer()` of its parameters.
     """
+    if not isinstance(optimizer, optim.RowOptimizer):
+        table.sparse = False  # type: ignore[assignment]
     if isinstance(table, Peer):
         optimizer.register_step_post_hook(lambda *_: table.after_step())
-    elif is_adaptive(table):
+    elif is_adaptive(table) and isinstance(optimizer, optim.RowOptimizer):
         table.fuse(optimizer)  # type: ignore[operator]
