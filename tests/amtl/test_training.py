@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -15,9 +16,10 @@ from amtl.errors import UserError
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.folders import load_run, load_trained, pack_run
+from amtl.run.learner import Learner
 from amtl.run.progress import Bars, Silent
 from amtl.run.trained import size_table
-from amtl.run.training import Interrupted, start
+from amtl.run.training import Interrupted, prepare, start
 from amtl.store.files import read_json
 from rich.console import Console
 
@@ -421,6 +423,10 @@ def test_a_run_stopped_before_the_freeze_packs_its_best_moment(source, tmp_path)
         {"table_lr": -1.0},
         {"embedding_dropout": 1.0},
         {"embedding_dropout": -0.1},
+        {"embedding_decay": -1e-5},
+        {"embedding_decay": float("nan")},
+        {"embedding_decay": 1e-5, "table_optimizer": "sgd"},
+        {"embedding_decay": 1e-5, "table_optimizer": "sgd", "bits": "8", "masters": False},
     ],
 )
 def test_settings_are_checked(changes):
@@ -433,6 +439,55 @@ def test_settings_round_trip_and_newer_ones_are_refused():
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(UserError, match="newer"):
         TrainConfig.from_dict({**config.to_dict(), "telepathy": True})
+
+
+DECAYING = {
+    "fixed": {"method": "fixed"},
+    "searching": {"table_options": {"parametrization": "ordinal"}, "bits": "32"},
+    "frozen": {"bits": "4"},
+    "a peer": {"method": "qr"},
+}
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+def test_weight_decay_reaches_rows_that_are_not_looked_up(kind, source):
+    config = settings(**DECAYING[kind], batch_size=5, table_lr=1e-3, embedding_decay=1e-3)
+    task = prepare(config, source)
+
+    def step(config):
+        learner = Learner(config, task)
+        parameters = methods.table_parameters(learner.table)
+        before = torch.cat([p.detach().flatten() for p in parameters])
+        learner.step()
+        return before, torch.cat([p.detach().flatten() for p in parameters])
+
+    before, plain = step(replace(config, embedding_decay=0.0))
+    same, after = step(config)
+    assert torch.equal(same, before)
+    untouched = (plain == before) & (before.abs() > 1e-3)
+    assert 50 < int(untouched.sum()) < len(before) - 50
+    # The first step of Adam is as long as its rate, whatever the gradient.
+    fallen = before.abs() - after.abs()
+    torch.testing.assert_close(
+        fallen[untouched], torch.full_like(fallen[untouched], 1e-3), rtol=0.01, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", [k for k in DECAYING if k != "a peer"])
+def test_a_run_with_weight_decay_goes_on_and_is_packed(kind, source, tmp_path):
+    config = settings(**DECAYING[kind], embedding_decay=1e-3, epochs=2)
+    whole = start(config, source=source).run()
+    trainer = start(config, tmp_path / "run", source=source, stop=lambda steps: steps >= 7)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    metrics = start(None, tmp_path / "run", resume=True, source=source).run()
+    for key in ("val_auc", "test_auc", "stored_bytes", "epochs_run"):
+        assert metrics[key] == whole[key]
+    without = start(replace(config, embedding_decay=0.0), source=source).run()
+    assert metrics["val_auc"] != without["val_auc"]
+    packed = pack_run(tmp_path / "run", tmp_path / "model.safetensors")
+    trained = load_run(tmp_path / "run")
+    assert torch.equal(packed.probabilities(source.frame), trained.probabilities(source.frame))
 
 
 def test_a_diverging_run_says_so(source):
