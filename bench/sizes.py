@@ -30,7 +30,7 @@ from amtl.paper.statistics import paired
 from amtl.run import methods
 from amtl.run.comparison import scored, train_with_teacher
 from amtl.run.config import TrainConfig
-from amtl.run.contest import dropouts
+from amtl.run.contest import regularised
 from amtl.run.learner import Learner, Task
 from amtl.run.progress import Silent
 from amtl.run.teaching import Teacher
@@ -158,12 +158,12 @@ def _runs(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
 
 def _made(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict[str, Any]]:
     given = {k: v for k, v in job.items() if k != "set"}
-    config = replace(config, **given)
+    config, numbers = replace(config, **given), task.encoder.num_rows * DIM
     started = time.process_time()
     metrics = max(
         (
             Trainer(entry, task).run()
-            for entry in (dropouts(config) if job["method"] == "fixed" else [config])
+            for entry in (regularised(config, numbers) if job["method"] == "fixed" else [config])
         ),
         key=lambda m: m["val_auc"] - m["val_logloss"],
     )
@@ -185,7 +185,8 @@ def _taught(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[di
         started = time.process_time()
         entry = replace(seeded, dim=dim, bits=bits or "32")
         make = partial(Learner, task=task)
-        best, pupil = train_with_teacher("", entry, teacher, make, Silent(), Learner.step)
+        numbers = task.encoder.num_rows * DIM
+        best, pupil = train_with_teacher("", entry, numbers, teacher, make, Silent(), Learner.step)
         learner = pupil or best
         return {
             "job": {**job, "dim": dim, **({"bits": bits} if bits else {})},

@@ -13,10 +13,10 @@ import torch
 from amtl.data.registry import Source
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.run import comparison, methods, teaching
+from amtl.run import comparison, contest, methods, teaching
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
-from amtl.run.contest import DROPOUT, SHARES
+from amtl.run.contest import DECAYS, DROPOUT, SHARES
 from amtl.run.display import print_comparison
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
@@ -60,6 +60,7 @@ def settings(**changes) -> TrainConfig:
         "hidden": [16],
         "seed": 3,
         "bits": "32",
+        "embedding_decay": 0.0,
     }
     return TrainConfig(**{**base, **changes})
 
@@ -338,6 +339,51 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     assert comparison.verdict({**short, "method": "fixed"}) == []
     scores["val_auc"] -= 0.0015
     assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) == []
+
+
+DECAYED = [FULL, f"{FULL}, dropout 0.1", *(f"{FULL}, weight decay {d:g}" for d in DECAYS)]
+
+
+@pytest.mark.parametrize("best", [None, *DECAYS])
+def test_weight_decay_that_serves_the_full_table_is_taken_over(source, monkeypatch, best):
+    """The students of a run decay as its best full table does, its baselines may, too."""
+    ended, made = contest.outcome, []
+    create = Learner.__init__
+
+    def counted(self, config, *args, **kwargs):
+        made.append(config)
+        create(self, config, *args, **kwargs)
+
+    def outcome(name, learner):
+        row = ended(name, learner)
+        return {**row, "score": 9.0} if learner.config.embedding_decay == best else row
+
+    monkeypatch.setattr(Learner, "__init__", counted)
+    monkeypatch.setattr(contest, "outcome", outcome)
+    watching, config = Watching(), settings(epochs=2, embedding_decay=None)
+    metrics = start(config, observer=watching, source=source).run()
+    assert [title for title in watching.titles if title.startswith(FULL)] == DECAYED
+    students = [c for c in made if c.distillation]
+    assert students and all(c.embedding_decay == best for c in students)
+    assert metrics["raced"]["asked"]["embedding_decay"] is None
+    if metrics["config"]["distillation"] and best:
+        assert f"--embedding-decay {best:g}" in comparison.choices(metrics)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"embedding_decay": 1e-5}, {"table_optimizer": "sgd", "table_lr": 1.0}, {}]
+)
+def test_weight_decay_is_tried_where_it_is_open_and_the_table_is_not_large(
+    source, monkeypatch, changes
+):
+    if not changes:
+        monkeypatch.setattr(contest, "DECAYED_NUMBERS", 100)
+    watching = Watching()
+    config = settings(**{"epochs": 2, "embedding_decay": None, **changes})
+    start(config, observer=watching, source=source).run()
+    full = [title for title in watching.titles if title.startswith(FULL)]
+    given = [DECAYED[2], f"{DECAYED[2]}, dropout 0.1"]
+    assert full == (given if "embedding_decay" in changes else DECAYED[:2])
 
 
 class Watching(Silent):

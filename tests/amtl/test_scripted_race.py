@@ -15,6 +15,7 @@ from amtl.run.race import FLAT, FULL, race
 
 def settings(**changes) -> TrainConfig:
     base = {"data": "", "label": "label", "dim": 8, "budget": 0.25, "epochs": 4, "bits": "32"}
+    base["embedding_decay"] = 0.0
     return TrainConfig(**{**base, **changes})
 
 

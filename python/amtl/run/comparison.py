@@ -10,7 +10,7 @@ from typing import Any
 
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.contest import dropouts, race_taught, run_to_end, titled
+from amtl.run.contest import race_taught, regularised, run_to_end, titled
 from amtl.run.learner import Learner
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import predict
@@ -50,8 +50,8 @@ def train_baselines(
 ) -> list[dict[str, Any]]:
     """Trains the two tables with the run's effort, and scores the test split once each.
 
-    Where the run's dropout was left to validation, theirs is; where it had a teacher, each is
-    trained once more with one of its own, made of what is trained here.
+    Where the run's dropout or weight decay was left to validation, theirs is; where it had a
+    teacher, each is trained once more with one of its own, made of what is trained here.
 
     Args:
         config: settings of the run.
@@ -66,14 +66,20 @@ def train_baselines(
         `stored_bytes`, scores on validation and test, `best_epoch`.
     """
     raced = metrics["raced"] or {}
-    share = raced.get("asked", {}).get("embedding_dropout", config.embedding_dropout)
+    asked = raced.get("asked", {})
+    share = asked.get("embedding_dropout", config.embedding_dropout)
+    decay = asked.get("embedding_decay", config.embedding_decay)
     rows, teacher = [], Teacher()
     for name, entry in baselines(config, metrics).items():
-        entry, title = replace(entry, embedding_dropout=share), f"{name}, D={entry.dim}"
+        entry = replace(entry, embedding_dropout=share, embedding_decay=decay)
+        title = f"{name}, D={entry.dim}"
         if raced.get("taught"):
             # Without a race the run's dropout is not what the full table was trained with.
             trained = full if name == FULL and "asked" in raced else None
-            best, pupil = train_with_teacher(title, entry, teacher, make, observer, step, trained)
+            numbers = metrics["dense_bytes"] // 4
+            best, pupil = train_with_teacher(
+                title, entry, numbers, teacher, make, observer, step, trained
+            )
         else:
             best, pupil = make(entry), None
             run_to_end(title, best, observer, step)
@@ -87,6 +93,7 @@ def train_baselines(
 def train_with_teacher(
     name: str,
     entry: TrainConfig,
+    numbers: int,
     teacher: Teacher,
     make: Callable[..., Learner],
     observer: Observer,
@@ -97,7 +104,8 @@ def train_with_teacher(
 
     Args:
         name: in the progress bar.
-        entry: settings; dropout is tried where they leave it open.
+        entry: settings; dropout and weight decay are tried where they leave them open.
+        numbers: of a table of full size.
         teacher: takes in the table.
         make: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
@@ -108,15 +116,15 @@ def train_with_teacher(
         The better one without a teacher, and the taught one if it validates better still; ended.
     """
     best = trained
-    for settings in dropouts(entry) if trained is None else []:
+    for settings in regularised(entry, numbers) if trained is None else []:
         learner = make(settings)
         run_to_end(titled(name, settings), learner, observer, step)
         if best is None or best_record(learner)["score"] > best_record(best)["score"]:
             best = learner
     assert best is not None
     teacher.add(best)
-    best.config = entry
-    pupil, _ = race_taught(best, partial(make, taught=teacher.labels()), observer, step)
+    decay, best.config = best.config.embedding_decay, entry
+    pupil, _ = race_taught(best, partial(make, taught=teacher.labels()), observer, step, decay)
     if pupil is not None:
         pupil.end()
     return best, pupil
@@ -131,6 +139,7 @@ def scored(name: str, learner: Learner) -> dict[str, Any]:
         "name": name,
         "dim": learner.config.dim,
         "distillation": learner.config.distillation,
+        "embedding_decay": learner.config.embedding_decay,
         "stored_bytes": methods.stored_bytes(learner.table),
         "val_auc": record["val_auc"],
         "val_logloss": record["val_logloss"],
@@ -182,8 +191,16 @@ def choices(metrics: Mapping[str, Any]) -> str:
         "capacity-bits": None if capacity is None or capacity > max(CAPACITY_BITS) else capacity,
         "distillation": config["distillation"],
         "embedding-dropout": config["embedding_dropout"],
+        "embedding-decay": config["embedding_decay"],
     }
     return " ".join(f"--{name} {value:g}" for name, value in found.items() if value)
+
+
+def _as_options(row: Mapping[str, Any]) -> str:
+    """What a taught table of `train_baselines` was trained with, for the command line."""
+    decay = row.get("embedding_decay")
+    more = f" --embedding-decay {decay:g}" if decay else ""
+    return f" --distillation {row['distillation']:g}{more}"
 
 
 def verdict(metrics: Mapping[str, Any]) -> list[str]:
@@ -198,7 +215,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
         what, options = "a table of full size", "a larger --budget"
         if full["name"] != FULL:
             what += " that has a teacher"
-            options += f", or --method fixed --distillation {full['distillation']:g},"
+            options += f", or --method fixed{_as_options(full)},"
         told.append(
             f"{what} validates better, by {_lead(full, metrics):.4f} in AUC minus log loss: this "
             f"data needs {options} to lose nothing"
@@ -207,7 +224,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
     if narrow is not None and _lead(narrow, metrics) > 0:
         options = f"--method fixed --dim {narrow['dim']}"
         if narrow["name"] != FLAT:
-            options += f" --distillation {narrow['distillation']:g}"
+            options += _as_options(narrow)
         told.append(
             f"a table of fixed width in the same bytes validates better, by "
             f"{_lead(narrow, metrics):.4f} in AUC minus log loss: use {options}, or another "

@@ -97,7 +97,8 @@ class TrainConfig:
             what validation prefers where there is a race, else none.
         embedding_decay: weight decay of the embeddings, `decay / 2 * sum(w^2)` added to each step's
             loss over all rows, those that the step does not look up too. It regularises most what
-            is seen least, and costs a pass of Adam over the whole table a step.
+            is seen least, and costs a pass of Adam over the whole table a step. None: what
+            validation prefers where there is a race and the table is not large, else none.
         distillation: share of each training label that is a better model's prediction; None: what
             validation prefers where there is a race, else none.
         init_std: deviation of initial embedding weights.
@@ -142,7 +143,7 @@ class TrainConfig:
     backbone: str = "dnn"
     hidden: list[int] = field(default_factory=lambda: [128, 64])
     embedding_dropout: float | None = None
-    embedding_decay: float = 0.0
+    embedding_decay: float | None = None
     distillation: float | None = None
     init_std: float = 0.01
     batch_size: int = 8192
@@ -205,11 +206,10 @@ class TrainConfig:
                 f"--embedding-dropout must be from 0 up to (not including) 1, "
                 f"not {self.embedding_dropout:g}"
             )
-        if not (math.isfinite(self.embedding_decay) and self.embedding_decay >= 0):
-            raise UserError(
-                f"--embedding-decay must be a number from 0 on, not {self.embedding_decay:g}"
-            )
-        if self.embedding_decay and (self.table_optimizer != "adam" or not self.masters):
+        decay = self.embedding_decay or 0.0
+        if not (math.isfinite(decay) and decay >= 0):
+            raise UserError(f"--embedding-decay must be a number from 0 on, not {decay:g}")
+        if decay and not self.may_decay:
             raise UserError(
                 "--embedding-decay goes with --table-optimizer adam, and without --no-masters"
             )
@@ -231,6 +231,11 @@ class TrainConfig:
         if self.method == "fixed":
             return None
         return self.table_options.get("budget", self.budget)
+
+    @property
+    def may_decay(self) -> bool:
+        """Whether embeddings can have weight decay, for which there is one optimizer."""
+        return self.table_optimizer == "adam" and self.masters
 
     @property
     def layer_options(self) -> dict[str, Any]:

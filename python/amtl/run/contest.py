@@ -31,6 +31,13 @@ DROPOUT = 0.1
 """Share of the embeddings' numbers zeroed in training of a taught model: it gains by it, unlike a
 table of few numbers a row that learns from the labels alone."""
 
+DECAYS = (1e-5, 1e-6)
+"""Weight decay of a table's numbers. On seven sets of eight one of them is worth more to a table of
+full size than dropout is; which one differs."""
+
+DECAYED_NUMBERS = 1 << 23
+"""Of a table at most, for weight decay to be tried: it goes over all of them in each step."""
+
 SHARES = (0.5, 0.8)
 """Of the labels, a teacher's: data of few or noisy clicks gain by the larger one."""
 
@@ -71,6 +78,7 @@ class Contest:
             "more": None,
         }
         self.full: Learner | None = None
+        self._decay: float | None = None
         self._make, self._observer, self._step = make, observer, step
 
     def run(self, raced: Mapping[str, Any] | None) -> None:
@@ -86,7 +94,9 @@ class Contest:
             return
         teacher = self._teacher()
         make = partial(self._make, taught=teacher.labels())
-        best, self.found["taught"] = race_taught(self.winner, make, self._observer, self._step)
+        best, self.found["taught"] = race_taught(
+            self.winner, make, self._observer, self._step, self._decay
+        )
         self._prefer(best)
         if raced is None or not self.winner.config.distillation:
             return
@@ -148,16 +158,17 @@ class Contest:
         if alone.method == "fixed" and alone.dim < TrainConfig.dim:
             # Rows to start warm from are as narrow.
             full = replace(full, dim=TrainConfig.dim, warm_start=None)
-        for entry in dropouts(full):
+        for entry in regularised(full, methods.dense_bytes(self.first.table) // 4):
             if entry == alone:
-                rows.append(outcome(FULL, self.first))
+                rows.append((outcome(FULL, self.first), entry))
                 continue
             table = self._make(entry)
             run_to_end(titled(FULL, entry), table, self._observer, self._step)
-            rows.append(outcome(FULL, table))
+            rows.append((outcome(FULL, table), entry))
             teacher.add(table)
             self._keep(table)
-        self.found["full"] = max(rows, key=lambda row: row["score"])
+        self.found["full"], best = max(rows, key=lambda row: row[0]["score"])
+        self._decay = best.embedding_decay
         return teacher
 
     def _keep(self, table: Learner) -> None:
@@ -178,15 +189,25 @@ class Contest:
         self.winner = better
 
 
-def dropouts(config: TrainConfig) -> list[TrainConfig]:
-    """`config` without dropout and with it where it leaves that open, else as it is."""
-    if config.embedding_dropout is not None:
-        return [config]
-    return [config, replace(config, embedding_dropout=DROPOUT)]
+def regularised(config: TrainConfig, numbers: int) -> list[TrainConfig]:
+    """`config`, and with dropout and with weight decay where it leaves these open.
+
+    Args:
+        config: settings.
+        numbers: of the table of full size.
+    """
+    found = [config]
+    if config.embedding_dropout is None:
+        found.append(replace(config, embedding_dropout=DROPOUT))
+    if config.embedding_decay is None and config.may_decay and numbers <= DECAYED_NUMBERS:
+        found += [replace(config, embedding_decay=decay) for decay in DECAYS]
+    return found
 
 
 def titled(name: str, entry: TrainConfig) -> str:
-    """A name for the progress bar, which tells settings of `dropouts` apart."""
+    """A name for the progress bar, which tells settings of `regularised` apart."""
+    if entry.embedding_decay:
+        name = f"{name}, weight decay {entry.embedding_decay:g}"
     return f"{name}, dropout {entry.embedding_dropout:g}" if entry.embedding_dropout else name
 
 
@@ -246,6 +267,7 @@ def race_taught(
     make: Callable[[TrainConfig], Learner],
     observer: Observer,
     step: Callable[[Learner], None],
+    decay: float | None = None,
 ) -> tuple[Learner | None, list[dict[str, Any]]]:
     """Trains the winner's settings anew on labels that a teacher softens; see `contend`.
 
@@ -254,11 +276,14 @@ def race_taught(
         make: a fresh learner of given settings, which has the teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
+        decay: weight decay where the settings leave it open.
 
     Returns:
         The best of them if it validates better, and their rows.
     """
     config, best, rows = winner.config, None, []
+    if config.embedding_decay is None:
+        config = replace(config, embedding_decay=decay)
     if config.embedding_dropout is None:
         config = replace(config, embedding_dropout=DROPOUT)
     shares = SHARES if config.distillation is None else (config.distillation,)

@@ -106,7 +106,7 @@ class Learner:
             config.table_optimizer,
             methods.table_parameters(self.table),
             config.table_lr,
-            config.embedding_decay,
+            config.embedding_decay or 0.0,
         )
         methods.fuse(self.table, self.table_optimizer)
         self.dense_optimizer = torch.optim.Adam(

@@ -38,7 +38,7 @@ from amtl.run.searching import is_search, search
 from amtl_kernels import __version__
 
 _BINS = 40
-_RACED_LATER = ("embedding_dropout", "distillation")
+_RACED_LATER = ("embedding_dropout", "embedding_decay", "distillation")
 """Settings that models trained to their end decide."""
 
 VALIDATED = 2**18
