@@ -109,7 +109,7 @@ def blocks(summary: dict[str, Any]) -> list[Block]:
     cells = summary["cells"]
     done = [c for c in cells if c["seeds"]]
     plan = summary["plan"]
-    found = [_protocol()]
+    found = [_protocol(summary)]
     for name in dict.fromkeys([*plan["sets"], *(c["set"] for c in done)]):
         own = [c for c in done if c["set"] == name]
         if own:
@@ -126,7 +126,9 @@ def blocks(summary: dict[str, Any]) -> list[Block]:
     return [block for block in found if block.text or block.tables]
 
 
-def _protocol() -> Block:
+def _protocol(summary: dict[str, Any]) -> Block:
+    decays = any("embedding_decay" in method["space"] for method in summary["methods"].values())
+    first = "weight decay of the embeddings, a teacher" if decays else "a teacher"
     return Block(
         "How",
         (
@@ -135,7 +137,7 @@ def _protocol() -> Block:
             "up: numbers, codes, step sizes, projections, masks, and where rows of one kind end; "
             "vocabularies, and so the order of rows, are free for all.",
             "A run of tuning is handed no test split. The first choice is the method's default; "
-            "then come, each a change of the best so far, a teacher, the method's own settings and "
+            f"then come, each a change of the best so far, {first}, the method's own settings and "
             "dropout; what trials are left are suggested by optuna (TPE) from the space at the end "
             "of this page. "
             "The choice with the best validation AUC minus log loss is trained anew with fresh "

@@ -31,7 +31,7 @@ from amtl.paper.tuning import next_choice
 from amtl.peers import DoesNotFit, add_peer
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.contest import run_to_end
+from amtl.run.contest import regularised, run_to_end
 from amtl.run.learner import Learner, Task
 from amtl.run.metrics import auc
 from amtl.run.model import predict
@@ -99,7 +99,9 @@ def is_tuned(records: Records, cell: Cell, contender: Contender, plan: Plan) -> 
 
 
 def _next_choice(contender: Contender, cell: Cell, runs: Records) -> dict[str, Any] | None:
-    past = [(r["choice"], r.get("score")) for r in runs]
+    # Runs from before a setting was tuned had its default.
+    default = {name: values[0] for name, values in contender.space.items()}
+    past = [({**default, **r["choice"]}, r.get("score")) for r in runs]
     return next_choice(contender.space, past, repr(cell), contender.first)
 
 
@@ -295,12 +297,16 @@ class Data:
         return TrainConfig(self.source.name, self.label, fields=self.fields, **merged)
 
     def teacher(self, seed: int, epochs: int | None = None) -> Tensor:
-        """What a table of full size says of the training samples, once for each seed: `[n]`."""
+        """What tables of full size say of the training samples, once for each seed: `[n]`.
+
+        Those that the product's own run trains, see `amtl.run.contest.regularised`.
+        """
         if seed not in self._taught:
             given = {} if epochs is None else {"epochs": epochs}
             config = self.config({"method": RULER, "seed": seed, "bits": "32", **given})
             teacher = Teacher()
-            teacher.add(train(config, self.task))
+            for entry in regularised(config, self.size.rows * DIM):
+                teacher.add(train(entry, self.task))
             self._taught[seed] = teacher.labels()
         return self._taught[seed]
 
@@ -350,6 +356,7 @@ def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[st
             "bits": methods.number_bits(learner.table),
             "distillation": config.distillation,
             "embedding_dropout": config.embedding_dropout,
+            "embedding_decay": config.embedding_decay,
         },
     }
     return line if tuning else {**line, **_tested(learner, data)}

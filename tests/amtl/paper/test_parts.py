@@ -24,7 +24,7 @@ from amtl.paper.summary import ranks, summarise
 from amtl.paper.tuning import next_choice
 from amtl.paper.work import count, finalists, further, jobs
 from amtl.peers import PEERS, DoesNotFit, add_peer
-from amtl.run.contest import DROPOUT
+from amtl.run.contest import DECAYS, DROPOUT
 
 
 def test_intervals_and_paired_tests():
@@ -108,9 +108,11 @@ def test_tuning_starts_at_the_default_and_never_repeats():
 def test_first_come_changes_of_the_best_so_far():
     contender, tried = contenders()["int"], []
     default = {name: values[0] for name, values in contender.space.items()}
-    better = {**default, "distillation": 0.5}
+    decayed = {**default, "embedding_decay": max(DECAYS)}
+    better = {**decayed, "distillation": 0.5}
     wanted = [
-        (default, 0.5),
+        (default, 0.4),
+        (decayed, 0.5),
         (better, 0.6),
         ({**better, "bits": 8}, 0.7),
         # It did not fit.

@@ -19,6 +19,7 @@ from amtl.paper.protocol import Plan, variant
 from amtl.paper.records import read
 from amtl.paper.work import Data, expected_calibration_error, rank_correlation, sizes_by_count, work
 from amtl.peers import PEERS
+from amtl.run.contest import DECAYS, DROPOUT
 from amtl.store.files import read_json
 
 ROOT = Path(__file__).parents[3]
@@ -78,12 +79,14 @@ def test_a_teacher_is_of_the_same_seed(plan, monkeypatch):
     train = module.train
 
     def watched(config, task, taught=None):
-        seen.append((config.method, config.seed, config.bits))
+        seen.append((config.method, config.seed, config.embedding_dropout, config.embedding_decay))
         return train(config, task, taught)
 
     monkeypatch.setattr(module, "train", watched)
     labels = data.teacher(5, 1)
-    assert data.teacher(5, 1) is labels and seen == [("fixed", 5, "32")]
+    assert data.teacher(5, 1) is labels
+    tried = [(None, None), (DROPOUT, None), *((None, decay) for decay in DECAYS)]
+    assert seen == [("fixed", 5, *settings) for settings in tried]
     assert labels.shape == data.task.train.labels.shape
     assert float(labels.min()) > 0 and float(labels.max()) < 1
 
