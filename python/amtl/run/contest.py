@@ -276,29 +276,39 @@ def race_taught(
         make: a fresh learner of given settings, which has the teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
-        decay: weight decay where the settings leave it open.
+        decay: weight decay that is tried too where the settings leave it open: what serves a
+            table of full size may be too much for one of few numbers.
 
     Returns:
         The best of them if it validates better, and their rows.
     """
-    config, best, rows = winner.config, None, []
-    if config.embedding_decay is None:
-        config = replace(config, embedding_decay=decay)
+    config, best = winner.config, None
+    rows: list[dict[str, Any]] = []
     if config.embedding_dropout is None:
         config = replace(config, embedding_dropout=DROPOUT)
     shares = SHARES if config.distillation is None else (config.distillation,)
+    decays = [config.embedding_decay]
+    if config.embedding_decay is None and decay is not None:
+        decays.append(decay)
     for share in shares:
-        learner = make(replace(config, distillation=share))
-        name = f"{share:.0%} of the labels a teacher's"
-        better, row = contend(name, learner, best or winner, observer, step)
-        rows.append(row)
-        if better is None:
-            learner.release()
-            continue
-        if best is not None:
-            best.release()
-            rows[0]["chosen"] = False
-        best = better
+        scores = []
+        for each in decays:
+            learner = make(replace(config, distillation=share, embedding_decay=each))
+            name = f"{share:.0%} of the labels a teacher's"
+            name += f", weight decay {each:g}" if each and len(decays) > 1 else ""
+            better, row = contend(name, learner, best or winner, observer, step)
+            scores.append(row["score"])
+            if better is None:
+                learner.release()
+            else:
+                for other in rows:
+                    other["chosen"] = False
+                if best is not None:
+                    best.release()
+                best = better
+            rows.append(row)
+        # What decay is worth to these rows, the first share has told.
+        decays = [decays[scores.index(max(scores))]]
     return best, rows
 
 
