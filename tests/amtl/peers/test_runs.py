@@ -111,7 +111,7 @@ def test_a_search_ends_where_the_budget_is_met(source):
         def note(self, text): ...
         def end(self): ...
 
-    config = settings(method="pep", budget=1.0)
+    config = settings(method="pep", budget=1.0, table_lr=1e-3)
     start(config, source=source, observer=Watching()).run()
     assert seen[0] == "pep searches"
     searching = seen.index("pep D=8 100%")
