@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from amtl.errors import UserError
-from amtl.run.report import group_results, load_metrics, table_rows, write_report
+from amtl.run.report import baseline, group_results, load_metrics, table_rows, write_report
 
 
 def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **config):
@@ -210,5 +210,10 @@ def test_seeds_whose_race_chose_differently_are_one_result():
         runs.append(run)
     results = group_results(runs)
     assert [(r.name, len(r.runs)) for r in results] == [("AMTL D=16 30%", 2)]
+    decayed = metrics(auc=0.8, embedding_decay=1e-5)
+    found = group_results([metrics(), decayed])
+    assert [r.name for r in found] == ["fixed D=16", "fixed D=16 weight decay 1e-05"]
+    # Of two tables of full size the better one is what others are held to.
+    assert baseline(found) is found[1] and baseline(found[:1]) is found[0]
     few = metrics(bits="4")
     assert [r.name for r in group_results([metrics(), few])] == ["fixed D=16", "fixed D=16 4 bits"]

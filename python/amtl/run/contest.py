@@ -32,7 +32,7 @@ DROPOUT = 0.1
 table of few numbers a row that learns from the labels alone."""
 
 DECAYS = (1e-5, 1e-6)
-"""Weight decay of a table's numbers: one of them serves a table of full size on five sets of six."""
+"""Weight decay of a table's numbers: on each of six sets one of them served a full table."""
 
 DECAYED_NUMBERS = 1 << 23
 """Of a table at most, for weight decay to be tried: it goes over all of them in each step."""

@@ -100,6 +100,7 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
     for run in runs:
         run["config"].setdefault("backbone", "dnn")
         run["config"].setdefault("bits", "32")
+        run["config"].setdefault("embedding_decay", None)
         run["config"].setdefault("masters", True)
         config = {k: v for k, v in _asked(run).items() if k not in ("seed", "warm_start")}
         config["warm"] = bool(run["config"]["warm_start"])
@@ -138,6 +139,8 @@ def _name(run: dict[str, Any]) -> str:
     if run["config"]["bits"] not in ("32", "auto"):
         name += f" {run['config']['bits']} bits"
         name += "" if run["config"].get("masters", True) else " without masters"
+    decay = _asked(run).get("embedding_decay")
+    name += f" weight decay {decay:g}" if decay else ""
     if run["budget"] is not None:
         name += f" {100 * _asked(run)['budget']:.3g}%"
     elif run["method"] != "fixed":
@@ -169,9 +172,12 @@ def _setting(key: str, value: Any) -> str:
 
 
 def baseline(results: Sequence[Result]) -> Result | None:
-    """The widest fixed-size model, against which the others are held."""
-    fixed = [r for r in results if r.method == "fixed"]
-    return max(fixed, key=lambda r: r.mean("stored_bytes")) if fixed else None
+    """The widest fixed-size model, of several the best by validation: what others are held to."""
+
+    def worth(result: Result) -> tuple[float, float]:
+        return result.mean("stored_bytes"), result.mean("val_auc")
+
+    return max((r for r in results if r.method == "fixed"), key=worth, default=None)
 
 
 def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
