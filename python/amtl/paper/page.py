@@ -126,6 +126,12 @@ def blocks(summary: dict[str, Any]) -> list[Block]:
     return [block for block in found if block.text or block.tables]
 
 
+_UNDECAYED = (
+    "No method had weight decay of all its embeddings in these runs. It changes the order: see "
+    "Weight decay in the description of the method."
+)
+
+
 def _protocol(summary: dict[str, Any]) -> Block:
     decays = any("embedding_decay" in method["space"] for method in summary["methods"].values())
     first = "weight decay of the embeddings, a teacher" if decays else "a teacher"
@@ -145,6 +151,7 @@ def _protocol(summary: dict[str, Any]) -> Block:
             "validation within its one run, which takes many trainings: see Run times.",
             "Two readings: a budget spent, and a budget as a limit, where each method may stay "
             "with what it did best, by validation, in fewer bytes.",
+            *(() if decays else (_UNDECAYED,)),
         ),
     )
 
