@@ -212,7 +212,7 @@ def test_seeds_whose_race_chose_differently_are_one_result():
     assert [(r.name, len(r.runs)) for r in results] == [("AMTL D=16 30%", 2)]
     decayed = metrics(auc=0.8, embedding_decay=1e-5)
     found = group_results([metrics(), decayed])
-    assert [r.name for r in found] == ["fixed D=16", "fixed D=16 weight decay 1e-05"]
+    assert [r.name for r in found] == ["fixed D=16", "fixed D=16 decay 1e-05"]
     # Of two tables of full size the better one is what others are held to.
     assert baseline(found) is found[1] and baseline(found[:1]) is found[0]
     few = metrics(bits="4")

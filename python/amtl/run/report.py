@@ -140,7 +140,7 @@ def _name(run: dict[str, Any]) -> str:
         name += f" {run['config']['bits']} bits"
         name += "" if run["config"].get("masters", True) else " without masters"
     decay = _asked(run).get("embedding_decay")
-    name += f" weight decay {decay:g}" if decay else ""
+    name += f" decay {decay:g}" if decay else ""
     if run["budget"] is not None:
         name += f" {100 * _asked(run)['budget']:.3g}%"
     elif run["method"] != "fixed":
