@@ -5,7 +5,8 @@
 
 A run is a line of OUT, written when it ends; runs that are there are not made again, so it can be
 stopped at any time. One thread; start it twice, with the same OUT, to keep two cores busy. Fixed
-tables, like the sized ones, train without dropout and with it, and validation chooses.
+tables, like the sized ones, train plainly, with dropout and with weight decay, and validation
+chooses.
 """
 
 from __future__ import annotations
