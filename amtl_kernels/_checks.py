@@ -103,7 +103,7 @@ def check_groups(
 def _widest(blocks: Sequence[Tensor], tier_ends: Sequence[int], codes: bool) -> int | None:
     """Most columns of a block; None unless it is plain that blocks and ends are as they should be.
 
-    In the fewest calls a block: a layer has a dozen, and looks at them in every lookup.
+    In the fewest calls a block: there are a dozen, and a lookup in listed tiers looks at them all.
     """
     first = blocks[0]
     if not isinstance(first, Tensor):

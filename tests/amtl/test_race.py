@@ -322,6 +322,8 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     assert "--method fixed --dim 3, or" in only(comparison.verdict(fake))
     fake["compared"][0] |= {"name": FLAT + TAUGHT, "distillation": 0.8}
     assert "--method fixed --dim 3 --distillation 0.8, or" in only(comparison.verdict(fake))
+    fake["compared"][0] |= {"name": FLAT, "distillation": None, "embedding_decay": 1e-5}
+    assert "--dim 3 --embedding-decay 1e-05, or" in only(comparison.verdict(fake))
     less = {"less": {"chosen": True}, "budget": 1.0}
     warned = comparison.verdict({**fake, "raced": less})
     assert "--method fixed --dim 3" in warned[0]
@@ -385,6 +387,27 @@ def test_weight_decay_is_tried_where_it_is_open_and_the_table_is_not_large(
     full = [title for title in watching.titles if title.startswith(FULL)]
     given = [DECAYED[2], f"{DECAYED[2]}, dropout 0.1"]
     assert full == (given if "embedding_decay" in changes else DECAYED[:2])
+
+
+def test_a_baseline_says_what_it_was_trained_with(task, monkeypatch):
+    """Its teacher's race begins with its settings as they were, decay open again."""
+    monkeypatch.setattr(
+        comparison, "best_record", lambda learner: {"score": learner.config.embedding_decay or 0}
+    )
+    entry = settings(method="fixed", epochs=1, race=False, embedding_decay=None)
+    made = []
+
+    def make(config, taught=None):
+        made.append(config)
+        return Learner(config, task, taught=taught)
+
+    best, _ = comparison.train_with_teacher(
+        "t", entry, 100, Teacher(), make, Silent(), Learner.step
+    )
+    assert best.config.embedding_decay == max(DECAYS)
+    assert comparison.scored(FULL, best)["embedding_decay"] == max(DECAYS)
+    students = [c.embedding_decay for c in made if c.distillation]
+    assert students[:2] == [None, max(DECAYS)]
 
 
 class Watching(Silent):

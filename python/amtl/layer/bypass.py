@@ -2,7 +2,7 @@
 
 Nobody can read that off a model, so the first forward passes after a conversion are watched, one in
 training mode and one in evaluation: where the weight of a layer goes into a lookup or a product,
-the pass ends with an error that names the layer. Later passes cost nothing.
+the pass ends with an error that names the layer. Passes after both cost nothing.
 """
 
 from __future__ import annotations

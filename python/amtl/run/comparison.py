@@ -63,7 +63,7 @@ def train_baselines(
 
     Returns:
         Per table, and per table that is better for its teacher: `name`, `dim`, `distillation`,
-        `stored_bytes`, scores on validation and test, `best_epoch`.
+        `embedding_decay`, `stored_bytes`, scores on validation and test, `best_epoch`.
     """
     raced = metrics["raced"] or {}
     asked = raced.get("asked", {})
@@ -123,8 +123,8 @@ def train_with_teacher(
             best = learner
     assert best is not None
     teacher.add(best)
-    decay, best.config = best.config.embedding_decay, entry
-    pupil, _ = race_taught(best, partial(make, taught=teacher.labels()), observer, step, decay)
+    taught, decay = partial(make, taught=teacher.labels()), best.config.embedding_decay
+    pupil, _ = race_taught(best, taught, observer, step, decay, entry)
     if pupil is not None:
         pupil.end()
     return best, pupil
@@ -197,10 +197,9 @@ def choices(metrics: Mapping[str, Any]) -> str:
 
 
 def _as_options(row: Mapping[str, Any]) -> str:
-    """What a taught table of `train_baselines` was trained with, for the command line."""
-    decay = row.get("embedding_decay")
-    more = f" --embedding-decay {decay:g}" if decay else ""
-    return f" --distillation {row['distillation']:g}{more}"
+    """What a table of `train_baselines` was trained with, for the command line."""
+    found = {name: row.get(name) for name in ("distillation", "embedding_decay")}
+    return "".join(f" --{name.replace('_', '-')} {v:g}" for name, v in found.items() if v)
 
 
 def verdict(metrics: Mapping[str, Any]) -> list[str]:
@@ -222,9 +221,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
         )
     narrow = _best(compared, FLAT)
     if narrow is not None and _lead(narrow, metrics) > 0:
-        options = f"--method fixed --dim {narrow['dim']}"
-        if narrow["name"] != FLAT:
-            options += _as_options(narrow)
+        options = f"--method fixed --dim {narrow['dim']}{_as_options(narrow)}"
         told.append(
             f"a table of fixed width in the same bytes validates better, by "
             f"{_lead(narrow, metrics):.4f} in AUC minus log loss: use {options}, or another "

@@ -267,6 +267,7 @@ def race_taught(
     observer: Observer,
     step: Callable[[Learner], None],
     decay: float | None = None,
+    config: TrainConfig | None = None,
 ) -> tuple[Learner | None, list[dict[str, Any]]]:
     """Trains the winner's settings anew on labels that a teacher softens; see `contend`.
 
@@ -277,11 +278,12 @@ def race_taught(
         step: takes one step of a learner.
         decay: weight decay that is tried too where the settings leave it open: what serves a
             table of full size may be too much for one of few numbers.
+        config: settings to train with, where they leave open what the winner's do not.
 
     Returns:
         The best of them if it validates better, and their rows.
     """
-    config, best = winner.config, None
+    config, best = config or winner.config, None
     rows: list[dict[str, Any]] = []
     if config.embedding_dropout is None:
         config = replace(config, embedding_dropout=DROPOUT)

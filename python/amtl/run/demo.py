@@ -19,7 +19,7 @@ from amtl.run.contest import DECAYS
 from amtl.run.display import print_results
 from amtl.run.folders import load_run, pack_run
 from amtl.run.progress import Bars
-from amtl.run.report import group_results, write_report
+from amtl.run.report import baseline, group_results, write_report
 from amtl.run.training import start
 
 BUDGETS = (0.03,)
@@ -80,15 +80,14 @@ def run_demo(
         all_metrics.append(trainer.run())
         folders.append(folder)
     console.print()
-    print_results(console, group_results(all_metrics))
+    results = group_results(all_metrics)
+    print_results(console, results)
 
+    fixed = baseline(results)
+    assert fixed is not None
     adaptive = [i for i, m in enumerate(all_metrics) if m["method"] == "amtl"]
-
-    def score(i: int) -> float:
-        return float(all_metrics[i]["val_auc"] - all_metrics[i]["val_logloss"])
-
-    best = max(adaptive, key=score)
-    full, chosen = all_metrics[max((0, 1), key=score)], all_metrics[best]
+    best = max(adaptive, key=lambda i: all_metrics[i]["val_auc"] - all_metrics[i]["val_logloss"])
+    full, chosen = fixed.runs[0], all_metrics[best]
     packed_path = out / "model.safetensors"
     pack_run(folders[best], packed_path)
     packed = load(packed_path)
