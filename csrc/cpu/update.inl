@@ -116,36 +116,37 @@ __attribute__((noinline)) void EncodeSome(const float* values, float step, float
   for (int i = 0; i < kCodedAtOnce; ++i) codes[i] = static_cast<Code>(code[i]);
 }
 
+// Codes as they lie in memory, the first in the lowest bits.
+template <int kBits>
+inline void PackSome(const uint8_t* codes, uint8_t* bytes) {
+  constexpr int kPerByte = 8 / kBits;
+  for (int b = 0; b < kCodedAtOnce / kPerByte; ++b) {
+    uint8_t byte = codes[b * kPerByte];
+    for (int e = 1; e < kPerByte; ++e) {
+      byte = static_cast<uint8_t>(byte | codes[b * kPerByte + e] << (e * kBits));
+    }
+    bytes[b] = byte;
+  }
+}
+template <int kBits>
+inline void PackSome(const uint16_t* codes, uint8_t* bytes) {
+  std::memcpy(bytes, codes, kCodedAtOnce * sizeof(*codes));
+}
+
 // Memory up to a multiple of kCodedAtOnce numbers is readable.
 template <int kBits>
 inline void EncodeRow(const float* values, float step, uint32_t row_term, int width, char* row) {
   constexpr float kLast = static_cast<float>((1 << kBits) - 1);
-  if constexpr (kBits == 16) {
-    for (int c = 0; c < width; c += kCodedAtOnce) {
-      uint16_t codes[kCodedAtOnce];
-      EncodeSome(values + c, step, kLast, row_term, static_cast<uint32_t>(c), codes);
-      const int count = width - c < kCodedAtOnce ? width - c : kCodedAtOnce;
-      std::memcpy(row + 2 * c, codes, 2 * static_cast<size_t>(count));
-    }
-  } else {
-    constexpr int kPerByte = 8 / kBits;
-    for (int c = 0; c < width; c += kCodedAtOnce) {
-      uint8_t codes[kCodedAtOnce];
-      EncodeSome(values + c, step, kLast, row_term, static_cast<uint32_t>(c), codes);
-      uint8_t bytes[kCodedAtOnce / kPerByte];
-      for (int b = 0; b < kCodedAtOnce / kPerByte; ++b) {
-        uint8_t byte = codes[b * kPerByte];
-        for (int e = 1; e < kPerByte; ++e) {
-          byte = static_cast<uint8_t>(byte | codes[b * kPerByte + e] << (e * kBits));
-        }
-        bytes[b] = byte;
-      }
-      char* to = row + c / kPerByte;
-      if (width - c >= kCodedAtOnce) {
-        std::memcpy(to, bytes, sizeof(bytes));
-      } else {
-        std::memcpy(to, bytes, static_cast<size_t>((width - c) / kPerByte));
-      }
+  for (int c = 0; c < width; c += kCodedAtOnce) {
+    std::conditional_t<kBits == 16, uint16_t, uint8_t> codes[kCodedAtOnce];
+    EncodeSome(values + c, step, kLast, row_term, static_cast<uint32_t>(c), codes);
+    uint8_t bytes[kCodedAtOnce * kBits / 8];
+    PackSome<kBits>(codes, bytes);
+    char* to = row + c * kBits / 8;
+    if (width - c >= kCodedAtOnce) {
+      std::memcpy(to, bytes, sizeof(bytes));
+    } else {
+      std::memcpy(to, bytes, static_cast<size_t>((width - c) * kBits / 8));
     }
   }
 }
