@@ -161,13 +161,17 @@ def _made(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
     given = {k: v for k, v in job.items() if k != "set"}
     config, numbers = replace(config, **given), task.encoder.num_rows * DIM
     started = time.process_time()
-    metrics = max(
-        (
-            Trainer(entry, task).run()
-            for entry in (regularised(config, numbers) if job["method"] == "fixed" else [config])
-        ),
-        key=lambda m: m["val_auc"] - m["val_logloss"],
-    )
+    tried: list[dict[str, Any]] = []
+
+    def train(entry: TrainConfig) -> float:
+        tried.append(Trainer(entry, task).run())
+        return float(tried[-1]["val_auc"] - tried[-1]["val_logloss"])
+
+    if job["method"] == "fixed":
+        regularised(config, numbers, train)
+    else:
+        train(config)
+    metrics = max(tried, key=lambda m: m["val_auc"] - m["val_logloss"])
     keep = ("test_auc", "test_logloss", "val_auc", "val_logloss", "stored_bytes")
     keep += ("dense_bytes", "best_epoch", "epochs_run", "raced")
     line = {"job": job, "cpu": time.process_time() - started}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from amtl.errors import UserError
 from amtl.run import contest
 from amtl.run.config import TrainConfig
@@ -128,7 +129,7 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
         made.append(config)
         return small
 
-    result, row = race_bytes(LESS, settings(), winner, 0.25, make, Silent(), step)
+    result, row = race_bytes(settings(), winner, 0.25, make, Silent(), step)
     assert small.steps == steps
     assert result is (small if better else None)
     assert made[0].budget == pytest.approx(0.075)
@@ -180,35 +181,11 @@ def test_less_is_tried_as_long_as_it_is_better():
         made.append(config.budget)
         return tried[len(made) - 1]
 
-    best, row = race_bytes(LESS, settings(), winner, 0.25, make, Silent(), step)
+    best, row = race_bytes(settings(), winner, 0.25, make, Silent(), step)
     assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
     assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
     assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
     assert [learner.released for learner in tried] == [True, False, True, True, False]
-
-
-def test_more_is_tried_up_to_the_budget_as_long_as_it_is_better():
-    winner = Scripted([0.5, 0.8])
-    while not winner.finished:
-        winner.step()
-
-    def tried(used, *scores):
-        made = []
-
-        def make(config):
-            made.append(config.budget)
-            return Scripted([0.5, scores[len(made) - 1]])
-
-        best, _ = race_bytes(1 / LESS, settings(), winner, used, make, Silent(), step)
-        return made, None if best is None else best.scores[1]
-
-    budget = settings().budget
-    assert tried(0.02, 0.85, 0.9, 0.95) == (
-        pytest.approx([0.02 / LESS, 0.02 / LESS**2, budget]),
-        0.95,
-    )
-    assert tried(0.02, 0.85, 0.84, 0.95) == (pytest.approx([0.02 / LESS, 0.02 / LESS**2]), 0.85)
-    assert tried(0.95 * budget) == ([], None)
 
 
 def test_the_middle_law_is_tried_where_another_has_won():
@@ -255,29 +232,29 @@ def test_what_is_far_behind_ends_the_search_for_less():
         made.append(config)
         return tried[len(made) - 1]
 
-    best, row = race_bytes(LESS, settings(), winner, 0.25, make, Silent(), step)
+    best, row = race_bytes(settings(), winner, 0.25, make, Silent(), step)
     assert best is None and row["score"] == 0.78 and len(made) == 1
 
 
 def test_a_table_that_stores_nothing_leaves_nothing_out():
     winner = Scripted([0.8])
     step(winner)
-    assert race_bytes(LESS, settings(), winner, 0.0, pytest.fail, Silent(), step) == (None, None)
+    assert race_bytes(settings(), winner, 0.0, pytest.fail, Silent(), step) == (None, None)
 
 
 @pytest.mark.parametrize(
-    ("sized", "given", "better", "tried", "settled"),
+    ("sized", "given", "better", "tried"),
     [
-        # What `better` says of fewer bytes by each law, and by which law sizes then follow.
-        ({"capacity_bits": 16.0}, {}, {16.0: True}, [16.0], 16.0),
-        ({"capacity_bits": 16.0}, {}, {16.0: False, 4.0: True}, [16.0, 4.0], 4.0),
-        ({"capacity_bits": 1.0}, {}, {1.0: False, 4.0: False}, [1.0, 4.0], 1.0),
-        ({"capacity_bits": 4.0}, {}, {4.0: False}, [4.0], 4.0),
-        ({"capacity_bits": 16.0}, {"capacity_bits": 16.0}, {16.0: False}, [16.0], 16.0),
-        ({"init_exponent": 1.0}, {"init_exponent": 1.0}, {None: False}, [None], None),
+        # What `better` says of fewer bytes by each law.
+        ({"capacity_bits": 16.0}, {}, {16.0: True}, [16.0]),
+        ({"capacity_bits": 16.0}, {}, {16.0: False, 4.0: True}, [16.0, 4.0]),
+        ({"capacity_bits": 1.0}, {}, {1.0: False, 4.0: False}, [1.0, 4.0]),
+        ({"capacity_bits": 4.0}, {}, {4.0: False}, [4.0]),
+        ({"capacity_bits": 16.0}, {"capacity_bits": 16.0}, {16.0: False}, [16.0]),
+        ({"init_exponent": 1.0}, {"init_exponent": 1.0}, {None: False}, [None]),
     ],
 )
-def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, settled):
+def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried):
     first = Scripted([0.5, 0.8])
     first.table = None
     first.config = settings(bits="auto", table_options=sized)
@@ -286,23 +263,80 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, 
     made = []
 
     def make(config, taught):
-        assert taught is None and config.budget == pytest.approx(LESS / 100)
+        assert taught is labels and config.budget == pytest.approx(LESS / 100)
         law = config.table_options.get("capacity_bits")
         assert config.table_options == {**sized, **({"capacity_bits": law} if law else {})}
         made.append((law, Scripted([0.5, 0.9 if better[law] else 0.6])))
         made[-1][1].config, made[-1][1].table = config, None
         return made[-1][1]
 
-    def one_size(factor, sized, winner, used, make, observer, step):
-        learner = make(dataclasses.replace(sized, budget=used * factor))
+    def one_size(sized, winner, used, make, observer, step):
+        learner = make(dataclasses.replace(sized, budget=used * LESS))
         return contest.contend("less", learner, winner, observer, step)
 
+    labels = torch.ones(3)
     monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 100)
     monkeypatch.setattr(contest, "race_bytes", one_size)
     course = Contest(first, make, Silent(), step)
-    options = course._fewer_bytes({"sized": sized, "given": given, "budget": 0.25})
+    course._fewer_bytes({"given": given, "budget": 0.25}, sized, labels)
     assert [law for law, _ in made] == tried
-    assert options.get("capacity_bits") == settled
     won = [learner for law, learner in made if better[law]]
     assert course.winner is (won[0] if won else first)
     assert course.found["less"]["chosen"] == bool(won)
+
+
+@pytest.mark.parametrize(
+    ("decay", "scores", "tried", "chosen"),
+    [
+        (None, {None: 0.7}, [None, None], None),
+        (1e-6, {1e-6: 0.7, None: 0.6}, [1e-6, None, 1e-6], 1e-6),
+        (1e-6, {1e-6: 0.6, None: 0.7}, [1e-6, None, None], None),
+        # The stronger one serves: none is not tried any more.
+        (1e-5, {1e-6: 0.6, 1e-5: 0.7}, [1e-6, 1e-5, 1e-5], 1e-5),
+        (1e-5, {1e-6: 0.7, 1e-5: 0.6, None: 0.65}, [1e-6, 1e-5, None, 1e-6], 1e-6),
+        (1e-5, {1e-6: 0.65, 1e-5: 0.6, None: 0.7}, [1e-6, 1e-5, None, None], None),
+    ],
+)
+def test_students_are_tried_with_less_decay_than_a_full_table(decay, scores, tried, chosen):
+    winner, made = Scripted([0.5, 0.5]), []
+    winner.config = settings(embedding_decay=None)
+    while not winner.finished:
+        winner.step()
+
+    def make(config):
+        made.append(config)
+        at_first = config.distillation == SHARES[0]
+        return Scripted([0.5, scores[config.embedding_decay] if at_first else 0.4])
+
+    best, rows = race_taught(winner, make, Silent(), step, decay)
+    assert [config.embedding_decay for config in made] == tried
+    assert [config.distillation for config in made] == [SHARES[0]] * (len(tried) - 1) + [SHARES[1]]
+    won = [row["name"] for row in rows if row["chosen"]]
+    assert won == [f"50% of the labels a teacher's{f', weight decay {chosen:g}' if chosen else ''}"]
+    assert best.scores[1] == scores[chosen]
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        # Scores by decay and dropout, in the order in which they are asked for.
+        ({(0, 0): 1, (1e-5, 0): 2, (1e-5, DROPOUT): 3}, (1e-5, DROPOUT)),
+        ({(0, 0): 1, (1e-5, 0): 2, (1e-5, DROPOUT): 1}, (1e-5, 0)),
+        ({(0, 0): 2, (1e-5, 0): 1, (1e-6, 0): 3, (1e-6, DROPOUT): 2}, (1e-6, 0)),
+        ({(0, 0): 3, (1e-5, 0): 1, (1e-6, 0): 2, (0, DROPOUT): 4}, (0, DROPOUT)),
+    ],
+)
+def test_a_full_table_gets_the_decay_and_the_dropout_that_serve_it(scores, best):
+    made = []
+
+    def train(config):
+        made.append((config.embedding_decay or 0, config.embedding_dropout or 0))
+        return scores[made[-1]]
+
+    found = contest.regularised(settings(method="fixed", embedding_decay=None), 100, train)
+    assert made == list(scores)
+    assert (found.embedding_decay or 0, found.embedding_dropout or 0) == best
+    made.clear()
+    scores = {(1e-4, 0.3): 1}
+    given = settings(method="fixed", embedding_decay=1e-4, embedding_dropout=0.3)
+    assert contest.regularised(given, 100, train) == given and len(made) == 1

@@ -36,7 +36,7 @@ from amtl.run.learner import Learner, Task
 from amtl.run.metrics import auc
 from amtl.run.model import predict
 from amtl.run.progress import Silent
-from amtl.run.race import is_open
+from amtl.run.race import best_record, is_open
 from amtl.run.searching import is_search, search
 from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
@@ -305,8 +305,13 @@ class Data:
             given = {} if epochs is None else {"epochs": epochs}
             config = self.config({"method": RULER, "seed": seed, "bits": "32", **given})
             teacher = Teacher()
-            for entry in regularised(config, self.size.rows * DIM):
-                teacher.add(train(entry, self.task))
+
+            def add(entry: TrainConfig) -> float:
+                learner = train(entry, self.task)
+                teacher.add(learner)
+                return float(best_record(learner)["score"])
+
+            regularised(config, self.size.rows * DIM, add)
             self._taught[seed] = teacher.labels()
         return self._taught[seed]
 

@@ -116,11 +116,18 @@ def train_with_teacher(
         The better one without a teacher, and the taught one if it validates better still; ended.
     """
     best = trained
-    for settings in regularised(entry, numbers) if trained is None else []:
+
+    def train(settings: TrainConfig) -> float:
+        nonlocal best
         learner = make(settings)
         run_to_end(titled(name, settings), learner, observer, step)
-        if best is None or best_record(learner)["score"] > best_record(best)["score"]:
+        score = best_record(learner)["score"]
+        if best is None or score > best_record(best)["score"]:
             best = learner
+        return float(score)
+
+    if best is None:
+        regularised(entry, numbers, train)
     assert best is not None
     teacher.add(best)
     taught, decay = partial(make, taught=teacher.labels()), best.config.embedding_decay

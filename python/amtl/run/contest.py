@@ -1,7 +1,8 @@
-"""Models trained to their end against each other on validation: fewer bytes, a teacher, more bytes.
+"""Models trained to their end against each other on validation: a teacher, then fewer bytes.
 
 What a race at the start cannot tell after an epoch or three. Every contender may take the winner's
-place; the labels that finished models soften are one of them (`amtl.run.teaching`).
+place; the labels that finished models soften are one of them (`amtl.run.teaching`). How rows are
+kept from overfitting is settled before their bytes are: fewer bytes do that too, and worse.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DROPOUT = 0.1
 """Share of the embeddings' numbers zeroed in training of a taught model: it gains by it, unlike a
 table of few numbers a row that learns from the labels alone."""
 
-DECAYS = (1e-5, 1e-6)
+DECAYS = (1e-6, 1e-5)
 """Weight decay of a table's numbers: on each of six sets one of them served a full table."""
 
 DECAYED_NUMBERS = 1 << 23
@@ -56,8 +57,8 @@ class Contest:
 
     Attributes:
         winner: the model that validates best so far.
-        found: rows of what was tried, None or nothing where it was not: `less` and `more` bytes,
-            the `full` table, `taught`, another `law`.
+        found: rows of what was tried, None or nothing where it was not: the `full` table,
+            `taught`, another `law`, `less` bytes.
         full: the best table of full size, ended, if the run is to be compared with it.
     """
 
@@ -69,13 +70,7 @@ class Contest:
         step: Callable[[Learner], None],
     ) -> None:
         self.first = self.winner = first
-        self.found: dict[str, Any] = {
-            "less": None,
-            "full": None,
-            "taught": [],
-            "law": None,
-            "more": None,
-        }
+        self.found: dict[str, Any] = {"full": None, "taught": [], "law": None, "less": None}
         self.full: Learner | None = None
         self._decay: float | None = None
         self._make, self._observer, self._step = make, observer, step
@@ -87,60 +82,61 @@ class Contest:
             raced: of the race at the start, `sized` and `given` options of the table and the
                 `budget`; None where there was none, so that sizes are settled.
         """
-        share = self.first.config.distillation
-        options = self._fewer_bytes(raced) if raced is not None else {}
-        if share == 0 or (share is None and raced is None):
-            return
+        share, labels = self.first.config.distillation, None
+        if share != 0 and (share is not None or raced is not None):
+            labels = self._teach()
+        if raced is not None:
+            self._fewer_bytes(raced, self._law(raced, labels), labels)
+
+    def _teach(self) -> Tensor:
+        """Trains the first model's settings with a teacher and returns labels for those to come."""
         teacher = self._teacher()
         make = partial(self._make, taught=teacher.labels())
         best, self.found["taught"] = race_taught(
-            self.winner, make, self._observer, self._step, self._decay
+            self.first, make, self._observer, self._step, self._decay
         )
+        if best is not None:
+            teacher.add(best)
         self._prefer(best)
-        if raced is None or not self.winner.config.distillation:
-            return
-        if not has_law(raced["given"]):
-            sized = replace(self.winner.config, table_options=options)
-            best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
-            if best is not None:
-                options = best.config.table_options
-            self._prefer(best)
-        teacher.add(self.winner)
-        self._resize("more", 1 / LESS, options, raced["budget"], teacher.labels())
+        return teacher.labels()
 
-    def _fewer_bytes(self, raced: Mapping[str, Any]) -> dict[str, Any]:
-        """Tries fewer bytes and returns the options by which sizes follow from counts from now on.
-
-        Those of the race's best candidate; the middle law's where fewer bytes do better by that
-        alone: a law that won with all the bytes may leave the wrong rows nothing with few.
-        """
+    def _law(self, raced: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+        """Tries another law and returns the options by which sizes follow from counts."""
         options: dict[str, Any] = raced["sized"]
-        if self._resize("less", LESS, options, raced["budget"]) or has_law(raced["given"]):
+        if not self.winner.config.distillation or has_law(raced["given"]):
             return options
-        middle = middle_law(options)
-        if middle is not None and self._resize("less", LESS, middle, raced["budget"]):
-            return middle
+        sized = replace(self.winner.config, table_options=options)
+        make = partial(self._make, taught=labels)
+        best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
+        if best is not None:
+            options = best.config.table_options
+        self._prefer(best)
         return options
 
-    def _resize(
-        self,
-        name: str,
-        factor: float,
-        options: dict[str, Any],
-        budget: float,
-        labels: Tensor | None = None,
-    ) -> bool:
-        """Races other bytes, see `race_bytes`, and says whether a model of them is the winner."""
-        winner = self.winner
-        sized = replace(winner.config, table_options=options, budget=budget)
-        assert winner.best is not None
-        used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
-        make = partial(self._make, taught=labels)
-        best, self.found[name] = race_bytes(
-            factor, sized, winner, used, make, self._observer, self._step
-        )
-        self._prefer(best)
-        return best is not None
+    def _fewer_bytes(
+        self, raced: Mapping[str, Any], options: dict[str, Any], labels: Tensor | None
+    ) -> None:
+        """Tries fewer bytes, sizes following from counts by `options`.
+
+        By the middle law, too, where fewer bytes do no better by another: a law that won with all
+        the bytes may leave the wrong rows nothing with few.
+        """
+        laws = [options]
+        middle = middle_law(options)
+        if middle is not None and not has_law(raced["given"]):
+            laws.append(middle)
+        for law in laws:
+            winner = self.winner
+            sized = replace(winner.config, table_options=law, budget=raced["budget"])
+            assert winner.best is not None
+            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
+            make = partial(self._make, taught=labels)
+            best, self.found["less"] = race_bytes(
+                sized, winner, used, make, self._observer, self._step
+            )
+            self._prefer(best)
+            if best is not None:
+                return
 
     def _teacher(self) -> Teacher:
         """The models there are, and tables of full size trained to their end.
@@ -148,25 +144,28 @@ class Contest:
         One of them may overfit, and a teacher of several says more than any of them. Of a fixed
         table nobody knows how wide it could be: the default width, if that is more.
         """
-        teacher, rows = Teacher(), []
+        teacher = Teacher()
+        rows: list[dict[str, Any]] = []
         teacher.add(self.first)
-        if self.winner is not self.first:
-            teacher.add(self.winner)
         alone = replace(self.first.config, distillation=None, race=False)
         full = plain(alone)
         if alone.method == "fixed" and alone.dim < TrainConfig.dim:
             # Rows to start warm from are as narrow.
             full = replace(full, dim=TrainConfig.dim, warm_start=None)
-        for entry in regularised(full, methods.dense_bytes(self.first.table) // 4):
+
+        def train(entry: TrainConfig) -> float:
             if entry == alone:
-                rows.append((outcome(FULL, self.first), entry))
-                continue
+                rows.append(outcome(FULL, self.first))
+                return float(rows[-1]["score"])
             table = self._make(entry)
             run_to_end(titled(FULL, entry), table, self._observer, self._step)
-            rows.append((outcome(FULL, table), entry))
+            rows.append(outcome(FULL, table))
             teacher.add(table)
             self._keep(table)
-        self.found["full"], best = max(rows, key=lambda row: row[0]["score"])
+            return float(rows[-1]["score"])
+
+        best = regularised(full, methods.dense_bytes(self.first.table) // 4, train)
+        self.found["full"] = max(rows, key=lambda row: row["score"])
         self._decay = best.embedding_decay
         return teacher
 
@@ -188,19 +187,33 @@ class Contest:
         self.winner = better
 
 
-def regularised(config: TrainConfig, numbers: int) -> list[TrainConfig]:
-    """`config`, and with dropout and with weight decay where it leaves these open.
+def regularised(
+    config: TrainConfig, numbers: int, train: Callable[[TrainConfig], float]
+) -> TrainConfig:
+    """The best of `config`, and of it with weight decay and dropout where it leaves these open.
+
+    The weaker decay is tried where the stronger one is no better than none, and dropout with the
+    decay that is best: two to four trainings.
 
     Args:
         config: settings.
         numbers: of the table of full size.
+        train: trains with settings and returns a score.
     """
-    found = [config]
-    if config.embedding_dropout is None:
-        found.append(replace(config, embedding_dropout=DROPOUT))
+    best, score = config, train(config)
+    entries: list[dict[str, Any]] = []
     if config.embedding_decay is None and config.may_decay and numbers <= DECAYED_NUMBERS:
-        found += [replace(config, embedding_decay=decay) for decay in DECAYS]
-    return found
+        entries += [{"embedding_decay": decay} for decay in reversed(DECAYS)]
+    if config.embedding_dropout is None:
+        entries.append({"embedding_dropout": DROPOUT})
+    for changes in entries:
+        if "embedding_decay" in changes and best is not config:
+            continue
+        entry = replace(best, **changes)
+        other = train(entry)
+        if other > score:
+            best, score = entry, other
+    return best
 
 
 def titled(name: str, entry: TrainConfig) -> str:
@@ -211,7 +224,6 @@ def titled(name: str, entry: TrainConfig) -> str:
 
 
 def race_bytes(
-    factor: float,
     sized: TrainConfig,
     winner: Learner,
     used: float,
@@ -219,13 +231,11 @@ def race_bytes(
     observer: Observer,
     step: Callable[[Learner], None],
 ) -> tuple[Learner | None, dict[str, Any] | None]:
-    """Trains with fewer and fewer bytes, or more and more, the budget being a limit and no aim.
+    """Trains with fewer and fewer bytes, the budget being a limit and no aim.
 
-    With fewer until that is twice in a row no better, or far from it: a step may only remove what
-    overfits. With more until it is no better, or the budget is reached.
+    Until that is twice in a row no better, or far from it: a step may only remove what overfits.
 
     Args:
-        factor: what the bytes are multiplied by from step to step.
         sized: settings of the best candidate whose rows differ in width.
         winner: the best model so far, trained to its end.
         used: share of the full table's bytes that it stores.
@@ -234,14 +244,14 @@ def race_bytes(
         step: takes one step of a learner.
 
     Returns:
-        The best model of other bytes that validates better, and its row with the winner's under
+        The best model of fewer bytes that validates better, and its row with the winner's under
         `rival`; the row of the first one tried if none does; nothing where no size fits.
     """
     rival, best, row = outcome("the best before", winner), None, None
-    share, missed = min(used, sized.budget), factor > 1
+    share, missed = min(used, sized.budget), False
     # A table that stores nothing has nothing to leave out.
-    while share and (factor < 1 or share < ALMOST_ALL * sized.budget):
-        share = min(share * factor, sized.budget)
+    while share:
+        share *= LESS
         learner, _ = attempt(make, replace(sized, budget=share))
         if learner is None:
             break
@@ -257,7 +267,7 @@ def race_bytes(
             continue
         if best is not None:
             best.release()
-        best, missed = better, factor > 1
+        best, missed = better, False
     return best, row
 
 
@@ -271,13 +281,16 @@ def race_taught(
 ) -> tuple[Learner | None, list[dict[str, Any]]]:
     """Trains the winner's settings anew on labels that a teacher softens; see `contend`.
 
+    Weight decay first, the weaker one of `DECAYS`, then the stronger or none: what serves a table
+    of full size may be too much for one of few numbers. Then how much the teacher says.
+
     Args:
         winner: the best model so far, trained to its end.
         make: a fresh learner of given settings, which has the teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
-        decay: weight decay that is tried too where the settings leave it open: what serves a
-            table of full size may be too much for one of few numbers.
+        decay: what serves a table of full size; some is tried here where that is, and the winner's
+            settings leave it open.
         config: settings to train with, where they leave open what the winner's do not.
 
     Returns:
@@ -288,28 +301,37 @@ def race_taught(
     if config.embedding_dropout is None:
         config = replace(config, embedding_dropout=DROPOUT)
     shares = SHARES if config.distillation is None else (config.distillation,)
-    decays = [config.embedding_decay]
-    if config.embedding_decay is None and decay is not None:
-        decays.append(decay)
-    for share in shares:
-        scores = []
-        for each in decays:
-            learner = make(replace(config, distillation=share, embedding_decay=each))
-            name = f"{share:.0%} of the labels a teacher's"
-            name += f", weight decay {each:g}" if each and len(decays) > 1 else ""
-            better, row = contend(name, learner, best or winner, observer, step)
-            scores.append(row["score"])
-            if better is None:
-                learner.release()
-            else:
-                for other in rows:
-                    other["chosen"] = False
-                if best is not None:
-                    best.release()
-                best = better
-            rows.append(row)
-        # What decay is worth to these rows, the first share has told.
-        decays = [decays[scores.index(max(scores))]]
+
+    def teach(share: float, each: float | None) -> float:
+        nonlocal best
+        learner = make(replace(config, distillation=share, embedding_decay=each))
+        name = f"{share:.0%} of the labels a teacher's"
+        name += f", weight decay {each:g}" if each and each != config.embedding_decay else ""
+        better, row = contend(name, learner, best or winner, observer, step)
+        if better is None:
+            learner.release()
+        else:
+            for other in rows:
+                other["chosen"] = False
+            if best is not None:
+                best.release()
+            best = better
+        rows.append(row)
+        return float(row["score"])
+
+    each = config.embedding_decay
+    if each is None and decay:
+        weak, strong = DECAYS
+        scores: dict[float | None, float] = {weak: teach(shares[0], weak)}
+        if decay == strong:
+            scores[strong] = teach(shares[0], strong)
+        if max(scores, key=scores.__getitem__) == weak:
+            scores[None] = teach(shares[0], None)
+        each = max(scores, key=scores.__getitem__)
+    else:
+        teach(shares[0], each)
+    for share in shares[1:]:
+        teach(share, each)
     return best, rows
 
 
