@@ -14,7 +14,7 @@ from amtl.errors import UserError
 from amtl.peers import PEERS, DoesNotFit
 from amtl.run.config import BACKBONES as KNOWN_BACKBONES
 from amtl.run.config import parse_names
-from amtl.run.contest import DECAYS, DROPOUT
+from amtl.run.contest import DECAYS, DROPOUT, SHARES
 from amtl.run.methods import ALIASES
 from amtl.run.race import flat_width
 
@@ -45,8 +45,8 @@ QUICK_SETS: dict[str, tuple[str, str, str]] = {
 COMMON: dict[str, tuple[Any, ...]] = {
     "table_lr": (6e-2, 2e-2, 1e-1),
     "embedding_dropout": (0.0, DROPOUT),
-    "embedding_decay": (0.0, *sorted(DECAYS)),
-    "distillation": (0.0, 0.5),
+    "embedding_decay": (0.0, *DECAYS),
+    "distillation": (0.0, *SHARES),
 }
 """What is tuned of every contender that does not tune itself.
 
@@ -109,16 +109,15 @@ class Contender:
 
     @property
     def first(self) -> list[dict[str, Any]]:
-        """Changes that are tried first: weight decay, a teacher, its own settings, dropout.
+        """Changes that are tried first: weight decays, a teacher, its own settings, dropout.
 
         With few trials that leaves it no worse off than the product, whose own run tries these.
         """
         own = [{name: v} for name in self.space if name not in COMMON for v in self.space[name][1:]]
-        decay, teacher, dropout = (
-            {name: COMMON[name][-1]}
-            for name in ("embedding_decay", "distillation", "embedding_dropout")
-        )
-        return [c for c in (decay, teacher, *own, dropout) if set(c) <= set(self.space)]
+        decays = [{"embedding_decay": v} for v in reversed(DECAYS)]
+        taught = [{"distillation": share} for share in SHARES]
+        changes = [*decays, *taught, *own, {"embedding_dropout": DROPOUT}]
+        return [change for change in changes if set(change) <= set(self.space)]
 
 
 def _fixed(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:

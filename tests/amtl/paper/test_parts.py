@@ -113,10 +113,12 @@ def test_first_come_changes_of_the_best_so_far():
     wanted = [
         (default, 0.4),
         (decayed, 0.5),
+        ({**decayed, "embedding_decay": min(DECAYS)}, 0.45),
         (better, 0.6),
+        ({**better, "distillation": 0.8}, 0.5),
         ({**better, "bits": 8}, 0.7),
         # It did not fit.
-        ({**better, "bits": 8} | {"bits": 2}, None),
+        ({**better, "bits": 2}, None),
         ({**better, "bits": 8, "embedding_dropout": DROPOUT}, 0.1),
     ]
     for choice, score in wanted:
