@@ -11,6 +11,13 @@ were accumulated.
 
 Options of every optimizer here:
 
+``weight_decay``, ``decay_every``: with 0, the default, decay is part of a looked-up row's gradient,
+and rows that nobody looks up keep what they have. With K, ``step()`` decays every value of every
+parameter that has been updated before, in each K-th call and by as much as in K calls: ``w *=
+max(0, 1 - K * lr * weight_decay / root)``, ``root`` what the optimizer divides a gradient by. Rare
+rows overfit most, and it is between two of their lookups that they have to shrink. A pass over all
+values in K steps costs less the larger K is; 16 is what was measured.
+
 ``stochastic_rounding``: 16-bit parameters are rounded up or down at random, so that the mean is
 kept and updates far below a unit in the last place still add up, where rounding to nearest would
 stall. The random bits are an integer hash of the parameter's step, row and column: results repeat
@@ -111,9 +118,12 @@ class RowOptimizer(torch.optim.Optimizer):
     _always_counts = False
 
     def __init__(self, params: Parameters, **defaults: Any) -> None:
-        for name in ("lr", "eps", "weight_decay", "initial_accumulator_value"):
+        for name in ("lr", "eps", "weight_decay", "initial_accumulator_value", "decay_every"):
             if not defaults.get(name, 0.0) >= 0.0:
                 raise ValueError(f"{name} must not be negative, got {defaults[name]}")
+        if defaults["decay_every"] and defaults["capturable"]:
+            raise ValueError("decay_every counts steps on the host: it does not go with capturable")
+        defaults["decay_steps"] = 0
         self._places: dict[int, tuple[int, int]] = {}
         super().__init__(params, defaults)
 
@@ -123,6 +133,8 @@ class RowOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group.setdefault("stochastic_rounding", False)
             group.setdefault("capturable", False)
+            group.setdefault("decay_every", 0)
+            group.setdefault("decay_steps", 0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -157,7 +169,59 @@ class RowOptimizer(torch.optim.Optimizer):
                 else:
                     self._dense(parameter, grad, group)
         self._sparse(sparse)
+        self._decay()
         return loss
+
+    def _decay(self) -> None:
+        """Decays whole parameters in every `decay_every`-th call."""
+        for group in self.param_groups:
+            every = group["decay_every"]
+            if not every or not group["weight_decay"]:
+                continue
+            group["decay_steps"] = (group["decay_steps"] + 1) % every
+            if group["decay_steps"]:
+                continue
+            strength = every * float(group["lr"]) * group["weight_decay"]
+            for parameter in group["params"]:
+                if parameter.dtype == torch.uint8:
+                    raise ValueError(
+                        "decay_every is not for tables of codes, which have no masters"
+                    )
+                state = self.state.get(parameter, {})
+                if not parameter.requires_grad or (self._names and not state):
+                    continue
+                self._shrink(parameter, strength, state, group)
+
+    def _shrink(
+        self, parameter: Tensor, strength: float, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        """Multiplies a parameter by `max(0, 1 - strength / root)`, some rows at a time."""
+        moments = [state[name] for name in self._names]
+        values = parameter if parameter.dim() > 1 else parameter.reshape(1, -1)
+        if parameter.dim() < 2:
+            moments = [moment.reshape(1, -1) for moment in moments]
+        at_once = _AT_ONCE if parameter.device.type == "cpu" else 1 << 24
+        count = max(1, at_once // max(1, values[:1].numel()))
+        for at in range(0, len(values), count):
+            rows = values[at : at + count]
+            root = self._root([moment[at : at + count] for moment in moments], state, group)
+            kept = root.reciprocal_().mul_(-strength).add_(1).clamp_(min=0)
+            if kept.dim() < rows.dim():
+                kept = kept.reshape(-1, *[1] * (rows.dim() - 1))
+            if parameter.element_size() > 2:
+                rows.mul_(kept)
+                continue
+            shrunk = rows.float() * kept
+            if group["stochastic_rounding"]:
+                table = shrunk.reshape(len(rows), -1)
+                numbers = torch.arange(at, at + len(rows), device=table.device)
+                bits = rounding_bits(numbers, table.shape[1], int(state["step"]))
+                shrunk = round_stochastically(table, parameter.dtype, bits).reshape(rows.shape)
+            rows.copy_(shrunk)
+
+    def _root(self, moments: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """What a gradient is divided by, of some rows, as a new tensor."""
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, which keeps its own type: float32 also for 16-bit parameters.
@@ -209,7 +273,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return [
             float(group["lr"]),
             group.get("eps", 0.0),
-            group["weight_decay"],
+            0.0 if group["decay_every"] else group["weight_decay"],
             *group.get("betas", (0.0, 0.0)),
             float(step),
             *([1.0] if group["stochastic_rounding"] else []),
@@ -309,7 +373,7 @@ class RowOptimizer(torch.optim.Optimizer):
         moments = self._moments(parameter, group)
         step = self._advance(parameter, group)
         grad = grad.to(_wide(parameter))
-        if group["weight_decay"]:
+        if group["weight_decay"] and not group["decay_every"]:
             grad = grad.add(parameter.to(grad.dtype), alpha=group["weight_decay"])
         change = self._change(grad, moments, step, group)
         lr = float(group["lr"])
@@ -330,6 +394,10 @@ class RowOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+_AT_ONCE = 1 << 17
+"""Values that are decayed at once on a CPU, so that they and their state stay in a cache."""
+
+
 def _lie(held: list[Tensor], place: int, tables: list[Tensor]) -> bool:
     """Whether these tables are held from a place on."""
     side_by_side = held[place : place + len(tables)]
@@ -347,9 +415,10 @@ class SGD(RowOptimizer):
     Args:
         params: Parameters or groups, as in ``torch.optim``.
         lr: Learning rate.
-        weight_decay: L2 penalty, on touched values only.
+        weight_decay: L2 penalty, on touched values only unless there is ``decay_every``.
         stochastic_rounding: How 16-bit parameters are rounded, see the top of this module.
         capturable: Where steps are counted, see there.
+        decay_every: How often all values are decayed, touched or not, see there.
 
     Raises:
         ValueError: A hyperparameter is negative.
@@ -365,6 +434,7 @@ class SGD(RowOptimizer):
         *,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        decay_every: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -372,12 +442,16 @@ class SGD(RowOptimizer):
             weight_decay=weight_decay,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
+            decay_every=decay_every,
         )
 
     def _change(
         self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
     ) -> Tensor:
         return grad
+
+    def _root(self, moments: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        return torch.ones(())
 
 
 class Adagrad(RowOptimizer):
@@ -389,10 +463,11 @@ class Adagrad(RowOptimizer):
         params: Parameters or groups, as in ``torch.optim``.
         lr: Learning rate.
         eps: Added to the root.
-        weight_decay: L2 penalty, on touched values only.
+        weight_decay: L2 penalty, on touched values only unless there is ``decay_every``.
         initial_accumulator_value: What ``sum`` starts from.
         stochastic_rounding: How 16-bit parameters are rounded, see the top of this module.
         capturable: Where steps are counted, see there.
+        decay_every: How often all values are decayed, touched or not, see there.
 
     Raises:
         ValueError: A hyperparameter is negative.
@@ -410,6 +485,7 @@ class Adagrad(RowOptimizer):
         *,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        decay_every: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -419,6 +495,7 @@ class Adagrad(RowOptimizer):
             initial_accumulator_value=initial_accumulator_value,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
+            decay_every=decay_every,
         )
 
     def _change(
@@ -426,6 +503,9 @@ class Adagrad(RowOptimizer):
     ) -> Tensor:
         total = moments[0].addcmul_(grad, grad)
         return grad / (total.sqrt() + group["eps"])
+
+    def _root(self, moments: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        return moments[0].sqrt().add_(group["eps"])
 
 
 class RowwiseAdagrad(Adagrad):
@@ -462,9 +542,10 @@ class Adam(RowOptimizer):
         lr: Learning rate.
         betas: Decay of the two moments, each in ``[0, 1)``.
         eps: Added to the root.
-        weight_decay: L2 penalty, on touched values only.
+        weight_decay: L2 penalty, on touched values only unless there is ``decay_every``.
         stochastic_rounding: How 16-bit parameters are rounded, see the top of this module.
         capturable: Where steps are counted, see there.
+        decay_every: How often all values are decayed, touched or not, see there.
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -483,6 +564,7 @@ class Adam(RowOptimizer):
         *,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        decay_every: int = 0,
     ) -> None:
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
@@ -494,6 +576,7 @@ class Adam(RowOptimizer):
             weight_decay=weight_decay,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
+            decay_every=decay_every,
         )
 
     def _change(
@@ -507,3 +590,7 @@ class Adam(RowOptimizer):
         count = step.double() if isinstance(step, Tensor) else step
         root = (square.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"])
         return mean / root / (1 - beta1**count)
+
+    def _root(self, moments: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        corrected = (1 - group["betas"][1] ** int(state["step"])) ** 0.5
+        return moments[1].sqrt().div_(corrected).add_(group["eps"])

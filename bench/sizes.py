@@ -159,7 +159,7 @@ def _runs(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
 
 def _made(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict[str, Any]]:
     given = {k: v for k, v in job.items() if k != "set"}
-    config, numbers = replace(config, **given), task.encoder.num_rows * DIM
+    config = replace(config, **given)
     started = time.process_time()
     tried: list[dict[str, Any]] = []
 
@@ -168,7 +168,7 @@ def _made(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
         return float(tried[-1]["val_auc"] - tried[-1]["val_logloss"])
 
     if job["method"] == "fixed":
-        regularised(config, numbers, train)
+        regularised(config, train)
     else:
         train(config)
     metrics = max(tried, key=lambda m: m["val_auc"] - m["val_logloss"])
@@ -190,8 +190,7 @@ def _taught(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[di
         started = time.process_time()
         entry = replace(seeded, dim=dim, bits=bits or "32")
         make = partial(Learner, task=task)
-        numbers = task.encoder.num_rows * DIM
-        best, pupil = train_with_teacher("", entry, numbers, teacher, make, Silent(), Learner.step)
+        best, pupil = train_with_teacher("", entry, teacher, make, Silent(), Learner.step)
         learner = pupil or best
         return {
             "job": {**job, "dim": dim, **({"bits": bits} if bits else {})},

@@ -162,7 +162,7 @@ def train(
     ] = None,
     embedding_decay: Annotated[
         float | None,
-        rate("Weight decay of all embeddings in each step (Adam).", "by validation"),
+        rate("Weight decay of all embeddings, looked up or not.", "by validation"),
     ] = None,
     distillation: Annotated[
         float | None,

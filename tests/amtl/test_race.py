@@ -343,15 +343,15 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) == []
 
 
-WEAK, STRONG = (f"{FULL}, weight decay {d:g}" for d in DECAYS)
+WEAK, MIDDLE, STRONG = (f"{FULL}, weight decay {d:g}" for d in DECAYS)
 
 
 @pytest.mark.parametrize(
     ("best", "tables"),
     [
-        (None, [FULL, STRONG, WEAK, f"{FULL}, dropout 0.1"]),
-        (DECAYS[0], [FULL, STRONG, WEAK, f"{WEAK}, dropout 0.1"]),
-        (DECAYS[1], [FULL, STRONG, f"{STRONG}, dropout 0.1"]),
+        (None, [FULL, MIDDLE, WEAK, f"{FULL}, dropout 0.1"]),
+        (DECAYS[0], [FULL, MIDDLE, WEAK, f"{WEAK}, dropout 0.1"]),
+        (DECAYS[1], [FULL, MIDDLE, STRONG, f"{MIDDLE}, dropout 0.1"]),
     ],
 )
 def test_weight_decay_that_serves_the_full_table_is_tried_with_students(
@@ -376,7 +376,7 @@ def test_weight_decay_that_serves_the_full_table_is_tried_with_students(
     metrics = start(config, observer=watching, source=source).run()
     assert [title for title in watching.titles if title.startswith(FULL)] == tables
     students = [c.embedding_decay for c in made if c.distillation]
-    first = {None: [None], DECAYS[0]: [DECAYS[0], None], DECAYS[1]: list(DECAYS)}[best]
+    first = {None: [None], DECAYS[0]: [DECAYS[0], None], DECAYS[1]: list(DECAYS[:2])}[best]
     assert students[: len(first)] == first
     assert set(students) <= {None, *first}
     assert metrics["raced"]["asked"]["embedding_decay"] is None
@@ -385,19 +385,22 @@ def test_weight_decay_that_serves_the_full_table_is_tried_with_students(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"embedding_decay": 1e-5}, {"table_optimizer": "sgd", "table_lr": 1.0}, {}]
+    ("changes", "tables"),
+    [
+        ({"embedding_decay": DECAYS[1]}, [MIDDLE, f"{MIDDLE}, dropout 0.1"]),
+        ({"embedding_decay": 0.0}, [FULL, f"{FULL}, dropout 0.1"]),
+        # Codes alone cannot decay, a full table beside them can.
+        ({"masters": False, "table_optimizer": "sgd", "table_lr": 1.0, "bits": "8"}, None),
+    ],
 )
-def test_weight_decay_is_tried_where_it_is_open_and_the_table_is_not_large(
-    source, monkeypatch, changes
-):
-    if not changes:
-        monkeypatch.setattr(contest, "DECAYED_NUMBERS", 100)
+def test_weight_decay_is_tried_where_it_is_open(source, changes, tables):
     watching = Watching()
     config = settings(**{"epochs": 2, "embedding_decay": None, **changes})
     start(config, observer=watching, source=source).run()
     full = [title for title in watching.titles if title.startswith(FULL)]
-    alone = STRONG if "embedding_decay" in changes else FULL
-    assert full == [alone, f"{alone}, dropout 0.1"]
+    assert full == tables if tables else full[:2] == [FULL, MIDDLE]
+    if tables is None:
+        assert not any("decay" in title for title in watching.titles if "teacher" in title)
 
 
 def test_a_baseline_says_what_it_was_trained_with(task, monkeypatch):
@@ -412,13 +415,11 @@ def test_a_baseline_says_what_it_was_trained_with(task, monkeypatch):
         made.append(config)
         return Learner(config, task, taught=taught)
 
-    best, _ = comparison.train_with_teacher(
-        "t", entry, 100, Teacher(), make, Silent(), Learner.step
-    )
+    best, _ = comparison.train_with_teacher("t", entry, Teacher(), make, Silent(), Learner.step)
     assert best.config.embedding_decay == max(DECAYS)
     assert comparison.scored(FULL, best)["embedding_decay"] == max(DECAYS)
     students = [c.embedding_decay for c in made if c.distillation]
-    assert students[:2] == list(DECAYS)
+    assert students[:2] == list(DECAYS[1:])
 
 
 class Watching(Silent):

@@ -291,9 +291,10 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried):
         (None, {None: 0.7}, [None, None], None),
         (1e-6, {1e-6: 0.7, None: 0.6}, [1e-6, None, 1e-6], 1e-6),
         (1e-6, {1e-6: 0.6, None: 0.7}, [1e-6, None, None], None),
-        # The stronger one serves: none is not tried any more.
+        # The full table's own serves: none is not tried any more.
         (1e-5, {1e-6: 0.6, 1e-5: 0.7}, [1e-6, 1e-5, 1e-5], 1e-5),
-        (1e-5, {1e-6: 0.7, 1e-5: 0.6, None: 0.65}, [1e-6, 1e-5, None, 1e-6], 1e-6),
+        (1e-4, {1e-5: 0.6, 1e-4: 0.7}, [1e-5, 1e-4, 1e-4], 1e-4),
+        (1e-4, {1e-5: 0.7, 1e-4: 0.6, None: 0.65}, [1e-5, 1e-4, None, 1e-5], 1e-5),
         (1e-5, {1e-6: 0.65, 1e-5: 0.6, None: 0.7}, [1e-6, 1e-5, None, None], None),
     ],
 )
@@ -320,8 +321,8 @@ def test_students_are_tried_with_less_decay_than_a_full_table(decay, scores, tri
     ("scores", "best"),
     [
         # Scores by decay and dropout, in the order in which they are asked for.
-        ({(0, 0): 1, (1e-5, 0): 2, (1e-5, DROPOUT): 3}, (1e-5, DROPOUT)),
-        ({(0, 0): 1, (1e-5, 0): 2, (1e-5, DROPOUT): 1}, (1e-5, 0)),
+        ({(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 3, (1e-4, DROPOUT): 4}, (1e-4, DROPOUT)),
+        ({(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 1, (1e-5, DROPOUT): 1}, (1e-5, 0)),
         ({(0, 0): 2, (1e-5, 0): 1, (1e-6, 0): 3, (1e-6, DROPOUT): 2}, (1e-6, 0)),
         ({(0, 0): 3, (1e-5, 0): 1, (1e-6, 0): 2, (0, DROPOUT): 4}, (0, DROPOUT)),
     ],
@@ -333,10 +334,10 @@ def test_a_full_table_gets_the_decay_and_the_dropout_that_serve_it(scores, best)
         made.append((config.embedding_decay or 0, config.embedding_dropout or 0))
         return scores[made[-1]]
 
-    found = contest.regularised(settings(method="fixed", embedding_decay=None), 100, train)
+    found = contest.regularised(settings(method="fixed", embedding_decay=None), train)
     assert made == list(scores)
     assert (found.embedding_decay or 0, found.embedding_dropout or 0) == best
     made.clear()
     scores = {(1e-4, 0.3): 1}
     given = settings(method="fixed", embedding_decay=1e-4, embedding_dropout=0.3)
-    assert contest.regularised(given, 100, train) == given and len(made) == 1
+    assert contest.regularised(given, train) == given and len(made) == 1

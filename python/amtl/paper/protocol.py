@@ -14,7 +14,7 @@ from amtl.errors import UserError
 from amtl.peers import PEERS, DoesNotFit
 from amtl.run.config import BACKBONES as KNOWN_BACKBONES
 from amtl.run.config import parse_names
-from amtl.run.contest import DECAYS, DROPOUT, SHARES
+from amtl.run.contest import DECAY, DECAYS, DROPOUT, SHARES
 from amtl.run.methods import ALIASES
 from amtl.run.race import flat_width
 
@@ -114,7 +114,7 @@ class Contender:
         With few trials that leaves it no worse off than the product, whose own run tries these.
         """
         own = [{name: v} for name in self.space if name not in COMMON for v in self.space[name][1:]]
-        decays = [{"embedding_decay": v} for v in reversed(DECAYS)]
+        decays = [{"embedding_decay": v} for v in sorted(DECAYS, key=lambda v: v != DECAY)]
         taught = [{"distillation": share} for share in SHARES]
         changes = [*decays, *taught, *own, {"embedding_dropout": DROPOUT}]
         return [change for change in changes if set(change) <= set(self.space)]

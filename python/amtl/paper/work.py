@@ -311,7 +311,7 @@ class Data:
                 teacher.add(learner)
                 return float(best_record(learner)["score"])
 
-            regularised(config, self.size.rows * DIM, add)
+            regularised(config, add)
             self._taught[seed] = teacher.labels()
         return self._taught[seed]
 

@@ -76,10 +76,7 @@ def train_baselines(
         if raced.get("taught"):
             # Without a race the run's dropout is not what the full table was trained with.
             trained = full if name == FULL and "asked" in raced else None
-            numbers = metrics["dense_bytes"] // 4
-            best, pupil = train_with_teacher(
-                title, entry, numbers, teacher, make, observer, step, trained
-            )
+            best, pupil = train_with_teacher(title, entry, teacher, make, observer, step, trained)
         else:
             best, pupil = make(entry), None
             run_to_end(title, best, observer, step)
@@ -93,7 +90,6 @@ def train_baselines(
 def train_with_teacher(
     name: str,
     entry: TrainConfig,
-    numbers: int,
     teacher: Teacher,
     make: Callable[..., Learner],
     observer: Observer,
@@ -105,7 +101,6 @@ def train_with_teacher(
     Args:
         name: in the progress bar.
         entry: settings; dropout and weight decay are tried where they leave them open.
-        numbers: of a table of full size.
         teacher: takes in the table.
         make: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
@@ -127,7 +122,7 @@ def train_with_teacher(
         return float(score)
 
     if best is None:
-        regularised(entry, numbers, train)
+        regularised(entry, train)
     assert best is not None
     teacher.add(best)
     taught, decay = partial(make, taught=teacher.labels()), best.config.embedding_decay

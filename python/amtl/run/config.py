@@ -95,10 +95,10 @@ class TrainConfig:
         hidden: widths of the MLP.
         embedding_dropout: share of the embeddings' numbers zeroed in a training step; None:
             what validation prefers where there is a race, else none.
-        embedding_decay: weight decay of the embeddings, `decay / 2 * sum(w^2)` added to each step's
-            loss over all rows, those that the step does not look up too. It regularises most what
-            is seen least, and costs a pass of Adam over the whole table a step. None: what
-            validation prefers where there is a race and the table is not large, else none.
+        embedding_decay: weight decay of the embeddings, `decay / 2 * sum(w^2)` in the loss, over
+            all rows, those that a step does not look up too. It regularises most what is seen
+            least, and costs a pass over the whole table every 16 steps, or more where that is
+            large. None: what validation prefers where there is a race, else none.
         distillation: share of each training label that is a better model's prediction; None: what
             validation prefers where there is a race, else none.
         init_std: deviation of initial embedding weights.
@@ -210,9 +210,7 @@ class TrainConfig:
         if not (math.isfinite(decay) and decay >= 0):
             raise UserError(f"--embedding-decay must be a number from 0 on, not {decay:g}")
         if decay and not self.may_decay:
-            raise UserError(
-                "--embedding-decay goes with --table-optimizer adam, and without --no-masters"
-            )
+            raise UserError("--embedding-decay needs the numbers that --no-masters does without")
         if self.distillation is not None and not 0 <= self.distillation <= 1:
             raise UserError(f"--distillation must be from 0 to 1, not {self.distillation:g}")
         if self.freeze_at is not None and self.freeze_at < 0:
@@ -234,8 +232,8 @@ class TrainConfig:
 
     @property
     def may_decay(self) -> bool:
-        """Whether embeddings can have weight decay, for which there is one optimizer."""
-        return self.table_optimizer == "adam" and self.masters
+        """Whether embeddings can have weight decay, which codes alone cannot."""
+        return self.masters
 
     @property
     def layer_options(self) -> dict[str, Any]:

@@ -32,11 +32,11 @@ DROPOUT = 0.1
 """Share of the embeddings' numbers zeroed in training of a taught model: it gains by it, unlike a
 table of few numbers a row that learns from the labels alone."""
 
-DECAYS = (1e-6, 1e-5)
-"""Weight decay of a table's numbers: on each of six sets one of them served a full table."""
+DECAY = 1e-5
+"""Weight decay of a table's numbers that is tried first."""
 
-DECAYED_NUMBERS = 1 << 23
-"""Of a table at most, for weight decay to be tried: it goes over all of them in each step."""
+DECAYS = (1e-6, DECAY, 1e-4)
+"""On each of six sets one of them served a full table."""
 
 SHARES = (0.5, 0.8)
 """Of the labels, a teacher's: data of few or noisy clicks gain by the larger one."""
@@ -164,7 +164,7 @@ class Contest:
             self._keep(table)
             return float(rows[-1]["score"])
 
-        best = regularised(full, methods.dense_bytes(self.first.table) // 4, train)
+        best = regularised(full, train)
         self.found["full"] = max(rows, key=lambda row: row["score"])
         self._decay = best.embedding_decay
         return teacher
@@ -187,32 +187,31 @@ class Contest:
         self.winner = better
 
 
-def regularised(
-    config: TrainConfig, numbers: int, train: Callable[[TrainConfig], float]
-) -> TrainConfig:
+def regularised(config: TrainConfig, train: Callable[[TrainConfig], float]) -> TrainConfig:
     """The best of `config`, and of it with weight decay and dropout where it leaves these open.
 
-    The weaker decay is tried where the stronger one is no better than none, and dropout with the
-    decay that is best: two to four trainings.
+    A stronger decay than the first is tried where that is better than none, a weaker one where it
+    is not, and dropout with what is best: three or four trainings.
 
     Args:
         config: settings.
-        numbers: of the table of full size.
         train: trains with settings and returns a score.
     """
     best, score = config, train(config)
-    entries: list[dict[str, Any]] = []
-    if config.embedding_decay is None and config.may_decay and numbers <= DECAYED_NUMBERS:
-        entries += [{"embedding_decay": decay} for decay in reversed(DECAYS)]
-    if config.embedding_dropout is None:
-        entries.append({"embedding_dropout": DROPOUT})
-    for changes in entries:
-        if "embedding_decay" in changes and best is not config:
-            continue
-        entry = replace(best, **changes)
+
+    def improves(**changes: float) -> bool:
+        nonlocal best, score
+        entry = replace(best, **changes)  # type: ignore[arg-type]
         other = train(entry)
         if other > score:
             best, score = entry, other
+        return best is entry
+
+    if config.embedding_decay is None and config.may_decay:
+        weaker, first, stronger = DECAYS
+        improves(embedding_decay=stronger if improves(embedding_decay=first) else weaker)
+    if config.embedding_dropout is None:
+        improves(embedding_dropout=DROPOUT)
     return best
 
 
@@ -281,8 +280,8 @@ def race_taught(
 ) -> tuple[Learner | None, list[dict[str, Any]]]:
     """Trains the winner's settings anew on labels that a teacher softens; see `contend`.
 
-    Weight decay first, the weaker one of `DECAYS`, then the stronger or none: what serves a table
-    of full size may be too much for one of few numbers. Then how much the teacher says.
+    Weight decay first, a weaker one than serves a table of full size, then that one or none: it
+    may be too much for a table of few numbers. Then how much the teacher says.
 
     Args:
         winner: the best model so far, trained to its end.
@@ -320,12 +319,12 @@ def race_taught(
         return float(row["score"])
 
     each = config.embedding_decay
-    if each is None and decay:
-        weak, strong = DECAYS
-        scores: dict[float | None, float] = {weak: teach(shares[0], weak)}
-        if decay == strong:
-            scores[strong] = teach(shares[0], strong)
-        if max(scores, key=scores.__getitem__) == weak:
+    if each is None and decay and config.may_decay:
+        weaker = max((d for d in DECAYS if d < decay), default=decay)
+        scores: dict[float | None, float] = {weaker: teach(shares[0], weaker)}
+        if weaker != decay:
+            scores[decay] = teach(shares[0], decay)
+        if max(scores, key=scores.__getitem__) == weaker:
             scores[None] = teach(shares[0], None)
         each = max(scores, key=scores.__getitem__)
     else:

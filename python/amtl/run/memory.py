@@ -26,7 +26,7 @@ def require_memory(config: TrainConfig, rows: int, fields: int) -> None:
     Raises:
         UserError: if it does not fit.
     """
-    table = rows * (1 + _STATES.get(config.table_optimizer, 0) + bool(config.embedding_decay))
+    table = rows * (1 + _STATES.get(config.table_optimizer, 0))
     mlp = 4 * fields * (config.hidden[0] if config.hidden else 1)
     step = 2 * fields * config.batch_size
     needed, free = 4 * config.dim * (table + mlp + step), available_memory()

@@ -32,6 +32,10 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Names for settings of a method: the twins that learn sizes, and a single branch of them."""
 TABLE_OPTIMIZERS = ("adam", "adagrad", "rowwise_adagrad", "sgd")
 
+DECAY_EVERY = 16
+"""Steps between two passes of weight decay over all embeddings, more of a table of more than 16
+million numbers, so that a step pays for a million at most."""
+
 
 def build_table(
     method: str,
@@ -240,16 +244,14 @@ def row_bits(table: nn.Module) -> Tensor | None:
 def table_optimizer(
     name: str, parameters: list[nn.Parameter], lr: float, decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """An optimizer that touches only the rows of a batch, or with weight decay all of them.
+    """An optimizer that touches only the rows of a batch, and every so often decays all.
 
     Args:
         name: one of `TABLE_OPTIMIZERS`.
         parameters: `table_parameters()`.
         lr: learning rate.
-        decay: weight decay, in the gradient as Adam has it; with `adam` only.
+        decay: weight decay.
     """
-    if decay:
-        return torch.optim.Adam(parameters, lr, weight_decay=decay, fused=True)
     classes: dict[str, Any] = {
         "adam": optim.Adam,
         "adagrad": optim.Adagrad,
@@ -258,22 +260,22 @@ def table_optimizer(
     }
     if name not in classes:
         raise UserError(f"--table-optimizer {name!r}: choose one of {', '.join(classes)}")
-    optimizer: torch.optim.Optimizer = classes[name](parameters, lr=lr)
+    given = {}
+    if decay:
+        every = max(DECAY_EVERY, sum(p.numel() for p in parameters) >> 20)
+        given = {"weight_decay": decay, "decay_every": every}
+    optimizer: torch.optim.Optimizer = classes[name](parameters, lr=lr, **given)
     return optimizer
 
 
 def fuse(table: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Lets the backward apply the optimizer; `fixed` tables and peers have gradients instead.
 
-    So has any table whose optimizer goes over all rows: these gradients are dense.
-
     Args:
         table: of `build_table`.
         optimizer: `table_optimizer()` of its parameters.
     """
-    if not isinstance(optimizer, optim.RowOptimizer):
-        table.sparse = False  # type: ignore[assignment]
     if isinstance(table, Peer):
         optimizer.register_step_post_hook(lambda *_: table.after_step())
-    elif is_adaptive(table) and isinstance(optimizer, optim.RowOptimizer):
+    elif is_adaptive(table):
         table.fuse(optimizer)  # type: ignore[operator]

@@ -108,12 +108,14 @@ def test_tuning_starts_at_the_default_and_never_repeats():
 def test_first_come_changes_of_the_best_so_far():
     contender, tried = contenders()["int"], []
     default = {name: values[0] for name, values in contender.space.items()}
-    decayed = {**default, "embedding_decay": max(DECAYS)}
+    weaker, first, stronger = DECAYS
+    decayed = {**default, "embedding_decay": first}
     better = {**decayed, "distillation": 0.5}
     wanted = [
         (default, 0.4),
         (decayed, 0.5),
-        ({**decayed, "embedding_decay": min(DECAYS)}, 0.45),
+        ({**decayed, "embedding_decay": weaker}, 0.45),
+        ({**decayed, "embedding_decay": stronger}, 0.45),
         (better, 0.6),
         ({**better, "distillation": 0.8}, 0.5),
         ({**better, "bits": 8}, 0.7),
