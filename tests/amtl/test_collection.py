@@ -468,8 +468,12 @@ def test_padding_rows_are_those_of_the_tables(paddings, mode, frozen, index_type
     before = copy.deepcopy(twins)
     mine = torch.optim.Adam((tables := copy.deepcopy(twins)).parameters(), lr=0.1)
     collection = AMTLEmbeddingCollection.from_embeddings(tables, COUNTS, mine, budget=1.0)
+    stored = collection.table_bytes()
     if frozen:
         collection.freeze(mine)
+    assert collection.table_bytes() == stored
+    padding = collection._padding_rows()
+    assert collection.row_dims()[padding].tolist() == [DIM, *[0] * len(padding[1:])]
     for seed in range(3):
         if mode is None:
             input = with_paddings(draw(seed=seed), paddings)
@@ -496,6 +500,11 @@ def test_padding_rows_are_those_of_the_tables(paddings, mode, frozen, index_type
         assert row is None or torch.equal(table.weight[row], before[name].weight[row])
     if not frozen and mode is None:
         collection.zero_grad()
+        with torch.no_grad():
+            collection.weight[collection.padding_idx] = 0.7
+        for table in collection.embeddings(masked=False).values():
+            row = table.padding_idx
+            assert row is None or table.weight[row].eq(0.7).all()
         collection(with_paddings(draw(), paddings)).sum().backward()
         dense = [p.to_dense() for p in collection.weight.grad.split(list(ROWS.values()))]
         for grad, row in zip(dense, rows_of(paddings).values(), strict=True):
