@@ -165,9 +165,15 @@ def test_a_model_from_training_to_loading(collection, model, tmp_path):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_collection_trains_as_its_tables_do(frozen, tmp_path):
-    """At full size both are the model as it was."""
-    results = []
+def test_a_collection_trains_as_its_tables_do(frozen, tmp_path, monkeypatch):
+    """At full size both are the model as it was; a lookup is counted for each call."""
+    results, calls = [], []
+    embed = amtl.AMTLEmbeddingCollection._embed
+    monkeypatch.setattr(
+        amtl.AMTLEmbeddingCollection,
+        "_embed",
+        lambda self, rows: calls.append(tuple(rows.shape)) or embed(self, rows),
+    )
     for collection in (None, False):
         model = build(tmp_path)
         fit(model, 1)
@@ -179,7 +185,10 @@ def test_a_collection_trains_as_its_tables_do(frozen, tmp_path):
         assert (PLACE + ".amtl_collection" in amtl.layers(model)) == (collection is None)
         padding = model.get_submodule(PLACE).embedding_layers["history"](torch.zeros(3).long())
         assert not bool(padding.any())
+        calls.clear()
         results.append(model.predict(batches()))
+        # Of a batch, users and items together, then histories.
+        assert calls == ([(32, 2), (32, 4)] * 3 if collection is None else [])
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
 
 
@@ -246,6 +255,14 @@ class Wide(BaseModel):
 WIDE = {name: torch.arange(rows) for name, rows in (("user", 40), ("item", 30), ("city", 9))}
 
 
+FILTERS = (
+    {},
+    {"feature_source": "place"},
+    {"feature_type": ["categorical"]},
+    {"feature_type": ["sequence", "numeric"]},
+)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_all_other_features_are_looked_up_as_before(frozen, tmp_path):
     model = Wide(tmp_path)
@@ -266,7 +283,7 @@ def test_all_other_features_are_looked_up_as_before(frozen, tmp_path):
     fewer = {name: value for name, value in inputs.items() if name != "item"}
     uneven = {**inputs, "user": inputs["user"][:, None]}
     for asked in (inputs, fewer, uneven, {"price": inputs["price"]}):
-        for filters in ({}, {"feature_source": "place"}, {"feature_type": ["categorical"]}):
+        for filters in FILTERS:
             found, wanted = dictionary(asked, **filters), twin(asked, **filters)
             assert list(found) == list(wanted)
             for name, value in wanted.items():
@@ -339,6 +356,7 @@ def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path):
         assert not amtl.layers(wrong)
     tables = other.get_submodule(PLACE).embedding_layers
     assert type(tables["item"]) is nn.Embedding and tables["history"] is tables["item"]
+    assert "forward" not in vars(other.get_submodule(PLACE))
     assert held == [id(p) for group in other.optimizer.param_groups for p in group["params"]]
     np.testing.assert_array_equal(other.predict(batches()), before)
 
