@@ -522,7 +522,7 @@ def test_padding_rows_need_their_places(library, small, tmp_path):
     tensors, path = dict(tensors), tmp_path / "f"
     without = {name: t for name, t in tensors.items() if name != "layers/c/row_order"}
     document_writer("amtl-packed", 1, without, content)(path)
-    with pytest.raises(ServeError, match="no tensor .*layers/c/row_order") as caught:
+    with pytest.raises(ServeError, match=r"no tensor .*layers/c/row_order") as caught:
         library.open(path)
     assert caught.value.status == DAMAGED
     content["layers"]["c"]["other_paddings"] = [14]
