@@ -337,6 +337,12 @@ def test_when_tables_have_layers_of_their_own(tmp_path):
     fuxictr.convert(model, rest)
     assert len(amtl.layers(model)) == 3
     model = Wide(tmp_path)
+    model.tied = nn.Linear(DIM, 30, bias=False)
+    model.tied.weight = model.get_submodule(PLACE).embedding_layers["item"].weight
+    with pytest.raises(ValueError, match="the weight of 'item' is shared by"):
+        fuxictr.convert(model, WIDE)
+    assert not amtl.layers(model)
+    model = Wide(tmp_path)
     model.second = FeatureEmbedding(model.feature_map, DIM)
     with pytest.raises(ValueError, match="are in 2 FeatureEmbeddings"):
         fuxictr.convert(model, WIDE, collection=True)
