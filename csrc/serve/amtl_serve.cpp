@@ -265,7 +265,10 @@ int64_t amtl_dim(const amtl_layer* layer) { return layer->table->dim; }
 int amtl_bits(const amtl_layer* layer) { return layer->table->bits; }
 
 int64_t amtl_padding(const amtl_layer* layer) {
-  return layer->first == 0 ? layer->table->padding_row : -1;
+  for (const int64_t row : layer->table->paddings) {
+    if (row >= layer->first && row < layer->first + layer->rows) return row - layer->first;
+  }
+  return -1;
 }
 
 amtl_mode amtl_layer_mode(const amtl_layer* layer) { return layer->table->mode; }

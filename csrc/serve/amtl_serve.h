@@ -95,7 +95,7 @@ AMTL_API int64_t amtl_rows(const amtl_layer* layer);
 AMTL_API int64_t amtl_dim(const amtl_layer* layer);
 /* Bits of a stored number: 32 or 16 of floats, 16, 8, 4 or 2 of codes. */
 AMTL_API int amtl_bits(const amtl_layer* layer);
-/* The row that counts for nothing in bags, or -1. */
+/* The row that counts for nothing in bags, or -1; of a collection as a whole, one of them. */
 AMTL_API int64_t amtl_padding(const amtl_layer* layer);
 /* How the layer pools bags in Python; AMTL_SUM for one that has none. */
 AMTL_API amtl_mode amtl_layer_mode(const amtl_layer* layer);

@@ -90,7 +90,9 @@ void Table::ReadTiers(const TensorFile& file, const std::string& prefix, const J
 void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const Json& config) {
   const Tensor* numbering = file.Find(prefix + "row_order");
   const Json* stand_ins = config.Find("shared_rows");
-  if (places > rows || (places < rows && (stand_ins == nullptr || stand_ins->null()))) {
+  const Json* other_paddings = config.Find("other_paddings");
+  const bool shares = stand_ins != nullptr && !stand_ins->null();
+  if (places > rows || (places < rows && !shares && other_paddings == nullptr)) {
     Damaged("the tiers of \"" + prefix + "\" have other rows than its table");
   }
   if (numbering != nullptr) {
@@ -98,6 +100,8 @@ void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const 
       Damaged("\"" + prefix + "row_order\" does not fit its table");
     }
     order = numbering->data;
+  } else if (other_paddings != nullptr) {
+    Damaged("it has no tensor \"" + prefix + "row_order\"");
   } else if (places < rows) {
     const std::vector<int64_t> all = stand_ins->Integers();
     shared = all.empty() ? -1 : all.back();
@@ -105,11 +109,15 @@ void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const 
       Damaged("the shared row of \"" + prefix + "\" has no place");
   }
   if (config["padding_idx"].null()) return;
-  padding_row = padding_place = config["padding_idx"].Integer();
-  if (padding_row < 0 || padding_row >= rows) Damaged("\"" + prefix + "\" has no padding row");
+  if (other_paddings != nullptr) paddings = other_paddings->Integers();
+  padding_place = config["padding_idx"].Integer();
+  paddings.insert(paddings.begin(), padding_place);
+  for (const int64_t row : paddings) {
+    if (row < 0 || row >= rows) Damaged("\"" + prefix + "\" has no padding row");
+  }
   if (order != nullptr) {
     int32_t place;
-    std::memcpy(&place, order + padding_row * 4, 4);
+    std::memcpy(&place, order + padding_place * 4, 4);
     padding_place = place;
   }
 }

@@ -31,7 +31,8 @@ struct Table {
   std::vector<Tier> tiers;
   const uint8_t* order = nullptr;  // int32 [rows]
   int64_t shared = 0;              // without `order`, the place of rows that have none
-  int64_t padding_row = -1, padding_place = -1;
+  std::vector<int64_t> paddings;   // rows that count for nothing in bags, all at one place
+  int64_t padding_place = -1;
   int bits = 0;
   amtl_mode mode = AMTL_SUM;
   const RowReader* reader = nullptr;

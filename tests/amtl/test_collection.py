@@ -399,9 +399,10 @@ def test_what_does_not_fit_is_refused():
             call()
     with pytest.raises(ValueError, match="no embedding can stand in for"):
         amtl.revert(nn.ModuleDict({"tables": collection}))
-    padded = {"a": nn.Embedding(4, DIM, padding_idx=0)}
-    with pytest.raises(ValueError, match="'a' has padding_idx"):
-        AMTLEmbeddingCollection.from_embeddings(padded, {"a": torch.ones(4)})
+    for key in ("max_norm", "scale_grad_by_freq"):
+        odd = {"a": nn.Embedding(4, DIM, **{key: True})}
+        with pytest.raises(ValueError, match=f"'a' has {key}"):
+            AMTLEmbeddingCollection.from_embeddings(odd, {"a": torch.ones(4)})
     mixed = {"a": nn.Embedding(4, DIM), "b": nn.Embedding(4, DIM + 1)}
     with pytest.raises(ValueError, match="'b' differs from 'a' in embedding_dim"):
         AMTLEmbeddingCollection.from_embeddings(mixed, {"a": torch.ones(4), "b": torch.ones(4)})
@@ -409,3 +410,222 @@ def test_what_does_not_fit_is_refused():
     optimizer = torch.optim.SGD([model.tables["user"].weight], lr=0.1)
     with pytest.raises(ValueError, match="must be in one group"):
         AMTLEmbeddingCollection.from_embeddings(model.tables, COUNTS, optimizer)
+
+
+PADDINGS = [{"user": 3, "day": -1}, [5, 49, 0], {"item": 7}]
+"""Of some tables, of all, of one."""
+
+
+def rows_of(paddings):
+    """The padding row of each table, None for none."""
+    given = paddings if isinstance(paddings, dict) else dict(zip(ROWS, paddings, strict=True))
+    found = {name: given.get(name) for name in ROWS}
+    return {name: row if row is None else row % ROWS[name] for name, row in found.items()}
+
+
+def with_paddings(input, paddings):
+    """These rows with the padding row of each table among them."""
+    input = input.clone()
+    for t, row in enumerate(rows_of(paddings).values()):
+        if row is not None:
+            input[t::4, t] = row
+    return input
+
+
+def padded_tables(paddings, kind=nn.Embedding, **options):
+    """Embeddings whose padding rows show .5: zeros would hide what is not looked up."""
+    torch.manual_seed(0)
+    made = {
+        n: kind(ROWS[n], DIM, padding_idx=row, **options) for n, row in rows_of(paddings).items()
+    }
+    for module in made.values():
+        if module.padding_idx is not None:
+            nn.init.constant_(module.weight[module.padding_idx], 0.5)
+    return nn.ModuleDict(made)
+
+
+def bags_with(paddings, seed):
+    """Bags whose rows are the padding row now and then, one bag of nothing else."""
+    indices, offsets = bags_of(seed)
+    table = torch.repeat_interleave(torch.arange(3), offsets[::4].diff())
+    for t, row in enumerate(rows_of(paddings).values()):
+        if row is not None:
+            mine = (table == t).nonzero().flatten()
+            indices[mine[::2]] = row
+            indices[offsets[4 * t] : offsets[4 * t + 1]] = row
+    return indices, offsets
+
+
+@pytest.mark.parametrize("paddings", PADDINGS)
+@pytest.mark.parametrize("mode", [None, "sum", "mean"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64])
+def test_padding_rows_are_those_of_the_tables(paddings, mode, frozen, index_type):
+    """At full size: values, gradients and steps of Adam, which would move what has a gradient."""
+    kind = nn.Embedding if mode is None else partial(nn.EmbeddingBag, mode=mode)
+    twins = padded_tables(paddings, kind, **{} if mode is None else {"include_last_offset": True})
+    theirs = torch.optim.Adam(twins.parameters(), lr=0.1)
+    before = copy.deepcopy(twins)
+    mine = torch.optim.Adam((tables := copy.deepcopy(twins)).parameters(), lr=0.1)
+    collection = AMTLEmbeddingCollection.from_embeddings(tables, COUNTS, mine, budget=1.0)
+    stored = collection.table_bytes()
+    if frozen:
+        collection.freeze(mine)
+    assert collection.table_bytes() == stored
+    padding = collection._padding_rows()
+    assert collection.row_dims()[padding].tolist() == [DIM, *[0] * len(padding[1:])]
+    for seed in range(3):
+        if mode is None:
+            input = with_paddings(draw(seed=seed), paddings)
+            parts = zip(twins.values(), input.unbind(-1), strict=True)
+            wanted = torch.stack([table(rows) for table, rows in parts], -2)
+            found = collection(input.to(index_type))
+        else:
+            indices, offsets = bags_with(paddings, seed)
+            wanted = []
+            for t, table in enumerate(twins.values()):
+                own = offsets[4 * t : 4 * t + 5]
+                wanted.append(table(indices[own[0] : own[-1]], own - own[0]))
+            wanted = torch.stack(wanted, 1)
+            found = collection(indices.to(index_type), offsets.to(index_type))
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+        for out, held in ((found, mine), (wanted, theirs)):
+            held.zero_grad()
+            (out - 2).square().mean().backward()
+            held.step()
+    for name, table in collection.embeddings(masked=False).items():
+        torch.testing.assert_close(table.weight, twins[name].weight, rtol=1e-5, atol=1e-6)
+        row = table.padding_idx
+        assert row == twins[name].padding_idx == collection.table(name).padding_idx
+        assert row is None or torch.equal(table.weight[row], before[name].weight[row])
+    if not frozen and mode is None:
+        collection.zero_grad()
+        with torch.no_grad():
+            collection.weight[collection.padding_idx] = 0.7
+        for table in collection.embeddings(masked=False).values():
+            row = table.padding_idx
+            assert row is None or table.weight[row].eq(0.7).all()
+        collection(with_paddings(draw(), paddings)).sum().backward()
+        dense = [p.to_dense() for p in collection.weight.grad.split(list(ROWS.values()))]
+        for grad, row in zip(dense, rows_of(paddings).values(), strict=True):
+            assert bool(grad.any()) and (row is None or not bool(grad[row].any()))
+
+
+@pytest.mark.parametrize("paddings", PADDINGS)
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("shared", [None, "rarest", {"user": 4, "item": 1, "day": 1}])
+def test_a_life_with_padding_rows(paddings, bits, shared, tmp_path):
+    """Search, freeze, state, file, thaw: what the tables show, of which one has no padding row."""
+    counts = {name: value.clone() for name, value in COUNTS.items()}
+    for name, row in rows_of(paddings).items():
+        if row is not None:
+            counts[name][row] = 0
+    options = {"counts": counts, "shared_rows": shared, "budget": 0.2, "bits": bits}
+    weight = torch.cat([t.weight.detach() for t in padded_tables(paddings).values()])
+    collection = collection_of(padding_idx=paddings, _weight=weight, **options).eval()
+    starts = dict(zip(ROWS, collection.starts.tolist(), strict=True))
+    padding = [starts[n] + row for n, row in rows_of(paddings).items() if row is not None]
+    if shared is not None:
+        assert not set(collection.shared_rows.tolist()) & set(padding)
+    input = with_paddings(draw(), paddings)
+
+    def shows(tables):
+        wanted = expected(tables, input)
+        assert torch.equal(tables(input), wanted)
+        some = tables.lookup(["day", "user", "day"], input[..., [2, 0, 2]])
+        assert torch.equal(some, wanted[..., [2, 0, 2], :])
+        for t, name in enumerate(ROWS):
+            assert torch.equal(tables.table(name)(input[..., t]), wanted[..., t, :])
+            row, made = rows_of(paddings)[name], tables.embeddings()[name]
+            assert tables.padding_of(name) == made.padding_idx == row
+            assert torch.equal(made(input[..., t]), wanted[..., t, :])
+            if row is not None:
+                assert torch.equal(made.weight[row], made.weight[row].sign() * 0.5) or bits
+                assert torch.equal(made.weight[row], tables.dense_weight()[padding[0]])
+        return wanted
+
+    stored = collection.table_bytes()
+    searched = shows(collection)
+    state = copy.deepcopy(collection.state_dict())
+    collection.freeze()
+    # One padding row is stored, whatever the number of tables.
+    assert collection.tier_ends[-1] <= sum(ROWS.values()) - len(padding) + 1
+    assert collection.table_bytes() == stored or bits
+    frozen = shows(collection)
+    assert bits or torch.equal(frozen, searched)
+    other = collection_of(padding_idx=paddings, _weight=weight, **options).eval()
+    other.load_state_dict(collection.state_dict())
+    assert torch.equal(shows(other), frozen)
+    amtl.save(collection, tmp_path / "layer")
+    loaded = amtl.load(tmp_path / "layer")
+    assert torch.equal(shows(loaded), frozen)
+    bags = bags_with(paddings, 0)
+    assert torch.equal(loaded(*bags), collection(*bags))
+    loaded.thaw(counts=torch.cat(list(counts.values())))
+    shows(loaded)
+    shows(loaded.freeze())
+    shows(collection.thaw())
+    other.load_state_dict(state)
+    assert torch.equal(shows(other), searched)
+
+
+def test_files_without_padding_rows_are_what_they_were():
+    one = collection_of(padding_idx={"item": 7}).freeze().config()
+    none = collection_of().freeze().config()
+    assert "other_paddings" not in one and "other_paddings" not in none
+    assert none["padding_idx"] is None and one["padding_idx"] == 77
+    several = collection_of(padding_idx=[1, 2, 3]).freeze()
+    assert several.config()["other_paddings"] == [72, 123]
+    config, blocks = several.config(), [b.detach() for b in several.blocks]
+    with pytest.raises(ValueError, match="do not make a table"):
+        AMTLEmbeddingCollection.from_config(config, blocks)
+
+
+@pytest.mark.parametrize("paddings", PADDINGS)
+def test_padding_rows_compile_in_one_graph(paddings):
+    collection = collection_of(padding_idx=paddings).eval()
+    with torch.no_grad():
+        collection.weight[collection.padding_idx] = 0.5
+    compiled = torch.compile(lambda input: collection(input), fullgraph=True, backend="aot_eager")
+    input = with_paddings(draw(), paddings)
+    assert torch.equal(compiled(input), expected(collection, input))
+    input[3, 1] = 50
+    with pytest.raises(IndexError, match="index -1"):
+        compiled(input)
+    collection.freeze()
+    input = with_paddings(draw(seed=1), paddings)
+    assert torch.equal(compiled(input), expected(collection, input))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_indices_are_checked_before_padding_rows_are_one(frozen):
+    """Rows 69 and 70 of the common table are padding; no index outside a table may become them."""
+    collection = collection_of(padding_idx={"user": 69, "item": 0})
+    clamping = collection_of(padding_idx={"user": 69, "item": 0}, bounds_check="clamp")
+    if frozen:
+        collection.freeze(), clamping.freeze()
+    input = draw((4,))
+    for table, value, name in ((0, 70, "user"), (1, -1, "item")):
+        outside = input.clone()
+        outside[2, table] = value
+        with pytest.raises(IndexError, match=f"table '{name}': index {value} at position 2"):
+            collection(outside)
+        inside = input.clone()
+        inside[2, table] = (69, 0)[table]
+        assert torch.equal(clamping(outside), clamping(inside))
+
+
+def test_padding_rows_of_different_values_are_refused():
+    tables = padded_tables([0, 0, 0])
+    with torch.no_grad():
+        tables["day"].weight[0] = 1
+    with pytest.raises(ValueError, match="padding rows of 'day' and 'user' hold different values"):
+        AMTLEmbeddingCollection.from_embeddings(tables, COUNTS)
+    with pytest.raises(ValueError, match=r"padding_idx 7 of table 'day' is outside 0\.\.6"):
+        collection_of(padding_idx={"day": 7})
+    with pytest.raises(ValueError, match=r"no tables of .*\['hour'\]"):
+        collection_of(padding_idx={"hour": 0})
+    with pytest.raises(ValueError, match="2 padding_idx for 3 tables"):
+        collection_of(padding_idx=[0, 0])
+    with pytest.raises(ValueError, match=r"shared_rows\[2\]=122 must be .* not the padding row"):
+        collection_of(padding_idx=[0, 0, 2], shared_rows=[1, 1, 2])

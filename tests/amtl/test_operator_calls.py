@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from functools import partial
 
 import amtl
@@ -10,6 +10,7 @@ import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, AMTLEmbeddingCollection
 from amtl.data.registry import load_source
+from amtl.integrations import fuxictr
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.training import prepare
@@ -84,6 +85,27 @@ def test_many_tables_are_looked_up_and_updated_once(frozen):
         tables.fused_optimizer.step()
 
     assert counted(step) == ONE_OF_EACH
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_categorical_features_of_fuxictr_are_looked_up_and_updated_once(frozen, tmp_path):
+    pytest.importorskip("fuxictr", reason="needs: pip install -e .[fuxictr]")
+    from fuxictr.features import FeatureMap
+    from fuxictr.pytorch.layers import FeatureEmbedding
+    from fuxictr.pytorch.models import BaseModel
+
+    features = FeatureMap("made_here", str(tmp_path))
+    names = [f"t{i}" for i in range(26)]
+    spec = {"type": "categorical", "source": "", "vocab_size": 20, "padding_idx": 0}
+    features.features = OrderedDict((name, dict(spec)) for name in names)
+    model = BaseModel(features, verbose=0, model_root=str(tmp_path), metrics=["AUC"])
+    model.embedding_layer = FeatureEmbedding(features, 8)
+    counts = {name: counts_of(20) for name in names}
+    fuxictr.convert(model, counts, budget=0.3, fused_optimizer=FUSED)
+    if frozen:
+        amtl.freeze(model)
+    rows = {name: torch.randint(0, 20, (5,)) for name in reversed(names)}
+    assert counted(lambda: model.embedding_layer(rows).sum().backward()) == ONE_OF_EACH
 
 
 def test_converted_tables_are_each_looked_up_and_updated_once():

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch._dynamo
 from amtl import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.options import SearchOptions
+from amtl.layer.sharing import groups_that_share
 from torch import nn
 from torch.nn import functional as F
 
@@ -410,3 +412,15 @@ def test_other_tables_are_refused():
         )
         with pytest.raises(RuntimeError, match="do not fit a table"):
             other.load_state_dict(state)
+
+
+def test_lookups_of_padding_rows_do_not_land_on_shared_rows():
+    counts, shared, padding = counts_of(), [11, 160], [30, 170]
+    counts[padding] = torch.tensor([1, 2])
+    options = SearchOptions(budget=0.02)
+    grid = options.grid(DIM, 4)
+    landed = []
+    for rows in ([], padding):
+        groups = groups_that_share(counts, FIELDS, None, shared, rows, options, grid)
+        landed.append(groups.counts[groups.row_group[shared]])
+    assert (landed[0] - landed[1]).tolist() == [1, 2]

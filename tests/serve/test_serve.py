@@ -237,6 +237,29 @@ def test_collections_by_table(library, tmp_path):
         assert found.table("item").tables() == []
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("shared", [None, "rarest"])
+def test_padding_rows_of_tables_have_one_place(library, bits, shared, tmp_path):
+    sizes, paddings = {"user": 70, "item": 200, "day": 7}, {"user": 3, "day": 6}
+    counts = {name: torch.randint(1, 500, (rows,)) ** 2 for name, rows in sizes.items()}
+    weight = torch.randn(277, 16)
+    weight[[3, 276]] = 0.5
+    options = {"counts": counts, "budget": 0.1, "bits": bits, "shared_rows": shared}
+    layer = AMTLEmbeddingCollection(sizes, 16, padding_idx=paddings, _weight=weight, **options)
+    layer = saved(layer.freeze(), tmp_path / "c")
+    assert layer.tier_ends[-1] < 277
+    with library.open(tmp_path / "c") as file, torch.no_grad():
+        assert [t.padding for t in file.find("").tables()] == [3, -1, 6]
+        for name, rows in sizes.items():
+            table = file.find("").table(name)
+            every = torch.arange(rows)
+            assert equal_bits(table.lookup(range(rows)), layer.lookup(name, every))
+            row = paddings.get(name, 0)
+            bag = list(table.bags([row, 5, row, row], [0, 2, 3, 4]))
+            shown = [0.0] * 16 if name in paddings else layer.lookup(name, every[:1])[0].tolist()
+            assert bag[16:] == [*shown, *shown]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("serve") / "run"
@@ -378,6 +401,9 @@ def small(tmp_path_factory) -> Path:
     layers = {
         "a": some_layer(torch.float16, None, rows=40, dim=8),
         "b": some_layer(torch.float32, 4, rows=30, dim=8, shared_rows="rarest"),
+        "c": AMTLEmbeddingCollection(
+            [9, 5], 8, counts=[range(9), range(5)], budget=0.3, padding_idx=[0, 0]
+        ).freeze(),
     }
     amtl.save(layers, path, metadata={"text": "x" * 20})
     return path
@@ -489,6 +515,20 @@ def test_places_that_are_not_there_are_an_error(library, tmp_path):
                 file.find("").lookup([4, 5])
             assert caught.value.status == DAMAGED
             file.find("").lookup([4])
+
+
+def test_padding_rows_need_their_places(library, small, tmp_path):
+    tensors, _, _, content = read_document(small, {"amtl-packed": 1})
+    tensors, path = dict(tensors), tmp_path / "f"
+    without = {name: t for name, t in tensors.items() if name != "layers/c/row_order"}
+    document_writer("amtl-packed", 1, without, content)(path)
+    with pytest.raises(ServeError, match=r"no tensor .*layers/c/row_order") as caught:
+        library.open(path)
+    assert caught.value.status == DAMAGED
+    content["layers"]["c"]["other_paddings"] = [14]
+    document_writer("amtl-packed", 1, tensors, content)(path)
+    with pytest.raises(ServeError, match="has no padding row"):
+        library.open(path)
 
 
 def test_rows_of_half_a_number_are_damaged(library, tmp_path):

@@ -16,7 +16,6 @@ tables of width 1 of the linear part stay as they are.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,15 +24,13 @@ import torch
 from torch import Tensor, nn
 
 import amtl
+from amtl.integrations import joining
+from amtl.integrations.joining import COLLECTION, Owner
 from amtl.integrations.optimizers import add_masks, move_to_layers
-from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable, check_alike
-from amtl.layer.shares import automatic_bits
+from amtl.layer.collection import CollectedTable
 from amtl.layer.table import AMTLTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
-
-_COLLECTION = "amtl_collection"
-"""The attribute of a model that holds its collection."""
 
 _EXACT = 2**24
 """Whole numbers up to here are exact as float32."""
@@ -140,8 +137,13 @@ def convert(
             "or leave it out and sizes learn at the rate of the optimizer that is built then"
         )
     chosen = {name: tables[name] for name in counts}
-    if collection or (collection is None and _fit(chosen, options)):
-        return _collect(model, chosen, counts, budget, mask_lr, options)
+    owner = _owner(model)
+    if collection or (collection is None and joining.fit(owner, chosen, options)):
+        made = joining.collect(model, owner, chosen, counts, budget, optimizer, options)
+        _penalise_layers(named, {table.weight: made for table in chosen.values()})
+        if optimizer is not None:
+            add_masks(optimizer, {COLLECTION: made}, mask_lr)
+        return model
     if isinstance(options.get("shared_rows"), Mapping):
         options["shared_rows"] = _dotted(options["shared_rows"])
     before = {name: tables[name].weight for name in counts}
@@ -180,27 +182,14 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     """
     if amtl.layers(model):
         raise ValueError("the model has AMTL layers already; load into a newly built one")
-    before = {name: table.weight for name, table in _tables(model).items()}
+    _tables(model)
     named: Any = model
-    packed = amtl.open_packed(path)
-    collected = packed.layers.get(_COLLECTION)
-    if isinstance(collected, AMTLEmbeddingCollection):
-        replaced = _install(named, collected)
-        try:
-            packed.into(model)
-        except Exception:
-            _uninstall(named, replaced)
-            raise
-        before = {name: before[name] for name in replaced}
-        _penalise_layers(named, {before[name]: collected for name in replaced})
-        if getattr(named, "optim", None) is not None:
-            move_to_layers(named.optim, dict.fromkeys(before.values(), collected))
-        return model
-    packed.into(model)
-    before = {name: w for name, w in before.items() if isinstance(_get(named, name), AMTLTable)}
-    _penalise_layers(named, {weight: _get(named, name) for name, weight in before.items()})
+    layers = joining.load(
+        amtl.open_packed(path), model, lambda place: None if place else _owner(model)
+    )
+    _penalise_layers(named, layers)
     if getattr(named, "optim", None) is not None:
-        move_to_layers(named.optim, {weight: _get(named, name) for name, weight in before.items()})
+        move_to_layers(named.optim, layers)
     return model
 
 
@@ -257,61 +246,12 @@ def _penalise_layers(model: Any, replaced: Mapping[nn.Parameter, AMTLTable]) -> 
     ]
 
 
-def _fit(tables: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    """Whether tables are several that go into one collection."""
-    shared = options.get("shared_rows")
-    if isinstance(shared, Mapping) and shared.keys() != tables.keys():
-        return False
-    try:
-        check_alike(tables)
-    except ValueError:
-        return False
-    return len(tables) > 1
-
-
-def _collect(
-    model: _Model,
-    tables: Mapping[str, Any],
-    counts: Mapping[str, Any],
-    budget: float | None,
-    mask_lr: float | None,
-    options: Mapping[str, Any],
-) -> _Model:
-    """Put tables into one collection of the model, and its optimizer's state along."""
-    named: Any = model
-    optimizer = getattr(named, "optim", None)
-    given = {} if optimizer is None else {"optimizer": optimizer}
-    bits = automatic_bits(budget, [table.weight for table in tables.values()], options)
-    made = AMTLEmbeddingCollection.from_embeddings(
-        tables, counts, **{**given, "budget": budget, **options, "bits": bits}
-    )
-    _penalise_layers(named, {table.weight: made for table in tables.values()})
-    _install(named, made)
-    if optimizer is not None:
-        add_masks(optimizer, {_COLLECTION: made}, mask_lr)
-    return model
-
-
-def _install(model: Any, collection: AMTLEmbeddingCollection) -> dict[str, nn.Module]:
-    """Let a model look its tables up in a collection; returns what was replaced, by name."""
-    collection.name = _COLLECTION
-    setattr(model, _COLLECTION, collection)
-    replaced = {name: _get(model, name) for name in collection.names}
-    for name in collection.names:
-        model.embedding_dict[name] = collection.table(name)
+def _owner(model: Any) -> Owner:
     from deepctr_torch.models.basemodel import BaseModel
 
     method = "input_from_feature_columns"
-    if getattr(type(model), method, None) is getattr(BaseModel, method):
-        vars(model)[method] = functools.partial(_input_from_feature_columns, model)
-    return replaced
-
-
-def _uninstall(model: Any, replaced: Mapping[str, nn.Module]) -> None:
-    delattr(model, _COLLECTION)
-    vars(model).pop("input_from_feature_columns", None)
-    for name, module in replaced.items():
-        model.embedding_dict[name] = module
+    own = getattr(BaseModel, method)
+    return Owner(model, model.embedding_dict, method, own, _input_from_feature_columns)
 
 
 def _input_from_feature_columns(

@@ -10,23 +10,32 @@
 
 Converted are the tables of categorical and sequence features, in every `FeatureEmbedding` of the
 model; features that share one go on sharing it. Tables of width 1 (logistic regression) and
-pretrained ones stay as they are. `model.save_weights` and `load_weights` work as before.
+pretrained ones stay as they are. Tables of one width in one `FeatureEmbedding` go into one
+`AMTLEmbeddingCollection`, under one budget: its categorical features are then looked up in one
+call. `model.save_weights` and `load_weights` work as before.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import amtl
+from amtl.integrations import joining
+from amtl.integrations.joining import Owner
 from amtl.integrations.optimizers import add_masks, move_to_layers
+from amtl.layer.collection import CollectedTable
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+_DICT = "FeatureEmbeddingDict"
+"""The class that looks features up, known by name: a model of none needs no FuxiCTR to be one."""
 
 
 def count(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -72,6 +81,7 @@ def convert(
     budget: float | Mapping[str, float | None] | None = 0.4,
     *,
     mask_lr: float | None = None,
+    collection: bool | None = None,
     **options: Any,
 ) -> _Model:
     """Replace tables of a trained or untrained model by AMTL layers, in place.
@@ -85,19 +95,24 @@ def convert(
             of any one of its features. Others are left alone.
         budget: stored fraction of all these tables together, or by feature; see `amtl.convert`.
         mask_lr: learning rate of the sizes; None: the optimizer's own, as for all parameters.
-        **options: as in `amtl.convert`; a `shared_rows` by name goes by feature, too.
+        collection: True: one collection of all these tables, `amtl_collection` of the
+            `FeatureEmbeddingDict` that has them, which takes over weights and the optimizer's
+            state; False: a layer for each; None: a collection if there are several of one width
+            in one `FeatureEmbeddingDict`, with equal padding rows and no budgets by feature.
+        **options: as in `amtl.convert`, or those of the collection; a `shared_rows` by name goes by
+            feature, too.
 
     Returns:
         The model.
 
     Raises:
         TypeError: not a model of FuxiCTR.
-        ValueError: an unknown feature, two for one table, or what `amtl.convert` refuses. Nothing
-            is replaced then.
+        ValueError: an unknown feature, two for one table, tables that do not go into one
+            collection, or what `amtl.convert` refuses. Nothing is replaced then.
     """
     tables = _tables(model)
     place_of = {id(module): name for name, module in model.named_modules()}
-    dotted: dict[str, list[str]] = {}
+    chosen: dict[str, list[Any]] = {}
     for name in counts:
         found = next((t for t in tables if name in t[0]), None)
         if found is None:
@@ -109,17 +124,36 @@ def convert(
             raise ValueError(
                 f"features {twice} share a table: give the sum of their counts under one name"
             )
-        dotted[name] = [place_of[id(module)] for module in modules]
+        chosen[name] = modules
+    named: Any = model
+    optimizer = getattr(named, "optimizer", None)
+    owners = _owners(model, chosen)
+    if collection is None:
+        joins = len(owners) == 1 and not isinstance(budget, Mapping)
+        collection = joins and joining.fit(owners[0], _single(chosen), options)
+    if collection:
+        if len(owners) != 1:
+            raise ValueError(
+                f"the tables of {list(chosen)} are in {len(owners)} FeatureEmbeddings, but a "
+                "collection is of one: convert those of each by themselves"
+            )
+        if isinstance(budget, Mapping):
+            raise ValueError("a collection has one budget; budgets by feature make layers")
+        joined = _single(chosen)
+        made = joining.collect(model, owners[0], joined, counts, budget, optimizer, options)
+        if optimizer is not None:
+            add_masks(optimizer, {made.name: made}, mask_lr)
+        return model
+    dotted = {name: [place_of[id(m)] for m in modules] for name, modules in chosen.items()}
     if isinstance(options.get("shared_rows"), Mapping):
         options["shared_rows"] = _spread(options["shared_rows"], dotted)
     if isinstance(budget, Mapping):
         budget = _spread(budget, dotted)
     amtl.convert(model, _spread(counts, dotted), budget, **options)
-    named: Any = model
-    layers = amtl.layers(model)
-    if getattr(named, "optimizer", None) is not None:
+    if optimizer is not None:
+        layers = amtl.layers(model)
         new = {place: layers[place] for places in dotted.values() for place in places}
-        add_masks(named.optimizer, new, mask_lr)
+        add_masks(optimizer, new, mask_lr)
     return model
 
 
@@ -150,24 +184,21 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     if amtl.layers(model):
         raise ValueError("the model has AMTL layers already; load into a newly built one")
     _tables(model)
-    weights: dict[str, Any] = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-    }
-    amtl.load(path, model=model)
+    dicts = {name: m for name, m in model.named_modules() if type(m).__name__ == _DICT}
+    layers = joining.load(
+        amtl.open_packed(path),
+        model,
+        lambda place: _owner(dicts[place]) if place in dicts else None,
+    )
     named: Any = model
     if getattr(named, "optimizer", None) is not None:
-        layers = amtl.layers(model)
-        move_to_layers(named.optimizer, {weights[name]: layers[name] for name in layers})
+        move_to_layers(named.optimizer, layers)
     return model
 
 
 def _tables(model: nn.Module) -> list[tuple[list[str], list[Any]]]:
     """What can be converted: features that share, and their table in each `FeatureEmbedding`."""
-    dicts: list[Any] = [
-        module for module in model.modules() if type(module).__name__ == "FeatureEmbeddingDict"
-    ]
+    dicts: list[Any] = [module for module in model.modules() if type(module).__name__ == _DICT]
     if not dicts or not hasattr(model, "regularization_loss"):
         raise TypeError(
             f"{type(model).__name__} is not a model of FuxiCTR with a FeatureEmbedding; "
@@ -182,6 +213,68 @@ def _tables(model: nn.Module) -> list[tuple[list[str], list[Any]]]:
         for table, names in features.items():
             found.setdefault(tuple(names), []).append(table)
     return [(list(names), modules) for names, modules in found.items()]
+
+
+def _owners(model: nn.Module, chosen: Mapping[str, Sequence[Any]]) -> list[Owner]:
+    """Where these tables are looked up."""
+    modules = {id(module) for each in chosen.values() for module in each}
+    dicts: list[Any] = [module for module in model.modules() if type(module).__name__ == _DICT]
+    return [
+        _owner(each)
+        for each in dicts
+        if any(id(table) in modules for table in each.embedding_layers.values())
+    ]
+
+
+def _owner(module: Any) -> Owner:
+    from fuxictr.pytorch.layers import FeatureEmbeddingDict
+
+    return Owner(module, module.embedding_layers, "forward", FeatureEmbeddingDict.forward, _forward)
+
+
+def _single(chosen: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The table of each feature, of features that are looked up in one place."""
+    return {name: modules[0] for name, modules in chosen.items()}
+
+
+def _forward(
+    module: Any,
+    inputs: Mapping[str, Tensor],
+    feature_source: Sequence[str] | str = (),
+    feature_type: Sequence[str] | str = (),
+) -> OrderedDict[str, Tensor]:
+    """FuxiCTR's own, with one lookup for all single-valued features in the collection."""
+    from fuxictr.utils import not_in_whitelist
+
+    layers, specs = module.embedding_layers, module._feature_map.features
+
+    def collected(feature: str) -> bool:
+        spec = specs[feature]
+        if spec["type"] != "categorical" or feature not in layers:
+            return False
+        if feature_source and not_in_whitelist(spec["source"], feature_source):
+            return False
+        if feature_type and not_in_whitelist(spec["type"], feature_type):
+            return False
+        return isinstance(layers[feature], CollectedTable)
+
+    own = type(module).forward
+    together = [feature for feature in inputs if collected(feature)]
+    if len({inputs[feature].shape for feature in together}) != 1:
+        whole: OrderedDict[str, Tensor] = own(module, inputs, feature_source, feature_type)
+        return whole
+    home = layers[together[0]].collection
+    # In the order of the collection, whose tables are then not picked one by one.
+    together.sort(key=lambda feature: home.names.index(layers[feature].name))
+    rows = torch.stack([inputs[feature].long() for feature in together], -1)
+    out = home.lookup([layers[feature].name for feature in together], rows)
+    found = dict(zip(together, out.unbind(-2), strict=True))
+    for feature in together:
+        if feature in module.feature_encoders:
+            found[feature] = module.feature_encoders[feature](found[feature])
+    rest = {feature: value for feature, value in inputs.items() if feature not in found}
+    found.update(own(module, rest, feature_source, feature_type))
+    return OrderedDict((feature, found[feature]) for feature in inputs if feature in found)
 
 
 def _spread(by_feature: Mapping[str, Any], dotted: Mapping[str, list[str]]) -> dict[str, Any]:

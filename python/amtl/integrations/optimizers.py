@@ -27,6 +27,7 @@ def move_to_layers(optimizer: Optimizer, layers: Mapping[nn.Parameter, AMTLTable
     for group in optimizer.param_groups:
         old = group["params"]
         parts = [layers[p].table_parameters() if p in layers else [p] for p in old]
-        group["params"] = [p for part in parts for p in part]
+        # A collection takes the place of several.
+        group["params"] = list({id(p): p for part in parts for p in part}.values())
     for weight in layers:
         optimizer.state.pop(weight, None)

@@ -32,6 +32,10 @@ class AMTLEmbeddingCollection(AMTLTable):
 
     Frozen, it keeps `row_order`, 4 bytes a row, for tiers of several tables interleave.
 
+    Padding rows of several tables are one: the first table's that has one is looked up for all,
+    and once frozen the others take no place. The attribute `padding_idx` is its number among the
+    rows of all tables.
+
     Args:
         num_embeddings: rows of each table, by name; without names they are called "0", "1", ...
         embedding_dim: D >= 1, of all tables.
@@ -39,6 +43,9 @@ class AMTLEmbeddingCollection(AMTLTable):
         max_norm, norm_type, sparse, device, dtype: as in nn.Embedding.
         _weight: initial table [N, D], the tables one below the other. _freeze: it does not train.
         counts: training counts [N_t] of each table, by name or in order.
+        padding_idx: a row of each table without gradient, which in bags counts for nothing, by
+            name or in order; None, or a name left out: a table has none. Padding rows of `_weight`
+            are equal.
         shared_rows: where rows of size 0 are looked up: a row of each table, by name or in order,
             or "rarest"; None or "zero": they give zeros.
         fused_optimizer: see `AMTLEmbedding`.
@@ -50,6 +57,7 @@ class AMTLEmbeddingCollection(AMTLTable):
 
     starts: Tensor
     sizes: Tensor
+    paddings: Tensor
     _keeps_numbering = True
 
     def __init__(
@@ -66,6 +74,7 @@ class AMTLEmbeddingCollection(AMTLTable):
         dtype: torch.dtype | None = None,
         *,
         counts: Mapping[str, object] | Sequence[object],
+        padding_idx: Mapping[str, int | None] | Sequence[int | None] | None = None,
         shared_rows: Mapping[str, int] | Sequence[int] | str | None = None,
         fused_optimizer: FusedOptimizer | None = None,
         **options: Any,
@@ -83,11 +92,16 @@ class AMTLEmbeddingCollection(AMTLTable):
         if shared_rows is not None and not isinstance(shared_rows, str):
             local = _in_order("shared_rows", shared_rows, names)
             shared = [start + int(row) for start, row in zip(starts, local, strict=True)]
+        paddings = _padding_rows(padding_idx, dict(zip(names, rows, strict=True)))
+        paddings = {name: starts[names.index(name)] + row for name, row in paddings.items()}
+        if _weight is not None and len(_weight) == sum(rows):
+            _check_paddings({name: _weight[row] for name, row in paddings.items()})
+        padding = list(paddings.values())
         every = [check_counts(c, n) for c, n in zip(given, rows, strict=True)]
         super().__init__(
             sum(rows),
             embedding_dim,
-            None,
+            padding[0] if padding else None,
             max_norm,
             norm_type,
             False,
@@ -101,6 +115,7 @@ class AMTLEmbeddingCollection(AMTLTable):
             None,
             shared,
             SearchOptions(**options),
+            padding[1:],
         )
         self._hold_names(names, mode)
         self.fuse(fused_optimizer)
@@ -118,8 +133,8 @@ class AMTLEmbeddingCollection(AMTLTable):
         In optimizers that hold them, its one weight takes the place of theirs, with their state.
 
         Args:
-            embeddings: by name, of one width, type and device, without `padding_idx` and
-                `max_norm`.
+            embeddings: by name, of one width, type and device, without `max_norm`, their padding
+                rows equal.
             counts: training counts [N_t] by name.
             optimizer: the optimizer(s) that hold the weights. None: those found in the process.
             **options: of the collection. `mode` is that of the embeddings if they are bags.
@@ -141,6 +156,7 @@ class AMTLEmbeddingCollection(AMTLTable):
                 _weight=torch.cat([weight.detach() for weight in weights]),
                 _freeze=not trains,
                 counts=counts,
+                padding_idx=[module.padding_idx for module in modules],
                 **options,
             )
         made.train(modules[0].training)
@@ -157,7 +173,16 @@ class AMTLEmbeddingCollection(AMTLTable):
         self._table_of = {name: t for t, name in enumerate(self.names)}
         sizes = torch.tensor(self.field_sizes, dtype=torch.int64)
         self.register_buffer("sizes", sizes.to(self.device), persistent=False)
-        self.register_buffer("starts", (sizes.cumsum(0) - sizes).to(self.device), persistent=False)
+        starts = sizes.cumsum(0) - sizes
+        self.register_buffer("starts", starts.to(self.device), persistent=False)
+        padding = self._padding_rows()
+        owners = torch.bucketize(torch.tensor(padding, dtype=torch.int64), starts, right=True) - 1
+        self._padding_of = dict(zip(owners.tolist(), padding, strict=True))
+        if self.other_paddings:
+            # Of tables without one that of another, which is no row of theirs.
+            rows = [self._padding_of.get(t, self.padding_idx) for t in range(len(sizes))]
+            paddings = torch.tensor(rows, device=self.device)
+            self.register_buffer("paddings", paddings, persistent=False)
 
     def _configure(self, config: Mapping[str, Any]) -> None:
         self._unnamed = (config["names"], config["mode"])
@@ -243,6 +268,16 @@ class AMTLEmbeddingCollection(AMTLTable):
         """
         return CollectedTable(self, name)
 
+    def padding_of(self, name: str) -> int | None:
+        """The padding row of a table, counted from its first row; None if it has none.
+
+        Raises:
+            KeyError: no such table.
+        """
+        table = self._number(name)
+        row = self._padding_of.get(table)
+        return None if row is None else row - self.field_offsets[table]
+
     def _number(self, name: str) -> int:
         """Which table it is."""
         if name not in self._table_of:
@@ -275,6 +310,21 @@ class AMTLEmbeddingCollection(AMTLTable):
                 f"indices must be [..., {len(starts)}], one for each table, got "
                 f"{tuple(input.shape)}; with offsets they are bags"
             )
+        rows = self._inside(input, starts, sizes, tables)
+        if self.other_paddings and self.tier_ends is None:
+            paddings = self.paddings if tables is None else self.paddings[tables]
+            rows = self._one_padding(rows, paddings)
+        return rows
+
+    def _one_padding(self, rows: Tensor, paddings: Tensor) -> Tensor:
+        """These rows, with one padding row for that of each one's table; frozen, none needs it."""
+        assert self.padding_idx is not None
+        return torch.where(rows == paddings, self.padding_idx, rows)
+
+    def _inside(
+        self, input: Tensor, starts: Tensor, sizes: Tensor, tables: list[int] | None
+    ) -> Tensor:
+        """Rows of the common table, as `bounds_check` wants those outside of theirs."""
         bounds = self.options.bounds_check
         if bounds == "off" or not input.numel():
             return input + starts
@@ -328,6 +378,8 @@ class AMTLEmbeddingCollection(AMTLTable):
                 self._complain(int(input[position]), position - int(offsets[which * bags]), which)
                 input = torch.minimum(input.clamp(min=0), sizes - 1)
         rows = input + self.starts[table]
+        if self.other_paddings and self.tier_ends is None:
+            rows = self._one_padding(rows, self.paddings[table])
         out = self._pool(rows, offsets, weights, self.mode, True)
         return out.view(tables, bags, self.embedding_dim).transpose(0, 1)
 
@@ -370,9 +422,15 @@ class AMTLEmbeddingCollection(AMTLTable):
         """
         hidden = self.phase == "search" and not masked
         dense = self.table_parameters()[0].detach().clone() if hidden else self.dense_weight()
+        if hidden and self.padding_idx is not None:
+            dense[self._padding_rows()] = dense[self.padding_idx].clone()
         return {
             name: nn.Embedding(
-                len(part), self.embedding_dim, sparse=self.sparse, _weight=part.clone()
+                len(part),
+                self.embedding_dim,
+                padding_idx=self.padding_of(name),
+                sparse=self.sparse,
+                _weight=part.clone(),
             )
             for name, part in zip(self.names, dense.split(self.field_sizes), strict=True)
         }
@@ -394,6 +452,34 @@ def _in_order(what: str, values: Any, names: Sequence[str]) -> list[Any]:
     return list(values)
 
 
+def _padding_rows(padding_idx: Any, rows: Mapping[str, int]) -> dict[str, int]:
+    """The padding row of each table that has one, 0..N-1."""
+    if padding_idx is None:
+        return {}
+    if isinstance(padding_idx, Mapping):
+        unknown = [name for name in padding_idx if name not in rows]
+        if unknown:
+            raise ValueError(f"padding_idx names no tables of {list(rows)}: {unknown}")
+        padding_idx = [padding_idx.get(name) for name in rows]
+    given = zip(rows, _in_order("padding_idx", padding_idx, list(rows)), strict=True)
+    found = {name: int(row) for name, row in given if row is not None}
+    for name, row in found.items():
+        if not -rows[name] <= row < rows[name]:
+            raise ValueError(f"padding_idx {row} of table {name!r} is outside 0..{rows[name] - 1}")
+    return {name: row % rows[name] for name, row in found.items()}
+
+
+def _check_paddings(values: Mapping[str, Tensor]) -> None:
+    """Raise unless padding rows hold the same."""
+    first, *others = values or [""]
+    for name in others:
+        if not torch.equal(values[name], values[first]):
+            raise ValueError(
+                f"the padding rows of {name!r} and {first!r} hold different values; a collection "
+                "looks one up for all tables, so they must be equal"
+            )
+
+
 def check_alike(embeddings: Mapping[str, Any]) -> None:
     """Raise unless these embeddings go into one collection.
 
@@ -406,8 +492,8 @@ def check_alike(embeddings: Mapping[str, Any]) -> None:
     for name, module in embeddings.items():
         if type(module) not in (nn.Embedding, nn.EmbeddingBag):
             raise ValueError(f"{name!r} is {kind(module)}, not an nn.Embedding")
-        for key in ("padding_idx", "max_norm"):
-            if getattr(module, key) is not None:
+        for key in ("max_norm", "scale_grad_by_freq"):
+            if getattr(module, key) not in (None, False):
                 raise ValueError(f"{name!r} has {key}, which a collection has not for one table")
         for key in ("embedding_dim", "sparse", "mode"):
             if getattr(module, key, None) != getattr(first, key, None):
@@ -415,6 +501,8 @@ def check_alike(embeddings: Mapping[str, Any]) -> None:
         for key in ("dtype", "device"):
             if getattr(module.weight, key) != getattr(first.weight, key):
                 raise ValueError(f"{name!r} differs from {first_name!r} in {key}")
+    padded = {name: m for name, m in embeddings.items() if m.padding_idx is not None}
+    _check_paddings({name: m.weight.detach()[m.padding_idx] for name, m in padded.items()})
 
 
 class CollectedTable(nn.Module):
@@ -422,7 +510,7 @@ class CollectedTable(nn.Module):
 
     Attributes:
         name: of the table.
-        num_embeddings, embedding_dim: of the table.
+        num_embeddings, embedding_dim, padding_idx: of the table.
     """
 
     def __init__(self, collection: AMTLEmbeddingCollection, name: str) -> None:
@@ -432,6 +520,7 @@ class CollectedTable(nn.Module):
         self.name = name
         self.num_embeddings = collection.field_sizes[collection._number(name)]
         self.embedding_dim = collection.embedding_dim
+        self.padding_idx = collection.padding_of(name)
 
     @property
     def collection(self) -> AMTLEmbeddingCollection:
@@ -447,4 +536,5 @@ class CollectedTable(nn.Module):
 
     def extra_repr(self) -> str:
         """As nn.Embedding, with the name."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, name={self.name!r}"
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, name={self.name!r}"

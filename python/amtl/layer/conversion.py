@@ -222,14 +222,14 @@ def convert(
                 f"{type(counts).__name__}"
             )
         counts = {"": counts}
-    places = _places(model)
+    places = places_of(model)
     wanted = list(dict.fromkeys(counts if names is None else names))
     by_module: dict[nn.Module, str] = {}
     for name in wanted:
         module = _find(model, name)
         _check_convertible(name, module)
         by_module.setdefault(module, name)
-    _check_unshared(model, by_module)
+    check_unshared(model, by_module)
     check(model, by_module)
     found = {
         module: _checked_counts(module, (name, *places[module]), counts)
@@ -248,7 +248,7 @@ def convert(
             retire(wrappers_of(module.parameters()))
     if fused_optimizer is not None and replacements:
         fuse(nn.ModuleList(replacements.values()), fused_optimizer)
-    converted = _swap(model, places, replacements)
+    converted = swap(model, places, replacements)
     if not isinstance(converted, AMTLTable):
         watch_first_passes(converted)
     return converted
@@ -270,7 +270,7 @@ def revert(model: _Model, *, masked: bool = False) -> _Model:
     Raises:
         ValueError: a collection, whose tables `embeddings()` gives.
     """
-    places = _places(model)
+    places = places_of(model)
     for name, layer in layers(model).items():
         if not isinstance(layer, AMTLEmbedding | AMTLEmbeddingBag):
             raise ValueError(
@@ -282,10 +282,10 @@ def revert(model: _Model, *, masked: bool = False) -> _Model:
         for module in places
         if isinstance(module, AMTLTable)
     }
-    return _swap(model, places, replacements)
+    return swap(model, places, replacements)
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     """All dotted names of every module; the root is ''."""
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -346,7 +346,7 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         )
 
 
-def _check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
+def check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
     """Refuse weights that another module uses, too: masks would not reach it."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -489,7 +489,7 @@ def _embedding_from(layer: AMTLTable, masked: bool) -> nn.Module:
     return module
 
 
-def _swap(
+def swap(
     model: _Model,
     places: Mapping[nn.Module, list[str]],
     replacements: Mapping[Any, nn.Module],

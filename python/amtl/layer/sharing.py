@@ -16,7 +16,7 @@ SharedRows = Sequence[int] | str | None
 
 
 def resolve_shared_rows(
-    shared_rows: SharedRows, counts: Tensor, field_sizes: Sequence[int], padding_idx: int | None
+    shared_rows: SharedRows, counts: Tensor, field_sizes: Sequence[int], padding: Sequence[int]
 ) -> list[int] | None:
     """The shared row of each field, or None if rows of size 0 are to give zeros.
 
@@ -25,7 +25,7 @@ def resolve_shared_rows(
             last one; None or "zero" for zeros.
         counts: int64 [N].
         field_sizes: rows per field.
-        padding_idx: a row that is never shared.
+        padding: rows that are never shared.
 
     Raises:
         ValueError: anything else.
@@ -34,9 +34,9 @@ def resolve_shared_rows(
         return None
     starts = torch.tensor([0, *field_sizes]).cumsum(0).tolist()
     if shared_rows == "rarest":
-        if padding_idx is not None:
+        if padding:
             counts = counts.clone()
-            counts[padding_idx] = torch.iinfo(torch.int64).max
+            counts[list(padding)] = torch.iinfo(torch.int64).max
         parts = zip(starts[1:], counts.split(list(field_sizes)), strict=True)
         return [end - 1 - int(part.flip(0).argmin()) for end, part in parts]
     if isinstance(shared_rows, str) or len(shared_rows) != len(field_sizes):
@@ -46,7 +46,7 @@ def resolve_shared_rows(
         )
     rows = [int(row) for row in shared_rows]
     for field, row in enumerate(rows):
-        if not starts[field] <= row < starts[field + 1] or row == padding_idx:
+        if not starts[field] <= row < starts[field + 1] or row in padding:
             raise ValueError(
                 f"shared_rows[{field}]={row} must be a row of its field, "
                 f"{starts[field]}..{starts[field + 1] - 1}, and not the padding row"
@@ -59,14 +59,15 @@ def groups_that_share(
     field_sizes: Sequence[int],
     row_features: Tensor | None,
     shared_rows: Sequence[int] | None,
-    padding_idx: int | None,
+    padding: Sequence[int],
     options: SearchOptions,
     grid: SizeGrid,
 ) -> FrequencyGroups:
     """Frequency groups in which a shared row counts the lookups that land on it.
 
     Rows that the rule gives nothing send their lookups to the shared row, which deserves a size for
-    them. So the rule is asked twice: who gets nothing, and then with the counts of those added.
+    them; `padding` rows do not. So the rule is asked twice: who gets nothing, and then with the
+    counts of those added.
     """
     groups = frequency_groups(counts, field_sizes, row_features)
     if shared_rows is None or grid.sizes[0] > 0 or options.parametrization == "free":
@@ -75,8 +76,7 @@ def groups_that_share(
     nothing = rule.sizes()[groups.row_group] == 0
     shared = torch.tensor(shared_rows, device=counts.device)
     nothing[shared] = False
-    if padding_idx is not None:
-        nothing[padding_idx] = False
+    nothing[list(padding)] = False
     fields = torch.arange(len(field_sizes)).repeat_interleave(torch.tensor(field_sizes))
     landing = counts.clone()
     landing.index_add_(0, shared[fields.to(counts.device)[nothing]], counts[nothing])

@@ -91,6 +91,7 @@ class AMTLTable(TableStates):
         row_features: Tensor | None,
         shared_rows: SharedRows,
         options: SearchOptions,
+        other_paddings: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if num_embeddings < 0 or embedding_dim < 1:
@@ -123,6 +124,7 @@ class AMTLTable(TableStates):
             check_field_sizes(field_sizes, num_embeddings),
             options,
         )
+        self.other_paddings = tuple(other_paddings)
         if weight is None:
             data = amtl_kernels.empty_table(
                 num_embeddings, embedding_dim, device=device, dtype=dtype
@@ -133,7 +135,8 @@ class AMTLTable(TableStates):
             self.weight = nn.Parameter(weight.contiguous(), requires_grad=requires_grad)
         self.grid = options.grid(embedding_dim, self.weight.element_size())
         checked = check_counts(counts, num_embeddings).to(self.weight.device)
-        self._share(resolve_shared_rows(shared_rows, checked, self.field_sizes, padding_idx))
+        padding = self._padding_rows()
+        self._share(resolve_shared_rows(shared_rows, checked, self.field_sizes, padding))
         self.row_group, self.head = self._search(checked, options, row_features)
 
     def _share(self, rows: Sequence[int] | None) -> None:
@@ -144,13 +147,14 @@ class AMTLTable(TableStates):
     ) -> tuple[Tensor, SizeHead]:
         """Group of each row, and a new size head."""
         shared = None if self.shared_rows is None else self.shared_rows.tolist()
+        padding = self._padding_rows()
 
         def search(parts: int) -> tuple[Tensor, SizeHead]:
             numbers = options.in_numbers(
                 self.num_embeddings, self.embedding_dim, self._table()[0].element_size(), parts
             )
             groups = groups_that_share(
-                counts, self.field_sizes, row_features, shared, self.padding_idx, numbers, self.grid
+                counts, self.field_sizes, row_features, shared, padding, numbers, self.grid
             )
             return groups.row_group, numbers.head(groups, self.grid)
 
@@ -193,10 +197,12 @@ class AMTLTable(TableStates):
         ends = tuple(config["tier_ends"])
         dim = config["embedding_dim"]
         rows = [end - start for start, end in zip((0, *ends), ends, strict=False)]
-        shared = config.get("shared_rows")
+        shared, paddings = config.get("shared_rows"), config.get("other_paddings", ())
         fits = len(blocks) == len(ends) > 0
         fits = fits and ends[-1] <= config["num_embeddings"]
-        fits = fits and (shared is not None or ends[-1] == config["num_embeddings"])
+        whole = ends[-1:] == (config["num_embeddings"],)
+        fits = fits and (shared is not None or bool(paddings) or whole)
+        fits = fits and (not paddings or row_order is not None)
         bits = config["options"].get("bits")
         for block, count in zip(blocks, rows, strict=False):
             fits = fits and block.dim() == 2 and block.shape[0] == count >= 0
@@ -225,6 +231,7 @@ class AMTLTable(TableStates):
         )
         exact = replace(layer.options, tier_width=config["tier_width"])
         layer.grid = exact.grid(dim, (blocks[0] if steps is None else steps).element_size())
+        layer.other_paddings = tuple(paddings)
         layer._configure(config)
         layer.full_rows = config.get("full_rows", layer.num_embeddings)
         layer.shared_rows = (
@@ -239,13 +246,13 @@ class AMTLTable(TableStates):
         """Attributes of a subclass, from `config()`."""
 
     def reset_parameters(self) -> None:
-        """Draw weights from N(0, weight_std^2), the padding row zero, as nn.Embedding does."""
+        """Draw weights from N(0, weight_std^2), padding rows zero, as nn.Embedding does."""
         if self.tier_ends is not None or self.weight is None:
             raise RuntimeError("reset_parameters() needs the search phase; call thaw() first")
         nn.init.normal_(self.weight, std=self.options.weight_std)
-        if self.padding_idx is not None:
-            with torch.no_grad():
-                self.weight[self.padding_idx].fill_(0)
+        with torch.no_grad():
+            for row in self._padding_rows():
+                self.weight[row].fill_(0)
 
     def fuse(self: _Self, optimizer: FusedOptimizer | None) -> _Self:
         """Let the backward update the table, by an optimizer that is the handle from then on.
@@ -459,9 +466,8 @@ class AMTLTable(TableStates):
         """The place of each row, int32 [N]; None where a comparison tells it."""
         if merged is None:
             return plan.places()
-        assert self.shared_rows is not None
-        stand_in = self._stand_ins()[merged]
-        if plan.order is None and bool((stand_in == self.shared_rows[-1]).all()):
+        stand_in, shared = self._stand_ins()[merged], self.shared_rows
+        if plan.order is None and shared is not None and bool((stand_in == shared[-1]).all()):
             return None
         places = plan.places()
         if places is None:

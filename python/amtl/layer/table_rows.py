@@ -73,6 +73,8 @@ class TableRows(nn.Module):
     head: SizeHead | None
     rounding: Rounding | None
     grid: SizeGrid
+    other_paddings: tuple[int, ...] = ()
+    """Padding rows of other tables in it, in whose place `padding_idx` is looked up."""
     fused_optimizer: RowOptimizer | None = None
     """What updates the table within the backward, see `fuse`."""
     _before_use: Callable[[], None] | None = None
@@ -249,11 +251,14 @@ class TableRows(nn.Module):
     def row_dims(self) -> Tensor:
         """Size of each row, int32 [N]; once frozen, its stored width, which training may use.
 
-        Rows that are looked up as their shared row have size 0.
+        Rows that are looked up as their shared row, or another padding row, have size 0.
         """
         if self.tier_ends is None:
             assert self.row_group is not None
-            return self.group_dims()[self.row_group]
+            dims = self.group_dims()[self.row_group]
+            if self.other_paddings:
+                dims[list(self.other_paddings)] = 0
+            return dims
         plan = self._plan()
         starts = (0, *plan.ends)
         dims = torch.zeros(self.num_embeddings, dtype=torch.int32, device=self.device)
@@ -352,22 +357,38 @@ class TableRows(nn.Module):
         if self.row_order is None:
             return torch.arange(places, device=self.device)
         shares = places < self.num_embeddings
-        return own_rows(self.row_order, self.shared_rows if shares else None, places)
+        rows = own_rows(self.row_order, self.shared_rows if shares else None, places)
+        if self.padding_idx is not None and self.other_paddings:
+            rows[self.row_order[self.padding_idx]] = self.padding_idx
+        return rows
 
     def _merged(self, dims: Tensor) -> Tensor | None:
         """Rows that are looked up as another one, bool [N], from the sizes of all rows."""
-        if self.shared_rows is None:
+        others = list(self.other_paddings)
+        if self.shared_rows is None and not others:
             return None
-        merged = dims == 0
-        merged[self.shared_rows] = False
+        merged = torch.zeros_like(dims, dtype=torch.bool)
+        if self.shared_rows is not None:
+            merged = dims == 0
+            merged[self.shared_rows] = False
         if self.padding_idx is not None:
             merged[self.padding_idx] = False
+        merged[others] = True
         return merged if bool(merged.any()) else None
 
     def _stand_ins(self) -> Tensor:
-        """The shared row of each row, int64 [N]."""
-        assert self.shared_rows is not None
-        return self.shared_rows[self.row_fields()]
+        """The row that each row is looked up as where it is merged, int64 [N]."""
+        if self.shared_rows is None:
+            rows = torch.arange(self.num_embeddings, device=self.device)
+        else:
+            rows = self.shared_rows[self.row_fields()]
+        if self.padding_idx is not None and self.other_paddings:
+            rows[list(self.other_paddings)] = self.padding_idx
+        return rows
+
+    def _padding_rows(self) -> list[int]:
+        """Rows that do not train and count for nothing."""
+        return [] if self.padding_idx is None else [self.padding_idx, *self.other_paddings]
 
     def update_schedule(self, progress: float) -> None:
         """Tell the layer which share of training is done: sets temperature and size noise.
@@ -612,6 +633,8 @@ class TableRows(nn.Module):
             "tier_width": self.grid.tier_width,
             "full_rows": self.full_rows,
             "shared_rows": None if self.shared_rows is None else self.shared_rows.tolist(),
+            # Files of tables without them are what they were.
+            **({"other_paddings": list(self.other_paddings)} if self.other_paddings else {}),
             "options": {
                 key: list(value) if isinstance(value, tuple) else value
                 for key, value in asdict(self.options).items()

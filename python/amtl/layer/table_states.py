@@ -159,7 +159,8 @@ class TableStates(TableLookups):
         columns = [int(block.shape[1]) for block in present]
         steps = state_dict.get(prefix + "steps")
         widths = [numbers_in(block, self.options.bits) for block in present]
-        merges = prefix + "shared_rows" in state_dict and ends[-1:] < (self.num_embeddings,)
+        merges = prefix + "shared_rows" in state_dict or bool(self.other_paddings)
+        merges = merges and ends[-1:] < (self.num_embeddings,)
         if (
             not ends
             or (ends[-1] != self.num_embeddings and not (fits and merges))

@@ -125,6 +125,8 @@ def test_a_model_from_training_to_loading(kind, collection, tmp_path):
     torch.testing.assert_close(
         loaded.get_regularization_loss(), model.get_regularization_loss(), rtol=1e-6, atol=0
     )
+    held = [id(p) for group in loaded.optim.param_groups for p in group["params"]]
+    assert len(set(held)) == len(held) and set(held) == {id(p) for p in loaded.parameters()}
     fit(loaded, x, y)
     assert any(
         not torch.equal(a, b)
@@ -197,6 +199,8 @@ def test_tables_that_differ_have_layers_of_their_own():
     assert not amtl.layers(model)
     deepctr.convert(model, {"user": counts["user"], "day": counts["day"]}, budget=1.0)
     assert list(amtl.layers(model)) == ["amtl_collection"]
+    with pytest.raises(ValueError, match="has a collection already"):
+        deepctr.convert(model, {"item": counts["item"]}, collection=True)
     X = torch.stack([torch.arange(5), torch.arange(5), torch.arange(5)], 1).float()
     out, dense = model.input_from_feature_columns(X, features, model.embedding_dict)
     assert [tuple(o.shape) for o in out] == [(5, 1, 8), (5, 1, 4), (5, 1, 8)] and dense == []
