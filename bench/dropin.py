@@ -90,6 +90,7 @@ def train(
     budget: float | None = None,
     bits: int | None = None,
     after: bool = False,
+    decay: float = 0.0,
 ) -> dict[str, Any]:
     """Trains a model, converted if there is a budget; tests it as it was when it validated best.
 
@@ -100,15 +101,21 @@ def train(
         budget: of all tables together; None for the plain model.
         bits: of a stored number; None for 32.
         after: convert the model when it is trained, and train it no further.
+        decay: weight decay of the tables.
     """
     torch.manual_seed(seed)
     started = time.process_time()
     model = ClickModel(task, dim)
     rows = sum(task.encoder.field_sizes)
     stored = dense = rows * dim * 4
+    tables = [field.weight for field in model.fields]
     if budget is not None and not after:
         stored = compress(model, task, budget, bits)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+        tables = amtl.table_parameters(model)
+    decayed = {id(parameter) for parameter in tables}
+    rest = [p for p in model.parameters() if id(p) not in decayed]
+    groups = [{"params": tables, "weight_decay": decay}, {"params": rest}]
+    optimizer = torch.optim.Adam(groups, lr=RATE)
     steps = math.ceil(len(task.train) / BATCH)
     best: dict[str, Any] | None = None
     stale = 0

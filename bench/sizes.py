@@ -71,6 +71,7 @@ def jobs(
     seeds: Sequence[int],
     kinds: Sequence[str] = KINDS,
     budgets: Sequence[float] = BUDGETS,
+    decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """All runs: full size and fixed tables of the same bytes, then what is sized by row.
 
@@ -79,12 +80,15 @@ def jobs(
         seeds: of the weights and the order of samples.
         kinds: some of `KINDS` and `LINES`.
         budgets: of what is sized by row, and of the fixed tables of few bits.
+        decay: weight decay of the tables of `LINES`, None for none.
     """
     found = []
     for seed in seeds:
         for kind in kinds:
             for name in sets:
                 base = {"set": name, "seed": seed}
+                if decay is not None and kind in LINES:
+                    base["decay"] = decay
                 if kind == "fixed":
                     dims = (DIM, *NARROW.values())
                     found += [{**base, "method": "fixed", "dim": dim} for dim in dims]
@@ -120,11 +124,12 @@ def run_all(
     seeds: Sequence[int],
     kinds: Sequence[str] = KINDS,
     budgets: Sequence[float] = BUDGETS,
+    decay: float | None = None,
 ) -> None:
     """Makes the runs that `out` lacks and nobody else is making."""
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}
-    for job in jobs(list(sets), seeds, kinds, budgets):
+    for job in jobs(list(sets), seeds, kinds, budgets, decay):
         with Claim(out, job) as mine:
             if not mine:
                 continue
@@ -149,7 +154,8 @@ def _runs(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
         bits = int(job["bits"]) if "bits" in job else None
         dim = job.get("dim", DIM)
         after = job["method"] == "compress"
-        run = dropin.train(task, job["seed"], dim, job.get("budget"), bits, after)
+        decay = job.get("decay", 0.0)
+        run = dropin.train(task, job["seed"], dim, job.get("budget"), bits, after, decay)
         yield {"job": job, **run}
     elif job.get("taught"):
         yield from _taught(job, config, task)
@@ -218,6 +224,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         size = job["budget"] if "budget" in job else job["dim"] / DIM
         method = job["method"] + (f" int{job['bits']}" if "bits" in job else "")
         method += " taught" if job.get("taught") else ""
+        method += f" decay {job['decay']:g}" if "decay" in job else ""
         groups[job["set"], method, size][job["seed"]] = record
 
     def aucs(runs: dict[int, dict[str, Any]]) -> dict[int, float]:
@@ -234,7 +241,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["of_full"] = entry["stored_bytes"] / statistics.fmean(
             run["dense_bytes"] * DIM / run["job"].get("dim", DIM) for run in runs.values()
         )
-        plain = "plain" if method.startswith(LINES) else "fixed"
+        decay = method[method.index(" decay") :] if " decay" in method else ""
+        plain = f"plain{decay}" if method.startswith(LINES) else "fixed"
         rivals: dict[str, Key] = {"full": (name, plain, 1.0)}
         if "fixed" not in method and size in NARROW:
             rivals["narrow"] = (name, plain, NARROW[size] / DIM)
@@ -310,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--seeds", default="10,11,12,13,14")
     run.add_argument("--kinds", default=",".join(KINDS))
     run.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    run.add_argument("--decay", type=float, help="of the tables of plain, convert and compress")
     run.add_argument("--also", action="append", default=[], metavar="NAME=DATA:LABEL:FIELDS")
     show = commands.add_parser("table")
     show.add_argument("out", type=Path)
@@ -320,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets |= dict(map(parse_set, args.also))
         seeds = [int(seed) for seed in args.seeds.split(",")]
         budgets = [float(budget) for budget in args.budgets.split(",")]
-        run_all(args.out, sets, seeds, args.kinds.split(","), budgets)
+        run_all(args.out, sets, seeds, args.kinds.split(","), budgets, args.decay)
         return
     summary = summarise(list(read(args.out)))
     if args.summary:

@@ -93,3 +93,20 @@ def test_the_ten_lines_differ_by_the_conversion_alone(tmp_path, monkeypatch):
         found[0.125, None, "4"]["test_auc"] - full["test_auc"]
     )
     assert against.keys() == {"full", "narrow"}
+
+
+def test_the_ten_lines_with_weight_decay(tmp_path, monkeypatch):
+    """All of the bytes is the same model again, its tables decayed and nothing else."""
+    monkeypatch.setattr(sizes, "BITS_OF_LINES", {1.0: (None,)})
+    monkeypatch.setattr(sizes.dropin, "EPOCHS", 2)
+    out, sets = tmp_path / "runs.jsonl", {"s": ("synthetic:300", "label", "")}
+    for decay in (None, 10.0):
+        sizes.run_all(out, sets, [0], ["plain", "convert"], [1.0], decay)
+    plain, same, decayed, converted = map(json.loads, out.open())
+    assert "decay" not in plain["job"] and decayed["job"]["decay"] == 10.0
+    assert decayed["val_logloss"] != plain["val_logloss"]
+    assert same["val_logloss"] == pytest.approx(plain["val_logloss"], abs=1e-5)
+    assert converted["val_logloss"] == pytest.approx(decayed["val_logloss"], abs=1e-5)
+    summary = {e["method"]: e for e in sizes.summarise([plain, same, decayed, converted])}
+    against = summary["convert decay 10"]["against"]["full"]["mean"]
+    assert against == pytest.approx(converted["test_auc"] - decayed["test_auc"])
