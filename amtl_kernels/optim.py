@@ -12,11 +12,11 @@ were accumulated.
 Options of every optimizer here:
 
 ``weight_decay``, ``decay_every``: with 0, the default, decay is part of a looked-up row's gradient,
-and rows that nobody looks up keep what they have. With K, ``step()`` decays every value of every
-parameter that has been updated before, in each K-th call and by as much as in K calls: ``w *=
-max(0, 1 - K * lr * weight_decay / root)``, ``root`` what the optimizer divides a gradient by. Rare
-rows overfit most, and it is between two of their lookups that they have to shrink. A pass over all
-values in K steps costs less the larger K is; 16 is what was measured.
+and rows that nobody looks up keep what they have. With K, every value of a parameter is decayed
+before each K-th of its updates, by as much as in K of them: ``w *= max(0, 1 - K * lr *
+weight_decay / root)``, ``root`` what the optimizer divides a gradient by. Rare rows overfit most,
+and it is between two of their lookups that they have to shrink; one that was never looked up
+becomes zero. A pass over all values in K steps costs less the larger K is; 16 is what was measured.
 
 ``stochastic_rounding``: 16-bit parameters are rounded up or down at random, so that the mean is
 kept and updates far below a unit in the last place still add up, where rounding to nearest would
@@ -123,7 +123,6 @@ class RowOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} must not be negative, got {defaults[name]}")
         if defaults["decay_every"] and defaults["capturable"]:
             raise ValueError("decay_every counts steps on the host: it does not go with capturable")
-        defaults["decay_steps"] = 0
         self._places: dict[int, tuple[int, int]] = {}
         super().__init__(params, defaults)
 
@@ -134,7 +133,6 @@ class RowOptimizer(torch.optim.Optimizer):
             group.setdefault("stochastic_rounding", False)
             group.setdefault("capturable", False)
             group.setdefault("decay_every", 0)
-            group.setdefault("decay_steps", 0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -162,6 +160,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 grad = parameter.grad
                 if grad is None:
                     continue
+                self._decay([parameter], group)
                 if grad.is_sparse:
                     if parameter.dim() != 2 or grad.sparse_dim() != 1:
                         raise ValueError("sparse gradients are taken for [N, D] tables only")
@@ -169,29 +168,25 @@ class RowOptimizer(torch.optim.Optimizer):
                 else:
                     self._dense(parameter, grad, group)
         self._sparse(sparse)
-        self._decay()
         return loss
 
-    def _decay(self) -> None:
-        """Decays whole parameters in every `decay_every`-th call."""
-        for group in self.param_groups:
-            every = group["decay_every"]
-            if not every or not group["weight_decay"]:
-                continue
-            group["decay_steps"] = (group["decay_steps"] + 1) % every
-            if group["decay_steps"]:
-                continue
-            strength = every * float(group["lr"]) * group["weight_decay"]
-            for parameter in group["params"]:
-                if parameter.dtype == torch.uint8:
-                    raise ValueError(
-                        "decay_every is not for tables of codes, which have no masters"
-                    )
-                state = self.state.get(parameter, {})
-                if not parameter.requires_grad or (self._names and not state):
-                    continue
-                self._shrink(parameter, strength, state, group)
+    def _decay(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Before an update of parameters of this group: decays them whole if it is their turn."""
+        every = group["decay_every"]
+        if not every or not group["weight_decay"]:
+            return
+        for parameter in parameters:
+            if parameter.dtype == torch.uint8:
+                raise ValueError("decay_every is not for tables of codes, which have no masters")
+            state = self.state[parameter]
+            updates = state.get("updates", 0)
+            if updates == every:
+                strength = every * float(group["lr"]) * group["weight_decay"]
+                self._shrink(parameter.data, strength, state, group)
+                updates = 0
+            state["updates"] = updates + 1
 
+    @torch.no_grad()
     def _shrink(
         self, parameter: Tensor, strength: float, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
@@ -260,6 +255,7 @@ class RowOptimizer(torch.optim.Optimizer):
             ValueError: The tables are not in one group of this optimizer.
         """
         group = self.check_owns(tables)
+        self._decay(tables, group)
         states = [state for table in tables for state in self._moments(table, group)]
         step = self._advance_together(tables, group)
         if isinstance(step, Tensor):
