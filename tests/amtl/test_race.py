@@ -16,7 +16,7 @@ from amtl.errors import UserError
 from amtl.run import comparison, contest, methods, teaching
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
-from amtl.run.contest import DECAYS, DROPOUT, SHARES
+from amtl.run.contest import DECAYS, DROPOUT, SHARES, WEAKER
 from amtl.run.display import print_comparison
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
@@ -343,15 +343,15 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) == []
 
 
-WEAK, MIDDLE, STRONG = (f"{FULL}, weight decay {d:g}" for d in DECAYS)
+WEAK, STRONG = (f"{FULL}, weight decay {d:g}" for d in DECAYS)
 
 
 @pytest.mark.parametrize(
     ("best", "tables"),
     [
-        (None, [FULL, MIDDLE, WEAK, f"{FULL}, dropout 0.1"]),
-        (DECAYS[0], [FULL, MIDDLE, WEAK, f"{WEAK}, dropout 0.1"]),
-        (DECAYS[1], [FULL, MIDDLE, STRONG, f"{MIDDLE}, dropout 0.1"]),
+        (None, [FULL, WEAK, STRONG, f"{FULL}, dropout 0.1"]),
+        (DECAYS[0], [FULL, WEAK, STRONG, f"{WEAK}, dropout 0.1"]),
+        (DECAYS[1], [FULL, WEAK, STRONG, f"{STRONG}, dropout 0.1"]),
     ],
 )
 def test_weight_decay_that_serves_the_full_table_is_tried_with_students(
@@ -376,7 +376,7 @@ def test_weight_decay_that_serves_the_full_table_is_tried_with_students(
     metrics = start(config, observer=watching, source=source).run()
     assert [title for title in watching.titles if title.startswith(FULL)] == tables
     students = [c.embedding_decay for c in made if c.distillation]
-    first = {None: [None], DECAYS[0]: [DECAYS[0], None], DECAYS[1]: list(DECAYS[:2])}[best]
+    first = [WEAKER * best, best] if best else [None]
     assert students[: len(first)] == first
     assert set(students) <= {None, *first}
     assert metrics["raced"]["asked"]["embedding_decay"] is None
@@ -387,7 +387,7 @@ def test_weight_decay_that_serves_the_full_table_is_tried_with_students(
 @pytest.mark.parametrize(
     ("changes", "tables"),
     [
-        ({"embedding_decay": DECAYS[1]}, [MIDDLE, f"{MIDDLE}, dropout 0.1"]),
+        ({"embedding_decay": DECAYS[1]}, [STRONG, f"{STRONG}, dropout 0.1"]),
         ({"embedding_decay": 0.0}, [FULL, f"{FULL}, dropout 0.1"]),
         # Codes alone cannot decay, a full table beside them can.
         ({"masters": False, "table_optimizer": "sgd", "table_lr": 1.0, "bits": "8"}, None),
@@ -398,7 +398,7 @@ def test_weight_decay_is_tried_where_it_is_open(source, changes, tables):
     config = settings(**{"epochs": 2, "embedding_decay": None, **changes})
     start(config, observer=watching, source=source).run()
     full = [title for title in watching.titles if title.startswith(FULL)]
-    assert full == tables if tables else full[:2] == [FULL, MIDDLE]
+    assert full == tables if tables else full[:2] == [FULL, WEAK]
     if tables is None:
         assert not any("decay" in title for title in watching.titles if "teacher" in title)
 
@@ -419,7 +419,7 @@ def test_a_baseline_says_what_it_was_trained_with(task, monkeypatch):
     assert best.config.embedding_decay == max(DECAYS)
     assert comparison.scored(FULL, best)["embedding_decay"] == max(DECAYS)
     students = [c.embedding_decay for c in made if c.distillation]
-    assert students[:2] == list(DECAYS[1:])
+    assert students[:2] == [WEAKER * max(DECAYS), max(DECAYS)]
 
 
 class Watching(Silent):

@@ -289,11 +289,8 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried):
     ("decay", "scores", "tried", "chosen"),
     [
         (None, {None: 0.7}, [None, None], None),
-        (1e-6, {1e-6: 0.7, None: 0.6}, [1e-6, None, 1e-6], 1e-6),
-        (1e-6, {1e-6: 0.6, None: 0.7}, [1e-6, None, None], None),
         # The full table's own serves: none is not tried any more.
         (1e-5, {1e-6: 0.6, 1e-5: 0.7}, [1e-6, 1e-5, 1e-5], 1e-5),
-        (1e-4, {1e-5: 0.6, 1e-4: 0.7}, [1e-5, 1e-4, 1e-4], 1e-4),
         (1e-4, {1e-5: 0.7, 1e-4: 0.6, None: 0.65}, [1e-5, 1e-4, None, 1e-5], 1e-5),
         (1e-5, {1e-6: 0.65, 1e-5: 0.6, None: 0.7}, [1e-6, 1e-5, None, None], None),
     ],
@@ -304,13 +301,16 @@ def test_students_are_tried_with_less_decay_than_a_full_table(decay, scores, tri
     while not winner.finished:
         winner.step()
 
+    def rounded(decay):
+        return None if decay is None else round(decay, 9)
+
     def make(config):
         made.append(config)
         at_first = config.distillation == SHARES[0]
-        return Scripted([0.5, scores[config.embedding_decay] if at_first else 0.4])
+        return Scripted([0.5, scores[rounded(config.embedding_decay)] if at_first else 0.4])
 
     best, rows = race_taught(winner, make, Silent(), step, decay)
-    assert [config.embedding_decay for config in made] == tried
+    assert [rounded(config.embedding_decay) for config in made] == tried
     assert [config.distillation for config in made] == [SHARES[0]] * (len(tried) - 1) + [SHARES[1]]
     won = [row["name"] for row in rows if row["chosen"]]
     assert won == [f"50% of the labels a teacher's{f', weight decay {chosen:g}' if chosen else ''}"]
@@ -322,9 +322,9 @@ def test_students_are_tried_with_less_decay_than_a_full_table(decay, scores, tri
     [
         # Scores by decay and dropout, in the order in which they are asked for.
         ({(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 3, (1e-4, DROPOUT): 4}, (1e-4, DROPOUT)),
+        ({(0, 0): 2, (1e-5, 0): 1, (1e-4, 0): 3, (1e-4, DROPOUT): 1}, (1e-4, 0)),
         ({(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 1, (1e-5, DROPOUT): 1}, (1e-5, 0)),
-        ({(0, 0): 2, (1e-5, 0): 1, (1e-6, 0): 3, (1e-6, DROPOUT): 2}, (1e-6, 0)),
-        ({(0, 0): 3, (1e-5, 0): 1, (1e-6, 0): 2, (0, DROPOUT): 4}, (0, DROPOUT)),
+        ({(0, 0): 3, (1e-5, 0): 1, (1e-4, 0): 2, (0, DROPOUT): 4}, (0, DROPOUT)),
     ],
 )
 def test_a_full_table_gets_the_decay_and_the_dropout_that_serve_it(scores, best):

@@ -14,7 +14,7 @@ from amtl.errors import UserError
 from amtl.peers import PEERS, DoesNotFit
 from amtl.run.config import BACKBONES as KNOWN_BACKBONES
 from amtl.run.config import parse_names
-from amtl.run.contest import DECAY, DECAYS, DROPOUT, SHARES
+from amtl.run.contest import DECAYS, DROPOUT, SHARES, WEAKER
 from amtl.run.methods import ALIASES
 from amtl.run.race import flat_width
 
@@ -45,7 +45,7 @@ QUICK_SETS: dict[str, tuple[str, str, str]] = {
 COMMON: dict[str, tuple[Any, ...]] = {
     "table_lr": (6e-2, 2e-2, 1e-1),
     "embedding_dropout": (0.0, DROPOUT),
-    "embedding_decay": (0.0, *DECAYS),
+    "embedding_decay": (0.0, *DECAYS, WEAKER * DECAYS[0]),
     "distillation": (0.0, *SHARES),
 }
 """What is tuned of every contender that does not tune itself.
@@ -114,7 +114,7 @@ class Contender:
         With few trials that leaves it no worse off than the product, whose own run tries these.
         """
         own = [{name: v} for name in self.space if name not in COMMON for v in self.space[name][1:]]
-        decays = [{"embedding_decay": v} for v in sorted(DECAYS, key=lambda v: v != DECAY)]
+        decays = [{"embedding_decay": decay} for decay in COMMON["embedding_decay"][1:]]
         taught = [{"distillation": share} for share in SHARES]
         changes = [*decays, *taught, *own, {"embedding_dropout": DROPOUT}]
         return [change for change in changes if set(change) <= set(self.space)]

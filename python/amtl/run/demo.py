@@ -15,7 +15,7 @@ from amtl.errors import UserError
 from amtl.opening import load
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.contest import DECAY
+from amtl.run.contest import DECAYS
 from amtl.run.display import print_results
 from amtl.run.folders import load_run, pack_run
 from amtl.run.progress import Bars
@@ -62,7 +62,7 @@ def run_demo(
     narrow = max(1, round(dim * NARROW))
     plan: list[tuple[str, dict[str, Any]]] = [
         ("fixed-full", {"method": "fixed"}),
-        ("fixed-full-decay", {"method": "fixed", "embedding_decay": DECAY}),
+        ("fixed-full-decay", {"method": "fixed", "embedding_decay": DECAYS[0]}),
         ("fixed-narrow", {"method": "fixed", "dim": narrow}),
         ("fixed-4-bits", {"method": "fixed", "bits": "4"}),
         *((f"amtl-{b:g}", {"method": "amtl", "budget": b}) for b in BUDGETS),

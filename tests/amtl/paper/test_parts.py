@@ -24,7 +24,7 @@ from amtl.paper.summary import ranks, summarise
 from amtl.paper.tuning import next_choice
 from amtl.paper.work import count, finalists, further, jobs
 from amtl.peers import PEERS, DoesNotFit, add_peer
-from amtl.run.contest import DECAYS, DROPOUT
+from amtl.run.contest import DECAYS, DROPOUT, WEAKER
 
 
 def test_intervals_and_paired_tests():
@@ -108,14 +108,14 @@ def test_tuning_starts_at_the_default_and_never_repeats():
 def test_first_come_changes_of_the_best_so_far():
     contender, tried = contenders()["int"], []
     default = {name: values[0] for name, values in contender.space.items()}
-    weaker, first, stronger = DECAYS
+    first, stronger = DECAYS
     decayed = {**default, "embedding_decay": first}
     better = {**decayed, "distillation": 0.5}
     wanted = [
         (default, 0.4),
         (decayed, 0.5),
-        ({**decayed, "embedding_decay": weaker}, 0.45),
         ({**decayed, "embedding_decay": stronger}, 0.45),
+        ({**decayed, "embedding_decay": WEAKER * first}, 0.45),
         (better, 0.6),
         ({**better, "distillation": 0.8}, 0.5),
         ({**better, "bits": 8}, 0.7),
