@@ -182,7 +182,8 @@ class RowOptimizer(torch.optim.Optimizer):
             updates = state.get("updates", 0)
             if updates == every:
                 strength = every * float(group["lr"]) * group["weight_decay"]
-                self._shrink(parameter.data, strength, state, group)
+                if strength:
+                    self._shrink(parameter.data, strength, state, group)
                 updates = 0
             state["updates"] = updates + 1
 
@@ -192,16 +193,16 @@ class RowOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Multiplies a parameter by `max(0, 1 - strength / root)`, some rows at a time."""
         moments = [state[name] for name in self._names]
-        values = parameter if parameter.dim() > 1 else parameter.reshape(1, -1)
+        values = parameter
         if parameter.dim() < 2:
-            moments = [moment.reshape(1, -1) for moment in moments]
+            values, moments = parameter[None], [moment[None] for moment in moments]
         at_once = _AT_ONCE if parameter.device.type == "cpu" else 1 << 24
         count = max(1, at_once // max(1, values[:1].numel()))
         for at in range(0, len(values), count):
             rows = values[at : at + count]
             root = self._root([moment[at : at + count] for moment in moments], state, group)
             kept = root.reciprocal_().mul_(-strength).add_(1).clamp_(min=0)
-            if kept.dim() < rows.dim():
+            if 0 < kept.dim() < rows.dim():
                 kept = kept.reshape(-1, *[1] * (rows.dim() - 1))
             if parameter.element_size() > 2:
                 rows.mul_(kept)
