@@ -26,12 +26,14 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "decayed": lambda p: optim.SGD(p, lr=0.1, weight_decay=0.3, decay_every=2),
 }
 # Ours for the model, applied by the backward; PyTorch's of the same equations for the twin.
 FUSED = {
     "sgd, fused": lambda p: optim.SGD(p, lr=0.1),
     "adagrad, fused": lambda p: optim.Adagrad(p, lr=0.1),
 }
+FUSED["decayed, fused"] = OPTIMIZERS["decayed"]
 
 
 class Model(nn.Module):
