@@ -219,6 +219,8 @@ def test_what_cannot_do_without_masters_says_so():
         alone(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="has max_norm, which scales rows in place"):
         alone(max_norm=1.0)
+    with pytest.raises(ValueError, match="which decay_every cannot decay"):
+        alone(rule=partial(SGD, lr=0.1, weight_decay=0.1, decay_every=2))
     with pytest.raises(ValueError, match="numbers that are not finite"):
         alone(_weight=torch.full((ROWS, DIM), float("nan")))
     layer = alone()

@@ -97,6 +97,12 @@ def require_no_need_of_masters(
             f"table {name!r} has max_norm, which scales rows in place as codes cannot be scaled: "
             "it needs masters=True"
         )
+    groups = optimizer.param_groups if optimizer is not None else []
+    if any(group["decay_every"] and group["weight_decay"] for group in groups):
+        raise ValueError(
+            f"table {name!r}: masters=False leaves codes only, which decay_every cannot decay: use "
+            "weight_decay alone, or masters=True"
+        )
 
 
 @dataclass
