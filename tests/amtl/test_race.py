@@ -514,6 +514,7 @@ def test_a_given_share_is_taught_without_a_race(source, tmp_path, changes, monke
     assert made == [(kind, dim, share, 0.5), *full, pupil]
     raced = metrics["raced"]
     assert raced["full"]["name"] == FULL and raced["less"] is raced["law"] is None
+    assert raced["less_taught"] is None
     (row,) = raced["taught"]
     if share is None:
         assert metrics["config"]["embedding_dropout"] == (DROPOUT if row["chosen"] else None)

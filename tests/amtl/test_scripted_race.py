@@ -243,18 +243,18 @@ def test_a_table_that_stores_nothing_leaves_nothing_out():
 
 
 @pytest.mark.parametrize(
-    ("sized", "given", "better", "tried"),
+    ("sized", "given", "better", "tried", "settled"),
     [
-        # What `better` says of fewer bytes by each law.
-        ({"capacity_bits": 16.0}, {}, {16.0: True}, [16.0]),
-        ({"capacity_bits": 16.0}, {}, {16.0: False, 4.0: True}, [16.0, 4.0]),
-        ({"capacity_bits": 1.0}, {}, {1.0: False, 4.0: False}, [1.0, 4.0]),
-        ({"capacity_bits": 4.0}, {}, {4.0: False}, [4.0]),
-        ({"capacity_bits": 16.0}, {"capacity_bits": 16.0}, {16.0: False}, [16.0]),
-        ({"init_exponent": 1.0}, {"init_exponent": 1.0}, {None: False}, [None]),
+        # What `better` says of fewer bytes by each law, and by which law sizes then follow.
+        ({"capacity_bits": 16.0}, {}, {16.0: True}, [16.0], 16.0),
+        ({"capacity_bits": 16.0}, {}, {16.0: False, 4.0: True}, [16.0, 4.0], 4.0),
+        ({"capacity_bits": 1.0}, {}, {1.0: False, 4.0: False}, [1.0, 4.0], 1.0),
+        ({"capacity_bits": 4.0}, {}, {4.0: False}, [4.0], 4.0),
+        ({"capacity_bits": 16.0}, {"capacity_bits": 16.0}, {16.0: False}, [16.0], 16.0),
+        ({"init_exponent": 1.0}, {"init_exponent": 1.0}, {None: False}, [None], None),
     ],
 )
-def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried):
+def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, settled):
     first = Scripted([0.5, 0.8])
     first.table = None
     first.config = settings(bits="auto", table_options=sized)
@@ -278,8 +278,10 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried):
     monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 100)
     monkeypatch.setattr(contest, "race_bytes", one_size)
     course = Contest(first, make, Silent(), step)
-    course._fewer_bytes({"given": given, "budget": 0.25}, sized, labels)
+    raced = {"given": given, "budget": 0.25}
+    options = course._fewer_bytes("less", raced, sized, labels)
     assert [law for law, _ in made] == tried
+    assert options.get("capacity_bits") == settled
     won = [learner for law, learner in made if better[law]]
     assert course.winner is (won[0] if won else first)
     assert course.found["less"]["chosen"] == bool(won)
@@ -341,3 +343,54 @@ def test_a_full_table_gets_the_decay_and_the_dropout_that_serve_it(scores, best)
     scores = {(1e-4, 0.3): 1}
     given = settings(method="fixed", embedding_decay=1e-4, embedding_dropout=0.3)
     assert contest.regularised(given, train) == given and len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "made", "winner"),
+    [
+        # By share of the bytes and of the labels: fewer bytes win, so a teacher's pupils try them.
+        ({(1, 0): 0.5, (0.3, 0): 0.6, (1, 0.5): 0.7, (0.3, 0.5): 0.8}, 4, (0.3, 0.5)),
+        ({(1, 0): 0.5, (0.3, 0): 0.6, (1, 0.5): 0.7, (0.3, 0.5): 0.6}, 4, (1, 0.5)),
+        # They do not, and are not tried again.
+        ({(1, 0): 0.5, (0.3, 0): 0.4, (1, 0.5): 0.7}, 3, (1, 0.5)),
+        # The teacher is of no use.
+        ({(1, 0): 0.5, (0.3, 0): 0.6, (1, 0.5): 0.4}, 3, (0.3, 0)),
+    ],
+)
+def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, winner):
+    tried = {}
+
+    def make(config, taught=None):
+        assert (taught is not None) == bool(config.distillation)
+        key = (round(config.budget / 0.25, 2), config.distillation or 0)
+        tried[key] = Scripted([0.5, scores[key]])
+        tried[key].config, tried[key].table = config, None
+        return tried[key]
+
+    class Teacher:
+        def labels(self):
+            return torch.ones(3)
+
+        def add(self, learner):
+            assert learner in tried.values()
+
+    def one_size(sized, winner, used, make, observer, step):
+        learner = make(dataclasses.replace(sized, budget=used * LESS))
+        return contest.contend("less", learner, winner, observer, step)
+
+    def taught(winner, make, observer, step, decay, config):
+        learner = make(dataclasses.replace(config, distillation=0.5))
+        best, row = contest.contend("taught", learner, winner, observer, step)
+        return best, [row]
+
+    monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 4)
+    monkeypatch.setattr(contest, "race_bytes", one_size)
+    monkeypatch.setattr(contest, "race_taught", taught)
+    monkeypatch.setattr(Contest, "_teacher", lambda self: Teacher())
+    options = {"capacity_bits": 4.0}
+    first = make(settings(table_options=options))
+    while not first.finished:
+        first.step()
+    course = Contest(first, make, Silent(), step)
+    course.run({"sized": options, "given": {}, "budget": 0.25})
+    assert course.winner is tried[winner] and len(tried) == made

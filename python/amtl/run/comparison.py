@@ -229,9 +229,9 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
             f"{_lead(narrow, metrics):.4f} in AUC minus log loss: use {options}, or another "
             f"--budget"
         )
-    less = raced.get("less")
+    fewer = [row for row in (raced.get("less"), raced.get("less_taught")) if row and row["chosen"]]
     whole = raced.get("budget", math.inf) * metrics["dense_bytes"]
-    if less is not None and less["chosen"] and metrics["stored_bytes"] < whole / 2:
+    if fewer and metrics["stored_bytes"] < whole / 2:
         told.append(
             f"fewer bytes validated better than the whole budget, so the model takes "
             f"{metrics['stored_bytes']:,}; --no-race spends all"

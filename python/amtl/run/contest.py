@@ -1,8 +1,9 @@
-"""Models trained to their end against each other on validation: a teacher, then fewer bytes.
+"""Models trained to their end against each other on validation: fewer bytes, and with a teacher.
 
 What a race at the start cannot tell after an epoch or three. Every contender may take the winner's
-place; the labels that finished models soften are one of them (`amtl.run.teaching`). How rows are
-kept from overfitting is settled before their bytes are: fewer bytes do that too, and worse.
+place; the labels that finished models soften are one of them (`amtl.run.teaching`). With a teacher
+all of the bytes come first again: fewer of them keep rows from overfitting, which a teacher and
+weight decay do better.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Contest:
 
     Attributes:
         winner: the model that validates best so far.
-        found: rows of what was tried, None or nothing where it was not: the `full` table,
-            `taught`, another `law`, `less` bytes.
+        found: rows of what was tried, None or nothing where it was not: `less` bytes, the `full`
+            table, `taught`, another `law`, less bytes with a teacher (`less_taught`).
         full: the best table of full size, ended, if the run is to be compared with it.
     """
 
@@ -71,7 +72,13 @@ class Contest:
         step: Callable[[Learner], None],
     ) -> None:
         self.first = self.winner = first
-        self.found: dict[str, Any] = {"full": None, "taught": [], "law": None, "less": None}
+        self.found: dict[str, Any] = {
+            "less": None,
+            "full": None,
+            "taught": [],
+            "law": None,
+            "less_taught": None,
+        }
         self.full: Learner | None = None
         self._decay: float | None = None
         self._make, self._observer, self._step = make, observer, step
@@ -83,44 +90,58 @@ class Contest:
             raced: of the race at the start, `sized` and `given` options of the table and the
                 `budget`; None where there was none, so that sizes are settled.
         """
-        share, labels = self.first.config.distillation, None
-        if share != 0 and (share is not None or raced is not None):
-            labels = self._teach()
+        share = self.first.config.distillation
+        options: dict[str, Any] = {}
         if raced is not None:
-            self._fewer_bytes(raced, self._law(raced, labels), labels)
+            options = self._fewer_bytes("less", raced, raced["sized"])
+        fewer = self.winner is not self.first
+        if share == 0 or (share is None and raced is None):
+            return
+        labels = self._teach()
+        if raced is None or not self.winner.config.distillation:
+            return
+        options = self._law(raced, options, labels)
+        if fewer:
+            self._fewer_bytes("less_taught", raced, options, labels)
 
     def _teach(self) -> Tensor:
         """Trains the first model's settings with a teacher and returns labels for those to come."""
         teacher = self._teacher()
         make = partial(self._make, taught=teacher.labels())
         best, self.found["taught"] = race_taught(
-            self.first, make, self._observer, self._step, self._decay
+            self.winner, make, self._observer, self._step, self._decay, self.first.config
         )
         if best is not None:
             teacher.add(best)
         self._prefer(best)
         return teacher.labels()
 
-    def _law(self, raced: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+    def _law(
+        self, raced: Mapping[str, Any], options: dict[str, Any], labels: Tensor
+    ) -> dict[str, Any]:
         """Tries another law and returns the options by which sizes follow from counts."""
-        options: dict[str, Any] = raced["sized"]
-        if not self.winner.config.distillation or has_law(raced["given"]):
+        if has_law(raced["given"]):
             return options
         sized = replace(self.winner.config, table_options=options)
         make = partial(self._make, taught=labels)
         best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
-        if best is not None:
-            options = best.config.table_options
         self._prefer(best)
-        return options
+        return options if best is None else best.config.table_options
 
     def _fewer_bytes(
-        self, raced: Mapping[str, Any], options: dict[str, Any], labels: Tensor | None
-    ) -> None:
+        self,
+        name: str,
+        raced: Mapping[str, Any],
+        options: dict[str, Any],
+        labels: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Tries fewer bytes, sizes following from counts by `options`.
 
         By the middle law, too, where fewer bytes do no better by another: a law that won with all
         the bytes may leave the wrong rows nothing with few.
+
+        Returns:
+            The options by which fewer bytes did better, or those given.
         """
         laws = [options]
         middle = middle_law(options)
@@ -132,12 +153,13 @@ class Contest:
             assert winner.best is not None
             used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
             make = partial(self._make, taught=labels)
-            best, self.found["less"] = race_bytes(
+            best, self.found[name] = race_bytes(
                 sized, winner, used, make, self._observer, self._step
             )
             self._prefer(best)
             if best is not None:
-                return
+                return law
+        return options
 
     def _teacher(self) -> Teacher:
         """The models there are, and tables of full size trained to their end.
@@ -148,6 +170,8 @@ class Contest:
         teacher = Teacher()
         rows: list[dict[str, Any]] = []
         teacher.add(self.first)
+        if self.winner is not self.first:
+            teacher.add(self.winner)
         alone = replace(self.first.config, distillation=None, race=False)
         full = plain(alone)
         if alone.method == "fixed" and alone.dim < TrainConfig.dim:
