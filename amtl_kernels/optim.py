@@ -13,7 +13,7 @@ Options of every optimizer here:
 
 ``weight_decay``, ``decay_every``: with 0, the default, decay is part of a looked-up row's gradient,
 and rows that nobody looks up keep what they have. With K, every value of a parameter is decayed
-before each K-th of its updates, by as much as in K of them: ``w *= max(0, 1 - K * lr *
+after K of its updates, at the next one, by as much as in K of them: ``w *= max(0, 1 - K * lr *
 weight_decay / root)``, ``root`` what the optimizer divides a gradient by. Rare rows overfit most,
 and it is between two of their lookups that they have to shrink; one that was never looked up
 becomes zero. A pass over all values in K steps costs less the larger K is; 16 is what was measured.
@@ -192,7 +192,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self, parameter: Tensor, strength: float, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         """Multiplies a parameter by `max(0, 1 - strength / root)`, some rows at a time."""
-        moments = [state[name] for name in self._names]
+        moments, step = [state[name] for name in self._names], int(state.get("step", 0))
         values = parameter
         if parameter.dim() < 2:
             values, moments = parameter[None], [moment[None] for moment in moments]
@@ -200,22 +200,18 @@ class RowOptimizer(torch.optim.Optimizer):
         count = max(1, at_once // max(1, values[:1].numel()))
         for at in range(0, len(values), count):
             rows = values[at : at + count]
-            root = self._root([moment[at : at + count] for moment in moments], state, group)
+            root = self._root([moment[at : at + count] for moment in moments], step, group)
             kept = root.reciprocal_().mul_(-strength).add_(1).clamp_(min=0)
             if 0 < kept.dim() < rows.dim():
                 kept = kept.reshape(-1, *[1] * (rows.dim() - 1))
             if parameter.element_size() > 2:
                 rows.mul_(kept)
-                continue
-            shrunk = rows.float() * kept
-            if group["stochastic_rounding"]:
-                table = shrunk.reshape(len(rows), -1)
-                numbers = torch.arange(at, at + len(rows), device=table.device)
-                bits = rounding_bits(numbers, table.shape[1], int(state["step"]))
-                shrunk = round_stochastically(table, parameter.dtype, bits).reshape(rows.shape)
-            rows.copy_(shrunk)
+            elif group["stochastic_rounding"]:
+                _round_into(rows, rows.float() * kept, step, at)
+            else:
+                rows.copy_(rows.float() * kept)
 
-    def _root(self, moments: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    def _root(self, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]) -> Tensor:
         """What a gradient is divided by, of some rows, as a new tensor."""
         raise NotImplementedError
 
@@ -375,12 +371,7 @@ class RowOptimizer(torch.optim.Optimizer):
         change = self._change(grad, moments, step, group)
         lr = float(group["lr"])
         if group["stochastic_rounding"] and parameter.element_size() == 2:
-            values = parameter.float() - lr * change
-            table = values.reshape(values.shape[0] if values.dim() else 1, -1)
-            rows = torch.arange(table.shape[0], device=table.device)
-            bits = rounding_bits(rows, table.shape[1], step)
-            rounded = round_stochastically(table, parameter.dtype, bits)
-            parameter.copy_(rounded.reshape(parameter.shape))
+            _round_into(parameter, parameter.float() - lr * change, step)
         else:
             parameter.add_(change.to(parameter.dtype), alpha=-lr)
 
@@ -399,6 +390,19 @@ def _lie(held: list[Tensor], place: int, tables: list[Tensor]) -> bool:
     """Whether these tables are held from a place on."""
     side_by_side = held[place : place + len(tables)]
     return len(side_by_side) == len(tables) and all(map(is_, side_by_side, tables))
+
+
+def _exact(step: int | Tensor) -> int | Tensor:
+    """A number of steps to take powers by: in float32 1 - beta^step would lose four digits."""
+    return step.double() if isinstance(step, Tensor) else step
+
+
+def _round_into(target: Tensor, values: Tensor, step: int | Tensor, first: int = 0) -> None:
+    """Stores float32 values in 16 bits, rounded stochastically; `first` is their first row."""
+    table = values.reshape(values.shape[0] if values.dim() else 1, -1)
+    rows = torch.arange(first, first + len(table), device=table.device)
+    bits = rounding_bits(rows, table.shape[1], step)
+    target.copy_(round_stochastically(table, target.dtype, bits).reshape(target.shape))
 
 
 def _wide(parameter: Tensor) -> torch.dtype:
@@ -447,7 +451,7 @@ class SGD(RowOptimizer):
     ) -> Tensor:
         return grad
 
-    def _root(self, moments: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    def _root(self, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]) -> Tensor:
         return torch.ones(())
 
 
@@ -498,10 +502,10 @@ class Adagrad(RowOptimizer):
     def _change(
         self, grad: Tensor, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]
     ) -> Tensor:
-        total = moments[0].addcmul_(grad, grad)
-        return grad / (total.sqrt() + group["eps"])
+        moments[0].addcmul_(grad, grad)
+        return grad / self._root(moments, step, group)
 
-    def _root(self, moments: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    def _root(self, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]) -> Tensor:
         return moments[0].sqrt().add_(group["eps"])
 
 
@@ -523,8 +527,8 @@ class RowwiseAdagrad(Adagrad):
         if not grad.numel():
             return grad
         squares = grad * grad
-        total = moments[0].add_(squares.flatten(1).mean(1) if grad.dim() > 1 else squares)
-        root = total.sqrt().add_(group["eps"])
+        moments[0].add_(squares.flatten(1).mean(1) if grad.dim() > 1 else squares)
+        root = self._root(moments, step, group)
         return grad / root.reshape(-1, *[1] * (grad.dim() - 1)) if grad.dim() else grad / root
 
 
@@ -583,11 +587,8 @@ class Adam(RowOptimizer):
         mean, square = moments
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        # In float32 1 - beta^step would lose four digits.
-        count = step.double() if isinstance(step, Tensor) else step
-        root = (square.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"])
-        return mean / root / (1 - beta1**count)
+        return mean / self._root(moments, step, group) / (1 - beta1 ** _exact(step))
 
-    def _root(self, moments: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        corrected = (1 - group["betas"][1] ** int(state["step"])) ** 0.5
-        return moments[1].sqrt().div_(corrected).add_(group["eps"])
+    def _root(self, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]) -> Tensor:
+        corrected = (1 - group["betas"][1] ** _exact(step)) ** 0.5
+        return (moments[1].sqrt() / corrected).add_(group["eps"])

@@ -226,6 +226,8 @@ def test_what_cannot_do_without_masters_says_so():
     layer = alone()
     with pytest.raises(ValueError, match="needs a fused SGD or RowwiseAdagrad"):
         layer.fuse(partial(Adam, lr=0.1))
+    with pytest.raises(ValueError, match="which decay_every cannot decay"):
+        layer.fuse(partial(SGD, lr=0.1, weight_decay=0.1, decay_every=2))
     layer.fuse(None)
     rows = torch.arange(ROWS)
     with pytest.raises(RuntimeError, match=r"codes have no gradient: layer\.fuse\("):

@@ -58,6 +58,11 @@ def require_rule_of_codes(optimizer: Optimizer | None, name: str) -> None:
             f"smaller than masters, and it has {has}: layer.fuse(functools.partial("
             "amtl_kernels.optim.RowwiseAdagrad, lr=...)) before freeze() (of a model: amtl.fuse)"
         )
+    if any(group["decay_every"] and group["weight_decay"] for group in optimizer.param_groups):
+        raise ValueError(
+            f"table {name!r}: masters=False leaves codes only, which decay_every cannot decay: use "
+            "weight_decay alone, or masters=True"
+        )
 
 
 def first_step(optimizer: Optimizer | None, table: nn.Parameter) -> float:
@@ -96,12 +101,6 @@ def require_no_need_of_masters(
         raise ValueError(
             f"table {name!r} has max_norm, which scales rows in place as codes cannot be scaled: "
             "it needs masters=True"
-        )
-    groups = optimizer.param_groups if optimizer is not None else []
-    if any(group["decay_every"] and group["weight_decay"] for group in groups):
-        raise ValueError(
-            f"table {name!r}: masters=False leaves codes only, which decay_every cannot decay: use "
-            "weight_decay alone, or masters=True"
         )
 
 

@@ -301,7 +301,7 @@ def race_taught(
     decay: float | None = None,
     config: TrainConfig | None = None,
 ) -> tuple[Learner | None, list[dict[str, Any]]]:
-    """Trains the winner's settings anew on labels that a teacher softens; see `contend`.
+    """Trains settings anew on labels that a teacher softens, against a winner; see `contend`.
 
     Weight decay first, a weaker one than serves a table of full size, then that one or none: it
     may be too much for a table of few numbers. Then how much the teacher says.
@@ -311,9 +311,9 @@ def race_taught(
         make: a fresh learner of given settings, which has the teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
-        decay: what serves a table of full size; some is tried here where that is, and the winner's
-            settings leave it open.
-        config: settings to train with, where they leave open what the winner's do not.
+        decay: what serves a table of full size; some is tried here where that is, and the settings
+            leave it open.
+        config: settings to train with; None: the winner's.
 
     Returns:
         The best of them if it validates better, and their rows.
