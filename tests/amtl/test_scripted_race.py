@@ -221,6 +221,44 @@ def test_the_middle_law_is_tried_where_another_has_won():
         assert tried(0.9, **changes) == (None, None) and not made
 
 
+@pytest.mark.parametrize(
+    ("asked", "scores", "winner"),
+    [
+        # By law and share: a law that wins is taught by the other share, too.
+        (None, {(4.0, 0.8): 0.9, (4.0, 0.5): 0.95}, (4.0, 0.5)),
+        (None, {(4.0, 0.8): 0.9, (4.0, 0.5): 0.85}, (4.0, 0.8)),
+        # It does not win, or the share is the user's.
+        (None, {(4.0, 0.8): 0.7}, (16.0, 0.8)),
+        (0.8, {(4.0, 0.8): 0.9}, (4.0, 0.8)),
+    ],
+)
+def test_a_law_that_wins_is_taught_by_the_other_share(asked, scores, winner):
+    tried = {}
+
+    def make(config, taught=None):
+        key = (config.table_options["capacity_bits"], config.distillation)
+        assert taught is labels and key not in tried
+        tried[key] = Scripted([0.5, scores[key]])
+        tried[key].config = config
+        return tried[key]
+
+    labels = torch.ones(3)
+    first = Scripted([0.5, 0.6])
+    first.config = settings(distillation=asked)
+    course = Contest(first, make, Silent(), step)
+    course.winner = tried[16.0, 0.8] = Scripted([0.5, 0.8])
+    options = {"capacity_bits": 16.0}
+    course.winner.config = settings(distillation=0.8, table_options=options, embedding_dropout=0.1)
+    while not course.winner.finished:
+        course.winner.step()
+    settled = course._law({"given": {}}, options, labels)
+    assert list(tried)[1:] == list(scores)
+    assert course.winner is tried[winner] and settled["capacity_bits"] == winner[0]
+    assert [learner.released for learner in tried.values()] == [k != winner for k in tried]
+    again = ["50% of the labels a teacher's, 4 bits a number"] if len(scores) == 2 else []
+    assert [row["name"] for row in course.found["taught"]] == again
+
+
 def test_what_is_far_behind_ends_the_search_for_less():
     winner = Scripted([0.5, 0.8])
     while not winner.finished:

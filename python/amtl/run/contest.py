@@ -126,7 +126,25 @@ class Contest:
         make = partial(self._make, taught=labels)
         best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
         self._prefer(best)
-        return options if best is None else best.config.table_options
+        if best is None:
+            return options
+        if self.first.config.distillation is None:
+            self._other_shares(make)
+        return best.config.table_options
+
+    def _other_shares(self, make: Callable[[TrainConfig], Learner]) -> None:
+        """How much the teacher says was settled by another law than the winner's: asked again."""
+        config = self.winner.config
+        law = config.table_options["capacity_bits"]
+        for share in SHARES:
+            if share == config.distillation:
+                continue
+            other = replace(config, distillation=share)
+            best, rows = race_taught(self.winner, make, self._observer, self._step, config=other)
+            self.found["taught"] += [
+                {**row, "name": f"{row['name']}, {law:g} bits a number"} for row in rows
+            ]
+            self._prefer(best)
 
     def _fewer_bytes(
         self,
@@ -390,7 +408,10 @@ def race_law(
     learner, _ = attempt(make, replace(sized, table_options=options))
     if learner is None:
         return None, None
-    return contend(f"sizes by {MIDDLE:g} bits a number", learner, winner, observer, step)
+    better, row = contend(f"sizes by {MIDDLE:g} bits a number", learner, winner, observer, step)
+    if better is None:
+        learner.release()
+    return better, row
 
 
 def contend(
