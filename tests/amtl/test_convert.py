@@ -225,16 +225,25 @@ def test_parameter_groups():
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
-def test_optimizer_from_before_goes_on():
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_optimizer_from_before_goes_on(contiguous):
     model = model_of()
+    if not contiguous:
+        weight = model.users.weight.detach()
+        model.users.weight = nn.Parameter(weight.t().contiguous().t())
+        assert not model.users.weight.is_contiguous()
+    own = model.users.weight
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
     model(*inputs()).sum().backward()
     optimizer.step()
+    before = own.detach().clone()
     amtl.convert(model, COUNTS, budget=0.5)
+    assert model.users.weight is own and own.is_contiguous() and torch.equal(own, before)
     optimizer.add_param_group({"params": amtl.mask_parameters(model), "lr": 1e-2})
     optimizer.zero_grad()
     model(*inputs()).sum().backward()
     optimizer.step()
+    assert not torch.equal(own, before)
     amtl.freeze(model, optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert all(id(p) in held for p in amtl.table_parameters(model))

@@ -109,6 +109,30 @@ def test_goes_on_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("saved_phase", ["search", "frozen"])
+@pytest.mark.parametrize("loading_phase", ["search", "frozen"])
+def test_the_optimizer_may_be_loaded_before_the_model(optimizer, saved_phase, loading_phase):
+    """Where PyTorch takes its state: tables of 8 bits, whose rows are of one width, are one tier."""
+    model, its = script(optimizer, "few bits")
+    train(model, its, 3, seed=1)
+    if saved_phase == "frozen":
+        amtl.freeze(model, its)
+        assert len(amtl.table_parameters(model)) == 1
+        train(model, its, 3, seed=2)
+    saved = checkpoint(model, its)
+    other, others = script(optimizer, "few bits")
+    train(other, others, 1, seed=9)
+    if loading_phase == "frozen":
+        amtl.freeze(other, others)
+    others.load_state_dict(saved["optimizer"])
+    other.load_state_dict(saved["state_dict"])
+    assert_held(other, others)
+    for m, o in ((model, its), (other, others)):
+        train(m, o, 3, seed=3)
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("phase", ["search", "frozen"])
 def test_weights_alone_may_be_loaded(optimizer, phase):
     """Without the optimizer's state it starts anew for what is new, and all of it trains."""
@@ -126,6 +150,17 @@ def test_weights_alone_may_be_loaded(optimizer, phase):
     before = copy.deepcopy(trained)
     train(other, others, 3, seed=2)
     assert not any(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+
+
+def test_a_state_that_fits_nothing_is_lost_loudly():
+    """Loaded before the model, where PyTorch sees only that there are as many parameters."""
+    model, its = script("sgd", "rule")
+    amtl.freeze(model, its)
+    other, others = script("sgd", "rule")
+    others.state[other.table.weight]["momentum_buffer"] = torch.zeros(3, 2)
+    with pytest.warns(UserWarning, match="SGD .* load the optimizer's state after the model's"):
+        other.load_state_dict(model.state_dict())
+    assert_held(other, others)
 
 
 def test_a_load_into_the_same_tiers_keeps_the_parameters():

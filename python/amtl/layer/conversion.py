@@ -446,11 +446,11 @@ def _layer_from(module: nn.Module, counts: Tensor, options: Mapping[str, Any]) -
             include_last_offset=module.include_last_offset,
             **common,
         )
-    if module.weight.is_contiguous():
-        layer.weight = cast(nn.Parameter, module.weight)
-    else:
+    if not module.weight.is_contiguous():
+        # The parameter itself stays: optimizers and lists of the model's own hold it.
         assert layer.weight is not None
-        layer.weight.requires_grad_(module.weight.requires_grad)
+        module.weight.data = layer.weight.data
+    layer.weight = cast(nn.Parameter, module.weight)
     extra = {key: value for key, value in vars(module).items() if key not in vars(layer)}
     vars(layer).update(extra, _extra=tuple(extra))
     return layer

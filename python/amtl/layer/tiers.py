@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -344,12 +345,35 @@ def _require_position(group: dict[str, Any], parameter: nn.Parameter) -> int:
 def replace_parameters(
     optimizers: list[Optimizer], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
 ) -> None:
-    """Put parameters in the place of others, without state: theirs belonged to other values."""
+    """Put parameters in the place of others, with state where it has the shapes of the new ones.
+
+    A checkpoint's optimizer may be loaded before its model; and PyTorch's loading of a model
+    leaves optimizers as they are.
+    """
     for optimizer, group, _ in _holders(optimizers, old[0]):
+        states = [optimizer.state.get(parameter) or {} for parameter in old]
         _replace(group, old[0], 1, new)
         optimizer.state.pop(old[0], None)
         drop_parameters([optimizer], old[1:])
         _begin_state(optimizer, group, new)
+        if len(old) == len(new) and all(map(_fits, states, new)):
+            optimizer.state.update((p, s) for p, s in zip(new, states, strict=True) if s)
+        elif not all(map(_fits, states, old)):
+            warnings.warn(
+                f"{type(optimizer).__name__} holds a state of other tables than it had: it was "
+                "loaded before the model and is lost; load the optimizer's state after the model's",
+                stacklevel=2,
+            )
+
+
+def _fits(state: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+    """Whether an optimizer's state may be that of a parameter: a number a number, or a row."""
+    rows = parameter.shape[:1]
+    return all(
+        value.shape in (parameter.shape, rows, (*rows, 1))
+        for value in state.values()
+        if isinstance(value, Tensor) and value.ndim
+    )
 
 
 def _begin_state(
