@@ -22,6 +22,14 @@ Rooms, each using only those before it: `layer` (tables that learn sizes), `inte
 people's models), `store` (files), `data` (from tables to indices), `run` (training), `cli`.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and "amtl" in sys.orig_argv:
+    # `python -m amtl` imports this before it runs a line of `__main__`.
+    import amtl_command
+
+    amtl_command.guard()
+
 import amtl.integrations  # noqa: F401  (registers what other libraries ask of the layers)
 from amtl.layer.budget import BudgetError
 from amtl.layer.collection import AMTLEmbeddingCollection

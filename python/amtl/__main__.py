@@ -1,5 +1,5 @@
 """`python -m amtl` is the command `amtl`."""
 
-from amtl.cli import main
+from amtl_command import main
 
 main()

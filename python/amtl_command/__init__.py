@@ -14,14 +14,19 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Imports the commands and runs the command line."""
-    before = signal.getsignal(signal.SIGINT)
-    # What a shell runs in the background ignores it, and still does.
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stopped)
+    guard()
     from amtl.cli import main as run
 
-    signal.signal(signal.SIGINT, before)
+    if signal.getsignal(signal.SIGINT) is _stopped:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
+
+
+def guard() -> None:
+    """From here on Ctrl-C is one line."""
+    # What a shell runs in the background ignores it, and still does.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stopped)
 
 
 def _stopped(number: int, frame: FrameType | None) -> NoReturn:

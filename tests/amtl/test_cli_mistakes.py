@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import shlex
 import signal
@@ -355,25 +356,27 @@ def test_ctrl_c_before_the_first_step(where, folder, tmp_path, monkeypatch, caps
 
 
 INTERRUPTED = """
-import signal, sys
-import amtl_command
+import os, signal, sys
 
 class Slow:
     def find_spec(self, name, path=None, target=None):
-        if name == "amtl":
+        if name == "amtl.layer":
             signal.raise_signal(signal.SIGINT)
 
-signal.signal(signal.SIGINT, getattr(signal, sys.argv.pop(1)))
+signal.signal(signal.SIGINT, getattr(signal, os.environ["HANDLER"]))
 sys.meta_path.insert(0, Slow())
-amtl_command.main()
 """
 
 
 @pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
-def test_ctrl_c_while_the_command_is_imported(handler):
+@pytest.mark.parametrize("started", [["-c", "import amtl_command as c; c.main()"], ["-m", "amtl"]])
+def test_ctrl_c_while_the_command_is_imported(handler, started, tmp_path):
     """Which takes seconds; what is run in the background ignores it as before."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    folders = [str(tmp_path), *(os.path.abspath(p or os.curdir) for p in sys.path)]
+    environment = {**os.environ, "HANDLER": handler, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, handler, "datasets"], capture_output=True, text=True
+        [sys.executable, *started, "datasets"], capture_output=True, text=True, env=environment
     )
     if handler == "SIG_IGN":
         assert done.returncode == 0 and "nycflights13" in done.stdout

@@ -112,7 +112,7 @@ def test_goes_on_as_if_nothing_had_been(
 @pytest.mark.parametrize("saved_phase", ["search", "frozen"])
 @pytest.mark.parametrize("loading_phase", ["search", "frozen"])
 def test_the_optimizer_may_be_loaded_before_the_model(optimizer, saved_phase, loading_phase):
-    """Where PyTorch takes its state: tables of 8 bits, whose rows are of one width, are one tier."""
+    """Where PyTorch takes its state: rows of one width are one tier."""
     model, its = script(optimizer, "few bits")
     train(model, its, 3, seed=1)
     if saved_phase == "frozen":
