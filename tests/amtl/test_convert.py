@@ -277,6 +277,45 @@ def test_freezing_finds_the_optimizer():
     assert any(p is model.users.weight for p in tables.param_groups[0]["params"])
 
 
+class Plain:
+    """An optimizer that is not PyTorch's."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+
+
+def test_an_optimizer_that_cannot_be_found_is_told_of_after_freezing():
+    model = amtl.convert(model_of(), COUNTS, budget=0.5)
+    optimizer = Plain(model.parameters())
+    model(*inputs()).sum().backward()
+    optimizer.step()
+    amtl.freeze(model)
+    copied = copy.deepcopy(model)
+    model.eval()
+    model(*inputs())
+    model.train()
+    with pytest.warns(UserWarning, match="something still holds the weight") as told:
+        model(*inputs())
+    assert {str(w.message).split("'")[1] for w in told} == set(COUNTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(*inputs())
+        copied(*inputs())
+        # Freed, or held by an optimizer that freezing finds.
+        for own in (None, torch.optim.SGD):
+            model = amtl.convert(model_of(), COUNTS, budget=0.5)
+            optimizer = own and own(model.parameters(), lr=0.1)
+            amtl.freeze(model)
+            model(*inputs())
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_sizes_that_nobody_trains_are_refused_at_the_next_step(held):
     """An optimizer from before convert holds the table, and knows nothing of sizes."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -19,9 +22,12 @@ class TableLookups(TableRows):
     """The lookups of `AMTLTable`."""
 
     _kept: _Kept | None = None
+    _left: Callable[[], Tensor | None] | None = None
+    """The weight before freezing, if it lives, where no optimizer of PyTorch's was found for it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        own = ("_kept", "_left")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _embed(self, input: Tensor) -> Tensor:
         """The rows at indices of any shape: `input.shape + [D]`."""
@@ -118,6 +124,8 @@ class TableLookups(TableRows):
     def _frozen(self, input: Tensor) -> tuple[TieredTable, Tensor]:
         """The tiers, rounded or decoded where the table has few bits, and places to look up."""
         assert self.tier_ends is not None
+        if self._left is not None and self.training and not being_traced():
+            self._notice_left()
         rows = self._renormed(self._frozen_rows(input))
         # Past nn.Module, which takes half a microsecond to find what is no plain attribute.
         steps, rounding = self._buffers["steps"], cast(Rounding | None, self._modules["rounding"])
@@ -143,6 +151,20 @@ class TableLookups(TableRows):
         if not traced:
             self.__dict__["_kept"] = _Kept(table, tiers, of, seen)
         return table, rows
+
+    def _notice_left(self) -> None:
+        """Warn if the weight from before freezing lives on: whatever trains it does so in vain."""
+        left, self._left = self._left, None
+        if left is None or left() is None:
+            return
+        gc.collect()
+        if left() is not None:
+            warnings.warn(
+                f"table {self.name!r}: something still holds the weight from before freeze(), a "
+                "list of parameters or an optimizer that is not PyTorch's. Training it changes "
+                "nothing: ask the model for its parameters again",
+                stacklevel=6,
+            )
 
     def _frozen_options(self) -> dict[str, Any]:
         return {"padding_idx": self._frozen_padding(), "bounds_check": self._operator_bounds()}

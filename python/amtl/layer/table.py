@@ -7,6 +7,7 @@ tiers: outputs stay bit-identical, memory drops, training goes on. `thaw()` lead
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -415,6 +416,8 @@ class AMTLTable(TableStates):
             for parameter in head.parameters():
                 parameter.grad = None
             self.row_map = encode_row_map(self.row_group)
+            if trainable and optimizer is None and not optimizers:
+                self._left = weakref.ref(self.weight)
             self._enter_frozen(blocks, plan.ends, order)
             self.rounding = rounding
             if rounding is not None and codes is not None:
