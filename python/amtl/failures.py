@@ -45,8 +45,8 @@ def run(app: typer.Typer, args: Sequence[str]) -> int:
     except UserError as error:
         return tell(str(error))
     except OSError as error:
-        name = f" {str(error.filename)!r}" if error.filename else ""
-        return tell(f"cannot use{name}: {error.strerror or error}")
+        name = repr(str(error.filename)) if error.filename else "a file or the output"
+        return tell(f"cannot use {name}: {error.strerror or error}")
     except BaseException as error:  # polars panics with no Exception
         if hasattr(error, "format_message"):
             return tell(f"{error.format_message()} (amtl COMMAND --help has the options)", USAGE)
