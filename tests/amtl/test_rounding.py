@@ -297,10 +297,12 @@ def test_steps_follow_the_mean_square_in_training_only():
     assert rounding.half().mean_square.dtype == torch.float32
     layer = layer_of().freeze().eval()
     before = layer.rounding.mean_square.clone()
-    for changes in (False, True):
+    # Looking up without gradients is no training, whatever the mode: as of an nn.Embedding.
+    for mode, gradients in ((False, True), (True, False), (True, True)):
         for _ in range(8):
-            layer.train(changes)(torch.arange(ROWS))
-        assert torch.equal(layer.rounding.mean_square, before) != changes
+            with torch.set_grad_enabled(gradients):
+                layer.train(mode)(torch.arange(ROWS))
+        assert torch.equal(layer.rounding.mean_square, before) != (mode and gradients)
 
 
 def test_a_sample_of_lookups_sees_every_field():
@@ -344,14 +346,18 @@ def test_weights_of_samples_learn_from_what_is_shown(packed):
     torch.testing.assert_close(weights.grad, wanted)
 
 
-def test_a_forward_that_is_repeated_counts_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_that_is_repeated_counts_once(reentrant):
     from torch.utils.checkpoint import checkpoint
 
     layers = [layer_of().freeze(), layer_of().freeze()]
-    rows = torch.arange(ROWS)
+    before = layers[0].rounding.mean_square.clone()
+    rows, scale = torch.arange(ROWS), torch.ones((), requires_grad=True)
     for _ in range(9):
-        for out in (checkpoint(layers[0], rows, use_reentrant=False), layers[1](rows)):
+        repeated = checkpoint(lambda s: layers[0](rows) * s, scale, use_reentrant=reentrant)
+        for out in (repeated, layers[1](rows) * scale):
             out.square().sum().backward()
+    assert not torch.equal(layers[0].rounding.mean_square, before)
     assert torch.equal(layers[0].rounding.mean_square, layers[1].rounding.mean_square)
     for one, other in zip(layers[0].blocks, layers[1].blocks, strict=True):
         assert torch.equal(one.grad, other.grad)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import amtl_kernels
-from amtl.layer.rounding import Rounding
+from amtl.layer.rounding import Rounding, trains
 from amtl.layer.size_head import being_traced
 from amtl.layer.table_rows import TableRows
 from amtl_kernels import TieredTable
@@ -129,8 +129,8 @@ class TableLookups(TableRows):
         rows = self._renormed(self._frozen_rows(input))
         # Past nn.Module, which takes half a microsecond to find what is no plain attribute.
         steps, rounding = self._buffers["steps"], cast(Rounding | None, self._modules["rounding"])
-        tiers, training = self._tiers(), self.training
-        if rounding is not None and training:
+        tiers = self._tiers()
+        if rounding is not None and self.training and trains():
             if steps is not None:
                 self._keep_up(rows, {"steps": steps.to(torch.float32), "bits": self.options.bits})
             else:

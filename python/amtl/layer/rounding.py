@@ -18,6 +18,7 @@ and 1.5 standard deviations at 16, 8, 4 and 2 bits), so the range grows until it
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -129,6 +130,24 @@ def encode(values: Tensor, step: float | Tensor, bits: int) -> Tensor:
 def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
     """Numbers [n, w] of a block of bytes [n, w * bits / 8] with one step size, of its type."""
     return decode_codes(packed, step.to(torch.float32), bits).to(step.dtype)
+
+
+def trains() -> bool:
+    """Whether gradients are wanted of what is looked up now.
+
+    So they are where a function of autograd's has turned them off to repeat its forward later, as
+    checkpointing does.
+    """
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    frame, context = sys._getframe(1), torch.autograd.function.FunctionCtx
+    while frame.f_back is not None:
+        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), context):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Rounding(nn.Module):
