@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import late_findings
 from kernel_calls import call
 from kernel_cases import Call, in_order
 
@@ -156,6 +158,29 @@ def test_every_replay_of_a_captured_lookup_is_checked() -> None:
         problem.indices[7] = 0
         graph.replay()
         ak.synchronize()
+
+
+def a_later_call() -> None:
+    """A good one, after the GPU has run what was called before."""
+    torch.cuda.synchronize()
+    late_findings.lookup("cuda", [0])
+
+
+TELLS = pytest.mark.parametrize(
+    "tell", [pytest.param(ak.synchronize, id="synchronize"), a_later_call]
+)
+
+
+@TELLS
+def test_an_error_comes_later_and_once(tell: Callable[[], None]) -> None:
+    late_findings.errors_come_later_and_once("cuda", tell)
+
+
+@TELLS
+def test_a_clamped_index_is_told_of_later(
+    tell: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_findings.a_clamped_index_is_told_of_later("cuda", tell, monkeypatch)
 
 
 def test_updates_on_a_side_stream() -> None:

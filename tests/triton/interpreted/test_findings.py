@@ -1,18 +1,30 @@
-"""Bad input that is told of late, as on a GPU: the interpreter's memory in place of a GPU's."""
+"""Bad input that is told of late, as on a GPU: the interpreter's memory in place of a GPU's.
+
+On a GPU nothing has to stand for it: ``tests/triton/test_gpu.py`` checks the same there.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import late_findings
+
 import amtl_kernels as ak
-from amtl_kernels import _arguments, reference
+from amtl_kernels import _arguments
 from amtl_kernels.triton import check
 
-ROWS, DIM = 5, 4
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="in the interpreter only: TRITON_INTERPRET=1 python -m pytest tests/triton/interpreted",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,36 +38,12 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield lambda: tell(torch.empty(0))
 
 
-def lookup(indices: list[int], bounds_check: str = "raise", offsets: Any = None) -> torch.Tensor:
-    sizes = torch.full((ROWS,), DIM, dtype=torch.int32)
-    options: dict[str, Any] = {"bounds_check": bounds_check}
-    if offsets is None:
-        return ak.masked_embedding(torch.ones(ROWS, DIM), torch.tensor(indices), sizes, **options)
-    arguments = (torch.ones(ROWS, DIM), torch.tensor(indices), torch.tensor(offsets), sizes)
-    return ak.masked_embedding_bag(*arguments, **options)
-
-
 def test_an_error_comes_later_and_once(late: Callable[[], None]) -> None:
-    out = lookup([1, 9])
-    assert torch.equal(out, torch.ones(2, DIM)), "clamped, so that nothing outside is read"
-    with pytest.raises(IndexError, match=r"index 9 at position 1 .* of 5 rows") as caught:
-        late()
-    assert str(caught.value).endswith(f"\n{_arguments.FOUND_BEFORE}")
-    late()
-    nothing = torch.empty(0, DIM), torch.tensor([0]), torch.empty(0, dtype=torch.int32)
-    assert not ak.masked_embedding(*nothing).any(), "no row to clamp to"
-    with pytest.raises(IndexError, match=r"index 0 at position 0 .* of 0 rows"):
-        late()
-    lookup([1], offsets=[0, 3])
-    with pytest.raises(ValueError, match="offsets must end within the 1 indices"):
-        late()
+    late_findings.errors_come_later_and_once("cpu", late)
 
 
 def test_a_warning_does_too(late: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_warned_clamped", False)
-    lookup([1, 9], "clamp")
-    with pytest.warns(RuntimeWarning, match="index 9 at position 1 .* was clamped"):
-        late()
+    late_findings.a_clamped_index_is_told_of_later("cpu", late, monkeypatch)
 
 
 def test_checks_under_way_have_places_of_their_own(late: Callable[[], None]) -> None:
