@@ -324,7 +324,7 @@ def training(setting: Setting, save: Save) -> None:
     from bench import gpu_step
 
     setting.backend("cuda")
-    save(gpu_step.measure(setting.device, simulated=setting.dry))
+    gpu_step.measure(setting.device, save, simulated=setting.dry)
 
 
 def sanitizer(setting: Setting, save: Save, *, tool: str) -> None:

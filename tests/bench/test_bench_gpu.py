@@ -7,13 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import device, gpu, stages
+import amtl_kernels as ak
+from bench import device, gpu, gpu_step, stages
 from bench.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,6 +231,83 @@ def test_it_builds_with_cmake_alone_what_is_not_there(
     assert targets == ([] if prebuilt else ["--target=_C"]) + ([] if breaks else ["--target=tbe"])
     # A peer that does not build is named and costs nothing else.
     assert ("ended with 2" in saved[-1]["peer"][0]) if breaks else saved[-1]["peer"] == "built"
+
+
+@pytest.fixture
+def simulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The operators on simulated devices, as in a rehearsal."""
+    pytest.importorskip("amtl_kernels._tools", reason="build with AMTL_TOOLS=on")
+    before = str(ak.build_info()["backend"])
+    monkeypatch.setenv("AMTL_BACKEND", before)
+    gpu.Setting(True, tmp_path).backend("cuda")
+    yield
+    ak.set_backend(before)
+
+
+def training(monkeypatch: pytest.MonkeyPatch, what: str, share: float) -> list[dict[str, Any]]:
+    """What a training stage saves whose replays leave other weights, by a share of them."""
+    captured = gpu_step._captured
+
+    def nudged(model: gpu_step._Model, device: str) -> Callable[[], None]:
+        replay = captured(model, device)
+        parts = {"tables": model.tables, "masks": model.masks}
+        weights = parts.get(what) or [*model.network.parameters()]
+
+        def call() -> None:
+            replay()
+            for weight in weights:
+                weight.data.mul_(1 + share)
+
+        return call
+
+    monkeypatch.setattr(gpu_step, "_captured", nudged)
+    saved: list[dict[str, Any]] = []
+    try:
+        gpu_step.measure("cpu", saved.append, simulated=True)
+    except RuntimeError as error:
+        saved.append({"error": str(error)})
+    return saved
+
+
+def test_a_network_may_round_in_other_ways(
+    simulator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, last = training(monkeypatch, "network", 1e-6)
+    assert timed["replay_seconds"] > 0 and not any(timed["whole steps"]["same bits"].values())
+    wanted = {"tables": True, "masks": True, "network": False}
+    assert last["steps on given gradients"]["same bits"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("what", "share", "error"),
+    [
+        ("network", 0.1, "replays of whole steps leave other weights: .*network by"),
+        ("tables", 1e-6, "replays on given gradients leave other bits of tables, masks$"),
+        ("masks", 1e-6, "replays on given gradients leave other bits of masks$"),
+    ],
+)
+def test_other_weights_are_told_of_when_the_step_was_timed(
+    simulator: None, monkeypatch: pytest.MonkeyPatch, what: str, share: float, error: str
+) -> None:
+    timed, compared, last = training(monkeypatch, what, share)
+    assert timed["replay_seconds"] > 0 and set(compared) > set(timed)
+    assert re.match(error, last["error"])
+
+
+def test_a_training_step_that_waits_is_no_graph(
+    simulator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rehearsal's step runs as one that is captured: the simulator refuses a wait."""
+    saved: list[dict[str, Any]] = []
+    gpu_step.measure("cpu", saved.append, simulated=True)
+    assert all(saved[-1]["steps on given gradients"]["same bits"].values())
+
+    def waits(*arguments: Any, optimizer: Any) -> torch.Tensor:
+        return ak.adaptive_embedding_bag_tables(*arguments)
+
+    monkeypatch.setattr(ak.fused, "adaptive_embedding_bag_tables", waits)
+    with pytest.raises(RuntimeError, match=r"how many distinct rows .* a CUDA graph capture"):
+        gpu_step.measure("cpu", saved.append, simulated=True)
 
 
 class Events:
