@@ -233,6 +233,41 @@ def smoke(setting: Setting, save: Save, *, backend: str) -> None:
     print(f"{len(found)} calls are right")
 
 
+class _Progress:
+    """A pytest plugin that saves which tests have passed, so that a kill does not take it along.
+
+    Every two seconds at most; the end of the log, in the detail of a result, has the rest.
+    """
+
+    def __init__(self, save: Save) -> None:
+        self._save = save
+        self._next = 0.0
+        self._found: dict[str, list[str]] = {"running": [], "failed": [], "passed": []}
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._found["running"].append(nodeid)
+        self._tell()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and report.nodeid not in self._found["failed"]:
+            self._found["failed"].append(report.nodeid)
+        elif report.passed and report.when == "call":
+            self._found["passed"].append(report.nodeid)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._found["running"].remove(nodeid)
+        self._tell()
+
+    def _tell(self) -> None:
+        if time.monotonic() >= self._next:
+            self._save(dict(self._found))
+            self._next = time.monotonic() + 2
+
+    def ended(self, **more: Any) -> None:
+        """Saves everything, and more."""
+        self._save({**more, **self._found})
+
+
 def tests(
     setting: Setting, save: Save, *, folders: Sequence[str], backend: str, rehearsed: Sequence[str]
 ) -> None:
@@ -248,7 +283,7 @@ def tests(
     if setting.dry and backend == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
     os.chdir(ROOT)
-    arguments = ["-q", "-p", "no:cacheprovider"]
+    arguments = ["-v", "-p", "no:cacheprovider"]
     if setting.dry:
         arguments += rehearsed
     else:
@@ -257,8 +292,9 @@ def tests(
             arguments += ["-n", "6"]
     import pytest
 
-    code = int(pytest.main(arguments))
-    save({"exit": code, "backend": name})
+    progress = _Progress(save)
+    code = int(pytest.main(arguments, plugins=[progress]))
+    progress.ended(exit=code, backend=name)
     # 5: nothing was collected, which proves nothing.
     if code:
         raise RuntimeError(f"pytest ended with {code}")

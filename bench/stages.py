@@ -2,12 +2,14 @@
 
 A stage's process is a fork of this one, which must never have touched a GPU: so every stage has a
 context of its own, and PyTorch is imported once. What a stage has saved on its way is kept
-however it ends, and its whole group of processes ends with it.
+however it ends, and its whole group of processes ends with it, and with this process, however that
+ends: nobody holds a GPU that another run needs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -21,6 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.files import write_aside
+
+# Of Linux' prctl.
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
+PATIENCE = 10.0
+"""Seconds that killed processes get to end: a driver that hangs may hold them for ever."""
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -84,8 +91,13 @@ def _write(path: Path, content: Any) -> None:
     write_aside(path, json.dumps(content, indent=1) + "\n")
 
 
-def _child(stage: Stage, saved: Path, log: Path) -> int:
-    os.setsid()
+def _prctl(option: int, value: int) -> None:
+    # Linux only; elsewhere stages outlive a harness that is killed by force.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _work(stage: Stage, saved: Path, log: Path) -> int:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -103,6 +115,26 @@ def _child(stage: Stage, saved: Path, log: Path) -> int:
     return 0
 
 
+def _guard(stage: Stage, saved: Path, log: Path, parent: int) -> int:
+    """Leads a group of processes, in which the stage works, and ends with it or with its parent.
+
+    A process that works can answer no signal while a driver has it, and what it has started hears
+    of no parent's end. This one does nothing else.
+    """
+    os.setsid()
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    _prctl(_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        return 1
+    worker = os.fork()
+    if worker == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os._exit(_work(stage, saved, log))
+    _, status = os.waitpid(worker, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
 def _wait(child: int, seconds: float) -> int | None:
     """The exit code; None past the time."""
     end = time.monotonic() + seconds
@@ -115,28 +147,44 @@ def _wait(child: int, seconds: float) -> int | None:
         time.sleep(0.02)
 
 
+def _end(group: int) -> bool:
+    """Kills all processes of a group; whether none is left after a while."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        # Those whose parents have ended are this process's.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-group, os.WNOHANG)[0]:
+                pass
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.02)
+
+
 def run(stage: Stage, path: Path, limit: float) -> Result:
     """Runs a stage in a process of its own and writes its result.
 
     Args:
         stage: The stage.
         path: Of the result; the log lies beside it.
-        limit: Seconds; the process and all that it has started are killed then.
+        limit: Seconds; the process and all that it has started are killed then. What does not end
+            even so is named in the result and left behind.
     """
     log, saved = path.with_suffix(".log"), path.with_suffix(".saved")
     for old in (path, log, saved):
         old.unlink(missing_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    started = time.monotonic()
+    started, parent = time.monotonic(), os.getpid()
+    _prctl(_SET_CHILD_SUBREAPER, 1)
     child = os.fork()
     if child == 0:
-        os._exit(_child(stage, saved, log))
+        os._exit(_guard(stage, saved, log, parent))
     code = _wait(child, limit)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    if code is None:
-        os.waitpid(child, 0)
+    gone = _end(child)
     text = log.read_text(errors="replace").strip() if log.exists() else ""
     data = json.loads(saved.read_text()) if saved.exists() else {}
     saved.unlink(missing_ok=True)
@@ -146,8 +194,14 @@ def run(stage: Stage, path: Path, limit: float) -> Result:
         detail = text.splitlines()[-1] if text else ""
     elif outcome == "left out":
         detail = text.rpartition("left out: ")[2]
-    elif outcome == "failed" and code is not None and code < 0:
-        detail += f"\nended by {signal.Signals(-code).name}"
+    elif outcome == "failed":
+        # The guard's own signal, or the one of its worker as it was told.
+        number = -code if code is not None and code < 0 else (code or 0) - 128
+        detail += "".join(f"\nended by {each.name}" for each in signal.Signals if each == number)
+    if not gone:
+        detail += (
+            f"\nsome of its processes (group {child}) have not ended {PATIENCE:.0f} s after a kill"
+        )
     result = Result(stage.name, outcome, time.monotonic() - started, limit, detail, data)
     result.seconds = round(result.seconds, 2)
     _write(path, dataclasses.asdict(result))

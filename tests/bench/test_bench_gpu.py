@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,132 @@ def test_time_boxes_and_what_stages_need(tmp_path: Path) -> None:
     assert found["absent"]["detail"] == "no such thing here"
     assert found["after absent"]["detail"] == "absent: left out"
     assert stages.read(tmp_path / "none.json") is None
+
+
+ORPHANS = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from bench import stages
+
+def deaf(save):
+    # As one that a driver has: no signal but a kill reaches it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+    process = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE)
+    grandchild = int(process.stdout.readline())
+    save({"pids": [os.getpid(), os.getppid(), process.pid, grandchild]})
+    time.sleep(600)
+
+stages.run_all([stages.Stage("deaf", 600, deaf)], Path(sys.argv[1]))
+"""
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there that has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def waits_for(condition: Callable[[], object], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+def test_a_stage_ends_with_the_harness_however_that_ends(tmp_path: Path) -> None:
+    program = subprocess.Popen([sys.executable, "-c", ORPHANS, str(tmp_path)], cwd=ROOT)
+    saved = tmp_path / "00-deaf.saved"
+    try:
+        assert waits_for(saved.exists)
+        pids = json.loads(saved.read_text())["pids"]
+        assert len(pids) == 4 and all(map(runs, pids)) and program.pid not in pids
+    finally:
+        program.kill()
+        program.wait()
+    try:
+        assert waits_for(lambda: not any(map(runs, pids)))
+    finally:
+        for pid in filter(runs, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+UNKILLABLE = """
+import json, os, signal, subprocess, sys
+from pathlib import Path
+from bench import stages
+from bench.stages import Stage
+
+kill, held = os.killpg, []
+
+def driver_hangs(group, number):
+    held.append(group)
+    if group != held[0]:
+        kill(group, number)
+
+os.killpg, stages.PATIENCE = driver_hangs, 0.5
+every = [
+    Stage("hangs", 0.3, lambda save: subprocess.run(["sleep", "600"])),
+    Stage("next", 30, lambda save: None),
+]
+try:
+    stages.run_all(every, Path(sys.argv[1]))
+finally:
+    kill(held[0], signal.SIGKILL)
+"""
+
+
+def test_a_process_that_no_kill_ends_stops_no_other_stage(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", UNKILLABLE, str(tmp_path)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path)
+    assert found["hangs"]["outcome"] == "killed" and found["next"]["outcome"] == "ok"
+    assert "have not ended" in found["hangs"]["detail"] and found["next"]["detail"] == ""
+    assert 0.8 <= found["hangs"]["seconds"] < 10
+
+
+SLOW_TESTS = """
+import time
+
+def test_quick():
+    pass
+
+def test_wrong():
+    assert False
+
+def test_hangs():
+    time.sleep(600)
+"""
+
+KILLED_TESTS = """
+import functools, sys
+from pathlib import Path
+import hypothesis, pytest
+from bench import gpu, stages
+
+folder = Path(sys.argv[1])
+of = {"folders": [], "backend": "cuda", "rehearsed": [str(folder / "test_slow.py")]}
+work = functools.partial(gpu.tests, gpu.Setting(True, folder), **of)
+stages.run(stages.Stage("tests", 8, work), folder / "00-tests.json", 8)
+"""
+
+
+def test_a_killed_stage_of_tests_says_what_had_passed(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(SLOW_TESTS)
+    program = [sys.executable, "-c", KILLED_TESTS, str(tmp_path)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path)["tests"]
+    assert found["outcome"] == "killed"
+    # What was saved last may be two seconds old; the end of the log is not.
+    assert "test_slow.py::test_quick PASSED" in found["detail"]
+    assert "test_slow.py::test_wrong FAILED" in found["detail"]
+    assert found["detail"].endswith("test_slow.py::test_hangs")
+    assert set(found["data"]) == {"running", "failed", "passed"}
 
 
 @pytest.mark.parametrize(
