@@ -215,14 +215,17 @@ def smoke(setting: Setting, save: Save, *, backend: str) -> None:
     """Every kernel once, against the reference."""
     from bench import gpu_smoke
 
+    os.environ["AMTL_TRITON_AUTOTUNE"] = "0"
     setting.backend(backend)
+    kinds = {"cuda": gpu_smoke.EVERY_KIND, "triton": gpu_smoke.COMPILED_KINDS}[backend]
     found: dict[str, str] = {}
 
     def note(name: str, what: str) -> None:
         found[name] = what
         save({"calls": found})
 
-    gpu_smoke.run(setting.device, note, simulated=setting.dry, check=True)
+    kinds = gpu_smoke.SIMULATED_KINDS if setting.dry else kinds
+    gpu_smoke.run(setting.device, note, kinds=kinds, check=True)
     if setting.dry and backend == "cuda":
         import amtl_kernels._tools as tools
 
@@ -365,18 +368,20 @@ def training(setting: Setting, save: Save) -> None:
 
 def sanitizer(setting: Setting, save: Save, *, tool: str) -> None:
     """compute-sanitizer's ``tool`` over the calls of the smoke stage."""
-    if setting.dry:
-        raise LeftOutError("a dry run: the simulator has watched the calls of the smoke stage")
     if shutil.which("compute-sanitizer") is None:
         raise LeftOutError("no compute-sanitizer on this machine")
     # PyTorch's allocator would hide reads past an allocation inside of a larger block.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     calls = ["--tool", tool, "--error-exitcode", "3", sys.executable, "-m", "bench.gpu_smoke"]
+    calls += ["--dry-run"] if setting.dry else []
     code, text = command(["compute-sanitizer", *calls], cwd=ROOT, env=environment)
     print(text[-3500:])
-    save({"exit": code, "ended": text.rstrip().endswith("done") or "\ndone\n" in text})
+    ended = text.rstrip().endswith("done") or "\ndone\n" in text
+    save({"exit": code, "ended": ended})
     if code:
         raise RuntimeError(f"compute-sanitizer {tool} ended with {code}")
+    if not ended:
+        raise RuntimeError("what compute-sanitizer watched never got to its end")
 
 
 _REHEARSED = {
@@ -412,19 +417,17 @@ def all_stages(setting: Setting) -> list[Stage]:
         ),
     ]
     cases = gpu_cases()
-    # A rehearsal takes one of each kind.
-    numbers: Sequence[int] = (0, 3, 4, 8) if setting.dry else range(len(cases))
-    found += [stage(f"timings-{n:02}", 75, timings, number=n, **native) for n in numbers]
+    found += [stage(f"timings-{n:02}", 75, timings, number=n, **native) for n in range(len(cases))]
     found.append(stage("training-step", 90, training, **native))
     tools = ("memcheck", "synccheck")
     found += [stage(f"sanitizer-{tool}", 150, sanitizer, tool=tool, **native) for tool in tools]
     triton: dict[str, Any] = {"backend": "triton", "needs": "environment"}
     folders = ["tests/kernels", "tests/triton"]
+    found.append(stage("triton-smoke", 150, smoke, **triton))
     found.append(
         stage("triton-tests", 400, tests, **triton, folders=folders, rehearsed=_TRITON_REHEARSED)
     )
-    numbers = (0,) if setting.dry else (0, 2, 4)
-    found += [stage(f"triton-timings-{n:02}", 120, timings, number=n, **triton) for n in numbers]
+    found += [stage(f"triton-timings-{n:02}", 120, timings, number=n, **triton) for n in (0, 2, 4)]
     found.append(stage("triton-autotune", 240, timings, number=3, tuned=True, **triton))
     return found
 
@@ -543,8 +546,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only list the stages")
     parser.add_argument("--spoil", action="append", default=[], help="NAME=fail|crash|hang; tests")
     options = parser.parse_args(arguments)
-    # Forked with everything imported that every stage needs, and no GPU touched.
+    # Forked with everything imported that most stages need, and no GPU touched. Symbolic shapes,
+    # which FBGEMM and the tests ask for, take seconds.
     import torch
+    import torch.fx.experimental.symbolic_shapes
 
     setting = Setting(options.dry_run, options.out.resolve(), options.l2 == "flushed")
     every = all_stages(setting)

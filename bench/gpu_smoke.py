@@ -1,6 +1,7 @@
 """Every kernel once, on small inputs, against the reference: a minute on a GPU, and telling.
 
-    python -m bench.gpu_smoke          as compute-sanitizer runs it: without the reference
+    python -m bench.gpu_smoke             as compute-sanitizer runs it: without the reference
+    python -m bench.gpu_smoke --dry-run   the same on the host simulator
 
 What is running is noted before it runs, so that a crash or a hang has a name.
 """
@@ -8,8 +9,10 @@ What is running is noted before it runs, so that a crash or a hang has a name.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,15 @@ from amtl_kernels import reference
 GROUPS = 9
 SGD, ROWWISE, ADAM = 0, 2, 3
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+EVERY_KIND = tuple(
+    itertools.product((torch.float32, torch.bfloat16), (1, 17, 64, 160, 300)),
+)
+"""Types of tables and their widths."""
+COMPILED_KINDS = ((torch.float32, 64), (torch.bfloat16, 64), (torch.float32, 17))
+"""Where each makes a compiler translate some seventy kernels first, as Triton's."""
+SIMULATED_KINDS = ((torch.float32, 160),)
+"""Where each takes long; every kernel all the same."""
 
 Call = tuple[str, str, tuple[Any, ...]]
 
@@ -124,12 +136,11 @@ def calls(dtype: torch.dtype, dim: int, scale: Scale) -> Iterator[Call]:
     yield "apply, row-wise", "apply_", ([weight], [touched], [grads], state, ROWWISE, hyper)
 
 
-def every_call(simulated: bool) -> Iterator[tuple[str, torch.dtype, Call]]:
-    """All of them; few where they are simulated, but every kernel all the same."""
-    dims = (160,) if simulated else (1, 17, 64, 160, 300)
-    dtypes = (torch.float32,) if simulated else (torch.float32, torch.bfloat16)
-    scale = Scale(30, 40, 8) if simulated else Scale(500, 2_000, 100)
-    for dtype, dim in itertools.product(dtypes, dims):
+def every_call(
+    kinds: Iterable[tuple[torch.dtype, int]], scale: Scale
+) -> Iterator[tuple[str, torch.dtype, Call]]:
+    """All of them, on tables of each kind."""
+    for dtype, dim in kinds:
         kind = str(dtype).removeprefix("torch.")
         for call in calls(dtype, dim, scale):
             yield f"{kind} × {dim}: {call[0]}", dtype, call
@@ -166,16 +177,23 @@ def difference(got: Any, want: Any) -> float:
     return worst
 
 
-def run(device: str, note: Callable[[str, str], object], *, simulated: bool, check: bool) -> None:
-    """Calls everything.
+def run(
+    device: str,
+    note: Callable[[str, str], object],
+    *,
+    kinds: Iterable[tuple[torch.dtype, int]],
+    check: bool,
+) -> None:
+    """Calls everything; on a CPU, which has to stand for a GPU, with few lookups.
 
     Args:
         device: Where.
         note: Told a name and what has become of it: ``"running"``, ``"ok"``, or what is wrong.
-        simulated: Whether few and narrow calls have to do.
+        kinds: Types of tables and their widths.
         check: Whether results are compared.
     """
-    for name, dtype, (_, op, arguments) in every_call(simulated):
+    scale = Scale(30, 40, 8) if device == "cpu" else Scale(500, 2_000, 100)
+    for name, dtype, (_, op, arguments) in every_call(kinds, scale):
         note(name, "running")
         mine = _copied(arguments, device)
         result = getattr(torch.ops.amtl, op)(*mine)
@@ -190,6 +208,17 @@ def run(device: str, note: Callable[[str, str], object], *, simulated: bool, che
         note(name, "ok" if error <= limit else f"off by {error:.2g}, allowed are {limit:.2g}")
 
 
-if __name__ == "__main__":
-    run("cuda", lambda name, what: print(name, what, flush=True), simulated=False, check=False)
+def main() -> None:
+    """What compute-sanitizer watches."""
+    # The harness imports this module, where it runs without a sanitizer.
+    from bench.gpu import Setting
+
+    setting = Setting("--dry-run" in sys.argv[1:], Path())
+    setting.backend("cuda")
+    kinds = SIMULATED_KINDS if setting.dry else EVERY_KIND
+    run(setting.device, lambda *told: print(*told, flush=True), kinds=kinds, check=False)
     print("done")
+
+
+if __name__ == "__main__":
+    main()

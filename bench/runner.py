@@ -7,7 +7,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -161,10 +161,14 @@ class Runner:
     _last: Problem | None = None
     _floors: dict[tuple[object, ...], float] = field(default_factory=dict)
 
-    def absent(self) -> dict[str, str]:
-        """Contenders that this machine lacks: why, and how to get them."""
+    def absent(self, asked: Iterable[str] | None = None) -> dict[str, str]:
+        """Contenders that this machine lacks, of those asked for or of all: why, how to get them.
+
+        Looking for one may import it, which takes seconds.
+        """
         found = {}
-        for name, contender in self.contenders.items():
+        for name in self.contenders if asked is None else asked:
+            contender = self.contenders[name]
             reason = contender.absent()
             if reason:
                 found[name] = f"{reason}; {contender.install}" if contender.install else reason
@@ -283,7 +287,7 @@ class Runner:
     def willing(self, case: Case) -> tuple[list[Contender], dict[str, str]]:
         """Those who are here and have an answer to a case; and why the others don't."""
         chosen, left_out = [], {}
-        absent = self.absent()
+        absent = self.absent(case.contenders)
         for name in case.contenders:
             contender = self.contenders[name]
             reason = absent.get(name) or contender.refuses(case)

@@ -21,17 +21,41 @@ from bench import device, gpu, gpu_step, stages
 from bench.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[2]
+# In place of compute-sanitizer: its options, then the program, which it runs.
+SANITIZER = """#!/bin/sh
+[ "$1" = --version ] && { echo stand-in; exit; }
+[ "$1 $3 $4" = "--tool --error-exitcode 3" ] || exit 9
+echo "watched by $2"
+shift 4
+exec "$@"
+"""
 SPOILED = {"tests-operators": "fail", "timings-00": "crash", "timings-04": "hang"}
 
 
-def command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(
+    out: Path, *arguments: str, tools: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command, with a folder of programs that it finds first."""
+    path = os.pathsep.join([*([str(tools)] if tools else []), os.environ["PATH"]])
     return subprocess.run(
         [sys.executable, "-m", "bench", "gpu", "--out", str(out), *arguments],
         cwd=ROOT,
+        env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.fixture
+def sanitizer(tmp_path: Path) -> Path:
+    """A folder with a program that stands for compute-sanitizer."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    program = tools / "compute-sanitizer"
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    return tools
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -43,19 +67,22 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU is there: python -m bench gpu is the test"
 )
-def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(tmp_path: Path) -> None:
+def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(
+    tmp_path: Path, sanitizer: Path
+) -> None:
     pytest.importorskip("amtl_kernels._tools", reason="build with AMTL_TOOLS=on")
     pytest.importorskip("triton")
     spoils = [f"--spoil={name}={way}" for name, way in SPOILED.items()]
-    done = command(tmp_path, "--dry-run", *spoils)
+    done = command(tmp_path, "--dry-run", *spoils, tools=sanitizer)
     assert done.returncode == 1, done.stderr
     found = results(tmp_path)
     every = gpu.all_stages(gpu.Setting(True, tmp_path))
+    # Nothing is left for the card that was not rehearsed.
+    assert [s.name for s in every] == [s.name for s in gpu.all_stages(gpu.Setting(False, tmp_path))]
     assert list(found) == [stage.name for stage in every]
     bad = {"fail": "failed", "crash": "failed", "hang": "killed"}
     wanted = {name: bad[way] for name, way in SPOILED.items()}
-    sanitizers = {"sanitizer-memcheck": "left out", "sanitizer-synccheck": "left out"}
-    wanted = {stage.name: "ok" for stage in every} | sanitizers | wanted
+    wanted = {stage.name: "ok" for stage in every} | wanted
     assert {name: each["outcome"] for name, each in found.items()} == wanted, done.stdout
     # What they had saved is there however they ended; why, too.
     assert found["tests-operators"]["data"] == found["timings-04"]["data"] == {"so far": 1}
@@ -68,9 +95,14 @@ def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(tmp_path
     ran = " ".join(found["smoke"]["data"]["kernels"])
     assert kernels and kernels <= set(re.findall(r"\w+_kernel", ran))
     assert set(found["smoke"]["data"]["calls"].values()) == {"ok"}
-    timed = found["timings-03"]["data"]["comparison"]["timings"]
-    assert {"tbe", "torch", "amtl_frozen"} <= set(timed)
-    for timing in timed.values():
+    assert set(found["triton-smoke"]["data"]["calls"].values()) == {"ok"}
+    for tool in ("memcheck", "synccheck"):
+        assert found[f"sanitizer-{tool}"]["data"] == {"exit": 0, "ended": True}
+    cases = {n: each["data"] for n, each in found.items() if "comparison" in each["data"]}
+    assert len(cases) == len([stage for stage in every if "timings" in stage.name]) - 1
+    timed = {name: data["comparison"]["timings"] for name, data in cases.items()}
+    assert {"tbe", "torch", "amtl_frozen"} <= set(timed["timings-03"])
+    for timing in (each for case in timed.values() for each in case.values()):
         assert timing["facts"]["floor_bytes"] > 0 and timing["facts"]["bytes_per_lookup"] > 0
         # A simulator's time is no share of a card's.
         assert timing["share"] == 0 and "floor_share" not in timing["facts"]
@@ -89,13 +121,33 @@ def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(tmp_path
     assert {name.partition("-")[2] for name in changed} == {"timings-04.json"}
 
 
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("echo done; exit 3", "memcheck ended with 3"),
+        # As where the program that it watches is killed.
+        ("exit 0", "never got to its end"),
+        ("", "no compute-sanitizer"),
+    ],
+)
+def test_what_a_sanitizer_finds_or_never_sees_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, told: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if program:
+        (tmp_path / "compute-sanitizer").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "compute-sanitizer").chmod(0o755)
+    with pytest.raises((RuntimeError, stages.LeftOutError), match=told):
+        gpu.sanitizer(gpu.Setting(True, tmp_path), lambda data: None, tool="memcheck")
+
+
 def test_all_but_triton_fits_into_45_minutes_whatever_it_takes(tmp_path: Path) -> None:
     """Pieces of 9.5 minutes waste up to half a stage each at their ends."""
     every = gpu.all_stages(gpu.Setting(False, tmp_path))
     before = [stage.limit for stage in every if not stage.name.startswith("triton")]
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert round(sum(before) / 60) == 40 and "all others together have 40." in page
-    assert round(sum(stage.limit for stage in every) / 60) == 57 and "they would need\n57" in page
+    assert round(sum(stage.limit for stage in every) / 60) == 59 and "they would need\n59" in page
     assert 4 * 9.5 + 7 == 45 and "--minutes 7" in page
     listed = subprocess.run(
         [sys.executable, "-m", "bench", "gpu", "--list"], cwd=ROOT, capture_output=True, text=True
