@@ -385,7 +385,10 @@ def sanitizer(setting: Setting, save: Save, *, tool: str) -> None:
 
 
 _REHEARSED = {
-    "cuda": ("tbe", "torch", "fbgemm", "amtl_search_fused", "amtl_tables_fused", "amtl_frozen"),
+    "cuda": (
+        *("tbe", "torch", "eager", "fbgemm"),
+        *("amtl_search_fused", "amtl_tables_fused", "amtl_frozen"),
+    ),
     "triton": ("amtl_frozen_fused", "amtl_masked"),
 }
 _CUDA_REHEARSED = ("tests/kernels/test_errors.py", "-k", "hostsim and size_outside")

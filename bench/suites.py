@@ -373,7 +373,7 @@ def gpu_cases() -> list[Case]:
         step_rowwise(20_000_000, **large),
         replace(step_sgd(rows, distribution="zipf", **large), optimizer="adam"),
         backward(rows, distribution="zipf", **large),
-        step_eager(rows, distribution="zipf", **large),
+        replace(step_eager(rows, distribution="zipf", **large), optimizer="rowwise_adagrad"),
     ]
     # Whoever runs on a CPU alone is told of in the CPU's suites.
     return [

@@ -153,6 +153,27 @@ def _search(
     return masked if bag_size == 1 else masked.view(-1, bag_size, rows.shape[1]).sum(1)
 
 
+class _RowwiseAdagrad:
+    """Row-wise Adagrad over sparse gradients, which torch.optim lacks, as one would write it.
+
+    A row's state adds up its mean square over its kept size.
+    """
+
+    def __init__(self, problem: Problem, weight: nn.Parameter, sizes: Tensor) -> None:
+        self._weight, self._sizes = weight, sizes
+        self._state = torch.zeros(weight.shape[0])
+        self._rate, self._eps = problem.learning_rate, problem.eps
+
+    @torch.no_grad()
+    def step(self) -> None:
+        assert self._weight.grad is not None
+        gradient = self._weight.grad.coalesce()
+        rows, values = gradient.indices()[0], gradient.values()
+        self._state.index_add_(0, rows, values.square().sum(1) / self._sizes[rows])
+        steps = values / (self._state[rows].sqrt() + self._eps).unsqueeze(1)
+        self._weight.index_add_(0, rows, steps, alpha=-self._rate)
+
+
 class Eager(Contender):
     """The search phase in plain PyTorch: gather, mask straight-through, pool, sparse Adagrad."""
 
@@ -161,10 +182,10 @@ class Eager(Contender):
     equations = Equations("noisy", mask_gradient=True)
 
     def refuses(self, case: Case) -> str:
-        """Needs full precision, and an optimizer that torch has."""
+        """Needs full precision, and an optimizer for sparse gradients."""
         if case.dtype != "float32":
             return "written for float32"
-        return _refuse_rowwise(case)
+        return "" if case.optimizer == "rowwise_adagrad" else _refuse_rowwise(case)
 
     def _function(self) -> Callable[..., Tensor]:
         return _search
@@ -187,7 +208,13 @@ class Eager(Contender):
             kept = flat_dims[row_group[part] * quantiles + column[rotation]]
             return search(part, weight, mask, row_group, kept, columns, bag_size)
 
-        optimizer = make_optimizer(problem, [weight])
+        optimizer: Optimizer | None
+        if problem.case.optimizer == "rowwise_adagrad":
+            rows = torch.arange(weight.shape[0])
+            sizes = flat_dims[row_group * quantiles + noise_columns(rows, problem.seed, quantiles)]
+            optimizer = _RowwiseAdagrad(problem, weight, sizes.clamp(min=1).to(weight.dtype))
+        else:
+            optimizer = make_optimizer(problem, [weight])
         return AutogradSession(problem, lookup, [weight], optimizer=optimizer, masks=[mask])
 
 

@@ -46,8 +46,9 @@ def test_contender(name: str, work: Work, optimizer: Optimizer, layout: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SLOW))
-def test_slow_contender(name: str) -> None:
-    check(name, "step", "adagrad", "one table")
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad"])
+def test_slow_contender(name: str, optimizer: Optimizer) -> None:
+    check(name, "step", optimizer, "one table")
 
 
 def check(name: str, work: Work, optimizer: Optimizer, layout: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,9 @@ import torch
 
 import amtl_kernels as ak
 from bench import device, gpu, gpu_step, stages
+from bench.contenders import CONTENDERS
 from bench.runner import Runner
+from bench.suites import gpu_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 # In place of compute-sanitizer: its options, then the program, which it runs.
@@ -102,6 +105,7 @@ def test_a_rehearsal_runs_every_stage_and_bad_ones_cost_only_themselves(
     assert len(cases) == len([stage for stage in every if "timings" in stage.name]) - 1
     timed = {name: data["comparison"]["timings"] for name, data in cases.items()}
     assert {"tbe", "torch", "amtl_frozen"} <= set(timed["timings-03"])
+    assert {"tbe", "eager", "amtl_search_fused"} <= set(timed["timings-14"])
     for timing in (each for case in timed.values() for each in case.values()):
         assert timing["facts"]["floor_bytes"] > 0 and timing["facts"]["bytes_per_lookup"] > 0
         # A simulator's time is no share of a card's.
@@ -154,6 +158,17 @@ def test_all_but_triton_fits_into_45_minutes_whatever_it_takes(tmp_path: Path) -
     )
     names = [line.split()[-1] for line in listed.stdout.splitlines()[:-1]]
     assert names == [stage.name for stage in every]
+
+
+def test_peers_that_need_no_installation_stand_in_one_table() -> None:
+    small = {"device": "cpu", "rows": 60, "bags": 4, "bag_size": 3}
+    both = {"tbe", "compiled", "amtl_search_fused"}
+    cases = [case for case in gpu_cases() if both <= set(case.contenders)]
+    refused = [
+        [CONTENDERS[name].refuses(dataclasses.replace(case, **small)) for name in both]
+        for case in cases
+    ]
+    assert any(not any(reasons) for reasons in refused)
 
 
 def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
