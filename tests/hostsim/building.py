@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,13 +16,25 @@ CACHE = Path(os.environ.get("AMTL_TEST_CACHE", ROOT / "build" / "hostsim-tests")
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
+def made_of(sources: list[Path]) -> set[Path]:
+    """The sources, and what they include of ours, whoever includes it."""
+    found: set[Path] = set()
+    todo = list(sources)
+    while todo:
+        path = todo.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#\s*include\s*["<](.*?)[">]', path.read_text(), re.MULTILINE):
+            todo += [(folder / name).resolve() for folder in (path.parent, CSRC)]
+    return found
+
+
 def fingerprint(sources: list[Path], flags: list[str]) -> str:
-    """A hash of everything that the result depends on but the compiler itself."""
+    """A hash of everything that the result depends on but the compiler and its own headers."""
     digest = hashlib.sha256(" ".join(flags).encode())
-    headers = [p for p in CSRC.rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"}]
-    for path in sorted({*sources, *headers}):
-        if path.exists() and "/torch/" not in str(path) and "/cpu/" not in str(path):
-            digest.update(path.read_bytes())
+    for path in sorted(made_of(sources)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from .building import SANITIZERS, build_program
+from .building import CSRC, SANITIZERS, build_program, fingerprint, made_of
 
 VARIANTS = {
     "assembly": ["-O1"],
@@ -105,3 +106,34 @@ def test_sanitizers_see_into_fibers(variant: tuple[str, Path], case: str) -> Non
         assert SANITIZER_BUGS[case] in result.stderr
     else:
         assert result.returncode == 0, "without sanitizers the planted access is survivable"
+
+
+def test_programs_are_built_anew_for_what_they_are_made_of(tmp_path: Path) -> None:
+    """Neither more, which takes minutes of nvcc, nor less, which tests what was there before."""
+    kernels = sorted((CSRC / "cuda").glob("*.cu"))
+    folders = {path.parent.relative_to(CSRC).as_posix() for path in made_of(kernels)}
+    # The simulator by a condition in platform.cuh.
+    assert folders == {"cuda", "kernels", "hostsim", "hostsim/include"}
+    (tmp_path / "deep.h").write_text("int deep;\n")
+    (tmp_path / "direct.h").write_text('  #  include "deep.h"\n')
+    (tmp_path / "other.h").write_text("int other;\n")
+    source = tmp_path / "program.cpp"
+    source.write_text('#include <vector>\n#include "direct.h"\n')
+
+    def changed_by(name: str) -> bool:
+        """Whether another fingerprint follows from a change of a file."""
+        before = fingerprint([source], [])
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+        return fingerprint([source], []) != before
+
+    changes = ("program.cpp", "direct.h", "deep.h", "other.h")
+    assert [changed_by(name) for name in changes] == [True, True, True, False]
+    assert fingerprint([source], ["-O1"]) != fingerprint([source], [])
+
+
+def test_what_a_program_is_made_of_is_what_the_compiler_says() -> None:
+    for source in [*(CSRC / "hostsim").glob("*.cpp"), Path(__file__).with_name("planted_bugs.cpp")]:
+        command = [os.environ.get("CXX", "g++"), "-std=c++20", f"-I{CSRC}", "-MM", str(source)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        files = {Path(each).resolve() for each in told.replace("\\\n", " ").split()[1:]}
+        assert len(files) > 1 and files <= made_of([source])
