@@ -199,12 +199,12 @@ def missed(keys: NDArray[np.int64], sizes: NDArray[np.int64], room: int, chunks:
     return total
 
 
-def _reads(begin: NDArray[np.int64], size: NDArray[np.int64], region: int) -> _Reads:
+def _reads(begin: NDArray[np.int64], size: NDArray[np.int64], region: int, sector: int) -> _Reads:
     """Sectors of memory ranges; one access for each range if none shares a sector with another."""
-    first = begin // SECTOR
-    count = np.where(size > 0, (begin + size - 1) // SECTOR - first + 1, 0)
+    first = begin // sector
+    count = np.where(size > 0, (begin + size - 1) // sector - first + 1, 0)
     turns = np.arange(begin.size)
-    if not (begin % SECTOR).any():
+    if not (begin % sector).any():
         taken = count > 0
         return _Reads((first + (region << 48))[taken], count[taken], turns[taken])
     turns = turns.repeat(count)
@@ -221,13 +221,13 @@ def _in_turns(reads: Sequence[_Reads]) -> _Reads:
     return _Reads(keys, np.concatenate([each.sectors for each in reads])[order], turns[order])
 
 
-def _state_reads(layout: Layout, element: int, optimizer: Optimizer) -> list[_Reads]:
+def _state_reads(layout: Layout, element: int, optimizer: Optimizer, sector: int) -> list[_Reads]:
     """Floats of an optimizer: one a row, or as many as the row has numbers."""
     if optimizer == "rowwise_adagrad":
-        return [_reads(4 * layout.rows, np.full_like(layout.rows, 4), _STATE)]
+        return [_reads(4 * layout.rows, np.full_like(layout.rows, 4), _STATE, sector)]
     moments = {"adagrad": 1, "adam": 2}.get(optimizer, 0)
     begin, kept = layout.begin // element * 4, layout.kept // element * 4
-    return [_reads(begin, kept, _STATE + moment) for moment in range(moments)]
+    return [_reads(begin, kept, _STATE + moment, sector) for moment in range(moments)]
 
 
 _TABLE, _GRADIENT, _STATE, _TOLD = 0, 1, 2, 4
@@ -240,11 +240,12 @@ def floor_bytes(
     cache_bytes: int,
     work: Work,
     optimizer: Optimizer = "none",
+    sector: int = SECTOR,
 ) -> float:
     """Bytes of one call that have to come from or go to memory behind a cache.
 
-    What is read passes a cache of that size, empty at first, which drops the sectors of 32 bytes
-    that have not been used for longest (:func:`missed`): row by row what tells its size and the
+    What is read passes a cache of that size, empty at first, which drops the sectors that
+    have not been used for longest (:func:`missed`): row by row what tells its size and the
     kept part of it, then gradients of bags in the order of the sorted rows, and at last each row
     that was looked up with its optimizer's state. What is written counts once. Row gradients count
     where the caller gets them, not on their way to an optimizer, nor does what sorting moves.
@@ -256,36 +257,38 @@ def floor_bytes(
         cache_bytes: Of the cache; it holds nothing else.
         work: As of :func:`useful_bytes`.
         optimizer: As there.
+        sector: What memory moves at least, bytes.
     """
     told = [
-        _reads(begin, np.ones_like(begin), _TOLD + table) for table, begin in enumerate(layout.told)
+        _reads(begin, np.ones_like(begin), _TOLD + table, sector)
+        for table, begin in enumerate(layout.told)
     ]
-    reads = [_in_turns([*told, _reads(layout.begin, layout.kept, _TABLE)])]
+    reads = [_in_turns([*told, _reads(layout.begin, layout.kept, _TABLE, sector)])]
     total = float(traffic.index * traffic.lookups)
     total += traffic.element * traffic.outputs * traffic.dim
     if work != "forward":
         row = traffic.element * traffic.dim
         bags = np.argsort(layout.rows, kind="stable") // bag_size
-        reads.append(_reads(row * bags, np.full_like(bags, row), _GRADIENT))
+        reads.append(_reads(row * bags, np.full_like(bags, row), _GRADIENT, sector))
         once = layout.distinct()
         # In two parts, for the first is what the lookup has read.
-        prefix = _reads(once.begin, once.kept, _TABLE)
+        prefix = _reads(once.begin, once.kept, _TABLE, sector)
         at_turn = [prefix] if traffic.mask_gradient or work == "step" else []
         if traffic.mask_gradient:
-            past = -(-once.kept // SECTOR) * SECTOR
+            past = -(-once.kept // sector) * sector
             rest = np.maximum(once.stored - past, 0)
-            at_turn.append(_reads(once.begin + past, rest, _TABLE))
+            at_turn.append(_reads(once.begin + past, rest, _TABLE, sector))
         if work == "step":
-            state = _state_reads(once, traffic.element, optimizer)
+            state = _state_reads(once, traffic.element, optimizer, sector)
             at_turn += state
             for each in (prefix, *state):
                 # Rows that share a sector come one after the other: it is written once.
                 _, first = np.unique(each.keys, return_index=True)
-                total += SECTOR * int(each.sectors[first].sum())
+                total += sector * int(each.sectors[first].sum())
         if at_turn:
             reads.append(_in_turns(at_turn))
         if work == "backward":
             total += float(once.stored.sum())
     keys = np.concatenate([each.keys for each in reads])
     sectors = np.concatenate([each.sectors for each in reads])
-    return total + SECTOR * missed(keys, sectors, cache_bytes // SECTOR)
+    return total + sector * missed(keys, sectors, cache_bytes // sector)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -426,17 +426,6 @@ def test_it_builds_with_cmake_alone_what_is_not_there(
     assert targets == ([] if prebuilt else ["--target=_C"]) + ([] if breaks else ["--target=tbe"])
     # A peer that does not build is named and costs nothing else.
     assert ("ended with 2" in saved[-1]["peer"][0]) if breaks else saved[-1]["peer"] == "built"
-
-
-@pytest.fixture
-def simulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The operators on simulated devices, as in a rehearsal."""
-    pytest.importorskip("amtl_kernels._tools", reason="build with AMTL_TOOLS=on")
-    before = str(ak.build_info()["backend"])
-    monkeypatch.setenv("AMTL_BACKEND", before)
-    gpu.Setting(True, tmp_path).backend("cuda")
-    yield
-    ak.set_backend(before)
 
 
 def training(monkeypatch: pytest.MonkeyPatch, what: str, share: float) -> list[dict[str, Any]]:
