@@ -258,7 +258,8 @@ class _Progress:
             self._found["passed"].append(report.nodeid)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        self._found["running"].remove(nodeid)
+        if nodeid in self._found["running"]:
+            self._found["running"].remove(nodeid)
         self._tell()
 
     def _tell(self) -> None:
