@@ -400,6 +400,7 @@ def evaluate(
         if label or label_threshold is not None or label_positive is not None:
             raise UserError("--label and its kin are about DATA: name the file to score")
         encoded, what = trained.test_split(), f"test split of {trained.config.data}"
+        strange = []
     else:
         source, config = load_source(data), trained.config
         if label_threshold is None and label_positive is None:
@@ -408,6 +409,7 @@ def evaluate(
             raise UserError(f"--label {label}: that is a field, from which the model predicts")
         labels = read_labels(source.frame, label or config.label, label_threshold, label_positive)
         encoded, what = trained.encoder.transform(source.frame, labels), data
+        strange = list(trained.unseen_columns(source.frame, encoded).values())
     result = trained.evaluate(encoded)
     unknown = {k: v for k, v in result["unknown_values"].items() if v}
     console.print(f"[bold]{escape(what)}[/]: {result['rows']:,} rows", highlight=False)
@@ -420,6 +422,8 @@ def evaluate(
         listed = ", ".join(f"{k} {v:,}" for k, v in unknown.items())
         text = f"values without a row of their own: {escape(listed)}"
         console.print(text, style="dim", highlight=False)
+    for sentence in strange:
+        console.print(escape(sentence), style="yellow", highlight=False)
 
 
 @app.command()

@@ -277,3 +277,145 @@ def test_a_million_rows_take_well_under_seconds():
     start = time.perf_counter()
     Vocabulary.build(column).encode(column)
     assert time.perf_counter() - start < 5
+
+
+# The same values in another container
+
+
+def rows_of(vocab: Vocabulary, column: pl.Series) -> list[int]:
+    return vocab.encode(column).tolist()
+
+
+truths = pl.Series([True, True, False, None, True])
+days = pl.Series([dt.date(2024, 1, 2)] * 2 + [dt.date(2024, 1, 1), None])
+moments = pl.Series([dt.datetime(2024, 1, 2, 3, 4, 5)] * 2 + [dt.datetime(2024, 1, 2), None])
+whole = pl.Series([12, 12, -7, None])
+
+
+def spelled(column: pl.Series) -> list[pl.Series]:
+    """A column of values as the containers around have it."""
+    text = column.cast(pl.String)
+    if column.dtype == pl.Boolean:
+        return [
+            column,
+            column.cast(pl.Int8),
+            column.cast(pl.Float64),
+            text,
+            text.str.to_titlecase(),
+            text.str.to_uppercase(),
+            column.cast(pl.Int8).cast(pl.String),
+            column.cast(pl.Float64).cast(pl.String).cast(pl.Categorical),
+        ]
+    if column.dtype == pl.Int64:
+        floats = column.cast(pl.Float64)
+        return [column, floats, column.cast(pl.Decimal(20, 2)), text, floats.cast(pl.String)]
+    units = [column.cast(pl.Datetime(unit)) for unit in ("ms", "us", "ns")]
+    utc = [unit.dt.replace_time_zone("UTC") for unit in units]
+    iso = [pl.DataFrame({"x": c}).write_csv().split("\n")[1:-1] for c in (*units, *utc)]
+    texts = [pl.Series([t or None for t in column_of]) for column_of in iso]
+    pandas = units[0].dt.strftime("%Y-%m-%d %H:%M:%S")
+    return [column, *units, *utc, *texts, text, pandas, pandas + "+00:00"]
+
+
+@pytest.mark.parametrize("column", [truths, days, moments, whole], ids=lambda c: str(c.dtype))
+def test_a_vocabulary_of_one_container_knows_the_values_of_others(column):
+    columns = spelled(column)
+    for trained in columns:
+        vocab = Vocabulary.build(trained)
+        expected = rows_of(vocab, trained)
+        for other in columns:
+            assert vocab.encode_counted(other)[1] == 0, (trained, other)
+            assert rows_of(vocab, other) == expected, (trained, other)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.one_of(st.none(), st.integers(-(2**53) + 1, 2**53 - 1)), max_size=8),
+    st.lists(st.one_of(st.none(), st.integers(-(2**53) + 1, 2**53 - 1)), max_size=8),
+    st.data(),
+)
+def test_integers_give_the_rows_they_gave_however_they_are_spelled(known, others, data):
+    known = [v for v in known if v is None or abs(v) < 9 * 10**15]
+    others = [v for v in known + others if v is None or abs(v) < 9 * 10**15]
+    column = typed(others, "int")
+    trained = data.draw(st.sampled_from([pl.Int64, pl.String]))
+    vocab = Vocabulary.build(typed(known, "int").cast(trained))
+    text = pl.Series([None if v is None else f"{v}.0" for v in others], dtype=pl.String)
+    expected = vocab.encode_counted(column)
+    for other in (text, text.cast(pl.Categorical), column.cast(pl.String)):
+        rows, unknown = vocab.encode_counted(other)
+        assert (rows.tolist(), unknown) == (expected[0].tolist(), expected[1])
+    vocab = Vocabulary.build(text[: len(known)])
+    assert vocab.encode(column).tolist() == vocab.encode(text).tolist()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.datetimes(dt.datetime(1970, 1, 1), dt.datetime(2100, 1, 1)), max_size=5),
+    st.lists(st.dates(dt.date(1970, 1, 1), dt.date(2100, 1, 1)), max_size=5),
+)
+def test_moments_keep_apart_in_every_spelling(times, dates):
+    midnights = [dt.datetime(d.year, d.month, d.day) for d in dates]
+    seconds = [t.replace(microsecond=0) for t in times]
+    column = pl.Series([*seconds, *midnights], dtype=pl.Datetime("us"))
+    vocab = Vocabulary.build(column[::2])
+    expected = rows_of(vocab, column)
+    for other in spelled(column)[2:]:
+        assert rows_of(vocab, other) == expected
+
+
+def test_spellings_that_training_had_both_of_keep_apart():
+    """Versions 1.0 and 10 of a text column: an unseen 1 or 10.0 is no other spelling of them."""
+    vocab = Vocabulary.build(["1.0", "1.0", "10", "2.1"])
+    assert vocab.encode_counted(["1", "10.0", "2", "2.10"])[1] == 4
+    vocab = Vocabulary.build(["true", "True", "false"])
+    assert vocab.encode_counted(["TRUE"])[1] == 1
+    assert vocab.encode(["FALSE"]).tolist() == vocab.encode(["false"]).tolist()
+    assert vocab.encode_counted(["True", "true"])[1] == 0
+    assert Vocabulary.build(["007", "7", "x"]).encode_counted(["07", "7.00"])[1] == 1
+
+
+def test_true_is_one_only_where_nothing_but_one_and_zero_is_known():
+    for known in ([0, 1, 2], ["0", "1", "x"], ["true", "maybe"]):
+        vocab = Vocabulary.build(known)
+        odd = pl.Series([False]) if known == ["true", "maybe"] else pl.Series(["false"])
+        assert vocab.encode_counted(odd)[1] == 1
+    assert Vocabulary.build(["true", "maybe"]).encode_counted(["TRUE", "Maybe"])[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("known", "text"),
+    [
+        ([2**53, 1], f"{2**53}.0"),
+        ([10**16, 1], f"{10**16}.0"),
+        ([12, 1], "12.5"),
+        ([12, 1], "1e1"),
+        ([12, 1], "12,0"),
+        (["2024-01-01", "x"], "2024-01-01 00:00:01"),
+        (["2024-01-01", "x"], "2024-01-01 00:00:00+01:00"),
+        (["2024-01-01", "x"], "01.01.2024"),
+    ],
+)
+def test_what_is_another_value_stays_unknown(known, text):
+    assert Vocabulary.build(known).encode_counted([text])[1] == 1
+
+
+def test_text_is_split_where_training_had_lists():
+    lists = pl.Series([["A", "B"], ["B"], [], None, ["B", "C", "A"]])
+    numbers = pl.Series([[1, 2], [2], [], None, [2, 3, 1]])
+    for trained, sign in ((lists, "|"), (numbers, "|"), (lists, ";")):
+        own = None if sign == "|" else sign
+        vocab = Vocabulary.build(trained, separator=own)
+        text = trained.cast(pl.List(pl.String)).list.join(sign)
+        for column in (text, text.cast(pl.Categorical)):
+            for found, expected in zip(
+                vocab.encode_bags(column), vocab.encode_bags(trained), strict=True
+            ):
+                assert found == expected if isinstance(found, int) else torch.equal(found, expected)
+    assert Vocabulary.build(numbers).encode_bags(pl.Series(["1.0|2.0"]))[2] == 0
+
+
+def test_text_stays_whole_where_a_listed_value_holds_the_separator():
+    vocab = Vocabulary.build(pl.Series([["A|B", "C"], ["A|B"]]))
+    rows, offsets, unknown = vocab.encode_bags(pl.Series(["A|B", "C"]))
+    assert (rows.tolist(), offsets.tolist(), unknown) == ([0, 1], [0, 1, 2], 0)

@@ -62,6 +62,7 @@ class EncodedData:
         dense: float32 `[n, K]`.
         labels: float32 `[n]`, zeros where the data has no label.
         unknown: number of values per field that training had not seen.
+        values: number of values per field.
     """
 
     rows: Tensor
@@ -69,6 +70,7 @@ class EncodedData:
     dense: Tensor
     labels: Tensor
     unknown: dict[str, int] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -234,12 +236,14 @@ class Encoder:
         """
         require_columns(frame.columns, self.columns, "the data")
         singles, bags, unknown = [], [], {}
+        values = dict.fromkeys(self.names, frame.height)
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
             column = frame[spec.name]
             try:
                 if spec.kind == "bag":
                     bag, missed = self._bag(f, column)
                     bags.append(bag)
+                    values[spec.name] = int(bag.offsets.diff()[bag.codes].sum())
                 else:
                     if spec.kind == "bucket":
                         column = _bucket(column, self._edges[spec.name])
@@ -256,7 +260,27 @@ class Encoder:
             dense=torch.stack(dense, 1) if dense else torch.empty(n, 0),
             labels=torch.zeros(n) if label is None else label.to(torch.float32),
             unknown=unknown,
+            values=values,
         )
+
+    def unseen_share(self, name: str) -> float:
+        """Share of an embedded field's training values that have no row of their own."""
+        vocabulary = self.vocabularies[self.names.index(name)]
+        total = int(vocabulary.counts.sum())
+        return int(vocabulary.counts[vocabulary.oov_row]) / total if total else 1.0
+
+    def examples(self, name: str, column: pl.Series) -> tuple[Any, Any]:
+        """A value of an embedded field's column that is unseen, and the most frequent known one.
+
+        None stands for a missing value, and where there is none.
+        """
+        f = self.names.index(name)
+        vocabulary, kind = self.vocabularies[f], self.fields[f].kind
+        if kind == "bucket":
+            return None, None
+        by_count = torch.argsort(vocabulary.counts, descending=True)
+        known = next((v for v in vocabulary.decode(by_count[:3]) if v is not None), None)
+        return vocabulary.first_unknown(column, bags=kind == "bag"), known
 
     def renumber(self, new_rows: Tensor) -> None:
         """Moves shared-table row `i` to `new_rows[i]`: a permutation of all rows.

@@ -36,7 +36,8 @@ class FieldSpec:
             averaged), `bucket` (a number, cut at training quantiles into categories),
             `standardise` (a number, scaled to mean 0 and deviation 1, without embedding) or
             `unused` (left out).
-        separator: of a `bag` held as strings.
+        separator: of a `bag` held as strings. None for one held as lists; text that comes in their
+            place is split at `|`.
         buckets: number of quantile buckets.
         note: why, and how to have it otherwise; empty where nothing was guessed.
     """
@@ -80,8 +81,8 @@ def infer_fields(
         names: the columns to use.
         numeric: column to `bucket`, `standardise` or `categorical`, overriding the choice.
         default_numeric: what to do with numbers not named there.
-        separators: column to separator, for bags held as strings; an empty separator keeps the
-            column whole.
+        separators: column to separator, for bags held as strings, and for text that may come in
+            the place of lists; an empty separator keeps a column of strings whole.
 
     Raises:
         UserError: for an unknown column or treatment, or a column named twice.
@@ -111,7 +112,10 @@ def infer_fields(
             separator = separators[name]
             fields.append(FieldSpec(name, "bag" if separator else "categorical", separator or None))
         else:
-            fields.append(_left_out(column) or _guess(column, default_numeric))
+            spec = _left_out(column) or _guess(column, default_numeric)
+            if spec.kind == "bag" and name in separators:
+                spec = replace(spec, separator=separators[name] or None)
+            fields.append(spec)
     return fields
 
 

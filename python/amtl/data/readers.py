@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from amtl.data import libsvm, text
+from amtl.data.vocabulary import as_series
 from amtl.errors import UserError
 
 _PARQUET = (".parquet", ".pq")
@@ -23,6 +26,16 @@ _PACKED = (".gz", ".zst", ".bz2")
 _SAMPLE = 1 << 16
 _BEFORE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before the first sign of a text: a byte order mark, and spaces."""
+
+
+class ArrowStream(Protocol):
+    """A table that hands out its columns as an Arrow stream: pandas from 2.2 on, and others."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
+
+
+Rows: TypeAlias = "pl.DataFrame | pl.LazyFrame | pa.Table | ArrowStream | Mapping[str, Any]"
+"""A table of raw rows, see `as_frame`."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +82,63 @@ def read_file(path: Path | str) -> Contents:
         if kind in _DELIMITED + _LIBSVM + _NDJSON:
             return _read_text(path, kind)
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot read {str(path)!r}: {reason[0]}") from error
+        raise UserError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
     named = (*_DELIMITED[:2], _DELIMITED[3], *_LIBSVM, *_NDJSON)
     known = ", ".join((_PARQUET[0], *_ARROW, *named))
     raise UserError(
         f"{str(path)!r}: unknown kind {kind!r}; give one of {known} (text also as .gz, .zst, .bz2)"
     )
+
+
+def as_frame(rows: Rows) -> pl.DataFrame:
+    """A table that is in memory, as polars has it.
+
+    Args:
+        rows: a polars DataFrame or LazyFrame (which is collected), a pandas DataFrame, a pyarrow
+            Table or RecordBatch, anything else that hands out an Arrow stream, or a dict of columns
+            of one length: lists, NumPy arrays, tensors, Series.
+
+    Raises:
+        TypeError: for anything else, and for columns of mixed types.
+        UserError: for columns of different lengths.
+    """
+    if isinstance(rows, pl.DataFrame):
+        return rows
+    if isinstance(rows, pl.LazyFrame):
+        return rows.collect()
+    frame: Any = None
+    try:
+        if isinstance(rows, Mapping):
+            frame = pl.DataFrame([_column(str(name), values) for name, values in rows.items()])
+        elif type(rows).__module__.partition(".")[0] == "pandas":
+            # Its own conversion takes columns that have no name of text, and older pandas.
+            frame = pl.from_pandas(rows)
+        elif isinstance(rows, (pa.Table, pa.RecordBatch)):
+            frame = pl.from_arrow(rows)
+        elif hasattr(rows, "__arrow_c_stream__") and not isinstance(rows, pl.Series):
+            frame = pl.DataFrame(rows)
+    except pl.exceptions.ShapeError as error:
+        raise UserError(f"the columns have different lengths: {_first_line(error)}") from error
+    except (pl.exceptions.PolarsError, pa.ArrowException, TypeError, ValueError) as error:
+        raise TypeError(f"no table can be made of the rows: {_first_line(error)}") from error
+    if not isinstance(frame, pl.DataFrame):
+        raise TypeError(
+            f"rows are {type(rows).__module__}.{type(rows).__qualname__}; give a DataFrame of "
+            "polars or pandas, a LazyFrame, a pyarrow Table, or a dict of columns"
+        )
+    return frame
+
+
+def _column(name: str, values: Any) -> pl.Series:
+    if isinstance(values, np.ndarray) and values.dtype == object:
+        values = values.tolist()
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise TypeError(f"column {name!r} is a {type(values).__name__}, not a list of values")
+    return as_series(values).alias(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_text(path: Path, kind: str) -> Contents:

@@ -21,6 +21,18 @@ Column: TypeAlias = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor
 """Everything a column of raw values may come as."""
 
 _KINDS = {"int": pl.Int64, "str": pl.String}
+LIST_SEPARATOR = "|"
+"""Splits text where training had lists."""
+
+_TRUTH = "(?i)^(?:true|false)$"
+_NUMBER = r"^-?\d+(?:\.0+)?$"
+_WHOLE_FLOAT = r"^(-?(?:\d{1,15}|[1-8]\d{15}))\.0+$"
+"""Of less than 2^53 in magnitude, where a float that is written as text holds one id exactly."""
+_MOMENT = (
+    r"^(?:(?P<date>\d{4}-\d\d-\d\d)[T ])?(?P<clock>\d\d:\d\d)(?::(?P<second>\d\d)"
+    r"(?:\.(?P<fraction>\d*?)0*)?)? ?(?P<zone>Z|UTC|[+-]\d\d:?\d\d)?$"
+)
+_DATE = r"^\d{4}-\d\d-\d\d$"
 
 
 class Vocabulary:
@@ -31,6 +43,10 @@ class Vocabulary:
     other row. Missing values (nulls) get a row of their own when training has them, and the
     out-of-vocabulary row otherwise. Ties in count are ordered by value, nulls first and the
     out-of-vocabulary row last, so the same data give the same rows on every machine.
+
+    A value that is unknown as it stands is looked up once more as what it may be in another
+    container, see `_one_spelling`: a file of text and a typed table of the same rows give the same
+    rows. Where known values are spelled as it is, it is unseen and nothing else.
 
     Args:
         name: the field's name.
@@ -56,7 +72,7 @@ class Vocabulary:
         *,
         separator: str | None = None,
     ) -> None:
-        series = _normal(_as_series(values), name)
+        series = _normal(as_series(values), name)
         counts = torch.as_tensor(counts, dtype=torch.int64)
         size = len(counts)
         if len(series) != size - 1 or not 0 <= oov_row < size:
@@ -84,6 +100,7 @@ class Vocabulary:
         nulls = np.flatnonzero(series.is_null().to_numpy())
         self._null_row = int(rows[int(nulls[0])]) if len(nulls) else oov_row
         self._table: tuple[int, np.ndarray] | None = None
+        self._spellings: tuple[pl.DataFrame, pl.Series, bool] | None = None
         if series.n_unique() != len(series):
             raise ValueError(f"vocabulary {name!r}: values must be distinct")
 
@@ -106,7 +123,7 @@ class Vocabulary:
             ValueError: for numbers with a fraction (bucket them first), whole ones that a float
                 does not hold exactly, and other types.
         """
-        flat = _flatten(_as_series(column), separator, name)[0]
+        flat = _flatten(as_series(column), separator, name)[0]
         table = (
             pl.DataFrame({"value": flat})
             .lazy()
@@ -151,21 +168,37 @@ class Vocabulary:
 
     def encode_counted(self, column: Column) -> tuple[Tensor, int]:
         """As `encode`, with the number of entries that were unknown."""
-        return self._lookup(_normal(_as_series(column), self.name, lenient=True))
+        series = as_series(column)
+        return self._lookup(_normal(series, self.name, lenient=True), series.dtype)
 
     def encode_bags(self, column: Column) -> tuple[Tensor, Tensor, int]:
-        """Rows of a multi-valued column.
+        """Rows of a multi-valued column: lists, or text that is split at the separator.
+
+        Without a separator training had lists. Text is then split at `LIST_SEPARATOR`, unless a
+        known value holds it.
 
         Returns:
             rows int32 `[total]`, offsets int64 `[n + 1]` with bag `b` at
             `rows[offsets[b]:offsets[b + 1]]`, and the number of unknown values. A missing list is
             an empty bag.
         """
-        flat, lengths = _flatten(_as_series(column), self.separator, self.name, lenient=True)
+        series = as_series(column)
+        separator = self._bag_separator(series)
+        flat, lengths = _flatten(series, separator, self.name, lenient=True)
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(torch.from_numpy(lengths), 0, out=offsets[1:])
-        rows, unknown = self._lookup(flat)
+        inner = series.dtype.inner if isinstance(series.dtype, pl.List) else series.dtype
+        rows, unknown = self._lookup(flat, inner)
         return rows, offsets, unknown
+
+    def first_unknown(self, column: Column, *, bags: bool = False) -> Any:
+        """The first unknown value of a column, or of one of bags; None if that is missing."""
+        series = as_series(column)
+        flat = series
+        if bags:
+            flat = _flatten(series, self._bag_separator(series), self.name, lenient=True)[0]
+        odd = torch.nonzero(self.encode(flat) == self.oov_row)
+        return flat[int(odd[0])] if len(odd) else None
 
     def decode(self, rows: Tensor | Iterable[int]) -> list[Any]:
         """Raw values of rows; None for a missing value and for the out-of-vocabulary row."""
@@ -204,6 +237,7 @@ class Vocabulary:
         self._rows = new_rows[self._rows.long()][stays].to(torch.int32)
         self._values = self._values.filter(pl.Series(stays.numpy()))
         self._table = None
+        self._spellings = None
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Contents as compact tensors and a JSON-able dict, as a safetensors file wants them.
@@ -252,7 +286,14 @@ class Vocabulary:
             separator=meta.get("separator"),
         )
 
-    def _lookup(self, flat: pl.Series) -> tuple[Tensor, int]:
+    def _bag_separator(self, series: pl.Series) -> str | None:
+        if self.separator or not _is_text(series.dtype):
+            return self.separator
+        known = self._values.cast(pl.String)
+        return None if known.str.contains(LIST_SEPARATOR, literal=True).any() else LIST_SEPARATOR
+
+    def _lookup(self, flat: pl.Series, dtype: Any) -> tuple[Tensor, int]:
+        """Rows of normal values, which came as `dtype`, and the number of unknown ones."""
         if len(flat) == 0:
             return torch.empty(0, dtype=torch.int32), 0
         known = self._values.drop_nulls()
@@ -269,12 +310,56 @@ class Vocabulary:
             rows = flat.replace_strict(
                 known, self._known_rows(), default=-1, return_dtype=pl.Int32
             ).to_numpy()
+            rows = self._look_again(flat, rows, dtype)
         if nulls:
             rows = np.where(null.to_numpy(), np.int32(self._null_row), rows)
         unknown = rows < 0
         n_unknown = int(unknown.sum()) + (nulls if self._null_row == self.oov_row else 0)
         rows = np.where(unknown, np.int32(self.oov_row), rows)
         return torch.from_numpy(np.array(rows, dtype=np.int32)), n_unknown
+
+    def _look_again(self, flat: pl.Series, rows: np.ndarray, dtype: Any) -> np.ndarray:
+        """`rows` (int32 `[n]`, -1 if unknown) of text, with those of other spellings filled in."""
+        odd = flat.filter(pl.Series(rows < 0)).unique().drop_nulls().cast(pl.String)
+        if dtype.is_float() or dtype.is_decimal():
+            # The others are no ids, or several ids share them.
+            odd = odd.filter(odd.str.contains(r"^-?\d+$"))
+        keys = _one_spelling(odd)
+        if self._kind == "int":
+            low, high = self._values.min(), self._values.max()
+            if (low, high) in ((0, 0), (0, 1), (1, 1)):
+                keys = _as_bits(keys)
+            found = keys.cast(pl.Int64, strict=False)
+            known = pl.DataFrame({"key": self._values, "row": pl.Series(self._rows.numpy())})
+        else:
+            spelled = keys.is_not_null()
+            if not spelled.any():
+                return rows
+            known, forms, bits = self._known_spellings()
+            found = _as_bits(keys) if bits else keys
+            spelled &= ~_form(odd).is_in(forms.to_list())
+            found = pl.select(pl.when(spelled).then(found).alias("key"))["key"]
+        pairs = pl.DataFrame({"value": odd, "key": found}).join(known.drop_nulls(), on="key")
+        if not len(pairs):
+            return rows
+        again = flat.cast(pl.String).replace_strict(
+            pairs["value"], pairs["row"], default=-1, return_dtype=pl.Int32
+        )
+        return np.where(rows < 0, again.to_numpy(), rows)
+
+    def _known_spellings(self) -> tuple[pl.DataFrame, pl.Series, bool]:
+        """Of known text: `key` to `row` where one value has it, forms, and whether booleans."""
+        if self._spellings is None:
+            frame = pl.DataFrame({"value": self._values, "row": pl.Series(self._rows.numpy())})
+            frame = frame.drop_nulls().with_columns(_one_spelling(frame["value"].drop_nulls()))
+            bits = bool(_as_bits(frame["key"]).is_in(["0", "1"]).fill_null(False).all())
+            if bits:
+                frame = frame.with_columns(_as_bits(frame["key"]))
+            frame = frame.drop_nulls()
+            forms = _form(frame["value"]).unique()
+            single = frame.select("key", "row").unique("key", keep="none")
+            self._spellings = single, forms, bits
+        return self._spellings
 
     def _lookup_int(self, flat: pl.Series, known: pl.Series) -> np.ndarray:
         """Integers: a direct table where the range of values is dense enough, else hashing."""
@@ -298,6 +383,59 @@ class Vocabulary:
         return rows.filter(self._values.is_not_null())
 
 
+def _one_spelling(texts: pl.Series) -> pl.Series:
+    """One text (`key`) for all spellings of a value; null for text that has only one.
+
+    `true` for `True` and `TRUE`, `12` for `12.0` (if a float holds it exactly), the date for its
+    midnight, and for other moments `2024-01-31 12:30:00.5`, with its zone unless that is UTC.
+    Times of day likewise.
+    """
+    text = pl.col("text")
+    parts = text.str.extract_groups(_MOMENT).struct
+    date, clock, second, fraction, zone = (
+        parts.field(name) for name in ("date", "clock", "second", "fraction", "zone")
+    )
+    zone = pl.when(~zone.is_in(["Z", "UTC", "+00:00", "+0000"])).then(zone.str.replace(":", ""))
+    time = pl.concat_str(
+        clock,
+        pl.lit(":"),
+        second.fill_null("00"),
+        pl.when(fraction != "").then("." + fraction).otherwise(pl.lit("")),
+        zone.fill_null(""),
+    )
+    moment = (
+        pl.when(date.is_null())
+        .then(time)
+        .when(time == "00:00:00")
+        .then(date)
+        .otherwise(date + " " + time)
+    )
+    key = (
+        pl.when(text.str.contains(_TRUTH))
+        .then(text.str.to_lowercase())
+        .when(text.str.contains(_NUMBER))
+        .then(text.str.replace(_WHOLE_FLOAT, "$1"))
+        .when(text.str.contains(_DATE))
+        .then(text)
+        .when(clock.is_not_null())
+        .then(moment)
+    )
+    return pl.DataFrame({"text": texts}).select(key.alias("key"))["key"]
+
+
+def _as_bits(keys: pl.Series) -> pl.Series:
+    return keys.replace({"true": "1", "false": "0"})
+
+
+def _form(texts: pl.Series) -> pl.Series:
+    """How a value is spelled, whatever it is: digits as 0, numbers of any length alike."""
+    return texts.str.replace(r"^-?\d+(\.0)?0*$", "0$1").str.replace_all(r"\d", "0")
+
+
+def _is_text(dtype: Any) -> bool:
+    return dtype in (pl.String, pl.Categorical, pl.Enum)
+
+
 def _narrow(numbers: Tensor) -> Tensor:
     """Non-negative int64 numbers in the smallest of uint8, int32 and int64."""
     top = int(numbers.max()) if len(numbers) else 0
@@ -306,7 +444,7 @@ def _narrow(numbers: Tensor) -> Tensor:
     return numbers.to(torch.int32) if top < 1 << 31 else numbers.contiguous()
 
 
-def _as_series(column: Column) -> pl.Series:
+def as_series(column: Column) -> pl.Series:
     """Any column as a polars Series, lists of fixed length as lists."""
     if isinstance(column, Tensor):
         column = column.detach().cpu().numpy()
@@ -339,7 +477,7 @@ def _normal(series: pl.Series, name: str = "", *, lenient: bool = False) -> pl.S
         return _whole(series, name, lenient)
     if dtype == pl.Duration:
         return series.dt.total_nanoseconds()
-    if dtype in (pl.String, pl.Categorical, pl.Enum) or dtype.is_temporal():
+    if _is_text(dtype) or dtype.is_temporal():
         return series.cast(pl.String)
     if dtype == pl.Binary:
         return series.bin.encode("hex")
@@ -395,7 +533,7 @@ def _flatten(
 
     Empty strings and missing entries are empty bags; single-valued columns have one element each.
     """
-    if separator and series.dtype in (pl.String, pl.Categorical, pl.Enum):
+    if separator and _is_text(series.dtype):
         series = series.cast(pl.String)
         series = pl.select(
             pl.when(series == "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -10,12 +11,20 @@ import torch
 from torch import Tensor
 
 from amtl.data.encoding import EncodedData, Encoder
+from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source, read_labels
 from amtl.data.splits import split_rows
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, log_loss
 from amtl.run.model import ClickModel, predict
+
+_UNSEEN = 0.9
+"""Share of unseen values from which on a column is taken to be written in another way."""
+_SEEN_THEN = 0.5
+"""Share of unseen values in training and test below which that is no trait of the column."""
+_ENOUGH = 50
+"""Values from which such a share says something."""
 
 
 @dataclass
@@ -33,14 +42,74 @@ class Trained:
     encoder: Encoder
     model: ClickModel
     metrics: dict[str, Any] | None = None
+    _tally: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+    _told: set[str] = field(default_factory=set, repr=False, compare=False)
 
-    def logits(self, frame: pl.DataFrame) -> Tensor:
-        """Logits `[n]` of raw rows."""
-        return predict(self.model, self.encoder.transform(frame))
+    def logits(self, frame: Rows) -> Tensor:
+        """Logits `[n]` of raw rows, float32.
 
-    def probabilities(self, frame: pl.DataFrame) -> Tensor:
-        """Click probabilities `[n]` of raw rows."""
-        return torch.sigmoid(self.logits(frame))
+        Args:
+            frame: a DataFrame of polars or pandas, a polars LazyFrame, a pyarrow Table, or a dict
+                of lists or arrays, with the columns it was trained on. They need not be of the
+                types they had then: text such as `12.0`, `True` and `A|B` stands for the number,
+                the boolean and the list. A column of which nearly no value was seen in training
+                is warned of once.
+
+        Raises:
+            TypeError: if `frame` is no such table.
+            UserError: if a column is missing, or holds what cannot be values of its field.
+        """
+        return self._logits(frame)
+
+    def probabilities(self, frame: Rows) -> Tensor:
+        """Click probabilities `[n]` of raw rows, float32; otherwise as `logits`."""
+        return torch.sigmoid(self._logits(frame))
+
+    def _logits(self, rows: Rows) -> Tensor:
+        frame = as_frame(rows)
+        data = self.encoder.transform(frame)
+        for column, sentence in self.unseen_columns(frame, data).items():
+            if column not in self._told:
+                self._told.add(column)
+                warnings.warn(sentence, stacklevel=3)
+        return predict(self.model, data)
+
+    def unseen_columns(self, frame: pl.DataFrame, data: EncodedData) -> dict[str, str]:
+        """Columns with hardly a value seen in training (10 %), where that is no trait of theirs.
+
+        Values of small batches are counted up until there are 50.
+
+        Args:
+            frame: raw rows.
+            data: the same, encoded.
+
+        Returns:
+            Column to a sentence with a value of either side, and what to do.
+        """
+        result = {}
+        tested = (self.metrics or {}).get("unknown_test_values", {})
+        for name, unknown in data.unknown.items():
+            before = self._tally.pop(name, (0, 0))
+            unknown, values = before[0] + unknown, before[1] + data.values[name]
+            if values < _ENOUGH:
+                self._tally[name] = unknown, values
+                continue
+            if unknown <= _UNSEEN * values:
+                continue
+            vocabulary = self.encoder.vocabularies[self.encoder.names.index(name)]
+            # The test split is an eighth of the training split.
+            test = 8 * tested.get(name, 0) / max(int(vocabulary.counts.sum()), 1)
+            if max(self.encoder.unseen_share(name), test) >= _SEEN_THEN:
+                continue
+            odd, known = self.encoder.examples(name, frame[name])
+            here = "missing ones" if odd is None else f"{odd!r} (the column is {frame[name].dtype})"
+            there = "" if known is None else f", training such as {known!r}"
+            result[name] = (
+                f"column {name!r}: {unknown:,} of {values:,} values were not seen in training, so "
+                f"predictions do without it. It holds values such as {here}{there}; write it as "
+                "the training data have it, or train on data such as these"
+            )
+        return result
 
     def test_split(self) -> EncodedData:
         """The test rows of the data it was trained on, loaded anew.
