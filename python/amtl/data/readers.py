@@ -119,7 +119,13 @@ def as_frame(rows: Rows) -> pl.DataFrame:
             frame = pl.DataFrame(rows)
     except pl.exceptions.ShapeError as error:
         raise UserError(f"the columns have different lengths: {_first_line(error)}") from error
-    except (pl.exceptions.PolarsError, pa.ArrowException, TypeError, ValueError) as error:
+    except (
+        pl.exceptions.PolarsError,
+        pa.ArrowException,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise TypeError(f"no table can be made of the rows: {_first_line(error)}") from error
     if not isinstance(frame, pl.DataFrame):
         raise TypeError(
@@ -131,9 +137,10 @@ def as_frame(rows: Rows) -> pl.DataFrame:
 
 def _column(name: str, values: Any) -> pl.Series:
     if isinstance(values, np.ndarray) and values.dtype == object:
-        values = values.tolist()
+        # What pandas hands out: text, lists as arrays, None and NaN for missing ones.
+        values = pa.array(values, from_pandas=True)
     if isinstance(values, str) or not hasattr(values, "__len__"):
-        raise TypeError(f"column {name!r} is a {type(values).__name__}, not a list of values")
+        raise TypeError(f"column {name!r} is no list of values but {type(values).__name__}")
     return as_series(values).alias(name)
 
 

@@ -102,12 +102,12 @@ class Trained:
             if max(self.encoder.unseen_share(name), test) >= _SEEN_THEN:
                 continue
             odd, known = self.encoder.examples(name, frame[name])
-            here = "missing ones" if odd is None else f"{odd!r} (the column is {frame[name].dtype})"
-            there = "" if known is None else f", training such as {known!r}"
+            here = "missing" if odd is None else f"such as {odd!r} ({frame[name].dtype})"
+            there = "" if known is None else f", in training such as {known!r}"
             result[name] = (
                 f"column {name!r}: {unknown:,} of {values:,} values were not seen in training, so "
-                f"predictions do without it. It holds values such as {here}{there}; write it as "
-                "the training data have it, or train on data such as these"
+                f"predictions do without it. Here they are {here}{there}: write the column as the "
+                "training data have it, or train on data such as these"
             )
         return result
 

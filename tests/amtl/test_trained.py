@@ -1,0 +1,231 @@
+"""Scoring raw rows: whatever they come in, and whether the model knows their values."""
+
+from __future__ import annotations
+
+import datetime as dt
+import warnings
+from pathlib import Path
+
+import amtl
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+from amtl.cli import main
+from amtl.data.encoding import Encoder
+from amtl.data.fields import FieldSpec, infer_fields
+from amtl.data.readers import as_frame
+from amtl.errors import UserError
+from amtl.run.config import TrainConfig
+from amtl.run.model import build_model
+from amtl.run.trained import Trained
+from amtl.run.training import start
+
+C = pl.col
+FIELDS = ["tags", "prem", "day", "number", "price"]
+CONFIG = TrainConfig(
+    data="", label="label", fields=FIELDS, method="fixed", dim=4, hidden=[4], epochs=1
+)
+
+
+@pytest.fixture(scope="module")
+def frame() -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    n = 300
+    tags = [[str(t) for t in rng.choice(5, k, replace=False)] for k in rng.integers(0, 4, n)]
+    frame = pl.DataFrame(
+        {
+            "tags": tags,
+            "prem": [None if i % 50 == 0 else bool(i % 3) for i in range(n)],
+            "day": [dt.date(2024, 1, 1) + dt.timedelta(int(d)) for d in rng.integers(0, 9, n)],
+            "number": pl.Series([None if i % 7 == 0 else i % 9 for i in range(n)]),
+            "price": rng.exponential(1.0, n),
+        }
+    )
+    truth = frame["tags"].list.contains("1") ^ frame["prem"].fill_null(False)
+    return frame.with_columns(label=truth ^ pl.Series(rng.random(n) < 0.1))
+
+
+@pytest.fixture
+def model(frame) -> Trained:
+    torch.manual_seed(0)
+    encoder = Encoder.fit(frame, infer_fields(frame, FIELDS))
+    return Trained(CONFIG, encoder, build_model(CONFIG, encoder).eval())
+
+
+AS_TEXT = {
+    "tags": C("tags").list.join("|"),
+    "prem": C("prem").cast(pl.String).str.to_titlecase(),
+    "day": C("day").cast(pl.Datetime("ms")),
+    "number": C("number").cast(pl.Float64).cast(pl.String),
+}
+
+
+def test_other_types_of_the_same_values_give_the_same_predictions(model, frame):
+    expected = model.probabilities(frame)
+    assert len(expected.unique()) > 50
+    for name, other in AS_TEXT.items():
+        changed = frame.with_columns(other.alias(name))
+        assert changed[name].dtype != frame[name].dtype
+        assert torch.equal(model.probabilities(changed), expected), name
+
+
+def test_the_separator_of_lists_written_as_text_can_be_named(frame):
+    specs = infer_fields(frame, ["tags", "prem"], separators={"tags": ";"})
+    assert specs[0] == FieldSpec("tags", "bag", ";")
+    encoder = Encoder.fit(frame, specs)
+    text = frame.with_columns(C("tags").list.join(";"))
+    assert encoder.transform(text).unknown == {"tags": 0, "prem": 0}
+    assert encoder.transform(text).values == encoder.transform(frame).values
+    assert encoder.transform(frame).values["tags"] == int(frame["tags"].list.len().sum())
+
+
+# Kinds of tables
+
+
+def test_tables_of_all_kinds_give_the_predictions_of_the_polars_table(model, frame):
+    pd = pytest.importorskip("pandas")
+    expected = model.logits(frame)
+    lists = frame.to_dict(as_series=False)
+    tables = {
+        "lazy": frame.lazy(),
+        "arrow": frame.to_arrow(),
+        "batch": frame.to_arrow().combine_chunks().to_batches()[0],
+        "pandas": frame.to_pandas(),
+        "pandas with an index": frame.to_pandas().set_index(np.arange(len(frame))[::-1]),
+        "pandas with other columns": pd.DataFrame({**lists, 7: 1.0}),
+        "lists": lists,
+        "arrays": {name: frame[name].to_numpy() for name in frame.columns},
+        "series": {name: frame.to_pandas()[name] for name in frame.columns},
+        "tensors": {**lists, "price": torch.from_numpy(frame["price"].to_numpy().copy())},
+        "stream": pa.RecordBatchReader.from_batches(
+            frame.to_arrow().schema, frame.to_arrow().to_batches()
+        ),
+    }
+    for kind, table in tables.items():
+        assert torch.equal(model.logits(table), expected), kind
+    again = model.probabilities(frame.to_pandas())
+    assert torch.equal(again, torch.sigmoid(expected))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "rows are .*NoneType; give a DataFrame"),
+        ([{"a": 1}], "rows are .*list; give a DataFrame"),
+        (np.zeros((3, 2)), "rows are numpy.ndarray"),
+        (torch.zeros(3), "rows are torch.Tensor"),
+        (pl.Series([1]), "rows are polars"),
+        ("file.csv", "rows are .*str"),
+        ({"a": 1}, "column 'a' is no list of values but int"),
+        ({"a": "xy"}, "column 'a' is no list of values but str"),
+        ({"a": [1, "b"]}, "no table can be made of the rows: .*Int64"),
+        ({"a": np.array([1, "b"], dtype=object)}, "no table can be made of the rows"),
+    ],
+)
+def test_what_is_no_table_is_a_type_error(rows, message):
+    with pytest.raises(TypeError, match=message):
+        as_frame(rows)
+
+
+def test_columns_of_different_lengths_are_told():
+    with pytest.raises(UserError, match=r"different lengths.*'b'"):
+        as_frame({"a": [1], "b": [1, 2]})
+
+
+# Values that the model does not know
+
+
+def warned(call) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught]
+
+
+def test_a_column_written_in_another_way_is_told_once_with_examples(model, frame):
+    assert warned(lambda: model.logits(frame)) == []
+    odd = frame.with_columns(
+        C("day").dt.strftime("%d.%m.%y"), tags=pl.lit("x;y"), prem=pl.lit("ja")
+    )
+    told = warned(lambda: model.probabilities(odd))
+    assert [text.split("'")[1] for text in told] == ["prem", "day", "tags"]
+    assert "300 of 300 values" in told[0]
+    assert "such as 'ja' (String), in training such as 1: write the column" in told[0]
+    first = odd["day"][0]
+    common = frame["day"].value_counts().sort("count", "day", descending=[True, False])["day"][0]
+    assert f"such as '{first}' (String), in training such as '{common}'" in told[1]
+    assert "such as 'x;y' (String)" in told[2]
+    assert warned(lambda: model.logits(odd)) == []
+
+
+def test_a_column_without_values_is_told(model, frame):
+    empty = frame.with_columns(price=pl.lit(None, dtype=pl.Float64))
+    (told,) = warned(lambda: model.logits(empty))
+    assert "column 'price': 300 of 300 values" in told and "Here they are missing: " in told
+
+
+def test_values_of_small_batches_are_counted_up(model, frame):
+    odd = frame.with_columns(prem=pl.lit("ja"))
+    told = [bool(warned(lambda i=i: model.logits(odd[i : i + 10]))) for i in range(0, 120, 10)]
+    assert told == [i == 4 for i in range(12)]
+
+
+def test_values_half_of_which_are_known_are_no_other_container(model, frame):
+    half = frame.with_columns(prem=pl.when(pl.int_range(300) % 5 > 0).then(pl.lit("ja")))
+    assert warned(lambda: model.logits(half)) == []
+
+
+def test_a_column_whose_values_are_new_by_nature_is_not_told(frame):
+    ids = frame.with_columns(id=pl.int_range(300))
+    rows = pl.DataFrame({"id": range(1000, 1300), "prem": frame["prem"]})
+    specs = [FieldSpec("id"), FieldSpec("prem")]
+
+    def told(min_count, tested):
+        encoder = Encoder.fit(ids, specs, min_count=min_count)
+        metrics = {"unknown_test_values": {"id": tested}}
+        model = Trained(CONFIG, encoder, build_model(CONFIG, encoder).eval(), metrics)
+        return len(warned(lambda: model.logits(rows)))
+
+    assert told(min_count=1, tested=0) == 1
+    assert told(min_count=1, tested=30) == 0
+    assert told(min_count=2, tested=0) == 0
+
+
+@pytest.fixture(scope="module")
+def packed(frame, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("containers")
+    frame.write_parquet(folder / "rows.parquet")
+    settings = {**CONFIG.to_dict(), "data": str(folder / "rows.parquet")}
+    start(TrainConfig.from_dict(settings), folder / "run").run()
+    return folder
+
+
+def evaluated(capsys, *args) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *map(str, args)])
+    assert not stop.value.code
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_evaluate_gives_the_same_for_the_same_rows_as_text(packed, frame, capsys):
+    run = packed / "run"
+    expected = evaluated(capsys, run, packed / "rows.parquet").partition("AUC")[2]
+    assert "not seen" not in expected
+    text = frame.with_columns(*(other.alias(name) for name, other in AS_TEXT.items()))
+    text.write_csv(packed / "rows.csv")
+    assert evaluated(capsys, run, packed / "rows.csv").partition("AUC")[2] == expected
+    assert (
+        amtl.load(run).encoder.transform(text).unknown
+        == amtl.load(run).encoder.transform(frame).unknown
+    )
+
+
+def test_evaluate_tells_of_columns_written_in_another_way(packed, frame, capsys):
+    frame.with_columns(C("tags").list.join("|"), prem=pl.lit("[ja]")).write_csv(packed / "odd.csv")
+    told = evaluated(capsys, packed / "run", packed / "odd.csv")
+    assert "column 'prem': 300 of 300 values were not seen in training" in told
+    assert "such as '[ja]' (String), in training such as 1: write" in told
+    assert "column 'tags'" not in told
+    assert "not seen" not in evaluated(capsys, packed / "run")
