@@ -18,12 +18,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from amtl.errors import UserError
 from amtl.layer.collection import AMTLEmbeddingCollection
 from amtl.layer.conversion import layers as layers_of
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.hosts import check, settle
+from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.table import AMTLTable
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
@@ -42,6 +44,9 @@ _CLASSES: dict[str, type[AMTLTable]] = {
 }
 _Model = TypeVar("_Model", bound=nn.Module)
 _Kind = Literal["layer", "layers", "model", "run"]
+
+_COMPILED, _PARALLEL = "_orig_mod", "module"
+"""Under which name torch.compile, and data parallelism, keep the module that they wrap."""
 
 
 @dataclass
@@ -68,6 +73,9 @@ class PackedFile:
     def into(self, model: _Model, *, assign: bool = False) -> _Model:
         """Put the layers into a model of the same architecture and load the rest of its state.
 
+        What torch.compile and data parallelism wrap goes by its own names, in the model and in the
+        file. A DistributedDataParallel is to be made anew before it trains, as after `freeze`.
+
         Args:
             model: built as usual, with embeddings of any kind where the layers go.
             assign: the rest takes the place of the model's tensors instead of being copied into
@@ -77,15 +85,27 @@ class PackedFile:
             The same model, its embeddings replaced.
 
         Raises:
-            PackedFileError: the model has other modules, keys or shapes than the one saved; it is
-                left as it was.
+            PackedFileError: the model has other modules, keys or shapes than the one saved, or one
+                of its embeddings is wrapped by itself; it is left as it was.
         """
-        targets = {**{name: name for name in self.layers}, **self.aliases}
+        inner = unwrapped(model)
+        names = self._own_names(inner)
+        targets = {names[name]: name for name in self.layers}
+        targets |= {names[name]: source for name, source in self.aliases.items()}
         prefixes = tuple(f"{name}." for name in targets)
-        state = dict(self.state)
-        rest = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes)}
-        modules = dict(model.named_modules(remove_duplicate=False))
-        absent = [name for name in targets if name not in modules]
+        state = {names[key]: value for key, value in self.state.items()}
+        keys = {_own_name(inner, key): key for key in inner.state_dict()}
+        rest = {
+            name: value
+            for name, value in zip(keys, inner.state_dict().values(), strict=True)
+            if not name.startswith(prefixes)
+        }
+        # Of a wrapper and what it wraps, which have one name, the latter comes last.
+        found = {
+            _own_name(inner, place): (place, module)
+            for place, module in inner.named_modules(remove_duplicate=False)
+        }
+        absent = [name for name in targets if name not in found]
         missing, surplus = sorted(rest.keys() - state), sorted(state.keys() - rest)
         shapes = [k for k in rest.keys() & state.keys() if rest[k].shape != state[k].shape]
         if absent or missing or surplus or shapes:
@@ -94,15 +114,66 @@ class PackedFile:
                 f"modules not in the model: {absent}; keys not in the file: {missing}; "
                 f"keys not in the model: {surplus}; other shapes: {sorted(shapes)}"
             )
-        check(model, (modules[name] for name in targets))
+        embeddings = [found[name][1] for name in targets]
+        homes = {name: found[name][0].rpartition(".") for name in targets}
+        for name, (parent, _, key) in homes.items():
+            if _wrapped_as(inner.get_submodule(parent)) == key:
+                raise PackedFileError(
+                    f"{name!r} of the model is wrapped by itself "
+                    f"({kind_of(inner.get_submodule(parent))}): load first, then wrap it"
+                )
+        check(inner, embeddings)
+        retire(wrappers_of(p for module in embeddings for p in module.parameters()))
         for name, source in targets.items():
-            parent, _, key = name.rpartition(".")
+            parent, _, key = homes[name]
             layer = self.layers[source]
-            layer.train(modules[name].training)
-            model.get_submodule(parent)._modules[key] = layer
-        model.load_state_dict(state, strict=False, assign=assign)
-        settle(model)
+            layer.train(found[name][1].training)
+            inner.get_submodule(parent)._modules[key] = layer
+        inner.load_state_dict(
+            {keys[name]: value for name, value in state.items()}, strict=False, assign=assign
+        )
+        settle(inner)
         return model
+
+    def _own_names(self, model: nn.Module) -> dict[str, str]:
+        """Names of modules and keys of the file -> the same in a model that is not wrapped."""
+        names = {
+            name: ".".join(part for part in name.split(".") if part != _COMPILED)
+            for name in (*self.layers, *self.aliases, *self.state)
+        }
+        whole = all(name.startswith(f"{_PARALLEL}.") for name in names.values())
+        if whole and _PARALLEL not in model._modules:
+            names = {name: own.removeprefix(f"{_PARALLEL}.") for name, own in names.items()}
+        return names
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile, DistributedDataParallel and DataParallel have wrapped; else the model."""
+    while (name := _wrapped_as(model)) is not None:
+        model = model.get_submodule(name)
+    return model
+
+
+def _wrapped_as(module: nn.Module) -> str | None:
+    """The name under which a wrapper keeps what it wraps; None for other modules."""
+    if _COMPILED in module._modules:
+        return _COMPILED
+    return _PARALLEL if isinstance(module, DataParallel | DistributedDataParallel) else None
+
+
+def _own_name(model: nn.Module, name: str) -> str:
+    """The name of a module or state_dict key of a model, were nothing in the model wrapped."""
+    own, module = [], model
+    for part in name.split("."):
+        if _wrapped_as(module) != part:
+            own.append(part)
+        # Beyond modules comes the name of a tensor.
+        inside = module._modules.get(part)
+        module = _NOTHING if inside is None else inside
+    return ".".join(own)
+
+
+_NOTHING = nn.Module()
 
 
 def save(
@@ -119,7 +190,8 @@ def save(
 
     Args:
         obj: a frozen layer; frozen layers by name; or a model, of which everything in its
-            state_dict is stored.
+            state_dict is stored, under the names within torch.compile, DistributedDataParallel and
+            DataParallel.
         path: where to, for example "model.safetensors".
         metadata: anything JSON-able to store along: vocabularies, settings.
         tensors: further tensors to store along.
@@ -134,6 +206,8 @@ def save(
         json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata must be JSON-able: {error}") from error
+    if isinstance(obj, nn.Module):
+        obj = unwrapped(obj)
     if isinstance(obj, AMTLTable):
         write_packed(path, "layer", {"": obj}, metadata=metadata, tensors=tensors)
     elif isinstance(obj, nn.Module):
@@ -169,13 +243,15 @@ def write_packed(
     rest: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     if model is not None:
+        layers = {_own_name(model, name): layer for name, layer in layers.items()}
         aliases = {
-            name: next(n for n, layer in layers.items() if layer is module)
+            own: next(n for n, layer in layers.items() if layer is module)
             for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, AMTLTable) and name not in layers
+            if isinstance(module, AMTLTable) and (own := _own_name(model, name)) not in layers
         }
         inside = tuple(f"{name}." for name in (*layers, *aliases))
-        rest = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
+        state = {_own_name(model, key): value for key, value in model.state_dict().items()}
+        rest = {key: value for key, value in state.items() if not key.startswith(inside)}
     packed: dict[str, Tensor] = {}
     stored = dict(layers)
     for name, layer in layers.items():

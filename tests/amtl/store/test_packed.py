@@ -24,7 +24,8 @@ from amtl.store import packed as packed_module
 from amtl.store import tensors as format_module
 from amtl.store.packed import FORMAT, VERSION
 from amtl.store.tensors import read_tensors, write_tensors
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def frozen(kind=AMTLEmbedding, rows=60, dim=8, in_order=True, **options):
@@ -132,6 +133,84 @@ def test_model_round_trip(tmp_path):
     assert packed.aliases == {"again": "table"} and packed.metadata == {"who": "me"}
     assert set(packed.state) == {k for k in model.state_dict() if k.startswith(("norm", "top"))}
     assert torch.equal(packed.into(Model().eval())(rows), model(rows))
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def eager(model):
+    return torch.compile(model, backend="eager")
+
+
+def top_compiled(model):
+    model.top = eager(model.top)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        eager,
+        DistributedDataParallel,
+        nn.DataParallel,
+        lambda model: eager(DistributedDataParallel(model)),
+        lambda model: DistributedDataParallel(eager(model)),
+        top_compiled,
+    ],
+    ids=["compiled", "ddp", "dp", "compiled ddp", "ddp compiled", "a part compiled"],
+)
+def test_wrapped_models(tmp_path, alone, wrap, monkeypatch):
+    """They save under their own names, fill a model of either kind, and so did older files."""
+    torch.manual_seed(0)
+    model = Model(frozen(), frozen(AMTLEmbeddingBag, mode="sum")).eval()
+    rows = torch.randint(60, (7, 3))
+    expected = model(rows)
+    path, plain, old = (tmp_path / name for name in ("wrapped", "plain", "old"))
+    amtl.save(model, plain)
+    wrapped = wrap(model).eval()
+    amtl.save(wrapped, path)
+    assert path.read_bytes() == plain.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_module, "unwrapped", lambda model: model)
+        patch.setattr(packed_module, "_own_name", lambda model, name: name)
+        amtl.save(wrapped, old)
+    assert old.read_bytes() != plain.read_bytes()
+    for file in (plain, old):
+        assert torch.equal(amtl.load(file, Model().eval())(rows), expected)
+        other = wrap(Model()).eval()
+        with torch.no_grad():
+            assert not torch.equal(other(rows), expected)
+        assert amtl.load(file, other) is other
+        with torch.no_grad():
+            assert torch.equal(other(rows), expected)
+
+
+def test_a_wrapper_of_other_parameters_does_not_train(tmp_path, alone):
+    path = tmp_path / "model"
+    amtl.save(Model(frozen(), frozen(AMTLEmbeddingBag, mode="sum")), path)
+    wrapped = DistributedDataParallel(Model())
+    amtl.load(path, wrapped)
+    with pytest.raises(RuntimeError, match="wrap anew"):
+        wrapped(torch.randint(60, (7, 3)))
+
+
+def test_wrapped_layers(tmp_path):
+    layer, path = frozen(), tmp_path / "layer"
+    amtl.save(eager(layer), path)
+    assert torch.equal(amtl.load(path)(torch.arange(60)), layer(torch.arange(60)))
+    amtl.save(nn.ModuleDict({"module": layer}), path)
+    loaded = amtl.load(path, nn.ModuleDict({"module": nn.Embedding(60, 8)}))
+    assert type(loaded["module"]) is AMTLEmbedding
+    alone = nn.ModuleDict({"module": eager(nn.Embedding(60, 8))})
+    with pytest.raises(PackedFileError, match="'module' of the model is wrapped by itself"):
+        amtl.load(path, alone)
+    assert type(alone["module"]._orig_mod) is nn.Embedding
 
 
 def test_model_that_does_not_fit_is_left_alone(tmp_path):
