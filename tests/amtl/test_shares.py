@@ -156,8 +156,21 @@ def test_a_budget_for_each():
     for budget in ("2kB", 0.0, 1.5, True, {**budgets, "item": "half"}):
         with pytest.raises(ValueError, match=r"budget must be a fraction in \(0, 1\], got "):
             amtl.convert(build(), COUNTS, budget)
+    for budget in ("10kB", "12%", 10_000):
+        with pytest.raises(ValueError, match=r"12 % are 0\.12, and 10 kB are 10_000 / sum\("):
+            amtl.convert(build(), COUNTS, budget)
+    share = 2_000 / sum(module.weight.nbytes for module in build().values())
+    assert 1_500 < frozen_bytes(amtl.convert(build(), COUNTS, share)) <= 2_000
     with pytest.raises(TypeError, match=r"counts must be a mapping, of the names.*got NoneType"):
         amtl.convert(build(), None)
+
+
+@pytest.mark.parametrize("given", [{}, {"names": []}])
+def test_nothing_to_convert_is_refused(given):
+    counts = COUNTS if given else {}
+    message = r"(counts|names) is empty.*counts=\{.*the model's are \['user', 'item', 'sex'\]"
+    with pytest.raises(ValueError, match=message):
+        amtl.convert(build(), counts, 0.1, **given)
 
 
 def test_what_cannot_be_met_leaves_the_model_alone():

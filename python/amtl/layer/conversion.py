@@ -211,9 +211,9 @@ def convert(
 
     Raises:
         TypeError: a fused optimizer of another kind, counts without names.
-        ValueError: an unknown name, missing counts, a budget beyond (0, 1], a module or a weight
-            that cannot be replaced, a fused optimizer without one of the tables (see the message).
-            Nothing is replaced then.
+        ValueError: an unknown name or none, missing counts, a budget beyond (0, 1], a module or a
+            weight that cannot be replaced, a fused optimizer without one of the tables (see the
+            message). Nothing is replaced then.
     """
     if not isinstance(counts, Mapping):
         if not isinstance(model, nn.Embedding | nn.EmbeddingBag):
@@ -224,6 +224,12 @@ def convert(
         counts = {"": counts}
     places = places_of(model)
     wanted = list(dict.fromkeys(counts if names is None else names))
+    if not wanted:
+        raise ValueError(
+            f"{'counts' if names is None else 'names'} is empty, so there is nothing to convert: "
+            'counts={"item": torch.bincount(train_items, minlength=num_items), ...} by the names '
+            f"of embeddings; the model's are {_embeddings_of(model)}"
+        )
     by_module: dict[nn.Module, str] = {}
     for name in wanted:
         module = _find(model, name)
@@ -297,10 +303,13 @@ def _find(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        candidates = [n for n, m in model.named_modules() if _is_embedding(m)]
         raise ValueError(
-            f"the model has no module {name!r}; its embeddings are {candidates}"
+            f"the model has no module {name!r}; its embeddings are {_embeddings_of(model)}"
         ) from None
+
+
+def _embeddings_of(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if _is_embedding(module)]
 
 
 def _is_embedding(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from amtl.layer.budget import BudgetError, SizeGrid, default_tier_width, is_number
+from amtl.layer.budget import BudgetError, SizeGrid, default_tier_width, is_number, no_share
 from amtl.layer.frequency import FrequencyGroups
 from amtl.layer.rounding import BITS, PART_BYTES, unit
 from amtl.layer.sizes import PARAMETRIZATIONS, SizeHead, make_size_head
@@ -87,7 +87,7 @@ class SearchOptions:
             )
         # Runs of version 1 hold numbers above 1 and open, so how large it is shows in use.
         if self.budget is not None and not is_number(self.budget):
-            raise ValueError(f"budget must be a fraction in (0, 1], got {self.budget!r}")
+            raise no_share(self.budget)
         if self.bits is not None and not (type(self.bits) is int and self.bits in BITS):
             raise ValueError(f"bits must be one of {BITS} or None, got {self.bits!r}")
         if not self.masters and self.bits is None:
