@@ -529,11 +529,11 @@ def report(
 def compare(
     runs: Annotated[list[Path], arguments.paths("RUN…", "Finished run folders.")],
 ) -> None:
-    """Print the results of runs side by side, seeds averaged."""
+    """Print the results of runs on one data set side by side, seeds averaged."""
     from amtl.run.display import print_results
-    from amtl.run.report import group_results, load_metrics
+    from amtl.run.report import group_results, load_comparable
 
-    print_results(console, group_results(load_metrics(runs)))
+    print_results(console, group_results(load_comparable(runs, "compare")))
 
 
 @app.command()

@@ -3,11 +3,20 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
+from amtl.cli import main
 from amtl.errors import UserError
-from amtl.run.report import baseline, group_results, load_metrics, table_rows, write_report
+from amtl.run.report import (
+    baseline,
+    group_results,
+    load_comparable,
+    load_metrics,
+    table_rows,
+    write_report,
+)
 
 
 def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **config):
@@ -179,12 +188,27 @@ def test_differences_are_to_the_widest_fixed_table():
     assert "vs full" not in header
 
 
-def test_runs_of_different_data_have_no_common_report(folders, tmp_path):
+def test_runs_of_different_data_are_told_apart(folders, tmp_path, capsys):
     other = metrics()
     other["config"]["data"] = "elsewhere"
     (folders[0] / "metrics.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match=r"one data set, not .*clicks.parquet, elsewhere"):
+    first, *rest = (shlex.quote(str(folder)) for folder in folders)
+    for command, of_first, of_rest in (
+        ("report", " -o report-0.html", " -o report-1.html"),
+        ("compare", "", ""),
+    ):
+        told = (
+            f"{command} is about one data set, and these runs are of 2: "
+            f"amtl {command} {first}{of_first}  (elsewhere); "
+            f"amtl {command} {' '.join(rest)}{of_rest}  (/some/where/clicks.parquet)"
+        )
+        with pytest.raises(UserError, match=re.escape(told)):
+            load_comparable([tmp_path], command)
+    with pytest.raises(UserError, match="report is about one data set"):
         write_report(folders, tmp_path / "r.html")
+    with pytest.raises(SystemExit, match="1"):
+        main(["compare", str(tmp_path)])
+    assert "compare is about one data set" in capsys.readouterr().err
 
 
 def test_a_folder_of_runs_stands_for_its_runs(folders, tmp_path):

@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -63,20 +64,52 @@ def load_metrics(folders: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         UserError: if a folder has none.
     """
-    if not folders:
-        raise UserError("name at least one run folder")
-    expanded: list[Path] = []
-    for folder in folders:
-        inside = sorted(path.parent for path in folder.glob("*/metrics.json"))
-        expanded += [folder] if (folder / "metrics.json").exists() else inside or [folder]
     runs = []
-    for folder in expanded:
+    for folder in _run_folders(folders):
         if not (folder / "metrics.json").exists():
             raise UserError(
                 f"{folder} has no metrics.json: not a run, or not finished "
                 f"(amtl train --resume --out {folder} goes on)"
             )
         runs.append(read_json(folder / "metrics.json"))
+    return runs
+
+
+def _run_folders(folders: Sequence[Path]) -> list[Path]:
+    if not folders:
+        raise UserError("name at least one run folder")
+    expanded: list[Path] = []
+    for folder in folders:
+        inside = sorted(path.parent for path in folder.glob("*/metrics.json"))
+        expanded += [folder] if (folder / "metrics.json").exists() else inside or [folder]
+    return expanded
+
+
+def load_comparable(folders: Sequence[Path], command: str) -> list[dict[str, Any]]:
+    """`load_metrics` of runs on one data set.
+
+    Args:
+        folders: as there.
+        command: `report` or `compare`, what the runs are for.
+
+    Raises:
+        UserError: if a folder has none, or if there are several data sets; it then has a command
+            line for the runs of each.
+    """
+    runs = load_metrics(folders)
+    groups: dict[str, list[Path]] = {}
+    for folder, run in zip(_run_folders(folders), runs, strict=True):
+        groups.setdefault(run["config"]["data"], []).append(folder)
+    if len(groups) > 1:
+        lines = []
+        for place, (data, own) in enumerate(groups.items()):
+            words = ["amtl", command, *map(str, own)]
+            words += ["-o", f"report-{place}.html"] if command == "report" else []
+            lines.append(f"{shlex.join(words)}  ({data})")
+        raise UserError(
+            f"{command} is about one data set, and these runs are of {len(groups)}: "
+            + "; ".join(lines)
+        )
     return runs
 
 
@@ -221,10 +254,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
             file of a run.
     """
     require_no_part(out)
-    runs = load_metrics(folders)
-    sources = sorted({run["config"]["data"] for run in runs})
-    if len(sources) > 1:
-        raise UserError(f"one report is about one data set, not {', '.join(sources)}")
+    runs = load_comparable(folders, "report")
     matplotlib = require_matplotlib()
     results = group_results(runs)
     with matplotlib.rc_context(STYLE):
