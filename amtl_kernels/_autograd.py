@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.fake_impl import allocate_size
 
 from amtl_kernels import _schema
 from amtl_kernels._arguments import (
@@ -72,10 +73,22 @@ def _fake_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor,
     weight_grad, mask_grad, psw_grad = arguments[-3:]
     rows, grads = [], []
     for block in tables.blocks:
-        distinct = torch.library.get_ctx().new_dynamic_size() if weight_grad else 0
+        distinct = _looked_up() if weight_grad else 0
         rows.append(block.new_empty(distinct, dtype=torch.int64))
         grads.append(block.new_empty(distinct, block.shape[1]))
     return rows, grads, *_fake_others(tables, bags, mask_grad, psw_grad)
+
+
+def _looked_up() -> Any:
+    """How many distinct rows there are, which a graph learns when it runs.
+
+    Past `new_dynamic_size()`, which without `capture_dynamic_output_shape_ops` refuses, for a graph
+    to be broken in its place. No graph is broken in a backward: the whole forward would be left.
+    """
+    context: Any = torch.library.get_ctx()
+    if context._shape_env is None:
+        return context.new_dynamic_size()
+    return allocate_size(context._shape_env)
 
 
 def _fake_update(*arguments: Any) -> tuple[Tensor, Tensor]:
