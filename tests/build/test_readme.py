@@ -52,5 +52,5 @@ def test_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import amtl
 
     fresh = amtl.load(tmp_path / "model.safetensors", Model()).eval()
-    model.eval()
+    assert not model.training
     torch.testing.assert_close(fresh(items[0], users[0]), model(items[0], users[0]), rtol=0, atol=0)
