@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import signal
 import sys
@@ -340,6 +341,11 @@ def _print_decisions(decisions: Sequence[Any]) -> None:
     console.print(table)
 
 
+def _area(auc: float, error: float) -> str:
+    """An AUC with its standard error, if it has one."""
+    return f"[bold]{auc:.4f}[/]" + ("" if math.isnan(error) else f" ± {error:.4f} s.e.")
+
+
 def _print_result(metrics: dict[str, Any], out: Path) -> None:
     from amtl.run.comparison import choices
     from amtl.run.display import print_comparison
@@ -350,8 +356,9 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     steps = metrics["step_ms_median"]
     unseen = {k: v for k, v in metrics["unknown_test_values"].items() if v}
     rows = {
-        "test AUC": f"[bold]{metrics['test_auc']:.4f}[/]  (validation {metrics['val_auc']:.4f}, "
-        f"epoch {metrics['best_epoch']:.2f} of {metrics['epochs_run']:.2f})",
+        "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'])}  "
+        f"(validation {metrics['val_auc']:.4f}, epoch {metrics['best_epoch']:.2f} of "
+        f"{metrics['epochs_run']:.2f})",
         "log loss": f"{metrics['test_logloss']:.4f}",
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",
@@ -414,7 +421,7 @@ def evaluate(
     unknown = {k: v for k, v in result["unknown_values"].items() if v}
     console.print(f"[bold]{escape(what)}[/]: {result['rows']:,} rows", highlight=False)
     console.print(
-        f"AUC [bold]{result['auc']:.4f}[/]   log loss {result['logloss']:.4f}   "
+        f"AUC {_area(result['auc'], result['auc_error'])}   log loss {result['logloss']:.4f}   "
         f"positive {result['positive_rate']:.1%}",
         highlight=False,
     )

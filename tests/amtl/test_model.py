@@ -7,7 +7,7 @@ import torch
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.errors import UserError
 from amtl.run import methods
-from amtl.run.metrics import auc, log_loss
+from amtl.run.metrics import auc, auc_error, log_loss
 from amtl.run.model import ClickModel, dropout, predict
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
@@ -47,6 +47,26 @@ def test_auc_and_log_loss_equal_the_textbook(n, distinct):
 
 def test_auc_of_one_class_is_nan():
     assert np.isnan(auc(torch.rand(5), torch.ones(5)))
+    assert np.isnan(auc_error(torch.rand(5), torch.ones(5)))
+    assert np.isnan(auc_error(torch.rand(5), torch.tensor([0, 0, 0, 0, 1])))
+
+
+@pytest.mark.parametrize(("positives", "distinct"), [(60, 10_000), (150, 6), (12, 10_000)])
+def test_error_of_the_auc_is_that_of_a_bootstrap(positives, distinct):
+    generator = torch.Generator().manual_seed(positives)
+    labels = (torch.arange(300) < positives).float()
+    scores = torch.randn(300, generator=generator) + labels
+    scores = (scores * distinct / 6).round()
+    areas = []
+    for _ in range(4000):
+        of_positives = torch.randint(positives, (positives,), generator=generator)
+        of_negatives = torch.randint(positives, 300, (300 - positives,), generator=generator)
+        drawn = torch.cat([of_positives, of_negatives])
+        areas.append(auc(scores[drawn], labels[drawn]))
+    # A standard deviation of 4000 is off by 1.1 %; a bootstrap of n takes 1 / n, not 1 / (n - 1).
+    expected = np.std(areas) * (positives / (positives - 1)) ** 0.5
+    mixed = torch.randperm(300, generator=generator)
+    assert auc_error(scores[mixed], labels[mixed]) == pytest.approx(expected, rel=0.04)
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8])

@@ -16,7 +16,7 @@ from amtl.data.registry import load_source, read_labels
 from amtl.data.splits import split_rows
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.metrics import auc, log_loss
+from amtl.run.metrics import auc, auc_error, log_loss
 from amtl.run.model import ClickModel, predict
 
 _UNSEEN = 0.9
@@ -127,11 +127,12 @@ class Trained:
         return self.encoder.transform(source.frame[rows.numpy()], labels[rows])
 
     def evaluate(self, data: EncodedData) -> dict[str, Any]:
-        """AUC, log loss, rows, and values unseen in training."""
+        """AUC with its standard error, log loss, rows, and values unseen in training."""
         logits = predict(self.model, data)
         return {
             "rows": len(data),
             "auc": auc(logits, data.labels),
+            "auc_error": auc_error(logits, data.labels),
             "logloss": log_loss(logits, data.labels),
             "positive_rate": float(data.labels.mean()),
             "unknown_values": data.unknown,

@@ -30,7 +30,7 @@ from amtl.run.config import TrainConfig
 from amtl.run.contest import Contest
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
-from amtl.run.metrics import auc, log_loss
+from amtl.run.metrics import auc, auc_error, log_loss
 from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
 from amtl.run.race import is_open, race
@@ -402,6 +402,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "budget": config.effective_budget,
         "seed": config.seed,
         "test_auc": auc(test_logits, labels),
+        "test_auc_error": auc_error(test_logits, labels),
         "test_logloss": log_loss(test_logits, labels),
         "val_auc": best["val_auc"],
         "val_logloss": best["val_logloss"],
