@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library.fake_impl import allocate_size
 
 from amtl_kernels import _schema
 from amtl_kernels._arguments import (
@@ -84,11 +83,14 @@ def _looked_up() -> Any:
 
     Past `new_dynamic_size()`, which without `capture_dynamic_output_shape_ops` refuses, for a graph
     to be broken in its place. No graph is broken in a backward: the whole forward would be left.
+    What is behind it is PyTorch's own, so where that is not as it was, the public function has it.
     """
     context: Any = torch.library.get_ctx()
-    if context._shape_env is None:
+    allocate = getattr(torch._library.fake_impl, "allocate_size", None)
+    shapes = getattr(context, "_shape_env", None)
+    if allocate is None or shapes is None:
         return context.new_dynamic_size()
-    return allocate_size(context._shape_env)
+    return allocate(shapes)
 
 
 def _fake_update(*arguments: Any) -> tuple[Tensor, Tensor]:
