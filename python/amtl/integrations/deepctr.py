@@ -23,12 +23,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-import amtl
 from amtl.integrations import joining
 from amtl.integrations.joining import COLLECTION, Owner
 from amtl.integrations.optimizers import add_masks, move_to_layers
+from amtl.layer import conversion
 from amtl.layer.collection import CollectedTable
 from amtl.layer.table import AMTLTable
+from amtl.store.packed import open_packed
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -147,7 +148,7 @@ def convert(
     if isinstance(options.get("shared_rows"), Mapping):
         options["shared_rows"] = _dotted(options["shared_rows"])
     before = {name: tables[name].weight for name in counts}
-    amtl.convert(model, _dotted(counts), budget, **options)
+    conversion.convert(model, _dotted(counts), budget, **options)
     _penalise_layers(named, {weight: _get(named, name) for name, weight in before.items()})
     if optimizer is not None:
         add_masks(optimizer, {name: _get(named, name) for name in counts}, mask_lr)
@@ -162,7 +163,7 @@ def freeze(model: _Model) -> _Model:
     Raises:
         ValueError: the optimizer does not hold a table that trains.
     """
-    return amtl.freeze(model, getattr(model, "optim", None))
+    return conversion.freeze(model, getattr(model, "optim", None))
 
 
 def load(path: str | os.PathLike[str], model: _Model) -> _Model:
@@ -180,13 +181,11 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         ValueError: the model has AMTL layers already.
         PackedFileError: see `amtl.load`.
     """
-    if amtl.layers(model):
+    if conversion.layers(model):
         raise ValueError("the model has AMTL layers already; load into a newly built one")
     _tables(model)
     named: Any = model
-    layers = joining.load(
-        amtl.open_packed(path), model, lambda place: None if place else _owner(model)
-    )
+    layers = joining.load(open_packed(path), model, lambda place: None if place else _owner(model))
     _penalise_layers(named, layers)
     if getattr(named, "optim", None) is not None:
         move_to_layers(named.optim, layers)

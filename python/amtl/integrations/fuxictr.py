@@ -26,11 +26,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-import amtl
 from amtl.integrations import joining
 from amtl.integrations.joining import Owner
 from amtl.integrations.optimizers import add_masks, move_to_layers
+from amtl.layer import conversion
 from amtl.layer.collection import CollectedTable
+from amtl.store.packed import open_packed
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -149,9 +150,9 @@ def convert(
         options["shared_rows"] = _spread(options["shared_rows"], dotted)
     if isinstance(budget, Mapping):
         budget = _spread(budget, dotted)
-    amtl.convert(model, _spread(counts, dotted), budget, **options)
+    conversion.convert(model, _spread(counts, dotted), budget, **options)
     if optimizer is not None:
-        layers = amtl.layers(model)
+        layers = conversion.layers(model)
         new = {place: layers[place] for places in dotted.values() for place in places}
         add_masks(optimizer, new, mask_lr)
     return model
@@ -163,7 +164,7 @@ def freeze(model: _Model) -> _Model:
     Raises:
         ValueError: the optimizer does not hold a table that trains.
     """
-    return amtl.freeze(model, getattr(model, "optimizer", None))
+    return conversion.freeze(model, getattr(model, "optimizer", None))
 
 
 def load(path: str | os.PathLike[str], model: _Model) -> _Model:
@@ -181,12 +182,12 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         ValueError: the model has AMTL layers already.
         PackedFileError: see `amtl.load`.
     """
-    if amtl.layers(model):
+    if conversion.layers(model):
         raise ValueError("the model has AMTL layers already; load into a newly built one")
     _tables(model)
     dicts = {name: m for name, m in model.named_modules() if type(m).__name__ == _DICT}
     layers = joining.load(
-        amtl.open_packed(path),
+        open_packed(path),
         model,
         lambda place: _owner(dicts[place]) if place in dicts else None,
     )
@@ -295,12 +296,12 @@ def regularise_layers(model: nn.Module) -> None:
 
 def _regularization_loss(model: Any) -> Any:
     """The model's own, which goes over all that trains, the parameters of the sizes left out."""
-    heads = [layer.head for layer in amtl.layers(model).values() if layer.head is not None]
+    heads = [layer.head for layer in conversion.layers(model).values() if layer.head is not None]
     hidden = [p for head in heads for p in head.parameters() if p.requires_grad]
     tables: list[nn.Parameter] = []
     if any(kind.__name__ == "MultiTaskModel" for kind in type(model).__mro__):
         # It knows embeddings by their type, and would take layers for a part of the network.
-        tables = [p for p in amtl.table_parameters(model) if p.requires_grad]
+        tables = [p for p in conversion.table_parameters(model) if p.requires_grad]
     for parameter in (*hidden, *tables):
         parameter.requires_grad_(False)
     try:

@@ -12,12 +12,11 @@ from rich.markup import escape
 
 from amtl.data.registry import load_source
 from amtl.errors import UserError
-from amtl.opening import load
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.contest import DECAYS
 from amtl.run.display import print_results
-from amtl.run.folders import load_run, pack_run
+from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.progress import Bars
 from amtl.run.report import baseline, group_results, write_report
 from amtl.run.training import start
@@ -90,7 +89,7 @@ def run_demo(
     full, chosen = fixed.runs[0], all_metrics[best]
     packed_path = out / "model.safetensors"
     pack_run(folders[best], packed_path)
-    packed = load(packed_path)
+    packed = load_trained(packed_path)
     trained = load_run(folders[best])
     frame = source.frame[: min(50_000, source.frame.height)]
     same = torch.equal(packed.probabilities(frame), trained.probabilities(frame))
