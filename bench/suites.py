@@ -175,16 +175,40 @@ def _call_overhead() -> Case:
     return replace(case, contenders=("torch", "fbgemm", *SEARCH, "amtl_masked", *FROZEN))
 
 
+# How many tables are held, and the state of their sizes: limits of a step and of inference over
+# nn.Embeddings. A search costs no more for sizes that are learned.
+_MANY_TABLES = {
+    ("collection", "search"): (1.3, 1.2),
+    ("collection", "frozen"): (0.8, 1.0),
+    ("collection", "ordinal"): (1.3, 1.2),
+    ("collection", "free"): (1.3, 1.2),
+    ("collection", "paper"): (1.3, 1.2),
+    ("layers", "search"): (1.8, 1.5),
+    ("layers", "frozen"): (1.2, 1.2),
+    ("layers", "ordinal"): (1.8, 1.5),
+    ("layers", "paper"): (1.8, 1.5),
+}
+_STATES = {
+    "search": "search by the rule,",
+    "frozen": "frozen",
+    "ordinal": "learned sizes,",
+    "free": "the paper's softmax under a budget,",
+    "paper": "the paper's layer,",
+}
+
+
 def _product(rows: int, tables: Sequence[int], field: int) -> list[Case]:
     """What users of the layers get: a layer beside its operator, tables beside nn.Embeddings.
 
     Frozen layers of few bits are beside one of floats, and five fields of ``field`` rows are
-    beside nn.Embeddings that the sparse Adam trains.
+    beside nn.Embeddings that the sparse Adam trains. Sizes follow from the rule, are frozen, or are
+    learned.
 
     One thread: what is asked is what calls cost beside the operators' work, on shared machines too.
     """
     shared: dict[str, object] = {"group": "product", "threads": 1}
-    bag = ("amtl_bag_bare_search", "amtl_bag_search", "amtl_bag_bare_frozen", "amtl_bag_frozen")
+    states = ("search", "ordinal", "frozen")
+    bag = tuple(f"{form}_{s}" for s in states for form in ("amtl_bag_bare", "amtl_bag"))
     baselines = (*bag[::2], "amtl_bag_frozen")
     few = (*bag, *(f"amtl_bag_int{bits}_frozen" for bits in (8, 4, 2)))
     cases = [
@@ -193,7 +217,7 @@ def _product(rows: int, tables: Sequence[int], field: int) -> list[Case]:
         for ids in ("uniform", "zipf")
     ]
     forms = ("amtl_collection", "amtl_layers")
-    many = ("torch_embeddings", *(f"{f}_{phase}" for phase in ("search", "frozen") for f in forms))
+    many = ("torch_embeddings", *(f"amtl_{form}_{state}" for form, state in _MANY_TABLES))
     for count in tables:
         table: dict[str, object] = {
             **shared,
@@ -206,7 +230,8 @@ def _product(rows: int, tables: Sequence[int], field: int) -> list[Case]:
         adam = replace(step_sgd(count, **table), optimizer="adam")
         several = (adam, forward(count, **table))
         cases += [replace(case, contenders=many, baselines=many[:1]) for case in several]
-    sparse = ("torch_embeddings_sparse", *(f"{form}_search" for form in forms))
+    learned = (f"{form}_{state}" for state in states[:2] for form in forms)
+    sparse = ("torch_embeddings_sparse", *learned)
     for ids in ("uniform", "zipf"):
         case = step_sgd(field, tables=5, bags=8192, bag_size=1, distribution=ids, **shared)
         cases += [replace(case, optimizer="adam", contenders=sparse, baselines=sparse[:1])]
@@ -505,33 +530,32 @@ def _lookup_goals() -> Iterable[Goal]:
 def _product_goals() -> Iterable[Goal]:
     bag = "layer with a fused optimizer against the operator that it calls"
     for optimizer in ("rowwise_adagrad", "sgd"):
-        for phase in ("search", "frozen"):
-            of, bare = f"amtl_bag_{phase}", f"amtl_bag_bare_{phase}"
-            yield Goal(bag, "step", optimizer, "", of, bare, 1.1, group="product")
+        for state in ("search", "frozen", "ordinal"):
+            of, bare = f"amtl_bag_{state}", f"amtl_bag_bare_{state}"
+            text = bag if state != "ordinal" else f"{bag}, learned sizes"
+            yield Goal(text, "step", optimizer, "", of, bare, 1.1, group="product")
         for bits in (8, 4, 2):
             few, of = f"frozen layer of {bits} bits against floats", f"amtl_bag_int{bits}_frozen"
             yield Goal(few, "step", optimizer, "", of, "amtl_bag_frozen", 1.25, group="product")
-    limits = {
-        ("collection", "step", "search"): 1.3,
-        ("collection", "step", "frozen"): 0.8,
-        ("collection", "forward", "search"): 1.2,
-        ("collection", "forward", "frozen"): 1.0,
-        ("layers", "step", "search"): 1.8,
-        ("layers", "step", "frozen"): 1.2,
-        ("layers", "forward", "search"): 1.5,
-        ("layers", "forward", "frozen"): 1.2,
-    }
     held = {"collection": "in a collection", "layers": "as layers"}
-    for (form, work, phase), limit in limits.items():
-        what = "step with Adam" if work == "step" else "inference"
-        text = f"26 tables {held[form]}, {phase} {what}, against nn.Embeddings"
-        optimizer = "adam" if work == "step" else "none"
-        of = f"amtl_{form}_{phase}"
-        yield Goal(text, work, optimizer, "", of, "torch_embeddings", limit, group="product")
+    for (form, state), limits in _MANY_TABLES.items():
+        pair = (f"amtl_{form}_{state}", "torch_embeddings")
+        text = f"26 tables {held[form]}, {_STATES[state]}"
+        for what, work, optimizer, limit in zip(
+            ("step with Adam", "inference"),
+            ("step", "forward"),
+            ("adam", "none"),
+            limits,
+            strict=True,
+        ):
+            told = f"{text} {what}, against nn.Embeddings"
+            yield Goal(told, work, optimizer, "", *pair, limit, group="product")
     for form, how in held.items():
-        text = f"5 fields {how}, search step with Adam, against sparse nn.Embeddings and SparseAdam"
-        pair = (f"amtl_{form}_search", "torch_embeddings_sparse")
-        yield Goal(text, "step", "adam", "", *pair, 1.0, group="product")
+        for state in ("search", "ordinal"):
+            text = f"5 fields {how}, {_STATES[state]} step with Adam, against sparse nn.Embeddings"
+            pair = (f"amtl_{form}_{state}", "torch_embeddings_sparse")
+            text = f"{text} and SparseAdam"
+            yield Goal(text, "step", "adam", "", *pair, 1.0, group="product")
 
 
 def _few_bits_goals() -> Iterable[Goal]:

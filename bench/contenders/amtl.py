@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from bench.contenders.base import (
     table_rows,
 )
 from bench.inputs import Case, Problem, TierLayout, noise_columns, table_counts
-from bench.oracle import Equations, GivenSizes, Outcome
+from bench.oracle import Equations, GivenSizes, MismatchError, Outcome
 
 INSTALL = "pip install --no-build-isolation -e ."
 OPTIMIZERS = {
@@ -317,31 +317,55 @@ class Frozen(Ours):
         )
 
 
-class _LayerSession(AutogradSession):
-    """Checks the layer without its size noise, times it as it trains."""
+class LearningSession(AutogradSession):
+    """Checks layers that learn sizes without their size noise, times them as they train.
 
-    def __init__(self, layer: Any, sizes: Optimizer, problem: Problem, **options: Any) -> None:
+    Args:
+        layers: What holds the size heads.
+        problem: Its problem.
+        **options: See :class:`AutogradSession`.
+    """
+
+    def __init__(self, layers: Sequence[Any], problem: Problem, **options: Any) -> None:
         super().__init__(problem, **options)
-        self._layer = layer
-        self._sizes = sizes
-        layer.train()
+        self._layers = layers
+        self._size_parameters = [p for layer in layers for p in layer.mask_parameters()]
+        self._sizes = torch.optim.Adam(self._size_parameters, lr=1e-3)
+        self._train(self._work != "forward")
+
+    def _train(self, mode: bool) -> None:
+        for layer in self._layers:
+            layer.train(mode)
 
     def call(self, rotation: int) -> object:
-        """One timed call; a step updates the size head as well."""
+        """One timed call; a step updates the size heads as well."""
         super().call(rotation)
         if self._work == "step":
             self._sizes.step()
-        for parameter in self._layer.mask_parameters():
-            parameter.grad = None
+        self._drop_sizes()
         return None
 
+    def _drop_sizes(self) -> None:
+        for parameter in self._size_parameters:
+            parameter.grad = None
+
     def outcome(self, rotation: int) -> Outcome:
-        """One call with sizes at rest."""
-        self._layer.eval()
+        """One call with sizes at rest.
+
+        Raises:
+            MismatchError: A backward gives what learns sizes no gradient.
+        """
+        self._train(False)
         try:
-            return super().outcome(rotation)
+            found = super().outcome(rotation)
+            if self._work != "forward":
+                missing = sum(p.grad is None for p in self._size_parameters)
+                if missing:
+                    raise MismatchError(f"{missing} parameters of sizes have no gradient")
+            return found
         finally:
-            self._layer.train()
+            self._drop_sizes()
+            self._train(self._work != "forward")
 
 
 class Layer(Ours):
@@ -402,10 +426,8 @@ class Layer(Ours):
 
         self.equations = GivenSizes("kept", row_dims=layer.row_dims())
         optimizer = _make_optimizer(problem, [layer.weight])
-        sizes = torch.optim.Adam(list(layer.mask_parameters()), lr=1e-3)
-        return _LayerSession(
-            layer,
-            sizes,
+        return LearningSession(
+            [layer],
             problem,
             lookup=lookup,
             parameters=[layer.weight],

@@ -13,10 +13,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bench.contenders.amtl import OPTIMIZERS, Ours, by_sample, optimizer_class
+from bench.contenders.amtl import (
+    OPTIMIZERS,
+    LearningSession,
+    Ours,
+    by_sample,
+    optimizer_class,
+)
 from bench.contenders.base import AutogradSession, Contender, Session, refuse_copy, table_rows
 from bench.inputs import Case, Problem, table_counts
-from bench.oracle import Equations, GivenSizes
+from bench.oracle import Equations, GivenSizes, Outcome
+
+LEARNED: dict[str, dict[str, Any]] = {
+    "ordinal": {"parametrization": "ordinal"},
+    "free": {"parametrization": "free"},
+    "paper": {"parametrization": "free", "budget": None},
+}
+"""States whose sizes are learned: ours, the paper's layer under a budget, and as it is there."""
+
+_STATES = {
+    "search": "search by the rule",
+    "frozen": "frozen",
+    "ordinal": "sizes learned",
+    "free": "sizes learned by the paper's softmax, under a budget",
+    "paper": "sizes learned as in the paper",
+}
 
 
 class _LayerRows:
@@ -64,17 +85,17 @@ class _Product(Ours):
     """A form of ours that takes a fused optimizer in steps.
 
     Attributes:
-        frozen: Whether its tables are frozen before they are timed.
+        state: Of its tables while they are timed: in the ``"search"``, whose sizes follow from the
+            counts by the default rule and learn nothing, ``"frozen"``, or one of :data:`LEARNED`.
     """
 
     form = ""
     devices = ("cpu",)
 
-    def __init__(self, frozen: bool) -> None:
-        self.frozen = frozen
-        phase = "frozen" if frozen else "search"
-        self.name = f"{self.form}_{phase}"
-        self.title = f"{self.title}, {phase}"
+    def __init__(self, state: str) -> None:
+        self.state = state
+        self.name = f"{self.form}_{state}"
+        self.title = f"{self.title}, {_STATES[state]}"
         self.equations = GivenSizes("kept")
 
     def absent(self) -> str:
@@ -102,11 +123,24 @@ class _Product(Ours):
         assert kind is not None
         return functools.partial(kind, **options)
 
+    def _options(self, problem: Problem, counts: Tensor) -> dict[str, Any]:
+        """Sizes in whole tiers: then what a frozen row stores is what it shows."""
+        case = problem.case
+        width = max(1, min(4, int(case.row_mean * case.dim / 4)))
+        return {
+            "counts": counts,
+            "budget": case.row_mean,
+            "sparse": True,
+            "granularity": width,
+            "tier_width": width,
+            **LEARNED.get(self.state, {}),
+        }
+
     def _settle(self, layers: Sequence[Any]) -> Any:
         """Freezes if need be, notes the sizes, and returns the optimizer."""
         handle = layers[0].fused_optimizer
         for layer in layers:
-            if self.frozen:
+            if self.state == "frozen":
                 layer.freeze(handle)
             layer.train()
         self.equations = GivenSizes("kept", row_dims=torch.cat([e.row_dims() for e in layers]))
@@ -114,26 +148,15 @@ class _Product(Ours):
 
     def _session(self, problem: Problem, layers: Sequence[Any], lookup: Any) -> Session:
         handle = self._settle(layers)
-        return AutogradSession(
-            problem,
-            lookup,
-            [p for layer in layers for p in layer.table_parameters()],
-            optimizer=handle,
-            rows=_LayerRows(layers),
-        )
-
-
-def _layer_options(problem: Problem, counts: Tensor) -> dict[str, Any]:
-    """Sizes in whole tiers: then what a frozen row stores is what it shows."""
-    case = problem.case
-    width = max(1, min(4, int(case.row_mean * case.dim / 4)))
-    return {
-        "counts": counts,
-        "budget": case.row_mean,
-        "sparse": True,
-        "granularity": width,
-        "tier_width": width,
-    }
+        options: dict[str, Any] = {
+            "lookup": lookup,
+            "parameters": [p for layer in layers for p in layer.table_parameters()],
+            "optimizer": handle,
+            "rows": _LayerRows(layers),
+        }
+        if self.state in LEARNED:
+            return LearningSession(layers, problem, **options)
+        return AutogradSession(problem, **options)
 
 
 class Bag(_Product):
@@ -156,7 +179,7 @@ class Bag(_Product):
             mode="sum",
             _weight=problem.weight,
             fused_optimizer=self._fused(problem),
-            **_layer_options(problem, torch.from_numpy(table_counts(problem.case))),
+            **self._options(problem, torch.from_numpy(table_counts(problem.case))),
         )
 
     def prepare(self, problem: Problem) -> Session:
@@ -183,12 +206,12 @@ class FewBitsBag(Bag):
         self.form = f"amtl_bag_int{bits}"
         self.title = f"AMTLEmbeddingBag, {bits} bits, fused optimizer"
         self.bits, self.tolerance = bits, tolerance
-        super().__init__(frozen=True)
+        super().__init__("frozen")
 
     def _layer(self, problem: Problem) -> Any:
         import amtl
 
-        options = _layer_options(problem, torch.from_numpy(table_counts(problem.case)))
+        options = self._options(problem, torch.from_numpy(table_counts(problem.case)))
         # Rows of few bits fill bytes.
         width = -(-options["tier_width"] // (8 // self.bits)) * (8 // self.bits)
         options |= {"granularity": width, "tier_width": width}
@@ -217,8 +240,9 @@ class BareBag(Bag):
         ids, starts, dim = problem.global_ids, problem.offsets[:-1], problem.case.dim
         source: Any = amtl_kernels if handle is None else amtl_kernels.fused
         extra = {} if handle is None else {"optimizer": handle}
-        if self.frozen:
+        if self.state == "frozen":
             blocks, ends = list(layer.blocks), list(layer.tier_ends)
+            masks: list[Tensor] = []
 
             def lookup(rotation: int) -> Tensor:
                 output: Tensor = source.tiered_embedding_bag(
@@ -227,17 +251,36 @@ class BareBag(Bag):
                 return output
         else:
             weight, row_group = layer.weight, layer.row_group
-            dims, mask, _ = layer.head()
+            noisy, mask, sizes = layer.head(noise=True)
+            # Where sizes are learned, the gradient of the mask is a part of the operator's work.
+            mask = mask.detach().requires_grad_(mask.requires_grad)
+            masks = [mask] if mask.requires_grad else []
 
             def lookup(rotation: int) -> Tensor:
+                dims = noisy if layer.training else sizes
                 output: Tensor = source.adaptive_embedding_bag(
                     weight, ids[rotation], starts, row_group, dims, mask, **extra
                 )
                 return output
 
-        return AutogradSession(
-            problem, lookup, layer.table_parameters(), rows=_LayerRows([layer]), optimizer=None
-        )
+        parameters = [*layer.table_parameters(), *masks]
+        return _BareSession(layer, problem, lookup, parameters, rows=_LayerRows([layer]))
+
+
+class _BareSession(AutogradSession):
+    """Checks the operator without size noise, times it as the layer in training calls it."""
+
+    def __init__(self, layer: Any, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._layer = layer.train(self._work != "forward")
+
+    def outcome(self, rotation: int) -> Outcome:
+        """One call with sizes at rest."""
+        self._layer.eval()
+        try:
+            return super().outcome(rotation)
+        finally:
+            self._layer.train(self._work != "forward")
 
 
 def _refuse_many(case: Case) -> str:
@@ -263,7 +306,7 @@ class Layers(_Product):
         case = problem.case
         counts = torch.from_numpy(table_counts(case))
         layers = nn.ModuleList(
-            amtl.AMTLEmbedding(*part.shape, _weight=part, **_layer_options(problem, counts))
+            amtl.AMTLEmbedding(*part.shape, _weight=part, **self._options(problem, counts))
             for part in problem.weight.split(problem.rows_per_table)
         )
         fused = self._fused(problem)
@@ -294,7 +337,7 @@ class Collection(_Product):
 
         case = problem.case
         counts = [torch.from_numpy(table_counts(case))] * case.tables
-        options = {**_layer_options(problem, counts[0]), "counts": counts}
+        options = {**self._options(problem, counts[0]), "counts": counts}
         collection = amtl.AMTLEmbeddingCollection(
             [problem.rows_per_table] * case.tables,
             case.dim,
@@ -373,8 +416,13 @@ class Embeddings(Contender):
 
 def contenders() -> Iterable[Contender]:
     """Those of this module."""
-    kinds = (Bag, BareBag, Layers, Collection)
-    each = [kind(frozen) for kind in kinds for frozen in (False, True)]
+    states = {
+        Bag: ("search", "frozen", "ordinal"),
+        BareBag: ("search", "frozen", "ordinal"),
+        Layers: ("search", "frozen", "ordinal", "paper"),
+        Collection: ("search", "frozen", *LEARNED),
+    }
+    each = [kind(state) for kind, held in states.items() for state in held]
     peers = [Embeddings(sparse) for sparse in (False, True)]
     few = ((8, 0.02), (4, 0.2), (2, 0.6))
     return [*peers, *each, *(FewBitsBag(*entry) for entry in few)]

@@ -22,11 +22,15 @@ WORK: list[tuple[Work, Optimizer]] = [
     ("step", "adam"),
 ]
 SLOW = {"compiled"}
-PRODUCT = {
-    f"amtl_{form}_{phase}"
-    for form in ("bag", "bag_bare", "layers", "collection")
-    for phase in ("search", "frozen")
-} | {f"amtl_bag_int{bits}_frozen" for bits in (8, 4, 2)}
+PRODUCT = (
+    {
+        f"amtl_{form}_{state}"
+        for form in ("bag", "bag_bare", "layers", "collection")
+        for state in ("search", "frozen", "ordinal")
+    }
+    | {"amtl_layers_paper", "amtl_collection_paper", "amtl_collection_free"}
+    | {f"amtl_bag_int{bits}_frozen" for bits in (8, 4, 2)}
+)
 
 
 def tiny(work: Work, optimizer: Optimizer, **options: object) -> Case:

@@ -91,7 +91,10 @@ def test_the_search_step_of_a_million_rows_is_beside_sparse_adam() -> None:
         assert (case.tables * case.rows, case.tables, case.dim) == (1_000_000, 5, 64)
         assert (case.bags, case.bag_size, case.optimizer) == (8192, 1, "adam")
     goals = [goal for goal in GOALS if goal.against == against]
-    assert {goal.of for goal in goals} == {of, "amtl_layers_search"}
+    forms = ("amtl_collection", "amtl_layers")
+    assert {g.of for g in goals} == {
+        f"{f}_{state}" for f in forms for state in ("search", "ordinal")
+    }
     assert all((goal.limit, goal.kind) == (1.0, "time") for goal in goals)
 
 
