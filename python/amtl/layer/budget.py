@@ -172,30 +172,28 @@ def fit_shift(
 
     Returns:
         float64 scalar c; large enough that everybody reaches everything if that fits, 0 if M or
-        G is 0. O(G log G) for the sort, then 10 rounds of 16 candidates.
+        G is 0. O(G log G) for the sort, then 10 rounds of 16 candidates each.
     """
     if thresholds.numel() == 0 or score.numel() == 0:
         return score.new_zeros(())
     ordered, order = score.sort()
     # Whole numbers: a floating-point cumsum has no deterministic form on a GPU.
-    counted = rows[order].to(torch.int64).flip(0).cumsum(0).flip(0)
-    above = torch.cat([counted.to(rows.dtype), rows.new_zeros(1)])
-    width = thresholds[-1] - thresholds[0] + ordered[-1] - ordered[0]
+    below = torch.cat([rows.new_zeros(1), rows.take(order).to(torch.int64).cumsum(0)])
+    above = below[-1] - below
+    low, high = thresholds[0] - ordered[-1], thresholds[-1] - ordered[0]
+    width = high - low
     margin = 1e-6 * (1 + width)
-    low = thresholds[0] - ordered[-1] - margin
-    high = thresholds[-1] - ordered[0] + margin
-    ticks = torch.arange(_SHIFT_WAYS + 1, dtype=torch.float64, device=score.device) / _SHIFT_WAYS
-    around = torch.arange(-1, 1, device=score.device)
-    for _ in range(_SHIFT_ROUNDS):
-        # torch.lerp may not return `low` itself at tick 0; this form does.
-        candidates = low + (high - low) * ticks
-        reached = above[torch.searchsorted(ordered, thresholds - candidates[:, None])]
+    low = low - margin
+    # Small operations are what this takes, so each round has few: columns of candidates.
+    ticks = torch.arange(_SHIFT_WAYS, dtype=torch.float64, device=score.device)[:, None]
+    ticks *= (width + 2 * margin) / _SHIFT_WAYS
+    column = steps[:, None]
+    for finer in range(_SHIFT_ROUNDS):
+        candidates = torch.add(low, ticks, alpha=_SHIFT_WAYS**-finer)
+        reached = above.take(torch.searchsorted(ordered, thresholds - candidates))
         # Costs grow along the candidates (exact sums of whole numbers), and the first one fits.
-        fits = (reached @ steps <= capacity).sum()
-        # index_select, because a tensor in brackets is read back from the GPU first.
-        chosen = (fits + around).clamp_(0, _SHIFT_WAYS)
-        low, high = candidates.index_select(0, chosen).unbind()
-    return low.clone()
+        low = torch.where(reached @ column <= capacity, candidates, low).amax()
+    return low
 
 
 @fit_shift.register_fake

@@ -79,9 +79,15 @@ class CapacityLaw(SizeLaw):
         super().__init__(grid)
         self.scale = grid.dim / (2 * bits * math.log(2))
         # log(2^(2 bits k / D) - 1) without its power, which overflows from 1024 bits on.
-        powers = [size / self.scale for size in grid.sizes[1:]]
-        self.thresholds = tuple(t + math.log(-math.expm1(-t)) for t in powers)
+        reached = [self._reaches(size) for size in grid.sizes]
+        self.thresholds = tuple(reached[1:])
+        self.ends = reached[0], reached[-1]
         self.columns = tuple(float(grid.sizes[level]) for level in grid.column_levels)
+
+    def _reaches(self, size: int) -> float:
+        """The u from which a row keeps `size` numbers."""
+        power = size / self.scale
+        return power + math.log(-math.expm1(-power)) if size else -math.inf
 
     def start(self, counts: Tensor, log_weights: Tensor) -> Tensor:
         """See `SizeLaw.start`."""
@@ -99,8 +105,10 @@ class CapacityLaw(SizeLaw):
 
     def slope(self, u: Tensor) -> Tensor:
         """See `SizeLaw.slope`."""
-        size = self.scale * torch.nn.functional.softplus(u)
-        counts = (size < self.grid.dim) & (size > self.grid.sizes[0])
+        least, most = self.ends
+        counts = u < most
+        if least > -math.inf:
+            counts &= u > least
         return torch.sigmoid(u) * counts
 
 

@@ -50,6 +50,8 @@ class Solution:
         levels: int64 [G], index of each group's size in `grid.sizes`.
         sizes: uint8 or int32 [G].
         noisy: the same type, [G, Q], once asked for.
+        log_sizes: float32 [G], logarithm of the sizes before they were cut to the grid, once a mask
+            needed it.
         mask: float32 [G, D], once asked for without gradients.
     """
 
@@ -57,6 +59,7 @@ class Solution:
     levels: Tensor
     sizes: Tensor
     noisy: Tensor | None = None
+    log_sizes: Tensor | None = None
     mask: Tensor | None = None
 
 
@@ -313,13 +316,13 @@ class SizeHead(nn.Module):
         """Sizes before they were cut to the grid, float32 [G]."""
         raise NotImplementedError
 
-    def _mask(self, scores: Tensor, shift: Tensor) -> Tensor:
+    def _mask(self, scores: Tensor, solution: Solution) -> Tensor:
         """The soft mask, float32 [G, D], differentiable."""
         raise NotImplementedError
 
     _rounds_down = False
 
-    def _solution(self, noise: bool) -> tuple[Solution, Tensor | None]:
+    def _solution(self) -> tuple[Solution, Tensor | None]:
         """Sizes for the present parameters, and the scores if they had to be computed."""
         scores = None
         solution = self._recall()
@@ -332,17 +335,12 @@ class SizeHead(nn.Module):
             seen = self._snapshot()
             if seen is not None and type(sizes) is Tensor:
                 self._kept = seen, torch.is_inference_mode_enabled(), solution
-        if noise and solution.noisy is None:
-            with torch.no_grad():
-                fresh = self.scores() if scores is None else scores
-                real = self._real_sizes(fresh.detach(), solution)
-                solution.noisy = self._noisy_dims(real, solution.sizes)
         return solution, scores
 
     def levels(self) -> Tensor:
         """Index of each group's size in `grid.sizes`, int64 [G], without noise or gradient."""
         with torch.no_grad():
-            return self._solution(False)[0].levels
+            return self._solution()[0].levels
 
     def sizes(self) -> Tensor:
         """Size of each group, int64 [G], without noise or gradient."""
@@ -369,18 +367,25 @@ class SizeHead(nn.Module):
     def forward(self, noise: bool = False) -> GroupSizes:
         """Sizes and soft mask; `noise` gives [G, Q] sizes. O(G * D) when parameters changed."""
         noise = noise and self.size_noise > 0
-        solution, scores = self._solution(noise)
-        dims = solution.noisy if noise else solution.sizes
-        assert dims is not None
+        solution, scores = self._solution()
         if self.trains and torch.is_grad_enabled():
-            mask = self._mask(self.scores() if scores is None else scores, solution.shift)
+            scores = self.scores() if scores is None else scores
+            mask = self._mask(scores, solution)
         else:
             if solution.mask is None:
                 with torch.no_grad():
-                    fresh = self.scores() if scores is None else scores
-                    solution.mask = self._mask(fresh, solution.shift)
+                    scores = self.scores() if scores is None else scores
+                    solution.mask = self._mask(scores, solution)
             mask = solution.mask
-        return GroupSizes(dims, mask, solution.sizes)
+        if not noise:
+            return GroupSizes(solution.sizes, mask, solution.sizes)
+        if solution.noisy is None:
+            with torch.no_grad():
+                # After the mask, which needs the same logarithms.
+                scores = self.scores() if scores is None else scores
+                real = self._real_sizes(scores.detach(), solution)
+                solution.noisy = self._noisy_dims(real, solution.sizes)
+        return GroupSizes(solution.noisy, mask, solution.sizes)
 
     def _noisy_dims(self, real: Tensor, sizes: Tensor) -> Tensor:
         """Sizes at the Q quantiles of the noise, [G, Q], around sizes that may be fractional.
@@ -389,7 +394,8 @@ class SizeHead(nn.Module):
         Whether a row keeps anything at all is never left to the noise.
         """
         step, dim = self.grid.granularity, self.grid.dim
-        noisy = torch.outer(real.to(torch.float32) / step, self.noise_factors)
+        real = real.to(torch.float32)
+        noisy = torch.outer(real if step == 1 else real / step, self.noise_factors)
         full = noisy >= dim / step if self._rounds_down and dim % step else None
         noisy = noisy.floor_() if self._rounds_down else noisy.round_()
         if step > 1:

@@ -193,10 +193,11 @@ class LawSizes(SizeHead):
         )
 
     def _solve(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        scores = scores.to(torch.float64)
         shift = self._shift(scores)
         # Compared exactly as `fit_shift` compares them.
         thresholds = self.get_buffer("thresholds") - shift
-        return shift, torch.searchsorted(thresholds, scores.to(torch.float64), right=True)
+        return shift, torch.searchsorted(thresholds, scores, right=True)
 
 
 class OrdinalSizes(LawSizes):
@@ -260,16 +261,21 @@ class OrdinalSizes(LawSizes):
         with torch.no_grad():
             slope = self.law.slope(scores + shift) * self.rows
             weight = (slope / slope.sum().clamp(min=1e-30)).to(scores.dtype)
-        weighted = (weight * scores).sum()
+        weighted = torch.dot(weight, scores)
         return self.law.log_size(scores + (shift - (weighted - weighted.detach())))
 
     def _real_sizes(self, scores: Tensor, solution: Solution) -> Tensor:
-        return self.law.log_size(scores + solution.shift.to(scores.dtype)).exp()
+        log_sizes = solution.log_sizes
+        if log_sizes is None:
+            log_sizes = self.law.log_size(scores + solution.shift.to(scores.dtype))
+        return log_sizes.exp()
 
-    def _mask(self, scores: Tensor, shift: Tensor) -> Tensor:
-        scale = 1 / (self.kernel_width * self.temperature)
+    def _mask(self, scores: Tensor, solution: Solution) -> Tensor:
+        scale = (1 / self.kernel_width) / self.temperature
         columns = self.get_buffer("log_columns") * scale
-        return torch.sigmoid((self.log_sizes(scores, shift) * scale)[:, None] - columns)
+        log_sizes = self.log_sizes(scores, solution.shift)
+        solution.log_sizes = log_sizes.detach()
+        return torch.sigmoid((log_sizes * scale)[:, None] - columns)
 
 
 class FreeSizes(SizeHead):
@@ -338,8 +344,8 @@ class FreeSizes(SizeHead):
         weighted = (weight * z).sum()
         return z - (tilt + (weighted - weighted.detach())) * relative
 
-    def _mask(self, scores: Tensor, shift: Tensor) -> Tensor:
-        p = torch.softmax(self._tilted(scores, shift) / self.temperature, dim=1)
+    def _mask(self, scores: Tensor, solution: Solution) -> Tensor:
+        p = torch.softmax(self._tilted(scores, solution.shift) / self.temperature, dim=1)
         mask = p.flip(1).cumsum(1).flip(1)
         return mask if self._every_size else mask[:, self.get_buffer("column_levels")]
 
@@ -382,7 +388,7 @@ class RuleSizes(LawSizes):
         size = self.law.log_size(scores + solution.shift).exp()
         return size.clamp(self.grid.sizes[0], self.grid.dim)
 
-    def _mask(self, scores: Tensor, shift: Tensor) -> Tensor:
+    def _mask(self, scores: Tensor, solution: Solution) -> Tensor:
         return self.features.new_zeros(self.num_groups, self.grid.dim)
 
 
