@@ -10,7 +10,7 @@ import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, AMTLEmbeddingCollection
 from amtl.data.registry import load_source
-from amtl.integrations import fuxictr
+from amtl.integrations import deepctr, fuxictr
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.training import prepare
@@ -106,6 +106,30 @@ def test_categorical_features_of_fuxictr_are_looked_up_and_updated_once(frozen, 
         amtl.freeze(model)
     rows = {name: torch.randint(0, 20, (5,)) for name in reversed(names)}
     assert counted(lambda: model.embedding_layer(rows).sum().backward()) == ONE_OF_EACH
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_sparse_features_of_deepctr_are_looked_up_and_updated_once(frozen):
+    pytest.importorskip("deepctr_torch", reason="needs: pip install -e .[deepctr]")
+    from deepctr_torch.inputs import SparseFeat
+    from deepctr_torch.models import DeepFM
+
+    names = [f"t{i}" for i in range(26)]
+    columns = [SparseFeat(name, 20, embedding_dim=8) for name in names]
+    model = DeepFM(columns, columns, dnn_hidden_units=(4,))
+    model.compile("adam", "binary_crossentropy")
+    counts = {name: counts_of(20) for name in names}
+    deepctr.convert(model, counts, budget=0.3, fused_optimizer=FUSED)
+    if frozen:
+        deepctr.freeze(model)
+    rows = torch.randint(0, 20, (5, 26)).float()
+
+    def step():
+        model.optim.zero_grad()
+        (model(rows).sum() + model.get_regularization_loss()).backward()
+        model.optim.step()
+
+    assert counted(step) == ONE_OF_EACH
 
 
 def test_converted_tables_are_each_looked_up_and_updated_once():
