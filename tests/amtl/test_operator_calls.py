@@ -11,6 +11,7 @@ import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, AMTLEmbeddingCollection
 from amtl.data.registry import load_source
 from amtl.integrations import deepctr, fuxictr
+from amtl.layer.budget import fit_shift
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.training import prepare
@@ -33,6 +34,18 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "amtl":
             self.count[func._schema.name.removeprefix("amtl::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class AllCalls(TorchDispatchMode):
+    """Counts calls of any operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.total += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -165,3 +178,23 @@ def test_without_a_fused_optimizer_all_tiers_step_in_one_call():
         "lookup": 1,
         "lookup_backward": 1,
     }
+
+
+def test_sizes_that_are_learned_take_few_operations():
+    options = {"parametrization": "ordinal", "sparse": True, "fused_optimizer": FUSED}
+    layer = AMTLEmbedding(200, 16, counts=counts_of(200), budget=0.4, **options)
+    rows = torch.arange(6)
+    learning = torch.optim.SGD(layer.mask_parameters(), lr=1e-3)
+    for _ in range(2):
+        with AllCalls() as step:
+            layer(rows).sum().backward()
+        learning.step()
+        learning.zero_grad()
+    # Twins, noise, mask, lookup and their backward. The solver is one of them, counted apart.
+    assert step.total <= 140
+    head = layer.head
+    steps = (head.get_buffer("step_thresholds"), head.get_buffer("steps"))
+    scores = head.scores().detach().double()
+    with AllCalls() as solver:
+        fit_shift._init_fn(scores, head.rows, *steps, head.capacity)
+    assert solver.total <= 115
