@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-PACKAGES = ("python/amtl", "amtl_kernels", "bench")
+PACKAGES = ("python/amtl", "python/amtl_command", "amtl_kernels", "bench")
 
 
 def modules(packages: Iterable[Path]) -> dict[str, Path]:
