@@ -20,6 +20,7 @@ from torch import Tensor
 
 import amtl_kernels
 from amtl_kernels import reference
+from bench.setting import Setting
 
 GROUPS = 9
 SGD, ROWWISE, ADAM = 0, 2, 3
@@ -210,9 +211,6 @@ def run(
 
 def main() -> None:
     """What compute-sanitizer watches."""
-    # The harness imports this module, where it runs without a sanitizer.
-    from bench.gpu import Setting
-
     setting = Setting("--dry-run" in sys.argv[1:], Path())
     setting.backend("cuda")
     kinds = SIMULATED_KINDS if setting.dry else EVERY_KIND
