@@ -33,16 +33,20 @@ class Carver {
 }  // namespace
 
 Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t groups, int dim,
-                   int vector) {
+                   bool widths_differ) {
   const Lookups& lookups = backward.lookups;
   const std::int64_t count = lookups.count;
   Plan plan;
   plan.wide_keys = rows >= 0xffffffffll;
   plan.scaled = lookups.per_sample_weights != nullptr || lookups.mean;
   plan.shares = lookups.mean && lookups.padding_idx >= 0;
-  plan.second_sort = backward.mask_grad && !backward.groups_sorted;
+  const bool mask_grad = backward.masks != nullptr;
+  plan.second_sort = mask_grad && !backward.groups_sorted;
   plan.key_bits = bits_for(rows);
   plan.group_bits = bits_for(groups);
+  // The threads per row must not change between the calls of one backward: so they are taken from
+  // the shapes alone, as if all addresses allowed the widest vector.
+  const int vector = backward.type == DType::kFloat32 ? 4 : 8;
   plan.chunk = first_chunk(count, lanes_for(dim, vector), backward.type);
   plan.chunks = ceil_div(count, plan.chunk);
   plan.head_blocks = ceil_div(count, kHeadsPerBlock);
@@ -76,7 +80,7 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
   const std::size_t keys_begin = carver.used();
   for (Level& level : plan.levels) {
     level.rows.keys = carver.take<std::int64_t>(level.slots);
-    if (backward.mask_grad) level.groups.keys = carver.take<std::int64_t>(level.slots);
+    if (mask_grad) level.groups.keys = carver.take<std::int64_t>(level.slots);
   }
   plan.partial_keys = backward.workspace + keys_begin;
   plan.partial_key_bytes = carver.used() - keys_begin;
@@ -84,7 +88,8 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
     level.rows.sums = carver.take<float>(level.slots * dim);
     level.rows.flags = carver.take<unsigned>(level.slots);
     level.rows.ranks = carver.take<std::int64_t>(level.slots);
-    if (backward.mask_grad) {
+    if (mask_grad) {
+      if (widths_differ) level.groups.ranks = carver.take<std::int64_t>(level.slots);
       level.groups.sums = carver.take<float>(level.slots * dim);
       level.groups.flags = carver.take<unsigned>(level.slots);
     }
@@ -95,32 +100,34 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
 
 namespace {
 
-// The plan depends on the vector width only through the threads per row, which must not change
-// between the calls of one backward: so it is taken from the shapes alone.
-template <typename Table>
-Plan plan_for(const Backward& backward, const Table& table) {
-  const int widest = backward.type == DType::kFloat32 ? 4 : 8;
-  return plan_backward(backward, table.rows, table.groups, table.dim, widest);
-}
-
 template <typename K, typename Table>
 int launch_keys(const Backward& backward, const Table& table, const Plan& plan, dim3 grid,
                 Stream stream) {
   K* keys = reinterpret_cast<K*>(plan.keys_in);
+  const Fill masks{reinterpret_cast<unsigned*>(backward.masks),
+                   backward.masks != nullptr ? backward.mask_values : 0, 0};
+  const Fill partials{reinterpret_cast<unsigned*>(plan.partial_keys),
+                      static_cast<std::int64_t>(plan.partial_key_bytes / sizeof(unsigned)), ~0u};
+  // Much to fill beside few lookups asks for blocks of its own, as many as a card runs at once.
+  const std::int64_t filling = std::min<std::int64_t>(
+      ceil_div(masks.count + partials.count, 16 * kBlockThreads), 8 * multiprocessors());
+  grid.x = std::max(grid.x, static_cast<unsigned>(filling));
   const Lookups& lookups = backward.lookups;
   switch (backward.type) {
     case DType::kFloat32:
       AMTL_LAUNCH((lookup_keys_kernel<K, float, Table>), grid, kBlockThreads, 0, as_stream(stream),
-                  table, lookups, plan.bag_share, plan.scaled, keys, plan.payloads_in);
+                  table, lookups, plan.bag_share, plan.scaled, keys, plan.payloads_in, masks,
+                  partials);
       break;
     case DType::kFloat16:
       AMTL_LAUNCH((lookup_keys_kernel<K, Half, Table>), grid, kBlockThreads, 0, as_stream(stream),
-                  table, lookups, plan.bag_share, plan.scaled, keys, plan.payloads_in);
+                  table, lookups, plan.bag_share, plan.scaled, keys, plan.payloads_in, masks,
+                  partials);
       break;
     case DType::kBFloat16:
       AMTL_LAUNCH((lookup_keys_kernel<K, BFloat16, Table>), grid, kBlockThreads, 0,
                   as_stream(stream), table, lookups, plan.bag_share, plan.scaled, keys,
-                  plan.payloads_in);
+                  plan.payloads_in, masks, partials);
       break;
   }
   return cudaGetLastError();
@@ -131,6 +138,11 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
   const Lookups& lookups = backward.lookups;
   const std::int64_t count = lookups.count;
   if (count == 0) {
+    if (backward.masks != nullptr) {
+      const cudaError_t cleared = cudaMemsetAsync(
+          backward.masks, 0, backward.mask_values * sizeof(float), as_stream(stream));
+      if (cleared != cudaSuccess) return cleared;
+    }
     return cudaMemsetAsync(backward.workspace, 0, sizeof(SegmentHeader), as_stream(stream));
   }
   const Plan plan = plan_for(backward, table);

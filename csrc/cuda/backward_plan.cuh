@@ -65,6 +65,13 @@ struct Plan {
 
 // Lays out the workspace; with a null workspace the addresses are void and `bytes` is the answer.
 Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t groups, int dim,
-                   int vector);
+                   bool widths_differ);
+
+inline Plan plan_for(const Backward& backward, const DenseTable& table) {
+  return plan_backward(backward, table.rows, table.groups, table.dim, false);
+}
+inline Plan plan_for(const Backward& backward, const TieredTable& table) {
+  return plan_backward(backward, table.rows, table.groups, table.dim, true);
+}
 
 }  // namespace amtl::cuda

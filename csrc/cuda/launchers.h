@@ -59,13 +59,16 @@ struct BackwardHeader {
 };
 
 // What a backward needs besides its inputs. Fill in the wishes, ask for the bytes, hand in the
-// workspace.
+// workspace; the same to every function below.
 struct Backward {
   DType type = DType::kFloat32;
   Lookups lookups;
   const void* grad = nullptr;  // [B, D] or [L, D]
   std::int64_t grad_stride = 0;
-  bool mask_grad = false;      // group_grad is wanted
+  // The mask gradients, of every table [G_t, D_t], one after the other, aligned to 16 bytes; null:
+  // not wanted.
+  float* masks = nullptr;
+  std::int64_t mask_values = 0;
   bool groups_sorted = false;  // known: row_group rises with the row number
   bool need_rows = true;       // the distinct rows are wanted (not by fused updates)
 
@@ -75,8 +78,9 @@ struct Backward {
 std::size_t backward_workspace_bytes(const Backward& backward, const DenseTable& table);
 std::size_t backward_workspace_bytes(const Backward& backward, const TieredTable& table);
 
-// First half: sorts the lookups and finds the distinct rows. Afterwards the header lies at the
-// start of the workspace (device memory), to be read by the host where it needs the number of rows.
+// First half: sorts the lookups and finds the distinct rows, and clears mask gradients and partial
+// sums. Afterwards the header lies at the start of the workspace (device memory), to be read by the
+// host where it needs the number of rows.
 int backward_sort(const Backward& backward, const DenseTable& table, Stream stream);
 int backward_sort(const Backward& backward, const TieredTable& table, Stream stream);
 
@@ -95,18 +99,18 @@ int backward_tier_rows(const Backward& backward, const TieredTable& out,
 
 // Second half: the reductions. For tiered tables, if `grads`, the bases of `table` are the
 // addresses of the gradients of each tier less the distinct rows of the tiers before.
-// @param[out] grads      [U, D] or null
-// @param[out] group_grad [G, D] float32 or null; `groups_unsorted` as the header has it
+// @param[in]  groups_unsorted  as the header has it
+// @param[out] grads            [U, D] or null
 int backward_reduce(const Backward& backward, const DenseTable& table, void* grads,
-                    float* group_grad, bool groups_unsorted, Stream stream);
+                    bool groups_unsorted, Stream stream);
 int backward_reduce(const Backward& backward, const TieredTable& table, bool grads,
-                    float* group_grad, bool groups_unsorted, Stream stream);
+                    bool groups_unsorted, Stream stream);
 
 // Second half with a fused optimizer step in place of row gradients. Only what update_fits.
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
-                    float* group_grad, Stream stream);
+                    Stream stream);
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
-                    float* group_grad, Stream stream);
+                    Stream stream);
 // Row-wise Adagrad holds a row's sums, and those of its mask, in a block's shared memory.
 constexpr int kWidestRowwise = 6144;
 bool update_fits(const Update& update, int dim);

@@ -109,16 +109,4 @@ int reduce_pairs(const Backward& backward, const Plan& plan, const Table& table,
   return error;
 }
 
-template <typename Table>
-int clear_groups(const Table& table, float* group_grad, Stream stream) {
-  if (group_grad == nullptr) return cudaSuccess;
-  return cudaMemsetAsync(group_grad, 0, table.groups * table.dim * sizeof(float),
-                         as_stream(stream));
-}
-
-inline int clear_partials(const Plan& plan, Stream stream) {
-  if (plan.partial_key_bytes == 0) return cudaSuccess;
-  return cudaMemsetAsync(plan.partial_keys, 0xff, plan.partial_key_bytes, as_stream(stream));
-}
-
 }  // namespace amtl::cuda

@@ -51,15 +51,11 @@ int reduce_masks(const Backward& backward, const Plan& plan, const TieredTable& 
 }
 
 int backward_reduce(const Backward& backward, const DenseTable& table, void* grads,
-                    float* group_grad, bool groups_unsorted, Stream stream) {
-  const int cleared = clear_groups(table, group_grad, stream);
-  if (cleared != cudaSuccess) return cleared;
+                    bool groups_unsorted, Stream stream) {
+  float* const group_grad = backward.masks;
   const std::int64_t count = backward.lookups.count;
   if (count == 0 || (grads == nullptr && group_grad == nullptr)) return cudaSuccess;
-  const int widest = backward.type == DType::kFloat32 ? 4 : 8;
-  const Plan plan = plan_backward(backward, table.rows, table.groups, table.dim, widest);
-  int error = clear_partials(plan, stream);
-  if (error != cudaSuccess) return error;
+  const Plan plan = plan_for(backward, table);
   const std::uint64_t element = backward.type == DType::kFloat32 ? 4 : 2;
   const int vector =
       vector_elements(backward.type, table,
@@ -69,7 +65,7 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
   const bool apart = group_grad != nullptr && groups_unsorted && !backward.groups_sorted;
   if (apart) {
     SortedPairs by_group;
-    error = sort_by_group(plan, table, count, by_group, stream);
+    int error = sort_by_group(plan, table, count, by_group, stream);
     if (error != cudaSuccess) return error;
     error = reduce_masks(backward, plan, table, by_group, group_grad, vector, stream);
     if (error != cudaSuccess || grads == nullptr) return error;
@@ -78,8 +74,8 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
     ReduceOutput out;
     out.grads = grads;
     out.group_grad = apart ? nullptr : group_grad;
-    error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{}, pairs,
-                                                      grads != nullptr, out, stream);
+    const int error = reduce_pairs<T, float, V, Finish::kGrads>(
+        backward, plan, table, Update{}, pairs, grads != nullptr, out, stream);
     if (error != cudaSuccess || out.group_grad == nullptr || grads != nullptr) return error;
     return reduce_groups(plan, table.dim, out, V, stream);
   })
@@ -87,15 +83,11 @@ int backward_reduce(const Backward& backward, const DenseTable& table, void* gra
 }
 
 int backward_reduce(const Backward& backward, const TieredTable& table, bool grads,
-                    float* group_grad, bool groups_unsorted, Stream stream) {
-  const int cleared = clear_groups(table, group_grad, stream);
-  if (cleared != cudaSuccess) return cleared;
+                    bool groups_unsorted, Stream stream) {
+  float* group_grad = backward.masks;
   const std::int64_t count = backward.lookups.count;
   if (count == 0) return cudaSuccess;
-  const int widest = backward.type == DType::kFloat32 ? 4 : 8;
-  const Plan plan = plan_backward(backward, table.rows, table.groups, table.dim, widest);
-  int error = clear_partials(plan, stream);
-  if (error != cudaSuccess) return error;
+  const Plan plan = plan_for(backward, table);
   const std::uint64_t element = backward.type == DType::kFloat32 ? 4 : 2;
   const int vector = vector_elements(
       backward.type, table,
@@ -103,7 +95,7 @@ int backward_reduce(const Backward& backward, const TieredTable& table, bool gra
   const SortedPairs pairs = plan.pairs(count, table.rows);
   if (group_grad != nullptr && groups_unsorted) {
     SortedPairs by_group;
-    error = sort_by_group(plan, table, count, by_group, stream);
+    int error = sort_by_group(plan, table, count, by_group, stream);
     if (error != cudaSuccess) return error;
     error = reduce_masks(backward, plan, table, by_group, group_grad, vector, stream);
     if (error != cudaSuccess) return error;

@@ -50,7 +50,8 @@ int upload(void* to, const void* from, std::size_t bytes, Stream stream) {
 std::size_t packed_bytes(const TableList& list) {
   const std::size_t per_block = 8 * 6 + sizeof(DenseBlock);
   const std::size_t per_table = 8 * 3;
-  return list.blocks.size() * per_block + (list.tables.size() + 1) * per_table + 64;
+  return list.blocks.size() * per_block + (list.tables.size() + 1) * per_table + 8 * kReportSlots +
+         64;
 }
 
 int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups& lookups,
@@ -113,6 +114,10 @@ int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups
   }
   table.device_width = packer.put(widths);
   table.device_owner = packer.put(owners);
+  if (list.report) {
+    const std::vector<unsigned long long> clear(kReportSlots, ~0ull);
+    lookups.report = const_cast<unsigned long long*>(packer.put(clear));
+  }
   return upload(memory, packer.words().data(), packer.words().size() * 8, stream);
 }
 

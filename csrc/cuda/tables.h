@@ -32,6 +32,7 @@ struct TableList {
   std::int64_t batch = 0;  // bags per table
   std::int64_t groups = 0;
   std::uint32_t seed_term = 0;
+  bool report = false;             // lookups are to report bad input: a clear report comes along
   std::vector<TableBlock> blocks;  // of all tables, one after the other
   std::vector<OneTable> tables;
 };
@@ -39,7 +40,7 @@ struct TableList {
 // The launchers' view of a list, over device memory of packed_bytes(list).
 //
 // @param[in]     memory  device memory, 8-byte aligned
-// @param[in,out] lookups gets the tables' padding
+// @param[in,out] lookups gets the tables' padding, and the report if there is one
 // @param[in,out] update  gets the addresses of states; null: none
 int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups& lookups,
                 Update* update, Stream stream);

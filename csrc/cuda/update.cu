@@ -24,13 +24,11 @@ std::uint64_t state_addresses(DType type, const TieredTable& table, const Update
 
 template <typename Table>
 int run(const Backward& backward, const Table& table, const DenseTable* dense,
-        const TieredTable* tiered, const Update& update, float* group_grad, Stream stream) {
-  int error = clear_groups(table, group_grad, stream);
-  if (error != cudaSuccess || backward.lookups.count == 0) return error;
+        const TieredTable* tiered, const Update& update, Stream stream) {
+  if (backward.lookups.count == 0) return cudaSuccess;
+  float* group_grad = backward.masks;
   const bool wide_type = backward.type == DType::kFloat32;
-  const Plan plan = plan_backward(backward, table.rows, table.groups, table.dim, wide_type ? 4 : 8);
-  error = clear_partials(plan, stream);
-  if (error != cudaSuccess) return error;
+  const Plan plan = plan_for(backward, table);
   const int vector = vector_elements(backward.type, table,
                                      reinterpret_cast<std::uint64_t>(backward.grad) |
                                          backward.grad_stride * (wide_type ? 4 : 2) |
@@ -38,7 +36,7 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
   if (group_grad != nullptr && !backward.groups_sorted) {
     // Before the weights change.
     SortedPairs by_group;
-    error = sort_by_group(plan, table, backward.lookups.count, by_group, stream);
+    int error = sort_by_group(plan, table, backward.lookups.count, by_group, stream);
     if (error != cudaSuccess) return error;
     error = reduce_masks(backward, plan, table, by_group, group_grad, vector, stream);
     if (error != cudaSuccess) return error;
@@ -50,7 +48,7 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
     const bool narrow = update.narrow_state && !wide_type && has_wide_state(update.rule);
     return narrow ? update_narrow_state(call) : update_wide_state(call);
   }
-  error = update_rowwise(call);
+  const int error = update_rowwise(call);
   if (error != cudaSuccess || group_grad == nullptr) return error;
   ReduceOutput out;
   out.group_grad = group_grad;
@@ -64,13 +62,13 @@ bool update_fits(const Update& update, int dim) {
 }
 
 int backward_update(const Backward& backward, const DenseTable& table, const Update& update,
-                    float* group_grad, Stream stream) {
-  return run(backward, table, &table, nullptr, update, group_grad, stream);
+                    Stream stream) {
+  return run(backward, table, &table, nullptr, update, stream);
 }
 
 int backward_update(const Backward& backward, const TieredTable& table, const Update& update,
-                    float* group_grad, Stream stream) {
-  return run(backward, table, nullptr, &table, update, group_grad, stream);
+                    Stream stream) {
+  return run(backward, table, nullptr, &table, update, stream);
 }
 
 }  // namespace amtl::cuda

@@ -96,7 +96,10 @@ struct DenseBlock {
   std::uint64_t group_dims = 0;  // address of [G_t, Q], type as above
   std::int64_t first_group = 0;  // groups of the blocks before
   std::int64_t groups = 0;       // G_t
-  std::int32_t columns = 1;      // Q
+  // Where the mask gradient of group 0 over all blocks would begin among those of all tables, if
+  // all groups were as wide as the block's.
+  std::int64_t mask_start = 0;
+  std::int32_t columns = 1;  // Q
   std::int32_t narrow = 0;
 };
 

@@ -56,35 +56,11 @@ __device__ __forceinline__ TableView view_of_bag(const TieredTable& table, std::
   return view_of(table, table.map.tables == 1 ? 0 : static_cast<int>(bag / table.map.batch));
 }
 
-__device__ __forceinline__ TableView view_of_row(const DenseTable& table, std::int64_t /*row*/) {
-  return view_of(table, 0);
-}
+// Table of a row whose block is known, which tells it, so nothing is searched for.
+__device__ __forceinline__ int owner_of(const DenseTable& /*table*/, int /*tier*/) { return 0; }
 
-__device__ __forceinline__ TableView view_of_row(const TieredTable& table, std::int64_t row) {
-  int low = 0;
-  int high = table.map.tables - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (row < load<Memory::kSizes>(table.map.row_offsets + middle + 1)) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return view_of(table, low);
-}
-
-// Table of a row that has been located: its block tells it, so nothing is searched for.
-template <typename T>
-__device__ __forceinline__ TableView view_of_ref(const DenseTable& table,
-                                                 const RowRef<T>& /*ref*/) {
-  return view_of(table, 0);
-}
-
-template <typename T>
-__device__ __forceinline__ TableView view_of_ref(const TieredTable& table, const RowRef<T>& ref) {
-  return view_of(table,
-                 table.map.tables == 1 ? 0 : load<Memory::kSizes>(table.device_owner + ref.tier));
+__device__ __forceinline__ int owner_of(const TieredTable& table, int tier) {
+  return table.map.tables == 1 ? 0 : load<Memory::kSizes>(table.device_owner + tier);
 }
 
 // Row of the output that a bag belongs to.
@@ -196,6 +172,35 @@ __device__ __forceinline__ std::int64_t group_of(const DenseTable& table, const 
 template <typename T>
 __device__ __forceinline__ std::int64_t group_of(const TieredTable& table, const RowRef<T>& ref) {
   return group_in_tier(table, ref.tier, ref.local);
+}
+
+// The mask gradient of a group among those of all tables, which lie one after the other, each as
+// wide as its table.
+struct MaskRow {
+  std::int64_t start;
+  int columns;
+};
+
+// Of a group of rows in `tier`, numbered over all tables.
+__device__ __forceinline__ MaskRow mask_row(const DenseTable& table, int /*tier*/,
+                                            std::int64_t group) {
+  return {group * table.dim, table.dim};
+}
+__device__ __forceinline__ MaskRow mask_row(const TieredTable& table, int tier,
+                                            std::int64_t group) {
+  const int columns = tier_width(table, tier);
+  return {load<Memory::kSizes>(&table.device_dense[tier].mask_start) + group * columns, columns};
+}
+
+// How partial sums, which know no table, name a group: one table's by its number, for all are as
+// wide; else as above.
+__device__ __forceinline__ MaskRow mask_key(const DenseTable& /*table*/, int /*tier*/,
+                                            std::int64_t group) {
+  return {group, 0};
+}
+__device__ __forceinline__ MaskRow mask_key(const TieredTable& table, int tier,
+                                            std::int64_t group) {
+  return mask_row(table, tier, group);
 }
 
 // The size of row `local` of a block as stored, which may be out of range.

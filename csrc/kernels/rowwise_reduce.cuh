@@ -27,6 +27,7 @@ struct RowwiseReducer {
   int pieces;
   bool has_groups;
   std::int64_t group = -1;
+  int group_tier = 0;  // tier of its rows
   unsigned group_flags = 0;
 
   __device__ __forceinline__ int column_of(int piece) const { return (piece * kWarp + lane) * V; }
@@ -49,15 +50,15 @@ struct RowwiseReducer {
     }
   }
 
-  // Writes a whole sum to `to` [table.dim].
+  // Writes a whole sum to `to` [columns].
   template <Memory kMemory>
-  __device__ __forceinline__ void write_sum(int which, float* to) const {
+  __device__ __forceinline__ void write_sum(int which, float* to, int columns) const {
     // Stores wait for nothing, so copies of this loop would be code and no more.
 #pragma unroll 1
     for (int piece = 0; piece < pieces; ++piece) {
       float values[V];
       load_sum(which, piece, values);
-      store_floats<kMemory>(to, column_of(piece), table.dim, values, 0xffffffffu, kWarp);
+      store_floats<kMemory>(to, column_of(piece), columns, values, 0xffffffffu, kWarp);
     }
   }
 
@@ -69,11 +70,13 @@ struct RowwiseReducer {
   __device__ __forceinline__ void end_group(unsigned flags) {
     group_flags |= flags;
     if (group_flags == (kBegins | kEnds)) {
-      write_sum<Memory::kOutput>(1, out.group_grad + group * table.dim);
+      const MaskRow row = mask_row(table, group_tier, group);
+      write_sum<Memory::kOutput>(1, out.group_grad + row.start, row.columns);
     } else {
       const std::int64_t slot = 2 * chunk + (group_flags & kBegins ? 1 : 0);
-      write_sum<Memory::kPartial>(1, out.groups.sums + slot * table.dim);
-      write_partial(out.groups, slot, group, 0, group_flags, lane == 0);
+      const MaskRow key = mask_key(table, group_tier, group);
+      write_sum<Memory::kPartial>(1, out.groups.sums + slot * table.dim, table.dim);
+      write_partial(out.groups, slot, key.start, key.columns, group_flags, lane == 0);
     }
   }
 
@@ -90,6 +93,7 @@ struct RowwiseReducer {
       clear_group();
     }
     group = next;
+    group_tier = ref.tier;
     const T* data = weights_of(table, ref, dim);
     for (int piece = 0; piece < pieces; ++piece) {
       const int column = column_of(piece);
@@ -139,12 +143,12 @@ struct RowwiseReducer {
   // The run of `row` has ended in this chunk; flags say whether it begins and ends here.
   __device__ __forceinline__ void end_run(std::int64_t row, unsigned flags) {
     const RowRef<T> ref = locate<T>(table, TableView{}, row);
-    if (has_groups) add_products(ref, view_of_ref(table, ref).dim);
+    if (has_groups) add_products(ref, view_of(table, owner_of(table, ref.tier)).dim);
     if (flags == (kBegins | kEnds)) {
       step_row(ref);
     } else {
       const std::int64_t slot = 2 * chunk + (flags & kBegins ? 1 : 0);
-      write_sum<Memory::kPartial>(0, out.rows.sums + slot * table.dim);
+      write_sum<Memory::kPartial>(0, out.rows.sums + slot * table.dim, table.dim);
       write_partial(out.rows, slot, row, 0, flags, lane == 0);
     }
   }
@@ -157,12 +161,13 @@ struct ReduceItem {
   unsigned flags = 0;  // whether the row's run begins and ends with it
   const E* data = nullptr;
   float factor = 1.0f;
-  int limit = 0;  // columns to read
+  int limit = 0;   // columns to read
+  int owner = -1;  // table of the row, if it has been looked for
 };
 
 template <typename T, typename Table>
 __device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, std::int64_t i,
-                                                    const Table& table, bool whole_rows,
+                                                    const Table& table, bool whole_rows, bool last,
                                                     std::int64_t grad_stride) {
   ReduceItem<T> item;
   const std::int64_t key = load_key(in.pairs, i);
@@ -171,18 +176,22 @@ __device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, std::i
   if (i == 0 || load_key(in.pairs, i - 1) != key) item.flags |= kBegins;
   if (i + 1 == in.pairs.count || load_key(in.pairs, i + 1) != key) item.flags |= kEnds;
   const Payload payload = load_payload(in.pairs, i);
-  RowRef<T> ref;
-  if (!whole_rows) ref = locate<T>(table, TableView{}, key);
-  const TableView view = whole_rows ? view_of_row(table, key) : view_of_ref(table, ref);
   item.factor = payload.factor;
-  item.data = static_cast<const T*>(in.grad) + payload.row * grad_stride + view.first_column;
-  item.limit = whole_rows ? view.dim : ref.size;
+  item.data = static_cast<const T*>(in.grad) + payload.row * grad_stride;
+  // As in reduce_list: of whole rows the last of a run tells the others of which table they are.
+  if (whole_rows && !last && (item.flags & kEnds) == 0) return item;
+  const RowRef<T> ref = locate<T>(table, TableView{}, key);
+  item.owner = owner_of(table, ref.tier);
+  if (whole_rows) return item;
+  item.data += view_of(table, item.owner).first_column;
+  item.limit = ref.size;
   return item;
 }
 
 template <typename T, typename Table>
 __device__ __forceinline__ ReduceItem<float> stage_item(const PartialList& in, std::int64_t i,
                                                         const Table& table, bool /*whole_rows*/,
+                                                        bool /*last*/,
                                                         std::int64_t /*grad_stride*/) {
   ReduceItem<float> item;
   item.key = load<Memory::kPartial>(in.partials.keys + i);
@@ -235,11 +244,23 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   unsigned flags = 0;
   for (int base = 0; base < length; base += kWarp) {
     using Element = typename std::conditional<kLookups, T, float>::type;
-    ReduceItem<Element> mine;
-    if (base + lane < length) {
-      mine = stage_item<T>(in, begin + base + lane, table, has_groups, shape.grad_stride);
-    }
     const int items = length - base < kWarp ? length - base : kWarp;
+    ReduceItem<Element> mine;
+    if (lane < items) {
+      mine = stage_item<T>(in, begin + base + lane, table, has_groups, lane == items - 1,
+                           shape.grad_stride);
+    }
+    if constexpr (kLookups) {
+      if (has_groups) {
+        const unsigned found = __ballot_sync(kAll, mine.owner >= 0);
+        const int owner = owner_of_run(table, found, kAll, lane, kWarp, mine.owner);
+        if (mine.key >= 0) {
+          const TableView view = view_of(table, owner);
+          mine.data += view.first_column;
+          mine.limit = view.dim;
+        }
+      }
+    }
     for (int source = 0; source < items; ++source) {
       const std::int64_t key = __shfl_sync(kAll, mine.key, source);
       const unsigned item_flags = __shfl_sync(kAll, mine.flags, source);

@@ -19,8 +19,9 @@ namespace amtl {
 // they come from; the first takes a run begun before the chunk, the second one that goes on after.
 struct Partials {
   float* sums = nullptr;          // [2 * chunks, D]
-  std::int64_t* keys = nullptr;   // [2 * chunks], -1: empty
-  std::int64_t* ranks = nullptr;  // [2 * chunks] number among the distinct rows
+  std::int64_t* keys = nullptr;   // [2 * chunks] row, or the group as mask_key has it; -1: empty
+  std::int64_t* ranks = nullptr;  // [2 * chunks] number among the distinct rows, or columns of the
+                                  // group's mask; null: not asked for, or D
   unsigned* flags = nullptr;      // [2 * chunks] kBegins | kEnds
 };
 
@@ -48,7 +49,7 @@ struct PartialList {
 
 struct ReduceOutput {
   void* grads = nullptr;        // [U, D] in the table's type; tiered tables: not null if wanted
-  float* group_grad = nullptr;  // [G, D]; null: no mask gradient
+  float* group_grad = nullptr;  // of every table [G_t, D_t], one after the other; null: none
   Partials rows;                // where unfinished rows go
   Partials groups;              // where unfinished groups go
 };
@@ -108,6 +109,8 @@ __device__ __forceinline__ T* weights_of(const TieredTable& table, const RowRef<
 constexpr unsigned kGroupBegins = 4;
 constexpr unsigned kGroupEnds = 8;
 constexpr unsigned kGroupStops = 16;  // here, if only because the chunk does
+// Above them the tier of a group that stops: fewer than 2^24, for each is a tensor.
+constexpr int kTierShift = 8;
 
 // One item of a list as a lane stages it for its tile, and of the row whose run stops with it all
 // that the end of a run asks for: 32 chains of dependent loads overlap, one a lane.
@@ -182,7 +185,8 @@ struct ChunkReducer {
 
   __device__ __forceinline__ void finish(const StagedItem& item, const RawVector<T, V>& weights) {
     if constexpr (kFinish == Finish::kGroups) {
-      store_floats<Memory::kOutput>(static_cast<float*>(item.first), column, dim, sum, mask, lanes);
+      store_floats<Memory::kOutput>(static_cast<float*>(item.first), column, item.size, sum, mask,
+                                    lanes);
     } else if constexpr (kFinish == Finish::kGrads) {
       if (column >= item.width) return;
       store<Memory::kOutput, Cache::kStreamed>(
@@ -235,18 +239,22 @@ struct ChunkReducer {
     for (int e = 0; e < V; ++e) group_sum[e] += w[e] * sum[e];
   }
 
-  __device__ __forceinline__ void end_group(std::int64_t chunk, const StagedItem& item) {
+  template <typename Table>
+  __device__ __forceinline__ void end_group(const Table& table, std::int64_t chunk,
+                                            const StagedItem& item) {
     const unsigned group_flags =
         ((flags | item.flags) & (kGroupBegins | kGroupEnds)) / kGroupBegins;
-    const std::int64_t group = item.group;
+    const int tier = static_cast<int>(item.flags >> kTierShift);
     if (group_flags == (kBegins | kEnds)) {
-      store_floats<Memory::kOutput>(out.group_grad + group * dim, column, dim, group_sum, mask,
-                                    lanes);
+      const MaskRow row = mask_row(table, tier, item.group);
+      store_floats<Memory::kOutput>(out.group_grad + row.start, column, row.columns, group_sum,
+                                    mask, lanes);
     } else {
       const std::int64_t slot = 2 * chunk + (group_flags & kBegins ? 1 : 0);
+      const MaskRow key = mask_key(table, tier, item.group);
       store_floats<Memory::kPartial>(out.groups.sums + slot * dim, column, dim, group_sum, mask,
                                      lanes);
-      write_partial(out.groups, slot, group, 0, group_flags, column == 0);
+      write_partial(out.groups, slot, key.start, key.columns, group_flags, column == 0);
     }
     flags |= kGroupBegins;
 #pragma unroll
@@ -315,6 +323,20 @@ __device__ __forceinline__ unsigned tile_ballot(unsigned mask, bool predicate) {
 
 __device__ __forceinline__ int last_of(unsigned bits) { return 31 - __clz(static_cast<int>(bits)); }
 
+// Of sorted items that a tile stages together those of one row have one table, which the last of
+// them has found: the others learn it from that one, and search for nothing.
+//
+// @param[in] found  lanes of the tile that have found theirs
+__device__ __forceinline__ int owner_of_run(const DenseTable& /*table*/, unsigned /*found*/,
+                                            unsigned /*mask*/, int /*lane*/, int /*lanes*/,
+                                            int owner) {
+  return owner;
+}
+__device__ __forceinline__ int owner_of_run(const TieredTable& /*table*/, unsigned found,
+                                            unsigned mask, int lane, int lanes, int owner) {
+  return __shfl_sync(mask, owner, lane + __ffs(static_cast<int>(found >> lane)) - 1, lanes);
+}
+
 // One tile of `lanes` threads per chunk: blockIdx.x runs over chunks, blockIdx.y over pieces of
 // lanes * V columns. Lanes stage one item each in shared memory, then the tile walks them, kUnroll
 // at a time: their rows of the gradient and the weights of rows whose runs stop there are in flight
@@ -377,20 +399,25 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
       // What counts for nothing comes last.
       const bool counts = key < in.pairs.rows;
       const bool last = i + 1 == end || next >= in.pairs.rows;
+      const bool stopping = counts && (last || next != key);
       counted = tile_ballot(mask, counts);
-      stops = tile_ballot(mask, counts && (last || next != key));
+      stops = tile_ballot(mask, stopping);
       items = __popc(counted);
       if (items == 0) break;
+      RowRef<T> ref;
+      int owner = 0;
+      // Without a mask gradient nothing past the kept prefix is asked for; with one all that the
+      // other items of a run ask for is their table.
+      if (stopping || (counts && (!has_groups || lane == items - 1))) {
+        ref = locate<T>(table, TableView{}, key);
+        owner = owner_of(table, ref.tier);
+      }
+      if (has_groups) {
+        owner = owner_of_run(table, stops | 1u << (items - 1), mask, lane, lanes, owner);
+      }
       if (counts) {
-        const bool stopping = last || next != key;
         const Payload payload = load_payload(in.pairs, i);
-        RowRef<T> ref;
-        // Without a mask gradient nothing past the kept prefix is asked for.
-        if (stopping || !has_groups) {
-          ref = locate<T>(table, TableView{}, key);
-        }
-        const TableView view =
-            stopping || !has_groups ? view_of_ref(table, ref) : view_of_row(table, key);
+        const TableView view = view_of(table, owner);
         item.factor = payload.factor;
         item.data =
             static_cast<const T*>(in.grad) + payload.row * shape.grad_stride + view.first_column;
@@ -406,6 +433,7 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
           if (has_groups) {
             const std::int64_t group = group_of(table, ref);
             item.group = static_cast<std::uint32_t>(group);
+            item.flags |= static_cast<unsigned>(ref.tier) << kTierShift;
             item.weight = weights_of(table, ref, view.dim);
             item.reach = view.dim;
             const bool ends =
@@ -429,7 +457,11 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
         item.limit = table.dim;
         if (item.flags & kEnds) {
           if constexpr (kFinish == Finish::kGroups) {
-            item.first = out.group_grad + key * table.dim;
+            const bool same_width = in.partials.ranks == nullptr;
+            item.first = out.group_grad + (same_width ? key * table.dim : key);
+            item.size = same_width
+                            ? table.dim
+                            : static_cast<int>(load<Memory::kPartial>(in.partials.ranks + i));
           } else {
             std::int64_t of_run = 0;
             if constexpr (kFinish == Finish::kGrads) {
@@ -497,7 +529,7 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
         reducer.clear_run(kLookups ? kBegins : 0);
         if constexpr (kLookups && kFinish == Finish::kGrads) ++rank;
         if (has_groups && (stop.flags & kGroupStops))
-          reducer.end_group(base >> last_of(static_cast<unsigned>(shape.chunk)), stop);
+          reducer.end_group(table, base >> last_of(static_cast<unsigned>(shape.chunk)), stop);
         left &= left - 1;
         from = to;
       }

@@ -42,16 +42,44 @@ __device__ __forceinline__ std::int64_t bag_at(const Lookups& lookups, std::int6
   return high;
 }
 
+// Memory that a launch sets by the way, in place of a memset of its own.
+struct Fill {
+  unsigned* words = nullptr;  // aligned to 16 bytes
+  std::int64_t count = 0;
+  unsigned value = 0;
+};
+
+// This thread's share, whatever the number of blocks.
+__device__ __forceinline__ void fill_share(const Fill& fill) {
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * kBlockThreads;
+  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  const std::int64_t quads = fill.count / 4;
+  const unsigned value = fill.value;
+  for (std::int64_t i = thread; i < quads; i += threads) {
+    store<Memory::kOther>(reinterpret_cast<uint4*>(fill.words) + i,
+                          uint4{value, value, value, value});
+  }
+  for (std::int64_t i = 4 * quads + thread; i < fill.count; i += threads) {
+    store<Memory::kOther>(fill.words + i, value);
+  }
+}
+
 // One key and one payload per lookup. A warp takes 32 lookups: it searches the bags of the first
 // and the last, the others lie between, so a call costs little whatever the lengths of the bags.
+// There may be more blocks than lookups ask for.
 //
 // @param[in]  bag_share  [B] or null: means are taken over the whole bag
 // @param[out] keys       [L] K
 // @param[out] payloads   [L] uint64 if scaled, else uint32
+// @param[out] masks      what reductions add to or leave alone, and
+// @param[out] partials   the keys that tell which partial sums are there
 template <typename K, typename T, typename Table>
 __global__ void __launch_bounds__(kBlockThreads)
     lookup_keys_kernel(const __grid_constant__ Table table, const __grid_constant__ Lookups lookups,
-                       const float* bag_share, bool scaled, K* keys, void* payloads) {
+                       const float* bag_share, bool scaled, K* keys, void* payloads, Fill masks,
+                       Fill partials) {
+  fill_share(masks);
+  fill_share(partials);
   constexpr unsigned kAll = 0xffffffffu;
   const std::int64_t position = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

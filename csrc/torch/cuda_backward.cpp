@@ -2,18 +2,18 @@
 #include "torch/cuda_backward.h"
 #include "torch/cuda_findings.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 
 namespace amtl {
 
-cuda::Backward BackwardOf(const CudaTables& call, const Tensor& grad) {
+cuda::Backward BackwardOf(const CudaTables& call, const Tensor& grad, const Tensor& masks) {
   cuda::Backward backward;
   backward.type = call.type;
   backward.lookups = call.lookups;
   backward.grad = grad.const_data_ptr();
   backward.grad_stride = call.width;
+  backward.mask_values = masks.numel();
+  if (backward.mask_values > 0) backward.masks = masks.mutable_data_ptr<float>();
   return backward;
 }
 
@@ -30,30 +30,8 @@ Tensor WeightsGrad(const CudaContext& context, const CudaTables& call, const Ten
   return out;
 }
 
-Tensor NewSums(const CudaTables& call, bool mask_grad) {
-  return NewTensor(call.like(), {mask_grad ? call.groups * call.dim : 0}, ScalarType::Float);
-}
-
-Tensor MasksOf(const CudaContext& context, const CudaTables& call, const Tensor& sums) {
-  const Tables& tables = call.tables;
-  const bool equal = std::all_of(tables.dims.begin(), tables.dims.end(),
-                                 [&](int64_t dim) { return dim == call.dim; });
-  if (sums.numel() == 0 || equal) return sums;
-  const Tensor flat = NewTensor(call.like(), {tables.mask_count()}, ScalarType::Float);
-  auto* to = flat.mutable_data_ptr<float>();
-  const auto* from = sums.const_data_ptr<float>();
-  for (size_t t = 0; t < tables.count(); ++t) {
-    const int64_t dim = tables.dims[t], count = tables.groups(t);
-    if (count > 0) {
-      CheckCuda(cudaMemcpy2DAsync(to, dim * sizeof(float), from, call.dim * sizeof(float),
-                                  dim * sizeof(float), count, cudaMemcpyDeviceToDevice,
-                                  static_cast<cudaStream_t>(context.stream())),
-                "a copy");
-    }
-    to += count * dim;
-    from += count * call.dim;
-  }
-  return flat;
+Tensor NewMasks(const CudaTables& call, bool wanted) {
+  return NewTensor(call.like(), {wanted ? call.tables.mask_count() : 0}, ScalarType::Float);
 }
 
 namespace {
@@ -64,10 +42,9 @@ Grads DenseReduce(const CudaContext& context, const CudaTables& call, const Tens
   const int64_t dim = call.dim;
   Tensor rows = NewTensor(like, {0}, ScalarType::Long);
   Tensor grads = NewTensor(like, {0, dim}, like.scalar_type());
-  const Tensor masks = NewSums(call, mask_grad);
+  const Tensor masks = NewMasks(call, mask_grad);
   if (!weight_grad && !mask_grad) return {{rows}, {grads}, masks};
-  cuda::Backward backward = BackwardOf(call, grad);
-  backward.mask_grad = mask_grad;
+  cuda::Backward backward = BackwardOf(call, grad, masks);
   backward.need_rows = weight_grad;
   const Tensor workspace = NewWorkspace(backward, call.dense(), like);
   const cuda::Stream stream = context.stream();
@@ -84,7 +61,6 @@ Grads DenseReduce(const CudaContext& context, const CudaTables& call, const Tens
               "a copy");
   }
   CheckCuda(cuda::backward_reduce(backward, call.dense(), grads_data,
-                                  mask_grad ? masks.mutable_data_ptr<float>() : nullptr,
                                   !weight_grad || header.groups_unsorted != 0, stream),
             "a backward");
   return {{rows}, {grads}, masks};
@@ -111,15 +87,15 @@ Grads TieredReduce(const CudaContext& context, const CudaTables& call, const Ten
   const cuda::Stream stream = context.stream();
   const Tensors& blocks = call.tables.blocks;
   Grads out;
-  cuda::Backward backward = BackwardOf(call, grad);
-  backward.mask_grad = mask_grad;
+  out.masks = NewMasks(call, mask_grad);
+  cuda::Backward backward = BackwardOf(call, grad, out.masks);
   backward.need_rows = weight_grad;
-  const Tensor sums = NewSums(call, mask_grad);
   std::vector<int64_t> below(blocks.size() + 1, 0);
   int64_t* device_below = nullptr;
   Tensors memory;
-  const bool any = call.lookups.count > 0 && (weight_grad || mask_grad);
-  if (any) {
+  const bool wanted = weight_grad || mask_grad;
+  const bool any = call.lookups.count > 0 && wanted;
+  if (wanted) {
     memory.push_back(NewWorkspace(backward, call.tiered(), call.like()));
     CheckCuda(cuda::backward_sort(backward, call.tiered(), stream), "the sort of lookups");
   }
@@ -151,13 +127,11 @@ Grads TieredReduce(const CudaContext& context, const CudaTables& call, const Ten
         cuda::backward_tier_rows(backward, row_out, device_below, below[blocks.size() - 1], stream),
         "the split of rows");
   }
-  if (any || mask_grad) {
+  if (any) {
     CheckCuda(cuda::backward_reduce(backward, grad_out, weight_grad,
-                                    mask_grad ? sums.mutable_data_ptr<float>() : nullptr,
                                     !weight_grad || below.back() != 0, stream),
               "a backward");
   }
-  out.masks = MasksOf(context, call, sums);
   return out;
 }
 

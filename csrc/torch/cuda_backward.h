@@ -10,7 +10,10 @@ struct Grads {
   Tensor masks;         // flat, table after table
 };
 
-cuda::Backward BackwardOf(const CudaTables& call, const Tensor& grad);
+// Mask gradients are wanted if there is memory for them.
+cuda::Backward BackwardOf(const CudaTables& call, const Tensor& grad, const Tensor& masks);
+// That memory, [G_t, D_t] of each table, one after the other; none if they are not wanted.
+Tensor NewMasks(const CudaTables& call, bool wanted);
 
 template <typename Table>
 Tensor NewWorkspace(cuda::Backward& backward, const Table& table, const Tensor& like) {
@@ -25,11 +28,6 @@ Tensor NewWorkspace(cuda::Backward& backward, const Table& table, const Tensor& 
 // outputs.
 Grads Reduce(const CudaContext& context, const CudaTables& call, const Tensor& grad,
              bool weight_grad, bool mask_grad);
-
-// Memory for sums of groups [G over all tables, widest table], flat; none if they are not wanted.
-Tensor NewSums(const CudaTables& call, bool mask_grad);
-// The same as mask gradients: [G_t, D_t] of each table, one after the other.
-Tensor MasksOf(const CudaContext& context, const CudaTables& call, const Tensor& sums);
 
 // [L], or [0] if it is not wanted.
 Tensor WeightsGrad(const CudaContext& context, const CudaTables& call, const Tensor& grad,

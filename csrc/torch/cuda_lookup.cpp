@@ -6,18 +6,6 @@
 namespace amtl {
 namespace {
 
-// Where kernels are to report bad input, if they are to: keep the tensor until all are launched.
-std::optional<Tensor> StartReport(const CudaContext& context, CudaTables& call,
-                                  int64_t bounds_check) {
-  Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
-  if (bounds_check == 0) return std::nullopt;
-  PrepareFindings(context);
-  const Tensor memory = NewTensor(call.like(), {kReportSlots}, ScalarType::Long);
-  call.lookups.report = static_cast<unsigned long long*>(memory.mutable_data_ptr());
-  CheckCuda(cuda::clear_report(call.lookups.report, context.stream()), "a memset");
-  return memory;
-}
-
 // Whether kernels may take eight codes of this table at once, or 16 bytes of numbers, and store 16
 // bytes.
 bool Aligned(const CudaTables& call, const char* out, int64_t out_stride) {
@@ -33,8 +21,8 @@ bool Aligned(const CudaTables& call, const char* out, int64_t out_stride) {
   return bits == 0;
 }
 
-void LaunchFewBits(const CudaContext& context, CudaTables& call, char* out, int64_t out_stride) {
-  call.Upload(context);
+void LaunchFewBits(const CudaContext& context, const CudaTables& call, char* out,
+                   int64_t out_stride) {
   cuda::FewBits few;
   few.bits = static_cast<int>(call.tables.bits[0]);
   few.coded = call.tables.coded();
@@ -69,11 +57,12 @@ std::pair<Tables, Bags> PartOf(const CudaTables& call, size_t t) {
 }
 
 // Tables of few bits have a launch each: they may differ in their bits.
-void LookupFewBits(const CudaContext& context, CudaTables& call, char* out) {
+void LookupFewBits(const CudaContext& context, const CudaTables& call, char* out) {
   if (call.tables.count() == 1) return LaunchFewBits(context, call, out, call.width);
   for (size_t t = 0; t < call.tables.count(); ++t) {
     auto [tables, bags] = PartOf(call, t);
     CudaTables part(std::move(tables), std::move(bags));
+    part.Upload(context);
     part.lookups.report = call.lookups.report;
     LaunchFewBits(context, part, out, call.width);
     out += call.tables.dims[t] * call.tables.numbers().element_size();
@@ -89,24 +78,27 @@ Tensor Lookup(Tables tables, const std::optional<Tensors>& /*masks*/, Bags bags,
   const CudaContext context(call.like());
   const Tensor out = NewTensor(call.like(), OutputShape(call.tables, call.bags),
                                call.tables.numbers().scalar_type());
-  const auto report_memory = StartReport(context, call, bounds_check);
+  Check(bounds_check >= 0 && bounds_check <= 2, "bounds_check must be 0, 1 or 2");
+  const bool checked = bounds_check != 0;
+  if (checked) {
+    PrepareFindings(context);
+    call.UploadWithReport(context);
+  } else if (!call.tables.few_bits() || call.tables.count() == 1) {
+    call.Upload(context);
+  }
   void* data = out.mutable_data_ptr();
   if (call.tables.few_bits()) {
     LookupFewBits(context, call, static_cast<char*>(data));
-    // The launches were those of its parts.
-    if (report_memory && call.tables.count() > 1) call.Upload(context);
-    if (report_memory) TellFindings(context, call, bounds_check);
-    return out;
+  } else {
+    CheckCuda(call.With([&](const auto& table) {
+      return call.lookups.offsets != nullptr
+                 ? cuda::pool_forward(call.type, table, call.lookups, call.width, data,
+                                      context.stream())
+                 : cuda::lookup_forward(call.type, table, call.lookups, data, context.stream());
+    }),
+              "a lookup");
   }
-  call.Upload(context);
-  CheckCuda(call.With([&](const auto& table) {
-    return call.lookups.offsets != nullptr
-               ? cuda::pool_forward(call.type, table, call.lookups, call.width, data,
-                                    context.stream())
-               : cuda::lookup_forward(call.type, table, call.lookups, data, context.stream());
-  }),
-            "a lookup");
-  if (report_memory) TellFindings(context, call, bounds_check);
+  if (checked) TellFindings(context, call, bounds_check);
   return out;
 }
 

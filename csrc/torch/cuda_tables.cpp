@@ -121,7 +121,7 @@ void CudaTables::SetPacked() {
   list_.batch = bags.batch;
   list_.groups = groups;
   if (tables.grouped()) list_.seed_term = SeedTerm(tables.seed);
-  int64_t first_group = 0;
+  int64_t first_group = 0, first_mask = 0;
   for (size_t t = 0; t < tables.count(); ++t) {
     cuda::OneTable one;
     const std::vector<cuda::TableBlock> parts = PartsOf(tables, t, in_numbers);
@@ -142,7 +142,9 @@ void CudaTables::SetPacked() {
     dense.columns = Columns(tables.sizes[t]);
     dense.first_group = first_group;
     dense.groups = tables.groups(t);
+    dense.mask_start = first_mask - first_group * tables.dims[t];
     first_group += dense.groups;
+    first_mask += dense.groups * tables.dims[t];
   }
 }
 
@@ -163,6 +165,16 @@ void CudaTables::Upload(const CudaContext& context, Update* update) {
   CheckCuda(cuda::pack_tables(list_, memory_.mutable_data_ptr(), tiered_, lookups, update,
                               context.stream()),
             "the upload of the tables' addresses");
+}
+
+void CudaTables::UploadWithReport(const CudaContext& context) {
+  if (is_packed()) {
+    list_.report = true;
+    return Upload(context);
+  }
+  memory_ = NewTensor(like(), {kReportSlots}, ScalarType::Long);
+  lookups.report = static_cast<unsigned long long*>(memory_.mutable_data_ptr());
+  CheckCuda(cuda::clear_report(lookups.report, context.stream()), "a memset");
 }
 
 }  // namespace amtl

@@ -30,6 +30,8 @@ class CudaTables {
   void PlaceState(size_t c, Update& update);
   // Before the first launch: gives the device what kernels read about packed tables.
   void Upload(const CudaContext& context, Update* update = nullptr);
+  // The same for a lookup that reports bad input, with a clear report.
+  void UploadWithReport(const CudaContext& context);
 
   // What f(table) returns, of the table that the launchers take.
   template <class F>
@@ -59,7 +61,7 @@ class CudaTables {
   DenseTable dense_;
   TieredTable tiered_;
   cuda::TableList list_;
-  Tensor memory_;
+  Tensor memory_;  // of packed tables, or of the report
 };
 
 inline uint64_t AddressOf(const Tensor& tensor) {

@@ -7,38 +7,18 @@
 namespace amtl {
 namespace {
 
-// The mask gradient of a step on one table with sizes; the table is updated.
-Tensor DenseStep(const CudaContext& context, const CudaTables& call, const Tensor& grad,
-                 bool mask_grad, bool groups_sorted, const Update& update) {
-  const Tensor masks = NewSums(call, mask_grad);
-  cuda::Backward backward = BackwardOf(call, grad);
-  backward.mask_grad = mask_grad;
+// The mask gradients of a step on tables, which are updated.
+template <typename Table>
+Tensor Step(const CudaContext& context, const CudaTables& call, const Table& table,
+            const Tensor& grad, bool mask_grad, bool groups_sorted, const Update& update) {
+  const Tensor masks = NewMasks(call, mask_grad);
+  cuda::Backward backward = BackwardOf(call, grad, masks);
   backward.groups_sorted = groups_sorted;
   backward.need_rows = false;
-  const Tensor workspace = NewWorkspace(backward, call.dense(), call.like());
-  CheckCuda(cuda::backward_sort(backward, call.dense(), context.stream()), "the sort of lookups");
-  CheckCuda(cuda::backward_update(backward, call.dense(), update,
-                                  mask_grad ? masks.mutable_data_ptr<float>() : nullptr,
-                                  context.stream()),
-            "a fused backward");
+  const Tensor workspace = NewWorkspace(backward, table, call.like());
+  CheckCuda(cuda::backward_sort(backward, table, context.stream()), "the sort of lookups");
+  CheckCuda(cuda::backward_update(backward, table, update, context.stream()), "a fused backward");
   return masks;
-}
-
-// Of any other tables.
-Tensor TieredStep(const CudaContext& context, const CudaTables& call, const Tensor& grad,
-                  bool mask_grad, bool groups_sorted, const Update& update) {
-  const Tensor sums = NewSums(call, mask_grad);
-  cuda::Backward backward = BackwardOf(call, grad);
-  backward.mask_grad = mask_grad;
-  backward.groups_sorted = groups_sorted;
-  backward.need_rows = false;
-  const Tensor workspace = NewWorkspace(backward, call.tiered(), call.like());
-  CheckCuda(cuda::backward_sort(backward, call.tiered(), context.stream()), "the sort of lookups");
-  CheckCuda(
-      cuda::backward_update(backward, call.tiered(), update,
-                            mask_grad ? sums.mutable_data_ptr<float>() : nullptr, context.stream()),
-      "a fused backward");
-  return MasksOf(context, call, sums);
 }
 
 // Blocks of codes, a block a part, and what an update of each asks for.
@@ -144,9 +124,9 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
     }
     return {out.masks, psw};
   }
-  const Tensor masks = call.is_dense()
-                           ? DenseStep(context, call, grad, mask_grad, groups_sorted, update)
-                           : TieredStep(context, call, grad, mask_grad, groups_sorted, update);
+  const Tensor masks = call.With([&](const auto& table) {
+    return Step(context, call, table, grad, mask_grad, groups_sorted, update);
+  });
   return {masks, psw};
 }
 

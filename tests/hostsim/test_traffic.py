@@ -236,6 +236,38 @@ def test_several_tables_read_the_gradient_once() -> None:
     assert least(needed, first) <= sectors(traffic, "grad") <= needed
 
 
+@pytest.mark.parametrize(
+    ("dim", "others"), [(128, 2), (256, 30)], ids=["in registers", "in shared memory"]
+)
+def test_a_row_of_many_lookups_finds_its_table_once(dim: int, others: int) -> None:
+    """Of 32 lookups of one row that are staged together one searches for the row's table.
+
+    ``others`` are numbers that the ends of runs ask for, a lookup: in shared memory every lane
+    does, of a run that has 64 lookups.
+    """
+    tables, lookups = 26, 128
+    g = torch.Generator().manual_seed(2)
+    blocks = [torch.randn(8, dim, generator=g) for _ in range(tables)]
+    of = call(
+        blocks,
+        torch.full((tables * lookups,), 5),
+        torch.randn(lookups, tables * dim, generator=g),
+        sizes=[torch.full((2,), dim, dtype=torch.int32)] * tables,
+        row_groups=[torch.arange(8, dtype=torch.int32) // 4] * tables,
+        offsets=torch.arange(tables * lookups + 1),
+        include_last_offset=True,
+        padding_idx=[-1] * tables,
+        groups_sorted=True,
+    )
+    rates = [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0]
+    state = [torch.ones(8) for _ in blocks]
+    arguments = step(of, blocks, state, "rowwise_adagrad", rates, mask_grad=True)
+    traffic = measured(lambda: run("lookup_update_", arguments))
+    # Making the keys takes five numbers a lookup, a table's rows and columns four; a search for
+    # the table among 26 would take five more.
+    assert traffic["sizes"]["read_bytes"] <= tables * lookups * 8 * (5 + 4 + others)
+
+
 def test_what_knowing_the_order_of_groups_saves() -> None:
     """Without the promise a capture reads the gradient twice and sorts once more.
 
