@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -121,7 +121,7 @@ class Present(Runner):
     def __init__(self) -> None:
         super().__init__(available=lambda: 23 * plan.GB)
 
-    def absent(self) -> dict[str, str]:
+    def absent(self, asked: Iterable[str] | None = None) -> dict[str, str]:
         return {}
 
 

@@ -86,8 +86,8 @@ def read_file(path: Path | str) -> Contents:
     named = (*_DELIMITED[:2], _DELIMITED[3], *_LIBSVM, *_NDJSON)
     known = ", ".join((_PARQUET[0], *_ARROW, *named))
     raise UserError(
-        f"{str(path)!r}: unknown kind {kind!r}; give one of {known} (text also as .gz, .zst, .bz2). "
-        "Of text with :: between columns: sed 's/::/\\t/g' FILE > FILE.tsv"
+        f"{str(path)!r}: unknown kind {kind!r}; give one of {known} (text also as .gz, .zst, "
+        ".bz2). Of text with :: between columns: sed 's/::/\\t/g' FILE > FILE.tsv"
     )
 
 
