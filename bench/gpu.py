@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import stages
-from bench.setting import Setting
+from bench.setting import ROOT, Setting
 from bench.stages import LeftOutError, Result, Save, Stage
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "runs" / "gpu"
 NO_GPU = 3
 

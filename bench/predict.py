@@ -19,9 +19,9 @@ from pathlib import Path
 from bench import traffic
 from bench.contenders import CONTENDERS
 from bench.inputs import Problem, make_problem
+from bench.setting import ROOT, Setting
 from bench.suites import gpu_cases
 
-ROOT = Path(__file__).resolve().parents[1]
 REGISTERS = ROOT / "tests" / "hostsim" / "register_ceilings.json"
 LATENCY = 600e-9
 """Seconds that a load takes under load: assumed."""
@@ -229,8 +229,6 @@ def text(found: Sequence[Prediction], card: Card = H100) -> str:
 
 def main() -> int:
     """Prints them; 1 if one is below the goal."""
-    from bench.gpu import Setting
-
     Setting(True, Path()).backend("cuda")
     found = predictions()
     print(text(found), end="")

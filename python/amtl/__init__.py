@@ -18,8 +18,8 @@ Where sizes are learned (`parametrization="ordinal"`), training comes first, wit
   `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
-Rooms, each using only those before it: `layer` (tables that learn sizes), `integrations` (other
-people's models), `store` (files), `data` (from tables to indices), `run` (training), `cli`.
+Rooms, each using only those before it: `layer` (tables that learn sizes), `store` (files),
+`integrations` (other people's models), `data` (from tables to indices), `run` (training), `cli`.
 """
 
 import sys

@@ -80,8 +80,10 @@ def _run_folders(folders: Sequence[Path]) -> list[Path]:
         raise UserError("name at least one run folder")
     expanded: list[Path] = []
     for folder in folders:
-        inside = sorted(path.parent for path in folder.glob("*/metrics.json"))
-        expanded += [folder] if (folder / "metrics.json").exists() else inside or [folder]
+        if (folder / "metrics.json").exists():
+            expanded.append(folder)
+        else:
+            expanded += sorted(path.parent for path in folder.glob("*/metrics.json")) or [folder]
     return expanded
 
 
@@ -96,9 +98,10 @@ def load_comparable(folders: Sequence[Path], command: str) -> list[dict[str, Any
         UserError: if a folder has none, or if there are several data sets; it then has a command
             line for the runs of each.
     """
-    runs = load_metrics(folders)
+    expanded = _run_folders(folders)
+    runs = load_metrics(expanded)
     groups: dict[str, list[Path]] = {}
-    for folder, run in zip(_run_folders(folders), runs, strict=True):
+    for folder, run in zip(expanded, runs, strict=True):
         groups.setdefault(run["config"]["data"], []).append(folder)
     if len(groups) > 1:
         lines = []
