@@ -15,7 +15,7 @@ Where sizes are learned (`parametrization="ordinal"`), training comes first, wit
 - `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `AMTLEmbeddingCollection`: many tables in one
   call under one budget; `SearchOptions` has their keyword arguments.
 - `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`, `table_parameters`,
-  `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for whole models.
+  `name_sizes`, `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
 Rooms, each using only those before it: `layer` (tables that learn sizes), `store` (files),
@@ -46,6 +46,7 @@ from amtl.layer.conversion import (
     update_schedule,
 )
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.names import name_sizes
 from amtl.layer.options import SearchOptions
 from amtl.layer.table import AMTLTable
 from amtl.opening import load
@@ -68,6 +69,7 @@ __all__ = [
     "layers",
     "load",
     "mask_parameters",
+    "name_sizes",
     "open_packed",
     "parameter_groups",
     "revert",

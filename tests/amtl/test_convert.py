@@ -379,28 +379,79 @@ def test_initialisers_of_linear_layers_leave_sizes_alone(parametrization):
 
 
 @pytest.mark.parametrize("parametrization", ["ordinal", "free"])
-def test_walks_over_names_meet_what_learns_sizes_in_the_search_only(parametrization):
-    """As a regulariser or an initialiser of all that is called `users`; by the rule, nothing."""
+def test_walks_over_names_of_tables_never_meet_what_learns_sizes(parametrization):
+    """As a regulariser or an initialiser of all that is called `users`; optimizers meet it once."""
     model = amtl.convert(model_of(), COUNTS, budget=0.5, parametrization=parametrization)
+    sizes = {id(p) for p in amtl.mask_parameters(model)}
 
-    def met():
-        mine = {id(p) for p in model.users.table_parameters()}
-        return [p for n, p in model.named_parameters() if "users" in n and id(p) not in mine]
+    def names(of=model):
+        return {name for name, p in of.named_parameters() if id(p) in sizes}
 
-    assert list(map(id, met())) == list(map(id, model.users.mask_parameters()))
-    for draw in (nn.init.normal_, nn.init.ones_):
-        for parameter in met():
-            draw(parameter)
-        assert 0 < model.users.stored_fraction() <= model.users.budget
-    # Where a penalty would lead.
-    for parameter in met():
-        nn.init.zeros_(parameter)
-    ruled = amtl.convert(model_of(), COUNTS, budget=0.5, bits=None)
-    if parametrization == "ordinal":
-        assert torch.equal(model.users.row_dims(), ruled.users.row_dims())
-    assert not [n for n, _ in ruled.named_parameters() if "users" in n and n != "users.weight"]
+    assert len(sizes) == len(names()) > 0
+    assert all(name.startswith("amtl_sizes.") for name in names())
+    assert {id(model.get_parameter(name)) for name in names()} == sizes
+    before = model.users.row_dims()
+    for name, parameter in model.named_parameters():
+        if "users" in name:
+            nn.init.normal_(parameter)
+    assert torch.equal(model.users.row_dims(), before)
+    # State dicts, and walks that give every name, keep to the layers.
+    assert not [key for key in model.state_dict() if "amtl_sizes" in key]
+    whole = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert whole <= set(model.state_dict())
+    assert any(name.startswith("users.head.") for name in whole)
+    assert list(map(id, model.users.parameters()))[1:] == [
+        id(p) for p in model.users.mask_parameters()
+    ]
+    # Frozen tables have nothing to name, and those that thaw have again.
     amtl.freeze(model)
-    assert not met()
+    assert not names()
+    assert not [name for name, _ in model.named_modules() if name.startswith("amtl_sizes.")]
+    model.users.thaw()
+    assert len(names()) == len(model.users.mask_parameters()) > 0
+    # A layer that leaves the model takes its names along, and the next one brings its own.
+    model.users = nn.Embedding(*model.users.dense_weight().shape)
+    assert not names()
+    assert "amtl_sizes" not in amtl.revert(model)._modules
+
+
+def test_names_of_sizes_follow_copies_and_loads(tmp_path):
+    """Of the copy, not of the model it was made of."""
+    model = amtl.convert(model_of(), COUNTS, budget=0.5, parametrization="ordinal")
+    names = [name for name, _ in model.named_parameters()]
+    packed = amtl.freeze(copy.deepcopy(model))
+    amtl.save(packed, tmp_path / "model.safetensors")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [name for name, _ in twin.named_parameters()] == names
+        ours = {id(p) for p in model.parameters()}
+        assert not ours & {id(p) for p in twin.parameters()}
+        twin.load_state_dict(model.state_dict())
+        given = dict(model.named_parameters())
+        torch.func.functional_call(twin, given, inputs()).sum().backward()
+        assert all(p.grad is not None for p in amtl.mask_parameters(model))
+    amtl.load(tmp_path / "model.safetensors").into(model)
+    assert not [name for name, _ in model.named_parameters() if "amtl_sizes" in name]
+    named = {name for name, _ in packed.named_parameters()}
+    assert {name for name, _ in model.named_parameters()} == named
+    model.users.thaw(counts=COUNTS["users"])
+    sizes = {id(p) for p in amtl.mask_parameters(model)}
+    found = [n for n, p in model.named_parameters() if id(p) in sizes]
+    assert len(found) == len(sizes) > 0 and all(n.startswith("amtl_sizes.") for n in found)
+
+
+def test_what_children_are_counted_or_called_gets_no_names_for_sizes():
+    """Its sizes are met under the names of its layers."""
+    model = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 1))
+    amtl.convert(model, {"0": torch.arange(40)}, budget=0.5, parametrization="ordinal")
+    assert len(model) == 2 and model(torch.arange(3)).shape == (3, 1)
+    sizes = {id(p) for p in amtl.mask_parameters(model)}
+    assert sizes <= {id(p) for n, p in model.named_parameters() if n.startswith("0.head.")}
+    # A model around it that is asked for names has them.
+    whole = nn.Module()
+    whole.embedding = model
+    named = amtl.name_sizes(whole).named_parameters()
+    assert {n for n, p in named if id(p) in sizes} & {"amtl_sizes.0.branches.high.0.weight"}
+    assert not [n for n, p in whole.named_parameters() if "embedding" in n and id(p) in sizes]
 
 
 class Keeper(Model):

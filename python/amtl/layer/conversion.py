@@ -17,6 +17,7 @@ from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
 from amtl.layer.hosts import check, settle
+from amtl.layer.names import name_sizes
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.shares import AUTO, Demand, automatic_bits, split_budget
@@ -520,6 +521,7 @@ def swap(
             model.get_submodule(parent)._modules[key] = new
     _rewire(model, {id(old): [new] for old, new in replacements.items()})
     settle(root)
+    name_sizes(root)
     result: _Model = root
     return result
 

@@ -18,13 +18,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from amtl.errors import UserError
 from amtl.layer.collection import AMTLEmbeddingCollection
 from amtl.layer.conversion import layers as layers_of
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.hosts import check, settle
+from amtl.layer.names import COMPILED, PARALLEL, name_sizes, unwrapped, wrapped_as
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.table import AMTLTable
 from amtl.store.files import write_aside
@@ -44,9 +44,6 @@ _CLASSES: dict[str, type[AMTLTable]] = {
 }
 _Model = TypeVar("_Model", bound=nn.Module)
 _Kind = Literal["layer", "layers", "model", "run"]
-
-_COMPILED, _PARALLEL = "_orig_mod", "module"
-"""Under which name torch.compile, and data parallelism, keep the module that they wrap."""
 
 
 @dataclass
@@ -117,7 +114,7 @@ class PackedFile:
         embeddings = [found[name][1] for name in targets]
         homes = {name: found[name][0].rpartition(".") for name in targets}
         for name, (parent, _, key) in homes.items():
-            if _wrapped_as(inner.get_submodule(parent)) == key:
+            if wrapped_as(inner.get_submodule(parent)) == key:
                 raise PackedFileError(
                     f"{name!r} of the model is wrapped by itself "
                     f"({kind_of(inner.get_submodule(parent))}): load first, then wrap it"
@@ -133,39 +130,26 @@ class PackedFile:
             {keys[name]: value for name, value in state.items()}, strict=False, assign=assign
         )
         settle(inner)
+        name_sizes(inner)
         return model
 
     def _own_names(self, model: nn.Module) -> dict[str, str]:
         """Names of modules and keys of the file -> the same in a model that is not wrapped."""
         names = {
-            name: ".".join(part for part in name.split(".") if part != _COMPILED)
+            name: ".".join(part for part in name.split(".") if part != COMPILED)
             for name in (*self.layers, *self.aliases, *self.state)
         }
-        whole = all(name.startswith(f"{_PARALLEL}.") for name in names.values())
-        if whole and _PARALLEL not in model._modules:
-            names = {name: own.removeprefix(f"{_PARALLEL}.") for name, own in names.items()}
+        whole = all(name.startswith(f"{PARALLEL}.") for name in names.values())
+        if whole and PARALLEL not in model._modules:
+            names = {name: own.removeprefix(f"{PARALLEL}.") for name, own in names.items()}
         return names
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile, DistributedDataParallel and DataParallel have wrapped; else the model."""
-    while (name := _wrapped_as(model)) is not None:
-        model = model.get_submodule(name)
-    return model
-
-
-def _wrapped_as(module: nn.Module) -> str | None:
-    """The name under which a wrapper keeps what it wraps; None for other modules."""
-    if _COMPILED in module._modules:
-        return _COMPILED
-    return _PARALLEL if isinstance(module, DataParallel | DistributedDataParallel) else None
 
 
 def _own_name(model: nn.Module, name: str) -> str:
     """The name of a module or state_dict key of a model, were nothing in the model wrapped."""
     own, module = [], model
     for part in name.split("."):
-        if _wrapped_as(module) != part:
+        if wrapped_as(module) != part:
             own.append(part)
         # Beyond modules comes the name of a tensor.
         inside = module._modules.get(part)

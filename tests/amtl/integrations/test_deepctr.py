@@ -97,6 +97,9 @@ def test_a_model_from_training_to_loading(kind, collection, tmp_path):
         assert torch.equal(moments, state["exp_avg"]) and bool(moments.any())
     assert deepctr.count(model, fed(model, x)).keys() == counts.keys()
     assert model.optim.param_groups[-1]["lr"] == 0.05
+    sizes = {id(p) for p in amtl.mask_parameters(model)}
+    named = {name for name, p in model.named_parameters() if id(p) in sizes}
+    assert len(named) == len(sizes) and all(name.startswith("amtl_sizes.") for name in named)
     for linear in model.linear_model.embedding_dict.values():
         assert type(linear) is torch.nn.Embedding
     before = [p.detach().clone() for p in amtl.mask_parameters(model)]

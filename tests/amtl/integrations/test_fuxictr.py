@@ -400,6 +400,18 @@ def test_regularisers_and_initialisers_do_not_touch_the_sizes(model):
     assert all(torch.equal(a, b) for a, b in zip(before, masks, strict=True))
 
 
+@pytest.mark.parametrize("collection", [False, True])
+def test_names_with_embedding_never_meet_the_sizes(collection, tmp_path):
+    model = build(tmp_path)
+    fuxictr.convert(model, COUNTS, budget=0.5, parametrization="ordinal", collection=collection)
+    masks = [id(p) for p in amtl.mask_parameters(model)]
+    of_embeddings = {id(p) for n, p in model.named_parameters() if "embedding" in n}
+    assert {id(p) for p in amtl.table_parameters(model)} <= of_embeddings
+    assert not of_embeddings & set(masks)
+    named = [id(p) for n, p in model.named_parameters() if n.startswith("amtl_sizes.")]
+    assert named == masks and len(masks) > 0
+
+
 class TwoTasks(MultiTaskModel):
     def __init__(self, features, folder):
         super().__init__(
