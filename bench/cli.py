@@ -33,6 +33,7 @@ from bench.plan import Budget, Cost, Plan, admit, make_plan
 from bench.results import Comparison, Report, ResultFormatError
 from bench.runner import Runner, cpu_clock, wall_clock
 from bench.suites import SUITES, backward, evaluate, select
+from bench.traffic import LINE
 
 app = typer.Typer(
     help="Benchmarks of amtl_kernels against its peers, on this machine.",
@@ -178,6 +179,8 @@ def run(
             ceilings=report.ceilings,
             probe=None if suite == "tiny" else machine.ThreadProbe(),
             timer=cpu_clock if clock == "cpu" else wall_clock,
+            cache_bytes=machine.last_level_cache_bytes(),
+            sector=LINE,
         )
     report.absent = runner.absent()
     report.settings = {"seconds_per_case": budget.seconds, "clock": clock, "note": note}

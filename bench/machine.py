@@ -136,7 +136,8 @@ def ceilings(threads: int, *, megabytes: int = 512) -> dict[str, float]:
     """Measured bandwidths of this machine in bytes per second, best of a few.
 
     ``copy`` counts bytes read plus bytes written. ``rows`` reads whole rows of 256 bytes at
-    random places, which is what a lookup does to a table larger than the caches.
+    random places, which is what a lookup does to a table larger than the caches, and ``lines`` rows
+    of one cache line.
 
     Args:
         threads: Threads to use.
@@ -151,7 +152,13 @@ def ceilings(threads: int, *, megabytes: int = 512) -> dict[str, float]:
         "read": size / _best(lambda: source.sum()),
         "copy": 2 * size / _best(lambda: target.copy_(source)),
     }
-    table = source.view(-1, 64)
+    found["rows"] = _random_rows(source.view(-1, 64))
+    found["lines"] = _random_rows(source.view(-1, 16))
+    return found
+
+
+def _random_rows(table: torch.Tensor) -> float:
+    """Bytes per second at which rows are read wherever they lie, in bags of 32."""
     picked = min(table.shape[0], 1 << 17)
     offsets = torch.arange(0, picked, 32)
     best = float("inf")
@@ -162,8 +169,7 @@ def ceilings(threads: int, *, megabytes: int = 512) -> dict[str, float]:
         start = time.perf_counter()
         torch.nn.functional.embedding_bag(rows, table, offsets, mode="sum")
         best = min(best, time.perf_counter() - start)
-    found["rows"] = picked * 256.0 / best
-    return found
+    return picked * table[0].nbytes / best
 
 
 class ThreadProbe:

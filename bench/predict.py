@@ -3,7 +3,7 @@
 Three numbers are counted: the lookups that a multiprocessor holds (from the registers and the
 shared memory that the compiler gave the kernel), the loads of one lookup that wait for each other
 (from the simulator's count of a warp's loads, those in flight together taken as one), and the bytes
-behind the L2 (:func:`bench.traffic.floor_bytes`). Two are assumed: the memory's rate, and what a
+behind the L2 (:func:`bench.traffic.floor`). Two are assumed: the memory's rate, and what a
 load takes under load. Nothing says that the instructions themselves, or the L2, keep up.
 """
 
@@ -170,7 +170,7 @@ def predict(problem: Problem, small: Problem, *, frozen: bool, card: Card) -> Pr
     touched = problem.traffic(ids, contender.equations.dims(problem, ids), mask_gradient=False)
     layout = contender.equations.layout(problem, ids)
     floors = [
-        traffic.floor_bytes(touched, layout, 1, card.l2, "forward", sector=sector)
+        traffic.floor(touched, layout, 1, card.l2, "forward", sector=sector).total
         for sector in (traffic.SECTOR, card.sector)
     ]
     asked = traffic.useful_bytes(touched, "forward")

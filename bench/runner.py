@@ -18,7 +18,16 @@ from bench.inputs import Case, Problem, TraceUnavailableError, make_problem, sam
 from bench.oracle import Equations, MismatchError, compare, expected
 from bench.plan import Budget
 from bench.results import Comparison, Timing
-from bench.traffic import Traffic, ceiling_seconds, floor_bytes, row_bytes, useful_bytes
+from bench.traffic import (
+    LINE,
+    SECTOR,
+    Floor,
+    Traffic,
+    ceiling_seconds,
+    floor,
+    row_bytes,
+    useful_bytes,
+)
 
 Call = Callable[[int], object]
 Timer = Callable[[Callable[[], None]], float]
@@ -147,7 +156,9 @@ class Runner:
         contenders: Who can take part.
         timer: Measures a run in seconds; of a case on a GPU, that GPU's clock.
         available: Tells the bytes of memory that are free, on the GPU likewise.
-        cache_bytes: Of a GPU's L2; not 0: timings also carry the bytes that have to pass it.
+        cache_bytes: Of a GPU's L2, or of a CPU's last cache; not 0: timings also carry the bytes
+            that have to pass it.
+        sector: What memory moves at least, bytes; of a CPU ``LINE``.
     """
 
     budget: Budget = _BUDGET
@@ -158,8 +169,9 @@ class Runner:
     timer: Timer = wall_clock
     available: Callable[[], float] = machine.available_bytes
     cache_bytes: int = 0
+    sector: int = SECTOR
     _last: Problem | None = None
-    _floors: dict[tuple[object, ...], float] = field(default_factory=dict)
+    _floors: dict[tuple[object, ...], Floor] = field(default_factory=dict)
 
     def absent(self, asked: Iterable[str] | None = None) -> dict[str, str]:
         """Contenders that this machine lacks, of those asked for or of all: why, how to get them.
@@ -262,10 +274,14 @@ class Runner:
             if "copy" in ceilings:
                 copied = timing.summary.median * ceilings["copy"]
                 timing.share = timing.useful_bytes / copied
-                if self.cache_bytes:
+                if "floor_bytes" in timing.facts:
                     timing.facts["floor_share"] = timing.facts["floor_bytes"] / copied
             if "rows" in ceilings:
                 timing.facts["ceiling_share"] = _ceiling_share(case, timing, ceilings)
+            if "lines" in ceilings and "line_bytes" in timing.facts:
+                behind = Floor(timing.facts["stream_bytes"], timing.facts["line_bytes"])
+                least = behind.seconds(ceilings) / timing.summary.median
+                timing.facts["line_share"] = float(f"{least:.4g}")
         return result
 
     def _checked(self, contender: Contender, problem: Problem) -> tuple[Session, float]:
@@ -322,8 +338,8 @@ class Runner:
             return float(case.threads)
         return self.probe.speedup(case.threads)
 
-    def _floor(self, contender: Contender, problem: Problem, traffic: Traffic) -> float:
-        """:func:`floor_bytes`, which takes seconds, once for contenders that read the same."""
+    def _floor(self, contender: Contender, problem: Problem, traffic: Traffic) -> Floor:
+        """:func:`floor`, which takes seconds, once for contenders that read the same."""
         case, equations = problem.case, contender.equations
         key = (equations.sizes, equations.mask_gradient, equations.tier_width, contender.row_bits)
         # Sizes that somebody brings are its own.
@@ -332,7 +348,7 @@ class Runner:
         if key not in self._floors:
             layout = equations.layout(problem, problem.global_ids[0], contender.row_bits)
             asked = (case.bag_size, self.cache_bytes, case.work, case.optimizer)
-            self._floors[key] = floor_bytes(traffic, layout, *asked)
+            self._floors[key] = floor(traffic, layout, *asked, self.sector)
         return self._floors[key]
 
     def _timing(self, contender: Contender, problem: Problem, difference: float) -> Timing:
@@ -344,12 +360,16 @@ class Runner:
         traffic = replace(traffic, row_element=contender.row_bits / 8)
         all_rows = problem.row_dims.double().mean().item() / case.dim
         useful = useful_bytes(traffic, case.work, case.optimizer)
-        floor = {}
+        behind = {}
         if self.cache_bytes:
-            floor = {
-                "bytes_per_lookup": round(useful / traffic.lookups, 1),
-                "floor_bytes": self._floor(contender, problem, traffic),
-            }
+            least = self._floor(contender, problem, traffic)
+            if self.sector == LINE:
+                behind = {"stream_bytes": least.streams, "line_bytes": least.apart}
+            else:
+                behind = {
+                    "bytes_per_lookup": round(useful / traffic.lookups, 1),
+                    "floor_bytes": least.total,
+                }
         return Timing(
             title=contender.title,
             ours=contender.ours,
@@ -358,7 +378,7 @@ class Runner:
             useful_bytes=useful,
             error=float(f"{difference:.2g}"),
             facts={
-                **floor,
+                **behind,
                 "row_bytes": row_bytes(traffic, case.work, case.optimizer),
                 "distinct_rows": traffic.distinct,
                 "kept_over_lookups": round(traffic.lookup_mean / case.dim, 4),

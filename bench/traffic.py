@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 Work = Literal["forward", "backward", "step"]
 Optimizer = Literal["none", "sgd", "rowwise_adagrad", "adagrad", "adam"]
 
-# A GPU's memory moves no less.
+# A GPU's memory moves no less, nor a CPU's.
 SECTOR = 32
+LINE = 64
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,30 @@ def _state_reads(layout: Layout, element: int, optimizer: Optimizer, sector: int
 _TABLE, _GRADIENT, _STATE, _TOLD = 0, 1, 2, 4
 
 
-def floor_bytes(
+@dataclass(frozen=True)
+class Floor:
+    """Bytes of one call that have to come from or go to memory behind a cache.
+
+    Attributes:
+        streams: Ids, outputs and row gradients, one after the other.
+        apart: Sectors that lie wherever the ids point: rows, what tells their sizes, states, and
+            the gradients of bags.
+    """
+
+    streams: float
+    apart: float
+
+    @property
+    def total(self) -> float:
+        """Of both kinds."""
+        return self.streams + self.apart
+
+    def seconds(self, ceilings: Mapping[str, float]) -> float:
+        """What they take at a machine's own rates, ``copy`` and ``lines``, bytes per second."""
+        return self.streams / ceilings["copy"] + self.apart / ceilings["lines"]
+
+
+def floor(
     traffic: Traffic,
     layout: Layout,
     bag_size: int,
@@ -241,8 +265,8 @@ def floor_bytes(
     work: Work,
     optimizer: Optimizer = "none",
     sector: int = SECTOR,
-) -> float:
-    """Bytes of one call that have to come from or go to memory behind a cache.
+) -> Floor:
+    """What one call has to move behind a cache.
 
     What is read passes a cache of that size, empty at first, which drops the sectors that
     have not been used for longest (:func:`missed`): row by row what tells its size and the
@@ -264,8 +288,9 @@ def floor_bytes(
         for table, begin in enumerate(layout.told)
     ]
     reads = [_in_turns([*told, _reads(layout.begin, layout.kept, _TABLE, sector)])]
-    total = float(traffic.index * traffic.lookups)
-    total += traffic.element * traffic.outputs * traffic.dim
+    streams = float(traffic.index * traffic.lookups)
+    streams += traffic.element * traffic.outputs * traffic.dim
+    written = 0
     if work != "forward":
         row = traffic.element * traffic.dim
         bags = np.argsort(layout.rows, kind="stable") // bag_size
@@ -284,11 +309,12 @@ def floor_bytes(
             for each in (prefix, *state):
                 # Rows that share a sector come one after the other: it is written once.
                 _, first = np.unique(each.keys, return_index=True)
-                total += sector * int(each.sectors[first].sum())
+                written += int(each.sectors[first].sum())
         if at_turn:
             reads.append(_in_turns(at_turn))
         if work == "backward":
-            total += float(once.stored.sum())
+            streams += float(once.stored.sum())
     keys = np.concatenate([each.keys for each in reads])
     sectors = np.concatenate([each.sectors for each in reads])
-    return total + sector * missed(keys, sectors, cache_bytes // sector)
+    read = missed(keys, sectors, cache_bytes // sector)
+    return Floor(streams, float(sector * (read + written)))

@@ -128,6 +128,21 @@ def test_results_state_bytes_sizes_and_the_share_of_the_ceiling() -> None:
     assert "floor_bytes" not in timing.facts
 
 
+def test_lines_have_a_ceiling_of_their_own() -> None:
+    the_runner = runner(Good())
+    the_runner.ceilings = {"1": {"copy": 1e9, "lines": 1e8}}
+    the_runner.cache_bytes, the_runner.sector = 1 << 20, 64
+    timing = the_runner.run(dataclasses.replace(CASE, contenders=("good",))).timings["good"]
+    streams = 4 * 16 * 8 + 8 * 48
+    # Two rows share a line; the cache keeps them.
+    assert timing.facts["stream_bytes"] == streams
+    lines = timing.facts["line_bytes"]
+    assert 32 * timing.facts["distinct_rows"] <= lines <= 64 * timing.facts["distinct_rows"]
+    least = streams / 1e9 + lines / 1e8
+    assert timing.facts["line_share"] == pytest.approx(least / timing.summary.median, rel=1e-3)
+    assert "floor_bytes" not in timing.facts
+
+
 def test_of_a_gpu_results_state_both_rooflines() -> None:
     the_runner = runner(Good())
     the_runner.cache_bytes = 1 << 20

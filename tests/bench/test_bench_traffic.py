@@ -9,10 +9,11 @@ import torch
 from bench.inputs import Case, TierLayout, make_problem
 from bench.oracle import Equations
 from bench.traffic import (
+    Floor,
     Layout,
     Traffic,
     ceiling_seconds,
-    floor_bytes,
+    floor,
     missed,
     row_bytes,
     useful_bytes,
@@ -132,38 +133,50 @@ SEARCH = dataclasses.replace(HAND, mask_gradient=True)
 def test_floor_of_a_case_by_hand() -> None:
     """A cache of four sectors and two bags of three lookups."""
 
-    def floor(traffic: Traffic, *asked: str) -> float:
-        return floor_bytes(traffic, HAND_LAYOUT, 3, 4 * 32, *asked)  # type: ignore[arg-type]
+    def least(traffic: Traffic, *asked: str) -> float:
+        return floor(traffic, HAND_LAYOUT, 3, 4 * 32, *asked).total  # type: ignore[arg-type]
 
     # 0 and 1 missed, 0 hit, 2 pushes 1 out, 3 pushes 0 out, 0 pushes 2 out: 2 + 1 + 2 + 1 + 2.
     forward = 32 * 8 + 8 * 6 + 4 * 2 * 16
-    assert floor(HAND, "forward") == forward
+    assert least(HAND, "forward") == forward
     # Gradients of the bags 0 0 1 0 1 1, of two sectors each, fit; row gradients are written whole.
     gradient = 32 * 4
-    assert floor(HAND, "backward") == forward + gradient + 4 * 64
+    assert least(HAND, "backward") == forward + gradient + 4 * 64
     # Every row whole: its prefix was pushed out by the gradients.
     whole = 32 * 8
-    assert floor(SEARCH, "backward") == forward + gradient + whole + 4 * 64
+    assert least(SEARCH, "backward") == forward + gradient + whole + 4 * 64
     # A step writes prefixes, and no row gradients.
-    assert floor(SEARCH, "step", "sgd") == forward + gradient + whole + 32 * 6
-    assert floor(HAND, "step", "sgd") == forward + gradient + 32 * 6 + 32 * 6
+    assert least(SEARCH, "step", "sgd") == forward + gradient + whole + 32 * 6
+    assert least(HAND, "step", "sgd") == forward + gradient + 32 * 6 + 32 * 6
     # One sector holds the numbers of all four rows, and stays.
-    assert floor(SEARCH, "step", "rowwise_adagrad") == (
+    assert least(SEARCH, "step", "rowwise_adagrad") == (
         forward + gradient + whole + 32 + 32 * 6 + 32
     )
     # Adagrad's and Adam's moments are read and written like the kept weights.
-    assert floor(SEARCH, "step", "adagrad") == floor(SEARCH, "step", "sgd") + 2 * 32 * 6
-    assert floor(SEARCH, "step", "adam") == floor(SEARCH, "step", "sgd") + 4 * 32 * 6
+    assert least(SEARCH, "step", "adagrad") == least(SEARCH, "step", "sgd") + 2 * 32 * 6
+    assert least(SEARCH, "step", "adam") == least(SEARCH, "step", "sgd") + 4 * 32 * 6
     # Each lookup's bytes, whatever a cache holds.
     assert useful_bytes(HAND, "forward") == 4 * 69 + 4 * 2 * 16 + 8 * 6
+
+
+def test_streams_are_told_from_what_lies_apart() -> None:
+    """Ids, outputs and row gradients at the copy's rate, the rest at that of lines."""
+    asked = (3, 4 * 32)
+    assert floor(HAND, HAND_LAYOUT, *asked, "forward") == Floor(8 * 6 + 4 * 2 * 16, 32 * 8)
+    backward = floor(HAND, HAND_LAYOUT, *asked, "backward")
+    assert backward == Floor(8 * 6 + 4 * 2 * 16 + 4 * 64, 32 * 8 + 32 * 4)
+    # Lines of 64 bytes are whole rows here; a cache of two holds 0 but for 2 and 3, and both bags.
+    step = floor(SEARCH, HAND_LAYOUT, *asked, "step", "sgd", sector=64)
+    assert step == Floor(8 * 6 + 4 * 2 * 16, 64 * (5 + 2 + 4 + 4))
+    assert step.seconds({"copy": 16.0, "lines": 8.0}) == 176 / 16 + 960 / 8
 
 
 def test_what_tells_sizes_is_read_by_sectors() -> None:
     """Groups of four bytes, eight a sector, beside rows that the cache holds."""
     told = dataclasses.replace(HAND_LAYOUT, told=[4 * 8 * HAND_ROWS, HAND_ROWS])
     asked = (3, 1 << 20, "forward")
-    plain = floor_bytes(HAND, HAND_LAYOUT, *asked)  # type: ignore[arg-type]
-    assert floor_bytes(HAND, told, *asked) == plain + 32 * (4 + 1)  # type: ignore[arg-type]
+    plain = floor(HAND, HAND_LAYOUT, *asked).total  # type: ignore[arg-type]
+    assert floor(HAND, told, *asked).total == plain + 32 * (4 + 1)  # type: ignore[arg-type]
 
 
 def test_narrow_rows_share_sectors() -> None:
@@ -175,11 +188,11 @@ def test_narrow_rows_share_sectors() -> None:
     layout = Layout(np.arange(5), begins, widths, widths)
     traffic = Traffic(5, 5, 5, 12, 7.2, 7.2)
     written = 4 * 5 * 12 + 8 * 5
-    assert floor_bytes(traffic, layout, 1, 1 << 20, "forward") == 32 * 5 + written
+    assert floor(traffic, layout, 1, 1 << 20, "forward").total == 32 * 5 + written
     # A cache of one sector finds what the row before has ended with.
-    assert floor_bytes(traffic, layout, 1, 32, "forward") == 32 * 5 + written
+    assert floor(traffic, layout, 1, 32, "forward").total == 32 * 5 + written
     back = Layout(*(values[::2] for values in (np.arange(5), begins, widths, widths)))
-    assert floor_bytes(traffic, back, 1, 32, "forward") == 32 * (2 + 1 + 1) + written
+    assert floor(traffic, back, 1, 32, "forward").total == 32 * (2 + 1 + 1) + written
 
 
 @pytest.mark.parametrize(
@@ -217,7 +230,7 @@ def test_the_floor_lies_between_distinct_sectors_and_every_lookup() -> None:
     for work, optimizer in (("forward", "none"), ("backward", "none"), ("step", "adam")):
         asked = (work, optimizer)
         sizes = (32, 1 << 12, 1 << 16, 1 << 30)
-        floors = [floor_bytes(traffic, layout, 20, size, *asked) for size in sizes]  # type: ignore[arg-type]
+        floors = [floor(traffic, layout, 20, size, *asked).total for size in sizes]  # type: ignore[arg-type]
         assert floors == sorted(floors, reverse=True)
         # Everything is read once, and the incoming gradient once a bag.
         rows = once.kept.sum() + 4 * 200 * 64 + 8 * 4_000
