@@ -32,7 +32,7 @@ class Timing:
         useful_bytes: Bytes that one call has to move (``bench.traffic``).
         share: Useful bytes per second over the measured copy bandwidth. On a CPU ``facts`` hold
             ``ceiling_share``, too: the same with bytes of uniformly chosen rows at their own rate;
-            and ``line_share``, with cache lines of what lies apart at theirs.
+            and ``place_share``, with cache lines and places of what lies apart at theirs.
         error: Largest relative difference from the equations, checked before timing.
         facts: Anything else: mean sizes, peak memory, bytes stored.
         kept: What is left of the samples in a summary.

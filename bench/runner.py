@@ -278,10 +278,10 @@ class Runner:
                     timing.facts["floor_share"] = timing.facts["floor_bytes"] / copied
             if "rows" in ceilings:
                 timing.facts["ceiling_share"] = _ceiling_share(case, timing, ceilings)
-            if "lines" in ceilings and "line_bytes" in timing.facts:
-                behind = Floor(timing.facts["stream_bytes"], timing.facts["line_bytes"])
-                least = behind.seconds(ceilings) / timing.summary.median
-                timing.facts["line_share"] = float(f"{least:.4g}")
+            if "lines" in ceilings and "places" in timing.facts:
+                parts = (timing.facts[key] for key in ("stream_bytes", "line_bytes", "places"))
+                least = Floor(*parts).seconds(ceilings) / timing.summary.median
+                timing.facts["place_share"] = float(f"{least:.4g}")
         return result
 
     def _checked(self, contender: Contender, problem: Problem) -> tuple[Session, float]:
@@ -364,7 +364,11 @@ class Runner:
         if self.cache_bytes:
             least = self._floor(contender, problem, traffic)
             if self.sector == LINE:
-                behind = {"stream_bytes": least.streams, "line_bytes": least.apart}
+                behind = {
+                    "stream_bytes": least.streams,
+                    "line_bytes": least.apart,
+                    "places": least.places,
+                }
             else:
                 behind = {
                     "bytes_per_lookup": round(useful / traffic.lookups, 1),

@@ -85,9 +85,9 @@ def comparison_table(comparison: Comparison) -> str:
     ceilings = any("ceiling_share" in timing.facts for timing in comparison.timings.values())
     if ceilings:
         header += ["of the machine's ceiling"]
-    lines = any("line_share" in timing.facts for timing in comparison.timings.values())
+    lines = any("place_share" in timing.facts for timing in comparison.timings.values())
     if lines:
-        header += ["MB of lines", "of their ceiling"]
+        header += ["MB of lines", "places a lookup", "of their ceiling"]
     header += [f"time / {comparison.timings[name].title}" for name in baselines]
     rows = []
     for name, timing in comparison.timings.items():
@@ -111,9 +111,13 @@ def comparison_table(comparison: Comparison) -> str:
             share = timing.facts.get("ceiling_share")
             row.append(f"{share:.0%}" if share else "–")
         if lines:
-            moved, share = (timing.facts.get(key) for key in ("line_bytes", "line_share"))
-            row.append("–" if moved is None else f"{moved / 1e6:.3g}")
-            row.append(f"{share:.0%}" if share else "–")
+            share = timing.facts.get("place_share")
+            moved, places = (timing.facts.get(key, 0) for key in ("line_bytes", "places"))
+            row += (
+                [f"{moved / 1e6:.3g}", f"{places / timing.lookups:.2g}", f"{share:.0%}"]
+                if (share is not None)
+                else ["–", "–", "–"]
+            )
         for baseline in baselines:
             if baseline == name:
                 row.append("1")

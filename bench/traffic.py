@@ -6,9 +6,10 @@ one is possible where the table or the hot rows fit a cache.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,15 +157,25 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Reads:
-    """Accesses in order: what is read, sectors that it takes, and the lookup or row it is for."""
+    """Accesses in order.
+
+    Attributes:
+        keys: What is read.
+        sectors: That it takes.
+        turns: The lookup or row it is for.
+        first: Whether no sector of the same memory range comes before it.
+    """
 
     keys: NDArray[np.int64]
     sectors: NDArray[np.int64]
     turns: NDArray[np.int64]
+    first: NDArray[np.bool_]
 
 
-def missed(keys: NDArray[np.int64], sizes: NDArray[np.int64], room: int, chunks: int = 1024) -> int:
-    """Sum of the sizes of those accesses that a cache misses which is empty at first.
+def misses(
+    keys: NDArray[np.int64], sizes: NDArray[np.int64], room: int, chunks: int = 1024
+) -> NDArray[np.bool_]:
+    """Which accesses a cache misses that is empty at first, ``[n]``.
 
     It drops what has not been used for longest. Exact for up to twice ``chunks`` accesses; of more,
     those of one ``chunks``-th count as made at once, so that sizes used within it drop nothing.
@@ -187,17 +198,19 @@ def missed(keys: NDArray[np.int64], sizes: NDArray[np.int64], room: int, chunks:
     ends = np.bincount(now[counts]).cumsum()
     # By chunk: what has been used in it and not since.
     used = np.zeros(ends.size, dtype=np.int64)
-    total = start = 0
+    hits = np.zeros(before.size, dtype=bool)
+    start = 0
     for chunk, end in enumerate(ends):
         here, needed = before[start:end], size[start:end]
         since = used[::-1].cumsum()[::-1] - used
         known = here >= 0
-        hit = known & (since[here] + needed <= room)
-        total += int(needed[~hit].sum())
+        hits[start:end] = known & (since[here] + needed <= room)
         np.subtract.at(used, here[known], needed[known])
         used[chunk] += needed.sum()
         start = end
-    return total
+    found = counts.copy()
+    found[counts] = ~hits
+    return found
 
 
 def _reads(begin: NDArray[np.int64], size: NDArray[np.int64], region: int, sector: int) -> _Reads:
@@ -207,19 +220,24 @@ def _reads(begin: NDArray[np.int64], size: NDArray[np.int64], region: int, secto
     turns = np.arange(begin.size)
     if not (begin % sector).any():
         taken = count > 0
-        return _Reads((first + (region << 48))[taken], count[taken], turns[taken])
+        keys = (first + (region << 48))[taken]
+        return _Reads(keys, count[taken], turns[taken], np.ones(keys.size, dtype=bool))
     turns = turns.repeat(count)
     within = np.arange(turns.size) - (count.cumsum() - count).repeat(count)
     keys = first.repeat(count) + within + (region << 48)
-    return _Reads(keys, np.ones_like(keys), turns)
+    return _Reads(keys, np.ones_like(keys), turns, within == 0)
 
 
 def _in_turns(reads: Sequence[_Reads]) -> _Reads:
     """All of them, those of one lookup after those of the lookup before."""
     turns = np.concatenate([each.turns for each in reads])
     order = turns.argsort(kind="stable")
-    keys = np.concatenate([each.keys for each in reads])[order]
-    return _Reads(keys, np.concatenate([each.sectors for each in reads])[order], turns[order])
+    return _joined(reads, order)
+
+
+def _joined(reads: Sequence[_Reads], order: Any = slice(None)) -> _Reads:
+    parts = zip(*(dataclasses.astuple(each) for each in reads), strict=True)
+    return _Reads(*(np.concatenate(part)[order] for part in parts))
 
 
 def _state_reads(layout: Layout, element: int, optimizer: Optimizer, sector: int) -> list[_Reads]:
@@ -242,10 +260,12 @@ class Floor:
         streams: Ids, outputs and row gradients, one after the other.
         apart: Sectors that lie wherever the ids point: rows, what tells their sizes, states, and
             the gradients of bags.
+        places: Memory ranges that ``apart`` is read in: their number.
     """
 
     streams: float
     apart: float
+    places: int
 
     @property
     def total(self) -> float:
@@ -253,8 +273,18 @@ class Floor:
         return self.streams + self.apart
 
     def seconds(self, ceilings: Mapping[str, float]) -> float:
-        """What they take at a machine's own rates, ``copy`` and ``lines``, bytes per second."""
-        return self.streams / ceilings["copy"] + self.apart / ceilings["lines"]
+        """What a CPU would take at its own rates, if sectors are lines.
+
+        A line somewhere else takes longer than the next ones, which need no page of their own:
+        ``lines`` is measured in rows of one and ``rows`` in rows of four.
+
+        Args:
+            ceilings: Bytes per second: ``copy``, ``rows`` and ``lines``.
+        """
+        place = LINE / ceilings["lines"]
+        further = max(4 * LINE / ceilings["rows"] - place, 0.0) / 3
+        rest = max(self.apart / LINE - self.places, 0.0)
+        return self.streams / ceilings["copy"] + self.places * place + rest * further
 
 
 def floor(
@@ -269,7 +299,7 @@ def floor(
     """What one call has to move behind a cache.
 
     What is read passes a cache of that size, empty at first, which drops the sectors that
-    have not been used for longest (:func:`missed`): row by row what tells its size and the
+    have not been used for longest (:func:`misses`): row by row what tells its size and the
     kept part of it, then gradients of bags in the order of the sorted rows, and at last each row
     that was looked up with its optimizer's state. What is written counts once. Row gradients count
     where the caller gets them, not on their way to an optimizer, nor does what sorting moves.
@@ -314,7 +344,7 @@ def floor(
             reads.append(_in_turns(at_turn))
         if work == "backward":
             streams += float(once.stored.sum())
-    keys = np.concatenate([each.keys for each in reads])
-    sectors = np.concatenate([each.sectors for each in reads])
-    read = missed(keys, sectors, cache_bytes // sector)
-    return Floor(streams, float(sector * (read + written)))
+    every = _joined(reads)
+    lost = misses(every.keys, every.sectors, cache_bytes // sector)
+    moved = int(every.sectors[lost].sum()) + written
+    return Floor(streams, float(sector * moved), int(every.first[lost].sum()))

@@ -130,7 +130,7 @@ def test_results_state_bytes_sizes_and_the_share_of_the_ceiling() -> None:
 
 def test_lines_have_a_ceiling_of_their_own() -> None:
     the_runner = runner(Good())
-    the_runner.ceilings = {"1": {"copy": 1e9, "lines": 1e8}}
+    the_runner.ceilings = {"1": {"copy": 1e9, "rows": 2e8, "lines": 1e8}}
     the_runner.cache_bytes, the_runner.sector = 1 << 20, 64
     timing = the_runner.run(dataclasses.replace(CASE, contenders=("good",))).timings["good"]
     streams = 4 * 16 * 8 + 8 * 48
@@ -138,8 +138,11 @@ def test_lines_have_a_ceiling_of_their_own() -> None:
     assert timing.facts["stream_bytes"] == streams
     lines = timing.facts["line_bytes"]
     assert 32 * timing.facts["distinct_rows"] <= lines <= 64 * timing.facts["distinct_rows"]
-    least = streams / 1e9 + lines / 1e8
-    assert timing.facts["line_share"] == pytest.approx(least / timing.summary.median, rel=1e-3)
+    places = timing.facts["places"]
+    assert 0 < places <= timing.facts["distinct_rows"]
+    further = (256 / 2e8 - 64 / 1e8) / 3
+    least = streams / 1e9 + places * 64 / 1e8 + (lines / 64 - places) * further
+    assert timing.facts["place_share"] == pytest.approx(least / timing.summary.median, rel=1e-3)
     assert "floor_bytes" not in timing.facts
 
 

@@ -14,7 +14,7 @@ from bench.traffic import (
     Traffic,
     ceiling_seconds,
     floor,
-    missed,
+    misses,
     row_bytes,
     useful_bytes,
 )
@@ -98,6 +98,10 @@ def replayed(keys: np.ndarray, sizes: np.ndarray, room: int) -> int:
     return missed_sizes
 
 
+def missed(keys: np.ndarray, sizes: np.ndarray, room: int, chunks: int = 1024) -> int:
+    return int(sizes[misses(keys, sizes, room, chunks)].sum())
+
+
 def test_a_cache_drops_the_oldest() -> None:
     keys = np.array([1, 2, 1, 3, 2, 1, 1])
     ones = np.ones_like(keys)
@@ -162,13 +166,15 @@ def test_floor_of_a_case_by_hand() -> None:
 def test_streams_are_told_from_what_lies_apart() -> None:
     """Ids, outputs and row gradients at the copy's rate, the rest at that of lines."""
     asked = (3, 4 * 32)
-    assert floor(HAND, HAND_LAYOUT, *asked, "forward") == Floor(8 * 6 + 4 * 2 * 16, 32 * 8)
+    assert floor(HAND, HAND_LAYOUT, *asked, "forward") == Floor(8 * 6 + 4 * 2 * 16, 32 * 8, 5)
     backward = floor(HAND, HAND_LAYOUT, *asked, "backward")
-    assert backward == Floor(8 * 6 + 4 * 2 * 16 + 4 * 64, 32 * 8 + 32 * 4)
+    assert backward == Floor(8 * 6 + 4 * 2 * 16 + 4 * 64, 32 * 8 + 32 * 4, 5 + 2)
     # Lines of 64 bytes are whole rows here; a cache of two holds 0 but for 2 and 3, and both bags.
     step = floor(SEARCH, HAND_LAYOUT, *asked, "step", "sgd", sector=64)
-    assert step == Floor(8 * 6 + 4 * 2 * 16, 64 * (5 + 2 + 4 + 4))
-    assert step.seconds({"copy": 16.0, "lines": 8.0}) == 176 / 16 + 960 / 8
+    assert step == Floor(8 * 6 + 4 * 2 * 16, 64 * (5 + 2 + 4 + 4), 5 + 2 + 4)
+    # 8 seconds for a line somewhere, 4 for each of the three after it; written ones were read.
+    rates = {"copy": 16.0, "lines": 8.0, "rows": 256 / (8 + 3 * 4)}
+    assert step.seconds(rates) == 176 / 16 + 11 * 8 + 4 * 4
 
 
 def test_what_tells_sizes_is_read_by_sectors() -> None:
