@@ -21,6 +21,7 @@ from amtl.layer.rounding import (
     step_groups,
     step_of,
     unit,
+    where_they_are,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,12 +32,13 @@ from amtl_kernels.rounding import code_type, pack_codes, unpack_codes
 
 ROWS, DIM = 300, 16
 COUNTS = (4000 / torch.arange(1, ROWS + 1).pow(1.1)).long()
+SCATTERED = COUNTS[torch.randperm(ROWS, generator=torch.Generator().manual_seed(3))]
 
 
 def layer_of(bits=4, budget=0.1, kind=AMTLEmbedding, **more):
     torch.manual_seed(0)
     options = {"shared_rows": "rarest", "field_sizes": [200, 100], **more}
-    return kind(ROWS, DIM, counts=COUNTS, budget=budget, bits=bits, **options)
+    return kind(ROWS, DIM, **{"counts": COUNTS, "budget": budget, "bits": bits, **options})
 
 
 def trained(layer, steps=5, bags=False):
@@ -168,10 +170,86 @@ def test_a_table_in_frequency_order_keeps_it(bits, masters):
     layer = layer_of(bits, bits / 64, **alone)
     layer.freeze()
     assert layer.row_order is None and len(set(layer.row_dims().tolist())) > 1
-    # Of two fields the places of one come first.
+    # Two such fields, or one after a row of padding, are a few runs more.
     both = layer_of(bits, bits / 64)
-    both.freeze()
-    assert both.row_order is not None
+    padded = layer_of(
+        bits, bits / 64, **{**alone, "counts": COUNTS.roll(1), "padding_idx": 0, "min_dim": 0}
+    )
+    for more in (both, padded):
+        more.freeze()
+        assert more.row_order is None
+    assert padded.row_dims()[0] == 0 and not padded(torch.tensor([0])).any()
+    # Scattered ones are put in order.
+    scattered = layer_of(bits, bits / 64, **{**alone, "counts": SCATTERED})
+    scattered.freeze()
+    assert scattered.row_order is not None
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("masters", [True, False])
+@pytest.mark.parametrize("padding", [None, 7])
+def test_rows_in_no_order_stay_where_they_are_if_the_budget_holds_all(bits, masters, padding):
+    """An order of 4 bytes a row would cost as much as half of what 4 bits take."""
+    budget = bits / 32
+    options = {
+        "counts": SCATTERED,
+        "field_sizes": None,
+        "shared_rows": None,
+        "padding_idx": padding,
+        "masters": masters,
+    }
+    if not masters:
+        options["fused_optimizer"] = partial(optim.SGD, lr=0.1)
+    layer = layer_of(bits, budget, **options)
+    trained = layer.weight.detach().clone()
+    layer.freeze()
+    assert layer.row_order is None
+    assert layer.stored_bytes() == layer.value_bytes() <= budget * ROWS * DIM * 4
+    assert layer.value_bytes() > 0.98 * budget * ROWS * DIM * 4
+    widths = layer.row_dims()
+    kept = torch.arange(DIM) < widths[:, None]
+    assert widths.sum() >= ROWS * DIM * 0.96 and (padding is None or widths[padding] == 0)
+    # Each run of them is rounded by a step size of its own.
+    rows = torch.arange(ROWS)
+    given = layer.eval()(rows).detach()
+    assert not given[~kept].any()
+    parts = layer.rounding.parts()
+    assert len(parts.ends) <= 4
+    step = layer.rounding.steps()[torch.searchsorted(torch.tensor(parts.ends), rows, right=True)]
+    reach = step[:, None] * (2**bits - 2) / 2
+    inside = (given.abs() < reach) & kept
+    off = (given - trained).abs() / step[:, None]
+    assert float(off[inside].max()) <= 0.505
+    assert float(inside.float().sum() / kept.sum()) > 0.6
+    back = copy.deepcopy(layer).to_integers() if masters else layer
+    assert torch.equal(back.eval()(rows), given)
+    layer.thaw()
+    assert torch.equal(layer.weight[kept], (trained if masters else given)[kept])
+
+
+def test_when_rows_stay_where_they_are():
+    """16 rows of 4 bits: 8 bytes a row, 8 for a step size and where its rows end."""
+    fields = torch.zeros(16, dtype=torch.int64)
+    stored = torch.full((16,), 16)
+    stored[3] = 14
+    wide = where_they_are(stored, fields, None, 4, 16 * 8 + 8)
+    assert torch.equal(wide, torch.full((16,), 16))
+    assert torch.equal(
+        where_they_are(stored, fields, 3, 4, 16 * 8 + 8), wide.index_fill(0, torch.tensor([3]), 0)
+    )
+    # Two rows pay for what is missing, and not more than an eighth of them.
+    saved = where_they_are(stored.repeat(8), fields.repeat(8), None, 4, 128 * 8 + 2)
+    assert saved.tolist() == [16] * 114 + [14] * 14
+    assert where_they_are(stored, fields, None, 4, 16 * 8) is None
+    # A budget that wants narrow rows, rows that take less in order, rows that store nothing.
+    assert where_they_are(stored, fields, None, 4, 100) is None
+    narrow = stored.clone()
+    narrow[4:] = 2
+    assert where_they_are(narrow, fields, None, 4, 1e9) is None
+    nothing = stored.clone()
+    nothing[:3] = 0
+    assert where_they_are(nothing, fields, None, 4, 1e9) is None
+    assert where_they_are(nothing.index_fill(0, fields[:1], 16), fields, None, 4, 1e9) is not None
 
 
 @pytest.mark.parametrize("bits", BITS)

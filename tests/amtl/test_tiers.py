@@ -58,10 +58,13 @@ def test_split_and_merge(dim, data):
     width = data.draw(st.integers(1, dim))
     stored = (-(-sizes // width) * width).clamp(max=dim)
     plan = plan_tiers(stored, dim)
-    assert list(plan.widths) == sorted(set(plan.widths), reverse=True)
     assert plan.ends[-1] == len(sizes)
-    in_order = bool((stored[1:] <= stored[:-1]).all())
-    assert (plan.order is None) == in_order
+    # Rows that come in few runs stay; others are put in order, by falling width.
+    runs = len(stored.unique_consecutive())
+    assert (plan.order is None) == (runs <= len(stored.unique()) + 4)
+    assert len(plan.widths) == (runs if plan.order is None else len(stored.unique())) or not runs
+    if plan.order is not None:
+        assert list(plan.widths) == sorted(set(plan.widths), reverse=True)
     table = torch.randn(len(sizes), dim)
     columns = torch.arange(dim)
     blocks = split_rows(table, plan, sizes)

@@ -117,6 +117,50 @@ def plan_parts(stored: Tensor, steps: Tensor) -> Parts:
     return Parts(ends.tolist(), stored[ends - 1].tolist())
 
 
+def where_they_are(
+    stored: Tensor, fields: Tensor, padding: int | None, bits: int, allowed: float
+) -> Tensor | None:
+    """Widths of rows that keep their order, if that takes no more bytes.
+
+    A row of few bits is short, and to say where each lies takes 4 bytes more. So where order is for
+    little but step sizes, all rows get the width of the widest, and a field one step size.
+
+    Args:
+        stored: integer [N], widths of rows that are put in order.
+        fields: int64 [N], ascending.
+        padding: a row that stores nothing in either case.
+        bits: of a number.
+        allowed: bytes of all rows and step sizes.
+
+    Returns:
+        Integer [N]; None where they would take more than is allowed or than rows in order do, or
+        where many rows store nothing: no code is zero, so they would count for the step sizes.
+    """
+    if int((stored == 0).sum()) > len(stored) // 8:
+        return None
+    widest = int(stored.max())
+    wide = torch.full_like(stored, widest)
+    if padding is not None:
+        wide[padding] = 0
+    taken = _bytes_of(wide, fields, bits)
+    if taken > allowed:
+        # What step sizes cost, the last rows save.
+        narrower = widest - unit(bits)
+        saved = unit(bits) * bits // 8
+        short = -int(-(taken + PART_BYTES - allowed) // saved)
+        if short > len(wide) // 8:
+            return None
+        wide[-short:].clamp_(max=narrower)
+        taken = _bytes_of(wide, fields, bits)
+    ordered = int(stored.sum(dtype=torch.int64)) * bits // 8 + 4 * len(stored)
+    return wide if taken <= min(allowed, ordered) else None
+
+
+def _bytes_of(stored: Tensor, steps: Tensor, bits: int) -> int:
+    parts = sum(width > 0 for width in plan_parts(stored, steps).widths)
+    return int(stored.sum(dtype=torch.int64)) * bits // 8 + parts * PART_BYTES
+
+
 def encode(values: Tensor, step: float | Tensor, bits: int) -> Tensor:
     """Codes of numbers, as `pack_codes` takes them; those out of range get the nearest code.
 

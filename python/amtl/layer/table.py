@@ -7,6 +7,7 @@ tiers: outputs stay bit-identical, memory drops, training goes on. `thaw()` lead
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +42,7 @@ from amtl.layer.rounding import (
     mean_squares,
     numbers_in,
     plan_parts,
+    where_they_are,
 )
 from amtl.layer.sharing import SharedRows, groups_that_share, resolve_shared_rows
 from amtl.layer.size_head import SizeHead
@@ -389,6 +391,13 @@ class AMTLTable(TableStates):
                 steps = head.step_groups()[group].masked_fill_(stored == 0, 0)
             del group
             plan = plan_tiers(stored, self.embedding_dim, merged, steps)
+            if steps is not None and plan.order is not None and merged is None:
+                fields = self.row_fields()
+                wide = self._where_they_are(stored, fields)
+                if wide is not None:
+                    row_dims = torch.where(row_dims > 0, wide, row_dims)
+                    stored, steps = wide, fields
+                    plan = plan_tiers(stored, self.embedding_dim, within=steps)
             order = self._places(plan, merged)
             parts, rounding, codes = None, None, None
             if steps is not None:
@@ -424,6 +433,15 @@ class AMTLTable(TableStates):
                 self.steps = rounding.steps()
         retire(wrappers)
         return self
+
+    def _where_they_are(self, stored: Tensor, fields: Tensor) -> Tensor | None:
+        """See `rounding.where_they_are`."""
+        padding, bits, budget = self.padding_idx, self.options.bits, self.options.budget
+        assert bits is not None
+        if padding is not None and int(stored[padding]):
+            padding = None
+        allowed = math.inf if budget is None else budget * self.dense_bytes()
+        return where_they_are(stored, fields, padding, bits, allowed)
 
     def to_integers(self: _Self) -> _Self:
         """A frozen layer of few bits as one that holds their codes only: new, with equal outputs.

@@ -25,13 +25,17 @@ from amtl_kernels import empty_table
 # after freezing would move padding by gradients of masked coordinates. Magnitudes are kept.
 _MOMENTA = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "exp_inf_avg", "prev"})
 
+# A table in frequency order whose first row is padding has one run more than widths; each is a
+# parameter of its own.
+_FEW_RUNS = 4
+
 
 @dataclass(frozen=True)
 class TierPlan:
     """Where each row of a table goes.
 
     Attributes:
-        widths: falling width of each tier.
+        widths: of each tier; they fall, but where rows that come in few runs stay where they are.
         ends: first place after each tier; the last is P <= N.
         order: int64 [P], the row that each place holds; None if the first P rows stay where they
             are.
@@ -70,6 +74,8 @@ def plan_tiers(
 ) -> TierPlan:
     """Order rows by falling stored width, stable within a width. O(N * number of widths).
 
+    Rows that come in few runs of one width stay where they are: a tier a run.
+
     Args:
         stored: integer [N], stored width of each row, 0..`widest`.
         widest: D.
@@ -92,7 +98,13 @@ def plan_tiers(
     if within is not None:
         key = stored.to(torch.int64) * (int(within.max()) + 1) + within
     falling = bool((key[1:] <= key[:-1]).all())
-    if not falling or (rows is not None and int(rows[-1]) >= len(rows)):
+    together = rows is None or int(rows[-1]) < len(rows)
+    if together and not falling:
+        runs, members = stored.unique_consecutive(return_counts=True)
+        pieces = len(key.unique_consecutive())
+        if len(runs) <= len(widths) + _FEW_RUNS and pieces <= len(key.unique()) + _FEW_RUNS:
+            return TierPlan(tuple(runs.tolist()), tuple(members.cumsum(0).tolist()), None, total)
+    if not (together and falling):
         if within is None:
             order = torch.cat([(stored == width).nonzero().flatten() for width in widths])
         else:
