@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,6 +181,9 @@ def save(
         metadata: anything JSON-able to store along: vocabularies, settings.
         tensors: further tensors to store along.
 
+    Warns:
+        UserWarning: a table whose ids are in no order of counts stores much beside its rows.
+
     Raises:
         ValueError: a layer is still searching, no layer at all, or something that cannot be
             stored.
@@ -190,14 +194,32 @@ def save(
         json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata must be JSON-able: {error}") from error
+    kind: _Kind
+    layers: dict[str, AMTLTable]
+    model = None
     if isinstance(obj, nn.Module):
         obj = unwrapped(obj)
     if isinstance(obj, AMTLTable):
-        write_packed(path, "layer", {"": obj}, metadata=metadata, tensors=tensors)
+        kind, layers = "layer", {"": obj}
     elif isinstance(obj, nn.Module):
-        write_packed(path, "model", layers_of(obj), obj, metadata=metadata, tensors=tensors)
+        kind, layers, model = "model", layers_of(obj), obj
     else:
-        write_packed(path, "layers", dict(obj), metadata=metadata, tensors=tensors)
+        kind, layers = "layers", dict(obj)
+    write_packed(path, kind, layers, model, metadata=metadata, tensors=tensors)
+    _tell_of_orders(layers)
+
+
+def _tell_of_orders(layers: Mapping[str, AMTLTable]) -> None:
+    """Warn of tables that take much more than was asked for, because of the order of their ids."""
+    for name, layer in layers.items():
+        order, values = layer.row_order, layer.value_bytes()
+        if order is not None and not layer._keeps_numbering and 8 * order.nbytes > values:
+            warnings.warn(
+                f"table {name!r} stores {order.nbytes:,} bytes that say where its rows lie beside "
+                f"the {values:,} of the rows, for its ids are in no order of counts: ids that are "
+                "need none, and ids = layer.absorb_order() before saving gives such (old -> new)",
+                stacklevel=3,
+            )
 
 
 def write_packed(

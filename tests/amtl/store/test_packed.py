@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections import OrderedDict
 
@@ -73,6 +74,19 @@ def test_layer_round_trip(tmp_path, kind, dtype, in_order):
     assert (loaded.row_order is None) == (layer.row_order is None) == in_order
     assert loaded.config() == layer.config()
     assert path.stat().st_size < layer.stored_bytes() + 4096
+
+
+def test_what_an_order_takes_is_told_of(tmp_path):
+    """Of rows so short that where they lie takes an eighth of what they do, or more."""
+    path = tmp_path / "layer.safetensors"
+    layers = {"short": frozen(in_order=False), "long": frozen(in_order=False, dim=128)}
+    with pytest.warns(UserWarning, match=r"table 'short' stores 240 bytes .* absorb_order") as told:
+        amtl.save(layers, path)
+    assert len(told) == 1
+    layers["short"].absorb_order()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        amtl.save(layers, path)
 
 
 def test_loaded_layer_trains_and_thaws(tmp_path):
