@@ -184,8 +184,8 @@ def convert(
     error that says so.
 
     Rows may be in any order: groups are looked up by row, so the caller permutes nothing. A table
-    in frequency order is only faster (hot rows are neighbours), and freezes without the 4 bytes a
-    row of `row_order`.
+    in frequency order is faster (hot rows are neighbours), and always freezes without the 4 bytes a
+    row of `row_order`; others do where all rows keep all numbers, as at the usual budgets.
 
     Args:
         model: any module; nn.Embedding and nn.EmbeddingBag in it are candidates. If it is itself
