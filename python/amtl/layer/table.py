@@ -328,9 +328,9 @@ class AMTLTable(TableStates):
         Rows are ordered by falling stored width, stable, so a table in frequency order whose sizes
         fall with frequency keeps its order. Otherwise the layer keeps `row_order` (4 bytes a row)
         until `absorb_order()`; but rows of few bits stay where they are, and all get the width of
-        the widest, where the budget holds that. Rows of size 0 that have a shared row keep no place at all. Padding
-        inside a tier starts at zero; its bytes are paid for, so training goes on in it. The dense
-        weight is released; until then both exist. O(N * D).
+        the widest, where the budget holds that. Rows of size 0 that have a shared row keep no place
+        at all. Padding inside a tier starts at zero; its bytes are paid for, so training goes on in
+        it. The dense weight is released; until then both exist. O(N * D).
 
         Args:
             optimizer: the optimizer(s) of the table and the mask. The blocks take the place of the
