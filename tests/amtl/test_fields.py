@@ -110,6 +110,29 @@ def test_other_columns(values, kind, note):
     assert bool(note) == bool(field.note)
 
 
+TAGS = [f"t{tag}" for tag in range(40)]
+
+
+@pytest.mark.parametrize("separator", [";", ",", " "])
+@pytest.mark.parametrize("rows", [900, N])
+def test_what_looks_joined_is_told_of_and_left_whole(separator, rows):
+    """Of text that is no key, and of so many values that nothing is learned of one."""
+    values = [separator.join(rng.choice(TAGS, 4, replace=False)) for _ in range(rows)]
+    field = spec(values)
+    assert field.kind == ("categorical" if rows == 900 else "unused")
+    assert f"--multi 'x={separator}' takes them apart" in field.note
+    assert field.note.startswith(repr(values[0])[:20])
+    apart = spec(values, separators={"x": separator})
+    assert apart.kind == "bag" and not apart.note
+
+
+def test_names_and_sentences_do_not_look_joined():
+    people = [f"{a} {b}son" for a in TAGS for b in TAGS][:900]
+    places = [f"town {i}, state {i % 50}" for i in range(900)]
+    for values in (people, places, ["a;b", "c;d", "e"] * N):
+        assert not spec(values).note
+
+
 def test_what_the_user_says_is_not_guessed():
     assert spec(list(range(N)), numeric={"x": "categorical"}).kind == "categorical"
     assert spec(["a|b", "b|c"] * N, separators={"x": ""}).kind == "categorical"

@@ -7,7 +7,7 @@ import torch
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.errors import UserError
 from amtl.run import methods
-from amtl.run.metrics import auc, auc_error, log_loss
+from amtl.run.metrics import auc, auc_error, log_loss, score, score_error
 from amtl.run.model import ClickModel, dropout, predict
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
@@ -67,6 +67,41 @@ def test_error_of_the_auc_is_that_of_a_bootstrap(positives, distinct):
     expected = np.std(areas) * (positives / (positives - 1)) ** 0.5
     mixed = torch.randperm(300, generator=generator)
     assert auc_error(scores[mixed], labels[mixed]) == pytest.approx(expected, rel=0.04)
+
+
+def test_the_score_counts_log_loss_over_what_guessing_costs():
+    coin = torch.tensor([0.0, 1.0] * 4)
+    assert score(0.75, 0.5, coin) == pytest.approx(0.25)
+    for clicks in (1, 20, 500):
+        labels = (torch.arange(1000) < clicks).float()
+        guess = log_loss(torch.logit(labels.mean()).expand(1000), labels)
+        assert score(0.5, guess, labels) == pytest.approx(0.5 - np.log(2), abs=1e-5)
+    assert score(0.5, 0.125, torch.ones(3)) == 0.375
+
+
+@pytest.mark.parametrize("positives", [60, 150, 12])
+def test_error_of_a_difference_is_that_of_a_bootstrap(positives):
+    """Of two models that agree more than they err, so that most of it cancels."""
+    generator = torch.Generator().manual_seed(positives)
+    labels = (torch.arange(300) < positives).float()
+    common = torch.randn(300, generator=generator) + labels
+    models = [common + 0.4 * torch.randn(300, generator=generator) for _ in range(2)]
+
+    def lead(rows):
+        said, told = [model[rows] for model in models], labels[rows]
+        first, second = (score(auc(x, told), log_loss(x, told), told) for x in said)
+        return first - second
+
+    leads = []
+    for _ in range(3000):
+        of_positives = torch.randint(positives, (positives,), generator=generator)
+        of_negatives = torch.randint(positives, 300, (300 - positives,), generator=generator)
+        leads.append(lead(torch.cat([of_positives, of_negatives])))
+    expected = np.std(leads) * (positives / (positives - 1)) ** 0.5
+    found = score_error(*models, labels)
+    assert found == pytest.approx(expected, rel=0.08)
+    assert score_error(models[0], models[0], labels) == 0.0
+    assert np.isnan(score_error(*models, (torch.arange(300) < 1).float()))
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8])

@@ -289,8 +289,13 @@ def test_a_validation_split_of_one_class_is_said(source):
     labels = source.frame["label"].to_numpy().copy()
     labels[rows] = 1
     frame = source.frame.with_columns(label=pl.Series(labels))
-    with pytest.raises(UserError, match="no epoch gave a valid AUC"):
-        start(settings(epochs=1), source=Source("made here", frame, "label")).run()
+    with pytest.raises(UserError, match=r"the validation split has .* all of them positive \(of"):
+        start(settings(epochs=1), source=Source("made here", frame, "label"))
+    labels[:] = 0
+    labels[rows[:3]] = 1
+    frame = source.frame.with_columns(label=pl.Series(labels))
+    with pytest.raises(UserError, match=r"the training split has .* all of them negative \(of"):
+        start(settings(epochs=1), source=Source("made here", frame, "label"))
 
 
 def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(source):
@@ -304,20 +309,20 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     ]
     assert all(watching.scores.values())
     assert [row["name"] for row in metrics["compared"]] == [FULL, FLAT, FLAT + TAUGHT]
-    score = {r["name"]: r["val_auc"] - r["val_logloss"] for r in metrics["compared"]}
+    score = {r["name"]: r["score"] for r in metrics["compared"]}
     assert score[FLAT + TAUGHT] > score[FLAT]
     full = metrics["compared"][0]
     alone = [
         start(settings(method="fixed", embedding_dropout=s, **given), source=source).run()
         for s in (None, DROPOUT)
     ]
-    best = max(alone, key=lambda m: m["val_auc"] - m["val_logloss"])
+    best = max(alone, key=lambda m: m["val_score"])
     assert full["test_auc"] == best["test_auc"]
     assert full["stored_bytes"] == metrics["dense_bytes"]
     fake = {
         **metrics,
         "raced": None,
-        "compared": [{**full, "name": FLAT, "dim": 3, "val_auc": 0.99, "val_logloss": 0.1}],
+        "compared": [{**full, "name": FLAT, "dim": 3, "score": metrics["val_score"] + 0.1}],
     }
     assert "--method fixed --dim 3, or" in only(comparison.verdict(fake))
     fake["compared"][0] |= {"name": FLAT + TAUGHT, "distillation": 0.8}
@@ -328,19 +333,23 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     warned = comparison.verdict({**fake, "raced": less})
     assert "--method fixed --dim 3" in warned[0]
     assert "fewer bytes validated better" in warned[1]
-    fake["compared"][0] |= {"val_auc": 0.1, "val_logloss": 1.0}
+    fake["compared"][0] |= {"score": -0.9}
     assert comparison.verdict(fake) == []
     tiny = {**fake, "stored_bytes": metrics["dense_bytes"] // 64}
     assert "no table of fixed width is as small" in only(comparison.verdict(tiny))
-    scores = {"val_auc": metrics["val_auc"] + 0.002, "val_logloss": metrics["val_logloss"]}
+    scores = {"val_auc": metrics["val_auc"], "score": metrics["val_score"] + 0.002}
     short = {**fake, "raced": {"full": {"name": FULL, **scores}}}
     assert "a larger --budget to lose nothing" in only(comparison.verdict(short))
-    taught = {"name": FULL + TAUGHT, "distillation": 0.5, **scores, "val_logloss": 0.0}
+    taught = {"name": FULL + TAUGHT, "distillation": 0.5, **scores} | {"score": 9.0}
     both = {**short, "compared": [taught, {**full, "val_auc": None}]}
     assert "or --method fixed --distillation 0.5," in only(comparison.verdict(both))
     assert comparison.verdict({**short, "method": "fixed"}) == []
-    scores["val_auc"] -= 0.0015
+    scores["score"] -= 0.0015
     assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) == []
+    # Files of earlier versions have no score: AUC minus log loss.
+    old = {**metrics, "raced": {"full": {"name": FULL, "val_auc": 0.9, "val_logloss": 0.0}}}
+    del old["val_score"]
+    assert "a larger --budget to lose nothing" in only(comparison.verdict({**old, "compared": []}))
 
 
 WEAK, STRONG = (f"{FULL}, weight decay {d:g}" for d in DECAYS)
@@ -538,8 +547,9 @@ def test_a_teacher_is_the_mean_of_the_models_that_help(task, monkeypatch):
         def __init__(self, name):
             self.model, self.task, self.ended = name, task, 0
 
-        def end(self):
+        def says(self):
             self.ended += 1
+            return said(self.model, task.val)
 
     noise = torch.randn(2, len(task.val), generator=torch.Generator().manual_seed(0))
 

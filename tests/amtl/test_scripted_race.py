@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from amtl.errors import UserError
 from amtl.run import contest
 from amtl.run.config import TrainConfig
 from amtl.run.contest import DROPOUT, LESS, SHARES, Contest, race_bytes, race_law, race_taught
+from amtl.run.metrics import score_error
 from amtl.run.progress import Silent
 from amtl.run.race import FLAT, FULL, race
 
@@ -55,6 +57,13 @@ class Scripted:
 
     def release(self):
         self.released = True
+
+    def says(self):
+        """All learners the same, so that no difference is in doubt, or by how much it is."""
+        return self.said
+
+    said = torch.zeros(8)
+    task = SimpleNamespace(val=SimpleNamespace(labels=torch.tensor([0.0, 1.0] * 4)))
 
 
 def step(learner):
@@ -168,6 +177,77 @@ def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
     assert [learner.released for learner in made.values()] == [s != chosen for s in SHARES]
     # Hopelessly behind after two epochs.
     assert made[0.8].steps == (8 if scores[0.8][0] == 0.1 else 12)
+
+
+# What two models say of eight samples: they differ in two, and so in AUC by .0625 +- .0884.
+SAID = torch.tensor([-2.0, 1.0, -1.0, 2.0, -3.0, 3.0, -0.5, 4.0])
+OTHERWISE = SAID.index_fill(0, torch.tensor([6]), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("score", "auc", "sure", "chosen"),
+    [
+        (0.9, None, 0.0, True),
+        (0.9, None, 1.0, False),
+        (2.0, None, 1.0, True),
+        (0.79, None, 0.0, False),
+        (0.79, None, -1.0, True),
+        (0.9, 0.1, 0.0, False),
+        (0.79, 0.1, -1.0, True),
+        (-0.2, None, -1.0, False),
+    ],
+)
+def test_luck_on_few_samples_is_allowed_for(score, auc, sure, chosen):
+    winner, other = Scripted([0.5, 0.8]), Scripted([0.5, score], auc)
+    winner.said, other.said = SAID, OTHERWISE
+    labels = winner.task.val.labels
+    doubt = score_error(SAID, OTHERWISE, labels)
+    assert 0.11 < doubt < 0.9
+    while not winner.finished:
+        winner.step()
+    better, row = contest.contend("other", other, winner, Silent(), step, sure)
+    assert row["chosen"] == chosen and better is (other if chosen else None)
+
+
+@pytest.mark.parametrize(("score", "better"), [(0.85, False), (1.9, True)])
+def test_fewer_bytes_need_more_than_luck(score, better):
+    winner, small = Scripted([0.5, 0.8]), Scripted([0.5, score])
+    winner.said, small.said = SAID, OTHERWISE
+    while not winner.finished:
+        winner.step()
+    sizes = iter([small])
+
+    def make(config):
+        found = next(sizes, None)
+        if found is None:
+            raise UserError("no size is smaller")
+        return found
+
+    best, row = race_bytes(settings(), winner, 0.25, make, Silent(), step)
+    assert best is (small if better else None) and row["chosen"] == better
+
+
+def test_all_bytes_with_a_teacher_need_not_do_better_than_a_lucky_few():
+    winner = Scripted([0.5, 0.8])
+    winner.said = SAID
+    while not winner.finished:
+        winner.step()
+    scores = iter([0.75, 0.76])
+
+    def make(config):
+        learner = Scripted([0.5, next(scores)])
+        learner.said = OTHERWISE
+        return learner
+
+    best, rows = race_taught(winner, make, Silent(), step, sure=-1.0)
+    # The second is held against the first, no more against the winner.
+    assert best_score(best) == 0.76 and [row["chosen"] for row in rows] == [False, True]
+    scores = iter([0.75, 0.76])
+    assert race_taught(winner, make, Silent(), step)[0] is None
+
+
+def best_score(learner):
+    return learner.best["record"]["score"]
 
 
 def test_less_is_tried_as_long_as_it_is_better():
@@ -416,7 +496,7 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
         learner = make(dataclasses.replace(sized, budget=used * LESS))
         return contest.contend("less", learner, winner, observer, step)
 
-    def taught(winner, make, observer, step, decay, config):
+    def taught(winner, make, observer, step, decay, config, sure):
         learner = make(dataclasses.replace(config, distillation=0.5))
         best, row = contest.contend("taught", learner, winner, observer, step)
         return best, [row]

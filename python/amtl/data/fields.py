@@ -21,6 +21,9 @@ _ENOUGH_ROWS = 20
 _CROWDED_BELOW = 0.8
 """Share of distinct values in the lower half of their range from which they count as amounts."""
 _NEARLY_UNIQUE = 0.9
+_JOINED_BY = {";": 0.5, ",": 0.5, " ": 0.05}
+"""What text may join values by beside bars, which are taken for that: told of where the parts are
+so few of the whole values that they come again. Names of people and places have spaces."""
 _DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
@@ -158,7 +161,14 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
     if dtype in (pl.String, pl.Categorical, pl.Enum) and _holds_lists(column):
         note = f"strings such as {_shown(column, '|')} hold several values; --multi {name}= keeps"
         return FieldSpec(name, "bag", "|", note=f"{note} them whole")
-    return _keys_left_out(FieldSpec(name), column)
+    spec = _keys_left_out(FieldSpec(name), column)
+    if dtype in (pl.String, pl.Categorical, pl.Enum):
+        for separator, share in _JOINED_BY.items():
+            if _holds_lists(column, separator, share):
+                note = f"{_shown(column, separator)} and its like may be several values each"
+                note += f": --multi '{name}={separator}' takes them apart"
+                return replace(spec, note="; ".join(filter(None, [note, spec.note])))
+    return spec
 
 
 def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
@@ -277,8 +287,9 @@ def _shown(column: pl.Series, holding: str = "") -> str:
     return text if len(text) <= 32 else text[:28] + "…" + text[:1]
 
 
-def _holds_lists(column: pl.Series) -> bool:
+def _holds_lists(column: pl.Series, separator: str = "|", share: float = 1.0) -> bool:
+    """Whether values taken apart are fewer than this share of those that there are."""
     whole = column.cast(pl.String).drop_nulls().unique()
-    if not whole.str.contains("|", literal=True).any():
+    if not whole.str.contains(separator, literal=True).any():
         return False
-    return whole.str.split("|").explode().n_unique() < len(whole)
+    return whole.str.split(separator).explode().n_unique() < share * len(whole)

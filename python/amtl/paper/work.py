@@ -347,7 +347,7 @@ def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[st
     assert learner.best is not None
     record, config = learner.best["record"], learner.config
     line |= {
-        "score": record["val_auc"] - record["val_logloss"],
+        "score": record["score"],
         "val_auc": record["val_auc"],
         "val_logloss": record["val_logloss"],
         "bytes": methods.server_bytes(learner.table),

@@ -145,6 +145,7 @@ def scored(name: str, learner: Learner) -> dict[str, Any]:
         "stored_bytes": methods.stored_bytes(learner.table),
         "val_auc": record["val_auc"],
         "val_logloss": record["val_logloss"],
+        "score": record["score"],
         "test_auc": auc(logits, test.labels),
         "test_logloss": log_loss(logits, test.labels),
         "best_epoch": record["epoch"],
@@ -253,12 +254,20 @@ def _best(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | N
     """Of the rows of a table, alone and with a teacher, the one that validates best."""
     named = [row for row in rows if row["name"] in (name, name + TAUGHT)]
     valid = [row for row in named if row["val_auc"] is not None]
-    return max(valid, key=lambda row: row["val_auc"] - row["val_logloss"], default=None)
+    return max(valid, key=_score, default=None)
 
 
 def _lead(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """By how much a model validates better than another, in AUC minus log loss."""
-    return float((row["val_auc"] - row["val_logloss"]) - (other["val_auc"] - other["val_logloss"]))
+    return _score(row) - _score(other)
+
+
+def _score(row: Mapping[str, Any]) -> float:
+    found = row.get("score", row.get("val_score"))
+    if found is None:
+        # Files of earlier versions say no score: it was this.
+        found = row["val_auc"] - row["val_logloss"]
+    return float(found)
 
 
 def _early(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
+from amtl.run.metrics import score_error
 from amtl.run.progress import Observer
 from amtl.run.race import ALMOST_ALL, FULL, MIDDLE, attempt, best_record, has_law, outcome, plain
 from amtl.run.teaching import Teacher
@@ -42,6 +43,11 @@ WEAKER = 0.1
 
 SHARES = (0.5, 0.8)
 """Of the labels, a teacher's: data of few or noisy clicks gain by the larger one."""
+
+SURELY = 1.0
+"""Standard errors of the difference on validation: fewer bytes have to be so much better, and all
+bytes with a teacher may be so much worse. Where few clicks are held out, the best of a dozen models
+is the luckiest, and a small table has lost most where it was luck."""
 
 _HOPELESS = 0.02
 """So far behind after two laps, in AUC minus log loss, nothing has been seen to catch up;
@@ -109,7 +115,13 @@ class Contest:
         teacher = self._teacher()
         make = partial(self._make, taught=teacher.labels())
         best, self.found["taught"] = race_taught(
-            self.winner, make, self._observer, self._step, self._decay, self.first.config
+            self.winner,
+            make,
+            self._observer,
+            self._step,
+            self._decay,
+            self.first.config,
+            sure=0.0 if self.winner is self.first else -SURELY,
         )
         if best is not None:
             teacher.add(best)
@@ -296,7 +308,7 @@ def race_bytes(
         if learner is None:
             break
         name = f"{100 * share:.2g}% of the bytes"
-        better, tried = contend(name, learner, best or winner, observer, step)
+        better, tried = contend(name, learner, best or winner, observer, step, SURELY)
         if row is None or better is not None:
             row = {**tried, "rival": rival}
         if better is None:
@@ -318,6 +330,7 @@ def race_taught(
     step: Callable[[Learner], None],
     decay: float | None = None,
     config: TrainConfig | None = None,
+    sure: float = 0.0,
 ) -> tuple[Learner | None, list[dict[str, Any]]]:
     """Trains settings anew on labels that a teacher softens, against a winner; see `contend`.
 
@@ -332,6 +345,7 @@ def race_taught(
         decay: what serves a table of full size; some is tried here where that is, and the settings
             leave it open.
         config: settings to train with; None: the winner's.
+        sure: see `contend`; by how much the first of them has to beat the winner.
 
     Returns:
         The best of them if it validates better, and their rows.
@@ -347,7 +361,8 @@ def race_taught(
         learner = make(replace(config, distillation=share, embedding_decay=each))
         name = f"{share:.0%} of the labels a teacher's"
         name += f", weight decay {each:g}" if each and each != config.embedding_decay else ""
-        better, row = contend(name, learner, best or winner, observer, step)
+        needed = sure if best is None else 0.0
+        better, row = contend(name, learner, best or winner, observer, step, needed)
         if better is None:
             learner.release()
         else:
@@ -420,6 +435,7 @@ def contend(
     winner: Learner,
     observer: Observer,
     step: Callable[[Learner], None],
+    sure: float = 0.0,
 ) -> tuple[Learner | None, dict[str, Any]]:
     """Trains a fresh learner to its end, or until it is hopelessly behind.
 
@@ -429,9 +445,11 @@ def contend(
         winner: the best model so far, trained to its end.
         observer: is told how it goes.
         step: takes one step of a learner.
+        sure: standard errors of the difference by which it has to validate better; negative: by
+            which it may validate worse, then also in AUC alone.
 
     Returns:
-        The learner if it validates better in AUC and in AUC minus log loss, and its row.
+        The learner if it validates better in AUC and in the score of both, and its row.
     """
     horizon = learner.lap_end(2)
     mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
@@ -441,7 +459,10 @@ def contend(
         if learner.steps == horizon and best_record(learner)["score"] < mark - _HOPELESS:
             break
     row, rival = outcome(name, learner), best_record(winner)
-    row["chosen"] = row["score"] > rival["score"] and row["val_auc"] >= rival["val_auc"]
+    lead = row["score"] - rival["score"]
+    if sure and learner.finished and not math.isinf(lead):
+        lead -= sure * score_error(learner.says(), winner.says(), learner.task.val.labels)
+    row["chosen"] = lead > 0 and (sure < 0 or row["val_auc"] >= rival["val_auc"])
     return (learner if row["chosen"] else None), row
 
 

@@ -25,7 +25,7 @@ from amtl.data.encoding import EncodedData, Encoder
 from amtl.errors import UserError
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.metrics import auc, log_loss
+from amtl.run.metrics import auc, log_loss, score
 from amtl.run.model import build_model, predict
 
 _NEXT_TO_NOTHING = 2e-5
@@ -90,6 +90,7 @@ class Learner:
         self._order: tuple[int, Tensor] | None = None
         self.taught = taught
         self._ended = False
+        self._said: Tensor | None = None
         if warm is not None:
             warm(self.table)
         settled = config.freeze_at is None and methods.has_settled_sizes(self.table)
@@ -227,7 +228,7 @@ class Learner:
             "loss": statistics.fmean(self.losses) if self.losses else None,
             "val_auc": area,
             "val_logloss": loss,
-            "score": area - loss,
+            "score": score(area, loss, self.task.val.labels),
             "stored_bytes": methods.stored_bytes(self.table),
             "seconds": self.seconds,
         }
@@ -286,6 +287,13 @@ class Learner:
         if not self.frozen:
             self.freeze()
 
+    def says(self) -> Tensor:
+        """Logits of the validation split by the best model, which this goes back to for good."""
+        self.end()
+        if self._said is None:
+            self._said = predict(self.model, self.task.val)
+        return self._said
+
     @torch.no_grad()
     def round_dense(self) -> bool:
         """Rounds all but the table to 16 bits, if validation loses next to nothing by it.
@@ -302,10 +310,12 @@ class Learner:
             p.copy_(p.to(torch.float16))
         record = self.best["record"]
         area, loss = self.scores()
-        if area - loss >= record["score"] - _NEXT_TO_NOTHING:
-            scores = {"val_auc": area, "val_logloss": loss, "score": area - loss}
+        rounded = score(area, loss, self.task.val.labels)
+        if rounded >= record["score"] - _NEXT_TO_NOTHING:
+            scores = {"val_auc": area, "val_logloss": loss, "score": rounded}
             model = copy.deepcopy(self.model.state_dict())
             self.best = {**self.best, "record": {**record, **scores}, "model": model}
+            self._said = None
             return True
         for p, values in zip(parameters, kept, strict=True):
             p.copy_(values)
@@ -314,7 +324,7 @@ class Learner:
     def release(self) -> None:
         """Lets go of all memory but the history; nothing else is possible afterwards."""
         del self.model, self.table, self.table_optimizer, self.dense_optimizer, self.mask_optimizer
-        self.taught = None
+        self.taught = self._said = None
         if self.best is not None:
             self.best = {"record": self.best["record"]}
 

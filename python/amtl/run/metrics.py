@@ -1,11 +1,11 @@
-"""AUC with its standard error, and log loss."""
+"""AUC with its standard error, log loss, and the score of both by which models are chosen."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
@@ -38,13 +38,76 @@ def auc_error(scores: Tensor, labels: Tensor) -> float:
         scores: `[n]`, any monotone score.
         labels: `[n]`, zeros and ones.
     """
+    above, below = _placements(scores, labels)
+    return _error(above, below)
+
+
+def score(area: float, loss: float, labels: Tensor) -> float:
+    """What models are chosen by: AUC minus log loss, in units in which a fair coin's is its own.
+
+    The log loss counts over what guessing the rate of clicks costs, which is little where clicks
+    are rare: then differences of it are small, and say as much as those of the AUC or more.
+
+    Args:
+        area: `auc` on some split.
+        loss: `log_loss` there.
+        labels: of that split, `[n]`.
+    """
+    return area - loss * _unit(labels)
+
+
+def score_error(first: Tensor, second: Tensor, labels: Tensor) -> float:
+    """Standard error of the difference of two models' scores on one split, as `auc_error` has it.
+
+    Both have the same samples, so most of what samples change is in both and cancels.
+
+    Args:
+        first: logits of one model, `[n]`.
+        second: of the other.
+        labels: `[n]`, zeros and ones.
+
+    Returns:
+        NaN with fewer than two of a class.
+    """
+    positive = labels > 0.5
+    unit, parts = _unit(labels) / len(labels), []
+    for logits in (first, second):
+        above, below = _placements(logits, labels)
+        losses = nn.functional.binary_cross_entropy_with_logits(
+            logits.double(), labels.double(), reduction="none"
+        )
+        parts.append(
+            (
+                above - unit * len(above) * losses[positive],
+                below - unit * len(below) * losses[~positive],
+            )
+        )
+    return _error(parts[0][0] - parts[1][0], parts[0][1] - parts[1][1])
+
+
+def _unit(labels: Tensor) -> float:
+    rate = float((labels > 0.5).double().mean()) if len(labels) else 0.0
+    if not 0 < rate < 1:
+        return 1.0
+    return math.log(2) / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+
+
+def _placements(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each positive the share of negatives below it, of each negative that of positives above.
+
+    float64; empty with an empty class.
+    """
     positive = labels > 0.5
     classes = (scores[positive], scores[~positive])
-    if min(map(len, classes)) < 2:
-        return float("nan")
     ranks = _mid_ranks(scores)
-    above = (ranks[positive] - _mid_ranks(classes[0])) / len(classes[1])
-    below = (ranks[~positive] - _mid_ranks(classes[1])) / len(classes[0])
+    above = (ranks[positive] - _mid_ranks(classes[0])) / max(len(classes[1]), 1)
+    below = (ranks[~positive] - _mid_ranks(classes[1])) / max(len(classes[0]), 1)
+    return above, 1 - below
+
+
+def _error(above: Tensor, below: Tensor) -> float:
+    if min(len(above), len(below)) < 2:
+        return float("nan")
     return math.sqrt(float(above.var()) / len(above) + float(below.var()) / len(below))
 
 
@@ -58,5 +121,5 @@ def _mid_ranks(scores: Tensor) -> Tensor:
 
 def log_loss(logits: Tensor, labels: Tensor) -> float:
     """Mean negative log likelihood in nats of labels given logits, both `[n]`."""
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
+    loss = nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
     return float(loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from amtl.errors import UserError
 from amtl.peers import DoesNotFit, SearchingPeer
 from amtl.run.learner import Learner
+from amtl.run.metrics import score
 from amtl.run.progress import Observer
 
 
@@ -88,7 +88,7 @@ def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]
                 break
     if not table.takes_last:
         found.end()
-    table.conclude(lambda: operator.sub(*found.scores()))
+    table.conclude(lambda: score(*found.scores(), task.val.labels))
     try:
         fresh = Learner(config, task, lambda made: made.settle(table), taught)  # type: ignore[operator]
     except DoesNotFit as error:

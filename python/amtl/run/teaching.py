@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amtl.run.learner import Learner
-from amtl.run.metrics import auc, log_loss
+from amtl.run.metrics import auc, log_loss, score
 from amtl.run.model import predict
 
 
@@ -24,10 +24,9 @@ class Teacher:
 
     def add(self, learner: Learner) -> None:
         """Takes in what a model, trained to its end, says: one pass over two splits."""
-        learner.end()
         task = learner.task
         self._labels = task.val.labels
-        self._val.append(predict(learner.model, task.val))
+        self._val.append(learner.says())
         self._train.append(predict(learner.model, task.train))
 
     def labels(self) -> Tensor:
@@ -44,4 +43,4 @@ class Teacher:
 
     def _score(self, models: list[int]) -> float:
         logits = torch.stack([self._val[i] for i in models]).mean(0)
-        return auc(logits, self._labels) - log_loss(logits, self._labels)
+        return score(auc(logits, self._labels), log_loss(logits, self._labels), self._labels)

@@ -76,6 +76,7 @@ def prepare(
     labels = read_labels(frame, config.label, config.label_threshold, config.label_positive)
     parts = split_rows(frame, config.split, config.split_seed)
     parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
+    _require_both(labels, parts)
     if encoder is None:
         names = config.fields or default_fields(frame, config, source)
         specs = infer_fields(
@@ -90,6 +91,19 @@ def prepare(
     encoder.require_labels(labels, config.data)
     train, val, test = (encoder.transform(frame[p.numpy()], labels[p]) for p in parts)
     return Task(encoder, train, val, test)
+
+
+def _require_both(labels: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Refuse splits that an AUC cannot be of, before hours of training end in none."""
+    for name, rows in zip(("training", "validation"), parts, strict=False):
+        positive = int((labels[rows] > 0.5).sum())
+        if positive in (0, len(rows)):
+            raise UserError(
+                f"the {name} split has {len(rows):,} rows, all of them "
+                f"{'positive' if positive else 'negative'} (of all {len(labels):,} rows "
+                f"{int((labels > 0.5).sum()):,} are positive): both are needed to learn and to "
+                "choose by; more data, or another --split or --split-seed"
+            )
 
 
 def _validated(rows: Tensor, seed: int) -> Tensor:
@@ -406,6 +420,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "test_logloss": log_loss(test_logits, labels),
         "val_auc": best["val_auc"],
         "val_logloss": best["val_logloss"],
+        "val_score": best["score"],
         "best_epoch": best["epoch"],
         "best_phase": best["phase"],
         "epochs_run": round(learner.epochs, 4),
