@@ -346,6 +346,15 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     assert comparison.verdict({**short, "method": "fixed"}) == []
     scores["score"] -= 0.0015
     assert comparison.verdict({**fake, "raced": {"full": {"name": FULL, **scores}}}) == []
+    # Of a column that tells the label.
+    told = {**metrics, "compared": [], "raced": None, "val_auc": 0.9999}
+    assert "is rarely true" in only(comparison.verdict(told))
+    assert "--drop" in only(comparison.verdict({**told, "method": "fixed"}))
+    worth = [0.0] * len(metrics["rows_by_field"])
+    worth[-1] = 0.25
+    raced = {"evidence": worth, "full": None, "less": None, "less_taught": None}
+    (line,) = comparison.verdict({**told, "raced": raced, "val_auc": 1.0})
+    assert f"above all {list(metrics['rows_by_field'])[-1]!r} (log loss rises by 0.25" in line
     # Files of earlier versions have no score: AUC minus log loss.
     old = {**metrics, "raced": {"full": {"name": FULL, "val_auc": 0.9, "val_logloss": 0.0}}}
     del old["val_score"]

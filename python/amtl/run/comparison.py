@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from amtl.run import methods
@@ -23,6 +24,9 @@ _SCORES = ("val_auc", "val_logloss", "test_auc", "test_logloss")
 
 _NOTABLE = 0.001
 """In AUC minus log loss: by so much two seeds of one model differ."""
+
+_TOO_GOOD = 0.9995
+"""A validation AUC that clicks do not have."""
 
 
 def narrow_width(metrics: Mapping[str, Any]) -> int:
@@ -207,11 +211,11 @@ def _as_options(row: Mapping[str, Any]) -> str:
 
 def verdict(metrics: Mapping[str, Any]) -> list[str]:
     """What the scores say against the sizes or the budget that were asked for, the worst first."""
+    told = [*_given_away(metrics)]
     if metrics["method"] == "fixed":
-        return []
+        return told
     raced = metrics["raced"] or {}
     compared = list(metrics.get("compared") or [])
-    told = []
     full = _best([*compared, *filter(None, [raced.get("full")])], FULL)
     if full is not None and _lead(full, metrics) > _NOTABLE:
         what, options = "a table of full size", "a larger --budget"
@@ -248,6 +252,20 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
             f"{metrics['dense_bytes'] // metrics['dim']:,} bytes"
         )
     return told
+
+
+def _given_away(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """A word on an AUC that only a column gives that is known no earlier than the label."""
+    if metrics["val_auc"] < _TOO_GOOD:
+        return
+    most, evidence = "", (metrics["raced"] or {}).get("evidence")
+    if evidence is not None:
+        name, worth = max(zip(metrics["rows_by_field"], evidence, strict=True), key=itemgetter(1))
+        most = f", above all {name!r} (log loss rises by {worth:.2g} without it)"
+    yield (
+        f"a validation AUC of {metrics['val_auc']:.4f} is rarely true: look for a column that tells "
+        f"the label and is known no earlier{most}, and leave it out by --drop"
+    )
 
 
 def _best(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
