@@ -263,8 +263,8 @@ def _given_away(metrics: Mapping[str, Any]) -> Iterator[str]:
         name, worth = max(zip(metrics["rows_by_field"], evidence, strict=True), key=itemgetter(1))
         most = f", above all {name!r} (log loss rises by {worth:.2g} without it)"
     yield (
-        f"a validation AUC of {metrics['val_auc']:.4f} is rarely true: look for a column that tells "
-        f"the label and is known no earlier{most}, and leave it out by --drop"
+        f"a validation AUC of {metrics['val_auc']:.4f} is rarely true: look for a column that "
+        f"tells the label and is known no earlier{most}, and leave it out by --drop"
     )
 
 
