@@ -196,10 +196,10 @@ __device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, int i,
                                                     std::int64_t grad_stride) {
   ReduceItem<T> item;
   const std::int64_t key = load_key(in.pairs, i);
-  if (key >= in.pairs.rows) return item;
-  item.key = key;
+  if (key >= in.pairs.end) return item;
+  item.key = row_of(in.pairs, key);
   const std::int64_t before = i > 0 ? load_key(in.pairs, i - 1) : -1;
-  const std::int64_t next = i + 1 < in.pairs.count ? load_key(in.pairs, i + 1) : in.pairs.rows;
+  const std::int64_t next = i + 1 < in.pairs.count ? load_key(in.pairs, i + 1) : in.pairs.end;
   if (before != key) item.flags |= kBegins;
   if (next != key) item.flags |= kEnds;
   const Payload payload = load_payload(in.pairs, i);
@@ -207,12 +207,13 @@ __device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, int i,
   item.data = static_cast<const T*>(in.grad) + payload.row * grad_stride;
   // As in reduce_list: of whole rows the last of a run tells the others of which table they are.
   if (whole_rows && !last && (item.flags & kEnds) == 0) return item;
-  const RowRef<T> ref = locate<T>(table, TableView{}, key);
+  const RowRef<T> ref = locate<T>(table, TableView{}, item.key);
   item.owner = owner_of(table, ref.tier);
   if (whole_rows) {
     if ((item.flags & kEnds) != 0 || i + 1 == end) {
       const bool ends =
-          next >= in.pairs.rows || (next != key && group_of(table, next) != group_of(table, ref));
+          next >= in.pairs.end ||
+          (next != key && group_of(table, row_of(in.pairs, next)) != group_of(table, ref));
       if (ends) item.flags |= kGroupEnds;
       if (ends || i + 1 == end) item.flags |= kGroupStops;
     }
@@ -268,10 +269,10 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   if constexpr (kLookups) {
     if (has_groups) {
       const std::int64_t first = load_key(in.pairs, begin);
-      if (first >= in.pairs.rows) return;
+      if (first >= in.pairs.end) return;
       // The even lanes' is the group of the first row, the odd lanes' that of the row before it.
       const std::int64_t before = begin > 0 ? load_key(in.pairs, begin - 1) : first;
-      const std::int64_t group = group_of(table, lane % 2 == 0 ? first : before);
+      const std::int64_t group = group_of(table, row_of(in.pairs, lane % 2 == 0 ? first : before));
       const bool same = group == __shfl_xor_sync(kAll, group, 1);
       reducer.flags = begin > 0 && same ? 0 : kGroupBegins;
       reducer.clear_group();
