@@ -37,13 +37,21 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
   const Lookups& lookups = backward.lookups;
   const std::int64_t count = lookups.count;
   Plan plan;
-  plan.wide_keys = rows >= 0xffffffffll;
   plan.scaled = lookups.per_sample_weights != nullptr || lookups.mean;
   plan.shares = lookups.mean && lookups.padding_idx >= 0;
   const bool mask_grad = backward.masks != nullptr;
-  plan.second_sort = mask_grad && !backward.groups_sorted;
   plan.key_bits = bits_for(rows);
   plan.group_bits = bits_for(groups);
+  if (mask_grad && !backward.groups_sorted) {
+    // Rows that are handed out come in order, and whether groups rise along them is found out.
+    plan.second_sort = backward.need_rows;
+    if (!backward.need_rows) {
+      plan.group_shift = plan.key_bits;
+      plan.key_bits += plan.group_bits;
+    }
+  }
+  plan.end_key = plan.group_shift == 0 ? rows : groups << plan.group_shift | rows;
+  plan.wide_keys = plan.key_bits > 32;
   // The threads per row must not change between the calls of one backward: so they are taken from
   // the shapes alone, as if all addresses allowed the widest vector.
   const int vector = backward.type == DType::kFloat32 ? 4 : 8;
@@ -63,7 +71,7 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
   plan.payloads = carver.take<unsigned char>(payload_bytes);
   if (plan.shares) plan.bag_share = carver.take<float>(lookups.bags);
   plan.block_heads = carver.take<std::int64_t>(plan.head_blocks);
-  plan.chunk_row = carver.take<std::int64_t>(plan.chunks);
+  if (backward.need_rows) plan.ranks = carver.take<std::uint32_t>(count);
   plan.sort_bytes = sort_scratch_bytes(count, plan.wide_keys, plan.scaled, plan.key_bits);
   if (plan.second_sort) {
     plan.group_keys = carver.take<std::uint32_t>(count);
@@ -116,18 +124,18 @@ int launch_keys(const Backward& backward, const Table& table, const Plan& plan, 
   switch (backward.type) {
     case DType::kFloat32:
       AMTL_LAUNCH((lookup_keys_kernel<K, float, Table>), grid, kBlockThreads, 0, as_stream(stream),
-                  table, lookups, plan.bag_share, plan.scaled, keys, plan.payloads_in, masks,
-                  partials);
+                  table, lookups, plan.bag_share, plan.scaled, plan.group_shift, keys,
+                  plan.payloads_in, masks, partials);
       break;
     case DType::kFloat16:
       AMTL_LAUNCH((lookup_keys_kernel<K, Half, Table>), grid, kBlockThreads, 0, as_stream(stream),
-                  table, lookups, plan.bag_share, plan.scaled, keys, plan.payloads_in, masks,
-                  partials);
+                  table, lookups, plan.bag_share, plan.scaled, plan.group_shift, keys,
+                  plan.payloads_in, masks, partials);
       break;
     case DType::kBFloat16:
       AMTL_LAUNCH((lookup_keys_kernel<K, BFloat16, Table>), grid, kBlockThreads, 0,
-                  as_stream(stream), table, lookups, plan.bag_share, plan.scaled, keys,
-                  plan.payloads_in, masks, partials);
+                  as_stream(stream), table, lookups, plan.bag_share, plan.scaled, plan.group_shift,
+                  keys, plan.payloads_in, masks, partials);
       break;
   }
   return cudaGetLastError();
@@ -154,7 +162,7 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
   }
   // Payloads hold 32-bit row numbers, sorts count in 32 bits, reductions do so up to a chunk past
   // it.
-  if (count > 0x7fffffff - 256 || !grid_for(count, kBlockThreads, 1, grid)) {
+  if (count > 0x7fffffff - 256 || plan.key_bits > 63 || !grid_for(count, kBlockThreads, 1, grid)) {
     return cudaErrorInvalidValue;
   }
   int error = plan.wide_keys ? launch_keys<std::uint64_t>(backward, table, plan, grid, stream)
@@ -164,15 +172,15 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
                      plan.payloads, count, plan.wide_keys, plan.scaled, plan.key_bits, stream);
   if (error != cudaSuccess || !backward.need_rows) return error;
 
-  const SortedPairs pairs = plan.pairs(count, table.rows);
+  const SortedPairs pairs = plan.pairs(count);
   const dim3 blocks{static_cast<unsigned>(plan.head_blocks), 1, 1};
   AMTL_LAUNCH((count_heads_kernel), blocks, kBlockThreads, 0, as_stream(stream), pairs,
               plan.block_heads);
   AMTL_LAUNCH((scan_heads_kernel), 1, kBlockThreads, 0, as_stream(stream), plan.head_blocks,
               plan.block_heads, plan.header);
   AMTL_LAUNCH((write_heads_kernel<Table>), blocks, kBlockThreads, 0, as_stream(stream), table,
-              pairs, plan.block_heads, plan.chunk, plan.second_sort, plan.distinct_rows,
-              plan.chunk_row, plan.header);
+              pairs, plan.block_heads, plan.second_sort, plan.distinct_rows, plan.ranks,
+              plan.header);
   return cudaGetLastError();
 }
 
@@ -223,9 +231,9 @@ int backward_tier_rows(const Backward& backward, const TieredTable& out,
 namespace {
 
 template <typename Table>
-int launch_sort_by_group(const Plan& plan, const Table& table, std::int64_t count,
-                         SortedPairs& by_group, Stream stream) {
-  const SortedPairs pairs = plan.pairs(count, table.rows);
+int launch_sort_by_group(const Plan& plan, const Table& table, std::int64_t count, LookupList& list,
+                         Stream stream) {
+  const SortedPairs pairs = plan.pairs(count);
   auto* keys_in = reinterpret_cast<std::uint32_t*>(plan.keys_in);
   auto* positions = reinterpret_cast<std::uint32_t*>(plan.payloads_in);
   dim3 grid;
@@ -236,24 +244,26 @@ int launch_sort_by_group(const Plan& plan, const Table& table, std::int64_t coun
       sort_pairs(plan.sort_scratch, plan.sort_bytes, keys_in, plan.group_keys, positions,
                  plan.group_order, count, false, false, plan.group_bits, stream);
   if (error != cudaSuccess) return error;
+  // Nobody asks for the sorted groups.
   AMTL_LAUNCH((permute_pairs_kernel), grid, kBlockThreads, 0, as_stream(stream), pairs,
-              plan.group_order, plan.keys_in, plan.payloads_in);
-  by_group = pairs;
-  by_group.keys = plan.keys_in;
-  by_group.payloads = plan.payloads_in;
+              plan.group_order, plan.ranks, plan.keys_in, plan.payloads_in, plan.group_keys);
+  list.pairs.keys = plan.keys_in;
+  list.pairs.payloads = plan.payloads_in;
+  list.ranks = plan.group_keys;
   return cudaGetLastError();
 }
 
 }  // namespace
 
-// The pairs once more, ordered by group and within a group by row; lies over the unsorted pairs.
-int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count,
-                  SortedPairs& by_group, Stream stream) {
-  return launch_sort_by_group(plan, table, count, by_group, stream);
+// The pairs once more, ordered by group and within a group by row, with the numbers of their rows;
+// lies over the unsorted pairs.
+int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count, LookupList& list,
+                  Stream stream) {
+  return launch_sort_by_group(plan, table, count, list, stream);
 }
-int sort_by_group(const Plan& plan, const TieredTable& table, std::int64_t count,
-                  SortedPairs& by_group, Stream stream) {
-  return launch_sort_by_group(plan, table, count, by_group, stream);
+int sort_by_group(const Plan& plan, const TieredTable& table, std::int64_t count, LookupList& list,
+                  Stream stream) {
+  return launch_sort_by_group(plan, table, count, list, stream);
 }
 
 }  // namespace amtl::cuda

@@ -35,6 +35,8 @@ struct Plan {
   bool second_sort = false;  // room for sorting by group
   int key_bits = 0;
   int group_bits = 0;
+  int group_shift = 0;       // keys hold groups from this bit on; 0: they do not
+  std::int64_t end_key = 0;  // of lookups that count for nothing
   int chunk = 64;
   std::int64_t chunks = 0;
   std::int64_t head_blocks = 0;
@@ -47,7 +49,7 @@ struct Plan {
   std::int64_t* distinct_rows = nullptr;  // lies over keys_in and payloads_in, free after the sort
   float* bag_share = nullptr;
   std::int64_t* block_heads = nullptr;
-  std::int64_t* chunk_row = nullptr;
+  std::uint32_t* ranks = nullptr;  // [L] only where rows are wanted
   std::uint32_t* group_keys = nullptr;
   std::uint32_t* group_order = nullptr;
   unsigned char* sort_scratch = nullptr;
@@ -58,8 +60,9 @@ struct Plan {
   std::size_t partial_key_bytes = 0;
   std::size_t bytes = 0;
 
-  SortedPairs pairs(std::int64_t count, std::int64_t rows) const {
-    return SortedPairs{keys, payloads, count, rows, wide_keys, scaled};
+  SortedPairs pairs(std::int64_t count) const {
+    const std::uint64_t row_mask = group_shift == 0 ? ~0ull : (1ull << group_shift) - 1;
+    return SortedPairs{keys, payloads, count, end_key, row_mask, wide_keys, scaled};
   }
 };
 

@@ -7,16 +7,10 @@
 
 namespace amtl::cuda {
 
-int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count,
-                  SortedPairs& by_group, Stream stream);
-int sort_by_group(const Plan& plan, const TieredTable& table, std::int64_t count,
-                  SortedPairs& by_group, Stream stream);
-
-// The mask gradient alone, from pairs that are ordered by group.
-int reduce_masks(const Backward& backward, const Plan& plan, const DenseTable& table,
-                 const SortedPairs& by_group, float* group_grad, int vector, Stream stream);
-int reduce_masks(const Backward& backward, const Plan& plan, const TieredTable& table,
-                 const SortedPairs& by_group, float* group_grad, int vector, Stream stream);
+int sort_by_group(const Plan& plan, const DenseTable& table, std::int64_t count, LookupList& list,
+                  Stream stream);
+int sort_by_group(const Plan& plan, const TieredTable& table, std::int64_t count, LookupList& list,
+                  Stream stream);
 
 inline ReduceShape partial_shape(int lanes) {
   ReduceShape shape;
@@ -76,25 +70,21 @@ int launch_level(const Plan& plan, std::size_t level, const Table& table, const 
   return cudaGetLastError();
 }
 
-// All levels over `pairs`. Rows finish as kFinish says; without `rows`, group sums are only
-// collected into their first level, for reduce_groups.
+// All levels over a list of lookups. Rows finish as kFinish says; without `rows`, group sums are
+// only collected into their first level, for reduce_groups.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
 int reduce_pairs(const Backward& backward, const Plan& plan, const Table& table,
-                 const Update& update, const SortedPairs& pairs, bool rows, ReduceOutput out,
-                 Stream stream) {
+                 const Update& update, LookupList in, bool rows, ReduceOutput out, Stream stream) {
   ReduceShape shape;
   shape.lanes = lanes_for(table.dim, V);
   shape.chunk = plan.chunk;
   shape.grad_stride = backward.grad_stride;
-  LookupList in;
-  in.pairs = pairs;
   in.grad = backward.grad;
-  in.chunk_row = rows && backward.need_rows ? plan.chunk_row : nullptr;
   constexpr bool kRanks = kFinish == Finish::kGrads;
   if (!plan.levels.empty()) out.groups = plan.levels[0].groups;
   if (rows) out.rows = row_partials(plan, 0, kRanks);
   dim3 grid;
-  if (!grid_for(ceil_div(pairs.count, shape.chunk), kBlockThreads / shape.lanes,
+  if (!grid_for(ceil_div(in.pairs.count, shape.chunk), kBlockThreads / shape.lanes,
                 ceil_div(table.dim, shape.lanes * V), grid)) {
     return cudaErrorInvalidValue;
   }

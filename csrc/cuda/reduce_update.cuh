@@ -12,7 +12,7 @@ struct UpdateCall {
   const DenseTable* dense;
   const TieredTable* tiered;
   const Update& update;
-  float* group_grad;  // null: no mask gradient is left to be taken along with the step
+  float* group_grad;  // null: no mask gradient is to be taken along with the step
   int vector;
   Stream stream;
 };
@@ -31,8 +31,9 @@ int run_update(const UpdateCall& call) {
   ReduceOutput out;
   out.group_grad = call.group_grad;
   const auto run = [&](const auto& table) {
-    const SortedPairs pairs = call.plan.pairs(backward.lookups.count, table.rows);
-    return reduce_pairs<T, S, V, finish_of(kRule)>(backward, call.plan, table, call.update, pairs,
+    LookupList in;
+    in.pairs = call.plan.pairs(backward.lookups.count);
+    return reduce_pairs<T, S, V, finish_of(kRule)>(backward, call.plan, table, call.update, in,
                                                    true, out, call.stream);
   };
   return call.dense != nullptr ? run(*call.dense) : run(*call.tiered);

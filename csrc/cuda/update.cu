@@ -26,22 +26,13 @@ template <typename Table>
 int run(const Backward& backward, const Table& table, const DenseTable* dense,
         const TieredTable* tiered, const Update& update, Stream stream) {
   if (backward.lookups.count == 0) return cudaSuccess;
-  float* group_grad = backward.masks;
+  float* const group_grad = backward.masks;
   const bool wide_type = backward.type == DType::kFloat32;
   const Plan plan = plan_for(backward, table);
   const int vector = vector_elements(backward.type, table,
                                      reinterpret_cast<std::uint64_t>(backward.grad) |
                                          backward.grad_stride * (wide_type ? 4 : 2) |
                                          state_addresses(backward.type, table, update));
-  if (group_grad != nullptr && !backward.groups_sorted) {
-    // Before the weights change.
-    SortedPairs by_group;
-    int error = sort_by_group(plan, table, backward.lookups.count, by_group, stream);
-    if (error != cudaSuccess) return error;
-    error = reduce_masks(backward, plan, table, by_group, group_grad, vector, stream);
-    if (error != cudaSuccess) return error;
-    group_grad = nullptr;
-  }
   const UpdateCall call{backward, plan, dense, tiered, update, group_grad, vector, stream};
   // Other rules spread wide rows over blocks; this one must see a row whole.
   if (update.rule != Rule::kRowwiseAdagrad || table.dim <= kWarp * std::min(vector, kStepVector)) {

@@ -35,7 +35,7 @@ int run(const UpdateCall& call, const Table& table) {
   shape.chunk = call.plan.chunk;
   shape.grad_stride = backward.grad_stride;
   LookupList in;
-  in.pairs = call.plan.pairs(backward.lookups.count, table.rows);
+  in.pairs = call.plan.pairs(backward.lookups.count);
   in.grad = backward.grad;
   ReduceOutput out;
   out.group_grad = call.group_grad;

@@ -174,6 +174,16 @@ __device__ __forceinline__ std::int64_t group_of(const TieredTable& table, const
   return group_in_tier(table, ref.tier, ref.local);
 }
 
+// Of row `index` of a table in groups, which is one block.
+__device__ __forceinline__ std::int64_t group_in_table(const DenseTable& table, int /*t*/,
+                                                       std::int64_t index) {
+  return group_of(table, index);
+}
+__device__ __forceinline__ std::int64_t group_in_table(const TieredTable& table, int t,
+                                                       std::int64_t index) {
+  return group_in_tier(table, t, index);
+}
+
 // The mask gradient of a group among those of all tables, which lie one after the other, each as
 // wide as its table.
 struct MaskRow {

@@ -17,18 +17,18 @@ struct RowwiseReducer {
   // Floats a lane moves at once, and how often for its V: neighbouring lanes in neighbouring banks.
   static constexpr int kQuad = V < 4 ? V : 4;
   static constexpr int kQuads = V / kQuad;
+  // Pieces of a row's weights that are on their way together.
+  static constexpr int kAhead = V > 4 ? 2 : 4;
 
   const Table& table;
   const Update& update;
   const ReduceOutput& out;
-  std::int64_t chunk;
+  int chunk;
   Sums sums;  // [2][pieces][kQuads][32] of kQuad floats: the row's, then the group's
   int lane;
   int pieces;
   bool has_groups;
-  std::int64_t group = -1;
-  int group_tier = 0;  // tier of its rows
-  unsigned group_flags = 0;
+  unsigned flags = 0;  // of the run, and of the group in which it lies
 
   __device__ __forceinline__ int column_of(int piece) const { return (piece * kWarp + lane) * V; }
 
@@ -64,60 +64,77 @@ struct RowwiseReducer {
 
   __device__ __forceinline__ void clear_group() const {
     const float zeros[V] = {};
+#pragma unroll 1
     for (int piece = 0; piece < pieces; ++piece) store_sum(1, piece, zeros);
   }
 
-  __device__ __forceinline__ void end_group(unsigned flags) {
-    group_flags |= flags;
+  // The group of `ref` has ended in this chunk, or the chunk has.
+  __device__ __forceinline__ void end_group(const RowRef<T>& ref) {
+    const std::int64_t group = group_of(table, ref);
+    const unsigned group_flags = (flags & (kGroupBegins | kGroupEnds)) / kGroupBegins;
     if (group_flags == (kBegins | kEnds)) {
-      const MaskRow row = mask_row(table, group_tier, group);
+      const MaskRow row = mask_row(table, ref.tier, group);
       write_sum<Memory::kOutput>(1, out.group_grad + row.start, row.columns);
     } else {
-      const std::int64_t slot = 2 * chunk + (group_flags & kBegins ? 1 : 0);
-      const MaskRow key = mask_key(table, group_tier, group);
+      const std::int64_t slot = 2 * std::int64_t{chunk} + (group_flags & kBegins ? 1 : 0);
+      const MaskRow key = mask_key(table, ref.tier, group);
       write_sum<Memory::kPartial>(1, out.groups.sums + slot * table.dim, table.dim);
       write_partial(out.groups, slot, key.start, key.columns, group_flags, lane == 0);
     }
+    flags = kGroupBegins;
+    clear_group();
   }
 
-  __device__ __forceinline__ RawVector<T, V> load_weights(const T* data, int column) const {
-    return load_raw<Memory::kTable, Cache::kPlain, V>(data + column);
+  // Weights of kAhead pieces from `first` on, those of columns below `columns`.
+  __device__ __forceinline__ void load_weights(const T* data, int first, int columns,
+                                               RawVector<T, V> (&raw)[kAhead]) const {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int column = column_of(first + u);
+      raw[u] = zero_raw<T, V>();
+      if (column < columns) {
+        raw[u] = load_raw<Memory::kTable, Cache::kPlain, V>(data + column);
+      }
+    }
   }
 
   // Adds the products of the row's weights and gradient to its group, all columns.
-  __device__ __forceinline__ void add_products(const RowRef<T>& ref, int dim) {
-    const std::int64_t next = group_of(table, ref);
-    if (group >= 0 && next != group) {
-      end_group(kEnds);
-      group_flags = kBegins;
-      clear_group();
-    }
-    group = next;
-    group_tier = ref.tier;
+  __device__ __forceinline__ void add_products(const RowRef<T>& ref, int dim) const {
     const T* data = weights_of(table, ref, dim);
-    for (int piece = 0; piece < pieces; ++piece) {
-      const int column = column_of(piece);
-      if (column >= dim) continue;
-      float sum[V];
-      float products[V];
-      float w[V];
-      load_sum(0, piece, sum);
-      load_sum(1, piece, products);
-      unpack<T, V>(load_weights(data, column), w);
+#pragma unroll 1
+    for (int first = 0; first < pieces; first += kAhead) {
+      RawVector<T, V> raw[kAhead];
+      load_weights(data, first, dim, raw);
 #pragma unroll
-      for (int e = 0; e < V; ++e) products[e] += w[e] * sum[e];
-      store_sum(1, piece, products);
+      for (int u = 0; u < kAhead; ++u) {
+        if (column_of(first + u) >= dim) continue;
+        float sum[V];
+        float products[V];
+        float w[V];
+        load_sum(0, first + u, sum);
+        load_sum(1, first + u, products);
+        unpack<T, V>(raw[u], w);
+#pragma unroll
+        for (int e = 0; e < V; ++e) products[e] += w[e] * sum[e];
+        store_sum(1, first + u, products);
+      }
     }
   }
 
-  __device__ __forceinline__ void step_row(const RowRef<T>& ref) {
+  __device__ __forceinline__ void step_row(const RowRef<T>& ref) const {
     float squares = 0;
-    for (int piece = 0; piece < pieces; ++piece) {
-      const int column = column_of(piece);
-      if (column >= ref.size) continue;
-      float sum[V];
-      load_sum(0, piece, sum);
-      squares += squares_of<T, V>(update, load_weights(ref.data, column), ref.size - column, sum);
+#pragma unroll 1
+    for (int first = 0; first < pieces; first += kAhead) {
+      RawVector<T, V> raw[kAhead];
+      load_weights(ref.data, first, ref.size, raw);
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int column = column_of(first + u);
+        if (column >= ref.size) continue;
+        float sum[V];
+        load_sum(0, first + u, sum);
+        squares += squares_of<T, V>(update, raw[u], ref.size - column, sum);
+      }
     }
     for (int step = kWarp / 2; step > 0; step /= 2) {
       squares += __shfl_xor_sync(0xffffffffu, squares, step);
@@ -129,27 +146,34 @@ struct RowwiseReducer {
     // All have read it before one replaces it.
     __syncwarp();
     const float denominator = step_rowwise<T>(update, moment, before, squares, ref.size, lane == 0);
+    // The weights are close by, for the squares have been taken of them, and the code is long.
+#pragma unroll 1
     for (int piece = 0; piece < pieces; ++piece) {
       const int column = column_of(piece);
       if (column >= ref.size) continue;
       float sum[V];
       load_sum(0, piece, sum);
-      update_elements<Rule::kRowwiseAdagrad, T, float, V>(update, AdamScales{}, ref.data,
-                                                          load_weights(ref.data, column), state,
-                                                          ref.size, column, sum, denominator);
+      const auto old = load_raw<Memory::kTable, Cache::kPlain, V>(ref.data + column);
+      update_elements<Rule::kRowwiseAdagrad, T, float, V>(
+          update, AdamScales{}, ref.data, old, state, ref.size, column, sum, denominator);
     }
   }
 
-  // The run of `row` has ended in this chunk; flags say whether it begins and ends here.
-  __device__ __forceinline__ void end_run(std::int64_t row, unsigned flags) {
+  // The run of `row` has ended in this chunk, or the chunk has.
+  __device__ __forceinline__ void end_run(std::int64_t row) {
     const RowRef<T> ref = locate<T>(table, TableView{}, row);
     if (has_groups) add_products(ref, view_of(table, owner_of(table, ref.tier)).dim);
-    if (flags == (kBegins | kEnds)) {
+    if ((~flags & (kBegins | kEnds)) == 0) {
       step_row(ref);
     } else {
-      const std::int64_t slot = 2 * chunk + (flags & kBegins ? 1 : 0);
+      const std::int64_t slot = 2 * std::int64_t{chunk} + (flags & kBegins ? 1 : 0);
       write_sum<Memory::kPartial>(0, out.rows.sums + slot * table.dim, table.dim);
-      write_partial(out.rows, slot, row, 0, flags, lane == 0);
+      write_partial(out.rows, slot, row, 0, flags & (kBegins | kEnds), lane == 0);
+    }
+    if (has_groups && (flags & kGroupStops) != 0) {
+      end_group(ref);
+    } else {
+      flags &= kGroupBegins;
     }
   }
 };
@@ -158,38 +182,50 @@ struct RowwiseReducer {
 template <typename E>
 struct ReduceItem {
   std::int64_t key = -1;
-  unsigned flags = 0;  // whether the row's run begins and ends with it
+  unsigned flags = 0;  // whether the row's run, and the group, begin and end with it
   const E* data = nullptr;
+  // Of lookups alone, for partial sums are whole.
   float factor = 1.0f;
   int limit = 0;   // columns to read
   int owner = -1;  // table of the row, if it has been looked for
 };
 
 template <typename T, typename Table>
-__device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, std::int64_t i,
+__device__ __forceinline__ ReduceItem<T> stage_item(const LookupList& in, int i, int end,
                                                     const Table& table, bool whole_rows, bool last,
                                                     std::int64_t grad_stride) {
   ReduceItem<T> item;
   const std::int64_t key = load_key(in.pairs, i);
-  if (key >= in.pairs.rows) return item;
-  item.key = key;
-  if (i == 0 || load_key(in.pairs, i - 1) != key) item.flags |= kBegins;
-  if (i + 1 == in.pairs.count || load_key(in.pairs, i + 1) != key) item.flags |= kEnds;
+  if (key >= in.pairs.end) return item;
+  item.key = row_of(in.pairs, key);
+  const std::int64_t before = i > 0 ? load_key(in.pairs, i - 1) : -1;
+  const std::int64_t next = i + 1 < in.pairs.count ? load_key(in.pairs, i + 1) : in.pairs.end;
+  if (before != key) item.flags |= kBegins;
+  if (next != key) item.flags |= kEnds;
   const Payload payload = load_payload(in.pairs, i);
   item.factor = payload.factor;
   item.data = static_cast<const T*>(in.grad) + payload.row * grad_stride;
   // As in reduce_list: of whole rows the last of a run tells the others of which table they are.
   if (whole_rows && !last && (item.flags & kEnds) == 0) return item;
-  const RowRef<T> ref = locate<T>(table, TableView{}, key);
+  const RowRef<T> ref = locate<T>(table, TableView{}, item.key);
   item.owner = owner_of(table, ref.tier);
-  if (whole_rows) return item;
+  if (whole_rows) {
+    if ((item.flags & kEnds) != 0 || i + 1 == end) {
+      const bool ends =
+          next >= in.pairs.end ||
+          (next != key && group_of(table, row_of(in.pairs, next)) != group_of(table, ref));
+      if (ends) item.flags |= kGroupEnds;
+      if (ends || i + 1 == end) item.flags |= kGroupStops;
+    }
+    return item;
+  }
   item.data += view_of(table, item.owner).first_column;
   item.limit = ref.size;
   return item;
 }
 
 template <typename T, typename Table>
-__device__ __forceinline__ ReduceItem<float> stage_item(const PartialList& in, std::int64_t i,
+__device__ __forceinline__ ReduceItem<float> stage_item(const PartialList& in, int i, int /*end*/,
                                                         const Table& table, bool /*whole_rows*/,
                                                         bool /*last*/,
                                                         std::int64_t /*grad_stride*/) {
@@ -197,8 +233,7 @@ __device__ __forceinline__ ReduceItem<float> stage_item(const PartialList& in, s
   item.key = load<Memory::kPartial>(in.partials.keys + i);
   if (item.key < 0) return item;
   item.flags = load<Memory::kPartial>(in.partials.flags + i);
-  item.data = in.partials.sums + i * table.dim;
-  item.limit = table.dim;
+  item.data = in.partials.sums + static_cast<std::int64_t>(i) * table.dim;
   return item;
 }
 
@@ -218,11 +253,13 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   AMTL_DYNAMIC_SHARED(Quad, memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
-  const std::int64_t begin = chunk * shape.chunk;
-  const std::int64_t count = items_of(in);
-  if (begin >= count) return;
-  const int length = count - begin < shape.chunk ? static_cast<int>(count - begin) : shape.chunk;
+  const std::int64_t of_grid = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
+  if (of_grid * shape.chunk >= items_of(in)) return;
+  // Lists are shorter than 2^31 by more than a chunk.
+  const int chunk = static_cast<int>(of_grid);
+  const int begin = chunk * shape.chunk;
+  const int count = static_cast<int>(items_of(in));
+  const int end = begin + shape.chunk < count ? begin + shape.chunk : count;
   const bool has_groups = kLookups && out.group_grad != nullptr;
   const int pieces = (table.dim + kWarp * V - 1) / (kWarp * V);
   const int quads = pieces * kWarp * V / static_cast<int>(sizeof(Quad) / sizeof(float));
@@ -232,22 +269,23 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   if constexpr (kLookups) {
     if (has_groups) {
       const std::int64_t first = load_key(in.pairs, begin);
-      if (first >= in.pairs.rows) return;
-      const bool same =
-          begin > 0 && group_of(table, load_key(in.pairs, begin - 1)) == group_of(table, first);
-      reducer.group_flags = same ? 0 : kBegins;
+      if (first >= in.pairs.end) return;
+      // The even lanes' is the group of the first row, the odd lanes' that of the row before it.
+      const std::int64_t before = begin > 0 ? load_key(in.pairs, begin - 1) : first;
+      const std::int64_t group = group_of(table, row_of(in.pairs, lane % 2 == 0 ? first : before));
+      const bool same = group == __shfl_xor_sync(kAll, group, 1);
+      reducer.flags = begin > 0 && same ? 0 : kGroupBegins;
       reducer.clear_group();
     }
   }
 
   std::int64_t current = -1;
-  unsigned flags = 0;
-  for (int base = 0; base < length; base += kWarp) {
+  for (int base = begin; base < end; base += kWarp) {
     using Element = typename std::conditional<kLookups, T, float>::type;
-    const int items = length - base < kWarp ? length - base : kWarp;
+    const int items = end - base < kWarp ? end - base : kWarp;
     ReduceItem<Element> mine;
     if (lane < items) {
-      mine = stage_item<T>(in, begin + base + lane, table, has_groups, lane == items - 1,
+      mine = stage_item<T>(in, base + lane, end, table, has_groups, lane == items - 1,
                            shape.grad_stride);
     }
     if constexpr (kLookups) {
@@ -261,17 +299,24 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
         }
       }
     }
+    // The chunk's last run stops with its last item, or, if that lies behind, at once. Runs stop in
+    // one place, because the code for it is long.
+    const unsigned counted = __ballot_sync(kAll, mine.key >= 0);
+    const int stop = base + kWarp < end ? kWarp : (counted != 0 ? last_of(counted) : 0);
     for (int source = 0; source < items; ++source) {
       const std::int64_t key = __shfl_sync(kAll, mine.key, source);
       const unsigned item_flags = __shfl_sync(kAll, mine.flags, source);
       const Element* data = shuffle_pointer(kAll, mine.data, source, kWarp);
-      const float factor = __shfl_sync(kAll, mine.factor, source);
-      const int limit = __shfl_sync(kAll, mine.limit, source);
-      if (key < 0) continue;
+      float factor = 1.0f;
+      int limit = table.dim;
+      if constexpr (kLookups) {
+        factor = __shfl_sync(kAll, mine.factor, source);
+        limit = __shfl_sync(kAll, mine.limit, source);
+      }
       const bool fresh = current < 0;
-      current = key;
-      flags |= item_flags;
-      for (int first = 0; first < pieces; first += kUnroll) {
+      if (key >= 0) current = key;
+      reducer.flags |= item_flags;
+      for (int first = 0; key >= 0 && first < pieces; first += kUnroll) {
         RawVector<T, V> raw[kUnroll];
         float values[kUnroll][V];
 #pragma unroll
@@ -301,20 +346,10 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
           reducer.store_sum(0, first + u, sum);
         }
       }
-      if (flags & kEnds) {
-        reducer.end_run(current, flags);
+      if (current >= 0 && ((reducer.flags & kEnds) != 0 || source == stop)) {
+        reducer.end_run(current);
         current = -1;
-        flags = 0;
       }
-    }
-  }
-  if (current >= 0) reducer.end_run(current, flags);
-  if constexpr (kLookups) {
-    if (has_groups) {
-      const std::int64_t next = begin + length;
-      const std::int64_t after = next < count ? load_key(in.pairs, next) : in.pairs.rows;
-      reducer.end_group(after < in.pairs.rows && group_of(table, after) == reducer.group ? 0
-                                                                                         : kEnds);
     }
   }
 }

@@ -37,8 +37,8 @@ struct ReduceShape {
 // The first list: sorted lookups and the gradient that they receive.
 struct LookupList {
   SortedPairs pairs;
-  const void* grad = nullptr;               // [B or L, D], read through the payloads
-  const std::int64_t* chunk_row = nullptr;  // [chunks] see write_heads_kernel; null: no ranks
+  const void* grad = nullptr;            // [B or L, D], read through the payloads
+  const std::uint32_t* ranks = nullptr;  // [L] see write_heads_kernel; null: not asked for
 };
 
 // Every later list: the partial sums that the one before has left.
@@ -168,6 +168,22 @@ __device__ __forceinline__ void stage_finish(const Table& table, const Update& u
   }
 }
 
+__device__ __forceinline__ std::int64_t items_of(const LookupList& in) { return in.pairs.count; }
+__device__ __forceinline__ std::int64_t items_of(const PartialList& in) { return in.count; }
+
+__device__ __forceinline__ std::int64_t key_of(const LookupList& in, std::int64_t i) {
+  return row_of(in.pairs, load_key(in.pairs, i));
+}
+__device__ __forceinline__ std::int64_t key_of(const PartialList& in, std::int64_t i) {
+  return load<Memory::kPartial>(in.partials.keys + i);
+}
+__device__ __forceinline__ int rank_of(const LookupList& in, int i) {
+  return in.ranks != nullptr ? static_cast<int>(load<Memory::kSorted>(in.ranks + i)) : 0;
+}
+__device__ __forceinline__ std::int64_t rank_of(const PartialList& in, std::int64_t i) {
+  return in.partials.ranks != nullptr ? load<Memory::kPartial>(in.partials.ranks + i) : 0;
+}
+
 // What a tile knows while it walks its chunk.
 template <typename T, typename S, int V, Finish kFinish>
 struct ChunkReducer {
@@ -218,12 +234,13 @@ struct ChunkReducer {
     }
   }
 
-  // The part of a run that goes on elsewhere.
-  __device__ __forceinline__ void write_part(std::int64_t chunk, std::int64_t key,
-                                             std::int64_t rank) {
+  // The part of a run that goes on elsewhere; item i of the list is of it.
+  template <typename List>
+  __device__ __forceinline__ void write_part(std::int64_t chunk, const List& in, int i) {
     const std::int64_t slot = 2 * chunk + (flags & kBegins ? 1 : 0);
     store_floats<Memory::kPartial>(out.rows.sums + slot * dim, column, dim, sum, mask, lanes);
-    write_partial(out.rows, slot, key, rank, flags & (kBegins | kEnds), column == 0);
+    if (column != 0) return;
+    write_partial(out.rows, slot, key_of(in, i), rank_of(in, i), flags & (kBegins | kEnds), true);
   }
 
   __device__ __forceinline__ void clear_run(unsigned next_flags) {
@@ -298,24 +315,6 @@ struct Batch<T, V, kUnroll, false> {
   }
 };
 
-__device__ __forceinline__ std::int64_t items_of(const LookupList& in) { return in.pairs.count; }
-__device__ __forceinline__ std::int64_t items_of(const PartialList& in) { return in.count; }
-
-__device__ __forceinline__ std::int64_t key_of(const LookupList& in, std::int64_t i) {
-  return load_key(in.pairs, i);
-}
-__device__ __forceinline__ std::int64_t key_of(const PartialList& in, std::int64_t i) {
-  return load<Memory::kPartial>(in.partials.keys + i);
-}
-__device__ __forceinline__ std::int64_t rank_of(const LookupList& /*in*/, std::int64_t /*i*/,
-                                                std::int64_t counted) {
-  return counted;
-}
-__device__ __forceinline__ std::int64_t rank_of(const PartialList& in, std::int64_t i,
-                                                std::int64_t /*counted*/) {
-  return in.partials.ranks != nullptr ? load<Memory::kPartial>(in.partials.ranks + i) : 0;
-}
-
 // The lanes of a tile as bits from the lowest on.
 __device__ __forceinline__ unsigned tile_ballot(unsigned mask, bool predicate) {
   return __ballot_sync(mask, predicate) >> (__ffs(static_cast<int>(mask)) - 1);
@@ -371,11 +370,6 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
       update, out, table.dim, lanes, (static_cast<int>(blockIdx.y) * lanes + lane) * V, mask, {}};
   if constexpr (kFinish == Finish::kAdam) reducer.scales = adam_scales(update);
   const bool has_groups = kLookups && out.group_grad != nullptr;
-  int rank = 0;  // of the next run to stop
-  if constexpr (kLookups && kFinish == Finish::kGrads) {
-    if (in.chunk_row != nullptr)
-      rank = static_cast<int>(load<Memory::kOther>(in.chunk_row + of_grid));
-  }
   int open = -1;  // partial sums: the last item of the run that goes on
 
   int base = static_cast<int>(of_grid) * shape.chunk;
@@ -390,15 +384,15 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
     int items = end - base < lanes ? end - base : lanes;
     const int i = base + lane;
     if constexpr (kLookups) {
-      std::int64_t key = in.pairs.rows;
-      std::int64_t next = in.pairs.rows;
+      std::int64_t key = in.pairs.end;
+      std::int64_t next = in.pairs.end;
       if (i < end) {
         key = load_key(in.pairs, i);
         if (i + 1 < count) next = load_key(in.pairs, i + 1);
       }
       // What counts for nothing comes last.
-      const bool counts = key < in.pairs.rows;
-      const bool last = i + 1 == end || next >= in.pairs.rows;
+      const bool counts = key < in.pairs.end;
+      const bool last = i + 1 == end || next >= in.pairs.end;
       const bool stopping = counts && (last || next != key);
       counted = tile_ballot(mask, counts);
       stops = tile_ballot(mask, stopping);
@@ -409,7 +403,7 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
       // Without a mask gradient nothing past the kept prefix is asked for; with one all that the
       // other items of a run ask for is their table.
       if (stopping || (counts && (!has_groups || lane == items - 1))) {
-        ref = locate<T>(table, TableView{}, key);
+        ref = locate<T>(table, TableView{}, row_of(in.pairs, key));
         owner = owner_of(table, ref.tier);
       }
       if (has_groups) {
@@ -425,7 +419,8 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
         if (at_begin && lane == 0) {
           const std::int64_t before = i > 0 ? load_key(in.pairs, i - 1) : -1;
           if (before != key) item.flags |= kBegins;
-          if (has_groups && (before < 0 || group_of(table, before) != group_of(table, key))) {
+          if (has_groups && (before < 0 || group_of(table, row_of(in.pairs, before)) !=
+                                               group_of(table, row_of(in.pairs, key)))) {
             item.flags |= kGroupBegins;
           }
         }
@@ -436,14 +431,15 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
             item.flags |= static_cast<unsigned>(ref.tier) << kTierShift;
             item.weight = weights_of(table, ref, view.dim);
             item.reach = view.dim;
-            const bool ends =
-                next >= in.pairs.rows || (next != key && group_of(table, next) != group);
+            const bool ends = next >= in.pairs.end ||
+                              (next != key && group_of(table, row_of(in.pairs, next)) != group);
             if (ends) item.flags |= kGroupEnds;
             if (ends || last) item.flags |= kGroupStops;
           }
           if (next != key) {
             item.flags |= kEnds;
-            const int of_run = rank + __popc(stops & ((1u << lane) - 1));
+            int of_run = 0;
+            if constexpr (kFinish == Finish::kGrads) of_run = rank_of(in, i);
             stage_finish<T, S, V, kFinish>(table, update, out, ref, of_run, lanes, item);
           }
         }
@@ -523,11 +519,9 @@ __device__ __forceinline__ void reduce_list(const Table& table, const Update& up
           reducer.finish(stop, of_row);
         } else if (out.rows.sums != nullptr) {
           const int last = kLookups || counted >> at & 1 ? base + at : open;
-          reducer.write_part(base >> last_of(static_cast<unsigned>(shape.chunk)), key_of(in, last),
-                             rank_of(in, last, rank));
+          reducer.write_part(base >> last_of(static_cast<unsigned>(shape.chunk)), in, last);
         }
         reducer.clear_run(kLookups ? kBegins : 0);
-        if constexpr (kLookups && kFinish == Finish::kGrads) ++rank;
         if (has_groups && (stop.flags & kGroupStops))
           reducer.end_group(table, base >> last_of(static_cast<unsigned>(shape.chunk)), stop);
         left &= left - 1;

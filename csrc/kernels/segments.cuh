@@ -68,16 +68,17 @@ __device__ __forceinline__ void fill_share(const Fill& fill) {
 // and the last, the others lie between, so a call costs little whatever the lengths of the bags.
 // There may be more blocks than lookups ask for.
 //
-// @param[in]  bag_share  [B] or null: means are taken over the whole bag
-// @param[out] keys       [L] K
-// @param[out] payloads   [L] uint64 if scaled, else uint32
-// @param[out] masks      what reductions add to or leave alone, and
-// @param[out] partials   the keys that tell which partial sums are there
+// @param[in]  bag_share    [B] or null: means are taken over the whole bag
+// @param[in]  group_shift  where the row's group begins in its key; 0: it is not there
+// @param[out] keys         [L] K
+// @param[out] payloads     [L] uint64 if scaled, else uint32
+// @param[out] masks        what reductions add to or leave alone, and
+// @param[out] partials     the keys that tell which partial sums are there
 template <typename K, typename T, typename Table>
 __global__ void __launch_bounds__(kBlockThreads)
     lookup_keys_kernel(const __grid_constant__ Table table, const __grid_constant__ Lookups lookups,
-                       const float* bag_share, bool scaled, K* keys, void* payloads, Fill masks,
-                       Fill partials) {
+                       const float* bag_share, bool scaled, int group_shift, K* keys,
+                       void* payloads, Fill masks, Fill partials) {
   fill_share(masks);
   fill_share(partials);
   constexpr unsigned kAll = 0xffffffffu;
@@ -111,14 +112,18 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
   if (position >= lookups.count) return;
   std::int64_t key = table.rows;
+  std::int64_t group = table.groups;
   if (counts) {
     const TableView view = view_of_bag(table, bag);
     const std::int64_t index = load_index(lookups.indices, position, lookups.wide);
     if (index >= 0 && index < view.rows && index != padding_of(lookups, view.table)) {
       key = view.first_row + index;
+      if (group_shift != 0) group = group_in_table(table, view.table, index);
     }
   }
-  store<Memory::kSorted>(keys + position, static_cast<K>(key));
+  K sorted_by = static_cast<K>(key);
+  if (group_shift != 0) sorted_by |= static_cast<K>(group) << group_shift;
+  store<Memory::kSorted>(keys + position, sorted_by);
   if (scaled) {
     if (lookups.per_sample_weights != nullptr) {
       factor *= to_float(
@@ -138,7 +143,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 __device__ __forceinline__ bool is_head(const SortedPairs& pairs, std::int64_t i) {
   if (i >= pairs.count) return false;
   const std::int64_t key = load_key(pairs, i);
-  return key < pairs.rows && (i == 0 || load_key(pairs, i - 1) != key);
+  return key < pairs.end && (i == 0 || load_key(pairs, i - 1) != key);
 }
 
 // Exclusive prefix sum over the threads of a block; `total` is the sum over all of them.
@@ -196,18 +201,19 @@ static __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// Writes the distinct rows, and for every `chunk`-th position the number of rows begun at or before
-// it less one. Notes whether groups rise along with the rows.
+// Writes the distinct rows, and of every pair the number of its row among them. Notes whether
+// groups rise along with the rows.
 //
 // @param[in]  block_heads   [number of blocks] rows begun before each block
 // @param[in]  check_groups  rows have groups, and nobody has promised that they rise
 // @param[out] rows          [U]
-// @param[out] chunk_row     [ceil(L / chunk)]
+// @param[out] ranks         [L] of what counts for nothing, that of the last row
 template <typename Table>
 __global__ void __launch_bounds__(kBlockThreads)
     write_heads_kernel(const __grid_constant__ Table table, SortedPairs pairs,
-                       const std::int64_t* block_heads, int chunk, bool check_groups,
-                       std::int64_t* rows, std::int64_t* chunk_row, SegmentHeader* header) {
+                       const std::int64_t* block_heads, bool check_groups, std::int64_t* rows,
+                       std::uint32_t* ranks, SegmentHeader* header) {
+  static_assert(kHeadsPerThread == 4, "ranks are written as one vector");
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kHeadsPerBlock +
                              static_cast<std::int64_t>(threadIdx.x) * kHeadsPerThread;
   bool heads[kHeadsPerThread];
@@ -221,19 +227,28 @@ __global__ void __launch_bounds__(kBlockThreads)
   std::int64_t next =
       load<Memory::kOther>(block_heads + blockIdx.x) + block_exclusive_sum(count, total);
   bool falls = false;
+  std::uint32_t mine[kHeadsPerThread];
 #pragma unroll
   for (int i = 0; i < kHeadsPerThread; ++i) {
     const std::int64_t position = first + i;
     if (heads[i]) {
-      const std::int64_t row = load_key(pairs, position);
+      const std::int64_t row = row_of(pairs, load_key(pairs, position));
       store<Memory::kSorted>(rows + next, row);
       if (check_groups && position > 0) {
-        falls |= group_of(table, row) < group_of(table, load_key(pairs, position - 1));
+        falls |=
+            group_of(table, row) < group_of(table, row_of(pairs, load_key(pairs, position - 1)));
       }
       ++next;
     }
-    if (position < pairs.count && position % chunk == 0) {
-      store<Memory::kOther>(chunk_row + position / chunk, next - 1);
+    mine[i] = static_cast<std::uint32_t>(next - 1);
+  }
+  if (first + kHeadsPerThread <= pairs.count) {
+    store<Memory::kSorted>(reinterpret_cast<uint4*>(ranks + first),
+                           uint4{mine[0], mine[1], mine[2], mine[3]});
+  } else {
+#pragma unroll
+    for (int i = 0; i < kHeadsPerThread; ++i) {
+      if (first + i < pairs.count) store<Memory::kSorted>(ranks + first + i, mine[i]);
     }
   }
   if (__syncthreads_or(falls) && threadIdx.x == 0) {
@@ -287,7 +302,7 @@ static __global__ void __launch_bounds__(kBlockThreads)
                          row - begin);
 }
 
-// --- Tables whose groups do not rise with the row number ---------------------------------------
+// --- Row gradients of tables whose groups do not rise with the row number ----------------------
 
 // Keys for a second sort, by group, of pairs that are already sorted by row.
 //
@@ -300,19 +315,21 @@ __global__ void __launch_bounds__(kBlockThreads)
                       std::uint32_t* group_keys, std::uint32_t* positions) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
   if (i >= pairs.count) return;
-  const std::int64_t row = load_key(pairs, i);
-  const std::int64_t group = row < pairs.rows ? group_of(table, row) : table.groups;
+  const std::int64_t key = load_key(pairs, i);
+  const std::int64_t group = key < pairs.end ? group_of(table, row_of(pairs, key)) : table.groups;
   store<Memory::kSorted>(group_keys + i, static_cast<std::uint32_t>(group));
   store<Memory::kSorted>(positions + i, static_cast<std::uint32_t>(i));
 }
 
-// Brings pairs into the order of `positions`.
+// Brings pairs, and the numbers of their rows, into the order of `positions`.
 static __global__ void __launch_bounds__(kBlockThreads)
-    permute_pairs_kernel(SortedPairs pairs, const std::uint32_t* positions, void* keys,
-                         void* payloads) {
+    permute_pairs_kernel(SortedPairs pairs, const std::uint32_t* positions,
+                         const std::uint32_t* ranks_in, void* keys, void* payloads,
+                         std::uint32_t* ranks) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
   if (i >= pairs.count) return;
   const std::int64_t from = load<Memory::kSorted>(positions + i);
+  store<Memory::kSorted>(ranks + i, load<Memory::kSorted>(ranks_in + from));
   const std::int64_t key = load_key(pairs, from);
   if (pairs.wide_keys) {
     store<Memory::kSorted>(static_cast<std::uint64_t*>(keys) + i, static_cast<std::uint64_t>(key));

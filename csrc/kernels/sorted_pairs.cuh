@@ -5,14 +5,16 @@
 
 namespace amtl {
 
-// Sorted pairs as the reductions read them. A key is a row number over all tables; keys of lookups
-// that count for nothing are `rows`, so they come last. A payload names the row of the incoming
-// gradient that the lookup receives and, if `scaled`, a factor for it.
+// Sorted pairs as the reductions read them. A key is a row number over all tables, with the row's
+// group above it where groups may not rise along the rows; those of lookups that count for nothing
+// are `end`, so they come last. A payload names the row of the incoming gradient that
+// the lookup receives and, if `scaled`, a factor for it.
 struct SortedPairs {
   const void* keys = nullptr;      // [L] uint64 if wide_keys, else uint32
   const void* payloads = nullptr;  // [L] uint64 (factor's bits << 32 | row) if scaled, else uint32
   std::int64_t count = 0;          // L
-  std::int64_t rows = 0;           // keys from here on count for nothing
+  std::int64_t end = 0;            // keys from here on count for nothing
+  std::uint64_t row_mask = 0;      // the bits of a key that are the row
   bool wide_keys = false;
   bool scaled = false;
 };
@@ -24,6 +26,10 @@ __device__ __forceinline__ std::int64_t load_key(const SortedPairs& pairs,
         load<Memory::kSorted>(static_cast<const std::uint64_t*>(pairs.keys) + i AMTL_SITE_PASS));
   }
   return load<Memory::kSorted>(static_cast<const std::uint32_t*>(pairs.keys) + i AMTL_SITE_PASS);
+}
+
+__device__ __forceinline__ std::int64_t row_of(const SortedPairs& pairs, std::int64_t key) {
+  return key & static_cast<std::int64_t>(pairs.row_mask);
 }
 
 struct Payload {

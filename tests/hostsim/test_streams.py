@@ -65,15 +65,17 @@ def test_a_search_step_is_ten_operations_and_no_wait() -> None:
     ]
 
 
-def many_tables(dims: list[int], frozen: bool, means: bool) -> Callable[[], None]:
+def many_tables(dims: list[int], form: str, means: bool) -> Callable[[], None]:
     """A checked lookup of bags of one and its step; frozen tables have two tiers, others groups."""
+    frozen = form == "frozen"
     rows, groups, tables = 200, 20, len(dims)
     batch = 1_300 // tables
     g = torch.Generator().manual_seed(7)
+    rising = torch.arange(rows, dtype=torch.int32) * groups // rows
     described: dict[str, Any] = {
         "sizes": [torch.full((groups, 1), d - 1, dtype=torch.int32) for d in dims],
-        "row_groups": [torch.arange(rows, dtype=torch.int32) * groups // rows] * tables,
-        "groups_sorted": True,
+        "row_groups": [rising.flip(0) if form == "falling" else rising] * tables,
+        "groups_sorted": form == "search",
     }
     shapes = [(rows, d) for d in dims]
     if frozen:
@@ -100,17 +102,17 @@ def many_tables(dims: list[int], frozen: bool, means: bool) -> Callable[[], None
 
 
 @pytest.mark.parametrize("means", [False, True], ids=["sums", "means with padding"])
-@pytest.mark.parametrize("frozen", [False, True], ids=["search", "frozen"])
+@pytest.mark.parametrize("form", ["search", "falling", "frozen"])
 @pytest.mark.parametrize("dims", [[4] * 26, [4, 8] * 13], ids=["one width", "mixed widths"])
 def test_a_step_of_many_tables_is_twelve_operations_at_most(
-    dims: list[int], frozen: bool, means: bool
+    dims: list[int], form: str, means: bool
 ) -> None:
-    """Whatever their widths: masks are written where they belong, and nothing is cleared apart.
+    """Whatever their widths and the order of groups: masks are not cleared apart.
 
     More lookups have more levels of partial sums: two here, four up to 4.2 million.
     """
     with sim.simulation(watch_bounds=False):
-        found = uses(many_tables(dims, frozen, means))
+        found = uses(many_tables(dims, form, means))
     shares = ["bag_share_kernel"] if means else []
     assert found == [
         *("upload_kernel", "pool_short_kernel", "check_kernel", "upload_kernel", *shares),
@@ -140,16 +142,22 @@ def two_tables(falls: bool) -> tuple[Call, list[Tensor]]:
     return of, tables
 
 
-@pytest.mark.parametrize("op", ["lookup_backward", "lookup_update_"])
+@pytest.mark.parametrize("wanted", ["rows and masks", "masks", "step"])
 @pytest.mark.parametrize("falls", [False, True], ids=["rise", "fall"])
-def test_several_tables_with_masks_sort_once(op: str, falls: bool) -> None:
-    """And read the gradient once, if groups rise along the rows: promised or found."""
+def test_several_tables_with_masks_sort_once(wanted: str, falls: bool) -> None:
+    """And read the gradient once, whether groups rise along the rows or not.
+
+    Row gradients come in the order of rows: where groups fall, their lookups are sorted again.
+    """
     of, tables = two_tables(falls)
-    arguments = of.backward()
-    if op == "lookup_update_":
+    if wanted == "step":
         arguments = step(of, tables, [], "sgd", [0.1, 0, 0, 0, 0, 1.0], mask_grad=True)
-    found = uses(lambda: run(op, arguments))
-    assert found.count("sort") == found.count("reduce_lookups_kernel") == (2 if falls else 1)
+        found = uses(lambda: run("lookup_update_", arguments))
+    else:
+        arguments = of.backward() | {"weight_grad": wanted != "masks"}
+        found = uses(lambda: run("lookup_backward", arguments))
+    assert found.count("sort") == (2 if falls and wanted == "rows and masks" else 1)
+    assert found.count("reduce_lookups_kernel") == 1
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k[0] != "lookup_backward"], ids=" ".join)
