@@ -113,11 +113,10 @@ def comparison_table(comparison: Comparison) -> str:
         if lines:
             share = timing.facts.get("place_share")
             moved, places = (timing.facts.get(key, 0) for key in ("line_bytes", "places"))
-            row += (
-                [f"{moved / 1e6:.3g}", f"{places / timing.lookups:.2g}", f"{share:.0%}"]
-                if (share is not None)
-                else ["–", "–", "–"]
-            )
+            if share is None:
+                row += ["–"] * 3
+            else:
+                row += [f"{moved / 1e6:.3g}", f"{places / timing.lookups:.2g}", f"{share:.0%}"]
         for baseline in baselines:
             if baseline == name:
                 row.append("1")

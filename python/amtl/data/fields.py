@@ -158,17 +158,19 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
         return FieldSpec(name, "bag")
     if dtype.is_float() or dtype.is_decimal():
         return _guess_number(column, default_numeric)
-    if dtype in (pl.String, pl.Categorical, pl.Enum) and _holds_lists(column):
-        note = f"strings such as {_shown(column, '|')} hold several values; --multi {name}= keeps"
-        return FieldSpec(name, "bag", "|", note=f"{note} them whole")
-    spec = _keys_left_out(FieldSpec(name), column)
+    note = ""
     if dtype in (pl.String, pl.Categorical, pl.Enum):
+        values = column.cast(pl.String).drop_nulls().unique()
+        if _holds_lists(values, "|"):
+            note = f"strings such as {_shown(column, '|')} hold several values; --multi {name}="
+            return FieldSpec(name, "bag", "|", note=f"{note} keeps them whole")
         for separator, share in _JOINED_BY.items():
-            if _holds_lists(column, separator, share):
+            if _holds_lists(values, separator, share):
                 note = f"{_shown(column, separator)} and its like may be several values each"
                 note += f": --multi '{name}={separator}' takes them apart"
-                return replace(spec, note="; ".join(filter(None, [note, spec.note])))
-    return spec
+                break
+    spec = _keys_left_out(FieldSpec(name), column)
+    return replace(spec, note="; ".join(filter(None, [note, spec.note])))
 
 
 def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
@@ -287,9 +289,8 @@ def _shown(column: pl.Series, holding: str = "") -> str:
     return text if len(text) <= 32 else text[:28] + "…" + text[:1]
 
 
-def _holds_lists(column: pl.Series, separator: str = "|", share: float = 1.0) -> bool:
-    """Whether values taken apart are fewer than this share of those that there are."""
-    whole = column.cast(pl.String).drop_nulls().unique()
-    if not whole.str.contains(separator, literal=True).any():
+def _holds_lists(values: pl.Series, separator: str, share: float = 1.0) -> bool:
+    """Whether distinct strings, taken apart, are fewer than this share of what they are whole."""
+    if not values.str.contains(separator, literal=True).any():
         return False
-    return whole.str.split(separator).explode().n_unique() < share * len(whole)
+    return values.str.split(separator).explode().n_unique() < share * len(values)

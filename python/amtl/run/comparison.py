@@ -272,15 +272,16 @@ def _best(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | N
     """Of the rows of a table, alone and with a teacher, the one that validates best."""
     named = [row for row in rows if row["name"] in (name, name + TAUGHT)]
     valid = [row for row in named if row["val_auc"] is not None]
-    return max(valid, key=_score, default=None)
+    return max(valid, key=score_of, default=None)
 
 
 def _lead(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """By how much a model validates better than another, in AUC minus log loss."""
-    return _score(row) - _score(other)
+    return score_of(row) - score_of(other)
 
 
-def _score(row: Mapping[str, Any]) -> float:
+def score_of(row: Mapping[str, Any]) -> float:
+    """What a run's metrics, or a row in them, say that it scored on validation."""
     found = row.get("score", row.get("val_score"))
     if found is None:
         # Files of earlier versions say no score: it was this.

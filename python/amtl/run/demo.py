@@ -13,6 +13,7 @@ from rich.markup import escape
 from amtl.data.registry import load_source
 from amtl.errors import UserError
 from amtl.run import methods
+from amtl.run.comparison import score_of
 from amtl.run.config import TrainConfig
 from amtl.run.contest import DECAYS
 from amtl.run.display import print_results
@@ -85,7 +86,7 @@ def run_demo(
     fixed = baseline(results)
     assert fixed is not None
     adaptive = [i for i, m in enumerate(all_metrics) if m["method"] == "amtl"]
-    best = max(adaptive, key=lambda i: all_metrics[i]["val_auc"] - all_metrics[i]["val_logloss"])
+    best = max(adaptive, key=lambda i: score_of(all_metrics[i]))
     full, chosen = fixed.runs[0], all_metrics[best]
     packed_path = out / "model.safetensors"
     pack_run(folders[best], packed_path)
