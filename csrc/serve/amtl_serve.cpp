@@ -114,7 +114,8 @@ amtl_status Resolve(const amtl_layer& layer, const Index* indices, int64_t begin
     const uint8_t* row = found.data + (place - found.begin) * found.row_bytes;
     for (int64_t byte = 0; byte < found.row_bytes; byte += 64) __builtin_prefetch(row + byte);
     *sources = {row, found.width, found.step};
-    if (bags && place == table.padding_place) sources->width = -1;
+    const auto& paddings = table.padding_places;
+    if (bags && std::binary_search(paddings.begin(), paddings.end(), place)) sources->width = -1;
   }
   return AMTL_OK;
 }

@@ -1,5 +1,6 @@
 #include "serve/table.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -100,7 +101,7 @@ void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const 
       Damaged("\"" + prefix + "row_order\" does not fit its table");
     }
     order = numbering->data;
-  } else if (other_paddings != nullptr) {
+  } else if (places < rows && other_paddings != nullptr) {
     Damaged("it has no tensor \"" + prefix + "row_order\"");
   } else if (places < rows) {
     const std::vector<int64_t> all = stand_ins->Integers();
@@ -110,16 +111,16 @@ void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const 
   }
   if (config["padding_idx"].null()) return;
   if (other_paddings != nullptr) paddings = other_paddings->Integers();
-  padding_place = config["padding_idx"].Integer();
-  paddings.insert(paddings.begin(), padding_place);
+  paddings.insert(paddings.begin(), config["padding_idx"].Integer());
   for (const int64_t row : paddings) {
     if (row < 0 || row >= rows) Damaged("\"" + prefix + "\" has no padding row");
-  }
-  if (order != nullptr) {
+    padding_places.push_back(row);
+    if (order == nullptr) continue;
     int32_t place;
-    std::memcpy(&place, order + padding_place * 4, 4);
-    padding_place = place;
+    std::memcpy(&place, order + row * 4, 4);
+    padding_places.back() = place;
   }
+  std::sort(padding_places.begin(), padding_places.end());
 }
 
 }  // namespace amtl::serve

@@ -29,10 +29,10 @@ struct Table {
   int64_t rows, places, dim;
   std::vector<int64_t> ends;  // first place after each tier
   std::vector<Tier> tiers;
-  const uint8_t* order = nullptr;  // int32 [rows]
-  int64_t shared = 0;              // without `order`, the place of rows that have none
-  std::vector<int64_t> paddings;   // rows that count for nothing in bags, all at one place
-  int64_t padding_place = -1;
+  const uint8_t* order = nullptr;       // int32 [rows]
+  int64_t shared = 0;                   // without `order`, the place of rows that have none
+  std::vector<int64_t> paddings;        // rows that count for nothing in bags
+  std::vector<int64_t> padding_places;  // theirs, ascending: one, or each its own
   int bits = 0;
   amtl_mode mode = AMTL_SUM;
   const RowReader* reader = nullptr;

@@ -367,7 +367,8 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
         "run": escape(str(out)),
         "to serve": f"amtl pack {escape(str(out))} -o FILE: the table, an MLP of "
-        f"{metrics['mlp_bytes']:,} bytes (half of it where 16 bits do) and vocabularies",
+        f"{metrics['mlp_bytes']:,} bytes (half of it where 16 bits do) and vocabularies of about "
+        f"{metrics['vocabulary_bytes']:,}",
     }
     for key, value in rows.items():
         table.add_row(key, value)

@@ -96,6 +96,7 @@ def test_train_writes_a_run_and_shows_it(runs, data, tmp_path, capsys):
     assert metrics["test_auc"] == parquet["test_auc"]
     words = " ".join(shown.split())
     assert f"-o FILE: the table, an MLP of {metrics['mlp_bytes']:,} bytes" in words
+    assert f"vocabularies of about {metrics['vocabulary_bytes']:,}" in words
     assert metrics["config"]["data"] == str(data.with_suffix(".csv").resolve())
 
 
@@ -190,6 +191,17 @@ def test_the_paper_mode_has_no_budget(data, tmp_path, capsys):
     assert read_json(out / "metrics.json")["budget"] is None
     assert run("compare", out) == 0
     assert "AMTL D=4 no budget" in capsys.readouterr().out
+
+
+def test_a_budget_above_the_table_is_told_of(data, tmp_path, capsys):
+    args = ["--label", "label", "--fields", "user,item", "--no-race", "--bits", "32", *FAST]
+    assert run("train", data, *args, "--out", tmp_path / "r", "--budget", "50kB") == 0
+    metrics = read_json(tmp_path / "r" / "metrics.json")
+    words = " ".join(capsys.readouterr().out.split())
+    full = f"{metrics['dense_bytes']:,}"
+    assert f"--budget 50,000 bytes: a table of 32 bits has {full}, so it may keep all" in words
+    assert run("train", data, *args, "--out", tmp_path / "s", "--budget", "0.5kB") == 0
+    assert "may keep all" not in capsys.readouterr().out
 
 
 def test_a_budget_in_bytes(data, tmp_path):

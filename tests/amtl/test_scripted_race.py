@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -339,6 +340,50 @@ def test_a_law_that_wins_is_taught_by_the_other_share(asked, scores, winner):
     assert [row["name"] for row in course.found["taught"]] == again
 
 
+@pytest.mark.parametrize(
+    ("weaker", "scores", "made", "chosen"),
+    [
+        # By how much of the budget is left, and the decay: the winner's is .8, with 1e-5.
+        (False, {(1, 1e-5): 0.79, (2, 1e-5): 0.79}, [(1, 1e-5), (2, 1e-5)], None),
+        # Weaker is better: the next one has that alone.
+        (
+            True,
+            {(1, 1e-5): 0.795, (1, 1e-6): 0.799, (2, 1e-6): 0.9, (3, 1e-6): 0.7},
+            [(1, 1e-5), (1, 1e-6), (2, 1e-6), (3, 1e-6)],
+            (2, 1e-6),
+        ),
+        # It is not: the next one is tried with both again.
+        (
+            True,
+            {(1, 1e-5): 0.9, (1, 1e-6): 0.85, (2, 1e-5): 0.895, (2, 1e-6): 0.91, (3, 1e-6): 0.5},
+            [(1, 1e-5), (1, 1e-6), (2, 1e-5), (2, 1e-6), (3, 1e-6)],
+            (2, 1e-6),
+        ),
+        # Far behind, it is not asked.
+        (True, {(1, 1e-5): 0.7}, [(1, 1e-5)], None),
+    ],
+)
+def test_fewer_bytes_are_tried_with_less_decay(weaker, scores, made, chosen):
+    winner, found = Scripted([0.5, 0.8]), {}
+    winner.config = settings(embedding_decay=1e-5)
+    while not winner.finished:
+        winner.step()
+
+    def make(config):
+        key = (round(math.log(config.budget / 0.25, LESS)), float(f"{config.embedding_decay:g}"))
+        found[key] = Scripted([0.5, scores[key]])
+        return found[key]
+
+    best, row = race_bytes(winner.config, winner, 0.25, make, Silent(), step, weaker)
+    assert list(found) == made
+    assert best is (found[chosen] if chosen else None) and row["chosen"] == bool(chosen)
+    assert [key for key, learner in found.items() if not learner.released] == (
+        [chosen] if chosen else []
+    )
+    if chosen and chosen[1] == 1e-6:
+        assert row["name"].endswith("of the bytes, weight decay 1e-06")
+
+
 def test_what_is_far_behind_ends_the_search_for_less():
     winner = Scripted([0.5, 0.8])
     while not winner.finished:
@@ -388,7 +433,7 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, 
         made[-1][1].config, made[-1][1].table = config, None
         return made[-1][1]
 
-    def one_size(sized, winner, used, make, observer, step):
+    def one_size(sized, winner, used, make, observer, step, weaker):
         learner = make(dataclasses.replace(sized, budget=used * LESS))
         return contest.contend("less", learner, winner, observer, step)
 
@@ -492,7 +537,7 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
         def add(self, learner):
             assert learner in tried.values()
 
-    def one_size(sized, winner, used, make, observer, step):
+    def one_size(sized, winner, used, make, observer, step, weaker):
         learner = make(dataclasses.replace(sized, budget=used * LESS))
         return contest.contend("less", learner, winner, observer, step)
 

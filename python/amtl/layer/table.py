@@ -205,7 +205,7 @@ class AMTLTable(TableStates):
         fits = fits and ends[-1] <= config["num_embeddings"]
         whole = ends[-1:] == (config["num_embeddings"],)
         fits = fits and (shared is not None or bool(paddings) or whole)
-        fits = fits and (not paddings or row_order is not None)
+        fits = fits and (not paddings or whole or row_order is not None)
         bits = config["options"].get("bits")
         for block, count in zip(blocks, rows, strict=False):
             fits = fits and block.dim() == 2 and block.shape[0] == count >= 0
@@ -385,20 +385,18 @@ class AMTLTable(TableStates):
             merged = self._merged(row_dims)
             steps = None
             if self.options.bits is not None:
-                padding = self.padding_idx
-                if padding is not None and not bool(self.weight[padding].any()):
-                    # No code is zero, so a row of zeros keeps no numbers.
-                    stored[padding] = row_dims[padding] = 0
+                # No code is zero, so a row of zeros keeps no numbers.
+                zeros = self._paddings_of_zeros()
+                stored[zeros] = row_dims[zeros] = 0
                 steps = head.step_groups()[group].masked_fill_(stored == 0, 0)
             del group
             plan = plan_tiers(stored, self.embedding_dim, merged, steps)
-            if steps is not None and plan.order is not None and merged is None:
-                fields = self.row_fields()
-                wide = self._where_they_are(stored, fields)
-                if wide is not None:
-                    row_dims = torch.where(row_dims > 0, wide, row_dims)
-                    stored, steps = wide, fields
-                    plan = plan_tiers(stored, self.embedding_dim, within=steps)
+            if steps is not None and plan.order is not None:
+                stay = self._where_they_are(stored, merged)
+                if stay is not None:
+                    plan, stored, steps = stay
+                    row_dims = torch.where(row_dims > 0, stored, row_dims)
+                    merged = None
             order = self._places(plan, merged)
             parts, rounding, codes = None, None, None
             if steps is not None:
@@ -435,14 +433,33 @@ class AMTLTable(TableStates):
         retire(wrappers)
         return self
 
-    def _where_they_are(self, stored: Tensor, fields: Tensor) -> Tensor | None:
-        """See `rounding.where_they_are`."""
-        padding, bits, budget = self.padding_idx, self.options.bits, self.options.budget
+    def _paddings_of_zeros(self) -> list[int]:
+        """Padding rows, if they hold zeros; all of them hold the same."""
+        assert self.weight is not None
+        if self.padding_idx is None or bool(self.weight[self.padding_idx].any()):
+            return []
+        return [self.padding_idx, *self.other_paddings]
+
+    def _where_they_are(
+        self, stored: Tensor, merged: Tensor | None
+    ) -> tuple[TierPlan, Tensor, Tensor] | None:
+        """A plan in which rows stay, their widths and step groups; see `rounding.where_they_are`.
+
+        None where they have to move: into the place of a row that they share, of padding rows that
+        are not zeros one.
+        """
+        bits, budget = self.options.bits, self.options.budget
         assert bits is not None
-        if padding is not None and int(stored[padding]):
-            padding = None
+        paddings = self._paddings_of_zeros()
+        if merged is not None and int(merged.sum()) > len(paddings[1:]):
+            return None
+        fields = self.row_fields()
         allowed = math.inf if budget is None else budget * self.dense_bytes()
-        return where_they_are(stored, fields, padding, bits, allowed)
+        wide = where_they_are(stored, fields, paddings, bits, allowed)
+        if wide is None:
+            return None
+        plan = plan_tiers(wide, self.embedding_dim, within=fields, cuts=len(self.other_paddings))
+        return None if plan.order is not None else (plan, wide, fields)
 
     def to_integers(self: _Self) -> _Self:
         """A frozen layer of few bits as one that holds their codes only: new, with equal outputs.

@@ -183,8 +183,9 @@ class Contest:
             assert winner.best is not None
             used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
             make = partial(self._make, taught=labels)
+            weaker = self.first.config.embedding_decay is None
             best, self.found[name] = race_bytes(
-                sized, winner, used, make, self._observer, self._step
+                sized, winner, used, make, self._observer, self._step, weaker
             )
             self._prefer(best)
             if best is not None:
@@ -282,10 +283,13 @@ def race_bytes(
     make: Callable[[TrainConfig], Learner],
     observer: Observer,
     step: Callable[[Learner], None],
+    weaker: bool = False,
 ) -> tuple[Learner | None, dict[str, Any] | None]:
     """Trains with fewer and fewer bytes, the budget being a limit and no aim.
 
     Until that is twice in a row no better, or far from it: a step may only remove what overfits.
+    What keeps many numbers from overfitting may be too much for few: weaker weight decay is tried,
+    too, where that is near, and kept from where it is better.
 
     Args:
         sized: settings of the best candidate whose rows differ in width.
@@ -294,6 +298,7 @@ def race_bytes(
         make: a fresh learner of given settings.
         observer: is told how it goes.
         step: takes one step of a learner.
+        weaker: whether weaker weight decay than the settings', if they have some, may be tried.
 
     Returns:
         The best model of fewer bytes that validates better, and its row with the winner's under
@@ -301,19 +306,40 @@ def race_bytes(
     """
     rival, best, row = outcome("the best before", winner), None, None
     share, missed = min(used, sized.budget), False
+
+    def tries(entry: TrainConfig) -> tuple[Learner | None, dict[str, Any]] | None:
+        learner, _ = attempt(make, entry)
+        if learner is None:
+            return None
+        name = f"{100 * share:.2g}% of the bytes"
+        if entry.embedding_decay != winner.config.embedding_decay:
+            name += f", weight decay {entry.embedding_decay:g}"
+        better, tried = contend(name, learner, best or winner, observer, step, SURELY)
+        if better is None:
+            learner.release()
+        return better, tried
+
     # A table that stores nothing has nothing to leave out.
     while share:
         share *= LESS
-        learner, _ = attempt(make, replace(sized, budget=share))
-        if learner is None:
+        found = tries(replace(sized, budget=share))
+        if found is None:
             break
-        name = f"{100 * share:.2g}% of the bytes"
-        better, tried = contend(name, learner, best or winner, observer, step, SURELY)
+        better, tried = found
+        near = best_record(best or winner)["score"] - _NEAR
+        if weaker and sized.embedding_decay and tried["score"] >= near:
+            other = replace(sized, budget=share, embedding_decay=WEAKER * sized.embedding_decay)
+            found = tries(other)
+            if found is not None and found[1]["score"] > tried["score"]:
+                if better is not None:
+                    better.release()
+                sized, weaker, (better, tried) = other, False, found
+            elif found is not None and found[0] is not None:
+                found[0].release()
         if row is None or better is not None:
             row = {**tried, "rival": rival}
         if better is None:
-            learner.release()
-            if missed or tried["score"] < best_record(best or winner)["score"] - _NEAR:
+            if missed or tried["score"] < near:
                 break
             missed = True
             continue

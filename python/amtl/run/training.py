@@ -35,6 +35,7 @@ from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
 from amtl.run.race import is_open, race
 from amtl.run.searching import is_search, search
+from amtl.store.tensors import compact
 from amtl_kernels import __version__
 
 _BINS = 40
@@ -149,11 +150,16 @@ class Trainer:
         stop: Callable[[int], bool] | None = None,
         checkpoint_seconds: float = 300.0,
     ) -> None:
+        asked, whole = config.budget_bytes, task.encoder.num_rows * config.dim * 4
         config = config.with_rows(task.encoder.num_rows)
         self.config = config
         self.task = task
         self.out = out
         self.observer: Observer = observer or Silent()
+        if asked is not None and asked >= whole and config.effective_budget is not None:
+            self.observer.note(
+                f"--budget {asked:,} bytes: a table of 32 bits has {whole:,}, so it may keep all"
+            )
         self.stop = stop or (lambda steps: False)
         self.checkpoint_seconds = checkpoint_seconds
         self._warmed = False
@@ -430,6 +436,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "bits": bits,
         "rows": encoder.num_rows,
         "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
+        "vocabulary_bytes": sum(t.nbytes for t in compact(encoder.to_tensors()[0])[0].values()),
         "bytes_by_field": {
             name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)
         },
