@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 def backends() -> list[dict[str, Any]]:
     if importlib.util.find_spec("triton") is None:
         return []
     if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter
+
+        quick_interpreter.install()
         return [
             {"name": "triton", "device": "cpu", "max_lookups": 120, "max_dim": 129, "examples": 6}
         ]

@@ -16,11 +16,16 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNNABLE = importlib.util.find_spec("triton") is not None and (
     INTERPRETED or torch.cuda.is_available()
 )
+if RUNNABLE and INTERPRETED:
+    import quick_interpreter
+
+    quick_interpreter.install()
 collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
 
 
