@@ -105,6 +105,11 @@ amtl_status Resolve(const amtl_layer& layer, const Index* indices, int64_t begin
         return Fail(AMTL_ERROR_DAMAGED, "row " + std::to_string(index) + " of layer \"" +
                                             layer.name + "\" has no place: the file is damaged");
       }
+    } else if (!table.passed.empty()) {
+      const auto& passed = table.passed;
+      const auto next = std::lower_bound(passed.begin(), passed.end(), place);
+      const bool stored = next == passed.end() || *next != place;
+      place = stored ? place - (next - passed.begin()) : table.padding_place;
     } else if (place >= table.places) {
       place = table.shared;
     }
@@ -114,8 +119,7 @@ amtl_status Resolve(const amtl_layer& layer, const Index* indices, int64_t begin
     const uint8_t* row = found.data + (place - found.begin) * found.row_bytes;
     for (int64_t byte = 0; byte < found.row_bytes; byte += 64) __builtin_prefetch(row + byte);
     *sources = {row, found.width, found.step};
-    const auto& paddings = table.padding_places;
-    if (bags && std::binary_search(paddings.begin(), paddings.end(), place)) sources->width = -1;
+    if (bags && place == table.padding_place) sources->width = -1;
   }
   return AMTL_OK;
 }

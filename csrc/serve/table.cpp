@@ -101,8 +101,14 @@ void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const 
       Damaged("\"" + prefix + "row_order\" does not fit its table");
     }
     order = numbering->data;
-  } else if (places < rows && other_paddings != nullptr) {
-    Damaged("it has no tensor \"" + prefix + "row_order\"");
+  } else if (other_paddings != nullptr) {
+    passed = other_paddings->Integers();
+    std::sort(passed.begin(), passed.end());
+    if (config.Find("passes_paddings") == nullptr || config["padding_idx"].null() ||
+        places + static_cast<int64_t>(passed.size()) != rows ||
+        std::adjacent_find(passed.begin(), passed.end()) != passed.end()) {
+      Damaged("it has no tensor \"" + prefix + "row_order\"");
+    }
   } else if (places < rows) {
     const std::vector<int64_t> all = stand_ins->Integers();
     shared = all.empty() ? -1 : all.back();
@@ -111,16 +117,22 @@ void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const 
   }
   if (config["padding_idx"].null()) return;
   if (other_paddings != nullptr) paddings = other_paddings->Integers();
-  paddings.insert(paddings.begin(), config["padding_idx"].Integer());
+  padding_place = config["padding_idx"].Integer();
+  paddings.insert(paddings.begin(), padding_place);
   for (const int64_t row : paddings) {
     if (row < 0 || row >= rows) Damaged("\"" + prefix + "\" has no padding row");
-    padding_places.push_back(row);
-    if (order == nullptr) continue;
-    int32_t place;
-    std::memcpy(&place, order + row * 4, 4);
-    padding_places.back() = place;
   }
-  std::sort(padding_places.begin(), padding_places.end());
+  if (order != nullptr) {
+    int32_t place;
+    std::memcpy(&place, order + padding_place * 4, 4);
+    padding_place = place;
+  } else if (!passed.empty()) {
+    const auto next = std::lower_bound(passed.begin(), passed.end(), padding_place);
+    if (next != passed.end() && *next == padding_place) {
+      Damaged("\"" + prefix + "\" has no padding row");
+    }
+    padding_place -= next - passed.begin();
+  }
 }
 
 }  // namespace amtl::serve

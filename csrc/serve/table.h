@@ -21,18 +21,19 @@ struct Tier {
   float step;     // of codes
 };
 
-// A layer's tensors. The index of a row, by way of `order` or `shared`, gives its place, and the
-// place its tier. Throws Failure for what does not fit together.
+// A layer's tensors. The index of a row, by way of `order`, `passed` or `shared`, gives its place,
+// and the place its tier. Throws Failure for what does not fit together.
 struct Table {
   Table(const TensorFile& file, const std::string& name, const Json& config);
 
   int64_t rows, places, dim;
   std::vector<int64_t> ends;  // first place after each tier
   std::vector<Tier> tiers;
-  const uint8_t* order = nullptr;       // int32 [rows]
-  int64_t shared = 0;                   // without `order`, the place of rows that have none
-  std::vector<int64_t> paddings;        // rows that count for nothing in bags
-  std::vector<int64_t> padding_places;  // theirs, ascending: one, or each its own
+  const uint8_t* order = nullptr;  // int32 [rows]
+  int64_t shared = 0;              // without `order`, the place of rows that have none
+  std::vector<int64_t> passed;  // without `order`, rows in the place of the padding row, ascending
+  std::vector<int64_t> paddings;  // rows that count for nothing in bags, all at one place
+  int64_t padding_place = -1;
   int bits = 0;
   amtl_mode mode = AMTL_SUM;
   const RowReader* reader = nullptr;

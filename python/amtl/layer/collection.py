@@ -30,12 +30,12 @@ class AMTLEmbeddingCollection(AMTLTable):
     in the search and one set of tiers once frozen, whatever the number of tables. The budget goes
     where counts say, across tables; `field_weights` shifts it from one to another.
 
-    Frozen, it keeps `row_order`, 4 bytes a row, for tiers of several tables interleave; of few bits
-    only where the budget does not hold all rows at one width.
+    Frozen, it keeps `row_order`, 4 bytes a row, for tiers of several tables interleave. Of few bits
+    that is so, and in files, only where the budget does not hold all rows at one width.
 
     Padding rows of several tables are one: the first table's that has one is looked up for all,
-    and once frozen the others take no place, or, of zeros, each its own of no numbers. The
-    attribute `padding_idx` is its number among the rows of all tables.
+    and once frozen the others take no place. The attribute `padding_idx` is its number among the
+    rows of all tables.
 
     Args:
         num_embeddings: rows of each table, by name; without names they are called "0", "1", ...
@@ -318,11 +318,7 @@ class AMTLEmbeddingCollection(AMTLTable):
         return rows
 
     def _one_padding(self, rows: Tensor, paddings: Tensor) -> Tensor:
-        """These rows, with one padding row for that of each one's table.
-
-        Frozen, none needs it: they have one place, or each none of its own. But in bags, which go
-        by one.
-        """
+        """These rows, with one padding row for that of each one's table; frozen, none needs it."""
         assert self.padding_idx is not None
         return torch.where(rows == paddings, self.padding_idx, rows)
 
@@ -383,7 +379,7 @@ class AMTLEmbeddingCollection(AMTLTable):
                 self._complain(int(input[position]), position - int(offsets[which * bags]), which)
                 input = torch.minimum(input.clamp(min=0), sizes - 1)
         rows = input + self.starts[table]
-        if self.other_paddings and self.row_order is None:
+        if self.other_paddings and self.tier_ends is None:
             rows = self._one_padding(rows, self.paddings[table])
         out = self._pool(rows, offsets, weights, self.mode, True)
         return out.view(tables, bags, self.embedding_dim).transpose(0, 1)

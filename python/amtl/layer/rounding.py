@@ -118,7 +118,7 @@ def plan_parts(stored: Tensor, steps: Tensor) -> Parts:
 
 
 def where_they_are(
-    stored: Tensor, fields: Tensor, paddings: Sequence[int], bits: int, allowed: float
+    stored: Tensor, fields: Tensor, padding: int | None, bits: int, allowed: float
 ) -> Tensor | None:
     """Widths of rows that keep their order, if that takes no more bytes.
 
@@ -128,7 +128,7 @@ def where_they_are(
     Args:
         stored: integer [N], widths of rows that are put in order.
         fields: int64 [N], ascending.
-        paddings: rows that store nothing in either case.
+        padding: a row that stores nothing in either case.
         bits: of a number.
         allowed: bytes of all rows and step sizes.
 
@@ -140,7 +140,8 @@ def where_they_are(
         return None
     widest = int(stored.max())
     wide = torch.full_like(stored, widest)
-    wide[list(paddings)] = 0
+    if padding is not None:
+        wide[padding] = 0
     taken = _bytes_of(wide, fields, bits)
     if taken > allowed:
         # What step sizes cost, the last rows save.

@@ -83,6 +83,21 @@ def groups_that_share(
     return frequency_groups(landing, field_sizes, row_features)
 
 
+def implied_order(num_rows: int, padding: int, others: Sequence[int]) -> Tensor:
+    """The place of each row where rows stay as they are, but padding rows are one, int32 [N].
+
+    Args:
+        num_rows: N.
+        padding: the padding row that has a place.
+        others: those that are looked up there.
+    """
+    own = torch.ones(num_rows, dtype=torch.int32)
+    own[list(others)] = 0
+    places = own.cumsum(0, dtype=torch.int32) - 1
+    places[list(others)] = places[padding].clone()
+    return places
+
+
 def own_rows(row_order: Tensor, shared_rows: Tensor | None, places: int) -> Tensor:
     """The row that each place holds, int64 [places]: of the rows sent there, the one that owns it.
 

@@ -44,7 +44,7 @@ from amtl.layer.rounding import (
     plan_parts,
     where_they_are,
 )
-from amtl.layer.sharing import SharedRows, groups_that_share, resolve_shared_rows
+from amtl.layer.sharing import SharedRows, groups_that_share, implied_order, resolve_shared_rows
 from amtl.layer.size_head import SizeHead
 from amtl.layer.table_states import TableStates
 from amtl.layer.tiers import (
@@ -205,7 +205,14 @@ class AMTLTable(TableStates):
         fits = fits and ends[-1] <= config["num_embeddings"]
         whole = ends[-1:] == (config["num_embeddings"],)
         fits = fits and (shared is not None or bool(paddings) or whole)
-        fits = fits and (not paddings or whole or row_order is not None)
+        if paddings and row_order is None:
+            total, named = config["num_embeddings"], {config["padding_idx"], *paddings}
+            fits = fits and bool(config.get("passes_paddings"))
+            fits = fits and ends[-1] == total - len(paddings) == total + 1 - len(named)
+            fits = fits and all(0 <= row < total for row in named)
+            if fits:
+                row_order = implied_order(total, config["padding_idx"], paddings)
+                row_order = row_order.to(blocks[0].device)
         bits = config["options"].get("bits")
         for block, count in zip(blocks, rows, strict=False):
             fits = fits and block.dim() == 2 and block.shape[0] == count >= 0
@@ -385,9 +392,10 @@ class AMTLTable(TableStates):
             merged = self._merged(row_dims)
             steps = None
             if self.options.bits is not None:
-                # No code is zero, so a row of zeros keeps no numbers.
-                zeros = self._paddings_of_zeros()
-                stored[zeros] = row_dims[zeros] = 0
+                padding = self.padding_idx
+                if padding is not None and not bool(self.weight[padding].any()):
+                    # No code is zero, so a row of zeros keeps no numbers.
+                    stored[padding] = row_dims[padding] = 0
                 steps = head.step_groups()[group].masked_fill_(stored == 0, 0)
             del group
             plan = plan_tiers(stored, self.embedding_dim, merged, steps)
@@ -396,7 +404,6 @@ class AMTLTable(TableStates):
                 if stay is not None:
                     plan, stored, steps = stay
                     row_dims = torch.where(row_dims > 0, stored, row_dims)
-                    merged = None
             order = self._places(plan, merged)
             parts, rounding, codes = None, None, None
             if steps is not None:
@@ -433,33 +440,34 @@ class AMTLTable(TableStates):
         retire(wrappers)
         return self
 
-    def _paddings_of_zeros(self) -> list[int]:
-        """Padding rows, if they hold zeros; all of them hold the same."""
-        assert self.weight is not None
-        if self.padding_idx is None or bool(self.weight[self.padding_idx].any()):
-            return []
-        return [self.padding_idx, *self.other_paddings]
-
     def _where_they_are(
         self, stored: Tensor, merged: Tensor | None
     ) -> tuple[TierPlan, Tensor, Tensor] | None:
         """A plan in which rows stay, their widths and step groups; see `rounding.where_they_are`.
 
-        None where they have to move: into the place of a row that they share, of padding rows that
-        are not zeros one.
+        Padding rows of other tables are passed over, as their numbers tell. None where others
+        share a row, or where rows have to move.
         """
-        bits, budget = self.options.bits, self.options.budget
+        padding, bits, budget = self.padding_idx, self.options.bits, self.options.budget
         assert bits is not None
-        paddings = self._paddings_of_zeros()
-        if merged is not None and int(merged.sum()) > len(paddings[1:]):
+        if merged is not None and int(merged.sum()) > len(self.other_paddings):
             return None
-        fields = self.row_fields()
+        fields, wide = self.row_fields(), torch.zeros_like(stored)
+        rows = None if merged is None else (~merged).nonzero().flatten()
+        mine = slice(None) if rows is None else rows
+        if padding is not None:
+            empty = not int(stored[padding])
+            padding -= sum(row < padding for row in self.other_paddings)
+            padding = padding if empty else None
         allowed = math.inf if budget is None else budget * self.dense_bytes()
-        wide = where_they_are(stored, fields, paddings, bits, allowed)
-        if wide is None:
+        found = where_they_are(stored[mine], fields[mine], padding, bits, allowed)
+        if found is None:
             return None
-        plan = plan_tiers(wide, self.embedding_dim, within=fields, cuts=len(self.other_paddings))
-        return None if plan.order is not None else (plan, wide, fields)
+        wide[mine] = found
+        plan = plan_tiers(found, self.embedding_dim, within=fields[mine])
+        if plan.order is not None:
+            return None
+        return replace(plan, order=rows, num_rows=len(stored)), wide, fields
 
     def to_integers(self: _Self) -> _Self:
         """A frozen layer of few bits as one that holds their codes only: new, with equal outputs.

@@ -20,7 +20,7 @@ from amtl.layer.graphs import refuse_script
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, numbers_in
-from amtl.layer.sharing import own_rows
+from amtl.layer.sharing import implied_order, own_rows
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
 from amtl_kernels._calls import refuse_transforms
@@ -303,8 +303,20 @@ class TableRows(nn.Module):
         return sum(block.numel() for block in blocks) * bits // 8 + parts * PART_BYTES
 
     def stored_bytes(self) -> int:
-        """`value_bytes`, and `row_order` while it is kept."""
-        return self.value_bytes() + (0 if self.row_order is None else self.row_order.nbytes)
+        """`value_bytes`, and `row_order` while it is kept and says what nothing else does."""
+        order = self.told_order()
+        return self.value_bytes() + (0 if order is None else order.nbytes)
+
+    def told_order(self) -> Tensor | None:
+        """`row_order` where a file has to say it; None where padding rows do, O(N)."""
+        return None if self._passes_paddings() else self.row_order
+
+    def _passes_paddings(self) -> bool:
+        order, padding = self.row_order, self.padding_idx
+        if order is None or padding is None or not self.other_paddings:
+            return False
+        implied = implied_order(len(order), padding, self.other_paddings)
+        return torch.equal(order, implied.to(order.device))
 
     def dense_bytes(self) -> int:
         """Bytes of an nn.Embedding with all the rows that the layer was made with."""
@@ -635,6 +647,7 @@ class TableRows(nn.Module):
             "shared_rows": None if self.shared_rows is None else self.shared_rows.tolist(),
             # Files of tables without them are what they were.
             **({"other_paddings": list(self.other_paddings)} if self.other_paddings else {}),
+            **({"passes_paddings": True} if self._passes_paddings() else {}),
             "options": {
                 key: list(value) if isinstance(value, tuple) else value
                 for key, value in asdict(self.options).items()

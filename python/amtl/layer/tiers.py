@@ -28,9 +28,6 @@ _MOMENTA = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "exp_inf_avg", "
 # A table in frequency order whose first row is padding has one run more than widths; each is a
 # parameter of its own.
 _FEW_RUNS = 4
-# Padding rows of tables that lie one below the other cut them into runs, as many as the tables had
-# parameters, and as many empty ones. 1,024 tiers is what lookups take.
-_MOST_CUTS = 128
 
 
 @dataclass(frozen=True)
@@ -73,11 +70,7 @@ class TierPlan:
 
 
 def plan_tiers(
-    stored: Tensor,
-    widest: int,
-    merged: Tensor | None = None,
-    within: Tensor | None = None,
-    cuts: int = 0,
+    stored: Tensor, widest: int, merged: Tensor | None = None, within: Tensor | None = None
 ) -> TierPlan:
     """Order rows by falling stored width, stable within a width. O(N * number of widths).
 
@@ -89,7 +82,6 @@ def plan_tiers(
         merged: bool [N], rows without a place of their own; None for none.
         within: int64 [N] >= 0, by which rows of one width are ordered, falling, as sizes and
             counts do in a table in frequency order; None for as they come.
-        cuts: single rows that lie between runs, each of which may make two of one.
     """
     total = stored.numel()
     rows = None if merged is None else (~merged).nonzero().flatten()
@@ -110,8 +102,7 @@ def plan_tiers(
     if together and not falling:
         runs, members = stored.unique_consecutive(return_counts=True)
         pieces = len(key.unique_consecutive())
-        more = _FEW_RUNS + 2 * min(cuts, _MOST_CUTS)
-        if len(runs) <= len(widths) + more and pieces <= len(key.unique()) + more:
+        if len(runs) <= len(widths) + _FEW_RUNS and pieces <= len(key.unique()) + _FEW_RUNS:
             return TierPlan(tuple(runs.tolist()), tuple(members.cumsum(0).tolist()), None, total)
     if not (together and falling):
         if within is None:

@@ -212,7 +212,7 @@ def save(
 def _tell_of_orders(layers: Mapping[str, AMTLTable]) -> None:
     """Warn of tables that take much more than was asked for, because of the order of their ids."""
     for name, layer in layers.items():
-        order, values = layer.row_order, layer.value_bytes()
+        order, values = layer.told_order(), layer.value_bytes()
         if order is not None and not layer._keeps_numbering and 8 * order.nbytes > values:
             warnings.warn(
                 f"table {name!r} stores {order.nbytes:,} bytes that say where its rows lie beside "
@@ -273,8 +273,9 @@ def write_packed(
             layer = stored[name] = layer.to_integers()
         for tier, block in enumerate(layer.blocks):
             packed[f"layers/{name}/blocks/{tier}"] = block.detach()
-        if layer.row_order is not None:
-            packed[f"layers/{name}/row_order"] = layer.row_order
+        order = layer.told_order()
+        if order is not None:
+            packed[f"layers/{name}/row_order"] = order
         if layer.steps is not None:
             packed[f"layers/{name}/steps"] = layer.steps
     for key, value in rest.items():

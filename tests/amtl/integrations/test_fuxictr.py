@@ -105,7 +105,6 @@ def test_padding_rows_cost_no_order(model, tmp_path):
     fuxictr.convert(model, fuxictr.count(model, batches()), 0.2)
     fuxictr.freeze(model)
     (tables,) = amtl.layers(model).values()
-    assert tables.row_order is None
     # 4 bits a number, nothing for padding rows, a step size and where its rows end a table.
     assert tables.stored_bytes() == tables.value_bytes() == 68 * DIM // 2 + 2 * 8
     fit(model)
@@ -114,7 +113,7 @@ def test_padding_rows_cost_no_order(model, tmp_path):
     loaded = fuxictr.load(tmp_path / "m", build(tmp_path))
     np.testing.assert_array_equal(loaded.predict(batches()), predicted)
     (tables,) = amtl.layers(loaded).values()
-    assert tables.row_order is None and not tables.table("item")(torch.tensor([0])).any()
+    assert tables.told_order() is None and not tables.table("item")(torch.tensor([0])).any()
 
 
 @pytest.mark.parametrize("collection", [False, None])
