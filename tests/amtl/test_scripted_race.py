@@ -53,7 +53,7 @@ class Scripted:
             score = self.scores[self.steps // self.steps_per_epoch - 1]
             area = score if self.auc is None else self.auc
             record = {"score": score, "val_auc": area, "val_logloss": 0.0, "stored_bytes": 1}
-            self.history.append({**record, "step": self.steps})
+            self.history.append({**record, "step": self.steps, "seconds": 0.0})
             self.finished = self.steps == len(self.scores) * self.steps_per_epoch
 
     def release(self):
@@ -208,6 +208,18 @@ def test_luck_on_few_samples_is_allowed_for(score, auc, sure, chosen):
         winner.step()
     better, row = contest.contend("other", other, winner, Silent(), step, sure)
     assert row["chosen"] == chosen and better is (other if chosen else None)
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(5.0, []), (120.0, ["14 to 26 minutes more"])])
+def test_what_follows_a_long_training_is_announced(seconds, told):
+    first, notes = Scripted([0.5, 0.8]), []
+    while not first.finished:
+        first.step()
+    first.history[1]["seconds"] = seconds
+    observer = Silent()
+    observer.note = notes.append
+    Contest(first, pytest.fail, observer, step)._announce()
+    assert len(notes) == len(told) and all(t in note for t, note in zip(told, notes, strict=True))
 
 
 @pytest.mark.parametrize(("score", "better"), [(0.85, False), (1.9, True)])

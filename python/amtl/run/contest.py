@@ -49,6 +49,9 @@ SURELY = 1.0
 bytes with a teacher may be so much worse. Where few clicks are held out, the best of a dozen models
 is the luckiest, and a small table has lost most where it was luck."""
 
+_MORE = (7, 13)
+"""Times that of the first model is what the others take, where fewer bytes do not keep winning."""
+
 _HOPELESS = 0.02
 """So far behind after two laps, in AUC minus log loss, nothing has been seen to catch up;
 from .012 behind a table of few numbers, which learns for longer, has gone on to win by .02."""
@@ -103,12 +106,23 @@ class Contest:
         fewer = self.winner is not self.first
         if share == 0 or (share is None and raced is None):
             return
+        if raced is not None:
+            self._announce()
         labels = self._teach()
         if raced is None or not self.winner.config.distillation:
             return
         options = self._law(raced, options, labels)
         if fewer:
             self._fewer_bytes("less_taught", raced, options, labels)
+
+    def _announce(self) -> None:
+        """Says how long the rest may take, where that is longer than a bar tells."""
+        minutes = sum(record["seconds"] for record in self.first.history) / 60
+        if minutes * _MORE[0] > 1:
+            self._observer.note(
+                f"trained once; others are tried for {minutes * _MORE[0]:.0f} to "
+                f"{minutes * _MORE[1]:.0f} minutes more (--no-race and --distillation 0 go without)"
+            )
 
     def _teach(self) -> Tensor:
         """Trains the first model's settings with a teacher and returns labels for those to come."""
