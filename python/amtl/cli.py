@@ -126,7 +126,9 @@ def train(
     warm_start: Annotated[
         Path | None, arguments.path("Start from the table of this fixed run.")
     ] = None,
-    split: Annotated[str, typer.Option(help="random or order:COLUMN.")] = "random",
+    split: Annotated[
+        str, typer.Option(help="random, order:COLUMN, or column:COLUMN of train/valid/test.")
+    ] = "random",
     split_seed: Annotated[int, arguments.seed("Of the random split.")] = 0,
     seed: Annotated[int, arguments.seed("Of weights, batches and size noise.")] = 0,
     numeric: Annotated[

@@ -111,6 +111,8 @@ TRAIN = [  # words after `train ok.parquet --label y`, and what is told
     ("--split sideways", "--split must be"),
     ("--split order:", "no column ''"),
     ("--split order:when", "no column 'when'"),
+    ("--split column:when", "no column 'when'"),
+    ("--split column:user", "train, valid or test of each row"),
     ("--method magic", "choose one of"),
     ("--method fixed --budget 0.4", "--budget has no effect with --method fixed"),
     ("--method fixed --budget 0.25 --dim 8", "leave it out and choose --dim"),

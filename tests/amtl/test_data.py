@@ -56,7 +56,42 @@ def test_ordered_split_tests_on_the_latest(frame):
     assert when[val.numpy()].max() < when[test.numpy()].min()
 
 
-@pytest.mark.parametrize(("how", "rows"), [("order:nope", 200), ("sideways", 200), ("random", 5)])
+def test_a_column_may_name_the_parts(frame):
+    names = ["TEST", "train", " val ", "train", "train"] * 40
+    train, val, test = split_rows(frame.with_columns(part=pl.Series(names)), "column:part")
+    assert (len(train), len(val), len(test)) == (120, 40, 40)
+    assert test.tolist() == list(range(0, 200, 5)) and val.tolist() == list(range(2, 200, 5))
+    # Without a part that validates, a tenth of what trains does.
+    two = frame.with_columns(part=pl.Series(["test", "train"] * 100, dtype=pl.Categorical))
+    first, again, other = (split_rows(two, "column:part", seed) for seed in (3, 3, 4))
+    assert [len(p) for p in first] == [90, 10, 100]
+    assert torch.equal(torch.cat(first).sort().values, torch.arange(200))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[2], other[2]) and not torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "told"), [(["train", "test"], True), (["train", "exam"], False), (["test"], False)]
+)
+def test_a_column_that_names_the_parts_is_told_of(frame, values, told):
+    part = pl.Series((values * 200)[:200])
+    (spec,) = infer_fields(frame.with_columns(part=part), ["part"])
+    assert ("--split column:part" in spec.note) == told
+
+
+@pytest.mark.parametrize(
+    "values", [["train", "valid"], ["valid", "test"], ["train", "test", "other"], [0, 1, 2], [None]]
+)
+def test_what_names_no_parts_is_refused(frame, values):
+    part = pl.Series((values * 200)[:200])
+    with pytest.raises(UserError, match="train, valid or test of each row"):
+        split_rows(frame.with_columns(part=part), "column:part")
+
+
+@pytest.mark.parametrize(
+    ("how", "rows"),
+    [("order:nope", 200), ("column:nope", 200), ("sideways", 200), ("random", 5)],
+)
 def test_bad_splits(frame, how, rows):
     with pytest.raises(UserError):
         split_rows(frame[:rows], how)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import polars as pl
 
 from amtl.data.readers import require_columns
+from amtl.data.splits import names_parts
 from amtl.data.vocabulary import exact_ids
 from amtl.errors import UserError
 
@@ -164,6 +165,8 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
         if _holds_lists(values, "|"):
             note = f"strings such as {_shown(column, '|')} hold several values; --multi {name}="
             return FieldSpec(name, "bag", "|", note=f"{note} keeps them whole")
+        if len(values) <= 3 and names_parts(values):
+            note = f"--split column:{name} would split by it"
         for separator, share in _JOINED_BY.items():
             if _holds_lists(values, separator, share):
                 note = f"{_shown(column, separator)} and its like may be several values each"

@@ -78,7 +78,7 @@ class TrainConfig:
         default_numeric: treatment of other floating-point columns.
         separators: column to separator of multi-valued strings.
         min_count: values seen less often in training share the out-of-vocabulary row.
-        split: `random` or `order:COLUMN`.
+        split: `random`, `order:COLUMN` or `column:COLUMN`, see `amtl.data.splits.split_rows`.
         split_seed: of the random split, apart from `seed`, so that seeds share a test set.
         seed: of weights, batches and size noise.
         method: `amtl`, `rule`, `fixed` or a peer, see `amtl.run.methods`.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder, infer_fields
 from amtl.data.registry import Source, load_source, read_labels
-from amtl.data.splits import split_rows
+from amtl.data.splits import split_column, split_rows
 from amtl.errors import UserError
 from amtl.run import folders, methods
 from amtl.run.comparison import train_baselines
@@ -117,7 +117,7 @@ def _validated(rows: Tensor, seed: int) -> Tensor:
 
 def default_fields(frame: pl.DataFrame, config: TrainConfig, source: Source) -> list[str]:
     """The fields used if none are named: the set's own or all, but label and split column."""
-    skip = {config.label, config.split.removeprefix("order:")}
+    skip = {config.label, split_column(config.split)}
     return [name for name in source.fields or frame.columns if name not in skip]
 
 
