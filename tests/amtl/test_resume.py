@@ -163,6 +163,39 @@ def test_a_state_that_fits_nothing_is_lost_loudly():
     assert_held(other, others)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("by", ["thaw", "load"])
+def test_sizes_come_back_where_a_new_optimizer_has_them(by, copied):
+    """To one that was made while the model was frozen; of two tables the second comes first."""
+
+    def build():
+        torch.manual_seed(0)
+        tables = {name: nn.Embedding(ROWS, DIM) for name in ("a", "b")}
+        model = nn.ModuleDict({"bottom": nn.Linear(2, 2), "tables": nn.ModuleDict(tables)})
+        host = Host(model)
+        counts = {f"inner.tables.{name}": torch.arange(ROWS).roll(7) ** 2 for name in tables}
+        return amtl.convert(host, counts, budget=0.4, bits=None, parametrization="ordinal")
+
+    class Host(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    model = build()
+    searching = copy.deepcopy(model.state_dict())
+    amtl.freeze(model)
+    if copied:
+        model = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    if by == "load":
+        model.load_state_dict(searching)
+    else:
+        for layer in reversed(amtl.layers(model).values()):
+            layer.thaw()
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    assert held == [id(p) for p in model.parameters()] and len(held) > 4
+
+
 def test_a_load_into_the_same_tiers_keeps_the_parameters():
     model, optimizer = script("adam", "rule")
     amtl.freeze(model, optimizer)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from amtl.layer.table import AMTLTable
+from amtl.layer.tiers import Weakly
 
 COMPILED, PARALLEL = "_orig_mod", "module"
 SIZES = "amtl_sizes"
@@ -48,14 +49,32 @@ class SizeNames(nn.Module):
 
     def __init__(self, layers: Iterable[AMTLTable]) -> None:
         super().__init__()
+        self._layers: list[weakref.ref[AMTLTable]] = []
+        self._name(layers)
+
+    def _name(self, layers: Iterable[AMTLTable]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
+        for reference in self._layers:
+            layer = reference()
+            if layer is not None:
+                layer.size_names = Weakly(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layers": [layer() for layer in self._layers]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._layers = [weakref.ref(layer) for layer in state["_layers"] if layer is not None]
+        self._name(layer for layer in state["_layers"] if layer is not None)
+
+    def before(self, layer: AMTLTable) -> set[int]:
+        """Ids of the parameters that come before those of a layer here, of frozen layers too."""
+        found: set[int] = set()
+        for other in (reference() for reference in self._layers):
+            if other is layer:
+                break
+            if other is not None and other.head is not None:
+                found.update(map(id, other.head.parameters()))
+        return found
 
     def _heads(self) -> dict[str, nn.Module]:
         found = ((str(place), layer()) for place, layer in enumerate(self._layers))

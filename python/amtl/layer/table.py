@@ -574,7 +574,8 @@ class AMTLTable(TableStates):
             # The reverse of freezing, so that positions are those of then.
             mask = list(head.parameters())
             told = optimizer is not None
-            restore_parameters(optimizers, mask, self._mask_places, blocks[-1], told)
+            behind = self._before_sizes()
+            restore_parameters(optimizers, mask, self._mask_places, blocks[-1], told, behind)
             thaw_optimizers(optimizers, weight, blocks, plan)
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
             self._mask_places = []

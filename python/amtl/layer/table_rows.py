@@ -22,7 +22,7 @@ from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, numbers_in
 from amtl.layer.sharing import implied_order, own_rows
 from amtl.layer.size_head import SizeHead, being_traced
-from amtl.layer.tiers import Place, TierPlan, merge_rows, optimizers_of
+from amtl.layer.tiers import Place, TierPlan, Weakly, merge_rows, optimizers_of
 from amtl_kernels._calls import refuse_transforms
 from amtl_kernels.optim import RowOptimizer
 from amtl_kernels.rounding import pack_codes
@@ -108,6 +108,7 @@ class TableRows(nn.Module):
         self._noise_on = options.freeze_at > 0
         self._seed_offset = mix_seed(options.seed)
         self._mask_places: list[Place] = []
+        self.size_names = Weakly()
         self._redirection: tuple[Tensor, Tensor | None] | None = None
         self._noticed: tuple[Tensor, int] | None = None
         self._untaught = 0
@@ -237,6 +238,11 @@ class TableRows(nn.Module):
     def _announce(self) -> None:
         if self._before_use is not None:
             self._before_use()
+
+    def _before_sizes(self) -> set[int] | None:
+        """Ids of what a model that names sizes first has before this layer's; else None."""
+        names = self.size_names()
+        return None if names is None else names.before(self)
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """What learns the sizes; give it a learning rate of its own. Empty once frozen."""

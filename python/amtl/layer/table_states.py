@@ -238,7 +238,8 @@ class TableStates(TableLookups):
         if self.head is not None:
             self.head.release()
             mask = list(self.head.parameters())
-            restore_parameters(optimizers, mask, self._mask_places, before[-1])
+            behind = self._before_sizes()
+            restore_parameters(optimizers, mask, self._mask_places, before[-1], behind=behind)
         self._mask_places = []
         replace_parameters(optimizers, before, [weight])
         self._enter_search(weight, groups)

@@ -11,7 +11,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -405,13 +405,13 @@ def _begin_state(
 
 
 class Weakly:
-    """An optimizer, while it lives; copies and files of what holds this are without it."""
+    """Something, while it lives; copies and files of what holds this are without it."""
 
-    def __init__(self, optimizer: Optimizer | None = None) -> None:
-        self._reference = None if optimizer is None else weakref.ref(optimizer)
+    def __init__(self, thing: Any = None) -> None:
+        self._reference = None if thing is None else weakref.ref(thing)
 
-    def __call__(self) -> Optimizer | None:
-        """The optimizer, or None."""
+    def __call__(self) -> Any:
+        """The thing, or None."""
         return None if self._reference is None else self._reference()
 
     def __reduce__(self) -> tuple[type[Weakly], tuple[()]]:
@@ -471,8 +471,9 @@ def restore_parameters(
     places: Sequence[Place],
     neighbour: nn.Parameter,
     told: bool = False,
+    behind: Set[int] | None = None,
 ) -> None:
-    """Inverse of `drop_parameters`, without state; where nothing was dropped, behind `neighbour`.
+    """Inverse of `drop_parameters`, without state; where nothing was dropped, beside `neighbour`.
 
     The order within a group matters: by it, and by nothing else, optimizers load their state.
 
@@ -482,6 +483,8 @@ def restore_parameters(
         places: what it returned.
         neighbour: a parameter whose group takes them otherwise.
         told: the optimizers were given: no other one is meant.
+        behind: ids of what a model that names them first (`amtl.layer.names`) has before them; None
+            where it names them after the neighbour.
     """
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     missing = [i for i, parameter in enumerate(parameters) if id(parameter) not in held]
@@ -500,9 +503,12 @@ def restore_parameters(
             placed.add(place.parameter)
     # Of several that hold the table, a fused optimizer comes last.
     for optimizer, group, position in _holders(optimizers, neighbour)[:1]:
+        start = position + 1
+        if behind is not None:
+            start = sum(id(parameter) in behind for parameter in group["params"])
         for index in reversed(missing):
             if index not in placed:
-                _insert(optimizer, group, position + 1, parameters[index], None)
+                _insert(optimizer, group, start, parameters[index], None)
 
 
 def _insert(
