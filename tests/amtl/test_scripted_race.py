@@ -210,7 +210,7 @@ def test_luck_on_few_samples_is_allowed_for(score, auc, sure, chosen):
     assert row["chosen"] == chosen and better is (other if chosen else None)
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(5.0, []), (120.0, ["14 to 26 minutes more"])])
+@pytest.mark.parametrize(("seconds", "told"), [(5.0, []), (120.0, ["16 to 50 minutes more"])])
 def test_what_follows_a_long_training_is_announced(seconds, told):
     first, notes = Scripted([0.5, 0.8]), []
     while not first.finished:
