@@ -50,7 +50,7 @@ bytes with a teacher may be so much worse. Where few clicks are held out, the be
 is the luckiest, and a small table has lost most where it was luck."""
 
 _MORE = (8, 25)
-"""Times that of the first model is what the others take: seen on the sets that settings come from."""
+"""Times that of the first model is what the others took, on the sets that settings come from."""
 
 _HOPELESS = 0.02
 """So far behind after two laps, in AUC minus log loss, nothing has been seen to catch up;
