@@ -396,6 +396,21 @@ def test_fewer_bytes_are_tried_with_less_decay(weaker, scores, made, chosen):
         assert row["name"].endswith("of the bytes, weight decay 1e-06")
 
 
+def test_a_better_score_alone_takes_no_place_from_what_is_better():
+    winner = Scripted([0.5, 0.8])
+    winner.config = settings(embedding_decay=1e-5)
+    while not winner.finished:
+        winner.step()
+    # With weaker decay: ahead in the score, behind the winner in AUC.
+    tried = [Scripted([0.5, 0.85]), Scripted([0.5, 0.86], auc=0.7), Scripted([0.5, 0.6])]
+    made = iter(tried)
+    best, row = race_bytes(
+        winner.config, winner, 0.25, lambda config: next(made), Silent(), step, True
+    )
+    assert best is tried[0] and row["score"] == 0.85 and row["chosen"]
+    assert [learner.released for learner in tried] == [False, True, True]
+
+
 def test_what_is_far_behind_ends_the_search_for_less():
     winner = Scripted([0.5, 0.8])
     while not winner.finished:

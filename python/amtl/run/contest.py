@@ -344,11 +344,10 @@ def race_bytes(
         if weaker and sized.embedding_decay and tried["score"] >= near:
             other = replace(sized, budget=share, embedding_decay=WEAKER * sized.embedding_decay)
             found = tries(other)
-            if found is not None and found[1]["score"] > tried["score"]:
-                if better is not None:
-                    better.release()
-                sized, weaker, (better, tried) = other, False, found
-            elif found is not None and found[0] is not None:
+            if found is not None and _standing(*found) > _standing(better, tried):
+                sized, weaker = other, False
+                found, (better, tried) = (better, tried), found
+            if found is not None and found[0] is not None:
                 found[0].release()
         if row is None or better is not None:
             row = {**tried, "rival": rival}
@@ -361,6 +360,11 @@ def race_bytes(
             best.release()
         best, missed = better, False
     return best, row
+
+
+def _standing(better: Learner | None, tried: Mapping[str, Any]) -> tuple[bool, float]:
+    """By which results of `contend` against one winner are held against each other."""
+    return better is not None, tried["score"]
 
 
 def race_taught(
