@@ -27,9 +27,9 @@ _JOINED_BY = {";": 0.5, ",": 0.5, " ": 0.05}
 so few of the whole values that they come again. Names of people and places have spaces."""
 _DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 _ROWS_TO_JUDGE_BY = 1000
+"""Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
 """Seconds since 1970."""
-"""Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
 
 
 @dataclass(frozen=True)
@@ -213,21 +213,26 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
     rows, distinct = len(column), _distinct(column)
     amount = f"--numeric {spec.name}=bucket takes it as a number"
     earlier = f"--split order:{spec.name} trains on the earlier rows"
-    moments = not column.dtype.is_numeric() and _is_amount(column)
-    if rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows:
+    many = distinct > max(spec.buckets, rows / _ENOUGH_ROWS)
+    key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
+    if not many and not key:
+        return spec
+    is_amount = _is_amount(column)
+    dated = _may_say_when(column, is_amount)
+    if key:
         much = "every row has its own value: nothing"
         if distinct < rows:
             much = f"{distinct:,} values in {rows:,} rows: next to nothing"
         keep = f"--numeric {spec.name}=categorical keeps it"
-        other = f"{keep}, {amount}" if _is_amount(column) else keep
-        other += f", {earlier}" if _is_dated(column) else ""
+        other = f"{keep}, {amount}" if is_amount else keep
+        other += f", {earlier}" if dated else ""
         return replace(spec, kind="unused", note=f"{much} to learn; {other}")
-    many = distinct > max(spec.buckets, rows / _ENOUGH_ROWS)
-    if not many or not (moments or _is_dated(column)):
+    moments = is_amount and not column.dtype.is_numeric()
+    if not (moments or dated):
         return spec
     what = "dates or times" if moments else "numbers that may be times since 1970"
     note = f"{distinct:,} {what}, each its own; {amount}"
-    return replace(spec, note=f"{note}; {earlier}" if _is_dated(column) else note)
+    return replace(spec, note=f"{note}; {earlier}" if dated else note)
 
 
 def numbers(column: pl.Series) -> pl.Series:
@@ -266,10 +271,10 @@ def _is_amount(column: pl.Series) -> bool:
     return bool(column.drop_nulls().str.contains(_DATE).all()) and column.null_count() < len(column)
 
 
-def _is_dated(column: pl.Series) -> bool:
-    """Whether a column may say when, as a date or in seconds (milli-, micro-) since 1970."""
+def _may_say_when(column: pl.Series, is_amount: bool) -> bool:
+    """Whether a column may hold dates, or seconds (milli-, micro-) since 1970; see `_is_amount`."""
     if not column.dtype.is_integer() or column.null_count() == len(column):
-        return column.dtype in (pl.Date, pl.Datetime, pl.String) and _is_amount(column)
+        return is_amount and column.dtype in (pl.Date, pl.Datetime, pl.String)
     low, high = (int(x) for x in (column.min(), column.max()))  # type: ignore[arg-type]
     return any(_IN_1990 * unit <= low and high <= _IN_2050 * unit for unit in (1, 1000, 10**6))
 

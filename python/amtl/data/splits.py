@@ -63,14 +63,14 @@ def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Te
         )
     if how == "random":
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    elif column is not None and how.startswith("column:"):
+    elif column is None:
+        raise UserError(f"--split must be 'random', 'order:COLUMN' or 'column:COLUMN', not {how!r}")
+    elif how.startswith("column:"):
         return _named_parts(frame[column], how, seed)
-    elif column is not None:
+    else:
         keys = frame[column].to_frame().with_row_index("row")
         ordered = keys.sort(column, maintain_order=True)["row"]
         order = torch.from_numpy(ordered.to_numpy().astype("int64"))
-    else:
-        raise UserError(f"--split must be 'random', 'order:COLUMN' or 'column:COLUMN', not {how!r}")
     first, second = n * 8 // 10, n * 9 // 10
     return order[:first], order[first:second], order[second:]
 

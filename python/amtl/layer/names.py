@@ -49,22 +49,19 @@ class SizeNames(nn.Module):
 
     def __init__(self, layers: Iterable[AMTLTable]) -> None:
         super().__init__()
-        self._layers: list[weakref.ref[AMTLTable]] = []
-        self._name(layers)
+        self._name(list(layers))
 
-    def _name(self, layers: Iterable[AMTLTable]) -> None:
+    def _name(self, layers: list[AMTLTable]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
-        for reference in self._layers:
-            layer = reference()
-            if layer is not None:
-                layer.size_names = Weakly(self)
+        for layer in layers:
+            layer.size_names = Weakly(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layers": [layer() for layer in self._layers]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._name(layer for layer in state["_layers"] if layer is not None)
+        self._name([layer for layer in state["_layers"] if layer is not None])
 
     def before(self, layer: AMTLTable) -> set[int]:
         """Ids of the parameters that come before those of a layer here, of frozen layers too."""
