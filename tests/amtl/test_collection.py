@@ -584,6 +584,15 @@ def test_a_life_with_padding_rows(paddings, bits, shared, stay, tmp_path):
     assert torch.equal(shows(other), searched)
 
 
+def test_what_joined_tables_of_few_bits_take():
+    """Numbers, and a step size and where its rows end for each table, in place of its padding."""
+    tables = {str(t): nn.Embedding(1000, 16, padding_idx=0) for t in range(26)}
+    counts = dict.fromkeys(tables, torch.arange(1000).flip(0) + 1)
+    collection = AMTLEmbeddingCollection.from_embeddings(tables, counts, budget=0.14, bits=4)
+    assert collection.freeze().stored_bytes() == 208_000
+    assert collection.row_order.nbytes == 104_000
+
+
 def test_files_without_padding_rows_are_what_they_were():
     one = collection_of(padding_idx={"item": 7}).freeze().config()
     none = collection_of().freeze().config()
