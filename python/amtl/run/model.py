@@ -186,8 +186,8 @@ def dropout(values: Tensor, share: float) -> Tensor:
     dropped = min(round(share * _LEVELS), _LEVELS - 1)
     words = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device)
     levels = words.random_(-(2**63), None).view(torch.int16)[: values.numel()]
-    keep = (levels >= dropped - _LEVELS // 2).view(values.shape)
-    return values * (keep.to(values.dtype) * (_LEVELS / (_LEVELS - dropped)))
+    keep = (levels >= dropped - _LEVELS // 2).view(values.shape).to(values.dtype)
+    return values * keep.mul_(_LEVELS / (_LEVELS - dropped))
 
 
 @torch.no_grad()
