@@ -232,24 +232,29 @@ def test_when_rows_stay_where_they_are():
     fields = torch.zeros(16, dtype=torch.int64)
     stored = torch.full((16,), 16)
     stored[3] = 14
-    wide = where_they_are(stored, fields, None, 4, 16 * 8 + 8)
+    wide = where_they_are(stored, fields, None, 4, 16 * 8 + 8, 16)
     assert torch.equal(wide, torch.full((16,), 16))
     assert torch.equal(
-        where_they_are(stored, fields, 3, 4, 16 * 8 + 8), wide.index_fill(0, torch.tensor([3]), 0)
+        where_they_are(stored, fields, 3, 4, 16 * 8 + 8, 16),
+        wide.index_fill(0, torch.tensor([3]), 0),
     )
     # Two rows pay for what is missing, and not more than an eighth of them.
-    saved = where_they_are(stored.repeat(8), fields.repeat(8), None, 4, 128 * 8 + 2)
+    saved = where_they_are(stored.repeat(8), fields.repeat(8), None, 4, 128 * 8 + 2, 16)
     assert saved.tolist() == [16] * 114 + [14] * 14
-    assert where_they_are(stored, fields, None, 4, 16 * 8) is None
+    assert where_they_are(stored, fields, None, 4, 16 * 8, 16) is None
     # A budget that wants narrow rows, rows that take less in order, rows that store nothing.
-    assert where_they_are(stored, fields, None, 4, 100) is None
+    assert where_they_are(stored, fields, None, 4, 100, 16) is None
     narrow = stored.clone()
     narrow[4:] = 2
-    assert where_they_are(narrow, fields, None, 4, 1e9) is None
+    assert where_they_are(narrow, fields, None, 4, 16 * 8 + 8, 32) is None
+    # All that they could have, where that is allowed.
+    assert where_they_are(narrow, fields, None, 4, 16 * 16 + 8, 32).tolist() == [32] * 16
     nothing = stored.clone()
     nothing[:3] = 0
-    assert where_they_are(nothing, fields, None, 4, 1e9) is None
-    assert where_they_are(nothing.index_fill(0, fields[:1], 16), fields, None, 4, 1e9) is not None
+    assert where_they_are(nothing, fields, None, 4, 1e9, 16) is None
+    assert (
+        where_they_are(nothing.index_fill(0, fields[:1], 16), fields, None, 4, 1e9, 16) is not None
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)

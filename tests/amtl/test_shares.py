@@ -78,6 +78,24 @@ def test_the_budget_of_all_is_met_in_bytes(widths, bits, budget):
     assert stored >= 0.9 * min(budget * whole, held)
 
 
+@pytest.mark.parametrize("rows", [(9000, 4000), (9000, 50, 12), (3000, 500, 300, 40, 7)])
+def test_an_eighth_holds_all_numbers_where_they_are(rows, tmp_path):
+    """A few numbers of the largest table pay for step sizes, and no table is put in order."""
+    model = nn.ModuleDict({f"t{i}": nn.Embedding(n, 16) for i, n in enumerate(rows)})
+    noise = torch.Generator().manual_seed(0)
+    counts = {
+        f"t{i}": (2e5 * torch.rand(n, generator=noise) ** 4 / n).long() for i, n in enumerate(rows)
+    }
+    amtl.freeze(amtl.convert(model, counts, 0.125))
+    layers = list(amtl.layers(model).values())
+    assert sum(layer.stored_bytes() for layer in layers) <= 0.125 * 64 * sum(rows)
+    narrow = [int((layer.row_dims() < 16).sum()) for layer in layers]
+    assert narrow[0] <= rows[0] // 8 and not any(narrow[1:])
+    amtl.save(model, tmp_path / "model.safetensors")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size <= 0.125 * 64 * sum(rows) + 1500 * len(rows)
+
+
 @pytest.mark.parametrize(
     ("options", "bits"),
     [

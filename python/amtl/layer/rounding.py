@@ -59,6 +59,8 @@ _GOLDEN = 0x9E3779B1
 
 PART_BYTES = 8
 """A step size and where its rows end."""
+_SHORTER = 8
+"""One row in so many may be shorter than the rest where rows keep their order."""
 
 
 class Parts(NamedTuple):
@@ -118,7 +120,7 @@ def plan_parts(stored: Tensor, steps: Tensor) -> Parts:
 
 
 def where_they_are(
-    stored: Tensor, fields: Tensor, padding: int | None, bits: int, allowed: float
+    stored: Tensor, fields: Tensor, padding: int | None, bits: int, allowed: float, dim: int
 ) -> Tensor | None:
     """Widths of rows that keep their order, if that takes no more bytes.
 
@@ -131,32 +133,47 @@ def where_they_are(
         padding: a row that stores nothing in either case.
         bits: of a number.
         allowed: bytes of all rows and step sizes.
+        dim: D, the width of all where that is allowed.
 
     Returns:
         Integer [N]; None where they would take more than is allowed or than rows in order do, or
         where many rows store nothing: no code is zero, so they would count for the step sizes.
     """
-    if int((stored == 0).sum()) > len(stored) // 8:
+    if int((stored == 0).sum()) > len(stored) // _SHORTER:
         return None
     widest = int(stored.max())
-    wide = torch.full_like(stored, widest)
+    shape = torch.ones_like(stored)
     if padding is not None:
-        wide[padding] = 0
-    taken = _bytes_of(wide, fields, bits)
+        shape[padding] = 0
+    if bytes_of(shape * dim, fields, bits) <= allowed:
+        return shape * dim
+    wide = shape * widest
+    taken = bytes_of(wide, fields, bits)
     if taken > allowed:
         # What step sizes cost, the last rows save.
-        narrower = widest - unit(bits)
         saved = unit(bits) * bits // 8
         short = -int(-(taken + PART_BYTES - allowed) // saved)
-        if short > len(wide) // 8:
+        if short > len(wide) // _SHORTER:
             return None
-        wide[-short:].clamp_(max=narrower)
-        taken = _bytes_of(wide, fields, bits)
+        wide[-short:].clamp_(max=widest - unit(bits))
+        taken = bytes_of(wide, fields, bits)
     ordered = int(stored.sum(dtype=torch.int64)) * bits // 8 + 4 * len(stored)
     return wide if taken <= min(allowed, ordered) else None
 
 
-def _bytes_of(stored: Tensor, steps: Tensor, bits: int) -> int:
+def spared_bytes(num_rows: int, bits: int) -> int:
+    """What `where_they_are` may take from rows, beside the step size of those that are shorter."""
+    return num_rows // _SHORTER * unit(bits) * bits // 8 - PART_BYTES
+
+
+def bytes_of(stored: Tensor, steps: Tensor, bits: int) -> int:
+    """Bytes of places in their order, step sizes included.
+
+    Args:
+        stored: integer [P], widths.
+        steps: int64 [P], step groups.
+        bits: of a number.
+    """
     parts = sum(width > 0 for width in plan_parts(stored, steps).widths)
     return int(stored.sum(dtype=torch.int64)) * bits // 8 + parts * PART_BYTES
 

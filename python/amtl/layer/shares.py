@@ -17,7 +17,7 @@ from amtl.layer.budget import BudgetError, check_share
 from amtl.layer.frequency import frequency_groups
 from amtl.layer.laws import make_law
 from amtl.layer.options import SearchOptions
-from amtl.layer.rounding import PART_BYTES, step_groups
+from amtl.layer.rounding import PART_BYTES, spared_bytes, step_groups
 
 _ROUNDS = 64
 
@@ -111,10 +111,44 @@ def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[Sear
         )
     if fits(high):
         low = high
+    else:
+        shares = _all_numbers(tables, budget * whole * (1 + 1e-12))
+        if shares is not None:
+            return [table.sharing(share) for table, share in zip(tables, shares, strict=True)]
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return [table.options(low) for table in tables]
+    return [table.sharing(table.bytes(low)) for table in tables]
+
+
+def _all_numbers(tables: Sequence[_Table], allowed: float) -> list[float] | None:
+    """Bytes of each table where all numbers fit, though not a step size for each group of rows.
+
+    By the law some table would leave out numbers for these, and keep the order of its rows, which
+    takes more than both. So the last rows of the largest table save what is short
+    (`where_they_are`), and the larger tables have one step size a field.
+
+    Args:
+        tables: which share a budget.
+        allowed: bytes of all.
+
+    Returns:
+        None where numbers do not fit, or the last rows cannot save so much.
+    """
+    order = sorted(range(len(tables)), key=lambda i: tables[i].frugal)
+    largest = order.pop()
+    shares = [table.frugal for table in tables]
+    spare = tables[largest].spare - (sum(shares) - allowed)
+    if spare < 0:
+        return None
+    for i in order:
+        # Of few rows the law leaves numbers out for a step size or two.
+        more = tables[i].by_law - tables[i].frugal
+        if more <= spare:
+            shares[i] += more
+            spare -= more
+    shares[largest] -= max(0.0, sum(shares) - allowed)
+    return shares
 
 
 def _worth(demand: Demand, options: SearchOptions) -> SearchOptions:
@@ -149,6 +183,14 @@ class _Table:
         first, last = (law.thresholds[0], law.thresholds[-1]) if law.thresholds else (0.0, 0.0)
         # Shifts at which nobody gets more than the smallest size, and everybody gets D.
         self.lowest, self.highest = first - many - 1, last - few + 1
+        # All numbers, with all step sizes and with one a field; what the last rows may save.
+        numbers = len(demand.counts) * demand.dim * self._number
+        self.by_law = self.bytes(self.highest)
+        self.frugal = numbers + (PART_BYTES * groups.num_fields if options.bits else 0)
+        if self.frugal <= self.by_law - numbers:
+            # Sizes are settled by the law, which has to be able to pay for its step sizes.
+            self.frugal = self.by_law
+        self.spare = spared_bytes(len(demand.counts), options.bits) if options.bits else 0
 
     def bytes(self, shift: float) -> float:
         """Stored, step sizes included."""
@@ -160,8 +202,8 @@ class _Table:
             parts = int(key[stored > 0].unique().numel())
         return float((stored * self._rows).sum()) * self._number + parts * PART_BYTES
 
-    def options(self, shift: float) -> SearchOptions:
-        """The table's own, with its part of the budget."""
+    def sharing(self, stored: float) -> SearchOptions:
+        """The table's options, with so many bytes of the budget."""
         # Nothing is less than a number, and a budget of 0 is none.
-        share = max(self.bytes(shift), self._number / 2) / max(self.whole, 1)
+        share = max(stored, self._number / 2) / max(self.whole, 1)
         return replace(self._options, budget=min(1.0, share), tier_width=self._grid.tier_width)

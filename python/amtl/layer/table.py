@@ -36,6 +36,7 @@ from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import require_same_sizes, retire, wrappers_of
 from amtl.layer.rounding import (
     Rounding,
+    bytes_of,
     cut,
     encode,
     encode_parts,
@@ -399,8 +400,13 @@ class AMTLTable(TableStates):
                 steps = head.step_groups()[group].masked_fill_(stored == 0, 0)
             del group
             plan = plan_tiers(stored, self.embedding_dim, merged, steps)
-            if steps is not None and plan.order is not None:
-                stay = self._where_they_are(stored, merged)
+            if steps is not None:
+                # Rows that stay by themselves may have more step sizes than were paid for.
+                planned = bytes_of(
+                    plan.of_places(stored), plan.of_places(steps), self.options.bits or 8
+                )
+                moved = plan.order is not None or planned > self._allowed_bytes()
+                stay = self._where_they_are(stored, merged) if moved else None
                 if stay is not None:
                     plan, stored, steps = stay
                     row_dims = torch.where(row_dims > 0, stored, row_dims)
@@ -440,6 +446,10 @@ class AMTLTable(TableStates):
         retire(wrappers)
         return self
 
+    def _allowed_bytes(self) -> float:
+        budget = self.options.budget
+        return math.inf if budget is None else budget * self.dense_bytes() * (1 + 1e-12)
+
     def _where_they_are(
         self, stored: Tensor, merged: Tensor | None
     ) -> tuple[TierPlan, Tensor, Tensor] | None:
@@ -448,7 +458,7 @@ class AMTLTable(TableStates):
         Padding rows of other tables are passed over, as their numbers tell. None where others
         share a row, or where rows have to move.
         """
-        padding, bits, budget = self.padding_idx, self.options.bits, self.options.budget
+        padding, bits = self.padding_idx, self.options.bits
         assert bits is not None
         if merged is not None and int(merged.sum()) > len(self.other_paddings):
             return None
@@ -459,8 +469,10 @@ class AMTLTable(TableStates):
             empty = not int(stored[padding])
             padding -= sum(row < padding for row in self.other_paddings)
             padding = padding if empty else None
-        allowed = math.inf if budget is None else budget * self.dense_bytes()
-        found = where_they_are(stored[mine], fields[mine], padding, bits, allowed)
+        allowed = self._allowed_bytes()
+        found = where_they_are(
+            stored[mine], fields[mine], padding, bits, allowed, self.embedding_dim
+        )
         if found is None:
             return None
         wide[mine] = found
