@@ -314,6 +314,12 @@ def test_an_optimizer_that_cannot_be_found_is_told_of_after_freezing():
             optimizer = own and own(model.parameters(), lr=0.1)
             amtl.freeze(model)
             model(*inputs())
+        # A graph that is kept trains nothing.
+        model = amtl.convert(model_of(), COUNTS, budget=0.5)
+        kept = model(*inputs())
+        amtl.freeze(model)
+        model(*inputs())
+        del kept
 
 
 @pytest.mark.parametrize("held", [False, True])
