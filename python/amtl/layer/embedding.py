@@ -33,7 +33,7 @@ class AMTLEmbedding(AMTLTable):
     Args:
         num_embeddings: N. embedding_dim: D >= 1.
         padding_idx: a row without gradient. max_norm, norm_type: rows are scaled in place to at
-            most this norm when looked up (all D columns of them).
+            most this norm when looked up (all D columns of them), before any rounding to few bits.
         scale_grad_by_freq: refused.
         sparse: row gradients as sparse COO; False gives dense ones, for any optimizer.
         _weight: initial table [N, D]. _freeze: the table does not train.

@@ -158,7 +158,7 @@ class TableLookups(TableRows):
         if left is None or left() is None:
             return
         gc.collect()
-        # The graph of a loss that somebody keeps holds it, too, unseen by Python, and trains nothing.
+        # The graph of a loss that is kept holds it, too, unseen by Python, and trains nothing.
         if left() is not None and gc.get_referrers(left()):
             warnings.warn(
                 f"table {self.name!r}: something still holds the weight from before freeze(), a "
