@@ -180,6 +180,18 @@ def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
     assert made[0.8].steps == (8 if scores[0.8][0] == 0.1 else 12)
 
 
+@pytest.mark.parametrize(("decay", "won"), [(0.0, False), (1e-5, False), (1e-4, True)])
+def test_more_weight_decay_has_its_time(decay, won):
+    """It learns more slowly, and for longer."""
+    winner, slow = Scripted([0.5, 0.6, 0.8]), Scripted([0.1, 0.1, 0.9])
+    winner.config = settings(embedding_decay=1e-5)
+    slow.config = settings(embedding_decay=decay)
+    while not winner.finished:
+        winner.step()
+    better, _ = contest.contend("slow", slow, winner, Silent(), step)
+    assert (better is slow) == won and slow.finished == won
+
+
 # What two models say of eight samples: they differ in two, and so in AUC by .0625 +- .0884.
 SAID = torch.tensor([-2.0, 1.0, -1.0, 2.0, -3.0, 3.0, -0.5, 4.0])
 OTHERWISE = SAID.index_fill(0, torch.tensor([6]), 1.5)
