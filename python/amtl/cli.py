@@ -104,7 +104,8 @@ def train(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Stored share of the bytes of rows × dim, or bytes such as 500kB or 2MB.",
+            help="Stored share of the bytes of rows × dim, such as 0.1 or 10%, or bytes such as "
+            "500kB or 2MB.",
             show_default=str(TrainConfig.budget),
         ),
     ] = None,

@@ -219,6 +219,8 @@ def test_a_budget_in_bytes(data, tmp_path):
     ("text", "expected"),
     [
         ("0.25", {"budget": 0.25}),
+        ("10%", {"budget": 0.1}),
+        (" 12.5 % ", {"budget": 0.125}),
         ("2MB", {"budget_bytes": 2_000_000}),
         ("1.5 kb", {"budget_bytes": 1500}),
         ("2GiB", {"budget_bytes": 2**31}),
