@@ -60,6 +60,7 @@ class _Stopper:
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Argument(
@@ -214,7 +215,21 @@ def train(
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
         console.print(f"[bold]resuming[/] {escape(str(out))} with its own settings")
-        _train(lambda stop, bars: start(None, out, resume=True, observer=bars, stop=stop), out)
+
+        def go_on(stop: Any, bars: Any) -> Any:
+            trainer = start(None, out, resume=True, observer=bars, stop=stop)
+            rows = trainer.task.encoder.num_rows
+            other = settings.not_applied(_typed(context), trainer.asked, rows)
+            if other:
+                console.print(
+                    f"  not applied, since the run has other values: {', '.join(other)} (--force "
+                    "in place of --resume starts anew with them)",
+                    style="yellow",
+                    highlight=False,
+                )
+            return trainer
+
+        _train(go_on, out)
         return
     if data is None:
         raise UserError("name the data: a Parquet or CSV file, or a set (see: amtl datasets)")
@@ -293,6 +308,15 @@ def train(
         folder,
         fresh=True,
     )
+
+
+def _typed(context: typer.Context) -> dict[str, Any]:
+    """What the command line gave, by parameter: no defaults."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
 
 
 def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:

@@ -298,6 +298,51 @@ def test_a_run_is_not_overwritten_unasked(runs, data, capsys):
     assert run("train", "--resume", "--out", runs["fixed"]) == 0
 
 
+def test_a_resumed_run_names_what_it_does_not_apply(data, tmp_path, capsys):
+    out = tmp_path / "r"
+    same = ["--label", "label", "--fields", "user,item,price", "--drop", "price", "--epochs", "2"]
+    same += ["--dim", "4", "--numeric", "user=bucket", "--multi", "tags=", "--no-race"]
+    same += ["--exponent", "1", "--parametrization", "ordinal", "--budget", "300B"]
+    assert run("train", data, *same, "--out", out) == 0
+    capsys.readouterr()
+    same += ["--method", "twins", "--split", "random", "--seed", "0", "--patience", "8"]
+    assert run("train", data, *same, "--resume", "--out", out) == 0
+    assert "not applied" not in capsys.readouterr().out
+    other = {
+        "--epochs": "9",
+        "--fields": "user,tags",
+        "--budget": "90%",
+        "--method": "rule",
+        "--numeric": "standardise",
+        "--multi": "tags",
+        "--exponent": "0.5",
+        "--capacity-bits": "4",
+        "--parametrization": "paper",
+        "--lr": "0.1",
+        "--warm-start": "base",
+    }
+    typed = [word for pair in other.items() for word in pair]
+    assert run("train", "b.csv", *typed, "--seed", "0", "--resume", "--out", out) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    named = re.search(r"not applied, since the run has other values: ([^()]*) \(--force in", words)
+    assert set(named[1].split(", ")) == {"DATA", *other}
+    assert run("train", "--drop", "item", "--resume", "--out", out) == 0
+    assert "other values: --drop (" in " ".join(capsys.readouterr().out.split())
+    assert read_json(out / "metrics.json")["config"]["epochs"] == 2
+
+
+def test_a_raced_run_goes_on_with_what_it_was_asked_for(data, tmp_path, capsys):
+    out = tmp_path / "r"
+    given = [data, "--label", "label", "--fields", "user,item", "--out", out, *SIZED]
+    assert run("train", *given, "--race") == 0
+    capsys.readouterr()
+    assert run("train", *given, "--race", "--resume", "--parametrization", "rule") == 0
+    assert "not applied" not in capsys.readouterr().out
+    assert run("train", *given, "--no-race", "--resume", "--embedding-decay", "0.5") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "other values: --race, --embedding-decay (" in words
+
+
 def test_datasets_are_listed(capsys):
     assert run("datasets") == 0
     assert "nycflights13" in capsys.readouterr().out

@@ -185,6 +185,15 @@ class Trainer:
         """The embedding."""
         return self.learner.table
 
+    @property
+    def asked(self) -> TrainConfig:
+        """Settings that the run was asked for, before a race settled some."""
+        raced = self.raced or {}
+        if "asked" not in raced:
+            return self.config
+        given = {"budget": raced["budget"], "table_options": raced["given"], **raced["asked"]}
+        return replace(self.config, race=True, **given)
+
     def run(self) -> dict[str, Any]:
         """Races settings, trains until early stopping, restores the best model, tests it once.
 
