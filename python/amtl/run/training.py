@@ -209,6 +209,7 @@ class Trainer:
                     f"--method {self.config.method} trains twice by itself and takes no teacher: "
                     f"leave --distillation out"
                 )
+            self._require_room()
             self._begin()
         if self.learner.steps == 0 and is_open(self.config):
             self._race()
@@ -229,6 +230,16 @@ class Trainer:
         if contends and "less" not in (self.raced or {}) and self.learner.best is not None:
             self._contend()
         return self._finish()
+
+    def _require_room(self) -> None:
+        """Refuses a budget in which a table can only be empty."""
+        share, whole = self.config.effective_budget, methods.dense_bytes(self.table)
+        if share is None or methods.stored_bytes(self.table):
+            return
+        raise UserError(
+            f"--budget {share:g} is {share * whole:.0f} of {whole:,} bytes, into which not one "
+            "number fits: choose a larger one"
+        )
 
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
