@@ -368,8 +368,12 @@ def _print_decisions(decisions: Sequence[Any]) -> None:
     console.print(table)
 
 
-def _area(auc: float, error: float) -> str:
-    """An AUC with its standard error, if it has one."""
+def _area(auc: float, error: float, rows: int, positive: int) -> str:
+    """An AUC with its standard error, if it has one; else what its rows lack."""
+    from amtl.run.metrics import one_class
+
+    if told := one_class(rows, positive):
+        return f"[bold]none[/]: {told}; another --split in training may test on both"
     return f"[bold]{auc:.4f}[/]" + ("" if math.isnan(error) else f" ± {error:.4f} s.e.")
 
 
@@ -380,10 +384,10 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="dim")
     table.add_column()
-    steps = metrics["step_ms_median"]
+    steps, tested = metrics["step_ms_median"], metrics["held_out"]["test"]
     unseen = {k: v for k, v in metrics["unknown_test_values"].items() if v}
     rows = {
-        "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'])}  "
+        "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'], **tested)}  "
         f"(validation {metrics['val_auc']:.4f}, epoch {metrics['best_epoch']:.2f} of "
         f"{metrics['epochs_run']:.2f})",
         "log loss": f"{metrics['test_logloss']:.4f}",
@@ -448,9 +452,9 @@ def evaluate(
     result = trained.evaluate(encoded)
     unknown = {k: v for k, v in result["unknown_values"].items() if v}
     console.print(f"[bold]{escape(what)}[/]: {result['rows']:,} rows", highlight=False)
+    area = _area(result["auc"], result["auc_error"], result["rows"], result["positive"])
     console.print(
-        f"AUC {_area(result['auc'], result['auc_error'])}   log loss {result['logloss']:.4f}   "
-        f"positive {result['positive_rate']:.1%}",
+        f"AUC {area}   log loss {result['logloss']:.4f}   positive {result['positive_rate']:.1%}",
         highlight=False,
     )
     if unknown:

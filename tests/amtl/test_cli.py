@@ -343,6 +343,27 @@ def test_a_raced_run_goes_on_with_what_it_was_asked_for(data, tmp_path, capsys):
     assert "other values: --race, --embedding-decay (" in words
 
 
+def test_a_test_split_of_one_class_has_no_auc_and_that_is_said(data, tmp_path, capsys):
+    frame = pl.read_parquet(data).select("user", "item", "label")
+    part = ["train"] * 400 + ["valid"] * 100 + ["test"] * 100
+    late = pl.int_range(pl.len()) >= 500
+    frame = frame.with_columns(
+        part=pl.Series(part), label=pl.when(late).then(0).otherwise(pl.col("label"))
+    )
+    frame.write_parquet(tmp_path / "d.parquet")
+    given = ["--label", "label", "--split", "column:part", "--no-race", "--compare", *SIZED]
+    assert run("train", tmp_path / "d.parquet", *given, "--out", tmp_path / "r") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    none = "100 rows, all of them negative"
+    assert f"the test split has {none}, so there will be no AUC; try another --split" in words
+    assert f"test AUC none: {none}; another --split" in words
+    assert run("evaluate", tmp_path / "r") == 0
+    words += " ".join(capsys.readouterr().out.split())
+    assert f"AUC none: {none}; another --split in training may test on both log loss 0." in words
+    assert run("report", tmp_path / "r", "-o", tmp_path / "r.html") == 0
+    assert "nan" not in words + capsys.readouterr().out
+
+
 def test_datasets_are_listed(capsys):
     assert run("datasets") == 0
     assert "nycflights13" in capsys.readouterr().out

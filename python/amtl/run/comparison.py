@@ -299,4 +299,4 @@ def _early(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _number(row: Mapping[str, Any] | None, key: str) -> str:
     value = None if row is None else row.get(key)
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
