@@ -437,8 +437,9 @@ class Trainer:
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             step = self._racer("the trained model")
+            says = self.learner.says()
             return train_baselines(
-                self.config, metrics, self._make, self.observer, step, self._full
+                self.config, metrics, says, self._make, self.observer, step, self._full
             )
         finally:
             self.observer.end()
