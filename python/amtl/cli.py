@@ -60,6 +60,7 @@ class _Stopper:
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Argument(
@@ -104,7 +105,8 @@ def train(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Stored share of the bytes of rows × dim, or bytes such as 500kB or 2MB.",
+            help="Stored share of the bytes of rows × dim, such as 0.1 or 10%, or bytes such as "
+            "500kB or 2MB.",
             show_default=str(TrainConfig.budget),
         ),
     ] = None,
@@ -213,7 +215,21 @@ def train(
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
         console.print(f"[bold]resuming[/] {escape(str(out))} with its own settings")
-        _train(lambda stop, bars: start(None, out, resume=True, observer=bars, stop=stop), out)
+
+        def go_on(stop: Any, bars: Any) -> Any:
+            trainer = start(None, out, resume=True, observer=bars, stop=stop)
+            rows = trainer.task.encoder.num_rows
+            other = settings.not_applied(_typed(context), trainer.asked, rows)
+            if other:
+                console.print(
+                    f"  not applied, since the run has other values: {', '.join(other)} (--force "
+                    "in place of --resume starts anew with them)",
+                    style="yellow",
+                    highlight=False,
+                )
+            return trainer
+
+        _train(go_on, out)
         return
     if data is None:
         raise UserError("name the data: a Parquet or CSV file, or a set (see: amtl datasets)")
@@ -294,6 +310,15 @@ def train(
     )
 
 
+def _typed(context: typer.Context) -> dict[str, Any]:
+    """What the command line gave, by parameter: no defaults."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+
+
 def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
     """Runs a trainer under progress bars and Ctrl-C handling; prints its result.
 
@@ -343,8 +368,12 @@ def _print_decisions(decisions: Sequence[Any]) -> None:
     console.print(table)
 
 
-def _area(auc: float, error: float) -> str:
-    """An AUC with its standard error, if it has one."""
+def _area(auc: float, error: float, rows: int, positive: int) -> str:
+    """An AUC with its standard error, if it has one; else what its rows lack."""
+    from amtl.run.metrics import one_class
+
+    if told := one_class(rows, positive):
+        return f"[bold]none[/]: {told}; another --split in training may test on both"
     return f"[bold]{auc:.4f}[/]" + ("" if math.isnan(error) else f" ± {error:.4f} s.e.")
 
 
@@ -355,10 +384,10 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="dim")
     table.add_column()
-    steps = metrics["step_ms_median"]
+    steps, tested = metrics["step_ms_median"], metrics["held_out"]["test"]
     unseen = {k: v for k, v in metrics["unknown_test_values"].items() if v}
     rows = {
-        "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'])}  "
+        "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'], **tested)}  "
         f"(validation {metrics['val_auc']:.4f}, epoch {metrics['best_epoch']:.2f} of "
         f"{metrics['epochs_run']:.2f})",
         "log loss": f"{metrics['test_logloss']:.4f}",
@@ -423,9 +452,9 @@ def evaluate(
     result = trained.evaluate(encoded)
     unknown = {k: v for k, v in result["unknown_values"].items() if v}
     console.print(f"[bold]{escape(what)}[/]: {result['rows']:,} rows", highlight=False)
+    area = _area(result["auc"], result["auc_error"], result["rows"], result["positive"])
     console.print(
-        f"AUC {_area(result['auc'], result['auc_error'])}   log loss {result['logloss']:.4f}   "
-        f"positive {result['positive_rate']:.1%}",
+        f"AUC {area}   log loss {result['logloss']:.4f}   positive {result['positive_rate']:.1%}",
         highlight=False,
     )
     if unknown:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from amtl.errors import UserError
-from amtl.run.config import OWN, TrainConfig
+from amtl.run.config import OWN, TrainConfig, parse_budget, parse_names
 
 
 def refuse_idle(method: str, parametrization: str | None, given: Sequence[str]) -> None:
@@ -74,6 +76,52 @@ def make_config(
         if not config.fields:
             raise UserError("--drop leaves no column to use")
     return config
+
+
+def not_applied(typed: Mapping[str, Any], config: TrainConfig, rows: int) -> list[str]:
+    """What was typed beside --resume and differs from the run in the folder, as one types it.
+
+    Args:
+        typed: what the command line gave, by parameter.
+        config: settings that the run was asked for.
+        rows: of its table.
+    """
+    about = [name for name in typed if name not in ("out", "resume", "force")]
+    differ = [name for name in about if not _holds(name, typed, config, rows)]
+    return ["DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in differ]
+
+
+def _holds(name: str, typed: Mapping[str, Any], config: TrainConfig, rows: int) -> bool:
+    """Whether a run has what was typed for a parameter of `amtl train`."""
+    from amtl.run.methods import ALIASES
+
+    value, options = typed[name], config.table_options
+    dropped = parse_names("--drop", typed.get("drop"))
+    if name == "data":
+        kind, _, path = value.partition(":")
+        return config.data in (value, str(Path(value).resolve()), f"{kind}:{Path(path).resolve()}")
+    if name == "fields":
+        return config.fields == [n for n in parse_names("--fields", value) if n not in dropped]
+    if name == "drop":
+        return bool(config.fields) and not set(dropped) & set(config.fields)
+    if name == "method":
+        method, named = ALIASES.get(value, (value, {}))
+        return config.method == method and named.items() <= options.items()
+    if name == "option":
+        return parse_options(config.method, value).items() <= options.items()
+    if name == "numeric":
+        parsed = parse_columns(value, [])
+        return all(getattr(config, key) == parsed[key] for key in ("numeric", "default_numeric"))
+    if name == "multi":
+        return bool(config.separators == parse_columns([], value)["separators"])
+    if name == "parametrization":
+        has = options.get(name, "rule") if options.get("budget", 0) is not None else "paper"
+        return bool(has == value)
+    if name in ("exponent", "capacity_bits"):
+        return options.get({"exponent": "init_exponent"}.get(name, name)) == value
+    if name == "budget":
+        value = replace(config, **parse_budget(value)).with_rows(rows).budget
+    return bool(getattr(config, name) == (str(value) if isinstance(value, Path) else value))
 
 
 def parse_options(method: str, given: Sequence[str]) -> dict[str, Any]:

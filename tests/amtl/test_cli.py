@@ -219,6 +219,8 @@ def test_a_budget_in_bytes(data, tmp_path):
     ("text", "expected"),
     [
         ("0.25", {"budget": 0.25}),
+        ("10%", {"budget": 0.1}),
+        (" 12.5 % ", {"budget": 0.125}),
         ("2MB", {"budget_bytes": 2_000_000}),
         ("1.5 kb", {"budget_bytes": 1500}),
         ("2GiB", {"budget_bytes": 2**31}),
@@ -294,6 +296,72 @@ def test_a_run_is_not_overwritten_unasked(runs, data, capsys):
     assert run(*args) == 1
     assert "--force" in capsys.readouterr().err
     assert run("train", "--resume", "--out", runs["fixed"]) == 0
+
+
+def test_a_resumed_run_names_what_it_does_not_apply(data, tmp_path, capsys):
+    out = tmp_path / "r"
+    same = ["--label", "label", "--fields", "user,item,price", "--drop", "price", "--epochs", "2"]
+    same += ["--dim", "4", "--numeric", "user=bucket", "--multi", "tags=", "--no-race"]
+    same += ["--exponent", "1", "--parametrization", "ordinal", "--budget", "300B"]
+    assert run("train", data, *same, "--out", out) == 0
+    capsys.readouterr()
+    same += ["--method", "twins", "--split", "random", "--seed", "0", "--patience", "8"]
+    assert run("train", data, *same, "--resume", "--out", out) == 0
+    assert "not applied" not in capsys.readouterr().out
+    other = {
+        "--epochs": "9",
+        "--fields": "user,tags",
+        "--budget": "90%",
+        "--method": "rule",
+        "--numeric": "standardise",
+        "--multi": "tags",
+        "--exponent": "0.5",
+        "--capacity-bits": "4",
+        "--parametrization": "paper",
+        "--lr": "0.1",
+        "--warm-start": "base",
+    }
+    typed = [word for pair in other.items() for word in pair]
+    assert run("train", "b.csv", *typed, "--seed", "0", "--resume", "--out", out) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    named = re.search(r"not applied, since the run has other values: ([^()]*) \(--force in", words)
+    assert set(named[1].split(", ")) == {"DATA", *other}
+    assert run("train", "--drop", "item", "--resume", "--out", out) == 0
+    assert "other values: --drop (" in " ".join(capsys.readouterr().out.split())
+    assert read_json(out / "metrics.json")["config"]["epochs"] == 2
+
+
+def test_a_raced_run_goes_on_with_what_it_was_asked_for(data, tmp_path, capsys):
+    out = tmp_path / "r"
+    given = [data, "--label", "label", "--fields", "user,item", "--out", out, *SIZED]
+    assert run("train", *given, "--race") == 0
+    capsys.readouterr()
+    assert run("train", *given, "--race", "--resume", "--parametrization", "rule") == 0
+    assert "not applied" not in capsys.readouterr().out
+    assert run("train", *given, "--no-race", "--resume", "--embedding-decay", "0.5") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "other values: --race, --embedding-decay (" in words
+
+
+def test_a_test_split_of_one_class_has_no_auc_and_that_is_said(data, tmp_path, capsys):
+    frame = pl.read_parquet(data).select("user", "item", "label")
+    part = ["train"] * 400 + ["valid"] * 100 + ["test"] * 100
+    late = pl.int_range(pl.len()) >= 500
+    frame = frame.with_columns(
+        part=pl.Series(part), label=pl.when(late).then(0).otherwise(pl.col("label"))
+    )
+    frame.write_parquet(tmp_path / "d.parquet")
+    given = ["--label", "label", "--split", "column:part", "--no-race", "--compare", *SIZED]
+    assert run("train", tmp_path / "d.parquet", *given, "--out", tmp_path / "r") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    none = "100 rows, all of them negative"
+    assert f"the test split has {none}, so there will be no AUC; try another --split" in words
+    assert f"test AUC none: {none}; another --split" in words
+    assert run("evaluate", tmp_path / "r") == 0
+    words += " ".join(capsys.readouterr().out.split())
+    assert f"AUC none: {none}; another --split in training may test on both log loss 0." in words
+    assert run("report", tmp_path / "r", "-o", tmp_path / "r.html") == 0
+    assert "nan" not in words + capsys.readouterr().out
 
 
 def test_datasets_are_listed(capsys):

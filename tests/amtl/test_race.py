@@ -20,6 +20,7 @@ from amtl.run.contest import DECAYS, DROPOUT, SHARES, WEAKER
 from amtl.run.display import print_comparison
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
+from amtl.run.metrics import score_error
 from amtl.run.model import field_evidence
 from amtl.run.progress import Silent
 from amtl.run.race import CAPACITY_BITS, FLAT, FULL, candidates, field_weights, is_open, race
@@ -359,6 +360,88 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     old = {**metrics, "raced": {"full": {"name": FULL, "val_auc": 0.9, "val_logloss": 0.0}}}
     del old["val_score"]
     assert "a larger --budget to lose nothing" in only(comparison.verdict({**old, "compared": []}))
+
+
+LED = {
+    "method": "amtl",
+    "val_auc": 0.7,
+    "val_score": 0.1,
+    "stored_bytes": 800,
+    "dense_bytes": 6400,
+    "dim": 16,
+    "held_out": {"val": {"rows": 900, "positive": 80}},
+    "config": settings().to_dict(),
+    "raced": None,
+}
+
+
+@pytest.mark.parametrize("name", [FULL, FULL + TAUGHT, FLAT])
+@pytest.mark.parametrize(
+    ("lead", "error", "positive", "told"),
+    [
+        (0.08, 0.07, 80, "by 0.0800 ± 0.0700 s.e. in AUC minus log loss: "),
+        (0.08, 0.09, 80, ": within the noise of 80 positive rows in validation"),
+        (0.08, 0.07, 7, ": within the noise of 7 positive rows in validation"),
+        (0.08, 0.07, 893, ": within the noise of 7 negative rows in validation"),
+        (0.15, 0.07, 7, "by 0.1500 ± 0.0700 s.e. in AUC minus log loss: "),
+        (0.08, math.nan, 1, "by 0.0800 in AUC minus log loss: within the noise of 1 positive row"),
+        (0.0005, 0.0001, 80, None),
+    ],
+)
+def test_a_lead_within_the_noise_is_no_advice(name, lead, error, positive, told):
+    row = {"name": name, "dim": 2, "val_auc": 0.7, "score": 0.1 + lead, "error": error}
+    held = {"val": {"rows": 900, "positive": positive}}
+    lines = comparison.verdict({**LED, "held_out": held, "compared": [row]})
+    assert bool(lines) == bool(told)
+    if told:
+        assert told in only(lines)
+        advised = "use --method" in lines[0] or "this data needs a larger --budget" in lines[0]
+        assert advised == ("within the noise" not in told)
+
+
+def test_the_noise_of_a_lead_is_that_of_both_models_on_validation(source, task):
+    given = settings(compare=True, epochs=2, distillation=0.5)
+    trainer = start(given, source=source)
+    metrics = trainer.run()
+    says, labels = trainer.learner.says(), task.val.labels
+    rows = [metrics["raced"]["full"], *metrics["compared"]]
+    assert len(rows) > 2 and all(0 < row["error"] < 0.1 for row in rows)
+    full = trainer._full
+    assert metrics["compared"][0]["error"] == score_error(full.says(), says, labels)
+    assert metrics["raced"]["full"]["error"] == pytest.approx(rows[1]["error"], rel=0.01)
+    assert metrics["held_out"]["val"] == {"rows": 300, "positive": int(labels.sum())}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"bits": "auto", "budget": 0.4}, "--no-race --bits 16 spends nearly all"),
+        ({"bits": "auto", "budget": 0.1}, "--no-race spends nearly all"),
+        ({"bits": "8", "budget": 0.4}, "--no-race --bits 16 spends nearly all"),
+        ({"bits": "auto", "budget": 0.2, "dim": 5}, "--no-race spends nearly all"),
+        ({"bits": "auto", "budget": 0.05, "dim": 5}, "--no-race spends nearly all"),
+        ({"bits": "auto", "budget": 0.7}, "--no-race --bits 32 spends nearly all"),
+        ({"bits": "8", "budget": 0.7, "masters": False, "table_optimizer": "sgd"}, None),
+    ],
+)
+def test_what_spends_the_budget_that_fewer_bytes_left(source, changes, told):
+    config = settings(epochs=1, **changes)
+    raced = {"less": {"chosen": True}, "budget": config.budget}
+    fewer = {**LED, "stored_bytes": 64, "raced": raced, "config": config.to_dict()}
+    line = only(comparison.verdict(fewer))
+    assert f"so the model takes 64 of {6400 * config.budget:,.0f}" in line
+    assert ("spends" in line) == bool(told)
+    if told:
+        assert line.endswith(f"; {told}")
+        bits = told.split()[2] if "--bits" in told else config.bits
+        asked = dataclasses.replace(config, race=False, bits=bits)
+        metrics = start(asked, source=source).run()
+        assert 0.9 * config.budget < metrics["stored_fraction"] <= config.budget
+
+
+def test_an_empty_table_is_told_of():
+    (line,) = comparison.verdict({**LED, "stored_bytes": 0})
+    assert line.startswith("the table stores nothing, so no id changes a prediction")
 
 
 WEAK, STRONG = (f"{FULL}, weight decay {d:g}" for d in DECAYS)

@@ -492,6 +492,18 @@ def test_a_run_with_weight_decay_goes_on_and_is_packed(kind, source, tmp_path, m
     assert torch.equal(packed.probabilities(source.frame), trained.probabilities(source.frame))
 
 
+def test_few_held_out_rows_of_a_class_are_told_of_once(source):
+    labels = np.zeros(ROWS, int)
+    for part, count in zip(split_rows(source.frame, "random"), (100, 7, 1), strict=True):
+        labels[part[:count].numpy()] = 1
+    rare = Source("made here", source.frame.with_columns(label=pl.Series(labels)), "label")
+    recorder = Recorder()
+    metrics = start(settings(epochs=1), observer=recorder, source=rare).run()
+    told = "only 7 positive rows of 120 in validation, 1 positive row of 120 in test: differences"
+    assert [note.startswith(told) for note in recorder.notes].count(True) == 1
+    assert metrics["held_out"]["test"] == {"rows": 120, "positive": 1}
+
+
 def test_a_diverging_run_says_so(source):
     with pytest.raises(UserError, match="lower --table-lr"):
         start(settings(method="fixed", lr=1e30, table_lr=1e30), source=source).run()

@@ -9,11 +9,14 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
+from torch import Tensor
+
+from amtl.layer.rounding import unit
 from amtl.run import methods
-from amtl.run.config import TrainConfig
-from amtl.run.contest import race_taught, regularised, run_to_end, titled
+from amtl.run.config import BITS, TrainConfig
+from amtl.run.contest import SURELY, race_taught, regularised, run_to_end, titled
 from amtl.run.learner import Learner
-from amtl.run.metrics import auc, log_loss
+from amtl.run.metrics import FEW, auc, log_loss, rarer, score_error
 from amtl.run.model import predict
 from amtl.run.progress import Observer
 from amtl.run.race import CAPACITY_BITS, FLAT, FULL, best_record, plain
@@ -24,6 +27,10 @@ _SCORES = ("val_auc", "val_logloss", "test_auc", "test_logloss")
 
 _NOTABLE = 0.001
 """In AUC minus log loss: by so much two seeds of one model differ."""
+
+_DOUBLY = 2.0
+"""Times `SURELY`, of which a lead has to be on few rows of a class: the best of several models is
+the luckiest there, and the standard error is itself a guess."""
 
 _TOO_GOOD = 0.9995
 """A validation AUC that clicks do not have."""
@@ -47,6 +54,7 @@ def baselines(config: TrainConfig, metrics: Mapping[str, Any]) -> dict[str, Trai
 def train_baselines(
     config: TrainConfig,
     metrics: Mapping[str, Any],
+    says: Tensor,
     make: Callable[..., Learner],
     observer: Observer,
     step: Callable[[Learner], None],
@@ -60,6 +68,7 @@ def train_baselines(
     Args:
         config: settings of the run.
         metrics: its metrics.
+        says: logits of the validation split by its model.
         make: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
@@ -67,13 +76,19 @@ def train_baselines(
 
     Returns:
         Per table, and per table that is better for its teacher: `name`, `dim`, `distillation`,
-        `embedding_decay`, `stored_bytes`, scores on validation and test, `best_epoch`.
+        `embedding_decay`, `stored_bytes`, scores on validation and test, `best_epoch`, and as
+        `error` the standard error of the difference to the run's score.
     """
     raced = metrics["raced"] or {}
     asked = raced.get("asked", {})
     share = asked.get("embedding_dropout", config.embedding_dropout)
     decay = asked.get("embedding_decay", config.embedding_decay)
     rows, teacher = [], Teacher()
+
+    def add(name: str, learner: Learner) -> None:
+        error = score_error(learner.says(), says, learner.task.val.labels)
+        rows.append({**scored(name, learner), "error": error})
+
     for name, entry in baselines(config, metrics).items():
         entry = replace(entry, embedding_dropout=share, embedding_decay=decay)
         title = f"{name}, D={entry.dim}"
@@ -85,9 +100,9 @@ def train_baselines(
             best, pupil = make(entry), None
             run_to_end(title, best, observer, step)
             best.end()
-        rows.append(scored(name, best))
+        add(name, best)
         if pupil is not None:
-            rows.append(scored(name + TAUGHT, pupil))
+            add(name + TAUGHT, pupil)
     return rows
 
 
@@ -222,24 +237,22 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
         if full["name"] != FULL:
             what += " that has a teacher"
             options += f", or --method fixed{_as_options(full)},"
-        told.append(
-            f"{what} validates better, by {_lead(full, metrics):.4f} in AUC minus log loss: this "
-            f"data needs {options} to lose nothing"
-        )
+        told.append(_better(what, full, metrics, f"this data needs {options} to lose nothing"))
     narrow = _best(compared, FLAT)
-    if narrow is not None and _lead(narrow, metrics) > 0:
+    if narrow is not None and _lead(narrow, metrics) > _NOTABLE:
         options = f"--method fixed --dim {narrow['dim']}{_as_options(narrow)}"
-        told.append(
-            f"a table of fixed width in the same bytes validates better, by "
-            f"{_lead(narrow, metrics):.4f} in AUC minus log loss: use {options}, or another "
-            f"--budget"
-        )
+        what = "a table of fixed width in the same bytes"
+        told.append(_better(what, narrow, metrics, f"use {options}, or another --budget"))
     fewer = [row for row in (raced.get("less"), raced.get("less_taught")) if row and row["chosen"]]
-    whole = raced.get("budget", math.inf) * metrics["dense_bytes"]
-    if fewer and metrics["stored_bytes"] < whole / 2:
+    whole = raced["budget"] * metrics["dense_bytes"] if fewer else 0.0
+    if not metrics["stored_bytes"]:
         told.append(
-            f"fewer bytes validated better than the whole budget, so the model takes "
-            f"{metrics['stored_bytes']:,}; --no-race spends all"
+            "the table stores nothing, so no id changes a prediction; a larger --budget has room"
+        )
+    elif metrics["stored_bytes"] < whole / 2:
+        told.append(
+            f"fewer bytes validated better than more, so the model takes "
+            f"{metrics['stored_bytes']:,} of {whole:,.0f}{_spending(metrics, raced['budget'])}"
         )
     elif metrics["config"]["table_options"].get("capacity_bits", 0) > max(CAPACITY_BITS):
         told.append(
@@ -266,6 +279,36 @@ def _given_away(metrics: Mapping[str, Any]) -> Iterator[str]:
         f"a validation AUC of {metrics['val_auc']:.4f} is rarely true: look for a column that "
         f"tells the label and is known no earlier{most}, and leave it out by --drop"
     )
+
+
+def _better(what: str, row: Mapping[str, Any], metrics: Mapping[str, Any], advice: str) -> str:
+    """A word on a table that leads a run: what to do where that is more than noise."""
+    lead, error = _lead(row, metrics), row.get("error")
+    # Files of earlier versions say no error, and of a single positive row there is none.
+    noise = "" if error is None or math.isnan(error) else f" ± {error:.4f} s.e."
+    if error is not None:
+        few, words = rarer(**metrics["held_out"]["val"])
+        if not lead > (SURELY if few >= FEW else _DOUBLY * SURELY) * error:
+            advice = f"within the noise of {words} in validation, so no reason to change anything"
+    return f"{what} validates better, by {lead:.4f}{noise} in AUC minus log loss: {advice}"
+
+
+def _spending(metrics: Mapping[str, Any], budget: float) -> str:
+    """How to spend what fewer bytes left of a budget; empty where no option does.
+
+    Few bits fill no more than their part of it, and `--no-race` alone has four.
+    """
+    config = TrainConfig.from_dict(metrics["config"])
+    alone = config.number_bits or 32
+    enough = [
+        bits
+        for bits in map(int, BITS[:0:-1])
+        if bits >= 32 * budget and config.dim % unit(bits) == 0 and (config.masters or bits < 32)
+    ]
+    if not enough:
+        return ""
+    more = "" if alone in enough else f" --bits {enough[0]}"
+    return f"; --no-race{more} spends nearly all"
 
 
 def _best(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
@@ -299,4 +342,4 @@ def _early(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _number(row: Mapping[str, Any] | None, key: str) -> str:
     value = None if row is None else row.get(key)
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"

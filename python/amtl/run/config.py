@@ -24,19 +24,22 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 2**10, "mi": 2**20
 
 
 def parse_budget(text: str) -> dict[str, Any]:
-    """`budget` or `budget_bytes` of what was typed: a share, or bytes with their unit (`2MB`).
+    """`budget` or `budget_bytes` of what was typed: a share (`0.1`, `10%`), or bytes (`2MB`).
 
     Raises:
         UserError: it is neither.
     """
     found = re.fullmatch(r"([0-9.]+)\s*([kmg]?i?)b", text.strip().lower())
     try:
+        if text.strip().endswith("%"):
+            return {"budget": float(text.strip()[:-1]) / 100}
         if found is None:
             return {"budget": float(text)}
         return {"budget_bytes": round(float(found[1]) * _UNITS[found[2]])}
     except (ValueError, KeyError):
         raise UserError(
-            f"--budget {text!r}: a share such as 0.1, or bytes such as 500kB or 2MB, is needed"
+            f"--budget {text!r}: a share such as 0.1 or 10%, or bytes such as 500kB or 2MB, is "
+            "needed"
         ) from None
 
 
@@ -198,7 +201,10 @@ class TrainConfig:
                     f"of {self.table_optimizer} is larger than the masters that are saved"
                 )
         if not 0 < self.budget <= 1:
-            raise UserError(f"--budget must be above 0 and at most 1, not {self.budget:g}")
+            raise UserError(
+                f"--budget must be above 0 and at most 1, not {self.budget:g}: a share such as 0.1 "
+                "or 10%, or bytes such as 500kB"
+            )
         if self.budget_bytes is not None and self.budget_bytes < 1:
             raise UserError(f"--budget must be at least a byte, not {self.budget_bytes}")
         if self.embedding_dropout is not None and not 0 <= self.embedding_dropout < 1:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from amtl.run import methods
@@ -69,7 +70,8 @@ class Contest:
     Attributes:
         winner: the model that validates best so far.
         found: rows of what was tried, None or nothing where it was not: `less` bytes, the `full`
-            table, `taught`, another `law`, less bytes with a teacher (`less_taught`).
+            table (its `error` is that of the difference to the winner's score), `taught`, another
+            `law`, less bytes with a teacher (`less_taught`).
         full: the best table of full size, ended, if the run is to be compared with it.
     """
 
@@ -90,6 +92,7 @@ class Contest:
         }
         self.full: Learner | None = None
         self._decay: float | None = None
+        self._full_says = torch.empty(0)
         self._make, self._observer, self._step = make, observer, step
 
     def run(self, raced: Mapping[str, Any] | None) -> None:
@@ -99,6 +102,13 @@ class Contest:
             raced: of the race at the start, `sized` and `given` options of the table and the
                 `budget`; None where there was none, so that sizes are settled.
         """
+        self._run(raced)
+        full = self.found["full"]
+        if full is not None:
+            labels = self.winner.task.val.labels
+            full["error"] = score_error(self._full_says, self.winner.says(), labels)
+
+    def _run(self, raced: Mapping[str, Any] | None) -> None:
         share = self.first.config.distillation
         options: dict[str, Any] = {}
         if raced is not None:
@@ -213,7 +223,7 @@ class Contest:
         table nobody knows how wide it could be: the default width, if that is more.
         """
         teacher = Teacher()
-        rows: list[dict[str, Any]] = []
+        rows: list[tuple[dict[str, Any], Tensor]] = []
         teacher.add(self.first)
         if self.winner is not self.first:
             teacher.add(self.winner)
@@ -225,17 +235,17 @@ class Contest:
 
         def train(entry: TrainConfig) -> float:
             if entry == alone:
-                rows.append(outcome(FULL, self.first))
-                return float(rows[-1]["score"])
+                rows.append((outcome(FULL, self.first), self.first.says()))
+                return float(rows[-1][0]["score"])
             table = self._make(entry)
             run_to_end(titled(FULL, entry), table, self._observer, self._step)
-            rows.append(outcome(FULL, table))
             teacher.add(table)
+            rows.append((outcome(FULL, table), table.says()))
             self._keep(table)
-            return float(rows[-1]["score"])
+            return float(rows[-1][0]["score"])
 
         best = regularised(full, train)
-        self.found["full"] = max(rows, key=lambda row: row["score"])
+        self.found["full"], self._full_says = max(rows, key=lambda row: row[0]["score"])
         self._decay = best.embedding_decay
         return teacher
 

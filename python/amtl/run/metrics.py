@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+FEW = 50
+"""Rows of a class below which an AUC is off by some hundredths, and its standard error unsure."""
+
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative.
@@ -117,6 +120,19 @@ def _mid_ranks(scores: Tensor) -> Tensor:
     _, inverse, size = torch.unique_consecutive(values, return_inverse=True, return_counts=True)
     mid_rank = torch.cumsum(size, 0).double() - (size.double() - 1) / 2
     return torch.empty_like(values).index_copy_(0, order, mid_rank[inverse])
+
+
+def one_class(rows: int, positive: int) -> str:
+    """What is said of rows that no AUC can be of; empty where both classes are there."""
+    if 0 < positive < rows:
+        return ""
+    return f"{rows:,} rows, all of them {'positive' if positive else 'negative'}"
+
+
+def rarer(rows: int, positive: int) -> tuple[int, str]:
+    """How many rows the class has that fewer are of, and the same in words."""
+    few, name = min((positive, "positive"), (rows - positive, "negative"))
+    return few, f"{few:,} {name} row{'' if few == 1 else 's'}"
 
 
 def log_loss(logits: Tensor, labels: Tensor) -> float:

@@ -229,11 +229,12 @@ def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for result in results:
         deviation = result.deviation("test_auc")
-        row = [result.name, f"{result.mean('test_auc'):.4f}"]
-        row[1] += f" ± {deviation:.4f}" if deviation is not None else ""
+        area = result.mean("test_auc")
+        row = [result.name, "–" if math.isnan(area) else f"{area:.4f}"]
+        row[1] += "" if deviation is None or math.isnan(deviation) else f" ± {deviation:.4f}"
         if base:
-            difference = result.mean("test_auc") - base.mean("test_auc")
-            row.append("–" if result is base else f"{difference:+.4f}")
+            difference = area - base.mean("test_auc")
+            row.append("–" if result is base or math.isnan(difference) else f"{difference:+.4f}")
         stored = result.mean("stored_bytes")
         full = base.mean("stored_bytes") if base else result.mean("dense_bytes")
         steps = [result.step_ms(phase) for phase in ("search", "frozen")]
@@ -400,9 +401,9 @@ def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
 
     axes = figure.subplots()
     for method in methods_in_order(r.method for r in results):
-        own = sorted(
-            (r for r in results if r.method == method), key=lambda r: r.mean("stored_bytes")
-        )
+        # A test split of one class has no AUC, and no place here.
+        told = [r for r in results if r.method == method and not math.isnan(r.mean("test_auc"))]
+        own = sorted(told, key=lambda r: r.mean("stored_bytes"))
         if not own:
             continue
         tint = color(method)
@@ -435,7 +436,8 @@ def _plot_memory(figure: Any, results: Sequence[Result]) -> None:
     axes.set_xlabel("embedding memory")
     axes.set_ylabel("test AUC")
     axes.margins(0.12, 0.15)
-    axes.legend(loc="best")
+    if axes.lines:
+        axes.legend(loc="best")
 
 
 def _plot_sizes(figure: Any, results: Sequence[Result]) -> None:

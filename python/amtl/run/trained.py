@@ -127,13 +127,14 @@ class Trained:
         return self.encoder.transform(source.frame[rows.numpy()], labels[rows])
 
     def evaluate(self, data: EncodedData) -> dict[str, Any]:
-        """AUC with its standard error, log loss, rows, and values unseen in training."""
+        """AUC with its standard error, log loss, rows by class, and values unseen in training."""
         logits = predict(self.model, data)
         return {
             "rows": len(data),
             "auc": auc(logits, data.labels),
             "auc_error": auc_error(logits, data.labels),
             "logloss": log_loss(logits, data.labels),
+            "positive": int((data.labels > 0.5).sum()),
             "positive_rate": float(data.labels.mean()),
             "unknown_values": data.unknown,
         }

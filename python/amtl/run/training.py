@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from amtl.run.config import TrainConfig
 from amtl.run.contest import Contest
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
-from amtl.run.metrics import auc, auc_error, log_loss
+from amtl.run.metrics import FEW, auc, auc_error, log_loss, one_class, rarer
 from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
 from amtl.run.race import is_open, race
@@ -97,14 +97,32 @@ def prepare(
 def _require_both(labels: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
     """Refuse splits that an AUC cannot be of, before hours of training end in none."""
     for name, rows in zip(("training", "validation"), parts, strict=False):
-        positive = int((labels[rows] > 0.5).sum())
-        if positive in (0, len(rows)):
+        if told := one_class(**_held(labels[rows])):
             raise UserError(
-                f"the {name} split has {len(rows):,} rows, all of them "
-                f"{'positive' if positive else 'negative'} (of all {len(labels):,} rows "
+                f"the {name} split has {told} (of all {len(labels):,} rows "
                 f"{int((labels > 0.5).sum()):,} are positive): both are needed to learn and to "
                 "choose by; more data, or another --split or --split-seed"
             )
+
+
+def _held(labels: Tensor) -> dict[str, int]:
+    """Rows of a split, and positive ones among them."""
+    return {"rows": len(labels), "positive": int((labels > 0.5).sum())}
+
+
+def _scarce(held_out: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """What the rows that models are validated and tested on are too few for."""
+    few = []
+    for name, held in held_out.items():
+        split = {"val": "validation"}.get(name, name)
+        if told := one_class(**held):
+            yield f"the {split} split has {told}, so there will be no AUC; try another --split"
+            continue
+        count, words = rarer(**held)
+        if count < FEW:
+            few.append(f"{words} of {held['rows']:,} in {split}")
+    if few:
+        yield f"only {', '.join(few)}: differences between models mean little on so few"
 
 
 def _validated(rows: Tensor, seed: int) -> Tensor:
@@ -160,6 +178,9 @@ class Trainer:
             self.observer.note(
                 f"--budget {asked:,} bytes: a table of 32 bits has {whole:,}, so it may keep all"
             )
+        self.held_out = {"val": _held(task.val.labels), "test": _held(task.test.labels)}
+        for line in _scarce(self.held_out):
+            self.observer.note(line)
         self.stop = stop or (lambda steps: False)
         self.checkpoint_seconds = checkpoint_seconds
         self._warmed = False
@@ -185,6 +206,15 @@ class Trainer:
         """The embedding."""
         return self.learner.table
 
+    @property
+    def asked(self) -> TrainConfig:
+        """Settings that the run was asked for, before a race settled some."""
+        raced = self.raced or {}
+        if "asked" not in raced:
+            return self.config
+        given = {"budget": raced["budget"], "table_options": raced["given"], **raced["asked"]}
+        return replace(self.config, race=True, **given)
+
     def run(self) -> dict[str, Any]:
         """Races settings, trains until early stopping, restores the best model, tests it once.
 
@@ -200,6 +230,7 @@ class Trainer:
                     f"--method {self.config.method} trains twice by itself and takes no teacher: "
                     f"leave --distillation out"
                 )
+            self._require_room()
             self._begin()
         if self.learner.steps == 0 and is_open(self.config):
             self._race()
@@ -220,6 +251,20 @@ class Trainer:
         if contends and "less" not in (self.raced or {}) and self.learner.best is not None:
             self._contend()
         return self._finish()
+
+    def _require_room(self) -> None:
+        """Refuses a budget in which a table can only be empty."""
+        share, whole = self.config.effective_budget, methods.dense_bytes(self.table)
+        if share is None or methods.stored_bytes(self.table):
+            return
+        # Rows of one count are equally wide: what a number is too few for by one law may do by
+        # another, which a race tries.
+        if is_open(self.config) and share * whole >= 4:
+            return
+        raise UserError(
+            f"--budget {share:g} is {share * whole:.0f} of {whole:,} bytes, too few for a number "
+            "in any row: choose a larger one"
+        )
 
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
@@ -396,8 +441,9 @@ class Trainer:
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             step = self._racer("the trained model")
+            says = self.learner.says()
             return train_baselines(
-                self.config, metrics, self._make, self.observer, step, self._full
+                self.config, metrics, says, self._make, self.observer, step, self._full
             )
         finally:
             self.observer.end()
@@ -435,6 +481,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "stored_fraction": stored / full,
         "bits": bits,
         "rows": encoder.num_rows,
+        "held_out": trainer.held_out,
         "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
         "vocabulary_bytes": sum(t.nbytes for t in compact(encoder.to_tensors()[0])[0].values()),
         "bytes_by_field": {
