@@ -54,8 +54,8 @@ _MORE = (8, 25)
 """Times that of the first model is what the others took, on the sets that settings come from."""
 
 _HOPELESS = 0.02
-"""So far behind after two laps, in AUC minus log loss, nothing has been seen to catch up without more
-weight decay; from .012 behind a table of few numbers, which learns for longer, won by .02."""
+"""So far behind after two laps, in AUC minus log loss, nothing has been seen to catch up but by
+more weight decay; from .012 behind a table of few numbers, which learns for longer, won by .02."""
 
 
 class Contest:
