@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ _PACKED = (".gz", ".zst", ".bz2")
 _SAMPLE = 1 << 16
 _BEFORE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before the first sign of a text: a byte order mark, and spaces."""
+_KINDS_OF_JSON = {bool: "booleans", list: "lists", dict: "objects"}
 
 
 class ArrowStream(Protocol):
@@ -156,15 +158,47 @@ def _read_text(path: Path, kind: str) -> Contents:
         raise UserError(f"{str(path)!r} is empty")
     source = _plain(path)
     if kind in _NDJSON:
-        read = pl.read_json if sample.lstrip(_BEFORE).startswith(b"[") else pl.read_ndjson
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
-            return Contents(read(file, infer_schema_length=20_000))
+            return Contents(_json(file, sample.lstrip(_BEFORE).startswith(b"["), str(path)))
     first = text.decode(sample, str(path), whole=len(sample) < _SAMPLE)
     if kind in _LIBSVM or (kind == ".txt" and libsvm.looks_like(first)):
         frame, notes = libsvm.read(source, str(path))
         return Contents(frame, libsvm.LABEL, notes)
     frame, notes = text.read(source, first, "\t" if kind in (".tsv", ".tab") else ",", str(path))
     return Contents(frame, notes=notes)
+
+
+def _json(file: io.BytesIO | io.BufferedReader, is_list: bool, where: str) -> pl.DataFrame:
+    """All rows say what columns there are: polars drops those that the rows it looked at lack."""
+    try:
+        return (pl.read_json if is_list else pl.read_ndjson)(file, infer_schema_length=None)
+    except pl.exceptions.PolarsError as error:
+        file.seek(0)
+        raise UserError(
+            f"cannot read {where!r}: {'' if is_list else _odd_line(file)}{_first_line(error)}"
+        ) from error
+
+
+def _odd_line(file: io.BytesIO | io.BufferedReader) -> str:
+    """Where lines of JSON end being that, or a column being of one kind, and what to do."""
+    kinds: dict[str, str] = {}
+    for number, line in enumerate(file, 1):
+        if not line.strip(_BEFORE):
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            return f"line {number} is no JSON object; mend it or delete it: "
+        for name, value in row.items():
+            kind = _KINDS_OF_JSON.get(type(value), "values")
+            if value is not None and kinds.setdefault(name, kind) != kind:
+                return (
+                    f"column {name!r} holds {kinds[name]} and, in line {number}, {kind}; write "
+                    "one kind of value on every line, or null: "
+                )
+    return ""
 
 
 def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
