@@ -24,6 +24,8 @@ _LIBSVM = (".libsvm", ".svm", ".libfm")
 _NDJSON = (".ndjson", ".jsonl", ".json")
 _ARROW = (".arrow", ".feather")
 _PACKED = (".gz", ".zst", ".bz2")
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of compressed files, which count whatever the name says. Text may begin as bzip2."""
 _SAMPLE = 1 << 16
 _BEFORE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before the first sign of a text: a byte order mark, and spaces."""
@@ -58,9 +60,9 @@ class Contents:
 def read_file(path: Path | str) -> Contents:
     """Reads Parquet (a file or a folder of them), Arrow, delimited text, libsvm, libfm or JSON.
 
-    Text may be compressed (`.gz`, `.zst`, `.bz2`). Its separator is told by its first lines, and
-    so is whether it has a header, whether a `.txt` is libsvm, and whether JSON is an object a line
-    or one list of them.
+    Files may be compressed (`.gz`, `.zst`, `.bz2`; gzip and zstd by any name). The separator of
+    text is told by its first lines, and so is whether it has a header, whether a `.txt` is libsvm,
+    and whether JSON is an object a line or one list of them.
 
     Raises:
         UserError: if the file is missing, of an unknown kind, empty, or cannot be parsed; the
@@ -152,7 +154,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_text(path: Path, kind: str) -> Contents:
-    with pa.input_stream(str(path)) as stream:
+    with pa.input_stream(str(path), compression=_packing(path)) as stream:
         sample = stream.read(_SAMPLE)
     if not sample.strip():
         raise UserError(f"{str(path)!r} is empty")
@@ -225,17 +227,32 @@ def _arrow(source: Path | io.BytesIO) -> pl.DataFrame:
 
 def _plain(path: Path) -> Path | io.BytesIO:
     """The path, or the contents of a compressed file."""
-    if path.suffix.lower() not in _PACKED:
+    packing = _packing(path)
+    if packing is None:
         return path
-    with pa.input_stream(str(path)) as stream:
+    with pa.input_stream(str(path), compression=packing) as stream:
         return io.BytesIO(stream.read())
+
+
+def _packing(path: Path) -> str | None:
+    """How a file is compressed, as Arrow calls it; None if it is not."""
+    with path.open("rb") as file:
+        first = file.read(4)
+    named = "detect" if path.suffix.lower() in _PACKED else None
+    return next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), named)
 
 
 def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -> None:
     """Raises a UserError naming the columns of `wanted` that are not `present`."""
     missing = [name for name in wanted if name not in present]
     if missing:
-        listed = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
         raise UserError(
-            f"{where} has no column {', '.join(map(repr, missing))}; its columns are {listed}"
+            f"{where} has no column {', '.join(map(repr, missing))}; its columns are "
+            f"{listed(present)}"
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for a message, in quotes where a space would go unseen."""
+    shown = [name if name == name.strip() else repr(name) for name in names[:30]]
+    return ", ".join([*shown, "…"] if len(names) > 30 else shown)

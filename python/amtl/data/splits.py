@@ -8,6 +8,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from amtl.data.readers import listed
 from amtl.data.text import MISSING
 from amtl.errors import UserError
 
@@ -79,7 +80,7 @@ def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Te
     column = split_column(how)
     if column is not None and column not in frame.columns:
         raise UserError(
-            f"--split {how}: there is no column {column!r}; columns are {', '.join(frame.columns)}"
+            f"--split {how}: there is no column {column!r}; columns are {listed(frame.columns)}"
         )
     if how == "random":
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
