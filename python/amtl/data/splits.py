@@ -109,6 +109,7 @@ def _in_order(column: pl.Series, how: str) -> pl.Series:
     whole = distinct.cast(pl.Int64, strict=False)
     if not whole.null_count():
         return texts.cast(pl.Int64)
+    # Digits in the same places, whose most significant come first, sort as the text does.
     shapes = distinct.str.replace_all(r"\d", "0").unique()
     alike = len(shapes) == 1 and (
         shapes.str.contains(r"^(?:[^0]*[a-zA-Z_]-?)?0+$")[0]
@@ -118,6 +119,7 @@ def _in_order(column: pl.Series, how: str) -> pl.Series:
         return texts
     if not distinct.cast(pl.Float64, strict=False).null_count():
         return texts.cast(pl.Float64)
+    # Most notations fail on a few values; all values tell days from months.
     readings = {
         form: keys
         for form in _FORMATS

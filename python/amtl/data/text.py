@@ -78,8 +78,7 @@ def read(
     if len(names) == frame.width:
         frame.columns = names
     if padded:
-        shown = ", ".join(frame.columns[i] for i in padded)
-        notes.append(f"integers with leading zeros are text: {shown}")
+        notes.append(f"integers with leading zeros are text: {_few(frame.columns, padded)}")
     return _with_gaps(frame, comma, notes), tuple(notes)
 
 
@@ -90,8 +89,8 @@ def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFra
     """
     columns: list[pl.Series] = []
     marks: list[str] = []
-    marked: list[str] = []
-    for column in frame.get_columns():
+    marked: list[int] = []
+    for i, column in enumerate(frame.get_columns()):
         if column.dtype != pl.String:
             continue
         missing = column.is_in(MISSING)
@@ -109,14 +108,18 @@ def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFra
             if numbers.null_count() == values.null_count() < len(values):
                 columns.append(numbers)
                 marks += found
-                marked += [column.name] * bool(found)
+                marked += [i] * bool(found)
                 break
     if marks:
-        listed = ", ".join(marked[:8])
-        more = f" and {len(marked) - 8} more" if len(marked) > 8 else ""
         shown = ", ".join(map(repr, dict.fromkeys(marks)))
-        notes.append(f"{shown} is a missing number in {listed}{more}")
+        notes.append(f"{shown} is a missing number in {_few(frame.columns, marked)}")
     return frame.with_columns(columns)
+
+
+def _few(names: list[str], places: list[int]) -> str:
+    """The first of these columns, and how many more there are."""
+    more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+    return ", ".join(names[i] for i in places[:8]) + more
 
 
 def _parse(
