@@ -142,7 +142,8 @@ def train(
     multi: Annotated[
         list[str] | None,
         typer.Option(
-            help="COLUMN[=SEPARATOR] holds several values; COLUMN= holds one even if it has bars."
+            help="COLUMN[=SEPARATOR] holds several values; COLUMN= holds one even if it has bars. "
+            "COLUMN=SEPARATOR,COLUMN=SEPARATOR names several."
         ),
     ] = None,
     min_count: Annotated[int, count("Rarer values share one row.")] = 1,

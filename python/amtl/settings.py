@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,13 +43,12 @@ def make_config(
     source: Any, given: dict[str, Any], *, label: str | None, **more: Any
 ) -> TrainConfig:
     """Settings from the command line over the data set's recipe over the defaults."""
-    from amtl.data.readers import require_columns
+    from amtl.data.readers import listed, require_columns
 
     drop = more.pop("drop", [])
     label = label or source.label
     if label is None:
-        listed = ", ".join(source.frame.columns[:30])
-        raise UserError(f"--label COLUMN is needed; columns are {listed}")
+        raise UserError(f"--label COLUMN is needed; columns are {listed(source.frame.columns)}")
     require_columns(source.frame.columns, [label], "the data")
     if label in more["fields"]:
         raise UserError(f"--fields names the label {label!r}, which is what is predicted")
@@ -153,7 +153,8 @@ def parse_columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any
         else:
             default = column
     separators: dict[str, str] = {}
-    for part in multi:
+    # A separator may be a comma; one that is followed by NAME= begins the next column.
+    for part in (part for given in multi for part in re.split(r",(?=[^,=]+=)", given)):
         column, equals, separator = part.partition("=")
         separators[column] = separator if equals else "|"
     return {"numeric": treatments, "default_numeric": default, "separators": separators}

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 import typer
-from amtl import cli, failures
+from amtl import cli, failures, settings
 from amtl.errors import UserError
 from amtl.run import memory
 from amtl.store.files import read_json
@@ -144,6 +144,7 @@ TRAIN = [  # words after `train ok.parquet --label y`, and what is told
     ("--numeric colour=bucket", "no column 'colour'"),
     ("--numeric price=categorical", "no ids"),
     ("--multi colour", "no column 'colour'"),
+    ("--multi 'user= ,colour=;'", "no column 'colour'"),
     ("--label-positive 7", "no such value"),
     ("--label-positive 1 --label-threshold 1", "not both"),
     ("--warm-start nowhere", "there is no run folder"),
@@ -289,6 +290,11 @@ def test_help_shows_no_pictures(command, capsys):
     assert run(*([] if command is None else [command]), "--help") == 0
     shown = capsys.readouterr().out
     assert "--help" in shown and max(shown) < "\U0001f000"
+
+
+def test_separators_of_several_columns_may_be_given_at_once():
+    found = settings.parse_columns([], ["tags= ,hist=,,x=;", "a=,", "b", "c="])["separators"]
+    assert found == {"tags": " ", "hist": ",", "x": ";", "a": ",", "b": "|", "c": ""}
 
 
 def test_what_was_guessed_is_said_and_nothing_else(folder, tmp_path, monkeypatch, capsys):

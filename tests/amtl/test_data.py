@@ -56,6 +56,56 @@ def test_ordered_split_tests_on_the_latest(frame):
     assert when[val.numpy()].max() < when[test.numpy()].min()
 
 
+DAYS = pl.date_range(pl.date(2021, 12, 1), pl.date(2023, 2, 1), eager=True).alias("when")
+MOMENTS = pl.datetime_range(pl.datetime(2021, 12, 1), pl.datetime(2023, 2, 4), "1d7m", eager=True)
+
+
+@pytest.mark.parametrize("cast", [pl.String, pl.Categorical])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        *(DAYS.dt.strftime(f) for f in ("%m/%d/%Y", "%d/%m/%Y", "%d.%m.%Y", "%-d.%-m.%y")),
+        *(DAYS.dt.strftime(f) for f in ("%-d. %b %Y", "%B %-d, %Y", "%Y-%m-%d", "%Y/%-m/%-d")),
+        *(DAYS.dt.strftime(f) for f in ("%Y%m%d", "%G-W%V-%u")),
+        MOMENTS.dt.strftime("%-m/%-d/%Y %-I:%M %p"),
+        MOMENTS.dt.strftime("%m/%d/%Y, %I:%M:%S %p"),
+        MOMENTS.dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        MOMENTS.dt.replace_time_zone("UTC")
+        .dt.convert_time_zone("Europe/Berlin")
+        .dt.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        pl.Series([str(i) for i in range(-200, 200)]),
+        pl.Series([f"{i / 8:g}" for i in range(400)]),
+        pl.Series([f"day{i:03}" for i in range(400)]),
+    ],
+)
+def test_text_is_ordered_as_what_it_stands_for(texts, cast):
+    shuffled = np.random.default_rng(0).permutation(len(texts))
+    frame = pl.DataFrame({"when": texts[shuffled].cast(cast)})
+    parts = split_rows(frame, "order:when")
+    assert torch.equal(torch.cat(parts), torch.from_numpy(np.argsort(shuffled)))
+    assert frame["when"].dtype == cast
+
+
+def test_missing_moments_come_first():
+    texts = pl.Series(["NA", "", *DAYS.dt.strftime("%m/%d/%Y")], dtype=pl.String).to_frame("when")
+    assert torch.cat(split_rows(texts, "order:when")).tolist() == list(range(DAYS.len() + 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (["1. Mai 2022", "2. Jan 2022"], "such as '1. Mai 2022', .*write it as YYYY-MM-DD"),
+        (["01/02/2022", "02/01/2022"], "may be %m/%d/%Y or %d/%m/%Y; write it as YYYY-MM-DD"),
+        (["01/13/2022", "13/01/2022"], "no number, date or time"),
+        (["10:30 PM", "09:30 AM"], "no number, date or time"),
+        (["b", "a"], "column 'when' holds text such as 'b'"),
+    ],
+)
+def test_text_without_a_sure_order_is_refused(values, told):
+    with pytest.raises(UserError, match=told):
+        split_rows(pl.DataFrame({"when": values * 5}), "order:when")
+
+
 def test_a_column_may_name_the_parts(frame):
     names = ["TEST", "train", " val ", "train", "train"] * 40
     train, val, test = split_rows(frame.with_columns(part=pl.Series(names)), "column:part")

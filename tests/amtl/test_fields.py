@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import re
+import shlex
 
 import numpy as np
 import polars as pl
@@ -130,10 +132,111 @@ def test_what_looks_joined_is_told_of_and_left_whole(separator, rows):
     values = [separator.join(rng.choice(TAGS, 4, replace=False)) for _ in range(rows)]
     field = spec(values)
     assert field.kind == ("categorical" if rows == 900 else "unused")
-    assert f"--multi 'x={separator}' takes them apart" in field.note
+    assert f"--multi {shlex.quote(f'x={separator}')} takes them apart" in field.note
     assert field.note.startswith(repr(values[0])[:20])
     apart = spec(values, separators={"x": separator})
     assert apart.kind == "bag" and not apart.note
+
+
+AMOUNT = np.round(np.random.default_rng(1).normal(2e4, 1.5e4, N), 2)
+WRITTEN = {
+    "thousands separators": [f"{v:,}" for v in AMOUNT],
+    "thousands separators and a decimal comma": [
+        f"{v:,.2f}".translate(str.maketrans(",.", ".,")) for v in AMOUNT
+    ],
+    "a decimal comma": [str(v).replace(".", ",") for v in AMOUNT],
+    "thousands separators and the sign $": [f"${v:,}" for v in np.abs(AMOUNT)],
+    "a decimal comma and the sign €": [f"{v} €".replace(".", ",") for v in AMOUNT],
+    "the sign %": [f"{v}%" for v in AMOUNT],
+}
+OTHERWISE = [
+    AMOUNT,
+    [str(v) for v in AMOUNT],
+    [f"{v:,}" for v in AMOUNT],
+    [f"¥ {v}" for v in AMOUNT],
+]
+
+
+@pytest.mark.parametrize("treatment", ["bucket", "standardise"])
+@pytest.mark.parametrize("gap", [None, "NA", "", "inf", "-inf"])
+@pytest.mark.parametrize("marks", WRITTEN)
+def test_numbers_written_for_people_are_numbers(marks, gap, treatment):
+    """In training, and whatever they are written like in the rows that are scored."""
+    a = pl.Series("a", [1, 2] * (N // 2))
+    written = pl.Series("x", [gap, *WRITTEN[marks][1:]], dtype=pl.String)
+    frame = pl.DataFrame([written, a])
+    specs = infer_fields(frame, ["x", "a"], default_numeric=treatment)
+    assert specs[0].kind == treatment
+    assert specs[0].note == (
+        f"numbers with {marks}, read as numbers; --numeric x=categorical keeps the text"
+    )
+    told = infer_fields(frame, ["x"], numeric={"x": treatment})[0]
+    assert (told.kind, told.decimal, told.note) == (treatment, specs[0].decimal, "")
+    assert spec(written, numeric={"x": "categorical"}).kind == "categorical"
+    encoder = Encoder.from_tensors(*Encoder.fit(frame, specs).to_tensors())
+    expected = encoder.transform(frame)
+    assert len(torch.cat([expected.rows, expected.dense], 1).unique(dim=0)) > 60
+    for other in (written.cast(pl.Categorical), *OTHERWISE):
+        column = pl.Series("x", other, strict=False)
+        if marks == "thousands separators and the sign $":
+            column = column if column.dtype == pl.Categorical else pl.Series("x", np.abs(AMOUNT))
+        found = encoder.transform(pl.DataFrame([column, a])[1:])
+        assert torch.equal(found.rows, expected.rows[1:])
+        assert torch.equal(found.dense, expected.dense[1:])
+    for few in (written[1:4], written[9:10]):
+        found = encoder.transform(pl.DataFrame([few, a[: len(few)]]))
+        assert not found.unknown["a"] and torch.isfinite(found.dense).all()
+    with pytest.raises(UserError, match="'x' holds String values such as 'cheap'"):
+        encoder.transform(frame.with_columns(pl.lit("cheap").alias("x")))
+
+
+def test_plain_numbers_need_no_notation_in_a_file():
+    assert (
+        "decimal"
+        not in Encoder.fit(
+            frame := pl.DataFrame({"x": [1, 2]}), infer_fields(frame, ["x"])
+        ).to_tensors()[1]["fields"][0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "note", "told"),
+    [
+        (["1,234", "2,345"], "'1,234' may be 1234 or 1.234: write the column with a decimal", None),
+        (["12,7", "3,15"], "'12,7' may be one number or several: --numeric x=bucket reads it", ","),
+        (["100,200,300", "7"], "'100,200,300' may be one number or several", "."),
+        (["$1,234", "$500"], "'$1,234' may be 1234 or 1.234", None),
+        (["1,5", "1.5"], "", None),
+        (["$5", "€5"], "", None),
+        (["5%", "6"], "", None),
+        (["01,02", "03,04"], "", None),
+        (["1.5", "2.5"], "", "."),
+    ],
+)
+def test_numbers_that_are_not_sure_stay_text(values, note, told):
+    assert spec(values).kind == "categorical"
+    assert note in spec(values).note and bool(note) == bool(spec(values).note)
+    if told:
+        assert spec(values, numeric={"x": "bucket"}).decimal == told
+        return
+    with pytest.raises(UserError, match="the column is String, no number") as error:
+        spec(values, numeric={"x": "bucket"})
+    assert ("decimal point, and nothing between thousands" in str(error.value)) == bool(note)
+
+
+@pytest.mark.parametrize("name", ["Einkommen €", "a b", "it's"])
+def test_hints_are_quoted_for_the_shell(name):
+    for values in (
+        range(N),
+        np.round(AMOUNT),
+        AMOUNT.astype(str),
+        MOMENTS,
+        ["a|b", "b|c", "c|a", "a|c"],
+    ):
+        series = pl.Series(name, list(values))
+        note = infer_fields(series.to_frame(), [name])[0].note
+        hints = re.findall(r"--(?:numeric|multi|split) (.*?)(?=$|--)", note)
+        assert hints and all(name in shlex.split(hint)[0] for hint in hints)
 
 
 def test_names_and_sentences_do_not_look_joined():
@@ -141,6 +244,26 @@ def test_names_and_sentences_do_not_look_joined():
     places = [f"town {i}, state {i % 50}" for i in range(900)]
     for values in (people, places, ["a;b", "c;d", "e"] * N):
         assert not spec(values).note
+
+
+@pytest.mark.parametrize("separator", [";", ",", " "])
+def test_lists_of_numbers_look_joined_though_there_are_more_of_them_than_rows(separator):
+    values = [separator.join(map(str, rng.integers(0, 3000, 4))) for _ in range(N // 2)]
+    assert f"--multi {shlex.quote(f'x={separator}')} takes them apart" in spec(values).note
+
+
+def test_a_separator_that_is_nowhere_is_told_of():
+    values = ["a;b", "b;c", None] * 9
+    assert spec(values, separators={"x": ";"}).note == ""
+    field = spec(values, separators={"x": " "})
+    assert field.separator == " "
+    assert field.note.startswith("no value holds the separator ' ', so each is one; --multi 'x=;'")
+    assert spec(list(range(9)), separators={"x": " "}).note == ""
+
+
+def test_numbers_beyond_any_id_need_no_word():
+    field = spec(np.where(rng.random(N) < 0.5, 1e300, -1e300) * rng.random(N))
+    assert (field.kind, field.note) == ("bucket", "")
 
 
 def test_what_the_user_says_is_not_guessed():

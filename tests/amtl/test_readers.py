@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from amtl.data import libsvm
-from amtl.data.readers import read_file
+from amtl.data.readers import read_file, require_columns
 from amtl.data.registry import load_source
 from amtl.errors import UserError
 
@@ -76,6 +79,57 @@ def test_decimal_commas(tmp_path):
     assert read(tmp_path, "p;q\n1,5;2\n3;4\n").frame["p"].to_list() == [1.5, 3.0]
 
 
+@pytest.mark.parametrize("gap", ["NA", "", "nan", "inf", "?"])
+def test_decimal_commas_with_gaps(tmp_path, gap):
+    contents = read(tmp_path, f"p;q;r;s\n1,5;2;1,5;x\n{gap};4;2.5;y\n-3;5;3;z\n")
+    odd = float("inf") if gap == "inf" else None
+    assert contents.frame["p"].to_list() == [1.5, odd, -3.0]
+    assert contents.frame["r"].to_list() == ["1,5", "2.5", "3"]
+    assert contents.notes[1:] == (
+        () if gap in ("", "inf") else (f"{gap!r} is a missing number in p",)
+    )
+
+
+def test_spaces_after_separators_are_left_out(tmp_path):
+    text = "k, v, t, y\n" + '7, 0.5, "a, b", 1\n' * 99 + " 8, ,c  d, 0\n"
+    contents = read(tmp_path, text)
+    assert contents.frame.columns == ["k", "v", "t", "y"]
+    assert contents.frame.rows()[0] == (7, 0.5, "a, b", 1)
+    assert contents.frame.rows()[-1] == (8, None, "c  d", 0)
+    assert contents.notes == ("spaces after commas are left out",)
+    assert read(tmp_path, gzip.compress(text.encode()), "a.csv.gz").frame.equals(contents.frame)
+    assert read(tmp_path, "k,v\n1, 2\n3, 4\n").frame["v"].to_list() == [2, 4]
+    assert read(tmp_path, "k; v\n1; 2,5\n3; 4\n").frame["v"].to_list() == [2.5, 4.0]
+    assert read(tmp_path, "k,v\n1, a\n3,b\n5, c\n").frame["v"].to_list() == [" a", "b", " c"]
+    assert read(tmp_path, "k\t v\n1\t a\n", "a.tsv").frame.rows() == [(1, " a")]
+
+
+def test_names_with_spaces_around_are_quoted():
+    with pytest.raises(UserError, match=r"its columns are k, ' v', 'w ', x y$"):
+        require_columns(["k", " v", "w ", "x y"], ["v"], "the data")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("values", ["7 07 007", "00123 00124 00123", "7 NA 07", "1 2 0012"])
+def test_integers_with_leading_zeros_are_text(tmp_path, name, values):
+    """In any column, however late; what else begins with a zero is what it was."""
+    values = ["9"] * 25_000 + values.split()
+    others = f',{"a"},0,-0.5,0.25,01/02/2022,07:30:00,2022-01-01,"b,07,c"'
+    for first in (True, False):
+        cells = [f"{v}{others}" if first else f"{others[1:]},{v}" for v in values]
+        text = ",".join("zabcdefgh") + "\n" + "\n".join(cells)
+        text = text if first else text.replace("z,a,b,c,d,e,f,g,h", "a,b,c,d,e,f,g,h,z")
+        content = gzip.compress(text.encode()) if name.endswith("gz") else text
+        frame, notes = (contents := read(tmp_path, content, name)).frame, contents.notes
+        assert frame["z"].to_list() == values
+        assert "integers with leading zeros are text: z" in notes or "NA" in values
+        kinds = [frame[c].dtype for c in "abcdefgh"]
+        assert kinds == [pl.String, pl.Int64, pl.Float64, pl.Float64] + [pl.String] * 4
+        assert frame["h"][0] == "b,07,c"
+    assert read(tmp_path, "007,1\n8,0\n").frame["c0"].to_list() == ["007", "8"]
+    assert read(tmp_path, "0,1\n10,0\n").frame["c0"].to_list() == [0, 10]
+
+
 def test_a_file_without_a_header(tmp_path):
     contents = read(tmp_path, "1,u7,0.5\n0,u9,0.25\n")
     assert contents.frame.columns == ["c0", "c1", "c2"]
@@ -115,6 +169,16 @@ def test_types_that_only_show_late(tmp_path):
     assert frame["b"][-1] == 1.5
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.json"])
+def test_columns_and_types_of_json_that_only_show_late(tmp_path, name):
+    late = [{"i": 0.5, "t": "x", "extra": "e"}]
+    rows = [json.dumps(row) for row in [{"i": 1, "t": 1}] * 25_000 + late]
+    listed = "[" + ",".join(rows) + "]"
+    frame = read(tmp_path, listed if name == "a.json" else "\n".join(rows), name).frame
+    assert frame.schema == {"i": pl.Float64, "t": pl.String, "extra": pl.String}
+    assert frame.rows()[-2:] == [(1.0, "1", None), (0.5, "x", "e")]
+
+
 def test_ids_beyond_int64(tmp_path):
     frame = read(tmp_path, f"id,y\n{10**20},1\n{10**20 + 1},0\n").frame
     assert frame["id"].cast(pl.String).to_list() == [str(10**20), str(10**20 + 1)]
@@ -131,10 +195,25 @@ def test_ids_beyond_int64(tmp_path):
         ("a.csv", b"a,b,a\n1,2,3\n", "names 'a' more than once"),
         ("a.csv", "a,b\n1,caf\xe9\n".encode("latin1"), "UTF-8.*iconv"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16"), "UTF-16.*iconv"),
-        ("a.csv", b"a,b\n" + b"1,2\n" * 40_000 + b"1,\xe9\n", "cannot read"),
-        ("a.csv", b"a,b\n1,2\n1,2,3\n", "cannot read"),
+        (
+            "a.csv",
+            b"a,b\n" + b"1,2\n" * 40_000 + b"1,\xe9\n",
+            "cannot read.*line 40002 is not UTF-8; convert the file: iconv",
+        ),
+        (
+            "a.csv",
+            b'a,b\n1,2\n"1\n",2\n1,2,3\n',
+            "cannot read.*line 5 has 3 columns, the first 2; put a value that holds commas in",
+        ),
+        ("a.csv", b"# of 2024\na,b\n1,2\n3,4\n", "it begins with a comment; .*sed '/"),
+        ("a.tsv", b'a\tb\n1\tc\n2\tc "q\n3\td\n', "line 3 has a quotation mark without its"),
+        ("a.tsv", b'a\tb\n1\t"c\n2\td\n3\te\n', "line 2 has a quotation mark without its"),
         ("a.csv.gz", b"not gzip", "cannot read"),
-        ("a.ndjson", b"{]", "cannot read"),
+        ("a.ndjson", b"{]", "cannot read.*line 1 is no JSON object; mend it"),
+        ("a.ndjson", b'{"a":1}\n\n[2]\n', "line 3 is no JSON object"),
+        ("a.ndjson", b'{"a":1}\n{"a":null}\n{"a":[1]}\n', "'a' holds values and, in line 3, lists"),
+        ("a.ndjson", b'{"a":true}\n{"a":1}\n', "'a' holds booleans and, in line 2, values; write"),
+        ("a.json", b'[{"a":1}', "cannot read"),
         ("a.libsvm", b"1 1:1\nspam 2:1\n", "line 2: 'spam 2:1'"),
         ("a.libsvm", b"1 1:1\n\n# note\n0 2:x\n", "line 4: '0 2:x'"),
         ("a.libfm", b"1 0:3:1\n", "line 1"),
@@ -144,6 +223,24 @@ def test_ids_beyond_int64(tmp_path):
 def test_unreadable_files_say_what_to_do(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content, name)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.ndjson", "a.libsvm", "a.parquet", "a.csv.gz"])
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_compressed_files_are_known_by_their_first_bytes(tmp_path, name, codec):
+    plain = io.BytesIO()
+    if "csv" in name:
+        TABLE.write_csv(plain)
+    elif "json" in name:
+        TABLE.write_ndjson(plain)
+    elif "parquet" in name:
+        TABLE.write_parquet(plain)
+    else:
+        plain.write(b"1 3:1 7:1\n0 7:1\n")
+    expected = read(tmp_path, plain.getvalue(), name.removesuffix(".gz")).frame
+    with pa.output_stream(tmp_path / name, compression=codec) as stream:
+        stream.write(plain.getvalue())
+    assert read_file(tmp_path / name).frame.equals(expected)
 
 
 def test_libsvm_rows_of_any_length_are_bags(tmp_path):

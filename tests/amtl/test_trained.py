@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import amtl
@@ -15,7 +16,7 @@ import torch
 from amtl.cli import main
 from amtl.data.encoding import Encoder
 from amtl.data.fields import FieldSpec, infer_fields
-from amtl.data.readers import as_frame
+from amtl.data.readers import as_frame, read_file
 from amtl.errors import UserError
 from amtl.run.config import TrainConfig
 from amtl.run.model import build_model
@@ -79,6 +80,46 @@ def test_the_separator_of_lists_written_as_text_can_be_named(frame):
     assert encoder.transform(text).unknown == {"tags": 0, "prem": 0}
     assert encoder.transform(text).values == encoder.transform(frame).values
     assert encoder.transform(frame).values["tags"] == int(frame["tags"].list.len().sum())
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("marks", [",.", ".,"])
+def test_a_file_of_numbers_written_for_people_is_read_as_one_of_plain_numbers(
+    frame, tmp_path, separator, marks
+):
+    plain = frame.select("number", price=(1e4 * C("price") - 900).round(2))
+    swap = str.maketrans(",.", marks)
+    written = [f"{price:,.2f}".translate(swap) for price in plain["price"]]
+    path = tmp_path / "a.csv"
+
+    def probabilities(table):
+        table.write_csv(path, separator=separator)
+        return model.probabilities(read_file(path).frame)
+
+    text = plain.with_columns(price=pl.Series(written))
+    text.write_csv(path, separator=separator)
+    table = read_file(path).frame
+    encoder = Encoder.fit(table, infer_fields(table, table.columns))
+    assert encoder.fields[1].kind == "bucket"
+    config = replace(CONFIG, hidden=[16])
+    model = Trained(config, encoder, build_model(config, encoder).eval())
+    expected = model.probabilities(text)
+    assert len(expected.unique()) > 50
+    for rows in (slice(None), slice(3, 4)):
+        assert torch.equal(probabilities(text[rows]), expected[rows])
+        assert torch.equal(probabilities(plain[rows]), expected[rows])
+
+
+def test_a_model_of_numbers_takes_text_with_leading_zeros_for_them(tmp_path):
+    """As files were read before, which such models are of."""
+    ids = pl.DataFrame({"x": [7, 8, 9, 7] * 5, "n": range(20)})
+    encoder = Encoder.fit(ids, infer_fields(ids, ["x", "n"], numeric={"n": "standardise"}))
+    (tmp_path / "a.csv").write_text("x,n\n" + "".join(f"0{x},00{n}\n" for x, n in ids.rows()))
+    text = read_file(tmp_path / "a.csv").frame
+    assert text.dtypes == [pl.String, pl.String]
+    expected, found = encoder.transform(ids), encoder.transform(text)
+    assert torch.equal(found.rows, expected.rows) and torch.equal(found.dense, expected.dense)
+    assert found.unknown == {"x": 0}
 
 
 # Kinds of tables

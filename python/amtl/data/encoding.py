@@ -167,13 +167,17 @@ class Encoder:
                 "no field has an embedding; name at least one categorical column with --fields, or "
                 f"cut numbers into buckets with --numeric bucket{left_out}"
             )
-        edges = {f.name: _quantiles(frame[f.name], f.buckets) for f in fields if f.kind == "bucket"}
-        scales = {f.name: _scale(frame[f.name]) for f in dense}
+        edges = {
+            f.name: _quantiles(numbers(frame[f.name], f.decimal), f.buckets)
+            for f in fields
+            if f.kind == "bucket"
+        }
+        scales = {f.name: _scale(numbers(frame[f.name], f.decimal)) for f in dense}
         vocabularies = []
         for spec in embedded:
             column = frame[spec.name]
             if spec.kind == "bucket":
-                column = _bucket(column, edges[spec.name])
+                column = _bucket(numbers(column, spec.decimal), edges[spec.name])
             try:
                 vocabularies.append(
                     Vocabulary.build(
@@ -246,14 +250,14 @@ class Encoder:
                     values[spec.name] = int(bag.offsets.diff()[bag.codes].sum())
                 else:
                     if spec.kind == "bucket":
-                        column = _bucket(column, self._edges[spec.name])
+                        column = _bucket(numbers(column, spec.decimal), self._edges[spec.name])
                     local, missed = vocabulary.encode_counted(column)
                     singles.append(self._global_rows(f, local).to(torch.int32))
             except (ValueError, pl.exceptions.PolarsError) as error:
                 raise UserError(str(error).splitlines()[0]) from error
             unknown[spec.name] = missed
         n = frame.height
-        dense = [self._standardise(frame[f.name]) for f in self.dense_fields]
+        dense = [self._standardise(numbers(frame[f.name], f.decimal)) for f in self.dense_fields]
         return EncodedData(
             rows=torch.stack(singles, 1) if singles else torch.empty(n, 0, dtype=torch.int32),
             bags=bags,
@@ -334,8 +338,8 @@ class Encoder:
             vocabularies.append(meta)
         tensors |= {f"edges.{name}": edges for name, edges in self._edges.items()}
         meta = {
-            "fields": [asdict(f) for f in self.fields],
-            "dense_fields": [asdict(f) for f in self.dense_fields],
+            "fields": [_stored(f) for f in self.fields],
+            "dense_fields": [_stored(f) for f in self.dense_fields],
             "vocabularies": vocabularies,
             "scales": {name: list(scale) for name, scale in self._scales.items()},
         }
@@ -391,11 +395,16 @@ class Encoder:
         )
         return bag, int(per_value[missed].sum())
 
-    def _standardise(self, column: pl.Series) -> Tensor:
-        mean, scale = self._scales[column.name]
-        values = numbers(column).to_numpy()
+    def _standardise(self, numbers: pl.Series) -> Tensor:
+        mean, scale = self._scales[numbers.name]
+        values = numbers.to_numpy()
         values = np.where(np.isfinite(values), values, mean)
         return torch.from_numpy(((values - mean) / scale).astype(np.float32))
+
+
+def _stored(spec: FieldSpec) -> dict[str, Any]:
+    """A field for a file, which readers that know of no notation open unless it has one."""
+    return {key: value for key, value in asdict(spec).items() if key != "decimal" or value}
 
 
 def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -410,24 +419,24 @@ def _mark(labels: Tensor) -> tuple[int, int]:
     return len(labels), zlib.crc32(labels.to(torch.uint8).numpy().tobytes())
 
 
-def _quantiles(column: pl.Series, buckets: int) -> Tensor:
-    values = numbers(column).drop_nans().to_numpy()
+def _quantiles(numbers: pl.Series, buckets: int) -> Tensor:
+    values = numbers.drop_nans().to_numpy()
     if not len(values):
         return torch.empty(0, dtype=torch.float64)
     cuts = np.quantile(values, np.arange(1, buckets) / buckets, method="lower")
     return torch.from_numpy(np.unique(cuts))
 
 
-def _bucket(column: pl.Series, edges: Tensor) -> pl.Series:
-    """Bucket numbers as integers; missing values and NaN stay missing."""
-    values = numbers(column).fill_nan(None)
+def _bucket(numbers: pl.Series, edges: Tensor) -> pl.Series:
+    """Numbers of buckets as integers; NaN is missing."""
+    values = numbers.fill_nan(None)
     places = np.searchsorted(edges.numpy(), values.fill_null(0).to_numpy(), side="left")
     buckets = pl.DataFrame({"b": places.astype(np.int64), "null": values.is_null()})
-    return buckets.select(pl.when(~pl.col("null")).then(pl.col("b")))["b"].alias(column.name)
+    return buckets.select(pl.when(~pl.col("null")).then(pl.col("b")))["b"].alias(numbers.name)
 
 
-def _scale(column: pl.Series) -> tuple[float, float]:
-    values = numbers(column).to_numpy()
+def _scale(numbers: pl.Series) -> tuple[float, float]:
+    values = numbers.to_numpy()
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0

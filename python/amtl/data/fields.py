@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import polars as pl
 
+from amtl.data import notation
 from amtl.data.readers import require_columns
 from amtl.data.splits import names_parts
 from amtl.data.vocabulary import exact_ids
@@ -17,6 +19,7 @@ from amtl.errors import UserError
 Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
 TREATMENTS = ("bucket", "standardise", "categorical")
 
+_TEXT = (pl.String, pl.Categorical, pl.Enum)
 _ENOUGH_ROWS = 20
 """Rows per value from which each value can be learned, whatever its order may say."""
 _CROWDED_BELOW = 0.8
@@ -25,9 +28,13 @@ _NEARLY_UNIQUE = 0.9
 _JOINED_BY = {";": 0.5, ",": 0.5, " ": 0.05}
 """What text may join values by beside bars, which are taken for that: told of where the parts are
 so few of the whole values that they come again. Names of people and places have spaces."""
+_IDS = r"^\d+(?:[;, ]\d+)*$"
 _DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
+_REWRITE = "write the column with a decimal point, and nothing between thousands"
 _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
+_LARGEST_ID = 2.0**64
+"""Beyond that, every float is a whole number, and none an id of those 64 bits that others keep."""
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
 """Seconds since 1970."""
 
@@ -45,6 +52,8 @@ class FieldSpec:
         separator: of a `bag` held as strings. None for one held as lists; text that comes in their
             place is split at `|`.
         buckets: number of quantile buckets.
+        decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
+            one. None where they were no text.
         note: why, and how to have it otherwise; empty where nothing was guessed.
     """
 
@@ -52,6 +61,7 @@ class FieldSpec:
     kind: Kind = "categorical"
     separator: str | None = None
     buckets: int = 64
+    decimal: str | None = None
     note: str = ""
 
 
@@ -66,8 +76,9 @@ def infer_fields(
     """Decides how each column enters the model; what is guessed has a note.
 
     Lists are bags, and so are strings that hold the separator `|` if splitting leaves fewer
-    distinct values. Numbers with a fraction are numbers (`default_numeric`), and all else is
-    categorical, with these exceptions:
+    distinct values. Numbers with a fraction are numbers (`default_numeric`), and so is text of
+    which each value is one with thousands set apart, a decimal comma, or the same currency or per
+    cent sign, where that is sure. All else is categorical, with these exceptions:
 
     - Whole numbers held as floats or decimals (what an integer column with gaps becomes in
       pandas) are ids, hence categorical. They are amounts, hence numbers, if they have more
@@ -115,8 +126,7 @@ def infer_fields(
         if name in numeric:
             fields.append(_as_told(column, numeric[name], separators.get(name)))
         elif name in separators and not column.dtype.is_nested():
-            separator = separators[name]
-            fields.append(FieldSpec(name, "bag" if separator else "categorical", separator or None))
+            fields.append(_apart(column, separators[name]))
         else:
             spec = _left_out(column) or _guess(column, default_numeric)
             if spec.kind == "bag" and name in separators:
@@ -130,11 +140,28 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
         nested = isinstance(column.dtype, (pl.List, pl.Array))
         bag = nested or bool(separator)
         return FieldSpec(column.name, "bag" if bag else "categorical", separator or None)
-    if not (column.dtype == pl.Boolean or _is_amount(column)):
+    spec = FieldSpec(column.name, treatment)  # type: ignore[arg-type]
+    if column.dtype == pl.Boolean or _is_amount(column):
+        return spec
+    spelled = notation.find(column) if column.dtype in _TEXT else None
+    if spelled is None or not spelled.decimal:
+        doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else ""
         raise UserError(
-            f"--numeric {column.name}={treatment}: the column is {column.dtype}, no number"
+            f"{_numeric(column.name, treatment)}: the column is {column.dtype}, no number{doubt}"
         )
-    return FieldSpec(column.name, treatment)  # type: ignore[arg-type]
+    return replace(spec, decimal=spelled.decimal)
+
+
+def _apart(column: pl.Series, separator: str) -> FieldSpec:
+    """A column that is taken apart, or kept whole if there is no separator."""
+    note = ""
+    text = column.cast(pl.String) if column.dtype in _TEXT else pl.Series([], dtype=pl.String)
+    if separator and len(text) and not text.str.contains(separator, literal=True).any():
+        note = f"no value holds the separator {separator!r}, so each is one; --multi "
+        note += f"{shlex.quote(f'{column.name}=;')} would name another"
+    return FieldSpec(
+        column.name, "bag" if separator else "categorical", separator or None, note=note
+    )
 
 
 def _left_out(column: pl.Series) -> FieldSpec | None:
@@ -162,18 +189,30 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
     if dtype.is_float() or dtype.is_decimal():
         return _guess_number(column, default_numeric)
     note = ""
-    if dtype in (pl.String, pl.Categorical, pl.Enum):
-        values = column.cast(pl.String).drop_nulls().unique()
+    if dtype in _TEXT:
+        values = column.cast(pl.String).drop_nulls().unique(maintain_order=True)
         if _holds_lists(values, "|"):
-            note = f"strings such as {_shown(column, '|')} hold several values; --multi {name}="
-            return FieldSpec(name, "bag", "|", note=f"{note} keeps them whole")
+            note = f"strings such as {_shown(column, '|')} hold several values; "
+            note += f"--multi {shlex.quote(f'{name}=')} keeps them whole"
+            return FieldSpec(name, "bag", "|", note=note)
         if len(values) <= 3 and names_parts(values):
-            note = f"--split column:{name} would split by it"
+            note = f"--split {shlex.quote(f'column:{name}')} would split by it"
+        spelled = notation.find(values) if default_numeric != "categorical" else None
+        if spelled and spelled.marks and not spelled.doubt:
+            note = f"numbers with {spelled.marks}, read as numbers; "
+            note += f"{_numeric(name, 'categorical')} keeps the text"
+            kind: Any = default_numeric
+            return FieldSpec(name, kind, decimal=spelled.decimal, note=note)
+        ids = bool(values.str.contains(_IDS).all())
         for separator, share in _JOINED_BY.items():
-            if _holds_lists(values, separator, share):
+            if _holds_lists(values, separator, share, ids=ids):
                 note = f"{_shown(column, separator)} and its like may be several values each"
-                note += f": --multi '{name}={separator}' takes them apart"
+                note += f": --multi {shlex.quote(f'{name}={separator}')} takes them apart"
                 break
+        if spelled and spelled.doubt:
+            apart = f", --multi {shlex.quote(f'{name}=,')} takes it apart"
+            remedy = f"{_numeric(name, 'bucket')} reads it{apart}" if spelled.decimal else _REWRITE
+            note = f"{spelled.doubt}: {remedy}"
     spec = _keys_left_out(FieldSpec(name), column)
     return replace(spec, note="; ".join(filter(None, [note, spec.note])))
 
@@ -189,10 +228,12 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
     whole = values.cast(pl.Float64)
     if not len(values) or not bool((whole == whole.floor()).all()) or whole.is_infinite().any():
         return number
+    if whole.abs().max() > _LARGEST_ID:  # type: ignore[operator]
+        return number
     if not exact_ids(values).all():
         note = f"ids this large are merged in {_type(column)}; store them as integers or text"
         return replace(number, note=note)
-    ids = f"--numeric {name}=categorical takes it as ids"
+    ids = f"{_numeric(name, 'categorical')} takes it as ids"
     distinct = whole.unique().sort()
     rows = len(whole) / len(distinct)
     if len(distinct) > number.buckets:
@@ -204,15 +245,17 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
         if rows < _ENOUGH_ROWS and lower >= _CROWDED_BELOW:
             note = f"whole numbers that thin out upward, as amounts do, {rows:.1f} rows a value"
             return replace(number, note=f"{note}; {ids}")
-    note = f"whole numbers held as {_type(column)}; --numeric {name}=bucket takes them as amounts"
+    note = (
+        f"whole numbers held as {_type(column)}; {_numeric(name, 'bucket')} takes them as amounts"
+    )
     return FieldSpec(name, note=note)
 
 
 def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
     """Leaves out a key, of which nearly every row has its own value; notes what may be a number."""
     rows, distinct = len(column), _distinct(column)
-    amount = f"--numeric {spec.name}=bucket takes it as a number"
-    earlier = f"--split order:{spec.name} trains on the earlier rows"
+    amount = f"{_numeric(spec.name, 'bucket')} takes it as a number"
+    earlier = f"--split {shlex.quote(f'order:{spec.name}')} trains on the earlier rows"
     many = distinct > max(spec.buckets, rows / _ENOUGH_ROWS)
     key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
     if not many and not key:
@@ -223,7 +266,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
         much = "every row has its own value: nothing"
         if distinct < rows:
             much = f"{distinct:,} values in {rows:,} rows: next to nothing"
-        keep = f"--numeric {spec.name}=categorical keeps it"
+        keep = f"{_numeric(spec.name, 'categorical')} keeps it"
         other = f"{keep}, {amount}" if is_amount else keep
         other += f", {earlier}" if dated else ""
         return replace(spec, kind="unused", note=f"{much} to learn; {other}")
@@ -235,17 +278,25 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
     return replace(spec, note=f"{note}; {earlier}" if dated else note)
 
 
-def numbers(column: pl.Series) -> pl.Series:
+def numbers(column: pl.Series, decimal: str | None = None) -> pl.Series:
     """A column as float64, missing values as NaN; dates and times in microseconds.
 
     Dates may be text that begins with year, month and day, as in `2017-01-31 12:00:00`.
 
+    Args:
+        column: the column.
+        decimal: mark of numbers that are text, see `FieldSpec`. Text in which all values are
+            numbers in another notation, and in that alone, is read by that.
+
     Raises:
         UserError: if it holds no numbers.
     """
+    if column.dtype in _TEXT:
+        column = column.cast(pl.String)
     try:
-        if column.dtype == pl.String and _is_amount(column):
-            column = column.str.to_datetime(time_unit="us")
+        if column.dtype == pl.String:
+            is_amount = _is_amount(column)
+            column = column.str.to_datetime(time_unit="us") if is_amount else _read(column, decimal)
         if column.dtype == pl.Date:
             column = column.cast(pl.Datetime("us"))
         if column.dtype in (pl.Datetime, pl.Duration):
@@ -256,12 +307,24 @@ def numbers(column: pl.Series) -> pl.Series:
     except pl.exceptions.PolarsError:
         odd = ""
         if column.dtype == pl.String:
-            other = column.filter(column.cast(pl.Float64, strict=False).is_null()).drop_nulls()
+            other = notation.odd(column, decimal or ".")
             undated = other.filter(~other.str.contains(_DATE))
-            odd = f" such as {(undated if len(undated) else other)[0]!r}"
+            odd = f" such as {[*undated, *other, *column.drop_nulls()][0]!r}"
         raise UserError(
             f"column {column.name!r} holds {column.dtype} values{odd} where numbers are needed"
         ) from None
+
+
+def _read(column: pl.Series, decimal: str | None) -> pl.Series:
+    """Text as the numbers it stands for; as it is if some of it stands for none."""
+    if decimal is None:
+        plain = column.cast(pl.Float64, strict=False)
+        if plain.null_count() == column.null_count():
+            return plain
+    if decimal is None or len(notation.odd(column, decimal)):
+        spelled = notation.find(column)
+        decimal = spelled.decimal if spelled else None
+    return notation.read(column, decimal) if decimal else column
 
 
 def _is_amount(column: pl.Series) -> bool:
@@ -277,6 +340,11 @@ def _may_say_when(column: pl.Series, is_amount: bool) -> bool:
         return is_amount and column.dtype in (pl.Date, pl.Datetime, pl.String)
     low, high = (int(x) for x in (column.min(), column.max()))  # type: ignore[arg-type]
     return any(_IN_1990 * unit <= low and high <= _IN_2050 * unit for unit in (1, 1000, 10**6))
+
+
+def _numeric(name: str, treatment: str) -> str:
+    """The option as one types it."""
+    return f"--numeric {shlex.quote(f'{name}={treatment}')}"
 
 
 def _inner(dtype: Any) -> Any:
@@ -312,8 +380,14 @@ def _shown(column: pl.Series, holding: str = "") -> str:
     return text if len(text) <= 32 else text[:28] + "…" + text[:1]
 
 
-def _holds_lists(values: pl.Series, separator: str, share: float = 1.0) -> bool:
-    """Whether distinct strings, taken apart, are fewer than this share of what they are whole."""
+def _holds_lists(
+    values: pl.Series, separator: str, share: float = 1.0, *, ids: bool = False
+) -> bool:
+    """Whether distinct strings, taken apart, are fewer than this share of what they are whole.
+
+    Of `ids` there may be more than rows: the parts must occur twice on average.
+    """
     if not values.str.contains(separator, literal=True).any():
         return False
-    return values.str.split(separator).explode().n_unique() < share * len(values)
+    parts = values.str.split(separator).explode()
+    return parts.n_unique() < (len(parts) / 2 if ids else share * len(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ _LIBSVM = (".libsvm", ".svm", ".libfm")
 _NDJSON = (".ndjson", ".jsonl", ".json")
 _ARROW = (".arrow", ".feather")
 _PACKED = (".gz", ".zst", ".bz2")
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of compressed files, which count whatever the name says. Text may begin as bzip2."""
 _SAMPLE = 1 << 16
 _BEFORE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before the first sign of a text: a byte order mark, and spaces."""
+_KINDS_OF_JSON = {bool: "booleans", list: "lists", dict: "objects"}
 
 
 class ArrowStream(Protocol):
@@ -56,9 +60,9 @@ class Contents:
 def read_file(path: Path | str) -> Contents:
     """Reads Parquet (a file or a folder of them), Arrow, delimited text, libsvm, libfm or JSON.
 
-    Text may be compressed (`.gz`, `.zst`, `.bz2`). Its separator is told by its first lines, and
-    so is whether it has a header, whether a `.txt` is libsvm, and whether JSON is an object a line
-    or one list of them.
+    Files may be compressed (`.gz`, `.zst`, `.bz2`; gzip and zstd by any name). The separator of
+    text is told by its first lines, and so is whether it has a header, whether a `.txt` is libsvm,
+    and whether JSON is an object a line or one list of them.
 
     Raises:
         UserError: if the file is missing, of an unknown kind, empty, or cannot be parsed; the
@@ -150,21 +154,53 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_text(path: Path, kind: str) -> Contents:
-    with pa.input_stream(str(path)) as stream:
+    with pa.input_stream(str(path), compression=_packing(path)) as stream:
         sample = stream.read(_SAMPLE)
     if not sample.strip():
         raise UserError(f"{str(path)!r} is empty")
     source = _plain(path)
     if kind in _NDJSON:
-        read = pl.read_json if sample.lstrip(_BEFORE).startswith(b"[") else pl.read_ndjson
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
-            return Contents(read(file, infer_schema_length=20_000))
+            return Contents(_json(file, sample.lstrip(_BEFORE).startswith(b"["), str(path)))
     first = text.decode(sample, str(path), whole=len(sample) < _SAMPLE)
     if kind in _LIBSVM or (kind == ".txt" and libsvm.looks_like(first)):
         frame, notes = libsvm.read(source, str(path))
         return Contents(frame, libsvm.LABEL, notes)
     frame, notes = text.read(source, first, "\t" if kind in (".tsv", ".tab") else ",", str(path))
     return Contents(frame, notes=notes)
+
+
+def _json(file: io.BytesIO | io.BufferedReader, is_list: bool, where: str) -> pl.DataFrame:
+    """All rows say what columns there are: polars drops those that the rows it looked at lack."""
+    try:
+        return (pl.read_json if is_list else pl.read_ndjson)(file, infer_schema_length=None)
+    except pl.exceptions.PolarsError as error:
+        file.seek(0)
+        raise UserError(
+            f"cannot read {where!r}: {'' if is_list else _odd_line(file)}{_first_line(error)}"
+        ) from error
+
+
+def _odd_line(file: io.BytesIO | io.BufferedReader) -> str:
+    """Where lines of JSON end being that, or a column being of one kind, and what to do."""
+    kinds: dict[str, str] = {}
+    for number, line in enumerate(file, 1):
+        if not line.strip(_BEFORE):
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            return f"line {number} is no JSON object; mend it or delete it: "
+        for name, value in row.items():
+            kind = _KINDS_OF_JSON.get(type(value), "values")
+            if value is not None and kinds.setdefault(name, kind) != kind:
+                return (
+                    f"column {name!r} holds {kinds[name]} and, in line {number}, {kind}; write "
+                    "one kind of value on every line, or null: "
+                )
+    return ""
 
 
 def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
@@ -191,17 +227,32 @@ def _arrow(source: Path | io.BytesIO) -> pl.DataFrame:
 
 def _plain(path: Path) -> Path | io.BytesIO:
     """The path, or the contents of a compressed file."""
-    if path.suffix.lower() not in _PACKED:
+    packing = _packing(path)
+    if packing is None:
         return path
-    with pa.input_stream(str(path)) as stream:
+    with pa.input_stream(str(path), compression=packing) as stream:
         return io.BytesIO(stream.read())
+
+
+def _packing(path: Path) -> str | None:
+    """How a file is compressed, as Arrow calls it; None if it is not."""
+    with path.open("rb") as file:
+        first = file.read(4)
+    named = "detect" if path.suffix.lower() in _PACKED else None
+    return next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), named)
 
 
 def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -> None:
     """Raises a UserError naming the columns of `wanted` that are not `present`."""
     missing = [name for name in wanted if name not in present]
     if missing:
-        listed = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
         raise UserError(
-            f"{where} has no column {', '.join(map(repr, missing))}; its columns are {listed}"
+            f"{where} has no column {', '.join(map(repr, missing))}; its columns are "
+            f"{listed(present)}"
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for a message, in quotes where a space would go unseen."""
+    shown = [name if name == name.strip() else repr(name) for name in names[:30]]
+    return ", ".join([*shown, "…"] if len(names) > 30 else shown)

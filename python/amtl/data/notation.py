@@ -1,0 +1,106 @@
+"""Numbers as people write them: thousands apart, a decimal comma, a currency or per cent sign."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from amtl.data.text import MISSING
+
+_NUMBER = (
+    r"^(?P<minus>[+-]?)\s?(?P<before>[$€£¥]?)\s?"
+    r"(?P<digits>[+-]?[.,]?\d[\d.,]*(?:[eE][+-]?\d+)?)\s?(?P<after>[$€£¥%]?)$"
+)
+_FORMS = {
+    ".": r"^[+-]?(?:\d*|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?(?:[eE][+-]?\d+)?$",
+    ",": r"^[+-]?(?:\d*|[1-9]\d{0,2}(?:\.\d{3})+)(?:,\d*)?(?:[eE][+-]?\d+)?$",
+}
+"""By decimal mark; the other one stands between thousands."""
+_NO_LIST = r"^[+-]|[.eE]|,0\d"
+"""What a number has and a list of ids with commas has not: a sign, a fraction, a group like 012."""
+
+
+@dataclass(frozen=True)
+class Notation:
+    """How the text of a column writes numbers.
+
+    Attributes:
+        decimal: the decimal mark, `.` or `,`; empty where it may be either.
+        marks: what makes it text, such as `thousands separators`; empty for plain numbers.
+        doubt: a value and what else it may be; empty where that is sure.
+    """
+
+    decimal: str
+    marks: str = ""
+    doubt: str = ""
+
+
+def find(column: pl.Series) -> Notation | None:
+    """The one notation in which all values of a column are numbers, or None.
+
+    Values carry the same currency or per cent sign, or all of them none.
+    """
+    values = _texts(column).drop_nulls().unique(maintain_order=True)
+    values = values.filter(_infinite(values).is_null())
+    if not len(values) or not values[:100].str.contains(_NUMBER).all():
+        return None
+    digits, sign = _digits(values)
+    if digits.null_count() or sign.n_unique() > 1 or digits.str.contains(r"^[+-]?0\d").any():
+        return None
+    fits = [mark for mark, form in _FORMS.items() if digits.str.contains(form).all()]
+    if not fits:
+        return None
+    commas = digits.str.contains(",", literal=True)
+    points = digits.str.contains(".", literal=True)
+    marked = values.filter(commas | points)
+    if len(fits) > 1 and len(marked):
+        shown = str(marked[0])
+        plain = [read(marked[:1], mark)[0] for mark in _FORMS]
+        doubt = f"{shown!r} may be {plain[0]:g} or {plain[1]:g}"
+        return Notation("", "thousands separators or a decimal comma", doubt)
+    apart = points if fits[0] == "," else commas
+    marks = ["thousands separators"] if apart.any() else []
+    marks += ["a decimal comma"] if fits[0] == "," and commas.any() else []
+    marks += [f"the sign {sign[0]}"] if sign[0] else []
+    doubt = ""
+    if commas.any() and not sign[0] and not digits.str.contains(_NO_LIST).any():
+        doubt = f"{values.filter(commas)[0]!r} may be one number or several"
+    return Notation(fits[0], " and ".join(marks), doubt)
+
+
+def read(column: pl.Series, decimal: str) -> pl.Series:
+    """The numbers that text stands for, given the decimal mark; what is none is missing."""
+    texts = _texts(column)
+    digits, _ = _digits(texts)
+    digits = digits.set(~digits.str.contains(_FORMS[decimal]), None)
+    digits = digits.str.replace_all("." if decimal == "," else ",", "", literal=True)
+    numbers = digits.str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
+    infinite = _infinite(texts)
+    return numbers.zip_with(infinite.is_null(), infinite).alias(column.name)
+
+
+def odd(column: pl.Series, decimal: str) -> pl.Series:
+    """The values that are neither numbers in that notation nor missing."""
+    return column.filter(_texts(column).is_not_null() & read(column, decimal).is_null())
+
+
+def _texts(column: pl.Series) -> pl.Series:
+    """Without spaces around, and nothing for what stands for a missing number."""
+    texts = column.cast(pl.String).str.strip_chars()
+    return texts.set(texts.is_in(["", *MISSING]), None)
+
+
+def _infinite(texts: pl.Series) -> pl.Series:
+    """`inf` and its like as the numbers they are, in any notation; missing otherwise."""
+    spelled = texts.str.contains(r"(?i)^[+-]?inf(?:inity)?$")
+    return texts.set(~spelled, None).cast(pl.Float64, strict=False)
+
+
+def _digits(texts: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """The numbers of texts as they are written, and their currency or per cent signs."""
+    parts = texts.str.extract_groups(_NUMBER).struct
+    minus, before, digits, after = (
+        parts.field(name) for name in ("minus", "before", "digits", "after")
+    )
+    return minus + digits, before + after
