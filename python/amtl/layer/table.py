@@ -401,11 +401,12 @@ class AMTLTable(TableStates):
             del group
             plan = plan_tiers(stored, self.embedding_dim, merged, steps)
             if steps is not None:
+                bits = self.options.bits or 8
                 # Rows that stay by themselves may have more step sizes than were paid for.
-                planned = bytes_of(
-                    plan.of_places(stored), plan.of_places(steps), self.options.bits or 8
+                moved = plan.order is not None or (
+                    bytes_of(plan.of_places(stored), plan.of_places(steps), bits)
+                    > self._allowed_bytes()
                 )
-                moved = plan.order is not None or planned > self._allowed_bytes()
                 stay = self._where_they_are(stored, merged) if moved else None
                 if stay is not None:
                     plan, stored, steps = stay
