@@ -20,6 +20,7 @@ from amtl_kernels._arguments import (
     split_masks,
     widths_of,
 )
+from amtl_kernels._planned import Plan, unobserved
 
 _TABLES = len(Tables._fields)
 _BAGS = len(Bags._fields)
@@ -228,8 +229,13 @@ def forward(
     bounds_check: int,
     sparse: bool = True,
     few: FewBits | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """The lookup alone, past the gradients that are registered with it."""
+    if plan is not None and unobserved():
+        planned = plan.bags(bags, bounds_check)
+        if planned is not None:
+            return planned
     with torch._C._AutoDispatchBelowAutograd():
         out: Tensor = torch.ops.amtl.lookup(
             *tables, masks, *bags, bounds_check, sparse, *(few or ())
@@ -245,7 +251,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *learnable: Tensor | None) -> Tensor:
-        _save(ctx, *call)
+        _save(ctx, *call[:-1])
         return forward(*call)
 
     @staticmethod
@@ -264,6 +270,7 @@ def lookup(
     bounds_check: int,
     sparse: bool,
     few: FewBits | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """The operator with its gradients."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
@@ -274,10 +281,10 @@ def lookup(
     if torch.is_grad_enabled():
         learnable = (bags.per_sample_weights, *masks, *tables.blocks)
         if any(tensor is not None and tensor.requires_grad for tensor in learnable):
-            call = (tables, masks, bags, bounds_check, sparse, few)
+            call = (tables, masks, bags, bounds_check, sparse, few, plan)
             out: Tensor = _Lookup.apply(call, *learnable)
             return out
-    return forward(tables, masks, bags, bounds_check, sparse, few)
+    return forward(tables, masks, bags, bounds_check, sparse, few, plan)
 
 
 def register() -> None:

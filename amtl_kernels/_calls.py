@@ -24,6 +24,7 @@ from amtl_kernels._arguments import (
     clamped,
     split_masks,
 )
+from amtl_kernels._planned import Plan
 from amtl_kernels.optim import RowOptimizer
 
 
@@ -53,6 +54,7 @@ def call(
     sparse: bool,
     optimizer: RowOptimizer | None,
     few: FewBits | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Looks up; arguments are those of the operator ``lookup``, checked by the caller.
 
@@ -64,6 +66,7 @@ def call(
         sparse: Whether gradients of the blocks are sparse.
         optimizer: What updates the blocks in the backward, if anything does.
         few: Of tables of few bits, what makes numbers of them.
+        plan: What native code knows of the one table.
 
     Returns:
         The operator's result.
@@ -79,11 +82,11 @@ def call(
     if few is not None:
         _check_gradients(tables, bags, optimizer)
     if optimizer is None:
-        return _autograd.lookup(tables, list(masks), bags, bounds_check, sparse, few)
+        return _autograd.lookup(tables, list(masks), bags, bounds_check, sparse, few, plan)
     check_optimizer(optimizer)
     # Fails now rather than in the backward.
     optimizer.check_owns(tables.blocks)
-    fused = _Fused(tables, list(masks), bags, bounds_check, optimizer, few)
+    fused = _Fused(tables, list(masks), bags, bounds_check, optimizer, few, plan)
     anchor = None
     if few is not None and are_codes(tables.blocks):
         # Codes have no gradient that would lead to the backward.
@@ -119,6 +122,7 @@ class _Fused(NamedTuple):
     bounds_check: int
     optimizer: RowOptimizer
     few: FewBits | None
+    plan: Plan | None
 
     def update(self, grad: Tensor, mask_grad: bool, psw_grad: bool) -> tuple[Tensor, Tensor]:
         tables, bags = self.tables, self.bags
@@ -148,8 +152,8 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: _Fused, *learnable: Tensor | None) -> Tensor:
         ctx.fused = fused
-        tables, masks, bags, bounds_check, _, few = fused
-        return _autograd.forward(tables, masks, bags, bounds_check, few=few)
+        tables, masks, bags, bounds_check, _, few, plan = fused
+        return _autograd.forward(tables, masks, bags, bounds_check, few=few, plan=plan)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -14,9 +14,9 @@ from amtl_kernels._calls import kind
 BoundsCheck = Literal["raise", "clamp", "off"]
 Mode = Literal["sum", "mean"]
 
-_BOUNDS = {"off": 0, "raise": 1, "clamp": 2}
+BOUNDS = {"off": 0, "raise": 1, "clamp": 2}
 _MODES = {"sum": 0, "mean": 1}
-_INDEX_TYPES = (torch.int32, torch.int64)
+INDEX_TYPES = (torch.int32, torch.int64)
 _SIZE_TYPES = (torch.uint8, torch.int32)
 _BITS = (2, 4, 8, 16)
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -57,7 +57,7 @@ def check_table(weight: Tensor, name: str = "weight", codes: bool = False) -> No
 
 def check_indices(indices: Tensor, device: torch.device) -> Tensor:
     check_tensor(indices, "indices")
-    if indices.dtype not in _INDEX_TYPES:
+    if indices.dtype not in INDEX_TYPES:
         fail(f"indices must be int32 or int64, got {indices.dtype}")
     if indices.device != device:
         fail(f"indices are on {indices.device}, the table is on {device}")
@@ -205,9 +205,9 @@ def padding_of(padding_idx: int | None, rows: int) -> int:
 
 
 def bounds_of(bounds_check: str) -> int:
-    if not isinstance(bounds_check, str) or bounds_check not in _BOUNDS:
+    if not isinstance(bounds_check, str) or bounds_check not in BOUNDS:
         fail(f"bounds_check must be 'raise', 'clamp' or 'off', got {bounds_check!r}")
-    return _BOUNDS[bounds_check]
+    return BOUNDS[bounds_check]
 
 
 def pooled(
@@ -251,7 +251,7 @@ def pooled(
     if offsets is None:
         raise ValueError("1-D indices need offsets")
     check_tensor(offsets, "offsets")
-    if offsets.dim() != 1 or offsets.dtype not in _INDEX_TYPES:
+    if offsets.dim() != 1 or offsets.dtype not in INDEX_TYPES:
         fail(
             f"offsets must be 1-D int32 or int64, got {offsets.dtype} of shape "
             f"{tuple(offsets.shape)}"

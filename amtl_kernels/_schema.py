@@ -71,6 +71,8 @@ SCHEMAS: dict[str, str] = {
 
 DEFINITIONS = [
     *(name + schema for name, schema in SCHEMAS.items()),
+    # The address of what native code on the CPU knows of one table of tiers (`_planned.py`).
+    f"_plan(Tensor[] blocks, {_TABLES}, {_FEW_BITS}) -> int",
     # Raises what lookups before have found on the device of `like`, if that is known by now.
     "_raise_found(Tensor like) -> ()",
     # Called by native code, which has no stable way to warn in Python.

@@ -21,6 +21,7 @@ from amtl_kernels._checks import (
     plain,
     pooled,
 )
+from amtl_kernels._planned import Plan
 from amtl_kernels.optim import RowOptimizer
 
 
@@ -37,6 +38,7 @@ class TieredTable(NamedTuple):
     rows: int
     numbers: Tensor
     """What has the type of the output."""
+    plan: Plan
 
     @classmethod
     def of(
@@ -52,7 +54,8 @@ class TieredTable(NamedTuple):
         few = few_bits(blocks, steps, bits, step_ends)
         dim = check_tiers(blocks, tier_ends, embedding_dim, bits)
         tables = Tables(list(blocks), [len(blocks)], [dim])
-        return cls(tables, few, tier_ends[-1], numbers_of(blocks, steps))
+        numbers = numbers_of(blocks, steps)
+        return cls(tables, few, tier_ends[-1], numbers, Plan(tables, few, numbers))
 
     def embedding(
         self,
@@ -66,7 +69,7 @@ class TieredTable(NamedTuple):
         """:func:`amtl_kernels.tiered_embedding` in this table."""
         indices = check_indices(indices, self.tables.blocks[0].device)
         bags, bounds = plain(indices, padding_of(padding_idx, self.rows)), bounds_of(bounds_check)
-        return call(self.tables, [], bags, bounds, sparse, optimizer, self.few)
+        return call(self.tables, [], bags, bounds, sparse, optimizer, self.few, self.plan)
 
     def embedding_bag(
         self,
@@ -86,4 +89,4 @@ class TieredTable(NamedTuple):
         weights = (per_sample_weights, padding, include_last_offset)
         bags = pooled(self.numbers, indices, offsets, mode, *weights)
         bounds = bounds_of(bounds_check)
-        return call(self.tables, [], bags, bounds, sparse, optimizer, self.few)
+        return call(self.tables, [], bags, bounds, sparse, optimizer, self.few, self.plan)

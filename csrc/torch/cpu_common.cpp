@@ -13,14 +13,18 @@ alignas(64) constexpr char kNoColumns[64] = {};
 
 void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
   const Tensor& indices = lookups.indices;
-  const Tensor* blocks = &tables.blocks[tables.first[t]];
-  table.type = tables.coded() ? cpu::FloatType::kFloat : FloatTypeOf(blocks[0]);
-  const int32_t bits = tables.few_bits() ? static_cast<int32_t>(tables.bits[t]) : 0;
-  (tables.coded() ? table.bits : table.rounding) = bits;
   table.indices = indices.const_data_ptr();
   table.index_type = IndexTypeOf(indices);
   table.lookups = indices.numel();
   table.padding_idx = lookups.padding_idx[t];
+  DescribeTable(tables, t);
+}
+
+void CpuLookup::DescribeTable(const Tables& tables, size_t t) {
+  const Tensor* blocks = &tables.blocks[tables.first[t]];
+  table.type = tables.coded() ? cpu::FloatType::kFloat : FloatTypeOf(blocks[0]);
+  const int32_t bits = tables.few_bits() ? static_cast<int32_t>(tables.bits[t]) : 0;
+  (tables.coded() ? table.bits : table.rounding) = bits;
   table.rows = tables.rows[t];
   table.dim = tables.dims[t];
   cpu::SizeTable& sizes = table.sizes;

@@ -49,6 +49,8 @@ struct CpuLookup {
 
   // Table t of a call; bags are left to the caller.
   void Describe(const Tables& tables, const Bags& lookups, size_t t);
+  // Without what is looked up in it.
+  void DescribeTable(const Tables& tables, size_t t);
 
  private:
   void GroupEnds();

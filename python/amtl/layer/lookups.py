@@ -16,6 +16,8 @@ from amtl.layer.rounding import Rounding, trains
 from amtl.layer.size_head import being_traced
 from amtl.layer.table_rows import TableRows
 from amtl_kernels import TieredTable
+from amtl_kernels._checks import BOUNDS, INDEX_TYPES
+from amtl_kernels._planned import unobserved
 
 
 class TableLookups(TableRows):
@@ -31,6 +33,13 @@ class TableLookups(TableRows):
 
     def _embed(self, input: Tensor) -> Tensor:
         """The rows at indices of any shape: `input.shape + [D]`."""
+        rows = self._unchanged(input)
+        if rows is not None and rows.is_cpu and rows.dtype in INDEX_TYPES:
+            assert self._kept is not None
+            check = BOUNDS[self.options.bounds_check]
+            out = self._kept.table.plan.rows(rows.contiguous(), check)
+            if out is not None:
+                return self._shown(out)
         self._check_caller()
         bounds = self._operator_bounds()
         if self.tier_ends is not None:
@@ -107,6 +116,27 @@ class TableLookups(TableRows):
             self._renorm(rows)
         return rows
 
+    def _unchanged(self, input: Tensor) -> Tensor | None:
+        """Places to look up, where all is as it was found by the lookup before; else None.
+
+        Many small lookups take most of their time looking at the layer.
+        """
+        kept = self._kept
+        if kept is None or self.training or type(input) is not Tensor or not unobserved():
+            return None
+        if self.tier_ends is None or self.max_norm is not None or self._before_use is not None:
+            return None
+        tiers, of = self._tiers(), self._steps_from()
+        if not kept.shows(tiers, of, None if of is None else _state(of, tiers[0].dtype)):
+            return None
+        order = self._buffers["row_order"]
+        if order is None:
+            return input if kept.table.rows == self.num_embeddings else None
+        try:
+            return order.index_select(0, input.reshape(-1)).view(input.shape)
+        except (IndexError, RuntimeError):
+            return None
+
     def _keep_up(self, rows: Tensor, few: dict[str, Any]) -> None:
         """Let the step sizes of codes that train follow what is looked up."""
         assert self.rounding is not None and self.steps is not None and self.tier_ends is not None
@@ -124,6 +154,10 @@ class TableLookups(TableRows):
     def _frozen(self, input: Tensor) -> tuple[TieredTable, Tensor]:
         """The tiers, rounded or decoded where the table has few bits, and places to look up."""
         assert self.tier_ends is not None
+        places = self._unchanged(input)
+        if places is not None:
+            assert self._kept is not None
+            return self._kept.table, places
         if self._left is not None and self.training and not being_traced():
             self._notice_left()
         rows = self._renormed(self._frozen_rows(input))
@@ -136,7 +170,7 @@ class TableLookups(TableRows):
             else:
                 # Before the lookup, so that one that checkpointing repeats shows the same.
                 rounding.follow(tiers, self.tier_ends, rows, self.embedding_dim)
-        of = steps if steps is not None or rounding is None else rounding.mean_square
+        of = self._steps_from()
         traced = being_traced()
         seen = None if of is None or traced else _state(of, tiers[0].dtype)
         kept = self._kept
@@ -151,6 +185,11 @@ class TableLookups(TableRows):
         if not traced:
             self.__dict__["_kept"] = _Kept(table, tiers, of, seen)
         return table, rows
+
+    def _steps_from(self) -> Tensor | None:
+        """What step sizes are, or follow from, in a table of few bits."""
+        steps, rounding = self._buffers["steps"], self._modules["rounding"]
+        return steps if steps is not None or rounding is None else rounding._buffers["mean_square"]
 
     def _notice_left(self) -> None:
         """Warn if the weight from before freezing lives on: whatever trains it does so in vain."""

@@ -227,7 +227,8 @@ class TableRows(nn.Module):
     def _tiers(self) -> list[nn.Parameter]:
         """The blocks; a ParameterList takes a microsecond for each."""
         # nn.DataParallel gives its replicas tensors in place of the parameters.
-        held = self.blocks._parameters or self.blocks.__dict__.get("_former_parameters", {})
+        blocks = self._modules["blocks"]
+        held = blocks._parameters or blocks.__dict__.get("_former_parameters", {})  # type: ignore[union-attr]
         return list(held.values())  # type: ignore[arg-type]
 
     def table_parameters(self) -> list[nn.Parameter]:

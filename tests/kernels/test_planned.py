@@ -1,0 +1,196 @@
+"""Tables that are described to native code once, and looked up in past PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import Inputs, build, cases
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import amtl_kernels as ak
+from amtl_kernels import TieredTable
+from amtl_kernels._arguments import Bags, FewBits, Tables
+from amtl_kernels._planned import Plan, unobserved
+
+pytestmark = pytest.mark.skipif(
+    "error" in ak.build_info()["native"], reason="there is no native module: make test builds it"
+)
+
+
+def made(inputs: Inputs, bits: int | None, coded: bool) -> tuple[Tables, FewBits | None]:
+    """The tiers of a case, as numbers, as numbers that lookups round, or as codes."""
+    tables = Tables.of(inputs.tables("tiered").values())
+    if bits is None:
+        return tables, None
+    g = torch.Generator().manual_seed(inputs.case.seed)
+    steps = torch.rand(len(tables.blocks), generator=g) + 0.5
+    if coded:
+        widths = [block.shape[1] * bits // 8 for block in tables.blocks]
+        shapes = [(len(block), w) for block, w in zip(tables.blocks, widths, strict=True)]
+        blocks = [torch.randint(256, s, dtype=torch.uint8, generator=g) for s in shapes]
+        tables = tables._replace(blocks=blocks)
+    return tables, FewBits([steps], [bits])
+
+
+def asked(tables: Tables, few: FewBits | None, bags: Bags) -> Tensor:
+    """What the operator says."""
+    return torch.ops.amtl.lookup(*tables, [], *bags, 1, True, *(few or ()))
+
+
+def planned(tables: Tables, few: FewBits | None) -> Plan:
+    """A plan that has been asked once, as only those are used that are asked again."""
+    numbers = few.steps[0] if few and tables.blocks[0].dtype == torch.uint8 else tables.blocks[0]
+    plan = Plan(tables, few, numbers)
+    assert plan.rows(torch.zeros(1, dtype=torch.int64), 1) is None
+    return plan
+
+
+@given(
+    case=cases(),
+    pooled=st.booleans(),
+    bits=st.sampled_from([None, 2, 4, 8, 16]),
+    coded=st.booleans(),
+)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_it_is_the_operator_bit_for_bit(
+    case: Any, pooled: bool, bits: int | None, coded: bool
+) -> None:
+    inputs = build(case)
+    tables, few = made(inputs, bits, coded)
+    given_bags = inputs.call("tiered", pooled).bags
+    if few is not None and coded and given_bags["per_sample_weights"] is not None:
+        given_bags["per_sample_weights"] = given_bags["per_sample_weights"].float()
+    bags = Bags(**given_bags)
+    plan = planned(tables, few)
+    with torch.no_grad():
+        want = asked(tables, few, bags)
+        got = plan.bags(bags, 1)
+    if bags.indices.numel() == 0 or (pooled and bags.offsets.numel() == 0):
+        assert got is None
+        return
+    assert got is not None and got.dtype == want.dtype
+    assert got.shape == want.shape and torch.equal(got, want)
+
+
+@pytest.fixture
+def table() -> TieredTable:
+    g = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(40, 8, generator=g), torch.randn(60, 3, generator=g)]
+    return TieredTable.of(blocks, [40, 100], 16)
+
+
+INDICES = torch.tensor([0, 99, 40, 39, 7])
+
+
+def known(table: TieredTable) -> TieredTable:
+    """The table, looked up in twice, so that its plan is made."""
+    with torch.no_grad():
+        for _ in range(2):
+            table.embedding(INDICES)
+    assert table.plan._handle
+    return table
+
+
+def test_what_is_written_or_put_elsewhere_shows(table: TieredTable) -> None:
+    first = known(table).tables.blocks[0]
+    handle = table.plan._handle
+    with torch.no_grad():
+        first.mul_(2)
+        assert torch.equal(table.embedding(INDICES)[0, :8], first[0])
+        assert table.plan._handle is handle
+        first.data = torch.ones(40, 8)
+        assert table.embedding(INDICES)[0, :8].eq(1).all()
+        assert table.embedding(INDICES)[0, :8].eq(1).all()
+        assert table.plan._handle and table.plan._handle is not handle
+
+
+@pytest.mark.filterwarnings("ignore:index .* was clamped")
+def test_errors_are_those_of_the_operator(table: TieredTable) -> None:
+    known(table)
+    offsets = torch.tensor([0, 3, 2])
+    with torch.no_grad():
+        for at in (-1, 100):
+            wrong = torch.tensor([0, at])
+            with pytest.raises(IndexError, match=f"index {at} at position 1 is out of range"):
+                table.embedding(wrong)
+            clamped = table.embedding(wrong, bounds_check="clamp")
+            assert torch.equal(clamped, table.embedding(wrong.clamp(0, 99)))
+        with pytest.raises(ValueError, match="offsets must not decrease"):
+            table.embedding_bag(INDICES, offsets)
+        with pytest.raises(ValueError, match="offsets must start at 0"):
+            table.embedding_bag(INDICES, offsets.flip(0))
+        assert known(table).embedding_bag(INDICES, torch.tensor([0, 5])).shape == (2, 16)
+
+
+class Seen(TorchDispatchMode):
+    """Which operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_at_operators_sees_them(table: TieredTable) -> None:
+    known(table)
+    with torch.no_grad(), Seen() as seen:
+        table.embedding(INDICES)
+    assert seen.names.count("lookup.default") == 1
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        table.embedding(INDICES)
+    assert "amtl::lookup" in {event.key for event in profile.key_averages()}
+    with torch.no_grad():
+        assert unobserved()
+        with ak.use_backend("reference"):
+            assert not unobserved()
+        with torch.device("cpu"):
+            assert not unobserved()
+        with torch.autograd.forward_ad.dual_level():
+            assert not unobserved()
+        torch.func.vmap(lambda x: x if not unobserved() else None)(INDICES)
+    assert not unobserved()
+
+
+def test_gradients_flow_where_the_forward_was_planned(table: TieredTable) -> None:
+    blocks = [block.clone().requires_grad_() for block in table.tables.blocks]
+    with_plan = known(TieredTable.of(blocks, [40, 100], 16))
+    with_plan.embedding(INDICES).square().sum().backward()
+    again = [block.detach().clone().requires_grad_() for block in blocks]
+    ak.tiered_embedding(again, [40, 100], INDICES, embedding_dim=16).square().sum().backward()
+    for block, other in zip(blocks, again, strict=True):
+        assert torch.equal(block.grad.to_dense(), other.grad.to_dense())
+
+
+def test_copies_have_plans_of_their_own(table: TieredTable) -> None:
+    known(table)
+    for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert other.plan is not table.plan and other.plan._handle is None
+        with torch.no_grad():
+            known(other).tables.blocks[0].zero_()
+            assert other.embedding(INDICES)[0].eq(0).all()
+            assert not table.embedding(INDICES)[0].eq(0).all()
+
+
+def test_many_lookups_let_other_threads_run(table: TieredTable) -> None:
+    indices = torch.randint(100, (300, 200))
+    with torch.no_grad():
+        got = known(table).embedding(indices)
+    assert torch.equal(got, asked(table.tables, None, Bags(indices, None, None, 0, [-1], False)))
+
+
+def test_the_module_refuses_calls_of_another_shape() -> None:
+    native = pytest.importorskip("amtl_kernels._C")
+    with pytest.raises(TypeError, match="a plan and 12 numbers"):
+        native.lookup(1, 2)
+    with pytest.raises(ValueError):
+        native.lookup(object(), *range(12))
