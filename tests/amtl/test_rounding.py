@@ -108,7 +108,7 @@ def test_steps_of_numbers_too_small_for_their_type_are_its_least():
     layer = AMTLEmbedding(64, 4, counts=counts, bits=16, budget=1.0, dtype=torch.float16)
     with torch.no_grad():
         layer.weight.mul_(1e-4)
-    before = layer.dense_weight()
+    before = layer.weight.detach().clone()
     layer.freeze()
     codes = layer.to_integers()
     assert float(codes.steps.min()) > 0
@@ -225,6 +225,37 @@ def test_rows_in_no_order_stay_where_they_are_if_the_budget_holds_all(bits, mast
     assert torch.equal(back.eval()(rows), given)
     layer.thaw()
     assert torch.equal(layer.weight[kept], (trained if masters else given)[kept])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("counts", [COUNTS, SCATTERED], ids=["in order", "scattered"])
+def test_rows_of_which_all_numbers_fit_are_of_two_widths_at_most(bits, counts):
+    """Each width is a parameter: step sizes by the count are not worth half a dozen of them."""
+    layer = layer_of(bits, bits / 32, counts=counts, field_sizes=None, shared_rows=None)
+    layer.freeze()
+    widths = layer.row_dims()
+    assert len(layer.table_parameters()) <= 2 and layer.row_order is None
+    assert int(widths.min()) >= DIM - unit(bits) and float((widths == DIM).float().mean()) >= 0.87
+    assert layer.value_bytes() <= bits / 32 * ROWS * DIM * 4
+
+
+@pytest.mark.parametrize("counts", [COUNTS, SCATTERED], ids=["in order", "scattered"])
+@pytest.mark.parametrize("budget", [None, 0.3])
+def test_bits_given_at_freezing_widen_no_rows(counts, budget):
+    """A budget in floats is no aim for codes, and no budget is none."""
+    options = {"counts": counts, "field_sizes": None, "shared_rows": None}
+    kind = {"parametrization": "rule"} if budget else {"parametrization": "free"}
+    layer = AMTLEmbedding(ROWS, DIM, budget=budget, bits=None, **options, **kind)
+    if not budget:
+        with torch.no_grad():
+            for name, parameter in layer.head.named_parameters():
+                parameter.zero_()
+                if name.endswith("2.bias"):
+                    parameter[2] = 9.0
+    sizes = layer.row_dims()
+    layer.freeze(bits=8)
+    assert int(sizes.sum()) < ROWS * DIM / 2
+    assert bool((layer.row_dims() <= sizes + 1).all())
 
 
 def test_when_rows_stay_where_they_are():

@@ -18,6 +18,7 @@ and 1.5 standard deviations at 16, 8, 4 and 2 bits), so the range grows until it
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -120,12 +121,20 @@ def plan_parts(stored: Tensor, steps: Tensor) -> Parts:
 
 
 def where_they_are(
-    stored: Tensor, fields: Tensor, padding: int | None, bits: int, allowed: float, dim: int
+    stored: Tensor,
+    fields: Tensor,
+    padding: int | None,
+    bits: int,
+    allowed: float,
+    dim: int,
+    moved: bool = True,
 ) -> Tensor | None:
     """Widths of rows that keep their order, if that takes no more bytes.
 
     A row of few bits is short, and to say where each lies takes 4 bytes more. So where order is for
-    little but step sizes, all rows get the width of the widest, and a field one step size.
+    little but step sizes, all rows get the width of the widest, and a field one step size. So they
+    do where the rarest rows would each lose much to pay for step sizes by the count: in many
+    widths, each of them a parameter.
 
     Args:
         stored: integer [N], widths of rows that are put in order.
@@ -134,6 +143,7 @@ def where_they_are(
         bits: of a number.
         allowed: bytes of all rows and step sizes.
         dim: D, the width of all where that is allowed.
+        moved: whether rows of these widths would be put in order.
 
     Returns:
         Integer [N]; None where they would take more than is allowed or than rows in order do, or
@@ -142,6 +152,9 @@ def where_they_are(
     if int((stored == 0).sum()) > len(stored) // _SHORTER:
         return None
     widest = int(stored.max())
+    ordered = int(stored.sum(dtype=torch.int64)) * bits // 8 + 4 * len(stored)
+    if math.isinf(allowed):
+        allowed = ordered
     shape = torch.ones_like(stored)
     if padding is not None:
         shape[padding] = 0
@@ -157,8 +170,7 @@ def where_they_are(
             return None
         wide[-short:].clamp_(max=widest - unit(bits))
         taken = bytes_of(wide, fields, bits)
-    ordered = int(stored.sum(dtype=torch.int64)) * bits // 8 + 4 * len(stored)
-    return wide if taken <= min(allowed, ordered) else None
+    return wide if taken <= (min(allowed, ordered) if moved else allowed) else None
 
 
 def spared_bytes(num_rows: int, bits: int) -> int:

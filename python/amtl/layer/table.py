@@ -366,6 +366,8 @@ class AMTLTable(TableStates):
             raise RuntimeError("the layer is frozen already")
         head = self._head()
         options = self.options
+        # Sizes that were found for other bits aim at no bytes of these.
+        allowed = self._allowed_bytes() if bits in (None, options.bits) else math.inf
         if bits is not None:
             options = replace(options, bits=bits, tier_width=None)
         if masters is not None:
@@ -401,13 +403,7 @@ class AMTLTable(TableStates):
             del group
             plan = plan_tiers(stored, self.embedding_dim, merged, steps)
             if steps is not None:
-                bits = self.options.bits or 8
-                # Rows that stay by themselves may have more step sizes than were paid for.
-                moved = plan.order is not None or (
-                    bytes_of(plan.of_places(stored), plan.of_places(steps), bits)
-                    > self._allowed_bytes()
-                )
-                stay = self._where_they_are(stored, merged) if moved else None
+                stay = self._where_they_are(stored, merged, plan, steps, allowed)
                 if stay is not None:
                     plan, stored, steps = stay
                     row_dims = torch.where(row_dims > 0, stored, row_dims)
@@ -452,15 +448,27 @@ class AMTLTable(TableStates):
         return math.inf if budget is None else budget * self.dense_bytes() * (1 + 1e-12)
 
     def _where_they_are(
-        self, stored: Tensor, merged: Tensor | None
+        self,
+        stored: Tensor,
+        merged: Tensor | None,
+        plan: TierPlan,
+        steps: Tensor,
+        allowed: float,
     ) -> tuple[TierPlan, Tensor, Tensor] | None:
         """A plan in which rows stay, their widths and step groups; see `rounding.where_they_are`.
 
         Padding rows of other tables are passed over, as their numbers tell. None where others
-        share a row, or where rows have to move.
+        share a row, where rows have to move, or where they stay by `plan` and all is well: they are
+        of one width, and their step sizes are paid for.
         """
         padding, bits = self.padding_idx, self.options.bits
         assert bits is not None
+        moved = plan.order is not None
+        if not moved:
+            taken = bytes_of(plan.of_places(stored), plan.of_places(steps), bits)
+            several = sum(width > 0 for width in plan.widths) > 1
+            if math.isinf(allowed) or (taken <= allowed and not several):
+                return None
         if merged is not None and int(merged.sum()) > len(self.other_paddings):
             return None
         fields, wide = self.row_fields(), torch.zeros_like(stored)
@@ -470,14 +478,12 @@ class AMTLTable(TableStates):
             empty = not int(stored[padding])
             padding -= sum(row < padding for row in self.other_paddings)
             padding = padding if empty else None
-        allowed = self._allowed_bytes()
-        found = where_they_are(
-            stored[mine], fields[mine], padding, bits, allowed, self.embedding_dim
-        )
+        kept, own = stored[mine], fields[mine]
+        found = where_they_are(kept, own, padding, bits, allowed, self.embedding_dim, moved)
         if found is None:
             return None
         wide[mine] = found
-        plan = plan_tiers(found, self.embedding_dim, within=fields[mine])
+        plan = plan_tiers(found, self.embedding_dim, within=own)
         if plan.order is not None:
             return None
         return replace(plan, order=rows, num_rows=len(stored)), wide, fields
