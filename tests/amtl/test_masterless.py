@@ -79,13 +79,15 @@ def test_codes_alone_begin_where_rounding_does(bits, kind, tmp_path):
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_alone_come_about_as_far_as_with_masters(bits):
     """Also where numbers grow to twenty times what they began with, far beyond the first range."""
-    wanted = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(3))
-    losses = []
-    for masters in (True, False):
-        layer = alone(bits, masters, budget=0.25, weight_std=0.05)
-        before = layer.rounding.steps().max()
-        losses.append(train_towards(layer, wanted, 3000))
-        assert layer.rounding.steps()[:20].max() > 5 * before
+    losses = [0.0, 0.0]
+    seeds = (3, 4, 5)
+    for seed in seeds:
+        wanted = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(seed))
+        for i, masters in enumerate((True, False)):
+            layer = alone(bits, masters, budget=0.25, weight_std=0.05)
+            before = layer.rounding.steps().max()
+            losses[i] += train_towards(layer, wanted, 3000) / len(seeds)
+            assert layer.rounding.steps()[:20].max() > 5 * before
     # Where nothing is learned it is 1; at 8 bits both are near their last digits.
     assert losses[1] < 1.1 * losses[0] + 2e-4
 
@@ -104,7 +106,7 @@ def test_training_of_codes_that_is_interrupted_goes_on_as_it_would_have():
     assert layer.rounding.changes > 0
     for one in (layer, again):
         train_towards(one, wanted, 30, seed=4)
-    assert again.rounding.turn == layer.rounding.turn == 51 % 8
+    assert again.rounding.turn == layer.rounding.turn == 51
     assert again.rounding.changes == layer.rounding.changes
     for key, value in layer.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key

@@ -20,6 +20,7 @@ from amtl.layer.rounding import (
     plan_parts,
     step_groups,
     step_of,
+    takes_turn,
     unit,
     where_they_are,
 )
@@ -402,10 +403,11 @@ def test_steps_follow_the_mean_square_in_training_only():
     blocks = [torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2), torch.tensor([[2.0, 2.0]] * 2)]
     rounding = Rounding(4, Parts([2, 4], [4, 2]), torch.tensor([1.0, 4.0]))
     rows = torch.tensor([[0, 3], [1, 1]])
-    for _ in range(7):
-        rounding.follow(blocks, [2, 4], rows, 4)
+    waits = next(turn for turn in range(1, 16) if takes_turn(turn)) - 1
+    for _ in range(waits):
+        assert not rounding.follow(blocks, [2, 4], rows, 4)
     assert rounding.mean_square.tolist() == [1.0, 4.0]
-    rounding.follow(blocks, [2, 4], rows, 4)
+    assert rounding.follow(blocks, [2, 4], rows, 4)
     # Three lookups of the first part move it by 3 of 35, of a window of 32; the other is there.
     torch.testing.assert_close(rounding.mean_square, torch.tensor([1 + 6.5 * 3 / 35, 4.0]))
     assert rounding.half().mean_square.dtype == torch.float32
@@ -413,7 +415,7 @@ def test_steps_follow_the_mean_square_in_training_only():
     before = layer.rounding.mean_square.clone()
     # Looking up without gradients is no training, whatever the mode: as of an nn.Embedding.
     for mode, gradients in ((False, True), (True, False), (True, True)):
-        for _ in range(8):
+        for _ in range(16):
             with torch.set_grad_enabled(gradients):
                 layer.train(mode)(torch.arange(ROWS))
         assert torch.equal(layer.rounding.mean_square, before) != (mode and gradients)
@@ -424,8 +426,8 @@ def test_a_sample_of_lookups_sees_every_field():
     blocks, ends = [torch.arange(1.0, 9.0)[:, None]], [8]
     rounding = Rounding(4, Parts(list(range(1, 9)), [1] * 8), torch.zeros(8))
     rows = torch.arange(8).expand(8192, 8)
-    for _ in range(8):
-        rounding.follow(blocks, ends, rows, 1)
+    while not rounding.follow(blocks, ends, rows, 1):
+        pass
     share = 256 / (256 + 32)
     wanted = torch.arange(1.0, 9.0).square() * share
     # As often as each other, but for one lookup.
@@ -480,6 +482,8 @@ def test_a_forward_that_is_repeated_counts_once(reentrant):
 def test_training_is_compiled_in_one_graph():
     torch.compiler.reset()
     layers = [layer_of().freeze(), layer_of().freeze()]
+    waiting = (n for n in range(99) if not any(takes_turn(n + step) for step in (1, 2, 3)))
+    layers[1].rounding.turn = next(waiting)
     compiled = torch.compile(layers[0], fullgraph=True, backend="aot_eager")
     for _ in range(3):
         rows = torch.arange(0, ROWS, 2)
@@ -503,8 +507,49 @@ def test_training_that_is_interrupted_goes_on_as_it_would_have():
     again.load_state_dict(layer.state_dict())
     for one in (layer, again):
         trained(one, steps=7)
-    assert again.rounding.turn == layer.rounding.turn == 12 % 8
+    assert again.rounding.turn == layer.rounding.turn == 12
     assert torch.equal(again.rounding.mean_square, layer.rounding.mean_square)
+
+
+@pytest.mark.parametrize("lookups", [1, 2, 3, 4, 8, 16])
+def test_step_sizes_follow_each_of_several_lookups_in_a_step(lookups):
+    """Users and items in one table, positive and negative items: each of them is measured."""
+    for which in range(lookups):
+        follows = [takes_turn(which + lookups * step) for step in range(4000)]
+        assert 0.1 < sum(follows) / 4000 < 0.15
+        assert any(follows[:80])
+    assert sum(takes_turn(turn) for turn in range(800)) == 100
+
+
+def test_a_table_that_does_not_train_keeps_its_step_sizes():
+    layer = layer_of(4, 0.125)
+    layer.weight.requires_grad_(False)
+    layer.freeze()
+    rows = torch.arange(ROWS)
+    before = layer.eval()(rows).clone()
+    layer.train()
+    for _ in range(40):
+        layer(rows[:3])
+    assert torch.equal(layer.eval()(rows), before)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e38])
+def test_what_is_no_number_leaves_no_trace(wrong):
+    """Once it is gone. Of a part in which it is, the other rows are what they were."""
+    layer = layer_of(4, 0.125).freeze()
+    rows, block = torch.arange(ROWS), layer.table_parameters()[0]
+    kept = block.detach().clone()
+    others = rows[layer.row_dims() > 0][1:]
+    before = layer.eval()(others).clone()
+    with torch.no_grad():
+        block[0] = wrong
+    layer.train()
+    for _ in range(20):
+        layer(rows[:1])
+    assert torch.equal(layer.eval()(others), before)
+    with torch.no_grad():
+        block.copy_(kept)
+    assert torch.equal(layer(others), before)
 
 
 def test_degenerate_tables():

@@ -164,7 +164,8 @@ class TableLookups(TableRows):
         # Past nn.Module, which takes half a microsecond to find what is no plain attribute.
         steps, rounding = self._buffers["steps"], cast(Rounding | None, self._modules["rounding"])
         tiers = self._tiers()
-        if rounding is not None and self.training and trains():
+        follows = steps is not None or tiers[0].requires_grad
+        if rounding is not None and follows and self.training and trains():
             if steps is not None:
                 self._keep_up(rows, {"steps": steps.to(torch.float32), "bits": self.options.bits})
             else:

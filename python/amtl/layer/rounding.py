@@ -46,7 +46,7 @@ _LEAST_STEP = 1e-30
 _LEAST_HALF = 2.0**-24
 """The same of float16: what its smallest numbers are apart, so that none of them is lost."""
 _EVERY = 8
-"""Training steps from one in which step sizes follow to the next."""
+"""Lookups in training of which step sizes follow one."""
 _SAMPLE = 2048
 """Most of its lookups that they follow then."""
 _WINDOW = 32
@@ -205,6 +205,17 @@ def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
     return decode_codes(packed, step.to(torch.float32), bits).to(step.dtype)
 
 
+def takes_turn(turn: int) -> bool:
+    """Whether step sizes follow the lookup of this number: one in `_EVERY`, drawn anew each time.
+
+    Counting would never come to some of the lookups of a table that has several in each step.
+    """
+    block, place = divmod(turn, _EVERY)
+    mixed = (block + 1) * _GOLDEN & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+    return (mixed ^ mixed >> 13) % _EVERY == place
+
+
 def trains() -> bool:
     """Whether gradients are wanted of what is looked up now.
 
@@ -232,7 +243,7 @@ class Rounding(nn.Module):
         mean_square: float32 [C].
 
     Attributes:
-        turn: calls of `follow` since the last one that did, of `_EVERY`.
+        turn: calls of `follow`.
         changes: how often `recode` has changed step sizes.
     """
 
@@ -308,9 +319,11 @@ class Rounding(nn.Module):
             if torch._C._current_graph_task_id() != -1:
                 return False
             # Past nn.Module, whose assignment takes as long as half the rest of a call.
-            turn = self.__dict__["turn"] = (self.turn + 1) % _EVERY
+            turn = self.__dict__["turn"] = self.turn + 1
             # A replica of nn.DataParallel lives for one pass: of its state only buffers last.
-            if (turn and "_is_replica" not in self.__dict__) or not leads(self.mean_square):
+            if not (takes_turn(turn) or "_is_replica" in self.__dict__):
+                return False
+            if not leads(self.mean_square):
                 return False
         rows = rows.reshape(-1)
         if len(rows) > _SAMPLE:
@@ -321,8 +334,11 @@ class Rounding(nn.Module):
         )
         squares = torch.linalg.vector_norm(values.to(torch.float32), dim=1).square_()
         part = torch.bucketize(rows, self.ends, right=True)
+        # What is no number, or too large for one, passes; a part that has taken it in never would.
+        finite = squares.isfinite()
+        squares = squares.where(finite, 0)
         total = torch.zeros_like(self.mean_square).index_add_(0, part, squares)
-        count = torch.zeros_like(total).index_add_(0, part, torch.ones_like(squares))
+        count = torch.zeros_like(total).index_add_(0, part, finite.to(total.dtype))
         total /= self.widths.clamp(min=1)
         self.mean_square += (total - count * self.mean_square) / (count + _WINDOW)
         return True

@@ -155,7 +155,7 @@ class AMTLTable(TableStates):
 
         def search(parts: int) -> tuple[Tensor, SizeHead]:
             numbers = options.in_numbers(
-                self.num_embeddings, self.embedding_dim, self._table()[0].element_size(), parts
+                self.num_embeddings, self.embedding_dim, self.dtype.itemsize, parts
             )
             groups = groups_that_share(
                 counts, self.field_sizes, row_features, shared, padding, numbers, self.grid

@@ -89,6 +89,21 @@ def test_what_an_order_takes_is_told_of(tmp_path):
         amtl.save(layers, path)
 
 
+@pytest.mark.parametrize("budget", [0.3, 0.125])
+def test_a_file_of_few_bits_thaws_to_the_sizes_it_was_made_with(budget, tmp_path):
+    counts = (5000 / torch.arange(1, 401)).long()
+    model = nn.ModuleDict({"item": nn.Embedding(400, 16)})
+    amtl.freeze(amtl.convert(model, {"item": counts}, budget))
+    shown = model.eval()["item"](torch.arange(400)).detach()
+    amtl.save(model, tmp_path / "model.safetensors")
+    again = amtl.load(tmp_path / "model.safetensors", copy.deepcopy(model)).eval()
+    again["item"].thaw(counts=counts)
+    held = again["item"](torch.arange(400)).detach()
+    assert float((held == shown).float().mean()) > 0.95
+    amtl.freeze(again)
+    assert again["item"].value_bytes() == model["item"].value_bytes()
+
+
 def test_loaded_layer_trains_and_thaws(tmp_path):
     layer = frozen(in_order=False)
     path = tmp_path / "layer.safetensors"
