@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from amtl_kernels.reference_updates import ROWWISE_ADAGRAD, SGD
+from amtl_kernels.rounding import BITS
 
-OFF, CLAMP = 0, 2
-"""The values of ``bounds_check`` that vouch for indices, and that move them into range."""
+SUM, MEAN = 0, 1
+"""Values of ``pooling``."""
+OFF, RAISE, CLAMP = 0, 1, 2
+"""Values of ``bounds_check``: indices are vouched for, refused or moved into range."""
 
 FOUND_BEFORE = "The GPU found this in a lookup that was called before."
 """Last line of errors that a later call raises; native code has the same."""
@@ -60,6 +63,11 @@ class Bags(NamedTuple):
 def are_codes(blocks: Sequence[Tensor]) -> bool:
     """Whether blocks hold codes of few bits, and so no numbers."""
     return len(blocks) > 0 and blocks[0].dtype == torch.uint8
+
+
+def numbers_of(blocks: Sequence[Tensor], steps: Tensor | None) -> Tensor:
+    """What has the type of the output."""
+    return blocks[0] if steps is None or not are_codes(blocks) else steps
 
 
 def widths_of(blocks: Sequence[Tensor], bits: int) -> list[int]:
@@ -116,7 +124,7 @@ def check_few_bits(
     check(not step_ends or every == len(step_ends), "one of step_ends per step is needed")
     first, part = 0, 0
     for mine, few, count in zip(steps, bits, block_counts, strict=True):
-        check(few in (2, 4, 8, 16), f"bits must be 2, 4, 8 or 16, got {few}")
+        check(few in BITS, f"bits must be 2, 4, 8 or 16, got {few}")
         for block in blocks[first : first + count] if are_codes(blocks) else ():
             taken = block.shape[1]
             whole = taken * 8 % few == 0

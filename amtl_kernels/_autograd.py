@@ -12,11 +12,12 @@ from amtl_kernels import _schema
 from amtl_kernels._arguments import (
     CLAMP,
     OFF,
+    SUM,
     Bags,
     FewBits,
     Tables,
-    are_codes,
     clamped,
+    numbers_of,
     split_masks,
     widths_of,
 )
@@ -36,17 +37,12 @@ def _widths(tables: Tables, bits: Sequence[int]) -> list[int]:
     return [max(widths_of([next(blocks) for _ in range(n)], each)) for n, each in every]
 
 
-def _numbers(tables: Tables, steps: Sequence[Tensor]) -> Tensor:
-    """What has the type of the output."""
-    return steps[0] if steps and are_codes(tables.blocks) else tables.blocks[0]
-
-
 def _fake_lookup(*arguments: Any) -> Tensor:
     tables = Tables.of(arguments[:_TABLES])
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
     steps, bits = (*arguments[_TABLES + 3 + _BAGS :], None, None)[:2]
     widths = _widths(tables, bits or ())
-    like = _numbers(tables, steps or ())
+    like = numbers_of(tables.blocks, steps[0] if steps else None)
     if bags.offsets is None:
         return like.new_empty(*bags.indices.shape, widths[0])
     ends = bags.offsets.shape[0] - int(bags.include_last_offset)
@@ -57,7 +53,8 @@ def _fake_others(
     tables: Tables, bags: Bags, mask_grad: bool, psw_grad: bool, steps: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """Gradients of masks and of per-sample weights."""
-    like, psw = _numbers(tables, steps), bags.per_sample_weights
+    like = numbers_of(tables.blocks, steps[0] if steps else None)
+    psw = bags.per_sample_weights
     compute = torch.float64 if like.dtype == torch.float64 else torch.float32
     values = 0
     if mask_grad and tables.row_groups:
@@ -185,7 +182,7 @@ def sample_gradient(grad: Tensor, tables: Tables, bags: Bags, few: FewBits) -> T
     within = (bag >= 0) & (bag < number)
     if not sum(block.shape[0] for block in tables.blocks):
         return torch.zeros(len(positions), dtype=grad.dtype, device=grad.device)
-    plain = Bags(bags.indices.where(within, 0), None, None, 0, [-1], False)
+    plain = Bags(bags.indices.where(within, 0), None, None, SUM, [-1], False)
     values = torch.ops.amtl.lookup(*tables, [], *plain, OFF, True, *few)
     counted = within & (bags.indices != padding)
     # One more for what is in no bag.

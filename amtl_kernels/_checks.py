@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amtl_kernels._arguments import Bags, FewBits, are_codes
+from amtl_kernels._arguments import CLAMP, MEAN, OFF, RAISE, SUM, Bags, FewBits, are_codes
 from amtl_kernels._calls import kind
+from amtl_kernels.rounding import BITS
 
 BoundsCheck = Literal["raise", "clamp", "off"]
 Mode = Literal["sum", "mean"]
 
-BOUNDS = {"off": 0, "raise": 1, "clamp": 2}
-_MODES = {"sum": 0, "mean": 1}
+BOUNDS = {"off": OFF, "raise": RAISE, "clamp": CLAMP}
+_MODES = {"sum": SUM, "mean": MEAN}
 INDEX_TYPES = (torch.int32, torch.int64)
 _SIZE_TYPES = (torch.uint8, torch.int32)
-_BITS = (2, 4, 8, 16)
 _WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -175,7 +175,7 @@ def few_bits(
     if steps is None or bits is None:
         raise ValueError("steps and bits go together: a table has both or neither")
     check_whole(bits, "bits")
-    if bits not in _BITS:
+    if bits not in BITS:
         fail(f"bits must be 2, 4, 8 or 16, got {bits}")
     check_tensor(steps, "steps")
     check_list(blocks, "blocks", "tensors")
@@ -188,11 +188,6 @@ def few_bits(
         fail(f"steps are on {steps.device}, the table is on {blocks[0].device}")
     ends = None if step_ends is None else list(step_ends)
     return FewBits([steps.detach().contiguous()], [int(bits)], ends)
-
-
-def numbers_of(blocks: Sequence[Tensor], steps: Tensor | None) -> Tensor:
-    """What has the type of the output."""
-    return blocks[0] if steps is None or not are_codes(blocks) else steps
 
 
 def padding_of(padding_idx: int | None, rows: int) -> int:
@@ -266,4 +261,4 @@ def pooled(
 
 def plain(indices: Tensor, padding: int) -> Bags:
     """Lookups without pooling."""
-    return Bags(indices, None, None, 0, [padding], False)
+    return Bags(indices, None, None, SUM, [padding], False)

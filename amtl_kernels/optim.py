@@ -43,6 +43,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from amtl_kernels import reference_updates as rules
 from amtl_kernels.memory import empty_table
 from amtl_kernels.rounding import round_stochastically, rounding_bits
 
@@ -439,7 +440,7 @@ class SGD(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number = 0
+    _number = rules.SGD
 
     def __init__(
         self,
@@ -488,7 +489,7 @@ class Adagrad(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number, _names = 1, ("sum",)
+    _number, _names = rules.ADAGRAD, ("sum",)
 
     def __init__(
         self,
@@ -530,7 +531,7 @@ class RowwiseAdagrad(Adagrad):
     rank keeps one sum per leading index. Arguments as for :class:`Adagrad`.
     """
 
-    _number = 2
+    _number = rules.ROWWISE_ADAGRAD
 
     def _shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape[:1]
@@ -566,7 +567,7 @@ class Adam(RowOptimizer):
         ValueError: A hyperparameter is out of range.
     """
 
-    _number, _names = 3, ("exp_avg", "exp_avg_sq")
+    _number, _names = rules.ADAM, ("exp_avg", "exp_avg_sq")
     _always_counts = True
 
     def __init__(

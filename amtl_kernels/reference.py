@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 
 from amtl_kernels._arguments import (
+    CLAMP,
+    MEAN,
+    OFF,
+    RAISE,
+    SUM,
     are_codes,
     check_few_bits,
     check_update_of_codes,
@@ -36,12 +41,16 @@ from amtl_kernels.reference_updates import (
 )
 from amtl_kernels.rounding import decode_codes, mix, row_term
 
-__all__ = ["ADAGRAD", "ADAM", "ROWWISE_ADAGRAD", "SGD", "kept_prefix"]
-
-SUM, MEAN = 0, 1
-"""Values of ``pooling``."""
-OFF, RAISE, CLAMP = 0, 1, 2
-"""Values of ``bounds_check``."""
+__all__ = [
+    "ADAGRAD",
+    "ADAM",
+    "CLAMP",
+    "MEAN",
+    "OFF",
+    "ROWWISE_ADAGRAD",
+    "SGD",
+    "kept_prefix",
+]
 
 _Result = TypeVar("_Result")
 

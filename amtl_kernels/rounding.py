@@ -10,6 +10,9 @@ from torch import Tensor
 
 _U32 = 0xFFFFFFFF
 
+BITS = (2, 4, 8, 16)
+"""Of a code."""
+
 
 def row_term(rows: Tensor, seed: int | Tensor) -> Tensor:
     """What row and seed add to a hash, to be mixed."""

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from amtl_kernels import _checks
-from amtl_kernels._arguments import FOUND_BEFORE, Bags, FewBits, Tables
+from amtl_kernels._arguments import FOUND_BEFORE, Bags, FewBits, Tables, numbers_of
 from amtl_kernels._calls import call
 from amtl_kernels._checks import BoundsCheck, Mode
 from amtl_kernels.optim import RowOptimizer
@@ -334,6 +334,6 @@ def tiered_embedding_bag_tables(
     """
     tables, few = check_tiers(blocks, tier_ends, embedding_dims, steps, bits, step_ends)
     rows = [ends[-1] for ends in tier_ends]
-    like = _checks.numbers_of(tables.blocks, None if few is None else few.steps[0])
+    like = numbers_of(tables.blocks, None if few is None else few.steps[0])
     bags = check_bags(like, rows, indices, offsets, mode, per_sample_weights, padding_idx)
     return _call(tables, [], bags, bounds_check, optimizer, few)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from amtl_kernels._arguments import FewBits, Tables
+from amtl_kernels._arguments import FewBits, Tables, numbers_of
 from amtl_kernels._calls import call
 from amtl_kernels._checks import (
     BoundsCheck,
@@ -16,7 +16,6 @@ from amtl_kernels._checks import (
     check_indices,
     check_tiers,
     few_bits,
-    numbers_of,
     padding_of,
     plain,
     pooled,

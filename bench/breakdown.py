@@ -1,6 +1,6 @@
 """Where the time of a backward that returns its gradients goes, beside ``F.embedding_bag``'s.
 
-DESIGN §8 asks that lookup, row gradient and mask gradient take 0.7 of the time that
+The goal is that lookup, row gradient and mask gradient take 0.7 of the time that
 ``F.embedding_bag(sparse=True)`` takes without a mask. Its backward copies a gradient row per lookup
 and leaves sorting and adding up to the optimizer; ours sorts and sums. Here each part is timed by
 itself, interleaved with the whole, and everything twice: with freed memory as the C library treats

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from bench import binding, breakdown, device, guards, machine, memory, plots, tables
 from bench.compare import compare_reports
+from bench.files import write_aside
 from bench.inputs import Case
 from bench.oracle import MismatchError
 from bench.plan import Budget, Cost, Plan, admit, make_plan
@@ -373,7 +374,7 @@ def table(
         return
     text = tables.render(report)
     if out is not None:
-        out.write_text(text)
+        write_aside(out, text)
         console.print(f"{out}")
         return
     typer.echo(text)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import stages
+from bench.files import write_aside
 from bench.setting import ROOT, Setting
 from bench.stages import LeftOutError, Result, Save, Stage
 
@@ -446,7 +447,7 @@ def report(folder: Path, every: Sequence[Stage]) -> list[Result]:
     """Writes ``report.md`` of what lies in a folder; the results."""
     found = [stages.read(stages.path_of(folder, every, stage)) for stage in every]
     results = [result for result in found if result is not None]
-    (folder / "report.md").write_text(markdown(results))
+    write_aside(folder / "report.md", markdown(results))
     return results
 
 

@@ -23,7 +23,7 @@ from amtl_kernels import reference
 from bench.setting import Setting
 
 GROUPS = 9
-SGD, ROWWISE, ADAM = 0, 2, 3
+SGD, ROWWISE, ADAM = reference.SGD, reference.ROWWISE_ADAGRAD, reference.ADAM
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 EVERY_KIND = tuple(

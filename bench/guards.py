@@ -25,6 +25,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.files import write_aside
+
 RECORDED = Path(__file__).with_name("guards.json")
 PATHS = ("avx2", "generic")
 BOUND = 0.10
@@ -272,7 +274,7 @@ def record(
         "bound": BOUND,
         "paths": paths,
     }
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    write_aside(out, json.dumps(content, indent=1) + "\n")
     typer.echo(f"{out}")
 
 

@@ -206,7 +206,7 @@ def draw_sizes(
     dim: int,
     row_mean: float,
     *,
-    rows: NDArray[np.int64] | None = None,
+    rows: NDArray[np.int64],
     quantiles: int = 1,
 ) -> NDArray[np.int64]:
     """Sizes in 1..dim by the frequency rule, scaled so that the mean over rows is as asked.
@@ -215,7 +215,7 @@ def draw_sizes(
         counts: Counts of groups, ``[G]``.
         dim: D.
         row_mean: Wanted mean, as a share of ``dim``.
-        rows: Rows in each group, ``[G]``; one each where it is not given.
+        rows: Rows in each group, ``[G]``.
         quantiles: Columns of log-normal size noise; 1 for none.
 
     Returns:
@@ -224,7 +224,7 @@ def draw_sizes(
     normal = NormalDist()
     levels = [NOISE_SCALE * normal.inv_cdf((q + 0.5) / quantiles) for q in range(quantiles)]
     shape = (counts[:, None] + 1.0) ** SIZE_EXPONENT * np.exp(np.array(levels))
-    weights = np.ones(counts.size) if rows is None else rows.astype(np.float64)
+    weights = rows.astype(np.float64)
 
     def sizes_at(scale: float) -> NDArray[np.float64]:
         return np.rint(np.clip(scale * shape, 1, dim))

@@ -191,7 +191,7 @@ def predict(problem: Problem, small: Problem, *, frozen: bool, card: Card) -> Pr
     )
 
 
-def predictions(card: Card = H100) -> list[Prediction]:
+def predictions() -> list[Prediction]:
     """Of the suite's lookups of bags of one, search and frozen, on whatever runs the operators."""
     (case,) = (
         each
@@ -201,13 +201,13 @@ def predictions(card: Card = H100) -> list[Prediction]:
     here = dataclasses.replace(case, device="cpu", threads=1)
     problem = make_problem(here, rotations=1)
     few = make_problem(dataclasses.replace(here, bags=2048, rows=4096), rotations=1)
-    return [predict(problem, few, frozen=frozen, card=card) for frozen in (False, True)]
+    return [predict(problem, few, frozen=frozen, card=H100) for frozen in (False, True)]
 
 
-def text(found: Sequence[Prediction], card: Card = H100) -> str:
+def text(found: Sequence[Prediction]) -> str:
     """What there is to read."""
     load = f"{LATENCY * 1e9:.0f} ns a load"
-    lines = [f"{card.name}, {card.copy / 1e12:.2f} TB/s, {load}; bags of one of 64 floats"]
+    lines = [f"{H100.name}, {H100.copy / 1e12:.2f} TB/s, {load}; bags of one of 64 floats"]
     for each in found:
         lines += [
             "",

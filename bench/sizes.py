@@ -38,6 +38,7 @@ from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
 
 from bench import dropin
+from bench.files import write_aside
 
 BUDGETS = (0.03, 0.0625, 0.125, 0.4)
 NARROW = {0.0625: 1, 0.125: 2, 0.4: 6}
@@ -333,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     summary = summarise(list(read(args.out)))
     if args.summary:
-        args.summary.write_text(json.dumps(summary, indent=1) + "\n")
+        write_aside(args.summary, json.dumps(summary, indent=1) + "\n")
     print(table(summary))
 
 

@@ -451,9 +451,7 @@ Kind = Literal["time", "speed", "share"]
 class Goal:
     """What a contender is to reach in cases of one kind.
 
-    Limits are those of DESIGN §8, which has none for these: single layers, and a million rows in
-    five fields (issue 10, §2); 2 bits, and integers at 2M rows (issue 11, §5, at 30M); layers
-    of few bits against one of floats (issue 11, §3).
+    ``docs/benchmarks.md`` says which are reached, and why others are not.
 
     Attributes:
         text: What it says.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.files import write_aside
 from bench.results import Comparison, Report
 
 README_BEGIN = "<!-- bench:begin -->"
@@ -195,9 +196,10 @@ def render(report: Report) -> str:
     parts.append(
         "Times are medians of interleaved rounds; a ratio is the median over rounds with its "
         "95 % bootstrap interval. Outputs, gradients and updates of every contender were compared "
-        "with the equations before anything was timed. Useful bytes follow DESIGN §5. A machine's "
-        "own ceiling is its copy bandwidth, and for rows that uniform ids choose the rate at which "
-        "it reads such rows; shares can pass 100 % where caches serve part of the bytes.\n"
+        "with the equations before anything was timed. Useful bytes are those of "
+        "docs/benchmarks.md. A machine's own ceiling is its copy bandwidth, and for rows that "
+        "uniform ids choose the rate at which it reads such rows; shares can pass 100 % where "
+        "caches serve part of the bytes.\n"
     )
     if report.settings.get("clock") == "cpu":
         parts.append(
@@ -295,5 +297,5 @@ def update_readme(path: Path, section: str) -> bool:
         return False
     head, rest = text.split(README_BEGIN, 1)
     _, tail = rest.split(README_END, 1)
-    path.write_text(f"{head}{README_BEGIN}\n{section}\n{README_END}{tail}")
+    write_aside(path, f"{head}{README_BEGIN}\n{section}\n{README_END}{tail}")
     return True

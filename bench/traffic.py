@@ -1,4 +1,4 @@
-"""Bytes that the work has to move (DESIGN §5), and shares of a measured ceiling.
+"""Bytes that the work has to move (``docs/benchmarks.md``), and shares of a measured ceiling.
 
 The counts say what an implementation can't avoid; caches may serve part of them, so a share above
 one is possible where the table or the hot rows fit a cache.

@@ -368,15 +368,10 @@ class LearningSession(AutogradSession):
             self._train(self._work != "forward")
 
 
-class Layer(Ours):
-    """The whole layer in its search phase: size head, budget solver, lookup, both optimizers."""
+class OursInLayers(Ours):
+    """A form of ours that is a layer, or several."""
 
-    name = "amtl_layer"
-    title = "amtl layer, search"
     devices = ("cpu",)
-
-    def __init__(self) -> None:
-        self.equations = GivenSizes("kept")
 
     def absent(self) -> str:
         """Needs the layer package too."""
@@ -387,6 +382,16 @@ class Layer(Ours):
     def refuses(self, case: Case) -> str:
         """Its counts, groups and sizes of every row are copies, too."""
         return refuse_copy(case, "the bookkeeping") or super().refuses(case)
+
+
+class Layer(OursInLayers):
+    """The whole layer in its search phase: size head, budget solver, lookup, both optimizers."""
+
+    name = "amtl_layer"
+    title = "amtl layer, search"
+
+    def __init__(self) -> None:
+        self.equations = GivenSizes("kept")
 
     def allocates(self, case: Case) -> dict[str, float]:
         """Counts, groups and sizes of rows."""

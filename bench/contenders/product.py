@@ -6,7 +6,6 @@ A layer is compared with the operator that it calls, and many tables with as man
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from bench.contenders.amtl import (
     OPTIMIZERS,
     LearningSession,
-    Ours,
+    OursInLayers,
     by_sample,
     optimizer_class,
 )
-from bench.contenders.base import AutogradSession, Contender, Session, refuse_copy, table_rows
+from bench.contenders.base import AutogradSession, Contender, Session, table_rows
 from bench.inputs import Case, Problem, table_counts
 from bench.oracle import Equations, GivenSizes, Outcome
 
@@ -81,7 +80,7 @@ class _LayerRows:
                     start = end
 
 
-class _Product(Ours):
+class _Product(OursInLayers):
     """A form of ours that takes a fused optimizer in steps.
 
     Attributes:
@@ -90,7 +89,6 @@ class _Product(Ours):
     """
 
     form = ""
-    devices = ("cpu",)
 
     def __init__(self, state: str) -> None:
         self.state = state
@@ -98,19 +96,13 @@ class _Product(Ours):
         self.title = f"{self.title}, {_STATES[state]}"
         self.equations = GivenSizes("kept")
 
-    def absent(self) -> str:
-        """Needs the layer package too."""
-        if importlib.util.find_spec("amtl") is None:
-            return "amtl is not importable"
-        return super().absent()
-
     def refuses(self, case: Case) -> str:
         """Its optimizer is fused, and a frozen table is a copy."""
         if case.work == "backward":
             return "its backward is a step"
         if case.dtype != "float32":
             return "measured in float32"
-        return refuse_copy(case, "the bookkeeping") or super().refuses(case)
+        return super().refuses(case)
 
     def _fused(self, problem: Problem) -> Any:
         case = problem.case

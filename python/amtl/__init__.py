@@ -19,7 +19,8 @@ Where sizes are learned (`parametrization="ordinal"`), training comes first, wit
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
 Rooms, each using only those before it: `layer` (tables that learn sizes), `store` (files),
-`integrations` (other people's models), `data` (from tables to indices), `run` (training), `cli`.
+`integrations` (other people's models), `data` (from tables to indices), `peers` (methods of the
+field), `run` (training), `paper` (all methods at equal bytes), `cli`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, pack, inspect, report, demo, paper."""
+"""The command line: the commands of `amtl`, a function each."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from amtl import AMTLEmbeddingBag
 from amtl.data import movielens, registry, synthetic
-from amtl.data.encoding import Encoder, FieldSpec, infer_fields
+from amtl.data.encoding import Encoder
+from amtl.data.fields import FieldSpec, infer_fields
 from amtl.data.registry import load_source, named_sets
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.run.config import TrainConfig
-from amtl.run.methods import METHODS
+from amtl.run.config import OWN, TrainConfig
 
 
 @pytest.fixture
@@ -324,11 +324,11 @@ def test_a_recipe_is_by_method_over_that_of_all():
     assert source.settings("rule") == {"batch_size": 7, "lr": 0.1, "patience": 3}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_recipes_are_settings_of_a_run(method):
     for known in named_sets().values():
         source = registry.Source("here", pl.DataFrame({"a": [1]}), recipe=known.recipe)
-        assert set(known.recipe) <= {"", *METHODS}
+        assert set(known.recipe) <= {"", *OWN}
         TrainConfig(data="here", label="a", method=method, **source.settings(method))
 
 

@@ -9,13 +9,13 @@ import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.cli import main
 from amtl.errors import UserError
-from amtl.layer.rounding import BITS, Parts, Rounding, decode
+from amtl.layer.rounding import Parts, Rounding, decode
 from amtl.run.config import TrainConfig
 from amtl.run.folders import pack_run
 from amtl.run.training import Interrupted, start
 
 from amtl_kernels.optim import SGD, Adam, RowwiseAdagrad
-from amtl_kernels.rounding import code_type, pack_codes
+from amtl_kernels.rounding import BITS, code_type, pack_codes
 
 ROWS, DIM = 300, 16
 COUNTS = (4000 / torch.arange(1, ROWS + 1).pow(1.1)).long()

@@ -4,9 +4,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from amtl.data.encoding import Encoder, infer_fields
+from amtl.data.encoding import Encoder
+from amtl.data.fields import infer_fields
 from amtl.errors import UserError
 from amtl.run import methods
+from amtl.run.config import OWN
 from amtl.run.metrics import auc, auc_error, log_loss, score, score_error
 from amtl.run.model import ClickModel, dropout, predict
 from sklearn.metrics import log_loss as sklearn_log_loss
@@ -105,7 +107,7 @@ def test_error_of_a_difference_is_that_of_a_bootstrap(positives):
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8])
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_one_lookup_equals_a_lookup_per_field(encoded, method, dim):
     encoder, data = encoded
     table = methods.build_table(method, encoder, dim, budget=1.0, seed=1)
@@ -200,7 +202,7 @@ def test_methods_start_from_the_same_weights(encoded):
     encoder, _ = encoded
     weights = [
         methods.table_parameters(methods.build_table(m, encoder, 4, seed=5))[0].detach()
-        for m in methods.METHODS
+        for m in OWN
     ]
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])

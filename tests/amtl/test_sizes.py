@@ -358,7 +358,7 @@ class HardWithSoftGradient(torch.autograd.Function):
 
 
 def paper_layer(weight, indices, features, counts, branches, temperature):
-    """DESIGN section 1, row by row, with nothing shared with the product but the twins' weights."""
+    """The paper's layer as docs/method.md has it, row by row; the twins' weights are given."""
     norm = torch.log1p(counts.double())
     norm = (norm - norm.mean()) / norm.std(unbiased=False)
     alpha = torch.sigmoid(norm).to(weight.dtype)[:, None]

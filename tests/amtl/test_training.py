@@ -14,7 +14,7 @@ from amtl.data.registry import Source, default_batch_size
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.run import methods
-from amtl.run.config import TrainConfig
+from amtl.run.config import OWN, TrainConfig
 from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.learner import Learner
 from amtl.run.progress import Bars, Silent
@@ -107,7 +107,7 @@ class Recorder(Silent):
         self.steps += 1
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_a_run_learns_and_records(source, tmp_path, method):
     recorder = Recorder()
     config = settings(method=method, epochs=8)
@@ -141,7 +141,7 @@ def overfitting(**changes):
     return settings(**{"epochs": 40, "patience": 3, "table_lr": 0.3, "lr": 0.05, **changes})
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", OWN)
 def test_the_best_moment_is_kept_whatever_the_phase(source, tmp_path, method):
     metrics = start(overfitting(method=method), tmp_path, source=source).run()
     best = max(metrics["history"], key=lambda r: r["score"])
@@ -356,7 +356,7 @@ def test_warm_start_copies_matching_values(source, tmp_path):
         start(settings(fields=["u", "i"], warm_start=str(tmp_path / "fixed")), source=changed)
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", OWN)
 @pytest.mark.parametrize("bits", ["auto", "32"])
 @pytest.mark.parametrize("fields", [["user", "item"], ["user", "item", "tags", "price"]])
 def test_packed_models_predict_the_same(source, tmp_path, method, fields, bits):

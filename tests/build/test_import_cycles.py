@@ -1,9 +1,10 @@
-"""Files, and rooms of the system, use each other in one direction only."""
+"""Files, and rooms of the system, use each other in one direction only: downward."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,16 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("python/amtl", "python/amtl_command", "amtl_kernels", "bench")
+FLOORS = {"amtl_kernels": 0, "amtl": 1, "amtl_command": 1, "bench": 2}
+"""Packages by the height at which they stand: each uses those below it and beside it."""
+ROOMS = {
+    "kernels": {"kernels", "hostsim"},
+    "cpu": {"cpu"},
+    "cuda": {"cuda", "kernels"},
+    "torch": {"torch", "cpu", "cuda", "kernels"},
+    "serve": {"serve", "cpu"},
+}
+"""Folders of `csrc`, and those whose headers they include; only `torch` knows PyTorch's."""
 
 
 def modules(packages: Iterable[Path]) -> dict[str, Path]:
@@ -77,6 +88,26 @@ def test_no_two_rooms_import_each_other() -> None:
     graph = joined(imports(modules([REPOSITORY / "python/amtl"])), room)
     assert "amtl.layer" in graph["amtl.run"]
     check_acyclic(graph)
+
+
+def test_no_floor_imports_a_higher_one() -> None:
+    graph = joined(
+        imports(modules(REPOSITORY / package for package in PACKAGES)),
+        lambda name: name.split(".")[0],
+    )
+    assert graph["amtl"] == {"amtl_kernels", "amtl_command"}
+    for name, used in graph.items():
+        assert all(FLOORS[other] <= FLOORS[name] for other in used), name
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_native_code_includes_lower_rooms_only(name: str) -> None:
+    found = set()
+    for path in (REPOSITORY / "csrc" / name).iterdir():
+        text = path.read_text(encoding="utf-8")
+        found |= set(re.findall(r'^#include "(\w+)/', text, re.M))
+        assert name == "torch" or not re.search(r"#include <(torch|ATen|c10)/", text), path
+    assert {name} <= found <= ROOMS[name]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from amtl.data.fields import FieldSpec, infer_fields, numbers
+from amtl.data.fields import FieldSpec, numbers
 from amtl.data.readers import require_columns
 from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError
-
-__all__ = ["Batch", "EncodedData", "Encoder", "FieldSpec", "infer_fields"]
 
 
 class Batch(NamedTuple):

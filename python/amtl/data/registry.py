@@ -10,11 +10,8 @@ from typing import Any
 import polars as pl
 
 from amtl.data import movielens, nycflights, official, synthetic
-from amtl.data.labels import read_labels
 from amtl.data.readers import read_file
 from amtl.errors import UserError
-
-__all__ = ["NamedSet", "Source", "load_source", "named_sets", "read_labels"]
 
 
 def default_batch_size(rows: int) -> int:

@@ -122,7 +122,15 @@ def fused_optimizers(model: nn.Module) -> list[RowOptimizer]:
 
 
 def update_schedule(model: nn.Module, progress: float) -> None:
-    """`layer.update_schedule(progress)` on all layers."""
+    """Tell all layers how far training is, which sets temperature and size noise where sizes learn.
+
+    Args:
+        model: a model with AMTL layers.
+        progress: share of training that is done, in 0..1.
+
+    Raises:
+        ValueError: progress is outside 0..1.
+    """
     for layer in layers(model).values():
         layer.update_schedule(progress)
 
@@ -146,6 +154,16 @@ def freeze(
 
     That sizes are the same in all processes is checked; the old wrapper refuses to train.
     `thaw()`, and loading a state of the other phase, ask for the same.
+
+    Args:
+        model: a model with AMTL layers.
+        optimizer: what holds the tables, whose state then follows; None: whichever do, looked for
+            among all objects of the process.
+        bits: of a stored number, 2, 4, 8 or 16, in place of each layer's own.
+        masters: False keeps codes only, in place of each layer's own.
+
+    Returns:
+        The model. O(N * D) a table.
 
     Raises:
         RuntimeError: processes have different sizes.

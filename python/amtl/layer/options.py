@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 
 from amtl.layer.budget import BudgetError, SizeGrid, default_tier_width, is_number, no_share
 from amtl.layer.frequency import FrequencyGroups
-from amtl.layer.rounding import BITS, PART_BYTES, unit
-from amtl.layer.sizes import PARAMETRIZATIONS, SizeHead, make_size_head
+from amtl.layer.rounding import PART_BYTES, unit
+from amtl.layer.size_head import SizeHead
+from amtl.layer.sizes import PARAMETRIZATIONS, make_size_head
+from amtl_kernels.rounding import BITS
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,6 @@ from amtl_kernels.rounding import (
     rounding_bits,
 )
 
-BITS = (2, 4, 8, 16)
-
 _STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308, 16: 1.812e-4}
 """Step sizes that lose least of a normal distribution, in standard deviations."""
 

@@ -21,20 +21,9 @@ from torch import Tensor, nn
 from amtl.layer.budget import SizeGrid, fit_shift, fit_tilt
 from amtl.layer.frequency import FrequencyGroups
 from amtl.layer.laws import SizeLaw, make_law
-from amtl.layer.size_head import GroupSizes, SizeHead, Solution
+from amtl.layer.size_head import SizeHead, Solution
 
 PARAMETRIZATIONS = ("ordinal", "free", "rule")
-
-__all__ = [
-    "PARAMETRIZATIONS",
-    "FreeSizes",
-    "GroupSizes",
-    "OrdinalSizes",
-    "RuleSizes",
-    "SizeHead",
-    "TwinBranches",
-    "make_size_head",
-]
 
 
 class _Affine(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 from amtl.paper.protocol import QUICK_SETS, RULER, SETS, variant
 from amtl.paper.statistics import paired
-from amtl.paper.summary import OURS, ranks
+from amtl.paper.summary import OURS, ranks, seed_aucs
 from amtl.run.html import STYLE, html_page, html_table, require_matplotlib, section, svg
 
 NO_LOSS = -5e-4
@@ -20,7 +20,7 @@ NOT_MADE = {
     "loss by the number of warm-start steps": "measured by hand: docs/method.md, Warm start",
     "DIN": "not planned: no set here has a history to attend to; `amtl paper --backbones din`",
 }
-"""What the issue of this page asks for and is not on it, and why."""
+"""What is not on the page, and why."""
 
 _TABLE = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -251,7 +251,7 @@ def _no_loss(summary: dict[str, Any], done: list[dict[str, Any]]) -> Block:
             for cell in done:
                 if (cell["set"], cell["method"]) != (name, method):
                     continue
-                gain = paired(_by_seed(cell), _by_seed(full))
+                gain = paired(seed_aucs(cell), seed_aucs(full))
                 if gain and gain["mean"] - (gain["half"] or 0.0) >= NO_LOSS:
                     fitting.append((cell["bytes"], gain))
             if fitting:
@@ -497,10 +497,6 @@ def _tint(place: int) -> str:
 
 def _tunes_itself(summary: dict[str, Any], method: str) -> bool:
     return bool(summary["methods"][method]["tunes_itself"])
-
-
-def _by_seed(cell: dict[str, Any]) -> dict[int, float]:
-    return dict(zip(cell["seeds"], cell["seed_auc"], strict=True))
 
 
 def _mean(entry: dict[str, Any]) -> str:

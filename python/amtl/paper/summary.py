@@ -129,7 +129,7 @@ def _at_most(
     for method, entry in found.items():
         against = None
         if ours is not None and method != OURS:
-            against = paired(_seeds_of(ours), _seeds_of(entry))
+            against = paired(seed_aucs(ours), seed_aucs(entry))
         result.append(
             {
                 "set": name,
@@ -146,7 +146,8 @@ def _at_most(
     return result
 
 
-def _seeds_of(entry: Mapping[str, Any]) -> dict[int, float]:
+def seed_aucs(entry: Mapping[str, Any]) -> dict[int, float]:
+    """Test AUC of a configuration by seed."""
     return dict(zip(entry["seeds"], entry["seed_auc"], strict=True))
 
 

@@ -1,7 +1,8 @@
 """Training: from settings and data to a model, its metrics and its files.
 
-`config` (settings), `methods`, `model` and `backbones` (what is trained), `learner` (one model in
-training), `race` (which settings), `teaching` (softened labels), `training` (the job), `folders`
-(its files), `trained` (what comes out), `comparison`, `report` and `display` (how it is shown),
-`demo`.
+`config` (settings), `methods`, `model` and `backbones` (what is trained), `metrics`, `memory` (what
+a run takes), `learner` (one model in training), `searching` (methods that train twice), `race`
+(which settings, at the start), `teaching` (softened labels), `contest` (models trained to their
+end), `training` (the job), `folders` (its files), `trained` (what comes out), `comparison`,
+`progress`, `report`, `html` and `display` (how it is shown), `demo`.
 """

@@ -58,7 +58,7 @@ def run_demo(
         highlight=False,
     )
     given = {} if epochs is None else {"epochs": epochs}
-    dim = source.settings("fixed").get("dim", 16)
+    dim = source.settings("fixed").get("dim", TrainConfig.dim)
     narrow = max(1, round(dim * NARROW))
     plan: list[tuple[str, dict[str, Any]]] = [
         ("fixed-full", {"method": "fixed"}),

@@ -23,14 +23,18 @@ from amtl.peers import PEERS, Facts, Part, Peer, served_bytes
 from amtl.run.config import OWN
 from amtl_kernels import optim
 
-METHODS = OWN
-
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "twins": ("amtl", {"parametrization": "ordinal"}),
     "aml": ("amtl", {"parametrization": "ordinal", "twins": False}),
 }
 """Names for settings of a method: the twins that learn sizes, and a single branch of them."""
-TABLE_OPTIMIZERS = ("adam", "adagrad", "rowwise_adagrad", "sgd")
+
+TABLE_OPTIMIZERS: dict[str, type[optim.RowOptimizer]] = {
+    "adam": optim.Adam,
+    "adagrad": optim.Adagrad,
+    "rowwise_adagrad": optim.RowwiseAdagrad,
+    "sgd": optim.SGD,
+}
 
 DECAY_EVERY = 16
 """Steps between two passes of weight decay over all embeddings, more of a table of more than 16
@@ -50,8 +54,8 @@ def build_table(
     """An embedding over all fields of `encoder`, a bag if one of them is multi-valued.
 
     Args:
-        method: `fixed` (every row `dim` wide), `rule` (size by a power of the count, scaled to the
-            budget), `amtl` (learned sizes) or one of `PEERS`.
+        method: `fixed` (every row `dim` wide), `rule` (sizes by counts), `amtl` (the same, or
+            learned, as `options` say) or one of `PEERS`.
         encoder: fields, sizes and counts.
         dim: full width D.
         budget: stored share of the bytes of N × D for `rule` and `amtl`.
@@ -62,8 +66,8 @@ def build_table(
     Raises:
         UserError: for an unknown method, or settings the layer refuses.
     """
-    if method not in (*METHODS, *PEERS):
-        known = ", ".join((*METHODS, *ALIASES, *PEERS))
+    if method not in (*OWN, *PEERS):
+        known = ", ".join((*OWN, *ALIASES, *PEERS))
         raise UserError(f"--method {method!r}: choose one of {known}")
     if dim < 1:
         raise UserError(f"--dim must be at least 1, not {dim}")
@@ -252,20 +256,14 @@ def table_optimizer(
         lr: learning rate.
         decay: weight decay.
     """
-    classes: dict[str, Any] = {
-        "adam": optim.Adam,
-        "adagrad": optim.Adagrad,
-        "rowwise_adagrad": optim.RowwiseAdagrad,
-        "sgd": optim.SGD,
-    }
-    if name not in classes:
-        raise UserError(f"--table-optimizer {name!r}: choose one of {', '.join(classes)}")
-    given = {}
+    if name not in TABLE_OPTIMIZERS:
+        known = ", ".join(TABLE_OPTIMIZERS)
+        raise UserError(f"--table-optimizer {name!r}: choose one of {known}")
+    given: dict[str, Any] = {}
     if decay:
         every = max(DECAY_EVERY, sum(p.numel() for p in parameters) >> 20)
         given = {"weight_decay": decay, "decay_every": every}
-    optimizer: torch.optim.Optimizer = classes[name](parameters, lr=lr, **given)
-    return optimizer
+    return TABLE_OPTIMIZERS[name](parameters, lr=lr, **given)
 
 
 def fuse(table: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from amtl.data.encoding import EncodedData, Encoder
+from amtl.data.labels import read_labels
 from amtl.data.readers import Rows, as_frame
-from amtl.data.registry import load_source, read_labels
+from amtl.data.registry import load_source
 from amtl.data.splits import split_rows
 from amtl.run import methods
 from amtl.run.config import TrainConfig

@@ -20,8 +20,10 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from amtl.data.encoding import Encoder, infer_fields
-from amtl.data.registry import Source, load_source, read_labels
+from amtl.data.encoding import Encoder
+from amtl.data.fields import infer_fields
+from amtl.data.labels import read_labels
+from amtl.data.registry import Source, load_source
 from amtl.data.splits import split_column, split_rows
 from amtl.errors import UserError
 from amtl.run import folders, methods
