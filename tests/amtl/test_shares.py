@@ -101,7 +101,9 @@ def test_an_eighth_holds_all_numbers_where_they_are(rows, tmp_path):
     [
         ({}, 8),
         ({"budget": 0.3}, 8),
-        ({"budget": 0.29}, 4),
+        ({"budget": 0.29}, 8),
+        ({"budget": 0.255}, 8),
+        ({"budget": 0.25}, 4),
         ({"budget": 0.01}, 4),
         ({"budget": 1.0}, None),
         ({"budget": 0.1, "tier_width": 1}, 8),
@@ -120,9 +122,12 @@ def test_bits_follow_from_the_budget(options, bits):
 
 def test_bits_that_are_not_to_be_had():
     half = build().half()
-    for model, bits in ((half, None), (build((16, 15, 16)), 8)):
+    one_half = build()
+    one_half["item"].bfloat16()
+    models = (half, [None] * 3), (build((16, 15, 16)), [4, 8, 4]), (one_half, [4, None, 4])
+    for model, bits in models:
         amtl.convert(model, COUNTS, 0.1)
-        assert {layer.options.bits for layer in amtl.layers(model).values()} == {bits}
+        assert [layer.options.bits for layer in amtl.layers(model).values()] == bits
     single = amtl.convert(nn.Embedding(3, 1), COUNTS["sex"], 0.1)
     assert single.options.bits is None
     empty = amtl.convert(nn.ModuleDict({"x": nn.Embedding(0, 8)}), {"x": torch.zeros(0)}, 0.1)
@@ -140,8 +145,40 @@ def test_small_tables_in_use_stay_whole():
 def test_rows_that_step_sizes_would_not_make_smaller_keep_their_type():
     model = amtl.convert(build((16, 2, 1)), COUNTS, budget=0.1, bits=4)
     bits = {name: layer.options.bits for name, layer in amtl.layers(model).items()}
-    assert bits == {"user": 4, "item": None, "sex": None}
+    assert bits == {"user": 4, "item": 4, "sex": None}
     assert frozen_bytes(model) <= 0.1 * 4 * (3000 * 16 + 500 * 2 + 3)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.125])
+def test_biases_are_a_byte_each(budget, tmp_path):
+    """To say where a row lies takes four, and to leave one out saves one."""
+    torch.manual_seed(0)
+    order = torch.randperm(3000)
+    counts = dict.fromkeys(("factors", "bias"), COUNTS["user"][order])
+    model = nn.ModuleDict({"factors": nn.Embedding(3000, 16), "bias": nn.Embedding(3000, 1)})
+    biases = model["bias"].weight.detach().clone()
+    amtl.freeze(amtl.convert(model, counts, budget)).eval()
+    assert model["bias"].options.bits == 8 and model["bias"].row_order is None
+    off = (model["bias"](torch.arange(3000)) - biases).detach()[counts["bias"] > 0]
+    assert float(off.square().mean()) < 1e-3 * float(biases.square().mean())
+    assert int((model["factors"].row_dims() < 14).sum()) == 0
+    amtl.save(model, tmp_path / "model.safetensors")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size <= budget * 4 * 17 * 3000 + 3000
+
+
+def test_a_narrow_table_beside_others_costs_them_nothing():
+    """Of three columns 4 bits are no whole bytes; of sixteen they are."""
+    alone, beside = build(), build()
+    beside["day"] = nn.Embedding(7, 3)
+    counts = {**COUNTS, "day": torch.full((7,), 10_000)}
+    amtl.freeze(amtl.convert(alone, COUNTS, 0.125))
+    amtl.freeze(amtl.convert(beside, counts, 0.125))
+    assert beside["day"].options.bits in (8, None)
+    for name in COUNTS:
+        assert beside[name].options.bits == alone[name].options.bits
+        fewer = alone[name].row_dims().sum() - beside[name].row_dims().sum()
+        assert int(fewer) <= 0.01 * int(alone[name].row_dims().sum())
 
 
 @pytest.mark.parametrize("bits", [None, 4])

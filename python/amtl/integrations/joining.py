@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable, check_alike
 from amtl.layer.conversion import check_unshared, places_of, swap
-from amtl.layer.shares import automatic_bits
+from amtl.layer.shares import automatic_bits, common_bits
 from amtl.layer.table import AMTLTable
 from amtl.store.packed import PackedFile
 
@@ -75,7 +75,7 @@ def collect(
     _check(owner, tables)
     check_unshared(model, {table: name for name, table in tables.items()})
     given = {} if optimizer is None else {"optimizer": optimizer}
-    bits = automatic_bits(budget, [table.weight for table in tables.values()], options)
+    bits = common_bits(automatic_bits(budget, [t.weight for t in tables.values()], options))
     made = AMTLEmbeddingCollection.from_embeddings(
         tables, counts, **{**given, "budget": budget, **options, "bits": bits}
     )

@@ -20,7 +20,7 @@ from amtl.layer.hosts import check, settle
 from amtl.layer.names import name_sizes
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
-from amtl.layer.shares import AUTO, Demand, automatic_bits, split_budget
+from amtl.layer.shares import AUTO, Demand, automatic_bits, common_bits, split_budget
 from amtl.layer.table import AMTLTable
 from amtl_kernels._calls import kind
 from amtl_kernels.optim import RowOptimizer
@@ -427,18 +427,18 @@ def _options_of(
                 raise ValueError(f"a budget for {names[module]!r} is missing")
             _check_budget(budget[found])
             of_layer["budget"] = budget[found]
-            of_layer["bits"] = automatic_bits(budget[found], [_weight(module)], options)
+            (of_layer["bits"],) = automatic_bits(budget[found], [_weight(module)], options)
         return chosen
     _check_budget(budget)
     known = {field.name for field in fields(SearchOptions)}
     given = {key: value for key, value in options.items() if key in known}
-    given["bits"] = automatic_bits(budget, [_weight(module) for module in counts], options)
-    common = SearchOptions(budget=budget, **given)
+    bits = automatic_bits(budget, [_weight(module) for module in counts], options)
+    common = SearchOptions(budget=budget, **{**given, "bits": common_bits(bits)})
     demands = []
-    for module, of_rows in counts.items():
+    for (module, of_rows), own_bits in zip(counts.items(), bits, strict=True):
         weight = _weight(module)
         sizes = check_field_sizes(options.get("field_sizes"), len(of_rows))
-        demands.append(Demand(of_rows, weight.shape[1], weight.element_size(), sizes))
+        demands.append(Demand(of_rows, weight.shape[1], weight.element_size(), sizes, own_bits))
     for of_layer, own in zip(chosen.values(), split_budget(demands, common), strict=True):
         of_layer.update(
             budget=own.budget, bits=own.bits, masters=own.masters, tier_width=own.tier_width

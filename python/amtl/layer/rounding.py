@@ -58,8 +58,19 @@ _GOLDEN = 0x9E3779B1
 
 PART_BYTES = 8
 """A step size and where its rows end."""
-_SHORTER = 8
-"""One row in so many may be shorter than the rest where rows keep their order."""
+_SHORTER = 0.6
+"""Share of the rows that may be shorter than the rest, by a byte, where rows keep their order."""
+_FEWER = 0.125
+"""The same where they would keep it anyway, and of rows that store nothing."""
+_RANGES = 64
+_LEAST_RANGE = 64
+"""Ranges of rows at most, and rows in each at least, that are looked at for their size."""
+_APART = 2.0
+"""Ratio of mean squares from which on rows get a step size of their own."""
+_WIDER = (1.3, 1.7, 2.2, 2.8, 3.6, 4.7, 6.0)
+"""Times the step size of a normal distribution that are tried: others reach farther."""
+_GAIN = 0.95
+"""Of its error: what another has to come below."""
 
 
 class Parts(NamedTuple):
@@ -147,16 +158,20 @@ def where_they_are(
         Integer [N]; None where they would take more than is allowed or than rows in order do, or
         where many rows store nothing: no code is zero, so they would count for the step sizes.
     """
-    if int((stored == 0).sum()) > len(stored) // _SHORTER:
-        return None
     widest = int(stored.max())
     ordered = int(stored.sum(dtype=torch.int64)) * bits // 8 + 4 * len(stored)
-    if math.isinf(allowed):
-        allowed = ordered
     shape = torch.ones_like(stored)
     if padding is not None:
         shape[padding] = 0
-    if bytes_of(shape * dim, fields, bits) <= allowed:
+    full = bytes_of(shape * dim, fields, bits)
+    if moved and 2 * full <= ordered:
+        # A number or two: whatever is allowed, to leave some out takes more.
+        return shape * dim
+    if int((stored == 0).sum()) > int(_FEWER * len(stored)):
+        return None
+    if math.isinf(allowed):
+        allowed = ordered
+    if full <= allowed:
         return shape * dim
     wide = shape * widest
     taken = bytes_of(wide, fields, bits)
@@ -164,7 +179,7 @@ def where_they_are(
         # What step sizes cost, the last rows save.
         saved = unit(bits) * bits // 8
         short = -int(-(taken + PART_BYTES - allowed) // saved)
-        if short > len(wide) // _SHORTER:
+        if short > int((_SHORTER if moved else _FEWER) * len(wide)):
             return None
         wide[-short:].clamp_(max=widest - unit(bits))
         taken = bytes_of(wide, fields, bits)
@@ -173,7 +188,7 @@ def where_they_are(
 
 def spared_bytes(num_rows: int, bits: int) -> int:
     """What `where_they_are` may take from rows, beside the step size of those that are shorter."""
-    return num_rows // _SHORTER * unit(bits) * bits // 8 - PART_BYTES
+    return int(_SHORTER * num_rows) * unit(bits) * bits // 8 - PART_BYTES
 
 
 def bytes_of(stored: Tensor, steps: Tensor, bits: int) -> int:
@@ -419,9 +434,47 @@ def mean_squares(
     return torch.stack([_mean_square(piece.detach(), bits, name) for piece in pieces])
 
 
+def ranges_of(weight: Tensor, fields: Tensor) -> Tensor:
+    """What shares a step size in a table whose rows stay where they are: a field, or a part of it.
+
+    A table of users and items may hold numbers of several sizes; rows that lie together are looked
+    at. Of a table that has not been trained it is the field.
+
+    Args:
+        weight: [N, D].
+        fields: int64 [N], ascending.
+
+    Returns:
+        int64 [N], ascending. O(N * D).
+    """
+    if not len(weight):
+        return fields
+    rows = torch.arange(len(weight), device=weight.device)
+    size = max(_LEAST_RANGE, -(-len(weight) // _RANGES))
+    pieces = fields * (len(weight) // size + 1) + rows // size
+    _, piece, counts = pieces.unique_consecutive(return_inverse=True, return_counts=True)
+    squares = torch.linalg.vector_norm(weight.detach().float(), dim=1).square_()
+    totals = torch.zeros(len(counts), device=weight.device).index_add_(0, piece, squares)
+    of_fields = fields[counts.cumsum(0) - 1].tolist()
+    groups: list[int] = []
+    before, total, count = -1, 0.0, 0
+    for field, more, number in zip(of_fields, totals.tolist(), counts.tolist(), strict=True):
+        mine, theirs = more * count, total * number
+        near = max(mine, theirs) <= _APART * min(mine, theirs)
+        if field == before and near:
+            total, count = total + more, count + number
+        else:
+            total, count = more, number
+            groups.append(0)
+        groups[-1] += 1
+        before = field
+    repeats = torch.tensor(groups, device=weight.device)
+    return torch.arange(len(groups), device=weight.device).repeat_interleave(repeats)[piece]
+
+
 def _mean_square(values: Tensor, bits: int, name: str) -> Tensor:
     """Of numbers whose step size will do; of none, or where there is NaN, 0."""
-    square = values.float().square().mean()
+    square = values.float().square().mean() * _reach(values, bits) ** 2
     largest = step_of(square, bits) * (2**bits - 1) / 2
     if bool(largest > torch.finfo(values.dtype).max):
         raise ValueError(
@@ -429,6 +482,30 @@ def _mean_square(values: Tensor, bits: int, name: str) -> Tensor:
             f"be rounded to {bits} bits: {values.dtype} has no step size for them"
         )
     return square.nan_to_num()
+
+
+def _reach(values: Tensor, bits: int) -> float:
+    """How much farther than those of a normal distribution numbers reach, by what rounding loses.
+
+    Where some rows are much larger than others, all of these would be cut off.
+    """
+    rows = max(1, _CHUNK // max(1, values.shape[1]))
+    sample = values.detach()[:: -(-len(values) // rows) or 1].float()
+    square = sample.square().mean()
+    if not sample.numel() or not bool(square.isfinite()) or not bool(square > 0):
+        return 1.0
+
+    half, most = (2**bits - 1) / 2, torch.finfo(values.dtype).max
+
+    def error(wider: float) -> float:
+        step = step_of(square, bits) * wider
+        if wider > 1 and bool(step * half > most):
+            return math.inf
+        return float(((encode(sample, step, bits).float() - half) * step - sample).square().mean())
+
+    errors = {wider: error(wider) for wider in (1.0, *_WIDER)}
+    best = min(errors, key=errors.__getitem__)
+    return best if errors[best] < _GAIN * errors[1.0] else 1.0
 
 
 def cut(blocks: Sequence[Tensor], tier_ends: Sequence[int], parts: Parts) -> list[Tensor]:

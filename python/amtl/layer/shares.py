@@ -17,13 +17,13 @@ from amtl.layer.budget import BudgetError, check_share
 from amtl.layer.frequency import frequency_groups
 from amtl.layer.laws import make_law
 from amtl.layer.options import SearchOptions
-from amtl.layer.rounding import PART_BYTES, spared_bytes, step_groups
+from amtl.layer.rounding import PART_BYTES, spared_bytes, step_groups, unit
 
 _ROUNDS = 64
 
 AUTO = "auto"
 _ALL_IN_8 = 0.3
-"""Budget from which on 8 bits hold every number, step sizes included."""
+"""Budget from which on 8 bits hold every number, step sizes included, of any table."""
 
 
 @dataclass(frozen=True)
@@ -35,39 +35,54 @@ class Demand:
         dim: D.
         itemsize: bytes of a number of the table's type.
         field_sizes: rows of each field in it.
+        bits: of a stored number, if they are worth it; None for those of its type.
     """
 
     counts: Tensor
     dim: int
     itemsize: int
     field_sizes: Sequence[int]
+    bits: int | None
 
 
 def automatic_bits(
     budget: float | None, weights: Sequence[Tensor], options: Mapping[str, Any]
-) -> int | None:
-    """The bits that were asked for; for "auto", which is the default, those that lose least.
+) -> list[int | None]:
+    """The bits of each table: those asked for; for "auto", the default, those that lose least.
 
-    These are 8 where they hold every number, else 4: below 12.5 % rows get narrower, too. None,
-    numbers of the tables' own type, where all of these fit, and where few bits are not to be had:
-    sizes that are learned, other types than float32, no rows, no budget. Counts do not matter, so
-    that a state finds the bits that it has.
+    These are 8 where they hold every number of all tables, else 4: below 12.5 % rows get narrower,
+    too. 8 where 4 are no whole bytes. None, numbers of the table's own type, where all of these
+    fit, and where few bits are not to be had: sizes that are learned, other types than float32, no
+    rows, no budget. Counts do not matter, so that a state finds the bits that it has.
 
     Args:
-        budget: share of the bytes.
+        budget: share of the bytes of all tables.
         weights: the tables [N, D].
         options: of `SearchOptions`, as far as they were given.
     """
     bits: int | None = options.get("bits", AUTO)
     if bits != AUTO:
-        return bits
+        return [bits] * len(weights)
     if budget is None or budget >= 1 or options.get("parametrization", "rule") != "rule":
+        return [None] * len(weights)
+    numbers = sum(weight.numel() for weight in weights)
+    in_8 = numbers + PART_BYTES * len(weights) <= 4 * budget * numbers
+    tier_width = options.get("tier_width") or 2
+
+    def of(weight: Tensor) -> int | None:
+        if weight.dtype != torch.float32 or not len(weight):
+            return None
+        pairs = weight.shape[1] % 2 == 0 and tier_width % 2 == 0
+        return 4 if pairs and budget < _ALL_IN_8 and not in_8 else 8
+
+    return [of(weight) for weight in weights]
+
+
+def common_bits(bits: Sequence[int | None]) -> int | None:
+    """Bits that all of these tables can have, if they have to have the same."""
+    if None in bits:
         return None
-    if any(weight.dtype != torch.float32 or not len(weight) for weight in weights):
-        return None
-    widths = [options.get("tier_width") or 2, *(weight.shape[1] for weight in weights)]
-    pairs = all(width % 2 == 0 or width == 1 for width in widths[1:]) and widths[0] % 2 == 0
-    return 4 if budget < _ALL_IN_8 and pairs else 8
+    return max(each for each in bits if each is not None) if bits else None
 
 
 def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[SearchOptions]:
@@ -94,31 +109,46 @@ def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[Sear
     if len(demands) == 1:
         return [_worth(demands[0], options)]
     check_share(budget)
-    tables = [_Table(demand, options) for demand in demands]
-    whole = sum(table.whole for table in tables)
+    every = [_Table(demand, options) for demand in demands]
+    whole = sum(table.whole for table in every)
+    allowed = budget * whole * (1 + 1e-12)
+    narrow = [table for table in every if table.narrow]
+    least = sum(table.frugal for table in narrow)
+    if len(narrow) == len(every) or 2 * least > allowed:
+        narrow, least = [], 0.0
+    tables = [table for table in every if table not in narrow]
+    stored = {table: table.frugal for table in narrow}
+    stored |= _by_law(tables, options, allowed - least, whole)
+    return [table.sharing(stored[table]) for table in every]
+
+
+def _by_law(
+    tables: Sequence[_Table], options: SearchOptions, allowed: float, whole: float
+) -> dict[_Table, float]:
+    """Bytes of each table, from one shift for the rows of all."""
 
     def fits(shift: float) -> bool:
-        return sum(table.bytes(shift) for table in tables) <= budget * whole * (1 + 1e-12)
+        return sum(table.bytes(shift) for table in tables) <= allowed
 
     low = min(table.lowest for table in tables)
     high = max(table.highest for table in tables)
     if not fits(low):
         least = sum(table.bytes(low) for table in tables)
         raise BudgetError(
-            f"budget={budget} cannot be reached by {len(tables)} tables together: their smallest "
-            f"rows take {least:.0f} of {whole:.0f} bytes. Raise the budget, lower min_dim, "
-            "granularity or tier_width, or set min_dim=0"
+            f"budget={options.budget} cannot be reached by {len(tables)} tables together: their "
+            f"smallest rows take {least:.0f} of {whole:.0f} bytes. Raise the budget, lower "
+            "min_dim, granularity or tier_width, or set min_dim=0"
         )
     if fits(high):
         low = high
     else:
-        shares = _all_numbers(tables, budget * whole * (1 + 1e-12))
+        shares = _all_numbers(tables, allowed)
         if shares is not None:
-            return [table.sharing(share) for table, share in zip(tables, shares, strict=True)]
+            return dict(zip(tables, shares, strict=True))
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return [table.sharing(table.bytes(low)) for table in tables]
+    return {table: table.bytes(low) for table in tables}
 
 
 def _all_numbers(tables: Sequence[_Table], allowed: float) -> list[float] | None:
@@ -152,10 +182,19 @@ def _all_numbers(tables: Sequence[_Table], allowed: float) -> list[float] | None
 
 
 def _worth(demand: Demand, options: SearchOptions) -> SearchOptions:
-    """Without few bits where a step size, in the worst case one a row, costs what they save."""
-    saved = demand.dim * (demand.itemsize - (options.bits or 0) / 8)
-    if options.bits is None or saved > PART_BYTES:
-        return options
+    """With the table's bits, unless step sizes, one a magnitude of the count, cost what they save.
+
+    Rows of less than a byte take one, so that they are of 8 bits.
+    """
+    rows, bits, most = len(demand.counts), demand.bits, 0
+    if bits is not None and demand.dim < unit(bits):
+        bits = 8
+    if rows:
+        magnitudes = int(demand.counts.max() + 1).bit_length()
+        most = min(rows, magnitudes * len(demand.field_sizes))
+    saved = rows * demand.dim * (demand.itemsize - (bits or 0) / 8)
+    if bits is not None and saved > PART_BYTES * most:
+        return replace(options, bits=bits)
     return replace(options, bits=None, masters=True)
 
 
@@ -190,6 +229,8 @@ class _Table:
         if self.frugal <= self.by_law - numbers:
             # Sizes are settled by the law, which has to be able to pay for its step sizes.
             self.frugal = self.by_law
+        # Rows of a number or two, which to leave out costs more than they take.
+        self.narrow = options.bits is not None and 2 * self.frugal <= 4 * len(demand.counts)
         self.spare = spared_bytes(len(demand.counts), options.bits) if options.bits else 0
 
     def bytes(self, shift: float) -> float:

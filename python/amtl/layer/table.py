@@ -43,6 +43,7 @@ from amtl.layer.rounding import (
     mean_squares,
     numbers_in,
     plan_parts,
+    ranges_of,
     where_they_are,
 )
 from amtl.layer.sharing import SharedRows, groups_that_share, implied_order, resolve_shared_rows
@@ -406,7 +407,9 @@ class AMTLTable(TableStates):
                 stay = self._where_they_are(stored, merged, plan, steps, allowed)
                 if stay is not None:
                     plan, stored, steps = stay
-                    row_dims = torch.where(row_dims > 0, stored, row_dims)
+                    # Rows that were never seen hold what nobody has learned: they begin as zeros.
+                    seen = head.group_counts[self.row_group.to(torch.int64)] > 0
+                    row_dims = torch.where((row_dims > 0) | seen, stored, row_dims)
             order = self._places(plan, merged)
             parts, rounding, codes = None, None, None
             if steps is not None:
@@ -478,15 +481,19 @@ class AMTLTable(TableStates):
             empty = not int(stored[padding])
             padding -= sum(row < padding for row in self.other_paddings)
             padding = padding if empty else None
-        kept, own = stored[mine], fields[mine]
-        found = where_they_are(kept, own, padding, bits, allowed, self.embedding_dim, moved)
-        if found is None:
-            return None
-        wide[mine] = found
-        plan = plan_tiers(found, self.embedding_dim, within=own)
-        if plan.order is not None:
-            return None
-        return replace(plan, order=rows, num_rows=len(stored)), wide, fields
+        kept, ranges = stored[mine], fields.clone()
+        assert self.weight is not None
+        ranges[mine] = ranges_of(self.weight[mine], fields[mine])
+        for steps in (ranges, fields):
+            own = steps[mine]
+            found = where_they_are(kept, own, padding, bits, allowed, self.embedding_dim, moved)
+            if found is None:
+                continue
+            plan = plan_tiers(found, self.embedding_dim, within=own)
+            if plan.order is None:
+                wide[mine] = found
+                return replace(plan, order=rows, num_rows=len(stored)), wide, steps
+        return None
 
     def to_integers(self: _Self) -> _Self:
         """A frozen layer of few bits as one that holds their codes only: new, with equal outputs.
