@@ -10,6 +10,7 @@ from pathlib import Path
 import amtl
 import pytest
 import torch
+from amtl.layer.rounding import takes_turn
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -124,22 +125,28 @@ def few_bits(rank):
     amtl.freeze(model, optimizer)
     wrapped = DistributedDataParallel(model)
     before = model.table.rounding.mean_square.clone()
-    train(wrapped, optimizer, rank, steps=8)
+    train(wrapped, optimizer, rank, steps=next(turn for turn in range(1, 16) if takes_turn(turn)))
     assert torch.equal(model.table.rounding.mean_square, before) == (rank > 0)
     train(wrapped, optimizer, rank, steps=1)
     assert not torch.equal(model.table.rounding.mean_square, before)
     assert_equal_everywhere(model)
+    # So does what they show, for all that buffers are given without a new version.
+    with torch.no_grad():
+        shown = wrapped(torch.arange(ROWS)).detach()[None]
+        both = [torch.empty_like(shown) for _ in range(2)]
+        distributed.all_gather(both, shown)
+        assert torch.equal(*both)
     before = model.table.rounding.mean_square.clone()
     with wrapped.join():
-        train(wrapped, optimizer, rank, steps=9)
+        train(wrapped, optimizer, rank, steps=16)
     assert not torch.equal(model.table.rounding.mean_square, before)
 
     apart = DistributedDataParallel(model, broadcast_buffers=False)
     with pytest.raises(RuntimeError, match="leave it out of DistributedDataParallel"):
-        train(apart, optimizer, rank, steps=8)
+        train(apart, optimizer, rank, steps=16)
     assert_equal_everywhere(model)
     apart.eval()(torch.arange(3))
-    train(model.train(), optimizer, rank, steps=8)
+    train(model.train(), optimizer, rank, steps=16)
 
 
 def process(rank: int, folder: str) -> None:

@@ -512,6 +512,26 @@ def test_training_that_is_interrupted_goes_on_as_it_would_have():
     assert torch.equal(again.rounding.mean_square, layer.rounding.mean_square)
 
 
+def test_the_lookups_of_a_step_are_one_sample():
+    """Users and items in one table, looked up one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(200, 16, generator=generator)
+    weight[100:] *= 4
+    squares = []
+    for order in ((0, 1), (1, 0), (2,)):
+        torch.manual_seed(0)
+        options = {"counts": torch.full((200,), 9), "_weight": weight.clone(), "budget": 0.126}
+        layer = AMTLEmbedding(200, 16, bits=4, **options).freeze()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-6)
+        which = [torch.arange(100), torch.arange(100, 200), torch.arange(200)]
+        for _ in range(30):
+            sum(layer(which[each]).sum() for each in order).backward()
+            optimizer.step()
+        squares.append(layer.rounding.mean_square)
+    for square in squares[1:]:
+        torch.testing.assert_close(square, squares[0], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("lookups", [1, 2, 3, 4, 8, 16])
 def test_step_sizes_follow_each_of_several_lookups_in_a_step(lookups):
     """Users and items in one table, positive and negative items: each of them is measured."""

@@ -9,7 +9,7 @@ from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import amtl_kernels
 from amtl.layer.rounding import Rounding, trains
@@ -170,7 +170,9 @@ class TableLookups(TableRows):
                 self._keep_up(rows, {"steps": steps.to(torch.float32), "bits": self.options.bits})
             else:
                 # Before the lookup, so that one that checkpointing repeats shows the same.
-                rounding.follow(tiers, self.tier_ends, rows, self.embedding_dim)
+                fused = self.fused_optimizer is not None
+                step = None if fused or being_traced() else tiers[0]._version
+                rounding.follow(tiers, self.tier_ends, rows, self.embedding_dim, step)
         of = self._steps_from()
         traced = being_traced()
         seen = None if of is None or traced else _state(of, tiers[0].dtype)
@@ -216,7 +218,7 @@ class TableLookups(TableRows):
         return out if steps is None else out.to(steps.dtype)
 
 
-_State = tuple[int, torch.dtype, bool]
+_State = tuple[int, torch.dtype, bool, tuple[float, ...]]
 
 
 class _Kept(NamedTuple):
@@ -237,5 +239,8 @@ def _state(tensor: Tensor, dtype: torch.dtype) -> _State | None:
     """What changes with a tensor; None where it may change unseen, as by replays of CUDA graphs."""
     if not tensor.is_cpu or tensor.is_inference():
         return None
+    # Buffers that DistributedDataParallel gives to a process change without a new version.
+    told = distributed.is_available() and distributed.is_initialized()
+    values = tuple(tensor.tolist()) if told else ()
     # What is made in inference mode cannot be saved for a backward.
-    return tensor._version, dtype, torch.is_inference_mode_enabled()
+    return tensor._version, dtype, torch.is_inference_mode_enabled(), values

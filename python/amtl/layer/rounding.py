@@ -44,7 +44,7 @@ _LEAST_STEP = 1e-30
 _LEAST_HALF = 2.0**-24
 """The same of float16: what its smallest numbers are apart, so that none of them is lost."""
 _EVERY = 8
-"""Lookups in training of which step sizes follow one."""
+"""Training steps of which step sizes follow one, and lookups in a step at most."""
 _SAMPLE = 2048
 """Most of its lookups that they follow then."""
 _WINDOW = 32
@@ -219,9 +219,9 @@ def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
 
 
 def takes_turn(turn: int) -> bool:
-    """Whether step sizes follow the lookup of this number: one in `_EVERY`, drawn anew each time.
+    """Whether step sizes follow in the step of this number: one in `_EVERY`, drawn anew each time.
 
-    Counting would never come to some of the lookups of a table that has several in each step.
+    Counting would never come to some of the lookups of a table that takes turns itself.
     """
     block, place = divmod(turn, _EVERY)
     mixed = (block + 1) * _GOLDEN & 0xFFFFFFFF
@@ -247,6 +247,22 @@ def trains() -> bool:
     return False
 
 
+class _InStep(NamedTuple):
+    """Lookups of a table in one training step.
+
+    Attributes:
+        number: of the step.
+        calls: so far.
+        follows: whether step sizes follow them.
+        sums: mean squares before the first of them, and sums and counts since.
+    """
+
+    number: int
+    calls: int
+    follows: bool
+    sums: tuple[Tensor, Tensor, Tensor] | None
+
+
 class Rounding(nn.Module):
     """The step sizes of tiers of few bits, which follow the mean square of each part.
 
@@ -256,7 +272,7 @@ class Rounding(nn.Module):
         mean_square: float32 [C].
 
     Attributes:
-        turn: calls of `follow`.
+        turn: training steps, or calls of `follow` where steps are not told.
         changes: how often `recode` has changed step sizes.
     """
 
@@ -270,6 +286,7 @@ class Rounding(nn.Module):
         self.bits = bits
         self.turn = 0
         self.changes = 0
+        self._in_step: _InStep | None = None
         self._ends = tuple(parts.ends)
         device = mean_square.device
         self.register_buffer("ends", torch.tensor(parts.ends, device=device))
@@ -306,9 +323,10 @@ class Rounding(nn.Module):
         tier_ends: Sequence[int],
         rows: Tensor,
         dim: int,
+        step: int | None = None,
         **few: Any,
     ) -> bool:
-        """Move mean squares towards those of what is looked up: every few calls, by a sample.
+        """Move mean squares towards those of what is looked up: in some steps, by samples.
 
         A part's mean square becomes about that of its last `_WINDOW` lookups in the samples, so it
         changes as fast as the part's rows do. Where calls are traced it is all of them, for a graph
@@ -320,6 +338,8 @@ class Rounding(nn.Module):
             tier_ends: first place after each.
             rows: places that are looked up, integer of any shape, maybe out of range.
             dim: D.
+            step: a number that changes with training steps, so that the lookups of one are one
+                sample: of users and items in one table each would else set step sizes of its own.
             **few: of codes, what decodes them.
 
         Returns:
@@ -332,9 +352,8 @@ class Rounding(nn.Module):
             if torch._C._current_graph_task_id() != -1:
                 return False
             # Past nn.Module, whose assignment takes as long as half the rest of a call.
-            turn = self.__dict__["turn"] = self.turn + 1
             # A replica of nn.DataParallel lives for one pass: of its state only buffers last.
-            if not (takes_turn(turn) or "_is_replica" in self.__dict__):
+            if not (self._takes_turn(step) or "_is_replica" in self.__dict__):
                 return False
             if not leads(self.mean_square):
                 return False
@@ -353,8 +372,27 @@ class Rounding(nn.Module):
         total = torch.zeros_like(self.mean_square).index_add_(0, part, squares)
         count = torch.zeros_like(total).index_add_(0, part, finite.to(total.dtype))
         total /= self.widths.clamp(min=1)
-        self.mean_square += (total - count * self.mean_square) / (count + _WINDOW)
+        before = self.mean_square
+        if self._in_step is not None:
+            if self._in_step.sums is not None:
+                before, more, number = self._in_step.sums
+                total, count = total + more, count + number
+            else:
+                before = before.clone()
+            self.__dict__["_in_step"] = self._in_step._replace(sums=(before, total, count))
+        self.mean_square.copy_(before + (total - count * before) / (count + _WINDOW))
         return True
+
+    def _takes_turn(self, step: int | None) -> bool:
+        """Whether this lookup is followed: with all others of its training step, or none."""
+        last = self._in_step
+        if step is not None and last is not None and step == last.number and last.calls < _EVERY:
+            self.__dict__["_in_step"] = last._replace(calls=last.calls + 1)
+            return last.follows
+        turn = self.__dict__["turn"] = self.turn + 1
+        follows = takes_turn(turn)
+        self.__dict__["_in_step"] = None if step is None else _InStep(step, 1, follows, None)
+        return follows
 
     @torch.no_grad()
     def recode(self, blocks: Sequence[Tensor], steps: Tensor) -> None:
