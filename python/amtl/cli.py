@@ -136,7 +136,8 @@ def train(
     numeric: Annotated[
         list[str] | None,
         typer.Option(
-            help="bucket or standardise for all numbers, or COLUMN=bucket,… (also categorical)."
+            help="bucket or standardise for all numbers (of integers those that look like "
+            "amounts, not ids), or COLUMN=bucket,… (also categorical)."
         ),
     ] = None,
     multi: Annotated[
