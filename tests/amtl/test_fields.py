@@ -292,6 +292,16 @@ def test_numbers_that_are_not_sure_stay_text(values, note, told):
     assert ("decimal point, and nothing between thousands" in str(error.value)) == bool(note)
 
 
+def test_what_keeps_a_column_from_being_numbers_is_named():
+    values = [*map(str, range(400)), "new", "old", "1a", "x"] * 5
+    note = spec(values).note
+    assert note.startswith("most values are numbers, but not 'new', 'old', '1a' and 1 more; ")
+    with pytest.raises(UserError, match="no number in 20 rows, such as 'new', 'old', '1a'; leave"):
+        spec(values, numeric={"x": "bucket"})
+    assert not spec([*map(str, range(400)), *"abcdefgh" * 30, *(f"h{i}" for i in range(200))]).note
+    assert spec([*map(str, range(400)), "-"], numeric={"x": "bucket"}).kind == "bucket"
+
+
 @pytest.mark.parametrize("name", ["Einkommen €", "a b", "it's"])
 def test_hints_are_quoted_for_the_shell(name):
     for values in (

@@ -148,6 +148,49 @@ def test_numbers_with_gaps_are_numbers_whatever_stands_for_a_gap(tmp_path):
     assert notes == ("'NA', '?' is a missing number in i, f",)
 
 
+@pytest.mark.parametrize("gap", ['""', '" "', "<NA>", "-", "(null)", "unknown", "missing"])
+def test_what_programs_write_for_a_missing_number_is_one(tmp_path, gap):
+    rows = [gap if i % 4 == 0 else f'"{i}.5"' for i in range(40)]
+    contents = read(tmp_path, '"p","t"\n' + "".join(f'{p},"a"\n' for p in rows))
+    assert contents.frame["p"].to_list() == [None if i % 4 == 0 else i + 0.5 for i in range(40)]
+    told = gap.strip('" ')
+    assert contents.notes == ((f"{told!r} is a missing number in p",) if told else ())
+
+
+def test_one_or_two_rare_texts_among_numbers_are_missing_numbers(tmp_path):
+    def column(*odd):
+        cells = [*odd, *map(str, range(40 - len(odd)))]
+        return read(tmp_path, "p,q\n" + "".join(f"{cell},1\n" for cell in cells))
+
+    contents = column("n.d.", "tbd", "n.d.", "tbd")
+    assert contents.frame["p"].dtype == pl.Int64 and contents.frame["p"].null_count() == 4
+    assert contents.notes == ("'n.d.', 'tbd' is a missing number in p",)
+    for odd in (["n.d."], ["a"] * 5, ["a", "b", "c"] * 2, ["A1", "A1"]):
+        assert column(*odd).frame["p"].dtype == pl.String
+    long = [str(10**25), str(10**25 + 1)] * 20
+    text = "p,q\n" + "".join(f"{cell},1\n" for cell in [*long, "-"])
+    assert read(tmp_path, text).frame["p"].to_list() == [*long, "-"]
+
+
+def test_spaces_after_numbers_are_left_out(tmp_path):
+    contents = read(tmp_path, "p,q,t\n3,1,a \n3 ,2, b\n 4 ,,c\n")
+    assert contents.frame.rows() == [(3, 1, "a "), (3, 2, " b"), (4, None, "c")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_are_no_rows(tmp_path, end):
+    lines = ["", "u,t,y", "1,a,0", "", '2,"b\n\nc",1', "", ""]
+    frame = read(tmp_path, end.join(lines)).frame
+    assert frame.rows() == [(1, "a", 0), (2, "b\n\nc", 1)]
+    assert read(tmp_path, "y,t\n1,\n0,b\n").frame.rows() == [(1, None), (0, "b")]
+
+
+def test_lines_that_end_in_cr_are_lines(tmp_path):
+    text = TABLE.write_csv().replace("\n", "\r").encode()
+    assert read(tmp_path, text).frame.equals(TABLE)
+    assert read(tmp_path, gzip.compress(text), "a.csv.gz").frame.equals(TABLE)
+
+
 def test_a_column_without_a_name_has_one(tmp_path):
     contents = read(tmp_path, '"",x,\n1,5,a\n2,6,b\n')
     assert contents.frame.columns == ["c0", "x", "c2"]
@@ -205,6 +248,8 @@ def test_ids_beyond_int64(tmp_path):
             b'a,b\n1,2\n"1\n",2\n1,2,3\n',
             "cannot read.*line 5 has 3 columns, the first 2; put a value that holds commas in",
         ),
+        ("a.csv", b"y,b,c\n1,2,3\n0,5\n1\n0,,\n", r"line 3 has 2 .* first 3 \(2 lines are too sh"),
+        ("a.csv", b'y,b\n1,"2\n3"\n0\n', "line 4 has 1 columns, the first 2; delete it, or end it"),
         ("a.csv", b"# of 2024\na,b\n1,2\n3,4\n", "it begins with a comment; .*sed '/"),
         ("a.tsv", b'a\tb\n1\tc\n2\tc "q\n3\td\n', "line 3 has a quotation mark without its"),
         ("a.tsv", b'a\tb\n1\t"c\n2\td\n3\te\n', "line 2 has a quotation mark without its"),

@@ -38,6 +38,8 @@ _JOINED_BY = {";": 0.5, ",": 0.5, " ": 0.05}
 so few of the whole values that they come again. Names of people and places have spaces."""
 _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
+_MOSTLY = 0.8
+"""Share of distinct texts that are numbers from which it is told that the others are none."""
 _REWRITE = "write the column with a decimal point, and nothing between thousands"
 _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
@@ -158,11 +160,20 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
         return spec
     spelled = notation.find(column) if column.dtype in _TEXT else None
     if spelled is None or not spelled.decimal:
-        doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else ""
+        doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else _odd_values(column)
         raise UserError(
             f"{_numeric(column.name, treatment)}: the column is {column.dtype}, no number{doubt}"
         )
     return replace(spec, decimal=spelled.decimal)
+
+
+def _odd_values(column: pl.Series) -> str:
+    """What of a column of text is no number, for a message."""
+    if column.dtype not in _TEXT:
+        return ""
+    odd = notation.odd(column.cast(pl.String), ".")
+    shown = ", ".join(map(repr, odd.unique(maintain_order=True)[:3]))
+    return f" in {len(odd):,} rows, such as {shown}; leave empty what is missing" if shown else ""
 
 
 def _apart(column: pl.Series, separator: str) -> FieldSpec:
@@ -233,6 +244,8 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
             apart = f", --multi {shlex.quote(f'{name}=,')} takes it apart"
             remedy = f"{_numeric(name, 'bucket')} reads it{apart}" if spelled.decimal else _REWRITE
             note = f"{spelled.doubt}: {remedy}"
+        if not note and not spelled and (odd := _few_odd(values)):
+            note = f"most values are numbers, but not {odd}; were those empty, it would be one"
     amount = _integer_amount(column, default_numeric) if dtype.is_integer() else None
     spec = amount or _keys_left_out(FieldSpec(name), column)
     if dtype.is_integer() and not spec.note:
@@ -322,6 +335,14 @@ def _is_scattered(column: pl.Series) -> bool:
     distinct = _distinct(column)
     few = len(column) - column.null_count() < _ENOUGH_ROWS * distinct
     return distinct > FieldSpec.buckets and few
+
+
+def _few_odd(values: pl.Series) -> str:
+    """Some of the distinct texts that are no numbers, where 80 % and more than 64 are."""
+    odd = notation.odd(values, ".")
+    if len(values) - len(odd) <= max(FieldSpec.buckets, _MOSTLY * len(values)) or not len(odd):
+        return ""
+    return ", ".join(map(repr, odd[:3])) + (f" and {len(odd) - 3:,} more" if len(odd) > 3 else "")
 
 
 def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
