@@ -70,6 +70,28 @@ def test_a_folder_of_parquet(tmp_path):
     assert read_file(tmp_path).frame.equals(TABLE)
 
 
+def test_parts_of_a_folder_may_differ_in_what_makes_no_difference(tmp_path):
+    a = pl.DataFrame({"u": [1, 2], "c": [None, None], "k": ["x", "y"], "y": [0, 1]})
+    b = pl.DataFrame({"k": ["z"], "y": [1], "c": ["q"], "u": [2**40]})
+    b = b.cast({"k": pl.Categorical})
+    a.cast({"u": pl.Int32}).write_parquet(tmp_path / "a.parquet")
+    b.write_parquet(tmp_path / "b.parquet")
+    rows = [(1, None, "x", 0), (2, None, "y", 1), (2**40, "q", "z", 1)]
+    assert read_file(tmp_path).frame.rows() == rows
+    pl.DataFrame({"u": ["7"]}).write_parquet(tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"'u' is Int32 in '.*a.parquet' and String in '.*d.par"):
+        read_file(tmp_path)
+
+
+def test_a_folder_of_folders_has_what_these_say(tmp_path):
+    for i, folder in enumerate(["n=1/day=2024-01-01", "n=2/day=a%20b", "n=2/_temporary/day=x"]):
+        (tmp_path / folder).mkdir(parents=True)
+        TABLE[i : i + 1].write_parquet(tmp_path / folder / "p.parquet")
+    frame = read_file(tmp_path).frame
+    assert frame.columns == ["x", "y", "n", "day"]
+    assert frame.rows() == [(1, "a", 1, "2024-01-01"), (2, "b", 2, "a b")]
+
+
 def read(tmp_path, content, name="a.csv"):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_file(tmp_path / name)
@@ -197,6 +219,12 @@ def test_a_column_without_a_name_has_one(tmp_path):
     assert contents.notes == ("columns without a name: c0, c2",)
     with pytest.raises(UserError, match="names 'c0' more than once"):
         read(tmp_path, ",c0\n1,2\n")
+
+
+def test_a_header_of_numbers_is_told_not_to_be_one(tmp_path):
+    frame = read(tmp_path, "2019,2020,target\n3,4,yes\n5,6,no\n").frame
+    with pytest.raises(UserError, match="in which no header was found, has no column 'target'"):
+        require_columns(frame.columns, ["target"], "the data")
 
 
 @pytest.mark.parametrize("text", ["a,b\nx,y\n", "2019,b\nx,1\n", "a,2020\n1,2\n", "a,b\n"])
