@@ -150,7 +150,7 @@ def _other_marks(values: pl.Series) -> list[str]:
         return []
     times = odd.value_counts(name="times").sort("times", descending=True)
     recur = len(times) <= 2 and bool((times["times"] > 1).all())
-    return times[values.name].to_list() if recur else []
+    return times[values.name].sort().to_list() if recur else []
 
 
 def _few(names: list[str], places: list[int]) -> str:
