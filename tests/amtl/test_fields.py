@@ -176,6 +176,7 @@ def test_ids_that_a_float_has_merged_are_no_ids():
         ([[0.5], [1.5]], "unused", "lists of numbers"),
         ([[1.0, 2.0], None], "bag", ""),
         (["a|b", "b|c", "c|a", "a|c", "b"], "bag", "--multi x="),
+        (["a|b", "b|c", "c", ""], "categorical", ""),
         ([True, False], "categorical", ""),
         ([b"\xff", b"\xfe"], "categorical", ""),
         ([dt.date(2020, 1, 1), dt.date(2020, 1, 2)], "categorical", ""),

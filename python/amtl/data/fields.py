@@ -483,5 +483,6 @@ def _holds_lists(
     """
     if not values.str.contains(separator, literal=True).any():
         return False
+    values = values.filter(values.str.strip_chars() != "")
     parts = split(values, separator).explode().drop_nulls()
     return parts.n_unique() < (len(parts) / 2 if ids else share * len(values))
