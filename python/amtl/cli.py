@@ -136,7 +136,8 @@ def train(
     numeric: Annotated[
         list[str] | None,
         typer.Option(
-            help="bucket or standardise for all numbers, or COLUMN=bucket,… (also categorical)."
+            help="bucket or standardise for all numbers (of integers those that look like "
+            "amounts, not ids), or COLUMN=bucket,… (also categorical)."
         ),
     ] = None,
     multi: Annotated[
@@ -209,6 +210,7 @@ def train(
     once, and leaves a run folder with checkpoints and metrics.json.
     """
     from amtl.data import label_note, load_source
+    from amtl.data.splits import split_note
     from amtl.run.folders import holds_run
     from amtl.run.training import start
 
@@ -301,7 +303,7 @@ def train(
         f"{escape(config.label)}{escape(f' ({note})' if note else '')}",
         highlight=False,
     )
-    for line in source.notes:
+    for line in filter(None, [*source.notes, split_note(source.frame, config.split)]):
         console.print(f"  {escape(line)}", highlight=False)
     folder = out
     _train(
@@ -386,7 +388,9 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     table.add_column(style="dim")
     table.add_column()
     steps, tested = metrics["step_ms_median"], metrics["held_out"]["test"]
-    unseen = {k: v for k, v in metrics["unknown_test_values"].items() if v}
+    unused = metrics["unused_fields"]
+    unseen = {k: v for k, v in metrics["unknown_test_values"].items() if v and k not in unused}
+    about = f"about {metrics['packed_bytes']:,} bytes: " if "packed_bytes" in metrics else ""
     rows = {
         "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'], **tested)}  "
         f"(validation {metrics['val_auc']:.4f}, epoch {metrics['best_epoch']:.2f} of "
@@ -396,14 +400,16 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
         f"{metrics['dense_bytes']:,}",
         "chosen": choices(metrics) or "as given",
         "unseen": escape(", ".join(f"{k} {v:,}" for k, v in unseen.items())) or "no test value",
+        "not used": f"by this model: {escape(', '.join(unused))}" if unused else "",
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
         "run": escape(str(out)),
-        "to serve": f"amtl pack {escape(str(out))} -o FILE: the table, an MLP of "
-        f"{metrics['mlp_bytes']:,} bytes (half of it where 16 bits do) and vocabularies of about "
-        f"{metrics['vocabulary_bytes']:,}",
+        "to serve": f"amtl pack {escape(str(out))} -o FILE: {about}the table, an MLP of "
+        f"{metrics['mlp_bytes']:,} bytes (half of it where 16 bits do), vocabularies of about "
+        f"{metrics['vocabulary_bytes']:,}, and a header",
     }
     for key, value in rows.items():
-        table.add_row(key, value)
+        if value:
+            table.add_row(key, value)
     console.print(table)
     print_comparison(console, metrics)
 
@@ -451,7 +457,8 @@ def evaluate(
         encoded, what = trained.encoder.transform(source.frame, labels), data
         strange = list(trained.unseen_columns(source.frame, encoded).values())
     result = trained.evaluate(encoded)
-    unknown = {k: v for k, v in result["unknown_values"].items() if v}
+    unused = trained.encoder.unused()
+    unknown = {k: v for k, v in result["unknown_values"].items() if v and k not in unused}
     console.print(f"[bold]{escape(what)}[/]: {result['rows']:,} rows", highlight=False)
     area = _area(result["auc"], result["auc_error"], result["rows"], result["positive"])
     console.print(
@@ -461,6 +468,9 @@ def evaluate(
     if unknown:
         listed = ", ".join(f"{k} {v:,}" for k, v in unknown.items())
         text = f"values without a row of their own: {escape(listed)}"
+        console.print(text, style="dim", highlight=False)
+    if unused:
+        text = f"not used by this model: {escape(', '.join(unused))}"
         console.print(text, style="dim", highlight=False)
     for sentence in strange:
         console.print(escape(sentence), style="yellow", highlight=False)

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from amtl.cli import main
 from amtl.run.config import parse_budget
-from amtl.run.folders import holds_run, load_checkpoint
+from amtl.run.folders import holds_run, load_checkpoint, load_trained
 from amtl.store.files import read_json
 
 FAST = ["--dim", "4", "--epochs", "3", "--batch-size", "128"]
@@ -95,8 +95,9 @@ def test_train_writes_a_run_and_shows_it(runs, data, tmp_path, capsys):
     metrics, parquet = read_json(out / "metrics.json"), read_json(runs["amtl"] / "metrics.json")
     assert metrics["test_auc"] == parquet["test_auc"]
     words = " ".join(shown.split())
-    assert f"-o FILE: the table, an MLP of {metrics['mlp_bytes']:,} bytes" in words
-    assert f"vocabularies of about {metrics['vocabulary_bytes']:,}" in words
+    about = f"about {metrics['packed_bytes']:,} bytes: "
+    assert f"-o FILE: {about}the table, an MLP of {metrics['mlp_bytes']:,} bytes" in words
+    assert f"vocabularies of about {metrics['vocabulary_bytes']:,}, and a header" in words
     assert metrics["config"]["data"] == str(data.with_suffix(".csv").resolve())
 
 
@@ -243,6 +244,32 @@ def test_evaluate_and_pack_agree(runs, data, tmp_path, capsys):
         assert area in capsys.readouterr().out
         assert run("evaluate", target, data) == 0
         assert "600 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["fixed", "rule", "amtl"])
+def test_training_foretells_the_packed_size(runs, tmp_path, method):
+    packed = tmp_path / "m.safetensors"
+    assert run("pack", runs[method], "-o", packed) == 0
+    foretold = read_json(runs[method] / "metrics.json")["packed_bytes"]
+    assert foretold == pytest.approx(packed.stat().st_size, rel=0.05)
+
+
+def test_training_and_evaluation_count_the_same_values_as_unseen(data, tmp_path, capsys):
+    out, options = tmp_path / "run", ["--label", "label", "--fields", "user,item,tags,price"]
+    tight = [*FAST, "--method", "rule", "--budget", "0.05", "--bits", "32"]
+    assert run("train", data, *options, *tight, "--out", out) == 0
+    trained = " ".join(capsys.readouterr().out.split())
+    assert run("evaluate", out) == 0
+    evaluated = " ".join(capsys.readouterr().out.split())
+    counts = read_json(out / "metrics.json")["unknown_test_values"]
+    unused = read_json(out / "metrics.json")["unused_fields"]
+    assert unused and len(unused) < 4 and any(n for f, n in counts.items() if f not in unused)
+    listed = ", ".join(f"{f} {n:,}" for f, n in counts.items() if n and f not in unused)
+    assert f"unseen {listed} " in trained
+    assert f"values without a row of their own: {listed} " in f"{evaluated} "
+    assert f"not used by this model: {', '.join(unused)}" in trained
+    assert f"not used by this model: {', '.join(unused)}" in evaluated
+    assert load_trained(out).test_split().unknown == counts
 
 
 def test_inspect_shows_sizes(runs, tmp_path, capsys):

@@ -15,7 +15,7 @@ from amtl.data import movielens, registry, synthetic
 from amtl.data.encoding import Encoder
 from amtl.data.fields import FieldSpec, infer_fields
 from amtl.data.registry import load_source, named_sets
-from amtl.data.splits import split_rows
+from amtl.data.splits import split_note, split_rows
 from amtl.errors import UserError
 from amtl.run.config import OWN, TrainConfig
 
@@ -73,6 +73,8 @@ MOMENTS = pl.datetime_range(pl.datetime(2021, 12, 1), pl.datetime(2023, 2, 4), "
         MOMENTS.dt.replace_time_zone("UTC")
         .dt.convert_time_zone("Europe/Berlin")
         .dt.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        MOMENTS.dt.strftime("%d/%b/%Y:%H:%M:%S +0100"),
+        MOMENTS.dt.strftime("%a %b %d %H:%M:%S %Y"),
         pl.Series([str(i) for i in range(-200, 200)]),
         pl.Series([f"{i / 8:g}" for i in range(400)]),
         pl.Series([f"day{i:03}" for i in range(400)]),
@@ -86,9 +88,16 @@ def test_text_is_ordered_as_what_it_stands_for(texts, cast):
     assert frame["when"].dtype == cast
 
 
-def test_missing_moments_come_first():
-    texts = pl.Series(["NA", "", *DAYS.dt.strftime("%m/%d/%Y")], dtype=pl.String).to_frame("when")
-    assert torch.cat(split_rows(texts, "order:when")).tolist() == list(range(DAYS.len() + 2))
+def test_missing_moments_come_first_and_are_counted():
+    days = pl.Series("when", ["NA", "", *DAYS.dt.strftime("%m/%d/%Y")], dtype=pl.String)
+    numbers = [float("nan"), None, *map(float, range(400))]
+    for column in (days, pl.Series("when", numbers), pl.Series("when", numbers).cast(pl.Float32)):
+        frame = column.to_frame()
+        assert torch.cat(split_rows(frame, "order:when")).tolist() == list(range(len(column)))
+        told = "--split order:when: 2 rows have no when; they train"
+        assert split_note(frame, "order:when") == told
+        assert not split_note(frame[2:], "order:when")
+        assert not split_note(frame, "random") and not split_note(frame, "order:other")
 
 
 @pytest.mark.parametrize(

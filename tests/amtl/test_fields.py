@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import json
 import re
 import shlex
 
@@ -60,6 +61,68 @@ def test_whole_numbers_that_are_amounts_stay_numbers_and_are_said_to(name):
     assert spec(AMOUNTS[name], numeric={"x": "categorical"}).kind == "categorical"
 
 
+def whole(values):
+    return pl.Series("x", np.asarray(values).astype(np.int64))
+
+
+def drawn(values, rows=30_000, steep=1.0):
+    """Some values are popular, and which ones has nothing to do with their size."""
+    share = np.arange(1, len(values) + 1) ** -steep
+    return whole(rng.choice(rng.permutation(values), rows, p=share / share.sum()))
+
+
+CENTS = np.random.default_rng(4).lognormal(9.5, 1.3, 30_000)
+INCOMES = np.random.default_rng(5).lognormal(10.5, 0.6, 30_000)
+INTEGER_AMOUNTS = {
+    "cents": whole(CENTS),
+    "cents, few": whole(CENTS[:900]),
+    "cents, each its own": whole(CENTS[:2000] * 10),
+    "incomes in tens": whole(np.round(INCOMES, -1)),
+    "incomes, half of them in thousands": whole(
+        [round(x, -3 if i % 2 else 0) for i, x in enumerate(INCOMES)]
+    ),
+    "balances": whole(np.where(rng.random(30_000) < 0.08, 0, CENTS / 10 - 300)),
+    "cents with gaps": whole(CENTS).set(pl.Series(np.arange(30_000) % 9 == 0), None),
+}
+INTEGER_IDS = {
+    "dense": drawn(np.arange(5000)),
+    "seldom": drawn(np.arange(20_000), steep=0.2),
+    "sampled": drawn(rng.choice(10**7, 5000, replace=False)),
+    "hashed": drawn(rng.integers(-(2**63), 2**63 - 1, 3000)),
+    "hashed, unsigned": drawn(rng.integers(0, 2**63 - 1, 3000)).cast(pl.UInt64) + 2**63,
+    "growing, with new ones": whole(np.arange(30_000) // 4 + rng.integers(0, 900, 30_000)),
+    "thinning out": drawn((8e8 * rng.beta(0.5, 3, 9000)).astype(int), steep=0.8),
+    "mostly of films before 2010": drawn([*range(1, 8900, 2), *rng.integers(25_000, 190_000, 900)]),
+    "by popularity": whole(np.minimum(rng.zipf(1.3, 30_000), 3000)),
+    "by popularity, without end": whole(np.minimum(rng.zipf(1.3, 30_000), 2**40)),
+    "counts": whole(rng.exponential(300, N)),
+    "years": whole(rng.integers(1920, 2020, 1500)),
+}
+
+
+@pytest.mark.parametrize("name", INTEGER_AMOUNTS)
+def test_integers_that_cannot_be_ids_are_numbers_and_are_said_to_be(name):
+    field = spec(INTEGER_AMOUNTS[name])
+    assert field.kind == "bucket"
+    assert field.note.startswith("integers that thin out upward with gaps, as amounts do, ")
+    assert "--numeric x=categorical" in field.note
+    assert spec(INTEGER_AMOUNTS[name], default_numeric="standardise").kind == "standardise"
+    assert spec(INTEGER_AMOUNTS[name], numeric={"x": "categorical"}).kind == "categorical"
+
+
+@pytest.mark.parametrize("name", INTEGER_IDS)
+def test_integers_that_may_be_ids_are_ids_and_few_rows_of_each_are_told(name):
+    field = spec(INTEGER_IDS[name])
+    rows = len(INTEGER_IDS[name]) / INTEGER_IDS[name].n_unique()
+    assert field.kind == "categorical"
+    assert bool(field.note) == (rows < 20)
+    assert not field.note or field.note == (
+        f"integers, {rows:.1f} rows a value; --numeric x=bucket takes it as a number"
+    )
+    told = spec(INTEGER_IDS[name], default_numeric="standardise")
+    assert told.kind == "categorical" and "--numeric x=standardise" in told.note
+
+
 def test_numbers_with_a_fraction_need_no_word():
     assert (spec(rng.random(N)).kind, spec(rng.random(N)).note) == ("bucket", "")
     assert spec([decimal.Decimal(int(i)) / 4 for i in range(9)]).kind == "bucket"
@@ -87,7 +150,7 @@ def test_ids_that_a_float_has_merged_are_no_ids():
         ([f"k{i}" for i in range(N)], "unused", "--numeric x=categorical"),
         ([*range(N - 1), 0], "unused", "3,999 values in 4,000 rows: next to nothing to learn"),
         ([None, *range(N - 1)], "unused", "--numeric x=categorical keeps it"),
-        ([*range(N * 9 // 10), *[0] * (N // 10)], "categorical", ""),
+        ([*range(N * 9 // 10), *[0] * (N // 10)], "categorical", "integers, 1.1 rows a value"),
         (MOMENTS, "unused", "--numeric x=bucket takes it as a number"),
         (MOMENTS, "unused", "--split order:x trains on the earlier rows"),
         (MOMENTS[:999], "categorical", "999 dates or times, each its own; --numeric x=bucket"),
@@ -99,15 +162,21 @@ def test_ids_that_a_float_has_merged_are_no_ids():
         ),
         ([int(m.timestamp()) for m in MOMENTS[:999]], "categorical", "times since 1970, each its"),
         ([int(m.timestamp() * 1e3) for m in MOMENTS], "unused", "--split order:x trains"),
-        ([int(m.timestamp()) // 8 for m in MOMENTS[:999]], "categorical", ""),
+        (
+            [int(m.timestamp()) // 8 for m in MOMENTS[:999]],
+            "categorical",
+            "1.0 rows a value; --num",
+        ),
         ([f"{m:%Y-%m-%d}" for m in MOMENTS], "categorical", ""),
         ([f"{m:%Y-%m-%d %H}:00" for m in MOMENTS], "categorical", "--numeric x=bucket"),
-        (list(range(500)), "categorical", ""),
+        (list(range(500)), "categorical", "integers, 1.0 rows a value; --numeric x=bucket"),
+        (list(range(50)) * 9, "categorical", ""),
         ([[[1]], [[2]]], "unused", "no ids"),
         ([{"a": 1}, {"a": 2}], "unused", "no ids"),
         ([[0.5], [1.5]], "unused", "lists of numbers"),
         ([[1.0, 2.0], None], "bag", ""),
         (["a|b", "b|c", "c|a", "a|c", "b"], "bag", "--multi x="),
+        (["a|b", "b|c", "c", ""], "categorical", ""),
         ([True, False], "categorical", ""),
         ([b"\xff", b"\xfe"], "categorical", ""),
         ([dt.date(2020, 1, 1), dt.date(2020, 1, 2)], "categorical", ""),
@@ -224,6 +293,16 @@ def test_numbers_that_are_not_sure_stay_text(values, note, told):
     assert ("decimal point, and nothing between thousands" in str(error.value)) == bool(note)
 
 
+def test_what_keeps_a_column_from_being_numbers_is_named():
+    values = [*map(str, range(400)), "new", "old", "1a", "x"] * 5
+    note = spec(values).note
+    assert note.startswith("most values are numbers, but not 'new', 'old', '1a' and 1 more; ")
+    with pytest.raises(UserError, match="no number in 20 rows, such as 'new', 'old', '1a'; leave"):
+        spec(values, numeric={"x": "bucket"})
+    assert not spec([*map(str, range(400)), *"abcdefgh" * 30, *(f"h{i}" for i in range(200))]).note
+    assert spec([*map(str, range(400)), "-"], numeric={"x": "bucket"}).kind == "bucket"
+
+
 @pytest.mark.parametrize("name", ["Einkommen €", "a b", "it's"])
 def test_hints_are_quoted_for_the_shell(name):
     for values in (
@@ -237,6 +316,34 @@ def test_hints_are_quoted_for_the_shell(name):
         note = infer_fields(series.to_frame(), [name])[0].note
         hints = re.findall(r"--(?:numeric|multi|split) (.*?)(?=$|--)", note)
         assert hints and all(name in shlex.split(hint)[0] for hint in hints)
+
+
+@pytest.mark.parametrize("dump", [str, json.dumps])
+@pytest.mark.parametrize("one", ["{}", "t{}", "it's {}"])
+def test_lists_that_are_written_as_text_are_bags(dump, one):
+    lists = [rng.choice(40, k, replace=False).tolist() for k in rng.integers(0, 4, N)]
+    lists = [[int(i) if one == "{}" else one.format(i) for i in tags] for tags in lists]
+    column = pl.Series("x", [None, *map(dump, lists)])
+    field = spec(column)
+    assert (field.kind, field.separator) == ("bag", "[]")
+    assert field.note.startswith("lists such as ") and "--multi x= keeps them whole" in field.note
+    told = spec(column, separators={"x": ","})
+    assert (told.kind, told.separator) == ("bag", "[]")
+    assert spec(column, separators={"x": ""}).kind == "categorical"
+    for specs in ([field], [told]):
+        encoder = Encoder.from_tensors(*Encoder.fit(column.to_frame(), specs).to_tensors())
+        assert encoder.num_rows == 41
+    assert not spec(["[deleted]", "[0.5]", "[a"] * N).note
+
+
+def test_spaces_around_values_make_no_other_values():
+    for sign, kind in (("|", "bag"), (",", "categorical")):
+        values = [f"{sign} ".join(rng.choice(TAGS, 4)) + sign for _ in range(900)]
+        field = spec(values)
+        assert field.kind == kind and "--multi x=" in field.note
+        field = spec(values, separators={"x": sign})
+        frame = pl.DataFrame({"x": values})
+        assert Encoder.fit(frame, [field]).num_rows == len(TAGS) + 1
 
 
 def test_names_and_sentences_do_not_look_joined():
@@ -348,6 +455,10 @@ def test_text_where_numbers_were():
         (["Click", "NoClick", "NoClick"], [1, 0, 0]),
         (["not clicked", "clicked", "clicked"], [0, 1, 1]),
         (["True", "False", "True"], [1, 0, 1]),
+        (["Yes", "no", "yes", "No "], [1, 0, 1, 0]),
+        (["1", "false", "0", "true", "TRUE"], [1, 0, 0, 1, 1]),
+        (["un_der", "der"], [0, 1]),
+        (["Inactive", "Active", "unactive"][1:], [1, 0]),
         (["1", "0", "1"], [1, 0, 1]),
         ([-1, 1, -1], [0, 1, 0]),
         (["-1", "+1", "+1"], [0, 1, 1]),
@@ -374,6 +485,9 @@ def test_obvious_pairs_of_labels(values, positives):
         ([4.0, float("nan"), 1.0], 3.0, None, "missing in 1 rows"),
         (["a", "b", "c"], None, None, "--label-positive VALUE"),
         (["good", "bad"], None, None, "--label-positive VALUE"),
+        (["now", "w"], None, None, "holds 2 texts such as 'now', 'w'; --label-positive VALUE"),
+        (["under", "der"], None, None, "--label-positive VALUE"),
+        (["yes", "no", "1"], None, None, "--label-positive VALUE"),
         (["yes", "no", "NA"], None, None, "'NA' in 1 rows, by its look missing.*--label-positive"),
         (["1", "NA", "0", "NA"], None, None, "'NA' in 2 rows, by its look missing"),
         (["a", "b"], 1.0, None, "--label-positive VALUE"),

@@ -70,6 +70,28 @@ def test_a_folder_of_parquet(tmp_path):
     assert read_file(tmp_path).frame.equals(TABLE)
 
 
+def test_parts_of_a_folder_may_differ_in_what_makes_no_difference(tmp_path):
+    a = pl.DataFrame({"u": [1, 2], "c": [None, None], "k": ["x", "y"], "y": [0, 1]})
+    b = pl.DataFrame({"k": ["z"], "y": [1], "c": ["q"], "u": [2**40]})
+    b = b.cast({"k": pl.Categorical})
+    a.cast({"u": pl.Int32}).write_parquet(tmp_path / "a.parquet")
+    b.write_parquet(tmp_path / "b.parquet")
+    rows = [(1, None, "x", 0), (2, None, "y", 1), (2**40, "q", "z", 1)]
+    assert read_file(tmp_path).frame.rows() == rows
+    pl.DataFrame({"u": ["7"]}).write_parquet(tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"'u' is Int32 in '.*a.parquet' and String in '.*d.par"):
+        read_file(tmp_path)
+
+
+def test_a_folder_of_folders_has_what_these_say(tmp_path):
+    for i, folder in enumerate(["n=1/day=2024-01-01", "n=2/day=a%20b", "n=2/_temporary/day=x"]):
+        (tmp_path / folder).mkdir(parents=True)
+        TABLE[i : i + 1].write_parquet(tmp_path / folder / "p.parquet")
+    frame = read_file(tmp_path).frame
+    assert frame.columns == ["x", "y", "n", "day"]
+    assert frame.rows() == [(1, "a", 1, "2024-01-01"), (2, "b", 2, "a b")]
+
+
 def read(tmp_path, content, name="a.csv"):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_file(tmp_path / name)
@@ -148,12 +170,61 @@ def test_numbers_with_gaps_are_numbers_whatever_stands_for_a_gap(tmp_path):
     assert notes == ("'NA', '?' is a missing number in i, f",)
 
 
+@pytest.mark.parametrize("gap", ['""', '" "', "<NA>", "-", "(null)", "unknown", "missing"])
+def test_what_programs_write_for_a_missing_number_is_one(tmp_path, gap):
+    rows = [gap if i % 4 == 0 else f'"{i}.5"' for i in range(40)]
+    contents = read(tmp_path, '"p","t"\n' + "".join(f'{p},"a"\n' for p in rows))
+    assert contents.frame["p"].to_list() == [None if i % 4 == 0 else i + 0.5 for i in range(40)]
+    told = gap.strip('" ')
+    assert contents.notes == ((f"{told!r} is a missing number in p",) if told else ())
+
+
+def test_one_or_two_rare_texts_among_numbers_are_missing_numbers(tmp_path):
+    def column(*odd):
+        cells = [*odd, *map(str, range(40 - len(odd)))]
+        return read(tmp_path, "p,q\n" + "".join(f"{cell},1\n" for cell in cells))
+
+    contents = column("n.d.", "tbd", "n.d.", "tbd")
+    assert contents.frame["p"].dtype == pl.Int64 and contents.frame["p"].null_count() == 4
+    assert contents.notes == ("'n.d.', 'tbd' is a missing number in p",)
+    for odd in (["n.d."], ["a"] * 5, ["a", "b", "c"] * 2, ["A1", "A1"]):
+        assert column(*odd).frame["p"].dtype == pl.String
+    long = [str(10**25), str(10**25 + 1)] * 20
+    text = "p,q\n" + "".join(f"{cell},1\n" for cell in [*long, "-"])
+    assert read(tmp_path, text).frame["p"].to_list() == [*long, "-"]
+
+
+def test_spaces_after_numbers_are_left_out(tmp_path):
+    contents = read(tmp_path, "p,q,t\n3,1,a \n3 ,2, b\n 4 ,,c\n")
+    assert contents.frame.rows() == [(3, 1, "a "), (3, 2, " b"), (4, None, "c")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_are_no_rows(tmp_path, end):
+    lines = ["", "u,t,y", "1,a,0", "", '2,"b\n\nc",1', "", ""]
+    frame = read(tmp_path, end.join(lines)).frame
+    assert frame.rows() == [(1, "a", 0), (2, "b\n\nc", 1)]
+    assert read(tmp_path, "y,t\n1,\n0,b\n").frame.rows() == [(1, None), (0, "b")]
+
+
+def test_lines_that_end_in_cr_are_lines(tmp_path):
+    text = TABLE.write_csv().replace("\n", "\r").encode()
+    assert read(tmp_path, text).frame.equals(TABLE)
+    assert read(tmp_path, gzip.compress(text), "a.csv.gz").frame.equals(TABLE)
+
+
 def test_a_column_without_a_name_has_one(tmp_path):
     contents = read(tmp_path, '"",x,\n1,5,a\n2,6,b\n')
     assert contents.frame.columns == ["c0", "x", "c2"]
     assert contents.notes == ("columns without a name: c0, c2",)
     with pytest.raises(UserError, match="names 'c0' more than once"):
         read(tmp_path, ",c0\n1,2\n")
+
+
+def test_a_header_of_numbers_is_told_not_to_be_one(tmp_path):
+    frame = read(tmp_path, "2019,2020,target\n3,4,yes\n5,6,no\n").frame
+    with pytest.raises(UserError, match="in which no header was found, has no column 'target'"):
+        require_columns(frame.columns, ["target"], "the data")
 
 
 @pytest.mark.parametrize("text", ["a,b\nx,y\n", "2019,b\nx,1\n", "a,2020\n1,2\n", "a,b\n"])
@@ -205,6 +276,8 @@ def test_ids_beyond_int64(tmp_path):
             b'a,b\n1,2\n"1\n",2\n1,2,3\n',
             "cannot read.*line 5 has 3 columns, the first 2; put a value that holds commas in",
         ),
+        ("a.csv", b"y,b,c\n1,2,3\n0,5\n1\n0,,\n", r"line 3 has 2 .* first 3 \(2 lines are too sh"),
+        ("a.csv", b'y,b\n1,"2\n3"\n0\n', "line 4 has 1 columns, the first 2; delete it, or end it"),
         ("a.csv", b"# of 2024\na,b\n1,2\n3,4\n", "it begins with a comment; .*sed '/"),
         ("a.tsv", b'a\tb\n1\tc\n2\tc "q\n3\td\n', "line 3 has a quotation mark without its"),
         ("a.tsv", b'a\tb\n1\t"c\n2\td\n3\te\n', "line 2 has a quotation mark without its"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import time
 
 import numpy as np
@@ -398,6 +399,48 @@ def test_true_is_one_only_where_nothing_but_one_and_zero_is_known():
 )
 def test_what_is_another_value_stays_unknown(known, text):
     assert Vocabulary.build(known).encode_counted([text])[1] == 1
+
+
+@pytest.mark.parametrize("sign", ["|", ",", ";", "$", "::"])
+def test_values_of_a_text_have_no_spaces_around_and_are_not_empty(sign):
+    plain = [["t 1", "t2"], ["t2"], [], ["t2", "t3"], []]
+    texts = [f"t 1 {sign} t2", f" t2{sign}", f" {sign} ", f"{sign}t2{sign} {sign}t3\t", ""]
+    vocab = Vocabulary.build(pl.Series([*texts, None]), separator=sign)
+    assert vocab.values == ["t2", "t 1", "t3"]
+    rows, offsets, unknown = vocab.encode_bags(pl.Series(texts))
+    expected = vocab.encode_bags(pl.Series([sign.join(values) for values in plain]))
+    assert torch.equal(rows, expected[0]) and torch.equal(offsets, expected[1]) and not unknown
+    assert offsets.diff().tolist() == list(map(len, plain))
+
+
+def test_a_stored_vocabulary_splits_as_it_did():
+    """With values that are empty and have spaces around, of a file that does not say otherwise."""
+    trained = Vocabulary("x", ["t1", " t2", ""], torch.tensor([3, 2, 1, 0]), 3, separator="|")
+    tensors, meta = trained.to_tensors()
+    del meta["trimmed"]
+    for _ in range(2):
+        stored = Vocabulary.from_tensors(tensors, meta)
+        assert stored.encode_bags(["t1| t2|", "t1 "])[0].tolist() == [0, 1, 2, 3]
+        tensors, meta = stored.to_tensors()
+    again = Vocabulary.from_tensors(*Vocabulary.build(["t1| t2"], separator="|").to_tensors())
+    assert again.encode_bags(["t2 |"])[2] == 0
+
+
+def test_lists_that_are_written_as_text_are_those_lists():
+    lists = [["A", "it's, so"], ['say "é"', "A"], [], None, ["B|C"]]
+    python = [None if v is None else str(v) for v in lists]
+    dumped = [None if v is None else json.dumps(v) for v in lists]
+    expected = Vocabulary.build(pl.Series(lists)).encode_bags(pl.Series(lists))
+    for known in (python, dumped):
+        vocab = Vocabulary.build(known, separator="[]")
+        for texts in (python, dumped, lists):
+            rows, offsets, unknown = vocab.encode_bags(pl.Series(texts))
+            assert torch.equal(rows, expected[0]) and torch.equal(offsets, expected[1])
+            assert not unknown
+        assert vocab.encode_bags(["[null, \" A \", '', None]"])[1].tolist() == [0, 1]
+        assert vocab.encode_bags(["A"])[2] == 0
+    vocab = Vocabulary.build(pl.Series([[1, 2], [2], [1]]))
+    assert vocab.encode_bags(["[1, 2]", "[2.0]", "[]"])[0].tolist() == [0, 1, 1]
 
 
 def test_text_is_split_where_training_had_lists():

@@ -271,6 +271,10 @@ class Encoder:
         total = int(vocabulary.counts.sum())
         return int(vocabulary.counts[vocabulary.oov_row]) / total if total else 1.0
 
+    def unused(self) -> list[str]:
+        """Embedded fields all values of which share one row, so that they say nothing."""
+        return [name for name, size in zip(self.names, self.field_sizes, strict=True) if size == 1]
+
     def examples(self, name: str, column: pl.Series) -> tuple[Any, Any]:
         """A value of an embedded field's column that is unseen, and the most frequent known one.
 

@@ -13,7 +13,7 @@ import polars as pl
 from amtl.data import notation
 from amtl.data.readers import require_columns
 from amtl.data.splits import names_parts
-from amtl.data.vocabulary import exact_ids
+from amtl.data.vocabulary import WRITTEN_LISTS, are_written_lists, exact_ids, split
 from amtl.errors import UserError
 
 Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
@@ -25,11 +25,21 @@ _ENOUGH_ROWS = 20
 _CROWDED_BELOW = 0.8
 """Share of distinct values in the lower half of their range from which they count as amounts."""
 _NEARLY_UNIQUE = 0.9
+_SPARSE_BELOW = 0.3
+"""Share of the whole numbers of a range that amounts have; ids are dense, or evenly spread."""
+_FAVOURITES = 0.01
+_FAVOURED_BELOW = 0.25
+"""Share of the rows that amounts leave to the 1 % most frequent ones, but for round ones."""
+_ALIKE_BELOW = 1.5
+"""How much neighbours' counts differ among amounts, by chance alone 1 at most; ids, some of which
+are popular, come to 3 and more."""
 _JOINED_BY = {";": 0.5, ",": 0.5, " ": 0.05}
 """What text may join values by beside bars, which are taken for that: told of where the parts are
 so few of the whole values that they come again. Names of people and places have spaces."""
-_IDS = r"^\d+(?:[;, ]\d+)*$"
+_IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
+_MOSTLY = 0.8
+"""Share of distinct texts that are numbers from which it is told that the others are none."""
 _REWRITE = "write the column with a decimal point, and nothing between thousands"
 _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
@@ -49,8 +59,8 @@ class FieldSpec:
             averaged), `bucket` (a number, cut at training quantiles into categories),
             `standardise` (a number, scaled to mean 0 and deviation 1, without embedding) or
             `unused` (left out).
-        separator: of a `bag` held as strings. None for one held as lists; text that comes in their
-            place is split at `|`.
+        separator: of a `bag` held as strings, `[]` where these are lists as Python or JSON writes
+            them. None for one held as lists; text that comes in their place is split at `|`.
         buckets: number of quantile buckets.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
@@ -75,8 +85,9 @@ def infer_fields(
 ) -> list[FieldSpec]:
     """Decides how each column enters the model; what is guessed has a note.
 
-    Lists are bags, and so are strings that hold the separator `|` if splitting leaves fewer
-    distinct values. Numbers with a fraction are numbers (`default_numeric`), and so is text of
+    Lists are bags, and so are strings that all are lists of strings or whole numbers as Python or
+    JSON writes them, or that hold the separator `|` if splitting leaves fewer distinct values.
+    Numbers with a fraction are numbers (`default_numeric`), and so is text of
     which each value is one with thousands set apart, a decimal comma, or the same currency or per
     cent sign, where that is sure. All else is categorical, with these exceptions:
 
@@ -87,6 +98,10 @@ def infer_fields(
       the distinct ones lie in the lower half of their range (from its 1st to its 99th
       percentile), where ids would be spread evenly.
     - Whole numbers too large for the float that holds them are numbers: ids would be merged.
+    - Integers are amounts where they cannot well be ids: many, with few rows a value and thinning
+      out upward likewise, and besides sparse in their range (under 30 % of it), and about as
+      frequent as their neighbours, where some ids are popular. Other integers of many values and
+      few rows a value have a note.
     - Columns with a single value, or of a type that has no ids, are left out, and from 1,000 rows
       on categorical columns of which nearly every row (90 %) has its own value: a model of all
       training rows learns them by heart, and a test row has none of them.
@@ -145,18 +160,30 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
         return spec
     spelled = notation.find(column) if column.dtype in _TEXT else None
     if spelled is None or not spelled.decimal:
-        doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else ""
+        doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else _odd_values(column)
         raise UserError(
             f"{_numeric(column.name, treatment)}: the column is {column.dtype}, no number{doubt}"
         )
     return replace(spec, decimal=spelled.decimal)
 
 
+def _odd_values(column: pl.Series) -> str:
+    """What of a column of text is no number, for a message."""
+    if column.dtype not in _TEXT:
+        return ""
+    odd = notation.odd(column.cast(pl.String), ".")
+    shown = ", ".join(map(repr, odd.unique(maintain_order=True)[:3]))
+    return f" in {len(odd):,} rows, such as {shown}; leave empty what is missing" if shown else ""
+
+
 def _apart(column: pl.Series, separator: str) -> FieldSpec:
     """A column that is taken apart, or kept whole if there is no separator."""
     note = ""
     text = column.cast(pl.String) if column.dtype in _TEXT else pl.Series([], dtype=pl.String)
-    if separator and len(text) and not text.str.contains(separator, literal=True).any():
+    if separator and are_written_lists(text):
+        separator = WRITTEN_LISTS
+        note = f"lists such as {_shown(column)}, read as such"
+    elif separator and len(text) and not text.str.contains(separator, literal=True).any():
         note = f"no value holds the separator {separator!r}, so each is one; --multi "
         note += f"{shlex.quote(f'{column.name}=;')} would name another"
     return FieldSpec(
@@ -191,6 +218,10 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
     note = ""
     if dtype in _TEXT:
         values = column.cast(pl.String).drop_nulls().unique(maintain_order=True)
+        if are_written_lists(values):
+            note = f"lists such as {_shown(column)} are several values; "
+            note += f"--multi {shlex.quote(f'{name}=')} keeps them whole"
+            return FieldSpec(name, "bag", WRITTEN_LISTS, note=note)
         if _holds_lists(values, "|"):
             note = f"strings such as {_shown(column, '|')} hold several values; "
             note += f"--multi {shlex.quote(f'{name}=')} keeps them whole"
@@ -213,7 +244,12 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
             apart = f", --multi {shlex.quote(f'{name}=,')} takes it apart"
             remedy = f"{_numeric(name, 'bucket')} reads it{apart}" if spelled.decimal else _REWRITE
             note = f"{spelled.doubt}: {remedy}"
-    spec = _keys_left_out(FieldSpec(name), column)
+        if not note and not spelled and (odd := _few_odd(values)):
+            note = f"most values are numbers, but not {odd}; were those empty, it would be one"
+    amount = _integer_amount(column, default_numeric) if dtype.is_integer() else None
+    spec = amount or _keys_left_out(FieldSpec(name), column)
+    if dtype.is_integer() and not spec.note:
+        spec = replace(spec, note=_integer_note(spec, column, default_numeric))
     return replace(spec, note="; ".join(filter(None, [note, spec.note])))
 
 
@@ -239,16 +275,74 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
     if len(distinct) > number.buckets:
         if len(distinct) > _NEARLY_UNIQUE * len(whole) and len(whole) >= _ROWS_TO_JUDGE_BY:
             return replace(number, note=f"nearly every row has its own value; {ids}")
-        low, high = (float(distinct.quantile(q) or 0.0) for q in (0.01, 0.99))
-        inside = distinct.filter((distinct >= low) & (distinct <= high))
-        lower = float((inside <= (low + high) / 2).mean() or 0.0)  # type: ignore[arg-type]
-        if rows < _ENOUGH_ROWS and lower >= _CROWDED_BELOW:
+        if rows < _ENOUGH_ROWS and _spread(distinct)[0] >= _CROWDED_BELOW:
             note = f"whole numbers that thin out upward, as amounts do, {rows:.1f} rows a value"
             return replace(number, note=f"{note}; {ids}")
     note = (
         f"whole numbers held as {_type(column)}; {_numeric(name, 'bucket')} takes them as amounts"
     )
     return FieldSpec(name, note=note)
+
+
+def _spread(distinct: pl.Series) -> tuple[float, float]:
+    """Shares of numbers in the lower half of their range, and of its whole numbers that they are.
+
+    The range is that from their 1st to their 99th percentile.
+    """
+    low, high = (float(distinct.quantile(q) or 0.0) for q in (0.01, 0.99))
+    inside = distinct.filter((distinct >= low) & (distinct <= high))
+    lower = float((inside <= (low + high) / 2).mean() or 0.0)  # type: ignore[arg-type]
+    return lower, len(inside) / (high - low + 1)
+
+
+def _integer_amount(column: pl.Series, default_numeric: str) -> FieldSpec | None:
+    """The spec of integers that cannot well be ids, see `infer_fields`; None for others."""
+    number = FieldSpec(column.name, default_numeric)  # type: ignore[arg-type]
+    if default_numeric == "categorical" or not _is_scattered(column):
+        return None
+    found = column.drop_nulls().rename("value").value_counts(name="count").sort("value")
+    lower, filled = _spread(found["value"].cast(pl.Float64))
+    if lower < _CROWDED_BELOW or filled >= _SPARSE_BELOW:
+        return None
+    counts = found["count"].cast(pl.Float64)
+    rows = float(counts.sum())
+    favourite = counts.rank("ordinal") > len(counts) * (1 - _FAVOURITES)
+    # Amounts heap at round numbers, ids do not.
+    favoured = float(counts.filter(favourite & (found["value"] % 10 != 0)).sum())
+    others = counts.filter(~favourite)
+    apart = float((others.diff().drop_nulls() ** 2).sum())
+    alike = apart <= _ALIKE_BELOW * float((others[1:] + others[:-1]).sum())
+    if favoured >= _FAVOURED_BELOW * rows or not alike:
+        return None
+    note = f"integers that thin out upward with gaps, as amounts do, {rows / len(counts):.1f} rows "
+    return replace(number, note=f"{note}a value; {_numeric(column.name, 'categorical')} for ids")
+
+
+def _integer_note(spec: FieldSpec, column: pl.Series, default_numeric: str) -> str:
+    """What integers were taken as, where they may be something else or numbers were spoken of."""
+    treatment = "standardise" if default_numeric == "standardise" else "bucket"
+    other = f"{_numeric(spec.name, treatment)} takes it as a number"
+    if _is_scattered(column):
+        rows = (len(column) - column.null_count()) / _distinct(column)
+        return f"integers, {rows:.1f} rows a value; {other}"
+    if default_numeric == "standardise" and _distinct(column) > 2:
+        return f"integers; {other}"
+    return ""
+
+
+def _is_scattered(column: pl.Series) -> bool:
+    """Whether a column has more values than buckets, and few rows for each."""
+    distinct = _distinct(column)
+    few = len(column) - column.null_count() < _ENOUGH_ROWS * distinct
+    return distinct > FieldSpec.buckets and few
+
+
+def _few_odd(values: pl.Series) -> str:
+    """Some of the distinct texts that are no numbers, where 80 % and more than 64 are."""
+    odd = notation.odd(values, ".")
+    if len(values) - len(odd) <= max(FieldSpec.buckets, _MOSTLY * len(values)) or not len(odd):
+        return ""
+    return ", ".join(map(repr, odd[:3])) + (f" and {len(odd) - 3:,} more" if len(odd) > 3 else "")
 
 
 def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
@@ -389,5 +483,6 @@ def _holds_lists(
     """
     if not values.str.contains(separator, literal=True).any():
         return False
-    parts = values.str.split(separator).explode()
+    values = values.filter(values.str.strip_chars() != "")
+    parts = split(values, separator).explode().drop_nulls()
     return parts.n_unique() < (len(parts) / 2 if ids else share * len(values))

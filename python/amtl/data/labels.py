@@ -28,6 +28,13 @@ _PAIRS = {
 }
 """Negative and positive values that need no explanation."""
 
+_SAID_NO_TO = re.compile(
+    "(?:click|convert|conversion|purchase|buy|bought|order|sale|sold|pay|paid|view|watch|like|"
+    "instal|subscri|active|churn|fraud|spam|default|respon|return|know|success)"
+)
+"""How words begin of which no, non, not and un before them, without a space, make the opposite."""
+_ONE_SPELLING = {"false": "0", "true": "1"}
+
 
 def read_labels(
     frame: pl.DataFrame, column: str, threshold: float | None = None, positive: str | None = None
@@ -38,7 +45,7 @@ def read_labels(
         frame: the data.
         column: booleans, numbers, or text. Without the two arguments below it must hold an obvious
             pair: 0 and 1, -1 and 1, 1 and 2, or text such as "no" and "yes", "noclick" and
-            "click".
+            "click", in whatever case.
         threshold: a sample is positive if its number is at least this.
         positive: a sample is positive if its value is this one.
 
@@ -117,6 +124,12 @@ def _number_pair(values: pl.Series, numbers: pl.Series) -> tuple[pl.Series, str]
 
 def _text_pair(values: pl.Series) -> tuple[pl.Series, str]:
     distinct = sorted(values.unique().to_list())
+    if len(distinct) > 2:
+        lower = values.str.strip_chars().str.to_lowercase()
+        for folded in (lower, lower.replace(_ONE_SPELLING)):
+            pair = sorted(folded.unique().to_list())
+            if len(pair) == 2 and (_obvious(*pair) or _obvious(*pair[::-1])):
+                return _text_pair(folded)
     if len(distinct) == 2:
         for negative, positive in (distinct, distinct[::-1]):
             if _obvious(negative, positive):
@@ -142,8 +155,13 @@ def _obvious(negative: str, positive: str) -> bool:
     low, high = (text.strip().lower() for text in (negative, positive))
     if (low, high) in _PAIRS:
         return True
-    low, high = (re.sub(r"[\W_]", "", text) for text in (low, high))
-    return bool(high) and low in {prefix + high for prefix in ("no", "non", "not", "un")}
+    plain, known = re.sub(r"[\W_]", "", high), _SAID_NO_TO.match(high)
+    for prefix in ("no", "non", "not", "un"):
+        rest = low.removeprefix(prefix)
+        apart = known or re.match(r"[\W_]", rest)
+        if rest != low and apart and plain and re.sub(r"[\W_]", "", rest) == plain:
+            return True
+    return False
 
 
 def _equal(values: pl.Series, positive: str) -> pl.Series:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
+from urllib.parse import unquote
 
 import numpy as np
 import polars as pl
@@ -29,6 +30,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _SAMPLE = 1 << 16
 _BEFORE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before the first sign of a text: a byte order mark, and spaces."""
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _KINDS_OF_JSON = {bool: "booleans", list: "lists", dict: "objects"}
 
 
@@ -75,10 +77,7 @@ def read_file(path: Path | str) -> Contents:
     kind = suffixes[-1] if suffixes else ""
     try:
         if path.is_dir():
-            parts = sorted(path.glob("*.parquet"))
-            if not parts:
-                raise UserError(f"the folder {str(path)!r} holds no .parquet file")
-            return Contents(pl.concat([_parquet(part) for part in parts]))
+            return Contents(_folder(path))
         if kind in _PARQUET:
             return Contents(_parquet(_plain(path)))
         if kind in _ARROW:
@@ -211,6 +210,50 @@ def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
     return frame
 
 
+def _folder(path: Path) -> pl.DataFrame:
+    """The Parquet files of a folder; or of those in it, with what these say (`day=1/a.parquet`)."""
+    files = sorted(path.glob("*.parquet")) or sorted(path.rglob("*.parquet"))
+    files = [file for file in files if not any(p[:1] in "._" for p in file.relative_to(path).parts)]
+    if not files:
+        raise UserError(f"the folder {str(path)!r} holds no .parquet file")
+    frames: list[pl.DataFrame] = []
+    first: dict[str, tuple[Any, Path]] = {}
+    named: set[str] = set()
+    for file in files:
+        frame = _parquet(file)
+        for folder in file.relative_to(path).parts[:-1]:
+            name, equals, value = folder.partition("=")
+            if equals and name not in frame.columns:
+                said = None if value == _HIVE_NULL else unquote(value)
+                frame = frame.with_columns(pl.lit(said, pl.String).alias(name))
+                named.add(name)
+        for name, dtype in frame.schema.items():
+            known, other = first.get(name, (pl.Null, file))
+            if known == pl.Null:
+                first[name] = dtype, file
+            elif dtype != pl.Null and _family(dtype) != _family(known):
+                raise UserError(
+                    f"column {name!r} is {known} in {str(other)!r} and {dtype} in {str(file)!r}; "
+                    "write it as one type"
+                )
+        frames.append(frame)
+    whole = pl.concat(frames, how="diagonal_relaxed")
+    for name in named:
+        numbers = whole[name].cast(pl.Int64, strict=False)
+        if numbers.cast(pl.String).equals(whole[name], null_equal=True):
+            whole = whole.with_columns(numbers)
+    return whole
+
+
+def _family(dtype: Any) -> Any:
+    """Types of a family have one that holds the values of both."""
+    if dtype.is_numeric():
+        return "numbers"
+    if dtype in (pl.String, pl.Categorical, pl.Enum):
+        return "text"
+    return dtype.base_type() if dtype.is_nested() or dtype.is_temporal() else dtype
+
+
 def _arrow(source: Path | io.BytesIO) -> pl.DataFrame:
     """Feather, which is Arrow's file format, or a stream."""
     with pa.input_stream(source if isinstance(source, io.BytesIO) else str(source)) as stream:
@@ -246,6 +289,8 @@ def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -
     """Raises a UserError naming the columns of `wanted` that are not `present`."""
     missing = [name for name in wanted if name not in present]
     if missing:
+        if list(present) == [f"c{i}" for i in range(len(present))]:
+            where += ", in which no header was found,"
         raise UserError(
             f"{where} has no column {', '.join(map(repr, missing))}; its columns are "
             f"{listed(present)}"

@@ -33,7 +33,7 @@ _DATES = (
 _CLOCKS = ("", " %H:%M", " %H:%M:%S%.f", " %I:%M %p", " %I:%M:%S %p")
 _FORMATS = (
     *(date + clock for date in _DATES for clock in _CLOCKS),
-    *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z"),
+    *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
 )
 
 
@@ -61,8 +61,9 @@ def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Te
     Args:
         frame: the data.
         how: `"random"` (80, 10 and 10 %, shuffled by `seed`), `"order:COLUMN"` (the first 80 % in
-            ascending order of that column train, the last 10 % test; ties stay in file order, and
-            text is sorted as the numbers, dates or times that it stands for) or
+            ascending order of that column train, the last 10 % test; ties stay in file order, text
+            is sorted as the numbers, dates or times that it stands for, and rows without come
+            first) or
             `"column:COLUMN"` (it names the part of each row: train, valid, test; without valid a
             tenth of the training rows, drawn by `seed`, validates).
         seed: of what is drawn.
@@ -96,14 +97,25 @@ def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Te
     return order[:first], order[first:second], order[second:]
 
 
+def split_note(frame: pl.DataFrame, how: str) -> str:
+    """What there is to say about a split of these rows; empty if nothing."""
+    column = split_column(how)
+    if not how.startswith("order:") or column not in frame.columns:
+        return ""
+    missing = _in_order(frame[column], how).null_count()
+    return f"--split {how}: {missing:,} rows have no {column}; they train" if missing else ""
+
+
 def _in_order(column: pl.Series, how: str) -> pl.Series:
-    """What to sort a column by: itself, or what its text stands for."""
+    """What to sort a column by, itself or what its text stands for; null where that is missing."""
     if column.dtype not in (pl.String, pl.Categorical):
-        return column
+        return column.fill_nan(None) if column.dtype.is_float() else column
     texts = column.cast(pl.String).str.strip_chars()
     texts = texts.set(texts.is_in(["", *MISSING]), None)
     texts = texts.str.replace_all(r"\s+", " ").str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ")
     texts = texts.str.replace(r"(:\d\d(?:\.\d+)?) ?(?:Z|UTC)$", "$1")
+    texts = texts.str.replace(r"^[A-Z]\w\w (\w{3}) (\d\d?) ([\d:]{8}) (\d{4})$", "$2 $1 $4 $3")
+    texts = texts.str.replace(r"^(\d\d?)/(\w{3})/(\d{4}):(\d\d:)", "$1 $2 $3 $4")
     texts = texts.str.replace(r"(\d{4}), (\d)", "$1 $2")
     distinct = texts.drop_nulls().unique(maintain_order=True)
     whole = distinct.cast(pl.Int64, strict=False)

@@ -18,8 +18,15 @@ _SEPARATORS = (",", "\t", ";", "|")
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _LINES = 100
 _PADDED = r"^[+-]?0\d+$"
-MISSING = ("NA", "N/A", "n/a", "na", "#N/A", "NaN", "nan", "NULL", "null", "None", "?", ".", "\\N")
+_LONG = r"^[+-]?\d{16,}$"
+"""Integers that floats do not hold exactly."""
+MISSING = (
+    *("NA", "N/A", "n/a", "na", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "(null)", "None"),
+    *("none", "unknown", "Unknown", "missing", "Missing", "?", ".", "-", "--", "\\N"),
+)
 """What stands for a missing number in text that other programs write."""
+_MARKED_BELOW = 0.1
+"""Share of the rows up to which one or two other texts stand for missing numbers."""
 
 
 def read(
@@ -34,15 +41,22 @@ def read(
         where: the file's name, for messages.
 
     Returns:
-        The table, and notes on what was guessed. A column without a name is `c` and its position,
-        from 0; one of numbers in which `NA` or its like stands for missing ones is one of numbers;
-        one of integers some of which have leading zeros is text, as 7 and 007 are two ids.
+        The table, and notes on what was guessed. Blank lines are left out. A column without a name
+        is `c` and its position, from 0; one of numbers in which `NA` or its like stands for missing
+        ones is one of numbers, and so is one of which up to 10 % are one or two other texts,
+        without digits, that recur; one of integers some of which have leading zeros is text, as 7
+        and 007 are two ids.
 
     Raises:
         UserError: for a header that names a column twice, and lines that cannot be parsed; the
             message says which and what to do.
     """
     notes = []
+    if "\r" in first and "\n" not in first:
+        source = io.BytesIO(_content(source).replace(b"\r", b"\n"))
+        first = first.replace("\r", "\n")
+    if first[:1] in ("\r", "\n"):
+        source = io.BytesIO(_content(source).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
     found = find_separator(first, separator)
     if found != separator:
         notes.append(f"columns are separated by {_NAMES[found]}")
@@ -77,6 +91,12 @@ def read(
         names = [f"c{i}" for i in range(frame.width)]
     if len(names) == frame.width:
         frame.columns = names
+    if frame.width > 1 and frame.height and frame[:, -1].null_count():
+        content = _content(source)
+        if told := _short_lines(content, found, frame.width):
+            raise UserError(f"cannot read {where!r}: {told}")
+        if b"\n\n" in content or b"\n\r\n" in content:
+            frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
     if padded:
         notes.append(f"integers with leading zeros are text: {_few(frame.columns, padded)}")
     return _with_gaps(frame, comma, notes), tuple(notes)
@@ -93,14 +113,18 @@ def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFra
     for i, column in enumerate(frame.get_columns()):
         if column.dtype != pl.String:
             continue
-        missing = column.is_in(MISSING)
-        found = column.filter(missing).unique().sort().to_list()
-        values = column.set(missing, None)
-        with_comma = comma and not values.str.contains(".", literal=True).any()
-        if with_comma and values.str.contains(",", literal=True).any():
+        values = column.str.strip_chars()
+        missing = values.is_in(["", *MISSING])
+        found = values.filter(missing & (values != "")).unique().sort().to_list()
+        values = values.set(missing, None)
+        if comma and not values.str.contains(".", literal=True).any():
             values = values.str.replace(",", ".", literal=True)
-        elif not found:
+        sample = values.drop_nulls()[:100]
+        if sample.cast(pl.Float64, strict=False).null_count() > len(sample) / 2:
             continue
+        others = _other_marks(values)
+        found += others
+        values = values.set(values.is_in(others), None)
         if values.str.contains(_PADDED).any():
             continue
         for dtype in (pl.Int64, pl.Float64):
@@ -110,10 +134,23 @@ def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFra
                 marks += found
                 marked += [i] * bool(found)
                 break
+            if values.str.contains(_LONG).any():
+                break
     if marks:
         shown = ", ".join(map(repr, dict.fromkeys(marks)))
         notes.append(f"{shown} is a missing number in {_few(frame.columns, marked)}")
     return frame.with_columns(columns)
+
+
+def _other_marks(values: pl.Series) -> list[str]:
+    """The one or two texts that keep a column from being one of numbers, if they are few rows."""
+    values = values.drop_nulls()
+    odd = values.filter(values.cast(pl.Float64, strict=False).is_null())
+    if not 0 < len(odd) <= _MARKED_BELOW * len(values) or odd.str.contains(r"\d").any():
+        return []
+    times = odd.value_counts(name="times").sort("times", descending=True)
+    recur = len(times) <= 2 and bool((times["times"] > 1).all())
+    return times[values.name].sort().to_list() if recur else []
 
 
 def _few(names: list[str], places: list[int]) -> str:
@@ -175,6 +212,28 @@ def _odd_line(content: bytes, separator: str, width: int) -> str:
         if line.count(b'"') % 2:
             return f"line {number} {quote}"
     return ""
+
+
+def _short_lines(content: bytes, separator: str, width: int) -> str:
+    """Which line of a file has fewer than `width` columns, and what to do; empty if none has."""
+    if b'"' in content:
+        rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=separator)
+        counts = ((rows.line_num, len(row)) for row in rows)
+    else:
+        sign = separator.encode()
+        lines = enumerate(content.split(b"\n"), 1)
+        counts = ((n, line.count(sign) + 1 if line.strip(b"\r") else 0) for n, line in lines)
+    try:
+        short = [(number, columns) for number, columns in counts if 0 < columns < width]
+    except csv.Error:
+        return ""
+    if not short:
+        return ""
+    also = f" ({len(short):,} lines are too short)" if len(short) > 1 else ""
+    return (
+        f"line {short[0][0]} has {short[0][1]} columns, the first {width}{also}; delete it, or "
+        f"end it with {_NAMES[separator]} where values are missing"
+    )
 
 
 def _content(source: Path | io.BytesIO) -> bytes:

@@ -7,8 +7,12 @@ without storing a size per row.
 
 from __future__ import annotations
 
+import ast
 import itertools
+import json
+import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +27,13 @@ Column: TypeAlias = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor
 _KINDS = {"int": pl.Int64, "str": pl.String}
 LIST_SEPARATOR = "|"
 """Splits text where training had lists."""
+
+WRITTEN_LISTS = "[]"
+"""In the place of a separator: text is lists as Python or JSON writes them."""
+_ITEM = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|-?\d+(?:\.0+)?"""
+_MAY_BE_NONE = rf"(?:{_ITEM}|None|null)"
+_LIST = rf"(?s)^\s*\[\s*(?:{_MAY_BE_NONE}(?:\s*,\s*{_MAY_BE_NONE})*)?\s*\]\s*$"
+_NOTHING = r"""(?:'\s*'|"\s*")"""
 
 _TRUTH = "(?i)^(?:true|false)$"
 _NUMBER = r"^-?\d+(?:\.0+)?$"
@@ -56,7 +67,10 @@ class Vocabulary:
         oov_row: row of unknown values.
         rows: int32 `[size - 1]`, the row of each entry of `values`; by default the rows other
             than `oov_row` in ascending order.
-        separator: splits a string into several values (`"A|B|C"`); None if it is one value.
+        separator: splits a string into several values (`"A|B|C"`), see `split`; None if it is one
+            value.
+        trimmed: values that strings are split into have no spaces around them and are not empty,
+            as it was not in files of earlier versions.
 
     Raises:
         ValueError: if shapes disagree, values repeat, or rows are not a permutation.
@@ -71,6 +85,7 @@ class Vocabulary:
         rows: Tensor | None = None,
         *,
         separator: str | None = None,
+        trimmed: bool = True,
     ) -> None:
         series = _normal(as_series(values), name)
         counts = torch.as_tensor(counts, dtype=torch.int64)
@@ -94,6 +109,7 @@ class Vocabulary:
         self.counts = counts
         self.oov_row = oov_row
         self.separator = separator
+        self.trimmed = trimmed
         self._values = series
         self._rows = rows
         self._kind = "str" if series.dtype == pl.String else "int"
@@ -175,7 +191,7 @@ class Vocabulary:
         """Rows of a multi-valued column: lists, or text that is split at the separator.
 
         Without a separator training had lists. Text is then split at `LIST_SEPARATOR`, unless a
-        known value holds it.
+        known value holds it, or read as lists if all of it is that.
 
         Returns:
             rows int32 `[total]`, offsets int64 `[n + 1]` with bag `b` at
@@ -184,7 +200,7 @@ class Vocabulary:
         """
         series = as_series(column)
         separator = self._bag_separator(series)
-        flat, lengths = _flatten(series, separator, self.name, lenient=True)
+        flat, lengths = _flatten(series, separator, self.name, lenient=True, trim=self.trimmed)
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(torch.from_numpy(lengths), 0, out=offsets[1:])
         inner = series.dtype.inner if isinstance(series.dtype, pl.List) else series.dtype
@@ -196,7 +212,8 @@ class Vocabulary:
         series = as_series(column)
         flat = series
         if bags:
-            flat = _flatten(series, self._bag_separator(series), self.name, lenient=True)[0]
+            separator = self._bag_separator(series)
+            flat = _flatten(series, separator, self.name, lenient=True, trim=self.trimmed)[0]
         odd = torch.nonzero(self.encode(flat) == self.oov_row)
         return flat[int(odd[0])] if len(odd) else None
 
@@ -260,6 +277,7 @@ class Vocabulary:
             "name": self.name,
             "oov_row": self.oov_row,
             "separator": self.separator,
+            "trimmed": self.trimmed,
             "null_at": int(null.arg_max() or 0) if null.any() else None,
         }
         return tensors, meta
@@ -284,11 +302,14 @@ class Vocabulary:
             tensors["counts"].to(torch.int64),
             int(meta["oov_row"]),
             separator=meta.get("separator"),
+            trimmed=meta.get("trimmed", False),
         )
 
     def _bag_separator(self, series: pl.Series) -> str | None:
         if self.separator or not _is_text(series.dtype):
             return self.separator
+        if self.trimmed and are_written_lists(series.cast(pl.String)):
+            return WRITTEN_LISTS
         known = self._values.cast(pl.String)
         return None if known.str.contains(LIST_SEPARATOR, literal=True).any() else LIST_SEPARATOR
 
@@ -527,21 +548,74 @@ def _where(name: str) -> str:
 
 
 def _flatten(
-    series: pl.Series, separator: str | None, name: str, *, lenient: bool = False
+    series: pl.Series, separator: str | None, name: str, *, lenient: bool = False, trim: bool = True
 ) -> tuple[pl.Series, np.ndarray]:
     """Elements of a multi-valued column and the int64 number of elements per entry.
 
     Empty strings and missing entries are empty bags; single-valued columns have one element each.
     """
     if separator and _is_text(series.dtype):
-        series = series.cast(pl.String)
-        series = pl.select(
-            pl.when(series == "")
-            .then(pl.lit([], dtype=pl.List(pl.String)))
-            .otherwise(series.str.split(separator))
-        ).to_series()
+        series = split(series.cast(pl.String), separator, trim=trim)
     if not isinstance(series.dtype, pl.List):
         return _normal(series, name, lenient=lenient), np.ones(len(series), dtype=np.int64)
     lengths = series.list.len().fill_null(0).to_numpy().astype(np.int64)
     flat = series.filter(series.list.len() > 0).explode()
+    if separator == WRITTEN_LISTS and flat.dtype == pl.String:
+        flat = _unquoted(flat)
     return _normal(flat, name, lenient=lenient), lengths
+
+
+def split(texts: pl.Series, separator: str, *, trim: bool = True) -> pl.Series:
+    """The values that each text holds, as lists; an empty text holds none.
+
+    Args:
+        texts: strings.
+        separator: stands between values; or `WRITTEN_LISTS`, then items still have their quotes.
+        trim: leave out spaces around values, and empty values.
+    """
+    text = pl.col("text")
+    if separator == WRITTEN_LISTS:
+        items = text.str.extract_all(_ITEM)
+        if texts.str.contains(_NOTHING).any():
+            empty = pl.element().str.contains(f"^{_NOTHING}$")
+            items = items.list.eval(pl.element().filter(~empty))
+        parts = pl.when(text.str.starts_with("[")).then(items).otherwise(pl.concat_list(text))
+        texts = texts.str.strip_chars()
+    else:
+        parts = text.str.split(separator)
+        if trim:
+            sign, plain = re.escape(separator), separator.replace("$", "$$")
+            texts = texts.str.strip_chars()
+            if texts.str.contains(rf"\s{sign}|{sign}(?:\s|{sign}|$)|^{sign}").any():
+                texts = texts.str.replace_all(rf"\s*(?:{sign}\s*)+", plain)
+                texts = texts.str.strip_prefix(separator).str.strip_suffix(separator)
+    nothing = pl.lit([], dtype=pl.List(pl.String))
+    chosen = pl.when(text == "").then(nothing).when(text.is_not_null()).then(parts)
+    return pl.DataFrame({"text": texts}).select(chosen.alias("text"))["text"]
+
+
+def are_written_lists(texts: pl.Series) -> bool:
+    """Whether all texts are lists of strings or whole numbers, as Python or JSON writes them."""
+    texts = texts.drop_nulls()
+    looks = texts[:100].str.contains(_LIST).all()
+    return len(texts) > 0 and looks and bool(texts.str.contains(_LIST).all())
+
+
+def _unquoted(items: pl.Series) -> pl.Series:
+    """Items of written lists as the values they stand for."""
+    escaped = items.filter(items.str.contains("\\", literal=True)).unique()
+    quoted = items.str.starts_with("'") | items.str.starts_with('"')
+    plain = items.zip_with(~quoted, items.str.slice(1).str.head(-1))
+    if len(escaped):
+        read = pl.Series([_unescaped(item) for item in escaped], dtype=pl.String)
+        found = items.replace_strict(escaped, read, default=None)
+        plain = plain.zip_with(found.is_null(), found)
+    return plain.str.strip_chars()
+
+
+def _unescaped(item: str) -> str:
+    with suppress(ValueError):
+        return str(json.loads(item))
+    with suppress(ValueError, SyntaxError):
+        return str(ast.literal_eval(item))
+    return item[1:-1]

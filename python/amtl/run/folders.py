@@ -8,6 +8,7 @@ go on), `best.safetensors` (the model with the best validation AUC) and, at the 
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from amtl.run.config import TrainConfig
 from amtl.run.model import ClickModel, assemble, build_model
 from amtl.run.trained import Trained
 from amtl.store.files import RESTORE, json_text, read_json, write_aside, write_json
-from amtl.store.packed import PackedFile, open_packed, table_of_tiers, write_packed
+from amtl.store.packed import PackedFile, as_packed, open_packed, table_of_tiers, write_packed
 from amtl.store.tensors import (
     FileTensors,
     PackedFileError,
@@ -37,6 +38,7 @@ from amtl.store.tensors import (
     unflatten,
 )
 
+_ENTRY_BYTES = 160
 _CONFIG, _VOCABULARY, _METRICS = "config.json", "vocabulary.safetensors", "metrics.json"
 _CHECKPOINT = "amtl-checkpoint"
 _ENDS = (".safetensors", ".pt")
@@ -257,13 +259,50 @@ def pack_run(
             "as they are: leave the type of the embeddings out"
         )
     model.table.to(dtype)
-    tensors, meta = trained.encoder.to_tensors()
-    tensors, codes = compact(tensors)
-    skip = ("history", "config", "sizes")
-    metrics = {k: v for k, v in (trained.metrics or {}).items() if k not in skip}
-    content = {"config": config.to_dict(), "encoder": meta, "codes": codes, "metrics": metrics}
+    tensors, content = _packed_along(config, trained.encoder, trained.metrics or {})
     write_packed(out, "run", layers(model), model, metadata=content, tensors=tensors)
     return from_packed(open_packed(out))
+
+
+def _packed_along(
+    config: TrainConfig, encoder: Encoder, metrics: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a packed file holds beside the model: tensors, and JSON."""
+    tensors, meta = encoder.to_tensors()
+    tensors, codes = compact(tensors)
+    skip = ("history", "config", "sizes")
+    kept = {k: v for k, v in metrics.items() if k not in skip}
+    return tensors, {"config": config.to_dict(), "encoder": meta, "codes": codes, "metrics": kept}
+
+
+def vocabulary_bytes(encoder: Encoder) -> int:
+    """What the vocabularies of a packed file take, but for its header."""
+    return sum(tensor.nbytes for tensor in compact(encoder.to_tensors()[0])[0].values())
+
+
+def packed_bytes(
+    config: TrainConfig, encoder: Encoder, model: ClickModel, metrics: Mapping[str, Any]
+) -> int:
+    """About what `pack_run` writes, to within some per cent.
+
+    Args:
+        config: settings of the run.
+        encoder: with the rows that are stored.
+        model: at its best.
+        metrics: of the run.
+    """
+    tensors, content = _packed_along(config, encoder, metrics)
+    rest = [as_packed(parameter.detach()) for parameter in model.dense_parameters()]
+    numbers = sum(tensor.nbytes for tensor in (*tensors.values(), *rest))
+    layer, entries = {}, len(tensors) + len(rest) + 1
+    if methods.is_adaptive(model.table):
+        layer = model.table.config()  # type: ignore[operator]
+        rounding: Any = model.table.rounding
+        entries += len(layer["tier_ends"] or ()) if rounding is None else len(rounding.ends)
+    # The header is JSON that holds JSON as text twice over, with two entries for each tensor.
+    header = len(json.dumps(json.dumps(json.dumps({"layer": layer, "metadata": content}))))
+    header += _ENTRY_BYTES * entries
+    return methods.stored_bytes(model.table) + numbers + header
 
 
 def _round(model: ClickModel, trained: Trained, bits: int) -> None:

@@ -37,7 +37,6 @@ from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
 from amtl.run.race import is_open, race
 from amtl.run.searching import is_search, search
-from amtl.store.tensors import compact
 from amtl_kernels import __version__
 
 _BINS = 40
@@ -461,10 +460,12 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     widths = methods.row_widths(table)
     bits = methods.number_bits(table)
     fields = encoder.row_fields()
+    stored_encoder, merged = _as_stored(encoder, table, widths)
+    unknown = _unknown(trainer.task, merged)
     by_field = torch.bincount(fields, weights=widths.double(), minlength=len(encoder.names))
     steps = {k: statistics.median(v) * 1e3 if v else None for k, v in learner.step_seconds.items()}
     stored, full = methods.stored_bytes(table), methods.dense_bytes(table)
-    return {
+    result = {
         "method": config.method,
         "dim": config.dim,
         "budget": config.effective_budget,
@@ -485,13 +486,14 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "rows": encoder.num_rows,
         "held_out": trainer.held_out,
         "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
-        "vocabulary_bytes": sum(t.nbytes for t in compact(encoder.to_tensors()[0])[0].values()),
+        "vocabulary_bytes": folders.vocabulary_bytes(stored_encoder),
         "bytes_by_field": {
             name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)
         },
         "step_bytes": stored - int(widths.sum()) * bits // 8,
         "rows_by_field": dict(zip(encoder.names, encoder.field_sizes, strict=True)),
-        "unknown_test_values": trainer.task.test.unknown,
+        "unknown_test_values": unknown,
+        "unused_fields": stored_encoder.unused(),
         "step_ms_median": steps,
         "seconds": sum(r["seconds"] for r in learner.history),
         "sizes": size_summary(encoder, table),
@@ -501,6 +503,46 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "config": config.to_dict(),
         "versions": versions(),
     }
+    if not methods.is_peer(table):
+        packed = folders.packed_bytes(config, stored_encoder, learner.model, result)
+        result["packed_bytes"] = packed
+    return result
+
+
+def _as_stored(encoder: Encoder, table: nn.Module, widths: Tensor) -> tuple[Encoder, Tensor]:
+    """The encoder as it is stored with a table, and which rows leave it: bool `[num_rows]`.
+
+    Rows of no numbers go to their field's out-of-vocabulary row, as in `folders.renumber`.
+    """
+    merged = torch.zeros(encoder.num_rows, dtype=torch.bool)
+    result = Encoder.from_tensors(*encoder.to_tensors())
+    if not methods.is_adaptive(table):
+        return result, merged
+    fields = encoder.row_fields()
+    shared = torch.tensor(
+        [int(encoder.field_rows(f)[v.oov_row]) for f, v in enumerate(encoder.vocabularies)]
+    )
+    merged = widths.cpu() == 0
+    merged[shared] = False
+    new_rows = torch.cumsum(~merged, 0) - 1
+    new_rows[merged] = new_rows[shared[fields[merged]]]
+    result.renumber(new_rows)
+    return result, merged
+
+
+def _unknown(task: Task, merged: Tensor) -> dict[str, int]:
+    """Test values by field that have no row of their own once rows are `merged`."""
+    data, counts = task.test, dict(task.test.unknown)
+    singles = data.rows.shape[1]
+    for f, name in enumerate(task.encoder.names):
+        if f < singles:
+            counts[name] += int(merged[data.rows[:, f].long()].sum())
+            continue
+        bag = data.bags[f - singles]
+        times = torch.bincount(bag.codes, minlength=len(bag.offsets) - 1)
+        times = torch.repeat_interleave(times, bag.offsets.diff())
+        counts[name] += int(times[merged[bag.values.long()]].sum())
+    return counts
 
 
 def size_summary(encoder: Encoder, table: nn.Module) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def write_packed(
     for key, value in rest.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} of the state_dict is {kind_of(value)}, not a tensor")
-        packed[f"state/{key}"] = _narrow(value.detach()) if kind == "run" else value.detach()
+        packed[f"state/{key}"] = as_packed(value.detach()) if kind == "run" else value.detach()
     for key, value in (tensors or {}).items():
         packed[f"user/{key}"] = value.detach()
     header = {
@@ -295,7 +295,7 @@ def write_packed(
     write_aside({Path(path): document_writer(FORMAT, version, packed, header)})
 
 
-def _narrow(values: Tensor) -> Tensor:
+def as_packed(values: Tensor) -> Tensor:
     """Numbers of 32 bits as such of 16 where these hold them exactly."""
     if values.dtype != torch.float32:
         return values
