@@ -153,18 +153,20 @@ def test_rows_that_step_sizes_would_not_make_smaller_keep_their_type():
 def test_biases_are_a_byte_each(budget, tmp_path):
     """To say where a row lies takes four, and to leave one out saves one."""
     torch.manual_seed(0)
-    order = torch.randperm(3000)
-    counts = dict.fromkeys(("factors", "bias"), COUNTS["user"][order])
+    counts = dict.fromkeys(("factors", "bias"), COUNTS["user"][torch.randperm(3000)])
     model = nn.ModuleDict({"factors": nn.Embedding(3000, 16), "bias": nn.Embedding(3000, 1)})
+    counts |= dict.fromkeys(("others", "theirs"), COUNTS["user"][torch.randperm(3000)][:1500])
+    model["others"], model["theirs"] = nn.Embedding(1500, 16), nn.Embedding(1500, 1)
     biases = model["bias"].weight.detach().clone()
     amtl.freeze(amtl.convert(model, counts, budget)).eval()
     assert model["bias"].options.bits == 8 and model["bias"].row_order is None
     off = (model["bias"](torch.arange(3000)) - biases).detach()[counts["bias"] > 0]
     assert float(off.square().mean()) < 1e-3 * float(biases.square().mean())
-    assert int((model["factors"].row_dims() < 14).sum()) == 0
+    for name in ("factors", "others"):
+        assert int((model[name].row_dims() < 14).sum()) == 0 and model[name].row_order is None
     amtl.save(model, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
-    assert size <= budget * 4 * 17 * 3000 + 3000
+    assert size <= budget * 4 * 17 * 4500 + 6000
 
 
 def test_a_narrow_table_beside_others_costs_them_nothing():

@@ -155,8 +155,8 @@ def _all_numbers(tables: Sequence[_Table], allowed: float) -> list[float] | None
     """Bytes of each table where all numbers fit, though not a step size for each group of rows.
 
     By the law some table would leave out numbers for these, and keep the order of its rows, which
-    takes more than both. So the last rows of the largest table save what is short
-    (`where_they_are`), and the larger tables have one step size a field.
+    takes more than both. So the last rows of the larger tables save what is short
+    (`where_they_are`), and these have one step size a field.
 
     Args:
         tables: which share a budget.
@@ -166,18 +166,22 @@ def _all_numbers(tables: Sequence[_Table], allowed: float) -> list[float] | None
         None where numbers do not fit, or the last rows cannot save so much.
     """
     order = sorted(range(len(tables)), key=lambda i: tables[i].frugal)
-    largest = order.pop()
     shares = [table.frugal for table in tables]
-    spare = tables[largest].spare - (sum(shares) - allowed)
+    spare = sum(max(0.0, table.spare) for table in tables) - (sum(shares) - allowed)
     if spare < 0:
         return None
-    for i in order:
+    whole = set()
+    for i in order[:-1]:
         # Of few rows the law leaves numbers out for a step size or two.
         more = tables[i].by_law - tables[i].frugal
-        if more <= spare:
+        if more + max(0.0, tables[i].spare) <= spare:
+            whole.add(i)
             shares[i] += more
-            spare -= more
-    shares[largest] -= max(0.0, sum(shares) - allowed)
+            spare -= more + max(0.0, tables[i].spare)
+    for i in reversed(order):
+        if i not in whole:
+            short = max(0.0, sum(shares) - allowed)
+            shares[i] -= min(short, max(0.0, tables[i].spare))
     return shares
 
 
