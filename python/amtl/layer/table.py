@@ -72,7 +72,8 @@ class AMTLTable(TableStates):
     `row_group` int32 [N], `head`. Of the frozen phase: `blocks`, `tier_ends`, and `row_order`
     (int32 [N], the new row of each row) unless rows kept their order or the caller took it with
     `absorb_order()`. Of both: `shared_rows`, int64 [F] or None, the row of each field that stands
-    in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to.
+    in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to;
+    `full_padding`, the padding row it was made with.
     """
 
     _keeps_numbering = False
@@ -245,6 +246,7 @@ class AMTLTable(TableStates):
         layer.other_paddings = tuple(paddings)
         layer._configure(config)
         layer.full_rows = config.get("full_rows", layer.num_embeddings)
+        layer.full_padding = config.get("full_padding", layer.padding_idx)
         layer.shared_rows = (
             None if shared is None else torch.tensor(shared, device=blocks[0].device)
         )

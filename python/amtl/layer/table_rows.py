@@ -96,6 +96,7 @@ class TableRows(nn.Module):
         self.full_rows = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
+        self.full_padding = padding_idx
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale_grad_by_freq = False
@@ -637,6 +638,9 @@ class TableRows(nn.Module):
 
     _tier_padding: int | None = None
 
+    def _renumbered_padding(self) -> bool:
+        return self.full_padding != self.padding_idx
+
     def config(self) -> dict[str, Any]:
         """Everything but the tensors, JSON-able: class, shape, options, tiers."""
         return {
@@ -653,6 +657,9 @@ class TableRows(nn.Module):
             "full_rows": self.full_rows,
             "shared_rows": None if self.shared_rows is None else self.shared_rows.tolist(),
             # Files of tables without them are what they were.
+            **(
+                {} if self.full_padding == self.padding_idx else {"full_padding": self.full_padding}
+            ),
             **({"other_paddings": list(self.other_paddings)} if self.other_paddings else {}),
             **({"passes_paddings": True} if self._passes_paddings() else {}),
             "options": {
