@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 
 import amtl
@@ -519,3 +520,28 @@ def test_model_helpers():
     amtl.freeze(model, optimizer)
     assert model["a"].phase == model["b"].phase == "frozen"
     assert amtl.mask_parameters(model) == []
+
+
+@pytest.mark.parametrize("load", [False, True])
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_what_was_set_on_the_weight(hook, load):
+    """Attributes go over to the blocks and back; hooks, which expect its shape, are told of."""
+    counts = torch.arange(20) ** 2
+    layer = amtl.AMTLEmbedding(20, 4, counts=counts, budget=0.5, bits=None)
+    layer.name = "item"
+    frozen = copy.deepcopy(layer).freeze().state_dict()
+    searching = layer.state_dict()
+    layer.weight._no_weight_decay = True
+    handle = getattr(layer.weight, hook)(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"table 'item' .*hook what the layer gives, or .*table_p"):
+        layer.load_state_dict(frozen) if load else layer.freeze()
+    assert len(layer.blocks) > 1 and all(block._no_weight_decay for block in layer.blocks)
+    handle.remove()
+    handle = getattr(layer.blocks[1], hook)(lambda *_: None)
+    with pytest.warns(UserWarning, match="hooks on those before are called no more"):
+        layer.load_state_dict(searching) if load else layer.thaw()
+    assert layer.weight._no_weight_decay
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.freeze().thaw()

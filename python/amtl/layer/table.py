@@ -53,6 +53,7 @@ from amtl.layer.tiers import (
     as_optimizers,
     drop_parameters,
     freeze_optimizers,
+    hand_over,
     plan_tiers,
     require_held,
     restore_parameters,
@@ -340,7 +341,8 @@ class AMTLTable(TableStates):
         until `absorb_order()`; but rows of few bits stay where they are, and all get the width of
         the widest, where the budget holds that. Rows of size 0 that have a shared row keep no place
         at all. Padding inside a tier starts at zero; its bytes are paid for, so training goes on in
-        it. The dense weight is released; until then both exist. O(N * D).
+        it. The dense weight is released; until then both exist. Attributes that were set on it go
+        over to the blocks; hooks do not, which is warned of. O(N * D).
 
         Args:
             optimizer: the optimizer(s) of the table and the mask. The blocks take the place of the
@@ -430,6 +432,7 @@ class AMTLTable(TableStates):
                 bits = self.options.bits
                 squares = mean_squares(blocks, plan.ends, parts, bits, self.name)
                 rounding = Rounding(bits, parts, squares)
+            hand_over([self.weight], blocks, self.name)
             freeze_optimizers(optimizers, self.weight, blocks, plan, row_dims)
             mask = list(head.parameters())
             self._mask_places = drop_parameters(optimizers, mask, optimizer is not None)
@@ -597,6 +600,7 @@ class AMTLTable(TableStates):
             told = optimizer is not None
             behind = self._before_sizes()
             restore_parameters(optimizers, mask, self._mask_places, blocks[-1], told, behind)
+            hand_over(blocks, [weight], self.name)
             thaw_optimizers(optimizers, weight, blocks, plan)
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
             self._mask_places = []

@@ -16,6 +16,7 @@ from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.rounding import Parts, Rounding, cut, mean_squares, numbers_in, step_of
 from amtl.layer.tiers import (
     drop_parameters,
+    hand_over,
     optimizers_of,
     replace_parameters,
     restore_parameters,
@@ -267,6 +268,7 @@ class TableStates(TableLookups):
             blocks = before
         else:
             optimizers = optimizers_of([*before, *mask])
+            hand_over(before, blocks, self.name)
             replace_parameters(optimizers, before, blocks)
             places = drop_parameters(optimizers, mask)
             if self.tier_ends is None:
@@ -303,6 +305,7 @@ class TableStates(TableLookups):
             behind = self._before_sizes()
             restore_parameters(optimizers, mask, self._mask_places, before[-1], behind=behind)
         self._mask_places = []
+        hand_over(before, [weight], self.name)
         replace_parameters(optimizers, before, [weight])
         self._enter_search(weight, groups)
 
