@@ -27,8 +27,9 @@ from amtl_kernels._calls import refuse_transforms
 from amtl_kernels.optim import RowOptimizer
 from amtl_kernels.rounding import pack_codes
 
-_PATIENCE = 5
-"""Changes of the table, by whatever, without one of its sizes before that is warned of."""
+PATIENCE = 5
+"""Changes of the table, by whatever, without one of its sizes before that is warned of; and passes
+that find gradients in a table which nothing changes."""
 
 
 class NoWeightError(AttributeError, RuntimeError):
@@ -466,7 +467,7 @@ class TableRows(nn.Module):
         if before is None or before[0] is not sizes or before[1] == weight._version:
             return
         self._untaught += 1
-        if self._untaught not in (1, _PATIENCE):
+        if self._untaught not in (1, PATIENCE):
             return
         trainable = [p for p in head.parameters() if p.requires_grad]
         if not trainable or optimizers_of(trainable):
@@ -481,7 +482,7 @@ class TableRows(nn.Module):
         if optimizers_of([weight]):
             self._untaught = 0
             raise RuntimeError(message)
-        if self._untaught == _PATIENCE:
+        if self._untaught == PATIENCE:
             self._untaught = -1
             warnings.warn(message, stacklevel=4)
 

@@ -51,7 +51,8 @@ class TableStates(TableLookups):
         self.blocks = nn.ParameterList(blocks)
         self.tier_ends = ends
         self.row_order = row_order
-        self._kept = None
+        self._kept = self._still = None
+        self._moved = False
         self._tier_padding = None
         if row_order is not None and self.padding_idx is not None:
             self._tier_padding = int(row_order[self.padding_idx])
@@ -69,7 +70,8 @@ class TableStates(TableLookups):
         self.blocks = nn.ParameterList()
         self.tier_ends = None
         self._redirection = None
-        self._kept = None
+        self._kept = self._still = None
+        self._moved = False
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
