@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
@@ -427,6 +428,41 @@ def test_plain_embedding_state_loads():
     layer, plain = layer_of(), nn.Embedding(ROWS, DIM)
     layer.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [None, 2, 4, 8])
+def test_plain_state_fills_the_tiers_of_a_frozen_layer(kind, bits):
+    """As trainers load checkpoints that another library wrote."""
+    layer = layer_of(kind, budget=0.3, bits=bits).freeze()
+    shown, blocks = layer.dense_weight(), list(layer.blocks)
+    with torch.no_grad():
+        for block in blocks:
+            block.normal_(std=3.0)
+    state = {"weight": shown}
+    assert layer.load_state_dict(state, strict=False).missing_keys == ["tier_ends"]
+    assert layer.phase == "frozen" and list(state) == ["weight"]
+    assert all(mine is before for mine, before in zip(layer.blocks, blocks, strict=True))
+    torch.testing.assert_close(layer.dense_weight(), shown)
+    with pytest.raises(RuntimeError, match=r"that of a plain nn\.Embedding: load it before amtl"):
+        layer.load_state_dict(state)
+    cut = int(layer.row_dims().min()) < DIM
+    warned = pytest.warns(UserWarning, match="numbers beyond the width of their rows are left out")
+    with warned if cut else contextlib.nullcontext():
+        layer.load_state_dict({"weight": torch.ones(ROWS, DIM)}, strict=False)
+    assert cut or bits is not None
+    kept = layer.dense_weight() != 0
+    assert torch.equal(kept, torch.arange(DIM) < layer.row_dims()[:, None])
+
+
+def test_plain_state_that_does_not_fit():
+    layer = layer_of(budget=0.3, bits=8).freeze()
+    before = layer.dense_weight()
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        layer.load_state_dict({"weight": torch.ones(ROWS + 1, DIM)}, strict=False)
+    assert layer.phase == "frozen" and torch.equal(layer.dense_weight(), before)
+    with pytest.raises(RuntimeError, match=r"holds codes only.*load it before freeze\(\)"):
+        layer.to_integers().load_state_dict({"weight": before}, strict=False)
 
 
 def test_state_that_does_not_fit_is_refused():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+
+import amtl
 import numpy as np
 import pytest
 import torch
@@ -166,6 +170,74 @@ def test_bad_counts(counts, message):
 
 def test_whole_float_counts_are_taken():
     assert check_counts(torch.tensor([1.0, 2.0]), 2).dtype == torch.int64
+
+
+def series(values, index):
+    """As much of a Series of pandas as is looked at."""
+    return SimpleNamespace(index=np.array(index), tolist=lambda: list(values))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        Counter([2, 0, 2, 2, 0]),
+        {np.int64(2): 3, np.int64(0): 2.0, 1: 0},
+        series([3, 2], [2, 0]),
+        series([3.0, 2.0, 0.0], [2.0, 0.0, 1.0]),
+    ],
+)
+def test_counts_that_name_their_rows(counts):
+    assert check_counts(counts, 3).tolist() == [2, 0, 3]
+    layer = amtl.convert(torch.nn.Embedding(3, 4), counts, budget=1.0, bits=None)
+    same = amtl.convert(torch.nn.Embedding(3, 4), [2, 0, 3], budget=1.0, bits=None)
+    assert torch.equal(layer.row_group, same.row_group)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        Counter(["a", "b", "a"]),
+        {"a": 1, 2: 3},
+        Counter([0, 3]),
+        {-1: 1},
+        {0.5: 1},
+        {True: 1},
+        {(0, 1): 2},
+        series([3, 2], ["a", "b"]),
+        series([3, 2], [1, 3]),
+        series([3, 2], [(0, 1), (0, 2)]),
+    ],
+)
+def test_counts_that_name_no_rows_of_the_table(counts):
+    with pytest.raises(ValueError, match=r"row numbers 0\.\.2 .*torch\.bincount"):
+        check_counts(counts, 3)
+
+
+def test_a_row_that_is_counted_twice():
+    with pytest.raises(ValueError, match=r"more than once.*torch\.bincount"):
+        check_counts(series([3, 2], [1, 1]), 3)
+    # Each number of a tensor is a key of its own.
+    with pytest.raises(ValueError, match=r"more than once.*torch\.bincount"):
+        check_counts(Counter(torch.tensor([1, 1])), 3)
+
+
+def test_no_numbers_at_all():
+    with pytest.raises(ValueError, match=r"cannot be read as numbers.*torch\.bincount"):
+        check_counts({1, 2, 3}, 3)
+    with pytest.raises(ValueError, match=r"cannot be read as numbers.*torch\.bincount"):
+        check_counts({0: "many"}, 3)
+
+
+def test_counts_of_pandas():
+    pandas = pytest.importorskip("pandas", reason="needs: pip install pandas")
+    ids = pandas.Series([2, 0, 2, 2, 0, 4])
+    assert check_counts(ids.value_counts(), 6).tolist() == [2, 0, 3, 0, 1, 0]
+    assert check_counts(ids.value_counts().sort_index(), 6).tolist() == [2, 0, 3, 0, 1, 0]
+    assert check_counts(pandas.Series([4, 5, 6]), 3).tolist() == [4, 5, 6]
+    with pytest.raises(ValueError, match="shape"):
+        check_counts(pandas.Series([4, 5]), 3)
+    with pytest.raises(ValueError, match=r"other keys, such as \['a'"):
+        check_counts(pandas.Series(["a", "b"]).value_counts(), 2)
 
 
 @pytest.mark.parametrize("sizes", [[3, 3], [0, 5], [-1, 6]])

@@ -667,7 +667,7 @@ def test_mistakes_are_named():
         layer_of(3)
     with pytest.raises(ValueError, match="multiples of 4"):
         AMTLEmbedding(10, 6, counts=torch.ones(10), bits=2)
-    with pytest.raises(BudgetError, match="step sizes take"):
+    with pytest.raises(BudgetError, match="step sizes take: bits=None"):
         layer_of(4, 1e-4)
     with pytest.raises(RuntimeError, match="frozen layer with bits"):
         layer_of(None).freeze().to_integers()

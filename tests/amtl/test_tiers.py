@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import warnings
 import weakref
 
 import amtl
 import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer import lookups
 from amtl.layer.tiers import merge_rows, merge_vectors, plan_tiers, split_rows, split_vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -517,3 +520,94 @@ def test_model_helpers():
     amtl.freeze(model, optimizer)
     assert model["a"].phase == model["b"].phase == "frozen"
     assert amtl.mask_parameters(model) == []
+
+
+@pytest.mark.parametrize("load", [False, True])
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_what_was_set_on_the_weight(hook, load):
+    """Attributes go over to the blocks and back; hooks, which expect its shape, are told of."""
+    counts = torch.arange(20) ** 2
+    layer = amtl.AMTLEmbedding(20, 4, counts=counts, budget=0.5, bits=None)
+    layer.name = "item"
+    frozen = copy.deepcopy(layer).freeze().state_dict()
+    searching = layer.state_dict()
+    layer.weight._no_weight_decay = True
+    handle = getattr(layer.weight, hook)(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"table 'item' .*hook what the layer gives, or .*table_p"):
+        layer.load_state_dict(frozen) if load else layer.freeze()
+    assert len(layer.blocks) > 1 and all(block._no_weight_decay for block in layer.blocks)
+    handle.remove()
+    handle = getattr(layer.blocks[1], hook)(lambda *_: None)
+    with pytest.warns(UserWarning, match="hooks on those before are called no more"):
+        layer.load_state_dict(searching) if load else layer.thaw()
+    assert layer.weight._no_weight_decay
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.freeze().thaw()
+
+
+def gather(layer, step=None, passes=12):
+    for _ in range(passes):
+        layer(torch.arange(20)).square().sum().backward()
+        if step is not None:
+            step()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_frozen_table_in_no_optimizer(bits):
+    """As where weights are found by a name that ends in "weight"."""
+    model = nn.ModuleDict({"item": nn.Embedding(20, 4), "top": nn.Linear(4, 1)})
+    amtl.freeze(amtl.convert(model, {"item": torch.arange(20) ** 2}, budget=0.5, bits=bits))
+    named = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    optimizer = torch.optim.SGD(named, lr=0.1)
+    with pytest.warns(UserWarning, match=r"table 'item' gets gr.*called item\.blocks\.0") as told:
+        gather(model["item"], optimizer.step)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "way", ["accumulates", "by hand", "data", "fused", "fixed", "no gradients", "eval"]
+)
+def test_a_frozen_table_that_is_well(way):
+    layer = amtl.AMTLEmbedding(20, 4, counts=torch.arange(20) ** 2, budget=0.5, bits=None).freeze()
+    optimizer, step = None, None
+    if way == "accumulates":
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    elif way == "fused":
+        layer.fuse(functools.partial(optim.SGD, lr=0.1))
+        step = layer.fused_optimizer.step
+    elif way == "fixed":
+        layer.requires_grad_(False)
+        layer.register_forward_hook(lambda _, __, out: out.requires_grad_())
+    elif way == "no gradients":
+        step = layer.zero_grad
+    elif way == "eval":
+        layer.eval()
+    elif way == "data":
+
+        def step():
+            for block in layer.blocks:
+                block.data.sub_(block.grad, alpha=0.01)
+
+    elif way == "by hand":
+
+        def step():
+            with torch.no_grad():
+                for block in layer.blocks:
+                    block.sub_(block.grad, alpha=0.01)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gather(layer, step)
+    del optimizer
+
+
+def test_optimizers_are_looked_for_once(monkeypatch):
+    asked, layer = [], amtl.AMTLEmbedding(20, 4, counts=torch.ones(20), budget=1.0, bits=None)
+    layer.freeze()
+    monkeypatch.setattr(lookups, "optimizers_of", lambda p: asked.append(p) or [None])
+    gather(layer)
+    gather(layer)
+    assert len(asked) == 1

@@ -13,7 +13,7 @@ from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable, check
 from amtl.layer.conversion import check_unshared, places_of, swap
 from amtl.layer.shares import automatic_bits, common_bits
 from amtl.layer.table import AMTLTable
-from amtl.store.packed import PackedFile
+from amtl.store.packed import PackedFile, require_alike
 
 COLLECTION = "amtl_collection"
 """The attribute of an owner that holds its collection."""
@@ -111,6 +111,11 @@ def load(
             if isinstance(layer, AMTLEmbeddingCollection) and attribute == COLLECTION:
                 owner = owner_at(place)
                 if owner is not None and all(table in owner.tables for table in layer.names):
+                    prefix = f"{place}." if place else ""
+                    require_alike(
+                        (f"{prefix}{table}", layer.table(table), owner.tables[table])
+                        for table in layer.names
+                    )
                     installed.append((owner, _install(model, owner, layer)))
         packed.into(model)
     except Exception:

@@ -210,7 +210,8 @@ def convert(
             an embedding, use the layer returned.
         counts: training counts [N] by dotted module name (any name of a shared module); for a
             model that is itself an embedding, the counts alone will do.
-            `torch.bincount(indices.flatten(), minlength=N)` over the training split.
+            `torch.bincount(indices.flatten(), minlength=N)` over the training split. A mapping of
+            row numbers to counts, or a Series of pandas with such an index, will do for them.
         budget: stored fraction of all these tables together, see `amtl.SearchOptions`: it goes
             where counts say, so that small tables that are used all the time stay whole. A mapping
             by name gives each table a budget of its own.
@@ -234,7 +235,7 @@ def convert(
             weight that cannot be replaced, a fused optimizer without one of the tables (see the
             message). Nothing is replaced then.
     """
-    if not isinstance(counts, Mapping):
+    if not isinstance(counts, Mapping) or not all(isinstance(name, str) for name in counts):
         if not isinstance(model, nn.Embedding | nn.EmbeddingBag):
             raise TypeError(
                 "counts must be a mapping, of the names of modules to counts of their rows, got "

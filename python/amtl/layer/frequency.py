@@ -7,8 +7,9 @@ per row, `N` times. This is exact: the grouped evaluation equals the per-row one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,15 +52,23 @@ def check_counts(counts: object, num_rows: int | None = None) -> Tensor:
     """Return `counts` as an int64 [N] tensor, or say what is wrong with it.
 
     Args:
-        counts: [N], integers (or floats that hold integers), not negative.
+        counts: [N], integers (or floats that hold integers), not negative. Or what says which row
+            each is of, in any order: a mapping of row numbers to counts, a pandas Series with row
+            numbers for an index, as by `value_counts()`. Rows left out count 0.
         num_rows: the N expected, if known.
 
     Raises:
-        ValueError: missing, of another shape, negative or not whole numbers.
+        ValueError: missing, of another shape, negative or not whole numbers; rows that are none.
     """
     if counts is None:
         raise ValueError(_COUNTS_HELP)
-    tensor = torch.as_tensor(counts)
+    rows, values = _rows_of(counts)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"counts cannot be read as numbers ({error}). {_COUNTS_HELP}") from error
+    if rows is not None:
+        tensor = _by_row(tensor, rows, num_rows)
     if tensor.ndim != 1 or (num_rows is not None and tensor.numel() != num_rows):
         expected = "[N]" if num_rows is None else f"[{num_rows}]"
         raise ValueError(
@@ -76,6 +85,39 @@ def check_counts(counts: object, num_rows: int | None = None) -> Tensor:
     if tensor.numel() and int(tensor.min()) < 0:
         raise ValueError(f"counts must not be negative, got {int(tensor.min())}. {_COUNTS_HELP}")
     return tensor
+
+
+def _rows_of(counts: Any) -> tuple[list[Any] | None, Any]:
+    """The rows that counts name, None if they do not, and their values."""
+    if isinstance(counts, Mapping):
+        return list(counts), list(counts.values())
+    index = getattr(counts, "index", None)
+    # A list has a method of that name.
+    if index is None or callable(index) or not hasattr(counts, "tolist"):
+        return None, counts
+    # One that only counts from 0 on names nothing.
+    plain = getattr(index, "start", None) == 0 and getattr(index, "step", None) == 1
+    return None if plain else index.tolist(), counts.tolist()
+
+
+def _by_row(values: Tensor, rows: list[Any], num_rows: int | None) -> Tensor:
+    """Counts of these rows as those of all."""
+    try:
+        named = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        named = torch.tensor(False)
+    total = len(rows) if num_rows is None else num_rows
+    numbers = named.dim() == 1 and named.dtype != torch.bool and not named.is_complex()
+    if not numbers or bool(((named != named.round()) | (named < 0) | (named >= total)).any()):
+        raise ValueError(
+            f"counts go by the row numbers 0..{total - 1} of the table, these by other keys, such "
+            f"as {rows[:3]!r:.60}: give them without these (list(counts.values()), Series.tolist())"
+            f" if they are in the order of the rows. {_COUNTS_HELP}"
+        )
+    where = named.to(torch.int64)
+    if len(where.unique()) < len(where):
+        raise ValueError(f"counts name a row more than once. {_COUNTS_HELP}")
+    return values.new_zeros(total).index_copy_(0, where, values)
 
 
 def check_field_sizes(field_sizes: Sequence[int] | None, num_rows: int) -> list[int]:

@@ -14,7 +14,8 @@ from torch import Tensor, distributed, nn
 import amtl_kernels
 from amtl.layer.rounding import Rounding, trains
 from amtl.layer.size_head import being_traced
-from amtl.layer.table_rows import TableRows
+from amtl.layer.table_rows import PATIENCE, TableRows
+from amtl.layer.tiers import optimizers_of
 from amtl_kernels import TieredTable
 from amtl_kernels._checks import BOUNDS, INDEX_TYPES
 from amtl_kernels._planned import unobserved
@@ -26,9 +27,13 @@ class TableLookups(TableRows):
     _kept: _Kept | None = None
     _left: Callable[[], Tensor | None] | None = None
     """The weight before freezing, if it lives, where no optimizer of PyTorch's was found for it."""
+    _still: _Still | None = None
+    """The tiers since gradients were first found in them, while nothing changes them."""
+    _moved = False
+    """Whether something changed them; or it was looked into why not, once."""
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_kept", "_left")
+        own = ("_kept", "_left", "_still", "_moved")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _embed(self, input: Tensor) -> Tensor:
@@ -161,6 +166,8 @@ class TableLookups(TableRows):
         if self._left is not None and self.training and not being_traced():
             self._notice_left()
         rows = self._renormed(self._frozen_rows(input))
+        if self.training and not being_traced() and not self._moved and self.steps is None:
+            self._notice_still(rows)
         # Past nn.Module, which takes half a microsecond to find what is no plain attribute.
         steps, rounding = self._buffers["steps"], cast(Rounding | None, self._modules["rounding"])
         tiers = self._tiers()
@@ -209,6 +216,49 @@ class TableLookups(TableRows):
                 stacklevel=6,
             )
 
+    def _notice_still(self, rows: Tensor) -> None:
+        """Warn, once, if gradients gather in tiers that nothing changes and no optimizer holds."""
+        tiers = self._tiers()
+        if self.fused_optimizer is not None or not torch.is_grad_enabled():
+            return
+        if not all(type(block) is nn.Parameter for block in tiers):
+            return
+        if all(block.grad is None for block in tiers):
+            return
+        if tiers[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        before, versions = self._still, [block._version for block in tiers]
+        if before is None:
+            places = rows.detach().flatten()[:_SAMPLE].clone()
+            self._still = _Still(0, versions, places, self._numbers(places))
+            return
+        if versions == before.versions and before.passes + 1 < PATIENCE:
+            self._still = before._replace(passes=before.passes + 1)
+            return
+        self._still, self._moved = None, True
+        # Who writes to `parameter.data` leaves its version as it is.
+        still = versions == before.versions
+        still = still and torch.equal(self._numbers(before.places), before.numbers)
+        if still and not optimizers_of(tiers):
+            warnings.warn(
+                f"table {self.name!r} gets gradients and is in no optimizer, so it stays as it is. "
+                f"Frozen, its parameters are called {self.name or 'layer'}.blocks.0 and on: "
+                'optimizer.add_param_group({"params": layer.table_parameters()}) (of a model: '
+                "amtl.table_parameters), or requires_grad_(False) on these if it is to stay",
+                stacklevel=7,
+            )
+
+    def _numbers(self, places: Tensor) -> Tensor:
+        """What trains at some places of the tiers, in order of the tiers."""
+        assert self.tier_ends is not None
+        found = []
+        for block, first, end in zip(
+            self._tiers(), (0, *self.tier_ends), self.tier_ends, strict=False
+        ):
+            here = places[(places >= first) & (places < end)] - first
+            found.append(block.detach()[here].flatten())
+        return torch.cat(found)
+
     def _frozen_options(self) -> dict[str, Any]:
         return {"padding_idx": self._frozen_padding(), "bounds_check": self._operator_bounds()}
 
@@ -216,6 +266,19 @@ class TableLookups(TableRows):
         """What a lookup in tiers gives, in the type of the layer."""
         steps = self._buffers["steps"]
         return out if steps is None else out.to(steps.dtype)
+
+
+_SAMPLE = 64
+"""Rows by which it is seen whether tiers change."""
+
+
+class _Still(NamedTuple):
+    """Tiers as they were when gradients were first found in them, and how many passes ago."""
+
+    passes: int
+    versions: list[int]
+    places: Tensor
+    numbers: Tensor
 
 
 _State = tuple[int, torch.dtype, bool, tuple[float, ...]]

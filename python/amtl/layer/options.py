@@ -152,8 +152,8 @@ class SearchOptions:
         if share <= 0:
             raise BudgetError(
                 f"budget {self.budget:g} is {self.budget * size * itemsize:.0f} bytes, fewer than "
-                f"the {parts * PART_BYTES} that {parts} step sizes take: numbers of the table's "
-                "own type (bits=None, --bits 32) need none"
+                f"the {parts * PART_BYTES} that {parts} step sizes take: bits=None, "
+                "numbers of the table's own type, needs none (--bits 32 of amtl train)"
             )
         return replace(self, budget=min(1.0, share))
 

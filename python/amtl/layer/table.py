@@ -54,6 +54,7 @@ from amtl.layer.tiers import (
     as_optimizers,
     drop_parameters,
     freeze_optimizers,
+    hand_over,
     plan_tiers,
     require_held,
     restore_parameters,
@@ -73,7 +74,8 @@ class AMTLTable(TableStates):
     `row_group` int32 [N], `head`. Of the frozen phase: `blocks`, `tier_ends`, and `row_order`
     (int32 [N], the new row of each row) unless rows kept their order or the caller took it with
     `absorb_order()`. Of both: `shared_rows`, int64 [F] or None, the row of each field that stands
-    in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to.
+    in for rows of size 0; `full_rows`, the rows it was made with, which shares of memory refer to;
+    `full_padding`, the padding row it was made with.
     """
 
     _keeps_numbering = False
@@ -246,6 +248,7 @@ class AMTLTable(TableStates):
         layer.other_paddings = tuple(paddings)
         layer._configure(config)
         layer.full_rows = config.get("full_rows", layer.num_embeddings)
+        layer.full_padding = config.get("full_padding", layer.padding_idx)
         layer.shared_rows = (
             None if shared is None else torch.tensor(shared, device=blocks[0].device)
         )
@@ -339,7 +342,8 @@ class AMTLTable(TableStates):
         until `absorb_order()`; but rows of few bits stay where they are, and all get the width of
         the widest, where the budget holds that. Rows of size 0 that have a shared row keep no place
         at all. Padding inside a tier starts at zero; its bytes are paid for, so training goes on in
-        it. The dense weight is released; until then both exist. O(N * D).
+        it. The dense weight is released; until then both exist. Attributes that were set on it go
+        over to the blocks; hooks do not, which is warned of. O(N * D).
 
         Args:
             optimizer: the optimizer(s) of the table and the mask. The blocks take the place of the
@@ -431,6 +435,7 @@ class AMTLTable(TableStates):
                 bits = self.options.bits
                 squares = mean_squares(blocks, plan.ends, parts, bits, self.name)
                 rounding = Rounding(bits, parts, squares)
+            hand_over([self.weight], blocks, self.name)
             freeze_optimizers(optimizers, self.weight, blocks, plan, row_dims)
             mask = list(head.parameters())
             self._mask_places = drop_parameters(optimizers, mask, optimizer is not None)
@@ -602,6 +607,7 @@ class AMTLTable(TableStates):
             told = optimizer is not None
             behind = self._before_sizes()
             restore_parameters(optimizers, mask, self._mask_places, blocks[-1], told, behind)
+            hand_over(blocks, [weight], self.name)
             thaw_optimizers(optimizers, weight, blocks, plan)
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))
             self._mask_places = []

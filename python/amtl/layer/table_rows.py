@@ -27,8 +27,9 @@ from amtl_kernels._calls import refuse_transforms
 from amtl_kernels.optim import RowOptimizer
 from amtl_kernels.rounding import pack_codes
 
-_PATIENCE = 5
-"""Changes of the table, by whatever, without one of its sizes before that is warned of."""
+PATIENCE = 5
+"""Changes of the table, by whatever, without one of its sizes before that is warned of; and passes
+that find gradients in a table which nothing changes."""
 
 
 class NoWeightError(AttributeError, RuntimeError):
@@ -96,6 +97,7 @@ class TableRows(nn.Module):
         self.full_rows = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
+        self.full_padding = padding_idx
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale_grad_by_freq = False
@@ -465,7 +467,7 @@ class TableRows(nn.Module):
         if before is None or before[0] is not sizes or before[1] == weight._version:
             return
         self._untaught += 1
-        if self._untaught not in (1, _PATIENCE):
+        if self._untaught not in (1, PATIENCE):
             return
         trainable = [p for p in head.parameters() if p.requires_grad]
         if not trainable or optimizers_of(trainable):
@@ -480,7 +482,7 @@ class TableRows(nn.Module):
         if optimizers_of([weight]):
             self._untaught = 0
             raise RuntimeError(message)
-        if self._untaught == _PATIENCE:
+        if self._untaught == PATIENCE:
             self._untaught = -1
             warnings.warn(message, stacklevel=4)
 
@@ -637,6 +639,9 @@ class TableRows(nn.Module):
 
     _tier_padding: int | None = None
 
+    def _renumbered_padding(self) -> bool:
+        return self.full_padding != self.padding_idx
+
     def config(self) -> dict[str, Any]:
         """Everything but the tensors, JSON-able: class, shape, options, tiers."""
         return {
@@ -653,6 +658,9 @@ class TableRows(nn.Module):
             "full_rows": self.full_rows,
             "shared_rows": None if self.shared_rows is None else self.shared_rows.tolist(),
             # Files of tables without them are what they were.
+            **(
+                {} if self.full_padding == self.padding_idx else {"full_padding": self.full_padding}
+            ),
             **({"other_paddings": list(self.other_paddings)} if self.other_paddings else {}),
             **({"passes_paddings": True} if self._passes_paddings() else {}),
             "options": {

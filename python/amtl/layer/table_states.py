@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +13,29 @@ from torch import Tensor, nn
 from amtl.layer.frequency import decode_row_map, encode_row_map
 from amtl.layer.lookups import TableLookups
 from amtl.layer.replicas import retire, wrappers_of
-from amtl.layer.rounding import Parts, Rounding, numbers_in
+from amtl.layer.rounding import Parts, Rounding, cut, mean_squares, numbers_in, step_of
 from amtl.layer.tiers import (
     drop_parameters,
+    hand_over,
     optimizers_of,
     replace_parameters,
     restore_parameters,
+    split_rows,
 )
+
+
+class _OfPlainState(str):
+    """A key that is missing, which says why where it is made part of an error.
+
+    Nobody tells a module whether its state is loaded strictly.
+    """
+
+    def __format__(self, spec: str) -> str:
+        return (
+            f"{self!s} (the state is that of a plain nn.Embedding: load it before amtl.convert, "
+            "into what amtl.revert(model) makes, or with strict=False, which fills the table and "
+            "leaves sizes and phase as they are)"
+        )
 
 
 class TableStates(TableLookups):
@@ -33,7 +51,8 @@ class TableStates(TableLookups):
         self.blocks = nn.ParameterList(blocks)
         self.tier_ends = ends
         self.row_order = row_order
-        self._kept = None
+        self._kept = self._still = None
+        self._moved = False
         self._tier_padding = None
         if row_order is not None and self.padding_idx is not None:
             self._tier_padding = int(row_order[self.padding_idx])
@@ -51,7 +70,8 @@ class TableStates(TableLookups):
         self.blocks = nn.ParameterList()
         self.tier_ends = None
         self._redirection = None
-        self._kept = None
+        self._kept = self._still = None
+        self._moved = False
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -87,6 +107,10 @@ class TableStates(TableLookups):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        own = ("schedule", "row_map", "tier_ends")
+        if prefix + "weight" in state_dict and not any(prefix + key in state_dict for key in own):
+            missing_keys.append(_OfPlainState(f"{prefix}{own[1 if self.tier_ends is None else 2]}"))
+            self._complete(state_dict, prefix, error_msgs)
         schedule = state_dict.pop(prefix + "schedule", None)
         fits = False
         if schedule is not None:
@@ -132,6 +156,47 @@ class TableStates(TableLookups):
         )
         if self.tier_ends is not None and self.row_order is not None:
             self._enter_frozen(list(self.blocks), self.tier_ends, self.row_order)
+
+    def _complete(self, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Make a state of this layer, in its phase, of one with nothing but a dense weight."""
+        loaded = state_dict[prefix + "weight"]
+        shape = (self.num_embeddings, self.embedding_dim)
+        if tuple(loaded.shape) != shape:
+            if self.tier_ends is not None:
+                del state_dict[prefix + "weight"]
+                errors.append(
+                    f"size mismatch for {prefix}weight: the state has {list(loaded.shape)}, the "
+                    f"table {list(shape)}"
+                )
+            return
+        if self.steps is not None:
+            del state_dict[prefix + "weight"]
+            errors.append(
+                f"{prefix}weight: the state is that of a plain nn.Embedding, and the table holds "
+                "codes only, which numbers cannot be loaded into: load it before freeze()"
+            )
+        state = self.state_dict(prefix=prefix)
+        if self.tier_ends is not None and self.steps is None:
+            del state_dict[prefix + "weight"]
+            plan = self._plan()
+            loaded = loaded.detach().to(self.device, self.dtype)
+            blocks = split_rows(loaded, plan)
+            state.update({f"{prefix}blocks.{c}": block for c, block in enumerate(blocks)})
+            if any(
+                bool(loaded[plan.rows(tier)][:, width:].any())
+                for tier, width in enumerate(plan.widths)
+            ):
+                warnings.warn(
+                    f"table {self.name!r} is frozen, and a plain nn.Embedding was loaded into it: "
+                    "numbers beyond the width of their rows are left out. thaw() the layer first, "
+                    "or load before amtl.convert, to have all of them",
+                    stacklevel=4,
+                )
+            if self.rounding is not None:
+                squares = _mean_squares(blocks, self.rounding, plan.ends, self.name)
+                state[f"{prefix}rounding.mean_square"] = squares
+        for key, value in state.items():
+            state_dict.setdefault(key, value)
 
     def _adopt_tiers(
         self,
@@ -205,6 +270,7 @@ class TableStates(TableLookups):
             blocks = before
         else:
             optimizers = optimizers_of([*before, *mask])
+            hand_over(before, blocks, self.name)
             replace_parameters(optimizers, before, blocks)
             places = drop_parameters(optimizers, mask)
             if self.tier_ends is None:
@@ -241,5 +307,37 @@ class TableStates(TableLookups):
             behind = self._before_sizes()
             restore_parameters(optimizers, mask, self._mask_places, before[-1], behind=behind)
         self._mask_places = []
+        hand_over(before, [weight], self.name)
         replace_parameters(optimizers, before, [weight])
         self._enter_search(weight, groups)
+
+
+def _mean_squares(
+    blocks: Sequence[Tensor], rounding: Rounding, ends: Sequence[int], name: str
+) -> Tensor:
+    """Those by which parts are rounded; numbers that are rounded already stay what they are."""
+    parts, bits = rounding.parts(), rounding.bits
+    squares = mean_squares(blocks, ends, parts, bits, name)
+    of_one = step_of(torch.ones(()), bits).item()
+    for part, piece in enumerate(cut(blocks, ends, parts)):
+        step = _step_between(piece.detach().float().flatten().abs(), bits)
+        if step > 0:
+            squares[part] = (step / of_one) ** 2
+    return squares
+
+
+def _step_between(magnitudes: Tensor, bits: int) -> float:
+    """The step size whose levels, `step * (1/2, 3/2, ...)`, these numbers are; 0 for none."""
+    if not magnitudes.numel() or not bool(magnitudes.min() > 0):
+        return 0.0
+    least, sample = magnitudes.min(), magnitudes[:256]
+    # Few numbers may miss the lowest levels.
+    steps = 2 * least / torch.arange(1, 2 ** min(bits, 8), 2, device=least.device)
+    for numbers in (sample, magnitudes):
+        levels = numbers / steps[:, None] - 0.5
+        off = (levels - levels.round()).abs().amax(1)
+        fits = (off < 0.02) & (levels.amax(1) < 2 ** (bits - 1) - 0.5)
+        if not bool(fits.any()):
+            return 0.0
+        steps = steps[fits][:1]
+    return float(steps)

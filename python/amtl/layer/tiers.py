@@ -354,6 +354,25 @@ def _require_position(group: dict[str, Any], parameter: nn.Parameter) -> int:
     return position
 
 
+def hand_over(old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], name: str) -> None:
+    """Give parameters the attributes that were set on those before, and warn of hooks on these.
+
+    Args:
+        old: of a table, all the same in this.
+        new: what takes their place.
+        name: of the table.
+    """
+    for parameter in new:
+        vars(parameter).update(vars(old[0]))
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in old):
+        warnings.warn(
+            f"table {name!r} has other parameters now, of other shapes, and hooks on those before "
+            "are called no more: hook what the layer gives, or layer.table_parameters() from now "
+            "on",
+            stacklevel=3,
+        )
+
+
 def replace_parameters(
     optimizers: list[Optimizer], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
 ) -> None:

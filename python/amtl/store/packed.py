@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from amtl.errors import UserError
-from amtl.layer.collection import AMTLEmbeddingCollection
+from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable
 from amtl.layer.conversion import layers as layers_of
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.hosts import check, settle
@@ -83,8 +83,9 @@ class PackedFile:
             The same model, its embeddings replaced.
 
         Raises:
-            PackedFileError: the model has other modules, keys or shapes than the one saved, or one
-                of its embeddings is wrapped by itself; it is left as it was.
+            PackedFileError: the model has other modules, keys or shapes than the one saved,
+                embeddings of another class, shape, pooling, padding row or norm, or one that is
+                wrapped by itself; it is left as it was.
         """
         inner = unwrapped(model)
         names = self._own_names(inner)
@@ -112,6 +113,7 @@ class PackedFile:
                 f"modules not in the model: {absent}; keys not in the file: {missing}; "
                 f"keys not in the model: {surplus}; other shapes: {sorted(shapes)}"
             )
+        require_alike((n, self.layers[source], found[n][1]) for n, source in targets.items())
         embeddings = [found[name][1] for name in targets]
         homes = {name: found[name][0].rpartition(".") for name in targets}
         for name, (parent, _, key) in homes.items():
@@ -161,6 +163,62 @@ def _own_name(model: nn.Module, name: str) -> str:
 _NOTHING = nn.Module()
 
 
+def require_alike(pairs: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
+    """Raise unless layers of a file look up as the embeddings do whose places they are to take.
+
+    Args:
+        pairs: name, layer of the file, and embedding of the model: of torch.nn, or a layer. Any
+            other module in its place tells nothing, and will do.
+
+    Raises:
+        PackedFileError: they do not.
+    """
+    unlike: list[tuple[str, Any, Any]] = []
+    for name, layer, module in pairs:
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag | AMTLTable):
+            continue
+        if not isinstance(module, (type(layer), _COUNTERPARTS.get(type(layer), type(layer)))):
+            unlike.append((f"{name!r} is", kind_of(layer), kind_of(module)))
+            continue
+        mine, theirs = _traits(layer), _traits(module)
+        unlike += [
+            (f"{name!r} has {trait}", mine[trait][0], theirs[trait][0])
+            for trait in mine
+            if trait in theirs and not any(value in theirs[trait] for value in mine[trait])
+        ]
+    if unlike:
+        found = "; ".join(f"{what} {a} in the file, {b} in the model" for what, a, b in unlike)
+        raise PackedFileError(
+            f"the file does not fit the model: {found}. Build the model as the one that was saved"
+        )
+
+
+_COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
+    AMTLEmbedding: nn.Embedding,
+    AMTLEmbeddingBag: nn.EmbeddingBag,
+    CollectedTable: nn.Embedding,
+}
+
+
+def _traits(table: Any) -> dict[str, list[Any]]:
+    """What lookups depend on beside values; after `absorb_order()` as before it, too."""
+    before = [getattr(table, "full_rows", table.num_embeddings), table.embedding_dim]
+    traits = {
+        "shape": [[table.num_embeddings, table.embedding_dim], before],
+        "padding_idx": [table.padding_idx, getattr(table, "full_padding", table.padding_idx)],
+    }
+    norm = getattr(table, "max_norm", None)
+    traits["max_norm"] = [norm]
+    if norm is not None:
+        traits["norm_type"] = [table.norm_type]
+    for trait in ("mode", "include_last_offset", "names", "other_paddings"):
+        if hasattr(table, trait):
+            traits[trait] = [getattr(table, trait)]
+    if hasattr(table, "names"):
+        traits["field_sizes"] = [table.field_sizes]
+    return traits
+
+
 def save(
     obj: AMTLTable | Mapping[str, AMTLTable] | nn.Module,
     path: str | os.PathLike[str],
@@ -171,7 +229,8 @@ def save(
     """Write a frozen layer, several, or a model that holds frozen layers, to one file.
 
     The file is written aside, flushed and renamed: an interruption leaves the old file whole. The
-    size search (head, counts) is not stored: a packed table can train on, and `thaw(counts=...)`.
+    size search (head, counts) is not stored. A packed table can train on as it is, but for one of
+    few bits, whose codes stay still until `thaw(counts=...)` makes numbers of them, which train.
 
     Args:
         obj: a frozen layer; frozen layers by name; or a model, of which everything in its

@@ -224,6 +224,12 @@ def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path):
     before = other.predict(fed(other, x))
     with pytest.raises(amtl.PackedFileError, match="does not fit the model"):
         deepctr.load(tmp_path / "m.safetensors", other)
+    wider = columns()
+    wider[0] = SparseFeat("user", 41, embedding_dim=8)
+    grown = DeepFM(wider, wider, dnn_hidden_units=(8, 4))
+    with pytest.raises(amtl.PackedFileError, match=r"'user' has shape \[40, 8\] .* \[41, 8\]"):
+        deepctr.load(tmp_path / "m.safetensors", grown)
+    assert not amtl.layers(grown)
     assert not amtl.layers(other) and type(other.embedding_dict["item"]) is torch.nn.Embedding
     np.testing.assert_array_equal(other.predict(fed(other, x)), before)
 

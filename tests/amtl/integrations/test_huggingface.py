@@ -7,6 +7,7 @@ import pickle
 
 import amtl
 import pytest
+import safetensors.torch
 import torch
 
 transformers = pytest.importorskip("transformers", reason="needs: pip install transformers")
@@ -67,6 +68,30 @@ def test_a_model_saves_and_loads_through_its_own_library(tmp_path, kind, frozen,
     again = type(model).from_pretrained(tmp_path / "twin")
     torch.testing.assert_close(outputs(again), outputs(twin))
     assert not torch.allclose(outputs(again), expected)
+
+
+def test_a_checkpoint_resumes_as_a_trainer_does_it(tmp_path):
+    """Dense tables in its file, the optimizer's state by tiers."""
+
+    def begin():
+        model = amtl.freeze(convert(build("BertModel"), "auto"))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    model, optimizer = begin()
+    model(IDS)[0].square().sum().backward()
+    optimizer.step()
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    saved = copy.deepcopy(optimizer.state_dict())
+    model(IDS)[0].square().sum().backward()
+    optimizer.step()
+    for found, held in ((model, optimizer), begin()):
+        state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        found.load_state_dict(state, False)
+        held.load_state_dict(saved)
+        torch.testing.assert_close(outputs(found), expected)
+        held.step()
+        amtl.save(found, tmp_path / "small.safetensors")
 
 
 def test_a_model_within_a_model_saves_itself(tmp_path):

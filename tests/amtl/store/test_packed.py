@@ -260,6 +260,104 @@ def test_model_that_does_not_fit_is_left_alone(tmp_path):
     assert type(other.table) is nn.Embedding
 
 
+def embedding(kind=nn.Embedding, rows=60, dim=8, **options):
+    return nn.ModuleDict({"table": kind(rows, dim, **options)})
+
+
+def converted(model, budget=0.4):
+    """In no order of counts, and of which rows of size 0 are looked up as row 1."""
+    counts = counts_of(model["table"].num_embeddings, in_order=False)
+    options = {"bits": None, "shared_rows": [1]}
+    return amtl.convert(model, {"table": counts}, budget=budget, **options)
+
+
+BAGS = {"kind": nn.EmbeddingBag}
+
+
+@pytest.mark.filterwarnings("ignore:table 'table' stores")
+@pytest.mark.parametrize("convert_first", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "other", "message"),
+    [
+        ({}, {"rows": 70}, r"shape \[60, 8\] in the file, \[70, 8\] in the model"),
+        ({}, {"rows": 50}, r"shape \[60, 8\] in the file, \[50, 8\] in the model"),
+        ({}, {"dim": 4}, r"shape \[60, 8\] in the file, \[60, 4\] in the model"),
+        ({}, BAGS, "is an AMTLEmbedding in the file, an .*EmbeddingBag in the model"),
+        (BAGS, {}, "is an AMTLEmbeddingBag in the file, an .*Embedding in the model"),
+        (BAGS, {**BAGS, "mode": "sum"}, "mode mean in the file, sum in the model"),
+        (
+            {**BAGS, "include_last_offset": True},
+            BAGS,
+            "include_last_offset True in the file, False in the model",
+        ),
+        ({}, {"padding_idx": 3}, "padding_idx None in the file, 3 in the model"),
+        ({"padding_idx": 0}, {"padding_idx": 3}, "padding_idx 0 in the file, 3 in the model"),
+        ({"max_norm": 1.0}, {}, "max_norm 1.0 in the file, None in the model"),
+        (
+            {"max_norm": 1.0, "norm_type": 1.0},
+            {"max_norm": 1.0},
+            "norm_type 1.0 in the file, 2.0 in the model",
+        ),
+    ],
+)
+def test_embeddings_that_look_up_otherwise(tmp_path, saved, other, message, convert_first):
+    path = tmp_path / "model.safetensors"
+    amtl.save(amtl.freeze(converted(embedding(**saved))), path)
+    model = embedding(**other)
+    if convert_first:
+        converted(model)
+    table = model["table"]
+    with pytest.raises(PackedFileError, match=f"'table' (has )?{message}"):
+        amtl.load(path, model)
+    assert model["table"] is table
+    same = embedding(**saved)
+    amtl.load(path, converted(same) if convert_first else same)
+    assert same["table"].phase == "frozen"
+
+
+@pytest.mark.filterwarnings("ignore:table 'table' stores")
+def test_embeddings_of_which_nothing_differs(tmp_path):
+    """Types, devices and norms that are not used; before and after rows were numbered anew."""
+    path = tmp_path / "model.safetensors"
+    model = amtl.freeze(converted(embedding(padding_idx=3, norm_type=1.0), budget=0.1))
+    amtl.save(model, path)
+    with torch.device("meta"):
+        amtl.load(path, embedding(padding_idx=3, dtype=torch.float16))
+    places = model["table"].absorb_order()
+    rows = model["table"].num_embeddings
+    assert rows < 60 and int(places[3]) != 3
+    expected = model.eval()["table"](places)
+    amtl.save(model, path)
+    for fresh in (embedding(padding_idx=3), embedding(rows=rows, padding_idx=int(places[3]))):
+        again = tmp_path / "again.safetensors"
+        amtl.save(amtl.load(path, fresh), again)
+        assert again.read_bytes() == path.read_bytes()
+        assert torch.equal(fresh["table"](places), expected)
+    with pytest.raises(PackedFileError, match=rf"shape \[{rows}, 8\] in the file, \[59, 8\]"):
+        amtl.load(path, embedding(rows=59, padding_idx=3))
+
+
+def test_a_collection_of_other_tables(tmp_path):
+    def collection(**options):
+        sizes = {"a": 40, "b": 20, **options.pop("sizes", {})}
+        counts = {name: counts_of(rows) for name, rows in sizes.items()}
+        made = amtl.AMTLEmbeddingCollection(sizes, 8, counts=counts, budget=0.4, **options)
+        return nn.ModuleDict({"tables": made})
+
+    path = tmp_path / "model.safetensors"
+    paddings = {"a": 0, "b": 2}
+    amtl.save(amtl.freeze(collection(padding_idx=paddings)), path)
+    amtl.load(path, collection(padding_idx=paddings))
+    for other, message in (
+        ({"sizes": {"a": 20, "b": 40}, "padding_idx": paddings}, "field_sizes"),
+        ({"sizes": {"c": 20}, "padding_idx": paddings}, "names"),
+        ({"padding_idx": {"a": 0, "b": 1}}, "other_paddings"),
+        ({"padding_idx": paddings, "mode": "mean"}, "mode"),
+    ):
+        with pytest.raises(PackedFileError, match=f"'tables' has {message}"):
+            amtl.load(path, collection(**other))
+
+
 def test_what_cannot_be_saved(tmp_path):
     path = tmp_path / "x.safetensors"
     searching = AMTLEmbedding(5, 4, counts=torch.ones(5))
