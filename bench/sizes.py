@@ -172,13 +172,13 @@ def _made(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
 
     def train(entry: TrainConfig) -> float:
         tried.append(Trainer(entry, task).run())
-        return float(tried[-1]["val_auc"] - tried[-1]["val_logloss"])
+        return float(tried[-1]["val_score"])
 
     if job["method"] == "fixed":
         regularised(config, train)
     else:
         train(config)
-    metrics = max(tried, key=lambda m: m["val_auc"] - m["val_logloss"])
+    metrics = max(tried, key=lambda m: float(m["val_score"]))
     keep = ("test_auc", "test_logloss", "val_auc", "val_logloss", "stored_bytes")
     keep += ("dense_bytes", "best_epoch", "epochs_run", "raced")
     line = {"job": job, "cpu": time.process_time() - started}

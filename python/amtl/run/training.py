@@ -347,9 +347,10 @@ class Trainer:
 
     def _note_freeze(self) -> None:
         stored, full = methods.stored_bytes(self.table), methods.dense_bytes(self.table)
+        tiers = len(methods.table_parameters(self.table))
         self.observer.note(
             f"sizes frozen: {stored:,} of {full:,} bytes ({stored / full:.1%}), "
-            f"{len(methods.table_parameters(self.table))} size tiers"
+            f"{tiers} size tier{'s' if tiers > 1 else ''}"
         )
 
     def _warm_start(self, table: nn.Module, run: Path) -> None:

@@ -422,7 +422,8 @@ def table_of_tiers(blocks: Sequence[Tensor], dim: int, bags: bool) -> AMTLTable:
     else:
         like = AMTLEmbedding(1, dim, counts=torch.ones(1), budget=1.0, sparse=True)
     ends = list(itertools.accumulate(block.shape[0] for block in blocks))
-    shape = {"num_embeddings": ends[-1], "field_sizes": ends[-1:], "tier_ends": ends}
+    rows = {"num_embeddings": ends[-1], "full_rows": ends[-1], "field_sizes": ends[-1:]}
+    shape = {**rows, "tier_ends": ends}
     return type(like).from_config({**like.config(), **shape}, blocks)
 
 

@@ -90,6 +90,16 @@ def test_a_packed_run_is_a_packed_file(run, tmp_path):
     assert torch.equal(filled(batch), trained.model(batch))
 
 
+def test_a_packed_table_of_full_size_is_all_of_itself(tmp_path, capsys):
+    assert command(*TRAIN, "--label", "label", "--method", "fixed", "--out", tmp_path / "r") == 0
+    path = tmp_path / "model.safetensors"
+    for args in (("pack", tmp_path / "r", "-o", path), ("inspect", path)):
+        capsys.readouterr()
+        assert command(*args) == 0
+        assert "100.0%" in capsys.readouterr().out
+    assert amtl.open_packed(path).layers["table"].stored_fraction() == 1
+
+
 def first_batch(trained, frame):
     return next(trained.encoder.transform(frame).batches(50))
 
