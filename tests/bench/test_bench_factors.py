@@ -1,0 +1,47 @@
+"""Dot products: the benchmark runs, and its table says what the runs do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import factors
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for name, value in {"USERS": 300, "ITEMS": 150, "BUDGETS": (0.3,)}.items():
+        monkeypatch.setattr(factors, name, value)
+
+
+@pytest.mark.parametrize("task", factors.TASKS)
+def test_it_runs_and_nothing_is_lost_in_8_bits(task, tmp_path, capsys):
+    out = tmp_path / "runs.jsonl"
+    factors.main([str(out), "--seeds", "1", "--tasks", task, "--samples", "6000", "--epochs", "4"])
+    plain, converted, compressed = map(json.loads, out.read_text().splitlines())
+    assert plain["kind"] == "plain" and plain["score"] > 0
+    for other in (converted, compressed):
+        assert other["score"] == pytest.approx(plain["score"], abs=0.02)
+        assert 0.25 < other["share"] < 0.6
+    assert f"| {task} | converted, 30 % |" in capsys.readouterr().out
+
+
+def test_differences_are_those_of_a_seed():
+    records = [
+        {"task": "ratings", "kind": kind, "budget": budget, "seed": s, "score": score, "share": 0.5}
+        for kind, budget, scores in (("plain", 1.0, (1, 2)), ("converted", 0.3, (1.5, 2.25)))
+        for s, score in enumerate(scores)
+    ]
+    lines = factors.table(records)
+    assert lines[-1] == "| ratings | converted, 30 % | 1.8750 (+0.5000, +0.2500) | 50.0 % |"
+
+
+def test_a_better_order_of_items_is_a_higher_recall():
+    data = factors.Data(0, 6000)
+    model = factors.Factors(factors.USERS, factors.ITEMS)
+    before = data.metric("retrieval", model, 2)
+    with torch.no_grad():
+        model.item_bias.weight[:, 0] = torch.bincount(data.items, minlength=factors.ITEMS).float()
+    assert data.metric("retrieval", model, 2) > before
