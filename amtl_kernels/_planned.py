@@ -8,7 +8,6 @@ and leaves to the operator whatever there is anything to say of.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ _OR_NONE = (*_KINDS, type(None))
 
 _NO_BAGS = (0, 8, 0, 0, 0, 0)
 """No offsets, and what belongs to them."""
-
-_native: Any = None
 
 
 def unobserved() -> bool:
@@ -103,7 +100,7 @@ class Plan:
             return None
         out = torch.empty(shape, dtype=self._dtype)
         addresses = out.data_ptr(), indices.data_ptr()
-        if _native.lookup(
+        if backend.native.lookup(
             handle, *addresses, indices.itemsize, count, bounds_check, padding, *pooled
         ):
             return out
@@ -126,21 +123,11 @@ def _describe(tables: Tables, few: FewBits | None) -> Any:
     tensors = (*tables.blocks, *steps)
     if not all(type(tensor) in _KINDS and tensor.is_cpu for tensor in tensors):
         return False
-    if not _loaded():
+    if backend.native is None:
         return False
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            return _native.own(torch.ops.amtl._plan(*tables, *(few or ())))
+            return backend.native.own(torch.ops.amtl._plan(*tables, *(few or ())))
     except (RuntimeError, ValueError):
         # The operator says what is wrong with it, or another backend takes it.
         return False
-
-
-def _loaded() -> bool:
-    global _native
-    if _native is None:
-        try:
-            _native = importlib.import_module("amtl_kernels._C")
-        except ImportError:
-            _native = False
-    return bool(_native)

@@ -19,6 +19,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -38,6 +39,8 @@ class _State:
 _state = _State()
 _backends: dict[str, Callable[[], Implementations]] = {}
 _native_error: str | None = None
+native: Any = None
+"""The compiled module, if it loads."""
 _native_info: dict[str, str] = {}
 
 
@@ -163,7 +166,7 @@ def _triton_status() -> str:
 
 def _load_native() -> None:
     """Imports the compiled module, whose registrations run on import."""
-    global _native_error
+    global _native_error, native
     try:
         native = importlib.import_module("amtl_kernels._C")
     except ImportError as error:

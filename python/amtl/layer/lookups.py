@@ -78,7 +78,12 @@ class TableLookups(TableRows):
         if self.tier_ends is not None:
             if self.steps is not None and per_sample_weights is not None:
                 per_sample_weights = per_sample_weights.to(torch.float32)
-            table, rows = self._frozen(input)
+            places = self._unchanged(input)
+            if places is None:
+                table, rows = self._frozen(input)
+            else:
+                assert self._kept is not None
+                table, rows = self._kept.table, places
             out = self._call(
                 table.embedding_bag,
                 rows,
@@ -159,10 +164,6 @@ class TableLookups(TableRows):
     def _frozen(self, input: Tensor) -> tuple[TieredTable, Tensor]:
         """The tiers, rounded or decoded where the table has few bits, and places to look up."""
         assert self.tier_ends is not None
-        places = self._unchanged(input)
-        if places is not None:
-            assert self._kept is not None
-            return self._kept.table, places
         if self._left is not None and self.training and not being_traced():
             self._notice_left()
         rows = self._renormed(self._frozen_rows(input))

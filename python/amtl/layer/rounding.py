@@ -188,7 +188,7 @@ def where_they_are(
 
 def spared_bytes(num_rows: int, bits: int) -> int:
     """What `where_they_are` may take from rows, beside the step size of those that are shorter."""
-    return int(_SHORTER * num_rows) * unit(bits) * bits // 8 - PART_BYTES
+    return max(0, int(_SHORTER * num_rows) * unit(bits) * bits // 8 - PART_BYTES)
 
 
 def bytes_of(stored: Tensor, steps: Tensor, bits: int) -> int:

@@ -167,21 +167,21 @@ def _all_numbers(tables: Sequence[_Table], allowed: float) -> list[float] | None
     """
     order = sorted(range(len(tables)), key=lambda i: tables[i].frugal)
     shares = [table.frugal for table in tables]
-    spare = sum(max(0.0, table.spare) for table in tables) - (sum(shares) - allowed)
+    spare = sum(table.spare for table in tables) - (sum(shares) - allowed)
     if spare < 0:
         return None
     whole = set()
     for i in order[:-1]:
         # Of few rows the law leaves numbers out for a step size or two.
         more = tables[i].by_law - tables[i].frugal
-        if more + max(0.0, tables[i].spare) <= spare:
+        if more + tables[i].spare <= spare:
             whole.add(i)
             shares[i] += more
-            spare -= more + max(0.0, tables[i].spare)
+            spare -= more + tables[i].spare
     for i in reversed(order):
         if i not in whole:
             short = max(0.0, sum(shares) - allowed)
-            shares[i] -= min(short, max(0.0, tables[i].spare))
+            shares[i] -= min(short, tables[i].spare)
     return shares
 
 

@@ -639,9 +639,6 @@ class TableRows(nn.Module):
 
     _tier_padding: int | None = None
 
-    def _renumbered_padding(self) -> bool:
-        return self.full_padding != self.padding_idx
-
     def config(self) -> dict[str, Any]:
         """Everything but the tensors, JSON-able: class, shape, options, tiers."""
         return {
