@@ -1,9 +1,9 @@
-"""Lookups in a table of tiers past PyTorch's dispatcher.
+"""Lookups in a table past PyTorch's dispatcher.
 
-To take a list of tiers through it takes longer than a small lookup in them. So a table that is
-looked up in again and again on the CPU is described to native code once (``amtl::_plan``), and a
-call hands over addresses. It runs the kernel of the operator, whose result it gives bit for bit,
-and leaves to the operator whatever there is anything to say of.
+To take a list of tiers through it takes longer than a small lookup in them. So a table, of tiers or
+with sizes, that is looked up in again and again on the CPU is described to native code once
+(``amtl::_plan``), and a call hands over addresses. It runs the kernel of the operator, whose result
+it gives bit for bit, and leaves to the operator whatever there is anything to say of.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def unobserved() -> bool:
 
 
 class Plan:
-    """What native code knows of one table of tiers, from the second lookup in it on.
+    """What native code knows of one table, from the second lookup in it on.
 
     Args:
         tables: The table.
@@ -120,7 +120,7 @@ class Plan:
 def _describe(tables: Tables, few: FewBits | None) -> Any:
     """A description of native code, False where there is none."""
     steps = few.steps if few is not None else []
-    tensors = (*tables.blocks, *steps)
+    tensors = (*tables.blocks, *tables.sizes, *tables.row_groups, *steps)
     if not all(type(tensor) in _KINDS and tensor.is_cpu for tensor in tensors):
         return False
     if backend.native is None:

@@ -71,7 +71,7 @@ SCHEMAS: dict[str, str] = {
 
 DEFINITIONS = [
     *(name + schema for name, schema in SCHEMAS.items()),
-    # The address of what native code on the CPU knows of one table of tiers (`_planned.py`).
+    # The address of what native code on the CPU knows of one table (`_planned.py`).
     f"_plan(Tensor[] blocks, {_TABLES}, {_FEW_BITS}) -> int",
     # Raises what lookups before have found on the device of `like`, if that is known by now.
     "_raise_found(Tensor like) -> ()",

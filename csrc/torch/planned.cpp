@@ -31,7 +31,8 @@ struct Seen {
 template <class F>
 bool ForTensors(const Tables& tables, F&& f) {
   size_t i = 0;
-  for (const Tensors* tensors : {&tables.blocks, &tables.steps}) {
+  for (const Tensors* tensors :
+       {&tables.blocks, &tables.sizes, &tables.row_groups, &tables.steps}) {
     for (const Tensor& tensor : *tensors) {
       if (!f(tensor, i++)) return false;
     }
@@ -44,7 +45,7 @@ bool ForTensors(const Tables& tables, F&& f) {
 struct PlannedLookup {
   Tables tables;
   CpuLookup lookup;
-  std::vector<Seen> seen;  // of the blocks, then of the steps
+  std::vector<Seen> seen;  // in the order of ForTensors
 
   // Whether all tensors are what they were.
   bool Holds() const {
@@ -58,7 +59,7 @@ namespace {
 
 int64_t Plan(Tables tables, FewBits few) {
   std::move(few).AddTo(tables);
-  Check(tables.count() == 1 && !tables.sized(), "one table of tiers can be planned");
+  Check(tables.count() == 1, "one table can be planned");
   CheckTables(tables);
   auto plan = std::make_unique<PlannedLookup>();
   plan->tables = std::move(tables);

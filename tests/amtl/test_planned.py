@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import amtl
@@ -47,7 +49,15 @@ def agrees(layer: nn.Module) -> None:
 def plan_of(layer: nn.Module) -> object:
     agrees(layer)
     assert layer._kept is not None
-    return layer._kept.table.plan._handle
+    kept = layer._kept
+    return (kept.plan if layer.phase == "search" else kept.table.plan)._handle
+
+
+def searching(parametrization: str, bag: bool = False) -> AMTLEmbedding:
+    torch.manual_seed(0)
+    kind = AMTLEmbeddingBag if bag else AMTLEmbedding
+    given = {"counts": COUNTS, "budget": 0.1, "min_dim": 0, "parametrization": parametrization}
+    return kind(ROWS, DIM, bits=None, shared_rows=[5], **given).eval()
 
 
 def write(layer: nn.Module) -> None:
@@ -99,6 +109,61 @@ def test_changes_show(
     layer = frozen(bits, shuffled)
     assert plan_of(layer)
     change(layer)
+    agrees(layer)
+
+
+def learn(layer: nn.Module) -> None:
+    """Other sizes, of another budget's share too."""
+    with torch.no_grad():
+        for parameter in layer.mask_parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def count_anew(layer: nn.Module) -> None:
+    other = AMTLEmbedding(ROWS, DIM, counts=COUNTS.flip(0), **layer_options(layer))
+    layer.load_state_dict(other.state_dict())
+
+
+def layer_options(layer: nn.Module) -> dict[str, object]:
+    names = ("budget", "min_dim", "parametrization", "bits")
+    return {"shared_rows": [5], **{name: getattr(layer.options, name) for name in names}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(write, train, load, elsewhere, learn, count_anew),
+        lambda layer: layer.half(),
+        lambda layer: layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True),
+        lambda layer: layer.freeze(),
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(ROWS, DIM))),
+    ],
+)
+@pytest.mark.parametrize("parametrization", ["rule", "ordinal", "free"])
+def test_changes_of_a_search_show(
+    change: Callable[[nn.Module], object], parametrization: str
+) -> None:
+    layer = searching(parametrization)
+    assert plan_of(layer)
+    change(layer)
+    agrees(layer)
+
+
+def test_a_search_leaves_no_weight_behind() -> None:
+    """Or whoever freezes would be told that something still holds it."""
+    layer = searching("rule")
+    assert plan_of(layer)
+    weight = weakref.ref(layer.weight)
+    layer.freeze()
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.parametrize("parametrization", ["rule", "free"])
+def test_bags_of_a_search_are_planned_too(parametrization: str) -> None:
+    layer = searching(parametrization, bag=True)
+    assert plan_of(layer)
+    write(layer)
     agrees(layer)
 
 

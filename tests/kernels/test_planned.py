@@ -24,11 +24,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def made(inputs: Inputs, bits: int | None, coded: bool) -> tuple[Tables, FewBits | None]:
-    """The tiers of a case, as numbers, as numbers that lookups round, or as codes."""
-    tables = Tables.of(inputs.tables("tiered").values())
-    if bits is None:
-        return tables, None
+def made(inputs: Inputs, form: str, bits: int | None, coded: bool) -> tuple[Tables, FewBits | None]:
+    """The table of a case; its tiers as numbers, as numbers that lookups round, or as codes."""
+    tables = Tables.of(inputs.tables(form).values())
+    if bits is None or form != "tiered":
+        return tables._replace(dims=[inputs.case.dim]), None
     g = torch.Generator().manual_seed(inputs.case.seed)
     steps = torch.rand(len(tables.blocks), generator=g) + 0.5
     if coded:
@@ -54,17 +54,18 @@ def planned(tables: Tables, few: FewBits | None) -> Plan:
 
 @given(
     case=cases(),
+    form=st.sampled_from(["tiered", "masked", "adaptive"]),
     pooled=st.booleans(),
     bits=st.sampled_from([None, 2, 4, 8, 16]),
     coded=st.booleans(),
 )
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_it_is_the_operator_bit_for_bit(
-    case: Any, pooled: bool, bits: int | None, coded: bool
+    case: Any, form: str, pooled: bool, bits: int | None, coded: bool
 ) -> None:
     inputs = build(case)
-    tables, few = made(inputs, bits, coded)
-    given_bags = inputs.call("tiered", pooled).bags
+    tables, few = made(inputs, form, bits, coded)
+    given_bags = inputs.call(form, pooled).bags
     if few is not None and coded and given_bags["per_sample_weights"] is not None:
         given_bags["per_sample_weights"] = given_bags["per_sample_weights"].float()
     bags = Bags(**given_bags)

@@ -17,14 +17,15 @@ from amtl.layer.size_head import being_traced
 from amtl.layer.table_rows import PATIENCE, TableRows
 from amtl.layer.tiers import optimizers_of
 from amtl_kernels import TieredTable
-from amtl_kernels._checks import BOUNDS, INDEX_TYPES
-from amtl_kernels._planned import unobserved
+from amtl_kernels._arguments import Tables
+from amtl_kernels._checks import BOUNDS, INDEX_TYPES, padding_of, pooled
+from amtl_kernels._planned import Plan, unobserved
 
 
 class TableLookups(TableRows):
     """The lookups of `AMTLTable`."""
 
-    _kept: _Kept | None = None
+    _kept: _Kept | _Sized | None = None
     _left: Callable[[], Tensor | None] | None = None
     """The weight before freezing, if it lives, where no optimizer of PyTorch's was found for it."""
     _still: _Still | None = None
@@ -39,10 +40,9 @@ class TableLookups(TableRows):
     def _embed(self, input: Tensor) -> Tensor:
         """The rows at indices of any shape: `input.shape + [D]`."""
         rows = self._unchanged(input)
-        if rows is not None and rows.is_cpu and rows.dtype in INDEX_TYPES:
-            assert self._kept is not None
-            check = BOUNDS[self.options.bounds_check]
-            out = self._kept.table.plan.rows(rows.contiguous(), check)
+        if rows is not None:
+            assert isinstance(self._kept, _Kept)
+            out = self._planned_rows(self._kept.table.plan, rows)
             if out is not None:
                 return self._shown(out)
         self._check_caller()
@@ -52,6 +52,10 @@ class TableLookups(TableRows):
             return self._shown(self._call(table.embedding, rows, **self._frozen_options()))
         assert self.weight is not None and self.row_group is not None
         rows, dims, mask, seed = self._searched(input)
+        plan = self._sized_plan(dims)
+        planned = None if plan is None else self._planned_rows(plan, rows)
+        if planned is not None:
+            return planned
         return self._call(
             amtl_kernels.adaptive_embedding,
             self.weight,
@@ -82,7 +86,7 @@ class TableLookups(TableRows):
             if places is None:
                 table, rows = self._frozen(input)
             else:
-                assert self._kept is not None
+                assert isinstance(self._kept, _Kept)
                 table, rows = self._kept.table, places
             out = self._call(
                 table.embedding_bag,
@@ -96,6 +100,14 @@ class TableLookups(TableRows):
             return self._shown(out)
         assert self.weight is not None and self.row_group is not None
         rows, dims, mask, seed = self._searched(input)
+        plan = self._sized_plan(dims)
+        if plan is not None:
+            padding = [padding_of(self.padding_idx, self.num_embeddings)]
+            given = (per_sample_weights, padding, include_last_offset)
+            bags = pooled(self.weight, rows, offsets, mode, *given)
+            planned = plan.bags(bags, BOUNDS[self.options.bounds_check])
+            if planned is not None:
+                return planned
         return self._call(
             amtl_kernels.adaptive_embedding_bag,
             self.weight,
@@ -120,6 +132,28 @@ class TableLookups(TableRows):
         rows = self._renormed(self._searched_rows(input, sizes))
         return rows, dims, mask, self._seed(noisy)
 
+    def _sized_plan(self, sizes: Tensor) -> Plan | None:
+        """What native code knows of the weight at these sizes of the groups, when evaluating."""
+        if self.training or not unobserved():
+            return None
+        weight, groups = self.weight, self.row_group
+        assert weight is not None and groups is not None
+        kept = self._kept
+        if isinstance(kept, _Sized) and all(map(is_, kept[1:], (weight, groups, sizes))):
+            return kept.plan
+        if not weight.is_cpu or not weight.is_contiguous():
+            return None
+        tables = Tables([weight], [1], [self.embedding_dim], [sizes], [groups])
+        plan = Plan(tables, None, weight)
+        self.__dict__["_kept"] = _Sized(plan, weight, groups, sizes)
+        return plan
+
+    def _planned_rows(self, plan: Plan, rows: Tensor) -> Tensor | None:
+        """Rows by a plan; None where the operator has something to say."""
+        if not rows.is_cpu or rows.dtype not in INDEX_TYPES:
+            return None
+        return plan.rows(rows.contiguous(), BOUNDS[self.options.bounds_check])
+
     def _renormed(self, rows: Tensor) -> Tensor:
         """These rows, scaled in the table if it has a `max_norm`."""
         if self.max_norm is not None:
@@ -132,7 +166,9 @@ class TableLookups(TableRows):
         Many small lookups take most of their time looking at the layer.
         """
         kept = self._kept
-        if kept is None or self.training or type(input) is not Tensor or not unobserved():
+        if not isinstance(kept, _Kept) or self.training or type(input) is not Tensor:
+            return None
+        if not unobserved():
             return None
         if self.tier_ends is None or self.max_norm is not None or self._before_use is not None:
             return None
@@ -185,7 +221,7 @@ class TableLookups(TableRows):
         traced = being_traced()
         seen = None if of is None or traced else _state(of, tiers[0].dtype)
         kept = self._kept
-        if not traced and kept is not None and kept.shows(tiers, of, seen):
+        if not traced and isinstance(kept, _Kept) and kept.shows(tiers, of, seen):
             return kept.table, rows
         few: dict[str, Any] = {}
         if steps is not None:
@@ -280,6 +316,15 @@ class _Still(NamedTuple):
     versions: list[int]
     places: Tensor
     numbers: Tensor
+
+
+class _Sized(NamedTuple):
+    """The weight, groups of its rows and their sizes, as they were looked at."""
+
+    plan: Plan
+    weight: Tensor
+    groups: Tensor
+    sizes: Tensor
 
 
 _State = tuple[int, torch.dtype, bool, tuple[float, ...]]
