@@ -60,6 +60,7 @@ def limited(backend: Any, case: Case) -> Case:
             **case.__dict__,
             "lookups": min(case.lookups, backend.max_lookups),
             "dim": min(case.dim, backend.max_dim),
+            "groups": min(case.groups, max(5, backend.max_lookups // 4)),
         }
     )
 

@@ -1,11 +1,16 @@
-"""Takes from Triton's interpreter what it repeats at every call of a function within a kernel.
+"""Takes from Triton's interpreter what it repeats for every operation of a kernel.
 
-It replaces the functions of `triton.language` by its own for each such call, which finds them
-replaced already: more than half of the time of small kernels. Here only the first of a launch does.
+It replaces the functions of `triton.language` by its own at each call of a function within a
+kernel, which finds them replaced already: more than half of the time of small kernels. Here only
+the first of a launch does. Types of NumPy are looked up once each. And it computes sums and
+products of integers twice, in 64 bits to see whether they overflow: a fourth of what is left, so
+that is for AMTL_SOAK=1 (`make soak`).
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
 
@@ -43,3 +48,13 @@ def install() -> None:
         return scope
 
     interpreter._patch_lang = once
+    numpy_of, known = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
+
+    def numpy_type(kind: Any) -> Any:
+        kind = kind.scalar
+        return numpy_of(kind) if isinstance(kind, tl.pointer_type) else known(kind)
+
+    interpreter._get_np_dtype = numpy_type
+    if os.environ.get("AMTL_SOAK", "0") in ("", "0"):
+        unchecked = interpreter.InterpreterOptions(sanitize_overflow=False)
+        interpreter.interpreter_builder.options = unchecked
