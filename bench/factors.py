@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import amtl
 import torch
+from amtl.paper.records import Claim, append, read
 from torch import Tensor, nn
 
 BUDGETS = (0.3, 0.125, 0.03)
@@ -132,7 +132,7 @@ def file_bytes(model: nn.Module) -> int:
         return os.path.getsize(path)
 
 
-def runs(task: str, seed: int, samples: int, epochs: int) -> Iterator[dict[str, Any]]:
+def models(task: str, seed: int, samples: int, epochs: int) -> Iterator[dict[str, Any]]:
     """The plain model of a seed, and those converted before and after training."""
     data = Data(seed, samples)
     torch.manual_seed(seed)
@@ -140,8 +140,7 @@ def runs(task: str, seed: int, samples: int, epochs: int) -> Iterator[dict[str, 
     initial = copy.deepcopy(plain)
     full = sum(p.nbytes for p in plain.parameters())
     score = train(task, data, plain, epochs, seed)
-    base = {"task": task, "seed": seed, "samples": samples, "epochs": epochs}
-    yield {**base, "kind": "plain", "budget": 1.0, "score": score, "share": 1.0}
+    yield {"kind": "plain", "budget": 1.0, "score": score, "share": 1.0}
     for budget in BUDGETS:
         for kind, source in (("converted", initial), ("compressed", plain)):
             model = amtl.convert(copy.deepcopy(source), data.counts(), budget)
@@ -152,22 +151,24 @@ def runs(task: str, seed: int, samples: int, epochs: int) -> Iterator[dict[str, 
             else:
                 score = data.metric(task, model, 2)
             share = file_bytes(model) / full
-            yield {**base, "kind": kind, "budget": budget, "score": score, "share": share}
+            yield {"kind": kind, "budget": budget, "score": score, "share": share}
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: the plain score, and differences to it, paired by seed, with the file's share."""
     found: dict[tuple[str, str, float], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for record in records:
-        found[record["task"], record["kind"], record["budget"]][record["seed"]] = record
+        task, seed = record["job"]["task"], record["job"]["seed"]
+        for model in record["models"]:
+            found[task, model["kind"], model["budget"]][seed] = model
     lines = [
         "| task | model | score, mean (each seed less the plain one's) | file |",
         "|---|---|---|---|",
     ]
     for (task, kind, budget), by_seed in found.items():
         plain = found[task, "plain", 1.0]
-        mean = statistics.fmean(record["score"] for record in by_seed.values())
-        share = statistics.fmean(record["share"] for record in by_seed.values())
+        mean = statistics.fmean(model["score"] for model in by_seed.values())
+        share = statistics.fmean(model["share"] for model in by_seed.values())
         gaps = [r["score"] - plain[s]["score"] for s, r in sorted(by_seed.items())]
         each = "" if kind == "plain" else " (" + ", ".join(f"{gap:+.4f}" for gap in gaps) + ")"
         name = kind if kind == "plain" else f"{kind}, {100 * budget:g} %"
@@ -178,22 +179,27 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description="dot products: plain against converted")
-    parser.add_argument("out", type=Path, help="a run is a line, appended when it ends")
+    parser.add_argument(
+        "out", type=Path, help="a seed is a line, appended when it ends; those there stay"
+    )
     parser.add_argument("--seeds", default="41,42,43")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    records = []
     for task in given.tasks.split(","):
         for seed in map(int, given.seeds.split(",")):
-            for record in runs(task, seed, given.samples, given.epochs):
-                records.append(record)
-                with given.out.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(record, flush=True)
-    print("\n".join(table(records)))
+            of_run = (task, seed, given.samples, given.epochs)
+            job = dict(zip(("task", "seed", "samples", "epochs"), of_run, strict=True))
+            with Claim(given.out, job) as mine:
+                if mine:
+                    found = []
+                    for model in models(*of_run):
+                        found.append(model)
+                        print(job, model, flush=True)
+                    append(given.out, {"job": job, "models": found})
+    print("\n".join(table(list(read(given.out)))))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag
-from amtl.layer.rounding import takes_turn
+from amtl.layer.rounding import is_drawn
 from torch import nn
 
 from amtl_kernels import TieredTable
@@ -103,7 +103,7 @@ def test_inference_mode_leaves_nothing_that_training_cannot_use():
     layer = frozen()
     with torch.inference_mode():
         shown = layer(INPUT)
-    layer.rounding.turn = next(n for n in range(9) if not takes_turn(n + 1))
+    layer.rounding.turn = next(n for n in range(9) if not is_drawn(n + 1))
     layer.train()
     out = layer(INPUT)
     assert torch.equal(out, shown)

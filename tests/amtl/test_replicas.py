@@ -10,7 +10,7 @@ from pathlib import Path
 import amtl
 import pytest
 import torch
-from amtl.layer.rounding import takes_turn
+from amtl.layer.rounding import is_drawn
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -125,7 +125,7 @@ def few_bits(rank):
     amtl.freeze(model, optimizer)
     wrapped = DistributedDataParallel(model)
     before = model.table.rounding.mean_square.clone()
-    train(wrapped, optimizer, rank, steps=next(turn for turn in range(1, 16) if takes_turn(turn)))
+    train(wrapped, optimizer, rank, steps=next(turn for turn in range(1, 16) if is_drawn(turn)))
     assert torch.equal(model.table.rounding.mean_square, before) == (rank > 0)
     train(wrapped, optimizer, rank, steps=1)
     assert not torch.equal(model.table.rounding.mean_square, before)

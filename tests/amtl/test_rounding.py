@@ -15,13 +15,13 @@ from amtl.layer.rounding import (
     Rounding,
     decode,
     encode,
+    is_drawn,
     mean_squares,
     numbers_in,
     plan_parts,
     ranges_of,
     step_groups,
     step_of,
-    takes_turn,
     unit,
     where_they_are,
 )
@@ -404,7 +404,7 @@ def test_steps_follow_the_mean_square_in_training_only():
     blocks = [torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2), torch.tensor([[2.0, 2.0]] * 2)]
     rounding = Rounding(4, Parts([2, 4], [4, 2]), torch.tensor([1.0, 4.0]))
     rows = torch.tensor([[0, 3], [1, 1]])
-    waits = next(turn for turn in range(1, 16) if takes_turn(turn)) - 1
+    waits = next(turn for turn in range(1, 16) if is_drawn(turn)) - 1
     for _ in range(waits):
         assert not rounding.follow(blocks, [2, 4], rows, 4)
     assert rounding.mean_square.tolist() == [1.0, 4.0]
@@ -483,7 +483,7 @@ def test_a_forward_that_is_repeated_counts_once(reentrant):
 def test_training_is_compiled_in_one_graph():
     torch.compiler.reset()
     layers = [layer_of().freeze(), layer_of().freeze()]
-    waiting = (n for n in range(99) if not any(takes_turn(n + step) for step in (1, 2, 3)))
+    waiting = (n for n in range(99) if not any(is_drawn(n + step) for step in (1, 2, 3)))
     layers[1].rounding.turn = next(waiting)
     compiled = torch.compile(layers[0], fullgraph=True, backend="aot_eager")
     for _ in range(3):
@@ -536,10 +536,10 @@ def test_the_lookups_of_a_step_are_one_sample():
 def test_step_sizes_follow_each_of_several_lookups_in_a_step(lookups):
     """Users and items in one table, positive and negative items: each of them is measured."""
     for which in range(lookups):
-        follows = [takes_turn(which + lookups * step) for step in range(4000)]
+        follows = [is_drawn(which + lookups * step) for step in range(4000)]
         assert 0.1 < sum(follows) / 4000 < 0.15
         assert any(follows[:80])
-    assert sum(takes_turn(turn) for turn in range(800)) == 100
+    assert sum(is_drawn(turn) for turn in range(800)) == 100
 
 
 def test_a_table_that_does_not_train_keeps_its_step_sizes():

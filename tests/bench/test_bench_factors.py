@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from amtl.paper.records import read
 
 from bench import factors
 
@@ -19,8 +18,11 @@ def small(monkeypatch):
 @pytest.mark.parametrize("task", factors.TASKS)
 def test_it_runs_and_nothing_is_lost_in_8_bits(task, tmp_path, capsys):
     out = tmp_path / "runs.jsonl"
-    factors.main([str(out), "--seeds", "1", "--tasks", task, "--samples", "6000", "--epochs", "4"])
-    plain, converted, compressed = map(json.loads, out.read_text().splitlines())
+    given = [str(out), "--seeds", "1", "--tasks", task, "--samples", "6000", "--epochs", "4"]
+    factors.main(given)
+    factors.main(given)
+    (record,) = read(out)
+    plain, converted, compressed = record["models"]
     assert plain["kind"] == "plain" and plain["score"] > 0
     for other in (converted, compressed):
         assert other["score"] == pytest.approx(plain["score"], abs=0.02)
@@ -29,11 +31,11 @@ def test_it_runs_and_nothing_is_lost_in_8_bits(task, tmp_path, capsys):
 
 
 def test_differences_are_those_of_a_seed():
-    records = [
-        {"task": "ratings", "kind": kind, "budget": budget, "seed": s, "score": score, "share": 0.5}
-        for kind, budget, scores in (("plain", 1.0, (1, 2)), ("converted", 0.3, (1.5, 2.25)))
-        for s, score in enumerate(scores)
-    ]
+    records = []
+    for seed, scores in enumerate([(1, 1.5), (2, 2.25)]):
+        kinds = zip(("plain", "converted"), (1.0, 0.3), scores, strict=True)
+        found = [{"kind": k, "budget": b, "score": score, "share": 0.5} for k, b, score in kinds]
+        records.append({"job": {"task": "ratings", "seed": seed}, "models": found})
     lines = factors.table(records)
     assert lines[-1] == "| ratings | converted, 30 % | 1.8750 (+0.5000, +0.2500) | 50.0 % |"
 

@@ -218,7 +218,7 @@ def decode(packed: Tensor, step: Tensor, bits: int) -> Tensor:
     return decode_codes(packed, step.to(torch.float32), bits).to(step.dtype)
 
 
-def takes_turn(turn: int) -> bool:
+def is_drawn(turn: int) -> bool:
     """Whether step sizes follow in the step of this number: one in `_EVERY`, drawn anew each time.
 
     Counting would never come to some of the lookups of a table that takes turns itself.
@@ -390,7 +390,7 @@ class Rounding(nn.Module):
             self.__dict__["_in_step"] = last._replace(calls=last.calls + 1)
             return last.follows
         turn = self.__dict__["turn"] = self.turn + 1
-        follows = takes_turn(turn)
+        follows = is_drawn(turn)
         self.__dict__["_in_step"] = None if step is None else _InStep(step, 1, follows, None)
         return follows
 
