@@ -6,6 +6,7 @@ import math
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -474,6 +475,45 @@ def evaluate(
         console.print(text, style="dim", highlight=False)
     for sentence in strange:
         console.print(escape(sentence), style="yellow", highlight=False)
+
+
+@app.command()
+def predict(
+    run: Run,
+    data: Annotated[
+        str, typer.Argument(help="File of rows, labelled or not.", callback=arguments.not_empty)
+    ],
+    out: Annotated[Path, arguments.path("File to write: .parquet, .csv or .tsv.", "--out", "-o")],
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="DATA's columns to write beside it, separated by commas, such as an id.",
+            show_default="none",
+        ),
+    ] = None,
+) -> None:
+    """Write the probability of a click for each row of a file, in its order."""
+    import polars as pl
+
+    from amtl.data import load_source, require_columns, require_kind, write_rows
+    from amtl.run.folders import load_trained
+
+    require_kind(out)
+    trained, names = load_trained(run), parse_names("--columns", columns)
+    frame = load_source(data).frame
+    require_columns(frame.columns, names, data)
+    if "probability" in names:
+        raise UserError("--columns probability: predictions have that name; rename the column")
+    with warnings.catch_warnings(record=True) as strange:
+        warnings.simplefilter("always", UserWarning)
+        found = trained.probabilities(frame)
+    scores = pl.Series("probability", found.numpy())
+    write_rows(pl.DataFrame([*frame.select(names), scores]), out)
+    mean = f", {float(found.mean()):.4f} in the mean" if len(found) else ""
+    text = f"wrote [bold]{escape(str(out))}[/], {len(found):,} probabilities{mean}"
+    console.print(text, highlight=False)
+    for warning in strange:
+        console.print(escape(str(warning.message)), style="yellow", highlight=False)
 
 
 @app.command()

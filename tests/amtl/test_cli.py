@@ -232,6 +232,46 @@ def test_a_budget_is_a_share_or_bytes(text, expected):
     assert parse_budget(text) == expected
 
 
+@pytest.mark.parametrize("kind", [".parquet", ".csv", ".tsv"])
+def test_predict_writes_what_the_model_says_row_by_row(runs, data, tmp_path, kind, capsys):
+    out, shuffled = tmp_path / f"scores{kind}", tmp_path / "rows.parquet"
+    rows = pl.read_parquet(data).sample(fraction=1.0, shuffle=True, seed=3).drop("label")
+    rows.write_parquet(shuffled)
+    assert run("predict", runs["amtl"], shuffled, "--columns", "price,item", "-o", out) == 0
+    assert "600 probabilities" in capsys.readouterr().out
+    separator = {".csv": ",", ".tsv": "\t"}.get(kind)
+    found = pl.read_csv(out, separator=separator) if separator else pl.read_parquet(out)
+    assert found.columns == ["price", "item", "probability"]
+    assert found["item"].to_list() == rows["item"].to_list()
+    want = load_trained(runs["amtl"]).probabilities(rows)
+    np.testing.assert_allclose(found["probability"].to_numpy(), want.numpy(), rtol=1e-6)
+
+
+def test_predict_says_what_it_cannot_write_before_it_reads(runs, data, tmp_path, capsys):
+    assert run("predict", runs["amtl"], data, "-o", tmp_path / "scores.xlsx") == 1
+    assert "ends in .parquet, .csv, .tsv" in capsys.readouterr().err
+    assert run("predict", runs["amtl"], data, "--columns", "age", "-o", tmp_path / "a.csv") == 1
+    assert "has no column 'age'" in capsys.readouterr().err
+    lists = tmp_path / "lists.parquet"
+    frame = pl.read_parquet(data)
+    frame.with_columns(pl.col("tags").str.split("|")).write_parquet(lists)
+    assert run("predict", runs["amtl"], lists, "--columns", "tags", "-o", tmp_path / "a.csv") == 1
+    assert "holds lists" in capsys.readouterr().err
+    frame.with_columns(probability=0.5).write_parquet(lists)
+    with_own = ("--columns", "probability", "-o", tmp_path / "a.csv")
+    assert run("predict", runs["amtl"], lists, *with_own) == 1
+    assert "rename the column" in capsys.readouterr().err
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_predict_tells_of_columns_that_training_had_otherwise(runs, data, tmp_path, capsys):
+    strange = tmp_path / "strange.parquet"
+    pl.read_parquet(data).with_columns(item=pl.lit("x") + pl.col("item")).write_parquet(strange)
+    assert run("predict", runs["amtl"], strange, "-o", tmp_path / "a.parquet") == 0
+    assert "were not seen in training" in capsys.readouterr().out
+    assert pl.read_parquet(tmp_path / "a.parquet").shape == (600, 1)
+
+
 def test_evaluate_and_pack_agree(runs, data, tmp_path, capsys):
     packed = tmp_path / "m.safetensors"
     assert run("pack", runs["amtl"], "-o", packed) == 0

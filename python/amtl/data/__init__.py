@@ -5,8 +5,10 @@ from __future__ import annotations
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.fields import FieldSpec, infer_fields
 from amtl.data.labels import label_note, read_labels
+from amtl.data.readers import require_columns
 from amtl.data.registry import Source, load_source, named_sets
 from amtl.data.splits import split_rows
+from amtl.data.writers import require_kind, write_rows
 
 __all__ = [
     "EncodedData",
@@ -18,5 +20,8 @@ __all__ = [
     "load_source",
     "named_sets",
     "read_labels",
+    "require_columns",
+    "require_kind",
     "split_rows",
+    "write_rows",
 ]
