@@ -138,6 +138,7 @@ def test_training_on_whatever_there_is(frame, line, kind):
             for command in (["inspect"], ["evaluate"], ["pack", "-o", "m.safetensors"]):
                 ends([command[0], "run", *command[1:]])
             ends(["evaluate", "m.safetensors", str(data)])
+            ends(["predict", "m.safetensors", str(data), "-o", "scores.csv"])
 
 
 @settings(deadline=None, max_examples=2000 if SOAK else 40, derandomize=not SOAK)
