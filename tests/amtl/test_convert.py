@@ -702,3 +702,11 @@ def test_copies_are_watched_by_themselves(copied):
         for training in (True, False):
             assert torch.equal(each.train(training)(rows), each(rows))
         assert not each._forward_hooks and not each._forward_pre_hooks
+
+
+def test_a_mistyped_option_is_named():
+    model = nn.ModuleDict({"item": nn.Embedding(9, 4)})
+    with pytest.raises(TypeError, match="no option 'bugdet': did you mean 'budget'"):
+        amtl.convert(model, {"item": torch.ones(9)}, bugdet=0.3)
+    with pytest.raises(TypeError, match=r"no option 'xyz'; amtl\.SearchOptions lists them"):
+        amtl.convert(model, {"item": torch.ones(9)}, xyz=1)

@@ -88,11 +88,21 @@ def elsewhere(layer: nn.Module) -> None:
         block.data = block.data * 3
 
 
+def copy_by_data(layer: nn.Module) -> None:
+    """As averages and broadcasts by hand do, which no version counts."""
+    other = copy.deepcopy(layer)
+    train(other)
+    tensors = ([*m.parameters(), *m.buffers()] for m in (layer, other))
+    for mine, theirs in zip(*tensors, strict=True):
+        mine.data.copy_(theirs.data)
+
+
 CHANGES: list[Callable[[nn.Module], object]] = [
     write,
     train,
     load,
     elsewhere,
+    copy_by_data,
     lambda layer: layer.share_memory(),
     lambda layer: layer.half(),
     lambda layer: layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True),
@@ -132,7 +142,7 @@ def layer_options(layer: nn.Module) -> dict[str, object]:
 @pytest.mark.parametrize(
     "change",
     [
-        *(write, train, load, elsewhere, learn, count_anew),
+        *(write, train, load, elsewhere, copy_by_data, learn, count_anew),
         lambda layer: layer.half(),
         lambda layer: layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True),
         lambda layer: layer.freeze(),

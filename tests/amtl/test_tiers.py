@@ -372,6 +372,32 @@ def test_sparse_rows_and_row_optimizers_survive_freezing():
         assert frozen[-1] < searched[0] and thawed[-1] < searched[0], cls
 
 
+def test_momentum_of_sparse_gradients_survives_freezing_and_thawing():
+    """As that of a plain table: PyTorch keeps it as a sparse tensor."""
+    torch.manual_seed(0)
+    plain = torch.nn.Embedding(40, 8, sparse=True)
+    layer = AMTLEmbedding(
+        40,
+        8,
+        counts=torch.arange(40),
+        budget=1.0,
+        sparse=True,
+        _weight=plain.weight.detach().clone(),
+    )
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (plain, layer)]
+    rows = torch.randint(40, (6, 11), generator=torch.Generator().manual_seed(1))
+    for step in range(6):
+        if step == 2:
+            layer.freeze()
+        if step == 4:
+            layer.thaw()
+        for module, optimizer in zip((plain, layer), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(rows[step]).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(layer.dense_weight(), plain.weight.detach())
+
+
 def test_several_optimizers():
     layer = layer_of()
     tables = torch.optim.SGD(layer.table_parameters(), lr=0.1)

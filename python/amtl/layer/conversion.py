@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, cast
@@ -242,6 +243,7 @@ def convert(
                 f"{type(counts).__name__}"
             )
         counts = {"": counts}
+    _check_options(options)
     places = places_of(model)
     wanted = list(dict.fromkeys(counts if names is None else names))
     if not wanted:
@@ -369,6 +371,11 @@ def _check_convertible(name: str, module: nn.Module) -> None:
             f"{name!r} is {kind(module)} with {', '.join(map(repr, sorted(own)))} of "
             "its own, which an AMTL layer would lose: put a plain nn.Embedding in its place"
         )
+    if module.weight.is_meta:
+        raise ValueError(
+            f"{name!r} is on the meta device and has no numbers yet: model.to_empty(device='cpu') "
+            "and initialise or load it first, or amtl.load(FILE, model), which fills it"
+        )
     if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"{name!r} has weights of type {module.weight.dtype}, not float32, float16 or bfloat16"
@@ -447,6 +454,17 @@ def _options_of(
     return chosen
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises TypeError unless `convert` has all these options."""
+    own = ("field_sizes", "row_features", "shared_rows")
+    known = [*own, *(field.name for field in fields(SearchOptions)), "names", "fused_optimizer"]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f": did you mean {near[0]!r}?" if near else "; amtl.SearchOptions lists them"
+            raise TypeError(f"convert() has no option {name!r}{meant}")
+
+
 def _check_budget(budget: float | None) -> None:
     if budget is not None:
         check_share(budget)
@@ -480,8 +498,6 @@ def _layer_from(module: nn.Module, counts: Tensor, options: Mapping[str, Any]) -
         assert layer.weight is not None
         module.weight.data = layer.weight.data
     layer.weight = cast(nn.Parameter, module.weight)
-    extra = {key: value for key, value in vars(module).items() if key not in vars(layer)}
-    vars(layer).update(extra, _extra=tuple(extra))
     return layer
 
 
@@ -514,7 +530,6 @@ def _embedding_from(layer: AMTLTable, masked: bool) -> nn.Module:
     else:
         module = nn.Embedding(layer.num_embeddings, layer.embedding_dim, **common)
     module.weight = weight
-    vars(module).update({key: vars(layer)[key] for key in vars(layer).get("_extra", ())})
     return module
 
 
@@ -523,7 +538,10 @@ def swap(
     places: Mapping[nn.Module, list[str]],
     replacements: Mapping[Any, nn.Module],
 ) -> _Model:
-    """Put the new modules where the old ones are, with their training flag and hooks."""
+    """Put the new modules where the old ones are, with what was put on these.
+
+    That is their training flag, hooks, and attributes of the user's.
+    """
     root: Any = model
     for old, new in replacements.items():
         new.train(old.training)
@@ -532,6 +550,12 @@ def swap(
             if hook in old.__dict__:
                 new.__dict__[hook] = old.__dict__[hook]
         new.__dict__["_is_full_backward_hook"] = old.__dict__.get("_is_full_backward_hook")
+        known = vars(new)
+        extra = old.__dict__.get("_extra", ()) if isinstance(old, AMTLTable) else vars(old)
+        extra = [key for key in extra if key not in known]
+        known.update({key: vars(old)[key] for key in extra})
+        if isinstance(new, AMTLTable):
+            known["_extra"] = tuple(extra)
         for name in places[old]:
             if not name:
                 root = new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import warnings
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 import amtl_kernels
 from amtl.layer.rounding import Rounding, trains
@@ -327,7 +328,7 @@ class _Sized(NamedTuple):
     sizes: Tensor
 
 
-_State = tuple[int, torch.dtype, bool, tuple[float, ...]]
+_State = tuple[torch.dtype, bool, bytes]
 
 
 class _Kept(NamedTuple):
@@ -345,11 +346,12 @@ class _Kept(NamedTuple):
 
 
 def _state(tensor: Tensor, dtype: torch.dtype) -> _State | None:
-    """What changes with a tensor; None where it may change unseen, as by replays of CUDA graphs."""
-    if not tensor.is_cpu or tensor.is_inference():
+    """What changes with a tensor; None where it may change unseen, as by replays of CUDA graphs.
+
+    Its very values: writes into `.data`, or by another process, leave its version as it was.
+    """
+    if not tensor.is_cpu or tensor.is_inference() or not tensor.is_contiguous():
         return None
-    # Buffers that DistributedDataParallel gives to a process change without a new version.
-    told = distributed.is_available() and distributed.is_initialized()
-    values = tuple(tensor.tolist()) if told else ()
+    values = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b""
     # What is made in inference mode cannot be saved for a backward.
-    return tensor._version, dtype, torch.is_inference_mode_enabled(), values
+    return dtype, torch.is_inference_mode_enabled(), values

@@ -593,8 +593,8 @@ class AMTLTable(TableStates):
         head = self._head()
         if self.row_map is None:
             raise RuntimeError(
-                "the state that was loaded is of integers, which know no groups; thaw(counts=...) "
-                "makes them"
+                "the state that was loaded is of a packed file, which knows no groups; "
+                "thaw(counts=...) makes them"
             )
         plan = self._plan()
         with torch.no_grad():

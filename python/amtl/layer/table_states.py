@@ -130,6 +130,10 @@ class TableStates(TableLookups):
         ends = state_dict.pop(prefix + "tier_ends", None)
         row_map = state_dict.get(prefix + "row_map")
         if ends is not None:
+            search = f"{prefix}head."
+            if self.head is not None and not any(key.startswith(search) for key in state_dict):
+                # A packed file has nothing of the search: the layer keeps its own.
+                state_dict.update(self.head.state_dict(prefix=search))
             bits = int(schedule[5]) if schedule is not None and len(schedule) > 5 else None
             self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, bits, error_msgs)
             if self.rounding is not None and schedule is not None and len(schedule) > 6:

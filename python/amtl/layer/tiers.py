@@ -242,6 +242,15 @@ def require_held(
             )
 
 
+def _dense_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The state of a parameter, taken out; momentum of sparse gradients is sparse itself."""
+    state = optimizer.state.pop(parameter, None) or {}
+    return {
+        key: value.to_dense() if isinstance(value, Tensor) and value.is_sparse else value
+        for key, value in state.items()
+    }
+
+
 def freeze_optimizers(
     optimizers: list[Optimizer],
     weight: nn.Parameter,
@@ -257,7 +266,7 @@ def freeze_optimizers(
     """
     for optimizer, group, _ in _holders(optimizers, weight):
         _replace(group, weight, 1, blocks)
-        state = optimizer.state.pop(weight, None)
+        state = _dense_state(optimizer, weight)
         if not state:
             continue
         per_block: list[dict[str, Any]] = [{} for _ in blocks]
@@ -285,7 +294,7 @@ def thaw_optimizers(
     """Inverse of `freeze_optimizers`; blocks that have no state yet count as zeros."""
     for optimizer, group, _ in _holders(optimizers, blocks[0]):
         _replace(group, blocks[0], len(blocks), [weight])
-        states = [optimizer.state.pop(block, None) or {} for block in blocks]
+        states = [_dense_state(optimizer, block) for block in blocks]
         keys = {key: None for state in states for key in state}
         merged: dict[str, Any] = {}
         for key in keys:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from amtl.errors import UserError
 from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable
 from amtl.layer.conversion import layers as layers_of
+from amtl.layer.conversion import swap
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
-from amtl.layer.hosts import check, settle
-from amtl.layer.names import COMPILED, PARALLEL, name_sizes, unwrapped, wrapped_as
+from amtl.layer.hosts import check
+from amtl.layer.names import COMPILED, PARALLEL, unwrapped, wrapped_as
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.table import AMTLTable
 from amtl.store.files import write_aside
@@ -77,7 +78,8 @@ class PackedFile:
         Args:
             model: built as usual, with embeddings of any kind where the layers go.
             assign: the rest takes the place of the model's tensors instead of being copied into
-                them, as in `load_state_dict`.
+                them, as in `load_state_dict`; so it does where these are on the meta device.
+                Otherwise tables, too, go to the device and type of the embeddings there.
 
         Returns:
             The same model, its embeddings replaced.
@@ -124,16 +126,20 @@ class PackedFile:
                 )
         check(inner, embeddings)
         retire(wrappers_of(p for module in embeddings for p in module.parameters()))
+        assign = assign or any(value.is_meta for value in rest.values())
+        places: dict[nn.Module, list[str]] = {}
+        layers: dict[nn.Module, AMTLTable] = {}
         for name, source in targets.items():
-            parent, _, key = homes[name]
-            layer = self.layers[source]
-            layer.train(found[name][1].training)
-            inner.get_submodule(parent)._modules[key] = layer
+            place, old = found[name]
+            places.setdefault(old, []).append(place)
+            layers[old] = self.layers[source] if assign else _alike(self.layers[source], old)
+        swap(inner, places, layers)
+        for layer in layers.values():
+            if layer in _unchecked:
+                _unchecked[layer].attach(layer)
         inner.load_state_dict(
             {keys[name]: value for name, value in state.items()}, strict=False, assign=assign
         )
-        settle(inner)
-        name_sizes(inner)
         return model
 
     def _own_names(self, model: nn.Module) -> dict[str, str]:
@@ -161,6 +167,19 @@ def _own_name(model: nn.Module, name: str) -> str:
 
 
 _NOTHING = nn.Module()
+
+
+def _alike(layer: AMTLTable, module: nn.Module) -> AMTLTable:
+    """A layer of a file, on the device and of the type of the embedding whose place it takes."""
+    numbers = module.weight if isinstance(module, nn.Embedding | nn.EmbeddingBag) else module
+    if not isinstance(numbers, Tensor | AMTLTable):
+        return layer
+    device, dtype = numbers.device, numbers.dtype
+    if device.type != "meta" and (device, dtype) != (layer.device, layer.dtype):
+        if layer in _unchecked:
+            _unchecked[layer].check()
+        layer.to(device, dtype)
+    return layer
 
 
 def require_alike(pairs: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
