@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -42,7 +43,11 @@ class CMakeBuild(build_ext):
         built = ROOT / "amtl_kernels" / "_C"
         output = (built if in_place else Path(self.get_ext_fullpath(ext.name)).resolve()).parent
         tools = os.environ.get("AMTL_TOOLS", "on" if in_place else "off")
-        build = ROOT / "build" / ("develop" if in_place else f"wheel-{sys.version_info[1]}")
+        given = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        # CMake remembers arguments of the build before, so others have a folder of their own.
+        others = f"-{zlib.crc32(shlex.join(given).encode()):08x}" if given else ""
+        name = "develop" if in_place else f"wheel-{sys.version_info[1]}"
+        build = ROOT / "build" / f"{name}{others}"
         configure = [
             "cmake",
             f"-S{ROOT}",
@@ -52,7 +57,7 @@ class CMakeBuild(build_ext):
             f"-DAMTL_OUTPUT_DIR={output}",
             f"-DAMTL_CUDA={os.environ.get('AMTL_CUDA', 'auto')}",
             f"-DAMTL_TOOLS={tools}",
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            *given,
         ]
         subprocess.check_call(configure)
         jobs = os.environ.get("MAX_JOBS", "2")
