@@ -11,7 +11,6 @@ its own ``share`` from 0 on, every one compiles a part.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -56,9 +55,6 @@ PLAN = (
 """A cover, since each kernel costs a third of a second: all forms of a call in one dtype on one
 architecture; all dtypes, both index types and all rules; rows that are unaligned, as wide as a
 tile, and wider."""
-SOAK = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
-ARCHITECTURES = (80, 90, 100) if SOAK else (90,)
-"""What is compiled for: all of them by `make soak`."""
 OPTIMIZERS = {
     reference.SGD: 0,
     reference.ADAGRAD: 1,
@@ -292,8 +288,6 @@ def main() -> None:
     tuned = {lookup._gather: launch.WIDE_SPACE, lookup._pooled: launch.NARROW_SPACE}
     requests: dict[Any, tuple[int, Any]] = {}
     for arch, dim, dtype, index, rules, every in PLAN:
-        if arch not in ARCHITECTURES:
-            continue
         recorder = Recorder()
         launch.recorder = recorder
         for kernel, space in tuned.items():
