@@ -8,7 +8,6 @@ and loaded as any other, and its `step()` finds no gradient and only counts.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from amtl.layer.instances import instances_of
 from amtl_kernels.optim import SGD, RowOptimizer, RowwiseAdagrad
 
 FusedOptimizer = Callable[[list[nn.Parameter]], RowOptimizer] | RowOptimizer
@@ -149,12 +149,8 @@ class _Passes:
 
 def _scales_gradients() -> bool:
     """Whether a GradScaler of this process is in use; O(objects in the process)."""
-    return any(
-        issubclass(type(thing), torch.amp.GradScaler)
-        and thing.is_enabled()
-        and thing._scale is not None
-        for thing in gc.get_objects()
-    )
+    scalers = instances_of(torch.amp.GradScaler)
+    return any(scaler.is_enabled() and scaler._scale is not None for scaler in scalers)
 
 
 def _twice(name: str) -> str:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from amtl.layer.instances import instances_of
+
 
 def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     """The living DistributedDataParallel wrappers around one of the parameters.
@@ -29,12 +31,8 @@ def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     wanted = {id(parameter) for parameter in parameters}
     # A wrapper that is garbage already counts in no process, whenever each would find it out.
     gc.collect()
-    return [
-        thing
-        for thing in gc.get_objects()
-        if issubclass(type(thing), DistributedDataParallel)
-        and any(id(p) in wanted for p in thing.parameters())
-    ]
+    wrappers = instances_of(DistributedDataParallel)
+    return [w for w in wrappers if any(id(p) in wanted for p in w.parameters())]
 
 
 def require_same_sizes(wrappers: Sequence[Any], tensors: Sequence[Tensor], name: str) -> None:

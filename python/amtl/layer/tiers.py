@@ -8,7 +8,6 @@ same way for the optimizer's state.
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from amtl.layer.instances import instances_of
 from amtl_kernels import empty_table
 
 # State that holds a direction: it must vanish where the weights were cut off, or the first step
@@ -184,12 +184,12 @@ def optimizers_of(parameters: Iterable[nn.Parameter]) -> list[Optimizer]:
     """The living optimizers that hold one of the parameters, O(objects in the process)."""
     wanted = {id(parameter) for parameter in parameters}
     return [
-        thing
-        for thing in gc.get_objects()
-        # Not isinstance, which asks proxies for the class of what they stand for.
-        if issubclass(type(thing), Optimizer)
-        and any(
-            id(p) in wanted for group in getattr(thing, "param_groups", ()) for p in group["params"]
+        optimizer
+        for optimizer in instances_of(Optimizer)
+        if any(
+            id(p) in wanted
+            for group in getattr(optimizer, "param_groups", ())
+            for p in group["params"]
         )
     ]
 

@@ -95,7 +95,8 @@ class Learner:
             warm(self.table)
         settled = config.freeze_at is None and methods.has_settled_sizes(self.table)
         if settled and config.masters:
-            self.table.freeze()  # type: ignore[operator]
+            # Of no optimizer yet: none is looked for.
+            self.table.freeze([])  # type: ignore[operator]
         self._make_optimizers()
         if settled and not config.masters:
             # What updates codes must be there before they are all that is left.
