@@ -4,12 +4,16 @@ Memory of ``torch.empty`` is filled with NaN (or the largest integer) before eve
 it, native code's outputs included: PyTorch does that in its deterministic mode. A value that nobody
 wrote can't pass for a result. Tests that allocate tables they never touch are marked ``no_poison``.
 
+Layers look for optimizers among all objects of the process, and the garbage collector looks at
+them, too: those of the imported modules are taken out of its sight when all tests are collected.
+
 ``torch.compile`` keeps what it made of a graph by the graph, which says nothing of the Python code
 behind an operator's gradient: what was compiled with other code of ours is kept in another folder.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import tempfile
@@ -27,6 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
         code.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"amtl-torchinductor-{code.hexdigest()[:16]}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
