@@ -42,8 +42,8 @@ class TableLookups(TableRows):
         """The rows at indices of any shape: `input.shape + [D]`."""
         rows = self._unchanged(input)
         if rows is not None:
-            assert isinstance(self._kept, _Kept)
-            out = self._planned_rows(self._kept.table.plan, rows)
+            assert self._kept is not None
+            out = self._planned_rows(self._kept.plan, rows)
             if out is not None:
                 return self._shown(out)
         self._check_caller()
@@ -83,12 +83,11 @@ class TableLookups(TableRows):
         if self.tier_ends is not None:
             if self.steps is not None and per_sample_weights is not None:
                 per_sample_weights = per_sample_weights.to(torch.float32)
-            places = self._unchanged(input)
-            if places is None:
-                table, rows = self._frozen(input)
+            places, kept = self._unchanged(input), self._kept
+            if places is not None and isinstance(kept, _Kept):
+                table, rows = kept.table, places
             else:
-                assert isinstance(self._kept, _Kept)
-                table, rows = self._kept.table, places
+                table, rows = self._frozen(input)
             out = self._call(
                 table.embedding_bag,
                 rows,
@@ -140,7 +139,7 @@ class TableLookups(TableRows):
         weight, groups = self.weight, self.row_group
         assert weight is not None and groups is not None
         kept = self._kept
-        if isinstance(kept, _Sized) and all(map(is_, kept[1:], (weight, groups, sizes))):
+        if isinstance(kept, _Sized) and kept.shows(weight, groups, sizes):
             return kept.plan
         if not weight.is_cpu or not weight.is_contiguous():
             return None
@@ -167,11 +166,16 @@ class TableLookups(TableRows):
         Many small lookups take most of their time looking at the layer.
         """
         kept = self._kept
-        if not isinstance(kept, _Kept) or self.training or type(input) is not Tensor:
+        if kept is None or self.training or type(input) is not Tensor or not unobserved():
             return None
-        if not unobserved():
+        if self.max_norm is not None or self._before_use is not None:
             return None
-        if self.tier_ends is None or self.max_norm is not None or self._before_use is not None:
+        if isinstance(kept, _Sized):
+            of_groups = self._parameters["weight"], self._buffers["row_group"]
+            sizes = self._head().present_sizes()
+            same = self._buffers["shared_rows"] is None and kept.shows(*of_groups, sizes)
+            return input if same else None
+        if self.tier_ends is None:
             return None
         tiers, of = self._tiers(), self._steps_from()
         if not kept.shows(tiers, of, None if of is None else _state(of, tiers[0].dtype)):
@@ -327,6 +331,10 @@ class _Sized(NamedTuple):
     groups: Tensor
     sizes: Tensor
 
+    def shows(self, *now: Tensor | None) -> bool:
+        """Whether the very same tensors are there."""
+        return all(map(is_, self[1:], now))
+
 
 _State = tuple[torch.dtype, bool, bytes]
 
@@ -338,6 +346,11 @@ class _Kept(NamedTuple):
     tiers: list[nn.Parameter]
     of: Tensor | None
     seen: _State | None
+
+    @property
+    def plan(self) -> Plan:
+        """What native code knows of the table."""
+        return self.table.plan
 
     def shows(self, tiers: list[nn.Parameter], of: Tensor | None, seen: _State | None) -> bool:
         """Whether the very same tensors are unchanged where it matters."""

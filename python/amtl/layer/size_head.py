@@ -295,6 +295,11 @@ class SizeHead(nn.Module):
             return None
         return solution if all(watched.holds() for watched in seen) else None
 
+    def present_sizes(self) -> Tensor | None:
+        """Sizes of the groups as solved before, if they still hold; the same tensor as then."""
+        solution = self._recall()
+        return None if solution is None else solution.sizes
+
     def _capturing(self) -> bool:
         """A CUDA graph must solve for sizes whenever it is replayed."""
         return self.group_counts.is_cuda and torch.cuda.is_current_stream_capturing()
