@@ -448,6 +448,21 @@ def test_text_where_numbers_were():
     assert bool(torch.isfinite(encoder.transform(odd).dense).all())
 
 
+@pytest.mark.parametrize("gap", ["NA", "n/a", " NA ", "", "?", None])
+@pytest.mark.parametrize("treatment", ["bucket", "standardise"])
+def test_a_column_of_nothing_but_marks_of_missing_is_missing(gap, treatment):
+    """Where training had numbers, plain ones as well as written for people."""
+    a = pl.Series("a", ["a", "b"] * 25)
+    for values in (rng.random(50), WRITTEN["thousands separators and the sign $"][:50]):
+        frame = pl.DataFrame([pl.Series("x", values), a])
+        specs = infer_fields(frame, ["x", "a"], default_numeric=treatment)
+        encoder = Encoder.fit(frame, specs)
+        empty = encoder.transform(frame.with_columns(x=pl.lit(None, pl.Float64)))
+        found = encoder.transform(frame.with_columns(x=pl.lit(gap, pl.String)))
+        assert torch.equal(found.rows, empty.rows) and torch.equal(found.dense, empty.dense)
+        assert found.unknown == empty.unknown
+
+
 @pytest.mark.parametrize(
     ("values", "positives"),
     [

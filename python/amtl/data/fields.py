@@ -412,8 +412,9 @@ def numbers(column: pl.Series, decimal: str | None = None) -> pl.Series:
 def _read(column: pl.Series, decimal: str | None) -> pl.Series:
     """Text as the numbers it stands for; as it is if some of it stands for none."""
     if decimal is None:
-        plain = column.cast(pl.Float64, strict=False)
-        if plain.null_count() == column.null_count():
+        texts = notation.texts(column)
+        plain = texts.cast(pl.Float64, strict=False)
+        if plain.null_count() == texts.null_count():
             return plain
     if decimal is None or len(notation.odd(column, decimal)):
         spelled = notation.find(column)
