@@ -88,7 +88,11 @@ class Trained:
             Column to a sentence with a value of either side, and what to do.
         """
         result = {}
-        tested = (self.metrics or {}).get("unknown_test_values", {})
+        metrics = self.metrics or {}
+        tested = metrics.get("unknown_test_values", {})
+        # Runs that do not say how many rows trained are taken to be split 80/10/10.
+        parts = metrics.get("split_rows", {"train": 8, "test": 1})
+        times = parts["train"] / max(parts["test"], 1)
         for name, unknown in data.unknown.items():
             before = self._tally.pop(name, (0, 0))
             unknown, values = before[0] + unknown, before[1] + data.values[name]
@@ -98,8 +102,7 @@ class Trained:
             if unknown <= _UNSEEN * values:
                 continue
             vocabulary = self.encoder.vocabularies[self.encoder.names.index(name)]
-            # The test split is an eighth of the training split.
-            test = 8 * tested.get(name, 0) / max(int(vocabulary.counts.sum()), 1)
+            test = times * tested.get(name, 0) / max(int(vocabulary.counts.sum()), 1)
             if max(self.encoder.unseen_share(name), test) >= _SEEN_THEN:
                 continue
             odd, known = self.encoder.examples(name, frame[name])
