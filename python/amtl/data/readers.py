@@ -114,12 +114,12 @@ def as_frame(rows: Rows) -> pl.DataFrame:
     try:
         if isinstance(rows, Mapping):
             frame = pl.DataFrame([_column(str(name), values) for name, values in rows.items()])
-        elif type(rows).__module__.partition(".")[0] == "pandas":
+        elif type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
             # Its own conversion takes columns that have no name of text, and older pandas.
             frame = pl.from_pandas(rows)
         elif isinstance(rows, (pa.Table, pa.RecordBatch)):
             frame = pl.from_arrow(rows)
-        elif hasattr(rows, "__arrow_c_stream__") and not isinstance(rows, pl.Series):
+        elif hasattr(rows, "__arrow_c_stream__") and not hasattr(rows, "to_frame"):
             frame = pl.DataFrame(rows)
     except pl.exceptions.ShapeError as error:
         raise UserError(f"the columns have different lengths: {_first_line(error)}") from error
@@ -134,7 +134,8 @@ def as_frame(rows: Rows) -> pl.DataFrame:
     if not isinstance(frame, pl.DataFrame):
         raise TypeError(
             f"rows are {type(rows).__module__}.{type(rows).__qualname__}; give a DataFrame of "
-            "polars or pandas, a LazyFrame, a pyarrow Table, or a dict of columns"
+            "polars or pandas, a LazyFrame, a pyarrow Table, or a dict of columns; of a single row "
+            "df.iloc[[0]] or df[:1]"
         )
     return frame
 
@@ -144,7 +145,10 @@ def _column(name: str, values: Any) -> pl.Series:
         # What pandas hands out: text, lists as arrays, None and NaN for missing ones.
         values = pa.array(values, from_pandas=True)
     if isinstance(values, str) or not hasattr(values, "__len__"):
-        raise TypeError(f"column {name!r} is no list of values but {type(values).__name__}")
+        raise TypeError(
+            f"column {name!r} is no list of values but {type(values).__name__}; write [VALUE] for "
+            "that of a single row"
+        )
     return as_series(values).alias(name)
 
 
