@@ -15,6 +15,7 @@ from amtl.data.labels import read_labels
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source
 from amtl.data.splits import split_rows
+from amtl.errors import brief
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, auc_error, log_loss
@@ -106,8 +107,10 @@ class Trained:
             if max(self.encoder.unseen_share(name), test) >= _SEEN_THEN:
                 continue
             odd, known = self.encoder.examples(name, frame[name])
-            here = "missing" if odd is None else f"such as {odd!r} ({frame[name].dtype})"
-            there = "" if known is None else f", in training such as {known!r}"
+            here = "missing"
+            if odd is not None:
+                here = f"such as {brief(repr(odd))} ({brief(frame[name].dtype)})"
+            there = "" if known is None else f", in training such as {brief(repr(known))}"
             result[name] = (
                 f"column {name!r}: {unknown:,} of {values:,} values were not seen in training, so "
                 f"predictions do without it. Here they are {here}{there}: write the column as the "
