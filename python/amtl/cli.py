@@ -260,14 +260,15 @@ def train(
         method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])]
     )
     source = load_source(data)
+    columns = source.frame.columns
     config = settings.make_config(
         source,
         given,
         label=label,
         label_threshold=label_threshold,
         label_positive=label_positive,
-        fields=parse_names("--fields", fields),
-        drop=parse_names("--drop", drop),
+        fields=parse_names("--fields", fields, columns),
+        drop=parse_names("--drop", drop, columns),
         method=method,
         warm_start=str(warm_start) if warm_start else None,
         split=split,
@@ -280,7 +281,7 @@ def train(
         laws=laws,
         parametrization=parametrization,
         options=settings.parse_options(method, option or []),
-        **settings.parse_columns(numeric or [], multi or []),
+        **settings.parse_columns(numeric or [], multi or [], columns),
     )
     if out is None:
         stem = "-".join(Path(part).stem for part in source.name.split(":"))
@@ -499,8 +500,8 @@ def predict(
     from amtl.run.folders import load_trained
 
     require_kind(out)
-    trained, names = load_trained(run), parse_names("--columns", columns)
-    frame = load_source(data).frame
+    trained, frame = load_trained(run), load_source(data).frame
+    names = parse_names("--columns", columns, frame.columns)
     require_columns(frame.columns, names, data)
     if "probability" in names:
         raise UserError("--columns probability: predictions have that name; rename the column")

@@ -8,3 +8,9 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback.
     """
+
+
+def brief(value: object, most: int = 60) -> str:
+    """A value as text for a message, cut short."""
+    text = str(value)
+    return text if len(text) <= most else text[: most - 1] + "…"

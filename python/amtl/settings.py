@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ def _holds(name: str, typed: Mapping[str, Any], config: TrainConfig, rows: int) 
         kind, _, path = value.partition(":")
         return config.data in (value, str(Path(value).resolve()), f"{kind}:{Path(path).resolve()}")
     if name == "fields":
-        return config.fields == [n for n in parse_names("--fields", value) if n not in dropped]
+        names = parse_names("--fields", value, config.fields)
+        return config.fields == [n for n in names if n not in dropped]
     if name == "drop":
         return bool(config.fields) and not set(dropped) & set(config.fields)
     if name == "method":
@@ -110,10 +111,10 @@ def _holds(name: str, typed: Mapping[str, Any], config: TrainConfig, rows: int) 
     if name == "option":
         return parse_options(config.method, value).items() <= options.items()
     if name == "numeric":
-        parsed = parse_columns(value, [])
+        parsed = parse_columns(value, [], config.numeric)
         return all(getattr(config, key) == parsed[key] for key in ("numeric", "default_numeric"))
     if name == "multi":
-        return bool(config.separators == parse_columns([], value)["separators"])
+        return bool(config.separators == parse_columns([], value, config.separators)["separators"])
     if name == "parametrization":
         has = options.get(name, "rule") if options.get("budget", 0) is not None else "paper"
         return bool(has == value)
@@ -142,19 +143,36 @@ def parse_options(method: str, given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def parse_columns(numeric: Sequence[str], multi: Sequence[str]) -> dict[str, Any]:
-    """Parses --numeric and --multi."""
+def parse_columns(
+    numeric: Sequence[str], multi: Sequence[str], known: Collection[str] = ()
+) -> dict[str, Any]:
+    """Parses --numeric and --multi.
+
+    What stands before the last = of an argument is one name if that is `known`, whatever commas,
+    spaces or = it holds.
+    """
     treatments: dict[str, str] = {}
     default = "bucket"
-    for part in ",".join(numeric).split(",") if numeric else []:
-        column, equals, treatment = part.strip().partition("=")
+    for part in (part for given in numeric for part in _apart(given, ",", known)):
+        column, equals, treatment = part.rpartition("=")
+        column = column if column in known else column.lstrip()
         if equals:
-            treatments[column] = treatment
+            treatments[column] = treatment.strip()
         else:
-            default = column
+            default = treatment.strip()
     separators: dict[str, str] = {}
     # A separator may be a comma; one that is followed by NAME= begins the next column.
-    for part in (part for given in multi for part in re.split(r",(?=[^,=]+=)", given)):
+    for part in (part for given in multi for part in _apart(given, r",(?=[^,=]+=)", known)):
         column, equals, separator = part.partition("=")
+        if part in known:
+            column, equals = part, ""
+        elif part.rpartition("=")[0] in known:
+            column, _, separator = part.rpartition("=")
         separators[column] = separator if equals else "|"
     return {"numeric": treatments, "default_numeric": default, "separators": separators}
+
+
+def _apart(given: str, between: str, known: Collection[str]) -> list[str]:
+    """What was typed for several columns, each for itself."""
+    whole = given in known or given.rpartition("=")[0] in known
+    return [given] if whole else re.split(between, given)

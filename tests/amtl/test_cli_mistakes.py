@@ -20,6 +20,7 @@ import typer
 from amtl import cli, failures, settings
 from amtl.errors import UserError
 from amtl.run import memory
+from amtl.run.config import parse_names
 from amtl.store.files import read_json
 
 FAST = ["--dim", "4", "--epochs", "2", "--batch-size", "256"]
@@ -290,6 +291,33 @@ def test_help_shows_no_pictures(command, capsys):
     assert run(*([] if command is None else [command]), "--help") == 0
     shown = capsys.readouterr().out
     assert "--help" in shown and max(shown) < "\U0001f000"
+
+
+@pytest.mark.parametrize("name", ["a,b", "a=b", "a ", " a", "a,b=c "])
+def test_a_name_given_as_it_is_may_hold_what_separates_names(name):
+    columns = ["a", "b", name]
+    for numeric in ([f"{name}=bucket"], ["b=standardise", f"{name}=bucket"]):
+        found = settings.parse_columns(numeric, [f"{name}=;"], columns)
+        assert (found["numeric"][name], found["separators"]) == ("bucket", {name: ";"})
+    assert settings.parse_columns([], [name], columns)["separators"] == {name: "|"}
+    assert parse_names("--fields", name, columns) == [name]
+    assert parse_names("--fields", "a ,b", ["a ", "b"]) == ["a ", "b"]
+    found = settings.parse_columns(["a=bucket , b=standardise", " bucket"], ["a==,b= "], columns)
+    assert found["numeric"] == {"a": "bucket", "b": "standardise"}
+    assert (found["default_numeric"], found["separators"]) == ("bucket", {"a": "=", "b": " "})
+
+
+def test_columns_of_any_name_can_be_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = pl.read_csv(folder / "ok.csv").rename({"price": "price, net", "stars": "stars=now "})
+    odd.write_csv("odd.csv")
+    told = ("--label", "y", "--method", "fixed", "--numeric", "price, net=standardise", *FAST)
+    assert run("train", "odd.csv", *told, "--drop", "stars=now ", "--out", "r") == 0
+    config = read_json(Path("r/config.json"))
+    assert config["fields"] == ["user", "price, net"]
+    assert config["numeric"] == {"price, net": "standardise"}
+    assert run("predict", "r", "odd.csv", "--columns", "price, net", "-o", "p.csv") == 0
+    assert pl.read_csv("p.csv").columns == ["price, net", "probability"]
 
 
 def test_separators_of_several_columns_may_be_given_at_once():

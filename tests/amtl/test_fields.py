@@ -13,7 +13,9 @@ import torch
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields, numbers
 from amtl.data.labels import label_note, read_labels
+from amtl.data.splits import split_rows
 from amtl.errors import UserError
+from amtl.settings import parse_columns
 
 N = 4000
 rng = np.random.default_rng(0)
@@ -169,6 +171,12 @@ def test_ids_that_a_float_has_merged_are_no_ids():
         ),
         ([f"{m:%Y-%m-%d}" for m in MOMENTS], "categorical", ""),
         ([f"{m:%Y-%m-%d %H}:00" for m in MOMENTS], "categorical", "--numeric x=bucket"),
+        (
+            [f"{m:%b %d %Y %H}:00" for m in MOMENTS[:999]],
+            "categorical",
+            "117 dates or times, each its own; --numeric x=bucket takes it as a number; --split",
+        ),
+        ([f"{m:%d.%m.%Y %H:%M}" for m in MOMENTS], "unused", "--split order:x trains"),
         (list(range(500)), "categorical", "integers, 1.0 rows a value; --numeric x=bucket"),
         (list(range(50)) * 9, "categorical", ""),
         ([[[1]], [[2]]], "unused", "no ids"),
@@ -436,6 +444,90 @@ def test_dates_and_times_are_numbers_where_that_is_asked_for():
         numbers(text)
 
 
+@pytest.mark.parametrize("treatment", ["bucket", "standardise"])
+@pytest.mark.parametrize(
+    "form", ["%b %d %Y", "%d.%m.%Y", "%m/%d/%Y %I:%M %p", "%d/%b/%Y:%H:%M:%S +0000", "%d-%b-%y"]
+)
+def test_dates_as_people_write_them_are_numbers_where_that_is_asked_for(form, treatment):
+    """The form is that of training: rows to score need not tell days from months."""
+    days = [dt.datetime(2020, 1, 1) + dt.timedelta(i, 420 * i) for i in range(160)]
+    moments = pl.Series("x", days).dt.truncate("1m" if "M" in form else "1d")
+    a = pl.Series("a", ["a", "b"] * (len(moments) // 2))
+    frame = pl.DataFrame([moments.dt.strftime(form).set(pl.Series(a.is_first_distinct()), "NA"), a])
+    specs = infer_fields(frame, ["x", "a"], numeric={"x": treatment})
+    assert (specs[0].kind, specs[0].note) == (treatment, "")
+    encoder = Encoder.from_tensors(*Encoder.fit(frame, specs).to_tensors())
+    plain = encoder.transform(pl.DataFrame([moments, a])[2:])
+    assert len(torch.cat([plain.rows, plain.dense], 1).unique(dim=0)) > 60
+    for column in (frame["x"], frame["x"].cast(pl.Categorical), moments.cast(pl.String)):
+        found = encoder.transform(pl.DataFrame([column, a])[2:])
+        assert torch.equal(found.rows, plain.rows) and torch.equal(found.dense, plain.dense)
+        few = encoder.transform(pl.DataFrame([column, a])[2:3])
+        assert torch.equal(few.rows, plain.rows[:1]) and torch.equal(few.dense, plain.dense[:1])
+    odd = frame[-2:].with_columns(x=pl.Series(["soon", frame["x"][-1]]))
+    with pytest.raises(UserError, match="'x' holds String values such as 'soon' where moments as"):
+        encoder.transform(odd)
+
+
+def test_dates_whose_days_may_be_months_are_told():
+    values = ["01/02/2022", "01/03/2022"]
+    told = "'01/02/2022' may be %m/%d/%Y or %d/%m/%Y; write it as YYYY-MM-DD"
+    with pytest.raises(UserError, match=f"--numeric x=bucket: .*{told}"):
+        spec(values, numeric={"x": "bucket"})
+    assert (
+        "moment"
+        not in Encoder.fit(
+            frame := pl.DataFrame({"x": [1, 2]}), infer_fields(frame, ["x"])
+        ).to_tensors()[1]["fields"][0]
+    )
+
+
+def test_free_text_that_is_left_out_may_be_split_into_words():
+    def left_out(name, values):
+        field = infer_fields(pl.DataFrame({name: values}), [name])[0]
+        assert field.kind == "unused"
+        return field.note
+
+    lines = [f"a line about {i} and {7 * i}" for i in range(1000)]
+    for name in ("text", "it's a text", "text $x"):
+        note = left_out(name, lines)
+        option, rest = note.partition("--multi ")[2], " splits it into words"
+        assert note.endswith(rest)
+        (typed,) = shlex.split(option.removesuffix(rest))
+        said = parse_columns([], [typed])["separators"]
+        field = infer_fields(pl.DataFrame({name: lines}), [name], separators=said)[0]
+        assert (field.kind, field.separator) == ("bag", " ")
+    for values in (
+        [f"key{i}" for i in range(1000)],
+        [f"{m:%Y-%m-%d %H:%M}" for m in MOMENTS[:1000]],
+        [f"{m:%d %b %Y %H:%M}" for m in MOMENTS[:1000]],
+    ):
+        assert "--multi" not in left_out("text", values)
+    joined = left_out("x", [" ".join(rng.choice(TAGS, 4, replace=False)) for _ in range(N)])
+    assert joined.count("--multi") == 1
+
+
+def test_messages_are_short_whatever_a_column_holds():
+    wide = pl.DataFrame({"x": [{f"field {i}": i for i in range(400)}] * 9, "y": [0, 1, 1] * 3})
+    long = pl.DataFrame({"x": ["z" * 4000, "y" * 4000]})
+    many = pl.DataFrame({f"{'column' * 9} {i}": [1] for i in range(400)})
+    numeric = {"x": "bucket"}
+    for call in (
+        lambda: infer_fields(wide, ["x"], numeric=numeric),
+        lambda: Encoder.fit(wide, infer_fields(wide, ["x"])),
+        lambda: read_labels(wide, "x"),
+        lambda: infer_fields(long, ["x"], numeric=numeric),
+        lambda: numbers(long["x"]),
+        lambda: infer_fields(many, ["x"]),
+        lambda: infer_fields(wide, many.columns),
+        lambda: split_rows(pl.concat([long] * 9), "order:x"),
+        lambda: split_rows(pl.concat([long] * 9), "column:x"),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert len(str(error.value)) <= 500
+
+
 def test_text_where_numbers_were():
     frame = pl.DataFrame({"p": rng.random(50), "q": rng.random(50), "a": [1, 2] * 25})
     specs = infer_fields(frame, ["p", "q", "a"], numeric={"q": "standardise"})
@@ -446,6 +538,21 @@ def test_text_where_numbers_were():
             encoder.transform(odd)
     odd = frame.with_columns(pl.lit(float("inf")).alias("q"))
     assert bool(torch.isfinite(encoder.transform(odd).dense).all())
+
+
+@pytest.mark.parametrize("gap", ["NA", "n/a", " NA ", "", "?", None])
+@pytest.mark.parametrize("treatment", ["bucket", "standardise"])
+def test_a_column_of_nothing_but_marks_of_missing_is_missing(gap, treatment):
+    """Where training had numbers, plain ones as well as written for people."""
+    a = pl.Series("a", ["a", "b"] * 25)
+    for values in (rng.random(50), WRITTEN["thousands separators and the sign $"][:50]):
+        frame = pl.DataFrame([pl.Series("x", values), a])
+        specs = infer_fields(frame, ["x", "a"], default_numeric=treatment)
+        encoder = Encoder.fit(frame, specs)
+        empty = encoder.transform(frame.with_columns(x=pl.lit(None, pl.Float64)))
+        found = encoder.transform(frame.with_columns(x=pl.lit(gap, pl.String)))
+        assert torch.equal(found.rows, empty.rows) and torch.equal(found.dense, empty.dense)
+        assert found.unknown == empty.unknown
 
 
 @pytest.mark.parametrize(

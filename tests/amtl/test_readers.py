@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
+import shlex
 
 import numpy as np
 import polars as pl
@@ -296,6 +298,41 @@ def test_ids_beyond_int64(tmp_path):
 def test_unreadable_files_say_what_to_do(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content, name)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_that_is_one_object_says_how_to_write_rows(tmp_path, indent):
+    rows = [{"x": i, "y": "a"} for i in range(3000)]
+    columns = {name: {str(i): row[name] for i, row in enumerate(rows)} for name in "xy"}
+    split = {"columns": ["x", "y"], "index": [0], "data": [[0, "a"]]}
+    for content in (columns, split):
+        with pytest.raises(UserError, match=r"orient='records', lines=True\)$") as error:
+            read(tmp_path, json.dumps(content, indent=indent), "a.json")
+        assert len(str(error.value)) < 500
+    features = [{"type": "Feature", "properties": row, "geometry": None} for row in rows]
+    for content in (
+        {"count": 3000, "results": rows},
+        {"it's": rows},
+        {"schema": {"fields": [], "pandas_version": "1"}, "data": rows},
+        {"type": "FeatureCollection", "features": features},
+    ):
+        (tmp_path / "FILE").write_text(json.dumps(content, indent=indent))
+        with pytest.raises(UserError, match="is a list of objects; write that list alone") as error:
+            read(tmp_path, (tmp_path / "FILE").read_bytes(), "a.ndjson")
+        assert len(str(error.value)) < 500
+        command = shlex.split(str(error.value).partition("python -c ")[2])[0]
+        done = {"json": json, "open": lambda name, mode="r": (tmp_path / name).open(mode)}
+        exec(command.partition("; ")[2], done)
+        gc.collect()
+        assert read_file(tmp_path / "rows.json").frame.rows() == [(i, "a") for i in range(3000)]
+    one = json.dumps({"x": 1, "basket": [{"item": 2}]}, indent=indent)
+    assert read(tmp_path, f"[{one}]", "a.json").frame["x"].to_list() == [1]
+
+
+def test_one_object_is_one_row(tmp_path):
+    assert read(tmp_path, '\n{"x": 1, "y": [2]}\n', "a.json").frame.rows() == [(1, [2])]
+    with pytest.raises(UserError, match="one object on several lines; write an object a line"):
+        read(tmp_path, '{"x": 1,\n "y": 2}', "a.json")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.ndjson", "a.libsvm", "a.parquet", "a.csv.gz"])

@@ -198,7 +198,8 @@ def test_runs_of_different_data_are_told_apart(folders, tmp_path, capsys):
         ("compare", "", ""),
     ):
         told = (
-            f"{command} is about one data set, and these runs are of 2: "
+            f"{command} is about one data set, as AUCs of others do not compare, and these runs "
+            "are of 2: "
             f"amtl {command} {first}{of_first}  (elsewhere); "
             f"amtl {command} {' '.join(rest)}{of_rest}  (/some/where/clicks.parquet)"
         )
@@ -209,6 +210,52 @@ def test_runs_of_different_data_are_told_apart(folders, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["compare", str(tmp_path)])
     assert "compare is about one data set" in capsys.readouterr().err
+
+
+def test_runs_of_different_labels_and_splits_are_told_apart(folders, tmp_path):
+    """What is tested is another question, or other rows; fields, seeds and methods may differ."""
+    first, *rest = (shlex.quote(str(folder)) for folder in folders)
+    for change, what, of_first, of_rest in (
+        ({"label": "z"}, "label", "label z", "label y"),
+        ({"label_threshold": 4.0}, "label", "label y from 4", "label y"),
+        ({"label_positive": "no"}, "label", "label y = no", "label y"),
+        ({"split_seed": 7}, "split", "split random of seed 7", "split random of seed 0"),
+        ({"split": "order:t"}, "split", "split order:t", "split random of seed 0"),
+        (
+            {"label": "z", "split": "column:p", "split_seed": 3},
+            *("label and one split", "label z, split column:p", "label y, split random of seed 0"),
+        ),
+        ({"fields": ["user"], "split_seed": 0}, "", "", ""),
+    ):
+        for folder in folders:
+            run = json.loads((folder / "metrics.json").read_text())
+            run["config"] |= {"label": "y", "label_threshold": None, "split": "random"}
+            run["config"] |= {"label_positive": None, "split_seed": 0}
+            run["config"] |= change if folder == folders[0] else {}
+            (folder / "metrics.json").write_text(json.dumps(run))
+        if not what:
+            assert len(load_comparable(folders, "compare")) == len(folders)
+            continue
+        told = (
+            f"compare is about one {what}, as AUCs of others do not compare, and these runs are "
+            f"of 2: amtl compare {first}  ({of_first}); amtl compare {' '.join(rest)}  ({of_rest})"
+        )
+        with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+            load_comparable(folders, "compare")
+
+
+def test_the_report_has_the_shares_of_the_split(folders, tmp_path):
+    def shown(split, **more):
+        run = metrics(split=split) | more
+        (folders[0] / "metrics.json").write_text(json.dumps(run))
+        write_report(folders[:1], tmp_path / "r.html")
+        return re.search(r"split ([^;]*);", (tmp_path / "r.html").read_text())[1]
+
+    assert shown("column:part", split_rows={"train": 40, "val": 10, "test": 50}) == (
+        "column:part 40/10/50"
+    )
+    assert shown("column:part") == "column:part"
+    assert shown("order:t") == "order:t 80/10/10"
 
 
 def test_a_folder_of_runs_stands_for_its_runs(folders, tmp_path):

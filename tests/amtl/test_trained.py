@@ -159,7 +159,7 @@ def test_tables_of_all_kinds_give_the_predictions_of_the_polars_table(model, fra
         (torch.zeros(3), "rows are torch.Tensor"),
         (pl.Series([1]), "rows are polars"),
         ("file.csv", "rows are .*str"),
-        ({"a": 1}, "column 'a' is no list of values but int"),
+        ({"a": 1}, r"column 'a' is no list of values but int; write \[VALUE\] for that of a sing"),
         ({"a": "xy"}, "column 'a' is no list of values but str"),
         ({"a": [1, "b"]}, "no table can be made of the rows: .*Int64"),
         ({"a": np.array([1, "b"], dtype=object)}, "no table can be made of the rows"),
@@ -168,6 +168,15 @@ def test_tables_of_all_kinds_give_the_predictions_of_the_polars_table(model, fra
 def test_what_is_no_table_is_a_type_error(rows, message):
     with pytest.raises(TypeError, match=message):
         as_frame(rows)
+
+
+def test_a_row_of_pandas_is_no_table():
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame({"a": [1, 2], "b": [3, 4]})
+    for row in (table.iloc[0], table["a"], table.astype({"b": str}).iloc[0]):
+        with pytest.raises(TypeError, match=r"rows are pandas.*Series; give .* row df\.iloc\[\[0"):
+            as_frame(row)
+    assert as_frame(table.iloc[[0]]).rows() == [(1, 3)]
 
 
 def test_columns_of_different_lengths_are_told():
@@ -223,15 +232,19 @@ def test_a_column_whose_values_are_new_by_nature_is_not_told(frame):
     rows = pl.DataFrame({"id": range(1000, 1300), "prem": frame["prem"]})
     specs = [FieldSpec("id"), FieldSpec("prem")]
 
-    def told(min_count, tested):
+    def told(min_count, tested, **more):
         encoder = Encoder.fit(ids, specs, min_count=min_count)
-        metrics = {"unknown_test_values": {"id": tested}}
+        metrics = {"unknown_test_values": {"id": tested}, **more}
         model = Trained(CONFIG, encoder, build_model(CONFIG, encoder).eval(), metrics)
         return len(warned(lambda: model.logits(rows)))
 
     assert told(min_count=1, tested=0) == 1
     assert told(min_count=1, tested=30) == 0
     assert told(min_count=2, tested=0) == 0
+    # What counts is the share of the test split, whatever share of the rows that is.
+    even = {"split_rows": {"train": 300, "val": 30, "test": 300}}
+    assert told(min_count=1, tested=140, **even) == 1
+    assert told(min_count=1, tested=160, **even) == 0
 
 
 @pytest.fixture(scope="module")

@@ -502,6 +502,7 @@ def test_few_held_out_rows_of_a_class_are_told_of_once(source):
     told = "only 7 positive rows of 120 in validation, 1 positive row of 120 in test: differences"
     assert [note.startswith(told) for note in recorder.notes].count(True) == 1
     assert metrics["held_out"]["test"] == {"rows": 120, "positive": 1}
+    assert metrics["split_rows"] == {"train": 960, "val": 120, "test": 120}
 
 
 def test_a_diverging_run_says_so(source):

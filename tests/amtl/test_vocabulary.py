@@ -350,6 +350,19 @@ def test_integers_give_the_rows_they_gave_however_they_are_spelled(known, others
     assert vocab.encode(column).tolist() == vocab.encode(text).tolist()
 
 
+@pytest.mark.parametrize("gap", ["", " ", "\t", "NA", "n/a", "null"])
+def test_text_that_stands_for_missing_is_that_where_training_had_integers(gap):
+    known = Vocabulary.build(pl.Series([7, 8, None, 7, None, None]))
+    rows, unknown = known.encode_counted(pl.Series(["7", gap, " 8 ", "9", None]))
+    missing = int(known.encode([None])[0])
+    assert rows.tolist() == [*known.encode([7, None, 8]).tolist(), known.oov_row, missing]
+    assert unknown == 1
+    without = Vocabulary.build(pl.Series([7, 8, 7]))
+    assert without.encode_counted(pl.Series(["7", gap]))[1] == 1
+    rows = Vocabulary.build(text := pl.Series(["a", gap, None, "a", None])).encode(text)
+    assert rows[1] != rows[2]
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.datetimes(dt.datetime(1970, 1, 1), dt.datetime(2100, 1, 1)), max_size=5),

@@ -15,7 +15,7 @@ from torch import Tensor
 from amtl.data.fields import FieldSpec, numbers
 from amtl.data.readers import require_columns
 from amtl.data.vocabulary import Vocabulary
-from amtl.errors import UserError
+from amtl.errors import UserError, brief
 
 
 class Batch(NamedTuple):
@@ -163,19 +163,19 @@ class Encoder:
             left_out = "".join(f"; {f.name!r} {f.note}" for f in fields if f.kind == "unused")
             raise UserError(
                 "no field has an embedding; name at least one categorical column with --fields, or "
-                f"cut numbers into buckets with --numeric bucket{left_out}"
+                f"cut numbers into buckets with --numeric bucket{brief(left_out, 300)}"
             )
         edges = {
-            f.name: _quantiles(numbers(frame[f.name], f.decimal), f.buckets)
+            f.name: _quantiles(numbers(frame[f.name], f), f.buckets)
             for f in fields
             if f.kind == "bucket"
         }
-        scales = {f.name: _scale(numbers(frame[f.name], f.decimal)) for f in dense}
+        scales = {f.name: _scale(numbers(frame[f.name], f)) for f in dense}
         vocabularies = []
         for spec in embedded:
             column = frame[spec.name]
             if spec.kind == "bucket":
-                column = _bucket(numbers(column, spec.decimal), edges[spec.name])
+                column = _bucket(numbers(column, spec), edges[spec.name])
             try:
                 vocabularies.append(
                     Vocabulary.build(
@@ -248,14 +248,14 @@ class Encoder:
                     values[spec.name] = int(bag.offsets.diff()[bag.codes].sum())
                 else:
                     if spec.kind == "bucket":
-                        column = _bucket(numbers(column, spec.decimal), self._edges[spec.name])
+                        column = _bucket(numbers(column, spec), self._edges[spec.name])
                     local, missed = vocabulary.encode_counted(column)
                     singles.append(self._global_rows(f, local).to(torch.int32))
             except (ValueError, pl.exceptions.PolarsError) as error:
                 raise UserError(str(error).splitlines()[0]) from error
             unknown[spec.name] = missed
         n = frame.height
-        dense = [self._standardise(numbers(frame[f.name], f.decimal)) for f in self.dense_fields]
+        dense = [self._standardise(numbers(frame[f.name], f)) for f in self.dense_fields]
         return EncodedData(
             rows=torch.stack(singles, 1) if singles else torch.empty(n, 0, dtype=torch.int32),
             bags=bags,
@@ -406,7 +406,8 @@ class Encoder:
 
 def _stored(spec: FieldSpec) -> dict[str, Any]:
     """A field for a file, which readers that know of no notation open unless it has one."""
-    return {key: value for key, value in asdict(spec).items() if key != "decimal" or value}
+    notations = ("decimal", "moment")
+    return {key: value for key, value in asdict(spec).items() if key not in notations or value}
 
 
 def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import polars as pl
 
-from amtl.data import notation
+from amtl.data import moments, notation
 from amtl.data.readers import require_columns
 from amtl.data.splits import names_parts
 from amtl.data.vocabulary import WRITTEN_LISTS, are_written_lists, exact_ids, split
-from amtl.errors import UserError
+from amtl.errors import UserError, brief
 
 Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
 TREATMENTS = ("bucket", "standardise", "categorical")
@@ -64,6 +64,8 @@ class FieldSpec:
         buckets: number of quantile buckets.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
+        moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
+            where year, month and day come first.
         note: why, and how to have it otherwise; empty where nothing was guessed.
     """
 
@@ -72,6 +74,7 @@ class FieldSpec:
     separator: str | None = None
     buckets: int = 64
     decimal: str | None = None
+    moment: str | None = None
     note: str = ""
 
 
@@ -159,12 +162,17 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
     if column.dtype == pl.Boolean or _is_amount(column):
         return spec
     spelled = notation.find(column) if column.dtype in _TEXT else None
-    if spelled is None or not spelled.decimal:
-        doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else _odd_values(column)
-        raise UserError(
-            f"{_numeric(column.name, treatment)}: the column is {column.dtype}, no number{doubt}"
-        )
-    return replace(spec, decimal=spelled.decimal)
+    if spelled and spelled.decimal:
+        return replace(spec, decimal=spelled.decimal)
+    forms = moments.find(column) if column.dtype in _TEXT and not spelled else []
+    if len(forms) == 1:
+        return replace(spec, moment=forms[0])
+    doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else _odd_values(column)
+    if forms:
+        doubt = f": {_shown(column)} may be {forms[0]} or {forms[1]}; {moments.REWRITE}"
+    raise UserError(
+        f"{_numeric(column.name, treatment)}: the column is {brief(column.dtype)}, no number{doubt}"
+    )
 
 
 def _odd_values(column: pl.Series) -> str:
@@ -172,7 +180,7 @@ def _odd_values(column: pl.Series) -> str:
     if column.dtype not in _TEXT:
         return ""
     odd = notation.odd(column.cast(pl.String), ".")
-    shown = ", ".join(map(repr, odd.unique(maintain_order=True)[:3]))
+    shown = ", ".join(brief(repr(text)) for text in odd.unique(maintain_order=True)[:3])
     return f" in {len(odd):,} rows, such as {shown}; leave empty what is missing" if shown else ""
 
 
@@ -196,7 +204,8 @@ def _left_out(column: pl.Series) -> FieldSpec | None:
     name, dtype = column.name, column.dtype
     inner = _inner(dtype)
     if inner.is_nested() or inner == pl.Object:
-        return FieldSpec(name, "unused", note=f"{dtype} has no ids: make lists or plain columns")
+        note = f"{brief(dtype)} has no ids: make lists or plain columns"
+        return FieldSpec(name, "unused", note=note)
     if column.null_count() == len(column):
         return FieldSpec(name, "unused", note="holds nothing")
     if dtype.is_nested():
@@ -236,7 +245,7 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
             return FieldSpec(name, kind, decimal=spelled.decimal, note=note)
         ids = bool(values.str.contains(_IDS).all())
         for separator, share in _JOINED_BY.items():
-            if _holds_lists(values, separator, share, ids=ids):
+            if _holds_lists(values, separator, share, ids=ids) and not _says_when(values):
                 note = f"{_shown(column, separator)} and its like may be several values each"
                 note += f": --multi {shlex.quote(f'{name}={separator}')} takes them apart"
                 break
@@ -247,10 +256,10 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
         if not note and not spelled and (odd := _few_odd(values)):
             note = f"most values are numbers, but not {odd}; were those empty, it would be one"
     amount = _integer_amount(column, default_numeric) if dtype.is_integer() else None
-    spec = amount or _keys_left_out(FieldSpec(name), column)
+    spec = amount or _keys_left_out(FieldSpec(name, note=note), column)
     if dtype.is_integer() and not spec.note:
         spec = replace(spec, note=_integer_note(spec, column, default_numeric))
-    return replace(spec, note="; ".join(filter(None, [note, spec.note])))
+    return spec
 
 
 def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
@@ -342,7 +351,8 @@ def _few_odd(values: pl.Series) -> str:
     odd = notation.odd(values, ".")
     if len(values) - len(odd) <= max(FieldSpec.buckets, _MOSTLY * len(values)) or not len(odd):
         return ""
-    return ", ".join(map(repr, odd[:3])) + (f" and {len(odd) - 3:,} more" if len(odd) > 3 else "")
+    shown = ", ".join(brief(repr(text)) for text in odd[:3])
+    return shown + (f" and {len(odd) - 3:,} more" if len(odd) > 3 else "")
 
 
 def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
@@ -354,7 +364,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
     key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
     if not many and not key:
         return spec
-    is_amount = _is_amount(column)
+    is_amount = _is_amount(column) or _says_when(column)
     dated = _may_say_when(column, is_amount)
     if key:
         much = "every row has its own value: nothing"
@@ -363,62 +373,90 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
         keep = f"{_numeric(spec.name, 'categorical')} keeps it"
         other = f"{keep}, {amount}" if is_amount else keep
         other += f", {earlier}" if dated else ""
-        return replace(spec, kind="unused", note=f"{much} to learn; {other}")
-    moments = is_amount and not column.dtype.is_numeric()
-    if not (moments or dated):
+        if not is_amount and not spec.note and _is_prose(column):
+            other += f", --multi {shlex.quote(f'{spec.name}= ')} splits it into words"
+        note = f"{much} to learn; {other}"
+        return replace(spec, kind="unused", note="; ".join(filter(None, [spec.note, note])))
+    unlike_ids = is_amount and not column.dtype.is_numeric()
+    if not (unlike_ids or dated):
         return spec
-    what = "dates or times" if moments else "numbers that may be times since 1970"
+    what = "dates or times" if unlike_ids else "numbers that may be times since 1970"
     note = f"{distinct:,} {what}, each its own; {amount}"
-    return replace(spec, note=f"{note}; {earlier}" if dated else note)
+    note = f"{note}; {earlier}" if dated else note
+    return replace(spec, note="; ".join(filter(None, [spec.note, note])))
 
 
-def numbers(column: pl.Series, decimal: str | None = None) -> pl.Series:
+def _is_prose(column: pl.Series) -> bool:
+    """Whether most of the first thousand values are text of several words."""
+    if column.dtype not in _TEXT:
+        return False
+    words = column.drop_nulls()[:1000].cast(pl.String).str.contains(r"\S +\S")
+    return float(words.mean() or 0.0) > 0.5  # type: ignore[arg-type]
+
+
+def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
     """A column as float64, missing values as NaN; dates and times in microseconds.
 
     Dates may be text that begins with year, month and day, as in `2017-01-31 12:00:00`.
 
     Args:
         column: the column.
-        decimal: mark of numbers that are text, see `FieldSpec`. Text in which all values are
-            numbers in another notation, and in that alone, is read by that.
+        spec: how it is written if it is text. Where that has no form of moments, text in which all
+            values are numbers in another notation, and in that alone, is read by that.
 
     Raises:
         UserError: if it holds no numbers.
     """
+    spec = spec or FieldSpec(column.name)
     if column.dtype in _TEXT:
         column = column.cast(pl.String)
+    read = column
     try:
         if column.dtype == pl.String:
-            is_amount = _is_amount(column)
-            column = column.str.to_datetime(time_unit="us") if is_amount else _read(column, decimal)
-        if column.dtype == pl.Date:
-            column = column.cast(pl.Datetime("us"))
-        if column.dtype in (pl.Datetime, pl.Duration):
-            column = column.dt.cast_time_unit("us")
-        if column.dtype.is_temporal():
-            column = column.to_physical()
-        return column.cast(pl.Float64).fill_null(math.nan)
+            cells = notation.texts(column)
+            dated = _is_amount(cells)
+            read = cells.str.to_datetime(time_unit="us") if dated else _read(column, spec)
+        if read.dtype == pl.Date:
+            read = read.cast(pl.Datetime("us"))
+        if read.dtype in (pl.Datetime, pl.Duration):
+            read = read.dt.cast_time_unit("us")
+        if read.dtype.is_temporal():
+            read = read.to_physical()
+        return read.cast(pl.Float64).fill_null(math.nan)
     except pl.exceptions.PolarsError:
-        odd = ""
+        odd, needed = "", "numbers"
         if column.dtype == pl.String:
-            other = notation.odd(column, decimal or ".")
+            other = notation.odd(column, spec.decimal or ".")
+            if spec.moment:
+                other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
             undated = other.filter(~other.str.contains(_DATE))
-            odd = f" such as {[*undated, *other, *column.drop_nulls()][0]!r}"
+            odd = f" such as {brief(repr([*undated, *other, *column.drop_nulls()][0]))}"
         raise UserError(
-            f"column {column.name!r} holds {column.dtype} values{odd} where numbers are needed"
+            f"column {column.name!r} holds {brief(column.dtype)} values{odd} where {needed} are "
+            "needed"
         ) from None
 
 
-def _read(column: pl.Series, decimal: str | None) -> pl.Series:
+def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
     """Text as the numbers it stands for; as it is if some of it stands for none."""
+    decimal = spec.decimal
+    if spec.moment:
+        undated = len(moments.odd(column, spec.moment))
+        return column if undated else moments.read(column, spec.moment)
     if decimal is None:
-        plain = column.cast(pl.Float64, strict=False)
-        if plain.null_count() == column.null_count():
+        texts = notation.texts(column)
+        plain = texts.cast(pl.Float64, strict=False)
+        if plain.null_count() == texts.null_count():
             return plain
     if decimal is None or len(notation.odd(column, decimal)):
         spelled = notation.find(column)
         decimal = spelled.decimal if spelled else None
     return notation.read(column, decimal) if decimal else column
+
+
+def _says_when(column: pl.Series) -> bool:
+    """Whether text is dates or times in one form of those that people write."""
+    return column.dtype == pl.String and len(moments.find(column)) == 1
 
 
 def _is_amount(column: pl.Series) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amtl.data.readers import require_columns
 from amtl.data.text import MISSING
-from amtl.errors import UserError
+from amtl.errors import UserError, brief
 
 _PAIRS = {
     ("0", "1"),
@@ -83,8 +83,8 @@ def _decide(
         values = values.cast(pl.String)
     elif not (dtype.is_numeric() or dtype in (pl.Boolean, pl.String, pl.Null)):
         raise UserError(
-            f"label {column!r} is {dtype}; numbers, booleans or text are needed: name another "
-            "column with --label"
+            f"label {column!r} is {brief(dtype)}; numbers, booleans or text are needed: name "
+            "another column with --label"
         )
     gaps = values.null_count() + (int(values.is_nan().sum()) if dtype.is_float() else 0)
     if gaps:

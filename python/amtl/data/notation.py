@@ -36,12 +36,18 @@ class Notation:
     doubt: str = ""
 
 
+def texts(column: pl.Series) -> pl.Series:
+    """Without spaces around, and nothing for what stands for a missing number."""
+    cells = column.cast(pl.String).str.strip_chars()
+    return cells.set(cells.is_in(["", *MISSING]), None)
+
+
 def find(column: pl.Series) -> Notation | None:
     """The one notation in which all values of a column are numbers, or None.
 
     Values carry the same currency or per cent sign, or all of them none.
     """
-    values = _texts(column).drop_nulls().unique(maintain_order=True)
+    values = texts(column).drop_nulls().unique(maintain_order=True)
     values = values.filter(_infinite(values).is_null())
     if not len(values) or not values[:100].str.contains(_NUMBER).all():
         return None
@@ -71,35 +77,29 @@ def find(column: pl.Series) -> Notation | None:
 
 def read(column: pl.Series, decimal: str) -> pl.Series:
     """The numbers that text stands for, given the decimal mark; what is none is missing."""
-    texts = _texts(column)
-    digits, _ = _digits(texts)
+    cells = texts(column)
+    digits, _ = _digits(cells)
     digits = digits.set(~digits.str.contains(_FORMS[decimal]), None)
     digits = digits.str.replace_all("." if decimal == "," else ",", "", literal=True)
     numbers = digits.str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
-    infinite = _infinite(texts)
+    infinite = _infinite(cells)
     return numbers.zip_with(infinite.is_null(), infinite).alias(column.name)
 
 
 def odd(column: pl.Series, decimal: str) -> pl.Series:
     """The values that are neither numbers in that notation nor missing."""
-    return column.filter(_texts(column).is_not_null() & read(column, decimal).is_null())
+    return column.filter(texts(column).is_not_null() & read(column, decimal).is_null())
 
 
-def _texts(column: pl.Series) -> pl.Series:
-    """Without spaces around, and nothing for what stands for a missing number."""
-    texts = column.cast(pl.String).str.strip_chars()
-    return texts.set(texts.is_in(["", *MISSING]), None)
-
-
-def _infinite(texts: pl.Series) -> pl.Series:
+def _infinite(cells: pl.Series) -> pl.Series:
     """`inf` and its like as the numbers they are, in any notation; missing otherwise."""
-    spelled = texts.str.contains(r"(?i)^[+-]?inf(?:inity)?$")
-    return texts.set(~spelled, None).cast(pl.Float64, strict=False)
+    spelled = cells.str.contains(r"(?i)^[+-]?inf(?:inity)?$")
+    return cells.set(~spelled, None).cast(pl.Float64, strict=False)
 
 
-def _digits(texts: pl.Series) -> tuple[pl.Series, pl.Series]:
+def _digits(cells: pl.Series) -> tuple[pl.Series, pl.Series]:
     """The numbers of texts as they are written, and their currency or per cent signs."""
-    parts = texts.str.extract_groups(_NUMBER).struct
+    parts = cells.str.extract_groups(_NUMBER).struct
     minus, before, digits, after = (
         parts.field(name) for name in ("minus", "before", "digits", "after")
     )

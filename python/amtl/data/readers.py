@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from amtl.data import libsvm, text
 from amtl.data.vocabulary import as_series
-from amtl.errors import UserError
+from amtl.errors import UserError, brief
 
 _PARQUET = (".parquet", ".pq")
 _DELIMITED = (".csv", ".tsv", ".tab", ".txt")
@@ -114,12 +115,12 @@ def as_frame(rows: Rows) -> pl.DataFrame:
     try:
         if isinstance(rows, Mapping):
             frame = pl.DataFrame([_column(str(name), values) for name, values in rows.items()])
-        elif type(rows).__module__.partition(".")[0] == "pandas":
+        elif type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
             # Its own conversion takes columns that have no name of text, and older pandas.
             frame = pl.from_pandas(rows)
         elif isinstance(rows, (pa.Table, pa.RecordBatch)):
             frame = pl.from_arrow(rows)
-        elif hasattr(rows, "__arrow_c_stream__") and not isinstance(rows, pl.Series):
+        elif hasattr(rows, "__arrow_c_stream__") and not hasattr(rows, "to_frame"):
             frame = pl.DataFrame(rows)
     except pl.exceptions.ShapeError as error:
         raise UserError(f"the columns have different lengths: {_first_line(error)}") from error
@@ -134,7 +135,8 @@ def as_frame(rows: Rows) -> pl.DataFrame:
     if not isinstance(frame, pl.DataFrame):
         raise TypeError(
             f"rows are {type(rows).__module__}.{type(rows).__qualname__}; give a DataFrame of "
-            "polars or pandas, a LazyFrame, a pyarrow Table, or a dict of columns"
+            "polars or pandas, a LazyFrame, a pyarrow Table, or a dict of columns; of a single row "
+            "df.iloc[[0]] or df[:1]"
         )
     return frame
 
@@ -144,12 +146,15 @@ def _column(name: str, values: Any) -> pl.Series:
         # What pandas hands out: text, lists as arrays, None and NaN for missing ones.
         values = pa.array(values, from_pandas=True)
     if isinstance(values, str) or not hasattr(values, "__len__"):
-        raise TypeError(f"column {name!r} is no list of values but {type(values).__name__}")
+        raise TypeError(
+            f"column {name!r} is no list of values but {type(values).__name__}; write [VALUE] for "
+            "that of a single row"
+        )
     return as_series(values).alias(name)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return brief((str(error).strip().splitlines() or [type(error).__name__])[0], 300)
 
 
 def _read_text(path: Path, kind: str) -> Contents:
@@ -171,6 +176,9 @@ def _read_text(path: Path, kind: str) -> Contents:
 
 def _json(file: io.BytesIO | io.BufferedReader, is_list: bool, where: str) -> pl.DataFrame:
     """All rows say what columns there are: polars drops those that the rows it looked at lack."""
+    if not is_list and (told := _wrapped(file)):
+        raise UserError(f"cannot read {where!r}: {told}")
+    file.seek(0)
     try:
         return (pl.read_json if is_list else pl.read_ndjson)(file, infer_schema_length=None)
     except pl.exceptions.PolarsError as error:
@@ -180,16 +188,54 @@ def _json(file: io.BytesIO | io.BufferedReader, is_list: bool, where: str) -> pl
         ) from error
 
 
+def _wrapped(file: io.BytesIO | io.BufferedReader) -> str:
+    """What to do where all rows are in one object, or one is on several lines; else nothing."""
+    first = next((line for line in file if line.strip(_BEFORE)), b"")
+    whole = _parsed(first)
+    several = whole is None
+    if several:
+        whole = _parsed(first + file.read())
+    if not isinstance(whole, dict) or any(line.strip(_BEFORE) for line in file):
+        return ""
+    columns = list(whole.values())
+    alike = all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns)
+    nested = alike and any(isinstance(v, (list, dict)) for c in columns[:1] for v in c.values())
+    if whole.keys() == {"columns", "index", "data"} or (columns and alike and not nested):
+        return (
+            "it is one object of columns, as pandas' df.to_json(FILE) writes; write an object a "
+            "line: df.to_json(FILE, orient='records', lines=True)"
+        )
+    for name, rows in whole.items():
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            taken = f'json.load(open("FILE"))[{json.dumps(brief(name))}]'
+            if all(isinstance(row.get("properties"), dict) for row in rows):
+                taken = f'[row["properties"] for row in {taken}]'
+            code = f'import json; json.dump({taken}, open("rows.json", "w"))'
+            return (
+                f"it is one object whose {brief(repr(name))} is a list of objects; write that list "
+                f"alone: python -c {shlex.quote(code)} (if all of it is one row, write it as "
+                "[{...}], a list of one)"
+            )
+    return (
+        "it is one object on several lines; write an object a line, or [{...}]" if several else ""
+    )
+
+
+def _parsed(text: bytes) -> Any:
+    """What JSON holds; None for what is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def _odd_line(file: io.BytesIO | io.BufferedReader) -> str:
     """Where lines of JSON end being that, or a column being of one kind, and what to do."""
     kinds: dict[str, str] = {}
     for number, line in enumerate(file, 1):
         if not line.strip(_BEFORE):
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+        row = _parsed(line)
         if not isinstance(row, dict):
             return f"line {number} is no JSON object; mend it or delete it: "
         for name, value in row.items():
@@ -233,8 +279,8 @@ def _folder(path: Path) -> pl.DataFrame:
                 first[name] = dtype, file
             elif dtype != pl.Null and _family(dtype) != _family(known):
                 raise UserError(
-                    f"column {name!r} is {known} in {str(other)!r} and {dtype} in {str(file)!r}; "
-                    "write it as one type"
+                    f"column {name!r} is {brief(known)} in {str(other)!r} and {brief(dtype)} in "
+                    f"{str(file)!r}; write it as one type"
                 )
         frames.append(frame)
     whole = pl.concat(frames, how="diagonal_relaxed")
@@ -291,13 +337,13 @@ def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -
     if missing:
         if list(present) == [f"c{i}" for i in range(len(present))]:
             where += ", in which no header was found,"
-        raise UserError(
-            f"{where} has no column {', '.join(map(repr, missing))}; its columns are "
-            f"{listed(present)}"
-        )
+        shown = ", ".join(brief(repr(name)) for name in missing[:5])
+        shown += f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(f"{where} has no column {shown}; its columns are {listed(present)}")
 
 
 def listed(names: Sequence[str]) -> str:
     """Names of columns for a message, in quotes where a space would go unseen."""
-    shown = [name if name == name.strip() else repr(name) for name in names[:30]]
-    return ", ".join([*shown, "…"] if len(names) > 30 else shown)
+    shown = [name if name == name.strip() else repr(name) for name in map(brief, names[:30])]
+    text = ", ".join(shown)
+    return brief(text, 300) if len(text) > 300 else text + (", …" if len(names) > 30 else "")

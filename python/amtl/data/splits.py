@@ -8,9 +8,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from amtl.data import moments
 from amtl.data.readers import listed
-from amtl.data.text import MISSING
-from amtl.errors import UserError
+from amtl.errors import UserError, brief
 
 _NAMES = (
     ("train", "training", "trn", "tr"),
@@ -25,16 +25,6 @@ _ISO = (
 )
 _YEAR_FIRST = r"^\d{4}(?:[-/. ]?[WQ]?\d+){1,2}(?: \d\d:?\d\d(?::?\d\d(?:[.,]\d+)?)?)?$"
 """Of one length and one punctuation, this sorts as the moments do that it stands for."""
-_DATES = (
-    *("%Y-%m-%d", "%Y/%m/%d", "%m/%d/%Y", "%d/%m/%Y", "%m-%d-%Y", "%d-%m-%Y", "%d.%m.%Y"),
-    *("%m/%d/%y", "%d/%m/%y", "%d.%m.%y", "%d %B %Y", "%d. %B %Y", "%B %d, %Y", "%B %d %Y"),
-    *("%d-%B-%Y", "%d-%B-%y"),
-)
-_CLOCKS = ("", " %H:%M", " %H:%M:%S%.f", " %I:%M %p", " %I:%M:%S %p")
-_FORMATS = (
-    *(date + clock for date in _DATES for clock in _CLOCKS),
-    *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
-)
 
 
 def split_column(how: str) -> str | None:
@@ -110,13 +100,7 @@ def _in_order(column: pl.Series, how: str) -> pl.Series:
     """What to sort a column by, itself or what its text stands for; null where that is missing."""
     if column.dtype not in (pl.String, pl.Categorical):
         return column.fill_nan(None) if column.dtype.is_float() else column
-    texts = column.cast(pl.String).str.strip_chars()
-    texts = texts.set(texts.is_in(["", *MISSING]), None)
-    texts = texts.str.replace_all(r"\s+", " ").str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ")
-    texts = texts.str.replace(r"(:\d\d(?:\.\d+)?) ?(?:Z|UTC)$", "$1")
-    texts = texts.str.replace(r"^[A-Z]\w\w (\w{3}) (\d\d?) ([\d:]{8}) (\d{4})$", "$2 $1 $4 $3")
-    texts = texts.str.replace(r"^(\d\d?)/(\w{3})/(\d{4}):(\d\d:)", "$1 $2 $3 $4")
-    texts = texts.str.replace(r"(\d{4}), (\d)", "$1 $2")
+    texts = moments.texts(column)
     distinct = texts.drop_nulls().unique(maintain_order=True)
     whole = distinct.cast(pl.Int64, strict=False)
     if not whole.null_count():
@@ -131,36 +115,22 @@ def _in_order(column: pl.Series, how: str) -> pl.Series:
         return texts
     if not distinct.cast(pl.Float64, strict=False).null_count():
         return texts.cast(pl.Float64)
-    # Most notations fail on a few values; all values tell days from months.
-    readings = {
-        form: keys
-        for form in _FORMATS
-        if _moments(distinct[:100], form) is not None
-        and (keys := _moments(distinct, form)) is not None
-    }
-    told = f"--split {how}: column {column.name!r} holds text such as {distinct[0]!r}"
-    remedy = "write it as YYYY-MM-DD, with HH:MM:SS after that where there is a time, or as numbers"
-    if not readings:
-        raise UserError(f"{told}, which is no number, date or time in a known notation; {remedy}")
-    form, keys = readings.popitem()
-    for other, others in readings.items():
-        if not others.rank("dense").equals(keys.rank("dense")):
-            raise UserError(f"{told}, which may be {other} or {form}; {remedy}")
-    return texts.str.to_datetime(form, time_unit="us")
-
-
-def _moments(texts: pl.Series, form: str) -> pl.Series | None:
-    """What all of these texts are in that notation, whose years have four digits if it says so."""
-    moments = texts.str.to_datetime(form, strict=False, time_unit="us")
-    if moments.null_count() or ("%Y" in form and bool((moments.dt.year() < 1000).any())):
-        return None
-    return moments
+    forms = moments.find(texts, ordered=True)
+    if len(forms) == 1:
+        return moments.read(texts, forms[0])
+    told = f"--split {how}: column {column.name!r} holds text such as {brief(repr(distinct[0]))}"
+    doubt = "is no number, date or time in a known notation"
+    if forms:
+        doubt = f"may be {forms[0]} or {forms[1]}"
+    raise UserError(f"{told}, which {doubt}; {moments.REWRITE}, or as numbers")
 
 
 def _named_parts(column: pl.Series, how: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     values = column.unique(maintain_order=True).to_list()
     if not names_parts(values):
-        shown = ", ".join(map(repr, values[:5])) + (", ..." if len(values) > 5 else "")
+        shown = ", ".join(brief(repr(value)) for value in values[:5]) + (
+            ", ..." if len(values) > 5 else ""
+        )
         raise UserError(
             f"--split {how}: it has to say train, valid or test of each row (valid may be missing, "
             f"then a tenth of train validates), and holds {shown}"

@@ -21,6 +21,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from amtl.data import notation
+from amtl.errors import brief
+
 Column: TypeAlias = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor | Sequence[Any]
 """Everything a column of raw values may come as."""
 
@@ -318,6 +321,9 @@ class Vocabulary:
         if len(flat) == 0:
             return torch.empty(0, dtype=torch.int32), 0
         known = self._values.drop_nulls()
+        if self._kind == "int" and flat.dtype == pl.String:
+            # As a file of text is read whose other values are integers.
+            flat = notation.texts(flat)
         null = flat.is_null()
         nulls = int(null.sum())
         if len(known) == 0:
@@ -502,7 +508,9 @@ def _normal(series: pl.Series, name: str = "", *, lenient: bool = False) -> pl.S
         return series.cast(pl.String)
     if dtype == pl.Binary:
         return series.bin.encode("hex")
-    raise ValueError(f"{_where(name)} is {dtype}; a vocabulary takes integers, strings and dates")
+    raise ValueError(
+        f"{_where(name)} is {brief(dtype)}; a vocabulary takes integers, strings and dates"
+    )
 
 
 def _whole(series: pl.Series, name: str, lenient: bool) -> pl.Series:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -43,13 +43,19 @@ def parse_budget(text: str) -> dict[str, Any]:
         ) from None
 
 
-def parse_names(option: str, text: str | None) -> list[str]:
+def parse_names(option: str, text: str | None, known: Collection[str] = ()) -> list[str]:
     """The names in what was typed after `option`, separated by commas; none where nothing was.
+
+    All of it is one name if that is `known`, whatever commas it holds; a known name keeps the
+    spaces around it.
 
     Raises:
         UserError: a name is empty.
     """
-    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if text is None:
+        return []
+    names = [text] if text in known else text.split(",")
+    names = [name if name in known else name.strip() for name in names]
     if not all(names):
         raise UserError(
             f"{option} {text!r} holds an empty name: write names with one comma between, such as "

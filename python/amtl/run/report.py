@@ -88,32 +88,46 @@ def _run_folders(folders: Sequence[Path]) -> list[Path]:
 
 
 def load_comparable(folders: Sequence[Path], command: str) -> list[dict[str, Any]]:
-    """`load_metrics` of runs on one data set.
+    """`load_metrics` of runs on one data set, with one label and one split.
 
     Args:
         folders: as there.
         command: `report` or `compare`, what the runs are for.
 
     Raises:
-        UserError: if a folder has none, or if there are several data sets; it then has a command
-            line for the runs of each.
+        UserError: if a folder has none, or if there are several data sets, labels or splits, so
+            that AUCs are of other rows; it then has a command line for the runs of each.
     """
     expanded = _run_folders(folders)
     runs = load_metrics(expanded)
-    groups: dict[str, list[Path]] = {}
+    groups: dict[tuple[str, ...], list[Path]] = {}
     for folder, run in zip(expanded, runs, strict=True):
-        groups.setdefault(run["config"]["data"], []).append(folder)
+        groups.setdefault(_tested_on(run["config"]), []).append(folder)
     if len(groups) > 1:
+        values = zip(*groups, strict=True)
+        differs = [len(set(of_all)) > 1 for of_all in values]
+        what = " and one ".join(itertools.compress(("data set", "label", "split"), differs))
         lines = []
-        for place, (data, own) in enumerate(groups.items()):
+        for place, (tested_on, own) in enumerate(groups.items()):
             words = ["amtl", command, *map(str, own)]
             words += ["-o", f"report-{place}.html"] if command == "report" else []
-            lines.append(f"{shlex.join(words)}  ({data})")
+            about = ", ".join(itertools.compress(tested_on, differs))
+            lines.append(f"{shlex.join(words)}  ({about})")
         raise UserError(
-            f"{command} is about one data set, and these runs are of {len(groups)}: "
-            + "; ".join(lines)
+            f"{command} is about one {what}, as AUCs of others do not compare, and these runs are "
+            f"of {len(groups)}: " + "; ".join(lines)
         )
     return runs
+
+
+def _tested_on(config: dict[str, Any]) -> tuple[str, ...]:
+    """Data, label and split of a run in words: test scores of other ones do not compare."""
+    label, split = f"label {config.get('label')}", f"split {config['split']}"
+    threshold, positive = config.get("label_threshold"), config.get("label_positive")
+    label += "" if threshold is None else f" from {threshold:g}"
+    label += "" if positive is None else f" = {positive}"
+    split += f" of seed {config.get('split_seed', 0)}" if config["split"] == "random" else ""
+    return config["data"], label, split
 
 
 def methods_in_order(names: Iterable[str]) -> list[str]:
@@ -332,9 +346,18 @@ def _intro(runs: Sequence[dict[str, Any]]) -> str:
     )
     number = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     return (
-        f"{number}; split {html.escape(run['config']['split'])} 80/10/10; "
+        f"{number}; split {html.escape(_split(run))}; "
         f"{run['rows']:,} rows in the shared table: {html.escape(fields)}.{note}"
     )
+
+
+def _split(run: dict[str, Any]) -> str:
+    """How rows were split, with the shares of training, validation and test where known."""
+    how, parts = run["config"]["split"], run.get("split_rows")
+    if parts:
+        shares = (f"{100 * rows / sum(parts.values()):.3g}" for rows in parts.values())
+        return f"{how} {'/'.join(shares)}"
+    return str(how) if how.startswith("column:") else f"{how} 80/10/10"
 
 
 def _summary(results: Sequence[Result]) -> str:

@@ -15,6 +15,7 @@ from amtl.data.labels import read_labels
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source
 from amtl.data.splits import split_rows
+from amtl.errors import brief
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, auc_error, log_loss
@@ -88,7 +89,11 @@ class Trained:
             Column to a sentence with a value of either side, and what to do.
         """
         result = {}
-        tested = (self.metrics or {}).get("unknown_test_values", {})
+        metrics = self.metrics or {}
+        tested = metrics.get("unknown_test_values", {})
+        # Runs that do not say how many rows trained are taken to be split 80/10/10.
+        parts = metrics.get("split_rows", {"train": 8, "test": 1})
+        times = parts["train"] / max(parts["test"], 1)
         for name, unknown in data.unknown.items():
             before = self._tally.pop(name, (0, 0))
             unknown, values = before[0] + unknown, before[1] + data.values[name]
@@ -98,13 +103,14 @@ class Trained:
             if unknown <= _UNSEEN * values:
                 continue
             vocabulary = self.encoder.vocabularies[self.encoder.names.index(name)]
-            # The test split is an eighth of the training split.
-            test = 8 * tested.get(name, 0) / max(int(vocabulary.counts.sum()), 1)
+            test = times * tested.get(name, 0) / max(int(vocabulary.counts.sum()), 1)
             if max(self.encoder.unseen_share(name), test) >= _SEEN_THEN:
                 continue
             odd, known = self.encoder.examples(name, frame[name])
-            here = "missing" if odd is None else f"such as {odd!r} ({frame[name].dtype})"
-            there = "" if known is None else f", in training such as {known!r}"
+            here = "missing"
+            if odd is not None:
+                here = f"such as {brief(repr(odd))} ({brief(frame[name].dtype)})"
+            there = "" if known is None else f", in training such as {brief(repr(known))}"
             result[name] = (
                 f"column {name!r}: {unknown:,} of {values:,} values were not seen in training, so "
                 f"predictions do without it. Here they are {here}{there}: write the column as the "

@@ -111,6 +111,14 @@ def _held(labels: Tensor) -> dict[str, int]:
     return {"rows": len(labels), "positive": int((labels > 0.5).sum())}
 
 
+def _split_rows(task: Task) -> dict[str, int]:
+    """Rows of the splits, validation rows that are not looked at included."""
+    train, val, test = len(task.train), len(task.val), len(task.test)
+    if task.encoder.labels is not None:
+        val = task.encoder.labels[0] - train - test
+    return {"train": train, "val": val, "test": test}
+
+
 def _scarce(held_out: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     """What the rows that models are validated and tested on are too few for."""
     few = []
@@ -486,6 +494,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "bits": bits,
         "rows": encoder.num_rows,
         "held_out": trainer.held_out,
+        "split_rows": _split_rows(trainer.task),
         "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
         "vocabulary_bytes": folders.vocabulary_bytes(stored_encoder),
         "bytes_by_field": {

@@ -1,0 +1,73 @@
+"""Dates and times as people write them: `31.1.2024`, `Jan 31, 2024 3:30 PM`, as logs do, too."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from amtl.data import notation
+
+_DATES = (
+    *("%Y-%m-%d", "%Y/%m/%d", "%m/%d/%Y", "%d/%m/%Y", "%m-%d-%Y", "%d-%m-%Y", "%d.%m.%Y"),
+    *("%m/%d/%y", "%d/%m/%y", "%d.%m.%y", "%d %B %Y", "%d. %B %Y", "%B %d, %Y", "%B %d %Y"),
+    *("%d-%B-%Y", "%d-%B-%y"),
+)
+_CLOCKS = ("", " %H:%M", " %H:%M:%S%.f", " %I:%M %p", " %I:%M:%S %p")
+_FORMS = (
+    *(date + clock for date in _DATES for clock in _CLOCKS),
+    *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
+)
+REWRITE = "write it as YYYY-MM-DD, with HH:MM:SS after that where there is a time"
+
+
+def texts(column: pl.Series) -> pl.Series:
+    """Text without what makes no difference, and nothing for what stands for a missing value."""
+    cells = notation.texts(column)
+    cells = cells.str.replace_all(r"\s+", " ").str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ")
+    cells = cells.str.replace(r"(:\d\d(?:\.\d+)?) ?(?:Z|UTC)$", "$1")
+    cells = cells.str.replace(r"^[A-Z]\w\w (\w{3}) (\d\d?) ([\d:]{8}) (\d{4})$", "$2 $1 $4 $3")
+    cells = cells.str.replace(r"^(\d\d?)/(\w{3})/(\d{4}):(\d\d:)", "$1 $2 $3 $4")
+    return cells.str.replace(r"(\d{4}), (\d)", "$1 $2")
+
+
+def find(column: pl.Series, *, ordered: bool = False) -> list[str]:
+    """Forms in which all text of a column is dates or times, one of those that agree.
+
+    Args:
+        column: text.
+        ordered: forms agree that put moments in the same order; else those that have the same ones.
+
+    Returns:
+        One form where that is sure, several where days and months cannot be told, and none where
+        some of the text is no moment in any.
+    """
+    # Most forms fail on a few values; all values tell days from months.
+    few = texts(column.drop_nulls()[:100]).drop_nulls()
+    forms = [form for form in _FORMS if not _read(few, form).null_count()]
+    distinct = texts(column).drop_nulls().unique(maintain_order=True) if forms else few
+    found: dict[str, pl.Series] = {}
+    for form in forms if len(distinct) else ():
+        keys = _read(distinct, form)
+        if keys.null_count():
+            continue
+        keys = keys.rank("dense") if ordered else keys
+        if not any(keys.equals(others) for others in found.values()):
+            found[form] = keys
+    return list(found)
+
+
+def read(column: pl.Series, form: str) -> pl.Series:
+    """Microseconds since 1970 that text stands for; null for what is no moment in that form."""
+    return _read(texts(column), form)
+
+
+def odd(column: pl.Series, form: str) -> pl.Series:
+    """The values that are neither moments in that form nor missing."""
+    cells = texts(column)
+    return column.filter(cells.is_not_null() & _read(cells, form).is_null())
+
+
+def _read(cells: pl.Series, form: str) -> pl.Series:
+    """`read` of text as `texts` has it; years have four digits where the form says so."""
+    found = cells.str.to_datetime(form, strict=False, time_unit="us")
+    early = (found.dt.year() < 1000).fill_null(False) & ("%Y" in form)
+    return found.to_physical().set(early, None)
