@@ -560,46 +560,10 @@ def pack(
 @app.command()
 def inspect(run: Run) -> None:
     """Show sizes per field and their histogram."""
-    import numpy as np
-
-    from amtl.run import methods
+    from amtl.run.display import print_sizes
     from amtl.run.folders import load_trained
-    from amtl.run.trained import size_table
 
-    trained = load_trained(run)
-    table = Table(box=box.SIMPLE_HEAD, title=escape(str(run)), title_justify="left")
-    table.add_column("field")
-    for name in ("values", "mean size", "by lookups", "sizes", "bytes", "share"):
-        table.add_column(name, justify="right")
-    entries = size_table(trained)
-    stored, full = (f(trained.model.table) for f in (methods.stored_bytes, methods.dense_bytes))
-    for e in entries:
-        table.add_row(
-            escape(e["field"]) + (" (bag)" if e["kind"] == "bag" else ""),
-            f"{e['rows']:,}",
-            f"{e['mean_size']:.2f}",
-            f"{e['mean_size_of_lookups']:.2f}",
-            f"{e['min_size']}–{e['max_size']}",
-            f"{e['bytes']:,}",
-            f"{e['bytes'] / max(stored, 1):.1%}",
-        )
-    steps = stored - sum(e["bytes"] for e in entries)
-    if steps:
-        table.add_row("step sizes", *[""] * 4, f"{steps:,}", f"{steps / stored:.1%}")
-    console.print(table)
-    widths = methods.row_widths(trained.model.table).numpy()
-    sizes, rows = np.unique(widths, return_counts=True)
-    top = rows.max()
-    console.print("[bold]size  values[/]")
-    for size, n in zip(sizes, rows, strict=True):
-        bar = ("#" if console.options.ascii_only else "█") * max(1, round(40 * n / top))
-        console.print(f"{size:>4}  {n:>9,}  [blue]{bar}[/]", highlight=False)
-    bits = methods.number_bits(trained.model.table)
-    console.print(
-        f"\n{stored:,} of {full:,} bytes ({stored / full:.1%}); method {trained.config.method}, "
-        f"width {trained.config.dim}, {bits} bits a number",
-        highlight=False,
-    )
+    print_sizes(console, str(run), load_trained(run))
 
 
 @app.command()

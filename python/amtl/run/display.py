@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from amtl.run import comparison
+from amtl.run import comparison, methods
 from amtl.run.report import Result, table_rows
+from amtl.run.trained import Trained, size_table
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
@@ -33,6 +35,43 @@ def print_comparison(console: Console, metrics: dict[str, Any]) -> None:
         console.print(table)
     for told in comparison.verdict(metrics):
         console.print(f"  {told}", style="yellow", highlight=False)
+
+
+def print_sizes(console: Console, title: str, trained: Trained) -> None:
+    """Sizes of a trained model by field, and their histogram."""
+    table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
+    table.add_column("field")
+    for name in ("values", "mean size", "by lookups", "sizes", "bytes", "share"):
+        table.add_column(name, justify="right")
+    entries = size_table(trained)
+    stored, full = (f(trained.model.table) for f in (methods.stored_bytes, methods.dense_bytes))
+    for e in entries:
+        table.add_row(
+            escape(e["field"]) + (" (bag)" if e["kind"] == "bag" else ""),
+            f"{e['rows']:,}",
+            f"{e['mean_size']:.2f}",
+            f"{e['mean_size_of_lookups']:.2f}",
+            f"{e['min_size']}–{e['max_size']}",
+            f"{e['bytes']:,}",
+            f"{e['bytes'] / max(stored, 1):.1%}",
+        )
+    steps = stored - sum(e["bytes"] for e in entries)
+    if steps:
+        table.add_row("step sizes", *[""] * 4, f"{steps:,}", f"{steps / stored:.1%}")
+    console.print(table)
+    widths = methods.row_widths(trained.model.table).numpy()
+    sizes, rows = np.unique(widths, return_counts=True)
+    top = rows.max()
+    console.print("[bold]size  values[/]")
+    for size, n in zip(sizes, rows, strict=True):
+        bar = ("#" if console.options.ascii_only else "█") * max(1, round(40 * n / top))
+        console.print(f"{size:>4}  {n:>9,}  [blue]{bar}[/]", highlight=False)
+    bits = methods.number_bits(trained.model.table)
+    console.print(
+        f"\n{stored:,} of {full:,} bytes ({stored / full:.1%}); method {trained.config.method}, "
+        f"width {trained.config.dim}, {bits} bits a number",
+        highlight=False,
+    )
 
 
 def _table(header: Sequence[str]) -> Table:
