@@ -12,6 +12,7 @@ import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import amtl_kernels
 
@@ -252,3 +253,20 @@ def test_what_a_layer_shows_it_shows_tensor_by_tensor() -> None:
     with torch.no_grad():
         alone: list[Tensor] = [layer(index) for index in INDICES.reshape(-1)[:20]]
         assert torch.equal(torch.stack(alone), layer(INDICES).reshape(-1, DIM)[:20])
+
+
+def test_a_weight_that_is_parametrized_later_shows() -> None:
+    layer = searching("rule")
+    assert plan_of(layer)
+
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    with torch.no_grad():
+        want = 2 * layer(INDICES)
+        parametrize.register_parametrization(layer, "weight", Double())
+        for _ in range(3):
+            assert torch.equal(layer(INDICES), want)
+        parametrize.remove_parametrizations(layer, "weight")
+        assert torch.equal(layer(INDICES), want)

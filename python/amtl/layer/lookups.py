@@ -171,7 +171,7 @@ class TableLookups(TableRows):
         if self.max_norm is not None or self._before_use is not None:
             return None
         if isinstance(kept, _Sized):
-            of_groups = self._parameters["weight"], self._buffers["row_group"]
+            of_groups = self._parameters.get("weight"), self._buffers["row_group"]
             sizes = self._head().present_sizes()
             same = self._buffers["shared_rows"] is None and kept.shows(*of_groups, sizes)
             return input if same else None
