@@ -825,6 +825,6 @@ def test_states_that_lack_what_a_phase_needs():
     assert codes.phase == "frozen" and torch.equal(codes(rows), before)
     searching.load_state_dict(codes.state_dict(), strict=False)
     assert torch.equal(searching(rows), before)
-    with pytest.raises(RuntimeError, match=r"is of integers.* thaw\(counts=\.\.\.\)"):
+    with pytest.raises(RuntimeError, match=r"is of a packed file.* thaw\(counts=\.\.\.\)"):
         searching.thaw()
     assert searching.thaw(counts=COUNTS).phase == "search"
