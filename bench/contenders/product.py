@@ -128,18 +128,21 @@ class _Product(OursInLayers):
             **LEARNED.get(self.state, {}),
         }
 
-    def _settle(self, layers: Sequence[Any]) -> Any:
-        """Freezes if need be, notes the sizes, and returns the optimizer."""
+    def _settle(self, problem: Problem, layers: Sequence[Any]) -> Any:
+        """Freezes if need be, notes the sizes, and returns the optimizer.
+
+        Lookups alone are inference, for which a model is told to evaluate.
+        """
         handle = layers[0].fused_optimizer
         for layer in layers:
             if self.state == "frozen":
                 layer.freeze(handle)
-            layer.train()
+            layer.train(problem.case.work != "forward")
         self.equations = GivenSizes("kept", row_dims=torch.cat([e.row_dims() for e in layers]))
         return handle
 
     def _session(self, problem: Problem, layers: Sequence[Any], lookup: Any) -> Session:
-        handle = self._settle(layers)
+        handle = self._settle(problem, layers)
         options: dict[str, Any] = {
             "lookup": lookup,
             "parameters": [p for layer in layers for p in layer.table_parameters()],
@@ -228,7 +231,7 @@ class BareBag(Bag):
         import amtl_kernels
 
         layer = self._layer(problem)
-        handle = self._settle([layer])
+        handle = self._settle(problem, [layer])
         ids, starts, dim = problem.global_ids, problem.offsets[:-1], problem.case.dim
         source: Any = amtl_kernels if handle is None else amtl_kernels.fused
         extra = {} if handle is None else {"optimizer": handle}
