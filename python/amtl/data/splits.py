@@ -115,7 +115,7 @@ def _in_order(column: pl.Series, how: str) -> pl.Series:
         return texts
     if not distinct.cast(pl.Float64, strict=False).null_count():
         return texts.cast(pl.Float64)
-    forms = moments.find(texts, ordered=True)
+    forms = moments.find(distinct, ordered=True)
     if len(forms) == 1:
         return moments.read(texts, forms[0])
     told = f"--split {how}: column {column.name!r} holds text such as {brief(repr(distinct[0]))}"

@@ -171,10 +171,10 @@ class TableLookups(TableRows):
         if self.max_norm is not None or self._before_use is not None:
             return None
         if isinstance(kept, _Sized):
-            of_groups = self._parameters.get("weight"), self._buffers["row_group"]
-            sizes = self._head().present_sizes()
-            same = self._buffers["shared_rows"] is None and kept.shows(*of_groups, sizes)
-            return input if same else None
+            if self._buffers["shared_rows"] is not None:
+                return None
+            now = self._parameters.get("weight"), self._buffers["row_group"]
+            return input if kept.shows(*now, self._head().present_sizes()) else None
         if self.tier_ends is None:
             return None
         tiers, of = self._tiers(), self._steps_from()
