@@ -1,4 +1,4 @@
-// 8 floats in an array: the same interface for any processor, left to the compiler to vectorise.
+// 8 floats in two vectors of four: the same interface for any processor.
 #pragma once
 
 #include <cmath>
@@ -10,8 +10,13 @@
 namespace amtl::cpu::generic {
 
 constexpr int kLanes = 8;
+// Vectors of GCC and Clang, of a size that every processor has: arrays of floats would be taken
+// apart into single numbers, of which the compiler makes vectors again only after minutes.
+using Floats4 = float __attribute__((vector_size(16)));
+using Ints4 = int32_t __attribute__((vector_size(16)));
+using Bits4 = uint32_t __attribute__((vector_size(16)));
 struct Reg {
-  float x[kLanes];
+  Floats4 x[2];
 };
 struct Mask {
   int n;
@@ -27,11 +32,21 @@ inline Bound BoundOf(const int32_t* n) { return *n; }
 inline Bound Before(Bound n, const int32_t* lanes) { return n - *lanes; }
 inline Mask Below(Bound n, int first) { return FirstLanes(n - first); }
 
+// Of each half of a register, from the number of its first lane.
 template <class F>
 inline Reg Map(F f) {
-  Reg r;
-  for (int i = 0; i < kLanes; ++i) r.x[i] = f(i);
-  return r;
+  return {{f(0), f(1)}};
+}
+inline Floats4 Splat(float v) { return Floats4{v, v, v, v}; }
+// Where `where` is all ones, a, else b.
+inline Floats4 Select(Ints4 where, Floats4 a, Floats4 b) {
+  return (Floats4)(((Ints4)a & where) | ((Ints4)b & ~where));
+}
+// All ones in the lanes of a half that a mask keeps.
+inline Ints4 Kept(Mask m, int half) {
+  const Ints4 lanes{0, 1, 2, 3};
+  const int32_t n = m.n - 4 * half;
+  return lanes < Ints4{n, n, n, n};
 }
 // No cheap shift of lanes across registers: see simd_avx512.h.
 constexpr bool kShiftsLanes = false;
@@ -41,7 +56,7 @@ inline Reg Shifted(Reg low, Reg, Shift) { return low; }
 
 inline Reg Zero() { return Reg{}; }
 inline Reg Set1(float v) {
-  return Map([&](int) { return v; });
+  return Map([&](int) { return Splat(v); });
 }
 inline Reg Add(const Reg& a, const Reg& b) {
   return Map([&](int i) { return a.x[i] + b.x[i]; });
@@ -56,22 +71,25 @@ inline Reg Div(const Reg& a, const Reg& b) {
   return Map([&](int i) { return a.x[i] / b.x[i]; });
 }
 inline Reg Sqrt(const Reg& a) {
-  return Map([&](int i) { return std::sqrt(a.x[i]); });
+  return Map([&](int i) {
+    return Floats4{std::sqrt(a.x[i][0]), std::sqrt(a.x[i][1]), std::sqrt(a.x[i][2]),
+                   std::sqrt(a.x[i][3])};
+  });
 }
 inline Reg MulAdd(const Reg& a, const Reg& b, const Reg& c) {
   return Map([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
 }
 inline Reg Keep(const Reg& a, Mask m) {
-  return Map([&](int i) { return i < m.n ? a.x[i] : 0.0f; });
+  return Map([&](int i) { return (Floats4)((Ints4)a.x[i] & Kept(m, i)); });
 }
 inline float Sum(const Reg& a) {
   float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += a.x[i];
+  for (int i = 0; i < kLanes; ++i) s += a.x[i / 4][i % 4];
   return s;
 }
 inline int LastNonZero(const Reg& a) {
   int n = kLanes;
-  while (n > 0 && a.x[n - 1] == 0.0f) --n;
+  while (n > 0 && a.x[(n - 1) / 4][(n - 1) % 4] == 0.0f) --n;
   return n;
 }
 
@@ -119,24 +137,39 @@ inline void FromFloat(float f, Half* out) {
   out->bits = static_cast<uint16_t>(sign | h);
 }
 
-template <class T>
-inline Reg Load(const T* p, Mask m) {
-  return Map([&](int i) { return i < m.n ? ToFloat(p[i]) : 0.0f; });
-}
-template <class T>
-inline void Store(T* p, const Reg& a, Mask m) {
-  for (int i = 0; i < m.n; ++i) FromFloat(a.x[i], p + i);
-}
 inline Reg LoadAll(const float* p) {
   Reg r;
-  std::memcpy(r.x, p, sizeof(r.x));
+  std::memcpy(&r, p, sizeof(r));
   return r;
 }
-inline void StoreAll(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }
-inline Reg AddKept(const Reg& acc, const float* p, Mask m) {
-  return Map([&](int i) { return i < m.n ? acc.x[i] + p[i] : acc.x[i]; });
+inline void StoreAll(float* p, const Reg& a) { std::memcpy(p, &a, sizeof(a)); }
+// Out of line: in each loop that reads or writes rows these would be a thousand instructions.
+template <class T>
+__attribute__((noinline)) Reg Load(const T* p, Mask m) {
+  float values[kLanes] = {};
+  for (int i = 0; i < m.n; ++i) values[i] = ToFloat(p[i]);
+  return LoadAll(values);
+}
+inline Reg Load(const float* p, Mask m) {
+  if (m.n == kLanes) return LoadAll(p);
+  float values[kLanes] = {};
+  for (int i = 0; i < m.n; ++i) values[i] = p[i];
+  return LoadAll(values);
+}
+template <class T>
+__attribute__((noinline)) void Store(T* p, const Reg& a, Mask m) {
+  float values[kLanes];
+  StoreAll(values, a);
+  for (int i = 0; i < m.n; ++i) FromFloat(values[i], p + i);
+}
+inline void Store(float* p, const Reg& a, Mask m) {
+  if (m.n == kLanes) return StoreAll(p, a);
+  float values[kLanes];
+  StoreAll(values, a);
+  for (int i = 0; i < m.n; ++i) p[i] = values[i];
 }
 inline Reg AddSome(const Reg& acc, const Reg& x, Mask m) { return Add(acc, Keep(x, m)); }
+inline Reg AddKept(const Reg& acc, const float* p, Mask m) { return AddSome(acc, LoadAll(p), m); }
 
 inline int CountUpTo(const int32_t* p, int32_t x) {
   int count = 0;
@@ -162,10 +195,15 @@ class Levels {
     return loaded;
   }
   Reg Decode(Loaded loaded) const {
-    constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+    constexpr uint32_t kMask = (1u << kBits) - 1;
     constexpr float kHalf = static_cast<float>(kMask) / 2;
+    // Products move each code up to where the first of four ends: not all vectors have shifts by
+    // lane.
+    const Bits4 up{1u << 3 * kBits, 1u << 2 * kBits, 1u << kBits, 1u};
     Reg x = Map([&](int i) {
-      return (static_cast<float>(loaded.codes >> (kBits * i) & kMask) - kHalf) * step_;
+      const auto codes = static_cast<uint32_t>(loaded.codes >> (4 * kBits * i));
+      const Bits4 moved = Bits4{codes, codes, codes, codes} * up >> 3 * kBits & kMask;
+      return (__builtin_convertvector((Ints4)moved, Floats4) - kHalf) * step_;
     });
     // The compiler must not make one operation of this product and a sum.
     asm("" : "+m"(x));
@@ -190,7 +228,10 @@ class Levels<16> {
     return loaded;
   }
   Reg Decode(const Loaded& loaded) const {
-    Reg x = Map([&](int i) { return (static_cast<float>(loaded.codes[i]) - 32767.5f) * step_; });
+    Reg x = Map([&](int i) {
+      const uint16_t* c = loaded.codes + 4 * i;
+      return (__builtin_convertvector(Ints4{c[0], c[1], c[2], c[3]}, Floats4) - 32767.5f) * step_;
+    });
     // The compiler must not make one operation of this product and a sum.
     asm("" : "+m"(x));
     return x;
@@ -205,16 +246,17 @@ inline Reg Round(const Reg& x, Mask kept, const Reg& step, float half) {
   // Numbers from here on are whole, and ties go to the even one. Above 2 * half nothing is rounded.
   constexpr float kWhole = 8388608.0f;
   Reg y = Map([&](int i) {
-    const float code = x.x[i] / step.x[i] + half;
-    const float kept = code < 0 ? 0 : code > 2 * half ? 2 * half : code;
-    return (kept + kWhole - kWhole - half) * step.x[i];
+    const Floats4 code = x.x[i] / step.x[i] + half;
+    const Floats4 above = Select(code < 0.0f, Floats4{}, code);
+    const Floats4 within = Select(above > 2 * half, Splat(2 * half), above);
+    return (within + kWhole - kWhole - half) * step.x[i];
   });
   // The compiler must not make one operation of this product and a sum.
   asm("" : "+m"(y));
   return Keep(y, kept);
 }
 
-inline void StoreStream(float* p, const Reg& a) { std::memcpy(p, a.x, sizeof(a.x)); }
+inline void StoreStream(float* p, const Reg& a) { StoreAll(p, a); }
 inline void FenceStream() {}
 
 }  // namespace amtl::cpu::generic
