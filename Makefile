@@ -77,7 +77,7 @@ soak: $(VENV)/.extra-test
 		tests/amtl/test_walk.py tests/amtl/test_cli_fuzz.py tests/amtl/store/test_damage.py \
 		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py tests/hostsim/test_cubins.py \
 		tests/bench/test_bench_guards.py tests/amtl/test_masterless.py \
-		tests/triton/test_interpreter.py \
+		tests/triton/test_interpreter.py tests/triton/test_ahead_of_time.py \
 		$(PYTEST_ARGS)
 
 lint: $(VENV)/.extra-demo $(VENV)/.extra-lint

@@ -1,6 +1,8 @@
 """Compiles every kernel that the operators launch, for GPUs that need not be there.
 
-    python tests/triton/compile_kernels.py [share shares] > report.json  (TRITON_INTERPRET unset)
+    python tests/triton/compile_kernels.py [share shares [80] [90] [100]] > report.json
+
+(With TRITON_INTERPRET unset.)
 
 Calls every operator with a recorder in place of launches, so that what is compiled is what would
 have been launched: the same types, constants, tiles, warps and register ceilings. Prints a JSON
@@ -284,10 +286,12 @@ def main() -> None:
     assert not launch.INTERPRETED, "unset TRITON_INTERPRET"
     from amtl_kernels.triton import lookup
 
-    share, shares = map(int, sys.argv[1:] or (0, 1))
+    share, shares, *architectures = map(int, sys.argv[1:] or (0, 1))
     tuned = {lookup._gather: launch.WIDE_SPACE, lookup._pooled: launch.NARROW_SPACE}
     requests: dict[Any, tuple[int, Any]] = {}
     for arch, dim, dtype, index, rules, every in PLAN:
+        if architectures and arch not in architectures:
+            continue
         recorder = Recorder()
         launch.recorder = recorder
         for kernel, space in tuned.items():
