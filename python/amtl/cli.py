@@ -406,7 +406,7 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
         "run": escape(str(out)),
         "to serve": f"amtl pack {escape(str(out))} -o FILE: {about}the table, an MLP of "
-        f"{metrics['mlp_bytes']:,} bytes (half of it where 16 bits do), vocabularies of about "
+        f"{metrics['mlp_bytes']:,} bytes, vocabularies of about "
         f"{metrics['vocabulary_bytes']:,}, and a header",
     }
     for key, value in rows.items():

@@ -146,9 +146,9 @@ def test_the_best_moment_is_kept_whatever_the_phase(source, tmp_path, method):
     metrics = start(overfitting(method=method), tmp_path, source=source).run()
     best = max(metrics["history"], key=lambda r: r["score"])
     assert metrics["best_epoch"] == best["epoch"]
-    # Up to the rounding of the MLP to 16 bits.
+    # Up to the rounding of the MLP.
     assert metrics["val_score"] == pytest.approx(best["score"], abs=1e-3)
-    assert metrics["val_score"] >= best["score"] - 2e-5
+    assert metrics["val_score"] >= best["score"] - 5e-4
     assert metrics["best_epoch"] < metrics["epochs_run"]
     trained = load_run(tmp_path)
     labels = torch.tensor(source.frame["label"].to_list(), dtype=torch.float32)

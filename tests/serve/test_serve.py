@@ -440,8 +440,8 @@ def test_values_are_checked_if_asked_for(library, small, tmp_path):
 def test_other_versions_and_other_files(library, small, tmp_path):
     tensors, _, _, content = read_document(small, {"amtl-packed": 1})
     path = tmp_path / "other"
-    document_writer("amtl-packed", 3, tensors, content)(path)
-    with pytest.raises(ServeError, match="format version 3, this library reads up to 2") as caught:
+    document_writer("amtl-packed", 4, tensors, content)(path)
+    with pytest.raises(ServeError, match="format version 4, this library reads up to 3") as caught:
         library.open(path)
     assert caught.value.status == client.VERSION
     for kind, status in (("amtl-checkpoint", client.FORMAT), ("amtl-model", client.FORMAT)):
@@ -539,7 +539,7 @@ def test_padding_rows_need_their_places(library, small, tmp_path):
 def test_rows_of_half_a_number_are_damaged(library, tmp_path):
     path = tmp_path / "f"
     amtl.save(some_layer(torch.float32, 16, AMTLEmbedding), path)
-    tensors, _, version, content = read_document(path, {"amtl-packed": 2})
+    tensors, _, version, content = read_document(path, {"amtl-packed": 3})
     odd = {"layers//blocks/0": tensors["layers//blocks/0"][:, 1:].contiguous()}
     document_writer("amtl-packed", version, {**tensors, **odd}, content)(path)
     with pytest.raises(ServeError, match="do not make its table") as caught:

@@ -25,8 +25,9 @@ from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.model import ClickModel, assemble, build_model
 from amtl.run.trained import Trained
+from amtl.store.dense import pack
 from amtl.store.files import RESTORE, json_text, read_json, write_aside, write_json
-from amtl.store.packed import PackedFile, as_packed, open_packed, table_of_tiers, write_packed
+from amtl.store.packed import PackedFile, open_packed, table_of_tiers, write_packed
 from amtl.store.tensors import (
     FileTensors,
     PackedFileError,
@@ -280,6 +281,16 @@ def vocabulary_bytes(encoder: Encoder) -> int:
     return sum(tensor.nbytes for tensor in compact(encoder.to_tensors()[0])[0].values())
 
 
+def mlp_bytes(model: ClickModel) -> int:
+    """What all but the table of a model takes in a packed file."""
+    return sum(tensor.nbytes for tensor in _dense(model))
+
+
+def _dense(model: ClickModel) -> list[Tensor]:
+    found = [pack(parameter.detach()) for parameter in model.dense_parameters()]
+    return [tensor for pair in found for tensor in pair if tensor is not None]
+
+
 def packed_bytes(
     config: TrainConfig, encoder: Encoder, model: ClickModel, metrics: Mapping[str, Any]
 ) -> int:
@@ -292,7 +303,7 @@ def packed_bytes(
         metrics: of the run.
     """
     tensors, content = _packed_along(config, encoder, metrics)
-    rest = [as_packed(parameter.detach()) for parameter in model.dense_parameters()]
+    rest = _dense(model)
     numbers = sum(tensor.nbytes for tensor in (*tensors.values(), *rest))
     layer, entries = {}, len(tensors) + len(rest) + 1
     if methods.is_adaptive(model.table):

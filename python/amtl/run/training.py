@@ -495,7 +495,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "rows": encoder.num_rows,
         "held_out": trainer.held_out,
         "split_rows": _split_rows(trainer.task),
-        "mlp_bytes": sum(p.numel() * p.element_size() for p in learner.model.dense_parameters()),
+        "mlp_bytes": folders.mlp_bytes(learner.model),
         "vocabulary_bytes": folders.vocabulary_bytes(stored_encoder),
         "bytes_by_field": {
             name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)

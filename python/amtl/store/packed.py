@@ -29,14 +29,16 @@ from amtl.layer.hosts import check
 from amtl.layer.names import COMPILED, PARALLEL, unwrapped, wrapped_as
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.table import AMTLTable
+from amtl.store.dense import pack, unpack
 from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
 from amtl_kernels._calls import kind as kind_of
 
-FORMAT, VERSION = "amtl-packed", 2
-_VERSION_OF_FEWER_BITS = 1
-"""Version 2 added numbers of 16 bits, and is written where there are some: older readers open all
-other files, and say of these that they are newer."""
+FORMAT, VERSION = "amtl-packed", 3
+_VERSION_OF_16_BITS = 2
+"""Version 2 added tables of numbers of 16 bits, version 3 dense layers of runs in codes of 8 bits.
+Each is written where there are some: older readers open all other files, and say of these that they
+are newer."""
 _RUN_OF_V1 = "amtl-model"
 
 _CLASSES: dict[str, type[AMTLTable]] = {
@@ -337,7 +339,7 @@ def write_packed(
         state = {_own_name(model, key): value for key, value in model.state_dict().items()}
         rest = {key: value for key, value in state.items() if not key.startswith(inside)}
     packed: dict[str, Tensor] = {}
-    stored = dict(layers)
+    stored, version = dict(layers), 1
     for name, layer in layers.items():
         if not isinstance(layer, AMTLTable):
             raise ValueError(f"{name!r} is {kind_of(layer)}, not an AMTL layer")
@@ -356,10 +358,15 @@ def write_packed(
             packed[f"layers/{name}/row_order"] = order
         if layer.steps is not None:
             packed[f"layers/{name}/steps"] = layer.steps
+        if layer.options.bits == 16:
+            version = _VERSION_OF_16_BITS
     for key, value in rest.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} of the state_dict is {kind_of(value)}, not a tensor")
-        packed[f"state/{key}"] = as_packed(value.detach()) if kind == "run" else value.detach()
+        stored_value, steps = pack(value.detach()) if kind == "run" else (value.detach(), None)
+        packed[f"state/{key}"] = stored_value
+        if steps is not None:
+            packed[f"steps/{key}"], version = steps, VERSION
     for key, value in (tensors or {}).items():
         packed[f"user/{key}"] = value.detach()
     header = {
@@ -368,17 +375,7 @@ def write_packed(
         "aliases": aliases,
         "metadata": metadata,
     }
-    newest = any(layer.options.bits == 16 for layer in stored.values())
-    version = VERSION if newest else _VERSION_OF_FEWER_BITS
     write_aside({Path(path): document_writer(FORMAT, version, packed, header)})
-
-
-def as_packed(values: Tensor) -> Tensor:
-    """Numbers of 32 bits as such of 16 where these hold them exactly."""
-    if values.dtype != torch.float32:
-        return values
-    narrow = values.to(torch.float16)
-    return narrow if torch.equal(narrow.to(torch.float32), values) else values
 
 
 def open_packed(
@@ -417,7 +414,7 @@ def open_packed(
                 for name, config in header["layers"].items()
             },
             aliases=header["aliases"],
-            state=contents.select("state/"),
+            state=_state(contents),
             metadata=header["metadata"],
             tensors=contents.select("user/"),
         )
@@ -425,6 +422,17 @@ def open_packed(
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PackedFileError(f"{path} is inconsistent: {error!r}") from error
+
+
+def _state(contents: FileTensors) -> Mapping[str, Tensor]:
+    """What a file holds beside its layers, codes as the numbers that they stand for."""
+    state, steps = contents.select("state/"), contents.select("steps/")
+    if not steps:
+        return state
+    return {
+        name: unpack(value, steps[name]) if name in steps else value
+        for name, value in state.items()
+    }
 
 
 def table_of_tiers(blocks: Sequence[Tensor], dim: int, bags: bool) -> AMTLTable:
