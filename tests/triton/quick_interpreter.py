@@ -13,6 +13,8 @@ import functools
 import os
 from typing import Any
 
+SOAK = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
+
 
 class _Nothing:
     def restore(self) -> None:
@@ -55,6 +57,6 @@ def install() -> None:
         return numpy_of(kind) if isinstance(kind, tl.pointer_type) else known(kind)
 
     interpreter._get_np_dtype = numpy_type
-    if os.environ.get("AMTL_SOAK", "0") in ("", "0"):
+    if not SOAK:
         unchecked = interpreter.InterpreterOptions(sanitize_overflow=False)
         interpreter.interpreter_builder.options = unchecked
