@@ -17,7 +17,6 @@ from amtl.run.config import BACKBONES, TrainConfig
 from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.report import group_results
 from amtl.run.training import Interrupted, start
-from amtl.store.tensors import read_tensors
 
 ROWS = 1500
 F, D, K, B = 3, 4, 2, 5
@@ -89,8 +88,6 @@ def test_a_backbone_learns_packs_and_predicts_the_same(source, tmp_path, backbon
     halves = 2 * sum(p.numel() for p in after)
     few = sum(p.numel() + 4 * len(p) if p.dim() == 2 else 2 * p.numel() for p in after)
     assert metrics["mlp_bytes"] in (few, halves)
-    version = read_tensors(tmp_path / "packed.safetensors")[1]["version"]
-    assert version == ("3" if metrics["mlp_bytes"] == few else "1")
 
 
 @pytest.mark.parametrize("backbone", ["deepfm", "din"])

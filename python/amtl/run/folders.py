@@ -27,7 +27,7 @@ from amtl.run.model import ClickModel, assemble, build_model
 from amtl.run.trained import Trained
 from amtl.store.dense import pack
 from amtl.store.files import RESTORE, json_text, read_json, write_aside, write_json
-from amtl.store.packed import PackedFile, open_packed, table_of_tiers, write_packed
+from amtl.store.packed import PackedFile, deflated, open_packed, table_of_tiers, write_packed
 from amtl.store.tensors import (
     FileTensors,
     PackedFileError,
@@ -304,14 +304,14 @@ def packed_bytes(
     """
     tensors, content = _packed_along(config, encoder, metrics)
     rest = _dense(model)
-    numbers = sum(tensor.nbytes for tensor in (*tensors.values(), *rest))
-    layer, entries = {}, len(tensors) + len(rest) + 1
+    numbers = sum(tensor.nbytes for tensor in (*tensors.values(), *rest, deflated(content)))
+    layer, entries = {}, len(tensors) + len(rest) + 2
     if methods.is_adaptive(model.table):
         layer = model.table.config()  # type: ignore[operator]
         rounding: Any = model.table.rounding
         entries += len(layer["tier_ends"] or ()) if rounding is None else len(rounding.ends)
     # The header is JSON that holds JSON as text twice over, with two entries for each tensor.
-    header = len(json.dumps(json.dumps(json.dumps({"layer": layer, "metadata": content}))))
+    header = len(json.dumps(json.dumps(json.dumps(layer))))
     header += _ENTRY_BYTES * entries
     return methods.stored_bytes(model.table) + numbers + header
 

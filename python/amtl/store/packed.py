@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 import weakref
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,10 +37,12 @@ from amtl_kernels._calls import kind as kind_of
 
 FORMAT, VERSION = "amtl-packed", 3
 _VERSION_OF_16_BITS = 2
-"""Version 2 added tables of numbers of 16 bits, version 3 dense layers of runs in codes of 8 bits.
-Each is written where there are some: older readers open all other files, and say of these that they
-are newer."""
+"""Version 2 added tables of numbers of 16 bits. Version 3 is of runs: what is known of them is
+deflated, and their dense layers may be codes of 8 bits. Each is written where it is needed: older
+readers open all other files, and say of these that they are newer."""
 _RUN_OF_V1 = "amtl-model"
+_ABOUT = "about"
+"""The tensor that holds a run's metadata."""
 
 _CLASSES: dict[str, type[AMTLTable]] = {
     "AMTLEmbedding": AMTLEmbedding,
@@ -363,12 +366,14 @@ def write_packed(
     for key, value in rest.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} of the state_dict is {kind_of(value)}, not a tensor")
-        stored_value, steps = pack(value.detach()) if kind == "run" else (value.detach(), None)
-        packed[f"state/{key}"] = stored_value
+        numbers, steps = pack(value.detach()) if kind == "run" else (value.detach(), None)
+        packed[f"state/{key}"] = numbers
         if steps is not None:
-            packed[f"steps/{key}"], version = steps, VERSION
+            packed[f"steps/{key}"] = steps
     for key, value in (tensors or {}).items():
         packed[f"user/{key}"] = value.detach()
+    if kind == "run":
+        packed[_ABOUT], metadata, version = deflated(metadata), None, VERSION
     header = {
         "kind": kind,
         "layers": {name: layer.config() for name, layer in stored.items()},
@@ -407,6 +412,9 @@ def open_packed(
     try:
         if kind == _RUN_OF_V1:
             return _run_of_v1(contents, header)
+        about = header["metadata"]
+        if _ABOUT in contents:
+            about = json.loads(zlib.decompress(contents[_ABOUT].cpu().numpy().tobytes()))
         return PackedFile(
             kind=header["kind"],
             layers={
@@ -415,13 +423,20 @@ def open_packed(
             },
             aliases=header["aliases"],
             state=_state(contents),
-            metadata=header["metadata"],
+            metadata=about,
             tensors=contents.select("user/"),
         )
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
         raise PackedFileError(f"{path} is inconsistent: {error!r}") from error
+
+
+def deflated(content: Any) -> Tensor:
+    """JSON as a tensor of bytes: in the header each of its quotes would be escaped twice."""
+    return torch.frombuffer(
+        bytearray(zlib.compress(json.dumps(content).encode(), 9)), dtype=torch.uint8
+    )
 
 
 def _state(contents: FileTensors) -> Mapping[str, Tensor]:

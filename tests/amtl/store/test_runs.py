@@ -24,7 +24,8 @@ from amtl.run.config import TrainConfig
 from amtl.run.trained import Trained
 from amtl.run.training import Interrupted, start
 from amtl.store import files
-from amtl.store.files import FileWriteError
+from amtl.store.files import FileWriteError, write_aside
+from amtl.store.tensors import document_writer, read_document
 from torch import nn
 
 FIELDS = ["shop", "city", "hour", "truth"]
@@ -88,6 +89,23 @@ def test_a_packed_run_is_a_packed_file(run, tmp_path):
     batch = first_batch(trained, frame)
     filled = amtl.load(path, amtl.load(run).model)
     assert torch.equal(filled(batch), trained.model(batch))
+
+
+def test_packed_runs_of_older_versions_open(run, tmp_path):
+    """Which have their metadata in the header, and numbers beside the table in floats."""
+    path, older = tmp_path / "model.safetensors", tmp_path / "older.safetensors"
+    folders.pack_run(run, path)
+    opened = amtl.open_packed(path)
+    contents, _, version, header = read_document(path, {"amtl-packed": 3})
+    tensors = {k: v for k, v in contents.items() if k.startswith(("layers/", "user/"))}
+    tensors |= {f"state/{key}": value for key, value in opened.state.items()}
+    header["metadata"] = opened.metadata
+    write_aside({older: document_writer("amtl-packed", 1, tensors, header)})
+    assert version == 3 and older.stat().st_size > path.stat().st_size
+    frame = load_source("synthetic:300").frame
+    found, expected = amtl.load(older), amtl.load(path)
+    assert torch.equal(found.probabilities(frame), expected.probabilities(frame))
+    assert found.metrics == expected.metrics
 
 
 def test_a_packed_table_of_full_size_is_all_of_itself(tmp_path, capsys):
