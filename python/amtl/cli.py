@@ -534,9 +534,8 @@ def pack(
     """Write a trained model to one file: tiers, MLP, vocabularies. No pickle."""
     import torch
 
-    from amtl.run.folders import pack_run
+    from amtl.run.folders import mlp_bytes, pack_run
     from amtl.run.methods import dense_bytes, stored_bytes
-    from amtl.store import open_packed
 
     types = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
@@ -547,8 +546,7 @@ def pack(
         raise UserError(f"--bits {bits} and --dtype {dtype} exclude each other: leave one out")
     packed = pack_run(run, out, types[dtype], bits)
     stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
-    mlp = sum(t.nbytes for t in open_packed(out).state.values())
-    total = out.stat().st_size
+    mlp, total = mlp_bytes(packed.model), out.stat().st_size
     console.print(
         f"wrote [bold]{escape(str(out))}[/], {total:,} bytes: embeddings {stored:,} "
         f"({stored / full:.1%} of a full {dtype} table), MLP {mlp:,}, vocabularies and header "

@@ -275,9 +275,16 @@ def test_predict_tells_of_columns_that_training_had_otherwise(runs, data, tmp_pa
 def test_evaluate_and_pack_agree(runs, data, tmp_path, capsys):
     packed = tmp_path / "m.safetensors"
     assert run("pack", runs["amtl"], "-o", packed) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert f"{packed.stat().st_size:,} bytes" in shown
+    parts = re.search(
+        r"embeddings ([\d,]+) .* MLP ([\d,]+), vocabularies and header ([\d,]+)", shown
+    )
+    assert parts is not None
+    numbers = [int(part.replace(",", "")) for part in parts.groups()]
+    assert sum(numbers) == packed.stat().st_size
     expected = read_json(runs["amtl"] / "metrics.json")
+    assert numbers[:2] == [expected["stored_bytes"], expected["mlp_bytes"]]
     area = f"AUC {expected['test_auc']:.4f} ± {expected['test_auc_error']:.4f} s.e.   log loss"
     for target in (runs["amtl"], packed):
         assert run("evaluate", target) == 0
