@@ -665,8 +665,8 @@ def test_mistakes_are_named():
         AMTLEmbedding(0, 8, counts=torch.zeros(0, dtype=torch.int64), bits=8)
     with pytest.raises(ValueError, match="bits must be one of"):
         layer_of(3)
-    with pytest.raises(ValueError, match="multiples of 4"):
-        AMTLEmbedding(10, 6, counts=torch.ones(10), bits=2)
+    with pytest.raises(ValueError, match="a multiple of 4 and embedding_dim no less, got 4 and 3"):
+        AMTLEmbedding(10, 3, counts=torch.ones(10), bits=2)
     with pytest.raises(BudgetError, match="step sizes take: bits=None"):
         layer_of(4, 1e-4)
     with pytest.raises(RuntimeError, match="frozen layer with bits"):
@@ -754,10 +754,39 @@ def test_bits_given_at_freezing_round_what_was_learned(bits, kind, tmp_path):
     trained(layer.train(), bags=bags)
     with pytest.raises(ValueError, match="bits must be one of"):
         layer_of(bits=None).freeze(bits=3)
-    odd = AMTLEmbedding(4, 5, counts=[4, 3, 2, 1])
+    narrow = AMTLEmbedding(4, 1, counts=[4, 3, 2, 1])
     with pytest.raises(ValueError, match="whole bytes"):
-        odd.freeze(bits=4)
-    assert odd.phase == "search" and odd.options.bits is None
+        narrow.freeze(bits=4)
+    assert narrow.phase == "search" and narrow.options.bits is None
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("how", ["from the start", "at freezing"])
+def test_an_odd_row_lives_as_others_do_without_its_last_numbers(bits, how, tmp_path):
+    dim, counts = 7, torch.arange(1, 41)
+    given = {"bits": bits, "budget": 7 / 32} if how == "from the start" else {"budget": 1.0}
+    layer = AMTLEmbedding(40, dim, counts=counts, **given)
+    with torch.no_grad():
+        layer.weight.normal_()
+    layer.freeze(**({} if "bits" in given else {"bits": bits}))
+    widest = dim // unit(bits) * unit(bits)
+    assert int(layer.row_dims().max()) == widest
+    rows = torch.arange(40)
+    out = layer(rows)
+    assert out.shape == (40, dim) and not out[:, widest:].any()
+    before = layer.dense_weight()
+    optimizer = torch.optim.SGD(layer.table_parameters(), lr=0.1)
+    layer(rows).sum().backward()
+    optimizer.step()
+    moved = layer.dense_weight() - before
+    assert not moved[:, widest:].any() and moved[:, :widest].any()
+    layer.eval()
+    path = tmp_path / "table.safetensors"
+    amtl.save(layer, path)
+    assert torch.equal(amtl.load(path)(rows), layer(rows))
+    again = layer.train().thaw()
+    assert again.dense_weight().shape == (40, dim)
+    assert int(again.freeze().row_dims().max()) == widest
 
 
 @pytest.mark.parametrize("method", ["amtl", "fixed"])

@@ -4,6 +4,7 @@ import amtl
 import pytest
 import torch
 from amtl.layer.budget import BudgetError
+from amtl.layer.shares import automatic_bits
 from torch import nn
 
 
@@ -124,7 +125,7 @@ def test_bits_that_are_not_to_be_had():
     half = build().half()
     one_half = build()
     one_half["item"].bfloat16()
-    models = (half, [None] * 3), (build((16, 15, 16)), [4, 8, 4]), (one_half, [4, None, 4])
+    models = (half, [None] * 3), (build((16, 1, 16)), [4, 8, 4]), (one_half, [4, None, 4])
     for model, bits in models:
         amtl.convert(model, COUNTS, 0.1)
         assert [layer.options.bits for layer in amtl.layers(model).values()] == bits
@@ -167,6 +168,36 @@ def test_biases_are_a_byte_each(budget, tmp_path):
     amtl.save(model, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size <= budget * 4 * 17 * 4500 + 6000
+
+
+@pytest.mark.parametrize("dims", [(7,), (15,), (25,), (5, 13, 25, 50, 9)])
+@pytest.mark.parametrize("budget", [0.125, 0.2])
+def test_odd_rows_lose_their_last_number_and_little_else(dims, budget):
+    """In 8 bits they would lose half of their numbers at an eighth."""
+    g = torch.Generator().manual_seed(0)
+    tables = [torch.randn(1000, dim, generator=g) for dim in dims]
+    model = nn.ModuleList(nn.Embedding.from_pretrained(table, freeze=False) for table in tables)
+    counts = {str(i): 1000 // torch.arange(1, 1001) for i in range(len(dims))}
+    amtl.freeze(amtl.convert(model, counts, budget)).eval()
+    if budget == 0.125:
+        assert [layer.options.bits for layer in model] == [4] * len(dims)
+    stored = sum(layer.stored_bytes() for layer in model)
+    assert stored <= 4 * budget * sum(map(torch.numel, tables))
+    for layer, table in zip(model, tables, strict=True):
+        lost = layer(torch.arange(1000)) - table
+        odd = table.shape[1] % 2 if layer.options.bits == 4 else 0
+        assert not odd or torch.equal(lost[:, -1], -table[:, -1])
+        assert float(lost[:, : table.shape[1] - odd].square().mean()) < 0.02
+        assert layer.dense_weight().shape == table.shape
+
+
+def test_small_odd_tables_keep_all_numbers():
+    tables = [(100_000, 16), (7, 3), (50, 9), (5000, 25), (40, 1)]
+    bits = automatic_bits(0.125, [torch.empty(shape, device="meta") for shape in tables], {})
+    assert bits == [4, 8, 8, 4, 8]
+    assert automatic_bits(0.125, [torch.empty(1000, 3)], {}) == [4]
+    # Of three numbers 8 bits hold more than two.
+    assert automatic_bits(0.2, [torch.empty(1000, 3)], {}) == [8]
 
 
 def test_a_narrow_table_beside_others_costs_them_nothing():

@@ -70,12 +70,15 @@ class SizeGrid:
         min_dim: smallest size, 0..D; a row of size 0 stores nothing.
         granularity: step between sizes, 1..D.
         tier_width: frozen rows are stored in widths that are multiples of it (or D).
+        whole: numbers that fill bytes, of which stored widths are multiples: a row of D numbers
+            that is none is stored without its last ones.
     """
 
     dim: int
     min_dim: int = 0
     granularity: int = 1
     tier_width: int = 1
+    whole: int = 1
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -96,9 +99,14 @@ class SizeGrid:
         first = -(-self.min_dim // step) * step
         return (*range(first, self.dim, step), self.dim)
 
+    @property
+    def widest(self) -> int:
+        """The largest stored width."""
+        return self.dim - self.dim % self.whole
+
     def stored_width(self, size: int) -> int:
         """Width in which a row of this size is stored."""
-        return min(-(-size // self.tier_width) * self.tier_width, self.dim)
+        return min(-(-size // self.tier_width) * self.tier_width, self.widest)
 
     @cached_property
     def stored(self) -> tuple[int, ...]:

@@ -24,7 +24,8 @@ class SearchOptions:
             outcome of training.
         bits: of a stored number, 2, 4, 8 or 16; None keeps the table's type. Frozen training rounds
             what is looked up, and `to_integers` (which saving calls) keeps the codes only. Rows are
-            stored in whole bytes, so sizes are even at 4 bits and multiples of 4 at 2.
+            stored in whole bytes, so sizes are even at 4 bits and multiples of 4 at 2; where D is
+            not, its last number, or last three, are left out.
         masters: whether frozen training of few bits keeps the numbers that it rounds. False: codes
             are all there is, updated at random so that the mean is kept (ALPT, arXiv 2212.05735),
             which a fused SGD or RowwiseAdagrad does; see `amtl.layer.rounding`.
@@ -125,13 +126,13 @@ class SearchOptions:
             width = min(dim, default_tier_width(dim, self.budget, itemsize))
         whole = 1 if self.bits is None else unit(self.bits)
         width = whole if width is None else width
-        if width % whole or dim % whole:
+        if width % whole or dim < whole:
             raise ValueError(
-                f"rows of {self.bits} bits a number are stored in whole bytes: embedding_dim and "
-                f"tier_width must be multiples of {whole}, got {dim} and {width}"
+                f"rows of {self.bits} bits a number are stored in whole bytes: tier_width must be "
+                f"a multiple of {whole} and embedding_dim no less, got {width} and {dim}"
             )
         assert self.min_dim is not None
-        return SizeGrid(dim, self.min_dim, self.granularity, width)
+        return SizeGrid(dim, self.min_dim, self.granularity, width, whole)
 
     def in_numbers(self, rows: int, dim: int, itemsize: int, parts: int) -> SearchOptions:
         """These options with a budget that counts numbers, as size heads do.

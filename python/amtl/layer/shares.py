@@ -24,6 +24,8 @@ _ROUNDS = 64
 AUTO = "auto"
 _ALL_IN_8 = 0.3
 """Budget from which on 8 bits hold every number, step sizes included, of any table."""
+_LITTLE = 0.01
+"""Share of a budget that is next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ def automatic_bits(
     """The bits of each table: those asked for; for "auto", the default, those that lose least.
 
     These are 8 where they hold every number of all tables, else 4: below 12.5 % rows get narrower,
-    too. 8 where 4 are no whole bytes. None, numbers of the table's own type, where all of these
-    fit, and where few bits are not to be had: sizes that are learned, other types than float32, no
-    rows, no budget. Counts do not matter, so that a state finds the bits that it has.
+    too. 8 where tiers of 4 are no whole bytes, and where 4, which leave the last number of an odd
+    row out, would hold fewer of them or save next to nothing. None, numbers of the table's own
+    type, where all of these fit, and where few bits are not to be had: sizes that are learned,
+    other types than float32, no rows, no budget. Counts do not matter, so that a state finds the
+    bits that it has.
 
     Args:
         budget: share of the bytes of all tables.
@@ -72,10 +76,33 @@ def automatic_bits(
     def of(weight: Tensor) -> int | None:
         if weight.dtype != torch.float32 or not len(weight):
             return None
-        pairs = weight.shape[1] % 2 == 0 and tier_width % 2 == 0
-        return 4 if pairs and budget < _ALL_IN_8 and not in_8 else 8
+        dim = weight.shape[1]
+        more = dim % 2 == 0 or 4 * budget * dim < dim - 1
+        return 4 if more and tier_width % 2 == 0 and budget < _ALL_IN_8 and not in_8 else 8
 
-    return [of(weight) for weight in weights]
+    bits_of = [of(weight) for weight in weights]
+    return _in_8_where_odd(bits_of, weights, 4 * budget * numbers)
+
+
+def _in_8_where_odd(
+    bits: list[int | None], weights: Sequence[Tensor], allowed: float
+) -> list[int | None]:
+    """These bits, of tables [N, D] of floats; 8 in small ones that 4 take the last number from."""
+    taken = sum(
+        len(weight) * (weight.shape[1] - weight.shape[1] % 2) / 2
+        if each == 4
+        else weight.nbytes / 4
+        for each, weight in zip(bits, weights, strict=True)
+    )
+    spare = max(0.0, allowed - taken) + _LITTLE * allowed
+    odd = [i for i, each in enumerate(bits) if each == 4 and weights[i].shape[1] % 2]
+    for i in sorted(odd, key=lambda i: weights[i].numel()):
+        rows, dim = weights[i].shape
+        spare -= rows * (dim - (dim - 1) / 2)
+        if spare < 0:
+            break
+        bits[i] = 8
+    return bits
 
 
 def common_bits(bits: Sequence[int | None]) -> int | None:
@@ -227,7 +254,7 @@ class _Table:
         # Shifts at which nobody gets more than the smallest size, and everybody gets D.
         self.lowest, self.highest = first - many - 1, last - few + 1
         # All numbers, with all step sizes and with one a field; what the last rows may save.
-        numbers = len(demand.counts) * demand.dim * self._number
+        numbers = len(demand.counts) * grid.widest * self._number
         self.by_law = self.bytes(self.highest)
         self.frugal = numbers + (PART_BYTES * groups.num_fields if options.bits else 0)
         if self.frugal <= self.by_law - numbers:

@@ -364,8 +364,8 @@ class AMTLTable(TableStates):
             RuntimeError: the layer is frozen already, or processes that train it together have
                 different sizes.
             ValueError: the table is trainable but not in the optimizer, or rows of D numbers of so
-                many bits are no whole bytes, or the layer cannot do without masters (it needs
-                bits, a fused SGD or RowwiseAdagrad, float32, and no `max_norm`).
+                many bits fill no byte, or the layer cannot do without masters (it needs bits, a
+                fused SGD or RowwiseAdagrad, float32, and no `max_norm`).
         """
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
@@ -396,7 +396,8 @@ class AMTLTable(TableStates):
             small = torch.uint8 if self.embedding_dim <= 255 else torch.int32
             group = self.row_group.to(torch.int64)
             stored = torch.tensor(self.grid.stored, dtype=small, device=self.device)[levels][group]
-            row_dims = head.get_buffer("size_table")[levels].to(small)[group]
+            # A row of all numbers may have one too many for whole bytes.
+            row_dims = head.get_buffer("size_table")[levels].to(small)[group].minimum(stored)
             merged = self._merged(row_dims)
             steps = None
             if self.options.bits is not None:
@@ -491,7 +492,7 @@ class AMTLTable(TableStates):
         ranges[mine] = ranges_of(self.weight[mine], fields[mine])
         for steps in (ranges, fields):
             own = steps[mine]
-            found = where_they_are(kept, own, padding, bits, allowed, self.embedding_dim, moved)
+            found = where_they_are(kept, own, padding, bits, allowed, self.grid.widest, moved)
             if found is None:
                 continue
             plan = plan_tiers(found, self.embedding_dim, within=own)
