@@ -754,21 +754,19 @@ def test_bits_given_at_freezing_round_what_was_learned(bits, kind, tmp_path):
     trained(layer.train(), bags=bags)
     with pytest.raises(ValueError, match="bits must be one of"):
         layer_of(bits=None).freeze(bits=3)
-    narrow = AMTLEmbedding(4, 1, counts=[4, 3, 2, 1])
-    with pytest.raises(ValueError, match="whole bytes"):
-        narrow.freeze(bits=4)
-    assert narrow.phase == "search" and narrow.options.bits is None
+    odd = AMTLEmbedding(4, 5, counts=[4, 3, 2, 1])
+    with pytest.raises(ValueError, match="of 5 numbers the last would be left out: take bits=8"):
+        odd.freeze(bits=4)
+    assert odd.phase == "search" and odd.options.bits is None
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("how", ["from the start", "at freezing"])
-def test_an_odd_row_lives_as_others_do_without_its_last_numbers(bits, how, tmp_path):
+def test_an_odd_row_lives_as_others_do_without_its_last_numbers(bits, tmp_path):
     dim, counts = 7, torch.arange(1, 41)
-    given = {"bits": bits, "budget": 7 / 32} if how == "from the start" else {"budget": 1.0}
-    layer = AMTLEmbedding(40, dim, counts=counts, **given)
+    layer = AMTLEmbedding(40, dim, counts=counts, bits=bits, budget=7 / 32)
     with torch.no_grad():
         layer.weight.normal_()
-    layer.freeze(**({} if "bits" in given else {"bits": bits}))
+    layer.freeze()
     widest = dim // unit(bits) * unit(bits)
     assert int(layer.row_dims().max()) == widest
     rows = torch.arange(40)
@@ -787,6 +785,21 @@ def test_an_odd_row_lives_as_others_do_without_its_last_numbers(bits, how, tmp_p
     again = layer.train().thaw()
     assert again.dense_weight().shape == (40, dim)
     assert int(again.freeze().row_dims().max()) == widest
+
+
+@pytest.mark.parametrize("method", ["amtl", "fixed"])
+def test_packing_leaves_no_learned_number_out(method, tmp_path):
+    from amtl.errors import UserError
+    from amtl.run.config import TrainConfig
+    from amtl.run.folders import pack_run
+    from amtl.run.training import start
+
+    sized = {"budget": 0.4} if method == "amtl" else {}
+    options = {"dim": 7, "epochs": 1, "race": False, "bits": "32", **sized}
+    start(TrainConfig("synthetic:500", "label", method=method, **options), tmp_path / "run").run()
+    with pytest.raises(UserError, match="of 7 numbers the last would be left out: take bits=8"):
+        pack_run(tmp_path / "run", tmp_path / "four.safetensors", None, 4)
+    pack_run(tmp_path / "run", tmp_path / "eight.safetensors", None, 8)
 
 
 @pytest.mark.parametrize("method", ["amtl", "fixed"])

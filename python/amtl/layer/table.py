@@ -44,6 +44,7 @@ from amtl.layer.rounding import (
     numbers_in,
     plan_parts,
     ranges_of,
+    unit,
     where_they_are,
 )
 from amtl.layer.sharing import SharedRows, groups_that_share, implied_order, resolve_shared_rows
@@ -364,8 +365,9 @@ class AMTLTable(TableStates):
             RuntimeError: the layer is frozen already, or processes that train it together have
                 different sizes.
             ValueError: the table is trainable but not in the optimizer, or rows of D numbers of so
-                many bits fill no byte, or the layer cannot do without masters (it needs bits, a
-                fused SGD or RowwiseAdagrad, float32, and no `max_norm`).
+                many bits are no whole bytes, so that learned ones would be left out, or the layer
+                cannot do without masters (it needs bits, a fused SGD or RowwiseAdagrad, float32,
+                and no `max_norm`).
         """
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
@@ -375,6 +377,11 @@ class AMTLTable(TableStates):
         allowed = self._allowed_bytes() if bits in (None, options.bits) else math.inf
         if bits is not None:
             options = replace(options, bits=bits, tier_width=None)
+            if self.embedding_dim % unit(bits):
+                raise ValueError(
+                    f"rows of {bits} bits a number are stored in whole bytes, so that of "
+                    f"{self.embedding_dim} numbers the last would be left out: take bits=8"
+                )
         if masters is not None:
             options = replace(options, masters=masters)
         if not options.masters:

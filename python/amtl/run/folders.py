@@ -332,7 +332,7 @@ def _round(model: ClickModel, trained: Trained, bits: int) -> None:
         layer = methods.build_table("fixed", trained.encoder, config.dim, options=options)
         with torch.no_grad():
             methods.table_parameters(layer)[0].copy_(methods.table_parameters(table)[0])
-        model.table = layer.freeze().train(table.training)  # type: ignore[operator]
+        model.table = layer.freeze(bits=bits).train(table.training)  # type: ignore[operator]
     except ValueError as error:
         raise UserError(f"--bits {bits}: {error}") from error
 
