@@ -32,7 +32,7 @@ inline Bound BoundOf(const int32_t* n) { return *n; }
 inline Bound Before(Bound n, const int32_t* lanes) { return n - *lanes; }
 inline Mask Below(Bound n, int first) { return FirstLanes(n - first); }
 
-// Of each half of a register, from the number of its first lane.
+// Of each half of a register, from its number, 0 or 1.
 template <class F>
 inline Reg Map(F f) {
   return {{f(0), f(1)}};

@@ -98,7 +98,7 @@ def _in_8_where_odd(
     odd = [i for i, each in enumerate(bits) if each == 4 and weights[i].shape[1] % 2]
     for i in sorted(odd, key=lambda i: weights[i].numel()):
         rows, dim = weights[i].shape
-        spare -= rows * (dim - (dim - 1) / 2)
+        spare -= rows * (dim + 1) / 2
         if spare < 0:
             break
         bits[i] = 8

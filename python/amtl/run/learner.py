@@ -215,9 +215,15 @@ class Learner:
             within * times // self.steps_per_epoch != (within - 1) * times // self.steps_per_epoch
         )
 
-    def scores(self) -> tuple[float, float]:
-        """AUC and log loss on the validation split, of the model as it would be stored."""
-        logits, labels = predict(self.model, self.task.val), self.task.val.labels
+    def scores(self, logits: Tensor | None = None) -> tuple[float, float]:
+        """AUC and log loss on the validation split, of the model as it would be stored.
+
+        Args:
+            logits: what it says there, if that is known.
+        """
+        if logits is None:
+            logits = predict(self.model, self.task.val)
+        labels = self.task.val.labels
         return auc(logits, labels), log_loss(logits, labels)
 
     def _validate(self) -> None:
@@ -308,16 +314,13 @@ class Learner:
         """
         assert self.best is not None
         parameters, record = self.model.dense_parameters(), self.best["record"]
-        kept, said, labels = (
-            [p.detach().clone() for p in parameters],
-            self.says(),
-            self.task.val.labels,
-        )
+        kept = [p.detach().clone() for p in parameters]
+        said, labels = self.says(), self.task.val.labels
         for rounded in (to_bytes, to_halves):
             for p, values in zip(parameters, kept, strict=True):
                 p.copy_(rounded(values))
             says = predict(self.model, self.task.val)
-            area, loss = auc(says, labels), log_loss(says, labels)
+            area, loss = self.scores(says)
             found = score(area, loss, labels)
             error = min(score_error(says, said, labels), _LITTLE)
             if found >= record["score"] - max(_NEXT_TO_NOTHING, error):
