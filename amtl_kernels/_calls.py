@@ -87,12 +87,13 @@ def call(
     # Fails now rather than in the backward.
     optimizer.check_owns(tables.blocks)
     fused = _Fused(tables, list(masks), bags, bounds_check, optimizer, few, plan)
-    anchor = None
     if few is not None and are_codes(tables.blocks):
         # Codes have no gradient that would lead to the backward.
         anchor = few.steps[0].new_empty(0).requires_grad_()
-    learnable = (anchor, bags.per_sample_weights, *masks, *tables.blocks)
-    updated: Tensor = _Update.apply(fused, *learnable)
+    else:
+        # No block gets a gradient, so one leads there for all: each is a node of the graph.
+        anchor = next((block for block in tables.blocks if block.requires_grad), None)
+    updated: Tensor = _Update.apply(fused, anchor, bags.per_sample_weights, *masks)
     return updated
 
 
@@ -159,8 +160,7 @@ class _Update(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         fused = ctx.fused
-        _, _, wants_psw, *rest = ctx.needs_input_grad
-        wanted = rest[: len(fused.masks)]
+        _, _, wants_psw, *wanted = ctx.needs_input_grad
         flat, psw = fused.update(grad.contiguous(), any(wanted), wants_psw)
         masks: list[Tensor | None] = [None] * len(fused.masks)
         if any(wanted):
@@ -168,8 +168,7 @@ class _Update(torch.autograd.Function):
             parts = split_masks(flat, fused.tables.sizes, dims)
             every = zip(parts, fused.masks, wanted, strict=True)
             masks = [part.to(mask.dtype) if wants else None for part, mask, wants in every]
-        of_blocks = [None] * len(fused.tables.blocks)
-        return (None, None, psw if wants_psw else None, *masks, *of_blocks)
+        return (None, None, psw if wants_psw else None, *masks)
 
 
 # Tensor to its version and whether it was found never to fall.

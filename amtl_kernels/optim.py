@@ -139,11 +139,12 @@ class RowOptimizer(torch.optim.Optimizer):
         if defaults["decay_every"] and defaults["capturable"]:
             raise ValueError("decay_every counts steps on the host: it does not go with capturable")
         self._places: dict[int, tuple[int, int]] = {}
+        self._counters: dict[int, tuple[list[Tensor], Tensor]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._places = {}
+        self._places, self._counters = {}, {}
         for group in self.param_groups:
             group.setdefault("stochastic_rounding", False)
             group.setdefault("capturable", False)
@@ -268,13 +269,17 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         group = self.check_owns(tables)
         self._decay(tables, group)
-        states = [state for table in tables for state in self._moments(table, group)]
-        step = self._advance_together(tables, group)
+        states = [self.state[table] for table in tables]
+        try:
+            moments = [state[name] for state in states for name in self._names]
+        except KeyError:
+            moments = [moment for table in tables for moment in self._moments(table, group)]
+        step = self._advance_together(tables, states, group)
         if isinstance(step, Tensor):
-            states.append(step)
+            moments.append(step)
             step = 1
         hyper = self._hyper(group, step)
-        return self._number, states, hyper
+        return self._number, moments, hyper
 
     def _hyper(self, group: dict[str, Any], step: int) -> list[float]:
         """Hyperparameters as the operators take them."""
@@ -349,15 +354,28 @@ class RowOptimizer(torch.optim.Optimizer):
         step: Tensor = state["step"]
         return step if capturable else int(step)
 
-    def _advance_together(self, tables: list[Tensor], group: dict[str, Any]) -> int | Tensor:
-        """As `_advance` of each table; the last one's step."""
-        if self._counts(tables[0], group):
-            steps = [self.state[table].get("step") for table in tables]
-            if len(steps) > 1 and all(s is not None for s in steps):
-                torch._foreach_add_(steps, 1)
-                step: Tensor = steps[-1]
-                return step if group["capturable"] else int(step)
-        return [self._advance(table, group) for table in tables][-1]
+    def _advance_together(
+        self, tables: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> int | Tensor:
+        """As `_advance` of each table, whose states are given; the last one's step."""
+        if len(tables) == 1 or not self._counts(tables[0], group):
+            return [self._advance(table, group) for table in tables][-1]
+        steps = [state.get("step") for state in states]
+        if any(step is None for step in steps):
+            return [self._advance(table, group) for table in tables][-1]
+        if group["capturable"]:
+            torch._foreach_add_(steps, 1)
+            return steps[-1]
+        known, counter = self._counters.get(id(tables[0]), ([], None))
+        if counter is not None and len(known) == len(steps) and all(map(is_, known, steps)):
+            counter += 1
+            return int(steps[-1])
+        # Views of one tensor, so that one addition counts them all; each can still go its own way.
+        counter = torch.stack(steps).add_(1)
+        for state, step in zip(states, counter.unbind(), strict=True):
+            state["step"] = step
+        self._counters[id(tables[0])] = [state["step"] for state in states], counter
+        return int(counter[-1])
 
     def _sparse(self, tables: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """Updates tables with sparse gradients, each given with its group.

@@ -8,6 +8,7 @@ Codes have no step but the fused one: it is that of the numbers they stand for, 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -481,3 +482,43 @@ def test_updates_of_codes_that_do_not_fit(backend: Any) -> None:
          [0.1, 0.0, 0.0, 0.9, 0.99, 1.0], [steps], [4]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+
+
+def test_tiers_are_counted_in_one_addition_and_can_go_their_own_ways() -> None:
+    """Their counters share memory, through copies, loading and steps of one tier alone."""
+    blocks = [torch.nn.Parameter(torch.ones(3, width)) for width in (4, 2, 1)]
+    rows = torch.arange(9)
+
+    def passes(optimizer: Any, count: int) -> list[int]:
+        held = optimizer.param_groups[0]["params"]
+        for _ in range(count):
+            ak.tiered_embedding(held, [3, 6, 9], rows, optimizer=optimizer).sum().backward()
+        return [int(optimizer.state[block]["step"]) for block in held]
+
+    optimizer = ak.optim.Adam(blocks, lr=0.1)
+    assert passes(optimizer, 3) == [3, 3, 3]
+    steps = [optimizer.state[block]["step"] for block in blocks]
+    assert len({step.untyped_storage().data_ptr() for step in steps}) == 1
+    blocks[1].grad = torch.ones(3, 2)
+    optimizer.step()
+    blocks[1].grad = None
+    assert passes(optimizer, 1) == [4, 5, 4]
+    copied = copy.deepcopy(optimizer)
+    assert passes(copied, 2) == [6, 7, 6]
+    assert passes(optimizer, 0) == [4, 5, 4]
+    other = ak.optim.Adam([torch.nn.Parameter(block.detach().clone()) for block in blocks], lr=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    assert passes(other, 2) == [6, 7, 6] and passes(optimizer, 2) == [6, 7, 6]
+    for ours, theirs in zip(blocks, other.param_groups[0]["params"], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_block_leads_to_the_backward_for_all() -> None:
+    """None of them gets a gradient, and each would be a node of the graph."""
+    blocks = [torch.nn.Parameter(torch.ones(3, width), width != 4) for width in (4, 2, 1)]
+    optimizer = ak.optim.SGD(blocks, lr=1.0)
+    out = ak.tiered_embedding(blocks, [3, 6, 9], torch.arange(9), optimizer=optimizer)
+    edges = [edge for edge, _ in out.grad_fn.next_functions if edge is not None]
+    assert [edge.variable for edge in edges] == blocks[1:2]
+    out.sum().backward()
+    assert all(torch.equal(block, torch.zeros_like(block)) for block in blocks[1:])
