@@ -87,6 +87,7 @@ def call(
     # Fails now rather than in the backward.
     optimizer.check_owns(tables.blocks)
     fused = _Fused(tables, list(masks), bags, bounds_check, optimizer, few, plan)
+    anchor: Tensor | None
     if few is not None and are_codes(tables.blocks):
         # Codes have no gradient that would lead to the backward.
         anchor = few.steps[0].new_empty(0).requires_grad_()

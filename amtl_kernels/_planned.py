@@ -23,6 +23,7 @@ _OR_NONE = (*_KINDS, type(None))
 
 _NO_BAGS = (0, 8, 0, 0, 0, 0)
 """No offsets, and what belongs to them."""
+_NO_ORDER = (0, 0)
 
 
 def unobserved() -> bool:
@@ -63,14 +64,24 @@ class Plan:
     def __reduce__(self) -> tuple[type[Plan], tuple[Any, ...]]:
         return Plan, (self._tables, self._few, self._numbers)
 
-    def rows(self, indices: Tensor, bounds_check: int) -> Tensor | None:
+    def rows(
+        self, indices: Tensor, bounds_check: int, order: Tensor | None = None
+    ) -> Tensor | None:
         """The operator's rows at contiguous indices on the CPU, or None where it has to be asked.
 
         Args:
             indices: Of int32 or int64, any shape.
             bounds_check: The number of what to do about an index out of range.
+            order: int32, the row in the table of each index; without, indices are rows.
         """
-        return self._lookup(indices, (*indices.shape, self._dim), -1, bounds_check, _NO_BAGS)
+        shape, ordered = (*indices.shape, self._dim), _NO_ORDER
+        if order is not None:
+            if type(order) is not Tensor or not (order.is_cpu and order.is_contiguous()):
+                return None
+            if order.dtype != torch.int32:
+                return None
+            ordered = order.data_ptr(), order.numel()
+        return self._lookup(indices, shape, -1, bounds_check, _NO_BAGS, ordered)
 
     def bags(self, bags: Bags, bounds_check: int) -> Tensor | None:
         """As :meth:`rows`, of lookups that have been checked, pooled or not."""
@@ -94,6 +105,7 @@ class Plan:
         padding: int,
         bounds_check: int,
         pooled: tuple[int, ...],
+        ordered: tuple[int, int] = _NO_ORDER,
     ) -> Tensor | None:
         handle, count = self._handle or self._made(), indices.numel()
         if not handle or not count or bounds_check == CLAMP or type(indices) is not Tensor:
@@ -101,7 +113,7 @@ class Plan:
         out = torch.empty(shape, dtype=self._dtype)
         addresses = out.data_ptr(), indices.data_ptr()
         if backend.native.lookup(
-            handle, *addresses, indices.itemsize, count, bounds_check, padding, *pooled
+            handle, *addresses, indices.itemsize, count, bounds_check, padding, *pooled, *ordered
         ):
             return out
         # An index out of range, or memory that is elsewhere now.

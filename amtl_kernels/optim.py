@@ -360,8 +360,8 @@ class RowOptimizer(torch.optim.Optimizer):
         """As `_advance` of each table, whose states are given; the last one's step."""
         if len(tables) == 1 or not self._counts(tables[0], group):
             return [self._advance(table, group) for table in tables][-1]
-        steps = [state.get("step") for state in states]
-        if any(step is None for step in steps):
+        steps: list[Tensor] = [state["step"] for state in states if "step" in state]
+        if len(steps) < len(states):
             return [self._advance(table, group) for table in tables][-1]
         if group["capturable"]:
             torch._foreach_add_(steps, 1)

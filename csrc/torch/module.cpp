@@ -54,7 +54,7 @@ PyObject* Own(PyObject*, PyObject* args) {
 }
 
 PyObject* Lookup(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kNumbers = 12;
+  constexpr Py_ssize_t kNumbers = 14;
   if (count != 1 + kNumbers) {
     PyErr_Format(PyExc_TypeError, "lookup takes a plan and %zd numbers", kNumbers);
     return nullptr;
@@ -81,6 +81,8 @@ PyObject* Lookup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.padding_idx = numbers[5];
   call.bags = {pointer(6), type(7), numbers[8], numbers[9] != 0, numbers[10] != 0};
   call.per_sample_weights = pointer(11);
+  call.order = static_cast<const int32_t*>(pointer(12));
+  call.ordered = numbers[13];
   const auto& of = *static_cast<const amtl::PlannedLookup*>(plan);
   if (call.lookups < kLong) return PyBool_FromLong(amtl::LookUpPlanned(of, call));
   PyThreadState* const state = PyEval_SaveThread();
@@ -94,8 +96,8 @@ PyMethodDef kMethods[] = {
     // Through void*, for the compiler sees one function type cast to another.
     {"lookup", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(Lookup)), METH_FASTCALL,
      "lookup(plan, out, indices, index bytes, lookups, bounds_check, padding_idx, offsets, offset "
-     "bytes, length of offsets, include_last_offset, mean, per_sample_weights): tensors are "
-     "addresses, 0 for none. False: the operator has to be asked."},
+     "bytes, length of offsets, include_last_offset, mean, per_sample_weights, order, length of "
+     "order): tensors are addresses, 0 for none. False: the operator has to be asked."},
     {"use_cpu_capability", UseCpuCapability, METH_VARARGS,
      "Runs the CPU kernels of 'generic', 'avx2', 'avx512', or the best ones for ''; for tests. "
      "Returns whether the processor can."},

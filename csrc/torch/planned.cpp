@@ -2,6 +2,7 @@
 // PyTorch's dispatcher takes longer than a small lookup in them.
 #include "torch/planned.h"
 
+#include <atomic>
 #include <exception>
 #include <memory>
 
@@ -71,12 +72,44 @@ int64_t Plan(Tables tables, FewBits few) {
   return static_cast<int64_t>(reinterpret_cast<intptr_t>(plan.release()));
 }
 
+// Looked up one after the other by a thread.
+constexpr int64_t kReordered = int64_t{1} << 14;
+
+// Rows of indices; false if one is out of range.
+template <class Index>
+bool Reorder(const cpu::Executor& executor, const PlannedCall& call, int32_t* rows) {
+  const auto* indices = static_cast<const Index*>(call.indices);
+  const auto ordered = static_cast<uint64_t>(call.ordered);
+  std::atomic<bool> inside{true};
+  executor.For(call.lookups, kReordered, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto index = static_cast<uint64_t>(static_cast<int64_t>(indices[i]));
+      if (index >= ordered) {
+        inside.store(false, std::memory_order_relaxed);
+        return;
+      }
+      rows[i] = call.order[index];
+    }
+  });
+  return inside.load(std::memory_order_relaxed);
+}
+
 }  // namespace
 
 bool LookUpPlanned(const PlannedLookup& plan, const PlannedCall& call) {
   cpu::LookupTable table = plan.lookup.table;
   table.indices = call.indices;
   table.index_type = call.index_type;
+  std::unique_ptr<int32_t[]> rows;
+  if (call.order != nullptr) {
+    rows.reset(new int32_t[static_cast<size_t>(call.lookups)]);
+    const bool inside = call.index_type == cpu::IndexType::kInt32
+                            ? Reorder<int32_t>(TorchExecutor(), call, rows.get())
+                            : Reorder<int64_t>(TorchExecutor(), call, rows.get());
+    if (!inside) return false;
+    table.indices = rows.get();
+    table.index_type = cpu::IndexType::kInt32;
+  }
   table.lookups = call.lookups;
   table.padding_idx = call.padding_idx;
   table.skip_padding = call.bags.offsets != nullptr;

@@ -17,6 +17,8 @@ struct PlannedCall {
   cpu::BoundsCheck bounds_check;
   cpu::BagTable bags;
   const void* per_sample_weights;
+  const int32_t* order;  // [ordered], the row of each index, or null where indices are rows
+  int64_t ordered;
 };
 
 // False, with anything in the output, where the operator has something to say: an index out of

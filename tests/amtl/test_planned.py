@@ -270,3 +270,26 @@ def test_a_weight_that_is_parametrized_later_shows() -> None:
             assert torch.equal(layer(INDICES), want)
         parametrize.remove_parametrizations(layer, "weight")
         assert torch.equal(layer(INDICES), want)
+
+
+def test_ids_in_no_order_of_counts_are_put_in_order_by_native_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = frozen(shuffled=True)
+    assert plan_of(layer) is not None and layer.row_order is not None
+    with torch.no_grad():
+        want = layer(INDICES)
+        monkeypatch.setattr(torch.Tensor, "index_select", None)
+        assert torch.equal(layer(INDICES), want)
+        assert torch.equal(layer(INDICES.int()), want)
+        many = INDICES.flatten()[torch.arange(40_000) % INDICES.numel()]
+        assert torch.equal(layer(many), want.flatten(0, 1)[torch.arange(40_000) % INDICES.numel()])
+        monkeypatch.undo()
+        for wrong in (-1, ROWS, -(2**31), 2**31 - 1):
+            spoilt = INDICES.int()
+            spoilt[2, 7] = wrong
+            with pytest.raises(IndexError, match=str(wrong)):
+                layer(spoilt)
+        assert torch.equal(layer(INDICES), want)
+        layer.row_order = layer.row_order.flip(0)
+        assert torch.equal(layer(INDICES), nn.functional.embedding(INDICES, layer.dense_weight()))

@@ -40,10 +40,9 @@ class TableLookups(TableRows):
 
     def _embed(self, input: Tensor) -> Tensor:
         """The rows at indices of any shape: `input.shape + [D]`."""
-        rows = self._unchanged(input)
-        if rows is not None:
+        if self._unchanged(input):
             assert self._kept is not None
-            out = self._planned_rows(self._kept.plan, rows)
+            out = self._planned_rows(self._kept.plan, input, self._buffers["row_order"])
             if out is not None:
                 return self._shown(out)
         self._check_caller()
@@ -83,9 +82,9 @@ class TableLookups(TableRows):
         if self.tier_ends is not None:
             if self.steps is not None and per_sample_weights is not None:
                 per_sample_weights = per_sample_weights.to(torch.float32)
-            places, kept = self._unchanged(input), self._kept
-            if places is not None and isinstance(kept, _Kept):
-                table, rows = kept.table, places
+            kept = self._kept
+            if self._unchanged(input) and isinstance(kept, _Kept):
+                table, rows = kept.table, self._frozen_rows(input)
             else:
                 table, rows = self._frozen(input)
             out = self._call(
@@ -148,11 +147,11 @@ class TableLookups(TableRows):
         self.__dict__["_kept"] = _Sized(plan, weight, groups, sizes)
         return plan
 
-    def _planned_rows(self, plan: Plan, rows: Tensor) -> Tensor | None:
-        """Rows by a plan; None where the operator has something to say."""
+    def _planned_rows(self, plan: Plan, rows: Tensor, order: Tensor | None = None) -> Tensor | None:
+        """Rows by a plan, those in an order if given; None if the operator has something to say."""
         if not rows.is_cpu or rows.dtype not in INDEX_TYPES:
             return None
-        return plan.rows(rows.contiguous(), BOUNDS[self.options.bounds_check])
+        return plan.rows(rows.contiguous(), BOUNDS[self.options.bounds_check], order)
 
     def _renormed(self, rows: Tensor) -> Tensor:
         """These rows, scaled in the table if it has a `max_norm`."""
@@ -160,33 +159,27 @@ class TableLookups(TableRows):
             self._renorm(rows)
         return rows
 
-    def _unchanged(self, input: Tensor) -> Tensor | None:
-        """Places to look up, where all is as it was found by the lookup before; else None.
+    def _unchanged(self, input: Tensor) -> bool:
+        """Whether all is as it was found by the lookup before, evaluating.
 
         Many small lookups take most of their time looking at the layer.
         """
         kept = self._kept
         if kept is None or self.training or type(input) is not Tensor or not unobserved():
-            return None
+            return False
         if self.max_norm is not None or self._before_use is not None:
-            return None
+            return False
         if isinstance(kept, _Sized):
             if self._buffers["shared_rows"] is not None:
-                return None
+                return False
             now = self._parameters.get("weight"), self._buffers["row_group"]
-            return input if kept.shows(*now, self._head().present_sizes()) else None
+            return kept.shows(*now, self._head().present_sizes())
         if self.tier_ends is None:
-            return None
+            return False
         tiers, of = self._tiers(), self._steps_from()
         if not kept.shows(tiers, of, None if of is None else _state(of, tiers[0].dtype)):
-            return None
-        order = self._buffers["row_order"]
-        if order is None:
-            return input if kept.table.rows == self.num_embeddings else None
-        try:
-            return order.index_select(0, input.reshape(-1)).view(input.shape)
-        except (IndexError, RuntimeError):
-            return None
+            return False
+        return self._buffers["row_order"] is not None or kept.table.rows == self.num_embeddings
 
     def _keep_up(self, rows: Tensor, few: dict[str, Any]) -> None:
         """Let the step sizes of codes that train follow what is looked up."""
