@@ -213,7 +213,7 @@ def train(
     from amtl.data import label_note, load_source
     from amtl.data.splits import split_note
     from amtl.run.folders import holds_run
-    from amtl.run.training import start
+    from amtl.run.training import Trainer, prepare, start
 
     if resume:
         if out is None:
@@ -307,12 +307,10 @@ def train(
     )
     for line in filter(None, [*source.notes, split_note(source.frame, config.split)]):
         console.print(f"  {escape(line)}", highlight=False)
-    folder = out
-    _train(
-        lambda stop, bars: start(config, folder, observer=bars, stop=stop, source=source),
-        folder,
-        fresh=True,
-    )
+    task, folder = prepare(config, source), out
+    # Training needs the memory of the raw table.
+    del source
+    _train(lambda stop, bars: Trainer(config, task, folder, bars, stop), folder, fresh=True)
 
 
 def _typed(context: typer.Context) -> dict[str, Any]:

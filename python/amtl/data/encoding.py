@@ -154,8 +154,31 @@ class Encoder:
         ]
 
     @classmethod
-    def fit(cls, frame: pl.DataFrame, fields: Sequence[FieldSpec], min_count: int = 1) -> Encoder:
-        """Builds vocabularies, quantile edges and scales from the training rows `frame`."""
+    def fit(
+        cls,
+        frame: pl.DataFrame,
+        fields: Sequence[FieldSpec],
+        min_count: int = 1,
+        rows: Tensor | None = None,
+    ) -> Encoder:
+        """Builds vocabularies, quantile edges and scales from the training rows of `frame`.
+
+        Args:
+            frame: has every field's column.
+            fields: how its columns are taken.
+            min_count: see `Vocabulary.build`.
+            rows: int64, the numbers of the training rows; all if None. In whatever order.
+        """
+        trains: pl.Series | None = None
+        if rows is not None:
+            mask = np.zeros(frame.height, dtype=bool)
+            mask[rows.numpy()] = True
+            trains = pl.Series(mask)
+
+        def training(name: str) -> pl.Series:
+            # A column at a time: a second frame would be most of the memory that is taken.
+            return frame[name] if trains is None else frame[name].filter(trains)
+
         embedded = [f for f in fields if f.kind in ("categorical", "bucket")]
         embedded += [f for f in fields if f.kind == "bag"]
         dense = [f for f in fields if f.kind == "standardise"]
@@ -166,14 +189,14 @@ class Encoder:
                 f"cut numbers into buckets with --numeric bucket{brief(left_out, 300)}"
             )
         edges = {
-            f.name: _quantiles(numbers(frame[f.name], f), f.buckets)
+            f.name: _quantiles(numbers(training(f.name), f), f.buckets)
             for f in fields
             if f.kind == "bucket"
         }
-        scales = {f.name: _scale(numbers(frame[f.name], f)) for f in dense}
+        scales = {f.name: _scale(numbers(training(f.name), f)) for f in dense}
         vocabularies = []
         for spec in embedded:
-            column = frame[spec.name]
+            column = training(spec.name)
             if spec.kind == "bucket":
                 column = _bucket(numbers(column, spec), edges[spec.name])
             try:
@@ -237,33 +260,55 @@ class Encoder:
             UserError: if a column is missing, or holds what cannot be values of its field.
         """
         require_columns(frame.columns, self.columns, "the data")
-        singles, bags, unknown = [], [], {}
-        values = dict.fromkeys(self.names, frame.height)
+        singles, bags = [], []
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
             column = frame[spec.name]
             try:
                 if spec.kind == "bag":
-                    bag, missed = self._bag(f, column)
-                    bags.append(bag)
-                    values[spec.name] = int(bag.offsets.diff()[bag.codes].sum())
+                    bags.append(self._bag(f, column))
                 else:
                     if spec.kind == "bucket":
                         column = _bucket(numbers(column, spec), self._edges[spec.name])
-                    local, missed = vocabulary.encode_counted(column)
-                    singles.append(self._global_rows(f, local).to(torch.int32))
+                    rows = self._global_rows(f, vocabulary.encode(column))
+                    singles.append(rows.to(torch.int32))
             except (ValueError, pl.exceptions.PolarsError) as error:
                 raise UserError(str(error).splitlines()[0]) from error
-            unknown[spec.name] = missed
         n = frame.height
         dense = [self._standardise(numbers(frame[f.name], f)) for f in self.dense_fields]
-        return EncodedData(
+        data = EncodedData(
             rows=torch.stack(singles, 1) if singles else torch.empty(n, 0, dtype=torch.int32),
             bags=bags,
             dense=torch.stack(dense, 1) if dense else torch.empty(n, 0),
             labels=torch.zeros(n) if label is None else label.to(torch.float32),
-            unknown=unknown,
-            values=values,
         )
+        return self._counted(data)
+
+    def part(self, data: EncodedData, samples: Tensor) -> EncodedData:
+        """Some samples (int64 `[n]`) of what `transform` gave."""
+        taken = EncodedData(
+            rows=data.rows[samples],
+            bags=[BagField(bag.codes[samples], bag.values, bag.offsets) for bag in data.bags],
+            dense=data.dense[samples],
+            labels=data.labels[samples],
+        )
+        return self._counted(taken)
+
+    def _counted(self, data: EncodedData) -> EncodedData:
+        """The data, with how many values there are and how many of them are unknown."""
+        oov = [
+            int(self._global_rows(f, torch.tensor([vocabulary.oov_row])))
+            for f, vocabulary in enumerate(self.vocabularies)
+        ]
+        singles = data.rows.shape[1]
+        missed = (data.rows == torch.tensor(oov[:singles], dtype=torch.int32)).sum(0).tolist()
+        data.unknown = dict(zip(self.names, missed, strict=False))
+        data.values = dict.fromkeys(data.unknown, len(data))
+        for name, row, bag in zip(self.names[singles:], oov[singles:], data.bags, strict=True):
+            times = torch.bincount(bag.codes, minlength=len(bag.offsets) - 1)
+            times = torch.repeat_interleave(times, bag.offsets.diff())
+            data.unknown[name] = int(times[bag.values == row].sum())
+            data.values[name] = int(times.sum())
+        return data
 
     def unseen_share(self, name: str) -> float:
         """Share of an embedded field's training values that have no row of their own."""
@@ -377,25 +422,19 @@ class Encoder:
         run = torch.searchsorted(starts, local.long(), right=True) - 1
         return local.long() + (rows - starts)[run]
 
-    def _bag(self, f: int, column: pl.Series) -> tuple[BagField, int]:
+    def _bag(self, f: int, column: pl.Series) -> BagField:
         """Encodes each distinct list once; codes tell which list a sample has."""
         frame = pl.DataFrame({"v": column})
         if column.dtype == pl.Categorical:
             frame = frame.with_columns(pl.col("v").cast(pl.String))
-        lists = (
-            frame.group_by("v", maintain_order=True).agg(pl.len().alias("n")).with_row_index("c")
-        )
+        lists = frame.group_by("v", maintain_order=True).agg().with_row_index("c")
         codes = frame.join(lists, on="v", how="left", nulls_equal=True, maintain_order="left")["c"]
         local, offsets, _ = self.vocabularies[f].encode_bags(lists["v"])
-        times = torch.from_numpy(lists["n"].to_numpy().astype(np.int64))
-        missed = local == self.vocabularies[f].oov_row
-        per_value = torch.repeat_interleave(times, offsets[1:] - offsets[:-1])
-        bag = BagField(
+        return BagField(
             torch.from_numpy(codes.to_numpy().astype(np.int64)),
             self._global_rows(f, local).to(torch.int32),
             offsets,
         )
-        return bag, int(per_value[missed].sum())
 
     def _standardise(self, numbers: pl.Series) -> Tensor:
         mean, scale = self._scales[numbers.name]

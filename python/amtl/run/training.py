@@ -88,11 +88,11 @@ def prepare(
             default_numeric=config.default_numeric,
             separators=config.separators,
         )
-        encoder = Encoder.fit(frame[parts[0].numpy()], specs, config.min_count)
+        encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
-    train, val, test = (encoder.transform(frame[p.numpy()], labels[p]) for p in parts)
-    return Task(encoder, train, val, test)
+    whole = encoder.transform(frame, labels)
+    return Task(encoder, *(encoder.part(whole, rows) for rows in parts))
 
 
 def _require_both(labels: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
