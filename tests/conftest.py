@@ -7,6 +7,9 @@ wrote can't pass for a result. Tests that allocate tables they never touch are m
 Layers look for optimizers among all objects of the process, and the garbage collector looks at
 them, too: those of the imported modules are taken out of its sight when all tests are collected.
 
+``AMTL_TEST_EVERY=2`` runs about every second case of each test, one at least and always the same
+ones, where all of them would take too long.
+
 ``torch.compile`` keeps what it made of a graph by the graph, which says nothing of the Python code
 behind an operator's gradient: what was compiled with other code of ours is kept in another folder.
 """
@@ -17,6 +20,7 @@ import gc
 import hashlib
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +35,20 @@ def pytest_configure(config: pytest.Config) -> None:
         code.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"amtl-torchinductor-{code.hexdigest()[:16]}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = int(os.environ.get("AMTL_TEST_EVERY", "1"))
+    # By their names: of cases in turn some value of a parameter would never be among them.
+    drawn = {item for item in items if zlib.crc32(item.nodeid.encode()) % every == 0}
+    tests = {item.nodeid.partition("[")[0] for item in drawn}
+    for item in items:
+        if (test := item.nodeid.partition("[")[0]) not in tests:
+            tests.add(test)
+            drawn.add(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
+    items[:] = [item for item in items if item in drawn]
 
 
 def pytest_collection_finish() -> None:
