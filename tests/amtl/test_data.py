@@ -542,3 +542,29 @@ def test_every_named_set_describes_itself():
         assert known.licence, name
         assert known.fields, name
     assert "movielens-1m" in registry.named_sets()
+
+
+@pytest.mark.parametrize("numeric", ["bucket", "standardise"])
+def test_parts_of_what_is_encoded_are_what_parts_are_encoded_as(frame, numeric):
+    names = ["genres", "user", "tags", "price"]
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(3))
+    odd = int(order[0]), int(order[-1])
+    tags = [["z", "x"] if i in odd else tag for i, tag in enumerate(frame["tags"].to_list())]
+    frame = frame.with_columns(tags=pl.Series(tags))
+    trains, others = order[:120], order[120:]
+    fields = infer_fields(frame, names, numeric={"price": numeric})
+    of_rows = Encoder.fit(frame, fields, min_count=4, rows=trains)
+    encoder = Encoder.fit(frame[trains.numpy()], fields, min_count=4)
+    for (name, ours), theirs in zip(
+        of_rows.to_tensors()[0].items(), encoder.to_tensors()[0].values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    labels = torch.tensor(frame["label"].to_list()).float()
+    whole = encoder.transform(frame, labels)
+    for rows in (trains, others):
+        part = encoder.part(whole, rows)
+        alone = encoder.transform(frame[rows.numpy()], labels[rows])
+        assert part.unknown == alone.unknown and part.values == alone.values
+        assert part.unknown["user"] and part.unknown["tags"] == 1
+        for ours, theirs in zip(part.batches(33), alone.batches(33), strict=True):
+            assert all(map(torch.equal, ours, theirs))

@@ -260,7 +260,9 @@ class Encoder:
             UserError: if a column is missing, or holds what cannot be values of its field.
         """
         require_columns(frame.columns, self.columns, "the data")
-        singles, bags = [], []
+        n, bags = frame.height, []
+        singles = sum(spec.kind != "bag" for spec in self.fields)
+        rows = torch.empty(n, singles, dtype=torch.int32)
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
             column = frame[spec.name]
             try:
@@ -269,14 +271,12 @@ class Encoder:
                 else:
                     if spec.kind == "bucket":
                         column = _bucket(numbers(column, spec), self._edges[spec.name])
-                    rows = self._global_rows(f, vocabulary.encode(column))
-                    singles.append(rows.to(torch.int32))
+                    rows[:, f] = self._global_rows(f, vocabulary.encode(column))
             except (ValueError, pl.exceptions.PolarsError) as error:
                 raise UserError(str(error).splitlines()[0]) from error
-        n = frame.height
         dense = [self._standardise(numbers(frame[f.name], f)) for f in self.dense_fields]
         data = EncodedData(
-            rows=torch.stack(singles, 1) if singles else torch.empty(n, 0, dtype=torch.int32),
+            rows=rows,
             bags=bags,
             dense=torch.stack(dense, 1) if dense else torch.empty(n, 0),
             labels=torch.zeros(n) if label is None else label.to(torch.float32),
