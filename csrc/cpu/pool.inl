@@ -150,8 +150,10 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
     }
     return i;
   };
-  // Bags of one need no sums of their own.
-  while (!task.begins && p < end) {
+  // Bags of one need no sums of their own: 10 to 40 % less time. But rows of one register out of a
+  // table beyond the caches came in more slowly so, up to a third.
+  const bool alone = !task.begins && (R > 1 || Memory<T>::kCodes || !task.prefetch);
+  while (alone && p < end) {
     for (const int64_t ready = sources.Ready(p, end); p < ready; ++p, out += task.out_stride) {
       Reg acc[R];
       for (int r = 0; r < R; ++r) acc[r] = Zero();
@@ -159,8 +161,8 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
       StoreRow<Out, R>(out, acc, task.dim, task.stream);
     }
   }
-  for (int64_t bag = begin; task.begins && bag < end; ++bag, out += task.out_stride) {
-    const int64_t stop = task.begins[bag + 1];
+  for (int64_t bag = begin; !alone && bag < end; ++bag, out += task.out_stride) {
+    const int64_t stop = task.begins ? task.begins[bag + 1] : bag + 1;
     Reg acc[R];
     for (int r = 0; r < R; ++r) acc[r] = Zero();
     int64_t counted = 0;
