@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amtl_kernels import _schema
+from amtl_kernels import _schema, backend
 from amtl_kernels._arguments import (
     CLAMP,
     OFF,
@@ -108,6 +108,20 @@ def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -
     )
 
 
+def gradient_for(grad: Tensor) -> Tensor:
+    """The gradient as the operators take it: its rows side by side, but on the CPU.
+
+    There columns of a wider gradient, as ``torch.cat`` hands them back, are read where they are.
+    """
+    if grad.is_contiguous():
+        return grad
+    native = backend.native is not None and not backend._state.overrides
+    apart = grad.dim() == 2 and grad.stride(1) == 1 and grad.stride(0) >= grad.shape[1]
+    if native and apart and grad.is_cpu and type(grad) is Tensor:
+        return grad
+    return grad.contiguous()
+
+
 def _save(
     ctx: Any,
     tables: Tables,
@@ -152,7 +166,7 @@ def _gradients(
     if of_psw is not None and not any(blocks):
         return _Gradients([None] * len(weights), [], of_psw)
     rows, grads, flat, psw = torch.ops.amtl.lookup_backward(
-        *tables, grad.contiguous(), *bags, any(blocks), any(masks), wants_psw and not few
+        *tables, gradient_for(grad), *bags, any(blocks), any(masks), wants_psw and not few
     )
     if wants_psw and not few:
         of_psw = psw

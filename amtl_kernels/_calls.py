@@ -162,7 +162,7 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         fused = ctx.fused
         _, _, wants_psw, *wanted = ctx.needs_input_grad
-        flat, psw = fused.update(grad.contiguous(), any(wanted), wants_psw)
+        flat, psw = fused.update(_autograd.gradient_for(grad), any(wanted), wants_psw)
         masks: list[Tensor | None] = [None] * len(fused.masks)
         if any(wanted):
             dims = [block.shape[1] for block in fused.tables.blocks]

@@ -201,9 +201,12 @@ void CheckBags(const Tables& tables, Bags& bags) {
   CheckLike(weights, "per_sample_weights", tables.like());
 }
 
-void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad) {
+void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad, bool apart) {
   const int64_t width = tables.width();
-  CheckLike(grad, "the gradient", tables.like());
+  apart = apart && grad.dim() == 2 && grad.stride(1) == 1 && grad.stride(0) >= grad.size(1);
+  if (!apart || grad.device() != tables.like().device()) {
+    CheckLike(grad, "the gradient", tables.like());
+  }
   const bool typed = grad.scalar_type() == tables.numbers().scalar_type();
   if (tables.count() > 1) {
     Check(typed && grad.dim() == 2 && grad.size(0) == bags.batch && grad.size(1) == width,

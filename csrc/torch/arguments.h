@@ -113,7 +113,8 @@ struct OptimizerStep {
 // Throw std::invalid_argument, with the table's number in front where there are several.
 void CheckTables(Tables& tables);
 void CheckBags(const Tables& tables, Bags& bags);
-void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad);
+// `apart`: rows need not lie side by side, as columns of a wider gradient do not.
+void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad, bool apart = false);
 // Of an update of tables that are given step sizes, if they are.
 void CheckUpdateOfFewBits(const Tables& tables, int64_t optimizer, bool psw_grad);
 // Of every block, its rows that have a gradient, and the gradients.

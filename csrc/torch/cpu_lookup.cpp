@@ -63,6 +63,9 @@ class TableBatch {
     return Columns(const_cast<void*>(data.const_data_ptr()), t);
   }
 
+  // From row to row of a gradient.
+  int64_t Stride(const Tensor& grad) const { return grad.dim() == 2 ? grad.stride(0) : width(); }
+
   // Runs f(executor, t) for every table, and throws the error of the first table that has one.
   template <class F>
   void ForTables(F&& f) const {
@@ -111,7 +114,7 @@ class TableBatch {
     const cpu::LookupTable& table = lookups_[t].table;
     const int64_t first = t == 0 ? 0 : OffsetAt(static_cast<int64_t>(t) * bags_.batch);
     cpu::PerSampleWeightGrad(
-        executor, table, lookups_[t].bags, Columns(grad, t), width(),
+        executor, table, lookups_[t].bags, Columns(grad, t), Stride(grad),
         static_cast<char*>(out.mutable_data_ptr()) + first * cpu::BytesOf(table.type));
   }
 
@@ -281,7 +284,7 @@ void Walk(const TableBatch& batch, const Tables& tables, const Sorted& sorted, c
           const std::vector<TableSlice>& slices) {
   const std::vector<size_t>& first = tables.coded() ? tables.first_part : tables.first;
   batch.ForTables([&](const Executor&, size_t t) {
-    sorted[t]->Walk(batch.Columns(grad, t), batch.width(), masks[t], update, hyper,
+    sorted[t]->Walk(batch.Columns(grad, t), batch.Stride(grad), masks[t], update, hyper,
                     &slices[first[t]], static_cast<int64_t>(first[t + 1] - first[t]));
   });
 }
@@ -307,7 +310,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const
                                                             Bags bags, bool weight_grad,
                                                             bool mask_grad, bool psw_grad) {
   const TableBatch batch(tables, bags);
-  CheckGrad(tables, bags, grad);
+  CheckGrad(tables, bags, grad, true);
   mask_grad = mask_grad && tables.grouped();
   const Masks masks(tables, mask_grad);
   const Tensor psw = batch.NewWeightsGrad(psw_grad);
@@ -364,7 +367,7 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
   std::move(few).AddTo(tables);
   const TableBatch batch(tables, bags);
   CheckUpdateOfFewBits(tables, optimizer, psw_grad);
-  CheckGrad(tables, bags, grad);
+  CheckGrad(tables, bags, grad, true);
   mask_grad = mask_grad && tables.grouped();
   const CpuOptimizer step(optimizer, hyper, state, tables.blocks);
   const std::vector<TableSlice> slices =

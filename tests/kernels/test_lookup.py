@@ -193,3 +193,29 @@ def test_hash_columns_of_the_reference(rows: list[int], seed: int) -> None:
     """The hash written out in Python's integers."""
     got = amtl_kernels.reference.hash_columns(torch.tensor(rows, dtype=torch.int64), seed, 64)
     assert got.tolist() == [oracle.column(row, seed, 64) for row in rows]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_that_are_columns_of_a_wider_one(backend: Any, fused: bool, pooled: bool) -> None:
+    """What `torch.cat` of several lookups hands back; the CPU's operators take it as it is."""
+    g = torch.Generator().manual_seed(5)
+    blocks = [torch.randn(n, w, generator=g).to(backend.device) for n, w in ((9, 20), (30, 7))]
+    rows = torch.randint(0, 39, (48,), generator=g).to(backend.device)
+    wide = torch.randn(24 if pooled else 48, 3 + 20 + 13, generator=g).to(backend.device)
+    weights = torch.randn(24, 2, generator=g).to(backend.device)
+    results = []
+    for grad in (wide[:, 3:23], wide[:, 3:23].contiguous()):
+        table = [torch.nn.Parameter(block.clone()) for block in blocks]
+        psw = weights.clone().requires_grad_()
+        optimizer = amtl_kernels.optim.Adam(table, lr=0.1) if fused else None
+        if pooled:
+            out = amtl_kernels.tiered_embedding_bag(
+                *(table, [9, 39], rows.view(24, 2)), per_sample_weights=psw, optimizer=optimizer
+            )
+        else:
+            out = amtl_kernels.tiered_embedding(table, [9, 39], rows, optimizer=optimizer)
+        out.backward(grad)
+        results.append([*table, *(block.grad for block in table), psw.grad])
+    for apart, together in zip(*results, strict=True):
+        assert apart is together is None or torch.equal(apart.to_dense(), together.to_dense())
