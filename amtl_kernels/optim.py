@@ -370,6 +370,10 @@ class RowOptimizer(torch.optim.Optimizer):
         if counter is not None and len(known) == len(steps) and all(map(is_, known, steps)):
             counter += 1
             return int(steps[-1])
+        if len(set(map(id, steps))) < len(steps):
+            # A table that is given twice is counted twice.
+            torch._foreach_add_(steps, 1)
+            return int(steps[-1])
         # Views of one tensor, so that one addition counts them all; each can still go its own way.
         counter = torch.stack(steps).add_(1)
         for state, step in zip(states, counter.unbind(), strict=True):

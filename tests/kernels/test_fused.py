@@ -513,6 +513,15 @@ def test_tiers_are_counted_in_one_addition_and_can_go_their_own_ways() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_table_that_is_given_twice_is_counted_twice() -> None:
+    table, dims = torch.nn.Parameter(torch.ones(4, 3)), torch.full((4,), 3).int()
+    optimizer = ak.optim.Adam([table], lr=0.1)
+    tables = [table, table], torch.arange(4), torch.arange(5), [dims, dims]
+    for count in (2, 4, 6):
+        ak.masked_embedding_bag_tables(*tables, optimizer=optimizer).sum().backward()
+        assert int(optimizer.state[table]["step"]) == count
+
+
 def test_one_block_leads_to_the_backward_for_all() -> None:
     """None of them gets a gradient, and each would be a node of the graph."""
     blocks = [torch.nn.Parameter(torch.ones(3, width), width != 4) for width in (4, 2, 1)]
