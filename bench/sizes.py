@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from amtl.data.registry import load_source
-from amtl.paper.protocol import DIM, SETS, parse_set
+from amtl.paper.protocol import DIM, SETS, choose_sets
 from amtl.paper.records import Claim, append, read
 from amtl.paper.statistics import paired
 from amtl.run import methods
@@ -326,8 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show.add_argument("-o", "--summary", type=Path)
     args = parser.parse_args(argv)
     if args.command == "run":
-        sets = {name: SETS[name] for name in args.sets.split(",") if name}
-        sets |= dict(map(parse_set, args.also))
+        sets = choose_sets(args.sets, args.also)
         seeds = [int(seed) for seed in args.seeds.split(",")]
         budgets = [float(budget) for budget in args.budgets.split(",")]
         run_all(args.out, sets, seeds, args.kinds.split(","), budgets, args.decay)

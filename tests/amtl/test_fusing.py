@@ -203,6 +203,15 @@ def test_gradients_that_should_add_up_are_refused():
     assert not torch.equal(layer.weight, before)
 
 
+def test_what_another_optimizer_updated_is_no_update_of_this_one():
+    layer = layer_of(fused_optimizer=OPTIMIZERS["sgd"])
+    for seed in range(2):
+        backward(layer, seed)
+        layer.fused_optimizer.step()
+        layer.fuse(None).fuse(OPTIMIZERS["sgd"])
+    assert copy.deepcopy(layer)._updated.passes is not layer._updated.passes
+
+
 def test_whoever_never_steps_means_every_backward_to_be_one():
     stepping, other = (layer_of(fused_optimizer=OPTIMIZERS["adam"]) for _ in range(2))
     for seed in range(3):

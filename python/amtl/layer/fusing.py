@@ -106,10 +106,11 @@ def require_no_need_of_masters(
 
 @dataclass
 class Updated:
-    """The last update of a layer's table: in which backward, and after how many steps."""
+    """The last update of a layer's table: in which backward, and after how many steps of whom."""
 
     backward: int = -1
     steps: int = -1
+    passes: _Passes | None = None
 
 
 class _Passes:
@@ -139,12 +140,13 @@ class _Passes:
                 )
         # Lookups within one backward are one pass.
         backward = torch._C._current_graph_task_id()
-        if updated.steps == self.steps and updated.backward != backward:
+        again = updated.passes is self and updated.steps == self.steps
+        if again and updated.backward != backward:
             if self.steps:
                 raise RuntimeError(_twice(name))
             # Whoever never calls step() means every backward to be one.
             self.skipped = name
-        updated.backward, updated.steps = backward, self.steps
+        updated.backward, updated.steps, updated.passes = backward, self.steps, self
 
 
 def _scales_gradients() -> bool:
