@@ -172,6 +172,35 @@ def test_without_progress_training_turns_back_freezes_slows_down_and_ends(source
     assert group["lr"] == pytest.approx(0.3 * 0.01)
 
 
+@pytest.mark.parametrize(("decay", "later"), [(0.0, 2), (1e-4, 4)])
+def test_with_weight_decay_later_stages_are_as_patient(source, monkeypatch, decay, later):
+    scores = iter([0.9] + [0.5] * 100)
+    monkeypatch.setattr(Learner, "scores", lambda self: (next(scores), 0.7))
+    config = overfitting(method="fixed", embedding_decay=decay, patience=4)
+    learner = start(config, source=source).learner
+    while not learner.finished:
+        learner.step()
+    stages = [record["stage"] for record in learner.history]
+    assert stages == [0] * 5 + [1] * later + [2] * later
+
+
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_the_last_fifth_of_the_epochs_is_left_to_smaller_rates(source, monkeypatch, epochs):
+    """Of a model that gets better all the time, too, as with weight decay many do."""
+    rising = iter(range(1000))
+    monkeypatch.setattr(Learner, "scores", lambda self: (0.5 + next(rising) * 1e-3, 0.7))
+    config = settings(method="fixed", epochs=epochs, validations=20, batch_size=8, race=False)
+    learner = start(config, source=source).learner
+    stages = []
+    while not learner.finished:
+        learner.step()
+        stages.append((learner.epochs / epochs, learner.stage))
+    assert {stage for share, stage in stages if share < 0.79} == {0}
+    assert {stage for share, stage in stages if 0.86 < share < 0.89} == {1}
+    assert {stage for share, stage in stages if share > 0.96} == {2}
+    assert len(learner.history) == 20 * epochs
+
+
 def test_a_turn_starts_from_the_best_model(source):
     learner = start(overfitting(table_options=LEARNED), source=source).learner
     while learner.stage == 0:

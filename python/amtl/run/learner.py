@@ -33,6 +33,10 @@ _NEXT_TO_NOTHING, _LITTLE = 2e-5, 5e-4
 """In AUC minus log loss: far below what another seed changes; and what may be lost where it is less
 than a standard error, as on a thousand rows a single pair that changes places."""
 
+_LAST = 0.8
+"""Share of all epochs after which learning rates fall at the latest: with weight decay a model may
+creep forward for all of them, and gains more by smaller rates than by all that came before."""
+
 _TIMED_STEPS = 20_000
 """Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
 
@@ -251,12 +255,19 @@ class Learner:
             self.stale = 0
         else:
             self.stale += 1
-        patience = config.patience if self.stage == 0 else max(2, config.patience // 2)
+        patience = config.patience
+        if self.stage and not config.embedding_decay:
+            # With weight decay validations go up and down with the steps since its last pass.
+            patience = max(2, patience // 2)
         waiting = config.freeze_at is not None and not self.frozen
-        if self.stale >= patience and not waiting:
-            self._turn()
-        if self.steps >= config.epochs * self.steps_per_epoch:
+        steps = config.epochs * self.steps_per_epoch
+        # Each stage has as large a part of what is left.
+        late = self.steps >= (1 - (1 - _LAST) / 2**self.stage) * steps
+        last = self.stage >= config.rate_drops
+        if self.steps >= steps:
             self.finished = True
+        elif not waiting and (self.stale >= patience or (late and not last)):
+            self._turn()
 
     def _turn(self) -> None:
         """Back to the best model: freeze its sizes, or go on with smaller rates, or end."""
