@@ -116,11 +116,11 @@ class TrainConfig:
         validations: so many an epoch, or lap of at most two million samples of a longer one, of
             the model as it would be stored. The best one by AUC minus log loss is kept.
         patience: validations in a row without a better one, after which training goes back to the
-            best model, freezes its sizes and goes on with learning rates times `rate_drop`; half as
-            many, at least 2, from then on where there is no weight decay.
+            best model, freezes its sizes and goes on with learning rates times `rate_drop`; from then
+            on half as many, at least 2, and with weight decay as many.
         rate_drop: what the learning rates of MLP and table are multiplied by at each such turn.
-        rate_drops: so many turns; the next one ends training. The last fifth of `epochs` is left to
-            smaller rates in any case.
+        rate_drops: so many turns; the next one ends training. With weight decay the last fifth of
+            `epochs` has smaller rates in any case.
         race: whether candidates for what is left open here are tried at the start of training.
         compare: also train a table of full size and one of fixed width in the same bytes.
         lr: learning rate of the MLP (Adam).

@@ -34,8 +34,9 @@ _NEXT_TO_NOTHING, _LITTLE = 2e-5, 5e-4
 than a standard error, as on a thousand rows a single pair that changes places."""
 
 _LAST = 0.8
-"""Share of all epochs after which learning rates fall at the latest: with weight decay a model may
-creep forward for all of them, and gains more by smaller rates than by all that came before."""
+"""Share of all epochs after which learning rates fall at the latest with weight decay, by which a
+model may creep forward for all of them: smaller rates then gain more than all that came before.
+Without decay few epochs are better spent at full rates."""
 
 _TIMED_STEPS = 20_000
 """Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
@@ -255,18 +256,19 @@ class Learner:
             self.stale = 0
         else:
             self.stale += 1
-        patience = config.patience
-        if self.stage and not config.embedding_decay:
-            # With weight decay validations go up and down with the steps since its last pass.
+        patience, late = config.patience, False
+        steps = config.epochs * self.steps_per_epoch
+        if config.embedding_decay:
+            # Validations go up and down with the steps since its last pass: no less patience later.
+            # Each stage has as large a part of the epochs that are left.
+            late = self.steps >= (1 - (1 - _LAST) / 2**self.stage) * steps
+            late = late and self.stage < config.rate_drops
+        elif self.stage:
             patience = max(2, patience // 2)
         waiting = config.freeze_at is not None and not self.frozen
-        steps = config.epochs * self.steps_per_epoch
-        # Each stage has as large a part of what is left.
-        late = self.steps >= (1 - (1 - _LAST) / 2**self.stage) * steps
-        last = self.stage >= config.rate_drops
         if self.steps >= steps:
             self.finished = True
-        elif not waiting and (self.stale >= patience or (late and not last)):
+        elif not waiting and (self.stale >= patience or late):
             self._turn()
 
     def _turn(self) -> None:
