@@ -253,13 +253,15 @@ class Learner:
         )
         if record["best"]:
             self.best = {"record": record, **self._snapshot()}
-            self.stale = 0
-        else:
-            self.stale += 1
+        # With weight decay validations go up and down with the steps since its last pass. So a
+        # stage is held against itself, not against the peak that it went back to.
+        decays = bool(config.embedding_decay)
+        before = (r["score"] for r in self.history[:-1] if r["stage"] == self.stage)
+        moves = decays and record["score"] > max(before, default=-math.inf)
+        self.stale = 0 if record["best"] or moves else self.stale + 1
         patience, late = config.patience, False
         steps = config.epochs * self.steps_per_epoch
-        if config.embedding_decay:
-            # Validations go up and down with the steps since its last pass: no less patience later.
+        if decays:
             # Each stage has as large a part of the epochs that are left.
             late = self.steps >= (1 - (1 - _LAST) / 2**self.stage) * steps
             late = late and self.stage < config.rate_drops
