@@ -236,8 +236,17 @@ class RowOptimizer(torch.optim.Optimizer):
 
         Args:
             state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: The groups hold other numbers of parameters.
         """
-        super().load_state_dict(state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. A frozen table is a parameter for each of its tiers: load the state of "
+                "the model, which freezes it as it was, before that of its optimizer"
+            ) from None
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for parameter, number in zip(parameters, numbers, strict=True):

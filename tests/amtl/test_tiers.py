@@ -637,3 +637,29 @@ def test_optimizers_are_looked_for_once(monkeypatch):
     gather(layer)
     gather(layer)
     assert len(asked) == 1
+
+
+def test_states_of_a_frozen_table_and_its_optimizer_are_loaded_in_this_order():
+    def fresh():
+        layer = amtl.AMTLEmbedding(200, 8, counts=torch.arange(200) ** 2, budget=0.3)
+        return layer, amtl_kernels.optim.Adam(layer.table_parameters(), lr=0.1)
+
+    def step(layer, optimizer):
+        layer(torch.arange(50)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    layer, optimizer = fresh()
+    step(layer, optimizer)
+    layer.freeze(optimizer)
+    step(layer, optimizer)
+    states = copy.deepcopy((layer.state_dict(), optimizer.state_dict()))
+    again, other = fresh()
+    with pytest.raises(ValueError, match="load the state of the model"):
+        other.load_state_dict(states[1])
+    again.load_state_dict(states[0])
+    other.load_state_dict(states[1])
+    for each in ((layer, optimizer), (again, other)):
+        step(*each)
+    rows = torch.arange(200)
+    assert torch.equal(layer(rows), again(rows))
