@@ -493,8 +493,9 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, 
     ("decay", "scores", "tried", "chosen"),
     [
         (None, {None: 0.7}, [None, None], None),
-        # The full table's own serves: none is not tried any more.
-        (1e-5, {1e-6: 0.6, 1e-5: 0.7}, [1e-6, 1e-5, 1e-5], 1e-5),
+        # The full table's own serves more than a tenth: none is tried last.
+        (1e-5, {1e-6: 0.6, 1e-5: 0.7, None: 0.65}, [1e-6, 1e-5, 1e-5, None], 1e-5),
+        (1e-5, {1e-6: 0.6, 1e-5: 0.7, None: 0.75}, [1e-6, 1e-5, 1e-5, None], None),
         (1e-4, {1e-5: 0.7, 1e-4: 0.6, None: 0.65}, [1e-5, 1e-4, None, 1e-5], 1e-5),
         (1e-5, {1e-6: 0.65, 1e-5: 0.6, None: 0.7}, [1e-6, 1e-5, None, None], None),
     ],
@@ -515,7 +516,9 @@ def test_students_are_tried_with_less_decay_than_a_full_table(decay, scores, tri
 
     best, rows = race_taught(winner, make, Silent(), step, decay)
     assert [rounded(config.embedding_decay) for config in made] == tried
-    assert [config.distillation for config in made] == [SHARES[0]] * (len(tried) - 1) + [SHARES[1]]
+    # What comes again comes with the other share.
+    shares = [SHARES[each in tried[:at]] for at, each in enumerate(tried)]
+    assert [config.distillation for config in made] == shares
     won = [row["name"] for row in rows if row["chosen"]]
     assert won == [f"50% of the labels a teacher's{f', weight decay {chosen:g}' if chosen else ''}"]
     assert best.scores[1] == scores[chosen]

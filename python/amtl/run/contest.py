@@ -389,7 +389,8 @@ def race_taught(
     """Trains settings anew on labels that a teacher softens, against a winner; see `contend`.
 
     Weight decay first, a weaker one than serves a table of full size, then that one or none: it
-    may be too much for a table of few numbers. Then how much the teacher says.
+    may be too much for a table of few numbers. Then how much the teacher says, and where none was
+    not tried, it is with as much.
 
     Args:
         winner: the best model so far, trained to its end.
@@ -428,17 +429,21 @@ def race_taught(
         rows.append(row)
         return float(row["score"])
 
-    each = config.embedding_decay
+    each, scores = config.embedding_decay, dict[float | None, float]()
     if each is None and decay and config.may_decay:
         weaker = WEAKER * decay
-        scores: dict[float | None, float] = {d: teach(shares[0], d) for d in (weaker, decay)}
+        scores = {d: teach(shares[0], d) for d in (weaker, decay)}
         if max(scores, key=scores.__getitem__) == weaker:
             scores[None] = teach(shares[0], None)
         each = max(scores, key=scores.__getitem__)
+        by_share = {shares[0]: scores[each]}
     else:
-        teach(shares[0], each)
+        by_share = {shares[0]: teach(shares[0], each)}
     for share in shares[1:]:
-        teach(share, each)
+        by_share[share] = teach(share, each)
+    if scores and None not in scores:
+        # A tenth being worse says nothing of none.
+        teach(max(by_share, key=by_share.__getitem__), None)
     return best, rows
 
 
