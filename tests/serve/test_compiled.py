@@ -18,6 +18,7 @@ from amtl_kernels import _C, _schema
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("AMTL_TEST_CACHE", ROOT / "build")) / "serve-tests"
 ROWS, DIM = 300, 16
+TRAINED = slice(3 * DIM, 4 * DIM)  # where `Model.tables` has the layer of that name
 # Quick to compile; what it computes is the same.
 QUICKLY = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
@@ -77,6 +78,10 @@ def test_compiled_models_give_what_the_layers_give(model, package):
         with torch.no_grad():
             out, tables = model(*inputs)
         found, found_tables = compiled(*inputs)
+        # A trained layer's step sizes are the generated code's, whose roots the compiler may take
+        # from estimates (it does where vectors have 16 numbers): the last bits are its own.
+        torch.testing.assert_close(found_tables[:, TRAINED], tables[:, TRAINED], rtol=4e-7, atol=0)
+        found_tables[:, TRAINED] = tables[:, TRAINED]
         assert torch.equal(found_tables, tables)
         torch.testing.assert_close(found, out)
     with pytest.raises(RuntimeError):
