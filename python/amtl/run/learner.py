@@ -232,7 +232,6 @@ class Learner:
         return auc(logits, labels), log_loss(logits, labels)
 
     def _validate(self) -> None:
-        config = self.config
         area, loss = self.scores()
         record: dict[str, Any] = {
             "step": self.steps,
@@ -253,25 +252,29 @@ class Learner:
         )
         if record["best"]:
             self.best = {"record": record, **self._snapshot()}
+        stage_ends = self._waited_long(record)
+        waiting = self.config.freeze_at is not None and not self.frozen
+        if self.steps >= self.config.epochs * self.steps_per_epoch:
+            self.finished = True
+        elif stage_ends and not waiting:
+            self._turn()
+
+    def _waited_long(self, record: dict[str, Any]) -> bool:
+        """Whether a stage of training has gained nothing for so long that this one ends it."""
+        config = self.config
         # With weight decay validations go up and down with the steps since its last pass. So a
         # stage is held against itself, not against the peak that it went back to.
         decays = bool(config.embedding_decay)
         before = (r["score"] for r in self.history[:-1] if r["stage"] == self.stage)
         moves = decays and record["score"] > max(before, default=-math.inf)
         self.stale = 0 if record["best"] or moves else self.stale + 1
-        patience, late = config.patience, False
-        steps = config.epochs * self.steps_per_epoch
-        if decays:
-            # Each stage has as large a part of the epochs that are left.
-            late = self.steps >= (1 - (1 - _LAST) / 2**self.stage) * steps
-            late = late and self.stage < config.rate_drops
-        elif self.stage:
-            patience = max(2, patience // 2)
-        waiting = config.freeze_at is not None and not self.frozen
-        if self.steps >= steps:
-            self.finished = True
-        elif not waiting and (self.stale >= patience or late):
-            self._turn()
+        if not decays:
+            patience = max(2, config.patience // 2) if self.stage else config.patience
+            return self.stale >= patience
+        # Each stage has as large a part of the epochs that are left.
+        share = 1 - (1 - _LAST) / 2**self.stage
+        late = self.steps >= share * (config.epochs * self.steps_per_epoch)
+        return self.stale >= config.patience or (late and self.stage < config.rate_drops)
 
     def _turn(self) -> None:
         """Back to the best model: freeze its sizes, or go on with smaller rates, or end."""
