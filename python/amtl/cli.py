@@ -79,6 +79,9 @@ def train(
     label_positive: Annotated[
         str | None, typer.Option(help="Labels of this value are positive, others negative.")
     ] = None,
+    label_missing: Annotated[
+        str | None, typer.Option(help="drop rows without a label, or negative for what they are.")
+    ] = None,
     fields: Annotated[
         str | None, typer.Option(help="Columns to use, separated by commas; default: all.")
     ] = None,
@@ -267,6 +270,7 @@ def train(
         label=label,
         label_threshold=label_threshold,
         label_positive=label_positive,
+        label_missing=label_missing,
         fields=parse_names("--fields", fields, columns),
         drop=parse_names("--drop", drop, columns),
         method=method,
@@ -297,7 +301,7 @@ def train(
         raise UserError(
             f"{out} holds a run already: --resume --out {at} goes on with it, --force replaces it"
         )
-    note = label_note(source.frame, config.label, label_threshold, label_positive)
+    note = label_note(source.frame, *config.labelling)
     if source.licence:
         console.print(f"[dim]{escape(source.licence)}[/]", highlight=False)
     console.print(
@@ -436,26 +440,31 @@ def evaluate(
         str | None,
         typer.Option(help="Labels of this value are positive.", show_default="as trained"),
     ] = None,
+    label_missing: Annotated[
+        str | None, typer.Option(help="drop or negative, see train.", show_default="as trained")
+    ] = None,
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
-    from amtl.data import load_source, read_labels
+    from amtl.data import labelled, load_source, read_labels
     from amtl.run.folders import load_trained
 
     trained = load_trained(run)
     if data is None:
-        if label or label_threshold is not None or label_positive is not None:
+        if label or any(v is not None for v in (label_threshold, label_positive, label_missing)):
             raise UserError("--label and its kin are about DATA: name the file to score")
         encoded, what = trained.test_split(), f"test split of {trained.config.data}"
         strange = []
     else:
-        source, config = load_source(data), trained.config
+        frame, config = load_source(data).frame, trained.config
         if label_threshold is None and label_positive is None:
             label_threshold, label_positive = config.label_threshold, config.label_positive
         if label is not None and label in trained.encoder.columns:
             raise UserError(f"--label {label}: that is a field, from which the model predicts")
-        labels = read_labels(source.frame, label or config.label, label_threshold, label_positive)
-        encoded, what = trained.encoder.transform(source.frame, labels), data
-        strange = list(trained.unseen_columns(source.frame, encoded).values())
+        missing = config.label_missing if label_missing is None else label_missing
+        labelling = label or config.label, label_threshold, label_positive, missing
+        frame = labelled(frame, *labelling)
+        encoded, what = trained.encoder.transform(frame, read_labels(frame, *labelling)), data
+        strange = list(trained.unseen_columns(frame, encoded).values())
     result = trained.evaluate(encoded)
     unused = trained.encoder.unused()
     unknown = {k: v for k, v in result["unknown_values"].items() if v and k not in unused}

@@ -148,6 +148,7 @@ TRAIN = [  # words after `train ok.parquet --label y`, and what is told
     ("--multi 'user= ,colour=;'", "no column 'colour'"),
     ("--label-positive 7", "no such value"),
     ("--label-positive 1 --label-threshold 1", "not both"),
+    ("--label-missing zero", "drop or negative is needed"),
     ("--warm-start nowhere", "there is no run folder"),
     ("--warm-start ''", "'--warm-start': a name is needed"),
     ("--out file", "file"),
@@ -168,7 +169,7 @@ LINES = [  # whole command lines
     ("train ok.csv --label price", "--label-threshold X"),
     ("train answer.csv --label y", "--label-positive VALUE"),
     ("train answer.csv --label y --label-threshold 1", "--label-positive VALUE"),
-    ("train gaps.csv --label y", "is missing in"),
+    ("train gaps.csv --label y", "--label-missing drop leaves these rows out"),
     ("train ones.csv --label y", "is always 1"),
     ("train none.csv --label y", "no rows"),
     ("train five.csv --label y", "at least 10"),
@@ -207,6 +208,8 @@ LINES = [  # whole command lines
     ("evaluate run text.csv", "holds String values such as 'cheap' where numbers"),
     ("evaluate run answer.csv", "--label-positive VALUE"),
     ("evaluate run ones.csv", "both classes"),
+    ("evaluate run gaps.csv", "--label-missing negative counts them"),
+    ("evaluate run --label-missing drop", "name the file to score"),
     ("evaluate m.safetensors text.csv", "where numbers are needed"),
     ("inspect noise.parquet", "noise.parquet"),
     ("inspect ''", "a name is needed"),
@@ -258,6 +261,8 @@ def test_a_mistake_is_one_line(line, told, folder, monkeypatch, capsys):
     "words",
     [
         "answer.csv --label-positive good",
+        "gaps.csv --label-missing drop",
+        "gaps.csv --label-missing negative",
         "yes.csv",
         "ok.csv --label stars --label-threshold 4",
         "ok.csv --method fixed",
@@ -281,6 +286,15 @@ def test_the_remedies_work(words, folder, tmp_path, monkeypatch, capsys):
     assert data in shown
     assert "[bold]run:smile:" in "".join(shown.split())
     assert read_json(out / "metrics.json")["config"]["label"] in ("y", "stars")
+
+
+@pytest.mark.parametrize("missing", ["drop", "negative"])
+def test_rows_without_a_label_are_scored_as_asked(missing, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    labels = pl.read_csv("gaps.csv")["y"]
+    rows = labels.count() if missing == "drop" else len(labels)
+    assert run("evaluate", "run", "gaps.csv", "--label-missing", missing) == 0
+    assert f"gaps.csv: {rows} rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

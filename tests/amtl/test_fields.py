@@ -12,7 +12,7 @@ import pytest
 import torch
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields, numbers
-from amtl.data.labels import label_note, read_labels
+from amtl.data.labels import label_note, labelled, read_labels
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.settings import parse_columns
@@ -589,13 +589,14 @@ def test_obvious_pairs_of_labels(values, positives):
         (["yes", "yes"], None, None, "always 'yes'"),
         ([0, None, 1], None, None, "missing in 1 rows"),
         ([0.0, float("nan"), 1.0], None, None, "missing in 1 rows"),
-        ([4.0, float("nan"), 1.0], 3.0, None, "missing in 1 rows"),
+        ([4.0, float("nan"), 1.0], 3.0, None, "missing in 1 rows; --label-missing drop leaves"),
+        ([None, None], None, None, "missing in every row; name another"),
         (["a", "b", "c"], None, None, "--label-positive VALUE"),
         (["good", "bad"], None, None, "--label-positive VALUE"),
         (["now", "w"], None, None, "holds 2 texts such as 'now', 'w'; --label-positive VALUE"),
         (["under", "der"], None, None, "--label-positive VALUE"),
         (["yes", "no", "1"], None, None, "--label-positive VALUE"),
-        (["yes", "no", "NA"], None, None, "'NA' in 1 rows, by its look missing.*--label-positive"),
+        (["yes", "no", "NA"], None, None, "'NA' in 1 rows, by its look missing.*--label-missing"),
         (["1", "NA", "0", "NA"], None, None, "'NA' in 2 rows, by its look missing"),
         (["a", "b"], 1.0, None, "--label-positive VALUE"),
         ([1, 2, 3], 9.0, None, "always 0 with --label-threshold 9"),
@@ -611,6 +612,44 @@ def test_obvious_pairs_of_labels(values, positives):
 def test_labels_that_cannot_be_used(values, threshold, positive, message):
     with pytest.raises(UserError, match=message):
         read_labels(pl.DataFrame({"y": values}), "y", threshold, positive)
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "positive"),
+    [
+        ([None, 0, 1, None], None, None),
+        ([1.0, None, float("nan"), 0.0], None, None),
+        ([False, None, True], None, None),
+        (["yes", "NA", "no", None], None, None),
+        (["", "3", "?", "5"], 4, None),
+        (["bad", "good", "NA", "fair"], None, "good"),
+        ([2, None, 7, 9], None, "7"),
+    ],
+)
+def test_rows_without_a_label(values, threshold, positive):
+    """Left out, or negative; what the others are is as it would be without them."""
+    frame = pl.DataFrame({"y": values, "row": range(len(values))})
+    has = [v not in (None, "", "NA", "?") and v == v for v in values]
+    for missing in ("drop", "negative"):
+        labelling = "y", threshold, positive, missing
+        kept = labelled(frame, *labelling)
+        found = dict(zip(kept["row"].to_list(), read_labels(kept, *labelling), strict=True))
+        clean = frame.filter(pl.Series(has))
+        want = dict(zip(clean["row"], read_labels(clean, "y", threshold, positive), strict=True))
+        assert {row: label for row, label in found.items() if has[row]} == want
+        others = {row: label for row, label in found.items() if not has[row]}
+        assert others == ({} if missing == "drop" else dict.fromkeys(others, 0.0))
+        assert len(others) == (0 if missing == "drop" else has.count(False))
+        assert f"{has.count(False)} rows without one" in label_note(frame, *labelling)
+    with pytest.raises(UserError, match="drop or negative is needed"):
+        read_labels(frame, "y", threshold, positive, "zero")
+
+
+def test_one_value_and_none():
+    frame = pl.DataFrame({"click": ["yes", None, "yes"]})
+    assert read_labels(frame, "click", missing="negative").tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(UserError, match="always"):
+        read_labels(labelled(frame, "click", missing="drop"), "click", missing="drop")
 
 
 @pytest.mark.parametrize(

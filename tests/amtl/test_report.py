@@ -219,6 +219,7 @@ def test_runs_of_different_labels_and_splits_are_told_apart(folders, tmp_path):
         ({"label": "z"}, "label", "label z", "label y"),
         ({"label_threshold": 4.0}, "label", "label y from 4", "label y"),
         ({"label_positive": "no"}, "label", "label y = no", "label y"),
+        ({"label_missing": "drop"}, "label", "label y, missing: drop", "label y"),
         ({"split_seed": 7}, "split", "split random of seed 7", "split random of seed 0"),
         ({"split": "order:t"}, "split", "split order:t", "split random of seed 0"),
         (
@@ -230,7 +231,7 @@ def test_runs_of_different_labels_and_splits_are_told_apart(folders, tmp_path):
         for folder in folders:
             run = json.loads((folder / "metrics.json").read_text())
             run["config"] |= {"label": "y", "label_threshold": None, "split": "random"}
-            run["config"] |= {"label_positive": None, "split_seed": 0}
+            run["config"] |= {"label_positive": None, "label_missing": None, "split_seed": 0}
             run["config"] |= change if folder == folders[0] else {}
             (folder / "metrics.json").write_text(json.dumps(run))
         if not what:

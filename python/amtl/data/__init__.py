@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.fields import FieldSpec, infer_fields
-from amtl.data.labels import label_note, read_labels
+from amtl.data.labels import label_note, labelled, read_labels
 from amtl.data.readers import require_columns
 from amtl.data.registry import Source, load_source, named_sets
 from amtl.data.splits import split_rows
@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "infer_fields",
     "label_note",
+    "labelled",
     "load_source",
     "named_sets",
     "read_labels",

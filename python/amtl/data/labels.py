@@ -34,12 +34,19 @@ _SAID_NO_TO = re.compile(
 )
 """How words begin of which no, non, not and un before them, without a space, make the opposite."""
 _ONE_SPELLING = {"false": "0", "true": "1"}
+_TO_THOSE = (
+    "--label-missing drop leaves these rows out, --label-missing negative counts them as negative"
+)
 
 
 def read_labels(
-    frame: pl.DataFrame, column: str, threshold: float | None = None, positive: str | None = None
+    frame: pl.DataFrame,
+    column: str,
+    threshold: float | None = None,
+    positive: str | None = None,
+    missing: str | None = None,
 ) -> Tensor:
-    """Labels as float32 zeros and ones, `[n]`.
+    """Labels as float32 zeros and ones, one for each row that has one or is given one.
 
     Args:
         frame: the data.
@@ -48,12 +55,14 @@ def read_labels(
             "click", in whatever case.
         threshold: a sample is positive if its number is at least this.
         positive: a sample is positive if its value is this one.
+        missing: samples without a label are none if this is `drop` (see `labelled`), and negative
+            if it is `negative`. With either, text that stands for no value is no label.
 
     Raises:
         UserError: if the column is missing, has gaps, or does not hold both classes; the message
             has the option that helps.
     """
-    flags, _ = _decide(frame, column, threshold, positive)
+    flags, _ = _decide(frame, column, threshold, positive, missing)
     if flags.n_unique() < 2:
         always = frame[column][0] if frame[column].n_unique() == 1 else int(flags[0])
         how = "" if frame[column].n_unique() == 1 else f" with {_option(threshold, positive)}"
@@ -61,20 +70,47 @@ def read_labels(
     return torch.from_numpy(flags.cast(pl.Float32).to_numpy().copy())
 
 
+def labelled(
+    frame: pl.DataFrame,
+    column: str,
+    threshold: float | None = None,
+    positive: str | None = None,
+    missing: str | None = None,
+) -> pl.DataFrame:
+    """The rows to which `read_labels`, asked the same, gives labels.
+
+    All of them, but those without a label if `missing` is `drop`.
+    """
+    if missing != "drop" or column not in frame.columns:
+        return frame
+    gaps = _gaps(frame[column], missing)
+    return frame.filter(~gaps) if gaps.any() else frame
+
+
 def label_note(
-    frame: pl.DataFrame, column: str, threshold: float | None = None, positive: str | None = None
+    frame: pl.DataFrame,
+    column: str,
+    threshold: float | None = None,
+    positive: str | None = None,
+    missing: str | None = None,
 ) -> str:
     """What was guessed about the label, and how to have it otherwise; empty if nothing was."""
-    return _decide(frame, column, threshold, positive)[1]
+    return _decide(frame, column, threshold, positive, missing)[1]
 
 
 def _decide(
-    frame: pl.DataFrame, column: str, threshold: float | None, positive: str | None
+    frame: pl.DataFrame,
+    column: str,
+    threshold: float | None,
+    positive: str | None,
+    missing: str | None,
 ) -> tuple[pl.Series, str]:
     """Which samples are positive, and a note on what was guessed."""
     require_columns(frame.columns, [column], "the data")
     if threshold is not None and positive is not None:
         raise UserError("give --label-threshold or --label-positive, not both")
+    if missing not in (None, "drop", "negative"):
+        raise UserError(f"--label-missing {missing}: drop or negative is needed")
     values = frame[column]
     if not len(values):
         raise UserError("the data has no rows")
@@ -86,20 +122,48 @@ def _decide(
             f"label {column!r} is {brief(dtype)}; numbers, booleans or text are needed: name "
             "another column with --label"
         )
-    gaps = values.null_count() + (int(values.is_nan().sum()) if dtype.is_float() else 0)
-    if gaps:
+    gaps = _gaps(values, missing)
+    if not (rows := int(gaps.sum())):
+        return _classes(values, threshold, positive)
+    if missing is None or rows == len(values):
+        where, how = (f"{rows:,} rows", f"{_TO_THOSE}, or ")
+        if rows == len(values):
+            where, how = "every row", ""
         raise UserError(
-            f"label {column!r} is missing in {gaps:,} rows; leave these rows out of the file, or "
-            "name another column with --label"
+            f"label {column!r} is missing in {where}; {how}name another column with --label"
         )
-    if dtype == pl.Boolean and positive is None:
+    flags, note = _classes(values.filter(~gaps), threshold, positive)
+    told = "left out" if missing == "drop" else "counted as negative"
+    note = f"{note}; {rows:,} rows without one {told}".removeprefix("; ")
+    if missing == "drop":
+        return flags, note
+    return (~gaps).cast(pl.Int8).scatter((~gaps).arg_true(), flags.cast(pl.Int8)) == 1, note
+
+
+def _gaps(values: pl.Series, missing: str | None) -> pl.Series:
+    """Which rows have no label."""
+    if values.dtype in (pl.Categorical, pl.Enum):
+        values = values.cast(pl.String)
+    gaps = values.is_null()
+    if values.dtype.is_float():
+        gaps |= values.is_nan().fill_null(True)
+    elif values.dtype == pl.String and missing is not None:
+        gaps |= values.is_in(["", *MISSING]).fill_null(True)
+    return gaps
+
+
+def _classes(
+    values: pl.Series, threshold: float | None, positive: str | None
+) -> tuple[pl.Series, str]:
+    """Which of some labels are positive, and a note on what was guessed."""
+    if values.dtype == pl.Boolean and positive is None:
         return (values if threshold is None else values.cast(pl.Float64) >= threshold), ""
     numbers = values.cast(pl.Float64, strict=False)
     if threshold is not None:
         if numbers.null_count():
             text = values.filter(numbers.is_null())[0]
             raise UserError(
-                f"label {column!r} holds text such as {_show(text)}, which --label-threshold "
+                f"label {values.name!r} holds text such as {_show(text)}, which --label-threshold "
                 "cannot compare; --label-positive VALUE names the value that is positive"
             )
         return numbers >= threshold, ""
@@ -142,7 +206,7 @@ def _text_pair(values: pl.Series) -> tuple[pl.Series, str]:
         rows = int(values.is_in(marks).sum())
         raise UserError(
             f"label {values.name!r} is {_listed(marks)} in {rows:,} rows, by its look missing; "
-            "leave these rows out of the file, or --label-positive VALUE counts them as negative"
+            f"{_TO_THOSE}, or --label-positive VALUE says what is positive"
         )
     raise UserError(
         f"label {values.name!r} holds {len(distinct):,} texts such as {_listed(distinct)}; "

@@ -82,6 +82,8 @@ class TrainConfig:
         label: label column.
         label_threshold: numbers of at least this are positive; None if labels are 0 and 1.
         label_positive: the value that is positive, as text; None if that needs no saying.
+        label_missing: `drop` leaves rows without a label out, `negative` counts them as negative;
+            None: there are none.
         fields: columns used; empty for all but the label and the split column.
         numeric: column to `bucket`, `standardise` or `categorical`.
         default_numeric: treatment of other floating-point columns.
@@ -134,6 +136,7 @@ class TrainConfig:
     label: str
     label_threshold: float | None = None
     label_positive: str | None = None
+    label_missing: str | None = None
     fields: list[str] = field(default_factory=list)
     numeric: dict[str, str] = field(default_factory=dict)
     default_numeric: str = "bucket"
@@ -236,6 +239,11 @@ class TrainConfig:
             return self
         share = self.budget_bytes / (max(1, rows) * self.dim * 4)
         return replace(self, budget=min(1.0, share), budget_bytes=None)
+
+    @property
+    def labelling(self) -> tuple[str, float | None, str | None, str | None]:
+        """What the labels are: arguments of `amtl.data.labels.read_labels` after the data."""
+        return self.label, self.label_threshold, self.label_positive, self.label_missing
 
     @property
     def effective_budget(self) -> float | None:

@@ -126,6 +126,8 @@ def _tested_on(config: dict[str, Any]) -> tuple[str, ...]:
     threshold, positive = config.get("label_threshold"), config.get("label_positive")
     label += "" if threshold is None else f" from {threshold:g}"
     label += "" if positive is None else f" = {positive}"
+    missing = config.get("label_missing")
+    label += "" if missing is None else f", missing: {missing}"
     split += f" of seed {config.get('split_seed', 0)}" if config["split"] == "random" else ""
     return config["data"], label, split
 

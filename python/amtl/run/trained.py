@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from amtl.data.encoding import EncodedData, Encoder
-from amtl.data.labels import read_labels
+from amtl.data.labels import labelled, read_labels
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source
 from amtl.data.splits import split_rows
@@ -124,14 +124,12 @@ class Trained:
         Raises:
             UserError: the data are not what they were.
         """
-        source = load_source(self.config.data)
         config = self.config
-        labels = read_labels(
-            source.frame, config.label, config.label_threshold, config.label_positive
-        )
+        frame = labelled(load_source(config.data).frame, *config.labelling)
+        labels = read_labels(frame, *config.labelling)
         self.encoder.require_labels(labels, config.data)
-        rows = split_rows(source.frame, self.config.split, self.config.split_seed)[2]
-        return self.encoder.transform(source.frame[rows.numpy()], labels[rows])
+        rows = split_rows(frame, config.split, config.split_seed)[2]
+        return self.encoder.transform(frame[rows.numpy()], labels[rows])
 
     def evaluate(self, data: EncodedData) -> dict[str, Any]:
         """AUC with its standard error, log loss, rows by class, and values unseen in training."""
