@@ -642,9 +642,32 @@ def test_models_that_use_the_weight_themselves_are_refused(use):
     model = amtl.convert(PastTheLayer(USES[use]), {"table": torch.arange(ROWS)})
     for each in (model, copy.deepcopy(model)):
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="the weight of 'table' itself"):
+            with pytest.raises(RuntimeError, match=f"'table' itself.*torch.arange\\({ROWS}"):
                 each(rows)
     assert F.embedding(rows, model.table.weight).shape == (3, DIM)
+
+
+def test_scoring_every_row_through_the_layer():
+    """What the error says to write, with the gradients of a product with the weight."""
+    counts = torch.arange(ROWS).flip(0)
+    model = amtl.convert(
+        PastTheLayer(lambda table, rows: table(rows) @ table(torch.arange(ROWS)).T),
+        {"table": counts},
+        budget=0.5,
+        bits=None,
+    )
+    amtl.freeze(model)
+    dense, rows = model.table.dense_weight().requires_grad_(), torch.tensor([3, 0, 3, 7])
+    expected, signs = dense[rows] @ dense.T, torch.randn(4, ROWS)
+    scores = model(rows)
+    torch.testing.assert_close(scores, expected)
+    for out in (scores, expected):
+        (out * signs).sum().backward()
+    found = [block.grad for block in model.table.blocks]
+    widths = [block.shape[1] for block in found for _ in block]
+    assert len(set(widths)) > 1
+    parts = [row[:width] for row, width in zip(dense.grad, widths, strict=False)]
+    torch.testing.assert_close([row for block in found for row in block], parts)
 
 
 @pytest.mark.parametrize("first", [False, True])

@@ -42,7 +42,8 @@ class _Watch(TorchFunctionMode):
                     name = self.tables[id(value)]
                     raise RuntimeError(
                         f"the model uses the weight of {name!r} itself ({func.__name__}), where no "
-                        f"mask reaches it: call the module, or convert the model without {name!r}"
+                        f"mask reaches it: call the module, for all rows on torch.arange"
+                        f"({len(value)}), or convert the model without {name!r}"
                     )
         return func(*args, **kwargs)
 

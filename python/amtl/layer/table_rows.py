@@ -145,9 +145,10 @@ class TableRows(nn.Module):
     def _require_weight(self) -> None:
         if self.tier_ends is not None:
             raise NoWeightError(
-                f"the layer {self.name!r} is frozen and has no dense weight: dense_weight() is a "
-                "copy of what it shows, table_parameters() are what trains, and amtl.revert() puts "
-                "an nn.Embedding in its place"
+                f"the layer {self.name!r} is frozen and has no dense weight: called on "
+                f"torch.arange({self.num_embeddings}) it shows all rows, to train through, "
+                "dense_weight() is a copy of them, table_parameters() are what trains, and "
+                "amtl.revert() puts an nn.Embedding in its place"
             )
 
     def __getattr__(self, name: str) -> Any:
