@@ -177,6 +177,20 @@ def test_ids_that_a_float_has_merged_are_no_ids():
             "117 dates or times, each its own; --numeric x=bucket takes it as a number; --split",
         ),
         ([f"{m:%d.%m.%Y %H:%M}" for m in MOMENTS], "unused", "--split order:x trains"),
+        (
+            [*MOMENTS[:1500], *MOMENTS[:1500]],
+            "bucket",
+            "1,500 dates or times, 2.0 rows each, taken",
+        ),
+        ([*MOMENTS[:1500], *MOMENTS[:1500]], "bucket", "--numeric x=categorical for ids; --split"),
+        (MOMENTS[:900] * 3, "categorical", "900 dates or times, each its own; --numeric x=bucket"),
+        ([int(m.timestamp()) for m in MOMENTS[:1500]] * 2, "bucket", "since 1970, 2.0 rows each"),
+        (
+            [f"{m:%d.%m.%Y %H:%M}" for m in MOMENTS[:1500]] * 2,
+            "bucket",
+            "1,500 dates or times, 2.0",
+        ),
+        ([dt.time(i // 60, i % 60) for i in range(1440)] * 2, "bucket", "1,440 dates or times, 2."),
         (list(range(500)), "categorical", "integers, 1.0 rows a value; --numeric x=bucket"),
         (list(range(50)) * 9, "categorical", ""),
         ([[[1]], [[2]]], "unused", "no ids"),
@@ -197,6 +211,20 @@ def test_other_columns(values, kind, note):
     assert field.kind == kind
     assert note in field.note
     assert bool(note) == bool(field.note)
+
+
+def test_moments_stay_ids_where_numbers_shall_be():
+    values = MOMENTS[:1500] * 2
+    assert spec(values, default_numeric="categorical").kind == "categorical"
+    assert spec(values, default_numeric="standardise").kind == "standardise"
+
+
+def test_moments_as_text_are_read_as_numbers():
+    values = [f"{m:%d.%m.%Y %H:%M}" for m in MOMENTS[:1500]] * 2
+    frame = pl.DataFrame({"x": values, "y": [m.timestamp() for m in MOMENTS[:1500]] * 2})
+    text, seconds = infer_fields(frame, ["x", "y"])
+    found = numbers(frame["x"], text)
+    assert found.rank().to_list() == numbers(frame["y"], seconds).rank().to_list()
 
 
 TAGS = [f"t{tag}" for tag in range(40)]

@@ -25,6 +25,8 @@ _ENOUGH_ROWS = 20
 _CROWDED_BELOW = 0.8
 """Share of distinct values in the lower half of their range from which they count as amounts."""
 _NEARLY_UNIQUE = 0.9
+_RARELY_AGAIN = 0.4
+"""Distinct dates or times a row from which few come again: what is near them tells more."""
 _SPARSE_BELOW = 0.3
 """Share of the whole numbers of a range that amounts have; ids are dense, or evenly spread."""
 _FAVOURITES = 0.01
@@ -105,6 +107,8 @@ def infer_fields(
       out upward likewise, and besides sparse in their range (under 30 % of it), and about as
       frequent as their neighbours, where some ids are popular. Other integers of many values and
       few rows a value have a note.
+    - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
+      more, and fewer than 2.5 a value.
     - Columns with a single value, or of a type that has no ids, are left out, and from 1,000 rows
       on categorical columns of which nearly every row (90 %) has its own value: a model of all
       training rows learns them by heart, and a test row has none of them.
@@ -256,7 +260,7 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
         if not note and not spelled and (odd := _few_odd(values)):
             note = f"most values are numbers, but not {odd}; were those empty, it would be one"
     amount = _integer_amount(column, default_numeric) if dtype.is_integer() else None
-    spec = amount or _keys_left_out(FieldSpec(name, note=note), column)
+    spec = amount or _keys_left_out(FieldSpec(name, note=note), column, default_numeric)
     if dtype.is_integer() and not spec.note:
         spec = replace(spec, note=_integer_note(spec, column, default_numeric))
     return spec
@@ -355,8 +359,11 @@ def _few_odd(values: pl.Series) -> str:
     return shown + (f" and {len(odd) - 3:,} more" if len(odd) > 3 else "")
 
 
-def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
-    """Leaves out a key, of which nearly every row has its own value; notes what may be a number."""
+def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> FieldSpec:
+    """Leaves out a key, of which nearly every row has its own value; notes what may be a number.
+
+    Moments of which few come again are numbers.
+    """
     rows, distinct = len(column), _distinct(column)
     amount = f"{_numeric(spec.name, 'bucket')} takes it as a number"
     earlier = f"--split {shlex.quote(f'order:{spec.name}')} trains on the earlier rows"
@@ -381,6 +388,12 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series) -> FieldSpec:
     if not (unlike_ids or dated):
         return spec
     what = "dates or times" if unlike_ids else "numbers that may be times since 1970"
+    judged = rows >= _ROWS_TO_JUDGE_BY and distinct > _RARELY_AGAIN * rows
+    if judged and default_numeric != "categorical":
+        each = f"{rows / distinct:.1f} rows each, taken as numbers"
+        note = f"{distinct:,} {what}, {each}; {_numeric(spec.name, 'categorical')} for ids"
+        note = f"{note}; {earlier}" if dated else note
+        return replace(_as_told(column, default_numeric, None), note=note)
     note = f"{distinct:,} {what}, each its own; {amount}"
     note = f"{note}; {earlier}" if dated else note
     return replace(spec, note="; ".join(filter(None, [spec.note, note])))
