@@ -633,6 +633,15 @@ USES = {
     "index_select": lambda table, rows: torch.index_select(table.weight, 0, rows),
     "linear": lambda table, rows: F.linear(table(rows), table.weight),
     "product": lambda table, rows: table(rows) @ table.weight.T,
+    "product, mT": lambda table, rows: table(rows) @ table.weight.mT,
+    "sparse product": lambda table, rows: torch.sparse.mm(
+        torch.eye(ROWS).to_sparse(), table.weight
+    )[rows],
+    "joined": lambda table, rows: torch.cat([torch.zeros(2, DIM), table.weight])[rows],
+    "stacked": lambda table, rows: torch.stack((table.weight, table.weight))[:, rows],
+    "normalised": lambda table, rows: table(rows) @ F.normalize(table.weight).mT,
+    "thinned out": lambda table, rows: table(rows) @ F.dropout(table.weight, 0.1).mT,
+    "of layers": lambda table, rows: F.layer_norm(table.weight, (DIM,))[rows],
 }
 
 

@@ -7,6 +7,7 @@ the pass ends with an error that names the layer. Passes after both cost nothing
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -18,13 +19,17 @@ from torch.overrides import TorchFunctionMode
 
 from amtl.layer.table import AMTLTable
 
-_TRANSPOSED: Any = Tensor.T
+_TRANSPOSED: tuple[Any, ...] = (Tensor.T, Tensor.mT)
 _USES = {
     *(F.embedding, F.embedding_bag, torch.embedding, torch.embedding_bag),
     *(torch.index_select, Tensor.index_select, torch.gather, Tensor.gather, Tensor.__getitem__),
     *(F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
-    *(torch.mm, Tensor.mm, torch.addmm, torch.einsum),
-    *(torch.t, Tensor.t, _TRANSPOSED.__get__, torch.transpose, Tensor.transpose),
+    *(torch.mm, Tensor.mm, torch.sparse.mm, torch.addmm, torch.einsum),
+    *(torch.t, Tensor.t, torch.transpose, Tensor.transpose),
+    *(attribute.__get__ for attribute in _TRANSPOSED),
+    # On the way to a product: graph models join tables, and those that score every row scale them.
+    *(torch.cat, torch.concat, torch.vstack, torch.stack),
+    *(F.normalize, F.layer_norm, F.dropout),
 }
 """What reads rows of a table, or multiplies by it; norms and the like are no such use."""
 
@@ -37,7 +42,9 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _USES:
-            for value in (*args, *kwargs.values()):
+            given = (*args, *kwargs.values())
+            lists = (value for value in given if isinstance(value, (list, tuple)))
+            for value in itertools.chain(given, *lists):
                 if id(value) in self.tables:
                     name = self.tables[id(value)]
                     raise RuntimeError(
