@@ -1,4 +1,4 @@
-"""The ten lines where scores are dot products: ratings by matrix factorisation, retrieval by BPR.
+"""The ten lines where scores are dot products: factorised ratings, BPR, sequences of items.
 
     python -m bench.factors OUT.jsonl --seeds 41,42,43
 
@@ -26,8 +26,10 @@ import torch
 from amtl.paper.records import Claim, append, read
 from torch import Tensor, nn
 
+from bench.sequences import Sequences
+
 BUDGETS = (0.3, 0.125, 0.03)
-TASKS = ("ratings", "retrieval")
+TASKS = ("ratings", "retrieval", "sequences")
 USERS, ITEMS, FACTORS, DIM = 3000, 1500, 8, 16
 SAMPLES, EPOCHS, BATCH, RATE, TOP = 150_000, 12, 512, 3e-3, 20
 
@@ -53,7 +55,10 @@ class Factors(nn.Module):
 class Data:
     """Pairs of users and items, what they rated, and the three splits."""
 
-    def __init__(self, seed: int, samples: int) -> None:
+    batch = BATCH
+
+    def __init__(self, task: str, seed: int, samples: int) -> None:
+        self.task, self.sign = task, -1 if task == "ratings" else 1
         self.generator = g = torch.Generator().manual_seed(seed)
         activity = [self._zipf(n, a) for n, a in ((USERS, 0.8), (ITEMS, 1.0))]
         own, theirs = (torch.randn(n, FACTORS, generator=g) for n in (USERS, ITEMS))
@@ -67,10 +72,15 @@ class Data:
         self.ratings += bias[0][self.users] + bias[1][self.items]
         ends = [samples * tenths // 10 for tenths in (0, 8, 9, 10)]
         self.parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        self.rows = torch.arange(samples)[self.parts[0]]
 
     def _zipf(self, rows: int, exponent: float) -> Tensor:
         shares = torch.arange(1, rows + 1).pow(-exponent)
         return shares[torch.randperm(rows, generator=self.generator)]
+
+    def model(self) -> Factors:
+        """Untrained."""
+        return Factors(USERS, ITEMS)
 
     def counts(self) -> dict[str, Tensor]:
         """Of the training split, by table."""
@@ -79,20 +89,21 @@ class Data:
         items = torch.bincount(self.items[train], minlength=ITEMS)
         return {"user": users, "user_bias": users, "item": items, "item_bias": items}
 
-    def loss(self, task: str, model: Factors, rows: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Of some samples: squared error, or of a random item that is scored as high (BPR)."""
         scores = model(self.users[rows], self.items[rows])
-        if task == "ratings":
+        if self.task == "ratings":
             return (scores - self.ratings[rows]).square().mean()
         others = torch.randint(ITEMS, rows.shape, generator=self.generator)
-        return -nn.functional.logsigmoid(scores - model(self.users[rows], others)).mean()
+        gaps: Tensor = scores - model(self.users[rows], others)
+        return -nn.functional.logsigmoid(gaps).mean()
 
     @torch.no_grad()
-    def metric(self, task: str, model: Factors, part: int) -> float:
+    def metric(self, model: Any, part: int) -> float:
         """RMSE, less of which is better, or recall among the best of what a user has not seen."""
         rows = self.parts[part]
         users, items = self.users[rows], self.items[rows]
-        if task == "ratings":
+        if self.task == "ratings":
             return float((model(users, items) - self.ratings[rows]).square().mean().sqrt())
         everyone, every = torch.arange(USERS), torch.arange(ITEMS)
         scores = model.user(everyone) @ model.item(every).T + model.item_bias(every)[:, 0]
@@ -103,25 +114,24 @@ class Data:
         return float(top[users, items][~seen[users, items]].float().mean())
 
 
-def train(task: str, data: Data, model: Factors, epochs: int, seed: int) -> float:
+def train(data: Data | Sequences, model: nn.Module, epochs: int, seed: int) -> float:
     """The test metric of the best epoch on validation, to which the model goes back."""
     data.generator.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
-    sign = -1 if task == "ratings" else 1
     best: tuple[float, dict[str, Any]] | None = None
-    rows = torch.arange(len(data.users))[data.parts[0]]
     for _ in range(epochs):
         model.train()
-        for batch in rows[torch.randperm(len(rows), generator=data.generator)].split(BATCH):
+        order = torch.randperm(len(data.rows), generator=data.generator)
+        for batch in data.rows[order].split(data.batch):
             optimizer.zero_grad()
-            data.loss(task, model, batch).backward()
+            data.loss(model, batch).backward()
             optimizer.step()
-        score = sign * data.metric(task, model.eval(), 1)
+        score = data.sign * data.metric(model.eval(), 1)
         if best is None or score > best[0]:
             best = score, copy.deepcopy(model.state_dict())
     assert best is not None
     model.load_state_dict(best[1])
-    return data.metric(task, model.eval(), 2)
+    return data.metric(model.eval(), 2)
 
 
 def file_bytes(model: nn.Module) -> int:
@@ -134,12 +144,12 @@ def file_bytes(model: nn.Module) -> int:
 
 def models(task: str, seed: int, samples: int, epochs: int) -> Iterator[dict[str, Any]]:
     """The plain model of a seed, and those converted before and after training."""
-    data = Data(seed, samples)
+    data = Sequences(seed, samples) if task == "sequences" else Data(task, seed, samples)
     torch.manual_seed(seed)
-    plain = Factors(USERS, ITEMS)
+    plain = data.model()
     initial = copy.deepcopy(plain)
     full = sum(p.nbytes for p in plain.parameters())
-    score = train(task, data, plain, epochs, seed)
+    score = train(data, plain, epochs, seed)
     yield {"kind": "plain", "budget": 1.0, "score": score, "share": 1.0}
     for budget in BUDGETS:
         for kind, source in (("converted", initial), ("compressed", plain)):
@@ -147,9 +157,9 @@ def models(task: str, seed: int, samples: int, epochs: int) -> Iterator[dict[str
             amtl.freeze(model)
             model.eval()
             if kind == "converted":
-                score = train(task, data, model, epochs, seed)
+                score = train(data, model, epochs, seed)
             else:
-                score = data.metric(task, model, 2)
+                score = data.metric(model, 2)
             share = file_bytes(model) / full
             yield {"kind": kind, "budget": budget, "score": score, "share": share}
 
