@@ -9,6 +9,8 @@ import amtl
 import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag, BudgetError
+from amtl.cli import main
+from amtl.errors import UserError
 from amtl.layer.rounding import (
     PART_BYTES,
     Parts,
@@ -25,8 +27,13 @@ from amtl.layer.rounding import (
     unit,
     where_they_are,
 )
+from amtl.run import methods
+from amtl.run.config import TrainConfig
+from amtl.run.folders import pack_run
+from amtl.run.training import start
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 import amtl_kernels
 from amtl_kernels import optim
@@ -368,11 +375,9 @@ def test_thawing_finds_the_numbers_that_were_rounded():
 
 
 def test_a_fused_optimizer_trains_what_is_rounded():
-    from amtl_kernels.optim import Adagrad
-
     layers = [layer_of().freeze(), layer_of().freeze()]
-    layers[0].fuse(partial(Adagrad, lr=0.1))
-    optimizers = [layers[0].fused_optimizer, Adagrad(layers[1].table_parameters(), lr=0.1)]
+    layers[0].fuse(partial(optim.Adagrad, lr=0.1))
+    optimizers = [layers[0].fused_optimizer, optim.Adagrad(layers[1].table_parameters(), lr=0.1)]
     rows = torch.arange(ROWS)
     for _ in range(3):
         for layer, optimizer in zip(layers, optimizers, strict=True):
@@ -465,8 +470,6 @@ def test_weights_of_samples_learn_from_what_is_shown(packed):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_forward_that_is_repeated_counts_once(reentrant):
-    from torch.utils.checkpoint import checkpoint
-
     layers = [layer_of().freeze(), layer_of().freeze()]
     before = layers[0].rounding.mean_square.clone()
     rows, scale = torch.arange(ROWS), torch.ones((), requires_grad=True)
@@ -678,13 +681,6 @@ def test_mistakes_are_named():
 
 @pytest.mark.parametrize(("method", "bits"), [("amtl", 4), ("fixed", 4), ("amtl", 16)])
 def test_a_run_of_few_bits_is_packed_as_it_was_validated(method, bits, tmp_path):
-    from amtl.cli import main
-    from amtl.errors import UserError
-    from amtl.run import methods
-    from amtl.run.config import TrainConfig
-    from amtl.run.folders import pack_run
-    from amtl.run.training import start
-
     sized = {"budget": 0.02 * bits} if method == "amtl" else {}
     config = TrainConfig(
         "synthetic:2000",
@@ -714,9 +710,6 @@ def test_a_run_of_few_bits_is_packed_as_it_was_validated(method, bits, tmp_path)
 
 
 def test_bits_need_settled_sizes():
-    from amtl.errors import UserError
-    from amtl.run.config import TrainConfig
-
     with pytest.raises(UserError, match="--bits 4 needs sizes that are settled"):
         TrainConfig("d", "y", bits="4", table_options={"parametrization": "ordinal"})
     with pytest.raises(UserError, match="--bits must be one of"):
@@ -789,11 +782,6 @@ def test_an_odd_row_lives_as_others_do_without_its_last_numbers(bits, tmp_path):
 
 @pytest.mark.parametrize("method", ["amtl", "fixed"])
 def test_packing_leaves_no_learned_number_out(method, tmp_path):
-    from amtl.errors import UserError
-    from amtl.run.config import TrainConfig
-    from amtl.run.folders import pack_run
-    from amtl.run.training import start
-
     sized = {"budget": 0.4} if method == "amtl" else {}
     options = {"dim": 7, "epochs": 1, "race": False, "bits": "32", **sized}
     start(TrainConfig("synthetic:500", "label", method=method, **options), tmp_path / "run").run()
@@ -804,12 +792,6 @@ def test_packing_leaves_no_learned_number_out(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["amtl", "fixed"])
 def test_packing_rounds_a_trained_run(method, tmp_path):
-    from amtl.cli import main
-    from amtl.run import methods
-    from amtl.run.config import TrainConfig
-    from amtl.run.folders import pack_run
-    from amtl.run.training import start
-
     sized = {"budget": 0.4, "bits": "32"} if method == "amtl" else {}
     config = TrainConfig(
         "synthetic:6000", "label", method=method, dim=8, epochs=2, race=False, **sized

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bench.cli import app
+from bench.contenders import CONTENDERS
 from bench.results import Report
 from bench.suites import GOALS, SUITES
 from bench.tables import README_BEGIN, README_END
@@ -117,8 +118,6 @@ def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(SUITES))
 def test_suites_have_distinct_names_and_known_contenders(name: str) -> None:
-    from bench.contenders import CONTENDERS
-
     suite = SUITES[name]()
     names = [case.name for case in suite.cases]
     assert len(set(names)) == len(names)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from amtl_kernels import reference
 from bench.inputs import (
     Case,
     TraceUnavailableError,
@@ -50,8 +51,6 @@ def test_zipf_ids_follow_the_exponent() -> None:
 
 
 def test_noise_column_is_the_operators_hash() -> None:
-    from amtl_kernels import reference
-
     rows = np.array([0, 1, 7, 2**31, 2**33 + 5])
     for seed in (0, 12345, -3, 2**40):
         wanted = reference.hash_columns(torch.from_numpy(rows), seed, 64)

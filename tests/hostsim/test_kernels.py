@@ -7,6 +7,8 @@ optimizer steps, several tables in one call, hot rows over many chunks, unusual 
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -626,9 +628,6 @@ def test_a_grid_that_a_gpu_refuses_is_refused_here() -> None:
 
 def test_every_kernel_has_been_executed() -> None:
     """Runs last in this file: no kernel of csrc/kernels is without a run above."""
-    import re
-    from pathlib import Path
-
     sources = Path(__file__).resolve().parents[2] / "csrc" / "kernels"
     defined = set()
     for path in sources.glob("*.cuh"):

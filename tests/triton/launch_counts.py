@@ -11,9 +11,11 @@ that only the device knows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -136,9 +138,6 @@ def count(call: Callable[..., Any], *arguments: Any) -> Counts:
 
 
 def main() -> None:
-    import sys
-    from pathlib import Path
-
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
     from kernel_cases import build
     from test_lookup import variant
