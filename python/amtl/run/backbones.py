@@ -82,11 +82,13 @@ class CrossNetwork(Interaction):
     layer; the deep part has its own, which is the same as one over both. O(B (F D + K)).
     """
 
-    def __init__(self, num_fields: int, dim: int, num_dense: int, depth: int = 3) -> None:
+    depth = 3
+
+    def __init__(self, num_fields: int, dim: int, num_dense: int) -> None:
         super().__init__(num_fields, dim, num_dense)
         width = num_fields * dim + num_dense
-        self.weights = nn.Parameter(torch.empty(depth, width))
-        self.biases = nn.Parameter(torch.zeros(depth, width))
+        self.weights = nn.Parameter(torch.empty(self.depth, width))
+        self.biases = nn.Parameter(torch.zeros(self.depth, width))
         nn.init.normal_(self.weights, std=width**-0.5)
         self.out = nn.Linear(width, 1, bias=False)
 
@@ -107,13 +109,15 @@ class CompressedInteraction(Wide):
     rows, summed over columns, go to the logit. O(B H F D) memory for H rows a layer.
     """
 
-    def __init__(self, num_fields: int, dim: int, num_dense: int, rows: tuple[int, ...] = (16, 16)):
+    rows = (16, 16)  # H of each layer
+
+    def __init__(self, num_fields: int, dim: int, num_dense: int) -> None:
         super().__init__(num_fields, dim, num_dense)
-        before = (num_fields, *rows)
+        before = (num_fields, *self.rows)
         self.layers = nn.ModuleList(
-            nn.Linear(h * num_fields, n) for h, n in zip(before, rows, strict=False)
+            nn.Linear(h * num_fields, n) for h, n in zip(before, self.rows, strict=False)
         )
-        self.out = nn.Linear(sum(rows), 1, bias=False)
+        self.out = nn.Linear(sum(self.rows), 1, bias=False)
 
     def forward(self, own: Tensor, embedded: Tensor, dense: Tensor) -> Tensor:
         """See `Interaction`."""
@@ -133,15 +137,14 @@ class FieldAttention(Interaction):
     O(B F^2) for a head.
     """
 
-    def __init__(
-        self, num_fields: int, dim: int, num_dense: int, depth: int = 2, heads: int = 2
-    ) -> None:
+    depth, heads = 2, 2
+    width = 16  # of a field, all heads together
+
+    def __init__(self, num_fields: int, dim: int, num_dense: int) -> None:
         super().__init__(num_fields, dim, num_dense)
-        self.heads, width = heads, 16
-        self.layers = nn.ModuleList(
-            nn.Linear(dim if layer == 0 else width, 4 * width, bias=False) for layer in range(depth)
-        )
-        self.out = nn.Linear(num_fields * width, 1)
+        before = (dim, *[self.width] * (self.depth - 1))
+        self.layers = nn.ModuleList(nn.Linear(w, 4 * self.width, bias=False) for w in before)
+        self.out = nn.Linear(num_fields * self.width, 1)
 
     def forward(self, own: Tensor, embedded: Tensor, dense: Tensor) -> Tensor:
         """See `Interaction`."""
