@@ -23,9 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+import amtl_kernels
 from bench.files import write_aside
+from bench.inputs import Case, make_problem
+from bench.machine import amtl_build
 
 RECORDED = Path(__file__).with_name("guards.json")
 PATHS = ("avx2", "generic")
@@ -64,8 +68,6 @@ class Count:
 
 def compiler() -> str:
     """Compiler of the native module, empty where there is none."""
-    from bench.machine import amtl_build
-
     native = amtl_build().get("native")
     return str(native.get("compiler", "")) if isinstance(native, dict) else ""
 
@@ -121,11 +123,6 @@ def _total(path: Path) -> int:
 
 def _kernels() -> dict[str, Callable[[int], Callable[[], object]]]:
     """Name to a maker of a call over that many lookups; built in the process under valgrind."""
-    import torch
-
-    import amtl_kernels
-    from bench.inputs import Case, make_problem
-
     case = Case(
         "backward", _ROWS, ("amtl_search",), (), dim=_DIM, bags=_LONG // _BAG, bag_size=_BAG,
         distribution="zipf", threads=1,
@@ -196,8 +193,6 @@ def _kernels() -> dict[str, Callable[[int], Callable[[], object]]]:
 
 def _main() -> None:
     """Runs under valgrind: two dumps a kernel, then the names."""
-    import torch
-
     torch.set_num_threads(1)
     kernels = _kernels()
     toggle: Any = torch._C._valgrind_toggle

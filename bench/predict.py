@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import amtl_kernels as ak
 from bench import traffic
 from bench.contenders import CONTENDERS
 from bench.inputs import Problem, make_problem
@@ -117,8 +118,6 @@ class Prediction:
 
 
 def _lookup(problem: Problem, frozen: bool) -> None:
-    import amtl_kernels as ak
-
     (ids,), offsets = problem.ids, problem.offsets
     options = {"bounds_check": "off", "include_last_offset": True}
     if frozen:
