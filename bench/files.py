@@ -1,4 +1,7 @@
-"""The one way in which files of results are written."""
+"""The one way in which files of results are written.
+
+That of ``amtl.store`` would need torch and ``amtl``, and ``bench gpu`` starts without either.
+"""
 
 from __future__ import annotations
 

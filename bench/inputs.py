@@ -424,16 +424,15 @@ def _tier_blocks(problem: Problem, layout: TierLayout) -> list[Tensor]:
 def _empty(rows: int, width: int, case: Case) -> Tensor:
     storage = torch.empty(rows, width, dtype=case.torch_dtype, device=case.device)
     if case.huge_pages:
-        from amtl_kernels.memory import advise_huge_pages
-
-        advise_huge_pages(storage, collapse=False)
+        _to_huge_pages(storage, collapse=False)
     return storage
 
 
-def _to_huge_pages(values: Tensor) -> None:
+def _to_huge_pages(values: Tensor, *, collapse: bool = True) -> None:
+    # Not at the top: `machine.amtl_build` says why.
     from amtl_kernels.memory import advise_huge_pages
 
-    advise_huge_pages(values)
+    advise_huge_pages(values, collapse=collapse)
 
 
 def _fill(weight: Tensor, generator: torch.Generator) -> None:

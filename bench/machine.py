@@ -90,6 +90,8 @@ def amtl_build() -> dict[str, Any]:
     """How the measured operators were built, empty where the package can't be imported."""
     if importlib.util.find_spec("amtl_kernels") is None:
         return {}
+    # Not at the top: stages of `bench gpu` are forked off a process that has imported this file,
+    # and have to load the operators that one of them has built.
     import amtl_kernels
 
     info = getattr(amtl_kernels, "build_info", None)

@@ -1,4 +1,8 @@
-"""Who can take part in a comparison, by name."""
+"""Who can take part in a comparison, by name.
+
+What they measure is imported where it is used, ours too: ``bench gpu`` comes here before it has
+built the operators, when those that lie there may crash, and needs no ``amtl`` at all.
+"""
 
 from __future__ import annotations
 
