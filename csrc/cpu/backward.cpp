@@ -82,28 +82,24 @@ void ForPositions(const int64_t* begins, int64_t bags, int64_t p0, int64_t p1, F
 
 SortedLookups::SortedLookups(const Executor& executor, const LookupTable& table,
                              const BagTable& bags)
-    : executor_(executor), table_(table) {
-  int64_t bag_count = CheckedLookups(table);
-  const int64_t* begins = nullptr;
-  if (bags.offsets) begins = BagBegins(executor, table, bags, &scratch_, &bag_count);
-  count_ = begins ? begins[bag_count] : table.lookups;
+    : executor_(executor), table_(table), bag_count_(CheckedLookups(table)) {
+  if (bags.offsets) begins_ = BagBegins(executor, table, bags, &scratch_, &bag_count_);
+  count_ = begins_ ? begins_[bag_count_] : table.lookups;
   if (table.rows == 0 && count_ > 0) ThrowBadIndex(table);
-  const bool mean = begins && bags.mean;
-  const float* scales = mean ? MeanScales(executor, table, begins, bag_count, &scratch_) : nullptr;
+  const bool mean = begins_ && bags.mean;
+  const float* scales =
+      mean ? MeanScales(executor, table, begins_, bag_count_, &scratch_) : nullptr;
   weighted_ = mean || table.per_sample_weights;
-  grad_rows_ = bag_count;
   const bool small = table.index_type == IndexType::kInt32;
   if (weighted_) {
-    small ? Build<WeightedItem, int32_t>(begins, bag_count, scales)
-          : Build<WeightedItem, int64_t>(begins, bag_count, scales);
+    small ? Build<WeightedItem, int32_t>(scales) : Build<WeightedItem, int64_t>(scales);
   } else {
-    small ? Build<Item, int32_t>(begins, bag_count, scales)
-          : Build<Item, int64_t>(begins, bag_count, scales);
+    small ? Build<Item, int32_t>(scales) : Build<Item, int64_t>(scales);
   }
 }
 
 template <class I, class Index>
-void SortedLookups::Build(const int64_t* begins, int64_t bag_count, const float* bag_scales) {
+void SortedLookups::Build(const float* bag_scales) {
   const LookupTable& t = table_;
   const Index* indices = static_cast<const Index*>(t.indices);
   I* items = scratch_.Get<I>(count_);
@@ -118,7 +114,7 @@ void SortedLookups::Build(const int64_t* begins, int64_t bag_count, const float*
   executor_.For(count_, 1 << 14, [&](int64_t p0, int64_t p1) {
     bool wrong = false;
     int64_t skipped = 0;
-    ForPositions(begins, bag_count, p0, p1, [&](int64_t p, int64_t bag) {
+    ForPositions(begins_, bag_count_, p0, p1, [&](int64_t p, int64_t bag) {
       const int64_t index = static_cast<int64_t>(indices[p]);
       wrong |= static_cast<uint64_t>(index) >= static_cast<uint64_t>(t.rows);
       // Padding sorts behind every row and is cut off.
@@ -288,7 +284,7 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
   task.segments = segments_;
   task.prefetch = IsLarge(table_);
   task.coded = table_.bits > 0;
-  task.prefetch_grad = grad_rows_ * grad_stride * bytes > kPrefetchGradBytes;
+  task.prefetch_grad = bag_count_ * grad_stride * bytes > kPrefetchGradBytes;
   for (int64_t c = 0; c < slice_count && !task.coded; ++c) {
     task.aligned |= c == 0;
     task.aligned &= slices[c].width * bytes % 64 == 0;
@@ -329,11 +325,13 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
 }
 
 void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, const BagTable& bags,
-                         const void* grad, int64_t grad_stride, void* out) {
+                         const SortedLookups* sorted, const void* grad, int64_t grad_stride,
+                         void* out) {
   Scratch scratch;
-  int64_t bag_count = table.lookups;
   if (bags.offsets == nullptr) throw std::invalid_argument("per_sample_weights need offsets");
-  const int64_t* begins = BagBegins(executor, table, bags, &scratch, &bag_count);
+  int64_t bag_count = sorted ? sorted->bag_count() : 0;
+  const int64_t* begins =
+      sorted ? sorted->bag_begins() : BagBegins(executor, table, bags, &scratch, &bag_count);
   const int64_t lookups = begins[bag_count];
   if (table.rows == 0 && lookups > 0) ThrowBadIndex(table);
   int64_t* bag_of = scratch.Get<int64_t>(lookups);

@@ -18,6 +18,9 @@ class SortedLookups {
   SortedLookups(const Executor& executor, const LookupTable& table, const BagTable& bags);
 
   int64_t segments() const { return segments_; }
+  // As BagBegins has them; null without offsets, where every lookup is a bag.
+  const int64_t* bag_begins() const { return begins_; }
+  int64_t bag_count() const { return bag_count_; }
 
   // Writes the distinct rows, ascending, and looks up their kept sizes (and groups). Throws
   // invalid_argument for a size or group out of range.
@@ -35,7 +38,7 @@ class SortedLookups {
 
  private:
   template <class I, class Index>
-  void Build(const int64_t* begins, int64_t bag_count, const float* bag_scales);
+  void Build(const float* bag_scales);
   template <class I>
   void CutSegments(const I* items, bool fill);
   void SortByGroup();
@@ -45,9 +48,10 @@ class SortedLookups {
   const LookupTable& table_;
   Scratch scratch_;
   bool weighted_;
+  const int64_t* begins_ = nullptr;
+  int64_t bag_count_ = 0;
   const void* items_ = nullptr;
   int64_t count_ = 0;
-  int64_t grad_rows_ = 0;
   int64_t segments_ = 0;
   int64_t chunks_ = 0;
   int64_t* chunk_segments_ = nullptr;
@@ -58,9 +62,11 @@ class SortedLookups {
   uint32_t* order_ = nullptr;
 };
 
-// Gradient of the per-sample weights, [lookups].
+// Gradient of the per-sample weights, [lookups]. Where these have been sorted, `sorted` tells where
+// bags begin; null: they have not.
 void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, const BagTable& bags,
-                         const void* grad, int64_t grad_stride, void* out);
+                         const SortedLookups* sorted, const void* grad, int64_t grad_stride,
+                         void* out);
 
 // Throws invalid_argument unless rows are strictly ascending and within the table.
 void CheckAscending(const Executor& executor, const int64_t* rows, int64_t count,

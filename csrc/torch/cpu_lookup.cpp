@@ -109,12 +109,13 @@ class TableBatch {
     }
     return out;
   }
-  void WeightsGrad(const Executor& executor, size_t t, const Tensor& grad,
-                   const Tensor& out) const {
+  // @param[in] sorted the table's lookups, or null if nothing sorts them
+  void WeightsGrad(const Executor& executor, size_t t, const SortedLookups* sorted,
+                   const Tensor& grad, const Tensor& out) const {
     const cpu::LookupTable& table = lookups_[t].table;
     const int64_t first = t == 0 ? 0 : OffsetAt(static_cast<int64_t>(t) * bags_.batch);
     cpu::PerSampleWeightGrad(
-        executor, table, lookups_[t].bags, Columns(grad, t), Stride(grad),
+        executor, table, lookups_[t].bags, sorted, Columns(grad, t), Stride(grad),
         static_cast<char*>(out.mutable_data_ptr()) + first * cpu::BytesOf(table.type));
   }
 
@@ -322,9 +323,10 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const
   Sorted sorted(tables.count());
   std::vector<int64_t*> all_rows(tables.count());
   batch.ForTables([&](const Executor& executor, size_t t) {
-    if (psw_grad) batch.WeightsGrad(executor, t, grad, psw);
-    if (!weight_grad && !mask_grad) return;
-    sorted[t] = std::make_unique<SortedLookups>(executor, batch[t].table, batch[t].bags);
+    const bool sorts = weight_grad || mask_grad;
+    if (sorts) sorted[t] = std::make_unique<SortedLookups>(executor, batch[t].table, batch[t].bags);
+    if (psw_grad) batch.WeightsGrad(executor, t, sorted[t].get(), grad, psw);
+    if (!sorts) return;
     if (in_place) {
       const Ints shape{sorted[t]->segments()};
       rows.push_back(torch::stable::new_empty(blocks[0], shape, ScalarType::Long));
@@ -377,8 +379,8 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
   Sorted sorted(tables.count());
   // Everything is checked before any table changes.
   batch.ForTables([&](const Executor& executor, size_t t) {
-    if (psw_grad) batch.WeightsGrad(executor, t, grad, psw);
     sorted[t] = std::make_unique<SortedLookups>(executor, batch[t].table, batch[t].bags);
+    if (psw_grad) batch.WeightsGrad(executor, t, sorted[t].get(), grad, psw);
     sorted[t]->Describe(mask_grad, sorted[t]->ScratchRows());
   });
   Walk(batch, tables, sorted, grad, masks, step.update, step.hyper, slices);
