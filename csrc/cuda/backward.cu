@@ -30,19 +30,62 @@ class Carver {
   std::size_t used_ = 0;
 };
 
-}  // namespace
+// Hands out the workspace; a null one says how many bytes it takes.
+void lay_out(const Backward& backward, Plan& plan) {
+  const std::int64_t count = backward.lookups.count;
+  const bool mask_grad = backward.masks != nullptr;
+  Carver carver(backward.workspace);
+  plan.header = carver.take<SegmentHeader>(1);
+  const std::int64_t key_bytes = count * (plan.wide_keys ? 8 : 4);
+  const std::int64_t payload_bytes = count * (plan.scaled ? 8 : 4);
+  // In one piece: `distinct_rows` later lies over both.
+  plan.keys_in = carver.take<unsigned char>(key_bytes + payload_bytes + 256);
+  plan.payloads_in = plan.keys_in + (key_bytes + 255) / 256 * 256;
+  plan.distinct_rows = reinterpret_cast<std::int64_t*>(plan.keys_in);
+  plan.keys = carver.take<unsigned char>(key_bytes);
+  plan.payloads = carver.take<unsigned char>(payload_bytes);
+  if (plan.shares) plan.bag_share = carver.take<float>(backward.lookups.bags);
+  plan.block_heads = carver.take<std::int64_t>(plan.head_blocks);
+  if (backward.need_rows) plan.ranks = carver.take<std::uint32_t>(count);
+  if (plan.second_sort) {
+    plan.group_keys = carver.take<std::uint32_t>(count);
+    plan.group_order = carver.take<std::uint32_t>(count);
+  }
+  plan.sort_scratch = carver.take<unsigned char>(plan.sort_bytes);
 
-Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t groups, int dim,
-                   bool widths_differ) {
+  const std::size_t keys_begin = carver.used();
+  for (Level& level : plan.levels) {
+    level.rows.keys = carver.take<std::int64_t>(level.slots);
+    if (mask_grad) level.groups.keys = carver.take<std::int64_t>(level.slots);
+  }
+  plan.partial_keys = backward.workspace + keys_begin;
+  plan.partial_key_bytes = carver.used() - keys_begin;
+  for (Level& level : plan.levels) {
+    level.rows.sums = carver.take<float>(level.slots * plan.dim);
+    level.rows.flags = carver.take<unsigned>(level.slots);
+    level.rows.ranks = carver.take<std::int64_t>(level.slots);
+    if (mask_grad) {
+      if (plan.widths_differ) level.groups.ranks = carver.take<std::int64_t>(level.slots);
+      level.groups.sums = carver.take<float>(level.slots * plan.dim);
+      level.groups.flags = carver.take<unsigned>(level.slots);
+    }
+  }
+  plan.bytes = carver.used();
+}
+
+std::size_t make_plan(Backward& backward, std::int64_t rows, std::int64_t groups, int dim,
+                      bool widths_differ) {
   const Lookups& lookups = backward.lookups;
   const std::int64_t count = lookups.count;
-  Plan plan;
+  backward.plan = std::make_shared<Plan>();
+  Plan& plan = *backward.plan;
+  plan.dim = dim;
+  plan.widths_differ = widths_differ;
   plan.scaled = lookups.per_sample_weights != nullptr || lookups.mean;
   plan.shares = lookups.mean && lookups.padding_idx >= 0;
-  const bool mask_grad = backward.masks != nullptr;
   plan.key_bits = bits_for(rows);
   plan.group_bits = bits_for(groups);
-  if (mask_grad && !backward.groups_sorted) {
+  if (backward.masks != nullptr && !backward.groups_sorted) {
     // Rows that are handed out come in order, and whether groups rise along them is found out.
     plan.second_sort = backward.need_rows;
     if (!backward.need_rows) {
@@ -58,59 +101,38 @@ Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t gro
   plan.chunk = first_chunk(count, lanes_for(dim, vector), backward.type);
   plan.chunks = ceil_div(count, plan.chunk);
   plan.head_blocks = ceil_div(count, kHeadsPerBlock);
-
-  Carver carver(backward.workspace);
-  plan.header = carver.take<SegmentHeader>(1);
-  const std::int64_t key_bytes = count * (plan.wide_keys ? 8 : 4);
-  const std::int64_t payload_bytes = count * (plan.scaled ? 8 : 4);
-  // In one piece: `distinct_rows` later lies over both.
-  plan.keys_in = carver.take<unsigned char>(key_bytes + payload_bytes + 256);
-  plan.payloads_in = plan.keys_in + (key_bytes + 255) / 256 * 256;
-  plan.distinct_rows = reinterpret_cast<std::int64_t*>(plan.keys_in);
-  plan.keys = carver.take<unsigned char>(key_bytes);
-  plan.payloads = carver.take<unsigned char>(payload_bytes);
-  if (plan.shares) plan.bag_share = carver.take<float>(lookups.bags);
-  plan.block_heads = carver.take<std::int64_t>(plan.head_blocks);
-  if (backward.need_rows) plan.ranks = carver.take<std::uint32_t>(count);
   plan.sort_bytes = sort_scratch_bytes(count, plan.wide_keys, plan.scaled, plan.key_bits);
   if (plan.second_sort) {
-    plan.group_keys = carver.take<std::uint32_t>(count);
-    plan.group_order = carver.take<std::uint32_t>(count);
     plan.sort_bytes =
         std::max(plan.sort_bytes, sort_scratch_bytes(count, false, false, plan.group_bits));
   }
-  plan.sort_scratch = carver.take<unsigned char>(plan.sort_bytes);
-
   for (std::int64_t chunks = plan.chunks; chunks > 1;
        chunks = ceil_div(2 * chunks, kPartialChunk)) {
     plan.levels.push_back(Level{2 * chunks, {}, {}});
   }
-  const std::size_t keys_begin = carver.used();
-  for (Level& level : plan.levels) {
-    level.rows.keys = carver.take<std::int64_t>(level.slots);
-    if (mask_grad) level.groups.keys = carver.take<std::int64_t>(level.slots);
-  }
-  plan.partial_keys = backward.workspace + keys_begin;
-  plan.partial_key_bytes = carver.used() - keys_begin;
-  for (Level& level : plan.levels) {
-    level.rows.sums = carver.take<float>(level.slots * dim);
-    level.rows.flags = carver.take<unsigned>(level.slots);
-    level.rows.ranks = carver.take<std::int64_t>(level.slots);
-    if (mask_grad) {
-      if (widths_differ) level.groups.ranks = carver.take<std::int64_t>(level.slots);
-      level.groups.sums = carver.take<float>(level.slots * dim);
-      level.groups.flags = carver.take<unsigned>(level.slots);
-    }
-  }
-  plan.bytes = carver.used();
-  return plan;
+  lay_out(backward, plan);
+  return plan.bytes;
+}
+
+}  // namespace
+
+std::size_t plan_backward(Backward& backward, const DenseTable& table) {
+  return make_plan(backward, table.rows, table.groups, table.dim, false);
+}
+std::size_t plan_backward(Backward& backward, const TieredTable& table) {
+  return make_plan(backward, table.rows, table.groups, table.dim, true);
+}
+
+void set_workspace(Backward& backward, unsigned char* workspace) {
+  backward.workspace = workspace;
+  lay_out(backward, *backward.plan);
 }
 
 namespace {
 
 template <typename K, typename Table>
-int launch_keys(const Backward& backward, const Table& table, const Plan& plan, dim3 grid,
-                Stream stream) {
+int launch_keys(const Backward& backward, const Table& table, dim3 grid, Stream stream) {
+  const Plan& plan = *backward.plan;
   K* keys = reinterpret_cast<K*>(plan.keys_in);
   const Fill masks{reinterpret_cast<unsigned*>(backward.masks),
                    backward.masks != nullptr ? backward.mask_values : 0, 0};
@@ -153,7 +175,7 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
     }
     return cudaMemsetAsync(backward.workspace, 0, sizeof(SegmentHeader), as_stream(stream));
   }
-  const Plan plan = plan_for(backward, table);
+  const Plan& plan = *backward.plan;
   dim3 grid;
   if (plan.shares && lookups.bags > 0) {
     if (!grid_for(lookups.bags, kBlockThreads / kWarp, 1, grid)) return cudaErrorInvalidValue;
@@ -165,8 +187,8 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
   if (count > 0x7fffffff - 256 || plan.key_bits > 63 || !grid_for(count, kBlockThreads, 1, grid)) {
     return cudaErrorInvalidValue;
   }
-  int error = plan.wide_keys ? launch_keys<std::uint64_t>(backward, table, plan, grid, stream)
-                             : launch_keys<std::uint32_t>(backward, table, plan, grid, stream);
+  int error = plan.wide_keys ? launch_keys<std::uint64_t>(backward, table, grid, stream)
+                             : launch_keys<std::uint32_t>(backward, table, grid, stream);
   if (error != cudaSuccess) return error;
   error = sort_pairs(plan.sort_scratch, plan.sort_bytes, plan.keys_in, plan.keys, plan.payloads_in,
                      plan.payloads, count, plan.wide_keys, plan.scaled, plan.key_bits, stream);
@@ -186,12 +208,6 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
 
 }  // namespace
 
-std::size_t backward_workspace_bytes(const Backward& backward, const DenseTable& table) {
-  return plan_for(backward, table).bytes;
-}
-std::size_t backward_workspace_bytes(const Backward& backward, const TieredTable& table) {
-  return plan_for(backward, table).bytes;
-}
 int backward_sort(const Backward& backward, const DenseTable& table, Stream stream) {
   return sort_lookups(backward, table, stream);
 }
@@ -199,17 +215,16 @@ int backward_sort(const Backward& backward, const TieredTable& table, Stream str
   return sort_lookups(backward, table, stream);
 }
 
-int backward_rows(const Backward& backward, const DenseTable& table, std::int64_t distinct,
-                  std::int64_t* rows, Stream stream) {
+int backward_rows(const Backward& backward, std::int64_t distinct, std::int64_t* rows,
+                  Stream stream) {
   if (distinct == 0) return cudaSuccess;
-  const Plan plan = plan_for(backward, table);
-  return cudaMemcpyAsync(rows, plan.distinct_rows, distinct * sizeof(std::int64_t),
+  return cudaMemcpyAsync(rows, backward.plan->distinct_rows, distinct * sizeof(std::int64_t),
                          cudaMemcpyDeviceToDevice, as_stream(stream));
 }
 
 int backward_tier_counts(const Backward& backward, const TieredTable& table,
                          std::int64_t* rows_below, Stream stream) {
-  const Plan plan = plan_for(backward, table);
+  const Plan& plan = *backward.plan;
   dim3 grid;
   if (!grid_for(table.tiers, kWarp, 1, grid)) return cudaErrorInvalidValue;
   AMTL_LAUNCH((tier_counts_kernel), grid, kWarp, 0, as_stream(stream), table, plan.distinct_rows,
@@ -220,11 +235,10 @@ int backward_tier_counts(const Backward& backward, const TieredTable& table,
 int backward_tier_rows(const Backward& backward, const TieredTable& out,
                        const std::int64_t* rows_below, std::int64_t distinct, Stream stream) {
   if (distinct == 0) return cudaSuccess;
-  const Plan plan = plan_for(backward, out);
   dim3 grid;
   if (!grid_for(distinct, kBlockThreads, 1, grid)) return cudaErrorInvalidValue;
   AMTL_LAUNCH((tier_rows_kernel), grid, kBlockThreads, 0, as_stream(stream), out,
-              plan.distinct_rows, rows_below, distinct);
+              backward.plan->distinct_rows, rows_below, distinct);
   return cudaGetLastError();
 }
 

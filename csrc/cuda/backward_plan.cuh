@@ -1,4 +1,4 @@
-// Where everything of a backward lies in its workspace.
+// What a backward computes once and hands down to its launchers.
 #pragma once
 
 #include <vector>
@@ -29,6 +29,8 @@ struct Level {
 };
 
 struct Plan {
+  int dim = 0;
+  bool widths_differ = false;  // between tables or tiers
   bool wide_keys = false;
   bool scaled = false;
   bool shares = false;       // means over bags in which padding may occur
@@ -40,7 +42,9 @@ struct Plan {
   int chunk = 64;
   std::int64_t chunks = 0;
   std::int64_t head_blocks = 0;
+  std::size_t sort_bytes = 0;
 
+  // Addresses, void until there is a workspace.
   SegmentHeader* header = nullptr;
   unsigned char* keys_in = nullptr;
   unsigned char* payloads_in = nullptr;
@@ -53,7 +57,6 @@ struct Plan {
   std::uint32_t* group_keys = nullptr;
   std::uint32_t* group_order = nullptr;
   unsigned char* sort_scratch = nullptr;
-  std::size_t sort_bytes = 0;
   std::vector<Level> levels;
   // The keys of all partial sums, which must be emptied together.
   unsigned char* partial_keys = nullptr;
@@ -65,16 +68,5 @@ struct Plan {
     return SortedPairs{keys, payloads, count, end_key, row_mask, wide_keys, scaled};
   }
 };
-
-// Lays out the workspace; with a null workspace the addresses are void and `bytes` is the answer.
-Plan plan_backward(const Backward& backward, std::int64_t rows, std::int64_t groups, int dim,
-                   bool widths_differ);
-
-inline Plan plan_for(const Backward& backward, const DenseTable& table) {
-  return plan_backward(backward, table.rows, table.groups, table.dim, false);
-}
-inline Plan plan_for(const Backward& backward, const TieredTable& table) {
-  return plan_backward(backward, table.rows, table.groups, table.dim, true);
-}
 
 }  // namespace amtl::cuda

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "kernels/params.h"
 
@@ -58,7 +59,10 @@ struct BackwardHeader {
   std::int64_t groups_unsorted = 0;
 };
 
-// What a backward needs besides its inputs. Fill in the wishes, ask for the bytes, hand in the
+// Where everything lies in the workspace, and how sums are cut up.
+struct Plan;
+
+// What a backward needs besides its inputs. Fill in the wishes, have it planned, hand in the
 // workspace; the same to every function below.
 struct Backward {
   DType type = DType::kFloat32;
@@ -72,11 +76,16 @@ struct Backward {
   bool groups_sorted = false;  // known: row_group rises with the row number
   bool need_rows = true;       // the distinct rows are wanted (not by fused updates)
 
-  unsigned char* workspace = nullptr;  // 256-byte aligned
+  // Set by the two functions that follow.
+  std::shared_ptr<Plan> plan;
+  unsigned char* workspace = nullptr;
 };
 
-std::size_t backward_workspace_bytes(const Backward& backward, const DenseTable& table);
-std::size_t backward_workspace_bytes(const Backward& backward, const TieredTable& table);
+// Plans for tables of this shape, once a call. Returns the bytes that the workspace must have.
+std::size_t plan_backward(Backward& backward, const DenseTable& table);
+std::size_t plan_backward(Backward& backward, const TieredTable& table);
+// @param[in] workspace 256-byte aligned
+void set_workspace(Backward& backward, unsigned char* workspace);
 
 // First half: sorts the lookups and finds the distinct rows, and clears mask gradients and partial
 // sums. Afterwards the header lies at the start of the workspace (device memory), to be read by the
@@ -86,8 +95,8 @@ int backward_sort(const Backward& backward, const TieredTable& table, Stream str
 
 // Copies the distinct rows out of the workspace.
 // @param[out] rows [U]
-int backward_rows(const Backward& backward, const DenseTable& table, std::int64_t distinct,
-                  std::int64_t* rows, Stream stream);
+int backward_rows(const Backward& backward, std::int64_t distinct, std::int64_t* rows,
+                  Stream stream);
 
 // Distinct rows below each tier's end, for tiered tables, and then `groups_unsorted` of the header.
 // @param[out] rows_below [C + 1], device memory

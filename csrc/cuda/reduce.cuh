@@ -73,8 +73,9 @@ int launch_level(const Plan& plan, std::size_t level, const Table& table, const 
 // All levels over a list of lookups. Rows finish as kFinish says; without `rows`, group sums are
 // only collected into their first level, for reduce_groups.
 template <typename T, typename S, int V, Finish kFinish, typename Table>
-int reduce_pairs(const Backward& backward, const Plan& plan, const Table& table,
-                 const Update& update, LookupList in, bool rows, ReduceOutput out, Stream stream) {
+int reduce_pairs(const Backward& backward, const Table& table, const Update& update, LookupList in,
+                 bool rows, ReduceOutput out, Stream stream) {
+  const Plan& plan = *backward.plan;
   ReduceShape shape;
   shape.lanes = lanes_for(table.dim, V);
   shape.chunk = plan.chunk;

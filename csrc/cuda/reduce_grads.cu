@@ -34,7 +34,7 @@ int reduce(const Backward& backward, const Table& table, void* grads, std::uint6
   float* const group_grad = backward.masks;
   const std::int64_t count = backward.lookups.count;
   if (count == 0 || (grads == nullptr && group_grad == nullptr)) return cudaSuccess;
-  const Plan plan = plan_for(backward, table);
+  const Plan& plan = *backward.plan;
   const std::uint64_t element = backward.type == DType::kFloat32 ? 4 : 2;
   const int vector = vector_elements(
       backward.type, table,
@@ -50,7 +50,7 @@ int reduce(const Backward& backward, const Table& table, void* grads, std::uint6
     ReduceOutput out;
     out.grads = grads;
     out.group_grad = group_grad;
-    const int error = reduce_pairs<T, float, V, Finish::kGrads>(backward, plan, table, Update{}, in,
+    const int error = reduce_pairs<T, float, V, Finish::kGrads>(backward, table, Update{}, in,
                                                                 grads != nullptr, out, stream);
     if (error != cudaSuccess || group_grad == nullptr || grads != nullptr) return error;
     return reduce_groups(plan, table.dim, out, V, stream);

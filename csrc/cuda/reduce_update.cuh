@@ -8,7 +8,6 @@ namespace amtl::cuda {
 // One step on a table of either kind, with the state in float32 or in the table's type.
 struct UpdateCall {
   const Backward& backward;
-  const Plan& plan;
   const DenseTable* dense;
   const TieredTable* tiered;
   const Update& update;
@@ -32,9 +31,9 @@ int run_update(const UpdateCall& call) {
   out.group_grad = call.group_grad;
   const auto run = [&](const auto& table) {
     LookupList in;
-    in.pairs = call.plan.pairs(backward.lookups.count);
-    return reduce_pairs<T, S, V, finish_of(kRule)>(backward, call.plan, table, call.update, in,
-                                                   true, out, call.stream);
+    in.pairs = backward.plan->pairs(backward.lookups.count);
+    return reduce_pairs<T, S, V, finish_of(kRule)>(backward, table, call.update, in, true, out,
+                                                   call.stream);
   };
   return call.dense != nullptr ? run(*call.dense) : run(*call.tiered);
 }

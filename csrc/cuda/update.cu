@@ -28,12 +28,11 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
   if (backward.lookups.count == 0) return cudaSuccess;
   float* const group_grad = backward.masks;
   const bool wide_type = backward.type == DType::kFloat32;
-  const Plan plan = plan_for(backward, table);
   const int vector = vector_elements(backward.type, table,
                                      reinterpret_cast<std::uint64_t>(backward.grad) |
                                          backward.grad_stride * (wide_type ? 4 : 2) |
                                          state_addresses(backward.type, table, update));
-  const UpdateCall call{backward, plan, dense, tiered, update, group_grad, vector, stream};
+  const UpdateCall call{backward, dense, tiered, update, group_grad, vector, stream};
   // Other rules spread wide rows over blocks; this one must see a row whole.
   if (update.rule != Rule::kRowwiseAdagrad || table.dim <= kWarp * std::min(vector, kStepVector)) {
     const bool narrow = update.narrow_state && !wide_type && has_wide_state(update.rule);
@@ -43,7 +42,7 @@ int run(const Backward& backward, const Table& table, const DenseTable* dense,
   if (error != cudaSuccess || group_grad == nullptr) return error;
   ReduceOutput out;
   out.group_grad = group_grad;
-  return reduce_groups(plan, table.dim, out, vector, stream);
+  return reduce_groups(*backward.plan, table.dim, out, vector, stream);
 }
 
 }  // namespace

@@ -30,23 +30,24 @@ int launch_list(const Table& table, const Update& update, const List& in, std::i
 template <typename T, int V, typename Table>
 int run(const UpdateCall& call, const Table& table) {
   const Backward& backward = call.backward;
-  const std::vector<Level>& levels = call.plan.levels;
+  const Plan& plan = *backward.plan;
+  const std::vector<Level>& levels = plan.levels;
   ReduceShape shape;
-  shape.chunk = call.plan.chunk;
+  shape.chunk = plan.chunk;
   shape.grad_stride = backward.grad_stride;
   LookupList in;
-  in.pairs = call.plan.pairs(backward.lookups.count);
+  in.pairs = plan.pairs(backward.lookups.count);
   in.grad = backward.grad;
   ReduceOutput out;
   out.group_grad = call.group_grad;
   if (!levels.empty()) out.groups = levels[0].groups;
-  out.rows = row_partials(call.plan, 0, false);
+  out.rows = row_partials(plan, 0, false);
   int error = launch_list<T, V>(table, call.update, in, in.pairs.count, out, shape, call.stream);
   shape.chunk = kPartialChunk;
   for (std::size_t level = 0; level < levels.size() && error == cudaSuccess; ++level) {
-    const PartialList partials{row_partials(call.plan, level, false), levels[level].slots};
+    const PartialList partials{row_partials(plan, level, false), levels[level].slots};
     ReduceOutput next;
-    next.rows = row_partials(call.plan, level + 1, false);
+    next.rows = row_partials(plan, level + 1, false);
     error =
         launch_list<T, V>(table, call.update, partials, partials.count, next, shape, call.stream);
   }

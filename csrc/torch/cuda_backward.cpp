@@ -56,7 +56,7 @@ Grads DenseReduce(const CudaContext& context, const CudaTables& call, const Tens
     rows = NewTensor(like, {header.distinct}, ScalarType::Long);
     grads = NewTensor(like, {header.distinct, dim}, like.scalar_type());
     grads_data = header.distinct > 0 ? grads.mutable_data_ptr() : nullptr;
-    CheckCuda(cuda::backward_rows(backward, call.dense(), header.distinct,
+    CheckCuda(cuda::backward_rows(backward, header.distinct,
                                   static_cast<int64_t*>(rows.mutable_data_ptr()), stream),
               "a copy");
   }

@@ -18,9 +18,9 @@ Tensor NewMasks(const CudaTables& call, bool wanted);
 template <typename Table>
 Tensor NewWorkspace(cuda::Backward& backward, const Table& table, const Tensor& like) {
   Check(backward.lookups.count < 0x7fffff00, "a backward takes fewer than 2^31 - 256 lookups");
-  const size_t bytes = cuda::backward_workspace_bytes(backward, table);
+  const size_t bytes = cuda::plan_backward(backward, table);
   const Tensor workspace = NewTensor(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  backward.workspace = static_cast<unsigned char*>(workspace.mutable_data_ptr());
+  cuda::set_workspace(backward, static_cast<unsigned char*>(workspace.mutable_data_ptr()));
   return workspace;
 }
 
