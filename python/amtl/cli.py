@@ -445,7 +445,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
-    from amtl.data import labelled, load_source, read_labels
+    from amtl.data import labelled, load_source
     from amtl.run.folders import load_trained
 
     trained = load_trained(run)
@@ -462,8 +462,8 @@ def evaluate(
             raise UserError(f"--label {label}: that is a field, from which the model predicts")
         missing = config.label_missing if label_missing is None else label_missing
         labelling = label or config.label, label_threshold, label_positive, missing
-        frame = labelled(frame, *labelling)
-        encoded, what = trained.encoder.transform(frame, read_labels(frame, *labelling)), data
+        frame, labels = labelled(frame, labelling)
+        encoded, what = trained.encoder.transform(frame, labels), data
         strange = list(trained.unseen_columns(frame, encoded).values())
     result = trained.evaluate(encoded)
     unused = trained.encoder.unused()

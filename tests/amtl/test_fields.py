@@ -660,8 +660,8 @@ def test_rows_without_a_label(values, threshold, positive):
     has = [v not in (None, "", "NA", "?") and v == v for v in values]
     for missing in ("drop", "negative"):
         labelling = "y", threshold, positive, missing
-        kept = labelled(frame, *labelling)
-        found = dict(zip(kept["row"].to_list(), read_labels(kept, *labelling), strict=True))
+        kept, labels = labelled(frame, labelling)
+        found = dict(zip(kept["row"].to_list(), labels, strict=True))
         clean = frame.filter(pl.Series(has))
         want = dict(zip(clean["row"], read_labels(clean, "y", threshold, positive), strict=True))
         assert {row: label for row, label in found.items() if has[row]} == want
@@ -677,7 +677,11 @@ def test_one_value_and_none():
     frame = pl.DataFrame({"click": ["yes", None, "yes"]})
     assert read_labels(frame, "click", missing="negative").tolist() == [1.0, 0.0, 1.0]
     with pytest.raises(UserError, match="always"):
-        read_labels(labelled(frame, "click", missing="drop"), "click", missing="drop")
+        labelled(frame, ("click", None, None, "drop"))
+    with pytest.raises(UserError, match="'click' is always 'no'; both"):
+        read_labels(pl.DataFrame({"click": ["no", None, "no"]}), "click", None, "no", "drop")
+    with pytest.raises(UserError, match="'click' is always 0; both"):
+        read_labels(pl.DataFrame({"click": [0, None, 0]}), "click", missing="negative")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ _SAID_NO_TO = re.compile(
     "instal|subscri|active|churn|fraud|spam|default|respon|return|know|success)"
 )
 """How words begin of which no, non, not and un before them, without a space, make the opposite."""
+Labelling = tuple[str, float | None, str | None, str | None]
+"""Arguments of `read_labels` after the data."""
 _ONE_SPELLING = {"false": "0", "true": "1"}
 _TO_THOSE = (
     "--label-missing drop leaves these rows out, --label-missing negative counts them as negative"
@@ -64,27 +66,20 @@ def read_labels(
     """
     flags, _ = _decide(frame, column, threshold, positive, missing)
     if flags.n_unique() < 2:
-        always = frame[column][0] if frame[column].n_unique() == 1 else int(flags[0])
-        how = "" if frame[column].n_unique() == 1 else f" with {_option(threshold, positive)}"
+        values = frame[column].filter(~_gaps(frame[column], missing)).unique()
+        always = values[0] if len(values) == 1 else int(flags[0])
+        how = "" if len(values) == 1 else f" with {_option(threshold, positive)}"
         raise UserError(f"label {column!r} is always {_show(always)}{how}; both classes are needed")
     return torch.from_numpy(flags.cast(pl.Float32).to_numpy().copy())
 
 
-def labelled(
-    frame: pl.DataFrame,
-    column: str,
-    threshold: float | None = None,
-    positive: str | None = None,
-    missing: str | None = None,
-) -> pl.DataFrame:
-    """The rows to which `read_labels`, asked the same, gives labels.
-
-    All of them, but those without a label if `missing` is `drop`.
-    """
-    if missing != "drop" or column not in frame.columns:
-        return frame
-    gaps = _gaps(frame[column], missing)
-    return frame.filter(~gaps) if gaps.any() else frame
+def labelled(frame: pl.DataFrame, labelling: Labelling) -> tuple[pl.DataFrame, Tensor]:
+    """The rows that have a label or are given one, and these labels: see `read_labels`."""
+    column, *_, missing = labelling
+    labels = read_labels(frame, *labelling)
+    if len(labels) < len(frame):
+        frame = frame.filter(~_gaps(frame[column], missing))
+    return frame, labels
 
 
 def label_note(

@@ -6,9 +6,12 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amtl.errors import UserError
+
+if TYPE_CHECKING:
+    from amtl.data.labels import Labelling
 
 BACKBONES = ("dnn", "deepfm", "dcn", "xdeepfm", "autoint", "din", "widedeep")
 """See `amtl.run.backbones`."""
@@ -241,7 +244,7 @@ class TrainConfig:
         return replace(self, budget=min(1.0, share), budget_bytes=None)
 
     @property
-    def labelling(self) -> tuple[str, float | None, str | None, str | None]:
+    def labelling(self) -> Labelling:
         """What the labels are: arguments of `amtl.data.labels.read_labels` after the data."""
         return self.label, self.label_threshold, self.label_positive, self.label_missing
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from amtl.data.encoding import EncodedData, Encoder
-from amtl.data.labels import labelled, read_labels
+from amtl.data.labels import labelled
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source
 from amtl.data.splits import split_rows
@@ -125,8 +125,7 @@ class Trained:
             UserError: the data are not what they were.
         """
         config = self.config
-        frame = labelled(load_source(config.data).frame, *config.labelling)
-        labels = read_labels(frame, *config.labelling)
+        frame, labels = labelled(load_source(config.data).frame, config.labelling)
         self.encoder.require_labels(labels, config.data)
         rows = split_rows(frame, config.split, config.split_seed)[2]
         return self.encoder.transform(frame[rows.numpy()], labels[rows])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
-from amtl.data.labels import labelled, read_labels
+from amtl.data.labels import labelled
 from amtl.data.registry import Source, load_source
 from amtl.data.splits import split_column, split_rows
 from amtl.errors import UserError
@@ -74,8 +74,7 @@ def prepare(
         UserError: the data do not suit the settings, or are not those that `encoder` was fitted on.
     """
     source = source or load_source(config.data)
-    frame = labelled(source.frame, *config.labelling)
-    labels = read_labels(frame, *config.labelling)
+    frame, labels = labelled(source.frame, config.labelling)
     parts = split_rows(frame, config.split, config.split_seed)
     parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
     _require_both(labels, parts)
