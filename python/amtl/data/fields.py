@@ -388,15 +388,14 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     if not (unlike_ids or dated):
         return spec
     what = "dates or times" if unlike_ids else "numbers that may be times since 1970"
+    note, told = f"{distinct:,} {what}, each its own; {amount}", spec.note
     judged = rows >= _ROWS_TO_JUDGE_BY and distinct > _RARELY_AGAIN * rows
     if judged and default_numeric != "categorical":
-        each = f"{rows / distinct:.1f} rows each, taken as numbers"
-        note = f"{distinct:,} {what}, {each}; {_numeric(spec.name, 'categorical')} for ids"
-        note = f"{note}; {earlier}" if dated else note
-        return replace(_as_told(column, default_numeric, None), note=note)
-    note = f"{distinct:,} {what}, each its own; {amount}"
+        spec = _as_told(column, default_numeric, None)
+        note = f"{distinct:,} {what}, {rows / distinct:.1f} rows each, taken as numbers; "
+        note += f"{_numeric(spec.name, 'categorical')} for ids"
     note = f"{note}; {earlier}" if dated else note
-    return replace(spec, note="; ".join(filter(None, [spec.note, note])))
+    return replace(spec, note="; ".join(filter(None, [told, note])))
 
 
 def _is_prose(column: pl.Series) -> bool:
