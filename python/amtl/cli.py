@@ -200,6 +200,10 @@ def train(
     race: Annotated[
         bool, typer.Option(help="Try on validation how sizes should follow from counts.")
     ] = True,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(help="Training time, such as 10m, after which the best so far is the result."),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(help="Train a full-size and a same-bytes fixed table too, to compare."),
@@ -218,13 +222,14 @@ def train(
     from amtl.run.folders import holds_run
     from amtl.run.training import Trainer, prepare, start
 
+    seconds = settings.parse_seconds("--time-limit", time_limit)
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
         console.print(f"[bold]resuming[/] {escape(str(out))} with its own settings")
 
         def go_on(stop: Any, bars: Any) -> Any:
-            trainer = start(None, out, resume=True, observer=bars, stop=stop)
+            trainer = start(None, out, resume=True, observer=bars, stop=stop, time_limit=seconds)
             rows = trainer.task.encoder.num_rows
             other = settings.not_applied(_typed(context), trainer.asked, rows)
             if other:
@@ -314,7 +319,11 @@ def train(
     task, folder = prepare(config, source), out
     # Training needs the memory of the raw table.
     del source
-    _train(lambda stop, bars: Trainer(config, task, folder, bars, stop), folder, fresh=True)
+
+    def begin(stop: Any, bars: Any) -> Any:
+        return Trainer(config, task, folder, bars, stop, time_limit=seconds)
+
+    _train(begin, folder, fresh=True)
 
 
 def _typed(context: typer.Context) -> dict[str, Any]:

@@ -78,6 +78,21 @@ def make_config(
     return config
 
 
+def parse_seconds(option: str, text: str | None) -> float | None:
+    """Seconds of what was typed for a time: a number of them, or one with s, m or h; None for None.
+
+    Raises:
+        UserError: it is neither, or nothing.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([smh]?)", text.strip().lower())
+    seconds = float(found[1]) * {"h": 3600, "m": 60}.get(found[2], 1) if found else 0.0
+    if not seconds > 0:
+        raise UserError(f"{option} {text!r}: a time above 0 is needed, such as 90s, 10m or 1.5h")
+    return seconds
+
+
 def not_applied(typed: Mapping[str, Any], config: TrainConfig, rows: int) -> list[str]:
     """What was typed beside --resume and differs from the run in the folder, as one types it.
 
@@ -86,7 +101,7 @@ def not_applied(typed: Mapping[str, Any], config: TrainConfig, rows: int) -> lis
         config: settings that the run was asked for.
         rows: of its table.
     """
-    about = [name for name in typed if name not in ("out", "resume", "force")]
+    about = [name for name in typed if name not in ("out", "resume", "force", "time_limit")]
     differ = [name for name in about if not _holds(name, typed, config, rows)]
     return ["DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in differ]
 

@@ -14,6 +14,7 @@ import pytest
 from amtl.cli import main
 from amtl.run.config import parse_budget
 from amtl.run.folders import holds_run, load_checkpoint, load_trained
+from amtl.settings import parse_seconds
 from amtl.store.files import read_json
 
 FAST = ["--dim", "4", "--epochs", "3", "--batch-size", "128"]
@@ -214,6 +215,26 @@ def test_a_budget_in_bytes(data, tmp_path):
     assert metrics["budget"] == pytest.approx(500 / metrics["dense_bytes"])
     assert run("train", "--resume", "--out", out) == 0
     assert read_json(out / "metrics.json")["stored_bytes"] == metrics["stored_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("1.5h", 5400), (" 10 M ", 600), (".5m", 30), (None, None)],
+)
+def test_times_have_units(text, seconds):
+    assert parse_seconds("--time-limit", text) == seconds
+
+
+def test_time_that_is_over_is_said_and_more_can_be_given(data, tmp_path, capsys):
+    out = tmp_path / "r"
+    args = ["--label", "label", "--fields", "user,item", "--no-race"]
+    assert run("train", data, *args, "--out", out, *FAST, "--time-limit", ".001") == 0
+    assert "time ran out" in capsys.readouterr().out
+    short = read_json(out / "metrics.json")
+    assert run("train", "--resume", "--out", out, "--time-limit", "1h") == 0
+    words = capsys.readouterr().out
+    assert "time ran out" not in words and "not applied" not in words
+    assert read_json(out / "metrics.json")["epochs_run"] > short["epochs_run"]
 
 
 @pytest.mark.parametrize(

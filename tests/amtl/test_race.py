@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -13,7 +14,7 @@ import torch
 from amtl.data.registry import Source
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.run import comparison, contest, methods, teaching
+from amtl.run import comparison, contest, methods, teaching, training
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
 from amtl.run.contest import DECAYS, DROPOUT, SHARES, WEAKER
@@ -23,7 +24,16 @@ from amtl.run.learner import Learner
 from amtl.run.metrics import score_error
 from amtl.run.model import field_evidence
 from amtl.run.progress import Silent
-from amtl.run.race import CAPACITY_BITS, FLAT, FULL, candidates, field_weights, is_open, race
+from amtl.run.race import (
+    CAPACITY_BITS,
+    FLAT,
+    FULL,
+    Trials,
+    candidates,
+    field_weights,
+    is_open,
+    race,
+)
 from amtl.run.teaching import Teacher
 from amtl.run.training import Interrupted, prepare, start
 from rich.console import Console
@@ -206,7 +216,7 @@ def test_laps_of_a_long_epoch_take_its_place(source, task, monkeypatch):
         taken.append(learner.config.method)
         rows.append(learner.step()[1])
 
-    race(settings(method="rule"), lambda entry: Learner(entry, task), Silent(), counted)
+    race(settings(method="rule"), Trials(lambda entry: Learner(entry, task), Silent(), counted))
     # Four settings, then two, for a lap each, and beside them the full table for two.
     assert len(taken) == 4 * 6 + 4 * 2 and taken.count("fixed") == 8
     assert sum(rows) == 8 * 800
@@ -283,6 +293,56 @@ def test_what_was_stopped_after_its_race_ends_the_same(source, tmp_path, share):
     again = start(None, tmp_path, resume=True, source=source).run()
     for key in ("test_auc", "val_auc", "stored_bytes", "raced"):
         assert again[key] == expected[key], key
+
+
+@pytest.fixture
+def second_a_step(monkeypatch):
+    """Makes a `stop` by which each step takes a second."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def stop(steps):
+        clock.now += 1
+        return False
+
+    return clock, stop
+
+
+def test_a_time_limit_is_kept_and_may_be_given_more(source, tmp_path, second_a_step):
+    clock, stop = second_a_step
+    config = settings()
+    whole = start(config, source=source, stop=stop, time_limit=1e9).run()
+    assert not whole["cut_short"]
+    seconds, clock.now = clock.now, 0.0
+    raced = 12 * (4 + 2 + 2)
+    for limit in (0, 1, raced, raced + 10, 0.6 * seconds, 0.9 * seconds):
+        clock.now, folder = 0.0, tmp_path / f"{limit:g}"
+        metrics = start(config, folder, source=source, stop=stop, time_limit=limit).run()
+        # What is begun is validated once: the race's learners and what follows, half an epoch.
+        assert clock.now <= max(limit, 6 * 5) + 6
+        assert metrics["cut_short"] and "time ran out" in " ".join(comparison.verdict(metrics))
+        trained = load_run(folder)
+        assert methods.stored_bytes(trained.model.table) == metrics["stored_bytes"]
+        again = start(None, folder, resume=True, source=source, stop=stop).run()
+        assert not again["cut_short"]
+        if limit == raced + 10:
+            for key in ("test_auc", "val_auc", "stored_bytes", "raced"):
+                assert again[key] == whole[key], key
+
+
+def test_a_comparison_takes_its_time(source, second_a_step):
+    clock, stop = second_a_step
+    config = settings(epochs=2, compare=True, embedding_decay=None)
+    whole = start(config, source=source, stop=stop).run()
+    # Cut while tables of full size are trained that a whole run would have kept to compare with.
+    for limit in (10, 180):
+        clock.now = 0.0
+        metrics = start(config, source=source, stop=stop, time_limit=limit).run()
+        assert metrics["cut_short"] and not metrics["raced"].get("taught")
+        rows = [row for row in metrics["compared"] if row["name"].startswith(FULL)]
+        expected = [row for row in whole["compared"] if row["name"].startswith(FULL)]
+        assert [row["name"] for row in rows] == [row["name"] for row in expected]
+        assert rows[0]["val_auc"] == expected[0]["val_auc"]
 
 
 def test_a_validation_split_of_one_class_is_said(source):
@@ -516,7 +576,9 @@ def test_a_baseline_says_what_it_was_trained_with(task, monkeypatch):
         made.append(config)
         return Learner(config, task, taught=taught)
 
-    best, _ = comparison.train_with_teacher("t", entry, Teacher(), make, Silent(), Learner.step)
+    best, _ = comparison.train_with_teacher(
+        "t", entry, Teacher(), Trials(make, Silent(), Learner.step)
+    )
     assert best.config.embedding_decay == max(DECAYS)
     assert comparison.scored(FULL, best)["embedding_decay"] == max(DECAYS)
     students = [c.embedding_decay for c in made if c.distillation]

@@ -14,7 +14,7 @@ from amtl.run.config import TrainConfig
 from amtl.run.contest import DROPOUT, LESS, SHARES, Contest, race_bytes, race_law, race_taught
 from amtl.run.metrics import score_error
 from amtl.run.progress import Silent
-from amtl.run.race import FLAT, FULL, race
+from amtl.run.race import FLAT, FULL, Trials, race
 
 
 def settings(**changes) -> TrainConfig:
@@ -71,6 +71,10 @@ def step(learner):
     learner.step()
 
 
+def trials(make, **more):
+    return Trials(make, Silent(), step, **more)
+
+
 def scripted_race(scores, config):
     made = {}
 
@@ -80,7 +84,7 @@ def scripted_race(scores, config):
         made[name] = Scripted(scores[name])
         return made[name]
 
-    return race(config, make, Silent(), step), made
+    return race(config, trials(make)), made
 
 
 def test_the_better_half_goes_on_and_the_best_one_wins():
@@ -139,7 +143,7 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
         made.append(config)
         return small
 
-    result, row = race_bytes(settings(), winner, 0.25, make, Silent(), step)
+    result, row = race_bytes(settings(), winner, 0.25, trials(make))
     assert small.steps == steps
     assert result is (small if better else None)
     assert made[0].budget == pytest.approx(0.075)
@@ -171,7 +175,7 @@ def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
         made[config.distillation] = Scripted(scores[config.distillation])
         return made[config.distillation]
 
-    best, rows = race_taught(winner, make, Silent(), step)
+    best, rows = race_taught(winner, trials(make))
     assert tuple(made) == SHARES
     assert best is made.get(chosen)
     assert [row["chosen"] for row in rows] == [share == chosen for share in SHARES]
@@ -188,7 +192,7 @@ def test_more_weight_decay_has_its_time(decay, won):
     slow.config = settings(embedding_decay=decay)
     while not winner.finished:
         winner.step()
-    better, _ = contest.contend("slow", slow, winner, Silent(), step)
+    better, _ = contest.contend("slow", slow, winner, trials(pytest.fail))
     assert (better is slow) == won and slow.finished == won
 
 
@@ -218,7 +222,7 @@ def test_luck_on_few_samples_is_allowed_for(score, auc, sure, chosen):
     assert 0.11 < doubt < 0.9
     while not winner.finished:
         winner.step()
-    better, row = contest.contend("other", other, winner, Silent(), step, sure)
+    better, row = contest.contend("other", other, winner, trials(pytest.fail), sure)
     assert row["chosen"] == chosen and better is (other if chosen else None)
 
 
@@ -230,7 +234,7 @@ def test_what_follows_a_long_training_is_announced(seconds, told):
     first.history[1]["seconds"] = seconds
     observer = Silent()
     observer.note = notes.append
-    Contest(first, pytest.fail, observer, step)._announce()
+    Contest(first, Trials(pytest.fail, observer, step))._announce()
     assert len(notes) == len(told) and all(t in note for t, note in zip(told, notes, strict=True))
 
 
@@ -248,7 +252,7 @@ def test_fewer_bytes_need_more_than_luck(score, better):
             raise UserError("no size is smaller")
         return found
 
-    best, row = race_bytes(settings(), winner, 0.25, make, Silent(), step)
+    best, row = race_bytes(settings(), winner, 0.25, trials(make))
     assert best is (small if better else None) and row["chosen"] == better
 
 
@@ -264,11 +268,11 @@ def test_all_bytes_with_a_teacher_need_not_do_better_than_a_lucky_few():
         learner.said = OTHERWISE
         return learner
 
-    best, rows = race_taught(winner, make, Silent(), step, sure=-1.0)
+    best, rows = race_taught(winner, trials(make), sure=-1.0)
     # The second is held against the first, no more against the winner.
     assert best_score(best) == 0.76 and [row["chosen"] for row in rows] == [False, True]
     scores = iter([0.75, 0.76])
-    assert race_taught(winner, make, Silent(), step)[0] is None
+    assert race_taught(winner, trials(make))[0] is None
 
 
 def best_score(learner):
@@ -286,7 +290,7 @@ def test_less_is_tried_as_long_as_it_is_better():
         made.append(config.budget)
         return tried[len(made) - 1]
 
-    best, row = race_bytes(settings(), winner, 0.25, make, Silent(), step)
+    best, row = race_bytes(settings(), winner, 0.25, trials(make))
     assert best is tried[1] and row["score"] == 0.85 and row["chosen"]
     assert row["name"] == "2.2% of the bytes" and row["rival"]["score"] == 0.8
     assert made == pytest.approx([0.075, 0.0225, 0.00675, 0.002025])
@@ -307,7 +311,7 @@ def test_the_middle_law_is_tried_where_another_has_won():
             made.append(config)
             return Scripted([0.5, score])
 
-        return race_law(settings(**changes), winner, make, Silent(), step)
+        return race_law(settings(**changes), winner, trials(make))
 
     options = {"capacity_bits": 16.0, "twins": False}
     better, row = tried(0.9, table_options=options, distillation=0.5)
@@ -350,7 +354,7 @@ def test_a_law_that_wins_is_taught_by_the_other_share(asked, scores, winner):
     labels = torch.ones(3)
     first = Scripted([0.5, 0.6])
     first.config = settings(distillation=asked)
-    course = Contest(first, make, Silent(), step)
+    course = Contest(first, trials(make))
     course.winner = tried[16.0, 0.8] = Scripted([0.5, 0.8])
     options = {"capacity_bits": 16.0}
     course.winner.config = settings(distillation=0.8, table_options=options, embedding_dropout=0.1)
@@ -398,7 +402,7 @@ def test_fewer_bytes_are_tried_with_less_decay(weaker, scores, made, chosen):
         found[key] = Scripted([0.5, scores[key]])
         return found[key]
 
-    best, row = race_bytes(winner.config, winner, 0.25, make, Silent(), step, weaker)
+    best, row = race_bytes(winner.config, winner, 0.25, trials(make), weaker)
     assert list(found) == made
     assert best is (found[chosen] if chosen else None) and row["chosen"] == bool(chosen)
     assert [key for key, learner in found.items() if not learner.released] == (
@@ -416,9 +420,7 @@ def test_a_better_score_alone_takes_no_place_from_what_is_better():
     # With weaker decay: ahead in the score, behind the winner in AUC.
     tried = [Scripted([0.5, 0.85]), Scripted([0.5, 0.86], auc=0.7), Scripted([0.5, 0.6])]
     made = iter(tried)
-    best, row = race_bytes(
-        winner.config, winner, 0.25, lambda config: next(made), Silent(), step, True
-    )
+    best, row = race_bytes(winner.config, winner, 0.25, trials(lambda config: next(made)), True)
     assert best is tried[0] and row["score"] == 0.85 and row["chosen"]
     assert [learner.released for learner in tried] == [False, True, True]
 
@@ -434,14 +436,14 @@ def test_what_is_far_behind_ends_the_search_for_less():
         made.append(config)
         return tried[len(made) - 1]
 
-    best, row = race_bytes(settings(), winner, 0.25, make, Silent(), step)
+    best, row = race_bytes(settings(), winner, 0.25, trials(make))
     assert best is None and row["score"] == 0.78 and len(made) == 1
 
 
 def test_a_table_that_stores_nothing_leaves_nothing_out():
     winner = Scripted([0.8])
     step(winner)
-    assert race_bytes(settings(), winner, 0.0, pytest.fail, Silent(), step) == (None, None)
+    assert race_bytes(settings(), winner, 0.0, trials(pytest.fail)) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -472,14 +474,14 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, 
         made[-1][1].config, made[-1][1].table = config, None
         return made[-1][1]
 
-    def one_size(sized, winner, used, make, observer, step, weaker):
-        learner = make(dataclasses.replace(sized, budget=used * LESS))
-        return contest.contend("less", learner, winner, observer, step)
+    def one_size(sized, winner, used, trials, weaker):
+        learner = trials.make(dataclasses.replace(sized, budget=used * LESS))
+        return contest.contend("less", learner, winner, trials)
 
     labels = torch.ones(3)
     monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 100)
     monkeypatch.setattr(contest, "race_bytes", one_size)
-    course = Contest(first, make, Silent(), step)
+    course = Contest(first, trials(make))
     raced = {"given": given, "budget": 0.25}
     options = course._fewer_bytes("less", raced, sized, labels)
     assert [law for law, _ in made] == tried
@@ -514,7 +516,7 @@ def test_students_are_tried_with_less_decay_than_a_full_table(decay, scores, tri
         at_first = config.distillation == SHARES[0]
         return Scripted([0.5, scores[rounded(config.embedding_decay)] if at_first else 0.4])
 
-    best, rows = race_taught(winner, make, Silent(), step, decay)
+    best, rows = race_taught(winner, trials(make), decay)
     assert [rounded(config.embedding_decay) for config in made] == tried
     # What comes again comes with the other share.
     shares = [SHARES[each in tried[:at]] for at, each in enumerate(tried)]
@@ -579,13 +581,13 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
         def add(self, learner):
             assert learner in tried.values()
 
-    def one_size(sized, winner, used, make, observer, step, weaker):
-        learner = make(dataclasses.replace(sized, budget=used * LESS))
-        return contest.contend("less", learner, winner, observer, step)
+    def one_size(sized, winner, used, trials, weaker):
+        learner = trials.make(dataclasses.replace(sized, budget=used * LESS))
+        return contest.contend("less", learner, winner, trials)
 
-    def taught(winner, make, observer, step, decay, config, sure):
-        learner = make(dataclasses.replace(config, distillation=0.5))
-        best, row = contest.contend("taught", learner, winner, observer, step)
+    def taught(winner, trials, decay, config, sure):
+        learner = trials.make(dataclasses.replace(config, distillation=0.5))
+        best, row = contest.contend("taught", learner, winner, trials)
         return best, [row]
 
     monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 4)
@@ -596,6 +598,83 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
     first = make(settings(table_options=options))
     while not first.finished:
         first.step()
-    course = Contest(first, make, Silent(), step)
+    course = Contest(first, trials(make))
     course.run({"sized": options, "given": {}, "budget": 0.25})
     assert course.winner is tried[winner] and len(tried) == made
+
+
+def ended(scores):
+    learner = Scripted(scores)
+    while not learner.finished:
+        learner.step()
+    return learner
+
+
+class Clock:
+    """Late once so many steps were taken, by all learners together."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def step(self, learner):
+        self.left -= 1
+        learner.step()
+
+    def trials(self, make):
+        return Trials(make, Silent(), self.step, lambda: self.left <= 0)
+
+
+def test_what_is_better_when_the_time_is_up_counts_as_it_stands():
+    winner, clock, made = ended([0.5, 0.8]), Clock(9), []
+
+    def make(config):
+        made.append(Scripted([0.7, 0.85, 0.9, 0.95]))
+        return made[-1]
+
+    best, row = race_bytes(settings(), winner, 0.25, clock.trials(make))
+    assert best is made[0] and len(made) == 1 and row["score"] == 0.85 and row["chosen"]
+    assert best.steps == 9
+
+
+def test_what_is_begun_is_validated_once_though_the_time_is_up():
+    winner, clock = ended([0.5, 0.8]), Clock(1)
+    late = Scripted([0.7, 0.9])
+    better, row = contest.contend("late", late, winner, clock.trials(pytest.fail))
+    assert better is None and row["score"] == 0.7 and late.steps == 4
+
+
+def test_nothing_is_begun_when_the_time_is_up():
+    winner, late = ended([0.5, 0.8]), Clock(0).trials(pytest.fail)
+    assert race_bytes(settings(), winner, 0.25, late) == (None, None)
+    assert race_law(settings(), winner, late) == (None, None)
+    course = Contest(winner, late)
+    winner.table = None
+    course.run({"sized": {}, "given": {}, "budget": 0.25})
+    assert course.winner is winner
+    assert not any(course.found.values())
+
+
+def test_without_time_for_a_teacher_the_better_share_is_not_looked_for():
+    winner, clock, made = ended([0.5, 0.8]), Clock(8), []
+    winner.config = settings(embedding_decay=None)
+
+    def make(config):
+        made.append(config)
+        return Scripted([0.5, 0.9])
+
+    best, rows = race_taught(winner, clock.trials(make), 1e-5)
+    assert len(made) == len(rows) == 1 and best_score(best) == 0.9
+
+
+def test_a_race_without_time_is_decided_by_the_first_validations():
+    made = {}
+
+    def make(entry):
+        bits = entry.table_options.get("capacity_bits")
+        name = FULL if entry.method == "fixed" else FLAT if bits > 100 else bits
+        made[name] = Scripted([{FULL: 0.9, FLAT: 0.1, 16.0: 0.4, 4.0: 0.5, 1.0: 0.2}[name], 0.3])
+        return made[name]
+
+    result = race(settings(method="rule"), Clock(0).trials(make))
+    assert result.learner is made[4.0]
+    assert {learner.steps for learner in made.values()} == {4}

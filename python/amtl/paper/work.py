@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from amtl.run.learner import Learner, Task
 from amtl.run.metrics import auc
 from amtl.run.model import predict
 from amtl.run.progress import Silent
-from amtl.run.race import best_record, is_open
+from amtl.run.race import Trials, best_record, is_open
 from amtl.run.searching import is_search, search
 from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
@@ -382,17 +383,14 @@ def train(config: TrainConfig, task: Task, taught: Tensor | None = None) -> Lear
         trainer = Trainer(config, task)
         trainer.run()
         return trainer.learner
-    learner = Learner(config, task, taught=taught)
+    trials = Trials(partial(Learner, task=task, taught=taught), Silent(), Learner.step)
+    learner = trials.make(config)
     if is_search(learner.table):
-        learner = search(learner, Silent(), _step)
-    run_to_end("", learner, Silent(), _step)
+        learner = search(learner, trials)
+    run_to_end("", learner, trials)
     learner.end()
     learner.round_dense()
     return learner
-
-
-def _step(learner: Learner) -> None:
-    learner.step()
 
 
 def _tested(learner: Learner, data: Data) -> dict[str, Any]:

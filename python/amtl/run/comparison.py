@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -18,8 +17,7 @@ from amtl.run.contest import SURELY, race_taught, regularised, run_to_end, title
 from amtl.run.learner import Learner
 from amtl.run.metrics import FEW, auc, log_loss, rarer, score_error
 from amtl.run.model import predict
-from amtl.run.progress import Observer
-from amtl.run.race import CAPACITY_BITS, FLAT, FULL, best_record, plain
+from amtl.run.race import CAPACITY_BITS, FLAT, FULL, Trials, best_record, plain
 from amtl.run.teaching import Teacher
 
 THIS, TAUGHT = "this model", ", taught"
@@ -55,9 +53,7 @@ def train_baselines(
     config: TrainConfig,
     metrics: Mapping[str, Any],
     says: Tensor,
-    make: Callable[..., Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
+    trials: Trials,
     full: Learner | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the two tables with the run's effort, and scores the test split once each.
@@ -69,9 +65,7 @@ def train_baselines(
         config: settings of the run.
         metrics: its metrics.
         says: logits of the validation split by its model.
-        make: a fresh learner of given settings and, as `taught`, a teacher's labels.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what learners are made and trained.
         full: the first of the two tables, if the run has trained and ended it.
 
     Returns:
@@ -92,13 +86,14 @@ def train_baselines(
     for name, entry in baselines(config, metrics).items():
         entry = replace(entry, embedding_dropout=share, embedding_decay=decay)
         title = f"{name}, D={entry.dim}"
-        if raced.get("taught"):
+        # A run that ran out of time had meant to try what these then have.
+        if raced.get("taught") or ("asked" in raced and metrics["cut_short"]):
             # Without a race the run's dropout is not what the full table was trained with.
             trained = full if name == FULL and "asked" in raced else None
-            best, pupil = train_with_teacher(title, entry, teacher, make, observer, step, trained)
+            best, pupil = train_with_teacher(title, entry, teacher, trials, trained)
         else:
-            best, pupil = make(entry), None
-            run_to_end(title, best, observer, step)
+            best, pupil = trials.make(entry), None
+            run_to_end(title, best, trials)
             best.end()
         add(name, best)
         if pupil is not None:
@@ -110,9 +105,7 @@ def train_with_teacher(
     name: str,
     entry: TrainConfig,
     teacher: Teacher,
-    make: Callable[..., Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
+    trials: Trials,
     trained: Learner | None = None,
 ) -> tuple[Learner, Learner | None]:
     """Trains a table by itself, and then again with a teacher that it has joined.
@@ -121,9 +114,7 @@ def train_with_teacher(
         name: in the progress bar.
         entry: settings; dropout and weight decay are tried where they leave them open.
         teacher: takes in the table.
-        make: a fresh learner of given settings and, as `taught`, a teacher's labels.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what learners are made and trained.
         trained: what the first training would give, if it is there.
 
     Returns:
@@ -133,8 +124,8 @@ def train_with_teacher(
 
     def train(settings: TrainConfig) -> float:
         nonlocal best
-        learner = make(settings)
-        run_to_end(titled(name, settings), learner, observer, step)
+        learner = trials.make(settings)
+        run_to_end(titled(name, settings), learner, trials)
         score = best_record(learner)["score"]
         if best is None or score > best_record(best)["score"]:
             best = learner
@@ -144,8 +135,8 @@ def train_with_teacher(
         regularised(entry, train)
     assert best is not None
     teacher.add(best)
-    taught, decay = partial(make, taught=teacher.labels()), best.config.embedding_decay
-    pupil, _ = race_taught(best, taught, observer, step, decay, entry)
+    taught, decay = trials.taught(teacher.labels()), best.config.embedding_decay
+    pupil, _ = race_taught(best, taught, decay, entry)
     if pupil is not None:
         pupil.end()
     return best, pupil
@@ -227,13 +218,16 @@ def _as_options(row: Mapping[str, Any]) -> str:
 def verdict(metrics: Mapping[str, Any]) -> list[str]:
     """What the scores say against the sizes or the budget that were asked for, the worst first."""
     told = [*_given_away(metrics)]
+    if cut := metrics.get("cut_short"):
+        told.append("time ran out: the best model until then is the result, more may find a better")
     if metrics["method"] == "fixed":
         return told
     raced = metrics["raced"] or {}
     compared = list(metrics.get("compared") or [])
     full = _best([*compared, *filter(None, [raced.get("full")])], FULL)
     if full is not None and _lead(full, metrics) > _NOTABLE:
-        what, options = "a table of full size", "a larger --budget"
+        what = "a table of full size"
+        options = "a longer --time-limit" if cut else "a larger --budget"
         if full["name"] != FULL:
             what += " that has a teacher"
             options += f", or --method fixed{_as_options(full)},"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +20,17 @@ from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.metrics import score_error
-from amtl.run.progress import Observer
-from amtl.run.race import ALMOST_ALL, FULL, MIDDLE, attempt, best_record, has_law, outcome, plain
+from amtl.run.race import (
+    ALMOST_ALL,
+    FULL,
+    MIDDLE,
+    Trials,
+    attempt,
+    best_record,
+    has_law,
+    outcome,
+    plain,
+)
 from amtl.run.teaching import Teacher
 
 _NEAR = 0.01
@@ -63,25 +71,18 @@ class Contest:
 
     Args:
         first: that model.
-        make: a fresh learner of given settings and, as `taught`, a teacher's labels.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what learners are made and trained.
 
     Attributes:
         winner: the model that validates best so far.
         found: rows of what was tried, None or nothing where it was not: `less` bytes, the `full`
             table (its `error` is that of the difference to the winner's score), `taught`, another
             `law`, less bytes with a teacher (`less_taught`).
-        full: the best table of full size, ended, if the run is to be compared with it.
+        full: the best table of full size, ended, if the run is to be compared with it and there
+            was time for all of them.
     """
 
-    def __init__(
-        self,
-        first: Learner,
-        make: Callable[..., Learner],
-        observer: Observer,
-        step: Callable[[Learner], None],
-    ) -> None:
+    def __init__(self, first: Learner, trials: Trials) -> None:
         self.first = self.winner = first
         self.found: dict[str, Any] = {
             "less": None,
@@ -93,7 +94,7 @@ class Contest:
         self.full: Learner | None = None
         self._decay: float | None = None
         self._full_says = torch.empty(0)
-        self._make, self._observer, self._step = make, observer, step
+        self._trials = trials
 
     def run(self, raced: Mapping[str, Any] | None) -> None:
         """Tries all that the settings leave open.
@@ -109,17 +110,17 @@ class Contest:
             full["error"] = score_error(self._full_says, self.winner.says(), labels)
 
     def _run(self, raced: Mapping[str, Any] | None) -> None:
-        share = self.first.config.distillation
+        share, late = self.first.config.distillation, self._trials.late
         options: dict[str, Any] = {}
         if raced is not None:
             options = self._fewer_bytes("less", raced, raced["sized"])
         fewer = self.winner is not self.first
-        if share == 0 or (share is None and raced is None):
+        if share == 0 or (share is None and raced is None) or late():
             return
         if raced is not None:
             self._announce()
         labels = self._teach()
-        if raced is None or not self.winner.config.distillation:
+        if raced is None or labels is None or not self.winner.config.distillation:
             return
         options = self._law(raced, options, labels)
         if fewer:
@@ -129,20 +130,23 @@ class Contest:
         """Says how long the rest may take, where that is longer than a bar tells."""
         minutes = sum(record["seconds"] for record in self.first.history) / 60
         if minutes * _MORE[0] > 1:
-            self._observer.note(
+            self._trials.observer.note(
                 f"trained once; others are tried for {minutes * _MORE[0]:.0f} to "
-                f"{minutes * _MORE[1]:.0f} minutes more (--no-race and --distillation 0 go without)"
+                f"{minutes * _MORE[1]:.0f} minutes more (--time-limit ends that when you say, "
+                "--no-race and --distillation 0 go without)"
             )
 
-    def _teach(self) -> Tensor:
-        """Trains the first model's settings with a teacher and returns labels for those to come."""
+    def _teach(self) -> Tensor | None:
+        """Trains the first model's settings with a teacher and returns labels for those to come.
+
+        None where the time is up before they are needed.
+        """
         teacher = self._teacher()
-        make = partial(self._make, taught=teacher.labels())
+        if self._trials.late():
+            return None
         best, self.found["taught"] = race_taught(
             self.winner,
-            make,
-            self._observer,
-            self._step,
+            self._trials.taught(teacher.labels()),
             self._decay,
             self.first.config,
             sure=0.0 if self.winner is self.first else -SURELY,
@@ -159,24 +163,24 @@ class Contest:
         if has_law(raced["given"]):
             return options
         sized = replace(self.winner.config, table_options=options)
-        make = partial(self._make, taught=labels)
-        best, self.found["law"] = race_law(sized, self.winner, make, self._observer, self._step)
+        trials = self._trials.taught(labels)
+        best, self.found["law"] = race_law(sized, self.winner, trials)
         self._prefer(best)
         if best is None:
             return options
         if self.first.config.distillation is None:
-            self._other_shares(make)
+            self._other_shares(trials)
         return best.config.table_options
 
-    def _other_shares(self, make: Callable[[TrainConfig], Learner]) -> None:
+    def _other_shares(self, trials: Trials) -> None:
         """How much the teacher says was settled by another law than the winner's: asked again."""
         config = self.winner.config
         law = config.table_options["capacity_bits"]
         for share in SHARES:
-            if share == config.distillation:
+            if share == config.distillation or trials.late():
                 continue
             other = replace(config, distillation=share)
-            best, rows = race_taught(self.winner, make, self._observer, self._step, config=other)
+            best, rows = race_taught(self.winner, trials, config=other)
             self.found["taught"] += [
                 {**row, "name": f"{row['name']}, {law:g} bits a number"} for row in rows
             ]
@@ -197,20 +201,20 @@ class Contest:
         Returns:
             The options by which fewer bytes did better, or those given.
         """
+        trials = self._trials if labels is None else self._trials.taught(labels)
         laws = [options]
         middle = middle_law(options)
         if middle is not None and not has_law(raced["given"]):
             laws.append(middle)
         for law in laws:
+            if trials.late():
+                break
             winner = self.winner
             sized = replace(winner.config, table_options=law, budget=raced["budget"])
             assert winner.best is not None
             used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
-            make = partial(self._make, taught=labels)
             weaker = self.first.config.embedding_decay is None
-            best, self.found[name] = race_bytes(
-                sized, winner, used, make, self._observer, self._step, weaker
-            )
+            best, self.found[name] = race_bytes(sized, winner, used, trials, weaker)
             self._prefer(best)
             if best is not None:
                 return law
@@ -234,11 +238,13 @@ class Contest:
             full = replace(full, dim=TrainConfig.dim, warm_start=None)
 
         def train(entry: TrainConfig) -> float:
+            if rows and self._trials.late():
+                return -math.inf
             if entry == alone:
                 rows.append((outcome(FULL, self.first), self.first.says()))
                 return float(rows[-1][0]["score"])
-            table = self._make(entry)
-            run_to_end(titled(FULL, entry), table, self._observer, self._step)
+            table = self._trials.make(entry)
+            run_to_end(titled(FULL, entry), table, self._trials)
             teacher.add(table)
             rows.append((outcome(FULL, table), table.says()))
             self._keep(table)
@@ -247,6 +253,10 @@ class Contest:
         best = regularised(full, train)
         self.found["full"], self._full_says = max(rows, key=lambda row: row[0]["score"])
         self._decay = best.embedding_decay
+        if self.full is not None and self._trials.late():
+            # What it is compared with is the best of all that were to be trained, to their end.
+            self.full.release()
+            self.full = None
         return teacher
 
     def _keep(self, table: Learner) -> None:
@@ -304,9 +314,7 @@ def race_bytes(
     sized: TrainConfig,
     winner: Learner,
     used: float,
-    make: Callable[[TrainConfig], Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
+    trials: Trials,
     weaker: bool = False,
 ) -> tuple[Learner | None, dict[str, Any] | None]:
     """Trains with fewer and fewer bytes, the budget being a limit and no aim.
@@ -319,9 +327,7 @@ def race_bytes(
         sized: settings of the best candidate whose rows differ in width.
         winner: the best model so far, trained to its end.
         used: share of the full table's bytes that it stores.
-        make: a fresh learner of given settings.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what learners are made and trained.
         weaker: whether weaker weight decay than the settings', if they have some, may be tried.
 
     Returns:
@@ -332,27 +338,28 @@ def race_bytes(
     share, missed = min(used, sized.budget), False
 
     def tries(entry: TrainConfig) -> tuple[Learner | None, dict[str, Any]] | None:
-        learner, _ = attempt(make, entry)
+        learner, _ = attempt(trials, entry)
         if learner is None:
             return None
         name = f"{100 * share:.2g}% of the bytes"
         if entry.embedding_decay != winner.config.embedding_decay:
             name += f", weight decay {entry.embedding_decay:g}"
-        better, tried = contend(name, learner, best or winner, observer, step, SURELY)
+        better, tried = contend(name, learner, best or winner, trials, SURELY)
         if better is None:
             learner.release()
         return better, tried
 
     # A table that stores nothing has nothing to leave out.
-    while share:
+    while share and not trials.late():
         share *= LESS
         found = tries(replace(sized, budget=share))
         if found is None:
             break
         better, tried = found
         near = best_record(best or winner)["score"] - _NEAR
-        if weaker and sized.embedding_decay and tried["score"] >= near:
-            other = replace(sized, budget=share, embedding_decay=WEAKER * sized.embedding_decay)
+        decay = 0.0 if not weaker or trials.late() else sized.embedding_decay
+        if decay and tried["score"] >= near:
+            other = replace(sized, budget=share, embedding_decay=WEAKER * decay)
             found = tries(other)
             if found is not None and _standing(*found) > _standing(better, tried):
                 sized, weaker = other, False
@@ -379,9 +386,7 @@ def _standing(better: Learner | None, tried: Mapping[str, Any]) -> tuple[bool, f
 
 def race_taught(
     winner: Learner,
-    make: Callable[[TrainConfig], Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
+    trials: Trials,
     decay: float | None = None,
     config: TrainConfig | None = None,
     sure: float = 0.0,
@@ -394,9 +399,7 @@ def race_taught(
 
     Args:
         winner: the best model so far, trained to its end.
-        make: a fresh learner of given settings, which has the teacher's labels.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what learners are made, which have the teacher's labels, and trained.
         decay: what serves a table of full size; some is tried here where that is, and the settings
             leave it open.
         config: settings to train with; None: the winner's.
@@ -413,11 +416,13 @@ def race_taught(
 
     def teach(share: float, each: float | None) -> float:
         nonlocal best
-        learner = make(replace(config, distillation=share, embedding_decay=each))
+        if rows and trials.late():
+            return -math.inf
+        learner = trials.make(replace(config, distillation=share, embedding_decay=each))
         name = f"{share:.0%} of the labels a teacher's"
         name += f", weight decay {each:g}" if each and each != config.embedding_decay else ""
         needed = sure if best is None else 0.0
-        better, row = contend(name, learner, best or winner, observer, step, needed)
+        better, row = contend(name, learner, best or winner, trials, needed)
         if better is None:
             learner.release()
         else:
@@ -455,11 +460,7 @@ def middle_law(options: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def race_law(
-    sized: TrainConfig,
-    winner: Learner,
-    make: Callable[[TrainConfig], Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
+    sized: TrainConfig, winner: Learner, trials: Trials
 ) -> tuple[Learner | None, dict[str, Any] | None]:
     """Trains with the middle one of the laws where another, or a fixed width, has won.
 
@@ -468,35 +469,30 @@ def race_law(
     Args:
         sized: the winner's settings with sizes of the best candidate whose rows differ in width.
         winner: the best model so far, trained to its end.
-        make: a fresh learner of given settings.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what learners are made and trained.
 
     Returns:
         The learner if it validates better, and its row; nothing where there is no other law.
     """
+    if trials.late():
+        return None, None
     options = {**sized.table_options, "capacity_bits": MIDDLE}
     whole = sized.budget * 32 / options.get("bits", 32) > ALMOST_ALL
     if whole or middle_law(winner.config.table_options) is None:
         return None, None
-    learner, _ = attempt(make, replace(sized, table_options=options))
+    learner, _ = attempt(trials, replace(sized, table_options=options))
     if learner is None:
         return None, None
-    better, row = contend(f"sizes by {MIDDLE:g} bits a number", learner, winner, observer, step)
+    better, row = contend(f"sizes by {MIDDLE:g} bits a number", learner, winner, trials)
     if better is None:
         learner.release()
     return better, row
 
 
 def contend(
-    name: str,
-    learner: Learner,
-    winner: Learner,
-    observer: Observer,
-    step: Callable[[Learner], None],
-    sure: float = 0.0,
+    name: str, learner: Learner, winner: Learner, trials: Trials, sure: float = 0.0
 ) -> tuple[Learner | None, dict[str, Any]]:
-    """Trains a fresh learner to its end, or until it is hopelessly behind.
+    """Trains a fresh learner to its end, or until it is hopelessly behind, or the time is up.
 
     One with more weight decay than the winner has its time: it learns more slowly and for longer,
     and from .025 behind has gone on to win.
@@ -505,8 +501,7 @@ def contend(
         name: of the learner, in its row and the progress bar.
         learner: fresh.
         winner: the best model so far, trained to its end.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what it is trained.
         sure: standard errors of the difference by which it has to validate better; negative: by
             which it may validate worse, then also in AUC alone.
 
@@ -517,26 +512,24 @@ def contend(
     mark = max((r["score"] for r in winner.history if r["step"] <= horizon), default=-math.inf)
     if (learner.config.embedding_decay or 0.0) > (winner.config.embedding_decay or 0.0):
         mark = -math.inf
-    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
-    while not learner.finished:
-        step(learner)
-        if learner.steps == horizon and best_record(learner)["score"] < mark - _HOPELESS:
-            break
+    trials.observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
+    trials.train(learner, horizon)
+    behind = best_record(learner)["score"] < mark - _HOPELESS
+    hopeless = behind and learner.steps == horizon and not learner.finished
+    if not hopeless:
+        trials.train(learner)
     row, rival = outcome(name, learner), best_record(winner)
     lead = row["score"] - rival["score"]
-    if sure and learner.finished and not math.isinf(lead):
+    if sure and not hopeless and not math.isinf(lead):
         lead -= sure * score_error(learner.says(), winner.says(), learner.task.val.labels)
     row["chosen"] = lead > 0 and (sure < 0 or row["val_auc"] >= rival["val_auc"])
     return (learner if row["chosen"] else None), row
 
 
-def run_to_end(
-    name: str, learner: Learner, observer: Observer, step: Callable[[Learner], None]
-) -> None:
-    """Trains a learner until it is finished, under a bar of its own."""
-    observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
+def run_to_end(name: str, learner: Learner, trials: Trials) -> None:
+    """Trains a learner until it is finished, or the time is up, under a bar of its own."""
+    trials.observer.begin(name, learner.steps_per_epoch * learner.config.epochs, 0)
     try:
-        while not learner.finished:
-            step(learner)
+        trials.train(learner)
     finally:
-        observer.end()
+        trials.observer.end()

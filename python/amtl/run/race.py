@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +44,39 @@ _LEAST_WEIGHT = 1e-3
 """Of the most telling field's weight; a field that helped nothing keeps so much."""
 
 FULL, FLAT = "full size", "fixed width"
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Trials:
+    """By what a run makes and trains the learners that it tries.
+
+    Attributes:
+        make: a fresh learner of given settings and, as `taught`, a teacher's labels.
+        observer: is told how it goes.
+        step: takes one step of a learner.
+        late: whether the run's time is up. Nothing is begun any more then, and what is being
+            trained counts as it stands, from its first validation on.
+    """
+
+    make: Callable[..., Learner]
+    observer: Observer
+    step: Callable[[Learner], object]
+    late: Callable[[], bool] = _never
+
+    def taught(self, labels: Tensor) -> Trials:
+        """The same with a teacher, whose labels a learner has where its settings ask for them."""
+        return replace(self, make=partial(self.make, taught=labels))
+
+    def train(self, learner: Learner, steps: float = math.inf) -> None:
+        """Steps of a learner, until it has taken so many or has ended."""
+        while learner.steps < steps and not learner.finished:
+            if learner.history and self.late():
+                return
+            self.step(learner)
 
 
 @dataclass(frozen=True)
@@ -152,32 +186,25 @@ def field_weights(evidence: Tensor) -> list[float] | None:
     return [float(w) for w in weights / weights.mean()]
 
 
-def race(
-    config: TrainConfig,
-    make: Callable[[TrainConfig], Learner],
-    observer: Observer,
-    step: Callable[[Learner], None],
-) -> Raced:
+def race(config: TrainConfig, trials: Trials) -> Raced:
     """Runs candidates against each other.
 
     Args:
         config: settings that `is_open`.
-        make: a fresh learner of given settings.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what learners are made and trained.
 
     Returns:
         The winner. It takes about twice as many laps as there are candidates.
     """
-    full = make(plain(config))
+    full = trials.make(plain(config))
     count = len(candidates(config, None))
     rungs = _rungs(count)
-    observer.begin(
+    trials.observer.begin(
         f"choosing among {count} settings",
         full.lap_end(sum(rungs) + len(rungs)),
         0,
     )
-    _run(full, len(rungs), step)
+    trials.train(full, full.lap_end(len(rungs)))
     evidence, weights = None, None
     if config.method == "amtl":
         measured = field_evidence(full.model, full.task.val)
@@ -185,23 +212,22 @@ def race(
     rows = [outcome(FULL, full)]
     full.release()
     entries = candidates(config, weights)
-    learners, refused = _made(entries, make)
+    learners, refused = _made(entries, trials)
     if not learners and config.raced_bits:
         # Too small for step sizes, or too narrow for whole bytes.
         entries = candidates(replace(config, bits="32"), weights)
-        learners, refused = _made(entries, make)
+        learners, refused = _made(entries, trials)
     if not learners:
         assert refused is not None
         raise refused
     alive = list(learners)
-    rungs = _rungs(len(alive))
-    for laps, left in enumerate(rungs, 1):
+    for laps, left in enumerate(_rungs(len(alive)), 1):
         for name in reversed(alive[left:]):
             rows.append(outcome(name, learners[name]))
             learners.pop(name).release()
         alive = alive[:left]
         for name in alive:
-            _run(learners[name], laps, step)
+            trials.train(learners[name], learners[name].lap_end(laps))
         alive.sort(key=lambda name: -best_record(learners[name])["score"])
     rows += [outcome(name, learners[name]) for name in reversed(alive)]
     rows[-1]["chosen"] = True
@@ -210,18 +236,13 @@ def race(
     return Raced(entries[alive[0]], learners[alive[0]], table, evidence, entries[sized])
 
 
-def _run(learner: Learner, laps: int, step: Callable[[Learner], None]) -> None:
-    while learner.steps < learner.lap_end(laps) and not learner.finished:
-        step(learner)
-
-
 def _made(
-    entries: Mapping[str, TrainConfig], make: Callable[[TrainConfig], Learner]
+    entries: Mapping[str, TrainConfig], trials: Trials
 ) -> tuple[dict[str, Learner], UserError | None]:
     """Fresh learners of those settings that fit the table and the budget, and the last refusal."""
     learners, refused = {}, None
     for name, entry in entries.items():
-        learner, error = attempt(make, entry)
+        learner, error = attempt(trials, entry)
         if learner is None:
             refused = error
         else:
@@ -229,12 +250,10 @@ def _made(
     return learners, refused
 
 
-def attempt(
-    make: Callable[[TrainConfig], Learner], config: TrainConfig
-) -> tuple[Learner | None, UserError | None]:
+def attempt(trials: Trials, config: TrainConfig) -> tuple[Learner | None, UserError | None]:
     """A fresh learner, or why there is none."""
     try:
-        return make(config), None
+        return trials.make(config), None
     except UserError as error:
         return None, error
 

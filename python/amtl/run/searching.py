@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from amtl.errors import UserError
 from amtl.peers import DoesNotFit, SearchingPeer
 from amtl.run.learner import Learner
 from amtl.run.metrics import score
-from amtl.run.progress import Observer
+from amtl.run.race import Trials
 
 
 class SearchLearner(Learner):
@@ -62,13 +60,12 @@ def is_search(table: nn.Module) -> bool:
     return isinstance(table, SearchingPeer) and not bool(table.settled)
 
 
-def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]) -> Learner:
+def search(learner: Learner, trials: Trials) -> Learner:
     """Searches, and returns a fresh learner with what was found.
 
     Args:
         learner: fresh, of a table that `is_search`; its settings and task are used.
-        observer: is told how it goes.
-        step: takes one step of a learner.
+        trials: by what it is trained.
 
     Raises:
         UserError: what was found does not fit the budget, or no validation gave an AUC.
@@ -78,13 +75,13 @@ def search(learner: Learner, observer: Observer, step: Callable[[Learner], None]
         learner.release()
         found = SearchLearner(config, task, taught=taught)
     table: SearchingPeer = found.table  # type: ignore[assignment]
-    observer.begin(f"{config.method} searches", found.steps_per_epoch * config.epochs, 0)
+    trials.observer.begin(f"{config.method} searches", found.steps_per_epoch * config.epochs, 0)
     validations = 0
     while not found.finished:
-        step(found)
+        trials.step(found)
         if len(found.history) > validations:
             validations = len(found.history)
-            if table.searched():
+            if table.searched() or trials.late():
                 break
     if not table.takes_last:
         found.end()

@@ -7,6 +7,7 @@ so far) and, at the end, `metrics.json`.
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -35,7 +36,7 @@ from amtl.run.memory import require_memory
 from amtl.run.metrics import FEW, auc, auc_error, log_loss, one_class, rarer
 from amtl.run.model import predict
 from amtl.run.progress import Observer, Silent
-from amtl.run.race import is_open, race
+from amtl.run.race import Trials, is_open, race
 from amtl.run.searching import is_search, search
 from amtl_kernels import __version__
 
@@ -165,6 +166,11 @@ class Trainer:
         stop: asked after every step with the number of steps done; True stops the run with a
             checkpoint.
         checkpoint_seconds: also save in mid-epoch when the last checkpoint is this old.
+        time_limit: seconds of `run` after which nothing is tried or trained any more, so that the
+            best model until then is the result; see `Trials.late`. None for all the time it takes.
+
+    Attributes:
+        cut_short: whether that limit ended training, or what is tried after it.
     """
 
     def __init__(
@@ -175,6 +181,7 @@ class Trainer:
         observer: Observer | None = None,
         stop: Callable[[int], bool] | None = None,
         checkpoint_seconds: float = 300.0,
+        time_limit: float | None = None,
     ) -> None:
         asked, whole = config.budget_bytes, task.encoder.num_rows * config.dim * 4
         config = config.with_rows(task.encoder.num_rows)
@@ -191,6 +198,8 @@ class Trainer:
             self.observer.note(line)
         self.stop = stop or (lambda steps: False)
         self.checkpoint_seconds = checkpoint_seconds
+        self.time_limit = math.inf if time_limit is None else time_limit
+        self._deadline, self.cut_short = math.inf, False
         self._warmed = False
         require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
         # A race makes its own learners; this one finds mistakes before anything is written, but for
@@ -232,6 +241,7 @@ class Trainer:
         Raises:
             Interrupted: if `stop` asked for it.
         """
+        self._deadline = time.monotonic() + self.time_limit
         if self._fresh:
             if self.config.distillation and is_search(self.learner.table):
                 raise UserError(
@@ -250,15 +260,28 @@ class Trainer:
         if learner.frozen and methods.is_adaptive(learner.table):
             self._note_freeze()
         try:
-            while not learner.finished:
+            while not learner.finished and not (learner.history and self._late()):
                 self._step()
         finally:
             self.observer.end()
         # Without a valid AUC there is nothing to go on from, which the end then says.
         contends = self.raced is not None or self.config.distillation
-        if contends and "less" not in (self.raced or {}) and self.learner.best is not None:
+        contends = contends and "less" not in (self.raced or {}) and self.learner.best is not None
+        self.cut_short = self._late()
+        if contends and not self.cut_short:
             self._contend()
+            self.cut_short = self._late()
+        elif self.cut_short:
+            # Resuming goes on from here, with more time.
+            self.save()
         return self._finish()
+
+    def _late(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def _trials(self, kept: str = "a checkpoint") -> Trials:
+        """Makes and trains learners beside the one that checkpoints hold; `kept` is what does."""
+        return Trials(self._make, self.observer, self._racer(kept), self._late)
 
     def _require_room(self) -> None:
         """Refuses a budget in which a table can only be empty."""
@@ -280,8 +303,7 @@ class Trainer:
         # Nobody trains it any more, and candidates need the room.
         self.learner.release()
         try:
-            racer = self._racer("the start (a race is run again)")
-            result = race(self.config, self._make, self.observer, racer)
+            result = race(self.config, self._trials("the start (a race is run again)"))
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
@@ -299,15 +321,14 @@ class Trainer:
     def _search(self) -> None:
         """Lets a method that trains twice find what it trains with."""
         try:
-            racer = self._racer("the start (a search is run again)")
-            self.learner = search(self.learner, self.observer, racer)
+            self.learner = search(self.learner, self._trials("the start (a search is run again)"))
         finally:
             self.observer.end()
         self.save()
 
     def _contend(self) -> None:
         """Holds the model against others that are trained to their end; the best one stays."""
-        contest = Contest(self.learner, self._make, self.observer, self._racer())
+        contest = Contest(self.learner, self._trials())
         try:
             contest.run(self.raced)
         finally:
@@ -319,8 +340,7 @@ class Trainer:
             self._begin()
         self.save()
 
-    def _racer(self, kept: str = "a checkpoint") -> Callable[[Learner], None]:
-        """Takes steps of learners beside the one that checkpoints hold; `kept` is what does."""
+    def _racer(self, kept: str) -> Callable[[Learner], None]:
         taken = 0
 
         def step(learner: Learner) -> None:
@@ -449,11 +469,10 @@ class Trainer:
 
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         try:
-            step = self._racer("the trained model")
-            says = self.learner.says()
-            return train_baselines(
-                self.config, metrics, says, self._make, self.observer, step, self._full
-            )
+            # The comparison was asked for, and of models half trained it would say nothing.
+            self._deadline = math.inf
+            says, trials = self.learner.says(), self._trials("the trained model")
+            return train_baselines(self.config, metrics, says, trials, self._full)
         finally:
             self.observer.end()
 
@@ -508,6 +527,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "sizes": size_summary(encoder, table),
         "history": learner.history,
         "raced": trainer.raced,
+        "cut_short": trainer.cut_short,
         "compared": None,
         "config": config.to_dict(),
         "versions": versions(),
@@ -601,6 +621,7 @@ def start(
     observer: Observer | None = None,
     stop: Callable[[int], bool] | None = None,
     source: Source | None = None,
+    time_limit: float | None = None,
 ) -> Trainer:
     """A trainer ready to `run()`: fresh, warm-started, or resumed from its folder.
 
@@ -611,14 +632,16 @@ def start(
         observer: is told how it goes.
         stop: see `Trainer`.
         source: the data if already loaded.
+        time_limit: see `Trainer`.
     """
+    more: dict[str, Any] = {"observer": observer, "stop": stop, "time_limit": time_limit}
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
         config, encoder = folders.load_inputs(out)
-        trainer = Trainer(config, prepare(config, source, encoder), out, observer, stop)
+        trainer = Trainer(config, prepare(config, source, encoder), out, **more)
         trainer.resume()
         return trainer
     if config is None:
         raise UserError("a fresh run needs settings")
-    return Trainer(config, prepare(config, source), out, observer, stop)
+    return Trainer(config, prepare(config, source), out, **more)

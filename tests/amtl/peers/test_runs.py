@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -19,6 +20,7 @@ from amtl.run.folders import load_run, pack_run
 from amtl.run.learner import Learner
 from amtl.run.model import predict
 from amtl.run.progress import Silent
+from amtl.run.race import Trials
 from amtl.run.searching import SearchLearner, search
 from amtl.run.training import Interrupted, prepare, start
 
@@ -136,8 +138,10 @@ def test_a_teacher_is_heard_in_both_trainings(name, source):
     task = prepare(config, source)
     rate = float(task.train.labels.mean())
 
+    trials = Trials(partial(Learner, task=task), Silent(), Learner.step)
+
     def trained(taught):
-        learner = search(Learner(config, task, taught=taught), Silent(), Learner.step)
+        learner = search(trials.taught(taught).make(config), trials)
         assert learner.taught is taught
         while not learner.finished:
             learner.step()
