@@ -292,7 +292,7 @@ std::vector<int64_t> OutputShape(const Tables& tables, const Bags& bags) {
 
 void WarnClamped(int64_t value, int64_t position, int64_t rows) {
   std::array<StableIValue, 3> stack{from(value), from(position), from(rows)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("amtl::_warn_clamped", "", stack.data(), TORCH_ABI_VERSION));
 }
 

@@ -20,7 +20,7 @@ cuda::Stream CurrentStream(int32_t device) {
   }();
   if (function == nullptr) throw std::runtime_error("this build of PyTorch has no CUDA streams");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
 }
 

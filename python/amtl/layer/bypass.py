@@ -49,7 +49,8 @@ class _Watch(TorchFunctionMode):
                     name = self.tables[id(value)]
                     raise RuntimeError(
                         f"the model uses the weight of {name!r} itself ({func.__name__}), where no "
-                        f"mask reaches it: call the module, for all rows on torch.arange"
+                        f"mask reaches it: amtl.freeze the model first, after which the weight is "
+                        f"what lookups show; or call the module, for all rows on torch.arange"
                         f"({len(value)}), or convert the model without {name!r}"
                     )
         return func(*args, **kwargs)

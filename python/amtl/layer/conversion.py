@@ -199,8 +199,8 @@ def convert(
     `optimizer.add_param_group({"params": amtl.mask_parameters(model), "lr": 1e-2})`.
     A module that appears under several names is replaced everywhere by one layer, also where the
     model keeps it in a plain list, dict, tuple or set. A model that uses the weight itself, as by
-    `F.embedding(ids, model.table.weight)`, would go past the masks: its first forward pass is an
-    error that says so.
+    `h @ model.table.weight.T`, would go past the masks before it is frozen: its first forward pass
+    is then an error that says so.
 
     Rows may be in any order: groups are looked up by row, so the caller permutes nothing. A table
     in frequency order is faster (hot rows are neighbours), and always freezes without the 4 bytes a

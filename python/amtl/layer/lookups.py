@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import amtl_kernels
 from amtl.layer.rounding import Rounding, trains
+from amtl.layer.shown import ShownRows
 from amtl.layer.size_head import being_traced
 from amtl.layer.table_rows import PATIENCE, TableRows
 from amtl.layer.tiers import optimizers_of
@@ -67,6 +68,20 @@ class TableLookups(TableRows):
             padding_idx=self.padding_idx,
             bounds_check=bounds,
         )
+
+    def _shown_rows(self) -> Any:
+        """What `weight` is once frozen."""
+        if self.max_norm is not None:
+            # To look rows up would scale them in the table.
+            self._refuse_weight()
+        if being_traced():
+            return self._all_rows()
+        shape = self.num_embeddings, self.embedding_dim
+        like = self._tiers()[0] if self.steps is None else self.steps
+        return ShownRows.of(shape, like, self._all_rows, self._refuse_weight)
+
+    def _all_rows(self) -> Tensor:
+        return self._embed(torch.arange(self.num_embeddings, device=self.device))
 
     def _pool(
         self,

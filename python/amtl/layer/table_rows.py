@@ -21,6 +21,7 @@ from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, numbers_in
 from amtl.layer.sharing import implied_order, own_rows
+from amtl.layer.shown import NoWeightError
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, Weakly, merge_rows, optimizers_of
 from amtl_kernels._calls import refuse_transforms
@@ -30,10 +31,6 @@ from amtl_kernels.rounding import pack_codes
 PATIENCE = 5
 """Changes of the table, by whatever, without one of its sizes before that is warned of; and passes
 that find gradients in a table which nothing changes."""
-
-
-class NoWeightError(AttributeError, RuntimeError):
-    """A frozen layer was asked for its dense weight; `hasattr` and `getattr` take it for none."""
 
 
 def require_rows(value: object, name: str = "input") -> None:
@@ -128,39 +125,40 @@ class TableRows(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter | None:
-        """The dense table [N, D] of the search phase, unmasked.
+        """The dense table [N, D] of the search phase, unmasked; frozen, its rows to read.
 
-        Raises:
-            NoWeightError: the layer is frozen: nobody should take nothing for a table.
+        Those are what a lookup of all rows shows, and are made, gradients included, where they are
+        used: O(N * D). Writing to them is a NoWeightError.
         """
         if "weight" not in self._parameters:
             raise AttributeError("weight")
-        self._require_weight()
-        return self._parameters["weight"]
+        return self._parameters["weight"] if self.tier_ends is None else self._shown_rows()
 
     @weight.setter
     def weight(self, value: nn.Parameter | None) -> None:
         self._parameters["weight"] = value
 
-    def _require_weight(self) -> None:
-        if self.tier_ends is not None:
-            raise NoWeightError(
-                f"the layer {self.name!r} is frozen and has no dense weight: called on "
-                f"torch.arange({self.num_embeddings}) it shows all rows, to train through, "
-                "dense_weight() is a copy of them, table_parameters() are what trains, and "
-                "amtl.revert() puts an nn.Embedding in its place"
-            )
+    def _shown_rows(self) -> Any:
+        raise NotImplementedError
+
+    def _refuse_weight(self) -> NoReturn:
+        raise NoWeightError(
+            f"the layer {self.name!r} is frozen and has no dense weight to write to: "
+            f"layer.weight, or the layer called on torch.arange({self.num_embeddings}), shows all "
+            "rows, to train through, dense_weight() is a copy of them, table_parameters() are what "
+            "trains, and amtl.revert() puts an nn.Embedding in its place"
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Python asks here where the property raises, and would lose what it says.
-        if name == "weight":
-            self._require_weight()
+        if name == "weight" and self.tier_ends is not None:
+            return self._shown_rows()
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module; a frozen layer takes no weight."""
-        if name == "weight" and param is not None:
-            self._require_weight()
+        if name == "weight" and param is not None and self.tier_ends is not None:
+            self._refuse_weight()
         super().register_parameter(name, param)
 
     def __dir__(self) -> list[str]:

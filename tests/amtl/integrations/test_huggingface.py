@@ -106,7 +106,7 @@ def test_resizing_is_refused():
     with pytest.raises(TypeError, match="AMTLEmbedding"):
         model.resize_token_embeddings(ROWS + 5)
     amtl.freeze(model)
-    with pytest.raises(RuntimeError, match="is frozen and has no dense weight"):
+    with pytest.raises(TypeError, match="AMTLEmbedding"):
         model.resize_token_embeddings(ROWS + 5)
     amtl.revert(model).resize_token_embeddings(ROWS + 5)
     assert model.get_input_embeddings().num_embeddings == ROWS + 5
@@ -118,5 +118,5 @@ def test_tied_heads_are_refused_before_and_after():
     with pytest.raises(ValueError, match=r"shared by .*lm_head\.weight"):
         convert(model)
     frozen = amtl.freeze(convert(build()))
-    with pytest.raises(RuntimeError, match="no dense weight"):
+    with pytest.raises(TypeError, match=r"cannot assign .* as parameter 'weight'"):
         frozen.lm_head.weight = frozen.get_input_embeddings().weight

@@ -1,0 +1,116 @@
+"""The weight of a frozen layer, to read: all rows as lookups show them, made where they are used.
+
+Models that score every row, or propagate all of them through a graph, read the weight of an
+embedding in place of looking rows up. Of a frozen layer that is a lookup of all rows, gradients
+included. Nobody can write to it: what is stored is less than it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+class NoWeightError(AttributeError, RuntimeError):
+    """What only a dense weight can be asked for was asked of a frozen layer."""
+
+
+_OF_ITS_SHAPE: tuple[Any, ...] = (
+    *(Tensor.shape, Tensor.ndim, Tensor.dtype, Tensor.device, Tensor.layout, Tensor.is_meta),
+    *(Tensor.is_cuda, Tensor.is_cpu, Tensor.is_sparse, Tensor.is_quantized, Tensor.itemsize),
+)
+_PLAIN = {
+    *(attribute.__get__ for attribute in _OF_ITS_SHAPE),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.get_device),
+}
+"""What is known without the rows; of tables of millions of them nobody wants them for that."""
+
+_IS_LEAF = cast(Any, Tensor.is_leaf).__get__
+
+_OPERATORS = "add,sub,mul,truediv,floordiv,mod,pow,matmul,and,or,xor,lshift,rshift"
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split(","))}
+
+_ITS_OWN: tuple[Any, ...] = (Tensor.data, Tensor.grad)
+_OF_A_PARAMETER = {
+    *(attribute.__get__ for attribute in _ITS_OWN),
+    *(attribute.__set__ for attribute in (*_ITS_OWN, cast(Any, Tensor.requires_grad))),
+}
+
+
+class ShownRows(Tensor):
+    """All rows of a frozen layer, [N, D]; any function of it gives a plain tensor.
+
+    Attributes:
+        make: gives the rows, with gradients where those are on.
+        refuse: raises what to do in place of writing to it.
+    """
+
+    make: Callable[[], Tensor]
+    refuse: Callable[[], None]
+    _made: dict[bool, Tensor]
+
+    @staticmethod
+    def of(
+        shape: tuple[int, int], like: Tensor, make: Callable[[], Tensor], refuse: Callable[[], None]
+    ) -> ShownRows:
+        """Rows of a shape, of the type and on the device of a tensor."""
+        rows: ShownRows = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            ShownRows, shape, dtype=like.dtype, device=like.device
+        )
+        rows.make, rows.refuse, rows._made = make, refuse, {}
+        return rows
+
+    def _rows(self) -> Tensor:
+        """The rows; made once for all that one reading of the weight is used for."""
+        graph = torch.is_grad_enabled()
+        if graph not in self._made:
+            self._made[graph] = self.make()
+        return self._made[graph]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _PLAIN:
+                return func(*args, **kwargs)
+            if func == _IS_LEAF:
+                # Or an optimizer would take it.
+                return False
+            name = getattr(func, "__name__", "")
+            writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+            if isinstance(first, ShownRows) and (writes or func in _OF_A_PARAMETER):
+                first.refuse()
+            if isinstance(kwargs.get("out"), ShownRows):
+                kwargs["out"].refuse()
+            return func(*_read(args), **_read(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NoWeightError(
+            f"{func} was called past PyTorch's functions on rows that a frozen AMTL layer shows: "
+            "clone() them first"
+        )
+
+
+def _read(value: Any) -> Any:
+    """A value with the rows in place of all that shows them."""
+    if isinstance(value, ShownRows):
+        return value._rows()
+    if isinstance(value, dict):
+        return {key: _read(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_read, value))
+    return value

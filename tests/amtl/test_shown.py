@@ -1,0 +1,209 @@
+"""The weight of a frozen layer, which can be read."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import amtl
+import pytest
+import torch
+from amtl import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer.shown import NoWeightError, ShownRows
+from torch import nn
+from torch.nn import functional as F
+
+from amtl_kernels import optim
+
+ROWS, DIM = 40, 8
+COUNTS = torch.arange(ROWS) ** 2
+
+
+def frozen(kind=AMTLEmbedding, **options):
+    torch.manual_seed(3)
+    masters = options.pop("masters", True)
+    options = {"counts": COUNTS, "budget": 0.3, "bits": None, **options}
+    return kind(ROWS, DIM, **options).freeze(masters=masters)
+
+
+KINDS = {
+    "floats": {},
+    "4 bits": {"bits": 4, "budget": 0.1},
+    "16 bits": {"bits": 16},
+    "codes": {
+        "bits": 8,
+        "masters": False,
+        "fused_optimizer": partial(optim.RowwiseAdagrad, lr=0.1),
+    },
+    "shared rows": {"shared_rows": "rarest", "min_dim": 0, "budget": 0.05},
+    "padding": {"padding_idx": 3},
+    "bags": {"kind": AMTLEmbeddingBag},
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_shows_what_lookups_show(kind, training):
+    layer = frozen(**KINDS[kind]).train(training)
+    with torch.no_grad():
+        rows = layer.weight.clone()
+        assert type(rows) is torch.Tensor
+        assert torch.equal(layer.weight, rows) and torch.equal(rows, layer.weight.detach())
+    if isinstance(layer, AMTLEmbedding) and not training:
+        with torch.no_grad():
+            assert torch.equal(rows, layer(torch.arange(ROWS)))
+    if not training:
+        assert torch.equal(rows, layer.dense_weight())
+
+
+READS = {
+    "product": lambda h, weight: h @ weight.T,
+    "linear": F.linear,
+    "joined": lambda h, weight: torch.cat([h, weight])[-ROWS:] * 2.0,
+    "scaled": lambda h, weight: h @ F.normalize(weight, dim=-1).mT,
+    "einsum": lambda h, weight: torch.einsum("bd,nd->bn", h, weight),
+    "norm": lambda h, weight: weight.norm() + h.sum(),
+    "lookup": lambda h, weight: F.embedding(torch.tensor([3, 3, 1]), weight) + h,
+    "rows": lambda h, weight: weight[torch.tensor([3, 3, 1])] + h,
+    "graph": lambda h, weight: torch.sparse.mm(torch.eye(ROWS).to_sparse(), weight) + h[0],
+    "no tensor first": lambda h, weight: 2.0 - weight / (1 + weight.square()),
+}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("read", READS)
+def test_gradients_are_those_of_a_lookup_of_all_rows(read, bits):
+    grads = []
+    for explicit in (False, True):
+        layer = frozen(bits=bits, budget=0.3 if bits is None else 0.1)
+        torch.manual_seed(5)
+        h = torch.randn(3, DIM, requires_grad=True)
+        out = READS[read](h, layer(torch.arange(ROWS)) if explicit else layer.weight)
+        assert type(out) is torch.Tensor
+        (out * torch.randn(out.shape)).sum().backward()
+        grads.append([out.detach(), h.grad, *(block.grad for block in layer.blocks)])
+    assert all(grad is not None for grad in grads[0][2:])
+    for got, expected in zip(*grads, strict=True):
+        assert (got is expected is None) or torch.equal(got, expected)
+
+
+def test_one_reading_is_made_once_for_either_mode(monkeypatch):
+    layer, made = frozen(), []
+    real = layer._all_rows
+    monkeypatch.setattr(layer, "_all_rows", lambda: made.append(0) or real())
+    weight = layer.weight
+    assert weight.shape == (ROWS, DIM) and weight.size(1) == DIM and len(weight) == ROWS
+    assert (weight.dtype, weight.device, weight.ndim) == (torch.float32, layer.device, 2)
+    assert weight.numel() == ROWS * DIM and not weight.is_cuda and not weight.is_leaf and not made
+    assert (weight + weight).requires_grad and weight.requires_grad and len(made) == 1
+    with torch.no_grad():
+        assert not weight.sum().requires_grad and len(made) == 2
+    assert layer.weight.sum().requires_grad and len(made) == 3
+
+
+WRITES = {
+    "copy_": lambda w: w.copy_(torch.zeros(ROWS, DIM)),
+    "init": nn.init.xavier_normal_,
+    "init by name": lambda w: nn.init.uniform_(tensor=w),
+    "row": lambda w: w.__setitem__(0, 0.0),
+    "+=": lambda w: w.__iadd__(1.0),
+    "data": lambda w: w.data.normal_(),
+    "to data": lambda w: setattr(w, "data", torch.zeros(ROWS, DIM)),
+    "grad": lambda w: w.grad,
+    "to grad": lambda w: setattr(w, "grad", None),
+    "out": lambda w: torch.add(torch.ones(ROWS, DIM), 1, out=w),
+    "requires_grad_": lambda w: w.requires_grad_(False),
+    "requires_grad": lambda w: setattr(w, "requires_grad", False),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_it_cannot_be_written_to(write):
+    layer = frozen().eval()
+    before = layer.dense_weight()
+    with torch.no_grad(), pytest.raises(NoWeightError, match=r"frozen.*torch.arange\(40\)"):
+        WRITES[write](layer.weight)
+    assert torch.equal(layer.dense_weight(), before)
+
+
+def test_it_is_no_parameter():
+    layer, other = frozen().eval(), nn.Linear(DIM, ROWS)
+    with torch.no_grad(), pytest.raises(ValueError, match="non-leaf"):
+        torch.optim.SGD([layer.weight], lr=0.1)
+    with pytest.raises((RuntimeError, TypeError)):
+        nn.Parameter(layer.weight)
+    with pytest.raises(TypeError, match="cannot assign"):
+        other.weight = layer.weight
+    with pytest.raises(NoWeightError):
+        layer.weight = nn.Parameter(layer.dense_weight())
+    assert "weight" not in dir(layer) and "weight" not in layer.state_dict()
+
+
+def test_rows_may_be_written_into_other_tensors():
+    layer = frozen().eval()
+    with torch.no_grad():
+        other = torch.zeros(ROWS, DIM).copy_(layer.weight)
+        other[:] = layer.weight
+    assert torch.equal(other, layer.dense_weight())
+    assert torch.equal(copy.deepcopy(layer.weight.detach()), other)
+    assert str(other) == str(layer.weight.detach())
+
+
+def test_what_scales_rows_in_the_table_is_refused():
+    layer = frozen(max_norm=1.0)
+    before = layer.dense_weight()
+    with pytest.raises(NoWeightError):
+        layer.weight  # noqa: B018
+    assert not hasattr(layer, "weight") and torch.equal(layer.dense_weight(), before)
+
+
+class Scores(nn.Module):
+    """Scores every row by the weight, in training, too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.table = nn.Embedding(ROWS, DIM)
+
+    def forward(self, rows):
+        return self.table(rows) @ self.table.weight.T
+
+
+def test_a_model_that_scores_by_the_weight_trains_once_it_is_frozen():
+    losses = []
+    for fused in (None, partial(optim.SGD, lr=0.5)):
+        model = amtl.convert(Scores(), {"table": COUNTS}, budget=0.3, fused_optimizer=fused)
+        rows, wanted = torch.arange(20), torch.arange(20).flip(0)
+        with pytest.raises(RuntimeError, match="freeze"):
+            model(rows)
+        amtl.freeze(model)
+        optimizer = torch.optim.SGD(amtl.table_parameters(model), lr=0.5) if not fused else None
+        losses.append([])
+        for _ in range(30):
+            loss = F.cross_entropy(model(rows), wanted)
+            loss.backward()
+            if optimizer:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses[-1].append(float(loss.detach()))
+    for found in losses:
+        assert found[-1] < 0.5 * found[0]
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_compiled_and_traced_models_read_it(bits):
+    model = amtl.freeze(amtl.convert(Scores(), {"table": COUNTS}, budget=0.3, bits=bits)).eval()
+    rows = torch.arange(5)
+    with torch.no_grad():
+        expected = model(rows)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(rows), expected)
+        exported = torch.export.export(model, (rows,), strict=False).module()
+        assert torch.equal(exported(rows), expected)
+        assert torch.equal(torch.jit.trace(model, (rows,))(rows), expected)
+
+
+def test_what_goes_past_pytorchs_functions_is_refused():
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(NoWeightError, match="clone"):
+        torch.add(frozen().weight, 1)
+    assert isinstance(frozen().weight, ShownRows)
