@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -28,6 +29,24 @@ torch.testing.assert_close(out, weight[indices] * kept, rtol=0, atol=0)
 
 UNOPTIMIZED = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0"]
 """A third of the time, and what is in a wheel does not depend on it."""
+
+
+IN_THE_OLDEST = {
+    *("STABLE_TORCH_LIBRARY_IMPL", "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK"),
+    "TORCH_TARGET_VERSION",
+}
+"""Macros that the headers of torch 2.11 have. `TORCH_TARGET_VERSION` hides newer functions of a newer
+torch, and no newer macros."""
+
+
+def test_sources_use_no_macro_that_the_oldest_torch_lacks() -> None:
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*")]
+    used = {
+        name
+        for path in sources
+        for name in re.findall(r"\b(?:STABLE|STD|TORCH|AOTI)_[A-Z0-9_]+\b", path.read_text())
+    }
+    assert used == IN_THE_OLDEST
 
 
 @pytest.fixture(scope="module")
