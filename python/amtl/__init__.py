@@ -14,8 +14,9 @@ Where sizes are learned (`parametrization="ordinal"`), training comes first, wit
 
 - `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `AMTLEmbeddingCollection`: many tables in one
   call under one budget; `SearchOptions` has their keyword arguments.
-- `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`, `table_parameters`,
-  `name_sizes`, `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for whole models.
+- `counting`, `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`,
+  `table_parameters`, `name_sizes`, `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for
+  whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
 Rooms, each using only those before it: `layer` (tables that learn sizes), `store` (files),
@@ -46,6 +47,7 @@ from amtl.layer.conversion import (
     table_parameters,
     update_schedule,
 )
+from amtl.layer.counting import counting
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.names import name_sizes
 from amtl.layer.options import SearchOptions
@@ -64,6 +66,7 @@ __all__ = [
     "SearchOptions",
     "TensorFileError",
     "convert",
+    "counting",
     "freeze",
     "fuse",
     "fused_optimizers",
