@@ -10,6 +10,9 @@ them, too: those of the imported modules are taken out of its sight when all tes
 ``AMTL_TEST_EVERY=2`` runs about every second case of each test, one at least and always the same
 ones, where all of them would take too long.
 
+Inputs that Hypothesis draws may take any time: how long says nothing on a machine that does other
+work, too.
+
 ``torch.compile`` keeps what it made of a graph by the graph, which says nothing of the Python code
 behind an operator's gradient: what was compiled with other code of ours is kept in another folder.
 """
@@ -26,10 +29,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
+    settings.register_profile("amtl", deadline=None)
+    settings.load_profile("amtl")
     code = hashlib.sha256()
     for path in sorted((Path(__file__).parents[1] / "amtl_kernels").rglob("*.py")):
         code.update(path.read_bytes())

@@ -4,6 +4,7 @@
 //   reinterpret_cast<int (*)()>(dlsym(operators, "amtl_define_operators"))();
 #include <atomic>
 #include <string>
+#include <utility>
 
 #include "torch/common.h"
 
@@ -36,6 +37,9 @@ void RaiseFound(const Tensor& like) {}
 // are such operators already. Not for several threads at once.
 extern "C" __attribute__((visibility("default"))) int amtl_define_operators() {
   using torch::stable::detail::StableLibrary;
+  static bool defined = false;
+  // Some versions of torch take the same definition twice.
+  if (std::exchange(defined, true)) return 1;
   // Operators are there for as long as what registered them.
   static StableLibrary* const library =
       new StableLibrary(StableLibrary::Kind::FRAGMENT, "amtl", nullptr, __FILE__, __LINE__);

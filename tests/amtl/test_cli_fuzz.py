@@ -122,7 +122,6 @@ def _log() -> str:
 
 
 @settings(
-    deadline=None,
     max_examples=2000 if SOAK else 25,
     derandomize=not SOAK,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -141,7 +140,7 @@ def test_training_on_whatever_there_is(frame, line, kind):
             ends(["predict", "m.safetensors", str(data), "-o", "scores.csv"])
 
 
-@settings(deadline=None, max_examples=2000 if SOAK else 40, derandomize=not SOAK)
+@settings(max_examples=2000 if SOAK else 40, derandomize=not SOAK)
 @given(data=st.data(), command=st.sampled_from(sorted(set(COMMANDS) - {"train", "demo", "paper"})))
 def test_other_commands_on_whatever_is_typed(data, command):
     line = data.draw(st.lists(words, max_size=2)) + data.draw(options(command))

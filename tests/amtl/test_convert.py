@@ -326,7 +326,7 @@ def test_an_optimizer_that_cannot_be_found_is_told_of_after_freezing():
 def test_sizes_that_nobody_trains_are_refused_at_the_next_step(held):
     """An optimizer from before convert holds the table, and knows nothing of sizes."""
     model = model_of()
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     amtl.convert(model, COUNTS, budget=0.5, parametrization="ordinal")
     masks = torch.optim.SGD(amtl.mask_parameters(model), lr=0.0) if held else None
     step_of(model, optimizer)

@@ -35,7 +35,7 @@ def fields_of_counts(draw):
     return fields
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(fields_of_counts())
 def test_groups_are_the_distinct_field_count_pairs(fields):
     counts = torch.tensor([c for f in fields for c in f])
@@ -52,7 +52,7 @@ def test_groups_are_the_distinct_field_count_pairs(fields):
     assert torch.equal(groups.rows_per_group(), torch.bincount(of_row))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(fields_of_counts())
 def test_features_of_groups_equal_features_of_rows(fields):
     counts = torch.tensor([c for f in fields for c in f])
@@ -136,7 +136,7 @@ def test_row_features():
             frequency_groups(counts, None, row_features=wrong)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 3), max_size=50), st.booleans())
 def test_row_map_round_trip(groups, in_order):
     groups = torch.tensor(sorted(groups) if in_order else groups, dtype=torch.int32)

@@ -30,6 +30,19 @@ class Model(nn.Module):
         return self.top(torch.cat([self.table(rows), dense], 1)).square().mean()
 
 
+def forgets_later_groups(optimizer):
+    """Whether an optimizer fails on groups that are added later, as Adagrad of torch 2.11."""
+    first, later = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    held = OPTIMIZERS[optimizer]([first])
+    held.add_param_group({"params": [later]})
+    later.grad = torch.ones(1)
+    try:
+        held.step()
+    except KeyError:
+        return True
+    return False
+
+
 def script(optimizer, parametrization, built="after", grouped=False):
     """Build, convert, and the optimizer before or after that."""
     torch.manual_seed(0)
@@ -40,6 +53,8 @@ def script(optimizer, parametrization, built="after", grouped=False):
     options = few if parametrization == "few bits" else {"parametrization": parametrization}
     amtl.convert(model, counts, budget=0.4, **{"bits": None, **options})
     if early is not None:
+        if amtl.mask_parameters(model) and forgets_later_groups(optimizer):
+            pytest.skip("a newer torch, whose Adagrad takes groups later, would run this")
         early.add_param_group({"params": amtl.mask_parameters(model)})
         return model, early
     parameters = amtl.parameter_groups(model, lr=1e-2) if grouped else model.parameters()

@@ -62,7 +62,7 @@ def trained(layer, steps=5, bags=False):
     return layer
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(bits=st.sampled_from(BITS), rows=st.integers(0, 5), units=st.integers(0, 4))
 def test_codes_fill_bytes_and_come_back(bits, rows, units):
     generator = torch.Generator().manual_seed(rows * 10 + units)

@@ -53,7 +53,7 @@ def zipf_counts(rows, seed=0, top=5000):
 
 
 @given(st.integers(1, 130), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_grid(dim, data):
     grid = SizeGrid(
         dim,
@@ -151,7 +151,7 @@ def budget_cases(draw):
     return groups, grid, budget
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     budget_cases(),
     st.sampled_from(["ordinal", "rule"]),
@@ -181,7 +181,7 @@ def test_budget_is_met_and_never_exceeded(case, parametrization, exponent, seed)
         assert head.sizes().tolist() == [grid.dim] * head.num_groups
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(budget_cases(), st.integers(0, 99))
 def test_free_logits_with_a_budget_never_exceed_it(case, seed):
     groups, grid, budget = case

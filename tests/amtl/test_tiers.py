@@ -52,7 +52,7 @@ def train(layer, optimizer, steps, seed=0):
     return losses
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 9), st.data())
 def test_split_and_merge(dim, data):
     sizes = torch.tensor(data.draw(st.lists(st.integers(1, dim), max_size=40)), dtype=torch.int32)

@@ -22,7 +22,7 @@ def typed(values: list, kind: str) -> pl.Series:
     return pl.Series("x", values, dtype=pl.String if kind == "str" else pl.Int64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.one_of(
         ints.map(lambda v: ("int", v)),
@@ -118,7 +118,7 @@ def test_numbers_with_a_fraction_are_refused_with_advice():
     st.lists(st.one_of(st.none(), st.integers(-(2**53) + 1, 2**53 - 1)), max_size=40),
     st.sampled_from([pl.Float64, pl.Decimal(20, 0), pl.Decimal(20, 3)]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whole_numbers_held_as_floats_or_decimals_are_those_integers(values, dtype):
     whole = typed(values, "int")
     held = whole.cast(dtype)
@@ -198,7 +198,7 @@ def test_multi_valued_columns_become_bags(as_lists):
     assert (rows.tolist(), unknown) == ([3, 1], 1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.one_of(small_ints.map(lambda v: ("int", v)), texts.map(lambda v: ("str", v))),
     st.randoms(use_true_random=False),
@@ -329,7 +329,7 @@ def test_a_vocabulary_of_one_container_knows_the_values_of_others(column):
             assert rows_of(vocab, other) == expected, (trained, other)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(st.one_of(st.none(), st.integers(-(2**53) + 1, 2**53 - 1)), max_size=8),
     st.lists(st.one_of(st.none(), st.integers(-(2**53) + 1, 2**53 - 1)), max_size=8),
@@ -363,7 +363,7 @@ def test_text_that_stands_for_missing_is_that_where_training_had_integers(gap):
     assert rows[1] != rows[2]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(st.datetimes(dt.datetime(1970, 1, 1), dt.datetime(2100, 1, 1)), max_size=5),
     st.lists(st.dates(dt.date(1970, 1, 1), dt.date(2100, 1, 1)), max_size=5),

@@ -248,7 +248,6 @@ TestWalk = Walk.TestCase
 TestWalk.settings = settings(
     max_examples=1000 if SOAK else 16,
     stateful_step_count=40 if SOAK else 12,
-    deadline=None,
     report_multiple_bugs=False,
     # Shrinking a walk takes minutes.
     phases=list(Phase) if SOAK else [Phase.explicit, Phase.reuse, Phase.generate],
