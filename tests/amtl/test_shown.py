@@ -108,6 +108,9 @@ WRITES = {
     "row": lambda w: w.__setitem__(0, 0.0),
     "+=": lambda w: w.__iadd__(1.0),
     "data": lambda w: w.data.normal_(),
+    "row of data": lambda w: w.data.__setitem__(0, 0.0),
+    "detached": lambda w: w.detach().zero_(),
+    "hook": lambda w: w.register_hook(print),
     "to data": lambda w: setattr(w, "data", torch.zeros(ROWS, DIM)),
     "grad": lambda w: w.grad,
     "to grad": lambda w: setattr(w, "grad", None),
@@ -124,6 +127,15 @@ def test_it_cannot_be_written_to(write):
     with torch.no_grad(), pytest.raises(NoWeightError, match=r"frozen.*torch.arange\(40\)"):
         WRITES[write](layer.weight)
     assert torch.equal(layer.dense_weight(), before)
+
+
+def test_its_data_are_read():
+    layer = frozen()
+    for read in (lambda w: w.data, lambda w: w.detach(), torch.detach):
+        rows = read(layer.weight)
+        assert rows.shape == (ROWS, DIM) and not rows.requires_grad
+        assert torch.equal(rows.cpu(), layer.dense_weight())
+        assert (rows.numpy() == layer.dense_weight().numpy()).all()
 
 
 def test_it_is_no_parameter():
@@ -147,6 +159,13 @@ def test_rows_may_be_written_into_other_tensors():
     assert torch.equal(other, layer.dense_weight())
     assert torch.equal(copy.deepcopy(layer.weight.detach()), other)
     assert str(other) == str(layer.weight.detach())
+
+
+def test_a_collection_shows_all_tables():
+    counts = {"a": torch.arange(20), "b": torch.arange(30)}
+    tables = amtl.AMTLEmbeddingCollection({"a": 20, "b": 30}, DIM, counts=counts, budget=0.3)
+    tables.freeze()
+    assert torch.equal(tables.weight.detach().clone(), tables.dense_weight())
 
 
 def test_what_scales_rows_in_the_table_is_refused():

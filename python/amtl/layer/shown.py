@@ -34,15 +34,17 @@ _IS_LEAF = cast(Any, Tensor.is_leaf).__get__
 _OPERATORS = "add,sub,mul,truediv,floordiv,mod,pow,matmul,and,or,xor,lshift,rshift"
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split(","))}
 
-_ITS_OWN: tuple[Any, ...] = (Tensor.data, Tensor.grad)
+_DATA, _GRAD = cast(Any, Tensor.data), cast(Any, Tensor.grad)
+_DETACHED = {_DATA.__get__, Tensor.detach, torch.detach}
 _OF_A_PARAMETER = {
-    *(attribute.__get__ for attribute in _ITS_OWN),
-    *(attribute.__set__ for attribute in (*_ITS_OWN, cast(Any, Tensor.requires_grad))),
+    *(attribute.__set__ for attribute in (_DATA, _GRAD, cast(Any, Tensor.requires_grad))),
+    *(_GRAD.__get__, Tensor.retain_grad),
+    *(Tensor.register_hook, Tensor.register_post_accumulate_grad_hook),
 }
 
 
 class ShownRows(Tensor):
-    """All rows of a frozen layer, [N, D]; any function of it gives a plain tensor.
+    """All rows of a frozen layer, [N, D]; what is computed of it is a plain tensor.
 
     Attributes:
         make: gives the rows, with gradients where those are on.
@@ -93,6 +95,10 @@ class ShownRows(Tensor):
                 first.refuse()
             if isinstance(kwargs.get("out"), ShownRows):
                 kwargs["out"].refuse()
+            if func in _DETACHED and isinstance(first, ShownRows):
+                # Of a parameter these are its memory: whoever writes to them has to be told, too.
+                shape: Any = tuple(first.shape)
+                return ShownRows.of(shape, first, torch.no_grad()(first._rows), first.refuse)
             return func(*_read(args), **_read(kwargs))
 
     @classmethod
