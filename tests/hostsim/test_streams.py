@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import Call, call
 from torch import Tensor
 
 from amtl_kernels import _arguments, reference
 
 from . import simulator as sim
-from .calls import Call, call, run, step
+from .calls import run
 from .test_errors import KINDS, Kind, outcome, put, values
 
 ROWWISE = ("rowwise_adagrad", [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
@@ -54,7 +55,7 @@ def test_a_search_step_is_ten_operations_and_no_wait() -> None:
 
     def one() -> None:
         run("lookup", of.lookup(bounds_check=1))
-        run("lookup_update_", step(of, [weight], [state], *ROWWISE, mask_grad=True))
+        run("lookup_update_", of.update(*ROWWISE, [state], [weight]))
 
     with sim.simulation(watch_bounds=False):
         found = uses(one)
@@ -87,7 +88,6 @@ def many_tables(dims: list[int], form: str, means: bool) -> Callable[[], None]:
         (torch.rand(tables * batch, generator=g) ** 4 * rows).long(),
         torch.randn(batch, sum(dims), generator=g),
         offsets=torch.arange(tables * batch + 1),
-        include_last_offset=True,
         pooling=int(means),
         padding_idx=[3 if means else -1] * tables,
         **described,
@@ -96,7 +96,7 @@ def many_tables(dims: list[int], form: str, means: bool) -> Callable[[], None]:
 
     def one() -> None:
         run("lookup", of.lookup(bounds_check=1))
-        run("lookup_update_", step(of, blocks, state, *ROWWISE, mask_grad=not frozen))
+        run("lookup_update_", of.update(*ROWWISE, state, blocks))
 
     return one
 
@@ -121,25 +121,22 @@ def test_a_step_of_many_tables_is_twelve_operations_at_most(
     assert len(found) + 2 <= 12
 
 
-def two_tables(falls: bool) -> tuple[Call, list[Tensor]]:
+def two_tables(falls: bool) -> Call:
     """Bags of two in tables with groups, whose order is promised where it holds."""
     g = torch.Generator().manual_seed(3)
     groups = [torch.arange(90, dtype=torch.int32) // 10, torch.arange(60, dtype=torch.int32) // 20]
     if falls:
         groups = [group.flip(0) for group in groups]
     tables = [torch.randn(90, 8, generator=g), torch.randn(60, 4, generator=g)]
-    of = call(
+    return call(
         tables,
         torch.randint(0, 60, (400,), generator=g),
         torch.randn(100, 12, generator=g),
         sizes=[torch.full((9, 1), 5, dtype=torch.uint8), torch.full((3, 1), 3, dtype=torch.uint8)],
         row_groups=groups,
         offsets=torch.arange(0, 402, 2),
-        include_last_offset=True,
-        padding_idx=(-1, -1),
         groups_sorted=not falls,
     )
-    return of, tables
 
 
 @pytest.mark.parametrize("wanted", ["rows and masks", "masks", "step"])
@@ -149,9 +146,9 @@ def test_several_tables_with_masks_sort_once(wanted: str, falls: bool) -> None:
 
     Row gradients come in the order of rows: where groups fall, their lookups are sorted again.
     """
-    of, tables = two_tables(falls)
+    of = two_tables(falls)
     if wanted == "step":
-        arguments = step(of, tables, [], "sgd", [0.1, 0, 0, 0, 0, 1.0], mask_grad=True)
+        arguments = of.update("sgd")
         found = uses(lambda: run("lookup_update_", arguments))
     else:
         arguments = of.backward() | {"weight_grad": wanted != "masks"}

@@ -119,22 +119,22 @@ class Inputs:
                 arguments = call.backward(weight_grad, mask_grad)
                 yield "lookup_backward", in_order("lookup_backward", arguments)
 
-    def call(self, form: str, pooled: bool) -> Call:
-        """The arguments of the four operators, of one of ``FORMS``."""
+    def call(self, form: str, pooled: bool, **given: Any) -> Call:
+        """The arguments of the four operators, of one of ``FORMS``; ``given`` are others."""
         blocks, described = self.table(form)
-        return call(
-            blocks,
-            self.indices if pooled else self.indices.reshape(1, -1),
-            self.grad_bags if pooled else self.grad_flat,
+        arguments = {
             **described,
-            masks=[self.group_mask] if form == "adaptive" else [],
-            offsets=self.offsets if pooled else None,
-            per_sample_weights=self.per_sample_weights if pooled else None,
-            pooling=int(self.case.mean and pooled),
-            padding_idx=[self.padding_idx],
-            include_last_offset=self.include_last_offset and pooled,
-            groups_sorted=self.case.sorted_groups,
-        )
+            "indices": self.indices if pooled else self.indices.reshape(1, -1),
+            "grad": self.grad_bags if pooled else self.grad_flat,
+            "masks": [self.group_mask] if form == "adaptive" else [],
+            "offsets": self.offsets if pooled else None,
+            "per_sample_weights": self.per_sample_weights if pooled else None,
+            "pooling": int(self.case.mean and pooled),
+            "padding_idx": [self.padding_idx],
+            "include_last_offset": self.include_last_offset and pooled,
+            "groups_sorted": self.case.sorted_groups,
+        }
+        return call(blocks, **{**arguments, **given})
 
     def table(self, form: str) -> tuple[list[Tensor], dict[str, Any]]:
         """A table's blocks, and what else describes it."""
