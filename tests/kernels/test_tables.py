@@ -87,6 +87,9 @@ def test_equal_to_calls_side_by_side(
         kinds["lookups"] = 120
     every = make(form, backend.device, dtype=dtype, index_dtype=index_dtype, **kinds)
     every.bags["offsets"] = every.bags["offsets"].long()
+    # What is compared is what the operators are asked everywhere else.
+    asked = torch.ops.amtl.lookup(*in_order("lookup", every.lookup()))
+    assert torch.equal(every.look_up(), asked)
     results = []
     for batched in (True, False):
         mine = every.fresh()
