@@ -16,8 +16,7 @@ from torch import Tensor
 import amtl_kernels as ak
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from kernel_calls import call, step
-from kernel_cases import Call, in_order
+from kernel_cases import Call, call, in_order
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,7 +64,7 @@ ROWWISE = ("rowwise_adagrad", [0.05, 1e-8, 0.0, 0.0, 0.0, 1.0])
 
 def search_step(v: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     """A fused step; the table and its mask gradient."""
-    arguments = step(search(v), [v["weight"]], [state], *ROWWISE, mask_grad=True)
+    arguments = search(v).update(*ROWWISE, [state], [v["weight"]])
     return v["weight"], run("lookup_update_", arguments)[0]
 
 
@@ -190,11 +189,9 @@ def test_several_tables_in_a_cuda_graph(dim: int) -> None:
 
     def both(weights: list[Tensor], state: list[Tensor]) -> tuple[Tensor, Tensor]:
         described = {"row_groups": groups, "sizes": dims, "seed": 7, "padding_idx": padding}
-        bags = {"offsets": offsets, "include_last_offset": True}
-        of = call(weights, indices, grad, **described, **bags)
+        of = call(weights, indices, grad, **described, offsets=offsets)
         out = run("lookup", of.lookup(bounds_check=0))
-        arguments = step(of, weights, state, *ROWWISE, mask_grad=True)
-        return out, run("lookup_update_", arguments)[0]
+        return out, run("lookup_update_", of.update(*ROWWISE, state, weights))[0]
 
     def fresh() -> tuple[list[Tensor], list[Tensor]]:
         return [w.clone() for w in first], [torch.zeros(rows, device="cuda") for _ in first]

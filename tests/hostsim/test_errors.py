@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import applying, call
 
 import amtl_kernels
 from amtl_kernels._schema import SCHEMAS
@@ -40,46 +41,38 @@ def values(form: str, layout: str) -> dict[str, Any]:
     """Arguments of all operators that fit, by name: five lookups, two bags, in two tables ten."""
     tables = 2 if layout == "tables" else 1
     weight = torch.arange(N * D, dtype=torch.float32).reshape(N, D)
-    described: dict[str, Any] = {"dims": [], "sizes": [], "row_groups": []}
+    described: dict[str, Any] = {"seed": 7}
+    blocks = [weight.clone() for _ in range(tables)]
     if form == "tiered":
         blocks = [weight[:2].clone(), weight[2:, :3].contiguous()] * tables
-        described["dims"] = [D] * tables
-    else:
-        blocks = [weight.clone() for _ in range(tables)]
-    if form == "masked":
+        described |= {"dims": [D] * tables, "block_counts": [2] * tables}
+    elif form == "masked":
         described["sizes"] = [torch.full((N,), 2, dtype=torch.int32)] * tables
-    if form == "adaptive":
+    else:
         described["sizes"] = [torch.full((G,), 3, dtype=torch.int32)] * tables
         described["row_groups"] = [torch.arange(N, dtype=torch.int32) // 2] * tables
-    offsets = torch.arange(5) * 2 if tables > 1 else torch.tensor([0, 3])
+        described["masks"] = [torch.zeros(G, D)] * tables
     pooled = layout != "plain"
-    return described | {
-        "blocks": blocks,
-        "block_counts": [len(blocks) // tables] * tables,
-        "masks": [torch.zeros(G, D)] * tables if form == "adaptive" else [],
-        "indices": torch.arange(5 * tables) % N,
-        "offsets": offsets if pooled else None,
-        "per_sample_weights": torch.ones(5 * tables) if pooled else None,
-        "padding_idx": [-1, 2][:tables],
-        "include_last_offset": tables > 1,
-        "grad": torch.ones(2 if pooled else 5, D * tables),
-        "rows": [torch.arange(2)] * 2,
-        "grads": [torch.ones(2, block.shape[1]) for block in blocks],
-        "state": [torch.ones_like(block) for block in blocks],
-        "bounds_check": 1,
-        "pooling": 0,
-        "seed": 7,
-        "optimizer": 1,
-        "hyper": [0.1, 1e-8, 0.0, 0.9, 0.99, 1.0],
-        "groups_sorted": False,
-        "sparse_grad": True,
-        "weight_grad": True,
-        "mask_grad": True,
-        "psw_grad": pooled,
-        "steps": None,
-        "bits": None,
-        "step_ends": None,
+    if pooled:
+        described["offsets"] = torch.arange(5) * 2 if tables > 1 else torch.tensor([0, 3])
+        described["per_sample_weights"] = torch.ones(5 * tables)
+    of = call(
+        blocks,
+        torch.arange(5 * tables) % N,
+        torch.ones(2 if pooled else 5, D * tables),
+        padding_idx=[-1, 2][:tables],
+        **described,
+    )
+    state = [torch.ones_like(block) for block in blocks]
+    hyper = [0.1, 1e-8, 0.0, 0.9, 0.99, 1.0]
+    grads = [torch.ones(2, block.shape[1]) for block in blocks]
+    every = {
+        **of.lookup(),
+        **of.backward(),
+        **of.update("adagrad", hyper, state, blocks),
+        **applying(blocks, [torch.arange(2)] * 2, grads, "adagrad", hyper, state),
     }
+    return every | {"mask_grad": True} | dict.fromkeys(("steps", "bits", "step_ends"))
 
 
 def outcome(function: Any, kind: Kind, changes: dict[str, Any]) -> tuple[str, str]:

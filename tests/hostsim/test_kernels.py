@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import (
+    RULES,
+    Call,
+    Case,
+    Inputs,
+    applying,
+    build,
+    call,
+    draw_reals,
+    join,
+    states,
+)
 from torch import Tensor
 
 from amtl_kernels import reference
 
 from . import simulator as sim
-from .calls import RULES, Call, applying, call, flatten, in_double, run, step
+from .calls import flatten, in_double, run
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.int64: 0.0, torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 9e-3}
@@ -36,60 +50,15 @@ def close(got: Tensor, want: Tensor, what: str, scale: float = 1.0) -> None:
     assert error <= scale * TOLERANCE[got.dtype], f"{what}: relative error {error:.2e}"
 
 
-class Batch:
-    """A table, lookups in bags, and a gradient, from a seed."""
+def draw(seed: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Inputs:
+    """A table, lookups in weighted bags, and a gradient, of real numbers."""
+    case = Case(seed, rows=40, dim=17, lookups=300, dtype=dtype, groups=6, columns=0, bags=30)
+    return build(replace(case, weighted=True, **changes), values=draw_reals)
 
-    def __init__(
-        self,
-        seed: int,
-        dtype: torch.dtype = torch.float32,
-        rows: int = 40,
-        dim: int = 17,
-        lookups: int = 300,
-        bags: int = 30,
-        groups: int = 6,
-        columns: int = 1,
-        sorted_groups: bool = True,
-        wide_indices: bool = True,
-        pattern: str = "zipf",
-    ) -> None:
-        g = torch.Generator().manual_seed(seed)
-        self.dtype, self.dim, self.lookups = dtype, dim, lookups
-        self.weight = torch.randn(rows, dim, generator=g).to(dtype)
-        uniform = torch.rand(lookups, generator=g) ** (5 if pattern == "zipf" else 1)
-        if pattern == "one":
-            uniform = torch.zeros(lookups)
-        index_type = torch.int64 if wide_indices else torch.int32
-        self.indices = (uniform * rows).long().clamp(max=rows - 1).to(index_type)
-        cuts = torch.randint(0, lookups + 1, (bags,), generator=g).sort().values
-        cuts[0] = 0
-        self.offsets = cuts.to(index_type)
-        self.psw = torch.randn(lookups, generator=g).to(dtype)
-        self.row_dims = torch.randint(0, dim + 1, (rows,), generator=g, dtype=torch.int32)
-        self.row_dims[::5] = 0
-        self.row_group = torch.randint(0, groups, (rows,), generator=g, dtype=torch.int32)
-        if sorted_groups:
-            self.row_group = self.row_group.sort().values
-        self.group_dims = torch.randint(0, dim + 1, (groups, columns), generator=g).int()
-        self.group_dims[seed % groups, 0] = 0
-        if columns == 1:
-            self.group_dims = self.group_dims[:, 0].contiguous()
-        self.grad = torch.randn(bags, dim, generator=g).to(dtype)
 
-    def search(self, **options: Any) -> Call:
-        """Weighted bags in a table in groups."""
-        given: dict[str, Any] = {
-            "sizes": [self.group_dims],
-            "row_groups": [self.row_group],
-            "seed": 11,
-            "offsets": self.offsets,
-            "per_sample_weights": self.psw,
-        }
-        return call([self.weight], self.indices, self.grad, **given | options)
-
-    def masked(self, **options: Any) -> Call:
-        """Lookups in a table with a size for every row."""
-        return call([self.weight], self.indices, self.grad, sizes=[self.row_dims], **options)
+def search(batch: Inputs, **given: Any) -> Call:
+    """Bags in the table in groups."""
+    return batch.call("adaptive", True, **given)
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
@@ -99,8 +68,8 @@ def test_no_races_in_any_order_and_equal_results(
     order: str, dtype: torch.dtype, sorted_groups: bool
 ) -> None:
     """The same bits whatever runs first: no atomics on floats, no race."""
-    batch = Batch(3, dtype, dim=16, columns=5, sorted_groups=sorted_groups)
-    arguments = batch.search().backward()
+    batch = draw(3, dtype, dim=16, columns=5, sorted_groups=sorted_groups)
+    arguments = search(batch).backward()
     with sim.simulation(0, "forward"):
         first = flatten(run("lookup_backward", arguments))
     for seed in (1, 2):
@@ -111,9 +80,9 @@ def test_no_races_in_any_order_and_equal_results(
     backward_is_close(batch, first)
 
 
-def backward_is_close(batch: Batch, found: Any, scale: float = 3) -> None:
+def backward_is_close(batch: Inputs, found: Any, scale: float = 3) -> None:
     """Row gradients, mask gradients and those of the weights, against float64."""
-    want = in_double("lookup_backward", batch.search().backward())
+    want = in_double("lookup_backward", search(batch).backward())
     for got, wanted in zip(flatten(found), flatten(want), strict=True):
         close(got, wanted, "backward", scale)
 
@@ -125,10 +94,10 @@ def backward_is_close(batch: Batch, found: Any, scale: float = 3) -> None:
     dim=st.sampled_from([1, 3, 4, 8, 17, 24, 64, 129, 260, 520]),
     lookups=st.sampled_from([1, 31, 33, 700]),
     bags=st.sampled_from([1, 2, 50]),
-    columns=st.sampled_from([1, 3]),
+    columns=st.sampled_from([0, 3]),
     sorted_groups=st.booleans(),
     wide=st.booleans(),
-    pattern=st.sampled_from(["zipf", "uniform", "one"]),
+    pattern=st.sampled_from(["zipf", "uniform", "one row"]),
     mean=st.booleans(),
 )
 def test_relative_error_of_everything(
@@ -144,7 +113,7 @@ def test_relative_error_of_everything(
     mean: bool,
 ) -> None:
     """Forward and backward of real-valued inputs against float64."""
-    batch = Batch(
+    batch = draw(
         seed,
         dtype,
         dim=dim,
@@ -152,17 +121,17 @@ def test_relative_error_of_everything(
         bags=bags,
         columns=columns,
         sorted_groups=sorted_groups,
-        wide_indices=wide,
+        index_dtype=torch.int64 if wide else torch.int32,
         pattern=pattern,
     )
     # Terms of both signs can cancel, which leaves nothing to be relative to.
-    batch.psw = batch.psw.abs()
-    weighted = None if mean else batch.psw
+    batch.per_sample_weights = batch.per_sample_weights.abs()
+    weighted = None if mean else batch.per_sample_weights
     pooled = {"pooling": int(mean), "padding_idx": [2], "seed": seed}
-    forward = batch.search(per_sample_weights=weighted, **pooled).lookup()
+    forward = search(batch, per_sample_weights=weighted, **pooled).lookup()
     with sim.simulation(seed):
         got = run("lookup", forward)
-        grads = run("lookup_backward", batch.search().backward())
+        grads = run("lookup_backward", search(batch).backward())
     close(got, in_double("lookup", forward), "forward", scale=3)
     backward_is_close(batch, grads)
 
@@ -170,17 +139,17 @@ def test_relative_error_of_everything(
 @pytest.mark.parametrize("dim", [8, 24, 40, 520])
 def test_neighbours_that_swap_halves_keep_to_the_row(dim: int) -> None:
     """Eight columns a thread: alone, with a last thread that has no neighbour, over two pieces."""
-    batch = Batch(6, torch.bfloat16, dim=dim, lookups=900, pattern="uniform")
+    batch = draw(6, torch.bfloat16, dim=dim, lookups=900, pattern="uniform")
     with sim.simulation(6, track_races=True):
-        grads = run("lookup_backward", batch.search().backward())
+        grads = run("lookup_backward", search(batch).backward())
     backward_is_close(batch, grads)
 
 
 def test_hot_row_and_one_group_over_many_levels() -> None:
     """20,000 lookups of few rows: partial sums of partial sums, three levels, a launch each."""
-    batch = Batch(5, dim=4, rows=3, groups=1, lookups=20_000, bags=1_000, pattern="uniform")
+    batch = draw(5, dim=4, rows=3, groups=1, lookups=20_000, bags=1_000, pattern="uniform")
     before = dict(sim.tools.launch_counts())
-    backward_is_close(batch, run("lookup_backward", batch.search().backward()), scale=10)
+    backward_is_close(batch, run("lookup_backward", search(batch).backward()), scale=10)
     after = sim.tools.launch_counts()
     levels = {
         kind: sum(n - before.get(k, 0) for k, n in after.items() if f"reduce_{kind}" in k)
@@ -192,8 +161,8 @@ def test_hot_row_and_one_group_over_many_levels() -> None:
 @pytest.mark.parametrize("weight_grad", [True, False], ids=["rows and masks", "masks"])
 def test_rows_and_groups_of_more_than_32_bits(weight_grad: bool) -> None:
     """Together they are what lookups are sorted by where groups fall somewhere."""
-    batch = Batch(10, dim=4, rows=70_000, groups=65_536, pattern="uniform", sorted_groups=False)
-    arguments = batch.search().backward() | {"weight_grad": weight_grad}
+    batch = draw(10, dim=4, rows=70_000, groups=65_536, pattern="uniform", sorted_groups=False)
+    arguments = search(batch).backward() | {"weight_grad": weight_grad}
     want = in_double("lookup_backward", arguments)
     with sim.simulation(10, track_races=True):
         found = run("lookup_backward", arguments)
@@ -210,34 +179,28 @@ HYPER = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.02, "beta1": 0.9, "beta2": 0.
 RATES = list(HYPER.values())
 
 
-def states_of(rule: str, weight: Tensor, dtype: torch.dtype, seed: int) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    if rule == "sgd":
-        return []
-    if rule == "rowwise_adagrad":
-        return [torch.rand(weight.shape[0], generator=g).to(dtype)]
-    count = 2 if rule == "adam" else 1
-    return [torch.rand(weight.shape, generator=g).to(dtype) for _ in range(count)]
+def states_of(rule: str, blocks: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return states(rule, blocks, lambda shape: torch.rand(shape, generator=g).to(dtype))
 
 
 def reference_step(
-    rule: str, blocks: list[Tensor], states: list[Tensor], rows: list[Tensor], grads: list[Tensor]
+    rule: str, blocks: list[Tensor], state: list[Tensor], rows: list[Tensor], grads: list[Tensor]
 ) -> None:
-    arguments = applying(blocks, rows, grads, states, rule, RATES)
-    run("apply_", arguments, reference.IMPLEMENTATIONS)
+    run("apply_", applying(blocks, rows, grads, rule, RATES, state), reference.IMPLEMENTATIONS)
 
 
 def search_step(
-    batch: Batch,
+    batch: Inputs,
     weight: Tensor,
-    states: list[Tensor],
+    state: list[Tensor],
     rule: str = "rowwise_adagrad",
     masks: bool = True,
     promised: bool = True,
 ) -> Tensor:
     """A fused step of a table in groups; returns the mask gradient."""
-    of = batch.search(groups_sorted=promised)
-    arguments = step(of, [weight], states, rule, RATES, mask_grad=masks)
+    of = search(batch, groups_sorted=promised)
+    arguments = of.update(rule, RATES, state, [weight], mask_grad=masks, psw_grad=False)
     mask: Tensor = run("lookup_update_", arguments)[0]
     return mask
 
@@ -257,25 +220,25 @@ WIDE = (129, 192, 256, 260, 1000, 1024)
 @pytest.mark.parametrize("masks", ["none", "promised", "unsorted", "sorted", "captured"])
 def test_fused_step_of_a_dense_table(rule: str, dtype: torch.dtype, dim: int, masks: str) -> None:
     narrow = dtype != torch.float32 and dim in (64, 129, 1000)
-    batch = Batch(dim, dtype, dim=dim, columns=3, sorted_groups=masks != "unsorted")
-    rows, grads, mask_grad, _ = in_double("lookup_backward", batch.search().backward())
+    batch = draw(dim, dtype, dim=dim, columns=3, sorted_groups=masks != "unsorted")
+    rows, grads, mask_grad, _ = in_double("lookup_backward", search(batch).backward())
     weight = batch.weight.clone()
-    states = states_of(rule, weight, dtype if narrow else torch.float32, 1)
+    state = states_of(rule, [weight], dtype if narrow else torch.float32)
     want_weight = weight.double()
-    want_states = [state.double() for state in states]
+    want_states = [moment.double() for moment in state]
     reference_step(rule, [want_weight], want_states, rows, grads)
-    untouched = [t.clone() for t in (weight, *states)]
+    untouched = [t.clone() for t in (weight, *state)]
     with sim.simulation(dim, track_races=True, capturing=masks == "captured"):
-        got_mask = search_step(batch, weight, states, rule, masks != "none", masks == "promised")
+        got_mask = search_step(batch, weight, state, rule, masks != "none", masks == "promised")
     close(weight, want_weight, f"{rule} weight", scale=4)
-    for state, want in zip(states, want_states, strict=True):
-        close(state, want, f"{rule} state", scale=4)
+    for moment, want in zip(state, want_states, strict=True):
+        close(moment, want, f"{rule} state", scale=4)
     if masks != "none":
         close(got_mask, mask_grad, "mask gradient", scale=4)
     # Past the kept prefix, and in rows not looked up, not a bit has changed.
     kept = torch.zeros(weight.shape, dtype=torch.bool)
     kept[rows[0]] = reference.kept_prefix(grads[0])
-    for now, before in zip((weight, *states), untouched, strict=True):
+    for now, before in zip((weight, *state), untouched, strict=True):
         left = ~kept if now.dim() == 2 else ~kept.any(1)
         assert torch.equal(now[left], before[left])
 
@@ -297,20 +260,20 @@ def test_fused_step_of_a_tiered_table(
         torch.randn(end - start, width, generator=g).to(dtype)
         for start, end, width in zip([0, *ends], ends, widths, strict=False)
     ]
-    batch = Batch(4, dtype, dim=widths[0])
-    bags = {"offsets": batch.offsets, "per_sample_weights": batch.psw, "dims": [widths[0]]}
-    of = call(blocks, batch.indices, batch.grad, **bags)
+    batch = draw(4, dtype, dim=widths[0])
+    batch.blocks = blocks
+    of = batch.call("tiered", True)
     rows, grads, _, _ = in_double("lookup_backward", of.backward())
-    states = [s for c, b in enumerate(blocks) for s in states_of(rule, b, torch.float32, c)]
+    state = states_of(rule, blocks)
     want = [block.double() for block in blocks]
-    want_states = [state.double() for state in states]
+    want_states = [moment.double() for moment in state]
     reference_step(rule, want, want_states, rows, grads)
     with sim.simulation(7, track_races=True):
-        run("lookup_update_", step(of, blocks, states, rule, RATES))
+        run("lookup_update_", of.update(rule, RATES, state, blocks, psw_grad=False))
     for c in range(3):
         close(blocks[c], want[c], f"tier {c}", scale=4)
-    for state, wanted in zip(states, want_states, strict=True):
-        close(state, wanted, "state", scale=4)
+    for moment, wanted in zip(state, want_states, strict=True):
+        close(moment, wanted, "state", scale=4)
 
 
 @pytest.mark.parametrize("form", ["search", "frozen"])
@@ -319,25 +282,19 @@ def test_a_hot_wide_row_steps_the_same_in_any_order(
     form: str, dtype: torch.dtype, dim: int
 ) -> None:
     """A tenth of the lookups is of one row, over many chunks and two levels of partial sums."""
-    batch = Batch(8, dtype, rows=300, dim=dim, lookups=3_000, groups=20, pattern="uniform")
+    batch = draw(8, dtype, rows=300, dim=dim, lookups=3_000, groups=20, pattern="uniform")
     batch.indices[::10] = 150
-    batch.psw = batch.psw / 8
-    bags = {"offsets": batch.offsets, "per_sample_weights": batch.psw}
-    of = (
-        batch.search()
-        if form == "search"
-        else call([batch.weight], batch.indices, batch.grad, **bags)
-    )
-    of.groups_sorted = True
+    batch.per_sample_weights = batch.per_sample_weights / 8
+    batch.blocks = [batch.weight]
+    of = batch.call("adaptive" if form == "search" else "tiered", True)
     rows, grads, mask_grad, _ = in_double("lookup_backward", of.backward())
     want = [batch.weight.double(), torch.ones(300).double(), mask_grad]
     reference_step("rowwise_adagrad", [want[0]], [want[1]], rows, grads)
     results = []
     for seed, order in ((0, "forward"), (1, "reverse"), (2, "random"), (3, "random")):
         weight, state = batch.weight.clone(), torch.ones(300)
-        wants = {"mask_grad": form == "search"}
+        arguments = of.update("rowwise_adagrad", RATES, [state], [weight], psw_grad=False)
         with sim.simulation(seed, order, track_races=seed < 2):
-            arguments = step(of, [weight], [state], "rowwise_adagrad", RATES, **wants)
             mask, _ = run("lookup_update_", arguments)
         results.append([weight, state, mask])
     for again in results[1:]:
@@ -349,8 +306,8 @@ def test_a_hot_wide_row_steps_the_same_in_any_order(
 def test_rows_as_wide_as_shared_memory() -> None:
     """Sums of a row and of its mask fill a block's 48 KB; a wider row takes a step of its own."""
     for dim in (2_000, 6_144, 6_145):
-        batch = Batch(9, dim=dim, rows=5, lookups=40, bags=8, groups=2)
-        rows, grads, mask_grad, _ = in_double("lookup_backward", batch.search().backward())
+        batch = draw(9, dim=dim, rows=5, lookups=40, bags=8, groups=2)
+        rows, grads, mask_grad, _ = in_double("lookup_backward", search(batch).backward())
         weight, state = batch.weight.clone(), torch.ones(5)
         want, want_state = weight.double(), state.double()
         reference_step("rowwise_adagrad", [want], [want_state], rows, grads)
@@ -378,21 +335,21 @@ def test_stochastic_rounding_keeps_the_mean(dtype: torch.dtype) -> None:
     sizes = torch.full((rows,), dim, dtype=torch.int32)
     of = call([weight], torch.arange(rows), grad, sizes=[sizes])
     rounding = [rate, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0]
-    run("lookup_update_", step(of, [weight], [], "sgd", rounding))
+    run("lookup_update_", of.update("sgd", rounding, [], [weight]))
     moved = 1 - weight.double().mean().item()
     deviation = torch.finfo(dtype).eps / 2 * math.sqrt(0.25 * 0.75 / (rows * dim))
     assert weight.unique().numel() == 2
     assert abs(moved - rate) < 5 * deviation
     again = torch.ones(rows, dim, dtype=dtype)
-    run("lookup_update_", step(of, [again], [], "sgd", rounding))
+    run("lookup_update_", of.update("sgd", rounding, [], [again]))
     assert torch.equal(weight, again), "the same seed rounds the same way"
 
 
-def off_by(offset: int, like: Tensor) -> Tensor:
-    """float32 ones of a tensor's shape, ``offset`` bytes off the alignment of an allocation."""
-    flat = torch.ones(like.numel() + 32)
+def off_by(offset: int, shape: torch.Size) -> Tensor:
+    """float32 ones, ``offset`` bytes off the alignment of an allocation."""
+    flat = torch.ones(shape.numel() + 32)
     start = (offset - flat.data_ptr()) % 64 // 4
-    return flat[start : start + like.numel()].view(like.shape)
+    return flat[start : start + shape.numel()].view(shape)
 
 
 @pytest.mark.parametrize("rule", ["adagrad", "adam"])
@@ -405,14 +362,14 @@ def test_wide_state_need_not_lie_as_narrow_weights_do(form: str, rule: str) -> N
     for offset in (0, 8):
         blocks = [torch.ones(rows, dim).half(), torch.ones(rows, 8).half()]
         blocks = blocks[:1] if form == "dense" else blocks
-        state = [off_by(offset, block) for block in blocks for _ in range(1 + (rule == "adam"))]
+        state = states(rule, blocks, partial(off_by, offset))
         sizes = [torch.full((rows,), 7, dtype=torch.int32)] if form == "dense" else []
         indices = torch.arange(rows * len(blocks))
         of = call(blocks, indices, torch.ones(len(indices), dim).half(), sizes=sizes)
-        run("lookup_update_", step(of, blocks, state, rule, hyper))
+        run("lookup_update_", of.update(rule, hyper, state, blocks))
         touched = [torch.arange(rows)] * len(blocks)
         grads = [torch.ones_like(block) for block in blocks]
-        run("apply_", applying(blocks, touched, grads, state, rule, hyper))
+        run("apply_", applying(blocks, touched, grads, rule, hyper, state))
         results.append([*blocks, *state])
     for aligned, apart in zip(*results, strict=True):
         assert torch.equal(aligned, apart)
@@ -428,9 +385,9 @@ def test_adam_step_counted_on_the_device() -> None:
         of = call([got], rows, grads, sizes=[torch.full((4,), 8, dtype=torch.int32)])
         with sim.simulation(capturing=True):
             # What the host would have computed must not be used.
-            run("lookup_update_", step(of, [got], state, "adam", [*rates, 1e6]))
+            run("lookup_update_", of.update("adam", [*rates, 1e6], state, [got]))
         moments = [torch.zeros(4, 8), torch.zeros(4, 8)]
-        arguments = applying([want], [rows], [grads], moments, "adam", [*rates, number])
+        arguments = applying([want], [rows], [grads], "adam", [*rates, number], moments)
         run("apply_", arguments, reference.IMPLEMENTATIONS)
         torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
 
@@ -445,45 +402,25 @@ def test_a_list_of_tables_has_no_races(
     form: str, dtype: torch.dtype, dims: tuple[int, ...]
 ) -> None:
     """The operators' own layout, tables in memory of their own; values: ``tests/kernels``."""
-    bags, results = 6, []
-    batches = [Batch(t, dtype, rows=20 + t, dim=dims[t], bags=bags, columns=3) for t in range(3)]
-    offsets = torch.cat(
-        [b.offsets + 300 * t for t, b in enumerate(batches)] + [torch.tensor([900])]
-    )
-    grad = torch.randn(bags, sum(dims), generator=torch.Generator().manual_seed(1)).to(dtype)
+    given = {"bags": 7, "include_last_offset": True, "sorted_groups": False, "columns": 3}
+    every = [draw(t, dtype, rows=20 + t, dim=dims[t], **given) for t in range(3)]
+    results = []
     for seed, order in ((0, "forward"), (1, "reverse"), (2, "random")):
-        blocks = [b.weight.clone() for b in batches]
-        described: dict[str, Any] = {"sizes": [b.row_dims for b in batches]}
-        if form == "adaptive":
-            described = {
-                "sizes": [b.group_dims for b in batches],
-                "row_groups": [b.row_group for b in batches],
-                "seed": 11,
-            }
+        of = join(form, every)
+        of.bags["padding_idx"] = [1, -1, 0]
         if form == "tiered":
-            blocks = [half.contiguous() for weight in blocks for half in weight.chunk(2)]
+            blocks = [half.contiguous() for batch in every for half in batch.weight.chunk(2)]
             blocks[3] = blocks[3][:, :0].contiguous()
-            described = {"block_counts": [2, 2, 2], "dims": dims}
-        of = call(
-            blocks,
-            torch.cat([b.indices for b in batches]),
-            grad,
-            **described,
-            offsets=offsets,
-            per_sample_weights=torch.cat([b.psw for b in batches]),
-            padding_idx=[1, -1, 0],
-            include_last_offset=True,
-        )
-        state = [torch.zeros(len(block)) for block in blocks]
-        wants = {"mask_grad": form == "adaptive", "psw_grad": True}
-        fused = step(of, blocks, state, "rowwise_adagrad", RATES, **wants)
+            of.tables |= {"blocks": blocks, "block_counts": [2, 2, 2]}
+        state = states("rowwise_adagrad", of.tables["blocks"], torch.zeros)
+        fused = of.update("rowwise_adagrad", RATES, state)
         with sim.simulation(seed, order, track_races=True):
             out = run("lookup", of.lookup())
             rows, grads, *found = run("lookup_backward", of.backward())
             again = run("lookup_update_", fused)
         # Mask gradients and those of per-sample weights, fused or not.
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-        results.append([out, *rows, *grads, *found, *blocks, *state])
+        results.append([out, *rows, *grads, *found, *fused["blocks"], *state])
     assert not results[0][0].isnan().any() and results[0][-1].any()
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
@@ -493,7 +430,7 @@ def test_a_list_of_tables_has_no_races(
 @pytest.mark.parametrize("pooled", [True, False])
 def test_more_tiers_than_travel_with_a_launch(rule: str, pooled: bool) -> None:
     """The 129th tier moves them all to memory of the device, which changes no bit."""
-    batch = Batch(3, rows=300, dim=12, lookups=500, pattern="uniform")
+    batch = draw(3, rows=300, dim=12, lookups=500, pattern="uniform")
     indices = batch.indices.clamp(min=5)
     ends = [*range(1, 128), 180, 240, 300]
     halves = [batch.weight[a:b] for a, b in zip([0, *ends], ends, strict=False)]
@@ -502,29 +439,30 @@ def test_more_tiers_than_travel_with_a_launch(rule: str, pooled: bool) -> None:
     bags: dict[str, Any] = {}
     grad = batch.weight[indices]
     if pooled:
-        bags, grad = {"offsets": batch.offsets, "per_sample_weights": batch.psw}, batch.grad
+        bags = {"offsets": batch.offsets, "per_sample_weights": batch.per_sample_weights}
+        grad = batch.grad_bags
     results = []
     # Without the first five, whose rows nobody asks for, they do travel.
     for missing in (0, 5):
         blocks = [block.clone() for block in every[missing:]]
         of = call(blocks, indices - missing, grad, dims=[12], padding_idx=[200 - missing], **bags)
-        states = [s for block in blocks for s in states_of(rule, block, torch.float32, 1)]
+        state = [moment for block in blocks for moment in states_of(rule, [block])]
         want = in_double("lookup", of.lookup())
         with sim.simulation(4, track_races=True):
             rows, grads, _, psw = run("lookup_backward", of.backward())
         with sim.simulation(5, capturing=True):
             out = run("lookup", of.lookup(bounds_check=0))
-            run("lookup_update_", step(of, blocks, states, rule, RATES))
+            run("lookup_update_", of.update(rule, RATES, state, blocks, psw_grad=False))
         if missing == 0:
             close(out, want, "forward")
             rows, grads, blocks = rows[5:], grads[5:], blocks[5:]
-        results.append([out, psw, *rows, *grads, *blocks, *states[-125:]])
+        results.append([out, psw, *rows, *grads, *blocks, *state[-125:]])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_nonsense_is_never_followed() -> None:
     """Without a bounds check, bad indices, offsets and sizes stay inside of every buffer."""
-    batch = Batch(1, dim=8)
+    batch = draw(1, dim=8)
     indices = batch.indices.clone()
     indices[::7] = 10**12
     indices[3::7] = -5
@@ -532,39 +470,37 @@ def test_nonsense_is_never_followed() -> None:
     offsets[2], offsets[5], offsets[9] = -4, 10**10, 1
     sizes = batch.row_dims.clone()
     sizes[0], sizes[1] = -7, 10**6
-    given = {"sizes": [sizes]}
-    run("lookup", call([batch.weight], indices, **given).lookup(bounds_check=0))
-    for weights, pooling in ((batch.psw, 0), (None, 1)):
+    given = {"sizes": [sizes], "indices": indices}
+    run("lookup", batch.call("masked", False, **given).lookup(bounds_check=0))
+    for weights, pooling in ((batch.per_sample_weights, 0), (None, 1)):
         bags = {"offsets": offsets, "per_sample_weights": weights, "pooling": pooling}
-        of = call([batch.weight], indices, batch.grad, **given, **bags, padding_idx=[2])
+        of = batch.call("masked", True, **given, **bags, padding_idx=[2])
         assert run("lookup", of.lookup(bounds_check=0)).isfinite().all()
         run("lookup_backward", of.backward())
 
 
 def test_groups_that_are_not_there_stay_inside_of_every_buffer() -> None:
     """Rows of such groups keep nothing; sums of groups go to groups that are there."""
-    batch = Batch(1, dim=8)
+    batch = draw(1, dim=8)
     batch.group_dims.clamp_(min=1)
     known = batch.row_group.clone()
     batch.row_group[::9], batch.row_group[1::9] = -3, 10**6
     lost = (batch.row_group != known).nonzero().flatten()
-    plain = batch.search(seed=0, offsets=None, per_sample_weights=None)
+    plain = search(batch, offsets=None, per_sample_weights=None)
     out = run("lookup", plain.lookup(bounds_check=0))
     kept = torch.isin(batch.indices, lost, invert=True)
     assert out[kept].any(1).all() and not out[~kept].any() and not kept.all()
-    for grads in flatten(run("lookup_backward", batch.search().backward())):
+    for grads in flatten(run("lookup_backward", search(batch).backward())):
         assert grads.isfinite().all()
     twice = call(
         [batch.weight] * 2,
         batch.indices,
-        torch.cat([batch.grad, batch.grad], 1),
+        torch.cat([batch.grad_bags, batch.grad_bags], 1),
         sizes=[batch.group_dims] * 2,
         row_groups=[batch.row_group] * 2,
         seed=11,
         offsets=torch.cat([batch.offsets, batch.offsets, torch.tensor([300])]).sort().values,
-        per_sample_weights=batch.psw,
-        padding_idx=[-1, -1],
-        include_last_offset=True,
+        per_sample_weights=batch.per_sample_weights,
     )
     for grads in flatten(run("lookup_backward", twice.backward())):
         assert grads.isfinite().all()
@@ -572,7 +508,7 @@ def test_groups_that_are_not_there_stay_inside_of_every_buffer() -> None:
 
 def test_a_false_promise_of_order_stays_inside_of_every_buffer() -> None:
     """Groups said to be in order that are not: mask gradients are wrong, memory is safe."""
-    batch = Batch(1, dim=8, groups=40, sorted_groups=False)
+    batch = draw(1, dim=8, groups=40, sorted_groups=False)
     weights = []
     for promised in (True, False):
         weights.append(batch.weight.clone())
@@ -606,8 +542,7 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(tiered, values[[2, 0, 1, 2]])
 
     rates = [1.0, *RATES[1:2], 0.0, *RATES[3:]]
-    fused = step(of, [weight], [], "sgd", rates, mask_grad=True)
-    mask, _ = run("lookup_update_", fused)
+    mask, _ = run("lookup_update_", of.update("sgd", rates, [], [weight]))
     assert torch.equal(mask, values[0] + values[1] + 2 * values[2])
     values[:, :40] -= torch.tensor([[1.0], [1.0], [2.0]])
     assert torch.equal(weight[chosen], values)
@@ -634,23 +569,21 @@ def test_every_kernel_has_been_executed() -> None:
         text = path.read_text()
         defined |= set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text))
     assert len(defined) >= 15
-    batch = Batch(2)
-    blocks = [batch.weight[:20].contiguous(), batch.weight[20:, :4].contiguous()]
-    means = batch.masked(offsets=batch.offsets, pooling=1, padding_idx=[3])
-    tiers = call(blocks, batch.indices, batch.grad, offsets=batch.offsets)
-    for of in (means, tiers, Batch(3).search(), Batch(3, sorted_groups=False).search()):
+    batch = draw(2)
+    batch.blocks = [batch.weight[:20].contiguous(), batch.weight[20:, :4].contiguous()]
+    means = batch.call("masked", True, per_sample_weights=None, pooling=1, padding_idx=[3])
+    tiers = batch.call("tiered", True, per_sample_weights=None)
+    for of in (means, tiers, search(draw(3)), search(draw(3, sorted_groups=False))):
         run("lookup", of.lookup())
         run("lookup_backward", of.backward())
-    run("lookup", call(blocks, batch.indices).lookup())
-    codes = {"steps": [torch.ones(1)], "bits": [4]}
+    run("lookup", batch.call("tiered", False).lookup())
     few = [torch.zeros(40, 8, dtype=torch.uint8)]
     for bags in (None, batch.offsets):
-        of = call(few, batch.indices, offsets=bags).lookup()
-        run("lookup", {**of, **codes})
-    of_codes = call(few, batch.indices, torch.ones(len(batch.indices), 16), dims=[16])
-    run("lookup_update_", step(of_codes, few, [], "sgd", RATES, **codes))
-    ones = applying([batch.weight], [torch.arange(40)], [torch.ones(40, 17)], [], "sgd", RATES)
-    run("apply_", ones)
+        of = call(few, batch.indices, offsets=bags, steps=[torch.ones(1)], bits=[4])
+        run("lookup", of.lookup())
+    of = replace(of, grad=torch.ones(len(batch.offsets), 16))
+    run("lookup_update_", of.update("sgd", RATES, [], few))
+    run("apply_", applying([batch.weight], [torch.arange(40)], [torch.ones(40, 17)], "sgd", RATES))
     test_a_list_of_tables_has_no_races("masked", torch.float32, (5, 1, 9))
     executed = {
         match for name in sim.tools.launch_counts() for match in re.findall(r"(\w+_kernel)", name)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from kernel_cases import RULES, Call, applying, call, states
 from torch import Tensor
 
 import amtl_kernels
 from amtl_kernels import reference, rounding
 
 from . import simulator as sim
-from .calls import RULES, Call, applying, call, run, step
+from .calls import run
 
 NARROW = (torch.bfloat16, torch.float16)
 ROOMS = (sim.IMPLEMENTATIONS, reference.IMPLEMENTATIONS)
@@ -76,12 +78,6 @@ def test_past_the_largest_number_rounding_is_to_nearest(dtype: torch.dtype) -> N
     assert rounded[:3].isfinite().all()
 
 
-def states_of(rule: str, g: torch.Generator) -> list[Tensor]:
-    shapes = {"sgd": [], "adagrad": [(ROWS, DIM)], "rowwise_adagrad": [(ROWS,)]}
-    shapes["adam"] = [(ROWS, DIM)] * 2
-    return [torch.rand(shape, generator=g) for shape in shapes[rule]]
-
-
 def weight_and_grad(dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Weights of many magnitudes, among them fp16 subnormals, and gradients to match."""
     scale = 2.0 ** (-torch.arange(DIM).double())
@@ -100,14 +96,14 @@ def rounding_step(number: float, rounds: bool) -> list[float]:
 def test_updates_round_as_the_reference_does(rule: str, dtype: torch.dtype, seed: int) -> None:
     g = torch.Generator().manual_seed(2)
     weight, grads = weight_and_grad(dtype, g)
-    states = states_of(rule, g)
+    state = states(rule, [weight], partial(torch.rand, generator=g))
     rows = torch.randperm(ROWS, generator=g)[:30].sort().values
     grads = grads[:30].contiguous()
     results = []
     for room, rounds in ((ROOMS[0], True), (ROOMS[1], True), (ROOMS[1], False)):
-        w, s = weight.clone(), [state.clone() for state in states]
+        w, s = weight.clone(), [moment.clone() for moment in state]
         hyper = [1e-3, 1e-6, 0.01, 0.9, 0.99, *rounding_step(seed, rounds)]
-        run("apply_", applying([w], [rows], [grads], s, rule, hyper), room)
+        run("apply_", applying([w], [rows], [grads], rule, hyper, s), room)
         results.append(w)
     assert torch.equal(*results[:2])
     assert not torch.equal(*results[1:])
@@ -134,14 +130,12 @@ def run_fused(
     """The blocks and states after a step, whose number a ``counter`` above 0 holds."""
     of = fused_call(kind, dtype)
     blocks = of.tables["blocks"]
-    moments = (0, 1, 1, 2)[RULES.index(rule)]
-    states = [torch.full(block.shape, 0.1) for block in blocks for _ in range(moments)]
-    given = [*states, torch.tensor(counter)] if counter else states
+    state = states(rule, blocks, partial(torch.full, fill_value=0.1))
+    given = [*state, torch.tensor(counter)] if counter else state
     # The reference makes its backward and its update of other operators.
     with amtl_kernels.use_backend("reference"):
-        wants = {"mask_grad": kind == "adaptive"}
-        run("lookup_update_", step(of, blocks, given, rule, hyper, **wants), room)
-    return blocks, states
+        run("lookup_update_", of.update(rule, hyper, given, blocks), room)
+    return blocks, state
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -163,13 +157,13 @@ def test_wide_row_wise_steps_round_as_the_reference_does(dim: int, dtype: torch.
         g = torch.Generator().manual_seed(6)
         weight = torch.randn(ROWS, dim, generator=g).to(dtype)
         blocks = [weight[:20].contiguous(), weight[20:].contiguous()]
-        states = [torch.full((len(block),), 3.0) for block in blocks]
+        state = states("rowwise_adagrad", blocks, partial(torch.full, fill_value=3.0))
         grad = torch.ones(ROWS, dim, dtype=dtype)
         of = call(blocks, torch.randperm(ROWS, generator=g), grad)
         hyper = [2.0**-9, 0.0, 0.0, 0.0, 0.0, 9.0, 1.0]
         with amtl_kernels.use_backend("reference"):
-            run("lookup_update_", step(of, blocks, states, "rowwise_adagrad", hyper), room)
-        assert all(torch.equal(state, torch.full_like(state, 4.0)) for state in states)
+            run("lookup_update_", of.update("rowwise_adagrad", hyper, state, blocks), room)
+        assert all(torch.equal(moment, torch.full_like(moment, 4.0)) for moment in state)
         results.append(blocks)
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
@@ -205,13 +199,11 @@ def test_several_tables_round_as_the_reference_does(dtype: torch.dtype, counted:
             torch.cat(grads, 1),
             sizes=[torch.randint(0, DIM + 1, (ROWS,), generator=g).int() for _ in weights],
             offsets=torch.arange(3 * ROWS + 1),
-            padding_idx=[-1] * 3,
-            include_last_offset=True,
         )
         state = [torch.tensor(9)] if counted else []
         hyper = [1e-3, 0.0, 0.0, 0.0, 0.0, 1.0 if counted else 9.0, 1.0]
         with amtl_kernels.use_backend("reference"):
-            run("lookup_update_", step(of, list(weights), state, "sgd", hyper), room)
+            run("lookup_update_", of.update("sgd", hyper, state, list(weights)), room)
         results.append(weights)
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
@@ -232,7 +224,7 @@ def test_sums_that_stall_to_nearest_move(dtype: torch.dtype) -> None:
     for number in range(1, steps + 1):
         for table, rounds in ((weight, True), (nearest, False)):
             hyper = [rate, 0.0, 0.0, 0.0, 0.0, *rounding_step(number, rounds)]
-            run("apply_", applying([table], [rows], [grads], [], "sgd", hyper))
+            run("apply_", applying([table], [rows], [grads], "sgd", hyper))
     assert torch.equal(nearest, torch.ones_like(nearest))
     error = eps / 2 * math.sqrt(steps / weight.numel())
     assert abs(weight.double().mean().item() - (1 - steps * rate)) < 5 * error

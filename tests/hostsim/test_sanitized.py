@@ -21,15 +21,15 @@ SAMPLE = """
 import sys
 import torch
 from hostsim import simulator as sim
-from hostsim.calls import RULES, call, run
+from hostsim.calls import run
 from hostsim.test_errors import CHANGES, KINDS, outcome
-from hostsim.test_kernels import Batch, test_fused_step_of_a_tiered_table
+from hostsim.test_kernels import draw, search, test_fused_step_of_a_tiered_table
 from hostsim.test_kernels import test_more_tiers_than_travel_with_a_launch
 from hostsim.test_kernels import test_a_list_of_tables_has_no_races
 from hostsim.test_kernels import test_fused_step_of_a_dense_table
 from hostsim.test_kernels import test_nonsense_is_never_followed
 from hostsim.test_rounding import test_updates_round_as_the_reference_does
-from amtl_kernels._arguments import Bags
+from kernel_cases import RULES, call
 
 if "plant" in sys.argv:
     # A table that claims one row more than it has.
@@ -43,11 +43,11 @@ if "plant" in sys.argv:
 
 for dtype in (torch.float32, torch.bfloat16):
     for dim in (1, 8, 17, 24, 129):
-        batch = Batch(dim, dtype, dim=dim, lookups=120, columns=3, sorted_groups=dim % 8 == 0)
-        run("lookup_backward", batch.search().backward())
-        means = batch.search(per_sample_weights=None, pooling=1, padding_idx=[2])
+        batch = draw(dim, dtype, dim=dim, lookups=120, columns=3, sorted_groups=dim % 8 == 0)
+        run("lookup_backward", search(batch).backward())
+        means = search(batch, per_sample_weights=None, pooling=1, padding_idx=[2])
         run("lookup", means.lookup())
-        run("lookup", batch.masked().lookup())
+        run("lookup", batch.call("masked", False).lookup())
     for form in ("masked", "adaptive", "tiered"):
         test_a_list_of_tables_has_no_races(form, dtype, (5, 1, 9))
     for rule in RULES:
@@ -65,17 +65,15 @@ for bits in (2, 4, 8, 16):
         torch.randint(0, 256, (n, w * byte), generator=g, dtype=torch.uint8) for n, w in shapes
     ]
     dim = blocks[0].shape[1] * 8 // bits
-    table = (blocks, [3], [dim], [], [], 0)
-    few = ([torch.rand(3, generator=g) + 0.1], [bits], None)
+    few = {"dims": [dim], "steps": [torch.rand(3, generator=g) + 0.1], "bits": [bits]}
     rows, offsets = torch.randint(0, 12, (60,), generator=g), torch.arange(0, 61, 3)
-    for bags in (Bags(rows, None, None, 0, [-1], False), Bags(rows, offsets, None, 1, [2], True)):
-        out = sim.IMPLEMENTATIONS["lookup"](*table, [], *bags, 0, True, *few)
-        for number, states in ((0, []), (2, [torch.zeros(len(block)) for block in blocks])):
+    means = {"offsets": offsets, "pooling": 1, "padding_idx": [2], "include_last_offset": True}
+    for bags in ({}, means):
+        of = call(blocks, rows, **few, **bags)
+        of.grad = torch.ones_like(run("lookup", of.lookup(bounds_check=0)))
+        for rule in ("sgd", "rowwise_adagrad"):
             hyper = [0.1, 1e-8, 0.01, 0.0, 0.0, 1.0]
-            wants = (False, False, False)
-            sim.IMPLEMENTATIONS["lookup_update_"](
-                *table, torch.ones_like(out), *bags, *wants, states, number, hyper, *few
-            )
+            run("lookup_update_", of.update(rule, hyper, blocks=blocks))
 test_more_tiers_than_travel_with_a_launch(rule="adam", pooled=True)
 test_nonsense_is_never_followed()
 # A refusal must not read what is missing.

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from kernel_cases import Call, Case, build, call, join
 
 from amtl_kernels import _arguments, reference
 
 from . import simulator as sim
-from .calls import Call, call, run, step
+from .calls import run
 from .test_errors import KINDS, Kind, outcome, put, values
 
 ROWWISE = ("rowwise_adagrad", [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
@@ -31,30 +31,16 @@ def uses(of: Any) -> list[str]:
     return [re.sub(r"[( ]*(\w+).*", r"\1", use) for use in found]
 
 
-def search(lookups: int, dim: int = 4) -> tuple[Call, Tensor, Tensor]:
-    """Bags of two in a table whose groups are in order: the call, its table and state."""
-    rows, groups = 2_000, 50
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, dim, generator=g)
-    of = call(
-        [weight],
-        (torch.rand(lookups, generator=g) ** 4 * rows).long(),
-        torch.randn(lookups // 2, dim, generator=g),
-        sizes=[torch.full((groups, 1), dim - 1, dtype=torch.int32)],
-        row_groups=[torch.arange(rows, dtype=torch.int32) * groups // rows],
-        offsets=torch.arange(0, lookups, 2),
-        groups_sorted=True,
-    )
-    return of, weight, torch.ones(rows)
-
-
 def test_a_search_step_is_ten_operations_and_no_wait() -> None:
     """With as many levels of partial sums as 65,536 bags of twenty have, checked as by default."""
-    of, weight, state = search(64 * 4_100)
+    lookups = 64 * 4_100
+    case = Case(rows=2_000, dim=4, lookups=lookups, groups=50, columns=1, bags=lookups // 2)
+    of = build(case).call("adaptive", True, offsets=torch.arange(0, lookups, 2))
+    update = of.update(*ROWWISE)
 
     def one() -> None:
         run("lookup", of.lookup(bounds_check=1))
-        run("lookup_update_", step(of, [weight], [state], *ROWWISE, mask_grad=True))
+        run("lookup_update_", update)
 
     with sim.simulation(watch_bounds=False):
         found = uses(one)
@@ -87,7 +73,6 @@ def many_tables(dims: list[int], form: str, means: bool) -> Callable[[], None]:
         (torch.rand(tables * batch, generator=g) ** 4 * rows).long(),
         torch.randn(batch, sum(dims), generator=g),
         offsets=torch.arange(tables * batch + 1),
-        include_last_offset=True,
         pooling=int(means),
         padding_idx=[3 if means else -1] * tables,
         **described,
@@ -96,7 +81,7 @@ def many_tables(dims: list[int], form: str, means: bool) -> Callable[[], None]:
 
     def one() -> None:
         run("lookup", of.lookup(bounds_check=1))
-        run("lookup_update_", step(of, blocks, state, *ROWWISE, mask_grad=not frozen))
+        run("lookup_update_", of.update(*ROWWISE, state, blocks))
 
     return one
 
@@ -121,25 +106,16 @@ def test_a_step_of_many_tables_is_twelve_operations_at_most(
     assert len(found) + 2 <= 12
 
 
-def two_tables(falls: bool) -> tuple[Call, list[Tensor]]:
-    """Bags of two in tables with groups, whose order is promised where it holds."""
-    g = torch.Generator().manual_seed(3)
-    groups = [torch.arange(90, dtype=torch.int32) // 10, torch.arange(60, dtype=torch.int32) // 20]
+def two_tables(falls: bool) -> Call:
+    """In groups."""
+    of_both = {"lookups": 200, "bags": 101, "include_last_offset": True, "columns": 1}
+    of_both |= {"size_dtype": torch.uint8}
+    shapes = {"rows": 90, "dim": 8, "groups": 9}, {"rows": 60, "dim": 4, "groups": 3}
+    tables = [build(Case(**shape, **of_both)) for shape in shapes]
     if falls:
-        groups = [group.flip(0) for group in groups]
-    tables = [torch.randn(90, 8, generator=g), torch.randn(60, 4, generator=g)]
-    of = call(
-        tables,
-        torch.randint(0, 60, (400,), generator=g),
-        torch.randn(100, 12, generator=g),
-        sizes=[torch.full((9, 1), 5, dtype=torch.uint8), torch.full((3, 1), 3, dtype=torch.uint8)],
-        row_groups=groups,
-        offsets=torch.arange(0, 402, 2),
-        include_last_offset=True,
-        padding_idx=(-1, -1),
-        groups_sorted=not falls,
-    )
-    return of, tables
+        for table in tables:
+            table.row_group = table.row_group.flip(0)
+    return join("adaptive", tables)
 
 
 @pytest.mark.parametrize("wanted", ["rows and masks", "masks", "step"])
@@ -149,9 +125,10 @@ def test_several_tables_with_masks_sort_once(wanted: str, falls: bool) -> None:
 
     Row gradients come in the order of rows: where groups fall, their lookups are sorted again.
     """
-    of, tables = two_tables(falls)
+    of = two_tables(falls)
+    of.groups_sorted = not falls
     if wanted == "step":
-        arguments = step(of, tables, [], "sgd", [0.1, 0, 0, 0, 0, 1.0], mask_grad=True)
+        arguments = of.update("sgd")
         found = uses(lambda: run("lookup_update_", arguments))
     else:
         arguments = of.backward() | {"weight_grad": wanted != "masks"}

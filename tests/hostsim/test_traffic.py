@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import Call, call
 from torch import Tensor
 
 from . import simulator as sim
-from .calls import Call, call, in_double, run, step
+from .calls import in_double, run
 
 SECTOR = 32
 ROWS, DIM, LOOKUPS, BAG = 3_000, 64, 4_000, 20
@@ -137,11 +138,11 @@ def backward_moved(traffic: dict[str, dict[str, int]]) -> int:
 
 def fused_step(batch: Batch, promised: bool, row_state: Tensor | None = None) -> None:
     """One step with mask gradients: of SGD, or row-wise Adagrad with its state."""
-    states, rule, decay = ([], "sgd", 0.0)
+    state, rule, decay = ([], "sgd", 0.0)
     if row_state is not None:
-        states, rule, decay = [row_state], "rowwise_adagrad", 0.1
+        state, rule, decay = [row_state], "rowwise_adagrad", 0.1
     of, rates = batch.search(groups_sorted=promised), [0.1, 1e-8, decay, 0.0, 0.0, 1.0]
-    run("lookup_update_", step(of, [batch.weight], states, rule, rates, mask_grad=True))
+    run("lookup_update_", of.update(rule, rates, state, [batch.weight]))
 
 
 def test_search_backward_with_a_fused_step(batch: Batch) -> None:
@@ -225,12 +226,9 @@ def test_several_tables_read_the_gradient_once() -> None:
         sizes=[first.group_dims, second.group_dims],
         row_groups=[first.row_group, second.row_group],
         offsets=torch.arange(0, 2 * LOOKUPS + 1, BAG),
-        include_last_offset=True,
-        padding_idx=(-1, -1),
         groups_sorted=True,
     )
-    rates = [0.1, 0.0, 0.0, 0.0, 0.0, 1.0]
-    arguments = step(of, tables, [], "sgd", rates, mask_grad=True)
+    arguments = of.update("sgd", [0.1, 0.0, 0.0, 0.0, 0.0, 1.0], blocks=tables)
     traffic = measured(lambda: run("lookup_update_", arguments))
     needed = 2 * first.element * LOOKUPS * DIM
     assert least(needed, first) <= sectors(traffic, "grad") <= needed
@@ -255,13 +253,9 @@ def test_a_row_of_many_lookups_finds_its_table_once(dim: int, others: int) -> No
         sizes=[torch.full((2,), dim, dtype=torch.int32)] * tables,
         row_groups=[torch.arange(8, dtype=torch.int32) // 4] * tables,
         offsets=torch.arange(tables * lookups + 1),
-        include_last_offset=True,
-        padding_idx=[-1] * tables,
         groups_sorted=True,
     )
-    rates = [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0]
-    state = [torch.ones(8) for _ in blocks]
-    arguments = step(of, blocks, state, "rowwise_adagrad", rates, mask_grad=True)
+    arguments = of.update("rowwise_adagrad", [0.1, 1e-8, 0.0, 0.0, 0.0, 1.0])
     traffic = measured(lambda: run("lookup_update_", arguments))
     # Making the keys takes five numbers a lookup, a table's rows and columns four; a search for
     # the table among 26 would take five more.

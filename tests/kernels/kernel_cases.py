@@ -4,12 +4,15 @@ A :class:`Case` is what hypothesis draws; :func:`build` turns it into tensors. T
 small integers, and bags of a mean hold a power of two of them, so that float32 sums are exact in
 any order: a backend must agree with the reference to the last bit, and a lost or doubled lookup
 cannot hide in a tolerance. Only means that leave out padding divide by other numbers.
+
+Whatever the tensors, drawn here or a test's own, :func:`call` makes a :class:`Call` of them: the
+arguments of every operator by the names of its schema, and of the public function that asks it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,34 +20,38 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
+import amtl_kernels
 from amtl_kernels import reference
 
 FORMS = ("masked", "adaptive", "tiered")
 """Tables with a size of every row, with sizes of groups, in tiers."""
+
+RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}
+"""Optimizers in the order of their numbers, and how many moments each keeps of a block."""
 
 DIMS = (1, 3, 8, 16, 17, 40, 64, 129, 300)
 
 
 @dataclass(frozen=True)
 class Case:
-    seed: int
-    rows: int
-    dim: int
-    lookups: int
-    pattern: str
-    dtype: torch.dtype
-    index_dtype: torch.dtype
-    size_dtype: torch.dtype
-    groups: int
-    columns: int
-    sorted_groups: bool
-    bags: int
-    include_last_offset: bool
-    mean: bool
-    weighted: bool
-    padding: str
-    tiers: int
-    hash_seed: int
+    seed: int = 1
+    rows: int = 1000
+    dim: int = 64
+    lookups: int = 5000
+    pattern: str = "zipf"
+    dtype: torch.dtype = torch.float32
+    index_dtype: torch.dtype = torch.int64
+    size_dtype: torch.dtype = torch.int32
+    groups: int = 200
+    columns: int = 7
+    sorted_groups: bool = True
+    bags: int = 300
+    include_last_offset: bool = False
+    mean: bool = False
+    weighted: bool = False
+    padding: str = "none"
+    tiers: int = 3
+    hash_seed: int = 5
 
 
 @st.composite
@@ -112,44 +119,39 @@ class Inputs:
                 arguments = call.backward(weight_grad, mask_grad)
                 yield "lookup_backward", in_order("lookup_backward", arguments)
 
-    def call(self, form: str, pooled: bool) -> Call:
-        """The arguments of the four operators, of one of ``FORMS``."""
-        return Call(
-            tables=self.tables(form),
-            masks=[self.group_mask] if form == "adaptive" else [],
-            bags={
-                "indices": self.indices if pooled else self.indices.reshape(1, -1),
-                "offsets": self.offsets if pooled else None,
-                "per_sample_weights": self.per_sample_weights if pooled else None,
-                "pooling": int(self.case.mean and pooled),
-                "padding_idx": [self.padding_idx],
-                "include_last_offset": self.include_last_offset and pooled,
-            },
-            grad=self.grad_bags if pooled else self.grad_flat,
-            groups_sorted=self.case.sorted_groups,
-        )
-
-    def tables(self, form: str) -> dict[str, Any]:
-        """The arguments that describe a table, as those of a call with one."""
-        arguments: dict[str, Any] = {
-            "blocks": [self.weight],
-            "block_counts": [1],
-            "dims": [],
-            "sizes": [],
-            "row_groups": [],
-            "seed": 0,
+    def call(self, form: str, pooled: bool, **given: Any) -> Call:
+        """The arguments of the four operators, of one of ``FORMS``; ``given`` are others."""
+        blocks, described = self.table(form)
+        arguments = {
+            **described,
+            "indices": self.indices if pooled else self.indices.reshape(1, -1),
+            "grad": self.grad_bags if pooled else self.grad_flat,
+            "masks": [self.group_mask] if form == "adaptive" else [],
+            "offsets": self.offsets if pooled else None,
+            "per_sample_weights": self.per_sample_weights if pooled else None,
+            "pooling": int(self.case.mean and pooled),
+            "padding_idx": [self.padding_idx],
+            "include_last_offset": self.include_last_offset and pooled,
+            "groups_sorted": self.case.sorted_groups,
         }
+        return call(blocks, **{**arguments, **given})
+
+    def table(self, form: str) -> tuple[list[Tensor], dict[str, Any]]:
+        """A table's blocks, and what else describes it."""
         if form == "masked":
-            return arguments | {"sizes": [self.row_dims]}
+            return [self.weight], {"sizes": [self.row_dims]}
         if form == "adaptive":
             groups = {"sizes": [self.group_dims], "row_groups": [self.row_group]}
-            return arguments | groups | {"seed": self.case.hash_seed}
-        blocks = list(self.blocks)
-        return arguments | {
-            "blocks": blocks,
-            "block_counts": [len(blocks)],
-            "dims": [self.case.dim],
-        }
+            return [self.weight], {**groups, "seed": self.case.hash_seed}
+        return list(self.blocks), {"dims": [self.case.dim]}
+
+
+PLURALS = {
+    "weight": "weights",
+    "embedding_dim": "embedding_dims",
+    "row_group": "row_groups",
+    "group_mask": "group_masks",
+}
 
 
 @dataclass
@@ -161,6 +163,7 @@ class Call:
     bags: dict[str, Any]
     grad: Tensor
     groups_sorted: bool
+    few_bits: dict[str, Any]
 
     @property
     def has_masks(self) -> bool:
@@ -170,10 +173,28 @@ class Call:
     def has_weights(self) -> bool:
         return self.bags["per_sample_weights"] is not None
 
+    @property
+    def learnable(self) -> list[Tensor]:
+        weights = [self.bags["per_sample_weights"]] if self.has_weights else []
+        return [*self.tables["blocks"], *self.masks, *weights]
+
+    def fresh(self) -> Call:
+        """The same with leaves of its own that get gradients."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone().requires_grad_()
+
+        bags = dict(self.bags)
+        if self.has_weights:
+            bags["per_sample_weights"] = leaf(bags["per_sample_weights"])
+        blocks = [leaf(block) for block in self.tables["blocks"]]
+        masks = [leaf(mask) for mask in self.masks]
+        return replace(self, tables={**self.tables, "blocks": blocks}, masks=masks, bags=bags)
+
     def lookup(self, bounds_check: int = 1, sparse_grad: bool = True) -> dict[str, Any]:
         """Arguments of ``lookup``."""
         options = {"bounds_check": bounds_check, "sparse_grad": sparse_grad}
-        return {**self.tables, "masks": self.masks, **self.bags, **options}
+        return {**self.tables, "masks": self.masks, **self.bags, **options, **self.few_bits}
 
     def backward(self, weight_grad: bool = True, mask_grad: bool = True) -> dict[str, Any]:
         """Arguments of ``lookup_backward``."""
@@ -184,8 +205,17 @@ class Call:
         }
         return {**self.tables, "grad": self.grad, **self.bags, **wants}
 
-    def update(self, optimizer: int, stochastic: bool = False) -> dict[str, Any]:
-        """Arguments of ``lookup_update_``, with blocks and states of its own."""
+    def update(
+        self,
+        rule: str,
+        hyper: Sequence[float] | None = None,
+        state: list[Tensor] | None = None,
+        blocks: list[Tensor] | None = None,
+        **wants: bool,
+    ) -> dict[str, Any]:
+        """Arguments of ``lookup_update_``, with blocks and states of its own if none are given."""
+        if blocks is None:
+            blocks = [block.clone() for block in self.tables["blocks"]]
         return {
             **self.tables,
             "grad": self.grad,
@@ -193,25 +223,146 @@ class Call:
             "mask_grad": self.has_masks,
             "psw_grad": self.has_weights,
             "groups_sorted": self.groups_sorted,
-            **self._step(optimizer, stochastic),
+            **step(blocks, rule, hyper, state),
+            **self.few_bits,
+            **wants,
         }
 
-    def apply(
-        self, rows: list[Tensor], grads: list[Tensor], optimizer: int, stochastic: bool = False
-    ) -> dict[str, Any]:
-        """Arguments of ``apply_``, with blocks and states of its own."""
-        return {"rows": rows, "grads": grads, **self._step(optimizer, stochastic)}
+    def public(self, several: bool | None = None) -> tuple[str, dict[str, Any]]:
+        """The public function that asks for this lookup, and its arguments by name.
 
-    def _step(self, optimizer: int, stochastic: bool) -> dict[str, Any]:
-        blocks = [block.clone() for block in self.tables["blocks"]]
-        state = []
-        for block in blocks:
-            shape = block.shape[:1] if optimizer == reference.ROWWISE_ADAGRAD else block.shape
-            for moment in range((0, 1, 1, 2)[optimizer]):
-                value = torch.full(shape, 0.5 + moment, device=block.device)
-                state.append(value.double() if block.dtype == torch.float64 else value)
-        hyper = [0.125, 1e-3, 0.25, 0.875, 0.75, 3.0, *([1.0] if stochastic else [])]
-        return {"blocks": blocks, "state": state, "optimizer": optimizer, "hyper": hyper}
+        ``several``: the one that takes lists of tables, also of a single one.
+        """
+        tables, bags = self.tables, self.bags
+        counts, pooled = tables["block_counts"], bags["offsets"] is not None
+        several = len(counts) > 1 if several is None else several
+        each: dict[str, Any] = {"padding_idx": [None if p < 0 else p for p in bags["padding_idx"]]}
+        shared: dict[str, Any] = {"indices": bags["indices"]}
+        if not tables["sizes"]:
+            form, parts = "tiered", iter(tables["blocks"])
+            blocks = [list(itertools.islice(parts, count)) for count in counts]
+            ends = [list(itertools.accumulate(map(len, mine))) for mine in blocks]
+            each |= {"blocks": blocks, "tier_ends": ends, "embedding_dim": tables["dims"]}
+        elif not tables["row_groups"]:
+            form = "masked"
+            each |= {"weight": tables["blocks"], "row_dims": tables["sizes"]}
+        else:
+            form, shared["seed"] = "adaptive", tables["seed"]
+            each |= {"weight": tables["blocks"], "row_group": tables["row_groups"]}
+            each |= {"group_dims": tables["sizes"], "group_mask": self.masks}
+        if pooled:
+            names = ["offsets", "per_sample_weights"] + ["include_last_offset"] * (not several)
+            shared |= {name: bags[name] for name in names}
+            shared["mode"] = ("sum", "mean")[bags["pooling"]]
+        if several:
+            each = {PLURALS.get(name, name): values for name, values in each.items()}
+        else:
+            each = {name: values[0] for name, values in each.items()}
+        name = f"{form}_embedding" + "_bag" * pooled + "_tables" * several
+        return name, {**each, **shared}
+
+    def look_up(
+        self, room: Any = amtl_kernels, several: bool | None = None, **given: Any
+    ) -> Tensor:
+        """What the public function says to this, of ``amtl_kernels`` or its ``fused``."""
+        name, arguments = self.public(several)
+        out: Tensor = getattr(room, name)(**{**arguments, **given})
+        return out
+
+
+def call(
+    blocks: Sequence[Tensor],
+    indices: Tensor,
+    grad: Tensor | None = None,
+    *,
+    block_counts: Sequence[int] | None = None,
+    dims: Sequence[int] = (),
+    sizes: Sequence[Tensor] = (),
+    row_groups: Sequence[Tensor] = (),
+    seed: int = 0,
+    masks: Sequence[Tensor] | None = None,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+    pooling: int = 0,
+    padding_idx: Sequence[int] | None = None,
+    include_last_offset: bool | None = None,
+    groups_sorted: bool = False,
+    steps: list[Tensor] | None = None,
+    bits: list[int] | None = None,
+    step_ends: list[int] | None = None,
+) -> Call:
+    """A call of a table for every one of ``sizes``, or else, as tiers, of one; not padded.
+
+    Its masks, which no operator reads, are the blocks unless they are given.
+    """
+    if block_counts is None:
+        block_counts = [1] * len(blocks) if sizes else [len(blocks)]
+    if masks is None:
+        masks = blocks if row_groups else []
+    tables = len(block_counts)
+    few_bits = {"steps": steps, "bits": bits, "step_ends": step_ends}
+    return Call(
+        tables={
+            "blocks": list(blocks),
+            "block_counts": list(block_counts),
+            "dims": list(dims),
+            "sizes": list(sizes),
+            "row_groups": list(row_groups),
+            "seed": seed,
+        },
+        masks=list(masks),
+        bags={
+            "indices": indices,
+            "offsets": offsets,
+            "per_sample_weights": per_sample_weights,
+            "pooling": pooling,
+            "padding_idx": [-1] * tables if padding_idx is None else list(padding_idx),
+            "include_last_offset": tables > 1
+            if include_last_offset is None
+            else include_last_offset,
+        },
+        grad=torch.empty(0) if grad is None else grad,
+        groups_sorted=groups_sorted,
+        few_bits=few_bits if any(value is not None for value in few_bits.values()) else {},
+    )
+
+
+def states(
+    rule: str, blocks: Sequence[Tensor], make: Callable[[torch.Size], Tensor]
+) -> list[Tensor]:
+    """An optimizer's moments of every block, which ``make`` makes by their shapes."""
+    shapes = [block.shape[: 1 if rule == "rowwise_adagrad" else 2] for block in blocks]
+    return [make(shape) for shape in shapes for _ in range(RULES[rule])]
+
+
+def step(
+    blocks: list[Tensor],
+    rule: str,
+    hyper: Sequence[float] | None = None,
+    state: list[Tensor] | None = None,
+) -> dict[str, Any]:
+    """What an operator that updates ``blocks`` is told of its step."""
+    if state is None:
+        like = {
+            "device": blocks[0].device,
+            "dtype": torch.promote_types(blocks[0].dtype, torch.float32),
+        }
+        levels = itertools.cycle([0.5, 1.5][: RULES[rule]])
+        state = states(rule, blocks, lambda shape: torch.full(shape, next(levels), **like))
+    hyper = [0.125, 1e-3, 0.25, 0.875, 0.75, 3.0] if hyper is None else list(hyper)
+    return {"blocks": blocks, "state": state, "optimizer": [*RULES].index(rule), "hyper": hyper}
+
+
+def applying(
+    blocks: list[Tensor],
+    rows: list[Tensor],
+    grads: list[Tensor],
+    rule: str,
+    hyper: Sequence[float] | None = None,
+    state: list[Tensor] | None = None,
+) -> dict[str, Any]:
+    """Arguments of ``apply_``."""
+    return {"rows": rows, "grads": grads, **step(blocks, rule, hyper, state)}
 
 
 def in_order(op: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -252,23 +403,22 @@ def join(form: str, tables: list[Inputs]) -> Call:
         begins.append(table.offsets[: bags + (t + 1 == len(tables))] + start)
         start += end
     calls = [table.call(form, True) for table in tables]
-    arguments = {
-        name: [value for call in calls for value in call.tables[name]]
+    described = {
+        name: [value for one in calls for value in one.tables[name]]
         for name in ("blocks", "block_counts", "dims", "sizes", "row_groups")
     }
-    return Call(
-        tables={**arguments, "seed": calls[0].tables["seed"]},
-        masks=[mask for call in calls for mask in call.masks],
-        bags={
-            "indices": torch.cat(indices),
-            "offsets": torch.cat(begins),
-            "per_sample_weights": torch.cat(weights) if weights else None,
-            "pooling": calls[0].bags["pooling"],
-            "padding_idx": [table.padding_idx for table in tables],
-            "include_last_offset": True,
-        },
+    return call(
+        indices=torch.cat(indices),
         grad=torch.cat([table.grad_bags[:bags] for table in tables], 1),
-        groups_sorted=all(call.groups_sorted for call in calls),
+        **described,
+        seed=calls[0].tables["seed"],
+        masks=[mask for one in calls for mask in one.masks],
+        offsets=torch.cat(begins),
+        per_sample_weights=torch.cat(weights) if weights else None,
+        pooling=calls[0].bags["pooling"],
+        padding_idx=[table.padding_idx for table in tables],
+        include_last_offset=True,
+        groups_sorted=all(one.groups_sorted for one in calls),
     )
 
 
@@ -289,13 +439,22 @@ def draw_values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randint(-4, 5, shape, generator=generator).float()
 
 
+def draw_reals(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
 def draw_sizes(shape: tuple[int, ...], largest: int, generator: torch.Generator) -> Tensor:
     """Sizes in 1..largest, and a fifth of 0."""
     sizes = torch.randint(1, largest + 1, shape, generator=generator)
     return sizes * (torch.rand(shape, generator=generator) > 0.2)
 
 
-def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None) -> Inputs:
+def build(
+    case: Case,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    values: Callable[[tuple[int, ...], torch.Generator], Tensor] = draw_values,
+) -> Inputs:
     dtype = dtype or case.dtype
     g = torch.Generator().manual_seed(case.seed)
     indices = draw_indices(case, g)
@@ -306,7 +465,7 @@ def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None) -> 
         row_group = row_group.sort().values
     shape = (case.groups, case.columns) if case.columns else (case.groups,)
     group_dims = draw_sizes(shape, largest, g)
-    weight = draw_values((case.rows, case.dim), g).to(dtype)
+    weight = values((case.rows, case.dim), g).to(dtype)
 
     bags = max(1, case.bags) if case.include_last_offset else case.bags
     offsets = torch.randint(0, case.lookups + 1, (bags,), generator=g).sort().values
@@ -331,10 +490,10 @@ def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None) -> 
     tier_ends = [*cuts, case.rows]
     starts = [0, *cuts]
     blocks = [
-        draw_values((end - start, int(w)), g).to(dtype)
+        values((end - start, int(w)), g).to(dtype)
         for start, end, w in zip(starts, tier_ends, width, strict=True)
     ]
-    psw = draw_values((case.lookups,), g).to(dtype) if case.weighted else None
+    psw = values((case.lookups,), g).to(dtype) if case.weighted else None
     grad_bags = bags - int(case.include_last_offset)
     return Inputs(
         case=case,
@@ -349,8 +508,8 @@ def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None) -> 
         blocks=[block.to(device) for block in blocks],
         tier_ends=tier_ends,
         padding_idx={"none": -1, "first": 0, "last": case.rows - 1}[case.padding],
-        grad_flat=draw_values((case.lookups, case.dim), g).to(dtype).to(device),
-        grad_bags=draw_values((grad_bags, case.dim), g).to(dtype).to(device),
+        grad_flat=values((case.lookups, case.dim), g).to(dtype).to(device),
+        grad_bags=values((grad_bags, case.dim), g).to(dtype).to(device),
     )
 
 
@@ -358,6 +517,8 @@ def wide(value: Any) -> Any:
     """Arguments in float64, for a reference without roundings in between."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
+    if isinstance(value, dict):
+        return {name: wide(v) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(wide(v) for v in value)
     return value

@@ -2,62 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Inputs, build, in_order, join, several
-from test_lookup import variant
+from kernel_cases import FORMS, PLURALS, Case, Inputs, build, in_order, join, several
 from torch import Tensor
 
 import amtl_kernels as ak
 from amtl_kernels import fused, optim
 
 N, D, L, B = 50, 8, 40, 6
-FORMS = ("masked", "adaptive", "tiered")
-CASE = variant(rows=N, dim=D, lookups=L, groups=5, bags=B, include_last_offset=True, columns=0)
+CASE = Case(
+    rows=N, dim=D, lookups=L, groups=5, bags=B, include_last_offset=True, columns=0, weighted=True
+)
 
 
-def call(
+def look_up(
     form: str, several: bool, inputs: Inputs, tables: list[Tensor], room: Any = ak, **options: Any
 ) -> Tensor:
     """One table's bags, or the same bags of a call for several, which has one."""
-    lookups = (options.pop("indices", inputs.indices), options.pop("offsets", inputs.offsets))
-    groups = (inputs.row_group, inputs.group_dims, inputs.group_mask)
-    if not several:
-        options = {"include_last_offset": True, **options}
-        if form == "masked":
-            return room.masked_embedding_bag(tables[0], *lookups, inputs.row_dims, **options)
-        if form == "adaptive":
-            return room.adaptive_embedding_bag(tables[0], *lookups, *groups, **options)
-        options["embedding_dim"] = D
-        return room.tiered_embedding_bag(tables, inputs.tier_ends, *lookups, **options)
-    if form == "masked":
-        return room.masked_embedding_bag_tables(tables, *lookups, [inputs.row_dims], **options)
-    if form == "adaptive":
-        groups_of_all = [[each] for each in groups]
-        return room.adaptive_embedding_bag_tables(tables, *lookups, *groups_of_all, **options)
-    options["embedding_dims"] = [D]
-    return room.tiered_embedding_bag_tables([tables], [inputs.tier_ends], *lookups, **options)
+    call = inputs.call(form, True)
+    call.tables["blocks"] = tables
+    return call.look_up(room, several, **options)
 
 
 def tables_of(form: str, inputs: Inputs) -> list[Tensor]:
-    source = inputs.blocks if form == "tiered" else [inputs.weight]
-    return [table.clone().requires_grad_() for table in source]
+    return inputs.call(form, True).fresh().tables["blocks"]
 
 
 def trained(form: str, several: bool, inputs: Inputs, psw: Tensor, **options: Any) -> list[Tensor]:
     """Output, gradients, and the tables after a fused step."""
     tables = tables_of(form, inputs)
     psw = psw.detach().requires_grad_()
-    out = call(form, several, inputs, tables, per_sample_weights=psw, **options)
+    out = look_up(form, several, inputs, tables, per_sample_weights=psw, **options)
     out.square().sum().backward()
     assert psw.grad is not None
     found = [out.detach(), psw.grad, *(t.grad.to_dense() for t in tables if t.grad is not None)]
     optimizer = optim.SGD(tables, lr=0.1)
-    out = call(
+    out = look_up(
         form, several, inputs, tables, fused, per_sample_weights=psw, optimizer=optimizer, **options
     )
     out.sum().backward()
@@ -87,7 +71,7 @@ def test_offsets_do_not_wrap(backend: Any, form: str, several: bool, beyond: int
     offsets = torch.tensor([0, beyond], device=backend.device)
     indices = inputs.indices.int()
     with pytest.raises(ValueError, match=rf"end within the {L} indices, but offsets.* {beyond}"):
-        call(form, several, inputs, tables_of(form, inputs), indices=indices, offsets=offsets)
+        look_up(form, several, inputs, tables_of(form, inputs), indices=indices, offsets=offsets)
         ak.synchronize()
 
 
@@ -136,7 +120,7 @@ def test_positions_past_the_last_offset(
 
 @pytest.mark.parametrize("several", [False, True])
 def test_positions_past_the_last_offset_of_an_empty_table(backend: Any, several: bool) -> None:
-    inputs = build(variant(rows=1, dim=D, lookups=4, bags=2, columns=0), backend.device)
+    inputs = build(replace(CASE, rows=1, lookups=4, bags=3), backend.device)
     inputs.weight, inputs.row_dims = inputs.weight[:0], inputs.row_dims[:0]
     psw = torch.ones(4, device=backend.device)
     offsets = torch.zeros(3, dtype=torch.int64, device=backend.device)
@@ -170,7 +154,7 @@ MIXES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("op", ["lookup", "lookup_backward"])
 @pytest.mark.parametrize("message", MIXES)
 def test_operators_refuse_what_does_not_go_together(backend: Any, op: str, message: str) -> None:
-    call = join("masked", several(replace(CASE, weighted=True), 2, device=backend.device))
+    call = join("masked", several(CASE, 2, device=backend.device))
     call.bags |= MIXES[message]
     arguments = call.lookup() if op == "lookup" else call.backward()
     with pytest.raises(ValueError, match=message):
@@ -203,43 +187,6 @@ OTHERS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def named_arguments(op: str) -> dict[str, Any]:
-    inputs = build(CASE)
-    found: dict[str, Any] = {"indices": inputs.indices, "padding_idx": 0, "bounds_check": "raise"}
-    if op.startswith("tiered"):
-        found |= {"blocks": inputs.blocks, "tier_ends": inputs.tier_ends, "embedding_dim": D}
-    else:
-        found |= {"weight": inputs.weight}
-    if op.startswith("masked"):
-        found |= {"row_dims": inputs.row_dims}
-    if op.startswith("adaptive"):
-        found |= {"row_group": inputs.row_group, "group_dims": inputs.group_dims}
-        found |= {"group_mask": inputs.group_mask, "seed": 0}
-    if "bag" in op:
-        found |= {"offsets": inputs.offsets, "include_last_offset": True, "mode": "sum"}
-        found |= {"per_sample_weights": torch.ones(L)}
-    return found
-
-
-def in_lists(op: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the form for several tables."""
-    plural = {
-        "weight": "weights",
-        "row_dims": "row_dims",
-        "row_group": "row_groups",
-        "group_dims": "group_dims",
-        "group_mask": "group_masks",
-        "blocks": "blocks",
-        "tier_ends": "tier_ends",
-        "embedding_dim": "embedding_dims",
-    }
-    del arguments["include_last_offset"]
-    return {
-        plural.get(name, name): [value] if name in plural else value
-        for name, value in arguments.items()
-    }
-
-
 @pytest.mark.parametrize("op", [*TENSORS, *(f"{op}_bag" for op in TENSORS)])
 @pytest.mark.parametrize("form", ["one", "one fused", "several", "several fused"])
 def test_what_is_no_tensor_is_named(op: str, form: str) -> None:
@@ -247,15 +194,15 @@ def test_what_is_no_tensor_is_named(op: str, form: str) -> None:
     several, is_fused = "several" in form, "fused" in form
     if several and "bag" not in op:
         pytest.skip("several tables are looked up in bags")
-    function: Callable[..., Any] = getattr(
-        fused if is_fused else ak, op + ("_tables" if several else "")
-    )
     kinds = dict.fromkeys(TENSORS[op.removesuffix("_bag")], WRONG)
     tried = 0
     for name, values in (kinds | OTHERS).items():
         for value in values:
-            arguments = named_arguments(op)
-            if name not in arguments:
+            call = build(CASE).call(op.split("_")[0], "bag" in op).fresh()
+            public, arguments = call.public(several)
+            arguments["bounds_check"] = "raise"
+            plural = PLURALS.get(name, name) if several else name
+            if plural not in arguments:
                 continue
             # These two are lists.
             if name == "tier_ends" and isinstance(value, list):
@@ -263,13 +210,11 @@ def test_what_is_no_tensor_is_named(op: str, form: str) -> None:
             if several and name == "padding_idx" and isinstance(value, list):
                 continue
             if is_fused:
-                tables = arguments.get("blocks", [arguments.get("weight")])
-                arguments["optimizer"] = optim.SGD([t.requires_grad_() for t in tables])
-            arguments[name] = value
-            if several:
-                arguments = in_lists(op, arguments)
+                arguments["optimizer"] = optim.SGD(call.tables["blocks"])
+            of_each = several and isinstance(arguments[plural], list) and name != "padding_idx"
+            arguments[plural] = [value] if of_each else value
             with pytest.raises((TypeError, ValueError, RuntimeError), match=name) as caught:
-                function(**arguments)
+                getattr(fused if is_fused else ak, public)(**arguments)
             assert "attribute" not in str(caught.value) and "len()" not in str(caught.value)
             tried += 1
     assert tried >= 10

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_cases import call, in_order
 from torch import Tensor
 
 import amtl_kernels as ak
@@ -325,14 +326,10 @@ def test_there_is_no_gradient(backend: Any) -> None:
     out.sum().backward()
     assert torch.equal(weights.grad.cpu(), one.numbers[:2].sum(1)[None])
     assert not ak.tiered_embedding(*one.table, rows, **one.options).requires_grad
-    tables = ([one.blocks[0]], [1], [8], [], [], 0)
-    bags = (rows[0], None, None, 0, [-1], False)
-    grad = torch.zeros(2, 8, device=backend.device)
-    with pytest.raises(ValueError, match="need steps and bits, and have no gradient"):
-        torch.ops.amtl.lookup_backward(*tables, grad, *bags, True, False, False)
-    step = ([], 0, [0.1, 0.0, 0.0, 0.9, 0.99, 1.0])
-    with pytest.raises(ValueError, match="need steps and bits, and have no gradient"):
-        torch.ops.amtl.lookup_update_(*tables, grad, *bags, False, False, False, *step)
+    of = call(one.blocks, rows[0], torch.zeros(2, 8, device=backend.device), dims=[8])
+    for op, arguments in (("lookup_backward", of.backward()), ("lookup_update_", of.update("sgd"))):
+        with pytest.raises(ValueError, match="need steps and bits, and have no gradient"):
+            getattr(torch.ops.amtl, op)(*in_order(op, arguments))
 
 
 def test_operators_refuse_what_does_not_fit(backend: Any) -> None:
@@ -340,13 +337,9 @@ def test_operators_refuse_what_does_not_fit(backend: Any) -> None:
     steps = torch.ones(1, device=backend.device)
     rows = torch.tensor([0], device=backend.device)
 
-    def lookup(
-        steps: Any, bits: Any, block: Tensor = block, sizes: Any = (), step_ends: Any = None
-    ) -> None:
-        bags = (rows, None, None, 0, [-1], False)
-        torch.ops.amtl.lookup(
-            *([block], [1], [], list(sizes), [], 0), [], *bags, 1, True, steps, bits, step_ends
-        )
+    def lookup(steps: Any, bits: Any, block: Tensor = block, **options: Any) -> None:
+        of = call([block], rows, steps=steps, bits=bits, **options)
+        torch.ops.amtl.lookup(*in_order("lookup", of.lookup()))
 
     with pytest.raises(ValueError, match="need steps and bits"):
         lookup(None, None)
@@ -370,48 +363,49 @@ def test_operators_refuse_what_does_not_fit(backend: Any) -> None:
         with pytest.raises(ValueError, match="step_ends must not decrease, and every block must"):
             lookup([steps.expand(2).contiguous()], [4], step_ends=ends)
     with pytest.raises(ValueError, match="a table of few bits has no sizes"):
-        lookup([steps], [4], block, [torch.ones(3, dtype=torch.int32, device=backend.device)])
+        sizes = [torch.ones(3, dtype=torch.int32, device=backend.device)]
+        lookup([steps], [4], sizes=sizes)
 
 
 def test_mistakes_are_named() -> None:
     one = make(4, [3], [8], "cpu")
     rows = torch.tensor([0])
 
-    def call(blocks: Any = one.blocks, **options: Any) -> None:
+    def look_up(blocks: Any = one.blocks, **options: Any) -> None:
         ak.tiered_embedding(blocks, [3], rows, **options)
 
     with pytest.raises(ValueError, match="steps and bits go together"):
-        call(bits=4)
+        look_up(bits=4)
     with pytest.raises(ValueError, match="steps and bits go together"):
-        call(steps=one.steps)
+        look_up(steps=one.steps)
     with pytest.raises(ValueError, match="bits must be 2, 4, 8 or 16, got 5"):
-        call(steps=one.steps, bits=5)
+        look_up(steps=one.steps, bits=5)
     with pytest.raises(TypeError, match="bits must be a whole number, got a str"):
-        call(steps=one.steps, bits="4")
+        look_up(steps=one.steps, bits="4")
     with pytest.raises(TypeError, match="steps must be a tensor, got a list"):
-        call(steps=[1.0], bits=4)
+        look_up(steps=[1.0], bits=4)
     with pytest.raises(ValueError, match=r"steps must be float32 \[1\], got torch.float64"):
-        call(steps=one.steps.double(), bits=4)
+        look_up(steps=one.steps.double(), bits=4)
     with pytest.raises(ValueError, match=r"blocks\[0\] must be float32, .* got torch.int32"):
-        call([torch.zeros(3, 8, dtype=torch.int32)], steps=one.steps, bits=4)
+        look_up([torch.zeros(3, 8, dtype=torch.int32)], steps=one.steps, bits=4)
     with pytest.raises(ValueError, match="step_ends need steps and bits"):
-        call([torch.zeros(3, 8)], step_ends=[3])
+        look_up([torch.zeros(3, 8)], step_ends=[3])
     with pytest.raises(ValueError, match=r"steps must be float32 \[2\], got torch.float32 \(1,\)"):
-        call(steps=one.steps, bits=4, step_ends=[1, 3])
+        look_up(steps=one.steps, bits=4, step_ends=[1, 3])
     with pytest.raises(TypeError, match="step_ends must be a list of whole numbers"):
-        call(steps=one.steps, bits=4, step_ends=3)
+        look_up(steps=one.steps, bits=4, step_ends=3)
     with pytest.raises(ValueError, match=r"blocks\[0\] must be float32, float16 or bfloat16"):
-        call()
+        look_up()
     with pytest.raises(ValueError, match="the widest tier has 8 columns"):
-        call(steps=one.steps, bits=4, embedding_dim=7)
+        look_up(steps=one.steps, bits=4, embedding_dim=7)
     for kind in (ak.optim.Adagrad, ak.optim.Adam):
         with pytest.raises(ValueError, match="are updated by SGD or RowwiseAdagrad: the state of"):
-            call(steps=one.steps, bits=4, optimizer=kind(one.blocks, lr=0.1))
+            look_up(steps=one.steps, bits=4, optimizer=kind(one.blocks, lr=0.1))
     with pytest.raises(ValueError, match="must be in one group of its optimizer"):
         weight = torch.zeros(1, 1, requires_grad=True)
-        call(steps=one.steps, bits=4, optimizer=ak.optim.SGD([weight], lr=0.1))
+        look_up(steps=one.steps, bits=4, optimizer=ak.optim.SGD([weight], lr=0.1))
     with pytest.raises(TypeError, match=r"optimizer must be of amtl_kernels.optim, got a float"):
-        call(steps=one.steps, bits=4, optimizer=0.1)
+        look_up(steps=one.steps, bits=4, optimizer=0.1)
     bag = torch.ones(1, 1, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"per_sample_weights are torch.float16 .* torch.float32"):
         ak.tiered_embedding_bag(
@@ -446,8 +440,6 @@ def test_compiled(backend: Any, bits: int) -> None:
     assert torch.equal(out.detach().cpu(), 2 * want)
     out.sum().backward()
     assert torch.equal(scale.grad.cpu(), want.sum(1, keepdim=True))
-    bags = (rows, torch.tensor([0, 2], device=backend.device), None, 0, [-1], False)
-    torch.library.opcheck(
-        torch.ops.amtl.lookup.default,
-        (one.blocks, [2], [], [], [], 0, [], *bags, 1, True, [one.steps], [bits]),
-    )
+    offsets = torch.tensor([0, 2], device=backend.device)
+    of = call(one.blocks, rows, offsets=offsets, steps=[one.steps], bits=[bits])
+    torch.library.opcheck(torch.ops.amtl.lookup.default, in_order("lookup", of.lookup()))

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import FORMS, Inputs, build, in_order
-from test_lookup import variant
+from kernel_cases import FORMS, RULES, Case, Inputs, applying, build, in_order
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:
-    case = variant(seed=2, rows=50, dim=7, lookups=40, groups=5, weighted=True, padding="first")
+    case = Case(seed=2, rows=50, dim=7, lookups=40, groups=5, weighted=True, padding="first")
     found = build(case)
     # Operators must be traced with both, and nothing else here says so.
     assert not all(block.numel() for block in found.blocks) and not found.row_dims.all()
@@ -109,10 +108,10 @@ def test_opcheck_of_backwards_and_updates(inputs: Inputs, form: str) -> None:
         backward = in_order("lookup_backward", call.backward())
         torch.library.opcheck(ops.lookup_backward.default, backward)
         rows, grads, _, _ = ops.lookup_backward(*backward)
-        for optimizer in range(4):
-            update = in_order("lookup_update_", call.update(optimizer))
+        for rule in RULES:
+            update = in_order("lookup_update_", call.update(rule))
             torch.library.opcheck(ops.lookup_update_.default, update)
-            apply = in_order("apply_", call.apply(rows, grads, optimizer))
+            apply = in_order("apply_", applying(call.tables["blocks"], rows, grads, rule))
             torch.library.opcheck(ops.apply_.default, apply)
 
 

@@ -10,34 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import build
-from test_lookup import variant
+from kernel_cases import Case, build
 
 import amtl_kernels as ak
 
 N, D = 50, 7
 
 
+KINDS = ("masked", "masked bag", "adaptive", "adaptive bag", "tiered", "tiered bag")
+
+
 def call(kind: str, indices: torch.Tensor, device: str, **options: Any) -> torch.Tensor:
     """One lookup of each kind over the same indices."""
-    inputs = build(variant(rows=N, dim=D, lookups=40, groups=5), device)
-    offsets = torch.tensor([0, 1], device=device)
-    groups = (inputs.row_group, inputs.group_dims, inputs.group_mask)
-    tiers = (inputs.blocks, inputs.tier_ends)
-    if kind == "masked":
-        return ak.masked_embedding(inputs.weight, indices, inputs.row_dims, **options)
-    if kind == "masked bag":
-        return ak.masked_embedding_bag(inputs.weight, indices, offsets, inputs.row_dims, **options)
-    if kind == "adaptive":
-        return ak.adaptive_embedding(inputs.weight, indices, *groups, **options)
-    if kind == "adaptive bag":
-        return ak.adaptive_embedding_bag(inputs.weight, indices, offsets, *groups, **options)
-    if kind == "tiered":
-        return ak.tiered_embedding(*tiers, indices, **options)
-    return ak.tiered_embedding_bag(*tiers, indices, offsets, **options)
-
-
-KINDS = ("masked", "masked bag", "adaptive", "adaptive bag", "tiered", "tiered bag")
+    form, *bag = kind.split()
+    given = build(Case(rows=N, dim=D, lookups=40, groups=5), device).call(form, bool(bag))
+    if bag:
+        options["offsets"] = torch.tensor([0, 1], device=device)
+    return given.look_up(indices=indices, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

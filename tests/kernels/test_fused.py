@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Inputs, build
+from kernel_cases import Call, Case, Inputs, build, call, draw_reals, in_order
 from test_codes import BITS, Coded, decoded, make
-from test_lookup import limited, variant
+from test_lookup import limited
 from torch import Tensor
 
 import amtl_kernels as ak
@@ -33,51 +33,32 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 }
 KINDS = ("masked", "masked bag", "adaptive", "adaptive bag", "tiered", "tiered bag")
 
+RATES = [0.1, 0.0, 0.0, 0.9, 0.99, 1.0]
 
-def lookup(
-    kind: str, inputs: Inputs, tables: list[Tensor], mask: Tensor, psw: Tensor, **options: Any
-) -> Tensor:
-    """One call; with ``optimizer`` in the options it is a fused one."""
-    room = options.pop("room", fused if "optimizer" in options else ak)
-    i, o = inputs.indices, inputs.offsets
-    bags = {"per_sample_weights": psw, "include_last_offset": inputs.include_last_offset}
-    padding = {"padding_idx": 0, **options}
-    if kind == "masked":
-        return room.masked_embedding(tables[0], i, inputs.row_dims, **padding)
-    if kind == "masked bag":
-        return room.masked_embedding_bag(tables[0], i, o, inputs.row_dims, **bags, **padding)
-    groups = (inputs.row_group, inputs.group_dims, mask)
-    if kind == "adaptive":
-        return room.adaptive_embedding(tables[0], i, *groups, seed=7, **padding)
-    if kind == "adaptive bag":
-        return room.adaptive_embedding_bag(tables[0], i, o, *groups, seed=7, **bags, **padding)
-    tiers = (tables, inputs.tier_ends)
-    dim = {"embedding_dim": inputs.case.dim}
-    if kind == "tiered":
-        return room.tiered_embedding(*tiers, i, **dim, **padding)
-    return room.tiered_embedding_bag(*tiers, i, o, **dim, **bags, **padding)
+
+def of_kind(inputs: Inputs, kind: str) -> Call:
+    """With leaves of its own."""
+    form, *bag = kind.split()
+    return inputs.call(form, bool(bag)).fresh()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equal_to_separate_steps(backend: Any, kind: str, name: str) -> None:
     case = limited(
-        backend, variant(rows=300, dim=17, lookups=1500, weighted=True, sorted_groups=False)
+        backend, Case(rows=300, dim=17, lookups=1500, weighted=True, sorted_groups=False)
     )
-    inputs = build(case, backend.device)
+    inputs = build(case, backend.device, values=draw_reals)
+    inputs.padding_idx = 0
     results = []
     for is_fused in (False, True):
-        source = inputs.blocks if kind.startswith("tiered") else [inputs.weight]
-        tables = [t.clone().requires_grad_() for t in source]
-        mask = inputs.group_mask.clone().requires_grad_()
-        generator = torch.Generator().manual_seed(2)
-        psw = torch.randn(inputs.indices.shape, generator=generator).to(backend.device)
-        psw.requires_grad_()
+        call = of_kind(inputs, kind)
+        tables = call.tables["blocks"]
         optimizer = OPTIMIZERS[name](tables, lr=0.1, weight_decay=0.01)
-        options = {"optimizer": optimizer} if is_fused else {}
+        options = {"room": fused, "optimizer": optimizer} if is_fused else {}
         for scale in (1.0, 0.5, 2.0):
             optimizer.zero_grad()
-            out = lookup(kind, inputs, tables, mask, psw, **options)
+            out = call.look_up(**options)
             (out * scale).sum().backward()
             assert all((t.grad is None) == is_fused for t in tables)
             optimizer.step()
@@ -87,7 +68,7 @@ def test_equal_to_separate_steps(backend: Any, kind: str, name: str) -> None:
             for value in optimizer.state[t].values()
             if isinstance(value, Tensor)
         ]
-        grads = [g.grad for g in (mask, psw) if g.grad is not None]
+        grads = [leaf.grad for leaf in call.learnable[len(tables) :]]
         results.append([*tables, *states, *grads])
     assert len(results[0]) == len(results[1])
     for separate, together in zip(*results, strict=True):
@@ -97,34 +78,32 @@ def test_equal_to_separate_steps(backend: Any, kind: str, name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_tables(backend: Any, name: str, dtype: torch.dtype) -> None:
-    inputs = build(limited(backend, variant(rows=300, dim=40, dtype=dtype)), backend.device)
+    case = limited(backend, Case(rows=300, dim=40, dtype=dtype, padding="first"))
+    inputs = build(case, backend.device)
     results = []
     for is_fused in (False, True):
-        table = inputs.weight.clone().requires_grad_()
-        optimizer = OPTIMIZERS[name]([table], lr=0.1)
-        psw, mask = torch.ones_like(inputs.indices, dtype=dtype), inputs.group_mask.clone()
-        options = {"optimizer": optimizer} if is_fused else {}
-        lookup("adaptive bag", inputs, [table], mask, psw, **options).sum().backward()
+        call = of_kind(inputs, "adaptive bag")
+        optimizer = OPTIMIZERS[name](call.tables["blocks"], lr=0.1)
+        options = {"room": fused, "optimizer": optimizer} if is_fused else {}
+        psw = torch.ones_like(inputs.indices, dtype=dtype)
+        call.look_up(**options, per_sample_weights=psw).sum().backward()
         optimizer.step()
-        results.append(table.detach())
+        results.append(call.tables["blocks"][0].detach())
     torch.testing.assert_close(*results, rtol=torch.finfo(dtype).eps * 2, atol=1e-2)
 
 
 def test_fused_steps_repeat_bit_for_bit(backend: Any) -> None:
-    inputs = build(limited(backend, variant(rows=3000, lookups=40_000)), backend.device)
+    case = Case(rows=3000, lookups=40_000, weighted=True, padding="first")
+    inputs = build(limited(backend, case), backend.device, values=draw_reals)
     threads = torch.get_num_threads()
     tables = []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            table = inputs.weight.clone().requires_grad_()
-            mask = inputs.group_mask.clone().requires_grad_()
-            optimizer = optim.RowwiseAdagrad([table], lr=0.1)
-            psw = torch.rand(inputs.indices.shape, generator=torch.Generator().manual_seed(0)).to(
-                backend.device
-            )
-            lookup("adaptive bag", inputs, [table], mask, psw, optimizer=optimizer).sum().backward()
-            tables.append((table.detach(), mask.grad))
+            call = of_kind(inputs, "adaptive bag")
+            optimizer = optim.RowwiseAdagrad(call.tables["blocks"], lr=0.1)
+            call.look_up(fused, optimizer=optimizer).sum().backward()
+            tables.append((*call.tables["blocks"], call.masks[0].grad))
     finally:
         torch.set_num_threads(threads)
     for others in tables[1:]:
@@ -134,26 +113,24 @@ def test_fused_steps_repeat_bit_for_bit(backend: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_public_lookups_take_an_optimizer(kind: str) -> None:
     """The same as the fused ones, which must be given one."""
-    inputs = build(variant(rows=50, dim=7, lookups=40, weighted=True))
+    inputs = build(Case(rows=50, dim=7, lookups=40, weighted=True))
     results = []
     for room in (ak, fused):
-        source = inputs.blocks if kind.startswith("tiered") else [inputs.weight]
-        tables = [t.clone().requires_grad_() for t in source]
-        psw = torch.ones(inputs.indices.shape, requires_grad=True)
-        mask = inputs.group_mask.clone().requires_grad_()
+        call = of_kind(inputs, kind)
+        tables, source = call.tables["blocks"], of_kind(inputs, kind).tables["blocks"]
         optimizer = optim.Adagrad(tables, lr=0.1)
-        lookup(kind, inputs, tables, mask, psw, room=room, optimizer=optimizer).sum().backward()
+        call.look_up(room, optimizer=optimizer).sum().backward()
         assert all(table.grad is None for table in tables)
         assert any(not torch.equal(a, b) for a, b in zip(tables, source, strict=True))
-        results.append([*tables, *(t.grad for t in (psw, mask) if t.grad is not None)])
+        results.append([*tables, *(leaf.grad for leaf in call.learnable[len(tables) :])])
     assert len(results[0]) == len(results[1])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     with pytest.raises(TypeError, match="required keyword-only argument: 'optimizer'"):
-        lookup(kind, inputs, tables, mask, psw, room=fused)
+        call.look_up(fused)
 
 
 def test_the_optimizer_must_hold_the_table() -> None:
-    inputs = build(variant(rows=50, dim=7, lookups=40))
+    inputs = build(Case(rows=50, dim=7, lookups=40))
     other = torch.zeros(3, 3, requires_grad=True)
     weight = inputs.weight.requires_grad_()
     optimizer = optim.SGD([other])
@@ -166,7 +143,7 @@ def test_the_optimizer_must_hold_the_table() -> None:
 
 
 def test_schedulers_reach_the_fused_step() -> None:
-    inputs = build(variant(rows=50, dim=7, lookups=40))
+    inputs = build(Case(rows=50, dim=7, lookups=40))
     table = inputs.weight.requires_grad_()
     optimizer = optim.SGD([table], lr=1.0)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -458,30 +435,25 @@ def test_updates_of_codes_that_do_not_fit(backend: Any) -> None:
     block = torch.zeros(3, 4, dtype=torch.uint8, device=backend.device)
     rows = torch.tensor([0], device=backend.device)
     grad = torch.zeros(1, 8, device=backend.device)
-    bags = (rows, None, None, 0, [-1], False)
-    steps = torch.ones(1, device=backend.device)
+    few = {"steps": [torch.ones(1, device=backend.device)], "bits": [4]}
 
     def update(
-        block: Tensor, optimizer: int = 0, psw: bool = False, state: Any = (), grad: Tensor = grad
-    ) -> None:
-        torch.ops.amtl.lookup_update_(
-            *([block], [1], [8], [], [], 0), grad, *bags, False, psw, False, list(state),
-            optimizer, [0.1, 0.0, 0.0, 0.9, 0.99, 1.0], [steps], [4],
-        )  # fmt: skip
+        block: Tensor, rule: str = "sgd", psw: bool = False, state: Any = ()
+    ) -> tuple[Any, ...]:
+        of = call([block], rows, grad, dims=[8], **few)
+        return in_order("lookup_update_", of.update(rule, RATES, [*state], [block], psw_grad=psw))
 
+    operator = torch.ops.amtl.lookup_update_
     with pytest.raises(ValueError, match="blocks of floats are updated as they are"):
-        update(torch.zeros(3, 8, device=backend.device))
+        operator(*update(torch.zeros(3, 8, device=backend.device)))
     with pytest.raises(ValueError, match="an update of codes makes no gradient of per_sample"):
-        update(block, psw=True)
-    for optimizer in (1, 3):
+        operator(*update(block, psw=True))
+    for rule in ("adagrad", "adam"):
         with pytest.raises(ValueError, match="are updated by SGD or RowwiseAdagrad"):
-            update(block, optimizer, state=[torch.zeros(3, 8, device=backend.device)] * 2)
+            operator(*update(block, rule, state=[torch.zeros(3, 8, device=backend.device)] * 2))
     torch.library.opcheck(
-        torch.ops.amtl.lookup_update_.default,
-        ([block], [1], [8], [], [], 0, grad, *bags, False, False, False, [], 0,
-         [0.1, 0.0, 0.0, 0.9, 0.99, 1.0], [steps], [4]),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+        operator.default, update(block), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_tiers_are_counted_in_one_addition_and_can_go_their_own_ways() -> None:

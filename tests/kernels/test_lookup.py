@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -27,41 +28,14 @@ import amtl_kernels
 
 LONGER = 1 if os.environ.get("AMTL_SOAK", "0") in ("", "0") else 20
 
-BASE = Case(
-    seed=1,
-    rows=1000,
-    dim=64,
-    lookups=5000,
-    pattern="zipf",
-    dtype=torch.float32,
-    index_dtype=torch.int64,
-    size_dtype=torch.int32,
-    groups=200,
-    columns=7,
-    sorted_groups=True,
-    bags=300,
-    include_last_offset=False,
-    mean=False,
-    weighted=False,
-    padding="none",
-    tiers=3,
-    hash_seed=5,
-)
-
-
-def variant(**changes: Any) -> Case:
-    return Case(**{**BASE.__dict__, **changes})
-
 
 def limited(backend: Any, case: Case) -> Case:
     """The case, cut to what the backend can afford in a test."""
-    return Case(
-        **{
-            **case.__dict__,
-            "lookups": min(case.lookups, backend.max_lookups),
-            "dim": min(case.dim, backend.max_dim),
-            "groups": min(case.groups, max(5, backend.max_lookups // 4)),
-        }
+    return replace(
+        case,
+        lookups=min(case.lookups, backend.max_lookups),
+        dim=min(case.dim, backend.max_dim),
+        groups=min(case.groups, max(5, backend.max_lookups // 4)),
     )
 
 
@@ -105,22 +79,22 @@ def check_several(backend: Any, case: Case) -> None:
 
 
 EDGES = {
-    "plain": variant(),
-    "empty input": variant(lookups=0),
-    "no bags": variant(bags=0),
-    "one row holds every lookup": variant(pattern="one row", lookups=20_000, dim=16),
-    "all distinct": variant(pattern="distinct", rows=20_000, lookups=20_000, dim=16),
-    "large enough to sort in parallel": variant(rows=20_000, lookups=70_000, dim=8),
-    "unsorted groups": variant(sorted_groups=False),
-    "one group": variant(groups=1, columns=0),
-    "half, weighted": variant(dtype=torch.float16, weighted=True, dim=17),
-    "bfloat16, mean, padding": variant(
+    "plain": Case(),
+    "empty input": Case(lookups=0),
+    "no bags": Case(bags=0),
+    "one row holds every lookup": Case(pattern="one row", lookups=20_000, dim=16),
+    "all distinct": Case(pattern="distinct", rows=20_000, lookups=20_000, dim=16),
+    "large enough to sort in parallel": Case(rows=20_000, lookups=70_000, dim=8),
+    "unsorted groups": Case(sorted_groups=False),
+    "one group": Case(groups=1, columns=0),
+    "half, weighted": Case(dtype=torch.float16, weighted=True, dim=17),
+    "bfloat16, mean, padding": Case(
         dtype=torch.bfloat16, mean=True, padding="first", include_last_offset=True
     ),
-    "mean": variant(mean=True, include_last_offset=True),
-    "wide": variant(dim=300, rows=37, lookups=300),
-    "one column": variant(dim=1, size_dtype=torch.uint8, index_dtype=torch.int32),
-    "past the last offset": variant(include_last_offset=True, bags=40, padding="last"),
+    "mean": Case(mean=True, include_last_offset=True),
+    "wide": Case(dim=300, rows=37, lookups=300),
+    "one column": Case(dim=1, size_dtype=torch.uint8, index_dtype=torch.int32),
+    "past the last offset": Case(include_last_offset=True, bags=40, padding="last"),
 }
 
 
@@ -146,7 +120,7 @@ def test_drawn_calls_of_several_tables(backend: Any) -> None:
 
 def test_masked_values_are_never_read(backend: Any) -> None:
     """NaN and Inf past the kept sizes reach neither outputs nor row gradients."""
-    inputs = build(limited(backend, variant(dim=40)), backend.device)
+    inputs = build(limited(backend, Case(dim=40)), backend.device)
     columns = torch.arange(40, device=backend.device)
     inputs.weight[columns >= inputs.row_dims[:, None]] = float("nan")
     weight = inputs.weight.requires_grad_()
@@ -158,7 +132,7 @@ def test_masked_values_are_never_read(backend: Any) -> None:
 
 
 def test_results_repeat_bit_for_bit(backend: Any) -> None:
-    inputs = build(limited(backend, variant(lookups=30_000, sorted_groups=False)), backend.device)
+    inputs = build(limited(backend, Case(lookups=30_000, sorted_groups=False)), backend.device)
     threads = torch.get_num_threads()
     answers = []
     try:

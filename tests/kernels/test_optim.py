@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from kernel_cases import applying, in_order, states
 from torch import Tensor
 
 import amtl_kernels as ak
 from amtl_kernels import fused, optim, reference
 
 N, D = 60, 17
-NUMBERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}
-"""Of the optimizers in the operators."""
-
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
     "sgd": (optim.SGD, torch.optim.SGD),
     "adagrad": (optim.Adagrad, torch.optim.Adagrad),
@@ -79,18 +78,17 @@ def test_update_agrees_with_the_reference(
     sizes = torch.randint(0, dim + 1, (20,), generator=g)
     grads = torch.randn(20, dim, generator=g) * (torch.arange(dim) < sizes[:, None])
     grads[3, 0] = 0.0
-    moments = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[name]
-    shape = (N,) if name == "rowwise_adagrad" else (N, dim)
-    states = [torch.rand(*shape, generator=g) for _ in range(moments)]
-    step = [NUMBERS[name], [0.1, 1e-8, 0.01, 0.9, 0.99, 3.0]]
     weight = torch.randn(N, dim, generator=g).to(dtype)
+    state = states(name, [weight], partial(torch.rand, generator=g))
+    hyper = [0.1, 1e-8, 0.01, 0.9, 0.99, 3.0]
     results = []
     for function, device in (
         (torch.ops.amtl.apply_, backend.device),
         (reference.apply_, "cpu"),
     ):
-        w, s = weight.clone().to(device), [state.clone().to(device) for state in states]
-        function([w], [rows.to(device)], [grads.to(dtype).to(device)], s, *step)
+        w, s = weight.clone().to(device), [moment.clone().to(device) for moment in state]
+        given = [rows.to(device)], [grads.to(dtype).to(device)]
+        function(*in_order("apply_", applying([w], *given, name, hyper, s)))
         results.append([t.cpu() for t in (w, *s)])
     for got, want in zip(*results, strict=True):
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[got.dtype]
@@ -101,9 +99,9 @@ def test_update_agrees_with_the_reference(
     touched = torch.zeros(N, dim, dtype=torch.bool)
     touched[rows] = last
     assert torch.equal(results[0][0][~touched], weight[~touched])
-    for state, got in zip(states, results[0][1:], strict=True):
-        keep = ~touched if state.dim() == 2 else ~touched.any(1)
-        assert torch.equal(got[keep], state[keep])
+    for moment, got in zip(state, results[0][1:], strict=True):
+        keep = ~touched if moment.dim() == 2 else ~touched.any(1)
+        assert torch.equal(got[keep], moment[keep])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -117,13 +115,12 @@ def test_nan_stays_where_it_is(backend: Any, name: str, where: str) -> None:
         grads[0, 2] = float("nan")
     else:
         weight[4, 5:] = float("nan")
-    shape = (N,) if name == "rowwise_adagrad" else (N, D)
     # Zeros, and no eps: a division of zero by zero must not reach what is not kept.
-    states = [torch.zeros(shape, device=device)] * {"sgd": 0, "adam": 2}.get(name, 1)
-    states = [state.clone() for state in states]
-    step = [NUMBERS[name], [0.1, 0.0, 0.01, 0.9, 0.99, 1.0]]
+    state = states(name, [weight], partial(torch.zeros, device=device))
     now, rows = weight.clone().to(device), torch.tensor([4, 9], device=device)
-    torch.ops.amtl.apply_([now], [rows], [grads.to(device)], states, *step)
+    hyper = [0.1, 0.0, 0.01, 0.9, 0.99, 1.0]
+    arguments = applying([now], [rows], [grads.to(device)], name, hyper, state)
+    torch.ops.amtl.apply_(*in_order("apply_", arguments))
     now = now.cpu()
     torch.testing.assert_close(now[:, 5:], weight[:, 5:], rtol=0, atol=0, equal_nan=True)
     assert now[9].isfinite().all() and (now[9, :5] != 1).all()
@@ -264,12 +261,12 @@ def test_rows_must_ascend(bad: list[int]) -> None:
     blocks = [torch.zeros(N, D), torch.zeros(N, 2)]
     rows = [torch.tensor([1, 2]), torch.tensor(bad)]
     grads = [torch.ones(2, D), torch.ones(2, 2)]
-    step = [0, [0.1, 0.0, 0.0, 0.0, 0.0, 1.0]]
+    arguments = in_order("apply_", applying(blocks, rows, grads, "sgd"))
     with pytest.raises(ValueError, match="strictly ascending"):
-        torch.ops.amtl.apply_(blocks, rows, grads, [], *step)
+        torch.ops.amtl.apply_(*arguments)
     assert not any(block.any() for block in blocks)
     rows[1] = torch.tensor([2, 3])
-    torch.ops.amtl.apply_(blocks, rows, grads, [], *step)
+    torch.ops.amtl.apply_(*arguments)
     assert all(block.any() for block in blocks)
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 def made(inputs: Inputs, form: str, bits: int | None, coded: bool) -> tuple[Tables, FewBits | None]:
     """The table of a case; its tiers as numbers, as numbers that lookups round, or as codes."""
-    tables = Tables.of(inputs.tables(form).values())
+    tables = Tables.of(inputs.call(form, False).tables.values())
     if bits is None or form != "tiered":
         return tables._replace(dims=[inputs.case.dim]), None
     g = torch.Generator().manual_seed(inputs.case.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import Case, Inputs, build, draw_reals
 from torch import Tensor
 
 import amtl_kernels as ak
@@ -23,28 +24,27 @@ def hard_mask(sizes: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def table() -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(3)
-    return {
-        "weight": torch.randn(N, D, dtype=torch.float64, generator=g, requires_grad=True),
-        "psw": torch.randn(L, dtype=torch.float64, generator=g, requires_grad=True),
-        "indices": torch.randint(0, N, (L,), generator=g),
-        "offsets": torch.tensor([0, 4, 4, 11, 12, 30, 40]),
-        "row_dims": torch.randint(0, D + 1, (N,), generator=g, dtype=torch.int32),
-        "row_group": torch.randint(0, G, (N,), generator=g, dtype=torch.int32),
-        "group_dims": torch.randint(0, D + 1, (G, Q), generator=g, dtype=torch.int32),
-    }
+def table() -> Inputs:
+    case = Case(
+        rows=N, dim=D, lookups=L, groups=G, columns=Q, sorted_groups=False, bags=B, weighted=True
+    )
+    found = build(case, dtype=torch.float64, values=draw_reals)
+    # One bag in between is empty, and so is the last.
+    found.offsets = torch.tensor([0, 4, 4, 11, 12, 30, 40])
+    for leaf in (found.weight, found.per_sample_weights):
+        leaf.requires_grad_()
+    return found
 
 
-def row_sizes(table: dict[str, Tensor], seed: int) -> Tensor:
+def row_sizes(table: Inputs, seed: int) -> Tensor:
     column = ak.reference.hash_columns(torch.arange(N), seed, Q)
-    return table["group_dims"][table["row_group"].long(), column]
+    return table.group_dims[table.row_group.long(), column]
 
 
-def test_masked_embedding_is_a_product_with_the_mask(table: dict[str, Tensor]) -> None:
-    weight, indices = table["weight"], table["indices"]
-    got = ak.masked_embedding(weight, indices, table["row_dims"])
-    want = F.embedding(indices, weight * hard_mask(table["row_dims"]))
+def test_masked_embedding_is_a_product_with_the_mask(table: Inputs) -> None:
+    weight, indices = table.weight, table.indices
+    got = ak.masked_embedding(weight, indices, table.row_dims)
+    want = F.embedding(indices, weight * hard_mask(table.row_dims))
     assert torch.equal(got, want)
     target = torch.randn_like(got)
     (grad,) = torch.autograd.grad((got * target).sum(), weight)
@@ -55,15 +55,13 @@ def test_masked_embedding_is_a_product_with_the_mask(table: dict[str, Tensor]) -
 @pytest.mark.parametrize(("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False)])
 @pytest.mark.parametrize("padding_idx", [None, 5, -1])
 def test_bag_is_embedding_bag_of_the_masked_table(
-    table: dict[str, Tensor], mode: str, padding_idx: int | None, weighted: bool
+    table: Inputs, mode: str, padding_idx: int | None, weighted: bool
 ) -> None:
-    weight, psw = table["weight"], table["psw"] if weighted else None
-    mask = hard_mask(table["row_dims"])
+    weight, psw = table.weight, table.per_sample_weights if weighted else None
+    mask = hard_mask(table.row_dims)
     arguments = {"mode": mode, "per_sample_weights": psw, "padding_idx": padding_idx}
-    got = ak.masked_embedding_bag(
-        weight, table["indices"], table["offsets"], table["row_dims"], **arguments
-    )
-    want = F.embedding_bag(table["indices"], weight * mask, table["offsets"], **arguments)
+    got = ak.masked_embedding_bag(weight, table.indices, table.offsets, table.row_dims, **arguments)
+    want = F.embedding_bag(table.indices, weight * mask, table.offsets, **arguments)
     torch.testing.assert_close(got, want)
     inputs = [weight, psw] if weighted else [weight]
     target = torch.randn_like(got)
@@ -73,18 +71,18 @@ def test_bag_is_embedding_bag_of_the_masked_table(
         torch.testing.assert_close(a.to_dense() if a.is_sparse else a, b)
 
 
-def test_mask_gradient_is_that_of_a_product_with_the_mask(table: dict[str, Tensor]) -> None:
+def test_mask_gradient_is_that_of_a_product_with_the_mask(table: Inputs) -> None:
     """Straight-through: the gradient at the hard mask, as if the mask had been multiplied."""
     seed = 11
-    weight, indices, group = table["weight"], table["indices"], table["row_group"].long()
+    weight, indices, group = table.weight, table.indices, table.row_group.long()
     soft = torch.rand(G, D, dtype=torch.float64, requires_grad=True)
-    arguments = (table["row_group"], table["group_dims"], soft)
+    arguments = (table.row_group, table.group_dims, soft)
     got = ak.adaptive_embedding_bag(
         weight,
         indices,
-        table["offsets"],
+        table.offsets,
         *arguments,
-        per_sample_weights=table["psw"],
+        per_sample_weights=table.per_sample_weights,
         seed=seed,
     )
     target = torch.randn_like(got)
@@ -95,18 +93,18 @@ def test_mask_gradient_is_that_of_a_product_with_the_mask(table: dict[str, Tenso
     want = F.embedding_bag(
         indices,
         weight * mask,
-        table["offsets"],
+        table.offsets,
         mode="sum",
-        per_sample_weights=table["psw"].detach(),
+        per_sample_weights=table.per_sample_weights.detach(),
     )
     torch.testing.assert_close(got, want)
     (per_row,) = torch.autograd.grad((want * target).sum(), mask)
     torch.testing.assert_close(mask_grad, torch.zeros(G, D).double().index_add(0, group, per_row))
 
 
-def test_paper_gradients_through_a_softmax(table: dict[str, Tensor]) -> None:
+def test_paper_gradients_through_a_softmax(table: Inputs) -> None:
     """The paper's layer end to end: selection forward, softmax backward, masks as prefix sums."""
-    weight, indices = table["weight"].detach(), table["indices"]
+    weight, indices = table.weight.detach(), table.indices
     z = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
     target = torch.randn(L, D, dtype=torch.float64)
     temperature = 0.7
@@ -123,8 +121,8 @@ def test_paper_gradients_through_a_softmax(table: dict[str, Tensor]) -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_gradcheck(table: dict[str, Tensor]) -> None:
-    indices, offsets, dims = table["indices"], table["offsets"], table["row_dims"]
+def test_gradcheck(table: Inputs) -> None:
+    indices, offsets, dims = table.indices, table.offsets, table.row_dims
 
     def masked(weight: Tensor, psw: Tensor) -> Tensor:
         return ak.masked_embedding_bag(
@@ -138,8 +136,8 @@ def test_gradcheck(table: dict[str, Tensor]) -> None:
         return ak.adaptive_embedding(
             weight,
             indices,
-            table["row_group"],
-            table["group_dims"],
+            table.row_group,
+            table.group_dims,
             torch.zeros(G, D),
             seed=9,
             sparse=False,
@@ -153,35 +151,35 @@ def test_gradcheck(table: dict[str, Tensor]) -> None:
     second = torch.randn(N - 10, 2, dtype=torch.float64, requires_grad=True)
     first = torch.randn(10, D, dtype=torch.float64, requires_grad=True)
     for function, inputs in (
-        (masked, (table["weight"], table["psw"])),
-        (mean, (table["weight"],)),
-        (adaptive, (table["weight"],)),
-        (tiered, (first, second, table["psw"])),
+        (masked, (table.weight, table.per_sample_weights)),
+        (mean, (table.weight,)),
+        (adaptive, (table.weight,)),
+        (tiered, (first, second, table.per_sample_weights)),
     ):
         assert torch.autograd.gradcheck(function, inputs)
 
 
-def test_dense_gradients_equal_sparse_ones(table: dict[str, Tensor]) -> None:
-    weight = table["weight"]
+def test_dense_gradients_equal_sparse_ones(table: Inputs) -> None:
+    weight = table.weight
     grads = []
     for sparse in (True, False):
-        out = ak.masked_embedding(weight, table["indices"], table["row_dims"], sparse=sparse)
+        out = ak.masked_embedding(weight, table.indices, table.row_dims, sparse=sparse)
         (grad,) = torch.autograd.grad(out.square().sum(), weight)
         assert grad.is_sparse == sparse
         grads.append(grad.to_dense())
     assert torch.equal(*grads)
 
 
-def test_bags_of_equal_length_need_no_offsets(table: dict[str, Tensor]) -> None:
-    indices = table["indices"].reshape(8, 5)
-    got = ak.masked_embedding_bag(table["weight"], indices, None, table["row_dims"])
-    want = F.embedding_bag(indices, table["weight"] * hard_mask(table["row_dims"]), mode="sum")
+def test_bags_of_equal_length_need_no_offsets(table: Inputs) -> None:
+    indices = table.indices.reshape(8, 5)
+    got = ak.masked_embedding_bag(table.weight, indices, None, table.row_dims)
+    want = F.embedding_bag(indices, table.weight * hard_mask(table.row_dims), mode="sum")
     torch.testing.assert_close(got, want)
 
 
-def test_tiers_hold_the_masked_rows(table: dict[str, Tensor]) -> None:
+def test_tiers_hold_the_masked_rows(table: Inputs) -> None:
     sizes = torch.tensor([6] * 10 + [4] * 8 + [1] * 5, dtype=torch.int32)
-    weight, indices = table["weight"], table["indices"]
+    weight, indices = table.weight, table.indices
     blocks = [
         weight[:10].contiguous(),
         weight[10:18, :4].contiguous(),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import call, in_order
 from test_codes import BITS, bags_of, drawn
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def require_equal(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.cpu(), want.cpu(), rtol=2.0**-7 if cuts else 0, atol=0)
 
 
-def in_order(backend: Any) -> bool:
+def sums_in_order(backend: Any) -> bool:
     """Whether bags are summed in order; on GPUs the order depends on how rows are read."""
     return bool(backend.name == "reference" or backend.name.startswith("cpu"))
 
@@ -173,7 +174,7 @@ def test_bags_are_those_of_codes_bit_for_bit(backend: Any) -> None:
     def check(drawn: tuple[int, list[int], list[int], int]) -> None:
         bits, counts, widths, seed = drawn
         shape = present(counts, widths)
-        one = Numbers(bits, *shape, backend.device, seed, exact=not in_order(backend))
+        one = Numbers(bits, *shape, backend.device, seed, exact=not sums_in_order(backend))
         indices, offsets = bags_of(one.ends[-1], seed, backend.device)
         mode = ("sum", "mean", "weighted")[seed // 3 % 3]
         options: dict[str, Any] = {**one.options, "include_last_offset": True}
@@ -181,7 +182,7 @@ def test_bags_are_those_of_codes_bit_for_bit(backend: Any) -> None:
         if mode == "weighted":
             g = torch.Generator().manual_seed(seed)
             weights = torch.rand(62, generator=g)
-            weights = (8 * weights).round() if not in_order(backend) else weights
+            weights = (8 * weights).round() if not sums_in_order(backend) else weights
             options["per_sample_weights"] = weights.to(backend.device)
         else:
             options["mode"] = mode
@@ -196,7 +197,7 @@ def test_bags_are_those_of_codes_bit_for_bit(backend: Any) -> None:
 @pytest.mark.parametrize("width", [12, 64, 128, 200])
 def test_wide_rows(backend: Any, bits: int, width: int) -> None:
     widths = [width, width // 3 // 4 * 4]
-    one = Numbers(bits, [30, 20], widths, backend.device, 3, exact=not in_order(backend))
+    one = Numbers(bits, [30, 20], widths, backend.device, 3, exact=not sums_in_order(backend))
     indices, offsets = bags_of(50, 0, backend.device)
     bags = (indices, offsets)
     got = ak.tiered_embedding(one.blocks, one.ends, indices, **one.options)
@@ -207,7 +208,7 @@ def test_wide_rows(backend: Any, bits: int, width: int) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 def test_sums_of_16_bits_are_rounded_once(backend: Any, dtype: torch.dtype) -> None:
-    one = Numbers(8, [40], [16], backend.device, 2, dtype, exact=not in_order(backend))
+    one = Numbers(8, [40], [16], backend.device, 2, dtype, exact=not sums_in_order(backend))
     rows = torch.arange(40, device=backend.device)[None]
     got = ak.tiered_embedding_bag(one.blocks, one.ends, rows, **one.options)
     codes = ak.tiered_embedding_bag(one.codes, one.ends, rows, **one.options)
@@ -242,7 +243,7 @@ def test_large_tables_are_asked_for_ahead(backend: Any) -> None:
 
 def test_several_tables(backend: Any) -> None:
     shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 4]), (16, [6], [9])]
-    exact = not in_order(backend)
+    exact = not sums_in_order(backend)
     every = [
         Numbers(*shape, backend.device, seed, exact=exact) for seed, shape in enumerate(shapes, 1)
     ]
@@ -350,11 +351,10 @@ def test_compiled(backend: Any) -> None:
         both = [torch.autograd.grad(out.square().sum(), wanted) for out in outs]
         for ours, theirs in zip(*both, strict=True):
             torch.testing.assert_close(ours, theirs)
-    bags = (rows, offsets, weights, 0, [-1], False)
-    few = ([one.steps], [4], one.step_ends)
-    torch.library.opcheck(
-        torch.ops.amtl.lookup.default, (blocks, [2], [], [], [], 0, [], *bags, 1, False, *few)
-    )
+    few = {"steps": [one.steps], "bits": [4], "step_ends": one.step_ends}
+    of = call(blocks, rows, offsets=offsets, per_sample_weights=weights, **few)
+    arguments = in_order("lookup", of.lookup(sparse_grad=False))
+    torch.library.opcheck(torch.ops.amtl.lookup.default, arguments)
 
 
 def test_float64_is_rounded_in_float32() -> None:

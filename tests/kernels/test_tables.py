@@ -4,190 +4,71 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import kernel_calls
 import pytest
 import torch
-from kernel_cases import FORMS, in_order
-from kernel_cases import Call as Arguments
+from kernel_cases import FORMS, Call, Case, build, call, draw_reals, in_order, join
 from torch import Tensor
 
 import amtl_kernels as ak
 from amtl_kernels import _schema, fused, optim, reference
 
-SHAPES = ((50, 7), (3, 64), (200, 1), (20, 33))
-WIDTHS = ((7, 4, 0), (64,), (1, 1), (20, 0, 9))  # of each table's tiers
-DIMS = [7, 64, 1, 40]  # the last tiered table is narrower than its output
 BAGS = 9
-
-
-@dataclass
-class Call:
-    """A call of one of the forms, and its parts table by table."""
-
-    form: str
-    tables: list[Tensor]  # weights, or the blocks of all tables
-    masks: list[Tensor]
-    weights: Tensor | None
-    indices: Tensor
-    offsets: Tensor
-    row_dims: list[Tensor]
-    row_groups: list[Tensor]
-    group_dims: list[Tensor]
-    ends: list[list[int]]
-    padding: list[int | None] = field(default_factory=lambda: [None, 1, None, -1])
-    mode: str = "sum"
-
-    def blocks(self) -> list[list[Tensor]]:
-        parts = iter(self.tables)
-        return [list(itertools.islice(parts, len(widths))) for widths in WIDTHS]
-
-    def learnable(self) -> list[Tensor]:
-        return [*self.tables, *self.masks, *([] if self.weights is None else [self.weights])]
-
-    def fresh(self) -> Call:
-        tables = [t.detach().clone().requires_grad_() for t in self.tables]
-        masks = [m.detach().clone().requires_grad_() for m in self.masks]
-        weights = self.weights
-        if weights is not None:
-            weights = weights.detach().clone().requires_grad_()
-        return replace(self, tables=tables, masks=masks, weights=weights)
-
-    def together(self, room: Any = ak, **options: Any) -> Tensor:
-        lookups = (self.indices, self.offsets)
-        options = {
-            "mode": self.mode,
-            "per_sample_weights": self.weights,
-            "padding_idx": self.padding,
-            **options,
-        }
-        if self.form == "masked":
-            op = room.masked_embedding_bag_tables
-            return op(self.tables, *lookups, self.row_dims, **options)
-        if self.form == "adaptive":
-            op = room.adaptive_embedding_bag_tables
-            groups = (self.row_groups, self.group_dims, self.masks)
-            return op(self.tables, *lookups, *groups, seed=8, **options)
-        op = room.tiered_embedding_bag_tables
-        return op(self.blocks(), self.ends, *lookups, embedding_dims=DIMS, **options)
-
-    def one_by_one(self) -> Tensor:
-        outs = []
-        for t in range(len(SHAPES)):
-            mine = self.offsets[t * BAGS : (t + 1) * BAGS + 1]
-            part = slice(int(mine[0]), int(mine[-1]))
-            lookups = (self.indices[part], mine - mine[0])
-            options: dict[str, Any] = {
-                "mode": self.mode,
-                "per_sample_weights": None if self.weights is None else self.weights[part],
-                "padding_idx": self.padding[t],
-                "include_last_offset": True,
-            }
-            if self.form == "masked":
-                out = ak.masked_embedding_bag(self.tables[t], *lookups, self.row_dims[t], **options)
-            elif self.form == "adaptive":
-                groups = (self.row_groups[t], self.group_dims[t], self.masks[t])
-                out = ak.adaptive_embedding_bag(
-                    self.tables[t], *lookups, *groups, seed=8, **options
-                )
-            else:
-                out = ak.tiered_embedding_bag(
-                    self.blocks()[t], self.ends[t], *lookups, embedding_dim=DIMS[t], **options
-                )
-            outs.append(out)
-        return torch.cat(outs, 1)
-
-    def operator(self) -> Arguments:
-        """The arguments of the operators."""
-        tiered = self.form == "tiered"
-        dims = DIMS if tiered else [dim for _, dim in SHAPES]
-        arguments = kernel_calls.call(
-            self.tables,
-            self.indices,
-            torch.ones(BAGS, sum(dims), dtype=self.tables[0].dtype),
-            block_counts=[len(w) for w in WIDTHS] if tiered else [1] * len(SHAPES),
-            dims=DIMS if tiered else [],
-            sizes={"masked": self.row_dims, "adaptive": self.group_dims}.get(self.form, []),
-            row_groups=self.row_groups if self.form == "adaptive" else [],
-            seed=8,
-            offsets=self.offsets,
-            per_sample_weights=self.weights,
-            pooling=int(self.mode == "mean"),
-            padding_idx=[-1, 1, -1, SHAPES[-1][0] - 1],
-            include_last_offset=True,
-        )
-        return replace(arguments, masks=self.masks)
+TABLES = [
+    Case(
+        seed=seed, rows=rows, dim=dim, lookups=40, groups=5, bags=BAGS + 1,
+        include_last_offset=True, sorted_groups=False, padding=padding, size_dtype=dtype,
+        columns=columns, tiers=tiers, hash_seed=8,
+    )
+    for seed, rows, dim, padding, dtype, columns, tiers in (
+        (1, 50, 7, "none", torch.int32, 1, 3),
+        (8, 3, 64, "first", torch.int32, 0, 1),
+        (4, 200, 1, "none", torch.uint8, 3, 2),
+        (23, 20, 40, "last", torch.int32, 4, 3),
+    )
+]  # fmt: skip
+"""Sizes of one and of several columns, narrow and wide. As drawn there are empty bags, lookups past
+the last offset, tiers without columns, and in the last table none as wide as its output."""
+ROWS = [case.rows for case in TABLES]
 
 
 def make(
-    form: str,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    index_dtype: torch.dtype = torch.int64,
-    mode: str = "sum",
-    weighted: bool = False,
-    extra: int = 0,
+    form: str, device: str = "cpu", *, dtype: torch.dtype | None = None, **changes: Any
 ) -> Call:
-    """``extra`` indices lie past the last offset."""
-    g = torch.Generator().manual_seed(4)
-    lengths = torch.randint(0, 6, (len(SHAPES) * BAGS,), generator=g)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    starts = offsets[::BAGS].tolist()
-    parts = [
-        torch.randint(0, rows, (end - begin,), generator=g)
-        for (rows, _), begin, end in zip(SHAPES, starts[:-1], starts[1:], strict=True)
-    ]
-    indices = torch.cat([*parts, torch.zeros(extra, dtype=torch.int64)])
-    ends = []
-    for (rows, _), widths in zip(SHAPES, WIDTHS, strict=True):
-        cuts = torch.randint(0, rows + 1, (len(widths) - 1,), generator=g).sort().values
-        ends.append([*cuts.tolist(), rows])
-    if form == "tiered":
-        shapes = [
-            (end - begin, width)
-            for mine, widths in zip(ends, WIDTHS, strict=True)
-            for begin, end, width in zip([0, *mine], mine, widths, strict=False)
-        ]
-    else:
-        shapes = list(SHAPES)
+    """A call of all the tables."""
+    cases = [replace(case, **changes) for case in TABLES]
+    return join(form, [build(case, device, dtype, draw_reals) for case in cases])
 
-    def on(tensors: list[Tensor]) -> list[Tensor]:
-        return [tensor.to(device) for tensor in tensors]
 
-    psw = torch.randn(indices.numel(), generator=g).to(dtype).to(device) if weighted else None
-    masks = [torch.rand(5, dim, generator=g) for _, dim in SHAPES] if form == "adaptive" else []
-    return Call(
-        form=form,
-        tables=on([torch.randn(*shape, generator=g).to(dtype) for shape in shapes]),
-        masks=on(masks),
-        weights=psw,
-        indices=indices.to(index_dtype).to(device),
-        offsets=offsets.to(device),
-        row_dims=on(
-            [torch.randint(0, dim + 1, (n,), generator=g, dtype=torch.uint8) for n, dim in SHAPES]
-        ),
-        row_groups=on([torch.randint(0, 5, (n,), generator=g).int() for n, _ in SHAPES]),
-        # Sizes of one and of several columns, narrow and wide.
-        group_dims=on(
-            [
-                torch.randint(0, dim + 1, (5,) if t == 1 else (5, t + 1), generator=g).to(
-                    torch.uint8 if t == 2 else torch.int32
-                )
-                for t, (_, dim) in enumerate(SHAPES)
-            ]
-        ),
-        ends=ends,
-        mode=mode,
+def alone(every: Call, t: int) -> Call:
+    """What a call asks of one of its tables."""
+    tables, bags, count = every.tables, every.bags, len(every.tables["block_counts"])
+    each = (bags["offsets"].numel() - 1) // count
+    offsets = bags["offsets"][t * each : (t + 1) * each + 1]
+    part, weights = slice(int(offsets[0]), int(offsets[-1])), bags["per_sample_weights"]
+    first = sum(tables["block_counts"][:t])
+    mine = slice(t, t + 1)
+    return call(
+        tables["blocks"][first : first + tables["block_counts"][t]],
+        bags["indices"][part],
+        **{name: tables[name][mine] for name in ("dims", "sizes", "row_groups")},
+        seed=tables["seed"],
+        masks=every.masks[mine],
+        offsets=offsets - offsets[0],
+        per_sample_weights=None if weights is None else weights[part],
+        pooling=bags["pooling"],
+        padding_idx=bags["padding_idx"][mine],
+        include_last_offset=True,
     )
 
 
 def gradients(call: Call, out: Tensor) -> list[Tensor]:
     target = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * target.to(out.device, out.dtype)).sum().backward()
-    grads = [tensor.grad for tensor in call.learnable()]
+    grads = [tensor.grad for tensor in call.learnable]
     assert all(grad is not None for grad in grads)
     return [out.detach(), *(g.to_dense() if g.is_sparse else g.clone() for g in grads)]
 
@@ -200,12 +81,20 @@ def gradients(call: Call, out: Tensor) -> list[Tensor]:
 def test_equal_to_calls_side_by_side(
     backend: Any, form: str, kind: str, dtype: torch.dtype, index_dtype: torch.dtype
 ) -> None:
-    mode, weighted = "mean" if kind == "mean" else "sum", kind == "weighted"
-    call = make(form, backend.device, dtype, index_dtype, mode, weighted, extra=3)
+    kinds: dict[str, Any] = {"mean": kind == "mean", "weighted": kind == "weighted"}
+    if kind == "mean":
+        # Bags that hold a power of two of lookups are longer.
+        kinds["lookups"] = 120
+    every = make(form, backend.device, dtype=dtype, index_dtype=index_dtype, **kinds)
+    every.bags["offsets"] = every.bags["offsets"].long()
+    # What is compared is what the operators are asked everywhere else.
+    asked = torch.ops.amtl.lookup(*in_order("lookup", every.lookup()))
+    assert torch.equal(every.look_up(), asked)
     results = []
     for batched in (True, False):
-        mine = call.fresh()
-        results.append(gradients(mine, mine.together() if batched else mine.one_by_one()))
+        mine = every.fresh()
+        outs = [alone(mine, t).look_up() for t in range(len(TABLES))]
+        results.append(gradients(mine, mine.look_up() if batched else torch.cat(outs, 1)))
     tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for together, separate in zip(*results, strict=True):
         torch.testing.assert_close(together, separate, rtol=tolerance, atol=tolerance)
@@ -214,9 +103,9 @@ def test_equal_to_calls_side_by_side(
 @pytest.mark.parametrize("form", FORMS)
 def test_one_padding_for_all_tables(backend: Any, form: str) -> None:
     call = make(form, backend.device)
-    every = replace(call, padding=[2] * len(SHAPES)).together()
-    assert torch.equal(call.together(padding_idx=2), every)
-    assert not torch.equal(call.together(padding_idx=None), every)
+    every = call.look_up(padding_idx=[2] * len(TABLES))
+    assert torch.equal(call.look_up(padding_idx=2), every)
+    assert not torch.equal(call.look_up(padding_idx=None), every)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -233,15 +122,15 @@ def test_fused_step(backend: Any, form: str, make_optimizer: Any) -> None:
     results = []
     for is_fused in (False, True):
         call = make(form, backend.device, weighted=True).fresh()
-        optimizer = make_optimizer(call.tables, lr=0.1)
+        optimizer = make_optimizer(call.tables["blocks"], lr=0.1)
         for _ in range(2):
             optimizer.zero_grad()
-            out = call.together(fused, optimizer=optimizer) if is_fused else call.together()
+            out = call.look_up(fused, optimizer=optimizer) if is_fused else call.look_up()
             out.square().sum().backward()
-            assert all((t.grad is None) == is_fused for t in call.tables)
+            assert all((t.grad is None) == is_fused for t in call.tables["blocks"])
             optimizer.step()
-        assert call.weights is not None and call.weights.grad is not None
-        results.append([*call.tables, call.weights.grad, *(m.grad for m in call.masks)])
+        count = len(call.tables["blocks"])
+        results.append([*call.tables["blocks"], *(leaf.grad for leaf in call.learnable[count:])])
     # Other gradients are float32 sums of products up to about 50, in the backend's own order.
     for separate, fused_result in zip(*results, strict=True):
         torch.testing.assert_close(fused_result, separate, rtol=1e-5, atol=50 * 2.0**-20)
@@ -250,50 +139,52 @@ def test_fused_step(backend: Any, form: str, make_optimizer: Any) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_clamping_stays_within_each_table(backend: Any, form: str) -> None:
     call = make(form, backend.device).fresh()
-    clamped = call.indices.clone()
-    for t, (rows, _) in enumerate(SHAPES):
-        first = int(call.offsets[t * BAGS])
-        call.indices[first] = rows + 5
-        call.indices[first + 1] = -7
+    indices = call.bags["indices"]
+    clamped = indices.clone()
+    for t, rows in enumerate(ROWS):
+        first = int(call.bags["offsets"][t * BAGS])
+        indices[first], indices[first + 1] = rows + 5, -7
         clamped[first], clamped[first + 1] = rows - 1, 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got = gradients(call, call.together(bounds_check="clamp"))
-        optimizer = optim.SGD(call.tables, lr=0.1)
-        call.together(fused, optimizer=optimizer, bounds_check="clamp").sum().backward()
-    expected = replace(make(form, backend.device), indices=clamped).fresh()
-    want = gradients(expected, expected.together())
+        got = gradients(call, call.look_up(bounds_check="clamp"))
+        optimizer = optim.SGD(call.tables["blocks"], lr=0.1)
+        call.look_up(fused, optimizer=optimizer, bounds_check="clamp").sum().backward()
+    expected = make(form, backend.device).fresh()
+    expected.bags["indices"] = clamped
+    want = gradients(expected, expected.look_up())
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
-    optimizer = optim.SGD(expected.tables, lr=0.1)
-    expected.together(fused, optimizer=optimizer).sum().backward()
-    for a, b in zip(call.tables, expected.tables, strict=True):
+    optimizer = optim.SGD(expected.tables["blocks"], lr=0.1)
+    expected.look_up(fused, optimizer=optimizer).sum().backward()
+    for a, b in zip(call.tables["blocks"], expected.tables["blocks"], strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_errors_name_the_table(backend: Any, form: str) -> None:
     call = make(form, backend.device)
-    first = int(call.offsets[BAGS])
-    before = int(call.indices[first + 2])
-    call.indices[first + 2] = 3
+    indices, given = call.bags["indices"], call.bags["offsets"]
+    first = int(given[BAGS])
+    before = int(indices[first + 2])
+    indices[first + 2] = 3
     with pytest.raises(IndexError, match=r"table 1: index 3 at position 2 .* a table of 3 rows"):
-        call.together()
+        call.look_up()
         ak.synchronize()
-    call.indices[first + 2] = before
+    indices[first + 2] = before
     for offsets, message in (
-        (call.offsets[:-1], "offsets must hold 4"),
-        (call.offsets + 1, r"offsets must start at 0, but offsets\[0\] is 1"),
-        (call.offsets.index_fill(0, torch.tensor([12], device=backend.device), 0), "decrease"),
-        (call.offsets.index_fill(0, torch.tensor([36], device=backend.device), 10**6), "end with"),
+        (given[:-1], "offsets must hold 4"),
+        (given + 1, r"offsets must start at 0, but offsets\[0\] is 1"),
+        (given.index_fill(0, torch.tensor([12], device=backend.device), 0), "decrease"),
+        (given.index_fill(0, torch.tensor([36], device=backend.device), 10**6), "end with"),
     ):
         with pytest.raises(ValueError, match=message):
-            replace(call, offsets=offsets).together()
+            call.look_up(offsets=offsets)
             ak.synchronize()
     with pytest.raises(ValueError, match="table 1: padding_idx 3"):
-        call.together(padding_idx=3)
+        call.look_up(padding_idx=3)
     with pytest.raises(ValueError, match="2 padding_idx for 4 tables"):
-        call.together(padding_idx=[0, 0])
+        call.look_up(padding_idx=[0, 0])
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
@@ -331,8 +222,8 @@ def test_errors_name_a_single_table_too(backend: Any, is_fused: bool) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bad_table_leaves_the_others_alone(form: str) -> None:
     call = make(form)
-    call.indices[int(call.offsets[3 * BAGS])] = 77
-    update = call.operator().update(reference.ROWWISE_ADAGRAD)
+    call.bags["indices"][int(call.bags["offsets"][3 * BAGS])] = 77
+    update = call.update("rowwise_adagrad")
     copies = [block.clone() for block in update["blocks"]]
     with pytest.raises(IndexError, match="table 3: index 77 at position 0"):
         torch.ops.amtl.lookup_update_(*in_order("lookup_update_", update))
@@ -342,21 +233,19 @@ def test_a_bad_table_leaves_the_others_alone(form: str) -> None:
 @pytest.mark.parametrize("form", ["masked", "adaptive"])
 def test_a_bad_size_names_the_table(backend: Any, form: str) -> None:
     call = make(form, backend.device)
-    call.row_dims[2].fill_(2)
-    call.group_dims[2].fill_(2)
+    call.tables["sizes"][2].fill_(2)
     with pytest.raises(ValueError, match=r"table 2: .*size"):
-        call.together()
+        call.look_up()
         ak.synchronize()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_bags_at_all(backend: Any, form: str) -> None:
     call = make(form, backend.device).fresh()
-    call.offsets = call.offsets[:1]
-    out = call.together()
-    assert out.shape == (0, sum(DIMS if form == "tiered" else [dim for _, dim in SHAPES]))
+    out = call.look_up(offsets=call.bags["offsets"][:1])
+    assert out.shape == (0, sum(case.dim for case in TABLES))
     out.sum().backward()
-    assert all(table.grad is not None and table.grad._nnz() == 0 for table in call.tables)
+    assert all(block.grad is not None and not block.grad._nnz() for block in call.tables["blocks"])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -367,23 +256,24 @@ def test_threads_do_not_change_a_bit(form: str) -> None:
     before = torch.get_num_threads()
     for sizes in ([300] * 4, [9_000, 20, 20, 20]):
         lengths = torch.tensor([n // BAGS for n in sizes]).repeat_interleave(BAGS)
-        call.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        call.indices = torch.cat(
-            [
-                torch.randint(0, rows, (n // BAGS * BAGS,), generator=g)
-                for (rows, _), n in zip(SHAPES, sizes, strict=True)
-            ]
-        )
-        call.weights = torch.randn(call.indices.numel(), generator=g)
+        parts = [
+            torch.randint(0, rows, (n // BAGS * BAGS,), generator=g)
+            for rows, n in zip(ROWS, sizes, strict=True)
+        ]
+        call.bags |= {
+            "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+            "indices": torch.cat(parts),
+            "per_sample_weights": torch.randn(sum(map(len, parts)), generator=g),
+        }
         results = []
         try:
             for threads in (1, 2, 3, 4):
                 torch.set_num_threads(threads)
                 mine = call.fresh()
-                found = gradients(mine, mine.together())
-                optimizer = optim.RowwiseAdagrad(mine.tables, lr=0.1)
-                mine.together(fused, optimizer=optimizer).sum().backward()
-                results.append([*found, *mine.tables])
+                found = gradients(mine, mine.look_up())
+                optimizer = optim.RowwiseAdagrad(mine.tables["blocks"], lr=0.1)
+                mine.look_up(fused, optimizer=optimizer).sum().backward()
+                results.append([*found, *mine.tables["blocks"]])
         finally:
             torch.set_num_threads(before)
         for other in results[1:]:
@@ -393,12 +283,12 @@ def test_threads_do_not_change_a_bit(form: str) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str) -> None:
-    lookup = make(form, weighted=True).fresh().operator().lookup()
+    lookup = make(form, weighted=True).fresh().lookup()
     torch.library.opcheck(torch.ops.amtl.lookup.default, in_order("lookup", lookup))
-    plain = make(form, weighted=True).operator()
+    plain = make(form, weighted=True)
     backward = in_order("lookup_backward", plain.backward())
     torch.library.opcheck(torch.ops.amtl.lookup_backward.default, backward)
-    update = in_order("lookup_update_", plain.update(reference.ROWWISE_ADAGRAD))
+    update = in_order("lookup_update_", plain.update("rowwise_adagrad"))
     torch.library.opcheck(torch.ops.amtl.lookup_update_.default, update)
 
 
@@ -406,12 +296,14 @@ def test_opcheck(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_compile_traces_forward_and_backward(form: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda call, bounds: call.together(bounds_check=bounds).square(), fullgraph=True
-    )
+
+    def square(call: Call, bounds: str) -> Tensor:
+        return call.look_up(bounds_check=bounds).square()
+
+    compiled = torch.compile(square, fullgraph=True)
     for bounds in ("raise", "clamp"):
         results = []
-        for run in (compiled, lambda call, bounds: call.together(bounds_check=bounds).square()):
+        for run in (compiled, square):
             call = make(form, weighted=True).fresh()
             results.append(gradients(call, run(call, bounds)))
         for got, want in zip(*results, strict=True):
@@ -434,17 +326,20 @@ class Densify(torch.autograd.Function):
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_gradcheck_of_the_reference(form: str, mode: str) -> None:
     """In float64, of what is differentiable in the usual sense: all but the masks."""
-    call = make(form, dtype=torch.float64, mode=mode, weighted=mode == "sum").fresh()
+    kinds = {"mean": mode == "mean", "weighted": mode == "sum"}
+    call = make(form, dtype=torch.float64, **kinds).fresh()
     masks = [mask.detach() for mask in call.masks]
-    count = len(call.tables)
+    count = len(call.tables["blocks"])
 
     def run(*tensors: Tensor) -> Tensor:
+        blocks = [Densify.apply(block) for block in tensors[:count]]
+        tables = {**call.tables, "blocks": blocks}
+        mine = replace(call, tables=tables, masks=masks)
         weights = tensors[count] if len(tensors) > count else None
-        tables = [Densify.apply(table) for table in tensors[:count]]
-        return replace(call, tables=tables, weights=weights, masks=masks).together()
+        return mine.look_up(per_sample_weights=weights)
 
     with ak.use_backend("reference"):
-        inputs = [*call.tables, *([] if call.weights is None else [call.weights])]
+        inputs = [leaf for leaf in call.learnable if not any(leaf is m for m in call.masks)]
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 

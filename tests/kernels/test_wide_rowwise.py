@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import FORMS, Inputs, build, in_order, join, wide
-from test_lookup import limited, variant
+from kernel_cases import FORMS, Case, Inputs, build, draw_reals, in_order, join, states, wide
+from test_lookup import limited
 from torch import Tensor
 
 import amtl_kernels
-from amtl_kernels.reference import ROWWISE_ADAGRAD
 
 ROWS, BAGS = 60, 30
 F32, BF16 = torch.float32, torch.bfloat16
@@ -26,18 +27,14 @@ def inputs_of(backend: Any, dim: int, dtype: torch.dtype, seed: int = 1) -> Inpu
     No gradient is exactly zero, which is why weights are positive: two of a row in one bag could
     cancel, and the reference reads the kept prefix off the gradient.
     """
-    case = variant(
-        seed=seed, rows=ROWS, dim=dim, dtype=dtype, lookups=300, pattern="uniform", groups=9
+    case = Case(
+        seed=seed, rows=ROWS, dtype=dtype, lookups=300, pattern="uniform", groups=9, weighted=True
     )
-    case = variant(**{**limited(backend, case).__dict__, "dim": dim})
-    case = variant(**{**case.__dict__, "bags": BAGS, "include_last_offset": True, "weighted": True})
-    inputs = build(case, backend.device)
+    case = replace(limited(backend, case), dim=dim, bags=BAGS, include_last_offset=True)
+    inputs = build(case, backend.device, values=draw_reals)
     inputs.indices[::10] = 7
-    generator = torch.Generator().manual_seed(seed)
-    psw = inputs.per_sample_weights
-    assert psw is not None
-    inputs.grad_bags.copy_(torch.randn(inputs.grad_bags.shape, generator=generator))
-    psw.copy_(torch.rand(psw.shape, generator=generator) + 0.5)
+    assert inputs.per_sample_weights is not None
+    inputs.per_sample_weights.abs_().add_(0.5)
     return inputs
 
 
@@ -55,10 +52,9 @@ def fused_step(form: str, every: list[Inputs]) -> dict[str, Any]:
     if form == "tiered":
         call.tables["blocks"] = [block for inputs in every for block in tiers_of(inputs)]
         call.tables["block_counts"] = [3] * len(every)
-    arguments = call.update(ROWWISE_ADAGRAD)
-    arguments["hyper"], arguments["psw_grad"] = HYPER, False
-    arguments["state"] = [torch.ones_like(state) for state in arguments["state"]]
-    return arguments
+    ones = partial(torch.ones, device=every[0].weight.device)
+    state = states("rowwise_adagrad", call.tables["blocks"], ones)
+    return call.update("rowwise_adagrad", HYPER, state, psw_grad=False)
 
 
 def copied(value: Any) -> Any:

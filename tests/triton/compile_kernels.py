@@ -28,8 +28,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+from kernel_cases import RULES, applying, call, in_order, states
+
 import amtl_kernels.triton
-from amtl_kernels import reference
 from amtl_kernels.triton import launch
 
 TYPES = {
@@ -41,8 +43,8 @@ TYPES = {
     torch.uint8: "u8",
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-RULES = (reference.SGD, reference.ADAGRAD, reference.ROWWISE_ADAGRAD, reference.ADAM)
-MOST = (reference.ADAM,)  # state
+HYPER = [0.1, 0.1, 0.1, 0.9, 0.99, 1.0]
+MOST = ("adam",)  # state
 PLAN = (
     # architecture, dimension, dtype, index type, rules of fused updates; all forms of a call (and
     # in soak the whole tuning space), or one call for each kernel and the space's first choice
@@ -53,7 +55,7 @@ PLAN = (
     (100, 64, torch.float32, torch.int64, MOST, False),
     (90, 17, torch.float32, torch.int32, MOST, False),
     (90, 1024, torch.bfloat16, torch.int32, MOST, False),
-    (90, 1100, torch.float32, torch.int64, (reference.ROWWISE_ADAGRAD, *MOST), False),
+    (90, 1100, torch.float32, torch.int64, ("rowwise_adagrad", *MOST), False),
 )
 """A cover, since each kernel costs most of a second: all forms of a call in one dtype on one
 architecture; all dtypes, both index types and all rules; rows that are unaligned, as wide as a
@@ -61,12 +63,6 @@ tile, and wider."""
 SOAK = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
 ONLY_IN_SOAK = ((64, torch.float16), (1100, torch.float32))
 """Whose like is compiled anyway: 16 bits, and rows as wide as a tile."""
-OPTIMIZERS = {
-    reference.SGD: 0,
-    reference.ADAGRAD: 1,
-    reference.ROWWISE_ADAGRAD: 1,
-    reference.ADAM: 2,
-}
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -134,120 +130,115 @@ class Calls:
         self.bags = torch.tensor([0, 5, 20, 20, 200], dtype=index)
         self.grad_of_both = torch.zeros(2, 2 * dim, dtype=dtype)
 
-    def masked(self, count: int = 1) -> tuple[Any, ...]:
-        """Arguments that describe ``count`` tables with sizes by row."""
-        return [self.weight] * count, [1] * count, [], [self.sizes] * count, [], 0
+        padded = {"offsets": self.offsets, "per_sample_weights": self.psw, "padding_idx": [3]}
+        self.few_bags = {"indices": self.indices, **padded}
+        self.both_bags = {"indices": self.hot, "offsets": self.bags, "padding_idx": [2, -1]}
 
-    def adaptive(self, sizes: Tensor, count: int = 1) -> tuple[Any, ...]:
+    def masked(self, count: int = 1) -> dict[str, Any]:
+        """What describes ``count`` tables with sizes by row."""
+        return {"blocks": [self.weight] * count, "sizes": [self.sizes] * count}
+
+    def adaptive(self, sizes: Tensor, count: int = 1) -> dict[str, Any]:
         """The same, with sizes by group."""
-        groups = ([sizes] * count, [self.row_group] * count, 3)
-        return ([self.weight] * count, [1] * count, [], *groups)
+        groups = {"sizes": [sizes] * count, "row_groups": [self.row_group] * count}
+        return {"blocks": [self.weight] * count, **groups, "seed": 3}
 
-    def tiered(self, count: int = 1) -> tuple[Any, ...]:
+    def tiered(self, count: int = 1) -> dict[str, Any]:
         """The same, in tiers."""
-        return self.blocks * count, [3] * count, [self.dim] * count, [], [], 0
+        blocks, counts = self.blocks * count, [3] * count
+        return {"blocks": blocks, "block_counts": counts, "dims": [self.dim] * count}
+
+    def run(self, op: str, arguments: dict[str, Any]) -> None:
+        self.ops[op](*in_order(op, arguments))
 
     def lookups(self, every: bool) -> None:
-        indices, offsets, psw = self.indices, self.offsets, self.psw
-        lookup, masks, sparse = self.ops["lookup"], [], True
+        def lookup(tables: dict[str, Any], bounds: int = 1, **bags: Any) -> None:
+            bags = {"indices": self.indices, **bags}
+            self.run("lookup", call(**tables, **bags).lookup(bounds))
 
-        def plain(tables: tuple[Any, ...], bounds: int) -> None:
-            lookup(*tables, masks, indices, None, None, 0, [-1], False, bounds, sparse)
-
-        def both(tables: tuple[Any, ...], *bags: Any, bounds: int) -> None:
-            lookup(*tables, masks, self.hot, self.bags, *bags, True, bounds, sparse)
-
-        def pooled(tables: tuple[Any, ...], *bags: Any, bounds: int) -> None:
-            lookup(*tables, masks, *bags, False, bounds, sparse)
-
-        plain(self.masked(), 1)
-        pooled(self.masked(), indices.repeat(20), offsets, None, 1, [-1], bounds=1)
-        pooled(self.adaptive(self.many), indices, offsets, None, 1, [2], bounds=2)
-        both(self.adaptive(self.many, 2), None, 1, [2, -1], bounds=2)
+        indices, offsets = self.indices, self.offsets
+        means = {"offsets": offsets, "pooling": 1}
+        lookup(self.masked())
+        lookup(self.masked(), **means, indices=indices.repeat(20))
+        lookup(self.adaptive(self.many), 2, **means, padding_idx=[2])
+        both = {**self.both_bags, "pooling": 1}
+        lookup(self.adaptive(self.many, 2), 2, **both)
         # Tables of few bits: numbers that share a byte, bytes, and numbers of two of them.
-        floats = torch.zeros(indices.numel())
-        weighted = (indices, offsets, floats)
-        for bits, bags in ((4, (indices, None, None)), (8, weighted), (16, weighted)):
+        weighted = {"offsets": offsets, "per_sample_weights": torch.zeros(indices.numel())}
+        bags: dict[str, Any]
+        for bits, bags in ((4, {}), (8, weighted), (16, weighted)):
             blocks = [torch.zeros(n, self.dim * bits // 8, dtype=torch.uint8) for n in (10, 20)]
-            tables = (blocks, [2], [self.dim], [], [], 0)
-            lookup(*tables, masks, *bags, 0, [3], False, 1, sparse, [torch.ones(2)], [bits])
+            few = {"dims": [self.dim], "steps": [torch.ones(2)], "bits": [bits]}
+            lookup({"blocks": blocks, **few}, padding_idx=[3], **bags)
         # And numbers that are rounded to such.
-        steps = [torch.ones(4)]
-        for bags in ((indices, None, None), (indices, offsets, psw)):
-            few = (steps, [4], [4, 10, 30, 64])
-            lookup(*self.tiered(), masks, *bags, 0, [3], False, 1, sparse, *few)
+        few = {"steps": [torch.ones(4)], "bits": [4], "step_ends": [4, 10, 30, 64]}
+        for bags in ({"padding_idx": [3]}, self.few_bags):
+            lookup({**self.tiered(), **few}, **bags)
         if not every:
             return
-        plain(self.adaptive(self.many), 2)
-        plain(self.tiered(), 1)
-        pooled(self.masked(), indices, offsets, psw, 0, [-1], bounds=1)
-        pooled(self.adaptive(self.one), indices, offsets, None, 1, [-1], bounds=2)
-        pooled(self.tiered(), indices, offsets, psw, 0, [3], bounds=1)
-        both(self.masked(2), self.wide_psw, 0, [-1, -1], bounds=1)
-        both(self.tiered(2), None, 0, [2, -1], bounds=2)
+        lookup(self.adaptive(self.many), 2)
+        lookup(self.tiered())
+        lookup(self.masked(), offsets=offsets, per_sample_weights=self.psw)
+        lookup(self.adaptive(self.one), 2, **means)
+        lookup(self.tiered(), **self.few_bags)
+        wide = {"per_sample_weights": self.wide_psw, "padding_idx": None}
+        lookup(self.masked(2), **{**self.both_bags, **wide})
+        lookup(self.tiered(2), 2, **self.both_bags)
 
     def backwards(self, every: bool) -> None:
-        backward = self.ops["lookup_backward"]
-        few = (self.indices, self.offsets, self.psw, 0, [3], False)
-        hot = (self.hot, None, None, 0, [-1], False)
-        backward(*self.adaptive(self.many), self.grad, *few, True, True, True)
-        backward(*self.tiered(), self.wide, *hot, True, False, False)
-        both = (self.hot, self.bags, None, 1, [2, -1], True)
-        backward(*self.adaptive(self.many, 2), self.grad_of_both, *both, True, True, False)
+        def backward(
+            tables: dict[str, Any], bags: dict[str, Any], grad: Tensor, **given: Any
+        ) -> None:
+            self.run("lookup_backward", call(**tables, **bags, grad=grad, **given).backward())
+
+        few, both, hot = self.few_bags, self.both_bags, {"indices": self.hot}
+        backward(self.adaptive(self.many), few, self.grad)
+        backward(self.tiered(), hot, self.wide)
+        backward(self.adaptive(self.many, 2), both, self.grad_of_both, pooling=1)
         if not every:
             return
-        backward(*self.masked(), self.grad, *few, True, False, True)
+        backward(self.masked(), few, self.grad)
         flat = torch.zeros(self.indices.numel(), self.dim, dtype=self.dtype)
-        plain = (self.indices, None, None, 0, [3], False)
-        backward(*self.adaptive(self.one), flat, *plain, True, True, False)
-        backward(*self.tiered(), self.grad, *few, True, False, True)
-        backward(*self.masked(), self.wide, *hot, True, False, False)
+        backward(self.adaptive(self.one), {"indices": self.indices, "padding_idx": [3]}, flat)
+        backward(self.tiered(), few, self.grad)
+        backward(self.masked(), hot, self.wide)
         for group_dims in (self.one, self.many):
-            backward(*self.adaptive(group_dims), self.wide, *hot, True, True, False)
-        weighted = (self.hot, self.bags, self.wide_psw, 0, [2, -1], True)
-        backward(*self.masked(2), self.grad_of_both, *weighted, True, False, True)
-        backward(*self.tiered(2), self.grad_of_both, *weighted, True, False, True)
+            backward(self.adaptive(group_dims), hot, self.wide)
+        for tables in (self.masked(2), self.tiered(2)):
+            backward(tables, both, self.grad_of_both, per_sample_weights=self.wide_psw)
 
-    def state(self, rule: int, tables: Sequence[Tensor]) -> list[Tensor]:
-        by_row = rule == reference.ROWWISE_ADAGRAD
-        shapes = [t.shape[:1] if by_row else t.shape for t in tables]
-        return [torch.zeros(shape) for shape in shapes for _ in range(OPTIMIZERS[rule])]
-
-    def updates(self, rule: int, every: bool) -> None:
-        hyper = [0.1, 0.1, 0.1, 0.9, 0.99, 1.0]
-        hot = (self.hot, None, None, 0, [-1], False)
-
+    def updates(self, rule: str, every: bool) -> None:
         def update(
-            tables: tuple[Any, ...], grad: Tensor, bags: Any, mask: bool, *step: Any
+            tables: dict[str, Any],
+            bags: dict[str, Any],
+            grad: Tensor,
+            *more: float,
+            counter: Sequence[Tensor] = (),
         ) -> None:
-            wants = (mask, False, False)
-            self.ops["lookup_update_"](*tables, grad, *bags, *wants, *step)
+            of = call(**tables, **bags, grad=grad)
+            state = [*states(rule, of.tables["blocks"], torch.zeros), *counter]
+            arguments = of.update(rule, [*HYPER, *more], state, psw_grad=False)
+            self.run("lookup_update_", arguments)
 
-        state = self.state(rule, [self.weight])
-        update(self.masked(), self.wide, hot, False, state, rule, hyper)
+        hot = {"indices": self.hot}
+        update(self.masked(), hot, self.wide)
         # Rounded stochastically, and by steps that are counted on the device.
-        counted = [*self.state(rule, self.blocks), torch.ones((), dtype=torch.int64)]
-        update(self.tiered(), self.wide, hot, False, counted, rule, [*hyper, 1.0])
-        if every or rule == reference.ADAM:
-            tables, both = (
-                self.adaptive(self.many, 2),
-                (self.hot, self.bags, None, 0, [2, -1], True),
-            )
-            of_both = self.state(rule, tables[0])
-            update(tables, self.grad_of_both, both, True, of_both, rule, hyper)
+        counter = [torch.ones((), dtype=torch.int64)]
+        update(self.tiered(), hot, self.wide, 1.0, counter=counter)
+        if every or rule == "adam":
+            update(self.adaptive(self.many, 2), self.both_bags, self.grad_of_both)
         if every:
-            few = (self.indices, self.offsets, self.psw, 0, [3], False)
-            update(self.adaptive(self.many), self.grad, few, True, state, rule, hyper)
+            update(self.adaptive(self.many), self.few_bags, self.grad)
 
     def optimizers(self) -> None:
         """Also with a step that is counted on the device, and with stochastic rounding."""
         touched, grads = [torch.arange(20)], [torch.zeros(20, self.dim, dtype=self.dtype)]
-        hyper, counter = [0.1, 0.1, 0.1, 0.9, 0.99, 1.0], torch.ones((), dtype=torch.int64)
-        apply = self.ops["apply_"]
+        given = ([self.weight], touched, grads)
         for rule in RULES:
-            apply([self.weight], touched, grads, self.state(rule, [self.weight]), rule, hyper)
-        state = [*self.state(reference.ADAM, [self.weight]), counter]
-        apply([self.weight], touched, grads, state, reference.ADAM, [*hyper, 1.0])
+            state = states(rule, [self.weight], torch.zeros)
+            self.run("apply_", applying(*given, rule, HYPER, state))
+        counted = [*state, torch.ones((), dtype=torch.int64)]
+        self.run("apply_", applying(*given, "adam", [*HYPER, 1.0], counted))
 
 
 def compile_recorded(requests: Sequence[tuple[int, Any]]) -> Iterator[dict[str, Any]]:

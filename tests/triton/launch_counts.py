@@ -139,13 +139,12 @@ def count(call: Callable[..., Any], *arguments: Any) -> Counts:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-    from kernel_cases import build
-    from test_lookup import variant
+    from kernel_cases import Case, build
 
     from amtl_kernels.triton import implementations
 
     ops = implementations()
-    inputs = build(variant(rows=300, dim=17, lookups=500, weighted=True, sorted_groups=False))
+    inputs = build(Case(rows=300, dim=17, lookups=500, weighted=True, sorted_groups=False))
     for op, arguments in inputs.backwards():
         flags = [a for a in arguments if isinstance(a, bool)]
         print(op, flags, count(ops[op], *arguments))

@@ -10,6 +10,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,21 +25,13 @@ pytest.importorskip("triton")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from kernel_cases import in_order
+from kernel_cases import FORMS, RULES, call, in_order, states
 from launch_counts import FREE, WAITING
 
-from amtl_kernels import reference
 from amtl_kernels.triton import implementations, launch
 
-FORMS = ("masked", "adaptive", "tiered")
 BAGS, ROWS, GROUPS, LOOKUPS = 6, 50, 5, 5_000
 HYPER = [0.1, 1e-3, 0.01, 0.9, 0.99, 1.0]
-MOMENTS = {
-    reference.SGD: 0,
-    reference.ADAGRAD: 1,
-    reference.ROWWISE_ADAGRAD: 1,
-    reference.ADAM: 2,
-}
 
 
 class Asked(TorchDispatchMode):
@@ -93,48 +86,36 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def problem(form: str, count: int, kind: str, rule: int | None) -> tuple[str, tuple[Any, ...]]:
+def problem(form: str, count: int, kind: str, rule: str | None) -> tuple[str, tuple[Any, ...]]:
     """A backward (no rule) or an update of ``count`` tables, and its arguments."""
-    cuda = {"device": "cuda"}
+    empty = partial(torch.empty, device="cuda")
     dims = [(64, 32)[t % 2] for t in range(count)]
-    blocks = [torch.empty(ROWS, dim, **cuda) for dim in dims]
-    arguments: dict[str, Any] = {
-        "block_counts": [1] * count,
-        "dims": dims,
-        "sizes": [],
-        "row_groups": [],
-        "seed": 7,
-        "grad": torch.empty(BAGS, sum(dims), **cuda),
-        "indices": torch.empty(LOOKUPS, dtype=torch.int64, **cuda),
-        "offsets": torch.empty(BAGS * count + 1, dtype=torch.int64, **cuda),
-        "per_sample_weights": torch.empty(LOOKUPS, **cuda) if kind == "weighted" else None,
-        "pooling": int(kind == "mean"),
-        "padding_idx": [(-1, 2)[t % 2] for t in range(count)],
-        "include_last_offset": True,
-        "mask_grad": form == "adaptive",
-        "psw_grad": kind == "weighted",
-    }
+    blocks = [empty(ROWS, dim) for dim in dims]
+    described: dict[str, Any] = {}
     if form == "masked":
-        arguments["sizes"] = [torch.empty(ROWS, dtype=torch.uint8, **cuda) for _ in dims]
+        described["sizes"] = [empty(ROWS, dtype=torch.uint8) for _ in dims]
     elif form == "adaptive":
-        arguments["row_groups"] = [torch.empty(ROWS, dtype=torch.int32, **cuda) for _ in dims]
-        arguments["sizes"] = [torch.empty(GROUPS, 4, dtype=torch.int32, **cuda) for _ in dims]
+        described["row_groups"] = [empty(ROWS, dtype=torch.int32) for _ in dims]
+        described["sizes"] = [empty(GROUPS, 4, dtype=torch.int32) for _ in dims]
     else:
-        blocks = [torch.empty(ROWS, width, **cuda) for dim in dims for width in (dim, 8)]
-        arguments["block_counts"] = [2] * count
-    arguments["blocks"] = blocks
+        blocks = [empty(ROWS, width) for dim in dims for width in (dim, 8)]
+        described["block_counts"] = [2] * count
+    of = call(
+        blocks,
+        empty(LOOKUPS, dtype=torch.int64),
+        empty(BAGS, sum(dims)),
+        dims=dims,
+        seed=7,
+        offsets=empty(BAGS * count + 1, dtype=torch.int64),
+        per_sample_weights=empty(LOOKUPS) if kind == "weighted" else None,
+        pooling=int(kind == "mean"),
+        padding_idx=[(-1, 2)[t % 2] for t in range(count)],
+        **described,
+    )
     if rule is None:
-        arguments["weight_grad"] = True
-        return "lookup_backward", in_order("lookup_backward", arguments)
-    by_row = rule == reference.ROWWISE_ADAGRAD
-    state = [
-        torch.empty(block.shape[:1] if by_row else block.shape, **cuda)
-        for block in blocks
-        for _ in range(MOMENTS[rule])
-    ]
-    counter = torch.empty((), dtype=torch.int64, **cuda)
-    step = {"state": [*state, counter], "optimizer": rule, "hyper": HYPER}
-    return "lookup_update_", in_order("lookup_update_", arguments | step | {"groups_sorted": False})
+        return "lookup_backward", in_order("lookup_backward", of.backward())
+    state = [*states(rule, blocks, empty), empty((), dtype=torch.int64)]
+    return "lookup_update_", in_order("lookup_update_", of.update(rule, HYPER, state, blocks))
 
 
 def upload(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -155,9 +136,9 @@ def warm_up(op: str, arguments: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["sum", "mean", "weighted"])
-@pytest.mark.parametrize("rule", MOMENTS)
+@pytest.mark.parametrize("rule", RULES)
 def test_updates_wait_for_nothing_in_launches_that_do_not_grow(
-    form: str, kind: str, rule: int
+    form: str, kind: str, rule: str
 ) -> None:
     found = []
     for count in (2, 26):

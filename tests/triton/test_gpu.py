@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import late_findings
-from kernel_calls import call
-from kernel_cases import Call, in_order
+from kernel_cases import RULES, Call, call, in_order, states
 
 import amtl_kernels as ak
-from amtl_kernels import reference
 
 pytest.importorskip("triton")
 
@@ -28,12 +27,6 @@ pytestmark = [
 ]
 
 ROWS, DIM, GROUPS, LOOKUPS, BAGS = 5_000, 64, 30, 40_000, 2_000
-RULES = {
-    reference.SGD: 0,
-    reference.ADAGRAD: 1,
-    reference.ROWWISE_ADAGRAD: 1,
-    reference.ADAM: 2,
-}
 HYPER = [0.1, 1e-3, 0.01, 0.9, 0.99, 1.0]
 
 
@@ -46,7 +39,7 @@ def triton_backend() -> Iterator[None]:
 class Problem:
     """A table and the lookups of some steps; hot rows own a large share."""
 
-    def __init__(self, kind: str, rule: int) -> None:
+    def __init__(self, kind: str, rule: str) -> None:
         g = torch.Generator().manual_seed(0)
         self.kind, self.rule = kind, rule
         indices = (torch.rand(3, LOOKUPS, generator=g) ** 4 * ROWS).long()
@@ -64,12 +57,7 @@ class Problem:
         }[kind]
         self.tables = [torch.randn(*shape, generator=g).cuda() for shape in shapes]
         self.sizes = [self.group_dims.clamp(max=t.shape[1]) for t in self.tables]
-        row_wise = rule == reference.ROWWISE_ADAGRAD
-        self.states = [
-            torch.zeros(t.shape[:1] if row_wise else t.shape, device="cuda")
-            for t in self.tables
-            for _ in range(RULES[rule])
-        ]
+        self.states = states(rule, self.tables, partial(torch.zeros, device="cuda"))
 
     def call(self) -> Call:
         if self.kind == "tables":
@@ -82,8 +70,6 @@ class Problem:
                 row_groups=[self.row_group] * count,
                 seed=7,
                 offsets=torch.arange(0, LOOKUPS + 1, LOOKUPS // BAGS, device="cuda"),
-                padding_idx=[-1] * count,
-                include_last_offset=True,
             )
         described: dict[str, Any] = {"dims": [DIM]}
         if self.kind == "adaptive":
@@ -92,18 +78,13 @@ class Problem:
         return call(self.tables, self.indices, self.grad, offsets=self.offsets, **described)
 
     def update(self) -> list[Tensor]:
-        arguments = self.call().update(self.rule) | {
-            "blocks": self.tables,
-            "state": self.states,
-            "hyper": HYPER,
-            "mask_grad": self.kind != "tiered",
-        }
+        arguments = self.call().update(self.rule, HYPER, self.states, self.tables)
         return list(torch.ops.amtl.lookup_update_(*in_order("lookup_update_", arguments)))
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "tiered", "tables"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_fused_update_in_a_cuda_graph(kind: str, rule: int) -> None:
+def test_a_fused_update_in_a_cuda_graph(kind: str, rule: str) -> None:
     """Captured once and replayed on other lookups, it does what the same steps do one by one."""
     eager, captured = Problem(kind, rule), Problem(kind, rule)
     want: list[Tensor] = []
@@ -134,7 +115,7 @@ def test_a_fused_update_in_a_cuda_graph(kind: str, rule: int) -> None:
 
 
 def test_a_backward_that_waits_is_refused_in_a_capture() -> None:
-    problem = Problem("adaptive", reference.SGD)
+    problem = Problem("adaptive", "sgd")
     arguments = in_order("lookup_backward", problem.call().backward())
     torch.ops.amtl.lookup_backward(*arguments)
     graph = torch.cuda.CUDAGraph()
@@ -143,7 +124,7 @@ def test_a_backward_that_waits_is_refused_in_a_capture() -> None:
 
 
 def test_every_replay_of_a_captured_lookup_is_checked() -> None:
-    problem = Problem("adaptive", reference.SGD)
+    problem = Problem("adaptive", "sgd")
     arguments = in_order("lookup", problem.call().lookup(bounds_check=1))
     torch.ops.amtl.lookup(*arguments)
     ak.synchronize()
@@ -185,7 +166,7 @@ def test_a_clamped_index_is_told_of_later(
 
 def test_updates_on_a_side_stream() -> None:
     """Kernels go to the current stream: a late gradient there must be waited for by none else."""
-    first, second = (Problem("adaptive", reference.ADAGRAD) for _ in range(2))
+    first, second = (Problem("adaptive", "adagrad") for _ in range(2))
     first.update()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -200,7 +181,7 @@ def test_updates_on_a_side_stream() -> None:
 def test_hot_rows_repeat_bit_for_bit() -> None:
     results = []
     for _ in range(5):
-        problem = Problem("adaptive", reference.ROWWISE_ADAGRAD)
+        problem = Problem("adaptive", "rowwise_adagrad")
         mask, _ = problem.update()
         results.append([problem.tables[0], problem.states[0], mask])
     for other in results[1:]:

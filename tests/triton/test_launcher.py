@@ -21,8 +21,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-from kernel_calls import call  # noqa: E402
-from kernel_cases import Call, in_order  # noqa: E402
+from kernel_cases import Call, applying, call, in_order  # noqa: E402
 
 from amtl_kernels import _schema  # noqa: E402
 from amtl_kernels.triton import implementations, launch, lookup  # noqa: E402
@@ -140,14 +139,13 @@ def test_other_shapes_of_one_table_are_not_compiled_again(
         mine = bags_of_groups(count, rows, seed)
         run("lookup", mine.lookup(0))
         found, grads, _, _ = run("lookup_backward", mine.backward())
-        run("apply_", mine.apply(found, grads, 1))
+        run("apply_", applying(mine.tables["blocks"], found, grads, "adagrad"))
     assert sorted(loaded) == sorted(set(loaded)), loaded
     assert {"pooled_fwd_kernel", "reduce_rows_kernel", "apply_kernel"} <= set(loaded)
     loaded.clear()
     for count, rows, seed in shapes:
-        step = bags_of_groups(count, rows, seed).update(1, stochastic=True)
         hyper = [0.1 * count, 1e-8, 0.0, 0.0, 0.0, float(count), 1.0]
-        run("lookup_update_", step | {"hyper": hyper})
+        run("lookup_update_", bags_of_groups(count, rows, seed).update("adagrad", hyper))
     assert sorted(loaded) == sorted(set(loaded)), loaded
     assert {"reduce_update_kernel", "combine_update_kernel"} <= set(loaded)
 
@@ -167,8 +165,7 @@ def test_tables_in_one_launch_are_compiled_and_described_once(
         driver.launches.clear()
         indices = torch.zeros(3 * bags * length, dtype=torch.int64)
         offsets = torch.arange(0, indices.numel() + 1, length)
-        bags_of_all = {"offsets": offsets, "padding_idx": [-1] * 3, "include_last_offset": True}
-        run("lookup", call(blocks, indices, sizes=sizes, **bags_of_all).lookup(0))
+        run("lookup", call(blocks, indices, sizes=sizes, offsets=offsets).lookup(0))
         grid = (launch.cdiv(bags, launch.TILE // 64), 1, 3)
         assert driver.launches == [("pooled_fwd_kernel", grid)]
     assert compiled == ["pooled_fwd_kernel"]
@@ -180,7 +177,7 @@ def test_grids_of_an_update_are_bounded_by_lookups_and_rows(driver: Driver) -> N
     """The host knows no number of rows or pieces: grids are what these could be at most."""
     for count, rows, most in ((1000, 10_000, 1000), (1000, 10, 10 + 16), (5, 10_000, 5)):
         driver.launches.clear()
-        run("lookup_update_", problem(count, rows).update(0))
+        run("lookup_update_", problem(count, rows).update("sgd"))
         grids = dict(driver.launches)
         assert grids["reduce_update_kernel"] == (launch.cdiv(most, 16), 1, 1)
         # One program for each window of 64 lookups but the last.

@@ -6,8 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_calls import applying, call
-from kernel_cases import in_order
+from kernel_cases import applying, call, in_order
 
 from amtl_kernels import reference
 from amtl_kernels.triton import implementations
@@ -70,7 +69,7 @@ def test_tables_beyond_2_31_elements(device: str) -> None:
     out = OPERATORS["lookup"](*in_order("lookup", plain.lookup()))
     assert torch.equal(out, weight[indices])
     grads = torch.ones(1, dim, dtype=torch.float16, device=device)
-    step = applying([weight], [indices[:1]], [grads], [], "sgd", [1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    step = applying([weight], [indices[:1]], [grads], "sgd", [1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
     OPERATORS["apply_"](*in_order("apply_", step))
     assert torch.equal(weight[-1], torch.arange(dim, device=device).half() - 1)
     assert not weight[0].any()

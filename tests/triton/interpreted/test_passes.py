@@ -19,20 +19,12 @@ HOT = Case(
     rows=40,
     dim=17,
     lookups=120,
-    pattern="zipf",
-    dtype=torch.float32,
-    index_dtype=torch.int64,
-    size_dtype=torch.int32,
     groups=5,
     columns=3,
     sorted_groups=False,
     bags=9,
-    include_last_offset=False,
-    mean=False,
     weighted=True,
     padding="first",
-    tiers=3,
-    hash_seed=11,
 )
 
 
@@ -100,9 +92,8 @@ def test_long_bags_share_lanes(device: str) -> None:
     check(build(case, device))
     mean = build(dataclasses.replace(case, weighted=False, padding="none"), device)
     for padding in (-1, 3):
-        given = mean.call("masked", True)
-        given.bags |= {"offsets": torch.tensor([0, 256], device=device), "pooling": 1}
-        given.bags["padding_idx"] = [padding]
+        offsets = torch.tensor([0, 256], device=device)
+        given = mean.call("masked", True, offsets=offsets, pooling=1, padding_idx=[padding])
         arguments = in_order("lookup", given.lookup())
         got, want = OPERATORS["lookup"](*arguments), expected("lookup", arguments)
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)

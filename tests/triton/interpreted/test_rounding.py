@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_calls import applying, call, step
-from kernel_cases import in_order
+from kernel_cases import RULES, applying, call, in_order, states
 from torch import Tensor
 
 import amtl_kernels as ak
@@ -22,7 +22,6 @@ NARROW = [torch.float16, torch.bfloat16]
 ROWS, DIM = 40, 24
 # Of weight and gradients: from 1 down to fp16's smallest steps.
 SCALE = 2.0 ** -torch.arange(DIM).double()
-MOMENTS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}
 
 
 def draw(dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -40,15 +39,11 @@ def same(got: Tensor, want: Tensor) -> None:
         assert (got.cpu() != want).double().mean() < 0.01
 
 
-def states_of(tables: list[Tensor], rule: str) -> list[Tensor]:
-    return [
-        torch.full(t.shape[:1] if rule == "rowwise_adagrad" else t.shape, 0.1, device=t.device)
-        for t in tables
-        for _ in range(MOMENTS[rule])
-    ]
+def tenths(rule: str, tables: list[Tensor]) -> list[Tensor]:
+    return states(rule, tables, partial(torch.full, fill_value=0.1, device=tables[0].device))
 
 
-@pytest.mark.parametrize("rule", MOMENTS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("seed", [1, 2**40 + 3])
 def test_given_gradients(rule: str, dtype: torch.dtype, seed: int, device: str) -> None:
@@ -62,11 +57,11 @@ def test_given_gradients(rule: str, dtype: torch.dtype, seed: int, device: str) 
         operators: Any, where: str, step: int, *stochastic: float, counter: int | None = None
     ) -> Tensor:
         table, touched = weight.to(where, copy=True), rows.to(where)
-        state = states_of([table], rule)
+        state = tenths(rule, [table])
         if counter is not None:
             state.append(torch.tensor(counter, device=where))
         hyper = [1e-3, 1e-6, 0.01, 0.9, 0.99, float(step), *stochastic]
-        arguments = applying([table], [touched], [grads.to(where)], state, rule, hyper)
+        arguments = applying([table], [touched], [grads.to(where)], rule, hyper, state)
         operators["apply_"](*in_order("apply_", arguments))
         return table
 
@@ -104,18 +99,17 @@ def fused(
         described = {"dims": [DIM]}
     elif kind == "adaptive":
         described = {"sizes": [sizes[:10].contiguous()], "row_groups": [group], "seed": 3}
-    states = states_of(tables, rule)
-    given = [*states, *(torch.tensor(value, device=device) for value in end)]
-    arguments = step(call(tables, indices, grad, **described), tables, given, rule, hyper)
-    arguments["mask_grad"] = kind == "adaptive"
+    state = tenths(rule, tables)
+    given = [*state, *(torch.tensor(value, device=device) for value in end)]
+    arguments = call(tables, indices, grad, **described).update(rule, hyper, given, tables)
     with ak.use_backend("reference"):
         operators["lookup_update_"](*in_order("lookup_update_", arguments))
-    return tables, states
+    return tables, state
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("kind", ["masked", "adaptive", "tiered"])
-@pytest.mark.parametrize("rule", MOMENTS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("counter", [(), (2**33 + 9,)])
 def test_fused_updates(
     kind: str, dtype: torch.dtype, rule: str, counter: tuple[int, ...], device: str
@@ -178,7 +172,8 @@ def test_hot_rows_are_rounded_in_the_second_pass(
         sizes = torch.full((5,), DIM, dtype=torch.int32, device=where)
         indices = torch.full((50,), 3, device=where)
         hyper = [0.25, 0.0, 0.0, 0.0, 0.0, 7.0, 1.0]
-        arguments = step(call([weight], indices, grad, sizes=[sizes]), [weight], [], "sgd", hyper)
+        of = call([weight], indices, grad, sizes=[sizes])
+        arguments = of.update("sgd", hyper, blocks=[weight])
         with ak.use_backend("reference"):
             operators["lookup_update_"](*in_order("lookup_update_", arguments))
         results.append(weight.cpu())
@@ -203,13 +198,11 @@ def test_several_tables(counter: tuple[int, ...], device: str) -> None:
             torch.cat(grads, 1).to(where),
             sizes=sizes,
             offsets=torch.arange(3 * ROWS + 1, device=where),
-            padding_idx=[-1] * 3,
-            include_last_offset=True,
         )
-        state = states_of(tables, "adagrad")
+        state = tenths("adagrad", tables)
         state += [torch.tensor(value, device=where) for value in counter]
         hyper = [1e-3, 1e-6, 0.0, 0.0, 0.0, 1.0, 1.0]
-        arguments = step(of_all, tables, state, "adagrad", hyper)
+        arguments = of_all.update("adagrad", hyper, state, tables)
         with ak.use_backend("reference"):
             operators["lookup_update_"](*in_order("lookup_update_", arguments))
         results.append(tables)

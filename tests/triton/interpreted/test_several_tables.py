@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import call as arguments_of
-from kernel_cases import FORMS, in_order
-from kernel_cases import Call as Arguments
-from test_tables import BAGS, SHAPES, Call, make
+from kernel_cases import FORMS, Call, Case, build, call, draw_reals, in_order, join
+from test_tables import BAGS, ROWS, make
 from torch import Tensor
 
 import amtl_kernels as ak
@@ -30,13 +28,11 @@ OFF, RAISE, CLAMP = 0, 1, 2
 
 def uniform(form: str, device: str, **options: Any) -> Call:
     """Sizes of one type in all tables: what one launch asks for."""
-    call = make(form, device, **options)
-    call.group_dims = [dims.to(torch.int32) for dims in call.group_dims]
-    return call
+    return make(form, device, size_dtype=torch.int32, **options)
 
 
-def lookup(call: Call, bounds: int) -> Tensor:
-    out: Tensor = OPERATORS["lookup"](*in_order("lookup", call.operator().lookup(bounds)))
+def lookup(of: Call, bounds: int) -> Tensor:
+    out: Tensor = OPERATORS["lookup"](*in_order("lookup", of.lookup(bounds)))
     return out
 
 
@@ -47,29 +43,29 @@ def test_equals_the_reference(
     form: str, kind: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also rows wider than a tile; and no lookup in a single table takes part."""
-    mode = "mean" if kind == "mean" else "sum"
-    call = uniform(form, device, dtype=dtype, mode=mode, weighted=kind == "weighted", extra=3)
+    of = uniform(form, device, dtype=dtype, mean=kind == "mean", weighted=kind == "weighted")
     monkeypatch.setattr(operators, "_one", None)
     for widest, bounds in ((launch.MAX_BLOCK_D, RAISE), (16, OFF)):
         monkeypatch.setattr(launch, "MAX_BLOCK_D", widest)
-        got = lookup(call, bounds)
-        want = EXPECTED["lookup"](*in_order("lookup", call.operator().lookup(bounds)))
+        got = lookup(of, bounds)
+        want = EXPECTED["lookup"](*in_order("lookup", of.lookup(bounds)))
         tolerance = 1e-6 if dtype == torch.float32 else 1e-3
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_indices_are_clamped_within_their_table(form: str, device: str) -> None:
-    call = uniform(form, device)
-    moved = call.indices.clone()
-    for t, (rows, _) in enumerate(SHAPES):
-        first = int(call.offsets[t * BAGS])
-        call.indices[first], moved[first] = rows + 5, rows - 1
+    of = uniform(form, device)
+    indices = of.bags["indices"]
+    moved = indices.clone()
+    for t, rows in enumerate(ROWS):
+        first = int(of.bags["offsets"][t * BAGS])
+        indices[first], moved[first] = rows + 5, rows - 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Said once per process.
-        got = lookup(call, CLAMP)
-    assert torch.equal(got, lookup(replace(call, indices=moved), OFF))
-    assert torch.equal(lookup(call, CLAMP), got)
+        got = lookup(of, CLAMP)
+    assert torch.equal(got, lookup(replace(of, bags={**of.bags, "indices": moved}), OFF))
+    assert torch.equal(lookup(of, CLAMP), got)
 
 
 def test_tables_of_no_rows_and_of_different_types(device: str) -> None:
@@ -80,14 +76,7 @@ def test_tables_of_no_rows_and_of_different_types(device: str) -> None:
     offsets = torch.tensor([0, 0, 0, 1, 3], device=device)
     for dtypes in ((torch.int32, torch.int32), (torch.int32, torch.uint8)):
         typed = [s.to(t) for s, t in zip(sizes, dtypes, strict=True)]
-        both = arguments_of(
-            [empty, full],
-            indices,
-            sizes=typed,
-            offsets=offsets,
-            padding_idx=[-1, -1],
-            include_last_offset=True,
-        )
+        both = call([empty, full], indices, sizes=typed, offsets=offsets)
         got = OPERATORS["lookup"](*in_order("lookup", both.lookup()))
         want = torch.zeros(2, 12, device=device)
         want[0, 8:9] = full[0, :1]
@@ -98,63 +87,51 @@ def test_tables_of_no_rows_and_of_different_types(device: str) -> None:
 @pytest.mark.skipif(not launch.INTERPRETED, reason="counted on CPU tensors")
 @pytest.mark.parametrize("form", FORMS)
 def test_launches_and_waits(form: str, device: str) -> None:
-    call = uniform(form, device, weighted=True).operator()
-    found = count(OPERATORS["lookup"], *in_order("lookup", call.lookup(OFF)))
+    of = uniform(form, device, weighted=True)
+    found = count(OPERATORS["lookup"], *in_order("lookup", of.lookup(OFF)))
     assert (found.launches, found.waits, found.uploads) == (1, [], []), str(found)
-    found = count(OPERATORS["lookup"], *in_order("lookup", call.lookup(RAISE)))
+    found = count(OPERATORS["lookup"], *in_order("lookup", of.lookup(RAISE)))
     assert (found.launches, found.waits) == (4, []), str(found)
-    found = count(OPERATORS["lookup_backward"], *in_order("lookup_backward", call.backward()))
+    found = count(OPERATORS["lookup_backward"], *in_order("lookup_backward", of.backward()))
     assert found.waits == ["tolist"], str(found)
     assert found.launches <= 14, str(found)
-    found = count(OPERATORS["lookup_update_"], *in_order("lookup_update_", call.update(2)))
+    found = count(
+        OPERATORS["lookup_update_"], *in_order("lookup_update_", of.update("rowwise_adagrad"))
+    )
     assert (found.waits, found.uploads) == ([], []), str(found)
     assert found.launches <= 9, str(found)
 
 
-def many(form: str, device: str) -> Arguments:
+def many(form: str, device: str) -> Call:
     """Tables of which one has no rows."""
-    g = torch.Generator().manual_seed(9)
-
-    def draw(high: int, *shape: int, low: int = 0) -> Tensor:
-        return torch.randint(low, high, shape, generator=g).to(device)
-
-    rows = [7, 0, *range(3, 12)]
-    dims = [(4, 12, 8)[t % 3] for t in range(len(rows))]
-    lengths = draw(4, len(rows), BAGS)
-    lengths[1] = 0
-    parts = [draw(max(n, 1), int(mine.sum())) for n, mine in zip(rows, lengths, strict=True)]
-    indices = torch.cat(parts)
-    shapes = list(zip(rows, dims, strict=True))
-    described: dict[str, Any] = {}
-    if form == "tiered":
-        shapes = [(n, w) for m, dim in shapes for n, w in ((m // 2, dim), (-(-m // 2), 4))]
-        described = {"block_counts": [2] * len(rows), "dims": dims}
-    elif form == "masked":
-        described["sizes"] = [draw(d + 1, n, low=1).int() for n, d in shapes]
-    else:
-        described["row_groups"] = [draw(3, n).int() for n in rows]
-        described["sizes"] = [draw(d + 1, 3, 1 + d // 4, low=1).int() for d in dims]
-        described["seed"] = 5
-    return arguments_of(
-        [torch.randn(*shape, generator=g).to(device) for shape in shapes],
-        indices,
-        torch.randn(BAGS, sum(dims), generator=g).to(device),
-        offsets=torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)]),
-        per_sample_weights=torch.randn(indices.numel(), generator=g).to(device),
-        padding_idx=[(-1, -1, 1)[t % 3] for t in range(len(rows))],
-        include_last_offset=True,
-        **described,
-    )
+    tables = [
+        Case(
+            seed=9 + t,
+            rows=rows,
+            dim=(4, 12, 8)[t % 3],
+            lookups=14 if rows else 0,
+            groups=3,
+            columns=1 + t % 3,
+            sorted_groups=False,
+            bags=BAGS + 1,
+            include_last_offset=True,
+            weighted=True,
+            padding=("none", "none", "last")[t % 3],
+            tiers=2,
+        )
+        for t, rows in enumerate([7, 0, *range(3, 12)])
+    ]
+    return join(form, [build(case, device, values=draw_reals) for case in tables])
 
 
-def compare_with_reference(call: Arguments) -> None:
+def compare_with_reference(of: Call) -> None:
     """Backward, and a step of each of two optimizers."""
-    arguments = in_order("lookup_backward", call.backward())
+    arguments = in_order("lookup_backward", of.backward())
     compare(OPERATORS["lookup_backward"](*arguments), EXPECTED["lookup_backward"](*arguments))
-    for rule in (2, 3):
+    for rule in ("rowwise_adagrad", "adam"):
         results = []
         for operators_ in (OPERATORS, EXPECTED):
-            step = call.update(rule)
+            step = of.update(rule)
             with ak.use_backend("reference"):
                 more = operators_["lookup_update_"](*in_order("lookup_update_", step))
             results.append([*step["blocks"], *step["state"], *more])
@@ -178,10 +155,10 @@ def test_tables_that_no_pointer_reaches_have_launches_of_their_own(
     """Tables at fractions of an element from each other, if there were any."""
     monkeypatch.setattr(operators, "_are_whole_apart", lambda tensors: len(tensors) < 2)
     monkeypatch.setattr(operators._Call, "together", None)
-    call = uniform(form, device, weighted=True, extra=3).operator()
-    arguments = in_order("lookup", call.lookup())
+    of = uniform(form, device, weighted=True)
+    arguments = in_order("lookup", of.lookup())
     compare(OPERATORS["lookup"](*arguments), EXPECTED["lookup"](*arguments))
-    compare_with_reference(call)
+    compare_with_reference(of)
 
 
 def test_a_table_without_rows_is_not_read(device: str) -> None:
@@ -206,7 +183,7 @@ def compare(got: Any, want: Any) -> None:
 
 def test_a_width_that_a_table_does_not_have(device: str) -> None:
     """Else kernels would write past their output."""
-    call = uniform("masked", device).operator()
-    call.tables["dims"] = [7, 64, 1, 40]
-    with pytest.raises(ValueError, match="table 3: embedding_dim is 40, the table has 33 columns"):
-        OPERATORS["lookup"](*in_order("lookup", call.lookup()))
+    of = uniform("masked", device)
+    of.tables["dims"] = [7, 64, 1, 41]
+    with pytest.raises(ValueError, match="table 3: embedding_dim is 41, the table has 40 columns"):
+        lookup(of, RAISE)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_calls import RULES, applying
-from kernel_cases import in_order, wide
+from kernel_cases import RULES, applying, in_order, states, wide
 from torch import Tensor
 
 from amtl_kernels import reference
@@ -16,13 +17,6 @@ from amtl_kernels.triton import implementations, launch
 OPERATORS = implementations()
 HYPER = [0.1, 1e-8, 0.01, 0.9, 0.999, 3.0]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-def state_of(rule: str, rows: int, dim: int, device: str) -> list[Tensor]:
-    if rule == "rowwise_adagrad":
-        return [torch.rand(rows, device=device)]
-    count = {"sgd": 0, "adagrad": 1, "adam": 2}[rule]
-    return [torch.rand(rows, dim, device=device) for _ in range(count)]
 
 
 def gradient(rows: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -40,9 +34,9 @@ def compare(
     blocks = [torch.randn(rows, dim, device=device).to(dtype) for dim in dims]
     touched_rows = [torch.randperm(rows, device=device)[:touched].sort().values for _ in dims]
     grads = [gradient(touched, dim, dtype, device) for dim in dims]
-    state = [tensor for dim in dims for tensor in state_of(rule, rows, dim, device)]
-    arguments = applying(blocks, touched_rows, grads, state, rule, HYPER)
-    double = {name: wide(value) for name, value in arguments.items()}
+    state = states(rule, blocks, partial(torch.rand, device=device))
+    arguments = applying(blocks, touched_rows, grads, rule, HYPER, state)
+    double = wide(arguments)
     before = [tensor.clone() for tensor in (*blocks, *state)]
     OPERATORS["apply_"](*in_order("apply_", arguments))
     reference.IMPLEMENTATIONS["apply_"](*in_order("apply_", double))
@@ -78,7 +72,7 @@ def test_updates_of_rows_wider_than_a_tile(
     deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    rule=st.sampled_from(RULES),
+    rule=st.sampled_from([*RULES]),
     rows=st.integers(1, 60),
     share=st.floats(0, 1),
     dim=st.integers(1, 80),
@@ -97,7 +91,7 @@ def test_nan_gradient_counts_as_a_value(device: str) -> None:
     grads = torch.zeros(1, 8, device=device)
     grads[0, 4] = float("nan")
     rows, hyper = torch.tensor([1], device=device), [0.1, *[0.0] * 4, 1.0]
-    arguments = applying([weight], [rows], [grads], [], "sgd", hyper)
+    arguments = applying([weight], [rows], [grads], "sgd", hyper)
     OPERATORS["apply_"](*in_order("apply_", arguments))
     assert weight[1, :4].eq(1).all() and weight[1, 4].isnan() and weight[1, 5:].eq(1).all()
     assert weight[0].eq(1).all()
@@ -108,7 +102,7 @@ def test_nothing_changes_where_a_state_does_not_fit(device: str) -> None:
     blocks = [torch.ones(3, 8, device=device), torch.ones(4, 8, device=device)]
     rows, grads = [torch.tensor([1], device=device)] * 2, [torch.ones(1, 8, device=device)] * 2
     state = [torch.zeros(3, 8, device=device), torch.zeros(5, 8, device=device)]
-    arguments = applying(blocks, rows, grads, state, "adagrad", HYPER)
+    arguments = applying(blocks, rows, grads, "adagrad", HYPER, state)
     with pytest.raises(ValueError, match=r"must be contiguous and \[4, 8\]"):
         OPERATORS["apply_"](*in_order("apply_", arguments))
     assert all(block.eq(1).all() for block in blocks) and not state[0].any()
