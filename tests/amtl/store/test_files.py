@@ -76,12 +76,12 @@ def test_what_the_system_refuses_is_told_in_a_line(tmp_path, monkeypatch, code, 
     path = tmp_path / "x"
     path.write_text("old")
 
-    def refuses(*args):
+    def refuses(*args, **kwargs):
         raise OSError(code, os.strerror(code))
 
-    for name in ("fsync", "replace", "mkdir"):
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "mkdir")):
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, name, refuses)
+            patch.setattr(owner, name, refuses)
             with pytest.raises(FileWriteError, match=advice) as caught:
                 write_aside({path: text("new")})
         assert isinstance(caught.value, UserError) and isinstance(caught.value, OSError)
