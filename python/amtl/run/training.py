@@ -265,9 +265,9 @@ class Trainer:
         finally:
             self.observer.end()
         # Without a valid AUC there is nothing to go on from, which the end then says.
-        contends = self.raced is not None or self.config.distillation
+        contends = self.raced is not None or bool(self.config.distillation)
         contends = contends and "less" not in (self.raced or {}) and self.learner.best is not None
-        self.cut_short = self._late()
+        self.cut_short = self._late() and (contends or not learner.finished)
         if contends and not self.cut_short:
             self._contend()
             self.cut_short = self._late()
