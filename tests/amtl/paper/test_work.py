@@ -182,9 +182,16 @@ def test_one_command(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(PEERS, "my_method")
 
 
-def test_the_page_of_the_documentation_is_that_of_the_latest_summary():
-    summary = max((ROOT / "bench" / "results").glob("*-paper.json"))
-    assert (ROOT / "docs" / "evidence.md").read_text() == write_markdown(read_json(summary))
+@pytest.mark.parametrize(
+    ("page", "summary"),
+    [
+        ("evidence.md", "2026-11-27-paper.json"),
+        ("evidence-with-decay.md", "2026-11-29-with-decay-paper.json"),
+    ],
+)
+def test_a_page_of_the_documentation_is_that_of_its_summary(page, summary):
+    expected = write_markdown(read_json(ROOT / "bench" / "results" / summary))
+    assert (ROOT / "docs" / page).read_text() == expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc, which Linux has")
