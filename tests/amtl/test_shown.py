@@ -94,11 +94,14 @@ def test_one_reading_is_made_once_for_either_mode(monkeypatch):
     weight = layer.weight
     assert weight.shape == (ROWS, DIM) and weight.size(1) == DIM and len(weight) == ROWS
     assert (weight.dtype, weight.device, weight.ndim) == (torch.float32, layer.device, 2)
-    assert weight.numel() == ROWS * DIM and not weight.is_cuda and not weight.is_leaf and not made
-    assert (weight + weight).requires_grad and weight.requires_grad and len(made) == 1
+    assert weight.numel() == ROWS * DIM and not weight.is_cuda and not weight.is_leaf
+    assert weight.requires_grad and not made
+    assert (weight + weight).requires_grad and len(made) == 1
     with torch.no_grad():
         assert not weight.sum().requires_grad and len(made) == 2
     assert layer.weight.sum().requires_grad and len(made) == 3
+    layer.requires_grad_(False)
+    assert not layer.weight.requires_grad and not layer.weight.sum().requires_grad
 
 
 WRITES = {

@@ -35,9 +35,10 @@ _OPERATORS = "add,sub,mul,truediv,floordiv,mod,pow,matmul,and,or,xor,lshift,rshi
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split(","))}
 
 _DATA, _GRAD = cast(Any, Tensor.data), cast(Any, Tensor.grad)
+_REQUIRES_GRAD = cast(Any, Tensor.requires_grad)
 _DETACHED = {_DATA.__get__, Tensor.detach, torch.detach}
 _OF_A_PARAMETER = {
-    *(attribute.__set__ for attribute in (_DATA, _GRAD, cast(Any, Tensor.requires_grad))),
+    *(attribute.__set__ for attribute in (_DATA, _GRAD, _REQUIRES_GRAD)),
     *(_GRAD.__get__, Tensor.retain_grad),
     *(Tensor.register_hook, Tensor.register_post_accumulate_grad_hook),
 }
@@ -49,21 +50,27 @@ class ShownRows(Tensor):
     Attributes:
         make: gives the rows, with gradients where those are on.
         refuse: raises what to do in place of writing to it.
+        trains: whether the rows have gradients.
     """
 
     make: Callable[[], Tensor]
     refuse: Callable[[], None]
+    trains: bool
     _made: dict[bool, Tensor]
 
     @staticmethod
     def of(
-        shape: tuple[int, int], like: Tensor, make: Callable[[], Tensor], refuse: Callable[[], None]
+        shape: tuple[int, int],
+        like: Tensor,
+        make: Callable[[], Tensor],
+        refuse: Callable[[], None],
+        trains: bool,
     ) -> ShownRows:
         """Rows of a shape, of the type and on the device of a tensor."""
         rows: ShownRows = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             ShownRows, shape, dtype=like.dtype, device=like.device
         )
-        rows.make, rows.refuse, rows._made = make, refuse, {}
+        rows.make, rows.refuse, rows.trains, rows._made = make, refuse, trains, {}
         return rows
 
     def _rows(self) -> Tensor:
@@ -86,6 +93,8 @@ class ShownRows(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _PLAIN:
                 return func(*args, **kwargs)
+            if func == _REQUIRES_GRAD.__get__:
+                return args[0].trains
             if func == _IS_LEAF:
                 # Or an optimizer would take it.
                 return False
@@ -98,7 +107,8 @@ class ShownRows(Tensor):
             if func in _DETACHED and isinstance(first, ShownRows):
                 # Of a parameter these are its memory: whoever writes to them has to be told, too.
                 shape: Any = tuple(first.shape)
-                return ShownRows.of(shape, first, torch.no_grad()(first._rows), first.refuse)
+                make = torch.no_grad()(first._rows)
+                return ShownRows.of(shape, first, make, first.refuse, False)
             return func(*_read(args), **_read(kwargs))
 
     @classmethod
