@@ -104,6 +104,17 @@ def test_one_reading_is_made_once_for_either_mode(monkeypatch):
     assert not layer.weight.requires_grad and not layer.weight.sum().requires_grad
 
 
+def test_who_holds_it_sees_what_training_makes_of_it():
+    layer = frozen()
+    weight, optimizer = layer.weight, torch.optim.SGD(layer.table_parameters(), lr=0.5)
+    before = weight.detach().clone()
+    for _ in range(2):
+        weight.square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(weight.detach().clone(), before)
+    assert torch.equal(weight.detach().clone(), layer.dense_weight())
+
+
 WRITES = {
     "copy_": lambda w: w.copy_(torch.zeros(ROWS, DIM)),
     "init": nn.init.xavier_normal_,

@@ -78,9 +78,9 @@ class TableLookups(TableRows):
             return self._all_rows()
         shape = self.num_embeddings, self.embedding_dim
         like = self._tiers()[0] if self.steps is None else self.steps
-        learns = (block.requires_grad for block in self._tiers())
-        trains = self.fused_optimizer is not None or any(learns)
-        return ShownRows.of(shape, like, self._all_rows, self._refuse_weight, trains)
+        fused = self.fused_optimizer is not None
+        learns = fused or any(block.requires_grad for block in self._tiers())
+        return ShownRows.of(shape, like, self._all_rows, self._refuse_weight, learns)
 
     def _all_rows(self) -> Tensor:
         return self._embed(torch.arange(self.num_embeddings, device=self.device))

@@ -56,7 +56,6 @@ class ShownRows(Tensor):
     make: Callable[[], Tensor]
     refuse: Callable[[], None]
     trains: bool
-    _made: dict[bool, Tensor]
 
     @staticmethod
     def of(
@@ -70,15 +69,8 @@ class ShownRows(Tensor):
         rows: ShownRows = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             ShownRows, shape, dtype=like.dtype, device=like.device
         )
-        rows.make, rows.refuse, rows.trains, rows._made = make, refuse, trains, {}
+        rows.make, rows.refuse, rows.trains = make, refuse, trains
         return rows
-
-    def _rows(self) -> Tensor:
-        """The rows; made once for all that one reading of the weight is used for."""
-        graph = torch.is_grad_enabled()
-        if graph not in self._made:
-            self._made[graph] = self.make()
-        return self._made[graph]
 
     @classmethod
     def __torch_function__(
@@ -107,9 +99,10 @@ class ShownRows(Tensor):
             if func in _DETACHED and isinstance(first, ShownRows):
                 # Of a parameter these are its memory: whoever writes to them has to be told, too.
                 shape: Any = tuple(first.shape)
-                make = torch.no_grad()(first._rows)
+                make = torch.no_grad()(first.make)
                 return ShownRows.of(shape, first, make, first.refuse, False)
-            return func(*_read(args), **_read(kwargs))
+            made: dict[int, Tensor] = {}
+            return func(*_read(args, made), **_read(kwargs, made))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -121,12 +114,17 @@ class ShownRows(Tensor):
         )
 
 
-def _read(value: Any) -> Any:
-    """A value with the rows in place of all that shows them."""
+def _read(value: Any, made: dict[int, Tensor]) -> Any:
+    """A value with the rows in place of all that shows them.
+
+    Made once a call, and anew in the next: whoever holds the weight sees what training made of it.
+    """
     if isinstance(value, ShownRows):
-        return value._rows()
+        if id(value) not in made:
+            made[id(value)] = value.make()
+        return made[id(value)]
     if isinstance(value, dict):
-        return {key: _read(each) for key, each in value.items()}
+        return {key: _read(each, made) for key, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_read, value))
+        return type(value)(_read(each, made) for each in value)
     return value

@@ -110,12 +110,12 @@ class Contest:
             full["error"] = score_error(self._full_says, self.winner.says(), labels)
 
     def _run(self, raced: Mapping[str, Any] | None) -> None:
-        share, late = self.first.config.distillation, self._trials.late
+        share = self.first.config.distillation
         options: dict[str, Any] = {}
         if raced is not None:
             options = self._fewer_bytes("less", raced, raced["sized"])
         fewer = self.winner is not self.first
-        if share == 0 or (share is None and raced is None) or late():
+        if share == 0 or (share is None and raced is None) or self._trials.late():
             return
         if raced is not None:
             self._announce()
