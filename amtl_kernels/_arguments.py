@@ -1,4 +1,4 @@
-"""The arguments of the operators in their two groups, and what forwards and backwards derive."""
+"""The arguments of the operators in their groups, and what forwards and backwards derive."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amtl_kernels.reference_updates import ROWWISE_ADAGRAD, SGD
 from amtl_kernels.rounding import BITS
 
 SUM, MEAN = 0, 1
 """Values of ``pooling``."""
 OFF, RAISE, CLAMP = 0, 1, 2
 """Values of ``bounds_check``: indices are vouched for, refused or moved into range."""
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
+"""Values of ``optimizer``."""
+MOMENTS = {SGD: 0, ADAGRAD: 1, ROWWISE_ADAGRAD: 1, ADAM: 2}
+"""State tensors that an optimizer keeps for a block."""
 
 FOUND_BEFORE = "The GPU found this in a lookup that was called before."
 """Last line of errors that a later call raises; native code has the same."""
@@ -58,6 +61,48 @@ class Bags(NamedTuple):
     pooling: int
     padding_idx: list[int]
     include_last_offset: bool
+
+
+class Wishes(NamedTuple):
+    """The gradients wanted of a backward beside those of rows, in the order of the schemas."""
+
+    mask_grad: bool
+    psw_grad: bool
+
+
+class Step(NamedTuple):
+    """A step of an optimizer, in the order of the schemas."""
+
+    state: Sequence[Tensor]
+    optimizer: int
+    hyper: Sequence[float]
+
+    @property
+    def number(self) -> int:
+        """From 1, unless there is a counter."""
+        return int(self.hyper[5])
+
+    @property
+    def stochastic_rounding(self) -> bool:
+        """Whether weights of 16 bits are rounded at random."""
+        return any(self.hyper[6:])
+
+    def states(self, blocks: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], Tensor | None]:
+        """The state of each block, and the step counter that may follow (None if it does not).
+
+        Raises:
+            ValueError: No such optimizer, or as many states as no list of blocks has.
+        """
+        if self.optimizer not in MOMENTS:
+            raise ValueError("optimizer must be in 0..3")
+        each = MOMENTS[self.optimizer]
+        every = each * len(blocks)
+        if len(self.state) not in (every, every + 1):
+            raise ValueError(
+                f"this optimizer has {every} state tensors, and at most a step counter after them"
+            )
+        counter = self.state[every] if len(self.state) > every else None
+        return [self.state[c * each : (c + 1) * each] for c in range(len(blocks))], counter
 
 
 def are_codes(blocks: Sequence[Tensor]) -> bool:
@@ -155,12 +200,12 @@ def check_rule_of_codes(optimizer: int) -> None:
         )
 
 
-def check_update_of_codes(blocks: Sequence[Tensor], optimizer: int, psw_grad: bool) -> None:
+def check_update_of_codes(blocks: Sequence[Tensor], wishes: Wishes, step: Step) -> None:
     """Raises ValueError unless the optimizer can update blocks that have step sizes."""
     if not are_codes(blocks):
         raise ValueError("blocks of floats are updated as they are, without steps and bits")
-    check_rule_of_codes(optimizer)
-    if psw_grad:
+    check_rule_of_codes(step.optimizer)
+    if wishes.psw_grad:
         raise ValueError("an update of codes makes no gradient of per_sample_weights")
 
 

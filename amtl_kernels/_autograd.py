@@ -16,6 +16,7 @@ from amtl_kernels._arguments import (
     Bags,
     FewBits,
     Tables,
+    Wishes,
     clamped,
     numbers_of,
     split_masks,
@@ -50,30 +51,30 @@ def _fake_lookup(*arguments: Any) -> Tensor:
 
 
 def _fake_others(
-    tables: Tables, bags: Bags, mask_grad: bool, psw_grad: bool, steps: Sequence[Tensor] = ()
+    tables: Tables, bags: Bags, wishes: Wishes, steps: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """Gradients of masks and of per-sample weights."""
     like = numbers_of(tables.blocks, steps[0] if steps else None)
     psw = bags.per_sample_weights
     compute = torch.float64 if like.dtype == torch.float64 else torch.float32
     values = 0
-    if mask_grad and tables.row_groups:
+    if wishes.mask_grad and tables.row_groups:
         pairs = zip(tables.sizes, tables.blocks, strict=True)
         values = sum(sizes.shape[0] * block.shape[1] for sizes, block in pairs)
-    weights = psw.shape[0] if psw_grad and psw is not None else 0
+    weights = psw.shape[0] if wishes.psw_grad and psw is not None else 0
     return like.new_empty(values, dtype=compute), like.new_empty(weights)
 
 
 def _fake_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     tables = Tables.of(arguments[:_TABLES])
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    weight_grad, mask_grad, psw_grad = arguments[-3:]
+    weight_grad, *wishes = arguments[-3:]
     rows, grads = [], []
     for block in tables.blocks:
         distinct = _looked_up() if weight_grad else 0
         rows.append(block.new_empty(distinct, dtype=torch.int64))
         grads.append(block.new_empty(distinct, block.shape[1]))
-    return rows, grads, *_fake_others(tables, bags, mask_grad, psw_grad)
+    return rows, grads, *_fake_others(tables, bags, Wishes(*wishes))
 
 
 def _looked_up() -> Any:
@@ -93,10 +94,10 @@ def _looked_up() -> Any:
 
 def _fake_update(*arguments: Any) -> tuple[Tensor, Tensor]:
     bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    mask_grad, psw_grad = arguments[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS]
+    wishes = Wishes(*arguments[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS])
     # Behind them whether groups are sorted, three arguments of the step, and few bits.
     steps = (*arguments[_TABLES + 7 + _BAGS :], None)[0] or ()
-    return _fake_others(Tables.of(arguments[:_TABLES]), bags, mask_grad, psw_grad, steps)
+    return _fake_others(Tables.of(arguments[:_TABLES]), bags, wishes, steps)
 
 
 def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -> Tensor:

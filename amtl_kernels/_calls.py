@@ -19,6 +19,7 @@ from amtl_kernels._arguments import (
     Bags,
     FewBits,
     Tables,
+    Wishes,
     are_codes,
     check_rule_of_codes,
     clamped,
@@ -126,24 +127,23 @@ class _Fused(NamedTuple):
     few: FewBits | None
     plan: Plan | None
 
-    def update(self, grad: Tensor, mask_grad: bool, psw_grad: bool) -> tuple[Tensor, Tensor]:
+    def update(self, grad: Tensor, wishes: Wishes) -> tuple[Tensor, Tensor]:
         tables, bags = self.tables, self.bags
         if self.bounds_check == CLAMP:
             used = clamped(bags.indices, bags.offsets, tables.rows())
             bags = bags._replace(indices=used)
         shown = None
-        if psw_grad and self.few is not None:
+        if wishes.psw_grad and self.few is not None:
             shown = _autograd.sample_gradient(grad, tables, bags, self.few)
-            psw_grad = False
-        number, state, hyper = self.optimizer.fused_update(tables.blocks)
+            wishes = wishes._replace(psw_grad=False)
+        step = self.optimizer.fused_update(tables.blocks)
         # The CPU kernels work in any order.
-        groups_sorted = mask_grad and all(
+        groups_sorted = wishes.mask_grad and all(
             groups.is_cuda and _never_falls(groups) for groups in tables.row_groups
         )
-        wants = (mask_grad, psw_grad, groups_sorted)
         few = self.few if self.few is not None and are_codes(tables.blocks) else ()
         masks, psw = torch.ops.amtl.lookup_update_(
-            *tables, grad, *bags, *wants, state, number, hyper, *few
+            *tables, grad, *bags, *wishes, groups_sorted, *step, *few
         )
         return masks, psw if shown is None else shown
 
@@ -162,7 +162,7 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         fused = ctx.fused
         _, _, wants_psw, *wanted = ctx.needs_input_grad
-        flat, psw = fused.update(_autograd.gradient_for(grad), any(wanted), wants_psw)
+        flat, psw = fused.update(_autograd.gradient_for(grad), Wishes(any(wanted), wants_psw))
         masks: list[Tensor | None] = [None] * len(fused.masks)
         if any(wanted):
             dims = [block.shape[1] for block in fused.tables.blocks]

@@ -48,6 +48,7 @@ _BAGS = (
     "Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int pooling, int[] padding_idx,"
     " bool include_last_offset"
 )
+_WISHES = "bool mask_grad, bool psw_grad"
 _STEP = "Tensor(b!)[] state, int optimizer, float[] hyper"
 _FEW_BITS = "Tensor[]? steps=None, int[]? bits=None, int[]? step_ends=None"
 
@@ -57,13 +58,12 @@ SCHEMAS: dict[str, str] = {
         f" bool sparse_grad, {_FEW_BITS}) -> Tensor"
     ),
     "lookup_backward": (
-        f"(Tensor[] blocks, {_TABLES}, Tensor grad, {_BAGS}, bool weight_grad, bool mask_grad,"
-        " bool psw_grad)"
+        f"(Tensor[] blocks, {_TABLES}, Tensor grad, {_BAGS}, bool weight_grad, {_WISHES})"
         " -> (Tensor[] rows, Tensor[] grads, Tensor mask_grads, Tensor psw_grad)"
     ),
     "lookup_update_": (
-        f"(Tensor(a!)[] blocks, {_TABLES}, Tensor grad, {_BAGS}, bool mask_grad, bool psw_grad,"
-        f" bool groups_sorted, {_STEP}, {_FEW_BITS}) -> (Tensor mask_grads, Tensor psw_grad)"
+        f"(Tensor(a!)[] blocks, {_TABLES}, Tensor grad, {_BAGS}, {_WISHES}, bool groups_sorted,"
+        f" {_STEP}, {_FEW_BITS}) -> (Tensor mask_grads, Tensor psw_grad)"
     ),
     "apply_": f"(Tensor(a!)[] blocks, Tensor[] rows, Tensor[] grads, {_STEP}) -> ()",
 }

@@ -43,7 +43,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from amtl_kernels import reference_updates as rules
+from amtl_kernels import _arguments
+from amtl_kernels._arguments import Step
 from amtl_kernels.memory import empty_table
 from amtl_kernels.rounding import round_stochastically, rounding_bits
 
@@ -262,15 +263,15 @@ class RowOptimizer(torch.optim.Optimizer):
                     mine = mine.to("cpu", torch.float32)
                 self.state[parameter][name] = mine
 
-    def fused_update(self, tables: list[Tensor]) -> tuple[int, list[Tensor], list[float]]:
+    def fused_update(self, tables: list[Tensor]) -> Step:
         """What a fused backward needs to update ``tables`` now, counting this as a step of theirs.
 
         Args:
             tables: Parameters of one group of this optimizer.
 
         Returns:
-            The optimizer's number in the operators; state tensors table by table, followed by the
-            step counter if it is on the device; and the hyperparameters ``lr, eps, weight_decay,
+            State tensors table by table, followed by the step counter if it is on the device; the
+            optimizer's number in the operators; and the hyperparameters ``lr, eps, weight_decay,
             beta1, beta2, step``, followed by 1 for stochastic rounding.
 
         Raises:
@@ -287,8 +288,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if isinstance(step, Tensor):
             moments.append(step)
             step = 1
-        hyper = self._hyper(group, step)
-        return self._number, moments, hyper
+        return Step(moments, self._number, self._hyper(group, step))
 
     def _hyper(self, group: dict[str, Any], step: int) -> list[float]:
         """Hyperparameters as the operators take them."""
@@ -405,8 +405,9 @@ class RowOptimizer(torch.optim.Optimizer):
             rows, grads = rows_and_grads(table.grad)
             for values, more in zip(call, ([table], [rows], [grads], moments), strict=True):
                 values.extend(more)
-        for (*_, hyper), call in calls.items():
-            torch.ops.amtl.apply_(*call, self._number, list(hyper))
+        for (*_, hyper), (blocks, touched, given, moments) in calls.items():
+            step = Step(moments, self._number, list(hyper))
+            torch.ops.amtl.apply_(blocks, touched, given, *step)
 
     def _dense(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         moments = self._moments(parameter, group)
@@ -471,7 +472,7 @@ class SGD(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number = rules.SGD
+    _number = _arguments.SGD
 
     def __init__(
         self,
@@ -520,7 +521,7 @@ class Adagrad(RowOptimizer):
         ValueError: A hyperparameter is negative.
     """
 
-    _number, _names = rules.ADAGRAD, ("sum",)
+    _number, _names = _arguments.ADAGRAD, ("sum",)
 
     def __init__(
         self,
@@ -562,7 +563,7 @@ class RowwiseAdagrad(Adagrad):
     rank keeps one sum per leading index. Arguments as for :class:`Adagrad`.
     """
 
-    _number = rules.ROWWISE_ADAGRAD
+    _number = _arguments.ROWWISE_ADAGRAD
 
     def _shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape[:1]
@@ -598,7 +599,7 @@ class Adam(RowOptimizer):
         ValueError: A hyperparameter is out of range.
     """
 
-    _number, _names = rules.ADAM, ("exp_avg", "exp_avg_sq")
+    _number, _names = _arguments.ADAM, ("exp_avg", "exp_avg_sq")
     _always_counts = True
 
     def __init__(

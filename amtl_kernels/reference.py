@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 
 from amtl_kernels._arguments import (
+    ADAGRAD,
+    ADAM,
     CLAMP,
     MEAN,
     OFF,
     RAISE,
+    ROWWISE_ADAGRAD,
+    SGD,
     SUM,
+    Step,
+    Wishes,
     are_codes,
     check_few_bits,
     check_update_of_codes,
@@ -29,10 +35,6 @@ from amtl_kernels._arguments import (
     widths_of,
 )
 from amtl_kernels.reference_updates import (
-    ADAGRAD,
-    ADAM,
-    ROWWISE_ADAGRAD,
-    SGD,
     CodePart,
     compute_type,
     kept_prefix,
@@ -487,7 +489,7 @@ class _Gradients:
 
 
 def _gradients(
-    grad: Tensor, table: Table, bags: Bags, weight_grad: bool, mask_grad: bool, psw_grad: bool
+    grad: Tensor, table: Table, bags: Bags, weight_grad: bool, wishes: Wishes
 ) -> _Gradients:
     """Gradients of one table: ``mask[g, j] = sum of delta_j * row_j`` over all ``j``, flat.
 
@@ -502,7 +504,7 @@ def _gradients(
     grads = [delta.new_empty(0, width) for width in widths]
     sizes = list(rows)
     mask, psw = torch.empty(0, dtype=delta.dtype, device=delta.device), grad.new_empty(0)
-    if weight_grad or mask_grad:
+    if weight_grad or wishes.mask_grad:
         every, sums = _reduce_rows(_scale(delta, bags.per_sample_weights), flat, counted)
         if weight_grad:
             size = table.kept(every)
@@ -511,26 +513,28 @@ def _gradients(
                 mine = (every >= start) & (every < end)
                 rows[c], sizes[c] = every[mine] - start, size[mine]
                 grads[c] = kept[mine, : widths[c]]
-        if mask_grad and table.sizes is not None and table.row_group is not None:
+        if wishes.mask_grad and table.sizes is not None and table.row_group is not None:
             products = sums * table.values(every).to(sums.dtype)
             masks = torch.zeros(
                 table.sizes.shape[0], table.dim, dtype=sums.dtype, device=sums.device
             )
             mask = masks.index_add(0, table.row_group[every].to(torch.int64), products).flatten()
-    if psw_grad:
+    if wishes.psw_grad:
         psw = _psw_grad(delta, table.values(flat), table.kept(flat), counted, bags.indices)
     return _Gradients(rows, grads, sizes, mask, psw)
 
 
 def _gradients_of_all(
-    grad: Tensor, tables: list[Table], every: list[Bags], *wanted: bool
+    grad: Tensor, tables: list[Table], every: list[Bags], weight_grad: bool, wishes: Wishes
 ) -> list[_Gradients]:
     """The gradients of every table, each by its columns of ``grad``."""
     columns = [grad]
     if len(tables) > 1:
         columns = [part.contiguous() for part in grad.split([table.dim for table in tables], 1)]
     return for_each(
-        lambda t, table, bags: _gradients(columns[t], table, bags, *wanted), tables, every
+        lambda t, table, bags: _gradients(columns[t], table, bags, weight_grad, wishes),
+        tables,
+        every,
     )
 
 
@@ -571,7 +575,7 @@ def lookup_backward(
     every = split_bags(
         indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
     )
-    found = _gradients_of_all(grad, tables, every, weight_grad, mask_grad, psw_grad)
+    found = _gradients_of_all(grad, tables, every, weight_grad, Wishes(mask_grad, psw_grad))
     rows = [rows for one in found for rows in one.rows]
     grads = [grads for one in found for grads in one.grads]
     rounded = [g.to(block.dtype).contiguous() for g, block in zip(grads, blocks, strict=True)]
@@ -610,12 +614,13 @@ def lookup_update_(
     tables = split_tables(
         blocks, block_counts, dims, sizes, row_groups, seed, steps, bits, step_ends
     )
+    wishes, step = Wishes(mask_grad, psw_grad), Step(state, optimizer, hyper)
     if steps:
-        check_update_of_codes(blocks, optimizer, psw_grad)
+        check_update_of_codes(blocks, wishes, step)
     every = split_bags(
         indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
     )
-    found = _gradients_of_all(grad, tables, every, True, mask_grad, psw_grad)
+    found = _gradients_of_all(grad, tables, every, True, wishes)
     rows = [rows for one in found for rows in one.rows]
     grads = [grads for one in found for grads in one.grads]
     kept = [
@@ -624,9 +629,9 @@ def lookup_update_(
     ]
     if steps:
         parts = code_parts(blocks, block_counts, tables)
-        update_codes(blocks, parts, rows, grads, kept, state, optimizer, hyper)
+        update_codes(blocks, parts, rows, grads, kept, step)
     else:
-        update(blocks, rows, grads, kept, state, optimizer, hyper)
+        update(blocks, rows, grads, kept, step)
     return _beside_rows(found, indices, psw_grad)
 
 
@@ -639,7 +644,8 @@ def apply_(
     hyper: list[float],
 ) -> None:
     """The optimizer's update of every block's ``rows``, up to their last non-zero gradient."""
-    update(blocks, rows, grads, [kept_prefix(g) for g in grads], state, optimizer, hyper)
+    step = Step(state, optimizer, hyper)
+    update(blocks, rows, grads, [kept_prefix(g) for g in grads], step)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., object]] = {

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amtl_kernels._arguments import ADAM, Step
 from amtl_kernels.rounding import (
     code_stochastically,
     decode_codes,
@@ -15,9 +16,6 @@ from amtl_kernels.rounding import (
     round_stochastically,
     rounding_bits,
 )
-
-SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
-"""Values of ``optimizer``."""
 
 
 def compute_type(dtype: torch.dtype) -> torch.dtype:
@@ -144,22 +142,15 @@ _UPDATES: tuple[Callable[..., None], ...] = (
 """By the number of the optimizer."""
 
 
-def _plan(
-    blocks: Sequence[Tensor], state: list[Tensor], optimizer: int, hyper: list[float]
-) -> tuple[list[list[Tensor]], list[float], int, bool]:
-    """States of each block, the rule's numbers, the step, and whether 16 bits round at random.
-
-    A counter in ``state`` is the step.
-    """
-    lr, eps, weight_decay, beta1, beta2, step, *stochastic = hyper
-    moments = (0, 1, 1, 2)[optimizer]
-    if len(state) == len(blocks) * moments + 1:
-        step = int(state[-1])
-    rates: list[float] = [lr, *([eps] if optimizer else []), weight_decay]
-    if optimizer == ADAM:
-        rates = [int(step), lr, beta1, beta2, eps, weight_decay]
-    states = [state[c * moments : (c + 1) * moments] for c in range(len(blocks))]
-    return states, rates, int(step), any(stochastic)
+def _plan(blocks: Sequence[Tensor], step: Step) -> tuple[list[Sequence[Tensor]], list[float], int]:
+    """States of each block, the rule's numbers, and which step it is."""
+    lr, eps, weight_decay, beta1, beta2 = step.hyper[:5]
+    states, counter = step.states(blocks)
+    number = step.number if counter is None else int(counter)
+    rates: list[float] = [lr, *([eps] if step.optimizer else []), weight_decay]
+    if step.optimizer == ADAM:
+        rates = [number, lr, beta1, beta2, eps, weight_decay]
+    return states, rates, number
 
 
 def update(
@@ -167,15 +158,13 @@ def update(
     rows: list[Tensor],
     grads: list[Tensor],
     kept: list[Tensor],
-    state: list[Tensor],
-    optimizer: int,
-    hyper: list[float],
+    step: Step,
 ) -> None:
     """Updates the kept values of ``rows``."""
-    states, rates, step, stochastic = _plan(blocks, state, optimizer, hyper)
+    states, rates, number = _plan(blocks, step)
     for c, block in enumerate(blocks):
-        seed = step if stochastic else None
-        _UPDATES[optimizer](block, *states[c], rows[c], grads[c], kept[c], *rates, seed)
+        seed = number if step.stochastic_rounding else None
+        _UPDATES[step.optimizer](block, *states[c], rows[c], grads[c], kept[c], *rates, seed)
 
 
 class CodePart(NamedTuple):
@@ -200,15 +189,13 @@ def update_codes(
     rows: list[Tensor],
     grads: list[Tensor],
     kept: list[Tensor],
-    state: list[Tensor],
-    optimizer: int,
-    hyper: list[float],
+    step: Step,
 ) -> None:
     """Updates ``rows`` of each part, counted from its start, as those of a table of floats.
 
     Their numbers are decoded, updated, and rounded at random to codes again. States are row-wise.
     """
-    states, rates, step, _ = _plan(blocks, state, optimizer, hyper)
+    states, rates, number = _plan(blocks, step)
     for part, mine, g, keeps in zip(parts, rows, grads, kept, strict=True):
         if not mine.numel():
             continue
@@ -216,10 +203,10 @@ def update_codes(
         numbers = decode_codes(block[at], part.step, part.bits)
         touched = [each[at] for each in states[part.block]]
         every = torch.arange(len(at), device=at.device)
-        _UPDATES[optimizer](numbers, *touched, every, g, keeps, *rates)
+        _UPDATES[step.optimizer](numbers, *touched, every, g, keeps, *rates)
         for each, values in zip(states[part.block], touched, strict=True):
             each[at] = values
-        random = rounding_bits(at, numbers.shape[1], step)
+        random = rounding_bits(at, numbers.shape[1], number)
         block[at] = pack_codes(
             code_stochastically(numbers, part.step, part.bits, random), part.bits
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from amtl_kernels._arguments import Wishes
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.lookups import Lookups
 from amtl_kernels.triton.plan import make_plan
@@ -20,8 +21,7 @@ def gradients(
     table: Table,
     weights: Sequence[Tensor],
     weight_grad: bool,
-    mask_grad: bool,
-    psw_grad: bool,
+    wishes: Wishes,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Gradients of one table or several; waits once, for how many distinct rows there are.
 
@@ -30,14 +30,13 @@ def gradients(
         table: The table, or the tables.
         weights: Its one tensor, or those of its tiers or tables.
         weight_grad: Whether row gradients are wanted.
-        mask_grad: Whether mask gradients are wanted, which tables without groups have none of.
-        psw_grad: Whether the gradient of per-sample weights is wanted.
+        wishes: The other gradients wanted; tables without groups have none of masks.
 
     Returns:
         Rows [U] and gradients [U, D] of each of ``weights``, mask gradients (flat, fp32) and the
         gradient of per-sample weights [L]; all of 0 rows where they are not wanted.
     """
-    masks = lookups.mask_gradients(table.dim, mask_grad)
+    masks = lookups.mask_gradients(table.dim, wishes.mask_grad)
     mask = masks if masks.numel() else None
     none = torch.empty(0, dtype=torch.int64, device=lookups.flat.device)
     rows = [torch.empty_like(none) for _ in weights]
@@ -66,4 +65,4 @@ def gradients(
                 # The kernel sees the gradients as tiers too, of the positions in the list of rows.
                 out = Table.by_tiers(grads, ends, table.dim, keep=False)
         reduce_rows(lookups, plan, table, places, all_rows, out, mask)
-    return rows, grads, masks, sample_grad(lookups, table, psw_grad)
+    return rows, grads, masks, sample_grad(lookups, table, wishes.psw_grad)

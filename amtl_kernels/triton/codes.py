@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amtl_kernels._arguments import Step
 from amtl_kernels.reference_updates import CodePart
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.lookups import Lookups
@@ -346,9 +347,7 @@ def update_codes(
     parts: Sequence[CodePart],
     rows: Sequence[Tensor],
     grads: Sequence[Tensor],
-    state: Sequence[Tensor],
-    optimizer: int,
-    hyper: Sequence[float],
+    step: Step,
 ) -> None:
     """One step of the parts of tables of codes, a launch a part.
 
@@ -357,12 +356,10 @@ def update_codes(
         parts: What has one step size.
         rows: Of each part, [U], each row once, counted from the part's start.
         grads: Their gradients, [U, w].
-        state: The optimizer's, of each block in turn, and a step counter or none.
-        optimizer: The rule, SGD or row-wise Adagrad.
-        hyper: Its hyperparameters.
+        step: Of SGD or row-wise Adagrad.
     """
-    states, counter = check_states(optimizer, blocks, state)
-    found = rates(optimizer, hyper, counter is not None, int(hyper[5]))
+    states, counter = check_states(step, blocks)
+    found = rates(step, counter is not None)
     scalars = (found.lr, found.weight_decay, found.eps, found.rounding_mix, counter)
     for part, mine, grad in zip(parts, rows, grads, strict=True):
         codes = blocks[part.block][part.start :]
@@ -378,7 +375,7 @@ def update_codes(
                 (launch.cdiv(mine.numel(), most),),
                 *(codes, mine, grad, *(*moments, None)[:1], part.step),
                 *(mine.numel(), part.start, *scalars),
-                RULE=optimizer,
+                RULE=step.optimizer,
                 BITS=part.bits,
                 BYTES=codes.shape[1],
                 BLOCK=launch.block_d(words),

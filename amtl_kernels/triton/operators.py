@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from amtl_kernels import reference
-from amtl_kernels._arguments import check_update_of_codes
+from amtl_kernels._arguments import Step, Wishes, check_update_of_codes
 from amtl_kernels.reference import Bags, code_parts, split_bags, split_tables
 from amtl_kernels.triton import check
 from amtl_kernels.triton.backward import gradients
@@ -29,7 +29,7 @@ from amtl_kernels.triton.lookups import Lookups, Several
 from amtl_kernels.triton.optimizer import apply_
 from amtl_kernels.triton.rules import check_states
 from amtl_kernels.triton.tables import Table
-from amtl_kernels.triton.update import step
+from amtl_kernels.triton.update import update
 
 _Result = TypeVar("_Result")
 
@@ -264,7 +264,7 @@ def lookup_backward(
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
     check.raise_found(indices)
     call = _Call(*tables, *bags)
-    wants = (weight_grad, mask_grad, psw_grad)
+    wants = (weight_grad, Wishes(mask_grad, psw_grad))
     if call.shares_launches:
         return gradients(*call.together(grad), blocks, *wants)
     columns = call.columns(grad)
@@ -316,19 +316,20 @@ def lookup_update_(
     bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
     check.raise_found(indices)
     call = _Call(*tables, *bags, steps or (), bits or (), step_ends or ())
-    wants, rule = (mask_grad, psw_grad), (optimizer, hyper)
+    wishes, step = Wishes(mask_grad, psw_grad), Step(state, optimizer, hyper)
     if steps:
-        check_update_of_codes(blocks, optimizer, psw_grad)
-        return _step_of_codes(call, grad, state, optimizer, hyper)
+        check_update_of_codes(blocks, wishes, step)
+        return _step_of_codes(call, grad, step)
     if call.shares_launches:
-        return step(*call.together(grad), blocks, state, *wants, *rule)
-    states, counter = check_states(optimizer, blocks, state)
+        return update(*call.together(grad), blocks, wishes, step)
+    states, counter = check_states(step, blocks)
     columns, rest = call.columns(grad), iter(states)
 
     def run(t: int, given: reference.Table, mine: Bags) -> tuple[Tensor, Tensor]:
         own = [one for _ in given.blocks for one in next(rest)]
         own += [] if counter is None else [counter]
-        return step(*_one(given, mine, columns[t]), given.blocks, own, *wants, *rule)
+        part = step._replace(state=own)
+        return update(*_one(given, mine, columns[t]), given.blocks, wishes, part)
 
     found = call.each(run)
     if len(found) == 1:
@@ -337,9 +338,7 @@ def lookup_update_(
     return torch.cat(mask_grads), call.join_sample_grads(psw, psw_grad)
 
 
-def _step_of_codes(
-    call: _Call, grad: Tensor, state: Sequence[Tensor], optimizer: int, hyper: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+def _step_of_codes(call: _Call, grad: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     columns = call.columns(grad)
 
     def run(t: int, given: reference.Table, mine: Bags) -> tuple[list[Tensor], list[Tensor]]:
@@ -349,7 +348,8 @@ def _step_of_codes(
             for part, width in zip(given.blocks, given.widths, strict=True)
         ]
         seen = replace(given, blocks=shapes, steps=None, bits=0)
-        rows, grads, _, _ = gradients(*_one(seen, mine, columns[t]), shapes, True, False, False)
+        none = Wishes(mask_grad=False, psw_grad=False)
+        rows, grads, _, _ = gradients(*_one(seen, mine, columns[t]), shapes, True, none)
         return rows, grads
 
     # All of them before any table changes.
@@ -359,7 +359,7 @@ def _step_of_codes(
         code_parts(call.blocks, call.block_counts, call.tables),
         [rows for of_table, _ in found for rows in of_table],
         [grads for _, of_table in found for grads in of_table],
-        *(state, optimizer, hyper),
+        step,
     )
     return grad.new_empty(0, dtype=torch.float32), grad.new_empty(0)
 

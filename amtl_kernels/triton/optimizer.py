@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amtl_kernels._arguments import Step
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.rules import (
     ROWWISE_ADAGRAD,
@@ -135,8 +136,9 @@ def apply_(
     Raises:
         ValueError: No such rule, or a state that does not fit its block.
     """
-    states, counter = check_states(optimizer, blocks, state)
-    scalars = (*rates(optimizer, hyper, counter is not None, int(hyper[5])), counter)
+    step = Step(state, optimizer, hyper)
+    states, counter = check_states(step, blocks)
+    scalars = (*rates(step, counter is not None), counter)
     for block, mine, touched, grad in zip(blocks, states, rows, grads, strict=True):
         dim = block.shape[1]
         if dim == 0:
@@ -154,7 +156,7 @@ def apply_(
                 touched.numel(),
                 *scalars,
                 RULE=optimizer,
-                ROUND=rounds([block], any(hyper[6:])),
+                ROUND=rounds([block], step),
                 D=dim,
                 VEC=bound_vector([dim], [block, grad, *(s for s in mine if s.dim() == 2)]),
                 BLOCK_D=launch.block_d(dim),

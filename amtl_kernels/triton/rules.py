@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels import reference
+from amtl_kernels._arguments import MOMENTS, Step
 from amtl_kernels.triton.tables import (
     first_with_memory,
     mix,
@@ -183,11 +184,6 @@ def update_tile(
         store_tile(second_ptr, second_first, cols, bound, second)
 
 
-def states_per_table(optimizer: int) -> int:
-    """State tensors that an optimizer keeps for a table."""
-    return {reference.SGD: 0, reference.ADAM: 2}.get(optimizer, 1)
-
-
 class Rates(NamedTuple):
     """The kernels' scalars, see :func:`update_tile` and :func:`step_rates`."""
 
@@ -204,18 +200,18 @@ class Rates(NamedTuple):
     rounding_mix: int
 
 
-def rates(optimizer: int, hyper: Sequence[float], counted: bool, seed: int) -> Rates:
-    """Scalars from ``lr, eps, weight_decay, beta1, beta2, step``; corrections in double precision.
+def rates(step: Step, counted: bool) -> Rates:
+    """Scalars of a step; corrections in double precision.
 
-    If steps are ``counted`` on the device, kernels correct for them, and ``seed`` means nothing.
+    If steps are ``counted`` on the device, kernels correct for them, and its number means nothing.
     """
-    lr, eps, weight_decay, beta1, beta2, step = hyper[:6]
+    lr, eps, weight_decay, beta1, beta2 = step.hyper[:5]
     root, log1, log2 = 1.0, 0.0, 0.0
-    if optimizer == reference.ADAM and counted:
+    if step.optimizer == reference.ADAM and counted:
         log1, log2 = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-    elif optimizer == reference.ADAM:
-        lr /= 1 - beta1**step
-        root = (1 - beta2**step) ** -0.5
+    elif step.optimizer == reference.ADAM:
+        lr /= 1 - beta1**step.number
+        root = (1 - beta2**step.number) ** -0.5
     return Rates(
         lr=lr,
         weight_decay=weight_decay,
@@ -227,38 +223,28 @@ def rates(optimizer: int, hyper: Sequence[float], counted: bool, seed: int) -> R
         inverse_root2=root,
         log1=log1,
         log2=log2,
-        rounding_mix=mix_seed(seed),
+        rounding_mix=mix_seed(step.number),
     )
 
 
-def rounds(weights: Sequence[Tensor], stochastic: bool) -> bool:
+def rounds(weights: Sequence[Tensor], step: Step) -> bool:
     """Whether tables are rounded stochastically: only 16-bit ones are."""
-    return stochastic and weights[0].element_size() == 2
+    return step.stochastic_rounding and weights[0].element_size() == 2
 
 
 def check_states(
-    optimizer: int, blocks: Sequence[Tensor], state: Sequence[Tensor]
+    step: Step, blocks: Sequence[Tensor]
 ) -> tuple[list[Sequence[Tensor]], Tensor | None]:
     """State of every block, and the step counter that may follow (None if it does not).
 
     Raises:
         ValueError: No such rule, or a state that does not fit its block.
     """
-    if not reference.SGD <= optimizer <= reference.ADAM:
-        raise ValueError("optimizer must be 0, 1, 2 or 3")
-    moments = states_per_table(optimizer)
-    count = moments * len(blocks)
-    if len(state) not in (count, count + 1):
-        raise ValueError(
-            f"this optimizer has {moments} state tensors per table and at most a step counter "
-            f"after them, got {len(state)} for {len(blocks)} tables"
-        )
-    counter = state[count] if len(state) > count else None
+    states, counter = step.states(blocks)
     if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1):
         raise ValueError("the step counter must be one int64")
-    states = [state[c * moments : (c + 1) * moments] for c in range(len(blocks))]
     for block, mine in zip(blocks, states, strict=True):
-        shape = block.shape[:1] if optimizer == reference.ROWWISE_ADAGRAD else block.shape
+        shape = block.shape[:1] if step.optimizer == reference.ROWWISE_ADAGRAD else block.shape
         for tensor in mine:
             if tensor.shape != shape or not tensor.is_contiguous():
                 raise ValueError(
@@ -294,15 +280,13 @@ class States:
         counter: One int64 that counts the steps, or None.
     """
 
-    def __init__(
-        self, optimizer: int, weights: Sequence[Tensor], state: Sequence[Tensor], ends: Any
-    ) -> None:
-        states, self.counter = check_states(optimizer, weights, state)
-        row_wise = optimizer == reference.ROWWISE_ADAGRAD
+    def __init__(self, step: Step, weights: Sequence[Tensor], ends: Any) -> None:
+        states, self.counter = check_states(step, weights)
+        row_wise = step.optimizer == reference.ROWWISE_ADAGRAD
         self.tensors = [] if row_wise else [tensor for mine in states for tensor in mine]
         self.pointers: list[Tensor | None] = [None, None]
         self.tiers: list[Tensor | None] = [None, None]
-        for i in range(states_per_table(optimizer)):
+        for i in range(MOMENTS[step.optimizer]):
             mine = [of_block[i] for of_block in states]
             if row_wise:
                 mine = [tensor.unsqueeze(1) for tensor in mine]

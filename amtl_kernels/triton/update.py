@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amtl_kernels import reference
+from amtl_kernels._arguments import Step, Wishes
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.lookups import Lookups
 from amtl_kernels.triton.plan import Plan, make_plan, piece_number
@@ -344,12 +345,11 @@ def _launch(
     weights: Sequence[Tensor],
     states: States,
     mask: Tensor | None,
-    optimizer: int,
-    hyper: Sequence[float],
+    step: Step,
 ) -> None:
     dim = table.dim
     columns = launch.cdiv(dim, table.meta["BLOCK_D"])
-    blocks = columns if optimizer == reference.ROWWISE_ADAGRAD else 1
+    blocks = columns if step.optimizer == reference.ROWWISE_ADAGRAD else 1
     partial, masks = partial_sums(plan, dim), Masks(plan, mask, dim)
     aligned = [*weights, *states.tensors]
     vec = bound_vector(
@@ -360,11 +360,11 @@ def _launch(
         "VEC": vec,
         "STATE_VEC": min([vec, *(16 // state.element_size() for state in states.tensors)]),
         "BLOCKS": blocks,
-        "RULE": optimizer,
-        "ROUND": rounds(weights, any(hyper[6:])),
+        "RULE": step.optimizer,
+        "ROUND": rounds(weights, step),
     }
     where = (table.data, *table.args, *states.pointers, *states.tiers)
-    scalars = (*rates(optimizer, hyper, states.counter is not None, int(hyper[5])), states.counter)
+    scalars = (*rates(step, states.counter is not None), states.counter)
     with launch.device_guard(lookups.flat):
         launch.launch(
             reduce_update_kernel,
@@ -409,15 +409,8 @@ def _launch(
         masks.combine(plan, table)
 
 
-def step(
-    lookups: Lookups,
-    table: Table,
-    weights: Sequence[Tensor],
-    state: Sequence[Tensor],
-    mask_grad: bool,
-    psw_grad: bool,
-    optimizer: int,
-    hyper: Sequence[float],
+def update(
+    lookups: Lookups, table: Table, weights: Sequence[Tensor], wishes: Wishes, step: Step
 ) -> tuple[Tensor, Tensor]:
     """One step of one table or several. No wait.
 
@@ -425,11 +418,8 @@ def step(
         lookups: What was looked up, and the incoming gradient.
         table: The table, or the tables.
         weights: Its one tensor, or those of its tiers or tables.
-        state: The optimizer's, of each of them in turn, and a step counter or none.
-        mask_grad: Whether mask gradients, of the weights before the step, are wanted.
-        psw_grad: Whether the gradient of per-sample weights is wanted.
-        optimizer: The rule.
-        hyper: Its hyperparameters.
+        wishes: The gradients wanted, those of masks by the weights before the step.
+        step: The optimizer's.
 
     Returns:
         Mask gradients (flat, fp32) and the gradient of per-sample weights [L]; [0] where they are
@@ -438,14 +428,14 @@ def step(
     Raises:
         ValueError: No such rule, or states that do not fit the weights.
     """
-    states = States(optimizer, weights, state, table.ends)
-    masks = lookups.mask_gradients(table.dim, mask_grad)
+    states = States(step, weights, table.ends)
+    masks = lookups.mask_gradients(table.dim, wishes.mask_grad)
     mask = masks if masks.numel() else None
     # Before the weights change.
-    psw = sample_grad(lookups, table, psw_grad)
+    psw = sample_grad(lookups, table, wishes.psw_grad)
     if lookups.flat.numel():
         plan = make_plan(lookups, table, mask is not None)
-        _launch(lookups, plan, table, weights, states, mask, optimizer, hyper)
+        _launch(lookups, plan, table, weights, states, mask, step)
     elif mask is not None:
         mask.zero_()
     return masks, psw

@@ -261,7 +261,7 @@ void SortedLookups::SumPieces(const void* grad, int64_t grad_stride, WalkTask* t
   task->pieces = sums;
 }
 
-void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad, Update update,
+void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad, Rule rule,
                          const Hyper& hyper, const TableSlice* slices, int64_t slice_count) {
   if (segments_ == 0) return;
   const KernelTable& kernels = Kernels();
@@ -309,7 +309,7 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
       edges[t].first = edge_values + t * 2 * task.padded_dim;
       edges[t].last = edges[t].first + task.padded_dim;
     }
-    kernels.walk(table_.type, update, weighted_, task, segment_at(t), segment_at(t + 1), &edges[t],
+    kernels.walk(table_.type, rule, weighted_, task, segment_at(t), segment_at(t + 1), &edges[t],
                  sums + worker * worker_values);
   });
   if (mask_grad == nullptr) return;
@@ -368,7 +368,7 @@ void CheckAscending(const Executor& executor, const int64_t* rows, int64_t count
   }
 }
 
-void ApplyUpdate(const Executor& executor, FloatType type, Update update, const TableSlice& slice,
+void ApplyUpdate(const Executor& executor, DType type, Rule rule, const TableSlice& slice,
                  const Hyper& hyper, const int64_t* rows, const void* grads, int64_t count) {
   Scratch scratch;
   const int64_t padded = (slice.width + 15) / 16 * 16 + kWalkMargin;
@@ -376,7 +376,7 @@ void ApplyUpdate(const Executor& executor, FloatType type, Update update, const 
   constexpr int64_t kRowsPerTask = 256;
   const int64_t tasks = (count + kRowsPerTask - 1) / kRowsPerTask;
   ForTasks(executor, tasks, count * slice.width < kSerialValues, [&](int64_t t, int64_t worker) {
-    Kernels().apply(type, update, slice, hyper, rows, grads, t * kRowsPerTask,
+    Kernels().apply(type, rule, slice, hyper, rows, grads, t * kRowsPerTask,
                     std::min(count, (t + 1) * kRowsPerTask), values + worker * padded);
   });
 }

@@ -31,8 +31,8 @@ class SortedLookups {
 
   // Walks the segments, gradient rows `grad_stride` values apart: the mask gradient
   // (zero-initialised, or null) and the update of slices.
-  void Walk(const void* grad, int64_t grad_stride, float* mask_grad, Update update,
-            const Hyper& hyper, const TableSlice* slices, int64_t slice_count);
+  void Walk(const void* grad, int64_t grad_stride, float* mask_grad, Rule rule, const Hyper& hyper,
+            const TableSlice* slices, int64_t slice_count);
 
   int64_t* ScratchRows() { return scratch_.Get<int64_t>(segments_); }
 
@@ -72,7 +72,7 @@ void PerSampleWeightGrad(const Executor& executor, const LookupTable& table, con
 void CheckAscending(const Executor& executor, const int64_t* rows, int64_t count,
                     int64_t table_rows);
 // Applies an update to rows, which have been checked, with gradients grads [count, width].
-void ApplyUpdate(const Executor& executor, FloatType type, Update update, const TableSlice& slice,
+void ApplyUpdate(const Executor& executor, DType type, Rule rule, const TableSlice& slice,
                  const Hyper& hyper, const int64_t* rows, const void* grads, int64_t count);
 
 }  // namespace amtl::cpu

@@ -164,7 +164,7 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   task.dim = table.dim;
   task.mean = pooled && bags.mean;
   task.weighted = table.per_sample_weights != nullptr;
-  task.stream = table.type == FloatType::kFloat && out_stride == table.dim &&
+  task.stream = table.type == DType::kFloat32 && out_stride == table.dim &&
                 table.dim % kernels.lanes == 0 &&
                 table.dim <= kMaxStaticRegisters * kernels.lanes && bytes >= kStreamBytes &&
                 reinterpret_cast<uintptr_t>(out) % 64 == 0;

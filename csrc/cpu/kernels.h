@@ -66,9 +66,7 @@ struct WeightedItem {
   float scale;
 };
 
-enum class Update { kStoreGrad, kSgd, kAdagrad, kRowWiseAdagrad, kAdam };
-
-// Rows [first_row, end_row) of a table and what an update does to them. For kStoreGrad, `weight` is
+// Rows [first_row, end_row) of a table and what a rule does to them. Without one, `weight` is
 // read for the mask gradient only and `grads` [U, width] is written.
 struct TableSlice {
   void* weight;
@@ -85,18 +83,6 @@ struct TableSlice {
   int32_t row_bytes;
   float step;
   int64_t rows_before;
-};
-
-struct Hyper {
-  float lr;
-  float eps;
-  float weight_decay;
-  float beta2;
-  float one_minus_beta1;
-  float one_minus_beta2;
-  float step_size;           // lr / (1 - beta1^t)
-  float inverse_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
-  uint32_t mixed_step;       // MixSeed of the step, for rounding at random
 };
 
 // Lookups sorted by row, cut into segments of equal row, and what to do at a segment's end.
@@ -135,12 +121,12 @@ struct WalkEdges {
 struct KernelTable {
   const char* name;
   int lanes;
-  void (*pool)(FloatType type, const PoolTask& task, int64_t begin, int64_t end);
+  void (*pool)(DType type, const PoolTask& task, int64_t begin, int64_t end);
   // Sums the gradients of `count` items into out[0..columns).
-  void (*reduce)(FloatType type, const void* grad, int64_t stride, const void* items, bool weighted,
+  void (*reduce)(DType type, const void* grad, int64_t stride, const void* items, bool weighted,
                  int64_t count, int columns, float* out);
   // Walks segments [begin, end); `scratch` holds 2 * padded_dim + kWalkMargin floats.
-  void (*walk)(FloatType type, Update update, bool weighted, const WalkTask& task, int64_t begin,
+  void (*walk)(DType type, Rule rule, bool weighted, const WalkTask& task, int64_t begin,
                int64_t end, WalkEdges* edges, float* scratch);
   // Gradient of the per-sample weight of lookups [begin, end), which are in `bags`.
   void (*dot)(const LookupTable& table, Faults* faults, const void* grad, int64_t stride,
@@ -151,7 +137,7 @@ struct KernelTable {
                    int64_t limit, bool prefetch, int32_t* sizes, int32_t* groups);
   // Applies updates to rows[begin, end) with gradients grads [.., slice.width]; `scratch` holds a
   // padded row and kWalkMargin floats.
-  void (*apply)(FloatType type, Update update, const TableSlice& slice, const Hyper& hyper,
+  void (*apply)(DType type, Rule rule, const TableSlice& slice, const Hyper& hyper,
                 const int64_t* rows, const void* grads, int64_t begin, int64_t end, float* scratch);
 };
 

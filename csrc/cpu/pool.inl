@@ -300,7 +300,7 @@ void PoolCodes(const PoolTask& task, int64_t begin, int64_t end) {
              : PoolLaid<Codes<kBits>, Layout::kPart>(task, begin, end);
 }
 
-void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
+void Pool(DType type, const PoolTask& task, int64_t begin, int64_t end) {
   switch (task.table->bits) {
     case 2:
       return PoolCodes<2>(task, begin, end);
@@ -312,11 +312,11 @@ void Pool(FloatType type, const PoolTask& task, int64_t begin, int64_t end) {
       return PoolCodes<16>(task, begin, end);
   }
   switch (type) {
-    case FloatType::kFloat:
+    case DType::kFloat32:
       return PoolNumbers<float>(task, begin, end);
-    case FloatType::kHalf:
+    case DType::kFloat16:
       return PoolNumbers<Half>(task, begin, end);
-    case FloatType::kBFloat16:
+    case DType::kBFloat16:
       return PoolNumbers<BFloat16>(task, begin, end);
   }
 }
@@ -344,13 +344,13 @@ void DotTyped(const LookupTable& table, Faults* faults, const T* grad, int64_t s
 void Dot(const LookupTable& table, Faults* faults, const void* grad, int64_t stride,
          const int64_t* bags, int64_t begin, int64_t end, void* out) {
   switch (table.type) {
-    case FloatType::kFloat:
+    case DType::kFloat32:
       return DotTyped(table, faults, static_cast<const float*>(grad), stride, bags, begin, end,
                       static_cast<float*>(out));
-    case FloatType::kHalf:
+    case DType::kFloat16:
       return DotTyped(table, faults, static_cast<const Half*>(grad), stride, bags, begin, end,
                       static_cast<Half*>(out));
-    case FloatType::kBFloat16:
+    case DType::kBFloat16:
       return DotTyped(table, faults, static_cast<const BFloat16*>(grad), stride, bags, begin, end,
                       static_cast<BFloat16*>(out));
   }

@@ -6,10 +6,10 @@ namespace amtl::cpu {
 
 namespace {
 
-float Widen(uint16_t bits, FloatType type) {
+float Widen(uint16_t bits, DType type) {
   uint32_t word;
   float scale = 1.0f;
-  if (type == FloatType::kBFloat16) {
+  if (type == DType::kBFloat16) {
     word = static_cast<uint32_t>(bits) << 16;
   } else {
     const uint32_t magnitude = bits & 0x7FFF;
@@ -25,7 +25,7 @@ float Widen(uint16_t bits, FloatType type) {
 }  // namespace
 
 void LoadScales(const LookupTable& table, int64_t begin, int64_t end, float* out) {
-  if (table.type == FloatType::kFloat) {
+  if (table.type == DType::kFloat32) {
     const float* scales = static_cast<const float*>(table.per_sample_weights) + begin;
     std::memcpy(out, scales, sizeof(float) * static_cast<size_t>(end - begin));
     return;

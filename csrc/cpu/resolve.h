@@ -10,12 +10,6 @@
 
 namespace amtl::cpu {
 
-// What a seed adds to the hash of a row (RowTerm in sources.inl).
-inline uint32_t MixSeed(int64_t seed) {
-  const uint64_t s = static_cast<uint64_t>(seed);
-  return static_cast<uint32_t>(s ^ (s >> 32)) * 0x85EBCA77u;
-}
-
 // Rows of smaller tables have numbers of 32 bits.
 constexpr int64_t kNarrowRows = (int64_t{1} << 31) - 1;
 // More tiers than kCountedTiers are searched in groups, one of which is a register or two.
@@ -31,7 +25,7 @@ struct SizeTable {
   const int32_t* row_group;  // [N]
   int64_t groups;
   int64_t columns;  // Q
-  uint32_t mixed_seed;
+  uint32_t seed_term;
   const int64_t* tier_ends;    // [tiers]
   const int32_t* tier_widths;  // [tiers]
   const uintptr_t* origins;    // [tiers]: address of the block, less the rows before it
@@ -50,7 +44,7 @@ struct LookupTable {
   int64_t lookups;
   int64_t rows;
   int64_t dim;
-  FloatType type;
+  DType type;
   int32_t bits;        // of codes, whose output is of floats; 0: numbers are of `type`
   int32_t rounding;    // bits of codes to whose numbers others are rounded; 0: they are not
   const char* weight;  // dense tables

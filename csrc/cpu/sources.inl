@@ -48,9 +48,9 @@ inline void LoadRows(const Index* indices, int64_t count, int64_t rows, int64_t*
 
 // What a row adds to its hashes, beside a seed, and the hash itself; the same on every backend
 // (amtl_kernels/rounding.py).
-inline uint32_t RowTerm(int64_t row, uint32_t mixed_seed) {
+inline uint32_t RowTerm(int64_t row, uint32_t seed_term) {
   const uint64_t r = static_cast<uint64_t>(row);
-  return static_cast<uint32_t>(r ^ (r >> 32)) * 0x9E3779B1u + mixed_seed;
+  return static_cast<uint32_t>(r ^ (r >> 32)) * 0x9E3779B1u + seed_term;
 }
 inline uint32_t MixBits(uint32_t x) {
   x ^= x >> 16;
@@ -61,10 +61,10 @@ inline uint32_t MixBits(uint32_t x) {
 }
 
 // Columns of the size table that rows take (reference.hash_columns).
-inline void HashColumns(const int64_t* number, uint32_t mixed_seed, uint32_t columns,
+inline void HashColumns(const int64_t* number, uint32_t seed_term, uint32_t columns,
                         uint32_t* column) {
   for (int i = 0; i < kSourceBlock; ++i) {
-    const uint32_t x = MixBits(RowTerm(number[i], mixed_seed));
+    const uint32_t x = MixBits(RowTerm(number[i], seed_term));
     column[i] = static_cast<uint32_t>((static_cast<uint64_t>(x) * columns) >> 32);
   }
 }
@@ -97,7 +97,7 @@ inline void GroupSizes(const LookupTable& t, const int64_t* number, int32_t* siz
     for (int i = 0; i < kSourceBlock; ++i) size[i] = static_cast<int32_t>(dims[group[i]]);
   } else {
     uint32_t column[kSourceBlock];
-    HashColumns(number, s.mixed_seed, static_cast<uint32_t>(s.columns), column);
+    HashColumns(number, s.seed_term, static_cast<uint32_t>(s.columns), column);
     int64_t at[kSourceBlock];
     for (int i = 0; i < kSourceBlock; ++i) at[i] = group[i] * s.columns + column[i];
     for (int i = 0; i < kSourceBlock; ++i) size[i] = static_cast<int32_t>(dims[at[i]]);

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/shared.h"
+
 namespace amtl::cpu {
 
 // Storage types of 16-bit floats; arithmetic is done in float.
@@ -14,11 +16,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-enum class FloatType { kFloat, kHalf, kBFloat16 };
 enum class IndexType { kInt32, kInt64 };
 enum class SizeType { kUInt8, kInt32 };
-
-inline int64_t BytesOf(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
 
 // Runs `f(ctx, begin, end)` over sub-ranges of [0, n), maybe on several threads. Given by the
 // caller, since only the framework knows its thread pool.

@@ -21,12 +21,12 @@ inline void ForKept(const T* row, int size, F&& f) {
 // An optimizer's update of the first `size` of a row's weights by the summed gradient g[0..size),
 // row `local` of its slice. Memory of a register before g and after its padding is readable.
 // Everything past `size` keeps its value.
-template <class T, Update kUpdate>
+template <class T, Rule kRule>
 AMTL_ALWAYS_INLINE void UpdateWeights(T* weight, const TableSlice& slice, const Hyper& h,
                                       int64_t local, int size, const float* g) {
   const Reg decay = Set1(h.weight_decay);
   Reg rate = Set1(-h.lr);
-  if constexpr (kUpdate == Update::kRowWiseAdagrad) {
+  if constexpr (kRule == Rule::kRowwiseAdagrad) {
     if (size == 0) return;
     Reg squares = Zero();
     ForKept(weight, size, [&](int c, Mask m) {
@@ -42,21 +42,21 @@ AMTL_ALWAYS_INLINE void UpdateWeights(T* weight, const TableSlice& slice, const 
   ForKept(weight, size, [&](int c, Mask m) {
     const Reg w = Load(weight + c, m);
     const Reg x = MulAdd(decay, w, Keep(LoadAll(g + c), m));
-    if constexpr (kUpdate == Update::kSgd || kUpdate == Update::kRowWiseAdagrad) {
+    if constexpr (kRule == Rule::kSgd || kRule == Rule::kRowwiseAdagrad) {
       Store(weight + c, MulAdd(rate, x, w), m);
-    } else if constexpr (kUpdate == Update::kAdagrad) {
+    } else if constexpr (kRule == Rule::kAdagrad) {
       const Reg sum = MulAdd(x, x, Load(first + c, m));
       Store(first + c, sum, m);
       const Reg step = Div(Mul(rate, x), Add(Sqrt(sum), Set1(h.eps)));
       Store(weight + c, Add(w, step), m);
-    } else if constexpr (kUpdate == Update::kAdam) {
+    } else if constexpr (kRule == Rule::kAdam) {
       const Reg before = Load(first + c, m);
       const Reg a = MulAdd(Set1(h.one_minus_beta1), Sub(x, before), before);
       const Reg b =
           MulAdd(Set1(h.one_minus_beta2), Mul(x, x), Mul(Set1(h.beta2), Load(second + c, m)));
       Store(first + c, a, m);
       Store(second + c, b, m);
-      const Reg root = MulAdd(Sqrt(b), Set1(h.inverse_sqrt_bias2), Set1(h.eps));
+      const Reg root = MulAdd(Sqrt(b), Set1(h.second_scale), Set1(h.eps));
       Store(weight + c, Sub(w, Div(Mul(Set1(h.step_size), a), root)), m);
     }
   });
@@ -64,10 +64,10 @@ AMTL_ALWAYS_INLINE void UpdateWeights(T* weight, const TableSlice& slice, const 
 
 // What an update does with one row's summed gradient, as above. In a stored gradient what is past
 // `size` is zero.
-template <class T, Update kUpdate>
+template <class T, Rule kRule>
 inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, int64_t segment,
                       int size, const float* g) {
-  if constexpr (kUpdate == Update::kStoreGrad) {
+  if constexpr (kRule == Rule::kNone) {
     T* out = static_cast<T*>(slice.grads) + (segment - slice.first_segment) * slice.width;
     for (int c = 0; c < slice.width; c += kLanes) {
       const Reg kept = c < size ? Keep(LoadAll(g + c), FirstLanes(size - c)) : Zero();
@@ -76,7 +76,7 @@ inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, in
     return;
   }
   T* weight = static_cast<T*>(slice.weight) + local * slice.width;
-  UpdateWeights<T, kUpdate>(weight, slice, h, local, size, g);
+  UpdateWeights<T, kRule>(weight, slice, h, local, size, g);
 }
 
 template <int kBits>
@@ -153,28 +153,28 @@ inline void EncodeRow(const float* values, float step, uint32_t row_term, int wi
 
 // The same as UpdateRow of a whole row of codes: decoded, updated as floats are, and encoded.
 // `values` is scratch for the row, aligned to a line and padded to whole registers.
-template <int kBits, Update kUpdate>
+template <int kBits, Rule kRule>
 inline void UpdateCodesOf(const TableSlice& slice, const Hyper& h, int64_t local, const float* g,
                           float* values) {
   char* row = static_cast<char*>(slice.weight) + local * slice.row_bytes;
   DecodeRow<kBits>(row, slice.step, slice.width, values);
-  UpdateWeights<float, kUpdate>(values, slice, h, local, slice.width, g);
-  const uint32_t row_term = RowTerm(slice.rows_before + local, h.mixed_step);
+  UpdateWeights<float, kRule>(values, slice, h, local, slice.width, g);
+  const uint32_t row_term = RowTerm(slice.rows_before + local, h.seed_term);
   EncodeRow<kBits>(values, slice.step, row_term, slice.width, row);
 }
 
-template <Update kUpdate>
+template <Rule kRule>
 inline void UpdateCodes(const TableSlice& slice, const Hyper& h, int64_t local, const float* g,
                         float* values) {
   switch (slice.bits) {
     case 2:
-      return UpdateCodesOf<2, kUpdate>(slice, h, local, g, values);
+      return UpdateCodesOf<2, kRule>(slice, h, local, g, values);
     case 4:
-      return UpdateCodesOf<4, kUpdate>(slice, h, local, g, values);
+      return UpdateCodesOf<4, kRule>(slice, h, local, g, values);
     case 8:
-      return UpdateCodesOf<8, kUpdate>(slice, h, local, g, values);
+      return UpdateCodesOf<8, kRule>(slice, h, local, g, values);
     default:
-      return UpdateCodesOf<16, kUpdate>(slice, h, local, g, values);
+      return UpdateCodesOf<16, kRule>(slice, h, local, g, values);
   }
 }
 
@@ -183,41 +183,40 @@ constexpr int64_t kPrefetchDistance = 24;
 
 // Asks for what UpdateRow will touch of row `local`, `size` values of which are kept; `values` of
 // the weights are read.
-template <class T, Update kUpdate>
+template <class T, Rule kRule>
 AMTL_ALWAYS_INLINE void PrefetchUpdate(const TableSlice& slice, int64_t local, int64_t size,
                                        int64_t values, bool aligned) {
   const int64_t place = local * slice.width;
   PrefetchRow(static_cast<const T*>(slice.weight) + place, values,
               LinesOf<T>(slice.width, aligned));
-  if constexpr (kUpdate == Update::kRowWiseAdagrad) {
+  if constexpr (kRule == Rule::kRowwiseAdagrad) {
     // Of a row that keeps nothing no state is used: the first one is in the caches.
     PrefetchRow(slice.state1 + (size > 0 ? local : 0), 1, 1);
-  } else if constexpr (kUpdate == Update::kAdagrad || kUpdate == Update::kAdam) {
+  } else if constexpr (kRule == Rule::kAdagrad || kRule == Rule::kAdam) {
     PrefetchRow(slice.state1 + place, size, LinesOf<float>(slice.width, aligned));
-    if constexpr (kUpdate == Update::kAdam) {
+    if constexpr (kRule == Rule::kAdam) {
       PrefetchRow(slice.state2 + place, size, LinesOf<float>(slice.width, aligned));
     }
   }
 }
 
 // The same for UpdateCodes.
-template <Update kUpdate>
+template <Rule kRule>
 AMTL_ALWAYS_INLINE void PrefetchCodes(const TableSlice& slice, int64_t local) {
   const char* row = static_cast<const char*>(slice.weight) + local * slice.row_bytes;
   PrefetchRow(row, slice.row_bytes, LinesOf<char>(slice.row_bytes, false));
-  if constexpr (kUpdate == Update::kRowWiseAdagrad) {
+  if constexpr (kRule == Rule::kRowwiseAdagrad) {
     PrefetchRow(slice.state1 + (slice.width > 0 ? local : 0), 1, 1);
   }
 }
 
-template <class T, Update kUpdate>
+template <class T, Rule kRule>
 void ApplyStatic(const TableSlice& slice, const Hyper& hyper, const int64_t* rows, const T* grads,
                  int64_t begin, int64_t end, float* scratch) {
   const bool prefetch = slice.end_row * slice.width * int64_t{sizeof(T)} > kPrefetchBytes;
   for (int64_t i = begin; i < end; ++i) {
     if (prefetch && i + kPrefetchDistance < end) {
-      PrefetchUpdate<T, kUpdate>(slice, rows[i + kPrefetchDistance], slice.width, slice.width,
-                                 false);
+      PrefetchUpdate<T, kRule>(slice, rows[i + kPrefetchDistance], slice.width, slice.width, false);
     }
     int size = 0;
     for (int c = 0; c < slice.width; c += kLanes) {
@@ -226,36 +225,36 @@ void ApplyStatic(const TableSlice& slice, const Hyper& hyper, const int64_t* row
       const int last = LastNonZero(x);
       if (last > 0) size = c + last;
     }
-    UpdateRow<T, kUpdate>(slice, hyper, rows[i], 0, size, scratch + kLanes);
+    UpdateRow<T, kRule>(slice, hyper, rows[i], 0, size, scratch + kLanes);
   }
 }
 
 template <class T>
-void ApplyTyped(Update update, const TableSlice& slice, const Hyper& hyper, const int64_t* rows,
+void ApplyTyped(Rule rule, const TableSlice& slice, const Hyper& hyper, const int64_t* rows,
                 const void* grads, int64_t begin, int64_t end, float* scratch) {
   const T* g = static_cast<const T*>(grads);
-  switch (update) {
-    case Update::kStoreGrad:
+  switch (rule) {
+    case Rule::kNone:
       return;
-    case Update::kSgd:
-      return ApplyStatic<T, Update::kSgd>(slice, hyper, rows, g, begin, end, scratch);
-    case Update::kAdagrad:
-      return ApplyStatic<T, Update::kAdagrad>(slice, hyper, rows, g, begin, end, scratch);
-    case Update::kRowWiseAdagrad:
-      return ApplyStatic<T, Update::kRowWiseAdagrad>(slice, hyper, rows, g, begin, end, scratch);
-    case Update::kAdam:
-      return ApplyStatic<T, Update::kAdam>(slice, hyper, rows, g, begin, end, scratch);
+    case Rule::kSgd:
+      return ApplyStatic<T, Rule::kSgd>(slice, hyper, rows, g, begin, end, scratch);
+    case Rule::kAdagrad:
+      return ApplyStatic<T, Rule::kAdagrad>(slice, hyper, rows, g, begin, end, scratch);
+    case Rule::kRowwiseAdagrad:
+      return ApplyStatic<T, Rule::kRowwiseAdagrad>(slice, hyper, rows, g, begin, end, scratch);
+    case Rule::kAdam:
+      return ApplyStatic<T, Rule::kAdam>(slice, hyper, rows, g, begin, end, scratch);
   }
 }
 
-void Apply(FloatType type, Update update, const TableSlice& slice, const Hyper& hyper,
-           const int64_t* rows, const void* grads, int64_t begin, int64_t end, float* scratch) {
+void Apply(DType type, Rule rule, const TableSlice& slice, const Hyper& hyper, const int64_t* rows,
+           const void* grads, int64_t begin, int64_t end, float* scratch) {
   switch (type) {
-    case FloatType::kFloat:
-      return ApplyTyped<float>(update, slice, hyper, rows, grads, begin, end, scratch);
-    case FloatType::kHalf:
-      return ApplyTyped<Half>(update, slice, hyper, rows, grads, begin, end, scratch);
-    case FloatType::kBFloat16:
-      return ApplyTyped<BFloat16>(update, slice, hyper, rows, grads, begin, end, scratch);
+    case DType::kFloat32:
+      return ApplyTyped<float>(rule, slice, hyper, rows, grads, begin, end, scratch);
+    case DType::kFloat16:
+      return ApplyTyped<Half>(rule, slice, hyper, rows, grads, begin, end, scratch);
+    case DType::kBFloat16:
+      return ApplyTyped<BFloat16>(rule, slice, hyper, rows, grads, begin, end, scratch);
   }
 }

@@ -78,19 +78,19 @@ void ReduceAny(const void* grad, int64_t stride, const void* items, bool weighte
            : ReduceTyped<T, Item>(grad, stride, items, count, columns, out);
 }
 
-void Reduce(FloatType type, const void* grad, int64_t stride, const void* items, bool weighted,
+void Reduce(DType type, const void* grad, int64_t stride, const void* items, bool weighted,
             int64_t count, int columns, float* out) {
   switch (type) {
-    case FloatType::kFloat:
+    case DType::kFloat32:
       return ReduceAny<float>(grad, stride, items, weighted, count, columns, out);
-    case FloatType::kHalf:
+    case DType::kFloat16:
       return ReduceAny<Half>(grad, stride, items, weighted, count, columns, out);
-    case FloatType::kBFloat16:
+    case DType::kBFloat16:
       return ReduceAny<BFloat16>(grad, stride, items, weighted, count, columns, out);
   }
 }
 
-template <class T, class I, Update kUpdate, bool kMask, bool kCodes = false>
+template <class T, class I, Rule kRule, bool kMask, bool kCodes = false>
 void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
                 float* scratch) {
   const I* items = static_cast<const I*>(task.items);
@@ -99,7 +99,7 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
   const int dim_registers = Registers(dim);
   float* g = scratch + kLanes;
   float* mask_sum = g + task.padded_dim;
-  constexpr bool kReadsWeight = kMask || kUpdate != Update::kStoreGrad;
+  constexpr bool kReadsWeight = kMask || kRule != Rule::kNone;
   const TableSlice* slice = task.slices;
   int32_t group = -1;
   edges->first_group = edges->last_group = -1;
@@ -131,11 +131,11 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
       if (task.order) ahead_slice = task.slices;
       while (next >= ahead_slice->end_row) ++ahead_slice;
       if constexpr (kCodes) {
-        PrefetchCodes<kUpdate>(*ahead_slice, next - ahead_slice->first_row);
+        PrefetchCodes<kRule>(*ahead_slice, next - ahead_slice->first_row);
       } else if constexpr (kReadsWeight) {
         const int64_t size = task.sizes[v];
-        PrefetchUpdate<T, kUpdate>(*ahead_slice, next - ahead_slice->first_row, size,
-                                   kMask ? dim : size, task.aligned);
+        PrefetchUpdate<T, kRule>(*ahead_slice, next - ahead_slice->first_row, size,
+                                 kMask ? dim : size, task.aligned);
       }
     }
     const int64_t u = task.order ? task.order[s] : s;
@@ -177,70 +177,70 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
     }
     if constexpr (kCodes) {
       // Without a mask gradient its sums are free.
-      UpdateCodes<kUpdate>(*slice, task.hyper, local, g, mask_sum);
-    } else if (kUpdate != Update::kStoreGrad || slice->grads != nullptr) {
-      UpdateRow<T, kUpdate>(*slice, task.hyper, local, u, size, g);
+      UpdateCodes<kRule>(*slice, task.hyper, local, g, mask_sum);
+    } else if (kRule != Rule::kNone || slice->grads != nullptr) {
+      UpdateRow<T, kRule>(*slice, task.hyper, local, u, size, g);
     }
   }
   if constexpr (kMask) flush(true);
 }
 
-template <class T, class I, Update kUpdate>
+template <class T, class I, Rule kRule>
 void WalkMasked(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
                 float* scratch) {
   if (task.mask_grad) {
-    WalkStatic<T, I, kUpdate, true>(task, begin, end, edges, scratch);
+    WalkStatic<T, I, kRule, true>(task, begin, end, edges, scratch);
   } else {
-    WalkStatic<T, I, kUpdate, false>(task, begin, end, edges, scratch);
+    WalkStatic<T, I, kRule, false>(task, begin, end, edges, scratch);
   }
 }
 
 template <class T, class I>
-void WalkUpdate(Update update, const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
+void WalkUpdate(Rule rule, const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
                 float* scratch) {
-  switch (update) {
-    case Update::kStoreGrad:
-      return WalkMasked<T, I, Update::kStoreGrad>(task, begin, end, edges, scratch);
-    case Update::kSgd:
-      return WalkMasked<T, I, Update::kSgd>(task, begin, end, edges, scratch);
-    case Update::kAdagrad:
-      return WalkMasked<T, I, Update::kAdagrad>(task, begin, end, edges, scratch);
-    case Update::kRowWiseAdagrad:
-      return WalkMasked<T, I, Update::kRowWiseAdagrad>(task, begin, end, edges, scratch);
-    case Update::kAdam:
-      return WalkMasked<T, I, Update::kAdam>(task, begin, end, edges, scratch);
+  switch (rule) {
+    case Rule::kNone:
+      return WalkMasked<T, I, Rule::kNone>(task, begin, end, edges, scratch);
+    case Rule::kSgd:
+      return WalkMasked<T, I, Rule::kSgd>(task, begin, end, edges, scratch);
+    case Rule::kAdagrad:
+      return WalkMasked<T, I, Rule::kAdagrad>(task, begin, end, edges, scratch);
+    case Rule::kRowwiseAdagrad:
+      return WalkMasked<T, I, Rule::kRowwiseAdagrad>(task, begin, end, edges, scratch);
+    case Rule::kAdam:
+      return WalkMasked<T, I, Rule::kAdam>(task, begin, end, edges, scratch);
   }
 }
 
 template <class I>
-void WalkCodes(Update update, const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
+void WalkCodes(Rule rule, const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
                float* scratch) {
-  if (update == Update::kSgd) {
-    WalkStatic<float, I, Update::kSgd, false, true>(task, begin, end, edges, scratch);
+  if (rule == Rule::kSgd) {
+    WalkStatic<float, I, Rule::kSgd, false, true>(task, begin, end, edges, scratch);
   } else {
-    WalkStatic<float, I, Update::kRowWiseAdagrad, false, true>(task, begin, end, edges, scratch);
+    WalkStatic<float, I, Rule::kRowwiseAdagrad, false, true>(task, begin, end, edges, scratch);
   }
 }
 
 template <class T>
-void WalkTyped(Update update, bool weighted, const WalkTask& task, int64_t begin, int64_t end,
+void WalkTyped(Rule rule, bool weighted, const WalkTask& task, int64_t begin, int64_t end,
                WalkEdges* edges, float* scratch) {
-  weighted ? WalkUpdate<T, WeightedItem>(update, task, begin, end, edges, scratch)
-           : WalkUpdate<T, Item>(update, task, begin, end, edges, scratch);
+  weighted ? WalkUpdate<T, WeightedItem>(rule, task, begin, end, edges, scratch)
+           : WalkUpdate<T, Item>(rule, task, begin, end, edges, scratch);
 }
 
-void Walk(FloatType type, Update update, bool weighted, const WalkTask& task, int64_t begin,
-          int64_t end, WalkEdges* edges, float* scratch) {
+void Walk(DType type, Rule rule, bool weighted, const WalkTask& task, int64_t begin, int64_t end,
+          WalkEdges* edges, float* scratch) {
   if (task.coded) {
-    return weighted ? WalkCodes<WeightedItem>(update, task, begin, end, edges, scratch)
-                    : WalkCodes<Item>(update, task, begin, end, edges, scratch);
+    return weighted ? WalkCodes<WeightedItem>(rule, task, begin, end, edges, scratch)
+                    : WalkCodes<Item>(rule, task, begin, end, edges, scratch);
   }
   switch (type) {
-    case FloatType::kFloat:
-      return WalkTyped<float>(update, weighted, task, begin, end, edges, scratch);
-    case FloatType::kHalf:
-      return WalkTyped<Half>(update, weighted, task, begin, end, edges, scratch);
-    case FloatType::kBFloat16:
-      return WalkTyped<BFloat16>(update, weighted, task, begin, end, edges, scratch);
+    case DType::kFloat32:
+      return WalkTyped<float>(rule, weighted, task, begin, end, edges, scratch);
+    case DType::kFloat16:
+      return WalkTyped<Half>(rule, weighted, task, begin, end, edges, scratch);
+    case DType::kBFloat16:
+      return WalkTyped<BFloat16>(rule, weighted, task, begin, end, edges, scratch);
   }
 }

@@ -14,7 +14,7 @@ int alignment_of(std::uint64_t bits) {
 }
 
 int elements_for(DType type, std::uint64_t addresses, std::uint64_t dims) {
-  const int size = type == DType::kFloat32 ? 4 : 2;
+  const auto size = static_cast<int>(BytesOf(type));
   const int by_address = alignment_of(addresses) / size;
   const int by_dims = alignment_of(dims);
   const int elements = std::min({by_address, by_dims, 16 / size});

@@ -60,6 +60,8 @@ int with_rule(Rule rule, const F& f) {
       return f(std::integral_constant<Rule, Rule::kRowwiseAdagrad>{});
     case Rule::kAdam:
       return f(std::integral_constant<Rule, Rule::kAdam>{});
+    case Rule::kNone:
+      break;
   }
   return cudaErrorInvalidValue;
 }

@@ -9,8 +9,7 @@ int launch_pool(DType type, const Table& table, const Lookups& lookups, std::int
                 void* out, Stream stream) {
   if (lookups.bags == 0) return cudaSuccess;
   const int vector = vector_elements(
-      type, table,
-      reinterpret_cast<std::uint64_t>(out) | out_stride * (type == DType::kFloat32 ? 4 : 2));
+      type, table, reinterpret_cast<std::uint64_t>(out) | out_stride * BytesOf(type));
   AMTL_DISPATCH_TYPE(type, vector, T, V, {
     const PoolShape shape = pool_shape(table.dim, V, lookups, out_stride);
     dim3 grid;

@@ -8,7 +8,7 @@ template <typename Table>
 int launch_psw(DType type, const Table& table, const Lookups& lookups, std::int64_t grad_stride,
                const void* grad, void* psw_grad, Stream stream) {
   if (lookups.count == 0) return cudaSuccess;
-  const std::size_t element = type == DType::kFloat32 ? 4 : 2;
+  const auto element = static_cast<std::size_t>(BytesOf(type));
   const cudaError_t cleared =
       cudaMemsetAsync(psw_grad, 0, lookups.count * element, as_stream(stream));
   if (cleared != cudaSuccess || lookups.bags == 0) return cleared;

@@ -35,7 +35,7 @@ int reduce(const Backward& backward, const Table& table, void* grads, std::uint6
   const std::int64_t count = backward.lookups.count;
   if (count == 0 || (grads == nullptr && group_grad == nullptr)) return cudaSuccess;
   const Plan& plan = *backward.plan;
-  const std::uint64_t element = backward.type == DType::kFloat32 ? 4 : 2;
+  const auto element = static_cast<std::uint64_t>(BytesOf(backward.type));
   const int vector = vector_elements(
       backward.type, table,
       reinterpret_cast<std::uint64_t>(backward.grad) | addresses | backward.grad_stride * element);

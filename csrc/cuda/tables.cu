@@ -56,7 +56,7 @@ std::size_t packed_bytes(const TableList& list) {
 
 int pack_tables(const TableList& list, void* memory, TieredTable& table, Lookups& lookups,
                 Update* update, Stream stream) {
-  const std::uint64_t element = list.type == DType::kFloat32 ? 4 : 2;
+  const auto element = static_cast<std::uint64_t>(BytesOf(list.type));
   std::vector<std::int64_t> ends, row_offsets{0}, dim_offsets{0}, padding;
   std::vector<std::uint64_t> bases, first, second;
   std::vector<std::int32_t> widths, owners;

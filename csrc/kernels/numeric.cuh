@@ -49,7 +49,7 @@ __host__ __device__ __forceinline__ std::uint32_t fold(std::uint64_t value) {
   return static_cast<std::uint32_t>(value ^ value >> 32);
 }
 
-// Column of `group_dims` that `row` takes; seed_term = fold(seed) * 0x85EBCA77.
+// Column of `group_dims` that `row` takes; seed_term: of the seed (SeedTerm).
 __device__ __forceinline__ int hash_column(std::int64_t row, std::uint32_t seed_term, int columns) {
   const std::uint32_t x = mix(fold(static_cast<std::uint64_t>(row)) * 0x9E3779B1u + seed_term);
   return static_cast<int>(static_cast<std::uint64_t>(x) * static_cast<std::uint32_t>(columns) >>

@@ -9,11 +9,11 @@
 
 #include <cstdint>
 
+#include "kernels/shared.h"
+
 namespace amtl {
 
 constexpr int kMaxInlineTiers = 128;
-
-enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 // The lookups of one call and how they are pooled.
 struct Lookups {
@@ -85,7 +85,7 @@ struct DenseTable {
   bool narrow_dims = false;                 // row_dims or group_dims are uint8
   int columns = 1;                          // Q
   std::int64_t groups = 0;                  // G
-  std::uint32_t seed_term = 0;              // fold(seed) * 0x85EBCA77
+  std::uint32_t seed_term = 0;              // SeedTerm
 };
 
 // What a block has that is a dense table: kept sizes of its rows, or of groups of them.
@@ -132,22 +132,13 @@ struct CodeRows {
   const float* step = nullptr;    // one
 };
 
-enum class Rule { kSgd, kAdagrad, kRowwiseAdagrad, kAdam };
-
 // One optimizer step. What depends on the step is computed by the kernel if `step` points to
 // device memory (CUDA graphs replay with new steps), else by the host.
-struct Update {
-  Rule rule = Rule::kSgd;
-  float lr = 0, eps = 0, weight_decay = 0, beta1 = 0, beta2 = 0;
-  // Taken in double on the host: 1 - 0.999f is off in the fifth digit.
-  float one_minus_beta1 = 1, one_minus_beta2 = 1;
-  float log_beta1 = 0, log_beta2 = 0;
-  float step_size = 0;     // Adam: lr / (1 - beta1^step)
-  float second_scale = 1;  // Adam: 1 / sqrt(1 - beta2^step)
+struct Update : Hyper {
+  Rule rule = Rule::kNone;
   const std::int64_t* step = nullptr;
   bool narrow_state = false;         // state in the table's type, else float32
   bool stochastic_rounding = false;  // of 16-bit weights
-  std::uint32_t seed_term = 0;       // fold(step) * 0x85EBCA77, if they are rounded so
   // Dense tables: arrays shaped as the weight (row-wise Adagrad: [N]).
   void* first = nullptr;   // Adagrad: sum of squares; Adam: mean
   void* second = nullptr;  // Adam: mean of squares

@@ -219,35 +219,33 @@ void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad, bool 
         "the gradient must be [", rows, ", ", width, "]");
 }
 
-void CheckUpdateOfFewBits(const Tables& tables, int64_t optimizer, bool psw_grad) {
+void CheckUpdateOfFewBits(const Tables& tables, const Wishes& wishes, const OptimizerStep& step) {
   if (!tables.few_bits()) return;
   Check(tables.coded(), "blocks of floats are updated as they are, without steps and bits");
-  Check(optimizer == 0 || optimizer == 2,
+  Check(step.optimizer == 0 || step.optimizer == 2,
         "blocks of codes are updated by SGD or RowwiseAdagrad: the state of other optimizers is "
         "larger than the numbers that codes save");
-  Check(!psw_grad, "an update of codes makes no gradient of per_sample_weights");
+  Check(!wishes.psw_grad, "an update of codes makes no gradient of per_sample_weights");
 }
 
-OptimizerStep::OptimizerStep(int64_t optimizer, const std::vector<double>& hyper,
-                             const Tensors& state, const Tensors& blocks) {
-  constexpr Rule kByNumber[] = {Rule::kSgd, Rule::kAdagrad, Rule::kRowwiseAdagrad, Rule::kAdam};
-  Check(optimizer >= 0 && optimizer < 4, "optimizer must be in 0..3");
-  Check(hyper.size() == 6 || hyper.size() == 7,
+void CheckStep(const Tensors& blocks, OptimizerStep& step) {
+  Check(step.optimizer >= 0 && step.optimizer < 4, "optimizer must be in 0..3");
+  const size_t numbers = step.given.size();
+  Check(numbers == 6 || numbers == 7,
         "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
-  rule = kByNumber[optimizer];
-  lr = hyper[0], eps = hyper[1], weight_decay = hyper[2], beta1 = hyper[3], beta2 = hyper[4];
-  step = hyper[5];
-  Check(step >= 1, "step counts from 1");
-  stochastic_rounding = hyper.size() > 6 && hyper[6] != 0;
-  states = rule == Rule::kSgd ? 0 : rule == Rule::kAdam ? 2 : 1;
-  const size_t all = states * blocks.size();
-  Check(state.size() == all || state.size() == all + 1, "this optimizer has ", all,
+  step.rule = static_cast<Rule>(step.optimizer);
+  Check(step.number() >= 1, "step counts from 1");
+  step.stochastic_rounding = numbers > 6 && step.given[6] != 0;
+  step.states = step.rule == Rule::kSgd ? 0 : step.rule == Rule::kAdam ? 2 : 1;
+  const size_t all = step.states * blocks.size();
+  Check(step.state.size() == all || step.state.size() == all + 1, "this optimizer has ", all,
         " state tensors, and at most a step counter after them");
-  if (state.size() == all) return;
-  counter = &state.back();
-  Check(counter->scalar_type() == ScalarType::Long && counter->numel() == 1,
+  step.counted = step.state.size() > all;
+  if (!step.counted) return;
+  const Tensor& counter = *step.counter();
+  Check(counter.scalar_type() == ScalarType::Long && counter.numel() == 1,
         "the step counter must be one int64");
-  CheckLike(*counter, "the step counter", blocks[0]);
+  CheckLike(counter, "the step counter", blocks[0]);
 }
 
 void OptimizerStep::CheckState(const Tensor& tensor, const Tensor& block) const {
@@ -258,9 +256,24 @@ void OptimizerStep::CheckState(const Tensor& tensor, const Tensor& block) const 
         "state must be ", row_wise ? "[N]" : "[N, D]");
 }
 
-double OptimizerStep::step_size() const { return lr / (1 - std::pow(beta1, step)); }
-
-double OptimizerStep::second_scale() const { return 1 / std::sqrt(1 - std::pow(beta2, step)); }
+Hyper OptimizerStep::hyper(double number) const {
+  Hyper hyper;
+  hyper.lr = static_cast<float>(given[0]);
+  hyper.eps = static_cast<float>(given[1]);
+  hyper.weight_decay = static_cast<float>(given[2]);
+  hyper.seed_term = SeedTerm(static_cast<int64_t>(number));
+  if (rule != Rule::kAdam) return hyper;
+  const double lr = given[0], beta1 = given[3], beta2 = given[4];
+  hyper.beta1 = static_cast<float>(beta1);
+  hyper.beta2 = static_cast<float>(beta2);
+  hyper.one_minus_beta1 = static_cast<float>(1 - beta1);
+  hyper.one_minus_beta2 = static_cast<float>(1 - beta2);
+  hyper.log_beta1 = static_cast<float>(std::log(beta1));
+  hyper.log_beta2 = static_cast<float>(std::log(beta2));
+  hyper.step_size = static_cast<float>(lr / (1 - std::pow(beta1, number)));
+  hyper.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, number)));
+  return hyper;
+}
 
 void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads) {
   Check(!blocks.empty() && rows.size() == blocks.size() && grads.size() == blocks.size(),
@@ -331,6 +344,18 @@ void FewBits::AddTo(Tables& tables) && {
   tables.steps = std::move(steps);
   tables.bits = std::move(bits);
   tables.step_ends = std::move(step_ends);
+}
+
+Wishes Unbox<Wishes>::From(StableIValue* values) {
+  return {to<bool>(values[0]), to<bool>(values[1])};
+}
+
+OptimizerStep Unbox<OptimizerStep>::From(StableIValue* values) {
+  OptimizerStep step;
+  step.state = to<Tensors>(values[0]);
+  step.optimizer = to<int64_t>(values[1]);
+  step.given = to<std::vector<double>>(values[2]);
+  return step;
 }
 
 Bags Unbox<Bags>::From(StableIValue* values) {

@@ -89,25 +89,33 @@ struct FewBits {
   void AddTo(Tables& tables) &&;
 };
 
-// A step of an optimizer. What it does to numbers, each device has in a form of its own.
+// Which gradients a backward is to make beside those of rows.
+struct Wishes {
+  bool mask_grad = false;
+  bool psw_grad = false;
+};
+
+// A step of an optimizer.
 struct OptimizerStep {
-  Rule rule = Rule::kSgd;
-  double lr = 0, eps = 0, weight_decay = 0, beta1 = 0, beta2 = 0;
-  double step = 1;  // unless there is a counter
+  Tensors state;          // of each block one after the other, then maybe the counter
+  int64_t optimizer = 0;  // its number
+  std::vector<double>
+      given;  // lr, eps, weight_decay, beta1, beta2, step, maybe stochastic_rounding
+
+  // Known once it is checked.
+  Rule rule = Rule::kNone;
+  size_t states = 0;  // tensors of each block
+  bool counted = false;
   bool stochastic_rounding = false;
-  size_t states = 0;                // tensors of each block
-  const Tensor* counter = nullptr;  // int64, one number
 
-  // hyper: lr, eps, weight_decay, beta1, beta2, step, and maybe stochastic_rounding; state: of each
-  // block one after the other, then maybe the counter. Throws std::invalid_argument.
-  OptimizerStep(int64_t optimizer, const std::vector<double>& hyper, const Tensors& state,
-                const Tensors& blocks);
-
-  // A state tensor's place and shape: that of the block, or [N] if the rule is row-wise.
+  // int64, one number; null: the number of the step is given.
+  const Tensor* counter() const { return counted ? &state.back() : nullptr; }
+  // A state tensor of a block: on its device, shaped as it is, or [N] if the rule is row-wise.
   void CheckState(const Tensor& tensor, const Tensor& block) const;
-  // Adam: lr / (1 - beta1^step) and 1 / sqrt(1 - beta2^step).
-  double step_size() const;
-  double second_scale() const;
+  // From 1, unless there is a counter.
+  double number() const { return given[5]; }
+  // What kernels are told of the step of this number.
+  Hyper hyper(double number) const;
 };
 
 // Throw std::invalid_argument, with the table's number in front where there are several.
@@ -115,8 +123,9 @@ void CheckTables(Tables& tables);
 void CheckBags(const Tables& tables, Bags& bags);
 // `apart`: rows need not lie side by side, as columns of a wider gradient do not.
 void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad, bool apart = false);
+void CheckStep(const Tensors& blocks, OptimizerStep& step);
 // Of an update of tables that are given step sizes, if they are.
-void CheckUpdateOfFewBits(const Tables& tables, int64_t optimizer, bool psw_grad);
+void CheckUpdateOfFewBits(const Tables& tables, const Wishes& wishes, const OptimizerStep& step);
 // Of every block, its rows that have a gradient, and the gradients.
 void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads);
 
@@ -159,6 +168,18 @@ template <>
 struct Unbox<Bags> {
   static constexpr size_t kValues = 6;
   static Bags From(StableIValue* values);
+};
+
+template <>
+struct Unbox<Wishes> {
+  static constexpr size_t kValues = 2;
+  static Wishes From(StableIValue* values);
+};
+
+template <>
+struct Unbox<OptimizerStep> {
+  static constexpr size_t kValues = 3;
+  static OptimizerStep From(StableIValue* values);
 };
 
 template <>
@@ -209,7 +230,7 @@ struct Boxed<kFunction> {
   }
 };
 
-// As TORCH_BOX, for functions that take Tables and Bags.
+// As TORCH_BOX, for functions that take arguments in these groups.
 #define AMTL_BOX(function) (&::amtl::Boxed<(function)>::Call)
 
 }  // namespace amtl

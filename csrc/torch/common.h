@@ -13,6 +13,8 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/shared.h"
+
 namespace amtl {
 
 using torch::headeronly::ScalarType;
@@ -42,6 +44,17 @@ inline void CheckWeight(const Tensor& weight) {
   Check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
         "native operators take float32, float16 and bfloat16; float64 runs on the reference: "
         "amtl_kernels.set_backend(\"reference\")");
+}
+
+inline DType DTypeOf(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat32;
+  }
 }
 
 // A table that is not stored in tiers, whose rows are as wide as the output.

@@ -22,7 +22,7 @@ void CpuLookup::Describe(const Tables& tables, const Bags& lookups, size_t t) {
 
 void CpuLookup::DescribeTable(const Tables& tables, size_t t) {
   const Tensor* blocks = &tables.blocks[tables.first[t]];
-  table.type = tables.coded() ? cpu::FloatType::kFloat : FloatTypeOf(blocks[0]);
+  table.type = tables.coded() ? DType::kFloat32 : DTypeOf(blocks[0]);
   const int32_t bits = tables.few_bits() ? static_cast<int32_t>(tables.bits[t]) : 0;
   (tables.coded() ? table.bits : table.rounding) = bits;
   table.rows = tables.rows[t];
@@ -40,10 +40,10 @@ void CpuLookup::DescribeTable(const Tables& tables, size_t t) {
     sizes.kind = cpu::SizeTable::Kind::kGroups;
     sizes.row_group = tables.row_groups[t].const_data_ptr<int32_t>();
     sizes.groups = dims.size(0);
-    sizes.mixed_seed = cpu::MixSeed(tables.seed);
+    sizes.seed_term = SeedTerm(tables.seed);
     return;
   }
-  const int64_t bytes = tables.coded() ? 1 : cpu::BytesOf(table.type);
+  const int64_t bytes = tables.coded() ? 1 : BytesOf(table.type);
   tables.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
     const int64_t before = begin * block.size(1) * bytes;
     const void* data = block.size(1) > 0 ? block.const_data_ptr() : kNoColumns;

@@ -9,17 +9,6 @@
 
 namespace amtl {
 
-inline cpu::FloatType FloatTypeOf(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return cpu::FloatType::kHalf;
-    case ScalarType::BFloat16:
-      return cpu::FloatType::kBFloat16;
-    default:
-      return cpu::FloatType::kFloat;
-  }
-}
-
 inline cpu::IndexType IndexTypeOf(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Int ? cpu::IndexType::kInt32 : cpu::IndexType::kInt64;
 }
@@ -56,18 +45,11 @@ struct CpuLookup {
   void GroupEnds();
 };
 
-// An optimizer's step for the CPU kernels, and its state.
-struct CpuOptimizer {
-  OptimizerStep given;
-  cpu::Update update;
-  cpu::Hyper hyper;
-  const Tensors& state;
-
-  CpuOptimizer(int64_t optimizer, const std::vector<double>& numbers, const Tensors& tensors,
-               const Tensors& blocks);
-
-  void SetState(const Tensor& weight, size_t block, cpu::TableSlice* slice) const;
-};
+// Checks a step for the CPU kernels and returns its numbers.
+Hyper CheckCpuStep(const Tensors& blocks, OptimizerStep& step);
+// The state of a block, whose numbers are `weight`.
+void SetState(const OptimizerStep& step, const Tensor& weight, size_t block,
+              cpu::TableSlice* slice);
 
 // Runs the forward; whether an index was clamped. Rows of the output are `stride` values apart.
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,

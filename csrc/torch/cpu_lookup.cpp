@@ -57,7 +57,7 @@ class TableBatch {
   int64_t width() const { return columns_.back() + lookups_.back().table.dim; }
   // A table's columns of an output or a gradient.
   char* Columns(void* data, size_t t) const {
-    return static_cast<char*>(data) + columns_[t] * cpu::BytesOf(lookups_[0].table.type);
+    return static_cast<char*>(data) + columns_[t] * BytesOf(lookups_[0].table.type);
   }
   const char* Columns(const Tensor& data, size_t t) const {
     return Columns(const_cast<void*>(data.const_data_ptr()), t);
@@ -104,7 +104,7 @@ class TableBatch {
     const Tensor out = torch::stable::new_empty(tables_.numbers(), {count});
     if (wanted && tables() > 1) {
       char* data = static_cast<char*>(out.mutable_data_ptr());
-      const int64_t bytes = cpu::BytesOf(lookups_[0].table.type);
+      const int64_t bytes = BytesOf(lookups_[0].table.type);
       std::memset(data + used_ * bytes, 0, static_cast<size_t>((count - used_) * bytes));
     }
     return out;
@@ -116,7 +116,7 @@ class TableBatch {
     const int64_t first = t == 0 ? 0 : OffsetAt(static_cast<int64_t>(t) * bags_.batch);
     cpu::PerSampleWeightGrad(
         executor, table, lookups_[t].bags, sorted, Columns(grad, t), Stride(grad),
-        static_cast<char*>(out.mutable_data_ptr()) + first * cpu::BytesOf(table.type));
+        static_cast<char*>(out.mutable_data_ptr()) + first * BytesOf(table.type));
   }
 
  private:
@@ -139,7 +139,7 @@ class TableBatch {
     if (!bags_.per_sample_weights) return;
     table.per_sample_weights =
         static_cast<const char*>(bags_.per_sample_weights->const_data_ptr()) +
-        first * cpu::BytesOf(table.type);
+        first * BytesOf(table.type);
   }
 
   int64_t OffsetAt(int64_t i) const {
@@ -239,13 +239,13 @@ struct Masks {
 };
 
 // Every block as a walk takes it, without gradients, and with state if there is an optimizer.
-std::vector<TableSlice> SlicesOf(const Tables& tables, const CpuOptimizer* optimizer = nullptr) {
+std::vector<TableSlice> SlicesOf(const Tables& tables, const OptimizerStep* step = nullptr) {
   std::vector<TableSlice> slices(tables.blocks.size());
   for (size_t t = 0; t < tables.count(); ++t) {
     int64_t row = 0;
     for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
       const Tensor& block = tables.blocks[c];
-      if (optimizer) optimizer->SetState(block, c, &slices[c]);
+      if (step != nullptr) SetState(*step, block, c, &slices[c]);
       slices[c].weight = const_cast<void*>(block.const_data_ptr());
       slices[c].width = static_cast<int32_t>(block.size(1));
       slices[c].first_row = row;
@@ -256,18 +256,18 @@ std::vector<TableSlice> SlicesOf(const Tables& tables, const CpuOptimizer* optim
 }
 
 // Every part of blocks of codes as an update takes it.
-std::vector<TableSlice> CodeSlicesOf(const Tables& tables, const CpuOptimizer& optimizer) {
+std::vector<TableSlice> CodeSlicesOf(const Tables& tables, const OptimizerStep& step) {
   std::vector<TableSlice> slices;
   for (size_t t = 0; t < tables.count(); ++t) {
-    const float* step = tables.steps[t].const_data_ptr<float>();
+    const float* part = tables.steps[t].const_data_ptr<float>();
     int64_t start = 0;
     tables.ForParts(t, [&](const Tensor& block, int64_t begin, int64_t end) {
       TableSlice slice{};
-      optimizer.SetState(block, static_cast<size_t>(&block - tables.blocks.data()), &slice);
+      SetState(step, block, static_cast<size_t>(&block - tables.blocks.data()), &slice);
       slice.bits = static_cast<int32_t>(tables.bits[t]);
       slice.row_bytes = static_cast<int32_t>(block.size(1));
       slice.width = static_cast<int32_t>(tables.width_of(block, t));
-      slice.step = *step++;
+      slice.step = *part++;
       slice.rows_before = start - begin;
       slice.weight = static_cast<char*>(const_cast<void*>(block.const_data_ptr())) +
                      slice.rows_before * slice.row_bytes;
@@ -281,11 +281,11 @@ std::vector<TableSlice> CodeSlicesOf(const Tables& tables, const CpuOptimizer& o
 }
 
 void Walk(const TableBatch& batch, const Tables& tables, const Sorted& sorted, const Tensor& grad,
-          const Masks& masks, cpu::Update update, const cpu::Hyper& hyper,
+          const Masks& masks, Rule rule, const Hyper& hyper,
           const std::vector<TableSlice>& slices) {
   const std::vector<size_t>& first = tables.coded() ? tables.first_part : tables.first;
   batch.ForTables([&](const Executor&, size_t t) {
-    sorted[t]->Walk(batch.Columns(grad, t), batch.Stride(grad), masks[t], update, hyper,
+    sorted[t]->Walk(batch.Columns(grad, t), batch.Stride(grad), masks[t], rule, hyper,
                     &slices[first[t]], static_cast<int64_t>(first[t + 1] - first[t]));
   });
 }
@@ -309,12 +309,12 @@ Tensor Lookup(Tables tables, const std::optional<Tensors>& masks, Bags bags, int
 
 std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const Tensor& grad,
                                                             Bags bags, bool weight_grad,
-                                                            bool mask_grad, bool psw_grad) {
+                                                            Wishes wishes) {
   const TableBatch batch(tables, bags);
   CheckGrad(tables, bags, grad, true);
-  mask_grad = mask_grad && tables.grouped();
+  const bool mask_grad = wishes.mask_grad && tables.grouped();
   const Masks masks(tables, mask_grad);
-  const Tensor psw = batch.NewWeightsGrad(psw_grad);
+  const Tensor psw = batch.NewWeightsGrad(wishes.psw_grad);
   const Tensors& blocks = tables.blocks;
   Tensors rows, grads;
   // Rows of a single block are those of its table, and are written where they are returned.
@@ -325,7 +325,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const
   batch.ForTables([&](const Executor& executor, size_t t) {
     const bool sorts = weight_grad || mask_grad;
     if (sorts) sorted[t] = std::make_unique<SortedLookups>(executor, batch[t].table, batch[t].bags);
-    if (psw_grad) batch.WeightsGrad(executor, t, sorted[t].get(), grad, psw);
+    if (wishes.psw_grad) batch.WeightsGrad(executor, t, sorted[t].get(), grad, psw);
     if (!sorts) return;
     if (in_place) {
       const Ints shape{sorted[t]->segments()};
@@ -358,32 +358,30 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const
       for (int64_t i = 0; i < rows[c].numel(); ++i) to[i] = from[i] - slices[c].first_row;
     }
   }
-  Walk(batch, tables, sorted, grad, masks, cpu::Update::kStoreGrad, cpu::Hyper{}, slices);
+  Walk(batch, tables, sorted, grad, masks, Rule::kNone, Hyper{}, slices);
   return {rows, grads, masks.flat, psw};
 }
 
-std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags,
-                                        bool mask_grad, bool psw_grad, bool groups_sorted,
-                                        const Tensors& state, int64_t optimizer,
-                                        const std::vector<double>& hyper, FewBits few) {
+std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags, Wishes wishes,
+                                        bool groups_sorted, OptimizerStep step, FewBits few) {
   std::move(few).AddTo(tables);
   const TableBatch batch(tables, bags);
-  CheckUpdateOfFewBits(tables, optimizer, psw_grad);
+  CheckUpdateOfFewBits(tables, wishes, step);
   CheckGrad(tables, bags, grad, true);
-  mask_grad = mask_grad && tables.grouped();
-  const CpuOptimizer step(optimizer, hyper, state, tables.blocks);
+  const bool mask_grad = wishes.mask_grad && tables.grouped();
+  const Hyper hyper = CheckCpuStep(tables.blocks, step);
   const std::vector<TableSlice> slices =
       tables.coded() ? CodeSlicesOf(tables, step) : SlicesOf(tables, &step);
   const Masks masks(tables, mask_grad);
-  const Tensor psw = batch.NewWeightsGrad(psw_grad);
+  const Tensor psw = batch.NewWeightsGrad(wishes.psw_grad);
   Sorted sorted(tables.count());
   // Everything is checked before any table changes.
   batch.ForTables([&](const Executor& executor, size_t t) {
     sorted[t] = std::make_unique<SortedLookups>(executor, batch[t].table, batch[t].bags);
-    if (psw_grad) batch.WeightsGrad(executor, t, sorted[t].get(), grad, psw);
+    if (wishes.psw_grad) batch.WeightsGrad(executor, t, sorted[t].get(), grad, psw);
     sorted[t]->Describe(mask_grad, sorted[t]->ScratchRows());
   });
-  Walk(batch, tables, sorted, grad, masks, step.update, step.hyper, slices);
+  Walk(batch, tables, sorted, grad, masks, step.rule, hyper, slices);
   return {masks.flat, psw};
 }
 

@@ -107,7 +107,7 @@ Grads TieredReduce(const CudaContext& context, const CudaTables& call, const Ten
               "the count of rows");
     context.Read(below.data(), device_below, below.size() * sizeof(int64_t));
   }
-  const uint64_t element = call.type == DType::kFloat32 ? 4 : 2;
+  const auto element = static_cast<uint64_t>(BytesOf(call.type));
   std::vector<uint64_t> row_bases, grad_bases;
   for (size_t c = 0; c < blocks.size(); ++c) {
     const int64_t before = c > 0 ? below[c - 1] : 0;
@@ -147,14 +147,15 @@ namespace {
 
 std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const Tensor& grad,
                                                             Bags bags, bool weight_grad,
-                                                            bool mask_grad, bool psw_grad) {
+                                                            Wishes wishes) {
   CudaTables call(std::move(tables), std::move(bags));
   CheckGrad(call.tables, call.bags, grad);
   RaiseFindings();
   const CudaContext context(call.like());
   call.Upload(context);
-  const Grads out = Reduce(context, call, grad, weight_grad, mask_grad && call.tables.grouped());
-  return {out.rows, out.grads, out.masks, WeightsGrad(context, call, grad, psw_grad)};
+  const bool mask_grad = wishes.mask_grad && call.tables.grouped();
+  const Grads out = Reduce(context, call, grad, weight_grad, mask_grad);
+  return {out.rows, out.grads, out.masks, WeightsGrad(context, call, grad, wishes.psw_grad)};
 }
 
 }  // namespace

@@ -27,15 +27,4 @@ void CheckCuda(int error, const char* what) {
                            " failed: " + cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
-DType DTypeOf(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      return DType::kFloat32;
-  }
-}
-
 }  // namespace amtl

@@ -36,8 +36,6 @@ class CudaContext {
 // Throws std::runtime_error for a CUDA error.
 void CheckCuda(int error, const char* what);
 
-DType DTypeOf(const Tensor& tensor);
-
 // Memory of the device, its values void.
 Tensor NewTensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type);
 

@@ -2,45 +2,27 @@
 #include "torch/cuda_optimizer.h"
 #include "torch/cuda_findings.h"
 
-#include <cmath>
-
-#include "kernels/hash.h"
-
 namespace amtl {
 
-Update MakeUpdate(const OptimizerStep& given) {
+Update MakeUpdate(const OptimizerStep& step) {
   Update update;
-  update.rule = given.rule;
-  update.lr = static_cast<float>(given.lr);
-  update.eps = static_cast<float>(given.eps);
-  update.weight_decay = static_cast<float>(given.weight_decay);
-  update.stochastic_rounding = given.stochastic_rounding;
-  update.seed_term = SeedTerm(static_cast<int64_t>(given.step));
-  if (given.counter != nullptr) update.step = given.counter->const_data_ptr<int64_t>();
-  if (update.rule == Rule::kAdam) {
-    update.beta1 = static_cast<float>(given.beta1);
-    update.beta2 = static_cast<float>(given.beta2);
-    update.one_minus_beta1 = static_cast<float>(1 - given.beta1);
-    update.one_minus_beta2 = static_cast<float>(1 - given.beta2);
-    update.log_beta1 = static_cast<float>(std::log(given.beta1));
-    update.log_beta2 = static_cast<float>(std::log(given.beta2));
-    update.step_size = static_cast<float>(given.step_size());
-    update.second_scale = static_cast<float>(given.second_scale());
-  }
+  static_cast<Hyper&>(update) = step.hyper(step.number());
+  update.rule = step.rule;
+  update.stochastic_rounding = step.stochastic_rounding;
+  if (step.counted) update.step = step.counter()->const_data_ptr<int64_t>();
   return update;
 }
 
-void SetStates(const OptimizerStep& given, const Tensors& state, const Tensor& weight, size_t block,
-               Update& update) {
+void SetStates(const OptimizerStep& step, const Tensor& weight, size_t block, Update& update) {
   void** const memory[] = {&update.first, &update.second};
-  for (size_t s = 0; s < given.states; ++s) {
-    const Tensor& tensor = state[block * given.states + s];
+  for (size_t s = 0; s < step.states; ++s) {
+    const Tensor& tensor = step.state[block * step.states + s];
     const ScalarType type = tensor.scalar_type();
     Check(type == ScalarType::Float || type == weight.scalar_type(),
           "state must be float32 or of the type of the table");
-    Check(s == 0 || type == state[block * given.states].scalar_type(),
+    Check(s == 0 || type == step.state[block * step.states].scalar_type(),
           "both states must have one type");
-    given.CheckState(tensor, weight);
+    step.CheckState(tensor, weight);
     update.narrow_state = type != ScalarType::Float;
     *memory[s] = tensor.mutable_data_ptr();
   }
@@ -61,17 +43,16 @@ void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& upd
 
 namespace {
 
-void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, const Tensors& state,
-           int64_t optimizer, const std::vector<double>& hyper) {
+void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, OptimizerStep step) {
   CheckRows(blocks, rows, grads);
-  const OptimizerStep step(optimizer, hyper, state, blocks);
+  CheckStep(blocks, step);
   Update update = MakeUpdate(step);
   // Everything is checked before anything changes.
-  for (size_t c = 0; c < blocks.size(); ++c) SetStates(step, state, blocks[c], c, update);
+  for (size_t c = 0; c < blocks.size(); ++c) SetStates(step, blocks[c], c, update);
   RaiseFindings();
   const CudaContext context(blocks[0]);
   for (size_t c = 0; c < blocks.size(); ++c) {
-    SetStates(step, state, blocks[c], c, update);
+    SetStates(step, blocks[c], c, update);
     ApplyTo(context, blocks[c], update, rows[c], grads[c]);
   }
 }

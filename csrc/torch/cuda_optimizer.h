@@ -6,12 +6,11 @@
 
 namespace amtl {
 
-// The step without the states of any block.
-Update MakeUpdate(const OptimizerStep& given);
+// A checked step without the states of any block.
+Update MakeUpdate(const OptimizerStep& step);
 
-// The states of a block, of which there are `given.states` in `state` for each.
-void SetStates(const OptimizerStep& given, const Tensors& state, const Tensor& weight, size_t block,
-               Update& update);
+// Those of a block, whose numbers are `weight`.
+void SetStates(const OptimizerStep& step, const Tensor& weight, size_t block, Update& update);
 
 // One step on rows [U] of a table from their gradients [U, D].
 void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& update,

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "kernels/hash.h"
-
 namespace amtl {
 
 namespace {

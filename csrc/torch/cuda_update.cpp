@@ -29,8 +29,7 @@ struct CodeParts {
 };
 
 // `given` have been checked.
-CodeParts PartsOfCodes(const Tables& given, const OptimizerStep& step, const Tensors& state,
-                       Update& update) {
+CodeParts PartsOfCodes(const Tables& given, const OptimizerStep& step, Update& update) {
   CodeParts parts;
   Tables& tables = parts.tables;
   tables.dims = given.dims;
@@ -42,7 +41,7 @@ CodeParts PartsOfCodes(const Tables& given, const OptimizerStep& step, const Ten
       Tensor whole = block;
       tables.blocks.push_back(torch::stable::narrow(whole, 0, start - begin, end - start));
       parts.before.push_back(start - begin);
-      SetStates(step, state, block, static_cast<size_t>(&block - given.blocks.data()), update);
+      SetStates(step, block, static_cast<size_t>(&block - given.blocks.data()), update);
       Check(!update.narrow_state, "the state of codes must be float32");
       parts.moments.push_back(
           update.first == nullptr ? nullptr : static_cast<float*>(update.first) + (start - begin));
@@ -55,12 +54,11 @@ CodeParts PartsOfCodes(const Tables& given, const OptimizerStep& step, const Ten
 }
 
 // Codes are updated by the gradients of their rows, and so waited for.
-void UpdateCodes(Tables given, const Tensor& grad, Bags bags, const Tensors& state,
-                 int64_t optimizer, const std::vector<double>& hyper) {
+void UpdateCodes(Tables given, const Tensor& grad, Bags bags, OptimizerStep step) {
   CheckTables(given);
-  const OptimizerStep step(optimizer, hyper, state, given.blocks);
+  CheckStep(given.blocks, step);
   Update update = MakeUpdate(step);
-  CodeParts parts = PartsOfCodes(given, step, state, update);
+  CodeParts parts = PartsOfCodes(given, step, update);
   CudaTables call(std::move(parts.tables), std::move(bags), true);
   CheckGrad(call.tables, call.bags, grad);
   RaiseFindings();
@@ -87,39 +85,37 @@ void UpdateCodes(Tables given, const Tensor& grad, Bags bags, const Tensors& sta
   }
 }
 
-std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags,
-                                        bool mask_grad, bool psw_grad, bool groups_sorted,
-                                        const Tensors& state, int64_t optimizer,
-                                        const std::vector<double>& hyper, FewBits few) {
+std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags, Wishes wishes,
+                                        bool groups_sorted, OptimizerStep step, FewBits few) {
   std::move(few).AddTo(tables);
   if (tables.few_bits()) {
-    CheckUpdateOfFewBits(tables, optimizer, psw_grad);
+    CheckUpdateOfFewBits(tables, wishes, step);
     const Tensor like = tables.like();
-    UpdateCodes(std::move(tables), grad, std::move(bags), state, optimizer, hyper);
+    UpdateCodes(std::move(tables), grad, std::move(bags), std::move(step));
     return {NewTensor(like, {0}, ScalarType::Float), NewTensor(like, {0}, ScalarType::Float)};
   }
   CudaTables call(std::move(tables), std::move(bags));
   const Tensors& blocks = call.tables.blocks;
   CheckGrad(call.tables, call.bags, grad);
-  const OptimizerStep step(optimizer, hyper, state, blocks);
+  CheckStep(blocks, step);
   Update update = MakeUpdate(step);
   for (size_t c = 0; c < blocks.size(); ++c) {
     const bool narrow = update.narrow_state;
-    SetStates(step, state, blocks[c], c, update);
+    SetStates(step, blocks[c], c, update);
     Check(c == 0 || narrow == update.narrow_state, "the states of ",
           call.tables.count() > 1 ? "tables" : "blocks", " differ in type");
     call.PlaceState(c, update);
   }
-  mask_grad &= call.tables.grouped();
+  const bool mask_grad = wishes.mask_grad && call.tables.grouped();
   RaiseFindings();
   const CudaContext context(call.like());
   call.Upload(context, &update);
   // Before the weights change.
-  const Tensor psw = WeightsGrad(context, call, grad, psw_grad);
+  const Tensor psw = WeightsGrad(context, call, grad, wishes.psw_grad);
   if (!cuda::update_fits(update, call.dim)) {
     const Grads out = Reduce(context, call, grad, true, mask_grad);
     for (size_t c = 0; c < blocks.size(); ++c) {
-      SetStates(step, state, blocks[c], c, update);
+      SetStates(step, blocks[c], c, update);
       ApplyTo(context, blocks[c], update, out.rows[c], out.grads[c]);
     }
     return {out.masks, psw};

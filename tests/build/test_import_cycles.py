@@ -16,7 +16,7 @@ FLOORS = {"amtl_kernels": 0, "amtl": 1, "amtl_command": 1, "bench": 2}
 """Packages by the height at which they stand: each uses those below it and beside it."""
 ROOMS = {
     "kernels": {"kernels", "hostsim"},
-    "cpu": {"cpu"},
+    "cpu": {"cpu", "kernels"},
     "cuda": {"cuda", "kernels"},
     "torch": {"torch", "cpu", "cuda", "kernels"},
     "serve": {"serve", "cpu"},

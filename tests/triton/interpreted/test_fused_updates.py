@@ -185,7 +185,7 @@ def test_bad_state_is_refused(device: str) -> None:
     inputs = build(CASE, device)
     arguments = calls(inputs, "adagrad")["masked rows"]
     for state, message in (
-        ([], "1 state tensors per table"),
+        ([], "has 1 state tensors, and at most"),
         ([torch.zeros(3, device=device)], "must be contiguous and"),
         ([torch.zeros(CASE.dim, CASE.rows, device=device).t()], "must be contiguous and"),
     ):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import amtl_kernels as ak
 from amtl_kernels import reference
+from amtl_kernels._arguments import Step
 from amtl_kernels.triton import implementations, launch, plan, rules
 
 OPERATORS = implementations()
@@ -218,4 +219,4 @@ def test_bad_counters_are_refused(device: str) -> None:
         ([weight, weight, torch.tensor(1, device=device)], "at most a step counter"),
     ):
         with pytest.raises(ValueError, match=message):
-            rules.check_states(reference.ADAGRAD, [weight], state)
+            rules.check_states(Step(state, reference.ADAGRAD, []), [weight])
