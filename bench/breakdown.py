@@ -1,10 +1,12 @@
-"""Where the time of a backward that returns its gradients goes, beside ``F.embedding_bag``'s.
+"""Where the time of a backward goes: of one that returns its gradients, or of a whole fused step.
 
-The goal is that lookup, row gradient and mask gradient take 0.7 of the time that
+Of gradients the goal is that lookup, row gradient and mask gradient take 0.7 of the time that
 ``F.embedding_bag(sparse=True)`` takes without a mask. Its backward copies a gradient row per lookup
-and leaves sorting and adding up to the optimizer; ours sorts and sums. Here each part is timed by
-itself, interleaved with the whole, and everything twice: with freed memory as the C library treats
-it, and kept by it, so that no buffer is fresh from the system.
+and leaves sorting and adding up to the optimizer; ours sorts and sums. Of a step the goals are
+shares of a ceiling (``traffic.py``), which counts neither the sort nor what autograd does.
+
+Each part is timed by itself, interleaved with the whole, and everything twice: with freed memory as
+the C library treats it, and kept by it, so that no buffer is fresh from the system.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amtl_kernels.reference import ROWWISE_ADAGRAD
 from bench import machine, tables
 from bench.contenders import CONTENDERS
 from bench.inputs import Case, Problem, make_problem
@@ -32,8 +35,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 << 20
 
 TORCH, OURS = "F.embedding_bag, forward + backward", "amtl search, forward + backward"
+FBGEMM, STEP = "FBGEMM's step, without a mask", "amtl search, fused step"
 TORCH_LOOKUP, LOOKUP, SORT = "of the first: lookup", "of the second: lookup", "sort"
 SUM, MASK, REST = "sizes, sum, row gradient", "mask gradient", "autograd and the rest"
+UPDATE = "sizes, sum, update"
 
 
 @dataclass(frozen=True)
@@ -60,21 +65,47 @@ def _backward(grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Seque
     )
 
 
+def _step(grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Sequence[object]) -> Any:
+    """The operator of a fused step of row-wise Adagrad, told whether a mask gradient is wanted."""
+    state = [torch.zeros(len(weight))]
+    hyper = [1e-3, 1e-8, 0.0, 0.0, 0.0, 1.0]
+
+    def call(mask: bool, psw_grad: bool) -> object:
+        wishes, step = (mask, psw_grad, False), (state, ROWWISE_ADAGRAD, hyper)
+        return torch.ops.amtl.lookup_update_([weight], [1], [], *sizes, grad, *bags, *wishes, *step)
+
+    return call
+
+
 def _calls(problem: Problem) -> dict[str, Callable[[int], object]]:
     """The whole of both, and what they are made of; an operator does what the one before does."""
-    lookup = replace(problem, case=replace(problem.case, work="forward"))
+    lookup = replace(problem, case=replace(problem.case, work="forward", optimizer="none"))
+    steps = problem.case.work == "step"
+    sides = [("fbgemm", (FBGEMM,)), ("amtl_search_fused", (STEP, LOOKUP))]
+    if not steps:
+        sides = [("torch", (TORCH, TORCH_LOOKUP)), ("amtl_search", (OURS, LOOKUP))]
     calls = {}
-    for name, titles in (("torch", (TORCH, TORCH_LOOKUP)), ("amtl_search", (OURS, LOOKUP))):
-        for title, of in zip(titles, (problem, lookup), strict=True):
-            calls[title] = CONTENDERS[name].prepare(of).call
+    for name, titles in sides:
+        contender = CONTENDERS[name]
+        if contender.absent():
+            continue
+        for title, of in zip(titles, (problem, lookup), strict=False):
+            look_up = name == "amtl_search_fused" and of is lookup
+            calls[title] = (CONTENDERS["amtl_search"] if look_up else contender).prepare(of).call
 
     grad, weight = problem.grad, problem.weight
     # Rows of one number, without sizes, leave little more than to sort and to cut into segments.
     narrow = (grad[:, :1].contiguous(), weight.new_zeros(len(weight), 1), [[], [], 0])
     whole = (grad, weight, [[problem.group_dims], [problem.row_group], problem.seed])
-    for title, arguments, mask in ((SORT, narrow, False), (SUM, whole, False), (MASK, whole, True)):
+    made, rows = (_step, UPDATE) if steps else (_backward, SUM)
+    parts = (
+        (SORT, _backward, narrow, False),
+        (rows, made, whole, False),
+        (MASK, made, whole, True),
+    )
+    for title, make, arguments, mask in parts:
         operators = [
-            _backward(*arguments, [ids, problem.offsets[:-1], None, 0, [-1], False])
+            make(*arguments, [ids, problem.offsets[:-1], None, 0, [-1], False])
             for ids in problem.ids
         ]
         calls[title] = functools.partial(_call, operators, mask)
@@ -119,9 +150,10 @@ def measure(problem: Problem, seconds: float, timer: Timer) -> list[Part]:
         budget = Budget(seconds)
         samples = interleave(counted, len(problem.ids), budget=budget, timer=timer)
         found = {name: statistics.median(values) for name, values in samples.items()}
-        found[MASK] -= found[SUM]
-        found[SUM] -= found[SORT]
-        found[REST] = found[OURS] - sum(found[part] for part in (LOOKUP, SORT, SUM, MASK))
+        whole, rows = (STEP, UPDATE) if STEP in found else (OURS, SUM)
+        found[MASK] -= found[rows]
+        found[rows] -= found[SORT]
+        found[REST] = found[whole] - sum(found[part] for part in (LOOKUP, SORT, rows, MASK))
         return found
 
     first = medians()
@@ -133,8 +165,10 @@ def measure(problem: Problem, seconds: float, timer: Timer) -> list[Part]:
 
 def report(case: Case, parts: Sequence[Part], clock: str) -> str:
     """Markdown of the lines, with the state of the machine that they were measured on."""
-    whole = next(part.seconds for part in parts if part.name == TORCH)
-    header = ["part", "ms", "of F.embedding_bag's", "ms, freed memory kept", "fresh pages a call"]
+    of = STEP if any(part.name == STEP for part in parts) else TORCH
+    whole = next(part.seconds for part in parts if part.name == of)
+    share = "of the step's" if of == STEP else "of F.embedding_bag's"
+    header = ["part", "ms", share, "ms, freed memory kept", "fresh pages a call"]
     rows = [
         [
             part.name,

@@ -300,13 +300,15 @@ def break_down(
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
     seconds: Annotated[float, typer.Option(help="Of each of two rounds of timing.")] = 8.0,
     clock: Annotated[str, typer.Option(help="wall, or cpu: see run.")] = "wall",
+    step: Annotated[bool, typer.Option(help="Of a step of row-wise Adagrad, fused.")] = False,
 ) -> None:
     """Where forward and backward spend their time: sort, sum, mask gradient, fresh memory."""
     if ids not in ("uniform", "zipf") or clock not in ("wall", "cpu"):
         raise typer.BadParameter("ids are uniform or zipf, the clock is wall or cpu")
     if clock == "cpu" and threads > 1:
         raise typer.BadParameter(_ONE_THREAD)
-    case = backward(rows, distribution=ids, threads=threads)
+    kind = {"work": "step", "optimizer": "rowwise_adagrad"} if step else {}
+    case = dataclasses.replace(backward(rows, distribution=ids, threads=threads), **kind)
     typer.echo(breakdown.run(case, seconds, clock))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -28,6 +29,23 @@ def test_parts_are_the_backward_of_the_whole() -> None:
     [sorted_rows], [narrow], none, _ = calls[breakdown.SORT](1)  # type: ignore[misc]
     assert sorted_rows.equal(rows[0]) and sorted_rows.equal(problem.ids[1].unique())
     assert narrow.shape == (len(sorted_rows), 1) and none.numel() == 0
+
+
+def test_parts_of_a_step_are_those_of_the_whole() -> None:
+    kind = {"work": "step", "optimizer": "rowwise_adagrad"}
+    case = replace(Case("backward", 300, (), (), bags=32, bag_size=5, dim=16, threads=1), **kind)
+    problem = make_problem(case)
+    before = problem.weight.clone()
+    calls = breakdown._calls(problem)
+    touched = problem.ids[1].unique()
+    calls[breakdown.SORT](1)
+    assert problem.weight.equal(before)
+    masks, _ = calls[breakdown.MASK](1)  # type: ignore[misc]
+    assert masks.numel() == problem.group_mask.numel()
+    changed = (problem.weight != before).any(1).nonzero().flatten()
+    assert changed.equal(touched[problem.dims_of(touched, noise=True) > 0])
+    none, _ = calls[breakdown.UPDATE](1)  # type: ignore[misc]
+    assert none.numel() == 0
 
 
 def test_times_of_parts_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
