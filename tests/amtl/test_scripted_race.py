@@ -158,7 +158,7 @@ def test_a_part_of_the_budget_is_taken_where_it_does_better(scores, auc, steps, 
         ({0.5: [0.5, 0.6, 0.7], 0.8: [0.1, 0.2, 0.9]}, None),
     ],
 )
-@pytest.mark.parametrize("dropout", [None, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
     winner = Scripted([0.5, 0.6, 0.8])
     winner.config = settings(seed=11, embedding_dropout=dropout)
@@ -170,7 +170,7 @@ def test_a_teacher_is_heard_where_it_does_better(scores, chosen, dropout):
         assert config == dataclasses.replace(
             winner.config,
             distillation=config.distillation,
-            embedding_dropout=DROPOUT if dropout is None else dropout,
+            embedding_dropout=dropout,
         )
         made[config.distillation] = Scripted(scores[config.distillation])
         return made[config.distillation]
@@ -258,6 +258,7 @@ def test_fewer_bytes_need_more_than_luck(score, better):
 
 def test_all_bytes_with_a_teacher_need_not_do_better_than_a_lucky_few():
     winner = Scripted([0.5, 0.8])
+    winner.config = settings(embedding_dropout=DROPOUT)
     winner.said = SAID
     while not winner.finished:
         winner.step()
@@ -491,39 +492,114 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, 
     assert course.found["less"]["chosen"] == bool(won)
 
 
+P = DROPOUT
+FULLY, WEAK, NONE = (1e-5, 0.0), (1e-6, P), (None, P)
+
+
 @pytest.mark.parametrize(
-    ("decay", "scores", "tried", "chosen"),
+    ("decay", "scores", "chosen"),
     [
-        (None, {None: 0.7}, [None, None], None),
-        # The full table's own serves more than a tenth: none is tried last.
-        (1e-5, {1e-6: 0.6, 1e-5: 0.7, None: 0.65}, [1e-6, 1e-5, 1e-5, None], 1e-5),
-        (1e-5, {1e-6: 0.6, 1e-5: 0.7, None: 0.75}, [1e-6, 1e-5, 1e-5, None], None),
-        (1e-4, {1e-5: 0.7, 1e-4: 0.6, None: 0.65}, [1e-5, 1e-4, None, 1e-5], 1e-5),
-        (1e-5, {1e-6: 0.65, 1e-5: 0.6, None: 0.7}, [1e-6, 1e-5, None, None], None),
+        # Scores by decay, dropout and share, in the order in which they are asked for.
+        (None, {(*NONE, 0.5): 0.7, (*NONE, 0.8): 0.6, (None, 0, 0.5): 0.65}, 0),
+        (None, {(*NONE, 0.5): 0.7, (*NONE, 0.8): 0.75, (None, 0, 0.8): 0.8}, 2),
+        # The full table's own serves more than a tenth: none is tried later.
+        (
+            1e-5,
+            {
+                (*FULLY, 0.5): 0.7,
+                (*WEAK, 0.5): 0.6,
+                (*FULLY, 0.8): 0.4,
+                (*NONE, 0.5): 0.65,
+                (1e-5, P, 0.5): 0.6,
+            },
+            0,
+        ),
+        (
+            1e-5,
+            {
+                (*FULLY, 0.5): 0.7,
+                (*WEAK, 0.5): 0.6,
+                (*FULLY, 0.8): 0.8,
+                (*NONE, 0.8): 0.75,
+                (1e-5, P, 0.8): 0.9,
+            },
+            4,
+        ),
+        (
+            1e-5,
+            {
+                (*FULLY, 0.5): 0.7,
+                (*WEAK, 0.5): 0.6,
+                (*FULLY, 0.8): 0.8,
+                (*NONE, 0.8): 0.85,
+                (None, 0, 0.8): 0.84,
+            },
+            3,
+        ),
+        (
+            1e-5,
+            {
+                (*FULLY, 0.5): 0.6,
+                (*WEAK, 0.5): 0.7,
+                (*NONE, 0.5): 0.65,
+                (*WEAK, 0.8): 0.72,
+                (1e-6, 0, 0.8): 0.71,
+            },
+            3,
+        ),
+        (
+            1e-5,
+            {
+                (*FULLY, 0.5): 0.6,
+                (*WEAK, 0.5): 0.65,
+                (*NONE, 0.5): 0.7,
+                (*NONE, 0.8): 0.6,
+                (None, 0, 0.5): 0.71,
+            },
+            4,
+        ),
     ],
 )
-def test_students_are_tried_with_less_decay_than_a_full_table(decay, scores, tried, chosen):
+def test_students_get_the_decay_and_the_dropout_that_serve_them(decay, scores, chosen):
     winner, made = Scripted([0.5, 0.5]), []
     winner.config = settings(embedding_decay=None)
     while not winner.finished:
         winner.step()
 
-    def rounded(decay):
-        return None if decay is None else round(decay, 9)
-
     def make(config):
-        made.append(config)
-        at_first = config.distillation == SHARES[0]
-        return Scripted([0.5, scores[rounded(config.embedding_decay)] if at_first else 0.4])
+        each = config.embedding_decay
+        each = None if each is None else round(each, 9)
+        made.append((each, config.embedding_dropout, config.distillation))
+        return Scripted([0.5, scores[made[-1]]])
 
     best, rows = race_taught(winner, trials(make), decay)
-    assert [rounded(config.embedding_decay) for config in made] == tried
-    # What comes again comes with the other share.
-    shares = [SHARES[each in tried[:at]] for at, each in enumerate(tried)]
-    assert [config.distillation for config in made] == shares
-    won = [row["name"] for row in rows if row["chosen"]]
-    assert won == [f"50% of the labels a teacher's{f', weight decay {chosen:g}' if chosen else ''}"]
-    assert best.scores[1] == scores[chosen]
+    assert made == list(scores)
+    assert [row["chosen"] for row in rows] == [at == chosen for at in range(len(rows))]
+    each, dropout, share = made[chosen]
+    name = f"{share:.0%} of the labels a teacher's{f', weight decay {each:g}' if each else ''}"
+    assert rows[chosen]["name"] == name + (", dropout 0.1" if dropout else "")
+    assert best.scores[1] == max(scores.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "ways"),
+    [
+        ({"embedding_dropout": 0.2}, [(1e-5, 0.2), (1e-6, 0.2), (1e-5, 0.2), (None, 0.2)]),
+        ({"embedding_decay": 1e-3}, [(1e-3, P), (1e-3, P), (1e-3, 0)]),
+        ({"embedding_decay": 1e-3, "embedding_dropout": 0.0}, [(1e-3, 0), (1e-3, 0)]),
+    ],
+)
+def test_what_a_user_gives_is_taken(given, ways):
+    winner, made = ended([0.5, 0.5]), []
+    winner.config = settings(**{"embedding_decay": None, **given})
+
+    def make(config):
+        each = config.embedding_decay
+        made.append((each and round(each, 9), config.embedding_dropout))
+        return Scripted([0.5, 0.6])
+
+    race_taught(winner, trials(make), 1e-5)
+    assert made == ways
 
 
 @pytest.mark.parametrize(

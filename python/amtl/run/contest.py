@@ -40,15 +40,15 @@ LESS = 0.3
 """Of the best model's bytes: tried too, because fewer numbers may overfit less."""
 
 DROPOUT = 0.1
-"""Share of the embeddings' numbers zeroed in training of a taught model: it gains by it, unlike a
-table of few numbers a row that learns from the labels alone."""
+"""Share of the embeddings' numbers zeroed in training, where that is tried."""
 
 DECAYS = (1e-5, 1e-4)
 """Weight decay of a table's numbers: on each of six sets one of them served a full table, and on
 one of these the other was worse than none."""
 
 WEAKER = 0.1
-"""Of a full table's weight decay: tried of a table of few numbers, which it may be too much for."""
+"""Of a full table's weight decay: tried of a table of few numbers, which it may be too much for,
+and beside dropout."""
 
 SHARES = (0.5, 0.8)
 """Of the labels, a teacher's: data of few or noisy clicks gain by the larger one."""
@@ -60,6 +60,9 @@ is the luckiest, and a small table has lost most where it was luck."""
 
 _MORE = (8, 25)
 """Times that of the first model is what the others took, on the sets that settings come from."""
+
+_Way = tuple[float | None, float]
+"""Weight decay and dropout."""
 
 _HOPELESS = 0.02
 """So far behind after two laps, in AUC minus log loss, nothing has been seen to catch up but by
@@ -393,15 +396,14 @@ def race_taught(
 ) -> tuple[Learner | None, list[dict[str, Any]]]:
     """Trains settings anew on labels that a teacher softens, against a winner; see `contend`.
 
-    Weight decay first, a weaker one than serves a table of full size, then that one or none: it
-    may be too much for a table of few numbers. Then how much the teacher says, and where none was
-    not tried, it is with as much.
+    Weight decay and dropout both keep rows from overfitting, and together they may be too much:
+    what decay serves a table of full size comes without dropout, a tenth of it and none with some.
+    Then how much the teacher says, and last the best of all with the other dropout.
 
     Args:
         winner: the best model so far, trained to its end.
         trials: by what learners are made, which have the teacher's labels, and trained.
-        decay: what serves a table of full size; some is tried here where that is, and the settings
-            leave it open.
+        decay: what serves a table of full size; tried here where the settings leave it open.
         config: settings to train with; None: the winner's.
         sure: see `contend`; by how much the first of them has to beat the winner.
 
@@ -410,17 +412,20 @@ def race_taught(
     """
     config, best = config or winner.config, None
     rows: list[dict[str, Any]] = []
-    if config.embedding_dropout is None:
-        config = replace(config, embedding_dropout=DROPOUT)
-    shares = SHARES if config.distillation is None else (config.distillation,)
+    given, shares = config.embedding_dropout, SHARES
+    if config.distillation is not None:
+        shares = (config.distillation,)
 
-    def teach(share: float, each: float | None) -> float:
+    def teach(share: float, way: _Way) -> float:
         nonlocal best
+        each, dropout = way
         if rows and trials.late():
             return -math.inf
-        learner = trials.make(replace(config, distillation=share, embedding_decay=each))
+        changes: dict[str, Any] = {"embedding_decay": each, "embedding_dropout": dropout}
+        learner = trials.make(replace(config, distillation=share, **changes))
         name = f"{share:.0%} of the labels a teacher's"
         name += f", weight decay {each:g}" if each and each != config.embedding_decay else ""
+        name += f", dropout {dropout:g}" if dropout and given is None else ""
         needed = sure if best is None else 0.0
         better, row = contend(name, learner, best or winner, trials, needed)
         if better is None:
@@ -434,21 +439,23 @@ def race_taught(
         rows.append(row)
         return float(row["score"])
 
-    each, scores = config.embedding_decay, dict[float | None, float]()
-    if each is None and decay and config.may_decay:
-        weaker = WEAKER * decay
-        scores = {d: teach(shares[0], d) for d in (weaker, decay)}
-        if max(scores, key=scores.__getitem__) == weaker:
-            scores[None] = teach(shares[0], None)
-        each = max(scores, key=scores.__getitem__)
-        by_share = {shares[0]: scores[each]}
-    else:
-        by_share = {shares[0]: teach(shares[0], each)}
+    some, tried = DROPOUT if given is None else given, dict[_Way, float]()
+    none: _Way = (config.embedding_decay, some)
+    if config.embedding_decay is None and decay and config.may_decay:
+        full, weaker = (decay, given or 0.0), (WEAKER * decay, some)
+        tried = {way: teach(shares[0], way) for way in (full, weaker)}
+    if not tried or max(tried, key=tried.__getitem__) == weaker:
+        tried[none] = teach(shares[0], none)
+    way = max(tried, key=tried.__getitem__)
+    by_share = {shares[0]: tried[way]}
     for share in shares[1:]:
-        by_share[share] = teach(share, each)
-    if scores and None not in scores:
-        # A tenth being worse says nothing of none.
-        teach(max(by_share, key=by_share.__getitem__), None)
+        by_share[share] = teach(share, way)
+    share = max(by_share, key=by_share.__getitem__)
+    # A tenth being worse says nothing of none.
+    if none not in tried and teach(share, none) > by_share[share]:
+        way = none
+    if given is None:
+        teach(share, (way[0], 0.0 if way[1] else DROPOUT))
     return best, rows
 
 
