@@ -536,10 +536,10 @@ def test_weight_decay_that_serves_the_full_table_is_tried_with_students(
     watching, config = Watching(), settings(epochs=2, embedding_decay=None)
     metrics = start(config, observer=watching, source=source).run()
     assert [title for title in watching.titles if title.startswith(FULL)] == tables
-    students = [c.embedding_decay for c in made if c.distillation]
-    first = [WEAKER * best, best] if best else [None]
+    students = [(c.embedding_decay, c.embedding_dropout) for c in made if c.distillation]
+    first = [(best, 0.0), (WEAKER * best, DROPOUT)] if best else [(None, DROPOUT)]
     assert students[: len(first)] == first
-    assert set(students) <= {None, *first}
+    assert {decay for decay, _ in students} <= {None, *(decay for decay, _ in first)}
     assert metrics["raced"]["asked"]["embedding_decay"] is None
     chosen = metrics["config"]["embedding_decay"]
     assert (f"--embedding-decay {chosen or 0:g}" in comparison.choices(metrics)) == bool(chosen)
@@ -581,8 +581,8 @@ def test_a_baseline_says_what_it_was_trained_with(task, monkeypatch):
     )
     assert best.config.embedding_decay == max(DECAYS)
     assert comparison.scored(FULL, best)["embedding_decay"] == max(DECAYS)
-    students = [c.embedding_decay for c in made if c.distillation]
-    assert students[:2] == [WEAKER * max(DECAYS), max(DECAYS)]
+    students = [(c.embedding_decay, c.embedding_dropout) for c in made if c.distillation]
+    assert students[:2] == [(max(DECAYS), 0.0), (WEAKER * max(DECAYS), DROPOUT)]
 
 
 class Watching(Silent):
@@ -628,14 +628,18 @@ def test_a_run_has_the_full_table_for_a_teacher_and_shows_its_end(source):
     metrics = start(settings(budget=0.05, table_lr=0.1, epochs=3), source=source).run()
     raced = metrics["raced"]
     assert raced["full"]["name"] == FULL and raced["full"]["epochs"] > 0
-    assert len(raced["taught"]) == len(SHARES)
+    assert len(raced["taught"]) == len(SHARES) + 1
     header, rows = comparison.table(metrics)
     full = next(row for row in rows if row[0] == FULL)
     assert full[header.index("val AUC, end")] != "–"
-    chosen = [row["chosen"] for row in raced["taught"]]
-    assert sum(chosen) <= 1
-    taught = metrics["config"]["distillation"]
-    assert taught == (SHARES[chosen.index(True)] if any(chosen) else None)
+    chosen = [row["name"] for row in raced["taught"] if row["chosen"]]
+    assert len(chosen) <= 1
+    share, dropout = (metrics["config"][key] for key in ("distillation", "embedding_dropout"))
+    if chosen:
+        name = f"{share:.0%} of the labels a teacher's"
+        assert share in SHARES and chosen == [name + (", dropout 0.1" if dropout else "")]
+    else:
+        assert share is None
 
 
 def test_no_teacher_where_none_is_wanted(source):
@@ -643,7 +647,8 @@ def test_no_teacher_where_none_is_wanted(source):
     assert metrics["raced"]["taught"] == [] and metrics["raced"]["full"] is None
     assert metrics["config"]["embedding_dropout"] is None
     given = start(settings(distillation=0.3, epochs=2), source=source).run()
-    assert [row["name"] for row in given["raced"]["taught"]] == ["30% of the labels a teacher's"]
+    names = ["30% of the labels a teacher's, dropout 0.1", "30% of the labels a teacher's"]
+    assert [row["name"] for row in given["raced"]["taught"]] == names
 
 
 @pytest.mark.parametrize(
@@ -673,14 +678,16 @@ def test_a_given_share_is_taught_without_a_race(source, tmp_path, changes, monke
     full = [("fixed", wide, s, None) for s in ((None, DROPOUT) if share is None else (share,))]
     if (kind, dim) == ("fixed", 16):
         full = []  # The model is one itself.
-    pupil = (kind, dim, DROPOUT if share is None else share, 0.5)
-    assert made == [(kind, dim, share, 0.5), *full, pupil]
+    pupils = [(kind, dim, s, 0.5) for s in ((DROPOUT, 0.0) if share is None else (share,))]
+    assert made == [(kind, dim, share, 0.5), *full, *pupils]
     raced = metrics["raced"]
     assert raced["full"]["name"] == FULL and raced["less"] is raced["law"] is None
     assert raced["less_taught"] is None
-    (row,) = raced["taught"]
+    chosen = [row["chosen"] for row in raced["taught"]]
+    assert len(chosen) == len(pupils)
     if share is None:
-        assert metrics["config"]["embedding_dropout"] == (DROPOUT if row["chosen"] else None)
+        dropout = pupils[chosen.index(True)][2] if any(chosen) else None
+        assert metrics["config"]["embedding_dropout"] == dropout
     loaded = load_run(tmp_path)
     assert methods.stored_bytes(loaded.model.table) == metrics["stored_bytes"]
     # A finished run that is gone on with has nothing left to try.

@@ -412,9 +412,8 @@ def race_taught(
     """
     config, best = config or winner.config, None
     rows: list[dict[str, Any]] = []
-    given, shares = config.embedding_dropout, SHARES
-    if config.distillation is not None:
-        shares = (config.distillation,)
+    given, share = config.embedding_dropout, config.distillation
+    shares: tuple[float, ...] = SHARES if share is None else (share,)
 
     def teach(share: float, way: _Way) -> float:
         nonlocal best
@@ -423,11 +422,11 @@ def race_taught(
             return -math.inf
         changes: dict[str, Any] = {"embedding_decay": each, "embedding_dropout": dropout}
         learner = trials.make(replace(config, distillation=share, **changes))
-        name = f"{share:.0%} of the labels a teacher's"
-        name += f", weight decay {each:g}" if each and each != config.embedding_decay else ""
-        name += f", dropout {dropout:g}" if dropout and given is None else ""
+        title = f"{share:.0%} of the labels a teacher's"
+        title += f", weight decay {each:g}" if each and each != config.embedding_decay else ""
+        title += f", dropout {dropout:g}" if dropout and given is None else ""
         needed = sure if best is None else 0.0
-        better, row = contend(name, learner, best or winner, trials, needed)
+        better, row = contend(title, learner, best or winner, trials, needed)
         if better is None:
             learner.release()
         else:
@@ -439,7 +438,8 @@ def race_taught(
         rows.append(row)
         return float(row["score"])
 
-    some, tried = DROPOUT if given is None else given, dict[_Way, float]()
+    some = DROPOUT if given is None else given
+    tried = dict[_Way, float]()
     none: _Way = (config.embedding_decay, some)
     if config.embedding_decay is None and decay and config.may_decay:
         full, weaker = (decay, given or 0.0), (WEAKER * decay, some)
