@@ -202,7 +202,10 @@ def train(
     ] = True,
     time_limit: Annotated[
         str | None,
-        typer.Option(help="Training time, such as 10m, after which the best so far is the result."),
+        typer.Option(
+            help="Training time, such as 10m, after which the best so far is the result; what "
+            "--compare trains comes on top."
+        ),
     ] = None,
     compare: Annotated[
         bool,
@@ -402,7 +405,8 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     table.add_column()
     steps, tested = metrics["step_ms_median"], metrics["held_out"]["test"]
     unused = metrics["unused_fields"]
-    unseen = {k: v for k, v in metrics["unknown_test_values"].items() if v and k not in unused}
+    rowless = {k: v for k, v in metrics["unknown_test_values"].items() if v and k not in unused}
+    listed = ", ".join(f"{k} {v:,}" for k, v in rowless.items())
     about = f"about {metrics['packed_bytes']:,} bytes: " if "packed_bytes" in metrics else ""
     rows = {
         "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'], **tested)}  "
@@ -412,7 +416,7 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",
         "chosen": choices(metrics) or "as given",
-        "unseen": escape(", ".join(f"{k} {v:,}" for k, v in unseen.items())) or "no test value",
+        "without a row": f"{escape(listed)} test values" if listed else "no test value",
         "not used": f"by this model: {escape(', '.join(unused))}" if unused else "",
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
         "run": escape(str(out)),

@@ -333,7 +333,7 @@ def test_training_and_evaluation_count_the_same_values_as_unseen(data, tmp_path,
     unused = read_json(out / "metrics.json")["unused_fields"]
     assert unused and len(unused) < 4 and any(n for f, n in counts.items() if f not in unused)
     listed = ", ".join(f"{f} {n:,}" for f, n in counts.items() if n and f not in unused)
-    assert f"unseen {listed} " in trained
+    assert f"without a row {listed} test values " in trained
     assert f"values without a row of their own: {listed} " in f"{evaluated} "
     assert f"not used by this model: {', '.join(unused)}" in trained
     assert f"not used by this model: {', '.join(unused)}" in evaluated

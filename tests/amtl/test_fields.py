@@ -354,7 +354,13 @@ def test_hints_are_quoted_for_the_shell(name):
         assert hints and all(name in shlex.split(hint)[0] for hint in hints)
 
 
-@pytest.mark.parametrize("dump", [str, json.dumps])
+def dump_of_numpy(tags):
+    """As NumPy 2 shows its numbers and strings in a list, and pandas writes them."""
+    kind = np.int64 if all(isinstance(tag, int) for tag in tags) else np.str_
+    return str([kind(tag) for tag in tags])
+
+
+@pytest.mark.parametrize("dump", [str, json.dumps, dump_of_numpy])
 @pytest.mark.parametrize("one", ["{}", "t{}", "it's {}"])
 def test_lists_that_are_written_as_text_are_bags(dump, one):
     lists = [rng.choice(40, k, replace=False).tolist() for k in rng.integers(0, 4, N)]

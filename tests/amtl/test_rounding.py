@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from functools import partial
 
 import amtl
@@ -852,3 +854,22 @@ def test_states_that_lack_what_a_phase_needs():
     with pytest.raises(RuntimeError, match=r"is of a packed file.* thaw\(counts=\.\.\.\)"):
         searching.thaw()
     assert searching.thaw(counts=COUNTS).phase == "search"
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_who_trains_beside_a_file_of_codes_is_told_that_it_stays(tmp_path, evaluates):
+    amtl.save(layer_of(4).freeze(), tmp_path / "layer")
+    layer = amtl.load(tmp_path / "layer").train(not evaluates)
+    rest = torch.nn.Linear(layer.embedding_dim, 1)
+    optimizer = torch.optim.SGD(rest.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            rest(layer(torch.arange(5))).sum().backward()
+        assert not caught
+        for _ in range(2):
+            optimizer.step()
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (not evaluates)
+    assert evaluates or re.search(r"codes of 4 bits.*thaw\(counts=...\).*layer.eval\(\)", told[0])
+    assert evaluates or caught[0].filename == __file__

@@ -154,8 +154,14 @@ def test_its_data_are_read():
 
 def test_it_is_no_parameter():
     layer, other = frozen().eval(), nn.Linear(DIM, ROWS)
-    with torch.no_grad(), pytest.raises(ValueError, match="non-leaf"):
+    optimizer = torch.optim.Adam(layer.table_parameters())
+    what = r"table_parameters\(\): they are for an optimizer"
+    with torch.no_grad(), pytest.raises(NoWeightError, match=what):
         torch.optim.SGD([layer.weight], lr=0.1)
+    with pytest.raises(NoWeightError, match=what):
+        optimizer.add_param_group({"params": layer.weight})
+    with pytest.raises(NoWeightError, match=r"requires_grad_\(False\) keeps them"):
+        layer.weight.requires_grad = False
     with pytest.raises((RuntimeError, TypeError)):
         nn.Parameter(layer.weight)
     with pytest.raises(TypeError, match="cannot assign"):

@@ -395,6 +395,30 @@ def test_momentum_of_sparse_gradients_survives_freezing_and_thawing():
     torch.testing.assert_close(layer.dense_weight(), plain.weight.detach())
 
 
+def test_adafactors_factors_go_with_the_table():
+    """It keeps a number a row and a number a column in place of one each."""
+    layer = layer_of(parametrization="rule")
+    optimizer = torch.optim.Adafactor(layer.table_parameters(), lr=0.01)
+    train(layer, optimizer, 2)
+    before = {key: value.clone() for key, value in optimizer.state[layer.weight].items()}
+    layer.freeze(optimizer)
+    least = min(block.shape[1] for block in layer.blocks)
+    assert len({block.shape[1] for block in layer.blocks}) > 1
+    for block in layer.blocks:
+        state = optimizer.state[block]
+        assert torch.equal(state["col_var"], before["col_var"][:, : block.shape[1]])
+        assert state["row_var"].shape == (len(block), 1) and state["step"] == before["step"]
+    layer.thaw()
+    state = optimizer.state[layer.weight]
+    assert torch.equal(state["row_var"], before["row_var"])
+    columns = state["col_var"]
+    torch.testing.assert_close(columns[:, :least], before["col_var"][:, :least])
+    assert columns.shape == (1, 16) and (columns <= before["col_var"] * (1 + 1e-5)).all()
+    layer.freeze(optimizer)
+    losses = train(layer, optimizer, 30)
+    assert losses[-1] < losses[0]
+
+
 def test_several_optimizers():
     layer = layer_of()
     tables = torch.optim.SGD(layer.table_parameters(), lr=0.1)

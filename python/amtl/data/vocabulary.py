@@ -34,7 +34,9 @@ LIST_SEPARATOR = "|"
 WRITTEN_LISTS = "[]"
 """In the place of a separator: text is lists as Python or JSON writes them."""
 _ITEM = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|-?\d+(?:\.0+)?"""
-_MAY_BE_NONE = rf"(?:{_ITEM}|None|null)"
+_NUMPY = rf"\bnp\.\w+\(({_ITEM})\)"
+"""An item as lists of NumPy's numbers are written: `[np.int64(3), np.int64(2)]`."""
+_MAY_BE_NONE = rf"(?:{_ITEM}|{_NUMPY}|None|null)"
 _LIST = rf"(?s)^\s*\[\s*(?:{_MAY_BE_NONE}(?:\s*,\s*{_MAY_BE_NONE})*)?\s*\]\s*$"
 _NOTHING = r"""(?:'\s*'|"\s*")"""
 
@@ -583,6 +585,7 @@ def split(texts: pl.Series, separator: str, *, trim: bool = True) -> pl.Series:
     """
     text = pl.col("text")
     if separator == WRITTEN_LISTS:
+        texts = texts.str.replace_all(_NUMPY, "$1")
         items = text.str.extract_all(_ITEM)
         if texts.str.contains(_NOTHING).any():
             empty = pl.element().str.contains(f"^{_NOTHING}$")

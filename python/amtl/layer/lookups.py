@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import amtl_kernels
 from amtl.layer.rounding import Rounding, trains
@@ -218,10 +220,13 @@ class TableLookups(TableRows):
         if self._left is not None and self.training and not being_traced():
             self._notice_left()
         rows = self._renormed(self._frozen_rows(input))
-        if self.training and not being_traced() and not self._moved and self.steps is None:
-            self._notice_still(rows)
         # Past nn.Module, which takes half a microsecond to find what is no plain attribute.
         steps, rounding = self._buffers["steps"], cast(Rounding | None, self._modules["rounding"])
+        if self.training and not self._moved and not being_traced():
+            if steps is None:
+                self._notice_still(rows)
+            elif rounding is None:
+                self._notice_codes()
         tiers = self._tiers()
         follows = steps is not None or tiers[0].requires_grad
         if rounding is not None and follows and self.training and trains():
@@ -300,6 +305,19 @@ class TableLookups(TableRows):
                 stacklevel=7,
             )
 
+    def _notice_codes(self) -> None:
+        """Warn, once, if a table of codes, as a file has it, is looked up in to train.
+
+        That it is to train shows in an optimizer's step: whoever only looks up may leave the mode
+        as it is.
+        """
+        if not torch.is_grad_enabled():
+            return
+        self._moved = True
+        _looked_up_to_train.add(self)
+        if len(_hooks) == 0:
+            _hooks.append(register_optimizer_step_pre_hook(_tell_of_codes))
+
     def _numbers(self, places: Tensor) -> Tensor:
         """What trains at some places of the tiers, in order of the tiers."""
         assert self.tier_ends is not None
@@ -318,6 +336,25 @@ class TableLookups(TableRows):
         """What a lookup in tiers gives, in the type of the layer."""
         steps = self._buffers["steps"]
         return out if steps is None else out.to(steps.dtype)
+
+
+_looked_up_to_train: weakref.WeakSet[TableLookups] = weakref.WeakSet()
+"""Tables of codes, as files have them, since the last step of any optimizer."""
+_hooks: list[Any] = []
+"""That of all optimizers, once there was such a table."""
+
+
+def _tell_of_codes(*_: object) -> None:
+    while _looked_up_to_train:
+        table = _looked_up_to_train.pop()
+        if not table.training or table.steps is None or table.rounding is not None:
+            continue
+        warnings.warn(
+            f"table {table.name!r} holds codes of {table.options.bits} bits, as its file does, and "
+            "does not train, whatever else of the model does: layer.thaw(counts=...) and "
+            "layer.freeze() make numbers of them that train; layer.eval() says that it is to stay",
+            stacklevel=3,
+        )
 
 
 _SAMPLE = 64

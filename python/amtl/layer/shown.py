@@ -39,7 +39,8 @@ _REQUIRES_GRAD = cast(Any, Tensor.requires_grad)
 _DETACHED = {_DATA.__get__, Tensor.detach, torch.detach}
 _OF_A_PARAMETER = {
     *(attribute.__set__ for attribute in (_DATA, _GRAD, _REQUIRES_GRAD)),
-    *(_GRAD.__get__, Tensor.retain_grad),
+    # An optimizer asks for the last of these where something is no leaf.
+    *(_GRAD.__get__, Tensor.retain_grad, cast(Any, Tensor).retains_grad.__get__),
     *(Tensor.register_hook, Tensor.register_post_accumulate_grad_hook),
 }
 

@@ -143,10 +143,12 @@ class TableRows(nn.Module):
 
     def _refuse_weight(self) -> NoReturn:
         raise NoWeightError(
-            f"the layer {self.name!r} is frozen and has no dense weight to write to: "
+            f"the layer {self.name!r} is frozen and has no dense weight to write to or optimize: "
             f"layer.weight, or the layer called on torch.arange({self.num_embeddings}), shows all "
-            "rows, to train through, dense_weight() is a copy of them, table_parameters() are what "
-            "trains, and amtl.revert() puts an nn.Embedding in its place"
+            "rows, to train through, and dense_weight() is a copy of them. What trains, and has "
+            "gradients, are table_parameters(): they are for an optimizer, and "
+            "layer.requires_grad_(False) keeps them as they are. amtl.revert() puts an "
+            "nn.Embedding in its place"
         )
 
     def __getattr__(self, name: str) -> Any:

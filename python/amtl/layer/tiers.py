@@ -260,8 +260,9 @@ def freeze_optimizers(
 ) -> None:
     """Put the blocks in the place of the table, and its state cut alike.
 
-    State of shape [N, D] is split into tiers, of shape [N] or [N, 1] permuted, anything else
-    copied to every block. Momenta are cut to each row's size, second moments keep the stored width.
+    State of shape [N, D] is split into tiers, of shape [N] or [N, 1] permuted, of shape [1, D]
+    (Adafactor's of columns) cut to each width, anything else copied to every block. Momenta are cut
+    to each row's size, second moments keep the stored width.
     Blocks of codes have no state of a number each: it would be larger than they are.
     """
     for optimizer, group, _ in _holders(optimizers, weight):
@@ -277,6 +278,8 @@ def freeze_optimizers(
                 parts = split_rows(value, plan, row_dims if key in _MOMENTA else None)
             elif isinstance(value, Tensor) and value.ndim and len(value) == len(weight):
                 parts = split_vector(value, plan)
+            elif _is_of_columns(value, weight):
+                parts = [value[:, : block.shape[1]].clone() for block in blocks]
             else:
                 parts = [copy.deepcopy(value) for _ in blocks]
             for target, part in zip(per_block, parts, strict=True):
@@ -303,6 +306,14 @@ def thaw_optimizers(
                 numbers = [state[key] for state in states if key in state]
                 plain = all(isinstance(n, Tensor | int | float) for n in numbers)
                 merged[key] = max(numbers) if plain else sample
+                continue
+            pairs = list(zip(states, blocks, strict=True))
+            of_columns = all(_is_of_columns(state.get(key), block) for state, block in pairs)
+            if of_columns and len(blocks) < len(weight):
+                # Means over rows, of which those that keep less have zeros.
+                merged[key] = sample.new_zeros(1, weight.shape[1])
+                for state, block in pairs:
+                    merged[key][:, : block.shape[1]] += state[key] * (len(block) / len(weight))
                 continue
             full = sample.ndim == 2 and all(
                 key not in s or s[key].shape == b.shape for s, b in zip(states, blocks, strict=True)
@@ -406,11 +417,16 @@ def replace_parameters(
             )
 
 
+def _is_of_columns(value: object, table: Tensor) -> bool:
+    """Whether a state has one number for each column of a table."""
+    return isinstance(value, Tensor) and value.shape == (1, *table.shape[1:])
+
+
 def _fits(state: Mapping[str, Any], parameter: nn.Parameter) -> bool:
-    """Whether an optimizer's state may be that of a parameter: a number a number, or a row."""
+    """Whether an optimizer's state may be that of a parameter: a number a number, row or column."""
     rows = parameter.shape[:1]
     return all(
-        value.shape in (parameter.shape, rows, (*rows, 1))
+        value.shape in (parameter.shape, rows, (*rows, 1), (1, *parameter.shape[1:]))
         for value in state.values()
         if isinstance(value, Tensor) and value.ndim
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,10 @@ def section(title: str, content: str, caption: str = "") -> str:
 def svg(figure: Any, prefix: str) -> str:
     """A matplotlib figure as HTML; `prefix` keeps its names apart from those of other figures."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # Text stays text, which a browser has letters for.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     image = text[text.index("<svg") :]
     image = re.sub(r'(id="|url\(#|href="#)', lambda m: f"{m.group(1)}{prefix}-", image)
