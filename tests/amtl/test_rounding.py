@@ -856,10 +856,10 @@ def test_states_that_lack_what_a_phase_needs():
     assert searching.thaw(counts=COUNTS).phase == "search"
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("evaluates", ["", "before", "after"])
 def test_who_trains_beside_a_file_of_codes_is_told_that_it_stays(tmp_path, evaluates):
     amtl.save(layer_of(4).freeze(), tmp_path / "layer")
-    layer = amtl.load(tmp_path / "layer").train(not evaluates)
+    layer = amtl.load(tmp_path / "layer").train(evaluates != "before")
     rest = torch.nn.Linear(layer.embedding_dim, 1)
     optimizer = torch.optim.SGD(rest.parameters(), lr=0.1)
     with warnings.catch_warnings(record=True) as caught:
@@ -867,6 +867,7 @@ def test_who_trains_beside_a_file_of_codes_is_told_that_it_stays(tmp_path, evalu
         for _ in range(3):
             rest(layer(torch.arange(5))).sum().backward()
         assert not caught
+        layer.train(not evaluates)
         for _ in range(2):
             optimizer.step()
     told = [str(warning.message) for warning in caught]
