@@ -301,6 +301,7 @@ def break_down(
     seconds: Annotated[float, typer.Option(help="Of each of two rounds of timing.")] = 8.0,
     clock: Annotated[str, typer.Option(help="wall, or cpu: see run.")] = "wall",
     step: Annotated[bool, typer.Option(help="Of a step of row-wise Adagrad, fused.")] = False,
+    huge_pages: Annotated[bool, typer.Option(help="Tables on huge pages.")] = False,
 ) -> None:
     """Where forward and backward spend their time: sort, sum, mask gradient, fresh memory."""
     if ids not in ("uniform", "zipf") or clock not in ("wall", "cpu"):
@@ -308,7 +309,8 @@ def break_down(
     if clock == "cpu" and threads > 1:
         raise typer.BadParameter(_ONE_THREAD)
     kind = {"work": "step", "optimizer": "rowwise_adagrad"} if step else {}
-    case = dataclasses.replace(backward(rows, distribution=ids, threads=threads), **kind)
+    case = backward(rows, distribution=ids, threads=threads)
+    case = dataclasses.replace(case, huge_pages=huge_pages, **kind)
     typer.echo(breakdown.run(case, seconds, clock))
 
 
