@@ -65,13 +65,14 @@ def _backward(grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Seque
     )
 
 
-def _step(grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Sequence[object]) -> Any:
+def _step(
+    state: Tensor, grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Sequence[object]
+) -> Any:
     """The operator of a fused step of row-wise Adagrad, told whether a mask gradient is wanted."""
-    state = [torch.zeros(len(weight))]
-    hyper = [1e-3, 1e-8, 0.0, 0.0, 0.0, 1.0]
+    step = ([state], ROWWISE_ADAGRAD, [1e-3, 1e-8, 0.0, 0.0, 0.0, 1.0])
 
     def call(mask: bool, psw_grad: bool) -> object:
-        wishes, step = (mask, psw_grad, False), (state, ROWWISE_ADAGRAD, hyper)
+        wishes = (mask, psw_grad, False)
         return torch.ops.amtl.lookup_update_([weight], [1], [], *sizes, grad, *bags, *wishes, *step)
 
     return call
@@ -80,24 +81,26 @@ def _step(grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Sequence[
 def _calls(problem: Problem) -> dict[str, Callable[[int], object]]:
     """The whole of both, and what they are made of; an operator does what the one before does."""
     lookup = replace(problem, case=replace(problem.case, work="forward", optimizer="none"))
-    steps = problem.case.work == "step"
-    sides = [("fbgemm", (FBGEMM,)), ("amtl_search_fused", (STEP, LOOKUP))]
-    if not steps:
-        sides = [("torch", (TORCH, TORCH_LOOKUP)), ("amtl_search", (OURS, LOOKUP))]
-    calls = {}
-    for name, titles in sides:
-        contender = CONTENDERS[name]
-        if contender.absent():
-            continue
-        for title, of in zip(titles, (problem, lookup), strict=False):
-            look_up = name == "amtl_search_fused" and of is lookup
-            calls[title] = (CONTENDERS["amtl_search"] if look_up else contender).prepare(of).call
+    wholes = [
+        (TORCH, "torch", problem),
+        (TORCH_LOOKUP, "torch", lookup),
+        (OURS, "amtl_search", problem),
+    ]
+    made, rows = _backward, SUM
+    if problem.case.work == "step":
+        wholes = [(FBGEMM, "fbgemm", problem), (STEP, "amtl_search_fused", problem)]
+        # One state for all ids, as an optimizer has it.
+        made, rows = functools.partial(_step, torch.zeros(len(problem.weight))), UPDATE
+    calls = {
+        title: CONTENDERS[name].prepare(of).call
+        for title, name, of in (*wholes, (LOOKUP, "amtl_search", lookup))
+        if not CONTENDERS[name].absent()
+    }
 
     grad, weight = problem.grad, problem.weight
     # Rows of one number, without sizes, leave little more than to sort and to cut into segments.
     narrow = (grad[:, :1].contiguous(), weight.new_zeros(len(weight), 1), [[], [], 0])
     whole = (grad, weight, [[problem.group_dims], [problem.row_group], problem.seed])
-    made, rows = (_step, UPDATE) if steps else (_backward, SUM)
     parts = (
         (SORT, _backward, narrow, False),
         (rows, made, whole, False),

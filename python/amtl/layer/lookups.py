@@ -315,7 +315,7 @@ class TableLookups(TableRows):
             return
         self._moved = True
         _looked_up_to_train.add(self)
-        if len(_hooks) == 0:
+        if not _hooks:
             _hooks.append(register_optimizer_step_pre_hook(_tell_of_codes))
 
     def _numbers(self, places: Tensor) -> Tensor:
