@@ -171,6 +171,7 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
   task.unaligned = RowsUnaligned(table);
   task.whole = RowsWhole(table, kernels.lanes);
   task.prefetch = IsLarge(table);
+  task.uncached = IsLarge(table, kUncachedBytes);
   const int64_t wide = (table.dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
 
   const int64_t threads = std::max(1, executor.threads);

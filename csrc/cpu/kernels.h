@@ -25,10 +25,14 @@ constexpr int64_t kSourceAhead = 64;
 constexpr int64_t kSourcePart = 32;
 constexpr int64_t kSourceRing = kSourcePart + kSourceAhead + kSourceBlock;
 static_assert((kSourceRing & (kSourceRing - 1)) == 0, "positions are masked");
-// Tables up to this size are left to the caches: asking for them ahead only costs instructions.
-constexpr int64_t kPrefetchBytes = int64_t{4} << 20;
-inline bool IsLarge(const LookupTable& table) {
-  return table.BytesOfValues(table.rows * table.dim) >= kPrefetchBytes;
+// Tables up to this size are left to the caches. From there on asking ahead costs a table that is
+// the only one, and looked up all the time, at most an eighth; of sixteen that take turns, each
+// small enough for a cache, lookups took twice as long without.
+constexpr int64_t kPrefetchBytes = int64_t{1} << 18;
+// From this size on a table is not taken to be in a cache when its turn comes.
+constexpr int64_t kUncachedBytes = int64_t{4} << 20;
+inline bool IsLarge(const LookupTable& table, int64_t bytes = kPrefetchBytes) {
+  return table.BytesOfValues(table.rows * table.dim) >= bytes;
 }
 constexpr int64_t kPrefetchGradBytes = int64_t{1} << 18;
 // Floats of scratch that walks and updates need besides sums of padded rows.
@@ -49,7 +53,8 @@ struct PoolTask {
   bool mean;
   bool weighted;   // lookups carry a scale
   bool stream;     // write past the caches: out is 64-byte aligned, dim fills whole registers
-  bool prefetch;   // the table is larger than the caches
+  bool prefetch;   // rows are asked for ahead
+  bool uncached;   // the table is larger than the caches
   bool unaligned;  // rows may begin anywhere in a cache line
   bool whole;      // rows are whole registers of floats
   float* wide;     // [dim] scratch of the thread, for dim > kMaxStaticDim
@@ -104,8 +109,8 @@ struct WalkTask {
   int64_t slice_count;
   Hyper hyper;
   int64_t segments;    // in all
-  bool prefetch;       // the table is larger than the caches
-  bool prefetch_grad;  // and so is the gradient
+  bool prefetch;       // rows are asked for ahead
+  bool prefetch_grad;  // and rows of the gradient
   bool aligned;        // rows begin where cache lines do
   bool coded;          // rows are codes: SGD or row-wise Adagrad, without a mask gradient
 };

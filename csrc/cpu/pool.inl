@@ -152,7 +152,7 @@ void PoolStatic(const PoolTask& task, int64_t begin, int64_t end) {
   };
   // Bags of one need no sums of their own: 10 to 40 % less time. But rows of one register out of a
   // table beyond the caches came in more slowly so, up to a third.
-  const bool alone = !task.begins && (R > 1 || Memory<T>::kCodes || !task.prefetch);
+  const bool alone = !task.begins && (R > 1 || Memory<T>::kCodes || !task.uncached);
   while (alone && p < end) {
     for (const int64_t ready = sources.Ready(p, end); p < ready; ++p, out += task.out_stride) {
       Reg acc[R];
