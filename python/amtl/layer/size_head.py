@@ -63,8 +63,7 @@ class Solution:
     mask: Tensor | None = None
 
 
-@dataclass(slots=True)
-class _Watched:
+class _Watched(NamedTuple):
     """A parameter as it was when sizes were solved.
 
     On the CPU its very values are compared, for edits through `parameter.data` count no version.
@@ -74,7 +73,7 @@ class _Watched:
         module, name: where it is held.
         parameter: what was there.
         address: of its first value.
-        size: bytes, or -1 where they cannot be read.
+        memory: its bytes, wherever they lie; None where they cannot be read.
         value: bytes or version.
     """
 
@@ -82,23 +81,28 @@ class _Watched:
     name: str
     parameter: nn.Parameter
     address: int
-    size: int
-    value: Any = None
+    memory: ctypes.Array[ctypes.c_char] | None
+    value: bytes | int
 
-    def read(self) -> Any:
-        """The present value."""
-        if self.size < 0:
-            return self.parameter._version
-        return ctypes.string_at(self.address, self.size)
+    @classmethod
+    def of(cls, module: nn.Module, name: str, parameter: nn.Parameter) -> _Watched:
+        """A parameter as it is."""
+        address = parameter.data_ptr()
+        if not parameter.is_cpu:
+            return cls(module, name, parameter, address, None, parameter._version)
+        memory = (ctypes.c_char * parameter.nbytes).from_address(address)
+        return cls(module, name, parameter, address, memory, memory.raw)
 
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
-        parameter = self.parameter
-        return (
-            self.module._parameters[self.name] is parameter
-            and parameter.data_ptr() == self.address
-            and self.read() == self.value
-        )
+
+def _hold(seen: list[_Watched]) -> bool:
+    """Whether nothing has changed. One loop without calls: an evaluating layer asks every time."""
+    for module, name, parameter, address, memory, value in seen:
+        # The memory is the parameter's as long as its address is.
+        if module._parameters[name] is not parameter or parameter.data_ptr() != address:
+            return False
+        if (parameter._version if memory is None else memory.raw) != value:
+            return False
+    return True
 
 
 class SizeHead(nn.Module):
@@ -281,9 +285,7 @@ class SizeHead(nn.Module):
             plain = type(parameter) is nn.Parameter and parameter.is_contiguous()
             if parameter is None or not plain or parameter.is_inference():
                 return None
-            size = parameter.nbytes if parameter.is_cpu else -1
-            seen.append(_Watched(module, name, parameter, parameter.data_ptr(), size))
-            seen[-1].value = seen[-1].read()
+            seen.append(_Watched.of(module, name, parameter))
         return seen
 
     def _recall(self) -> Solution | None:
@@ -293,7 +295,7 @@ class SizeHead(nn.Module):
         seen, inference, solution = self._kept
         if inference != torch.is_inference_mode_enabled() or self._capturing():
             return None
-        return solution if all(watched.holds() for watched in seen) else None
+        return solution if _hold(seen) else None
 
     def present_sizes(self) -> Tensor | None:
         """Sizes of the groups as solved before, if they still hold; the same tensor as then."""
