@@ -168,9 +168,10 @@ bool RunForward(const Executor& executor, const LookupTable& table, const BagTab
                 table.dim % kernels.lanes == 0 &&
                 table.dim <= kMaxStaticRegisters * kernels.lanes && bytes >= kStreamBytes &&
                 reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  task.unaligned = RowsUnaligned(table);
-  task.whole = RowsWhole(table, kernels.lanes);
   task.prefetch = IsLarge(table);
+  // Lines that nothing is kept of cost time where they are not in a cache.
+  task.unaligned = task.prefetch && RowsUnaligned(table);
+  task.whole = RowsWhole(table, kernels.lanes);
   task.uncached = IsLarge(table, kUncachedBytes);
   const int64_t wide = (table.dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
 

@@ -55,7 +55,7 @@ struct PoolTask {
   bool stream;     // write past the caches: out is 64-byte aligned, dim fills whole registers
   bool prefetch;   // rows are asked for ahead
   bool uncached;   // the table is larger than the caches
-  bool unaligned;  // rows may begin anywhere in a cache line
+  bool unaligned;  // rows may begin anywhere in a cache line, which is worth a look
   bool whole;      // rows are whole registers of floats
   float* wide;     // [dim] scratch of the thread, for dim > kMaxStaticDim
 };

@@ -85,6 +85,7 @@ EDGES = {
     "one row holds every lookup": Case(pattern="one row", lookups=20_000, dim=16),
     "all distinct": Case(pattern="distinct", rows=20_000, lookups=20_000, dim=16),
     "large enough to sort in parallel": Case(rows=20_000, lookups=70_000, dim=8),
+    "larger than the caches": Case(rows=70_000, dim=16),
     "unsorted groups": Case(sorted_groups=False),
     "one group": Case(groups=1, columns=0),
     "half, weighted": Case(dtype=torch.float16, weighted=True, dim=17),
