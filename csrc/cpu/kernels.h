@@ -26,13 +26,13 @@ constexpr int64_t kSourcePart = 32;
 constexpr int64_t kSourceRing = kSourcePart + kSourceAhead + kSourceBlock;
 static_assert((kSourceRing & (kSourceRing - 1)) == 0, "positions are masked");
 // Tables up to this size are left to the caches. From there on asking ahead costs a table that is
-// the only one, and looked up all the time, at most an eighth; of sixteen that take turns, each
+// the only one, and looked up all the time, at most a sixth; of sixteen that take turns, each
 // small enough for a cache, lookups took twice as long without.
-constexpr int64_t kPrefetchBytes = int64_t{1} << 18;
+constexpr int64_t kPrefetchBytes = int64_t{1} << 17;
 // From this size on a table is not taken to be in a cache when its turn comes.
 constexpr int64_t kUncachedBytes = int64_t{4} << 20;
 inline bool IsLarge(const LookupTable& table, int64_t bytes = kPrefetchBytes) {
-  return table.BytesOfValues(table.rows * table.dim) >= bytes;
+  return table.Bytes() >= bytes;
 }
 constexpr int64_t kPrefetchGradBytes = int64_t{1} << 18;
 // Floats of scratch that walks and updates need besides sums of padded rows.

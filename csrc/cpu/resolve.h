@@ -53,8 +53,16 @@ struct LookupTable {
   bool skip_padding;  // pooled lookups: padding counts for nothing
   const void* per_sample_weights;
 
-  // Of numbers in the table.
-  int64_t BytesOfValues(int64_t values) const {
+  // Of all rows, as they are stored.
+  int64_t Bytes() const {
+    int64_t values = 0;
+    if (sizes.kind == SizeTable::Kind::kTiers) {
+      for (int64_t c = 0, begin = 0; c < sizes.tiers; begin = sizes.tier_ends[c++]) {
+        values += (sizes.tier_ends[c] - begin) * sizes.tier_widths[c];
+      }
+    } else {
+      values = rows * dim;
+    }
     return bits > 0 ? values * bits / 8 : values * BytesOf(type);
   }
   int64_t IndexAt(int64_t p) const {
