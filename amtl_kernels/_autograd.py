@@ -103,7 +103,7 @@ def _fake_update(*arguments: Any) -> tuple[Tensor, Tensor]:
 def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
     """The gradient ``[N, D]`` of a block whose ``rows`` have one."""
     if not sparse:
-        return grads.new_zeros(shape).index_copy(0, rows, grads)
+        return grads.new_zeros(shape).index_copy_(0, rows, grads)
     return torch.sparse_coo_tensor(
         rows.unsqueeze(0), grads, shape, is_coalesced=True, check_invariants=False
     )
