@@ -874,3 +874,14 @@ def test_who_trains_beside_a_file_of_codes_is_told_that_it_stays(tmp_path, evalu
     assert len(told) == (not evaluates)
     assert evaluates or re.search(r"codes of 4 bits.*thaw\(counts=...\).*layer.eval\(\)", told[0])
     assert evaluates or caught[0].filename == __file__
+
+
+def test_tables_that_stay_are_named_together(tmp_path):
+    tables = torch.nn.ModuleDict({name: layer_of(4).freeze() for name in "abcde"})
+    amtl.save(tables, tmp_path / "tables")
+    loaded = amtl.load(tmp_path / "tables", torch.nn.ModuleDict({n: layer_of(4) for n in "abcde"}))
+    for layer in loaded.train().values():
+        layer(torch.arange(5))
+    with pytest.warns(UserWarning, match="table 'a', 'b', 'c' and 2 others: holds codes") as told:
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()
+    assert len(told) == 1

@@ -345,13 +345,17 @@ _hooks: list[Any] = []
 
 
 def _tell_of_codes(*_: object) -> None:
-    while _looked_up_to_train:
-        table = _looked_up_to_train.pop()
-        if not table.training or table.steps is None or table.rounding is not None:
-            continue
+    found: dict[int | None, list[str]] = {}
+    for table in list(_looked_up_to_train):
+        if table.training and table.steps is not None and table.rounding is None:
+            found.setdefault(table.options.bits, []).append(repr(table.name))
+    _looked_up_to_train.clear()
+    for bits, names in found.items():
+        names.sort()
+        rest = f" and {len(names) - 3} others" if len(names) > 3 else ""
         warnings.warn(
-            f"table {table.name!r} holds codes of {table.options.bits} bits, as its file does, and "
-            "does not train, whatever else of the model does: layer.thaw(counts=...) and "
+            f"table {', '.join(names[:3])}{rest}: holds codes of {bits} bits, as its file does, "
+            "and does not train, whatever else of the model does: layer.thaw(counts=...) and "
             "layer.freeze() make numbers of them that train; layer.eval() says that it is to stay",
             stacklevel=3,
         )
