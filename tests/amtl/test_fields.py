@@ -125,6 +125,62 @@ def test_integers_that_may_be_ids_are_ids_and_few_rows_of_each_are_told(name):
     assert told.kind == "categorical" and "--numeric x=standardise" in told.note
 
 
+def clicks(rates, seed=0):
+    return (np.random.default_rng(seed).random(len(rates)) < rates) * 1.0
+
+
+# Of 1.5 rows a value nothing can be told of the single ones.
+@pytest.mark.parametrize("name", [name for name in INTEGER_IDS if name != "seldom"])
+def test_ids_stay_ids_whose_labels_are_their_own(name):
+    column = INTEGER_IDS[name]
+    code = np.unique(column.to_numpy(), return_inverse=True)[1]
+    # And the later ones are liked better.
+    liked = np.random.default_rng(1).random(code.max() + 1)[code]
+    rates = 0.2 + 0.2 * code / code.max() + 0.4 * liked
+    assert spec(column, labels=clicks(rates)).kind == "categorical"
+
+
+SPREAD = whole(np.random.default_rng(6).integers(0, 20_000, 30_000))
+RATES = 0.2 + 0.6 * SPREAD.to_numpy() / 20_000
+
+
+@pytest.mark.parametrize("held", ["integers", "floats", "unique"])
+def test_labels_that_follow_the_order_make_numbers(held):
+    column, rates = SPREAD, RATES
+    if held == "floats":
+        column = column.cast(pl.Float64)
+    elif held == "unique":
+        # Spread over a range of 30 times as many.
+        column = whole(np.random.default_rng(7).choice(600_000, 20_000, replace=False))
+        rates = 0.2 + 0.6 * column.to_numpy() / 600_000
+    labels = clicks(rates)
+    before = spec(column).kind
+    assert before == ("unused" if held == "unique" else "categorical")
+    field = spec(column, labels=labels)
+    assert field.kind == "bucket" and "near which labels are alike: a number" in field.note
+    assert spec(column, labels=labels, default_numeric="standardise").kind == "standardise"
+    assert spec(column, labels=labels, default_numeric="categorical").kind != "bucket"
+    assert spec(column, labels=labels, numeric={"x": "categorical"}).kind == "categorical"
+    # Rows that do not train have no say, nor has chance.
+    labels[column.to_numpy() % 97 > 0] = np.nan
+    labels[np.flatnonzero(~np.isnan(labels))[40:]] = np.nan
+    assert spec(column, labels=labels).kind == before
+    assert spec(column, labels=clicks(np.full(len(column), 0.3))).kind == before
+
+
+def test_rows_that_are_numbered_in_the_order_of_their_labels_are_no_numbers():
+    labels = np.repeat([0.0, 1.0], N // 2)
+    assert spec(np.arange(N), labels=labels).kind == "unused"
+
+
+def test_integers_on_both_sides_of_zero_are_numbers():
+    assert spec(rng.integers(-60, 61, N)).kind == "bucket"
+    # One value for what is missing, a few codes, and hashes of 32 bits.
+    assert spec(np.where(rng.random(N) < 0.1, -1, rng.integers(0, 90, N))).kind == "categorical"
+    assert spec(rng.integers(-5, 6, N)).kind == "categorical"
+    assert spec(drawn(rng.integers(-(2**31), 2**31, 3000))).kind == "categorical"
+
+
 def test_numbers_with_a_fraction_need_no_word():
     assert (spec(rng.random(N)).kind, spec(rng.random(N)).note) == ("bucket", "")
     assert spec([decimal.Decimal(int(i)) / 4 for i in range(9)]).kind == "bucket"
@@ -153,8 +209,8 @@ def test_ids_that_a_float_has_merged_are_no_ids():
         ([*range(N - 1), 0], "unused", "3,999 values in 4,000 rows: next to nothing to learn"),
         ([None, *range(N - 1)], "unused", "--numeric x=categorical keeps it"),
         ([*range(N * 9 // 10), *[0] * (N // 10)], "categorical", "integers, 1.1 rows a value"),
-        (MOMENTS, "unused", "--numeric x=bucket takes it as a number"),
-        (MOMENTS, "unused", "--split order:x trains on the earlier rows"),
+        (MOMENTS, "bucket", "4,000 dates or times, 1.0 rows each, taken as numbers"),
+        (MOMENTS, "bucket", "--split order:x trains on the earlier rows"),
         (MOMENTS[:999], "categorical", "999 dates or times, each its own; --numeric x=bucket"),
         (MOMENTS[:999], "categorical", "--split order:x trains on the earlier rows"),
         (
@@ -176,7 +232,7 @@ def test_ids_that_a_float_has_merged_are_no_ids():
             "categorical",
             "117 dates or times, each its own; --numeric x=bucket takes it as a number; --split",
         ),
-        ([f"{m:%d.%m.%Y %H:%M}" for m in MOMENTS], "unused", "--split order:x trains"),
+        ([f"{m:%d.%m.%Y %H:%M}" for m in MOMENTS], "bucket", "--split order:x trains"),
         (
             [*MOMENTS[:1500], *MOMENTS[:1500]],
             "bucket",
@@ -519,7 +575,7 @@ def test_dates_whose_days_may_be_months_are_told():
 def test_free_text_that_is_left_out_may_be_split_into_words():
     def left_out(name, values):
         field = infer_fields(pl.DataFrame({name: values}), [name])[0]
-        assert field.kind == "unused"
+        assert (field.kind == "unused") == (not field.note.startswith("1,000 dates"))
         return field.note
 
     lines = [f"a line about {i} and {7 * i}" for i in range(1000)]

@@ -268,3 +268,24 @@ def test_what_cannot_be_met_leaves_the_model_alone():
     with pytest.raises(ValueError, match=r"a fraction in \(0, 1\]"):
         amtl.convert(model, COUNTS, 2)
     assert all(type(module) is nn.Embedding for module in model.values())
+
+
+@pytest.mark.parametrize("bits", ["auto", 8, None])
+@pytest.mark.parametrize("budget", [0.9, 0.3, 0.125])
+def test_biases_beside_wide_tables_are_kept(budget, bits):
+    """Rows of a number have none to spare: of sorted ids the rarest paid with it for step sizes."""
+    counts = (20_000 / torch.arange(1, 2001)).long()
+    model = nn.ModuleDict({"item": nn.Embedding(2000, 16), "bias": nn.Embedding(2000, 1)})
+    before = model["bias"].weight.detach().clone()
+    amtl.convert(model, {"item": counts, "bias": counts}, budget=budget, bits=bits)
+    amtl.freeze(model)
+    bias = model["bias"].weight.detach()
+    assert float((bias - before).norm() / before.norm()) < 0.03
+    assert sum(m.stored_bytes() for m in amtl.layers(model).values()) <= budget * 4 * 2000 * 17
+
+
+def test_equal_counts_of_a_small_table_share_a_step_size():
+    model = nn.ModuleDict({"bias": nn.Embedding(7, 1)})
+    amtl.freeze(amtl.convert(model, {"bias": [50] * 7}, budget=0.9))
+    assert model["bias"].options.bits == 8
+    assert bool((model["bias"].weight != 0).all())

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import polars as pl
 
 from amtl.data import moments, notation
+from amtl.data.ordered import Floats, tells_by_order
 from amtl.data.readers import require_columns
 from amtl.data.splits import names_parts
 from amtl.data.vocabulary import WRITTEN_LISTS, are_written_lists, exact_ids, split
@@ -47,6 +48,8 @@ _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
 _LARGEST_ID = 2.0**64
 """Beyond that, every float is a whole number, and none an id of those 64 bits that others keep."""
+_LARGEST_AMOUNT = 10**8
+"""Integers further below zero are hashes of 32 bits or more."""
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
 """Seconds since 1970."""
 
@@ -87,6 +90,7 @@ def infer_fields(
     numeric: Mapping[str, str] | None = None,
     default_numeric: str = "bucket",
     separators: Mapping[str, str] | None = None,
+    labels: Floats | None = None,
 ) -> list[FieldSpec]:
     """Decides how each column enters the model; what is guessed has a note.
 
@@ -105,8 +109,11 @@ def infer_fields(
     - Whole numbers too large for the float that holds them are numbers: ids would be merged.
     - Integers are amounts where they cannot well be ids: many, with few rows a value and thinning
       out upward likewise, and besides sparse in their range (under 30 % of it), and about as
-      frequent as their neighbours, where some ids are popular. Other integers of many values and
-      few rows a value have a note.
+      frequent as their neighbours, where some ids are popular; where more than one of many is
+      below zero; and where labels of training rows say so: few rows a value, those of neighbours
+      alike in their labels, and single values next to nothing by themselves. So are whole numbers
+      held as floats then, and integers of which nearly every row has its own, if they are as
+      sparse as said. Other integers of many values and few rows a value have a note.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
       more, and fewer than 2.5 a value.
     - Columns with a single value, or of a type that has no ids, are left out, and from 1,000 rows
@@ -122,6 +129,7 @@ def infer_fields(
         default_numeric: what to do with numbers not named there.
         separators: column to separator, for bags held as strings, and for text that may come in
             the place of lists; an empty separator keeps a column of strings whole.
+        labels: 0 or 1 of each row that trains, NaN of the others; None: nothing is asked of them.
 
     Raises:
         UserError: for an unknown column or treatment, or a column named twice.
@@ -150,7 +158,7 @@ def infer_fields(
         elif name in separators and not column.dtype.is_nested():
             fields.append(_apart(column, separators[name]))
         else:
-            spec = _left_out(column) or _guess(column, default_numeric)
+            spec = _left_out(column) or _guess(column, default_numeric, labels)
             if spec.kind == "bag" and name in separators:
                 spec = replace(spec, separator=separators[name] or None)
             fields.append(spec)
@@ -222,12 +230,13 @@ def _left_out(column: pl.Series) -> FieldSpec | None:
     return None
 
 
-def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
+def _guess(column: pl.Series, default_numeric: str, labels: Floats | None) -> FieldSpec:
     name, dtype = column.name, column.dtype
     if dtype.is_nested():
         return FieldSpec(name, "bag")
     if dtype.is_float() or dtype.is_decimal():
-        return _guess_number(column, default_numeric)
+        spec = _guess_number(column, default_numeric)
+        return _labels_say(spec, column, default_numeric, labels) or spec
     note = ""
     if dtype in _TEXT:
         values = column.cast(pl.String).drop_nulls().unique(maintain_order=True)
@@ -259,8 +268,12 @@ def _guess(column: pl.Series, default_numeric: str) -> FieldSpec:
             note = f"{spelled.doubt}: {remedy}"
         if not note and not spelled and (odd := _few_odd(values)):
             note = f"most values are numbers, but not {odd}; were those empty, it would be one"
-    amount = _integer_amount(column, default_numeric) if dtype.is_integer() else None
+    amount = None
+    if dtype.is_integer():
+        amount = _integer_amount(column, default_numeric) or _below_zero(column, default_numeric)
     spec = amount or _keys_left_out(FieldSpec(name, note=note), column, default_numeric)
+    if dtype.is_integer():
+        spec = _labels_say(spec, column, default_numeric, labels) or spec
     if dtype.is_integer() and not spec.note:
         spec = replace(spec, note=_integer_note(spec, column, default_numeric))
     return spec
@@ -306,6 +319,38 @@ def _spread(distinct: pl.Series) -> tuple[float, float]:
     inside = distinct.filter((distinct >= low) & (distinct <= high))
     lower = float((inside <= (low + high) / 2).mean() or 0.0)  # type: ignore[arg-type]
     return lower, len(inside) / (high - low + 1)
+
+
+def _labels_say(
+    spec: FieldSpec, column: pl.Series, default_numeric: str, labels: Floats | None
+) -> FieldSpec | None:
+    """The spec of whole numbers that labels say are amounts, None for others."""
+    if labels is None or default_numeric == "categorical" or not _is_scattered(column):
+        return None
+    if spec.kind == "unused":
+        # Rows may be numbered in the order of their labels.
+        filled = _spread(column.drop_nulls().unique().cast(pl.Float64))[1]
+        if filled >= _SPARSE_BELOW:
+            return None
+    elif spec.kind != "categorical":
+        return None
+    if not tells_by_order(column, labels):
+        return None
+    rows = (len(column) - column.null_count()) / _distinct(column)
+    note = f"whole numbers, {rows:.1f} rows a value, near which labels are alike: a number; "
+    kind: Any = default_numeric
+    return FieldSpec(spec.name, kind, note=f"{note}{_numeric(spec.name, 'categorical')} for ids")
+
+
+def _below_zero(column: pl.Series, default_numeric: str) -> FieldSpec | None:
+    """The spec of integers of which several are below zero, and none a hash; None for others."""
+    below = column.filter(column < 0)
+    several = below.n_unique() > 1 and _distinct(column) > FieldSpec.buckets
+    # One alone may stand for what is missing.
+    if default_numeric == "categorical" or not several or int(below.min()) < -_LARGEST_AMOUNT:  # type: ignore[arg-type]
+        return None
+    note = f"integers, some of them below zero; {_numeric(column.name, 'categorical')} for ids"
+    return FieldSpec(column.name, default_numeric, note=note)  # type: ignore[arg-type]
 
 
 def _integer_amount(column: pl.Series, default_numeric: str) -> FieldSpec | None:
@@ -373,7 +418,8 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
         return spec
     is_amount = _is_amount(column) or _says_when(column)
     dated = _may_say_when(column, is_amount)
-    if key:
+    unlike_ids = is_amount and not column.dtype.is_numeric()
+    if key and not (unlike_ids and default_numeric != "categorical"):
         much = "every row has its own value: nothing"
         if distinct < rows:
             much = f"{distinct:,} values in {rows:,} rows: next to nothing"
@@ -384,7 +430,6 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
             other += f", --multi {shlex.quote(f'{spec.name}= ')} splits it into words"
         note = f"{much} to learn; {other}"
         return replace(spec, kind="unused", note="; ".join(filter(None, [spec.note, note])))
-    unlike_ids = is_amount and not column.dtype.is_numeric()
     if not (unlike_ids or dated):
         return spec
     what = "dates or times" if unlike_ids else "numbers that may be times since 1970"

@@ -167,6 +167,9 @@ def where_they_are(
     if moved and 2 * full <= ordered:
         # A number or two: whatever is allowed, to leave some out takes more.
         return shape * dim
+    if 2 * full <= 4 * len(stored) and full <= allowed < math.inf:
+        # Those that pay for step sizes would be left nothing.
+        return shape * dim
     if int((stored == 0).sum()) > int(_FEWER * len(stored)):
         return None
     if math.isinf(allowed):
@@ -176,10 +179,10 @@ def where_they_are(
     wide = shape * widest
     taken = bytes_of(wide, fields, bits)
     if taken > allowed:
-        # What step sizes cost, the last rows save.
+        # What step sizes cost, the last rows save, if they keep something.
         saved = unit(bits) * bits // 8
         short = -int(-(taken + PART_BYTES - allowed) // saved)
-        if short > int((_SHORTER if moved else _FEWER) * len(wide)):
+        if widest <= unit(bits) or short > int((_SHORTER if moved else _FEWER) * len(wide)):
             return None
         wide[-short:].clamp_(max=widest - unit(bits))
         taken = bytes_of(wide, fields, bits)

@@ -26,6 +26,8 @@ _ALL_IN_8 = 0.3
 """Budget from which on 8 bits hold every number, step sizes included, of any table."""
 _LITTLE = 0.01
 """Share of a budget that is next to nothing."""
+_NARROW = 2
+"""Numbers of a row that are all kept where others have enough to give."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[Sear
     every = [_Table(demand, options) for demand in demands]
     whole = sum(table.whole for table in every)
     allowed = budget * whole * (1 + 1e-12)
+    if sum(table.by_law for table in every) <= allowed:
+        return [table.sharing(table.by_law) for table in every]
     narrow = [table for table in every if table.narrow]
     least = sum(table.frugal for table in narrow)
     if len(narrow) == len(every) or 2 * least > allowed:
@@ -220,9 +224,9 @@ def _worth(demand: Demand, options: SearchOptions) -> SearchOptions:
     rows, bits, most = len(demand.counts), demand.bits, 0
     if bits is not None and demand.dim < unit(bits):
         bits = 8
-    if rows:
-        magnitudes = int(demand.counts.max() + 1).bit_length()
-        most = min(rows, magnitudes * len(demand.field_sizes))
+    if rows and bits is not None:
+        groups = frequency_groups(demand.counts.cpu(), demand.field_sizes)
+        most = step_groups(groups.counts, groups.fields).unique().numel()
     saved = rows * demand.dim * (demand.itemsize - (bits or 0) / 8)
     if bits is not None and saved > PART_BYTES * most:
         return replace(options, bits=bits)
@@ -260,9 +264,12 @@ class _Table:
         if self.frugal <= self.by_law - numbers:
             # Sizes are settled by the law, which has to be able to pay for its step sizes.
             self.frugal = self.by_law
-        # Rows of a number or two, which to leave out costs more than they take.
-        self.narrow = options.bits is not None and 2 * self.frugal <= 4 * len(demand.counts)
-        self.spare = spared_bytes(len(demand.counts), options.bits) if options.bits else 0
+        # Rows of a number or two, which to leave out costs more than they take; and one is not
+        # worth less than one of many, of which the law leaves out the last.
+        few = options.bits is not None and 2 * self.frugal <= 4 * len(demand.counts)
+        self.narrow = few or grid.widest <= _NARROW
+        spares = options.bits is not None and grid.widest > unit(options.bits)
+        self.spare = spared_bytes(len(demand.counts), options.bits or 8) if spares else 0
 
     def bytes(self, shift: float) -> float:
         """Stored, step sizes included."""

@@ -482,8 +482,8 @@ class AMTLTable(TableStates):
         moved = plan.order is not None
         if not moved:
             taken = bytes_of(plan.of_places(stored), plan.of_places(steps), bits)
-            several = sum(width > 0 for width in plan.widths) > 1
-            if math.isinf(allowed) or (taken <= allowed and not several):
+            alike = bool((stored == int(stored.max())).sum() >= len(stored) - (padding is not None))
+            if math.isinf(allowed) or (taken <= allowed and alike):
                 return None
         if merged is not None and int(merged.sum()) > len(self.other_paddings):
             return None

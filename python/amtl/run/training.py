@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
+from amtl.data.ordered import Floats
 from amtl.data.registry import Source, load_source
 from amtl.data.splits import split_column, split_rows
 from amtl.errors import UserError
@@ -87,12 +88,20 @@ def prepare(
             numeric={**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric},
             default_numeric=config.default_numeric,
             separators=config.separators,
+            labels=_training_labels(labels, parts[0]),
         )
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
     whole = encoder.transform(frame, labels)
     return Task(encoder, *(encoder.part(whole, rows) for rows in parts))
+
+
+def _training_labels(labels: Tensor, rows: Tensor) -> Floats:
+    """The labels of the rows that train, NaN for the others."""
+    known = np.full(len(labels), np.nan)
+    known[rows.numpy()] = (labels[rows] > 0.5).numpy()
+    return known
 
 
 def _require_both(labels: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
