@@ -742,3 +742,20 @@ def test_a_mistyped_option_is_named():
         amtl.convert(model, {"item": torch.ones(9)}, bugdet=0.3)
     with pytest.raises(TypeError, match=r"no option 'xyz'; amtl\.SearchOptions lists them"):
         amtl.convert(model, {"item": torch.ones(9)}, xyz=1)
+
+
+def test_tables_of_16_bits_say_that_their_rows_are_narrowed():
+    """Beside those of 32 they would be rounded, which loses little of a trained table."""
+
+    def convert(dtype, **options):
+        model = nn.ModuleDict({name: nn.Embedding(100, 8, dtype=dtype) for name in "ab"})
+        amtl.convert(model, {name: [5] * 100 for name in "ab"}, **options)
+
+    with pytest.warns(UserWarning, match="'a' and 1 more: rows of torch.bfloat16.*before it is cast"):
+        convert(torch.bfloat16, budget=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(torch.float32, budget=0.5)
+        convert(torch.bfloat16, budget=1.0)
+        convert(torch.bfloat16, budget=0.5, bits=None)
+        convert(torch.bfloat16, budget=0.5, bits=8)

@@ -181,6 +181,14 @@ def test_integers_on_both_sides_of_zero_are_numbers():
     assert spec(drawn(rng.integers(-(2**31), 2**31, 3000))).kind == "categorical"
 
 
+@pytest.mark.parametrize(("rows", "buckets"), [(60, 8), (4000, 13), (30_000, 64)])
+def test_few_rows_make_few_buckets(rows, buckets):
+    frame = pl.DataFrame({"x": np.random.default_rng(0).random(2 * rows)})
+    trains = torch.arange(rows) * 2
+    encoder = Encoder.fit(frame, infer_fields(frame, ["x"]), rows=trains)
+    assert len(encoder.transform(frame).rows.unique()) == buckets
+
+
 def test_numbers_with_a_fraction_need_no_word():
     assert (spec(rng.random(N)).kind, spec(rng.random(N)).note) == ("bucket", "")
     assert spec([decimal.Decimal(int(i)) / 4 for i in range(9)]).kind == "bucket"
@@ -336,7 +344,8 @@ def test_numbers_written_for_people_are_numbers(marks, gap, treatment):
     assert spec(written, numeric={"x": "categorical"}).kind == "categorical"
     encoder = Encoder.from_tensors(*Encoder.fit(frame, specs).to_tensors())
     expected = encoder.transform(frame)
-    assert len(torch.cat([expected.rows, expected.dense], 1).unique(dim=0)) > 60
+    # 4,000 rows make 13 buckets, by two of the other column.
+    assert len(torch.cat([expected.rows, expected.dense], 1).unique(dim=0)) > 24
     for other in (written.cast(pl.Categorical), *OTHERWISE):
         column = pl.Series("x", other, strict=False)
         if marks == "thousands separators and the sign $":
@@ -548,7 +557,8 @@ def test_dates_as_people_write_them_are_numbers_where_that_is_asked_for(form, tr
     assert (specs[0].kind, specs[0].note) == (treatment, "")
     encoder = Encoder.from_tensors(*Encoder.fit(frame, specs).to_tensors())
     plain = encoder.transform(pl.DataFrame([moments, a])[2:])
-    assert len(torch.cat([plain.rows, plain.dense], 1).unique(dim=0)) > 60
+    # 160 rows make 8 buckets, by two of the other column.
+    assert len(torch.cat([plain.rows, plain.dense], 1).unique(dim=0)) > 14
     for column in (frame["x"], frame["x"].cast(pl.Categorical), moments.cast(pl.String)):
         found = encoder.transform(pl.DataFrame([column, a])[2:])
         assert torch.equal(found.rows, plain.rows) and torch.equal(found.dense, plain.dense)

@@ -17,6 +17,10 @@ from amtl.data.readers import require_columns
 from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError, brief
 
+_FEWEST_BUCKETS = 8
+_ROWS_A_BUCKET = 300
+"""Of training: of a few thousand rows, 64 buckets of each number are learned by heart."""
+
 
 class Batch(NamedTuple):
     """One batch of inputs.
@@ -188,8 +192,10 @@ class Encoder:
                 "no field has an embedding; name at least one categorical column with --fields, or "
                 f"cut numbers into buckets with --numeric bucket{brief(left_out, 300)}"
             )
+        trained = frame.height if rows is None else len(rows)
+        most = max(_FEWEST_BUCKETS, trained // _ROWS_A_BUCKET)
         edges = {
-            f.name: _quantiles(numbers(training(f.name), f), f.buckets)
+            f.name: _quantiles(numbers(training(f.name), f), min(f.buckets, most))
             for f in fields
             if f.kind == "bucket"
         }

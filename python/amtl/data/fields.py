@@ -66,7 +66,7 @@ class FieldSpec:
             `unused` (left out).
         separator: of a `bag` held as strings, `[]` where these are lists as Python or JSON writes
             them. None for one held as lists; text that comes in their place is split at `|`.
-        buckets: number of quantile buckets.
+        buckets: number of quantile buckets; fewer where training rows are few, see `Encoder`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
         moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and

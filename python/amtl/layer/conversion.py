@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, cast
@@ -264,6 +265,8 @@ def convert(
         for module, name in by_module.items()
     }
     chosen = _options_of(found, by_module, places, budget, {**options, "bits": bits})
+    if bits == AUTO and options.get("parametrization", "rule") == "rule":
+        _tell_of_halves({by_module[module]: _weight(module) for module in found}, budget)
     replacements: dict[nn.Module, AMTLTable] = {}
     for module, name in by_module.items():
         try:
@@ -463,6 +466,24 @@ def _check_options(options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, 1)
             meant = f": did you mean {near[0]!r}?" if near else "; amtl.SearchOptions lists them"
             raise TypeError(f"convert() has no option {name!r}{meant}")
+
+
+def _tell_of_halves(
+    weights: Mapping[str, Tensor], budget: float | Mapping[str, float | None] | None
+) -> None:
+    """Warns of tables that "auto" leaves in numbers of 16 bits, which it narrows."""
+    halves = [name for name, weight in weights.items() if weight.dtype != torch.float32]
+    least = min(
+        (b for b in (budget.values() if isinstance(budget, Mapping) else [budget]) if b), default=1
+    )
+    if halves and least < 1:
+        rest = f" and {len(halves) - 1} more" if len(halves) > 1 else ""
+        warnings.warn(
+            f"table {halves[0]!r}{rest}: rows of {weights[halves[0]].dtype} are narrowed to meet "
+            "the budget, which a trained table does not bear: convert the model before it is cast "
+            "to 16 bits, or take bits=8 (bits=None says that it is meant)",
+            stacklevel=3,
+        )
 
 
 def _check_budget(budget: float | None) -> None:
