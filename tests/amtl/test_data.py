@@ -115,6 +115,12 @@ def test_text_without_a_sure_order_is_refused(values, told):
         split_rows(pl.DataFrame({"when": values * 5}), "order:when")
 
 
+def test_mixed_notations_of_moments_are_shown_together():
+    frame = pl.DataFrame({"when": ["2020-09-13", "2020-09-14", "13/09/2020", "Sep 13, 2020"] * 5})
+    with pytest.raises(UserError, match=r"'2020-09-13', '13/09/2020', 'Sep 13, 2020', which is no"):
+        split_rows(frame, "order:when")
+
+
 def test_a_column_may_name_the_parts(frame):
     names = ["TEST", "train", " val ", "train", "train"] * 40
     train, val, test = split_rows(frame.with_columns(part=pl.Series(names)), "column:part")

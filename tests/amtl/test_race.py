@@ -416,6 +416,16 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     raced = {"evidence": worth, "full": None, "less": None, "less_taught": None}
     (line,) = comparison.verdict({**told, "raced": raced, "val_auc": 1.0})
     assert f"above all {list(metrics['rows_by_field'])[-1]!r} (log loss rises by 0.25" in line
+    assert "more than once" in line
+    tiny = {"val": {"rows": 60, "positive": 12}}
+    few = {**told, "held_out": {**metrics["held_out"], **tiny}}
+    assert comparison.verdict(few) == []
+    # Of a model that learned nothing that holds.
+    chance = {**told, "val_auc": 0.5, "test_auc": 0.52, "test_auc_error": 0.011}
+    assert "no better than guessing" in only(comparison.verdict(chance))
+    assert comparison.verdict({**chance, "test_auc": 0.53}) == []
+    later = {**chance, "config": {**metrics["config"], "split": "order:day"}}
+    assert only(comparison.verdict(later)).endswith("may be unlike those it was trained on")
     # Files of earlier versions have no score: AUC minus log loss.
     old = {**metrics, "raced": {"full": {"name": FULL, "val_auc": 0.9, "val_logloss": 0.0}}}
     del old["val_score"]

@@ -441,6 +441,10 @@ def test_damaged_packed_files_are_refused(source, tmp_path):
             load_trained(path)
     with pytest.raises(UserError, match="there is no file"):
         load_trained(tmp_path / "none.safetensors")
+    for name in ("rows.csv", "rows.csv.gz", "rows.parquet"):
+        (tmp_path / name).write_text("a,label\n1,0\n")
+        with pytest.raises(UserError, match=f"{name} is a table, no model: first the run or"):
+            load_trained(tmp_path / name)
 
 
 def test_a_run_stopped_before_the_freeze_packs_its_best_moment(source, tmp_path):

@@ -74,8 +74,7 @@ def read_file(path: Path | str) -> Contents:
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no file {str(path)!r}; give a path to a Parquet or CSV file")
-    suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
-    kind = suffixes[-1] if suffixes else ""
+    kind = _kind(path)
     try:
         if path.is_dir():
             return Contents(_folder(path))
@@ -93,6 +92,16 @@ def read_file(path: Path | str) -> Contents:
         f"{str(path)!r}: unknown kind {kind!r}; give one of {known} (text also as .gz, .zst, "
         ".bz2). Of text with :: between columns: sed 's/::/\\t/g' FILE > FILE.tsv"
     )
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file's name is that of a table, of a kind that is read."""
+    return _kind(path) in (*_PARQUET, *_ARROW, *_DELIMITED, *_LIBSVM, *_NDJSON)
+
+
+def _kind(path: Path) -> str:
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
+    return suffixes[-1] if suffixes else ""
 
 
 def as_frame(rows: Rows) -> pl.DataFrame:

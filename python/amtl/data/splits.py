@@ -118,8 +118,12 @@ def _in_order(column: pl.Series, how: str) -> pl.Series:
     forms = moments.find(distinct, ordered=True)
     if len(forms) == 1:
         return moments.read(texts, forms[0])
-    told = f"--split {how}: column {column.name!r} holds text such as {brief(repr(distinct[0]))}"
-    doubt = "is no number, date or time in a known notation"
+    # One of each form, for the first may be as it should.
+    form = distinct.str.replace_all(r"\d+", "0").str.replace_all(r"[A-Za-z]+", "a")
+    shown = distinct.filter(form.is_first_distinct())[:3]
+    told = f"--split {how}: column {column.name!r} holds text such as "
+    told += ", ".join(brief(repr(text)) for text in shown)
+    doubt = "is no number, date or time in one known notation"
     if forms:
         doubt = f"may be {forms[0]} or {forms[1]}"
     raise UserError(f"{told}, which {doubt}; {moments.REWRITE}, or as numbers")

@@ -33,6 +33,9 @@ the luckiest there, and the standard error is itself a guess."""
 _TOO_GOOD = 0.9995
 """A validation AUC that clicks do not have."""
 
+_CHANCE = 2.0
+"""Standard errors from 0.5, below which an AUC may be chance."""
+
 
 def narrow_width(metrics: Mapping[str, Any]) -> int:
     """Width of the widest table of fixed width that is no larger than the run's; 0 for none."""
@@ -217,7 +220,7 @@ def _as_options(row: Mapping[str, Any]) -> str:
 
 def verdict(metrics: Mapping[str, Any]) -> list[str]:
     """What the scores say against the sizes or the budget that were asked for, the worst first."""
-    told = [*_given_away(metrics)]
+    told = [*_given_away(metrics), *_guessing(metrics)]
     if cut := metrics.get("cut_short"):
         told.append("time ran out: the best model until then is the result, more may find a better")
     if metrics["method"] == "fixed":
@@ -263,7 +266,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
 
 def _given_away(metrics: Mapping[str, Any]) -> Iterator[str]:
     """A word on an AUC that only a column gives that is known no earlier than the label."""
-    if metrics["val_auc"] < _TOO_GOOD:
+    if metrics["val_auc"] < _TOO_GOOD or rarer(**metrics["held_out"]["val"])[0] < FEW:
         return
     most, evidence = "", (metrics["raced"] or {}).get("evidence")
     if evidence is not None:
@@ -271,8 +274,19 @@ def _given_away(metrics: Mapping[str, Any]) -> Iterator[str]:
         most = f", above all {name!r} (log loss rises by {worth:.2g} without it)"
     yield (
         f"a validation AUC of {metrics['val_auc']:.4f} is rarely true: look for a column that "
-        f"tells the label and is known no earlier{most}, and leave it out by --drop"
+        f"tells the label and is known no earlier{most}, and leave it out by --drop, or for rows "
+        "that are there more than once"
     )
+
+
+def _guessing(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """A word on a test AUC that chance would give."""
+    error = metrics.get("test_auc_error")
+    if not error or math.isnan(error) or metrics["test_auc"] - 0.5 > _CHANCE * error:
+        return
+    later = metrics["config"]["split"].startswith("order:")
+    why = ": later rows may be unlike those it was trained on" if later else ""
+    yield f"a test AUC within {_CHANCE:g} standard errors of 0.5 is no better than guessing{why}"
 
 
 def _better(what: str, row: Mapping[str, Any], metrics: Mapping[str, Any], advice: str) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
+from amtl.data.readers import is_table
 from amtl.errors import UserError
 from amtl.layer.conversion import layers
 from amtl.run import methods
@@ -31,6 +32,7 @@ from amtl.store.packed import PackedFile, deflated, open_packed, table_of_tiers,
 from amtl.store.tensors import (
     FileTensors,
     PackedFileError,
+    TensorFileError,
     compact,
     document_writer,
     expand,
@@ -373,6 +375,12 @@ def load_trained(path: Path) -> Trained:
         packed = open_packed(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}, nor a run folder") from error
+    except TensorFileError:
+        if not is_table(path):
+            raise
+        raise UserError(
+            f"{path} is a table, no model: first the run or the file of amtl pack, then the data"
+        ) from None
     if packed.kind != "run":
         raise UserError(
             f"{path} holds a {packed.kind} without vocabularies; name a run or a file of amtl pack"
