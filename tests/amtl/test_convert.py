@@ -760,3 +760,28 @@ def test_tables_of_16_bits_say_that_their_rows_are_narrowed():
         convert(torch.bfloat16, budget=1.0)
         convert(torch.bfloat16, budget=0.5, bits=None)
         convert(torch.bfloat16, budget=0.5, bits=8)
+
+
+def test_descriptions_of_features_that_hold_their_table_hold_the_layer():
+    """As torch-rechub keeps them: the dense weight would live on beside the tiers."""
+
+    class Feature:
+        def __init__(self, embed):
+            self.embed, self.name = embed, "a"
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(100, 8)
+            self.features = [Feature(self.table)]
+            self.main = Feature(self.table)
+
+    model = Model()
+    before = weakref.ref(model.table.weight)
+    amtl.convert(model, {"table": [5] * 100}, budget=0.5)
+    assert model.features[0].embed is model.main.embed is model.table
+    amtl.freeze(model)
+    gc.collect()
+    assert before() is None
+    amtl.revert(model)
+    assert type(model.main.embed) is nn.Embedding and model.features[0].embed is model.table

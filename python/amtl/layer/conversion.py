@@ -6,6 +6,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -199,9 +200,9 @@ def convert(
     flag, hooks and attributes that were set on it. New to the optimizer are the mask parameters:
     `optimizer.add_param_group({"params": amtl.mask_parameters(model), "lr": 1e-2})`.
     A module that appears under several names is replaced everywhere by one layer, also where the
-    model keeps it in a plain list, dict, tuple or set. A model that uses the weight itself, as by
-    `h @ model.table.weight.T`, would go past the masks before it is frozen: its first forward pass
-    is then an error that says so.
+    model keeps it in a plain list, dict, tuple or set, or an object in these holds it. A model that
+    uses the weight itself, as by `h @ model.table.weight.T`, would go past the masks before it is
+    frozen: its first forward pass is then an error that says so.
 
     Rows may be in any order: groups are looked up by row, so the caller permutes nothing. A table
     in frequency order is faster (hot rows are neighbours), and always freezes without the 4 bytes a
@@ -594,7 +595,8 @@ def _rewire(model: nn.Module, replacements: Mapping[int, Sequence[Any]]) -> None
     """Replace objects (by id) in containers that modules keep beside their parameters and modules.
 
     An object that makes way for several is spread out in lists and sets; a tuple that holds it is
-    repeated, as `(name, parameter)` would be.
+    repeated, as `(name, parameter)` would be. Objects there that are no modules, such as
+    descriptions of features, may hold it as an attribute.
     """
     seen: set[int] = set()
     for module in model.modules():
@@ -611,6 +613,11 @@ def _moved(value: Any, replacements: Mapping[int, Sequence[Any]], seen: set[int]
         return list(replacements[id(value)])
     kind = type(value)
     if kind not in (list, tuple, dict, set) or (kind is not tuple and id(value) in seen):
+        if not isinstance(value, nn.Module | Tensor | type | ModuleType):
+            held = getattr(value, "__dict__", {})
+            for key, part in list(held.items()):
+                if len(replacements.get(id(part), ())) == 1:
+                    held[key] = replacements[id(part)][0]
         return [value]
     seen.add(id(value))
     before = list(value.values()) if kind is dict else list(value)
