@@ -751,7 +751,7 @@ def test_tables_of_16_bits_say_that_their_rows_are_narrowed():
         model = nn.ModuleDict({name: nn.Embedding(100, 8, dtype=dtype) for name in "ab"})
         amtl.convert(model, {name: [5] * 100 for name in "ab"}, **options)
 
-    told = "'a' and 1 more: rows of torch.bfloat16.*before it is cast"
+    told = "tables 'a', 'b': rows of torch.bfloat16.*before it is cast"
     with pytest.warns(UserWarning, match=told):
         convert(torch.bfloat16, budget=0.5)
     with warnings.catch_warnings():

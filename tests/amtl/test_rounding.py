@@ -882,6 +882,6 @@ def test_tables_that_stay_are_named_together(tmp_path):
     loaded = amtl.load(tmp_path / "tables", torch.nn.ModuleDict({n: layer_of(4) for n in "abcde"}))
     for layer in loaded.train().values():
         layer(torch.arange(5))
-    with pytest.warns(UserWarning, match="table 'a', 'b', 'c' and 2 others: holds codes") as told:
+    with pytest.warns(UserWarning, match="tables 'a', 'b', 'c' and 2 more: codes") as told:
         torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()
     assert len(told) == 1

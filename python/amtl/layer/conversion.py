@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from amtl.errors import together
 from amtl.layer.budget import check_share
 from amtl.layer.bypass import watch_first_passes
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
@@ -478,9 +479,8 @@ def _tell_of_halves(
         (b for b in (budget.values() if isinstance(budget, Mapping) else [budget]) if b), default=1
     )
     if halves and least < 1:
-        rest = f" and {len(halves) - 1} more" if len(halves) > 1 else ""
         warnings.warn(
-            f"table {halves[0]!r}{rest}: rows of {weights[halves[0]].dtype} are narrowed to meet "
+            f"{together(halves)}: rows of {weights[halves[0]].dtype} are narrowed to meet "
             "the budget, which a trained table does not bear: convert the model before it is cast "
             "to 16 bits, or take bits=8 (bits=None says that it is meant)",
             stacklevel=3,

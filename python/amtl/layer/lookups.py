@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import amtl_kernels
+from amtl.errors import together
 from amtl.layer.rounding import Rounding, trains
 from amtl.layer.shown import ShownRows
 from amtl.layer.size_head import being_traced
@@ -348,15 +349,13 @@ def _tell_of_codes(*_: object) -> None:
     found: dict[int | None, list[str]] = {}
     for table in list(_looked_up_to_train):
         if table.training and table.steps is not None and table.rounding is None:
-            found.setdefault(table.options.bits, []).append(repr(table.name))
+            found.setdefault(table.options.bits, []).append(table.name)
     _looked_up_to_train.clear()
     for bits, names in found.items():
-        names.sort()
-        rest = f" and {len(names) - 3} others" if len(names) > 3 else ""
         warnings.warn(
-            f"table {', '.join(names[:3])}{rest}: holds codes of {bits} bits, as its file does, "
-            "and does not train, whatever else of the model does: layer.thaw(counts=...) and "
-            "layer.freeze() make numbers of them that train; layer.eval() says that it is to stay",
+            f"{together(sorted(names))}: codes of {bits} bits, as in a file, which do not train, "
+            "whatever else of the model does: layer.thaw(counts=...) and layer.freeze() make "
+            "numbers of them that train; layer.eval() says that they are to stay",
             stacklevel=3,
         )
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from amtl.errors import UserError
+from amtl.errors import UserError, together
 from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable
 from amtl.layer.conversion import layers as layers_of
 from amtl.layer.conversion import swap
@@ -294,15 +294,19 @@ def save(
 
 def _tell_of_orders(layers: Mapping[str, AMTLTable]) -> None:
     """Warn of tables that take much more than was asked for, because of the order of their ids."""
+    names, orders, rows = [], 0, 0
     for name, layer in layers.items():
         order, values = layer.told_order(), layer.value_bytes()
         if order is not None and not layer._keeps_numbering and 8 * order.nbytes > values:
-            warnings.warn(
-                f"table {name!r} stores {order.nbytes:,} bytes that say where its rows lie beside "
-                f"the {values:,} of the rows, for its ids are in no order of counts: ids that are "
-                "need none, and ids = layer.absorb_order() before saving gives such (old -> new)",
-                stacklevel=3,
-            )
+            names.append(name)
+            orders, rows = orders + order.nbytes, rows + values
+    if names:
+        warnings.warn(
+            f"{together(names)}: {orders:,} bytes that say where rows lie are stored beside the "
+            f"{rows:,} of the rows, for ids are in no order of counts: ids that are need none, and "
+            "ids = layer.absorb_order() before saving gives such (old -> new)",
+            stacklevel=3,
+        )
 
 
 def write_packed(

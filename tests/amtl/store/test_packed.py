@@ -80,8 +80,12 @@ def test_what_an_order_takes_is_told_of(tmp_path):
     """Of rows so short that where they lie takes an eighth of what they do, or more."""
     path = tmp_path / "layer.safetensors"
     layers = {"short": frozen(in_order=False), "long": frozen(in_order=False, dim=128)}
-    with pytest.warns(UserWarning, match=r"table 'short' stores 240 bytes .*absorb_order") as told:
+    with pytest.warns(UserWarning, match=r"table 'short': 240 bytes .*absorb_order") as told:
         amtl.save(layers, path)
+    assert len(told) == 1
+    both = {**layers, "other": frozen(in_order=False)}
+    with pytest.warns(UserWarning, match=r"tables 'short', 'other': 480 bytes .*") as told:
+        amtl.save(both, path)
     assert len(told) == 1
     layers["short"].absorb_order()
     with warnings.catch_warnings():
