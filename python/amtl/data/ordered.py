@@ -16,8 +16,8 @@ _PRIORS = (1.0, 4.0, 16.0, 64.0)
 _SURE = 3.0
 """Standard errors by which order has to tell something of rows that were held out."""
 _OWN = 0.1
-"""Share of that which single values may tell beside it. Of some thirty columns, amounts came to
-.07 at most, and ids, but of a few that are in an order, to 1 and more."""
+"""Share of that which single values may tell beside it. In thirty files, of columns with few rows a
+value, amounts came to .01 at most, and ids to .55 and more."""
 
 Floats = NDArray[np.float64]
 

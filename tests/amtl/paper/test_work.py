@@ -186,7 +186,7 @@ def test_one_command(tmp_path, capsys, monkeypatch):
     ("page", "summary"),
     [
         ("evidence.md", "2026-11-27-paper.json"),
-        ("evidence-with-decay.md", "2026-11-29-with-decay-paper.json"),
+        ("evidence-with-decay.md", "2026-11-29-students-dropout-paper.json"),
     ],
 )
 def test_a_page_of_the_documentation_is_that_of_its_summary(page, summary):
