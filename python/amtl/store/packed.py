@@ -309,6 +309,20 @@ def _tell_of_orders(layers: Mapping[str, AMTLTable]) -> None:
         )
 
 
+def _require_whole(layers: Mapping[str, AMTLTable]) -> None:
+    """Refuse tables of which a process holds a part, as FSDP leaves them."""
+    parts = [
+        name
+        for name, layer in layers.items()
+        if any(hasattr(p, "placements") or p.dim() != 2 for p in layer.table_parameters())
+    ]
+    if parts:
+        raise ValueError(
+            f"{together(parts)}: only a shard is here, as under FSDP. Save where all of it is, as in "
+            "`with FullyShardedDataParallel.summon_full_params(model):`"
+        )
+
+
 def write_packed(
     path: str | os.PathLike[str],
     kind: _Kind,
@@ -333,6 +347,7 @@ def write_packed(
     """
     if not layers:
         raise ValueError("there is no AMTL layer to save")
+    _require_whole(layers)
     rest: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     if model is not None:

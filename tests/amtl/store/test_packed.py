@@ -93,6 +93,16 @@ def test_what_an_order_takes_is_told_of(tmp_path):
         amtl.save(layers, path)
 
 
+def test_shards_of_tables_are_refused(tmp_path):
+    """FSDP leaves each process a flat part, or a DTensor."""
+    layers = {name: frozen() for name in "ab"}
+    for block in layers["b"].blocks:
+        block.data = block.data.flatten()[:7]
+    with pytest.raises(ValueError, match=r"table 'b': only a shard is here, as under FSDP\."):
+        amtl.save(layers, tmp_path / "layers.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("budget", [0.3, 0.125])
 def test_a_file_of_few_bits_thaws_to_the_sizes_it_was_made_with(budget, tmp_path):
     counts = (5000 / torch.arange(1, 401)).long()
