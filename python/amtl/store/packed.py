@@ -318,7 +318,7 @@ def _require_whole(layers: Mapping[str, AMTLTable]) -> None:
     ]
     if parts:
         raise ValueError(
-            f"{together(parts)}: only a shard is here, as under FSDP. Save where all of it is, as in "
+            f"{together(parts)}: only a shard is here, as under FSDP. Save where it is whole, in "
             "`with FullyShardedDataParallel.summon_full_params(model):`"
         )
 
