@@ -314,7 +314,8 @@ def _require_whole(layers: Mapping[str, AMTLTable]) -> None:
     parts = [
         name
         for name, layer in layers.items()
-        if any(hasattr(p, "placements") or p.dim() != 2 for p in layer.table_parameters())
+        if isinstance(layer, AMTLTable)
+        and any(hasattr(p, "placements") or p.dim() != 2 for p in layer.table_parameters())
     ]
     if parts:
         raise ValueError(
