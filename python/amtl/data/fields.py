@@ -274,8 +274,8 @@ def _guess(column: pl.Series, default_numeric: str, labels: Floats | None) -> Fi
     spec = amount or _keys_left_out(FieldSpec(name, note=note), column, default_numeric)
     if dtype.is_integer():
         spec = _labels_say(spec, column, default_numeric, labels) or spec
-    if dtype.is_integer() and not spec.note:
-        spec = replace(spec, note=_integer_note(spec, column, default_numeric))
+        if not spec.note:
+            spec = replace(spec, note=_integer_note(spec, column, default_numeric))
     return spec
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amtl.layer.budget import BudgetError, check_share
-from amtl.layer.frequency import frequency_groups
+from amtl.layer.frequency import FrequencyGroups, frequency_groups
 from amtl.layer.laws import make_law
 from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, spared_bytes, step_groups, unit
@@ -136,7 +136,7 @@ def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[Sear
     if budget is None:
         return [options] * len(demands)
     if len(demands) == 1:
-        return [_worth(demands[0], options)]
+        return [_worth(demands[0], options, _step_groups(demands[0]))]
     check_share(budget)
     every = [_Table(demand, options) for demand in demands]
     whole = sum(table.whole for table in every)
@@ -216,7 +216,19 @@ def _all_numbers(tables: Sequence[_Table], allowed: float) -> list[float] | None
     return shares
 
 
-def _worth(demand: Demand, options: SearchOptions) -> SearchOptions:
+def _groups(demand: Demand) -> FrequencyGroups:
+    return frequency_groups(demand.counts.cpu(), demand.field_sizes)
+
+
+def _step_groups(demand: Demand) -> Tensor | None:
+    """What may share a step size; None where there is none."""
+    if demand.bits is None:
+        return None
+    groups = _groups(demand)
+    return step_groups(groups.counts, groups.fields)
+
+
+def _worth(demand: Demand, options: SearchOptions, steps: Tensor | None) -> SearchOptions:
     """With the table's bits, unless step sizes, one a magnitude of the count, cost what they save.
 
     Rows of less than a byte take one, so that they are of 8 bits.
@@ -224,9 +236,8 @@ def _worth(demand: Demand, options: SearchOptions) -> SearchOptions:
     rows, bits, most = len(demand.counts), demand.bits, 0
     if bits is not None and demand.dim < unit(bits):
         bits = 8
-    if rows and bits is not None:
-        groups = frequency_groups(demand.counts.cpu(), demand.field_sizes)
-        most = step_groups(groups.counts, groups.fields).unique().numel()
+    if steps is not None:
+        most = steps.unique().numel()
     saved = rows * demand.dim * (demand.itemsize - (bits or 0) / 8)
     if bits is not None and saved > PART_BYTES * most:
         return replace(options, bits=bits)
@@ -237,14 +248,14 @@ class _Table:
     """What one table stores at a shift that all of them share."""
 
     def __init__(self, demand: Demand, options: SearchOptions) -> None:
-        self._options = options = _worth(demand, options)
+        groups = _groups(demand)
+        self._steps = step_groups(groups.counts, groups.fields)
+        self._options = options = _worth(demand, options, self._steps)
         grid = options.grid(demand.dim, demand.itemsize)
         self._grid = grid
         self._number = demand.itemsize if options.bits is None else options.bits / 8
         self.whole = len(demand.counts) * demand.dim * demand.itemsize
-        groups = frequency_groups(demand.counts.cpu(), demand.field_sizes)
         self._rows = groups.rows_per_group().to(torch.float64)
-        self._steps = step_groups(groups.counts, groups.fields)
         weights = torch.ones(groups.num_fields, dtype=torch.float64)
         if options.field_weights is not None and len(options.field_weights) == len(weights):
             weights = torch.tensor(options.field_weights, dtype=torch.float64)
