@@ -43,7 +43,7 @@ class ClickModel(nn.Module):
         for field in self.fields:
             nn.init.normal_(field.weight, std=0.01)
         self.starts = [sum(sizes[:f]) for f in range(len(sizes))]
-        width = len(sizes) * dim + len(encoder.dense_fields)
+        width = len(sizes) * dim + encoder.num_dense
         self.mlp = nn.Sequential(
             *(nn.Linear(width, 128), nn.ReLU()),
             *(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1)),

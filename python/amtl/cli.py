@@ -144,6 +144,9 @@ def train(
             "amounts, not ids), or COLUMN=bucket,… (also categorical)."
         ),
     ] = None,
+    values: Annotated[
+        bool, typer.Option(help="Numbers join their embeddings; whole ones of over 10 values too.")
+    ] = True,
     multi: Annotated[
         list[str] | None,
         typer.Option(
@@ -383,7 +386,10 @@ def _print_decisions(decisions: Sequence[Any]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(style="dim", overflow="fold")
     for spec in guessed:
-        table.add_row(escape(spec.name), _TAKEN_AS[spec.kind], escape(spec.note))
+        taken = _TAKEN_AS[spec.kind]
+        if spec.value and spec.kind == "categorical":
+            taken += " and number"
+        table.add_row(escape(spec.name), taken, escape(spec.note))
     console.print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from amtl.data.fields import FieldSpec, numbers
 from amtl.data.readers import require_columns
+from amtl.data.scales import Scale
 from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError, brief
 
@@ -29,7 +31,7 @@ class Batch(NamedTuple):
         indices: embedding rows, int32: `[B, F]`, or flat `[total]` if `offsets` is given.
         offsets: int32 `[B·F]` starts of the bags in `indices`, sample-major; None if every field
             is single-valued.
-        dense: float32 `[B, K]` standardised numbers.
+        dense: float32 `[B, K]` numbers.
         labels: float32 `[B]`.
     """
 
@@ -128,7 +130,8 @@ class Encoder:
 
     Attributes:
         fields: embedded fields, the single-valued ones first, then the bags.
-        dense_fields: standardised columns.
+        dense_fields: columns that are numbers alone.
+        valued: those of `fields` whose numbers join the embeddings.
         vocabularies: one per embedded field.
         decisions: how every column was taken, the unused ones too; empty if loaded from a file.
         labels: number and checksum of the labels of all splits, in their order, by which changed
@@ -142,14 +145,17 @@ class Encoder:
         vocabularies: Sequence[Vocabulary],
         edges: Mapping[str, Tensor],
         scales: Mapping[str, tuple[float, float]],
+        beside: Mapping[str, Scale] | None = None,
     ) -> None:
         self.fields = list(fields)
         self.dense_fields = list(dense_fields)
+        self.valued = [f for f in self.fields if f.value]
         self.vocabularies = list(vocabularies)
         self.decisions: list[FieldSpec] = []
         self.labels: tuple[int, int] | None = None
         self._edges = dict(edges)
         self._scales = dict(scales)
+        self._beside = dict(beside or {})
         ends = np.cumsum([0, *(v.size for v in self.vocabularies)])
         self.field_offsets = [int(e) for e in ends]
         self._runs = [
@@ -200,6 +206,9 @@ class Encoder:
             if f.kind == "bucket"
         }
         scales = {f.name: _scale(numbers(training(f.name), f)) for f in dense}
+        beside = {
+            f.name: Scale.fit(_values(training(f.name), f).to_numpy()) for f in embedded if f.value
+        }
         vocabularies = []
         for spec in embedded:
             column = training(spec.name)
@@ -213,7 +222,7 @@ class Encoder:
                 )
             except ValueError as error:
                 raise UserError(str(error)) from error
-        encoder = cls(embedded, dense, vocabularies, edges, scales)
+        encoder = cls(embedded, dense, vocabularies, edges, scales, beside)
         encoder.decisions = list(fields)
         return encoder
 
@@ -226,6 +235,11 @@ class Encoder:
     def field_sizes(self) -> list[int]:
         """Rows per embedded field."""
         return [v.size for v in self.vocabularies]
+
+    @property
+    def num_dense(self) -> int:
+        """Numbers K of a sample."""
+        return len(self.dense_fields) + Scale.width * len(self.valued)
 
     @property
     def names(self) -> list[str]:
@@ -280,11 +294,14 @@ class Encoder:
                     rows[:, f] = self._global_rows(f, vocabulary.encode(column))
             except (ValueError, pl.exceptions.PolarsError) as error:
                 raise UserError(str(error).splitlines()[0]) from error
-        dense = [self._standardise(numbers(frame[f.name], f)) for f in self.dense_fields]
+        dense = [self._standardise(numbers(frame[f.name], f))[:, None] for f in self.dense_fields]
+        dense += [
+            self._beside[f.name].apply(_values(frame[f.name], f).to_numpy()) for f in self.valued
+        ]
         data = EncodedData(
             rows=rows,
             bags=bags,
-            dense=torch.stack(dense, 1) if dense else torch.empty(n, 0),
+            dense=torch.cat(dense, 1) if dense else torch.empty(n, 0),
             labels=torch.zeros(n) if label is None else label.to(torch.float32),
         )
         return self._counted(data)
@@ -324,7 +341,8 @@ class Encoder:
 
     def unused(self) -> list[str]:
         """Embedded fields all values of which share one row, so that they say nothing."""
-        return [name for name, size in zip(self.names, self.field_sizes, strict=True) if size == 1]
+        sizes = zip(self.fields, self.field_sizes, strict=True)
+        return [field.name for field, size in sizes if size == 1 and not field.value]
 
     def examples(self, name: str, column: pl.Series) -> tuple[Any, Any]:
         """A value of an embedded field's column that is unseen, and the most frequent known one.
@@ -390,6 +408,7 @@ class Encoder:
             tensors[f"{f}.run_starts"], tensors[f"{f}.run_rows"] = self._runs[f]
             vocabularies.append(meta)
         tensors |= {f"edges.{name}": edges for name, edges in self._edges.items()}
+        tensors |= {f"beside.{name}": scale.to_tensor() for name, scale in self._beside.items()}
         meta = {
             "fields": [_stored(f) for f in self.fields],
             "dense_fields": [_stored(f) for f in self.dense_fields],
@@ -413,6 +432,7 @@ class Encoder:
             [Vocabulary.from_tensors(part(f"{f}."), m) for f, m in enumerate(meta["vocabularies"])],
             part("edges."),
             {name: (scale[0], scale[1]) for name, scale in meta["scales"].items()},
+            {name: Scale.from_tensor(stored) for name, stored in part("beside.").items()},
         )
         if "labels" in meta:
             rows, checksum = meta["labels"]
@@ -450,9 +470,22 @@ class Encoder:
 
 
 def _stored(spec: FieldSpec) -> dict[str, Any]:
-    """A field for a file, which readers that know of no notation open unless it has one."""
-    notations = ("decimal", "moment")
-    return {key: value for key, value in asdict(spec).items() if key not in notations or value}
+    """A field for a file, which readers that know less open unless it has what they lack."""
+    later = ("decimal", "moment", "value")
+    return {key: value for key, value in asdict(spec).items() if key not in later or value}
+
+
+def _values(column: pl.Series, spec: FieldSpec) -> pl.Series:
+    """Numbers of a column, NaN for what is missing and for what, among ids, is none."""
+    if spec.kind == "bucket":
+        return numbers(column, spec)
+    if column.dtype in (pl.Categorical, pl.Enum):
+        column = column.cast(pl.String)
+    if column.dtype == pl.String:
+        column = column.str.strip_chars()
+    elif not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
+        return pl.Series(column.name, [math.nan]).new_from_index(0, len(column))
+    return column.cast(pl.Float64, strict=False).fill_null(math.nan)
 
 
 def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:

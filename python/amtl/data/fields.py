@@ -49,7 +49,9 @@ _ROWS_TO_JUDGE_BY = 1000
 _LARGEST_ID = 2.0**64
 """Beyond that, every float is a whole number, and none an id of those 64 bits that others keep."""
 _LARGEST_AMOUNT = 10**8
-"""Integers further below zero are hashes of 32 bits or more."""
+"""Integers further from zero are hashes of 32 bits or more, if any are below it."""
+_FEW_VALUES = 10
+"""Up to so many say all by their embeddings."""
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
 """Seconds since 1970."""
 
@@ -69,6 +71,8 @@ class FieldSpec:
         buckets: number of quantile buckets; fewer where training rows are few, see `Encoder`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
+        value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
+            `amtl.data.scales`.
         moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
             where year, month and day come first.
         note: why, and how to have it otherwise; empty where nothing was guessed.
@@ -80,6 +84,7 @@ class FieldSpec:
     buckets: int = 64
     decimal: str | None = None
     moment: str | None = None
+    value: bool = False
     note: str = ""
 
 
@@ -89,6 +94,7 @@ def infer_fields(
     *,
     numeric: Mapping[str, str] | None = None,
     default_numeric: str = "bucket",
+    values: bool = False,
     separators: Mapping[str, str] | None = None,
     labels: Floats | None = None,
 ) -> list[FieldSpec]:
@@ -120,13 +126,15 @@ def infer_fields(
       on categorical columns of which nearly every row (90 %) has its own value: a model of all
       training rows learns them by heart, and a test row has none of them.
 
-    A column named in `numeric` or `separators` is taken as said there, without exception.
+    A column named in `numeric` or `separators` is taken as said there, without exception. Numbers
+    in buckets, and ids that are whole numbers, join their embeddings as such (`FieldSpec.value`).
 
     Args:
         frame: the data.
         names: the columns to use.
         numeric: column to `bucket`, `standardise` or `categorical`, overriding the choice.
         default_numeric: what to do with numbers not named there.
+        values: whether numbers join their embeddings.
         separators: column to separator, for bags held as strings, and for text that may come in
             the place of lists; an empty separator keeps a column of strings whole.
         labels: 0 or 1 of each row that trains, NaN of the others; None: nothing is asked of them.
@@ -162,7 +170,22 @@ def infer_fields(
             if spec.kind == "bag" and name in separators:
                 spec = replace(spec, separator=separators[name] or None)
             fields.append(spec)
-    return fields
+    if not values or default_numeric == "categorical":
+        return fields
+    return [replace(f, value=_has_value(f, frame[f.name], f.name in numeric)) for f in fields]
+
+
+def _has_value(spec: FieldSpec, column: pl.Series, told: bool) -> bool:
+    """Whether a column's number joins its embedding.
+
+    So does that of whole numbers which nobody said to be ids, and which are no hashes.
+    """
+    if spec.kind != "categorical":
+        return spec.kind == "bucket"
+    if told or not column.dtype.is_numeric() or _distinct(column) <= _FEW_VALUES:
+        return False
+    found = column.drop_nulls().cast(pl.Float64).drop_nans()
+    return float(found.abs().max() or 0.0) <= _LARGEST_AMOUNT  # type: ignore[arg-type]
 
 
 def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldSpec:

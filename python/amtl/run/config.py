@@ -90,6 +90,8 @@ class TrainConfig:
         fields: columns used; empty for all but the label and the split column.
         numeric: column to `bucket`, `standardise` or `categorical`.
         default_numeric: treatment of other floating-point columns.
+        values: whether numbers, whole ones of many values included, join their embeddings; see
+            `amtl.data.scales`.
         separators: column to separator of multi-valued strings.
         min_count: values seen less often in training share the out-of-vocabulary row.
         split: `random`, `order:COLUMN` or `column:COLUMN`, see `amtl.data.splits.split_rows`.
@@ -143,6 +145,7 @@ class TrainConfig:
     fields: list[str] = field(default_factory=list)
     numeric: dict[str, str] = field(default_factory=dict)
     default_numeric: str = "bucket"
+    values: bool = True
     separators: dict[str, str] = field(default_factory=dict)
     min_count: int = 1
     split: str = "random"

@@ -26,7 +26,7 @@ class ClickModel(nn.Module):
             is single-valued, `nn.EmbeddingBag`-like (called with offsets) otherwise.
         num_fields: embedded fields F.
         dim: width D of the table's output.
-        num_dense: standardised numbers K that join the embeddings.
+        num_dense: numbers K that join the embeddings.
         hidden: widths of the MLP's hidden layers.
         embedding_dropout: share of the embeddings' numbers zeroed in training mode, 0 to below 1.
         backbone: what is added to the MLP, a key of `amtl.run.backbones.INTERACTIONS`.
@@ -117,7 +117,7 @@ def assemble(config: TrainConfig, encoder: Encoder, table: nn.Module) -> ClickMo
         table,
         len(encoder.fields),
         config.dim,
-        len(encoder.dense_fields),
+        encoder.num_dense,
         config.hidden,
         config.embedding_dropout or 0.0,
         config.backbone,

@@ -87,6 +87,7 @@ def prepare(
             names,
             numeric={**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric},
             default_numeric=config.default_numeric,
+            values=config.values,
             separators=config.separators,
             labels=_training_labels(labels, parts[0]),
         )
