@@ -484,6 +484,9 @@ def evaluate(
         frame, labels = labelled(frame, labelling)
         encoded, what = trained.encoder.transform(frame, labels), data
         strange = list(trained.unseen_columns(frame, encoded).values())
+        if trained.encoder.has_labels(encoded.labels):
+            seen = "the model was trained on most of these rows, or chosen by them, as their labels"
+            strange.append(f"{seen} tell; amtl evaluate {run} scores its test split")
     result = trained.evaluate(encoded)
     unused = trained.encoder.unused()
     unknown = {k: v for k, v in result["unknown_values"].items() if v and k not in unused}

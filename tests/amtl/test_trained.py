@@ -283,3 +283,11 @@ def test_evaluate_tells_of_columns_written_in_another_way(packed, frame, capsys)
     assert "such as '[ja]' (String), in training such as 1: write" in told
     assert "column 'tags'" not in told
     assert "not seen" not in evaluated(capsys, packed / "run")
+
+
+def test_evaluate_tells_of_rows_that_the_model_was_trained_on(packed, frame, capsys):
+    seen = "the model was trained on most of these rows"
+    assert seen in evaluated(capsys, packed / "run", packed / "rows.parquet")
+    assert seen not in evaluated(capsys, packed / "run")
+    frame[:-1].write_parquet(packed / "fewer.parquet")
+    assert seen not in evaluated(capsys, packed / "run", packed / "fewer.parquet")

@@ -382,6 +382,10 @@ class Encoder:
         """Remember the labels [n], zeros and ones, of the data that it was fitted on a part of."""
         self.labels = _mark(labels)
 
+    def has_labels(self, labels: Tensor) -> bool:
+        """Whether labels [n] are those of all the data that it was fitted on a part of."""
+        return self.labels == _mark(labels)
+
     def require_labels(self, labels: Tensor, data: str) -> None:
         """Refuse data whose rows are others, or elsewhere: splits would not be those of training.
 
@@ -389,7 +393,7 @@ class Encoder:
             UserError: they are.
         """
         now = _mark(labels)
-        if self.labels is not None and self.labels != now:
+        if self.labels is not None and not self.has_labels(labels):
             then = self.labels[0]
             how = f"{then:,} rows then, {now[0]:,} now" if then != now[0] else "other labels in it"
             raise UserError(

@@ -47,8 +47,8 @@ DECAYS = (1e-5, 1e-4)
 one of these the other was worse than none."""
 
 STRONGER = 1e-3
-"""Tried where the larger of them is better: numbers that join their embeddings are learned late, and
-of few rows values are learned by heart before."""
+"""Tried where the larger of them is better: what numbers beside embeddings say is learned late, when
+values of few rows are long known by heart."""
 
 WEAKER = 0.1
 """Of a full table's weight decay: tried of a table of few numbers, which it may be too much for,
