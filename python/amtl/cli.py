@@ -290,6 +290,7 @@ def train(
         split_seed=split_seed,
         seed=seed,
         min_count=min_count,
+        values=values,
         race=race,
         compare=compare,
         masters=masters,

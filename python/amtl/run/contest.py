@@ -47,7 +47,7 @@ DECAYS = (1e-5, 1e-4)
 one of these the other was worse than none."""
 
 STRONGER = 1e-3
-"""Tried where the larger of them is better: what numbers beside embeddings say is learned late, when
+"""Tried where the larger of them is better: numbers beside embeddings are learned late, when
 values of few rows are long known by heart."""
 
 WEAKER = 0.1
