@@ -55,6 +55,29 @@ def test_numbers_and_whole_numbers_of_many_values_join_their_embeddings(frame):
     assert [f.name for f in alone if f.value] == ["count", "many", "told"]
 
 
+@pytest.mark.parametrize("telling", ["order", "itself", "nothing"])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_ids_that_tell_by_themselves_have_no_numbers(telling, gaps):
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, 300, 20_000)
+    rate = {
+        "order": 0.2 + 0.6 * np.arange(300) / 300,
+        # Liked by chance, the later ones somewhat more.
+        "itself": 0.1 + 0.6 * rng.random(300) + 0.2 * np.arange(300) / 300,
+        "nothing": np.full(300, 0.4),
+    }[telling]
+    labels = (rng.random(len(ids)) < rate[ids]) * 1.0
+    column = pl.Series("x", ids)
+    if gaps:
+        column = pl.select(pl.when(pl.Series(ids % 7 > 0)).then(column.cast(pl.Float64)))
+        column = column.to_series().alias("x")
+    (found,) = infer_fields(column.to_frame(), ["x"], labels=labels, values=True)
+    assert (found.kind, found.value) == ("categorical", telling != "itself")
+    labels[40:] = np.nan
+    (found,) = infer_fields(column.to_frame(), ["x"], labels=labels, values=True)
+    assert found.value
+
+
 @pytest.mark.parametrize("name", ["normal", "skewed", "ties"])
 def test_a_scale_is_linear_and_by_rank(name):
     rng = np.random.default_rng(1)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import polars as pl
 
 from amtl.data import moments, notation
-from amtl.data.ordered import Floats, tells_by_order
+from amtl.data.ordered import Floats, tells_by_itself, tells_by_order
 from amtl.data.readers import require_columns
 from amtl.data.splits import names_parts
 from amtl.data.vocabulary import WRITTEN_LISTS, are_written_lists, exact_ids, split
@@ -127,7 +127,8 @@ def infer_fields(
       training rows learns them by heart, and a test row has none of them.
 
     A column named in `numeric` or `separators` is taken as said there, without exception. Numbers
-    in buckets, and ids that are whole numbers, join their embeddings as such (`FieldSpec.value`).
+    in buckets join their embeddings as such (`FieldSpec.value`), and so do whole numbers of more
+    than ten values, up to 10^8, unless single values say more of labels than their neighbours do.
 
     Args:
         frame: the data.
@@ -172,20 +173,25 @@ def infer_fields(
             fields.append(spec)
     if not values or default_numeric == "categorical":
         return fields
-    return [replace(f, value=_has_value(f, frame[f.name], f.name in numeric)) for f in fields]
+    return [
+        replace(f, value=_has_value(f, frame[f.name], f.name in numeric, labels)) for f in fields
+    ]
 
 
-def _has_value(spec: FieldSpec, column: pl.Series, told: bool) -> bool:
+def _has_value(spec: FieldSpec, column: pl.Series, told: bool, labels: Floats | None) -> bool:
     """Whether a column's number joins its embedding.
 
-    So does that of whole numbers which nobody said to be ids, and which are no hashes.
+    So does that of whole numbers which neither the user nor labels say to be ids, and which are no
+    hashes.
     """
     if spec.kind != "categorical":
         return spec.kind == "bucket"
     if told or not column.dtype.is_numeric() or _distinct(column) <= _FEW_VALUES:
         return False
     found = column.drop_nulls().cast(pl.Float64).drop_nans()
-    return float(found.abs().max() or 0.0) <= _LARGEST_AMOUNT  # type: ignore[arg-type]
+    if float(found.abs().max() or 0.0) > _LARGEST_AMOUNT:  # type: ignore[arg-type]
+        return False
+    return labels is None or not tells_by_itself(column, labels)
 
 
 def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldSpec:

@@ -1,6 +1,8 @@
-"""Whether labels say that whole numbers are amounts: what is near is alike, and no more to tell."""
+"""What labels say of whole numbers: whether they tell by their order, or each value by itself."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,7 +16,7 @@ _PRIOR = 10.0
 _PRIORS = (1.0, 4.0, 16.0, 64.0)
 """Rows that a value's rate counts for those near it: the best of these speaks for ids."""
 _SURE = 3.0
-"""Standard errors by which order has to tell something of rows that were held out."""
+"""Standard errors by which order, or single values, have to tell something of rows held out."""
 _OWN = 0.1
 """Share of that which single values may tell beside it. In thirty files, of columns with few rows a
 value, amounts came to .01 at most, and ids to .55 and more."""
@@ -22,8 +24,36 @@ value, amounts came to .01 at most, and ids to .55 and more."""
 Floats = NDArray[np.float64]
 
 
+class Told(NamedTuple):
+    """Mean rise of the log likelihood of held-out labels, and its standard error.
+
+    Attributes:
+        order, order_error: by a value's neighbours.
+        own, own_error: by the value itself beside them.
+    """
+
+    order: float
+    order_error: float
+    own: float
+    own_error: float
+
+
 def tells_by_order(values: pl.Series, labels: Floats) -> bool:
-    """Whether buckets of neighbours predict labels, and the single values next to nothing beside.
+    """Whether neighbours predict labels, and single values next to nothing beside; see `told`."""
+    found = told(values, labels)
+    if found is None:
+        return False
+    return found.order > _SURE * found.order_error and found.own < _OWN * found.order
+
+
+def tells_by_itself(values: pl.Series, labels: Floats) -> bool:
+    """Whether single values predict labels, and more than their neighbours do; see `told`."""
+    found = told(values, labels)
+    return found is not None and found.own > max(_SURE * found.own_error, found.order)
+
+
+def told(values: pl.Series, labels: Floats) -> Told | None:
+    """What buckets of neighbours tell of labels, and single values beside that.
 
     Log likelihoods of rows that were held out: of each bucket's rate, against that of all, and of
     each value's, drawn towards its bucket's, against the bucket's. An id that was popular or liked
@@ -35,7 +65,7 @@ def tells_by_order(values: pl.Series, labels: Floats) -> bool:
         labels: of the rows that train, 0 or 1; NaN for the others, which are not looked at.
 
     Returns:
-        False, too, where there is not enough to tell. O(n log n) of 200,000 rows at most.
+        None where there is not enough to tell. O(n log n) of 200,000 rows at most.
     """
     x = values.cast(pl.Float64).to_numpy()
     known = ~np.isnan(labels) & np.isfinite(x)
@@ -44,7 +74,7 @@ def tells_by_order(values: pl.Series, labels: Floats) -> bool:
         some = np.arange(_MOST_ROWS) * len(x) // _MOST_ROWS
         x, y = x[some], y[some]
     if len(x) < _FOLDS or not 0 < y.mean() < 1:
-        return False
+        return None
     distinct, value = np.unique(x, return_inverse=True)
     fold = np.random.default_rng(0).permutation(len(x)) % _FOLDS
     order, own = np.full(len(x), np.nan), np.full((len(_PRIORS), len(x)), np.nan)
@@ -65,10 +95,13 @@ def tells_by_order(values: pl.Series, labels: Floats) -> bool:
             own[i, held] = _likelihood(rate, y[held]) - by_order
     shared = ~np.isnan(order)
     if shared.sum() < _FOLDS:
-        return False
+        return None
     order, own = order[shared], own[:, shared]
-    gain, error = float(order.mean()), float(order.std()) / len(order) ** 0.5
-    return gain > _SURE * error and float(own.mean(1).max()) < _OWN * gain
+    own = own[own.mean(1).argmax()]
+    root = len(order) ** 0.5
+    return Told(
+        float(order.mean()), float(order.std()) / root, float(own.mean()), float(own.std()) / root
+    )
 
 
 def _per_group(
