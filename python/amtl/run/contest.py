@@ -46,9 +46,9 @@ DECAYS = (1e-5, 1e-4)
 """Weight decay of a table's numbers: on each of six sets one of them served a full table, and on
 one of these the other was worse than none."""
 
-STRONGER = 1e-3
-"""Tried where the larger of them is better: numbers beside embeddings are learned late, when
-values of few rows are long known by heart."""
+STRONGER = (1e-3, 1e-2)
+"""Tried one after the other, while what was tried last is the best: numbers beside embeddings are
+learned late, when values of few rows are long known by heart."""
 
 WEAKER = 0.1
 """Of a full table's weight decay: tried of a table of few numbers, which it may be too much for,
@@ -287,7 +287,7 @@ class Contest:
 def regularised(config: TrainConfig, train: Callable[[TrainConfig], float]) -> TrainConfig:
     """The best of `config`, and of it with weight decay and dropout where it leaves these open.
 
-    Dropout with the decay that is best: five trainings at most.
+    Dropout with the decay that is best: six trainings at most.
 
     Args:
         config: settings.
@@ -305,8 +305,11 @@ def regularised(config: TrainConfig, train: Callable[[TrainConfig], float]) -> T
     if config.embedding_decay is None and config.may_decay:
         for decay in DECAYS:
             improve(embedding_decay=decay)
-        if best.embedding_decay == max(DECAYS):
-            improve(embedding_decay=STRONGER)
+        last = DECAYS[-1]
+        for decay in STRONGER:
+            if best.embedding_decay == last:
+                improve(embedding_decay=decay)
+                last = decay
     if config.embedding_dropout is None:
         improve(embedding_dropout=DROPOUT)
     return best
