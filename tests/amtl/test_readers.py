@@ -442,3 +442,18 @@ def test_damage_is_a_user_error_or_not_seen(tmp_path, name):
         except UserError:
             refused += 1
     assert refused > 10
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        (["arr_dely"], "no column 'arr_dely' (is 'arr_delay' meant?); its columns are"),
+        (["Carrier", "zzz"], "no column 'Carrier', 'zzz' (is 'carrier' meant?); its columns are"),
+        (["price"], "no column 'price' (is ' Price ' meant?)"),
+        (["zzz"], "no column 'zzz'; its columns are arr_delay, carrier, ' Price '"),
+    ],
+)
+def test_columns_that_are_nearly_named_so_are_asked_for(wanted, told):
+    with pytest.raises(UserError) as error:
+        require_columns(["arr_delay", "carrier", " Price "], wanted, "the data")
+    assert told in str(error.value)

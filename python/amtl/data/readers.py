@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import unquote
@@ -348,6 +349,10 @@ def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -
             where += ", in which no header was found,"
         shown = ", ".join(brief(repr(name)) for name in missing[:5])
         shown += f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        folded = {name.strip().casefold(): name for name in reversed(present)}
+        near = [m for n in missing for m in get_close_matches(n.strip().casefold(), folded, 1)]
+        meant = " and ".join(brief(repr(folded[name])) for name in near[:5])
+        shown += f" (is {meant} meant?)" if meant else ""
         raise UserError(f"{where} has no column {shown}; its columns are {listed(present)}")
 
 
