@@ -34,6 +34,7 @@ from amtl.run.config import TrainConfig
 from amtl.run.contest import regularised
 from amtl.run.learner import Learner, Task
 from amtl.run.progress import Silent
+from amtl.run.race import Trials
 from amtl.run.teaching import Teacher
 from amtl.run.training import Trainer, prepare
 
@@ -80,7 +81,7 @@ def jobs(
         sets: names of data sets.
         seeds: of the weights and the order of samples.
         kinds: some of `KINDS` and `LINES`.
-        budgets: of what is sized by row, and of the fixed tables of few bits.
+        budgets: of what is sized by row, and of the narrow tables and those of few bits beside it.
         decay: weight decay of the tables of `LINES`, None for none.
     """
     found = []
@@ -90,17 +91,14 @@ def jobs(
                 base = {"set": name, "seed": seed}
                 if decay is not None and kind in LINES:
                     base["decay"] = decay
-                if kind == "fixed":
-                    dims = (DIM, *NARROW.values())
-                    found += [{**base, "method": "fixed", "dim": dim} for dim in dims]
+                if kind in ("fixed", "plain"):
+                    dims = dict.fromkeys((DIM, *(NARROW[b] for b in budgets if b in NARROW)))
+                    found += [{**base, "method": kind, "dim": dim} for dim in dims]
                 elif kind == "few-bits":
                     found += [
                         {**base, "method": "fixed", "dim": dim, "bits": bits}
                         for dim, bits in (FEW_BITS[b] for b in budgets if b in FEW_BITS)
                     ]
-                elif kind == "plain":
-                    dims = dict.fromkeys((DIM, *(NARROW[b] for b in budgets if b in NARROW)))
-                    found += [{**base, "method": kind, "dim": dim} for dim in dims]
                 elif kind in ("convert", "compress"):
                     found += [
                         {
@@ -196,8 +194,8 @@ def _taught(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[di
     def train(dim: int, bits: str | None) -> dict[str, Any]:
         started = time.process_time()
         entry = replace(seeded, dim=dim, bits=bits or "32")
-        make = partial(Learner, task=task)
-        best, pupil = train_with_teacher("", entry, teacher, make, Silent(), Learner.step)
+        trials = Trials(partial(Learner, task=task), Silent(), Learner.step)
+        best, pupil = train_with_teacher("", entry, teacher, trials)
         learner = pupil or best
         return {
             "job": {**job, "dim": dim, **({"bits": bits} if bits else {})},

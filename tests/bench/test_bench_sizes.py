@@ -60,6 +60,16 @@ def test_runs_are_made_once(tmp_path, monkeypatch):
     assert [json.loads(line)["job"]["dim"] for line in lines] == [16, 2]
     sizes.run_all(out, sets, [0], ["fixed"])
     assert out.read_text().splitlines() == lines
+    assert [job["dim"] for job in sizes.jobs(["s"], [0], ["fixed"], [0.03])] == [16]
+
+
+def test_fixed_tables_have_a_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "TAUGHT", (0.125,))
+    out, sets = tmp_path / "runs.jsonl", {"s": ("synthetic:300", "label", "")}
+    sizes.run_all(out, sets, [0], ["taught"])
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(run["job"]["dim"], run["job"].get("bits")) for run in runs] == [(16, "4"), (16, None)]
+    assert all(run["job"]["taught"] and 0 <= run["test_auc"] <= 1 for run in runs)
 
 
 def test_the_ten_lines_differ_by_the_conversion_alone(tmp_path, monkeypatch):
