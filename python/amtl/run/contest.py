@@ -47,8 +47,8 @@ DECAYS = (1e-5, 1e-4)
 one of these the other was worse than none."""
 
 STRONGER = (1e-3, 1e-2)
-"""Tried one after the other, while what was tried last is the best: numbers beside embeddings are
-learned late, when values of few rows are long known by heart."""
+"""Tried one after the other, while more is better than less: numbers beside embeddings are learned
+late, when values of few rows are long known by heart."""
 
 WEAKER = 0.1
 """Of a full table's weight decay: tried of a table of few numbers, which it may be too much for,
@@ -295,21 +295,20 @@ def regularised(config: TrainConfig, train: Callable[[TrainConfig], float]) -> T
     """
     best, score = config, train(config)
 
-    def improve(**changes: float) -> None:
+    def improve(**changes: float) -> float:
         nonlocal best, score
         entry = replace(best, **changes)  # type: ignore[arg-type]
         other = train(entry)
         if other > score:
             best, score = entry, other
+        return other
 
     if config.embedding_decay is None and config.may_decay:
-        for decay in DECAYS:
-            improve(embedding_decay=decay)
-        last = DECAYS[-1]
+        before, last = (improve(embedding_decay=decay) for decay in DECAYS)
         for decay in STRONGER:
-            if best.embedding_decay == last:
-                improve(embedding_decay=decay)
-                last = decay
+            if last <= before:
+                break
+            before, last = last, improve(embedding_decay=decay)
     if config.embedding_dropout is None:
         improve(embedding_dropout=DROPOUT)
     return best
