@@ -183,7 +183,10 @@ LINES = [  # whole command lines
     ("train bad.csv.gz --label y", "cannot read"),
     ("train file --label y", "unknown kind"),
     ("train . --label y", "cannot read"),
-    ("train markup[bold].csv --label [/]x", "no column '[/]x'; its columns are [/], [red]x"),
+    (
+        "train markup[bold].csv --label [/]x",
+        "no column '[/]x' (is '[/]' meant?); its columns are [/], [red]x",
+    ),
     ("train markup[blink]", "'markup[blink]' is neither"),
     ("train synthetic:x", "synthetic:LEVEL:ROWS"),
     ("train synthetic:nan", "synthetic:LEVEL:ROWS"),

@@ -606,10 +606,24 @@ def test_what_a_user_gives_is_taken(given, ways):
     ("scores", "best"),
     [
         # Scores by decay and dropout, in the order in which they are asked for.
-        ({(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 3, (1e-4, DROPOUT): 4}, (1e-4, DROPOUT)),
-        ({(0, 0): 2, (1e-5, 0): 1, (1e-4, 0): 3, (1e-4, DROPOUT): 1}, (1e-4, 0)),
+        (
+            {(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 3, (1e-3, 0): 2, (1e-4, DROPOUT): 4},
+            (1e-4, DROPOUT),
+        ),
+        (
+            # More is better than less, and at last than none.
+            {
+                (0, 0): 4,
+                (1e-5, 0): 1,
+                (1e-4, 0): 3,
+                (1e-3, 0): 5,
+                (1e-2, 0): 6,
+                (1e-2, DROPOUT): 1,
+            },
+            (1e-2, 0),
+        ),
         ({(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 1, (1e-5, DROPOUT): 1}, (1e-5, 0)),
-        ({(0, 0): 3, (1e-5, 0): 1, (1e-4, 0): 2, (0, DROPOUT): 4}, (0, DROPOUT)),
+        ({(0, 0): 3, (1e-5, 0): 1, (1e-4, 0): 2, (1e-3, 0): 2, (0, DROPOUT): 4}, (0, DROPOUT)),
     ],
 )
 def test_a_full_table_gets_the_decay_and_the_dropout_that_serve_it(scores, best):

@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_KNOTS = 64
+_KNOTS = 32
 _FARTHEST = 8.0
 """In standard deviations: one odd value is not to outweigh all else."""
+_LARGEST = 3e38
+"""That 32 bits hold."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,10 @@ class Scale:
     its rank, in which skewed numbers are spread out. Buckets alone lose the first, and ids both.
 
     Attributes:
-        mean: of the training values.
+        mean: of the training values, a number of 32 bits as all here.
         deviation: of them, 1 where they are all alike.
-        knots: float64 `[k]`, ascending values from the least to the largest of training.
-        scores: float64 `[k]`, the normal scores of their ranks.
+        knots: float32 `[k]`, ascending values from the least to the largest of training.
+        scores: float32 `[k]`, the normal scores of their ranks.
     """
 
     mean: float
@@ -39,21 +41,17 @@ class Scale:
     @classmethod
     def fit(cls, values: NDArray[np.float64]) -> Scale:
         """The scale of training values `[n]`; those that are not finite are passed over."""
-        values = np.sort(values[np.isfinite(values)])
+        values = np.sort(np.clip(values[np.isfinite(values)], -_LARGEST, _LARGEST))
         if not len(values):
-            return cls(0.0, 1.0, torch.zeros(1, dtype=torch.float64), torch.zeros(1).double())
+            return cls(0.0, 1.0, torch.zeros(1), torch.zeros(1))
         places = np.arange(_KNOTS + 1) * (len(values) - 1) // _KNOTS
         knots = np.unique(values[places])
         below = np.searchsorted(values, knots, side="left")
         ranks = (below + np.searchsorted(values, knots, side="right")) / 2 / len(values)
-        with np.errstate(over="ignore"):
-            deviation = float(values.std())
-        return cls(
-            float(values.mean()),
-            deviation if 0 < deviation < np.inf else 1.0,
-            torch.from_numpy(knots),
-            torch.special.ndtri(torch.from_numpy(ranks)),
-        )
+        knots, kept = np.unique(knots.astype(np.float32), return_index=True)
+        scores = torch.special.ndtri(torch.from_numpy(ranks[kept])).float()
+        deviation = float(np.float32(values.std())) or 1.0
+        return cls(float(np.float32(values.mean())), deviation, torch.from_numpy(knots), scores)
 
     def apply(self, values: NDArray[np.float64]) -> Tensor:
         """Float32 `[n, 2]` of values `[n]`, zeros where one is missing (NaN).
@@ -69,8 +67,8 @@ class Scale:
         return torch.from_numpy(both.astype(np.float32))
 
     def to_tensor(self) -> Tensor:
-        """All of it, float64 `[k + 1, 2]`."""
-        first = torch.tensor([[self.mean, self.deviation]], dtype=torch.float64)
+        """All of it, float32 `[k + 1, 2]`."""
+        first = torch.tensor([[self.mean, self.deviation]])
         return torch.cat([first, torch.stack([self.knots, self.scores], 1)])
 
     @classmethod
