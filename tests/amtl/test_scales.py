@@ -55,13 +55,14 @@ def test_numbers_and_whole_numbers_of_many_values_join_their_embeddings(frame):
     assert [f.name for f in alone if f.value] == ["count", "many", "told"]
 
 
-@pytest.mark.parametrize("telling", ["order", "itself", "nothing"])
+@pytest.mark.parametrize("telling", ["order", "order most", "itself", "nothing"])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_ids_that_tell_by_themselves_have_no_numbers(telling, gaps):
     rng = np.random.default_rng(2)
     ids = rng.integers(0, 300, 20_000)
     rate = {
         "order": 0.2 + 0.6 * np.arange(300) / 300,
+        "order most": 0.1 + 0.6 * np.arange(300) / 300 + 0.3 * rng.random(300),
         # Liked by chance, the later ones somewhat more.
         "itself": 0.1 + 0.6 * rng.random(300) + 0.2 * np.arange(300) / 300,
         "nothing": np.full(300, 0.4),
@@ -105,6 +106,8 @@ def test_a_scale_of_next_to_nothing_is_finite(values):
 
 
 def test_beyond_what_training_had_nothing_changes_and_one_odd_value_weighs_little():
+    beyond, end = Scale.fit(np.arange(100.0)).apply(np.array([150.0, 99.0]))
+    assert torch.equal(beyond, end) and 1.5 < end[0] < 2
     x = np.append(np.arange(100.0), 1e9)
     scale = Scale.fit(x)
     far, last, usual = scale.apply(np.array([1e12, 1e9, 50.0]))
