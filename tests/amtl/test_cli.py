@@ -343,7 +343,7 @@ def test_training_and_evaluation_count_the_same_values_as_unseen(data, tmp_path,
 def test_inspect_shows_sizes(runs, tmp_path, capsys):
     assert run("inspect", runs["amtl"]) == 0
     shown = capsys.readouterr().out
-    for text in ("user", "tags (bag)", "█", "method amtl"):
+    for text in ("user", "tags (bag)", "price + number", "█", "method amtl"):
         assert text in shown
     steps = read_json(runs["amtl"] / "metrics.json")["step_bytes"]
     assert steps > 0

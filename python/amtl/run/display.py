@@ -45,9 +45,10 @@ def print_sizes(console: Console, title: str, trained: Trained) -> None:
         table.add_column(name, justify="right")
     entries = size_table(trained)
     stored, full = (f(trained.model.table) for f in (methods.stored_bytes, methods.dense_bytes))
+    beside = {field.name: " + number" for field in trained.encoder.valued}
     for e in entries:
         table.add_row(
-            escape(e["field"]) + (" (bag)" if e["kind"] == "bag" else ""),
+            escape(e["field"]) + (" (bag)" if e["kind"] == "bag" else beside.get(e["field"], "")),
             f"{e['rows']:,}",
             f"{e['mean_size']:.2f}",
             f"{e['mean_size_of_lookups']:.2f}",
