@@ -347,13 +347,14 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
 
     What was guessed of the columns is told of a `fresh` run.
     """
+    from amtl.run.display import print_decisions
     from amtl.run.progress import Bars
     from amtl.run.training import Interrupted
 
     stop = _Stopper()
     trainer = make(stop, Bars(console))
     if fresh:
-        _print_decisions(trainer.task.encoder.decisions)
+        print_decisions(console, trainer.task.encoder.decisions)
     with stop:
         try:
             metrics: dict[str, Any] = trainer.run()
@@ -366,32 +367,6 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
             sys.exit(failures.STOPPED)
     _print_result(metrics, out)
     return metrics
-
-
-_TAKEN_AS = {
-    "categorical": "ids",
-    "bag": "several values",
-    "bucket": "number, buckets",
-    "standardise": "number",
-    "unused": "left out",
-}
-
-
-def _print_decisions(decisions: Sequence[Any]) -> None:
-    """How columns were taken, where that was guessed."""
-    guessed = [spec for spec in decisions if spec.note]
-    if not guessed:
-        return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    table.add_column(style="bold", overflow="fold")
-    table.add_column(no_wrap=True)
-    table.add_column(style="dim", overflow="fold")
-    for spec in guessed:
-        taken = _TAKEN_AS[spec.kind]
-        if spec.value and spec.kind == "categorical":
-            taken += " and number"
-        table.add_row(escape(spec.name), taken, escape(spec.note))
-    console.print(table)
 
 
 def _area(auc: float, error: float, rows: int, positive: int) -> str:

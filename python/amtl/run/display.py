@@ -11,9 +11,35 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from amtl.data.fields import FieldSpec
 from amtl.run import comparison, methods
 from amtl.run.report import Result, table_rows
 from amtl.run.trained import Trained, size_table
+
+_TAKEN_AS = {
+    "categorical": "ids",
+    "bag": "several values",
+    "bucket": "number, buckets",
+    "standardise": "number",
+    "unused": "left out",
+}
+
+
+def print_decisions(console: Console, decisions: Sequence[FieldSpec]) -> None:
+    """How columns were taken, where that was guessed."""
+    guessed = [spec for spec in decisions if spec.note]
+    if not guessed:
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    for spec in guessed:
+        taken = _TAKEN_AS[spec.kind]
+        if spec.value and spec.kind == "categorical":
+            taken += " and number"
+        table.add_row(escape(spec.name), taken, escape(spec.note))
+    console.print(table)
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
