@@ -200,20 +200,18 @@ class Encoder:
             )
         trained = frame.height if rows is None else len(rows)
         most = max(_FEWEST_BUCKETS, trained // _ROWS_A_BUCKET)
-        edges = {
-            f.name: _quantiles(numbers(training(f.name), f), min(f.buckets, most))
-            for f in fields
-            if f.kind == "bucket"
-        }
         scales = {f.name: _scale(numbers(training(f.name), f)) for f in dense}
-        beside = {
-            f.name: Scale.fit(_values(training(f.name), f).to_numpy()) for f in embedded if f.value
-        }
+        edges: dict[str, Tensor] = {}
+        beside: dict[str, Scale] = {}
         vocabularies = []
         for spec in embedded:
             column = training(spec.name)
+            read = _values(column, spec)
+            if spec.value:
+                beside[spec.name] = Scale.fit(read.to_numpy())
             if spec.kind == "bucket":
-                column = _bucket(numbers(column, spec), edges[spec.name])
+                edges[spec.name] = _quantiles(read, min(spec.buckets, most))
+                column = _bucket(read, edges[spec.name])
             try:
                 vocabularies.append(
                     Vocabulary.build(
@@ -280,7 +278,7 @@ class Encoder:
             UserError: if a column is missing, or holds what cannot be values of its field.
         """
         require_columns(frame.columns, self.columns, "the data")
-        n, bags = frame.height, []
+        n, bags, beside = frame.height, [], []
         singles = sum(spec.kind != "bag" for spec in self.fields)
         rows = torch.empty(n, singles, dtype=torch.int32)
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
@@ -289,15 +287,16 @@ class Encoder:
                 if spec.kind == "bag":
                     bags.append(self._bag(f, column))
                 else:
+                    read = _values(column, spec)
+                    if spec.value:
+                        beside.append(self._beside[spec.name].apply(read.to_numpy()))
                     if spec.kind == "bucket":
-                        column = _bucket(numbers(column, spec), self._edges[spec.name])
+                        column = _bucket(read, self._edges[spec.name])
                     rows[:, f] = self._global_rows(f, vocabulary.encode(column))
             except (ValueError, pl.exceptions.PolarsError) as error:
                 raise UserError(str(error).splitlines()[0]) from error
         dense = [self._standardise(numbers(frame[f.name], f))[:, None] for f in self.dense_fields]
-        dense += [
-            self._beside[f.name].apply(_values(frame[f.name], f).to_numpy()) for f in self.valued
-        ]
+        dense += beside
         data = EncodedData(
             rows=rows,
             bags=bags,
@@ -393,7 +392,7 @@ class Encoder:
             UserError: they are.
         """
         now = _mark(labels)
-        if self.labels is not None and not self.has_labels(labels):
+        if self.labels is not None and self.labels != now:
             then = self.labels[0]
             how = f"{then:,} rows then, {now[0]:,} now" if then != now[0] else "other labels in it"
             raise UserError(
@@ -480,9 +479,14 @@ def _stored(spec: FieldSpec) -> dict[str, Any]:
 
 
 def _values(column: pl.Series, spec: FieldSpec) -> pl.Series:
-    """Numbers of a column, NaN for what is missing and for what, among ids, is none."""
+    """A column's numbers where its field asks for any, NaN for what is missing or no number.
+
+    As it is where none are asked for. What is no number is an error but among ids.
+    """
     if spec.kind == "bucket":
         return numbers(column, spec)
+    if not spec.value:
+        return column
     if column.dtype in (pl.Categorical, pl.Enum):
         column = column.cast(pl.String)
     if column.dtype == pl.String:

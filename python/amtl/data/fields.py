@@ -49,7 +49,7 @@ _ROWS_TO_JUDGE_BY = 1000
 _LARGEST_ID = 2.0**64
 """Beyond that, every float is a whole number, and none an id of those 64 bits that others keep."""
 _LARGEST_AMOUNT = 10**8
-"""Integers further from zero are hashes of 32 bits or more, if any are below it."""
+"""Whole numbers further from zero do not count: they are hashes, or moments."""
 _FEW_VALUES = 10
 """Up to so many say all by their embeddings."""
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
@@ -71,10 +71,10 @@ class FieldSpec:
         buckets: number of quantile buckets; fewer where training rows are few, see `Encoder`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
-        value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
-            `amtl.data.scales`.
         moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
             where year, month and day come first.
+        value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
+            `amtl.data.scales`.
         note: why, and how to have it otherwise; empty where nothing was guessed.
     """
 
