@@ -419,6 +419,51 @@ def test_adafactors_factors_go_with_the_table():
     assert losses[-1] < losses[0]
 
 
+class Projected(torch.optim.SGD):
+    """Keeps what nobody can cut, as SOAP does, and a number of a column, as CAME does."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            rows, columns = parameter.shape
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(1)
+                state["GG"] = [torch.eye(rows), torch.eye(columns)]
+                state["columns"] = torch.ones(columns)
+            state["step"] += 1
+            assert state["GG"][0].shape == (rows, rows) and state["columns"].shape == (columns,)
+        return super().step(closure)
+
+
+def test_states_that_cannot_be_cut_begin_anew():
+    layer = layer_of(parametrization="rule")
+    optimizer = Projected(layer.table_parameters(), lr=0.01)
+    train(layer, optimizer, 2)
+    with pytest.warns(UserWarning, match="Projected keeps a state that cannot follow"):
+        layer.freeze(optimizer)
+    assert len(layer.blocks) > 1 and not optimizer.state
+    losses = train(layer, optimizer, 30)
+    assert losses[-1] < losses[0]
+    with pytest.warns(UserWarning, match="Projected keeps a state that cannot follow"):
+        layer.thaw(optimizer)
+    assert not optimizer.state
+    train(layer, optimizer, 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_states_that_cannot_be_cut_stay_where_rows_do():
+    layer = layer_of(parametrization="rule", budget=0.3, bits=8)
+    optimizer = Projected(layer.table_parameters(), lr=0.01)
+    train(layer, optimizer, 2)
+    before = optimizer.state[layer.weight]["GG"]
+    layer.freeze(optimizer)
+    (block,) = layer.blocks
+    assert all(map(torch.equal, optimizer.state[block]["GG"], before))
+    assert optimizer.state[block]["step"].tolist() == [2.0]
+    layer.thaw(optimizer)
+    assert all(map(torch.equal, optimizer.state[layer.weight]["GG"], before))
+
+
 def test_several_optimizers():
     layer = layer_of()
     tables = torch.optim.SGD(layer.table_parameters(), lr=0.1)

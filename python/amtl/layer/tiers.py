@@ -261,14 +261,16 @@ def freeze_optimizers(
     """Put the blocks in the place of the table, and its state cut alike.
 
     State of shape [N, D] is split into tiers, of shape [N] or [N, 1] permuted, of shape [1, D]
-    (Adafactor's of columns) cut to each width, anything else copied to every block. Momenta are cut
-    to each row's size, second moments keep the stored width.
+    (Adafactor's of columns) cut to each width, numbers are copied to every block. Momenta are cut
+    to each row's size, second moments keep the stored width. State of which it is not known how to
+    cut it (projections, columns of other shapes) stays where rows do, and else begins anew.
     Blocks of codes have no state of a number each: it would be larger than they are.
     """
+    stays = len(blocks) == 1 and blocks[0].shape == weight.shape and plan.order is None
     for optimizer, group, _ in _holders(optimizers, weight):
         _replace(group, weight, 1, blocks)
         state = _dense_state(optimizer, weight)
-        if not state:
+        if not state or (not stays and _starts_anew(optimizer, [state], [weight])):
             continue
         per_block: list[dict[str, Any]] = [{} for _ in blocks]
         for key, value in state.items():
@@ -298,11 +300,14 @@ def thaw_optimizers(
     for optimizer, group, _ in _holders(optimizers, blocks[0]):
         _replace(group, blocks[0], len(blocks), [weight])
         states = [_dense_state(optimizer, block) for block in blocks]
+        stays = len(blocks) == 1 and blocks[0].shape == weight.shape and plan.order is None
+        if not stays and _starts_anew(optimizer, states, blocks):
+            continue
         keys = {key: None for state in states for key in state}
         merged: dict[str, Any] = {}
         for key in keys:
             sample = next(state[key] for state in states if key in state)
-            if not (isinstance(sample, Tensor) and sample.ndim):
+            if stays or _is_number(sample, blocks[0]):
                 numbers = [state[key] for state in states if key in state]
                 plain = all(isinstance(n, Tensor | int | float) for n in numbers)
                 merged[key] = max(numbers) if plain else sample
@@ -417,19 +422,51 @@ def replace_parameters(
             )
 
 
+def _starts_anew(
+    optimizer: Optimizer, states: Sequence[Mapping[str, Any]], tables: Sequence[Tensor]
+) -> bool:
+    """Whether some of the states cannot follow their tables, which is warned of."""
+    if all(map(_fits, states, tables)):
+        return False
+    warnings.warn(
+        f"{type(optimizer).__name__} keeps a state that cannot follow a table whose rows move or "
+        "change their widths: it begins anew for this table. Freeze before the optimizer is made, "
+        "or take bits=8, where rows stay as they are",
+        stacklevel=4,
+    )
+    return True
+
+
 def _is_of_columns(value: object, table: Tensor) -> bool:
     """Whether a state has one number for each column of a table."""
     return isinstance(value, Tensor) and value.shape == (1, *table.shape[1:])
 
 
-def _fits(state: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+def _fits(state: Mapping[str, Any], parameter: Tensor) -> bool:
     """Whether an optimizer's state may be that of a parameter: a number a number, row or column."""
     rows = parameter.shape[:1]
     return all(
         value.shape in (parameter.shape, rows, (*rows, 1), (1, *parameter.shape[1:]))
-        for value in state.values()
-        if isinstance(value, Tensor) and value.ndim
+        for value in _tensors_in(list(state.values()))
+        if not _is_number(value, parameter)
     )
+
+
+def _is_number(value: object, table: Tensor) -> bool:
+    """Whether it says nothing of single rows or columns: a count of steps, by whatever shape."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return True
+    return value.shape == (1,) and len(table) != 1
+
+
+def _tensors_in(value: object) -> list[Tensor]:
+    """Those of a state, also in lists, tuples and dictionaries of it."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, list | tuple | Mapping):
+        return []
+    return [tensor for part in inner for tensor in _tensors_in(part)]  # type: ignore[attr-defined]
 
 
 def _begin_state(
