@@ -11,7 +11,7 @@ from typing import Any, Literal
 import polars as pl
 
 from amtl.data import moments, notation
-from amtl.data.ordered import Floats, tells_by_itself, tells_by_order
+from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
 from amtl.data.splits import names_parts
 from amtl.data.vocabulary import WRITTEN_LISTS, are_written_lists, exact_ids, split
@@ -159,6 +159,7 @@ def infer_fields(
             f"--numeric {default_numeric!r} is not bucket, standardise or categorical; a column's "
             "own treatment is written COLUMN=bucket"
         )
+    says = None if labels is None else Labels(labels)
     fields = []
     for name in names:
         column = frame[name]
@@ -167,18 +168,16 @@ def infer_fields(
         elif name in separators and not column.dtype.is_nested():
             fields.append(_apart(column, separators[name]))
         else:
-            spec = _left_out(column) or _guess(column, default_numeric, labels)
+            spec = _left_out(column) or _guess(column, default_numeric, says)
             if spec.kind == "bag" and name in separators:
                 spec = replace(spec, separator=separators[name] or None)
             fields.append(spec)
     if not values or default_numeric == "categorical":
         return fields
-    return [
-        replace(f, value=_has_value(f, frame[f.name], f.name in numeric, labels)) for f in fields
-    ]
+    return [replace(f, value=_has_value(f, frame[f.name], f.name in numeric, says)) for f in fields]
 
 
-def _has_value(spec: FieldSpec, column: pl.Series, told: bool, labels: Floats | None) -> bool:
+def _has_value(spec: FieldSpec, column: pl.Series, told: bool, labels: Labels | None) -> bool:
     """Whether a column's number joins its embedding.
 
     So does that of whole numbers which neither the user nor labels say to be ids, and which are no
@@ -191,7 +190,7 @@ def _has_value(spec: FieldSpec, column: pl.Series, told: bool, labels: Floats | 
     found = column.drop_nulls().cast(pl.Float64).drop_nans()
     if float(found.abs().max() or 0.0) > _LARGEST_AMOUNT:  # type: ignore[arg-type]
         return False
-    return labels is None or not tells_by_itself(column, labels)
+    return labels is None or not labels.of(column).by_itself
 
 
 def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldSpec:
@@ -259,7 +258,7 @@ def _left_out(column: pl.Series) -> FieldSpec | None:
     return None
 
 
-def _guess(column: pl.Series, default_numeric: str, labels: Floats | None) -> FieldSpec:
+def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> FieldSpec:
     name, dtype = column.name, column.dtype
     if dtype.is_nested():
         return FieldSpec(name, "bag")
@@ -351,7 +350,7 @@ def _spread(distinct: pl.Series) -> tuple[float, float]:
 
 
 def _labels_say(
-    spec: FieldSpec, column: pl.Series, default_numeric: str, labels: Floats | None
+    spec: FieldSpec, column: pl.Series, default_numeric: str, labels: Labels | None
 ) -> FieldSpec | None:
     """The spec of whole numbers that labels say are amounts, None for others."""
     if labels is None or default_numeric == "categorical" or not _is_scattered(column):
@@ -363,7 +362,7 @@ def _labels_say(
             return None
     elif spec.kind != "categorical":
         return None
-    if not tells_by_order(column, labels):
+    if not labels.of(column).by_order:
         return None
     rows = (len(column) - column.null_count()) / _distinct(column)
     note = f"whole numbers, {rows:.1f} rows a value, near which labels are alike: a number; "

@@ -37,19 +37,36 @@ class Told(NamedTuple):
     own: float
     own_error: float
 
+    @property
+    def by_order(self) -> bool:
+        """Whether neighbours predict labels, and single values next to nothing beside."""
+        return self.order > _SURE * self.order_error and self.own < _OWN * self.order
 
-def tells_by_order(values: pl.Series, labels: Floats) -> bool:
-    """Whether neighbours predict labels, and single values next to nothing beside; see `told`."""
-    found = told(values, labels)
-    if found is None:
-        return False
-    return found.order > _SURE * found.order_error and found.own < _OWN * found.order
+    @property
+    def by_itself(self) -> bool:
+        """Whether single values predict labels, and more than their neighbours do."""
+        return self.own > max(_SURE * self.own_error, self.order)
 
 
-def tells_by_itself(values: pl.Series, labels: Floats) -> bool:
-    """Whether single values predict labels, and more than their neighbours do; see `told`."""
-    found = told(values, labels)
-    return found is not None and found.own > max(_SURE * found.own_error, found.order)
+_NOTHING = Told(0.0, 0.0, 0.0, 0.0)
+
+
+class Labels:
+    """What labels say of columns, each asked once.
+
+    Args:
+        labels: of the rows that train, 0 or 1; NaN for the others, which are not looked at.
+    """
+
+    def __init__(self, labels: Floats) -> None:
+        self._labels = labels
+        self._said: dict[str, Told] = {}
+
+    def of(self, column: pl.Series) -> Told:
+        """Of a column of numbers, by its name; nothing where there is not enough to tell."""
+        if column.name not in self._said:
+            self._said[column.name] = told(column, self._labels) or _NOTHING
+        return self._said[column.name]
 
 
 def told(values: pl.Series, labels: Floats) -> Told | None:
