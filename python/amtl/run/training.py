@@ -26,6 +26,7 @@ from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
 from amtl.data.ordered import Floats
 from amtl.data.registry import Source, load_source
+from amtl.data.repeats import without_repeats
 from amtl.data.splits import split_column, split_rows
 from amtl.errors import UserError
 from amtl.run import folders, methods
@@ -82,15 +83,17 @@ def prepare(
     _require_both(labels, parts)
     if encoder is None:
         names = config.fields or default_fields(frame, config, source)
+        numeric = {**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric}
         specs = infer_fields(
             frame,
             names,
-            numeric={**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric},
+            numeric=numeric,
             default_numeric=config.default_numeric,
             values=config.values,
             separators=config.separators,
             labels=_training_labels(labels, parts[0]),
         )
+        specs = without_repeats(frame, specs, {*numeric, *config.separators})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
