@@ -12,7 +12,7 @@ from amtl import AMTLEmbedding
 from amtl.layer.budget import BudgetError, SizeGrid, default_tier_width, fit_shift, fit_tilt
 from amtl.layer.frequency import frequency_groups
 from amtl.layer.laws import CapacityLaw
-from amtl.layer.sizes import FreeSizes, OrdinalSizes, TwinBranches, make_size_head
+from amtl.layer.sizes import FreeSizes, OrdinalSizes, TwinBranches, make_size_head, perceptron
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -362,7 +362,8 @@ def paper_layer(weight, indices, features, counts, branches, temperature):
     norm = torch.log1p(counts.double())
     norm = (norm - norm.mean()) / norm.std(unbiased=False)
     alpha = torch.sigmoid(norm).to(weight.dtype)[:, None]
-    z = alpha * branches.high(features) + (1 - alpha) * branches.low(features)
+    high, low = (perceptron(features, layers) for layers in branches.layers().values())
+    z = alpha * high + (1 - alpha) * low
     p = torch.softmax(z / temperature, dim=1)
     t = HardWithSoftGradient.apply(p)
     mask = t.flip(1).cumsum(1).flip(1)
@@ -454,7 +455,7 @@ def test_ties_go_to_the_smaller_size():
 
 def test_fewer_logits_with_granularity():
     head = FreeSizes(frequency_groups(torch.arange(9)), SizeGrid(10, 2, 4), None)
-    assert head.branches.high[-1].out_features == 3
+    assert head.branches.widths[-1] == 3
     mask = head().mask
     assert mask.shape == (9, 10)
     torch.testing.assert_close(mask[:, :4], torch.ones(9, 4))
@@ -729,6 +730,21 @@ def test_state_brings_its_own_counts(parametrization):
     assert torch.equal(fresh.sizes(), trained.sizes())
     assert fresh.stored_fraction() == trained.stored_fraction()
     assert torch.equal(fresh(True).dims, trained(True).dims)
+
+
+def test_states_with_a_parameter_a_layer_load():
+    twins = TwinBranches(3, (4, 5), 2)
+    state = {
+        f"{name}.{2 * i}.{kind}": value.clone()
+        for name, layers in twins.layers().items()
+        for i, layer in enumerate(layers)
+        for kind, value in zip(("weight", "bias"), layer, strict=True)
+    }
+    assert len(state) == 12
+    other = TwinBranches(3, (4, 5), 2)
+    assert not torch.equal(other.numbers, twins.numbers)
+    other.load_state_dict(state)
+    assert torch.equal(other.numbers, twins.numbers)
 
 
 def test_single_branch_ignores_the_gate():

@@ -26,29 +26,14 @@ from amtl.layer.size_head import SizeHead, Solution
 PARAMETRIZATIONS = ("ordinal", "free", "rule")
 
 
-class _Affine(nn.Module):
-    """nn.Linear under another type, which initialisers of a model's linear layers do not look for.
-
-    `model.apply` with one of them would change every size.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, device: torch.device | str | None
-    ) -> None:
-        super().__init__()
-        made = nn.Linear(in_features, out_features, device=device)
-        self.out_features = out_features
-        self.weight, self.bias = made.weight, made.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
 class TwinBranches(nn.Module):
     """The twins: two MLPs of one shape, weights not shared, fused by the gate before any softmax.
 
     `z = alpha * h(s) + (1 - alpha) * l(s)`, `alpha = sigmoid(norm(q))` (paper section 3.2): the
     frequent and the rare end of a field train different branches.
+
+    Their numbers are one parameter, for an optimizer takes its time for each, and initialisers of
+    a model's linear layers, which would change every size, find none.
 
     Args:
         in_features: width of the frequency vector.
@@ -69,29 +54,72 @@ class TwinBranches(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.widths = (in_features, *hidden, out_features)
+        self.names = ("high", "low") if twins else ("high",)
+        self._shapes = list(zip(self.widths[1:], self.widths, strict=False)) * len(self.names)
+        numbers: list[Tensor] = []
+        for i, (out, into) in enumerate(self._shapes, 1):
+            made = nn.Linear(into, out, device=device)
+            if zero_output and i % (len(self.widths) - 1) == 0:
+                nn.init.zeros_(made.weight)
+                nn.init.zeros_(made.bias)
+            numbers += [made.weight.detach().flatten(), made.bias.detach()]
+        self.numbers = nn.Parameter(torch.cat(numbers))
 
-        def branch() -> nn.Sequential:
-            layers: list[nn.Module] = []
-            width = in_features
-            for size in hidden:
-                layers += [_Affine(width, size, device), nn.SiLU()]
-                width = size
-            last = _Affine(width, out_features, device)
-            if zero_output:
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
-            return nn.Sequential(*layers, last)
+    def layers(self, numbers: Tensor | None = None) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Weight [..., out, in] and bias [..., out] of each layer, by branch.
 
-        self.high = branch()
-        self.low = branch() if twins else None
+        Args:
+            numbers: [..., P], of one head or several; None: those here.
+        """
+        numbers = self.numbers if numbers is None else numbers
+        counts = [count for out, into in self._shapes for count in (out * into, out)]
+        parts = numbers.split(counts, -1)
+        layers = [
+            (weight.unflatten(-1, shape), bias)
+            for shape, weight, bias in zip(self._shapes, parts[::2], parts[1::2], strict=True)
+        ]
+        depth = len(self.widths) - 1
+        return {name: layers[i * depth :][:depth] for i, name in enumerate(self.names)}
 
-    def forward(self, features: Tensor, gate: Tensor) -> Tensor:
-        """Fused outputs [G, out] from features [G, F] and the gate alpha [G]."""
-        high: Tensor = self.high(features)
-        if self.low is None:
-            return high
-        alpha = gate[:, None]
-        return alpha * high + (1 - alpha) * self.low(features)
+    def forward(self, features: Tensor, gate: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """Fused outputs [..., G, out] from features [..., G, F] and the gate alpha [..., G].
+
+        Args:
+            features, gate: of the groups.
+            numbers: as in `layers`.
+        """
+        out = {name: perceptron(features, each) for name, each in self.layers(numbers).items()}
+        if "low" not in out:
+            return out["high"]
+        alpha = gate[..., None]
+        return alpha * out["high"] + (1 - alpha) * out["low"]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # States in which each layer had parameters of its own.
+        if f"{prefix}high.0.weight" in state_dict:
+            parts = [
+                state_dict.pop(f"{prefix}{name}.{2 * layer}.{kind}").flatten()
+                for name in self.names
+                for layer in range(len(self.widths) - 1)
+                for kind in ("weight", "bias")
+            ]
+            state_dict[prefix + "numbers"] = torch.cat(parts)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def perceptron(features: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Outputs [..., G, out] of an MLP with SiLU, from features [..., G, F]; see `TwinBranches.layers`."""
+    x = features
+    for i, (weight, bias) in enumerate(layers):
+        x = nn.functional.silu(x) if i else x
+        if weight.dim() == 2:
+            x = nn.functional.linear(x, weight, bias)
+        else:
+            x = torch.baddbmm(bias[:, None], x, weight.mT)
+    return x
 
 
 class LawSizes(SizeHead):
