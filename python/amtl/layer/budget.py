@@ -182,31 +182,43 @@ def fit_shift(
         float64 scalar c; large enough that everybody reaches everything if that fits, 0 if M or
         G is 0. O(G log G) for the sort, then 10 rounds of 16 candidates each.
     """
-    if thresholds.numel() == 0 or score.numel() == 0:
-        return score.new_zeros(())
-    ordered, order = score.sort()
-    # Whole numbers: a floating-point cumsum has no deterministic form on a GPU.
-    below = torch.cat([rows.new_zeros(1), rows.take(order).to(torch.int64).cumsum(0)])
-    above = below[-1] - below
-    low, high = thresholds[0] - ordered[-1], thresholds[-1] - ordered[0]
-    width = high - low
-    margin = 1e-6 * (1 + width)
-    low = low - margin
-    # Small operations are what this takes, so each round has few: columns of candidates.
-    ticks = torch.arange(_SHIFT_WAYS, dtype=torch.float64, device=score.device)[:, None]
-    ticks *= (width + 2 * margin) / _SHIFT_WAYS
-    column = steps[:, None]
-    for finer in range(_SHIFT_ROUNDS):
-        candidates = torch.add(low, ticks, alpha=_SHIFT_WAYS**-finer)
-        reached = above.take(torch.searchsorted(ordered, thresholds - candidates))
-        # Costs grow along the candidates (exact sums of whole numbers), and the first one fits.
-        low = torch.where(reached @ column <= capacity, candidates, low).amax()
-    return low
+    one = (x[None] for x in (score, rows, thresholds, steps, score.new_tensor(capacity)))
+    return fit_shifts(*one).squeeze(0)
 
 
 @fit_shift.register_fake
 def _(score: Tensor, rows: Tensor, thresholds: Tensor, steps: Tensor, capacity: float) -> Tensor:
     return score.new_empty(())
+
+
+def fit_shifts(
+    score: Tensor, rows: Tensor, thresholds: Tensor, steps: Tensor, capacity: Tensor
+) -> Tensor:
+    """`fit_shift` of L tables at once: arguments [L, G], [L, G], [L, M], [L, M] and [L]."""
+    if thresholds.numel() == 0 or score.numel() == 0:
+        return score.new_zeros(len(score))
+    ordered, order = score.sort(-1)
+    # Whole numbers: a floating-point cumsum has no deterministic form on a GPU.
+    below = rows.gather(-1, order).to(torch.int64).cumsum(-1)
+    below = torch.cat([rows.new_zeros(len(rows), 1), below], -1)
+    above = below[:, -1:] - below
+    low, high = thresholds[:, :1] - ordered[:, -1:], thresholds[:, -1:] - ordered[:, :1]
+    width = high - low
+    margin = 1e-6 * (1 + width)
+    # Small operations are what this takes, so each round has few: candidates are [L, 16, 1].
+    ticks = torch.arange(_SHIFT_WAYS, dtype=torch.float64, device=score.device)
+    ticks = (ticks * ((width + 2 * margin) / _SHIFT_WAYS))[..., None]
+    low = (low - margin)[..., None]
+    tables, levels = thresholds.shape
+    thresholds, steps, capacity = thresholds[:, None], steps[..., None], capacity[:, None, None]
+    for finer in range(_SHIFT_ROUNDS):
+        candidates = torch.add(low, ticks, alpha=_SHIFT_WAYS**-finer)
+        wanted = torch.sub(thresholds, candidates).view(tables, -1)
+        reached = above.gather(-1, torch.searchsorted(ordered, wanted))
+        costs = torch.bmm(reached.view(tables, _SHIFT_WAYS, levels), steps)
+        # Costs grow along the candidates (exact sums of whole numbers), and the first one fits.
+        low = torch.where(costs <= capacity, candidates, low).amax(1, keepdim=True)
+    return low.view(tables)
 
 
 @torch.library.custom_op("amtl::fit_tilt", mutates_args=())
@@ -225,20 +237,28 @@ def fit_tilt(
     Returns:
         Scalar c of the type of `logits`. O(40 * G * M).
     """
-    if sizes.numel() < 2 or logits.shape[0] == 0:
-        return logits.new_zeros(())
-    spread = logits.max() - logits.min()
-    high = 2 * spread / (sizes[1:] - sizes[:-1]).min() + 1
-    low = -high
-    for _ in range(_TILT_ROUNDS):
-        middle = (low + high) / 2
-        cost = (stored[(logits - middle * sizes).argmax(1)] * rows).sum()
-        fits = cost <= capacity
-        high = torch.where(fits, middle, high)
-        low = torch.where(fits, low, middle)
-    return high.clone()
+    room = stored.new_tensor([capacity])
+    return fit_tilts(logits[None], rows[None], sizes, stored[None], room).squeeze(0)
 
 
 @fit_tilt.register_fake
 def _(logits: Tensor, rows: Tensor, sizes: Tensor, stored: Tensor, capacity: float) -> Tensor:
     return logits.new_empty(())
+
+
+def fit_tilts(
+    logits: Tensor, rows: Tensor, sizes: Tensor, stored: Tensor, capacity: Tensor
+) -> Tensor:
+    """`fit_tilt` of L tables at once: arguments [L, G, M], [L, G], [M], [L, M] and [L]."""
+    if sizes.numel() < 2 or logits.numel() == 0:
+        return logits.new_zeros(len(logits))
+    spread = logits.amax((1, 2)) - logits.amin((1, 2))
+    high = 2 * spread / (sizes[1:] - sizes[:-1]).min() + 1
+    low = -high
+    for _ in range(_TILT_ROUNDS):
+        middle = (low + high) / 2
+        level = (logits - middle[:, None, None] * sizes).argmax(-1)
+        fits = (stored.gather(-1, level) * rows).sum(-1) <= capacity
+        high = torch.where(fits, middle, high)
+        low = torch.where(fits, low, middle)
+    return high

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from amtl.errors import together
 from amtl.layer.budget import check_share
 from amtl.layer.bypass import watch_first_passes
+from amtl.layer.companions import accompany
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
@@ -60,7 +61,9 @@ def layers(model: nn.Module) -> dict[str, AMTLTable]:
 
 def mask_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What learns the sizes, over all layers: for a parameter group with its own learning rate."""
-    return [p for layer in layers(model).values() for p in layer.mask_parameters()]
+    found = layers(model).values()
+    accompany(layer.head for layer in found if layer.head is not None)
+    return [p for layer in found for p in layer.mask_parameters()]
 
 
 def table_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -587,6 +590,7 @@ def swap(
     _rewire(model, {id(old): [new] for old, new in replacements.items()})
     settle(root)
     name_sizes(root)
+    accompany(layer.head for layer in layers(root).values() if layer.head is not None)
     result: _Model = root
     return result
 

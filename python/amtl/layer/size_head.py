@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,70 @@ def _hold(seen: list[_Watched]) -> bool:
     return True
 
 
+class OfGroups(Protocol):
+    """What sizes follow from, of the groups of one head or of several.
+
+    Attributes:
+        features: float32 [..., G, F].
+        gate: float32 [..., G].
+        rows: float64 [..., G], rows of each group.
+        start: scores that follow from the counts alone, [..., G].
+        temperature: float32 [...].
+    """
+
+    @property
+    def features(self) -> Tensor: ...  # noqa: D102
+    @property
+    def gate(self) -> Tensor: ...  # noqa: D102
+    @property
+    def rows(self) -> Tensor: ...  # noqa: D102
+    @property
+    def start(self) -> Tensor: ...  # noqa: D102
+    @property
+    def temperature(self) -> Tensor: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Padded:
+    """`OfGroups` of L heads, one below the other, and what their budgets leave.
+
+    Heads of fewer groups repeat their first one, without rows.
+
+    Attributes:
+        features, gate, rows, start, temperature: see `OfGroups`, with L in front.
+        thresholds, steps: float64 [L, M], see `SizeHead.steps_of`.
+        room: float64 [L], see `SizeHead.room`.
+    """
+
+    features: Tensor
+    gate: Tensor
+    rows: Tensor
+    start: Tensor
+    temperature: Tensor
+    thresholds: Tensor
+    steps: Tensor
+    room: Tensor
+
+
+class Companions(Protocol):
+    """Heads that are solved for together, see `amtl.layer.companions`."""
+
+    def add(self, head: SizeHead) -> None:
+        """Take a copy of a head in."""
+
+    def forget(self) -> None:
+        """The groups of some head are others now."""
+
+    def solve(self, head: SizeHead) -> None:
+        """Leave a solution with this head, and with others, if it can be found so."""
+
+    def mask(self, head: SizeHead, solution: Solution) -> Tensor | None:
+        """The soft mask of a solution that was found so, [G, D]; its gradient trains the head."""
+
+    def draw(self, solution: Solution) -> None:
+        """Add noisy sizes to a solution that was found so."""
+
+
 class SizeHead(nn.Module):
     """Base of the size heads: group statistics, allowed sizes, budget and size noise.
 
@@ -132,9 +196,11 @@ class SizeHead(nn.Module):
     gate: Tensor
     rows: Tensor
     noise_factors: Tensor
+    start: Tensor
     temperature: Tensor
     trains = False
     """Whether the soft mask has a gradient to pass on."""
+    companions: Companions | None = None
 
     def __init__(
         self,
@@ -199,14 +265,19 @@ class SizeHead(nn.Module):
         self.capacity = (
             math.inf if self.budget is None else capacity(self.grid, self.num_rows, self.budget)
         )
+        self._forget()
+
+    def _forget(self) -> None:
         self._kept = None
+        if self.companions is not None:
+            self.companions.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SizeHead:
         def keep_dtype(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        self._kept = None
+        self._forget()
         super()._apply(keep_dtype, recurse)
         return self
 
@@ -238,6 +309,11 @@ class SizeHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.companions is not None:
+            self.companions.add(self)
 
     def _replicate_for_data_parallel(self) -> SizeHead:
         # The replica's parameters are not those in the slots, nor on their device.
@@ -311,33 +387,58 @@ class SizeHead(nn.Module):
         """Number of groups G."""
         return self.group_counts.numel()
 
-    def scores(self) -> Tensor:
-        """What the parameters say of each group, differentiable; [G] or [G, M]."""
+    def likeness(self) -> tuple[object, ...]:
+        """What is equal in heads that can be solved for together."""
+        noise = self.size_noise, len(self.noise_factors)
+        return type(self), self.grid.sizes, self.grid.granularity, noise, self.features.shape[1]
+
+    def room(self) -> float:
+        """What sizes may cost beyond what all of them do."""
         raise NotImplementedError
 
-    def _solve(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and levels that meet the budget, from detached scores."""
+    def steps_of(self, heads: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """From which scores on sizes of several such heads cost more, and how much; [L, M]."""
+        raise NotImplementedError
+
+    def scores(self, of: OfGroups | None = None, numbers: Tensor | None = None) -> Tensor:
+        """What parameters say of each group, differentiable; [..., G] or [..., G, M].
+
+        Args:
+            of: groups; None: those of this head.
+            numbers: of the parameters of several heads, [L, P]; None: those of this one.
+        """
+        raise NotImplementedError
+
+    def _solve(self, scores: Tensor, of: Padded | None = None) -> tuple[Tensor, Tensor]:
+        """Shift [...] and levels [..., G] that meet the budget, from detached scores."""
         raise NotImplementedError
 
     def _real_sizes(self, scores: Tensor, solution: Solution) -> Tensor:
-        """Sizes before they were cut to the grid, float32 [G]."""
+        """Sizes before they were cut to the grid, float32 [..., G]."""
         raise NotImplementedError
 
-    def _mask(self, scores: Tensor, solution: Solution) -> Tensor:
-        """The soft mask, float32 [G, D], differentiable."""
+    def _mask(self, scores: Tensor, solution: Solution, of: OfGroups | None = None) -> Tensor:
+        """The soft mask, float32 [..., G, D], differentiable."""
         raise NotImplementedError
 
     _rounds_down = False
+
+    def _sizes_at(self, levels: Tensor) -> Tensor:
+        """Sizes of levels, in the type of lookups."""
+        return self.get_buffer("size_table")[levels].to(self._dims_dtype)
 
     def _solution(self) -> tuple[Solution, Tensor | None]:
         """Sizes for the present parameters, and the scores if they had to be computed."""
         scores = None
         solution = self._recall()
+        if solution is None and self.companions is not None and not being_traced():
+            self.companions.solve(self)
+            solution = self._recall()
         if solution is None:
             scores = self.scores()
             with torch.no_grad():
                 shift, levels = self._solve(scores.detach())
-                sizes = self.get_buffer("size_table")[levels].to(self._dims_dtype)
+                sizes = self._sizes_at(levels)
             solution = Solution(shift, levels, sizes)
             seen = self._snapshot()
             if seen is not None and type(sizes) is Tensor:
@@ -375,9 +476,13 @@ class SizeHead(nn.Module):
         """Sizes and soft mask; `noise` gives [G, Q] sizes. O(G * D) when parameters changed."""
         noise = noise and self.size_noise > 0
         solution, scores = self._solution()
+        mask = None
         if self.trains and torch.is_grad_enabled():
-            scores = self.scores() if scores is None else scores
-            mask = self._mask(scores, solution)
+            if self.companions is not None and not being_traced():
+                mask = self.companions.mask(self, solution)
+            if mask is None:
+                scores = self.scores() if scores is None else scores
+                mask = self._mask(scores, solution)
         else:
             if solution.mask is None:
                 with torch.no_grad():
@@ -386,6 +491,8 @@ class SizeHead(nn.Module):
             mask = solution.mask
         if not noise:
             return GroupSizes(solution.sizes, mask, solution.sizes)
+        if solution.noisy is None and self.companions is not None:
+            self.companions.draw(solution)
         if solution.noisy is None:
             with torch.no_grad():
                 # After the mask, which needs the same logarithms.
@@ -395,14 +502,14 @@ class SizeHead(nn.Module):
         return GroupSizes(solution.noisy, mask, solution.sizes)
 
     def _noisy_dims(self, real: Tensor, sizes: Tensor) -> Tensor:
-        """Sizes at the Q quantiles of the noise, [G, Q], around sizes that may be fractional.
+        """Sizes at the Q quantiles of the noise, [..., G, Q], around sizes that may be fractional.
 
         `dims[g, q] = k_g * exp(sigma * Phi^-1((q + 1/2) / Q))`, cut to the grid as without noise.
         Whether a row keeps anything at all is never left to the noise.
         """
         step, dim = self.grid.granularity, self.grid.dim
         real = real.to(torch.float32)
-        noisy = torch.outer(real if step == 1 else real / step, self.noise_factors)
+        noisy = (real if step == 1 else real / step)[..., None] * self.noise_factors
         full = noisy >= dim / step if self._rounds_down and dim % step else None
         noisy = noisy.floor_() if self._rounds_down else noisy.round_()
         if step > 1:
@@ -411,7 +518,7 @@ class SizeHead(nn.Module):
             noisy.masked_fill_(full, dim)
         noisy.clamp_(next(size for size in self.grid.sizes if size), dim)
         if self.grid.sizes[0] == 0:
-            noisy.mul_((sizes > 0)[:, None])
+            noisy.mul_((sizes > 0)[..., None])
         return noisy.to(self._dims_dtype)
 
     def extra_repr(self) -> str:

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from amtl.layer.budget import SizeGrid, fit_shift, fit_tilt
+from amtl.layer.budget import SizeGrid, fit_shift, fit_shifts, fit_tilt, fit_tilts
 from amtl.layer.frequency import FrequencyGroups
 from amtl.layer.laws import SizeLaw, make_law
-from amtl.layer.size_head import SizeHead, Solution
+from amtl.layer.size_head import OfGroups, Padded, SizeHead, Solution
 
 PARAMETRIZATIONS = ("ordinal", "free", "rule")
 
@@ -83,10 +84,11 @@ class TwinBranches(nn.Module):
         return {name: layers[i * depth :][:depth] for i, name in enumerate(self.names)}
 
     def forward(self, features: Tensor, gate: Tensor, numbers: Tensor | None = None) -> Tensor:
-        """Fused outputs [..., G, out] from features [..., G, F] and the gate alpha [..., G].
+        """Fused outputs [..., G, out].
 
         Args:
-            features, gate: of the groups.
+            features: [..., G, F].
+            gate: alpha, [..., G].
             numbers: as in `layers`.
         """
         out = {name: perceptron(features, each) for name, each in self.layers(numbers).items()}
@@ -111,7 +113,12 @@ class TwinBranches(nn.Module):
 
 
 def perceptron(features: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Outputs [..., G, out] of an MLP with SiLU, from features [..., G, F]; see `TwinBranches.layers`."""
+    """Outputs [..., G, out] of an MLP with SiLU.
+
+    Args:
+        features: [..., G, F].
+        layers: see `TwinBranches.layers`.
+    """
     x = features
     for i, (weight, bias) in enumerate(layers):
         x = nn.functional.silu(x) if i else x
@@ -199,21 +206,35 @@ class LawSizes(SizeHead):
         weights = {prefix + "field_weights": torch.ones_like(self.field_weights)}
         super()._load_from_state_dict({**weights, **state_dict}, prefix, *args, **kwargs)
 
-    def _shift(self, scores: Tensor) -> Tensor:
-        spare = self.capacity - self.num_rows * self.grid.stored[0]
-        return fit_shift(
-            scores.to(torch.float64),
-            self.rows,
-            self.get_buffer("step_thresholds"),
-            self.get_buffer("steps"),
-            max(spare, 0.0),
-        )
+    def likeness(self) -> tuple[object, ...]:
+        """See `SizeHead.likeness`."""
+        law = self.law
+        return *super().likeness(), type(law), law.thresholds, law.columns
 
-    def _solve(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def room(self) -> float:
+        """See `SizeHead.room`."""
+        return max(self.capacity - self.num_rows * self.grid.stored[0], 0.0)
+
+    def steps_of(self, heads: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """See `SizeHead.steps_of`."""
+        thresholds, steps = (
+            pad_sequence([head.get_buffer(name) for head in heads], True, padding)
+            for name, padding in (("step_thresholds", math.inf), ("steps", 0.0))
+        )
+        if thresholds.numel():
+            # Steps of nothing at the last threshold, which all of them have, change nothing.
+            thresholds = thresholds.minimum(self.get_buffer("thresholds")[-1])
+        return thresholds, steps
+
+    def _solve(self, scores: Tensor, of: Padded | None = None) -> tuple[Tensor, Tensor]:
         scores = scores.to(torch.float64)
-        shift = self._shift(scores)
+        if of is None:
+            steps = self.get_buffer("step_thresholds"), self.get_buffer("steps")
+            shift = fit_shift(scores, self.rows, *steps, self.room())
+        else:
+            shift = fit_shifts(scores, of.rows, of.thresholds, of.steps, of.room)
         # Compared exactly as `fit_shift` compares them.
-        thresholds = self.get_buffer("thresholds") - shift
+        thresholds = self.get_buffer("thresholds") - shift[..., None]
         return shift, torch.searchsorted(thresholds, scores, right=True)
 
 
@@ -267,32 +288,38 @@ class OrdinalSizes(LawSizes):
         super()._derive()
         self._constant("start", self.start.to(torch.float32))
 
-    def scores(self) -> Tensor:
-        """Score f of each group, float32 [G]."""
-        fused: Tensor = self.branches(self.features, self.gate)
-        return self.start + fused.squeeze(1)
+    def likeness(self) -> tuple[object, ...]:
+        """See `SizeHead.likeness`."""
+        return *super().likeness(), self.kernel_width, self.branches.widths, self.branches.names
 
-    def log_sizes(self, scores: Tensor, shift: Tensor) -> Tensor:
-        """Log-size log k, float32 [G], differentiable in the direction that keeps the budget."""
-        shift = shift.to(scores.dtype)
+    def scores(self, of: OfGroups | None = None, numbers: Tensor | None = None) -> Tensor:
+        """Score f of each group, float32 [..., G]."""
+        of = self if of is None else of
+        fused: Tensor = self.branches(of.features, of.gate, numbers)
+        return of.start + fused.squeeze(-1)
+
+    def log_sizes(self, scores: Tensor, shift: Tensor, of: OfGroups | None = None) -> Tensor:
+        """Log-size log k, [..., G], differentiable in the direction that keeps the budget."""
+        shift = shift.to(scores.dtype)[..., None]
         with torch.no_grad():
-            slope = self.law.slope(scores + shift) * self.rows
-            weight = (slope / slope.sum().clamp(min=1e-30)).to(scores.dtype)
-        weighted = torch.dot(weight, scores)
+            slope = self.law.slope(scores + shift) * (self if of is None else of).rows
+            weight = slope / slope.sum(-1, keepdim=True).clamp(min=1e-30)
+        weighted = (weight.to(scores.dtype) * scores).sum(-1, keepdim=True)
         return self.law.log_size(scores + (shift - (weighted - weighted.detach())))
 
     def _real_sizes(self, scores: Tensor, solution: Solution) -> Tensor:
         log_sizes = solution.log_sizes
         if log_sizes is None:
-            log_sizes = self.law.log_size(scores + solution.shift.to(scores.dtype))
+            log_sizes = self.law.log_size(scores + solution.shift.to(scores.dtype)[..., None])
         return log_sizes.exp()
 
-    def _mask(self, scores: Tensor, solution: Solution) -> Tensor:
-        scale = (1 / self.kernel_width) / self.temperature
+    def _mask(self, scores: Tensor, solution: Solution, of: OfGroups | None = None) -> Tensor:
+        temperature = (self if of is None else of).temperature[..., None]
+        scale = (1 / self.kernel_width) / temperature
         columns = self.get_buffer("log_columns") * scale
-        log_sizes = self.log_sizes(scores, solution.shift)
+        log_sizes = self.log_sizes(scores, solution.shift, of)
         solution.log_sizes = log_sizes.detach()
-        return torch.sigmoid((log_sizes * scale)[:, None] - columns)
+        return torch.sigmoid((log_sizes * scale)[..., None] - columns[..., None, :])
 
 
 class FreeSizes(SizeHead):
@@ -333,38 +360,61 @@ class FreeSizes(SizeHead):
         self._watch()
         self._derive()
 
-    def scores(self) -> Tensor:
-        """Fused logits z, float32 [G, M]."""
-        z: Tensor = self.branches(self.features, self.gate)
+    def likeness(self) -> tuple[object, ...]:
+        """See `SizeHead.likeness`."""
+        branches = self.branches
+        return *super().likeness(), self.budget is None, branches.widths, branches.names
+
+    def room(self) -> float:
+        """See `SizeHead.room`."""
+        return self.capacity
+
+    def steps_of(self, heads: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """See `SizeHead.steps_of`."""
+        stored = torch.stack([head.get_buffer("stored_table") for head in heads])
+        return stored[:, :0], stored
+
+    def scores(self, of: OfGroups | None = None, numbers: Tensor | None = None) -> Tensor:
+        """Fused logits z, float32 [..., G, M]."""
+        of = self if of is None else of
+        z: Tensor = self.branches(of.features, of.gate, numbers)
         return z
 
-    def _solve(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve(self, scores: Tensor, of: Padded | None = None) -> tuple[Tensor, Tensor]:
         if self.budget is None:
-            return scores.new_zeros(()), scores.argmax(1)
+            return scores.new_zeros(scores.shape[:-2]), scores.argmax(-1)
         relative = self.get_buffer("relative_sizes").to(scores.dtype)
-        tilt = fit_tilt(scores, self.rows, relative, self.get_buffer("stored_table"), self.capacity)
-        return tilt, (scores - tilt * relative).argmax(1)
+        if of is None:
+            stored = self.get_buffer("stored_table")
+            tilt = fit_tilt(scores, self.rows, relative, stored, self.capacity)
+        else:
+            tilt = fit_tilts(scores, of.rows, relative, of.steps, of.room)
+        return tilt, (scores - tilt[..., None, None] * relative).argmax(-1)
 
     def _real_sizes(self, scores: Tensor, solution: Solution) -> Tensor:
         return solution.sizes
 
-    def _tilted(self, z: Tensor, tilt: Tensor) -> Tensor:
+    def _tilted(self, z: Tensor, tilt: Tensor, of: OfGroups) -> Tensor:
         """Logits tilted to the budget, differentiable in the direction that keeps it."""
         if self.budget is None:
             return z
         relative = self.get_buffer("relative_sizes").to(z.dtype)
+        tilt = tilt[..., None, None]
         with torch.no_grad():
-            p = torch.softmax((z - tilt * relative) / self.temperature, dim=1)
-            mean = (p * relative).sum(1, keepdim=True)
-            slope = p * (relative - mean) * self.rows[:, None]
-            weight = (slope / (slope * relative).sum().clamp(min=1e-30)).to(z.dtype)
-        weighted = (weight * z).sum()
+            p = torch.softmax((z - tilt * relative) / of.temperature[..., None, None], dim=-1)
+            mean = (p * relative).sum(-1, keepdim=True)
+            slope = p * (relative - mean) * of.rows[..., None]
+            total = (slope * relative).sum((-2, -1), keepdim=True)
+            weight = (slope / total.clamp(min=1e-30)).to(z.dtype)
+        weighted = (weight * z).sum((-2, -1), keepdim=True)
         return z - (tilt + (weighted - weighted.detach())) * relative
 
-    def _mask(self, scores: Tensor, solution: Solution) -> Tensor:
-        p = torch.softmax(self._tilted(scores, solution.shift) / self.temperature, dim=1)
-        mask = p.flip(1).cumsum(1).flip(1)
-        return mask if self._every_size else mask[:, self.get_buffer("column_levels")]
+    def _mask(self, scores: Tensor, solution: Solution, of: OfGroups | None = None) -> Tensor:
+        of = self if of is None else of
+        tilted = self._tilted(scores, solution.shift, of)
+        p = torch.softmax(tilted / of.temperature[..., None, None], dim=-1)
+        mask = p.flip(-1).cumsum(-1).flip(-1)
+        return mask if self._every_size else mask[..., self.get_buffer("column_levels")]
 
 
 class RuleSizes(LawSizes):
@@ -394,18 +444,18 @@ class RuleSizes(LawSizes):
         self._constant("shift", shift)
         self._constant("level_of_group", levels)
 
-    def scores(self) -> Tensor:
+    def scores(self, of: OfGroups | None = None, numbers: Tensor | None = None) -> Tensor:
         """Score of each group, float64 [G]."""
         return self.start
 
-    def _solve(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve(self, scores: Tensor, of: Padded | None = None) -> tuple[Tensor, Tensor]:
         return self.get_buffer("shift"), self.get_buffer("level_of_group")
 
     def _real_sizes(self, scores: Tensor, solution: Solution) -> Tensor:
         size = self.law.log_size(scores + solution.shift).exp()
         return size.clamp(self.grid.sizes[0], self.grid.dim)
 
-    def _mask(self, scores: Tensor, solution: Solution) -> Tensor:
+    def _mask(self, scores: Tensor, solution: Solution, of: OfGroups | None = None) -> Tensor:
         return self.features.new_zeros(self.num_groups, self.grid.dim)
 
 
