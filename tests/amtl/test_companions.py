@@ -109,6 +109,45 @@ def test_training_is_the_same(kind):
         )
 
 
+def gradients(each: Model) -> list[torch.Tensor]:
+    """Of every head, by a mask gradient of its own."""
+    generator, found = torch.Generator().manual_seed(9), []
+    for head in heads(each):
+        delta = torch.randn(head.num_groups, 8, generator=generator)
+        found += torch.autograd.grad(head().mask, head.branches.numbers, delta)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["capacity", "free"])
+def test_what_changes_after_a_pass_is_seen(kind):
+    model = converted(kind)
+
+    def move(each: Model) -> None:
+        with torch.no_grad():
+            for head in heads(each):
+                head.branches.numbers.mul_(1.5)
+
+    def heat(each: Model) -> None:
+        for i, head in enumerate(heads(each)):
+            head.set_temperature(0.33 + 0.15 * i)
+
+    def freeze(each: Model) -> None:
+        each.users.freeze()
+        move(each)
+
+    before = gradients(model)
+    for change in (move, heat, freeze):
+        change(model)
+        after = gradients(model) if change is not freeze else None
+        if after is not None:
+            for own, mine, former in zip(gradients(apart(model)), after, before, strict=True):
+                torch.testing.assert_close(mine, own, rtol=2e-4, atol=2e-6)
+                assert not torch.allclose(mine, former, rtol=1e-2)
+            before = after
+    for head, own in list(zip(heads(model), heads(apart(model)), strict=True))[1:]:
+        assert torch.equal(head.sizes(), own.sizes())
+
+
 def test_one_solution_for_all():
     model = converted()
     first, *others = heads(model)
@@ -164,12 +203,20 @@ def test_what_does_not_learn_gets_no_gradient():
     model = converted()
     model(torch.arange(20))
     model.users.head.branches.numbers.requires_grad_(False)
+    assert not model.users.head().mask.requires_grad and model.items.head().mask.requires_grad
     model(torch.arange(20)).backward()
     assert model.users.head.branches.numbers.grad is None
     assert model.items.head.branches.numbers.grad is not None
     model.users.head.branches.numbers.requires_grad_(True)
     model(torch.arange(20)).backward()
     assert model.users.head.branches.numbers.grad is not None
+    # Of those that begin to learn, too.
+    model = converted()
+    model.users.head.branches.numbers.requires_grad_(False)
+    model(torch.arange(20))
+    model.users.head.branches.numbers.requires_grad_(True)
+    model(torch.arange(20)).backward()
+    assert model.users.head.branches.numbers.grad.any()
 
 
 @pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
@@ -240,10 +287,10 @@ def test_layers_that_are_gone_are_forgotten():
     for name in ("users", "items"):
         getattr(model, name)(torch.arange(5)).sum().backward()
     assert len(amtl.layers(model)) == 3
-    everything = weakref.ref(model)
+    everything = [weakref.ref(model), *map(weakref.ref, heads(model))]
     del model
     gc.collect()
-    assert everything() is None
+    assert not any(reference() for reference in everything)
 
 
 def test_layers_of_one_s_own_model_meet_where_their_parameters_are_asked_for():
