@@ -328,8 +328,10 @@ class LearningSession(AutogradSession):
 
     def __init__(self, layers: Sequence[Any], problem: Problem, **options: Any) -> None:
         super().__init__(problem, **options)
+        import amtl
+
         self._layers = layers
-        self._size_parameters = [p for layer in layers for p in layer.mask_parameters()]
+        self._size_parameters = amtl.mask_parameters(torch.nn.ModuleList(layers))
         self._sizes = torch.optim.Adam(self._size_parameters, lr=1e-3)
         self._train(self._work != "forward")
 
