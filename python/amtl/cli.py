@@ -217,6 +217,9 @@ def train(
     out: Annotated[Path | None, arguments.path("Run folder.", default="runs/…")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each column would be taken as, and stop.")
+    ] = False,
 ) -> None:
     """Train a model on a file or a named data set.
 
@@ -225,11 +228,16 @@ def train(
     """
     from amtl.data import label_note, load_source
     from amtl.data.splits import split_note
+    from amtl.run.display import print_plan
     from amtl.run.folders import holds_run
     from amtl.run.training import Trainer, prepare, start
 
     seconds = settings.parse_seconds("--time-limit", time_limit)
     if resume:
+        if dry_run:
+            raise UserError(
+                "--resume goes on training, and --dry-run trains nothing: leave one out"
+            )
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
         console.print(f"[bold]resuming[/] {escape(str(out))} with its own settings")
@@ -308,7 +316,7 @@ def train(
         share += f"-{config.bits}bits" if config.bits != TrainConfig.bits else ""
         share += "" if config.masters else "-nomasters"
         out = Path("runs") / f"{stem}-{method}-d{config.dim}{share}-s{seed}"
-    if holds_run(out) and not force:
+    if holds_run(out) and not (force or dry_run):
         at = shlex.quote(str(out))
         raise UserError(
             f"{out} holds a run already: --resume --out {at} goes on with it, --force replaces it"
@@ -330,6 +338,9 @@ def train(
     def begin(stop: Any, bars: Any) -> Any:
         return Trainer(config, task, folder, bars, stop, time_limit=seconds)
 
+    if dry_run:
+        print_plan(console, Trainer(config, task))
+        return
     _train(begin, folder, fresh=True)
 
 

@@ -386,6 +386,27 @@ def test_warm_start(runs, data, tmp_path, capsys):
     assert "warm start:" in shown and "[bold]base" in "".join(shown.split())
 
 
+def test_a_dry_run_shows_every_column_and_trains_nothing(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["train", data, "--label", "label", "--drop", "rating", *SIZED, "--dry-run"]
+    assert run(*given) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["price", "number,", "buckets", "9"] in shown
+    assert ["item", "ids", "30"] in shown and ["user", "ids", "and", "number", "39"] in shown
+    assert ["tags", "several", "values", "4"] in shown
+    words = " ".join(word for line in shown for word in line)
+    assert re.search(
+        r"training 480 \(\d+ positive\), validation 60 \(\d+ positive\), test 60", words
+    )
+    rows = re.search(r"the table: (\d+) rows of 4, ([\d,]+) bytes of 32 bits", words)
+    assert rows and int(rows[2].replace(",", "")) == 16 * int(rows[1])
+    assert f"--budget allows {8 * int(rows[1]):,}" in words
+    assert not list(tmp_path.iterdir())
+    assert run(*given[:2], "--label", "nope", "--dry-run") == 1
+    assert run("train", "--resume", "--out", tmp_path, "--dry-run") == 1
+    assert "leave one out" in capsys.readouterr().err
+
+
 def test_a_run_is_not_overwritten_unasked(runs, data, capsys):
     args = ["train", data, "--label", "label", "--out", runs["fixed"], *SIZED]
     assert run(*args) == 1

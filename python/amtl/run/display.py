@@ -15,6 +15,7 @@ from amtl.data.fields import FieldSpec
 from amtl.run import comparison, methods
 from amtl.run.report import Result, table_rows
 from amtl.run.trained import Trained, size_table
+from amtl.run.training import Trainer
 
 _TAKEN_AS = {
     "categorical": "ids",
@@ -35,11 +36,43 @@ def print_decisions(console: Console, decisions: Sequence[FieldSpec]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(style="dim", overflow="fold")
     for spec in guessed:
-        taken = _TAKEN_AS[spec.kind]
-        if spec.value and spec.kind == "categorical":
-            taken += " and number"
-        table.add_row(escape(spec.name), taken, escape(spec.note))
+        table.add_row(escape(spec.name), _taken_as(spec), escape(spec.note))
     console.print(table)
+
+
+def _taken_as(spec: FieldSpec) -> str:
+    beside = " and number" if spec.value and spec.kind == "categorical" else ""
+    return _TAKEN_AS[spec.kind] + beside
+
+
+def print_plan(console: Console, trainer: Trainer) -> None:
+    """What a run would be made of, before anything is trained."""
+    task, config = trainer.task, trainer.config
+    encoder = task.encoder
+    rows = dict(zip(encoder.names, encoder.field_sizes, strict=True))
+    table = Table(box=None, padding=(0, 2, 0, 2))
+    table.add_column("column", style="bold", overflow="fold")
+    table.add_column("taken as", no_wrap=True)
+    table.add_column("rows", justify="right")
+    for spec in encoder.decisions:
+        number = f"{rows[spec.name]:,}" if spec.name in rows else "–"
+        table.add_row(escape(spec.name), _taken_as(spec), number)
+    console.print(table)
+    print_decisions(console, encoder.decisions)
+    splits = {"training": task.train, "validation": task.val, "test": task.test}
+    told = ", ".join(
+        f"{name} {len(part):,} ({int((part.labels > 0.5).sum()):,} positive)"
+        for name, part in splits.items()
+    )
+    console.print(f"  {told}", highlight=False)
+    whole = 4 * config.dim * encoder.num_rows
+    limit = config.effective_budget
+    allowed = "" if limit is None else f"; --budget allows {limit * whole:,.0f}"
+    console.print(
+        f"  the table: {encoder.num_rows:,} rows of {config.dim}, {whole:,} bytes of 32 bits "
+        f"a number{allowed}",
+        highlight=False,
+    )
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
