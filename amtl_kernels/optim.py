@@ -639,3 +639,8 @@ class Adam(RowOptimizer):
     def _root(self, moments: list[Tensor], step: int | Tensor, group: dict[str, Any]) -> Tensor:
         corrected = (1 - group["betas"][1] ** _exact(step)) ** 0.5
         return (moments[1].sqrt() / corrected).add_(group["eps"])
+
+
+# Tools that find optimizers by the names of torch's subclasses would find two of one name.
+for _kind in (SGD, Adagrad, RowwiseAdagrad, Adam):
+    _kind.__name__ = f"Table{_kind.__name__}"

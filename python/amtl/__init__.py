@@ -15,8 +15,8 @@ Where sizes are learned (`parametrization="ordinal"`), training comes first, wit
 - `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `AMTLEmbeddingCollection`: many tables in one
   call under one budget; `SearchOptions` has their keyword arguments.
 - `counting`, `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`,
-  `table_parameters`, `name_sizes`, `update_schedule`, `freeze`, `fuse`, `fused_optimizers`: for
-  whole models.
+  `table_parameters`, `name_sizes`, `update_schedule`, `freeze`, `thaw`, `fuse`,
+  `fused_optimizers`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
 Rooms, each using only those before it: `layer` (tables that learn sizes), `store` (files),
@@ -45,6 +45,7 @@ from amtl.layer.conversion import (
     parameter_groups,
     revert,
     table_parameters,
+    thaw,
     update_schedule,
 )
 from amtl.layer.counting import counting
@@ -79,5 +80,6 @@ __all__ = [
     "revert",
     "save",
     "table_parameters",
+    "thaw",
     "update_schedule",
 ]

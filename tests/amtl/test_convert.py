@@ -12,6 +12,7 @@ import amtl
 import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer import instances
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -496,8 +497,59 @@ def test_references_of_the_models_own_follow():
     torch.testing.assert_close(model.regularisation(), expected)
     model.regularisation().backward()
     assert all(b.grad is not None for b in model.users.blocks)
+    amtl.thaw(model, optimizer)
+    users, tags = model.users.weight, model.tags.weight
+    expected = 2 * users.square().sum() + tags.square().sum() + model.top.weight.square().sum()
+    torch.testing.assert_close(model.regularisation(), expected)
     amtl.revert(model)
     assert model.plain[0] is model.users and type(model.users) is nn.Embedding
+
+
+def test_a_model_is_thawed_as_it_was_frozen(tmp_path):
+    model = amtl.convert(model_of(), COUNTS, budget=0.3)
+    before = {name: layer.dense_weight() for name, layer in amtl.layers(model).items()}
+    optimizer = torch.optim.Adam(model.parameters())
+    held = len(optimizer.param_groups[0]["params"])
+    assert amtl.thaw(amtl.freeze(model, optimizer), optimizer) is model
+    assert all(layer.phase == "search" for layer in amtl.layers(model).values())
+    assert len(optimizer.param_groups[0]["params"]) == held
+    amtl.save(amtl.freeze(model), tmp_path / "model.safetensors")
+    packed = amtl.load(tmp_path / "model.safetensors", model_of())
+    with pytest.raises(RuntimeError, match="counts"):
+        amtl.thaw(packed)
+    amtl.thaw(packed, counts=COUNTS)
+    for name, layer in amtl.layers(packed).items():
+        assert layer.phase == "search" and layer.dense_weight().shape == before[name].shape
+
+
+def test_optimizers_are_looked_for_once(monkeypatch):
+    """All objects of a process are looked at for it."""
+    looked = []
+    find = instances.gc.get_referrers
+    monkeypatch.setattr(
+        instances.gc, "get_referrers", lambda *kinds: looked.append(kinds) or find(*kinds)
+    )
+    model = amtl.convert(model_of(), COUNTS, budget=0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    looked.clear()
+    amtl.freeze(model)
+    assert len(looked) == 1
+    amtl.thaw(model)
+    assert len(looked) == 2
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    amtl.freeze(model)
+    assert {id(p) for p in other.param_groups[0]["params"]} == set(map(id, model.parameters()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_who_holds_the_module_of_before_is_not_warned():
+    model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 1))
+    found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    amtl.convert(model, {"0": torch.arange(100)}, budget=0.3)
+    amtl.freeze(model)
+    model(torch.arange(5)).sum().backward()
+    assert len(found) == 1
 
 
 class Scaled(nn.Embedding):

@@ -563,9 +563,30 @@ def test_wrong_phase():
     layer.freeze()
     with pytest.raises(RuntimeError, match="frozen already"):
         layer.freeze()
-    with pytest.raises(RuntimeError, match="thaw"):
-        layer.reset_parameters()
     assert layer.mask_parameters() == []
+    few = layer_of(bits=8).freeze().to_integers()
+    with pytest.raises(RuntimeError, match="thaw"):
+        few.reset_parameters()
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_frozen_table_is_drawn_anew(bits):
+    """As trainers do at the start of a run: `model.apply(lambda m: m.reset_parameters())`."""
+    layer = layer_of(bits=bits, padding_idx=3, weight_std=0.5, parametrization="rule").freeze()
+    dims, before = layer.row_dims(), layer.dense_weight()
+    with torch.no_grad():
+        for block in layer.blocks:
+            block.mul_(40)
+    layer.reset_parameters()
+    after = layer.dense_weight()
+    assert torch.equal(layer.row_dims(), dims) and not torch.equal(after, before)
+    columns = torch.arange(after.shape[1])
+    stored = (columns < dims[:, None]) & (torch.arange(len(after)) != 3)[:, None]
+    assert not after[~stored].any()
+    assert 0.4 < float(after[stored].std()) < 0.6
+    if bits:
+        # Step sizes are those of the new numbers.
+        assert len(after[stored].unique()) > 2 ** (bits - 2)
 
 
 @pytest.mark.parametrize("bounds_check", ["raise", "clamp"])

@@ -516,3 +516,18 @@ def test_tables_are_found_where_they_are_now() -> None:
     assert optimizer.check_owns(tables[2:3]) is optimizer.param_groups[0]
     again = pickle.loads(pickle.dumps(optimizer))
     assert again.check_owns(again.param_groups[1]["params"]) is again.param_groups[1]
+
+
+def test_no_class_is_called_as_one_of_torch():
+    """Tools that look optimizers up by name find each once, whatever was imported before."""
+
+    def below(kind):
+        return {kind, *(each for direct in kind.__subclasses__() for each in below(direct))}
+
+    kinds = below(torch.optim.Optimizer)
+    ours = {kind for kind in kinds if kind.__module__ == "amtl_kernels.optim"}
+    others = {kind.__name__.lower() for kind in kinds - ours}
+    assert {"adam", "adagrad", "sgd"} <= others
+    assert len(ours) >= 5 and not others & {kind.__name__.lower() for kind in ours}
+    made = optim.Adam([torch.zeros(3, requires_grad=True)], lr=0.1)
+    assert type(pickle.loads(pickle.dumps(made))) is optim.Adam

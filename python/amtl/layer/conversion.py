@@ -22,11 +22,13 @@ from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
 from amtl.layer.hosts import check, settle
+from amtl.layer.instances import looked_for_once
 from amtl.layer.names import name_sizes
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.shares import AUTO, Demand, automatic_bits, common_bits, split_budget
 from amtl.layer.table import AMTLTable
+from amtl.layer.tiers import Weakly
 from amtl_kernels._calls import kind
 from amtl_kernels.optim import RowOptimizer
 
@@ -170,7 +172,8 @@ def freeze(
         masters: False keeps codes only, in place of each layer's own.
 
     Returns:
-        The model. O(N * D) a table.
+        The model. O(N * D) a table, and O(objects in the process) where the optimizers are looked
+        for.
 
     Raises:
         RuntimeError: processes have different sizes.
@@ -178,13 +181,44 @@ def freeze(
             asked of it, see `AMTLEmbedding.freeze`.
     """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
-    for layer in layers(model).values():
-        if layer.phase == "search":
-            table = layer.weight
-            layer.freeze(optimizers, bits=bits, masters=masters)
-            _rewire(model, {id(table): layer.table_parameters()})
-            # Or it would live on beside the next table.
-            del table
+    with looked_for_once():
+        for layer in layers(model).values():
+            if layer.phase == "search":
+                table = layer.weight
+                layer.freeze(optimizers, bits=bits, masters=masters)
+                _rewire(model, {id(table): layer.table_parameters()})
+                # Or it would live on beside the next table.
+                del table
+    return model
+
+
+def thaw(
+    model: _Model,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    *,
+    counts: Mapping[str, Any] | None = None,
+) -> _Model:
+    """`layer.thaw(optimizer, counts=...)` on all layers that are frozen: the inverse of `freeze`.
+
+    Args:
+        model: a model with AMTL layers.
+        optimizer: as in `freeze`.
+        counts: by name of the layer, for those that were loaded from a packed file.
+
+    Returns:
+        The model. O(N * D) a table.
+
+    Raises:
+        RuntimeError: a layer has no counts and none are given.
+        ValueError: a table is trainable but not in the optimizer.
+    """
+    optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
+    with looked_for_once():
+        for name, layer in layers(model).items():
+            if layer.phase == "frozen":
+                first, *others = map(id, layer.table_parameters())
+                layer.thaw(optimizers, counts=(counts or {}).get(name))
+                _rewire(model, {first: layer.table_parameters(), **dict.fromkeys(others, ())})
     return model
 
 
@@ -579,6 +613,7 @@ def swap(
         extra = old.__dict__.get("_extra", ()) if isinstance(old, AMTLTable) else vars(old)
         extra = [key for key in extra if key not in known]
         known.update({key: vars(old)[key] for key in extra})
+        new.__dict__["_former"] = Weakly(old)
         if isinstance(new, AMTLTable):
             known["_extra"] = tuple(extra)
         for name in places[old]:
@@ -599,8 +634,8 @@ def _rewire(model: nn.Module, replacements: Mapping[int, Sequence[Any]]) -> None
     """Replace objects (by id) in containers that modules keep beside their parameters and modules.
 
     An object that makes way for several is spread out in lists and sets; a tuple that holds it is
-    repeated, as `(name, parameter)` would be. Objects there that are no modules, such as
-    descriptions of features, may hold it as an attribute.
+    repeated, as `(name, parameter)` would be, and goes where it makes way for none. Objects there
+    that are no modules, such as descriptions of features, may hold it as an attribute.
     """
     seen: set[int] = set()
     for module in model.modules():
@@ -636,6 +671,8 @@ def _moved(value: Any, replacements: Mapping[int, Sequence[Any]], seen: set[int]
     elif kind is dict:
         for key, part in zip(list(value), parts, strict=True):
             value[key] = part[0] if len(part) == 1 else part
+    elif not all(parts):
+        return []
     else:
         times = max(len(part) for part in parts)
         return [tuple(part[i % len(part)] for part in parts) for i in range(times)]

@@ -20,7 +20,7 @@ from amtl.layer.rounding import Rounding, trains
 from amtl.layer.shown import ShownRows
 from amtl.layer.size_head import being_traced
 from amtl.layer.table_rows import PATIENCE, TableRows
-from amtl.layer.tiers import optimizers_of
+from amtl.layer.tiers import Weakly, optimizers_of
 from amtl_kernels import TieredTable
 from amtl_kernels._arguments import Tables
 from amtl_kernels._checks import BOUNDS, INDEX_TYPES, padding_of, pooled
@@ -33,6 +33,8 @@ class TableLookups(TableRows):
     _kept: _Kept | _Sized | None = None
     _left: Callable[[], Tensor | None] | None = None
     """The weight before freezing, if it lives, where no optimizer of PyTorch's was found for it."""
+    _former: Callable[[], nn.Module | None] = Weakly()
+    """What it took the place of, if that lives."""
     _still: _Still | None = None
     """The tiers since gradients were first found in them, while nothing changes them."""
     _moved = False
@@ -266,7 +268,9 @@ class TableLookups(TableRows):
             return
         gc.collect()
         # The graph of a loss that is kept holds it, too, unseen by Python, and trains nothing.
-        if left() is not None and gc.get_referrers(left()):
+        former = self._former()
+        mine = None if former is None else former._parameters
+        if left() is not None and any(held is not mine for held in gc.get_referrers(left())):
             warnings.warn(
                 f"table {self.name!r}: something still holds the weight from before freeze(), a "
                 "list of parameters or an optimizer that is not PyTorch's. Training it changes "

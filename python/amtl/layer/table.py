@@ -261,14 +261,31 @@ class AMTLTable(TableStates):
     def _configure(self, config: Mapping[str, Any]) -> None:
         """Attributes of a subclass, from `config()`."""
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw weights from N(0, weight_std^2), padding rows zero, as nn.Embedding does."""
-        if self.tier_ends is not None or self.weight is None:
-            raise RuntimeError("reset_parameters() needs the search phase; call thaw() first")
-        nn.init.normal_(self.weight, std=self.options.weight_std)
-        with torch.no_grad():
+        """Draw weights from N(0, weight_std^2), padding rows zero, as nn.Embedding does.
+
+        Frozen, the numbers that are stored; sizes stay.
+        """
+        if self.steps is not None:
+            raise RuntimeError(
+                f"table {self.name!r} holds codes, which cannot be drawn anew: call its thaw() "
+                "(of a model: amtl.thaw) first"
+            )
+        tables, std = self._table(), self.options.weight_std
+        for table in tables:
+            nn.init.normal_(table, std=std)
+        if self.tier_ends is None:
             for row in self._padding_rows():
-                self.weight[row].fill_(0)
+                tables[0][row].fill_(0)
+            return
+        place = self._frozen_padding()
+        for block, end in zip(tables, self.tier_ends, strict=True):
+            if place is not None and end - len(block) <= place < end:
+                block[place - end].fill_(0)
+        if self.rounding is not None:
+            given = self.tier_ends, self.rounding.parts(), self.rounding.bits, self.name
+            self.rounding.mean_square.copy_(mean_squares(tables, *given))
 
     def fuse(self: _Self, optimizer: FusedOptimizer | None) -> _Self:
         """Let the backward update the table, by an optimizer that is the handle from then on.

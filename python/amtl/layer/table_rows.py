@@ -147,8 +147,9 @@ class TableRows(nn.Module):
             f"layer.weight, or the layer called on torch.arange({self.num_embeddings}), shows all "
             "rows, to train through, and dense_weight() is a copy of them. What trains, and has "
             "gradients, are table_parameters(): they are for an optimizer, and "
-            "layer.requires_grad_(False) keeps them as they are. amtl.revert() puts an "
-            "nn.Embedding in its place"
+            "layer.requires_grad_(False) keeps them as they are. What writes rows after each step, "
+            "to normalise them or so, goes before amtl.freeze(): train, then freeze. amtl.revert() "
+            "puts an nn.Embedding in its place"
         )
 
     def __getattr__(self, name: str) -> Any:
