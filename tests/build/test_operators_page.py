@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ("amtl_kernels", "csrc", "python/amtl", "tests")
+FLOORS = ("amtl_kernels", "csrc", "python/amtl", "tests", "bench")
 SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".inl", ".py")
 
 
