@@ -16,7 +16,7 @@ from amtl.paper.page import write_html, write_markdown
 from amtl.paper.protocol import QUICK_SETS, Plan, choose_sets, contenders
 from amtl.paper.records import read
 from amtl.paper.summary import VERSION, summarise
-from amtl.paper.work import Records, count, run_plan
+from amtl.paper.work import Records, count, of_now, run_plan
 from amtl.peers import add_peer
 from amtl.run.config import parse_names
 from amtl.run.training import versions
@@ -99,7 +99,7 @@ def run_paper(
     out = folder / RUNS
     if not page_only:
         _run(console, plan, out, added, workers)
-    write_json(folder / SUMMARY, summarise(list(read(out)), plan, versions()))
+    write_json(folder / SUMMARY, summarise(of_now(read(out)), plan, versions()))
     console.print(f"wrote [bold]{escape(str(folder / SUMMARY))}[/]", highlight=False)
     write_pages(console, folder / SUMMARY, folder)
 
@@ -119,7 +119,8 @@ def write_pages(console: Console, path: Path, folder: Path) -> None:
 
 
 def _run(console: Console, plan: Plan, out: Path, added: Sequence[Path], workers: int) -> None:
-    total, before = count(plan), len(list(read(out)))
+    known = list(read(out))
+    total, before = count(plan), len(of_now(known))
     started = time.monotonic()
     told = before
     self_tuned = [name for name in plan.methods if contenders()[name].tunes_itself]
@@ -128,6 +129,12 @@ def _run(console: Console, plan: Plan, out: Path, added: Sequence[Path], workers
         f"tune themselves and take longer. Stop at any time: the same command goes on.",
         highlight=False,
     )
+    if len(known) > before:
+        console.print(
+            f"{len(known) - before:,} runs are of methods whose file was another one: made again",
+            style="yellow",
+            highlight=False,
+        )
     with Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
@@ -163,4 +170,7 @@ def _line(record: dict[str, Any]) -> str:
     scores = f"val AUC {record['val_auc']:.4f}"
     if "test_auc" in record:
         scores += f", test AUC {record['test_auc']:.4f}"
-    return f"{name}: {scores}, {record['bytes']:,} bytes, {record['cpu']:.0f} s"
+    size = f"{record['bytes']:,} bytes"
+    if record.get("unclaimed"):
+        size += f" by parts(), which leaves {record['unclaimed']:,} numbers of the module out"
+    return f"{name}: {scores}, {size}, {record['cpu']:.0f} s"

@@ -172,7 +172,10 @@ def _results(summary: dict[str, Any], name: str, own: list[dict[str, Any]]) -> B
         text.append(f"With {backbone} in place of the MLP alone: the best methods of each budget.")
     if full is not None:
         text.append(f"Full size: test AUC {_mean(full)}, {full['bytes']:,.0f} bytes.")
-    text.append(f"A cell again, in a folder of its own: `{rerun(summary, name)}`")
+    text.append(
+        "A cell again, in a folder of its own, with a method, a budget in percent and a folder in "
+        f"place of the words in capitals: `{rerun(summary, name)}`"
+    )
     return Block(
         name,
         text,
@@ -196,7 +199,9 @@ def rerun(summary: dict[str, Any], name: str) -> str:
     if base.partition("@")[0] not in (*SETS, *QUICK_SETS):
         what = f"--sets '' --also {shlex.quote(f'{base}=' + ':'.join(plan['sets'][base]))}"
     epochs = f" --epochs {plan['epochs']}" if plan["epochs"] else ""
-    others = f" --backbones {backbone or repr('')}" if plan.get("backbones") else ""
+    others = f" --backbones {backbone or repr('')}"
+    files = [method["file"] for method in summary["methods"].values() if "file" in method]
+    others += "".join(f" --add {shlex.quote(file)}" for file in files)
     return (
         f"amtl paper {what} --methods METHOD --budgets PERCENT --trials {plan['trials']} --seeds "
         f"{plan['seeds']} --finalist-seeds {plan['finalist_seeds']}{epochs}{others} --out FOLDER"
@@ -432,11 +437,20 @@ def _plain(reason: str) -> str:
     return " ".join(words)
 
 
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _spaces(summary: dict[str, Any]) -> Block:
     rows = []
     for name, method in summary["methods"].items():
-        space = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in method["space"].items())
-        rows.append([name, method["about"], space or "tunes itself"])
+        space = "; ".join(f"{k}: {', '.join(map(_number, v))}" for k, v in method["space"].items())
+        about = [method["about"]] if method["about"] else []
+        if "file" in method:
+            about.append(f"added from {method['file']}, its bytes are what parts() says")
+        if method.get("unclaimed"):
+            about.append(f"which leaves {method['unclaimed']:,} numbers of its module out")
+        rows.append([name, ", ".join(about), space or "tunes itself"])
     made = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
     return Block(
         "Methods and what is tuned of them",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from amtl.paper.protocol import DIM, RULER, Plan, contenders
 from amtl.paper.statistics import half_width, holm, paired
 from amtl.paper.work import Cell, Records, cell_of, choice_of, further, seeded, tried
+from amtl.peers import PEERS
 
 OURS = "amtl"
 _MEANS = ("test_auc", "test_logloss", "val_auc", "bytes", "cpu", "epochs", "bias", "ece", "planted")
@@ -56,6 +58,7 @@ def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict
                 "about": known[name].about,
                 "space": {k: list(v) for k, v in known[name].space.items()},
                 "tunes_itself": known[name].tunes_itself,
+                **_added(name, records),
             }
             for name in dict.fromkeys([RULER, *plan.methods])
         },
@@ -63,6 +66,15 @@ def summarise(records: Records, plan: Plan, versions: Mapping[str, str]) -> dict
         "cells": list(cells.values()),
         "at_most": at_most,
     }
+
+
+def _added(name: str, records: Records) -> dict[str, Any]:
+    """Of a method that was added: its file, and the numbers that its account leaves out."""
+    kind = PEERS.get(name)
+    if kind is None or kind.file is None:
+        return {}
+    out = (r.get("unclaimed", 0) for r in records if r["job"]["method"] == name)
+    return {"file": Path(kind.file).name, "unclaimed": max(out, default=0)}
 
 
 def _cell(records: Records, cell: Cell) -> dict[str, Any]:

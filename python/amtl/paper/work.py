@@ -12,7 +12,8 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from amtl.errors import UserError
 from amtl.paper.protocol import DIM, RULER, Contender, Plan, Size, contenders, variant
 from amtl.paper.records import Claim, append, read
 from amtl.paper.tuning import next_choice
-from amtl.peers import DoesNotFit, add_peer
+from amtl.peers import PEERS, DoesNotFit, Peer, add_peer, code_of
 from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.contest import regularised, run_to_end
@@ -56,6 +57,11 @@ def cell_of(record: dict[str, Any]) -> Cell:
     """Set, budget and contender of a run."""
     job = record["job"]
     return job["set"], job["budget"], job["method"]
+
+
+def of_now(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the runs of methods whose file was another one."""
+    return [r for r in records if r["job"].get("code") == code_of(r["job"]["method"])]
 
 
 def tried(records: Records, cell: Cell) -> list[dict[str, Any]]:
@@ -162,6 +168,9 @@ def jobs(records: Records, plan: Plan) -> Iterator[dict[str, Any]]:
 def _left(records: Records, plan: Plan, cell: Cell, extra: int) -> Iterator[dict[str, Any]]:
     """The next job of a cell, if there is one up to its seed number `extra`."""
     job = dict(zip(("set", "budget", "method"), cell, strict=True))
+    code = code_of(cell[2])
+    if code is not None:
+        job["code"] = code
     if not is_tuned(records, cell, contenders()[cell[2]], plan):
         made = {r["job"]["trial"] for r in tried(records, cell)}
         yield {**job, "trial": min(set(range(len(made) + 1)) - made)}
@@ -216,7 +225,7 @@ def run_plan(
         while any(process.is_alive() for process in running):
             time.sleep(0.5)
             if tell is not None:
-                tell(list(read(out)))
+                tell(of_now(read(out)))
             if not errors.empty():
                 raise UserError(errors.get())
     finally:
@@ -258,14 +267,14 @@ def work(plan: Plan, out: Path) -> None:
     idle = False
     while not idle:
         idle = True
-        for job in jobs(list(read(out)), plan):
+        for job in jobs(of_now(read(out)), plan):
             with Claim(out, job) as mine:
                 if not mine:
                     continue
                 if job["set"] not in loaded:
                     loaded.clear()
                     loaded[job["set"]] = Data(*plan.source(job["set"]), *variant(job["set"]))
-                append(out, do(job, loaded[job["set"]], list(read(out)), plan))
+                append(out, do(job, loaded[job["set"]], of_now(read(out)), plan))
             # What comes next may follow from this one.
             idle = False
             break
@@ -345,6 +354,10 @@ def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[st
         learner = train(config, task, taught)
     except (UserError, DoesNotFit) as error:
         return {**line, "refused": str(error)}
+    except Exception as error:
+        if code_of(job["method"]) is None:
+            raise
+        raise UserError(_told(error, PEERS[job["method"]])) from error
     assert learner.best is not None
     record, config = learner.best["record"], learner.config
     line |= {
@@ -365,7 +378,27 @@ def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[st
             "embedding_decay": config.embedding_decay,
         },
     }
+    if code_of(job["method"]) is not None:
+        line["unclaimed"] = _unclaimed(learner.table)
     return line if tuning else {**line, **_tested(learner, data)}
+
+
+def _told(error: Exception, method: type[Peer]) -> str:
+    """A mistake of a method that was added, and where it is in its file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if frame.filename == method.file]
+    where = f" (line {inside[-1].lineno}, in {inside[-1].name})" if inside else ""
+    return f"--add {method.file}: {type(error).__name__}: {error}{where}"
+
+
+def _unclaimed(table: Any) -> int:
+    """How many numbers a method's module holds that are no part of what a server must keep.
+
+    Nothing is wrong with some, as what training alone needs; but nobody has looked.
+    """
+    claimed = sum(part.count for part in table.parts())
+    held = sum(tensor.numel() for tensor in (*table.parameters(), *table.buffers()))
+    return max(0, held - claimed)
 
 
 def train(config: TrainConfig, task: Task, taught: Tensor | None = None) -> Learner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -61,5 +62,11 @@ def add_peer(path: Path) -> str:
         raise UserError(f"--add {path}: it needs one subclass of amtl.peers.Peer, not {len(found)}")
     if name in PEERS and PEERS[name].__module__ != spec.name:
         raise UserError(f"--add {path}: there is a method {name!r} already; rename the file")
+    found[0].file, found[0].code = str(path), hashlib.md5(path.read_bytes()).hexdigest()[:8]
     PEERS[name] = found[0]
     return name
+
+
+def code_of(name: str) -> str | None:
+    """Checksum of the file that a method was added from; None for others."""
+    return PEERS[name].code if name in PEERS else None

@@ -153,6 +153,10 @@ class Peer(nn.Module):
 
     space: ClassVar[Mapping[str, Sequence[Any]]] = {}
     searches: ClassVar[bool] = False
+    file: ClassVar[str | None] = None
+    """Where it was added from; None for those that are here."""
+    code: ClassVar[str | None] = None
+    """Checksum of that file."""
 
     def __init__(self, facts: Facts) -> None:
         super().__init__()
@@ -164,11 +168,11 @@ class Peer(nn.Module):
 
     def embed(self, rows: Tensor) -> Tensor:
         """Embeddings `[L, D]` of rows, int64 `[L]`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs a method embed(rows)")
 
     def parts(self) -> list[Part]:
         """Everything a server must keep."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs a method parts()")
 
     def row_bits(self) -> Tensor | None:
         """Bits of each row, int64 `[N]`; None where rows share what is stored."""
@@ -179,7 +183,12 @@ class Peer(nn.Module):
 
     def forward(self, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
         """As `nn.Embedding`, and with offsets as `nn.EmbeddingBag` of mode "mean"."""
-        values = self.embed(indices.reshape(-1).long())
+        rows = indices.reshape(-1).long()
+        values = self.embed(rows)
+        if values.shape != (len(rows), self.dim):
+            raise ValueError(
+                f"embed returned {list(values.shape)}, wanted is [{len(rows)}, {self.dim}]"
+            )
         if offsets is None:
             return values.view(*indices.shape, self.dim)
         each = torch.arange(len(values), device=values.device)

@@ -182,6 +182,66 @@ def test_one_command(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(PEERS, "my_method")
 
 
+OWN = """
+import torch
+from amtl.peers import Part, Peer
+
+
+class Own(Peer):
+    def __init__(self, facts):
+        super().__init__(facts)
+        self.weight = self.row_table(facts.budget // 64, 16)
+
+    def embed(self, rows):
+        return {embedded}
+
+    def parts(self):
+        return [Part({count}, 32)]
+"""
+RIGHT = {
+    "embedded": "self.look_up(self.weight, rows % len(self.weight))",
+    "count": "self.weight.numel()",
+}
+
+
+def test_a_method_of_ones_own_as_its_file_is_now(tmp_path, capsys, monkeypatch):
+    file, out = tmp_path / "own.py", tmp_path / "out"
+    tiny = ("--sets", "", "--also", f"tiny={':'.join(SET)}", "--budgets", "12.5", "--epochs", 1)
+    few = (*tiny, "--backbones", "", "--methods", "own", "--add", file, "--out", out)
+
+    def run(**changes):
+        file.write_text(OWN.format(**{**RIGHT, **changes}))
+        with pytest.raises(SystemExit) as done:
+            cli.main(["paper", "--trials", "1", "--seeds", "1", *map(str, few)])
+        monkeypatch.delitem(PEERS, "own")
+        told = capsys.readouterr()
+        return done.value.code, " ".join((told.out + told.err).split())
+
+    def scores():
+        cells = read_json(out / "summary.json")["cells"]
+        return next(c["test_auc"] for c in cells if c["method"] == "own")
+
+    code, told = run()
+    assert code == 0 and "made again" not in told and "of the module" not in told
+    before = scores()
+    assert run()[0] == 0 and scores() == before
+    code, told = run(embedded="self.look_up(self.weight, rows * 0)")
+    assert code == 0 and "another one: made again" in told and scores() != before
+    assert run()[0] == 0 and scores() == before
+    page = (out / "paper.md").read_text()
+    assert "--add own.py" in page and "its bytes are what parts() says" in page
+
+    code, told = run(count="10")
+    assert code == 0 and "40 bytes by parts(), which leaves" in told
+    assert "numbers of its module out" in (out / "paper.md").read_text()
+
+    code, told = run(embedded="self.weight[rows % len(self.weight), :3]")
+    assert code == 1 and "own.py: ValueError: embed returned" in told and ", 16]" in told
+    code, told = run(embedded="rows.nothing")
+    assert code == 1 and "AttributeError" in told and "(line 12, in embed)" in told
+    assert "Traceback" not in told and "worker died" not in told
+
+
 @pytest.mark.parametrize(
     ("page", "summary"),
     [
