@@ -574,3 +574,47 @@ def test_parts_of_what_is_encoded_are_what_parts_are_encoded_as(frame, numeric):
         assert part.unknown["user"] and part.unknown["tags"] == 1
         for ours, theirs in zip(part.batches(33), alone.batches(33), strict=True):
             assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("kind", ["bucket", "standardise"])
+@pytest.mark.parametrize("trained", ["datetime", "s", "ms"])
+def test_moments_are_known_in_every_unit(kind, trained):
+    """A log has a datetime, and a server seconds or milliseconds since 1970."""
+    random = np.random.default_rng(0)
+    seconds = pl.Series("when", 1_700_000_000 + random.integers(0, 10**7, 500))
+    when = (seconds * 1000).cast(pl.Datetime("ms", "UTC"))
+    forms = {
+        "datetime": when,
+        "s": seconds,
+        "ms": seconds * 1000,
+        "float": seconds.cast(pl.Float64),
+        "us": seconds * 10**6,
+        "ns": seconds * 10**9,
+    }
+    user = pl.Series("user", random.integers(0, 5, 500))
+    frame = pl.DataFrame([forms[trained], user])
+    specs = [FieldSpec("when", kind, value=kind == "bucket"), FieldSpec("user")]
+    encoder = Encoder.fit(frame, specs)
+    wanted = encoder.transform(frame)
+    assert len(wanted.rows.unique(dim=0)) > 4 and wanted.dense.std() > 0.5
+    for form in forms.values():
+        found = encoder.transform(pl.DataFrame([form, user])[:100])
+        assert torch.equal(found.rows, wanted.rows[:100])
+        torch.testing.assert_close(found.dense, wanted.dense[:100])
+    # What is no moment is in no unit.
+    early = encoder.transform(pl.DataFrame([seconds - 1_600_000_000, user]))
+    assert not torch.allclose(early.dense, wanted.dense)
+
+
+def test_nothing_in_a_list_is_no_value():
+    lists = pl.Series("tags", [["a", ""], [""], ["b", None], [], None, ["a", " "], ["b"]])
+    encoder = Encoder.fit(lists.to_frame(), [FieldSpec("tags", "bag")])
+    (vocabulary,) = encoder.vocabularies
+    assert vocabulary.size == 3
+    bags = encoder.transform(lists.to_frame()).bags[0]
+    lengths = (bags.offsets[1:] - bags.offsets[:-1])[bags.codes]
+    assert lengths.tolist() == [1, 0, 1, 0, 0, 1, 1]
+    numbers = pl.Series("tags", [[1, None], [None], [2]])
+    encoder = Encoder.fit(numbers.to_frame(), [FieldSpec("tags", "bag")])
+    bags = encoder.transform(numbers.to_frame()).bags[0]
+    assert (bags.offsets[1:] - bags.offsets[:-1])[bags.codes].tolist() == [1, 0, 1]

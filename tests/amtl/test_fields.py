@@ -165,7 +165,30 @@ def test_labels_that_follow_the_order_make_numbers(held):
     labels[column.to_numpy() % 97 > 0] = np.nan
     labels[np.flatnonzero(~np.isnan(labels))[40:]] = np.nan
     assert spec(column, labels=labels).kind == before
-    assert spec(column, labels=clicks(np.full(len(column), 0.3))).kind == before
+
+
+def test_values_that_rarely_come_again_and_tell_nothing_are_numbers():
+    """A counter of seconds would be most of the table, and of no use on rows to come."""
+    noise = clicks(np.full(len(SPREAD), 0.3))
+    field = spec(SPREAD, labels=noise)
+    assert field.kind == "bucket" and "of which single ones tell nothing of labels" in field.note
+    assert spec(SPREAD.cast(pl.Float64), labels=noise).kind == "bucket"
+    assert spec(SPREAD, labels=noise, numeric={"x": "categorical"}).kind == "categorical"
+    # Of many rows a value, of single ones that tell, of few rows, and without labels ids stay ids.
+    often = whole(SPREAD.to_numpy() // 4)
+    assert spec(often, labels=noise).kind == "categorical"
+    liked = np.random.default_rng(1).random(20_000)[SPREAD.to_numpy()] < 0.3
+    assert spec(SPREAD, labels=clicks(0.1 + 0.8 * liked)).kind == "categorical"
+    few = np.where(np.arange(len(SPREAD)) < 900, noise, np.nan)
+    assert spec(SPREAD, labels=few).kind == spec(SPREAD).kind == "categorical"
+
+
+def test_many_rows_are_judged_by_all_those_of_some_values():
+    """Of every third row no value would come again."""
+    rows = np.random.default_rng(3).integers(0, 300_000, 600_000)
+    liked = np.random.default_rng(1).random(300_000)[rows] < 0.3
+    assert spec(whole(rows), labels=clicks(0.3 + 0.13 * liked)).kind == "categorical"
+    assert spec(whole(rows), labels=clicks(np.full(len(rows), 0.3))).kind == "bucket"
 
 
 def test_rows_that_are_numbered_in_the_order_of_their_labels_are_no_numbers():

@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from amtl.data import moments
 from amtl.data.fields import FieldSpec, numbers
 from amtl.data.readers import require_columns
 from amtl.data.scales import Scale
@@ -288,6 +289,8 @@ class Encoder:
                     bags.append(self._bag(f, column))
                 else:
                     read = _values(column, spec)
+                    if spec.kind == "bucket":
+                        read = _as_in_training(read, self._edges[spec.name])
                     if spec.value:
                         beside.append(self._beside[spec.name].apply(read.to_numpy()))
                     if spec.kind == "bucket":
@@ -467,7 +470,7 @@ class Encoder:
 
     def _standardise(self, numbers: pl.Series) -> Tensor:
         mean, scale = self._scales[numbers.name]
-        values = numbers.to_numpy()
+        values = moments.as_in_training(numbers, mean, mean).to_numpy()
         values = np.where(np.isfinite(values), values, mean)
         return torch.from_numpy(((values - mean) / scale).astype(np.float32))
 
@@ -494,6 +497,13 @@ def _values(column: pl.Series, spec: FieldSpec) -> pl.Series:
     elif not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
         return pl.Series(column.name, [math.nan]).new_from_index(0, len(column))
     return column.cast(pl.Float64, strict=False).fill_null(math.nan)
+
+
+def _as_in_training(read: pl.Series, edges: Tensor) -> pl.Series:
+    """Numbers of a bucket's column, moments in the unit that the edges are in."""
+    if not len(edges):
+        return read
+    return moments.as_in_training(read, float(edges[0]), float(edges[-1]))
 
 
 def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:

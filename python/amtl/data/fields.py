@@ -52,8 +52,6 @@ _LARGEST_AMOUNT = 10**8
 """Whole numbers further from zero do not count: they are hashes, or moments."""
 _FEW_VALUES = 10
 """Up to so many say all by their embeddings."""
-_IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
-"""Seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,8 @@ def infer_fields(
       out upward likewise, and besides sparse in their range (under 30 % of it), and about as
       frequent as their neighbours, where some ids are popular; where more than one of many is
       below zero; and where labels of training rows say so: few rows a value, those of neighbours
-      alike in their labels, and single values next to nothing by themselves. So are whole numbers
+      alike in their labels, and single values next to nothing by themselves; or fewer than 2.5 of
+      them, and single values nothing at all. So are whole numbers
       held as floats then, and integers of which nearly every row has its own, if they are as
       sparse as said. Other integers of many values and few rows a value have a note.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
@@ -362,10 +361,15 @@ def _labels_say(
             return None
     elif spec.kind != "categorical":
         return None
-    if not labels.of(column).by_order:
+    told, rows = labels.of(column), (len(column) - column.null_count()) / _distinct(column)
+    seldom = _RARELY_AGAIN * rows < 1 and labels.rows >= _ROWS_TO_JUDGE_BY
+    note = f"whole numbers, {rows:.1f} rows a value, "
+    if told.by_order:
+        note += "near which labels are alike: a number; "
+    elif seldom and spec.kind == "categorical" and not told.of_single:
+        note += "of which single ones tell nothing of labels: a number; "
+    else:
         return None
-    rows = (len(column) - column.null_count()) / _distinct(column)
-    note = f"whole numbers, {rows:.1f} rows a value, near which labels are alike: a number; "
     kind: Any = default_numeric
     return FieldSpec(spec.name, kind, note=f"{note}{_numeric(spec.name, 'categorical')} for ids")
 
@@ -552,11 +556,11 @@ def _is_amount(column: pl.Series) -> bool:
 
 
 def _may_say_when(column: pl.Series, is_amount: bool) -> bool:
-    """Whether a column may hold dates, or seconds (milli-, micro-) since 1970; see `_is_amount`."""
+    """Whether a column may hold dates, or parts of seconds since 1970; see `_is_amount`."""
     if not column.dtype.is_integer() or column.null_count() == len(column):
         return is_amount and column.dtype in (pl.Date, pl.Datetime, pl.String)
     low, high = (int(x) for x in (column.min(), column.max()))  # type: ignore[arg-type]
-    return any(_IN_1990 * unit <= low and high <= _IN_2050 * unit for unit in (1, 1000, 10**6))
+    return moments.unit(low, high) is not None
 
 
 def _numeric(name: str, treatment: str) -> str:

@@ -16,6 +16,10 @@ _FORMS = (
     *(date + clock for date in _DATES for clock in _CLOCKS),
     *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
 )
+_IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
+"""Seconds since 1970."""
+_UNITS = (1, 10**3, 10**6, 10**9)
+
 REWRITE = "write it as YYYY-MM-DD, with HH:MM:SS after that where there is a time"
 
 
@@ -58,6 +62,27 @@ def find(column: pl.Series, *, ordered: bool = False) -> list[str]:
 def read(column: pl.Series, form: str) -> pl.Series:
     """Microseconds since 1970 that text stands for; null for what is no moment in that form."""
     return _read(texts(column), form)
+
+
+def unit(low: float, high: float) -> int | None:
+    """Parts of a second since 1970 that numbers of this range count; None for other numbers."""
+    fits = (u for u in _UNITS if _IN_1990 * u <= low and high <= _IN_2050 * u)
+    return next(fits, None)
+
+
+def as_in_training(values: pl.Series, low: float, high: float) -> pl.Series:
+    """Moments in the unit in which training had them; other numbers as they are.
+
+    Args:
+        values: float64.
+        low: where the range of training begins, or that of most of it.
+        high: where it ends.
+    """
+    wanted, known = unit(low, high), values.drop_nans().drop_nulls()
+    if wanted is None or not len(known):
+        return values
+    found = unit(*(float(x) for x in (known.min(), known.max())))  # type: ignore[arg-type]
+    return values if found in (None, wanted) else values * (wanted / found)
 
 
 def odd(column: pl.Series, form: str) -> pl.Series:

@@ -43,6 +43,11 @@ class Told(NamedTuple):
         return self.order > _SURE * self.order_error and self.own < _OWN * self.order
 
     @property
+    def of_single(self) -> bool:
+        """Whether single values predict labels at all beside their neighbours."""
+        return self.own > _SURE * self.own_error
+
+    @property
     def by_itself(self) -> bool:
         """Whether single values predict labels, and more than their neighbours do."""
         return self.own > max(_SURE * self.own_error, self.order)
@@ -56,10 +61,14 @@ class Labels:
 
     Args:
         labels: of the rows that train, 0 or 1; NaN for the others, which are not looked at.
+
+    Attributes:
+        rows: how many train.
     """
 
     def __init__(self, labels: Floats) -> None:
         self._labels = labels
+        self.rows = int((~np.isnan(labels)).sum())
         self._said: dict[str, Told] = {}
 
     def of(self, column: pl.Series) -> Told:
@@ -88,7 +97,7 @@ def told(values: pl.Series, labels: Floats) -> Told | None:
     known = ~np.isnan(labels) & np.isfinite(x)
     x, y = x[known], labels[known]
     if len(x) > _MOST_ROWS:
-        some = np.arange(_MOST_ROWS) * len(x) // _MOST_ROWS
+        some = _some(x)
         x, y = x[some], y[some]
     if len(x) < _FOLDS or not 0 < y.mean() < 1:
         return None
@@ -119,6 +128,15 @@ def told(values: pl.Series, labels: Floats) -> Told | None:
     return Told(
         float(order.mean()), float(order.std()) / root, float(own.mean()), float(own.std()) / root
     )
+
+
+def _some(x: Floats) -> NDArray[np.intp]:
+    """About 200,000 rows: where values are many all those of some, so that they come again."""
+    distinct, value = np.unique(x, return_inverse=True)
+    if len(distinct) * _FOLDS < _MOST_ROWS:
+        return np.arange(_MOST_ROWS) * len(x) // _MOST_ROWS
+    chosen = np.random.default_rng(0).random(len(distinct)) < _MOST_ROWS / len(x)
+    return np.flatnonzero(chosen[value])
 
 
 def _per_group(

@@ -205,12 +205,20 @@ class Vocabulary:
         """
         series = as_series(column)
         separator = self._bag_separator(series)
-        flat, lengths = _flatten(series, separator, self.name, lenient=True, trim=self.trimmed)
+        flat, lengths = self._flat(series, separator)
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(torch.from_numpy(lengths), 0, out=offsets[1:])
         inner = series.dtype.inner if isinstance(series.dtype, pl.List) else series.dtype
         rows, unknown = self._lookup(flat, inner)
         return rows, offsets, unknown
+
+    def _flat(self, series: pl.Series, separator: str | None) -> tuple[pl.Series, np.ndarray]:
+        known = self._values
+        # In lists of earlier versions nothing was a value.
+        nothing = not self.trimmed or known.null_count() > 0
+        nothing = nothing or (known.dtype == pl.String and "" in known)
+        given = {"lenient": True, "trim": self.trimmed, "nothing": nothing}
+        return _flatten(series, separator, self.name, **given)
 
     def first_unknown(self, column: Column, *, bags: bool = False) -> Any:
         """The first unknown value of a column, or of one of bags; None if that is missing."""
@@ -218,7 +226,7 @@ class Vocabulary:
         flat = series
         if bags:
             separator = self._bag_separator(series)
-            flat = _flatten(series, separator, self.name, lenient=True, trim=self.trimmed)[0]
+            flat = self._flat(series, separator)[0]
         odd = torch.nonzero(self.encode(flat) == self.oov_row)
         return flat[int(odd[0])] if len(odd) else None
 
@@ -558,21 +566,45 @@ def _where(name: str) -> str:
 
 
 def _flatten(
-    series: pl.Series, separator: str | None, name: str, *, lenient: bool = False, trim: bool = True
+    series: pl.Series,
+    separator: str | None,
+    name: str,
+    *,
+    lenient: bool = False,
+    trim: bool = True,
+    nothing: bool = False,
 ) -> tuple[pl.Series, np.ndarray]:
     """Elements of a multi-valued column and the int64 number of elements per entry.
 
-    Empty strings and missing entries are empty bags; single-valued columns have one element each.
+    Empty strings and missing entries are empty bags, and no elements of lists unless `nothing` is
+    one; single-valued columns have one element each.
     """
     if separator and _is_text(series.dtype):
         series = split(series.cast(pl.String), separator, trim=trim)
     if not isinstance(series.dtype, pl.List):
         return _normal(series, name, lenient=lenient), np.ones(len(series), dtype=np.int64)
+    if not nothing:
+        series = _without_nothing(series)
     lengths = series.list.len().fill_null(0).to_numpy().astype(np.int64)
     flat = series.filter(series.list.len() > 0).explode()
     if separator == WRITTEN_LISTS and flat.dtype == pl.String:
         flat = _unquoted(flat)
     return _normal(flat, name, lenient=lenient), lengths
+
+
+def _without_nothing(lists: pl.Series) -> pl.Series:
+    """Lists without missing and empty elements."""
+    full = lists.filter(lists.list.len() > 0).explode()
+    nothing = full.is_null()
+    if full.dtype == pl.String:
+        nothing |= (full.str.strip_chars() == "").fill_null(False)
+    if not nothing.any():
+        return lists
+    element = pl.element()
+    keep = element.is_not_null()
+    if full.dtype == pl.String:
+        keep &= element.str.strip_chars() != ""
+    return lists.list.eval(element.filter(keep))
 
 
 def split(texts: pl.Series, separator: str, *, trim: bool = True) -> pl.Series:
