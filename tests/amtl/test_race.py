@@ -418,7 +418,7 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     (line,) = comparison.verdict({**told, "raced": raced, "val_auc": 1.0})
     assert f"above all {list(metrics['rows_by_field'])[-1]!r} (log loss rises by 0.25" in line
     assert "more than once" in line
-    tiny = {"val": {"rows": 60, "positive": 12}}
+    tiny = {"val": {"rows": 60, "positive": 9}}
     few = {**told, "held_out": {**metrics["held_out"], **tiny}}
     assert comparison.verdict(few) == []
     # Of a model that learned nothing that holds.

@@ -10,6 +10,7 @@ import pytest
 from amtl.cli import main
 from amtl.errors import UserError
 from amtl.run.report import (
+    _page,
     baseline,
     group_results,
     load_comparable,
@@ -257,6 +258,24 @@ def test_the_report_has_the_shares_of_the_split(folders, tmp_path):
     )
     assert shown("column:part") == "column:part"
     assert shown("order:t") == "order:t 80/10/10"
+
+
+def test_what_a_difference_may_be_by_chance_stands_beside_it():
+    """Of one run, whose seeds do not tell; and how many rows were tested, and if time ran out."""
+    held = {"val": {"rows": 90, "positive": 9}, "test": {"rows": 15_000, "positive": 330}}
+    more = {"test_auc_error": 0.0155, "held_out": held, "cut_short": True}
+    runs = [{**metrics(), **more}, {**metrics("amtl", stored=200, auc=0.71), **more}]
+    results = group_results(runs)
+    assert [row[1] for row in table_rows(results)[1]] == [
+        "0.7000 ± 0.0155 s.e.",
+        "0.7100 ± 0.0155 s.e.",
+    ]
+    page = _page(results)
+    assert "± 0.0155 s.e.: a smaller difference may be chance" in page
+    assert "tested on 15,000 rows, 330 of them positive" in page
+    assert "Ended by --time-limit: 2 of 2" in page
+    # Files from before say nothing of it.
+    assert "s.e." not in _page(group_results([metrics(), metrics("amtl", stored=200)]))
 
 
 def test_a_folder_of_runs_stands_for_its_runs(folders, tmp_path):

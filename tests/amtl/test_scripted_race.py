@@ -768,3 +768,22 @@ def test_a_race_without_time_is_decided_by_the_first_validations():
     result = race(settings(method="rule"), Clock(0).trials(make))
     assert result.learner is made[4.0]
     assert {learner.steps for learner in made.values()} == {4}
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        (math.inf, "others are tried for 16 to 50 minutes more (--time-limit ends that"),
+        (90.0, "others are tried for 1.5 minutes, until --time-limit; all take 16 to 50"),
+    ],
+)
+def test_how_long_the_rest_may_take(left, told):
+    first = SimpleNamespace(history=[{"seconds": 60.0}, {"seconds": 60.0}])
+    notes = []
+    observer = SimpleNamespace(note=notes.append)
+    trials = Trials(None, observer, None, left=lambda: left)
+    Contest(first, trials)._announce()
+    assert len(notes) == 1 and told in notes[0]
+    first.history = [{"seconds": 5.0}]
+    Contest(first, trials)._announce()
+    assert len(notes) == 1

@@ -30,7 +30,9 @@ _DOUBLY = 2.0
 """Times `SURELY`, of which a lead has to be on few rows of a class: the best of several models is
 the luckiest there, and the standard error is itself a guess."""
 
-_TOO_GOOD = 0.9995
+_TOO_GOOD = 0.999
+_FEWEST = 10
+"""Positive or negative rows: an AUC of fewer may be that good by chance."""
 """A validation AUC that clicks do not have."""
 
 _CHANCE = 2.0
@@ -266,7 +268,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
 
 def _given_away(metrics: Mapping[str, Any]) -> Iterator[str]:
     """A word on an AUC that only a column gives that is known no earlier than the label."""
-    if metrics["val_auc"] < _TOO_GOOD or rarer(**metrics["held_out"]["val"])[0] < FEW:
+    if metrics["val_auc"] < _TOO_GOOD or rarer(**metrics["held_out"]["val"])[0] < _FEWEST:
         return
     most, evidence = "", (metrics["raced"] or {}).get("evidence")
     if evidence is not None:

@@ -136,12 +136,18 @@ class Contest:
     def _announce(self) -> None:
         """Says how long the rest may take, where that is longer than a bar tells."""
         minutes = sum(record["seconds"] for record in self.first.history) / 60
-        if minutes * _MORE[0] > 1:
-            self._trials.observer.note(
-                f"trained once; others are tried for {minutes * _MORE[0]:.0f} to "
-                f"{minutes * _MORE[1]:.0f} minutes more (--time-limit ends that when you say, "
+        least, most = (minutes * times for times in _MORE)
+        left = self._trials.left() / 60
+        if least <= 1:
+            return
+        if left < most:
+            why = f"{left:.1f} minutes, until --time-limit; all take {least:.0f} to {most:.0f}"
+        else:
+            why = (
+                f"{least:.0f} to {most:.0f} minutes more (--time-limit ends that when you say, "
                 "--no-race and --distillation 0 go without)"
             )
+        self._trials.observer.note(f"trained once; others are tried for {why}")
 
     def _teach(self) -> Tensor | None:
         """Trains the first model's settings with a teacher and returns labels for those to come.

@@ -50,6 +50,10 @@ def _never() -> bool:
     return False
 
 
+def _for_ever() -> float:
+    return math.inf
+
+
 @dataclass(frozen=True)
 class Trials:
     """By what a run makes and trains the learners that it tries.
@@ -58,6 +62,7 @@ class Trials:
         make: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
+        left: seconds until it is up.
         late: whether the run's time is up. Nothing is begun any more then, and what is being
             trained counts as it stands, from its first validation on.
     """
@@ -66,6 +71,7 @@ class Trials:
     observer: Observer
     step: Callable[[Learner], object]
     late: Callable[[], bool] = _never
+    left: Callable[[], float] = _for_ever
 
     def taught(self, labels: Tensor) -> Trials:
         """The same with a teacher, whose labels a learner has where its settings ask for them."""

@@ -248,6 +248,8 @@ def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         area = result.mean("test_auc")
         row = [result.name, "–" if math.isnan(area) else f"{area:.4f}"]
         row[1] += "" if deviation is None or math.isnan(deviation) else f" ± {deviation:.4f}"
+        if deviation is None and (error := _error(result)):
+            row[1] += f" ± {error:.4f} s.e."
         if base:
             difference = area - base.mean("test_auc")
             row.append("–" if result is base or math.isnan(difference) else f"{difference:+.4f}")
@@ -264,6 +266,12 @@ def table_rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         ]
         rows.append(row)
     return header, rows
+
+
+def _error(result: Result) -> float | None:
+    """Standard error of the test AUC of a run, None where it has none, or in files before."""
+    error = result.runs[0].get("test_auc_error")
+    return None if error is None or math.isnan(error) else float(error)
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
@@ -347,10 +355,21 @@ def _intro(runs: Sequence[dict[str, Any]]) -> str:
         " <strong>Synthetic data: generated, not measured anywhere.</strong>" if synthetic else ""
     )
     number = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    cut = sum(bool(other.get("cut_short")) for other in runs)
+    if cut:
+        note += f" Ended by --time-limit: {cut} of {len(runs)}."
     return (
-        f"{number}; split {html.escape(_split(run))}; "
+        f"{number}; split {html.escape(_split(run))}{_tested(run)}; "
         f"{run['rows']:,} rows in the shared table: {html.escape(fields)}.{note}"
     )
+
+
+def _tested(run: dict[str, Any]) -> str:
+    """How many rows were tested on, where known."""
+    held = (run.get("held_out") or {}).get("test")
+    if not held:
+        return ""
+    return f", tested on {held['rows']:,} rows, {held['positive']:,} of them positive"
 
 
 def _split(run: dict[str, Any]) -> str:
@@ -373,7 +392,7 @@ def _summary(results: Sequence[Result]) -> str:
     cards = [
         (f"{saved:.0%}", f"less embedding memory than {base.name}"),
         (f"{difference:+.4f}", f"test AUC against {base.name}"),
-        (f"{best.mean('test_auc'):.4f}", f"test AUC of {best.name}"),
+        (f"{best.mean('test_auc'):.4f}", f"test AUC of {best.name}{_give_or_take(best)}"),
     ]
     inner = "".join(
         f"<div class=card><b>{html.escape(a)}</b><span>{html.escape(b)}</span></div>"
@@ -383,6 +402,11 @@ def _summary(results: Sequence[Result]) -> str:
         f"<div class=cards>{inner}</div><p class=note>Shown: the AMTL run with the best "
         "validation AUC. The test split was scored once per run, after training.</p>"
     )
+
+
+def _give_or_take(result: Result) -> str:
+    error = _error(result)
+    return "" if error is None else f", ± {error:.4f} s.e.: a smaller difference may be chance"
 
 
 def _settings(runs: Sequence[dict[str, Any]]) -> str:

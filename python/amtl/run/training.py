@@ -292,9 +292,13 @@ class Trainer:
     def _late(self) -> bool:
         return time.monotonic() >= self._deadline
 
+    def _left(self) -> float:
+        return self._deadline - time.monotonic()
+
     def _trials(self, kept: str = "a checkpoint") -> Trials:
         """Makes and trains learners beside the one that checkpoints hold; `kept` is what does."""
-        return Trials(self._make, self.observer, self._racer(kept), self._late)
+        racer = self._racer(kept)
+        return Trials(self._make, self.observer, racer, self._late, self._left)
 
     def _require_room(self) -> None:
         """Refuses a budget in which a table can only be empty."""
