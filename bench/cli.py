@@ -189,6 +189,7 @@ def run(
         console.print(f"[yellow]absent: {name}: {reason}[/yellow]")
     failures = []
     took: dict[str, float] = {}
+    path = out or Path("runs") / "bench" / f"{suite}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     with _progress() as progress:
         task = progress.add_task("", total=len(chosen.cases), calls=0)
         calls = 0
@@ -211,6 +212,10 @@ def run(
             took[case.name] = round(time.perf_counter() - begun, 2)
             progress.update(task, completed=number + 1)
             _print_comparison(comparison)
+            # What is killed leaves what it has measured.
+            report.settings["unfinished"] = f"{number + 1} of {len(chosen.cases)} cases"
+            report.write(path)
+    report.settings.pop("unfinished", None)
     runner.forget()
     if peaks:
         with _progress() as progress:
@@ -226,7 +231,6 @@ def run(
     report.settings["estimated_seconds"] = round(plan.seconds, 1)
     report.settings["case_seconds"] = took
     _print_goals(report)
-    path = out or Path("runs") / "bench" / f"{suite}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     report.write(path)
     console.print(
         f"{path}, {report.settings['wall_seconds'] / 60:.1f} minutes "

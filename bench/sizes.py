@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from amtl.data.registry import load_source
+from amtl.errors import UserError
 from amtl.paper.protocol import DIM, SETS, choose_sets
 from amtl.paper.records import Claim, append, read
 from amtl.paper.statistics import paired
@@ -324,7 +325,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     show.add_argument("-o", "--summary", type=Path)
     args = parser.parse_args(argv)
     if args.command == "run":
-        sets = choose_sets(args.sets, args.also)
+        try:
+            sets = choose_sets(args.sets, args.also)
+        except UserError as error:
+            parser.error(str(error))
         seeds = [int(seed) for seed in args.seeds.split(",")]
         budgets = [float(budget) for budget in args.budgets.split(",")]
         run_all(args.out, sets, seeds, args.kinds.split(","), budgets, args.decay)

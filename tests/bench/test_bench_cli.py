@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from bench import cli
 from bench.cli import app
 from bench.contenders import CONTENDERS
-from bench.results import Report
+from bench.results import Comparison, Report
 from bench.suites import GOALS, SUITES
 from bench.tables import README_BEGIN, README_END
 
@@ -30,6 +31,7 @@ def test_run_writes_a_complete_result(result: Path) -> None:
     report = Report.read(result)
     assert report.suite == "tiny"
     assert report.machine["versions"]["torch"]
+    assert "unfinished" not in report.settings
     assert report.ceilings["1"]["copy"] > 0
     assert len(report.comparisons) == 10
     for comparison in report.comparisons:
@@ -39,6 +41,24 @@ def test_run_writes_a_complete_result(result: Path) -> None:
             assert timing.useful_bytes > 0
             assert timing.share > 0
     assert any("frozen pooled lookup" in goal["goal"] for goal in report.goals)
+
+
+def test_what_is_stopped_leaves_what_it_measured(tmp_path: Path, monkeypatch) -> None:
+    printed: list[str] = []
+
+    def print_and_stop(comparison: Comparison) -> None:
+        printed.append(comparison.name)
+        if len(printed) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_print_comparison", print_and_stop)
+    path = tmp_path / "tiny.json"
+    arguments = ("run", "--suite", "tiny", "--no-peaks", "--out", str(path))
+    chosen = ("--only", "goals/forward", "--only", "goals/backward")
+    assert invoke(*arguments, *chosen).exit_code != 0
+    report = Report.read(path)
+    assert [entry.name for entry in report.comparisons] == printed[:2]
+    assert report.settings["unfinished"].startswith("2 of ")
 
 
 def test_table_and_readme(result: Path, tmp_path: Path) -> None:

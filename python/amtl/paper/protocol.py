@@ -264,7 +264,8 @@ def choose_sets(names: str, also: Sequence[str]) -> dict[str, Any]:
     """
     known = {**SETS, **QUICK_SETS}
     found = {}
-    for name in parse_names("--sets", None if also and not names else names):
+    given = parse_names("--sets", None if also and not names else names)
+    for name in (each.removeprefix("synthetic:") for each in given):
         source = known.get(name, known.get(name.partition("@")[0]))
         if source is None:
             raise UserError(f"--sets {name!r}: choose of {', '.join(known)}, or give it by --also")
