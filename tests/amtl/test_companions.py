@@ -265,7 +265,10 @@ def test_a_frozen_layer_leaves_and_comes_back():
     model = converted()
     model(torch.arange(20)).backward()
     model.zero_grad()
+    company = model.users.head.companions
     model.users.freeze()
+    # What it has solved for holds a graph.
+    assert company._solved is company._masks is None
     model(torch.arange(20)).backward()
     assert model.items.head.branches.numbers.grad is not None
     assert not list(model.users.head.parameters())

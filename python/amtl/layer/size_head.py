@@ -338,7 +338,8 @@ class SizeHead(nn.Module):
                     module.register_buffer(name, parameter.detach())
                     self._held.append((module, name, parameter))
         if self._held:
-            self._slots = self._kept = None
+            self._slots = None
+            self._forget()
 
     def release(self) -> None:
         """Inverse of `hold`: the very parameters, with the values that the buffers have by now."""
