@@ -185,9 +185,9 @@ def test_values_that_rarely_come_again_and_tell_nothing_are_numbers():
 
 def test_many_rows_are_judged_by_all_those_of_some_values():
     """Of every third row no value would come again."""
-    rows = np.random.default_rng(3).integers(0, 300_000, 600_000)
-    liked = np.random.default_rng(1).random(300_000)[rows] < 0.3
-    assert spec(whole(rows), labels=clicks(0.3 + 0.13 * liked)).kind == "categorical"
+    rows = np.random.default_rng(3).integers(0, 400_000, 450_000)
+    liked = np.random.default_rng(1).random(400_000)[rows] < 0.3
+    assert spec(whole(rows), labels=clicks(0.3 + 0.15 * liked)).kind == "categorical"
     assert spec(whole(rows), labels=clicks(np.full(len(rows), 0.3))).kind == "bucket"
 
 

@@ -28,6 +28,8 @@ _CROWDED_BELOW = 0.8
 _NEARLY_UNIQUE = 0.9
 _RARELY_AGAIN = 0.4
 """Distinct dates or times a row from which few come again: what is near them tells more."""
+_SELDOM = 2.0
+"""Rows a value below which single ones have to tell something of labels to be ids."""
 _SPARSE_BELOW = 0.3
 """Share of the whole numbers of a range that amounts have; ids are dense, or evenly spread."""
 _FAVOURITES = 0.01
@@ -115,7 +117,7 @@ def infer_fields(
       out upward likewise, and besides sparse in their range (under 30 % of it), and about as
       frequent as their neighbours, where some ids are popular; where more than one of many is
       below zero; and where labels of training rows say so: few rows a value, those of neighbours
-      alike in their labels, and single values next to nothing by themselves; or fewer than 2.5 of
+      alike in their labels, and single values next to nothing by themselves; or fewer than two of
       them, and single values nothing at all. So are whole numbers
       held as floats then, and integers of which nearly every row has its own, if they are as
       sparse as said. Other integers of many values and few rows a value have a note.
@@ -362,7 +364,7 @@ def _labels_say(
     elif spec.kind != "categorical":
         return None
     told, rows = labels.of(column), (len(column) - column.null_count()) / _distinct(column)
-    seldom = _RARELY_AGAIN * rows < 1 and labels.rows >= _ROWS_TO_JUDGE_BY
+    seldom = rows < _SELDOM and labels.rows >= _ROWS_TO_JUDGE_BY
     note = f"whole numbers, {rows:.1f} rows a value, "
     if told.by_order:
         note += "near which labels are alike: a number; "

@@ -52,7 +52,7 @@ def make_handle(optimizer: FusedOptimizer, tables: Sequence[nn.Parameter]) -> Ro
 def require_rule_of_codes(optimizer: Optimizer | None, name: str) -> None:
     """Raise ValueError unless this optimizer can be fused with a table without masters."""
     if not isinstance(optimizer, SGD | RowwiseAdagrad):
-        has = "none" if optimizer is None else type(optimizer).__name__
+        has = "none" if optimizer is None else type(optimizer).__qualname__
         raise ValueError(
             f"table {name!r}: masters=False needs a fused SGD or RowwiseAdagrad, whose state is "
             f"smaller than masters, and it has {has}: layer.fuse(functools.partial("

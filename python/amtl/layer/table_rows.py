@@ -687,7 +687,7 @@ class TableRows(nn.Module):
             parts.append(f"bits={self.options.bits}")
         parts.append(f"parametrization={self.options.parametrization!r}")
         if self.fused_optimizer is not None:
-            parts.append(f"fused_optimizer={type(self.fused_optimizer).__name__}")
+            parts.append(f"fused_optimizer={type(self.fused_optimizer).__qualname__}")
         if len(self.field_sizes) > 1:
             parts.append(f"fields={len(self.field_sizes)}")
         if self.tier_ends is not None:
