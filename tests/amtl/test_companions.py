@@ -11,7 +11,7 @@ import torch
 from amtl import AMTLEmbedding
 from torch import nn
 
-ROWS = {"users": 60, "items": 25, "tags": 3, "days": 31}
+ROWS = {"users": 60, "items": 25, "tags": 8, "days": 31}
 KINDS = {
     "capacity": {"parametrization": "ordinal", "budget": 0.3},
     "power": {"parametrization": "ordinal", "budget": 0.3, "init_exponent": 0.5},
@@ -307,6 +307,23 @@ def test_layers_of_one_s_own_model_meet_where_their_parameters_are_asked_for():
     (company,) = {head.companions for head in heads(model)}
     amtl.mask_parameters(model)
     assert company is not None and {head.companions for head in heads(model)} == {company}
+
+
+def test_small_tables_are_not_padded_to_a_large_one():
+    model = nn.Module()
+    rows = {"huge": 900, "large": 700, "some": 60, "few": 40, "tiny": 2}
+    for name, number in rows.items():
+        model.add_module(name, nn.Embedding(number, 8))
+    made = {name: torch.arange(number) for name, number in rows.items()}
+    amtl.convert(model, made, budget=0.4, bits=None, parametrization="ordinal")
+    of = {name: layer.head.companions for name, layer in amtl.layers(model).items()}
+    assert of["huge"] is of["large"] is not None and of["some"] is of["few"] is not None
+    assert of["huge"] is not of["some"] and of["tiny"] is None
+    before = dict(of)
+    amtl.mask_parameters(model)
+    assert {name: layer.head.companions for name, layer in amtl.layers(model).items()} == before
+    for head, alone in zip(heads(model), heads(apart(model)), strict=True):
+        assert torch.equal(head.sizes(), alone.sizes())
 
 
 def test_only_heads_that_are_alike_meet():

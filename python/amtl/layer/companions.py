@@ -18,14 +18,21 @@ from torch.autograd.function import once_differentiable
 
 from amtl.layer.size_head import Padded, SizeHead, Solution
 
+_FEWER = 8
+"""Times: heads of so many fewer groups than the largest are not padded to its."""
+
 
 def accompany(heads: Iterable[SizeHead]) -> None:
     """Let heads that are alike be solved for together from now on; others stay by themselves."""
-    alike: dict[tuple[object, ...], list[SizeHead]] = {}
-    for head in heads:
+    alike: dict[tuple[object, ...], list[list[SizeHead]]] = {}
+    for head in sorted(heads, key=lambda head: -head.num_groups):
         if head.trains:
-            alike.setdefault(head.likeness(), []).append(head)
-    for found in alike.values():
+            groups = alike.setdefault(head.likeness(), [[head]])
+            if head.num_groups * _FEWER < groups[-1][0].num_groups:
+                groups.append([head])
+            elif head is not groups[-1][0]:
+                groups[-1].append(head)
+    for found in (group for groups in alike.values() for group in groups):
         companies = {id(head.companions) for head in found}
         if len(found) > 1 and (len(companies) > 1 or found[0].companions is None):
             company = Company()
@@ -92,9 +99,8 @@ class Company:
                     watched[other] = seen
         if head not in watched or len(watched) < 2:
             return
-        inference = torch.is_inference_mode_enabled()
+        inference, learns = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         # What is made in inference mode cannot be used in a backward to come.
-        learns = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.no_grad(), _exact(head):
             padded = self._padded_groups(list(watched))
             numbers = torch.stack([next(other.parameters()).detach() for other in watched])
