@@ -266,7 +266,7 @@ def freeze_optimizers(
     cut it (projections, columns of other shapes) stays where rows do, and else begins anew.
     Blocks of codes have no state of a number each: it would be larger than they are.
     """
-    stays = len(blocks) == 1 and blocks[0].shape == weight.shape and plan.order is None
+    stays = _stays(weight, blocks, plan)
     for optimizer, group, _ in _holders(optimizers, weight):
         _replace(group, weight, 1, blocks)
         state = _dense_state(optimizer, weight)
@@ -297,10 +297,10 @@ def thaw_optimizers(
     plan: TierPlan,
 ) -> None:
     """Inverse of `freeze_optimizers`; blocks that have no state yet count as zeros."""
+    stays = _stays(weight, blocks, plan)
     for optimizer, group, _ in _holders(optimizers, blocks[0]):
         _replace(group, blocks[0], len(blocks), [weight])
         states = [_dense_state(optimizer, block) for block in blocks]
-        stays = len(blocks) == 1 and blocks[0].shape == weight.shape and plan.order is None
         if not stays and _starts_anew(optimizer, states, blocks):
             continue
         keys = {key: None for state in states for key in state}
@@ -420,6 +420,11 @@ def replace_parameters(
                 "loaded before the model and is lost; load the optimizer's state after the model's",
                 stacklevel=2,
             )
+
+
+def _stays(weight: Tensor, blocks: Sequence[Tensor], plan: TierPlan) -> bool:
+    """Whether all rows keep their places and their width."""
+    return len(blocks) == 1 and blocks[0].shape == weight.shape and plan.order is None
 
 
 def _starts_anew(

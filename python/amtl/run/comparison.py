@@ -31,9 +31,9 @@ _DOUBLY = 2.0
 the luckiest there, and the standard error is itself a guess."""
 
 _TOO_GOOD = 0.999
+"""A validation AUC that clicks do not have."""
 _FEWEST = 10
 """Positive or negative rows: an AUC of fewer may be that good by chance."""
-"""A validation AUC that clicks do not have."""
 
 _CHANCE = 2.0
 """Standard errors from 0.5, below which an AUC may be chance."""

@@ -62,9 +62,9 @@ class Trials:
         make: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
-        left: seconds until it is up.
         late: whether the run's time is up. Nothing is begun any more then, and what is being
             trained counts as it stands, from its first validation on.
+        left: seconds until it is up.
     """
 
     make: Callable[..., Learner]

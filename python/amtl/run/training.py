@@ -290,7 +290,7 @@ class Trainer:
         return self._finish()
 
     def _late(self) -> bool:
-        return time.monotonic() >= self._deadline
+        return self._left() <= 0
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
