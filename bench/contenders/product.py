@@ -122,6 +122,7 @@ class _Product(OursInLayers):
         return {
             "counts": counts,
             "budget": case.row_mean,
+            "bits": None,
             "sparse": True,
             "granularity": width,
             "tier_width": width,

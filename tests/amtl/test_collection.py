@@ -26,7 +26,9 @@ COUNTS = {
 
 def collection_of(**options):
     torch.manual_seed(0)
-    return AMTLEmbeddingCollection(ROWS, DIM, **{"counts": COUNTS, "budget": 0.4, **options})
+    return AMTLEmbeddingCollection(
+        ROWS, DIM, **{"counts": COUNTS, "budget": 0.4, "bits": None, **options}
+    )
 
 
 def draw(shape=(11,), seed=0):
@@ -135,7 +137,11 @@ def test_the_budget_is_one_for_all_tables():
 
 def test_sizes_are_those_of_a_table_with_fields():
     fields = AMTLEmbedding(
-        127, DIM, counts=torch.cat(list(COUNTS.values())), field_sizes=list(ROWS.values())
+        127,
+        DIM,
+        counts=torch.cat(list(COUNTS.values())),
+        field_sizes=list(ROWS.values()),
+        bits=None,
     )
     assert torch.equal(collection_of().row_dims(), fields.row_dims())
 
@@ -155,6 +161,7 @@ def test_trains_as_a_layer_would(fused, parametrization, pooled):
         DIM,
         counts=torch.cat(list(COUNTS.values())),
         field_sizes=list(ROWS.values()),
+        bits=None,
         sparse=True,
         **{"mode": "sum"} if pooled else {},
         **options,

@@ -298,6 +298,7 @@ def test_rows_of_size_0_leave_the_vocabulary(frame):
         counts=encoder.counts(),
         field_sizes=encoder.field_sizes,
         budget=0.1,
+        bits=None,
         shared_rows=oov,
     ).eval()
     batch = data.batch(torch.arange(50))

@@ -33,7 +33,7 @@ def counts_of(rows=ROWS, seed=0):
 
 def layer_of(kind=AMTLEmbedding, **options):
     torch.manual_seed(0)
-    options = {"budget": 0.4, "parametrization": "ordinal", **options}
+    options = {"budget": 0.4, "bits": None, "parametrization": "ordinal", **options}
     return kind(ROWS, DIM, **{"counts": counts_of(), **options})
 
 
@@ -43,7 +43,7 @@ def masked_weight(layer):
 
 
 def test_by_default_sizes_follow_from_counts_and_nothing_is_learned():
-    layer = AMTLEmbedding(ROWS, DIM, counts=counts_of(), budget=0.4)
+    layer = AMTLEmbedding(ROWS, DIM, counts=counts_of(), budget=0.4, bits=None)
     assert layer.options.parametrization == "rule" and layer.mask_parameters() == []
     dims = layer.row_dims()
     by_count = dims[torch.argsort(counts_of(), stable=True)]
@@ -468,7 +468,7 @@ def test_plain_state_that_does_not_fit():
 def test_state_that_does_not_fit_is_refused():
     frozen = layer_of().freeze()
     with pytest.raises(RuntimeError, match="do not fit a table"):
-        AMTLEmbedding(ROWS + 1, DIM, counts=torch.ones(ROWS + 1)).load_state_dict(
+        AMTLEmbedding(ROWS + 1, DIM, counts=torch.ones(ROWS + 1), bits=None).load_state_dict(
             frozen.state_dict()
         )
     layer = layer_of()
@@ -648,7 +648,7 @@ def test_a_traced_model_hands_bags_over():
 
 def test_fields_share_one_budget():
     counts = torch.cat([counts_of(100), torch.full((20,), 5000)])
-    layer = AMTLEmbedding(120, 16, counts=counts, field_sizes=[100, 20], budget=0.25)
+    layer = AMTLEmbedding(120, 16, counts=counts, field_sizes=[100, 20], budget=0.25, bits=None)
     assert layer.field_offsets == [0, 100]
     assert layer.row_fields().tolist() == [0] * 100 + [1] * 20
     dims = layer.row_dims()
@@ -715,7 +715,13 @@ def test_training_in_full(parametrization):
     counts = torch.bincount(sample, minlength=rows)
     model = nn.Sequential(
         AMTLEmbedding(
-            rows, dim, counts=counts, budget=budget, parametrization=parametrization, weight_std=0.1
+            rows,
+            dim,
+            counts=counts,
+            budget=budget,
+            bits=None,
+            parametrization=parametrization,
+            weight_std=0.1,
         ),
         nn.Linear(dim, dim),
     )

@@ -31,7 +31,9 @@ OPTIMIZERS = {
 def layer_of(kind=AMTLEmbedding, **options):
     torch.manual_seed(0)
     counts = (torch.arange(ROWS).roll(7) ** 2) % 541
-    return kind(ROWS, DIM, counts=counts, sparse=True, **{"padding_idx": 3, **options})
+    return kind(
+        ROWS, DIM, counts=counts, sparse=True, **{"padding_idx": 3, "bits": None, **options}
+    )
 
 
 def draw(seed):

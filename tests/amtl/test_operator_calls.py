@@ -174,7 +174,7 @@ def test_a_step_of_amtl_train_looks_up_and_updates_once(method, bits):
 
 
 def test_without_a_fused_optimizer_all_tiers_step_in_one_call():
-    layer = AMTLEmbedding(50, 16, counts=counts_of(50), budget=0.2, sparse=True).freeze()
+    layer = AMTLEmbedding(50, 16, counts=counts_of(50), budget=0.2, bits=None, sparse=True).freeze()
     assert len(layer.blocks) > 1
     optimizer = Adam(layer.table_parameters(), lr=1e-2)
     layer(torch.arange(6)).sum().backward()

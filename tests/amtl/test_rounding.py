@@ -749,7 +749,7 @@ def test_bits_given_at_freezing_round_what_was_learned(bits, kind, tmp_path):
     trained(layer.train(), bags=bags)
     with pytest.raises(ValueError, match="bits must be one of"):
         layer_of(bits=None).freeze(bits=3)
-    odd = AMTLEmbedding(4, 5, counts=[4, 3, 2, 1])
+    odd = AMTLEmbedding(4, 5, counts=[4, 3, 2, 1], bits=None)
     with pytest.raises(ValueError, match="of 5 numbers the last would be left out: take bits=8"):
         odd.freeze(bits=4)
     assert odd.phase == "search" and odd.options.bits is None

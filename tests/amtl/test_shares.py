@@ -60,6 +60,7 @@ def test_tables_share_as_one_table_of_all_rows_would(budget, options):
         counts=together,
         field_sizes=[len(c) for c in COUNTS.values()],
         budget=budget,
+        bits=None,
         tier_width=1,
         **{**options, **weights},
     )
@@ -95,6 +96,38 @@ def test_an_eighth_holds_all_numbers_where_they_are(rows, tmp_path):
     amtl.save(model, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size <= 0.125 * 64 * sum(rows) + 1500 * len(rows)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("budget", [0.4, 0.125, 0.05])
+@pytest.mark.parametrize("more", [{}, {"parametrization": "ordinal"}, {"tier_width": 3}])
+def test_a_layer_made_by_hand_is_what_convert_makes(kind, budget, more):
+    counts = COUNTS["user"]
+    converted = amtl.convert(kind(len(counts), 16), counts, budget, **more)
+    layer = type(converted)(len(counts), 16, counts=counts, budget=budget, **more)
+    assert layer.options == converted.options
+    assert (layer.options.bits is None) == ("parametrization" in more)
+    assert torch.equal(layer.row_dims(), converted.row_dims())
+    collection = amtl.AMTLEmbeddingCollection([3000], 16, counts=[counts], budget=budget, **more)
+    assert collection.options == layer.options
+
+
+def test_where_step_sizes_are_dearer_than_numbers_these_keep_their_type():
+    counts = [4, 3, 2, 1]
+    for budget in (0.4, 0.1, 0.05):
+        layer = amtl.AMTLEmbedding(4, 5, counts=counts, budget=budget, masters=budget > 0.1)
+        assert layer.options.bits is None and layer.stored_fraction() <= budget
+        assert layer.freeze().stored_fraction() <= budget
+        model = nn.Sequential(nn.Embedding(4, 5))
+        assert amtl.convert(model, {"0": counts}, budget)[0].options.bits is None
+        with pytest.raises(ValueError, match="step sizes take"):
+            amtl.AMTLEmbedding(4, 5, counts=counts, budget=budget, bits=8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_budget_that_is_no_number_is_none_for_few_bits_either(bits):
+    with pytest.raises(ValueError, match=r"budget must be a fraction in \(0, 1\], got nan"):
+        amtl.AMTLEmbedding(50, 8, counts=range(50), budget=float("nan"), bits=bits)
 
 
 @pytest.mark.parametrize(

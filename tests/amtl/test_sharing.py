@@ -30,7 +30,13 @@ def counts_of(seed=0):
 
 def layer_of(kind=AMTLEmbedding, shared_rows=(11, 160), **options):
     torch.manual_seed(0)
-    options = {"counts": counts_of(), "field_sizes": FIELDS, "budget": 0.06, **options}
+    options = {
+        "counts": counts_of(),
+        "field_sizes": FIELDS,
+        "budget": 0.06,
+        "bits": None,
+        **options,
+    }
     options = {"parametrization": "ordinal", **options}
     return kind(ROWS, DIM, shared_rows=shared_rows, **options)
 
@@ -163,7 +169,13 @@ def test_gradients_go_to_the_shared_row():
 def test_rows_in_order_need_one_comparison(bounds_check):
     counts = (300 / torch.arange(1, 201).pow(1.2)).long()
     layer = AMTLEmbedding(
-        200, DIM, counts=counts, budget=0.05, shared_rows=[0], bounds_check=bounds_check
+        200,
+        DIM,
+        counts=counts,
+        budget=0.05,
+        bits=None,
+        shared_rows=[0],
+        bounds_check=bounds_check,
     ).eval()
     rows = torch.arange(200)
     before = layer(rows)
@@ -205,7 +217,7 @@ def test_out_of_range_is_the_same_in_both_phases(bounds_check, in_order, monkeyp
 def test_a_shared_row_that_keeps_nothing_gives_zeros():
     counts = torch.full((50,), 100)
     counts[20:] = 0
-    layer = AMTLEmbedding(50, 8, counts=counts, budget=0.3, shared_rows=[49]).eval()
+    layer = AMTLEmbedding(50, 8, counts=counts, budget=0.3, bits=None, shared_rows=[49]).eval()
     assert layer.row_dims()[20:].tolist() == [0] * 30
     rows = torch.arange(50)
     before = layer(rows)
@@ -408,7 +420,12 @@ def test_other_tables_are_refused():
     state = layer_of().freeze().state_dict()
     for rows in (ROWS + 1, ROWS - 1):
         other = AMTLEmbedding(
-            rows, DIM, counts=torch.ones(rows), field_sizes=[150, rows - 150], shared_rows="rarest"
+            rows,
+            DIM,
+            counts=torch.ones(rows),
+            field_sizes=[150, rows - 150],
+            shared_rows="rarest",
+            bits=None,
         )
         with pytest.raises(RuntimeError, match="do not fit a table"):
             other.load_state_dict(state)

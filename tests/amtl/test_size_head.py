@@ -18,9 +18,8 @@ PARAMETRIZATIONS = ["ordinal", "free", "rule"]
 def layer_of(parametrization="ordinal", **options):
     torch.manual_seed(0)
     counts = (4000 / torch.arange(1, ROWS + 1).pow(1.1)).long()
-    layer = AMTLEmbedding(
-        ROWS, DIM, counts=counts, budget=0.2, parametrization=parametrization, **options
-    )
+    options = {"bits": None, "parametrization": parametrization, **options}
+    layer = AMTLEmbedding(ROWS, DIM, counts=counts, budget=0.2, **options)
     move(layer.head)
     return layer
 

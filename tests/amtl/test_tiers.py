@@ -30,7 +30,7 @@ def counts_of(rows, in_order=False, seed=0):
 
 def layer_of(kind=AMTLEmbedding, rows=200, dim=16, in_order=False, **options):
     torch.manual_seed(0)
-    options = {"budget": 0.25, "parametrization": "ordinal", **options}
+    options = {"budget": 0.25, "bits": None, "parametrization": "ordinal", **options}
     return kind(rows, dim, counts=counts_of(rows, in_order), **options)
 
 
@@ -378,6 +378,7 @@ def test_momentum_of_sparse_gradients_survives_freezing_and_thawing():
         8,
         counts=torch.arange(40),
         budget=1.0,
+        bits=None,
         sparse=True,
         _weight=plain.weight.detach().clone(),
     )
@@ -611,7 +612,7 @@ def test_out_of_range_is_the_same_in_both_phases(bounds_check):
 
 def test_empty_table_and_one_row():
     for rows in (0, 1):
-        layer = AMTLEmbedding(rows, 4, counts=torch.ones(rows), budget=0.5).eval()
+        layer = AMTLEmbedding(rows, 4, counts=torch.ones(rows), budget=0.5, bits=None).eval()
         before = layer(torch.zeros(0 if rows == 0 else 2, dtype=torch.int64))
         layer.freeze()
         after = layer(torch.zeros(0 if rows == 0 else 2, dtype=torch.int64))
@@ -728,7 +729,7 @@ def test_optimizers_are_looked_for_once(monkeypatch):
 
 def test_states_of_a_frozen_table_and_its_optimizer_are_loaded_in_this_order():
     def fresh():
-        layer = amtl.AMTLEmbedding(200, 8, counts=torch.arange(200) ** 2, budget=0.3)
+        layer = amtl.AMTLEmbedding(200, 8, counts=torch.arange(200) ** 2, budget=0.3, bits=None)
         return layer, amtl_kernels.optim.Adam(layer.table_parameters(), lr=0.1)
 
     def step(layer, optimizer):

@@ -38,7 +38,7 @@ class Model(nn.Module):
         )
         # Frozen, in numbers that training rounds.
         self.trained = AMTLEmbedding(ROWS, DIM, bits=2, **shared).freeze()
-        self.floats = AMTLEmbedding(ROWS, DIM, **shared).freeze()
+        self.floats = AMTLEmbedding(ROWS, DIM, bits=None, **shared).freeze()
         self.mlp = nn.Sequential(nn.Linear(5 * DIM, 8), nn.ReLU(), nn.Linear(8, 1))
 
     def tables(self, rows, bags):

@@ -407,7 +407,7 @@ def small(tmp_path_factory) -> Path:
         "a": some_layer(torch.float16, None, rows=40, dim=8),
         "b": some_layer(torch.float32, 4, rows=30, dim=8, shared_rows="rarest"),
         "c": AMTLEmbeddingCollection(
-            [9, 5], 8, counts=[range(9), range(5)], budget=0.3, padding_idx=[0, 0]
+            [9, 5], 8, counts=[range(9), range(5)], budget=0.3, bits=None, padding_idx=[0, 0]
         ).freeze(),
     }
     amtl.save(layers, path, metadata={"text": "x" * 20})

@@ -14,7 +14,6 @@ import amtl_kernels
 from amtl.layer.frequency import check_counts
 from amtl.layer.fusing import FusedOptimizer
 from amtl.layer.graphs import record, refuse_script
-from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.size_head import being_traced
 from amtl.layer.table import AMTLTable
@@ -115,7 +114,7 @@ class AMTLEmbeddingCollection(AMTLTable):
             rows,
             None,
             shared,
-            SearchOptions(**options),
+            options,
             padding[1:],
         )
         self._hold_names(names, mode)

@@ -477,9 +477,11 @@ def _options_of(
                 raise ValueError(f"a budget for {names[module]!r} is missing")
             _check_budget(budget[found])
             of_layer["budget"] = budget[found]
-            (of_layer["bits"],) = automatic_bits(budget[found], [_weight(module)], options)
         return chosen
     _check_budget(budget)
+    if len(chosen) == 1:
+        next(iter(chosen.values()))["budget"] = budget
+        return chosen
     known = {field.name for field in fields(SearchOptions)}
     given = {key: value for key, value in options.items() if key in known}
     bits = automatic_bits(budget, [_weight(module) for module in counts], options)

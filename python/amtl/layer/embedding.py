@@ -11,7 +11,6 @@ from torch.fx import Proxy
 
 from amtl.layer.fusing import FusedOptimizer
 from amtl.layer.graphs import record
-from amtl.layer.options import SearchOptions
 from amtl.layer.sharing import SharedRows
 from amtl.layer.table import AMTLTable
 
@@ -91,7 +90,7 @@ class AMTLEmbedding(AMTLTable):
             field_sizes,
             row_features,
             shared_rows,
-            SearchOptions(**options),
+            options,
         )
         self.fuse(fused_optimizer)
 
@@ -214,7 +213,7 @@ class AMTLEmbeddingBag(AMTLTable):
             field_sizes,
             row_features,
             shared_rows,
-            SearchOptions(**options),
+            options,
         )
         self.fuse(fused_optimizer)
         self.mode = mode

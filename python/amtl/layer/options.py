@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from amtl.layer.budget import BudgetError, SizeGrid, default_tier_width, is_number, no_share
+from amtl.layer.budget import (
+    BudgetError,
+    SizeGrid,
+    check_share,
+    default_tier_width,
+    is_number,
+    no_share,
+)
 from amtl.layer.frequency import FrequencyGroups
 from amtl.layer.rounding import PART_BYTES, unit
 from amtl.layer.size_head import SizeHead
@@ -22,7 +29,9 @@ class SearchOptions:
         budget: stored bytes over those of N * D numbers of the table's type, tier rounding and step
             sizes included, in (0, 1]. None only with "free": the paper's layer, whose saving is an
             outcome of training.
-        bits: of a stored number, 2, 4, 8 or 16; None keeps the table's type. Frozen training rounds
+        bits: of a stored number, 2, 4, 8 or 16; None keeps the table's type, and narrows rows to
+            meet the budget. "auto", what layers and `amtl.convert` take where nothing is given:
+            what loses least, see `amtl.layer.shares.automatic_bits`. Frozen training rounds
             what is looked up, and `to_integers` (which saving calls) keeps the codes only. Rows are
             stored in whole bytes, so sizes are even at 4 bits and multiples of 4 at 2; where D is
             not, its last number, or last three, are left out.
@@ -148,6 +157,7 @@ class SearchOptions:
         """
         if self.bits is None or self.budget is None:
             return self
+        check_share(self.budget)
         size = max(1, rows * dim)
         share = (self.budget * size * itemsize - parts * PART_BYTES) * 8 / self.bits / size
         if share <= 0:

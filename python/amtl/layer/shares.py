@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtl.layer.budget import BudgetError, check_share
+from amtl.layer.budget import BudgetError, check_share, is_number
 from amtl.layer.frequency import FrequencyGroups, frequency_groups
 from amtl.layer.laws import make_law
 from amtl.layer.options import SearchOptions
@@ -84,6 +84,33 @@ def automatic_bits(
 
     bits_of = [of(weight) for weight in weights]
     return _in_8_where_odd(bits_of, weights, 4 * budget * numbers)
+
+
+def options_of_table(
+    weight: Tensor, counts: Tensor, field_sizes: Sequence[int], options: Mapping[str, Any]
+) -> SearchOptions:
+    """The options of a table with a budget of its own; see `automatic_bits`.
+
+    Args:
+        weight: the table [N, D].
+        counts: int64 [N], training counts.
+        field_sizes: rows of each field in it.
+        options: of `SearchOptions`, as far as they were given.
+
+    Raises:
+        ValueError: an option out of range, or bits of a table without rows.
+    """
+    budget = options.get("budget", SearchOptions.budget)
+    (bits,) = automatic_bits(budget if is_number(budget) else None, [weight], options)
+    found = SearchOptions(**{**options, "bits": bits})
+    if bits is None:
+        return found
+    if not len(weight):
+        raise ValueError("a table without rows has no step sizes: bits must be None")
+    if options.get("bits", AUTO) != AUTO:
+        return found
+    demand = Demand(counts, weight.shape[1], weight.element_size(), field_sizes, bits)
+    return _worth(demand, found, _step_groups(demand))
 
 
 def _in_8_where_odd(

@@ -47,6 +47,7 @@ from amtl.layer.rounding import (
     unit,
     where_they_are,
 )
+from amtl.layer.shares import AUTO, options_of_table
 from amtl.layer.sharing import SharedRows, groups_that_share, implied_order, resolve_shared_rows
 from amtl.layer.size_head import SizeHead
 from amtl.layer.table_states import TableStates
@@ -98,7 +99,7 @@ class AMTLTable(TableStates):
         field_sizes: Sequence[int] | None,
         row_features: Tensor | None,
         shared_rows: SharedRows,
-        options: SearchOptions,
+        options: Mapping[str, Any],
         other_paddings: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -107,8 +108,6 @@ class AMTLTable(TableStates):
                 f"a table needs num_embeddings >= 0 and embedding_dim >= 1, got "
                 f"[{num_embeddings}, {embedding_dim}]"
             )
-        if num_embeddings == 0 and options.bits is not None:
-            raise ValueError("a table without rows has no step sizes: bits must be None")
         if scale_grad_by_freq:
             raise ValueError(
                 "scale_grad_by_freq=True is not supported: it would scale the gradient of the "
@@ -122,6 +121,15 @@ class AMTLTable(TableStates):
             raise ValueError(
                 f"_weight has shape {tuple(weight.shape)}, not [{num_embeddings}, {embedding_dim}]"
             )
+        if weight is None:
+            table = amtl_kernels.empty_table(
+                num_embeddings, embedding_dim, device=device, dtype=dtype
+            )
+        else:
+            table = weight.contiguous()
+        checked = check_counts(counts, num_embeddings).to(table.device)
+        sizes = check_field_sizes(field_sizes, num_embeddings)
+        found = options_of_table(table, checked, sizes, options)
         self._describe(
             num_embeddings,
             embedding_dim,
@@ -129,23 +137,25 @@ class AMTLTable(TableStates):
             max_norm,
             norm_type,
             sparse,
-            check_field_sizes(field_sizes, num_embeddings),
-            options,
+            sizes,
+            found,
         )
         self.other_paddings = tuple(other_paddings)
+        self.weight = nn.Parameter(table, requires_grad=requires_grad)
         if weight is None:
-            data = amtl_kernels.empty_table(
-                num_embeddings, embedding_dim, device=device, dtype=dtype
-            )
-            self.weight = nn.Parameter(data, requires_grad=requires_grad)
             self.reset_parameters()
-        else:
-            self.weight = nn.Parameter(weight.contiguous(), requires_grad=requires_grad)
-        self.grid = options.grid(embedding_dim, self.weight.element_size())
-        checked = check_counts(counts, num_embeddings).to(self.weight.device)
         padding = self._padding_rows()
         self._share(resolve_shared_rows(shared_rows, checked, self.field_sizes, padding))
-        self.row_group, self.head = self._search(checked, options, row_features)
+        self.grid = found.grid(embedding_dim, table.element_size())
+        try:
+            self.row_group, self.head = self._search(checked, found, row_features)
+        except BudgetError:
+            if options.get("bits", AUTO) != AUTO or found.bits is None:
+                raise
+            # Of a few rows step sizes alone take more than the budget.
+            self.options = found = replace(found, bits=None, masters=True)
+            self.grid = found.grid(embedding_dim, table.element_size())
+            self.row_group, self.head = self._search(checked, found, row_features)
 
     def _share(self, rows: Sequence[int] | None) -> None:
         self.shared_rows = None if rows is None else torch.tensor(rows, device=self.device)

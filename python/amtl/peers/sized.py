@@ -154,6 +154,7 @@ class Shuffled(Peer):
             counts=facts.counts,
             field_sizes=facts.field_sizes,
             budget=min(1.0, spare / self.dense_bytes()),
+            bits=None,
             capacity_bits=capacity_bits,
             tier_width=1,
         )

@@ -98,7 +98,13 @@ def build_table(
                 sparse=True,
                 counts=encoder.counts(),
                 field_sizes=encoder.field_sizes,
-                **{"budget": budget, "seed": seed, "shared_rows": shared, **extra},
+                **{
+                    "budget": budget,
+                    "bits": None,
+                    "seed": seed,
+                    "shared_rows": shared,
+                    **extra,
+                },
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"--method {method}: {error}") from error

@@ -161,6 +161,7 @@ def test_shuffled_sizes_are_the_rule_s_in_another_order():
         counts=given.counts,
         field_sizes=given.field_sizes,
         budget=(4000 - 72) / (4 * 3200),
+        bits=None,
         tier_width=1,
     ).row_dims()
     assert torch.equal(table.widths.sort().values, rule.sort().values.long())

@@ -37,7 +37,8 @@ def counts_of(rows=60, in_order=True):
 
 def frozen(kind=AMTLEmbedding, rows=60, dim=8, in_order=True, **options):
     torch.manual_seed(0)
-    return kind(rows, dim, counts=counts_of(rows, in_order), budget=0.4, **options).eval().freeze()
+    options = {"budget": 0.4, "bits": None, **options}
+    return kind(rows, dim, counts=counts_of(rows, in_order), **options).eval().freeze()
 
 
 class Model(nn.Module):
