@@ -11,7 +11,16 @@ import torch
 from amtl.errors import UserError
 from amtl.run import contest
 from amtl.run.config import TrainConfig
-from amtl.run.contest import DROPOUT, LESS, SHARES, Contest, race_bytes, race_law, race_taught
+from amtl.run.contest import (
+    DECAYS,
+    DROPOUT,
+    LESS,
+    SHARES,
+    Contest,
+    race_bytes,
+    race_law,
+    race_taught,
+)
 from amtl.run.metrics import score_error
 from amtl.run.progress import Silent
 from amtl.run.race import FLAT, FULL, Trials, race
@@ -691,6 +700,41 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
     course = Contest(first, trials(make))
     course.run({"sized": options, "given": {}, "budget": 0.25})
     assert course.winner is tried[winner] and len(tried) == made
+
+
+@pytest.mark.parametrize(
+    ("left", "given", "score", "tried", "decay"),
+    [
+        (200.0, None, 0.6, [DECAYS[-1]], DECAYS[-1]),
+        (200.0, None, 0.4, [DECAYS[-1]], None),
+        (math.inf, None, 0.6, [], None),
+        (200.0, 0.0, 0.6, [], 0.0),
+    ],
+)
+def test_where_time_is_limited_weight_decay_comes_first(
+    monkeypatch, left, given, score, tried, decay
+):
+    made = []
+
+    def make(config):
+        made.append(Scripted([0.3, score]))
+        made[-1].config = config
+        return made[-1]
+
+    def no_fewer(self, name, raced, options, labels=None):
+        assert self.winner.config.embedding_decay == decay
+        return options
+
+    first = ended([0.5, 0.5])
+    first.config = settings(embedding_decay=given, distillation=0.5)
+    monkeypatch.setattr(Contest, "_fewer_bytes", no_fewer)
+    monkeypatch.setattr(Contest, "_teach", lambda self, fewer: pytest.fail() if fewer else None)
+    course = Contest(first, trials(make, left=lambda: left))
+    course.run({"sized": {}, "given": {}, "budget": 0.25})
+    assert [learner.config.embedding_decay for learner in made] == tried
+    assert course.winner.config.embedding_decay == decay
+    assert [learner.released for learner in made] == [score < 0.5] * len(tried)
+    assert (course.found["decayed"] or {}).get("score") == (score if tried else None)
 
 
 def ended(scores):
