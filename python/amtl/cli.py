@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -34,29 +32,6 @@ app = typer.Typer(
 console = Console(emoji=False)
 
 Run = Annotated[Path, arguments.paths("RUN|PACKED", "Run folder or packed file.")]
-
-
-class _Stopper:
-    """First Ctrl-C: finish the step and save a checkpoint. Second: stop at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> _Stopper:
-        self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        console.print("\n  stopping after this step (Ctrl-C again to stop at once)", style="yellow")
-
-    def __call__(self, steps: int) -> bool:
-        return self.asked
 
 
 @app.command()
@@ -362,7 +337,7 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
     from amtl.run.progress import Bars
     from amtl.run.training import Interrupted
 
-    stop = _Stopper()
+    stop = failures.Stopper(console)
     trainer = make(stop, Bars(console))
     if fresh:
         print_decisions(console, trainer.task.encoder.decisions)

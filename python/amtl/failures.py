@@ -1,13 +1,15 @@
-"""What a person is told when a command fails: one line, and a log for what nobody expected."""
+"""What a person is told of a command that fails: one line, or a log; and what Ctrl-C does."""
 
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import typer
 from rich.console import Console
@@ -17,6 +19,37 @@ from amtl.errors import UserError
 
 LOG = "amtl-error.log"
 MISTAKE, USAGE, STOPPED = 1, 2, 130
+
+
+class Stopper:
+    """First Ctrl-C: finish the step and save a checkpoint. Second: stop at once.
+
+    Args:
+        console: where that is said.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.asked = False
+        self._console = console
+
+    def __enter__(self) -> Stopper:
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._console.print(
+            "\n  stopping after this step (Ctrl-C again to stop at once)", style="yellow"
+        )
+
+    def __call__(self, steps: int) -> bool:
+        """Whether training is to stop, after so many steps."""
+        return self.asked
 
 
 def run(app: typer.Typer, args: Sequence[str]) -> int:

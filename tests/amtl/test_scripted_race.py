@@ -755,7 +755,7 @@ class Clock:
         learner.step()
 
     def trials(self, make):
-        return Trials(make, Silent(), self.step, lambda: self.left <= 0)
+        return Trials(make, Silent(), self.step, lambda: self.left)
 
 
 def test_what_is_better_when_the_time_is_up_counts_as_it_stands():

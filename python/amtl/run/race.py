@@ -46,10 +46,6 @@ _LEAST_WEIGHT = 1e-3
 FULL, FLAT = "full size", "fixed width"
 
 
-def _never() -> bool:
-    return False
-
-
 def _for_ever() -> float:
     return math.inf
 
@@ -62,16 +58,21 @@ class Trials:
         make: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
-        late: whether the run's time is up. Nothing is begun any more then, and what is being
-            trained counts as it stands, from its first validation on.
-        left: seconds until it is up.
+        left: seconds until the run's time is up.
     """
 
     make: Callable[..., Learner]
     observer: Observer
     step: Callable[[Learner], object]
-    late: Callable[[], bool] = _never
     left: Callable[[], float] = _for_ever
+
+    def late(self) -> bool:
+        """Whether the time is up.
+
+        Nothing is begun any more then, and what is being trained counts as it stands, from its
+        first validation on.
+        """
+        return self.left() <= 0
 
     def taught(self, labels: Tensor) -> Trials:
         """The same with a teacher, whose labels a learner has where its settings ask for them."""

@@ -298,7 +298,7 @@ class Trainer:
     def _trials(self, kept: str = "a checkpoint") -> Trials:
         """Makes and trains learners beside the one that checkpoints hold; `kept` is what does."""
         racer = self._racer(kept)
-        return Trials(self._make, self.observer, racer, self._late, self._left)
+        return Trials(self._make, self.observer, racer, self._left)
 
     def _require_room(self) -> None:
         """Refuses a budget in which a table can only be empty."""
