@@ -17,6 +17,8 @@ export MAX_JOBS ?= 2
 export AMTL_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,off)
 
 PY := $(VENV)/bin/python
+# cmake and ninja come with it, and a fresh machine has no others.
+export PATH := $(PATH):$(abspath $(VENV))/bin
 LOG := $(VENV)/setup.log
 QUIET_PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := CMakeLists.txt setup.py $(shell find csrc bench/peer -type f -not -name "*.so")
@@ -40,8 +42,25 @@ help:
 	@echo "make gpu     prove and measure on this machine's GPU, ten minutes at a time"
 	@echo "make clean   remove builds and the virtual environment"
 
+# What pip does not bring, said before anything is fetched.
+define LACKING
+import os, shutil, sys, sysconfig
+from importlib.util import find_spec
+headers = os.path.join(sysconfig.get_path("include"), "Python.h")
+lacking = {
+    "Python 3.10 or later (PYTHON=... names another)": sys.version_info < (3, 10),
+    "the venv of Python (Debian and Ubuntu: python3-venv)": not find_spec("ensurepip"),
+    "the headers of Python (python3-dev)": not os.path.exists(headers),
+    "a C++17 compiler (g++)": not shutil.which(os.environ.get("CXX", "c++").split()[0]),
+}
+lacking = [name for name, lacks in lacking.items() if lacks]
+sys.exit("The set-up needs " + " and ".join(lacking) + ": install that first." if lacking else 0)
+endef
+export LACKING
+
 # torch first and pinned: a range would be met by whatever build is newest.
 $(VENV)/.torch:
+	@$(PYTHON) -c "$$LACKING"
 	@echo "Setting up $(VENV) (first time only, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	$(call quietly,$(QUIET_PIP) --upgrade pip)

@@ -7,6 +7,8 @@ default in an editable install, off in a wheel, which stays one file for every P
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shlex
 import subprocess
@@ -19,6 +21,18 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def with_tools() -> dict[str, str]:
+    """The environment, with cmake and ninja that pip has installed before all others.
+
+    Nobody needs to have activated a virtual environment for that.
+    """
+    folders = [os.environ.get("PATH", os.defpath)]
+    for name, place in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
+        with contextlib.suppress(ImportError, AttributeError):
+            folders.insert(0, getattr(importlib.import_module(name), place))
+    return {**os.environ, "PATH": os.pathsep.join(folders)}
 
 
 class CMakeBuild(build_ext):
@@ -59,9 +73,9 @@ class CMakeBuild(build_ext):
             f"-DAMTL_TOOLS={tools}",
             *given,
         ]
-        subprocess.check_call(configure)
         jobs = os.environ.get("MAX_JOBS", "2")
-        subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs])
+        for command in (configure, ["cmake", "--build", str(build), "--parallel", jobs]):
+            subprocess.check_call(command, env=with_tools())
 
 
 class StableWheel(bdist_wheel):

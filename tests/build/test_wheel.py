@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,8 @@ IN_THE_OLDEST = {
     *("STABLE_TORCH_LIBRARY_IMPL", "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK"),
     "TORCH_TARGET_VERSION",
 }
-"""Macros that the headers of torch 2.11 have. `TORCH_TARGET_VERSION` hides newer functions of a newer
-torch, and no newer macros."""
+"""Macros that the headers of torch 2.11 have. `TORCH_TARGET_VERSION` hides newer functions of a
+newer torch, and no newer macros."""
 
 
 def test_sources_use_no_macro_that_the_oldest_torch_lacks() -> None:
@@ -49,16 +50,33 @@ def test_sources_use_no_macro_that_the_oldest_torch_lacks() -> None:
     assert used == IN_THE_OLDEST
 
 
+def test_the_set_up_says_first_what_is_lacking(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    command = ["make", "-C", str(ROOT), f"{venv}/.torch", f"VENV={venv}", "CXX=no-such-compiler"]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert made.returncode
+    assert "The set-up needs a C++17 compiler (g++): install that first." in made.stderr
+    assert not venv.exists()
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+    folder, useless = (tmp_path_factory.mktemp(name) for name in ("wheel", "useless"))
+    path = os.environ["PATH"]
+    if find_spec("cmake") and find_spec("ninja"):
+        # A fresh machine has no others, and one that is not fresh may have older ones.
+        for tool in ("cmake", "ninja"):
+            (useless / tool).write_text("#!/bin/sh\nexit 1\n")
+            (useless / tool).chmod(0o755)
+        path = f"{useless}{os.pathsep}{path}"
+    given = {"AMTL_CUDA": "off", "CMAKE_ARGS": shlex.join(UNOPTIMIZED), "PATH": path}
     subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"),
             *("--no-deps", "--wheel-dir", str(folder), str(ROOT)),
         ],
         check=True,
-        env={**os.environ, "AMTL_CUDA": "off", "CMAKE_ARGS": shlex.join(UNOPTIMIZED)},
+        env={**os.environ, **given},
         timeout=600,
     )
     (built,) = folder.glob("*.whl")
