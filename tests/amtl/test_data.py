@@ -88,6 +88,13 @@ def test_text_is_ordered_as_what_it_stands_for(texts, cast):
     assert frame["when"].dtype == cast
 
 
+@pytest.mark.parametrize("name", ["row", "key", "index", ""])
+def test_any_name_can_be_ordered_by(name):
+    shuffled = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    parts = split_rows(pl.DataFrame({name: shuffled.numpy()}), f"order:{name}")
+    assert torch.equal(torch.cat(parts), shuffled.argsort())
+
+
 def test_missing_moments_come_first_and_are_counted():
     days = pl.Series("when", ["NA", "", *DAYS.dt.strftime("%m/%d/%Y")], dtype=pl.String)
     numbers = [float("nan"), None, *map(float, range(400))]

@@ -229,6 +229,31 @@ def test_ids_that_a_float_has_merged_are_no_ids():
 
 
 @pytest.mark.parametrize(
+    ("value", "kind", "note"),
+    [
+        (None, "unused", "holds nothing in the rows that train"),
+        ("a", "unused", "always 'a' in the rows that train"),
+        (["a"], "bag", ""),
+        ([], "bag", ""),
+    ],
+)
+@pytest.mark.parametrize("later", [1, 40])
+def test_what_only_later_rows_hold_is_left_out(value, kind, note, later):
+    """A field that was introduced last week: no row of it is trained."""
+    other = ["b"] if isinstance(value, list) else "b"
+    frame = pl.DataFrame({"x": [*[value] * (N - later), *[other] * later]})
+    labels = np.arange(N) % 2.0
+    labels[-later:] = np.nan
+    (field,) = infer_fields(frame, ["x"], labels=labels)
+    assert (field.kind, field.note) == (kind, note)
+    labels[-1] = 1.0
+    (field,) = infer_fields(frame, ["x"], labels=labels)
+    assert field.kind != "unused"
+    (field,) = infer_fields(frame, ["x"])
+    assert field.kind != "unused"
+
+
+@pytest.mark.parametrize(
     ("values", "kind", "note"),
     [
         (["a"] * N, "unused", "always 'a'"),

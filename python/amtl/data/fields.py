@@ -123,7 +123,8 @@ def infer_fields(
       sparse as said. Other integers of many values and few rows a value have a note.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
       more, and fewer than 2.5 a value.
-    - Columns with a single value, or of a type that has no ids, are left out, and from 1,000 rows
+    - Columns with a single value in the rows that train, or of a type that has no ids, are left
+      out, and from 1,000 rows
       on categorical columns of which nearly every row (90 %) has its own value: a model of all
       training rows learns them by heart, and a test row has none of them.
 
@@ -161,6 +162,7 @@ def infer_fields(
             "own treatment is written COLUMN=bucket"
         )
     says = None if labels is None else Labels(labels)
+    trains = None if labels is None else pl.Series(labels).is_not_nan()
     fields = []
     for name in names:
         column = frame[name]
@@ -169,7 +171,7 @@ def infer_fields(
         elif name in separators and not column.dtype.is_nested():
             fields.append(_apart(column, separators[name]))
         else:
-            spec = _left_out(column) or _guess(column, default_numeric, says)
+            spec = _left_out(column, trains) or _guess(column, default_numeric, says)
             if spec.kind == "bag" and name in separators:
                 spec = replace(spec, separator=separators[name] or None)
             fields.append(spec)
@@ -240,8 +242,13 @@ def _apart(column: pl.Series, separator: str) -> FieldSpec:
     )
 
 
-def _left_out(column: pl.Series) -> FieldSpec | None:
-    """The spec of a column that cannot teach anything, or None."""
+def _left_out(column: pl.Series, trains: pl.Series | None) -> FieldSpec | None:
+    """The spec of a column that cannot teach anything, or None.
+
+    Args:
+        column: the values.
+        trains: whether each row trains; None: all do.
+    """
     name, dtype = column.name, column.dtype
     inner = _inner(dtype)
     if inner.is_nested() or inner == pl.Object:
@@ -249,14 +256,16 @@ def _left_out(column: pl.Series) -> FieldSpec | None:
         return FieldSpec(name, "unused", note=note)
     if column.null_count() == len(column):
         return FieldSpec(name, "unused", note="holds nothing")
-    if dtype.is_nested():
-        if (inner.is_float() or inner.is_decimal()) and not exact_ids(_leaves(column)).all():
+    if dtype.is_nested() and (inner.is_float() or inner.is_decimal()):
+        if not exact_ids(_leaves(column)).all():
             return FieldSpec(name, "unused", note="lists of numbers that are no ids")
-        return None
-    distinct = _distinct(column)
-    if distinct == 1 and not _has_gaps(column):
+    elif not dtype.is_nested() and _distinct(column) == 1 and not _has_gaps(column):
         return FieldSpec(name, "unused", note=f"always {_shown(column)}")
-    return None
+    if trains is None:
+        return None
+    spec = _left_out(column.filter(trains), None)
+    # What a row that trains never held has no row, and the model no idea of it.
+    return spec and replace(spec, note=f"{spec.note} in the rows that train")
 
 
 def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> FieldSpec:

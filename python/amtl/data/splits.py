@@ -80,8 +80,8 @@ def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Te
     elif how.startswith("column:"):
         return _named_parts(frame[column], how, seed)
     else:
-        keys = _in_order(frame[column], how).to_frame().with_row_index("row")
-        ordered = keys.sort(column, maintain_order=True)["row"]
+        keys = _in_order(frame[column], how).rename("key").to_frame().with_row_index("row")
+        ordered = keys.sort("key", maintain_order=True)["row"]
         order = torch.from_numpy(ordered.to_numpy().astype("int64"))
     first, second = n * 8 // 10, n * 9 // 10
     return order[:first], order[first:second], order[second:]
