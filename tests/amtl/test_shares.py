@@ -124,6 +124,19 @@ def test_where_step_sizes_are_dearer_than_numbers_these_keep_their_type():
             amtl.AMTLEmbedding(4, 5, counts=counts, budget=budget, bits=8)
 
 
+def test_a_table_of_which_most_lookups_find_nothing_is_told_of(recwarn):
+    counts = [50, 40, 30, 60, 20, 50, 44, 40]
+    for shared in (None, "rarest"):
+        amtl.AMTLEmbedding(8, 16, counts=counts, budget=0.4, shared_rows=shared)
+        amtl.AMTLEmbedding(3000, 16, counts=COUNTS["user"], budget=0.02, shared_rows=shared)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"budget=0.05 rows with 82% of the lookups keep no num"):
+        amtl.AMTLEmbedding(8, 16, counts=counts, budget=0.05)
+    # Padding looks nothing up.
+    with pytest.warns(UserWarning, match="with 39% of the lookups"):
+        amtl.AMTLEmbedding(9, 16, padding_idx=8, counts=[*counts, 9999], budget=0.05)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_budget_that_is_no_number_is_none_for_few_bits_either(bits):
     with pytest.raises(ValueError, match=r"budget must be a fraction in \(0, 1\], got nan"):

@@ -8,6 +8,7 @@ tiers: outputs stay bit-identical, memory drops, training goes on. `thaw()` lead
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -67,6 +68,9 @@ from amtl_kernels.rounding import pack_codes
 
 _Self = TypeVar("_Self", bound="AMTLTable")
 
+_MUCH = 1 / 3
+"""Share of the lookups: large tables of rare values do well where fewer than that find nothing."""
+
 
 class AMTLTable(TableStates):
     """What the two layers share: the table, its phases, sizes and accounting.
@@ -122,9 +126,8 @@ class AMTLTable(TableStates):
                 f"_weight has shape {tuple(weight.shape)}, not [{num_embeddings}, {embedding_dim}]"
             )
         if weight is None:
-            table = amtl_kernels.empty_table(
-                num_embeddings, embedding_dim, device=device, dtype=dtype
-            )
+            shape = num_embeddings, embedding_dim
+            table = amtl_kernels.empty_table(*shape, device=device, dtype=dtype)
         else:
             table = weight.contiguous()
         checked = check_counts(counts, num_embeddings).to(table.device)
@@ -156,6 +159,21 @@ class AMTLTable(TableStates):
             self.options = found = replace(found, bits=None, masters=True)
             self.grid = found.grid(embedding_dim, table.element_size())
             self.row_group, self.head = self._search(checked, found, row_features)
+        self._tell_of_nothing(checked)
+
+    def _tell_of_nothing(self, counts: Tensor) -> None:
+        """Warns where a budget leaves nothing for rows that much of the lookups are of."""
+        if self.budget is None or self.shared_rows is not None or self.options.min_dim:
+            return
+        looked_up = counts.double()
+        looked_up[self._padding_rows()] = 0
+        share = float((looked_up * (self.row_dims() == 0)).sum() / looked_up.sum().clamp(min=1))
+        if share > _MUCH:
+            warnings.warn(
+                f"at budget={self.budget:g} rows with {share:.0%} of the lookups keep no numbers: "
+                "give the table a larger budget, or all tables of the model one (amtl.convert)",
+                stacklevel=4,
+            )
 
     def _share(self, rows: Sequence[int] | None) -> None:
         self.shared_rows = None if rows is None else torch.tensor(rows, device=self.device)

@@ -27,6 +27,7 @@ from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, log_loss, score, score_error
 from amtl.run.model import build_model, predict
+from amtl.run.unseen import settle_unseen
 from amtl.store.dense import to_bytes, to_halves
 
 _NEXT_TO_NOTHING, _LITTLE = 2e-5, 5e-4
@@ -232,6 +233,7 @@ class Learner:
         return auc(logits, labels), log_loss(logits, labels)
 
     def _validate(self) -> None:
+        settle_unseen(self.table, self.task.encoder)
         area, loss = self.scores()
         record: dict[str, Any] = {
             "step": self.steps,
@@ -313,6 +315,7 @@ class Learner:
         self._restore(self.best)
         if not self.frozen:
             self.freeze()
+            settle_unseen(self.table, self.task.encoder)
 
     def says(self) -> Tensor:
         """Logits of the validation split by the best model, which this goes back to for good."""

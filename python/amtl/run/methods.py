@@ -96,7 +96,7 @@ def build_table(
                 encoder.num_rows,
                 dim,
                 sparse=True,
-                counts=encoder.counts(),
+                counts=_counts_with_unseen(encoder),
                 field_sizes=encoder.field_sizes,
                 **{
                     "budget": budget,
@@ -112,6 +112,20 @@ def build_table(
     with torch.no_grad():
         table_parameters(table)[0].normal_(0.0, init_std, generator=generator)
     return table
+
+
+def _counts_with_unseen(encoder: Encoder) -> Tensor:
+    """Training counts of all rows, int64 `[N]`, for a law of sizes.
+
+    An out-of-vocabulary row that no training value lands on counts as its field's rarest value
+    does: what is not seen in training is seen later, and then `amtl.run.unseen` has to have room.
+    """
+    counts = encoder.counts().clone()
+    for field, vocabulary in enumerate(encoder.vocabularies):
+        seen = vocabulary.counts[vocabulary.counts > 0]
+        if vocabulary.counts[vocabulary.oov_row] == 0 and len(seen):
+            counts[encoder.field_rows(field)[vocabulary.oov_row]] = seen.min()
+    return counts
 
 
 def _build_peer(
