@@ -308,3 +308,20 @@ def test_seeds_whose_race_chose_differently_are_one_result():
     assert baseline(found) is found[1] and baseline(found[:1]) is found[0]
     few = metrics(bits="4")
     assert [r.name for r in group_results([metrics(), few])] == ["fixed D=16", "fixed D=16 4 bits"]
+
+
+def test_what_a_race_chose_tells_no_runs_apart():
+    runs = []
+    for fields, weights in ((["a", "b"], [0.1, 0.2]), (["a"], [0.3])):
+        run = metrics("amtl", table_options={"field_weights": weights, "bits": 4}, race=False)
+        run["config"] |= {"fields": fields, "bits": "auto"}
+        run["raced"] = {"given": {}, "budget": 0.4, "asked": {}}
+        runs.append(run)
+    names = [result.name for result in group_results(runs)]
+    assert names == ["AMTL D=16 40%, fields a b", "AMTL D=16 40%, fields a"]
+    # Given by the user, they do, in a few words.
+    for run, weights in zip(runs, ([1.0] * 9, [1.0, 2.0]), strict=True):
+        run["config"]["fields"] = []
+        run["raced"]["given"] = {"field_weights": weights}
+    names = [result.name.partition(", ")[2] for result in group_results(runs)]
+    assert names == ["field_weights of 9", "field_weights [1.0, 2.0]"]

@@ -8,7 +8,7 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,17 +205,21 @@ def _name(run: dict[str, Any]) -> str:
 
 
 def _difference(run: dict[str, Any], same: Sequence[dict[str, Any]]) -> str:
-    config = run["config"]
+    config, others = _asked(run), [_asked(other) for other in same]
     differing = [
         key
         for key in config
-        if key not in ("seed", "warm_start") and any(o["config"][key] != config[key] for o in same)
+        if key not in ("seed", "warm_start") and any(o[key] != config[key] for o in others)
     ]
     return ", ".join(_setting(key, config[key]) for key in differing) or "again"
 
 
 def _setting(key: str, value: Any) -> str:
     """A setting in a few words, however many columns there are."""
+    if isinstance(value, Mapping):
+        return " ".join(_setting(k, v) for k, v in value.items()) or f"no {key}"
+    if key != "fields" and isinstance(value, Sequence) and not isinstance(value, str):
+        return f"{key} of {len(value)}" if len(value) > 3 else f"{key} {list(value)}"
     if key != "fields":
         return f"{key} {value}"
     if not value:
