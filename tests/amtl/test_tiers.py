@@ -420,6 +420,34 @@ def test_adafactors_factors_go_with_the_table():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_average_of_models_may_leave_integers_alone_only(bits, use_buffers, tmp_path):
+    """PyTorch's averages integers, too, and cuts them off."""
+    counts = counts_of(500)
+    layer = AMTLEmbedding(500, 8, counts=counts, budget=0.05, bits=bits).freeze()
+    assert layer.row_order is not None
+    model, rows = torch.nn.Sequential(layer), torch.arange(500)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=average, use_buffers=use_buffers
+    )
+    for _ in range(20):
+        averaged.update_parameters(model)
+    averaged.eval()
+    if not use_buffers:
+        torch.testing.assert_close(averaged(rows), model.eval()(rows), rtol=0, atol=1e-6)
+        amtl.save(averaged.module, tmp_path / "averaged")
+        return
+    with pytest.raises(RuntimeError, match="AveragedModel\\(use_buffers=True\\)"):
+        averaged(rows)
+    with pytest.raises(RuntimeError, match="AveragedModel\\(use_buffers=True\\)"):
+        amtl.save(averaged.module, tmp_path / "averaged")
+    # What belongs to the model is looked at once more, and passes.
+    layer.eval().load_state_dict(copy.deepcopy(layer.state_dict()))
+    assert torch.equal(layer(rows), copy.deepcopy(layer)(rows))
+
+
 class Projected(torch.optim.SGD):
     """Keeps what nobody can cut, as SOAP does, and a number of a column, as CAME does."""
 

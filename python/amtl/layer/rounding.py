@@ -290,7 +290,7 @@ class Rounding(nn.Module):
         self.turn = 0
         self.changes = 0
         self._in_step: _InStep | None = None
-        self._ends = tuple(parts.ends)
+        self._ends, self._widths = tuple(parts.ends), tuple(parts.widths)
         device = mean_square.device
         self.register_buffer("ends", torch.tensor(parts.ends, device=device))
         self.register_buffer("widths", torch.tensor(parts.widths, device=device))
@@ -307,8 +307,8 @@ class Rounding(nn.Module):
         return self
 
     def parts(self) -> Parts:
-        """The parts."""
-        return Parts(self.ends.tolist(), self.widths.tolist())
+        """The parts, whatever an average over buffers has made of theirs."""
+        return Parts(list(self._ends), list(self._widths))
 
     def steps(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Step size of each part, [C], a number of this type."""

@@ -112,3 +112,24 @@ def own_rows(row_order: Tensor, shared_rows: Tensor | None, places: int) -> Tens
     if shared_rows is not None:
         order[row_order[shared_rows]] = shared_rows
     return order
+
+
+def require_places(row_order: Tensor, places: int, name: str) -> None:
+    """Raises RuntimeError unless rows are sent to all the places there are, and to no others. O(N).
+
+    Args:
+        row_order: int32 [N], place of each row.
+        places: number of places.
+        name: of the table.
+    """
+    if not len(row_order):
+        return
+    hit = torch.zeros(places, dtype=torch.bool, device=row_order.device)
+    hit[row_order.clamp(0, places - 1)] = True
+    outside = int(row_order.min()) < 0 or int(row_order.max()) >= places
+    if outside or not bool(hit.all()):
+        raise RuntimeError(
+            f"the places of rows in table {name!r} are no longer what freeze() made them: "
+            "something averaged integer buffers, as AveragedModel(use_buffers=True) does. Without "
+            "use_buffers it averages parameters, and buffers follow the model"
+        )

@@ -20,7 +20,7 @@ from amtl.layer.graphs import refuse_script
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, numbers_in
-from amtl.layer.sharing import implied_order, own_rows
+from amtl.layer.sharing import implied_order, own_rows, require_places
 from amtl.layer.shown import NoWeightError
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, Weakly, merge_rows, optimizers_of
@@ -117,6 +117,7 @@ class TableRows(nn.Module):
         self.register_buffer("row_group", None, persistent=False)
         self.register_buffer("row_map", None)
         self.register_buffer("row_order", None)
+        self._order_seen = 0
         self.register_buffer("shared_rows", None)
         self.register_buffer("steps", None)
         self.register_module("rounding", None)
@@ -576,6 +577,9 @@ class TableRows(nn.Module):
         assert self.tier_ends is not None
         order, places = self._buffers["row_order"], self.tier_ends[-1]
         if order is not None:
+            if not self.training and not being_traced() and order._version != self._order_seen:
+                require_places(order, places, self.name)
+                self._order_seen = order._version
 
             def lookup(rows: Tensor) -> Tensor:
                 # Four times as fast as brackets.

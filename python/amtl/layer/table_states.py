@@ -51,6 +51,7 @@ class TableStates(TableLookups):
         self.blocks = nn.ParameterList(blocks)
         self.tier_ends = ends
         self.row_order = row_order
+        self._order_seen = 0 if row_order is None else row_order._version
         self._kept = self._still = None
         self._moved = False
         self._tier_padding = None

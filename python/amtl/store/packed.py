@@ -29,6 +29,7 @@ from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.hosts import check
 from amtl.layer.names import COMPILED, PARALLEL, unwrapped, wrapped_as
 from amtl.layer.replicas import retire, wrappers_of
+from amtl.layer.sharing import require_places
 from amtl.layer.table import AMTLTable
 from amtl.store.dense import pack, unpack
 from amtl.store.files import write_aside
@@ -377,7 +378,8 @@ def write_packed(
         for tier, block in enumerate(layer.blocks):
             packed[f"layers/{name}/blocks/{tier}"] = block.detach()
         order = layer.told_order()
-        if order is not None:
+        if order is not None and layer.tier_ends:
+            require_places(order, layer.tier_ends[-1], name)
             packed[f"layers/{name}/row_order"] = order
         if layer.steps is not None:
             packed[f"layers/{name}/steps"] = layer.steps
