@@ -365,6 +365,17 @@ WRITTEN = {
     "thousands separators and the sign $": [f"${v:,}" for v in np.abs(AMOUNT)],
     "a decimal comma and the sign €": [f"{v} €".replace(".", ",") for v in AMOUNT],
     "the sign %": [f"{v}%" for v in AMOUNT],
+    "the sign USD": [f"USD {v}" for v in AMOUNT],
+    "a decimal comma and the sign EUR": [f"{v} EUR".replace(".", ",") for v in AMOUNT],
+    "thousands separators and parentheses for what is below zero": [
+        f"({-v:,})" if v < 0 else f"{v:,}" for v in AMOUNT
+    ],
+    "the sign $ and parentheses for what is below zero": [
+        f"(${-v})" if v < 0 else f"${v}" for v in AMOUNT
+    ],
+    "thousands separators and the minus sign behind": [
+        f"{-v:,}-" if v < 0 else f"{v:,}" for v in AMOUNT
+    ],
 }
 OTHERWISE = [
     AMOUNT,
@@ -429,6 +440,15 @@ def test_plain_numbers_need_no_notation_in_a_file():
         (["$5", "€5"], "", None),
         (["5%", "6"], "", None),
         (["01,02", "03,04"], "", None),
+        (["(1.5)", "(2.5)"], "", None),
+        (["1.5-", "2.5-"], "", None),
+        (["(1.5", "2.5"], "", None),
+        (["1.5)", "2.5"], "", None),
+        (["(-1.5)", "2.5"], "", None),
+        (["-1.5-", "2.5"], "", None),
+        (["(1.5)-", "2.5"], "", None),
+        (["1.5", "USD 2.5"], "", None),
+        (["ABC 1.5", "ABC 2.5"], "", None),
         (["1.5", "2.5"], "", "."),
     ],
 )

@@ -8,10 +8,16 @@ import polars as pl
 
 from amtl.data.text import MISSING
 
-_NUMBER = (
-    r"^(?P<minus>[+-]?)\s?(?P<before>[$€£¥]?)\s?"
-    r"(?P<digits>[+-]?[.,]?\d[\d.,]*(?:[eE][+-]?\d+)?)\s?(?P<after>[$€£¥%]?)$"
+_CODES = (
+    "USD|EUR|GBP|JPY|CHF|CAD|AUD|NZD|CNY|INR|KRW|SEK|NOK|DKK|PLN|CZK|HUF|TRY|BRL|MXN|ZAR|SGD"
 )
+_NUMBER = (
+    rf"^(?P<open>\(?)(?P<minus>[+-]?)\s?(?P<before>(?:[$€£¥]|{_CODES})?)\s?"
+    r"(?P<digits>[+-]?[.,]?\d[\d.,]*(?:[eE][+-]?\d+)?)"
+    rf"\s?(?P<after>(?:[$€£¥%]|{_CODES})?)(?P<close>-?\)?)$"
+)
+_BELOW = r"^\(.*\)$|-$"
+"""How accountants write what is below zero."""
 _FORMS = {
     ".": r"^[+-]?(?:\d*|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d*)?(?:[eE][+-]?\d+)?$",
     ",": r"^[+-]?(?:\d*|[1-9]\d{0,2}(?:\.\d{3})+)(?:,\d*)?(?:[eE][+-]?\d+)?$",
@@ -45,13 +51,18 @@ def texts(column: pl.Series) -> pl.Series:
 def find(column: pl.Series) -> Notation | None:
     """The one notation in which all values of a column are numbers, or None.
 
-    Values carry the same currency or per cent sign, or all of them none.
+    Values carry the same currency (a sign or a code such as USD) or per cent sign, or all of them
+    none; what is below zero may stand in parentheses, or before its minus sign.
     """
     values = texts(column).drop_nulls().unique(maintain_order=True)
     values = values.filter(_infinite(values).is_null())
     if not len(values) or not values[:100].str.contains(_NUMBER).all():
         return None
     digits, sign = _digits(values)
+    below = values.str.contains(_BELOW)
+    if below.all():
+        # Amounts below zero come with others; alone, parentheses number a list.
+        return None
     if digits.null_count() or sign.n_unique() > 1 or digits.str.contains(r"^[+-]?0\d").any():
         return None
     fits = [mark for mark, form in _FORMS.items() if digits.str.contains(form).all()]
@@ -69,6 +80,9 @@ def find(column: pl.Series) -> Notation | None:
     marks = ["thousands separators"] if apart.any() else []
     marks += ["a decimal comma"] if fits[0] == "," and commas.any() else []
     marks += [f"the sign {sign[0]}"] if sign[0] else []
+    enclosed = values.str.starts_with("(")
+    marks += ["parentheses for what is below zero"] if enclosed.any() else []
+    marks += ["the minus sign behind"] if (below & ~enclosed).any() else []
     doubt = ""
     if commas.any() and not sign[0] and not digits.str.contains(_NO_LIST).any():
         doubt = f"{values.filter(commas)[0]!r} may be one number or several"
@@ -100,7 +114,11 @@ def _infinite(cells: pl.Series) -> pl.Series:
 def _digits(cells: pl.Series) -> tuple[pl.Series, pl.Series]:
     """The numbers of texts as they are written, and their currency or per cent signs."""
     parts = cells.str.extract_groups(_NUMBER).struct
-    minus, before, digits, after = (
-        parts.field(name) for name in ("minus", "before", "digits", "after")
+    opened, minus, before, digits, after, closed = (
+        parts.field(name) for name in ("open", "minus", "before", "digits", "after", "close")
     )
-    return minus + digits, before + after
+    numbers = (minus + digits).zip_with(opened + closed == "", "-" + digits)
+    # Of one parenthesis, or two signs, it is none.
+    odd = (opened + closed).is_in(["(", ")", "-)", "(-)"])
+    odd |= (opened + closed != "") & ((minus != "") | digits.str.contains("^[+-]"))
+    return numbers.set(odd, None), before + after
