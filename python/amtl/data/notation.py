@@ -8,9 +8,7 @@ import polars as pl
 
 from amtl.data.text import MISSING
 
-_CODES = (
-    "USD|EUR|GBP|JPY|CHF|CAD|AUD|NZD|CNY|INR|KRW|SEK|NOK|DKK|PLN|CZK|HUF|TRY|BRL|MXN|ZAR|SGD"
-)
+_CODES = "USD|EUR|GBP|JPY|CHF|CAD|AUD|NZD|CNY|INR|KRW|SEK|NOK|DKK|PLN|CZK|HUF|TRY|BRL|MXN|ZAR|SGD"
 _NUMBER = (
     rf"^(?P<open>\(?)(?P<minus>[+-]?)\s?(?P<before>(?:[$€£¥]|{_CODES})?)\s?"
     r"(?P<digits>[+-]?[.,]?\d[\d.,]*(?:[eE][+-]?\d+)?)"
