@@ -26,7 +26,8 @@ class AMTLEmbedding(AMTLTable):
     section 3) and k_i follows from the row's training count through `amtl.layer.sizes`. The mask
     gradient is straight-through, over masked columns too. The first forward after an optimizer step
     costs O(G * D) for the sizes of G groups (in training with noise, G * Q more) beside the lookup;
-    frozen, the lookup alone.
+    frozen, the lookup alone. `weight` is what learns, unmasked until it is frozen: a model that
+    scores by the table itself takes `layer(torch.arange(N))`, or freezes first.
     `torch.compile(fullgraph=True)` traces both phases, one graph for all steps.
 
     Args:
