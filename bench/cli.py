@@ -272,7 +272,7 @@ def _print_goals(report: Report) -> None:
     if report.goals:
         table = Table(title="Goals", title_justify="left", box=None)
         for heading in ("goal", "case", "wanted", "measured", "reached"):
-            table.add_column(heading)
+            table.add_column(heading, overflow="fold")
         for goal in report.goals:
             table.add_row(
                 str(goal["goal"]),
@@ -334,7 +334,7 @@ def compare(
         raise typer.BadParameter(str(error)) from error
     table = Table(box=None)
     for heading in ("case", "contender", "new / old", "interval", "relative to", ""):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for change in outcome.changes:
         colour = {"slower": "red", "faster": "green", "same": None}[change.verdict]
         table.add_row(
