@@ -19,6 +19,7 @@ from amtl.errors import UserError
 
 LOG = "amtl-error.log"
 MISTAKE, USAGE, STOPPED = 1, 2, 130
+_STOPPED = "stopped by Ctrl-C"
 
 
 class Stopper:
@@ -73,7 +74,7 @@ def run(app: typer.Typer, args: Sequence[str]) -> int:
         code = command.main(list(args) or ["--help"], prog_name="amtl", standalone_mode=False)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else MISTAKE
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         code = STOPPED
     except UserError as error:
         return tell(str(error))
@@ -81,6 +82,11 @@ def run(app: typer.Typer, args: Sequence[str]) -> int:
         name = repr(str(error.filename)) if error.filename else "a file or the output"
         return tell(f"cannot use {name}: {error.strerror or error}")
     except BaseException as error:  # polars panics with no Exception
+        if isinstance(error, typer.Abort):
+            # Of Ctrl-C, or of a file that ends too soon.
+            if not isinstance(error.__cause__, EOFError):
+                return tell(_STOPPED, STOPPED)
+            error = error.__cause__
         if hasattr(error, "format_message"):
             return tell(f"{error.format_message()} (amtl COMMAND --help has the options)", USAGE)
         reason = str(error).strip() or "no further word"
@@ -89,7 +95,7 @@ def run(app: typer.Typer, args: Sequence[str]) -> int:
             f"{type(error).__name__}: {reason:.300} (not expected here: the traceback is in {log})"
         )
     if code == STOPPED:
-        return tell("stopped by Ctrl-C", STOPPED)
+        return tell(_STOPPED, STOPPED)
     return code if isinstance(code, int) else 0
 
 

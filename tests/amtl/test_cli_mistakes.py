@@ -417,6 +417,18 @@ def test_ctrl_c_before_the_first_step(where, folder, tmp_path, monkeypatch, caps
     assert not out.exists()
 
 
+def test_a_file_that_ends_too_soon_is_no_ctrl_c(folder, tmp_path, monkeypatch, capsys):
+    def ended(*args, **kwargs):
+        raise EOFError("marshal data too short")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("amtl.data.load_source", ended)
+    assert run("train", folder / "ok.csv", "--label", "y") == failures.MISTAKE
+    shown = one_line(capsys.readouterr().err.lstrip("\n"))
+    assert "EOFError: marshal data too short (not expected" in shown
+    assert "marshal data too short" in (tmp_path / failures.LOG).read_text()
+
+
 INTERRUPTED = """
 import os, signal, sys
 

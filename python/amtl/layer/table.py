@@ -163,7 +163,7 @@ class AMTLTable(TableStates):
 
     def _tell_of_nothing(self, counts: Tensor) -> None:
         """Warns where a budget leaves nothing for rows that much of the lookups are of."""
-        if self.budget is None or self.shared_rows is not None or self.options.min_dim:
+        if self.options.parametrization != "rule" or self.shared_rows is not None:
             return
         looked_up = counts.double()
         looked_up[self._padding_rows()] = 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import tarfile
 from pathlib import Path
 
 import amtl
@@ -27,7 +26,7 @@ SEED = int(os.environ.get("AMTL_DAMAGE_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, v1) -> Path:
     """A finished run, its packed file, a packed layer, and checkpoints of version 1."""
     folder = tmp_path_factory.mktemp("damage") / "run"
     config = TrainConfig(
@@ -44,8 +43,7 @@ def folder(tmp_path_factory) -> Path:
     folders.pack_run(folder, folder / "run.safetensors")
     layer = AMTLEmbedding(60, 8, counts=torch.arange(60), budget=0.4, padding_idx=3).freeze()
     amtl.save(layer, folder / "layer.safetensors", metadata={"a": 1})
-    with tarfile.open(Path(__file__).with_name("v1.tar.xz")) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.copytree(v1, folder, dirs_exist_ok=True)
     return folder
 
 
