@@ -259,7 +259,7 @@ def test_predict_writes_what_the_model_says_row_by_row(runs, data, tmp_path, kin
     rows = pl.read_parquet(data).sample(fraction=1.0, shuffle=True, seed=3).drop("label")
     rows.write_parquet(shuffled)
     assert run("predict", runs["amtl"], shuffled, "--columns", "price,item", "-o", out) == 0
-    assert "600 probabilities" in capsys.readouterr().out
+    assert "600 probabilities" in " ".join(capsys.readouterr().out.split())
     separator = {".csv": ",", ".tsv": "\t"}.get(kind)
     found = pl.read_csv(out, separator=separator) if separator else pl.read_parquet(out)
     assert found.columns == ["price", "item", "probability"]

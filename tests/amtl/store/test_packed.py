@@ -623,7 +623,7 @@ def test_a_full_disk(packed_path):
         "except OSError:\n"
         "    sys.exit(7)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(packed_path)], check=False)
+    done = subprocess.run([sys.executable, "-B", "-c", script, str(packed_path)], check=False)
     assert done.returncode == 7
     assert packed_path.read_bytes() == content
     assert list(packed_path.parent.iterdir()) == [packed_path]
@@ -660,7 +660,7 @@ def test_a_killed_save_leaves_the_old_file_whole(packed_path):
         "safetensors.torch.save_file = dies\n"
         "tensors.write_tensors(sys.argv[1], {'a': torch.ones(1000)}, {})\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(packed_path)], check=False)
+    done = subprocess.run([sys.executable, "-B", "-c", script, str(packed_path)], check=False)
     assert done.returncode == 9
     assert packed_path.read_bytes() == content
     assert amtl.load(packed_path).num_embeddings == 60
