@@ -74,8 +74,9 @@ class CMakeBuild(build_ext):
             *given,
         ]
         jobs = os.environ.get("MAX_JOBS", "2")
+        environment = with_tools()
         for command in (configure, ["cmake", "--build", str(build), "--parallel", jobs]):
-            subprocess.check_call(command, env=with_tools())
+            subprocess.check_call(command, env=environment)
 
 
 class StableWheel(bdist_wheel):

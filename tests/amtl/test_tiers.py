@@ -448,6 +448,18 @@ def test_an_average_of_models_may_leave_integers_alone_only(bits, use_buffers, t
     assert torch.equal(layer(rows), copy.deepcopy(layer)(rows))
 
 
+def test_places_of_rows_may_be_made_in_inference_mode(tmp_path):
+    """What is made there counts no writes."""
+    path, rows = tmp_path / "table", torch.arange(500)
+    with torch.inference_mode():
+        layer = AMTLEmbedding(500, 8, counts=counts_of(500), budget=0.05).freeze().eval()
+        assert layer.row_order is not None and layer.row_order.is_inference()
+        shown = layer(rows)
+        amtl.save(layer, path)
+        assert torch.equal(amtl.load(path).eval()(rows), shown)
+    assert torch.equal(amtl.load(path).eval()(rows), shown)
+
+
 class Projected(torch.optim.SGD):
     """Keeps what nobody can cut, as SOAP does, and a number of a column, as CAME does."""
 

@@ -114,6 +114,11 @@ def own_rows(row_order: Tensor, shared_rows: Tensor | None, places: int) -> Tens
     return order
 
 
+def version_of(tensor: Tensor | None) -> int:
+    """Counts writes to a tensor in place; 0 of none, and of one that inference mode has made."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def require_places(row_order: Tensor, places: int, name: str) -> None:
     """Raises RuntimeError unless rows are sent to all the places there are, and to no others. O(N).
 

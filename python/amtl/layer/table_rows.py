@@ -20,7 +20,7 @@ from amtl.layer.graphs import refuse_script
 from amtl.layer.noise import draw_seed, mix_seed
 from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, Rounding, cut, decode, encode, numbers_in
-from amtl.layer.sharing import implied_order, own_rows, require_places
+from amtl.layer.sharing import implied_order, own_rows, require_places, version_of
 from amtl.layer.shown import NoWeightError
 from amtl.layer.size_head import SizeHead, being_traced
 from amtl.layer.tiers import Place, TierPlan, Weakly, merge_rows, optimizers_of
@@ -577,9 +577,9 @@ class TableRows(nn.Module):
         assert self.tier_ends is not None
         order, places = self._buffers["row_order"], self.tier_ends[-1]
         if order is not None:
-            if not self.training and not being_traced() and order._version != self._order_seen:
+            if not self.training and not being_traced() and version_of(order) != self._order_seen:
                 require_places(order, places, self.name)
-                self._order_seen = order._version
+                self._order_seen = version_of(order)
 
             def lookup(rows: Tensor) -> Tensor:
                 # Four times as fast as brackets.

@@ -14,6 +14,7 @@ from amtl.layer.frequency import decode_row_map, encode_row_map
 from amtl.layer.lookups import TableLookups
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.rounding import Parts, Rounding, cut, mean_squares, numbers_in, step_of
+from amtl.layer.sharing import version_of
 from amtl.layer.tiers import (
     drop_parameters,
     hand_over,
@@ -51,7 +52,7 @@ class TableStates(TableLookups):
         self.blocks = nn.ParameterList(blocks)
         self.tier_ends = ends
         self.row_order = row_order
-        self._order_seen = 0 if row_order is None else row_order._version
+        self._order_seen = version_of(row_order)
         self._kept = self._still = None
         self._moved = False
         self._tier_padding = None

@@ -378,7 +378,8 @@ def write_packed(
         for tier, block in enumerate(layer.blocks):
             packed[f"layers/{name}/blocks/{tier}"] = block.detach()
         order = layer.told_order()
-        if order is not None and layer.tier_ends:
+        if order is not None:
+            assert layer.tier_ends is not None
             require_places(order, layer.tier_ends[-1], name)
             packed[f"layers/{name}/row_order"] = order
         if layer.steps is not None:
