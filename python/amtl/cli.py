@@ -151,7 +151,7 @@ def train(
     ] = None,
     embedding_decay: Annotated[
         float | None,
-        rate("Weight decay of all embeddings, looked up or not.", "by validation"),
+        rate("Weight decay of all embeddings, looked up or not.", "by validation, or 1e-4"),
     ] = None,
     distillation: Annotated[
         float | None,
@@ -383,7 +383,7 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
         "log loss": f"{metrics['test_logloss']:.4f}",
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",
-        "chosen": choices(metrics) or f"as given, --bits {metrics['bits']}",
+        "chosen": choices(metrics),
         "without a row": f"{escape(listed)} test values" if listed else "no test value",
         "not used": f"by this model: {escape(', '.join(unused))}" if unused else "",
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),

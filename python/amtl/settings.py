@@ -52,6 +52,7 @@ def make_config(
     require_columns(source.frame.columns, [label], "the data")
     if label in more["fields"]:
         raise UserError(f"--fields names the label {label!r}, which is what is predicted")
+    from amtl.run.contest import untried
     from amtl.run.methods import ALIASES
 
     laws, parametrization = more.pop("laws", {}), more.pop("parametrization", None)
@@ -66,7 +67,9 @@ def make_config(
         options |= {"parametrization": "free", "budget": None}
     elif parametrization is not None:
         options["parametrization"] = parametrization
-    config = TrainConfig(data=source.name, label=label, table_options=options, **settings)
+    config = untried(
+        TrainConfig(data=source.name, label=label, table_options=options, **settings)
+    )
     if drop:
         from amtl.run.training import default_fields
 

@@ -12,7 +12,9 @@ import numpy as np
 import polars as pl
 import pytest
 from amtl.cli import main
+from amtl.run import display
 from amtl.run.config import parse_budget
+from amtl.run.contest import DECAY
 from amtl.run.folders import holds_run, load_checkpoint, load_trained
 from amtl.settings import parse_seconds
 from amtl.store.files import read_json
@@ -445,6 +447,31 @@ def test_a_resumed_run_names_what_it_does_not_apply(data, tmp_path, capsys):
     assert run("train", "--drop", "item", "--resume", "--out", out) == 0
     assert "other values: --drop (" in " ".join(capsys.readouterr().out.split())
     assert read_json(out / "metrics.json")["config"]["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "decay"),
+    [
+        ("--no-race", DECAY),
+        ("--no-race --method rule", DECAY),
+        ("--bits 4 --capacity-bits 4", DECAY),
+        ("--no-race --embedding-decay 0", 0.0),
+        ("--no-race --embedding-decay 1e-5", 1e-5),
+        ("--no-race --distillation 0.5", None),
+        ("--no-race --parametrization free", None),
+        ("--no-race --method twins", DECAY),
+        ("--no-race --no-masters --bits 8 --table-optimizer sgd", None),
+        ("--method fixed", None),
+        ("--method qr", None),
+        ("", None),
+    ],
+)
+def test_a_run_that_tries_no_weight_decay_has_some(data, monkeypatch, given, decay):
+    planned = []
+    monkeypatch.setattr(display, "print_plan", lambda console, trainer: planned.append(trainer))
+    given = ["--label", "label", "--fields", "user,item", *given.split()]
+    assert run("train", data, *given, "--dry-run") == 0
+    assert planned[0].config.embedding_decay == decay
 
 
 def test_a_raced_run_goes_on_with_what_it_was_asked_for(data, tmp_path, capsys):

@@ -199,10 +199,12 @@ def table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def choices(metrics: Mapping[str, Any]) -> str:
-    """What a race has settled, as options of the command line; empty where there was none."""
-    if not metrics["raced"]:
-        return ""
+    """As options of the command line: what a race has settled, or a run without one has had."""
     config = metrics["config"]
+    if not metrics["raced"]:
+        decay = config["embedding_decay"]
+        given = f"as given, --bits {metrics['bits']}"
+        return f"{given} --embedding-decay {decay:g}" if decay else given
     capacity = config["table_options"].get("capacity_bits")
     found = {
         "bits": metrics["bits"],
