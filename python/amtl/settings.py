@@ -67,9 +67,7 @@ def make_config(
         options |= {"parametrization": "free", "budget": None}
     elif parametrization is not None:
         options["parametrization"] = parametrization
-    config = untried(
-        TrainConfig(data=source.name, label=label, table_options=options, **settings)
-    )
+    config = untried(TrainConfig(data=source.name, label=label, table_options=options, **settings))
     if drop:
         from amtl.run.training import default_fields
 
