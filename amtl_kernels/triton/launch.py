@@ -32,7 +32,6 @@ WARPS = 4
 REGISTERS = {
     "combine_update_kernel": 96,
     "pieces_kernel": 96,
-    "pooled_codes_kernel": 96,
     "pooled_fwd_kernel": 96,
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,

@@ -1,4 +1,8 @@
-"""Plain and pooled lookup: one kernel each for all kinds of table, and for several in one call."""
+"""Plain and pooled lookup: one kernel each for all kinds of table, and for several in one call.
+
+Tables of few bits are tiers with a step size each, whose numbers are taken out of their bytes, or
+rounded, where they are used (``BITS``).
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
@@ -8,6 +12,7 @@ import triton
 import triton.language as tl
 
 from amtl_kernels.triton import launch
+from amtl_kernels.triton.codes import decode
 from amtl_kernels.triton.lookups import (
     COLUMN,
     FIRST_ROW,
@@ -24,6 +29,7 @@ from amtl_kernels.triton.tables import (
     clamp_row,
     load_prefix,
     locate,
+    place,
     row_of_tier,
     size_at,
 )
@@ -38,9 +44,12 @@ def gather_fwd_kernel(
     row_group_ptr,
     tiers_ptr,
     seed_mix,
+    steps_ptr,
     num_lookups,
     num_rows,
     CLAMP_ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    CODED: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
@@ -60,33 +69,36 @@ def gather_fwd_kernel(
     row = tl.load(index_ptr + lookup, mask=valid, other=0).to(tl.int64)
     if CLAMP_ROWS:
         row = clamp_row(row, num_rows)
-    first, size = locate(
-        row, valid, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
-    )
-    values = load_prefix(table_ptr, first, size, cols, VEC)
+    if BITS > 0:
+        first, width, tier, _ = place(row, tiers_ptr, D, TIERS, VEC)
+        values = decode(table_ptr, first, width, tier, valid, cols, steps_ptr, BITS, CODED)
+    else:
+        first, size = locate(
+            row, valid, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
+        )
+        values = load_prefix(table_ptr, first, size, cols, VEC)
     tl.store(
         out_ptr + lookup[:, None] * D + cols[None, :],
-        values,
+        values.to(out_ptr.dtype.element_ty),
         mask=valid[:, None] & (cols[None, :] < D),
     )
 
 
 @triton.jit
-def locate_in(
+def place_in(
     table,
     row,
-    valid,
     tables_ptr,
-    sizes_ptr,
-    row_group_ptr,
     tiers_ptr,
-    seed_mix,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
     TABLES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """As :func:`locate`, of rows [R] of one ``table``: only its own tiers are searched, if any."""
+    """As :func:`place`, of rows [R] of one ``table``: only its own tiers are searched, if any.
+
+    The number is that within the table.
+    """
     number = row
     row += table_line(tables_ptr, table, FIRST_ROW, TABLES)
     tier = table
@@ -97,20 +109,7 @@ def locate_in(
         for c in tl.range(first_tier, last_tier):
             tier += (row >= tl.load(tiers_ptr + c)).to(tl.int64)
     first, width = row_of_tier(row, tier, tiers_ptr, TIERS, VEC)
-    size = size_at(
-        number,
-        width,
-        tier,
-        valid,
-        sizes_ptr,
-        row_group_ptr,
-        tiers_ptr,
-        seed_mix,
-        Q,
-        TIERS,
-        VEC,
-    )
-    return first, size
+    return first, width, tier, number
 
 
 @triton.jit(
@@ -135,6 +134,7 @@ def pooled_fwd_kernel(
     row_group_ptr,
     tiers_ptr,
     seed_mix,
+    steps_ptr,
     num_lookups,
     num_rows,
     num_bags,
@@ -149,6 +149,8 @@ def pooled_fwd_kernel(
     TABLES: tl.constexpr,
     STRIDE: tl.constexpr,
     UNIT: tl.constexpr,
+    BITS: tl.constexpr,
+    CODED: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     TIERS: tl.constexpr,
@@ -205,25 +207,28 @@ def pooled_fwd_kernel(
         if HAS_PADDING:
             live = live & (row != padding_idx)
         if TABLES > 0:
-            first, size = locate_in(
-                table,
-                row,
+            first, width, tier, number = place_in(
+                table, row, tables_ptr, tiers_ptr, Q, TIERS, TABLES, VEC
+            )
+        else:
+            first, width, tier, number = place(row, tiers_ptr, D, TIERS, VEC)
+        if BITS > 0:
+            values = decode(table_ptr, first, width, tier, live, cols, steps_ptr, BITS, CODED)
+        else:
+            size = size_at(
+                number,
+                width,
+                tier,
                 live,
-                tables_ptr,
                 sizes_ptr,
                 row_group_ptr,
                 tiers_ptr,
                 seed_mix,
                 Q,
                 TIERS,
-                TABLES,
                 VEC,
             )
-        else:
-            first, size = locate(
-                row, live, sizes_ptr, row_group_ptr, tiers_ptr, seed_mix, D, Q, TIERS, VEC
-            )
-        values = load_prefix(table_ptr, first, size, cols, VEC).to(tl.float32)
+            values = load_prefix(table_ptr, first, size, cols, VEC).to(tl.float32)
         if HAS_WEIGHTS:
             weight = tl.load(weight_ptr + at, mask=live, other=0.0).to(tl.float32)
             values = values * weight[:, None]
@@ -243,14 +248,14 @@ def pooled_fwd_kernel(
     if IS_MEAN:
         total = total * scale[:, None]
     out = bag[:, None] * STRIDE + cols[None, :]
-    width = D
+    columns = D
     if TABLES > 0:
         out += table_line(tables_ptr, table, COLUMN, TABLES) * UNIT
-        width = table_line(tables_ptr, table, WIDTH, TABLES) * UNIT
+        columns = table_line(tables_ptr, table, WIDTH, TABLES) * UNIT
     tl.store(
         out_ptr + out,
         total.to(out_ptr.dtype.element_ty),
-        mask=valid[:, None] & (cols[None, :] < width),
+        mask=valid[:, None] & (cols[None, :] < columns),
     )
 
 
@@ -276,18 +281,19 @@ def gather(lookups: Lookups, table: Table, clamp: bool) -> None:
         clamp: Whether indices outside the table are moved into it.
     """
     count, block = lookups.flat.numel(), table.meta["BLOCK_D"]
+
+    def grid(tile: int) -> tuple[int, ...]:
+        return launch.cdiv(count, tile // block), launch.cdiv(table.dim, block)
+
+    inputs = (table.data, lookups.flat, lookups.values, *table.args, table.steps)
+    arguments = (*inputs, count, table.rows)
+    constants = {"CLAMP_ROWS": clamp, **table.numbers, **table.meta}
     with launch.device_guard(lookups.flat):
-        _gather(
-            lambda tile: (launch.cdiv(count, tile // block), launch.cdiv(table.dim, block)),
-            table.data,
-            lookups.flat,
-            lookups.values,
-            *table.args,
-            count,
-            table.rows,
-            CLAMP_ROWS=clamp,
-            **table.meta,
-        )
+        if table.steps is None:
+            _gather(grid, *arguments, **constants)
+        else:
+            tile = max(block, launch.tile(table.dim))
+            launch.launch(gather_fwd_kernel, grid(tile), *arguments, **constants, TILE=tile)
 
 
 def pool(lookups: Lookups, table: Table, clamp: bool) -> None:
@@ -320,6 +326,7 @@ def pool(lookups: Lookups, table: Table, clamp: bool) -> None:
         lookups.values,
         lookups.lines,
         *table.args,
+        table.steps,
         count,
         table.rows,
         number,
@@ -337,14 +344,16 @@ def pool(lookups: Lookups, table: Table, clamp: bool) -> None:
         "STRIDE": table.dim if several is None else several.stride,
         "UNIT": 1 if several is None else several.unit,
         "SPLIT": split,
+        **table.numbers,
         **table.meta,
     }
     with launch.device_guard(lookups.flat):
-        if several is None and split == 1:
+        if several is None and split == 1 and table.steps is None:
             _pooled(grid, *arguments, **constants)
         else:
-            # A bag's lanes decide the order of its sum; and tuning is for one table at a time.
-            tile = launch.tile(table.dim)
-            if several is not None:
+            # A bag's lanes decide the order of its sum; and tuning is for one table at a time, and
+            # for loads of whole vectors.
+            tile = max(block, launch.tile(table.dim))
+            if several is not None and table.steps is None:
                 tile = max(block, launch.tile(table.dim if table.meta["VEC"] > 1 else 1))
             launch.launch(pooled_fwd_kernel, grid(tile), *arguments, **constants, TILE=tile)

@@ -23,7 +23,7 @@ from amtl_kernels._arguments import Step, Wishes, check_update_of_codes
 from amtl_kernels.reference import Bags, code_parts, split_bags, split_tables
 from amtl_kernels.triton import check
 from amtl_kernels.triton.backward import gradients
-from amtl_kernels.triton.codes import look_up, update_codes
+from amtl_kernels.triton.codes import update_codes
 from amtl_kernels.triton.lookup import gather, pool
 from amtl_kernels.triton.lookups import Lookups, Several
 from amtl_kernels.triton.optimizer import apply_
@@ -61,7 +61,8 @@ def _one(table: reference.Table, bags: Bags, values: Tensor) -> tuple[Lookups, T
     groups = 0
     if sizes is None:
         ends = list(itertools.accumulate(block.shape[0] for block in blocks))
-        seen = Table.by_tiers(blocks, ends, table.dim)
+        steps = None if table.steps is None else table.steps.contiguous()
+        seen = Table.by_tiers(blocks, ends, table.dim, steps=steps, bits=table.bits)
     elif row_group is None:
         seen = Table.by_rows(blocks[0], sizes)
     else:
@@ -132,7 +133,7 @@ class _Call:
         """Whether these are several tables that one launch reaches."""
         return (
             len(self.tables) > 1
-            and not self.steps
+            and len(set(self.bits)) <= 1
             and _are_whole_apart(self.blocks)
             and _are_whole_apart(self.row_groups)
         )
@@ -141,20 +142,24 @@ class _Call:
         """Lookups in several tables, and the tables."""
         assert self.offsets is not None
         sizes = _side_by_side(self.sizes)
+        # Of few bits a tier is what has one step size.
+        blocks = [block for table in self.tables for block in table.blocks]
         several = Several.of(
             values,
             [table.rows for table in self.tables],
             self.widths,
             self.padding_idx,
-            self.block_counts,
+            [len(table.blocks) for table in self.tables],
             self.row_groups,
             [each.shape[0] for each in sizes] if self.row_groups else [],
         )
         if sizes:
-            table = Table.by_tables(self.blocks, sizes, self.row_groups, self.seed)
+            table = Table.by_tables(blocks, sizes, self.row_groups, self.seed)
         else:
-            ends = list(itertools.accumulate(block.shape[0] for block in self.blocks))
-            table = Table.by_tiers(self.blocks, ends, max(self.widths))
+            ends = list(itertools.accumulate(block.shape[0] for block in blocks))
+            steps = torch.cat(list(self.steps)) if self.steps else None
+            bits = self.bits[0] if self.bits else 0
+            table = Table.by_tiers(blocks, ends, max(self.widths), steps=steps, bits=bits)
         bags = (self.indices, self.offsets, self.per_sample_weights, self.pooling)
         return Lookups.of_tables(values, several, *bags), table
 
@@ -212,7 +217,7 @@ def lookup(
     if call.shares_launches and _are_whole_apart(call.sizes):
         assert offsets is not None
         number = max(offsets.numel() - 1, 0) // len(call.tables)
-        out = blocks[0].new_empty(number, sum(call.widths))
+        out = blocks[0].new_empty(number, sum(call.widths), dtype=call.tables[0].dtype)
         lookups, all_tables = call.together(out)
         check.check(lookups, all_tables, bounds_check)
         pool(lookups, all_tables, clamp)
@@ -227,9 +232,6 @@ def lookup(
         check.check(lookups, table, bounds_check)
         if clamp and not table.rows:
             return out.zero_()
-        if given.steps is not None:
-            look_up(lookups, table, given.steps.contiguous(), given.bits, clamp)
-            return out
         (gather if mine.offsets is None else pool)(lookups, table, clamp)
         return out
 

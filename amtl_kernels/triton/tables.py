@@ -233,6 +233,9 @@ class Table:
         ends: End of each tier or of each of several tables; None for one dense table.
         args: ``(sizes, row_group, tiers, seed_mix)``, None where the kind has no use for it.
         meta: ``D, Q, TIERS, VEC, BLOCK_D``.
+        steps: Of few bits the step size of each tier, [C] float32; else None. Widths of tiers of
+            codes are bytes, ``dim`` is the output's in any case.
+        numbers: ``BITS, CODED``, 0 and False unless of few bits: lookups alone ask.
     """
 
     def __init__(
@@ -248,6 +251,8 @@ class Table:
         tiers: Tensor | None = None,
         ends: Sequence[int] | None = None,
         vector: int = 1,
+        steps: Tensor | None = None,
+        bits: int = 0,
     ) -> None:
         """``columns`` are those of the sizes, more than 1 if any of several tables has more."""
         self.data = data
@@ -256,6 +261,8 @@ class Table:
         self.ends = ends
         q = -1 if sizes is None else 0 if row_group is None else columns
         self.args = (sizes, row_group, tiers, mix_seed(seed))
+        self.steps = steps
+        self.numbers = {"BITS": bits, "CODED": data.dtype == torch.uint8}
         self.meta: dict[str, Any] = {
             "D": dim,
             "Q": q,
@@ -292,7 +299,12 @@ class Table:
 
     @staticmethod
     def by_tiers(
-        blocks: Sequence[Tensor], tier_ends: Sequence[int], dim: int, keep: bool = True
+        blocks: Sequence[Tensor],
+        tier_ends: Sequence[int],
+        dim: int,
+        keep: bool = True,
+        steps: Tensor | None = None,
+        bits: int = 0,
     ) -> Table:
         """``blocks[c] [rows, width]``; tier c ends before row ``tier_ends[c]``.
 
@@ -300,8 +312,16 @@ class Table:
         """
         anchor = first_with_memory(blocks)
         rows = tier_ends[-1] if tier_ends else 0
-        tiers = tier_table(blocks, tier_ends, anchor, keep=keep)
-        return Table(anchor, rows, dim, tiers=tiers, ends=tier_ends, vector=common_vector(blocks))
+        return Table(
+            anchor,
+            rows,
+            dim,
+            tiers=tier_table(blocks, tier_ends, anchor, keep=keep),
+            ends=tier_ends,
+            vector=1 if bits else common_vector(blocks),
+            steps=steps,
+            bits=bits,
+        )
 
     @staticmethod
     def by_tables(

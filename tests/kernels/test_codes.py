@@ -263,9 +263,13 @@ def test_large_tables_are_asked_for_ahead(backend: Any) -> None:
             assert values.tolist() == [*want, *[0.0] * (64 - len(want))]
 
 
-def test_several_tables(backend: Any) -> None:
+@pytest.mark.parametrize("alike", [None, 8, 16])
+def test_several_tables(backend: Any, alike: int | None) -> None:
     shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 2]), (16, [6], [9])]
-    every = [make(*shape, backend.device, seed) for seed, shape in enumerate(shapes)]
+    every = [
+        make(alike or bits, *shape, backend.device, seed)
+        for seed, (bits, *shape) in enumerate(shapes)
+    ]
     g = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, one.ends[-1], (10,), generator=g) for one in every]
     inner = torch.tensor([0, 3, 3, 8, 10])

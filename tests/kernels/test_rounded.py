@@ -241,11 +241,13 @@ def test_large_tables_are_asked_for_ahead(backend: Any) -> None:
     assert torch.equal(got.cpu(), one.shown[rows])
 
 
-def test_several_tables(backend: Any) -> None:
+@pytest.mark.parametrize("alike", [None, 8, 16])
+def test_several_tables(backend: Any, alike: int | None) -> None:
     shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 4]), (16, [6], [9])]
     exact = not sums_in_order(backend)
     every = [
-        Numbers(*shape, backend.device, seed, exact=exact) for seed, shape in enumerate(shapes, 1)
+        Numbers(alike or bits, *shape, backend.device, seed, exact=exact)
+        for seed, (bits, *shape) in enumerate(shapes, 1)
     ]
     g = torch.Generator().manual_seed(0)
     rows = torch.cat([torch.randint(0, one.ends[-1], (10,), generator=g) for one in every])

@@ -174,6 +174,8 @@ class Calls:
         few = {"steps": [torch.ones(4)], "bits": [4], "step_ends": [4, 10, 30, 64]}
         for bags in ({"padding_idx": [3]}, self.few_bags):
             lookup({**self.tiered(), **few}, **bags)
+        few = {"steps": [torch.ones(3)] * 2, "bits": [4, 4]}
+        lookup({**self.tiered(2), **few}, 2, **self.both_bags)
         if not every:
             return
         lookup(self.adaptive(self.many), 2)

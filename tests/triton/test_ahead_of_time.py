@@ -34,11 +34,9 @@ REGISTERS = {
     "combine_update_kernel": 96,
     "counted_kernel": 64,
     "cut_kernel": 64,
-    "gather_codes_kernel": 64,
     "gather_fwd_kernel": 64,
     "keys_kernel": 64,
     "pieces_kernel": 96,
-    "pooled_codes_kernel": 96,
     "pooled_fwd_kernel": 96,
     "reduce_rows_kernel": 96,
     "reduce_update_kernel": 96,
@@ -68,7 +66,7 @@ def expected_vector_loads(entry: dict[str, Any]) -> int:
     tile = c.get("TILE") or c["BLOCK_D"] * (c.get("LANES") or c.get("R"))
     loads = max(1, tile // (threads * lanes))
     kernel = entry["kernel"]
-    if kernel.endswith("codes_kernel"):
+    if c.get("BITS"):
         # Numbers are taken out of their bytes one by one.
         return 0
     if kernel == "gather_fwd_kernel":
@@ -147,11 +145,13 @@ def test_every_kernel_is_compiled_for_every_architecture(report: list[dict[str, 
     ):
         assert {(kernel, t) for t in types} <= dtypes
     pooled = {
-        (entry["dtype"], entry["constants"]["TABLES"] > 0)
+        (entry["dtype"], entry["constants"]["TABLES"] > 0, entry["constants"]["BITS"] > 0)
         for entry in main
         if entry["kernel"] == "pooled_fwd_kernel"
     }
-    assert pooled == {(t, several) for t in types for several in (False, True)}
+    both = (False, True)
+    floats = {(t, several, few) for t in types for several in both for few in both}
+    assert pooled == floats | {("u8", False, True)}
     updates = {
         (e["dtype"], e["constants"]["RULE"], e["constants"]["ROUND"])
         for e in main

@@ -102,6 +102,26 @@ def test_launches_and_waits(form: str, device: str) -> None:
     assert found.launches <= 9, str(found)
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="counted on CPU tensors")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_few_bits_share_a_launch_where_they_are_as_many(dtype: torch.dtype, device: str) -> None:
+    tables: dict[str, Any] = {
+        "blocks": [torch.zeros(5, 8, dtype=dtype, device=device) for _ in range(6)],
+        "block_counts": [2, 2, 2],
+        "steps": [torch.ones(2, device=device)] * 3,
+    }
+    where = {"dtype": torch.int64, "device": device}
+    bags = {"indices": torch.zeros(12, **where), "offsets": torch.arange(0, 13, 2, **where)}
+    found = {}
+    for bits in ([4, 4, 4], [4, 8, 4]):
+        of = call(**tables, bits=bits, **bags, padding_idx=[-1] * 3)
+        found[bits[1]] = count(OPERATORS["lookup"], *in_order("lookup", of.lookup(OFF)))
+    # Beside it, step sizes are put side by side.
+    assert found[4].kernels == ["pooled_fwd_kernel"]
+    assert (found[4].launches, found[4].waits, found[4].uploads) == (2, [], []), str(found[4])
+    assert found[8].kernels == ["pooled_fwd_kernel"] * 3
+
+
 def many(form: str, device: str) -> Call:
     """Tables of which one has no rows."""
     tables = [
