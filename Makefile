@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # TorchRec asks for a CUDA build of FBGEMM, so it comes without what it asks for.
 TORCHREC := fbgemm-gpu-cpu==1.8.0 torchrec==1.8.0 tensordict pyvers pyre-extensions \
-	typing-inspect mypy-extensions orjson cloudpickle importlib_metadata zipp
+	typing-inspect mypy-extensions orjson cloudpickle
 BENCH_SUITE ?= quick
 BENCH_ARGS ?=
 GPU_ARGS ?=
@@ -60,15 +60,17 @@ export LACKING
 
 # torch first and pinned: a range would be met by whatever build is newest.
 $(VENV)/.torch:
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON) here: PYTHON=... names another."; exit 1; }
 	@$(PYTHON) -c "$$LACKING"
-	@echo "Setting up $(VENV) (first time only, a few minutes) ..."
+	@echo "Setting up $(VENV): once, a few minutes, and 5 GB where $(TORCH) brings what GPUs need"
+	@echo "(TORCH=... names another build) ..."
 	@$(PYTHON) -m venv $(VENV)
 	$(call quietly,$(QUIET_PIP) --upgrade pip)
 	$(call quietly,$(QUIET_PIP) "$(TORCH)" "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13")
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.torch pyproject.toml $(SOURCES)
-	@echo "Building the operators ..."
+	@echo "Building the operators (minutes; $(LOG) tells more) ..."
 	$(call quietly,$(QUIET_PIP) --no-build-isolation --no-deps --editable .)
 	@touch $@
 

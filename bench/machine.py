@@ -81,7 +81,11 @@ def _commit() -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of what takes part."""
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    installed = {
+        d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()
+    }
+    # The metadata of PyPI's build do not say which CUDA it is for.
+    installed["torch"] = torch.__version__
     found = {name: installed[name] for name in _PACKAGES if name in installed}
     return {"python": platform.python_version(), **found}
 

@@ -16,7 +16,7 @@ from bench.oracle import Equations
 INSTALL = (
     "pip install --no-deps fbgemm-gpu-cpu==1.8.0 torchrec==1.8.0 torchmetrics==1.0.3 "
     "lightning-utilities tensordict pyvers tqdm pyre-extensions typing-inspect mypy-extensions "
-    "packaging orjson cloudpickle importlib_metadata zipp"
+    "packaging orjson cloudpickle"
 )
 
 

@@ -71,7 +71,8 @@ void Table::ReadTiers(const TensorFile& file, const std::string& prefix, const J
   }
   int64_t begin = 0;
   for (int64_t c = 0; c < count; ++c) {
-    const Tensor& block = Require(file, prefix + "blocks/" + std::to_string(c));
+    const std::string name = prefix + "blocks/" + std::to_string(c);
+    const Tensor& block = Require(file, name);
     const int64_t end = ends[static_cast<size_t>(c)];
     if (end < begin || block.type != type || block.shape.size() != 2) damaged();
     if (block.shape[0] != end - begin || block.shape[1] > 2 * dim) damaged();

@@ -85,7 +85,10 @@ def test_an_absent_contender_is_reported_with_its_install_command() -> None:
     assert the_runner.absent() == result.left_out
 
 
-def test_a_run_whose_second_thread_does_not_help_is_rejected() -> None:
+def test_a_run_whose_second_thread_does_not_help_is_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(binding, "allowed_cpus", lambda: [0, 1])
     case = dataclasses.replace(CASE, contenders=("good",), threads=2)
     busy = runner(Good(), probe=Probe(1.9, 1.02))
     busy.attempts = 1

@@ -50,12 +50,19 @@ def test_sources_use_no_macro_that_the_oldest_torch_lacks() -> None:
     assert used == IN_THE_OLDEST
 
 
-def test_the_set_up_says_first_what_is_lacking(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("CXX=no-such-thing", "The set-up needs a C++17 compiler (g++): install that first."),
+        ("PYTHON=no-such-thing", "There is no no-such-thing here: PYTHON=... names another."),
+    ],
+)
+def test_the_set_up_says_first_what_is_lacking(given: str, told: str, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
-    command = ["make", "-C", str(ROOT), f"{venv}/.torch", f"VENV={venv}", "CXX=no-such-compiler"]
+    command = ["make", "-C", str(ROOT), f"{venv}/.torch", f"VENV={venv}", given]
     made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert made.returncode
-    assert "The set-up needs a C++17 compiler (g++): install that first." in made.stderr
+    assert told in made.stdout + made.stderr
     assert not venv.exists()
 
 
