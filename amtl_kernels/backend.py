@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -156,11 +157,9 @@ def _triton_status() -> str:
         return "not installed"
     if importlib.util.find_spec("amtl_kernels.triton") is None:
         return "installed, but this build has no Triton kernels"
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        return version("triton")
-    except PackageNotFoundError:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         return "installed"
 
 

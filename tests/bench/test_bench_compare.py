@@ -9,6 +9,8 @@ import pytest
 from bench.compare import compare_reports
 from bench.results import Comparison, Report, ResultFormatError, Timing
 
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+
 
 def make_report(seed: int, *, slower: float = 1.0, machine: float = 1.0) -> Report:
     generator = np.random.default_rng(seed)
@@ -70,6 +72,17 @@ def test_a_summary_keeps_what_tables_read_and_cannot_be_compared(tmp_path: Path)
     for pair in ((summary, whole), (whole, summary)):
         with pytest.raises(ResultFormatError, match="samples are gone"):
             compare_reports(*pair)
+
+
+def test_committed_results_are_summaries() -> None:
+    """They are read by people and tables; raw samples would be most of the repository."""
+    reports = {path.name: Report.read(path) for path in RESULTS.rglob("*-cpu-*.json")}
+    assert len(reports) > 10
+    timings = {
+        name: [timing for entry in report.comparisons for timing in entry.timings.values()]
+        for name, report in reports.items()
+    }
+    assert not [name for name, every in timings.items() if any(t.samples for t in every)]
 
 
 def test_missing_and_rejected_cases_are_named() -> None:

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import amtl_kernels
+
 EXTRAS = (
     "fbgemm_gpu",
     "matplotlib",
@@ -125,8 +127,6 @@ def test_import_does_not_pull_in_the_extras() -> None:
 
 
 def test_build_info_says_what_is_there_and_why_not() -> None:
-    import amtl_kernels
-
     info = amtl_kernels.build_info()
     assert info["version"] == amtl_kernels.__version__
     native = info["native"]
@@ -136,6 +136,4 @@ def test_build_info_says_what_is_there_and_why_not() -> None:
 
 
 def test_python_versions_agree() -> None:
-    import amtl_kernels
-
     assert amtl_kernels.__version__ == amtl_kernels.build_info()["native"]["version"]

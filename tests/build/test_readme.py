@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import amtl
 import pytest
 import torch
 from torch import nn
@@ -48,8 +49,6 @@ def test_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = (model.item, model.user)
     assert all(layer.phase == "frozen" for layer in layers)
     assert sum(layer.stored_bytes() for layer in layers) <= 0.125 * dense + 4 * 800
-
-    import amtl
 
     fresh = amtl.load(tmp_path / "model.safetensors", Model()).eval()
     assert not model.training

@@ -24,6 +24,7 @@ from amtl.run import folders
 from amtl.run.config import TrainConfig
 from amtl.run.training import start
 from amtl.store.tensors import document_writer, read_document
+from safetensors.torch import save_file
 from torch import nn
 
 import amtl_kernels
@@ -449,8 +450,6 @@ def test_other_versions_and_other_files(library, small, tmp_path):
         with pytest.raises(ServeError) as caught:
             library.open(path)
         assert caught.value.status == status
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.ones(3)}, path)
     with pytest.raises(ServeError, match="not a packed file of amtl") as caught:
         library.open(path)

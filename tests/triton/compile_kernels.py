@@ -33,6 +33,7 @@ from kernel_cases import RULES, applying, call, in_order, states
 
 import amtl_kernels.triton
 from amtl_kernels.triton import launch
+from amtl_kernels.triton.lookup import _gather, _pooled
 
 TYPES = {
     torch.float32: "fp32",
@@ -281,10 +282,8 @@ def compile_recorded(requests: Sequence[tuple[int, Any]]) -> Iterator[dict[str, 
 
 def main() -> None:
     assert not launch.INTERPRETED, "unset TRITON_INTERPRET"
-    from amtl_kernels.triton import lookup
-
     share, shares, *architectures = map(int, sys.argv[1:] or (0, 1))
-    tuned = {lookup._gather: launch.WIDE_SPACE, lookup._pooled: launch.NARROW_SPACE}
+    tuned = {_gather: launch.WIDE_SPACE, _pooled: launch.NARROW_SPACE}
     requests: dict[Any, tuple[int, Any]] = {}
     for arch, dim, dtype, index, rules, every in PLAN:
         if architectures and arch not in architectures:

@@ -46,6 +46,9 @@ _BINS = 40
 _RACED_LATER = ("embedding_dropout", "embedding_decay", "distillation")
 """Settings that models trained to their end decide."""
 
+_CHECKPOINT_SECONDS = 300.0
+"""When the last checkpoint is this old, another is saved in mid-epoch."""
+
 VALIDATED = 2**18
 """Rows at most of the validation split, which is looked at dozens of times: always the same ones,
 so that what differs between models is told far better than the AUC itself."""
@@ -178,7 +181,6 @@ class Trainer:
         observer: is told how it goes.
         stop: asked after every step with the number of steps done; True stops the run with a
             checkpoint.
-        checkpoint_seconds: also save in mid-epoch when the last checkpoint is this old.
         time_limit: seconds of `run` after which nothing is tried or trained any more, so that the
             best model until then is the result; see `Trials.late`. None for all the time it takes.
 
@@ -193,7 +195,6 @@ class Trainer:
         out: Path | None = None,
         observer: Observer | None = None,
         stop: Callable[[int], bool] | None = None,
-        checkpoint_seconds: float = 300.0,
         time_limit: float | None = None,
     ) -> None:
         asked, whole = config.budget_bytes, task.encoder.num_rows * config.dim * 4
@@ -210,7 +211,6 @@ class Trainer:
         for line in _scarce(self.held_out):
             self.observer.note(line)
         self.stop = stop or (lambda steps: False)
-        self.checkpoint_seconds = checkpoint_seconds
         self.time_limit = math.inf if time_limit is None else time_limit
         self._deadline, self.cut_short = math.inf, False
         self._warmed = False
@@ -385,7 +385,7 @@ class Trainer:
         if self.stop(learner.steps):
             self.save()
             raise Interrupted
-        old = time.monotonic() - self._saved_at > self.checkpoint_seconds
+        old = time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS
         if self.out and (old or learner.finished or learner.steps % learner.steps_per_epoch == 0):
             self.save()
 
