@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from amtl.data import moments
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields, numbers
 from amtl.data.labels import label_note, labelled, read_labels
@@ -339,6 +340,50 @@ def test_moments_as_text_are_read_as_numbers():
     assert found.rank().to_list() == numbers(frame["y"], seconds).rank().to_list()
 
 
+@pytest.mark.parametrize(
+    ("texts", "seconds"),
+    [
+        (["20:24:53", "1:02:03.5", None, "123:10:05"], [73493, 3723.5, None, 443405]),
+        (["8:05 PM", "12:30 am", ""], [72300, 1800, None]),
+        (["12:00:00 AM", "12:00:01 PM"], [0, 43201]),
+        (["12:34", "1:02"], [45240, 3720]),
+        (["75:10", "1:02"], [4510, 62]),
+        (["10:75"], None),
+        (["13:05 PM"], None),
+        (["3:1", "2:2"], None),
+        (["12:34", "12:34 PM"], None),
+        (["12:34", "12:34:56"], None),
+    ],
+)
+def test_times_of_day_and_durations_are_read(texts, seconds):
+    column = pl.Series("x", texts)
+    forms = moments.find(column)
+    assert len(forms) == (seconds is not None)
+    if seconds is not None:
+        found = moments.read(column, forms[0]).to_list()
+        assert found == [None if s is None else round(s * 10**6) for s in seconds]
+    # A day of which none knows the date comes before no other.
+    assert not moments.find(column, ordered=True)
+
+
+@pytest.mark.parametrize("kind", ["text", "duration", "time"])
+def test_times_are_numbers_where_labels_say_so(kind):
+    """Three rows a value, of which dates stay ids."""
+    late = np.random.default_rng(3).integers(0, 1500, 4500)
+    texts = [f"{m // 60}:{m % 60:02d}" for m in late.tolist()]
+    column = {
+        "text": pl.Series("x", texts),
+        "duration": pl.Series("x", late.astype("timedelta64[s]").astype("timedelta64[us]")),
+        "time": pl.Series("x", [dt.time(m // 60, m % 60) for m in (late % 1440).tolist()]),
+    }[kind]
+    field = spec(column, labels=clicks(0.2 + 0.6 * (late % 1440 > 700)))
+    assert field.kind == "bucket" and field.note.startswith("times or durations, ")
+    assert "--split" not in field.note
+    found = numbers(column, field).rank().to_list()
+    assert found == pl.Series(late % 1440 if kind == "time" else late).rank().to_list()
+    assert spec(column, labels=clicks(np.full(4500, 0.3))).kind == "categorical"
+
+
 TAGS = [f"t{tag}" for tag in range(40)]
 
 
@@ -582,12 +627,12 @@ def test_a_file_of_other_types_is_read_as_the_training_file_was():
 
 
 def test_dates_and_times_are_numbers_where_that_is_asked_for():
-    moments = pl.Series("x", [*MOMENTS[:100], None])
+    times = pl.Series("x", [*MOMENTS[:100], None])
     same = [
-        moments,
-        moments.dt.cast_time_unit("ns"),
-        moments.cast(pl.String),
-        moments.dt.to_string("iso:strict"),
+        times,
+        times.dt.cast_time_unit("ns"),
+        times.cast(pl.String),
+        times.dt.to_string("iso:strict"),
     ]
     for treatment in ("bucket", "standardise"):
         for column in same:
@@ -602,7 +647,7 @@ def test_dates_and_times_are_numbers_where_that_is_asked_for():
                 found = encoder.transform(other.to_frame().with_columns(a=pl.lit("a")))
                 assert torch.equal(found.rows, expected.rows)
                 assert torch.equal(found.dense, expected.dense)
-    days = moments.dt.date()
+    days = times.dt.date()
     assert numbers(days).drop_nans().equals(numbers(days.cast(pl.String)).drop_nans())
     for column in (pl.Series("x", [dt.time(1)]), pl.Series("x", [dt.timedelta(1)])):
         assert infer_fields(column.to_frame(), ["x"], numeric={"x": "bucket"})[0].kind == "bucket"
@@ -620,17 +665,17 @@ def test_dates_and_times_are_numbers_where_that_is_asked_for():
 def test_dates_as_people_write_them_are_numbers_where_that_is_asked_for(form, treatment):
     """The form is that of training: rows to score need not tell days from months."""
     days = [dt.datetime(2020, 1, 1) + dt.timedelta(i, 420 * i) for i in range(160)]
-    moments = pl.Series("x", days).dt.truncate("1m" if "M" in form else "1d")
-    a = pl.Series("a", ["a", "b"] * (len(moments) // 2))
-    frame = pl.DataFrame([moments.dt.strftime(form).set(pl.Series(a.is_first_distinct()), "NA"), a])
+    times = pl.Series("x", days).dt.truncate("1m" if "M" in form else "1d")
+    a = pl.Series("a", ["a", "b"] * (len(times) // 2))
+    frame = pl.DataFrame([times.dt.strftime(form).set(pl.Series(a.is_first_distinct()), "NA"), a])
     specs = infer_fields(frame, ["x", "a"], numeric={"x": treatment})
     assert (specs[0].kind, specs[0].note) == (treatment, "")
     encoder = Encoder.from_tensors(*Encoder.fit(frame, specs).to_tensors())
-    plain = encoder.transform(pl.DataFrame([moments, a])[2:])
+    plain = encoder.transform(pl.DataFrame([times, a])[2:])
     # 160 rows make 8 buckets, by two of the other column.
     least = 14 if treatment == "bucket" else 60
     assert len(torch.cat([plain.rows, plain.dense], 1).unique(dim=0)) > least
-    for column in (frame["x"], frame["x"].cast(pl.Categorical), moments.cast(pl.String)):
+    for column in (frame["x"], frame["x"].cast(pl.Categorical), times.cast(pl.String)):
         found = encoder.transform(pl.DataFrame([column, a])[2:])
         assert torch.equal(found.rows, plain.rows) and torch.equal(found.dense, plain.dense)
         few = encoder.transform(pl.DataFrame([column, a])[2:3])

@@ -122,7 +122,7 @@ def infer_fields(
       held as floats then, and integers of which nearly every row has its own, if they are as
       sparse as said. Other integers of many values and few rows a value have a note.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
-      more, and fewer than 2.5 a value.
+      more, and fewer than 2.5 a value. Of times of day and durations labels are asked beside that.
     - Columns with a single value in the rows that train, or of a type that has no ids, are left
       out, and from 1,000 rows
       on categorical columns of which nearly every row (90 %) has its own value: a model of all
@@ -314,7 +314,19 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         spec = _labels_say(spec, column, default_numeric, labels) or spec
         if not spec.note:
             spec = replace(spec, note=_integer_note(spec, column, default_numeric))
+    elif _is_clock(column) and spec.kind == "categorical" and default_numeric != "categorical":
+        number = _as_told(column, default_numeric, None)
+        times = numbers(column, number).fill_nan(None).cast(pl.Int64)
+        said = _labels_say(spec, times, default_numeric, labels, "times or durations")
+        spec = replace(number, note=said.note) if said else spec
     return spec
+
+
+def _is_clock(column: pl.Series) -> bool:
+    """Whether a column holds times of day or durations, perhaps as text."""
+    if column.dtype in _TEXT:
+        return any(form in moments.CLOCKS for form in moments.find(column.cast(pl.String)))
+    return column.dtype in (pl.Time, pl.Duration)
 
 
 def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
@@ -360,9 +372,13 @@ def _spread(distinct: pl.Series) -> tuple[float, float]:
 
 
 def _labels_say(
-    spec: FieldSpec, column: pl.Series, default_numeric: str, labels: Labels | None
+    spec: FieldSpec,
+    column: pl.Series,
+    default_numeric: str,
+    labels: Labels | None,
+    what: str = "whole numbers",
 ) -> FieldSpec | None:
-    """The spec of whole numbers that labels say are amounts, None for others."""
+    """The spec of whole numbers that labels say are amounts, None for others; named in its note."""
     if labels is None or default_numeric == "categorical" or not _is_scattered(column):
         return None
     if spec.kind == "unused":
@@ -374,7 +390,7 @@ def _labels_say(
         return None
     told, rows = labels.of(column), (len(column) - column.null_count()) / _distinct(column)
     seldom = rows < _SELDOM and labels.rows >= _ROWS_TO_JUDGE_BY
-    note = f"whole numbers, {rows:.1f} rows a value, "
+    note = f"{what}, {rows:.1f} rows a value, "
     if told.by_order:
         note += "near which labels are alike: a number; "
     elif seldom and spec.kind == "categorical" and not told.of_single:
@@ -460,7 +476,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     if not many and not key:
         return spec
     is_amount = _is_amount(column) or _says_when(column)
-    dated = _may_say_when(column, is_amount)
+    dated = _may_say_when(column, is_amount) and not _is_clock(column)
     unlike_ids = is_amount and not column.dtype.is_numeric()
     if key and not (unlike_ids and default_numeric != "categorical"):
         much = "every row has its own value: nothing"

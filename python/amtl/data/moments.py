@@ -1,4 +1,8 @@
-"""Dates and times as people write them: `31.1.2024`, `Jan 31, 2024 3:30 PM`, as logs do, too."""
+"""Dates and times as people write them: `31.1.2024`, `Jan 31, 2024 3:30 PM`, as logs do, too.
+
+Times of day and durations stand without a date: `20:24:53`, `8:05 PM`, `75:10` of minutes and
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,15 @@ _DATES = (
     *("%d-%B-%Y", "%d-%B-%y"),
 )
 _CLOCKS = ("", " %H:%M", " %H:%M:%S%.f", " %I:%M %p", " %I:%M:%S %p")
+CLOCKS = ("%H:%M", "%H:%M:%S%.f", "%I:%M %p", "%I:%M:%S %p", "%M:%S")
+"""Forms without a date. What may be hours and minutes is no minutes and seconds."""
+
+_CLOCK = r"^(\d{1,9}):(\d\d)(?::(\d\d(?:\.\d+)?))?(?: ?([APap])[Mm])?$"
+"""Not `3:1`, which may be a score."""
+
 _FORMS = (
     *(date + clock for date in _DATES for clock in _CLOCKS),
-    *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
+    *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z", *CLOCKS),
 )
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
 """Seconds since 1970."""
@@ -39,6 +49,7 @@ def find(column: pl.Series, *, ordered: bool = False) -> list[str]:
     Args:
         column: text.
         ordered: forms agree that put moments in the same order; else those that have the same ones.
+            Without a date there is none.
 
     Returns:
         One form where that is sure, several where days and months cannot be told, and none where
@@ -50,6 +61,8 @@ def find(column: pl.Series, *, ordered: bool = False) -> list[str]:
     distinct = texts(column).drop_nulls().unique(maintain_order=True) if forms else few
     found: dict[str, pl.Series] = {}
     for form in forms if len(distinct) else ():
+        if form in CLOCKS and (ordered or "%H:%M" in found):
+            continue
         keys = _read(distinct, form)
         if keys.null_count():
             continue
@@ -60,7 +73,7 @@ def find(column: pl.Series, *, ordered: bool = False) -> list[str]:
 
 
 def read(column: pl.Series, form: str) -> pl.Series:
-    """Microseconds since 1970 that text stands for; null for what is no moment in that form."""
+    """Microseconds since 1970, or midnight, that text stands for; null for what is no moment."""
     return _read(texts(column), form)
 
 
@@ -93,6 +106,28 @@ def odd(column: pl.Series, form: str) -> pl.Series:
 
 def _read(cells: pl.Series, form: str) -> pl.Series:
     """`read` of text as `texts` has it; years have four digits where the form says so."""
+    if form in CLOCKS:
+        return _read_clock(cells, form)
     found = cells.str.to_datetime(form, strict=False, time_unit="us")
     early = (found.dt.year() < 1000).fill_null(False) & ("%Y" in form)
     return found.to_physical().set(early, None)
+
+
+def _read_clock(cells: pl.Series, form: str) -> pl.Series:
+    """`_read` of a form without a date: a duration may have more hours or minutes than a day."""
+    parts = cells.str.extract_groups(_CLOCK).struct.unnest()
+    first, second, third = (parts[str(i)].cast(pl.Float64, strict=False) for i in (1, 2, 3))
+    half = parts["4"].str.to_uppercase()
+    fits = (second < 60) & (third.is_null() | (third < 60))
+    fits &= third.is_not_null() if form.count(":") == 2 else third.is_null()
+    if form.startswith("%I"):
+        fits &= half.is_not_null() & (first >= 1) & (first <= 12)
+        first = first % 12 + (half == "P").cast(pl.Float64) * 12
+    else:
+        fits &= half.is_null()
+    if form == "%H:%M":
+        fits &= first < 24
+    seconds = first * 60 + second
+    if form != "%M:%S":
+        seconds = seconds * 60 + third.fill_null(0.0)
+    return (seconds * 10**6).round().cast(pl.Int64).set(~fits.fill_null(False), None)
