@@ -144,7 +144,10 @@ class Vocabulary:
             ValueError: for numbers with a fraction (bucket them first), whole ones that a float
                 does not hold exactly, and other types.
         """
-        flat = _flatten(as_series(column), separator, name)[0]
+        series = as_series(column)
+        flat = _flatten(series, separator, name)[0]
+        if separator == WRITTEN_LISTS and _is_text(series.dtype):
+            flat = flat.str.strip_chars()
         table = (
             pl.DataFrame({"value": flat})
             .lazy()
@@ -218,7 +221,21 @@ class Vocabulary:
         nothing = not self.trimmed or known.null_count() > 0
         nothing = nothing or (known.dtype == pl.String and "" in known)
         given = {"lenient": True, "trim": self.trimmed, "nothing": nothing}
-        return _flatten(series, separator, self.name, **given)
+        flat, lengths = _flatten(series, separator, self.name, **given)
+        return (self._without_spaces(flat) if self.trimmed else flat), lengths
+
+    def _without_spaces(self, flat: pl.Series) -> pl.Series:
+        """Values without spaces around them where they are not known with these.
+
+        Lists have them as they are, and text that training was taught by has them without.
+        """
+        if not flat.dtype == self._values.dtype == pl.String:
+            return flat
+        odd = flat.str.contains(r"^\s|\s$").fill_null(False)
+        if not odd.any():
+            return flat
+        odd &= ~flat.is_in(self._values.drop_nulls().implode()).fill_null(False)
+        return flat.str.strip_chars().zip_with(odd, flat)
 
     def first_unknown(self, column: Column, *, bags: bool = False) -> Any:
         """The first unknown value of a column, or of one of bags; None if that is missing."""
@@ -579,6 +596,8 @@ def _flatten(
     Empty strings and missing entries are empty bags, and no elements of lists unless `nothing` is
     one; single-valued columns have one element each.
     """
+    # What already is a list has its values as they are, quotation marks and all.
+    written = separator == WRITTEN_LISTS and _is_text(series.dtype)
     if separator and _is_text(series.dtype):
         series = split(series.cast(pl.String), separator, trim=trim)
     if not isinstance(series.dtype, pl.List):
@@ -587,7 +606,7 @@ def _flatten(
         series = _without_nothing(series)
     lengths = series.list.len().fill_null(0).to_numpy().astype(np.int64)
     flat = series.filter(series.list.len() > 0).explode()
-    if separator == WRITTEN_LISTS and flat.dtype == pl.String:
+    if written:
         flat = _unquoted(flat)
     return _normal(flat, name, lenient=lenient), lengths
 
@@ -653,7 +672,7 @@ def _unquoted(items: pl.Series) -> pl.Series:
         read = pl.Series([_unescaped(item) for item in escaped], dtype=pl.String)
         found = items.replace_strict(escaped, read, default=None)
         plain = plain.zip_with(found.is_null(), found)
-    return plain.str.strip_chars()
+    return plain
 
 
 def _unescaped(item: str) -> str:
