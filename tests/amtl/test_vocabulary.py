@@ -479,6 +479,25 @@ def test_spaces_around_listed_values_are_found_in_either_form():
     assert apart.encode_bags(["[' x', 'x', 'x ']"])[0].tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("min_count", [1, 2])
+def test_an_empty_text_is_missing_where_only_that_is_known(min_count):
+    vocab = Vocabulary.build(["a", None, "b", None, "a", "b"], min_count=min_count)
+    missing = int(vocab.encode([None])[0])
+    tensors, meta = vocab.to_tensors()
+    for known in (vocab, Vocabulary.from_tensors(tensors, meta)):
+        for column in (pl.Series(["", "a", "z"]), pl.Series(["", "a", "z"], dtype=pl.Categorical)):
+            rows, unknown = known.encode_counted(column)
+            assert rows.tolist() == [missing, int(known.encode(["a"])[0]), known.oov_row]
+            assert unknown == 1
+        assert known.first_unknown(pl.Series(["", "z"])) == "z"
+    assert Vocabulary.build(["a", "b"]).encode_counted([""])[1] == 1
+    # Where it was a value of its own, it is no missing one, though it was rare.
+    rare = Vocabulary.build(["a", "a", None, None, ""], min_count=2)
+    tensors, meta = rare.to_tensors()
+    for known in (rare, Vocabulary.from_tensors(tensors, meta)):
+        assert known.encode([""]).tolist() == [known.oov_row]
+
+
 def test_text_is_split_where_training_had_lists():
     lists = pl.Series([["A", "B"], ["B"], [], None, ["B", "C", "A"]])
     numbers = pl.Series([[1, 2], [2], [], None, [2, 3, 1]])

@@ -76,6 +76,8 @@ class Vocabulary:
             value.
         trimmed: values that strings are split into have no spaces around them and are not empty,
             as it was not in files of earlier versions.
+        had_empty: the empty text was a value in training, though it may be none of `values`.
+            Where it was not, it is a missing value, as files of text have it.
 
     Raises:
         ValueError: if shapes disagree, values repeat, or rows are not a permutation.
@@ -91,6 +93,7 @@ class Vocabulary:
         *,
         separator: str | None = None,
         trimmed: bool = True,
+        had_empty: bool = False,
     ) -> None:
         series = _normal(as_series(values), name)
         counts = torch.as_tensor(counts, dtype=torch.int64)
@@ -118,6 +121,7 @@ class Vocabulary:
         self._values = series
         self._rows = rows
         self._kind = "str" if series.dtype == pl.String else "int"
+        self._had_empty = had_empty or (self._kind == "str" and "" in series)
         nulls = np.flatnonzero(series.is_null().to_numpy())
         self._null_row = int(rows[int(nulls[0])]) if len(nulls) else oov_row
         self._table: tuple[int, np.ndarray] | None = None
@@ -163,7 +167,9 @@ class Vocabulary:
         counts = torch.cat(
             [kept_counts[:oov_row], torch.tensor([rest], dtype=torch.int64), kept_counts[oov_row:]]
         )
-        return cls(name, kept["value"], counts, oov_row, separator=separator)
+        had_empty = table["value"].dtype == pl.String and "" in table["value"]
+        given: Any = {"separator": separator, "had_empty": had_empty}
+        return cls(name, kept["value"], counts, oov_row, **given)
 
     @property
     def size(self) -> int:
@@ -310,6 +316,8 @@ class Vocabulary:
             "trimmed": self.trimmed,
             "null_at": int(null.arg_max() or 0) if null.any() else None,
         }
+        if self._had_empty:
+            meta["had_empty"] = True
         return tensors, meta
 
     @classmethod
@@ -333,6 +341,7 @@ class Vocabulary:
             int(meta["oov_row"]),
             separator=meta.get("separator"),
             trimmed=meta.get("trimmed", False),
+            had_empty=meta.get("had_empty", False),
         )
 
     def _bag_separator(self, series: pl.Series) -> str | None:
@@ -351,6 +360,8 @@ class Vocabulary:
         if self._kind == "int" and flat.dtype == pl.String:
             # As a file of text is read whose other values are integers.
             flat = notation.texts(flat)
+        elif flat.dtype == pl.String and not self._had_empty and self._null_row != self.oov_row:
+            flat = flat.set(flat == "", None)
         null = flat.is_null()
         nulls = int(null.sum())
         if len(known) == 0:
