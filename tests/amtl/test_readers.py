@@ -169,7 +169,7 @@ def test_numbers_with_gaps_are_numbers_whatever_stands_for_a_gap(tmp_path):
     assert frame["f"].to_list() == [None, 0.5, None]
     assert frame["t"].to_list() == ["NA", "a", "b"]
     assert frame["m"].to_list() == ["NA", "?", "NA"]
-    assert notes == ("'NA', '?' is a missing number in i, f",)
+    assert notes == ("'NA', '?' are missing numbers in i, f",)
 
 
 @pytest.mark.parametrize("gap", ['""', '" "', "<NA>", "-", "(null)", "unknown", "missing"])
@@ -188,7 +188,7 @@ def test_one_or_two_rare_texts_among_numbers_are_missing_numbers(tmp_path):
 
     contents = column("n.d.", "tbd", "n.d.", "tbd")
     assert contents.frame["p"].dtype == pl.Int64 and contents.frame["p"].null_count() == 4
-    assert contents.notes == ("'n.d.', 'tbd' is a missing number in p",)
+    assert contents.notes == ("'n.d.', 'tbd' are missing numbers in p",)
     for odd in (["n.d."], ["a"] * 5, ["a", "b", "c"] * 2, ["A1", "A1"]):
         assert column(*odd).frame["p"].dtype == pl.String
     long = [str(10**25), str(10**25 + 1)] * 20

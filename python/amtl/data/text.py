@@ -137,8 +137,9 @@ def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFra
             if values.str.contains(_LONG).any():
                 break
     if marks:
-        shown = ", ".join(map(repr, dict.fromkeys(marks)))
-        notes.append(f"{shown} is a missing number in {_few(frame.columns, marked)}")
+        shown = [repr(mark) for mark in dict.fromkeys(marks)]
+        are = "is a missing number" if len(shown) == 1 else "are missing numbers"
+        notes.append(f"{', '.join(shown)} {are} in {_few(frame.columns, marked)}")
     return frame.with_columns(columns)
 
 
