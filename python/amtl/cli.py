@@ -487,10 +487,11 @@ def predict(
     """Write the probability of a click for each row of a file, in its order."""
     import polars as pl
 
-    from amtl.data import load_source, require_columns, require_kind, write_rows
+    from amtl.data import load_source, require_columns, require_kind, require_other, write_rows
     from amtl.run.folders import load_trained
 
     require_kind(out)
+    require_other(out, data)
     trained, frame = load_trained(run), load_source(data).frame
     names = parse_names("--columns", columns, frame.columns)
     require_columns(frame.columns, names, data)

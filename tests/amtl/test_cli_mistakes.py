@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -378,6 +379,32 @@ def test_a_terminal_of_ascii_gets_ascii(folder, monkeypatch):
         stream.flush()
     assert b"##" in out.buffer.getvalue()
     assert err.buffer.getvalue().startswith(b"error: 'caf?")
+
+
+@pytest.mark.parametrize("link", ["", "symbolic", "hard", "relative"])
+def test_predictions_do_not_replace_their_rows(folder, tmp_path, monkeypatch, capsys, link):
+    monkeypatch.chdir(tmp_path)
+    rows = Path(shutil.copy(folder / "ok.csv", tmp_path / "rows.csv"))
+    out, content = tmp_path / "out.csv", rows.read_bytes()
+    if link == "symbolic":
+        out.symlink_to(rows)
+    elif link == "hard":
+        out.hardlink_to(rows)
+    else:
+        out = Path("./rows.csv") if link else rows
+    assert run("predict", folder / "m.safetensors", rows, "-o", out) == 1
+    told = capsys.readouterr().err
+    assert "is the file of rows itself: name another one with -o" in " ".join(told.split())
+    assert rows.read_bytes() == content
+
+
+def test_predictions_do_not_replace_a_part_of_a_folder_of_rows(folder, tmp_path, capsys):
+    part = Path(shutil.copy(folder / "ok.parquet", tmp_path / "part-0.parquet"))
+    content = part.read_bytes()
+    assert run("predict", folder / "m.safetensors", tmp_path, "-o", part) == 1
+    assert "name another one with -o" in " ".join(capsys.readouterr().err.split())
+    assert part.read_bytes() == content
+    assert run("predict", folder / "m.safetensors", tmp_path, "-o", tmp_path / "p.csv") == 0
 
 
 def test_what_nobody_expected_is_logged(folder, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import math
 import urllib.error
+import warnings
 import zipfile
 
 import numpy as np
@@ -203,6 +205,29 @@ def test_vocabularies_and_scales_come_from_the_training_rows_only(frame):
     assert abs(float(dense[present].mean())) < 1e-5
     assert abs(float(dense[present].std(correction=0)) - 1) < 1e-5
     assert bool(torch.isfinite(encoded.dense).all())
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1e300, 0.0, 0.0, 0.0], [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),
+        ([1.7e308, -1.7e308, math.inf, math.nan], [1.0, -1.0, 0.0, 0.0]),
+        ([1.7e308, 1.7e308, -1.7e308, -1.7e308], [1.0, 1.0, -1.0, -1.0]),
+        ([1e200, -1e200], [1.0, -1.0]),
+        ([5.0, 5.0, -math.inf], [0.0, 0.0, 0.0]),
+    ],
+)
+def test_standardised_numbers_of_any_size_are_finite(values, expected):
+    frame = pl.DataFrame({"id": ["a"] * len(values), "x": values})
+    specs = infer_fields(frame, ["id", "x"], numeric={"id": "categorical", "x": "standardise"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder = Encoder.fit(frame, specs)
+        dense = encoder.transform(frame).dense[:, 0]
+        far = frame[:1].clone().with_columns(x=pl.Series([-1.7e308]))
+        farther = encoder.transform(far).dense
+    torch.testing.assert_close(dense, torch.tensor(expected, dtype=torch.float32))
+    assert bool(torch.isfinite(farther).all()) and float(farther) < 0
 
 
 def test_buckets_hold_equal_shares_and_missing_values_have_their_own(frame):

@@ -482,8 +482,13 @@ def test_plain_numbers_need_no_notation_in_a_file():
         (["100,200,300", "7"], "'100,200,300' may be one number or several", "."),
         (["$1,234", "$500"], "'$1,234' may be 1234 or 1.234", None),
         (["1,5", "1.5"], "", None),
-        (["$5", "€5"], "", None),
-        (["5%", "6"], "", None),
+        (
+            ["$5", "€5"],
+            "numbers with different currency or per cent signs, such as '$5' and '€5', ",
+            None,
+        ),
+        (["5%", "6"], "'5%' and '6', cannot be compared, so they stay text; convert", None),
+        (["$5", "€five"], "", None),
         (["01,02", "03,04"], "", None),
         (["(1.5)", "(2.5)"], "", None),
         (["1.5-", "2.5-"], "", None),
@@ -492,7 +497,8 @@ def test_plain_numbers_need_no_notation_in_a_file():
         (["(-1.5)", "2.5"], "", None),
         (["-1.5-", "2.5"], "", None),
         (["(1.5)-", "2.5"], "", None),
-        (["1.5", "USD 2.5"], "", None),
+        (["1.5", "USD 2.5"], "such as '1.5' and 'USD 2.5', cannot be", None),
+        (["$12.00", "€3,10", "(£7.5)"], "such as '$12.00', '€3,10' and '(£7.5)'", None),
         (["ABC 1.5", "ABC 2.5"], "", None),
         (["1.5", "2.5"], "", "."),
     ],
@@ -505,7 +511,8 @@ def test_numbers_that_are_not_sure_stay_text(values, note, told):
         return
     with pytest.raises(UserError, match="the column is String, no number") as error:
         spec(values, numeric={"x": "bucket"})
-    assert ("decimal point, and nothing between thousands" in str(error.value)) == bool(note)
+    for remedy in ("decimal point, and nothing between thousands", "convert all to one sign"):
+        assert (remedy in str(error.value)) == (remedy in spec(values).note)
 
 
 def test_what_keeps_a_column_from_being_numbers_is_named():

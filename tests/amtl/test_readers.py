@@ -169,7 +169,7 @@ def test_numbers_with_gaps_are_numbers_whatever_stands_for_a_gap(tmp_path):
     assert frame["f"].to_list() == [None, 0.5, None]
     assert frame["t"].to_list() == ["NA", "a", "b"]
     assert frame["m"].to_list() == ["NA", "?", "NA"]
-    assert notes == ("'NA', '?' is a missing number in i, f",)
+    assert notes == ("'NA', '?' are missing numbers in i, f",)
 
 
 @pytest.mark.parametrize("gap", ['""', '" "', "<NA>", "-", "(null)", "unknown", "missing"])
@@ -188,7 +188,7 @@ def test_one_or_two_rare_texts_among_numbers_are_missing_numbers(tmp_path):
 
     contents = column("n.d.", "tbd", "n.d.", "tbd")
     assert contents.frame["p"].dtype == pl.Int64 and contents.frame["p"].null_count() == 4
-    assert contents.notes == ("'n.d.', 'tbd' is a missing number in p",)
+    assert contents.notes == ("'n.d.', 'tbd' are missing numbers in p",)
     for odd in (["n.d."], ["a"] * 5, ["a", "b", "c"] * 2, ["A1", "A1"]):
         assert column(*odd).frame["p"].dtype == pl.String
     long = [str(10**25), str(10**25 + 1)] * 20
@@ -278,6 +278,14 @@ def test_ids_beyond_int64(tmp_path):
             b'a,b\n1,2\n"1\n",2\n1,2,3\n',
             "cannot read.*line 5 has 3 columns, the first 2; put a value that holds commas in",
         ),
+        (
+            "a.csv",
+            b'y^a^c\n1^2^"x, y"\n0^3^z\n',
+            r"line 2 has 2 columns, the first 1, .* by commas, tabs, semicolons or bars: .*tr '\^'",
+        ),
+        ("a.csv", b"y::a::c\n1::2::x, y\n0::3::z\n", r"line 2 .*: sed 's/::/\\t/g' FILE"),
+        ("a.txt", b"y\x01c\n1\x01x,y\n0\x01z\n", r"line 2 .*: tr '\\001' '\\t' < FILE"),
+        ("a.csv", b"names\nA, B\nC\n", "commas, tabs.*if there is one column, put a value that"),
         ("a.csv", b"y,b,c\n1,2,3\n0,5\n1\n0,,\n", r"line 3 has 2 .* first 3 \(2 lines are too sh"),
         ("a.csv", b'y,b\n1,"2\n3"\n0\n', "line 4 has 1 columns, the first 2; delete it, or end it"),
         ("a.csv", b"# of 2024\na,b\n1,2\n3,4\n", "it begins with a comment; .*sed '/"),
@@ -298,6 +306,15 @@ def test_ids_beyond_int64(tmp_path):
 def test_unreadable_files_say_what_to_do(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, content, name)
+
+
+@pytest.mark.parametrize("sign", [" ", "^", ":", "~"])
+def test_a_column_that_is_missing_may_be_one_that_was_not_taken_apart(tmp_path, sign):
+    frame = read(tmp_path, f"y{sign}a\n1{sign}2\n0{sign}3\n").frame
+    with pytest.raises(UserError, match=r"no column 'y'.* commas, tabs, semicolons or bars"):
+        require_columns(frame.columns, ["y"], "the data")
+    with pytest.raises(UserError, match=r"columns are a$"):
+        require_columns(["a"], ["y"], "the data")
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -456,6 +456,48 @@ def test_lists_that_are_written_as_text_are_those_lists():
     assert vocab.encode_bags(["[1, 2]", "[2.0]", "[]"])[0].tolist() == [0, 1, 1]
 
 
+def test_real_lists_are_taken_as_they_are():
+    lists = [["a\\b", '"q"', "'s'"], ["c:\\new", '"q"'], ["a\\b"]]
+    python, dumped = [str(v) for v in lists], [json.dumps(v) for v in lists]
+    own = Vocabulary.build(pl.Series(lists)).encode_bags(pl.Series(lists))
+    for trained in (python, dumped, pl.Series(lists)):
+        vocab = Vocabulary.build(trained, separator="[]")
+        for scored in (python, dumped, pl.Series(lists)):
+            rows, offsets, unknown = vocab.encode_bags(scored)
+            assert torch.equal(rows, own[0]) and torch.equal(offsets, own[1]) and not unknown
+        assert vocab.first_unknown(pl.Series([["a\\b"], ["'s"]]), bags=True) == "'s"
+
+
+def test_spaces_around_listed_values_are_found_in_either_form():
+    lists = [[" lead", "x"], ["x", "trail "], ["x"]]
+    forms = [pl.Series(lists), [str(v) for v in lists], [json.dumps(v) for v in lists]]
+    for trained in forms:
+        vocab = Vocabulary.build(trained, separator=None if trained is forms[0] else "[]")
+        rows = [vocab.encode_bags(scored) for scored in forms]
+        assert all(torch.equal(r[0], rows[0][0]) and r[2] == 0 for r in rows)
+    apart = Vocabulary.build(pl.Series([[" x", "x"], ["x"]]))
+    assert apart.encode_bags(["[' x', 'x', 'x ']"])[0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("min_count", [1, 2])
+def test_an_empty_text_is_missing_where_only_that_is_known(min_count):
+    vocab = Vocabulary.build(["a", None, "b", None, "a", "b"], min_count=min_count)
+    missing = int(vocab.encode([None])[0])
+    tensors, meta = vocab.to_tensors()
+    for known in (vocab, Vocabulary.from_tensors(tensors, meta)):
+        for column in (pl.Series(["", "a", "z"]), pl.Series(["", "a", "z"], dtype=pl.Categorical)):
+            rows, unknown = known.encode_counted(column)
+            assert rows.tolist() == [missing, int(known.encode(["a"])[0]), known.oov_row]
+            assert unknown == 1
+        assert known.first_unknown(pl.Series(["", "z"])) == "z"
+    assert Vocabulary.build(["a", "b"]).encode_counted([""])[1] == 1
+    # Where it was a value of its own, it is no missing one, though it was rare.
+    rare = Vocabulary.build(["a", "a", None, None, ""], min_count=2)
+    tensors, meta = rare.to_tensors()
+    for known in (rare, Vocabulary.from_tensors(tensors, meta)):
+        assert known.encode([""]).tolist() == [known.oov_row]
+
+
 def test_text_is_split_where_training_had_lists():
     lists = pl.Series([["A", "B"], ["B"], [], None, ["B", "C", "A"]])
     numbers = pl.Series([[1, 2], [2], [], None, [2, 3, 1]])

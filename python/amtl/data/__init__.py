@@ -8,7 +8,7 @@ from amtl.data.labels import label_note, labelled, read_labels
 from amtl.data.readers import require_columns
 from amtl.data.registry import Source, load_source, named_sets
 from amtl.data.splits import split_rows
-from amtl.data.writers import require_kind, write_rows
+from amtl.data.writers import require_kind, require_other, write_rows
 
 __all__ = [
     "EncodedData",
@@ -23,6 +23,7 @@ __all__ = [
     "read_labels",
     "require_columns",
     "require_kind",
+    "require_other",
     "split_rows",
     "write_rows",
 ]

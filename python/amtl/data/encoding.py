@@ -23,6 +23,10 @@ from amtl.errors import UserError, brief
 _FEWEST_BUCKETS = 8
 _ROWS_A_BUCKET = 300
 """Of training: of a few thousand rows, 64 buckets of each number are learned by heart."""
+_LARGEST = 3e38
+"""That 32 bits hold."""
+_SQUARED = 400
+"""Power of two of which squares and their sum are no infinite floats."""
 
 
 class Batch(NamedTuple):
@@ -472,7 +476,10 @@ class Encoder:
         mean, scale = self._scales[numbers.name]
         values = moments.as_in_training(numbers, mean, mean).to_numpy()
         values = np.where(np.isfinite(values), values, mean)
-        return torch.from_numpy(((values - mean) / scale).astype(np.float32))
+        # Halves do not overflow where they are subtracted, and are exact.
+        with np.errstate(over="ignore"):
+            values = (values / 2 - mean / 2) / scale * 2
+        return torch.from_numpy(np.clip(values, -_LARGEST, _LARGEST).astype(np.float32))
 
 
 def _stored(spec: FieldSpec) -> dict[str, Any]:
@@ -539,4 +546,7 @@ def _scale(numbers: pl.Series) -> tuple[float, float]:
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
-    return float(values.mean()), float(values.std()) or 1.0
+    # The sum, and the squares, of numbers as large as floats go are beyond that.
+    unit = 2.0 ** max(0, math.frexp(float(np.abs(values).max()))[1] - 1 - _SQUARED)
+    values = values / unit
+    return float(values.mean()) * unit, float(values.std()) * unit or 1.0

@@ -211,6 +211,8 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
     if len(forms) == 1:
         return replace(spec, moment=forms[0])
     doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else _odd_values(column)
+    if column.dtype in _TEXT and not spelled and (mixed := notation.mixed(column)):
+        doubt = f": {mixed}"
     if forms:
         doubt = f": {_shown(column)} may be {forms[0]} or {forms[1]}; {moments.REWRITE}"
     raise UserError(
@@ -294,8 +296,10 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             note += f"{_numeric(name, 'categorical')} keeps the text"
             kind: Any = default_numeric
             return FieldSpec(name, kind, decimal=spelled.decimal, note=note)
+        mixed = "" if spelled or default_numeric == "categorical" else notation.mixed(values)
+        note = mixed or note
         ids = bool(values.str.contains(_IDS).all())
-        for separator, share in _JOINED_BY.items():
+        for separator, share in ({} if mixed else _JOINED_BY).items():
             if _holds_lists(values, separator, share, ids=ids) and not _says_when(values):
                 note = f"{_shown(column, separator)} and its like may be several values each"
                 note += f": --multi {shlex.quote(f'{name}={separator}')} takes them apart"

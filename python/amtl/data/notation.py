@@ -87,6 +87,21 @@ def find(column: pl.Series) -> Notation | None:
     return Notation(fits[0], " and ".join(marks), doubt)
 
 
+def mixed(column: pl.Series) -> str:
+    """Values of numbers that carry different signs, for a message; empty for other columns."""
+    values = texts(column).drop_nulls().unique(maintain_order=True)
+    if not values[:100].str.contains(_NUMBER).all():
+        return ""
+    digits, sign = _digits(values)
+    shown = [repr(text) for text in values.filter(sign.is_first_distinct())[:3]]
+    if digits.null_count() or len(shown) < 2:
+        return ""
+    return (
+        f"numbers with different currency or per cent signs, such as {', '.join(shown[:-1])} and "
+        f"{shown[-1]}, cannot be compared, so they stay text; convert all to one sign"
+    )
+
+
 def read(column: pl.Series, decimal: str) -> pl.Series:
     """The numbers that text stands for, given the decimal mark; what is none is missing."""
     cells = texts(column)

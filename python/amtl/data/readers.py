@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -353,7 +354,9 @@ def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -
         near = [m for n in missing for m in get_close_matches(n.strip().casefold(), folded, 1)]
         meant = " and ".join(brief(repr(folded[name])) for name in near[:5])
         shown += f" (is {meant} meant?)" if meant else ""
-        raise UserError(f"{where} has no column {shown}; its columns are {listed(present)}")
+        one = len(present) == 1 and not re.fullmatch(r"[\w.-]*", present[0])
+        also = f" (if that is several, write them {text.SEPARATED_BY})" if one else ""
+        raise UserError(f"{where} has no column {shown}; its columns are {listed(present)}{also}")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from amtl.errors import UserError
 
 _SEPARATORS = (",", "\t", ";", "|")
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+SEPARATED_BY = "separated by commas, tabs, semicolons or bars"
 _LINES = 100
 _PADDED = r"^[+-]?0\d+$"
 _LONG = r"^[+-]?\d{16,}$"
@@ -137,8 +138,9 @@ def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFra
             if values.str.contains(_LONG).any():
                 break
     if marks:
-        shown = ", ".join(map(repr, dict.fromkeys(marks)))
-        notes.append(f"{shown} is a missing number in {_few(frame.columns, marked)}")
+        shown = [repr(mark) for mark in dict.fromkeys(marks)]
+        are = "is a missing number" if len(shown) == 1 else "are missing numbers"
+        notes.append(f"{', '.join(shown)} {are} in {_few(frame.columns, marked)}")
     return frame.with_columns(columns)
 
 
@@ -199,6 +201,8 @@ def _odd_line(content: bytes, separator: str, width: int) -> str:
     try:
         for row in rows:
             if len(row) > width and rows.line_num == start:
+                if width == 1:
+                    return _unseparated(content, separator, start, len(row))
                 return (
                     f"line {start} has {len(row)} columns, the first {width}; put a value that "
                     f"holds {_NAMES[separator]} in quotation marks, or mend the line"
@@ -212,6 +216,31 @@ def _odd_line(content: bytes, separator: str, width: int) -> str:
         if line.count(b'"') % 2:
             return f"line {number} {quote}"
     return ""
+
+
+def _unseparated(content: bytes, separator: str, line: int, columns: int) -> str:
+    """What to do about a file whose first line holds no separator, while this line does."""
+    how = ""
+    if sign := _unknown_separator(content.decode("utf-8-sig").splitlines()[:_LINES]):
+        if len(sign) > 1 or not sign.isascii():
+            found = re.sub(r"([][\\/.*^$])", r"\\\1", sign)
+            how = f": sed 's/{found}/\\t/g' FILE > FILE.tsv"
+        else:
+            found = sign if sign.isprintable() and sign != "\\" else f"\\{ord(sign):03o}"
+            how = f": tr '{found}' '\\t' < FILE > FILE.tsv"
+    return (
+        f"line {line} has {columns} columns, the first 1, and columns are {SEPARATED_BY}: write "
+        f"the file with one of these{how}; or, if there is one column, put a value that holds "
+        f"{_NAMES[separator]} in quotation marks"
+    )
+
+
+def _unknown_separator(lines: list[str]) -> str:
+    """What else seems to separate columns: the first line has it, others as often; or nothing."""
+    lines = [line for line in lines if line]
+    signs = sorted(set(re.findall(r"[^\w\"'().-]+", lines[0])), key=lambda sign: sign == " ")
+    even = (s for s in signs if all(line.count(s) == lines[0].count(s) for line in lines))
+    return next(even, "")
 
 
 def _short_lines(content: bytes, separator: str, width: int) -> str:

@@ -76,6 +76,8 @@ class Vocabulary:
             value.
         trimmed: values that strings are split into have no spaces around them and are not empty,
             as it was not in files of earlier versions.
+        had_empty: the empty text was a value in training, though it may be none of `values`.
+            Where it was not, it is a missing value, as files of text have it.
 
     Raises:
         ValueError: if shapes disagree, values repeat, or rows are not a permutation.
@@ -91,6 +93,7 @@ class Vocabulary:
         *,
         separator: str | None = None,
         trimmed: bool = True,
+        had_empty: bool = False,
     ) -> None:
         series = _normal(as_series(values), name)
         counts = torch.as_tensor(counts, dtype=torch.int64)
@@ -118,6 +121,7 @@ class Vocabulary:
         self._values = series
         self._rows = rows
         self._kind = "str" if series.dtype == pl.String else "int"
+        self._had_empty = had_empty or (self._kind == "str" and "" in series)
         nulls = np.flatnonzero(series.is_null().to_numpy())
         self._null_row = int(rows[int(nulls[0])]) if len(nulls) else oov_row
         self._table: tuple[int, np.ndarray] | None = None
@@ -144,7 +148,10 @@ class Vocabulary:
             ValueError: for numbers with a fraction (bucket them first), whole ones that a float
                 does not hold exactly, and other types.
         """
-        flat = _flatten(as_series(column), separator, name)[0]
+        series = as_series(column)
+        flat = _flatten(series, separator, name)[0]
+        if separator == WRITTEN_LISTS and _is_text(series.dtype):
+            flat = flat.str.strip_chars()
         table = (
             pl.DataFrame({"value": flat})
             .lazy()
@@ -160,7 +167,9 @@ class Vocabulary:
         counts = torch.cat(
             [kept_counts[:oov_row], torch.tensor([rest], dtype=torch.int64), kept_counts[oov_row:]]
         )
-        return cls(name, kept["value"], counts, oov_row, separator=separator)
+        had_empty = table["value"].dtype == pl.String and "" in table["value"]
+        given: Any = {"separator": separator, "had_empty": had_empty}
+        return cls(name, kept["value"], counts, oov_row, **given)
 
     @property
     def size(self) -> int:
@@ -218,7 +227,21 @@ class Vocabulary:
         nothing = not self.trimmed or known.null_count() > 0
         nothing = nothing or (known.dtype == pl.String and "" in known)
         given = {"lenient": True, "trim": self.trimmed, "nothing": nothing}
-        return _flatten(series, separator, self.name, **given)
+        flat, lengths = _flatten(series, separator, self.name, **given)
+        return (self._without_spaces(flat) if self.trimmed else flat), lengths
+
+    def _without_spaces(self, flat: pl.Series) -> pl.Series:
+        """Values without spaces around them where they are not known with these.
+
+        Lists have them as they are, and text that training was taught by has them without.
+        """
+        if not flat.dtype == self._values.dtype == pl.String:
+            return flat
+        odd = flat.str.contains(r"^\s|\s$").fill_null(False)
+        if not odd.any():
+            return flat
+        odd &= ~flat.is_in(self._values.drop_nulls().implode()).fill_null(False)
+        return flat.str.strip_chars().zip_with(odd, flat)
 
     def first_unknown(self, column: Column, *, bags: bool = False) -> Any:
         """The first unknown value of a column, or of one of bags; None if that is missing."""
@@ -293,6 +316,8 @@ class Vocabulary:
             "trimmed": self.trimmed,
             "null_at": int(null.arg_max() or 0) if null.any() else None,
         }
+        if self._had_empty:
+            meta["had_empty"] = True
         return tensors, meta
 
     @classmethod
@@ -316,6 +341,7 @@ class Vocabulary:
             int(meta["oov_row"]),
             separator=meta.get("separator"),
             trimmed=meta.get("trimmed", False),
+            had_empty=meta.get("had_empty", False),
         )
 
     def _bag_separator(self, series: pl.Series) -> str | None:
@@ -334,6 +360,8 @@ class Vocabulary:
         if self._kind == "int" and flat.dtype == pl.String:
             # As a file of text is read whose other values are integers.
             flat = notation.texts(flat)
+        elif flat.dtype == pl.String and not self._had_empty and self._null_row != self.oov_row:
+            flat = flat.set(flat == "", None)
         null = flat.is_null()
         nulls = int(null.sum())
         if len(known) == 0:
@@ -579,6 +607,8 @@ def _flatten(
     Empty strings and missing entries are empty bags, and no elements of lists unless `nothing` is
     one; single-valued columns have one element each.
     """
+    # What already is a list has its values as they are, quotation marks and all.
+    written = separator == WRITTEN_LISTS and _is_text(series.dtype)
     if separator and _is_text(series.dtype):
         series = split(series.cast(pl.String), separator, trim=trim)
     if not isinstance(series.dtype, pl.List):
@@ -587,7 +617,7 @@ def _flatten(
         series = _without_nothing(series)
     lengths = series.list.len().fill_null(0).to_numpy().astype(np.int64)
     flat = series.filter(series.list.len() > 0).explode()
-    if separator == WRITTEN_LISTS and flat.dtype == pl.String:
+    if written:
         flat = _unquoted(flat)
     return _normal(flat, name, lenient=lenient), lengths
 
@@ -653,7 +683,7 @@ def _unquoted(items: pl.Series) -> pl.Series:
         read = pl.Series([_unescaped(item) for item in escaped], dtype=pl.String)
         found = items.replace_strict(escaped, read, default=None)
         plain = plain.zip_with(found.is_null(), found)
-    return plain.str.strip_chars()
+    return plain
 
 
 def _unescaped(item: str) -> str:

@@ -28,6 +28,26 @@ def require_kind(path: Path) -> None:
         raise UserError(f"{str(path)!r}: name a file that ends in {', '.join(_KINDS)}")
 
 
+def require_other(path: Path, data: str) -> None:
+    """Refuses a file to write that is the one rows are read from, or in a folder of such.
+
+    Args:
+        path: the file to write.
+        data: a path, or a named set with one (`criteo:PATH`).
+
+    Raises:
+        UserError: it is, through whatever links.
+    """
+    if not path.exists():
+        return
+    for source in filter(Path.exists, (Path(data), Path(data.partition(":")[2] or data))):
+        # The files of a folder are rows, too; their kind is Parquet.
+        files = [source] if source.is_file() else source.rglob(f"*{path.suffix}")
+        if any(file.is_file() and path.samefile(file) for file in files):
+            what = "the file" if source.is_file() else "one of the files"
+            raise UserError(f"{str(path)!r} is {what} of rows itself: name another one with -o")
+
+
 def write_rows(frame: pl.DataFrame, path: Path) -> None:
     """Writes a table as Parquet, CSV or TSV, whichever the suffix says; whole or not at all.
 
