@@ -3,10 +3,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import math
 import urllib.error
 import warnings
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import polars as pl
@@ -651,3 +653,32 @@ def test_nothing_in_a_list_is_no_value():
     encoder = Encoder.fit(numbers.to_frame(), [FieldSpec("tags", "bag")])
     bags = encoder.transform(numbers.to_frame()).bags[0]
     assert (bags.offsets[1:] - bags.offsets[:-1])[bags.codes].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("treatment", ["bucket", "standardise", "categorical"])
+def test_what_stood_for_a_missing_number_still_does_in_a_small_file(treatment, tmp_path):
+    """Of ten rows half may be such, so that the file alone says nothing of numbers."""
+    values = [f"{i % 40}.5" if treatment == "bucket" else str(i % 40) for i in range(2000)]
+    values = ["err" if i % 25 == 7 else value for i, value in enumerate(values)]
+    path = tmp_path / "d.csv"
+    pl.DataFrame({"x": values, "a": ["u", "v"] * 1000}).write_csv(path)
+    source = load_source(str(path))
+    assert source.marks == {"x": ("err",)} and source.frame["x"].null_count() == 80
+    given = {"numeric": {"x": treatment}, "marks": source.marks}
+    encoder = Encoder.fit(source.frame, infer_fields(source.frame, ["x", "a"], **given))
+    tensors, meta = encoder.to_tensors()
+    encoder = Encoder.from_tensors(tensors, json.loads(json.dumps(meta)))
+    whole = encoder.transform(source.frame)
+    few = pl.DataFrame({"x": values, "a": ["u", "v"] * 1000})[5:9]
+    few.write_csv(path)
+    for frame in (few, load_source(str(path)).frame, few.cast({"x": pl.Categorical})):
+        assert frame["x"].dtype in (pl.String, pl.Categorical)
+        found = encoder.transform(frame)
+        assert torch.equal(found.rows, whole.rows[5:9]) and not any(found.unknown.values())
+        assert torch.equal(found.dense, whole.dense[5:9])
+    with (
+        pytest.raises(UserError, match="such as 'oops'")
+        if treatment != "categorical"
+        else nullcontext()
+    ):
+        assert encoder.transform(few.with_columns(x=pl.lit("oops"))).unknown["x"] == 4

@@ -408,6 +408,11 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     scores = {"val_auc": metrics["val_auc"], "score": metrics["val_score"] + 0.002}
     short = {**fake, "raced": {"full": {"name": FULL, **scores}}}
     assert "a larger --budget to lose nothing" in only(comparison.verdict(short))
+    # Of a race that took all the time, the yardstick is its own.
+    early = {**fake, "compared": [], "raced": {"table": [{"name": FULL, **scores}]}}
+    assert not any("full size" in line for line in comparison.verdict(early))
+    (told,) = (n for n in comparison.verdict({**early, "cut_short": True}) if "full size" in n)
+    assert told.endswith("this data needs a longer --time-limit to lose nothing")
     taught = {"name": FULL + TAUGHT, "distillation": 0.5, **scores} | {"score": 9.0}
     both = {**short, "compared": [taught, {**full, "val_auc": None}]}
     assert "or --method fixed --distillation 0.5," in only(comparison.verdict(both))

@@ -287,7 +287,7 @@ class Encoder:
         singles = sum(spec.kind != "bag" for spec in self.fields)
         rows = torch.empty(n, singles, dtype=torch.int32)
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
-            column = frame[spec.name]
+            column = _unmarked(frame[spec.name], spec)
             try:
                 if spec.kind == "bag":
                     bags.append(self._bag(f, column))
@@ -302,7 +302,10 @@ class Encoder:
                     rows[:, f] = self._global_rows(f, vocabulary.encode(column))
             except (ValueError, pl.exceptions.PolarsError) as error:
                 raise UserError(str(error).splitlines()[0]) from error
-        dense = [self._standardise(numbers(frame[f.name], f))[:, None] for f in self.dense_fields]
+        dense = [
+            self._standardise(numbers(_unmarked(frame[f.name], f), f))[:, None]
+            for f in self.dense_fields
+        ]
         dense += beside
         data = EncodedData(
             rows=rows,
@@ -437,8 +440,8 @@ class Encoder:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
         encoder = cls(
-            [FieldSpec(**f) for f in meta["fields"]],
-            [FieldSpec(**f) for f in meta["dense_fields"]],
+            [_read_spec(f) for f in meta["fields"]],
+            [_read_spec(f) for f in meta["dense_fields"]],
             [Vocabulary.from_tensors(part(f"{f}."), m) for f, m in enumerate(meta["vocabularies"])],
             part("edges."),
             {name: (scale[0], scale[1]) for name, scale in meta["scales"].items()},
@@ -484,8 +487,24 @@ class Encoder:
 
 def _stored(spec: FieldSpec) -> dict[str, Any]:
     """A field for a file, which readers that know less open unless it has what they lack."""
-    later = ("decimal", "moment", "value")
+    later = ("decimal", "moment", "value", "marks")
     return {key: value for key, value in asdict(spec).items() if key not in later or value}
+
+
+def _read_spec(stored: Mapping[str, Any]) -> FieldSpec:
+    """The inverse of `_stored`."""
+    return FieldSpec(**{**stored, "marks": tuple(stored.get("marks", ()))})
+
+
+def _unmarked(column: pl.Series, spec: FieldSpec) -> pl.Series:
+    """A column without the texts that stood for missing numbers in training.
+
+    A file of few rows may hold more of them than of numbers, and be read as text.
+    """
+    if not spec.marks or column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+        return column
+    column = column.cast(pl.String)
+    return column.set(column.str.strip_chars().is_in(spec.marks).fill_null(False), None)
 
 
 def _values(column: pl.Series, spec: FieldSpec) -> pl.Series:

@@ -75,6 +75,7 @@ class FieldSpec:
             where year, month and day come first.
         value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
             `amtl.data.scales`.
+        marks: unusual texts that stand for missing numbers, as training had them.
         note: why, and how to have it otherwise; empty where nothing was guessed.
     """
 
@@ -85,6 +86,7 @@ class FieldSpec:
     decimal: str | None = None
     moment: str | None = None
     value: bool = False
+    marks: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -97,6 +99,7 @@ def infer_fields(
     values: bool = False,
     separators: Mapping[str, str] | None = None,
     labels: Floats | None = None,
+    marks: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[FieldSpec]:
     """Decides how each column enters the model; what is guessed has a note.
 
@@ -141,6 +144,7 @@ def infer_fields(
         separators: column to separator, for bags held as strings, and for text that may come in
             the place of lists; an empty separator keeps a column of strings whole.
         labels: 0 or 1 of each row that trains, NaN of the others; None: nothing is asked of them.
+        marks: column to texts of its file that were taken as missing numbers.
 
     Raises:
         UserError: for an unknown column or treatment, or a column named twice.
@@ -175,6 +179,7 @@ def infer_fields(
             if spec.kind == "bag" and name in separators:
                 spec = replace(spec, separator=separators[name] or None)
             fields.append(spec)
+    fields = [replace(f, marks=(marks or {}).get(f.name, ())) for f in fields]
     if not values or default_numeric == "categorical":
         return fields
     return [replace(f, value=_has_value(f, frame[f.name], f.name in numeric, says)) for f in fields]

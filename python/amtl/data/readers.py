@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -55,11 +55,13 @@ class Contents:
         frame: its columns.
         label: its label column, where its kind says so.
         notes: what was guessed about it, a line each.
+        marks: column to the unusual texts that were taken as missing numbers in it.
     """
 
     frame: pl.DataFrame
     label: str | None = None
     notes: tuple[str, ...] = ()
+    marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def read_file(path: Path | str) -> Contents:
@@ -181,8 +183,9 @@ def _read_text(path: Path, kind: str) -> Contents:
     if kind in _LIBSVM or (kind == ".txt" and libsvm.looks_like(first)):
         frame, notes = libsvm.read(source, str(path))
         return Contents(frame, libsvm.LABEL, notes)
-    frame, notes = text.read(source, first, "\t" if kind in (".tsv", ".tab") else ",", str(path))
-    return Contents(frame, notes=notes)
+    separator = "\t" if kind in (".tsv", ".tab") else ","
+    frame, notes, marks = text.read(source, first, separator, str(path))
+    return Contents(frame, notes=notes, marks=marks)
 
 
 def _json(file: io.BytesIO | io.BufferedReader, is_list: bool, where: str) -> pl.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Source:
         fields: default fields, or None.
         numeric, recipe, licence: as in `NamedSet`.
         notes: what was guessed about the file, a line each.
+        marks: column to the unusual texts of the file that were taken as missing numbers.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Source:
     recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
     licence: str = ""
     notes: tuple[str, ...] = ()
+    marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def settings(self, method: str) -> dict[str, Any]:
         """The training settings that this data asks for, over the defaults of `TrainConfig`."""
@@ -158,4 +160,5 @@ def load_source(data: str) -> Source:
             f"{data!r} is neither a file nor a known data set; known are {', '.join(sorted(sets))}"
         )
     contents = read_file(path)
-    return Source(str(path.resolve()), contents.frame, label=contents.label, notes=contents.notes)
+    told = {"label": contents.label, "notes": contents.notes, "marks": contents.marks}
+    return Source(str(path.resolve()), contents.frame, **told)  # type: ignore[arg-type]

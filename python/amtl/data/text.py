@@ -32,7 +32,7 @@ _MARKED_BELOW = 0.1
 
 def read(
     source: Path | io.BytesIO, first: str, separator: str, where: str
-) -> tuple[pl.DataFrame, tuple[str, ...]]:
+) -> tuple[pl.DataFrame, tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Parses delimited text.
 
     Args:
@@ -42,7 +42,8 @@ def read(
         where: the file's name, for messages.
 
     Returns:
-        The table, and notes on what was guessed. Blank lines are left out. A column without a name
+        The table, notes on what was guessed, and column to the unusual texts that were taken as
+        missing numbers in it. Blank lines are left out. A column without a name
         is `c` and its position, from 0; one of numbers in which `NA` or its like stands for missing
         ones is one of numbers, and so is one of which up to 10 % are one or two other texts,
         without digits, that recur; one of integers some of which have leading zeros is text, as 7
@@ -100,14 +101,19 @@ def read(
             frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
     if padded:
         notes.append(f"integers with leading zeros are text: {_few(frame.columns, padded)}")
-    return _with_gaps(frame, comma, notes), tuple(notes)
+    frame, marks = _with_gaps(frame, comma, notes)
+    return frame, tuple(notes), marks
 
 
-def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFrame:
+def _with_gaps(
+    frame: pl.DataFrame, comma: bool, notes: list[str]
+) -> tuple[pl.DataFrame, dict[str, tuple[str, ...]]]:
     """Makes numbers of text columns that hold numbers and what stands for missing ones.
 
-    With `comma` they have decimal commas, unless a column has decimal points.
+    With `comma` they have decimal commas, unless a column has decimal points. Also returns what
+    of these texts stands for missing numbers in no other column.
     """
+    unusual: dict[str, tuple[str, ...]] = {}
     columns: list[pl.Series] = []
     marks: list[str] = []
     marked: list[int] = []
@@ -134,6 +140,8 @@ def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFra
                 columns.append(numbers)
                 marks += found
                 marked += [i] * bool(found)
+                if others:
+                    unusual[column.name] = tuple(others)
                 break
             if values.str.contains(_LONG).any():
                 break
@@ -141,7 +149,7 @@ def _with_gaps(frame: pl.DataFrame, comma: bool, notes: list[str]) -> pl.DataFra
         shown = [repr(mark) for mark in dict.fromkeys(marks)]
         are = "is a missing number" if len(shown) == 1 else "are missing numbers"
         notes.append(f"{', '.join(shown)} {are} in {_few(frame.columns, marked)}")
-    return frame.with_columns(columns)
+    return frame.with_columns(columns), unusual
 
 
 def _other_marks(values: pl.Series) -> list[str]:

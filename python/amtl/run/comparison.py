@@ -231,7 +231,9 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
         return told
     raced = metrics["raced"] or {}
     compared = list(metrics.get("compared") or [])
-    full = _best([*compared, *filter(None, [raced.get("full")])], FULL)
+    found = [*compared, *filter(None, [raced.get("full")])]
+    # Where the time was up in the race, its yardstick is all that there is of one.
+    full = _best(found if found or not cut else raced.get("table", []), FULL)
     if full is not None and _lead(full, metrics) > _NOTABLE:
         what = "a table of full size"
         options = "a longer --time-limit" if cut else "a larger --budget"

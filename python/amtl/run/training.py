@@ -95,6 +95,7 @@ def prepare(
             values=config.values,
             separators=config.separators,
             labels=_training_labels(labels, parts[0]),
+            marks=source.marks,
         )
         specs = without_repeats(frame, specs, {*numeric, *config.separators})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
