@@ -41,8 +41,8 @@ def require_other(path: Path, data: str) -> None:
     if not path.exists():
         return
     for source in filter(Path.exists, (Path(data), Path(data.partition(":")[2] or data))):
-        # The files of a folder are rows, too; their kind is Parquet.
-        files = [source] if source.is_file() else source.rglob(f"*{path.suffix}")
+        # Of a folder, Parquet files alone are read.
+        files = [source] if source.is_file() else source.rglob("*.parquet")
         if any(file.is_file() and path.samefile(file) for file in files):
             what = "the file" if source.is_file() else "one of the files"
             raise UserError(f"{str(path)!r} is {what} of rows itself: name another one with -o")
