@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -106,34 +105,6 @@ def test_one_padding_for_all_tables(backend: Any, form: str) -> None:
     every = call.look_up(padding_idx=[2] * len(TABLES))
     assert torch.equal(call.look_up(padding_idx=2), every)
     assert not torch.equal(call.look_up(padding_idx=None), every)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "make_optimizer",
-    [
-        optim.SGD,
-        optim.RowwiseAdagrad,
-        optim.Adam,
-        pytest.param(partial(optim.Adam, capturable=True), id="capturable Adam"),
-    ],
-)
-def test_fused_step(backend: Any, form: str, make_optimizer: Any) -> None:
-    results = []
-    for is_fused in (False, True):
-        call = make(form, backend.device, weighted=True).fresh()
-        optimizer = make_optimizer(call.tables["blocks"], lr=0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            out = call.look_up(fused, optimizer=optimizer) if is_fused else call.look_up()
-            out.square().sum().backward()
-            assert all((t.grad is None) == is_fused for t in call.tables["blocks"])
-            optimizer.step()
-        count = len(call.tables["blocks"])
-        results.append([*call.tables["blocks"], *(leaf.grad for leaf in call.learnable[count:])])
-    # Other gradients are float32 sums of products up to about 50, in the backend's own order.
-    for separate, fused_result in zip(*results, strict=True):
-        torch.testing.assert_close(fused_result, separate, rtol=1e-5, atol=50 * 2.0**-20)
 
 
 @pytest.mark.parametrize("form", FORMS)
