@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import amtl_kernels
-from amtl_kernels import optim
+from amtl_kernels import optim, reference
 
 
 def reserved(elements: int, dtype: type) -> torch.Tensor:
@@ -84,8 +84,8 @@ def test_row_wise_state_beyond_two_to_the_31_elements(table: torch.Tensor) -> No
     before = table[ROWS]
     grads = torch.ones(len(ROWS), D)
     state = reserved(N, np.float32)
-    step = (2, [0.5, 0.0, 0.0, 0.0, 0.0, 1.0])
-    torch.ops.amtl.apply_([table], [ROWS], [grads], [state], *step)
+    step = {"optimizer": reference.ROWWISE_ADAGRAD, "hyper": [0.5, 0.0, 0.0, 0.0, 0.0, 1.0]}
+    torch.ops.amtl.apply_([table], [ROWS], [grads], [state], **step)
     torch.testing.assert_close(table[ROWS], before - 0.5)
     assert state[ROWS].tolist() == [1.0] * len(ROWS)
     with torch.no_grad():

@@ -30,6 +30,7 @@ sys.modules["triton"] = None
 import torch
 import amtl_kernels as ak
 from amtl_kernels import _schema
+from kernel_cases import call, in_order
 from torch._subclasses import FakeTensorMode
 
 native = ak.build_info()["native"]
@@ -54,14 +55,11 @@ with FakeTensorMode():
     dims = torch.empty(5, dtype=torch.uint8, device="cuda")
     indices = torch.empty(3, dtype=torch.int64, device="cuda")
     offsets = torch.empty(5, dtype=torch.int64, device="cuda")
-    tables = [weight, weight], indices, offsets, [dims, dims]
-    out = ak.masked_embedding_bag_tables(*tables)
+    of = call([weight, weight], indices, sizes=[dims, dims], offsets=offsets)
+    of.grad = out = of.look_up()
     assert out.device.type == "cuda" and out.shape == (2, 12), out
-    described = [weight, weight], [1, 1], [], [dims, dims], [], 0
-    bags = indices, offsets, None, 0, [-1, -1], True
-    rows, grads, masks, psw = torch.ops.amtl.lookup_backward(
-        *described, out, *bags, False, False, False
-    )
+    backward = in_order("lookup_backward", of.backward(weight_grad=False))
+    rows, grads, masks, psw = torch.ops.amtl.lookup_backward(*backward)
     assert len(rows) == 2 and rows[0].device.type == "cuda" and grads[1].shape == (0, 6)
     assert masks.shape == psw.shape == (0,)
 print("fine")
@@ -120,10 +118,11 @@ def test_a_cuda_build_imports_without_cuda(tmp_path: Path) -> None:
     if not has_cuda_kernels():
         folder = tmp_path
         build(folder)
+    path = os.pathsep.join(map(str, (folder, ROOT / "tests" / "kernels")))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=120,

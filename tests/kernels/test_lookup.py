@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,43 +38,21 @@ def limited(backend: Any, case: Case) -> Case:
     )
 
 
-def drawn(backend: Any, check: Callable[[Any, Case], None]) -> None:
-    @settings(
-        deadline=None,
-        max_examples=LONGER * backend.examples,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(case=cases(min(6_000, backend.max_lookups), backend.max_dim))
-    def run(case: Case) -> None:
-        check(backend, case)
-
-    run()
-
-
-def check(backend: Any, case: Case, op: str, arguments: tuple[Any, ...]) -> None:
-    got = getattr(torch.ops.amtl, op)(*arguments)
-    assert_agrees(got, expected(op, arguments), case, op)
-    if op == "lookup":
-        assert got.dtype == case.dtype
-
-
-def check_forward(backend: Any, case: Case) -> None:
-    for op, arguments in build(case, backend.device).forwards():
-        check(backend, case, op, arguments)
-
-
-def check_backward(backend: Any, case: Case) -> None:
-    for op, arguments in build(case, backend.device).backwards():
-        check(backend, case, op, arguments)
-
-
-def check_several(backend: Any, case: Case) -> None:
-    """The same of three tables in one call."""
-    tables = several(case, 3, device=backend.device)
-    for form in FORMS:
-        call = join(form, tables)
-        check(backend, case, "lookup", in_order("lookup", call.lookup()))
-        check(backend, case, "lookup_backward", in_order("lookup_backward", call.backward()))
+def check(backend: Any, case: Case, count: int) -> None:
+    """Forward and backward of one table, or of several in one call."""
+    if count == 1:
+        inputs = build(case, backend.device)
+        asked = [*inputs.forwards(), *inputs.backwards()]
+    else:
+        tables = several(case, count, device=backend.device)
+        calls = [join(form, tables) for form in FORMS]
+        asked = [("lookup", in_order("lookup", one.lookup())) for one in calls]
+        asked += [("lookup_backward", in_order("lookup_backward", one.backward())) for one in calls]
+    for op, arguments in asked:
+        got = getattr(torch.ops.amtl, op)(*arguments)
+        assert_agrees(got, expected(op, arguments), case, op)
+        if op == "lookup":
+            assert got.dtype == case.dtype
 
 
 EDGES = {
@@ -99,24 +76,24 @@ EDGES = {
 }
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("edge", EDGES)
-def test_edges(backend: Any, edge: str) -> None:
-    case = limited(backend, EDGES[edge])
-    check_forward(backend, case)
-    check_backward(backend, case)
-    check_several(backend, case)
+def test_edges(backend: Any, edge: str, count: int) -> None:
+    check(backend, limited(backend, EDGES[edge]), count)
 
 
-def test_drawn_forward(backend: Any) -> None:
-    drawn(backend, check_forward)
+@pytest.mark.parametrize("count", [1, 3])
+def test_drawn_lookups(backend: Any, count: int) -> None:
+    @settings(
+        deadline=None,
+        max_examples=LONGER * backend.examples,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases(min(6_000, backend.max_lookups), backend.max_dim))
+    def run(case: Case) -> None:
+        check(backend, case, count)
 
-
-def test_drawn_backward(backend: Any) -> None:
-    drawn(backend, check_backward)
-
-
-def test_drawn_calls_of_several_tables(backend: Any) -> None:
-    drawn(backend, check_several)
+    run()
 
 
 def test_masked_values_are_never_read(backend: Any) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Inputs, build, cases
+from kernel_cases import Call, Case, build, call, cases, in_order
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,28 +23,31 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def made(inputs: Inputs, form: str, bits: int | None, coded: bool) -> tuple[Tables, FewBits | None]:
-    """The table of a case; its tiers as numbers, as numbers that lookups round, or as codes."""
-    tables = Tables.of(inputs.call(form, False).tables.values())
+def made(case: Case, form: str, pooled: bool, bits: int | None, coded: bool) -> Call:
+    """Of a case; its tiers as numbers, as numbers that lookups round, or as codes."""
+    of = build(case).call(form, pooled, dims=[case.dim])
     if bits is None or form != "tiered":
-        return tables._replace(dims=[inputs.case.dim]), None
-    g = torch.Generator().manual_seed(inputs.case.seed)
-    steps = torch.rand(len(tables.blocks), generator=g) + 0.5
+        return of
+    g = torch.Generator().manual_seed(case.seed)
+    blocks = of.tables["blocks"]
+    of.few_bits = {"steps": [torch.rand(len(blocks), generator=g) + 0.5], "bits": [bits]}
     if coded:
-        widths = [block.shape[1] * bits // 8 for block in tables.blocks]
-        shapes = [(len(block), w) for block, w in zip(tables.blocks, widths, strict=True)]
-        blocks = [torch.randint(256, s, dtype=torch.uint8, generator=g) for s in shapes]
-        tables = tables._replace(blocks=blocks)
-    return tables, FewBits([steps], [bits])
+        shapes = [(len(block), block.shape[1] * bits // 8) for block in blocks]
+        codes = [torch.randint(256, s, dtype=torch.uint8, generator=g) for s in shapes]
+        of.tables["blocks"] = codes
+        if of.has_weights:
+            of.bags["per_sample_weights"] = of.bags["per_sample_weights"].float()
+    return of
 
 
-def asked(tables: Tables, few: FewBits | None, bags: Bags) -> Tensor:
+def asked(of: Call) -> Tensor:
     """What the operator says."""
-    return torch.ops.amtl.lookup(*tables, [], *bags, 1, True, *(few or ()))
+    return torch.ops.amtl.lookup(*in_order("lookup", of.lookup()))
 
 
-def planned(tables: Tables, few: FewBits | None) -> Plan:
+def planned(of: Call) -> Plan:
     """A plan that has been asked once, as only those are used that are asked again."""
+    tables, few = Tables(**of.tables), FewBits(**of.few_bits) if of.few_bits else None
     numbers = few.steps[0] if few and tables.blocks[0].dtype == torch.uint8 else tables.blocks[0]
     plan = Plan(tables, few, numbers)
     assert plan.rows(torch.zeros(1, dtype=torch.int64), 1) is None
@@ -61,17 +63,13 @@ def planned(tables: Tables, few: FewBits | None) -> Plan:
 )
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_it_is_the_operator_bit_for_bit(
-    case: Any, form: str, pooled: bool, bits: int | None, coded: bool
+    case: Case, form: str, pooled: bool, bits: int | None, coded: bool
 ) -> None:
-    inputs = build(case)
-    tables, few = made(inputs, form, bits, coded)
-    given_bags = inputs.call(form, pooled).bags
-    if few is not None and coded and given_bags["per_sample_weights"] is not None:
-        given_bags["per_sample_weights"] = given_bags["per_sample_weights"].float()
-    bags = Bags(**given_bags)
-    plan = planned(tables, few)
+    of = made(case, form, pooled, bits, coded)
+    bags = Bags(**of.bags)
+    plan = planned(of)
     with torch.no_grad():
-        want = asked(tables, few, bags)
+        want = asked(of)
         got = plan.bags(bags, 1)
     if bags.indices.numel() == 0 or (pooled and bags.offsets.numel() == 0):
         assert got is None
@@ -186,7 +184,7 @@ def test_many_lookups_let_other_threads_run(table: TieredTable) -> None:
     indices = torch.randint(100, (300, 200))
     with torch.no_grad():
         got = known(table).embedding(indices)
-    assert torch.equal(got, asked(table.tables, None, Bags(indices, None, None, 0, [-1], False)))
+    assert torch.equal(got, asked(call(table.tables.blocks, indices, dims=[16])))
 
 
 def test_the_module_refuses_calls_of_another_shape() -> None:

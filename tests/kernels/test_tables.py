@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -106,34 +105,6 @@ def test_one_padding_for_all_tables(backend: Any, form: str) -> None:
     every = call.look_up(padding_idx=[2] * len(TABLES))
     assert torch.equal(call.look_up(padding_idx=2), every)
     assert not torch.equal(call.look_up(padding_idx=None), every)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "make_optimizer",
-    [
-        optim.SGD,
-        optim.RowwiseAdagrad,
-        optim.Adam,
-        pytest.param(partial(optim.Adam, capturable=True), id="capturable Adam"),
-    ],
-)
-def test_fused_step(backend: Any, form: str, make_optimizer: Any) -> None:
-    results = []
-    for is_fused in (False, True):
-        call = make(form, backend.device, weighted=True).fresh()
-        optimizer = make_optimizer(call.tables["blocks"], lr=0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            out = call.look_up(fused, optimizer=optimizer) if is_fused else call.look_up()
-            out.square().sum().backward()
-            assert all((t.grad is None) == is_fused for t in call.tables["blocks"])
-            optimizer.step()
-        count = len(call.tables["blocks"])
-        results.append([*call.tables["blocks"], *(leaf.grad for leaf in call.learnable[count:])])
-    # Other gradients are float32 sums of products up to about 50, in the backend's own order.
-    for separate, fused_result in zip(*results, strict=True):
-        torch.testing.assert_close(fused_result, separate, rtol=1e-5, atol=50 * 2.0**-20)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -346,22 +317,25 @@ def test_gradcheck_of_the_reference(form: str, mode: str) -> None:
 def test_none_is_an_empty_list(backend: Any) -> None:
     """AOTInductor hands empty lists over as None."""
     blocks = [torch.randn(5, 8, device=backend.device), torch.randn(4, 3, device=backend.device)]
-    bags = (torch.tensor([1, 7, 1], device=backend.device), None, None, 0, [-1], False)
-    grad = torch.randn(3, 8, device=backend.device)
+    indices = torch.tensor([1, 7, 1], device=backend.device)
+    of = call(blocks, indices, torch.randn(3, 8, device=backend.device))
+    few_bits: dict[str, Any] = {"steps": [], "bits": [], "step_ends": []}
+    absent = {"dims", "sizes", "row_groups", "masks", *few_bits}
     wanted: list[Tensor] = []
     for several in ([], None):
-        tables = (blocks, [2], several, several, several, 0)
-        lookup, wants = (*tables, several, *bags, 1, True), (True, False, False)
-        outs = [torch.ops.amtl.lookup(*lookup), torch.ops.amtl.lookup(*lookup, *[several] * 3)]
-        rows, grads, _, _ = torch.ops.amtl.lookup_backward(*tables, grad, *bags, *wants)
-        found = [*outs, *rows, *grads]
-        step = (False, False, False, [], reference.SGD, [0.1, *[0.0] * 4, 1.0])
-        learned = [block.clone() for block in blocks]
-        torch.ops.amtl.lookup_update_(learned, *tables[1:], grad, *bags, *step)
-        found += learned
-        learnable = [block.clone().requires_grad_() for block in blocks]
-        torch.ops.amtl.lookup(learnable, *lookup[1:]).backward(grad)
-        found += [block.grad.to_dense() for block in learnable]
+
+        def ask(op: str, arguments: dict[str, Any], several: Any = several) -> Any:
+            given = {name: several if name in absent else v for name, v in arguments.items()}
+            return getattr(torch.ops.amtl, op)(*in_order(op, given))
+
+        outs = [ask("lookup", {**of.lookup(), **more}) for more in ({}, few_bits)]
+        rows, grads, _, _ = ask("lookup_backward", of.backward())
+        update = of.update("sgd", [0.1, *[0.0] * 4, 1.0])
+        ask("lookup_update_", update)
+        mine = of.fresh()
+        ask("lookup", mine.lookup()).backward(of.grad)
+        learned = [block.grad.to_dense() for block in mine.learnable]
+        found = [*outs, *rows, *grads, *update["blocks"], *learned]
         wanted = wanted or found
         assert all(map(torch.equal, found, wanted)) and len(found) == len(wanted)
 
