@@ -359,12 +359,13 @@ class Encoder:
         None stands for a missing value, and where there is none.
         """
         f = self.names.index(name)
-        vocabulary, kind = self.vocabularies[f], self.fields[f].kind
-        if kind == "bucket":
+        vocabulary, spec = self.vocabularies[f], self.fields[f]
+        if spec.kind == "bucket":
             return None, None
         by_count = torch.argsort(vocabulary.counts, descending=True)
         known = next((v for v in vocabulary.decode(by_count[:3]) if v is not None), None)
-        return vocabulary.first_unknown(column, bags=kind == "bag"), known
+        odd = vocabulary.first_unknown(_unmarked(column, spec), bags=spec.kind == "bag")
+        return odd, known
 
     def renumber(self, new_rows: Tensor) -> None:
         """Moves shared-table row `i` to `new_rows[i]`: a permutation of all rows.

@@ -323,7 +323,12 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         spec = _labels_say(spec, column, default_numeric, labels) or spec
         if not spec.note:
             spec = replace(spec, note=_integer_note(spec, column, default_numeric))
-    elif _is_clock(column) and spec.kind == "categorical" and default_numeric != "categorical":
+    elif (
+        spec.kind == "categorical"
+        and default_numeric != "categorical"
+        and _is_scattered(column)
+        and _is_clock(column)
+    ):
         number = _as_told(column, default_numeric, None)
         times = numbers(column, number).fill_nan(None).cast(pl.Int64)
         said = _labels_say(spec, times, default_numeric, labels, "times or durations")

@@ -15,15 +15,15 @@ _DATES = (
     *("%m/%d/%y", "%d/%m/%y", "%d.%m.%y", "%d %B %Y", "%d. %B %Y", "%B %d, %Y", "%B %d %Y"),
     *("%d-%B-%Y", "%d-%B-%y"),
 )
-_CLOCKS = ("", " %H:%M", " %H:%M:%S%.f", " %I:%M %p", " %I:%M:%S %p")
-CLOCKS = ("%H:%M", "%H:%M:%S%.f", "%I:%M %p", "%I:%M:%S %p", "%M:%S")
+_TIMES = ("%H:%M", "%H:%M:%S%.f", "%I:%M %p", "%I:%M:%S %p")
+CLOCKS = (*_TIMES, "%M:%S")
 """Forms without a date. What may be hours and minutes is no minutes and seconds."""
 
 _CLOCK = r"^(\d{1,9}):(\d\d)(?::(\d\d(?:\.\d+)?))?(?: ?([APap])[Mm])?$"
 """Not `3:1`, which may be a score."""
 
 _FORMS = (
-    *(date + clock for date in _DATES for clock in _CLOCKS),
+    *(date + time for date in _DATES for time in ("", *(f" {time}" for time in _TIMES))),
     *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z", *CLOCKS),
 )
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000

@@ -160,5 +160,10 @@ def load_source(data: str) -> Source:
             f"{data!r} is neither a file nor a known data set; known are {', '.join(sorted(sets))}"
         )
     contents = read_file(path)
-    told = {"label": contents.label, "notes": contents.notes, "marks": contents.marks}
-    return Source(str(path.resolve()), contents.frame, **told)  # type: ignore[arg-type]
+    return Source(
+        str(path.resolve()),
+        contents.frame,
+        label=contents.label,
+        notes=contents.notes,
+        marks=contents.marks,
+    )

@@ -110,8 +110,8 @@ def _with_gaps(
 ) -> tuple[pl.DataFrame, dict[str, tuple[str, ...]]]:
     """Makes numbers of text columns that hold numbers and what stands for missing ones.
 
-    With `comma` they have decimal commas, unless a column has decimal points. Also returns what
-    of these texts stands for missing numbers in no other column.
+    With `comma` they have decimal commas, unless a column has decimal points. Also returns,
+    by column, which unusual texts stand for missing ones.
     """
     unusual: dict[str, tuple[str, ...]] = {}
     columns: list[pl.Series] = []
