@@ -18,6 +18,7 @@ import resource
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,9 +37,12 @@ _KEPT_BYTES = 32 << 20
 
 TORCH, OURS = "F.embedding_bag, forward + backward", "amtl search, forward + backward"
 FBGEMM, STEP = "FBGEMM's step, without a mask", "amtl search, fused step"
+FROZEN = "amtl frozen, fused step"
 TORCH_LOOKUP, LOOKUP, SORT = "of the first: lookup", "of the second: lookup", "sort"
 SUM, MASK, REST = "sizes, sum, row gradient", "mask gradient", "autograd and the rest"
 UPDATE = "sizes, sum, update"
+_WHOLES = (TORCH, STEP, FROZEN)
+_TIER_WIDTH = 4
 
 
 @dataclass(frozen=True)
@@ -58,58 +62,62 @@ class Part:
     faults: float
 
 
-def _backward(grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Sequence[object]) -> Any:
+def _backward(grad: Tensor, table: Sequence[object], bags: Sequence[object]) -> Any:
     """The operator of the backward, told whether a mask gradient is wanted."""
-    return functools.partial(
-        torch.ops.amtl.lookup_backward, [weight], [1], [], *sizes, grad, *bags, True
-    )
+    return functools.partial(torch.ops.amtl.lookup_backward, *table, grad, *bags, True)
 
 
 def _step(
-    state: Tensor, grad: Tensor, weight: Tensor, sizes: Sequence[object], bags: Sequence[object]
+    states: list[Tensor], grad: Tensor, table: Sequence[object], bags: Sequence[object]
 ) -> Any:
     """The operator of a fused step of row-wise Adagrad, told whether a mask gradient is wanted."""
-    step = ([state], ROWWISE_ADAGRAD, [1e-3, 1e-8, 0.0, 0.0, 0.0, 1.0])
+    step = (states, ROWWISE_ADAGRAD, [1e-3, 1e-8, 0.0, 0.0, 0.0, 1.0])
 
     def call(mask: bool, psw_grad: bool) -> object:
         wishes = (mask, psw_grad, False)
-        return torch.ops.amtl.lookup_update_([weight], [1], [], *sizes, grad, *bags, *wishes, *step)
+        return torch.ops.amtl.lookup_update_(*table, grad, *bags, *wishes, *step)
 
     return call
 
 
-def _calls(problem: Problem) -> dict[str, Callable[[int], object]]:
+def _calls(problem: Problem, frozen: bool = False) -> dict[str, Callable[[int], object]]:
     """The whole of both, and what they are made of; an operator does what the one before does."""
     lookup = replace(problem, case=replace(problem.case, work="forward", optimizer="none"))
+    ours = "amtl_frozen" if frozen else "amtl_search"
     wholes = [
         (TORCH, "torch", problem),
         (TORCH_LOOKUP, "torch", lookup),
-        (OURS, "amtl_search", problem),
+        (OURS, ours, problem),
     ]
-    made, rows = _backward, SUM
     if problem.case.work == "step":
-        wholes = [(FBGEMM, "fbgemm", problem), (STEP, "amtl_search_fused", problem)]
-        # One state for all ids, as an optimizer has it.
-        made, rows = functools.partial(_step, torch.zeros(len(problem.weight))), UPDATE
+        wholes = [
+            (FBGEMM, "fbgemm", problem),
+            (FROZEN if frozen else STEP, f"{ours}_fused", problem),
+        ]
     calls = {
         title: CONTENDERS[name].prepare(of).call
-        for title, name, of in (*wholes, (LOOKUP, "amtl_search", lookup))
+        for title, name, of in (*wholes, (LOOKUP, ours, lookup))
         if not CONTENDERS[name].absent()
     }
 
-    grad, weight = problem.grad, problem.weight
+    grad, weight, ids = problem.grad, problem.weight, problem.ids
+    blocks, table = [weight], [[], [problem.group_dims], [problem.row_group], problem.seed]
+    if frozen:
+        blocks, table = problem.blocks(_TIER_WIDTH), [[problem.case.dim], [], [], 0]
+        ids = [problem.tiers(_TIER_WIDTH).rank[each] for each in ids]
+    made, rows = _backward, SUM
+    if problem.case.work == "step":
+        # One state for all ids, as an optimizer has it.
+        made, rows = functools.partial(_step, [b.new_zeros(len(b)) for b in blocks]), UPDATE
     # Rows of one number, without sizes, leave little more than to sort and to cut into segments.
-    narrow = (grad[:, :1].contiguous(), weight.new_zeros(len(weight), 1), [[], [], 0])
-    whole = (grad, weight, [[problem.group_dims], [problem.row_group], problem.seed])
-    parts = (
-        (SORT, _backward, narrow, False),
-        (rows, made, whole, False),
-        (MASK, made, whole, True),
-    )
+    narrow = (grad[:, :1].contiguous(), [[weight.new_zeros(len(weight), 1)], [1], [], [], [], 0])
+    whole = (grad, [blocks, [len(blocks)], *table])
+    parts = [(SORT, _backward, narrow, False), (rows, made, whole, False)]
+    if not frozen:
+        parts.append((MASK, made, whole, True))
     for title, make, arguments, mask in parts:
         operators = [
-            make(*arguments, [ids, problem.offsets[:-1], None, 0, [-1], False])
-            for ids in problem.ids
+            make(*arguments, [each, problem.offsets[:-1], None, 0, [-1], False]) for each in ids
         ]
         calls[title] = functools.partial(_call, operators, mask)
     return calls
@@ -126,13 +134,14 @@ def _keep_freed_memory() -> None:
         raise RuntimeError("this C library cannot be told to keep freed memory")
 
 
-def measure(problem: Problem, seconds: float, timer: Timer) -> list[Part]:
+def measure(problem: Problem, seconds: float, timer: Timer, frozen: bool = False) -> list[Part]:
     """Times the parts of a backward; from then on this process keeps freed memory.
 
     Args:
         problem: Of a backward on one table.
         seconds: Of each of the two rounds of timing.
         timer: Measures a run in seconds.
+        frozen: Of tables in tiers, which have no masks.
 
     Returns:
         Lines in the order of the module's titles; those of ours add up to the whole of ours.
@@ -140,7 +149,7 @@ def measure(problem: Problem, seconds: float, timer: Timer) -> list[Part]:
     Raises:
         RuntimeError: The C library is not glibc.
     """
-    calls = _calls(problem)
+    calls = _calls(problem, frozen)
     pages: dict[str, list[int]] = {name: [] for name in calls}
 
     def counting(name: str, rotation: int) -> None:
@@ -153,10 +162,11 @@ def measure(problem: Problem, seconds: float, timer: Timer) -> list[Part]:
         budget = Budget(seconds)
         samples = interleave(counted, len(problem.ids), budget=budget, timer=timer)
         found = {name: statistics.median(values) for name, values in samples.items()}
-        whole, rows = (STEP, UPDATE) if STEP in found else (OURS, SUM)
-        found[MASK] -= found[rows]
-        found[rows] -= found[SORT]
-        found[REST] = found[whole] - sum(found[part] for part in (LOOKUP, SORT, rows, MASK))
+        whole = next(title for title in (STEP, FROZEN, OURS) if title in found)
+        parts = [LOOKUP, *(title for title in (SORT, SUM, UPDATE, MASK) if title in found)]
+        for before, after in reversed(list(pairwise(parts[1:]))):
+            found[after] -= found[before]
+        found[REST] = found[whole] - sum(found[part] for part in parts)
         return found
 
     first = medians()
@@ -168,9 +178,8 @@ def measure(problem: Problem, seconds: float, timer: Timer) -> list[Part]:
 
 def report(case: Case, parts: Sequence[Part], clock: str) -> str:
     """Markdown of the lines, with the state of the machine that they were measured on."""
-    of = STEP if any(part.name == STEP for part in parts) else TORCH
-    whole = next(part.seconds for part in parts if part.name == of)
-    share = "of the step's" if of == STEP else "of F.embedding_bag's"
+    whole, of = next((part.seconds, part.name) for part in parts if part.name in _WHOLES)
+    share = "of F.embedding_bag's" if of == TORCH else "of the step's"
     header = ["part", "ms", share, "ms, freed memory kept", "fresh pages a call"]
     rows = [
         [
@@ -188,8 +197,8 @@ def report(case: Case, parts: Sequence[Part], clock: str) -> str:
     return told + tables.markdown(header, rows)
 
 
-def run(case: Case, seconds: float, clock: str) -> str:
+def run(case: Case, seconds: float, clock: str, frozen: bool = False) -> str:
     """Measures a case of the goal and returns :func:`report`."""
     torch.set_num_threads(case.threads)
     timer = {"wall": wall_clock, "cpu": cpu_clock}[clock]
-    return report(case, measure(make_problem(case), seconds, timer), clock)
+    return report(case, measure(make_problem(case), seconds, timer, frozen), clock)

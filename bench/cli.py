@@ -305,6 +305,7 @@ def break_down(
     seconds: Annotated[float, typer.Option(help="Of each of two rounds of timing.")] = 8.0,
     clock: Annotated[str, typer.Option(help="wall, or cpu: see run.")] = "wall",
     step: Annotated[bool, typer.Option(help="Of a step of row-wise Adagrad, fused.")] = False,
+    frozen: Annotated[bool, typer.Option(help="Of tables in tiers, which have no masks.")] = False,
     huge_pages: Annotated[bool, typer.Option(help="Tables on huge pages.")] = False,
 ) -> None:
     """Where forward and backward spend their time: sort, sum, mask gradient, fresh memory."""
@@ -315,7 +316,7 @@ def break_down(
     kind = {"work": "step", "optimizer": "rowwise_adagrad"} if step else {}
     case = backward(rows, distribution=ids, threads=threads)
     case = dataclasses.replace(case, huge_pages=huge_pages, **kind)
-    typer.echo(breakdown.run(case, seconds, clock))
+    typer.echo(breakdown.run(case, seconds, clock, frozen))
 
 
 @app.command()

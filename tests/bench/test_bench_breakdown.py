@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bench import binding, breakdown
@@ -46,6 +47,25 @@ def test_parts_of_a_step_are_those_of_the_whole() -> None:
     assert changed.equal(touched[problem.dims_of(touched, noise=True) > 0])
     none, _ = calls[breakdown.UPDATE](1)  # type: ignore[misc]
     assert none.numel() == 0
+
+
+def test_parts_of_a_frozen_step_are_those_of_the_whole() -> None:
+    kind = {"work": "step", "optimizer": "rowwise_adagrad"}
+    case = replace(Case("backward", 300, (), (), bags=32, bag_size=5, dim=16, threads=1), **kind)
+    problem = make_problem(case)
+    calls = breakdown._calls(problem, frozen=True)
+    assert breakdown.MASK not in calls
+    tiers, blocks = problem.tiers(4), problem.blocks(4)
+    before = [block.clone() for block in blocks]
+    calls[breakdown.SORT](1)
+    assert all(map(torch.equal, blocks, before))
+    calls[breakdown.UPDATE](1)
+    pairs = zip(blocks, before, strict=True)
+    changed = torch.cat([(block != old).any(1) for block, old in pairs]).nonzero().flatten()
+    touched = tiers.rank[problem.ids[1]].unique()
+    stored = torch.tensor([block.shape[1] for block in blocks])
+    tier = torch.bucketize(touched, torch.tensor(tiers.ends), right=True)
+    assert changed.equal(touched[stored[tier] > 0])
 
 
 def test_times_of_parts_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
