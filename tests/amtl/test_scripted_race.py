@@ -12,7 +12,7 @@ from amtl.errors import UserError
 from amtl.run import contest
 from amtl.run.config import TrainConfig
 from amtl.run.contest import (
-    DECAYS,
+    DECAY,
     DROPOUT,
     LESS,
     SHARES,
@@ -616,23 +616,17 @@ def test_what_a_user_gives_is_taken(given, ways):
     [
         # Scores by decay and dropout, in the order in which they are asked for.
         (
-            {(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 3, (1e-3, 0): 2, (1e-4, DROPOUT): 4},
+            {(1e-4, 0): 3, (1e-5, 0): 2, (1e-3, 0): 2, (1e-4, DROPOUT): 4},
             (1e-4, DROPOUT),
         ),
+        # More is better than less.
         (
-            # More is better than less, and at last than none.
-            {
-                (0, 0): 4,
-                (1e-5, 0): 1,
-                (1e-4, 0): 3,
-                (1e-3, 0): 5,
-                (1e-2, 0): 6,
-                (1e-2, DROPOUT): 1,
-            },
+            {(1e-4, 0): 3, (1e-5, 0): 1, (1e-3, 0): 5, (1e-2, 0): 6, (1e-2, DROPOUT): 1},
             (1e-2, 0),
         ),
-        ({(0, 0): 1, (1e-5, 0): 2, (1e-4, 0): 1, (1e-5, DROPOUT): 1}, (1e-5, 0)),
-        ({(0, 0): 3, (1e-5, 0): 1, (1e-4, 0): 2, (1e-3, 0): 2, (0, DROPOUT): 4}, (0, DROPOUT)),
+        # It is not: none may be better still.
+        ({(1e-4, 0): 1, (1e-5, 0): 2, (0, 0): 1, (1e-5, DROPOUT): 1}, (1e-5, 0)),
+        ({(1e-4, 0): 1, (1e-5, 0): 1, (0, 0): 3, (0, DROPOUT): 4}, (0, DROPOUT)),
     ],
 )
 def test_a_full_table_gets_the_decay_and_the_dropout_that_serve_it(scores, best):
@@ -649,6 +643,19 @@ def test_a_full_table_gets_the_decay_and_the_dropout_that_serve_it(scores, best)
     scores = {(1e-4, 0.3): 1}
     given = settings(method="fixed", embedding_decay=1e-4, embedding_dropout=0.3)
     assert contest.regularised(given, train) == given and len(made) == 1
+
+
+def test_a_table_that_has_been_trained_plainly_takes_part():
+    scores = {(0, 0): 4, (1e-4, 0): 2, (1e-5, 0): 3, (0, DROPOUT): 1}
+    made = []
+
+    def train(config):
+        made.append((config.embedding_decay or 0, config.embedding_dropout or 0))
+        return scores[made[-1]]
+
+    config = settings(method="fixed", embedding_decay=None)
+    assert contest.regularised(config, train, True) == config
+    assert made == list(scores)
 
 
 @pytest.mark.parametrize(
@@ -705,8 +712,8 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
 @pytest.mark.parametrize(
     ("left", "given", "score", "tried", "decay"),
     [
-        (200.0, None, 0.6, [DECAYS[-1]], DECAYS[-1]),
-        (200.0, None, 0.4, [DECAYS[-1]], None),
+        (200.0, None, 0.6, [DECAY], DECAY),
+        (200.0, None, 0.4, [DECAY], None),
         (math.inf, None, 0.6, [], None),
         (200.0, 0.0, 0.6, [], 0.0),
     ],
