@@ -17,7 +17,7 @@ Another room adds its own by a file ``tests/<room>/kernel_backend.py`` with
 
 An empty list says that the backend cannot run on this machine. ``AMTL_TEST_BACKENDS=cpu,hostsim``
 runs only those named, ``AMTL_TEST_EXAMPLES=5`` at most so many examples. The inputs come from
-``kernel_cases.py``.
+``kernel_cases.py`` and ``few_bit_tables.py``.
 """
 
 from __future__ import annotations

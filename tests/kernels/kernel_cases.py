@@ -12,7 +12,7 @@ arguments of every operator by the names of its schema, and of the public functi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,6 +154,12 @@ PLURALS = {
 }
 
 
+def apart(values: Iterable[Any], counts: Iterable[int]) -> list[list[Any]]:
+    """What is said of table after table, as one list a table."""
+    left = iter(values)
+    return [list(itertools.islice(left, count)) for count in counts]
+
+
 @dataclass
 class Call:
     """The arguments of the four operators, by the names of their schemas."""
@@ -239,10 +245,12 @@ class Call:
         each: dict[str, Any] = {"padding_idx": [None if p < 0 else p for p in bags["padding_idx"]]}
         shared: dict[str, Any] = {"indices": bags["indices"]}
         if not tables["sizes"]:
-            form, parts = "tiered", iter(tables["blocks"])
-            blocks = [list(itertools.islice(parts, count)) for count in counts]
+            form, blocks = "tiered", apart(tables["blocks"], counts)
             ends = [list(itertools.accumulate(map(len, mine))) for mine in blocks]
             each |= {"blocks": blocks, "tier_ends": ends, "embedding_dim": tables["dims"]}
+            each |= {name: values for name, values in self.few_bits.items() if values}
+            if "step_ends" in each:
+                each["step_ends"] = apart(each["step_ends"], map(len, each["steps"]))
         elif not tables["row_groups"]:
             form = "masked"
             each |= {"weight": tables["blocks"], "row_dims": tables["sizes"]}

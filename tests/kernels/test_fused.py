@@ -16,8 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from few_bit_tables import (
+    BAGS_OF_FOUR,
+    BITS,
+    FewBitTable,
+    decoded,
+    four_tables,
+    lookups_in,
+    make,
+    packed,
+)
 from kernel_cases import FORMS, Call, Case, Inputs, build, call, draw_reals, in_order
-from test_codes import BITS, Coded, decoded, make
 from test_lookup import limited
 from test_tables import make as make_tables
 from torch import Tensor
@@ -185,38 +194,26 @@ def random24(row: int, column: int, step: int) -> int:
     return (x ^ x >> 16) >> 8
 
 
-def encoded(rows: Tensor, steps: Tensor, bits: int, count: int) -> list[list[int]]:
+def encoded(rows: Tensor, steps: Tensor, bits: int, count: int) -> Tensor:
     """Bytes of rows of numbers with a step size each, in an optimizer's step ``count``."""
-    half, found = (2**bits - 1) / 2, []
-    for i, (row, step) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
-        codes = []
+    half, codes = (2**bits - 1) / 2, torch.zeros(rows.shape, dtype=torch.int64)
+    for i, (row, step) in enumerate(zip(rows.tolist(), steps.flatten().tolist(), strict=True)):
         for j, number in enumerate(row):
             place = float(torch.tensor(number) / step + half)
             place = 0.0 if math.isnan(place) else min(max(place, 0.0), 2 * half)
             whole = math.floor(place)
-            codes.append(whole + (random24(i, j, count) < (place - whole) * 2**24))
-        if bits == 16:
-            found.append([byte for code in codes for byte in (code % 256, code // 256)])
-            continue
-        shifts = range(0, 8, bits)
-        per = len(shifts)
-        found.append(
-            [
-                sum(code << shift for code, shift in zip(codes[b : b + per], shifts, strict=True))
-                for b in range(0, len(codes), per)
-            ]
-        )
-    return found
+            codes[i, j] = whole + (random24(i, j, count) < (place - whole) * 2**24)
+    return packed(codes, bits)
 
 
 def step_on_codes(
-    one: Coded, kind: Any, lookups: tuple[Tensor, ...], slope: Tensor, **options: Any
+    one: FewBitTable, kind: Any, lookups: tuple[Tensor, ...], slope: Tensor, **options: Any
 ) -> Any:
     """One update of a table of codes by a fused optimizer, which is returned."""
-    optimizer = kind(one.blocks)
+    optimizer = kind(one.codes)
     lookup = ak.tiered_embedding if len(lookups) == 1 else ak.tiered_embedding_bag
-    out = lookup(*one.table, *lookups, optimizer=optimizer, **{**one.options, **options})
-    assert out.requires_grad and not any(block.requires_grad for block in one.blocks)
+    out = lookup(one.codes, one.ends, *lookups, optimizer=optimizer, **one.options, **options)
+    assert out.requires_grad and not any(block.requires_grad for block in one.codes)
     out.backward(slope.to(out.device))
     return optimizer
 
@@ -228,7 +225,7 @@ def sgd(blocks: list[Tensor]) -> Any:
 def test_an_update_by_hand(backend: Any) -> None:
     # Numbers -13, 15, -15, -11 at step 2.
     block = torch.tensor([[0xF1, 0x20]], dtype=torch.uint8, device=backend.device)
-    one = Coded([block], [1], torch.tensor([2.0], device=backend.device), 4, 4, torch.empty(0))
+    one = FewBitTable([block], torch.tensor([2.0], device=backend.device), 4)
     rows = torch.tensor([0, 0], device=backend.device)
     slope = torch.tensor([[8.0, -80.0, float("nan"), 2.0], [0.0, 0.0, 0.0, 2.0]])
     step_on_codes(one, sgd, (rows,), slope)
@@ -243,10 +240,10 @@ def test_updates_are_those_of_numbers_rounded_at_random(backend: Any, bits: int,
     """Sums are the same in any order here, so nothing but the rounding decides on a bit."""
     counts, widths = [7, 2, 1, 30], [20, 12, 0, 8]
     g = torch.Generator().manual_seed(bits)
-    one = make(bits, counts, widths, backend.device, 1)
+    one = make(bits, counts, widths, backend.device, 1, exact=True)
     # Step sizes of parts: the first block has three of them, one for no rows.
-    step_ends = [3, 3, 7, 9, 10, 40]
-    steps = torch.exp2(torch.randint(-3, 3, (6,), generator=g))
+    one.step_ends = [3, 3, 7, 9, 10, 40]
+    one.steps = torch.exp2(torch.randint(-3, 3, (6,), generator=g)).to(backend.device)
     rows = torch.randint(0, 20, (64,), generator=g)
     lookups: tuple[Tensor, ...] = (rows.to(backend.device),)
     # One over three is no exact number.
@@ -264,41 +261,32 @@ def test_updates_are_those_of_numbers_rounded_at_random(backend: Any, bits: int,
         options["mode"] = mode
     if mode == "mean":
         scale = torch.full((64,), 0.25)
-    before = [block.cpu().clone() for block in one.blocks]
-    few = {"steps": steps.to(backend.device), "step_ends": step_ends}
-    optimizer = step_on_codes(one, sgd, lookups, slope, **options, **few)
-    assert all(int(optimizer.state[block]["step"]) == 1 for block in one.blocks)
-    total = torch.zeros(40, 20)
+    numbers, before = one.numbers, [block.cpu().clone() for block in one.codes]
+    optimizer = step_on_codes(one, sgd, lookups, slope, **options)
+    assert all(int(optimizer.state[block]["step"]) == 1 for block in one.codes)
     counted = rows != (-1 if padding is None else padding)
+    total = torch.zeros(40, 20)
     total.index_add_(0, rows, slope[bag] * scale[:, None] * counted[:, None])
-    start = 0
-    for block, old, width in zip(one.blocks, before, widths, strict=True):
-        part = torch.bucketize(
-            torch.arange(start, start + len(old)), torch.tensor(step_ends), right=True
-        )
-        step = steps[part]
-        values = [decoded(row[None], s, bits)[0] for row, s in zip(old, step, strict=True)]
-        numbers = torch.tensor(values).view(len(old), width)
-        numbers -= 0.25 * total[start : start + len(old), :width]
-        wanted = torch.tensor(encoded(numbers, step, bits, 1)).long().view(old.shape)
-        touched = torch.isin(torch.arange(start, start + len(old)), rows[counted])
-        wanted[~touched] = old[~touched].long()
-        assert torch.equal(block.cpu().long(), wanted)
-        start += len(old)
-    assert mode != "plain" or not torch.equal(one.blocks[0].cpu(), before[0])
+    numbers -= 0.25 * total
+    touched = torch.isin(torch.arange(40), rows[counted]).split(counts)
+    for c, (block, mine) in enumerate(zip(one.codes, numbers.split(counts), strict=True)):
+        wanted = encoded(mine[:, : widths[c]], one.row_steps[c], bits, 1)
+        wanted[~touched[c]] = before[c][~touched[c]]
+        assert torch.equal(block.cpu(), wanted)
+    assert mode != "plain" or not torch.equal(one.codes[0].cpu(), before[0])
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_row_wise_adagrad_of_codes(backend: Any, bits: int) -> None:
     """Those of a table of floats, up to the rounding, with the same state."""
     widths = [64, 36, 200] if backend.max_dim >= 200 else [64, 36, 100]
-    one = make(bits, [9, 8, 7], widths, backend.device, 2, exact=False)
+    one = make(bits, [9, 8, 7], widths, backend.device, 2)
     g = torch.Generator().manual_seed(bits)
     slope = torch.randn(60, one.dim, generator=g)
     rows = torch.randint(0, 24, (60,), generator=g).to(backend.device)
     numbers = [
-        torch.nn.Parameter(one.numbers[end - n : end, :width].contiguous().to(backend.device))
-        for end, n, width in zip(one.ends, (9, 8, 7), widths, strict=True)
+        torch.nn.Parameter(mine[:, :width].contiguous().to(backend.device))
+        for mine, width in zip(one.numbers.split([9, 8, 7]), widths, strict=True)
     ]
 
     def kind(blocks: Any) -> Any:
@@ -310,18 +298,16 @@ def test_row_wise_adagrad_of_codes(backend: Any, bits: int) -> None:
     )
     ours = step_on_codes(one, kind, (rows,), slope)
     same, count, half = 0, 0, (2**bits - 1) / 2
-    for block, number, step in zip(one.blocks, numbers, one.steps, strict=True):
+    for block, number, step in zip(one.codes, numbers, one.row_steps, strict=True):
         torch.testing.assert_close(ours.state[block]["sum"], theirs.state[number]["sum"])
-        every = torch.full((len(block),), float(step))
-        wanted = torch.tensor(encoded(number.detach().cpu(), every, bits, 1)).view(block.shape)
+        wanted = encoded(number.detach().cpu(), step, bits, 1)
         looked_up = (ours.state[block]["sum"] > 0).cpu()
-        same += int((block.cpu().long() == wanted)[looked_up].sum())
+        same += int((block.cpu() == wanted)[looked_up].sum())
         count += int(looked_up.sum()) * block.shape[1]
-        shown = torch.tensor(decoded(block.cpu(), step.cpu(), bits))
-        kept = number.detach().cpu().clamp(-half * float(step), half * float(step))
-        apart = (shown - kept).abs()[looked_up]
+        kept = number.detach().cpu().clamp(-half * step, half * step)
+        apart = ((decoded(block, step, bits) - kept).abs() / step)[looked_up]
         # In float32 a code of 16 bits has 8 bits left for what lies between it and the next.
-        assert float(apart.max()) <= (1.001 if bits < 16 else 1 + 2.0**-7) * float(step)
+        assert float(apart.max()) <= (1.001 if bits < 16 else 1 + 2.0**-7)
     # A sum that is rounded otherwise is rarely across what decides.
     assert count > 100 and same >= 0.995 * count
 
@@ -329,19 +315,17 @@ def test_row_wise_adagrad_of_codes(backend: Any, bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_rounding_keeps_the_mean(backend: Any, bits: int) -> None:
     """Updates of a tenth of a step, which rounding to the nearest code would lose."""
-    middle = {2: [0b01010101], 4: [0x77], 8: [127], 16: [255, 127]}[bits]
-    start = torch.tensor(middle * (8 * bits // len(middle)), dtype=torch.uint8)
-    block = start.repeat(100, 1).to(backend.device)
-    one = Coded([block], [100], torch.ones(1, device=backend.device), bits, 64, torch.empty(0))
-    rows = torch.arange(100, device=backend.device)
+    start = packed(torch.full((100, 64), 2 ** (bits - 1) - 1), bits)
+    block = start.to(backend.device, copy=True)
+    one = FewBitTable([block], torch.ones(1, device=backend.device), bits)
+    of = lookups_in([one], "codes", torch.arange(100))
     optimizer = ak.optim.SGD([block], lr=0.1)
     found = []
     for _ in range(4):
-        block.copy_(start.expand_as(block))
-        ak.tiered_embedding(*one.table, rows, optimizer=optimizer, **one.options).backward(
-            -torch.ones(100, 64, device=backend.device)
-        )
-        found.append(torch.tensor(decoded(block.cpu(), 1.0, bits)))
+        block.copy_(start)
+        out = of.look_up(optimizer=optimizer)
+        out.backward(-torch.ones_like(out))
+        found.append(one.numbers)
     moved = torch.stack(found) + 0.5
     assert set(moved.unique().tolist()) == {0.0, 1.0}
     # Of 25,600 draws the mean has a standard deviation of .0019.
@@ -354,39 +338,18 @@ def test_rounding_keeps_the_mean(backend: Any, bits: int) -> None:
 
 
 def test_updates_of_codes_in_several_tables(backend: Any) -> None:
-    shapes = [(2, [5, 3], [16, 8]), (8, [4], [20]), (4, [1, 2, 3], [64, 0, 2]), (16, [6], [9])]
     g = torch.Generator().manual_seed(0)
-    offsets = torch.arange(0, 41, 2).to(backend.device)
-    counts = (8, 4, 6, 6)
-    rows = torch.cat([torch.randint(0, n, (10,), generator=g) for n in counts])
-    slope = torch.randint(-4, 5, (5, 109), generator=g).float()
+    slope = torch.randint(-4, 5, (4, 109), generator=g).float().to(backend.device)
     results = []
     for together in (True, False):
-        every = [make(*shape, backend.device, seed) for seed, shape in enumerate(shapes)]
-        blocks = [block for one in every for block in one.blocks]
-        optimizer = sgd(blocks)
+        tables, rows, offsets = four_tables(backend.device, cuts=1, exact=True)
+        each = zip(tables, rows, slope.split([one.dim for one in tables], 1), strict=True)
+        calls = [(lookups_in([one], "codes", some, BAGS_OF_FOUR), mine) for one, some, mine in each]
         if together:
-            out = ak.tiered_embedding_bag_tables(
-                [one.blocks for one in every],
-                [one.ends for one in every],
-                rows.to(backend.device),
-                offsets,
-                steps=[one.steps for one in every],
-                bits=[one.bits for one in every],
-                optimizer=optimizer,
-            )
-            out.backward(slope.to(backend.device))
-        else:
-            for t, (one, first) in enumerate(zip(every, (0, 16, 36, 100), strict=True)):
-                out = ak.tiered_embedding_bag(
-                    *one.table,
-                    rows[10 * t : 10 * t + 10].view(5, 2).to(backend.device),
-                    mode="sum",
-                    optimizer=sgd(one.blocks),
-                    **one.options,
-                )
-                out.backward(slope[:, first : first + one.dim].to(backend.device))
-        results.append(blocks)
+            calls = [(lookups_in(tables, "codes", torch.cat(rows), offsets), slope)]
+        for of, mine in calls:
+            of.look_up(optimizer=sgd(of.tables["blocks"])).backward(mine)
+        results.append([block for one in tables for block in one.codes])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -398,10 +361,10 @@ def test_updates_of_codes_repeat_bit_for_bit(backend: Any) -> None:
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            one = make(4, [1000, 500], [32, 20], backend.device, exact=False)
+            one = make(4, [1000, 500], [32, 20], backend.device)
             for _ in range(2):
                 step_on_codes(one, ak.optim.RowwiseAdagrad, (rows.to(backend.device),), slope)
-            found.append(one.blocks)
+            found.append(one.codes)
     finally:
         torch.set_num_threads(threads)
     for others in found[1:]:
@@ -412,31 +375,27 @@ def test_steps_counted_on_the_device_round_alike(backend: Any) -> None:
     tables = []
     for capturable in (False, True):
         one = make(8, [20], [12], backend.device)
-        optimizer = ak.optim.SGD(one.blocks, lr=0.1, capturable=capturable)
+        optimizer = ak.optim.SGD(one.codes, lr=0.1, capturable=capturable)
         for _ in range(3):
-            rows = torch.arange(20, device=backend.device)
-            out = ak.tiered_embedding(*one.table, rows, optimizer=optimizer, **one.options)
+            out = lookups_in([one], "codes", torch.arange(20)).look_up(optimizer=optimizer)
             out.backward(torch.full_like(out, 0.3))
-        tables.append(one.blocks[0])
+        tables.append(one.codes[0])
     assert torch.equal(*tables)
 
 
 def test_weights_of_samples_learn_beside_codes(backend: Any) -> None:
-    one = make(4, [6], [8], backend.device)
-    weights = torch.full((1, 3), 2.0, device=backend.device, requires_grad=True)
-    rows = torch.tensor([[0, 5, 5]], device=backend.device)
-    out = ak.tiered_embedding_bag(
-        *one.table, rows, per_sample_weights=weights, optimizer=sgd(one.blocks), **one.options
-    )
-    before = one.blocks[0].clone()
+    one = make(4, [6], [8], backend.device, exact=True)
+    of = lookups_in([one], "codes", torch.tensor([0, 5, 5]), torch.tensor([0, 3]))
+    weights = torch.full((3,), 2.0, device=backend.device, requires_grad=True)
+    out = of.look_up(per_sample_weights=weights, optimizer=sgd(one.codes))
+    numbers, before = one.numbers, one.codes[0].clone()
     out.sum().backward()
     # Of the numbers before the update.
-    assert torch.equal(weights.grad.cpu(), one.numbers[[0, 5, 5]].sum(1)[None])
-    changed = (one.blocks[0] != before).any(1).cpu()
+    assert torch.equal(weights.grad.cpu(), numbers[[0, 5, 5]].sum(1))
+    changed = (one.codes[0] != before).any(1).cpu()
     assert not bool(changed[1:5].any())
     with torch.no_grad():
-        out = ak.tiered_embedding(*one.table, rows, optimizer=sgd(one.blocks), **one.options)
-    assert not out.requires_grad
+        assert not of.look_up(optimizer=sgd(one.codes)).requires_grad
 
 
 def test_updates_of_codes_that_do_not_fit(backend: Any) -> None:

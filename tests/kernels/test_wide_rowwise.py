@@ -21,7 +21,7 @@ CASES = [(129, F32), (129, BF16), (192, F32), (256, F32), (260, BF16), (1000, BF
 HYPER = [0.1, 1e-3, 0.01, 0.0, 0.0, 1.0]
 
 
-def inputs_of(backend: Any, dim: int, dtype: torch.dtype, seed: int = 1) -> Inputs:
+def inputs_of(backend: Any, dim: int, dtype: torch.dtype, seed: int) -> Inputs:
     """Lookups of which every tenth is of one row.
 
     No gradient is exactly zero, which is why weights are positive: two of a row in one bag could
@@ -47,7 +47,7 @@ def tiers_of(inputs: Inputs) -> list[Tensor]:
 
 def fused_step(form: str, every: list[Inputs]) -> dict[str, Any]:
     """The arguments of a fused step on some tables, each with lookups and bags of its own."""
-    call = every[0].call(form, True) if len(every) == 1 else join(form, every)
+    call = join(form, every)
     call.bags["padding_idx"] = [3] * len(every)
     if form == "tiered":
         call.tables["blocks"] = [block for inputs in every for block in tiers_of(inputs)]
@@ -92,14 +92,9 @@ def check(backend: Any, arguments: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dim", "dtype"), CASES)
-def test_one_table(backend: Any, form: str, dim: int, dtype: torch.dtype) -> None:
-    arguments = fused_step(form, [inputs_of(backend, dim, dtype)])
-    check(backend, in_order("lookup_update_", arguments))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dim", "dtype"), CASES)
-def test_several_tables(backend: Any, form: str, dim: int, dtype: torch.dtype) -> None:
-    """A wide table beside a narrow one."""
-    every = [inputs_of(backend, d, dtype, seed) for seed, d in enumerate((dim, 24))]
+@pytest.mark.parametrize("beside", [(), (24,)], ids=["one table", "beside a narrow one"])
+def test_wide_rows(
+    backend: Any, beside: tuple[int, ...], dim: int, dtype: torch.dtype, form: str
+) -> None:
+    every = [inputs_of(backend, d, dtype, seed) for seed, d in enumerate((dim, *beside), 1)]
     check(backend, in_order("lookup_update_", fused_step(form, every)))
