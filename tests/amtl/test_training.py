@@ -176,8 +176,8 @@ def test_without_progress_training_turns_back_freezes_slows_down_and_ends(source
     ("decay", "found", "stages"),
     [
         (0.0, [0.9, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3], [0] * 5 + [1] * 2 + [2] * 2),
-        (1e-4, [0.9, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3], [0] * 5 + [1] * 6 + [2] * 5),
-        (1e-4, [0.9], [0] * 5 + [1] * 5 + [2] * 5),
+        (1e-4, [0.9, *[0.1] * 8, 0.2, 0.3], [0] * 9 + [1] * 6 + [2] * 5),
+        (1e-4, [0.9], [0] * 9 + [1] * 5 + [2] * 5),
     ],
 )
 def test_with_weight_decay_a_stage_is_held_against_itself(

@@ -34,6 +34,10 @@ _NEXT_TO_NOTHING, _LITTLE = 2e-5, 5e-4
 """In AUC minus log loss: far below what another seed changes; and what may be lost where it is less
 than a standard error, as on a thousand rows a single pair that changes places."""
 
+_AT_FULL_RATES = 2
+"""Times the patience with weight decay, before rates fall: what values say together is learned
+after a plateau, at full rates or never."""
+
 _LAST = 0.8
 """Share of all epochs after which learning rates fall at the latest with weight decay, by which a
 model may creep forward for all of them: smaller rates then gain more than all that came before.
@@ -273,10 +277,11 @@ class Learner:
         if not decays:
             patience = max(2, config.patience // 2) if self.stage else config.patience
             return self.stale >= patience
+        patience = config.patience * (1 if self.stage else _AT_FULL_RATES)
         # Each stage has as large a part of the epochs that are left.
         share = 1 - (1 - _LAST) / 2**self.stage
         late = self.steps >= share * (config.epochs * self.steps_per_epoch)
-        return self.stale >= config.patience or (late and self.stage < config.rate_drops)
+        return self.stale >= patience or (late and self.stage < config.rate_drops)
 
     def _turn(self) -> None:
         """Back to the best model: freeze its sizes, or go on with smaller rates, or end."""

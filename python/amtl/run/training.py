@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
+from amtl.data.later import for_later_rows
 from amtl.data.ordered import Floats
 from amtl.data.registry import Source, load_source
 from amtl.data.repeats import without_repeats
@@ -87,6 +88,7 @@ def prepare(
     if encoder is None:
         names = config.fields or default_fields(frame, config, source)
         numeric = {**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric}
+        known, told = _training_labels(labels, parts[0]), {*numeric, *config.separators}
         specs = infer_fields(
             frame,
             names,
@@ -94,10 +96,13 @@ def prepare(
             default_numeric=config.default_numeric,
             values=config.values,
             separators=config.separators,
-            labels=_training_labels(labels, parts[0]),
+            labels=known,
             marks=source.marks,
         )
-        specs = without_repeats(frame, specs, {*numeric, *config.separators})
+        if config.split != "random":
+            validate, kind = parts[1].numpy(), config.default_numeric
+            specs = for_later_rows(frame, specs, known, validate, told=told, default_numeric=kind)
+        specs = without_repeats(frame, specs, told)
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
