@@ -481,6 +481,15 @@ def test_a_lead_within_the_noise_is_no_advice(name, lead, error, positive, told)
         assert advised == ("within the noise" not in told)
 
 
+def test_bytes_are_not_to_blame_where_as_many_do_better():
+    rows = [{"name": name, "dim": 2, "val_auc": 0.7, "score": 0.2} for name in (FULL, FLAT)]
+    whole, narrow = comparison.verdict({**LED, "compared": rows})
+    assert "this data needs a longer training (--patience 16) to lose nothing" in whole
+    assert "use --method fixed --dim 2" in narrow
+    late = comparison.verdict({**LED, "compared": rows, "cut_short": True})
+    assert any("needs a longer --time-limit to lose nothing" in line for line in late)
+
+
 def test_the_noise_of_a_lead_is_that_of_both_models_on_validation(source, task):
     given = settings(compare=True, epochs=2, distillation=0.5)
     trainer = start(given, source=source)

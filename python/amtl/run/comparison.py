@@ -234,15 +234,19 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
     found = [*compared, *filter(None, [raced.get("full")])]
     # Where the time was up in the race, its yardstick is all that there is of one.
     full = _best(found if found or not cut else raced.get("table", []), FULL)
+    narrow = _best(compared, FLAT)
+    behind = narrow is not None and _lead(narrow, metrics) > _NOTABLE
     if full is not None and _lead(full, metrics) > _NOTABLE:
         what = "a table of full size"
         options = "a longer --time-limit" if cut else "a larger --budget"
+        if behind and not cut:
+            # Of as many bytes another table makes more.
+            options = f"a longer training (--patience {2 * metrics['config']['patience']})"
         if full["name"] != FULL:
             what += " that has a teacher"
             options += f", or --method fixed{_as_options(full)},"
         told.append(_better(what, full, metrics, f"this data needs {options} to lose nothing"))
-    narrow = _best(compared, FLAT)
-    if narrow is not None and _lead(narrow, metrics) > _NOTABLE:
+    if narrow is not None and behind:
         options = f"--method fixed --dim {narrow['dim']}{_as_options(narrow)}"
         what = "a table of fixed width in the same bytes"
         told.append(_better(what, narrow, metrics, f"use {options}, or another --budget"))

@@ -125,8 +125,8 @@ class TrainConfig:
             the model as it would be stored. The best one by AUC minus log loss is kept.
         patience: validations in a row without a better one, after which training goes back to the
             best model, freezes its sizes and goes on with learning rates times `rate_drop`; from
-            then on half as many, at least 2. With weight decay twice as many at first and as many from
-            then on, that are no better than others at the same rates.
+            then on half as many, at least 2. With weight decay twice as many at first and as many
+            from then on, that are no better than others at the same rates.
         rate_drop: what the learning rates of MLP and table are multiplied by at each such turn.
         rate_drops: so many turns; the next one ends training. With weight decay the last fifth of
             `epochs` has smaller rates in any case.
