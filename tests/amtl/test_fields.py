@@ -895,3 +895,16 @@ def test_labels(values, threshold, positive):
     labels = read_labels(pl.DataFrame({"y": values}), "y", threshold, positive)
     assert labels.tolist() == [0.0, 1.0, 1.0]
     assert labels.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("width", "buckets"), [(10, 256), (1000, 64)])
+def test_labels_may_ask_for_finer_buckets(width, buckets):
+    """Whose labels change from one small range to the next, as those of codes of places do."""
+    g = np.random.default_rng(0)
+    codes = g.integers(0, 2500, 24_000)
+    likes = g.random(2500 // width + 1)
+    labels = (g.random(24_000) < likes[codes // width]).astype(float)
+    frame = pl.DataFrame({"code": codes + g.random(24_000)})
+    (spec,) = infer_fields(frame, ["code"], labels=labels)
+    assert (spec.kind, spec.buckets) == ("bucket", buckets)
+    assert Encoder.fit(frame, [spec]).field_sizes[0] == buckets + 1

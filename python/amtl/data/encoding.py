@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from amtl.data import moments
-from amtl.data.fields import FieldSpec, numbers
+from amtl.data.fields import FieldSpec, bucket_count, numbers
 from amtl.data.readers import require_columns
 from amtl.data.scales import Scale
 from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError, brief
 
-_FEWEST_BUCKETS = 8
-_ROWS_A_BUCKET = 300
-"""Of training: of a few thousand rows, 64 buckets of each number are learned by heart."""
 _LARGEST = 3e38
 """That 32 bits hold."""
 _SQUARED = 400
@@ -204,7 +201,6 @@ class Encoder:
                 f"cut numbers into buckets with --numeric bucket{brief(left_out, 300)}"
             )
         trained = frame.height if rows is None else len(rows)
-        most = max(_FEWEST_BUCKETS, trained // _ROWS_A_BUCKET)
         scales = {f.name: _scale(numbers(training(f.name), f)) for f in dense}
         edges: dict[str, Tensor] = {}
         beside: dict[str, Scale] = {}
@@ -215,7 +211,7 @@ class Encoder:
             if spec.value:
                 beside[spec.name] = Scale.fit(read.to_numpy())
             if spec.kind == "bucket":
-                edges[spec.name] = _quantiles(read, min(spec.buckets, most))
+                edges[spec.name] = _quantiles(read, bucket_count(spec, trained))
                 column = _bucket(read, edges[spec.name])
             try:
                 vocabularies.append(

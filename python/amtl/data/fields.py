@@ -21,6 +21,11 @@ Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
 TREATMENTS = ("bucket", "standardise", "categorical")
 
 _TEXT = (pl.String, pl.Categorical, pl.Enum)
+_FEWEST_BUCKETS = 8
+_ROWS_A_BUCKET = 300
+"""Of training: of a few thousand rows, 64 buckets of each number are learned by heart."""
+_FINE = 256
+"""Buckets where labels ask for more."""
 _ENOUGH_ROWS = 20
 """Rows per value from which each value can be learned, whatever its order may say."""
 _CROWDED_BELOW = 0.8
@@ -68,7 +73,8 @@ class FieldSpec:
             `unused` (left out).
         separator: of a `bag` held as strings, `[]` where these are lists as Python or JSON writes
             them. None for one held as lists; text that comes in their place is split at `|`.
-        buckets: number of quantile buckets; fewer where training rows are few, see `Encoder`.
+        buckets: number of quantile buckets; fewer where training rows are few, unless labels ask
+            for more than 64, see `bucket_count`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
         moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
@@ -180,9 +186,27 @@ def infer_fields(
                 spec = replace(spec, separator=separators[name] or None)
             fields.append(spec)
     fields = [replace(f, marks=(marks or {}).get(f.name, ())) for f in fields]
+    if says is not None:
+        fields = [_as_fine_as_labels(f, frame[f.name], says) for f in fields]
     if not values or default_numeric == "categorical":
         return fields
     return [replace(f, value=_has_value(f, frame[f.name], f.name in numeric, says)) for f in fields]
+
+
+def _as_fine_as_labels(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec:
+    """With more buckets where labels tell of structure that is finer: codes of places, heaps."""
+    if spec.kind == "bucket":
+        found, buckets = numbers(column, spec), bucket_count(spec, labels.rows)
+        if labels.want_finer(found.rename(spec.name), buckets, _FINE):
+            return replace(spec, buckets=_FINE)
+    return spec
+
+
+def bucket_count(spec: FieldSpec, rows: int) -> int:
+    """Into how many buckets so many rows that train are cut."""
+    if spec.buckets > FieldSpec.buckets:
+        return spec.buckets
+    return min(spec.buckets, max(_FEWEST_BUCKETS, rows // _ROWS_A_BUCKET))
 
 
 def _has_value(spec: FieldSpec, column: pl.Series, told: bool, labels: Labels | None) -> bool:
