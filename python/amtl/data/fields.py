@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from amtl.data import moments, notation
+from amtl.data import moments, nested, notation
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
 from amtl.data.splits import names_parts
@@ -175,7 +175,9 @@ def infer_fields(
         elif name in separators and not column.dtype.is_nested():
             fields.append(_apart(column, separators[name]))
         else:
-            spec = _left_out(column, trains) or _guess(column, default_numeric, says)
+            told = nested.advice(column)
+            spec = FieldSpec(name, "unused", note=told) if told else _left_out(column, trains)
+            spec = spec or _guess(column, default_numeric, says)
             if spec.kind == "bag" and name in separators:
                 spec = replace(spec, separator=separators[name] or None)
             fields.append(spec)
