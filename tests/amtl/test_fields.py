@@ -581,6 +581,18 @@ def test_names_and_sentences_do_not_look_joined():
         assert not spec(values).note
 
 
+def test_bars_in_few_rows_join_nothing():
+    some = ["red", "blue", "red|blue", "blue|red"]
+    for bars, kind in ((1, "categorical"), (9, "categorical"), (10, "bag")):
+        field = spec([*(["red", "blue"] * 500)[bars:], *(some[2:] * bars)[:bars]])
+        assert field.kind == kind, bars
+    assert "--multi 'x=|' takes them apart" in spec([*["red", "blue"] * 499, *some[2:]]).note
+    assert spec(["red", "blue", "red|blue", "blue|red"]).kind == "categorical"
+    subjects = [f"about the {i % 700} and {i % 500}" for i in range(6000)]
+    field = spec([*subjects, *[f"{subjects[i]} | {subjects[i + 1]}" for i in range(6)]])
+    assert (field.kind, field.note) == ("categorical", "")
+
+
 @pytest.mark.parametrize("separator", [";", ",", " "])
 def test_lists_of_numbers_look_joined_though_there_are_more_of_them_than_rows(separator):
     values = [separator.join(map(str, rng.integers(0, 3000, 4))) for _ in range(N // 2)]

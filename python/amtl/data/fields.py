@@ -38,9 +38,11 @@ _FAVOURED_BELOW = 0.25
 _ALIKE_BELOW = 1.5
 """How much neighbours' counts differ among amounts, by chance alone 1 at most; ids, some of which
 are popular, come to 3 and more."""
-_JOINED_BY = {";": 0.5, ",": 0.5, " ": 0.05}
-"""What text may join values by beside bars, which are taken for that: told of where the parts are
-so few of the whole values that they come again. Names of people and places have spaces."""
+_JOINED_BY = {"|": 1.0, ";": 0.5, ",": 0.5, " ": 0.05}
+"""What text may join values by, told of where the parts are so few of the whole values that they
+come again. Names of people and places have spaces. Bars in many rows are taken for that."""
+_BARS, _FEWEST_BARS = 0.01, 3
+"""Share of the rows, and number, from which bars join values; in fewer they are part of a text."""
 _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 _MOSTLY = 0.8
@@ -104,7 +106,8 @@ def infer_fields(
     """Decides how each column enters the model; what is guessed has a note.
 
     Lists are bags, and so are strings that all are lists of strings or whole numbers as Python or
-    JSON writes them, or that hold the separator `|` if splitting leaves fewer distinct values.
+    JSON writes them, or of which 1 % (and three) hold the separator `|` if splitting leaves fewer
+    distinct values.
     Numbers with a fraction are numbers (`default_numeric`), and so is text of
     which each value is one with thousands set apart, a decimal comma, or the same currency or per
     cent sign, where that is sure. All else is categorical, with these exceptions:
@@ -291,7 +294,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             note = f"lists such as {_shown(column)} are several values; "
             note += f"--multi {shlex.quote(f'{name}=')} keeps them whole"
             return FieldSpec(name, "bag", WRITTEN_LISTS, note=note)
-        if _holds_lists(values, "|"):
+        if _has_bars(column) and _holds_lists(values, "|"):
             note = f"strings such as {_shown(column, '|')} hold several values; "
             note += f"--multi {shlex.quote(f'{name}=')} keeps them whole"
             return FieldSpec(name, "bag", "|", note=note)
@@ -307,6 +310,8 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         note = mixed or note
         ids = bool(values.str.contains(_IDS).all())
         for separator, share in ({} if mixed else _JOINED_BY).items():
+            if separator == "|" and _is_prose(column):
+                continue
             if _holds_lists(values, separator, share, ids=ids) and not _says_when(values):
                 note = f"{_shown(column, separator)} and its like may be several values each"
                 note += f": --multi {shlex.quote(f'{name}={separator}')} takes them apart"
@@ -642,6 +647,12 @@ def _shown(column: pl.Series, holding: str = "") -> str:
         values = values.filter(values.cast(pl.String).str.contains(holding, literal=True))
     text = repr(values[0])
     return text if len(text) <= 32 else text[:28] + "…" + text[:1]
+
+
+def _has_bars(column: pl.Series) -> bool:
+    """Whether enough rows hold the separator `|` for it to be one."""
+    bars = column.drop_nulls().cast(pl.String).str.contains("|", literal=True)
+    return int(bars.sum()) >= max(_FEWEST_BARS, _BARS * len(bars))
 
 
 def _holds_lists(
