@@ -367,6 +367,14 @@ class Encoder:
         odd = vocabulary.first_unknown(_unmarked(column, spec), bags=spec.kind == "bag")
         return odd, known
 
+    def reads_numbers(self, name: str, column: pl.Series) -> bool:
+        """Whether most values of a field of ids join these as numbers, known ids or not."""
+        spec = self.fields[self.names.index(name)]
+        if spec.kind != "categorical" or not spec.value:
+            return False
+        read = _values(_unmarked(column, spec), spec)
+        return bool(read.is_not_nan().sum() * 2 > len(read))
+
     def renumber(self, new_rows: Tensor) -> None:
         """Moves shared-table row `i` to `new_rows[i]`: a permutation of all rows.
 
