@@ -400,6 +400,10 @@ def test_what_looks_joined_is_told_of_and_left_whole(separator, rows):
     assert apart.kind == "bag" and not apart.note
 
 
+def _in(value, digits, letter):
+    return f"{decimal.Decimal(str(value)).scaleb(-digits):f}{letter}"
+
+
 AMOUNT = np.round(np.random.default_rng(1).normal(2e4, 1.5e4, N), 2)
 WRITTEN = {
     "thousands separators": [f"{v:,}" for v in AMOUNT],
@@ -417,6 +421,17 @@ WRITTEN = {
     ],
     "the sign $ and parentheses for what is below zero": [
         f"(${-v})" if v < 0 else f"${v}" for v in AMOUNT
+    ],
+    "thousands as K": [_in(v, 3, "K") for v in AMOUNT],
+    "thousands as K and millions as M and the sign €": [
+        f"€{_in(v, 6, 'M')}" if i % 2 else f"€{_in(v, 3, 'K')}" for i, v in enumerate(AMOUNT)
+    ],
+    "a decimal comma and thousands as k and millions as M": [
+        _in(v, 6 if i % 2 else 3, "M" if i % 2 else "k").replace(".", ",")
+        for i, v in enumerate(AMOUNT)
+    ],
+    "thousands as K or k and the sign USD": [
+        f"{_in(v, 3, 'k' if i % 3 else 'K')} USD" for i, v in enumerate(AMOUNT)
     ],
     "thousands separators and the minus sign behind": [
         f"{-v:,}-" if v < 0 else f"{v:,}" for v in AMOUNT
@@ -465,6 +480,22 @@ def test_numbers_written_for_people_are_numbers(marks, gap, treatment):
         encoder.transform(frame.with_columns(pl.lit("cheap").alias("x")))
 
 
+def test_scales_are_known_in_single_rows_where_training_had_them():
+    values = ["900", "5k", "1.5M", "2B", "NA", "(3k)"]
+    field = spec(values)
+    assert (field.kind, field.decimal, field.scaled) == ("bucket", ".", True)
+    assert "thousands as k and millions as M and billions as B and parentheses" in field.note
+    expected = [900.0, 5e3, 1.5e6, 2e9, None, -3e3]
+    assert numbers(pl.Series("x", values), field).fill_nan(None).to_list() == expected
+    for value, number in zip(values, expected, strict=True):
+        assert numbers(pl.Series("x", [value]), field).fill_nan(None).to_list() == [number]
+    assert spec(["2B", "1B"]).kind == spec(["$1.5k", "$3"]).kind == "bucket"
+    with pytest.raises(UserError, match="String values such as '5k' where numbers are needed"):
+        numbers(pl.Series("x", ["7", "5k"]), spec(["$7", "$8"]))
+    with pytest.raises(UserError, match="no number in 1 rows, such as 'free'; leave empty"):
+        spec(["$1.5k", "$3k", "free"], numeric={"x": "bucket"})
+
+
 def test_plain_numbers_need_no_notation_in_a_file():
     assert (
         "decimal"
@@ -500,6 +531,16 @@ def test_plain_numbers_need_no_notation_in_a_file():
         (["1.5", "USD 2.5"], "such as '1.5' and 'USD 2.5', cannot be", None),
         (["$12.00", "€3,10", "(£7.5)"], "such as '$12.00', '€3,10' and '(£7.5)'", None),
         (["ABC 1.5", "ABC 2.5"], "", None),
+        (["12", "14", "14B"], "", None),
+        (["5m", "10m"], "", None),
+        (["5k", "10k"], "", None),
+        (["5K%", "10K%"], "", None),
+        (["5MB", "10MB"], "", None),
+        (["5cm", "3M"], "", None),
+        (["1.5kg", "2K"], "", None),
+        (["20ms", "3m"], "", None),
+        (["1e3K", "2K"], "", None),
+        (["€1,234K", "€5K"], "'€1,234K' may be 1.234e+06 or 1234: write the column", None),
         (["1.5", "2.5"], "", "."),
     ],
 )

@@ -73,6 +73,7 @@ class FieldSpec:
         buckets: number of quantile buckets; fewer where training rows are few, see `Encoder`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
+        scaled: whether numbers held as text may be thousands, millions and billions, as `5K`.
         moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
             where year, month and day come first.
         value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
@@ -86,6 +87,7 @@ class FieldSpec:
     separator: str | None = None
     buckets: int = 64
     decimal: str | None = None
+    scaled: bool = False
     moment: str | None = None
     value: bool = False
     marks: tuple[str, ...] = ()
@@ -109,8 +111,8 @@ def infer_fields(
     JSON writes them, or of which 1 % (and three) hold the separator `|` if splitting leaves fewer
     distinct values.
     Numbers with a fraction are numbers (`default_numeric`), and so is text of
-    which each value is one with thousands set apart, a decimal comma, or the same currency or per
-    cent sign, where that is sure. All else is categorical, with these exceptions:
+    which each value is one with thousands set apart, a decimal comma, K, M or B behind, or the same
+    currency or per cent sign, where that is sure. All else is categorical, with these exceptions:
 
     - Whole numbers held as floats or decimals (what an integer column with gaps becomes in
       pandas) are ids, hence categorical. They are amounts, hence numbers, if they have more
@@ -216,7 +218,7 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
         return spec
     spelled = notation.find(column) if column.dtype in _TEXT else None
     if spelled and spelled.decimal:
-        return replace(spec, decimal=spelled.decimal)
+        return replace(spec, decimal=spelled.decimal, scaled=spelled.scaled)
     forms = moments.find(column) if column.dtype in _TEXT and not spelled else []
     if len(forms) == 1:
         return replace(spec, moment=forms[0])
@@ -234,7 +236,9 @@ def _odd_values(column: pl.Series) -> str:
     """What of a column of text is no number, for a message."""
     if column.dtype not in _TEXT:
         return ""
-    odd = notation.odd(column.cast(pl.String), ".")
+    text = column.cast(pl.String)
+    odd = notation.odd(text, ".", scaled=True)
+    odd = odd if len(odd) else notation.odd(text, ".")
     shown = ", ".join(brief(repr(text)) for text in odd.unique(maintain_order=True)[:3])
     return f" in {len(odd):,} rows, such as {shown}; leave empty what is missing" if shown else ""
 
@@ -305,7 +309,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             note = f"numbers with {spelled.marks}, read as numbers; "
             note += f"{_numeric(name, 'categorical')} keeps the text"
             kind: Any = default_numeric
-            return FieldSpec(name, kind, decimal=spelled.decimal, note=note)
+            return FieldSpec(name, kind, decimal=spelled.decimal, scaled=spelled.scaled, note=note)
         mixed = "" if spelled or default_numeric == "categorical" else notation.mixed(values)
         note = mixed or note
         ids = bool(values.str.contains(_IDS).all())
@@ -563,7 +567,7 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
     except pl.exceptions.PolarsError:
         odd, needed = "", "numbers"
         if column.dtype == pl.String:
-            other = notation.odd(column, spec.decimal or ".")
+            other = notation.odd(column, spec.decimal or ".", spec.scaled)
             if spec.moment:
                 other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
             undated = other.filter(~other.str.contains(_DATE))
@@ -576,7 +580,7 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
 
 def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
     """Text as the numbers it stands for; as it is if some of it stands for none."""
-    decimal = spec.decimal
+    decimal, scaled = spec.decimal, spec.scaled
     if spec.moment:
         undated = len(moments.odd(column, spec.moment))
         return column if undated else moments.read(column, spec.moment)
@@ -585,10 +589,10 @@ def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
         plain = texts.cast(pl.Float64, strict=False)
         if plain.null_count() == texts.null_count():
             return plain
-    if decimal is None or len(notation.odd(column, decimal)):
+    if decimal is None or len(notation.odd(column, decimal, scaled)):
         spelled = notation.find(column)
-        decimal = spelled.decimal if spelled else None
-    return notation.read(column, decimal) if decimal else column
+        decimal, scaled = (spelled.decimal, spelled.scaled) if spelled else (None, False)
+    return notation.read(column, decimal, scaled) if decimal else column
 
 
 def _says_when(column: pl.Series) -> bool:
