@@ -871,7 +871,8 @@ def test_obvious_pairs_of_labels(values, positives):
         (["good", "bad"], None, None, "--label-positive VALUE"),
         (["now", "w"], None, None, "holds 2 texts such as 'now', 'w'; --label-positive VALUE"),
         (["under", "der"], None, None, "--label-positive VALUE"),
-        (["yes", "no", "1"], None, None, "--label-positive VALUE"),
+        (["yes", "no", "1"], None, None, "several spellings; write it as one, by polars"),
+        (["yes", "no", "0"], None, None, "--label-positive VALUE"),
         (["yes", "no", "NA"], None, None, "'NA' in 1 rows, by its look missing.*--label-missing"),
         (["1", "NA", "0", "NA"], None, None, "'NA' in 2 rows, by its look missing"),
         (["a", "b"], 1.0, None, "--label-positive VALUE"),
@@ -888,6 +889,19 @@ def test_obvious_pairs_of_labels(values, positives):
 def test_labels_that_cannot_be_used(values, threshold, positive, message):
     with pytest.raises(UserError, match=message):
         read_labels(pl.DataFrame({"y": values}), "y", threshold, positive)
+
+
+def test_labels_that_say_yes_in_several_ways_are_mended_by_the_line_that_is_told():
+    frame = pl.DataFrame({"y": ["Yes", "TRUE", "no", "0", " yes"]})
+    with pytest.raises(UserError, match=r"holds 5 texts .* yes and no in several spell") as error:
+        read_labels(frame, "y")
+    assert "--label-positive" not in str(error.value)
+    line = str(error.value).partition("by polars: ")[2]
+    mended = eval(line, {"pl": pl, "frame": frame})
+    assert read_labels(mended, "y").tolist() == [1, 1, 0, 0, 1]
+    for values in (["yes", "no", "perhaps"], ["yes", "true", "on"]):
+        with pytest.raises(UserError, match="--label-positive VALUE says which one is positive"):
+            read_labels(pl.DataFrame({"y": values}), "y")
 
 
 @pytest.mark.parametrize(
