@@ -720,7 +720,11 @@ def test_dates_and_times_are_numbers_where_that_is_asked_for():
 
 @pytest.mark.parametrize("treatment", ["bucket", "standardise"])
 @pytest.mark.parametrize(
-    "form", ["%b %d %Y", "%d.%m.%Y", "%m/%d/%Y %I:%M %p", "%d/%b/%Y:%H:%M:%S +0000", "%d-%b-%y"]
+    "form",
+    [
+        *("%b %d %Y", "%d.%m.%Y", "%m/%d/%Y %I:%M %p", "%d/%b/%Y:%H:%M:%S +0000", "%d-%b-%y"),
+        *("%a, %d %b %Y %H:%M:%S +0000", "%a, %-d %b %Y %H:%M GMT", "%a %b %e %H:%M:%S UTC %Y"),
+    ],
 )
 def test_dates_as_people_write_them_are_numbers_where_that_is_asked_for(form, treatment):
     """The form is that of training: rows to score need not tell days from months."""
@@ -743,6 +747,26 @@ def test_dates_as_people_write_them_are_numbers_where_that_is_asked_for(form, tr
     odd = frame[-2:].with_columns(x=pl.Series(["soon", frame["x"][-1]]))
     with pytest.raises(UserError, match="'x' holds String values such as 'soon' where moments as"):
         encoder.transform(odd)
+
+
+def test_moments_of_mail_are_those_of_their_zones():
+    texts = [
+        "Fri, 03 Jan 2025 03:08:39 +0200",
+        "Fri, 3 Jan 2025 01:08:39 GMT",
+        "3 Jan 2025 01:08:39 -0000",
+        "Thu, 02 Jan 2025 17:08:39 -0800 (PST)",
+        "Thu,  2 Jan 2025 20:08:39 EST",
+        "Thu Jan  2 20:08:39 EST 2025",
+        "Fri Jan  3 01:08:39 UTC 2025",
+        "Fri Jan 03 01:08:39 +0000 2025",
+    ]
+    assert (field := spec(texts, numeric={"x": "bucket"})).moment == "%d %B %Y %H:%M:%S %#z"
+    for some in (texts, *([text] for text in texts)):
+        assert numbers(pl.Series("x", some), field).unique().to_list() == [1735866519e6]
+    assert moments.find(pl.Series(["Fri, 03 Jan 2025 03:08 +0200"])) == [field.moment]
+    by_half = pl.Series(["Fri Jan 10 07:10:54 PM UTC 2025"])
+    assert moments.read(by_half, *moments.find(by_half)).to_list() == [1736536254 * 10**6]
+    assert not moments.find(pl.Series(["Fri, 03 Jan 2025 03:08:39 XYZ"]))
 
 
 def test_dates_whose_days_may_be_months_are_told():
