@@ -752,7 +752,7 @@ def test_dates_as_people_write_them_are_numbers_where_that_is_asked_for(form, tr
 def test_moments_of_mail_are_those_of_their_zones():
     texts = [
         "Fri, 03 Jan 2025 03:08:39 +0200",
-        "Fri, 3 Jan 2025 01:08:39 GMT",
+        "Fri,3 Jan 2025 01:08:39 GMT",
         "3 Jan 2025 01:08:39 -0000",
         "Thu, 02 Jan 2025 17:08:39 -0800 (PST)",
         "Thu,  2 Jan 2025 20:08:39 EST",

@@ -27,7 +27,7 @@ _FORMS = (
     *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
     *("%d %B %Y %I:%M:%S %p %#z", *CLOCKS),
 )
-_WEEKDAY = "^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun),? "
+_WEEKDAY = "^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)(?:, ?| )"
 _ZONES = {
     "+0000": "UTC?|GMT|Z",
     "-0400": "EDT",
