@@ -311,6 +311,7 @@ def test_ids_beyond_int64(tmp_path):
         ("a.ndjson", b"{]", "cannot read.*line 1 is no JSON object; mend it"),
         ("a.ndjson", b'{"a":1}\n\n[2]\n', "line 3 is no JSON object"),
         ("a.ndjson", b'{"a":1}\n{"a":null}\n{"a":[1]}\n', "'a' holds values and, in line 3, lists"),
+        ("a.ndjson", b'{"u":{"a":1}}\n{"u":{"a":[1]}}\n', "'u.a' holds values and, in line 2, l"),
         ("a.ndjson", b'{"a":true}\n{"a":1}\n', "'a' holds booleans and, in line 2, values; write"),
         ("a.json", b'[{"a":1}', "cannot read"),
         ("a.libsvm", b"1 1:1\nspam 2:1\n", "line 2: 'spam 2:1'"),

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -259,7 +259,7 @@ def _odd_line(file: io.BytesIO | io.BufferedReader) -> str:
         row = _parsed(line)
         if not isinstance(row, dict):
             return f"line {number} is no JSON object; mend it or delete it: "
-        for name, value in row.items():
+        for name, value in _items(row):
             kind = _KINDS_OF_JSON.get(type(value), "values")
             if value is not None and kinds.setdefault(name, kind) != kind:
                 return (
@@ -267,6 +267,14 @@ def _odd_line(file: io.BytesIO | io.BufferedReader) -> str:
                     "one kind of value on every line, or null: "
                 )
     return ""
+
+
+def _items(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """What an object holds, and what the objects in it do, by the names of columns."""
+    for name, value in row.items():
+        yield before + name, value
+        if isinstance(value, dict):
+            yield from _items(value, f"{before}{name}.")
 
 
 def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
