@@ -79,6 +79,10 @@ MOMENTS = pl.datetime_range(pl.datetime(2021, 12, 1), pl.datetime(2023, 2, 4), "
         .dt.strftime("%Y-%m-%dT%H:%M:%S%z"),
         MOMENTS.dt.strftime("%d/%b/%Y:%H:%M:%S +0100"),
         MOMENTS.dt.strftime("%a %b %d %H:%M:%S %Y"),
+        MOMENTS.dt.strftime("%a %b %e %H:%M:%S UTC %Y"),
+        MOMENTS.dt.replace_time_zone("UTC")
+        .dt.convert_time_zone("Europe/Berlin")
+        .dt.strftime("%a, %d %b %Y %H:%M:%S %z"),
         pl.Series([str(i) for i in range(-200, 200)]),
         pl.Series([f"{i / 8:g}" for i in range(400)]),
         pl.Series([f"day{i:03}" for i in range(400)]),

@@ -400,6 +400,10 @@ def test_what_looks_joined_is_told_of_and_left_whole(separator, rows):
     assert apart.kind == "bag" and not apart.note
 
 
+def _in(value, digits, letter):
+    return f"{decimal.Decimal(str(value)).scaleb(-digits):f}{letter}"
+
+
 AMOUNT = np.round(np.random.default_rng(1).normal(2e4, 1.5e4, N), 2)
 WRITTEN = {
     "thousands separators": [f"{v:,}" for v in AMOUNT],
@@ -417,6 +421,17 @@ WRITTEN = {
     ],
     "the sign $ and parentheses for what is below zero": [
         f"(${-v})" if v < 0 else f"${v}" for v in AMOUNT
+    ],
+    "thousands as K": [_in(v, 3, "K") for v in AMOUNT],
+    "thousands as K and millions as M and the sign €": [
+        f"€{_in(v, 6, 'M')}" if i % 2 else f"€{_in(v, 3, 'K')}" for i, v in enumerate(AMOUNT)
+    ],
+    "a decimal comma and thousands as k and millions as M": [
+        _in(v, 6 if i % 2 else 3, "M" if i % 2 else "k").replace(".", ",")
+        for i, v in enumerate(AMOUNT)
+    ],
+    "thousands as K or k and the sign USD": [
+        f"{_in(v, 3, 'k' if i % 3 else 'K')} USD" for i, v in enumerate(AMOUNT)
     ],
     "thousands separators and the minus sign behind": [
         f"{-v:,}-" if v < 0 else f"{v:,}" for v in AMOUNT
@@ -465,6 +480,22 @@ def test_numbers_written_for_people_are_numbers(marks, gap, treatment):
         encoder.transform(frame.with_columns(pl.lit("cheap").alias("x")))
 
 
+def test_scales_are_known_in_single_rows_where_training_had_them():
+    values = ["900", "5k", "1.5M", "2B", "NA", "(3k)"]
+    field = spec(values)
+    assert (field.kind, field.decimal, field.scaled) == ("bucket", ".", True)
+    assert "thousands as k and millions as M and billions as B and parentheses" in field.note
+    expected = [900.0, 5e3, 1.5e6, 2e9, None, -3e3]
+    assert numbers(pl.Series("x", values), field).fill_nan(None).to_list() == expected
+    for value, number in zip(values, expected, strict=True):
+        assert numbers(pl.Series("x", [value]), field).fill_nan(None).to_list() == [number]
+    assert spec(["2B", "1B"]).kind == spec(["$1.5k", "$3"]).kind == "bucket"
+    with pytest.raises(UserError, match="String values such as '5k' where numbers are needed"):
+        numbers(pl.Series("x", ["7", "5k"]), spec(["$7", "$8"]))
+    with pytest.raises(UserError, match="no number in 1 rows, such as 'free'; leave empty"):
+        spec(["$1.5k", "$3k", "free"], numeric={"x": "bucket"})
+
+
 def test_plain_numbers_need_no_notation_in_a_file():
     assert (
         "decimal"
@@ -500,6 +531,16 @@ def test_plain_numbers_need_no_notation_in_a_file():
         (["1.5", "USD 2.5"], "such as '1.5' and 'USD 2.5', cannot be", None),
         (["$12.00", "€3,10", "(£7.5)"], "such as '$12.00', '€3,10' and '(£7.5)'", None),
         (["ABC 1.5", "ABC 2.5"], "", None),
+        (["12", "14", "14B"], "", None),
+        (["5m", "10m"], "", None),
+        (["5k", "10k"], "", None),
+        (["5K%", "10K%"], "", None),
+        (["5MB", "10MB"], "", None),
+        (["5cm", "3M"], "", None),
+        (["1.5kg", "2K"], "", None),
+        (["20ms", "3m"], "", None),
+        (["1e3K", "2K"], "", None),
+        (["€1,234K", "€5K"], "'€1,234K' may be 1.234e+06 or 1234: write the column", None),
         (["1.5", "2.5"], "", "."),
     ],
 )
@@ -579,6 +620,18 @@ def test_names_and_sentences_do_not_look_joined():
     places = [f"town {i}, state {i % 50}" for i in range(900)]
     for values in (people, places, ["a;b", "c;d", "e"] * N):
         assert not spec(values).note
+
+
+def test_bars_in_few_rows_join_nothing():
+    some = ["red", "blue", "red|blue", "blue|red"]
+    for bars, kind in ((1, "categorical"), (9, "categorical"), (10, "bag")):
+        field = spec([*(["red", "blue"] * 500)[bars:], *(some[2:] * bars)[:bars]])
+        assert field.kind == kind, bars
+    assert "--multi 'x=|' takes them apart" in spec([*["red", "blue"] * 499, *some[2:]]).note
+    assert spec(["red", "blue", "red|blue", "blue|red"]).kind == "categorical"
+    subjects = [f"about the {i % 700} and {i % 500}" for i in range(6000)]
+    field = spec([*subjects, *[f"{subjects[i]} | {subjects[i + 1]}" for i in range(6)]])
+    assert (field.kind, field.note) == ("categorical", "")
 
 
 @pytest.mark.parametrize("separator", [";", ",", " "])
@@ -667,7 +720,11 @@ def test_dates_and_times_are_numbers_where_that_is_asked_for():
 
 @pytest.mark.parametrize("treatment", ["bucket", "standardise"])
 @pytest.mark.parametrize(
-    "form", ["%b %d %Y", "%d.%m.%Y", "%m/%d/%Y %I:%M %p", "%d/%b/%Y:%H:%M:%S +0000", "%d-%b-%y"]
+    "form",
+    [
+        *("%b %d %Y", "%d.%m.%Y", "%m/%d/%Y %I:%M %p", "%d/%b/%Y:%H:%M:%S +0000", "%d-%b-%y"),
+        *("%a, %d %b %Y %H:%M:%S +0000", "%a, %-d %b %Y %H:%M GMT", "%a %b %e %H:%M:%S UTC %Y"),
+    ],
 )
 def test_dates_as_people_write_them_are_numbers_where_that_is_asked_for(form, treatment):
     """The form is that of training: rows to score need not tell days from months."""
@@ -690,6 +747,26 @@ def test_dates_as_people_write_them_are_numbers_where_that_is_asked_for(form, tr
     odd = frame[-2:].with_columns(x=pl.Series(["soon", frame["x"][-1]]))
     with pytest.raises(UserError, match="'x' holds String values such as 'soon' where moments as"):
         encoder.transform(odd)
+
+
+def test_moments_of_mail_are_those_of_their_zones():
+    texts = [
+        "Fri, 03 Jan 2025 03:08:39 +0200",
+        "Fri,3 Jan 2025 01:08:39 GMT",
+        "3 Jan 2025 01:08:39 -0000",
+        "Thu, 02 Jan 2025 17:08:39 -0800 (PST)",
+        "Thu,  2 Jan 2025 20:08:39 EST",
+        "Thu Jan  2 20:08:39 EST 2025",
+        "Fri Jan  3 01:08:39 UTC 2025",
+        "Fri Jan 03 01:08:39 +0000 2025",
+    ]
+    assert (field := spec(texts, numeric={"x": "bucket"})).moment == "%d %B %Y %H:%M:%S %#z"
+    for some in (texts, *([text] for text in texts)):
+        assert numbers(pl.Series("x", some), field).unique().to_list() == [1735866519e6]
+    assert moments.find(pl.Series(["Fri, 03 Jan 2025 03:08 +0200"])) == [field.moment]
+    by_half = pl.Series(["Fri Jan 10 07:10:54 PM UTC 2025"])
+    assert moments.read(by_half, *moments.find(by_half)).to_list() == [1736536254 * 10**6]
+    assert not moments.find(pl.Series(["Fri, 03 Jan 2025 03:08:39 XYZ"]))
 
 
 def test_dates_whose_days_may_be_months_are_told():
@@ -818,7 +895,8 @@ def test_obvious_pairs_of_labels(values, positives):
         (["good", "bad"], None, None, "--label-positive VALUE"),
         (["now", "w"], None, None, "holds 2 texts such as 'now', 'w'; --label-positive VALUE"),
         (["under", "der"], None, None, "--label-positive VALUE"),
-        (["yes", "no", "1"], None, None, "--label-positive VALUE"),
+        (["yes", "no", "1"], None, None, "several spellings; write it as one, by polars"),
+        (["yes", "no", "0"], None, None, "--label-positive VALUE"),
         (["yes", "no", "NA"], None, None, "'NA' in 1 rows, by its look missing.*--label-missing"),
         (["1", "NA", "0", "NA"], None, None, "'NA' in 2 rows, by its look missing"),
         (["a", "b"], 1.0, None, "--label-positive VALUE"),
@@ -835,6 +913,19 @@ def test_obvious_pairs_of_labels(values, positives):
 def test_labels_that_cannot_be_used(values, threshold, positive, message):
     with pytest.raises(UserError, match=message):
         read_labels(pl.DataFrame({"y": values}), "y", threshold, positive)
+
+
+def test_labels_that_say_yes_in_several_ways_are_mended_by_the_line_that_is_told():
+    frame = pl.DataFrame({"y": ["Yes", "TRUE", "no", "0", " yes"]})
+    with pytest.raises(UserError, match=r"holds 5 texts .* yes and no in several spell") as error:
+        read_labels(frame, "y")
+    assert "--label-positive" not in str(error.value)
+    line = str(error.value).partition("by polars: ")[2]
+    mended = eval(line, {"pl": pl, "frame": frame})
+    assert read_labels(mended, "y").tolist() == [1, 1, 0, 0, 1]
+    for values in (["yes", "no", "perhaps"], ["yes", "true", "on"]):
+        with pytest.raises(UserError, match="--label-positive VALUE says which one is positive"):
+            read_labels(pl.DataFrame({"y": values}), "y")
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,18 @@ def read(tmp_path, content, name="a.csv"):
     return read_file(tmp_path / name)
 
 
+@pytest.mark.parametrize("start", ["sep=;\n", "\ufeffsep=;\r\n", '"sep=;"\r\n', "SEP=;\r"])
+def test_a_line_that_names_the_separator_is_no_row(tmp_path, start):
+    end = start.strip("\ufeff").partition(";")[2].strip('"')
+    contents = read(tmp_path, start + end.join(["x;y, z", "1;a", "2;b"]) + end)
+    assert contents.frame.to_dict(as_series=False) == {"x": [1, 2], "y, z": ["a", "b"]}
+    assert contents.notes == ("line 1 says what separates columns, and is left out: semicolons",)
+    with pytest.raises(
+        UserError, match=r"a.csv without line 1': line 3 has 3 columns, the first 2"
+    ):
+        read(tmp_path, "sep=;\nx;y\n1;2\n1;2;3\n")
+
+
 def test_decimal_commas(tmp_path):
     assert read(tmp_path, "p;q\n1,5;2\n3;4\n").frame["p"].to_list() == [1.5, 3.0]
 
@@ -266,12 +278,16 @@ def test_ids_beyond_int64(tmp_path):
         ("a.csv", b"", "is empty"),
         ("a.csv", b"\n\n", "is empty"),
         ("a.csv", b"a,b,a\n1,2,3\n", "names 'a' more than once"),
-        ("a.csv", "a,b\n1,caf\xe9\n".encode("latin1"), "UTF-8.*iconv"),
-        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "UTF-16.*iconv"),
+        (
+            "a.csv",
+            "a,b\n1,caf\xe9\n".encode("latin1"),
+            "UTF-8.*iconv -f LATIN1 -t UTF-8 FILE > NEW",
+        ),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "UTF-16.*iconv -f UTF-16 -t UTF-8 FILE > NEW"),
         (
             "a.csv",
             b"a,b\n" + b"1,2\n" * 40_000 + b"1,\xe9\n",
-            "cannot read.*line 40002 is not UTF-8; convert the file: iconv",
+            "cannot read.*line 40002 is not UTF-8; convert the file: iconv -f .* FILE > NEW",
         ),
         (
             "a.csv",
@@ -295,6 +311,7 @@ def test_ids_beyond_int64(tmp_path):
         ("a.ndjson", b"{]", "cannot read.*line 1 is no JSON object; mend it"),
         ("a.ndjson", b'{"a":1}\n\n[2]\n', "line 3 is no JSON object"),
         ("a.ndjson", b'{"a":1}\n{"a":null}\n{"a":[1]}\n', "'a' holds values and, in line 3, lists"),
+        ("a.ndjson", b'{"u":{"a":1}}\n{"u":{"a":[1]}}\n', "'u.a' holds values and, in line 2, l"),
         ("a.ndjson", b'{"a":true}\n{"a":1}\n', "'a' holds booleans and, in line 2, values; write"),
         ("a.json", b'[{"a":1}', "cannot read"),
         ("a.libsvm", b"1 1:1\nspam 2:1\n", "line 2: 'spam 2:1'"),

@@ -216,6 +216,24 @@ def test_a_column_without_values_is_told(model, frame):
     assert "column 'price': 300 of 300 values" in told and "Here they are missing: " in told
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_ids_that_are_new_are_told_to_be_read_as_numbers(frame, text):
+    ids = frame.with_columns(id=pl.int_range(300) % 20)
+    specs = infer_fields(ids, ["id", "prem"], values=True)
+    assert (specs[0].kind, specs[0].value) == ("categorical", True)
+    encoder = Encoder.fit(ids, specs)
+    model = Trained(CONFIG, encoder, build_model(CONFIG, encoder).eval())
+    new = ids.with_columns(C("id") + 100)
+    new = new.with_columns(C("id").cast(pl.String)) if text else new
+    (told,) = warned(lambda: model.logits(new))
+    assert "300 of 300 values were not seen in training" in told
+    assert ", so predictions know it by its number only. Here" in told
+    (told,) = warned(
+        lambda: Trained(CONFIG, encoder, model.model).logits(new.with_columns(id=pl.lit("u1")))
+    )
+    assert ", so predictions do without it. Here" in told
+
+
 def test_values_of_small_batches_are_counted_up(model, frame):
     odd = frame.with_columns(prem=pl.lit("ja"))
     told = [bool(warned(lambda i=i: model.logits(odd[i : i + 10]))) for i in range(0, 120, 10)]

@@ -363,6 +363,14 @@ class Encoder:
         odd = vocabulary.first_unknown(_unmarked(column, spec), bags=spec.kind == "bag")
         return odd, known
 
+    def reads_numbers(self, name: str, column: pl.Series) -> bool:
+        """Whether most values of a field of ids join these as numbers, known ids or not."""
+        spec = self.fields[self.names.index(name)]
+        if spec.kind != "categorical" or not spec.value:
+            return False
+        read = _values(_unmarked(column, spec), spec)
+        return bool(read.is_not_nan().sum() * 2 > len(read))
+
     def renumber(self, new_rows: Tensor) -> None:
         """Moves shared-table row `i` to `new_rows[i]`: a permutation of all rows.
 
@@ -484,7 +492,7 @@ class Encoder:
 
 def _stored(spec: FieldSpec) -> dict[str, Any]:
     """A field for a file, which readers that know less open unless it has what they lack."""
-    later = ("decimal", "moment", "value", "marks")
+    later = ("decimal", "scaled", "moment", "value", "marks")
     return {key: value for key, value in asdict(spec).items() if key not in later or value}
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from amtl.data import moments, notation
+from amtl.data import moments, nested, notation
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
 from amtl.data.splits import names_parts
@@ -43,9 +43,11 @@ _FAVOURED_BELOW = 0.25
 _ALIKE_BELOW = 1.5
 """How much neighbours' counts differ among amounts, by chance alone 1 at most; ids, some of which
 are popular, come to 3 and more."""
-_JOINED_BY = {";": 0.5, ",": 0.5, " ": 0.05}
-"""What text may join values by beside bars, which are taken for that: told of where the parts are
-so few of the whole values that they come again. Names of people and places have spaces."""
+_JOINED_BY = {"|": 1.0, ";": 0.5, ",": 0.5, " ": 0.05}
+"""What text may join values by, told of where the parts are so few of the whole values that they
+come again. Names of people and places have spaces. Bars in many rows are taken for that."""
+_BARS, _FEWEST_BARS = 0.01, 3
+"""Share of the rows, and number, from which bars join values; in fewer they are part of a text."""
 _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 _MOSTLY = 0.8
@@ -77,6 +79,7 @@ class FieldSpec:
             for more than 64, see `bucket_count`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
+        scaled: whether numbers held as text may be thousands, millions and billions, as `5K`.
         moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
             where year, month and day come first.
         value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
@@ -90,6 +93,7 @@ class FieldSpec:
     separator: str | None = None
     buckets: int = 64
     decimal: str | None = None
+    scaled: bool = False
     moment: str | None = None
     value: bool = False
     marks: tuple[str, ...] = ()
@@ -110,10 +114,11 @@ def infer_fields(
     """Decides how each column enters the model; what is guessed has a note.
 
     Lists are bags, and so are strings that all are lists of strings or whole numbers as Python or
-    JSON writes them, or that hold the separator `|` if splitting leaves fewer distinct values.
+    JSON writes them, or of which 1 % (and three) hold the separator `|` if splitting leaves fewer
+    distinct values.
     Numbers with a fraction are numbers (`default_numeric`), and so is text of
-    which each value is one with thousands set apart, a decimal comma, or the same currency or per
-    cent sign, where that is sure. All else is categorical, with these exceptions:
+    which each value is one with thousands set apart, a decimal comma, K, M or B behind, or the same
+    currency or per cent sign, where that is sure. All else is categorical, with these exceptions:
 
     - Whole numbers held as floats or decimals (what an integer column with gaps becomes in
       pandas) are ids, hence categorical. They are amounts, hence numbers, if they have more
@@ -181,7 +186,9 @@ def infer_fields(
         elif name in separators and not column.dtype.is_nested():
             fields.append(_apart(column, separators[name]))
         else:
-            spec = _left_out(column, trains) or _guess(column, default_numeric, says)
+            told = nested.advice(column)
+            spec = FieldSpec(name, "unused", note=told) if told else _left_out(column, trains)
+            spec = spec or _guess(column, default_numeric, says)
             if spec.kind == "bag" and name in separators:
                 spec = replace(spec, separator=separators[name] or None)
             fields.append(spec)
@@ -235,7 +242,7 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
         return spec
     spelled = notation.find(column) if column.dtype in _TEXT else None
     if spelled and spelled.decimal:
-        return replace(spec, decimal=spelled.decimal)
+        return replace(spec, decimal=spelled.decimal, scaled=spelled.scaled)
     forms = moments.find(column) if column.dtype in _TEXT and not spelled else []
     if len(forms) == 1:
         return replace(spec, moment=forms[0])
@@ -253,7 +260,9 @@ def _odd_values(column: pl.Series) -> str:
     """What of a column of text is no number, for a message."""
     if column.dtype not in _TEXT:
         return ""
-    odd = notation.odd(column.cast(pl.String), ".")
+    text = column.cast(pl.String)
+    odd = notation.odd(text, ".", scaled=True)
+    odd = odd if len(odd) else notation.odd(text, ".")
     shown = ", ".join(brief(repr(text)) for text in odd.unique(maintain_order=True)[:3])
     return f" in {len(odd):,} rows, such as {shown}; leave empty what is missing" if shown else ""
 
@@ -313,7 +322,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             note = f"lists such as {_shown(column)} are several values; "
             note += f"--multi {shlex.quote(f'{name}=')} keeps them whole"
             return FieldSpec(name, "bag", WRITTEN_LISTS, note=note)
-        if _holds_lists(values, "|"):
+        if _has_bars(column) and _holds_lists(values, "|"):
             note = f"strings such as {_shown(column, '|')} hold several values; "
             note += f"--multi {shlex.quote(f'{name}=')} keeps them whole"
             return FieldSpec(name, "bag", "|", note=note)
@@ -324,11 +333,13 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             note = f"numbers with {spelled.marks}, read as numbers; "
             note += f"{_numeric(name, 'categorical')} keeps the text"
             kind: Any = default_numeric
-            return FieldSpec(name, kind, decimal=spelled.decimal, note=note)
+            return FieldSpec(name, kind, decimal=spelled.decimal, scaled=spelled.scaled, note=note)
         mixed = "" if spelled or default_numeric == "categorical" else notation.mixed(values)
         note = mixed or note
         ids = bool(values.str.contains(_IDS).all())
         for separator, share in ({} if mixed else _JOINED_BY).items():
+            if separator == "|" and _is_prose(column):
+                continue
             if _holds_lists(values, separator, share, ids=ids) and not _says_when(values):
                 note = f"{_shown(column, separator)} and its like may be several values each"
                 note += f": --multi {shlex.quote(f'{name}={separator}')} takes them apart"
@@ -580,7 +591,7 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
     except pl.exceptions.PolarsError:
         odd, needed = "", "numbers"
         if column.dtype == pl.String:
-            other = notation.odd(column, spec.decimal or ".")
+            other = notation.odd(column, spec.decimal or ".", spec.scaled)
             if spec.moment:
                 other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
             undated = other.filter(~other.str.contains(_DATE))
@@ -593,7 +604,7 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
 
 def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
     """Text as the numbers it stands for; as it is if some of it stands for none."""
-    decimal = spec.decimal
+    decimal, scaled = spec.decimal, spec.scaled
     if spec.moment:
         undated = len(moments.odd(column, spec.moment))
         return column if undated else moments.read(column, spec.moment)
@@ -602,10 +613,10 @@ def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
         plain = texts.cast(pl.Float64, strict=False)
         if plain.null_count() == texts.null_count():
             return plain
-    if decimal is None or len(notation.odd(column, decimal)):
+    if decimal is None or len(notation.odd(column, decimal, scaled)):
         spelled = notation.find(column)
-        decimal = spelled.decimal if spelled else None
-    return notation.read(column, decimal) if decimal else column
+        decimal, scaled = (spelled.decimal, spelled.scaled) if spelled else (None, False)
+    return notation.read(column, decimal, scaled) if decimal else column
 
 
 def _says_when(column: pl.Series) -> bool:
@@ -664,6 +675,12 @@ def _shown(column: pl.Series, holding: str = "") -> str:
         values = values.filter(values.cast(pl.String).str.contains(holding, literal=True))
     text = repr(values[0])
     return text if len(text) <= 32 else text[:28] + "…" + text[:1]
+
+
+def _has_bars(column: pl.Series) -> bool:
+    """Whether enough rows hold the separator `|` for it to be one."""
+    bars = column.drop_nulls().cast(pl.String).str.contains("|", literal=True)
+    return int(bars.sum()) >= max(_FEWEST_BARS, _BARS * len(bars))
 
 
 def _holds_lists(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import polars as pl
@@ -27,6 +28,9 @@ _PAIRS = {
     ("dislike", "like"),
 }
 """Negative and positive values that need no explanation."""
+
+_NO = frozenset({"0", "false", "f", "no", "n", "off"})
+_YES = frozenset({"1", "true", "t", "yes", "y", "on"})
 
 _SAID_NO_TO = re.compile(
     "(?:click|convert|conversion|purchase|buy|bought|order|sale|sold|pay|paid|view|watch|like|"
@@ -203,9 +207,17 @@ def _text_pair(values: pl.Series) -> tuple[pl.Series, str]:
             f"label {values.name!r} is {_listed(marks)} in {rows:,} rows, by its look missing; "
             f"{_TO_THOSE}, or --label-positive VALUE says what is positive"
         )
+    how = "--label-positive VALUE says which one is positive"
+    spelled = [text.strip().lower() for text in distinct]
+    said = set(spelled)
+    # Of one spelling of yes, the option says enough.
+    if said <= _NO | _YES and said & _NO and sum(text in _YES for text in spelled) > 1:
+        name = json.dumps(brief(values.name), ensure_ascii=False)
+        how = "yes and no in several spellings; write it as one, by polars: frame.with_columns("
+        how += f"pl.col({name}).str.strip_chars().str.to_lowercase().is_in("
+        how += f"{json.dumps(sorted(said & _YES))}))"
     raise UserError(
-        f"label {values.name!r} holds {len(distinct):,} texts such as {_listed(distinct)}; "
-        "--label-positive VALUE says which one is positive"
+        f"label {values.name!r} holds {len(distinct):,} texts such as {_listed(distinct)}; {how}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Dates and times as people write them: `31.1.2024`, `Jan 31, 2024 3:30 PM`, as logs do, too.
+"""Dates and times as people write them: `31.1.2024`, `Jan 31, 2024 3:30 PM`.
 
-Times of day and durations stand without a date: `20:24:53`, `8:05 PM`, `75:10` of minutes and
-seconds.
+Logs, mail and `date` have forms of their own. Times of day and durations stand without a date:
+`20:24:53`, `8:05 PM`, `75:10` of minutes and seconds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,19 @@ _CLOCK = r"^(\d{1,9}):(\d\d)(?::(\d\d(?:\.\d+)?))?(?: ?([APap])[Mm])?$"
 
 _FORMS = (
     *(date + time for date in _DATES for time in ("", *(f" {time}" for time in _TIMES))),
-    *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z", *CLOCKS),
+    *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
+    *("%d %B %Y %I:%M:%S %p %#z", *CLOCKS),
 )
+_WEEKDAY = "^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)(?:, ?| )"
+_ZONES = {
+    "+0000": "UTC?|GMT|Z",
+    "-0400": "EDT",
+    "-0500": "EST|CDT",
+    "-0600": "CST|MDT",
+    "-0700": "MST|PDT",
+    "-0800": "PST",
+}
+"""Those that mail may name (RFC 2822)."""
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
 """Seconds since 1970."""
 _UNITS = (1, 10**3, 10**6, 10**9)
@@ -37,10 +48,26 @@ def texts(column: pl.Series) -> pl.Series:
     """Text without what makes no difference, and nothing for what stands for a missing value."""
     cells = notation.texts(column)
     cells = cells.str.replace_all(r"\s+", " ").str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ")
+    cells = _without_weekday(cells)
     cells = cells.str.replace(r"(:\d\d(?:\.\d+)?) ?(?:Z|UTC)$", "$1")
     cells = cells.str.replace(r"^[A-Z]\w\w (\w{3}) (\d\d?) ([\d:]{8}) (\d{4})$", "$2 $1 $4 $3")
     cells = cells.str.replace(r"^(\d\d?)/(\w{3})/(\d{4}):(\d\d:)", "$1 $2 $3 $4")
     return cells.str.replace(r"(\d{4}), (\d)", "$1 $2")
+
+
+def _without_weekday(cells: pl.Series) -> pl.Series:
+    """Moments of mail and of `date` as day, month, year, time and offset of the zone.
+
+    `Fri, 03 Jan 2025 03:08:39 +0200 (EET)` and `Fri Jan 10 19:10:54 UTC 2025`.
+    """
+    if not cells.str.contains(_WEEKDAY).any():
+        return cells
+    cells = cells.str.replace(rf"{_WEEKDAY}(\d\d? \w{{3}} \d{{4}})\b", "$1")
+    by_date = rf"{_WEEKDAY}(\w{{3}}) (\d\d?) ([\d:]{{8}}(?: [AP]M)?) (\S+) (\d{{4}})$"
+    cells = cells.str.replace(by_date, "$2 $1 $5 $3 $4").str.replace(r" \([^()]*\)$", "")
+    for offset, names in _ZONES.items():
+        cells = cells.str.replace(rf"(:\d\d(?: [AP]M)?) (?:{names})$", f"$1 {offset}")
+    return cells.str.replace(r"( \d\d:\d\d) ([+-]\d{4})$", "$1:00 $2")
 
 
 def find(column: pl.Series, *, ordered: bool = False) -> list[str]:

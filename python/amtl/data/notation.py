@@ -1,8 +1,12 @@
-"""Numbers as people write them: thousands apart, a decimal comma, a currency or per cent sign."""
+"""Numbers as people write them: thousands apart, a decimal comma, a currency or per cent sign.
+
+Thousands, millions and billions may be K, M and B behind: `€4.1M`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import polars as pl
 
@@ -12,7 +16,7 @@ _CODES = "USD|EUR|GBP|JPY|CHF|CAD|AUD|NZD|CNY|INR|KRW|SEK|NOK|DKK|PLN|CZK|HUF|TR
 _NUMBER = (
     rf"^(?P<open>\(?)(?P<minus>[+-]?)\s?(?P<before>(?:[$€£¥]|{_CODES})?)\s?"
     r"(?P<digits>[+-]?[.,]?\d[\d.,]*(?:[eE][+-]?\d+)?)"
-    rf"\s?(?P<after>(?:[$€£¥%]|{_CODES})?)(?P<close>-?\)?)$"
+    rf"(?P<scale>[KMBkm]?)\s?(?P<after>(?:[$€£¥%]|{_CODES})?)(?P<close>-?\)?)$"
 )
 _BELOW = r"^\(.*\)$|-$"
 """How accountants write what is below zero."""
@@ -23,6 +27,22 @@ _FORMS = {
 """By decimal mark; the other one stands between thousands."""
 _NO_LIST = r"^[+-]|[.eE]|,0\d"
 """What a number has and a list of ids with commas has not: a sign, a fraction, a group like 012."""
+_SCALES = {"K": "e3", "k": "e3", "M": "e6", "m": "e6", "B": "e9"}
+_SCALED = {"K": "thousands as ", "M": "millions as ", "B": "billions as "}
+
+
+class _Parts(NamedTuple):
+    """What texts consist of, each [n] of text: null where they are no numbers.
+
+    Attributes:
+        digits: the numbers as they are written.
+        scale: K, M or B, or k or m, or nothing.
+        sign: of a currency or per cent, or nothing.
+    """
+
+    digits: pl.Series
+    scale: pl.Series
+    sign: pl.Series
 
 
 @dataclass(frozen=True)
@@ -31,11 +51,13 @@ class Notation:
 
     Attributes:
         decimal: the decimal mark, `.` or `,`; empty where it may be either.
+        scaled: whether K, M and B stand behind numbers, and k and m, for thousands and so on.
         marks: what makes it text, such as `thousands separators`; empty for plain numbers.
         doubt: a value and what else it may be; empty where that is sure.
     """
 
     decimal: str
+    scaled: bool = False
     marks: str = ""
     doubt: str = ""
 
@@ -50,18 +72,23 @@ def find(column: pl.Series) -> Notation | None:
     """The one notation in which all values of a column are numbers, or None.
 
     Values carry the same currency (a sign or a code such as USD) or per cent sign, or all of them
-    none; what is below zero may stand in parentheses, or before its minus sign.
+    none; what is below zero may stand in parentheses, or before its minus sign. Thousands, millions
+    and billions may be K, M and B; also k and m, where a currency or one of those makes it clear
+    that these are no units.
     """
     values = texts(column).drop_nulls().unique(maintain_order=True)
     values = values.filter(_infinite(values).is_null())
     if not len(values) or not values[:100].str.contains(_NUMBER).all():
         return None
-    digits, sign = _digits(values)
+    digits, scale, sign = _parts(values)
     below = values.str.contains(_BELOW)
     if below.all():
         # Amounts below zero come with others; alone, parentheses number a list.
         return None
     if digits.null_count() or sign.n_unique() > 1 or digits.str.contains(r"^[+-]?0\d").any():
+        return None
+    scaled = scale != ""
+    if scaled.any() and not _are_scales(digits, scale, sign):
         return None
     fits = [mark for mark, form in _FORMS.items() if digits.str.contains(form).all()]
     if not fits:
@@ -71,20 +98,40 @@ def find(column: pl.Series) -> Notation | None:
     marked = values.filter(commas | points)
     if len(fits) > 1 and len(marked):
         shown = str(marked[0])
-        plain = [read(marked[:1], mark)[0] for mark in _FORMS]
+        plain = [read(marked[:1], mark, bool(scaled.any()))[0] for mark in _FORMS]
         doubt = f"{shown!r} may be {plain[0]:g} or {plain[1]:g}"
-        return Notation("", "thousands separators or a decimal comma", doubt)
+        return Notation("", False, "thousands separators or a decimal comma", doubt)
     apart = points if fits[0] == "," else commas
     marks = ["thousands separators"] if apart.any() else []
     marks += ["a decimal comma"] if fits[0] == "," and commas.any() else []
+    found = [sorted(scale.filter(scale.str.to_uppercase() == one).unique()) for one in _SCALED]
+    marks += [
+        what + " or ".join(some) for what, some in zip(_SCALED.values(), found, strict=True) if some
+    ]
     marks += [f"the sign {sign[0]}"] if sign[0] else []
     enclosed = values.str.starts_with("(")
     marks += ["parentheses for what is below zero"] if enclosed.any() else []
     marks += ["the minus sign behind"] if (below & ~enclosed).any() else []
     doubt = ""
-    if commas.any() and not sign[0] and not digits.str.contains(_NO_LIST).any():
+    if (
+        commas.any()
+        and not sign[0]
+        and not scaled.any()
+        and not digits.str.contains(_NO_LIST).any()
+    ):
         doubt = f"{values.filter(commas)[0]!r} may be one number or several"
-    return Notation(fits[0], " and ".join(marks), doubt)
+    return Notation(fits[0], bool(scaled.any()), " and ".join(marks), doubt)
+
+
+def _are_scales(digits: pl.Series, scale: pl.Series, sign: pl.Series) -> bool:
+    """Whether letters behind distinct numbers, which may be units, or of ids, are scales."""
+    if sign[0]:
+        return bool(sign[0] != "%")
+    scaled = scale != ""
+    kinds = scale.filter(scaled).str.to_uppercase().n_unique()
+    # Of houses and seats some have a letter: 12, 14, 14B.
+    amounts = kinds > 1 or digits.filter(scaled).str.contains("[.,]").any()
+    return scale.is_in(["K", "M", "B"]).any() and bool(scaled.all() or amounts)
 
 
 def mixed(column: pl.Series) -> str:
@@ -92,7 +139,7 @@ def mixed(column: pl.Series) -> str:
     values = texts(column).drop_nulls().unique(maintain_order=True)
     if not values[:100].str.contains(_NUMBER).all():
         return ""
-    digits, sign = _digits(values)
+    digits, _, sign = _parts(values)
     shown = [repr(text) for text in values.filter(sign.is_first_distinct())[:3]]
     if digits.null_count() or len(shown) < 2:
         return ""
@@ -102,20 +149,23 @@ def mixed(column: pl.Series) -> str:
     )
 
 
-def read(column: pl.Series, decimal: str) -> pl.Series:
-    """The numbers that text stands for, given the decimal mark; what is none is missing."""
+def read(column: pl.Series, decimal: str, scaled: bool = False) -> pl.Series:
+    """The numbers that text stands for, as `Notation` has them; what is none is missing."""
     cells = texts(column)
-    digits, _ = _digits(cells)
+    digits, scale, _ = _parts(cells)
+    if not scaled:
+        digits = digits.set(scale != "", None)
     digits = digits.set(~digits.str.contains(_FORMS[decimal]), None)
     digits = digits.str.replace_all("." if decimal == "," else ",", "", literal=True)
-    numbers = digits.str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
+    digits = digits.str.replace(",", ".", literal=True) + scale.replace(_SCALES)
+    numbers = digits.cast(pl.Float64, strict=False)
     infinite = _infinite(cells)
     return numbers.zip_with(infinite.is_null(), infinite).alias(column.name)
 
 
-def odd(column: pl.Series, decimal: str) -> pl.Series:
+def odd(column: pl.Series, decimal: str, scaled: bool = False) -> pl.Series:
     """The values that are neither numbers in that notation nor missing."""
-    return column.filter(texts(column).is_not_null() & read(column, decimal).is_null())
+    return column.filter(texts(column).is_not_null() & read(column, decimal, scaled).is_null())
 
 
 def _infinite(cells: pl.Series) -> pl.Series:
@@ -124,14 +174,15 @@ def _infinite(cells: pl.Series) -> pl.Series:
     return cells.set(~spelled, None).cast(pl.Float64, strict=False)
 
 
-def _digits(cells: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """The numbers of texts as they are written, and their currency or per cent signs."""
+def _parts(cells: pl.Series) -> _Parts:
     parts = cells.str.extract_groups(_NUMBER).struct
-    opened, minus, before, digits, after, closed = (
-        parts.field(name) for name in ("open", "minus", "before", "digits", "after", "close")
+    opened, minus, before, digits, scale, after, closed = (
+        parts.field(name)
+        for name in ("open", "minus", "before", "digits", "scale", "after", "close")
     )
     numbers = (minus + digits).zip_with(opened + closed == "", "-" + digits)
     # Of one parenthesis, or two signs, it is none.
     odd = (opened + closed).is_in(["(", ")", "-)", "(-)"])
     odd |= (opened + closed != "") & ((minus != "") | digits.str.contains("^[+-]"))
-    return numbers.set(odd, None), before + after
+    odd |= (scale != "") & digits.str.contains("[eE]")
+    return _Parts(numbers.set(odd, None), scale, before + after)

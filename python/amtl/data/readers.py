@@ -6,7 +6,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from amtl.data import libsvm, text
+from amtl.data.nested import flat
 from amtl.data.vocabulary import as_series
 from amtl.errors import UserError, brief
 
@@ -69,7 +70,8 @@ def read_file(path: Path | str) -> Contents:
 
     Files may be compressed (`.gz`, `.zst`, `.bz2`; gzip and zstd by any name). The separator of
     text is told by its first lines, and so is whether it has a header, whether a `.txt` is libsvm,
-    and whether JSON is an object a line or one list of them.
+    and whether JSON is an object a line or one list of them. The fields of structs are columns: see
+    `flat`.
 
     Raises:
         UserError: if the file is missing, of an unknown kind, empty, or cannot be parsed; the
@@ -83,9 +85,9 @@ def read_file(path: Path | str) -> Contents:
         if path.is_dir():
             return Contents(_folder(path))
         if kind in _PARQUET:
-            return Contents(_parquet(_plain(path)))
+            return Contents(flat(_parquet(_plain(path)), repr(str(path))))
         if kind in _ARROW:
-            return Contents(_arrow(_plain(path)))
+            return Contents(flat(_arrow(_plain(path)), repr(str(path))))
         if kind in _DELIMITED + _LIBSVM + _NDJSON:
             return _read_text(path, kind)
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -109,7 +111,7 @@ def _kind(path: Path) -> str:
 
 
 def as_frame(rows: Rows) -> pl.DataFrame:
-    """A table that is in memory, as polars has it.
+    """A table that is in memory, as polars has it, the fields of structs as columns: see `flat`.
 
     Args:
         rows: a polars DataFrame or LazyFrame (which is collected), a pandas DataFrame, a pyarrow
@@ -118,8 +120,12 @@ def as_frame(rows: Rows) -> pl.DataFrame:
 
     Raises:
         TypeError: for anything else, and for columns of mixed types.
-        UserError: for columns of different lengths.
+        UserError: for columns of different lengths, and of the same name once structs are flat.
     """
+    return flat(_as_frame(rows), "the data")
+
+
+def _as_frame(rows: Rows) -> pl.DataFrame:
     if isinstance(rows, pl.DataFrame):
         return rows
     if isinstance(rows, pl.LazyFrame):
@@ -178,7 +184,8 @@ def _read_text(path: Path, kind: str) -> Contents:
     source = _plain(path)
     if kind in _NDJSON:
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
-            return Contents(_json(file, sample.lstrip(_BEFORE).startswith(b"["), str(path)))
+            rows = _json(file, sample.lstrip(_BEFORE).startswith(b"["), str(path))
+            return Contents(flat(rows, repr(str(path))))
     first = text.decode(sample, str(path), whole=len(sample) < _SAMPLE)
     if kind in _LIBSVM or (kind == ".txt" and libsvm.looks_like(first)):
         frame, notes = libsvm.read(source, str(path))
@@ -252,7 +259,7 @@ def _odd_line(file: io.BytesIO | io.BufferedReader) -> str:
         row = _parsed(line)
         if not isinstance(row, dict):
             return f"line {number} is no JSON object; mend it or delete it: "
-        for name, value in row.items():
+        for name, value in _items(row):
             kind = _KINDS_OF_JSON.get(type(value), "values")
             if value is not None and kinds.setdefault(name, kind) != kind:
                 return (
@@ -260,6 +267,14 @@ def _odd_line(file: io.BytesIO | io.BufferedReader) -> str:
                     "one kind of value on every line, or null: "
                 )
     return ""
+
+
+def _items(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """What an object holds, and what the objects in it do, by the names of columns."""
+    for name, value in row.items():
+        yield before + name, value
+        if isinstance(value, dict):
+            yield from _items(value, f"{before}{name}.")
 
 
 def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
@@ -280,7 +295,7 @@ def _folder(path: Path) -> pl.DataFrame:
     first: dict[str, tuple[Any, Path]] = {}
     named: set[str] = set()
     for file in files:
-        frame = _parquet(file)
+        frame = flat(_parquet(file), repr(str(file)))
         for folder in file.relative_to(path).parts[:-1]:
             name, equals, value = folder.partition("=")
             if equals and name not in frame.columns:
@@ -355,8 +370,11 @@ def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -
         shown += f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         folded = {name.strip().casefold(): name for name in reversed(present)}
         near = [m for n in missing for m in get_close_matches(n.strip().casefold(), folded, 1)]
-        meant = " and ".join(brief(repr(folded[name])) for name in near[:5])
-        shown += f" (is {meant} meant?)" if meant else ""
+        near = [folded[name] for name in near]
+        # A struct is no column, its fields are.
+        inside = [name for name in present if name.startswith(tuple(f"{n}." for n in missing))]
+        meant = " and ".join(brief(repr(name)) for name in (inside or near)[:5])
+        shown += f" ({'are' if len(inside) > 1 else 'is'} {meant} meant?)" if meant else ""
         one = len(present) == 1 and not re.fullmatch(r"[\w.-]*", present[0])
         also = f" (if that is several, write them {text.SEPARATED_BY})" if one else ""
         raise UserError(f"{where} has no column {shown}; its columns are {listed(present)}{also}")

@@ -28,6 +28,8 @@ MISSING = (
 """What stands for a missing number in text that other programs write."""
 _MARKED_BELOW = 0.1
 """Share of the rows up to which one or two other texts stand for missing numbers."""
+_SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\r?\n', re.IGNORECASE)
+"""By which Excel is told the separator."""
 
 
 def read(
@@ -38,7 +40,8 @@ def read(
     Args:
         source: the file, or its contents.
         first: its first lines.
-        separator: the one to expect; another is taken if only that cuts the lines into columns.
+        separator: the one to expect; another is taken if only that cuts the lines into columns. A
+            first line `sep=;`, as for Excel, names the one to expect, and is no row.
         where: the file's name, for messages.
 
     Returns:
@@ -57,6 +60,10 @@ def read(
     if "\r" in first and "\n" not in first:
         source = io.BytesIO(_content(source).replace(b"\r", b"\n"))
         first = first.replace("\r", "\n")
+    if line := _SEPARATOR_LINE.match(first):
+        source = io.BytesIO(_content(source).removeprefix(b"\xef\xbb\xbf")[line.end() :])
+        first, separator, where = first[line.end() :], line[1], f"{where} without line 1"
+        notes.append(f"line 1 says what separates columns, and is left out: {_NAMES[separator]}")
     if first[:1] in ("\r", "\n"):
         source = io.BytesIO(_content(source).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
     found = find_separator(first, separator)
@@ -203,7 +210,7 @@ def _odd_line(content: bytes, separator: str, width: int) -> str:
         lines = io.StringIO(content.decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
-        return f"line {number} is not UTF-8; convert the file: iconv -f LATIN1 -t UTF-8"
+        return f"line {number} is not UTF-8; convert the file: {_iconv('LATIN1')}"
     quote = "has a quotation mark without its other half; delete it: tr -d '\"' < FILE > FILE.csv"
     rows, start = csv.reader(lines, delimiter=separator), 1
     try:
@@ -359,15 +366,19 @@ def decode(sample: bytes, where: str, *, whole: bool) -> str:
         UserError: if it is not UTF-8.
     """
     if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{where!r} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+        raise UserError(f"{where!r} is UTF-16; convert it: {_iconv('UTF-16')}")
     if not whole:
         sample = sample[: sample.rfind(b"\n") + 1] or sample
     try:
         return sample.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where!r} is not UTF-8 (byte {error.start}); convert it: iconv -f LATIN1 -t UTF-8"
+            f"{where!r} is not UTF-8 (byte {error.start}); convert it: {_iconv('LATIN1')}"
         ) from error
+
+
+def _iconv(encoding: str) -> str:
+    return f"iconv -f {encoding} -t UTF-8 FILE > NEW.csv"
 
 
 def _rows(first: str, separator: str) -> list[list[str]]:

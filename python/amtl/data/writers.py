@@ -58,7 +58,9 @@ def write_rows(frame: pl.DataFrame, path: Path) -> None:
     require_kind(path)
     nested = [name for name, dtype in frame.schema.items() if dtype.is_nested()]
     if nested and path.suffix.lower() != ".parquet":
+        what = "structs" if frame.schema[nested[0]] == pl.Struct else "lists"
         raise UserError(
-            f"column {nested[0]!r} holds lists, which {path.suffix} has no form for: write .parquet"
+            f"column {nested[0]!r} holds {what}, which {path.suffix} has no form for: "
+            "write .parquet"
         )
     write_aside({path: lambda aside: _KINDS[path.suffix.lower()](frame, aside)})

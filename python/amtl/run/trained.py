@@ -111,9 +111,12 @@ class Trained:
             if odd is not None:
                 here = f"such as {brief(repr(odd))} ({brief(frame[name].dtype)})"
             there = "" if known is None else f", in training such as {brief(repr(known))}"
+            so = "predictions do without it"
+            if self.encoder.reads_numbers(name, frame[name]):
+                so = "predictions know it by its number only"
             result[name] = (
                 f"column {name!r}: {unknown:,} of {values:,} values were not seen in training, so "
-                f"predictions do without it. Here they are {here}{there}: write the column as the "
+                f"{so}. Here they are {here}{there}: write the column as the "
                 "training data have it, or train on data such as these"
             )
         return result
