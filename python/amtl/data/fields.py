@@ -204,7 +204,7 @@ def _as_fine_as_labels(spec: FieldSpec, column: pl.Series, labels: Labels) -> Fi
     """With more buckets where labels tell of structure that is finer: codes of places, heaps."""
     if spec.kind == "bucket":
         found, buckets = numbers(column, spec), bucket_count(spec, labels.rows)
-        if labels.want_finer(found.rename(spec.name), buckets, _FINE):
+        if labels.want_finer(found, buckets, _FINE):
             return replace(spec, buckets=_FINE)
     return spec
 
@@ -252,7 +252,7 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
     if forms:
         doubt = f": {_shown(column)} may be {forms[0]} or {forms[1]}; {moments.REWRITE}"
     raise UserError(
-        f"{_numeric(column.name, treatment)}: the column is {brief(column.dtype)}, no number{doubt}"
+        f"{as_typed(column.name, treatment)}: the column is {brief(column.dtype)}, no number{doubt}"
     )
 
 
@@ -331,7 +331,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         spelled = notation.find(values) if default_numeric != "categorical" else None
         if spelled and spelled.marks and not spelled.doubt:
             note = f"numbers with {spelled.marks}, read as numbers; "
-            note += f"{_numeric(name, 'categorical')} keeps the text"
+            note += f"{as_typed(name, 'categorical')} keeps the text"
             kind: Any = default_numeric
             return FieldSpec(name, kind, decimal=spelled.decimal, scaled=spelled.scaled, note=note)
         mixed = "" if spelled or default_numeric == "categorical" else notation.mixed(values)
@@ -346,7 +346,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
                 break
         if spelled and spelled.doubt:
             apart = f", --multi {shlex.quote(f'{name}=,')} takes it apart"
-            remedy = f"{_numeric(name, 'bucket')} reads it{apart}" if spelled.decimal else _REWRITE
+            remedy = f"{as_typed(name, 'bucket')} reads it{apart}" if spelled.decimal else _REWRITE
             note = f"{spelled.doubt}: {remedy}"
         if not note and not spelled and (odd := _few_odd(values)):
             note = f"most values are numbers, but not {odd}; were those empty, it would be one"
@@ -394,7 +394,7 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
     if not exact_ids(values).all():
         note = f"ids this large are merged in {_type(column)}; store them as integers or text"
         return replace(number, note=note)
-    ids = f"{_numeric(name, 'categorical')} takes it as ids"
+    ids = f"{as_typed(name, 'categorical')} takes it as ids"
     distinct = whole.unique().sort()
     rows = len(whole) / len(distinct)
     if len(distinct) > number.buckets:
@@ -404,7 +404,7 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
             note = f"whole numbers that thin out upward, as amounts do, {rows:.1f} rows a value"
             return replace(number, note=f"{note}; {ids}")
     note = (
-        f"whole numbers held as {_type(column)}; {_numeric(name, 'bucket')} takes them as amounts"
+        f"whole numbers held as {_type(column)}; {as_typed(name, 'bucket')} takes them as amounts"
     )
     return FieldSpec(name, note=note)
 
@@ -447,7 +447,7 @@ def _labels_say(
     else:
         return None
     kind: Any = default_numeric
-    return FieldSpec(spec.name, kind, note=f"{note}{_numeric(spec.name, 'categorical')} for ids")
+    return FieldSpec(spec.name, kind, note=f"{note}{as_typed(spec.name, 'categorical')} for ids")
 
 
 def _below_zero(column: pl.Series, default_numeric: str) -> FieldSpec | None:
@@ -457,7 +457,7 @@ def _below_zero(column: pl.Series, default_numeric: str) -> FieldSpec | None:
     # One alone may stand for what is missing.
     if default_numeric == "categorical" or not several or int(below.min()) < -_LARGEST_AMOUNT:  # type: ignore[arg-type]
         return None
-    note = f"integers, some of them below zero; {_numeric(column.name, 'categorical')} for ids"
+    note = f"integers, some of them below zero; {as_typed(column.name, 'categorical')} for ids"
     return FieldSpec(column.name, default_numeric, note=note)  # type: ignore[arg-type]
 
 
@@ -481,13 +481,13 @@ def _integer_amount(column: pl.Series, default_numeric: str) -> FieldSpec | None
     if favoured >= _FAVOURED_BELOW * rows or not alike:
         return None
     note = f"integers that thin out upward with gaps, as amounts do, {rows / len(counts):.1f} rows "
-    return replace(number, note=f"{note}a value; {_numeric(column.name, 'categorical')} for ids")
+    return replace(number, note=f"{note}a value; {as_typed(column.name, 'categorical')} for ids")
 
 
 def _integer_note(spec: FieldSpec, column: pl.Series, default_numeric: str) -> str:
     """What integers were taken as, where they may be something else or numbers were spoken of."""
     treatment = "standardise" if default_numeric == "standardise" else "bucket"
-    other = f"{_numeric(spec.name, treatment)} takes it as a number"
+    other = f"{as_typed(spec.name, treatment)} takes it as a number"
     if _is_scattered(column):
         rows = (len(column) - column.null_count()) / _distinct(column)
         return f"integers, {rows:.1f} rows a value; {other}"
@@ -518,7 +518,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     Moments of which few come again are numbers.
     """
     rows, distinct = len(column), _distinct(column)
-    amount = f"{_numeric(spec.name, 'bucket')} takes it as a number"
+    amount = f"{as_typed(spec.name, 'bucket')} takes it as a number"
     earlier = f"--split {shlex.quote(f'order:{spec.name}')} trains on the earlier rows"
     many = distinct > max(spec.buckets, rows / _ENOUGH_ROWS)
     key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
@@ -531,7 +531,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
         much = "every row has its own value: nothing"
         if distinct < rows:
             much = f"{distinct:,} values in {rows:,} rows: next to nothing"
-        keep = f"{_numeric(spec.name, 'categorical')} keeps it"
+        keep = f"{as_typed(spec.name, 'categorical')} keeps it"
         other = f"{keep}, {amount}" if is_amount else keep
         other += f", {earlier}" if dated else ""
         if not is_amount and not spec.note and _is_prose(column):
@@ -546,7 +546,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     if judged and default_numeric != "categorical":
         spec = _as_told(column, default_numeric, None)
         note = f"{distinct:,} {what}, {rows / distinct:.1f} rows each, taken as numbers; "
-        note += f"{_numeric(spec.name, 'categorical')} for ids"
+        note += f"{as_typed(spec.name, 'categorical')} for ids"
     note = f"{note}; {earlier}" if dated else note
     return replace(spec, note="; ".join(filter(None, [told, note])))
 
@@ -639,8 +639,8 @@ def _may_say_when(column: pl.Series, is_amount: bool) -> bool:
     return moments.unit(low, high) is not None
 
 
-def _numeric(name: str, treatment: str) -> str:
-    """The option as one types it."""
+def as_typed(name: str, treatment: str) -> str:
+    """The option `--numeric` of a column, as one types it."""
     return f"--numeric {shlex.quote(f'{name}={treatment}')}"
 
 

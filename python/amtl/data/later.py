@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from amtl.data.fields import FieldSpec
+from amtl.data.fields import FieldSpec, as_typed
 from amtl.data.ordered import Floats, Labels
 
 _FEWEST_ROWS = 100
@@ -57,7 +56,7 @@ def for_later_rows(
         asked = field.kind == "categorical" and not column.dtype.is_nested()
         new = _new(column, trains, held_out) if asked and field.name not in told else 0.0
         note = f"{new:.1%} of the validation rows hold values that no row that trains has"
-        ids = f"--numeric {shlex.quote(f'{field.name}=categorical')}"
+        ids = as_typed(field.name, "categorical")
         if field.value and new >= _SOME and says.of(column).by_order:
             note += f", near which labels are alike: a number; {ids} for ids"
             field = replace(field, kind=default_numeric, note=note)  # type: ignore[arg-type]
