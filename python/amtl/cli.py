@@ -185,6 +185,10 @@ def train(
             "--compare trains comes on top."
         ),
     ] = None,
+    jobs: Annotated[
+        int | None,
+        count("Trainings side by side, in processes of one part of the threads each.", "by cores"),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(help="Train a full-size and a same-bytes fixed table too, to compare."),
@@ -218,7 +222,9 @@ def train(
         console.print(f"[bold]resuming[/] {escape(str(out))} with its own settings")
 
         def go_on(stop: Any, bars: Any) -> Any:
-            trainer = start(None, out, resume=True, observer=bars, stop=stop, time_limit=seconds)
+            trainer = start(
+                None, out, resume=True, observer=bars, stop=stop, time_limit=seconds, jobs=jobs
+            )
             rows = trainer.task.encoder.num_rows
             other = settings.not_applied(_typed(context), trainer.asked, rows)
             if other:
@@ -311,7 +317,7 @@ def train(
     del source
 
     def begin(stop: Any, bars: Any) -> Any:
-        return Trainer(config, task, folder, bars, stop, time_limit=seconds)
+        return Trainer(config, task, folder, bars, stop, seconds, jobs)
 
     if dry_run:
         print_plan(console, Trainer(config, task))

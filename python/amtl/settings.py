@@ -102,7 +102,7 @@ def not_applied(typed: Mapping[str, Any], config: TrainConfig, rows: int) -> lis
         config: settings that the run was asked for.
         rows: of its table.
     """
-    about = [name for name in typed if name not in ("out", "resume", "force", "time_limit")]
+    about = [name for name in typed if name not in ("out", "resume", "force", "time_limit", "jobs")]
     differ = [name for name in about if not _holds(name, typed, config, rows)]
     return ["DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in differ]
 

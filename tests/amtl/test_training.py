@@ -89,7 +89,7 @@ def assert_same(first, second):
 class Drawing(Silent):
     """Draws from the global generator, as dropout would."""
 
-    def step(self, epochs, loss, samples):
+    def step(self, epochs, loss, samples, steps):
         torch.rand(1)
 
 
@@ -103,7 +103,7 @@ class Recorder(Silent):
     def validation(self, record):
         self.records.append(record)
 
-    def step(self, epochs, loss, samples):
+    def step(self, epochs, loss, samples, steps):
         self.steps += 1
 
 
@@ -251,7 +251,7 @@ def test_a_log_says_how_far_a_long_run_is(monkeypatch):
     bars = Bars(console)
     bars.begin("choosing among 6 settings", 10, 0)
     for _ in range(8):
-        bars.step(0.1, 0.5, 5000)
+        bars.step(0.1, 0.5, 5000, 1)
     # A step takes 25 seconds: a line each time more than a minute has passed.
     assert console.file.getvalue().splitlines() == [
         "  choosing among 6 settings ...",

@@ -13,7 +13,14 @@ from torch import Tensor
 from amtl.layer.rounding import unit
 from amtl.run import methods
 from amtl.run.config import BITS, TrainConfig
-from amtl.run.contest import SURELY, race_taught, regularised, run_to_end, titled
+from amtl.run.contest import (
+    SURELY,
+    first_regularised,
+    race_taught,
+    regularised,
+    run_to_end,
+    titled,
+)
 from amtl.run.learner import Learner
 from amtl.run.metrics import FEW, auc, log_loss, rarer, score_error
 from amtl.run.model import predict
@@ -88,14 +95,22 @@ def train_baselines(
         error = score_error(learner.says(), says, learner.task.val.labels)
         rows.append({**scored(name, learner), "error": error})
 
-    for name, entry in baselines(config, metrics).items():
-        entry = replace(entry, embedding_dropout=share, embedding_decay=decay)
+    # A run that ran out of time had meant to try what these then have.
+    with_teacher = raced.get("taught") or ("asked" in raced and metrics["cut_short"])
+    # Without a race the run's dropout is not what the full table was trained with.
+    trained = {FULL: full} if "asked" in raced else {}
+    entries = {
+        name: replace(entry, embedding_dropout=share, embedding_decay=decay)
+        for name, entry in baselines(config, metrics).items()
+    }
+    for name, entry in entries.items():
+        if trained.get(name) is None:
+            first = first_regularised(entry) if with_teacher else [entry]
+            trials.expect(*first, later=True)
+    for name, entry in entries.items():
         title = f"{name}, D={entry.dim}"
-        # A run that ran out of time had meant to try what these then have.
-        if raced.get("taught") or ("asked" in raced and metrics["cut_short"]):
-            # Without a race the run's dropout is not what the full table was trained with.
-            trained = full if name == FULL and "asked" in raced else None
-            best, pupil = train_with_teacher(title, entry, teacher, trials, trained)
+        if with_teacher:
+            best, pupil = train_with_teacher(title, entry, teacher, trials, trained.get(name))
         else:
             best, pupil = trials.make(entry), None
             run_to_end(title, best, trials)
@@ -137,7 +152,7 @@ def train_with_teacher(
         return float(score)
 
     if best is None:
-        regularised(entry, train)
+        regularised(entry, train, trials=trials)
     assert best is not None
     teacher.add(best)
     taught, decay = trials.taught(teacher.labels()), best.config.embedding_decay

@@ -290,11 +290,7 @@ class Contest:
         teacher.add(self.first)
         if self.winner is not self.first:
             teacher.add(self.winner)
-        alone = replace(self.first.config, distillation=None, race=False)
-        full = plain(alone)
-        if alone.method == "fixed" and alone.dim < TrainConfig.dim:
-            # Rows to start warm from are as narrow.
-            full = replace(full, dim=TrainConfig.dim, warm_start=None)
+        alone, full = alone_and_full(self.first.config)
 
         def train(entry: TrainConfig) -> float:
             if rows and self._trials.late():
@@ -309,7 +305,7 @@ class Contest:
             self._keep(table)
             return float(rows[-1][0]["score"])
 
-        best = regularised(full, train, full == alone)
+        best = regularised(full, train, full == alone, self._trials)
         self.found["full"], self._full_says = max(rows, key=lambda row: row[0]["score"])
         self._decay = best.embedding_decay
         if self.full is not None and self._trials.late():
@@ -336,8 +332,21 @@ class Contest:
         self.winner = better
 
 
+def alone_and_full(config: TrainConfig) -> tuple[TrainConfig, TrainConfig]:
+    """The settings without a teacher, and those of the table of full size that may be one."""
+    alone = replace(config, distillation=None, race=False)
+    full = plain(alone)
+    if alone.method == "fixed" and alone.dim < TrainConfig.dim:
+        # Rows to start warm from are as narrow.
+        full = replace(full, dim=TrainConfig.dim, warm_start=None)
+    return alone, full
+
+
 def regularised(
-    config: TrainConfig, train: Callable[[TrainConfig], float], trained: bool = False
+    config: TrainConfig,
+    train: Callable[[TrainConfig], float],
+    trained: bool = False,
+    trials: Trials | None = None,
 ) -> TrainConfig:
     """The best of `config`, and of it with weight decay and dropout where it leaves these open.
 
@@ -348,8 +357,15 @@ def regularised(
         config: settings.
         train: trains with settings and returns a score.
         trained: whether it knows that of `config` without training.
+        trials: are told of what `train` will likely be asked for.
     """
     best, score = config, -math.inf
+    expected: list[TrainConfig] = []
+
+    def expect(**changes: float | None) -> None:
+        if trials is not None:
+            expected.append(replace(best, **changes))  # type: ignore[arg-type]
+            trials.expect(expected[-1])
 
     def improve(**changes: float | None) -> float:
         nonlocal best, score
@@ -360,10 +376,20 @@ def regularised(
         return other
 
     decays = config.embedding_decay is None and config.may_decay
+    drops = config.embedding_dropout is None
     if trained or not decays:
         improve()
     if decays:
+        for decay in reversed(DECAYS):
+            expect(embedding_decay=decay)
         last, less = (improve(embedding_decay=decay) for decay in reversed(DECAYS))
+        if last > less:
+            for decay in STRONGER:
+                expect(embedding_decay=decay)
+        elif not trained:
+            expect(embedding_decay=None)
+        if drops:
+            expect(embedding_dropout=DROPOUT)
         if last > less:
             for decay in STRONGER:
                 before, last = last, improve(embedding_decay=decay)
@@ -371,9 +397,18 @@ def regularised(
                     break
         elif not trained:
             improve(embedding_decay=None)
-    if config.embedding_dropout is None:
+    if drops:
         improve(embedding_dropout=DROPOUT)
+    if trials is not None:
+        trials.forget(*expected)
     return best
+
+
+def first_regularised(config: TrainConfig) -> list[TrainConfig]:
+    """What `regularised` surely trains."""
+    if config.embedding_decay is None and config.may_decay:
+        return [replace(config, embedding_decay=decay) for decay in reversed(DECAYS)]
+    return [config]
 
 
 def titled(name: str, entry: TrainConfig) -> str:
@@ -409,6 +444,7 @@ def race_bytes(
     """
     rival, best, row = outcome("the best before", winner), None, None
     share, missed = min(used, sized.budget), False
+    expected: list[TrainConfig] = []
 
     def tries(entry: TrainConfig) -> tuple[Learner | None, dict[str, Any]] | None:
         learner, _ = attempt(trials, entry)
@@ -425,6 +461,8 @@ def race_bytes(
     # A table that stores nothing has nothing to leave out.
     while share and not trials.late():
         share *= LESS
+        expected = [replace(sized, budget=each) for each in (share, share * LESS)]
+        trials.expect(*expected)
         found = tries(replace(sized, budget=share))
         if found is None:
             break
@@ -449,6 +487,7 @@ def race_bytes(
         if best is not None:
             best.release()
         best, missed = better, False
+    trials.forget(*expected)
     return best, row
 
 
@@ -482,16 +521,24 @@ def race_taught(
     """
     config, best = config or winner.config, None
     rows: list[dict[str, Any]] = []
+    expected: list[TrainConfig] = []
     given, share = config.embedding_dropout, config.distillation
     shares: tuple[float, ...] = SHARES if share is None else (share,)
+
+    def entry(share: float, way: _Way) -> TrainConfig:
+        changes: dict[str, Any] = {"embedding_decay": way[0], "embedding_dropout": way[1]}
+        return replace(config, distillation=share, **changes)
+
+    def expect(share: float, *ways: _Way) -> None:
+        expected.extend(entry(share, way) for way in ways)
+        trials.expect(*expected[-len(ways) :])
 
     def teach(share: float, way: _Way) -> float:
         nonlocal best
         each, dropout = way
         if rows and trials.late():
             return -math.inf
-        changes: dict[str, Any] = {"embedding_decay": each, "embedding_dropout": dropout}
-        learner = trials.make(replace(config, distillation=share, **changes))
+        learner = trials.make(entry(share, way))
         title = f"{share:.0%} of the labels a teacher's"
         title += f", weight decay {each:g}" if each and each != config.embedding_decay else ""
         title += f", dropout {dropout:g}" if dropout and given is None else ""
@@ -513,10 +560,18 @@ def race_taught(
     none: _Way = (config.embedding_decay, some)
     if config.embedding_decay is None and decay and config.may_decay:
         full, weaker = (decay, given or 0.0), (WEAKER * decay, some)
+        expect(shares[0], full, weaker)
         tried = {way: teach(shares[0], way) for way in (full, weaker)}
     if not tried or max(tried, key=tried.__getitem__) == weaker:
         tried[none] = teach(shares[0], none)
     way = max(tried, key=tried.__getitem__)
+    other = (way[0], 0.0 if way[1] else DROPOUT)
+    for share in shares[1:]:
+        expect(share, way)
+    if none not in tried:
+        expect(shares[0], none)
+    if given is None:
+        expect(shares[0], other)
     by_share = {shares[0]: tried[way]}
     for share in shares[1:]:
         by_share[share] = teach(share, way)
@@ -526,6 +581,7 @@ def race_taught(
         way = none
     if given is None:
         teach(share, (way[0], 0.0 if way[1] else DROPOUT))
+    trials.forget(*expected)
     return best, rows
 
 

@@ -76,7 +76,7 @@ def run_demo(
             **{"dim": dim, **source.settings(settings["method"]), **given, **settings},
         )
         folder = out / name
-        trainer = start(config, folder, observer=Bars(console), source=source)
+        trainer = start(config, folder, observer=Bars(console), source=source, jobs=None)
         all_metrics.append(trainer.run())
         folders.append(folder)
     console.print()

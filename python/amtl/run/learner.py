@@ -101,6 +101,7 @@ class Learner:
         self.best: dict[str, Any] | None = None
         self._order: tuple[int, Tensor] | None = None
         self.taught = taught
+        self.released = False
         self._ended = False
         self._said: Tensor | None = None
         if warm is not None:
@@ -113,6 +114,8 @@ class Learner:
         if settled and not config.masters:
             # What updates codes must be there before they are all that is left.
             self.freeze()
+        # Each goes on by itself, so that it does not matter what is trained in between.
+        self.rng = torch.get_rng_state()
 
     def _make_optimizers(self) -> None:
         config = self.config
@@ -363,6 +366,7 @@ class Learner:
         """Lets go of all memory but the history; nothing else is possible afterwards."""
         del self.model, self.table, self.table_optimizer, self.dense_optimizer, self.mask_optimizer
         self.taught = self._said = None
+        self.released = True
         if self.best is not None:
             self.best = {"record": self.best["record"]}
 
@@ -410,4 +414,4 @@ class Learner:
         self.finished, self.best = state["finished"], state["best"]
         self.history, self.losses = state["history"], state["losses"]
         self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
-        torch.set_rng_state(state["rng"])
+        self.rng = state["rng"]

@@ -12,11 +12,31 @@ _STATES = {"adam": 2, "adagrad": 1}
 """Numbers an optimizer keeps per weight."""
 
 
-def require_memory(config: TrainConfig, rows: int, fields: int) -> None:
-    """Refuses a run whose numbers of width `config.dim` do not fit into the memory that is free.
+def least_memory(config: TrainConfig, rows: int, fields: int) -> int:
+    """Bytes that training takes at least: less than a run does, so nothing that fits has more.
 
     Counted are table and MLP with their optimizers' states, and the inputs of a step with their
-    gradients: less than a run takes, so nothing that fits is refused.
+    gradients.
+
+    Args:
+        config: settings.
+        rows: rows of the table.
+        fields: embedded fields.
+    """
+    mlp = 4 * fields * (config.hidden[0] if config.hidden else 1)
+    return 4 * config.dim * (_of_table(config, rows) + mlp + _of_step(config, fields))
+
+
+def _of_table(config: TrainConfig, rows: int) -> int:
+    return rows * (1 + _STATES.get(config.table_optimizer, 0))
+
+
+def _of_step(config: TrainConfig, fields: int) -> int:
+    return 2 * fields * config.batch_size
+
+
+def require_memory(config: TrainConfig, rows: int, fields: int) -> None:
+    """Refuses a run whose numbers of width `config.dim` do not fit into the memory that is free.
 
     Args:
         config: settings.
@@ -26,15 +46,13 @@ def require_memory(config: TrainConfig, rows: int, fields: int) -> None:
     Raises:
         UserError: if it does not fit.
     """
-    table = rows * (1 + _STATES.get(config.table_optimizer, 0))
-    mlp = 4 * fields * (config.hidden[0] if config.hidden else 1)
-    step = 2 * fields * config.batch_size
-    needed, free = 4 * config.dim * (table + mlp + step), available_memory()
+    needed, free = least_memory(config, rows, fields), available_memory()
     if free is not None and needed > free:
+        wide = _of_step(config, fields) < _of_table(config, rows)
         raise UserError(
             f"--dim {config.dim} would take {_size(needed)} of memory ({rows:,} rows, "
             f"{config.batch_size:,} samples a step), and {_size(free)} are free: choose a smaller "
-            f"--dim{'' if step < table else ' or --batch-size'}"
+            f"--dim{'' if wide else ' or --batch-size'}"
         )
 
 

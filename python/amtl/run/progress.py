@@ -30,8 +30,8 @@ class Observer(Protocol):
     def begin(self, title: str, steps: int, done_steps: int) -> None:
         """Training of at most `steps` steps starts, or goes on after `done_steps`."""
 
-    def step(self, epochs: float, loss: float, samples: int) -> None:
-        """One step was taken, `epochs` epochs from the start."""
+    def step(self, epochs: float, loss: float, samples: int, steps: int) -> None:
+        """So many steps, of so many samples, were taken: `epochs` epochs from the start."""
 
     def validation(self, record: dict[str, Any]) -> None:
         """The model was validated; `record` is its entry of the history."""
@@ -52,7 +52,7 @@ class Silent:
     def begin(self, title: str, steps: int, done_steps: int) -> None:
         """Ignored."""
 
-    def step(self, epochs: float, loss: float, samples: int) -> None:
+    def step(self, epochs: float, loss: float, samples: int, steps: int) -> None:
         """Ignored."""
 
     def validation(self, record: dict[str, Any]) -> None:
@@ -114,18 +114,18 @@ class Bars:
         )
         self._progress.start()
 
-    def step(self, epochs: float, loss: float, samples: int) -> None:
+    def step(self, epochs: float, loss: float, samples: int, steps: int) -> None:
         """Advances the bar."""
         now = time.perf_counter()
         self._busy += now - self._last
         self._last = now
         self._samples += samples
-        self._steps += 1
+        self._steps += steps
         rate = self._samples / max(self._busy, 1e-9)
         if self._progress:
             self._progress.update(
                 self._task,
-                advance=1,
+                advance=steps,
                 epoch=epochs,
                 rate=f"{rate / 1e3:.0f}k rows/s",
                 val=self._val,

@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from amtl.errors import UserError
 from amtl.layer.rounding import unit
+from amtl.run.ahead import Ahead
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.model import field_evidence
@@ -59,12 +61,18 @@ class Trials:
         observer: is told how it goes.
         step: takes one step of a learner.
         left: seconds until the run's time is up.
+        labels: a teacher's, which `make` hands out.
+        ahead: trains what is expected meanwhile, where there are cores for it.
+        tell: is told of steps that were taken there, see `Ahead.train`.
     """
 
     make: Callable[..., Learner]
     observer: Observer
     step: Callable[[Learner], object]
     left: Callable[[], float] = _for_ever
+    labels: Tensor | None = None
+    ahead: Ahead | None = None
+    tell: Callable[..., None] = lambda *told: None
 
     def late(self) -> bool:
         """Whether the time is up.
@@ -76,14 +84,40 @@ class Trials:
 
     def taught(self, labels: Tensor) -> Trials:
         """The same with a teacher, whose labels a learner has where its settings ask for them."""
-        return replace(self, make=partial(self.make, taught=labels))
+        return replace(self, make=partial(self.make, taught=labels), labels=labels)
+
+    def expect(
+        self, *entries: TrainConfig | Learner, steps: float = math.inf, later: bool = False
+    ) -> None:
+        """Says what `make` and `train` will likely be asked for; see `Ahead.expect`."""
+        if self.ahead is not None and not self.late():
+            for entry in entries:
+                self.ahead.expect(entry, self.labels, steps, later)
+
+    def forget(self, *entries: TrainConfig) -> None:
+        """Of what was expected, what will not be asked for."""
+        if self.ahead is not None:
+            for entry in entries:
+                self.ahead.forget(entry, self.labels)
 
     def train(self, learner: Learner, steps: float = math.inf) -> None:
         """Steps of a learner, until it has taken so many or has ended."""
+        if self.ahead is not None and self.ahead.train(learner, steps, self.late, self.tell):
+            return
+        torch.set_rng_state(learner.rng)
         while learner.steps < steps and not learner.finished:
             if learner.history and self.late():
-                return
+                break
             self.step(learner)
+            if self.ahead is not None:
+                self.ahead.tend()
+        learner.rng = torch.get_rng_state()
+
+    def hold(self, learner: Learner) -> None:
+        """Makes sure that what was trained so far is in this process, not only its scores."""
+        steps = learner.steps
+        if self.ahead is not None and not self.ahead.hold(learner):
+            self.train(learner, steps)
 
 
 @dataclass(frozen=True)
@@ -234,9 +268,14 @@ def race(config: TrainConfig, trials: Trials) -> Raced:
             learners.pop(name).release()
         alive = alive[:left]
         for name in alive:
+            trials.expect(learners[name], steps=learners[name].lap_end(laps))
+        for name in alive:
             trials.train(learners[name], learners[name].lap_end(laps))
         alive.sort(key=lambda name: -best_record(learners[name])["score"])
+    trials.hold(learners[alive[0]])
     rows += [outcome(name, learners[name]) for name in reversed(alive)]
+    for name in alive[1:]:
+        learners[name].release()
     rows[-1]["chosen"] = True
     table = rows[:1] + rows[:0:-1]
     sized = next((row["name"] for row in table if row["name"] not in (FULL, FLAT)), alive[0])

@@ -31,9 +31,10 @@ from amtl.data.repeats import without_repeats
 from amtl.data.splits import split_column, split_rows
 from amtl.errors import UserError
 from amtl.run import folders, methods
+from amtl.run.ahead import Ahead, side_by_side
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
-from amtl.run.contest import Contest
+from amtl.run.contest import Contest, alone_and_full, first_regularised
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import FEW, auc, auc_error, log_loss, one_class, rarer
@@ -189,6 +190,8 @@ class Trainer:
             checkpoint.
         time_limit: seconds of `run` after which nothing is tried or trained any more, so that the
             best model until then is the result; see `Trials.late`. None for all the time it takes.
+        jobs: trainings side by side, each with its part of torch's threads; None for as many as
+            there are threads, cores and memory for, see `side_by_side`.
 
     Attributes:
         cut_short: whether that limit ended training, or what is tried after it.
@@ -202,6 +205,7 @@ class Trainer:
         observer: Observer | None = None,
         stop: Callable[[int], bool] | None = None,
         time_limit: float | None = None,
+        jobs: int | None = 1,
     ) -> None:
         asked, whole = config.budget_bytes, task.encoder.num_rows * config.dim * 4
         config = config.with_rows(task.encoder.num_rows)
@@ -220,7 +224,10 @@ class Trainer:
         self.time_limit = math.inf if time_limit is None else time_limit
         self._deadline, self.cut_short = math.inf, False
         self._warmed = False
-        require_memory(config, task.encoder.num_rows, len(task.encoder.fields))
+        size = task.encoder.num_rows, len(task.encoder.fields)
+        require_memory(config, *size)
+        self.jobs = side_by_side(jobs, config, *size)
+        self._ahead: Ahead | None = None
         # A race makes its own learners; this one finds mistakes before anything is written, but for
         # bits, which may fit nothing here and are then raced without.
         raced = config.raced_bits and is_open(config)
@@ -260,6 +267,19 @@ class Trainer:
         Raises:
             Interrupted: if `stop` asked for it.
         """
+        config, threads = self.config, torch.get_num_threads()
+        if self.jobs == 1 or not (is_open(config) or config.distillation or config.compare):
+            return self._run()
+        each = max(1, threads // self.jobs)
+        torch.set_num_threads(each)
+        try:
+            with Ahead(self._make, self.jobs, each) as self._ahead:
+                return self._run()
+        finally:
+            self._ahead = None
+            torch.set_num_threads(threads)
+
+    def _run(self) -> dict[str, Any]:
         self._deadline = time.monotonic() + self.time_limit
         if self._fresh:
             if self.config.distillation and is_search(self.learner.table):
@@ -270,6 +290,10 @@ class Trainer:
             self._require_room()
             self._begin()
         if self.learner.steps == 0 and is_open(self.config):
+            if self.config.distillation != 0:
+                # It takes longest, and waits for nothing.
+                full = first_regularised(alone_and_full(self.config)[1])
+                self._trials().expect(*full, later=True)
             self._race()
         if is_search(self.learner.table):
             self._search()
@@ -278,9 +302,12 @@ class Trainer:
         self.observer.begin(title(config), total, learner.steps)
         if learner.frozen and methods.is_adaptive(learner.table):
             self._note_freeze()
+        torch.set_rng_state(learner.rng)
         try:
             while not learner.finished and not (learner.history and self._late()):
                 self._step()
+                if self._ahead is not None:
+                    self._ahead.tend()
         finally:
             self.observer.end()
         # Without a valid AUC there is nothing to go on from, which the end then says.
@@ -300,11 +327,6 @@ class Trainer:
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
-
-    def _trials(self, kept: str = "a checkpoint") -> Trials:
-        """Makes and trains learners beside the one that checkpoints hold; `kept` is what does."""
-        racer = self._racer(kept)
-        return Trials(self._make, self.observer, racer, self._left)
 
     def _require_room(self) -> None:
         """Refuses a budget in which a table can only be empty."""
@@ -363,27 +385,33 @@ class Trainer:
             self._begin()
         self.save()
 
-    def _racer(self, kept: str) -> Callable[[Learner], None]:
+    def _trials(self, kept: str = "a checkpoint") -> Trials:
+        """Makes and trains learners beside the one that checkpoints hold; `kept` is what does."""
         taken = 0
 
-        def step(learner: Learner) -> None:
+        def tell(
+            epochs: float, loss: float, samples: int, steps: int, records: list[dict[str, Any]]
+        ) -> None:
             nonlocal taken
-            records = len(learner.history)
-            loss, samples = learner.step()
-            self.observer.step(learner.epochs, loss, samples)
-            if len(learner.history) > records:
-                self.observer.score(learner.history[-1])
-            taken += 1
+            self.observer.step(epochs, loss, samples, steps)
+            for record in records:
+                self.observer.score(record)
+            taken += steps
             if self.stop(taken):
                 raise Interrupted(kept)
 
-        return step
+        def step(learner: Learner) -> None:
+            records = len(learner.history)
+            loss, samples = learner.step()
+            tell(learner.epochs, loss, samples, 1, learner.history[records:])
+
+        return Trials(self._make, self.observer, step, self._left, ahead=self._ahead, tell=tell)
 
     def _step(self) -> None:
         learner = self.learner
         frozen, records = learner.frozen, len(learner.history)
         loss, samples = learner.step()
-        self.observer.step(learner.epochs, loss, samples)
+        self.observer.step(learner.epochs, loss, samples, 1)
         if len(learner.history) > records:
             self.observer.validation(learner.history[-1])
         if learner.frozen and not frozen:
@@ -645,6 +673,7 @@ def start(
     stop: Callable[[int], bool] | None = None,
     source: Source | None = None,
     time_limit: float | None = None,
+    jobs: int | None = 1,
 ) -> Trainer:
     """A trainer ready to `run()`: fresh, warm-started, or resumed from its folder.
 
@@ -656,8 +685,10 @@ def start(
         stop: see `Trainer`.
         source: the data if already loaded.
         time_limit: see `Trainer`.
+        jobs: see `Trainer`.
     """
-    more: dict[str, Any] = {"observer": observer, "stop": stop, "time_limit": time_limit}
+    more: dict[str, Any] = {"observer": observer, "stop": stop}
+    more |= {"time_limit": time_limit, "jobs": jobs}
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")

@@ -105,7 +105,7 @@ def test_a_search_ends_where_the_budget_is_met(source):
         def begin(self, title, steps, done_steps):
             seen.append(title)
 
-        def step(self, epochs, loss, samples):
+        def step(self, epochs, loss, samples, steps):
             seen.append("step")
 
         def validation(self, record): ...
