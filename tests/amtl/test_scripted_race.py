@@ -10,6 +10,7 @@ import pytest
 import torch
 from amtl.errors import UserError
 from amtl.run import contest
+from amtl.run.ahead import Ahead
 from amtl.run.config import TrainConfig
 from amtl.run.contest import (
     DECAY,
@@ -236,15 +237,19 @@ def test_luck_on_few_samples_is_allowed_for(score, auc, sure, chosen):
     assert row["chosen"] == chosen and better is (other if chosen else None)
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(5.0, []), (120.0, ["16 to 50 minutes more"])])
-def test_what_follows_a_long_training_is_announced(seconds, told):
+@pytest.mark.parametrize(
+    ("seconds", "jobs", "told"),
+    [(5.0, 1, []), (120.0, 1, ["16 to 50 minutes more"]), (120.0, 4, ["7 to 22 minutes more"])],
+)
+def test_what_follows_a_long_training_is_announced(seconds, jobs, told):
     first, notes = Scripted([0.5, 0.8]), []
     while not first.finished:
         first.step()
     first.history[1]["seconds"] = seconds
     observer = Silent()
     observer.note = notes.append
-    Contest(first, Trials(pytest.fail, observer, step))._announce()
+    ahead = None if jobs == 1 else Ahead(pytest.fail, jobs)
+    Contest(first, Trials(pytest.fail, observer, step, ahead=ahead))._announce()
     assert len(notes) == len(told) and all(t in note for t, note in zip(told, notes, strict=True))
 
 

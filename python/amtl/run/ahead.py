@@ -171,7 +171,7 @@ class Ahead:
     """
 
     def __init__(self, make: Callable[..., Learner], jobs: int, threads: int = 1) -> None:
-        self._make, self._jobs, self._threads = make, jobs, threads
+        self._make, self.jobs, self._threads = make, jobs, threads
         self._all: list[_Training] = []
         self._looked = 0.0
 
@@ -241,7 +241,7 @@ class Ahead:
         lines = {t.line: t for t in self._all if t.line is not None and not t.ended}
         for line in wait(list(lines), patience) if lines else ():
             lines[line].listen()  # type: ignore[index]
-        free = self._jobs - mine - sum(training.running for training in self._all)
+        free = self.jobs - mine - sum(training.running for training in self._all)
         for training in sorted(self._all, key=lambda training: training.later):
             if free <= 0:
                 break

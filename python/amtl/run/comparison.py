@@ -15,7 +15,7 @@ from amtl.run import methods
 from amtl.run.config import BITS, TrainConfig
 from amtl.run.contest import (
     SURELY,
-    first_regularised,
+    likely_regularised,
     race_taught,
     regularised,
     run_to_end,
@@ -105,7 +105,7 @@ def train_baselines(
     }
     for name, entry in entries.items():
         if trained.get(name) is None:
-            first = first_regularised(entry) if with_teacher else [entry]
+            first = likely_regularised(entry) if with_teacher else [entry]
             trials.expect(*first, later=True)
     for name, entry in entries.items():
         title = f"{name}, D={entry.dim}"

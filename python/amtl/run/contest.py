@@ -70,6 +70,9 @@ is the luckiest, and a small table has lost most where it was luck."""
 _MORE = (8, 25)
 """Times that of the first model is what the others took, on the sets that settings come from."""
 
+_SIDE_BY_SIDE = 0.6
+"""To this power of the trainings at once a run is faster: some wait for each other."""
+
 _Way = tuple[float | None, float]
 """Weight decay and dropout."""
 
@@ -179,6 +182,8 @@ class Contest:
     def _announce(self) -> None:
         """Says how long the rest may take, where that is longer than a bar tells."""
         minutes = sum(record["seconds"] for record in self.first.history) / 60
+        if self._trials.ahead is not None:
+            minutes /= self._trials.ahead.jobs**_SIDE_BY_SIDE
         least, most = (minutes * times for times in _MORE)
         left = self._trials.left() / 60
         if least <= 1:
@@ -373,6 +378,9 @@ def regularised(
         other = train(entry)
         if other > score:
             best, score = entry, other
+            if drops and changes:
+                # The last to be asked for, if nothing is better still.
+                expect(embedding_dropout=DROPOUT)
         return other
 
     decays = config.embedding_decay is None and config.may_decay
@@ -386,11 +394,6 @@ def regularised(
         if last > less:
             for decay in STRONGER:
                 expect(embedding_decay=decay)
-        elif not trained:
-            expect(embedding_decay=None)
-        if drops:
-            expect(embedding_dropout=DROPOUT)
-        if last > less:
             for decay in STRONGER:
                 before, last = last, improve(embedding_decay=decay)
                 if last <= before:
@@ -404,10 +407,11 @@ def regularised(
     return best
 
 
-def first_regularised(config: TrainConfig) -> list[TrainConfig]:
-    """What `regularised` surely trains."""
+def likely_regularised(config: TrainConfig) -> list[TrainConfig]:
+    """What `regularised` trains: the first two surely where decay is open, the third mostly."""
     if config.embedding_decay is None and config.may_decay:
-        return [replace(config, embedding_decay=decay) for decay in reversed(DECAYS)]
+        decays = (*reversed(DECAYS), STRONGER[0])
+        return [replace(config, embedding_decay=decay) for decay in decays]
     return [config]
 
 
@@ -529,9 +533,9 @@ def race_taught(
         changes: dict[str, Any] = {"embedding_decay": way[0], "embedding_dropout": way[1]}
         return replace(config, distillation=share, **changes)
 
-    def expect(share: float, *ways: _Way) -> None:
+    def expect(share: float, *ways: _Way, later: bool = False) -> None:
         expected.extend(entry(share, way) for way in ways)
-        trials.expect(*expected[-len(ways) :])
+        trials.expect(*expected[-len(ways) :], later=later)
 
     def teach(share: float, way: _Way) -> float:
         nonlocal best
@@ -555,23 +559,31 @@ def race_taught(
         rows.append(row)
         return float(row["score"])
 
+    def dropped(way: _Way) -> _Way:
+        """The same decay, with dropout if it had none, and without if it had some."""
+        return way[0], 0.0 if way[1] else DROPOUT
+
     some = DROPOUT if given is None else given
     tried = dict[_Way, float]()
     none: _Way = (config.embedding_decay, some)
     if config.embedding_decay is None and decay and config.may_decay:
         full, weaker = (decay, given or 0.0), (WEAKER * decay, some)
         expect(shares[0], full, weaker)
+        expect(shares[0], none, later=True)
         tried = {way: teach(shares[0], way) for way in (full, weaker)}
     if not tried or max(tried, key=tried.__getitem__) == weaker:
+        for share in shares[1:]:
+            expect(share, weaker if tried else none, later=True)
         tried[none] = teach(shares[0], none)
     way = max(tried, key=tried.__getitem__)
-    other = (way[0], 0.0 if way[1] else DROPOUT)
+    trials.forget(*(entry(share, other) for share in shares for other in tried if other != way))
     for share in shares[1:]:
         expect(share, way)
     if none not in tried:
         expect(shares[0], none)
     if given is None:
-        expect(shares[0], other)
+        for share in reversed(shares):
+            expect(share, dropped(way), later=True)
     by_share = {shares[0]: tried[way]}
     for share in shares[1:]:
         by_share[share] = teach(share, way)
@@ -580,7 +592,7 @@ def race_taught(
     if none not in tried and teach(share, none) > by_share[share]:
         way = none
     if given is None:
-        teach(share, (way[0], 0.0 if way[1] else DROPOUT))
+        teach(share, dropped(way))
     trials.forget(*expected)
     return best, rows
 

@@ -34,7 +34,7 @@ from amtl.run import folders, methods
 from amtl.run.ahead import Ahead, side_by_side
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
-from amtl.run.contest import Contest, alone_and_full, first_regularised
+from amtl.run.contest import Contest, alone_and_full, likely_regularised
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import FEW, auc, auc_error, log_loss, one_class, rarer
@@ -292,7 +292,7 @@ class Trainer:
         if self.learner.steps == 0 and is_open(self.config):
             if self.config.distillation != 0:
                 # It takes longest, and waits for nothing.
-                full = first_regularised(alone_and_full(self.config)[1])
+                full = likely_regularised(alone_and_full(self.config)[1])
                 self._trials().expect(*full, later=True)
             self._race()
         if is_search(self.learner.table):
