@@ -110,7 +110,8 @@ class Plan:
         handle, count = self._handle or self._made(), indices.numel()
         if not handle or not count or bounds_check == CLAMP or type(indices) is not Tensor:
             return None
-        out = torch.empty(shape, dtype=self._dtype)
+        # A tuple would take PyTorch's parser as long again.
+        out = torch.empty(*shape, dtype=self._dtype)
         addresses = out.data_ptr(), indices.data_ptr()
         if backend.native.lookup(
             handle, *addresses, indices.itemsize, count, bounds_check, padding, *pooled, *ordered
