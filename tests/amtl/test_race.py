@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ from amtl.errors import UserError
 from amtl.run import comparison, contest, methods, teaching, training
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
-from amtl.run.contest import DECAY, DECAYS, DROPOUT, SHARES, STRONGER, WEAKER
+from amtl.run.contest import DECAYS, DROPOUT, SHARES, STRONGER, WEAKER
 from amtl.run.display import print_comparison
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
@@ -782,25 +781,3 @@ def test_labels_are_mixed_with_the_teachers(task):
             plain.model(batch), batch.labels
         )
     assert plain.step()[0] == pytest.approx(float(hard), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "decay"),
-    [
-        ({}, DECAY),
-        ({"embedding_decay": 0.0}, 0.0),
-        ({"table_options": {"parametrization": "ordinal"}}, DECAY),
-        (
-            {"masters": False, "bits": "8", "table_optimizer": "rowwise_adagrad", "dim": 8},
-            None,
-        ),
-    ],
-)
-def test_a_race_has_weight_decay_where_that_is_open(source, tmp_path, changes, decay):
-    given = {"embedding_decay": None, "distillation": 0.0, "epochs": 2, **changes}
-    config = settings(**given)
-    trainer = start(config, tmp_path / "run", source=source)
-    metrics = trainer.run()
-    assert metrics["raced"]["table"] and metrics["config"]["embedding_decay"] == decay
-    assert trainer.asked.embedding_decay == config.embedding_decay
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["embedding_decay"] == decay

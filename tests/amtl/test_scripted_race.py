@@ -249,7 +249,7 @@ def test_what_follows_a_long_training_is_announced(seconds, jobs, told):
     observer = Silent()
     observer.note = notes.append
     ahead = None if jobs == 1 else Ahead(pytest.fail, jobs)
-    Contest(first, Trials(pytest.fail, observer, step, ahead=ahead), 0.0)._announce()
+    Contest(first, Trials(pytest.fail, observer, step, ahead=ahead))._announce()
     assert len(notes) == len(told) and all(t in note for t, note in zip(told, notes, strict=True))
 
 
@@ -370,7 +370,7 @@ def test_a_law_that_wins_is_taught_by_the_other_share(asked, scores, winner):
     labels = torch.ones(3)
     first = Scripted([0.5, 0.6])
     first.config = settings(distillation=asked)
-    course = Contest(first, trials(make), 0.0)
+    course = Contest(first, trials(make))
     course.winner = tried[16.0, 0.8] = Scripted([0.5, 0.8])
     options = {"capacity_bits": 16.0}
     course.winner.config = settings(distillation=0.8, table_options=options, embedding_dropout=0.1)
@@ -497,7 +497,7 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, 
     labels = torch.ones(3)
     monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 100)
     monkeypatch.setattr(contest, "race_bytes", one_size)
-    course = Contest(first, trials(make), 0.0)
+    course = Contest(first, trials(make))
     raced = {"given": given, "budget": 0.25}
     options = course._fewer_bytes("less", raced, sized, labels)
     assert [law for law, _ in made] == tried
@@ -710,52 +710,44 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
     first = make(settings(table_options=options))
     while not first.finished:
         first.step()
-    course = Contest(first, trials(make), 0.0)
+    course = Contest(first, trials(make))
     course.run({"sized": options, "given": {}, "budget": 0.25})
     assert course.winner is tried[winner] and len(tried) == made
 
 
-@pytest.mark.parametrize(("asked", "open_"), [(None, True), (DECAY, False)])
-def test_the_decay_of_the_first_model_is_not_what_was_asked_for(monkeypatch, asked, open_):
-    """A race has some where that is left open; then full tables and taught ones have all."""
-    seen = {}
-
-    def full(config, train, trained, trials):
-        seen["full"] = config.embedding_decay
-        train(dataclasses.replace(config, embedding_decay=1e-3))
-        return dataclasses.replace(config, embedding_decay=1e-3)
-
-    def taught(winner, trials, decay, config, sure):
-        seen["taught"] = decay, config.embedding_decay
-        return None, [{}]
-
-    def fewer(sized, winner, used, trials, weaker):
-        seen.setdefault("weaker", []).append((sized.embedding_decay, weaker))
-        return None, None
-
-    monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 4)
-    monkeypatch.setattr(contest, "regularised", full)
-    monkeypatch.setattr(contest, "race_taught", taught)
-    monkeypatch.setattr(contest, "race_bytes", fewer)
-    monkeypatch.setattr(contest.Teacher, "add", lambda self, learner: None)
-    monkeypatch.setattr(contest.Teacher, "labels", lambda self: torch.zeros(8))
-    first = ended([0.5, 0.5])
-    first.config, first.table = settings(embedding_decay=DECAY), None
+@pytest.mark.parametrize(
+    ("left", "given", "score", "tried", "decay"),
+    [
+        (200.0, None, 0.6, [DECAY], DECAY),
+        (200.0, None, 0.4, [DECAY], None),
+        (math.inf, None, 0.6, [], None),
+        (200.0, 0.0, 0.6, [], 0.0),
+    ],
+)
+def test_where_time_is_limited_weight_decay_comes_first(
+    monkeypatch, left, given, score, tried, decay
+):
     made = []
 
-    def make(config, taught=None):
-        made.append(Scripted([0.3, 0.4]))
+    def make(config):
+        made.append(Scripted([0.3, score]))
         made[-1].config = config
         return made[-1]
 
-    course = Contest(first, trials(make), asked)
+    def no_fewer(self, name, raced, options, labels=None):
+        assert self.winner.config.embedding_decay == decay
+        return options
+
+    first = ended([0.5, 0.5])
+    first.config = settings(embedding_decay=given, distillation=0.5)
+    monkeypatch.setattr(Contest, "_fewer_bytes", no_fewer)
+    monkeypatch.setattr(Contest, "_teach", lambda self, fewer: pytest.fail() if fewer else None)
+    course = Contest(first, trials(make, left=lambda: left))
     course.run({"sized": {}, "given": {}, "budget": 0.25})
-    assert seen["full"] == asked and seen["taught"] == (1e-3, asked)
-    # With a teacher alone, so that the first steps down stay as many as they were.
-    assert seen["weaker"] == [(DECAY, False)]
-    labels = torch.zeros(8)
-    course._fewer_bytes("less_taught", {"given": {}, "budget": 0.25}, {}, labels)
-    assert seen["weaker"][-1] == (DECAY, open_)
+    assert [learner.config.embedding_decay for learner in made] == tried
+    assert course.winner.config.embedding_decay == decay
+    assert [learner.released for learner in made] == [score < 0.5] * len(tried)
+    assert (course.found["decayed"] or {}).get("score") == (score if tried else None)
 
 
 def ended(scores):
@@ -802,7 +794,7 @@ def test_nothing_is_begun_when_the_time_is_up():
     winner, late = ended([0.5, 0.8]), Clock(0).trials(pytest.fail)
     assert race_bytes(settings(), winner, 0.25, late) == (None, None)
     assert race_law(settings(), winner, late) == (None, None)
-    course = Contest(winner, late, 0.0)
+    course = Contest(winner, late)
     winner.table = None
     course.run({"sized": {}, "given": {}, "budget": 0.25})
     assert course.winner is winner
@@ -843,12 +835,12 @@ def test_a_race_without_time_is_decided_by_the_first_validations():
     ],
 )
 def test_how_long_the_rest_may_take(left, told):
-    first = SimpleNamespace(history=[{"seconds": 60.0}, {"seconds": 60.0}], config=settings())
+    first = SimpleNamespace(history=[{"seconds": 60.0}, {"seconds": 60.0}])
     notes = []
     observer = SimpleNamespace(note=notes.append)
     trials = Trials(None, observer, None, left=lambda: left)
-    Contest(first, trials, 0.0)._announce()
+    Contest(first, trials)._announce()
     assert len(notes) == 1 and told in notes[0]
     first.history = [{"seconds": 5.0}]
-    Contest(first, trials, 0.0)._announce()
+    Contest(first, trials)._announce()
     assert len(notes) == 1

@@ -34,7 +34,7 @@ from amtl.run import folders, methods
 from amtl.run.ahead import Ahead, side_by_side
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
-from amtl.run.contest import Contest, alone_and_full, likely_regularised, with_decay
+from amtl.run.contest import Contest, alone_and_full, likely_regularised
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import FEW, auc, auc_error, log_loss, one_class, rarer
@@ -344,12 +344,11 @@ class Trainer:
 
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
-        asked = self.config
+        given = self.config.table_options
         # Nobody trains it any more, and candidates need the room.
         self.learner.release()
         try:
-            # Numbers of few bits overfit less: without, a race would choose them for that alone.
-            result = race(with_decay(asked), self._trials("the start (a race is run again)"))
+            result = race(self.config, self._trials("the start (a race is run again)"))
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
@@ -358,8 +357,8 @@ class Trainer:
             "evidence": result.evidence,
             "sized": result.sized.table_options,
             "budget": self.config.budget,
-            "given": asked.table_options,
-            "asked": {name: getattr(asked, name) for name in _RACED_LATER},
+            "given": given,
+            "asked": {name: getattr(self.config, name) for name in _RACED_LATER},
         }
         self._begin()
         self.save()
@@ -374,7 +373,7 @@ class Trainer:
 
     def _contend(self) -> None:
         """Holds the model against others that are trained to their end; the best one stays."""
-        contest = Contest(self.learner, self._trials(), self.asked.embedding_decay)
+        contest = Contest(self.learner, self._trials())
         try:
             contest.run(self.raced)
         finally:
