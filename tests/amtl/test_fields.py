@@ -168,6 +168,20 @@ def test_labels_that_follow_the_order_make_numbers(held):
     assert spec(column, labels=labels).kind == before
 
 
+@pytest.mark.parametrize(("values", "rows", "kind"), [(1440, 30_000, "bucket"), (200, 30_000, "")])
+def test_hundreds_of_values_of_some_rows_may_be_numbers(values, rows, kind):
+    """A minute of the day is no id where labels rise and fall with it."""
+    column = whole(np.random.default_rng(6).integers(0, values, rows))
+    code = column.to_numpy()
+    labels = clicks(0.4 + 0.3 * np.sin(2 * np.pi * code / values))
+    assert spec(column, labels=labels).kind == (kind or "categorical")
+    liked = np.random.default_rng(8).random(values)[code]
+    assert spec(column, labels=clicks(liked)).kind == "categorical"
+    many = whole(np.tile(np.arange(1440), 250))
+    labels = clicks(0.4 + 0.3 * np.sin(2 * np.pi * many.to_numpy() / 1440))
+    assert spec(many, labels=labels).kind == "categorical"
+
+
 def test_values_that_rarely_come_again_and_tell_nothing_are_numbers():
     """A counter of seconds would be most of the table, and of no use on rows to come."""
     noise = clicks(np.full(len(SPREAD), 0.3))
@@ -542,6 +556,8 @@ def test_plain_numbers_need_no_notation_in_a_file():
         (["1e3K", "2K"], "", None),
         (["€1,234K", "€5K"], "'€1,234K' may be 1.234e+06 or 1234: write the column", None),
         (["1.5", "2.5"], "", "."),
+        (["007", "12", "0501"], "", "."),
+        (["007", "1.5"], "", None),
     ],
 )
 def test_numbers_that_are_not_sure_stay_text(values, note, told):

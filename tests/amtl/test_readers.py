@@ -193,6 +193,18 @@ def test_what_programs_write_for_a_missing_number_is_one(tmp_path, gap):
     assert contents.notes == ((f"{told!r} is a missing number in p",) if told else ())
 
 
+def test_codes_beside_few_whole_numbers_are_values_of_their_own(tmp_path):
+    def column(*cells):
+        return read(tmp_path, "p,q\n" + "".join(f"{cell},1\n" for cell in cells * 30))
+
+    answers = [*map(str, range(1, 21)), ""]
+    contents = column(*answers * 2, "R", "D")
+    assert contents.frame["p"].n_unique() == 23 and contents.notes == ()
+    assert column(*answers * 2, "NA").frame["p"].dtype == pl.Int64
+    assert column(*answers * 2, "21", "R", "D").frame["p"].dtype == pl.Int64
+    assert column(*answers * 2, "2.5", "R", "D").frame["p"].dtype == pl.Float64
+
+
 def test_one_or_two_rare_texts_among_numbers_are_missing_numbers(tmp_path):
     def column(*odd):
         cells = [*odd, *map(str, range(40 - len(odd)))]

@@ -26,6 +26,8 @@ _ROWS_A_BUCKET = 300
 """Of training: of a few thousand rows, 64 buckets of each number are learned by heart."""
 _FINE = 256
 """Buckets where labels ask for more."""
+_WELL_KNOWN = 200
+"""Rows a value from which, where they are hundreds, labels are not asked whether ids are best."""
 _ENOUGH_ROWS = 20
 """Rows per value from which each value can be learned, whatever its order may say."""
 _CROWDED_BELOW = 0.8
@@ -240,7 +242,7 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
     spec = FieldSpec(column.name, treatment)  # type: ignore[arg-type]
     if column.dtype == pl.Boolean or _is_amount(column):
         return spec
-    spelled = notation.find(column) if column.dtype in _TEXT else None
+    spelled = notation.find(column, padded=True) if column.dtype in _TEXT else None
     if spelled and spelled.decimal:
         return replace(spec, decimal=spelled.decimal, scaled=spelled.scaled)
     forms = moments.find(column) if column.dtype in _TEXT and not spelled else []
@@ -428,7 +430,9 @@ def _labels_say(
     what: str = "whole numbers",
 ) -> FieldSpec | None:
     """The spec of whole numbers that labels say are amounts, None for others; named in its note."""
-    if labels is None or default_numeric == "categorical" or not _is_scattered(column):
+    if labels is None or default_numeric == "categorical":
+        return None
+    if not _is_scattered(column, _WELL_KNOWN if _distinct(column) > _FINE else _ENOUGH_ROWS):
         return None
     if spec.kind == "unused":
         # Rows may be numbered in the order of their labels.
@@ -496,10 +500,10 @@ def _integer_note(spec: FieldSpec, column: pl.Series, default_numeric: str) -> s
     return ""
 
 
-def _is_scattered(column: pl.Series) -> bool:
+def _is_scattered(column: pl.Series, enough: int = _ENOUGH_ROWS) -> bool:
     """Whether a column has more values than buckets, and few rows for each."""
     distinct = _distinct(column)
-    few = len(column) - column.null_count() < _ENOUGH_ROWS * distinct
+    few = len(column) - column.null_count() < enough * distinct
     return distinct > FieldSpec.buckets and few
 
 
@@ -545,8 +549,8 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     judged = rows >= _ROWS_TO_JUDGE_BY and distinct > _RARELY_AGAIN * rows
     if judged and default_numeric != "categorical":
         spec = _as_told(column, default_numeric, None)
-        note = f"{distinct:,} {what}, {rows / distinct:.1f} rows each, taken as numbers; "
-        note += f"{as_typed(spec.name, 'categorical')} for ids"
+        note = f"{distinct:,} {what}, {rows / distinct:.1f} rows each, taken as numbers (weekday, "
+        note += f"hour: columns to add); {as_typed(spec.name, 'categorical')} for ids"
     note = f"{note}; {earlier}" if dated else note
     return replace(spec, note="; ".join(filter(None, [told, note])))
 

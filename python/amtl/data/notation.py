@@ -68,8 +68,10 @@ def texts(column: pl.Series) -> pl.Series:
     return cells.set(cells.is_in(["", *MISSING]), None)
 
 
-def find(column: pl.Series) -> Notation | None:
+def find(column: pl.Series, padded: bool = False) -> Notation | None:
     """The one notation in which all values of a column are numbers, or None.
+
+    With `padded`, also where integers have leading zeros, which are texts else.
 
     Values carry the same currency (a sign or a code such as USD) or per cent sign, or all of them
     none; what is below zero may stand in parentheses, or before its minus sign. Thousands, millions
@@ -85,7 +87,10 @@ def find(column: pl.Series) -> Notation | None:
     if below.all():
         # Amounts below zero come with others; alone, parentheses number a list.
         return None
-    if digits.null_count() or sign.n_unique() > 1 or digits.str.contains(r"^[+-]?0\d").any():
+    if digits.null_count() or sign.n_unique() > 1:
+        return None
+    zeros = digits.str.contains(r"^[+-]?0\d")
+    if zeros.any() and not (padded and digits.str.contains(r"^[+-]?\d+$").all()):
         return None
     scaled = scale != ""
     if scaled.any() and not _are_scales(digits, scale, sign):

@@ -28,6 +28,8 @@ MISSING = (
 """What stands for a missing number in text that other programs write."""
 _MARKED_BELOW = 0.1
 """Share of the rows up to which one or two other texts stand for missing numbers."""
+_FEW_NUMBERS = 20
+"""Whole numbers of a column up to which other texts beside them are values of their own."""
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\r?\n', re.IGNORECASE)
 """By which Excel is told the separator."""
 
@@ -49,8 +51,8 @@ def read(
         missing numbers in it. Blank lines are left out. A column without a name
         is `c` and its position, from 0; one of numbers in which `NA` or its like stands for missing
         ones is one of numbers, and so is one of which up to 10 % are one or two other texts,
-        without digits, that recur; one of integers some of which have leading zeros is text, as 7
-        and 007 are two ids.
+        without digits, that recur, beside more than 20 different numbers; one of integers some of
+        which have leading zeros is text, as 7 and 007 are two ids.
 
     Raises:
         UserError: for a header that names a column twice, and lines that cannot be parsed; the
@@ -137,6 +139,8 @@ def _with_gaps(
         if sample.cast(pl.Float64, strict=False).null_count() > len(sample) / 2:
             continue
         others = _other_marks(values)
+        if others and _few_numbers(values):
+            continue
         found += others
         values = values.set(values.is_in(others), None)
         if values.str.contains(_PADDED).any():
@@ -168,6 +172,16 @@ def _other_marks(values: pl.Series) -> list[str]:
     times = odd.value_counts(name="times").sort("times", descending=True)
     recur = len(times) <= 2 and bool((times["times"] > 1).all())
     return times[values.name].sort().to_list() if recur else []
+
+
+def _few_numbers(values: pl.Series) -> bool:
+    """Whether a column's numbers are so few, and whole, that they are ids as well as texts are.
+
+    So they are in answers to questions, beside codes for a refusal and for not knowing, which are
+    no answers but say something.
+    """
+    numbers = values.cast(pl.Float64, strict=False).drop_nulls().unique()
+    return len(numbers) <= _FEW_NUMBERS and bool((numbers == numbers.floor()).all())
 
 
 def _few(names: list[str], places: list[int]) -> str:
