@@ -372,7 +372,7 @@ def _area(auc: float, error: float, rows: int, positive: int) -> str:
 
 def _print_result(metrics: dict[str, Any], out: Path) -> None:
     from amtl.run.comparison import choices
-    from amtl.run.display import print_comparison
+    from amtl.run.display import listed, print_comparison
 
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="dim")
@@ -380,7 +380,7 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
     steps, tested = metrics["step_ms_median"], metrics["held_out"]["test"]
     unused = metrics["unused_fields"]
     rowless = {k: v for k, v in metrics["unknown_test_values"].items() if v and k not in unused}
-    listed = ", ".join(f"{k} {v:,}" for k, v in rowless.items())
+    unknown = listed([f"{k} {v:,}" for k, v in rowless.items()])
     about = f"about {metrics['packed_bytes']:,} bytes: " if "packed_bytes" in metrics else ""
     rows = {
         "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'], **tested)}  "
@@ -390,8 +390,8 @@ def _print_result(metrics: dict[str, Any], out: Path) -> None:
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",
         "chosen": choices(metrics),
-        "without a row": f"{escape(listed)} test values" if listed else "no test value",
-        "not used": f"by this model: {escape(', '.join(unused))}" if unused else "",
+        "without a row": f"{escape(unknown)} test values" if unknown else "no test value",
+        "not used": f"by this model: {escape(listed(unused))}" if unused else "",
         "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
         "run": escape(str(out)),
         "to serve": f"amtl pack {escape(str(out))} -o FILE: {about}the table, an MLP of "
@@ -433,6 +433,7 @@ def evaluate(
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data import labelled, load_source
+    from amtl.run.display import listed
     from amtl.run.folders import load_trained
 
     trained = load_trained(run)
@@ -465,11 +466,11 @@ def evaluate(
         highlight=False,
     )
     if unknown:
-        listed = ", ".join(f"{k} {v:,}" for k, v in unknown.items())
-        text = f"values without a row of their own: {escape(listed)}"
+        rowless = listed([f"{k} {v:,}" for k, v in unknown.items()])
+        text = f"values without a row of their own: {escape(rowless)}"
         console.print(text, style="dim", highlight=False)
     if unused:
-        text = f"not used by this model: {escape(', '.join(unused))}"
+        text = f"not used by this model: {escape(listed(unused))}"
         console.print(text, style="dim", highlight=False)
     for sentence in strange:
         console.print(escape(sentence), style="yellow", highlight=False)

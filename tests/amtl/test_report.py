@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import shlex
@@ -8,7 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 from amtl.cli import main
+from amtl.data.fields import FieldSpec
 from amtl.errors import UserError
+from amtl.run.display import listed, print_decisions
 from amtl.run.report import (
     _page,
     baseline,
@@ -18,6 +21,7 @@ from amtl.run.report import (
     table_rows,
     write_report,
 )
+from rich.console import Console
 
 
 def metrics(method="fixed", dim=16, budget=0.4, seed=0, auc=0.7, stored=1000, **config):
@@ -325,3 +329,18 @@ def test_what_a_race_chose_tells_no_runs_apart():
         run["raced"]["given"] = {"field_weights": weights}
     names = [result.name.partition(", ")[2] for result in group_results(runs)]
     assert names == ["field_weights of 9", "field_weights [1.0, 2.0]"]
+
+
+def test_notes_that_say_the_same_of_many_columns_are_one():
+    def told(*names):
+        console = Console(file=io.StringIO(), width=200)
+        note = "whole numbers held as float64; --numeric {}=bucket takes them as amounts"
+        fields = [FieldSpec(name, "categorical", note=note.format(name)) for name in names]
+        print_decisions(console, [*fields, FieldSpec("other", "unused", note="left")])
+        return console.file.getvalue()
+
+    few, many = told("a", "as", "b"), told(*(f"c{i}" for i in range(12)))
+    assert [few.count(f"--numeric {name}=bucket") for name in ("a", "as", "b")] == [1, 1, 1]
+    assert "c0, c1, c2, c3, c4, c5, c6, c7 and 4 more" in many and "other" in many
+    assert many.count("--numeric COLUMN=bucket") == many.count("--numeric") == 1
+    assert listed(["a"] * 9) == ", ".join(["a"] * 9)

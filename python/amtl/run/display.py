@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ from amtl.run.report import Result, table_rows
 from amtl.run.trained import Trained, size_table
 from amtl.run.training import Trainer
 
+_ALIKE = 3
+"""Columns of which a note says the same, up to which each has its own line."""
+_LISTED = 8
+"""Names that are shown of a longer list."""
 _TAKEN_AS = {
     "categorical": "ids",
     "bag": "several values",
@@ -35,9 +40,23 @@ def print_decisions(console: Console, decisions: Sequence[FieldSpec]) -> None:
     table.add_column(style="bold", overflow="fold")
     table.add_column(no_wrap=True)
     table.add_column(style="dim", overflow="fold")
+    alike: dict[tuple[str, str], list[FieldSpec]] = {}
     for spec in guessed:
-        table.add_row(escape(spec.name), _taken_as(spec), escape(spec.note))
+        told = re.sub(rf"(--\w+ '?){re.escape(spec.name)}=", r"\1COLUMN=", spec.note)
+        alike.setdefault((_taken_as(spec), told), []).append(spec)
+    for (taken, told), specs in alike.items():
+        if len(specs) > _ALIKE:
+            table.add_row(escape(listed([spec.name for spec in specs])), taken, escape(told))
+            continue
+        for spec in specs:
+            table.add_row(escape(spec.name), taken, escape(spec.note))
     console.print(table)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a line, the first ones if they are many."""
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED + 1 else ""
+    return ", ".join(names[:_LISTED] if more else names) + more
 
 
 def _taken_as(spec: FieldSpec) -> str:
