@@ -1,14 +1,19 @@
-"""Models that look up in an embedding's weight themselves, past the layer and its masks.
+"""What goes past a layer: models that use its weight themselves, and calls of what it replaced.
 
-Nobody can read that off a model, so the first forward passes after a conversion are watched, one in
-training mode and one in evaluation: where the weight of a layer goes into a lookup or a product,
-the pass ends with an error that names the layer. Passes after both cost nothing.
+Nobody can read the former off a model, so the first forward passes after a conversion are watched,
+one in training mode and one in evaluation: where the weight of a layer goes into a lookup or a
+product, the pass ends with an error that names the layer. Passes after both cost nothing.
+
+An embedding that a layer took the place of may live on in a loss or a variable. It works as ever,
+so that whoever trains it would never know that the model has another: it says so.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from amtl.layer.size_head import being_traced
 from amtl.layer.table import AMTLTable
+from amtl.layer.tiers import Weakly
 
 _TRANSPOSED: tuple[Any, ...] = (Tensor.T, Tensor.mT)
 _USES = {
@@ -97,3 +104,61 @@ class _FirstPasses:
 def watch_first_passes(model: nn.Module) -> None:
     """Let the next forward pass in either mode fail where it goes past one of its AMTL layers."""
     _FirstPasses(model)
+
+
+class _Calls:
+    """A hook of an embedding that warns, once, of a call with gradients while its layer lives.
+
+    Copies and files of the embedding are without the layer, and silent.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = Weakly(layer)
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        # Without gradients it is looked at for comparison.
+        if being_traced() or not torch.is_grad_enabled():
+            return
+        layer, self.layer = self.layer(), Weakly()
+        if layer is not None:
+            name = str(getattr(layer, "name", ""))
+            warnings.warn(
+                f"table {name!r}: the {type(module).__name__} from before is still called, by a "
+                "loss or a variable that holds it. The model does not know of what it looks up or "
+                f"learns, and no file will: call {_called(name)}, build the loss after "
+                "amtl.convert, or pass it the layer",
+                stacklevel=5,
+            )
+
+
+def _called(name: str) -> str:
+    """How a module is written, by its dotted name."""
+    if not name:
+        return "the layer that amtl.convert returned"
+    parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+    return f"model{''.join(parts)}"
+
+
+def watch_calls(embedding: nn.Module, layer: nn.Module) -> None:
+    """Let an embedding warn of calls from now on, for a layer has its place.
+
+    The layer is not held.
+    """
+    # The layer has taken over the dictionary itself, with the hooks of the user's.
+    embedding._forward_pre_hooks = OrderedDict(embedding._forward_pre_hooks)
+    embedding.register_forward_pre_hook(_Calls(layer))
+
+
+def end_calls(module: nn.Module) -> nn.Module:
+    """Takes back `watch_calls` for a module that makes way: of itself, or of what it replaced.
+
+    Returns:
+        The embedding that it replaced, if that lives; else itself.
+    """
+    former = module.__dict__.get("_former", Weakly())()
+    first = former if isinstance(former, nn.Embedding | nn.EmbeddingBag) else module
+    for embedding in (module, first):
+        for key, hook in list(embedding._forward_pre_hooks.items()):
+            if isinstance(hook, _Calls):
+                del embedding._forward_pre_hooks[key]
+    return first

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from amtl.errors import together
 from amtl.layer.budget import check_share
-from amtl.layer.bypass import watch_first_passes
+from amtl.layer.bypass import end_calls, watch_calls, watch_first_passes
 from amtl.layer.companions import accompany
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
@@ -606,6 +606,7 @@ def swap(
     root: Any = model
     for old, new in replacements.items():
         new.train(old.training)
+        former = end_calls(old)
         for hook in _HOOKS:
             # The very dictionaries: handles that were returned for removal stay valid.
             if hook in old.__dict__:
@@ -615,7 +616,10 @@ def swap(
         extra = old.__dict__.get("_extra", ()) if isinstance(old, AMTLTable) else vars(old)
         extra = [key for key in extra if key not in known]
         known.update({key: vars(old)[key] for key in extra})
-        new.__dict__["_former"] = Weakly(old)
+        if not _is_embedding(new):
+            new.__dict__["_former"] = Weakly(former)
+            if _is_embedding(former):
+                watch_calls(former, new)
         if isinstance(new, AMTLTable):
             known["_extra"] = tuple(extra)
         for name in places[old]:
