@@ -84,7 +84,7 @@ def test_bags_and_places_in_lists():
 
 
 def test_without_gradients_it_is_compared():
-    model, former = converted()
+    _model, former = converted()
     with torch.no_grad():
         assert not warned(former, ROWS)
     with torch.inference_mode():

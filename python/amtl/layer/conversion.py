@@ -181,8 +181,16 @@ def freeze(
             asked of it, see `AMTLEmbedding.freeze`.
     """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
+    found = layers(model)
+    if not found:
+        warnings.warn(
+            "the model has no AMTL layers to freeze. amtl.convert of a whole model puts them in; "
+            "of a single nn.Embedding it returns the layer: model.item = amtl.convert(model.item, "
+            "counts)",
+            stacklevel=2,
+        )
     with looked_for_once():
-        for layer in layers(model).values():
+        for layer in found.values():
             if layer.phase == "search":
                 table = layer.weight
                 layer.freeze(optimizers, bits=bits, masters=masters)
@@ -444,16 +452,23 @@ def check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
 
 
 def _checked_counts(module: nn.Module, names: Sequence[str], counts: Mapping[str, Any]) -> Tensor:
-    known = next((n for n in names if n in counts), None)
-    if known is None:
+    known = [name for name in dict.fromkeys(names) if name in counts]
+    if not known:
         raise ValueError(
             f"counts for {names[0]!r} are missing: give "
             f"torch.bincount(training_indices.flatten(), minlength={_rows(module)})"
         )
     try:
-        return check_counts(counts[known], _rows(module))
+        first, *others = (check_counts(counts[name], _rows(module)) for name in known)
     except ValueError as error:
         raise ValueError(f"{names[0] or type(module).__name__}: {error}") from error
+    for name, other in zip(known[1:], others, strict=True):
+        if not torch.equal(first.cpu(), other.cpu()):
+            raise ValueError(
+                f"{known[0]!r} and {name!r} are one table, and their counts differ: give their "
+                "sum, under one of these names"
+            )
+    return first
 
 
 def _options_of(
