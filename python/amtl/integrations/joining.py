@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable, check_alike
-from amtl.layer.conversion import check_unshared, places_of, swap
+from amtl.layer.conversion import places_of, swap
+from amtl.layer.convertible import check_unshared
 from amtl.layer.shares import automatic_bits, common_bits
 from amtl.layer.table import AMTLTable
 from amtl.store.packed import PackedFile, require_alike

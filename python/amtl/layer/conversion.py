@@ -11,13 +11,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from amtl.errors import together
 from amtl.layer.budget import check_share
 from amtl.layer.bypass import end_calls, watch_calls, watch_first_passes
 from amtl.layer.companions import accompany
+from amtl.layer.convertible import check_convertible, check_unshared, is_embedding
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
@@ -33,13 +33,6 @@ from amtl_kernels._calls import kind
 from amtl_kernels.optim import RowOptimizer
 
 _Model = TypeVar("_Model", bound=nn.Module)
-
-_OF_NO_CONSEQUENCE = {
-    *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate_func__"),
-    *("__static_attributes__", "__firstlineno__", "__constants__"),
-    *("reset_parameters", "extra_repr"),
-}
-"""What a subclass of nn.Embedding may define and still be replaced."""
 
 _HOOKS = (
     "_backward_hooks",
@@ -303,7 +296,7 @@ def convert(
     by_module: dict[nn.Module, str] = {}
     for name in wanted:
         module = _find(model, name)
-        _check_convertible(name, module)
+        check_convertible(name, module)
         by_module.setdefault(module, name)
     check_unshared(model, by_module)
     check(model, by_module)
@@ -381,11 +374,7 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 
 
 def _embeddings_of(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if _is_embedding(module)]
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return [name for name, module in model.named_modules() if is_embedding(module)]
 
 
 def _rows(module: nn.Module) -> int:
@@ -396,59 +385,6 @@ def _rows(module: nn.Module) -> int:
 def _weight(module: nn.Module) -> Tensor:
     assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
     return module.weight
-
-
-def _check_convertible(name: str, module: nn.Module) -> None:
-    if isinstance(module, AMTLTable):
-        raise ValueError(f"{name!r} is an AMTL layer already")
-    if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        raise ValueError(f"{name!r} is {kind(module)}, not an nn.Embedding or nn.EmbeddingBag")
-    if parametrize.is_parametrized(module):
-        raise ValueError(
-            f"{name!r} has parametrizations; remove them first "
-            "(torch.nn.utils.parametrize.remove_parametrizations)"
-        )
-    base = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
-    if type(module).forward is not base.forward:
-        raise ValueError(
-            f"{name!r} is {kind(module)} with a forward of its own, which an AMTL layer would lose"
-        )
-    kinds = type(module).__mro__[: type(module).__mro__.index(base)]
-    own = {key for kind in kinds for key in vars(kind)} - _OF_NO_CONSEQUENCE
-    own |= {*module._parameters, *module._buffers, *module._modules} - {"weight"}
-    if own:
-        raise ValueError(
-            f"{name!r} is {kind(module)} with {', '.join(map(repr, sorted(own)))} of "
-            "its own, which an AMTL layer would lose: put a plain nn.Embedding in its place"
-        )
-    if module.weight.is_meta:
-        raise ValueError(
-            f"{name!r} is on the meta device and has no numbers yet: model.to_empty(device='cpu') "
-            "and initialise or load it first, or amtl.load(FILE, model), which fills it"
-        )
-    if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"{name!r} has weights of type {module.weight.dtype}, not float32, float16 or bfloat16"
-        )
-
-
-def check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
-    """Refuse weights that another module uses, too: masks would not reach it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
-    for module, name in wanted.items():
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        users = owners[id(weight)]
-        if len(users) > 1:
-            raise ValueError(
-                f"the weight of {name!r} is shared by {users}: an AMTL layer keeps only a prefix "
-                "of each row, which the other user would not see. Untie it first (give the other "
-                "module a clone of the weight), or share the embedding module itself."
-            )
 
 
 def _checked_counts(module: nn.Module, names: Sequence[str], counts: Mapping[str, Any]) -> Tensor:
@@ -631,9 +567,9 @@ def swap(
         extra = old.__dict__.get("_extra", ()) if isinstance(old, AMTLTable) else vars(old)
         extra = [key for key in extra if key not in known]
         known.update({key: vars(old)[key] for key in extra})
-        if not _is_embedding(new):
+        if not is_embedding(new):
             new.__dict__["_former"] = Weakly(former)
-            if _is_embedding(former):
+            if is_embedding(former):
                 watch_calls(former, new)
         if isinstance(new, AMTLTable):
             known["_extra"] = tuple(extra)

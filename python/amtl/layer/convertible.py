@@ -1,0 +1,82 @@
+"""Which modules an AMTL layer may take the place of, and what is said of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from amtl.layer.table import AMTLTable
+from amtl_kernels._calls import kind
+
+_OF_NO_CONSEQUENCE = {
+    *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate_func__"),
+    *("__static_attributes__", "__firstlineno__", "__constants__"),
+    *("reset_parameters", "extra_repr"),
+}
+"""What a subclass of nn.Embedding may define and still be replaced."""
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether it is an embedding of PyTorch's."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def check_convertible(name: str, module: nn.Module) -> None:
+    """Refuse what is no embedding, or more than one.
+
+    Raises:
+        ValueError: see the message.
+    """
+    if isinstance(module, AMTLTable):
+        raise ValueError(f"{name!r} is an AMTL layer already")
+    if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        raise ValueError(f"{name!r} is {kind(module)}, not an nn.Embedding or nn.EmbeddingBag")
+    if parametrize.is_parametrized(module):
+        raise ValueError(
+            f"{name!r} has parametrizations; remove them first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    base = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
+    if type(module).forward is not base.forward:
+        raise ValueError(
+            f"{name!r} is {kind(module)} with a forward of its own, which an AMTL layer would lose"
+        )
+    kinds = type(module).__mro__[: type(module).__mro__.index(base)]
+    own = {key for kind in kinds for key in vars(kind)} - _OF_NO_CONSEQUENCE
+    own |= {*module._parameters, *module._buffers, *module._modules} - {"weight"}
+    if own:
+        raise ValueError(
+            f"{name!r} is {kind(module)} with {', '.join(map(repr, sorted(own)))} of "
+            "its own, which an AMTL layer would lose: put a plain nn.Embedding in its place"
+        )
+    if module.weight.is_meta:
+        raise ValueError(
+            f"{name!r} is on the meta device and has no numbers yet: model.to_empty(device='cpu') "
+            "and initialise or load it first, or amtl.load(FILE, model), which fills it"
+        )
+    if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{name!r} has weights of type {module.weight.dtype}, not float32, float16 or bfloat16"
+        )
+
+
+def check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
+    """Refuse weights that another module uses, too: masks would not reach it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    for module, name in wanted.items():
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        users = owners[id(weight)]
+        if len(users) > 1:
+            raise ValueError(
+                f"the weight of {name!r} is shared by {users}: an AMTL layer keeps only a prefix "
+                "of each row, which the other user would not see. Untie it first (give the other "
+                "module a clone of the weight), or share the embedding module itself."
+            )
