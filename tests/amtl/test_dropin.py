@@ -8,6 +8,7 @@ import amtl
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 def test_freezing_a_model_without_layers_is_warned_of():
@@ -35,3 +36,44 @@ def test_counts_under_both_names_of_a_table_are_refused_if_they_differ(names):
     assert not amtl.layers(model)
     amtl.convert(model, {"query.0": up, "doc.0": up.float()}, names=names, budget=0.3)
     assert model["query"][0] is model["doc"][0] is amtl.layers(model)["query.0"]
+
+
+def test_weights_of_float64_are_told_how_to_be_others():
+    model = nn.ModuleDict({"item": nn.Embedding(50, 8)}).double()
+    with pytest.raises(ValueError, match=r"float64.*model\.float\(\)"):
+        amtl.convert(model, {"item": torch.arange(50)})
+    amtl.convert(model.float(), {"item": torch.arange(50)})
+
+
+class Tied(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.emb, self.mix = nn.Embedding(50, 8), nn.Linear(8, 8)
+        if head:
+            self.head = nn.Linear(8, 50)
+            self.head.weight = self.emb.weight
+        else:
+            self.bias = nn.Parameter(torch.randn(50))
+
+    def forward(self, rows):
+        return F.linear(self.mix(self.emb(rows)), self.emb.weight, self.bias)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+def test_a_tied_head_is_told_what_stays_tied_and_it_does(budget, tmp_path):
+    counts = {"emb": torch.arange(50)}
+    with pytest.raises(ValueError, match=r"F\.linear\(h, self\.emb\.weight, bias\).*amtl\.freeze"):
+        amtl.convert(Tied(head=True), counts)
+    torch.manual_seed(0)
+    model = amtl.freeze(amtl.convert(Tied(head=False), counts, budget=budget))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    rows, others = torch.tensor([49, 48]), torch.arange(40, 48)
+    before = model.emb(others).detach().clone()
+    F.cross_entropy(model(rows), torch.tensor([45, 44])).backward()
+    optimizer.step()
+    # Rows that were not looked up: the gradient is that of the head.
+    assert not torch.equal(model.emb(others), before)
+    amtl.save(model, tmp_path / "model.safetensors")
+    loaded = amtl.load(tmp_path / "model.safetensors", Tied(head=False)).eval()
+    torch.testing.assert_close(loaded(rows), model.eval()(rows))
+    assert torch.equal(loaded.emb.weight[others], loaded.emb(others))

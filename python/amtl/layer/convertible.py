@@ -59,7 +59,8 @@ def check_convertible(name: str, module: nn.Module) -> None:
         )
     if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
-            f"{name!r} has weights of type {module.weight.dtype}, not float32, float16 or bfloat16"
+            f"{name!r} has weights of type {module.weight.dtype}, not float32, float16 or "
+            "bfloat16: model.float() makes float32 of them"
         )
 
 
@@ -77,6 +78,9 @@ def check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
         if len(users) > 1:
             raise ValueError(
                 f"the weight of {name!r} is shared by {users}: an AMTL layer keeps only a prefix "
-                "of each row, which the other user would not see. Untie it first (give the other "
-                "module a clone of the weight), or share the embedding module itself."
+                "of each row, which the other user would not see. An output layer stays tied, "
+                "trains and is saved if its module is left out, and the model's forward has "
+                f"F.linear(h, self.{name or 'emb'}.weight, bias) instead, called after "
+                "amtl.freeze. Or untie it (give the other module a clone of the weight), or share "
+                "the embedding module itself."
             )
