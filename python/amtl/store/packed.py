@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from amtl.errors import UserError, together
 from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable
@@ -78,8 +79,9 @@ class PackedFile:
     def into(self, model: _Model, *, assign: bool = False) -> _Model:
         """Put the layers into a model of the same architecture and load the rest of its state.
 
-        What torch.compile and data parallelism wrap goes by its own names, in the model and in the
-        file. A DistributedDataParallel is to be made anew before it trains, as after `freeze`.
+        What torch.compile, data parallelism and AveragedModel wrap goes by its own names, in the
+        model and in the file. A DistributedDataParallel is to be made anew before it trains, as
+        after `freeze`.
 
         Args:
             model: built as usual, with embeddings of any kind where the layers go.
@@ -95,7 +97,8 @@ class PackedFile:
                 embeddings of another class, shape, pooling, padding row or norm, or one that is
                 wrapped by itself; it is left as it was.
         """
-        inner = unwrapped(model)
+        # Files of before have an AveragedModel as it is.
+        inner = unwrapped(model) if "n_averaged" in self.state else _averaged(model)
         names = self._own_names(inner)
         targets = {names[name]: name for name in self.layers}
         targets |= {names[name]: source for name, source in self.aliases.items()}
@@ -116,10 +119,12 @@ class PackedFile:
         missing, surplus = sorted(rest.keys() - state), sorted(state.keys() - rest)
         shapes = [k for k in rest.keys() & state.keys() if rest[k].shape != state[k].shape]
         if absent or missing or surplus or shapes:
+            apart = "; amtl.load(FILE) without a model has tables by themselves in .layers"
             raise PackedFileError(
                 "the file does not fit the model: "
                 f"modules not in the model: {absent}; keys not in the file: {missing}; "
                 f"keys not in the model: {surplus}; other shapes: {sorted(shapes)}"
+                f"{apart if absent else ''}"
             )
         require_alike((n, self.layers[source], found[n][1]) for n, source in targets.items())
         embeddings = [found[name][1] for name in targets]
@@ -173,6 +178,12 @@ def _own_name(model: nn.Module, name: str) -> str:
 
 
 _NOTHING = nn.Module()
+
+
+def _averaged(model: nn.Module) -> nn.Module:
+    """What `unwrapped` gives, within torch.optim.swa_utils.AveragedModel, too."""
+    model = unwrapped(model)
+    return unwrapped(model.module) if isinstance(model, AveragedModel) else model
 
 
 def _alike(layer: AMTLTable, module: nn.Module) -> AMTLTable:
@@ -259,8 +270,8 @@ def save(
 
     Args:
         obj: a frozen layer; frozen layers by name; or a model, of which everything in its
-            state_dict is stored, under the names within torch.compile, DistributedDataParallel and
-            DataParallel.
+            state_dict is stored, under the names within torch.compile, DistributedDataParallel,
+            DataParallel and AveragedModel.
         path: where to, for example "model.safetensors".
         metadata: anything JSON-able to store along: vocabularies, settings.
         tensors: further tensors to store along.
@@ -282,7 +293,7 @@ def save(
     layers: dict[str, AMTLTable]
     model = None
     if isinstance(obj, nn.Module):
-        obj = unwrapped(obj)
+        obj = _averaged(obj)
     if isinstance(obj, AMTLTable):
         kind, layers = "layer", {"": obj}
     elif isinstance(obj, nn.Module):

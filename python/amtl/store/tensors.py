@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import re
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,8 @@ from amtl_kernels._calls import kind
 _ENTRY = "amtl.tensorfile"
 _CHECKED_AT_ONCE = 1 << 26
 _WORTH_A_CODE = 64
+_OF_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""A pickle of torch.serialization.MAGIC_NUMBER."""
 
 
 class TensorFileError(UserError):
@@ -199,6 +202,11 @@ def read_tensors(
     except OSError as error:
         raise TensorFileError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        if _is_of_torch(path):
+            raise PackedFileError(
+                f"{path} is a file of torch.save, not of amtl.save: torch.load opens it, and "
+                "model.load_state_dict takes a state_dict in it, into a model as it was then"
+            ) from error
         raise TensorFileError(
             f"{path} is damaged: truncated, corrupted or not a safetensors file ({error}); "
             f"{RESTORE}"
@@ -225,6 +233,18 @@ def read_tensors(
     if verify or (verify is None and size <= _CHECKED_AT_ONCE):
         result.check()
     return result, metadata
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether torch.save wrote a file: a zip archive, or pickles as before version 1.6."""
+    with open(path, "rb") as file:
+        if file.read(len(_OF_OLD_TORCH)) == _OF_OLD_TORCH:
+            return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
 
 
 def document_writer(

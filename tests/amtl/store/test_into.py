@@ -5,9 +5,10 @@ from __future__ import annotations
 import amtl
 import pytest
 import torch
-from amtl.store import tensors
+from amtl.store import packed, tensors
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 ROWS = 50
 INDICES = torch.arange(ROWS)
@@ -103,3 +104,47 @@ def test_the_state_of_a_loaded_model_goes_into_a_converted_one(tmp_path, frozen,
     model.eval()
     assert torch.equal(model(INDICES), loaded(INDICES))
     assert torch.equal(model.item.head.group_counts, counts)
+
+
+def test_averaged_models_are_saved_and_filled_by_their_own_names(tmp_path):
+    path = file_of(tmp_path, Model())
+    averaged = AveragedModel(amtl.load(path, Model())).eval()
+    averaged.update_parameters(amtl.load(path, Model()))
+    saved = tmp_path / "averaged.safetensors"
+    amtl.save(averaged, saved)
+    want = averaged(INDICES)
+    assert torch.equal(amtl.load(saved, Model()).eval()(INDICES), want)
+    assert torch.equal(amtl.load(saved, AveragedModel(Model())).eval()(INDICES), want)
+    assert sorted(amtl.load(saved).layers) == ["item"]
+
+
+def test_a_file_of_an_averaged_model_as_it_was_opens_in_one(tmp_path, monkeypatch):
+    averaged = AveragedModel(amtl.load(file_of(tmp_path, Model()), Model())).eval()
+    path = tmp_path / "before.safetensors"
+    with monkeypatch.context() as before:
+        before.setattr(packed, "_averaged", packed.unwrapped)
+        amtl.save(averaged, path)
+    other = amtl.load(path, AveragedModel(Model())).eval()
+    assert torch.equal(other(INDICES), averaged(INDICES))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_of_torch_save_are_told_from_damaged_ones(tmp_path, zipped):
+    path = tmp_path / "model.pt"
+    torch.save(Model().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(amtl.PackedFileError, match=r"torch\.save.*load_state_dict"):
+        amtl.load(path, Model())
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(amtl.TensorFileError, match="damaged"):
+        amtl.load(path)
+
+
+def test_a_model_with_fewer_tables_is_told_where_the_others_are(tmp_path):
+    both = nn.ModuleDict({"user": nn.Embedding(ROWS, 8), "item": nn.Embedding(ROWS, 8)})
+    amtl.convert(both, {"user": INDICES, "item": INDICES}, budget=0.5)
+    path = tmp_path / "both.safetensors"
+    amtl.save(amtl.freeze(both).eval(), path)
+    with pytest.raises(amtl.PackedFileError, match=r"\['user'\].*without a model.*\.layers"):
+        amtl.load(path, nn.ModuleDict({"item": nn.Embedding(ROWS, 8)}))
+    item = amtl.load(path).layers["item"].eval()
+    assert torch.equal(item(INDICES), both["item"](INDICES))
