@@ -77,3 +77,33 @@ def test_a_tied_head_is_told_what_stays_tied_and_it_does(budget, tmp_path):
     loaded = amtl.load(tmp_path / "model.safetensors", Tied(head=False)).eval()
     torch.testing.assert_close(loaded(rows), model.eval()(rows))
     assert torch.equal(loaded.emb.weight[others], loaded.emb(others))
+
+
+def tiny():
+    counts = {"0": [500, 300], "1": [290, 210, 300], "2": [60, 90, 200, 200, 100, 70, 50, 20, 10]}
+    return nn.ModuleList([nn.Embedding(2, 2), nn.Embedding(3, 3), nn.Embedding(9, 5)]), counts
+
+
+def test_tables_that_keep_nothing_are_named_with_the_budget_that_was_given():
+    model, counts = tiny()
+    with pytest.warns(UserWarning, match="keep no numbers") as told:
+        amtl.convert(model, counts, budget=0.125)
+    assert len(told) == 1 and told[0].filename == __file__
+    text = str(told[0].message)
+    assert "'1', '2': at budget=0.125 of all tables together" in text
+    assert "names=" in text and "amtl.convert" not in text
+    model, counts = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        amtl.convert(model, counts, budget=0.8, names=["0"])
+    assert list(amtl.layers(model)) == ["0"]
+
+
+@pytest.mark.parametrize("budget", [0.05, {"table": 0.05, "other": 0.5}])
+def test_a_table_that_keeps_nothing_of_its_own_budget_is_told_of_a_common_one(budget):
+    model = nn.ModuleDict({"table": nn.Embedding(8, 16), "other": nn.Embedding(50, 16)})
+    counts = {"table": [50, 40, 30, 60, 20, 50, 44, 40], "other": torch.arange(50)}
+    names = None if isinstance(budget, dict) else ["table"]
+    with pytest.warns(UserWarning, match=r"'table':.* rows .*one budget") as told:
+        amtl.convert(model, counts, budget=budget, names=names)
+    assert len(told) == 1 and told[0].filename == __file__

@@ -26,7 +26,15 @@ from amtl.layer.instances import looked_for_once
 from amtl.layer.names import name_sizes
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
-from amtl.layer.shares import AUTO, Demand, automatic_bits, common_bits, split_budget
+from amtl.layer.shares import (
+    AUTO,
+    Demand,
+    automatic_bits,
+    common_bits,
+    nothing_gathered,
+    split_budget,
+    tell_of_nothing_in,
+)
 from amtl.layer.table import AMTLTable
 from amtl.layer.tiers import Weakly
 from amtl_kernels._calls import kind
@@ -308,17 +316,22 @@ def convert(
     if bits == AUTO and options.get("parametrization", "rule") == "rule":
         _tell_of_halves({by_module[module]: _weight(module) for module in found}, budget)
     replacements: dict[nn.Module, AMTLTable] = {}
+    bare: dict[str, float] = {}
     for module, name in by_module.items():
         try:
-            replacements[module] = _layer_from(module, found[module], chosen[module])
+            with nothing_gathered() as shares:
+                replacements[module] = _layer_from(module, found[module], chosen[module])
         except ValueError as error:
             raise ValueError(f"table {name!r}: {error}") from error
+        if shares:
+            bare[name] = shares[0]
         replacements[module].name = name
         if replacements[module].mask_parameters():
             # What learns sizes is new to wrappers from before.
             retire(wrappers_of(module.parameters()))
     if fused_optimizer is not None and replacements:
         fuse(nn.ModuleList(replacements.values()), fused_optimizer)
+    tell_of_nothing_in(bare, budget, alone=len(found) == 1)
     converted = swap(model, places, replacements)
     if not isinstance(converted, AMTLTable):
         watch_first_passes(converted)

@@ -6,13 +6,17 @@ own would take from it what the whole model needs. So one law goes for the rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amtl.errors import together
 from amtl.layer.budget import BudgetError, check_share, is_number
 from amtl.layer.frequency import FrequencyGroups, frequency_groups
 from amtl.layer.laws import make_law
@@ -178,6 +182,62 @@ def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[Sear
     stored = {table: table.frugal for table in narrow}
     stored |= _by_law(tables, options, allowed - least, whole)
     return [table.sharing(stored[table]) for table in every]
+
+
+_gathered: ContextVar[list[float] | None] = ContextVar("gathered", default=None)
+
+
+@contextmanager
+def nothing_gathered() -> Iterator[list[float]]:
+    """Of layers made meanwhile, what they would warn of: who makes several knows their names."""
+    found: list[float] = []
+    token = _gathered.set(found)
+    try:
+        yield found
+    finally:
+        _gathered.reset(token)
+
+
+def tell_of_nothing(share: float, budget: float | None, stacklevel: int) -> None:
+    """Warns of a table made by itself whose rows with a share of the lookups keep no numbers."""
+    gathered = _gathered.get()
+    if gathered is not None:
+        gathered.append(share)
+        return
+    warnings.warn(
+        f"at budget={budget:g} rows with {share:.0%} of the lookups keep no numbers: "
+        "give the table a larger budget, or all tables of the model one (amtl.convert)",
+        stacklevel=stacklevel,
+    )
+
+
+def tell_of_nothing_in(
+    tables: Mapping[str, float], budget: float | Mapping[str, float | None] | None, alone: bool
+) -> None:
+    """Warns of tables of one model of which rows with these shares of the lookups keep nothing.
+
+    Args:
+        tables: the shares, by name.
+        budget: as `amtl.convert` was given it.
+        alone: no other table shares it.
+    """
+    if not tables:
+        return
+    share = f"rows with {'up to ' if len(tables) > 1 else ''}{max(tables.values()):.0%}"
+    if isinstance(budget, Mapping) or budget is None or alone:
+        given = "" if isinstance(budget, Mapping) or budget is None else f"at budget={budget:g} "
+        advice = "give it more, or all tables of the model one budget"
+    else:
+        given = f"at budget={budget:g} of all tables together, "
+        advice = (
+            "leave such tables out (names=...), which costs next to nothing where they are "
+            "small, or take a larger budget"
+        )
+    named = "" if "" in tables else f"{together(list(tables))}: "
+    warnings.warn(
+        f"{named}{given}{share} of the lookups keep no numbers: {advice}",
+        stacklevel=3,
+    )
 
 
 def _by_law(

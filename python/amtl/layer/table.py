@@ -8,7 +8,6 @@ tiers: outputs stay bit-identical, memory drops, training goes on. `thaw()` lead
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -48,7 +47,7 @@ from amtl.layer.rounding import (
     unit,
     where_they_are,
 )
-from amtl.layer.shares import AUTO, options_of_table
+from amtl.layer.shares import AUTO, options_of_table, tell_of_nothing
 from amtl.layer.sharing import SharedRows, groups_that_share, implied_order, resolve_shared_rows
 from amtl.layer.size_head import SizeHead
 from amtl.layer.table_states import TableStates
@@ -169,11 +168,7 @@ class AMTLTable(TableStates):
         looked_up[self._padding_rows()] = 0
         share = float((looked_up * (self.row_dims() == 0)).sum() / looked_up.sum().clamp(min=1))
         if share > _MUCH:
-            warnings.warn(
-                f"at budget={self.budget:g} rows with {share:.0%} of the lookups keep no numbers: "
-                "give the table a larger budget, or all tables of the model one (amtl.convert)",
-                stacklevel=4,
-            )
+            tell_of_nothing(share, self.budget, stacklevel=5)
 
     def _share(self, rows: Sequence[int] | None) -> None:
         self.shared_rows = None if rows is None else torch.tensor(rows, device=self.device)
