@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from amtl.layer.budget import (
     BudgetError,
@@ -127,6 +128,17 @@ class SearchOptions:
             object.__setattr__(
                 self, "size_noise", 0.5 if self.parametrization == "ordinal" else 0.0
             )
+
+    def given(self) -> dict[str, Any]:
+        """Those that are no defaults, JSON-able: `SearchOptions(**...)` has the others by itself.
+
+        Files hold no more, so defaults stay what they are.
+        """
+        plain = SearchOptions(parametrization=self.parametrization)
+        kept = {key: value for key, value in vars(self).items() if value != getattr(plain, key)}
+        if self.parametrization != SearchOptions.parametrization:
+            kept["parametrization"] = self.parametrization
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in kept.items()}
 
     def grid(self, dim: int, itemsize: int) -> SizeGrid:
         """Allowed sizes of a table of width `dim` with weights of `itemsize` bytes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -658,20 +658,15 @@ class TableRows(nn.Module):
             "field_sizes": list(self.field_sizes),
             "tier_ends": None if self.tier_ends is None else list(self.tier_ends),
             "tier_width": self.grid.tier_width,
-            "full_rows": self.full_rows,
-            "shared_rows": None if self.shared_rows is None else self.shared_rows.tolist(),
-            # Files of tables without them are what they were.
+            # Of models of many small tables this would be most of the file.
+            **({} if self.full_rows == self.num_embeddings else {"full_rows": self.full_rows}),
+            **({} if self.shared_rows is None else {"shared_rows": self.shared_rows.tolist()}),
             **(
                 {} if self.full_padding == self.padding_idx else {"full_padding": self.full_padding}
             ),
             **({"other_paddings": list(self.other_paddings)} if self.other_paddings else {}),
             **({"passes_paddings": True} if self._passes_paddings() else {}),
-            "options": {
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in asdict(self.options).items()
-                # Files of tables with masters are what they were.
-                if key != "masters" or not value
-            },
+            "options": self.options.given(),
         }
 
     def extra_repr(self) -> str:

@@ -313,7 +313,7 @@ def packed_bytes(
         rounding: Any = model.table.rounding
         entries += len(layer["tier_ends"] or ()) if rounding is None else len(rounding.ends)
     # The header is JSON that holds JSON as text twice over, with two entries for each tensor.
-    header = len(json.dumps(json.dumps(json.dumps(layer))))
+    header = len(json.dumps(json.dumps(json.dumps(layer, separators=(",", ":")))))
     header += _ENTRY_BYTES * entries
     return methods.stored_bytes(model.table) + numbers + header
 

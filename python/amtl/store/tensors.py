@@ -261,7 +261,7 @@ def document_writer(
     Raises:
         ImportError, ValueError: as `write_tensors`.
     """
-    text = json.dumps(content, allow_nan=True)
+    text = json.dumps(content, allow_nan=True, separators=(",", ":"))
     return _writer(tensors, {"format": kind, "version": str(version), "amtl": text})
 
 
