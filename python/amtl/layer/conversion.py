@@ -249,7 +249,8 @@ def convert(
     A module that appears under several names is replaced everywhere by one layer, also where the
     model keeps it in a plain list, dict, tuple or set, or an object in these holds it. A model that
     uses the weight itself, as by `h @ model.table.weight.T`, would go past the masks before it is
-    frozen: its first forward pass is then an error that says so.
+    frozen: its first forward pass is then an error that says so. A loss or a variable that holds an
+    embedding of before goes on calling that, which it warns of: make such things afterwards.
 
     Rows may be in any order: groups are looked up by row, so the caller permutes nothing. A table
     in frequency order is faster (hot rows are neighbours), and always freezes without the 4 bytes a
@@ -258,8 +259,8 @@ def convert(
     Args:
         model: any module; nn.Embedding and nn.EmbeddingBag in it are candidates. If it is itself
             an embedding, use the layer returned.
-        counts: training counts [N] by dotted module name (any name of a shared module); for a
-            model that is itself an embedding, the counts alone will do.
+        counts: training counts [N] by dotted module name (any name of a shared module, and of all
+            its lookups); for a model that is itself an embedding, the counts alone will do.
             `torch.bincount(indices.flatten(), minlength=N)` over the training split. A mapping of
             row numbers to counts, or a Series of pandas with such an index, will do for them.
         budget: stored fraction of all these tables together, see `amtl.SearchOptions`: it goes
