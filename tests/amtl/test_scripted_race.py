@@ -750,6 +750,28 @@ def test_where_time_is_limited_weight_decay_comes_first(
     assert (course.found["decayed"] or {}).get("score") == (score if tried else None)
 
 
+@pytest.mark.parametrize("best", [None, 1e-5, DECAY, 1e-3])
+def test_what_is_expected_is_asked_for_or_forgotten(best):
+    config = settings(method="fixed", embedding_decay=None, embedding_dropout=None)
+    # As a run does at its start.
+    expected, forgotten, trained = contest.likely_regularised(config), [], []
+    hints = SimpleNamespace(
+        expect=lambda *entries: expected.extend(entries),
+        forget=lambda *entries: forgotten.extend(entries),
+    )
+
+    def train(entry):
+        trained.append(entry)
+        away = math.log10(entry.embedding_decay or 1e-6) - math.log10(best or 1e-6)
+        return bool(entry.embedding_dropout) / 2 - abs(away)
+
+    found = contest.regularised(config, train, trials=hints)
+    assert found.embedding_decay == best and found.embedding_dropout == DROPOUT
+    assert all(entry in [*trained, *forgotten] for entry in expected)
+    # Nothing that was to be asked for was forgotten before.
+    assert trained[:2] == expected[:2] and found in expected
+
+
 def ended(scores):
     learner = Scripted(scores)
     while not learner.finished:

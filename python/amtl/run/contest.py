@@ -391,6 +391,8 @@ def regularised(
         for decay in reversed(DECAYS):
             expect(embedding_decay=decay)
         last, less = (improve(embedding_decay=decay) for decay in reversed(DECAYS))
+        if last <= less and trials is not None:
+            trials.forget(*likely_regularised(config))
         if last > less:
             for decay in STRONGER:
                 expect(embedding_decay=decay)
