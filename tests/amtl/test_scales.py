@@ -59,13 +59,13 @@ def test_numbers_and_whole_numbers_of_many_values_join_their_embeddings(frame):
 @pytest.mark.parametrize("gaps", [False, True])
 def test_ids_that_tell_by_themselves_have_no_numbers(telling, gaps):
     rng = np.random.default_rng(2)
-    ids = rng.integers(0, 300, 20_000)
+    ids = rng.integers(0, 250, 20_000)
     rate = {
-        "order": 0.2 + 0.6 * np.arange(300) / 300,
-        "order most": 0.1 + 0.6 * np.arange(300) / 300 + 0.3 * rng.random(300),
+        "order": 0.2 + 0.6 * np.arange(250) / 250,
+        "order most": 0.1 + 0.6 * np.arange(250) / 250 + 0.3 * rng.random(250),
         # Liked by chance, the later ones somewhat more.
-        "itself": 0.1 + 0.6 * rng.random(300) + 0.2 * np.arange(300) / 300,
-        "nothing": np.full(300, 0.4),
+        "itself": 0.1 + 0.6 * rng.random(250) + 0.2 * np.arange(250) / 250,
+        "nothing": np.full(250, 0.4),
     }[telling]
     labels = (rng.random(len(ids)) < rate[ids]) * 1.0
     column = pl.Series("x", ids)
