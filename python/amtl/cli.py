@@ -18,7 +18,7 @@ from rich.table import Table
 
 from amtl import arguments, failures, settings
 from amtl.arguments import count, rate
-from amtl.errors import UserError
+from amtl.errors import UserError, listed
 from amtl.peers import PEERS
 from amtl.run.config import TrainConfig, parse_budget, parse_names
 
@@ -372,7 +372,7 @@ def _area(auc: float, error: float, rows: int, positive: int) -> str:
 
 def _print_result(metrics: dict[str, Any], out: Path) -> None:
     from amtl.run.comparison import choices
-    from amtl.run.display import listed, print_comparison
+    from amtl.run.display import print_comparison
 
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="dim")
@@ -433,7 +433,6 @@ def evaluate(
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data import labelled, load_source
-    from amtl.run.display import listed
     from amtl.run.folders import load_trained
 
     trained = load_trained(run)

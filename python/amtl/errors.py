@@ -20,5 +20,10 @@ def brief(value: object, most: int = 60) -> str:
 
 def together(names: Sequence[str]) -> str:
     """Tables by name, for one message however many they are: the first three, and how many more."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"table{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:3]))}{rest}"
+    return f"table{'s' if len(names) > 1 else ''} {listed(list(map(repr, names)), 3)}"
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first of these names in a line, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

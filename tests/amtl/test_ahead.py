@@ -252,7 +252,7 @@ def test_cores_are_not_taken_twice(task):
 def test_several_threads_survive_the_fork(task):
     torch.set_num_threads(3)
     side = trials(task, 2)
-    side = Trials(side.make, side.observer, side.step, ahead=Ahead(side.make, 2, threads=2))
+    side = Trials(side.fresh, side.observer, side.step, ahead=Ahead(side.fresh, 2, threads=2))
     config = settings(race=False, epochs=2)
     first = Learner(config, task)
     side.train(first)

@@ -432,7 +432,7 @@ def _labels_say(
     """The spec of whole numbers that labels say are amounts, None for others; named in its note."""
     if labels is None or default_numeric == "categorical":
         return None
-    if not _is_scattered(column, _WELL_KNOWN if _distinct(column) > _FINE else _ENOUGH_ROWS):
+    if not _is_scattered(column, _WELL_KNOWN):
         return None
     if spec.kind == "unused":
         # Rows may be numbered in the order of their labels.
@@ -500,9 +500,10 @@ def _integer_note(spec: FieldSpec, column: pl.Series, default_numeric: str) -> s
     return ""
 
 
-def _is_scattered(column: pl.Series, enough: int = _ENOUGH_ROWS) -> bool:
-    """Whether a column has more values than buckets, and few rows for each."""
+def _is_scattered(column: pl.Series, of_many: int = _ENOUGH_ROWS) -> bool:
+    """Whether a column has more values than buckets, and few rows for each; see `_FINE`."""
     distinct = _distinct(column)
+    enough = of_many if distinct > _FINE else _ENOUGH_ROWS
     few = len(column) - column.null_count() < enough * distinct
     return distinct > FieldSpec.buckets and few
 

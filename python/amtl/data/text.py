@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from amtl.errors import UserError
+from amtl.errors import UserError, listed
 
 _SEPARATORS = (",", "\t", ";", "|")
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -109,7 +109,9 @@ def read(
         if b"\n\n" in content or b"\n\r\n" in content:
             frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
     if padded:
-        notes.append(f"integers with leading zeros are text: {_few(frame.columns, padded)}")
+        notes.append(
+            f"integers with leading zeros are text: {listed([frame.columns[i] for i in padded])}"
+        )
     frame, marks = _with_gaps(frame, comma, notes)
     return frame, tuple(notes), marks
 
@@ -159,7 +161,7 @@ def _with_gaps(
     if marks:
         shown = [repr(mark) for mark in dict.fromkeys(marks)]
         are = "is a missing number" if len(shown) == 1 else "are missing numbers"
-        notes.append(f"{', '.join(shown)} {are} in {_few(frame.columns, marked)}")
+        notes.append(f"{', '.join(shown)} {are} in {listed([frame.columns[i] for i in marked])}")
     return frame.with_columns(columns), unusual
 
 
@@ -182,12 +184,6 @@ def _few_numbers(values: pl.Series) -> bool:
     """
     numbers = values.cast(pl.Float64, strict=False).drop_nulls().unique()
     return len(numbers) <= _FEW_NUMBERS and bool((numbers == numbers.floor()).all())
-
-
-def _few(names: list[str], places: list[int]) -> str:
-    """The first of these columns, and how many more there are."""
-    more = f" and {len(places) - 8} more" if len(places) > 8 else ""
-    return ", ".join(names[i] for i in places[:8]) + more
 
 
 def _parse(

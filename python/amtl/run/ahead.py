@@ -85,7 +85,7 @@ class _Training:
     ) -> None:
         self.config, self.taught, self.learner = config, taught, learner
         self.wanted, self.later = steps, later
-        self.begun = self.ended = self.failed = False
+        self.ended = False
         self.allowed = -math.inf
         self.steps = 0
         self.history: list[dict[str, Any]] = []
@@ -93,6 +93,16 @@ class _Training:
         self.state: bytes | None = None
         self._process: Any = None
         self.line: Connection | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a process."""
+        return self.allowed >= 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether its process ended without a word."""
+        return self.ended and self.state is None
 
     @property
     def running(self) -> bool:
@@ -105,7 +115,7 @@ class _Training:
         closed = [self.line, *(other.line for other in others if other.line is not None)]
         if not _pause_threads():
             threads = 1
-        self.begun, self.allowed = True, self.wanted
+        self.allowed = self.wanted
         self._process = multiprocessing.get_context("fork").Process(
             target=_work, args=(theirs, closed, make, self, threads), daemon=True
         )
@@ -147,7 +157,7 @@ class _Training:
                     self.told.append((self.steps, loss, samples, steps))
                     self.history += records
         except (EOFError, OSError):
-            self.ended = self.failed = True
+            self.ended = True
 
     def kill(self) -> None:
         """Ends the process, if there is one."""

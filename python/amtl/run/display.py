@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from amtl.data.fields import FieldSpec
+from amtl.errors import listed
 from amtl.run import comparison, methods
 from amtl.run.report import Result, table_rows
 from amtl.run.trained import Trained, size_table
@@ -20,8 +21,6 @@ from amtl.run.training import Trainer
 
 _ALIKE = 3
 """Columns of which a note says the same, up to which each has its own line."""
-_LISTED = 8
-"""Names that are shown of a longer list."""
 _TAKEN_AS = {
     "categorical": "ids",
     "bag": "several values",
@@ -51,12 +50,6 @@ def print_decisions(console: Console, decisions: Sequence[FieldSpec]) -> None:
         for spec in specs:
             table.add_row(escape(spec.name), taken, escape(spec.note))
     console.print(table)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in a line, the first ones if they are many."""
-    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED + 1 else ""
-    return ", ".join(names[:_LISTED] if more else names) + more
 
 
 def _taken_as(spec: FieldSpec) -> str:

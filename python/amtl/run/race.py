@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,16 +56,16 @@ class Trials:
     """By what a run makes and trains the learners that it tries.
 
     Attributes:
-        make: a fresh learner of given settings and, as `taught`, a teacher's labels.
+        fresh: a fresh learner of given settings and, as `taught`, a teacher's labels.
         observer: is told how it goes.
         step: takes one step of a learner.
         left: seconds until the run's time is up.
-        labels: a teacher's, which `make` hands out.
+        labels: a teacher's, which learners have where their settings ask for them.
         ahead: trains what is expected meanwhile, where there are cores for it.
         tell: is told of steps that were taken there, see `Ahead.train`.
     """
 
-    make: Callable[..., Learner]
+    fresh: Callable[..., Learner]
     observer: Observer
     step: Callable[[Learner], object]
     left: Callable[[], float] = _for_ever
@@ -83,8 +82,13 @@ class Trials:
         return self.left() <= 0
 
     def taught(self, labels: Tensor) -> Trials:
-        """The same with a teacher, whose labels a learner has where its settings ask for them."""
-        return replace(self, make=partial(self.make, taught=labels), labels=labels)
+        """The same with a teacher's labels."""
+        return replace(self, labels=labels)
+
+    def make(self, config: TrainConfig) -> Learner:
+        """A fresh learner of these settings."""
+        taught = {} if self.labels is None else {"taught": self.labels}
+        return self.fresh(config, **taught)
 
     def expect(
         self, *entries: TrainConfig | Learner, steps: float = math.inf, later: bool = False

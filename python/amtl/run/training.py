@@ -302,12 +302,8 @@ class Trainer:
         self.observer.begin(title(config), total, learner.steps)
         if learner.frozen and methods.is_adaptive(learner.table):
             self._note_freeze()
-        torch.set_rng_state(learner.rng)
         try:
-            while not learner.finished and not (learner.history and self._late()):
-                self._step()
-                if self._ahead is not None:
-                    self._ahead.tend()
+            replace(self._trials(), step=lambda learner: self._step()).train(learner)
         finally:
             self.observer.end()
         # Without a valid AUC there is nothing to go on from, which the end then says.
