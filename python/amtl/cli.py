@@ -310,7 +310,9 @@ def train(
         f"{escape(config.label)}{escape(f' ({note})' if note else '')}",
         highlight=False,
     )
-    for line in filter(None, [*source.notes, split_note(source.frame, config.split)]):
+    for line in filter(
+        None, [*source.notes, split_note(source.frame, config.split, config.fields)]
+    ):
         console.print(f"  {escape(line)}", highlight=False)
     task, folder = prepare(config, source), out
     # Training needs the memory of the raw table.

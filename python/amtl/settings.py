@@ -69,12 +69,18 @@ def make_config(
         options["parametrization"] = parametrization
     config = untried(TrainConfig(data=source.name, label=label, table_options=options, **settings))
     if drop:
+        from amtl.data import calendar
         from amtl.run.training import default_fields
 
-        require_columns(source.frame.columns, drop, "the data")
-        names = config.fields or default_fields(source.frame, config, source)
-        config.fields = [name for name in names if name not in drop]
-        if not config.fields:
+        columns = source.frame.columns
+        require_columns(
+            columns, [n for n in drop if not calendar.called(source.frame, n)], "the data"
+        )
+        config.drop = list(drop)
+        kept = config.fields or default_fields(source.frame, config, source)
+        kept = [name for name in kept if name not in drop]
+        config.fields = kept if config.fields else []
+        if not kept:
             raise UserError("--drop leaves no column to use")
     return config
 
@@ -120,7 +126,7 @@ def _holds(name: str, typed: Mapping[str, Any], config: TrainConfig, rows: int) 
         names = parse_names("--fields", value, config.fields)
         return config.fields == [n for n in names if n not in dropped]
     if name == "drop":
-        return bool(config.fields) and not set(dropped) & set(config.fields)
+        return bool(config.fields or config.drop) and not set(dropped) & set(config.fields)
     if name == "method":
         method, named = ALIASES.get(value, (value, {}))
         return config.method == method and named.items() <= options.items()

@@ -110,8 +110,10 @@ def test_missing_moments_come_first_and_are_counted():
         frame = column.to_frame()
         assert torch.cat(split_rows(frame, "order:when")).tolist() == list(range(len(column)))
         told = "--split order:when: 2 rows have no when; they train"
-        assert split_note(frame, "order:when") == told
-        assert not split_note(frame[2:], "order:when")
+        assert split_note(frame, "order:when", ["when"]) == told
+        assert split_note(frame, "order:when").startswith(told + "; itself it is no field")
+        assert split_note(frame[2:], "order:when").startswith("--split order:when: itself it is no")
+        assert not split_note(frame[2:], "order:when", ["when"])
         assert not split_note(frame, "random") and not split_note(frame, "order:other")
 
 

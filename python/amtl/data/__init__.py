@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from amtl.data.encoding import EncodedData, Encoder
-from amtl.data.fields import FieldSpec, infer_fields
+from amtl.data.fields import infer_fields
 from amtl.data.labels import label_note, labelled, read_labels
 from amtl.data.readers import require_columns
 from amtl.data.registry import Source, load_source, named_sets
+from amtl.data.specs import FieldSpec
 from amtl.data.splits import split_rows
 from amtl.data.writers import require_kind, require_other, write_rows
 

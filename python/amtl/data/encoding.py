@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from amtl.data import moments
-from amtl.data.fields import FieldSpec, bucket_count, numbers
+from amtl.data.calendar import column_of
+from amtl.data.fields import bucket_count
 from amtl.data.readers import require_columns
 from amtl.data.scales import Scale
+from amtl.data.specs import FieldSpec, numbers
 from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError, brief
 
@@ -187,9 +189,10 @@ class Encoder:
             mask[rows.numpy()] = True
             trains = pl.Series(mask)
 
-        def training(name: str) -> pl.Series:
+        def training(spec: FieldSpec) -> pl.Series:
             # A column at a time: a second frame would be most of the memory that is taken.
-            return frame[name] if trains is None else frame[name].filter(trains)
+            column = column_of(frame, spec)
+            return column if trains is None else column.filter(trains)
 
         embedded = [f for f in fields if f.kind in ("categorical", "bucket")]
         embedded += [f for f in fields if f.kind == "bag"]
@@ -201,12 +204,12 @@ class Encoder:
                 f"cut numbers into buckets with --numeric bucket{brief(left_out, 300)}"
             )
         trained = frame.height if rows is None else len(rows)
-        scales = {f.name: _scale(numbers(training(f.name), f)) for f in dense}
+        scales = {f.name: _scale(numbers(training(f), f)) for f in dense}
         edges: dict[str, Tensor] = {}
         beside: dict[str, Scale] = {}
         vocabularies = []
         for spec in embedded:
-            column = training(spec.name)
+            column = training(spec)
             read = _values(column, spec)
             if spec.value:
                 beside[spec.name] = Scale.fit(read.to_numpy())
@@ -248,7 +251,7 @@ class Encoder:
     @property
     def columns(self) -> list[str]:
         """Columns that are read: the embedded fields, then the standardised ones."""
-        return [f.name for f in [*self.fields, *self.dense_fields]]
+        return list(dict.fromkeys(f.column for f in [*self.fields, *self.dense_fields]))
 
     def counts(self) -> Tensor:
         """Training occurrences per row of the shared table: int64 `[num_rows]`."""
@@ -283,7 +286,7 @@ class Encoder:
         singles = sum(spec.kind != "bag" for spec in self.fields)
         rows = torch.empty(n, singles, dtype=torch.int32)
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
-            column = _unmarked(frame[spec.name], spec)
+            column = _unmarked(column_of(frame, spec), spec)
             try:
                 if spec.kind == "bag":
                     bags.append(self._bag(f, column))
@@ -349,8 +352,8 @@ class Encoder:
         sizes = zip(self.fields, self.field_sizes, strict=True)
         return [field.name for field, size in sizes if size == 1 and not field.value]
 
-    def examples(self, name: str, column: pl.Series) -> tuple[Any, Any]:
-        """A value of an embedded field's column that is unseen, and the most frequent known one.
+    def examples(self, name: str, frame: pl.DataFrame) -> tuple[Any, Any]:
+        """A value of an embedded field in a table that is unseen, and the most frequent known one.
 
         None stands for a missing value, and where there is none.
         """
@@ -360,15 +363,16 @@ class Encoder:
             return None, None
         by_count = torch.argsort(vocabulary.counts, descending=True)
         known = next((v for v in vocabulary.decode(by_count[:3]) if v is not None), None)
-        odd = vocabulary.first_unknown(_unmarked(column, spec), bags=spec.kind == "bag")
+        column = _unmarked(column_of(frame, spec), spec)
+        odd = vocabulary.first_unknown(column, bags=spec.kind == "bag")
         return odd, known
 
-    def reads_numbers(self, name: str, column: pl.Series) -> bool:
+    def reads_numbers(self, name: str, frame: pl.DataFrame) -> bool:
         """Whether most values of a field of ids join these as numbers, known ids or not."""
         spec = self.fields[self.names.index(name)]
         if spec.kind != "categorical" or not spec.value:
             return False
-        read = _values(_unmarked(column, spec), spec)
+        read = _values(_unmarked(column_of(frame, spec), spec), spec)
         return bool(read.is_not_nan().sum() * 2 > len(read))
 
     def renumber(self, new_rows: Tensor) -> None:
@@ -492,7 +496,7 @@ class Encoder:
 
 def _stored(spec: FieldSpec) -> dict[str, Any]:
     """A field for a file, which readers that know less open unless it has what they lack."""
-    later = ("decimal", "scaled", "moment", "value", "marks")
+    later = ("decimal", "scaled", "unit", "moment", "value", "part", "of", "marks")
     return {key: value for key, value in asdict(spec).items() if key not in later or value}
 
 

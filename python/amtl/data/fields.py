@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import polars as pl
 
 from amtl.data import moments, nested, notation
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
+from amtl.data.specs import TEXT, TREATMENTS, FieldSpec, as_typed, is_amount, numbers
 from amtl.data.splits import names_parts
+from amtl.data.text import FEW_NUMBERS
 from amtl.data.vocabulary import WRITTEN_LISTS, are_written_lists, exact_ids, split
 from amtl.errors import UserError, brief
 
-Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
-TREATMENTS = ("bucket", "standardise", "categorical")
-
-_TEXT = (pl.String, pl.Categorical, pl.Enum)
 _FEWEST_BUCKETS = 8
 _ROWS_A_BUCKET = 300
 """Of training: of a few thousand rows, 64 buckets of each number are learned by heart."""
@@ -51,7 +48,6 @@ come again. Names of people and places have spaces. Bars in many rows are taken 
 _BARS, _FEWEST_BARS = 0.01, 3
 """Share of the rows, and number, from which bars join values; in fewer they are part of a text."""
 _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
-_DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 _MOSTLY = 0.8
 """Share of distinct texts that are numbers from which it is told that the others are none."""
 _REWRITE = "write the column with a decimal point, and nothing between thousands"
@@ -63,43 +59,6 @@ _LARGEST_AMOUNT = 10**8
 """Whole numbers further from zero do not count: they are hashes, or moments."""
 _FEW_VALUES = 10
 """Up to so many say all by their embeddings."""
-
-
-@dataclass(frozen=True)
-class FieldSpec:
-    """How one column enters the model.
-
-    Attributes:
-        name: the column.
-        kind: `categorical` (one embedding per value), `bag` (several values, their embeddings
-            averaged), `bucket` (a number, cut at training quantiles into categories),
-            `standardise` (a number, scaled to mean 0 and deviation 1, without embedding) or
-            `unused` (left out).
-        separator: of a `bag` held as strings, `[]` where these are lists as Python or JSON writes
-            them. None for one held as lists; text that comes in their place is split at `|`.
-        buckets: number of quantile buckets; fewer where training rows are few, unless labels ask
-            for more than 64, see `bucket_count`.
-        decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
-            one. None where they were no text.
-        scaled: whether numbers held as text may be thousands, millions and billions, as `5K`.
-        moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
-            where year, month and day come first.
-        value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
-            `amtl.data.scales`.
-        marks: unusual texts that stand for missing numbers, as training had them.
-        note: why, and how to have it otherwise; empty where nothing was guessed.
-    """
-
-    name: str
-    kind: Kind = "categorical"
-    separator: str | None = None
-    buckets: int = 64
-    decimal: str | None = None
-    scaled: bool = False
-    moment: str | None = None
-    value: bool = False
-    marks: tuple[str, ...] = ()
-    note: str = ""
 
 
 def infer_fields(
@@ -240,16 +199,16 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
         bag = nested or bool(separator)
         return FieldSpec(column.name, "bag" if bag else "categorical", separator or None)
     spec = FieldSpec(column.name, treatment)  # type: ignore[arg-type]
-    if column.dtype == pl.Boolean or _is_amount(column):
+    if column.dtype == pl.Boolean or is_amount(column):
         return spec
-    spelled = notation.find(column, padded=True) if column.dtype in _TEXT else None
+    spelled = notation.find(column, padded=True) if column.dtype in TEXT else None
     if spelled and spelled.decimal:
-        return replace(spec, decimal=spelled.decimal, scaled=spelled.scaled)
-    forms = moments.find(column) if column.dtype in _TEXT and not spelled else []
+        return _spelled(spec, spelled)
+    forms = moments.find(column) if column.dtype in TEXT and not spelled else []
     if len(forms) == 1:
         return replace(spec, moment=forms[0])
     doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else _odd_values(column)
-    if column.dtype in _TEXT and not spelled and (mixed := notation.mixed(column)):
+    if column.dtype in TEXT and not spelled and (mixed := notation.mixed(column)):
         doubt = f": {mixed}"
     if forms:
         doubt = f": {_shown(column)} may be {forms[0]} or {forms[1]}; {moments.REWRITE}"
@@ -258,9 +217,14 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
     )
 
 
+def _spelled(spec: FieldSpec, found: notation.Notation) -> FieldSpec:
+    """A number's field with the notation of its text."""
+    return replace(spec, decimal=found.decimal, scaled=found.scaled, unit=found.unit)
+
+
 def _odd_values(column: pl.Series) -> str:
     """What of a column of text is no number, for a message."""
-    if column.dtype not in _TEXT:
+    if column.dtype not in TEXT:
         return ""
     text = column.cast(pl.String)
     odd = notation.odd(text, ".", scaled=True)
@@ -272,7 +236,7 @@ def _odd_values(column: pl.Series) -> str:
 def _apart(column: pl.Series, separator: str) -> FieldSpec:
     """A column that is taken apart, or kept whole if there is no separator."""
     note = ""
-    text = column.cast(pl.String) if column.dtype in _TEXT else pl.Series([], dtype=pl.String)
+    text = column.cast(pl.String) if column.dtype in TEXT else pl.Series([], dtype=pl.String)
     if separator and are_written_lists(text):
         separator = WRITTEN_LISTS
         note = f"lists such as {_shown(column)}, read as such"
@@ -318,7 +282,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         spec = _guess_number(column, default_numeric)
         return _labels_say(spec, column, default_numeric, labels) or spec
     note = ""
-    if dtype in _TEXT:
+    if dtype in TEXT:
         values = column.cast(pl.String).drop_nulls().unique(maintain_order=True)
         if are_written_lists(values):
             note = f"lists such as {_shown(column)} are several values; "
@@ -331,11 +295,13 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         if len(values) <= 3 and names_parts(values):
             note = f"--split {shlex.quote(f'column:{name}')} would split by it"
         spelled = notation.find(values) if default_numeric != "categorical" else None
+        if spelled and spelled.unit and len(values) <= FEW_NUMBERS:
+            spelled = None
         if spelled and spelled.marks and not spelled.doubt:
             note = f"numbers with {spelled.marks}, read as numbers; "
             note += f"{as_typed(name, 'categorical')} keeps the text"
             kind: Any = default_numeric
-            return FieldSpec(name, kind, decimal=spelled.decimal, scaled=spelled.scaled, note=note)
+            return _spelled(FieldSpec(name, kind, note=note), spelled)
         mixed = "" if spelled or default_numeric == "categorical" else notation.mixed(values)
         note = mixed or note
         ids = bool(values.str.contains(_IDS).all())
@@ -375,7 +341,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
 
 def _is_clock(column: pl.Series) -> bool:
     """Whether a column holds times of day or durations, perhaps as text."""
-    if column.dtype in _TEXT:
+    if column.dtype in TEXT:
         return any(form in moments.CLOCKS for form in moments.find(column.cast(pl.String)))
     return column.dtype in (pl.Time, pl.Duration)
 
@@ -529,17 +495,17 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
     if not many and not key:
         return spec
-    is_amount = _is_amount(column) or _says_when(column)
-    dated = _may_say_when(column, is_amount) and not _is_clock(column)
-    unlike_ids = is_amount and not column.dtype.is_numeric()
+    amounts = is_amount(column) or _says_when(column)
+    dated = _may_say_when(column, amounts) and not _is_clock(column)
+    unlike_ids = amounts and not column.dtype.is_numeric()
     if key and not (unlike_ids and default_numeric != "categorical"):
         much = "every row has its own value: nothing"
         if distinct < rows:
             much = f"{distinct:,} values in {rows:,} rows: next to nothing"
         keep = f"{as_typed(spec.name, 'categorical')} keeps it"
-        other = f"{keep}, {amount}" if is_amount else keep
+        other = f"{keep}, {amount}" if amounts else keep
         other += f", {earlier}" if dated else ""
-        if not is_amount and not spec.note and _is_prose(column):
+        if not amounts and not spec.note and _is_prose(column):
             other += f", --multi {shlex.quote(f'{spec.name}= ')} splits it into words"
         note = f"{much} to learn; {other}"
         return replace(spec, kind="unused", note="; ".join(filter(None, [spec.note, note])))
@@ -550,78 +516,18 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     judged = rows >= _ROWS_TO_JUDGE_BY and distinct > _RARELY_AGAIN * rows
     if judged and default_numeric != "categorical":
         spec = _as_told(column, default_numeric, None)
-        note = f"{distinct:,} {what}, {rows / distinct:.1f} rows each, taken as numbers (weekday, "
-        note += f"hour: columns to add); {as_typed(spec.name, 'categorical')} for ids"
+        note = f"{distinct:,} {what}, {rows / distinct:.1f} rows each, taken as numbers; "
+        note += f"{as_typed(spec.name, 'categorical')} for ids"
     note = f"{note}; {earlier}" if dated else note
     return replace(spec, note="; ".join(filter(None, [told, note])))
 
 
 def _is_prose(column: pl.Series) -> bool:
     """Whether most of the first thousand values are text of several words."""
-    if column.dtype not in _TEXT:
+    if column.dtype not in TEXT:
         return False
     words = column.drop_nulls()[:1000].cast(pl.String).str.contains(r"\S +\S")
     return float(words.mean() or 0.0) > 0.5  # type: ignore[arg-type]
-
-
-def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
-    """A column as float64, missing values as NaN; dates and times in microseconds.
-
-    Dates may be text that begins with year, month and day, as in `2017-01-31 12:00:00`.
-
-    Args:
-        column: the column.
-        spec: how it is written if it is text. Where that has no form of moments, text in which all
-            values are numbers in another notation, and in that alone, is read by that.
-
-    Raises:
-        UserError: if it holds no numbers.
-    """
-    spec = spec or FieldSpec(column.name)
-    if column.dtype in _TEXT:
-        column = column.cast(pl.String)
-    read = column
-    try:
-        if column.dtype == pl.String:
-            cells = notation.texts(column)
-            dated = _is_amount(cells)
-            read = cells.str.to_datetime(time_unit="us") if dated else _read(column, spec)
-        if read.dtype == pl.Date:
-            read = read.cast(pl.Datetime("us"))
-        if read.dtype in (pl.Datetime, pl.Duration):
-            read = read.dt.cast_time_unit("us")
-        if read.dtype.is_temporal():
-            read = read.to_physical()
-        return read.cast(pl.Float64).fill_null(math.nan)
-    except pl.exceptions.PolarsError:
-        odd, needed = "", "numbers"
-        if column.dtype == pl.String:
-            other = notation.odd(column, spec.decimal or ".", spec.scaled)
-            if spec.moment:
-                other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
-            undated = other.filter(~other.str.contains(_DATE))
-            odd = f" such as {brief(repr([*undated, *other, *column.drop_nulls()][0]))}"
-        raise UserError(
-            f"column {column.name!r} holds {brief(column.dtype)} values{odd} where {needed} are "
-            "needed"
-        ) from None
-
-
-def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
-    """Text as the numbers it stands for; as it is if some of it stands for none."""
-    decimal, scaled = spec.decimal, spec.scaled
-    if spec.moment:
-        undated = len(moments.odd(column, spec.moment))
-        return column if undated else moments.read(column, spec.moment)
-    if decimal is None:
-        texts = notation.texts(column)
-        plain = texts.cast(pl.Float64, strict=False)
-        if plain.null_count() == texts.null_count():
-            return plain
-    if decimal is None or len(notation.odd(column, decimal, scaled)):
-        spelled = notation.find(column)
-        decimal, scaled = (spelled.decimal, spelled.scaled) if spelled else (None, False)
-    return notation.read(column, decimal, scaled) if decimal else column
 
 
 def _says_when(column: pl.Series) -> bool:
@@ -629,24 +535,12 @@ def _says_when(column: pl.Series) -> bool:
     return column.dtype == pl.String and len(moments.find(column)) == 1
 
 
-def _is_amount(column: pl.Series) -> bool:
-    """Whether a column has numbers, dates or times, the latter perhaps as text."""
-    if column.dtype != pl.String:
-        return column.dtype.is_numeric() or column.dtype.is_temporal()
-    return bool(column.drop_nulls().str.contains(_DATE).all()) and column.null_count() < len(column)
-
-
-def _may_say_when(column: pl.Series, is_amount: bool) -> bool:
-    """Whether a column may hold dates, or parts of seconds since 1970; see `_is_amount`."""
+def _may_say_when(column: pl.Series, amounts: bool) -> bool:
+    """Whether a column may hold dates, or parts of seconds since 1970; see `is_amount`."""
     if not column.dtype.is_integer() or column.null_count() == len(column):
-        return is_amount and column.dtype in (pl.Date, pl.Datetime, pl.String)
+        return amounts and column.dtype in (pl.Date, pl.Datetime, pl.String)
     low, high = (int(x) for x in (column.min(), column.max()))  # type: ignore[arg-type]
     return moments.unit(low, high) is not None
-
-
-def as_typed(name: str, treatment: str) -> str:
-    """The option `--numeric` of a column, as one types it."""
-    return f"--numeric {shlex.quote(f'{name}={treatment}')}"
 
 
 def _inner(dtype: Any) -> Any:

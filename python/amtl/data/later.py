@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from amtl.data.fields import FieldSpec, as_typed
+from amtl.data.calendar import column_of
 from amtl.data.ordered import Floats, Labels
+from amtl.data.specs import FieldSpec, as_typed
 
 _FEWEST_ROWS = 100
 """Fewer held out say little of those to come."""
@@ -52,7 +53,7 @@ def for_later_rows(
     says, trains = Labels(labels), np.flatnonzero(~np.isnan(labels))
     result = []
     for field in fields:
-        column = frame[field.name]
+        column = column_of(frame, field)
         asked = field.kind == "categorical" and not column.dtype.is_nested()
         new = _new(column, trains, held_out) if asked and field.name not in told else 0.0
         note = f"{new:.1%} of the validation rows hold values that no row that trains has"

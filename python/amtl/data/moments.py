@@ -40,6 +40,16 @@ _ZONES = {
 _IN_1990, _IN_2050 = 631_152_000, 2_524_608_000
 """Seconds since 1970."""
 _UNITS = (1, 10**3, 10**6, 10**9)
+DIGITS = {
+    "YYYYMMDD": (8, ""),
+    "YYMMDDHH": (8, "20"),
+    "YYYYMMDDHH": (10, ""),
+    "YYYYMMDDHHMM": (12, ""),
+    "YYYYMMDDHHMMSS": (14, ""),
+}
+"""Whole numbers whose digits are a moment's: how many, and what stands before them."""
+LEAST_DIGITS = 1_010_100
+"""The first hour of 2001, of which `YYMMDDHH` has seven."""
 
 REWRITE = "write it as YYYY-MM-DD, with HH:MM:SS after that where there is a time"
 
@@ -108,6 +118,22 @@ def unit(low: float, high: float) -> int | None:
     """Parts of a second since 1970 that numbers of this range count; None for other numbers."""
     fits = (u for u in _UNITS if _IN_1990 * u <= low and high <= _IN_2050 * u)
     return next(fits, None)
+
+
+def in_range(numbers: pl.Series, unit: int) -> pl.Series:
+    """Which numbers are moments since 1970 in that unit."""
+    return numbers.is_between(_IN_1990 * unit, _IN_2050 * unit)
+
+
+def of_digits(column: pl.Series, form: str) -> pl.Series:
+    """The moments of whole numbers in a form of `DIGITS`; null for what is none."""
+    count, century = DIGITS[form]
+    cells = column.cast(pl.Int64, strict=False).cast(pl.String).str.zfill(count)
+    fits = (cells.str.len_bytes() == count) & (column >= 0)
+    cells = (century + cells).str.pad_end(14, "0")
+    found = cells.str.to_datetime("%Y%m%d%H%M%S", strict=False, time_unit="us")
+    fits &= found.dt.year().is_between(1990, 2050)
+    return found.set(~fits.fill_null(False), None)
 
 
 def as_in_training(values: pl.Series, low: float, high: float) -> pl.Series:

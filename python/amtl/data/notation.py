@@ -1,22 +1,25 @@
 """Numbers as people write them: thousands apart, a decimal comma, a currency or per cent sign.
 
-Thousands, millions and billions may be K, M and B behind: `€4.1M`.
+Thousands, millions and billions may be K, M and B behind: `€4.1M`. Units may be, see
+`amtl.data.units`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import polars as pl
 
+from amtl.data import units
 from amtl.data.text import MISSING
 
 _CODES = "USD|EUR|GBP|JPY|CHF|CAD|AUD|NZD|CNY|INR|KRW|SEK|NOK|DKK|PLN|CZK|HUF|TRY|BRL|MXN|ZAR|SGD"
+_SIGNS = rf"[$€£¥₹₽₩₺฿₴₪₫]|US\$|[ACR]\$|Rs\.?|zł|kr\.?|Kč|Ft|{_CODES}"
 _NUMBER = (
-    rf"^(?P<open>\(?)(?P<minus>[+-]?)\s?(?P<before>(?:[$€£¥]|{_CODES})?)\s?"
+    rf"^(?P<open>\(?)(?P<minus>[+-]?)\s?(?P<before>(?:{_SIGNS})?)\s?"
     r"(?P<digits>[+-]?[.,]?\d[\d.,]*(?:[eE][+-]?\d+)?)"
-    rf"(?P<scale>[KMBkm]?)\s?(?P<after>(?:[$€£¥%]|{_CODES})?)(?P<close>-?\)?)$"
+    rf"(?P<scale>[KMBkm]?)\s?(?P<after>(?:{_SIGNS}|%)?)(?P<close>-?\)?)$"
 )
 _BELOW = r"^\(.*\)$|-$"
 """How accountants write what is below zero."""
@@ -27,6 +30,8 @@ _FORMS = {
 """By decimal mark; the other one stands between thousands."""
 _NO_LIST = r"^[+-]|[.eE]|,0\d"
 """What a number has and a list of ids with commas has not: a sign, a fraction, a group like 012."""
+_APART = r"(\d)(?:['’\x{a0}\x{202f}](\d{3})| (\d{3}(?: \d{3})*[.,]\d))"
+"""Thousands set apart by what is nothing else between digits, or by spaces before a fraction."""
 _SCALES = {"K": "e3", "k": "e3", "M": "e6", "m": "e6", "B": "e9"}
 _SCALED = {"K": "thousands as ", "M": "millions as ", "B": "billions as "}
 
@@ -52,12 +57,15 @@ class Notation:
     Attributes:
         decimal: the decimal mark, `.` or `,`; empty where it may be either.
         scaled: whether K, M and B stand behind numbers, and k and m, for thousands and so on.
+        unit: what stands behind all numbers, or its kind where they have several; see
+            `amtl.data.units`.
         marks: what makes it text, such as `thousands separators`; empty for plain numbers.
         doubt: a value and what else it may be; empty where that is sure.
     """
 
     decimal: str
     scaled: bool = False
+    unit: str = ""
     marks: str = ""
     doubt: str = ""
 
@@ -66,6 +74,13 @@ def texts(column: pl.Series) -> pl.Series:
     """Without spaces around, and nothing for what stands for a missing number."""
     cells = column.cast(pl.String).str.strip_chars()
     return cells.set(cells.is_in(["", *MISSING]), None)
+
+
+def _joined(cells: pl.Series) -> pl.Series:
+    """Texts without what sets thousands apart, unless that may be a decimal mark."""
+    while cells.str.contains(_APART).any():
+        cells = cells.str.replace_all(_APART, "$1$2$3")
+    return cells
 
 
 def find(column: pl.Series, padded: bool = False) -> Notation | None:
@@ -78,8 +93,25 @@ def find(column: pl.Series, padded: bool = False) -> Notation | None:
     and billions may be K, M and B; also k and m, where a currency or one of those makes it clear
     that these are no units.
     """
-    values = texts(column).drop_nulls().unique(maintain_order=True)
+    written = texts(column).drop_nulls().unique(maintain_order=True)
+    values = _joined(written)
     values = values.filter(_infinite(values).is_null())
+    found = _find(values, padded)
+    if found is None and (unit := units.find(values)):
+        found = _find(units.taken_off(values, unit)[0].unique(maintain_order=True), padded)
+        if found is None or "sign" in found.marks:
+            return None
+        marks = " and ".join(filter(None, [found.marks, f"the unit {unit}"]))
+        # Lists have none; what is left to doubt is the decimal mark.
+        found = replace(found, unit=unit, marks=marks, doubt="" if found.decimal else found.doubt)
+    if found and not written.filter(written != _joined(written)).is_empty():
+        marks = " and ".join(filter(None, ["thousands separators", found.marks]))
+        found = replace(found, marks=marks)
+    return found
+
+
+def _find(values: pl.Series, padded: bool) -> Notation | None:
+    """`find` of distinct values without units."""
     if not len(values) or not values[:100].str.contains(_NUMBER).all():
         return None
     digits, scale, sign = _parts(values)
@@ -105,7 +137,7 @@ def find(column: pl.Series, padded: bool = False) -> Notation | None:
         shown = str(marked[0])
         plain = [read(marked[:1], mark, bool(scaled.any()))[0] for mark in _FORMS]
         doubt = f"{shown!r} may be {plain[0]:g} or {plain[1]:g}"
-        return Notation("", False, "thousands separators or a decimal comma", doubt)
+        return Notation("", False, "", "thousands separators or a decimal comma", doubt)
     apart = points if fits[0] == "," else commas
     marks = ["thousands separators"] if apart.any() else []
     marks += ["a decimal comma"] if fits[0] == "," and commas.any() else []
@@ -125,7 +157,7 @@ def find(column: pl.Series, padded: bool = False) -> Notation | None:
         and not digits.str.contains(_NO_LIST).any()
     ):
         doubt = f"{values.filter(commas)[0]!r} may be one number or several"
-    return Notation(fits[0], bool(scaled.any()), " and ".join(marks), doubt)
+    return Notation(fits[0], bool(scaled.any()), "", " and ".join(marks), doubt)
 
 
 def _are_scales(digits: pl.Series, scale: pl.Series, sign: pl.Series) -> bool:
@@ -154,9 +186,12 @@ def mixed(column: pl.Series) -> str:
     )
 
 
-def read(column: pl.Series, decimal: str, scaled: bool = False) -> pl.Series:
+def read(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") -> pl.Series:
     """The numbers that text stands for, as `Notation` has them; what is none is missing."""
-    cells = texts(column)
+    cells = _joined(texts(column))
+    if unit:
+        cells, factors = units.taken_off(cells, unit)
+        return read(cells, decimal, scaled).alias(column.name) * factors
     digits, scale, _ = _parts(cells)
     if not scaled:
         digits = digits.set(scale != "", None)
@@ -168,9 +203,10 @@ def read(column: pl.Series, decimal: str, scaled: bool = False) -> pl.Series:
     return numbers.zip_with(infinite.is_null(), infinite).alias(column.name)
 
 
-def odd(column: pl.Series, decimal: str, scaled: bool = False) -> pl.Series:
+def odd(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") -> pl.Series:
     """The values that are neither numbers in that notation nor missing."""
-    return column.filter(texts(column).is_not_null() & read(column, decimal, scaled).is_null())
+    read_as = read(column, decimal, scaled, unit)
+    return column.filter(texts(column).is_not_null() & read_as.is_null())
 
 
 def _infinite(cells: pl.Series) -> pl.Series:

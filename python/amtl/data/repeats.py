@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 
-from amtl.data.fields import FieldSpec
+from amtl.data.calendar import column_of
+from amtl.data.specs import FieldSpec
 
 _FEWEST_ROWS = 1000
 """Fewer may be alike by chance."""
@@ -22,7 +23,8 @@ def without_repeats(
 ) -> list[FieldSpec]:
     """Leaves out columns that are copies of an earlier one, and notes those that tell rows alike.
 
-    A model learns the same of both, and stores it twice. Lists are passed over.
+    A model learns the same of both, and stores it twice. Lists are passed over. Parts of moments
+    that a column has already are none of the result.
 
     Args:
         frame: the data.
@@ -34,24 +36,26 @@ def without_repeats(
     """
     if frame.height < _FEWEST_ROWS:
         return list(fields)
-    seen: dict[bytes, list[str]] = {}
-    result = []
+    seen: dict[bytes, list[FieldSpec]] = {}
+    result: list[FieldSpec] = []
     for field in fields:
-        column = frame[field.name]
+        column = column_of(frame, field)
         if field.kind == "unused" or column.dtype.is_nested():
             result.append(field)
             continue
         earlier = seen.setdefault(_parts(column[:_FIRST_ROWS]), [])
-        result.append(field if field.name in told else _compared(frame, field, earlier))
-        earlier.append(field.name)
+        compared = field if field.name in told else _compared(frame, field, earlier)
+        if compared is field or not field.part:
+            result.append(compared)
+        earlier.append(field)
     return result
 
 
-def _compared(frame: pl.DataFrame, field: FieldSpec, earlier: Sequence[str]) -> FieldSpec:
+def _compared(frame: pl.DataFrame, field: FieldSpec, earlier: Sequence[FieldSpec]) -> FieldSpec:
     """The field, held against columns whose first rows fall into the same parts."""
-    column = frame[field.name]
-    for name in earlier:
-        other = frame[name]
+    column = column_of(frame, field)
+    for before in earlier:
+        other, name = column_of(frame, before), before.name
         if column.dtype == other.dtype and column.equals(other, null_equal=True):
             return replace(field, kind="unused", value=False, note=f"the same as {name!r}")
         # Numbers may be near others in another order.

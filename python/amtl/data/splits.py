@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import polars as pl
 import torch
@@ -87,13 +87,16 @@ def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Te
     return order[:first], order[first:second], order[second:]
 
 
-def split_note(frame: pl.DataFrame, how: str) -> str:
+def split_note(frame: pl.DataFrame, how: str, fields: Collection[str] = ()) -> str:
     """What there is to say about a split of these rows; empty if nothing."""
     column = split_column(how)
     if not how.startswith("order:") or column not in frame.columns:
         return ""
     missing = _in_order(frame[column], how).null_count()
-    return f"--split {how}: {missing:,} rows have no {column}; they train" if missing else ""
+    notes = [f"{missing:,} rows have no {column}; they train"] if missing else []
+    if column not in fields:
+        notes.append("itself it is no field, for later rows have values of their own")
+    return f"--split {how}: {'; '.join(notes)}" if notes else ""
 
 
 def _in_order(column: pl.Series, how: str) -> pl.Series:

@@ -28,7 +28,7 @@ MISSING = (
 """What stands for a missing number in text that other programs write."""
 _MARKED_BELOW = 0.1
 """Share of the rows up to which one or two other texts stand for missing numbers."""
-_FEW_NUMBERS = 20
+FEW_NUMBERS = 20
 """Whole numbers of a column up to which other texts beside them are values of their own."""
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\r?\n', re.IGNORECASE)
 """By which Excel is told the separator."""
@@ -183,7 +183,7 @@ def _few_numbers(values: pl.Series) -> bool:
     no answers but say something.
     """
     numbers = values.cast(pl.Float64, strict=False).drop_nulls().unique()
-    return len(numbers) <= _FEW_NUMBERS and bool((numbers == numbers.floor()).all())
+    return len(numbers) <= FEW_NUMBERS and bool((numbers == numbers.floor()).all())
 
 
 def _parse(

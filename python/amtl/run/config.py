@@ -87,7 +87,9 @@ class TrainConfig:
         label_positive: the value that is positive, as text; None if that needs no saying.
         label_missing: `drop` leaves rows without a label out, `negative` counts them as negative;
             None: there are none.
-        fields: columns used; empty for all but the label and the split column.
+        fields: columns used, and parts of moments such as `when.hour`, see `amtl.data.calendar`;
+            empty for all but the label and the split column, and what labels follow of their parts.
+        drop: of these, columns and parts that are not used, where `fields` is empty.
         numeric: column to `bucket`, `standardise` or `categorical`.
         default_numeric: treatment of other floating-point columns.
         values: whether numbers, whole ones of many values included, join their embeddings; see
@@ -144,6 +146,7 @@ class TrainConfig:
     label_positive: str | None = None
     label_missing: str | None = None
     fields: list[str] = field(default_factory=list)
+    drop: list[str] = field(default_factory=list)
     numeric: dict[str, str] = field(default_factory=dict)
     default_numeric: str = "bucket"
     values: bool = True

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from amtl.data.fields import FieldSpec
+from amtl.data.specs import FieldSpec
 from amtl.errors import listed
 from amtl.run import comparison, methods
 from amtl.run.report import Result, table_rows

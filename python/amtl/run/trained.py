@@ -10,6 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from amtl.data.calendar import column_of
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.labels import labelled
 from amtl.data.readers import Rows, as_frame
@@ -106,13 +107,14 @@ class Trained:
             test = times * tested.get(name, 0) / max(int(vocabulary.counts.sum()), 1)
             if max(self.encoder.unseen_share(name), test) >= _SEEN_THEN:
                 continue
-            odd, known = self.encoder.examples(name, frame[name])
+            odd, known = self.encoder.examples(name, frame)
             here = "missing"
             if odd is not None:
-                here = f"such as {brief(repr(odd))} ({brief(frame[name].dtype)})"
+                spec = self.encoder.fields[self.encoder.names.index(name)]
+                here = f"such as {brief(repr(odd))} ({brief(column_of(frame, spec).dtype)})"
             there = "" if known is None else f", in training such as {brief(repr(known))}"
             so = "predictions do without it"
-            if self.encoder.reads_numbers(name, frame[name]):
+            if self.encoder.reads_numbers(name, frame):
                 so = "predictions know it by its number only"
             result[name] = (
                 f"column {name!r}: {unknown:,} of {values:,} values were not seen in training, so "

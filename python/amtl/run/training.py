@@ -21,6 +21,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from amtl.data import calendar
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
@@ -88,6 +89,8 @@ def prepare(
     _require_both(labels, parts)
     if encoder is None:
         names = config.fields or default_fields(frame, config, source)
+        called = {name: calendar.called(frame, name) for name in names}
+        names = [name for name in names if called[name] is None]
         numeric = {**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric}
         known, told = _training_labels(labels, parts[0]), {*numeric, *config.separators}
         specs = infer_fields(
@@ -103,7 +106,11 @@ def prepare(
         if config.split != "random":
             validate, kind = parts[1].numpy(), config.default_numeric
             specs = for_later_rows(frame, specs, known, validate, told=told, default_numeric=kind)
-        specs = without_repeats(frame, specs, told)
+        specs += [spec for spec in called.values() if spec]
+        if not (config.fields or source.fields):
+            skip = {config.label, *told, *config.drop}
+            specs += calendar.parts(frame, known, skip)
+        specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
@@ -167,7 +174,7 @@ def _validated(rows: Tensor, seed: int) -> Tensor:
 
 def default_fields(frame: pl.DataFrame, config: TrainConfig, source: Source) -> list[str]:
     """The fields used if none are named: the set's own or all, but label and split column."""
-    skip = {config.label, split_column(config.split)}
+    skip = {config.label, split_column(config.split), *config.drop}
     return [name for name in source.fields or frame.columns if name not in skip]
 
 

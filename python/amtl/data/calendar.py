@@ -1,0 +1,206 @@
+"""Hour, weekday and month of moments, as fields of their own where labels follow them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from amtl.data import moments
+from amtl.data.ordered import Floats
+from amtl.data.specs import TEXT, FieldSpec, is_amount, numbers
+from amtl.errors import UserError, brief
+
+
+class Part(NamedTuple):
+    """What of a moment comes again.
+
+    Attributes:
+        of: its numbers, of moments.
+        period: the numbers of the periods after each of which it does.
+        again: the same in words.
+    """
+
+    of: Callable[[pl.Series], pl.Series]
+    period: Callable[[pl.Series], pl.Series]
+    again: str
+
+
+def _days(when: pl.Series) -> pl.Series:
+    return when.dt.date().to_physical().cast(pl.Int64)
+
+
+PARTS = {
+    "hour": Part(lambda when: when.dt.hour(), _days, "day to day"),
+    # 1970 began on a Thursday.
+    "weekday": Part(
+        lambda when: when.dt.weekday(), lambda when: (_days(when) + 3) // 7, "week to week"
+    ),
+    "month": Part(lambda when: when.dt.month(), lambda when: when.dt.year(), "year to year"),
+}
+_SOME_DIGITS = re.compile(r"\d\D*\d\D*\d")
+_FEWEST = 4
+"""Periods, of fewer of which nothing is said to come again."""
+_SURE = 3.0
+"""Standard errors, from period to period, by which a part has to tell something of labels."""
+_PRIOR = 20.0
+"""Rows that the rate of a part counts for all."""
+_MOSTLY = 0.9
+"""Share of numbers that are times since 1970 from which the others are taken as missing."""
+
+
+def column_of(frame: pl.DataFrame, spec: FieldSpec) -> pl.Series:
+    """The column of a field, taken from what it is a part of if it is one of a moment."""
+    column = frame[spec.column]
+    if not spec.part:
+        return column
+    when = _moments(column, spec.moment)
+    return PARTS[spec.part].of(when).cast(pl.Int8).rename(spec.name)
+
+
+def parts(frame: pl.DataFrame, labels: Floats, skip: Collection[str] = ()) -> list[FieldSpec]:
+    """Fields for the hour, weekday and month of moments, where labels that train follow them.
+
+    They do where the rates of an hour on other days predict its labels on a day better than these
+    days' rate alone, beyond three standard errors between days, of which there must be four: what
+    comes once, such as a campaign of an hour, is none. The same for weekdays and weeks, months and
+    years.
+
+    Args:
+        frame: the data.
+        labels: 0 or 1 of each row that trains, NaN of the others.
+        skip: columns that are not looked at, and fields that are not wanted.
+
+    Returns:
+        One field, with a note, for each that is found. O(n) a column of moments.
+    """
+    trains = np.flatnonzero(~np.isnan(labels))
+    found = []
+    for name in frame.columns:
+        if name in skip:
+            continue
+        form = _form(frame[name])
+        if form is None:
+            continue
+        when = _moments(frame[name].gather(trains), form or None)
+        for part, known in PARTS.items():
+            field = f"{name}.{part}"
+            if field in frame.columns or field in skip:
+                continue
+            if _follows(known.of(when), known.period(when), labels[trains]):
+                note = f"labels follow the {part} of {name!r} from {known.again}; "
+                note += f"--drop {shlex.quote(field)} leaves it out"
+                found.append(FieldSpec(field, moment=form or None, part=part, of=name, note=note))
+    return found
+
+
+def called(frame: pl.DataFrame, name: str) -> FieldSpec | None:
+    """The field that a name such as `when.hour` stands for, None for a column's name and others.
+
+    Raises:
+        UserError: the column that it names holds no moments.
+    """
+    column, _, part = name.rpartition(".")
+    if part not in PARTS or name in frame.columns or column not in frame.columns:
+        return None
+    form = _form(frame[column])
+    if form is None:
+        raise UserError(
+            f"--fields {name}: column {column!r} ({brief(frame[column].dtype)}) has no dates "
+            f"or times in one known notation; {moments.REWRITE}"
+        )
+    return FieldSpec(name, moment=form or None, part=part, of=column)
+
+
+def _form(column: pl.Series) -> str | None:
+    """How a column's moments are written, empty where that is plain; None if it has none."""
+    dtype = column.dtype
+    if dtype in (pl.Date, pl.Datetime):
+        return ""
+    if column.null_count() == len(column) or not (dtype in TEXT or _is_number(column)):
+        return None
+    if dtype in TEXT:
+        column = column.cast(pl.String)
+        if not _SOME_DIGITS.search(column.drop_nulls()[0]):
+            return None
+        forms = [""] if is_amount(column) else moments.find(column)
+        return forms[0] if len(forms) == 1 and forms[0] not in moments.CLOCKS else None
+    return _digits(column) or ("" if _unit(column) is not None else None)
+
+
+def _digits(column: pl.Series) -> str | None:
+    """The form of `moments.DIGITS` in which all whole numbers of a column are moments."""
+    known = column.drop_nans() if column.dtype.is_float() else column
+    known = known.drop_nulls()
+    if float(known.max() or 0) < moments.LEAST_DIGITS:  # type: ignore[arg-type]
+        return None
+    forms = list(moments.DIGITS)
+    for some in (known[:100], known):
+        forms = [f for f in forms if not moments.of_digits(some, f).null_count()]
+        if not forms:
+            return None
+    return forms[0]
+
+
+def _is_number(column: pl.Series) -> bool:
+    return column.dtype.is_integer() or column.dtype.is_float()
+
+
+def _moments(column: pl.Series, form: str | None) -> pl.Series:
+    """Moments, of the place's own time where a column says that; null for what is none.
+
+    Raises:
+        UserError: text is none.
+    """
+    if column.dtype == pl.Datetime:
+        return column.dt.replace_time_zone(None)
+    if column.dtype == pl.Date:
+        return column.cast(pl.Datetime("us"))
+    if column.dtype in TEXT:
+        form = form or _form(column) or None
+        read = numbers(column, FieldSpec(column.name, moment=form)).fill_nan(None)
+        return read.cast(pl.Int64).cast(pl.Datetime("us"))
+    if form not in moments.DIGITS or not moments.of_digits(column, form).count():
+        form = _form(column)
+    if form in moments.DIGITS:
+        return moments.of_digits(column, form)
+    unit = _unit(column) or 1
+    read = column.cast(pl.Float64, strict=False).fill_nan(None)
+    read = read.set(~moments.in_range(read, unit).fill_null(False), None)
+    return (read * (10**6 / unit)).round().cast(pl.Int64).cast(pl.Datetime("us"))
+
+
+def _unit(column: pl.Series) -> int | None:
+    """Parts of a second since 1970 that nearly all numbers of a column count, or None."""
+    if not _is_number(column):
+        return None
+    known = column.cast(pl.Float64).drop_nulls().drop_nans()
+    middle = known.median()
+    unit = None if middle is None else moments.unit(middle, middle)  # type: ignore[arg-type]
+    if unit is None or float(moments.in_range(known, unit).mean() or 0.0) < _MOSTLY:  # type: ignore[arg-type]
+        return None
+    return unit
+
+
+def _follows(value: pl.Series, period: pl.Series, labels: Floats) -> bool:
+    """Whether the rates of a part's values in other periods predict the labels of a period."""
+    there = value.is_not_null().to_numpy()
+    labels = labels[there]
+    _, c = np.unique(period.drop_nulls().to_numpy(), return_inverse=True)
+    distinct, v = np.unique(value.drop_nulls().to_numpy(), return_inverse=True)
+    if len(distinct) < 2 or c.max() + 1 < _FEWEST:
+        return False
+    shape = int(c.max()) + 1, len(distinct)
+    cell = c * shape[1] + v
+    rows = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
+    hits = np.bincount(cell, labels, minlength=rows.size).reshape(shape)
+    other_rows, other_hits = rows.sum(0) - rows, hits.sum(0) - hits
+    base = (other_hits.sum(1) + 1) / (other_rows.sum(1) + 2)
+    rate = (other_hits + _PRIOR * base[:, None]) / (other_rows + _PRIOR)
+    base = base[:, None]
+    gain = (hits * np.log(rate / base) + (rows - hits) * np.log((1 - rate) / (1 - base))).sum(1)
+    return bool(gain.sum() > _SURE * gain.std(ddof=1) * len(gain) ** 0.5)

@@ -1,0 +1,143 @@
+"""What a column of the data is to a model, and its numbers as that says."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+
+from amtl.data import moments, notation
+from amtl.errors import UserError, brief
+
+Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
+TREATMENTS = ("bucket", "standardise", "categorical")
+
+TEXT = (pl.String, pl.Categorical, pl.Enum)
+_DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """How one column enters the model.
+
+    Attributes:
+        name: the column.
+        kind: `categorical` (one embedding per value), `bag` (several values, their embeddings
+            averaged), `bucket` (a number, cut at training quantiles into categories),
+            `standardise` (a number, scaled to mean 0 and deviation 1, without embedding) or
+            `unused` (left out).
+        separator: of a `bag` held as strings, `[]` where these are lists as Python or JSON writes
+            them. None for one held as lists; text that comes in their place is split at `|`.
+        buckets: number of quantile buckets; fewer where training rows are few, unless labels ask
+            for more than 64, see `bucket_count`.
+        decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
+            one. None where they were no text.
+        scaled: whether numbers held as text may be thousands, millions and billions, as `5K`.
+        unit: what stands behind numbers held as text, or its kind where they have several, such as
+            `kg` or `seconds`; see `amtl.data.units`.
+        moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
+            where year, month and day come first.
+        value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
+            `amtl.data.scales`.
+        part: `hour`, `weekday` or `month` of the moments in the column `of`, where it is no column
+            itself; see `amtl.data.calendar`.
+        of: that column.
+        marks: unusual texts that stand for missing numbers, as training had them.
+        note: why, and how to have it otherwise; empty where nothing was guessed.
+    """
+
+    name: str
+    kind: Kind = "categorical"
+    separator: str | None = None
+    buckets: int = 64
+    decimal: str | None = None
+    scaled: bool = False
+    unit: str = ""
+    moment: str | None = None
+    value: bool = False
+    part: str = ""
+    of: str = ""
+    marks: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def column(self) -> str:
+        """The column of the data that is read."""
+        return self.of or self.name
+
+
+def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
+    """A column as float64, missing values as NaN; dates and times in microseconds.
+
+    Dates may be text that begins with year, month and day, as in `2017-01-31 12:00:00`.
+
+    Args:
+        column: the column.
+        spec: how it is written if it is text. Where that has no form of moments, text in which all
+            values are numbers in another notation, and in that alone, is read by that.
+
+    Raises:
+        UserError: if it holds no numbers.
+    """
+    spec = spec or FieldSpec(column.name)
+    if column.dtype in TEXT:
+        column = column.cast(pl.String)
+    read = column
+    try:
+        if column.dtype == pl.String:
+            cells = notation.texts(column)
+            dated = is_amount(cells)
+            read = cells.str.to_datetime(time_unit="us") if dated else _read(column, spec)
+        if read.dtype == pl.Date:
+            read = read.cast(pl.Datetime("us"))
+        if read.dtype in (pl.Datetime, pl.Duration):
+            read = read.dt.cast_time_unit("us")
+        if read.dtype.is_temporal():
+            read = read.to_physical()
+        return read.cast(pl.Float64).fill_null(math.nan)
+    except pl.exceptions.PolarsError:
+        odd, needed = "", "numbers"
+        if column.dtype == pl.String:
+            other = notation.odd(column, spec.decimal or ".", spec.scaled, spec.unit)
+            if spec.moment:
+                other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
+            undated = other.filter(~other.str.contains(_DATE))
+            odd = f" such as {brief(repr([*undated, *other, *column.drop_nulls()][0]))}"
+        raise UserError(
+            f"column {column.name!r} holds {brief(column.dtype)} values{odd} where {needed} are "
+            "needed"
+        ) from None
+
+
+def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
+    """Text as the numbers it stands for; as it is if some of it stands for none."""
+    decimal, scaled, unit = spec.decimal, spec.scaled, spec.unit
+    if spec.moment:
+        undated = len(moments.odd(column, spec.moment))
+        return column if undated else moments.read(column, spec.moment)
+    if decimal is None:
+        texts = notation.texts(column)
+        plain = texts.cast(pl.Float64, strict=False)
+        if plain.null_count() == texts.null_count():
+            return plain
+    if decimal is None or len(notation.odd(column, decimal, scaled, unit)):
+        spelled = notation.find(column)
+        if spelled is None or not spelled.decimal or spelled.unit not in ("", unit):
+            return column
+        decimal, scaled = spelled.decimal, spelled.scaled
+    return notation.read(column, decimal, scaled, unit)
+
+
+def is_amount(column: pl.Series) -> bool:
+    """Whether a column has numbers, dates or times, the latter perhaps as text."""
+    if column.dtype != pl.String:
+        return column.dtype.is_numeric() or column.dtype.is_temporal()
+    return bool(column.drop_nulls().str.contains(_DATE).all()) and column.null_count() < len(column)
+
+
+def as_typed(name: str, treatment: str) -> str:
+    """The option `--numeric` of a column, as one types it."""
+    return f"--numeric {shlex.quote(f'{name}={treatment}')}"

@@ -1,0 +1,207 @@
+"""Hours, weekdays and months of moments as fields of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from amtl.data.calendar import called, column_of, parts
+from amtl.data.registry import Source
+from amtl.errors import UserError
+from amtl.run.config import TrainConfig
+from amtl.run.folders import load_run
+from amtl.run.training import prepare, start
+from amtl.settings import make_config
+
+DAY = 86_400
+FIRST = 1_704_067_200
+"""2024-01-01, a Monday."""
+
+
+def moments(days: int = 60, rows: int = 2000) -> pl.Series:
+    """Seconds of some days, in no order."""
+    seconds = FIRST + np.random.default_rng(0).integers(0, days * DAY, rows)
+    return pl.Series("when", seconds * 10**6).cast(pl.Datetime("us"))
+
+
+def labels(rate: pl.Series, seed: int = 1) -> np.ndarray:
+    drawn = np.random.default_rng(seed).random(len(rate)) < rate.cast(pl.Float64).to_numpy()
+    return drawn.astype(np.float64)
+
+
+def found(when: pl.Series, y: np.ndarray, **more: object) -> list[str]:
+    frame = pl.DataFrame([when.rename("when"), pl.Series("x", np.arange(len(when)))])
+    return [field.name for field in parts(frame, y, **more)]  # type: ignore[arg-type]
+
+
+def by_hour(when: pl.Series) -> np.ndarray:
+    return labels(0.2 + 0.3 * (when.dt.hour() >= 18))
+
+
+WRITTEN: dict[str, Callable[[pl.Series], pl.Series]] = {
+    "datetime": lambda when: when,
+    "milliseconds": lambda when: when.cast(pl.Datetime("ms")),
+    "zone": lambda when: when.dt.replace_time_zone("Asia/Tokyo"),
+    "seconds": lambda when: when.dt.epoch("s"),
+    "seconds, some 0": lambda when: when.dt.epoch("s").scatter(range(0, 2000, 50), 0),
+    "microseconds as floats": lambda when: when.dt.epoch("us").cast(pl.Float64),
+    "ISO": lambda when: when.dt.to_string("%Y-%m-%dT%H:%M:%S"),
+    "German": lambda when: when.dt.to_string("%d.%m.%Y %H:%M"),
+    "a log's": lambda when: when.dt.to_string("%d/%b/%Y:%H:%M:%S +0000"),
+    "categories": lambda when: when.dt.to_string("%Y-%m-%d %H:%M").cast(pl.Categorical),
+    "YYYYMMDDHH": lambda when: when.dt.to_string("%Y%m%d%H").cast(pl.Int64),
+    "YYMMDDHH": lambda when: when.dt.to_string("%y%m%d%H").cast(pl.Int64),
+    "YYYYMMDDHHMM, some missing": lambda when: (
+        when.dt.to_string("%Y%m%d%H%M").cast(pl.Float64).scatter(range(0, 2000, 50), None)
+    ),
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_an_hour_that_labels_follow_is_found_however_it_is_written(written: str) -> None:
+    when = moments()
+    column = WRITTEN[written](when)
+    frame = pl.DataFrame([column.rename("when")])
+    (field,) = parts(frame, by_hour(when))
+    assert (field.name, field.part, field.column) == ("when.hour", "hour", "when")
+    assert "--drop when.hour" in field.note
+    hours, there = column_of(frame, field), column.is_not_null().to_numpy().copy()
+    if "some" in written:
+        there[::50] = False
+    assert hours.filter(pl.Series(there)).equals(
+        when.dt.hour().filter(pl.Series(there)).rename("when.hour")
+    )
+    assert not hours.filter(pl.Series(~there)).count()
+    # Few rows to score, in whatever form they come.
+    assert column_of(frame[1:2], field).to_list() == [when.dt.hour()[1]]
+    scored = column_of(pl.DataFrame([when]), field)
+    assert written == "datetime" or scored.equals(when.dt.hour().rename("when.hour"))
+
+
+def test_a_moment_is_read_in_another_notation_than_training_had() -> None:
+    when = moments()
+    for trained in WRITTEN.values():
+        (field,) = parts(pl.DataFrame([trained(when).rename("when")]), by_hour(when))
+        for scored in (WRITTEN["seconds"], WRITTEN["datetime"], WRITTEN["microseconds as floats"]):
+            hours = column_of(pl.DataFrame([scored(when).rename("when")]), field)
+            assert hours.equals(when.dt.hour().rename("when.hour"))
+
+
+def test_weekdays_and_months_come_again_after_weeks_and_years() -> None:
+    when = moments(days=2000, rows=20_000)
+    assert found(when, labels(0.2 + 0.3 * (when.dt.weekday() >= 6))) == ["when.weekday"]
+    # A month of five years has its own days.
+    assert "when.month" in found(when, labels(0.2 + 0.3 * (when.dt.month() >= 11)))
+    days = when.dt.date()
+    assert found(days, labels(0.2 + 0.3 * (when.dt.weekday() >= 6))) == ["when.weekday"]
+    assert found(days.dt.to_string("%Y%m%d").cast(pl.Int64), labels(0.5 * (when.dt.weekday() >= 6)))
+
+
+def test_nothing_is_made_of_what_does_not_come_again() -> None:
+    when = moments()
+    chance = labels(pl.Series([0.3]).new_from_index(0, len(when)))
+    assert found(when, chance) == []
+    trend = (when.dt.epoch("s") - FIRST) / (60 * DAY)
+    assert found(when, labels(0.1 + 0.8 * trend)) == []
+    # A campaign of an evening is many labels, and one day.
+    once = (when.dt.date() == when.dt.date()[0]) & (when.dt.hour() >= 12)
+    assert found(when, labels(0.1 + 0.9 * once)) == []
+    few = moments(days=3)
+    assert found(few, by_hour(few)) == []
+    assert found(moments(days=4), by_hour(moments(days=4))) == ["when.hour"]
+
+
+def test_only_rows_that_train_are_asked() -> None:
+    when = moments()
+    y = by_hour(when)
+    later = (when.dt.epoch("s") > FIRST + 3 * DAY).to_numpy()
+    assert found(when, np.where(later, np.nan, y)) == []
+    assert found(when, np.where(~later, np.nan, y)) == ["when.hour"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        np.random.default_rng(0).integers(0, 2**40, 2000),
+        np.random.default_rng(0).integers(10**7, 10**8, 2000),
+        np.random.default_rng(0).integers(0, 3_000_000_000, 2000),
+        [f"{i % 24}:{i % 60:02}" for i in range(2000)],
+        ["a 1 b"] * 2000,
+        [None] * 2000,
+        [[1]] * 2000,
+        [float("nan")] * 2000,
+    ],
+)
+def test_what_is_no_moment_is_passed_over(column: object) -> None:
+    frame = pl.DataFrame({"when": column})
+    assert parts(frame, by_hour(moments())) == []
+    with pytest.raises(UserError, match=r"--fields when.hour: column 'when' .* has no dates"):
+        called(frame, "when.hour")
+    assert called(frame, "when") is called(frame, "what.hour") is called(frame, "when.day") is None
+
+
+def shop(**more: pl.Series) -> pl.DataFrame:
+    when = moments()
+    user = pl.Series("user", np.random.default_rng(2).integers(0, 50, len(when)))
+    return pl.DataFrame([when, user, pl.Series("y", by_hour(when))]).with_columns(**more)
+
+
+def prepared(frame: pl.DataFrame, **more: object) -> dict[str, str]:
+    source = Source("shop", frame)
+    names = {"fields": [], "drop": [], "numeric": {}, "options": [], "laws": {}, "method": "amtl"}
+    config = make_config(source, {}, label="y", **{**names, "options": {}, **more})
+    encoder = prepare(config, source).encoder
+    return {field.name: field.kind for field in encoder.decisions}
+
+
+def test_runs_have_them_unless_told_otherwise() -> None:
+    frame = shop()
+    plain = {"when": "bucket", "user": "categorical", "when.hour": "categorical"}
+    assert prepared(frame) == plain
+    assert "when.hour" not in prepared(frame, drop=["when.hour"])
+    assert prepared(frame, drop=["when"]) == {"user": "categorical"}
+    assert "when.hour" not in prepared(frame, numeric={"when": "standardise"})
+    assert prepared(frame, fields=["user", "when"]) == {"user": "categorical", "when": "bucket"}
+    named = prepared(frame, fields=["user", "when.weekday"])
+    assert named == {"user": "categorical", "when.weekday": "categorical"}
+    with pytest.raises(UserError, match="no column"):
+        prepared(frame, fields=["when.hour"], drop=["when.hour"])
+    with pytest.raises(UserError, match=r"when\.days"):
+        prepared(frame, drop=["when.days"])
+
+
+def test_a_split_by_time_leaves_its_hours() -> None:
+    assert prepared(shop(), split="order:when") == {
+        "user": "categorical",
+        "when.hour": "categorical",
+    }
+
+
+def test_hours_that_a_column_has_already_are_not_made_again() -> None:
+    hour = moments().dt.hour()
+    assert "when.hour" not in prepared(shop(hour=hour))
+    assert "when.hour" not in prepared(shop(at=(hour.cast(pl.Int64) + 7) % 24))
+    own = shop().rename({"user": "when.hour"})
+    assert prepared(own)["when.hour"] == "categorical"
+
+
+def test_a_run_reads_them_again(tmp_path: Path) -> None:
+    frame = shop()
+    frame.write_parquet(tmp_path / "shop.parquet")
+    config = TrainConfig(
+        str(tmp_path / "shop.parquet"), "y", split="order:when", race=False, epochs=8, batch_size=64
+    )
+    start(config, tmp_path / "run").run()
+    trained = load_run(tmp_path / "run")
+    assert trained.encoder.columns == ["user", "when"]
+    scores = trained.probabilities(frame)
+    seconds = frame.with_columns(when=frame["when"].dt.epoch("ms"))
+    assert torch.equal(trained.probabilities(seconds), scores)
+    evening = (frame["when"].dt.hour() >= 18).to_torch()
+    assert scores[evening].mean() > scores[~evening].mean() + 0.15
+    with pytest.raises(UserError, match="when"):
+        trained.probabilities(frame.drop("when"))
