@@ -90,7 +90,7 @@ def test_gradients_are_those_of_a_lookup_of_all_rows(read, bits):
 def test_one_reading_is_made_once_for_either_mode(monkeypatch):
     layer, made = frozen(), []
     real = layer._all_rows
-    monkeypatch.setattr(layer, "_all_rows", lambda: made.append(0) or real())
+    monkeypatch.setattr(layer, "_all_rows", lambda rows: made.append(0) or real(rows))
     weight = layer.weight
     assert weight.shape == (ROWS, DIM) and weight.size(1) == DIM and len(weight) == ROWS
     assert (weight.dtype, weight.device, weight.ndim) == (torch.float32, layer.device, 2)
@@ -102,6 +102,68 @@ def test_one_reading_is_made_once_for_either_mode(monkeypatch):
     assert layer.weight.sum().requires_grad and len(made) == 3
     layer.requires_grad_(False)
     assert not layer.weight.requires_grad and not layer.weight.sum().requires_grad
+
+
+IDS = torch.tensor([[3, 3], [1, 39]])
+PICKS = {
+    "indices": lambda w: w[IDS],
+    "int32": lambda w: w[IDS.int()],
+    "below zero": lambda w: w[-1 - IDS],
+    "no indices": lambda w: w[IDS[:0]],
+    "a number": lambda w: w[-2],
+    "a scalar": lambda w: w[torch.tensor(7)],
+    "a slice": lambda w: w[2:30:3],
+    "half open": lambda w: w[-5:],
+    "a mask": lambda w: w[torch.arange(ROWS) % 3 == 0],
+    "embedding": lambda w: F.embedding(IDS, w),
+    "index_select": lambda w: w.index_select(0, IDS[0]),
+    "torch.index_select": lambda w: torch.index_select(w, -2, IDS[1].int()),
+}
+OTHERS = {
+    "columns": lambda w: w[:, 2],
+    "rows and columns": lambda w: w[IDS, 1],
+    "a list": lambda w: w[[1, 2]],
+    "a new axis": lambda w: w[None],
+    "an ellipsis": lambda w: w[..., 0],
+    "a full mask": lambda w: w[torch.arange(ROWS * DIM).view(ROWS, DIM) % 5 == 0],
+    "columns by index": lambda w: w.index_select(1, IDS[0]),
+    "padding": lambda w: F.embedding(IDS, w, padding_idx=3),
+    "scaled": lambda w: F.embedding(IDS, w, None, None, 2.0, True),
+    "bytes": lambda w: w[torch.ones(ROWS, dtype=torch.uint8)],
+}
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("pick", [*PICKS, *OTHERS])
+def test_rows_that_are_picked_are_looked_up_and_no_others(pick, bits, monkeypatch):
+    layer, looked_up = frozen(bits=bits, budget=0.3), []
+    of = {**PICKS, **OTHERS}[pick]
+    dense = layer.dense_weight().requires_grad_()
+    expected = of(dense)
+    real = layer._embed
+    monkeypatch.setattr(layer, "_embed", lambda ids: looked_up.append(ids.numel()) or real(ids))
+    found = of(layer.weight)
+    assert torch.equal(found, expected) and found.shape == expected.shape
+    assert looked_up == [expected.numel() // DIM if pick in PICKS else ROWS]
+    if found.numel():
+        found.square().sum().backward()
+        assert all(block.grad is not None for block in layer.blocks)
+    with torch.no_grad():
+        assert not of(layer.weight).requires_grad
+
+
+@pytest.mark.parametrize("bounds", ["raise", "clamp", "off"])
+def test_rows_that_are_not_there_are_an_error(bounds):
+    weight = frozen(bounds_check=bounds).weight
+    for pick in (
+        lambda: weight[torch.tensor([ROWS])],
+        lambda: weight[torch.tensor([-ROWS - 1])],
+        lambda: weight[ROWS],
+        lambda: F.embedding(torch.tensor([-1]), weight),
+        lambda: weight.index_select(0, torch.tensor([-1])),
+    ):
+        with pytest.raises(IndexError):
+            pick()
 
 
 def test_who_holds_it_sees_what_training_makes_of_it():

@@ -2,7 +2,8 @@
 
 Models that score every row, or propagate all of them through a graph, read the weight of an
 embedding in place of looking rows up. Of a frozen layer that is a lookup of all rows, gradients
-included. Nobody can write to it: what is stored is less than it shows.
+included; who picks rows, as by `weight[ids]` or `F.embedding(ids, weight)`, has those looked up.
+Nobody can write to it: what is stored is less than it shows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,6 +36,10 @@ _IS_LEAF = cast(Any, Tensor.is_leaf).__get__
 _OPERATORS = "add,sub,mul,truediv,floordiv,mod,pow,matmul,and,or,xor,lshift,rshift"
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split(","))}
 
+_PICKED = {F.embedding: (1, 0), torch.index_select: (0, 2), Tensor.index_select: (0, 2)}
+"""Where the rows and the indices are among the arguments."""
+_NUMBERS = (torch.int64, torch.int32)
+
 _DATA, _GRAD = cast(Any, Tensor.data), cast(Any, Tensor.grad)
 _REQUIRES_GRAD = cast(Any, Tensor.requires_grad)
 _DETACHED = {_DATA.__get__, Tensor.detach, torch.detach}
@@ -49,12 +55,13 @@ class ShownRows(Tensor):
     """All rows of a frozen layer, [N, D]; what is computed of it is a plain tensor.
 
     Attributes:
-        make: gives the rows, with gradients where those are on.
+        make: gives the rows at indices of any shape, with gradients where those are on; all rows
+            for None.
         refuse: raises what to do in place of writing to it.
         trains: whether the rows have gradients.
     """
 
-    make: Callable[[], Tensor]
+    make: Callable[[Tensor | None], Tensor]
     refuse: Callable[[], None]
     trains: bool
 
@@ -62,7 +69,7 @@ class ShownRows(Tensor):
     def of(
         shape: tuple[int, int],
         like: Tensor,
-        make: Callable[[], Tensor],
+        make: Callable[[Tensor | None], Tensor],
         refuse: Callable[[], None],
         trains: bool,
     ) -> ShownRows:
@@ -102,6 +109,9 @@ class ShownRows(Tensor):
                 shape: Any = tuple(first.shape)
                 make = torch.no_grad()(first.make)
                 return ShownRows.of(shape, first, make, first.refuse, False)
+            picked = _picked(func, args, kwargs)
+            if picked is not None:
+                return picked
             made: dict[int, Tensor] = {}
             return func(*_read(args, made), **_read(kwargs, made))
 
@@ -115,6 +125,45 @@ class ShownRows(Tensor):
         )
 
 
+def _picked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Some of the rows, looked up; None where a function picks none, or in a way of its own."""
+    if func is Tensor.__getitem__:
+        rows, index = args
+        if not isinstance(rows, ShownRows):
+            return None
+        return _at(rows, index)
+    # `F.embedding` hands on all of its arguments, those of the norm and of gradients by name.
+    wishes = [kwargs[name] for name in kwargs if name != "norm_type"]
+    plain = all(wish is None or wish is False for wish in wishes)
+    if func not in _PICKED or not plain or len(args) != (2 if func is F.embedding else 3):
+        return None
+    at, indices = _PICKED[func]
+    rows, index = args[at], args[indices]
+    if not isinstance(rows, ShownRows) or type(index) is not Tensor:
+        return None
+    if index.dtype not in _NUMBERS or index.device != rows.device:
+        return None
+    if func is F.embedding:
+        return rows.make(index)
+    return rows.make(index) if args[1] in (0, -2) and index.dim() == 1 else None
+
+
+def _at(rows: ShownRows, index: Any) -> Tensor | None:
+    """Rows at an index: a number, a slice, or a tensor of numbers or of one boolean a row."""
+    count, device = rows.shape[0], rows.device
+    if type(index) is int and -count <= index < count:
+        return rows.make(torch.tensor([index % count], device=device))[0]
+    if type(index) is slice:
+        return rows.make(torch.arange(count, device=device)[index])
+    if type(index) is not Tensor or index.device != device:
+        return None
+    if index.dtype == torch.bool and index.shape == (count,):
+        return rows.make(index.nonzero().squeeze(1))
+    if index.dtype not in _NUMBERS:
+        return None
+    return rows.make(torch.where(index < 0, index + count, index))
+
+
 def _read(value: Any, made: dict[int, Tensor]) -> Any:
     """A value with the rows in place of all that shows them.
 
@@ -122,7 +171,7 @@ def _read(value: Any, made: dict[int, Tensor]) -> Any:
     """
     if isinstance(value, ShownRows):
         if id(value) not in made:
-            made[id(value)] = value.make()
+            made[id(value)] = value.make(None)
         return made[id(value)]
     if isinstance(value, dict):
         return {key: _read(each, made) for key, each in value.items()}
