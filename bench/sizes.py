@@ -34,10 +34,11 @@ from amtl.run.comparison import scored, train_with_teacher
 from amtl.run.config import TrainConfig
 from amtl.run.contest import regularised
 from amtl.run.learner import Learner, Task
+from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import Trials
 from amtl.run.teaching import Teacher
-from amtl.run.training import Trainer, prepare
+from amtl.run.training import Trainer
 
 from bench import dropin
 from bench.files import write_aside

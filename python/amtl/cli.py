@@ -209,7 +209,8 @@ def train(
     from amtl.data.splits import split_note
     from amtl.run.display import print_plan
     from amtl.run.folders import holds_run
-    from amtl.run.training import Trainer, prepare, start
+    from amtl.run.preparation import prepare
+    from amtl.run.training import Trainer, start
 
     seconds = settings.parse_seconds("--time-limit", time_limit)
     if resume:

@@ -70,7 +70,7 @@ def make_config(
     config = untried(TrainConfig(data=source.name, label=label, table_options=options, **settings))
     if drop:
         from amtl.data import calendar
-        from amtl.run.training import default_fields
+        from amtl.run.preparation import default_fields
 
         columns = source.frame.columns
         require_columns(

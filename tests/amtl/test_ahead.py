@@ -21,9 +21,10 @@ from amtl.run.ahead import MOST, Ahead, side_by_side
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.model import predict
+from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import Trials, best_record
-from amtl.run.training import Interrupted, prepare, start
+from amtl.run.training import Interrupted, start
 
 ROWS = 3000
 

@@ -14,7 +14,8 @@ from amtl.data.registry import Source
 from amtl.errors import UserError
 from amtl.run.config import TrainConfig
 from amtl.run.folders import load_run
-from amtl.run.training import prepare, start
+from amtl.run.preparation import prepare
+from amtl.run.training import start
 from amtl.settings import make_config
 
 DAY = 86_400

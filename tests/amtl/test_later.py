@@ -8,7 +8,7 @@ import pytest
 from amtl.data.fields import infer_fields
 from amtl.data.registry import Source
 from amtl.run.config import TrainConfig
-from amtl.run.training import prepare
+from amtl.run.preparation import prepare
 
 ROWS = 6000
 

@@ -14,7 +14,7 @@ from amtl.integrations import deepctr, fuxictr
 from amtl.layer.budget import fit_shift
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
-from amtl.run.training import prepare
+from amtl.run.preparation import prepare
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

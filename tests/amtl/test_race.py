@@ -23,6 +23,7 @@ from amtl.run.folders import load_run
 from amtl.run.learner import Learner
 from amtl.run.metrics import score_error
 from amtl.run.model import field_evidence
+from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import (
     CAPACITY_BITS,
@@ -35,7 +36,7 @@ from amtl.run.race import (
     race,
 )
 from amtl.run.teaching import Teacher
-from amtl.run.training import Interrupted, prepare, start
+from amtl.run.training import Interrupted, start
 from rich.console import Console
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -231,7 +232,7 @@ def test_laps_of_a_long_epoch_take_its_place(source, task, monkeypatch):
 
 def test_of_a_large_validation_split_a_part_is_looked_at(source, monkeypatch):
     whole = prepare(settings(split="order:noise"), source)
-    monkeypatch.setattr("amtl.run.training.VALIDATED", 100)
+    monkeypatch.setattr("amtl.run.preparation.VALIDATED", 100)
     part, again = (prepare(settings(split="order:noise"), source) for _ in range(2))
     assert len(whole.val) == 300 and len(part.val) == len(again.val) == 100
     assert torch.equal(part.val.rows, again.val.rows)

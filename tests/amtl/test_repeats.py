@@ -6,7 +6,7 @@ import pytest
 from amtl.data.fields import infer_fields
 from amtl.data.repeats import without_repeats
 from amtl.run.config import TrainConfig
-from amtl.run.training import prepare
+from amtl.run.preparation import prepare
 
 pytest.importorskip("sklearn")
 

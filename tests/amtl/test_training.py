@@ -17,9 +17,10 @@ from amtl.run import methods
 from amtl.run.config import OWN, TrainConfig
 from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.learner import Learner
+from amtl.run.preparation import prepare
 from amtl.run.progress import Bars, Silent
 from amtl.run.trained import size_table
-from amtl.run.training import Interrupted, prepare, start
+from amtl.run.training import Interrupted, start
 from amtl.store.files import read_json
 from rich.console import Console
 

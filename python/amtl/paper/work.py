@@ -37,11 +37,12 @@ from amtl.run.contest import regularised, run_to_end
 from amtl.run.learner import Learner, Task
 from amtl.run.metrics import auc
 from amtl.run.model import predict
+from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import Trials, best_record, is_open
 from amtl.run.searching import is_search, search
 from amtl.run.teaching import Teacher
-from amtl.run.training import Trainer, prepare
+from amtl.run.training import Trainer
 
 TUNING_SEED = 0
 FIRST_SEED = 10

@@ -19,10 +19,11 @@ from amtl.run.config import TrainConfig
 from amtl.run.folders import load_run, pack_run
 from amtl.run.learner import Learner
 from amtl.run.model import predict
+from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import Trials
 from amtl.run.searching import SearchLearner, search
-from amtl.run.training import Interrupted, prepare, start
+from amtl.run.training import Interrupted, start
 
 ROWS = 1500
 

@@ -1,0 +1,137 @@
+"""From a run's settings to its data: read, split, encoded, and what they are too few for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from amtl.data import calendar
+from amtl.data.encoding import Encoder
+from amtl.data.fields import infer_fields
+from amtl.data.labels import labelled
+from amtl.data.later import for_later_rows
+from amtl.data.ordered import Floats
+from amtl.data.registry import Source, load_source
+from amtl.data.repeats import without_repeats
+from amtl.data.splits import split_column, split_rows
+from amtl.errors import UserError
+from amtl.run.config import TrainConfig
+from amtl.run.learner import Task
+from amtl.run.metrics import FEW, one_class, rarer
+
+VALIDATED = 2**18
+"""Rows at most of the validation split, which is looked at dozens of times: always the same ones,
+so that what differs between models is told far better than the AUC itself."""
+
+
+def prepare(
+    config: TrainConfig, source: Source | None = None, encoder: Encoder | None = None
+) -> Task:
+    """Loads, splits and encodes the data of a run.
+
+    Args:
+        config: which data and how.
+        source: the data if already loaded.
+        encoder: reuse this one instead of fitting one on the training split.
+
+    Raises:
+        UserError: the data do not suit the settings, or are not those that `encoder` was fitted on.
+    """
+    source = source or load_source(config.data)
+    frame, labels = labelled(source.frame, config.labelling)
+    parts = split_rows(frame, config.split, config.split_seed)
+    parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
+    _require_both(labels, parts)
+    if encoder is None:
+        names = config.fields or default_fields(frame, config, source)
+        called = {name: calendar.called(frame, name) for name in names}
+        names = [name for name in names if called[name] is None]
+        numeric = {**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric}
+        known, told = _training_labels(labels, parts[0]), {*numeric, *config.separators}
+        specs = infer_fields(
+            frame,
+            names,
+            numeric=numeric,
+            default_numeric=config.default_numeric,
+            values=config.values,
+            separators=config.separators,
+            labels=known,
+            marks=source.marks,
+        )
+        if config.split != "random":
+            validate, kind = parts[1].numpy(), config.default_numeric
+            specs = for_later_rows(frame, specs, known, validate, told=told, default_numeric=kind)
+        specs += [spec for spec in called.values() if spec]
+        if not (config.fields or source.fields):
+            skip = {config.label, *told, *config.drop}
+            specs += calendar.parts(frame, known, skip)
+        specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
+        encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
+        encoder.note_labels(labels)
+    encoder.require_labels(labels, config.data)
+    whole = encoder.transform(frame, labels)
+    return Task(encoder, *(encoder.part(whole, rows) for rows in parts))
+
+
+def _training_labels(labels: Tensor, rows: Tensor) -> Floats:
+    """The labels of the rows that train, NaN for the others."""
+    known = np.full(len(labels), np.nan)
+    known[rows.numpy()] = (labels[rows] > 0.5).numpy()
+    return known
+
+
+def _require_both(labels: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Refuse splits that an AUC cannot be of, before hours of training end in none."""
+    for name, rows in zip(("training", "validation"), parts, strict=False):
+        if told := one_class(**held(labels[rows])):
+            raise UserError(
+                f"the {name} split has {told} (of all {len(labels):,} rows "
+                f"{int((labels > 0.5).sum()):,} are positive): both are needed to learn and to "
+                "choose by; more data, or another --split or --split-seed"
+            )
+
+
+def held(labels: Tensor) -> dict[str, int]:
+    """Rows of a split, and positive ones among them."""
+    return {"rows": len(labels), "positive": int((labels > 0.5).sum())}
+
+
+def split_counts(task: Task) -> dict[str, int]:
+    """Rows of the splits, validation rows that are not looked at included."""
+    train, val, test = len(task.train), len(task.val), len(task.test)
+    if task.encoder.labels is not None:
+        val = task.encoder.labels[0] - train - test
+    return {"train": train, "val": val, "test": test}
+
+
+def scarce(held_out: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """What the rows that models are validated and tested on are too few for."""
+    few = []
+    for name, held in held_out.items():
+        split = {"val": "validation"}.get(name, name)
+        if told := one_class(**held):
+            yield f"the {split} split has {told}, so there will be no AUC; try another --split"
+            continue
+        count, words = rarer(**held)
+        if count < FEW:
+            few.append(f"{words} of {held['rows']:,} in {split}")
+    if few:
+        yield f"only {', '.join(few)}: differences between models mean little on so few"
+
+
+def _validated(rows: Tensor, seed: int) -> Tensor:
+    """What of the validation split is looked at: all of it, or as many as tell enough."""
+    if len(rows) <= VALIDATED:
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[:VALIDATED]]
+
+
+def default_fields(frame: pl.DataFrame, config: TrainConfig, source: Source) -> list[str]:
+    """The fields used if none are named: the set's own or all, but label and split column."""
+    skip = {config.label, split_column(config.split), *config.drop}
+    return [name for name in source.fields or frame.columns if name not in skip]
