@@ -349,7 +349,7 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
     stop = failures.Stopper(console)
     trainer = make(stop, Bars(console))
     if fresh:
-        print_decisions(console, trainer.task.encoder.decisions)
+        print_decisions(console, trainer.task.encoder.decisions, trainer.task.notes)
     with stop:
         try:
             metrics: dict[str, Any] = trainer.run()

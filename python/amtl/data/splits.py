@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from amtl.data import moments
+from amtl.data.copies import together
 from amtl.data.readers import listed
 from amtl.errors import UserError, brief
 
@@ -45,7 +48,9 @@ def names_parts(values: Iterable[object]) -> bool:
     return None not in parts and {0, 2} <= parts
 
 
-def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def split_rows(
+    frame: pl.DataFrame, how: str, seed: int = 0, same: NDArray[np.int64] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row numbers of the training, validation and test parts.
 
     Args:
@@ -57,6 +62,7 @@ def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Te
             `"column:COLUMN"` (it names the part of each row: train, valid, test; without valid a
             tenth of the training rows, drawn by `seed`, validates).
         seed: of what is drawn.
+        same: which rows are copies, see `amtl.data.copies`: `"random"` leaves them in one part.
 
     Returns:
         Three int64 tensors.
@@ -84,6 +90,10 @@ def split_rows(frame: pl.DataFrame, how: str, seed: int = 0) -> tuple[Tensor, Te
         ordered = keys.sort("key", maintain_order=True)["row"]
         order = torch.from_numpy(ordered.to_numpy().astype("int64"))
     first, second = n * 8 // 10, n * 9 // 10
+    if how == "random" and same is not None:
+        order, starts = together(order, same)
+        ends = torch.cat([starts, torch.tensor([n])])
+        first, second = ends[torch.searchsorted(ends, torch.tensor([first, second]))].tolist()
     return order[:first], order[first:second], order[second:]
 
 

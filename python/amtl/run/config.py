@@ -98,6 +98,8 @@ class TrainConfig:
         min_count: values seen less often in training share the out-of-vocabulary row.
         split: `random`, `order:COLUMN` or `column:COLUMN`, see `amtl.data.splits.split_rows`.
         split_seed: of the random split, apart from `seed`, so that seeds share a test set.
+        copies_together: whether copies of a row stay in one part of the random split, see
+            `amtl.data.copies`.
         seed: of weights, batches and size noise.
         method: `amtl`, `rule`, `fixed` or a peer, see `amtl.run.methods`.
         dim: full embedding width D.
@@ -154,6 +156,7 @@ class TrainConfig:
     min_count: int = 1
     split: str = "random"
     split_seed: int = 0
+    copies_together: bool = True
     seed: int = 0
     method: str = "amtl"
     dim: int = 16
@@ -302,8 +305,8 @@ class TrainConfig:
         """The inverse of `to_dict`; settings unknown to this version are refused."""
         if "race" not in content:
             content = _of_version_1(content)
-        # Before there were bits, numbers had 32.
-        content = {"bits": "32", **content}
+        # Before there were bits, numbers had 32, and copies went anywhere.
+        content = {"bits": "32", "copies_together": False, **content}
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(content) - known)
         if unknown:

@@ -30,8 +30,12 @@ _TAKEN_AS = {
 }
 
 
-def print_decisions(console: Console, decisions: Sequence[FieldSpec]) -> None:
-    """How columns were taken, where that was guessed."""
+def print_decisions(
+    console: Console, decisions: Sequence[FieldSpec], notes: Sequence[str] = ()
+) -> None:
+    """What there is to say about the data, and how columns were taken, where that was guessed."""
+    for note in notes:
+        console.print(f"  {escape(note)}", highlight=False)
     guessed = [spec for spec in decisions if spec.note]
     if not guessed:
         return
@@ -70,7 +74,7 @@ def print_plan(console: Console, trainer: Trainer) -> None:
         number = f"{rows[spec.name]:,}" if spec.name in rows else "–"
         table.add_row(escape(spec.name), _taken_as(spec), number)
     console.print(table)
-    print_decisions(console, encoder.decisions)
+    print_decisions(console, encoder.decisions, task.notes)
     splits = {"training": task.train, "validation": task.val, "test": task.test}
     told = ", ".join(
         f"{name} {len(part):,} ({int((part.labels > 0.5).sum()):,} positive)"

@@ -58,12 +58,14 @@ class Task:
     Attributes:
         encoder: fitted on the training split.
         train, val, test: the three splits.
+        notes: what there is to say about the data.
     """
 
     encoder: Encoder
     train: EncodedData
     val: EncodedData
     test: EncodedData
+    notes: tuple[str, ...] = ()
 
 
 class Learner:

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from amtl.data import calendar
+from amtl.data.copies import copies, number_of
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
@@ -43,7 +45,8 @@ def prepare(
     """
     source = source or load_source(config.data)
     frame, labels = labelled(source.frame, config.labelling)
-    parts = split_rows(frame, config.split, config.split_seed)
+    same = copies_of(frame, labels, config)
+    parts = split_rows(frame, config.split, config.split_seed, same)
     parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
     _require_both(labels, parts)
     if encoder is None:
@@ -74,7 +77,21 @@ def prepare(
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
     whole = encoder.transform(frame, labels)
-    return Task(encoder, *(encoder.part(whole, rows) for rows in parts))
+    notes = []
+    if same is not None:
+        notes.append(
+            f"{number_of(same):,} rows are copies of others, the label included; the split has all "
+            "copies of a row in one part, for what was learnt by heart tests nothing"
+        )
+    train, val, test = (encoder.part(whole, rows) for rows in parts)
+    return Task(encoder, train, val, test, tuple(notes))
+
+
+def copies_of(frame: pl.DataFrame, labels: Tensor, config: TrainConfig) -> NDArray[np.int64] | None:
+    """Which rows a random split keeps together, see `amtl.data.copies.copies`."""
+    if config.split != "random" or not config.copies_together:
+        return None
+    return copies(frame, config.label, labels)
 
 
 def _training_labels(labels: Tensor, rows: Tensor) -> Floats:

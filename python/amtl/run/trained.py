@@ -21,6 +21,7 @@ from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, auc_error, log_loss
 from amtl.run.model import ClickModel, predict
+from amtl.run.preparation import copies_of
 
 _UNSEEN = 0.9
 """Share of unseen values from which on a column is taken to be written in another way."""
@@ -132,7 +133,8 @@ class Trained:
         config = self.config
         frame, labels = labelled(load_source(config.data).frame, config.labelling)
         self.encoder.require_labels(labels, config.data)
-        rows = split_rows(frame, config.split, config.split_seed)[2]
+        same = copies_of(frame, labels, config)
+        rows = split_rows(frame, config.split, config.split_seed, same)[2]
         return self.encoder.transform(frame[rows.numpy()], labels[rows])
 
     def evaluate(self, data: EncodedData) -> dict[str, Any]:
