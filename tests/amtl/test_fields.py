@@ -145,25 +145,27 @@ SPREAD = whole(np.random.default_rng(6).integers(0, 20_000, 30_000))
 RATES = 0.2 + 0.6 * SPREAD.to_numpy() / 20_000
 
 
-@pytest.mark.parametrize("held", ["integers", "floats", "unique"])
+@pytest.mark.parametrize("held", ["integers", "floats", "digits", "unique", "unique digits"])
 def test_labels_that_follow_the_order_make_numbers(held):
     column, rates = SPREAD, RATES
     if held == "floats":
         column = column.cast(pl.Float64)
-    elif held == "unique":
+    elif "unique" in held:
         # Spread over a range of 30 times as many.
         column = whole(np.random.default_rng(7).choice(600_000, 20_000, replace=False))
         rates = 0.2 + 0.6 * column.to_numpy() / 600_000
-    labels = clicks(rates)
+    labels, values = clicks(rates), column.to_numpy()
+    if "digits" in held:
+        column = column.cast(pl.String).str.zfill(7)
     before = spec(column).kind
-    assert before == ("unused" if held == "unique" else "categorical")
+    assert before == ("unused" if "unique" in held else "categorical")
     field = spec(column, labels=labels)
     assert field.kind == "bucket" and "near which labels are alike: a number" in field.note
     assert spec(column, labels=labels, default_numeric="standardise").kind == "standardise"
     assert spec(column, labels=labels, default_numeric="categorical").kind != "bucket"
     assert spec(column, labels=labels, numeric={"x": "categorical"}).kind == "categorical"
     # Rows that do not train have no say, nor has chance.
-    labels[column.to_numpy() % 97 > 0] = np.nan
+    labels[values % 97 > 0] = np.nan
     labels[np.flatnonzero(~np.isnan(labels))[40:]] = np.nan
     assert spec(column, labels=labels).kind == before
 

@@ -96,6 +96,8 @@ def infer_fields(
       them, and single values nothing at all. So are whole numbers
       held as floats then, and integers of which nearly every row has its own, if they are as
       sparse as said. Other integers of many values and few rows a value have a note.
+      Text of digits alone, such as codes of places with leading zeros, is a number where labels
+      say so, too.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
       more, and fewer than 2.5 a value. Of times of day and durations labels are asked beside that.
     - Columns with a single value in the rows that train, or of a type that has no ids, are left
@@ -326,17 +328,22 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         spec = _labels_say(spec, column, default_numeric, labels) or spec
         if not spec.note:
             spec = replace(spec, note=_integer_note(spec, column, default_numeric))
-    elif (
-        spec.kind == "categorical"
-        and default_numeric != "categorical"
-        and _is_scattered(column)
-        and _is_clock(column)
-    ):
-        number = _as_told(column, default_numeric, None)
-        times = numbers(column, number).fill_nan(None).cast(pl.Int64)
-        said = _labels_say(spec, times, default_numeric, labels, "times or durations")
-        spec = replace(number, note=said.note) if said else spec
+    elif default_numeric != "categorical" and _is_scattered(column):
+        what = "times or durations" if spec.kind == "categorical" and _is_clock(column) else ""
+        if what := what or _digits(column):
+            number = _as_told(column, default_numeric, None)
+            found = numbers(column, number).fill_nan(None).cast(pl.Int64)
+            said = _labels_say(spec, found, default_numeric, labels, what)
+            spec = replace(number, note=said.note) if said else spec
     return spec
+
+
+def _digits(column: pl.Series) -> str:
+    """What text is that has digits alone, as codes of places; empty for other columns."""
+    if column.dtype not in TEXT:
+        return ""
+    texts = column.cast(pl.String).drop_nulls()
+    return "digits" if texts.str.contains(r"^\d{1,15}$").all() else ""
 
 
 def _is_clock(column: pl.Series) -> bool:
