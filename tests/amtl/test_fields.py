@@ -170,6 +170,44 @@ def test_labels_that_follow_the_order_make_numbers(held):
     assert spec(column, labels=labels).kind == before
 
 
+CITIES = np.array(["köln", "bonn", "ulm", "jena"])
+
+
+def cities(told_apart=0.0):
+    """Cities in several spellings, and labels that follow them, or their spelling, too."""
+    rng = np.random.default_rng(3)
+    city, way = rng.integers(0, 4, 4000), rng.integers(0, 3, 4000)
+    ways = (str.upper, str.title, lambda text: f" {text} ")
+    texts = [ways[w](text) for text, w in zip(CITIES[city], way, strict=True)]
+    return pl.Series("x", texts), clicks(0.1 + 0.15 * city + told_apart * (way == 0))
+
+
+def test_spellings_that_tell_nothing_are_one_value():
+    column, labels = cities()
+    field = spec(column, labels=labels)
+    assert field.folded and "12 texts are 4 but for case and spaces" in field.note
+    encoder = Encoder.fit(column.to_frame(), [field])
+    assert encoder.field_sizes == [5]
+    again = Encoder.from_tensors(*encoder.to_tensors())
+    scored = pl.DataFrame({"x": ["KöLN", "köln ", "Köln", "bern"]})
+    rows = again.transform(scored).rows[:, 0].tolist()
+    assert len(set(rows[:3])) == 1 and rows[3] != rows[0]
+    assert again.transform(scored.cast(pl.Categorical)).rows[:, 0].tolist() == rows
+    assert not spec(column).folded
+    assert not spec(column, labels=labels, numeric={"x": "categorical"}).folded
+
+
+def test_spellings_that_labels_tell_apart_are_values_of_their_own():
+    column, labels = cities(told_apart=0.2)
+    field = spec(column, labels=labels)
+    assert not field.folded and not field.note
+    # Ids of mixed case are hardly ever the same but for that.
+    rng = np.random.default_rng(4)
+    letters = np.array(list("abcdefghABCDEFGH"))
+    ids = pl.Series("x", ["".join(letters[rng.integers(0, 16, 8)]) for _ in range(500)] * 4)
+    assert not spec(ids, labels=clicks(np.full(2000, 0.3))).folded
+
+
 @pytest.mark.parametrize(("values", "rows", "kind"), [(1440, 30_000, "bucket"), (200, 30_000, "")])
 def test_hundreds_of_values_of_some_rows_may_be_numbers(values, rows, kind):
     """A minute of the day is no id where labels rise and fall with it."""

@@ -54,8 +54,10 @@ _MOSTLY = 0.9
 
 
 def column_of(frame: pl.DataFrame, spec: FieldSpec) -> pl.Series:
-    """The column of a field, taken from what it is a part of if it is one of a moment."""
+    """The column of a field: as it is, with one spelling of a text, or a part of moments."""
     column = frame[spec.column]
+    if spec.folded and column.dtype in TEXT:
+        return fold(column)
     if not spec.part:
         return column
     when = _moments(column, spec.moment)
@@ -96,6 +98,11 @@ def parts(frame: pl.DataFrame, labels: Floats, skip: Collection[str] = ()) -> li
                 note += f"--drop {shlex.quote(field)} leaves it out"
                 found.append(FieldSpec(field, moment=form or None, part=part, of=name, note=note))
     return found
+
+
+def fold(column: pl.Series) -> pl.Series:
+    """Text in small letters, without spaces around."""
+    return column.cast(pl.String).str.strip_chars().str.to_lowercase()
 
 
 def called(frame: pl.DataFrame, name: str) -> FieldSpec | None:

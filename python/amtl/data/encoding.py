@@ -496,7 +496,7 @@ class Encoder:
 
 def _stored(spec: FieldSpec) -> dict[str, Any]:
     """A field for a file, which readers that know less open unless it has what they lack."""
-    later = ("decimal", "scaled", "unit", "moment", "value", "part", "of", "marks")
+    later = ("decimal", "scaled", "unit", "moment", "value", "part", "of", "folded", "marks")
     return {key: value for key, value in asdict(spec).items() if key not in later or value}
 
 

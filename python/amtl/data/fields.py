@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from amtl.data import moments, nested, notation
+from amtl.data import calendar, moments, nested, notation
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
 from amtl.data.specs import TEXT, TREATMENTS, FieldSpec, as_typed, is_amount, numbers
@@ -57,6 +57,8 @@ _LARGEST_ID = 2.0**64
 """Beyond that, every float is a whole number, and none an id of those 64 bits that others keep."""
 _LARGEST_AMOUNT = 10**8
 """Whole numbers further from zero do not count: they are hashes, or moments."""
+_ONE_SPELLING = 0.9
+"""Share of distinct texts that differ in more than case and spaces, from which on they stay."""
 _FEW_VALUES = 10
 """Up to so many say all by their embeddings."""
 
@@ -98,6 +100,8 @@ def infer_fields(
       sparse as said. Other integers of many values and few rows a value have a note.
       Text of digits alone, such as codes of places with leading zeros, is a number where labels
       say so, too.
+    - Texts that differ in case and spaces around them alone are one value, if those are a tenth of
+      a column's values and labels do not tell them apart.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
       more, and fewer than 2.5 a value. Of times of day and durations labels are asked beside that.
     - Columns with a single value in the rows that train, or of a type that has no ids, are left
@@ -335,7 +339,22 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             found = numbers(column, number).fill_nan(None).cast(pl.Int64)
             said = _labels_say(spec, found, default_numeric, labels, what)
             spec = replace(number, note=said.note) if said else spec
+    if dtype in TEXT and spec.kind == "categorical" and not spec.note and labels is not None:
+        spec = _in_one_spelling(spec, column, labels)
     return spec
+
+
+def _in_one_spelling(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec:
+    """With values that differ in case or spaces alone as one, unless labels tell them apart."""
+    texts = column.cast(pl.String)
+    values, one = _distinct(texts), calendar.fold(texts)
+    if _distinct(one) > _ONE_SPELLING * values or labels.tell_apart(texts, one):
+        return spec
+    note = (
+        f"{values:,} texts are {_distinct(one):,} but for case and spaces, which tell nothing of "
+    )
+    note += f"labels: one value each; {as_typed(spec.name, 'categorical')} keeps them apart"
+    return replace(spec, folded=True, note=note)
 
 
 def _digits(column: pl.Series) -> str:

@@ -90,6 +90,13 @@ class Labels:
             self._said[column.name] = told(column, self._labels) or _NOTHING
         return self._said[column.name]
 
+    def tell_apart(self, values: pl.Series, groups: pl.Series) -> bool:
+        """Whether values tell anything of labels beside the groups that they are in."""
+        value, group = (
+            each.cast(pl.Categorical).to_physical().cast(pl.Float64) for each in (values, groups)
+        )
+        return _apart(value.to_numpy(), group.to_numpy(), self._labels)
+
     def want_finer(self, column: pl.Series, buckets: int, parts: int) -> bool:
         """Whether so many parts of a column of numbers tell much more of labels than buckets do."""
         said = told(column, self._labels, buckets, parts)
@@ -153,6 +160,27 @@ def told(
     return Told(
         float(order.mean()), float(order.std()) / root, float(own.mean()), float(own.std()) / root
     )
+
+
+def _apart(value: Floats, group: Floats, labels: Floats) -> bool:
+    """Whether the rate of a value, drawn towards its group's, predicts rows held out better."""
+    known = ~np.isnan(labels) & np.isfinite(value) & np.isfinite(group)
+    y = labels[known]
+    if len(y) < _FOLDS:
+        return False
+    v, g = (np.unique(each[known], return_inverse=True)[1] for each in (value, group))
+    fold = np.random.default_rng(0).permutation(len(y)) % _FOLDS
+    gain = np.zeros((len(_PRIORS), len(y)))
+    for f in range(_FOLDS):
+        train, held = fold != f, fold == f
+        sums, rows = (each[g[held]] for each in _per_group(g, train, y, g.max() + 1))
+        near = (sums + _PRIOR * y[train].mean()) / (rows + _PRIOR)
+        sums, rows = (each[v[held]] for each in _per_group(v, train, y, v.max() + 1))
+        for i, prior in enumerate(_PRIORS):
+            rate = (sums + prior * near) / (rows + prior)
+            gain[i, held] = _likelihood(rate, y[held]) - _likelihood(near, y[held])
+    best = gain[gain.mean(1).argmax()]
+    return bool(best.mean() > _SURE * best.std() / len(best) ** 0.5)
 
 
 def _some(x: Floats) -> NDArray[np.intp]:

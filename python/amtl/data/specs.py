@@ -45,6 +45,7 @@ class FieldSpec:
         part: `hour`, `weekday` or `month` of the moments in the column `of`, where it is no column
             itself; see `amtl.data.calendar`.
         of: that column.
+        folded: whether texts that differ in their case, or spaces around them, are one value.
         marks: unusual texts that stand for missing numbers, as training had them.
         note: why, and how to have it otherwise; empty where nothing was guessed.
     """
@@ -60,6 +61,7 @@ class FieldSpec:
     value: bool = False
     part: str = ""
     of: str = ""
+    folded: bool = False
     marks: tuple[str, ...] = ()
     note: str = ""
 
