@@ -9,7 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from amtl.data.calendar import called, column_of, parts
+from amtl.data.calendar import called, parts
+from amtl.data.columns import column_of
 from amtl.data.registry import Source
 from amtl.errors import UserError
 from amtl.run.config import TrainConfig

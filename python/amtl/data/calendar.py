@@ -53,15 +53,18 @@ _MOSTLY = 0.9
 """Share of numbers that are times since 1970 from which the others are taken as missing."""
 
 
-def column_of(frame: pl.DataFrame, spec: FieldSpec) -> pl.Series:
-    """The column of a field: as it is, with one spelling of a text, or a part of moments."""
-    column = frame[spec.column]
-    if spec.folded and column.dtype in TEXT:
-        return fold(column)
-    if not spec.part:
-        return column
-    when = _moments(column, spec.moment)
-    return PARTS[spec.part].of(when).cast(pl.Int8).rename(spec.name)
+def take(column: pl.Series, part: str, form: str | None = None) -> pl.Series:
+    """A part of a column's moments, int8; null for what is none.
+
+    Args:
+        column: in whatever form there is, preferably that of training.
+        part: one of `PARTS`.
+        form: that of training, see `FieldSpec.moment`.
+
+    Raises:
+        UserError: text is no moment.
+    """
+    return PARTS[part].of(_moments(column, form)).cast(pl.Int8)
 
 
 def parts(frame: pl.DataFrame, labels: Floats, skip: Collection[str] = ()) -> list[FieldSpec]:
@@ -98,11 +101,6 @@ def parts(frame: pl.DataFrame, labels: Floats, skip: Collection[str] = ()) -> li
                 note += f"--drop {shlex.quote(field)} leaves it out"
                 found.append(FieldSpec(field, moment=form or None, part=part, of=name, note=note))
     return found
-
-
-def fold(column: pl.Series) -> pl.Series:
-    """Text in small letters, without spaces around."""
-    return column.cast(pl.String).str.strip_chars().str.to_lowercase()
 
 
 def called(frame: pl.DataFrame, name: str) -> FieldSpec | None:

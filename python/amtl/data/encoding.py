@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amtl.data import moments
-from amtl.data.calendar import column_of
+from amtl.data.columns import column_of
 from amtl.data.fields import bucket_count
 from amtl.data.readers import require_columns
 from amtl.data.scales import Scale

@@ -9,7 +9,8 @@ from typing import Any
 
 import polars as pl
 
-from amtl.data import calendar, moments, nested, notation
+from amtl.data import moments, nested, notation
+from amtl.data.columns import fold
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
 from amtl.data.specs import TEXT, TREATMENTS, FieldSpec, as_typed, is_amount, numbers
@@ -347,7 +348,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
 def _in_one_spelling(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec:
     """With values that differ in case or spaces alone as one, unless labels tell them apart."""
     texts = column.cast(pl.String)
-    values, one = _distinct(texts), calendar.fold(texts)
+    values, one = _distinct(texts), fold(texts)
     if _distinct(one) > _ONE_SPELLING * values or labels.tell_apart(texts, one):
         return spec
     note = (

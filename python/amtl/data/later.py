@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from amtl.data.calendar import column_of
+from amtl.data.columns import column_of
 from amtl.data.ordered import Floats, Labels
 from amtl.data.specs import FieldSpec, as_typed
 

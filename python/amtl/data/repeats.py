@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 
-from amtl.data.calendar import column_of
+from amtl.data.columns import column_of
 from amtl.data.specs import FieldSpec
 
 _FEWEST_ROWS = 1000

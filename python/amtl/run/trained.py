@@ -10,7 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from amtl.data.calendar import column_of
+from amtl.data.columns import column_of
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.labels import labelled
 from amtl.data.readers import Rows, as_frame
