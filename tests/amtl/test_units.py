@@ -102,6 +102,39 @@ def test_thousands_and_currencies_of_other_countries(
     assert read(column, found.decimal, found.scaled, found.unit).to_list() == expected
 
 
+THOUSANDS = range(1001, 99_999, 4567)
+
+
+@pytest.mark.parametrize(
+    ("mark", "form", "more", "sure"),
+    [
+        (",", "{}", ["12", "980"], True),
+        (".", "{}", ["12", "-3"], True),
+        (",", "US$ {}", [], True),
+        (".", "{} €", [], True),
+        (",", "{} kg", ["7 kg"], True),
+        (",", "{}", [], False),
+        (",", "{} %", [], False),
+        (",", "{}", ["1200"], False),
+        (",", "{}", ["1.234"], False),
+    ],
+)
+def test_thousands_are_told_from_decimals(
+    mark: str, form: str, more: list[str], sure: bool
+) -> None:
+    plain = [f"{number:,}".replace(",", mark) for number in THOUSANDS]
+    column = pl.Series("x", [form.format(text) for text in plain] + more)
+    found = find(column)
+    assert found is not None and bool(found.doubt) != sure
+    if sure:
+        result = read(column, found.decimal, found.scaled, found.unit)
+        assert result[: len(plain)].to_list() == list(map(float, THOUSANDS))
+    # Of a few numbers, or with one digit before them all, nobody can say.
+    assert find(column[:3]) is None or find(column[:3]).doubt  # type: ignore[union-attr]
+    fuel = pl.Series("x", [f"{1 + i / 1000:.3f} €".replace(".", mark) for i in range(1, 90)])
+    assert find(fuel).doubt  # type: ignore[union-attr]
+
+
 def data(rows: int = 2000) -> pl.DataFrame:
     rng = np.random.default_rng(0)
     weight = pl.Series("weight", rng.integers(10, 500, rows) / 10).cast(pl.String) + " kg"

@@ -32,6 +32,8 @@ _NO_LIST = r"^[+-]|[.eE]|,0\d"
 """What a number has and a list of ids with commas has not: a sign, a fraction, a group like 012."""
 _APART = r"(\d)(?:['’\x{a0}\x{202f}](\d{3})| (\d{3}(?: \d{3})*[.,]\d))"
 """Thousands set apart by what is nothing else between digits, or by spaces before a fraction."""
+_SURELY_MARKED = 20
+"""Distinct numbers with a mark from which it is told what it is."""
 _SCALES = {"K": "e3", "k": "e3", "M": "e6", "m": "e6", "B": "e9"}
 _SCALED = {"K": "thousands as ", "M": "millions as ", "B": "billions as "}
 
@@ -133,6 +135,8 @@ def _find(values: pl.Series, padded: bool) -> Notation | None:
     commas = digits.str.contains(",", literal=True)
     points = digits.str.contains(".", literal=True)
     marked = values.filter(commas | points)
+    if len(fits) > 1 and _are_thousands(digits, commas, points, sign[0]):
+        fits = ["." if commas.any() else ","]
     if len(fits) > 1 and len(marked):
         shown = str(marked[0])
         plain = [read(marked[:1], mark, bool(scaled.any()))[0] for mark in _FORMS]
@@ -158,6 +162,22 @@ def _find(values: pl.Series, padded: bool) -> Notation | None:
     ):
         doubt = f"{values.filter(commas)[0]!r} may be one number or several"
     return Notation(fits[0], bool(scaled.any()), "", " and ".join(marks), doubt)
+
+
+def _are_thousands(digits: pl.Series, commas: pl.Series, points: pl.Series, sign: str) -> bool:
+    """Whether a mark before three digits, which may be a decimal one, sets thousands apart.
+
+    A number below 1,000 has none then, and one above has, where a decimal mark would be in most of
+    either; and amounts of money, of one digit to three before it, have no three decimals.
+    """
+    marked = commas | points
+    if (commas.any() and points.any()) or int(marked.sum()) < _SURELY_MARKED:
+        return False
+    below = digits.filter(~marked).cast(pl.Float64, strict=False).abs()
+    if not (below < 1000).all():
+        return False
+    before = digits.filter(marked).str.extract(r"^[+-]?(\d+)").str.len_bytes().n_unique()
+    return len(below) > 0 or (before > 1 and sign not in ("", "%"))
 
 
 def _are_scales(digits: pl.Series, scale: pl.Series, sign: pl.Series) -> bool:
