@@ -115,6 +115,9 @@ def test_nothing_is_made_of_what_does_not_come_again() -> None:
     few = moments(days=3)
     assert found(few, by_hour(few)) == []
     assert found(moments(days=4), by_hour(moments(days=4))) == ["when.hour"]
+    for weeks, expected in ((3, []), (4, ["when.weekday"])):
+        when = moments(days=7 * weeks)
+        assert found(when, labels(0.2 + 0.4 * (when.dt.weekday() >= 5))) == expected
 
 
 def test_only_rows_that_train_are_asked() -> None:
