@@ -12,6 +12,7 @@ import torch
 from amtl.data.calendar import called, parts
 from amtl.data.columns import column_of
 from amtl.data.registry import Source
+from amtl.data.specs import numbers
 from amtl.errors import UserError
 from amtl.run.config import TrainConfig
 from amtl.run.folders import load_run
@@ -80,17 +81,88 @@ def test_an_hour_that_labels_follow_is_found_however_it_is_written(written: str)
     assert not hours.filter(pl.Series(~there)).count()
     # Few rows to score, in whatever form they come.
     assert column_of(frame[1:2], field).to_list() == [when.dt.hour()[1]]
-    scored = column_of(pl.DataFrame([when]), field)
-    assert written == "datetime" or scored.equals(when.dt.hour().rename("when.hour"))
+    scored = column_of(pl.DataFrame([in_utc(column, when)]), field)
+    assert scored.equals(when.dt.hour().rename("when.hour"))
 
 
 def test_a_moment_is_read_in_another_notation_than_training_had() -> None:
     when = moments()
     for trained in WRITTEN.values():
-        (field,) = parts(pl.DataFrame([trained(when).rename("when")]), by_hour(when))
-        for scored in (WRITTEN["seconds"], WRITTEN["datetime"], WRITTEN["microseconds as floats"]):
-            hours = column_of(pl.DataFrame([scored(when).rename("when")]), field)
+        column = trained(when).rename("when")
+        (field,) = parts(pl.DataFrame([column]), by_hour(when))
+        same = in_utc(column, when)
+        for scored in (
+            *(WRITTEN[name](same) for name in ("seconds", "ISO", "microseconds as floats")),
+            same.dt.replace_time_zone("UTC").dt.convert_time_zone("America/New_York"),
+            same.dt.to_string("%m/%d/%Y %H:%M:%S"),
+            same.dt.to_string("%Y-%m-%dT%H:%M:%S+00:00"),
+        ):
+            hours = column_of(pl.DataFrame([scored.rename("when")]), field)
             assert hours.equals(when.dt.hour().rename("when.hour"))
+
+
+def in_utc(column: pl.Series, when: pl.Series) -> pl.Series:
+    """The instants of a column, without a zone, which means UTC."""
+    if getattr(column.dtype, "time_zone", None):
+        return column.dt.convert_time_zone("UTC").dt.replace_time_zone(None).rename("when")
+    return when
+
+
+def test_days_have_no_hours() -> None:
+    when = moments()
+    (field,) = parts(pl.DataFrame([when]), by_hour(when))
+    for days in (when.dt.date(), when.dt.date().dt.to_string("%Y-%m-%d")):
+        assert column_of(pl.DataFrame([days]), field).null_count() == len(when)
+        with pytest.raises(UserError, match="has dates without a time"):
+            called(pl.DataFrame([days]), "when.hour")
+        assert called(pl.DataFrame([days]), "when.weekday") is not None
+
+
+ODD = {"typo": "2024-02-30 10:00", "zeros": "0000-00-00 00:00:00", "word": "soon", "NaT": "NaT"}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_few_texts_that_are_no_moments_are_missing(odd: str, tmp_path: Path) -> None:
+    frame = shop()
+    texts = frame["when"].dt.to_string("%Y-%m-%d %H:%M:%S").scatter([3, 700], ODD[odd])
+    frame = frame.with_columns(when=texts)
+    for split, kind in (("random", "bucket"), ("order:when", None)):
+        fields = prepared(frame, split=split)
+        assert fields.get("when") == kind and fields["when.hour"] == "categorical"
+    # Text that only begins so is text.
+    noted = frame.with_columns(when=frame["when"] + " - " + frame["user"].cast(pl.String))
+    assert prepared(noted)["when"] in ("unused", "categorical")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("%Y-%m-%d %H:%M:%S UTC", "%Y-%m-%d %H:%M:%S GMT", "%Y-%m-%dT%H:%M:%SZ[UTC]"),
+        *("%Y-%m-%d %H:%M:%S,000", "%Y%m%dT%H%M%SZ", "%Y:%m:%d %H:%M:%S"),
+        *("%d%b%Y:%H:%M:%S", "%Y-%m-%d-%H.%M.%S", "%Y-%m-%d %H", "%Y-%m-%d %H:%M:%S +0000"),
+    ],
+)
+def test_notations_of_programs(form: str) -> None:
+    when = moments()
+    texts = when.dt.to_string(form)
+    (field,) = parts(pl.DataFrame([texts]), by_hour(when))
+    hours = column_of(pl.DataFrame([texts]), field)
+    assert hours.equals(when.dt.hour().rename("when.hour"))
+    assert prepared(shop(when=texts))["when"] == "bucket"
+
+
+def test_zones_by_name_are_those_of_mail() -> None:
+    when = moments()
+    texts = when.dt.to_string("%Y-%m-%d %H:%M:%S EST")
+    (field,) = parts(pl.DataFrame([texts]), by_hour(when))
+    hours = column_of(pl.DataFrame([texts]), field).cast(pl.Int64)
+    assert hours.equals((when.dt.hour().cast(pl.Int64) + 5) % 24, check_names=False)
+
+
+def test_a_value_that_is_no_moment_is_named() -> None:
+    texts = moments().dt.to_string("%Y-%m-%d %H:%M:%S").scatter(5, "2024-13-01 00:00:00")
+    with pytest.raises(UserError, match=r"'2024-13-01 00:00:00' where dates or times are needed"):
+        numbers(texts)
 
 
 def test_weekdays_and_months_come_again_after_weeks_and_years() -> None:
@@ -169,7 +241,7 @@ def test_runs_have_them_unless_told_otherwise() -> None:
     assert prepared(frame) == plain
     assert "when.hour" not in prepared(frame, drop=["when.hour"])
     assert prepared(frame, drop=["when"]) == {"user": "categorical"}
-    assert "when.hour" not in prepared(frame, numeric={"when": "standardise"})
+    assert prepared(frame, numeric={"when": "standardise"}) == {**plain, "when": "standardise"}
     assert prepared(frame, fields=["user", "when"]) == {"user": "categorical", "when": "bucket"}
     named = prepared(frame, fields=["user", "when.weekday"])
     assert named == {"user": "categorical", "when.weekday": "categorical"}

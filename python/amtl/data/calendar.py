@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,21 +54,28 @@ _MOSTLY = 0.9
 """Share of numbers that are times since 1970 from which the others are taken as missing."""
 
 
-def take(column: pl.Series, part: str, form: str | None = None) -> pl.Series:
-    """A part of a column's moments, int8; null for what is none.
+def take(column: pl.Series, spec: FieldSpec) -> pl.Series:
+    """The part of a column's moments that a field is, int8; null for what is none.
 
     Args:
         column: in whatever form there is, preferably that of training.
-        part: one of `PARTS`.
-        form: that of training, see `FieldSpec.moment`.
+        spec: of the field.
 
     Raises:
         UserError: text is no moment.
     """
-    return PARTS[part].of(_moments(column, form)).cast(pl.Int8)
+    when = _moments(column, spec.moment, spec.zone)
+    if spec.part == "hour" and _are_dates(column):
+        when = when.clear(len(when))
+    return PARTS[spec.part].of(when).cast(pl.Int8)
 
 
-def parts(frame: pl.DataFrame, labels: Floats, skip: Collection[str] = ()) -> list[FieldSpec]:
+def parts(
+    frame: pl.DataFrame,
+    labels: Floats,
+    skip: Collection[str] = (),
+    marks: Mapping[str, tuple[str, ...]] | None = None,
+) -> list[FieldSpec]:
     """Fields for the hour, weekday and month of moments, where labels that train follow them.
 
     They do where the rates of an hour on other days predict its labels on a day better than these
@@ -79,6 +87,7 @@ def parts(frame: pl.DataFrame, labels: Floats, skip: Collection[str] = ()) -> li
         frame: the data.
         labels: 0 or 1 of each row that trains, NaN of the others.
         skip: columns that are not looked at, and fields that are not wanted.
+        marks: column to texts of its file that were taken as missing.
 
     Returns:
         One field, with a note, for each that is found. O(n) a column of moments.
@@ -88,10 +97,10 @@ def parts(frame: pl.DataFrame, labels: Floats, skip: Collection[str] = ()) -> li
     for name in frame.columns:
         if name in skip:
             continue
-        form = _form(frame[name])
+        form, zone = _form(frame[name]), _zone(frame[name])
         if form is None:
             continue
-        when = _moments(frame[name].gather(trains), form or None)
+        when = _moments(frame[name].gather(trains), form or None, zone)
         for part, known in PARTS.items():
             field = f"{name}.{part}"
             if field in frame.columns or field in skip:
@@ -99,7 +108,8 @@ def parts(frame: pl.DataFrame, labels: Floats, skip: Collection[str] = ()) -> li
             if _follows(known.of(when), known.period(when), labels[trains]):
                 note = f"labels follow the {part} of {name!r} from {known.again}; "
                 note += f"--drop {shlex.quote(field)} leaves it out"
-                found.append(FieldSpec(field, moment=form or None, part=part, of=name, note=note))
+                spec = FieldSpec(field, moment=form or None, part=part, of=name, zone=zone)
+                found.append(replace(spec, marks=(marks or {}).get(name, ()), note=note))
     return found
 
 
@@ -112,13 +122,32 @@ def called(frame: pl.DataFrame, name: str) -> FieldSpec | None:
     column, _, part = name.rpartition(".")
     if part not in PARTS or name in frame.columns or column not in frame.columns:
         return None
-    form = _form(frame[column])
+    form, zone = _form(frame[column]), _zone(frame[column])
     if form is None:
         raise UserError(
             f"--fields {name}: column {column!r} ({brief(frame[column].dtype)}) has no dates "
             f"or times in one known notation; {moments.REWRITE}"
         )
-    return FieldSpec(name, moment=form or None, part=part, of=column)
+    if part == "hour" and _are_dates(frame[column]):
+        raise UserError(f"--fields {name}: column {column!r} has dates without a time")
+    return FieldSpec(name, moment=form or None, part=part, of=column, zone=zone)
+
+
+def _are_dates(column: pl.Series) -> bool:
+    """Whether moments have no times, so that their hours are unknown."""
+    if column.dtype in TEXT:
+        return not column.cast(pl.String).str.contains(r"\d[:.T h]\d\d").any()
+    return column.dtype == pl.Date
+
+
+def _zone(column: pl.Series) -> str:
+    """The zone whose hours a column of moments has; empty for UTC, and where none is named."""
+    zone = getattr(column.dtype, "time_zone", None) or ""
+    try:
+        pl.Series([0]).cast(pl.Datetime("us", "UTC")).dt.convert_time_zone(zone)
+    except pl.exceptions.PolarsError:
+        return ""
+    return "" if zone == "UTC" else zone
 
 
 def _form(column: pl.Series) -> str | None:
@@ -155,12 +184,23 @@ def _is_number(column: pl.Series) -> bool:
     return column.dtype.is_integer() or column.dtype.is_float()
 
 
-def _moments(column: pl.Series, form: str | None) -> pl.Series:
-    """Moments, of the place's own time where a column says that; null for what is none.
+def _moments(column: pl.Series, form: str | None, zone: str = "") -> pl.Series:
+    """Moments as clocks have them in a zone, or in UTC; null for what is none.
+
+    What names no zone is taken to be in UTC.
 
     Raises:
         UserError: text is none.
     """
+    found = _in_utc(column, form)
+    if zone:
+        found = found.dt.replace_time_zone("UTC").dt.convert_time_zone(zone)
+    return found.dt.replace_time_zone(None)
+
+
+def _in_utc(column: pl.Series, form: str | None) -> pl.Series:
+    if column.dtype == pl.Datetime and column.dtype.time_zone:  # type: ignore[attr-defined]
+        column = column.dt.convert_time_zone("UTC")
     if column.dtype == pl.Datetime:
         return column.dt.replace_time_zone(None)
     if column.dtype == pl.Date:

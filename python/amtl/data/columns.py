@@ -11,12 +11,19 @@ from amtl.data.specs import TEXT, FieldSpec
 def column_of(frame: pl.DataFrame, spec: FieldSpec) -> pl.Series:
     """The column of a field: as it is, with one spelling of a text, or a part of its moments.
 
+    Without the texts that stood for missing numbers in training: a file of few rows may hold more
+    of them than of numbers, and be read as text.
+
     Raises:
         UserError: there should be moments, and none are to be read.
     """
     column = frame[spec.column]
+    if spec.marks and column.dtype in TEXT:
+        column = column.cast(pl.String)
+        marked = column.str.strip_chars().is_in(spec.marks)
+        column = column.set(marked.fill_null(False), None)
     if spec.part:
-        return calendar.take(column, spec.part, spec.moment).rename(spec.name)
+        return calendar.take(column, spec).rename(spec.name)
     return fold(column) if spec.folded and column.dtype in TEXT else column
 
 

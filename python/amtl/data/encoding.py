@@ -286,7 +286,7 @@ class Encoder:
         singles = sum(spec.kind != "bag" for spec in self.fields)
         rows = torch.empty(n, singles, dtype=torch.int32)
         for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
-            column = _unmarked(column_of(frame, spec), spec)
+            column = column_of(frame, spec)
             try:
                 if spec.kind == "bag":
                     bags.append(self._bag(f, column))
@@ -302,8 +302,7 @@ class Encoder:
             except (ValueError, pl.exceptions.PolarsError) as error:
                 raise UserError(str(error).splitlines()[0]) from error
         dense = [
-            self._standardise(numbers(_unmarked(frame[f.name], f), f))[:, None]
-            for f in self.dense_fields
+            self._standardise(numbers(column_of(frame, f), f))[:, None] for f in self.dense_fields
         ]
         dense += beside
         data = EncodedData(
@@ -363,7 +362,7 @@ class Encoder:
             return None, None
         by_count = torch.argsort(vocabulary.counts, descending=True)
         known = next((v for v in vocabulary.decode(by_count[:3]) if v is not None), None)
-        column = _unmarked(column_of(frame, spec), spec)
+        column = column_of(frame, spec)
         odd = vocabulary.first_unknown(column, bags=spec.kind == "bag")
         return odd, known
 
@@ -372,7 +371,7 @@ class Encoder:
         spec = self.fields[self.names.index(name)]
         if spec.kind != "categorical" or not spec.value:
             return False
-        read = _values(_unmarked(column_of(frame, spec), spec), spec)
+        read = _values(column_of(frame, spec), spec)
         return bool(read.is_not_nan().sum() * 2 > len(read))
 
     def renumber(self, new_rows: Tensor) -> None:
@@ -496,24 +495,24 @@ class Encoder:
 
 def _stored(spec: FieldSpec) -> dict[str, Any]:
     """A field for a file, which readers that know less open unless it has what they lack."""
-    later = ("decimal", "scaled", "unit", "moment", "value", "part", "of", "folded", "marks")
+    later = (
+        "decimal",
+        "scaled",
+        "unit",
+        "moment",
+        "value",
+        "part",
+        "of",
+        "zone",
+        "folded",
+        "marks",
+    )
     return {key: value for key, value in asdict(spec).items() if key not in later or value}
 
 
 def _read_spec(stored: Mapping[str, Any]) -> FieldSpec:
     """The inverse of `_stored`."""
     return FieldSpec(**{**stored, "marks": tuple(stored.get("marks", ()))})
-
-
-def _unmarked(column: pl.Series, spec: FieldSpec) -> pl.Series:
-    """A column without the texts that stood for missing numbers in training.
-
-    A file of few rows may hold more of them than of numbers, and be read as text.
-    """
-    if not spec.marks or column.dtype not in (pl.String, pl.Categorical, pl.Enum):
-        return column
-    column = column.cast(pl.String)
-    return column.set(column.str.strip_chars().is_in(spec.marks).fill_null(False), None)
 
 
 def _values(column: pl.Series, spec: FieldSpec) -> pl.Series:

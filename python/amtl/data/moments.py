@@ -25,6 +25,7 @@ _CLOCK = r"^(\d{1,9}):(\d\d)(?::(\d\d(?:\.\d+)?))?(?: ?([APap])[Mm])?$"
 _FORMS = (
     *(date + time for date in _DATES for time in ("", *(f" {time}" for time in _TIMES))),
     *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
+    *("%Y%m%dT%H%M%S", "%Y%m%dT%H%M%S%.f", "%Y:%m:%d %H:%M:%S"),
     *("%d %B %Y %I:%M:%S %p %#z", *CLOCKS),
 )
 _WEEKDAY = "^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)(?:, ?| )"
@@ -51,6 +52,11 @@ DIGITS = {
 LEAST_DIGITS = 1_010_100
 """The first hour of 2001, of which `YYMMDDHH` has seven."""
 
+_DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
+_SOME_DIGITS = r"\d\D*\d\D*\d"
+_ODD, _MOST_ODD = 0.01, 20
+"""Share of the rows, and number of texts, that may be no moments where all others are."""
+
 REWRITE = "write it as YYYY-MM-DD, with HH:MM:SS after that where there is a time"
 
 
@@ -59,7 +65,13 @@ def texts(column: pl.Series) -> pl.Series:
     cells = notation.texts(column)
     cells = cells.str.replace_all(r"\s+", " ").str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ")
     cells = _without_weekday(cells)
-    cells = cells.str.replace(r"(:\d\d(?:\.\d+)?) ?(?:Z|UTC)$", "$1")
+    cells = cells.str.replace(r"(:\d\d),(\d{1,6})\b", "$1.$2")
+    cells = cells.str.replace(r"(:\d\d(?:\.\d+)?) ?(?:Z|UTC|GMT)(?:\[UTC\])?$", "$1")
+    cells = cells.str.replace(r"^(\d{4}-\d\d-\d\d \d\d)$", "$1:00")
+    cells = cells.str.replace(r"^(\d{8}T\d{6}(?:\.\d+)?)Z$", "$1")
+    cells = cells.str.replace(r"^(\d{4}-\d\d-\d\d [\d:.]+) ([+-]\d\d:?\d\d)$", "$1$2")
+    cells = cells.str.replace(r"^(\d{4}-\d\d-\d\d)-(\d\d)\.(\d\d)\.(\d\d)", "$1 $2:$3:$4")
+    cells = cells.str.replace(r"^(\d\d?)([A-Za-z]{3})(\d{4}):(\d\d:)", "$1 $2 $3 $4")
     cells = cells.str.replace(r"^[A-Z]\w\w (\w{3}) (\d\d?) ([\d:]{8}) (\d{4})$", "$2 $1 $4 $3")
     cells = cells.str.replace(r"^(\d\d?)/(\w{3})/(\d{4}):(\d\d:)", "$1 $2 $3 $4")
     return cells.str.replace(r"(\d{4}), (\d)", "$1 $2")
@@ -70,6 +82,8 @@ def _without_weekday(cells: pl.Series) -> pl.Series:
 
     `Fri, 03 Jan 2025 03:08:39 +0200 (EET)` and `Fri Jan 10 19:10:54 UTC 2025`.
     """
+    for offset, names in _ZONES.items():
+        cells = cells.str.replace(rf"^(\d{{4}}-\d\d-\d\d [\d:.]+) (?:{names})$", f"$1{offset}")
     if not cells.str.contains(_WEEKDAY).any():
         return cells
     cells = cells.str.replace(rf"{_WEEKDAY}(\d\d? \w{{3}} \d{{4}})\b", "$1")
@@ -78,6 +92,51 @@ def _without_weekday(cells: pl.Series) -> pl.Series:
     for offset, names in _ZONES.items():
         cells = cells.str.replace(rf"(:\d\d(?: [AP]M)?) (?:{names})$", f"$1 {offset}")
     return cells.str.replace(r"( \d\d:\d\d) ([+-]\d{4})$", "$1:00 $2")
+
+
+def iso(column: pl.Series) -> pl.Series | None:
+    """Moments of text that has year, month and day first throughout; None for other text."""
+    cells = notation.texts(column)
+    known = cells.drop_nulls()
+    if not len(known) or not known.str.contains(_DATE).all():
+        return None
+    try:
+        found = cells.str.to_datetime(time_unit="us")
+    except pl.exceptions.PolarsError:
+        return None
+    return found
+
+
+def odd_ones(column: pl.Series) -> list[str]:
+    """Texts that are none of the moments which all others are in one form, if these are few.
+
+    So are `2024-02-30` and `0000-00-00`: in 1 % of the rows at most, and no more than 20.
+    """
+    cells = texts(column)
+    few = cells.drop_nulls()[:100]
+    if not len(few) or float(few.str.contains(_SOME_DIGITS).mean() or 0.0) < 0.5:  # type: ignore[arg-type]
+        return []
+    for form in _FORMS:
+        if form in CLOCKS or _read(few, form).null_count() > 0.1 * len(few):
+            continue
+        odd = column.filter(cells.is_not_null() & _read(cells, form).is_null())
+        distinct = odd.unique(maintain_order=True)
+        if len(odd) and len(odd) <= _ODD * len(cells) and len(distinct) <= _MOST_ODD:
+            kept = column.set(column.is_in(distinct.to_list()).fill_null(False), None)
+            if len(find(kept)) == 1:
+                return distinct.to_list()
+    return []
+
+
+def without_odd(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, tuple[str, ...]]]:
+    """A table in which such texts are missing, and what they are, by column: see `odd_ones`."""
+    found = {}
+    for column in frame:
+        if column.dtype == pl.String and (odd := odd_ones(column)):
+            found[column.name] = tuple(odd)
+            missing = column.is_in(odd).fill_null(False)
+            frame = frame.with_columns(column.set(missing, None))
+    return frame, found
 
 
 def find(column: pl.Series, *, ordered: bool = False) -> list[str]:

@@ -16,7 +16,6 @@ Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
 TREATMENTS = ("bucket", "standardise", "categorical")
 
 TEXT = (pl.String, pl.Categorical, pl.Enum)
-_DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class FieldSpec:
         part: `hour`, `weekday` or `month` of the moments in the column `of`, where it is no column
             itself; see `amtl.data.calendar`.
         of: that column.
+        zone: whose clocks tell that part, such as `Europe/Berlin`; empty for UTC.
         folded: whether texts that differ in their case, or spaces around them, are one value.
         marks: unusual texts that stand for missing numbers, as training had them.
         note: why, and how to have it otherwise; empty where nothing was guessed.
@@ -61,6 +61,7 @@ class FieldSpec:
     value: bool = False
     part: str = ""
     of: str = ""
+    zone: str = ""
     folded: bool = False
     marks: tuple[str, ...] = ()
     note: str = ""
@@ -78,8 +79,8 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
 
     Args:
         column: the column.
-        spec: how it is written if it is text. Where that has no form of moments, text in which all
-            values are numbers in another notation, and in that alone, is read by that.
+        spec: how it is written if it is text. Text in which all values are numbers, or moments, in
+            another notation, and in that alone, is read by that.
 
     Raises:
         UserError: if it holds no numbers.
@@ -90,9 +91,8 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
     read = column
     try:
         if column.dtype == pl.String:
-            cells = notation.texts(column)
-            dated = is_amount(cells)
-            read = cells.str.to_datetime(time_unit="us") if dated else _read(column, spec)
+            dated = moments.iso(column)
+            read = _read(column, spec) if dated is None else dated
         if read.dtype == pl.Date:
             read = read.cast(pl.Datetime("us"))
         if read.dtype in (pl.Datetime, pl.Duration):
@@ -101,25 +101,29 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
             read = read.to_physical()
         return read.cast(pl.Float64).fill_null(math.nan)
     except pl.exceptions.PolarsError:
-        odd, needed = "", "numbers"
-        if column.dtype == pl.String:
-            other = notation.odd(column, spec.decimal or ".", spec.scaled, spec.unit)
-            if spec.moment:
-                other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
-            undated = other.filter(~other.str.contains(_DATE))
-            odd = f" such as {brief(repr([*undated, *other, *column.drop_nulls()][0]))}"
-        raise UserError(
-            f"column {column.name!r} holds {brief(column.dtype)} values{odd} where {needed} are "
-            "needed"
-        ) from None
+        raise UserError(_no_numbers(column, spec)) from None
+
+
+def _no_numbers(column: pl.Series, spec: FieldSpec) -> str:
+    """What is wrong with a column that is to hold numbers."""
+    odd, needed = "", f"numbers in {spec.unit}" if spec.unit else "numbers"
+    if column.dtype == pl.String:
+        other = notation.odd(column, spec.decimal or ".", spec.scaled, spec.unit)
+        if spec.moment:
+            other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
+        elif len(few := moments.odd_ones(column)):
+            other, needed = pl.Series(few), "dates or times"
+        odd = f" such as {brief(repr([*other, *column.drop_nulls()][0]))}"
+    return (
+        f"column {column.name!r} holds {brief(column.dtype)} values{odd} where {needed} are needed"
+    )
 
 
 def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
     """Text as the numbers it stands for; as it is if some of it stands for none."""
     decimal, scaled, unit = spec.decimal, spec.scaled, spec.unit
-    if spec.moment:
-        undated = len(moments.odd(column, spec.moment))
-        return column if undated else moments.read(column, spec.moment)
+    if spec.moment and not len(moments.odd(column, spec.moment)):
+        return moments.read(column, spec.moment)
     if decimal is None:
         texts = notation.texts(column)
         plain = texts.cast(pl.Float64, strict=False)
@@ -127,6 +131,8 @@ def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
             return plain
     if decimal is None or len(notation.odd(column, decimal, scaled, unit)):
         spelled = notation.find(column)
+        if spelled is None and decimal is None and len(forms := moments.find(column)) == 1:
+            return moments.read(column, forms[0])
         if spelled is None or not spelled.decimal or spelled.unit not in ("", unit):
             return column
         decimal, scaled = spelled.decimal, spelled.scaled
@@ -137,7 +143,7 @@ def is_amount(column: pl.Series) -> bool:
     """Whether a column has numbers, dates or times, the latter perhaps as text."""
     if column.dtype != pl.String:
         return column.dtype.is_numeric() or column.dtype.is_temporal()
-    return bool(column.drop_nulls().str.contains(_DATE).all()) and column.null_count() < len(column)
+    return moments.iso(column) is not None
 
 
 def as_typed(name: str, treatment: str) -> str:

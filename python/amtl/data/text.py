@@ -22,7 +22,21 @@ _PADDED = r"^[+-]?0\d+$"
 _LONG = r"^[+-]?\d{16,}$"
 """Integers that floats do not hold exactly."""
 MISSING = (
-    *("NA", "N/A", "n/a", "na", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "(null)", "None"),
+    *(
+        "NA",
+        "N/A",
+        "n/a",
+        "na",
+        "#N/A",
+        "<NA>",
+        "NaN",
+        "nan",
+        "NaT",
+        "NULL",
+        "null",
+        "(null)",
+        "None",
+    ),
     *("none", "unknown", "Unknown", "missing", "Missing", "?", ".", "-", "--", "\\N"),
 )
 """What stands for a missing number in text that other programs write."""

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amtl.data import calendar
+from amtl.data import calendar, moments
 from amtl.data.copies import copies, number_of
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
@@ -20,7 +20,7 @@ from amtl.data.ordered import Floats
 from amtl.data.registry import Source, load_source
 from amtl.data.repeats import without_repeats
 from amtl.data.splits import split_column, split_rows
-from amtl.errors import UserError
+from amtl.errors import UserError, brief
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Task
 from amtl.run.metrics import FEW, one_class, rarer
@@ -45,6 +45,7 @@ def prepare(
     """
     source = source or load_source(config.data)
     frame, labels = labelled(source.frame, config.labelling)
+    frame, odd = moments.without_odd(frame)
     same = copies_of(frame, labels, config)
     parts = split_rows(frame, config.split, config.split_seed, same)
     parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
@@ -63,21 +64,24 @@ def prepare(
             values=config.values,
             separators=config.separators,
             labels=known,
-            marks=source.marks,
+            marks={**source.marks, **odd},
         )
         if config.split != "random":
             validate, kind = parts[1].numpy(), config.default_numeric
             specs = for_later_rows(frame, specs, known, validate, told=told, default_numeric=kind)
         specs += [spec for spec in called.values() if spec]
         if not (config.fields or source.fields):
-            skip = {config.label, *told, *config.drop}
-            specs += calendar.parts(frame, known, skip)
+            skip = {config.label, *config.drop}
+            specs += calendar.parts(frame, known, skip, odd)
         specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
     whole = encoder.transform(frame, labels)
-    notes = []
+    notes = [
+        f"{name}: {brief(', '.join(map(repr, texts)))} among dates and times taken as missing"
+        for name, texts in odd.items()
+    ]
     if same is not None:
         notes.append(
             f"{number_of(same):,} rows are copies of others, the label included; the split has all "

@@ -13,6 +13,7 @@ from torch import Tensor
 from amtl.data.columns import column_of
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.labels import labelled
+from amtl.data.moments import without_odd
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source
 from amtl.data.splits import split_rows
@@ -133,6 +134,7 @@ class Trained:
         config = self.config
         frame, labels = labelled(load_source(config.data).frame, config.labelling)
         self.encoder.require_labels(labels, config.data)
+        frame, _ = without_odd(frame)
         same = copies_of(frame, labels, config)
         rows = split_rows(frame, config.split, config.split_seed, same)[2]
         return self.encoder.transform(frame[rows.numpy()], labels[rows])
