@@ -96,7 +96,8 @@ soak: $(VENV)/.extra-test
 	@seed=$$(date +%s); echo "AMTL_DAMAGE_SEED=$$seed"; OMP_NUM_THREADS=1 AMTL_SOAK=1 \
 		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load \
 		tests/amtl/test_walk.py tests/amtl/test_cli_fuzz.py tests/amtl/store/test_damage.py \
-		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py tests/hostsim/test_cubins.py \
+		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py tests/cuda/test_cubins.py \
+		tests/hostsim/test_kernels.py tests/amtl/test_race.py \
 		tests/bench/test_bench_guards.py tests/amtl/test_masterless.py \
 		tests/triton/test_interpreter.py tests/triton/test_ahead_of_time.py \
 		$(PYTEST_ARGS)

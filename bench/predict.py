@@ -23,12 +23,12 @@ from bench.inputs import Problem, make_problem
 from bench.setting import ROOT, Setting
 from bench.suites import gpu_cases
 
-REGISTERS = ROOT / "tests" / "hostsim" / "register_ceilings.json"
+REGISTERS = ROOT / "tests" / "cuda" / "register_ceilings.json"
 LATENCY = 600e-9
 """Seconds that a load takes under load: assumed."""
 IN_FLIGHT = 4
 """Rows that ``pool_short_kernel`` asks for before it uses one: ``loads_in_flight`` of
-``tests/hostsim/test_cubins.py`` counts them in the machine code."""
+``tests/cuda/test_cubins.py`` counts them in the machine code."""
 GOAL = 0.7
 BLOCK = 256
 STAGED = 9216

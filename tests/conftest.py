@@ -8,7 +8,8 @@ Layers look for optimizers among all objects of the process, and the garbage col
 them, too: those of the imported modules are taken out of its sight when all tests are collected.
 
 ``AMTL_TEST_EVERY=2`` runs about every second case of each test, one at least and always the same
-ones, where all of them would take too long.
+ones, where all of them would take too long; the mark ``every(2)`` does so for one test, unless
+``AMTL_SOAK=1`` (``make soak``) asks for all of it.
 
 Inputs that Hypothesis draws may take any time: how long says nothing on a machine that does other
 work, too.
@@ -34,6 +35,7 @@ from hypothesis import settings
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
+    config.addinivalue_line("markers", "every(n): about every n-th case; all with AMTL_SOAK=1")
     settings.register_profile("amtl", deadline=None)
     settings.load_profile("amtl")
     code = hashlib.sha256()
@@ -45,9 +47,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    every = int(os.environ.get("AMTL_TEST_EVERY", "1"))
+    of_all = int(os.environ.get("AMTL_TEST_EVERY", "1"))
+    soak = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
+
+    def every(item: pytest.Item) -> int:
+        mark = item.get_closest_marker("every")
+        return of_all if soak or mark is None else of_all * int(mark.args[0])
+
     # By their names: of cases in turn some value of a parameter would never be among them.
-    drawn = {item for item in items if zlib.crc32(item.nodeid.encode()) % every == 0}
+    drawn = {item for item in items if zlib.crc32(item.nodeid.encode()) % every(item) == 0}
     tests = {item.nodeid.partition("[")[0] for item in drawn}
     for item in items:
         if (test := item.nodeid.partition("[")[0]) not in tests:

@@ -1,12 +1,7 @@
-"""A module built with CUDA kernels imports where PyTorch has no CUDA, with every operator in it.
-
-Built as PTX for one architecture, without optimization: about a minute of one core the first time,
-and what has changed after that. A module that has CUDA kernels already is taken as it is.
-"""
+"""A module built with CUDA kernels imports where PyTorch has no CUDA, with every operator in it."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -15,11 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import amtl_kernels
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "cuda-import"
-FAST = "-O0 -Xcicc -O0"
+from .building import ROOT, built, has_cuda_kernels
 
 PROGRAM = """
 import sys
@@ -66,11 +57,6 @@ print("fine")
 """
 
 
-def has_cuda_kernels() -> bool:
-    native = amtl_kernels.build_info()["native"]
-    return str(native.get("cuda", "")).startswith("on")  # type: ignore[attr-defined]
-
-
 def build(folder: Path) -> None:
     """The package in `folder`, with a native module that has CUDA kernels."""
     shutil.copytree(
@@ -78,34 +64,8 @@ def build(folder: Path) -> None:
         folder / "amtl_kernels",
         ignore=shutil.ignore_patterns("*.so", "__pycache__"),
     )
-    # CMake and Ninja may be those of the virtual environment.
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-GNinja"),
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DAMTL_OUTPUT_DIR={BUILD / 'out'}",
-            "-DAMTL_CUDA=on",
-            "-DAMTL_TOOLS=OFF",
-            "-DAMTL_CUDA_ARCHITECTURES=90-virtual",
-            "-DCMAKE_BUILD_TYPE=Debug",
-            "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
-            f"-DCMAKE_CUDA_FLAGS_DEBUG={FAST}",
-        ]
-        for command in (
-            configure,
-            ["cmake", "--build", str(BUILD), "--parallel", os.environ.get("MAX_JOBS", "2")],
-        ):
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        shutil.copy(BUILD / "out" / "_C.abi3.so", folder / "amtl_kernels")
+    module, _ = built()
+    shutil.copy(module, folder / "amtl_kernels")
 
 
 @pytest.mark.slow

@@ -209,6 +209,7 @@ def search_step(
 WIDE = (129, 192, 256, 260, 1000, 1024)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("rule", "dim"),
     [

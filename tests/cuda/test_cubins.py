@@ -1,31 +1,27 @@
 """What nvcc made of the kernels: registers, spills, local memory, widths of loads.
 
 Reads machine code with ``cuobjdump`` (of the CUDA toolkit or of the Triton wheel): that of the
-built module if it has CUDA kernels, else of cubins that nvcc makes here, two at a time, once per
-change of the sources. No GPU is needed. Compiling takes minutes an architecture, so `make test`
-looks at sm_90, and AMTL_SOAK=1 (`make soak`) at all of them. ``python -m
-tests.hostsim.test_cubins`` writes the table of register ceilings anew after a change that is meant.
+built module if it has CUDA kernels, else of the one that ``building.py`` makes. No GPU is needed.
+Compiling takes minutes an architecture, so `make test` looks at sm_90, and AMTL_SOAK=1 (`make
+soak`) at all of them. ``AMTL_SOAK=1 python -m tests.cuda.test_cubins`` writes the table of register
+ceilings anew after a change that is meant.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-import amtl_kernels
-
-from .building import CACHE, CSRC, fingerprint
+from . import building
+from .building import has_cuda_kernels
 
 TABLE = Path(__file__).with_name("register_ceilings.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -41,60 +37,26 @@ def cuobjdump() -> str | None:
     return found
 
 
-def built_module() -> Path | None:
-    """The native module, if it was built with CUDA."""
-    native = amtl_kernels.build_info()["native"]
-    if not str(native.get("cuda", "")).startswith("on"):  # type: ignore[attr-defined]
-        return None
-    spec = find_spec("amtl_kernels._C")
-    return Path(spec.origin) if spec is not None and spec.origin else None
-
-
-def compile_one(source: Path, architecture: str, folder: Path) -> Path:
-    target = folder / f"{source.stem}.{architecture}.cubin"
-    if not target.exists():
-        partial = target.with_suffix(".partial")
-        command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={architecture}"]
-        command += ["--expt-relaxed-constexpr", f"-I{CSRC}", str(source), "-o", str(partial)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        assert "warning" not in result.stderr, result.stderr
-        partial.rename(target)
-    return target
-
-
 def architectures() -> tuple[str, ...]:
     """Those that there is machine code for, or will be."""
-    soak = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
-    return ARCHITECTURES if soak or built_module() is not None else ("sm_90",)
-
-
-def binaries() -> tuple[Path, ...]:
-    """Files with machine code of every kernel for every architecture of these."""
-    return _binaries(architectures())
+    if has_cuda_kernels():
+        return ARCHITECTURES
+    return tuple(f"sm_{each}" for each in building.ARCHITECTURES)
 
 
 @functools.lru_cache(maxsize=1)
-def _binaries(wanted: tuple[str, ...]) -> tuple[Path, ...]:
-    module = built_module()
-    if module is not None:
-        return (module,)
-    sources = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.stem != "sort"]
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "cubins.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = CACHE / f"cubins-{fingerprint(sources, [])}"
-        for old in CACHE.glob("cubins-*"):
-            if old != folder:
-                shutil.rmtree(old)
-        folder.mkdir(exist_ok=True)
-        jobs = [(source, architecture) for source in sources for architecture in wanted]
-        with ThreadPoolExecutor(2) as pool:
-            return tuple(pool.map(lambda job: compile_one(*job, folder), jobs))
+def binaries() -> list[Path]:
+    """Files with machine code of every kernel for every architecture of these."""
+    if has_cuda_kernels():
+        spec = find_spec("amtl_kernels._C")
+        assert spec is not None and spec.origin is not None
+        return [Path(spec.origin)]
+    # Its kernels are CUB's.
+    return [path for path in building.built()[1] if path.name != "sort.cu.o"]
 
 
 def why_not() -> str | None:
-    if built_module() is None and shutil.which("nvcc") is None:
+    if not has_cuda_kernels() and shutil.which("nvcc") is None:
         return "no CUDA compiler: put nvcc (CUDA 13) on PATH, or build with AMTL_CUDA=on"
     if cuobjdump() is None:
         return "no cuobjdump: install the CUDA toolkit, or `pip install triton`, which holds one"
@@ -148,8 +110,6 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
     """Architecture to kernel to REG, STACK, LOCAL, SHARED."""
     lines = []
     for path in binaries():
-        if path.suffix == ".cubin":
-            lines.append(f"arch = {path.name.split('.')[1]}")
         lines += dump("--dump-resource-usage", only=path.name).splitlines()
     found: dict[str, dict[str, dict[str, int]]] = {}
     architecture = ""
@@ -178,7 +138,7 @@ def test_every_architecture_is_there() -> None:
     assert set(architectures()) <= set(found)
     counts = {architecture: len(found[architecture]) for architecture in architectures()}
     assert len(set(counts.values())) == 1 and min(counts.values()) > 100
-    if built_module() is not None:
+    if has_cuda_kernels():
         assert "sm_100" in dump("--list-ptx"), "later cards compile from PTX"
 
 
@@ -203,6 +163,16 @@ def test_registers_stay_under_their_ceilings(architecture: str) -> None:
     assert not above
 
 
+@functools.cache
+def disassembled(file: str) -> dict[str, str]:
+    """Symbols to what a file holds of them on sm_90."""
+    if file and len(binaries()) == 1:
+        return disassembled("")
+    text = dump("-sass", "-arch", "sm_90", only=file)
+    blocks = (block.split("\n", 1) for block in text.split("Function : ")[1:])
+    return {symbol.strip(): code for symbol, code in blocks}
+
+
 @needs_cubins
 @pytest.mark.parametrize(
     ("kernel", "source"),
@@ -217,14 +187,8 @@ def test_registers_stay_under_their_ceilings(architecture: str) -> None:
 )
 def test_tables_are_read_and_written_in_16_byte_vectors(kernel: str, source: str) -> None:
     """Every wide instantiation loads rows by 128-bit instructions, several before the first use."""
-    symbols = {
-        name
-        for name in re.findall(
-            r"Function (\S+):", dump("--dump-resource-usage", only=f"{source}.sm_90")
-        )
-        if kernel in name
-    }
-    names = demangled(tuple(sorted(symbols)))
+    code = {name: text for name, text in disassembled(f"{source}.cu.o").items() if kernel in name}
+    names = demangled(tuple(sorted(code)))
     wide = [
         symbol
         for symbol, name in names.items()
@@ -233,8 +197,7 @@ def test_tables_are_read_and_written_in_16_byte_vectors(kernel: str, source: str
     ]
     assert len(wide) == 6, "three types, dense and tiered"
     for symbol in wide:
-        sass = dump("-sass", "-arch", "sm_90", "-fun", symbol, only=f"{source}.sm_90")
-        instructions = re.findall(r"\b(LDG\S*|STG\S*|LDL\S*|STL\S*)", sass)
+        instructions = re.findall(r"\b(LDG\S*|STG\S*|LDL\S*|STL\S*)", code[symbol])
         assert sum(bool(re.match(r"LDG\.E\S*\.128", i)) for i in instructions) >= 4, names[symbol]
         assert not any(i.startswith(("LDL", "STL")) for i in instructions), names[symbol]
         if kernel == "lookup_fwd_kernel":
@@ -243,16 +206,19 @@ def test_tables_are_read_and_written_in_16_byte_vectors(kernel: str, source: str
 
 def machine_code(kernels: str) -> dict[str, list[tuple[int, str]]]:
     """Kernels whose names match to addresses and instructions on sm_90."""
-    text = dump("-sass", "-arch", "sm_90", only=".sm_90")
-    blocks = [block.split("\n", 1) for block in text.split("Function : ")[1:]]
-    blocks = [(symbol.strip(), code) for symbol, code in blocks if re.search(kernels, symbol)]
-    names = demangled(tuple(sorted(symbol for symbol, _ in blocks)))
+    found: dict[str, str] = {}
+    for path in binaries():
+        usage = dump("--dump-resource-usage", only=path.name)
+        if re.search(kernels, usage):
+            held = disassembled(path.name)
+            found |= {name: code for name, code in held.items() if re.search(kernels, name)}
+    names = demangled(tuple(sorted(found)))
     return {
         names[symbol]: [
             (int(address, 16), instruction)
             for address, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
         ]
-        for symbol, code in blocks
+        for symbol, code in found.items()
     }
 
 
@@ -327,5 +293,6 @@ if __name__ == "__main__":
     reason = why_not()
     if reason:
         sys.exit(reason)
-    os.environ["AMTL_SOAK"] = "1"
+    if architectures() != ARCHITECTURES:
+        sys.exit("AMTL_SOAK=1 compiles for every architecture of the table")
     write_table()
