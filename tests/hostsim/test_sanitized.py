@@ -112,7 +112,7 @@ def run_sample(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_sigill=1",
         "AMTL_TOOLS_MODULE": str(build_sanitized_module()),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "PYTHONMALLOC": "malloc",

@@ -558,7 +558,7 @@ def test_inconsistent_files_are_an_error_or_harmless(library, small, tmp_path):
 @pytest.mark.slow
 def test_clean_under_the_sanitizers(small, tmp_path):
     """Damaged and inconsistent files, in a process whose library is built with both sanitizers."""
-    folder = built("sanitized", "-DAMTL_SANITIZE=ON")
+    folder = built("sanitized", "-DAMTL_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug")
     preload = [
         subprocess.run(
             [os.environ.get("CXX", "g++"), f"-print-file-name={name}"],
