@@ -93,7 +93,7 @@ def test_codes_alone_begin_where_rounding_does(bits, kind, tmp_path):
 def test_codes_alone_come_about_as_far_as_with_masters(bits):
     """Also where numbers grow to twenty times what they began with, far beyond the first range."""
     losses = [0.0, 0.0]
-    seeds = (3, 4, 5)
+    seeds = (3, 4, 5) if SOAK else (3,)
     for seed in seeds:
         wanted = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(seed))
         for i, masters in enumerate((True, False)):
