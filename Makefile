@@ -97,7 +97,8 @@ soak: $(VENV)/.extra-test
 		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load \
 		tests/amtl/test_walk.py tests/amtl/test_cli_fuzz.py tests/amtl/store/test_damage.py \
 		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py tests/cuda/test_cubins.py \
-		tests/hostsim/test_kernels.py tests/amtl/test_race.py \
+		tests/hostsim/test_kernels.py tests/amtl/test_race.py tests/amtl/test_resume.py \
+		tests/amtl/test_sharing.py tests/amtl/store/test_runs.py \
 		tests/bench/test_bench_guards.py tests/amtl/test_masterless.py \
 		tests/triton/test_interpreter.py tests/triton/test_ahead_of_time.py \
 		$(PYTEST_ARGS)

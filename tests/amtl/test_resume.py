@@ -88,6 +88,7 @@ def assert_same(a, b):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
 @pytest.mark.parametrize("parametrization", ["rule", "few bits", "ordinal"])
 @pytest.mark.parametrize("built", ["before", "after", "grouped", "after loading"])

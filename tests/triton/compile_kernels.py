@@ -62,8 +62,8 @@ PLAN = (
 architecture; all dtypes, both index types and all rules; rows that are unaligned, as wide as a
 tile, and wider."""
 SOAK = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
-ONLY_IN_SOAK = ((64, torch.float16), (1100, torch.float32))
-"""Whose like is compiled anyway: 16 bits, and rows as wide as a tile."""
+ONLY_IN_SOAK = ((64, torch.float16), (1024, torch.bfloat16), (1100, torch.float32))
+"""Types of 16 bits beside another, and rows as wide as a tile and wider."""
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 

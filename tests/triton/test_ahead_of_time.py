@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for sm_90: registers, spills, 128-bit loads.
 
 AMTL_SOAK=1 (`make soak`) compiles them for sm_80 and sm_100, too, and more of their forms: of
-float16, of rows wider than a tile, and with all that is tried when a kernel is tuned.
+float16, of rows as wide as a tile and wider, and with all that is tried when a kernel is tuned.
 
 Nothing runs: this is what can be said of the machine code without a GPU. The compilation happens in
 two processes of its own, where the interpreter is off and the compiler's cache is empty.

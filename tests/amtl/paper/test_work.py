@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -206,7 +207,15 @@ RIGHT = {
 }
 
 
-def test_a_method_of_ones_own_as_its_file_is_now(tmp_path, capsys):
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """Workers are forks of a process that has imported what they need, and nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["amtl.paper.work"])
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda _: context)
+
+
+def test_a_method_of_ones_own_as_its_file_is_now(tmp_path, capsys, quick_workers):
     file, out = tmp_path / "own.py", tmp_path / "out"
     tiny = ("--sets", "", "--also", f"tiny={':'.join(SET)}", "--budgets", "12.5", "--epochs", 1)
     few = (*tiny, "--backbones", "", "--methods", "own", "--add", file, "--out", out)
@@ -258,7 +267,8 @@ def test_a_page_of_the_documentation_is_that_of_its_summary(page, summary):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc, which Linux has")
 def test_a_killed_command_leaves_no_workers(tmp_path):
-    command = [sys.executable, "-m", "amtl", "paper", "--quick", "--jobs", "2"]
+    endless = ("--sets", "", "--also", f"tiny={':'.join(SET)}", "--trials", "5000")
+    command = [sys.executable, "-m", "amtl", "paper", *endless, "--jobs", "2"]
     started = subprocess.Popen(
         [*command, "--out", str(tmp_path)],
         stdout=subprocess.DEVNULL,

@@ -231,6 +231,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "args",
     [
