@@ -335,7 +335,7 @@ def test_columns_of_any_name_can_be_named(folder, tmp_path, monkeypatch):
     told = ("--label", "y", "--method", "fixed", "--numeric", "price, net=standardise", *FAST)
     assert run("train", "odd.csv", *told, "--drop", "stars=now ", "--out", "r") == 0
     config = read_json(Path("r/config.json"))
-    assert config["fields"] == ["user", "price, net"]
+    assert config["drop"] == ["stars=now "] and config["fields"] == []
     assert config["numeric"] == {"price, net": "standardise"}
     assert run("predict", "r", "odd.csv", "--columns", "price, net", "-o", "p.csv") == 0
     assert pl.read_csv("p.csv").columns == ["price, net", "probability"]

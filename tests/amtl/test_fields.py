@@ -234,7 +234,7 @@ def test_values_that_rarely_come_again_and_tell_nothing_are_numbers():
     assert spec(often, labels=noise).kind == "categorical"
     liked = np.random.default_rng(1).random(20_000)[SPREAD.to_numpy()] < 0.3
     assert spec(SPREAD, labels=clicks(0.1 + 0.8 * liked)).kind == "categorical"
-    few = np.where(np.arange(len(SPREAD)) < 900, noise, np.nan)
+    few = np.where(np.arange(len(SPREAD)) < 150, noise, np.nan)
     assert spec(SPREAD, labels=few).kind == spec(SPREAD).kind == "categorical"
 
 

@@ -18,6 +18,8 @@ READ = {
     "a fraction": (["25.3 kg", "12 kg", " 7kg "], "kg", [25.3, 12.0, 7.0]),
     "a comma": (["25,3 kg", "12 kg"], "kg", [25.3, 12.0]),
     "no space": (["1248CC", "998cc"], "CC", [1248.0, 998.0]),
+    "gaps": (["74 bhp", "null bhp", "82.5 bhp"], "bhp", [74.0, None, 82.5]),
+    "pandas": (["5 days 06:59:00", "0 days 00:00:01.5"], "seconds", [457_140.0, 1.5]),
     "a plural": (["7 days", "1 day", "-3 days"], "days", [7.0, 1.0, -3.0]),
     "two words": (["1,200.5 sq ft", "980 sq ft"], "sq ft", [1200.5, 980.0]),
     "degrees": (["40 °C", "-1.5 °C"], "°C", [40.0, -1.5]),
@@ -48,9 +50,10 @@ def test_numbers_with_units_are_read(case: str) -> None:
     column = pl.Series("x", [*written, None, "n/a"])
     found = find(column)
     assert found is not None and (found.unit, found.doubt) == (unit, "")
-    assert f"the unit {unit}" in found.marks
+    assert f"the unit {unit}" in found.marks or f"units, converted to {unit}" in found.marks
     result = read(column, found.decimal, found.scaled, found.unit)
-    np.testing.assert_allclose(result[: len(written)].to_numpy(), expected, rtol=1e-12)
+    expected = pl.Series(expected, dtype=pl.Float64, strict=False)
+    np.testing.assert_allclose(result[: len(written)].to_numpy(), expected.to_numpy(), rtol=1e-12)
     assert result[len(written) :].null_count() == 2
 
 
@@ -135,6 +138,13 @@ def test_thousands_are_told_from_decimals(
     assert find(fuel).doubt  # type: ignore[union-attr]
 
 
+def test_different_units_are_told_of() -> None:
+    written = [f"{i / 10} {'kmpl' if i % 3 else 'km/kg'}" for i in range(60)]
+    (field,) = infer_fields(pl.DataFrame({"x": written}), ["x"])
+    assert field.kind == "categorical"
+    assert "'0.0 km/kg' and '0.1 kmpl', cannot be compared" in field.note
+
+
 def data(rows: int = 2000) -> pl.DataFrame:
     rng = np.random.default_rng(0)
     weight = pl.Series("weight", rng.integers(10, 500, rows) / 10).cast(pl.String) + " kg"
@@ -167,10 +177,13 @@ def test_a_column_of_them_is_a_number_and_is_read_so_again() -> None:
 def test_another_unit_than_training_had_is_refused() -> None:
     spec = FieldSpec("weight", "bucket", decimal=".", unit="kg")
     for written in (["12.5 lb", "3 lb"], ["12 kg", "3 lb"], ["12 kg", "500 g"]):
-        with pytest.raises(UserError, match=r"weight.*(lb|g)' where numbers are needed"):
+        with pytest.raises(UserError, match=r"weight.*(lb|g)' where numbers in kg are needed"):
             numbers(pl.Series("weight", written), spec)
     assert numbers(pl.Series("weight", ["2,500.5 kg", "3"]), spec).to_list() == [2500.5, 3.0]
     times = FieldSpec("took", "bucket", decimal=".", unit="seconds")
+    for bare in ([125, 3], ["125", "3"], ["2h", "3"]):
+        with pytest.raises(UserError, match="numbers with their units, which training had conv"):
+            numbers(pl.Series("took", bare), times)
     assert numbers(pl.Series("took", ["3 days", "1h 1s", None]), times).fill_nan(
         None
     ).to_list() == [

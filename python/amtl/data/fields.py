@@ -52,6 +52,8 @@ _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _MOSTLY = 0.8
 """Share of distinct texts that are numbers from which it is told that the others are none."""
 _REWRITE = "write the column with a decimal point, and nothing between thousands"
+_ROWS_TO_ASK = 200
+"""Of training: fewer say nothing of values that hardly come again."""
 _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
 _LARGEST_ID = 2.0**64
@@ -435,7 +437,7 @@ def _labels_say(
     elif spec.kind != "categorical":
         return None
     told, rows = labels.of(column), (len(column) - column.null_count()) / _distinct(column)
-    seldom = rows < _SELDOM and labels.rows >= _ROWS_TO_JUDGE_BY
+    seldom = rows < _SELDOM and labels.rows >= _ROWS_TO_ASK
     note = f"{what}, {rows:.1f} rows a value, "
     if told.by_order:
         note += "near which labels are alike: a number; "

@@ -52,7 +52,7 @@ DIGITS = {
 LEAST_DIGITS = 1_010_100
 """The first hour of 2001, of which `YYMMDDHH` has seven."""
 
-_DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
+ISO = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 _SOME_DIGITS = r"\d\D*\d\D*\d"
 _ODD, _MOST_ODD = 0.01, 20
 """Share of the rows, and number of texts, that may be no moments where all others are."""
@@ -98,7 +98,7 @@ def iso(column: pl.Series) -> pl.Series | None:
     """Moments of text that has year, month and day first throughout; None for other text."""
     cells = notation.texts(column)
     known = cells.drop_nulls()
-    if not len(known) or not known.str.contains(_DATE).all():
+    if not len(known) or not known.str.contains(ISO).all():
         return None
     try:
         found = cells.str.to_datetime(time_unit="us")

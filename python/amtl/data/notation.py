@@ -12,7 +12,7 @@ from typing import NamedTuple
 import polars as pl
 
 from amtl.data import units
-from amtl.data.text import MISSING
+from amtl.data.text import FEW_NUMBERS, MISSING
 
 _CODES = "USD|EUR|GBP|JPY|CHF|CAD|AUD|NZD|CNY|INR|KRW|SEK|NOK|DKK|PLN|CZK|HUF|TRY|BRL|MXN|ZAR|SGD"
 _SIGNS = rf"[$€£¥₹₽₩₺฿₴₪₫]|US\$|[ACR]\$|Rs\.?|zł|kr\.?|Kč|Ft|{_CODES}"
@@ -32,6 +32,8 @@ _NO_LIST = r"^[+-]|[.eE]|,0\d"
 """What a number has and a list of ids with commas has not: a sign, a fraction, a group like 012."""
 _APART = r"(\d)(?:['’\x{a0}\x{202f}](\d{3})| (\d{3}(?: \d{3})*[.,]\d))"
 """Thousands set apart by what is nothing else between digits, or by spaces before a fraction."""
+_NO_NUMBER = r"(?i)^(?:null|nan|none|n/?a|-|\?)\s?[^\d\s][^\d]{0,11}$"
+"""A missing number before a unit, as in `null bhp`."""
 _SURELY_MARKED = 20
 """Distinct numbers with a mark from which it is told what it is."""
 _SCALES = {"K": "e3", "k": "e3", "M": "e6", "m": "e6", "B": "e9"}
@@ -99,11 +101,13 @@ def find(column: pl.Series, padded: bool = False) -> Notation | None:
     values = _joined(written)
     values = values.filter(_infinite(values).is_null())
     found = _find(values, padded)
-    if found is None and (unit := units.find(values)):
-        found = _find(units.taken_off(values, unit)[0].unique(maintain_order=True), padded)
+    known = values.filter(~values.str.contains(_NO_NUMBER)) if found is None else values
+    if found is None and (unit := units.find(known)):
+        found = _find(units.taken_off(known, unit)[0].unique(maintain_order=True), padded)
         if found is None or "sign" in found.marks:
             return None
-        marks = " and ".join(filter(None, [found.marks, f"the unit {unit}"]))
+        with_units = f"units, converted to {unit}" if unit in units.KINDS else f"the unit {unit}"
+        marks = " and ".join(filter(None, [found.marks, with_units]))
         # Lists have none; what is left to doubt is the decimal mark.
         found = replace(found, unit=unit, marks=marks, doubt="" if found.decimal else found.doubt)
     if found and not written.filter(written != _joined(written)).is_empty():
@@ -192,10 +196,17 @@ def _are_scales(digits: pl.Series, scale: pl.Series, sign: pl.Series) -> bool:
 
 
 def mixed(column: pl.Series) -> str:
-    """Values of numbers that carry different signs, for a message; empty for other columns."""
+    """Values of numbers that carry different signs or units, for a message; empty for others."""
     values = texts(column).drop_nulls().unique(maintain_order=True)
     if not values[:100].str.contains(_NUMBER).all():
-        return ""
+        values = values.filter(~values.str.contains(_NO_NUMBER))
+        shown = [repr(text) for text in units.differ(values)[:3]]
+        if len(values) <= FEW_NUMBERS or not shown:
+            return ""
+        return (
+            f"numbers with different units, such as {', '.join(shown[:-1])} and {shown[-1]}, "
+            "cannot be compared, so they stay text; convert all to one"
+        )
     digits, _, sign = _parts(values)
     shown = [repr(text) for text in values.filter(sign.is_first_distinct())[:3]]
     if digits.null_count() or len(shown) < 2:
@@ -226,7 +237,8 @@ def read(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") 
 def odd(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") -> pl.Series:
     """The values that are neither numbers in that notation nor missing."""
     read_as = read(column, decimal, scaled, unit)
-    return column.filter(texts(column).is_not_null() & read_as.is_null())
+    cells = texts(column)
+    return column.filter(cells.is_not_null() & read_as.is_null() & ~cells.str.contains(_NO_NUMBER))
 
 
 def _infinite(cells: pl.Series) -> pl.Series:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import polars as pl
 
-from amtl.data import moments, notation
+from amtl.data import moments, notation, units
 from amtl.errors import UserError, brief
 
 Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
@@ -93,6 +93,9 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
         if column.dtype == pl.String:
             dated = moments.iso(column)
             read = _read(column, spec) if dated is None else dated
+        if read.dtype.is_numeric() and spec.unit in units.KINDS and column.dtype not in TEXT:
+            # In which unit they are nobody says.
+            raise pl.exceptions.ComputeError
         if read.dtype == pl.Date:
             read = read.cast(pl.Datetime("us"))
         if read.dtype in (pl.Datetime, pl.Duration):
@@ -107,13 +110,16 @@ def numbers(column: pl.Series, spec: FieldSpec | None = None) -> pl.Series:
 def _no_numbers(column: pl.Series, spec: FieldSpec) -> str:
     """What is wrong with a column that is to hold numbers."""
     odd, needed = "", f"numbers in {spec.unit}" if spec.unit else "numbers"
+    if spec.unit in units.KINDS:
+        needed = f"numbers with their units, which training had converted to {spec.unit},"
     if column.dtype == pl.String:
         other = notation.odd(column, spec.decimal or ".", spec.scaled, spec.unit)
         if spec.moment:
             other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
         elif len(few := moments.odd_ones(column)):
             other, needed = pl.Series(few), "dates or times"
-        odd = f" such as {brief(repr([*other, *column.drop_nulls()][0]))}"
+        undated = other.filter(~other.str.contains(moments.ISO))
+        odd = f" such as {brief(repr([*undated, *other, *column.drop_nulls()][0]))}"
     return (
         f"column {column.name!r} holds {brief(column.dtype)} values{odd} where {needed} are needed"
     )
@@ -133,7 +139,8 @@ def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
         spelled = notation.find(column)
         if spelled is None and decimal is None and len(forms := moments.find(column)) == 1:
             return moments.read(column, forms[0])
-        if spelled is None or not spelled.decimal or spelled.unit not in ("", unit):
+        others = (unit,) if unit in units.KINDS else ("", unit)
+        if spelled is None or not spelled.decimal or spelled.unit not in others:
             return column
         decimal, scaled = spelled.decimal, spelled.scaled
     return notation.read(column, decimal, scaled, unit)

@@ -15,7 +15,7 @@ _TIMES = {
     **dict.fromkeys(("mo", "month"), 30.4375 * _DAY),
     **dict.fromkeys(("y", "yr", "year"), 365.25 * _DAY),
 }
-_KINDS: dict[str, dict[str, float]] = {
+KINDS: dict[str, dict[str, float]] = {
     "seconds": _TIMES,
     "bytes": {
         **dict.fromkeys(("b", "byte"), 1.0),
@@ -40,10 +40,12 @@ _ALONE = {
     *("cc", "ccm", "ps", "hp", "bhp", "kmpl", "kmph", "kmh", "km/h", "mph", "mpg", "kwh", "wh"),
     *("mah", "px", "dpi", "mp", "mbps", "gbps", "bar", "psi", "°c", "°f", "°", "sqft", "sqm"),
     *("m²", "km²", "m2", "kcal", "cal", "kj", "pcs", "pc", "pt", "rpm", "nm", "db", "%"),
-    *(name for kind in _KINDS.values() for name in kind if len(name) > 1),
+    *(name for kind in KINDS.values() for name in kind if len(name) > 1),
 }
 """Units known to stand behind whole numbers without a space, where other letters may be of ids."""
+_FEW_UNITS = 5
 _ONE = r"^([+-]?\s?[\d.,]*\d)(\s?)([^\d\s.,;:()+-][^\d,;:()]{0,11})$"
+_TIMEDELTA = r"^(\d+) days?,? (\d{1,2}):(\d\d):(\d\d(?:\.\d+)?)$"
 _PIECE = r"(\d+(?:\.\d+)?)\s?([A-Za-z'’\"”]+)"
 
 
@@ -52,6 +54,7 @@ def find(values: pl.Series) -> str:
 
     Empty where they have none, or what may be a part of ids.
     """
+    values = _with_units(values)
     few = values[:100]
     if not len(few) or not (few.str.contains(_ONE) | _is_compound(few)).all():
         return ""
@@ -64,7 +67,7 @@ def find(values: pl.Series) -> str:
     sure |= one["1"].filter(single).str.contains("[.,]") | named.is_in(list(_ALONE))
     if single.all() and named.n_unique() == 1:
         return str(one["3"][0]).strip() if sure.any() else ""
-    for kind, units in _KINDS.items():
+    for kind, units in KINDS.items():
         if taken_off(values, kind)[1].is_not_null().all():
             compound = (~single).any()
             return kind if compound or sure.all() or len(units.keys() & set(named)) > 1 else ""
@@ -74,11 +77,13 @@ def find(values: pl.Series) -> str:
 def taken_off(cells: pl.Series, unit: str) -> tuple[pl.Series, pl.Series]:
     """Texts `[n]` without the unit, and what each is to be multiplied by.
 
-    A text without a unit stays as it is; that of another one, or of no number, is missing.
+    A text without a unit stays as it is, unless training had several; that of another one, or of no
+    number, is missing.
     """
+    cells = _with_units(cells)
     one = cells.str.extract_groups(_ONE).struct.unnest()
     named, plain = _spelled(one["3"]), one["3"].is_null()
-    units = _KINDS.get(unit)
+    units = KINDS.get(unit)
     if units is None:
         other = ~plain & (named != _spelled(pl.Series([unit]))[0])
         ones = pl.Series([1.0]).new_from_index(0, len(cells))
@@ -91,8 +96,21 @@ def taken_off(cells: pl.Series, unit: str) -> tuple[pl.Series, pl.Series]:
         where = compound.arg_true()
         digits = digits.scatter(where, sums)
         factors = factors.scatter(where, sums.cast(pl.Float64) * 0 + 1)
-    bare = plain & ~compound & cells.is_not_null()
-    return digits.zip_with(~bare, cells), factors.set(bare, 1.0)
+    return digits, factors
+
+
+def differ(values: pl.Series) -> list[str]:
+    """A text of each unit, if all of these distinct texts are numbers with one, or one of a few."""
+    one = values.str.extract_groups(_ONE).struct.unnest()
+    named = _spelled(one["3"])
+    if not len(values) or named.null_count() or not 1 < named.n_unique() <= _FEW_UNITS:
+        return []
+    return values.filter(named.is_first_distinct()).to_list()
+
+
+def _with_units(cells: pl.Series) -> pl.Series:
+    """Durations as pandas writes them, such as `5 days 06:59:00`, as numbers with units."""
+    return cells.str.replace(_TIMEDELTA, "$1 d $2 h $3 min $4 s")
 
 
 def _is_compound(cells: pl.Series) -> pl.Series:
