@@ -139,8 +139,9 @@ def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
         spelled = notation.find(column)
         if spelled is None and decimal is None and len(forms := moments.find(column)) == 1:
             return moments.read(column, forms[0])
-        others = (unit,) if unit in units.KINDS else ("", unit)
-        if spelled is None or not spelled.decimal or spelled.unit not in others:
+        if unit in units.KINDS and (spelled is None or spelled.unit != unit):
+            raise pl.exceptions.ComputeError
+        if spelled is None or not spelled.decimal or spelled.unit not in ("", unit):
             return column
         decimal, scaled = spelled.decimal, spelled.scaled
     return notation.read(column, decimal, scaled, unit)
