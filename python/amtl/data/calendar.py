@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from amtl.data import moments
+from amtl.data import moments, notation
 from amtl.data.ordered import Floats
 from amtl.data.specs import TEXT, FieldSpec, is_amount, numbers
 from amtl.errors import UserError, brief
@@ -159,7 +159,8 @@ def _form(column: pl.Series) -> str | None:
         return None
     if dtype in TEXT:
         column = column.cast(pl.String)
-        if not _SOME_DIGITS.search(column.drop_nulls()[0]):
+        known = notation.texts(column).drop_nulls()
+        if not len(known) or not _SOME_DIGITS.search(known[0]):
             return None
         forms = [""] if is_amount(column) else moments.find(column)
         return forms[0] if len(forms) == 1 and forms[0] not in moments.CLOCKS else None
