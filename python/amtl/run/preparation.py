@@ -141,7 +141,10 @@ def scarce(held_out: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
         if count < FEW:
             few.append(f"{words} of {held['rows']:,} in {split}")
     if few:
-        yield f"only {', '.join(few)}: differences between models mean little on so few"
+        yield (
+            f"only {', '.join(few)}: differences between models mean little on so few, and "
+            "probabilities may be far too sure"
+        )
 
 
 def _validated(rows: Tensor, seed: int) -> Tensor:
