@@ -52,8 +52,8 @@ WRITTEN: dict[str, Callable[[pl.Series], pl.Series]] = {
     "seconds": lambda when: when.dt.epoch("s"),
     "seconds, some 0": lambda when: when.dt.epoch("s").scatter(range(0, 2000, 50), 0),
     "microseconds as floats": lambda when: when.dt.epoch("us").cast(pl.Float64),
-    "ISO, some NA": lambda when: (
-        when.dt.to_string("%Y-%m-%d %H:%M:%S").scatter(range(0, 2000, 50), "NA")
+    "ISO, some NA": lambda when: when.dt.to_string("%Y-%m-%d %H:%M:%S").scatter(
+        range(0, 2000, 50), "NA"
     ),
     "ISO": lambda when: when.dt.to_string("%Y-%m-%dT%H:%M:%S"),
     "German": lambda when: when.dt.to_string("%d.%m.%Y %H:%M"),
