@@ -96,7 +96,9 @@ soak: $(VENV)/.extra-test
 	@seed=$$(date +%s); echo "AMTL_DAMAGE_SEED=$$seed"; OMP_NUM_THREADS=1 AMTL_SOAK=1 \
 		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load \
 		tests/amtl/test_walk.py tests/amtl/test_cli_fuzz.py tests/amtl/store/test_damage.py \
-		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py tests/cuda/test_cubins.py \
+		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py \
+		tests/kernels/test_fused.py tests/kernels/test_optim.py tests/amtl/test_fields.py \
+		tests/amtl/test_collection.py tests/amtl/test_embedding.py tests/cuda/test_cubins.py \
 		tests/hostsim/test_kernels.py tests/amtl/test_race.py tests/amtl/test_resume.py \
 		tests/amtl/test_sharing.py tests/amtl/store/test_runs.py \
 		tests/bench/test_bench_guards.py tests/amtl/test_masterless.py \

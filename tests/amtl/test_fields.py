@@ -499,6 +499,7 @@ OTHERWISE = [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("treatment", ["bucket", "standardise"])
 @pytest.mark.parametrize("gap", [None, "NA", "", "inf", "-inf"])
 @pytest.mark.parametrize("marks", WRITTEN)

@@ -54,6 +54,7 @@ def of_kind(inputs: Inputs, kind: str) -> Call:
     return inputs.call(form, bool(what)).fresh()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equal_to_separate_steps(backend: Any, kind: str, name: str) -> None:

@@ -76,6 +76,7 @@ EDGES = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges(backend: Any, edge: str, count: int) -> None:

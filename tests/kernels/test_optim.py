@@ -275,6 +275,7 @@ ROUNDING += ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 """Backends without a GPU that round stochastically."""
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("is_fused", [False, True])
 @pytest.mark.parametrize("where", ROUNDING)
