@@ -114,11 +114,12 @@ def in_utc(column: pl.Series, when: pl.Series) -> pl.Series:
 def test_days_have_no_hours() -> None:
     when = moments()
     (field,) = parts(pl.DataFrame([when]), by_hour(when))
-    for days in (when.dt.date(), when.dt.date().dt.to_string("%Y-%m-%d")):
-        assert column_of(pl.DataFrame([days]), field).null_count() == len(when)
+    days = when.dt.date()
+    for held in (days, days.dt.to_string("%Y-%m-%d"), days.dt.to_string("%d.%m.%Y")):
+        assert column_of(pl.DataFrame([held]), field).null_count() == len(when)
         with pytest.raises(UserError, match="has dates without a time"):
-            called(pl.DataFrame([days]), "when.hour")
-        assert called(pl.DataFrame([days]), "when.weekday") is not None
+            called(pl.DataFrame([held]), "when.hour")
+        assert called(pl.DataFrame([held]), "when.weekday") is not None
 
 
 ODD = {"typo": "2024-02-30 10:00", "zeros": "0000-00-00 00:00:00", "word": "soon", "NaT": "NaT"}

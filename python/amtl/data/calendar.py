@@ -136,7 +136,7 @@ def called(frame: pl.DataFrame, name: str) -> FieldSpec | None:
 def _are_dates(column: pl.Series) -> bool:
     """Whether moments have no times, so that their hours are unknown."""
     if column.dtype in TEXT:
-        return not column.cast(pl.String).str.contains(r"\d[:.T h]\d\d").any()
+        return not column.cast(pl.String).str.contains(r"\d[:T h]\d\d|-\d\d\.\d\d\.\d\d").any()
     return column.dtype == pl.Date
 
 
