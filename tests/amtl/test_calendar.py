@@ -51,6 +51,10 @@ WRITTEN: dict[str, Callable[[pl.Series], pl.Series]] = {
     "zone": lambda when: when.dt.replace_time_zone("Asia/Tokyo"),
     "seconds": lambda when: when.dt.epoch("s"),
     "seconds, some 0": lambda when: when.dt.epoch("s").scatter(range(0, 2000, 50), 0),
+    "seconds as text, some NA": lambda when: (
+        when.dt.epoch("s").cast(pl.String).scatter(range(0, 2000, 50), "NA")
+    ),
+    "YYYYMMDDHH as text": lambda when: when.dt.to_string("%Y%m%d%H"),
     "microseconds as floats": lambda when: when.dt.epoch("us").cast(pl.Float64),
     "ISO, some NA": lambda when: when.dt.to_string("%Y-%m-%d %H:%M:%S").scatter(
         range(0, 2000, 50), "NA"
@@ -98,6 +102,7 @@ def test_a_moment_is_read_in_another_notation_than_training_had() -> None:
             *(WRITTEN[name](same) for name in ("seconds", "ISO", "microseconds as floats")),
             same.dt.replace_time_zone("UTC").dt.convert_time_zone("America/New_York"),
             same.dt.to_string("%m/%d/%Y %H:%M:%S"),
+            same.dt.epoch("ms").cast(pl.String),
             same.dt.to_string("%Y-%m-%dT%H:%M:%S+00:00"),
         ):
             hours = column_of(pl.DataFrame([scored.rename("when")]), field)

@@ -136,7 +136,8 @@ def called(frame: pl.DataFrame, name: str) -> FieldSpec | None:
 def _are_dates(column: pl.Series) -> bool:
     """Whether moments have no times, so that their hours are unknown."""
     if column.dtype in TEXT:
-        return not column.cast(pl.String).str.contains(r"\d[:T h]\d\d|-\d\d\.\d\d\.\d\d").any()
+        timed = column.cast(pl.String).str.contains(r"\d[:T h]\d\d|-\d\d\.\d\d\.\d\d").any()
+        return _plain(column) is None and not timed
     return column.dtype == pl.Date
 
 
@@ -162,9 +163,18 @@ def _form(column: pl.Series) -> str | None:
         known = notation.texts(column).drop_nulls()
         if not len(known) or not _SOME_DIGITS.search(known[0]):
             return None
+        if (plain := _plain(column)) is not None:
+            return _form(plain)
         forms = [""] if is_amount(column) else moments.find(column)
         return forms[0] if len(forms) == 1 and forms[0] not in moments.CLOCKS else None
     return _digits(column) or ("" if _unit(column) is not None else None)
+
+
+def _plain(column: pl.Series) -> pl.Series | None:
+    """The numbers of text that holds plain ones alone; None for other text."""
+    cells = notation.texts(column)
+    found = cells.cast(pl.Float64, strict=False)
+    return found if found.null_count() == cells.null_count() else None
 
 
 def _digits(column: pl.Series) -> str | None:
@@ -207,6 +217,8 @@ def _in_utc(column: pl.Series, form: str | None) -> pl.Series:
     if column.dtype == pl.Date:
         return column.cast(pl.Datetime("us"))
     if column.dtype in TEXT:
+        if (plain := _plain(column)) is not None:
+            return _in_utc(plain, form)
         form = form or _form(column) or None
         read = numbers(column, FieldSpec(column.name, moment=form)).fill_nan(None)
         return read.cast(pl.Int64).cast(pl.Datetime("us"))

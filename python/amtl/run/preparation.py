@@ -51,6 +51,7 @@ def prepare(
     parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
     _require_both(labels, parts)
     if encoder is None:
+        marks = {**source.marks, **odd}
         names = config.fields or default_fields(frame, config, source)
         called = {name: calendar.called(frame, name) for name in names}
         names = [name for name in names if called[name] is None]
@@ -64,7 +65,7 @@ def prepare(
             values=config.values,
             separators=config.separators,
             labels=known,
-            marks={**source.marks, **odd},
+            marks=marks,
         )
         if config.split != "random":
             validate, kind = parts[1].numpy(), config.default_numeric
@@ -72,7 +73,7 @@ def prepare(
         specs += [spec for spec in called.values() if spec]
         if not (config.fields or source.fields):
             skip = {config.label, *config.drop}
-            specs += calendar.parts(frame, known, skip, odd)
+            specs += calendar.parts(frame, known, skip, marks)
         specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
