@@ -126,7 +126,9 @@ def _holds(name: str, typed: Mapping[str, Any], config: TrainConfig, rows: int) 
         names = parse_names("--fields", value, config.fields)
         return config.fields == [n for n in names if n not in dropped]
     if name == "drop":
-        return bool(config.fields or config.drop) and not set(dropped) & set(config.fields)
+        # Runs of before have what was left over alone.
+        left_over = bool(config.fields) and not set(dropped) & set(config.fields)
+        return set(dropped) <= set(config.drop) or left_over
     if name == "method":
         method, named = ALIASES.get(value, (value, {}))
         return config.method == method and named.items() <= options.items()

@@ -13,10 +13,10 @@ import polars as pl
 import pytest
 from amtl.cli import main
 from amtl.run import display
-from amtl.run.config import parse_budget
+from amtl.run.config import TrainConfig, parse_budget
 from amtl.run.contest import DECAY
 from amtl.run.folders import holds_run, load_checkpoint, load_trained
-from amtl.settings import parse_seconds
+from amtl.settings import not_applied, parse_seconds
 from amtl.store.files import read_json
 
 FAST = ["--dim", "4", "--epochs", "3", "--batch-size", "128"]
@@ -472,6 +472,13 @@ def test_a_run_that_tries_no_weight_decay_has_some(data, monkeypatch, given, dec
     given = ["--label", "label", "--fields", "user,item", *given.split()]
     assert run("train", data, *given, "--dry-run") == 0
     assert planned[0].config.embedding_decay == decay
+
+
+def test_columns_that_were_dropped_are_told_from_others():
+    now, before = (TrainConfig("d", "y", drop=["a"]), TrainConfig("d", "y", fields=["b", "c"]))
+    for config in (now, before):
+        assert not not_applied({"drop": "a"}, config, 10)
+        assert not_applied({"drop": "b"}, config, 10) == ["--drop"]
 
 
 def test_a_raced_run_goes_on_with_what_it_was_asked_for(data, tmp_path, capsys):

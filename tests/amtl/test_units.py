@@ -174,6 +174,12 @@ def test_a_column_of_them_is_a_number_and_is_read_so_again() -> None:
         assert scored.rows.equal(rows.rows) and scored.dense.equal(rows.dense)
 
 
+def test_a_word_for_nothing_needs_a_unit_to_stand_before() -> None:
+    for spec in (FieldSpec("x", "bucket"), FieldSpec("x", "bucket", decimal=".")):
+        with pytest.raises(UserError, match="'none here' where numbers are needed"):
+            numbers(pl.Series("x", ["3.5", "none here"]), spec)
+
+
 def test_another_unit_than_training_had_is_refused() -> None:
     spec = FieldSpec("weight", "bucket", decimal=".", unit="kg")
     for written in (["12.5 lb", "3 lb"], ["12 kg", "3 lb"], ["12 kg", "500 g"]):

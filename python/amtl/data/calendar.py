@@ -43,7 +43,6 @@ PARTS = {
     ),
     "month": Part(lambda when: when.dt.month(), lambda when: when.dt.year(), "year to year"),
 }
-_SOME_DIGITS = re.compile(r"\d\D*\d\D*\d")
 _FEWEST = 4
 """Periods, of fewer of which nothing is said to come again."""
 _SURE = 3.0
@@ -108,8 +107,10 @@ def parts(
             if _follows(known.of(when), known.period(when), labels[trains]):
                 note = f"labels follow the {part} of {name!r} from {known.again}; "
                 note += f"--drop {shlex.quote(field)} leaves it out"
-                spec = FieldSpec(field, moment=form or None, part=part, of=name, zone=zone)
-                found.append(replace(spec, marks=(marks or {}).get(name, ()), note=note))
+                spec = FieldSpec(
+                    field, moment=form or None, part=part, of=name, zone=zone, note=note
+                )
+                found.append(replace(spec, marks=(marks or {}).get(name, ())))
     return found
 
 
@@ -137,7 +138,7 @@ def _are_dates(column: pl.Series) -> bool:
     """Whether moments have no times, so that their hours are unknown."""
     if column.dtype in TEXT:
         timed = column.cast(pl.String).str.contains(r"\d[:T h]\d\d|-\d\d\.\d\d\.\d\d").any()
-        return _plain(column) is None and not timed
+        return notation.plain(column) is None and not timed
     return column.dtype == pl.Date
 
 
@@ -161,20 +162,13 @@ def _form(column: pl.Series) -> str | None:
     if dtype in TEXT:
         column = column.cast(pl.String)
         known = notation.texts(column).drop_nulls()
-        if not len(known) or not _SOME_DIGITS.search(known[0]):
+        if not len(known) or not re.search(moments.SOME_DIGITS, known[0]):
             return None
-        if (plain := _plain(column)) is not None:
+        if (plain := notation.plain(column)) is not None:
             return _form(plain)
         forms = [""] if is_amount(column) else moments.find(column)
         return forms[0] if len(forms) == 1 and forms[0] not in moments.CLOCKS else None
     return _digits(column) or ("" if _unit(column) is not None else None)
-
-
-def _plain(column: pl.Series) -> pl.Series | None:
-    """The numbers of text that holds plain ones alone; None for other text."""
-    cells = notation.texts(column)
-    found = cells.cast(pl.Float64, strict=False)
-    return found if found.null_count() == cells.null_count() else None
 
 
 def _digits(column: pl.Series) -> str | None:
@@ -217,7 +211,7 @@ def _in_utc(column: pl.Series, form: str | None) -> pl.Series:
     if column.dtype == pl.Date:
         return column.cast(pl.Datetime("us"))
     if column.dtype in TEXT:
-        if (plain := _plain(column)) is not None:
+        if (plain := notation.plain(column)) is not None:
             return _in_utc(plain, form)
         form = form or _form(column) or None
         read = numbers(column, FieldSpec(column.name, moment=form)).fill_nan(None)

@@ -34,20 +34,14 @@ def copies(frame: pl.DataFrame, label: str, labels: Tensor) -> NDArray[np.int64]
     Returns:
         int64 [n], equal for copies. O(n) a column.
     """
-    names, most = [], 0
-    for column in frame.drop(label):
-        if column.dtype.is_nested():
-            continue
-        exact = column.dtype.is_float() or column.dtype.is_temporal() or column.dtype.is_decimal()
-        distinct = column.n_unique() if exact or column.dtype != pl.Boolean else 2
-        if distinct <= _ALONE * len(column):
-            names.append(column.name)
-        elif exact:
-            return None
-        if exact:
-            most = max(most, distinct)
-    if not most or not names:
+    columns = [column for column in frame.drop(label) if not column.dtype.is_nested()]
+    exact = [column for column in columns if _is_exact(column.dtype)]
+    distinct = {column.name: column.n_unique() for column in exact}
+    most = max(distinct.values(), default=0)
+    if not 0 < most <= _ALONE * frame.height:
         return None
+    distinct |= {c.name: c.n_unique() for c in columns if c.name not in distinct}
+    names = [name for name, values in distinct.items() if values <= _ALONE * frame.height]
     rows = frame.select(names).hash_rows()
     distinct_rows, group = np.unique(rows.to_numpy(), return_inverse=True)
     count = np.bincount(group)
@@ -60,6 +54,11 @@ def copies(frame: pl.DataFrame, label: str, labels: Tensor) -> NDArray[np.int64]
     expected = float((1 - rate**times - (1 - rate) ** times).sum())
     mixed = int(((positive[again] > 0) & (positive[again] < times)).sum())
     return group if expected >= _EXPECTED and mixed <= _MIXED * expected else None
+
+
+def _is_exact(dtype: pl.DataType) -> bool:
+    """Whether values are fractions or moments, of which two are not the same by chance."""
+    return dtype.is_float() or dtype.is_temporal() or dtype.is_decimal()
 
 
 def number_of(group: NDArray[np.int64]) -> int:

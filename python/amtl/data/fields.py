@@ -343,18 +343,19 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             said = _labels_say(spec, found, default_numeric, labels, what)
             spec = replace(number, note=said.note) if said else spec
     if dtype in TEXT and spec.kind == "categorical" and not spec.note and labels is not None:
-        spec = _in_one_spelling(spec, column, labels)
+        spec = _in_one_spelling(spec, column, values, labels)
     return spec
 
 
-def _in_one_spelling(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec:
-    """With values that differ in case or spaces alone as one, unless labels tell them apart."""
-    texts = column.cast(pl.String)
-    values, one = _distinct(texts), fold(texts)
-    if _distinct(one) > _ONE_SPELLING * values or labels.tell_apart(texts, one):
+def _in_one_spelling(
+    spec: FieldSpec, column: pl.Series, values: pl.Series, labels: Labels
+) -> FieldSpec:
+    """With distinct values that differ in case or spaces alone as one, unless labels tell more."""
+    spellings, texts = fold(values).n_unique(), column.cast(pl.String)
+    if spellings > _ONE_SPELLING * len(values) or labels.tell_apart(texts, fold(texts)):
         return spec
     note = (
-        f"{values:,} texts are {_distinct(one):,} but for case and spaces, which tell nothing of "
+        f"{len(values):,} texts are {spellings:,} but for case and spaces, which tell nothing of "
     )
     note += f"labels: one value each; {as_typed(spec.name, 'categorical')} keeps them apart"
     return replace(spec, folded=True, note=note)

@@ -53,7 +53,7 @@ LEAST_DIGITS = 1_010_100
 """The first hour of 2001, of which `YYMMDDHH` has seven."""
 
 ISO = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
-_SOME_DIGITS = r"\d\D*\d\D*\d"
+SOME_DIGITS = r"\d\D*\d\D*\d"
 _ODD, _MOST_ODD = 0.01, 20
 """Share of the rows, and number of texts, that may be no moments where all others are."""
 
@@ -64,6 +64,10 @@ def texts(column: pl.Series) -> pl.Series:
     """Text without what makes no difference, and nothing for what stands for a missing value."""
     cells = notation.texts(column)
     cells = cells.str.replace_all(r"\s+", " ").str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ")
+    if cells.str.contains(r"^\d{4}-.* [A-Z]+$").any():
+        for offset, names in _ZONES.items():
+            zoned = rf"^(\d{{4}}-\d\d-\d\d [\d:.]+) (?:{names})$"
+            cells = cells.str.replace(zoned, f"$1{offset}")
     cells = _without_weekday(cells)
     cells = cells.str.replace(r"(:\d\d),(\d{1,6})\b", "$1.$2")
     cells = cells.str.replace(r"(:\d\d(?:\.\d+)?) ?(?:Z|UTC|GMT)(?:\[UTC\])?$", "$1")
@@ -82,8 +86,6 @@ def _without_weekday(cells: pl.Series) -> pl.Series:
 
     `Fri, 03 Jan 2025 03:08:39 +0200 (EET)` and `Fri Jan 10 19:10:54 UTC 2025`.
     """
-    for offset, names in _ZONES.items():
-        cells = cells.str.replace(rf"^(\d{{4}}-\d\d-\d\d [\d:.]+) (?:{names})$", f"$1{offset}")
     if not cells.str.contains(_WEEKDAY).any():
         return cells
     cells = cells.str.replace(rf"{_WEEKDAY}(\d\d? \w{{3}} \d{{4}})\b", "$1")
@@ -112,13 +114,14 @@ def odd_ones(column: pl.Series) -> list[str]:
 
     So are `2024-02-30` and `0000-00-00`: in 1 % of the rows at most, and no more than 20.
     """
-    cells = texts(column)
-    few = cells.drop_nulls()[:100]
-    if not len(few) or float(few.str.contains(_SOME_DIGITS).mean() or 0.0) < 0.5:  # type: ignore[arg-type]
+    # Most columns are told by a few of their texts.
+    few = texts(notation.texts(column).drop_nulls()[:100]).drop_nulls()
+    if not len(few) or float(few.str.contains(SOME_DIGITS).mean() or 0.0) < 0.5:  # type: ignore[arg-type]
         return []
-    for form in _FORMS:
-        if form in CLOCKS or _read(few, form).null_count() > 0.1 * len(few):
-            continue
+    dated = (form for form in _FORMS if form not in CLOCKS)
+    forms = [form for form in dated if _read(few, form).null_count() <= 0.1 * len(few)]
+    cells = texts(column) if forms else few
+    for form in forms:
         odd = column.filter(cells.is_not_null() & _read(cells, form).is_null())
         distinct = odd.unique(maintain_order=True)
         if len(odd) and len(odd) <= _ODD * len(cells) and len(distinct) <= _MOST_ODD:

@@ -80,6 +80,13 @@ def texts(column: pl.Series) -> pl.Series:
     return cells.set(cells.is_in(["", *MISSING]), None)
 
 
+def plain(column: pl.Series) -> pl.Series | None:
+    """The numbers of text that holds plain ones alone; None for other text."""
+    cells = texts(column)
+    found = cells.cast(pl.Float64, strict=False)
+    return found if found.null_count() == cells.null_count() else None
+
+
 def _joined(cells: pl.Series) -> pl.Series:
     """Texts without what sets thousands apart, unless that may be a decimal mark."""
     while cells.str.contains(_APART).any():
@@ -98,19 +105,19 @@ def find(column: pl.Series, padded: bool = False) -> Notation | None:
     that these are no units.
     """
     written = texts(column).drop_nulls().unique(maintain_order=True)
-    values = _joined(written)
-    values = values.filter(_infinite(values).is_null())
+    joined = _joined(written)
+    values = joined.filter(_infinite(joined).is_null())
     found = _find(values, padded)
     known = values.filter(~values.str.contains(_NO_NUMBER)) if found is None else values
     if found is None and (unit := units.find(known)):
         found = _find(units.taken_off(known, unit)[0].unique(maintain_order=True), padded)
-        if found is None or "sign" in found.marks:
+        if found is None:
             return None
         with_units = f"units, converted to {unit}" if unit in units.KINDS else f"the unit {unit}"
         marks = " and ".join(filter(None, [found.marks, with_units]))
         # Lists have none; what is left to doubt is the decimal mark.
         found = replace(found, unit=unit, marks=marks, doubt="" if found.decimal else found.doubt)
-    if found and not written.filter(written != _joined(written)).is_empty():
+    if found and (written != joined).any():
         marks = " and ".join(filter(None, ["thousands separators", found.marks]))
         found = replace(found, marks=marks)
     return found
@@ -236,9 +243,10 @@ def read(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") 
 
 def odd(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") -> pl.Series:
     """The values that are neither numbers in that notation nor missing."""
-    read_as = read(column, decimal, scaled, unit)
     cells = texts(column)
-    return column.filter(cells.is_not_null() & read_as.is_null() & ~cells.str.contains(_NO_NUMBER))
+    none = cells.is_not_null() & read(column, decimal, scaled, unit).is_null()
+    # Without a unit to stand before, such text is no missing number.
+    return column.filter(none & ~cells.str.contains(_NO_NUMBER) if unit else none)
 
 
 def _infinite(cells: pl.Series) -> pl.Series:

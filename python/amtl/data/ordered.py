@@ -147,10 +147,7 @@ def told(
         near = ((sums + _PRIOR * mean) / (rows + _PRIOR))[bucket[held]]
         by_order = _likelihood(near, y[held])
         order[held] = by_order - _likelihood(np.full(len(near), mean), y[held])
-        sums, rows = (each[part[held]] for each in _per_group(part, train, y, part.max() + 1))
-        for i, prior in enumerate(_PRIORS):
-            rate = (sums + prior * near) / (rows + prior)
-            own[i, held] = _likelihood(rate, y[held]) - by_order
+        own[:, held] = _beside(part, train, held, y, near) - by_order
     shared = ~np.isnan(order)
     if shared.sum() < _FOLDS:
         return None
@@ -175,12 +172,22 @@ def _apart(value: Floats, group: Floats, labels: Floats) -> bool:
         train, held = fold != f, fold == f
         sums, rows = (each[g[held]] for each in _per_group(g, train, y, g.max() + 1))
         near = (sums + _PRIOR * y[train].mean()) / (rows + _PRIOR)
-        sums, rows = (each[v[held]] for each in _per_group(v, train, y, v.max() + 1))
-        for i, prior in enumerate(_PRIORS):
-            rate = (sums + prior * near) / (rows + prior)
-            gain[i, held] = _likelihood(rate, y[held]) - _likelihood(near, y[held])
+        gain[:, held] = _beside(v, train, held, y, near) - _likelihood(near, y[held])
     best = gain[gain.mean(1).argmax()]
     return bool(best.mean() > _SURE * best.std() / len(best) ** 0.5)
+
+
+def _beside(
+    part: NDArray[np.intp],
+    train: NDArray[np.bool_],
+    held: NDArray[np.bool_],
+    labels: Floats,
+    near: Floats,
+) -> Floats:
+    """Likelihoods of held rows by the rate of their part, drawn towards one by each prior."""
+    sums, rows = (each[part[held]] for each in _per_group(part, train, labels, part.max() + 1))
+    rates = ((sums + prior * near) / (rows + prior) for prior in _PRIORS)
+    return np.stack([_likelihood(rate, labels[held]) for rate in rates])
 
 
 def _some(x: Floats) -> NDArray[np.intp]:

@@ -44,16 +44,17 @@ def without_repeats(
             result.append(field)
             continue
         earlier = seen.setdefault(_parts(column[:_FIRST_ROWS]), [])
-        compared = field if field.name in told else _compared(frame, field, earlier)
+        compared = field if field.name in told else _compared(frame, field, column, earlier)
         if compared is field or not field.part:
             result.append(compared)
         earlier.append(field)
     return result
 
 
-def _compared(frame: pl.DataFrame, field: FieldSpec, earlier: Sequence[FieldSpec]) -> FieldSpec:
-    """The field, held against columns whose first rows fall into the same parts."""
-    column = column_of(frame, field)
+def _compared(
+    frame: pl.DataFrame, field: FieldSpec, column: pl.Series, earlier: Sequence[FieldSpec]
+) -> FieldSpec:
+    """The field of a column, held against those whose first rows fall into the same parts."""
     for before in earlier:
         other, name = column_of(frame, before), before.name
         if column.dtype == other.dtype and column.equals(other, null_equal=True):

@@ -130,11 +130,8 @@ def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
     decimal, scaled, unit = spec.decimal, spec.scaled, spec.unit
     if spec.moment and not len(moments.odd(column, spec.moment)):
         return moments.read(column, spec.moment)
-    if decimal is None:
-        texts = notation.texts(column)
-        plain = texts.cast(pl.Float64, strict=False)
-        if plain.null_count() == texts.null_count():
-            return plain
+    if decimal is None and (plain := notation.plain(column)) is not None:
+        return plain
     if decimal is None or len(notation.odd(column, decimal, scaled, unit)):
         spelled = notation.find(column)
         if spelled is None and decimal is None and len(forms := moments.find(column)) == 1:

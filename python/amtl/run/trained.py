@@ -105,15 +105,16 @@ class Trained:
                 continue
             if unknown <= _UNSEEN * values:
                 continue
-            vocabulary = self.encoder.vocabularies[self.encoder.names.index(name)]
+            f = self.encoder.names.index(name)
+            vocabulary = self.encoder.vocabularies[f]
             test = times * tested.get(name, 0) / max(int(vocabulary.counts.sum()), 1)
             if max(self.encoder.unseen_share(name), test) >= _SEEN_THEN:
                 continue
             odd, known = self.encoder.examples(name, frame)
             here = "missing"
             if odd is not None:
-                spec = self.encoder.fields[self.encoder.names.index(name)]
-                here = f"such as {brief(repr(odd))} ({brief(column_of(frame, spec).dtype)})"
+                dtype = column_of(frame, self.encoder.fields[f]).dtype
+                here = f"such as {brief(repr(odd))} ({brief(dtype)})"
             there = "" if known is None else f", in training such as {brief(repr(known))}"
             so = "predictions do without it"
             if self.encoder.reads_numbers(name, frame):
