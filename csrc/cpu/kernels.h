@@ -60,6 +60,24 @@ struct PoolTask {
   float* wide;     // [dim] scratch of the thread, for dim > kMaxStaticDim
 };
 
+// Where a row lies, how much of it is kept, and the step size of its codes.
+struct PlacedRow {
+  const char* row;
+  int32_t size;
+  float step;
+};
+// Lookups of bags of one in rows that have been found before.
+struct PickTask {
+  const PlacedRow* rows;
+  int64_t count;  // of rows
+  const void* indices;
+  IndexType index_type;
+  int64_t dim;
+  DType type;
+  int32_t bits, rounding;  // see LookupTable
+  void* out;               // [lookups, dim]
+};
+
 // A lookup after sorting by row: `bag` is the row of the incoming gradient.
 struct Item {
   uint32_t bag;
@@ -127,6 +145,10 @@ struct KernelTable {
   const char* name;
   int lanes;
   void (*pool)(DType type, const PoolTask& task, int64_t begin, int64_t end);
+  // Finds the rows that are looked up; false if one is out of range, or its size is.
+  bool (*place)(const LookupTable& table, PlacedRow* rows);
+  // Lookups [begin, end); false if one is out of range.
+  bool (*pick)(const PickTask& task, int64_t begin, int64_t end);
   // Sums the gradients of `count` items into out[0..columns).
   void (*reduce)(DType type, const void* grad, int64_t stride, const void* items, bool weighted,
                  int64_t count, int columns, float* out);

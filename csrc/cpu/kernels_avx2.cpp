@@ -35,8 +35,9 @@ namespace {
 namespace amtl::cpu {
 
 const KernelTable& Avx2Kernels() {
-  static const KernelTable kTable = {"avx2",      avx2::kLanes, &avx2::Pool,     &avx2::Reduce,
-                                     &avx2::Walk, &avx2::Dot,   &avx2::Describe, &avx2::Apply};
+  static const KernelTable kTable = {"avx2",          avx2::kLanes,  &avx2::Pool, &avx2::Place,
+                                     &avx2::Pick,     &avx2::Reduce, &avx2::Walk, &avx2::Dot,
+                                     &avx2::Describe, &avx2::Apply};
   return kTable;
 }
 

@@ -11,9 +11,9 @@ namespace {
 namespace amtl::cpu {
 
 const KernelTable& GenericKernels() {
-  static const KernelTable kTable = {"generic",          generic::kLanes, &generic::Pool,
-                                     &generic::Reduce,   &generic::Walk,  &generic::Dot,
-                                     &generic::Describe, &generic::Apply};
+  static const KernelTable kTable = {
+      "generic",        generic::kLanes, &generic::Pool, &generic::Place,    &generic::Pick,
+      &generic::Reduce, &generic::Walk,  &generic::Dot,  &generic::Describe, &generic::Apply};
   return kTable;
 }
 

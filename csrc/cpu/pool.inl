@@ -186,7 +186,7 @@ template <class T>
 struct Row {
   const T* data;
 
-  Row(const SourceRing& ring, float, int64_t i) : data(reinterpret_cast<const T*>(ring.row[i])) {}
+  Row(const char* row, float, float) : data(reinterpret_cast<const T*>(row)) {}
   Reg At(int column, Mask kept) const { return Load(data + column, kept); }
 };
 template <class T>
@@ -194,8 +194,8 @@ struct Row<Rounded<T>> {
   const T* data;
   float step, half;
 
-  Row(const SourceRing& ring, float half, int64_t i)
-      : data(reinterpret_cast<const T*>(ring.row[i])), step(ring.step[i]), half(half) {}
+  Row(const char* row, float step, float half)
+      : data(reinterpret_cast<const T*>(row)), step(step), half(half) {}
   Reg At(int column, Mask kept) const {
     return Round(Load(data + column, kept), kept, Set1(step), half);
   }
@@ -205,7 +205,7 @@ struct Row<Codes<kBits>> {
   const char* data;
   Levels<kBits> levels;
 
-  Row(const SourceRing& ring, float, int64_t i) : data(ring.row[i]), levels(ring.step[i]) {}
+  Row(const char* row, float step, float) : data(row), levels(step) {}
   Reg At(int column, Mask kept) const {
     return Keep(levels.Decode(levels.Load(data + column * kBits / 8, kept)), kept);
   }
@@ -232,7 +232,7 @@ void PoolWide(const PoolTask& task, int64_t begin, int64_t end) {
       const int size = ring.size[i];
       const Reg scale = Set1(kWeighted ? ring.scale[i] : 1.0f);
       counted += size >= 0;
-      const Row<T> row(ring, half, i);
+      const Row<T> row(ring.row[i], ring.step[i], half);
       for (int c = 0; c < size; c += kLanes) {
         const Reg x = row.At(c, FirstLanes(size - c));
         StoreAll(task.wide + c, MulAdd(x, scale, LoadAll(task.wide + c)));

@@ -14,6 +14,8 @@ constexpr int kLanes = 8;
 using Reg = __m256;
 using Mask = __m256i;
 
+#include "cpu/bytes.inl"
+
 inline Mask FirstLanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
 }
@@ -63,10 +65,10 @@ inline int LastNonZero(Reg a) {
 inline __m128i LoadHalves(const void* p, Mask m) {
   const int n = CountLanes(m);
   if (n == kLanes) return _mm_loadu_si128(static_cast<const __m128i*>(p));
-  alignas(16) uint16_t part[kLanes] = {};
-  const uint16_t* source = static_cast<const uint16_t*>(p);
-  for (int i = 0; i < n; ++i) part[i] = source[i];
-  return _mm_load_si128(reinterpret_cast<const __m128i*>(part));
+  const char* bytes = static_cast<const char*>(p);
+  const int low = n < 4 ? 2 * n : 8;
+  return _mm_set_epi64x(static_cast<int64_t>(FirstBytes(bytes + low, 2 * n - low)),
+                        static_cast<int64_t>(FirstBytes(bytes, low)));
 }
 inline void StoreHalves(void* p, __m128i a, Mask m) {
   const int n = CountLanes(m);
@@ -131,12 +133,7 @@ class Levels {
 #endif
   }
   static __m256i Load(const char* p, Mask m) {
-    uint64_t codes = 0;
-    const int bytes = CountLanes(m) * kBits / 8;
-    for (int i = 0; i < bytes; ++i) {
-      codes |= static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << (8 * i);
-    }
-    return Spread(codes);
+    return Spread(FirstBytes(p, CountLanes(m) * kBits / 8));
   }
   Reg Decode(__m256i codes) const {
     codes = _mm256_and_si256(codes, _mm256_set1_epi32((1 << kBits) - 1));

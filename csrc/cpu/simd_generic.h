@@ -22,6 +22,8 @@ struct Mask {
   int n;
 };
 
+#include "cpu/bytes.inl"
+
 inline Mask FirstLanes(int n) { return {n < 0 ? 0 : n > kLanes ? kLanes : n}; }
 
 constexpr bool kMovesBack = false;
@@ -187,13 +189,7 @@ class Levels {
   };
   static Loaded LoadAll(const char* p) { return Load(p, {kLanes}); }
   static Loaded LoadLine(const char* p, int32_t over, Mask m) { return Load(p + over, m); }
-  static Loaded Load(const char* p, Mask m) {
-    Loaded loaded{0};
-    for (int i = 0; i < m.n * kBits / 8; ++i) {
-      loaded.codes |= static_cast<uint64_t>(static_cast<uint8_t>(p[i])) << (8 * i);
-    }
-    return loaded;
-  }
+  static Loaded Load(const char* p, Mask m) { return {FirstBytes(p, m.n * kBits / 8)}; }
   Reg Decode(Loaded loaded) const {
     constexpr uint32_t kMask = (1u << kBits) - 1;
     constexpr float kHalf = static_cast<float>(kMask) / 2;

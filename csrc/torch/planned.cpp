@@ -3,9 +3,12 @@
 #include "torch/planned.h"
 
 #include <atomic>
+#include <cstring>
 #include <exception>
 #include <memory>
+#include <numeric>
 
+#include "cpu/kernels.h"
 #include "torch/cpu_common.h"
 
 namespace amtl {
@@ -41,12 +44,19 @@ bool ForTensors(const Tables& tables, F&& f) {
   return true;
 }
 
+// Rows of a small table, and the values that they were found by.
+struct Placed {
+  std::vector<char> values;
+  std::vector<cpu::PlacedRow> rows;
+};
+
 }  // namespace
 
 struct PlannedLookup {
   Tables tables;
   CpuLookup lookup;
-  std::vector<Seen> seen;  // in the order of ForTensors
+  std::vector<Seen> seen;                        // in the order of ForTensors
+  mutable std::shared_ptr<const Placed> placed;  // set and read by any thread
 
   // Whether all tensors are what they were.
   bool Holds() const {
@@ -94,9 +104,100 @@ bool Reorder(const cpu::Executor& executor, const PlannedCall& call, int32_t* ro
   return inside.load(std::memory_order_relaxed);
 }
 
-}  // namespace
+// A row of so many takes 16 bytes, all of them no more than the second cache has to spare.
+constexpr int64_t kPlacedRows = int64_t{1} << 12;
+// More than this many are written past the caches, or asked for ahead.
+constexpr int64_t kPickedValues = int64_t{1} << 20;
+// Codes in rows of more registers are read faster a block of rows at a time.
+constexpr int64_t kPickedRegisters = 4;
+// Picked by a thread.
+constexpr int64_t kPickedPart = int64_t{1} << 17;
 
-bool LookUpPlanned(const PlannedLookup& plan, const PlannedCall& call) {
+bool Picks(const PlannedLookup& plan, const PlannedCall& call) {
+  const cpu::LookupTable& table = plan.lookup.table;
+  const int64_t rows = call.order != nullptr ? call.ordered : table.rows;
+  if (table.bits > 0 && table.dim > kPickedRegisters * cpu::Kernels().lanes) return false;
+  return call.bags.offsets == nullptr && rows > 0 && rows <= kPlacedRows && table.rows > 0 &&
+         table.rows <= kPlacedRows && table.sizes.columns <= 1 &&
+         call.lookups * table.dim <= kPickedValues && !cpu::IsLarge(table, cpu::kUncachedBytes);
+}
+
+// Calls f with all that says where rows are and how much of them is kept.
+template <class F>
+bool ForValues(const PlannedLookup& plan, const PlannedCall& call, F&& f) {
+  const Tables& tables = plan.tables;
+  for (const Tensors* tensors : {&tables.sizes, &tables.row_groups, &tables.steps}) {
+    for (const Tensor& tensor : *tensors) {
+      const size_t bytes = tensor.scalar_type() == ScalarType::Byte ? 1 : sizeof(int32_t);
+      if (!f(tensor.const_data_ptr(), static_cast<size_t>(tensor.numel()) * bytes)) return false;
+    }
+  }
+  return call.order == nullptr ||
+         f(call.order, static_cast<size_t>(call.ordered) * sizeof(int32_t));
+}
+
+// Whether rows that were found are where they were: the values themselves are compared, for they
+// may be written to unseen.
+bool Holds(const Placed& placed, const PlannedLookup& plan, const PlannedCall& call) {
+  size_t at = 0;
+  const bool same = ForValues(plan, call, [&](const void* values, size_t bytes) {
+    if (placed.values.size() - at < bytes) return false;
+    at += bytes;
+    return std::memcmp(placed.values.data() + (at - bytes), values, bytes) == 0;
+  });
+  return same && at == placed.values.size();
+}
+
+// Where the row of each index is; null if that cannot be said.
+std::shared_ptr<const Placed> Place(const PlannedLookup& plan, const PlannedCall& call) {
+  std::shared_ptr<const Placed> before = std::atomic_load(&plan.placed);
+  if (before != nullptr && Holds(*before, plan, call)) return before;
+  auto placed = std::make_shared<Placed>();
+  ForValues(plan, call, [&](const void* values, size_t bytes) {
+    const char* begin = static_cast<const char*>(values);
+    placed->values.insert(placed->values.end(), begin, begin + bytes);
+    return true;
+  });
+  cpu::LookupTable table = plan.lookup.table;
+  std::vector<int32_t> all;
+  if (call.order == nullptr) {
+    all.resize(static_cast<size_t>(table.rows));
+    std::iota(all.begin(), all.end(), 0);
+  }
+  table.indices = call.order != nullptr ? call.order : all.data();
+  table.index_type = cpu::IndexType::kInt32;
+  table.lookups = call.order != nullptr ? call.ordered : table.rows;
+  placed->rows.resize(static_cast<size_t>(table.lookups));
+  if (!cpu::Kernels().place(table, placed->rows.data())) return nullptr;
+  std::shared_ptr<const Placed> found = std::move(placed);
+  std::atomic_store(&plan.placed, found);
+  return found;
+}
+
+bool Pick(const PlannedLookup& plan, const PlannedCall& call) {
+  const std::shared_ptr<const Placed> placed = Place(plan, call);
+  if (placed == nullptr) return false;
+  const cpu::LookupTable& table = plan.lookup.table;
+  const cpu::PickTask task{placed->rows.data(),
+                           static_cast<int64_t>(placed->rows.size()),
+                           call.indices,
+                           call.index_type,
+                           table.dim,
+                           table.type,
+                           table.bits,
+                           table.rounding,
+                           call.out};
+  const cpu::KernelTable& kernels = cpu::Kernels();
+  const int64_t part = kPickedPart / table.dim + 1;
+  if (call.lookups <= part) return kernels.pick(task, 0, call.lookups);
+  std::atomic<bool> inside{true};
+  TorchExecutor().For(call.lookups, part, [&](int64_t begin, int64_t end) {
+    if (!kernels.pick(task, begin, end)) inside.store(false, std::memory_order_relaxed);
+  });
+  return inside.load(std::memory_order_relaxed);
+}
+
+bool LookUp(const PlannedLookup& plan, const PlannedCall& call) {
   cpu::LookupTable table = plan.lookup.table;
   table.indices = call.indices;
   table.index_type = call.index_type;
@@ -114,10 +215,15 @@ bool LookUpPlanned(const PlannedLookup& plan, const PlannedCall& call) {
   table.padding_idx = call.padding_idx;
   table.skip_padding = call.bags.offsets != nullptr;
   table.per_sample_weights = call.per_sample_weights;
+  return !cpu::RunForward(TorchExecutor(), table, call.bags, call.bounds_check, call.out,
+                          table.dim);
+}
+
+}  // namespace
+
+bool LookUpPlanned(const PlannedLookup& plan, const PlannedCall& call) {
   try {
-    if (!plan.Holds()) return false;
-    return !cpu::RunForward(TorchExecutor(), table, call.bags, call.bounds_check, call.out,
-                            table.dim);
+    return plan.Holds() && (Picks(plan, call) ? Pick(plan, call) : LookUp(plan, call));
   } catch (const std::exception&) {
     return false;
   }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -54,21 +56,36 @@ def planned(of: Call) -> Plan:
     return plan
 
 
+@contextmanager
+def running_on(capability: str) -> Iterator[None]:
+    """With the kernels of an instruction set, or the best ones where it has none."""
+    native = pytest.importorskip("amtl_kernels._C")
+    native.use_cpu_capability(capability)
+    try:
+        yield
+    finally:
+        native.use_cpu_capability("")
+
+
+CAPABILITIES = ["", "avx2", "generic"]
+
+
 @given(
     case=cases(),
     form=st.sampled_from(["tiered", "masked", "adaptive"]),
     pooled=st.booleans(),
     bits=st.sampled_from([None, 2, 4, 8, 16]),
     coded=st.booleans(),
+    capability=st.sampled_from(CAPABILITIES),
 )
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_it_is_the_operator_bit_for_bit(
-    case: Case, form: str, pooled: bool, bits: int | None, coded: bool
+    case: Case, form: str, pooled: bool, bits: int | None, coded: bool, capability: str
 ) -> None:
     of = made(case, form, pooled, bits, coded)
     bags = Bags(**of.bags)
     plan = planned(of)
-    with torch.no_grad():
+    with torch.no_grad(), running_on(capability):
         want = asked(of)
         got = plan.bags(bags, 1)
     if bags.indices.numel() == 0 or (pooled and bags.offsets.numel() == 0):
@@ -76,6 +93,72 @@ def test_it_is_the_operator_bit_for_bit(
         return
     assert got is not None and got.dtype == want.dtype
     assert got.shape == want.shape and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("bits", [None, 2, 4, 8, 16])
+@pytest.mark.parametrize("rows", [4096, 4097])
+@pytest.mark.parametrize("dim", [5, 16, 40, 70])
+def test_rows_of_small_tables_are_found_once(
+    rows: int, dim: int, bits: int | None, capability: str
+) -> None:
+    """In an order too, with more lookups than a thread picks; and whatever is written shows."""
+    g = torch.Generator().manual_seed(rows + dim)
+    widths = [dim - dim % 4, 4, 0] if bits else [dim, 3, 0]
+    ends = [100, rows - 50, rows]
+    lengths = [100, rows - 150, 50]
+    few = {"steps": torch.rand(3, generator=g) + 0.5, "bits": bits} if bits else {}
+    blocks = [
+        torch.randint(256, (n, w * bits // 8), dtype=torch.uint8, generator=g)
+        if bits
+        else -torch.rand(n, w, generator=g).round()
+        for n, w in zip(lengths, widths, strict=True)
+    ]
+    order = torch.randperm(rows, generator=g).to(torch.int32)
+    indices = torch.randint(rows, (2**17 // dim + 1000,), generator=g)
+    table = TieredTable.of(blocks, ends, dim, **few)
+    operator = ak.tiered_embedding
+    with torch.no_grad(), running_on(capability):
+        assert table.plan.rows(indices, 1, order) is None
+        for writes in (
+            lambda: None,
+            lambda: order.copy_(order.flip(0)),
+            lambda: order.data.copy_(order.flip(0).roll(1)),
+            lambda: [block.copy_(block.flip(0)) for block in blocks],
+            lambda: [steps.mul_(2) for steps in table.few.steps] if bits else None,
+        ):
+            writes()
+            for of in (order, None):
+                got = table.plan.rows(indices, 1, of)
+                places = indices if of is None else order[indices]
+                want = operator(blocks, ends, places, embedding_dim=dim, **few)
+                assert got is not None and torch.equal(got, want)
+                # Not even the sign of a zero differs.
+                assert torch.equal(got.signbit(), want.signbit())
+        for wrong in (-1, rows):
+            assert table.plan.rows(torch.tensor([0, wrong]), 1, order) is None
+            table.plan.rows(indices, 1, order)
+        order[7] = rows
+        assert table.plan.rows(torch.tensor([0, 7]), 1, order) is None
+
+
+def test_sizes_that_are_written_to_show() -> None:
+    g = torch.Generator().manual_seed(1)
+    weight, indices = torch.randn(60, 8, generator=g), torch.arange(60)
+    groups = torch.randint(4, (60,), dtype=torch.int32, generator=g)
+    sizes = torch.tensor([0, 3, 5, 8], dtype=torch.uint8)
+    plan = Plan(Tables([weight], [1], [8], [sizes], [groups]), None, weight)
+    with torch.no_grad():
+        assert plan.rows(indices, 1) is None
+        for writes in (lambda: None, lambda: sizes.copy_(sizes.flip(0)), lambda: groups.zero_()):
+            writes()
+            got = plan.rows(indices, 1)
+            mask = torch.arange(8) < sizes[groups.long(), None]
+            assert got is not None and torch.equal(got, weight * mask)
+        sizes[0] = 9
+        assert plan.rows(indices, 1) is None
+        with pytest.raises(ValueError, match=r"is outside 0\.\.8"):
+            ak.adaptive_embedding(weight, indices, groups, sizes, torch.zeros(4, 8))
 
 
 @pytest.fixture
