@@ -78,6 +78,9 @@ struct PickTask {
   void* out;               // [lookups, dim]
 };
 
+// Columns that are chosen for at a time.
+constexpr int kChoices = 64;
+
 // A lookup after sorting by row: `bag` is the row of the incoming gradient.
 struct Item {
   uint32_t bag;
@@ -149,6 +152,10 @@ struct KernelTable {
   bool (*place)(const LookupTable& table, PlacedRow* rows);
   // Lookups [begin, end); false if one is out of range.
   bool (*pick)(const PickTask& task, int64_t begin, int64_t end);
+  // See choose.inl.
+  void (*choose_floats)(const float* scores, const float* prices, int64_t levels, int32_t* level);
+  void (*choose_doubles)(const double* scores, const double* prices, int64_t levels,
+                         int64_t* level);
   // Sums the gradients of `count` items into out[0..columns).
   void (*reduce)(DType type, const void* grad, int64_t stride, const void* items, bool weighted,
                  int64_t count, int columns, float* out);

@@ -31,6 +31,7 @@ inline int Registers(int64_t values) { return static_cast<int>((values + kLanes 
 #include "cpu/sources.inl"
 #include "cpu/pool.inl"
 #include "cpu/placed.inl"
+#include "cpu/choose.inl"
 #include "cpu/update.inl"
 #include "cpu/walk.inl"
 // clang-format on

@@ -40,8 +40,9 @@ namespace amtl::cpu {
 
 const KernelTable& Avx512Kernels() {
   static const KernelTable kTable = {
-      "avx512",        avx512::kLanes, &avx512::Pool, &avx512::Place,    &avx512::Pick,
-      &avx512::Reduce, &avx512::Walk,  &avx512::Dot,  &avx512::Describe, &avx512::Apply};
+      "avx512",      avx512::kLanes,        &avx512::Pool,          &avx512::Place,
+      &avx512::Pick, &avx512::ChooseFloats, &avx512::ChooseDoubles, &avx512::Reduce,
+      &avx512::Walk, &avx512::Dot,          &avx512::Describe,      &avx512::Apply};
   return kTable;
 }
 

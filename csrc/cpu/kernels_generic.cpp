@@ -12,8 +12,9 @@ namespace amtl::cpu {
 
 const KernelTable& GenericKernels() {
   static const KernelTable kTable = {
-      "generic",        generic::kLanes, &generic::Pool, &generic::Place,    &generic::Pick,
-      &generic::Reduce, &generic::Walk,  &generic::Dot,  &generic::Describe, &generic::Apply};
+      "generic",      generic::kLanes,        &generic::Pool,          &generic::Place,
+      &generic::Pick, &generic::ChooseFloats, &generic::ChooseDoubles, &generic::Reduce,
+      &generic::Walk, &generic::Dot,          &generic::Describe,      &generic::Apply};
   return kTable;
 }
 

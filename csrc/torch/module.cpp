@@ -2,6 +2,9 @@
 // in this folder; the module itself only says how it was built.
 #include <Python.h>
 
+#include <exception>
+
+#include "cpu/fit.h"
 #include "cpu/kernels.h"
 #include "torch/planned.h"
 
@@ -53,6 +56,26 @@ PyObject* Own(PyObject*, PyObject* args) {
                        ReleaseCapsule);
 }
 
+// Numbers that Python hands over, some of which are addresses.
+template <Py_ssize_t kCount>
+struct Numbers {
+  int64_t values[kCount];
+
+  // False, with Python's error set, if one is no number.
+  bool Take(PyObject* const* args) {
+    for (Py_ssize_t i = 0; i < kCount; ++i) {
+      values[i] = PyLong_AsLongLong(args[i]);
+      if (values[i] == -1 && PyErr_Occurred()) return false;
+    }
+    return true;
+  }
+  int64_t operator[](int i) const { return values[i]; }
+  template <class T = void>
+  T* At(int i) const {
+    return static_cast<T*>(reinterpret_cast<void*>(static_cast<intptr_t>(values[i])));
+  }
+};
+
 PyObject* Lookup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   constexpr Py_ssize_t kNumbers = 14;
   if (count != 1 + kNumbers) {
@@ -61,32 +84,57 @@ PyObject* Lookup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const void* plan = PyCapsule_GetPointer(args[0], kPlan);
   if (plan == nullptr) return nullptr;
-  int64_t numbers[kNumbers];
-  for (Py_ssize_t i = 0; i < kNumbers; ++i) {
-    numbers[i] = PyLong_AsLongLong(args[i + 1]);
-    if (numbers[i] == -1 && PyErr_Occurred()) return nullptr;
-  }
-  const auto pointer = [&](int i) {
-    return reinterpret_cast<void*>(static_cast<intptr_t>(numbers[i]));
-  };
+  Numbers<kNumbers> numbers;
+  if (!numbers.Take(args + 1)) return nullptr;
   const auto type = [&](int i) {
     return numbers[i] == 4 ? amtl::cpu::IndexType::kInt32 : amtl::cpu::IndexType::kInt64;
   };
   amtl::PlannedCall call{};
-  call.out = pointer(0);
-  call.indices = pointer(1);
+  call.out = numbers.At(0);
+  call.indices = numbers.At(1);
   call.index_type = type(2);
   call.lookups = numbers[3];
   call.bounds_check = static_cast<amtl::cpu::BoundsCheck>(numbers[4]);
   call.padding_idx = numbers[5];
-  call.bags = {pointer(6), type(7), numbers[8], numbers[9] != 0, numbers[10] != 0};
-  call.per_sample_weights = pointer(11);
-  call.order = static_cast<const int32_t*>(pointer(12));
+  call.bags = {numbers.At(6), type(7), numbers[8], numbers[9] != 0, numbers[10] != 0};
+  call.per_sample_weights = numbers.At(11);
+  call.order = numbers.At<const int32_t>(12);
   call.ordered = numbers[13];
   const auto& of = *static_cast<const amtl::PlannedLookup*>(plan);
   if (call.lookups < kLong) return PyBool_FromLong(amtl::LookUpPlanned(of, call));
   PyThreadState* const state = PyEval_SaveThread();
   const bool done = amtl::LookUpPlanned(of, call);
+  PyEval_RestoreThread(state);
+  return PyBool_FromLong(done);
+}
+
+PyObject* Fit(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kNumbers = 10;
+  Numbers<kNumbers> n;
+  if (count != kNumbers) {
+    PyErr_Format(PyExc_TypeError, "fit takes %zd numbers", kNumbers);
+    return nullptr;
+  }
+  if (!n.Take(args)) return nullptr;
+  const auto tilts = [&](auto number) {
+    using T = decltype(number);
+    return amtl::cpu::FitTilts(amtl::cpu::TiltTask<T>{
+        n.At<const T>(1), n.At<const double>(2), n.At<const T>(3), n.At<const double>(4),
+        n.At<const double>(5), n.At<T>(6), n[7], n[8], n[9]});
+  };
+  PyThreadState* const state = PyEval_SaveThread();
+  bool done = false;
+  try {
+    if (n[0] == 0) {
+      done = amtl::cpu::FitShifts({n.At<const double>(1), n.At<const double>(2),
+                                   n.At<const double>(3), n.At<const double>(4),
+                                   n.At<const double>(5), n.At<double>(6), n[7], n[8], n[9]});
+    } else {
+      done = n[0] == 4 ? tilts(0.0f) : tilts(0.0);
+    }
+  } catch (const std::exception&) {
+    done = false;
+  }
   PyEval_RestoreThread(state);
   return PyBool_FromLong(done);
 }
@@ -98,6 +146,10 @@ PyMethodDef kMethods[] = {
      "lookup(plan, out, indices, index bytes, lookups, bounds_check, padding_idx, offsets, offset "
      "bytes, length of offsets, include_last_offset, mean, per_sample_weights, order, length of "
      "order): tensors are addresses, 0 for none. False: the operator has to be asked."},
+    {"fit", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(Fit)), METH_FASTCALL,
+     "fit(kind, scores, rows, thresholds or sizes, steps or stored, capacity, out, tables, groups, "
+     "levels): tensors are addresses. Kind 0: shifts; 4 or 8: tilts of logits of so many bytes. "
+     "False: a number is not finite."},
     {"use_cpu_capability", UseCpuCapability, METH_VARARGS,
      "Runs the CPU kernels of 'generic', 'avx2', 'avx512', or the best ones for ''; for tests. "
      "Returns whether the processor can."},

@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from amtl_kernels._fit import fit
+
 # Search rounds times bits per round give 40 bits of the bracket, far below float32 steps of f.
 _SHIFT_WAYS = 16
 _SHIFT_ROUNDS = 10
@@ -197,6 +199,9 @@ def fit_shifts(
     """`fit_shift` of L tables at once: arguments [L, G], [L, G], [L, M], [L, M] and [L]."""
     if thresholds.numel() == 0 or score.numel() == 0:
         return score.new_zeros(len(score))
+    found = fit(score, rows, thresholds, steps, capacity, tilts=False)
+    if found is not None:
+        return found
     ordered, order = score.sort(-1)
     # Whole numbers: a floating-point cumsum has no deterministic form on a GPU.
     below = rows.gather(-1, order).to(torch.int64).cumsum(-1)
@@ -252,6 +257,9 @@ def fit_tilts(
     """`fit_tilt` of L tables at once: arguments [L, G, M], [L, G], [M], [L, M] and [L]."""
     if sizes.numel() < 2 or logits.numel() == 0:
         return logits.new_zeros(len(logits))
+    found = fit(logits, rows, sizes, stored, capacity, tilts=True)
+    if found is not None:
+        return found
     spread = logits.amax((1, 2)) - logits.amin((1, 2))
     high = 2 * spread / (sizes[1:] - sizes[:-1]).min() + 1
     low = -high
