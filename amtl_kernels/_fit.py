@@ -33,10 +33,10 @@ def fit(
         return None
     if not all(tensor.dtype == torch.float64 for tensor in (rows, steps, capacity)):
         return None
-    given = tuple(tensor.contiguous() for tensor in given)
     out = scores.new_empty(len(scores))
+    held = [tensor.contiguous() for tensor in (*given, out)]
+    addresses = [tensor.data_ptr() for tensor in held]
     kind = scores.itemsize if tilts else 0
-    addresses = [tensor.data_ptr() for tensor in (*given, out)]
     if backend.native.fit(kind, *addresses, *rows.shape, steps.shape[-1]):
         return out
     return None

@@ -218,4 +218,5 @@ def test_sizes_that_are_learned_take_few_operations():
     scores = head.scores().detach().double()
     with AllCalls() as solver:
         fit_shift._init_fn(scores, head.rows, *steps, head.capacity)
-    assert solver.working <= 106 and solver.total <= 140
+    # Found natively, where PyTorch takes a hundred.
+    assert solver.working <= 1 and solver.total <= 8

@@ -103,7 +103,7 @@ class Company:
         # What is made in inference mode cannot be used in a backward to come.
         with torch.inference_mode(False), torch.no_grad(), _exact(head):
             padded = self._padded_groups(list(watched))
-            numbers = torch.stack([next(other.parameters()).detach() for other in watched])
+            numbers = torch.stack([other.learns().detach() for other in watched])
             with torch.set_grad_enabled(learns):
                 scores = head.scores(padded, numbers.requires_grad_(learns))
             shift, levels = head._solve(scores.detach(), padded)
@@ -149,10 +149,10 @@ class Company:
         place = None if solved is None else solved.places.get(id(solution))
         if solved is None or place is None:
             return None
-        learns = next(head.parameters()).requires_grad
+        learns = head.learns().requires_grad
         if self._masks is None or self._masks[0][place] != learns:
             heads = [reference() for reference in solved.heads]
-            parameters = [next(other.parameters()) for other in heads if other is not None]
+            parameters = [other.learns() for other in heads if other is not None]
             if len(parameters) < len(heads):
                 return None
             masks = _Masks.apply(solved, *parameters)
