@@ -57,6 +57,12 @@ def train(
     label_missing: Annotated[
         str | None, typer.Option(help="drop rows without a label, or negative for what they are.")
     ] = None,
+    negatives: Annotated[
+        str | None,
+        typer.Option(
+            help="USER:ITEM:N for a file of positive rows only: N (1) rows a row of other items."
+        ),
+    ] = None,
     fields: Annotated[
         str | None, typer.Option(help="Columns to use, separated by commas; default: all.")
     ] = None,
@@ -263,7 +269,7 @@ def train(
     settings.refuse_idle(
         method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])]
     )
-    source = load_source(data)
+    source = load_source(data, negatives)
     columns = source.frame.columns
     config = settings.make_config(
         source,
@@ -272,6 +278,7 @@ def train(
         label_threshold=label_threshold,
         label_positive=label_positive,
         label_missing=label_missing,
+        negatives=negatives,
         fields=parse_names("--fields", fields, columns),
         drop=parse_names("--drop", drop, columns),
         method=method,
@@ -445,7 +452,8 @@ def evaluate(
         encoded, what = trained.test_split(), f"test split of {trained.config.data}"
         strange = []
     else:
-        frame, config = load_source(data).frame, trained.config
+        config = trained.config
+        frame = load_source(data, config.negatives if label is None else None).frame
         if label_threshold is None and label_positive is None:
             label_threshold, label_positive = config.label_threshold, config.label_positive
         if label is not None and label in trained.encoder.columns:

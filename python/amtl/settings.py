@@ -48,7 +48,10 @@ def make_config(
     drop = more.pop("drop", [])
     label = label or source.label
     if label is None:
-        raise UserError(f"--label COLUMN is needed; columns are {listed(source.frame.columns)}")
+        raise UserError(
+            f"--label COLUMN is needed; columns are {listed(source.frame.columns)}. If all rows "
+            "are positive, as of what was bought or played, --negatives USER:ITEM draws others"
+        )
     require_columns(source.frame.columns, [label], "the data")
     if label in more["fields"]:
         raise UserError(f"--fields names the label {label!r}, which is what is predicted")

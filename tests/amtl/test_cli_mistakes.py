@@ -409,7 +409,7 @@ def test_predictions_do_not_replace_a_part_of_a_folder_of_rows(folder, tmp_path,
 
 
 def test_what_nobody_expected_is_logged(folder, tmp_path, monkeypatch, capsys):
-    def surprise(data):
+    def surprise(*_):
         raise KeyError("a [bold]\nsurprise")
 
     monkeypatch.setattr("amtl.data.load_source", surprise)

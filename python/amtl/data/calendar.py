@@ -134,6 +134,11 @@ def called(frame: pl.DataFrame, name: str) -> FieldSpec | None:
     return FieldSpec(name, moment=form or None, part=part, of=column, zone=zone)
 
 
+def has_moments(column: pl.Series) -> bool:
+    """Whether a column holds dates or times in one known notation."""
+    return _form(column) is not None
+
+
 def _are_dates(column: pl.Series) -> bool:
     """Whether moments have no times, so that their hours are unknown."""
     if column.dtype in TEXT:

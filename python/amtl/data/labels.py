@@ -73,7 +73,11 @@ def read_labels(
         values = frame[column].filter(~_gaps(frame[column], missing)).unique()
         always = values[0] if len(values) == 1 else int(flags[0])
         how = "" if len(values) == 1 else f" with {_option(threshold, positive)}"
-        raise UserError(f"label {column!r} is always {_show(always)}{how}; both classes are needed")
+        raise UserError(
+            f"label {column!r} is always {_show(always)}{how}; both classes are needed. For a file "
+            "of positive rows only, as of what was bought or played, amtl train --negatives "
+            "USER:ITEM in place of --label draws others"
+        )
     return torch.from_numpy(flags.cast(pl.Float32).to_numpy().copy())
 
 

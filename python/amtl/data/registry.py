@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from amtl.data import movielens, nycflights, official, synthetic
+from amtl.data import movielens, negatives, nycflights, official, synthetic
 from amtl.data.readers import read_file
 from amtl.errors import UserError
 
@@ -139,12 +139,26 @@ def named_sets() -> dict[str, NamedSet]:
     }
 
 
-def load_source(data: str) -> Source:
+def load_source(data: str, drawn: str | None = None) -> Source:
     """Loads a file by path (see `read_file`), or a named set (`name` or `name:argument`).
+
+    Args:
+        data: path or name.
+        drawn: the negative rows to draw, see `amtl.data.negatives.with_negatives`.
 
     Raises:
         UserError: if it is neither, or cannot be had; the message says what to do.
     """
+    source = _load(data)
+    if drawn is None:
+        return source
+    frame, note = negatives.with_negatives(source.frame, drawn)
+    fields = source.fields and tuple(name for name in source.fields if name in frame.columns)
+    notes = (*source.notes, note)
+    return replace(source, frame=frame, label=negatives.LABEL, fields=fields, notes=notes)
+
+
+def _load(data: str) -> Source:
     name, colon, argument = data.partition(":")
     sets = named_sets()
     if name in sets:

@@ -87,6 +87,8 @@ class TrainConfig:
         label_positive: the value that is positive, as text; None if that needs no saying.
         label_missing: `drop` leaves rows without a label out, `negative` counts them as negative;
             None: there are none.
+        negatives: negative rows to draw for a file of positive ones, `USER:ITEM:COUNT`, see
+            `amtl.data.negatives`; None: the file has labels.
         fields: columns used, and parts of moments such as `when.hour`, see `amtl.data.calendar`;
             empty for all but the label and the split column, and what labels follow of their parts.
         drop: of these, columns and parts that are not used, where `fields` is empty.
@@ -147,6 +149,7 @@ class TrainConfig:
     label_threshold: float | None = None
     label_positive: str | None = None
     label_missing: str | None = None
+    negatives: str | None = None
     fields: list[str] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)
     numeric: dict[str, str] = field(default_factory=dict)

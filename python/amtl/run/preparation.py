@@ -43,7 +43,7 @@ def prepare(
     Raises:
         UserError: the data do not suit the settings, or are not those that `encoder` was fitted on.
     """
-    source = source or load_source(config.data)
+    source = source or load_source(config.data, config.negatives)
     frame, labels = labelled(source.frame, config.labelling)
     frame, odd = moments.without_odd(frame)
     same = copies_of(frame, labels, config)

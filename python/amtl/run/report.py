@@ -128,6 +128,8 @@ def _tested_on(config: dict[str, Any]) -> tuple[str, ...]:
     label += "" if positive is None else f" = {positive}"
     missing = config.get("label_missing")
     label += "" if missing is None else f", missing: {missing}"
+    drawn = config.get("negatives")
+    label += "" if drawn is None else f", negatives: {drawn}"
     split += f" of seed {config.get('split_seed', 0)}" if config["split"] == "random" else ""
     return config["data"], label, split
 

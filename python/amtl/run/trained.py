@@ -133,7 +133,7 @@ class Trained:
             UserError: the data are not what they were.
         """
         config = self.config
-        frame, labels = labelled(load_source(config.data).frame, config.labelling)
+        frame, labels = labelled(load_source(config.data, config.negatives).frame, config.labelling)
         self.encoder.require_labels(labels, config.data)
         frame, _ = without_odd(frame)
         same = copies_of(frame, labels, config)
