@@ -35,12 +35,12 @@ class Negatives(NamedTuple):
 
     Attributes:
         user, item: columns.
-        count: rows drawn for each row of the file.
+        each: rows drawn for each row of the file.
     """
 
     user: str
     item: str
-    count: int
+    each: int
 
     @classmethod
     def of(cls, text: str, columns: list[str]) -> Negatives:
@@ -93,14 +93,14 @@ def with_negatives(frame: pl.DataFrame, text: str) -> tuple[pl.DataFrame, str]:
     if items < 2:
         raise UserError(f"--negatives {text}: column {wanted.item!r} holds {items} value(s)")
     rng = np.random.default_rng(0)
-    drawn = _draw(user, item, items, wanted.count, rng)
+    drawn = _draw(user, item, items, wanted.each, rng)
     if not (drawn >= 0).any():
         raise UserError(f"--negatives {text}: every one of {users:,} users has all {items:,} items")
     about = _about_items(frame, wanted, user, item, rng)
-    context = np.repeat(np.arange(len(frame)), wanted.count + 1).reshape(len(frame), -1)
+    context = np.repeat(np.arange(len(frame)), wanted.each + 1).reshape(len(frame), -1)
     place = np.concatenate([context[:, :1], _rows_with(item, items, drawn, rng)], 1)
     kept = place >= 0
-    labels = np.broadcast_to(np.arange(wanted.count + 1) == 0, kept.shape)[kept]
+    labels = np.broadcast_to(np.arange(wanted.each + 1) == 0, kept.shape)[kept]
     rows = frame[context[kept]].with_columns(
         *frame.select(wanted.item, *about)[place[kept]],
         pl.Series(LABEL, labels.astype(np.int8)),
