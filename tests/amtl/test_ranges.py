@@ -13,7 +13,10 @@ from amtl.errors import UserError
 
 MIDDLES = {
     "ages": (["25-29", "<25", ">65", "30 – 34"], [27, 25, 65, 32]),
-    "words": (["5 to 10", "under 5", "10 and over", "at least 7", "8 or more"], [7.5, 5, 10, 7, 8]),
+    "in words": (
+        ["5 to 10", "under 5", "10 and over", "at least 7", "8 or more"],
+        [7.5, 5, 10, 7, 8],
+    ),
     "numbers among them": (["2100 - 2850", "1200", "980.5"], [2475, 1200, 980.5]),
     "salaries": (["$50K-$75K (a guess)", "$100K+", "$60-70K"], [62_500, 100_000, 65_000]),
     "years": (["3-5 Yrs", "10+ Yrs", "0 to 1 Yrs"], [4, 10, 0.5]),
@@ -21,6 +24,7 @@ MIDDLES = {
     "pandas'": (["(0.5, 1.5]", "(1.5, inf]", "(-inf, 0.5]"], [1, 1.5, 0.5]),
     "per cent": (["5-10%", "11-20 %", "30+ %"], [7.5, 15.5, 30]),
     "about": (["~3 km", "4 km"], [3, 4]),
+    "words": (["3-5", "not told", "7-9", "ask us"], [4, None, 8, None]),
     "below zero": (["-5 - -3", "-3 - 0"], [-4, -1.5]),
 }
 
@@ -44,7 +48,7 @@ def test_ranges_are_their_middle(case: str) -> None:
         ["01-05", "02-07"],
         ["1-2-3", "2-3-4"],
         ["A-1", "A-2"],
-        ["3-5", "many"],
+        ["3-5", "many", "few", "none at all"],
         ["10:00-12:00"],
         ["5 kg-7 lb", "8-9 kg"],
         ["5", "7"],
@@ -87,10 +91,11 @@ def test_a_model_reads_the_ranges_and_numbers_of_rows_to_score() -> None:
     frame, labels = _rows()
     encoder = Encoder.fit(frame, infer_fields(frame, ["salary"], labels=labels))
     encoder = Encoder.from_tensors(*encoder.to_tensors())
-    of_range, of_number, of_text = (
+    of_range, of_number, of_text, of_word, missing = (
         encoder.transform(pl.DataFrame({"salary": [value]})).rows
-        for value in ("$55K - $65K", 60_000, "60K")
+        for value in ("$55K - $65K", 60_000, "60K", "much", None)
     )
     assert of_range.equal(of_number) and of_range.equal(of_text)
-    with pytest.raises(UserError, match="such as 'much'"):
-        encoder.transform(pl.DataFrame({"salary": ["much"]}))
+    assert of_word.equal(missing) and not of_word.equal(of_text)
+    with pytest.raises(UserError, match="such as '5x7'"):
+        encoder.transform(pl.DataFrame({"salary": ["5x7"]}))

@@ -1,6 +1,7 @@
 """Ranges of numbers as the number in their middle: `10-15`, `$50K-$75K`, `65+`, `(39,49]`.
 
 What is open on one side, or about a number, is that number: `< 5`, `75 years and over`, `~3 km`.
+Text without digits among them, such as `negotiable`, is a missing one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _INTERVAL = r"^[(\[]\s*([^,;\[\]()]+?)\s*[,;]\s*([^,;\[\]()]+?)\s*[)\]]$"
 """As R and pandas cut numbers."""
 _REMARK = r"\s*\([^()\d]*\)$"
 """Such as `(estimated)`."""
+_MOST_WORDS = 2
+"""Distinct texts without digits that may be among ranges."""
 
 
 class _Ends(NamedTuple):
@@ -42,7 +45,11 @@ class _Ends(NamedTuple):
 def find(values: pl.Series) -> notation.Notation | None:
     """The notation of the numbers in these distinct texts, some of which are ranges, or None."""
     values = notation.texts(values).drop_nulls()
-    if not len(values) or not _looks(values[:100]).all() or not _looks(values).all():
+    words = (~_has_digits(values[:100])).sum()
+    if words > _MOST_WORDS or (~_has_digits(values)).sum() > _MOST_WORDS:
+        return None
+    values = values.filter(_has_digits(values))
+    if not len(values):
         return None
     low, high = _ends(values)
     if not (low != values).any():
@@ -66,11 +73,11 @@ def read(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") 
 
 def odd(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") -> pl.Series:
     """The values that are neither ranges or numbers in that notation nor missing."""
-    none = notation.texts(column).is_not_null() & read(column, decimal, scaled, unit).is_null()
+    none = _has_digits(notation.texts(column)) & read(column, decimal, scaled, unit).is_null()
     return column.filter(none)
 
 
-def _looks(values: pl.Series) -> pl.Series:
+def _has_digits(values: pl.Series) -> pl.Series:
     return values.str.contains(r"\d")
 
 
