@@ -345,13 +345,15 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
     elif default_numeric != "categorical" and _is_scattered(column, _WELL_KNOWN):
         what = _named_ranges(column)
         if not what and _is_scattered(column):
-            what = "times or durations" if spec.kind == "categorical" and _is_clock(column) else ""
+            what = _moments(column) if spec.kind == "categorical" else ""
             what = what or _digits(column)
         if what:
             number = _as_told(column, default_numeric, None)
             found = numbers(column, number).fill_nan(None)
             said = _labels_say(spec, found, default_numeric, labels, what, column)
-            spec = replace(number, note=said.note) if said else spec
+            if said:
+                earlier = _earlier(spec.name) if what == "dates or times" else ""
+                spec = replace(number, note="; ".join(filter(None, [said.note, earlier])))
     if dtype in TEXT and spec.kind == "categorical" and not spec.note and labels is not None:
         spec = _in_one_spelling(spec, column, values, labels)
     return spec
@@ -382,6 +384,14 @@ def _digits(column: pl.Series) -> str:
 def _named_ranges(column: pl.Series) -> str:
     """What text is that has ranges of numbers; empty for other columns."""
     return "ranges of numbers" if column.dtype in TEXT and _ranges(column) else ""
+
+
+def _moments(column: pl.Series) -> str:
+    """What of moments, or durations, a column holds; empty for other columns."""
+    if _is_clock(column):
+        return "times or durations"
+    when = column.dtype in TEXT and (_says_when(column) or is_amount(column))
+    return "dates or times" if when or column.dtype.is_temporal() else ""
 
 
 def _is_clock(column: pl.Series) -> bool:
@@ -540,7 +550,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     """
     rows, distinct = len(column), _distinct(column)
     amount = f"{as_typed(spec.name, 'bucket')} takes it as a number"
-    earlier = f"--split {shlex.quote(f'order:{spec.name}')} trains on the earlier rows"
+    earlier = _earlier(spec.name)
     many = distinct > max(spec.buckets, rows / _ENOUGH_ROWS)
     key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
     if not many and not key:
@@ -570,6 +580,10 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
         note += f"{as_typed(spec.name, 'categorical')} for ids"
     note = f"{note}; {earlier}" if dated else note
     return replace(spec, note="; ".join(filter(None, [told, note])))
+
+
+def _earlier(name: str) -> str:
+    return f"--split {shlex.quote(f'order:{name}')} trains on the earlier rows"
 
 
 def _is_prose(column: pl.Series) -> bool:
