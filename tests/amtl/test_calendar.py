@@ -127,6 +127,18 @@ def test_days_have_no_hours() -> None:
         assert called(pl.DataFrame([held]), "when.weekday") is not None
 
 
+@pytest.mark.parametrize("form", ["%Y-%m", "%b %Y", "%b-%y", "%m/%Y"])
+def test_months_have_neither_days_nor_hours(form: str) -> None:
+    """The weekday of their first days is none that anything follows."""
+    months = pl.date_range(pl.date(2001, 1, 1), pl.date(2020, 12, 1), "1mo", eager=True)
+    when = months.sample(8000, with_replacement=True, seed=0).rename("when")
+    y = labels(0.2 + 0.5 * ((when.dt.month() == 12) | (when.dt.weekday() == 7)))
+    assert found(when.dt.to_string(form), y) == ["when.month"]
+    (field,) = parts(pl.DataFrame([when.dt.to_string(form)]), y)
+    scored = column_of(pl.DataFrame([when.cast(pl.Datetime("us"))]), field)
+    assert scored.equals(when.dt.month().rename("when.month"))
+
+
 ODD = {"typo": "2024-02-30 10:00", "zeros": "0000-00-00 00:00:00", "word": "soon", "NaT": "NaT"}
 
 

@@ -61,6 +61,7 @@ def test_ordered_split_tests_on_the_latest(frame):
 
 
 DAYS = pl.date_range(pl.date(2021, 12, 1), pl.date(2023, 2, 1), eager=True).alias("when")
+MONTHS = pl.date_range(pl.date(1961, 4, 1), pl.date(2019, 12, 1), "1mo", eager=True)
 MOMENTS = pl.datetime_range(pl.datetime(2021, 12, 1), pl.datetime(2023, 2, 4), "1d7m", eager=True)
 
 
@@ -71,6 +72,9 @@ MOMENTS = pl.datetime_range(pl.datetime(2021, 12, 1), pl.datetime(2023, 2, 4), "
         *(DAYS.dt.strftime(f) for f in ("%m/%d/%Y", "%d/%m/%Y", "%d.%m.%Y", "%-d.%-m.%y")),
         *(DAYS.dt.strftime(f) for f in ("%-d. %b %Y", "%B %-d, %Y", "%Y-%m-%d", "%Y/%-m/%-d")),
         *(DAYS.dt.strftime(f) for f in ("%Y%m%d", "%G-W%V-%u")),
+        *(MONTHS.dt.strftime(f) for f in ("%Y-%m", "%b %Y", "%B-%Y", "%m/%Y", "%-m/%Y", "%Y %b")),
+        MONTHS[-240:].dt.strftime("%b-%y"),
+        MONTHS[::3].dt.year().cast(pl.String) + "Q" + MONTHS[::3].dt.quarter().cast(pl.String),
         MOMENTS.dt.strftime("%-m/%-d/%Y %-I:%M %p"),
         MOMENTS.dt.strftime("%m/%d/%Y, %I:%M:%S %p"),
         MOMENTS.dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -123,6 +127,7 @@ def test_missing_moments_come_first_and_are_counted():
         (["1. Mai 2022", "2. Jan 2022"], "such as '1. Mai 2022', .*write it as YYYY-MM-DD"),
         (["01/02/2022", "02/01/2022"], "may be %m/%d/%Y or %d/%m/%Y; write it as YYYY-MM-DD"),
         (["01/13/2022", "13/01/2022"], "no number, date or time"),
+        (["01-1234", "02-4321"], "column 'when' holds text such as '01-1234'"),
         (["10:30 PM", "09:30 AM"], "no number, date or time"),
         (["b", "a"], "column 'when' holds text such as 'b'"),
     ],
@@ -162,11 +167,16 @@ def test_a_column_that_names_the_parts_is_told_of(frame, values, told):
 
 
 @pytest.mark.parametrize(
-    "values", [["train", "valid"], ["valid", "test"], ["train", "test", "other"], [0, 1, 2], [None]]
+    ("values", "end"),
+    [
+        (["train", "valid"], "; no row says test"),
+        (["valid", "test"], "; no row says train"),
+        *(([*values], "") for values in (["train", "test", "other"], [0, 1, 2], [None])),
+    ],
 )
-def test_what_names_no_parts_is_refused(frame, values):
+def test_what_names_no_parts_is_refused(frame, values, end):
     part = pl.Series((values * 200)[:200])
-    with pytest.raises(UserError, match="train, valid or test of each row"):
+    with pytest.raises(UserError, match=f"train, valid or test of each row.*{values[-1]}'?{end}$"):
         split_rows(frame.with_columns(part=part), "column:part")
 
 

@@ -238,6 +238,29 @@ def test_values_that_rarely_come_again_and_tell_nothing_are_numbers():
     assert spec(SPREAD, labels=few).kind == spec(SPREAD).kind == "categorical"
 
 
+def test_popular_ids_are_no_neighbourhood():
+    """Most of what is near one of them is itself."""
+    rng = np.random.default_rng(3)
+    share, rates = np.full(4000, 0.2 / 3945), np.full(4000, 0.3)
+    share[:55], rates[:55] = 0.8 / 55, rng.choice([0.15, 0.45], 55)
+    rows = rng.choice(4000, 20_000, p=share)
+    ids = rng.permutation(4000)[rows] * 7
+    assert spec(whole(ids), labels=clicks(rates[rows])).kind == "categorical"
+
+
+@pytest.mark.parametrize("held", ["moments", "text"])
+def test_moments_of_which_some_come_again_are_numbers_where_labels_say_so(held):
+    late = np.random.default_rng(3).integers(0, 1500, 4500)
+    when = pl.Series("x", 1_704_067_200_000_000 + late * 7 * 3_600_000_000).cast(pl.Datetime("us"))
+    column = when.dt.to_string("%d.%m.%Y %H:%M") if held == "text" else when
+    field = spec(column, labels=clicks(0.2 + 0.6 * late / 1500))
+    assert field.kind == "bucket" and field.note.startswith("dates or times, 3.")
+    assert "--split order:x" in field.note
+    assert numbers(column, field).rank().to_list() == pl.Series(late).rank().to_list()
+    own = np.random.default_rng(1).random(1500)[late]
+    assert spec(column, labels=clicks(own)).kind == "categorical"
+
+
 def test_many_rows_are_judged_by_all_those_of_some_values():
     """Of every third row no value would come again."""
     rows = np.random.default_rng(3).integers(0, 400_000, 450_000)
@@ -422,7 +445,7 @@ def test_times_of_day_and_durations_are_read(texts, seconds):
 
 @pytest.mark.parametrize("kind", ["text", "duration", "time"])
 def test_times_are_numbers_where_labels_say_so(kind):
-    """Three rows a value, of which dates stay ids."""
+    """Three rows a value."""
     late = np.random.default_rng(3).integers(0, 1500, 4500)
     texts = [f"{m // 60}:{m % 60:02d}" for m in late.tolist()]
     column = {

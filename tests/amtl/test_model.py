@@ -9,7 +9,7 @@ from amtl.data.fields import infer_fields
 from amtl.errors import UserError
 from amtl.run import methods
 from amtl.run.config import OWN
-from amtl.run.metrics import auc, auc_error, log_loss, score, score_error
+from amtl.run.metrics import auc, auc_error, calming, log_loss, score, score_error
 from amtl.run.model import ClickModel, dropout, predict
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
@@ -104,6 +104,19 @@ def test_error_of_a_difference_is_that_of_a_bootstrap(positives):
     assert found == pytest.approx(expected, rel=0.08)
     assert score_error(models[0], models[0], labels) == 0.0
     assert np.isnan(score_error(*models, (torch.arange(300) < 1).float()))
+
+
+def test_logits_that_are_too_sure_are_made_smaller():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, generator=generator)
+    labels = (torch.rand(4000, generator=generator) < torch.sigmoid(logits)).float()
+    for sure in (2, 4):
+        assert calming(sure * logits, labels) == pytest.approx(1 / sure, rel=0.07)
+    for unsure in (0.5, 1):
+        assert calming(unsure * logits, labels) == 1.0
+    # What holds the wrong way round keeps its order, and few rows prove nothing.
+    assert calming(-logits, labels) == pytest.approx(0.1)
+    assert calming(2 * logits[:20], labels[:20]) == 1.0
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8])

@@ -234,6 +234,12 @@ def test_ids_that_are_new_are_told_to_be_read_as_numbers(frame, text):
     assert ", so predictions do without it. Here" in told
 
 
+def test_new_values_that_are_written_alike_are_told_to_be_new(model, frame):
+    (told,) = warned(lambda: model.logits(frame.with_columns(C("day").dt.offset_by("9y"))))
+    assert "written alike, they are new ones" in told and "train with --drop day" in told
+    assert "write the column" not in told
+
+
 def test_values_of_small_batches_are_counted_up(model, frame):
     odd = frame.with_columns(prem=pl.lit("ja"))
     told = [bool(warned(lambda i=i: model.logits(odd[i : i + 10]))) for i in range(0, 120, 10)]

@@ -17,6 +17,8 @@ from amtl.run import methods
 from amtl.run.config import OWN, TrainConfig
 from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.learner import Learner
+from amtl.run.metrics import calming, score
+from amtl.run.model import predict
 from amtl.run.preparation import prepare
 from amtl.run.progress import Bars, Silent
 from amtl.run.trained import size_table
@@ -347,6 +349,30 @@ def test_a_finished_run_resumes_to_its_own_result(source, tmp_path):
     expected = start(settings(), tmp_path, source=source).run()
     again = start(None, tmp_path, resume=True, source=source).run()
     assert again["test_auc"] == expected["test_auc"]
+
+
+def test_a_model_is_no_surer_than_validation_has_it(source):
+    """Its order stays, and so does what is on record of it, by which it is compared with others."""
+    trainer = start(settings(epochs=8), source=source)
+    trainer.run()
+    learner, split = trainer.learner, trainer.task.val
+    says = predict(learner.model, split)
+    area, loss = learner.scores(3 * says)
+    scores = {"val_auc": area, "val_logloss": loss, "score": score(area, loss, split.labels)}
+    learner.best["record"].update(scores)
+    record = dict(learner.best["record"])
+    with torch.no_grad():
+        for parameter in learner.model.mlp[-1].parameters():
+            parameter.mul_(3)
+    learner._said = None
+    assert learner.calm() and learner.best["record"] == record
+    factor = calming(3 * says, split.labels)
+    assert 0.1 < factor < 0.6
+    torch.testing.assert_close(predict(learner.model, split), 3 * factor * says)
+    assert learner.round_dense()
+    for name, found in scores.items():
+        assert learner.best["record"][name] == pytest.approx(found, abs=0.01)
+    assert calming(predict(learner.model, split), split.labels) == pytest.approx(1, abs=0.02)
 
 
 def test_resuming_without_a_run_is_a_user_error(source, tmp_path):

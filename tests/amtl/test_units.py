@@ -58,6 +58,30 @@ def test_numbers_with_units_are_read(case: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (["42 Lac", "₹1.40 Cr."], None),
+        (["42 Lac", "1.40 Cr", "3 crores"], [42e5, 1.4e7, 3e7]),
+        (["$2.5 million", "$300 thousand", "$1,250"], [2.5e6, 3e5, 1250.0]),
+        (["2,5 Mio €", "1 Mrd €"], [2.5e6, 1e9]),
+        (["3 Lacoste", "4 Lacoste"], [3.0, 4.0]),
+        (["12 Cr", "13 Dr"], None),
+    ],
+)
+def test_words_stand_for_thousands_and_more(
+    written: list[str], expected: list[float] | None
+) -> None:
+    found = find(pl.Series(written))
+    assert (found is None) == (expected is None)
+    if found and expected:
+        assert not found.doubt and ("words for" in found.marks) == (max(expected) > 4)
+        result = read(pl.Series(written), found.decimal, found.scaled, found.unit)
+        assert result.to_list() == expected
+    # As models had them for which such a word was a unit.
+    assert read(pl.Series(["42 Lac"]), ".", unit="Lac").to_list() == [42.0]
+
+
+@pytest.mark.parametrize(
     "written",
     [
         ["12A", "14B", "15C"],

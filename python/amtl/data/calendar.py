@@ -104,6 +104,8 @@ def parts(
             field = f"{name}.{part}"
             if field in frame.columns or field in skip:
                 continue
+            if form in moments.MONTHS and part != "month":
+                continue
             if _follows(known.of(when), known.period(when), labels[trains]):
                 note = f"labels follow the {part} of {name!r} from {known.again}; "
                 note += f"--drop {shlex.quote(field)} leaves it out"

@@ -499,6 +499,7 @@ def _stored(spec: FieldSpec) -> dict[str, Any]:
         "decimal",
         "scaled",
         "unit",
+        "ranges",
         "moment",
         "value",
         "part",

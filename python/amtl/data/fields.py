@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from amtl.data import moments, nested, notation
+from amtl.data import moments, nested, notation, ranges
 from amtl.data.columns import fold
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
@@ -101,8 +101,8 @@ def infer_fields(
       them, and single values nothing at all. So are whole numbers
       held as floats then, and integers of which nearly every row has its own, if they are as
       sparse as said. Other integers of many values and few rows a value have a note.
-      Text of digits alone, such as codes of places with leading zeros, is a number where labels
-      say so, too.
+      Text of digits alone, such as codes of places with leading zeros, and of ranges, such as
+      `10-15`, is a number where labels say so, too.
     - Texts that differ in case and spaces around them alone are one value, if those are a tenth of
       a column's values and labels do not tell them apart.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
@@ -216,6 +216,8 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
     forms = moments.find(column) if column.dtype in TEXT and not spelled else []
     if len(forms) == 1:
         return replace(spec, moment=forms[0])
+    if column.dtype in TEXT and not spelled and (ends := _ranges(column)):
+        return replace(_spelled(spec, ends), ranges=True)
     doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else _odd_values(column)
     if column.dtype in TEXT and not spelled and (mixed := notation.mixed(column)):
         doubt = f": {mixed}"
@@ -229,6 +231,11 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
 def _spelled(spec: FieldSpec, found: notation.Notation) -> FieldSpec:
     """A number's field with the notation of its text."""
     return replace(spec, decimal=found.decimal, scaled=found.scaled, unit=found.unit)
+
+
+def _ranges(column: pl.Series) -> notation.Notation | None:
+    """The notation of the numbers in a column's text, some of which are ranges, or None."""
+    return ranges.find(column.cast(pl.String).drop_nulls().unique(maintain_order=True))
 
 
 def _odd_values(column: pl.Series) -> str:
@@ -335,13 +342,18 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         spec = _labels_say(spec, column, default_numeric, labels) or spec
         if not spec.note:
             spec = replace(spec, note=_integer_note(spec, column, default_numeric))
-    elif default_numeric != "categorical" and _is_scattered(column):
-        what = "times or durations" if spec.kind == "categorical" and _is_clock(column) else ""
-        if what := what or _digits(column):
+    elif default_numeric != "categorical" and _is_scattered(column, _WELL_KNOWN):
+        what = _named_ranges(column)
+        if not what and _is_scattered(column):
+            what = _moments(column) if spec.kind == "categorical" else ""
+            what = what or _digits(column)
+        if what:
             number = _as_told(column, default_numeric, None)
-            found = numbers(column, number).fill_nan(None).cast(pl.Int64)
-            said = _labels_say(spec, found, default_numeric, labels, what)
-            spec = replace(number, note=said.note) if said else spec
+            found = numbers(column, number).fill_nan(None)
+            said = _labels_say(spec, found, default_numeric, labels, what, column)
+            if said:
+                earlier = _earlier(spec.name) if what == "dates or times" else ""
+                spec = replace(number, note="; ".join(filter(None, [said.note, earlier])))
     if dtype in TEXT and spec.kind == "categorical" and not spec.note and labels is not None:
         spec = _in_one_spelling(spec, column, values, labels)
     return spec
@@ -367,6 +379,19 @@ def _digits(column: pl.Series) -> str:
         return ""
     texts = column.cast(pl.String).drop_nulls()
     return "digits" if texts.str.contains(r"^\d{1,15}$").all() else ""
+
+
+def _named_ranges(column: pl.Series) -> str:
+    """What text is that has ranges of numbers; empty for other columns."""
+    return "ranges of numbers" if column.dtype in TEXT and _ranges(column) else ""
+
+
+def _moments(column: pl.Series) -> str:
+    """What of moments, or durations, a column holds; empty for other columns."""
+    if _is_clock(column):
+        return "times or durations"
+    when = column.dtype in TEXT and (_says_when(column) or is_amount(column))
+    return "dates or times" if when or column.dtype.is_temporal() else ""
 
 
 def _is_clock(column: pl.Series) -> bool:
@@ -424,11 +449,16 @@ def _labels_say(
     default_numeric: str,
     labels: Labels | None,
     what: str = "whole numbers",
+    ids: pl.Series | None = None,
 ) -> FieldSpec | None:
-    """The spec of whole numbers that labels say are amounts, None for others; named in its note."""
+    """The spec of whole numbers that labels say are amounts, None for others; named in its note.
+
+    `ids` are what would be ids otherwise, where that is not the numbers themselves.
+    """
     if labels is None or default_numeric == "categorical":
         return None
-    if not _is_scattered(column, _WELL_KNOWN):
+    ids = column if ids is None else ids
+    if not _is_scattered(ids, _WELL_KNOWN):
         return None
     if spec.kind == "unused":
         # Rows may be numbered in the order of their labels.
@@ -437,7 +467,7 @@ def _labels_say(
             return None
     elif spec.kind != "categorical":
         return None
-    told, rows = labels.of(column), (len(column) - column.null_count()) / _distinct(column)
+    told, rows = labels.of(column), (len(ids) - ids.null_count()) / _distinct(ids)
     seldom = rows < _SELDOM and labels.rows >= _ROWS_TO_ASK
     note = f"{what}, {rows:.1f} rows a value, "
     if told.by_order:
@@ -520,7 +550,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     """
     rows, distinct = len(column), _distinct(column)
     amount = f"{as_typed(spec.name, 'bucket')} takes it as a number"
-    earlier = f"--split {shlex.quote(f'order:{spec.name}')} trains on the earlier rows"
+    earlier = _earlier(spec.name)
     many = distinct > max(spec.buckets, rows / _ENOUGH_ROWS)
     key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
     if not many and not key:
@@ -550,6 +580,10 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
         note += f"{as_typed(spec.name, 'categorical')} for ids"
     note = f"{note}; {earlier}" if dated else note
     return replace(spec, note="; ".join(filter(None, [told, note])))
+
+
+def _earlier(name: str) -> str:
+    return f"--split {shlex.quote(f'order:{name}')} trains on the earlier rows"
 
 
 def _is_prose(column: pl.Series) -> bool:

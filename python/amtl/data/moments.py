@@ -15,6 +15,10 @@ _DATES = (
     *("%m/%d/%y", "%d/%m/%y", "%d.%m.%y", "%d %B %Y", "%d. %B %Y", "%B %d, %Y", "%B %d %Y"),
     *("%d-%B-%Y", "%d-%B-%y"),
 )
+MONTHS = ("%Y-%m", "%Y/%m", "%m/%Y", "%m-%Y", "%B %Y", "%B, %Y", "%B-%Y", "%B-%y", "%Y %B", "%Y-%B")
+"""Forms without a day, which is the first then."""
+_FIRST_YEAR, _LAST_YEAR = 1900, 2100
+"""Of months, where other numbers of four digits may be codes."""
 _TIMES = ("%H:%M", "%H:%M:%S%.f", "%I:%M %p", "%I:%M:%S %p")
 CLOCKS = (*_TIMES, "%M:%S")
 """Forms without a date. What may be hours and minutes is no minutes and seconds."""
@@ -26,7 +30,7 @@ _FORMS = (
     *(date + time for date in _DATES for time in ("", *(f" {time}" for time in _TIMES))),
     *("%Y-%m-%d %H:%M%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%d %B %Y %H:%M:%S %#z"),
     *("%Y%m%dT%H%M%S", "%Y%m%dT%H%M%S%.f", "%Y:%m:%d %H:%M:%S"),
-    *("%d %B %Y %I:%M:%S %p %#z", *CLOCKS),
+    *("%d %B %Y %I:%M:%S %p %#z", *CLOCKS, *MONTHS),
 )
 _WEEKDAY = "^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)(?:, ?| )"
 _ZONES = {
@@ -53,7 +57,7 @@ LEAST_DIGITS = 1_010_100
 """The first hour of 2001, of which `YYMMDDHH` has seven."""
 
 ISO = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
-SOME_DIGITS = r"\d\D*\d\D*\d"
+SOME_DIGITS = r"\d\D*\d"
 _ODD, _MOST_ODD = 0.01, 20
 """Share of the rows, and number of texts, that may be no moments where all others are."""
 
@@ -69,7 +73,7 @@ def texts(column: pl.Series) -> pl.Series:
             zoned = rf"^(\d{{4}}-\d\d-\d\d [\d:.]+) (?:{names})$"
             cells = cells.str.replace(zoned, f"$1{offset}")
     cells = _without_weekday(cells)
-    cells = cells.str.replace(r"(:\d\d),(\d{1,6})\b", "$1.$2")
+    cells = _with_months(cells).str.replace(r"(:\d\d),(\d{1,6})\b", "$1.$2")
     cells = cells.str.replace(r"(:\d\d(?:\.\d+)?) ?(?:Z|UTC|GMT)(?:\[UTC\])?$", "$1")
     cells = cells.str.replace(r"^(\d{4}-\d\d-\d\d \d\d)$", "$1:00")
     cells = cells.str.replace(r"^(\d{8}T\d{6}(?:\.\d+)?)Z$", "$1")
@@ -79,6 +83,16 @@ def texts(column: pl.Series) -> pl.Series:
     cells = cells.str.replace(r"^[A-Z]\w\w (\w{3}) (\d\d?) ([\d:]{8}) (\d{4})$", "$2 $1 $4 $3")
     cells = cells.str.replace(r"^(\d\d?)/(\w{3})/(\d{4}):(\d\d:)", "$1 $2 $3 $4")
     return cells.str.replace(r"(\d{4}), (\d)", "$1 $2")
+
+
+def _with_months(cells: pl.Series) -> pl.Series:
+    """Months of one digit with two, and quarters such as `2019Q3` as their first, `2019-07`."""
+    cells = cells.str.replace(r"^(\d[/-]\d{4})$", "0$1")
+    if cells.str.contains(r"Q[1-4]").any():
+        for quarter, month in zip("1234", ("01", "04", "07", "10"), strict=True):
+            cells = cells.str.replace(rf"^(\d{{4}})[ -]?Q{quarter}$", f"${{1}}-{month}")
+            cells = cells.str.replace(rf"^Q{quarter}[ -/]?(\d{{4}})$", f"${{1}}-{month}")
+    return cells
 
 
 def _without_weekday(cells: pl.Series) -> pl.Series:
@@ -224,7 +238,10 @@ def _read(cells: pl.Series, form: str) -> pl.Series:
     if form in CLOCKS:
         return _read_clock(cells, form)
     found = cells.str.to_datetime(form, strict=False, time_unit="us")
-    early = (found.dt.year() < 1000).fill_null(False) & ("%Y" in form)
+    year = found.dt.year()
+    early = (year < 1000).fill_null(False) & ("%Y" in form)
+    if form in MONTHS:
+        early |= ~year.is_between(_FIRST_YEAR, _LAST_YEAR).fill_null(True)
     return found.to_physical().set(early, None)
 
 

@@ -1,11 +1,12 @@
 """Numbers as people write them: thousands apart, a decimal comma, a currency or per cent sign.
 
-Thousands, millions and billions may be K, M and B behind: `€4.1M`. Units may be, see
-`amtl.data.units`.
+Thousands, millions and billions may be K, M and B behind, or words: `€4.1M`, `2.5 Lakh`. Units may
+be, see `amtl.data.units`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,6 +33,15 @@ _NO_LIST = r"^[+-]|[.eE]|,0\d"
 """What a number has and a list of ids with commas has not: a sign, a fraction, a group like 012."""
 _APART = r"(\d)(?:['’\x{a0}\x{202f}](\d{3})| (\d{3}(?: \d{3})*[.,]\d))"
 """Thousands set apart by what is nothing else between digits, or by spaces before a fraction."""
+_POWERS = {
+    "e3": "thousand|tsd",
+    "e5": "lakhs?|lacs?",
+    "e6": "millions?|mio|mn",
+    "e7": "crores?|cr",
+    "e9": "billions?|bn|mrd",
+}
+_POWER = rf"(?i)(\d)\s?(?:{'|'.join(_POWERS.values())})\b"
+"""Words that stand for thousands and more."""
 _NO_NUMBER = r"(?i)^(?:null|nan|none|n/?a|-|\?)\s?[^\d\s][^\d]{0,11}$"
 """A missing number before a unit, as in `null bhp`."""
 _SURELY_MARKED = 20
@@ -94,6 +104,14 @@ def _joined(cells: pl.Series) -> pl.Series:
     return cells
 
 
+def _in_digits(cells: pl.Series) -> pl.Series:
+    """Texts with powers of ten for words such as `million` and `Lakh` behind their numbers."""
+    if cells.str.contains(_POWER).any():
+        for power, words in _POWERS.items():
+            cells = cells.str.replace(rf"(?i)(\d)\s?(?:{words})\b\.?", f"${{1}}{power}")
+    return cells
+
+
 def find(column: pl.Series, padded: bool = False) -> Notation | None:
     """The one notation in which all values of a column are numbers, or None.
 
@@ -104,7 +122,8 @@ def find(column: pl.Series, padded: bool = False) -> Notation | None:
     and billions may be K, M and B; also k and m, where a currency or one of those makes it clear
     that these are no units.
     """
-    written = texts(column).drop_nulls().unique(maintain_order=True)
+    spelled = texts(column).drop_nulls().unique(maintain_order=True)
+    written = _in_digits(spelled)
     joined = _joined(written)
     values = joined.filter(_infinite(joined).is_null())
     found = _find(values, padded)
@@ -120,6 +139,10 @@ def find(column: pl.Series, padded: bool = False) -> Notation | None:
     if found and (written != joined).any():
         marks = " and ".join(filter(None, ["thousands separators", found.marks]))
         found = replace(found, marks=marks)
+    if found and (spelled != written).any():
+        # Of lists, none has such words.
+        marks = " and ".join(filter(None, ["words for thousands or more", found.marks]))
+        found = replace(found, marks=marks, doubt="" if found.decimal else found.doubt)
     return found
 
 
@@ -226,7 +249,9 @@ def mixed(column: pl.Series) -> str:
 
 def read(column: pl.Series, decimal: str, scaled: bool = False, unit: str = "") -> pl.Series:
     """The numbers that text stands for, as `Notation` has them; what is none is missing."""
-    cells = _joined(texts(column))
+    # Earlier models took such a word for a unit.
+    cells = texts(column) if re.search(_POWER, f"0 {unit}") else _in_digits(texts(column))
+    cells = _joined(cells)
     if unit:
         cells, factors = units.taken_off(cells, unit)
         return read(cells, decimal, scaled).alias(column.name) * factors

@@ -38,17 +38,22 @@ class Told(NamedTuple):
     Attributes:
         order, order_error: by a value's neighbours.
         own, own_error: by the value itself beside them.
+        others, others_error: by its neighbours alone, without the rows that have the value itself:
+            a popular id is most of what is near it.
     """
 
     order: float
     order_error: float
     own: float
     own_error: float
+    others: float
+    others_error: float
 
     @property
     def by_order(self) -> bool:
         """Whether neighbours predict labels, and single values next to nothing beside."""
-        return self.order > _SURE * self.order_error and self.own < _OWN * self.order
+        alike = self.order > _SURE * self.order_error and self.others > _SURE * self.others_error
+        return alike and self.own < _OWN * self.order
 
     @property
     def of_single(self) -> bool:
@@ -66,7 +71,7 @@ class Told(NamedTuple):
         return self.own > max(_SURE * self.own_error, self.order)
 
 
-_NOTHING = Told(0.0, 0.0, 0.0, 0.0)
+_NOTHING = Told(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Labels:
@@ -136,7 +141,8 @@ def told(
     distinct, value = np.unique(x, return_inverse=True)
     part = value if parts is None else np.searchsorted(_edges(x, parts), x, side="right")
     fold = np.random.default_rng(0).permutation(len(x)) % _FOLDS
-    order, own = np.full(len(x), np.nan), np.full((len(_PRIORS), len(x)), np.nan)
+    order, others = np.full((2, len(x)), np.nan)
+    own = np.full((len(_PRIORS), len(x)), np.nan)
     for f in range(_FOLDS):
         train = fold != f
         mean = y[train].mean()
@@ -145,18 +151,20 @@ def told(
         held = ~train & (np.bincount(of_value)[bucket] > 1)
         sums, rows = _per_group(bucket, train, y, buckets)
         near = ((sums + _PRIOR * mean) / (rows + _PRIOR))[bucket[held]]
-        by_order = _likelihood(near, y[held])
-        order[held] = by_order - _likelihood(np.full(len(near), mean), y[held])
+        by_order, base = (_likelihood(rate, y[held]) for rate in (near, np.full(len(near), mean)))
+        order[held] = by_order - base
+        own_sums, own_rows = _per_group(value, train, y, len(distinct))
+        sums, rows = sums[bucket] - own_sums[value], rows[bucket] - own_rows[value]
+        near_alone = ((sums + _PRIOR * mean) / (rows + _PRIOR))[held]
+        others[held] = _likelihood(near_alone, y[held]) - base
         own[:, held] = _beside(part, train, held, y, near) - by_order
     shared = ~np.isnan(order)
     if shared.sum() < _FOLDS:
         return None
-    order, own = order[shared], own[:, shared]
-    own = own[own.mean(1).argmax()]
-    root = len(order) ** 0.5
-    return Told(
-        float(order.mean()), float(order.std()) / root, float(own.mean()), float(own.std()) / root
-    )
+    own = own[:, shared]
+    found = (order[shared], own[own.mean(1).argmax()], others[shared])
+    root = len(found[0]) ** 0.5
+    return Told(*(float(part) for each in found for part in (each.mean(), each.std() / root)))
 
 
 def _apart(value: Floats, group: Floats, labels: Floats) -> bool:

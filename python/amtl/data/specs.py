@@ -9,7 +9,7 @@ from typing import Literal
 
 import polars as pl
 
-from amtl.data import moments, notation, units
+from amtl.data import moments, notation, ranges, units
 from amtl.errors import UserError, brief
 
 Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
@@ -37,12 +37,13 @@ class FieldSpec:
         scaled: whether numbers held as text may be thousands, millions and billions, as `5K`.
         unit: what stands behind numbers held as text, or its kind where they have several, such as
             `kg` or `seconds`; see `amtl.data.units`.
+        ranges: whether some of these are ranges, which are their middle; see `amtl.data.ranges`.
         moment: form of dates and times held as text, such as `%d.%m.%Y`; None for others, and
             where year, month and day come first.
         value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
             `amtl.data.scales`.
-        part: `hour`, `weekday` or `month` of the moments in the column `of`, where it is no column
-            itself; see `amtl.data.calendar`.
+        part: `hour`, `weekday` or `month` of the moments in the column `of`, or `1` or `2` of its
+            points, where it is no column itself; see `amtl.data.calendar` and `amtl.data.places`.
         of: that column.
         zone: whose clocks tell that part, such as `Europe/Berlin`; empty for UTC.
         folded: whether texts that differ in their case, or spaces around them, are one value.
@@ -57,6 +58,7 @@ class FieldSpec:
     decimal: str | None = None
     scaled: bool = False
     unit: str = ""
+    ranges: bool = False
     moment: str | None = None
     value: bool = False
     part: str = ""
@@ -113,7 +115,8 @@ def _no_numbers(column: pl.Series, spec: FieldSpec) -> str:
     if spec.unit in units.KINDS:
         needed = f"numbers with their units, which training had converted to {spec.unit},"
     if column.dtype == pl.String:
-        other = notation.odd(column, spec.decimal or ".", spec.scaled, spec.unit)
+        known = ranges if spec.ranges else notation
+        other = known.odd(column, spec.decimal or ".", spec.scaled, spec.unit)
         if spec.moment:
             other, needed = moments.odd(column, spec.moment), f"moments as {spec.moment}"
         elif len(few := moments.odd_ones(column)):
@@ -128,6 +131,8 @@ def _no_numbers(column: pl.Series, spec: FieldSpec) -> str:
 def _read(column: pl.Series, spec: FieldSpec) -> pl.Series:
     """Text as the numbers it stands for; as it is if some of it stands for none."""
     decimal, scaled, unit = spec.decimal, spec.scaled, spec.unit
+    if spec.ranges and decimal and not len(ranges.odd(column, decimal, scaled, unit)):
+        return ranges.read(column, decimal, scaled, unit)
     if spec.moment and not len(moments.odd(column, spec.moment)):
         return moments.read(column, spec.moment)
     if decimal is None and (plain := notation.plain(column)) is not None:

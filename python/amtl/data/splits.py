@@ -148,12 +148,15 @@ def _named_parts(column: pl.Series, how: str, seed: int) -> tuple[Tensor, Tensor
         shown = ", ".join(brief(repr(value)) for value in values[:5]) + (
             ", ..." if len(values) > 5 else ""
         )
+        parts = set(map(part_of, values))
+        lacking = [name for part, name in ((0, "train"), (2, "test")) if part not in parts]
+        none = f"; no row says {lacking[0]}" if len(lacking) == 1 else ""
         raise UserError(
             f"--split {how}: it has to say train, valid or test of each row (valid may be missing, "
-            f"then a tenth of train validates), and holds {shown}"
+            f"then a tenth of train validates), and holds {shown}{none}"
         )
-    parts = {value: part_of(value) for value in values}
-    part = column.replace_strict(parts, return_dtype=pl.Int8).to_numpy()
+    part_by_name = {value: part_of(value) for value in values}
+    part = column.replace_strict(part_by_name, return_dtype=pl.Int8).to_numpy()
     train, val, test = (torch.from_numpy((part == p).nonzero()[0]) for p in range(3))
     if not len(val):
         drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))

@@ -166,6 +166,7 @@ def scored(name: str, learner: Learner) -> dict[str, Any]:
     """A model that has ended, as a row of `train_baselines`; scores the test split."""
     assert learner.best is not None
     record, test = learner.best["record"], learner.task.test
+    learner.calm()
     logits = predict(learner.model, test)
     return {
         "name": name,

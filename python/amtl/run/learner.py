@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.errors import UserError
 from amtl.run import methods
+from amtl.run.backbones import Interaction
 from amtl.run.config import TrainConfig
-from amtl.run.metrics import auc, log_loss, score, score_error
+from amtl.run.metrics import auc, calming, log_loss, score, score_error
 from amtl.run.model import build_model, predict
 from amtl.run.unseen import settle_unseen
 from amtl.store.dense import to_bytes, to_halves
@@ -106,6 +107,7 @@ class Learner:
         self.released = False
         self._ended = False
         self._said: Tensor | None = None
+        self._calmed = 1.0
         if warm is not None:
             warm(self.table)
         settled = config.freeze_at is None and methods.has_settled_sizes(self.table)
@@ -335,6 +337,27 @@ class Learner:
         return self._said
 
     @torch.no_grad()
+    def calm(self) -> bool:
+        """Makes logits as small as validation has them, where they are too sure; see `calming`.
+
+        The last layer of the MLP takes that, where nothing is added to it. What was validated stays
+        on record as it was: other models, which this is compared with, are as they were, too.
+
+        Returns:
+            Whether anything changed.
+        """
+        assert self.best is not None
+        if type(self.model.interaction) is not Interaction:
+            return False
+        factor = calming(self.says(), self.task.val.labels)
+        self._calmed *= factor
+        last = self.model.mlp[-1]
+        for parameter in last.parameters():
+            parameter.mul_(factor)
+        self.best = {**self.best, "model": copy.deepcopy(self.model.state_dict())}
+        return factor < 1
+
+    @torch.no_grad()
     def round_dense(self) -> bool:
         """Rounds all but the table to 8 bits, or to 16, if validation loses next to nothing by it.
 
@@ -350,7 +373,7 @@ class Learner:
         for rounded in (to_bytes, to_halves):
             for p, values in zip(parameters, kept, strict=True):
                 p.copy_(rounded(values))
-            says = predict(self.model, self.task.val)
+            says = predict(self.model, self.task.val) / self._calmed
             area, loss = self.scores(says)
             found = score(area, loss, labels)
             error = min(score_error(says, said, labels), _LITTLE)

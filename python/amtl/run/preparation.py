@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amtl.data import calendar, moments
+from amtl.data import calendar, moments, places
 from amtl.data.copies import copies, number_of
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
@@ -74,6 +74,7 @@ def prepare(
         if not (config.fields or source.fields):
             skip = {config.label, *config.drop}
             specs += calendar.parts(frame, known, skip, marks)
+            specs += places.parts(frame, config.default_numeric, config.values, {*skip, *told})
         specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,13 +118,19 @@ class Trained:
                 dtype = column_of(frame, self.encoder.fields[f]).dtype
                 here = f"such as {brief(repr(odd))} ({brief(dtype)})"
             there = "" if known is None else f", in training such as {brief(repr(known))}"
+            remedy = "write the column as the training data have it, or train on data such as these"
+            if _alike(odd, known):
+                remedy = (
+                    f"written alike, they are new ones; if rows to score always have new ones, "
+                    f"train with --drop {shlex.quote(name)}, or split as they come: --split "
+                    "order:COLUMN or column:COLUMN, by which validation has new ones, too"
+                )
             so = "predictions do without it"
             if self.encoder.reads_numbers(name, frame):
                 so = "predictions know it by its number only"
             result[name] = (
                 f"column {name!r}: {unknown:,} of {values:,} values were not seen in training, so "
-                f"{so}. Here they are {here}{there}: write the column as the "
-                "training data have it, or train on data such as these"
+                f"{so}. Here they are {here}{there}: {remedy}"
             )
         return result
 
@@ -177,3 +185,11 @@ def size_table(trained: Trained) -> list[dict[str, Any]]:
             }
         )
     return result
+
+
+def _alike(one: object, other: object) -> bool:
+    """Whether two values have letters, digits and marks in the same places."""
+    if one is None or other is None:
+        return False
+    shapes = (re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", str(v))) for v in (one, other))
+    return len(set(shapes)) == 1

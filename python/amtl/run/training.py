@@ -389,7 +389,8 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         self.learner.end()
-        if self.learner.round_dense() and self.out:
+        calmed = self.learner.calm()
+        if (self.learner.round_dense() or calmed) and self.out:
             assert self.learner.best is not None
             folders.save_checkpoint(self.out, "best", self.learner.best)
         logits = predict(self.learner.model, self.task.test)
