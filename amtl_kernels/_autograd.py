@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -255,6 +256,31 @@ def forward(
     return out
 
 
+_TWICE = (
+    "lookups have no second derivatives, as of a penalty on gradients of a table "
+    "(create_graph=True). Take gradients of what lookups give, rows = layer(ids) and "
+    "torch.autograd.grad(loss, rows, create_graph=True); or train so before amtl.convert"
+)
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """As PyTorch's, whose error says nothing of lookups."""
+
+    @functools.wraps(backward)
+    def first(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, grad)
+        if not (torch.is_grad_enabled() and grad.requires_grad):
+            return found
+        error: Any = torch._C._functions.DelayedError(_TWICE.encode(), len(found))
+        again: tuple[Any, ...] = error(
+            *(each if each is None else each.detach().requires_grad_() for each in found)
+        )
+        return again
+
+    return first
+
+
 class _Lookup(torch.autograd.Function):
     """What is registered with the operator, without PyTorch's search for tensors in its lists.
 
@@ -267,7 +293,7 @@ class _Lookup(torch.autograd.Function):
         return forward(*call)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _, wants_psw, *rest = ctx.needs_input_grad
         count = len(ctx.mask_dtypes)

@@ -158,7 +158,7 @@ class _Update(torch.autograd.Function):
         return _autograd.forward(tables, masks, bags, bounds_check, few=few, plan=plan)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_autograd.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         fused = ctx.fused
         _, _, wants_psw, *wanted = ctx.needs_input_grad

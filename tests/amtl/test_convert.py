@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import pickle
 import warnings
 import weakref
@@ -503,6 +504,23 @@ def test_references_of_the_models_own_follow():
     torch.testing.assert_close(model.regularisation(), expected)
     amtl.revert(model)
     assert model.plain[0] is model.users and type(model.users) is nn.Embedding
+
+
+def test_weights_that_a_model_keeps_follow_files_and_the_way_back(tmp_path):
+    """Penalties of those of before would go on, and reach nothing that the model looks up."""
+    model = amtl.freeze(amtl.convert(Keeper(), COUNTS, budget=0.3))
+    amtl.save(model, tmp_path / "model.safetensors")
+    before = Keeper()
+    (rest, _, _), _ = before.regularised
+    other = amtl.load(tmp_path / "model.safetensors", before)
+    tables = [*other.users.table_parameters(), *other.tags.table_parameters()]
+    assert len(rest) == len(tables) and all(map(operator.is_, rest, tables))
+    dense = (other.users.dense_weight(), other.tags.dense_weight())
+    amtl.revert(other)
+    assert rest[0] is other.users.weight and rest[1] is other.tags.weight and len(rest) == 2
+    assert torch.equal(rest[0], dense[0]) and torch.equal(rest[1], dense[1])
+    expected = 2 * rest[0].square().sum() + rest[1].square().sum() + other.top.weight.square().sum()
+    torch.testing.assert_close(other.regularisation(), expected)
 
 
 def test_a_model_is_thawed_as_it_was_frozen(tmp_path):

@@ -79,6 +79,34 @@ def test_a_tied_head_is_told_what_stays_tied_and_it_does(budget, tmp_path):
     assert torch.equal(loaded.emb.weight[others], loaded.emb(others))
 
 
+class TiedByAList(Tied):
+    """Hides the weight from nn.Module, which would name it twice."""
+
+    def __init__(self):
+        super().__init__(head=False)
+        self.tied = [self.emb.weight]
+
+    def forward(self, rows):
+        return F.linear(self.mix(self.emb(rows)), self.tied[0], self.bias)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+def test_a_head_that_is_tied_by_a_list_is_told_to_read_the_layer(budget, tmp_path):
+    """It would score by numbers before rounding, and a loaded one by those of before the load."""
+    counts, rows = {"emb": torch.arange(50)}, torch.tensor([49, 48])
+    model = amtl.freeze(amtl.convert(TiedByAList(), counts, budget=budget))
+    amtl.save(model, tmp_path / "model.safetensors")
+    loaded = amtl.load(tmp_path / "model.safetensors", TiedByAList())
+    again = amtl.load(tmp_path / "model.safetensors", loaded)
+    for each in (model, loaded, again.eval()):
+        with pytest.raises(RuntimeError, match=r"in a list.*\(linear\).*model\.emb\.weight, read"):
+            each(rows)
+    plain = amtl.revert(again)
+    assert plain.tied[0] is plain.emb.weight
+    expected = F.linear(plain.mix(plain.emb(rows)), plain.emb.weight, plain.bias)
+    assert torch.equal(plain(rows), expected)
+
+
 def tiny():
     counts = {"0": [500, 300], "1": [290, 210, 300], "2": [60, 90, 200, 200, 100, 70, 50, 20, 10]}
     return nn.ModuleList([nn.Embedding(2, 2), nn.Embedding(3, 3), nn.Embedding(9, 5)]), counts

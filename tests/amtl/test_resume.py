@@ -297,3 +297,36 @@ def test_in_a_trainers_order(parametrization, frozen, first):
     for one in (trainer, other):
         one.fit(3, seed=3)
     assert_same(trainer.model, other.model)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_distributed_checkpoints_hold_tables(frozen, tmp_path):
+    """`torch.distributed.checkpoint` finds a name in a model for each key of a state."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def start():
+        model, optimizer = script("adam", "few bits")
+        if frozen:
+            amtl.freeze(model, optimizer)
+        return model, optimizer
+
+    def train(model, optimizer):
+        for _ in range(3):
+            model(torch.arange(10)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, resumed = start(), start()
+    train(*whole)
+    states = dict(zip("mo", get_state_dict(*whole), strict=True))
+    checkpoint.save(states, checkpoint_id=tmp_path / "run", no_dist=True)
+    train(*whole)
+    states = dict(zip("mo", get_state_dict(*resumed), strict=True))
+    checkpoint.load(states, checkpoint_id=tmp_path / "run", no_dist=True)
+    set_state_dict(*resumed, model_state_dict=states["m"], optim_state_dict=states["o"])
+    train(*resumed)
+    expected = whole[0].state_dict()
+    assert expected.keys() == resumed[0].state_dict().keys()
+    assert all(torch.equal(value, expected[key]) for key, value in resumed[0].state_dict().items())

@@ -205,6 +205,21 @@ def test_transforms_are_refused_with_the_reason(backend: Any, kind: str) -> None
         mapped(indices)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_second_derivatives_are_refused_with_a_way_around(sparse: bool) -> None:
+    weight = torch.randn(N, D, requires_grad=True)
+    sizes = torch.full((N,), D, dtype=torch.int32)
+    rows = ak.masked_embedding(weight, torch.arange(3), sizes, sparse=sparse)
+    loss = rows.square().sum()
+    (found,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*grad\(loss, rows"):
+        found.to_dense().square().sum().backward()
+    (found,) = torch.autograd.grad(rows.square().sum(), rows, create_graph=True)
+    found.square().sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.to_dense()[:3], 8 * weight[:3])
+
+
 def test_float64_says_where_it_runs() -> None:
     weight = torch.randn(N, D, dtype=torch.float64)
     sizes = torch.full((N,), D, dtype=torch.int32)

@@ -2,7 +2,8 @@
 
 Nobody can read the former off a model, so the first forward passes after a conversion are watched,
 one in training mode and one in evaluation: where the weight of a layer goes into a lookup or a
-product, the pass ends with an error that names the layer. Passes after both cost nothing.
+product, the pass ends with an error that names the layer. So it does where a tier goes there, by a
+list in which the model kept the weight. Passes after both cost nothing.
 
 An embedding that a layer took the place of may live on in a loss or a variable. It works as ever,
 so that whoever trains it would never know that the model has another: it says so.
@@ -15,7 +16,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ _USES = {
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, tables: Mapping[int, str]) -> None:
+    def __init__(self, tables: Mapping[int, AMTLTable]) -> None:
         super().__init__()
         self.tables = tables
 
@@ -53,14 +54,24 @@ class _Watch(TorchFunctionMode):
             lists = (value for value in given if isinstance(value, (list, tuple)))
             for value in itertools.chain(given, *lists):
                 if id(value) in self.tables:
-                    name = self.tables[id(value)]
-                    raise RuntimeError(
-                        f"the model uses the weight of {name!r} itself ({func.__name__}), where no "
-                        f"mask reaches it: amtl.freeze the model first, after which the weight is "
-                        f"what lookups show; or call the module, for all rows on torch.arange"
-                        f"({len(value)}), or convert the model without {name!r}"
-                    )
+                    _refuse(self.tables[id(value)], func.__name__)
         return func(*args, **kwargs)
+
+
+def _refuse(layer: AMTLTable, use: str) -> NoReturn:
+    name = layer.name
+    if layer.phase == "frozen":
+        raise RuntimeError(
+            f"the model uses the weight of {name!r} that it keeps in a list, a dict or an object "
+            f"of its own ({use}): frozen, that is a part of what is stored, not what lookups show. "
+            f"{_called(name)}.weight, read where it is used, shows all rows"
+        )
+    raise RuntimeError(
+        f"the model uses the weight of {name!r} itself ({use}), where no mask reaches it: "
+        "amtl.freeze the model first, after which the weight is what lookups show; or call the "
+        f"module, for all rows on torch.arange({layer.num_embeddings}), or convert the model "
+        f"without {name!r}"
+    )
 
 
 class _FirstPasses:
@@ -84,9 +95,11 @@ class _FirstPasses:
                     handle.remove()
             return
         tables = {
-            id(module._parameters["weight"]): name
-            for name, module in model.named_modules()
-            if isinstance(module, AMTLTable) and module._parameters.get("weight") is not None
+            id(parameter): module
+            for module in model.modules()
+            if isinstance(module, AMTLTable)
+            for parameter in (module._parameters.get("weight"), *module._tiers())
+            if parameter is not None
         }
         self.watch, self.thread = _Watch(tables), threading.get_ident()
         self.watch.__enter__()

@@ -593,7 +593,10 @@ def swap(
                 continue
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = new
-    _rewire(model, {id(old): [new] for old, new in replacements.items()})
+    weights = _weights_that_go(replacements)
+    gone = _rewire(model, {**{id(old): [new] for old, new in replacements.items()}, **weights})
+    if not gone.isdisjoint(weights) and layers(root):
+        watch_first_passes(root)
     settle(root)
     name_sizes(root)
     accompany(layer.head for layer in layers(root).values() if layer.head is not None)
@@ -601,12 +604,33 @@ def swap(
     return result
 
 
-def _rewire(model: nn.Module, replacements: Mapping[int, Sequence[Any]]) -> None:
+def _weights_that_go(replacements: Mapping[Any, nn.Module]) -> dict[int, Sequence[Tensor]]:
+    """What takes the place of the weights of modules that make way, by id."""
+    found: dict[int, Sequence[Tensor]] = {}
+    for old, new in replacements.items():
+        before, after = _parameters_of(old), _parameters_of(new)
+        if before and after and before[0] is not after[0]:
+            found.update(dict.fromkeys(map(id, before), ()))
+            found[id(before[0])] = after
+    return found
+
+
+def _parameters_of(module: nn.Module) -> Sequence[Tensor]:
+    """The table of a layer or an embedding; none of what else may stand for one."""
+    if isinstance(module, AMTLTable):
+        return module._table()
+    return [module.weight] if isinstance(module, nn.Embedding | nn.EmbeddingBag) else []
+
+
+def _rewire(model: nn.Module, replacements: Mapping[int, Sequence[Any]]) -> set[int]:
     """Replace objects (by id) in containers that modules keep beside their parameters and modules.
 
     An object that makes way for several is spread out in lists and sets; a tuple that holds it is
     repeated, as `(name, parameter)` would be, and goes where it makes way for none. Objects there
     that are no modules, such as descriptions of features, may hold it as an attribute.
+
+    Returns:
+        Those that were there.
     """
     seen: set[int] = set()
     for module in model.modules():
@@ -615,11 +639,13 @@ def _rewire(model: nn.Module, replacements: Mapping[int, Sequence[Any]]) -> None
                 moved = _moved(value, replacements, seen)
                 if len(moved) == 1 and moved[0] is not value:
                     module.__dict__[key] = moved[0]
+    return seen & replacements.keys()
 
 
 def _moved(value: Any, replacements: Mapping[int, Sequence[Any]], seen: set[int]) -> list[Any]:
     """What takes the place of a value: mostly the value itself."""
     if id(value) in replacements:
+        seen.add(id(value))
         return list(replacements[id(value)])
     kind = type(value)
     if kind not in (list, tuple, dict, set) or (kind is not tuple and id(value) in seen):
@@ -627,6 +653,7 @@ def _moved(value: Any, replacements: Mapping[int, Sequence[Any]], seen: set[int]
             held = getattr(value, "__dict__", {})
             for key, part in list(held.items()):
                 if len(replacements.get(id(part), ())) == 1:
+                    seen.add(id(part))
                     held[key] = replacements[id(part)][0]
         return [value]
     seen.add(id(value))

@@ -83,6 +83,14 @@ class TableStates(TableLookups):
             destination[prefix + "row_map"] = encode_row_map(self.row_group)
         if self.tier_ends is not None:
             destination[prefix + "tier_ends"] = torch.tensor(self.tier_ends)
+        destination[prefix + "schedule"] = self.schedule
+
+    @property
+    def schedule(self) -> Tensor:
+        """What a state dict holds of the layer beside its tensors, float64.
+
+        An attribute because `torch.distributed.checkpoint` looks each key up as one.
+        """
         # absorb_order() moves the padding row and leaves fewer rows, so they are part of the state.
         padding = -1 if self.padding_idx is None else self.padding_idx
         schedule = [
@@ -97,7 +105,7 @@ class TableStates(TableLookups):
             schedule.append(self.rounding.turn)
             if self.masterless:
                 schedule.append(self.rounding.changes)
-        destination[prefix + "schedule"] = torch.tensor(schedule, dtype=torch.float64)
+        return torch.tensor(schedule, dtype=torch.float64)
 
     def _load_from_state_dict(
         self,

@@ -323,16 +323,23 @@ def _tell_of_orders(layers: Mapping[str, AMTLTable]) -> None:
 
 def _require_whole(layers: Mapping[str, AMTLTable]) -> None:
     """Refuse tables of which a process holds a part, as FSDP leaves them."""
-    parts = [
-        name
+    tables = {
+        name: layer.table_parameters()
         for name, layer in layers.items()
         if isinstance(layer, AMTLTable)
-        and any(hasattr(p, "placements") or p.dim() != 2 for p in layer.table_parameters())
-    ]
-    if parts:
+    }
+    if parts := [name for name, held in tables.items() if any(p.dim() != 2 for p in held)]:
         raise ValueError(
             f"{together(parts)}: only a shard is here, as under FSDP. Save where it is whole, in "
             "`with FullyShardedDataParallel.summon_full_params(model):`"
+        )
+    # What FSDP2 leaves of a matrix is one.
+    if parts := [n for n, held in tables.items() if any(hasattr(p, "placements") for p in held)]:
+        raise ValueError(
+            f"{together(parts)}: only a shard is here, as under FSDP2. Of all processes "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict gives the first one a whole state: load that "
+            "into a model that was converted and frozen alike, and save this"
         )
 
 

@@ -101,6 +101,10 @@ def test_shards_of_tables_are_refused(tmp_path):
         block.data = block.data.flatten()[:7]
     with pytest.raises(ValueError, match=r"table 'b': only a shard is here, as under FSDP\."):
         amtl.save(layers, tmp_path / "layers.safetensors")
+    for block in layers["a"].blocks:
+        block.placements = ()
+    with pytest.raises(ValueError, match=r"table 'a': only a shard.*full_state_dict=True.*load"):
+        amtl.save({"a": layers["a"]}, tmp_path / "layers.safetensors")
     assert not list(tmp_path.iterdir())
 
 
