@@ -806,6 +806,21 @@ def test_copies_are_watched_by_themselves(copied):
         assert not each._forward_hooks and not each._forward_pre_hooks
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_reverted_model_is_scripted_however_often_it_was_called(passes):
+    rows = torch.arange(3)
+    model = nn.Sequential(nn.Sequential(nn.Embedding(ROWS, DIM)), nn.Linear(DIM, 1))
+    amtl.convert(model[0], {"0": torch.arange(ROWS)}, budget=0.3)
+    amtl.freeze(model)
+    for _ in range(passes):
+        model(rows).sum().backward()
+    plain = amtl.revert(copy.deepcopy(model), masked=True).eval()
+    torch.testing.assert_close(torch.jit.script(plain)(rows), model.eval()(rows))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    assert model[0]._forward_pre_hooks
+
+
 def test_a_mistyped_option_is_named():
     model = nn.ModuleDict({"item": nn.Embedding(9, 4)})
     with pytest.raises(TypeError, match="no option 'bugdet': did you mean 'budget'"):

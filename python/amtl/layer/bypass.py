@@ -91,8 +91,7 @@ class _FirstPasses:
             return
         if model.training in self.seen:
             if len(self.seen) == 2:
-                for handle in self.handles:
-                    handle.remove()
+                self.remove()
             return
         tables = {
             id(parameter): module
@@ -113,10 +112,23 @@ class _FirstPasses:
         if output is not None:
             self.seen.add(model.training)
 
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
 
 def watch_first_passes(model: nn.Module) -> None:
     """Let the next forward pass in either mode fail where it goes past one of its AMTL layers."""
     _FirstPasses(model)
+
+
+def end_first_passes(model: nn.Module) -> None:
+    """Takes back `watch_first_passes`, whose hooks TorchScript would compile with the model."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, _FirstPasses):
+                owner.remove()
 
 
 class _Calls:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from amtl.errors import together
 from amtl.layer.budget import check_share
-from amtl.layer.bypass import end_calls, watch_calls, watch_first_passes
+from amtl.layer.bypass import end_calls, end_first_passes, watch_calls, watch_first_passes
 from amtl.layer.companions import accompany
 from amtl.layer.convertible import check_convertible, check_unshared, is_embedding
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
@@ -367,7 +367,9 @@ def revert(model: _Model, *, masked: bool = False) -> _Model:
         for module in places
         if isinstance(module, AMTLTable)
     }
-    return swap(model, places, replacements)
+    reverted = swap(model, places, replacements)
+    end_first_passes(reverted)
+    return reverted
 
 
 def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
