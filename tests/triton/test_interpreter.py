@@ -31,7 +31,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pa
     environment |= {
         "TRITON_INTERPRET": "1",
         "AMTL_TEST_BACKENDS": "triton",
-        "AMTL_TEST_EVERY": "1" if SOAK else "8",
+        "AMTL_TEST_EVERY": "1" if SOAK else "12",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]),
     }
