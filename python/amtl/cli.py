@@ -443,6 +443,7 @@ def evaluate(
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data import labelled, load_source
+    from amtl.data.negatives import has_labels, with_negatives
     from amtl.run.folders import load_trained
 
     trained = load_trained(run)
@@ -452,8 +453,9 @@ def evaluate(
         encoded, what = trained.test_split(), f"test split of {trained.config.data}"
         strange = []
     else:
-        config = trained.config
-        frame = load_source(data, config.negatives if label is None else None).frame
+        frame, config = load_source(data).frame, trained.config
+        if config.negatives and label is None and not has_labels(frame):
+            frame, _ = with_negatives(frame, config.negatives)
         if label_threshold is None and label_positive is None:
             label_threshold, label_positive = config.label_threshold, config.label_positive
         if label is not None and label in trained.encoder.columns:

@@ -82,6 +82,7 @@ def test_lists_of_an_item_come_along_and_missing_values_count_as_one():
             "user": ["a", "a", "b", "b", None, None],
             "song": [1, 2, 1, 3, 4, None],
             "tags": [["x"], ["y", "z"], ["x"], [], ["w"], None],
+            "deep": [[["x"]]] * 6,
         }
     )
     rows, note = with_negatives(frame, "user:song:3")
@@ -142,5 +143,10 @@ def test_a_run_trains_on_them_and_is_evaluated_on_them(tmp_path, capsys):
     assert run("evaluate", out, later) == 0
     rows = 3 * len(happened(1))
     assert f"{rows:,} rows" in " ".join(capsys.readouterr().out.split())
+    labelled = pl.read_csv(later).with_columns((pl.col("song") % 2).alias("label"))
+    labelled.write_csv(later)
+    for words in ([], ["--label", "label"]):
+        assert run("evaluate", out, later, *words) == 0
+        assert f"{len(labelled):,} rows" in " ".join(capsys.readouterr().out.split())
     assert run("predict", out, later, "--out", tmp_path / "scores.csv") == 0
     assert len(pl.read_csv(tmp_path / "scores.csv")) == len(happened(1))

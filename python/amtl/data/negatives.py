@@ -62,6 +62,11 @@ class Negatives(NamedTuple):
         return cls(user, item, int(number))
 
 
+def has_labels(frame: pl.DataFrame) -> bool:
+    """Whether there is a column `LABEL` of more than one value."""
+    return LABEL in frame.columns and frame[LABEL].n_unique() > 1
+
+
 def with_negatives(frame: pl.DataFrame, text: str) -> tuple[pl.DataFrame, str]:
     """The rows of a file, each followed by those drawn for it, and a note on what was drawn.
 
@@ -81,13 +86,12 @@ def with_negatives(frame: pl.DataFrame, text: str) -> tuple[pl.DataFrame, str]:
         UserError: there are labels already, there is nothing to draw, or see `Negatives.of`.
     """
     wanted = Negatives.of(text, frame.columns)
-    if LABEL in frame.columns:
-        if frame[LABEL].n_unique() > 1:
-            raise UserError(
-                f"--negatives is for files of positive rows only, and column {LABEL!r} has more "
-                "than one value: leave --negatives out, or rename the column"
-            )
-        frame = frame.drop(LABEL)
+    if has_labels(frame):
+        raise UserError(
+            f"--negatives is for files of positive rows only, and column {LABEL!r} has more than "
+            "one value: leave --negatives out, or rename the column"
+        )
+    frame = frame.drop(LABEL, strict=False)
     user, item = (_numbers(frame, name) for name in wanted[:2])
     users, items = int(user.max(initial=-1)) + 1, int(item.max(initial=-1)) + 1
     if items < 2:
@@ -183,7 +187,7 @@ def _agreement(column: pl.Series, pairs: Places, chance: Places) -> float:
 
     By equal values, or, of numbers, by the correlation of their ranks.
     """
-    if isinstance(column.dtype, pl.List):
+    if isinstance(column.dtype, pl.List) and not column.dtype.inner.is_nested():
         column = column.cast(pl.List(pl.String)).list.join("\n")
     if not pairs.shape[1] or column.dtype.is_nested():
         return 0.0
