@@ -56,6 +56,7 @@ struct PlannedLookup {
   Tables tables;
   CpuLookup lookup;
   std::vector<Seen> seen;                        // in the order of ForTensors
+  bool small = false;                            // see IsSmall
   mutable std::shared_ptr<const Placed> placed;  // set and read by any thread
 
   // Whether all tensors are what they were.
@@ -68,6 +69,21 @@ struct PlannedLookup {
 
 namespace {
 
+// A row of so many takes 16 bytes, all of them no more than the second cache has to spare.
+constexpr int64_t kPlacedRows = int64_t{1} << 12;
+// More than this many are written past the caches, or asked for ahead.
+constexpr int64_t kPickedValues = int64_t{1} << 20;
+// Codes in rows of more registers are read faster a block of rows at a time.
+constexpr int64_t kPickedRegisters = 4;
+// Picked by a thread.
+constexpr int64_t kPickedPart = int64_t{1} << 17;
+
+// Whether all rows of a table may be found once.
+bool IsSmall(const cpu::LookupTable& table) {
+  return table.rows > 0 && table.rows <= kPlacedRows && table.sizes.columns <= 1 &&
+         !cpu::IsLarge(table, cpu::kUncachedBytes);
+}
+
 int64_t Plan(Tables tables, FewBits few) {
   std::move(few).AddTo(tables);
   Check(tables.count() == 1, "one table can be planned");
@@ -75,6 +91,7 @@ int64_t Plan(Tables tables, FewBits few) {
   auto plan = std::make_unique<PlannedLookup>();
   plan->tables = std::move(tables);
   plan->lookup.DescribeTable(plan->tables, 0);
+  plan->small = IsSmall(plan->lookup.table);
   ForTensors(plan->tables, [&](const Tensor& tensor, size_t) {
     plan->seen.emplace_back(tensor);
     return true;
@@ -104,22 +121,12 @@ bool Reorder(const cpu::Executor& executor, const PlannedCall& call, int32_t* ro
   return inside.load(std::memory_order_relaxed);
 }
 
-// A row of so many takes 16 bytes, all of them no more than the second cache has to spare.
-constexpr int64_t kPlacedRows = int64_t{1} << 12;
-// More than this many are written past the caches, or asked for ahead.
-constexpr int64_t kPickedValues = int64_t{1} << 20;
-// Codes in rows of more registers are read faster a block of rows at a time.
-constexpr int64_t kPickedRegisters = 4;
-// Picked by a thread.
-constexpr int64_t kPickedPart = int64_t{1} << 17;
-
 bool Picks(const PlannedLookup& plan, const PlannedCall& call) {
   const cpu::LookupTable& table = plan.lookup.table;
-  const int64_t rows = call.order != nullptr ? call.ordered : table.rows;
+  if (!plan.small || call.bags.offsets != nullptr) return false;
   if (table.bits > 0 && table.dim > kPickedRegisters * cpu::Kernels().lanes) return false;
-  return call.bags.offsets == nullptr && rows > 0 && rows <= kPlacedRows && table.rows > 0 &&
-         table.rows <= kPlacedRows && table.sizes.columns <= 1 &&
-         call.lookups * table.dim <= kPickedValues && !cpu::IsLarge(table, cpu::kUncachedBytes);
+  const int64_t rows = call.order != nullptr ? call.ordered : table.rows;
+  return rows > 0 && rows <= kPlacedRows && call.lookups * table.dim <= kPickedValues;
 }
 
 // Calls f with all that says where rows are and how much of them is kept.

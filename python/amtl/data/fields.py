@@ -216,7 +216,7 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
     forms = moments.find(column) if column.dtype in TEXT and not spelled else []
     if len(forms) == 1:
         return replace(spec, moment=forms[0])
-    if column.dtype in TEXT and not spelled and (ends := _ranges(column)):
+    if column.dtype in TEXT and not spelled and (ends := ranges.find(column)):
         return replace(_spelled(spec, ends), ranges=True)
     doubt = f": {spelled.doubt}; {_REWRITE}" if spelled else _odd_values(column)
     if column.dtype in TEXT and not spelled and (mixed := notation.mixed(column)):
@@ -231,11 +231,6 @@ def _as_told(column: pl.Series, treatment: str, separator: str | None) -> FieldS
 def _spelled(spec: FieldSpec, found: notation.Notation) -> FieldSpec:
     """A number's field with the notation of its text."""
     return replace(spec, decimal=found.decimal, scaled=found.scaled, unit=found.unit)
-
-
-def _ranges(column: pl.Series) -> notation.Notation | None:
-    """The notation of the numbers in a column's text, some of which are ranges, or None."""
-    return ranges.find(column.cast(pl.String).drop_nulls().unique(maintain_order=True))
 
 
 def _odd_values(column: pl.Series) -> str:
@@ -343,7 +338,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         if not spec.note:
             spec = replace(spec, note=_integer_note(spec, column, default_numeric))
     elif default_numeric != "categorical" and _is_scattered(column, _WELL_KNOWN):
-        what = _named_ranges(column)
+        what = "ranges of numbers" if dtype in TEXT and ranges.find(values) else ""
         if not what and _is_scattered(column):
             what = _moments(column) if spec.kind == "categorical" else ""
             what = what or _digits(column)
@@ -379,11 +374,6 @@ def _digits(column: pl.Series) -> str:
         return ""
     texts = column.cast(pl.String).drop_nulls()
     return "digits" if texts.str.contains(r"^\d{1,15}$").all() else ""
-
-
-def _named_ranges(column: pl.Series) -> str:
-    """What text is that has ranges of numbers; empty for other columns."""
-    return "ranges of numbers" if column.dtype in TEXT and _ranges(column) else ""
 
 
 def _moments(column: pl.Series) -> str:

@@ -122,8 +122,9 @@ def _numbers(frame: pl.DataFrame, name: str) -> Places:
     column = frame[name]
     if column.dtype.is_nested():
         raise UserError(f"--negatives: column {name!r} holds lists; one value a row is needed")
-    rank = column.rank("dense").fill_null(0).to_numpy()
-    return np.unique(rank, return_inverse=True)[1].astype(np.int64)
+    rank = column.rank("dense")
+    missing = 1 + (rank.max() or 0)  # type: ignore[operator]
+    return rank.fill_null(missing).to_numpy().astype(np.int64) - 1
 
 
 def _draw(user: Places, item: Places, items: int, count: int, rng: np.random.Generator) -> Places:
@@ -160,16 +161,14 @@ def _about_items(
         return []
     by_item, by_user = _pairs(item, rng), _pairs(user, rng)
     chance = rng.integers(len(frame), size=(2, _CHANCE))
-    return [
-        name
-        for name in names
-        if (of_item := _agreement(frame[name], by_item, chance)) == 1
-        or (
-            of_item >= _SAME
-            and not calendar.has_moments(frame[name])
-            and of_item > _agreement(frame[name], by_user, chance)
-        )
-    ]
+    found = []
+    for name in names:
+        of_item, of_user = _agreements(frame[name], chance, by_item, by_user)
+        if of_item == 1 or (
+            of_item >= _SAME and of_item > of_user and not calendar.has_moments(frame[name])
+        ):
+            found.append(name)
+    return found
 
 
 def _pairs(group: Places, rng: np.random.Generator) -> Places:
@@ -182,22 +181,26 @@ def _pairs(group: Places, rng: np.random.Generator) -> Places:
     return pairs
 
 
-def _agreement(column: pl.Series, pairs: Places, chance: Places) -> float:
-    """How far two rows of a pair agree, from 0 for no more than any two to 1 for always.
+def _agreements(column: pl.Series, chance: Places, *pairs: Places) -> list[float]:
+    """How far two rows of each kind of pair agree, from 0 for no more than any two to 1 for always.
 
     By equal values, or, of numbers, by the correlation of their ranks.
     """
     if isinstance(column.dtype, pl.List) and not column.dtype.inner.is_nested():
         column = column.cast(pl.List(pl.String)).list.join("\n")
-    if not pairs.shape[1] or column.dtype.is_nested():
-        return 0.0
+    if column.dtype.is_nested():
+        return [0.0] * len(pairs)
     rank = column.rank("average").fill_null(0).to_numpy()
-    same, by_chance = ((rank[two[0]] == rank[two[1]]).mean() for two in (pairs, chance))
-    if by_chance == 1:
+    by_chance = float((rank[chance[0]] == rank[chance[1]]).mean())
+    return [_agreement(rank[two], by_chance, column.dtype.is_numeric()) for two in pairs]
+
+
+def _agreement(ranks: NDArray[np.float64], by_chance: float, numeric: bool) -> float:
+    """Of the ranks of pairs, [2, pairs]; see `_agreements`."""
+    if not ranks.shape[1] or by_chance == 1:
         return 0.0
-    agreement = float((same - by_chance) / (1 - by_chance))
-    if agreement < 1 and column.dtype.is_numeric():
-        first, second = rank[pairs]
-        if first.std() and second.std():
-            agreement = max(agreement, min(float(np.corrcoef(first, second)[0, 1]), 1 - 1e-9))
+    first, second = ranks
+    agreement = float(((first == second).mean() - by_chance) / (1 - by_chance))
+    if agreement < 1 and numeric and first.std() and second.std():
+        agreement = max(agreement, min(float(np.corrcoef(first, second)[0, 1]), 1 - 1e-9))
     return agreement

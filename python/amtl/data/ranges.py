@@ -42,9 +42,9 @@ class _Ends(NamedTuple):
     high: pl.Series
 
 
-def find(values: pl.Series) -> notation.Notation | None:
-    """The notation of the numbers in these distinct texts, some of which are ranges, or None."""
-    values = notation.texts(values).drop_nulls()
+def find(column: pl.Series) -> notation.Notation | None:
+    """The notation of the numbers in a column's text, some of which are ranges, or None."""
+    values = notation.texts(column).drop_nulls().unique(maintain_order=True)
     words = (~_has_digits(values[:100])).sum()
     if words > _MOST_WORDS or (~_has_digits(values)).sum() > _MOST_WORDS:
         return None

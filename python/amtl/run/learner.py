@@ -350,12 +350,13 @@ class Learner:
         if type(self.model.interaction) is not Interaction:
             return False
         factor = calming(self.says(), self.task.val.labels)
+        if factor == 1:
+            return False
         self._calmed *= factor
-        last = self.model.mlp[-1]
-        for parameter in last.parameters():
+        for parameter in self.model.mlp[-1].parameters():
             parameter.mul_(factor)
         self.best = {**self.best, "model": copy.deepcopy(self.model.state_dict())}
-        return factor < 1
+        return True
 
     @torch.no_grad()
     def round_dense(self) -> bool:
