@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
 """Values of ``optimizer``."""
 MOMENTS = {SGD: 0, ADAGRAD: 1, ROWWISE_ADAGRAD: 1, ADAM: 2}
 """State tensors that an optimizer keeps for a block."""
+
+_Result = TypeVar("_Result")
 
 FOUND_BEFORE = "The GPU found this in a lookup that was called before."
 """Last line of errors that a later call raises; native code has the same."""
@@ -51,9 +55,15 @@ class FewBits(NamedTuple):
     bits: list[int]
     step_ends: list[int] | None = None
 
+    @classmethod
+    def of(cls, values: Iterable[Any]) -> FewBits | None:
+        """Of the values of a call, of which there may be none; None: the tables are no such."""
+        given = cls(*(*values, None, None, None)[:3])
+        return given if any(given) else None
+
 
 class Bags(NamedTuple):
-    """The arguments that describe lookups, in the order of the schemas."""
+    """The arguments that describe lookups in tables, or in one, in the order of the schemas."""
 
     indices: Tensor
     offsets: Tensor | None
@@ -105,6 +115,34 @@ class Step(NamedTuple):
         return [self.state[c * each : (c + 1) * each] for c in range(len(blocks))], counter
 
 
+def in_groups(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """An operator's function of the groups above as one of the values of its schema, in turn.
+
+    Args:
+        function: whose parameters are annotated with the groups; what is none is a single value.
+    """
+    hints = get_type_hints(function)
+    hints.pop("return")
+    kinds = [
+        next((kind for kind in (hint, *get_args(hint)) if hasattr(kind, "_fields")), None)
+        for hint in hints.values()
+    ]
+
+    @functools.wraps(function)
+    def of_values(*values: Any) -> _Result:
+        left = iter(values)
+        given: list[Any] = []
+        for kind in kinds:
+            if kind is None:
+                given.append(next(left))
+            else:
+                mine = itertools.islice(left, len(kind._fields))
+                given.append(kind.of(mine) if hasattr(kind, "of") else kind(*mine))
+        return function(*given)
+
+    return of_values
+
+
 def are_codes(blocks: Sequence[Tensor]) -> bool:
     """Whether blocks hold codes of few bits, and so no numbers."""
     return len(blocks) > 0 and blocks[0].dtype == torch.uint8
@@ -135,15 +173,11 @@ def parts_of(blocks: Sequence[Tensor], ends: Sequence[int]) -> list[tuple[int, s
     return parts
 
 
-def check_few_bits(
-    blocks: Sequence[Tensor],
-    block_counts: Sequence[int],
-    sizes: Sequence[Tensor] | None,
-    steps: Sequence[Tensor],
-    bits: Sequence[int],
-    step_ends: Sequence[int],
-) -> None:
+def check_few_bits(tables: Tables, few: FewBits | None) -> None:
     """Raises ValueError unless tables of few bits are whole, and others are none."""
+    blocks, block_counts, sizes = tables.blocks, tables.block_counts, tables.sizes
+    given = few or FewBits([], [])
+    steps, bits, step_ends = given.steps or [], given.bits or [], given.step_ends or []
 
     def check(holds: bool, message: str) -> None:
         if not holds:
@@ -168,12 +202,12 @@ def check_few_bits(
     every = sum(mine.numel() for mine in steps)
     check(not step_ends or every == len(step_ends), "one of step_ends per step is needed")
     first, part = 0, 0
-    for mine, few, count in zip(steps, bits, block_counts, strict=True):
-        check(few in BITS, f"bits must be 2, 4, 8 or 16, got {few}")
+    for mine, each, count in zip(steps, bits, block_counts, strict=True):
+        check(each in BITS, f"bits must be 2, 4, 8 or 16, got {each}")
         for block in blocks[first : first + count] if are_codes(blocks) else ():
             taken = block.shape[1]
-            whole = taken * 8 % few == 0
-            check(whole, f"a row of codes of {few} bits cannot take {taken} bytes")
+            whole = taken * 8 % each == 0
+            check(whole, f"a row of codes of {each} bits cannot take {taken} bytes")
         parts = mine.numel() if step_ends else count
         check(
             mine.dtype == torch.float32 and mine.shape == (parts,),

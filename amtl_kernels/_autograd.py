@@ -16,17 +16,17 @@ from amtl_kernels._arguments import (
     SUM,
     Bags,
     FewBits,
+    Step,
     Tables,
     Wishes,
     clamped,
+    in_groups,
     numbers_of,
     split_masks,
     widths_of,
 )
 from amtl_kernels._planned import Plan, unobserved
 
-_TABLES = len(Tables._fields)
-_BAGS = len(Bags._fields)
 _NAMES = tuple(argument.name for argument in torch.ops.amtl.lookup.default._schema.arguments)
 
 
@@ -39,12 +39,16 @@ def _widths(tables: Tables, bits: Sequence[int]) -> list[int]:
     return [max(widths_of([next(blocks) for _ in range(n)], each)) for n, each in every]
 
 
-def _fake_lookup(*arguments: Any) -> Tensor:
-    tables = Tables.of(arguments[:_TABLES])
-    bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    steps, bits = (*arguments[_TABLES + 3 + _BAGS :], None, None)[:2]
-    widths = _widths(tables, bits or ())
-    like = numbers_of(tables.blocks, steps[0] if steps else None)
+def _fake_lookup(
+    tables: Tables,
+    masks: list[Tensor] | None,
+    bags: Bags,
+    bounds_check: int,
+    sparse_grad: bool,
+    few: FewBits | None,
+) -> Tensor:
+    widths = _widths(tables, few.bits if few else ())
+    like = numbers_of(tables.blocks, few.steps[0] if few else None)
     if bags.offsets is None:
         return like.new_empty(*bags.indices.shape, widths[0])
     ends = bags.offsets.shape[0] - int(bags.include_last_offset)
@@ -52,10 +56,10 @@ def _fake_lookup(*arguments: Any) -> Tensor:
 
 
 def _fake_others(
-    tables: Tables, bags: Bags, wishes: Wishes, steps: Sequence[Tensor] = ()
+    tables: Tables, bags: Bags, wishes: Wishes, few: FewBits | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of masks and of per-sample weights."""
-    like = numbers_of(tables.blocks, steps[0] if steps else None)
+    like = numbers_of(tables.blocks, few.steps[0] if few else None)
     psw = bags.per_sample_weights
     compute = torch.float64 if like.dtype == torch.float64 else torch.float32
     values = 0
@@ -66,16 +70,15 @@ def _fake_others(
     return like.new_empty(values, dtype=compute), like.new_empty(weights)
 
 
-def _fake_backward(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    tables = Tables.of(arguments[:_TABLES])
-    bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    weight_grad, *wishes = arguments[-3:]
+def _fake_backward(
+    tables: Tables, grad: Tensor, bags: Bags, weight_grad: bool, wishes: Wishes
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     rows, grads = [], []
     for block in tables.blocks:
         distinct = _looked_up() if weight_grad else 0
         rows.append(block.new_empty(distinct, dtype=torch.int64))
         grads.append(block.new_empty(distinct, block.shape[1]))
-    return rows, grads, *_fake_others(tables, bags, Wishes(*wishes))
+    return rows, grads, *_fake_others(tables, bags, wishes)
 
 
 def _looked_up() -> Any:
@@ -93,12 +96,16 @@ def _looked_up() -> Any:
     return allocate(shapes)
 
 
-def _fake_update(*arguments: Any) -> tuple[Tensor, Tensor]:
-    bags = Bags(*arguments[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    wishes = Wishes(*arguments[_TABLES + 1 + _BAGS : _TABLES + 3 + _BAGS])
-    # Behind them whether groups are sorted, three arguments of the step, and few bits.
-    steps = (*arguments[_TABLES + 7 + _BAGS :], None)[0] or ()
-    return _fake_others(Tables.of(arguments[:_TABLES]), bags, wishes, steps)
+def _fake_update(
+    tables: Tables,
+    grad: Tensor,
+    bags: Bags,
+    wishes: Wishes,
+    groups_sorted: bool,
+    step: Step,
+    few: FewBits | None,
+) -> tuple[Tensor, Tensor]:
+    return _fake_others(tables, bags, wishes, few)
 
 
 def row_gradient(rows: Tensor, grads: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
@@ -207,12 +214,20 @@ def sample_gradient(grad: Tensor, tables: Tables, bags: Bags, few: FewBits) -> T
     return dots.where(counted, 0).to(grad.dtype)
 
 
+@in_groups
+def _given(
+    tables: Tables,
+    masks: list[Tensor] | None,
+    bags: Bags,
+    bounds_check: int,
+    sparse_grad: bool,
+    few: FewBits | None,
+) -> tuple[Any, ...]:
+    return tables, masks or [], bags, bounds_check, sparse_grad, few
+
+
 def _registered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tables, masks = Tables.of(inputs[:_TABLES]), inputs[_TABLES] or []
-    bags = Bags(*inputs[_TABLES + 1 : _TABLES + 1 + _BAGS])
-    bounds_check, sparse, *few = inputs[_TABLES + 1 + _BAGS :]
-    given = FewBits(*few) if few and few[0] else None
-    _save(ctx, tables, masks, bags, bounds_check, sparse, given)
+    _save(ctx, *_given(*inputs))
     ctx.absent = {name for name, value in zip(_NAMES, inputs, strict=False) if value is None}
 
 
@@ -328,9 +343,9 @@ def lookup(
 def register() -> None:
     """Registers fake implementations and gradients, once, when the package is imported."""
     fakes = {
-        "lookup": _fake_lookup,
-        "lookup_backward": _fake_backward,
-        "lookup_update_": _fake_update,
+        "lookup": in_groups(_fake_lookup),
+        "lookup_backward": in_groups(_fake_backward),
+        "lookup_update_": in_groups(_fake_update),
         "apply_": lambda *_: None,
     }
     for op, fake in fakes.items():

@@ -1,9 +1,9 @@
 """Every operator in plain PyTorch: the meaning that all backends are tested against.
 
 The functions take the arguments of the operator of the same name (``amtl_kernels._schema``), in
-the same order, on any device and for any floating-point type; float64 is computed in float64, the
-rest in float32 with one rounding at the end. Written to be read, not to be fast: everything is
-gathered per lookup, ``O(L * D)`` memory for ``L`` lookups.
+the same order and in groups (``amtl_kernels._arguments``), on any device and for any floating-point
+type; float64 is computed in float64, the rest in float32 with one rounding at the end. Written to
+be read, not to be fast: everything is gathered per lookup, ``O(L * D)`` memory for ``L`` lookups.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from amtl_kernels._arguments import (
     ROWWISE_ADAGRAD,
     SGD,
     SUM,
+    Bags,
+    FewBits,
     Step,
+    Tables,
     Wishes,
     are_codes,
     check_few_bits,
     check_update_of_codes,
+    in_groups,
     parts_of,
     widths_of,
 )
@@ -130,22 +134,24 @@ def check_offsets(offsets: Tensor, lookups: int) -> None:
         )
 
 
-def _in_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Tensor:
+def _in_bags(bags: Bags) -> Tensor:
     """The flat indices of all bags: those past the last offset are never looked at."""
-    flat = indices.reshape(-1)
+    flat, offsets = bags.indices.reshape(-1), bags.offsets
     if offsets is None:
         return flat
     check_offsets(offsets, flat.numel())
-    if include_last_offset:
+    if bags.include_last_offset:
         return flat[: int(offsets[-1])]
     return flat if offsets.numel() else flat[:0]
 
 
-def _bag_of_lookup(offsets: Tensor, lookups: int, include_last_offset: bool) -> tuple[Tensor, int]:
-    """The bag of every position (-1: there are none) and the number of bags."""
-    bags = offsets.numel() - int(include_last_offset)
-    positions = torch.arange(lookups, device=offsets.device)
-    return torch.searchsorted(offsets.to(torch.int64), positions, right=True) - 1, bags
+def _bag_of_lookup(flat: Tensor, bags: Bags) -> tuple[Tensor, int, Tensor]:
+    """The bag of every lookup (-1: there are none), the number of bags, and who counts in one."""
+    assert bags.offsets is not None
+    number = bags.offsets.numel() - int(bags.include_last_offset)
+    positions = torch.arange(flat.numel(), device=flat.device)
+    bag = torch.searchsorted(bags.offsets.to(torch.int64), positions, right=True) - 1
+    return bag, number, (bag >= 0) & (flat != bags.padding_idx[0])
 
 
 def _check_sizes(sizes: Tensor, dim: int) -> Tensor:
@@ -187,26 +193,15 @@ def _mean_scale(bag: Tensor, bags: int, counted: Tensor, dtype: torch.dtype) -> 
     return 1.0 / counts.clamp(min=1).to(dtype)
 
 
-def _pool(
-    values: Tensor,
-    flat: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> Tensor:
+def _pool(values: Tensor, flat: Tensor, bags: Bags) -> Tensor:
     """Pools masked rows ``values [L, D]`` into bags ``[B, D]``."""
     compute = compute_type(values.dtype)
-    bag, bags = _bag_of_lookup(offsets, flat.numel(), include_last_offset)
-    counted = (bag >= 0) & (flat != padding_idx)
-    terms = values.to(compute)
-    if per_sample_weights is not None:
-        terms = terms * per_sample_weights[: flat.numel()].to(compute)[:, None]
-    out = torch.zeros(bags, values.shape[1], dtype=compute, device=values.device)
+    bag, number, counted = _bag_of_lookup(flat, bags)
+    terms = _scale(values.to(compute), bags.per_sample_weights)
+    out = torch.zeros(number, values.shape[1], dtype=compute, device=values.device)
     out = out.index_add(0, bag[counted], terms[counted])
-    if pooling == MEAN:
-        out = out * _mean_scale(bag, bags, counted, compute)[:, None]
+    if bags.pooling == MEAN:
+        out = out * _mean_scale(bag, number, counted, compute)[:, None]
     return out.to(values.dtype)
 
 
@@ -280,100 +275,68 @@ class Table:
         return _adaptive_sizes(flat, self.row_group, self.sizes, self.seed, self.dim)
 
 
-@dataclass(frozen=True)
-class Bags:
-    """The lookups in one table."""
-
-    indices: Tensor
-    offsets: Tensor | None
-    per_sample_weights: Tensor | None
-    pooling: int
-    padding_idx: int
-    include_last_offset: bool
-
-
-def split_tables(
-    blocks: list[Tensor],
-    block_counts: list[int],
-    dims: list[int] | None,
-    sizes: list[Tensor] | None,
-    row_groups: list[Tensor] | None,
-    seed: int,
-    steps: list[Tensor] | None = None,
-    bits: list[int] | None = None,
-    step_ends: list[int] | None = None,
-) -> list[Table]:
+def split_tables(tables: Tables, few: FewBits | None = None) -> list[Table]:
     """Every table on its own."""
-    check_few_bits(blocks, block_counts, sizes, steps or [], bits or [], step_ends or [])
-    tables, first, part = [], 0, 0
-    for t, count in enumerate(block_counts):
-        mine = list(blocks[first : first + count])
+    check_few_bits(tables, few)
+    found, first, part = [], 0, 0
+    for t, count in enumerate(tables.block_counts):
+        mine = list(tables.blocks[first : first + count])
         first += count
-        few = bits[t] if bits else 0
-        dim = dims[t] if dims else max(widths_of(mine, few))
-        if steps and step_ends:
-            ends = step_ends[part : part + steps[t].numel()]
+        bits = few.bits[t] if few else 0
+        dim = tables.dims[t] if tables.dims else max(widths_of(mine, bits))
+        if few and few.step_ends:
+            ends = few.step_ends[part : part + few.steps[t].numel()]
             part, mine = part + len(ends), [mine[c][rows] for c, rows in parts_of(mine, ends)]
-        row_group = row_groups[t] if row_groups else None
-        table = Table(mine, dim, sizes[t] if sizes else None, row_group, seed)
-        tables.append(replace(table, steps=steps[t], bits=few) if steps else table)
-    return tables
+        sizes = tables.sizes[t] if tables.sizes else None
+        row_group = tables.row_groups[t] if tables.row_groups else None
+        table = Table(mine, dim, sizes, row_group, tables.seed)
+        found.append(replace(table, steps=few.steps[t], bits=bits) if few else table)
+    return found
 
 
-def code_parts(
-    blocks: Sequence[Tensor], block_counts: Sequence[int], tables: Sequence[Table]
-) -> list[CodePart]:
+def code_parts(tables: Tables, every: Sequence[Table]) -> list[CodePart]:
     """The parts of all tables of few bits, one after the other."""
     found, first = [], 0
-    for count, table in zip(block_counts, tables, strict=True):
+    for count, table in zip(tables.block_counts, every, strict=True):
         ends = [end for _, _, end in table.slices()]
         assert table.steps is not None
-        for p, (c, rows) in enumerate(parts_of(blocks[first : first + count], ends)):
+        for p, (c, rows) in enumerate(parts_of(tables.blocks[first : first + count], ends)):
             found.append(CodePart(first + c, rows.start, table.steps[p], table.bits))
         first += count
     return found
 
 
-def check_bags(
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    tables: int,
-    include_last_offset: bool,
-) -> None:
-    """Raises ValueError unless these arguments of lookups in so many tables go together."""
-    if offsets is None and (tables > 1 or per_sample_weights is not None):
-        what = "several tables" if tables > 1 else "per_sample_weights"
+def check_bags(bags: Bags) -> None:
+    """Raises ValueError unless these arguments of lookups go together."""
+    several, weighted = len(bags.padding_idx) > 1, bags.per_sample_weights is not None
+    if bags.offsets is None and (several or weighted):
+        what = "several tables" if several else "per_sample_weights"
         raise ValueError(f"{what} need offsets")
-    if tables > 1 and not include_last_offset:
+    if several and not bags.include_last_offset:
         raise ValueError("several tables need include_last_offset")
-    if per_sample_weights is not None and pooling != SUM:
+    if weighted and bags.pooling != SUM:
         raise ValueError("per_sample_weights go with mode sum only")
 
 
-def split_bags(
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    padding_idx: list[int],
-    include_last_offset: bool,
-) -> list[Bags]:
+def split_bags(bags: Bags) -> list[Bags]:
     """Every table's own lookups; offsets start at 0 in each."""
-    tables = len(padding_idx)
-    check_bags(offsets, per_sample_weights, pooling, tables, include_last_offset)
+    check_bags(bags)
+    tables, offsets = len(bags.padding_idx), bags.offsets
     if offsets is None or tables == 1:
-        weights = per_sample_weights
-        return [Bags(indices, offsets, weights, pooling, padding_idx[0], include_last_offset)]
-    check_offsets(offsets, indices.numel())
-    bags, every = (offsets.numel() - 1) // tables, []
+        return [bags]
+    check_offsets(offsets, bags.indices.numel())
+    number, every = (offsets.numel() - 1) // tables, []
     for t in range(tables):
-        mine = offsets[t * bags : (t + 1) * bags + 1]
+        mine = offsets[t * number : (t + 1) * number + 1]
         part = slice(int(mine[0]), int(mine[-1]))
-        weights = None if per_sample_weights is None else per_sample_weights[part].contiguous()
-        begins = (mine - mine[0]).contiguous()
-        padding = padding_idx[t]
-        every.append(Bags(indices[part].contiguous(), begins, weights, pooling, padding, True))
+        weights = bags.per_sample_weights
+        own = bags._replace(
+            indices=bags.indices[part].contiguous(),
+            offsets=(mine - mine[0]).contiguous(),
+            per_sample_weights=None if weights is None else weights[part].contiguous(),
+            padding_idx=bags.padding_idx[t : t + 1],
+        )
+        every.append(own)
     return every
 
 
@@ -393,66 +356,38 @@ def for_each(
 
 
 def lookup(
-    blocks: list[Tensor],
-    block_counts: list[int],
-    dims: list[int] | None,
-    sizes: list[Tensor] | None,
-    row_groups: list[Tensor] | None,
-    seed: int,
+    tables: Tables,
     masks: list[Tensor] | None,
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    padding_idx: list[int],
-    include_last_offset: bool,
+    bags: Bags,
     bounds_check: int,
     sparse_grad: bool,
-    steps: list[Tensor] | None = None,
-    bits: list[int] | None = None,
-    step_ends: list[int] | None = None,
+    few: FewBits | None = None,
 ) -> Tensor:
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
 
-    def forward(t: int, table: Table, bags: Bags) -> Tensor:
-        used = _in_bags(bags.indices, bags.offsets, bags.include_last_offset)
-        flat = check_indices(used, table.rows, bounds_check)
+    def forward(t: int, table: Table, mine: Bags) -> Tensor:
+        flat = check_indices(_in_bags(mine), table.rows, bounds_check)
         values = _keep_prefix(table.values(flat), table.kept(flat))
-        if bags.offsets is None:
-            return values.reshape(*bags.indices.shape, table.dim).to(table.dtype)
-        pooled = (bags.pooling, bags.padding_idx, bags.include_last_offset)
-        out = _pool(values, flat, bags.offsets, bags.per_sample_weights, *pooled)
-        return out.to(table.dtype)
+        if mine.offsets is None:
+            return values.reshape(*mine.indices.shape, table.dim).to(table.dtype)
+        return _pool(values, flat, mine).to(table.dtype)
 
-    of_tables = (blocks, block_counts, dims, sizes, row_groups, seed, steps, bits, step_ends)
-    tables = split_tables(*of_tables)
-    every = split_bags(
-        indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
-    )
-    outs = for_each(forward, tables, every)
+    outs = for_each(forward, split_tables(tables, few), split_bags(bags))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
-def _incoming(
-    grad: Tensor,
-    flat: Tensor,
-    offsets: Tensor | None,
-    pooling: int,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> tuple[Tensor, Tensor]:
+def _incoming(grad: Tensor, flat: Tensor, bags: Bags) -> tuple[Tensor, Tensor]:
     """The gradient ``[L, D]`` that reaches each lookup before its own weight, and which count."""
     compute = compute_type(grad.dtype)
-    counted = flat != padding_idx
-    if offsets is None:
-        return grad.reshape(flat.numel(), grad.shape[-1]).to(compute), counted
-    bag, bags = _bag_of_lookup(offsets, flat.numel(), include_last_offset)
-    counted = counted & (bag >= 0)
-    if bags == 0:
+    if bags.offsets is None:
+        delta = grad.reshape(flat.numel(), grad.shape[-1]).to(compute)
+        return delta, flat != bags.padding_idx[0]
+    bag, number, counted = _bag_of_lookup(flat, bags)
+    if number == 0:
         return grad.new_zeros(flat.numel(), grad.shape[1], dtype=compute), counted
     delta = grad.to(compute)[bag.clamp(min=0)]
-    if pooling == MEAN:
-        delta = delta * _mean_scale(bag, bags, counted, compute)[bag.clamp(min=0), None]
+    if bags.pooling == MEAN:
+        delta = delta * _mean_scale(bag, number, counted, compute)[bag.clamp(min=0), None]
     return delta, counted
 
 
@@ -495,10 +430,8 @@ def _gradients(
 
     Those of rows are not rounded, and have their kept sizes beside them.
     """
-    used = _in_bags(bags.indices, bags.offsets, bags.include_last_offset)
-    flat = check_indices(used, table.rows, RAISE)
-    pooled = (bags.pooling, bags.padding_idx, bags.include_last_offset)
-    delta, counted = _incoming(grad, flat, bags.offsets, *pooled)
+    flat = check_indices(_in_bags(bags), table.rows, RAISE)
+    delta, counted = _incoming(grad, flat, bags)
     rows = [flat.new_empty(0) for _ in table.blocks]
     widths = table.widths
     grads = [delta.new_empty(0, width) for width in widths]
@@ -549,109 +482,59 @@ def _beside_rows(found: list[_Gradients], indices: Tensor, psw_grad: bool) -> tu
 
 
 def lookup_backward(
-    blocks: list[Tensor],
-    block_counts: list[int],
-    dims: list[int] | None,
-    sizes: list[Tensor] | None,
-    row_groups: list[Tensor] | None,
-    seed: int,
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    padding_idx: list[int],
-    include_last_offset: bool,
-    weight_grad: bool,
-    mask_grad: bool,
-    psw_grad: bool,
+    tables: Tables, grad: Tensor, bags: Bags, weight_grad: bool, wishes: Wishes
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Distinct rows ``[U]`` of every block, counted within it, with their gradients ``[U, w]``.
 
     Also the gradients of the soft masks, flat, and of ``per_sample_weights``, which is zero for
     padding and past the last bag.
     """
-    tables = split_tables(blocks, block_counts, dims, sizes, row_groups, seed)
-    every = split_bags(
-        indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
-    )
-    found = _gradients_of_all(grad, tables, every, weight_grad, Wishes(mask_grad, psw_grad))
+    found = _gradients_of_all(grad, split_tables(tables), split_bags(bags), weight_grad, wishes)
     rows = [rows for one in found for rows in one.rows]
     grads = [grads for one in found for grads in one.grads]
-    rounded = [g.to(block.dtype).contiguous() for g, block in zip(grads, blocks, strict=True)]
-    return rows, rounded, *_beside_rows(found, indices, psw_grad)
+    pairs = zip(grads, tables.blocks, strict=True)
+    rounded = [each.to(block.dtype).contiguous() for each, block in pairs]
+    return rows, rounded, *_beside_rows(found, bags.indices, wishes.psw_grad)
 
 
 def lookup_update_(
-    blocks: list[Tensor],
-    block_counts: list[int],
-    dims: list[int] | None,
-    sizes: list[Tensor] | None,
-    row_groups: list[Tensor] | None,
-    seed: int,
+    tables: Tables,
     grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    padding_idx: list[int],
-    include_last_offset: bool,
-    mask_grad: bool,
-    psw_grad: bool,
+    bags: Bags,
+    wishes: Wishes,
     groups_sorted: bool,
-    state: list[Tensor],
-    optimizer: int,
-    hyper: list[float],
-    steps: list[Tensor] | None = None,
-    bits: list[int] | None = None,
-    step_ends: list[int] | None = None,
+    step: Step,
+    few: FewBits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The optimizer's update by :func:`lookup_backward`'s gradients before they are rounded.
 
     The kept prefix is the row's size. Codes are updated as the numbers that they stand for, and
     rounded at random: see ``reference_updates.update_codes``.
     """
-    tables = split_tables(
-        blocks, block_counts, dims, sizes, row_groups, seed, steps, bits, step_ends
-    )
-    wishes, step = Wishes(mask_grad, psw_grad), Step(state, optimizer, hyper)
-    if steps:
-        check_update_of_codes(blocks, wishes, step)
-    every = split_bags(
-        indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset
-    )
-    found = _gradients_of_all(grad, tables, every, True, wishes)
+    every = split_tables(tables, few)
+    if few:
+        check_update_of_codes(tables.blocks, wishes, step)
+    found = _gradients_of_all(grad, every, split_bags(bags), True, wishes)
     rows = [rows for one in found for rows in one.rows]
     grads = [grads for one in found for grads in one.grads]
     kept = [
         torch.arange(g.shape[1], device=g.device) < size[:, None]
         for g, size in zip(grads, (size for one in found for size in one.sizes), strict=True)
     ]
-    if steps:
-        parts = code_parts(blocks, block_counts, tables)
-        update_codes(blocks, parts, rows, grads, kept, step)
+    if few:
+        update_codes(tables.blocks, code_parts(tables, every), rows, grads, kept, step)
     else:
-        update(blocks, rows, grads, kept, step)
-    return _beside_rows(found, indices, psw_grad)
+        update(tables.blocks, rows, grads, kept, step)
+    return _beside_rows(found, bags.indices, wishes.psw_grad)
 
 
-def apply_(
-    blocks: list[Tensor],
-    rows: list[Tensor],
-    grads: list[Tensor],
-    state: list[Tensor],
-    optimizer: int,
-    hyper: list[float],
-) -> None:
+def apply_(blocks: list[Tensor], rows: list[Tensor], grads: list[Tensor], step: Step) -> None:
     """The optimizer's update of every block's ``rows``, up to their last non-zero gradient."""
-    step = Step(state, optimizer, hyper)
     update(blocks, rows, grads, [kept_prefix(g) for g in grads], step)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., object]] = {
-    "lookup": lookup,
-    "lookup_backward": lookup_backward,
-    "lookup_update_": lookup_update_,
-    "apply_": apply_,
+    function.__name__: in_groups(function)
+    for function in (lookup, lookup_backward, lookup_update_, apply_)
 }
-"""Operator name to reference."""
+"""Operator name to reference, with the values of the operator's schema one by one."""

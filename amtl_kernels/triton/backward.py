@@ -38,10 +38,10 @@ def gradients(
     """
     masks = lookups.mask_gradients(table.dim, wishes.mask_grad)
     mask = masks if masks.numel() else None
-    none = torch.empty(0, dtype=torch.int64, device=lookups.flat.device)
+    none = torch.empty(0, dtype=torch.int64, device=lookups.indices.device)
     rows = [torch.empty_like(none) for _ in weights]
     grads = [weight.new_empty(0, weight.shape[1]) for weight in weights]
-    if lookups.flat.numel() == 0:
+    if lookups.indices.numel() == 0:
         if mask is not None:
             mask.zero_()
     elif weight_grad or mask is not None:

@@ -278,7 +278,7 @@ def check(lookups: Lookups, table: Table, bounds_check: int) -> None:
         IndexError: See :func:`raise_found`.
         ValueError: Likewise.
     """
-    flat, bags, several = lookups.flat, lookups.bags, lookups.several
+    flat, bags, several = lookups.indices, lookups.bags, lookups.several
     if bounds_check == reference.OFF and launch.recorder is None:
         return
     if (flat if bags is None else bags.offsets).numel() == 0:

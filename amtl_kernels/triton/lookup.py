@@ -280,15 +280,15 @@ def gather(lookups: Lookups, table: Table, clamp: bool) -> None:
         table: The table.
         clamp: Whether indices outside the table are moved into it.
     """
-    count, block = lookups.flat.numel(), table.meta["BLOCK_D"]
+    count, block = lookups.indices.numel(), table.meta["BLOCK_D"]
 
     def grid(tile: int) -> tuple[int, ...]:
         return launch.cdiv(count, tile // block), launch.cdiv(table.dim, block)
 
-    inputs = (table.data, lookups.flat, lookups.values, *table.args, table.steps)
+    inputs = (table.data, lookups.indices, lookups.values, *table.args, table.steps)
     arguments = (*inputs, count, table.rows)
     constants = {"CLAMP_ROWS": clamp, **table.numbers, **table.meta}
-    with launch.device_guard(lookups.flat):
+    with launch.device_guard(lookups.indices):
         if table.steps is None:
             _gather(grid, *arguments, **constants)
         else:
@@ -306,7 +306,7 @@ def pool(lookups: Lookups, table: Table, clamp: bool) -> None:
     """
     bags, several = lookups.bags, lookups.several
     assert bags is not None
-    count, block = lookups.flat.numel(), table.meta["BLOCK_D"]
+    count, block = lookups.indices.numel(), table.meta["BLOCK_D"]
     number = bags.number // max(lookups.tables, 1)
     length = count // max(number, 1)
     lanes = launch.tile(table.dim) // block
@@ -320,9 +320,9 @@ def pool(lookups: Lookups, table: Table, clamp: bool) -> None:
 
     arguments = (
         table.data,
-        lookups.flat,
+        lookups.indices,
         bags.offsets,
-        lookups.weights,
+        lookups.per_sample_weights,
         lookups.values,
         lookups.lines,
         *table.args,
@@ -337,8 +337,8 @@ def pool(lookups: Lookups, table: Table, clamp: bool) -> None:
     constants = {
         "CLAMP_ROWS": clamp,
         "HAS_PADDING": lookups.has_padding,
-        "HAS_WEIGHTS": lookups.weights is not None,
-        "IS_MEAN": bags.is_mean,
+        "HAS_WEIGHTS": lookups.per_sample_weights is not None,
+        "IS_MEAN": bags.mean,
         "HUGE": count > _INT32_MAX,
         "TABLES": lookups.tables,
         "STRIDE": table.dim if several is None else several.stride,
@@ -347,7 +347,7 @@ def pool(lookups: Lookups, table: Table, clamp: bool) -> None:
         **table.numbers,
         **table.meta,
     }
-    with launch.device_guard(lookups.flat):
+    with launch.device_guard(lookups.indices):
         if several is None and split == 1 and table.steps is None:
             _pooled(grid, *arguments, **constants)
         else:

@@ -12,13 +12,14 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from amtl_kernels.reference import MEAN
+from amtl_kernels._arguments import MEAN, Bags
 from amtl_kernels.triton import launch
 from amtl_kernels.triton.tables import distances, first_with_memory, padded_table
 
@@ -230,18 +231,18 @@ def _before(counts: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Bags:
+class BagTable:
     """Which bag each lookup belongs to.
 
     Attributes:
         offsets: [number] or [number + 1] start of each bag.
         number: Number of bags, of all tables.
-        is_mean: Whether a bag is divided by the lookups that count.
+        mean: Whether a bag is divided by the lookups that count.
     """
 
     offsets: Tensor
     number: int
-    is_mean: bool
+    mean: bool
 
     @property
     def is_closed(self) -> bool:
@@ -254,6 +255,20 @@ class Bags:
         return self.offsets.numel().bit_length()
 
 
+def _resolved(bags: Bags) -> dict[str, Any]:
+    """What kernels read of lookups, whatever they are in."""
+    offsets, weights = bags.offsets, bags.per_sample_weights
+    table = None
+    if offsets is not None:
+        number = max(offsets.numel() - int(bags.include_last_offset), 0)
+        table = BagTable(offsets.contiguous(), number, bags.pooling == MEAN)
+    return {
+        "indices": bags.indices.reshape(-1).contiguous(),
+        "bags": table,
+        "per_sample_weights": None if weights is None else weights.reshape(-1).contiguous(),
+    }
+
+
 @dataclass(frozen=True)
 class Lookups:
     """What is looked up, and where the output goes or the gradient of it came from.
@@ -261,9 +276,9 @@ class Lookups:
     Attributes:
         values: Output or incoming gradient, [M, D] of bags or lookups; of several tables [B, all
             columns]. Contiguous.
-        flat: Indices [L].
+        indices: [L].
         bags: Bags of a pooled lookup, else None.
-        weights: Per-sample weights [L], or None.
+        per_sample_weights: [L], or None.
         padding_idx: A row that counts for nothing, or -1; of several tables ``several`` knows.
         several: The tables, if these are several.
         row_group: int32 row groups of the table, or of the first of several; else None.
@@ -271,9 +286,9 @@ class Lookups:
     """
 
     values: Tensor
-    flat: Tensor
-    bags: Bags | None
-    weights: Tensor | None
+    indices: Tensor
+    bags: BagTable | None
+    per_sample_weights: Tensor | None
     padding_idx: int
     several: Several | None
     row_group: Tensor | None
@@ -281,48 +296,24 @@ class Lookups:
 
     @staticmethod
     def of(
-        values: Tensor,
-        dim: int,
-        indices: Tensor,
-        offsets: Tensor | None,
-        weights: Tensor | None,
-        mode: int,
-        padding_idx: int,
-        include_last_offset: bool,
-        row_group: Tensor | None = None,
-        groups: int = 0,
+        values: Tensor, dim: int, bags: Bags, row_group: Tensor | None = None, groups: int = 0
     ) -> Lookups:
         """Lookups in a single table of ``dim`` columns."""
-        bags = None
-        if offsets is not None:
-            number = max(offsets.numel() - int(include_last_offset), 0)
-            bags = Bags(offsets.contiguous(), number, mode == MEAN)
         return Lookups(
             values=values.reshape(-1, dim).contiguous(),
-            flat=indices.reshape(-1).contiguous(),
-            bags=bags,
-            weights=None if weights is None else weights.reshape(-1).contiguous(),
-            padding_idx=padding_idx,
+            **_resolved(bags),
+            padding_idx=bags.padding_idx[0],
             several=None,
             row_group=row_group,
             groups=groups,
         )
 
     @staticmethod
-    def of_tables(
-        values: Tensor,
-        several: Several,
-        indices: Tensor,
-        offsets: Tensor,
-        weights: Tensor | None,
-        mode: int,
-    ) -> Lookups:
+    def of_tables(values: Tensor, several: Several, bags: Bags) -> Lookups:
         """Lookups in several tables, with the last offset included."""
         return Lookups(
             values=values.contiguous(),
-            flat=indices.contiguous(),
-            bags=Bags(offsets.contiguous(), offsets.numel() - 1, mode == MEAN),
-            weights=None if weights is None else weights.contiguous(),
+            **_resolved(bags),
             padding_idx=-1,
             several=several,
             row_group=several.row_group,
@@ -332,22 +323,22 @@ class Lookups:
     @functools.cached_property
     def counted(self) -> Tensor | None:
         """int64 [L], lookups up to here that are not padding; None where a mean counts all."""
-        bags, flat, several = self.bags, self.flat, self.several
-        if bags is None or not bags.is_mean or not self.has_padding:
+        bags, indices, several = self.bags, self.indices, self.several
+        if bags is None or not bags.mean or not self.has_padding:
             return None
         if several is None:
-            return (flat != self.padding_idx).cumsum(0)
-        flags = torch.empty(flat.numel(), dtype=torch.int64, device=flat.device)
+            return (indices != self.padding_idx).cumsum(0)
+        flags = torch.empty(indices.numel(), dtype=torch.int64, device=indices.device)
         block = launch.flat_block()
-        with launch.device_guard(flat):
+        with launch.device_guard(indices):
             launch.launch(
                 counted_kernel,
-                (launch.cdiv(flat.numel(), block),),
-                flat,
+                (launch.cdiv(indices.numel(), block),),
+                indices,
                 bags.offsets,
                 several.lines,
                 flags,
-                flat.numel(),
+                indices.numel(),
                 bags.offsets.numel(),
                 bags.number,
                 bags.steps,
@@ -366,7 +357,7 @@ class Lookups:
             pairs = zip(self.several.groups, self.several.dims, strict=False)
             count = sum(groups * width for groups, width in pairs)
         count = count if wanted else 0
-        return torch.empty(count, dtype=torch.float32, device=self.flat.device)
+        return torch.empty(count, dtype=torch.float32, device=self.indices.device)
 
     @property
     def has_padding(self) -> bool:

@@ -19,8 +19,16 @@ import torch
 from torch import Tensor
 
 from amtl_kernels import reference
-from amtl_kernels._arguments import Step, Wishes, check_update_of_codes
-from amtl_kernels.reference import Bags, code_parts, split_bags, split_tables
+from amtl_kernels._arguments import (
+    Bags,
+    FewBits,
+    Step,
+    Tables,
+    Wishes,
+    check_update_of_codes,
+    in_groups,
+)
+from amtl_kernels.reference import code_parts, split_bags, split_tables
 from amtl_kernels.triton import check
 from amtl_kernels.triton.backward import gradients
 from amtl_kernels.triton.codes import update_codes
@@ -67,53 +75,24 @@ def _one(table: reference.Table, bags: Bags, values: Tensor) -> tuple[Lookups, T
         seen = Table.by_rows(blocks[0], sizes)
     else:
         seen, groups = Table.by_groups(blocks[0], row_group, sizes, table.seed), sizes.shape[0]
-    lookups = Lookups.of(
-        values,
-        table.dim,
-        bags.indices,
-        bags.offsets,
-        bags.per_sample_weights,
-        bags.pooling,
-        bags.padding_idx,
-        bags.include_last_offset,
-        row_group,
-        groups,
-    )
-    return lookups, seen
+    return Lookups.of(values, table.dim, bags, row_group, groups), seen
 
 
 @dataclass
 class _Call:
     """The arguments that the operators share: a list of tables, and the lookups in them."""
 
-    blocks: Sequence[Tensor]
-    block_counts: Sequence[int]
-    dims: Sequence[int]
-    sizes: Sequence[Tensor]
-    row_groups: Sequence[Tensor]
-    seed: int
-    indices: Tensor
-    offsets: Tensor | None
-    per_sample_weights: Tensor | None
-    pooling: int
-    padding_idx: Sequence[int]
-    include_last_offset: bool
-    steps: Sequence[Tensor] = ()
-    bits: Sequence[int] = ()
-    step_ends: Sequence[int] = ()
+    given: Tables
+    bags: Bags
+    few: FewBits | None = None
 
     def __post_init__(self) -> None:
-        bags = (self.offsets, self.per_sample_weights, self.pooling)
-        reference.check_bags(*bags, len(self.padding_idx), self.include_last_offset)
+        reference.check_bags(self.bags)
 
     @functools.cached_property
     def tables(self) -> list[reference.Table]:
         """Every table on its own, with a width that kernels may rely on."""
-        sizes = (list(self.sizes), list(self.row_groups))
-        tables = split_tables(
-            *(list(self.blocks), list(self.block_counts), list(self.dims), *sizes, self.seed),
-            *(list(self.steps), list(self.bits), list(self.step_ends)),
-        )
+        tables = split_tables(self.given, self.few)
         for t, table in enumerate(tables):
             columns = table.blocks[0].shape[1]
             if table.sizes is not None and table.dim != columns:
@@ -133,47 +112,37 @@ class _Call:
         """Whether these are several tables that one launch reaches."""
         return (
             len(self.tables) > 1
-            and len(set(self.bits)) <= 1
-            and _are_whole_apart(self.blocks)
-            and _are_whole_apart(self.row_groups)
+            and (self.few is None or len(set(self.few.bits)) == 1)
+            and _are_whole_apart(self.given.blocks)
+            and _are_whole_apart(self.given.row_groups)
         )
 
     def together(self, values: Tensor) -> tuple[Lookups, Table]:
         """Lookups in several tables, and the tables."""
-        assert self.offsets is not None
-        sizes = _side_by_side(self.sizes)
+        sizes, row_groups = _side_by_side(self.given.sizes), self.given.row_groups
         # Of few bits a tier is what has one step size.
         blocks = [block for table in self.tables for block in table.blocks]
         several = Several.of(
             values,
             [table.rows for table in self.tables],
             self.widths,
-            self.padding_idx,
+            self.bags.padding_idx,
             [len(table.blocks) for table in self.tables],
-            self.row_groups,
-            [each.shape[0] for each in sizes] if self.row_groups else [],
+            row_groups,
+            [each.shape[0] for each in sizes] if row_groups else [],
         )
         if sizes:
-            table = Table.by_tables(blocks, sizes, self.row_groups, self.seed)
+            table = Table.by_tables(blocks, sizes, row_groups, self.given.seed)
         else:
             ends = list(itertools.accumulate(block.shape[0] for block in blocks))
-            steps = torch.cat(list(self.steps)) if self.steps else None
-            bits = self.bits[0] if self.bits else 0
+            steps = torch.cat(list(self.few.steps)) if self.few else None
+            bits = self.few.bits[0] if self.few else 0
             table = Table.by_tiers(blocks, ends, max(self.widths), steps=steps, bits=bits)
-        bags = (self.indices, self.offsets, self.per_sample_weights, self.pooling)
-        return Lookups.of_tables(values, several, *bags), table
+        return Lookups.of_tables(values, several, self.bags), table
 
     def each(self, run: Callable[[int, reference.Table, Bags], _Result]) -> list[_Result]:
         """What ``run`` returns of every table; errors name the table if there are several."""
-        bags = split_bags(
-            self.indices,
-            self.offsets,
-            self.per_sample_weights,
-            self.pooling,
-            list(self.padding_idx),
-            self.include_last_offset,
-        )
-        return reference.for_each(run, self.tables, bags)
+        return reference.for_each(run, self.tables, split_bags(self.bags))
 
     def columns(self, grad: Tensor) -> Sequence[Tensor]:
         """Every table's incoming gradient."""
@@ -184,40 +153,26 @@ class _Call:
         found = torch.cat(list(parts))
         if not wanted:
             return found
-        return torch.nn.functional.pad(found, (0, self.indices.numel() - found.numel()))
+        return torch.nn.functional.pad(found, (0, self.bags.indices.numel() - found.numel()))
 
 
 def lookup(
-    blocks: Sequence[Tensor],
-    block_counts: Sequence[int],
-    dims: Sequence[int] | None,
-    sizes: Sequence[Tensor] | None,
-    row_groups: Sequence[Tensor] | None,
-    seed: int,
-    masks: Sequence[Tensor] | None,
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    padding_idx: Sequence[int],
-    include_last_offset: bool,
+    tables: Tables,
+    masks: list[Tensor] | None,
+    bags: Bags,
     bounds_check: int,
     sparse_grad: bool,
-    steps: Sequence[Tensor] | None = None,
-    bits: Sequence[int] | None = None,
-    step_ends: Sequence[int] | None = None,
+    few: FewBits | None = None,
 ) -> Tensor:
     """``out[.., j] = row[j]`` for ``j`` below the row's kept size, else 0; pooled by bag."""
-    tables = (blocks, block_counts, dims or (), sizes or (), row_groups or (), seed)
-    bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
-    check.raise_found(indices)
-    call = _Call(*tables, *bags, steps or (), bits or (), step_ends or ())
+    check.raise_found(bags.indices)
+    call = _Call(tables, bags, few)
     # What is found out of range is told of when all is done: nothing may be read there.
     clamp = bounds_check != reference.OFF
-    if call.shares_launches and _are_whole_apart(call.sizes):
-        assert offsets is not None
-        number = max(offsets.numel() - 1, 0) // len(call.tables)
-        out = blocks[0].new_empty(number, sum(call.widths), dtype=call.tables[0].dtype)
+    if call.shares_launches and _are_whole_apart(tables.sizes):
+        assert bags.offsets is not None
+        number = max(bags.offsets.numel() - 1, 0) // len(call.tables)
+        out = tables.blocks[0].new_empty(number, sum(call.widths), dtype=call.tables[0].dtype)
         lookups, all_tables = call.together(out)
         check.check(lookups, all_tables, bounds_check)
         pool(lookups, all_tables, clamp)
@@ -240,38 +195,22 @@ def lookup(
 
 
 def lookup_backward(
-    blocks: Sequence[Tensor],
-    block_counts: Sequence[int],
-    dims: Sequence[int] | None,
-    sizes: Sequence[Tensor] | None,
-    row_groups: Sequence[Tensor] | None,
-    seed: int,
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    padding_idx: Sequence[int],
-    include_last_offset: bool,
-    weight_grad: bool,
-    mask_grad: bool,
-    psw_grad: bool,
+    tables: Tables, grad: Tensor, bags: Bags, weight_grad: bool, wishes: Wishes
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Distinct rows ``[U]`` of every block, counted within it, with their gradients ``[U, w]``.
 
     Also the gradients of the soft masks, flat, and of ``per_sample_weights``. ``mask[g, j]`` is the
     sum of ``delta_j * row_j`` over the lookups of the rows of group ``g``, for all ``j``.
     """
-    tables = (blocks, block_counts, dims or (), sizes or (), row_groups or (), seed)
-    bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
-    check.raise_found(indices)
-    call = _Call(*tables, *bags)
-    wants = (weight_grad, Wishes(mask_grad, psw_grad))
+    check.raise_found(bags.indices)
+    call = _Call(tables, bags)
     if call.shares_launches:
-        return gradients(*call.together(grad), blocks, *wants)
+        return gradients(*call.together(grad), tables.blocks, weight_grad, wishes)
     columns = call.columns(grad)
     found = call.each(
-        lambda t, given, mine: gradients(*_one(given, mine, columns[t]), given.blocks, *wants)
+        lambda t, given, mine: gradients(
+            *_one(given, mine, columns[t]), given.blocks, weight_grad, wishes
+        )
     )
     if len(found) == 1:
         return found[0]
@@ -280,33 +219,18 @@ def lookup_backward(
         [one for mine in rows for one in mine],
         [one for mine in grads for one in mine],
         torch.cat(mask_grads),
-        call.join_sample_grads(psw, psw_grad),
+        call.join_sample_grads(psw, wishes.psw_grad),
     )
 
 
 def lookup_update_(
-    blocks: Sequence[Tensor],
-    block_counts: Sequence[int],
-    dims: Sequence[int] | None,
-    sizes: Sequence[Tensor] | None,
-    row_groups: Sequence[Tensor] | None,
-    seed: int,
+    tables: Tables,
     grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    pooling: int,
-    padding_idx: Sequence[int],
-    include_last_offset: bool,
-    mask_grad: bool,
-    psw_grad: bool,
+    bags: Bags,
+    wishes: Wishes,
     groups_sorted: bool,
-    state: Sequence[Tensor],
-    optimizer: int,
-    hyper: Sequence[float],
-    steps: Sequence[Tensor] | None = None,
-    bits: Sequence[int] | None = None,
-    step_ends: Sequence[int] | None = None,
+    step: Step,
+    few: FewBits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`lookup_backward` and the optimizer's update of the rows, kept prefixes only.
 
@@ -314,17 +238,14 @@ def lookup_update_(
     in any case, so ``groups_sorted`` saves nothing here. Of codes the gradients of rows come first:
     their number is waited for.
     """
-    tables = (blocks, block_counts, dims or (), sizes or (), row_groups or (), seed)
-    bags = (indices, offsets, per_sample_weights, pooling, padding_idx, include_last_offset)
-    check.raise_found(indices)
-    call = _Call(*tables, *bags, steps or (), bits or (), step_ends or ())
-    wishes, step = Wishes(mask_grad, psw_grad), Step(state, optimizer, hyper)
-    if steps:
-        check_update_of_codes(blocks, wishes, step)
+    check.raise_found(bags.indices)
+    call = _Call(tables, bags, few)
+    if few:
+        check_update_of_codes(tables.blocks, wishes, step)
         return _step_of_codes(call, grad, step)
     if call.shares_launches:
-        return update(*call.together(grad), blocks, wishes, step)
-    states, counter = check_states(step, blocks)
+        return update(*call.together(grad), tables.blocks, wishes, step)
+    states, counter = check_states(step, tables.blocks)
     columns, rest = call.columns(grad), iter(states)
 
     def run(t: int, given: reference.Table, mine: Bags) -> tuple[Tensor, Tensor]:
@@ -337,7 +258,7 @@ def lookup_update_(
     if len(found) == 1:
         return found[0]
     mask_grads, psw = zip(*found, strict=True)
-    return torch.cat(mask_grads), call.join_sample_grads(psw, psw_grad)
+    return torch.cat(mask_grads), call.join_sample_grads(psw, wishes.psw_grad)
 
 
 def _step_of_codes(call: _Call, grad: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -357,8 +278,8 @@ def _step_of_codes(call: _Call, grad: Tensor, step: Step) -> tuple[Tensor, Tenso
     # All of them before any table changes.
     found = call.each(run)
     update_codes(
-        call.blocks,
-        code_parts(call.blocks, call.block_counts, call.tables),
+        call.given.blocks,
+        code_parts(call.given, call.tables),
         [rows for of_table, _ in found for rows in of_table],
         [grads for _, of_table in found for grads in of_table],
         step,
@@ -367,9 +288,8 @@ def _step_of_codes(call: _Call, grad: Tensor, step: Step) -> tuple[Tensor, Tenso
 
 
 OPERATORS: dict[str, Callable[..., object]] = {
-    "lookup": lookup,
-    "lookup_backward": lookup_backward,
-    "lookup_update_": lookup_update_,
-    "apply_": apply_,
+    function.__name__: in_groups(function)
+    for function in (lookup, lookup_backward, lookup_update_, apply_)
 }
-"""Operator name to implementation, all but that which raises what these have found."""
+"""Operator name to implementation, all but that which raises what these have found, with the values
+of the operator's schema one by one."""

@@ -7,8 +7,6 @@ the weights and in the state.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -113,30 +111,20 @@ def apply_kernel(
         )
 
 
-def apply_(
-    blocks: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state: Sequence[Tensor],
-    optimizer: int,
-    hyper: Sequence[float],
-) -> None:
+def apply_(blocks: list[Tensor], rows: list[Tensor], grads: list[Tensor], step: Step) -> None:
     """The optimizer's update of every block's ``rows``, a launch a block.
 
-    A step counter behind the states counts in place of ``hyper``; nothing waits for it.
+    A step counter behind the states counts in place of the step's number; nothing waits for it.
 
     Args:
         blocks: Tables or tiers, each [N, D].
         rows: Of each block, [U], each row once.
         grads: Their gradients, [U, D].
-        state: The optimizer's, of each block in turn, and a step counter or none.
-        optimizer: The rule.
-        hyper: Its hyperparameters.
+        step: The optimizer's.
 
     Raises:
         ValueError: No such rule, or a state that does not fit its block.
     """
-    step = Step(state, optimizer, hyper)
     states, counter = check_states(step, blocks)
     scalars = (*rates(step, counter is not None), counter)
     for block, mine, touched, grad in zip(blocks, states, rows, grads, strict=True):
@@ -155,7 +143,7 @@ def apply_(
                 *(*mine, None, None)[:2],
                 touched.numel(),
                 *scalars,
-                RULE=optimizer,
+                RULE=step.optimizer,
                 ROUND=rounds([block], step),
                 D=dim,
                 VEC=bound_vector([dim], [block, grad, *(s for s in mine if s.dim() == 2)]),

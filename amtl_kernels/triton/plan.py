@@ -309,7 +309,7 @@ def make_plan(lookups: Lookups, table: Table, grouped: bool, list_rows: bool = F
         grouped: Whether mask gradients are wanted.
         list_rows: Whether ``row_of`` is wanted.
     """
-    count, device, bags = lookups.flat.numel(), lookups.flat.device, lookups.bags
+    count, device, bags = lookups.indices.numel(), lookups.indices.device, lookups.bags
     chunk = CHUNK or chunk_length(count)
     groups = lookups.groups if grouped else 0
     limit = table.rows * groups if grouped else table.rows
@@ -321,16 +321,16 @@ def make_plan(lookups: Lookups, table: Table, grouped: bool, list_rows: bool = F
     block = launch.flat_block()
     offsets = None if bags is None else bags.offsets
     num_offsets, num_bags = (0, 0) if bags is None else (bags.offsets.numel(), bags.number)
-    is_mean = bags is not None and bags.is_mean
+    is_mean = bags is not None and bags.mean
     counted = lookups.counted
     scale = None
-    if is_mean or lookups.weights is not None:
+    if is_mean or lookups.per_sample_weights is not None:
         scale = torch.empty(count, dtype=torch.float32, device=device)
-    with launch.device_guard(lookups.flat):
+    with launch.device_guard(lookups.indices):
         launch.launch(
             keys_kernel,
             (launch.cdiv(count, block),),
-            lookups.flat,
+            lookups.indices,
             offsets,
             lookups.row_group if grouped else None,
             lookups.lines,
@@ -362,7 +362,7 @@ def make_plan(lookups: Lookups, table: Table, grouped: bool, list_rows: bool = F
             bag,
             offsets,
             counted,
-            lookups.weights,
+            lookups.per_sample_weights,
             lookups.lines,
             flags,
             None if bags is None else source,
@@ -374,7 +374,7 @@ def make_plan(lookups: Lookups, table: Table, grouped: bool, list_rows: bool = F
             limit,
             chunk,
             HAS_BAGS=bags is not None,
-            HAS_WEIGHTS=lookups.weights is not None,
+            HAS_WEIGHTS=lookups.per_sample_weights is not None,
             IS_MEAN=is_mean,
             HAS_PADDING=counted is not None,
             TABLES=lookups.tables,

@@ -480,7 +480,7 @@ def reduce_rows(
     written = (None, None) if out is None else (out.data, out.tiers)
     constants = {name: table.meta[name] for name in ("D", "TIERS", "BLOCK_D")}
     constants["OUT_VEC"] = out_vector
-    with launch.device_guard(lookups.flat):
+    with launch.device_guard(lookups.indices):
         launch.launch(
             reduce_rows_kernel,
             (plan.programs, columns),

@@ -94,7 +94,7 @@ def sample_grad(lookups: Lookups, table: Table, wanted: bool) -> Tensor:
     Returns:
         [L] in the table's dtype, or [0].
     """
-    flat, bags = lookups.flat, lookups.bags
+    flat, bags = lookups.indices, lookups.bags
     if not wanted or bags is None:
         return table.data.new_empty(0)
     out = torch.empty(flat.numel(), dtype=table.data.dtype, device=flat.device)
@@ -119,7 +119,7 @@ def sample_grad(lookups: Lookups, table: Table, wanted: bool) -> Tensor:
             bags.steps,
             lookups.step,
             TABLES=lookups.tables,
-            IS_MEAN=bags.is_mean,
+            IS_MEAN=bags.mean,
             HAS_PADDING=lookups.counted is not None,
             R=rows,
             **lookups.gradient_layout(table.dim),

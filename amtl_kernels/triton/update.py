@@ -365,7 +365,7 @@ def _launch(
     }
     where = (table.data, *table.args, *states.pointers, *states.tiers)
     scalars = (*rates(step, states.counter is not None), states.counter)
-    with launch.device_guard(lookups.flat):
+    with launch.device_guard(lookups.indices):
         launch.launch(
             reduce_update_kernel,
             (plan.programs, columns // blocks),
@@ -433,7 +433,7 @@ def update(
     mask = masks if masks.numel() else None
     # Before the weights change.
     psw = sample_grad(lookups, table, wishes.psw_grad)
-    if lookups.flat.numel():
+    if lookups.indices.numel():
         plan = make_plan(lookups, table, mask is not None)
         _launch(lookups, plan, table, weights, states, mask, step)
     elif mask is not None:

@@ -261,7 +261,7 @@ void SortedLookups::SumPieces(const void* grad, int64_t grad_stride, WalkTask* t
   task->pieces = sums;
 }
 
-void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad, Rule rule,
+void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grads, Rule rule,
                          const Hyper& hyper, const TableSlice* slices, int64_t slice_count) {
   if (segments_ == 0) return;
   const KernelTable& kernels = Kernels();
@@ -274,9 +274,9 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
   task.starts = starts_;
   task.sizes = sizes_;
   task.groups = groups_;
-  task.order = mask_grad ? order_ : nullptr;
+  task.order = mask_grads ? order_ : nullptr;
   task.padded_dim = (table_.dim + 15) / 16 * 16;
-  task.mask_grad = mask_grad;
+  task.mask_grads = mask_grads;
   task.slices = slices;
   task.slice_count = slice_count;
   task.hyper = hyper;
@@ -299,24 +299,24 @@ void SortedLookups::Walk(const void* grad, int64_t grad_stride, float* mask_grad
     return std::lower_bound(starts_, starts_ + segments_, t * kWalkItems) - starts_;
   };
   WalkEdges* edges = scratch_.Get<WalkEdges>(tasks);
-  float* edge_values = mask_grad ? scratch_.Get<float>(tasks * 2 * task.padded_dim) : nullptr;
+  float* edge_values = mask_grads ? scratch_.Get<float>(tasks * 2 * task.padded_dim) : nullptr;
   const int64_t workers = std::max(1, executor_.threads);
   const int64_t worker_values = 2 * task.padded_dim + kWalkMargin;
   float* sums = scratch_.Get<float>(workers * worker_values);
   const bool serial = count_ * table_.dim < kSerialValues;
   ForTasks(executor_, tasks, serial, [&](int64_t t, int64_t worker) {
-    if (mask_grad) {
+    if (mask_grads) {
       edges[t].first = edge_values + t * 2 * task.padded_dim;
       edges[t].last = edges[t].first + task.padded_dim;
     }
     kernels.walk(table_.type, rule, weighted_, task, segment_at(t), segment_at(t + 1), &edges[t],
                  sums + worker * worker_values);
   });
-  if (mask_grad == nullptr) return;
+  if (mask_grads == nullptr) return;
   for (int64_t t = 0; t < tasks; ++t) {
     const auto add = [&](int32_t group, const float* values) {
       if (group < 0) return;
-      float* target = mask_grad + static_cast<int64_t>(group) * table_.dim;
+      float* target = mask_grads + static_cast<int64_t>(group) * table_.dim;
       for (int64_t j = 0; j < table_.dim; ++j) target[j] += values[j];
     };
     add(edges[t].first_group, edges[t].first);

@@ -31,7 +31,7 @@ class SortedLookups {
 
   // Walks the segments, gradient rows `grad_stride` values apart: the mask gradient
   // (zero-initialised, or null) and the update of slices.
-  void Walk(const void* grad, int64_t grad_stride, float* mask_grad, Rule rule, const Hyper& hyper,
+  void Walk(const void* grad, int64_t grad_stride, float* mask_grads, Rule rule, const Hyper& hyper,
             const TableSlice* slices, int64_t slice_count);
 
   int64_t* ScratchRows() { return scratch_.Get<int64_t>(segments_); }

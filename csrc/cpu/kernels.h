@@ -120,12 +120,12 @@ struct WalkTask {
   const int64_t* rows;      // [segments]
   const uint32_t* starts;   // [segments + 1] into items
   const int32_t* sizes;     // [segments] kept size
-  const int32_t* groups;    // [segments], with mask_grad
+  const int32_t* groups;    // [segments], with mask_grads
   const uint32_t* order;    // [segments] walking order, or nullptr
   const int32_t* piece_of;  // [segments] first row of `pieces` of a split segment, else -1; or null
   const float* pieces;      // [pieces, padded dim] partial sums of split segments
   int64_t padded_dim;
-  float* mask_grad;  // [groups, dim] or nullptr
+  float* mask_grads;  // [groups, dim] or nullptr
   const TableSlice* slices;
   int64_t slice_count;
   Hyper hyper;

@@ -108,7 +108,7 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
   // in the neighbouring ranges, so their sums are left at the edges.
   const auto flush = [&](bool is_last) {
     if (group < 0) return;
-    float* target = task.mask_grad + static_cast<int64_t>(group) * dim;
+    float* target = task.mask_grads + static_cast<int64_t>(group) * dim;
     if (edges->first_group < 0) {
       edges->first_group = group;
       target = edges->first;
@@ -188,7 +188,7 @@ void WalkStatic(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edg
 template <class T, class I, Rule kRule>
 void WalkMasked(const WalkTask& task, int64_t begin, int64_t end, WalkEdges* edges,
                 float* scratch) {
-  if (task.mask_grad) {
+  if (task.mask_grads) {
     WalkStatic<T, I, kRule, true>(task, begin, end, edges, scratch);
   } else {
     WalkStatic<T, I, kRule, false>(task, begin, end, edges, scratch);

@@ -33,7 +33,7 @@ class Carver {
 // Hands out the workspace; a null one says how many bytes it takes.
 void lay_out(const Backward& backward, Plan& plan) {
   const std::int64_t count = backward.lookups.count;
-  const bool mask_grad = backward.masks != nullptr;
+  const bool mask_grad = backward.mask_grads != nullptr;
   Carver carver(backward.workspace);
   plan.header = carver.take<SegmentHeader>(1);
   const std::int64_t key_bytes = count * (plan.wide_keys ? 8 : 4);
@@ -85,7 +85,7 @@ std::size_t make_plan(Backward& backward, std::int64_t rows, std::int64_t groups
   plan.shares = lookups.mean && lookups.padding_idx >= 0;
   plan.key_bits = bits_for(rows);
   plan.group_bits = bits_for(groups);
-  if (backward.masks != nullptr && !backward.groups_sorted) {
+  if (backward.mask_grads != nullptr && !backward.groups_sorted) {
     // Rows that are handed out come in order, and whether groups rise along them is found out.
     plan.second_sort = backward.need_rows;
     if (!backward.need_rows) {
@@ -134,8 +134,8 @@ template <typename K, typename Table>
 int launch_keys(const Backward& backward, const Table& table, dim3 grid, Stream stream) {
   const Plan& plan = *backward.plan;
   K* keys = reinterpret_cast<K*>(plan.keys_in);
-  const Fill masks{reinterpret_cast<unsigned*>(backward.masks),
-                   backward.masks != nullptr ? backward.mask_values : 0, 0};
+  const Fill masks{reinterpret_cast<unsigned*>(backward.mask_grads),
+                   backward.mask_grads != nullptr ? backward.mask_values : 0, 0};
   const Fill partials{reinterpret_cast<unsigned*>(plan.partial_keys),
                       static_cast<std::int64_t>(plan.partial_key_bytes / sizeof(unsigned)), ~0u};
   // Much to fill beside few lookups asks for blocks of its own, as many as a card runs at once.
@@ -168,9 +168,9 @@ int sort_lookups(const Backward& backward, const Table& table, Stream stream) {
   const Lookups& lookups = backward.lookups;
   const std::int64_t count = lookups.count;
   if (count == 0) {
-    if (backward.masks != nullptr) {
+    if (backward.mask_grads != nullptr) {
       const cudaError_t cleared = cudaMemsetAsync(
-          backward.masks, 0, backward.mask_values * sizeof(float), as_stream(stream));
+          backward.mask_grads, 0, backward.mask_values * sizeof(float), as_stream(stream));
       if (cleared != cudaSuccess) return cleared;
     }
     return cudaMemsetAsync(backward.workspace, 0, sizeof(SegmentHeader), as_stream(stream));

@@ -71,7 +71,7 @@ struct Backward {
   std::int64_t grad_stride = 0;
   // The mask gradients, of every table [G_t, D_t], one after the other, aligned to 16 bytes; null:
   // not wanted.
-  float* masks = nullptr;
+  float* mask_grads = nullptr;
   std::int64_t mask_values = 0;
   bool groups_sorted = false;  // known: row_group rises with the row number
   bool need_rows = true;       // the distinct rows are wanted (not by fused updates)

@@ -31,7 +31,7 @@ namespace {
 template <typename Table>
 int reduce(const Backward& backward, const Table& table, void* grads, std::uint64_t addresses,
            bool groups_unsorted, Stream stream) {
-  float* const group_grad = backward.masks;
+  float* const group_grad = backward.mask_grads;
   const std::int64_t count = backward.lookups.count;
   if (count == 0 || (grads == nullptr && group_grad == nullptr)) return cudaSuccess;
   const Plan& plan = *backward.plan;

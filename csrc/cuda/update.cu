@@ -26,7 +26,7 @@ template <typename Table>
 int run(const Backward& backward, const Table& table, const DenseTable* dense,
         const TieredTable* tiered, const Update& update, Stream stream) {
   if (backward.lookups.count == 0) return cudaSuccess;
-  float* const group_grad = backward.masks;
+  float* const group_grad = backward.mask_grads;
   const bool wide_type = backward.type == DType::kFloat32;
   const int vector = vector_elements(backward.type, table,
                                      reinterpret_cast<std::uint64_t>(backward.grad) |

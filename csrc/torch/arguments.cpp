@@ -219,7 +219,7 @@ void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad, bool 
         "the gradient must be [", rows, ", ", width, "]");
 }
 
-void CheckUpdateOfFewBits(const Tables& tables, const Wishes& wishes, const OptimizerStep& step) {
+void CheckUpdateOfFewBits(const Tables& tables, const Wishes& wishes, const Step& step) {
   if (!tables.few_bits()) return;
   Check(tables.coded(), "blocks of floats are updated as they are, without steps and bits");
   Check(step.optimizer == 0 || step.optimizer == 2,
@@ -228,14 +228,14 @@ void CheckUpdateOfFewBits(const Tables& tables, const Wishes& wishes, const Opti
   Check(!wishes.psw_grad, "an update of codes makes no gradient of per_sample_weights");
 }
 
-void CheckStep(const Tensors& blocks, OptimizerStep& step) {
+void CheckStep(const Tensors& blocks, Step& step) {
   Check(step.optimizer >= 0 && step.optimizer < 4, "optimizer must be in 0..3");
-  const size_t numbers = step.given.size();
+  const size_t numbers = step.hyper.size();
   Check(numbers == 6 || numbers == 7,
         "hyper must be lr, eps, weight_decay, beta1, beta2, step and maybe stochastic_rounding");
   step.rule = static_cast<Rule>(step.optimizer);
   Check(step.number() >= 1, "step counts from 1");
-  step.stochastic_rounding = numbers > 6 && step.given[6] != 0;
+  step.stochastic_rounding = numbers > 6 && step.hyper[6] != 0;
   step.states = step.rule == Rule::kSgd ? 0 : step.rule == Rule::kAdam ? 2 : 1;
   const size_t all = step.states * blocks.size();
   Check(step.state.size() == all || step.state.size() == all + 1, "this optimizer has ", all,
@@ -248,7 +248,7 @@ void CheckStep(const Tensors& blocks, OptimizerStep& step) {
   CheckLike(counter, "the step counter", blocks[0]);
 }
 
-void OptimizerStep::CheckState(const Tensor& tensor, const Tensor& block) const {
+void Step::CheckState(const Tensor& tensor, const Tensor& block) const {
   CheckLike(tensor, "state", block);
   const bool row_wise = rule == Rule::kRowwiseAdagrad;
   Check(tensor.numel() == (row_wise ? block.size(0) : block.numel()) &&
@@ -256,23 +256,23 @@ void OptimizerStep::CheckState(const Tensor& tensor, const Tensor& block) const 
         "state must be ", row_wise ? "[N]" : "[N, D]");
 }
 
-Hyper OptimizerStep::hyper(double number) const {
-  Hyper hyper;
-  hyper.lr = static_cast<float>(given[0]);
-  hyper.eps = static_cast<float>(given[1]);
-  hyper.weight_decay = static_cast<float>(given[2]);
-  hyper.seed_term = SeedTerm(static_cast<int64_t>(number));
-  if (rule != Rule::kAdam) return hyper;
-  const double lr = given[0], beta1 = given[3], beta2 = given[4];
-  hyper.beta1 = static_cast<float>(beta1);
-  hyper.beta2 = static_cast<float>(beta2);
-  hyper.one_minus_beta1 = static_cast<float>(1 - beta1);
-  hyper.one_minus_beta2 = static_cast<float>(1 - beta2);
-  hyper.log_beta1 = static_cast<float>(std::log(beta1));
-  hyper.log_beta2 = static_cast<float>(std::log(beta2));
-  hyper.step_size = static_cast<float>(lr / (1 - std::pow(beta1, number)));
-  hyper.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, number)));
-  return hyper;
+Hyper Step::Resolved(double number) const {
+  Hyper resolved;
+  resolved.lr = static_cast<float>(hyper[0]);
+  resolved.eps = static_cast<float>(hyper[1]);
+  resolved.weight_decay = static_cast<float>(hyper[2]);
+  resolved.seed_term = SeedTerm(static_cast<int64_t>(number));
+  if (rule != Rule::kAdam) return resolved;
+  const double lr = hyper[0], beta1 = hyper[3], beta2 = hyper[4];
+  resolved.beta1 = static_cast<float>(beta1);
+  resolved.beta2 = static_cast<float>(beta2);
+  resolved.one_minus_beta1 = static_cast<float>(1 - beta1);
+  resolved.one_minus_beta2 = static_cast<float>(1 - beta2);
+  resolved.log_beta1 = static_cast<float>(std::log(beta1));
+  resolved.log_beta2 = static_cast<float>(std::log(beta2));
+  resolved.step_size = static_cast<float>(lr / (1 - std::pow(beta1, number)));
+  resolved.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, number)));
+  return resolved;
 }
 
 void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads) {
@@ -350,11 +350,11 @@ Wishes Unbox<Wishes>::From(StableIValue* values) {
   return {to<bool>(values[0]), to<bool>(values[1])};
 }
 
-OptimizerStep Unbox<OptimizerStep>::From(StableIValue* values) {
-  OptimizerStep step;
+Step Unbox<Step>::From(StableIValue* values) {
+  Step step;
   step.state = to<Tensors>(values[0]);
   step.optimizer = to<int64_t>(values[1]);
-  step.given = to<std::vector<double>>(values[2]);
+  step.hyper = to<std::vector<double>>(values[2]);
   return step;
 }
 

@@ -96,11 +96,11 @@ struct Wishes {
 };
 
 // A step of an optimizer.
-struct OptimizerStep {
+struct Step {
   Tensors state;          // of each block one after the other, then maybe the counter
   int64_t optimizer = 0;  // its number
-  std::vector<double>
-      given;  // lr, eps, weight_decay, beta1, beta2, step, maybe stochastic_rounding
+  // lr, eps, weight_decay, beta1, beta2, step, maybe stochastic_rounding
+  std::vector<double> hyper;
 
   // Known once it is checked.
   Rule rule = Rule::kNone;
@@ -113,9 +113,9 @@ struct OptimizerStep {
   // A state tensor of a block: on its device, shaped as it is, or [N] if the rule is row-wise.
   void CheckState(const Tensor& tensor, const Tensor& block) const;
   // From 1, unless there is a counter.
-  double number() const { return given[5]; }
+  double number() const { return hyper[5]; }
   // What kernels are told of the step of this number.
-  Hyper hyper(double number) const;
+  Hyper Resolved(double number) const;
 };
 
 // Throw std::invalid_argument, with the table's number in front where there are several.
@@ -123,9 +123,9 @@ void CheckTables(Tables& tables);
 void CheckBags(const Tables& tables, Bags& bags);
 // `apart`: rows need not lie side by side, as columns of a wider gradient do not.
 void CheckGrad(const Tables& tables, const Bags& bags, const Tensor& grad, bool apart = false);
-void CheckStep(const Tensors& blocks, OptimizerStep& step);
+void CheckStep(const Tensors& blocks, Step& step);
 // Of an update of tables that are given step sizes, if they are.
-void CheckUpdateOfFewBits(const Tables& tables, const Wishes& wishes, const OptimizerStep& step);
+void CheckUpdateOfFewBits(const Tables& tables, const Wishes& wishes, const Step& step);
 // Of every block, its rows that have a gradient, and the gradients.
 void CheckRows(const Tensors& blocks, const Tensors& rows, const Tensors& grads);
 
@@ -177,9 +177,9 @@ struct Unbox<Wishes> {
 };
 
 template <>
-struct Unbox<OptimizerStep> {
+struct Unbox<Step> {
   static constexpr size_t kValues = 3;
-  static OptimizerStep From(StableIValue* values);
+  static Step From(StableIValue* values);
 };
 
 template <>

@@ -46,10 +46,9 @@ struct CpuLookup {
 };
 
 // Checks a step for the CPU kernels and returns its numbers.
-Hyper CheckCpuStep(const Tensors& blocks, OptimizerStep& step);
+Hyper CheckCpuStep(const Tensors& blocks, Step& step);
 // The state of a block, whose numbers are `weight`.
-void SetState(const OptimizerStep& step, const Tensor& weight, size_t block,
-              cpu::TableSlice* slice);
+void SetState(const Step& step, const Tensor& weight, size_t block, cpu::TableSlice* slice);
 
 // Runs the forward; whether an index was clamped. Rows of the output are `stride` values apart.
 bool CpuForward(const cpu::Executor& executor, const CpuLookup& lookup, int64_t bounds_check,

@@ -239,7 +239,7 @@ struct Masks {
 };
 
 // Every block as a walk takes it, without gradients, and with state if there is an optimizer.
-std::vector<TableSlice> SlicesOf(const Tables& tables, const OptimizerStep* step = nullptr) {
+std::vector<TableSlice> SlicesOf(const Tables& tables, const Step* step = nullptr) {
   std::vector<TableSlice> slices(tables.blocks.size());
   for (size_t t = 0; t < tables.count(); ++t) {
     int64_t row = 0;
@@ -256,7 +256,7 @@ std::vector<TableSlice> SlicesOf(const Tables& tables, const OptimizerStep* step
 }
 
 // Every part of blocks of codes as an update takes it.
-std::vector<TableSlice> CodeSlicesOf(const Tables& tables, const OptimizerStep& step) {
+std::vector<TableSlice> CodeSlicesOf(const Tables& tables, const Step& step) {
   std::vector<TableSlice> slices;
   for (size_t t = 0; t < tables.count(); ++t) {
     const float* part = tables.steps[t].const_data_ptr<float>();
@@ -363,7 +363,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const
 }
 
 std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags, Wishes wishes,
-                                        bool groups_sorted, OptimizerStep step, FewBits few) {
+                                        bool groups_sorted, Step step, FewBits few) {
   std::move(few).AddTo(tables);
   const TableBatch batch(tables, bags);
   CheckUpdateOfFewBits(tables, wishes, step);

@@ -3,7 +3,7 @@
 
 namespace amtl {
 
-Hyper CheckCpuStep(const Tensors& blocks, OptimizerStep& step) {
+Hyper CheckCpuStep(const Tensors& blocks, Step& step) {
   CheckStep(blocks, step);
   auto count = step.number();
   if (step.counted) {
@@ -14,11 +14,10 @@ Hyper CheckCpuStep(const Tensors& blocks, OptimizerStep& step) {
   Check(!step.stochastic_rounding || blocks[0].element_size() != 2,
         "stochastic rounding of 16-bit tables is not in the CPU kernels; the reference has it: "
         "amtl_kernels.set_backend(\"reference\")");
-  return step.hyper(count);
+  return step.Resolved(count);
 }
 
-void SetState(const OptimizerStep& step, const Tensor& weight, size_t block,
-              cpu::TableSlice* slice) {
+void SetState(const Step& step, const Tensor& weight, size_t block, cpu::TableSlice* slice) {
   float* memory[2] = {nullptr, nullptr};
   for (size_t s = 0; s < step.states; ++s) {
     const Tensor& tensor = step.state[block * step.states + s];
@@ -32,7 +31,7 @@ void SetState(const OptimizerStep& step, const Tensor& weight, size_t block,
 
 namespace {
 
-void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, OptimizerStep step) {
+void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, Step step) {
   CheckRows(blocks, rows, grads);
   const Hyper hyper = CheckCpuStep(blocks, step);
   std::vector<cpu::TableSlice> slices(blocks.size());

@@ -13,7 +13,7 @@ cuda::Backward BackwardOf(const CudaTables& call, const Tensor& grad, const Tens
   backward.grad = grad.const_data_ptr();
   backward.grad_stride = call.width;
   backward.mask_values = masks.numel();
-  if (backward.mask_values > 0) backward.masks = masks.mutable_data_ptr<float>();
+  if (backward.mask_values > 0) backward.mask_grads = masks.mutable_data_ptr<float>();
   return backward;
 }
 

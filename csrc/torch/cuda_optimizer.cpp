@@ -4,16 +4,16 @@
 
 namespace amtl {
 
-Update MakeUpdate(const OptimizerStep& step) {
+Update MakeUpdate(const Step& step) {
   Update update;
-  static_cast<Hyper&>(update) = step.hyper(step.number());
+  static_cast<Hyper&>(update) = step.Resolved(step.number());
   update.rule = step.rule;
   update.stochastic_rounding = step.stochastic_rounding;
   if (step.counted) update.step = step.counter()->const_data_ptr<int64_t>();
   return update;
 }
 
-void SetStates(const OptimizerStep& step, const Tensor& weight, size_t block, Update& update) {
+void SetStates(const Step& step, const Tensor& weight, size_t block, Update& update) {
   void** const memory[] = {&update.first, &update.second};
   for (size_t s = 0; s < step.states; ++s) {
     const Tensor& tensor = step.state[block * step.states + s];
@@ -43,7 +43,7 @@ void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& upd
 
 namespace {
 
-void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, OptimizerStep step) {
+void Apply(const Tensors& blocks, const Tensors& rows, const Tensors& grads, Step step) {
   CheckRows(blocks, rows, grads);
   CheckStep(blocks, step);
   Update update = MakeUpdate(step);

@@ -7,10 +7,10 @@
 namespace amtl {
 
 // A checked step without the states of any block.
-Update MakeUpdate(const OptimizerStep& step);
+Update MakeUpdate(const Step& step);
 
 // Those of a block, whose numbers are `weight`.
-void SetStates(const OptimizerStep& step, const Tensor& weight, size_t block, Update& update);
+void SetStates(const Step& step, const Tensor& weight, size_t block, Update& update);
 
 // One step on rows [U] of a table from their gradients [U, D].
 void ApplyTo(const CudaContext& context, const Tensor& weight, const Update& update,

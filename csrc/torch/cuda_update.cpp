@@ -9,8 +9,8 @@ namespace {
 
 // The mask gradients of a step on tables, which are updated.
 template <typename Table>
-Tensor Step(const CudaContext& context, const CudaTables& call, const Table& table,
-            const Tensor& grad, bool mask_grad, bool groups_sorted, const Update& update) {
+Tensor Fused(const CudaContext& context, const CudaTables& call, const Table& table,
+             const Tensor& grad, bool mask_grad, bool groups_sorted, const Update& update) {
   const Tensor masks = NewMasks(call, mask_grad);
   cuda::Backward backward = BackwardOf(call, grad, masks);
   backward.groups_sorted = groups_sorted;
@@ -29,7 +29,7 @@ struct CodeParts {
 };
 
 // `given` have been checked.
-CodeParts PartsOfCodes(const Tables& given, const OptimizerStep& step, Update& update) {
+CodeParts PartsOfCodes(const Tables& given, const Step& step, Update& update) {
   CodeParts parts;
   Tables& tables = parts.tables;
   tables.dims = given.dims;
@@ -54,7 +54,7 @@ CodeParts PartsOfCodes(const Tables& given, const OptimizerStep& step, Update& u
 }
 
 // Codes are updated by the gradients of their rows, and so waited for.
-void UpdateCodes(Tables given, const Tensor& grad, Bags bags, OptimizerStep step) {
+void UpdateCodes(Tables given, const Tensor& grad, Bags bags, Step step) {
   CheckTables(given);
   CheckStep(given.blocks, step);
   Update update = MakeUpdate(step);
@@ -86,7 +86,7 @@ void UpdateCodes(Tables given, const Tensor& grad, Bags bags, OptimizerStep step
 }
 
 std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags bags, Wishes wishes,
-                                        bool groups_sorted, OptimizerStep step, FewBits few) {
+                                        bool groups_sorted, Step step, FewBits few) {
   std::move(few).AddTo(tables);
   if (tables.few_bits()) {
     CheckUpdateOfFewBits(tables, wishes, step);
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> LookupUpdate(Tables tables, const Tensor& grad, Bags 
     return {out.masks, psw};
   }
   const Tensor masks = call.With([&](const auto& table) {
-    return Step(context, call, table, grad, mask_grad, groups_sorted, update);
+    return Fused(context, call, table, grad, mask_grad, groups_sorted, update);
   });
   return {masks, psw};
 }

@@ -120,7 +120,7 @@ def test_needs_input_grad_is_honoured(inputs: Inputs) -> None:
 
     def spy(*arguments: object) -> object:
         calls.append(arguments[-3:])
-        return reference.lookup_backward(*arguments)
+        return reference.IMPLEMENTATIONS["lookup_backward"](*arguments)
 
     ak.register_backend("spy", lambda: {"lookup_backward": spy})
     with ak.use_backend("spy"):

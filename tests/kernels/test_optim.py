@@ -84,7 +84,7 @@ def test_update_agrees_with_the_reference(
     results = []
     for function, device in (
         (torch.ops.amtl.apply_, backend.device),
-        (reference.apply_, "cpu"),
+        (reference.IMPLEMENTATIONS["apply_"], "cpu"),
     ):
         w, s = weight.clone().to(device), [moment.clone().to(device) for moment in state]
         given = [rows.to(device)], [grads.to(dtype).to(device)]

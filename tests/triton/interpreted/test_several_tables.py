@@ -16,6 +16,7 @@ from torch import Tensor
 
 import amtl_kernels as ak
 from amtl_kernels import reference
+from amtl_kernels._arguments import Bags, Tables
 from amtl_kernels.triton import implementations, launch, operators, plan
 from amtl_kernels.triton.lookup import pool
 
@@ -186,7 +187,8 @@ def test_a_table_without_rows_is_not_read(device: str) -> None:
     memory = torch.full((48,), 7.0, device=device)
     blocks = [memory[8:].view(5, 8), torch.empty(0, 8, device=device)]
     indices, offsets = torch.tensor([1, 0], device=device), torch.tensor([0, 1, 2], device=device)
-    call = operators._Call(blocks, [1, 1], [], [], [], 0, indices, offsets, None, 0, [-1, -1], True)
+    bags = Bags(indices, offsets, None, 0, [-1, -1], True)
+    call = operators._Call(Tables(blocks, [1, 1]), bags)
     out = torch.empty(1, 16, device=device)
     pool(*call.together(out), clamp=True)
     assert out.tolist() == [[7.0] * 8 + [0.0] * 8]

@@ -1,0 +1,107 @@
+"""Instructions that the calls of a suite take, counted by callgrind: no noise, no caches either.
+
+A change that must not cost time is held against the commit before it:
+
+    python bench/counts.py after.json [PART OF A NAME ...]
+    PYTHONPATH=FOLDER_OF_THE_OTHER_COMMIT python bench/counts.py before.json [PART OF A NAME ...]
+    python bench/counts.py --compare before.json after.json
+
+It counts one call of each of our contenders in the named cases of the suite ``quick``, Python and
+PyTorch included, on one thread. Valgrind shows programs a processor without AVX-512, so the AVX2
+kernels are counted. Suite and contenders are of the commit that is asked.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.contenders import CONTENDERS
+from bench.inputs import Case, make_problem
+from bench.suites import SUITES, select
+
+ROWS = 50_000
+"""At most, of a table: what a kernel does to a row does not depend on how many there are, and
+valgrind is slow."""
+
+
+def cases(patterns: list[str]) -> Iterator[Case]:
+    """Cases of the suite on tables of a size that valgrind can bear, each once."""
+    seen = set()
+    for case in select(SUITES["quick"](), patterns).cases:
+        small = replace(case, rows=min(case.rows, ROWS), threads=1)
+        if small.name not in seen:
+            seen.add(small.name)
+            yield small
+
+
+def count_calls(patterns: list[str]) -> None:
+    """Runs under valgrind: one dump a call, then their names."""
+    torch.set_num_threads(1)
+    toggle: Any = torch._C._valgrind_toggle
+    dump: Any = torch._C._valgrind_toggle_and_dump_stats
+    names = []
+    for case in cases(patterns):
+        problem = make_problem(case, rotations=1)
+        for name in case.contenders:
+            contender = CONTENDERS[name]
+            if not contender.ours or contender.absent() or contender.refuses(case):
+                continue
+            session = contender.prepare(problem)
+            session.call(0)
+            session.call(0)
+            gc.collect()
+            gc.disable()
+            toggle()
+            session.call(0)
+            dump()
+            gc.enable()
+            names.append([case.name, name])
+    print(json.dumps(names))
+
+
+def count(patterns: list[str]) -> dict[str, int]:
+    """Instructions of each call."""
+    with tempfile.TemporaryDirectory() as folder:
+        stem = Path(folder) / "callgrind"
+        command = ["valgrind", "--tool=callgrind", "--collect-atstart=no"]
+        command += [f"--callgrind-out-file={stem}", sys.executable, __file__, "--under-valgrind"]
+        command += patterns
+        environment = {**os.environ, "AMTL_CPU_ISA": "avx2", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONHASHSEED"] = "0"
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        names = json.loads(done.stdout.strip().splitlines()[-1])
+        totals = [stem.with_name(f"callgrind.{i + 1}").read_text() for i in range(len(names))]
+    found = [re.search(r"^(?:totals|summary): (\d+)", text, re.MULTILINE) for text in totals]
+    assert all(found), "callgrind wrote no total"
+    return {" ".join(name): int(each[1]) for name, each in zip(names, found, strict=True) if each}
+
+
+def compare(before: Path, after: Path) -> None:
+    """Prints after over before, the largest first."""
+    old, new = (json.loads(path.read_text()) for path in (before, after))
+    shared = {name: new[name] / old[name] for name in old.keys() & new.keys()}
+    for name, ratio in sorted(shared.items(), key=lambda item: -item[1]):
+        print(f"{ratio:6.3f}  {old[name]:>12,} {new[name]:>12,}  {name}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--under-valgrind":
+        count_calls(sys.argv[2:])
+    elif sys.argv[1] == "--compare":
+        compare(*map(Path, sys.argv[2:4]))
+    else:
+        Path(sys.argv[1]).write_text(json.dumps(count(sys.argv[2:]), indent=1) + "\n")
