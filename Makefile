@@ -35,7 +35,7 @@ endef
 help:
 	@echo "make demo    train on real data, print AUC and memory, write a report and a packed model"
 	@echo "make test    the test suite"
-	@echo "make soak    random walks, command lines, damaged files and lookups, for about an hour"
+	@echo "make soak    all of what the tests sample: walks, damaged files, lookups; an hour and more"
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make bench   the quick benchmark suite"
 	@echo "make docs    the documentation, into site/"
@@ -91,18 +91,12 @@ $(VENV)/.torchrec: $(VENV)/.extra-test
 test: $(VENV)/.torchrec
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# About an hour on two cores. Hypothesis prints how to repeat a failure; damage needs its seed.
+# What `make test` runs a sample of, whole: about an hour and a half on two cores. Hypothesis prints
+# how to repeat a failure; damage needs its seed.
+SAMPLED = $(shell grep -rl --include='test_*.py' -e mark.every -e AMTL_SOAK -e AMTL_DAMAGE tests)
 soak: $(VENV)/.extra-test
 	@seed=$$(date +%s); echo "AMTL_DAMAGE_SEED=$$seed"; OMP_NUM_THREADS=1 AMTL_SOAK=1 \
-		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load \
-		tests/amtl/test_walk.py tests/amtl/test_cli_fuzz.py tests/amtl/store/test_damage.py \
-		tests/kernels/test_lookup.py tests/kernels/test_fuzz.py \
-		tests/kernels/test_fused.py tests/kernels/test_optim.py tests/amtl/test_fields.py \
-		tests/amtl/test_collection.py tests/amtl/test_embedding.py tests/cuda/test_cubins.py \
-		tests/hostsim/test_kernels.py tests/amtl/test_race.py tests/amtl/test_resume.py \
-		tests/amtl/test_sharing.py tests/amtl/store/test_runs.py \
-		tests/bench/test_bench_guards.py tests/amtl/test_masterless.py \
-		tests/triton/test_interpreter.py tests/triton/test_ahead_of_time.py \
+		AMTL_DAMAGE=1500 AMTL_DAMAGE_SEED=$$seed $(PY) -m pytest -n 2 --dist load $(SAMPLED) \
 		$(PYTEST_ARGS)
 
 lint: $(VENV)/.extra-demo $(VENV)/.extra-lint

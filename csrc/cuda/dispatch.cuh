@@ -1,6 +1,7 @@
 // From run-time types to template arguments, and grid arithmetic shared by the launchers.
 #pragma once
 
+#include <cstdlib>
 #include <type_traits>
 
 #include "cuda/launchers.h"
@@ -8,21 +9,30 @@
 
 namespace amtl::cuda {
 
+// Tests that compile for minutes leave a type out, whose kernels are those of the other 16 bits.
+#ifdef AMTL_WITHOUT_FLOAT16
+#define AMTL_DISPATCH_FLOAT16(vector, T, V, ...) std::abort();
+#else
+#define AMTL_DISPATCH_FLOAT16(vector, T, V, ...)   \
+  {                                                \
+    using T = ::amtl::Half;                        \
+    AMTL_DISPATCH_VECTOR16(vector, V, __VA_ARGS__) \
+  }
+#endif
+
 // Calls f.template operator()<T, V>() for every element type and vector width in use.
-#define AMTL_DISPATCH_TYPE(type, vector, T, V, ...)  \
-  switch (type) {                                    \
-    case ::amtl::DType::kFloat32: {                  \
-      using T = float;                               \
-      AMTL_DISPATCH_VECTOR32(vector, V, __VA_ARGS__) \
-    }                                                \
-    case ::amtl::DType::kFloat16: {                  \
-      using T = ::amtl::Half;                        \
-      AMTL_DISPATCH_VECTOR16(vector, V, __VA_ARGS__) \
-    }                                                \
-    case ::amtl::DType::kBFloat16: {                 \
-      using T = ::amtl::BFloat16;                    \
-      AMTL_DISPATCH_VECTOR16(vector, V, __VA_ARGS__) \
-    }                                                \
+#define AMTL_DISPATCH_TYPE(type, vector, T, V, ...)    \
+  switch (type) {                                      \
+    case ::amtl::DType::kFloat32: {                    \
+      using T = float;                                 \
+      AMTL_DISPATCH_VECTOR32(vector, V, __VA_ARGS__)   \
+    }                                                  \
+    case ::amtl::DType::kFloat16:                      \
+      AMTL_DISPATCH_FLOAT16(vector, T, V, __VA_ARGS__) \
+    case ::amtl::DType::kBFloat16: {                   \
+      using T = ::amtl::BFloat16;                      \
+      AMTL_DISPATCH_VECTOR16(vector, V, __VA_ARGS__)   \
+    }                                                  \
   }
 
 #define AMTL_DISPATCH_VECTOR32(vector, V, ...) \

@@ -9,10 +9,8 @@ int run(const UpdateCall& call) {
   switch (call.backward.type) {
     case DType::kFloat32:
       return cudaErrorInvalidValue;
-    case DType::kFloat16: {
-      using T = Half;
-      AMTL_DISPATCH_VECTOR16(call.vector, V, { return run_update<kRule, T, T, V>(call); })
-    }
+    case DType::kFloat16:
+      AMTL_DISPATCH_FLOAT16(call.vector, T, V, { return run_update<kRule, T, T, V>(call); })
     case DType::kBFloat16: {
       using T = BFloat16;
       AMTL_DISPATCH_VECTOR16(call.vector, V, { return run_update<kRule, T, T, V>(call); })

@@ -155,6 +155,7 @@ def test_a_few_texts_that_are_no_moments_are_missing(odd: str, tmp_path: Path) -
     assert prepared(noted)["when"] in ("unused", "categorical")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "form",
     [

@@ -522,7 +522,7 @@ def test_padding_rows_are_those_of_the_tables(paddings, mode, frozen, index_type
 SHARED = [None, "rarest", {"user": 4, "item": 1, "day": 1}]
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("paddings", PADDINGS)
 @pytest.mark.parametrize(
     "bits, shared, stay",

@@ -373,7 +373,7 @@ def test_activation_checkpointing_recomputes_the_same(kind, reentrant, parametri
 # State
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parametrization", ["ordinal", "free", "rule"])
 @pytest.mark.parametrize("phase", ["search", "frozen", "absorbed"])

@@ -522,7 +522,7 @@ OTHERWISE = [
 ]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("treatment", ["bucket", "standardise"])
 @pytest.mark.parametrize("gap", [None, "NA", "", "inf", "-inf"])
 @pytest.mark.parametrize("marks", WRITTEN)

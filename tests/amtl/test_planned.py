@@ -111,6 +111,7 @@ CHANGES: list[Callable[[nn.Module], object]] = [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("shuffled", [False, True])

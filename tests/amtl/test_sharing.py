@@ -55,7 +55,7 @@ def looked_up(layer):
     return target, masked[target].detach()
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parametrization", ["ordinal", "rule"])
 @pytest.mark.parametrize("shared_rows", [(11, 160), "rarest", "zero"])

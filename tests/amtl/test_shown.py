@@ -70,6 +70,7 @@ READS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("read", READS)
 def test_gradients_are_those_of_a_lookup_of_all_rows(read, bits):
@@ -133,6 +134,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("pick", [*PICKS, *OTHERS])
 def test_rows_that_are_picked_are_looked_up_and_no_others(pick, bits, monkeypatch):

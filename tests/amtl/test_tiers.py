@@ -87,6 +87,7 @@ def test_split_and_merge(dim, data):
             assert bool((places[stored == w].diff() > 0).all())
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parametrization", ["ordinal", "free", "rule"])
 @pytest.mark.parametrize("in_order", [True, False])

@@ -41,6 +41,7 @@ def tiny(work: Work, optimizer: Optimizer, **options: object) -> Case:
     return dataclasses.replace(case, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("work", "optimizer"), WORK)
 @pytest.mark.parametrize("name", sorted(set(CONTENDERS) - SLOW))
 @pytest.mark.parametrize("layout", ["one table", "three tables", "three fields", "not pooled"])

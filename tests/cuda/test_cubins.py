@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from . import building
-from .building import has_cuda_kernels
+from .building import WITH_FLOAT16, has_cuda_kernels
 
 TABLE = Path(__file__).with_name("register_ceilings.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -158,7 +158,10 @@ def test_nothing_spills(architecture: str) -> None:
 def test_registers_stay_under_their_ceilings(architecture: str) -> None:
     ceilings = json.loads(TABLE.read_text())[architecture]
     found = {name: numbers["REG"] for name, numbers in resources()[architecture].items()}
-    assert set(found) == set(ceilings), "kernels came or went: run this file to update the table"
+    left_out = () if WITH_FLOAT16 else {name for name in ceilings if "__half" in name}
+    assert set(found).union(left_out) == set(ceilings), (
+        "kernels came or went: run this file to update the table"
+    )
     above = {name: (n, ceilings[name]) for name, n in found.items() if n > ceilings[name]}
     assert not above
 
@@ -195,7 +198,7 @@ def test_tables_are_read_and_written_in_16_byte_vectors(kernel: str, source: str
         if re.search(r"<(float, (float, )?4|__half, (float, )?8|bf16, (float, )?8),", name)
         and "PartialList" not in name
     ]
-    assert len(wide) == 6, "three types, dense and tiered"
+    assert len(wide) == (6 if WITH_FLOAT16 else 4), "every type, dense and tiered"
     for symbol in wide:
         instructions = re.findall(r"\b(LDG\S*|STG\S*|LDL\S*|STL\S*)", code[symbol])
         assert sum(bool(re.match(r"LDG\.E\S*\.128", i)) for i in instructions) >= 4, names[symbol]

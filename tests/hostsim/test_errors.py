@@ -152,9 +152,9 @@ CHANGES: Changes = {
     "blocks of one dimension": {"blocks": last(lambda v: v[0])},
     "blocks with gaps": {"blocks": last(strided)},
     "blocks without columns": {"blocks": last(lambda v: v[:, :0].contiguous())},
-    "blocks of two types": {"blocks": last(lambda v: v.half())},
+    "blocks of two types": {"blocks": last(lambda v: v.bfloat16())},
     "tables of two types": {
-        "blocks": lambda v: [b.half() if i < len(v) // 2 else b for i, b in enumerate(v)]
+        "blocks": lambda v: [b.bfloat16() if i < len(v) // 2 else b for i, b in enumerate(v)]
     },
     "a block more": {"blocks": lambda v: [*v, v[0]]},
     "a table more": {"block_counts": lambda v: [*v, 1]},
@@ -191,7 +191,7 @@ CHANGES: Changes = {
     "an unknown pooling": {"pooling": 2},
     "too few padding rows": {"padding_idx": lambda v: v[1:]},
     "an unknown check": {"bounds_check": 3},
-    "a gradient of another type": {"grad": lambda v: v.half()},
+    "a gradient of another type": {"grad": lambda v: v.bfloat16()},
     "a gradient too small": {"grad": lambda v: v[1:]},
     "a gradient too narrow": {"grad": lambda v: v[:, 1:].contiguous()},
     "a gradient with gaps": {"grad": strided},
@@ -218,7 +218,7 @@ CHANGES: Changes = {
     "rows of fewer blocks": {"rows": lambda v: v[1:]},
     "rows with gaps": {"rows": last(strided)},
     "gradients of other rows": {"grads": last(lambda v: v[1:])},
-    "gradients of another type": {"grads": last(lambda v: v.half())},
+    "gradients of another type": {"grads": last(lambda v: v.bfloat16())},
     "gradients of fewer blocks": {"grads": lambda v: v[1:]},
     "gradients of rows with gaps": {"grads": last(strided)},
 }

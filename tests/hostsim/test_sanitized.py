@@ -56,8 +56,7 @@ for dtype in (torch.float32, torch.bfloat16):
         test_fused_step_of_a_tiered_table("rowwise_adagrad", dtype, widths)
     for masks in ("promised", "unsorted"):
         test_fused_step_of_a_dense_table("rowwise_adagrad", dtype, 264, masks)
-for dtype in (torch.float16, torch.bfloat16):
-    test_updates_round_as_the_reference_does("adam", dtype, 7)
+test_updates_round_as_the_reference_does("adam", torch.bfloat16, 7)
 for bits in (2, 4, 8, 16):
     g, byte = torch.Generator().manual_seed(bits), max(1, bits // 8)
     shapes = ((5, 7), (3, 3), (4, 1))
@@ -91,6 +90,7 @@ def build_sanitized_module() -> Path:
     configure = ["cmake", f"-S{ROOT}", f"-B{folder}", "-GNinja", f"-DAMTL_OUTPUT_DIR={folder}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
     configure += ["-DAMTL_TOOLS=ON", "-DAMTL_SANITIZE=ON", "-DAMTL_CUDA=off"]
+    configure += ["-DCMAKE_CXX_FLAGS=-DAMTL_WITHOUT_FLOAT16"]
     build = ["cmake", "--build", str(folder), "--target", "_tools", "--parallel", "2"]
     with (CACHE / "sanitized.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

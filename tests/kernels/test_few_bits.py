@@ -451,6 +451,7 @@ def test_mistakes_are_named() -> None:
         ak.tiered_embedding_bag_tables(*tables, steps=[one.steps], bits=4, step_ends=[[3], [3]])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("stored", "bits", "weighted"),
     [("codes", 4, False), ("codes", 16, False), ("floats", 4, False), ("floats", 4, True)],

@@ -106,6 +106,7 @@ def bags_of_kernel(layer, indices, offsets, mode, weights=None):
     )
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_those_of_python(library, tmp_path, dtype, bits):

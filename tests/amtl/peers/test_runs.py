@@ -61,6 +61,7 @@ def settings(**changes) -> TrainConfig:
     return TrainConfig(**{**base, **changes})
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", PEERS)
 def test_a_run_is_kept_within_its_bytes_and_does_not_pack(name, source, tmp_path):
     config = settings(method=name, fields=["user", "item", "tags"])
