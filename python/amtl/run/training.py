@@ -28,7 +28,7 @@ from amtl.run import folders, methods
 from amtl.run.ahead import Ahead, side_by_side
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
-from amtl.run.contest import Contest, alone_and_full, likely_regularised
+from amtl.run.contest import Contest, alone_and_full, decayed, likely_regularised
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import auc, auc_error, log_loss
@@ -229,10 +229,14 @@ class Trainer:
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
         given = self.config.table_options
+        asked = {name: getattr(self.config, name) for name in _RACED_LATER}
         # Nobody trains it any more, and candidates need the room.
         self.learner.release()
         try:
-            result = race(self.config, self._trials("the start (a race is run again)"))
+            # Limited time may end with the first training, and decay serves most data.
+            limited = math.isfinite(self.time_limit)
+            config = decayed(self.config) if limited else self.config
+            result = race(config, self._trials("the start (a race is run again)"))
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
@@ -242,7 +246,7 @@ class Trainer:
             "sized": result.sized.table_options,
             "budget": self.config.budget,
             "given": given,
-            "asked": {name: getattr(self.config, name) for name in _RACED_LATER},
+            "asked": asked,
         }
         self._begin()
         self.save()
@@ -257,7 +261,8 @@ class Trainer:
 
     def _contend(self) -> None:
         """Holds the model against others that are trained to their end; the best one stays."""
-        contest = Contest(self.learner, self._trials())
+        settled = (self.raced or {}).get("asked", {})
+        contest = Contest(self.learner, self._trials(), replace(self.learner.config, **settled))
         try:
             contest.run(self.raced)
         finally:
