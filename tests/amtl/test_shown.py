@@ -9,6 +9,7 @@ import amtl
 import pytest
 import torch
 from amtl import AMTLEmbedding, AMTLEmbeddingBag
+from amtl.layer import shown
 from amtl.layer.shown import NoWeightError, ShownRows
 from torch import nn
 from torch.nn import functional as F
@@ -86,6 +87,63 @@ def test_gradients_are_those_of_a_lookup_of_all_rows(read, bits):
     assert all(grad is not None for grad in grads[0][2:])
     for got, expected in zip(*grads, strict=True):
         assert (got is expected is None) or torch.equal(got, expected)
+
+
+H = torch.randn(3, 2, DIM, generator=torch.Generator().manual_seed(1))
+BIAS = torch.arange(ROWS) / 7
+SCORES = {
+    "T": lambda w: H @ w.T,
+    "t": lambda w: H.matmul(w.t()),
+    "mT": lambda w: torch.matmul(H[0, 0], w.mT),
+    "transpose": lambda w: torch.mm(H[0], w.transpose(0, 1)),
+    "twice": lambda w: F.linear(H[0], w.T.transpose(-1, -2)),
+    "detached": lambda w: H @ w.detach().mH.data,
+    "linear": lambda w: F.linear(H, w, BIAS),
+    "linear with a bias by name": lambda w: F.linear(H[0, 0], w, bias=BIAS),
+    "nobody": lambda w: H[:0] @ w.T,
+}
+NOT_SCORES = {
+    "rows first": lambda w: w @ H[0].T,
+    "columns, not turned": lambda w: F.linear(BIAS, w.T),
+    "picked columns": lambda w: w.T[:, torch.tensor([3, 1])],
+    "a column": lambda w: w.T[2] + w.t().index_select(0, torch.tensor([1]))[0],
+    "looked up in columns": lambda w: F.embedding(torch.tensor([3, 1]), w.T),
+    "both": lambda w: w @ w.T,
+    "another product": lambda w: torch.einsum("bcd,dn->bcn", H, w.T),
+}
+
+
+@pytest.mark.parametrize("bits, bounds_check", [(None, "raise"), (4, "clamp")])
+@pytest.mark.parametrize("name", [*SCORES, *NOT_SCORES])
+def test_all_rows_are_scored_some_at_a_time(name, bits, bounds_check, monkeypatch):
+    layer = frozen(bits=bits, budget=0.3 if bits is None else 0.1, bounds_check=bounds_check)
+    made, real = [], layer._all_rows
+    monkeypatch.setattr(layer, "_all_rows", lambda rows=None: made.append(rows) or real(rows))
+    monkeypatch.setitem(shown._PART_BYTES, "cpu", 16 * DIM * 4)
+    score = {**SCORES, **NOT_SCORES}[name]
+    with torch.no_grad():
+        got, want = score(layer.weight), score(real(None))
+    assert type(got) is torch.Tensor
+    torch.testing.assert_close(got, want)
+    if name in SCORES:
+        assert made == [range(16), range(16, 32), range(32, 40)]
+    else:
+        assert set(made) == {None}
+    # What gradients need is made at once.
+    made.clear()
+    learns = name != "detached"
+    assert score(layer.weight).requires_grad == (None in made) == learns
+
+
+def test_columns_know_their_shape_and_are_not_written_to():
+    columns = frozen().weight.T
+    assert columns.shape == (DIM, ROWS) and columns.requires_grad and not columns.is_leaf
+    assert columns.T.shape == (ROWS, DIM)
+    assert torch.equal(columns.detach(), frozen().weight.detach().clone().T)
+    with pytest.raises(RuntimeError, match="frozen"):
+        columns.add_(1)
+    with pytest.raises(RuntimeError, match=r"size mismatch|shapes cannot be multiplied"):
+        torch.randn(2, DIM + 1) @ columns
 
 
 def test_one_reading_is_made_once_for_either_mode(monkeypatch):

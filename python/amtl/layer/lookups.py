@@ -87,12 +87,13 @@ class TableLookups(TableRows):
         learns = fused or any(block.requires_grad for block in self._tiers())
         return ShownRows.of(shape, like, self._all_rows, self._refuse_weight, learns)
 
-    def _all_rows(self, rows: Tensor | None = None) -> Tensor:
+    def _all_rows(self, rows: Tensor | range | None = None) -> Tensor:
         """These rows, or all of them."""
-        if rows is not None and self.options.bounds_check == "raise":
+        if isinstance(rows, Tensor) and self.options.bounds_check == "raise":
             return self._embed(rows)
-        shown = self._embed(torch.arange(self.num_embeddings, device=self.device))
-        return shown if rows is None else nn.functional.embedding(rows, shown)
+        every = rows if isinstance(rows, range) else range(self.num_embeddings)
+        shown = self._embed(torch.arange(every.start, every.stop, device=self.device))
+        return nn.functional.embedding(rows, shown) if isinstance(rows, Tensor) else shown
 
     def _pool(
         self,
