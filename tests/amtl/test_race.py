@@ -342,33 +342,6 @@ def test_a_time_limit_is_kept_and_may_be_given_more(source, tmp_path, second_a_s
                 assert again[key] == whole[key], key
 
 
-@pytest.mark.parametrize(
-    ("limit", "given", "begun"),
-    [(1e9, None, contest.DECAY), (None, None, None), (1e9, 0.0, 0.0), (1e9, 1e-5, 1e-5)],
-)
-def test_limited_time_begins_with_weight_decay(source, monkeypatch, limit, given, begun):
-    """It may end with the first training."""
-    made, find = [], training.race
-
-    def race(config, trials):
-        made.append(config.embedding_decay)
-        return find(config, trials)
-
-    class Ended(Exception):
-        pass
-
-    def contends(learner, trials, asked):
-        assert learner.config.embedding_decay == begun and asked.embedding_decay == given
-        raise Ended
-
-    monkeypatch.setattr(training, "race", race)
-    monkeypatch.setattr(training, "Contest", contends)
-    trainer = start(settings(epochs=1, embedding_decay=given), source=source, time_limit=limit)
-    with pytest.raises(Ended):
-        trainer.run()
-    assert made == [begun] and trainer.asked.embedding_decay == given
-
-
 def test_a_comparison_takes_its_time(source, second_a_step):
     clock, stop = second_a_step
     config = settings(epochs=2, compare=True, embedding_decay=None)

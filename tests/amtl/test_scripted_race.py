@@ -716,16 +716,16 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
 
 
 @pytest.mark.parametrize(
-    ("begun", "asked", "score", "tried", "decay"),
+    ("left", "given", "score", "tried", "decay"),
     [
-        (DECAY, None, 0.6, [None], None),
-        (DECAY, None, 0.4, [None], DECAY),
-        (DECAY, DECAY, 0.6, [], DECAY),
-        (None, None, 0.6, [], None),
+        (200.0, None, 0.6, [DECAY], DECAY),
+        (200.0, None, 0.4, [DECAY], None),
+        (math.inf, None, 0.6, [], None),
+        (200.0, 0.0, 0.6, [], 0.0),
     ],
 )
-def test_weight_decay_that_nobody_asked_for_is_left_out_next(
-    monkeypatch, begun, asked, score, tried, decay
+def test_where_time_is_limited_weight_decay_comes_first(
+    monkeypatch, left, given, score, tried, decay
 ):
     made = []
 
@@ -739,16 +739,15 @@ def test_weight_decay_that_nobody_asked_for_is_left_out_next(
         return options
 
     first = ended([0.5, 0.5])
-    first.config = settings(embedding_decay=begun, distillation=0.5)
+    first.config = settings(embedding_decay=given, distillation=0.5)
     monkeypatch.setattr(Contest, "_fewer_bytes", no_fewer)
-    monkeypatch.setattr(Contest, "_teach", lambda self, fewer: None)
-    given = dataclasses.replace(first.config, embedding_decay=asked)
-    course = Contest(first, trials(make), given)
+    monkeypatch.setattr(Contest, "_teach", lambda self, fewer: pytest.fail() if fewer else None)
+    course = Contest(first, trials(make, left=lambda: left))
     course.run({"sized": {}, "given": {}, "budget": 0.25})
     assert [learner.config.embedding_decay for learner in made] == tried
     assert course.winner.config.embedding_decay == decay
     assert [learner.released for learner in made] == [score < 0.5] * len(tried)
-    assert (course.found["undecayed"] or {}).get("score") == (score if tried else None)
+    assert (course.found["decayed"] or {}).get("score") == (score if tried else None)
 
 
 @pytest.mark.parametrize("best", [None, 1e-5, DECAY, 1e-3])
@@ -862,8 +861,8 @@ def test_how_long_the_rest_may_take(left, told):
     notes = []
     observer = SimpleNamespace(note=notes.append)
     trials = Trials(None, observer, None, left=lambda: left)
-    Contest(first, trials, settings())._announce()
+    Contest(first, trials)._announce()
     assert len(notes) == 1 and told in notes[0]
     first.history = [{"seconds": 5.0}]
-    Contest(first, trials, settings())._announce()
+    Contest(first, trials)._announce()
     assert len(notes) == 1

@@ -90,13 +90,9 @@ def untried(config: TrainConfig) -> TrainConfig:
     ours = config.method in ("amtl", "rule")
     ours = ours and config.table_options.get("parametrization") != "free"
     tried = is_open(config) or config.distillation
-    return decayed(config) if ours and not tried else config
-
-
-def decayed(config: TrainConfig) -> TrainConfig:
-    """`config` with the weight decay that serves most data, if it leaves that open."""
-    opens = config.embedding_decay is None and config.may_decay
-    return replace(config, embedding_decay=DECAY) if opens else config
+    if not ours or tried or config.embedding_decay is not None or not config.may_decay:
+        return config
+    return replace(config, embedding_decay=DECAY)
 
 
 class Contest:
@@ -105,29 +101,26 @@ class Contest:
     Args:
         first: that model.
         trials: by what learners are made and trained.
-        asked: its settings, as far as they were given: weight decay is open where it has some
-            only because time was limited; None: as they are.
 
     Attributes:
         winner: the model that validates best so far.
-        found: rows of what was tried, None or nothing where it was not: first of all the first
-            model without its weight decay where that was not asked for (`undecayed`), `less` bytes,
-            the `full` table (its `error` is that of the difference to the winner's score),
-            `taught`, another `law`, and less bytes with a teacher (`less_taught`).
+        found: rows of what was tried, None or nothing where it was not: `less` bytes, the `full`
+            table (its `error` is that of the difference to the winner's score), `taught`, another
+            `law`, less bytes with a teacher (`less_taught`), and first of all, where time is
+            limited, the first model with weight decay (`decayed`).
         full: the best table of full size, ended, if the run is to be compared with it and there
             was time for all of them.
     """
 
-    def __init__(self, first: Learner, trials: Trials, asked: TrainConfig | None = None) -> None:
+    def __init__(self, first: Learner, trials: Trials) -> None:
         self.first = self.winner = first
-        self._asked = asked or first.config
         self.found: dict[str, Any] = {
             "less": None,
             "full": None,
             "taught": [],
             "law": None,
             "less_taught": None,
-            "undecayed": None,
+            "decayed": None,
         }
         self.full: Learner | None = None
         self._decay: float | None = None
@@ -148,12 +141,12 @@ class Contest:
             full["error"] = score_error(self._full_says, self.winner.says(), labels)
 
     def _run(self, raced: Mapping[str, Any] | None) -> None:
-        share = self._asked.distillation
+        share = self.first.config.distillation
         options: dict[str, Any] = {}
         fewer = False
         if raced is not None:
-            if self.first.config.embedding_decay != self._asked.embedding_decay:
-                self._undecayed()
+            if math.isfinite(self._trials.left()):
+                self._decayed()
             whole = self.winner
             options = self._fewer_bytes("less", raced, raced["sized"])
             fewer = self.winner is not whole
@@ -168,18 +161,20 @@ class Contest:
         if fewer:
             self._fewer_bytes("less_taught", raced, options, labels)
 
-    def _undecayed(self) -> None:
-        """Tries the first model without weight decay, which it has because time was limited.
+    def _decayed(self) -> None:
+        """Tries the first model with weight decay: most of what all the rest would gain.
 
-        Decay is most of what all the rest would gain: of 27 files it made full tables better on 23.
-        What comes later would find it too, but after fewer bytes and full tables, and of millions
-        of rows a limit may leave the time for one training.
+        Of 27 files it made full tables better on 23. What comes later would find it too, but after
+        fewer bytes and full tables. How long those take nobody knows: of a shop's log, first
+        trained in 3 seconds, two minutes were over before.
         """
-        if self._trials.late():
+        config = self.first.config
+        if config.embedding_decay is not None or not config.may_decay or self._trials.late():
             return
-        learner = self._trials.make(self._asked)
-        name = "the same, without weight decay"
-        better, self.found["undecayed"] = contend(name, learner, self.winner, self._trials)
+        decayed = replace(config, embedding_decay=DECAY)
+        learner = self._trials.make(decayed)
+        better, row = contend(titled("the same", decayed), learner, self.winner, self._trials)
+        self.found["decayed"] = row
         if better is None:
             learner.release()
         self._prefer(better)
@@ -217,7 +212,7 @@ class Contest:
             self.winner,
             self._trials.taught(teacher.labels()),
             self._decay,
-            self._asked,
+            self.first.config,
             sure=-SURELY if fewer else 0.0,
         )
         if best is not None:
@@ -237,7 +232,7 @@ class Contest:
         self._prefer(best)
         if best is None:
             return options
-        if self._asked.distillation is None:
+        if self.first.config.distillation is None:
             self._other_shares(trials)
         return best.config.table_options
 
@@ -282,7 +277,7 @@ class Contest:
             sized = replace(winner.config, table_options=law, budget=raced["budget"])
             assert winner.best is not None
             used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
-            weaker = self._asked.embedding_decay is None
+            weaker = self.first.config.embedding_decay is None
             best, self.found[name] = race_bytes(sized, winner, used, trials, weaker)
             self._prefer(best)
             if best is not None:
@@ -300,7 +295,7 @@ class Contest:
         teacher.add(self.first)
         if self.winner is not self.first:
             teacher.add(self.winner)
-        alone, full = alone_and_full(self._asked)
+        alone, full = alone_and_full(self.first.config)
 
         def train(entry: TrainConfig) -> float:
             if rows and self._trials.late():
@@ -326,7 +321,7 @@ class Contest:
 
     def _keep(self, table: Learner) -> None:
         """Keeps the best of the full tables where it is compared with, and its settings are."""
-        kept, config = self.full, self._asked
+        kept, config = self.full, self.first.config
         compared = config.compare and config.method != "fixed"
         worse: Learner | None = table
         if compared and (kept is None or best_record(table)["score"] > best_record(kept)["score"]):

@@ -28,7 +28,7 @@ from amtl.run import folders, methods
 from amtl.run.ahead import Ahead, side_by_side
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
-from amtl.run.contest import Contest, alone_and_full, decayed, likely_regularised
+from amtl.run.contest import Contest, alone_and_full, likely_regularised
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import auc, auc_error, log_loss
@@ -229,14 +229,10 @@ class Trainer:
     def _race(self) -> None:
         """Lets candidates for the open settings run against each other; the best one goes on."""
         given = self.config.table_options
-        asked = {name: getattr(self.config, name) for name in _RACED_LATER}
         # Nobody trains it any more, and candidates need the room.
         self.learner.release()
         try:
-            # Limited time may end with the first training, and decay serves most data.
-            limited = math.isfinite(self.time_limit)
-            config = decayed(self.config) if limited else self.config
-            result = race(config, self._trials("the start (a race is run again)"))
+            result = race(self.config, self._trials("the start (a race is run again)"))
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
@@ -246,7 +242,7 @@ class Trainer:
             "sized": result.sized.table_options,
             "budget": self.config.budget,
             "given": given,
-            "asked": asked,
+            "asked": {name: getattr(self.config, name) for name in _RACED_LATER},
         }
         self._begin()
         self.save()
@@ -261,8 +257,7 @@ class Trainer:
 
     def _contend(self) -> None:
         """Holds the model against others that are trained to their end; the best one stays."""
-        settled = (self.raced or {}).get("asked", {})
-        contest = Contest(self.learner, self._trials(), replace(self.learner.config, **settled))
+        contest = Contest(self.learner, self._trials())
         try:
             contest.run(self.raced)
         finally:
