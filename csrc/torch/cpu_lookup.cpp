@@ -355,7 +355,8 @@ std::tuple<Tensors, Tensors, Tensor, Tensor> LookupBackward(Tables tables, const
     for (size_t c = tables.first[t]; c < tables.first[t + 1]; ++c) {
       const int64_t* from = all_rows[t] + slices[c].first_segment;
       int64_t* to = rows[c].mutable_data_ptr<int64_t>();
-      for (int64_t i = 0; i < rows[c].numel(); ++i) to[i] = from[i] - slices[c].first_row;
+      const int64_t count = rows[c].numel(), first = slices[c].first_row;
+      for (int64_t i = 0; i < count; ++i) to[i] = from[i] - first;
     }
   }
   Walk(batch, tables, sorted, grad, masks, Rule::kNone, Hyper{}, slices);
