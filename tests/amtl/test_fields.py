@@ -14,6 +14,7 @@ from amtl.data import moments
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields, numbers
 from amtl.data.labels import label_note, labelled, read_labels
+from amtl.data.lists import WORDS
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.settings import parse_columns
@@ -873,7 +874,8 @@ def test_free_text_that_is_left_out_may_be_split_into_words():
         (typed,) = shlex.split(option.removesuffix(rest))
         said = parse_columns([], [typed])["separators"]
         field = infer_fields(pl.DataFrame({name: lines}), [name], separators=said)[0]
-        assert (field.kind, field.separator) == ("bag", " ")
+        assert (field.kind, field.separator) == ("bag", WORDS)
+        assert not field.note
     for values in (
         [f"key{i}" for i in range(1000)],
         [f"{m:%Y-%m-%d %H:%M}" for m in MOMENTS[:1000]],

@@ -29,7 +29,8 @@ class FieldSpec:
             `standardise` (a number, scaled to mean 0 and deviation 1, without embedding) or
             `unused` (left out).
         separator: of a `bag` held as strings, `[]` where these are lists as Python or JSON writes
-            them. None for one held as lists; text that comes in their place is split at `|`.
+            them, `words` where they are text, see `amtl.data.lists`. None for one held as lists;
+            text that comes in their place is split at `|`.
         buckets: number of quantile buckets; fewer where training rows are few, unless labels ask
             for more than 64, see `bucket_count`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
