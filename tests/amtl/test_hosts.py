@@ -66,6 +66,27 @@ def test_hosts_and_networks_are_fields():
     assert len(again.transform(data.with_columns(ip=pl.lit(None))).rows)
 
 
+@pytest.mark.parametrize("own", [0.0, 0.5])
+def test_addresses_that_hardly_come_again_make_way_for_their_hosts(own):
+    """Unless single ones tell of labels, too."""
+    rng = np.random.default_rng(5)
+    page, liked = np.arange(ROWS), rng.random(ROWS) < 0.5
+    page[::2] = np.arange(ROWS // 2) % 25
+    text = [f"https://site{a % 9}.org/{a}" for a in page]
+    data = visits().with_columns(pl.Series("from", text))
+    rate = 0.3 + 0.2 * (page % 9 > 4) + own * (liked[page] - 0.5)
+    data = data.with_columns(clicked=pl.Series((rng.random(ROWS) < rate).astype(int)))
+    source = Source("visits", data)
+    encoder = prepare(make_config(source, {}, label="clicked", **GIVEN), source).encoder
+    (whole,) = (field for field in encoder.decisions if field.name == "from")
+    assert whole.kind == ("categorical" if own else "unused") and "from.host" in encoder.names
+    assert own or "tell nothing of labels beside their host; --numeric from=cat" in whole.note
+    given = GIVEN | {"numeric": {"from": "categorical"}}
+    assert (
+        "from" in prepare(make_config(source, {}, label="clicked", **given), source).encoder.names
+    )
+
+
 @pytest.mark.parametrize("name", ["from.host", "where.1"])
 def test_parts_can_be_dropped_and_taken_alone(name):
     rng = np.random.default_rng(1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import polars as pl
 
 from amtl.data import notation
-from amtl.data.specs import TEXT, FieldSpec
+from amtl.data.ordered import Floats, Labels
+from amtl.data.specs import TEXT, FieldSpec, as_typed
 
 _HOST = r"([^\s/:?#@<>,]+\.[^\s/:?#@<>,]+)"
 PARTS = {
@@ -27,6 +29,8 @@ _MOSTLY = 0.9
 """Share of a column's distinct texts that are addresses from which it holds such."""
 _COME_AGAIN = 0.5
 """Hosts, or networks, a distinct address up to which they say more than each address does."""
+_SELDOM = 2.0
+"""Rows an address below which single ones have to tell something of labels beside their hosts."""
 
 
 def parts(frame: pl.DataFrame, skip: Collection[str] = ()) -> list[FieldSpec]:
@@ -56,6 +60,36 @@ def parts(frame: pl.DataFrame, skip: Collection[str] = ()) -> list[FieldSpec]:
             note += f"--drop {shlex.quote(name)} leaves it out"
             found.append(FieldSpec(name, part=part, of=column.name, note=note))
     return found
+
+
+def with_parts(
+    frame: pl.DataFrame, fields: Sequence[FieldSpec], labels: Floats, skip: Collection[str] = ()
+) -> list[FieldSpec]:
+    """Fields with those of `parts`; addresses that hardly come again make way for them.
+
+    They do where labels do not tell addresses of a host apart.
+
+    Args:
+        frame: the data.
+        fields: how its columns enter the model.
+        labels: 0 or 1 of each row that trains, NaN of the others.
+        skip: as of `parts`.
+    """
+    found = parts(frame, skip)
+    parted, says = {field.of: field for field in found}, Labels(labels)
+    result = []
+    for field in fields:
+        part, column = parted.get(field.name), frame[field.column]
+        known = column.drop_nulls()
+        if part and field.kind == "categorical" and len(known) < _SELDOM * known.n_unique():
+            whole = column.cast(pl.String)
+            if not says.tell_apart(whole, take(column, part)):
+                rows = len(known) / known.n_unique()
+                note = f"{rows:.1f} rows an address, which tell nothing of labels beside their "
+                note += f"{part.part}; {as_typed(field.name, 'categorical')} keeps it"
+                field = replace(field, kind="unused", note=note)
+        result.append(field)
+    return result + found
 
 
 def take(column: pl.Series, spec: FieldSpec) -> pl.Series:

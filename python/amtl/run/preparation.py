@@ -77,7 +77,7 @@ def prepare(
             skip = {config.label, *config.drop}
             specs += calendar.parts(frame, known, skip, marks)
             specs += places.parts(frame, *how, {*skip, *told})
-            specs += hosts.parts(frame, {*skip, *told})
+            specs = hosts.with_parts(frame, specs, known, {*skip, *told})
         specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
