@@ -38,7 +38,7 @@ def _days(when: pl.Series) -> pl.Series:
 
 
 PARTS = {
-    "hour": Part(lambda when: when.dt.hour(), _days, "day to day", 1),
+    "hour": Part(lambda when: when.dt.hour(), _days, "day to day", 3),
     # 1970 began on a Thursday.
     "weekday": Part(
         lambda when: when.dt.weekday(), lambda when: (_days(when) + 3) // 7, "week to week"
