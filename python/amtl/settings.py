@@ -72,13 +72,11 @@ def make_config(
         options["parametrization"] = parametrization
     config = untried(TrainConfig(data=source.name, label=label, table_options=options, **settings))
     if drop:
-        from amtl.data import calendar
+        from amtl.data.columns import called
         from amtl.run.preparation import default_fields
 
         columns = source.frame.columns
-        require_columns(
-            columns, [n for n in drop if not calendar.called(source.frame, n)], "the data"
-        )
+        require_columns(columns, [n for n in drop if not called(source.frame, n)], "the data")
         config.drop = list(drop)
         kept = config.fields or default_fields(source.frame, config, source)
         kept = [name for name in kept if name not in drop]

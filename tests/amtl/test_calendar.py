@@ -197,6 +197,18 @@ def test_weekdays_and_months_come_again_after_weeks_and_years() -> None:
     assert found(days.dt.to_string("%Y%m%d").cast(pl.Int64), labels(0.5 * (when.dt.weekday() >= 6)))
 
 
+def test_of_few_rows_an_hour_is_asked_for_with_those_beside_it() -> None:
+    """Single hours of so few rows say too little, and those around midnight are neighbours."""
+    when = moments(days=90, rows=2200)
+    day = when.dt.hour().cast(pl.Float64) * np.pi / 12
+    assert found(when, labels(0.1 + 0.07 * day.cos(), seed=0)) == ["when.hour"]
+    # Two kinds of hours that take turns are told apart.
+    turns = labels(0.2 + 0.3 * (moments().dt.hour() % 2))
+    assert found(moments(), turns) == ["when.hour"]
+    even = labels(pl.Series([0.1]).new_from_index(0, len(when)))
+    assert found(when, even) == []
+
+
 def test_nothing_is_made_of_what_does_not_come_again() -> None:
     when = moments()
     chance = labels(pl.Series([0.3]).new_from_index(0, len(when)))

@@ -14,6 +14,7 @@ from amtl.data import moments
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields, numbers
 from amtl.data.labels import label_note, labelled, read_labels
+from amtl.data.lists import WORDS
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.settings import parse_columns
@@ -873,7 +874,8 @@ def test_free_text_that_is_left_out_may_be_split_into_words():
         (typed,) = shlex.split(option.removesuffix(rest))
         said = parse_columns([], [typed])["separators"]
         field = infer_fields(pl.DataFrame({name: lines}), [name], separators=said)[0]
-        assert (field.kind, field.separator) == ("bag", " ")
+        assert (field.kind, field.separator) == ("bag", WORDS)
+        assert not field.note
     for values in (
         [f"key{i}" for i in range(1000)],
         [f"{m:%Y-%m-%d %H:%M}" for m in MOMENTS[:1000]],
@@ -940,6 +942,7 @@ def test_a_column_of_nothing_but_marks_of_missing_is_missing(gap, treatment):
         (["not clicked", "clicked", "clicked"], [0, 1, 1]),
         (["True", "False", "True"], [1, 0, 1]),
         (["Yes", "no", "yes", "No "], [1, 0, 1, 0]),
+        (["Yes", "No ", "No "], [1, 0, 0]),
         (["1", "false", "0", "true", "TRUE"], [1, 0, 0, 1, 1]),
         (["un_der", "der"], [0, 1]),
         (["Inactive", "Active", "unactive"][1:], [1, 0]),
@@ -968,6 +971,7 @@ def test_obvious_pairs_of_labels(values, positives):
         ([0.0, float("nan"), 1.0], None, None, "missing in 1 rows"),
         ([4.0, float("nan"), 1.0], 3.0, None, "missing in 1 rows; --label-missing drop leaves"),
         ([None, None], None, None, "missing in every row; name another"),
+        (["yes", "no ", "  "], None, None, "missing in 1 rows; --label-missing drop leaves"),
         (["a", "b", "c"], None, None, "--label-positive VALUE"),
         (["good", "bad"], None, None, "--label-positive VALUE"),
         (["now", "w"], None, None, "holds 2 texts such as 'now', 'w'; --label-positive VALUE"),
@@ -990,6 +994,13 @@ def test_obvious_pairs_of_labels(values, positives):
 def test_labels_that_cannot_be_used(values, threshold, positive, message):
     with pytest.raises(UserError, match=message):
         read_labels(pl.DataFrame({"y": values}), "y", threshold, positive)
+
+
+def test_spaces_around_a_label_are_no_part_of_it():
+    frame = pl.DataFrame({"y": ["good ", "bad", "  ", "good"], "x": [1, 2, 3, 4]})
+    kept, labels = labelled(frame, ("y", None, "good ", "drop"))
+    assert labels.tolist() == [1, 0, 1] and kept["x"].to_list() == [1, 2, 4]
+    assert read_labels(frame, "y", positive="good").tolist() == [1, 0, 0, 1]
 
 
 def test_labels_that_say_yes_in_several_ways_are_mended_by_the_line_that_is_told():

@@ -24,11 +24,13 @@ class Part(NamedTuple):
         of: its numbers, of moments.
         period: the numbers of the periods after each of which it does.
         again: the same in words.
+        reach: how many neighbours on either side are like it.
     """
 
     of: Callable[[pl.Series], pl.Series]
     period: Callable[[pl.Series], pl.Series]
     again: str
+    reach: int = 0
 
 
 def _days(when: pl.Series) -> pl.Series:
@@ -36,7 +38,7 @@ def _days(when: pl.Series) -> pl.Series:
 
 
 PARTS = {
-    "hour": Part(lambda when: when.dt.hour(), _days, "day to day"),
+    "hour": Part(lambda when: when.dt.hour(), _days, "day to day", 3),
     # 1970 began on a Thursday.
     "weekday": Part(
         lambda when: when.dt.weekday(), lambda when: (_days(when) + 3) // 7, "week to week"
@@ -106,7 +108,9 @@ def parts(
                 continue
             if form in moments.MONTHS and part != "month":
                 continue
-            if _follows(known.of(when), known.period(when), labels[trains]):
+            value, period = known.of(when), known.period(when)
+            near = range(known.reach + 1)
+            if any(_follows(value, period, labels[trains], reach) for reach in near):
                 note = f"labels follow the {part} of {name!r} from {known.again}; "
                 note += f"--drop {shlex.quote(field)} leaves it out"
                 spec = FieldSpec(
@@ -245,8 +249,12 @@ def _unit(column: pl.Series) -> int | None:
     return unit
 
 
-def _follows(value: pl.Series, period: pl.Series, labels: Floats) -> bool:
-    """Whether the rates of a part's values in other periods predict the labels of a period."""
+def _follows(value: pl.Series, period: pl.Series, labels: Floats, reach: int) -> bool:
+    """Whether the rates of a part's values in other periods predict the labels of a period.
+
+    The rates are those of a value and so many before and after it, where the last comes before the
+    first: of few rows, single hours say little.
+    """
     there = value.is_not_null().to_numpy()
     labels = labels[there]
     _, c = np.unique(period.drop_nulls().to_numpy(), return_inverse=True)
@@ -257,7 +265,9 @@ def _follows(value: pl.Series, period: pl.Series, labels: Floats) -> bool:
     cell = c * shape[1] + v
     rows = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
     hits = np.bincount(cell, labels, minlength=rows.size).reshape(shape)
-    other_rows, other_hits = rows.sum(0) - rows, hits.sum(0) - hits
+    others = (rows.sum(0) - rows, hits.sum(0) - hits)
+    near = range(-reach, reach + 1)
+    other_rows, other_hits = (sum(np.roll(each, k, 1) for k in near) for each in others)
     base = (other_hits.sum(1) + 1) / (other_rows.sum(1) + 2)
     rate = (other_hits + _PRIOR * base[:, None]) / (other_rows + _PRIOR)
     base = base[:, None]

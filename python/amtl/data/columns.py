@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import polars as pl
 
-from amtl.data import calendar, places
+from amtl.data import calendar, hosts, places
 from amtl.data.specs import TEXT, FieldSpec
 
 
@@ -24,9 +26,35 @@ def column_of(frame: pl.DataFrame, spec: FieldSpec) -> pl.Series:
         column = column.set(marked.fill_null(False), None)
     if spec.part in places.PARTS:
         return places.take(column, spec).rename(spec.name)
+    if spec.part in hosts.PARTS:
+        return hosts.take(column, spec).rename(spec.name)
     if spec.part:
         return calendar.take(column, spec).rename(spec.name)
     return fold(column) if spec.folded and column.dtype in TEXT else column
+
+
+def called(
+    frame: pl.DataFrame, name: str, numeric: str = "bucket", values: bool = False
+) -> FieldSpec | None:
+    """The part of a column that a name such as `when.hour` or `site.host` stands for, if any.
+
+    Args:
+        frame: the data.
+        name: perhaps of a part; None is returned for a column's name, and others.
+        numeric: what to do with numbers.
+        values: whether numbers join their embeddings.
+
+    Raises:
+        UserError: the column that it names holds no moments.
+    """
+    if found := calendar.called(frame, name):
+        return found
+    column = name.rpartition(".")[0]
+    if name in frame.columns or column not in frame.columns:
+        return None
+    alone = frame.select(column)
+    known = [*places.parts(alone, numeric, values), *hosts.parts(alone)]
+    return next((replace(spec, note="") for spec in known if spec.name == name), None)
 
 
 def fold(column: pl.Series) -> pl.Series:

@@ -16,6 +16,7 @@ from torch import Tensor
 from amtl.data import moments
 from amtl.data.columns import column_of
 from amtl.data.fields import bucket_count
+from amtl.data.lists import FEWEST_TIMES, WORDS
 from amtl.data.readers import require_columns
 from amtl.data.scales import Scale
 from amtl.data.specs import FieldSpec, numbers
@@ -216,10 +217,11 @@ class Encoder:
             if spec.kind == "bucket":
                 edges[spec.name] = _quantiles(read, bucket_count(spec, trained))
                 column = _bucket(read, edges[spec.name])
+            fewest = max(min_count, FEWEST_TIMES) if spec.separator == WORDS else min_count
             try:
                 vocabularies.append(
                     Vocabulary.build(
-                        column, name=spec.name, min_count=min_count, separator=spec.separator
+                        column, name=spec.name, min_count=fewest, separator=spec.separator
                     )
                 )
             except ValueError as error:

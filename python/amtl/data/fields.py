@@ -11,12 +11,13 @@ import polars as pl
 
 from amtl.data import moments, nested, notation, ranges
 from amtl.data.columns import fold
+from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, split
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
 from amtl.data.specs import TEXT, TREATMENTS, FieldSpec, as_typed, is_amount, numbers
 from amtl.data.splits import names_parts
 from amtl.data.text import FEW_NUMBERS
-from amtl.data.vocabulary import WRITTEN_LISTS, are_written_lists, exact_ids, split
+from amtl.data.vocabulary import exact_ids
 from amtl.errors import UserError, brief
 
 _FEWEST_BUCKETS = 8
@@ -48,6 +49,7 @@ _JOINED_BY = {"|": 1.0, ";": 0.5, ",": 0.5, " ": 0.05}
 come again. Names of people and places have spaces. Bars in many rows are taken for that."""
 _BARS, _FEWEST_BARS = 0.01, 3
 """Share of the rows, and number, from which bars join values; in fewer they are part of a text."""
+_SEVERAL_WORDS = r"\p{L}{2}\S* +\S*\p{L}{2}"
 _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _MOSTLY = 0.8
 """Share of distinct texts that are numbers from which it is told that the others are none."""
@@ -103,6 +105,7 @@ def infer_fields(
       sparse as said. Other integers of many values and few rows a value have a note.
       Text of digits alone, such as codes of places with leading zeros, and of ranges, such as
       `10-15`, is a number where labels say so, too.
+    - Text of several words and fewer than two rows a value is its words, if labels follow these.
     - Texts that differ in case and spaces around them alone are one value, if those are a tenth of
       a column's values and labels do not tell them apart.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
@@ -251,7 +254,11 @@ def _apart(column: pl.Series, separator: str) -> FieldSpec:
     if separator and are_written_lists(text):
         separator = WRITTEN_LISTS
         note = f"lists such as {_shown(column)}, read as such"
-    elif separator and len(text) and not text.str.contains(separator, literal=True).any():
+    elif (
+        separator not in ("", WORDS)
+        and len(text)
+        and not text.str.contains(separator, literal=True).any()
+    ):
         note = f"no value holds the separator {separator!r}, so each is one; --multi "
         note += f"{shlex.quote(f'{column.name}=;')} would name another"
     return FieldSpec(
@@ -349,9 +356,25 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             if said:
                 earlier = _earlier(spec.name) if what == "dates or times" else ""
                 spec = replace(number, note="; ".join(filter(None, [said.note, earlier])))
+    if dtype in TEXT and labels is not None and not (spelled or mixed):
+        spec = _words(spec, column, labels) or spec
     if dtype in TEXT and spec.kind == "categorical" and not spec.note and labels is not None:
         spec = _in_one_spelling(spec, column, values, labels)
     return spec
+
+
+def _words(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec | None:
+    """The spec of text that hardly comes again, and whose words say something of labels."""
+    rows, distinct = len(column) - column.null_count(), _distinct(column)
+    if spec.kind not in ("categorical", "unused") or rows < _ROWS_TO_JUDGE_BY:
+        return None
+    if rows > _SELDOM * distinct or not _is_prose(column) or _says_when(column):
+        return None
+    if not labels.follow(split(column.cast(pl.String), WORDS)):
+        return None
+    note = f"text of {rows / distinct:.1f} rows a value, whose words tell of labels: a value each; "
+    note += f"{as_typed(spec.name, 'categorical')} keeps it whole, --drop leaves it out"
+    return FieldSpec(spec.name, "bag", WORDS, note=note)
 
 
 def _in_one_spelling(
@@ -556,7 +579,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
         other = f"{keep}, {amount}" if amounts else keep
         other += f", {earlier}" if dated else ""
         if not amounts and not spec.note and _is_prose(column):
-            other += f", --multi {shlex.quote(f'{spec.name}= ')} splits it into words"
+            other += f", --multi {shlex.quote(f'{spec.name}={WORDS}')} splits it into words"
         note = f"{much} to learn; {other}"
         return replace(spec, kind="unused", note="; ".join(filter(None, [spec.note, note])))
     if not (unlike_ids or dated):
@@ -577,10 +600,10 @@ def _earlier(name: str) -> str:
 
 
 def _is_prose(column: pl.Series) -> bool:
-    """Whether most of the first thousand values are text of several words."""
+    """Whether most of the first thousand values are text of several words, not of numbers."""
     if column.dtype not in TEXT:
         return False
-    words = column.drop_nulls()[:1000].cast(pl.String).str.contains(r"\S +\S")
+    words = column.drop_nulls()[:1000].cast(pl.String).str.contains(_SEVERAL_WORDS)
     return float(words.mean() or 0.0) > 0.5  # type: ignore[arg-type]
 
 

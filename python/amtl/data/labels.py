@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amtl.data.readers import require_columns
+from amtl.data.specs import TEXT
 from amtl.data.text import MISSING
 from amtl.errors import UserError, brief
 
@@ -114,18 +115,18 @@ def _decide(
         raise UserError("give --label-threshold or --label-positive, not both")
     if missing not in (None, "drop", "negative"):
         raise UserError(f"--label-missing {missing}: drop or negative is needed")
-    values = frame[column]
+    values = _without_spaces(frame[column])
     if not len(values):
         raise UserError("the data has no rows")
     dtype = values.dtype
-    if dtype in (pl.Categorical, pl.Enum):
-        values = values.cast(pl.String)
-    elif not (dtype.is_numeric() or dtype in (pl.Boolean, pl.String, pl.Null)):
+    if not (dtype.is_numeric() or dtype in (pl.Boolean, pl.String, pl.Null)):
         raise UserError(
             f"label {column!r} is {brief(dtype)}; numbers, booleans or text are needed: name "
             "another column with --label"
         )
     gaps = _gaps(values, missing)
+    if positive is None and dtype == pl.String:
+        gaps |= (values == "").fill_null(True)
     if not (rows := int(gaps.sum())):
         return _classes(values, threshold, positive)
     if missing is None or rows == len(values):
@@ -145,14 +146,18 @@ def _decide(
 
 def _gaps(values: pl.Series, missing: str | None) -> pl.Series:
     """Which rows have no label."""
-    if values.dtype in (pl.Categorical, pl.Enum):
-        values = values.cast(pl.String)
+    values = _without_spaces(values)
     gaps = values.is_null()
     if values.dtype.is_float():
         gaps |= values.is_nan().fill_null(True)
     elif values.dtype == pl.String and missing is not None:
         gaps |= values.is_in(["", *MISSING]).fill_null(True)
     return gaps
+
+
+def _without_spaces(values: pl.Series) -> pl.Series:
+    """Text without spaces around; anything else as it is."""
+    return values.cast(pl.String).str.strip_chars() if values.dtype in TEXT else values
 
 
 def _classes(
@@ -192,7 +197,7 @@ def _number_pair(values: pl.Series, numbers: pl.Series) -> tuple[pl.Series, str]
 def _text_pair(values: pl.Series) -> tuple[pl.Series, str]:
     distinct = sorted(values.unique().to_list())
     if len(distinct) > 2:
-        lower = values.str.strip_chars().str.to_lowercase()
+        lower = values.str.to_lowercase()
         for folded in (lower, lower.replace(_ONE_SPELLING)):
             pair = sorted(folded.unique().to_list())
             if len(pair) == 2 and (_obvious(*pair) or _obvious(*pair[::-1])):
@@ -243,7 +248,7 @@ def _equal(values: pl.Series, positive: str) -> pl.Series:
     if values.dtype == pl.Boolean:
         flags = values.cast(pl.String) == positive.strip().lower()
     elif values.dtype == pl.String:
-        flags = values == positive
+        flags = values == positive.strip()
     else:
         try:
             flags = values.cast(pl.Float64) == float(positive)

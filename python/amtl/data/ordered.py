@@ -29,6 +29,8 @@ up to .02 on the others (.31 and less, or unsure)."""
 _FINER_ROWS = 50_000
 """Enough for that: what few rows leave in doubt is no reason for more buckets."""
 
+_ROWS_OF_LISTS = 20_000
+
 Floats = NDArray[np.float64]
 
 
@@ -102,6 +104,14 @@ class Labels:
         )
         return _apart(value.to_numpy(), group.to_numpy(), self._labels)
 
+    def follow(self, lists: pl.Series) -> bool:
+        """Whether the values that lists hold tell anything of labels: words of texts."""
+        rows = np.flatnonzero(~np.isnan(self._labels))
+        rows = rows[_spaced(len(rows), min(len(rows), _ROWS_OF_LISTS))]
+        labels = self._labels[rows]
+        said = told(_evidence(lists.gather(rows), labels), labels)
+        return said is not None and said.order > _SURE * said.order_error
+
     def want_finer(self, column: pl.Series, buckets: int, parts: int) -> bool:
         """Whether so many parts of a column of numbers tell much more of labels than buckets do."""
         said = told(column, self._labels, buckets, parts)
@@ -165,6 +175,24 @@ def told(
     found = (order[shared], own[own.mean(1).argmax()], others[shared])
     root = len(found[0]) ** 0.5
     return Told(*(float(part) for each in found for part in (each.mean(), each.std() / root)))
+
+
+def _evidence(lists: pl.Series, labels: Floats) -> pl.Series:
+    """What the values of each list say for a label of 1, by rows of other folds: naive Bayes."""
+    lengths = lists.list.len().fill_null(0).to_numpy()
+    flat = lists.filter(lists.list.len() > 0).explode().cast(pl.Categorical).to_physical()
+    value, row = flat.to_numpy(), np.repeat(np.arange(len(lists)), lengths)
+    fold = np.random.default_rng(1).permutation(len(lists)) % _FOLDS
+    result = np.zeros(len(lists))
+    for f in range(_FOLDS if len(value) else 0):
+        train = fold != f
+        mean = np.clip(labels[train].mean(), 1e-6, 1 - 1e-6)
+        known, held = train[row], ~train[row]
+        sums, rows = _per_group(value, known, labels[row], int(value.max()) + 1)
+        rate = (sums + _PRIOR * mean) / (rows + _PRIOR)
+        says = np.log(rate / (1 - rate)) - np.log(mean / (1 - mean))
+        result += np.bincount(row[held], says[value[held]], len(lists))
+    return pl.Series(lists.name, result)
 
 
 def _apart(value: Floats, group: Floats, labels: Floats) -> bool:

@@ -29,7 +29,8 @@ class FieldSpec:
             `standardise` (a number, scaled to mean 0 and deviation 1, without embedding) or
             `unused` (left out).
         separator: of a `bag` held as strings, `[]` where these are lists as Python or JSON writes
-            them. None for one held as lists; text that comes in their place is split at `|`.
+            them, `words` where they are text, see `amtl.data.lists`. None for one held as lists;
+            text that comes in their place is split at `|`.
         buckets: number of quantile buckets; fewer where training rows are few, unless labels ask
             for more than 64, see `bucket_count`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
@@ -42,8 +43,9 @@ class FieldSpec:
             where year, month and day come first.
         value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
             `amtl.data.scales`.
-        part: `hour`, `weekday` or `month` of the moments in the column `of`, or `1` or `2` of its
-            points, where it is no column itself; see `amtl.data.calendar` and `amtl.data.places`.
+        part: `hour`, `weekday` or `month` of the moments in the column `of`, `1` or `2` of its
+            points, or `host` or `network` of its addresses, where it is no column itself; see
+            `amtl.data.calendar`, `amtl.data.places` and `amtl.data.hosts`.
         of: that column.
         zone: whose clocks tell that part, such as `Europe/Berlin`; empty for UTC.
         folded: whether texts that differ in their case, or spaces around them, are one value.

@@ -7,12 +7,8 @@ without storing a size per row.
 
 from __future__ import annotations
 
-import ast
 import itertools
-import json
-import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +18,7 @@ import torch
 from torch import Tensor
 
 from amtl.data import notation
+from amtl.data.lists import WRITTEN_LISTS, are_written_lists, split, unquoted
 from amtl.errors import brief
 
 Column: TypeAlias = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor | Sequence[Any]
@@ -30,16 +27,6 @@ Column: TypeAlias = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor
 _KINDS = {"int": pl.Int64, "str": pl.String}
 LIST_SEPARATOR = "|"
 """Splits text where training had lists."""
-
-WRITTEN_LISTS = "[]"
-"""In the place of a separator: text is lists as Python or JSON writes them."""
-_ITEM = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|-?\d+(?:\.0+)?"""
-_NUMPY = rf"\bnp\.\w+\(({_ITEM})\)"
-"""An item as lists of NumPy's numbers are written: `[np.int64(3), np.int64(2)]`."""
-_MAY_BE_NONE = rf"(?:{_ITEM}|{_NUMPY}|None|null)"
-_LIST = rf"(?s)^\s*\[\s*(?:{_MAY_BE_NONE}(?:\s*,\s*{_MAY_BE_NONE})*)?\s*\]\s*$"
-_NOTHING = r"""(?:'\s*'|"\s*")"""
-
 _TRUTH = "(?i)^(?:true|false)$"
 _NUMBER = r"^-?\d+(?:\.0+)?$"
 _WHOLE_FLOAT = r"^(-?(?:\d{1,15}|[1-8]\d{15}))\.0+$"
@@ -618,7 +605,7 @@ def _flatten(
     lengths = series.list.len().fill_null(0).to_numpy().astype(np.int64)
     flat = series.filter(series.list.len() > 0).explode()
     if written:
-        flat = _unquoted(flat)
+        flat = unquoted(flat)
     return _normal(flat, name, lenient=lenient), lengths
 
 
@@ -635,60 +622,3 @@ def _without_nothing(lists: pl.Series) -> pl.Series:
     if full.dtype == pl.String:
         keep &= element.str.strip_chars() != ""
     return lists.list.eval(element.filter(keep))
-
-
-def split(texts: pl.Series, separator: str, *, trim: bool = True) -> pl.Series:
-    """The values that each text holds, as lists; an empty text holds none.
-
-    Args:
-        texts: strings.
-        separator: stands between values; or `WRITTEN_LISTS`, then items still have their quotes.
-        trim: leave out spaces around values, and empty values.
-    """
-    text = pl.col("text")
-    if separator == WRITTEN_LISTS:
-        texts = texts.str.replace_all(_NUMPY, "$1")
-        items = text.str.extract_all(_ITEM)
-        if texts.str.contains(_NOTHING).any():
-            empty = pl.element().str.contains(f"^{_NOTHING}$")
-            items = items.list.eval(pl.element().filter(~empty))
-        parts = pl.when(text.str.starts_with("[")).then(items).otherwise(pl.concat_list(text))
-        texts = texts.str.strip_chars()
-    else:
-        parts = text.str.split(separator)
-        if trim:
-            sign, plain = re.escape(separator), separator.replace("$", "$$")
-            texts = texts.str.strip_chars()
-            if texts.str.contains(rf"\s{sign}|{sign}(?:\s|{sign}|$)|^{sign}").any():
-                texts = texts.str.replace_all(rf"\s*(?:{sign}\s*)+", plain)
-                texts = texts.str.strip_prefix(separator).str.strip_suffix(separator)
-    nothing = pl.lit([], dtype=pl.List(pl.String))
-    chosen = pl.when(text == "").then(nothing).when(text.is_not_null()).then(parts)
-    return pl.DataFrame({"text": texts}).select(chosen.alias("text"))["text"]
-
-
-def are_written_lists(texts: pl.Series) -> bool:
-    """Whether all texts are lists of strings or whole numbers, as Python or JSON writes them."""
-    texts = texts.drop_nulls()
-    looks = texts[:100].str.contains(_LIST).all()
-    return len(texts) > 0 and looks and bool(texts.str.contains(_LIST).all())
-
-
-def _unquoted(items: pl.Series) -> pl.Series:
-    """Items of written lists as the values they stand for."""
-    escaped = items.filter(items.str.contains("\\", literal=True)).unique()
-    quoted = items.str.starts_with("'") | items.str.starts_with('"')
-    plain = items.zip_with(~quoted, items.str.slice(1).str.head(-1))
-    if len(escaped):
-        read = pl.Series([_unescaped(item) for item in escaped], dtype=pl.String)
-        found = items.replace_strict(escaped, read, default=None)
-        plain = plain.zip_with(found.is_null(), found)
-    return plain
-
-
-def _unescaped(item: str) -> str:
-    with suppress(ValueError):
-        return str(json.loads(item))
-    with suppress(ValueError, SyntaxError):
-        return str(ast.literal_eval(item))
-    return item[1:-1]

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amtl.data import calendar, moments, places
+from amtl.data import calendar, hosts, moments, places
+from amtl.data.columns import called as part_called
 from amtl.data.copies import copies, number_of
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
@@ -53,7 +54,8 @@ def prepare(
     if encoder is None:
         marks = {**source.marks, **odd}
         names = config.fields or default_fields(frame, config, source)
-        called = {name: calendar.called(frame, name) for name in names}
+        how = config.default_numeric, config.values
+        called = {name: part_called(frame, name, *how) for name in names}
         names = [name for name in names if called[name] is None]
         numeric = {**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric}
         known, told = _training_labels(labels, parts[0]), {*numeric, *config.separators}
@@ -74,7 +76,8 @@ def prepare(
         if not (config.fields or source.fields):
             skip = {config.label, *config.drop}
             specs += calendar.parts(frame, known, skip, marks)
-            specs += places.parts(frame, config.default_numeric, config.values, {*skip, *told})
+            specs += places.parts(frame, *how, {*skip, *told})
+            specs = hosts.with_parts(frame, specs, known, {*skip, *told})
         specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)

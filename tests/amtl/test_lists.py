@@ -1,0 +1,78 @@
+"""Text as its words."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from amtl.data.encoding import Encoder
+from amtl.data.fields import infer_fields
+from amtl.data.lists import FEWEST_TIMES, WORDS, split
+
+ROWS = 1500
+NOUNS = ["dress", "shirt", "coat", "skirt", "scarf", "boots"]
+LIKED = {"lovely": 1.5, "soft": 0.7, "grey": 0.0, "itchy": -0.7, "torn": -1.5}
+
+
+def reviews(told: float = 1.0, rows: int = ROWS) -> tuple[pl.DataFrame, np.ndarray]:
+    """Texts that are all different, and labels that follow one of their words, or do not."""
+    rng = np.random.default_rng(3)
+    said, noun = rng.choice(list(LIKED), rows), rng.choice(NOUNS, rows)
+    texts = [f"A {a} {b}, no. {i}!" for i, (a, b) in enumerate(zip(said, noun, strict=True))]
+    chance = 1 / (1 + np.exp(-told * np.array([LIKED[word] for word in said])))
+    return pl.DataFrame({"text": texts}), (rng.random(rows) < chance).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("It's SO Soft -- isn’t it?", ["it's", "so", "soft", "isn’t", "it"]),
+        ("Größe 42,5\n'ok'", ["größe", "42", "5", "ok"]),
+        ("...", []),
+        ("", []),
+        (None, None),
+    ],
+)
+def test_words_of_a_text(text, words):
+    assert split(pl.Series([text], dtype=pl.String), WORDS).to_list() == [words]
+
+
+def test_text_that_hardly_comes_again_is_its_words_where_these_tell_of_labels():
+    frame, labels = reviews()
+    (field,) = infer_fields(frame, ["text"], labels=labels)
+    assert (field.kind, field.separator) == ("bag", WORDS)
+    assert "whose words tell of labels" in field.note and "--numeric text=categ" in field.note
+    for given in ({"numeric": {"text": "categorical"}}, {"separators": {"text": ""}}):
+        (field,) = infer_fields(frame, ["text"], labels=labels, **given)
+        assert field.kind == "categorical"
+
+
+def test_other_text_is_not():
+    frame, labels = reviews(told=0.0)
+    (field,) = infer_fields(frame, ["text"], labels=labels)
+    assert field.kind == "unused" and "--multi text=words" in field.note
+    frame, labels = reviews()
+    assert infer_fields(frame, ["text"])[0].kind == "unused"
+    for values in (
+        frame["text"].str.replace_all(r"\PL", ""),  # No spaces: each is a word.
+        pl.Series(
+            [f"{a:.3f}, {b:.3f}" for a, b in np.random.default_rng(0).normal(size=(ROWS, 2))]
+        ),
+        frame["text"].str.head(12),  # Each comes again.
+    ):
+        column = values.alias("text").to_frame()
+        assert infer_fields(column, ["text"], labels=labels)[0].separator != WORDS
+    some, few = frame[:900], labels[:900]
+    assert infer_fields(some, ["text"], labels=few)[0].separator != WORDS
+
+
+def test_rare_words_share_a_row_and_spelling_does_not_matter():
+    frame, labels = reviews()
+    encoder = Encoder.fit(frame, infer_fields(frame, ["text"], labels=labels))
+    (vocabulary,) = encoder.vocabularies
+    counts = vocabulary.counts[: vocabulary.oov_row].tolist()
+    assert set(vocabulary.values) == {*LIKED, *NOUNS, "a", "no"} and min(counts) >= FEWEST_TIMES
+    again = Encoder.from_tensors(*encoder.to_tensors())
+    one, other = (pl.DataFrame({"text": [text]}) for text in ("LOVELY coat", "lovely, Coat!"))
+    rows = again.transform(one).rows
+    assert rows.equal(again.transform(other).rows) and again.transform(one).unknown["text"] == 0
