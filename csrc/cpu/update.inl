@@ -65,8 +65,8 @@ AMTL_ALWAYS_INLINE void UpdateWeights(T* weight, const TableSlice& slice, const 
 // What an update does with one row's summed gradient, as above. In a stored gradient what is past
 // `size` is zero.
 template <class T, Rule kRule>
-AMTL_ALWAYS_INLINE void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local,
-                                  int64_t segment, int size, const float* g) {
+inline void UpdateRow(const TableSlice& slice, const Hyper& h, int64_t local, int64_t segment,
+                      int size, const float* g) {
   if constexpr (kRule == Rule::kNone) {
     T* out = static_cast<T*>(slice.grads) + (segment - slice.first_segment) * slice.width;
     for (int c = 0; c < slice.width; c += kLanes) {

@@ -177,7 +177,7 @@ class TrainConfig:
     distillation: float | None = None
     init_std: float = 0.01
     batch_size: int = 8192
-    epochs: int = 30
+    epochs: int = 60
     validations: int = 4
     patience: int = 8
     rate_drop: float = 0.1
