@@ -134,7 +134,7 @@ def gradient_for(grad: Tensor) -> Tensor:
 def _save(
     ctx: Any,
     tables: Tables,
-    masks: list[Tensor],
+    masks: list[Tensor] | None,
     bags: Bags,
     bounds_check: int,
     sparse: bool,
@@ -151,7 +151,7 @@ def _save(
     )
     ctx.tables = tables._replace(blocks=[], sizes=[], row_groups=[])
     ctx.pooled = bags[3:]
-    ctx.mask_dtypes = [mask.dtype for mask in masks]
+    ctx.mask_dtypes = [mask.dtype for mask in masks or ()]
     ctx.sparse = sparse
     ctx.few = few and few._replace(steps=[])
 
@@ -214,20 +214,11 @@ def sample_gradient(grad: Tensor, tables: Tables, bags: Bags, few: FewBits) -> T
     return dots.where(counted, 0).to(grad.dtype)
 
 
-@in_groups
-def _given(
-    tables: Tables,
-    masks: list[Tensor] | None,
-    bags: Bags,
-    bounds_check: int,
-    sparse_grad: bool,
-    few: FewBits | None,
-) -> tuple[Any, ...]:
-    return tables, masks or [], bags, bounds_check, sparse_grad, few
+_save_values = in_groups(_save)
 
 
 def _registered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, *_given(*inputs))
+    _save_values(ctx, *inputs)
     ctx.absent = {name for name, value in zip(_NAMES, inputs, strict=False) if value is None}
 
 
