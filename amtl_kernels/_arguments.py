@@ -258,5 +258,7 @@ def clamped(indices: Tensor, offsets: Tensor | None, rows: Sequence[int]) -> Ten
 
 def split_masks(flat: Tensor, sizes: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
     """The mask gradients ``[G_t, D_t]`` in the flat one."""
+    if len(sizes) == 1:
+        return [flat.view(-1, dims[0])]
     counts = [each.shape[0] * dim for each, dim in zip(sizes, dims, strict=True)]
     return [part.view(-1, dim) for part, dim in zip(flat.split(counts), dims, strict=True)]

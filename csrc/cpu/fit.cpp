@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -22,8 +23,11 @@ constexpr int kTiltRounds = 40;
 struct Ordered {
   std::vector<int64_t> order;
   std::vector<double> score, above;
+  // Where each threshold was found, and between which places it will be, now that the shift is
+  // between others.
+  std::vector<size_t> at, least, most;
 
-  void Take(const double* scores, const double* rows, int64_t groups) {
+  void Take(const double* scores, const double* rows, int64_t groups, size_t levels) {
     const auto count = static_cast<size_t>(groups);
     order.resize(count);
     std::iota(order.begin(), order.end(), 0);
@@ -36,18 +40,26 @@ struct Ordered {
       score[i] = scores[order[i]];
       above[i] = above[i + 1] + rows[order[i]];
     }
+    at.assign(levels, 0);
+    least.assign(levels, 0);
+    most.assign(levels, count);
   }
 
-  double Cost(const ShiftTask& task, int64_t table, double shift) const {
+  bool Fits(const ShiftTask& task, int64_t table, double shift) {
     const double* thresholds = task.thresholds + table * task.levels;
     const double* steps = task.steps + table * task.levels;
     double cost = 0;
-    auto from = score.begin();
-    for (int64_t m = 0; m < task.levels; ++m) {
-      from = std::lower_bound(from, score.end(), thresholds[m] - shift);
-      cost += above[static_cast<size_t>(from - score.begin())] * steps[m];
+    for (size_t m = 0; m < at.size(); ++m) {
+      const auto first = score.begin() + static_cast<std::ptrdiff_t>(least[m]);
+      const auto last = score.begin() + static_cast<std::ptrdiff_t>(most[m]);
+      const auto found = std::lower_bound(first, last, thresholds[m] - shift);
+      at[m] = static_cast<size_t>(found - score.begin());
+      cost += above[at[m]] * steps[m];
     }
-    return cost;
+    const bool fits = cost <= task.capacity[table];
+    // Larger shifts are reached by more groups.
+    (fits ? most : least) = at;
+    return fits;
   }
 };
 
@@ -128,7 +140,7 @@ bool FitShifts(const ShiftTask& task) {
     const double* thresholds = task.thresholds + t * task.levels;
     const double* score = task.score + t * task.groups;
     if (!AllFinite(score, task.groups) || !AllFinite(thresholds, task.levels)) return false;
-    ordered.Take(score, task.rows + t * task.groups, task.groups);
+    ordered.Take(score, task.rows + t * task.groups, task.groups, static_cast<size_t>(task.levels));
     double low = thresholds[0] - ordered.score.back();
     const double high = thresholds[task.levels - 1] - ordered.score.front();
     const double width = high - low;
@@ -143,8 +155,7 @@ bool FitShifts(const ShiftTask& task) {
       const auto candidate = [&](int i) { return low + scale * (i * tick); };
       while (beyond - fits > 1) {
         const int middle = (fits + beyond) / 2;
-        const bool within = ordered.Cost(task, t, candidate(middle)) <= task.capacity[t];
-        (within ? fits : beyond) = middle;
+        (ordered.Fits(task, t, candidate(middle)) ? fits : beyond) = middle;
       }
       low = candidate(fits);
     }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/heads.h"
 #include "cpu/resolve.h"
 #include "cpu/types.h"
 
@@ -156,6 +157,14 @@ struct KernelTable {
   void (*choose_floats)(const float* scores, const float* prices, int64_t levels, int32_t* level);
   void (*choose_doubles)(const double* scores, const double* prices, int64_t levels,
                          int64_t* level);
+  // See heads.h: kGroupsAtOnce groups of a head from one on, a whole head, and again so many
+  // groups.
+  void (*run_twins)(const Twins& twins, int64_t head, int64_t group, float* scratch, float* out);
+  void (*twins_gradient)(const Twins& twins, int64_t head, float* scratch, float* grads,
+                         const float* grad, float* numbers_grad);
+  void (*kernel_mask_gradient)(const KernelMasks& masks, int64_t head, float* grad);
+  void (*softmax_mask_gradient)(const SoftmaxMasks& masks, int64_t group, float* scratch,
+                                float* grad);
   // Sums the gradients of `count` items into out[0..columns).
   void (*reduce)(DType type, const void* grad, int64_t stride, const void* items, bool weighted,
                  int64_t count, int columns, float* out);

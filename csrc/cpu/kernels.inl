@@ -32,6 +32,7 @@ inline int Registers(int64_t values) { return static_cast<int>((values + kLanes 
 #include "cpu/pool.inl"
 #include "cpu/placed.inl"
 #include "cpu/choose.inl"
+#include "cpu/heads.inl"
 #include "cpu/update.inl"
 #include "cpu/walk.inl"
 // clang-format on

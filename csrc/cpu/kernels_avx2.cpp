@@ -35,10 +35,22 @@ namespace {
 namespace amtl::cpu {
 
 const KernelTable& Avx2Kernels() {
-  static const KernelTable kTable = {
-      "avx2",      avx2::kLanes,        &avx2::Pool,          &avx2::Place,
-      &avx2::Pick, &avx2::ChooseFloats, &avx2::ChooseDoubles, &avx2::Reduce,
-      &avx2::Walk, &avx2::Dot,          &avx2::Describe,      &avx2::Apply};
+  static const KernelTable kTable = {"avx2",
+                                     avx2::kLanes,
+                                     &avx2::Pool,
+                                     &avx2::Place,
+                                     &avx2::Pick,
+                                     &avx2::ChooseFloats,
+                                     &avx2::ChooseDoubles,
+                                     &avx2::RunTwins,
+                                     &avx2::TwinsGradient,
+                                     &avx2::KernelMaskGradient,
+                                     &avx2::SoftmaxMaskGradient,
+                                     &avx2::Reduce,
+                                     &avx2::Walk,
+                                     &avx2::Dot,
+                                     &avx2::Describe,
+                                     &avx2::Apply};
   return kTable;
 }
 

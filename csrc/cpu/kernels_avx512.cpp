@@ -39,10 +39,22 @@ namespace {
 namespace amtl::cpu {
 
 const KernelTable& Avx512Kernels() {
-  static const KernelTable kTable = {
-      "avx512",      avx512::kLanes,        &avx512::Pool,          &avx512::Place,
-      &avx512::Pick, &avx512::ChooseFloats, &avx512::ChooseDoubles, &avx512::Reduce,
-      &avx512::Walk, &avx512::Dot,          &avx512::Describe,      &avx512::Apply};
+  static const KernelTable kTable = {"avx512",
+                                     avx512::kLanes,
+                                     &avx512::Pool,
+                                     &avx512::Place,
+                                     &avx512::Pick,
+                                     &avx512::ChooseFloats,
+                                     &avx512::ChooseDoubles,
+                                     &avx512::RunTwins,
+                                     &avx512::TwinsGradient,
+                                     &avx512::KernelMaskGradient,
+                                     &avx512::SoftmaxMaskGradient,
+                                     &avx512::Reduce,
+                                     &avx512::Walk,
+                                     &avx512::Dot,
+                                     &avx512::Describe,
+                                     &avx512::Apply};
   return kTable;
 }
 

@@ -11,10 +11,22 @@ namespace {
 namespace amtl::cpu {
 
 const KernelTable& GenericKernels() {
-  static const KernelTable kTable = {
-      "generic",      generic::kLanes,        &generic::Pool,          &generic::Place,
-      &generic::Pick, &generic::ChooseFloats, &generic::ChooseDoubles, &generic::Reduce,
-      &generic::Walk, &generic::Dot,          &generic::Describe,      &generic::Apply};
+  static const KernelTable kTable = {"generic",
+                                     generic::kLanes,
+                                     &generic::Pool,
+                                     &generic::Place,
+                                     &generic::Pick,
+                                     &generic::ChooseFloats,
+                                     &generic::ChooseDoubles,
+                                     &generic::RunTwins,
+                                     &generic::TwinsGradient,
+                                     &generic::KernelMaskGradient,
+                                     &generic::SoftmaxMaskGradient,
+                                     &generic::Reduce,
+                                     &generic::Walk,
+                                     &generic::Dot,
+                                     &generic::Describe,
+                                     &generic::Apply};
   return kTable;
 }
 

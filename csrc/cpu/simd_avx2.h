@@ -50,6 +50,15 @@ inline Reg Mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
 inline Reg Div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
 inline Reg Sqrt(Reg a) { return _mm256_sqrt_ps(a); }
 inline Reg MulAdd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+inline Reg Max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+// See simd_avx512.h.
+inline Reg Within(Reg x, float low, float high) {
+  return _mm256_min_ps(Set1(high), _mm256_max_ps(Set1(low), x));
+}
+inline Reg Scaled(Reg x, Reg n) {
+  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), power));
+}
 inline Reg Keep(Reg a, Mask m) { return _mm256_and_ps(a, _mm256_castsi256_ps(m)); }
 inline float Sum(Reg a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -55,6 +55,16 @@ inline Reg Mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
 inline Reg Div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
 inline Reg Sqrt(Reg a) { return _mm512_sqrt_ps(a); }
 inline Reg MulAdd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+inline Reg Max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+// NaN where x is.
+inline Reg Within(Reg x, float low, float high) {
+  return _mm512_min_ps(Set1(high), _mm512_max_ps(Set1(low), x));
+}
+// x times 2 to the power of the whole number in the low 9 bits of n.
+inline Reg Scaled(Reg x, Reg n) {
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), power));
+}
 inline Reg Keep(Reg a, Mask m) { return _mm512_maskz_mov_ps(m, a); }
 inline float Sum(Reg a) { return _mm512_reduce_add_ps(a); }
 // Number of lanes up to the last one that is not zero; NaN counts.

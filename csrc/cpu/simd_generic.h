@@ -81,6 +81,20 @@ inline Reg Sqrt(const Reg& a) {
 inline Reg MulAdd(const Reg& a, const Reg& b, const Reg& c) {
   return Map([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
 }
+inline Reg Max(const Reg& a, const Reg& b) {
+  return Map([&](int i) { return Select(a.x[i] > b.x[i], a.x[i], b.x[i]); });
+}
+// See simd_avx512.h.
+inline Reg Within(const Reg& x, float low, float high) {
+  return Map([&](int i) {
+    const Floats4 least = Splat(low), most = Splat(high);
+    const Floats4 above = Select(x.x[i] < least, least, x.x[i]);
+    return Select(above > most, most, above);
+  });
+}
+inline Reg Scaled(const Reg& x, const Reg& n) {
+  return Map([&](int i) { return (Floats4)((Bits4)x.x[i] + ((Bits4)n.x[i] << 23)); });
+}
 inline Reg Keep(const Reg& a, Mask m) {
   return Map([&](int i) { return (Floats4)((Ints4)a.x[i] & Kept(m, i)); });
 }

@@ -5,6 +5,7 @@
 #include <exception>
 
 #include "cpu/fit.h"
+#include "cpu/heads.h"
 #include "cpu/kernels.h"
 #include "torch/planned.h"
 
@@ -108,6 +109,21 @@ PyObject* Lookup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(done);
 }
 
+// What work on numbers that Python handed over says, while other threads may run Python. False
+// where memory ran out, too.
+template <class Work>
+PyObject* Done(const Work& work) {
+  PyThreadState* const state = PyEval_SaveThread();
+  bool done = false;
+  try {
+    done = work();
+  } catch (const std::exception&) {
+    done = false;
+  }
+  PyEval_RestoreThread(state);
+  return PyBool_FromLong(done);
+}
+
 PyObject* Fit(PyObject*, PyObject* const* args, Py_ssize_t count) {
   constexpr Py_ssize_t kNumbers = 10;
   Numbers<kNumbers> n;
@@ -122,21 +138,63 @@ PyObject* Fit(PyObject*, PyObject* const* args, Py_ssize_t count) {
         n.At<const T>(1), n.At<const double>(2), n.At<const T>(3), n.At<const double>(4),
         n.At<const double>(5), n.At<T>(6), n[7], n[8], n[9]});
   };
-  PyThreadState* const state = PyEval_SaveThread();
-  bool done = false;
-  try {
+  return Done([&] {
     if (n[0] == 0) {
-      done = amtl::cpu::FitShifts({n.At<const double>(1), n.At<const double>(2),
+      return amtl::cpu::FitShifts({n.At<const double>(1), n.At<const double>(2),
                                    n.At<const double>(3), n.At<const double>(4),
                                    n.At<const double>(5), n.At<double>(6), n[7], n[8], n[9]});
-    } else {
-      done = n[0] == 4 ? tilts(0.0f) : tilts(0.0);
     }
-  } catch (const std::exception&) {
-    done = false;
+    return n[0] == 4 ? tilts(0.0f) : tilts(0.0);
+  });
+}
+
+PyObject* Twins(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kNumbers = 9;
+  Numbers<kNumbers> n;
+  if (count != kNumbers) {
+    PyErr_Format(PyExc_TypeError, "twins takes %zd numbers", kNumbers);
+    return nullptr;
   }
-  PyEval_RestoreThread(state);
-  return PyBool_FromLong(done);
+  if (!n.Take(args)) return nullptr;
+  return Done([&] {
+    const amtl::cpu::Twins twins{n.At<const float>(0),
+                                 n.At<const float>(1),
+                                 n.At<const float>(2),
+                                 n.At<const int64_t>(3),
+                                 n[4],
+                                 n[5],
+                                 n[6]};
+    const auto* grad = n.At<const float>(7);
+    if (grad == nullptr) {
+      amtl::cpu::RunTwins(twins, n.At<float>(8));
+    } else {
+      amtl::cpu::TwinsGradient(twins, grad, n.At<float>(8));
+    }
+    return true;
+  });
+}
+
+PyObject* MaskGradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kNumbers = 9;
+  Numbers<kNumbers> n;
+  if (count != kNumbers) {
+    PyErr_Format(PyExc_TypeError, "mask_gradient takes %zd numbers", kNumbers);
+    return nullptr;
+  }
+  if (!n.Take(args)) return nullptr;
+  return Done([&] {
+    const auto* positions = n.At<const float>(1);
+    const auto* grad = n.At<const float>(3);
+    const int64_t heads = n[5], groups = n[6], dim = n[7], levels = n[8];
+    if (n[0] == 0) {
+      amtl::cpu::KernelMaskGradient({positions, n.At<const float>(2), grad, heads, groups, dim},
+                                    n.At<float>(4));
+    } else {
+      amtl::cpu::SoftmaxMaskGradient(
+          {positions, grad, n.At<const int64_t>(2), heads * groups, levels, dim}, n.At<float>(4));
+    }
+    return true;
+  });
 }
 
 PyMethodDef kMethods[] = {
@@ -150,6 +208,14 @@ PyMethodDef kMethods[] = {
      "fit(kind, scores, rows, thresholds or sizes, steps or stored, capacity, out, tables, groups, "
      "levels): tensors are addresses. Kind 0: shifts; 4 or 8: tilts of logits of so many bytes. "
      "False: a number is not finite."},
+    {"twins", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(Twins)), METH_FASTCALL,
+     "twins(numbers, features, gate, widths, heads, groups, layers, grad, out): tensors are "
+     "addresses, gate 0 for one branch. Without grad, 0, out is the output, with one the gradient "
+     "of the numbers."},
+    {"mask_gradient", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(MaskGradient)),
+     METH_FASTCALL,
+     "mask_gradient(kind, positions or logits, columns or first levels, grad, out, heads, groups, "
+     "dim, levels): tensors are addresses. Kind 0: masks by a kernel, 1: by a softmax."},
     {"use_cpu_capability", UseCpuCapability, METH_VARARGS,
      "Runs the CPU kernels of 'generic', 'avx2', 'avx512', or the best ones for ''; for tests. "
      "Returns whether the processor can."},

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from amtl_kernels._fit import fit
+from amtl_kernels._heads import fit
 
 # Search rounds times bits per round give 40 bits of the bracket, far below float32 steps of f.
 _SHIFT_WAYS = 16

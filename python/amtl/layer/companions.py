@@ -8,13 +8,14 @@ Every head keeps its parameter, its groups and its budget, and finds what it wou
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 
 from amtl.layer.size_head import Padded, SizeHead, Solution
 
@@ -50,7 +51,8 @@ class _Solved:
             held by a graph that the company holds.
         padded: their groups.
         numbers: [L, P], their parameters as they were.
-        scores: [L, G] or [L, G, M]; they lead back to the numbers where gradients were wanted.
+        scores: [L, G] or [L, G, M]; on a GPU they lead back to the numbers where gradients were
+            wanted.
         whole: the solution, with L in front.
         parts: that of each head.
         places: of each part, by its id.
@@ -64,6 +66,21 @@ class _Solved:
     whole: Solution
     parts: list[Solution]
     places: dict[int, int]
+
+    def gradient(self, of_masks: Sequence[Tensor | None]) -> Tensor:
+        """Gradient of the numbers, [L, P], from those of the soft masks, [G, D] of each head."""
+        head, padded, scores, numbers = self.head, self.padded, self.scores, self.numbers
+        wanted = _stacked(of_masks, scores.new_zeros(()).expand(scores.shape[1], head.grid.dim))
+        with _exact(head):
+            found = head._pull(scores.detach(), numbers, self.whole, padded, wanted)
+            if found is not None:
+                return found
+            with torch.enable_grad():
+                if not scores.requires_grad:
+                    numbers = numbers.detach().requires_grad_()
+                    scores = head.scores(padded, numbers)
+                mask = head._mask(scores, self.whole, padded)
+        return torch.autograd.grad(mask, numbers, wanted, retain_graph=True)[0]
 
 
 class Company:
@@ -89,7 +106,7 @@ class Company:
         self._padded = self._solved = self._masks = None
 
     def solve(self, head: SizeHead) -> None:
-        """Solve for this head and all that can be watched, unless it is the only one."""
+        """Solve for this head and all that can be watched, if it can."""
         watched = {}
         for reference in self._heads:
             other = reference()
@@ -97,9 +114,11 @@ class Company:
                 seen = other._snapshot()
                 if seen is not None and other.features.device == head.features.device:
                     watched[other] = seen
-        if head not in watched or len(watched) < 2:
+        if head not in watched:
             return
-        inference, learns = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        inference = torch.is_inference_mode_enabled()
+        # On the CPU native code has no need of a graph.
+        learns = torch.is_grad_enabled() and not head.features.is_cpu
         # What is made in inference mode cannot be used in a backward to come.
         with torch.inference_mode(False), torch.no_grad(), _exact(head):
             padded = self._padded_groups(list(watched))
@@ -109,9 +128,9 @@ class Company:
             shift, levels = head._solve(scores.detach(), padded)
             whole = Solution(shift, levels, head._sizes_at(levels))
             parts = []
-            for i, (other, seen) in enumerate(watched.items()):
-                own = slice(other.num_groups)
-                part = Solution(shift[i], levels[i, own], whole.sizes[i, own])
+            of_each = zip(shift.unbind(), levels.unbind(), whole.sizes.unbind(), strict=True)
+            for (other, seen), (one, *own) in zip(watched.items(), of_each, strict=True):
+                part = Solution(one, *(_cut(each, other.num_groups) for each in own))
                 other._kept = seen, inference, part
                 parts.append(part)
         references = [weakref.ref(other) for other in watched]
@@ -168,8 +187,8 @@ class Company:
         with torch.inference_mode(False), torch.no_grad():
             real = solved.head._real_sizes(solved.scores.detach(), solved.whole)
             noisy = solved.head._noisy_dims(real, solved.whole.sizes)
-            for part, drawn in zip(solved.parts, noisy, strict=True):
-                part.noisy = drawn[: len(part.sizes)]
+            for part, drawn in zip(solved.parts, noisy.unbind(), strict=True):
+                part.noisy = _cut(drawn, len(part.sizes))
 
 
 class _Masks(torch.autograd.Function):
@@ -190,31 +209,38 @@ class _Masks(torch.autograd.Function):
         """
         ctx.solved = solved
         ctx.set_materialize_grads(False)
-        dim = solved.head.grid.dim
-        return tuple(solved.padded.gate.new_zeros(len(part.sizes), dim) for part in solved.parts)
+        gate = solved.padded.gate
+        zeros = gate.new_zeros(()).expand(*gate.shape, solved.head.grid.dim).unbind()
+        each = zip(zeros, solved.parts, strict=True)
+        return tuple(_cut(mask, len(part.sizes)) for mask, part in each)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the parameters whose masks have one."""
         solved: _Solved = ctx.solved
-        with torch.enable_grad(), _exact(solved.head):
-            numbers, scores = solved.numbers, solved.scores
-            if not scores.requires_grad:
-                numbers = numbers.detach().requires_grad_()
-                scores = solved.head.scores(solved.padded, numbers)
-            mask = solved.head._mask(scores, solved.whole, solved.padded)
-        wanted = torch.zeros_like(mask)
-        for place, gradient in enumerate(gradients):
-            if gradient is not None:
-                wanted[place, : len(gradient)] = gradient
-        (found,) = torch.autograd.grad(mask, numbers, wanted, retain_graph=True)
+        found = solved.gradient(gradients)
         # Processes that train together wait for the gradient of every parameter of the graph.
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         rows = zip(found, gradients, ctx.needs_input_grad[1:], strict=True)
         return None, *(
             row if needs and (several or g is not None) else None for row, g, needs in rows
         )
+
+
+def _cut(values: Tensor, length: int) -> Tensor:
+    """The first of the values, as they are where these are all."""
+    return values if len(values) == length else values[:length]
+
+
+def _stacked(parts: Sequence[Tensor | None], zeros: Tensor) -> Tensor:
+    """What there is for each head, [L, G, ...], filled up by zeros of the shape [G, ...]."""
+    found = [zeros[:0] if part is None else part for part in parts]
+    if len(found) == 1 and len(found[0]) == len(zeros):
+        return found[0][None]
+    if all(len(part) < len(zeros) for part in found):
+        found[0] = torch.cat([found[0], zeros[len(found[0]) :]])
+    return pad_sequence(found, True)
 
 
 def _stretched(values: Tensor, length: int, filling: float | None = None) -> Tensor:

@@ -53,8 +53,16 @@ class SizeLaw(ABC):
         """Logarithm of the real-valued size, of the shape and type of u."""
 
     @abstractmethod
+    def log_slope(self, u: Tensor) -> Tensor:
+        """Derivative of `log_size` by u."""
+
+    @abstractmethod
     def slope(self, u: Tensor) -> Tensor:
         """Derivative of the size by u up to a factor, zero where it changes no memory."""
+
+
+_LINEAR = -15.0
+"""Below it `log(log(1 + e^u))` is u, as far as float32 tells."""
 
 
 class CapacityLaw(SizeLaw):
@@ -99,9 +107,14 @@ class CapacityLaw(SizeLaw):
 
     def log_size(self, u: Tensor) -> Tensor:
         """See `SizeLaw.log_size`; finite wherever u is."""
-        small = -15.0
-        above = torch.log(torch.nn.functional.softplus(u.clamp(min=small)))
-        return torch.where(u < small, u, above) + math.log(self.scale)
+        above = torch.log(torch.nn.functional.softplus(u.clamp(min=_LINEAR)))
+        return torch.where(u < _LINEAR, u, above) + math.log(self.scale)
+
+    def log_slope(self, u: Tensor) -> Tensor:
+        """See `SizeLaw.log_slope`."""
+        above = u.clamp(min=_LINEAR)
+        above = torch.sigmoid(above) / torch.nn.functional.softplus(above)
+        return above.masked_fill(u < _LINEAR, 1.0)
 
     def slope(self, u: Tensor) -> Tensor:
         """See `SizeLaw.slope`."""
@@ -134,6 +147,10 @@ class PowerLaw(SizeLaw):
         """See `SizeLaw.log_size`."""
         return u
 
+    def log_slope(self, u: Tensor) -> Tensor:
+        """See `SizeLaw.log_slope`."""
+        return torch.ones_like(u)
+
     def slope(self, u: Tensor) -> Tensor:
         """See `SizeLaw.slope`."""
         return torch.exp(u)
@@ -165,6 +182,11 @@ class SigmoidPowerLaw(SizeLaw):
     def log_size(self, u: Tensor) -> Tensor:
         """See `SizeLaw.log_size`."""
         return self.low + self.span * torch.sigmoid(u)
+
+    def log_slope(self, u: Tensor) -> Tensor:
+        """See `SizeLaw.log_slope`."""
+        share = torch.sigmoid(u)
+        return self.span * share * (1 - share)
 
     def slope(self, u: Tensor) -> Tensor:
         """See `SizeLaw.slope`."""

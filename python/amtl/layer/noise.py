@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amtl.layer.size_head import being_traced
+
 _LIBRARY = torch.library.Library("amtl", "FRAGMENT")
 _LIBRARY.define("read_seed(Tensor seed) -> SymInt")
 
@@ -39,5 +41,8 @@ def draw_seed(offset: int) -> int:
     Args:
         offset: 0..2^62 - 1, added to what was drawn.
     """
-    seed: int = torch.ops.amtl.read_seed(torch.randint(1 << 62, ()) + offset)
+    drawn = torch.randint(1 << 62, ())
+    if type(drawn) is Tensor and not torch._C._len_torch_dispatch_stack() and not being_traced():
+        return int(drawn) + offset
+    seed: int = torch.ops.amtl.read_seed(drawn + offset)
     return seed

@@ -430,6 +430,23 @@ class SizeHead(nn.Module):
         """The soft mask, float32 [..., G, D], differentiable."""
         raise NotImplementedError
 
+    def _pull(
+        self, scores: Tensor, numbers: Tensor, solution: Solution, of: Padded, grad: Tensor
+    ) -> Tensor | None:
+        """Gradient of the numbers of several heads, [L, P], by native code.
+
+        Args:
+            scores: as they were found from the numbers.
+            numbers: [L, P].
+            solution: with L in front.
+            of: their groups.
+            grad: of the soft masks, [L, G, D].
+
+        Returns:
+            None where autograd has to find it by way of `_mask`.
+        """
+        return None
+
     _rounds_down = False
 
     def _sizes_at(self, levels: Tensor) -> Tensor:
@@ -519,16 +536,19 @@ class SizeHead(nn.Module):
         step, dim = self.grid.granularity, self.grid.dim
         real = real.to(torch.float32)
         noisy = (real if step == 1 else real / step)[..., None] * self.noise_factors
-        full = noisy >= dim / step if self._rounds_down and dim % step else None
-        noisy = noisy.floor_() if self._rounds_down else noisy.round_()
         if step > 1:
-            noisy.mul_(step)
-        if full is not None:
-            noisy.masked_fill_(full, dim)
+            full = noisy >= dim / step if self._rounds_down and dim % step else None
+            noisy = (noisy.floor_() if self._rounds_down else noisy.round_()).mul_(step)
+            if full is not None:
+                noisy.masked_fill_(full, dim)
+        elif not self._rounds_down:
+            noisy.round_()
         noisy.clamp_(next(size for size in self.grid.sizes if size), dim)
+        # Which cuts off what is behind the point, within whole numbers.
+        drawn = noisy.to(self._dims_dtype)
         if self.grid.sizes[0] == 0:
-            noisy.mul_((sizes > 0)[..., None])
-        return noisy.to(self._dims_dtype)
+            drawn.mul_((sizes > 0)[..., None])
+        return drawn
 
     def extra_repr(self) -> str:
         """Number of groups, budget and noise."""

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from amtl.layer.budget import SizeGrid, fit_shift, fit_shifts, fit_tilt, fit_tilts
+from amtl.layer.companions import Company
 from amtl.layer.frequency import FrequencyGroups
 from amtl.layer.laws import SizeLaw, make_law
-from amtl.layer.size_head import OfGroups, Padded, SizeHead, Solution
+from amtl.layer.size_head import OfGroups, Padded, SizeHead, Solution, being_traced
+from amtl_kernels._heads import kernel_mask_gradient, softmax_mask_gradient, twins
 
 PARAMETRIZATIONS = ("ordinal", "free", "rule")
 
@@ -58,6 +60,7 @@ class TwinBranches(nn.Module):
         self.widths = (in_features, *hidden, out_features)
         self.names = ("high", "low") if twins else ("high",)
         self._shapes = list(zip(self.widths[1:], self.widths, strict=False)) * len(self.names)
+        self._widths = torch.tensor(self.widths)
         numbers: list[Tensor] = []
         for i, (out, into) in enumerate(self._shapes, 1):
             made = nn.Linear(into, out, device=device)
@@ -91,11 +94,41 @@ class TwinBranches(nn.Module):
             gate: alpha, [..., G].
             numbers: as in `layers`.
         """
+        numbers = self.numbers if numbers is None else numbers
+        if not (numbers.requires_grad and torch.is_grad_enabled()):
+            found = self.natively(features, gate, numbers)
+            if found is not None:
+                return found
         out = {name: perceptron(features, each) for name, each in self.layers(numbers).items()}
         if "low" not in out:
             return out["high"]
         alpha = gate[..., None]
         return alpha * out["high"] + (1 - alpha) * out["low"]
+
+    def natively(
+        self,
+        features: Tensor,
+        gate: Tensor,
+        numbers: Tensor | None = None,
+        grad: Tensor | None = None,
+    ) -> Tensor | None:
+        """What `forward` returns, or the gradient of the numbers; None if PyTorch has to find it.
+
+        Args:
+            features: as in `forward`.
+            gate: as in `forward`.
+            numbers: as in `forward`.
+            grad: of the outputs, [..., G, out]; None for the outputs.
+        """
+        if being_traced():
+            return None
+        numbers = self.numbers if numbers is None else numbers
+        shares = gate if "low" in self.names else None
+        if numbers.dim() > 1:
+            return twins(numbers, features, shares, self._widths, grad)
+        shares, grad = (None if x is None else x[None] for x in (shares, grad))
+        found = twins(numbers[None], features[None], shares, self._widths, grad)
+        return None if found is None else found[0]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -257,6 +290,7 @@ class OrdinalSizes(LawSizes):
     """
 
     trains = True
+    branches: TwinBranches
 
     def __init__(
         self,
@@ -302,24 +336,45 @@ class OrdinalSizes(LawSizes):
         """Log-size log k, [..., G], differentiable in the direction that keeps the budget."""
         shift = shift.to(scores.dtype)[..., None]
         with torch.no_grad():
-            slope = self.law.slope(scores + shift) * (self if of is None else of).rows
-            weight = slope / slope.sum(-1, keepdim=True).clamp(min=1e-30)
-        weighted = (weight.to(scores.dtype) * scores).sum(-1, keepdim=True)
+            weight = self._weights(scores + shift, of)
+        weighted = (weight * scores).sum(-1, keepdim=True)
         return self.law.log_size(scores + (shift - (weighted - weighted.detach())))
 
+    def _weights(self, u: Tensor, of: OfGroups | None) -> Tensor:
+        """How much of the budget a step of each u costs, as a share of what all of them do."""
+        slope = self.law.slope(u) * (self if of is None else of).rows
+        return (slope / slope.sum(-1, keepdim=True).clamp(min=1e-30)).to(u.dtype)
+
     def _real_sizes(self, scores: Tensor, solution: Solution) -> Tensor:
-        log_sizes = solution.log_sizes
-        if log_sizes is None:
-            log_sizes = self.law.log_size(scores + solution.shift.to(scores.dtype)[..., None])
-        return log_sizes.exp()
+        if solution.log_sizes is None:
+            u = scores + solution.shift.to(scores.dtype)[..., None]
+            solution.log_sizes = self.law.log_size(u)
+        return solution.log_sizes.exp()
+
+    def _kernel(self, of: OfGroups | None) -> tuple[Tensor, Tensor]:
+        """What log-sizes are multiplied by, [..., 1], and where columns lie then, [..., D]."""
+        scale = (1 / self.kernel_width) / (self if of is None else of).temperature[..., None]
+        return scale, self.get_buffer("log_columns") * scale
 
     def _mask(self, scores: Tensor, solution: Solution, of: OfGroups | None = None) -> Tensor:
-        temperature = (self if of is None else of).temperature[..., None]
-        scale = (1 / self.kernel_width) / temperature
-        columns = self.get_buffer("log_columns") * scale
+        scale, columns = self._kernel(of)
         log_sizes = self.log_sizes(scores, solution.shift, of)
         solution.log_sizes = log_sizes.detach()
         return torch.sigmoid((log_sizes * scale)[..., None] - columns[..., None, :])
+
+    def _pull(
+        self, scores: Tensor, numbers: Tensor, solution: Solution, of: Padded, grad: Tensor
+    ) -> Tensor | None:
+        scale, columns = self._kernel(of)
+        u = scores + solution.shift.to(scores.dtype)[..., None]
+        if solution.log_sizes is None:
+            solution.log_sizes = self.law.log_size(u)
+        found = kernel_mask_gradient(solution.log_sizes * scale, columns, grad)
+        if found is None:
+            return None
+        found = found * scale * self.law.log_slope(u)
+        found = found - self._weights(u, of) * found.sum(-1, keepdim=True)
+        return self.branches.natively(of.features, of.gate, numbers, found[..., None])
 
 
 class FreeSizes(SizeHead):
@@ -337,6 +392,7 @@ class FreeSizes(SizeHead):
     """
 
     trains = True
+    branches: TwinBranches
 
     def __init__(
         self,
@@ -416,6 +472,22 @@ class FreeSizes(SizeHead):
         mask = p.flip(-1).cumsum(-1).flip(-1)
         return mask if self._every_size else mask[..., self.get_buffer("column_levels")]
 
+    def _pull(
+        self, scores: Tensor, numbers: Tensor, solution: Solution, of: Padded, grad: Tensor
+    ) -> Tensor | None:
+        temperature = of.temperature[..., None, None]
+        with torch.enable_grad():
+            moved = scores.requires_grad_()
+            tilted = self._tilted(moved, solution.shift, of)
+        levels = self.get_buffer("column_levels")
+        found = softmax_mask_gradient(tilted.detach() / temperature, levels, grad)
+        if found is None:
+            return None
+        found = found / temperature
+        if tilted is not moved:
+            (found,) = torch.autograd.grad(tilted, moved, found)
+        return self.branches.natively(of.features, of.gate, numbers, found)
+
 
 class RuleSizes(LawSizes):
     """What the law says of the counts alone; no parameters.
@@ -485,7 +557,7 @@ def make_size_head(
     if parametrization == "free":
         if field_weights is not None:
             raise ValueError("field_weights multiply counts; parametrization='free' uses none")
-        return FreeSizes(groups, grid, budget, hidden=hidden, twins=twins, **kwargs)
+        return _joined(FreeSizes(groups, grid, budget, hidden=hidden, twins=twins, **kwargs))
     if parametrization not in PARAMETRIZATIONS:
         raise ValueError(
             f"parametrization must be one of {PARAMETRIZATIONS}, got {parametrization!r}"
@@ -493,7 +565,7 @@ def make_size_head(
     law = make_law(parametrization, grid, capacity_bits, init_exponent)
     if parametrization == "rule":
         return RuleSizes(groups, grid, budget, law, field_weights, **kwargs)
-    return OrdinalSizes(
+    learned = OrdinalSizes(
         groups,
         grid,
         budget,
@@ -504,3 +576,10 @@ def make_size_head(
         kernel_width=kernel_width,
         **kwargs,
     )
+    return _joined(learned)
+
+
+def _joined(head: SizeHead) -> SizeHead:
+    """A head that is a company of one, until others join it."""
+    Company().add(head)
+    return head

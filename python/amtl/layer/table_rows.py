@@ -460,7 +460,7 @@ class TableRows(nn.Module):
         """
         if not self.training or self._untaught < 0 or not torch.is_grad_enabled():
             return
-        head, weight = self._head(), self.weight
+        head, weight = self._head(), self._parameters.get("weight")
         if not head.trains:
             self._untaught = -1
             return

@@ -1,0 +1,61 @@
+#include "cpu/heads.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace amtl::cpu {
+
+int64_t Twins::BranchNumbers() const {
+  int64_t numbers = 0;
+  for (int64_t l = 0; l < layers; ++l) numbers += (widths[l] + 1) * widths[l + 1];
+  return numbers;
+}
+
+int64_t Twins::Scratch() const {
+  int64_t all = 0, widest = 0;
+  for (int64_t l = 0; l <= layers; ++l) {
+    all += widths[l];
+    widest = std::max(widest, widths[l]);
+  }
+  // What each layer takes and gives, slopes between them, the gate, and gradients on their way
+  // back.
+  return (2 * all + 1 + 2 * widest) * kGroupsAtOnce;
+}
+
+void RunTwins(const Twins& twins, float* out) {
+  std::vector<float> scratch(static_cast<size_t>(twins.Scratch()));
+  for (int64_t head = 0; head < twins.heads; ++head) {
+    for (int64_t group = 0; group < twins.groups; group += kGroupsAtOnce) {
+      Kernels().run_twins(twins, head, group, scratch.data(),
+                          out + (head * twins.groups + group) * twins.Out());
+    }
+  }
+}
+
+void TwinsGradient(const Twins& twins, const float* grad, float* numbers_grad) {
+  const int64_t numbers = twins.Numbers();
+  std::vector<float> scratch(static_cast<size_t>(twins.Scratch()));
+  std::vector<float> grads(static_cast<size_t>(numbers * Kernels().lanes));
+  for (int64_t head = 0; head < twins.heads; ++head) {
+    Kernels().twins_gradient(twins, head, scratch.data(), grads.data(),
+                             grad + head * twins.groups * twins.Out(),
+                             numbers_grad + head * numbers);
+  }
+}
+
+void KernelMaskGradient(const KernelMasks& masks, float* grad) {
+  for (int64_t head = 0; head < masks.heads; ++head) {
+    Kernels().kernel_mask_gradient(masks, head, grad + head * masks.groups);
+  }
+}
+
+void SoftmaxMaskGradient(const SoftmaxMasks& masks, float* grad) {
+  std::vector<float> scratch(static_cast<size_t>(2 * masks.levels * kGroupsAtOnce));
+  for (int64_t group = 0; group < masks.groups; group += kGroupsAtOnce) {
+    Kernels().softmax_mask_gradient(masks, group, scratch.data(), grad + group * masks.levels);
+  }
+}
+
+}  // namespace amtl::cpu
