@@ -110,9 +110,9 @@ class Company:
         watched = {}
         for reference in self._heads:
             other = reference()
-            if other is not None and other.companions is self and other.features.numel():
+            if other is not None and other.companions is self and other.num_groups:
                 seen = other._snapshot()
-                if seen is not None and other.features.device == head.features.device:
+                if seen is not None and other.device == head.device:
                     watched[other] = seen
         if head not in watched:
             return
@@ -127,12 +127,10 @@ class Company:
                 scores = head.scores(padded, numbers.requires_grad_(learns))
             shift, levels = head._solve(scores.detach(), padded)
             whole = Solution(shift, levels, head._sizes_at(levels))
-            parts = []
-            of_each = zip(shift.unbind(), levels.unbind(), whole.sizes.unbind(), strict=True)
-            for (other, seen), (one, *own) in zip(watched.items(), of_each, strict=True):
-                part = Solution(one, *(_cut(each, other.num_groups) for each in own))
-                other._kept = seen, inference, part
-                parts.append(part)
+            of_each = shift.unbind(), padded.apart(levels), padded.apart(whole.sizes)
+            parts = list(map(Solution, *of_each))
+            for (other, seen), part in zip(watched.items(), parts, strict=True):
+                other.__dict__["_kept"] = seen, inference, part
         references = [weakref.ref(other) for other in watched]
         places = {id(part): place for place, part in enumerate(parts)}
         of = _alone(head), padded, numbers, scores, whole
@@ -158,6 +156,7 @@ class Company:
             thresholds,
             steps,
             room.to(temperature.device),
+            [head.num_groups for head in heads],
         )
         self._padded = [weakref.ref(head) for head in heads], padded
         return padded
@@ -187,8 +186,8 @@ class Company:
         with torch.inference_mode(False), torch.no_grad():
             real = solved.head._real_sizes(solved.scores.detach(), solved.whole)
             noisy = solved.head._noisy_dims(real, solved.whole.sizes)
-            for part, drawn in zip(solved.parts, noisy.unbind(), strict=True):
-                part.noisy = _cut(drawn, len(part.sizes))
+            for part, drawn in zip(solved.parts, solved.padded.apart(noisy), strict=True):
+                part.noisy = drawn
 
 
 class _Masks(torch.autograd.Function):
@@ -210,9 +209,8 @@ class _Masks(torch.autograd.Function):
         ctx.solved = solved
         ctx.set_materialize_grads(False)
         gate = solved.padded.gate
-        zeros = gate.new_zeros(()).expand(*gate.shape, solved.head.grid.dim).unbind()
-        each = zip(zeros, solved.parts, strict=True)
-        return tuple(_cut(mask, len(part.sizes)) for mask, part in each)
+        zeros = gate.new_zeros(()).expand(*gate.shape, solved.head.grid.dim)
+        return tuple(solved.padded.apart(zeros))
 
     @staticmethod
     @once_differentiable
@@ -226,11 +224,6 @@ class _Masks(torch.autograd.Function):
         return None, *(
             row if needs and (several or g is not None) else None for row, g, needs in rows
         )
-
-
-def _cut(values: Tensor, length: int) -> Tensor:
-    """The first of the values, as they are where these are all."""
-    return values if len(values) == length else values[:length]
 
 
 def _stacked(parts: Sequence[Tensor | None], zeros: Tensor) -> Tensor:

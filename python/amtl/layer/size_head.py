@@ -138,6 +138,7 @@ class Padded:
         features, gate, rows, start, temperature: see `OfGroups`, with L in front.
         thresholds, steps: float64 [L, M], see `SizeHead.steps_of`.
         room: float64 [L], see `SizeHead.room`.
+        lengths: groups of each head.
     """
 
     features: Tensor
@@ -148,6 +149,13 @@ class Padded:
     thresholds: Tensor
     steps: Tensor
     room: Tensor
+    lengths: list[int]
+
+    def apart(self, values: Tensor) -> list[Tensor]:
+        """What belongs to the groups of each head, of [L, G, ...]."""
+        most = values.shape[1]
+        each = zip(values.unbind(), self.lengths, strict=True)
+        return [own if length == most else own[:length] for own, length in each]
 
 
 class Companions(Protocol):
@@ -389,12 +397,24 @@ class SizeHead(nn.Module):
 
     def _capturing(self) -> bool:
         """A CUDA graph must solve for sizes whenever it is replayed."""
-        return self.group_counts.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self._counts.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    @property
+    def _counts(self) -> Tensor:
+        # Past nn.Module, which takes most of a microsecond to find a buffer.
+        found = self._buffers["group_counts"]
+        assert found is not None
+        return found
 
     @property
     def num_groups(self) -> int:
         """Number of groups G."""
-        return self.group_counts.numel()
+        return self._counts.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head lies."""
+        return self._counts.device
 
     def likeness(self) -> tuple[object, ...]:
         """What is equal in heads that can be solved for together."""
