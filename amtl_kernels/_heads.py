@@ -109,6 +109,39 @@ def _mask_gradient(
     return out if done else None
 
 
+def draw_sizes(
+    real: Tensor,
+    sizes: Tensor,
+    factors: Tensor,
+    step: int,
+    least: int,
+    dim: int,
+    rounds_down: bool,
+) -> Tensor | None:
+    """Sizes at quantiles of noise, [..., Q], bit for bit what PyTorch's operations find.
+
+    Args:
+        real: float32 [...], sizes that may be fractional.
+        sizes: uint8 or int32 [...], as without noise; who keeps nothing keeps nothing.
+        factors: float32 [Q], what they are multiplied by.
+        step: sizes are multiples of it, or `dim`.
+        least: the smallest size, of those that keep anything.
+        dim: the largest.
+        rounds_down: whether they are cut to a multiple or rounded to the nearest one.
+    """
+    if backend.native is None or not _lie_here(torch.float32, real, factors):
+        return None
+    if not _lie_here(sizes.dtype, sizes) or sizes.dtype not in (torch.uint8, torch.int32):
+        return None
+    out = sizes.new_empty((*real.shape, len(factors)))
+    held = [tensor.contiguous() for tensor in (real, sizes, factors)]
+    addresses = [tensor.data_ptr() for tensor in held]
+    shape = real.numel(), len(factors)
+    kind = int(rounds_down), sizes.itemsize
+    done = backend.native.draw_sizes(*addresses, out.data_ptr(), *shape, step, least, dim, *kind)
+    return out if done else None
+
+
 def _lie_here(dtype: torch.dtype, *tensors: Tensor) -> bool:
     """Whether the memory of these is that of numbers of this type on the CPU."""
     return all(type(x) in _KINDS and x.is_cpu and x.dtype == dtype for x in tensors)

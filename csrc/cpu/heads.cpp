@@ -58,4 +58,13 @@ void SoftmaxMaskGradient(const SoftmaxMasks& masks, float* grad) {
   }
 }
 
+void DrawSizes(const NoisySizes& noise, void* out) {
+  std::vector<float> scratch(static_cast<size_t>(noise.quantiles));
+  if (noise.bytes) {
+    Kernels().draw_bytes(noise, scratch.data(), static_cast<uint8_t*>(out));
+  } else {
+    Kernels().draw_words(noise, scratch.data(), static_cast<int32_t*>(out));
+  }
+}
+
 }  // namespace amtl::cpu

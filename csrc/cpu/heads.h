@@ -49,4 +49,18 @@ struct SoftmaxMasks {
 };
 void SoftmaxMaskGradient(const SoftmaxMasks& masks, float* grad);
 
+// Sizes at quantiles of noise around sizes that may be fractional, to the bit what PyTorch's
+// operations find: each times every factor, cut or rounded to multiples of `step` between `least`
+// and `dim`, which is one, too. Who keeps nothing keeps nothing.
+struct NoisySizes {
+  const float* real;     // [groups]
+  const void* sizes;     // [groups], as without noise
+  const float* factors;  // [quantiles]
+  int64_t groups, quantiles;
+  int32_t step, least, dim;
+  bool rounds_down;
+  bool bytes;  // sizes and what comes out are of 1 byte, else of 4
+};
+void DrawSizes(const NoisySizes& noise, void* out);  // [groups, quantiles]
+
 }  // namespace amtl::cpu

@@ -305,3 +305,43 @@ void SoftmaxMaskGradient(const SoftmaxMasks& masks, int64_t group, float* scratc
     for (int64_t k = 0; k < levels; ++k) out[g * levels + k] = share[k * kGroupsAtOnce + g];
   }
 }
+
+template <class T>
+inline void DrawAll(const NoisySizes& noise, float* scratch, T* out) {
+  const auto* sizes = static_cast<const T*>(noise.sizes);
+  const auto step = static_cast<float>(noise.step);
+  // Beyond any size, and still with room for what is behind the point.
+  const float most = 4194304.0f;
+  // Positive floats are ordered as their bits are.
+  const float whole = static_cast<float>(static_cast<double>(noise.dim) / noise.step);
+  int32_t full;
+  __builtin_memcpy(&full, &whole, sizeof(full));
+  if (!noise.rounds_down || noise.dim % noise.step == 0) full = INT32_MAX;
+  for (int64_t g = 0; g < noise.groups; ++g, out += noise.quantiles) {
+    const Reg center = Set1(noise.step == 1 ? noise.real[g] : noise.real[g] / step);
+    for (int64_t q = 0; q < noise.quantiles; q += kLanes) {
+      const int64_t left = noise.quantiles - q;
+      const Mask here = FirstLanes(static_cast<int>(left < kLanes ? left : kLanes));
+      Reg x = Within(Mul(center, Load(noise.factors + q, here)), 0.0f, most);
+      if (!noise.rounds_down) x = Sub(Add(x, Set1(8388608.0f)), Set1(8388608.0f));
+      Store(scratch + q, x, here);
+    }
+    const int32_t shown = sizes[g] == 0 ? 0 : -1;
+    for (int64_t q = 0; q < noise.quantiles; ++q) {
+      int32_t bits;
+      __builtin_memcpy(&bits, scratch + q, sizeof(bits));
+      int32_t size = static_cast<int32_t>(scratch[q]) * noise.step;
+      size = bits >= full ? noise.dim : size;
+      size = size < noise.least ? noise.least : size;
+      size = size > noise.dim ? noise.dim : size;
+      out[q] = static_cast<T>(size & shown);
+    }
+  }
+}
+
+void DrawBytes(const NoisySizes& noise, float* scratch, uint8_t* out) {
+  DrawAll(noise, scratch, out);
+}
+void DrawWords(const NoisySizes& noise, float* scratch, int32_t* out) {
+  DrawAll(noise, scratch, out);
+}

@@ -165,6 +165,8 @@ struct KernelTable {
   void (*kernel_mask_gradient)(const KernelMasks& masks, int64_t head, float* grad);
   void (*softmax_mask_gradient)(const SoftmaxMasks& masks, int64_t group, float* scratch,
                                 float* grad);
+  void (*draw_bytes)(const NoisySizes& noise, float* scratch, uint8_t* out);
+  void (*draw_words)(const NoisySizes& noise, float* scratch, int32_t* out);
   // Sums the gradients of `count` items into out[0..columns).
   void (*reduce)(DType type, const void* grad, int64_t stride, const void* items, bool weighted,
                  int64_t count, int columns, float* out);

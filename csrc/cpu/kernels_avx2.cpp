@@ -46,6 +46,8 @@ const KernelTable& Avx2Kernels() {
                                      &avx2::TwinsGradient,
                                      &avx2::KernelMaskGradient,
                                      &avx2::SoftmaxMaskGradient,
+                                     &avx2::DrawBytes,
+                                     &avx2::DrawWords,
                                      &avx2::Reduce,
                                      &avx2::Walk,
                                      &avx2::Dot,

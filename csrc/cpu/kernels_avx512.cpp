@@ -50,6 +50,8 @@ const KernelTable& Avx512Kernels() {
                                      &avx512::TwinsGradient,
                                      &avx512::KernelMaskGradient,
                                      &avx512::SoftmaxMaskGradient,
+                                     &avx512::DrawBytes,
+                                     &avx512::DrawWords,
                                      &avx512::Reduce,
                                      &avx512::Walk,
                                      &avx512::Dot,

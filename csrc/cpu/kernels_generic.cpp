@@ -22,6 +22,8 @@ const KernelTable& GenericKernels() {
                                      &generic::TwinsGradient,
                                      &generic::KernelMaskGradient,
                                      &generic::SoftmaxMaskGradient,
+                                     &generic::DrawBytes,
+                                     &generic::DrawWords,
                                      &generic::Reduce,
                                      &generic::Walk,
                                      &generic::Dot,

@@ -197,6 +197,23 @@ PyObject* MaskGradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+PyObject* DrawSizes(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kNumbers = 11;
+  Numbers<kNumbers> n;
+  if (count != kNumbers) {
+    PyErr_Format(PyExc_TypeError, "draw_sizes takes %zd numbers", kNumbers);
+    return nullptr;
+  }
+  if (!n.Take(args)) return nullptr;
+  return Done([&] {
+    const auto whole = [&](int i) { return static_cast<int32_t>(n[i]); };
+    amtl::cpu::DrawSizes({n.At<const float>(0), n.At<const void>(1), n.At<const float>(2), n[4],
+                          n[5], whole(6), whole(7), whole(8), n[9] != 0, n[10] == 1},
+                         n.At(3));
+    return true;
+  });
+}
+
 PyMethodDef kMethods[] = {
     {"own", Own, METH_VARARGS, "A plan of amtl::_plan, by its address, as an object that ends it."},
     // Through void*, for the compiler sees one function type cast to another.
@@ -216,6 +233,10 @@ PyMethodDef kMethods[] = {
      METH_FASTCALL,
      "mask_gradient(kind, positions or logits, columns or first levels, grad, out, heads, groups, "
      "dim, levels): tensors are addresses. Kind 0: masks by a kernel, 1: by a softmax."},
+    {"draw_sizes", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(DrawSizes)), METH_FASTCALL,
+     "draw_sizes(real, sizes, factors, out, groups, quantiles, step, least, dim, rounds_down, "
+     "bytes of "
+     "a size): tensors are addresses."},
     {"use_cpu_capability", UseCpuCapability, METH_VARARGS,
      "Runs the CPU kernels of 'generic', 'avx2', 'avx512', or the best ones for ''; for tests. "
      "Returns whether the processor can."},

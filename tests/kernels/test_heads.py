@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 import amtl_kernels
 from amtl_kernels import backend
-from amtl_kernels._heads import kernel_mask_gradient, softmax_mask_gradient, twins
+from amtl_kernels._heads import (
+    draw_sizes,
+    kernel_mask_gradient,
+    softmax_mask_gradient,
+    twins,
+)
 
 pytestmark = pytest.mark.skipif(
     "error" in amtl_kernels.build_info()["native"], reason="no native module: make test builds it"
@@ -128,3 +133,23 @@ def test_others_are_left_to_pytorch() -> None:
     assert kernel_mask_gradient(gate, gate[:, :1].double(), gate[..., None]) is None
     assert kernel_mask_gradient(gate.half(), gate[:, :1], gate[..., None]) is None
     assert softmax_mask_gradient(gate[..., None], torch.zeros(1), gate[..., None]) is None
+
+
+@pytest.mark.parametrize("dim", [5, 16, 64, 300])
+@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("cuts", [False, True])
+def test_noisy_sizes_are_those_of_pytorch(dim: int, step: int, cuts: bool) -> None:
+    kind = torch.uint8 if dim <= 255 else torch.int32
+    real = (drawn(0, 3, 50) * 2 + 1).exp()
+    # Halves, whole numbers, the ends, and what is beyond all sizes.
+    real[0, :9] = torch.tensor([0.0, 0.5, 1.5, 2.5, 4.0, float(dim), dim / step, 3e9, torch.inf])
+    sizes = (torch.arange(150).view(3, 50) % 4).to(kind)
+    factors = torch.exp(torch.linspace(-1, 1, 21))
+    factors[10] = 1.0
+    want = real[..., None] / step * factors
+    full = want >= dim / step if cuts and dim % step else torch.zeros_like(want, dtype=torch.bool)
+    want = (want.floor() if cuts else want.round()) * step
+    want = want.masked_fill(full, dim).clamp(step, dim) * (sizes > 0)[..., None]
+    found = draw_sizes(real, sizes, factors, step, min(step, dim), dim, cuts)
+    assert found is not None and found.dtype == kind
+    assert torch.equal(found, want.to(kind))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from amtl.layer.budget import SizeGrid, capacity
 from amtl.layer.frequency import FrequencyGroups, frequency_features, log_count_zscores
 from amtl.layer.rounding import step_groups
+from amtl_kernels._heads import draw_sizes
 
 
 def being_traced() -> bool:
@@ -554,21 +555,23 @@ class SizeHead(nn.Module):
         Whether a row keeps anything at all is never left to the noise.
         """
         step, dim = self.grid.granularity, self.grid.dim
-        real = real.to(torch.float32)
-        noisy = (real if step == 1 else real / step)[..., None] * self.noise_factors
+        least = next(size for size in self.grid.sizes if size)
+        real, factors, cuts = real.to(torch.float32), self.noise_factors, self._rounds_down
+        if not being_traced():
+            drawn = draw_sizes(real, sizes, factors, step, least, dim, cuts)
+            if drawn is not None:
+                return drawn
+        noisy = (real if step == 1 else real / step)[..., None] * factors
+        full = noisy >= dim / step if cuts and dim % step else None
+        noisy = noisy.floor_() if cuts else noisy.round_()
         if step > 1:
-            full = noisy >= dim / step if self._rounds_down and dim % step else None
-            noisy = (noisy.floor_() if self._rounds_down else noisy.round_()).mul_(step)
-            if full is not None:
-                noisy.masked_fill_(full, dim)
-        elif not self._rounds_down:
-            noisy.round_()
-        noisy.clamp_(next(size for size in self.grid.sizes if size), dim)
-        # Which cuts off what is behind the point, within whole numbers.
-        drawn = noisy.to(self._dims_dtype)
+            noisy.mul_(step)
+        if full is not None:
+            noisy.masked_fill_(full, dim)
+        noisy.clamp_(least, dim)
         if self.grid.sizes[0] == 0:
-            drawn.mul_((sizes > 0)[..., None])
-        return drawn
+            noisy.mul_((sizes > 0)[..., None])
+        return noisy.to(self._dims_dtype)
 
     def extra_repr(self) -> str:
         """Number of groups, budget and noise."""
