@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -21,7 +21,7 @@ constexpr int kTiltRounds = 40;
 
 // The groups of one table by their score, and the rows of all from each on.
 struct Ordered {
-  std::vector<int64_t> order;
+  std::vector<std::pair<double, double>> order;
   std::vector<double> score, above;
   // Where each threshold was found, and between which places it will be, now that the shift is
   // between others.
@@ -30,15 +30,15 @@ struct Ordered {
   void Take(const double* scores, const double* rows, int64_t groups, size_t levels) {
     const auto count = static_cast<size_t>(groups);
     order.resize(count);
-    std::iota(order.begin(), order.end(), 0);
+    for (size_t i = 0; i < count; ++i) order[i] = {scores[i], rows[i]};
     std::sort(order.begin(), order.end(),
-              [&](int64_t a, int64_t b) { return scores[a] < scores[b]; });
+              [](const auto& a, const auto& b) { return a.first < b.first; });
     score.resize(count);
     above.assign(count + 1, 0.0);
     // Sums of whole numbers are exact in any order.
     for (size_t i = count; i-- > 0;) {
-      score[i] = scores[order[i]];
-      above[i] = above[i + 1] + rows[order[i]];
+      score[i] = order[i].first;
+      above[i] = above[i + 1] + order[i].second;
     }
     at.assign(levels, 0);
     least.assign(levels, 0);

@@ -228,12 +228,12 @@ class _Masks(torch.autograd.Function):
 
 def _stacked(parts: Sequence[Tensor | None], zeros: Tensor) -> Tensor:
     """What there is for each head, [L, G, ...], filled up by zeros of the shape [G, ...]."""
-    found = [zeros[:0] if part is None else part for part in parts]
-    if len(found) == 1 and len(found[0]) == len(zeros):
-        return found[0][None]
-    if all(len(part) < len(zeros) for part in found):
-        found[0] = torch.cat([found[0], zeros[len(found[0]) :]])
-    return pad_sequence(found, True)
+    found = [zeros if part is None else part for part in parts]
+    most = zeros.shape[0]
+    if any(part.shape[0] < most for part in found):
+        # One that is whole at the end, so that it is filled up to that.
+        return pad_sequence([*found, zeros], True)[:-1]
+    return found[0][None] if len(found) == 1 else torch.stack(found)
 
 
 def _stretched(values: Tensor, length: int, filling: float | None = None) -> Tensor:

@@ -56,7 +56,9 @@ class TableLookups(TableRows):
         if self.tier_ends is not None:
             table, rows = self._frozen(input)
             return self._shown(self._call(table.embedding, rows, **self._frozen_options()))
-        assert self.weight is not None and self.row_group is not None
+        # nn.Module takes a microsecond to find either.
+        weight, row_group = self.weight, self.row_group
+        assert weight is not None and row_group is not None
         rows, dims, mask, seed = self._searched(input)
         plan = self._sized_plan(dims)
         planned = None if plan is None else self._planned_rows(plan, rows)
@@ -64,9 +66,9 @@ class TableLookups(TableRows):
             return planned
         return self._call(
             amtl_kernels.adaptive_embedding,
-            self.weight,
+            weight,
             rows,
-            self.row_group,
+            row_group,
             dims,
             mask,
             seed=seed,
