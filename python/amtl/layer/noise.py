@@ -42,7 +42,7 @@ def draw_seed(offset: int) -> int:
         offset: 0..2^62 - 1, added to what was drawn.
     """
     drawn = torch.randint(1 << 62, ())
-    if type(drawn) is Tensor and not torch._C._len_torch_dispatch_stack() and not being_traced():
-        return int(drawn) + offset
-    seed: int = torch.ops.amtl.read_seed(drawn + offset)
-    return seed
+    if being_traced() or torch._C._len_torch_dispatch_stack():
+        seed: int = torch.ops.amtl.read_seed(drawn + offset)
+        return seed
+    return int(drawn) + offset
