@@ -396,7 +396,7 @@ def test_adam_step_counted_on_the_device() -> None:
 # --- Memory safety whatever the input -------------------------------------------------------------
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("form", ["masked", "adaptive", "tiered"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dims", [(8, 16, 8), (5, 1, 9), (129, 3, 40), (1000, 16, 264)])

@@ -61,6 +61,7 @@ def outputs(
 WIDTHS = [(3, 32, 1), (3, 32, 16), (4, 1), (2, 7), (3, 5, 70, 9), (1, 1, 1)]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("groups", [1, 31, 32, 33, 64, 65, 200])
 @pytest.mark.parametrize("single", [False, True])

@@ -1,7 +1,7 @@
 """Triton kernels on CPU tensors: the shared tests of ``tests/kernels`` and those of this folder.
 
 In processes of their own, since the interpreter has to be asked for before Triton is imported, and
-since an access out of bounds would take the test process with it. About a twentieth of the cases of
+since an access out of bounds would take the test process with it. About a thirtieth of the cases of
 each test, one at least; AMTL_SOAK=1 (`make soak`) runs all.
 """
 
@@ -31,7 +31,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Pa
     environment |= {
         "TRITON_INTERPRET": "1",
         "AMTL_TEST_BACKENDS": "triton",
-        "AMTL_TEST_EVERY": "1" if SOAK else "20",
+        "AMTL_TEST_EVERY": "1" if SOAK else "30",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]),
     }
