@@ -40,7 +40,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Argument(
-            help="Parquet, Arrow, CSV, TSV, JSON, libsvm or libfm file, or a named set "
+            help="Parquet, Arrow, CSV, TSV, JSON, libsvm, libfm or Excel file, or a named set "
             "(see: amtl datasets).",
             callback=arguments.not_empty,
         ),

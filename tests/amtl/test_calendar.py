@@ -1,4 +1,4 @@
-"""Hours, weekdays and months of moments as fields of their own."""
+"""Hours, weekdays, days of the month and months of moments as fields of their own."""
 
 from __future__ import annotations
 
@@ -197,6 +197,29 @@ def test_weekdays_and_months_come_again_after_weeks_and_years() -> None:
     assert found(days.dt.to_string("%Y%m%d").cast(pl.Int64), labels(0.5 * (when.dt.weekday() >= 6)))
 
 
+def test_days_of_the_month_come_again_after_months() -> None:
+    when = moments(days=500, rows=20_000)
+    paid = (when.dt.day() <= 2) | (when.dt.day() >= 30)
+    assert found(when, labels(0.2 + 0.15 * paid)) == ["when.day"]
+    # Of few rows, with those beside them: the last days of a month are next to its first.
+    some = when[:4000]
+    assert found(some, labels(0.2 + 0.15 * paid[:4000], seed=0)) == ["when.day"]
+    assert found(some, labels(0.2 + 0.15 * paid[:4000], seed=0), skip=["when.day"]) == []
+    assert found(when.dt.date(), labels(0.2 + 0.15 * paid)) == ["when.day"]
+    (field,) = parts(pl.DataFrame([when]), labels(0.2 + 0.15 * paid))
+    assert "labels follow the day of the month of 'when' from month to month" in field.note
+    assert column_of(pl.DataFrame([when.dt.epoch("ms")]), field).equals(
+        when.dt.day().rename("when.day")
+    )
+    for months, expected in ((3, []), (4, ["when.day"])):
+        when = moments(days=round(30.4 * months), rows=20_000)
+        paid = (when.dt.day() <= 2) | (when.dt.day() >= 30)
+        assert found(when, labels(0.2 + 0.3 * paid)) == expected
+    # One feast is no day of the month.
+    feast = (when.dt.day() == 14) & (when.dt.month() == 2)
+    assert found(when, labels(0.2 + 0.7 * feast)) == []
+
+
 def test_of_few_rows_an_hour_is_asked_for_with_those_beside_it() -> None:
     """Single hours of so few rows say too little, and those around midnight are neighbours."""
     when = moments(days=90, rows=2200)
@@ -252,7 +275,7 @@ def test_what_is_no_moment_is_passed_over(column: object) -> None:
     assert parts(frame, by_hour(moments())) == []
     with pytest.raises(UserError, match=r"--fields when.hour: column 'when' .* has no dates"):
         called(frame, "when.hour")
-    assert called(frame, "when") is called(frame, "what.hour") is called(frame, "when.day") is None
+    assert called(frame, "when") is called(frame, "what.hour") is called(frame, "when.days") is None
 
 
 def shop(**more: pl.Series) -> pl.DataFrame:

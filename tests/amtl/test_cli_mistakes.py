@@ -198,7 +198,10 @@ LINES = [  # whole command lines
     ("train ok.csv --label y --time-limit 0m", "a time above 0"),
     ("train --resume --out run --time-limit -3", "a time above 0"),
     ("train --resume --out ''", "'--out': a name is needed"),
-    ("train --resume --out nowhere", "there is no nowhere"),
+    (
+        "train --resume --out nowhere",
+        "there is no run in nowhere: what was stopped while it read its data has saved nothing",
+    ),
     ("train ok.csv --label y --out run", "--force"),
     ("evaluate", "Missing argument"),
     ("evaluate ''", "a name is needed"),

@@ -57,6 +57,12 @@ def test_whole_numbers_held_as_floats_are_ids_and_said_to_be(name):
     assert spec(IDS[name], numeric={"x": "bucket"}).kind == "bucket"
 
 
+def test_two_numbers_are_no_amounts_and_nothing_is_said_of_them():
+    field = spec(with_gaps(rng.integers(0, 2, N)))
+    assert (field.kind, field.note) == ("categorical", "")
+    assert spec(with_gaps(rng.integers(0, 3, N))).note
+
+
 @pytest.mark.parametrize("name", AMOUNTS)
 def test_whole_numbers_that_are_amounts_stay_numbers_and_are_said_to(name):
     field = spec(AMOUNTS[name])

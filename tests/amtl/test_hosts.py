@@ -1,4 +1,4 @@
-"""Hosts of addresses, and networks, as fields of their own."""
+"""Hosts of addresses, networks and blocks of these, as fields of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from amtl.data.columns import called, column_of
 from amtl.data.encoding import Encoder
 from amtl.data.hosts import parts, take
 from amtl.data.registry import Source
+from amtl.data.specs import FieldSpec
 from amtl.run.preparation import prepare
 from amtl.settings import make_config
 
@@ -40,6 +41,8 @@ def visits() -> pl.DataFrame:
         ("192.0.2.7:443", "network", "192.0"),
         ("2001:DB8::1", "network", "2001:db8"),
         ("2001:db8:0:0:0:0:0:1", "network", "2001:db8"),
+        ("192.0.2.7", "block", "192"),
+        ("2001:DB8::1", "block", "2001"),
         ("(direct)", "host", None),
         ("http://localhost/a", "host", None),
         ("a@b, c@example.org", "host", None),
@@ -49,7 +52,7 @@ def visits() -> pl.DataFrame:
     ],
 )
 def test_what_of_an_address_it_is(text, part, found):
-    spec = next(s for s in parts(visits()) if s.part == part)
+    spec = FieldSpec("x.part", part=part, of="x")
     assert take(pl.Series("x", [text, None, ""]), spec).to_list() == [found, None, None]
 
 
@@ -64,6 +67,22 @@ def test_hosts_and_networks_are_fields():
     assert again.transform(data).rows.equal(encoder.transform(data).rows)
     # All rows to score may lack them.
     assert len(again.transform(data.with_columns(ip=pl.lit(None))).rows)
+
+
+def test_blocks_are_fields_where_networks_hardly_come_again():
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 256, (ROWS, 4))
+    y = (rng.random(ROWS) < 0.2 + 0.6 * (numbers[:, 0] > 99)).astype(int)
+    data = pl.DataFrame({"ip": [".".join(map(str, row)) for row in numbers], "clicked": y})
+    assert [field.name for field in parts(data)] == ["ip.block"]
+    assert parts(data, skip=["ip.block"]) == []
+    source = Source("visits", data)
+    encoder = prepare(make_config(source, {}, label="clicked", **GIVEN), source).encoder
+    kinds = {field.name: field.kind for field in encoder.decisions}
+    assert kinds == {"ip": "unused", "ip.block": "categorical"}
+    assert called(data, "ip.block") is not None
+    six = [f"{a:04x}:{b:04x}::{c:x}:{d:x}" for a, b, c, d in numbers * [1, 256, 256, 256]]
+    assert [field.name for field in parts(pl.DataFrame({"ip": six}))] == ["ip.block"]
 
 
 @pytest.mark.parametrize("own", [0.0, 0.5])

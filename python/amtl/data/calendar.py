@@ -1,4 +1,4 @@
-"""Hour, weekday and month of moments, as fields of their own where labels follow them."""
+"""Hours, weekdays, days and months of moments, as fields of their own where labels follow them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,22 @@ class Part(NamedTuple):
         period: the numbers of the periods after each of which it does.
         again: the same in words.
         reach: how many neighbours on either side are like it.
+        called: what it is in words, where its name does not say so.
     """
 
     of: Callable[[pl.Series], pl.Series]
     period: Callable[[pl.Series], pl.Series]
     again: str
     reach: int = 0
+    called: str = ""
 
 
 def _days(when: pl.Series) -> pl.Series:
     return when.dt.date().to_physical().cast(pl.Int64)
+
+
+def _months(when: pl.Series) -> pl.Series:
+    return when.dt.year().cast(pl.Int64) * 12 + when.dt.month()
 
 
 PARTS = {
@@ -43,6 +49,8 @@ PARTS = {
     "weekday": Part(
         lambda when: when.dt.weekday(), lambda when: (_days(when) + 3) // 7, "week to week"
     ),
+    # Wages and rents come on days of the month, and so do feasts.
+    "day": Part(lambda when: when.dt.day(), _months, "month to month", 3, "day of the month"),
     "month": Part(lambda when: when.dt.month(), lambda when: when.dt.year(), "year to year"),
 }
 _FEWEST = 4
@@ -77,12 +85,12 @@ def parts(
     skip: Collection[str] = (),
     marks: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[FieldSpec]:
-    """Fields for the hour, weekday and month of moments, where labels that train follow them.
+    """Fields for hours, weekdays, days of the month and months, where labels follow these.
 
     They do where the rates of an hour on other days predict its labels on a day better than these
     days' rate alone, beyond three standard errors between days, of which there must be four: what
-    comes once, such as a campaign of an hour, is none. The same for weekdays and weeks, months and
-    years.
+    comes once, such as a campaign of an hour, is none. The same for weekdays and weeks, days and
+    months, months and years.
 
     Args:
         frame: the data.
@@ -111,7 +119,8 @@ def parts(
             value, period = known.of(when), known.period(when)
             near = range(known.reach + 1)
             if any(_follows(value, period, labels[trains], reach) for reach in near):
-                note = f"labels follow the {part} of {name!r} from {known.again}; "
+                what = known.called or part
+                note = f"labels follow the {what} of {name!r} from {known.again}; "
                 note += f"--drop {shlex.quote(field)} leaves it out"
                 spec = FieldSpec(
                     field, moment=form or None, part=part, of=name, zone=zone, note=note

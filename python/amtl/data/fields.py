@@ -432,6 +432,8 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
         return replace(number, note=note)
     ids = f"{as_typed(name, 'categorical')} takes it as ids"
     distinct = whole.unique().sort()
+    if len(distinct) <= 2:
+        return FieldSpec(name)
     rows = len(whole) / len(distinct)
     if len(distinct) > number.buckets:
         if len(distinct) > _NEARLY_UNIQUE * len(whole) and len(whole) >= _ROWS_TO_JUDGE_BY:

@@ -1,4 +1,4 @@
-"""Hosts of web and mail addresses, and networks of IP addresses, as fields of their own."""
+"""Hosts of web and mail addresses, networks or blocks of IP addresses, as fields of their own."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ PARTS = {
         r"^(\d{1,3}\.\d{1,3})(?:\.\d{1,3}){2}(?:[:/]\d+)?$",
         r"(?i)^([\da-f]{4}:[\da-f]{1,4}):(?:[\da-f]{0,4}:){1,6}[\da-f]{0,4}(?:/\d+)?$",
     ),
+    "block": (
+        r"^(\d{1,3})(?:\.\d{1,3}){3}(?:[:/]\d+)?$",
+        r"(?i)^([\da-f]{4}):[\da-f]{1,4}:(?:[\da-f]{0,4}:){1,6}[\da-f]{0,4}(?:/\d+)?$",
+    ),
 }
 """`example.org` of `https://www.example.org/a?b=1` and `me@example.org`; `192.0` of `192.0.2.7` and
-`2001:db8` of `2001:db8::1`. Times, and addresses of hardware, have neither."""
+`2001:db8` of `2001:db8::1`, and their `192` and `2001`. Times, and addresses of hardware, have
+none."""
 _MOSTLY = 0.9
 """Share of a column's distinct texts that are addresses from which it holds such."""
 _COME_AGAIN = 0.5
@@ -34,9 +39,10 @@ _SELDOM = 2.0
 
 
 def parts(frame: pl.DataFrame, skip: Collection[str] = ()) -> list[FieldSpec]:
-    """A field for each column of text that holds addresses: their hosts, or networks.
+    """A field for each column of text that holds addresses: their hosts, networks or blocks.
 
-    Single addresses seldom come again, and from where they are does.
+    Single addresses seldom come again, and from where they are does: where not even networks do,
+    the blocks that these are in.
 
     Args:
         frame: the data.
@@ -50,12 +56,13 @@ def parts(frame: pl.DataFrame, skip: Collection[str] = ()) -> list[FieldSpec]:
         if column.name in skip or column.dtype not in TEXT:
             continue
         values = notation.texts(column).drop_nulls()
-        part = _part(values[:100].unique())
-        name = f"{column.name}.{part}"
-        if not part or name in frame.columns or name in skip:
+        if not _parts(values[:100].unique()):
             continue
         values = values.unique()
-        if part == _part(values) and 1 < _of(values, part).n_unique() < _COME_AGAIN * len(values):
+        again = _COME_AGAIN * len(values)
+        part = next((p for p in _parts(values) if 1 < _of(values, p).n_unique() < again), "")
+        name = f"{column.name}.{part}"
+        if part and name not in frame.columns and name not in skip:
             note = f"the {part} of the addresses in {column.name!r}; "
             note += f"--drop {shlex.quote(name)} leaves it out"
             found.append(FieldSpec(name, part=part, of=column.name, note=note))
@@ -93,16 +100,16 @@ def with_parts(
 
 
 def take(column: pl.Series, spec: FieldSpec) -> pl.Series:
-    """The host or network of each address, text; null for what is none."""
+    """The part of each address that a field is, text; null for what is none."""
     if column.dtype not in TEXT:
         return pl.Series(spec.name, [None], dtype=pl.String).new_from_index(0, len(column))
     return _of(notation.texts(column), spec.part)
 
 
-def _part(values: pl.Series) -> str:
-    """What nearly all of some texts have; empty if they are no addresses."""
+def _parts(values: pl.Series) -> list[str]:
+    """What nearly all of some texts have; nothing if they are no addresses."""
     enough = _MOSTLY * len(values)
-    return next((p for p in PARTS if len(values) and _of(values, p).count() >= enough), "")
+    return [part for part in PARTS if len(values) and _of(values, part).count() >= enough]
 
 
 def _of(values: pl.Series, part: str) -> pl.Series:

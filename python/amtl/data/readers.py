@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from amtl.data import libsvm, text
+from amtl.data import libsvm, sheets, text
 from amtl.data.nested import flat
 from amtl.data.vocabulary import as_series
 from amtl.errors import UserError, brief
@@ -34,6 +34,8 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _SAMPLE = 1 << 16
 _BEFORE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before the first sign of a text: a byte order mark, and spaces."""
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+"""Byte order marks, with which Excel begins what it calls Unicode text."""
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _KINDS_OF_JSON = {bool: "booleans", list: "lists", dict: "objects"}
 
@@ -66,9 +68,10 @@ class Contents:
 
 
 def read_file(path: Path | str) -> Contents:
-    """Reads Parquet (a file or a folder of them), Arrow, delimited text, libsvm, libfm or JSON.
+    """Reads Parquet (a file or a folder of them), Arrow, text, libsvm, libfm, JSON or sheets.
 
-    Files may be compressed (`.gz`, `.zst`, `.bz2`; gzip and zstd by any name). The separator of
+    Files may be compressed (`.gz`, `.zst`, `.bz2`; gzip and zstd by any name), and text be UTF-8,
+    or UTF-16 with a byte order mark. The separator of
     text is told by its first lines, and so is whether it has a header, whether a `.txt` is libsvm,
     and whether JSON is an object a line or one list of them. The fields of structs are columns: see
     `flat`.
@@ -88,12 +91,15 @@ def read_file(path: Path | str) -> Contents:
             return Contents(flat(_parquet(_plain(path)), repr(str(path))))
         if kind in _ARROW:
             return Contents(flat(_arrow(_plain(path)), repr(str(path))))
+        if kind in sheets.SUFFIXES:
+            frame, notes, marks = sheets.read(_plain(path), str(path))
+            return Contents(frame, notes=notes, marks=marks)
         if kind in _DELIMITED + _LIBSVM + _NDJSON:
             return _read_text(path, kind)
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
     named = (*_DELIMITED[:2], _DELIMITED[3], *_LIBSVM, *_NDJSON)
-    known = ", ".join((_PARQUET[0], *_ARROW, *named))
+    known = ", ".join((_PARQUET[0], *_ARROW, *named, sheets.SUFFIXES[0]))
     raise UserError(
         f"{str(path)!r}: unknown kind {kind!r}; give one of {known} (text also as .gz, .zst, "
         ".bz2). Of text with :: between columns: sed 's/::/\\t/g' FILE > FILE.tsv"
@@ -102,7 +108,7 @@ def read_file(path: Path | str) -> Contents:
 
 def is_table(path: Path) -> bool:
     """Whether a file's name is that of a table, of a kind that is read."""
-    return _kind(path) in (*_PARQUET, *_ARROW, *_DELIMITED, *_LIBSVM, *_NDJSON)
+    return _kind(path) in (*_PARQUET, *_ARROW, *_DELIMITED, *_LIBSVM, *_NDJSON, *sheets.SUFFIXES)
 
 
 def _kind(path: Path) -> str:
@@ -182,6 +188,9 @@ def _read_text(path: Path, kind: str) -> Contents:
     if not sample.strip():
         raise UserError(f"{str(path)!r} is empty")
     source = _plain(path)
+    if sample[:2] in _UTF16:
+        source = io.BytesIO(text.contents_of(source).decode("utf-16").encode())
+        sample = source.getvalue()[:_SAMPLE]
     if kind in _NDJSON:
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
             rows = _json(file, sample.lstrip(_BEFORE).startswith(b"["), str(path))

@@ -43,9 +43,9 @@ class FieldSpec:
             where year, month and day come first.
         value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
             `amtl.data.scales`.
-        part: `hour`, `weekday` or `month` of the moments in the column `of`, `1` or `2` of its
-            points, or `host` or `network` of its addresses, where it is no column itself; see
-            `amtl.data.calendar`, `amtl.data.places` and `amtl.data.hosts`.
+        part: `hour`, `weekday`, `day` or `month` of the moments in the column `of`, `1` or `2` of
+            its points, or `host`, `network` or `block` of its addresses, where it is no column
+            itself; see `amtl.data.calendar`, `amtl.data.places` and `amtl.data.hosts`.
         of: that column.
         zone: whose clocks tell that part, such as `Europe/Berlin`; empty for UTC.
         folded: whether texts that differ in their case, or spaces around them, are one value.

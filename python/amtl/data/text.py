@@ -74,14 +74,14 @@ def read(
     """
     notes = []
     if "\r" in first and "\n" not in first:
-        source = io.BytesIO(_content(source).replace(b"\r", b"\n"))
+        source = io.BytesIO(contents_of(source).replace(b"\r", b"\n"))
         first = first.replace("\r", "\n")
     if line := _SEPARATOR_LINE.match(first):
-        source = io.BytesIO(_content(source).removeprefix(b"\xef\xbb\xbf")[line.end() :])
+        source = io.BytesIO(contents_of(source).removeprefix(b"\xef\xbb\xbf")[line.end() :])
         first, separator, where = first[line.end() :], line[1], f"{where} without line 1"
         notes.append(f"line 1 says what separates columns, and is left out: {_NAMES[separator]}")
     if first[:1] in ("\r", "\n"):
-        source = io.BytesIO(_content(source).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
+        source = io.BytesIO(contents_of(source).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
     found = find_separator(first, separator)
     if found != separator:
         notes.append(f"columns are separated by {_NAMES[found]}")
@@ -109,7 +109,7 @@ def read(
     try:
         frame, padded = _parse(source, found, header, comma)
     except pl.exceptions.PolarsError as error:
-        told = _odd_line(_content(source), found, len(rows[0]))
+        told = _odd_line(contents_of(source), found, len(rows[0]))
         told = told or (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"cannot read {where!r}: {told}") from error
     if not header:
@@ -117,7 +117,7 @@ def read(
     if len(names) == frame.width:
         frame.columns = names
     if frame.width > 1 and frame.height and frame[:, -1].null_count():
-        content = _content(source)
+        content = contents_of(source)
         if told := _short_lines(content, found, frame.width):
             raise UserError(f"cannot read {where!r}: {told}")
         if b"\n\n" in content or b"\n\r\n" in content:
@@ -126,17 +126,18 @@ def read(
         notes.append(
             f"integers with leading zeros are text: {listed([frame.columns[i] for i in padded])}"
         )
-    frame, marks = _with_gaps(frame, comma, notes)
+    frame, marks = with_gaps(frame, comma, notes)
     return frame, tuple(notes), marks
 
 
-def _with_gaps(
+def with_gaps(
     frame: pl.DataFrame, comma: bool, notes: list[str]
 ) -> tuple[pl.DataFrame, dict[str, tuple[str, ...]]]:
     """Makes numbers of text columns that hold numbers and what stands for missing ones.
 
-    With `comma` they have decimal commas, unless a column has decimal points. Also returns,
-    by column, which unusual texts stand for missing ones.
+    What was taken as missing is added to `notes`. With `comma` numbers have decimal commas, unless
+    a column has decimal points. Also returns, by column, which unusual texts stand for missing
+    ones.
     """
     unusual: dict[str, tuple[str, ...]] = {}
     columns: list[pl.Series] = []
@@ -304,7 +305,8 @@ def _short_lines(content: bytes, separator: str, width: int) -> str:
     )
 
 
-def _content(source: Path | io.BytesIO) -> bytes:
+def contents_of(source: Path | io.BytesIO) -> bytes:
+    """All bytes of a file."""
     return source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()
 
 
@@ -341,7 +343,7 @@ def _is_spaced(rows: list[list[str]]) -> bool:
 
 def _without_spaces(source: Path | io.BytesIO, separator: str, where: str) -> io.BytesIO:
     """The file without the spaces after separators, by which a quoted value is none to polars."""
-    lines = io.StringIO(_content(source).decode("utf-8-sig"), newline="")
+    lines = io.StringIO(contents_of(source).decode("utf-8-sig"), newline="")
     result = io.StringIO(newline="")
     try:
         rows = csv.reader(lines, delimiter=separator, skipinitialspace=True)
@@ -389,8 +391,6 @@ def decode(sample: bytes, where: str, *, whole: bool) -> str:
     Raises:
         UserError: if it is not UTF-8.
     """
-    if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{where!r} is UTF-16; convert it: {_iconv('UTF-16')}")
     if not whole:
         sample = sample[: sample.rfind(b"\n") + 1] or sample
     try:

@@ -53,6 +53,11 @@ def holds_run(folder: Path) -> bool:
     return any((folder / f"checkpoint{end}").exists() for end in _ENDS)
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a run has written its settings, which comes after its data were read."""
+    return (folder / _CONFIG).exists()
+
+
 def require_no_part(out: Path) -> None:
     """Refuse to write something else in the place of a run's own file.
 
