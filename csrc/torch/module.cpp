@@ -70,6 +70,12 @@ struct Numbers {
     }
     return true;
   }
+  // The same, and that there are as many.
+  bool Take(PyObject* const* args, Py_ssize_t count, const char* function) {
+    if (count == kCount) return Take(args);
+    PyErr_Format(PyExc_TypeError, "%s takes %zd numbers", function, kCount);
+    return false;
+  }
   int64_t operator[](int i) const { return values[i]; }
   template <class T = void>
   T* At(int i) const {
@@ -125,13 +131,8 @@ PyObject* Done(const Work& work) {
 }
 
 PyObject* Fit(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kNumbers = 10;
-  Numbers<kNumbers> n;
-  if (count != kNumbers) {
-    PyErr_Format(PyExc_TypeError, "fit takes %zd numbers", kNumbers);
-    return nullptr;
-  }
-  if (!n.Take(args)) return nullptr;
+  Numbers<10> n;
+  if (!n.Take(args, count, "fit")) return nullptr;
   const auto tilts = [&](auto number) {
     using T = decltype(number);
     return amtl::cpu::FitTilts(amtl::cpu::TiltTask<T>{
@@ -149,13 +150,8 @@ PyObject* Fit(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* Twins(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kNumbers = 9;
-  Numbers<kNumbers> n;
-  if (count != kNumbers) {
-    PyErr_Format(PyExc_TypeError, "twins takes %zd numbers", kNumbers);
-    return nullptr;
-  }
-  if (!n.Take(args)) return nullptr;
+  Numbers<9> n;
+  if (!n.Take(args, count, "twins")) return nullptr;
   return Done([&] {
     const amtl::cpu::Twins twins{n.At<const float>(0),
                                  n.At<const float>(1),
@@ -175,13 +171,8 @@ PyObject* Twins(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* MaskGradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kNumbers = 9;
-  Numbers<kNumbers> n;
-  if (count != kNumbers) {
-    PyErr_Format(PyExc_TypeError, "mask_gradient takes %zd numbers", kNumbers);
-    return nullptr;
-  }
-  if (!n.Take(args)) return nullptr;
+  Numbers<9> n;
+  if (!n.Take(args, count, "mask_gradient")) return nullptr;
   return Done([&] {
     const auto* positions = n.At<const float>(1);
     const auto* grad = n.At<const float>(3);
@@ -198,13 +189,8 @@ PyObject* MaskGradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* DrawSizes(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kNumbers = 11;
-  Numbers<kNumbers> n;
-  if (count != kNumbers) {
-    PyErr_Format(PyExc_TypeError, "draw_sizes takes %zd numbers", kNumbers);
-    return nullptr;
-  }
-  if (!n.Take(args)) return nullptr;
+  Numbers<11> n;
+  if (!n.Take(args, count, "draw_sizes")) return nullptr;
   return Done([&] {
     const auto whole = [&](int i) { return static_cast<int32_t>(n[i]); };
     amtl::cpu::DrawSizes({n.At<const float>(0), n.At<const void>(1), n.At<const float>(2), n[4],
