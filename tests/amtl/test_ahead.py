@@ -134,6 +134,29 @@ def test_what_dies_is_trained_by_who_asks(source, alone, monkeypatch):
     assert begun.configs
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_what_dies_goes_on_from_where_it_was(task, told):
+    side = trials(task, 2)
+    config = settings(race=False, embedding_dropout=0.3)
+    expected, plain = Learner(config, task), Learner(config, task)
+    here = Trials(None, Silent(), Learner.step)
+    with side.ahead:
+        here.train(expected, 10)
+        side.expect(expected, steps=20)
+        side.ahead.tend(0, 0.01)
+        (training,) = side.ahead._all
+        if told:
+            # Its scores are there before it dies, and what they are of is asked for after that.
+            side.train(expected, 20)
+        training._process.kill()
+        if told:
+            side.hold(expected)
+        side.train(expected, 30)
+        here.train(plain, 30)
+        assert torch.equal(says(expected), says(plain))
+        assert without_times(expected.history) == without_times(plain.history)
+
+
 def test_mistakes_are_told_as_without(task):
     side = trials(task, 2)
     config = settings(race=False, lr=1e30, bits="32")

@@ -376,7 +376,7 @@ def test_a_model_is_no_surer_than_validation_has_it(source):
 
 
 def test_resuming_without_a_run_is_a_user_error(source, tmp_path):
-    with pytest.raises(UserError, match="amtl train"):
+    with pytest.raises(UserError, match="without --resume begins it"):
         start(None, tmp_path, resume=True, source=source)
 
 

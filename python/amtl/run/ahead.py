@@ -45,6 +45,9 @@ when all that is handed over."""
 _FOR_GOOD = 2
 """`omp_pause_hard` of OpenMP 5.0."""
 
+_Place = tuple[int, list[dict[str, Any]], dict[str, Any] | None]
+"""Steps of a learner, its records and the best of them."""
+
 
 def side_by_side(wanted: int | None, config: TrainConfig, rows: int, fields: int) -> int:
     """How many trainings a run may have at once.
@@ -84,6 +87,10 @@ class _Training:
         later: bool,
     ) -> None:
         self.config, self.taught, self.learner = config, taught, learner
+        # Where it is in this process, whatever its own comes to.
+        self.before: _Place = 0, [], None
+        if learner is not None:
+            self.before = learner.steps, list(learner.history), learner.best
         self.wanted, self.later = steps, later
         self.ended = False
         self.allowed = -math.inf
@@ -282,7 +289,7 @@ class Ahead:
             tell: is told of steps: the learner, its `epochs`, a loss, samples, steps, records.
 
         Returns:
-            Whether it was expected, and is trained; if not, it is as it was made.
+            Whether it was expected, and is trained; if not, it is as it was when it was expected.
         """
         training = self.of(learner)
         if training is None:
@@ -312,7 +319,7 @@ class Ahead:
         """Fetches the numbers of a learner that `train` left where it was trained.
 
         Returns:
-            Whether it has them; if not, it is as it was made.
+            Whether it has them; if not, it is as it was when it was expected.
         """
         training = self.of(learner)
         if training is None:
@@ -329,7 +336,7 @@ class Ahead:
         if training.failed:
             # Whatever it died of is met again here, or is not.
             self._drop(training)
-            learner.steps, learner.history, learner.best = 0, [], None
+            learner.steps, learner.history, learner.best = training.before
             return False
         if training.ended and training.steps <= steps:
             assert training.state is not None
