@@ -78,7 +78,7 @@ def run(program: Path, case: str, seed: int) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("case", CORRECT)
 def test_correct_kernels_pass(variant: tuple[str, Path], case: str) -> None:
     for seed in range(3):
