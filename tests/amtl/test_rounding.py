@@ -41,6 +41,8 @@ import amtl_kernels
 from amtl_kernels import optim
 from amtl_kernels.rounding import BITS, code_type, pack_codes, unpack_codes
 
+pytestmark = pytest.mark.every(2)
+
 ROWS, DIM = 300, 16
 COUNTS = (4000 / torch.arange(1, ROWS + 1).pow(1.1)).long()
 SCATTERED = COUNTS[torch.randperm(ROWS, generator=torch.Generator().manual_seed(3))]
