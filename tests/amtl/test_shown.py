@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from amtl_kernels import optim
 
+pytestmark = pytest.mark.every(2)
+
 ROWS, DIM = 40, 8
 COUNTS = torch.arange(ROWS) ** 2
 

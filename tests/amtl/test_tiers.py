@@ -21,6 +21,8 @@ from torch import nn
 import amtl_kernels
 from amtl_kernels import optim
 
+pytestmark = pytest.mark.every(2)
+
 
 def counts_of(rows, in_order=False, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -28,6 +28,8 @@ from amtl.store.tensors import read_tensors, write_tensors
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+pytestmark = pytest.mark.every(2)
+
 
 def counts_of(rows=60, in_order=True):
     counts = (500 / torch.arange(1, rows + 1)).long()
