@@ -1,6 +1,7 @@
 #include "cpu/heads.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -13,19 +14,21 @@ int64_t Twins::BranchNumbers() const {
   return numbers;
 }
 
-int64_t Twins::Scratch() const {
-  int64_t all = 0, widest = 0;
-  for (int64_t l = 0; l <= layers; ++l) {
-    all += widths[l];
-    widest = std::max(widest, widths[l]);
-  }
-  // What each layer takes and gives, slopes between them, the gate, and gradients on their way
-  // back.
-  return (2 * all + 1 + 2 * widest) * kGroupsAtOnce;
+int64_t Twins::Ends() const { return std::accumulate(widths, widths + layers + 1, int64_t{0}); }
+int64_t Twins::Widest() const { return *std::max_element(widths, widths + layers + 1); }
+
+namespace {
+
+// What each layer takes and gives, slopes between them, the gate, and gradients on their way back.
+std::vector<float> ScratchOf(const Twins& twins) {
+  const int64_t rows = 2 * twins.Ends() + 1 + 2 * twins.Widest();
+  return std::vector<float>(static_cast<size_t>(rows * kGroupsAtOnce));
 }
 
+}  // namespace
+
 void RunTwins(const Twins& twins, float* out) {
-  std::vector<float> scratch(static_cast<size_t>(twins.Scratch()));
+  std::vector<float> scratch = ScratchOf(twins);
   for (int64_t head = 0; head < twins.heads; ++head) {
     for (int64_t group = 0; group < twins.groups; group += kGroupsAtOnce) {
       Kernels().run_twins(twins, head, group, scratch.data(),
@@ -36,7 +39,7 @@ void RunTwins(const Twins& twins, float* out) {
 
 void TwinsGradient(const Twins& twins, const float* grad, float* numbers_grad) {
   const int64_t numbers = twins.Numbers();
-  std::vector<float> scratch(static_cast<size_t>(twins.Scratch()));
+  std::vector<float> scratch = ScratchOf(twins);
   std::vector<float> grads(static_cast<size_t>(numbers * Kernels().lanes));
   for (int64_t head = 0; head < twins.heads; ++head) {
     Kernels().twins_gradient(twins, head, scratch.data(), grads.data(),

@@ -21,8 +21,9 @@ struct Twins {
   int64_t Out() const { return widths[layers]; }
   int64_t BranchNumbers() const;
   int64_t Numbers() const { return (gate == nullptr ? 1 : 2) * BranchNumbers(); }
-  // Floats of scratch that both directions need.
-  int64_t Scratch() const;
+  // Of all layers' ends, the input's included, the sum of their widths and the largest.
+  int64_t Ends() const;
+  int64_t Widest() const;
 };
 
 // out [heads, groups, widths[layers]].

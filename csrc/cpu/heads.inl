@@ -78,7 +78,9 @@ struct Branch {
       Combine(weight, ins, 1, bias, in, ins, out, outs);
       if (slopes != nullptr) slope += ins * kGroupsAtOnce;
       if (l + 1 < layers) {
-        for (int64_t o = 0; o < outs; ++o) Bend(out + o * kGroupsAtOnce, slope + o * kGroupsAtOnce);
+        for (int64_t at = 0; at < outs * kGroupsAtOnce; at += kGroupsAtOnce) {
+          Bend(out + at, slope == nullptr ? nullptr : slope + at);
+        }
       }
       weight = bias + outs;
       in = out;
@@ -86,12 +88,12 @@ struct Branch {
   }
 
   // SiLU in place, and its slopes if they are wanted.
-  void Bend(float* to, float* tilt) const {
+  static void Bend(float* to, float* tilt) {
     const Reg one = Set1(1.0f);
     for (int i = 0; i < kRegisters; ++i) {
       const Reg x = LoadAll(to + i * kLanes), s = Sigmoid(x);
       StoreAll(to + i * kLanes, Mul(x, s));
-      if (slopes == nullptr) continue;
+      if (tilt == nullptr) continue;
       StoreAll(tilt + i * kLanes, Mul(s, MulAdd(x, Sub(one, s), one)));
     }
   }
@@ -156,11 +158,8 @@ struct TwinsChunk {
     count = left < kGroupsAtOnce ? left : kGroupsAtOnce;
     ins = twins.In();
     outs = twins.Out();
-    widest = all = 0;
-    for (int64_t l = 0; l <= twins.layers; ++l) {
-      all += twins.widths[l];
-      widest = widest < twins.widths[l] ? twins.widths[l] : widest;
-    }
+    widest = twins.Widest();
+    all = twins.Ends();
     values = scratch;
     slopes = values + all * kGroupsAtOnce;
     share = slopes + all * kGroupsAtOnce;
@@ -310,9 +309,7 @@ template <class T>
 inline void DrawAll(const NoisySizes& noise, float* scratch, T* out) {
   const auto* sizes = static_cast<const T*>(noise.sizes);
   const auto step = static_cast<float>(noise.step);
-  // Beyond any size, and still with room for what is behind the point.
-  const float most = 4194304.0f;
-  // Positive floats are ordered as their bits are.
+  // Positive floats are ordered as their bits are. One step beyond this all sizes are the largest.
   const float whole = static_cast<float>(static_cast<double>(noise.dim) / noise.step);
   int32_t full;
   __builtin_memcpy(&full, &whole, sizeof(full));
@@ -322,7 +319,7 @@ inline void DrawAll(const NoisySizes& noise, float* scratch, T* out) {
     for (int64_t q = 0; q < noise.quantiles; q += kLanes) {
       const int64_t left = noise.quantiles - q;
       const Mask here = FirstLanes(static_cast<int>(left < kLanes ? left : kLanes));
-      Reg x = Within(Mul(center, Load(noise.factors + q, here)), 0.0f, most);
+      Reg x = Within(Mul(center, Load(noise.factors + q, here)), 0.0f, whole + 1.0f);
       if (!noise.rounds_down) x = Sub(Add(x, Set1(8388608.0f)), Set1(8388608.0f));
       Store(scratch + q, x, here);
     }

@@ -221,8 +221,7 @@ PyMethodDef kMethods[] = {
      "dim, levels): tensors are addresses. Kind 0: masks by a kernel, 1: by a softmax."},
     {"draw_sizes", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(DrawSizes)), METH_FASTCALL,
      "draw_sizes(real, sizes, factors, out, groups, quantiles, step, least, dim, rounds_down, "
-     "bytes of "
-     "a size): tensors are addresses."},
+     "bytes of a size): tensors are addresses."},
     {"use_cpu_capability", UseCpuCapability, METH_VARARGS,
      "Runs the CPU kernels of 'generic', 'avx2', 'avx512', or the best ones for ''; for tests. "
      "Returns whether the processor can."},

@@ -136,8 +136,8 @@ def test_others_are_left_to_pytorch() -> None:
     assert softmax_mask_gradient(gate[..., None], torch.zeros(1), gate[..., None]) is None
 
 
-@pytest.mark.parametrize("dim", [5, 16, 64, 300])
-@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("dim", [5, 16, 64, 300, 2000])
+@pytest.mark.parametrize("step", [1, 3, 4, 700])
 @pytest.mark.parametrize("cuts", [False, True])
 def test_noisy_sizes_are_those_of_pytorch(dim: int, step: int, cuts: bool) -> None:
     kind = torch.uint8 if dim <= 255 else torch.int32

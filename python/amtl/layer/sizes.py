@@ -109,7 +109,7 @@ class TwinBranches(nn.Module):
         self,
         features: Tensor,
         gate: Tensor,
-        numbers: Tensor | None = None,
+        numbers: Tensor,
         grad: Tensor | None = None,
     ) -> Tensor | None:
         """What `forward` returns, or the gradient of the numbers; None if PyTorch has to find it.
@@ -117,12 +117,11 @@ class TwinBranches(nn.Module):
         Args:
             features: as in `forward`.
             gate: as in `forward`.
-            numbers: as in `forward`.
+            numbers: as in `layers`, there.
             grad: of the outputs, [..., G, out]; None for the outputs.
         """
         if being_traced():
             return None
-        numbers = self.numbers if numbers is None else numbers
         shares = gate if "low" in self.names else None
         if numbers.dim() > 1:
             return twins(numbers, features, shares, self._widths, grad)
@@ -346,10 +345,14 @@ class OrdinalSizes(LawSizes):
         return (slope / slope.sum(-1, keepdim=True).clamp(min=1e-30)).to(u.dtype)
 
     def _real_sizes(self, scores: Tensor, solution: Solution) -> Tensor:
+        return self._solved(scores, solution)[1].exp()
+
+    def _solved(self, scores: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
+        """u and log k as they were solved for, [..., G]; the latter is found once."""
+        u = scores + solution.shift.to(scores.dtype)[..., None]
         if solution.log_sizes is None:
-            u = scores + solution.shift.to(scores.dtype)[..., None]
             solution.log_sizes = self.law.log_size(u)
-        return solution.log_sizes.exp()
+        return u, solution.log_sizes
 
     def _kernel(self, of: OfGroups | None) -> tuple[Tensor, Tensor]:
         """What log-sizes are multiplied by, [..., 1], and where columns lie then, [..., D]."""
@@ -366,10 +369,8 @@ class OrdinalSizes(LawSizes):
         self, scores: Tensor, numbers: Tensor, solution: Solution, of: Padded, grad: Tensor
     ) -> Tensor | None:
         scale, columns = self._kernel(of)
-        u = scores + solution.shift.to(scores.dtype)[..., None]
-        if solution.log_sizes is None:
-            solution.log_sizes = self.law.log_size(u)
-        found = kernel_mask_gradient(solution.log_sizes * scale, columns, grad)
+        u, log_sizes = self._solved(scores, solution)
+        found = kernel_mask_gradient(log_sizes * scale, columns, grad)
         if found is None:
             return None
         found = found * scale * self.law.log_slope(u)
