@@ -348,7 +348,7 @@ class OrdinalSizes(LawSizes):
         return self._solved(scores, solution)[1].exp()
 
     def _solved(self, scores: Tensor, solution: Solution) -> tuple[Tensor, Tensor]:
-        """What the law takes, u, and log k, as they were solved for, [..., G]; the latter is found once."""
+        """Arguments u of the law, and log k, as solved for, [..., G]; the latter is found once."""
         u = scores + solution.shift.to(scores.dtype)[..., None]
         if solution.log_sizes is None:
             solution.log_sizes = self.law.log_size(u)
