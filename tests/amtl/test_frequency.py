@@ -19,6 +19,7 @@ from amtl.layer.frequency import (
     frequency_groups,
     log_count_zscores,
     mid_ranks,
+    rounded_counts,
 )
 from amtl.layer.sizes import FreeSizes, make_size_head
 from hypothesis import given, settings
@@ -50,6 +51,27 @@ def test_groups_are_the_distinct_field_count_pairs(fields):
     order = list(zip(groups.fields.tolist(), (-groups.counts).tolist(), strict=True))
     assert order == sorted(order)
     assert torch.equal(groups.rows_per_group(), torch.bincount(of_row))
+
+
+@given(st.lists(st.integers(0, 2**55), max_size=30))
+def test_rounded_counts_keep_six_bits_and_their_order(values):
+    counts = torch.tensor(sorted(values), dtype=torch.int64)
+    rounded = rounded_counts(counts)
+    assert torch.equal(rounded[counts < 64], counts[counts < 64])
+    assert bool(((rounded - counts).abs() <= counts / 64).all())
+    assert bool((rounded[1:] >= rounded[:-1]).all())
+    assert all(bin(value).rstrip("0").count("1") <= 6 for value in rounded.tolist())
+    assert torch.equal(rounded_counts(rounded), rounded)
+
+
+@pytest.mark.parametrize("parametrization", ["ordinal", "free", "rule"])
+def test_only_learned_sizes_take_near_counts_for_one(parametrization):
+    counts = torch.arange(20_000)
+    table = amtl.AMTLEmbedding(20_000, 4, counts=counts, parametrization=parametrization)
+    assert (table.head.num_groups < 400) == (parametrization != "rule")
+    of_row = table.head.group_counts[table.row_group.long()]
+    expected = counts if parametrization == "rule" else rounded_counts(counts)
+    assert torch.equal(of_row[1:], expected[1:])
 
 
 @settings(max_examples=60)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from amtl.layer.budget import (
     BudgetError,
     SizeGrid,
@@ -15,7 +17,7 @@ from amtl.layer.budget import (
     is_number,
     no_share,
 )
-from amtl.layer.frequency import FrequencyGroups
+from amtl.layer.frequency import FrequencyGroups, frequency_groups, rounded_counts
 from amtl.layer.rounding import PART_BYTES, unit
 from amtl.layer.size_head import SizeHead
 from amtl.layer.sizes import PARAMETRIZATIONS, make_size_head
@@ -179,6 +181,14 @@ class SearchOptions:
                 "numbers of the table's own type, needs none (--bits 32 of amtl train)"
             )
         return replace(self, budget=min(1.0, share))
+
+    def groups(
+        self, counts: Tensor, field_sizes: Sequence[int], row_features: Tensor | None = None
+    ) -> FrequencyGroups:
+        """`frequency_groups`, of counts that are rounded where sizes are learned."""
+        if self.parametrization != "rule":
+            counts = rounded_counts(counts)
+        return frequency_groups(counts, field_sizes, row_features)
 
     def head(self, groups: FrequencyGroups, grid: SizeGrid) -> SizeHead:
         """The size head that these options describe."""

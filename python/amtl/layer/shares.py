@@ -18,7 +18,6 @@ from torch import Tensor
 
 from amtl.errors import together
 from amtl.layer.budget import BudgetError, check_share, is_number
-from amtl.layer.frequency import FrequencyGroups, frequency_groups
 from amtl.layer.laws import make_law
 from amtl.layer.options import SearchOptions
 from amtl.layer.rounding import PART_BYTES, spared_bytes, step_groups, unit
@@ -114,7 +113,7 @@ def options_of_table(
     if options.get("bits", AUTO) != AUTO:
         return found
     demand = Demand(counts, weight.shape[1], weight.element_size(), field_sizes, bits)
-    return _worth(demand, found, _step_groups(demand))
+    return _worth(demand, found, _step_groups(demand, found))
 
 
 def _in_8_where_odd(
@@ -167,7 +166,7 @@ def split_budget(demands: Sequence[Demand], options: SearchOptions) -> list[Sear
     if budget is None:
         return [options] * len(demands)
     if len(demands) == 1:
-        return [_worth(demands[0], options, _step_groups(demands[0]))]
+        return [_worth(demands[0], options, _step_groups(demands[0], options))]
     check_share(budget)
     every = [_Table(demand, options) for demand in demands]
     whole = sum(table.whole for table in every)
@@ -303,15 +302,11 @@ def _all_numbers(tables: Sequence[_Table], allowed: float) -> list[float] | None
     return shares
 
 
-def _groups(demand: Demand) -> FrequencyGroups:
-    return frequency_groups(demand.counts.cpu(), demand.field_sizes)
-
-
-def _step_groups(demand: Demand) -> Tensor | None:
+def _step_groups(demand: Demand, options: SearchOptions) -> Tensor | None:
     """What may share a step size; None where there is none."""
     if demand.bits is None:
         return None
-    groups = _groups(demand)
+    groups = options.groups(demand.counts.cpu(), demand.field_sizes)
     return step_groups(groups.counts, groups.fields)
 
 
@@ -335,7 +330,7 @@ class _Table:
     """What one table stores at a shift that all of them share."""
 
     def __init__(self, demand: Demand, options: SearchOptions) -> None:
-        groups = _groups(demand)
+        groups = options.groups(demand.counts.cpu(), demand.field_sizes)
         self._steps = step_groups(groups.counts, groups.fields)
         self._options = options = _worth(demand, options, self._steps)
         grid = options.grid(demand.dim, demand.itemsize)

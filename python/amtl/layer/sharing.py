@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amtl.layer.budget import SizeGrid
-from amtl.layer.frequency import FrequencyGroups, frequency_groups
+from amtl.layer.frequency import FrequencyGroups
 from amtl.layer.options import SearchOptions
 
 SharedRows = Sequence[int] | str | None
@@ -69,7 +69,7 @@ def groups_that_share(
     them; `padding` rows do not. So the rule is asked twice: who gets nothing, and then with the
     counts of those added.
     """
-    groups = frequency_groups(counts, field_sizes, row_features)
+    groups = options.groups(counts, field_sizes, row_features)
     if shared_rows is None or grid.sizes[0] > 0 or options.parametrization == "free":
         return groups
     rule = replace(options, parametrization="rule").head(groups, grid)
@@ -80,7 +80,7 @@ def groups_that_share(
     fields = torch.arange(len(field_sizes)).repeat_interleave(torch.tensor(field_sizes))
     landing = counts.clone()
     landing.index_add_(0, shared[fields.to(counts.device)[nothing]], counts[nothing])
-    return frequency_groups(landing, field_sizes, row_features)
+    return options.groups(landing, field_sizes, row_features)
 
 
 def implied_order(num_rows: int, padding: int, others: Sequence[int]) -> Tensor:
