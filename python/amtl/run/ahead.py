@@ -38,9 +38,9 @@ MOST = 4
 _TELL = 0.2
 """Seconds between two words from a training on how far it is."""
 
-_COPIES = 4
-"""Times the memory of a table and its optimizer that a training takes: with the best so far, and
-when all that is handed over."""
+_COPIES = 5
+"""Times the memory of a table and its optimizer that a training takes: with the average and the
+best so far, and when all that is handed over."""
 
 _FOR_GOOD = 2
 """`omp_pause_hard` of OpenMP 5.0."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import EncodedData, Encoder
 from amtl.errors import UserError
-from amtl.run import methods
+from amtl.run import averaging, methods
 from amtl.run.backbones import Interaction
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, calming, log_loss, score, score_error
@@ -108,6 +108,8 @@ class Learner:
         self._ended = False
         self._said: Tensor | None = None
         self._calmed = 1.0
+        lap = math.ceil(self.steps_per_epoch / self.laps)
+        self._average = averaging.Average(averaging.LAPS * lap)
         if warm is not None:
             warm(self.table)
         settled = config.freeze_at is None and methods.has_settled_sizes(self.table)
@@ -186,6 +188,9 @@ class Learner:
         self.model.train()
         loss = self._train_step(samples)
         self.steps += 1
+        averaged = self._averaged()
+        if averaged:
+            self._average.step(averaged)
         spent = time.perf_counter() - started
         if len(self.step_seconds[phase]) < _TIMED_STEPS:
             self.step_seconds[phase].append(spent)
@@ -198,6 +203,7 @@ class Learner:
         self.losses.append(loss)
         if self._due():
             self._validate()
+            self._go_on()
         return loss, len(samples)
 
     def _samples(self) -> Tensor:
@@ -243,7 +249,16 @@ class Learner:
         labels = self.task.val.labels
         return auc(logits, labels), log_loss(logits, labels)
 
+    def _averaged(self) -> list[Tensor]:
+        """The numbers whose average is validated: none while sizes are searched, or of codes."""
+        numbers = list(self.model.parameters()) if self.frozen else []
+        return numbers if all(each.is_floating_point() for each in numbers) else []
+
     def _validate(self) -> None:
+        with self._average.shown(self._averaged()):
+            self._score()
+
+    def _score(self) -> None:
         settle_unseen(self.table, self.task.encoder)
         area, loss = self.scores()
         record: dict[str, Any] = {
@@ -265,7 +280,10 @@ class Learner:
         )
         if record["best"]:
             self.best = {"record": record, **self._snapshot()}
-        stage_ends = self._waited_long(record)
+
+    def _go_on(self) -> None:
+        """Ends training, or a stage of it, if the last validation says so."""
+        stage_ends = self._waited_long(self.history[-1])
         waiting = self.config.freeze_at is not None and not self.frozen
         if self.steps >= self.config.epochs * self.steps_per_epoch:
             self.finished = True
@@ -301,17 +319,20 @@ class Learner:
         if not self.frozen:
             self.freeze()
         self._set_rates()
+        self._average.begin()
 
     def refine(self) -> None:
         """Takes the model as it is for the best so far, and goes on at smaller rates."""
         self.stage = 1
         self._set_rates()
         self._validate()
+        self._go_on()
 
     def freeze(self) -> None:
         """Fixes the sizes; the table and its optimizer's state move to tiers."""
         self.table.freeze(self.table_optimizer)  # type: ignore[operator]
         self.mask_optimizer = None
+        self._average.begin()
 
     def end(self) -> None:
         """Back to the best model for good, its sizes frozen.
@@ -391,6 +412,7 @@ class Learner:
     def release(self) -> None:
         """Lets go of all memory but the history; nothing else is possible afterwards."""
         del self.model, self.table, self.table_optimizer, self.dense_optimizer, self.mask_optimizer
+        self._average.begin()
         self.taught = self._said = None
         self.released = True
         if self.best is not None:
@@ -430,6 +452,7 @@ class Learner:
             "step_seconds": self.step_seconds,
             "seconds": self.seconds,
             "best": self.best,
+            "average": self._average.state(),
             "rng": torch.get_rng_state(),
         }
 
@@ -437,6 +460,9 @@ class Learner:
         """The inverse of `state`."""
         self.steps, self.stage, self.stale = state["steps"], state["stage"], state["stale"]
         self._restore(state)
+        # Checkpoints of earlier versions have none.
+        if "average" in state:
+            self._average.load_state(state["average"])
         self.finished, self.best = state["finished"], state["best"]
         self.history, self.losses = state["history"], state["losses"]
         self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
