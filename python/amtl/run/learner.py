@@ -251,7 +251,7 @@ class Learner:
 
     def _averaged(self) -> list[Tensor]:
         """The numbers whose average is validated: none while sizes are searched, or of codes."""
-        numbers = list(self.model.parameters()) if self.frozen else []
+        numbers: list[Tensor] = list(self.model.parameters()) if self.frozen else []
         return numbers if all(each.is_floating_point() for each in numbers) else []
 
     def _validate(self) -> None:
