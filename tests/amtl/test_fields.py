@@ -215,13 +215,21 @@ def test_spellings_that_labels_tell_apart_are_values_of_their_own():
     assert not spec(ids, labels=clicks(np.full(2000, 0.3))).folded
 
 
-@pytest.mark.parametrize(("values", "rows", "kind"), [(1440, 30_000, "bucket"), (200, 30_000, "")])
+@pytest.mark.parametrize(
+    ("values", "rows", "kind"),
+    [
+        (1440, 30_000, "bucket"),
+        (200, 30_000, "bucket"),
+        (200, 50_000, "categorical"),
+        (60, 9_000, "categorical"),
+    ],
+)
 def test_hundreds_of_values_of_some_rows_may_be_numbers(values, rows, kind):
     """A minute of the day is no id where labels rise and fall with it."""
     column = whole(np.random.default_rng(6).integers(0, values, rows))
     code = column.to_numpy()
     labels = clicks(0.4 + 0.3 * np.sin(2 * np.pi * code / values))
-    assert spec(column, labels=labels).kind == (kind or "categorical")
+    assert spec(column, labels=labels).kind == kind
     liked = np.random.default_rng(8).random(values)[code]
     assert spec(column, labels=clicks(liked)).kind == "categorical"
     many = whole(np.tile(np.arange(1440), 250))

@@ -26,7 +26,7 @@ _ROWS_A_BUCKET = 300
 _FINE = 256
 """Buckets where labels ask for more."""
 _WELL_KNOWN = 200
-"""Rows a value from which, where they are hundreds, labels are not asked whether ids are best."""
+"""Rows a value from which labels are not asked whether ids are best."""
 _ENOUGH_ROWS = 20
 """Rows per value from which each value can be learned, whatever its order may say."""
 _CROWDED_BELOW = 0.8
@@ -541,10 +541,9 @@ def _integer_note(spec: FieldSpec, column: pl.Series, default_numeric: str) -> s
     return ""
 
 
-def _is_scattered(column: pl.Series, of_many: int = _ENOUGH_ROWS) -> bool:
-    """Whether a column has more values than buckets, and few rows for each; see `_FINE`."""
+def _is_scattered(column: pl.Series, enough: int = _ENOUGH_ROWS) -> bool:
+    """Whether a column has more values than buckets, and few rows for each."""
     distinct = _distinct(column)
-    enough = of_many if distinct > _FINE else _ENOUGH_ROWS
     few = len(column) - column.null_count() < enough * distinct
     return distinct > FieldSpec.buckets and few
 
