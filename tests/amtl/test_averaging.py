@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import polars as pl
 import pytest
@@ -94,6 +96,26 @@ def test_a_stage_starts_from_the_average_and_with_a_new_one(task):
     for name, value in learner.model.state_dict().items():
         assert torch.equal(value, learner.best["model"][name])
     assert learner._average.state() == {"since": 0, "values": []}
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-4])
+@pytest.mark.parametrize("ahead", [-0.1, 0.1])
+def test_a_stage_with_decay_lasts_while_the_numbers_are_ahead_of_their_average(task, decay, ahead):
+    learner = Learner(config(epochs=200, patience=2, embedding_decay=decay), task)
+    shown, within = learner._average.shown, []
+
+    @contextmanager
+    def noted(numbers):
+        with shown(numbers):
+            within.append(True)
+            yield
+            within.pop()
+
+    learner._average.shown = noted
+    learner.scores = lambda: (0.6 if within else 0.6 + ahead, 0.5)
+    while len(learner.history) < 12:
+        learner.step()
+    assert (learner.stage == 0) == (ahead > 0 and decay > 0)
 
 
 def test_sizes_that_are_searched_are_validated_as_they_are(task):

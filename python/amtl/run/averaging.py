@@ -36,6 +36,11 @@ class Average:
         self._since = 0
         self._values: list[Tensor] = []
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is one."""
+        return bool(self._values)
+
     def begin(self) -> None:
         """Forgets all."""
         self._since, self._values = 0, []

@@ -293,12 +293,9 @@ class Learner:
     def _waited_long(self, record: dict[str, Any]) -> bool:
         """Whether a stage of training has gained nothing for so long that this one ends it."""
         config = self.config
-        # With weight decay validations go up and down with the steps since its last pass. So a
-        # stage is held against itself, not against the peak that it went back to.
         decays = bool(config.embedding_decay)
-        before = (r["score"] for r in self.history[:-1] if r["stage"] == self.stage)
-        moves = decays and record["score"] > max(before, default=-math.inf)
-        self.stale = 0 if record["best"] or moves else self.stale + 1
+        moves = record["best"] or (decays and self._moves(record))
+        self.stale = 0 if moves else self.stale + 1
         if not decays:
             patience = max(2, config.patience // 2) if self.stage else config.patience
             return self.stale >= patience
@@ -307,6 +304,17 @@ class Learner:
         share = 1 - (1 - _LAST) / 2**self.stage
         late = self.steps >= share * (config.epochs * self.steps_per_epoch)
         return self.stale >= patience or (late and self.stage < config.rate_drops)
+
+    def _moves(self, record: dict[str, Any]) -> bool:
+        """Whether a stage with weight decay has never scored as well, or will as the average follows.
+
+        Validations go up and down with the steps since its last pass, so a stage is held against
+        itself, not against the peak that it went back to. What is learned fast, after a plateau,
+        the numbers as they are show before their average.
+        """
+        before = (r["score"] for r in self.history[:-1] if r["stage"] == self.stage)
+        best = max(before, default=-math.inf)
+        return record["score"] > best or score(*self.scores(), self.task.val.labels) > best
 
     def _turn(self) -> None:
         """Back to the best model: freeze its sizes, or go on with smaller rates, or end."""
