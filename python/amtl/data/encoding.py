@@ -556,11 +556,18 @@ def _mark(labels: Tensor) -> tuple[int, int]:
 
 
 def _quantiles(numbers: pl.Series, buckets: int) -> Tensor:
-    values = numbers.drop_nans().to_numpy()
+    """Edges of buckets, amid the values on either side: in 32 bits a value is none quite the same.
+
+    None is above the largest value, so that larger ones of later rows share its bucket.
+    """
+    values = np.sort(numbers.drop_nans().to_numpy())
     if not len(values):
         return torch.empty(0, dtype=torch.float64)
-    cuts = np.quantile(values, np.arange(1, buckets) / buckets, method="lower")
-    return torch.from_numpy(np.unique(cuts))
+    cuts = np.unique(np.quantile(values, np.arange(1, buckets) / buckets, method="lower"))
+    below = cuts[cuts < values[-1]]
+    above = values[np.searchsorted(values, below, side="right")]
+    amid = below / 2 + above / 2
+    return torch.from_numpy(np.where((below < amid) & (amid < above), amid, below))
 
 
 def _bucket(numbers: pl.Series, edges: Tensor) -> pl.Series:
