@@ -66,6 +66,41 @@ def test_other_text_is_not():
     assert infer_fields(some, ["text"], labels=few)[0].separator != WORDS
 
 
+@pytest.mark.parametrize("separator", [",", "; "])
+def test_text_is_taken_apart_unless_labels_follow_the_whole_rather(separator):
+    rng, rows = np.random.default_rng(5), 3 * ROWS
+    liked = rng.normal(size=12)
+    has = [np.sort(rng.choice(12, rng.integers(1, 5), replace=False)) for _ in range(rows)]
+    genres = pl.Series("genres", [separator.join(f"Genre {n}" for n in each) for each in has])
+    chance = 1 / (1 + np.exp([-2 * liked[each].mean() for each in has]))
+    labels = (rng.random(rows) < chance).astype(float)
+    gaps = pl.when(pl.int_range(pl.len()) % 9 > 0).then("genres").alias("genres")
+    for frame in (genres.to_frame(), genres.to_frame().select(gaps)):
+        (field,) = infer_fields(frame, ["genres"], labels=labels)
+        assert (field.kind, field.separator) == ("bag", separator.strip())
+        assert "hold several values; --multi genres= keeps them whole" in field.note
+        for some in ({"separators": {"genres": ""}}, {"numeric": {"genres": "categorical"}}):
+            (field,) = infer_fields(frame, ["genres"], labels=labels, **some)
+            assert field.kind == "categorical"
+    # Each combination is liked or not by itself, or few rows are all that is known.
+    alone = {text: rng.random() for text in genres.unique().sort()}
+    labels = (rng.random(rows) < genres.replace_strict(alone).to_numpy()).astype(float)
+    for frame, told in ((genres.to_frame(), labels), (genres[:900].to_frame(), labels[:900])):
+        (field,) = infer_fields(frame, ["genres"], labels=told)
+        assert field.kind == "categorical" and "takes them apart" in field.note
+
+
+def test_points_and_numbers_are_not_taken_apart():
+    x, y = np.random.default_rng(0).integers(9, size=(2, 3 * ROWS))
+    labels = (x < 4).astype(float)
+    for texts in (
+        [f"4{a}.5, 8{b}.25" for a, b in zip(x, y, strict=True)],
+        [f"{a},{b}" for a, b in zip(x, y, strict=True)],
+    ):
+        (field,) = infer_fields(pl.DataFrame({"at": texts}), ["at"], labels=labels)
+        assert field.kind != "bag"
+
+
 def test_rare_words_share_a_row_and_spelling_does_not_matter():
     frame, labels = reviews()
     encoder = Encoder.fit(frame, infer_fields(frame, ["text"], labels=labels))
