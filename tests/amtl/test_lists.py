@@ -47,6 +47,21 @@ def test_text_that_hardly_comes_again_is_its_words_where_these_tell_of_labels():
         assert field.kind == "categorical"
 
 
+@pytest.mark.parametrize("join", ["/", ".", "-", "+", ":", " > "])
+def test_so_are_paths_and_names_of_packages(join):
+    frame, labels = reviews()
+    texts = frame["text"].str.replace_all("[,.!]", "").str.replace_all(" ", join)
+    (field,) = infer_fields(texts.to_frame(), ["text"], labels=labels)
+    assert (field.kind, field.separator) == ("bag", WORDS)
+    # Of web addresses hosts are fields, and say more than the words do.
+    text = texts.str.replace_all(join, "-", literal=True)
+    sites = [f"https://q{i % 90}.example.org/" for i in range(ROWS)]
+    (field,) = infer_fields(
+        (pl.Series(sites) + text).alias("text").to_frame(), ["text"], labels=labels
+    )
+    assert field.kind == "unused"
+
+
 def test_other_text_is_not():
     frame, labels = reviews(told=0.0)
     (field,) = infer_fields(frame, ["text"], labels=labels)

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from amtl.data import moments, nested, notation, places, ranges
+from amtl.data import hosts, moments, nested, notation, places, ranges
 from amtl.data.columns import fold
 from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, split
 from amtl.data.ordered import Floats, Labels
@@ -51,7 +51,8 @@ _TAKEN_APART = ",;"
 """Of these, what values are taken apart at if labels do not follow the whole rather."""
 _BARS, _FEWEST_BARS = 0.01, 3
 """Share of the rows, and number, from which bars join values; in fewer they are part of a text."""
-_SEVERAL_WORDS = r"\p{L}{2}\S* +\S*\p{L}{2}"
+_SEVERAL_WORDS = r"\p{L}{2}\S*[ /.:+&>#~-]+\S*\p{L}{2}"
+"""Words of sentences, and those of paths, kinds of files and names of packages."""
 _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _MOSTLY = 0.8
 """Share of distinct texts that are numbers from which it is told that the others are none."""
@@ -390,7 +391,7 @@ def _words(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec | No
         return None
     if rows > _SELDOM * distinct or not _is_prose(column) or _says_when(column):
         return None
-    if not labels.follow(split(column.cast(pl.String), WORDS)):
+    if hosts.parts(column.to_frame()) or not labels.follow(split(column.cast(pl.String), WORDS)):
         return None
     note = f"text of {rows / distinct:.1f} rows a value, whose words tell of labels: a value each; "
     note += f"{as_typed(spec.name, 'categorical')} keeps it whole, --drop leaves it out"
