@@ -37,8 +37,9 @@ def test_words_of_a_text(text, words):
     assert split(pl.Series([text], dtype=pl.String), WORDS).to_list() == [words]
 
 
-def test_text_that_hardly_comes_again_is_its_words_where_these_tell_of_labels():
-    frame, labels = reviews()
+@pytest.mark.parametrize("rows", [ROWS, 400])
+def test_text_that_hardly_comes_again_is_its_words_where_these_tell_of_labels(rows):
+    frame, labels = reviews(rows=rows)
     (field,) = infer_fields(frame, ["text"], labels=labels)
     assert (field.kind, field.separator) == ("bag", WORDS)
     assert "whose words tell of labels" in field.note and "--numeric text=categ" in field.note
@@ -77,7 +78,7 @@ def test_other_text_is_not():
     ):
         column = values.alias("text").to_frame()
         assert infer_fields(column, ["text"], labels=labels)[0].separator != WORDS
-    some, few = frame[:900], labels[:900]
+    some, few = frame[:190], labels[:190]
     assert infer_fields(some, ["text"], labels=few)[0].separator != WORDS
 
 
@@ -107,7 +108,7 @@ def test_text_is_taken_apart_unless_labels_follow_the_whole_rather(separator):
 
 def test_points_and_numbers_are_not_taken_apart():
     x, y = np.random.default_rng(0).integers(9, size=(2, 3 * ROWS))
-    labels = (x < 4).astype(float)
+    labels = np.random.default_rng(1).integers(2, size=3 * ROWS).astype(float)
     for texts in (
         [f"4{a}.5, 8{b}.25" for a, b in zip(x, y, strict=True)],
         [f"{a},{b}" for a, b in zip(x, y, strict=True)],

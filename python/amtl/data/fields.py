@@ -58,7 +58,7 @@ _MOSTLY = 0.8
 """Share of distinct texts that are numbers from which it is told that the others are none."""
 _REWRITE = "write the column with a decimal point, and nothing between thousands"
 _ROWS_TO_ASK = 200
-"""Of training: fewer say nothing of values that hardly come again."""
+"""Of training: fewer say nothing of values that hardly come again, nor of words."""
 _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
 _LARGEST_ID = 2.0**64
@@ -387,7 +387,7 @@ def _several(column: pl.Series, separator: str, labels: Labels | None) -> FieldS
 def _words(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec | None:
     """The spec of text that hardly comes again, and whose words say something of labels."""
     rows, distinct = len(column) - column.null_count(), _distinct(column)
-    if spec.kind not in ("categorical", "unused") or rows < _ROWS_TO_JUDGE_BY:
+    if spec.kind not in ("categorical", "unused") or rows < _ROWS_TO_ASK:
         return None
     if rows > _SELDOM * distinct or not _is_prose(column) or _says_when(column):
         return None
