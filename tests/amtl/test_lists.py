@@ -127,3 +127,13 @@ def test_rare_words_share_a_row_and_spelling_does_not_matter():
     one, other = (pl.DataFrame({"text": [text]}) for text in ("LOVELY coat", "lovely, Coat!"))
     rows = again.transform(one).rows
     assert rows.equal(again.transform(other).rows) and again.transform(one).unknown["text"] == 0
+
+
+def test_rows_whose_lists_are_all_missing_have_empty_ones():
+    lists = [["a", "b"], None, ["a"], []] * 50
+    frame = pl.DataFrame({"list": lists, "text": ["a|b", None, "a", ""] * 50})
+    encoder = Encoder.fit(frame, infer_fields(frame, ["list", "text"]))
+    nothing = encoder.transform(pl.DataFrame({"list": [None], "text": [None]}))
+    assert [field.kind for field in encoder.fields] == ["bag", "bag"]
+    assert all(bag.offsets.tolist() == [0, 0] for bag in nothing.bags)
+    assert nothing.unknown == encoder.transform(frame[1:2]).unknown

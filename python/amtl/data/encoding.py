@@ -255,6 +255,14 @@ class Encoder:
         """Columns that are read: the embedded fields, then the standardised ones."""
         return list(dict.fromkeys(f.column for f in [*self.fields, *self.dense_fields]))
 
+    def optional(self) -> list[str]:
+        """Columns that a row may well lack: those of lists, and what rows of training lacked."""
+        needed = {f.column for f in self.dense_fields}
+        for spec, vocabulary in zip(self.fields, self.vocabularies, strict=True):
+            if spec.kind != "bag" and vocabulary.encode_counted([None])[1]:
+                needed.add(spec.column)
+        return [name for name in self.columns if name not in needed]
+
     def counts(self) -> Tensor:
         """Training occurrences per row of the shared table: int64 `[num_rows]`."""
         counts = torch.empty(self.num_rows, dtype=torch.int64)

@@ -59,12 +59,14 @@ class Contents:
         label: its label column, where its kind says so.
         notes: what was guessed about it, a line each.
         marks: column to the unusual texts that were taken as missing numbers in it.
+        objects: whether rows are objects of JSON, any of which may lack a key.
     """
 
     frame: pl.DataFrame
     label: str | None = None
     notes: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    objects: bool = False
 
 
 def read_file(path: Path | str) -> Contents:
@@ -193,7 +195,7 @@ def _read_text(path: Path, kind: str) -> Contents:
     if kind in _NDJSON:
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
             rows = _json(file, sample.lstrip(_BEFORE).startswith(b"["), str(path))
-            return Contents(flat(rows, repr(str(path))))
+            return Contents(flat(rows, repr(str(path))), objects=True)
     source, told = text.in_utf8(source, str(path))
     if told:
         sample = text.contents_of(source)[:_SAMPLE]
