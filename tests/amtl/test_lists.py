@@ -132,7 +132,8 @@ def test_rare_words_share_a_row_and_spelling_does_not_matter():
 def test_rows_whose_lists_are_all_missing_have_empty_ones():
     lists = [["a", "b"], None, ["a"], []] * 50
     frame = pl.DataFrame({"list": lists, "text": ["a|b", None, "a", ""] * 50})
-    encoder = Encoder.fit(frame, infer_fields(frame, ["list", "text"]))
+    fields = infer_fields(frame, ["list", "text"], separators={"text": "|"})
+    encoder = Encoder.fit(frame, fields)
     nothing = encoder.transform(pl.DataFrame({"list": [None], "text": [None]}))
     assert [field.kind for field in encoder.fields] == ["bag", "bag"]
     assert all(bag.offsets.tolist() == [0, 0] for bag in nothing.bags)
