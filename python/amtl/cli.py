@@ -442,7 +442,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
-    from amtl.data import labelled, load_source
+    from amtl.data import labelled, load_rows
     from amtl.data.negatives import has_labels, with_negatives
     from amtl.run.folders import load_trained
 
@@ -453,7 +453,7 @@ def evaluate(
         encoded, what = trained.test_split(), f"test split of {trained.config.data}"
         strange = []
     else:
-        frame, config = load_source(data).frame, trained.config
+        (frame, told), config = load_rows(data, trained.encoder.optional()), trained.config
         if config.negatives and label is None and not has_labels(frame):
             frame, _ = with_negatives(frame, config.negatives)
         if label_threshold is None and label_positive is None:
@@ -464,7 +464,7 @@ def evaluate(
         labelling = label or config.label, label_threshold, label_positive, missing
         frame, labels = labelled(frame, labelling)
         encoded, what = trained.encoder.transform(frame, labels), data
-        strange = list(trained.unseen_columns(frame, encoded).values())
+        strange = [*told, *trained.unseen_columns(frame, encoded).values()]
         if trained.encoder.has_labels(encoded.labels):
             seen = "the model was trained on most of these rows, or chosen by them, as their labels"
             strange.append(f"{seen} tell; amtl evaluate {run} scores its test split")
@@ -506,12 +506,13 @@ def predict(
     """Write the probability of a click for each row of a file, in its order."""
     import polars as pl
 
-    from amtl.data import load_source, require_columns, require_kind, require_other, write_rows
+    from amtl.data import load_rows, require_columns, require_kind, require_other, write_rows
     from amtl.run.folders import load_trained
 
     require_kind(out)
     require_other(out, data)
-    trained, frame = load_trained(run), load_source(data).frame
+    trained = load_trained(run)
+    frame, told = load_rows(data, trained.encoder.optional())
     names = parse_names("--columns", columns, frame.columns)
     require_columns(frame.columns, names, data)
     if "probability" in names:
@@ -519,13 +520,12 @@ def predict(
     with warnings.catch_warnings(record=True) as strange:
         warnings.simplefilter("always", UserWarning)
         found = trained.probabilities(frame)
-    scores = pl.Series("probability", found.numpy())
-    write_rows(pl.DataFrame([*frame.select(names), scores]), out)
+    write_rows(pl.DataFrame([*frame.select(names), pl.Series("probability", found.numpy())]), out)
     mean = f", {float(found.mean()):.4f} in the mean" if len(found) else ""
     text = f"wrote [bold]{escape(str(out))}[/], {len(found):,} probabilities{mean}"
     console.print(text, highlight=False)
-    for warning in strange:
-        console.print(escape(str(warning.message)), style="yellow", highlight=False)
+    for sentence in (*told, *(str(warning.message) for warning in strange)):
+        console.print(escape(sentence), style="yellow", highlight=False)
 
 
 @app.command()

@@ -60,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
     for name, content in {
         "empty.csv": b"",
         "twice.csv": b"user,user,y\n1,2,1\n3,4,0\n",
-        "latin1.csv": "user,y\ncaf\xe9,1\n".encode("latin1"),
+        "latin1.csv": "user,y\n\x81,1\n".encode("latin1"),
         "noise.parquet": rng.bytes(500),
         "noise.csv": rng.bytes(500),
         "noise.libsvm": b"\x00\x01\x02",

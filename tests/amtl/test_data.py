@@ -262,6 +262,29 @@ def test_buckets_hold_equal_shares_and_missing_values_have_their_own(frame):
     assert max(rest) - min(rest) <= 2
 
 
+def test_a_number_has_its_bucket_in_32_bits_too_and_larger_ones_share_the_last():
+    price = pl.Series("price", [i % 50 / 100 + 1 for i in range(20_000)] + [1.6] * 2000)
+    encoder = Encoder.fit(price.to_frame(), [FieldSpec("price", "bucket")])
+
+    def rows(values: pl.Series) -> list[int]:
+        return encoder.transform(values.to_frame()).rows[:, 0].tolist()
+
+    assert len(set(rows(price))) == 51
+    assert rows(price.cast(pl.Float32)) == rows(price.cast(pl.Float32).cast(pl.Float64))
+    assert rows(price.cast(pl.Float32)) == rows(price)
+    # The other way round, of files in 32 bits.
+    single = price.cast(pl.Float32)
+    encoder = Encoder.fit(single.to_frame(), [FieldSpec("price", "bucket")])
+    assert rows(single) == rows(price)
+    (last, far), first = rows(pl.Series("price", [1.6, 7.0])), rows(pl.Series("price", [1.0, -7.0]))
+    assert last == far and first[0] == first[1] != last
+    # Neighbours with nothing between them, and what has no middle.
+    ends = [-math.inf, -1.7e308, math.nextafter(1, 2), 1.0, 1.7e308, math.inf]
+    column = pl.Series("price", ends * 4000)
+    encoder = Encoder.fit(column.to_frame(), [FieldSpec("price", "bucket")])
+    assert len(set(rows(column[: len(ends)]))) == len(ends)
+
+
 def naive_batch(encoder, frame, samples):
     """Rows of every field of every sample, one Python list each."""
     result = []

@@ -37,14 +37,30 @@ def test_words_of_a_text(text, words):
     assert split(pl.Series([text], dtype=pl.String), WORDS).to_list() == [words]
 
 
-def test_text_that_hardly_comes_again_is_its_words_where_these_tell_of_labels():
-    frame, labels = reviews()
+@pytest.mark.parametrize("rows", [ROWS, 400])
+def test_text_that_hardly_comes_again_is_its_words_where_these_tell_of_labels(rows):
+    frame, labels = reviews(rows=rows)
     (field,) = infer_fields(frame, ["text"], labels=labels)
     assert (field.kind, field.separator) == ("bag", WORDS)
     assert "whose words tell of labels" in field.note and "--numeric text=categ" in field.note
     for given in ({"numeric": {"text": "categorical"}}, {"separators": {"text": ""}}):
         (field,) = infer_fields(frame, ["text"], labels=labels, **given)
         assert field.kind == "categorical"
+
+
+@pytest.mark.parametrize("join", ["/", ".", "-", "+", ":", " > "])
+def test_so_are_paths_and_names_of_packages(join):
+    frame, labels = reviews()
+    texts = frame["text"].str.replace_all("[,.!]", "").str.replace_all(" ", join)
+    (field,) = infer_fields(texts.to_frame(), ["text"], labels=labels)
+    assert (field.kind, field.separator) == ("bag", WORDS)
+    # Of web addresses hosts are fields, and say more than the words do.
+    text = texts.str.replace_all(join, "-", literal=True)
+    sites = [f"https://q{i % 90}.example.org/" for i in range(ROWS)]
+    (field,) = infer_fields(
+        (pl.Series(sites) + text).alias("text").to_frame(), ["text"], labels=labels
+    )
+    assert field.kind == "unused"
 
 
 def test_other_text_is_not():
@@ -62,8 +78,43 @@ def test_other_text_is_not():
     ):
         column = values.alias("text").to_frame()
         assert infer_fields(column, ["text"], labels=labels)[0].separator != WORDS
-    some, few = frame[:900], labels[:900]
+    some, few = frame[:190], labels[:190]
     assert infer_fields(some, ["text"], labels=few)[0].separator != WORDS
+
+
+@pytest.mark.parametrize("separator", [",", "; "])
+def test_text_is_taken_apart_unless_labels_follow_the_whole_rather(separator):
+    rng, rows = np.random.default_rng(5), 3 * ROWS
+    liked = rng.normal(size=12)
+    has = [np.sort(rng.choice(12, rng.integers(1, 5), replace=False)) for _ in range(rows)]
+    genres = pl.Series("genres", [separator.join(f"Genre {n}" for n in each) for each in has])
+    chance = 1 / (1 + np.exp([-2 * liked[each].mean() for each in has]))
+    labels = (rng.random(rows) < chance).astype(float)
+    gaps = pl.when(pl.int_range(pl.len()) % 9 > 0).then("genres").alias("genres")
+    for frame in (genres.to_frame(), genres.to_frame().select(gaps)):
+        (field,) = infer_fields(frame, ["genres"], labels=labels)
+        assert (field.kind, field.separator) == ("bag", separator.strip())
+        assert "hold several values; --multi genres= keeps them whole" in field.note
+        for some in ({"separators": {"genres": ""}}, {"numeric": {"genres": "categorical"}}):
+            (field,) = infer_fields(frame, ["genres"], labels=labels, **some)
+            assert field.kind == "categorical"
+    # Each combination is liked or not by itself, or few rows are all that is known.
+    alone = {text: rng.random() for text in genres.unique().sort()}
+    labels = (rng.random(rows) < genres.replace_strict(alone).to_numpy()).astype(float)
+    for frame, told in ((genres.to_frame(), labels), (genres[:900].to_frame(), labels[:900])):
+        (field,) = infer_fields(frame, ["genres"], labels=told)
+        assert field.kind == "categorical" and "takes them apart" in field.note
+
+
+def test_points_and_numbers_are_not_taken_apart():
+    x, y = np.random.default_rng(0).integers(9, size=(2, 3 * ROWS))
+    labels = np.random.default_rng(1).integers(2, size=3 * ROWS).astype(float)
+    for texts in (
+        [f"4{a}.5, 8{b}.25" for a, b in zip(x, y, strict=True)],
+        [f"{a},{b}" for a, b in zip(x, y, strict=True)],
+    ):
+        (field,) = infer_fields(pl.DataFrame({"at": texts}), ["at"], labels=labels)
+        assert field.kind != "bag"
 
 
 def test_rare_words_share_a_row_and_spelling_does_not_matter():
@@ -76,3 +127,14 @@ def test_rare_words_share_a_row_and_spelling_does_not_matter():
     one, other = (pl.DataFrame({"text": [text]}) for text in ("LOVELY coat", "lovely, Coat!"))
     rows = again.transform(one).rows
     assert rows.equal(again.transform(other).rows) and again.transform(one).unknown["text"] == 0
+
+
+def test_rows_whose_lists_are_all_missing_have_empty_ones():
+    lists = [["a", "b"], None, ["a"], []] * 50
+    frame = pl.DataFrame({"list": lists, "text": ["a|b", None, "a", ""] * 50})
+    fields = infer_fields(frame, ["list", "text"], separators={"text": "|"})
+    encoder = Encoder.fit(frame, fields)
+    nothing = encoder.transform(pl.DataFrame({"list": [None], "text": [None]}))
+    assert [field.kind for field in encoder.fields] == ["bag", "bag"]
+    assert all(bag.offsets.tolist() == [0, 0] for bag in nothing.bags)
+    assert nothing.unknown == encoder.transform(frame[1:2]).unknown

@@ -68,6 +68,29 @@ def test_each_row_is_followed_by_others_of_its_user(count):
     assert with_negatives(frame, f"user:song:{count}")[0].equals(rows)
 
 
+def test_what_gives_drawn_rows_away_is_said():
+    rng = np.random.default_rng(0)
+    user, item, size = (rng.integers(n, size=ROWS) for n in (400, 40, 3))
+    frame = pl.DataFrame(
+        {
+            "user": user,
+            "pizza": item,
+            "size": size,
+            # Of each of three sizes, hence no single one of a pizza.
+            "a price": 10 + 3 * size + 0.1 * (item * 7 % 40),
+            # Nothing is wrong with what few have, or one user alone, or nobody twice.
+            "city": user % 90,
+            "name": [f"n{u}" for u in user],
+            "second": np.arange(ROWS),
+            "tags": [["x"]] * ROWS,
+        }
+    )
+    _, note = with_negatives(frame, "user:pizza:2")
+    assert "% of them hold a value of 'a price' that no row with their pizza has, as 0% of" in note
+    assert note.endswith("if it belongs to the pizza, --drop 'a price'") and note.count(";") == 1
+    assert ";" not in with_negatives(frame.drop("a price"), "user:pizza:2")[1]
+
+
 def test_who_has_nearly_all_items_gets_fewer():
     frame = pl.DataFrame({"user": [1] * 9 + [2], "song": [*range(9), 9]})
     rows, _ = with_negatives(frame, "user:song:2")

@@ -129,3 +129,42 @@ def test_the_command_line_knows_the_flat_names(tmp_path, capsys):
         assert pl.read_csv(out).columns == ["u.id", "probability"]
         assert run("evaluate", model, data) == 0
     assert "not seen" not in capsys.readouterr().out
+
+
+def test_keys_that_no_row_to_score_has_are_missing_if_rows_of_training_lacked_them(
+    tmp_path, capsys
+):
+    def run(*words):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        return int(stop.value.code or 0)
+
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    rows = [{"u": i % 7, "y": int(i % 7 < 3)} for i in range(300)]
+    for i, row in enumerate(rows):
+        row |= {"geo": {"cc": f"c{i % 5}"}, "tags": ["a", "b"][: i % 3]} if i % 4 else {}
+    data, out = write("a.ndjson", rows), tmp_path / "scores.csv"
+    given = ["--label", "y", "--no-race", "--epochs", "1", "--out", tmp_path / "run"]
+    assert run("train", data, *given) == 0
+    few = write("few.ndjson", rows[:9:8])
+    capsys.readouterr()
+    assert run("predict", tmp_path / "run", few, "-o", out) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "has geo.cc, tags: taken as missing, as in rows of the training data" in told
+    whole = tmp_path / "whole.csv"
+    assert run("predict", tmp_path / "run", data, "-o", whole) == 0
+    assert "taken as missing" not in capsys.readouterr().out
+    assert pl.read_csv(out)["probability"].to_list() == pytest.approx(
+        pl.read_csv(whole)["probability"].gather([0, 8]).to_list()
+    )
+    assert run("evaluate", tmp_path / "run", write("more.ndjson", rows[:20:4])) == 0
+    assert "taken as missing" in " ".join(capsys.readouterr().out.split())
+    # What no row of training lacked is needed, and a table has its columns.
+    assert run("predict", tmp_path / "run", write("b.ndjson", [{"geo": None}]), "-o", out) == 1
+    assert "no column 'u'" in capsys.readouterr().err
+    pl.DataFrame({"u": [1]}).write_csv(tmp_path / "c.csv")
+    assert run("predict", tmp_path / "run", tmp_path / "c.csv", "-o", out) == 1
+    assert "no column" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from amtl.data.encoding import EncodedData, Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.labels import label_note, labelled, read_labels
 from amtl.data.readers import require_columns
-from amtl.data.registry import Source, load_source, named_sets
+from amtl.data.registry import Source, load_rows, load_source, named_sets
 from amtl.data.specs import FieldSpec
 from amtl.data.splits import split_rows
 from amtl.data.writers import require_kind, require_other, write_rows
@@ -19,6 +19,7 @@ __all__ = [
     "infer_fields",
     "label_note",
     "labelled",
+    "load_rows",
     "load_source",
     "named_sets",
     "read_labels",

@@ -255,6 +255,14 @@ class Encoder:
         """Columns that are read: the embedded fields, then the standardised ones."""
         return list(dict.fromkeys(f.column for f in [*self.fields, *self.dense_fields]))
 
+    def optional(self) -> list[str]:
+        """Columns that a row may well lack: those of lists, and what rows of training lacked."""
+        needed = {f.column for f in self.dense_fields}
+        for spec, vocabulary in zip(self.fields, self.vocabularies, strict=True):
+            if spec.kind != "bag" and vocabulary.encode_counted([None])[1]:
+                needed.add(spec.column)
+        return [name for name in self.columns if name not in needed]
+
     def counts(self) -> Tensor:
         """Training occurrences per row of the shared table: int64 `[num_rows]`."""
         counts = torch.empty(self.num_rows, dtype=torch.int64)
@@ -556,11 +564,18 @@ def _mark(labels: Tensor) -> tuple[int, int]:
 
 
 def _quantiles(numbers: pl.Series, buckets: int) -> Tensor:
-    values = numbers.drop_nans().to_numpy()
+    """Edges of buckets, amid the values on either side: in 32 bits a value is none quite the same.
+
+    None is above the largest value, so that larger ones of later rows share its bucket.
+    """
+    values = np.sort(numbers.drop_nans().to_numpy())
     if not len(values):
         return torch.empty(0, dtype=torch.float64)
-    cuts = np.quantile(values, np.arange(1, buckets) / buckets, method="lower")
-    return torch.from_numpy(np.unique(cuts))
+    cuts = np.unique(np.quantile(values, np.arange(1, buckets) / buckets, method="lower"))
+    below = cuts[cuts < values[-1]]
+    above = values[np.searchsorted(values, below, side="right")]
+    amid = below / 2 + above / 2
+    return torch.from_numpy(np.where((below < amid) & (amid < above), amid, below))
 
 
 def _bucket(numbers: pl.Series, edges: Tensor) -> pl.Series:

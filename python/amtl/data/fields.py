@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from amtl.data import moments, nested, notation, ranges
+from amtl.data import hosts, moments, nested, notation, places, ranges
 from amtl.data.columns import fold
 from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, split
 from amtl.data.ordered import Floats, Labels
@@ -47,15 +47,18 @@ are popular, come to 3 and more."""
 _JOINED_BY = {"|": 1.0, ";": 0.5, ",": 0.5, " ": 0.05}
 """What text may join values by, told of where the parts are so few of the whole values that they
 come again. Names of people and places have spaces. Bars in many rows are taken for that."""
+_TAKEN_APART = ",;"
+"""Of these, what values are taken apart at if labels do not follow the whole rather."""
 _BARS, _FEWEST_BARS = 0.01, 3
 """Share of the rows, and number, from which bars join values; in fewer they are part of a text."""
-_SEVERAL_WORDS = r"\p{L}{2}\S* +\S*\p{L}{2}"
+_SEVERAL_WORDS = r"\p{L}{2}\S*[ /.:+&>#~-]+\S*\p{L}{2}"
+"""Words of sentences, and those of paths, kinds of files and names of packages."""
 _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _MOSTLY = 0.8
 """Share of distinct texts that are numbers from which it is told that the others are none."""
 _REWRITE = "write the column with a decimal point, and nothing between thousands"
 _ROWS_TO_ASK = 200
-"""Of training: fewer say nothing of values that hardly come again."""
+"""Of training: fewer say nothing of values that hardly come again, nor of words."""
 _ROWS_TO_JUDGE_BY = 1000
 """Fewer rows do not tell a key, of which every row has its own, from a column of many values."""
 _LARGEST_ID = 2.0**64
@@ -106,6 +109,8 @@ def infer_fields(
       Text of digits alone, such as codes of places with leading zeros, and of ranges, such as
       `10-15`, is a number where labels say so, too.
     - Text of several words and fewer than two rows a value is its words, if labels follow these.
+    - Text that commas or semicolons cut into half as many parts as there are values is taken apart
+      from 1,000 rows on, unless labels follow the whole rather.
     - Texts that differ in case and spaces around them alone are one value, if those are a tenth of
       a column's values and labels do not tell them apart.
     - Dates and times, also as seconds since 1970 or text, are numbers if there are 1,000 rows or
@@ -327,6 +332,9 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             if separator == "|" and _is_prose(column):
                 continue
             if _holds_lists(values, separator, share, ids=ids) and not _says_when(values):
+                lists = None if spelled else _several(column, separator, labels)
+                if lists:
+                    return lists
                 note = f"{_shown(column, separator)} and its like may be several values each"
                 note += f": --multi {shlex.quote(f'{name}={separator}')} takes them apart"
                 break
@@ -363,14 +371,27 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
     return spec
 
 
+def _several(column: pl.Series, separator: str, labels: Labels | None) -> FieldSpec | None:
+    """The spec of text that may join values, unless labels say that the whole tells more."""
+    rows = len(column) - column.null_count()
+    if labels is None or separator not in _TAKEN_APART or rows < _ROWS_TO_JUDGE_BY:
+        return None
+    texts = column.cast(pl.String)
+    if places.are_points(column) or labels.follow_rather(texts, split(texts, separator)):
+        return None
+    note = f"strings such as {_shown(column, separator)} hold several values; "
+    note += f"--multi {shlex.quote(f'{column.name}=')} keeps them whole"
+    return FieldSpec(column.name, "bag", separator, note=note)
+
+
 def _words(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec | None:
     """The spec of text that hardly comes again, and whose words say something of labels."""
     rows, distinct = len(column) - column.null_count(), _distinct(column)
-    if spec.kind not in ("categorical", "unused") or rows < _ROWS_TO_JUDGE_BY:
+    if spec.kind not in ("categorical", "unused") or rows < _ROWS_TO_ASK:
         return None
     if rows > _SELDOM * distinct or not _is_prose(column) or _says_when(column):
         return None
-    if not labels.follow(split(column.cast(pl.String), WORDS)):
+    if hosts.parts(column.to_frame()) or not labels.follow(split(column.cast(pl.String), WORDS)):
         return None
     note = f"text of {rows / distinct:.1f} rows a value, whose words tell of labels: a value each; "
     note += f"{as_typed(spec.name, 'categorical')} keeps it whole, --drop leaves it out"

@@ -7,6 +7,8 @@ user.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,9 @@ _SAME = 0.5
 """Agreement of rows of one item, beyond that of any two, from which a column is about items."""
 _PAIRS, _CHANCE = 200_000, 20_000
 """Pairs of rows that are looked at for it: of one item, and any."""
+_GIVEN_AWAY, _ROWS = 0.2, 200_000
+"""How many more drawn rows than others, of all, may have a value that is new beside their item
+before it is said; and rows that are looked at for it, but for those of the last item."""
 
 Places = NDArray[np.int64]
 
@@ -114,6 +119,13 @@ def with_negatives(frame: pl.DataFrame, text: str) -> tuple[pl.DataFrame, str]:
         f"{len(rows) - len(frame):,} negative rows were drawn (--negatives): a {wanted.user} with "
         f"another {wanted.item}{along}"
     )
+    stays = frame.drop(wanted.user, wanted.item, *about)
+    for name, new, usual in _giveaways(stays, user, item, drawn, rng):
+        note += (
+            f"; {new:.0%} of them hold a value of {name!r} that no row with their {wanted.item} "
+            f"has, as {usual:.0%} of the others do, which gives them away: if it belongs to the "
+            f"{wanted.item}, --drop {shlex.quote(name)}"
+        )
     return rows, note
 
 
@@ -169,6 +181,42 @@ def _about_items(
         ):
             found.append(name)
     return found
+
+
+def _giveaways(
+    stays: pl.DataFrame, user: Places, item: Places, drawn: Places, rng: np.random.Generator
+) -> Iterator[tuple[str, float, float]]:
+    """Columns that drawn rows keep, though their new items hardly ever have such values.
+
+    So is a price where items have several, by their sizes: beside another item it is none of its.
+    Rows of the file are held to the same: rows of their own users do not count, and items count
+    as often as they were drawn.
+
+    Yields:
+        Name, and the shares of drawn rows, and of those of the file, of whose item no row has that
+        value.
+    """
+    often = np.bincount(item)
+    order = rng.permutation(len(often))
+    looked = np.zeros(len(often), bool)
+    looked[order[: 1 + np.searchsorted(np.cumsum(often[order]), _ROWS)]] = True
+    real = np.flatnonzero(looked[item])
+    row, column = np.nonzero((drawn >= 0) & looked[np.maximum(drawn, 0)])
+    new_item = drawn[row, column]
+    weight = (np.bincount(new_item, minlength=len(often)) / often)[item[real]]
+    for name in stays.columns:
+        if not len(row) or stays[name].dtype.is_nested():
+            continue
+        value = _numbers(stays, name)
+        pair, new_pair = item * len(value) + value, new_item * len(value) + value[row]
+        # Each pair of item and value once for each of its users.
+        by_user = pl.DataFrame({"pair": pair[real], "user": user[real]}).unique()
+        users = by_user.group_by("pair").len()
+        alone = users.filter(len=1)["pair"].to_numpy()
+        new = float(np.isin(new_pair, users["pair"].to_numpy(), invert=True).mean())
+        usual = float(np.average(np.isin(pair[real], alone), weights=weight))
+        if new - usual > _GIVEN_AWAY:
+            yield name, new, usual
 
 
 def _pairs(group: Places, rng: np.random.Generator) -> Places:

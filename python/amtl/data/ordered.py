@@ -106,11 +106,27 @@ class Labels:
 
     def follow(self, lists: pl.Series) -> bool:
         """Whether the values that lists hold tell anything of labels: words of texts."""
-        rows = np.flatnonzero(~np.isnan(self._labels))
-        rows = rows[_spaced(len(rows), min(len(rows), _ROWS_OF_LISTS))]
-        labels = self._labels[rows]
+        rows, labels = self._of_lists()
         said = told(_evidence(lists.gather(rows), labels), labels)
         return said is not None and said.order > _SURE * said.order_error
+
+    def follow_rather(self, texts: pl.Series, lists: pl.Series) -> bool:
+        """Whether labels follow texts rather than the values that these hold."""
+        rows, labels = self._of_lists()
+        if len(rows) < _FOLDS or not 0 < labels.mean() < 1:
+            return False
+        text = pl.col("text")
+        whole = pl.when(text.is_not_null()).then(pl.concat_list(text)).alias("text")
+        both = (pl.DataFrame({"text": texts}).select(whole)["text"], lists)
+        ours, theirs = (_by_evidence(each.gather(rows), labels) for each in both)
+        gain = ours - theirs
+        return bool(gain.mean() > _SURE * gain.std() / len(gain) ** 0.5)
+
+    def _of_lists(self) -> tuple[NDArray[np.intp], Floats]:
+        """Rows that train, of which lists are looked at, and their labels."""
+        rows = np.flatnonzero(~np.isnan(self._labels))
+        rows = rows[_spaced(len(rows), min(len(rows), _ROWS_OF_LISTS))]
+        return rows, self._labels[rows]
 
     def want_finer(self, column: pl.Series, buckets: int, parts: int) -> bool:
         """Whether so many parts of a column of numbers tell much more of labels than buckets do."""
@@ -193,6 +209,20 @@ def _evidence(lists: pl.Series, labels: Floats) -> pl.Series:
         says = np.log(rate / (1 - rate)) - np.log(mean / (1 - mean))
         result += np.bincount(row[held], says[value[held]], len(lists))
     return pl.Series(lists.name, result)
+
+
+def _by_evidence(lists: pl.Series, labels: Floats) -> Floats:
+    """Log likelihoods of held-out labels by the rate of rows with evidence like theirs."""
+    evidence = _evidence(lists, labels).to_numpy()
+    fold = np.random.default_rng(0).permutation(len(labels)) % _FOLDS
+    result = np.empty(len(labels))
+    for f in range(_FOLDS):
+        train, held = fold != f, fold == f
+        bucket = np.searchsorted(_edges(evidence[train], _BUCKETS), evidence, side="right")
+        sums, rows = (each[bucket[held]] for each in _per_group(bucket, train, labels, _BUCKETS))
+        rate = (sums + _PRIOR * labels[train].mean()) / (rows + _PRIOR)
+        result[held] = _likelihood(rate, labels[held])
+    return result
 
 
 def _apart(value: Floats, group: Floats, labels: Floats) -> bool:

@@ -38,7 +38,7 @@ def parts(
         return found
     kind: Any = default_numeric
     for column in frame:
-        if column.name in skip or column.dtype not in TEXT or not _are_points(column):
+        if column.name in skip or column.dtype not in TEXT or not are_points(column):
             continue
         for part in PARTS:
             name = f"{column.name}.{part}"
@@ -60,7 +60,8 @@ def take(column: pl.Series, spec: FieldSpec) -> pl.Series:
     return cells.str.extract(_POINT, int(spec.part)).cast(pl.Float64)
 
 
-def _are_points(column: pl.Series) -> bool:
+def are_points(column: pl.Series) -> bool:
+    """Whether all values of a column of text are points."""
     cells = notation.texts(column)
     known = cells.drop_nulls()
     if not len(known) or not known[:100].str.contains(_POINT).all():

@@ -59,22 +59,23 @@ class Contents:
         label: its label column, where its kind says so.
         notes: what was guessed about it, a line each.
         marks: column to the unusual texts that were taken as missing numbers in it.
+        objects: whether rows are objects of JSON, any of which may lack a key.
     """
 
     frame: pl.DataFrame
     label: str | None = None
     notes: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    objects: bool = False
 
 
 def read_file(path: Path | str) -> Contents:
     """Reads Parquet (a file or a folder of them), Arrow, text, libsvm, libfm, JSON or sheets.
 
     Files may be compressed (`.gz`, `.zst`, `.bz2`; gzip and zstd by any name), and text be UTF-8,
-    or UTF-16 with a byte order mark. The separator of
-    text is told by its first lines, and so is whether it has a header, whether a `.txt` is libsvm,
-    and whether JSON is an object a line or one list of them. The fields of structs are columns: see
-    `flat`.
+    UTF-16 with a byte order mark, or Windows-1252, which is noted. The separator of text is told by
+    its first lines, and so is whether it has a header, whether a `.txt` is libsvm, and whether JSON
+    is an object a line or one list of them. The fields of structs are columns: see `flat`.
 
     Raises:
         UserError: if the file is missing, of an unknown kind, empty, or cannot be parsed; the
@@ -194,14 +195,17 @@ def _read_text(path: Path, kind: str) -> Contents:
     if kind in _NDJSON:
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
             rows = _json(file, sample.lstrip(_BEFORE).startswith(b"["), str(path))
-            return Contents(flat(rows, repr(str(path))))
-    first = text.decode(sample, str(path), whole=len(sample) < _SAMPLE)
+            return Contents(flat(rows, repr(str(path))), objects=True)
+    source, told = text.in_utf8(source, str(path))
+    if told:
+        sample = text.contents_of(source)[:_SAMPLE]
+    first = text.first_lines(sample, whole=len(sample) < _SAMPLE)
     if kind in _LIBSVM or (kind == ".txt" and libsvm.looks_like(first)):
         frame, notes = libsvm.read(source, str(path))
         return Contents(frame, libsvm.LABEL, notes)
     separator = "\t" if kind in (".tsv", ".tab") else ","
     frame, notes, marks = text.read(source, first, separator, str(path))
-    return Contents(frame, notes=notes, marks=marks)
+    return Contents(frame, notes=told + notes, marks=marks)
 
 
 def _json(file: io.BytesIO | io.BufferedReader, is_list: bool, where: str) -> pl.DataFrame:

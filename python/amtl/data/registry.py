@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import polars as pl
 
 from amtl.data import movielens, negatives, nycflights, official, synthetic
 from amtl.data.readers import read_file
-from amtl.errors import UserError
+from amtl.errors import UserError, listed
 
 
 def default_batch_size(rows: int) -> int:
@@ -58,6 +58,7 @@ class Source:
         numeric, recipe, licence: as in `NamedSet`.
         notes: what was guessed about the file, a line each.
         marks: column to the unusual texts of the file that were taken as missing numbers.
+        objects: whether its rows are objects of JSON, any of which may lack a key.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Source:
     licence: str = ""
     notes: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    objects: bool = False
 
     def settings(self, method: str) -> dict[str, Any]:
         """The training settings that this data asks for, over the defaults of `TrainConfig`."""
@@ -158,6 +160,25 @@ def load_source(data: str, drawn: str | None = None) -> Source:
     return replace(source, frame=frame, label=negatives.LABEL, fields=fields, notes=notes)
 
 
+def load_rows(data: str, optional: Collection[str]) -> tuple[pl.DataFrame, list[str]]:
+    """Rows to score, see `load_source`, and what was strange about them.
+
+    Args:
+        data: path or name.
+        optional: columns that are missing in all rows where these are objects of JSON of which
+            none has the key: a few rows may well have none of those that few have.
+    """
+    source = load_source(data)
+    absent = [name for name in optional if name not in source.frame.columns]
+    if not source.objects or not absent:
+        return source.frame, []
+    nothing = (pl.lit(None).alias(name) for name in absent)
+    told = (
+        f"no row of {data} has {listed(absent)}: taken as missing, as in rows of the training data"
+    )
+    return source.frame.with_columns(*nothing), [told]
+
+
 def _load(data: str) -> Source:
     name, colon, argument = data.partition(":")
     sets = named_sets()
@@ -180,4 +201,5 @@ def _load(data: str) -> Source:
         label=contents.label,
         notes=contents.notes,
         marks=contents.marks,
+        objects=contents.objects,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import mmap
@@ -46,6 +47,11 @@ FEW_NUMBERS = 20
 """Whole numbers of a column up to which other texts beside them are values of their own."""
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\r?\n', re.IGNORECASE)
 """By which Excel is told the separator."""
+_BLOCK = 1 << 20
+_WESTERN = 0.8
+"""Share of letters beyond ASCII that stand between those of ASCII, as they do not in other scripts
+nor in UTF-8, from which on text that is not UTF-8 is taken as Windows-1252."""
+_ICONV = "iconv -f ENCODING -t UTF-8 FILE > NEW.csv"
 
 
 def read(
@@ -231,11 +237,7 @@ def _odd_line(content: bytes, separator: str, width: int) -> str:
     """Which line of a file is none of `width` columns, and what to do; empty if all seem to be."""
     if content.startswith(b"#"):
         return "it begins with a comment; leave such lines out: sed '/^#/d' FILE > FILE.csv"
-    try:
-        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        return f"line {number} is not UTF-8; convert the file: {_iconv('LATIN1')}"
+    lines = io.StringIO(content.decode("utf-8-sig"), newline="")
     quote = "has a quotation mark without its other half; delete it: tr -d '\"' < FILE > FILE.csv"
     rows, start = csv.reader(lines, delimiter=separator), 1
     try:
@@ -380,29 +382,61 @@ def has_header(rows: list[list[str]]) -> bool:
     return False
 
 
-def decode(sample: bytes, where: str, *, whole: bool) -> str:
-    """The whole lines of a sample as text.
+def in_utf8(source: Path | io.BytesIO, where: str) -> tuple[Path | io.BytesIO, tuple[str, ...]]:
+    """A file of text in UTF-8, made so if it is in Windows-1252, which is noted.
+
+    Raises:
+        UserError: it is in neither; the message says what to do.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()) as f:
+            while block := f.read(_BLOCK):
+                decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        content = contents_of(source)
+    else:
+        return source, ()
+    letters = [run for run in re.findall(rb"[\x80-\xff]+", content) if max(run) >= 0xC0]
+    try:
+        if sum(len(run) == 1 for run in letters) < _WESTERN * len(letters):
+            raise UnicodeError
+        text = content.decode("cp1252")
+    except UnicodeError as error:
+        line = _line_out_of_utf8(content)
+        raise UserError(
+            f"cannot read {where!r}: line {line} is not UTF-8, nor is the file Windows-1252; "
+            f"convert it from what it is: {_ICONV}"
+        ) from error
+    example = re.search(r"\w{0,20}[^\x00-\x7f]\w{0,20}", text)
+    assert example, "all of ASCII is UTF-8"
+    return io.BytesIO(text.encode()), (
+        f"it is not UTF-8 and was read as Windows-1252, so that it holds {example[0]!r}; if that "
+        f"is wrong: {_ICONV}",
+    )
+
+
+def _line_out_of_utf8(content: bytes) -> int:
+    """The number of the first line that is not UTF-8."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    raise AssertionError("the text is UTF-8")
+
+
+def first_lines(sample: bytes, *, whole: bool) -> str:
+    """The whole lines of a sample of UTF-8 as text.
 
     Args:
         sample: the first bytes of a file.
-        where: the file's name, for messages.
         whole: whether that is the whole file.
-
-    Raises:
-        UserError: if it is not UTF-8.
     """
     if not whole:
         sample = sample[: sample.rfind(b"\n") + 1] or sample
-    try:
-        return sample.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where!r} is not UTF-8 (byte {error.start}); convert it: {_iconv('LATIN1')}"
-        ) from error
-
-
-def _iconv(encoding: str) -> str:
-    return f"iconv -f {encoding} -t UTF-8 FILE > NEW.csv"
+    # The first line may be longer than the sample, which then ends within a character.
+    return sample.decode("utf-8-sig", "ignore")
 
 
 def _rows(first: str, separator: str) -> list[list[str]]:

@@ -596,6 +596,9 @@ def _flatten(
     """
     # What already is a list has its values as they are, quotation marks and all.
     written = separator == WRITTEN_LISTS and _is_text(series.dtype)
+    if series.dtype == pl.Null:
+        # Nothing but missing lists, as in the one row of a request.
+        series = series.cast(pl.List(pl.String))
     if separator and _is_text(series.dtype):
         series = split(series.cast(pl.String), separator, trim=trim)
     if not isinstance(series.dtype, pl.List):
