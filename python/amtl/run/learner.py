@@ -306,7 +306,7 @@ class Learner:
         return self.stale >= patience or (late and self.stage < config.rate_drops)
 
     def _moves(self, record: dict[str, Any]) -> bool:
-        """Whether a stage with weight decay has never scored as well, or will as the average follows.
+        """Whether a stage has never scored as well, or will as its average follows, with decay.
 
         Validations go up and down with the steps since its last pass, so a stage is held against
         itself, not against the peak that it went back to. What is learned fast, after a plateau,
