@@ -152,8 +152,8 @@ def rounded_counts(counts: Tensor) -> Tensor:
     Args:
         counts: int64, >= 0.
     """
-    halves = torch.frexp(counts.to(torch.float64)).exponent.to(torch.int64) - SIGNIFICANT_BITS
-    dropped = halves.clamp_(min=0)
+    bits = torch.frexp(counts.to(torch.float64)).exponent.to(torch.int64)
+    dropped = (bits - SIGNIFICANT_BITS).clamp_(min=0)
     return (counts + ((1 << dropped) >> 1)) >> dropped << dropped
 
 

@@ -36,11 +36,6 @@ class Average:
         self._since = 0
         self._values: list[Tensor] = []
 
-    @property
-    def begun(self) -> bool:
-        """Whether there is one."""
-        return bool(self._values)
-
     def begin(self) -> None:
         """Forgets all."""
         self._since, self._values = 0, []
@@ -85,4 +80,5 @@ class Average:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        self._since, self._values = state["since"], list(state["values"])
+        self._since = state["since"]
+        self._values = [value.clone() for value in state["values"]]
