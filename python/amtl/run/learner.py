@@ -256,9 +256,10 @@ class Learner:
 
     def _validate(self) -> None:
         with self._average.shown(self._averaged()):
-            self._score()
+            self._note()
 
-    def _score(self) -> None:
+    def _note(self) -> None:
+        """Puts a validation on record, and keeps the model if it is the best so far."""
         settle_unseen(self.table, self.task.encoder)
         area, loss = self.scores()
         record: dict[str, Any] = {
