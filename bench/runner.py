@@ -65,6 +65,7 @@ def interleave(
     budget: Budget = _BUDGET,
     timer: Timer = wall_clock,
     notice: Notice | None = None,
+    periods: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
     """Times calls in turn, so that what disturbs the machine disturbs all of them.
 
@@ -80,6 +81,8 @@ def interleave(
         budget: Bounds.
         timer: Measures a run in seconds.
         notice: Told the finished share of the rounds and the calls made since the last notice.
+        periods: Contender to the calls after which its work repeats, where that is not one: each
+            sample is of whole periods.
 
     Returns:
         Seconds per call, one sample a round, the same rounds for everybody.
@@ -110,6 +113,8 @@ def interleave(
         estimates[name] = min(timed(call, 1) for _ in range(3))
     leads = {name: budget.leads(estimate) for name, estimate in estimates.items()}
     repeats = {name: budget.repeats(estimate) for name, estimate in estimates.items()}
+    for name, period in (periods or {}).items():
+        repeats[name] = math.ceil(repeats[name] / period) * period
     made = sum(leads.values()) + sum(repeats.values())
     # A round that began where the last one did would bring everybody the same sets again.
     skipped = next(skip for skip in range(rotations + 1) if math.gcd(made + skip, rotations) == 1)
@@ -253,7 +258,12 @@ class Runner:
         for _ in range(self.attempts):
             before = self._speedup(case)
             samples = interleave(
-                calls, len(problem.ids), budget=budget, timer=self.timer, notice=notice
+                calls,
+                len(problem.ids),
+                budget=budget,
+                timer=self.timer,
+                notice=notice,
+                periods={c.name: c.period for c in chosen if c.name in calls},
             )
             after = self._speedup(case)
             result.thread_speedup = [round(before, 2), round(after, 2)]

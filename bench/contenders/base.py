@@ -60,6 +60,7 @@ class Contender(ABC):
         compiles: Whether its first call compiles something.
         devices: Where it can run.
         row_bits: Of a number in its rows; 0: as in the problem's table.
+        period: Calls after which its work repeats.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Contender(ABC):
     compiles: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     row_bits: int = 0
+    period: int = 1
 
     def absent(self) -> str:
         """Why it can't run on this machine at all; empty where it can."""

@@ -25,15 +25,18 @@ from bench.oracle import Equations, GivenSizes, Outcome
 
 LEARNED: dict[str, dict[str, Any]] = {
     "ordinal": {"parametrization": "ordinal"},
+    "gathered": {"parametrization": "ordinal", "learns_every": 4},
     "free": {"parametrization": "free"},
     "paper": {"parametrization": "free", "budget": None},
 }
-"""States whose sizes are learned: ours, the paper's layer under a budget, and as it is there."""
+"""States whose sizes are learned: ours at every pass and at every fourth, the paper's layer under a
+budget, and as it is there."""
 
 _STATES = {
     "search": "search by the rule",
     "frozen": "frozen",
     "ordinal": "sizes learned",
+    "gathered": "sizes learned at every fourth pass",
     "free": "sizes learned by the paper's softmax, under a budget",
     "paper": "sizes learned as in the paper",
 }
@@ -94,6 +97,7 @@ class _Product(OursInLayers):
         self.state = state
         self.name = f"{self.form}_{state}"
         self.title = f"{self.title}, {_STATES[state]}"
+        self.period = LEARNED.get(state, {}).get("learns_every", 1)
         self.equations = GivenSizes("kept")
 
     def refuses(self, case: Case) -> str:
@@ -413,10 +417,10 @@ class Embeddings(Contender):
 def contenders() -> Iterable[Contender]:
     """Those of this module."""
     states = {
-        Bag: ("search", "frozen", "ordinal"),
+        Bag: ("search", "frozen", "ordinal", "gathered"),
         BareBag: ("search", "frozen", "ordinal"),
-        Layers: ("search", "frozen", "ordinal", "paper"),
-        Collection: ("search", "frozen", *LEARNED),
+        Layers: ("search", "frozen", "ordinal", "gathered", "paper"),
+        Collection: ("search", "frozen", "ordinal", "free", "paper"),
     }
     each = [kind(state) for kind, held in states.items() for state in held]
     peers = [Embeddings(sparse) for sparse in (False, True)]

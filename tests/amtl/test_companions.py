@@ -43,9 +43,10 @@ def counts() -> dict[str, torch.Tensor]:
     return {n: torch.randint(0, 40, (rows,), generator=generator) for n, rows in ROWS.items()}
 
 
-def converted(kind: str = "capacity") -> Model:
+def converted(kind: str = "capacity", **changes: object) -> Model:
     torch.manual_seed(3)
-    model = amtl.convert(Model(), counts(), **{"bits": None, **KINDS[kind]})
+    options = {"bits": None, **KINDS[kind], **changes}
+    model = amtl.convert(Model(), counts(), **options)
     with torch.no_grad():
         for parameter in amtl.mask_parameters(model):
             # Output layers start at zero, where nothing behind them has a gradient.
@@ -185,6 +186,48 @@ def test_backwards_apart_add_up():
     sum(losses()).backward()
     for head, gradient in zip(heads(model)[:2], wanted, strict=True):
         torch.testing.assert_close(head.branches.numbers.grad, 2 * gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_gather_over_several_passes(kind):
+    """All at once, they are what those of each pass add up to."""
+    model, slow = converted(kind), converted(kind, learns_every=3)
+    batches = [torch.arange(20), torch.arange(7, 50), torch.arange(3)]
+    for number, rows in enumerate(batches, 1):
+        for each in (model, slow):
+            torch.manual_seed(number)
+            each(rows).backward()
+        learned = [head.branches.numbers.grad for head in heads(slow)]
+        assert all((gradient is None) == (number < 3) for gradient in learned)
+        # Evaluating, and sizes found anew, change nothing of that.
+        with torch.no_grad():
+            slow.eval()(rows)
+        slow.train()
+    for head, gradient in zip(heads(model), learned, strict=True):
+        torch.testing.assert_close(gradient, head.branches.numbers.grad)
+    # Then they begin anew.
+    slow.zero_grad()
+    slow(batches[0]).backward()
+    assert all(head.branches.numbers.grad is None for head in heads(slow))
+
+
+def test_heads_that_learn_as_often_keep_company():
+    layers = [
+        AMTLEmbedding(
+            40, 8, counts=torch.arange(40), parametrization="ordinal", bits=None, learns_every=each
+        )
+        for each in (1, 4, 4)
+    ]
+    amtl.mask_parameters(nn.ModuleList(layers))
+    one, two, three = (layer.head.companions for layer in layers)
+    assert two is three is not one
+
+
+def test_processes_that_train_together_wait_for_no_pass(monkeypatch):
+    model = converted(learns_every=3)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model(torch.arange(20)).backward()
+    assert all(head.branches.numbers.grad is not None for head in heads(model))
 
 
 def test_a_step_between_pass_and_backward_does_not_matter():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import pickle
 import re
 from dataclasses import replace
 
@@ -569,6 +570,27 @@ def test_a_run_with_weight_decay_goes_on_and_is_packed(kind, source, tmp_path, m
     packed = pack_run(tmp_path / "run", tmp_path / "model.safetensors")
     trained = load_run(tmp_path / "run")
     assert torch.equal(packed.probabilities(source.frame), trained.probabilities(source.frame))
+
+
+def test_gradients_that_gather_go_along_with_a_state(source):
+    """Two steps of three are taken before, and the sizes learn from all of them."""
+    options = {"parametrization": "ordinal", "learns_every": 3}
+    config = settings(table_options=options, bits="32", batch_size=50, mask_lr=0.1)
+    task = prepare(config, source)
+    learner, other = Learner(config, task), Learner(config, task)
+
+    def numbers(learner):
+        return methods.mask_parameters(learner.table)[0].detach().clone()
+
+    for _ in range(5):
+        learner.step()
+    other.load_state(pickle.loads(pickle.dumps(learner.state())))
+    before = numbers(learner)
+    for each in (learner, other):
+        torch.set_rng_state(learner.rng)
+        each.step()
+    assert torch.equal(numbers(learner), numbers(other))
+    assert not torch.equal(numbers(learner), before)
 
 
 def test_few_held_out_rows_of_a_class_are_told_of_once(source):

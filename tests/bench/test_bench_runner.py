@@ -190,6 +190,31 @@ def test_calls_interleave_and_rotate() -> None:
     assert sets == [i % 11 for i in range(len(sets))]
 
 
+def test_samples_are_of_whole_periods() -> None:
+    """Or a median would leave out what is done once in several calls."""
+    made = {"a": 0, "b": 0}
+    counted: list[tuple[int, int]] = []
+
+    def call(name: str) -> Callable[[int], object]:
+        def counting(rotation: int) -> None:
+            made[name] += 1
+
+        return counting
+
+    def timer(run: Callable[[], None]) -> float:
+        before = dict(made)
+        run()
+        counted.append((made["a"] - before["a"], made["b"] - before["b"]))
+        return 1e-3
+
+    budget = Budget(0, minimal_rounds=4, maximal_rounds=4, warm_calls=1, shortest_sample=0)
+    calls = {"a": call("a"), "b": call("b")}
+    samples = interleave(calls, 11, budget=budget, timer=timer, periods={"b": 4})
+    # Behind the estimates, a sample of each a round.
+    assert set(counted[-8:]) == {(1, 0), (0, 4)}
+    assert samples["b"] == [1e-3 / 4] * 4
+
+
 @pytest.mark.parametrize("contenders", range(1, 15))
 def test_every_contender_meets_every_set(contenders: int) -> None:
     assert ROTATIONS >= 11

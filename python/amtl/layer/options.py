@@ -54,6 +54,10 @@ class SearchOptions:
         size_noise: standard deviation of the noise in log-size during the search, in training mode
             only. None: 0.5 for "ordinal", else 0.
         noise_quantiles: number of noise levels Q that rows are hashed to.
+        learns_every: backward passes whose gradients gather before what learns the sizes has one;
+            until then it has none, sizes stay, and a step costs little more than where nothing
+            learns. A state_dict leaves what has gathered behind. Processes that train together
+            learn at every pass all the same.
         freeze_at: share of training after which the trainer should call `freeze()`; noise ends
             there in any case.
         capacity_bits: b of the capacity law, `k = D * 1/2 log2(1 + rho * count) / b`: the rule, and
@@ -85,6 +89,7 @@ class SearchOptions:
     kernel_width: float = 0.3
     size_noise: float | None = None
     noise_quantiles: int = 64
+    learns_every: int = 1
     freeze_at: float = 0.4
     capacity_bits: float = 4.0
     init_exponent: float | None = None
@@ -207,4 +212,5 @@ class SearchOptions:
             size_noise=self.size_noise,
             noise_quantiles=self.noise_quantiles,
             temperature=self.temperature,
+            learns_every=self.learns_every,
         )

@@ -462,6 +462,7 @@ class Learner:
             "seconds": self.seconds,
             "best": self.best,
             "average": self._average.state(),
+            "gathered": methods.gathered(self.table),
             "rng": torch.get_rng_state(),
         }
 
@@ -472,6 +473,7 @@ class Learner:
         # Checkpoints of earlier versions have none.
         if "average" in state:
             self._average.load_state(state["average"])
+        methods.gather(self.table, state.get("gathered"))
         self.finished, self.best = state["finished"], state["best"]
         self.history, self.losses = state["history"], state["losses"]
         self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
