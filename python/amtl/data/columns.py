@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import polars as pl
 
-from amtl.data import calendar, hosts, places
+from amtl.data import calendar, hosts, pairs, places
 from amtl.data.specs import TEXT, FieldSpec
 
 
@@ -28,6 +28,8 @@ def column_of(frame: pl.DataFrame, spec: FieldSpec) -> pl.Series:
         return places.take(column, spec).rename(spec.name)
     if spec.part in hosts.PARTS:
         return hosts.take(column, spec).rename(spec.name)
+    if spec.part in pairs.PARTS:
+        return pairs.take(column, spec)
     if spec.part:
         return calendar.take(column, spec).rename(spec.name)
     return fold(column) if spec.folded and column.dtype in TEXT else column
@@ -54,6 +56,7 @@ def called(
         return None
     alone = frame.select(column)
     known = [*places.parts(alone, numeric, values), *hosts.parts(alone)]
+    known += pairs.parts(frame[column])
     return next((replace(spec, note="") for spec in known if spec.name == name), None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from amtl.data import moments
+from amtl.data import moments, pairs
 from amtl.data.columns import column_of
 from amtl.data.fields import bucket_count
 from amtl.data.lists import FEWEST_TIMES, WORDS
@@ -196,7 +196,7 @@ class Encoder:
             return column if trains is None else column.filter(trains)
 
         embedded = [f for f in fields if f.kind in ("categorical", "bucket")]
-        embedded += [f for f in fields if f.kind == "bag"]
+        embedded += [replace(f, root=_of_words(f)) for f in fields if f.kind == "bag"]
         dense = [f for f in fields if f.kind == "standardise"]
         if not embedded:
             left_out = "".join(f"; {f.name!r} {f.note}" for f in fields if f.kind == "unused")
@@ -217,7 +217,7 @@ class Encoder:
             if spec.kind == "bucket":
                 edges[spec.name] = _quantiles(read, bucket_count(spec, trained))
                 column = _bucket(read, edges[spec.name])
-            fewest = max(min_count, FEWEST_TIMES) if spec.separator == WORDS else min_count
+            fewest = max(min_count, FEWEST_TIMES) if spec.root else min_count
             try:
                 vocabularies.append(
                     Vocabulary.build(
@@ -503,6 +503,10 @@ class Encoder:
         return torch.from_numpy(np.clip(values, -_LARGEST, _LARGEST).astype(np.float32))
 
 
+def _of_words(spec: FieldSpec) -> bool:
+    return spec.separator == WORDS or spec.part in pairs.PARTS
+
+
 def _stored(spec: FieldSpec) -> dict[str, Any]:
     """A field for a file, which readers that know less open unless it has what they lack."""
     later = (
@@ -516,6 +520,7 @@ def _stored(spec: FieldSpec) -> dict[str, Any]:
         "of",
         "zone",
         "folded",
+        "root",
         "marks",
     )
     return {key: value for key, value in asdict(spec).items() if key not in later or value}

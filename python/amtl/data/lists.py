@@ -59,6 +59,12 @@ def split(texts: pl.Series, separator: str, *, trim: bool = True) -> pl.Series:
     return pl.DataFrame({"text": texts}).select(chosen.alias("text"))["text"]
 
 
+def two_by_two(words: pl.Series) -> pl.Series:
+    """Each list's neighbours as one value: `[a, b, c]` as `[a b, b c]`."""
+    both = pl.element() + " " + pl.element().shift(-1)
+    return words.to_frame().select(pl.all().list.eval(both.drop_nulls())).to_series()
+
+
 def are_written_lists(texts: pl.Series) -> bool:
     """Whether all texts are lists of strings or whole numbers, as Python or JSON writes them."""
     texts = texts.drop_nulls()

@@ -111,14 +111,15 @@ class Labels:
         return said is not None and said.order > _SURE * said.order_error
 
     def follow_rather(self, texts: pl.Series, lists: pl.Series) -> bool:
-        """Whether labels follow texts rather than the values that these hold."""
+        """Whether labels follow texts, or other lists, rather than the values that lists hold."""
         rows, labels = self._of_lists()
         if len(rows) < _FOLDS or not 0 < labels.mean() < 1:
             return False
-        text = pl.col("text")
-        whole = pl.when(text.is_not_null()).then(pl.concat_list(text)).alias("text")
-        both = (pl.DataFrame({"text": texts}).select(whole)["text"], lists)
-        ours, theirs = (_by_evidence(each.gather(rows), labels) for each in both)
+        if not texts.dtype.is_nested():
+            text = pl.col("text")
+            whole = pl.when(text.is_not_null()).then(pl.concat_list(text)).alias("text")
+            texts = pl.DataFrame({"text": texts}).select(whole)["text"]
+        ours, theirs = (_by_evidence(each.gather(rows), labels) for each in (texts, lists))
         gain = ours - theirs
         return bool(gain.mean() > _SURE * gain.std() / len(gain) ** 0.5)
 

@@ -44,11 +44,15 @@ class FieldSpec:
         value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
             `amtl.data.scales`.
         part: `hour`, `weekday`, `day` or `month` of the moments in the column `of`, `1` or `2` of
-            its points, or `host`, `network` or `block` of its addresses, where it is no column
-            itself; see `amtl.data.calendar`, `amtl.data.places` and `amtl.data.hosts`.
+            its points, `host`, `network` or `block` of its addresses, or `pairs` of its words,
+            where it is no column itself; see `amtl.data.calendar`, `amtl.data.places`,
+            `amtl.data.hosts` and `amtl.data.pairs`.
         of: that column.
         zone: whose clocks tell that part, such as `Europe/Berlin`; empty for UTC.
         folded: whether texts that differ in their case, or spaces around them, are one value.
+        root: whether the average of a `bag` is multiplied by the root of the number of its values:
+            texts say the more the longer they are. Of words and their pairs, in runs that are not
+            of earlier versions.
         marks: unusual texts that stand for missing numbers, as training had them.
         note: why, and how to have it otherwise; empty where nothing was guessed.
     """
@@ -67,6 +71,7 @@ class FieldSpec:
     of: str = ""
     zone: str = ""
     folded: bool = False
+    root: bool = False
     marks: tuple[str, ...] = ()
     note: str = ""
 

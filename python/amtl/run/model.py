@@ -34,10 +34,13 @@ class ClickModel(nn.Module):
         embedding_dropout: share of the embeddings' numbers zeroed in training mode, 0 to below 1.
         backbone: what is added to the MLP, a key of `amtl.run.backbones.INTERACTIONS`.
         num_bags: how many of the fields, the last ones, have several values.
+        roots: which fields are multiplied by the root of how many values they have; none if None.
 
     Raises:
         UserError: the backbone needs other fields or a larger `dim`.
     """
+
+    roots: Tensor | None
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class ClickModel(nn.Module):
         embedding_dropout: float = 0.0,
         backbone: str = "dnn",
         num_bags: int = 0,
+        roots: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.table = table
@@ -57,6 +61,8 @@ class ClickModel(nn.Module):
         self.embedding_dropout = embedding_dropout
         self.pooling = pooling(backbone, num_fields - num_bags, num_bags, dim)
         self.interaction = interaction(backbone, num_fields, dim, num_dense)
+        grows = roots is not None and any(roots) and self.pooling is None
+        self.register_buffer("roots", torch.tensor(roots) if grows else None, persistent=False)
         layers: list[nn.Module] = []
         width = num_fields * (dim - self.interaction.first_order) + num_dense
         for size in hidden:
@@ -77,7 +83,13 @@ class ClickModel(nn.Module):
             embedded = self.pooling(self.table(batch.indices, each), batch.offsets)
         else:
             embedded = self.table(batch.indices, batch.offsets)
-        return embedded.reshape(len(batch.labels), self.num_fields, self.dim)
+        embedded = embedded.reshape(len(batch.labels), self.num_fields, self.dim)
+        if self.roots is None or batch.offsets is None:
+            return embedded
+        ends = batch.offsets.new_tensor([len(batch.indices)])
+        lengths = torch.diff(batch.offsets, append=ends).view(-1, self.num_fields)
+        factors = torch.where(self.roots, lengths.sqrt(), 1.0).to(embedded.dtype)
+        return embedded * factors[:, :, None]
 
     def score(self, embedded: Tensor, dense: Tensor) -> Tensor:
         """Logits `[B]` of embeddings `[B, F, D]` and numbers `[B, K]`."""
@@ -153,6 +165,7 @@ def assemble(config: TrainConfig, encoder: Encoder, table: nn.Module) -> ClickMo
         config.embedding_dropout or 0.0,
         config.backbone,
         sum(field.kind == "bag" for field in encoder.fields),
+        [field.root for field in encoder.fields],
     )
 
 

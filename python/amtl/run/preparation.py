@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amtl.data import calendar, hosts, moments, places
+from amtl.data import calendar, hosts, moments, pairs, places
 from amtl.data.columns import called as part_called
 from amtl.data.copies import copies, number_of
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
 from amtl.data.later import for_later_rows
-from amtl.data.ordered import Floats
+from amtl.data.ordered import Floats, Labels
 from amtl.data.registry import Source, load_source
 from amtl.data.repeats import without_repeats
 from amtl.data.splits import split_column, split_rows
@@ -78,6 +78,7 @@ def prepare(
             specs += calendar.parts(frame, known, skip, marks)
             specs += places.parts(frame, *how, {*skip, *told})
             specs = hosts.with_parts(frame, specs, known, {*skip, *told})
+            specs = pairs.with_parts(frame, specs, Labels(known), skip)
         specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)

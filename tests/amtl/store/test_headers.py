@@ -24,6 +24,7 @@ DEFAULTS = {
     "kernel_width": 0.3,
     "size_noise": 0.0,
     "noise_quantiles": 64,
+    "learns_every": 1,
     "freeze_at": 0.4,
     "capacity_bits": 4.0,
     "init_exponent": None,
@@ -41,6 +42,7 @@ GIVEN = [
     {"parametrization": "free"},
     {"parametrization": "free", "budget": None, "min_dim": 0},
     {"bits": 8, "masters": False},
+    {"parametrization": "ordinal", "learns_every": 4},
     {"field_weights": [2.0, 1.0], "mask_hidden": [8, 8], "init_exponent": 0.5, "seed": 3},
 ]
 
