@@ -6,6 +6,10 @@ Logs, mail and `date` have forms of their own. Times of day and durations stand 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from functools import cache
+
 import polars as pl
 
 from amtl.data import notation
@@ -60,6 +64,16 @@ ISO = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?$"
 SOME_DIGITS = r"\d\D*\d"
 _ODD, _MOST_ODD = 0.01, 20
 """Share of the rows, and number of texts, that may be no moments where all others are."""
+
+_LIKE = {
+    **dict.fromkeys("YmdHIMy", r"\s*[+-]?\d+"),
+    "S": r"\s*[+-]?\d+(?:\.\d*)?",
+    "B": r"\s*[A-Za-z]{3,}",
+    "p": r"\s*[APap][Mm]",
+    ".f": r"(?:\.\d*)?",
+    "#z": ".*",
+}
+"""What parts of forms look like, at their widest."""
 
 REWRITE = "write it as YYYY-MM-DD, with HH:MM:SS after that where there is a time"
 
@@ -133,7 +147,7 @@ def odd_ones(column: pl.Series) -> list[str]:
     if not len(few) or float(few.str.contains(SOME_DIGITS).mean() or 0.0) < 0.5:  # type: ignore[arg-type]
         return []
     dated = (form for form in _FORMS if form not in CLOCKS)
-    forms = [form for form in dated if _read(few, form).null_count() <= 0.1 * len(few)]
+    forms = [form for form in dated if _reads(few, form, len(few) // 10)]
     cells = texts(column) if forms else few
     for form in forms:
         odd = column.filter(cells.is_not_null() & _read(cells, form).is_null())
@@ -170,7 +184,7 @@ def find(column: pl.Series, *, ordered: bool = False) -> list[str]:
     """
     # Most forms fail on a few values; all values tell days from months.
     few = texts(column.drop_nulls()[:100]).drop_nulls()
-    forms = [form for form in _FORMS if not _read(few, form).null_count()]
+    forms = [form for form in _FORMS if _reads(few, form)]
     distinct = texts(column).drop_nulls().unique(maintain_order=True) if forms else few
     found: dict[str, pl.Series] = {}
     for form in forms if len(distinct) else ():
@@ -231,6 +245,28 @@ def odd(column: pl.Series, form: str) -> pl.Series:
     """The values that are neither moments in that form nor missing."""
     cells = texts(column)
     return column.filter(cells.is_not_null() & _read(cells, form).is_null())
+
+
+def _reads(few: pl.Series, form: str, but: int = 0) -> bool:
+    """Whether a form reads some texts, but for so many of them at most."""
+    # Reading takes a millisecond each of more than a hundred forms, of every column of text.
+    return _looks_like(few.to_list(), form, but) and _read(few, form).null_count() <= but
+
+
+def _looks_like(few: Sequence[str], form: str, but: int) -> bool:
+    """Whether so many texts look as those that a form reads do, which may be others, too."""
+    pattern, odd = _pattern(form), 0
+    for text in few:
+        odd += not pattern.match(text)
+        if odd > but:
+            return False
+    return True
+
+
+@cache
+def _pattern(form: str) -> re.Pattern[str]:
+    parts = re.findall(r"%(\.f|#z|\w)|([^ ])", form)
+    return re.compile("".join(_LIKE[p] if p else r"\s*" + re.escape(c) for p, c in parts) + r"\s*$")
 
 
 def _read(cells: pl.Series, form: str) -> pl.Series:
