@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import unquote
 
@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from amtl.data import libsvm, sheets, text
+from amtl.data import libsvm, packing, sheets, text
 from amtl.data.nested import flat
 from amtl.data.vocabulary import as_series
 from amtl.errors import UserError, brief
@@ -27,10 +27,7 @@ _PARQUET = (".parquet", ".pq")
 _DELIMITED = (".csv", ".tsv", ".tab", ".txt")
 _LIBSVM = (".libsvm", ".svm", ".libfm")
 _NDJSON = (".ndjson", ".jsonl", ".json")
-_ARROW = (".arrow", ".feather")
-_PACKED = (".gz", ".zst", ".bz2")
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-"""First bytes of compressed files, which count whatever the name says. Text may begin as bzip2."""
+_ARROW = (".arrow", ".feather", ".ipc")
 _SAMPLE = 1 << 16
 _BEFORE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before the first sign of a text: a byte order mark, and spaces."""
@@ -72,8 +69,9 @@ class Contents:
 def read_file(path: Path | str) -> Contents:
     """Reads Parquet (a file or a folder of them), Arrow, text, libsvm, libfm, JSON or sheets.
 
-    Files may be compressed (`.gz`, `.zst`, `.bz2`; gzip and zstd by any name), and text be UTF-8,
-    UTF-16 with a byte order mark, or Windows-1252, which is noted. The separator of text is told by
+    Files may be compressed (`.gz`, `.zst`, `.bz2`, `.xz`; all but bzip2 by any name) or alone in a
+    zip archive, and text be UTF-8, UTF-16 with a byte order mark, or Windows-1252, which is noted.
+    Parquet and Arrow may have any name. The separator of text is told by
     its first lines, and so is whether it has a header, whether a `.txt` is libsvm, and whether JSON
     is an object a line or one list of them. The fields of structs are columns: see `flat`.
 
@@ -84,37 +82,40 @@ def read_file(path: Path | str) -> Contents:
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no file {str(path)!r}; give a path to a Parquet or CSV file")
-    kind = _kind(path)
     try:
         if path.is_dir():
             return Contents(_folder(path))
-        if kind in _PARQUET:
-            return Contents(flat(_parquet(_plain(path)), repr(str(path))))
-        if kind in _ARROW:
-            return Contents(flat(_arrow(_plain(path)), repr(str(path))))
-        if kind in sheets.SUFFIXES:
-            frame, notes, marks = sheets.read(_plain(path), str(path))
-            return Contents(frame, notes=notes, marks=marks)
-        if kind in _DELIMITED + _LIBSVM + _NDJSON:
-            return _read_text(path, kind)
+        kind = packing.kind_of(path)
+        if packing.is_archive(path) and kind not in sheets.SUFFIXES:
+            return _contents(*packing.alone(path, is_table), str(path))
+        if is_table(PurePath(f"a{kind}")):
+            return _contents(kind, packing.plain(path), str(path))
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
     named = (*_DELIMITED[:2], _DELIMITED[3], *_LIBSVM, *_NDJSON)
     known = ", ".join((_PARQUET[0], *_ARROW, *named, sheets.SUFFIXES[0]))
     raise UserError(
         f"{str(path)!r}: unknown kind {kind!r}; give one of {known} (text also as .gz, .zst, "
-        ".bz2). Of text with :: between columns: sed 's/::/\\t/g' FILE > FILE.tsv"
+        ".bz2, .xz, .zip). Of text with :: between columns: sed 's/::/\\t/g' FILE > FILE.tsv"
     )
 
 
-def is_table(path: Path) -> bool:
+def is_table(path: PurePath) -> bool:
     """Whether a file's name is that of a table, of a kind that is read."""
-    return _kind(path) in (*_PARQUET, *_ARROW, *_DELIMITED, *_LIBSVM, *_NDJSON, *sheets.SUFFIXES)
+    kinds = (*_PARQUET, *_ARROW, *_DELIMITED, *_LIBSVM, *_NDJSON, *sheets.SUFFIXES)
+    return packing.kind(path) in kinds
 
 
-def _kind(path: Path) -> str:
-    suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
-    return suffixes[-1] if suffixes else ""
+def _contents(kind: str, source: Path | io.BytesIO, where: str) -> Contents:
+    """What a file of a kind that is read holds, whose name is `where`."""
+    if kind in _PARQUET:
+        return Contents(flat(_parquet(source), repr(where)))
+    if kind in _ARROW:
+        return Contents(flat(_arrow(source), repr(where)))
+    if kind in sheets.SUFFIXES:
+        frame, notes, marks = sheets.read(source, where)
+        return Contents(frame, notes=notes, marks=marks)
+    return _read_text(source, kind, where)
 
 
 def as_frame(rows: Rows) -> pl.DataFrame:
@@ -183,28 +184,27 @@ def _first_line(error: Exception) -> str:
     return brief((str(error).strip().splitlines() or [type(error).__name__])[0], 300)
 
 
-def _read_text(path: Path, kind: str) -> Contents:
-    with pa.input_stream(str(path), compression=_packing(path)) as stream:
-        sample = stream.read(_SAMPLE)
+def _read_text(source: Path | io.BytesIO, kind: str, where: str) -> Contents:
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()) as file:
+        sample = file.read(_SAMPLE)
     if not sample.strip():
-        raise UserError(f"{str(path)!r} is empty")
-    source = _plain(path)
+        raise UserError(f"{where!r} is empty")
     if sample[:2] in _UTF16:
         source = io.BytesIO(text.contents_of(source).decode("utf-16").encode())
         sample = source.getvalue()[:_SAMPLE]
     if kind in _NDJSON:
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
-            rows = _json(file, sample.lstrip(_BEFORE).startswith(b"["), str(path))
-            return Contents(flat(rows, repr(str(path))), objects=True)
-    source, told = text.in_utf8(source, str(path))
+            rows = _json(file, sample.lstrip(_BEFORE).startswith(b"["), where)
+            return Contents(flat(rows, repr(where)), objects=True)
+    source, told = text.in_utf8(source, where)
     if told:
         sample = text.contents_of(source)[:_SAMPLE]
     first = text.first_lines(sample, whole=len(sample) < _SAMPLE)
     if kind in _LIBSVM or (kind == ".txt" and libsvm.looks_like(first)):
-        frame, notes = libsvm.read(source, str(path))
+        frame, notes = libsvm.read(source, where)
         return Contents(frame, libsvm.LABEL, notes)
     separator = "\t" if kind in (".tsv", ".tab") else ","
-    frame, notes, marks = text.read(source, first, separator, str(path))
+    frame, notes, marks = text.read(source, first, separator, where)
     return Contents(frame, notes=told + notes, marks=marks)
 
 
@@ -354,23 +354,6 @@ def _arrow(source: Path | io.BytesIO) -> pl.DataFrame:
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     return frame
-
-
-def _plain(path: Path) -> Path | io.BytesIO:
-    """The path, or the contents of a compressed file."""
-    packing = _packing(path)
-    if packing is None:
-        return path
-    with pa.input_stream(str(path), compression=packing) as stream:
-        return io.BytesIO(stream.read())
-
-
-def _packing(path: Path) -> str | None:
-    """How a file is compressed, as Arrow calls it; None if it is not."""
-    with path.open("rb") as file:
-        first = file.read(4)
-    named = "detect" if path.suffix.lower() in _PACKED else None
-    return next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), named)
 
 
 def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -> None:
