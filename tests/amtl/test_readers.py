@@ -427,6 +427,37 @@ def test_one_object_is_one_row(tmp_path):
         read(tmp_path, '{"x": 1,\n "y": 2}', "a.json")
 
 
+TITLED = "y,who,what it cost\n1,ann,2.5\n0,bob,\n1,,1\n"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    "above",
+    ["Report", "Report,,", "Report\n", "\nReport,,\nof 2024,,", '"Costs, all"', ",of all,\n,,"],
+)
+def test_titles_above_the_names_are_left_out(tmp_path, above, separator, end):
+    """As programs that write reports have them, with the commas of the columns or without."""
+    expected = read(tmp_path, TITLED).frame
+    quoted, sep = above.startswith('"'), separator
+    text = (above if quoted else above.replace(",", sep)) + "\n" + TITLED.replace(",", sep)
+    found = read(tmp_path, text.replace("\n", end))
+    assert found.frame.equals(expected)
+    assert "what is above the names of the columns is left out: '" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["id,,\n1,b,c\n4,e,f\n", "id,,\nb,b,c\nd,e,f\n", "id,,\nb,c,\nd,,\n"]
+)
+def test_what_is_above_may_be_the_names(tmp_path, text):
+    assert read(tmp_path, text).frame.columns == ["id", "c1", "c2"]
+
+
+def test_a_line_that_is_wrong_below_titles_is_named_as_in_the_file(tmp_path):
+    with pytest.raises(UserError, match="from line 3 on': line 102 has 4 columns, the first 3"):
+        read(tmp_path, "Report\n\ny,a,b\n" + "1,2,3\n" * 100 + "1,2,3,4\n" + "1,2,3\n" * 9)
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.ndjson", "a.libsvm", "a.parquet", "a.csv.gz"])
 @pytest.mark.parametrize("codec", ["gzip", "zstd"])
 def test_compressed_files_are_known_by_their_first_bytes(tmp_path, name, codec):

@@ -112,6 +112,16 @@ def test_types_gaps_and_names(tmp_path, reader):
     )
 
 
+def test_titles_above_the_names_are_left_out(tmp_path, reader):
+    above = [["Report of 2024", None, None], [None] * 3]
+    names, rows = ["y", "who", "price"], [[i % 2, f"u{i}", i / 4] for i in range(50)]
+    write(tmp_path / "a.xlsx", {"of all": [*above, names, *rows]})
+    found = read_file(tmp_path / "a.xlsx")
+    assert found.frame.columns == names
+    assert found.frame.rows() == [tuple(row) for row in rows]
+    assert found.notes == ("what is above the names of the columns is left out: 'Report of 2024'",)
+
+
 def test_text_that_comes_after_a_thousand_numbers_is_kept(tmp_path, reader):
     rows = [[i % 50] for i in range(1500)] + [["refused"]] * 9
     write(tmp_path / "a.xlsx", {"a": [["x"], *rows, ["twice"], ["thrice"]]})

@@ -9,8 +9,11 @@ from typing import Any
 
 import polars as pl
 
-from amtl.data.text import contents_of, with_gaps
+from amtl.data.text import contents_of, titles, with_gaps, without_titles
 from amtl.errors import UserError, brief, listed
+
+_ROWS = 20
+"""What tells the names of the columns from titles above them."""
 
 SUFFIXES = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 
@@ -18,7 +21,7 @@ SUFFIXES = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 def read(
     source: Path | io.BytesIO, where: str
 ) -> tuple[pl.DataFrame, tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """The first visible sheet that holds anything; its first row names the columns.
+    """The first visible sheet that holds anything; its first row but for titles names the columns.
 
     All rows say what a column holds, the first thousand alone would lose what comes later. A sheet
     knows no integers and no dates: these are numbers that are whole and times that are midnights.
@@ -46,16 +49,17 @@ def read(
         ) from error
     try:
         book = fastexcel.read_excel(contents_of(source))
-        heads = {name: head for name in book.sheet_names if (head := _head(book, name))}
-        visible = [name for name in heads if book.load_sheet(name, n_rows=0).visible == "visible"]
-        if not heads:
+        tops = {name: rows for name in book.sheet_names if (rows := _first_rows(book, name))}
+        visible = [name for name in tops if book.load_sheet(name, n_rows=0).visible == "visible"]
+        if not tops:
             raise UserError(f"{where!r} is empty")
-        taken = (visible or list(heads))[0]
-        head = heads[taken]
+        taken = (visible or list(tops))[0]
+        above = titles(tops[taken])
+        before, head = tops[taken][:above], tops[taken][above]
         # Names of its own: where two are alike, it would number them.
         names = [str(i) for i in range(len(head))]
         sheet = book.load_sheet(
-            taken, header_row=None, skip_rows=1, column_names=names, schema_sample_rows=None
+            taken, header_row=None, skip_rows=above + 1, column_names=names, schema_sample_rows=None
         )
         frame = sheet.to_polars()
     except fastexcel.FastExcelError as error:
@@ -66,6 +70,8 @@ def read(
             f"the sheet {brief(repr(taken))} is read; save another as a file of its own: "
             f"{listed(others)}"
         )
+    if above:
+        notes.append(without_titles(before))
     named = [name or f"c{i}" for i, name in enumerate(head)]
     if twice := [name for name, times in Counter(named).items() if times > 1]:
         shown = ", ".join(map(repr, twice))
@@ -78,10 +84,10 @@ def read(
     return frame, tuple(notes), marks
 
 
-def _head(book: Any, name: str) -> list[str]:
-    """The first row of a sheet as text, empty where a cell is; none for an empty sheet."""
-    frame = book.load_sheet(name, header_row=None, n_rows=1, dtypes="string").to_polars()
-    return [cell or "" for cell in frame.row(0)] if len(frame) else []
+def _first_rows(book: Any, name: str) -> list[list[str]]:
+    """The first rows of a sheet as text, empty where a cell is; none of an empty sheet."""
+    frame = book.load_sheet(name, header_row=None, n_rows=_ROWS, dtypes="string").to_polars()
+    return [[cell or "" for cell in row] for row in frame.rows()]
 
 
 def _whole(column: pl.Series) -> pl.Series:

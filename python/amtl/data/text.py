@@ -8,12 +8,13 @@ import io
 import mmap
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from amtl.errors import UserError, listed
+from amtl.errors import UserError, brief, listed
 
 _SEPARATORS = (",", "\t", ";", "|")
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -47,6 +48,10 @@ FEW_NUMBERS = 20
 """Whole numbers of a column up to which other texts beside them are values of their own."""
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\r?\n', re.IGNORECASE)
 """By which Excel is told the separator."""
+_MOST_TITLES = 10
+"""Lines before the names of columns."""
+_FEWEST_NAMES = 3
+"""Columns, of fewer of which a line with a single cell may be short of one."""
 _BLOCK = 1 << 20
 _WESTERN = 0.8
 """Share of letters beyond ASCII that stand between those of ASCII, as they do not in other scripts
@@ -63,7 +68,8 @@ def read(
         source: the file, or its contents.
         first: its first lines.
         separator: the one to expect; another is taken if only that cuts the lines into columns. A
-            first line `sep=;`, as for Excel, names the one to expect, and is no row.
+            first line `sep=;`, as for Excel, names the one to expect, and is no row, nor is a title
+            above the names, see `titles`.
         where: the file's name, for messages.
 
     Returns:
@@ -88,6 +94,12 @@ def read(
         notes.append(f"line 1 says what separates columns, and is left out: {_NAMES[separator]}")
     if first[:1] in ("\r", "\n"):
         source = io.BytesIO(contents_of(source).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
+        first = first.lstrip("\r\n")
+    if lines := _lines_before_names(first, separator):
+        *before, first = first.split("\n", lines)
+        source = io.BytesIO(contents_of(source).split(b"\n", lines)[lines])
+        where = f"{where} from line {lines + 1} on"
+        notes.append(without_titles([line.split(separator) for line in before]))
     found = find_separator(first, separator)
     if found != separator:
         notes.append(f"columns are separated by {_NAMES[found]}")
@@ -367,6 +379,46 @@ def find_separator(first: str, expected: str) -> str:
     if expected in wide or not wide:
         return expected
     return max(wide, key=lambda s: wide[s])
+
+
+def _lines_before_names(first: str, expected: str) -> int:
+    """How many lines come before that of the names, see `titles`, by whatever separates columns."""
+    for separator in (expected, *_SEPARATORS):
+        reader = csv.reader(io.StringIO(first), delimiter=separator)
+        rows: list[list[str]] = []
+        ends = [0]
+        try:
+            while len(rows) < _LINES:
+                rows.append(next(reader))
+                ends.append(reader.line_num)
+        except (StopIteration, csv.Error):
+            # The last line may be cut off.
+            rows = rows[:-1] if len(rows) > _FEWEST_NAMES else rows
+        if count := titles(rows):
+            return ends[count]
+    return 0
+
+
+def titles(rows: Sequence[Sequence[str]]) -> int:
+    """How many rows come before that of the names: those with a cell at most, as reports have them.
+
+    Names have no gaps, no numbers and no two alike, and all rows beneath them as many cells. Where
+    these are two, one with a single cell may be short of the other.
+    """
+    filled = [sum(bool(cell.strip()) for cell in row) for row in rows]
+    count = next((i for i, cells in enumerate(filled) if cells > 1), 0)
+    if not 0 < count <= _MOST_TITLES or not any(filled[:count]):
+        return 0
+    names, below = rows[count], [row for row in rows[count + 1 :] if row]
+    wide = len(names) >= _FEWEST_NAMES and all(len(row) == len(names) for row in below)
+    named = len(set(names)) == len(names) == filled[count] and not any(map(_is_number, names))
+    return count if wide and named and below else 0
+
+
+def without_titles(before: Sequence[Sequence[str]]) -> str:
+    """What is said of the rows before the names."""
+    shown = next(cell.strip() for row in before for cell in row if cell.strip())
+    return f"what is above the names of the columns is left out: {brief(repr(shown))}"
 
 
 def has_header(rows: list[list[str]]) -> bool:
