@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 import warnings
@@ -214,8 +213,9 @@ def train(
     from amtl.data import label_note, load_source
     from amtl.data.splits import split_note
     from amtl.run.display import print_plan
-    from amtl.run.folders import holds_run
+    from amtl.run.folders import holds_run, require_begun
     from amtl.run.preparation import prepare
+    from amtl.run.progress import waiting
     from amtl.run.training import Trainer, start
 
     seconds = settings.parse_seconds("--time-limit", time_limit)
@@ -226,12 +226,13 @@ def train(
             )
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
+        require_begun(out)
         console.print(f"[bold]resuming[/] {escape(str(out))} with its own settings")
 
         def go_on(stop: Any, bars: Any) -> Any:
-            trainer = start(
-                None, out, resume=True, observer=bars, stop=stop, time_limit=seconds, jobs=jobs
-            )
+            more = {"observer": bars, "stop": stop, "time_limit": seconds, "jobs": jobs}
+            with waiting(console, "reading its data"):
+                trainer = start(None, out, resume=True, **more)
             rows = trainer.task.encoder.num_rows
             other = settings.not_applied(_typed(context), trainer.asked, rows)
             if other:
@@ -269,7 +270,8 @@ def train(
     settings.refuse_idle(
         method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])]
     )
-    source = load_source(data, negatives)
+    with waiting(console, f"reading {data}"):
+        source = load_source(data, negatives)
     columns = source.frame.columns
     config = settings.make_config(
         source,
@@ -322,7 +324,8 @@ def train(
         None, [*source.notes, split_note(source.frame, config.split, config.fields)]
     ):
         console.print(f"  {escape(line)}", highlight=False)
-    task, folder = prepare(config, source), out
+    with waiting(console, f"looking at {len(columns):,} columns"):
+        task, folder = prepare(config, source), out
     # Training needs the memory of the raw table.
     del source
 
@@ -349,7 +352,7 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
 
     What was guessed of the columns is told of a `fresh` run.
     """
-    from amtl.run.display import print_decisions
+    from amtl.run.display import print_decisions, print_result
     from amtl.run.progress import Bars
     from amtl.run.training import Interrupted
 
@@ -367,52 +370,8 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
                 f"[bold]{escape(command)}[/]"
             )
             sys.exit(failures.STOPPED)
-    _print_result(metrics, out)
+    print_result(console, metrics, out)
     return metrics
-
-
-def _area(auc: float, error: float, rows: int, positive: int) -> str:
-    """An AUC with its standard error, if it has one; else what its rows lack."""
-    from amtl.run.metrics import one_class
-
-    if told := one_class(rows, positive):
-        return f"[bold]none[/]: {told}; another --split in training may test on both"
-    return f"[bold]{auc:.4f}[/]" + ("" if math.isnan(error) else f" ± {error:.4f} s.e.")
-
-
-def _print_result(metrics: dict[str, Any], out: Path) -> None:
-    from amtl.run.comparison import choices
-    from amtl.run.display import print_comparison
-
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(style="dim")
-    table.add_column()
-    steps, tested = metrics["step_ms_median"], metrics["held_out"]["test"]
-    unused = metrics["unused_fields"]
-    rowless = {k: v for k, v in metrics["unknown_test_values"].items() if v and k not in unused}
-    unknown = listed([f"{k} {v:,}" for k, v in rowless.items()])
-    about = f"about {metrics['packed_bytes']:,} bytes: " if "packed_bytes" in metrics else ""
-    rows = {
-        "test AUC": f"{_area(metrics['test_auc'], metrics['test_auc_error'], **tested)}  "
-        f"(validation {metrics['val_auc']:.4f}, epoch {metrics['best_epoch']:.2f} of "
-        f"{metrics['epochs_run']:.2f})",
-        "log loss": f"{metrics['test_logloss']:.4f}",
-        "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
-        f"{metrics['dense_bytes']:,}",
-        "chosen": choices(metrics),
-        "without a row": f"{escape(unknown)} test values" if unknown else "no test value",
-        "not used": f"by this model: {escape(listed(unused))}" if unused else "",
-        "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
-        "run": escape(str(out)),
-        "to serve": f"amtl pack {escape(str(out))} -o FILE: {about}the table, an MLP of "
-        f"{metrics['mlp_bytes']:,} bytes, vocabularies of about "
-        f"{metrics['vocabulary_bytes']:,}, and a header",
-    }
-    for key, value in rows.items():
-        if value:
-            table.add_row(key, value)
-    console.print(table)
-    print_comparison(console, metrics)
 
 
 @app.command()
@@ -444,16 +403,20 @@ def evaluate(
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data import labelled, load_rows
     from amtl.data.negatives import has_labels, with_negatives
+    from amtl.run.display import shown_auc
     from amtl.run.folders import load_trained
+    from amtl.run.progress import waiting
 
     trained = load_trained(run)
     if data is None:
         if label or any(v is not None for v in (label_threshold, label_positive, label_missing)):
             raise UserError("--label and its kin are about DATA: name the file to score")
-        encoded, what = trained.test_split(), f"test split of {trained.config.data}"
-        strange = []
+        what, strange = f"test split of {trained.config.data}", []
+        with waiting(console, f"reading {trained.config.data}"):
+            encoded = trained.test_split()
     else:
-        (frame, told), config = load_rows(data, trained.encoder.optional()), trained.config
+        with waiting(console, f"reading {data}"):
+            (frame, told), config = load_rows(data, trained.encoder.optional()), trained.config
         if config.negatives and label is None and not has_labels(frame):
             frame, _ = with_negatives(frame, config.negatives)
         if label_threshold is None and label_positive is None:
@@ -468,11 +431,12 @@ def evaluate(
         if trained.encoder.has_labels(encoded.labels):
             seen = "the model was trained on most of these rows, or chosen by them, as their labels"
             strange.append(f"{seen} tell; amtl evaluate {run} scores its test split")
-    result = trained.evaluate(encoded)
+    with waiting(console, "scoring"):
+        result = trained.evaluate(encoded)
     unused = trained.encoder.unused()
     unknown = {k: v for k, v in result["unknown_values"].items() if v and k not in unused}
     console.print(f"[bold]{escape(what)}[/]: {result['rows']:,} rows", highlight=False)
-    area = _area(result["auc"], result["auc_error"], result["rows"], result["positive"])
+    area = shown_auc(result["auc"], result["auc_error"], result["rows"], result["positive"])
     console.print(
         f"AUC {area}   log loss {result['logloss']:.4f}   positive {result['positive_rate']:.1%}",
         highlight=False,
@@ -508,21 +472,24 @@ def predict(
 
     from amtl.data import load_rows, require_columns, require_kind, require_other, write_rows
     from amtl.run.folders import load_trained
+    from amtl.run.progress import waiting
 
     require_kind(out)
     require_other(out, data)
     trained = load_trained(run)
-    frame, told = load_rows(data, trained.encoder.optional())
+    with waiting(console, f"reading {data}"):
+        frame, told = load_rows(data, trained.encoder.optional())
     names = parse_names("--columns", columns, frame.columns)
     require_columns(frame.columns, names, data)
     if "probability" in names:
         raise UserError("--columns probability: predictions have that name; rename the column")
-    with warnings.catch_warnings(record=True) as strange:
+    with warnings.catch_warnings(record=True) as strange, waiting(console, "scoring"):
         warnings.simplefilter("always", UserWarning)
         found = trained.probabilities(frame)
     write_rows(pl.DataFrame([*frame.select(names), pl.Series("probability", found.numpy())]), out)
     mean = f", {float(found.mean()):.4f} in the mean" if len(found) else ""
-    text = f"wrote [bold]{escape(str(out))}[/], {len(found):,} probabilities{mean}"
+    many = f"{len(found):,} probabilit{'y' if len(found) == 1 else 'ies'}"
+    text = f"wrote [bold]{escape(str(out))}[/], {many}{mean}"
     console.print(text, highlight=False)
     for sentence in (*told, *(str(warning.message) for warning in strange)):
         console.print(escape(sentence), style="yellow", highlight=False)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import amtl
@@ -18,11 +19,12 @@ import numpy as np
 import polars as pl
 import pytest
 import typer
-from amtl import cli, failures, settings
+from amtl import cli, data, failures, settings
 from amtl.errors import UserError
-from amtl.run import memory
+from amtl.run import memory, preparation, progress, trained
 from amtl.run.config import parse_names
 from amtl.store.files import read_json
+from rich.console import Console
 
 FAST = ["--dim", "4", "--epochs", "2", "--batch-size", "256"]
 
@@ -263,7 +265,9 @@ def test_a_mistake_is_one_line(line, told, folder, monkeypatch, capsys):
     before = {path.name for path in folder.iterdir()}
     capsys.readouterr()
     assert run(*shlex.split(line)) in (failures.MISTAKE, failures.USAGE)
-    assert told in one_line(capsys.readouterr().err)
+    shown = capsys.readouterr()
+    assert told in one_line(shown.err)
+    assert "resuming" not in shown.out
     assert {path.name for path in folder.iterdir()} <= before | {"runs"}
 
 
@@ -458,6 +462,35 @@ def test_a_file_that_ends_too_soon_is_no_ctrl_c(folder, tmp_path, monkeypatch, c
     shown = one_line(capsys.readouterr().err.lstrip("\n"))
     assert "EOFError: marshal data too short (not expected" in shown
     assert "marshal data too short" in (tmp_path / failures.LOG).read_text()
+
+
+def after_a_while(real):
+    def wait(*args, **more):
+        time.sleep(0.3)
+        return real(*args, **more)
+
+    return wait
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_takes_a_while_is_said(terminal, folder, tmp_path, monkeypatch):
+    """Of a file of 145 columns nothing was said for half a minute."""
+    slow = {
+        "reading ok.csv": (data, "load_source"),
+        "looking at 4 columns": (preparation, "infer_fields"),
+        "scoring": (trained.Trained, "probabilities"),
+    }
+    for where, name in slow.values():
+        monkeypatch.setattr(where, name, after_a_while(getattr(where, name)))
+    monkeypatch.setattr(progress, "_UNTOLD", 0.1)
+    monkeypatch.chdir(folder)
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=shown, force_terminal=terminal, width=200))
+    assert run("train", "ok.csv", "--label", "y", "--dry-run") == 0
+    assert run("predict", "m.safetensors", "ok.csv", "-o", tmp_path / "a.csv") == 0
+    for told in slow:
+        assert told in shown.getvalue()
+    assert ("scoring ..." in shown.getvalue()) != terminal
 
 
 INTERRUPTED = """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from rich.table import Table
 from amtl.data.specs import FieldSpec
 from amtl.errors import listed
 from amtl.run import comparison, methods
+from amtl.run.metrics import one_class
 from amtl.run.report import Result, table_rows
 from amtl.run.trained import Trained, size_table
 from amtl.run.training import Trainer
@@ -89,6 +92,46 @@ def print_plan(console: Console, trainer: Trainer) -> None:
         f"a number{allowed}",
         highlight=False,
     )
+
+
+def shown_auc(auc: float, error: float, rows: int, positive: int) -> str:
+    """An AUC with its standard error, if it has one; else what its rows lack."""
+    if told := one_class(rows, positive):
+        return f"[bold]none[/]: {told}; another --split in training may test on both"
+    return f"[bold]{auc:.4f}[/]" + ("" if math.isnan(error) else f" ± {error:.4f} s.e.")
+
+
+def print_result(console: Console, metrics: dict[str, Any], out: Path) -> None:
+    """What a run ends with: its metrics, and how it compares."""
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    steps, tested = metrics["step_ms_median"], metrics["held_out"]["test"]
+    unused = metrics["unused_fields"]
+    rowless = {k: v for k, v in metrics["unknown_test_values"].items() if v and k not in unused}
+    unknown = listed([f"{k} {v:,}" for k, v in rowless.items()])
+    about = f"about {metrics['packed_bytes']:,} bytes: " if "packed_bytes" in metrics else ""
+    rows = {
+        "test AUC": f"{shown_auc(metrics['test_auc'], metrics['test_auc_error'], **tested)}  "
+        f"(validation {metrics['val_auc']:.4f}, epoch {metrics['best_epoch']:.2f} of "
+        f"{metrics['epochs_run']:.2f})",
+        "log loss": f"{metrics['test_logloss']:.4f}",
+        "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
+        f"{metrics['dense_bytes']:,}",
+        "chosen": comparison.choices(metrics),
+        "without a row": f"{escape(unknown)} test values" if unknown else "no test value",
+        "not used": f"by this model: {escape(listed(unused))}" if unused else "",
+        "step": " / ".join(f"{v:.1f} ms {k}" for k, v in steps.items() if v is not None),
+        "run": escape(str(out)),
+        "to serve": f"amtl pack {escape(str(out))} -o FILE: {about}the table, an MLP of "
+        f"{metrics['mlp_bytes']:,} bytes, vocabularies of about "
+        f"{metrics['vocabulary_bytes']:,}, and a header",
+    }
+    for key, value in rows.items():
+        if value:
+            table.add_row(key, value)
+    console.print(table)
+    print_comparison(console, metrics)
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:

@@ -58,6 +58,19 @@ def is_begun(folder: Path) -> bool:
     return (folder / _CONFIG).exists()
 
 
+def require_begun(folder: Path) -> None:
+    """Refuse to go on with a run that is not there.
+
+    Raises:
+        UserError: nothing was begun in the folder.
+    """
+    if not is_begun(folder):
+        raise UserError(
+            f"there is no run in {folder}: what was stopped while it read its data has saved "
+            "nothing, and the same command without --resume begins it"
+        )
+
+
 def require_no_part(out: Path) -> None:
     """Refuse to write something else in the place of a run's own file.
 

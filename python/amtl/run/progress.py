@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Timer
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -22,6 +25,27 @@ _WHOLE = Column(no_wrap=True, justify="right")
 
 _QUIET = 60.0
 """Seconds after which a log, too, says how far it is."""
+
+
+_UNTOLD = 2.0
+"""Seconds up to which a log says nothing of what a person waits for."""
+
+
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """Shows what is being done while nothing else does: on a terminal until it is over."""
+    if console.is_terminal:
+        with console.status(escape(what), spinner="line"):
+            yield
+        return
+    told = {"style": "dim", "highlight": False, "soft_wrap": True}
+    timer = Timer(_UNTOLD, console.print, [f"  {escape(what)} ..."], told)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Observer(Protocol):

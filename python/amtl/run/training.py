@@ -577,11 +577,7 @@ def start(
     if resume:
         if out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
-        if not folders.is_begun(out):
-            raise UserError(
-                f"there is no run in {out}: what was stopped while it read its data has saved "
-                "nothing, and the same command without --resume begins it"
-            )
+        folders.require_begun(out)
         config, encoder = folders.load_inputs(out)
         trainer = Trainer(config, prepare(config, source, encoder), out, **more)
         trainer.resume()
