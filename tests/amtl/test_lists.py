@@ -138,3 +138,36 @@ def test_rows_whose_lists_are_all_missing_have_empty_ones():
     assert [field.kind for field in encoder.fields] == ["bag", "bag"]
     assert all(bag.offsets.tolist() == [0, 0] for bag in nothing.bags)
     assert nothing.unknown == encoder.transform(frame[1:2]).unknown
+
+
+WRITTEN = {
+    "|": ["red|blue", "blue", "red|green|blue", None, "green", ""],
+    ";": ["red;blue", "blue", "red; green;blue", None, "green", ""],
+    ",": ["red, blue", "blue", "red,green , blue", None, "green", ""],
+    "[]": ["['red', 'blue']", "['blue']", "['red', 'green', 'blue']", None, "['green']", "[]"],
+}
+
+
+@pytest.mark.parametrize("now", WRITTEN)
+@pytest.mark.parametrize("then", WRITTEN)
+def test_lists_may_be_written_in_another_way_than_training_had_them(then: str, now: str) -> None:
+    frame = pl.DataFrame({"tags": WRITTEN[then] * 50})
+    fields = infer_fields(frame, ["tags"], separators={"tags": then})
+    encoder = Encoder.fit(frame, fields)
+    (expected,), (found,) = (
+        encoder.transform(pl.DataFrame({"tags": WRITTEN[how]})).bags for how in (then, now)
+    )
+    bags = [
+        [bag.values[bag.offsets[code] : bag.offsets[code + 1]].tolist() for code in bag.codes]
+        for bag in (expected, found)
+    ]
+    assert bags[0] == bags[1]
+
+
+@pytest.mark.parametrize("text", ["new, other", "red", "a, b", "", None])
+def test_other_text_is_split_as_it_was(text: str | None) -> None:
+    """Also where training had values with commas in them."""
+    frame = pl.DataFrame({"tags": ["red|blue", "a, b|red", "blue", "green"] * 50})
+    encoder = Encoder.fit(frame, infer_fields(frame, ["tags"], separators={"tags": "|"}))
+    (bag,) = encoder.transform(pl.DataFrame({"tags": [text]})).bags
+    assert len(bag.values) == bool(text)

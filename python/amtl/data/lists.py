@@ -22,6 +22,8 @@ WORDS = "words"
 FEWEST_TIMES = 3
 """That a word comes to have a row of its own."""
 _WORD = r"\w+(?:['’]\w+)*"
+_SIGNS = ("|", ";", ",")
+"""What else values may be joined by in the rows to score."""
 _MOST_WORDS = 256
 """So many first words of a text say most of it."""
 
@@ -63,6 +65,30 @@ def two_by_two(words: pl.Series) -> pl.Series:
     """Each list's neighbours as one value: `[a, b, c]` as `[a b, b c]`."""
     both = pl.element() + " " + pl.element().shift(-1)
     return words.to_frame().select(pl.all().list.eval(both.drop_nulls())).to_series()
+
+
+def now_written(texts: pl.Series, separator: str, known: pl.Series) -> str:
+    """How texts hold several values: as training's did, unless they are known by another way.
+
+    Args:
+        texts: strings, of rows to score.
+        separator: of training.
+        known: its values.
+    """
+    texts, known = texts.drop_nulls().unique(), known.cast(pl.String).drop_nulls()
+    sign = "[" if separator == WRITTEN_LISTS else separator
+    if are_written_lists(texts.filter(texts.str.strip_chars() != "")):
+        return separator if known.str.starts_with("[").any() else WRITTEN_LISTS
+    if not len(texts) or texts.str.contains(sign, literal=True).any():
+        return separator
+    seen, found = texts.str.strip_chars().is_in(known.implode()).mean(), separator
+    for sign in _SIGNS:
+        if known.str.contains(sign, literal=True).any():
+            continue
+        share = split(texts, sign).explode().drop_nulls().is_in(known.implode()).mean()
+        if (share or 0.0) > (seen or 0.0):  # type: ignore[operator]
+            seen, found = share, sign
+    return found
 
 
 def are_written_lists(texts: pl.Series) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amtl.data import notation
-from amtl.data.lists import WRITTEN_LISTS, are_written_lists, split, unquoted
+from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, now_written, split, unquoted
 from amtl.errors import brief
 
 Column: TypeAlias = pl.Series | pa.Array | pa.ChunkedArray | np.ndarray | Tensor | Sequence[Any]
@@ -191,8 +191,9 @@ class Vocabulary:
     def encode_bags(self, column: Column) -> tuple[Tensor, Tensor, int]:
         """Rows of a multi-valued column: lists, or text that is split at the separator.
 
-        Without a separator training had lists. Text is then split at `LIST_SEPARATOR`, unless a
-        known value holds it, or read as lists if all of it is that.
+        Text that holds no separator of training's, but another that makes more of it known, is
+        split at that. Without a separator training had lists. Text is then split at
+        `LIST_SEPARATOR`, unless a known value holds it, or read as lists if all of it is that.
 
         Returns:
             rows int32 `[total]`, offsets int64 `[n + 1]` with bag `b` at
@@ -332,8 +333,10 @@ class Vocabulary:
         )
 
     def _bag_separator(self, series: pl.Series) -> str | None:
-        if self.separator or not _is_text(series.dtype):
+        if not _is_text(series.dtype) or self.separator == WORDS:
             return self.separator
+        if self.separator:
+            return now_written(series.cast(pl.String), self.separator, self._values)
         if self.trimmed and are_written_lists(series.cast(pl.String)):
             return WRITTEN_LISTS
         known = self._values.cast(pl.String)
