@@ -7,13 +7,15 @@ import json
 import lzma
 import shlex
 import zipfile
+from decimal import Decimal
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.feather
 import pytest
 from amtl.data import libsvm
-from amtl.data.readers import read_file, require_columns
+from amtl.data.readers import as_frame, read_file, require_columns
 from amtl.data.registry import load_source
 from amtl.errors import UserError
 
@@ -425,6 +427,37 @@ def test_one_object_is_one_row(tmp_path):
     assert read(tmp_path, '\n{"x": 1, "y": [2]}\n', "a.json").frame.rows() == [(1, [2])]
     with pytest.raises(UserError, match="one object on several lines; write an object a line"):
         read(tmp_path, '{"x": 1,\n "y": 2}', "a.json")
+
+
+TWICE = [1, 1, 2, 2]
+ODD = {
+    "large": (pa.array([Decimal(i) for i in TWICE], pa.decimal256(60, 2)), [1.0, 1.0, 2.0, 2.0]),
+    "lists of them": (
+        pa.array([[Decimal(i)] for i in TWICE], pa.list_(pa.decimal256(60, 2))),
+        [[1.0], [1.0], [2.0], [2.0]],
+    ),
+    "runs": (pa.RunEndEncodedArray.from_arrays(pa.array([2, 4], pa.int32()), [1, 2]), TWICE),
+    "json": (pa.array(list("1122"), pa.json_(pa.string())), list("1122")),
+    "bool8": (pa.array(TWICE, pa.bool8()), TWICE),
+}
+"""Columns of types that polars does not read, or as types of their own, and their values."""
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_types_of_arrow_that_polars_does_not_read(tmp_path, kind):
+    column, values = ODD[kind]
+    table = pa.table({"x": TWICE, "odd": column})
+    pa.feather.write_feather(table, tmp_path / "a.arrow", compression="uncompressed")
+    assert read_file(tmp_path / "a.arrow").frame["odd"].to_list() == values
+    assert as_frame(table)["odd"].to_list() == values
+    assert as_frame(table.to_batches()[0])["odd"].to_list() == values
+
+
+def test_of_other_types_it_is_said_which_column_has_them(tmp_path):
+    table = pa.table({"x": TWICE, "odd": pa.array([(1, 2, 3)] * 4, pa.month_day_nano_interval())})
+    pa.feather.write_feather(table, tmp_path / "a.arrow")
+    with pytest.raises(UserError, match="column 'odd' is of a type that is not read, month_day"):
+        read_file(tmp_path / "a.arrow")
 
 
 TITLED = "y,who,what it cost\n1,ann,2.5\n0,bob,\n1,,1\n"

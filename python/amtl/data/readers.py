@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from amtl.data import libsvm, packing, sheets, text
+from amtl.data.arrow import of_arrow
 from amtl.data.nested import flat
 from amtl.data.vocabulary import as_series
 from amtl.errors import UserError, brief
@@ -146,7 +147,7 @@ def _as_frame(rows: Rows) -> pl.DataFrame:
             # Its own conversion takes columns that have no name of text, and older pandas.
             frame = pl.from_pandas(rows)
         elif isinstance(rows, (pa.Table, pa.RecordBatch)):
-            frame = pl.from_arrow(rows)
+            frame = of_arrow(rows)
         elif hasattr(rows, "__arrow_c_stream__") and not hasattr(rows, "to_frame"):
             frame = pl.DataFrame(rows)
     except pl.exceptions.ShapeError as error:
@@ -293,9 +294,7 @@ def _items(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]
 def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
     """By Arrow, which a damaged file makes raise; polars may end the process."""
     with pq.ParquetFile(source, page_checksum_verification=True) as file:
-        frame = pl.from_arrow(file.read())
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+        return of_arrow(file.read())
 
 
 def _folder(path: Path) -> pl.DataFrame:
@@ -351,9 +350,7 @@ def _arrow(source: Path | io.BytesIO) -> pl.DataFrame:
     except pa.ArrowInvalid:
         table = pa.ipc.open_stream(content).read_all()
     table.validate(full=True)
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+    return of_arrow(table)
 
 
 def require_columns(present: Sequence[str], wanted: Sequence[str], where: str) -> None:
