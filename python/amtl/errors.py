@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+INTO_ONE = (
+    "write several files into one, of CSV by python -c 'import polars as pl; "
+    'pl.read_csv("FOLDER/*.csv").write_parquet("all.parquet")\''
+)
+"""What to do with several files, of which commands take one."""
+
 
 class UserError(ValueError):
     """A mistake in what the user asked for; the message says what to do next.

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from amtl.errors import UserError
+from amtl.errors import INTO_ONE, UserError
 
 LOG = "amtl-error.log"
 MISTAKE, USAGE, STOPPED = 1, 2, 130
@@ -88,7 +88,10 @@ def run(app: typer.Typer, args: Sequence[str]) -> int:
                 return tell(_STOPPED, STOPPED)
             error = error.__cause__
         if hasattr(error, "format_message"):
-            return tell(f"{error.format_message()} (amtl COMMAND --help has the options)", USAGE)
+            message = f"{error.format_message()} (amtl COMMAND --help has the options)"
+            if "unexpected extra" in message and any(Path(word).is_file() for word in args):
+                message += f"; of a command that takes one file of rows, {INTO_ONE}"
+            return tell(message, USAGE)
         reason = str(error).strip() or "no further word"
         log = write_log(args)
         return tell(

@@ -20,7 +20,7 @@ import polars as pl
 import pytest
 import typer
 from amtl import cli, data, failures, settings
-from amtl.errors import UserError
+from amtl.errors import INTO_ONE, UserError
 from amtl.run import memory, preparation, progress, trained
 from amtl.run.config import parse_names
 from amtl.store.files import read_json
@@ -54,9 +54,13 @@ def folder(tmp_path_factory) -> Path:
         "none.csv": frame[:0],
         "five.csv": frame[:5],
         "few.csv": frame.select("user", "y"),
+        "one.csv": frame.select("y"),
+        "tables/a.csv": frame,
+        "tables/b.csv": frame,
         "markup[bold].csv": frame.rename({"user": "[/]", "price": "[red]x"}),
         "constant.csv": frame.select(pl.lit(3).alias("user"), "y"),
     }
+    (folder / "tables").mkdir()
     for name, content in others.items():
         content.write_csv(folder / name)
     for name, content in {
@@ -166,6 +170,13 @@ LINES = [  # whole command lines
     ("train", "name the data"),
     ("train '' --label y", "'data': it is empty"),
     ("train nowhere.csv --label y", "neither a file nor a known data set"),
+    (
+        "train ok.csv yes.csv --label y",
+        "(yes.csv) (amtl COMMAND --help has the options); of a",
+    ),
+    ("train '*es.csv' --label y", "'*es.csv' stands for several files, and one is read: write"),
+    ("train tables --label y", "no .parquet file, but a.csv, b.csv: write several files into one"),
+    ("train one.csv --label y", "there is no column to predict from, beside the label and what"),
     ("train ok.csv", "--label COLUMN is needed; columns are user"),
     ("train ok.csv --label colour", "no column 'colour'"),
     ("train ok.csv --label stars", "--label-threshold X"),
@@ -403,6 +414,14 @@ def test_predictions_do_not_replace_their_rows(folder, tmp_path, monkeypatch, ca
     told = capsys.readouterr().err
     assert "is the file of rows itself: name another one with -o" in " ".join(told.split())
     assert rows.read_bytes() == content
+
+
+def test_several_files_go_into_one_as_is_said(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(INTO_ONE.partition(" by ")[2].replace("FOLDER", str(folder / "tables")))
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    whole = pl.read_csv(folder / "ok.csv")
+    assert pl.read_parquet("all.parquet").equals(pl.concat([whole, whole]))
 
 
 def test_predictions_do_not_replace_a_part_of_a_folder_of_rows(folder, tmp_path, capsys):

@@ -198,6 +198,11 @@ class Encoder:
         embedded = [f for f in fields if f.kind in ("categorical", "bucket")]
         embedded += [replace(f, root=_of_words(f)) for f in fields if f.kind == "bag"]
         dense = [f for f in fields if f.kind == "standardise"]
+        if not fields:
+            raise UserError(
+                "there is no column to predict from, beside the label and what --drop and --split "
+                "name: give a file that has some"
+            )
         if not embedded:
             left_out = "".join(f"; {f.name!r} {f.note}" for f in fields if f.kind == "unused")
             raise UserError(

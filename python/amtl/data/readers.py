@@ -22,7 +22,7 @@ from amtl.data import libsvm, packing, sheets, text
 from amtl.data.arrow import of_arrow
 from amtl.data.nested import flat
 from amtl.data.vocabulary import as_series
-from amtl.errors import UserError, brief
+from amtl.errors import INTO_ONE, UserError, brief
 
 _PARQUET = (".parquet", ".pq")
 _DELIMITED = (".csv", ".tsv", ".tab", ".txt")
@@ -302,7 +302,9 @@ def _folder(path: Path) -> pl.DataFrame:
     files = sorted(path.glob("*.parquet")) or sorted(path.rglob("*.parquet"))
     files = [file for file in files if not any(p[:1] in "._" for p in file.relative_to(path).parts)]
     if not files:
-        raise UserError(f"the folder {str(path)!r} holds no .parquet file")
+        tables = sorted(file.name for file in path.iterdir() if is_table(file))
+        held = f", but {listed(tables)}: {INTO_ONE}, or name one of them" if tables else ""
+        raise UserError(f"the folder {str(path)!r} holds no .parquet file{held}")
     frames: list[pl.DataFrame] = []
     first: dict[str, tuple[Any, Path]] = {}
     named: set[str] = set()

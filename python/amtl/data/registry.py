@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import polars as pl
 
 from amtl.data import movielens, negatives, nycflights, official, synthetic
 from amtl.data.readers import read_file
-from amtl.errors import UserError, listed
+from amtl.errors import INTO_ONE, UserError, listed
 
 
 def default_batch_size(rows: int) -> int:
@@ -191,6 +192,8 @@ def _load(data: str) -> Source:
         return Source(data, frame, known.label, fields, known.numeric, known.recipe, known.licence)
     path = Path(data)
     if not path.exists():
+        if any(glob.iglob(data)):
+            raise UserError(f"{data!r} stands for several files, and one is read: {INTO_ONE}")
         raise UserError(
             f"{data!r} is neither a file nor a known data set; known are {', '.join(sorted(sets))}"
         )
