@@ -589,6 +589,31 @@ def test_scales_are_known_in_single_rows_where_training_had_them():
         spec(["$1.5k", "$3k", "free"], numeric={"x": "bucket"})
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([f"{i / 8}" for i in range(-40, 40)], "bucket"),
+        ([f"{i}.50" for i in range(30)] + ["", "NA", "7"], "bucket"),
+        ([f"{i}" for i in range(80)], "categorical"),
+        ([f"3.{i}" for i in range(20)], "categorical"),
+        ([f"3.{i}.1" for i in range(80)], "categorical"),
+        ([f"{i / 8}" for i in range(80)] + ["none of these"], "categorical"),
+    ],
+)
+def test_text_of_plain_numbers_with_fractions_is_numbers(values, kind):
+    """As tables have it whose columns are all of text; versions are few, or none."""
+    frame = pl.DataFrame({"x": [*values, None] * 2})
+    (found,) = infer_fields(frame, ["x"])
+    assert found.kind == kind
+    if kind == "bucket":
+        assert found.note.startswith("text of plain numbers, read as such; --numeric x=categorical")
+        encoder = Encoder.fit(frame, [found])
+        plain = frame.select(pl.col("x").cast(pl.Float64, strict=False))
+        assert encoder.transform(plain).rows.equal(encoder.transform(frame).rows)
+        (kept,) = infer_fields(frame, ["x"], numeric={"x": "categorical"})
+        assert kept.kind == "categorical"
+
+
 def test_plain_numbers_need_no_notation_in_a_file():
     assert (
         "decimal"

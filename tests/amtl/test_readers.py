@@ -429,6 +429,34 @@ def test_one_object_is_one_row(tmp_path):
         read(tmp_path, '{"x": 1,\n "y": 2}', "a.json")
 
 
+@pytest.mark.parametrize("write", ["write_ndjson", "write_json"])
+def test_text_of_numbers_in_json_is_what_it_is_in_csv(tmp_path, write):
+    """As programs write it that made objects of the cells of a CSV file."""
+    cells = pl.DataFrame(
+        {
+            "y": ["1", "0", "1"],
+            "where": ["59.28", "-158.6", "7"],
+            "feet": ["66", "", "-12"],
+            "gap": ["NA", "1.5", None],
+            "code": ["007", "12", "8"],
+            "long": ["1234567890123456789", "1", ""],
+            "who": ["ann", "7", "8"],
+            "tags": [["1", "2"], ["3"], []],
+        }
+    )
+    getattr(cells, write)(tmp_path / "a.json")
+    cells = cells.drop("tags")
+    cells.write_csv(tmp_path / "a.csv")
+    found, expected = (read_file(tmp_path / name) for name in ("a.json", "a.csv"))
+    assert found.frame["tags"].dtype == pl.List(pl.String)
+    assert found.frame.drop("tags").equals(expected.frame)
+    assert found.frame.schema["feet"] == pl.Int64
+    assert (found.notes, found.marks) == (
+        tuple(n for n in expected.notes if "leading zeros" not in n),
+        expected.marks,
+    )
+
+
 TWICE = [1, 1, 2, 2]
 ODD = {
     "large": (pa.array([Decimal(i) for i in TWICE], pa.decimal256(60, 2)), [1.0, 1.0, 2.0, 2.0]),

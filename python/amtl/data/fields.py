@@ -325,6 +325,9 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
             note += f"{as_typed(name, 'categorical')} keeps the text"
             kind: Any = default_numeric
             return _spelled(FieldSpec(name, kind, note=note), spelled)
+        if spelled and notation.has_fractions(values, spelled):
+            note = f"text of plain numbers, read as such; {as_typed(name, 'categorical')} keeps it"
+            return _spelled(FieldSpec(name, default_numeric, note=note), spelled)  # type: ignore[arg-type]
         mixed = "" if spelled or default_numeric == "categorical" else notation.mixed(values)
         note = mixed or note
         ids = bool(values.str.contains(_IDS).all())
@@ -416,8 +419,8 @@ def _digits(column: pl.Series) -> str:
     """What text is that has digits alone, as codes of places; empty for other columns."""
     if column.dtype not in TEXT:
         return ""
-    texts = column.cast(pl.String).drop_nulls()
-    return "digits" if texts.str.contains(r"^\d{1,15}$").all() else ""
+    texts = notation.texts(column).drop_nulls()
+    return "digits" if texts.str.contains(r"^-?\d{1,15}$").all() else ""
 
 
 def _moments(column: pl.Series) -> str:

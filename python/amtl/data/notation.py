@@ -146,6 +146,12 @@ def find(column: pl.Series, padded: bool = False) -> Notation | None:
     return found
 
 
+def has_fractions(values: pl.Series, found: Notation) -> bool:
+    """Whether distinct texts are plain numbers, many and some with a fraction, as no ids have."""
+    plain = found.decimal == "." and not (found.marks or found.doubt)
+    return plain and len(values) > FEW_NUMBERS and bool(values.str.contains(r"\d\.\d").any())
+
+
 def _find(values: pl.Series, padded: bool) -> Notation | None:
     """`find` of distinct values without units."""
     if not len(values) or not values[:100].str.contains(_NUMBER).all():

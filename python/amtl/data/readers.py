@@ -196,7 +196,10 @@ def _read_text(source: Path | io.BytesIO, kind: str, where: str) -> Contents:
     if kind in _NDJSON:
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
             rows = _json(file, sample.lstrip(_BEFORE).startswith(b"["), where)
-            return Contents(flat(rows, repr(where)), objects=True)
+        gaps: list[str] = []
+        # Programs that know text alone write numbers so.
+        frame, marks = text.with_gaps(flat(rows, repr(where)), False, gaps)
+        return Contents(frame, notes=tuple(gaps), marks=marks, objects=True)
     source, told = text.in_utf8(source, where)
     if told:
         sample = text.contents_of(source)[:_SAMPLE]
