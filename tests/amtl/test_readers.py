@@ -429,32 +429,40 @@ def test_one_object_is_one_row(tmp_path):
         read(tmp_path, '{"x": 1,\n "y": 2}', "a.json")
 
 
-@pytest.mark.parametrize("write", ["write_ndjson", "write_json"])
-def test_text_of_numbers_in_json_is_what_it_is_in_csv(tmp_path, write):
-    """As programs write it that made objects of the cells of a CSV file."""
-    cells = pl.DataFrame(
-        {
-            "y": ["1", "0", "1"],
-            "where": ["59.28", "-158.6", "7"],
-            "feet": ["66", "", "-12"],
-            "gap": ["NA", "1.5", None],
-            "code": ["007", "12", "8"],
-            "long": ["1234567890123456789", "1", ""],
-            "who": ["ann", "7", "8"],
-            "tags": [["1", "2"], ["3"], []],
-        }
-    )
-    getattr(cells, write)(tmp_path / "a.json")
-    cells = cells.drop("tags")
-    cells.write_csv(tmp_path / "a.csv")
+CELLS = pl.DataFrame(
+    {
+        "y": ["1", "0", "1"],
+        "where": ["59.28", "-158.6", "7"],
+        "feet": ["66", "", "-12"],
+        "gap": ["NA", "1.5", None],
+        "code": ["007", "12", "8"],
+        "long": ["1234567890123456789", "1", ""],
+        "who": ["ann", "7", "8"],
+    }
+)
+MORE = pl.Series("more", [["1", "2"], ["3"], []])
+
+
+@pytest.mark.parametrize("write", ["write_ndjson", "write_json", "write_parquet", "write_ipc"])
+def test_where_all_is_text_numbers_are_what_they_are_in_csv(tmp_path, write):
+    """As programs write it that made rows of the cells of a CSV file."""
+    getattr(CELLS, write)(tmp_path / "a.json")
+    CELLS.write_csv(tmp_path / "a.csv")
     found, expected = (read_file(tmp_path / name) for name in ("a.json", "a.csv"))
-    assert found.frame["tags"].dtype == pl.List(pl.String)
-    assert found.frame.drop("tags").equals(expected.frame)
+    assert found.frame.equals(expected.frame)
     assert found.frame.schema["feet"] == pl.Int64
-    assert (found.notes, found.marks) == (
-        tuple(n for n in expected.notes if "leading zeros" not in n),
-        expected.marks,
-    )
+    assert found.marks == expected.marks
+    assert found.notes == tuple(n for n in expected.notes if "leading zeros" not in n)
+
+
+def test_text_of_numbers_stays_text_beside_columns_of_other_types(tmp_path):
+    """But in JSON, which has no types of columns."""
+    frame = CELLS.with_columns(MORE)
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame.write_ndjson(tmp_path / "a.json")
+    assert read_file(tmp_path / "a.parquet").frame.equals(frame)
+    assert read_file(tmp_path / "a.json").frame.schema["where"] == pl.Float64
+    assert read_file(tmp_path / "a.json").frame["more"].equals(MORE)
 
 
 TWICE = [1, 1, 2, 2]

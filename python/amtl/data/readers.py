@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeAlias
@@ -109,10 +109,13 @@ def is_table(path: PurePath) -> bool:
 
 def _contents(kind: str, source: Path | io.BytesIO, where: str) -> Contents:
     """What a file of a kind that is read holds, whose name is `where`."""
-    if kind in _PARQUET:
-        return Contents(flat(_parquet(source), repr(where)))
-    if kind in _ARROW:
-        return Contents(flat(_arrow(source), repr(where)))
+    if kind in _PARQUET + _ARROW:
+        frame = flat(_parquet(source) if kind in _PARQUET else _arrow(source), repr(where))
+        return (
+            _of_cells(frame)
+            if frame.width and set(frame.dtypes) == {pl.String}
+            else Contents(frame)
+        )
     if kind in sheets.SUFFIXES:
         frame, notes, marks = sheets.read(source, where)
         return Contents(frame, notes=notes, marks=marks)
@@ -196,10 +199,7 @@ def _read_text(source: Path | io.BytesIO, kind: str, where: str) -> Contents:
     if kind in _NDJSON:
         with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
             rows = _json(file, sample.lstrip(_BEFORE).startswith(b"["), where)
-        gaps: list[str] = []
-        # Programs that know text alone write numbers so.
-        frame, marks = text.with_gaps(flat(rows, repr(where)), False, gaps)
-        return Contents(frame, notes=tuple(gaps), marks=marks, objects=True)
+        return replace(_of_cells(flat(rows, repr(where))), objects=True)
     source, told = text.in_utf8(source, where)
     if told:
         sample = text.contents_of(source)[:_SAMPLE]
@@ -210,6 +210,13 @@ def _read_text(source: Path | io.BytesIO, kind: str, where: str) -> Contents:
     separator = "\t" if kind in (".tsv", ".tab") else ","
     frame, notes, marks = text.read(source, first, separator, where)
     return Contents(frame, notes=told + notes, marks=marks)
+
+
+def _of_cells(frame: pl.DataFrame) -> Contents:
+    """A table of programs that know text alone, as it is where text is all that there is."""
+    notes: list[str] = []
+    frame, marks = text.with_gaps(frame, False, notes)
+    return Contents(frame, notes=tuple(notes), marks=marks)
 
 
 def _json(file: io.BytesIO | io.BufferedReader, is_list: bool, where: str) -> pl.DataFrame:
