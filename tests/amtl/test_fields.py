@@ -152,7 +152,9 @@ SPREAD = whole(np.random.default_rng(6).integers(0, 20_000, 30_000))
 RATES = 0.2 + 0.6 * SPREAD.to_numpy() / 20_000
 
 
-@pytest.mark.parametrize("held", ["integers", "floats", "digits", "unique", "unique digits"])
+@pytest.mark.parametrize(
+    "held", ["integers", "floats", "digits", "digits with gaps", "unique", "unique digits"]
+)
 def test_labels_that_follow_the_order_make_numbers(held):
     column, rates = SPREAD, RATES
     if held == "floats":
@@ -164,6 +166,8 @@ def test_labels_that_follow_the_order_make_numbers(held):
     labels, values = clicks(rates), column.to_numpy()
     if "digits" in held:
         column = column.cast(pl.String).str.zfill(7)
+    if "gaps" in held:
+        column = column.scatter([3, 4, 5, 6], ["", "NA", None, "-5"])
     before = spec(column).kind
     assert before == ("unused" if "unique" in held else "categorical")
     field = spec(column, labels=labels)
