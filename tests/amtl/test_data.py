@@ -721,3 +721,12 @@ def test_what_stood_for_a_missing_number_still_does_in_a_small_file(treatment, t
         else nullcontext()
     ):
         assert encoder.transform(few.with_columns(x=pl.lit("oops"))).unknown["x"] == 4
+
+
+def test_infinite_numbers_are_cut_into_buckets_without_a_word():
+    frame = pl.DataFrame({"x": [-math.inf, math.inf] * 50})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder = Encoder.fit(frame, [FieldSpec("x", "bucket")])
+    low, high = encoder.transform(frame[:2]).rows[:, 0].tolist()
+    assert low != high

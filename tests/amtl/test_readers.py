@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import shlex
 import zipfile
 from decimal import Decimal
@@ -374,6 +375,7 @@ def test_a_first_line_longer_than_the_sample_may_end_it_within_a_letter(tmp_path
         ("a.ndjson", b'{"u":{"a":1}}\n{"u":{"a":[1]}}\n', "'u.a' holds values and, in line 2, l"),
         ("a.ndjson", b'{"a":true}\n{"a":1}\n', "'a' holds booleans and, in line 2, values; write"),
         ("a.json", b'[{"a":1}', "cannot read"),
+        ("a.json", b'[{"a":1}, ["a", 1]]', "item 2 of the list is no object such as"),
         ("a.libsvm", b"1 1:1\nspam 2:1\n", "line 2: 'spam 2:1'"),
         ("a.libsvm", b"1 1:1\n\n# note\n0 2:x\n", "line 4: '0 2:x'"),
         ("a.libfm", b"1 0:3:1\n", "line 1"),
@@ -427,6 +429,15 @@ def test_one_object_is_one_row(tmp_path):
     assert read(tmp_path, '\n{"x": 1, "y": [2]}\n', "a.json").frame.rows() == [(1, [2])]
     with pytest.raises(UserError, match="one object on several lines; write an object a line"):
         read(tmp_path, '{"x": 1,\n "y": 2}', "a.json")
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_json_may_hold_what_python_writes_for_missing_numbers(tmp_path, as_list):
+    rows = [{"x": x, "t": "NaN, or -Infinity"} for x in (1.5, math.nan, math.inf, -math.inf, 2)]
+    text = json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows))
+    found = read(tmp_path, text, "a.json").frame
+    assert found["x"].to_list() == [1.5, None, None, None, 2]
+    assert set(found["t"]) == {"NaN, or -Infinity"}
 
 
 CELLS = pl.DataFrame(

@@ -584,7 +584,8 @@ def _quantiles(numbers: pl.Series, buckets: int) -> Tensor:
     cuts = np.unique(np.quantile(values, np.arange(1, buckets) / buckets, method="lower"))
     below = cuts[cuts < values[-1]]
     above = values[np.searchsorted(values, below, side="right")]
-    amid = below / 2 + above / 2
+    with np.errstate(invalid="ignore"):  # of what is infinite on both sides
+        amid = below / 2 + above / 2
     return torch.from_numpy(np.where((below < amid) & (amid < above), amid, below))
 
 

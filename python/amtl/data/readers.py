@@ -228,9 +228,26 @@ def _json(file: io.BytesIO | io.BufferedReader, is_list: bool, where: str) -> pl
         return (pl.read_json if is_list else pl.read_ndjson)(file, infer_schema_length=None)
     except pl.exceptions.PolarsError as error:
         file.seek(0)
+        if plain := _without_constants(file, is_list):
+            return pl.read_ndjson(plain, infer_schema_length=None)
+        file.seek(0)
         raise UserError(
-            f"cannot read {where!r}: {'' if is_list else _odd_line(file)}{_first_line(error)}"
+            f"cannot read {where!r}: {(_odd_item if is_list else _odd_line)(file)}"
+            f"{_first_line(error)}"
         ) from error
+
+
+def _without_constants(file: io.BytesIO | io.BufferedReader, is_list: bool) -> bytes:
+    """Objects with nothing for `NaN`, which Python writes and JSON lacks; empty without any."""
+    found: list[str] = []
+    try:
+        lines = [file.read()] if is_list else filter(bytes.strip, file)
+        rows = [json.loads(line, parse_constant=found.append) for line in lines]
+    except ValueError:
+        return b""
+    rows = rows[0] if is_list else rows
+    objects = all(isinstance(row, dict) for row in rows)
+    return "\n".join(map(json.dumps, rows)).encode() if found and objects else b""
 
 
 def _wrapped(file: io.BytesIO | io.BufferedReader) -> str:
@@ -290,6 +307,17 @@ def _odd_line(file: io.BytesIO | io.BufferedReader) -> str:
                     f"column {name!r} holds {kinds[name]} and, in line {number}, {kind}; write "
                     "one kind of value on every line, or null: "
                 )
+    return ""
+
+
+def _odd_item(file: io.BytesIO | io.BufferedReader) -> str:
+    """Which item of a list is no object, and what to do; empty if all are."""
+    items = _parsed(file.read())
+    for number, item in enumerate(items if isinstance(items, list) else (), 1):
+        if not isinstance(item, dict):
+            return (
+                f'item {number} of the list is no object such as {{"user": 7}}; write it as one: '
+            )
     return ""
 
 
