@@ -4,11 +4,9 @@ import gc
 import gzip
 import io
 import json
-import lzma
 import math
+import re
 import shlex
-import zipfile
-from decimal import Decimal
 
 import numpy as np
 import polars as pl
@@ -16,7 +14,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 from amtl.data import libsvm
-from amtl.data.readers import as_frame, read_file, require_columns
+from amtl.data.readers import read_file, require_columns
 from amtl.data.registry import load_source
 from amtl.errors import UserError
 
@@ -476,37 +474,6 @@ def test_text_of_numbers_stays_text_beside_columns_of_other_types(tmp_path):
     assert read_file(tmp_path / "a.json").frame["more"].equals(MORE)
 
 
-TWICE = [1, 1, 2, 2]
-ODD = {
-    "large": (pa.array([Decimal(i) for i in TWICE], pa.decimal256(60, 2)), [1.0, 1.0, 2.0, 2.0]),
-    "lists of them": (
-        pa.array([[Decimal(i)] for i in TWICE], pa.list_(pa.decimal256(60, 2))),
-        [[1.0], [1.0], [2.0], [2.0]],
-    ),
-    "runs": (pa.RunEndEncodedArray.from_arrays(pa.array([2, 4], pa.int32()), [1, 2]), TWICE),
-    "json": (pa.array(list("1122"), pa.json_(pa.string())), list("1122")),
-    "bool8": (pa.array(TWICE, pa.bool8()), TWICE),
-}
-"""Columns of types that polars does not read, or as types of their own, and their values."""
-
-
-@pytest.mark.parametrize("kind", ODD)
-def test_types_of_arrow_that_polars_does_not_read(tmp_path, kind):
-    column, values = ODD[kind]
-    table = pa.table({"x": TWICE, "odd": column})
-    pa.feather.write_feather(table, tmp_path / "a.arrow", compression="uncompressed")
-    assert read_file(tmp_path / "a.arrow").frame["odd"].to_list() == values
-    assert as_frame(table)["odd"].to_list() == values
-    assert as_frame(table.to_batches()[0])["odd"].to_list() == values
-
-
-def test_of_other_types_it_is_said_which_column_has_them(tmp_path):
-    table = pa.table({"x": TWICE, "odd": pa.array([(1, 2, 3)] * 4, pa.month_day_nano_interval())})
-    pa.feather.write_feather(table, tmp_path / "a.arrow")
-    with pytest.raises(UserError, match="column 'odd' is of a type that is not read, month_day"):
-        read_file(tmp_path / "a.arrow")
-
-
 TITLED = "y,who,what it cost\n1,ann,2.5\n0,bob,\n1,,1\n"
 
 
@@ -533,6 +500,34 @@ def test_what_is_above_may_be_the_names(tmp_path, text):
     assert read(tmp_path, text).frame.columns == ["id", "c1", "c2"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_names_of_rows_need_no_name_of_their_own(tmp_path, separator, end):
+    """As R's `write.table` writes a table."""
+    text = '"y","who"\n"1",1,"ann"\n"2",0,"bob, junior"\n"3",1,"eve"\n"4",1,"ann"\n'
+    text = text.replace(", junior", "") if separator == "," else text
+    text = re.sub(r",(?! )", separator, text).replace("\n", end)
+    for begin in ("", "\ufeff"):
+        found = read(tmp_path, begin + text)
+        assert found.frame.columns == ["c0", "y", "who"]
+        assert found.frame["c0"].to_list() == [1, 2, 3, 4]
+        assert found.frame["y"].to_list() == [1, 0, 1, 1]
+        assert "columns without a name: c0" in found.notes
+
+
+def test_lines_but_the_first_may_end_in_a_separator(tmp_path):
+    found = read(tmp_path, "y,who\n1,ann,\n0,bob,\n1,ann,\n").frame
+    assert found.columns == ["y", "who", "c2"]
+    assert found["y"].to_list() == [1, 0, 1] and found["c2"].null_count() == 3
+
+
+@pytest.mark.parametrize("names", ["y,who", "y"])
+@pytest.mark.parametrize("rows", ["1,a,b\n1,c,d\n2,c,d\n3,e,f\n", "1,a,b\n2,c\n3,d\n"])
+def test_other_lines_that_are_too_long_are_named(tmp_path, names, rows):
+    with pytest.raises(UserError, match=r"line 2 has 3 columns, the first [12]"):
+        read(tmp_path, f"{names}\n{rows}")
+
+
 def test_a_line_that_is_wrong_below_titles_is_named_as_in_the_file(tmp_path):
     with pytest.raises(UserError, match="from line 3 on': line 102 has 4 columns, the first 3"):
         read(tmp_path, "Report\n\ny,a,b\n" + "1,2,3\n" * 100 + "1,2,3,4\n" + "1,2,3\n" * 9)
@@ -554,66 +549,6 @@ def test_compressed_files_are_known_by_their_first_bytes(tmp_path, name, codec):
     with pa.output_stream(tmp_path / name, compression=codec) as stream:
         stream.write(plain.getvalue())
     assert read_file(tmp_path / name).frame.equals(expected)
-
-
-def test_what_xz_compressed_is_read(tmp_path):
-    content = lzma.compress(TABLE.write_csv().encode())
-    for name in ("a.csv.xz", "a.csv"):
-        assert read(tmp_path, content, name).frame.equals(TABLE)
-    with pytest.raises(UserError, match="cannot read"):
-        read(tmp_path, content[:-9], "a.csv.xz")
-
-
-def zipped(files):
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    return content.getvalue()
-
-
-@pytest.mark.parametrize("name", ["a.zip", "a.csv.zip", "a.csv"])
-def test_a_table_alone_in_an_archive_is_read(tmp_path, name):
-    """As sites hand out data, with what macOS and people put beside it."""
-    parquet = io.BytesIO()
-    TABLE.write_parquet(parquet)
-    tables = {"a.csv": TABLE.write_csv(), "b.parquet": parquet.getvalue()}
-    for held, content in tables.items():
-        files = {"about.md": "x", "data/": "", f"data/{held}": content, f"__MACOSX/._{held}": "x"}
-        assert read(tmp_path, zipped(files), name).frame.equals(TABLE)
-
-
-@pytest.mark.parametrize(
-    ("files", "told"),
-    [
-        ({"train.csv": "a,b\n1,2\n", "test.csv": "a\n1\n"}, "holds train.csv, test.csv: unpack it"),
-        ({"about.md": "x"}, "holds about.md: unpack it"),
-        ({"a.csv.gz": "x"}, "holds a.csv.gz: unpack it .unzip .*a.zip. and name one file"),
-        ({}, "unknown kind '.zip'"),
-    ],
-)
-def test_of_other_archives_it_is_said_what_to_do(tmp_path, files, told):
-    with pytest.raises(UserError, match=told):
-        read(tmp_path, zipped(files), "a.zip")
-
-
-def test_a_damaged_archive_is_a_user_error(tmp_path):
-    content = zipped({"a.csv": TABLE.write_csv() * 9})
-    for damaged in (content[:-30], content[:60] + b"xxxx" + content[64:]):
-        with pytest.raises(UserError, match=r"cannot read .*unpack it"):
-            read(tmp_path, damaged, "a.zip")
-
-
-@pytest.mark.parametrize("name", ["part-00000", "a.csv", "a.parquet", "a.dat"])
-@pytest.mark.parametrize("write", ["write_parquet", "write_ipc"])
-def test_parquet_and_arrow_may_have_any_name(tmp_path, name, write):
-    content = io.BytesIO()
-    getattr(TABLE, write)(content)
-    assert read(tmp_path, content.getvalue(), name).frame.equals(TABLE)
-
-
-def test_text_that_begins_as_parquet_does_is_text(tmp_path):
-    assert read(tmp_path, "PAR1,PAR2\n1,2\n3,4\n").frame.columns == ["PAR1", "PAR2"]
 
 
 def test_libsvm_rows_of_any_length_are_bags(tmp_path):

@@ -95,11 +95,17 @@ def read(
     if first[:1] in ("\r", "\n"):
         source = io.BytesIO(contents_of(source).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
         first = first.lstrip("\r\n")
-    if lines := _lines_before_names(first, separator):
-        *before, first = first.split("\n", lines)
+    if before := _before_names(first, separator):
+        lines, above = before
+        first = first.split("\n", lines)[lines]
         source = io.BytesIO(contents_of(source).split(b"\n", lines)[lines])
         where = f"{where} from line {lines + 1} on"
-        notes.append(without_titles([line.split(separator) for line in before]))
+        notes.append(without_titles(above))
+    if gap := _unnamed(first, separator):
+        head = re.compile(r"^(.*?)(?=\r?\n)")
+        whole = contents_of(source).removeprefix(b"\xef\xbb\xbf").decode()
+        source = io.BytesIO(head.sub(gap, whole, count=1).encode())
+        first = head.sub(gap, first, count=1)
     found = find_separator(first, separator)
     if found != separator:
         notes.append(f"columns are separated by {_NAMES[found]}")
@@ -381,8 +387,8 @@ def find_separator(first: str, expected: str) -> str:
     return max(wide, key=lambda s: wide[s])
 
 
-def _lines_before_names(first: str, expected: str) -> int:
-    """How many lines come before that of the names, see `titles`, by whatever separates columns."""
+def _before_names(first: str, expected: str) -> tuple[int, list[list[str]]] | None:
+    """How many lines come before that of the names, see `titles`, and their cells."""
     for separator in (expected, *_SEPARATORS):
         reader = csv.reader(io.StringIO(first), delimiter=separator)
         rows: list[list[str]] = []
@@ -395,8 +401,26 @@ def _lines_before_names(first: str, expected: str) -> int:
             # The last line may be cut off.
             rows = rows[:-1] if len(rows) > _FEWEST_NAMES else rows
         if count := titles(rows):
-            return ends[count]
-    return 0
+            return ends[count], rows[:count]
+    return None
+
+
+def _unnamed(first: str, expected: str) -> str:
+    r"""How the first line, as \1, has as many names as there are columns; empty if it has.
+
+    R writes none for the names of rows, each of which has its own, and other programs end each line
+    but the first with a separator.
+    """
+    for separator in (expected, *_SEPARATORS):
+        names, *rows = _rows(first, separator) or [[]]
+        short = min(len(names), len(rows)) > 1 and all(len(row) == len(names) + 1 for row in rows)
+        if not short or any(map(_is_number, names)):
+            continue
+        if not any(row[-1] for row in rows):
+            return rf"\1{separator}"
+        if len({row[0] for row in rows}) == len(rows):
+            return rf"{separator}\1"
+    return ""
 
 
 def titles(rows: Sequence[Sequence[str]]) -> int:
