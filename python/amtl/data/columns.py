@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import polars as pl
 
-from amtl.data import calendar, hosts, pairs, places
+from amtl.data import calendar, hosts, names, pairs, places
 from amtl.data.specs import TEXT, FieldSpec
 
 
@@ -26,6 +26,8 @@ def column_of(frame: pl.DataFrame, spec: FieldSpec) -> pl.Series:
         column = column.set(marked.fill_null(False), None)
     if spec.part in places.PARTS:
         return places.take(column, spec).rename(spec.name)
+    if names.words_of(spec):
+        return column.rename(spec.name)
     if spec.part in hosts.PARTS:
         return hosts.take(column, spec).rename(spec.name)
     if spec.part in pairs.PARTS:
@@ -49,7 +51,7 @@ def called(
     Raises:
         UserError: the column that it names holds no moments.
     """
-    if found := calendar.called(frame, name):
+    if found := calendar.called(frame, name) or names.called(frame, name):
         return found
     column = name.rpartition(".")[0]
     if name in frame.columns or column not in frame.columns:

@@ -11,7 +11,7 @@ import polars as pl
 
 from amtl.data import hosts, moments, nested, notation, places, ranges
 from amtl.data.columns import fold
-from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, split
+from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, is_prose, split
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
 from amtl.data.specs import TEXT, TREATMENTS, FieldSpec, as_typed, is_amount, numbers
@@ -51,8 +51,6 @@ _TAKEN_APART = ",;"
 """Of these, what values are taken apart at if labels do not follow the whole rather."""
 _BARS, _FEWEST_BARS = 0.01, 3
 """Share of the rows, and number, from which bars join values; in fewer they are part of a text."""
-_SEVERAL_WORDS = r"\p{L}{2}\S*[ /.:+&>#~-]+\S*\p{L}{2}"
-"""Words of sentences, and those of paths, kinds of files and names of packages."""
 _IDS = r"^\d+(?:(?:[;,] ?| )\d+)*$"
 _MOSTLY = 0.8
 """Share of distinct texts that are numbers from which it is told that the others are none."""
@@ -332,7 +330,7 @@ def _guess(column: pl.Series, default_numeric: str, labels: Labels | None) -> Fi
         note = mixed or note
         ids = bool(values.str.contains(_IDS).all())
         for separator, share in ({} if mixed else _JOINED_BY).items():
-            if separator == "|" and _is_prose(column):
+            if separator == "|" and is_prose(column):
                 continue
             if _holds_lists(values, separator, share, ids=ids) and not _says_when(values):
                 lists = None if spelled else _several(column, separator, labels)
@@ -392,7 +390,7 @@ def _words(spec: FieldSpec, column: pl.Series, labels: Labels) -> FieldSpec | No
     rows, distinct = len(column) - column.null_count(), _distinct(column)
     if spec.kind not in ("categorical", "unused") or rows < _ROWS_TO_ASK:
         return None
-    if rows > _SELDOM * distinct or not _is_prose(column) or _says_when(column):
+    if rows > _SELDOM * distinct or not is_prose(column) or _says_when(column):
         return None
     if hosts.parts(column.to_frame()) or not labels.follow(split(column.cast(pl.String), WORDS)):
         return None
@@ -603,7 +601,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
         keep = f"{as_typed(spec.name, 'categorical')} keeps it"
         other = f"{keep}, {amount}" if amounts else keep
         other += f", {earlier}" if dated else ""
-        if not amounts and not spec.note and _is_prose(column):
+        if not amounts and not spec.note and is_prose(column):
             other += f", --multi {shlex.quote(f'{spec.name}={WORDS}')} splits it into words"
         note = f"{much} to learn; {other}"
         return replace(spec, kind="unused", note="; ".join(filter(None, [spec.note, note])))
@@ -622,14 +620,6 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
 
 def _earlier(name: str) -> str:
     return f"--split {shlex.quote(f'order:{name}')} trains on the earlier rows"
-
-
-def _is_prose(column: pl.Series) -> bool:
-    """Whether most of the first thousand values are text of several words, not of numbers."""
-    if column.dtype not in TEXT:
-        return False
-    words = column.drop_nulls()[:1000].cast(pl.String).str.contains(_SEVERAL_WORDS)
-    return float(words.mean() or 0.0) > 0.5  # type: ignore[arg-type]
 
 
 def _says_when(column: pl.Series) -> bool:

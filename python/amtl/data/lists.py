@@ -24,6 +24,8 @@ FEWEST_TIMES = 3
 _WORD = r"\w+(?:['’]\w+)*"
 _SIGNS = ("|", ";", ",")
 """What else values may be joined by in the rows to score."""
+_SEVERAL_WORDS = r"\p{L}{2}\S*[ /.:+&>#~-]+\S*\p{L}{2}"
+"""Words of sentences, and those of paths, kinds of files and names of packages."""
 _MOST_WORDS = 256
 """So many first words of a text say most of it."""
 
@@ -65,6 +67,14 @@ def two_by_two(words: pl.Series) -> pl.Series:
     """Each list's neighbours as one value: `[a, b, c]` as `[a b, b c]`."""
     both = pl.element() + " " + pl.element().shift(-1)
     return words.to_frame().select(pl.all().list.eval(both.drop_nulls())).to_series()
+
+
+def is_prose(column: pl.Series) -> bool:
+    """Whether most of the first thousand values are text of several words, not of numbers."""
+    if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+        return False
+    words = column.drop_nulls()[:1000].cast(pl.String).str.contains(_SEVERAL_WORDS)
+    return float(words.mean() or 0.0) > 0.5  # type: ignore[arg-type]
 
 
 def now_written(texts: pl.Series, separator: str, known: pl.Series) -> str:

@@ -44,9 +44,9 @@ class FieldSpec:
         value: whether the number itself joins the embedding, of a `bucket` or `categorical`; see
             `amtl.data.scales`.
         part: `hour`, `weekday`, `day` or `month` of the moments in the column `of`, `1` or `2` of
-            its points, `host`, `network` or `block` of its addresses, or `pairs` of its words,
-            where it is no column itself; see `amtl.data.calendar`, `amtl.data.places`,
-            `amtl.data.hosts` and `amtl.data.pairs`.
+            its points, `host`, `network` or `block` of its addresses, `pairs` of its words, or
+            `words` of its names, where it is no column itself; see `amtl.data.calendar`,
+            `amtl.data.places`, `amtl.data.hosts`, `amtl.data.pairs` and `amtl.data.names`.
         of: that column.
         zone: whose clocks tell that part, such as `Europe/Berlin`; empty for UTC.
         folded: whether texts that differ in their case, or spaces around them, are one value.

@@ -17,6 +17,7 @@ from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
 from amtl.data.later import for_later_rows
+from amtl.data.names import with_words
 from amtl.data.ordered import Floats, Labels
 from amtl.data.registry import Source, load_source
 from amtl.data.repeats import without_repeats
@@ -80,6 +81,8 @@ def prepare(
             specs = hosts.with_parts(frame, specs, known, {*skip, *told})
             specs = pairs.with_parts(frame, specs, Labels(known), skip)
         specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
+        if not (config.fields or source.fields):
+            specs = with_words(frame, specs, known, {config.label, *config.drop, *told})
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
