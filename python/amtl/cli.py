@@ -425,7 +425,7 @@ def evaluate(
             raise UserError(f"--label {label}: that is a field, from which the model predicts")
         missing = config.label_missing if label_missing is None else label_missing
         labelling = label or config.label, label_threshold, label_positive, missing
-        frame, labels = labelled(frame, labelling)
+        frame, labels = labelled(frame, labelling, trains=False)
         encoded, what = trained.encoder.transform(frame, labels), data
         strange = [*told, *trained.unseen_columns(frame, encoded).values()]
         if trained.encoder.has_labels(encoded.labels):

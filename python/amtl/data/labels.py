@@ -45,6 +45,12 @@ _TO_THOSE = (
     "--label-missing drop leaves these rows out, --label-missing negative counts them as negative"
 )
 
+_OF_POSITIVE = (
+    ". For a file of positive rows only, as of what was bought or played, amtl train --negatives "
+    "USER:ITEM in place of --label draws others"
+)
+_TO_SCORE = " for an AUC: score more rows at once, or take amtl predict, which needs no label"
+
 
 def read_labels(
     frame: pl.DataFrame,
@@ -52,6 +58,7 @@ def read_labels(
     threshold: float | None = None,
     positive: str | None = None,
     missing: str | None = None,
+    trains: bool = True,
 ) -> Tensor:
     """Labels as float32 zeros and ones, one for each row that has one or is given one.
 
@@ -64,6 +71,7 @@ def read_labels(
         positive: a sample is positive if its value is this one.
         missing: samples without a label are none if this is `drop` (see `labelled`), and negative
             if it is `negative`. With either, text that stands for no value is no label.
+        trains: whether a model is to be trained on them, and not scored; for the message.
 
     Raises:
         UserError: if the column is missing, has gaps, or does not hold both classes; the message
@@ -75,17 +83,18 @@ def read_labels(
         always = values[0] if len(values) == 1 else int(flags[0])
         how = "" if len(values) == 1 else f" with {_option(threshold, positive)}"
         raise UserError(
-            f"label {column!r} is always {_show(always)}{how}; both classes are needed. For a file "
-            "of positive rows only, as of what was bought or played, amtl train --negatives "
-            "USER:ITEM in place of --label draws others"
+            f"label {column!r} is always {_show(always)}{how}; both classes are needed"
+            f"{_OF_POSITIVE if trains else _TO_SCORE}"
         )
     return torch.from_numpy(flags.cast(pl.Float32).to_numpy().copy())
 
 
-def labelled(frame: pl.DataFrame, labelling: Labelling) -> tuple[pl.DataFrame, Tensor]:
+def labelled(
+    frame: pl.DataFrame, labelling: Labelling, trains: bool = True
+) -> tuple[pl.DataFrame, Tensor]:
     """The rows that have a label or are given one, and these labels: see `read_labels`."""
     column, *_, missing = labelling
-    labels = read_labels(frame, *labelling)
+    labels = read_labels(frame, *labelling, trains)
     if len(labels) < len(frame):
         frame = frame.filter(~_gaps(frame[column], missing))
     return frame, labels
