@@ -522,7 +522,15 @@ def test_lines_but_the_first_may_end_in_a_separator(tmp_path):
 
 
 @pytest.mark.parametrize("names", ["y,who", "y"])
-@pytest.mark.parametrize("rows", ["1,a,b\n1,c,d\n2,c,d\n3,e,f\n", "1,a,b\n2,c\n3,d\n"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "1,a,b\n1,c,d\n2,c,d\n3,e,f\n",
+        "1,a,b\n2,c\n3,d\n",
+        "1,0,b\n2,0,d\n3,1,d\n4,1,f\n",
+        '"1","0","b"\n"2","0","d"\n"3","1","d"\n"4","1","f"\n',
+    ],
+)
 def test_other_lines_that_are_too_long_are_named(tmp_path, names, rows):
     with pytest.raises(UserError, match=r"line 2 has 3 columns, the first [12]"):
         read(tmp_path, f"{names}\n{rows}")

@@ -418,7 +418,10 @@ def _unnamed(first: str, expected: str) -> str:
             continue
         if not any(row[-1] for row in rows):
             return rf"\1{separator}"
-        if len({row[0] for row in rows}) == len(rows):
+        # Quoted they are, numbers too, and other numbers are not: else a name may lack elsewhere.
+        quoted = all(line.startswith('"') for line in first.splitlines() if line)
+        numbers = re.search(rf"^.+[{separator}]-?[\d.]", first.partition("\n")[2], re.M)
+        if quoted and numbers and len({row[0] for row in rows}) == len(rows):
             return rf"{separator}\1"
     return ""
 
