@@ -9,17 +9,27 @@ A change that must not cost time is held against the commit before it:
 It counts one call of each of our contenders in the named cases of the suite ``quick``, Python and
 PyTorch included, on one thread. Valgrind shows programs a processor without AVX-512, so the AVX2
 kernels are counted. Suite and contenders are of the commit that is asked.
+
+More instructions need not be more time. Whether they are is told by pairs of processes, one of
+each commit, whose order changes from pair to pair:
+
+    python bench/counts.py --time FOLDER_OF_THE_OTHER_COMMIT [PART OF A NAME ...]
+
+prints processor time after over before in the mean of the pairs, with a 95 % interval.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,11 +46,19 @@ ROWS = 50_000
 valgrind is slow."""
 
 
-def cases(patterns: list[str]) -> Iterator[Case]:
-    """Cases of the suite on tables of a size that valgrind can bear, each once."""
+PAIRS = 10
+"""Of processes."""
+_T = 2.262
+"""Of Student's distribution, for 95 % of as many."""
+_CALLS = 40
+"""Timed in a process, in which others of the case are called in between."""
+
+
+def cases(patterns: list[str], rows: float = ROWS) -> Iterator[Case]:
+    """Cases of the suite on tables of so many rows at most, each once."""
     seen = set()
     for case in select(SUITES["quick"](), patterns).cases:
-        small = replace(case, rows=min(case.rows, ROWS), threads=1)
+        small = replace(case, rows=int(min(case.rows, rows)), threads=1)
         if small.name not in seen:
             seen.add(small.name)
             yield small
@@ -69,6 +87,51 @@ def count_calls(patterns: list[str]) -> None:
             gc.enable()
             names.append([case.name, name])
     print(json.dumps(names))
+
+
+def time_calls(patterns: list[str]) -> None:
+    """Prints the median of processor seconds of each call."""
+    torch.set_num_threads(1)
+    found = {}
+    for case in cases(patterns, math.inf):
+        problem = make_problem(case)
+        sessions = {}
+        for name in case.contenders:
+            contender = CONTENDERS[name]
+            if contender.ours and not contender.absent() and not contender.refuses(case):
+                sessions[name] = contender.prepare(problem)
+        samples: dict[str, list[float]] = {name: [] for name in sessions}
+        for number in range(_CALLS):
+            for name, session in sessions.items():
+                session.call(number % len(problem.ids))
+                started = time.process_time()
+                session.call((number + 1) % len(problem.ids))
+                samples[name].append(time.process_time() - started)
+        found |= {f"{case.name} {name}": statistics.median(each) for name, each in samples.items()}
+    print(json.dumps(found))
+
+
+def time_pairs(before: Path, patterns: list[str]) -> None:
+    """Prints after over before, the largest first, with the interval of its logarithm's mean."""
+    here = Path(__file__).resolve().parents[1]
+    ratios: dict[str, list[float]] = {}
+    for pair in range(PAIRS):
+        took = {}
+        for folder in (before, here) if pair % 2 else (here, before):
+            command = [sys.executable, __file__, "--under-clock", *patterns]
+            path = os.pathsep.join([str(folder / "python"), str(folder)])
+            environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
+            took[folder] = json.loads(done.stdout.strip().splitlines()[-1])
+        for name in took[here].keys() & took[before].keys():
+            ratios.setdefault(name, []).append(math.log(took[here][name] / took[before][name]))
+        print(f"pair {pair + 1} of {PAIRS}", file=sys.stderr)
+    for name, logs in sorted(ratios.items(), key=lambda item: -statistics.fmean(item[1])):
+        mean, half = statistics.fmean(logs), _T * statistics.stdev(logs) / len(logs) ** 0.5
+        low, middle, high = map(math.exp, (mean - half, mean, mean + half))
+        print(f"{middle:6.3f} ({low:.3f} to {high:.3f})  {name}")
 
 
 def count(patterns: list[str]) -> dict[str, int]:
@@ -101,6 +164,10 @@ def compare(before: Path, after: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--under-valgrind":
         count_calls(sys.argv[2:])
+    elif sys.argv[1] == "--under-clock":
+        time_calls(sys.argv[2:])
+    elif sys.argv[1] == "--time":
+        time_pairs(Path(sys.argv[2]).resolve(), sys.argv[3:])
     elif sys.argv[1] == "--compare":
         compare(*map(Path, sys.argv[2:4]))
     else:

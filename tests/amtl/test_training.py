@@ -197,11 +197,44 @@ def test_with_weight_decay_a_stage_is_held_against_itself(
         return said[self.steps], 0.7
 
     monkeypatch.setattr(Learner, "scores", scripted)
+    # None of them is far behind.
+    monkeypatch.setattr("amtl.run.learner._FAR", 1.0)
     config = overfitting(method="fixed", embedding_decay=decay, patience=4)
     learner = start(config, source=source).learner
     while not learner.finished:
         learner.step()
     assert [record["stage"] for record in learner.history] == stages
+
+
+@pytest.mark.parametrize(
+    ("found", "length"),
+    [
+        # It comes back, a tenth of what it lost and more with every validation.
+        ([0.88, 0.60, 0.65, 0.70, 0.74, 0.78, 0.82, 0.85, 0.87], 9 + 4),
+        # It swings where it is.
+        ([0.88, 0.60, 0.61, 0.60, 0.61, 0.60, 0.61], 5),
+        # It creeps, and the 120 validations that are left would bring it half of the way.
+        ([0.88, 0.60, *(0.64 + 0.001 * i for i in range(20))], 7),
+        # Three times as fast it would arrive.
+        ([0.88, 0.60, *(0.64 + 0.003 * i for i in range(20))], 22 + 4),
+    ],
+)
+def test_a_stage_at_smaller_rates_has_time_to_come_back(source, monkeypatch, found, length):
+    """With decay all may be lost first; what would come back too late ends."""
+    scores = iter([0.9, *[0.1] * 8, *found, *[0.0] * 1000])
+    said: dict[int, float] = {}
+
+    def scripted(self) -> tuple[float, float]:
+        if self.steps not in said:
+            said[self.steps] = next(scores)
+        return said[self.steps], 0.7
+
+    monkeypatch.setattr(Learner, "scores", scripted)
+    config = overfitting(method="fixed", embedding_decay=1e-4, patience=4, epochs=70)
+    learner = start(config, source=source).learner
+    while learner.stage < 2:
+        learner.step()
+    assert [record["stage"] for record in learner.history].count(1) == length
 
 
 @pytest.mark.parametrize("epochs", [1, 10])

@@ -44,6 +44,12 @@ _LAST = 0.8
 model may creep forward for all of them: smaller rates then gain more than all that came before.
 Without decay few epochs are better spent at full rates."""
 
+_BACK = 0.1
+"""Of what a stage has lost, what it has to have regained to be on its way back, and not to swing."""
+
+_FAR = 0.02
+"""In AUC minus log loss: a stage that lags by less may be a swing."""
+
 _TIMED_STEPS = 20_000
 """Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
 
@@ -304,6 +310,8 @@ class Learner:
         # Each stage has as large a part of the epochs that are left.
         share = 1 - (1 - _LAST) / 2**self.stage
         late = self.steps >= share * (config.epochs * self.steps_per_epoch)
+        if self.stage and self._lags():
+            return True
         return self.stale >= patience or (late and self.stage < config.rate_drops)
 
     def _moves(self, record: dict[str, Any]) -> bool:
@@ -311,11 +319,28 @@ class Learner:
 
         Validations go up and down with the steps since its last pass, so a stage is held against
         itself, not against the peak that it went back to. What is learned fast, after a plateau,
-        the numbers as they are show before their average.
+        the numbers as they are show before their average. At smaller rates all may be lost first,
+        until decay has caught up with what they learn by heart: then a stage comes back.
         """
-        before = (r["score"] for r in self.history[:-1] if r["stage"] == self.stage)
-        best = max(before, default=-math.inf)
-        return record["score"] > best or score(*self.scores(), self.task.val.labels) > best
+        before = [r["score"] for r in self.history[:-1] if r["stage"] == self.stage]
+        best, now = max(before, default=-math.inf), record["score"]
+        if now > best or not before or score(*self.scores(), self.task.val.labels) > best:
+            return True
+        lowest = min(range(len(before)), key=before.__getitem__)
+        fallen = max(before[: lowest + 1]) - before[lowest]
+        return now > max(before[lowest:]) and now > before[lowest] + _BACK * fallen
+
+    def _lags(self) -> bool:
+        """Whether a stage that is far behind the best model won't reach it in time at its pace."""
+        scores = [r["score"] for r in self.history if r["stage"] == self.stage]
+        lowest = min(range(len(scores)), key=scores.__getitem__)
+        over = self.config.patience
+        if self.best is None or len(scores) <= lowest + over:
+            return False
+        behind = self.best["record"]["score"] - scores[-1]
+        pace = (scores[-1] - scores[-1 - over]) / over
+        times = min(self.config.validations * self.laps, self.steps_per_epoch)
+        return behind > _FAR and pace * (self.config.epochs - self.epochs) * times < behind
 
     def _turn(self) -> None:
         """Back to the best model: freeze its sizes, or go on with smaller rates, or end."""
