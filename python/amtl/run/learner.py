@@ -45,7 +45,7 @@ model may creep forward for all of them: smaller rates then gain more than all t
 Without decay few epochs are better spent at full rates."""
 
 _BACK = 0.1
-"""Of what a stage has lost, what it has to have regained to be on its way back, and not to swing."""
+"""Of what a stage has lost, what it has to regain to be on its way back, and not to swing."""
 
 _FAR = 0.02
 """In AUC minus log loss: a stage that lags by less may be a swing."""
