@@ -13,9 +13,11 @@ from amtl.data.pairs import take
 from amtl.data.registry import Source
 from amtl.data.specs import FieldSpec
 from amtl.run.config import TrainConfig
+from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.learner import Learner
 from amtl.run.model import assemble
 from amtl.run.preparation import prepare
+from amtl.run.training import start
 
 ROWS = 3000
 SAID = ["good", "bad", "fine", "dull", "odd"]
@@ -96,6 +98,18 @@ def test_averages_of_words_grow_with_the_root_of_their_number():
     assert len(lengths.unique()) > 2
     torch.testing.assert_close(found, mean * lengths.sqrt()[:, :, None])
     assert model.state_dict().keys() == {k for k in model.state_dict() if "roots" not in k}
+
+
+def test_packed_models_say_what_trained_ones_do(tmp_path):
+    source = Source("made", reviews(by_pairs=True), "liked")
+    config = TrainConfig("made", "liked", epochs=2, batch_size=100, race=False)
+    start(config, tmp_path / "run", source=source).run()
+    packed = pack_run(tmp_path / "run", tmp_path / "model.safetensors")
+    opened = load_trained(tmp_path / "model.safetensors")
+    wanted = load_run(tmp_path / "run").probabilities(source.frame)
+    assert wanted.std() > 0.01
+    for trained in (packed, opened):
+        assert torch.equal(trained.probabilities(source.frame), wanted)
 
 
 def test_runs_of_earlier_versions_have_plain_averages():

@@ -40,8 +40,6 @@ class ClickModel(nn.Module):
         UserError: the backbone needs other fields or a larger `dim`.
     """
 
-    roots: Tensor | None
-
     def __init__(
         self,
         table: nn.Module,
@@ -62,7 +60,8 @@ class ClickModel(nn.Module):
         self.pooling = pooling(backbone, num_fields - num_bags, num_bags, dim)
         self.interaction = interaction(backbone, num_fields, dim, num_dense)
         grows = roots is not None and any(roots) and self.pooling is None
-        self.register_buffer("roots", torch.tensor(roots) if grows else None, persistent=False)
+        # No buffer: models of files are made without memory, and have theirs from there alone.
+        self.roots = list(roots) if grows and roots is not None else None
         layers: list[nn.Module] = []
         width = num_fields * (dim - self.interaction.first_order) + num_dense
         for size in hidden:
@@ -88,7 +87,8 @@ class ClickModel(nn.Module):
             return embedded
         ends = batch.offsets.new_tensor([len(batch.indices)])
         lengths = torch.diff(batch.offsets, append=ends).view(-1, self.num_fields)
-        factors = torch.where(self.roots, lengths.sqrt(), 1.0).to(embedded.dtype)
+        roots = torch.tensor(self.roots, device=lengths.device)
+        factors = torch.where(roots, lengths.sqrt(), 1.0).to(embedded.dtype)
         return embedded * factors[:, :, None]
 
     def score(self, embedded: Tensor, dense: Tensor) -> Tensor:
