@@ -2,9 +2,9 @@
 
 A change that must not cost time is held against the commit before it:
 
-    python bench/counts.py after.json [PART OF A NAME ...]
+    PYTHONPATH=. python bench/counts.py after.json [PART OF A NAME ...]
     PYTHONPATH=FOLDER_OF_THE_OTHER_COMMIT python bench/counts.py before.json [PART OF A NAME ...]
-    python bench/counts.py --compare before.json after.json
+    PYTHONPATH=. python bench/counts.py --compare before.json after.json
 
 It counts one call of each of our contenders in the named cases of the suite ``quick``, Python and
 PyTorch included, on one thread. Valgrind shows programs a processor without AVX-512, so the AVX2
@@ -13,7 +13,7 @@ kernels are counted. Suite and contenders are of the commit that is asked.
 More instructions need not be more time. Whether they are is told by pairs of processes, one of
 each commit, whose order changes from pair to pair:
 
-    python bench/counts.py --time FOLDER_OF_THE_OTHER_COMMIT [PART OF A NAME ...]
+    PYTHONPATH=. python bench/counts.py --time FOLDER_OF_THE_OTHER_COMMIT [PART OF A NAME ...]
 
 prints processor time after over before in the mean of the pairs, with a 95 % interval.
 """
@@ -48,8 +48,6 @@ valgrind is slow."""
 
 PAIRS = 10
 """Of processes."""
-_T = 2.262
-"""Of Student's distribution, for 95 % of as many."""
 _CALLS = 40
 """Timed in a process, in which others of the case are called in between."""
 
@@ -64,6 +62,12 @@ def cases(patterns: list[str], rows: float = ROWS) -> Iterator[Case]:
             yield small
 
 
+def ours(case: Case) -> list[str]:
+    """Contenders of ours that answer a case."""
+    held = {name: CONTENDERS[name] for name in case.contenders}
+    return [n for n, c in held.items() if c.ours and not (c.absent() or c.refuses(case))]
+
+
 def count_calls(patterns: list[str]) -> None:
     """Runs under valgrind: one dump a call, then their names."""
     torch.set_num_threads(1)
@@ -72,11 +76,8 @@ def count_calls(patterns: list[str]) -> None:
     names = []
     for case in cases(patterns):
         problem = make_problem(case, rotations=1)
-        for name in case.contenders:
-            contender = CONTENDERS[name]
-            if not contender.ours or contender.absent() or contender.refuses(case):
-                continue
-            session = contender.prepare(problem)
+        for name in ours(case):
+            session = CONTENDERS[name].prepare(problem)
             session.call(0)
             session.call(0)
             gc.collect()
@@ -95,11 +96,7 @@ def time_calls(patterns: list[str]) -> None:
     found = {}
     for case in cases(patterns, math.inf):
         problem = make_problem(case)
-        sessions = {}
-        for name in case.contenders:
-            contender = CONTENDERS[name]
-            if contender.ours and not contender.absent() and not contender.refuses(case):
-                sessions[name] = contender.prepare(problem)
+        sessions = {name: CONTENDERS[name].prepare(problem) for name in ours(case)}
         samples: dict[str, list[float]] = {name: [] for name in sessions}
         for number in range(_CALLS):
             for name, session in sessions.items():
@@ -113,6 +110,9 @@ def time_calls(patterns: list[str]) -> None:
 
 def time_pairs(before: Path, patterns: list[str]) -> None:
     """Prints after over before, the largest first, with the interval of its logarithm's mean."""
+    # The other commit, whose packages the processes that are timed import, may have none.
+    from amtl.paper.statistics import half_width
+
     here = Path(__file__).resolve().parents[1]
     ratios: dict[str, list[float]] = {}
     for pair in range(PAIRS):
@@ -129,7 +129,8 @@ def time_pairs(before: Path, patterns: list[str]) -> None:
             ratios.setdefault(name, []).append(math.log(took[here][name] / took[before][name]))
         print(f"pair {pair + 1} of {PAIRS}", file=sys.stderr)
     for name, logs in sorted(ratios.items(), key=lambda item: -statistics.fmean(item[1])):
-        mean, half = statistics.fmean(logs), _T * statistics.stdev(logs) / len(logs) ** 0.5
+        mean, half = statistics.fmean(logs), half_width(logs)
+        assert half is not None
         low, middle, high = map(math.exp, (mean - half, mean, mean + half))
         print(f"{middle:6.3f} ({low:.3f} to {high:.3f})  {name}")
 

@@ -26,7 +26,7 @@ def column_of(frame: pl.DataFrame, spec: FieldSpec) -> pl.Series:
         column = column.set(marked.fill_null(False), None)
     if spec.part in places.PARTS:
         return places.take(column, spec).rename(spec.name)
-    if names.words_of(spec):
+    if spec.part in names.PARTS:
         return column.rename(spec.name)
     if spec.part in hosts.PARTS:
         return hosts.take(column, spec).rename(spec.name)
@@ -51,14 +51,14 @@ def called(
     Raises:
         UserError: the column that it names holds no moments.
     """
-    if found := calendar.called(frame, name) or names.called(frame, name):
+    if found := calendar.called(frame, name):
         return found
     column = name.rpartition(".")[0]
     if name in frame.columns or column not in frame.columns:
         return None
     alone = frame.select(column)
     known = [*places.parts(alone, numeric, values), *hosts.parts(alone)]
-    known += pairs.parts(frame[column])
+    known += [*names.parts(frame[column]), *pairs.parts(frame[column])]
     return next((replace(spec, note="") for spec in known if spec.name == name), None)
 
 

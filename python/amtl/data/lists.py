@@ -9,6 +9,8 @@ from contextlib import suppress
 
 import polars as pl
 
+from amtl.data.specs import TEXT
+
 WRITTEN_LISTS = "[]"
 """In the place of a separator: text is lists as Python or JSON writes them."""
 _ITEM = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|-?\d+(?:\.0+)?"""
@@ -71,7 +73,7 @@ def two_by_two(words: pl.Series) -> pl.Series:
 
 def is_prose(column: pl.Series) -> bool:
     """Whether most of the first thousand values are text of several words, not of numbers."""
-    if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+    if column.dtype not in TEXT:
         return False
     words = column.drop_nulls()[:1000].cast(pl.String).str.contains(_SEVERAL_WORDS)
     return float(words.mean() or 0.0) > 0.5  # type: ignore[arg-type]

@@ -21,9 +21,17 @@ _FEWEST = 200
 """Names that have to train: fewer do not tell what their words say."""
 
 
-def words_of(spec: FieldSpec) -> bool:
-    """Whether a field is the words of a column that is one itself."""
-    return spec.part == WORDS
+PARTS = (WORDS,)
+
+
+def parts(column: pl.Series) -> list[FieldSpec]:
+    """The words of a column of text as a field beside it; nothing of others."""
+    if column.dtype not in TEXT:
+        return []
+    name = f"{column.name}.{WORDS}"
+    note = f"labels follow the words of {column.name!r}, also of those that are new; "
+    note += f"--drop {shlex.quote(name)} leaves them out"
+    return [FieldSpec(name, "bag", WORDS, part=WORDS, of=column.name, note=note)]
 
 
 def with_words(
@@ -40,34 +48,22 @@ def with_words(
     Returns:
         As `fields`, and a field, with a note, for each that is found. O(n) a column of text.
     """
-    found = []
+    result = list(fields)
     for field in fields:
-        name = f"{field.name}.{WORDS}"
-        if field.kind != "categorical" or field.part or {field.name, name} & {*skip}:
+        if field.kind != "categorical" or field.part or field.name in skip:
             continue
         column = frame[field.name]
-        if name in frame.columns or not _are_names(column, labels):
-            continue
-        if Labels(_once(column, labels)).follow(split(column.cast(pl.String), WORDS)):
-            note = f"labels follow the words of {field.name!r}, also of those that are new; "
-            note += f"--drop {shlex.quote(name)} leaves them out"
-            found.append(FieldSpec(name, "bag", WORDS, part=WORDS, of=field.name, note=note))
-    return [*fields, *found]
-
-
-def called(frame: pl.DataFrame, name: str) -> FieldSpec | None:
-    """The field that a name such as `shop.words` stands for, None for others."""
-    column, _, part = name.rpartition(".")
-    if part != WORDS or name in frame.columns or column not in frame.columns:
-        return None
-    if frame[column].dtype not in TEXT:
-        return None
-    return FieldSpec(name, "bag", WORDS, part=WORDS, of=column)
+        for found in parts(column) if _are_names(column, labels) else ():
+            words = split(column.cast(pl.String), WORDS)
+            wanted = found.name not in {*frame.columns, *skip}
+            if wanted and Labels(_once(column, labels)).follow(words):
+                result.append(found)
+    return result
 
 
 def _are_names(column: pl.Series, labels: Floats) -> bool:
     """Whether a column is text of several words that comes again, but seldom."""
-    if column.dtype not in TEXT or not is_prose(column):
+    if not is_prose(column):
         return False
     trained = column.filter(pl.Series(~np.isnan(labels))).drop_nulls()
     distinct = trained.n_unique()

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import polars as pl
 
 from amtl.data.lists import WORDS, split, two_by_two
-from amtl.data.ordered import Labels
+from amtl.data.ordered import Floats, Labels
 from amtl.data.specs import TEXT, FieldSpec
 
 PARTS = ("pairs",)
@@ -25,24 +25,24 @@ def parts(column: pl.Series) -> list[FieldSpec]:
 
 
 def with_parts(
-    frame: pl.DataFrame, fields: Sequence[FieldSpec], labels: Labels, skip: Collection[str] = ()
+    frame: pl.DataFrame, fields: Sequence[FieldSpec], labels: Floats, skip: Collection[str] = ()
 ) -> list[FieldSpec]:
     """Fields with one more for each that is words, if labels follow pairs of these as well.
 
     Args:
         frame: the data.
         fields: how its columns enter the model.
-        labels: of the rows that train.
+        labels: 0 or 1 of each row that trains, NaN of the others.
         skip: fields that are not wanted.
     """
-    result = list(fields)
+    result, says = list(fields), Labels(labels)
     for field in fields:
         if field.kind != "bag" or field.separator != WORDS:
             continue
         for found in parts(frame[field.column]):
             words = split(frame[field.column].cast(pl.String), WORDS)
             both = words.list.concat(two_by_two(words))
-            if found.name not in {*frame.columns, *skip} and labels.follow_rather(both, words):
+            if found.name not in {*frame.columns, *skip} and says.follow_rather(both, words):
                 result.append(found)
     return result
 

@@ -60,13 +60,9 @@ class _Gathered:
         """Takes in those of a pass; returns the sums once there are `every`, and begins anew."""
         if self.passes + 1 >= every and not self.of_masks:
             return of_masks
-        # What a lookup made may be written to again.
-        of_masks = [None if g is None else g.detach().clone() for g in of_masks]
-        if not self.of_masks:
-            self.of_masks = of_masks
-        else:
-            pairs = zip(self.of_masks, of_masks, strict=True)
-            self.of_masks = [a if b is None else b if a is None else a + b for a, b in pairs]
+        pairs = zip(self.of_masks or [None] * len(of_masks), of_masks, strict=True)
+        # Copied, for what a lookup made may be written to again.
+        self.of_masks = [a if b is None else b.clone() if a is None else a + b for a, b in pairs]
         self.passes += 1
         if self.passes < every:
             return None

@@ -322,7 +322,7 @@ class Learner:
         the numbers as they are show before their average. At smaller rates all may be lost first,
         until decay has caught up with what they learn by heart: then a stage comes back.
         """
-        before = [r["score"] for r in self.history[:-1] if r["stage"] == self.stage]
+        before = self._scores_of_stage()[:-1]
         best, now = max(before, default=-math.inf), record["score"]
         if now > best or not before or score(*self.scores(), self.task.val.labels) > best:
             return True
@@ -332,7 +332,7 @@ class Learner:
 
     def _lags(self) -> bool:
         """Whether a stage that is far behind the best model won't reach it in time at its pace."""
-        scores = [r["score"] for r in self.history if r["stage"] == self.stage]
+        scores = self._scores_of_stage()
         lowest = min(range(len(scores)), key=scores.__getitem__)
         over = self.config.patience
         if self.best is None or len(scores) <= lowest + over:
@@ -341,6 +341,9 @@ class Learner:
         pace = (scores[-1] - scores[-1 - over]) / over
         times = min(self.config.validations * self.laps, self.steps_per_epoch)
         return behind > _FAR and pace * (self.config.epochs - self.epochs) * times < behind
+
+    def _scores_of_stage(self) -> list[float]:
+        return [record["score"] for record in self.history if record["stage"] == self.stage]
 
     def _turn(self) -> None:
         """Back to the best model: freeze its sizes, or go on with smaller rates, or end."""

@@ -59,9 +59,8 @@ class ClickModel(nn.Module):
         self.embedding_dropout = embedding_dropout
         self.pooling = pooling(backbone, num_fields - num_bags, num_bags, dim)
         self.interaction = interaction(backbone, num_fields, dim, num_dense)
-        grows = roots is not None and any(roots) and self.pooling is None
         # No buffer: models of files are made without memory, and have theirs from there alone.
-        self.roots = list(roots) if grows and roots is not None else None
+        self.roots = list(roots) if roots and any(roots) and self.pooling is None else None
         layers: list[nn.Module] = []
         width = num_fields * (dim - self.interaction.first_order) + num_dense
         for size in hidden:

@@ -18,7 +18,7 @@ from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
 from amtl.data.later import for_later_rows
 from amtl.data.names import with_words
-from amtl.data.ordered import Floats, Labels
+from amtl.data.ordered import Floats
 from amtl.data.registry import Source, load_source
 from amtl.data.repeats import without_repeats
 from amtl.data.splits import split_column, split_rows
@@ -79,7 +79,7 @@ def prepare(
             specs += calendar.parts(frame, known, skip, marks)
             specs += places.parts(frame, *how, {*skip, *told})
             specs = hosts.with_parts(frame, specs, known, {*skip, *told})
-            specs = pairs.with_parts(frame, specs, Labels(known), skip)
+            specs = pairs.with_parts(frame, specs, known, skip)
         specs = without_repeats(frame, specs, {*told, *(n for n in called if n not in names)})
         if not (config.fields or source.fields):
             specs = with_words(frame, specs, known, {config.label, *config.drop, *told})
