@@ -186,14 +186,14 @@ _MANY_TABLES = {
     ("layers", "search"): (1.8, 1.5),
     ("layers", "frozen"): (1.2, 1.2),
     ("layers", "ordinal"): (1.8, 1.5),
-    ("layers", "gathered"): (1.8, 1.5),
+    ("layers", "fourth"): (1.8, 1.5),
     ("layers", "paper"): (1.8, 1.5),
 }
 _STATES = {
     "search": "search by the rule,",
     "frozen": "frozen",
     "ordinal": "learned sizes,",
-    "gathered": "sizes learned at every fourth pass,",
+    "fourth": "sizes learned at every fourth pass,",
     "free": "the paper's softmax under a budget,",
     "paper": "the paper's layer,",
 }
@@ -212,7 +212,7 @@ def _product(rows: int, tables: Sequence[int], field: int) -> list[Case]:
     states = ("search", "ordinal", "frozen")
     bag = tuple(f"{form}_{s}" for s in states for form in ("amtl_bag_bare", "amtl_bag"))
     baselines = (*bag[::2], "amtl_bag_frozen")
-    few = (*bag, "amtl_bag_gathered", *(f"amtl_bag_int{bits}_frozen" for bits in (8, 4, 2)))
+    few = (*bag, "amtl_bag_fourth", *(f"amtl_bag_int{bits}_frozen" for bits in (8, 4, 2)))
     cases = [
         replace(step(rows, distribution=ids, **shared), contenders=few, baselines=baselines)
         for step in (step_rowwise, step_sgd)
@@ -534,7 +534,7 @@ def _product_goals() -> Iterable[Goal]:
             of, bare = f"amtl_bag_{state}", f"amtl_bag_bare_{state}"
             text = bag if state != "ordinal" else f"{bag}, learned sizes"
             yield Goal(text, "step", optimizer, "", of, bare, 1.1, group="product")
-        text, of = f"{bag}, {_STATES['gathered'][:-1]}", "amtl_bag_gathered"
+        text, of = f"{bag}, {_STATES['fourth'][:-1]}", "amtl_bag_fourth"
         yield Goal(text, "step", optimizer, "", of, bare, 1.1, group="product")
         for bits in (8, 4, 2):
             few, of = f"frozen layer of {bits} bits against floats", f"amtl_bag_int{bits}_frozen"

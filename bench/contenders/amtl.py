@@ -361,9 +361,6 @@ class LearningSession(AutogradSession):
         try:
             found = super().outcome(rotation)
             if self._work != "forward":
-                # Those of sizes may gather over several passes.
-                for _ in range(1, max(layer.options.learns_every for layer in self._layers)):
-                    super().outcome(rotation)
                 missing = sum(p.grad is None for p in self._size_parameters)
                 if missing:
                     raise MismatchError(f"{missing} parameters of sizes have no gradient")

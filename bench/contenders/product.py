@@ -25,7 +25,7 @@ from bench.oracle import Equations, GivenSizes, Outcome
 
 LEARNED: dict[str, dict[str, Any]] = {
     "ordinal": {"parametrization": "ordinal"},
-    "gathered": {"parametrization": "ordinal", "learns_every": 4},
+    "fourth": {"parametrization": "ordinal", "learns_every": 4},
     "free": {"parametrization": "free"},
     "paper": {"parametrization": "free", "budget": None},
 }
@@ -36,7 +36,7 @@ _STATES = {
     "search": "search by the rule",
     "frozen": "frozen",
     "ordinal": "sizes learned",
-    "gathered": "sizes learned at every fourth pass",
+    "fourth": "sizes learned at every fourth pass",
     "free": "sizes learned by the paper's softmax, under a budget",
     "paper": "sizes learned as in the paper",
 }
@@ -417,9 +417,9 @@ class Embeddings(Contender):
 def contenders() -> Iterable[Contender]:
     """Those of this module."""
     states = {
-        Bag: ("search", "frozen", "ordinal", "gathered"),
+        Bag: ("search", "frozen", "ordinal", "fourth"),
         BareBag: ("search", "frozen", "ordinal"),
-        Layers: ("search", "frozen", "ordinal", "gathered", "paper"),
+        Layers: ("search", "frozen", "ordinal", "fourth", "paper"),
         Collection: ("search", "frozen", "ordinal", "free", "paper"),
     }
     each = [kind(state) for kind, held in states.items() for state in held]

@@ -4,12 +4,15 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 
 import amtl
 import pytest
 import torch
 from amtl import AMTLEmbedding
 from torch import nn
+
+from amtl_kernels.optim import SGD
 
 ROWS = {"users": 60, "items": 25, "tags": 8, "days": 31}
 KINDS = {
@@ -189,45 +192,51 @@ def test_backwards_apart_add_up():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_gather_over_several_passes(kind):
-    """All at once, they are what those of each pass add up to."""
+def test_sizes_learn_from_one_pass_of_several(kind):
+    """As much as they would from it alone; lookups of one pass learn alike."""
     model, slow = converted(kind), converted(kind, learns_every=3)
-    batches = [torch.arange(20), torch.arange(7, 50), torch.arange(3)]
-    for number, rows in enumerate(batches, 1):
-        for each in (model, slow):
+    tables = amtl.table_parameters(slow)
+    # Sizes are in an optimizer, as who trains them has it.
+    optimizers = [torch.optim.SGD(amtl.mask_parameters(each)) for each in (model, slow)]
+    for number in range(7):
+        for each, optimizer in zip((model, slow), optimizers, strict=True):
+            optimizer.zero_grad()
             torch.manual_seed(number)
-            each(rows).backward()
+            (each(torch.arange(20)) + each(torch.arange(7, 50)).sum()).backward()
         learned = [head.branches.numbers.grad for head in heads(slow)]
-        assert all((gradient is None) == (number < 3) for gradient in learned)
-        # Evaluating, and sizes found anew, change nothing of that.
+        wanted = [head.branches.numbers.grad for head in heads(model)]
+        if number % 3:
+            assert all(gradient is None for gradient in learned)
+        else:
+            assert all(map(torch.equal, learned, wanted)) and learned[0].any()
         with torch.no_grad():
-            slow.eval()(rows)
+            # Evaluating in between changes nothing of that; an optimizer's step of the tables does.
+            slow.eval()(torch.arange(20))
+            for table in (*tables, *amtl.table_parameters(model)):
+                table.mul_(1.5)
         slow.train()
-    for head, gradient in zip(heads(model), learned, strict=True):
-        torch.testing.assert_close(gradient, head.branches.numbers.grad)
-    # Then they begin anew.
-    slow.zero_grad()
-    slow(batches[0]).backward()
-    assert all(head.branches.numbers.grad is None for head in heads(slow))
 
 
-def test_heads_that_learn_as_often_keep_company():
-    layers = [
-        AMTLEmbedding(
-            40, 8, counts=torch.arange(40), parametrization="ordinal", bits=None, learns_every=each
-        )
-        for each in (1, 4, 4)
-    ]
-    amtl.mask_parameters(nn.ModuleList(layers))
-    one, two, three = (layer.head.companions for layer in layers)
-    assert two is three is not one
+def test_a_fused_update_ends_a_pass():
+    model = converted(learns_every=2, fused_optimizer=partial(SGD, lr=0.1))
+    optimizer = torch.optim.SGD(amtl.mask_parameters(model))
+    learned = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.arange(20)).backward()
+        learned.append(model.items.head.branches.numbers.grad is not None)
+    assert learned == [True, False, True, False]
 
 
 def test_processes_that_train_together_wait_for_no_pass(monkeypatch):
     model = converted(learns_every=3)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    model(torch.arange(20)).backward()
-    assert all(head.branches.numbers.grad is not None for head in heads(model))
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.arange(20)).backward()
+        assert all(head.branches.numbers.grad is not None for head in heads(model))
+        with torch.no_grad():
+            model.users.weight.mul_(2)
 
 
 def test_a_step_between_pass_and_backward_does_not_matter():

@@ -193,6 +193,8 @@ def test_repr_names_what_matters(kind, phase):
         ({"temperature": float("nan")}, "temperature"),
         ({"final_temperature": -1}, "final_temperature"),
         ({"size_noise": -1}, "size_noise"),
+        ({"learns_every": 0}, "learns_every"),
+        ({"learns_every": 2.0}, "learns_every"),
         ({"noise_quantiles": 0}, "noise_quantiles"),
         ({"freeze_at": 1.1}, "freeze_at"),
         ({"init_exponent": -1}, "init_exponent"),

@@ -701,8 +701,6 @@ def test_no_noise_is_no_columns():
         ({"size_noise": -0.1}, "size_noise"),
         ({"size_noise": float("nan")}, "size_noise"),
         ({"noise_quantiles": 0}, "noise_quantiles"),
-        ({"learns_every": 0}, "learns_every"),
-        ({"learns_every": 2.0}, "learns_every"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -605,8 +605,7 @@ def test_a_run_with_weight_decay_goes_on_and_is_packed(kind, source, tmp_path, m
     assert torch.equal(packed.probabilities(source.frame), trained.probabilities(source.frame))
 
 
-def test_gradients_that_gather_go_along_with_a_state(source):
-    """Two steps of three are taken before, and the sizes learn from all of them."""
+def test_whose_turn_it_is_to_learn_goes_along_with_a_state(source):
     options = {"parametrization": "ordinal", "learns_every": 3}
     config = settings(table_options=options, bits="32", batch_size=50, mask_lr=0.1)
     task = prepare(config, source)
@@ -619,11 +618,13 @@ def test_gradients_that_gather_go_along_with_a_state(source):
         learner.step()
     other.load_state(pickle.loads(pickle.dumps(learner.state())))
     before = numbers(learner)
-    for each in (learner, other):
-        torch.set_rng_state(learner.rng)
-        each.step()
-    assert torch.equal(numbers(learner), numbers(other))
-    assert not torch.equal(numbers(learner), before)
+    for turn in (False, True):
+        for each in (learner, other):
+            torch.set_rng_state(learner.rng)
+            each.step()
+        assert torch.equal(numbers(learner), numbers(other))
+        assert torch.equal(numbers(learner), before) != turn
+        before = numbers(learner)
 
 
 def test_few_held_out_rows_of_a_class_are_told_of_once(source):

@@ -28,7 +28,7 @@ PRODUCT = (
         for form in ("bag", "bag_bare", "layers", "collection")
         for state in ("search", "frozen", "ordinal")
     }
-    | {f"amtl_{form}_gathered" for form in ("bag", "layers")}
+    | {f"amtl_{form}_fourth" for form in ("bag", "layers")}
     | {"amtl_layers_paper", "amtl_collection_paper", "amtl_collection_free"}
     | {f"amtl_bag_int{bits}_frozen" for bits in (8, 4, 2)}
 )

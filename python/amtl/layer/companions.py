@@ -3,16 +3,13 @@
 What the head of one small table does in a step are some hundred small operations, whose number is
 their cost. Heads that are alike, as those of a converted model are, do each of them once for all.
 Every head keeps its parameter, its groups and its budget, and finds what it would find by itself.
-
-Heads may learn once in several backward passes: until then the gradients of their masks gather, and
-as their parameters stay, so do the sizes.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,32 +42,6 @@ def accompany(heads: Iterable[SizeHead]) -> None:
 
 
 @dataclass
-class _Gathered:
-    """Gradients of masks since heads last learned.
-
-    Attributes:
-        passes: backward passes that they are of.
-        of_masks: their sums, [G, D] of each head, None where there was none.
-    """
-
-    passes: int = 0
-    of_masks: list[Tensor | None] = field(default_factory=list)
-
-    def add(self, of_masks: Sequence[Tensor | None], every: int) -> Sequence[Tensor | None] | None:
-        """Takes in those of a pass; returns the sums once there are `every`, and begins anew."""
-        if self.passes + 1 >= every and not self.of_masks:
-            return of_masks
-        pairs = zip(self.of_masks or [None] * len(of_masks), of_masks, strict=True)
-        # Copied, for what a lookup made may be written to again.
-        self.of_masks = [a if b is None else b.clone() if a is None else a + b for a, b in pairs]
-        self.passes += 1
-        if self.passes < every:
-            return None
-        sums, self.passes, self.of_masks = self.of_masks, 0, []
-        return sums
-
-
-@dataclass
 class _Solved:
     """Several heads as they were solved for.
 
@@ -85,7 +56,6 @@ class _Solved:
         whole: the solution, with L in front.
         parts: that of each head.
         places: of each part, by its id.
-        gathered: of the company, whose masks these make.
     """
 
     heads: list[weakref.ref[SizeHead]]
@@ -96,7 +66,6 @@ class _Solved:
     whole: Solution
     parts: list[Solution]
     places: dict[int, int]
-    gathered: _Gathered
 
     def gradient(self, of_masks: Sequence[Tensor | None]) -> Tensor:
         """Gradient of the numbers, [L, P], from those of the soft masks, [G, D] of each head."""
@@ -122,7 +91,6 @@ class Company:
         self._padded: tuple[list[weakref.ref[SizeHead]], Padded] | None = None
         self._solved: _Solved | None = None
         self._masks: tuple[list[bool], tuple[Tensor, ...]] | None = None
-        self._gathered = _Gathered()
 
     def __reduce__(self) -> tuple[type[Company], tuple[()]]:
         # Copies of heads join their copy of this as they are made.
@@ -136,16 +104,6 @@ class Company:
     def forget(self) -> None:
         """The groups of some head are others now."""
         self._padded = self._solved = self._masks = None
-        self._gathered = _Gathered()
-
-    def gathered(self) -> dict[str, Any]:
-        """See `Companions`."""
-        return {**vars(self._gathered)}
-
-    def gather(self, state: Mapping[str, Any]) -> None:
-        """See `Companions`."""
-        self._gathered = _Gathered(**state)
-        self._solved = self._masks = None
 
     def solve(self, head: SizeHead) -> None:
         """Solve for this head and all that can be watched, if it can."""
@@ -176,7 +134,7 @@ class Company:
         references = [weakref.ref(other) for other in watched]
         places = {id(part): place for place, part in enumerate(parts)}
         of = _alone(head), padded, numbers, scores, whole
-        self._solved = _Solved(references, *of, parts, places, self._gathered)
+        self._solved = _Solved(references, *of, parts, places)
         self._masks = None
 
     def _padded_groups(self, heads: list[SizeHead]) -> Padded:
@@ -186,7 +144,6 @@ class Company:
             before, padded = self._padded
             if [reference() for reference in before] == heads:
                 return replace(padded, temperature=temperature)
-            self._gathered = _Gathered()
         most = max(head.num_groups for head in heads)
         thresholds, steps = heads[0].steps_of(heads)
         room = torch.tensor([head.room() for head in heads], dtype=torch.float64)
@@ -262,12 +219,8 @@ class _Masks(torch.autograd.Function):
         solved: _Solved = ctx.solved
         # Processes that train together wait for the gradient of every parameter of the graph.
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        every = 1 if several else solved.head.learns_every
-        due = solved.gathered.add(gradients, every)
-        if due is None:
-            return (None,) * len(ctx.needs_input_grad)
-        found = solved.gradient(due)
-        rows = zip(found, due, ctx.needs_input_grad[1:], strict=True)
+        found = solved.gradient(gradients)
+        rows = zip(found, gradients, ctx.needs_input_grad[1:], strict=True)
         return None, *(
             row if needs and (several or g is not None) else None for row, g, needs in rows
         )

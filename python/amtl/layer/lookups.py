@@ -39,6 +39,10 @@ class TableLookups(TableRows):
     """The tiers since gradients were first found in them, while nothing changes them."""
     _moved = False
     """Whether something changed them; or it was looked into why not, once."""
+    passes = 0
+    """Training passes of the search so far, where sizes learn from one of several."""
+    _passed: tuple[int, int] | None = None
+    """Version of the weight at the last of them, and the backward that had updated it."""
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_kept", "_left", "_still", "_moved")
@@ -155,10 +159,27 @@ class TableLookups(TableRows):
     def _searched(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """Rows to look up in the search phase, sizes and soft mask of the groups, and the seed."""
         noisy = self._noisy()
-        dims, mask, sizes = self._head()(noisy)
+        dims, mask, sizes = self._head()(noisy, self._learns())
         self._notice_learning(sizes)
         rows = self._renormed(self._searched_rows(input, sizes))
         return rows, dims, mask, self._seed(noisy)
+
+    def _learns(self) -> bool:
+        """Whether it is the turn of this pass to let sizes learn."""
+        every, weight = self.options.learns_every, self._parameters["weight"]
+        if every == 1 or not self.training or being_traced() or weight is None:
+            return True
+        # An optimizer that is fused leaves the version as it is.
+        now = weight._version, self._updated.backward
+        if now != self._passed:
+            # nn.Module takes four microseconds to set an attribute.
+            self.__dict__.update(passes=self.passes + 1, _passed=now)
+        if (self.passes - 1) % every == 0:
+            return True
+        # Processes that train together wait for the gradient of every parameter of the graph, and
+        # a CUDA graph does at each replay what it did when it was captured.
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return several or self._head()._capturing()
 
     def _sized_plan(self, sizes: Tensor) -> Plan | None:
         """What native code knows of the weight at these sizes of the groups, when evaluating."""

@@ -54,9 +54,9 @@ class SearchOptions:
         size_noise: standard deviation of the noise in log-size during the search, in training mode
             only. None: 0.5 for "ordinal", else 0.
         noise_quantiles: number of noise levels Q that rows are hashed to.
-        learns_every: backward passes whose gradients gather before what learns the sizes has one;
-            until then it has none, sizes stay, and a step costs little more than where nothing
-            learns. A state_dict leaves what has gathered behind. Processes that train together
+        learns_every: one pass of so many, >= 1, gives what learns the sizes a gradient. In the
+            others it has none, sizes stay, and a step costs little more than where nothing learns.
+            Lookups between two changes of the table are one pass. Processes that train together
             learn at every pass all the same.
         freeze_at: share of training after which the trainer should call `freeze()`; noise ends
             there in any case.
@@ -118,6 +118,9 @@ class SearchOptions:
                 raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
         if not (math.isfinite(self.weight_std) and self.weight_std >= 0):
             raise ValueError(f"weight_std must be a finite number >= 0, got {self.weight_std!r}")
+        every = self.learns_every
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"learns_every must be a whole number >= 1, got {every!r}")
         if not 0 <= self.freeze_at <= 1:
             raise ValueError(
                 f"freeze_at must be a share of training in 0..1, got {self.freeze_at!r}"
@@ -212,5 +215,4 @@ class SearchOptions:
             size_noise=self.size_noise,
             noise_quantiles=self.noise_quantiles,
             temperature=self.temperature,
-            learns_every=self.learns_every,
         )

@@ -177,12 +177,6 @@ class Companions(Protocol):
     def draw(self, solution: Solution) -> None:
         """Add noisy sizes to a solution that was found so."""
 
-    def gathered(self) -> dict[str, Any]:
-        """Gradients of masks that heads have yet to learn from, for a checkpoint."""
-
-    def gather(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `gathered`."""
-
 
 class SizeHead(nn.Module):
     """Base of the size heads: group statistics, allowed sizes, budget and size noise.
@@ -197,7 +191,6 @@ class SizeHead(nn.Module):
         budget: stored fraction of N * D to meet, None for no budget.
         size_noise: standard deviation of the noise in log-size, >= 0.
         noise_quantiles: number of quantiles Q of the noise.
-        learns_every: backward passes whose gradients gather before the parameters have one, >= 1.
 
     Raises:
         ValueError: an argument out of range.
@@ -229,12 +222,9 @@ class SizeHead(nn.Module):
         size_noise: float = 0.0,
         noise_quantiles: int = 64,
         temperature: float = 1.0,
-        learns_every: int = 1,
     ) -> None:
         super().__init__()
         grid.check_budget(budget)
-        if isinstance(learns_every, bool) or not isinstance(learns_every, int) or learns_every < 1:
-            raise ValueError(f"learns_every must be a whole number >= 1, got {learns_every!r}")
         if not (math.isfinite(size_noise) and size_noise >= 0):
             raise ValueError(f"size_noise must be a finite number >= 0, got {size_noise!r}")
         if not (isinstance(noise_quantiles, int) and noise_quantiles >= 1):
@@ -247,7 +237,6 @@ class SizeHead(nn.Module):
         # counts of all.
         self.register_buffer("share", torch.tensor(budget or 0.0, dtype=torch.float64))
         self.size_noise = float(size_noise)
-        self.learns_every = learns_every
         self.num_fields = groups.num_fields
         self._constant(
             "temperature", torch.tensor(temperature, dtype=torch.float32).to(groups.counts.device)
@@ -432,7 +421,7 @@ class SizeHead(nn.Module):
         """What is equal in heads that can be solved for together."""
         noise = self.size_noise, len(self.noise_factors)
         grid = self.grid.sizes, self.grid.granularity
-        return type(self), *grid, noise, self.learns_every, self.features.shape[1]
+        return type(self), *grid, noise, self.features.shape[1]
 
     def room(self) -> float:
         """What sizes may cost beyond what all of them do."""
@@ -531,8 +520,13 @@ class SizeHead(nn.Module):
         stored = self.get_buffer("stored_table")[self.levels()]
         return float((stored * self.rows).sum()) / (self.num_rows * self.grid.dim)
 
-    def forward(self, noise: bool = False) -> GroupSizes:
-        """Sizes and soft mask; `noise` gives [G, Q] sizes. O(G * D) when parameters changed."""
+    def forward(self, noise: bool = False, learns: bool = True) -> GroupSizes:
+        """Sizes and soft mask. O(G * D) when parameters changed.
+
+        Args:
+            noise: whether sizes are [G, Q].
+            learns: whether the mask may have a gradient.
+        """
         noise = noise and self.size_noise > 0
         solution, scores = self._solution()
         mask = None
@@ -542,6 +536,7 @@ class SizeHead(nn.Module):
             if mask is None:
                 scores = self.scores() if scores is None else scores
                 mask = self._mask(scores, solution)
+            mask = mask if learns else mask.detach()
         else:
             if solution.mask is None:
                 with torch.no_grad():

@@ -490,7 +490,7 @@ class Learner:
             "seconds": self.seconds,
             "best": self.best,
             "average": self._average.state(),
-            "gathered": methods.gathered(self.table),
+            "passes": getattr(self.table, "passes", 0),
             "rng": torch.get_rng_state(),
         }
 
@@ -501,7 +501,8 @@ class Learner:
         # Checkpoints of earlier versions have none.
         if "average" in state:
             self._average.load_state(state["average"])
-        methods.gather(self.table, state.get("gathered"))
+        if methods.is_adaptive(self.table):
+            self.table.passes = state.get("passes", 0)
         self.finished, self.best = state["finished"], state["best"]
         self.history, self.losses = state["history"], state["losses"]
         self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from amtl.data.encoding import Encoder
 from amtl.errors import UserError
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
-from amtl.layer.size_head import Companions, SizeHead
 from amtl.peers import PEERS, Facts, Part, Peer, served_bytes
 from amtl.run.config import OWN
 from amtl_kernels import optim
@@ -194,24 +193,6 @@ def row_widths(table: nn.Module) -> Tensor:
         weight = table_parameters(table)[0]
         return torch.full((weight.shape[0],), weight.shape[1])
     return table.row_dims().long().cpu()  # type: ignore[operator]
-
-
-def gathered(table: nn.Module) -> dict[str, Any] | None:
-    """What a checkpoint needs of gradients that gather until sizes learn; None if nothing is."""
-    company = _company(table)
-    return None if company is None else company.gathered()
-
-
-def gather(table: nn.Module, state: dict[str, Any] | None) -> None:
-    """The inverse of `gathered`."""
-    company = _company(table)
-    if state is not None and company is not None:
-        company.gather(state)
-
-
-def _company(table: nn.Module) -> Companions | None:
-    head = getattr(table, "head", None)
-    return head.companions if isinstance(head, SizeHead) else None
 
 
 def is_frozen(table: nn.Module) -> bool:
