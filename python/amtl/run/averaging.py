@@ -69,7 +69,8 @@ class Average:
 
     @torch.no_grad()
     def _exchange(self, numbers: Sequence[Tensor]) -> None:
-        for each, value in zip(numbers, self._values, strict=False):
+        # Before the first of them is taken in there is nothing to exchange.
+        for each, value in zip(numbers if self._values else (), self._values, strict=True):
             kept = each.detach().clone()
             each.copy_(value)
             value.copy_(kept)
