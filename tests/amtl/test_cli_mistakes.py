@@ -73,6 +73,7 @@ def folder(tmp_path_factory) -> Path:
         "noise.safetensors": rng.bytes(500),
         "bad.csv.gz": b"no gzip",
         "file": b"x",
+        "file.zzz": b"x",
     }.items():
         (folder / name).write_bytes(content)
     assert run("train", folder / "ok.csv", "--label", "y", "--out", folder / "run", *FAST) == 0
@@ -196,7 +197,7 @@ LINES = [  # whole command lines
     ("train noise.csv --label y", "noise.csv"),
     ("train noise.libsvm --label y", "noise.libsvm"),
     ("train bad.csv.gz --label y", "cannot read"),
-    ("train file --label y", "unknown kind"),
+    ("train file.zzz --label y", "unknown kind"),
     ("train . --label y", "cannot read"),
     (
         "train markup[bold].csv --label [/]x",

@@ -72,7 +72,8 @@ def read_file(path: Path | str) -> Contents:
 
     Files may be compressed (`.gz`, `.zst`, `.bz2`, `.xz`; all but bzip2 by any name) or alone in a
     zip archive, and text be UTF-8, UTF-16 with a byte order mark, or Windows-1252, which is noted.
-    Parquet and Arrow may have any name. The separator of text is told by
+    Parquet and Arrow may have any name, and what is piped in, or without a suffix, none: then JSON
+    and text are told by their first sign. The separator of text is told by
     its first lines, and so is whether it has a header, whether a `.txt` is libsvm, and whether JSON
     is an object a line or one list of them. The fields of structs are columns: see `flat`.
 
@@ -87,8 +88,12 @@ def read_file(path: Path | str) -> Contents:
         if path.is_dir():
             return Contents(_folder(path))
         kind = packing.kind_of(path)
+        if not path.is_file():
+            with packing.spooled(path) as copy:
+                return _contents(_nameless(copy), packing.plain(copy), str(path))
         if packing.is_archive(path) and kind not in sheets.SUFFIXES:
             return _contents(*packing.alone(path, is_table), str(path))
+        kind = kind or _nameless(path)
         if is_table(PurePath(f"a{kind}")):
             return _contents(kind, packing.plain(path), str(path))
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -105,6 +110,18 @@ def is_table(path: PurePath) -> bool:
     """Whether a file's name is that of a table, of a kind that is read."""
     kinds = (*_PARQUET, *_ARROW, *_DELIMITED, *_LIBSVM, *_NDJSON, *sheets.SUFFIXES)
     return packing.kind(path) in kinds
+
+
+def _nameless(path: Path) -> str:
+    """What a file is whose name does not say; empty if that is no table."""
+    if kind := packing.kind_of(path):
+        return kind
+    source = packing.plain(path)
+    with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
+        sample = file.read(_SAMPLE)
+    if b"\0" in sample and sample[:2] not in _UTF16:
+        return ""
+    return ".json" if sample.lstrip(_BEFORE)[:1] in (b"{", b"[") else ".txt"
 
 
 def _contents(kind: str, source: Path | io.BytesIO, where: str) -> Contents:
