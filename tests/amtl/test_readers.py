@@ -128,6 +128,21 @@ def test_a_folder_of_parquet(tmp_path):
     assert read_file(tmp_path).frame.equals(TABLE)
 
 
+def test_the_text_files_of_a_folder_are_parts_of_one_table(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y,z\n1,a,\n-,b,\n")
+    (tmp_path / "b.csv").write_text("z;x;y\n0,5;2.5;c\n")
+    read = read_file(tmp_path)
+    rows = [(1, "a", None), (None, "b", None), (2.5, "c", 0.5)]
+    assert read.frame.rows() == rows and read.frame.columns == ["x", "y", "z"]
+    assert "2 files were read as one: a.csv, b.csv" in read.notes
+    (tmp_path / "test.csv").write_text("x,z\n1,0\n")
+    with pytest.raises(UserError, match=r"other columns \(y\), so .*: name one of them"):
+        read_file(tmp_path)
+    (tmp_path / "test.csv").rename(tmp_path / "test.json")
+    with pytest.raises(UserError, match="of several kinds"):
+        read_file(tmp_path)
+
+
 def test_parts_of_a_folder_may_differ_in_what_makes_no_difference(tmp_path):
     a = pl.DataFrame({"u": [1, 2], "c": [None, None], "k": ["x", "y"], "y": [0, 1]})
     b = pl.DataFrame({"k": ["z"], "y": [1], "c": ["q"], "u": [2**40]})
