@@ -35,7 +35,11 @@ _NEARLY_UNIQUE = 0.9
 _RARELY_AGAIN = 0.4
 """Distinct dates or times a row from which few come again: what is near them tells more."""
 _SELDOM = 2.0
-"""Rows a value below which single ones have to tell something of labels to be ids."""
+"""Rows a value below which values hardly come again, and have to tell something of labels to be
+ids."""
+_SELDOM_AS_NUMBERS = 8.0
+"""The same of whole numbers, which are amounts more often than ids where single ones tell nothing:
+of 289 pairs of a column with two to eight rows a value and a label nearly all were."""
 _SPARSE_BELOW = 0.3
 """Share of the whole numbers of a range that amounts have; ids are dense, or evenly spread."""
 _FAVOURITES = 0.01
@@ -100,8 +104,8 @@ def infer_fields(
       out upward likewise, and besides sparse in their range (under 30 % of it), and about as
       frequent as their neighbours, where some ids are popular; where more than one of many is
       below zero; and where labels of training rows say so: few rows a value, those of neighbours
-      alike in their labels, and single values next to nothing by themselves; or fewer than two of
-      them, and single values nothing at all. So are whole numbers
+      alike in their labels, and single values next to nothing by themselves; or fewer than eight
+      of them, and single values nothing at all. So are whole numbers
       held as floats then, and integers of which nearly every row has its own, if they are as
       sparse as said. Other integers of many values and few rows a value have a note.
       Text of digits alone, such as codes of places with leading zeros, and of ranges, such as
@@ -505,7 +509,8 @@ def _labels_say(
     elif spec.kind != "categorical":
         return None
     told, rows = labels.of(column), (len(ids) - ids.null_count()) / _distinct(ids)
-    seldom = rows < _SELDOM and labels.rows >= _ROWS_TO_ASK
+    few = _SELDOM_AS_NUMBERS if ids is column else _SELDOM
+    seldom = rows < few and labels.rows >= _ROWS_TO_ASK
     note = f"{what}, {rows:.1f} rows a value, "
     if told.by_order:
         note += "near which labels are alike: a number; "
