@@ -249,6 +249,9 @@ def test_values_that_rarely_come_again_and_tell_nothing_are_numbers():
     assert spec(SPREAD.cast(pl.Float64), labels=noise).kind == "bucket"
     assert spec(SPREAD, labels=noise, numeric={"x": "categorical"}).kind == "categorical"
     assert spec(whole(SPREAD.to_numpy() // 4), labels=noise).kind == "bucket"
+    popular = drawn(np.arange(20_000), rows=20_000)
+    assert 2 < len(popular) / popular.n_unique() < 8
+    assert spec(popular, labels=noise[:20_000]).kind == "categorical"
     # Of many rows a value, of single ones that tell, of few rows, and without labels ids stay ids.
     often = whole(SPREAD.to_numpy() // 8)
     assert spec(often, labels=noise).kind == "categorical"
