@@ -57,10 +57,13 @@ def folder(tmp_path_factory) -> Path:
         "one.csv": frame.select("y"),
         "tables/a.csv": frame,
         "tables/b.csv": frame,
+        "mixed/a.csv": frame,
+        "mixed/b.tsv": frame,
         "markup[bold].csv": frame.rename({"user": "[/]", "price": "[red]x"}),
         "constant.csv": frame.select(pl.lit(3).alias("user"), "y"),
     }
     (folder / "tables").mkdir()
+    (folder / "mixed").mkdir()
     for name, content in others.items():
         content.write_csv(folder / name)
     for name, content in {
@@ -73,6 +76,7 @@ def folder(tmp_path_factory) -> Path:
         "noise.safetensors": rng.bytes(500),
         "bad.csv.gz": b"no gzip",
         "file": b"x",
+        "file.zzz": b"x",
     }.items():
         (folder / name).write_bytes(content)
     assert run("train", folder / "ok.csv", "--label", "y", "--out", folder / "run", *FAST) == 0
@@ -175,7 +179,7 @@ LINES = [  # whole command lines
         "(yes.csv) (amtl COMMAND --help has the options); of a",
     ),
     ("train '*es.csv' --label y", "'*es.csv' stands for several files, and one is read: write"),
-    ("train tables --label y", "no .parquet file, but a.csv, b.csv: write several files into one"),
+    ("train mixed --label y", "but a.csv, b.tsv, of several kinds: write several files into one"),
     ("train one.csv --label y", "there is no column to predict from, beside the label and what"),
     ("train ok.csv", "--label COLUMN is needed; columns are user"),
     ("train ok.csv --label colour", "no column 'colour'"),
@@ -196,7 +200,7 @@ LINES = [  # whole command lines
     ("train noise.csv --label y", "noise.csv"),
     ("train noise.libsvm --label y", "noise.libsvm"),
     ("train bad.csv.gz --label y", "cannot read"),
-    ("train file --label y", "unknown kind"),
+    ("train file.zzz --label y", "unknown kind"),
     ("train . --label y", "cannot read"),
     (
         "train markup[bold].csv --label [/]x",

@@ -114,9 +114,20 @@ def test_logits_that_are_too_sure_are_made_smaller():
         assert calming(sure * logits, labels) == pytest.approx(1 / sure, rel=0.07)
     for unsure in (0.5, 1):
         assert calming(unsure * logits, labels) == 1.0
-    # What holds the wrong way round keeps its order, and few rows prove nothing.
+    # What holds the wrong way round keeps its order, and a gain by chance proves nothing.
     assert calming(-logits, labels) == pytest.approx(0.1)
-    assert calming(2 * logits[:20], labels[:20]) == 1.0
+    assert calming(1.05 * logits[:400], labels[:400]) == 1.0
+
+
+def test_few_rows_in_perfect_order_are_no_proof_of_certainty():
+    labels = (torch.arange(40) < 12).float()
+    logits = 20 * (2 * labels - 1)
+    said = torch.sigmoid(calming(logits, labels) * logits)
+    # As sure as 12 and 28 rows allow, each class with one more of either label.
+    assert 13 / 14 < said[0] < 29 / 30
+    assert calming(0.1 * logits, labels) == 1.0
+    many = labels.repeat(5)
+    assert calming(logits.repeat(5), many) == 1.0
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8])

@@ -47,7 +47,7 @@ SOAK = os.environ.get("AMTL_SOAK", "0") not in ("", "0")
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    """Clicks that `user` and `item` decide; `noise` says nothing."""
+    """Clicks that `user` and `item` decide; `noise`, 8 rows a value, says nothing."""
     rng = np.random.default_rng(1)
     user, item = rng.zipf(1.3, ROWS) % 200, rng.zipf(1.3, ROWS) % 100
     taste, kind = rng.normal(size=(200, 2)), rng.normal(size=(100, 2))
@@ -56,7 +56,7 @@ def source() -> Source:
         {
             "user": user,
             "item": item,
-            "noise": rng.integers(0, 400, ROWS),
+            "noise": rng.integers(0, 360, ROWS),
             "label": (rng.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(int),
         }
     )
@@ -428,6 +428,9 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     told = {**metrics, "compared": [], "raced": None, "val_auc": 0.9999}
     assert "is rarely true" in only(comparison.verdict(told))
     assert "--drop" in only(comparison.verdict({**told, "method": "fixed"}))
+    few = {**told, "held_out": {"val": {"rows": 90, "positive": 30}}, "method": "fixed"}
+    assert comparison.verdict({**few, "test_auc": 0.97}) == []
+    assert "is rarely true" in only(comparison.verdict({**few, "test_auc": 0.9995}))
     worth = [0.0] * len(metrics["rows_by_field"])
     worth[-1] = 0.25
     raced = {"evidence": worth, "full": None, "less": None, "less_taught": None}

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import shlex
 
@@ -43,6 +44,58 @@ def test_text_is_read_alike_whatever_separates_it(tmp_path, name, separator):
     assert load_source(str(path)).frame.equals(TABLE)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [" x    y     z", " 1  two  3.50", "20    b    NA", " 3    c  0.25"],
+        ['"x" "y" "z"', '1 "two" 3.5', '20 "b" NA', '3 "c" 0.25'],
+        ['"x" "y" "z"', '"1" 1 "two" 3.5', '"2" 20 "b" NA', '"17" 3 "c" 0.25'],
+    ],
+    ids=["aligned", "R", "R with names of rows"],
+)
+def test_runs_of_spaces_separate_columns_where_nothing_else_does(tmp_path, lines, end):
+    (tmp_path / "a.txt").write_bytes(end.join([*lines, ""]).encode())
+    read = read_file(tmp_path / "a.txt")
+    wanted = {"x": [1, 20, 3], "y": ["two", "b", "c"], "z": [3.5, None, 0.25]}
+    assert read.frame.select("x", "y", "z").to_dict(as_series=False) == wanted
+    assert read.frame.width == 3 + lines[1].startswith('"1"')
+    assert "columns are separated by spaces" in read.notes
+
+
+@pytest.mark.parametrize(
+    "text", ["full name\nAda Byron\nAlan Turing\n", "a b c\n1 2\n3 4 5\n6 7 8\n"]
+)
+def test_names_of_two_words_and_uneven_lines_are_not_cut_at_spaces(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    assert read_file(tmp_path / "a.csv").frame.width == 1
+
+
+@pytest.mark.parametrize("write", ["write_csv", "write_parquet", "write_ndjson", "write_json"])
+def test_what_is_piped_in_or_has_no_suffix_is_known_by_what_it_holds(tmp_path, write):
+    content = io.BytesIO()
+    getattr(TABLE, write)(content)
+    (tmp_path / "rows").write_bytes(content.getvalue())
+    assert load_source(str(tmp_path / "rows")).frame.equals(TABLE)
+    packed = content.getvalue() if write == "write_parquet" else gzip.compress(content.getvalue())
+    reading, writing = os.pipe()
+    with open(reading, "rb"):
+        os.write(writing, packed)
+        os.close(writing)
+        piped = load_source(f"/dev/fd/{reading}")
+    assert piped.frame.equals(TABLE) and piped.name == f"/dev/fd/{reading}"
+
+
+def test_a_terminal_is_asked_for_no_rows():
+    ours, theirs = os.openpty()
+    try:
+        with pytest.raises(UserError, match="nothing is piped in"):
+            read_file(os.ttyname(theirs))
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("name", "write"),
@@ -73,6 +126,21 @@ def test_a_folder_of_parquet(tmp_path):
     TABLE[:2].write_parquet(tmp_path / "a.parquet")
     TABLE[2:].write_parquet(tmp_path / "b.parquet")
     assert read_file(tmp_path).frame.equals(TABLE)
+
+
+def test_the_text_files_of_a_folder_are_parts_of_one_table(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y,z\n1,a,\n-,b,\n")
+    (tmp_path / "b.csv").write_text("z;x;y\n0,5;2.5;c\n")
+    read = read_file(tmp_path)
+    rows = [(1, "a", None), (None, "b", None), (2.5, "c", 0.5)]
+    assert read.frame.rows() == rows and read.frame.columns == ["x", "y", "z"]
+    assert "2 files were read as one: a.csv, b.csv" in read.notes
+    (tmp_path / "test.csv").write_text("x,z\n1,0\n")
+    with pytest.raises(UserError, match=r"other columns \(y\), so .*: name one of them"):
+        read_file(tmp_path)
+    (tmp_path / "test.csv").rename(tmp_path / "test.json")
+    with pytest.raises(UserError, match="of several kinds"):
+        read_file(tmp_path)
 
 
 def test_parts_of_a_folder_may_differ_in_what_makes_no_difference(tmp_path):

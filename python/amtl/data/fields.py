@@ -35,7 +35,10 @@ _NEARLY_UNIQUE = 0.9
 _RARELY_AGAIN = 0.4
 """Distinct dates or times a row from which few come again: what is near them tells more."""
 _SELDOM = 2.0
-"""Rows a value below which single ones have to tell something of labels to be ids."""
+"""Rows a value below which values hardly come again, and have to tell something of labels to be
+ids."""
+_SELDOM_AS_NUMBERS = 8.0
+"""The same of whole numbers that are about as frequent as their neighbours, as amounts are."""
 _SPARSE_BELOW = 0.3
 """Share of the whole numbers of a range that amounts have; ids are dense, or evenly spread."""
 _FAVOURITES = 0.01
@@ -100,8 +103,9 @@ def infer_fields(
       out upward likewise, and besides sparse in their range (under 30 % of it), and about as
       frequent as their neighbours, where some ids are popular; where more than one of many is
       below zero; and where labels of training rows say so: few rows a value, those of neighbours
-      alike in their labels, and single values next to nothing by themselves; or fewer than two of
-      them, and single values nothing at all. So are whole numbers
+      alike in their labels, and single values next to nothing by themselves; or fewer than
+      two of them, or than eight where values are about as frequent as their neighbours, and single
+      values nothing at all. So are whole numbers
       held as floats then, and integers of which nearly every row has its own, if they are as
       sparse as said. Other integers of many values and few rows a value have a note.
       Text of digits alone, such as codes of places with leading zeros, and of ranges, such as
@@ -505,7 +509,9 @@ def _labels_say(
     elif spec.kind != "categorical":
         return None
     told, rows = labels.of(column), (len(ids) - ids.null_count()) / _distinct(ids)
-    seldom = rows < _SELDOM and labels.rows >= _ROWS_TO_ASK
+    # In few rows labels say nothing of popular ids, either.
+    several = rows < _SELDOM_AS_NUMBERS and ids is column and _alike(_counts(column)["count"])
+    seldom = (rows < _SELDOM or several) and labels.rows >= _ROWS_TO_ASK
     note = f"{what}, {rows:.1f} rows a value, "
     if told.by_order:
         note += "near which labels are alike: a number; "
@@ -533,22 +539,36 @@ def _integer_amount(column: pl.Series, default_numeric: str) -> FieldSpec | None
     number = FieldSpec(column.name, default_numeric)  # type: ignore[arg-type]
     if default_numeric == "categorical" or not _is_scattered(column):
         return None
-    found = column.drop_nulls().rename("value").value_counts(name="count").sort("value")
+    found = _counts(column)
     lower, filled = _spread(found["value"].cast(pl.Float64))
     if lower < _CROWDED_BELOW or filled >= _SPARSE_BELOW:
         return None
-    counts = found["count"].cast(pl.Float64)
+    counts = found["count"]
     rows = float(counts.sum())
-    favourite = counts.rank("ordinal") > len(counts) * (1 - _FAVOURITES)
     # Amounts heap at round numbers, ids do not.
-    favoured = float(counts.filter(favourite & (found["value"] % 10 != 0)).sum())
-    others = counts.filter(~favourite)
-    apart = float((others.diff().drop_nulls() ** 2).sum())
-    alike = apart <= _ALIKE_BELOW * float((others[1:] + others[:-1]).sum())
-    if favoured >= _FAVOURED_BELOW * rows or not alike:
+    favoured = counts.filter(_favourite(counts) & (found["value"] % 10 != 0)).sum()
+    if favoured >= _FAVOURED_BELOW * rows or not _alike(counts):
         return None
     note = f"integers that thin out upward with gaps, as amounts do, {rows / len(counts):.1f} rows "
     return replace(number, note=f"{note}a value; {as_typed(column.name, 'categorical')} for ids")
+
+
+def _counts(column: pl.Series) -> pl.DataFrame:
+    """The values of a column, in their order, and the rows that each has."""
+    found = column.drop_nulls().rename("value").value_counts(name="count").sort("value")
+    return found.with_columns(pl.col("count").cast(pl.Float64))
+
+
+def _favourite(counts: pl.Series) -> pl.Series:
+    """Which values are the few most frequent ones."""
+    return counts.rank("ordinal") > len(counts) * (1 - _FAVOURITES)
+
+
+def _alike(counts: pl.Series) -> bool:
+    """Whether neighbours are about as frequent as each other, where some ids are popular."""
+    others = counts.filter(~_favourite(counts))
+    apart = float((others.diff().drop_nulls() ** 2).sum())
+    return apart <= _ALIKE_BELOW * float((others[1:] + others[:-1]).sum())
 
 
 def _integer_note(spec: FieldSpec, column: pl.Series, default_numeric: str) -> str:

@@ -6,9 +6,12 @@ import io
 import lzma
 import os
 import shlex
+import shutil
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 import pyarrow as pa
@@ -46,6 +49,21 @@ def kind_of(path: Path) -> str:
 def is_archive(path: Path) -> bool:
     """Whether a file is a zip archive, as sheets of Excel are, too."""
     return path.is_file() and _first(path).startswith(_ARCHIVE)
+
+
+@contextmanager
+def spooled(path: Path) -> Iterator[Path]:
+    """What a pipe holds, as a file for as long as it is read.
+
+    Raises:
+        UserError: it is a terminal, at which nobody means to type a table.
+    """
+    with path.open("rb", buffering=0) as pipe, tempfile.NamedTemporaryFile() as file:
+        if pipe.isatty():
+            raise UserError("nothing is piped in: zcat FILE.gz | amtl train - ..., or name a file")
+        shutil.copyfileobj(pipe, file)
+        file.flush()
+        yield Path(file.name)
 
 
 def plain(path: Path) -> Path | io.BytesIO:

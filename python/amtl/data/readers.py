@@ -72,7 +72,8 @@ def read_file(path: Path | str) -> Contents:
 
     Files may be compressed (`.gz`, `.zst`, `.bz2`, `.xz`; all but bzip2 by any name) or alone in a
     zip archive, and text be UTF-8, UTF-16 with a byte order mark, or Windows-1252, which is noted.
-    Parquet and Arrow may have any name. The separator of text is told by
+    Parquet and Arrow may have any name, and what is piped in, or without a suffix, none: then JSON
+    and text are told by their first sign. The separator of text is told by
     its first lines, and so is whether it has a header, whether a `.txt` is libsvm, and whether JSON
     is an object a line or one list of them. The fields of structs are columns: see `flat`.
 
@@ -85,10 +86,14 @@ def read_file(path: Path | str) -> Contents:
         raise UserError(f"there is no file {str(path)!r}; give a path to a Parquet or CSV file")
     try:
         if path.is_dir():
-            return Contents(_folder(path))
+            return _folder(path)
         kind = packing.kind_of(path)
+        if not path.is_file():
+            with packing.spooled(path) as copy:
+                return _contents(_nameless(copy), packing.plain(copy), str(path))
         if packing.is_archive(path) and kind not in sheets.SUFFIXES:
             return _contents(*packing.alone(path, is_table), str(path))
+        kind = kind or _nameless(path)
         if is_table(PurePath(f"a{kind}")):
             return _contents(kind, packing.plain(path), str(path))
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -105,6 +110,18 @@ def is_table(path: PurePath) -> bool:
     """Whether a file's name is that of a table, of a kind that is read."""
     kinds = (*_PARQUET, *_ARROW, *_DELIMITED, *_LIBSVM, *_NDJSON, *sheets.SUFFIXES)
     return packing.kind(path) in kinds
+
+
+def _nameless(path: Path) -> str:
+    """What a file is whose name does not say; empty if that is no table."""
+    if kind := packing.kind_of(path):
+        return kind
+    source = packing.plain(path)
+    with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
+        sample = file.read(_SAMPLE)
+    if b"\0" in sample and sample[:2] not in _UTF16:
+        return ""
+    return ".json" if sample.lstrip(_BEFORE)[:1] in (b"{", b"[") else ".txt"
 
 
 def _contents(kind: str, source: Path | io.BytesIO, where: str) -> Contents:
@@ -335,16 +352,17 @@ def _parquet(source: Path | io.BytesIO) -> pl.DataFrame:
         return of_arrow(file.read())
 
 
-def _folder(path: Path) -> pl.DataFrame:
-    """The Parquet files of a folder; or of those in it, with what these say (`day=1/a.parquet`)."""
+def _folder(path: Path) -> Contents:
+    """The Parquet files of a folder; or of those in it, with what these say (`day=1/a.parquet`).
+
+    Without any, its files of one other kind, which have the same columns: what has others, as a
+    file of rows to score, is none of them.
+    """
     files = sorted(path.glob("*.parquet")) or sorted(path.rglob("*.parquet"))
     files = [file for file in files if not any(p[:1] in "._" for p in file.relative_to(path).parts)]
     if not files:
-        tables = sorted(file.name for file in path.iterdir() if is_table(file))
-        held = f", but {listed(tables)}: {INTO_ONE}, or name one of them" if tables else ""
-        raise UserError(f"the folder {str(path)!r} holds no .parquet file{held}")
+        return _tables(path)
     frames: list[pl.DataFrame] = []
-    first: dict[str, tuple[Any, Path]] = {}
     named: set[str] = set()
     for file in files:
         frame = flat(_parquet(file), repr(str(file)))
@@ -354,6 +372,52 @@ def _folder(path: Path) -> pl.DataFrame:
                 said = None if value == _HIVE_NULL else unquote(value)
                 frame = frame.with_columns(pl.lit(said, pl.String).alias(name))
                 named.add(name)
+        frames.append(frame)
+    whole = _together(frames, files)
+    for name in named:
+        numbers = whole[name].cast(pl.Int64, strict=False)
+        if numbers.cast(pl.String).equals(whole[name], null_equal=True):
+            whole = whole.with_columns(numbers)
+    return Contents(whole)
+
+
+def _tables(path: Path) -> Contents:
+    """The files of a folder, where all are of one kind and have the same columns."""
+    files = sorted(
+        f for f in path.iterdir() if is_table(f) and f.is_file() and f.name[0] not in "._"
+    )
+    shown = listed([file.name for file in files])
+    if len({packing.kind(file) for file in files}) != 1:
+        held = f", but {shown}, of several kinds: {INTO_ONE}, or name one of them" if files else ""
+        raise UserError(f"the folder {str(path)!r} holds no .parquet file{held}")
+    parts = [read_file(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if odd := set(part.frame.columns) ^ set(parts[0].frame.columns):
+            raise UserError(
+                f"of {shown} in {str(path)!r} {files[0].name} and {file.name} have other columns "
+                f"({listed(sorted(odd))}), so that they are no parts of one table: name one of them"
+            )
+    frames = [p.frame.with_columns(pl.lit(None).alias(n) for n in _empty(p.frame)) for p in parts]
+    marks: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        for name, texts in part.marks.items():
+            marks[name] = tuple(sorted({*marks.get(name, ()), *texts}))
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    told = f"{len(files)} files were read as one: {shown}"
+    objects = any(part.objects for part in parts)
+    whole = _together(frames, files)
+    return Contents(whole, parts[0].label, (told, *notes), marks, objects)
+
+
+def _empty(frame: pl.DataFrame) -> list[str]:
+    """Columns that hold nothing, of which a file does not say what they would hold."""
+    return [name for name in frame.columns if frame[name].null_count() == frame.height]
+
+
+def _together(frames: Sequence[pl.DataFrame], files: Sequence[Path]) -> pl.DataFrame:
+    """Rows of several files, whose columns may lack in some and be narrower numbers there."""
+    first: dict[str, tuple[Any, Path]] = {}
+    for frame, file in zip(frames, files, strict=True):
         for name, dtype in frame.schema.items():
             known, other = first.get(name, (pl.Null, file))
             if known == pl.Null:
@@ -363,13 +427,7 @@ def _folder(path: Path) -> pl.DataFrame:
                     f"column {name!r} is {brief(known)} in {str(other)!r} and {brief(dtype)} in "
                     f"{str(file)!r}; write it as one type"
                 )
-        frames.append(frame)
-    whole = pl.concat(frames, how="diagonal_relaxed")
-    for name in named:
-        numbers = whole[name].cast(pl.Int64, strict=False)
-        if numbers.cast(pl.String).equals(whole[name], null_equal=True):
-            whole = whole.with_columns(numbers)
-    return whole
+    return pl.concat(frames, how="diagonal_relaxed")
 
 
 def _family(dtype: Any) -> Any:

@@ -143,7 +143,7 @@ def named_sets() -> dict[str, NamedSet]:
 
 
 def load_source(data: str, drawn: str | None = None) -> Source:
-    """Loads a file by path (see `read_file`), or a named set (`name` or `name:argument`).
+    """Loads a file (see `read_file`; `-` is standard input), or a set by `name[:argument]`.
 
     Args:
         data: path or name.
@@ -190,7 +190,9 @@ def _load(data: str) -> Source:
             data = f"{name}:{Path(argument).resolve()}"
         fields = tuple(name for name in known.fields if name in frame.columns)
         return Source(data, frame, known.label, fields, known.numeric, known.recipe, known.licence)
-    path = Path(data)
+    path = Path("/dev/stdin" if data == "-" else data)
+    # What is redirected is a file, and a pipe has no path but that.
+    path = path.resolve() if path.is_file() or path.is_dir() else path
     if not path.exists():
         if any(glob.iglob(data)):
             raise UserError(f"{data!r} stands for several files, and one is read: {INTO_ONE}")
@@ -199,7 +201,7 @@ def _load(data: str) -> Source:
         )
     contents = read_file(path)
     return Source(
-        str(path.resolve()),
+        str(path),
         contents.frame,
         label=contents.label,
         notes=contents.notes,

@@ -52,6 +52,8 @@ _MOST_TITLES = 10
 """Lines before the names of columns."""
 _FEWEST_NAMES = 3
 """Columns, of fewer of which a line with a single cell may be short of one."""
+_CELLS_BETWEEN_SPACES = re.compile(r'"(?:[^"\\]|\\.|"")*"|\S+')
+"""Quoted ones may hold spaces, and quotation marks as R or CSV write them."""
 _BLOCK = 1 << 20
 _WESTERN = 0.8
 """Share of letters beyond ASCII that stand between those of ASCII, as they do not in other scripts
@@ -95,6 +97,10 @@ def read(
     if first[:1] in ("\r", "\n"):
         source = io.BytesIO(contents_of(source).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
         first = first.lstrip("\r\n")
+    if _by_spaces(first):
+        source = io.BytesIO(_with_tabs(contents_of(source).decode("utf-8-sig")).encode())
+        first, separator = _with_tabs(first), "\t"
+        notes.append("columns are separated by spaces")
     if before := _before_names(first, separator):
         lines, above = before
         first = first.split("\n", lines)[lines]
@@ -385,6 +391,25 @@ def find_separator(first: str, expected: str) -> str:
     if expected in wide or not wide:
         return expected
     return max(wide, key=lambda s: wide[s])
+
+
+def _by_spaces(first: str) -> bool:
+    """Whether runs of spaces, and no known separator, cut all lines into as many cells.
+
+    Three at least, for names of people have two words. R writes none for the names of rows.
+    """
+    if any(min(map(len, _rows(first, sign)), default=0) > 1 for sign in _SEPARATORS):
+        return False
+    lines = [line for line in first.splitlines()[: _LINES + 1] if line.strip()]
+    head, *rest = [len(_CELLS_BETWEEN_SPACES.findall(line)) for line in lines]
+    rest = rest[:-1] if len(rest) > 1 else rest
+    short = head + 1 if lines[0].startswith('"') else head
+    return head >= _FEWEST_NAMES and len(set(rest)) == 1 and rest[0] in (head, short)
+
+
+def _with_tabs(spaced: str) -> str:
+    """Lines of cells between spaces with a tab between two."""
+    return "\n".join("\t".join(_CELLS_BETWEEN_SPACES.findall(r)) for r in spaced.splitlines())
 
 
 def _before_names(first: str, expected: str) -> tuple[int, list[list[str]]] | None:

@@ -18,6 +18,7 @@ from amtl.data.fields import infer_fields
 from amtl.data.labels import labelled
 from amtl.data.later import for_later_rows
 from amtl.data.names import with_words
+from amtl.data.negatives import Negatives
 from amtl.data.ordered import Floats
 from amtl.data.registry import Source, load_source
 from amtl.data.repeats import without_repeats
@@ -59,6 +60,11 @@ def prepare(
         called = {name: part_called(frame, name, *how) for name in names}
         names = [name for name in names if called[name] is None]
         numeric = {**{k: v for k, v in source.numeric.items() if k in names}, **config.numeric}
+        if config.negatives:
+            # Users have as many rows of either label by that, which says nothing of them.
+            user = Negatives.of(config.negatives, frame.columns).user
+            if user in names and frame[user].dtype.is_numeric():
+                numeric = {user: "categorical", **numeric}
         known, told = _training_labels(labels, parts[0]), {*numeric, *config.separators}
         specs = infer_fields(
             frame,
