@@ -665,6 +665,21 @@ def test_numbers_too_large_for_a_step_size_are_refused(dtype, bits, fits, too_la
     assert layer.phase == "search" and layer.weight is before
 
 
+def test_one_row_that_is_no_number_does_not_take_the_others_with_it():
+    """A step size of nothing would make zeros of them."""
+    layer = layer_of(8, 0.3)
+    before = layer.weight
+    with torch.no_grad():
+        before[7, 2] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        layer.freeze()
+    assert layer.phase == "search" and layer.weight is before
+    with torch.no_grad():
+        before[7] = 0
+    kept = before[:6].detach().clone()
+    torch.testing.assert_close(layer.freeze()(torch.arange(6)), kept, atol=0.05, rtol=0)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"bits must be one of \(2, 4, 8, 16\) or None, got 8\.0"):
         layer_of(8.0)

@@ -449,8 +449,7 @@ def encode_parts(
     squares, codes = [], []
     for part in range(len(plan.ends)):
         (block,) = split_rows(weight.detach(), plan, row_dims, [part])
-        if not bool(block.isfinite().all()):
-            raise ValueError(f"table {name!r} holds numbers that are not finite: they have no code")
+        _require_finite(block, name)
         squares.append(_mean_square(block, bits, name).clamp(min=least**2))
         codes.append(pack_codes(encode(block, step_of(squares[-1], bits), bits), bits))
     return torch.stack(squares), codes
@@ -469,7 +468,8 @@ def mean_squares(
         name: of the table.
 
     Raises:
-        ValueError: numbers so large that the table's type cannot show what rounding makes of them.
+        ValueError: a number is not finite, or so large that the table's type cannot show what
+            rounding makes of it.
     """
     pieces = cut(blocks, tier_ends, parts)
     return torch.stack([_mean_square(piece.detach(), bits, name) for piece in pieces])
@@ -513,9 +513,20 @@ def ranges_of(weight: Tensor, fields: Tensor) -> Tensor:
     return torch.arange(len(groups), device=weight.device).repeat_interleave(repeats)[piece]
 
 
+def _require_finite(values: Tensor, name: str) -> None:
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"table {name!r} holds numbers that are not finite, which have no code, and no step "
+            "size fits them and the others. (~layer.weight.isfinite()).any(1).nonzero() before "
+            "freezing are their rows: give these other numbers, or take bits=None"
+        )
+
+
 def _mean_square(values: Tensor, bits: int, name: str) -> Tensor:
-    """Of numbers whose step size will do; of none, or where there is NaN, 0."""
+    """Of numbers whose step size will do; of none, 0."""
     square = values.float().square().mean() * _reach(values, bits) ** 2
+    if not bool(square.isfinite()):
+        _require_finite(values, name)
     largest = step_of(square, bits) * (2**bits - 1) / 2
     if bool(largest > torch.finfo(values.dtype).max):
         raise ValueError(

@@ -404,10 +404,10 @@ class AMTLTable(TableStates):
         Raises:
             RuntimeError: the layer is frozen already, or processes that train it together have
                 different sizes.
-            ValueError: the table is trainable but not in the optimizer, or rows of D numbers of so
-                many bits are no whole bytes, so that learned ones would be left out, or the layer
-                cannot do without masters (it needs bits, a fused SGD or RowwiseAdagrad, float32,
-                and no `max_norm`).
+            ValueError: the table is trainable but not in the optimizer, or numbers that are not
+                finite would be rounded, or rows of D numbers of so many bits are no whole bytes,
+                so that learned ones would be left out, or the layer cannot do without masters (it
+                needs bits, a fused SGD or RowwiseAdagrad, float32, and no `max_norm`).
         """
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
