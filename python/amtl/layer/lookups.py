@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -39,9 +40,13 @@ class TableLookups(TableRows):
     """The tiers since gradients were first found in them, while nothing changes them."""
     _moved = False
     """Whether something changed them; or it was looked into why not, once."""
+    _unfollowed: Iterator[int]
+    """Counts lookups in masters that step sizes did not follow."""
+    _cuts = False
+    """Whether it was said that these are cut off."""
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_kept", "_left", "_still", "_moved")
+        own = ("_kept", "_left", "_still", "_moved", "_unfollowed", "_cuts")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _embed(self, input: Tensor) -> Tensor:
@@ -208,7 +213,11 @@ class TableLookups(TableRows):
         tiers, of = self._tiers(), self._steps_from()
         if not kept.shows(tiers, of, None if of is None else _state(of, tiers[0].dtype)):
             return False
-        return self._buffers["row_order"] is not None or kept.table.rows == self.num_embeddings
+        if self._buffers["row_order"] is None and kept.table.rows != self.num_embeddings:
+            return False
+        if kept.unfollowed is not None:
+            self._notice_cut(input, next(kept.unfollowed))
+        return True
 
     def _keep_up(self, rows: Tensor, few: dict[str, Any]) -> None:
         """Let the step sizes of codes that train follow what is looked up."""
@@ -238,6 +247,9 @@ class TableLookups(TableRows):
             elif rounding is None:
                 self._notice_codes()
         tiers = self._tiers()
+        traced, unfollowed = being_traced(), None
+        if rounding is not None and steps is None and not traced:
+            unfollowed = self.__dict__.setdefault("_unfollowed", itertools.count(1))
         follows = steps is not None or tiers[0].requires_grad
         if rounding is not None and follows and self.training and trains():
             if steps is not None:
@@ -245,10 +257,11 @@ class TableLookups(TableRows):
             else:
                 # Before the lookup, so that one that checkpointing repeats shows the same.
                 fused = self.fused_optimizer is not None
-                step = None if fused or being_traced() else tiers[0]._version
+                step = None if fused or traced else tiers[0]._version
                 rounding.follow(tiers, self.tier_ends, rows, self.embedding_dim, step)
+        elif unfollowed is not None:
+            self._notice_cut(input, next(unfollowed))
         of = self._steps_from()
-        traced = being_traced()
         seen = None if of is None or traced else _state(of, tiers[0].dtype)
         kept = self._kept
         if not traced and isinstance(kept, _Kept) and kept.shows(tiers, of, seen):
@@ -260,7 +273,7 @@ class TableLookups(TableRows):
             few = rounding.arguments(self.dtype)
         table = TieredTable.of(tiers, self.tier_ends, self.embedding_dim, **few)
         if not traced:
-            self.__dict__["_kept"] = _Kept(table, tiers, of, seen)
+            self.__dict__["_kept"] = _Kept(table, tiers, of, seen, unfollowed)
         return table, rows
 
     def _steps_from(self) -> Tensor | None:
@@ -283,6 +296,29 @@ class TableLookups(TableRows):
                 "list of parameters or an optimizer that is not PyTorch's. Training it changes "
                 "nothing: ask the model for its parameters again",
                 stacklevel=6,
+            )
+
+    def _notice_cut(self, input: Tensor, count: int) -> None:
+        """Warn, once, if most of what is looked up is beyond the step sizes, which did not follow.
+
+        Looked into at the first such lookup, the second, the fourth and so on.
+        """
+        if count & (count - 1) or self._cuts or type(input) is not Tensor or not input.numel():
+            return
+        if input.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        rounding, ends = cast(Rounding, self._modules["rounding"]), self.tier_ends
+        assert ends is not None
+        rows = self._frozen_rows(input)
+        if rounding.cut_off(self._tiers(), ends, rows, self.embedding_dim) > _MOST_CUT:
+            self._cuts = True
+            warnings.warn(
+                f"table {self.name!r}: most of the numbers looked up are beyond what its "
+                f"{rounding.bits} bits reach and are cut off. Step sizes are buffers that follow "
+                "lookups in training (layer.train(), gradients on): an average or a target that "
+                "copies parameters has to copy buffers(), too, and a model that is trained in "
+                "eval() leaves them as they were",
+                stacklevel=7,
             )
 
     def _notice_still(self, rows: Tensor) -> None:
@@ -373,6 +409,8 @@ def _tell_of_codes(*_: object) -> None:
 
 _SAMPLE = 64
 """Rows by which it is seen whether tiers change."""
+_MOST_CUT = 0.5
+"""Share of the numbers that may be beyond all codes: of a normal distribution .05 at 2 bits."""
 
 
 class _Still(NamedTuple):
@@ -401,12 +439,16 @@ _State = tuple[torch.dtype, bool, bytes]
 
 
 class _Kept(NamedTuple):
-    """Tiers as they were looked at, whose step sizes are those of a tensor in one of its states."""
+    """Tiers as they were looked at, whose step sizes are those of a tensor in one of its states.
+
+    What counts lookups in masters that step sizes did not follow comes along.
+    """
 
     table: TieredTable
     tiers: list[nn.Parameter]
     of: Tensor | None
     seen: _State | None
+    unfollowed: Iterator[int] | None
 
     @property
     def plan(self) -> Plan:

@@ -360,10 +360,7 @@ class Rounding(nn.Module):
                 return False
             if not leads(self.mean_square):
                 return False
-        rows = rows.reshape(-1)
-        if len(rows) > _SAMPLE:
-            rows = rows.index_select(0, self.spread * len(rows) >> 32)
-        rows = rows.clamp(0, max(0, tier_ends[-1] - 1))
+        rows = self._sample(rows, tier_ends)
         values = amtl_kernels.tiered_embedding(
             blocks, tier_ends, rows, embedding_dim=dim, bounds_check="off", **few
         )
@@ -385,6 +382,36 @@ class Rounding(nn.Module):
             self.__dict__["_in_step"] = self._in_step._replace(sums=(before, total, count))
         self.mean_square.copy_(before + (total - count * before) / (count + _WINDOW))
         return True
+
+    @torch.no_grad()
+    def cut_off(
+        self, blocks: Sequence[Tensor], tier_ends: Sequence[int], rows: Tensor, dim: int
+    ) -> float:
+        """Share of the numbers in a sample of these rows that no code comes near.
+
+        Of trained numbers hardly any are, unless something wrote them that left the step sizes
+        behind.
+
+        Args:
+            blocks: the tiers.
+            tier_ends: first place after each.
+            rows: places that are looked up, integer of any shape, maybe out of range.
+            dim: D.
+        """
+        rows = self._sample(rows, tier_ends)
+        values = amtl_kernels.tiered_embedding(
+            blocks, tier_ends, rows, embedding_dim=dim, bounds_check="off"
+        )
+        reach = self.steps(values.dtype).float() * 2 ** (self.bits - 1)
+        beyond = values.abs() > reach[torch.bucketize(rows, self.ends, right=True)][:, None]
+        return float(beyond.sum() / values.count_nonzero().clamp(min=1))
+
+    def _sample(self, rows: Tensor, tier_ends: Sequence[int]) -> Tensor:
+        """Some of these places, [n], all of them in range."""
+        rows = rows.reshape(-1)
+        if len(rows) > _SAMPLE:
+            rows = rows.index_select(0, self.spread * len(rows) >> 32)
+        return rows.clamp(0, max(0, tier_ends[-1] - 1))
 
     def _takes_turn(self, step: int | None) -> bool:
         """Whether this lookup is followed: with all others of its training step, or none."""
