@@ -17,7 +17,14 @@ from amtl.errors import together
 from amtl.layer.budget import check_share
 from amtl.layer.bypass import end_calls, end_first_passes, watch_calls, watch_first_passes
 from amtl.layer.companions import accompany
-from amtl.layer.convertible import check_convertible, check_unshared, is_embedding
+from amtl.layer.convertible import (
+    check_convertible,
+    check_unshared,
+    embeddings_of,
+    find_module,
+    is_embedding,
+    require_model,
+)
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
@@ -58,7 +65,12 @@ _HOOKS = (
 
 
 def layers(model: nn.Module) -> dict[str, AMTLTable]:
-    """The AMTL layers of a model by dotted name; a shared one under its first name."""
+    """The AMTL layers of a model by dotted name; a shared one under its first name.
+
+    Raises:
+        TypeError: no module.
+    """
+    require_model(model)
     return {name: m for name, m in model.named_modules() if isinstance(m, AMTLTable)}
 
 
@@ -281,16 +293,21 @@ def convert(
         The model (the new layer if the model was itself an embedding).
 
     Raises:
-        TypeError: a fused optimizer of another kind, counts without names.
+        TypeError: no module, a fused optimizer of another kind, counts without names.
         ValueError: an unknown name or none, missing counts, a budget beyond (0, 1], a module or a
             weight that cannot be replaced, a fused optimizer without one of the tables (see the
             message). Nothing is replaced then.
     """
+    require_model(model)
+    if isinstance(names, str):
+        raise TypeError(f"names must be several, such as [{names!r}], got the text {names!r}")
     if not isinstance(counts, Mapping) or not all(isinstance(name, str) for name in counts):
         if not isinstance(model, nn.Embedding | nn.EmbeddingBag):
+            of = (kind(name) for name in counts if not isinstance(name, str))
+            keys = f" by {next(of)}" if isinstance(counts, Mapping) else ""
             raise TypeError(
                 "counts must be a mapping, of the names of modules to counts of their rows, got "
-                f"{type(counts).__name__}"
+                f"{kind(counts)}{keys}; the names of the embeddings are {embeddings_of(model)}"
             )
         counts = {"": counts}
     _check_options(options)
@@ -300,11 +317,11 @@ def convert(
         raise ValueError(
             f"{'counts' if names is None else 'names'} is empty, so there is nothing to convert: "
             'counts={"item": torch.bincount(train_items, minlength=num_items), ...} by the names '
-            f"of embeddings; the model's are {_embeddings_of(model)}"
+            f"of embeddings; the model's are {embeddings_of(model)}"
         )
     by_module: dict[nn.Module, str] = {}
     for name in wanted:
-        module = _find(model, name)
+        module = find_module(model, name)
         check_convertible(name, module)
         by_module.setdefault(module, name)
     check_unshared(model, by_module)
@@ -380,19 +397,6 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     return places
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"the model has no module {name!r}; its embeddings are {_embeddings_of(model)}"
-        ) from None
-
-
-def _embeddings_of(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if is_embedding(module)]
-
-
 def _rows(module: nn.Module) -> int:
     assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
     return module.num_embeddings
@@ -438,6 +442,10 @@ def _options_of(
             named = (shared[n] for n in places[module] if n in shared)
             of_layer["shared_rows"] = next(named, None)
     if isinstance(budget, Mapping):
+        known = {name for found in places.values() for name in found}
+        for name in budget:
+            if name not in known:
+                raise ValueError(f"a budget is given for {name!r}, which the model does not have")
         for module, of_layer in chosen.items():
             found = next((n for n in places[module] if n in budget), None)
             if found is None:

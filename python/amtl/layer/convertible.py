@@ -19,9 +19,36 @@ _OF_NO_CONSEQUENCE = {
 """What a subclass of nn.Embedding may define and still be replaced."""
 
 
+def require_model(model: object) -> None:
+    """Raise TypeError unless this is a module."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else kind(model)
+        made = ", not a model made of it" if isinstance(model, type) else ""
+        raise TypeError(f"model must be an nn.Module, got {what}{made}")
+
+
 def is_embedding(module: nn.Module) -> bool:
     """Whether it is an embedding of PyTorch's."""
     return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def embeddings_of(model: nn.Module) -> list[str]:
+    """Dotted names of PyTorch's embeddings in a model."""
+    return [name for name, module in model.named_modules() if is_embedding(module)]
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"the model has no module {name!r}; its embeddings are {embeddings_of(model)}"
+        ) from None
 
 
 def check_convertible(name: str, module: nn.Module) -> None:

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from amtl.layer.instances import instances_of
 from amtl_kernels import empty_table
+from amtl_kernels._calls import kind
 
 # State that holds a direction: it must vanish where the weights were cut off, or the first step
 # after freezing would move padding by gradients of masked coordinates. Magnitudes are kept.
@@ -172,12 +173,22 @@ def merge_vectors(parts: Sequence[Tensor], plan: TierPlan) -> Tensor:
 def as_optimizers(
     optimizer: Optimizer | Iterable[Optimizer] | None, parameters: Iterable[nn.Parameter]
 ) -> list[Optimizer]:
-    """One or several optimizers as a list; for None, those of this process that hold parameters."""
+    """One or several optimizers as a list; for None, those of this process that hold parameters.
+
+    Raises:
+        TypeError: something else than an optimizer.
+    """
     if optimizer is None:
         return optimizers_of(parameters)
-    if isinstance(optimizer, Optimizer):
-        return [optimizer]
-    return list(optimizer)
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer)
+    found: list[Any] = list(cast(Iterable[Any], optimizer)) if several else [optimizer]
+    for each in found:
+        if not isinstance(each, Optimizer) and not hasattr(each, "param_groups"):
+            raise TypeError(
+                f"optimizer must be one of torch.optim, or a list of some, got {kind(each)}: "
+                "left out, those that hold the tables are found"
+            )
+    return found
 
 
 def optimizers_of(parameters: Iterable[nn.Parameter]) -> list[Optimizer]:
