@@ -89,5 +89,7 @@ class _Adds:
             return
         rows = args[0] if args else kwargs["input"]
         require_rows(rows)
+        if rows.layout == torch.jagged:
+            rows = rows.values()
         rows = rows.reshape(-1).to(device=self.counts.device, dtype=torch.int64)
         self.counts.index_add_(0, rows, torch.ones_like(rows))

@@ -56,6 +56,8 @@ class TableLookups(TableRows):
             out = self._planned_rows(self._kept.plan, input, self._buffers["row_order"])
             if out is not None:
                 return self._shown(out)
+        if type(input) is not Tensor and getattr(input, "layout", None) == torch.jagged:
+            return self._embed_jagged(cast(Any, input))
         self._check_caller()
         bounds = self._operator_bounds()
         if self.tier_ends is not None:
@@ -80,6 +82,12 @@ class TableLookups(TableRows):
             padding_idx=self.padding_idx,
             bounds_check=bounds,
         )
+
+    def _embed_jagged(self, input: Any) -> Tensor:
+        """The rows at indices in a nested tensor, as one with the same lengths."""
+        rows = self._embed(input.values())
+        given = {"lengths": input.lengths(), "jagged_dim": input._ragged_idx}
+        return torch.nested.nested_tensor_from_jagged(rows, input.offsets(), **given)
 
     def _shown_rows(self) -> Any:
         """What `weight` is once frozen."""
