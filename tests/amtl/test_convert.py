@@ -540,6 +540,19 @@ def test_a_model_is_thawed_as_it_was_frozen(tmp_path):
         assert layer.phase == "search" and layer.dense_weight().shape == before[name].shape
 
 
+def test_new_counts_reach_a_table_under_any_of_its_names():
+    model = model_of()
+    model.again = model.users
+    counts = torch.arange(len(COUNTS["users"])) ** 2
+    amtl.freeze(amtl.convert(model, {"users": counts}, budget=0.3, bits=None))
+    with pytest.raises(ValueError, match=r"'user', which is no layer; those are \['users'\]"):
+        amtl.thaw(model, counts={"user": counts})
+    assert model.users.phase == "frozen"
+    amtl.thaw(model, counts={"again": counts.flip(0)})
+    sizes = model.users.row_dims()
+    assert sizes[0] > sizes[-1]
+
+
 def test_optimizers_are_looked_for_once(monkeypatch):
     """All objects of a process are looked at for it."""
     looked = []

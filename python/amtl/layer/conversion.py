@@ -224,21 +224,30 @@ def thaw(
     Args:
         model: a model with AMTL layers.
         optimizer: as in `freeze`.
-        counts: by name of the layer, for those that were loaded from a packed file.
+        counts: by any name of a layer, for those that were loaded from a packed file, and new ones
+            for others, whose sizes follow from these.
 
     Returns:
         The model. O(N * D) a table.
 
     Raises:
         RuntimeError: a layer has no counts and none are given.
-        ValueError: a table is trainable but not in the optimizer.
+        ValueError: a table is trainable but not in the optimizer, or counts are given for a name
+            that no layer has.
     """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
+    found, places, given = layers(model), places_of(model), dict(counts or {})
+    unknown = given.keys() - {name for layer in found.values() for name in places[layer]}
+    if unknown:
+        raise ValueError(
+            f"counts are given for {min(unknown)!r}, which is no layer; those are {list(found)}"
+        )
     with looked_for_once():
-        for name, layer in layers(model).items():
+        for layer in found.values():
             if layer.phase == "frozen":
                 first, *others = map(id, layer.table_parameters())
-                layer.thaw(optimizers, counts=(counts or {}).get(name))
+                new = next((given[name] for name in places[layer] if name in given), None)
+                layer.thaw(optimizers, counts=new)
                 _rewire(model, {first: layer.table_parameters(), **dict.fromkeys(others, ())})
     return model
 
