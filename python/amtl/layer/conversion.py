@@ -20,6 +20,7 @@ from amtl.layer.companions import accompany
 from amtl.layer.convertible import (
     check_convertible,
     check_unshared,
+    embedding_from,
     embeddings_of,
     find_module,
     is_embedding,
@@ -368,6 +369,8 @@ def convert(
 def revert(model: _Model, *, masked: bool = False) -> _Model:
     """Replace AMTL layers by nn.Embedding and nn.EmbeddingBag again, in place.
 
+    Optimizers that hold the tables hold the weights from then on, with their state.
+
     Args:
         model: the model, or a layer itself (then use what is returned).
         masked: for layers in the search phase. False keeps the whole weight Parameter, so
@@ -388,11 +391,12 @@ def revert(model: _Model, *, masked: bool = False) -> _Model:
                 f"{name!r} is {kind(layer)}, which no embedding can stand in for: its "
                 "method embeddings() gives one for each table"
             )
-    replacements = {
-        module: _embedding_from(module, masked)
-        for module in places
-        if isinstance(module, AMTLTable)
-    }
+    with looked_for_once():
+        replacements = {
+            module: embedding_from(module, masked)
+            for module in places
+            if isinstance(module, AMTLTable)
+        }
     reverted = swap(model, places, replacements)
     end_first_passes(reverted)
     return reverted
@@ -544,38 +548,6 @@ def _layer_from(module: nn.Module, counts: Tensor, options: Mapping[str, Any]) -
         module.weight.data = layer.weight.data
     layer.weight = cast(nn.Parameter, module.weight)
     return layer
-
-
-def _embedding_from(layer: AMTLTable, masked: bool) -> nn.Module:
-    if layer.phase == "frozen":
-        dense = layer.dense_weight()
-        trains = layer.table_parameters()[0].requires_grad or layer.masterless
-        weight = nn.Parameter(dense, requires_grad=trains)
-    elif masked:
-        trains = layer.table_parameters()[0].requires_grad
-        weight = nn.Parameter(layer.dense_weight(), requires_grad=trains)
-    else:
-        weight = layer.table_parameters()[0]
-    common: dict[str, Any] = {
-        "max_norm": layer.max_norm,
-        "norm_type": layer.norm_type,
-        "sparse": layer.sparse,
-        "padding_idx": layer.padding_idx,
-        "_weight": weight.detach(),
-    }
-    module: nn.Embedding | nn.EmbeddingBag
-    if isinstance(layer, AMTLEmbeddingBag):
-        module = nn.EmbeddingBag(
-            layer.num_embeddings,
-            layer.embedding_dim,
-            mode=layer.mode,
-            include_last_offset=layer.include_last_offset,
-            **common,
-        )
-    else:
-        module = nn.Embedding(layer.num_embeddings, layer.embedding_dim, **common)
-    module.weight = weight
-    return module
 
 
 def swap(
