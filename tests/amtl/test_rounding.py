@@ -955,6 +955,12 @@ def test_step_sizes_that_were_left_behind_are_told_of_once():
             model.eval()
             for _ in range(20):
                 model["item"](rows)
+        young = small()
+        far_away(young, 2)
+        with torch.no_grad():
+            for block in amtl.table_parameters(young):
+                block.mul_(30)
+            young.eval()["item"](rows)
 
 
 def test_a_bag_whose_rows_were_put_in_order_is_told_what_it_cuts_off():

@@ -317,6 +317,9 @@ class TableLookups(TableRows):
             return
         rounding, ends = cast(Rounding, self._modules["rounding"]), self.tier_ends
         assert ends is not None
+        if 0 < rounding.turn < _YOUNG:
+            # Step sizes follow, and have had no time to.
+            return
         rows = self._frozen_rows(input)
         if rounding.cut_off(self._tiers(), ends, rows, self.embedding_dim) > _MOST_CUT:
             self._cuts = True
@@ -419,6 +422,8 @@ _SAMPLE = 64
 """Rows by which it is seen whether tiers change."""
 _MOST_CUT = 0.5
 """Share of the numbers that may be beyond all codes: of a normal distribution .05 at 2 bits."""
+_YOUNG = 64
+"""Training steps in which numbers may grow faster than step sizes, which follow one in eight."""
 
 
 class _Still(NamedTuple):
