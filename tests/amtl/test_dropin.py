@@ -161,6 +161,7 @@ def scheduler(model):
         (lambda m, c: amtl.convert(m, c["user"]), TypeError, r"a Tensor; .*\['user', 'item'\]"),
         (lambda m, c: amtl.convert(Two, c), TypeError, "the class Two, not a model made of it"),
         (lambda m, c: amtl.convert(m, c, {"user": 0.3, "itme": 0.3}), ValueError, "'itme'"),
+        (lambda m, c: amtl.convert(m, c, shared_rows={"itme": "rarest"}), ValueError, "'itme'"),
         (
             lambda m, c: amtl.freeze(amtl.convert(m, c), scheduler(m)),
             TypeError,

@@ -448,6 +448,11 @@ def _options_of(
     options: Mapping[str, Any],
 ) -> dict[nn.Module, dict[str, Any]]:
     """What each layer is made with, its part of the budget included."""
+    there = {name for found in places.values() for name in found}
+    for what, by_name in (("a budget", budget), ("a shared row", options.get("shared_rows"))):
+        for name in by_name if isinstance(by_name, Mapping) else ():
+            if name not in there:
+                raise ValueError(f"{what} is given for {name!r}, which the model does not have")
     chosen = {module: dict(options) for module in counts}
     if isinstance(options.get("shared_rows"), Mapping):
         shared = options["shared_rows"]
@@ -455,10 +460,6 @@ def _options_of(
             named = (shared[n] for n in places[module] if n in shared)
             of_layer["shared_rows"] = next(named, None)
     if isinstance(budget, Mapping):
-        known = {name for found in places.values() for name in found}
-        for name in budget:
-            if name not in known:
-                raise ValueError(f"a budget is given for {name!r}, which the model does not have")
         for module, of_layer in chosen.items():
             found = next((n for n in places[module] if n in budget), None)
             if found is None:
