@@ -313,11 +313,11 @@ def convert(
         raise TypeError(f"names must be several, such as [{names!r}], got the text {names!r}")
     if not isinstance(counts, Mapping) or not all(isinstance(name, str) for name in counts):
         if not isinstance(model, nn.Embedding | nn.EmbeddingBag):
-            of = (kind(name) for name in counts if not isinstance(name, str))
-            keys = f" by {next(of)}" if isinstance(counts, Mapping) else ""
+            keys = counts if isinstance(counts, Mapping) else ()
+            by = "".join(f" by {kind(key)}" for key in list(keys)[:1])
             raise TypeError(
                 "counts must be a mapping, of the names of modules to counts of their rows, got "
-                f"{kind(counts)}{keys}; the names of the embeddings are {embeddings_of(model)}"
+                f"{kind(counts)}{by}; the names of the embeddings are {embeddings_of(model)}"
             )
         counts = {"": counts}
     _check_options(options)
