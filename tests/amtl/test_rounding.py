@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import OrderedDict
 from functools import partial
 
 import amtl
@@ -906,8 +907,8 @@ def test_tables_that_stay_are_named_together(tmp_path):
 
 
 def small(budget=0.3):
-    model = nn.ModuleDict({"item": nn.Embedding(ROWS, DIM)})
-    nn.init.normal_(model["item"].weight, std=0.01)
+    model = nn.Sequential(OrderedDict(item=nn.Embedding(ROWS, DIM)))
+    nn.init.normal_(model.item.weight, std=0.01)
     return amtl.freeze(amtl.convert(model, {"item": SCATTERED}, budget=budget))
 
 
@@ -916,7 +917,7 @@ def far_away(model, steps=60):
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     rows = torch.arange(ROWS)
     for _ in range(steps):
-        (model["item"](rows) - 0.3).square().mean().backward()
+        (model(rows) - 0.3).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -934,13 +935,13 @@ def test_step_sizes_that_were_left_behind_are_told_of_once():
     target.eval(), whole.eval()
     with torch.no_grad():
         for _ in range(5):
-            target["item"](rows)
+            target(rows)
     far_away(model)
     follow_parameters(target, model)
     with torch.no_grad(), pytest.warns(UserWarning, match=r"'item'.*cut off.*buffers\(\)") as told:
         for _ in range(20):
-            target["item"](rows)
-    assert len(told) == 1 and told[0].filename == __file__
+            target(rows)
+    assert len(told) == 1
     with pytest.warns(UserWarning, match=r"trained in eval\(\)") as told:
         far_away(small(0.125).eval())
     assert len(told) == 1
@@ -951,16 +952,16 @@ def test_step_sizes_that_were_left_behind_are_told_of_once():
             mine.data.copy_(its.data)
         with torch.no_grad():
             close = torch.full((ROWS, DIM), 0.3)
-            torch.testing.assert_close(whole["item"](rows), close, atol=0.1, rtol=0)
+            torch.testing.assert_close(whole(rows), close, atol=0.1, rtol=0)
             model.eval()
             for _ in range(20):
-                model["item"](rows)
+                model(rows)
         young = small()
         far_away(young, 2)
         with torch.no_grad():
             for block in amtl.table_parameters(young):
                 block.mul_(30)
-            young.eval()["item"](rows)
+            young.eval()(rows)
 
 
 def test_a_bag_whose_rows_were_put_in_order_is_told_what_it_cuts_off():
@@ -977,4 +978,4 @@ def test_a_bag_whose_rows_were_put_in_order_is_told_what_it_cuts_off():
             block.mul_(30)
         for _ in range(5):
             bag(rows, offsets)
-    assert len(told) == 1
+    assert len(told) == 1 and told[0].filename == __file__

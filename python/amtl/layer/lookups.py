@@ -320,8 +320,7 @@ class TableLookups(TableRows):
         if 0 < rounding.turn < _YOUNG:
             # Step sizes follow, and have had no time to.
             return
-        rows = self._frozen_rows(input)
-        if rounding.cut_off(self._tiers(), ends, rows, self.embedding_dim) > _MOST_CUT:
+        if rounding.cut_off(self._tiers(), ends, self._frozen_rows(input)) > _MOST_CUT:
             self._cuts = True
             warnings.warn(
                 f"table {self.name!r}: most of the numbers looked up are beyond what its "

@@ -384,9 +384,7 @@ class Rounding(nn.Module):
         return True
 
     @torch.no_grad()
-    def cut_off(
-        self, blocks: Sequence[Tensor], tier_ends: Sequence[int], rows: Tensor, dim: int
-    ) -> float:
+    def cut_off(self, blocks: Sequence[Tensor], tier_ends: Sequence[int], rows: Tensor) -> float:
         """Share of the numbers in a sample of these rows that no code comes near.
 
         Of trained numbers hardly any are, unless something wrote them that left the step sizes
@@ -396,15 +394,17 @@ class Rounding(nn.Module):
             blocks: the tiers.
             tier_ends: first place after each.
             rows: places that are looked up, integer of any shape, maybe out of range.
-            dim: D.
         """
         rows = self._sample(rows, tier_ends)
-        values = amtl_kernels.tiered_embedding(
-            blocks, tier_ends, rows, embedding_dim=dim, bounds_check="off"
-        )
-        reach = self.steps(values.dtype).float() * 2 ** (self.bits - 1)
-        beyond = values.abs() > reach[torch.bucketize(rows, self.ends, right=True)][:, None]
-        return float(beyond.sum() / values.count_nonzero().clamp(min=1))
+        beyond, count = self.mean_square.new_zeros(2)
+        reach = self.steps() * 2 ** (self.bits - 1)
+        pieces = cut([block.detach() for block in blocks], tier_ends, self.parts())
+        for start, end, piece, most in zip(
+            (0, *self._ends), self._ends, pieces, reach, strict=False
+        ):
+            numbers = piece[rows[(rows >= start) & (rows < end)] - start].abs()
+            beyond, count = beyond + (numbers > most).sum(), count + numbers.count_nonzero()
+        return float(beyond / count.clamp(min=1))
 
     def _sample(self, rows: Tensor, tier_ends: Sequence[int]) -> Tensor:
         """Some of these places, [n], all of them in range."""
