@@ -56,9 +56,12 @@ def load(
         no `model` given: `amtl.run.trained.Trained`, the model with its vocabularies.
 
     Raises:
+        TypeError: a model in place of the path.
         As `open_packed` and `PackedFile.into`; UserError for a run folder without a trained model
             or with damaged files.
     """
+    if isinstance(path, nn.Module):
+        raise TypeError("load(path, model) takes the path first, got a model")
     if Path(path).is_dir():
         from amtl.run.folders import load_run
 

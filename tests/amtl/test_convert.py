@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from amtl_kernels.optim import RowwiseAdagrad
+
 ROWS, DIM = 10, 4
 
 
@@ -139,6 +141,35 @@ def test_revert_that_keeps_outputs(frozen):
     amtl.revert(model, masked=not frozen)
     assert not amtl.layers(model)
     torch.testing.assert_close(model(*inputs()), before)
+
+
+@pytest.mark.parametrize("way", ["frozen", "masked", "fused"])
+def test_optimizers_go_on_with_what_a_reverted_model_has(way):
+    """As with a plain model, where no number is left out."""
+    results = []
+    for converts in (False, True):
+        torch.manual_seed(0)
+        model, rows = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 1)), torch.arange(30)
+        tables = RowwiseAdagrad(model[0].parameters(), 0.1)
+        optimizer = tables if way == "fused" else torch.optim.Adam(model[0].parameters(), 0.1)
+        if converts:
+            fused = tables if way == "fused" else None
+            options = {"budget": 1.0, "bits": None, "fused_optimizer": fused}
+            amtl.convert(model, {"0": rows.flip(0)}, **options)
+        for step in range(9):
+            if converts and step == 3 and way != "masked":
+                amtl.freeze(model)
+            if converts and step == 6:
+                copied = amtl.revert(copy.deepcopy(model), masked=way == "masked")
+                amtl.revert(model, masked=way == "masked")
+                assert type(model[0]) is nn.Embedding
+                assert optimizer.param_groups[0]["params"][0] is model[0].weight
+                assert copied[0].weight not in optimizer.state
+            optimizer.zero_grad()
+            (model(rows) - rows[:, None] / 30).square().mean().backward()
+            optimizer.step()
+        results.append(model(rows).detach())
+    torch.testing.assert_close(*results)
 
 
 def test_type_device_flags_are_kept():
@@ -538,6 +569,19 @@ def test_a_model_is_thawed_as_it_was_frozen(tmp_path):
     amtl.thaw(packed, counts=COUNTS)
     for name, layer in amtl.layers(packed).items():
         assert layer.phase == "search" and layer.dense_weight().shape == before[name].shape
+
+
+def test_new_counts_reach_a_table_under_any_of_its_names():
+    model = model_of()
+    model.again = model.users
+    counts = torch.arange(len(COUNTS["users"])) ** 2
+    amtl.freeze(amtl.convert(model, {"users": counts}, budget=0.3, bits=None))
+    with pytest.raises(ValueError, match=r"'user', which is no layer; those are \['users'\]"):
+        amtl.thaw(model, counts={"user": counts})
+    assert model.users.phase == "frozen"
+    amtl.thaw(model, counts={"again": counts.flip(0)})
+    sizes = model.users.row_dims()
+    assert sizes[0] > sizes[-1]
 
 
 def test_optimizers_are_looked_for_once(monkeypatch):

@@ -8,6 +8,7 @@ import amtl
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ROWS = 30
 
@@ -82,3 +83,14 @@ def test_an_error_within_leaves_no_hook():
     assert not model.user._forward_pre_hooks
     with pytest.raises(ValueError, match="the model has no"), amtl.counting(nn.Linear(2, 2)):
         pass
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_repeats_counts_once(reentrant):
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 1))
+    rows = torch.tensor([1, 1, 3])
+    start = torch.zeros(1, requires_grad=True)
+    with amtl.counting(model) as counts:
+        out = checkpoint(lambda x: model(rows) + x, start, use_reentrant=reentrant)
+        out.sum().backward()
+    assert counts["0"].tolist() == [0, 2, 0, 1, 0]

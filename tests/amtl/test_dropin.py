@@ -135,3 +135,47 @@ def test_a_table_that_keeps_nothing_of_its_own_budget_is_told_of_a_common_one(bu
     with pytest.warns(UserWarning, match=r"'table':.* rows .*one budget") as told:
         amtl.convert(model, counts, budget=budget, names=names)
     assert len(told) == 1 and told[0].filename == __file__
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.user, self.item = nn.Embedding(50, 8), nn.Embedding(50, 8)
+
+
+class Thin(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Embedding(50, 1)
+
+
+def scheduler(model):
+    return torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), 0.1), 1)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind", "message"),
+    [
+        (lambda m, c: amtl.convert(m, c, names="item"), TypeError, r"such as \['item'\]"),
+        (lambda m, c: amtl.convert(m, {m.user: c["user"]}), TypeError, "a dict by an Embedding"),
+        (lambda m, c: amtl.convert(m, c["user"]), TypeError, r"a Tensor; .*\['user', 'item'\]"),
+        (lambda m, c: amtl.convert(Two, c), TypeError, "the class Two, not a model made of it"),
+        (lambda m, c: amtl.convert(m, c, {"user": 0.3, "itme": 0.3}), ValueError, "'itme'"),
+        (lambda m, c: amtl.convert(m, c, shared_rows={"itme": "rarest"}), ValueError, "'itme'"),
+        (
+            lambda m, c: amtl.freeze(amtl.convert(m, c), scheduler(m)),
+            TypeError,
+            "a StepLR: left",
+        ),
+        (lambda m, c: amtl.thaw(amtl.freeze(amtl.convert(m, c)), c), TypeError, "got a str"),
+        (lambda m, c: amtl.freeze(Two), TypeError, "the class Two"),
+        (lambda m, c: amtl.counting({"a": m}).__enter__(), TypeError, "got a dict"),
+        (lambda m, c: amtl.save("model.safetensors", m), TypeError, "first, got a str"),
+        (lambda m, c: amtl.load(m, "model.safetensors"), TypeError, "the path first"),
+        (lambda m, c: amtl.convert(Thin(), {"fc": c["user"]}, bits=4), ValueError, "bits=8 fits"),
+    ],
+)
+def test_what_was_mixed_up_is_said(mistake, kind, message):
+    counts = dict.fromkeys(("user", "item"), torch.arange(50))
+    with pytest.raises(kind, match=message):
+        mistake(Two(), counts)

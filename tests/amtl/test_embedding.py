@@ -770,3 +770,26 @@ def test_what_are_no_row_numbers_is_said(kind, phase):
             layer(wrong)
     with pytest.raises(ValueError, match="input must be int32 or int64, got"):
         layer(torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nested_tensors_are_looked_up_as_nn_embedding_does(frozen):
+    plain = nn.Embedding(ROWS, DIM)
+    layer = AMTLEmbedding.from_pretrained(
+        plain.weight.detach().clone(), freeze=False, counts=counts_of(), budget=1.0, bits=None
+    )
+    if frozen:
+        layer.freeze()
+    parts = [torch.tensor([1, 5]), torch.tensor([2]), torch.tensor([3, 3, 0])]
+    rows = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    for train in (True, False):
+        expected, found = plain.train(train)(rows), layer.train(train)(rows)
+        assert found.shape == expected.shape
+        torch.testing.assert_close((found + expected).values(), 2 * expected.values())
+    layer(rows).values().square().sum().backward()
+    assert sum(int(p.grad.count_nonzero()) for p in layer.parameters()) == 5 * DIM
+    with amtl.counting(nn.Sequential(plain)) as counts:
+        plain(rows)
+    assert counts["0"].sum() == 6 and counts["0"][3] == 2
+    with torch.no_grad(), pytest.raises(IndexError, match=f"index {ROWS}"):
+        layer.eval()(torch.nested.nested_tensor([torch.tensor([ROWS])], layout=torch.jagged))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import OrderedDict
 from functools import partial
 
 import amtl
@@ -35,6 +36,7 @@ from amtl.run.folders import pack_run
 from amtl.run.training import start
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import amtl_kernels
@@ -665,6 +667,21 @@ def test_numbers_too_large_for_a_step_size_are_refused(dtype, bits, fits, too_la
     assert layer.phase == "search" and layer.weight is before
 
 
+def test_one_row_that_is_no_number_does_not_take_the_others_with_it():
+    """A step size of nothing would make zeros of them."""
+    layer = layer_of(8, 0.3)
+    before = layer.weight
+    with torch.no_grad():
+        before[7, 2] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        layer.freeze()
+    assert layer.phase == "search" and layer.weight is before
+    with torch.no_grad():
+        before[7] = 0
+    kept = before[:6].detach().clone()
+    torch.testing.assert_close(layer.freeze()(torch.arange(6)), kept, atol=0.05, rtol=0)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"bits must be one of \(2, 4, 8, 16\) or None, got 8\.0"):
         layer_of(8.0)
@@ -887,3 +904,78 @@ def test_tables_that_stay_are_named_together(tmp_path):
     with pytest.warns(UserWarning, match="tables 'a', 'b', 'c' and 2 more: codes") as told:
         torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()
     assert len(told) == 1
+
+
+def small(budget=0.3):
+    model = nn.Sequential(OrderedDict(item=nn.Embedding(ROWS, DIM)))
+    nn.init.normal_(model.item.weight, std=0.01)
+    return amtl.freeze(amtl.convert(model, {"item": SCATTERED}, budget=budget))
+
+
+def far_away(model, steps=60):
+    """Numbers are thirty times as large as they were."""
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    rows = torch.arange(ROWS)
+    for _ in range(steps):
+        (model(rows) - 0.3).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def follow_parameters(copied, model):
+    for mine, its in zip(copied.parameters(), model.parameters(), strict=True):
+        mine.data.copy_(its.data)
+
+
+def test_step_sizes_that_were_left_behind_are_told_of_once():
+    """By an average or a target network of parameters alone, or by training in eval()."""
+    rows = torch.arange(ROWS)
+    model = small()
+    target, whole = copy.deepcopy(model), copy.deepcopy(model)
+    target.eval(), whole.eval()
+    with torch.no_grad():
+        for _ in range(5):
+            target(rows)
+    far_away(model)
+    follow_parameters(target, model)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"'item'.*cut off.*buffers\(\)") as told:
+        for _ in range(20):
+            target(rows)
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match=r"trained in eval\(\)") as told:
+        far_away(small(0.125).eval())
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        follow_parameters(whole, model)
+        for mine, its in zip(whole.buffers(), model.buffers(), strict=True):
+            mine.data.copy_(its.data)
+        with torch.no_grad():
+            close = torch.full((ROWS, DIM), 0.3)
+            torch.testing.assert_close(whole(rows), close, atol=0.1, rtol=0)
+            model.eval()
+            for _ in range(20):
+                model(rows)
+        young = small()
+        far_away(young, 2)
+        with torch.no_grad():
+            for block in amtl.table_parameters(young):
+                block.mul_(30)
+            young.eval()(rows)
+
+
+def test_a_bag_whose_rows_were_put_in_order_is_told_what_it_cuts_off():
+    bag = layer_of(4, 0.1, AMTLEmbeddingBag, counts=SCATTERED, shared_rows=None).freeze()
+    assert bag.row_order is not None
+    bag.eval()
+    rows, offsets = torch.arange(0, ROWS, 3), torch.arange(0, ROWS // 3, 5)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            bag(rows, offsets)
+    with torch.no_grad(), pytest.warns(UserWarning, match="cut off") as told:
+        for block in bag.table_parameters():
+            block.mul_(30)
+        for _ in range(5):
+            bag(rows, offsets)
+    assert len(told) == 1 and told[0].filename == __file__

@@ -295,6 +295,23 @@ def test_it_is_no_parameter():
     assert "weight" not in dir(layer) and "weight" not in layer.state_dict()
 
 
+def test_who_asks_for_its_gradient_is_told_whose_there_are():
+    """Some ask without an error where a tensor is in no graph."""
+    layer = frozen()
+    for read in (layer.weight.square().sum(), layer(torch.arange(ROWS)).square().sum()):
+        for ask in (
+            lambda loss: torch.autograd.grad(loss, layer.weight, retain_graph=True),
+            lambda loss: torch.autograd.grad(loss, inputs=[layer.weight], allow_unused=True),
+            lambda loss: loss.backward(inputs=[layer.weight], retain_graph=True),
+        ):
+            with pytest.raises(NoWeightError, match="gradients, are table_parameters"):
+                ask(read)
+        gradients = torch.autograd.grad(read, layer.table_parameters(), retain_graph=True)
+        assert all(bool(found.any()) for found in gradients if found.numel())
+    layer.weight.square().sum().backward()
+    torch.autograd.backward(layer.weight, torch.ones(ROWS, DIM))
+
+
 def test_rows_may_be_written_into_other_tensors():
     layer = frozen().eval()
     with torch.no_grad():

@@ -423,6 +423,46 @@ def test_adafactors_factors_go_with_the_table():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.Adafactor])
+@pytest.mark.parametrize("parametrization", ["rule", "ordinal"])
+def test_an_optimizer_without_the_tiers_of_no_numbers_follows(parametrization, kind, told):
+    """Some divide by the size of a gradient."""
+    layer = layer_of(parametrization=parametrization, bits=4, budget=0.125, padding_idx=0)
+    layer.freeze()
+    held = [block for block in layer.table_parameters() if block.numel()]
+    assert len(held) < len(layer.table_parameters())
+    optimizer = kind(held, lr=0.01)
+    train(layer, optimizer, 2)
+    states = [
+        value[0].clone()
+        for block in held
+        for value in optimizer.state[block].values()
+        if value.shape == block.shape or value.shape == (len(block), 1)
+    ]
+    layer.thaw(optimizer if told else None)
+    expected = [layer.weight, *layer.mask_parameters()]
+    assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, expected))
+    kept = [value for value in optimizer.state[layer.weight].values() if value.dim() == 2]
+    assert all(any(bool((s[:1] == v[:, :1]).any()) for v in kept) for s in states)
+    before = layer.weight.detach().clone()
+    train(layer, optimizer, 2)
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_state_of_the_other_phase_reaches_an_optimizer_without_tiers_of_no_numbers():
+    def made():
+        return layer_of(parametrization="rule", bits=4, budget=0.125, padding_idx=0)
+
+    searching, layer = made(), made().freeze()
+    first = layer.table_parameters()[0]
+    assert not first.numel()
+    held = [block for block in layer.table_parameters() if block.numel()]
+    optimizer = torch.optim.Adam(held, 0.01)
+    layer.load_state_dict(searching.state_dict())
+    assert list(map(id, optimizer.param_groups[0]["params"])) == [id(layer.weight)]
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_an_average_of_models_may_leave_integers_alone_only(bits, use_buffers, tmp_path):

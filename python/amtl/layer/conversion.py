@@ -17,7 +17,15 @@ from amtl.errors import together
 from amtl.layer.budget import check_share
 from amtl.layer.bypass import end_calls, end_first_passes, watch_calls, watch_first_passes
 from amtl.layer.companions import accompany
-from amtl.layer.convertible import check_convertible, check_unshared, is_embedding
+from amtl.layer.convertible import (
+    check_convertible,
+    check_unshared,
+    embedding_from,
+    embeddings_of,
+    find_module,
+    is_embedding,
+    require_model,
+)
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
@@ -58,7 +66,12 @@ _HOOKS = (
 
 
 def layers(model: nn.Module) -> dict[str, AMTLTable]:
-    """The AMTL layers of a model by dotted name; a shared one under its first name."""
+    """The AMTL layers of a model by dotted name; a shared one under its first name.
+
+    Raises:
+        TypeError: no module.
+    """
+    require_model(model)
     return {name: m for name, m in model.named_modules() if isinstance(m, AMTLTable)}
 
 
@@ -212,21 +225,30 @@ def thaw(
     Args:
         model: a model with AMTL layers.
         optimizer: as in `freeze`.
-        counts: by name of the layer, for those that were loaded from a packed file.
+        counts: by any name of a layer, for those that were loaded from a packed file, and new ones
+            for others, whose sizes follow from these.
 
     Returns:
         The model. O(N * D) a table.
 
     Raises:
         RuntimeError: a layer has no counts and none are given.
-        ValueError: a table is trainable but not in the optimizer.
+        ValueError: a table is trainable but not in the optimizer, or counts are given for a name
+            that no layer has.
     """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
+    found, places, given = layers(model), places_of(model), dict(counts or {})
+    unknown = given.keys() - {name for layer in found.values() for name in places[layer]}
+    if unknown:
+        raise ValueError(
+            f"counts are given for {min(unknown)!r}, which is no layer; those are {list(found)}"
+        )
     with looked_for_once():
-        for name, layer in layers(model).items():
+        for layer in found.values():
             if layer.phase == "frozen":
                 first, *others = map(id, layer.table_parameters())
-                layer.thaw(optimizers, counts=(counts or {}).get(name))
+                new = next((given[name] for name in places[layer] if name in given), None)
+                layer.thaw(optimizers, counts=new)
                 _rewire(model, {first: layer.table_parameters(), **dict.fromkeys(others, ())})
     return model
 
@@ -281,16 +303,21 @@ def convert(
         The model (the new layer if the model was itself an embedding).
 
     Raises:
-        TypeError: a fused optimizer of another kind, counts without names.
+        TypeError: no module, a fused optimizer of another kind, counts without names.
         ValueError: an unknown name or none, missing counts, a budget beyond (0, 1], a module or a
             weight that cannot be replaced, a fused optimizer without one of the tables (see the
             message). Nothing is replaced then.
     """
+    require_model(model)
+    if isinstance(names, str):
+        raise TypeError(f"names must be several, such as [{names!r}], got the text {names!r}")
     if not isinstance(counts, Mapping) or not all(isinstance(name, str) for name in counts):
         if not isinstance(model, nn.Embedding | nn.EmbeddingBag):
+            keys = counts if isinstance(counts, Mapping) else ()
+            by = "".join(f" by {kind(key)}" for key in list(keys)[:1])
             raise TypeError(
                 "counts must be a mapping, of the names of modules to counts of their rows, got "
-                f"{type(counts).__name__}"
+                f"{kind(counts)}{by}; the names of the embeddings are {embeddings_of(model)}"
             )
         counts = {"": counts}
     _check_options(options)
@@ -300,11 +327,11 @@ def convert(
         raise ValueError(
             f"{'counts' if names is None else 'names'} is empty, so there is nothing to convert: "
             'counts={"item": torch.bincount(train_items, minlength=num_items), ...} by the names '
-            f"of embeddings; the model's are {_embeddings_of(model)}"
+            f"of embeddings; the model's are {embeddings_of(model)}"
         )
     by_module: dict[nn.Module, str] = {}
     for name in wanted:
-        module = _find(model, name)
+        module = find_module(model, name)
         check_convertible(name, module)
         by_module.setdefault(module, name)
     check_unshared(model, by_module)
@@ -342,6 +369,8 @@ def convert(
 def revert(model: _Model, *, masked: bool = False) -> _Model:
     """Replace AMTL layers by nn.Embedding and nn.EmbeddingBag again, in place.
 
+    Optimizers that hold the tables hold the weights from then on, with their state.
+
     Args:
         model: the model, or a layer itself (then use what is returned).
         masked: for layers in the search phase. False keeps the whole weight Parameter, so
@@ -362,11 +391,12 @@ def revert(model: _Model, *, masked: bool = False) -> _Model:
                 f"{name!r} is {kind(layer)}, which no embedding can stand in for: its "
                 "method embeddings() gives one for each table"
             )
-    replacements = {
-        module: _embedding_from(module, masked)
-        for module in places
-        if isinstance(module, AMTLTable)
-    }
+    with looked_for_once():
+        replacements = {
+            module: embedding_from(module, masked)
+            for module in places
+            if isinstance(module, AMTLTable)
+        }
     reverted = swap(model, places, replacements)
     end_first_passes(reverted)
     return reverted
@@ -378,19 +408,6 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
     return places
-
-
-def _find(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"the model has no module {name!r}; its embeddings are {_embeddings_of(model)}"
-        ) from None
-
-
-def _embeddings_of(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if is_embedding(module)]
 
 
 def _rows(module: nn.Module) -> int:
@@ -431,6 +448,11 @@ def _options_of(
     options: Mapping[str, Any],
 ) -> dict[nn.Module, dict[str, Any]]:
     """What each layer is made with, its part of the budget included."""
+    there = {name for found in places.values() for name in found}
+    for what, by_name in (("a budget", budget), ("a shared row", options.get("shared_rows"))):
+        for name in by_name if isinstance(by_name, Mapping) else ():
+            if name not in there:
+                raise ValueError(f"{what} is given for {name!r}, which the model does not have")
     chosen = {module: dict(options) for module in counts}
     if isinstance(options.get("shared_rows"), Mapping):
         shared = options["shared_rows"]
@@ -527,38 +549,6 @@ def _layer_from(module: nn.Module, counts: Tensor, options: Mapping[str, Any]) -
         module.weight.data = layer.weight.data
     layer.weight = cast(nn.Parameter, module.weight)
     return layer
-
-
-def _embedding_from(layer: AMTLTable, masked: bool) -> nn.Module:
-    if layer.phase == "frozen":
-        dense = layer.dense_weight()
-        trains = layer.table_parameters()[0].requires_grad or layer.masterless
-        weight = nn.Parameter(dense, requires_grad=trains)
-    elif masked:
-        trains = layer.table_parameters()[0].requires_grad
-        weight = nn.Parameter(layer.dense_weight(), requires_grad=trains)
-    else:
-        weight = layer.table_parameters()[0]
-    common: dict[str, Any] = {
-        "max_norm": layer.max_norm,
-        "norm_type": layer.norm_type,
-        "sparse": layer.sparse,
-        "padding_idx": layer.padding_idx,
-        "_weight": weight.detach(),
-    }
-    module: nn.Embedding | nn.EmbeddingBag
-    if isinstance(layer, AMTLEmbeddingBag):
-        module = nn.EmbeddingBag(
-            layer.num_embeddings,
-            layer.embedding_dim,
-            mode=layer.mode,
-            include_last_offset=layer.include_last_offset,
-            **common,
-        )
-    else:
-        module = nn.Embedding(layer.num_embeddings, layer.embedding_dim, **common)
-    module.weight = weight
-    return module
 
 
 def swap(

@@ -1,14 +1,18 @@
-"""Which modules an AMTL layer may take the place of, and what is said of others."""
+"""Which modules an AMTL layer may take the place of, what is said of others, and the way back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from amtl.layer.embedding import AMTLEmbeddingBag
+from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.table import AMTLTable
+from amtl.layer.tiers import hand_over, replace_parameters, thaw_optimizers
 from amtl_kernels._calls import kind
 
 _OF_NO_CONSEQUENCE = {
@@ -19,9 +23,36 @@ _OF_NO_CONSEQUENCE = {
 """What a subclass of nn.Embedding may define and still be replaced."""
 
 
+def require_model(model: object) -> None:
+    """Raise TypeError unless this is a module."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else kind(model)
+        made = ", not a model made of it" if isinstance(model, type) else ""
+        raise TypeError(f"model must be an nn.Module, got {what}{made}")
+
+
 def is_embedding(module: nn.Module) -> bool:
     """Whether it is an embedding of PyTorch's."""
     return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def embeddings_of(model: nn.Module) -> list[str]:
+    """Dotted names of PyTorch's embeddings in a model."""
+    return [name for name, module in model.named_modules() if is_embedding(module)]
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"the model has no module {name!r}; its embeddings are {embeddings_of(model)}"
+        ) from None
 
 
 def check_convertible(name: str, module: nn.Module) -> None:
@@ -84,3 +115,40 @@ def check_unshared(model: nn.Module, wanted: Mapping[nn.Module, str]) -> None:
                 "amtl.freeze. Or untie it (give the other module a clone of the weight), or share "
                 "the embedding module itself."
             )
+
+
+def embedding_from(layer: AMTLTable, masked: bool) -> nn.Embedding | nn.EmbeddingBag:
+    """The embedding that takes the place of a layer, also in the optimizers of its table.
+
+    Args:
+        layer: of one table.
+        masked: zeroes in the search phase what masks hide, else the weight is the very same.
+    """
+    tables = layer.table_parameters()
+    weight = tables[0]
+    if layer.phase == "frozen" or masked:
+        trains = weight.requires_grad or layer.masterless
+        weight = nn.Parameter(layer.dense_weight(), requires_grad=trains)
+        optimizers = layer._followed(None, tables) if trains else []
+        hand_over(tables, [weight], layer.name)
+        if layer.phase == "frozen":
+            thaw_optimizers(optimizers, weight, tables, layer._plan())
+        else:
+            replace_parameters(optimizers, tables, [weight])
+        retire(wrappers_of(tables))
+    common: dict[str, Any] = {
+        "max_norm": layer.max_norm,
+        "norm_type": layer.norm_type,
+        "sparse": layer.sparse,
+        "padding_idx": layer.padding_idx,
+        "_weight": weight.detach(),
+    }
+    shape = layer.num_embeddings, layer.embedding_dim
+    module: nn.Embedding | nn.EmbeddingBag
+    if isinstance(layer, AMTLEmbeddingBag):
+        last = layer.include_last_offset
+        module = nn.EmbeddingBag(*shape, mode=layer.mode, include_last_offset=last, **common)
+    else:
+        module = nn.Embedding(*shape, **common)
+    module.weight = weight
+    return module

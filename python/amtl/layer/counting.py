@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amtl.layer.convertible import require_model
 from amtl.layer.table_rows import require_rows
 
 
@@ -22,7 +23,8 @@ def counting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                 model(batch)
         amtl.convert(model, counts, budget=0.125)
 
-    The batches are those of the training split, once each; an epoch of training does as well.
+    The batches are those of the training split, once each; an epoch of training does as well, for
+    what activation checkpointing repeats counts once.
     Negatives that a model draws count like what was clicked; padding rows do not. Lookups past the
     modules, as by `F.embedding(ids, model.table.weight)`, and those of a compiled model are not
     seen: give it the model before `torch.compile`. Of several processes each counts its own share,
@@ -36,8 +38,10 @@ def counting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         those that were never looked up are taken out, and named in a warning. O(1) a lookup.
 
     Raises:
+        TypeError: no module.
         ValueError: the model has no embedding.
     """
+    require_model(model)
     found = {
         name: module
         for name, module in model.named_modules()
@@ -80,7 +84,12 @@ class _Adds:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            # Within a backward, which repeats what was counted.
+            return
         rows = args[0] if args else kwargs["input"]
         require_rows(rows)
+        if rows.layout == torch.jagged:
+            rows = rows.values()
         rows = rows.reshape(-1).to(device=self.counts.device, dtype=torch.int64)
         self.counts.index_add_(0, rows, torch.ones_like(rows))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -43,9 +44,13 @@ class TableLookups(TableRows):
     """Training passes of the search so far, where sizes learn from one of several."""
     _passed: tuple[int, int] | None = None
     """Version of the weight at the last of them, and the backward that had updated it."""
+    _unfollowed: Iterator[int]
+    """Counts lookups in masters that step sizes did not follow."""
+    _cuts = False
+    """Whether it was said that these are cut off."""
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_kept", "_left", "_still", "_moved")
+        own = ("_kept", "_left", "_still", "_moved", "_unfollowed", "_cuts")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _embed(self, input: Tensor) -> Tensor:
@@ -55,6 +60,8 @@ class TableLookups(TableRows):
             out = self._planned_rows(self._kept.plan, input, self._buffers["row_order"])
             if out is not None:
                 return self._shown(out)
+        if type(input) is not Tensor and getattr(input, "layout", None) == torch.jagged:
+            return self._embed_jagged(cast(Any, input))
         self._check_caller()
         bounds = self._operator_bounds()
         if self.tier_ends is not None:
@@ -79,6 +86,12 @@ class TableLookups(TableRows):
             padding_idx=self.padding_idx,
             bounds_check=bounds,
         )
+
+    def _embed_jagged(self, input: Any) -> Tensor:
+        """The rows at indices in a nested tensor, as one with the same lengths."""
+        rows = self._embed(input.values())
+        given = {"lengths": input.lengths(), "jagged_dim": input._ragged_idx}
+        return torch.nested.nested_tensor_from_jagged(rows, input.offsets(), **given)
 
     def _shown_rows(self) -> Any:
         """What `weight` is once frozen."""
@@ -229,7 +242,11 @@ class TableLookups(TableRows):
         tiers, of = self._tiers(), self._steps_from()
         if not kept.shows(tiers, of, None if of is None else _state(of, tiers[0].dtype)):
             return False
-        return self._buffers["row_order"] is not None or kept.table.rows == self.num_embeddings
+        if self._buffers["row_order"] is None and kept.table.rows != self.num_embeddings:
+            return False
+        if kept.unfollowed is not None:
+            self._notice_cut(input, next(kept.unfollowed))
+        return True
 
     def _keep_up(self, rows: Tensor, few: dict[str, Any]) -> None:
         """Let the step sizes of codes that train follow what is looked up."""
@@ -259,6 +276,9 @@ class TableLookups(TableRows):
             elif rounding is None:
                 self._notice_codes()
         tiers = self._tiers()
+        traced, unfollowed = being_traced(), None
+        if rounding is not None and steps is None and not traced:
+            unfollowed = self.__dict__.setdefault("_unfollowed", itertools.count(1))
         follows = steps is not None or tiers[0].requires_grad
         if rounding is not None and follows and self.training and trains():
             if steps is not None:
@@ -266,10 +286,11 @@ class TableLookups(TableRows):
             else:
                 # Before the lookup, so that one that checkpointing repeats shows the same.
                 fused = self.fused_optimizer is not None
-                step = None if fused or being_traced() else tiers[0]._version
+                step = None if fused or traced else tiers[0]._version
                 rounding.follow(tiers, self.tier_ends, rows, self.embedding_dim, step)
+        elif unfollowed is not None:
+            self._notice_cut(input, next(unfollowed))
         of = self._steps_from()
-        traced = being_traced()
         seen = None if of is None or traced else _state(of, tiers[0].dtype)
         kept = self._kept
         if not traced and isinstance(kept, _Kept) and kept.shows(tiers, of, seen):
@@ -281,7 +302,7 @@ class TableLookups(TableRows):
             few = rounding.arguments(self.dtype)
         table = TieredTable.of(tiers, self.tier_ends, self.embedding_dim, **few)
         if not traced:
-            self.__dict__["_kept"] = _Kept(table, tiers, of, seen)
+            self.__dict__["_kept"] = _Kept(table, tiers, of, seen, unfollowed)
         return table, rows
 
     def _steps_from(self) -> Tensor | None:
@@ -304,6 +325,31 @@ class TableLookups(TableRows):
                 "list of parameters or an optimizer that is not PyTorch's. Training it changes "
                 "nothing: ask the model for its parameters again",
                 stacklevel=6,
+            )
+
+    def _notice_cut(self, input: Tensor, count: int) -> None:
+        """Warn, once, if most of what is looked up is beyond the step sizes, which did not follow.
+
+        Looked into at the first such lookup, the second, the fourth and so on.
+        """
+        if count & (count - 1) or self._cuts or type(input) is not Tensor or not input.numel():
+            return
+        if input.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        rounding, ends = cast(Rounding, self._modules["rounding"]), self.tier_ends
+        assert ends is not None
+        if 0 < rounding.turn < _YOUNG:
+            # Step sizes follow, and have had no time to.
+            return
+        if rounding.cut_off(self._tiers(), ends, self._frozen_rows(input)) > _MOST_CUT:
+            self._cuts = True
+            warnings.warn(
+                f"table {self.name!r}: most of the numbers looked up are beyond what its "
+                f"{rounding.bits} bits reach and are cut off. Step sizes are buffers that follow "
+                "lookups in training (layer.train(), gradients on): an average or a target that "
+                "copies parameters has to copy buffers(), too, and a model that is trained in "
+                "eval() leaves them as they were",
+                stacklevel=7,
             )
 
     def _notice_still(self, rows: Tensor) -> None:
@@ -394,6 +440,10 @@ def _tell_of_codes(*_: object) -> None:
 
 _SAMPLE = 64
 """Rows by which it is seen whether tiers change."""
+_MOST_CUT = 0.5
+"""Share of the numbers that may be beyond all codes: of a normal distribution .05 at 2 bits."""
+_YOUNG = 64
+"""Training steps in which numbers may grow faster than step sizes, which follow one in eight."""
 
 
 class _Still(NamedTuple):
@@ -422,12 +472,16 @@ _State = tuple[torch.dtype, bool, bytes]
 
 
 class _Kept(NamedTuple):
-    """Tiers as they were looked at, whose step sizes are those of a tensor in one of its states."""
+    """Tiers as they were looked at, whose step sizes are those of a tensor in one of its states.
+
+    What counts lookups in masters that step sizes did not follow comes along.
+    """
 
     table: TieredTable
     tiers: list[nn.Parameter]
     of: Tensor | None
     seen: _State | None
+    unfollowed: Iterator[int] | None
 
     @property
     def plan(self) -> Plan:

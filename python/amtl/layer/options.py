@@ -160,7 +160,8 @@ class SearchOptions:
         if width % whole or dim < whole:
             raise ValueError(
                 f"rows of {self.bits} bits a number are stored in whole bytes: tier_width must be "
-                f"a multiple of {whole} and embedding_dim no less, got {width} and {dim}"
+                f"a multiple of {whole} and embedding_dim no less, got {width} and {dim}; bits=8 "
+                "fits any width"
             )
         assert self.min_dim is not None
         return SizeGrid(dim, self.min_dim, self.granularity, width, whole)

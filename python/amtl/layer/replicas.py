@@ -99,7 +99,8 @@ def retire(wrappers: Iterable[Any]) -> None:
 def _refuse(wrapper: nn.Module, inputs: object) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the parameters of an AMTL layer have changed (freeze, thaw, convert or "
-            "load_state_dict) since this DistributedDataParallel was made, so it would no longer "
-            "keep the processes equal: wrap anew, model = DistributedDataParallel(model.module)"
+            "the parameters of an AMTL layer have changed (freeze, thaw, convert, "
+            "revert or load_state_dict) since this DistributedDataParallel was made, so it would "
+            "no longer keep the processes equal: wrap anew, model = "
+            "DistributedDataParallel(model.module)"
         )

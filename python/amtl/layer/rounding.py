@@ -360,10 +360,7 @@ class Rounding(nn.Module):
                 return False
             if not leads(self.mean_square):
                 return False
-        rows = rows.reshape(-1)
-        if len(rows) > _SAMPLE:
-            rows = rows.index_select(0, self.spread * len(rows) >> 32)
-        rows = rows.clamp(0, max(0, tier_ends[-1] - 1))
+        rows = self._sample(rows, tier_ends)
         values = amtl_kernels.tiered_embedding(
             blocks, tier_ends, rows, embedding_dim=dim, bounds_check="off", **few
         )
@@ -385,6 +382,36 @@ class Rounding(nn.Module):
             self.__dict__["_in_step"] = self._in_step._replace(sums=(before, total, count))
         self.mean_square.copy_(before + (total - count * before) / (count + _WINDOW))
         return True
+
+    @torch.no_grad()
+    def cut_off(self, blocks: Sequence[Tensor], tier_ends: Sequence[int], rows: Tensor) -> float:
+        """Share of the numbers in a sample of these rows that no code comes near.
+
+        Of trained numbers hardly any are, unless something wrote them that left the step sizes
+        behind.
+
+        Args:
+            blocks: the tiers.
+            tier_ends: first place after each.
+            rows: places that are looked up, integer of any shape, maybe out of range.
+        """
+        rows = self._sample(rows, tier_ends)
+        beyond, count = self.mean_square.new_zeros(2)
+        reach = self.steps() * 2 ** (self.bits - 1)
+        pieces = cut([block.detach() for block in blocks], tier_ends, self.parts())
+        for start, end, piece, most in zip(
+            (0, *self._ends), self._ends, pieces, reach, strict=False
+        ):
+            numbers = piece[rows[(rows >= start) & (rows < end)] - start].abs()
+            beyond, count = beyond + (numbers > most).sum(), count + numbers.count_nonzero()
+        return float(beyond / count.clamp(min=1))
+
+    def _sample(self, rows: Tensor, tier_ends: Sequence[int]) -> Tensor:
+        """Some of these places, [n], all of them in range."""
+        rows = rows.reshape(-1)
+        if len(rows) > _SAMPLE:
+            rows = rows.index_select(0, self.spread * len(rows) >> 32)
+        return rows.clamp(0, max(0, tier_ends[-1] - 1))
 
     def _takes_turn(self, step: int | None) -> bool:
         """Whether this lookup is followed: with all others of its training step, or none."""
@@ -449,8 +476,7 @@ def encode_parts(
     squares, codes = [], []
     for part in range(len(plan.ends)):
         (block,) = split_rows(weight.detach(), plan, row_dims, [part])
-        if not bool(block.isfinite().all()):
-            raise ValueError(f"table {name!r} holds numbers that are not finite: they have no code")
+        _require_finite(block, name)
         squares.append(_mean_square(block, bits, name).clamp(min=least**2))
         codes.append(pack_codes(encode(block, step_of(squares[-1], bits), bits), bits))
     return torch.stack(squares), codes
@@ -469,7 +495,8 @@ def mean_squares(
         name: of the table.
 
     Raises:
-        ValueError: numbers so large that the table's type cannot show what rounding makes of them.
+        ValueError: a number is not finite, or so large that the table's type cannot show what
+            rounding makes of it.
     """
     pieces = cut(blocks, tier_ends, parts)
     return torch.stack([_mean_square(piece.detach(), bits, name) for piece in pieces])
@@ -513,9 +540,20 @@ def ranges_of(weight: Tensor, fields: Tensor) -> Tensor:
     return torch.arange(len(groups), device=weight.device).repeat_interleave(repeats)[piece]
 
 
+def _require_finite(values: Tensor, name: str) -> None:
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"table {name!r} holds numbers that are not finite, which have no code, and no step "
+            "size fits them and the others. (~layer.weight.isfinite()).any(1).nonzero() before "
+            "freezing are their rows: give these other numbers, or take bits=None"
+        )
+
+
 def _mean_square(values: Tensor, bits: int, name: str) -> Tensor:
-    """Of numbers whose step size will do; of none, or where there is NaN, 0."""
+    """Of numbers whose step size will do; of none, 0."""
     square = values.float().square().mean() * _reach(values, bits) ** 2
+    if not bool(square.isfinite()):
+        _require_finite(values, name)
     largest = step_of(square, bits) * (2**bits - 1) / 2
     if bool(largest > torch.finfo(values.dtype).max):
         raise ValueError(

@@ -10,7 +10,7 @@ Nobody can write to it: what is stored is less than it shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -127,6 +127,10 @@ class ShownRows(Tensor):
             if func == _IS_LEAF:
                 # Or an optimizer would take it.
                 return False
+            if func in (torch.autograd.grad, torch.autograd.backward):
+                # Rows that are made anew are in no graph of before.
+                for shown in _among(kwargs.get("inputs", args[1:2])):
+                    shown.refuse()
             name = getattr(func, "__name__", "")
             writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
             if isinstance(first, ShownRows) and (writes or func in _OF_A_PARAMETER):
@@ -229,6 +233,15 @@ def _scores(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
             out = scores.new_empty(*scores.shape[:-1], count)
         out[..., part.start : part.stop] = scores
     return out
+
+
+def _among(value: Any) -> Iterator[ShownRows]:
+    """All that shows rows in a list of some."""
+    if isinstance(value, ShownRows):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _among(each)
 
 
 def _read(value: Any, made: dict[int, Tensor]) -> Any:

@@ -404,10 +404,10 @@ class AMTLTable(TableStates):
         Raises:
             RuntimeError: the layer is frozen already, or processes that train it together have
                 different sizes.
-            ValueError: the table is trainable but not in the optimizer, or rows of D numbers of so
-                many bits are no whole bytes, so that learned ones would be left out, or the layer
-                cannot do without masters (it needs bits, a fused SGD or RowwiseAdagrad, float32,
-                and no `max_norm`).
+            ValueError: the table is trainable but not in the optimizer, or numbers that are not
+                finite would be rounded, or rows of D numbers of so many bits are no whole bytes,
+                so that learned ones would be left out, or the layer cannot do without masters (it
+                needs bits, a fused SGD or RowwiseAdagrad, float32, and no `max_norm`).
         """
         if self.tier_ends is not None or self.weight is None or self.row_group is None:
             raise RuntimeError("the layer is frozen already")
@@ -627,9 +627,10 @@ class AMTLTable(TableStates):
         if self.tier_ends is None:
             raise RuntimeError("the layer is in the search phase already")
         blocks = list(self.blocks)
+        with_numbers = [block for block in blocks if block.numel()] or blocks
         optimizers = self._followed(optimizer, blocks)
         if optimizer is not None:
-            require_held(optimizers, blocks[:1], "thaw")
+            require_held(optimizers, with_numbers[:1], "thaw")
         wrappers = wrappers_of(blocks)
         if counts is not None:
             checked = check_counts(counts, self.num_embeddings).to(self.device)
@@ -654,7 +655,7 @@ class AMTLTable(TableStates):
             mask = list(head.parameters())
             told = optimizer is not None
             behind = self._before_sizes()
-            restore_parameters(optimizers, mask, self._mask_places, blocks[-1], told, behind)
+            restore_parameters(optimizers, mask, self._mask_places, with_numbers[-1], told, behind)
             hand_over(blocks, [weight], self.name)
             thaw_optimizers(optimizers, weight, blocks, plan)
             self._enter_search(weight, decode_row_map(self.row_map, self.num_embeddings))

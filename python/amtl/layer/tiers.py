@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from amtl.layer.instances import instances_of
 from amtl_kernels import empty_table
+from amtl_kernels._calls import kind
 
 # State that holds a direction: it must vanish where the weights were cut off, or the first step
 # after freezing would move padding by gradients of masked coordinates. Magnitudes are kept.
@@ -172,12 +173,22 @@ def merge_vectors(parts: Sequence[Tensor], plan: TierPlan) -> Tensor:
 def as_optimizers(
     optimizer: Optimizer | Iterable[Optimizer] | None, parameters: Iterable[nn.Parameter]
 ) -> list[Optimizer]:
-    """One or several optimizers as a list; for None, those of this process that hold parameters."""
+    """One or several optimizers as a list; for None, those of this process that hold parameters.
+
+    Raises:
+        TypeError: something else than an optimizer.
+    """
     if optimizer is None:
         return optimizers_of(parameters)
-    if isinstance(optimizer, Optimizer):
-        return [optimizer]
-    return list(optimizer)
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer)
+    found: list[Any] = list(cast(Iterable[Any], optimizer)) if several else [optimizer]
+    for each in found:
+        if not isinstance(each, Optimizer) and not hasattr(each, "param_groups"):
+            raise TypeError(
+                f"optimizer must be one of torch.optim, or a list of some, got {kind(each)}: "
+                "left out, those that hold the tables are found"
+            )
+    return found
 
 
 def optimizers_of(parameters: Iterable[nn.Parameter]) -> list[Optimizer]:
@@ -213,18 +224,32 @@ def _holders(
     return found
 
 
-def _replace(
-    group: dict[str, Any], old: nn.Parameter, count: int, parameters: Sequence[nn.Parameter]
-) -> None:
-    """Put parameters in the place of `old` and what follows it, `count` in all."""
+def _holding(
+    optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]
+) -> list[tuple[Optimizer, dict[str, Any], nn.Parameter]]:
+    """The first group of each optimizer that holds one of these, and the first that it holds.
+
+    It may hold some only: a tier of no numbers is left out of what divides by the size of one.
+    """
+    found = []
+    for optimizer in optimizers:
+        held = [(group, p) for group in optimizer.param_groups for p in parameters]
+        first = next((pair for pair in held if _position(*pair) is not None), None)
+        if first is not None:
+            found.append((optimizer, *first))
+    return found
+
+
+def _replace(group: dict[str, Any], old: nn.Parameter, parameters: Sequence[nn.Parameter]) -> None:
+    """Put parameters in the place of one."""
     position = _position(group, old)
     if position is None:
         # Done: trainers wrap an optimizer in another one that has the same list of parameters.
         return
-    group["params"][position : position + count] = parameters
+    group["params"][position : position + 1] = parameters
     names = group.get("param_names")
     if names is not None:
-        names[position : position + count] = [
+        names[position : position + 1] = [
             f"{names[position]}.{i}" if len(parameters) > 1 else names[position]
             for i in range(len(parameters))
         ]
@@ -268,7 +293,7 @@ def freeze_optimizers(
     """
     stays = _stays(weight, blocks, plan)
     for optimizer, group, _ in _holders(optimizers, weight):
-        _replace(group, weight, 1, blocks)
+        _replace(group, weight, blocks)
         state = _dense_state(optimizer, weight)
         if not state or (not stays and _starts_anew(optimizer, [state], [weight])):
             continue
@@ -298,9 +323,10 @@ def thaw_optimizers(
 ) -> None:
     """Inverse of `freeze_optimizers`; blocks that have no state yet count as zeros."""
     stays = _stays(weight, blocks, plan)
-    for optimizer, group, _ in _holders(optimizers, blocks[0]):
-        _replace(group, blocks[0], len(blocks), [weight])
+    for optimizer, group, first in _holding(optimizers, blocks):
         states = [_dense_state(optimizer, block) for block in blocks]
+        _replace(group, first, [weight])
+        drop_parameters([optimizer], blocks)
         if not stays and _starts_anew(optimizer, states, blocks):
             continue
         keys = {key: None for state in states for key in state}
@@ -312,8 +338,8 @@ def thaw_optimizers(
                 plain = all(isinstance(n, Tensor | int | float) for n in numbers)
                 merged[key] = max(numbers) if plain else sample
                 continue
-            pairs = list(zip(states, blocks, strict=True))
-            of_columns = all(_is_of_columns(state.get(key), block) for state, block in pairs)
+            pairs = [(s, b) for s, b in zip(states, blocks, strict=True) if key in s]
+            of_columns = all(_is_of_columns(state[key], block) for state, block in pairs)
             if of_columns and len(blocks) < len(weight):
                 # Means over rows, of which those that keep less have zeros.
                 merged[key] = sample.new_zeros(1, weight.shape[1])
@@ -324,8 +350,8 @@ def thaw_optimizers(
                 key not in s or s[key].shape == b.shape for s, b in zip(states, blocks, strict=True)
             )
             parts = [
-                state.get(key, sample.new_zeros(block.shape[:1] + block.shape[1 : sample.ndim]))
-                for state, block in zip(states, blocks, strict=True)
+                state.get(key, sample.new_zeros(b.shape if full else (len(b), *sample.shape[1:])))
+                for state, b in zip(states, blocks, strict=True)
             ]
             merged[key] = (
                 merge_rows(parts, plan, weight.shape[1]) if full else merge_vectors(parts, plan)
@@ -406,11 +432,11 @@ def replace_parameters(
     A checkpoint's optimizer may be loaded before its model; and PyTorch's loading of a model
     leaves optimizers as they are.
     """
-    for optimizer, group, _ in _holders(optimizers, old[0]):
+    for optimizer, group, first in _holding(optimizers, old):
         states = [optimizer.state.get(parameter) or {} for parameter in old]
-        _replace(group, old[0], 1, new)
-        optimizer.state.pop(old[0], None)
-        drop_parameters([optimizer], old[1:])
+        _replace(group, first, new)
+        optimizer.state.pop(first, None)
+        drop_parameters([optimizer], old)
         _begin_state(optimizer, group, new)
         if len(old) == len(new) and all(map(_fits, states, new)):
             optimizer.state.update((p, s) for p, s in zip(new, states, strict=True) if s)

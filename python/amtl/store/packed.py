@@ -26,6 +26,7 @@ from amtl.errors import UserError, together
 from amtl.layer.collection import AMTLEmbeddingCollection, CollectedTable
 from amtl.layer.conversion import layers as layers_of
 from amtl.layer.conversion import swap
+from amtl.layer.convertible import require_model
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.hosts import check
 from amtl.layer.names import COMPILED, PARALLEL, unwrapped, wrapped_as
@@ -93,10 +94,12 @@ class PackedFile:
             The same model, its embeddings replaced.
 
         Raises:
+            TypeError: no module.
             PackedFileError: the model has other modules, keys or shapes than the one saved,
                 embeddings of another class, shape, pooling, padding row or norm, or one that is
                 wrapped by itself; it is left as it was.
         """
+        require_model(model)
         # Files of before have an AveragedModel as it is.
         inner = unwrapped(model) if "n_averaged" in self.state else _averaged(model)
         names = self._own_names(inner)
@@ -280,6 +283,7 @@ def save(
         UserWarning: a table whose ids are in no order of counts stores much beside its rows.
 
     Raises:
+        TypeError: what is to be saved is none of these.
         ValueError: a layer is still searching, no layer at all, or something that cannot be
             stored.
         ImportError: safetensors is not installed.
@@ -298,8 +302,12 @@ def save(
         kind, layers = "layer", {"": obj}
     elif isinstance(obj, nn.Module):
         kind, layers, model = "model", layers_of(obj), obj
-    else:
+    elif isinstance(obj, Mapping):
         kind, layers = "layers", dict(obj)
+    else:
+        raise TypeError(
+            f"save(model, path) takes a model, a layer or layers by name first, got {kind_of(obj)}"
+        )
     write_packed(path, kind, layers, model, metadata=metadata, tensors=tensors)
     _tell_of_orders(layers)
 

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 transformers = pytest.importorskip("transformers", reason="needs: pip install transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 ROWS, IDS = 60, torch.arange(60).view(4, 15)
 
@@ -99,6 +100,48 @@ def test_a_model_within_a_model_saves_itself(tmp_path):
     model.transformer.save_pretrained(tmp_path)
     loaded = transformers.GPT2Model.from_pretrained(tmp_path)
     torch.testing.assert_close(outputs(loaded), outputs(model.transformer))
+
+
+class Scores(torch.nn.Module, huggingface_hub.PyTorchModelHubMixin):
+    def __init__(self, rows=ROWS):
+        super().__init__()
+        self.tower = torch.nn.Sequential(torch.nn.Embedding(rows, 8), torch.nn.Linear(8, 1))
+
+    def forward(self, ids):
+        return self.tower(ids)
+
+
+class Words(torch.nn.Module):
+    """As modules of sentence-transformers are, which save what they hold by themselves."""
+
+    __module__ = "sentence_transformers.stand_in"
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.EmbeddingBag(ROWS, 8)
+
+    def save(self, path):
+        safetensors.torch.save_file(self.state_dict(), path)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_models_of_the_hub_and_of_sentences_save_what_plain_ones_load(tmp_path, frozen):
+    """Those of the hub load what has other keys without a word, and stay as they were drawn."""
+    model = amtl.convert(Scores(), {"tower.0": torch.arange(ROWS) ** 2}, budget=0.3)
+    words = torch.nn.Sequential(Words())
+    amtl.convert(words, {"0.embedding": torch.arange(ROWS) ** 2}, budget=0.3)
+    if frozen:
+        amtl.freeze(model), amtl.freeze(words)
+    keys = list(model.state_dict())
+    copy.deepcopy(model).eval().save_pretrained(tmp_path / "hub")
+    loaded = Scores.from_pretrained(tmp_path / "hub")
+    assert type(loaded.tower[0]) is torch.nn.Embedding
+    torch.testing.assert_close(loaded(IDS), model.eval()(IDS))
+    assert list(model.state_dict()) == keys
+    words[0].save(tmp_path / "words")
+    state = safetensors.torch.load_file(tmp_path / "words")
+    assert list(state) == ["embedding.weight"]
+    torch.testing.assert_close(state["embedding.weight"], words[0].embedding.dense_weight())
 
 
 def test_resizing_is_refused():
