@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from amtl.data import hosts, moments, nested, notation, places, ranges
+from amtl.data import amounts, hosts, moments, nested, notation, places, ranges
 from amtl.data.columns import fold
 from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, is_prose, split
 from amtl.data.ordered import Floats, Labels
@@ -29,8 +29,6 @@ _WELL_KNOWN = 200
 """Rows a value from which labels are not asked whether ids are best."""
 _ENOUGH_ROWS = 20
 """Rows per value from which each value can be learned, whatever its order may say."""
-_CROWDED_BELOW = 0.8
-"""Share of distinct values in the lower half of their range from which they count as amounts."""
 _NEARLY_UNIQUE = 0.9
 _RARELY_AGAIN = 0.4
 """Distinct dates or times a row from which few come again: what is near them tells more."""
@@ -39,14 +37,6 @@ _SELDOM = 2.0
 ids."""
 _SELDOM_AS_NUMBERS = 8.0
 """The same of whole numbers that are about as frequent as their neighbours, as amounts are."""
-_SPARSE_BELOW = 0.3
-"""Share of the whole numbers of a range that amounts have; ids are dense, or evenly spread."""
-_FAVOURITES = 0.01
-_FAVOURED_BELOW = 0.25
-"""Share of the rows that amounts leave to the 1 % most frequent ones, but for round ones."""
-_ALIKE_BELOW = 1.5
-"""How much neighbours' counts differ among amounts, by chance alone 1 at most; ids, some of which
-are popular, come to 3 and more."""
 _JOINED_BY = {"|": 1.0, ";": 0.5, ",": 0.5, " ": 0.05}
 """What text may join values by, told of where the parts are so few of the whole values that they
 come again. Names of people and places have spaces. Bars in many rows are taken for that."""
@@ -464,24 +454,13 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
     if len(distinct) > number.buckets:
         if len(distinct) > _NEARLY_UNIQUE * len(whole) and len(whole) >= _ROWS_TO_JUDGE_BY:
             return replace(number, note=f"nearly every row has its own value; {ids}")
-        if rows < _ENOUGH_ROWS and _spread(distinct)[0] >= _CROWDED_BELOW:
+        if rows < _ENOUGH_ROWS and amounts.thin_out(distinct):
             note = f"whole numbers that thin out upward, as amounts do, {rows:.1f} rows a value"
             return replace(number, note=f"{note}; {ids}")
     note = (
         f"whole numbers held as {_type(column)}; {as_typed(name, 'bucket')} takes them as amounts"
     )
     return FieldSpec(name, note=note)
-
-
-def _spread(distinct: pl.Series) -> tuple[float, float]:
-    """Shares of numbers in the lower half of their range, and of its whole numbers that they are.
-
-    The range is that from their 1st to their 99th percentile.
-    """
-    low, high = (float(distinct.quantile(q) or 0.0) for q in (0.01, 0.99))
-    inside = distinct.filter((distinct >= low) & (distinct <= high))
-    lower = float((inside <= (low + high) / 2).mean() or 0.0)  # type: ignore[arg-type]
-    return lower, len(inside) / (high - low + 1)
 
 
 def _labels_say(
@@ -503,14 +482,13 @@ def _labels_say(
         return None
     if spec.kind == "unused":
         # Rows may be numbered in the order of their labels.
-        filled = _spread(column.drop_nulls().unique().cast(pl.Float64))[1]
-        if filled >= _SPARSE_BELOW:
+        if not amounts.are_sparse(column):
             return None
     elif spec.kind != "categorical":
         return None
     told, rows = labels.of(column), (len(ids) - ids.null_count()) / _distinct(ids)
     # In few rows labels say nothing of popular ids, either.
-    several = rows < _SELDOM_AS_NUMBERS and ids is column and _alike(_counts(column)["count"])
+    several = rows < _SELDOM_AS_NUMBERS and ids is column and amounts.are_alike(column)
     seldom = (rows < _SELDOM or several) and labels.rows >= _ROWS_TO_ASK
     note = f"{what}, {rows:.1f} rows a value, "
     if told.by_order:
@@ -536,39 +514,14 @@ def _below_zero(column: pl.Series, default_numeric: str) -> FieldSpec | None:
 
 def _integer_amount(column: pl.Series, default_numeric: str) -> FieldSpec | None:
     """The spec of integers that cannot well be ids, see `infer_fields`; None for others."""
-    number = FieldSpec(column.name, default_numeric)  # type: ignore[arg-type]
     if default_numeric == "categorical" or not _is_scattered(column):
         return None
-    found = _counts(column)
-    lower, filled = _spread(found["value"].cast(pl.Float64))
-    if lower < _CROWDED_BELOW or filled >= _SPARSE_BELOW:
+    if not amounts.cannot_be_ids(column):
         return None
-    counts = found["count"]
-    rows = float(counts.sum())
-    # Amounts heap at round numbers, ids do not.
-    favoured = counts.filter(_favourite(counts) & (found["value"] % 10 != 0)).sum()
-    if favoured >= _FAVOURED_BELOW * rows or not _alike(counts):
-        return None
-    note = f"integers that thin out upward with gaps, as amounts do, {rows / len(counts):.1f} rows "
-    return replace(number, note=f"{note}a value; {as_typed(column.name, 'categorical')} for ids")
-
-
-def _counts(column: pl.Series) -> pl.DataFrame:
-    """The values of a column, in their order, and the rows that each has."""
-    found = column.drop_nulls().rename("value").value_counts(name="count").sort("value")
-    return found.with_columns(pl.col("count").cast(pl.Float64))
-
-
-def _favourite(counts: pl.Series) -> pl.Series:
-    """Which values are the few most frequent ones."""
-    return counts.rank("ordinal") > len(counts) * (1 - _FAVOURITES)
-
-
-def _alike(counts: pl.Series) -> bool:
-    """Whether neighbours are about as frequent as each other, where some ids are popular."""
-    others = counts.filter(~_favourite(counts))
-    apart = float((others.diff().drop_nulls() ** 2).sum())
-    return apart <= _ALIKE_BELOW * float((others[1:] + others[:-1]).sum())
+    rows = (len(column) - column.null_count()) / _distinct(column)
+    note = f"integers that thin out upward with gaps, as amounts do, {rows:.1f} rows a value; "
+    note += f"{as_typed(column.name, 'categorical')} for ids"
+    return FieldSpec(column.name, default_numeric, note=note)  # type: ignore[arg-type]
 
 
 def _integer_note(spec: FieldSpec, column: pl.Series, default_numeric: str) -> str:
@@ -611,17 +564,17 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
     if not many and not key:
         return spec
-    amounts = is_amount(column) or _says_when(column)
-    dated = _may_say_when(column, amounts) and not _is_clock(column)
-    unlike_ids = amounts and not column.dtype.is_numeric()
+    measures = is_amount(column) or _says_when(column)
+    dated = _may_say_when(column, measures) and not _is_clock(column)
+    unlike_ids = measures and not column.dtype.is_numeric()
     if key and not (unlike_ids and default_numeric != "categorical"):
         much = "every row has its own value: nothing"
         if distinct < rows:
             much = f"{distinct:,} values in {rows:,} rows: next to nothing"
         keep = f"{as_typed(spec.name, 'categorical')} keeps it"
-        other = f"{keep}, {amount}" if amounts else keep
+        other = f"{keep}, {amount}" if measures else keep
         other += f", {earlier}" if dated else ""
-        if not amounts and not spec.note and is_prose(column):
+        if not measures and not spec.note and is_prose(column):
             other += f", --multi {shlex.quote(f'{spec.name}={WORDS}')} splits it into words"
         note = f"{much} to learn; {other}"
         return replace(spec, kind="unused", note="; ".join(filter(None, [spec.note, note])))
@@ -647,10 +600,10 @@ def _says_when(column: pl.Series) -> bool:
     return column.dtype == pl.String and len(moments.find(column)) == 1
 
 
-def _may_say_when(column: pl.Series, amounts: bool) -> bool:
+def _may_say_when(column: pl.Series, measures: bool) -> bool:
     """Whether a column may hold dates, or parts of seconds since 1970; see `is_amount`."""
     if not column.dtype.is_integer() or column.null_count() == len(column):
-        return amounts and column.dtype in (pl.Date, pl.Datetime, pl.String)
+        return measures and column.dtype in (pl.Date, pl.Datetime, pl.String)
     low, high = (int(x) for x in (column.min(), column.max()))  # type: ignore[arg-type]
     return moments.unit(low, high) is not None
 
