@@ -1123,7 +1123,7 @@ def test_labels(values, threshold, positive):
     assert labels.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("width", "buckets"), [(10, 256), (1000, 64)])
+@pytest.mark.parametrize(("width", "buckets"), [(10, 256), (1000, None)])
 def test_labels_may_ask_for_finer_buckets(width, buckets):
     """Whose labels change from one small range to the next, as those of codes of places do."""
     g = np.random.default_rng(0)
@@ -1133,4 +1133,17 @@ def test_labels_may_ask_for_finer_buckets(width, buckets):
     frame = pl.DataFrame({"code": codes + g.random(24_000)})
     (spec,) = infer_fields(frame, ["code"], labels=labels)
     assert (spec.kind, spec.buckets) == ("bucket", buckets)
+    assert Encoder.fit(frame, [spec]).field_sizes[0] == (buckets or 64) + 1
+
+
+@pytest.mark.parametrize(("sharp", "buckets"), [(True, 64), (False, 13)])
+def test_few_rows_make_as_many_buckets_where_labels_have_sharp_limits(sharp, buckets):
+    g = np.random.default_rng(0)
+    hormone = g.lognormal(size=4000)
+    rate = 1 / (1 + np.exp(2 * np.log(hormone)))
+    if sharp:
+        rate = np.where((hormone > 0.65) & (hormone < 2.1), 0.05, 0.95)
+    labels = (g.random(4000) < rate).astype(float)
+    frame = pl.DataFrame({"hormone": hormone})
+    (spec,) = infer_fields(frame, ["hormone"], labels=labels)
     assert Encoder.fit(frame, [spec]).field_sizes[0] == buckets + 1

@@ -14,7 +14,15 @@ from amtl.data.columns import fold
 from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, is_prose, split
 from amtl.data.ordered import Floats, Labels
 from amtl.data.readers import require_columns
-from amtl.data.specs import TEXT, TREATMENTS, FieldSpec, as_typed, is_amount, numbers
+from amtl.data.specs import (
+    MOST_BUCKETS,
+    TEXT,
+    TREATMENTS,
+    FieldSpec,
+    as_typed,
+    is_amount,
+    numbers,
+)
 from amtl.data.splits import names_parts
 from amtl.data.text import FEW_NUMBERS
 from amtl.data.vocabulary import exact_ids
@@ -174,16 +182,17 @@ def _as_fine_as_labels(spec: FieldSpec, column: pl.Series, labels: Labels) -> Fi
     """With more buckets where labels tell of structure that is finer: codes of places, heaps."""
     if spec.kind == "bucket":
         found, buckets = numbers(column, spec), bucket_count(spec, labels.rows)
-        if labels.want_finer(found, buckets, _FINE):
-            return replace(spec, buckets=_FINE)
+        for finer in (_FINE, MOST_BUCKETS):
+            if finer > buckets and labels.want_finer(found, buckets, finer):
+                return replace(spec, buckets=finer)
     return spec
 
 
 def bucket_count(spec: FieldSpec, rows: int) -> int:
     """Into how many buckets so many rows that train are cut."""
-    if spec.buckets > FieldSpec.buckets:
+    if spec.buckets is not None:
         return spec.buckets
-    return min(spec.buckets, max(_FEWEST_BUCKETS, rows // _ROWS_A_BUCKET))
+    return min(MOST_BUCKETS, max(_FEWEST_BUCKETS, rows // _ROWS_A_BUCKET))
 
 
 def _has_value(spec: FieldSpec, column: pl.Series, told: bool, labels: Labels | None) -> bool:
@@ -451,7 +460,7 @@ def _guess_number(column: pl.Series, default_numeric: str) -> FieldSpec:
     if len(distinct) <= 2:
         return FieldSpec(name)
     rows = len(whole) / len(distinct)
-    if len(distinct) > number.buckets:
+    if len(distinct) > MOST_BUCKETS:
         if len(distinct) > _NEARLY_UNIQUE * len(whole) and len(whole) >= _ROWS_TO_JUDGE_BY:
             return replace(number, note=f"nearly every row has its own value; {ids}")
         if rows < _ENOUGH_ROWS and amounts.thin_out(distinct):
@@ -504,7 +513,7 @@ def _labels_say(
 def _below_zero(column: pl.Series, default_numeric: str) -> FieldSpec | None:
     """The spec of integers of which several are below zero, and none a hash; None for others."""
     below = column.filter(column < 0)
-    several = below.n_unique() > 1 and _distinct(column) > FieldSpec.buckets
+    several = below.n_unique() > 1 and _distinct(column) > MOST_BUCKETS
     # One alone may stand for what is missing.
     if default_numeric == "categorical" or not several or int(below.min()) < -_LARGEST_AMOUNT:  # type: ignore[arg-type]
         return None
@@ -540,13 +549,13 @@ def _is_scattered(column: pl.Series, enough: int = _ENOUGH_ROWS) -> bool:
     """Whether a column has more values than buckets, and few rows for each."""
     distinct = _distinct(column)
     few = len(column) - column.null_count() < enough * distinct
-    return distinct > FieldSpec.buckets and few
+    return distinct > MOST_BUCKETS and few
 
 
 def _few_odd(values: pl.Series) -> str:
     """Some of the distinct texts that are no numbers, where 80 % and more than 64 are."""
     odd = notation.odd(values, ".")
-    if len(values) - len(odd) <= max(FieldSpec.buckets, _MOSTLY * len(values)) or not len(odd):
+    if len(values) - len(odd) <= max(MOST_BUCKETS, _MOSTLY * len(values)) or not len(odd):
         return ""
     shown = ", ".join(brief(repr(text)) for text in odd[:3])
     return shown + (f" and {len(odd) - 3:,} more" if len(odd) > 3 else "")
@@ -560,7 +569,7 @@ def _keys_left_out(spec: FieldSpec, column: pl.Series, default_numeric: str) -> 
     rows, distinct = len(column), _distinct(column)
     amount = f"{as_typed(spec.name, 'bucket')} takes it as a number"
     earlier = _earlier(spec.name)
-    many = distinct > max(spec.buckets, rows / _ENOUGH_ROWS)
+    many = distinct > max(MOST_BUCKETS, rows / _ENOUGH_ROWS)
     key = rows >= _ROWS_TO_JUDGE_BY and distinct > _NEARLY_UNIQUE * rows
     if not many and not key:
         return spec

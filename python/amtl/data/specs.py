@@ -15,6 +15,9 @@ from amtl.errors import UserError, brief
 Kind = Literal["categorical", "bag", "bucket", "standardise", "unused"]
 TREATMENTS = ("bucket", "standardise", "categorical")
 
+MOST_BUCKETS = 64
+"""Of a number, unless labels ask for more. What has no more values may well be ids."""
+
 TEXT = (pl.String, pl.Categorical, pl.Enum)
 
 
@@ -31,8 +34,8 @@ class FieldSpec:
         separator: of a `bag` held as strings, `[]` where these are lists as Python or JSON writes
             them, `words` where they are text, see `amtl.data.lists`. None for one held as lists;
             text that comes in their place is split at `|`.
-        buckets: number of quantile buckets; fewer where training rows are few, unless labels ask
-            for more than 64, see `bucket_count`.
+        buckets: number of quantile buckets; None: as many as training rows allow, see
+            `bucket_count`.
         decimal: mark of numbers held as text, `.` or `,`; thousands may be set apart by the other
             one. None where they were no text.
         scaled: whether numbers held as text may be thousands, millions and billions, as `5K`.
@@ -60,7 +63,7 @@ class FieldSpec:
     name: str
     kind: Kind = "categorical"
     separator: str | None = None
-    buckets: int = 64
+    buckets: int | None = None
     decimal: str | None = None
     scaled: bool = False
     unit: str = ""
