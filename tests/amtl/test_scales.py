@@ -168,7 +168,7 @@ def test_ids_in_whose_place_dates_come_are_missing():
 def test_what_two_numbers_are_apart_is_learned_and_packed(tmp_path):
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 400, (2, 4000))
-    near = np.clip(a + rng.integers(-40, 41, 4000), 0, None)
+    near = np.clip(a + rng.integers(-20, 21, 4000), 0, None)
     b = np.where(rng.random(4000) < 0.9, near, b)
     frame = pl.DataFrame({"start": a, "end": b, "label": (b > a).astype(int)})
     source = Source("made here", frame, "label")

@@ -179,9 +179,11 @@ class TableLookups(TableRows):
 
     def _learns(self) -> bool:
         """Whether it is the turn of this pass to let sizes learn."""
-        every, weight = self.options.learns_every, self._parameters["weight"]
-        if every == 1 or not self.training or being_traced() or weight is None:
+        every = self.options.learns_every
+        if every == 1 or not self.training or being_traced():
             return True
+        weight = self.weight
+        assert weight is not None
         # An optimizer that is fused leaves the version as it is.
         now = weight._version, self._updated.backward
         if now != self._passed:
