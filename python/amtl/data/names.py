@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import polars as pl
 from amtl.data import hosts, moments
 from amtl.data.lists import WORDS, is_prose, split
 from amtl.data.ordered import Floats, Labels
-from amtl.data.specs import TEXT, FieldSpec
+from amtl.data.specs import FieldSpec, of_text
 
 _SELDOM, _ENOUGH = 2.0, 10.0
 """Rows a name between which it is a value of its own, and its words tell of those that are new or
@@ -26,12 +25,8 @@ PARTS = (WORDS,)
 
 def parts(column: pl.Series) -> list[FieldSpec]:
     """The words of a column of text as a field beside it; nothing of others."""
-    if column.dtype not in TEXT:
-        return []
-    name = f"{column.name}.{WORDS}"
-    note = f"labels follow the words of {column.name!r}, also of those that are new; "
-    note += f"--drop {shlex.quote(name)} leaves them out"
-    return [FieldSpec(name, "bag", WORDS, part=WORDS, of=column.name, note=note)]
+    says = f"labels follow the words of {column.name!r}, also of those that are new"
+    return of_text(column, WORDS, says, WORDS)
 
 
 def with_words(

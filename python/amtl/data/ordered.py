@@ -8,9 +8,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from amtl.data.specs import MOST_BUCKETS
+
 _FOLDS = 5
 _MOST_ROWS = 200_000
-_BUCKETS = 64
 _PRIOR = 10.0
 """Rows that a bucket's rate counts for all."""
 _PRIORS = (1.0, 4.0, 16.0, 64.0)
@@ -26,8 +27,8 @@ _SURER, _FINER = 5.0, 0.3
 fewer, a full table gained by them on one (.09 of validation score; .46 of what order told) and lost
 up to .02 on the others (.31 and less, or unsure)."""
 _LITTLE_FINER = 0.03
-"""The same, beside `_SURE`, for 64 parts where few rows make fewer buckets: of eight files of 1,800
-to 8,700 rows that train models gained by that on four (up to .006 of AUC), and lost .001 on one."""
+"""The same, beside `_SURE`, for 64 parts where few rows make fewer buckets: of eight files of 2,100
+to 10,900 rows that train models gained by that on four (up to .005 of AUC), lost .001 on one."""
 
 _FINER_ROWS = 50_000
 """Enough for that: what few rows leave in doubt is no reason for more buckets."""
@@ -130,12 +131,12 @@ class Labels:
     def want_finer(self, column: pl.Series, buckets: int, parts: int) -> bool:
         """Whether so many parts of a column of numbers tell of labels beside fewer buckets."""
         said = told(column, self._labels, buckets, parts)
-        sure, share = (_SURER, _FINER) if parts > _BUCKETS else (_SURE, _LITTLE_FINER)
+        sure, share = (_SURER, _FINER) if parts > MOST_BUCKETS else (_SURE, _LITTLE_FINER)
         return said is not None and said.own > max(sure * said.own_error, share * said.order)
 
 
 def told(
-    values: pl.Series, labels: Floats, buckets: int = _BUCKETS, parts: int | None = None
+    values: pl.Series, labels: Floats, buckets: int = MOST_BUCKETS, parts: int | None = None
 ) -> Told | None:
     """What buckets of neighbours tell of labels, and single values, or small parts, beside that.
 
@@ -218,8 +219,9 @@ def _by_evidence(lists: pl.Series, labels: Floats) -> Floats:
     result = np.empty(len(labels))
     for f in range(_FOLDS):
         train, held = fold != f, fold == f
-        bucket = np.searchsorted(_edges(evidence[train], _BUCKETS), evidence, side="right")
-        sums, rows = (each[bucket[held]] for each in _per_group(bucket, train, labels, _BUCKETS))
+        bucket = np.searchsorted(_edges(evidence[train], MOST_BUCKETS), evidence, side="right")
+        found = _per_group(bucket, train, labels, MOST_BUCKETS)
+        sums, rows = (each[bucket[held]] for each in found)
         rate = (sums + _PRIOR * labels[train].mean()) / (rows + _PRIOR)
         result[held] = _likelihood(rate, labels[held])
     return result

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Sequence
 
 import polars as pl
 
 from amtl.data.lists import WORDS, split, two_by_two
 from amtl.data.ordered import Floats, Labels
-from amtl.data.specs import TEXT, FieldSpec
+from amtl.data.specs import TEXT, FieldSpec, of_text
 
 PARTS = ("pairs",)
 
 
 def parts(column: pl.Series) -> list[FieldSpec]:
     """The field of a column of text; nothing for others."""
-    if column.dtype not in TEXT:
-        return []
-    name = f"{column.name}.{PARTS[0]}"
-    note = f"neighbouring words of {column.name!r} two by two, which tell of labels beside them; "
-    note += f"--drop {shlex.quote(name)} leaves them out"
-    return [FieldSpec(name, "bag", part=PARTS[0], of=column.name, note=note)]
+    says = f"neighbouring words of {column.name!r} two by two, which tell of labels beside them"
+    return of_text(column, PARTS[0], says)
 
 
 def with_parts(

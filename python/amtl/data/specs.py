@@ -166,6 +166,24 @@ def is_amount(column: pl.Series) -> bool:
     return moments.iso(column) is not None
 
 
+def of_text(
+    column: pl.Series, part: str, says: str, separator: str | None = None
+) -> list[FieldSpec]:
+    """A part of a column of text, a bag beside it; nothing of other columns.
+
+    Args:
+        column: the column.
+        part: `FieldSpec.part`.
+        says: why, for its note.
+        separator: `FieldSpec.separator`.
+    """
+    if column.dtype not in TEXT:
+        return []
+    name = f"{column.name}.{part}"
+    note = f"{says}; --drop {shlex.quote(name)} leaves them out"
+    return [FieldSpec(name, "bag", separator, part=part, of=column.name, note=note)]
+
+
 def as_typed(name: str, treatment: str) -> str:
     """The option `--numeric` of a column, as one types it."""
     return f"--numeric {shlex.quote(f'{name}={treatment}')}"

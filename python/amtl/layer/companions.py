@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
+from amtl.layer.replicas import are_several
 from amtl.layer.size_head import Padded, SizeHead, Solution
 
 _FEWER = 8
@@ -218,7 +219,7 @@ class _Masks(torch.autograd.Function):
         """Gradients of the parameters whose masks have one."""
         solved: _Solved = ctx.solved
         # Processes that train together wait for the gradient of every parameter of the graph.
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        several = are_several()
         found = solved.gradient(gradients)
         rows = zip(found, gradients, ctx.needs_input_grad[1:], strict=True)
         return None, *(

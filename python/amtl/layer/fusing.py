@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from amtl.layer.instances import instances_of
+from amtl.layer.replicas import are_several
 from amtl_kernels.optim import SGD, RowOptimizer, RowwiseAdagrad
 
 FusedOptimizer = Callable[[list[nn.Parameter]], RowOptimizer] | RowOptimizer
@@ -201,7 +202,7 @@ def refuse_replicas(tables: Iterable[nn.Parameter], name: str) -> None:
     Raises:
         RuntimeError: it is.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not are_several():
         return
     wrapper: Any = DistributedDataParallel._active_ddp_module
     if wrapper is None:

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import amtl_kernels
 from amtl.errors import together
+from amtl.layer.replicas import are_several
 from amtl.layer.rounding import Rounding, trains
 from amtl.layer.shown import ShownRows
 from amtl.layer.size_head import being_traced
@@ -193,8 +194,7 @@ class TableLookups(TableRows):
             return True
         # Processes that train together wait for the gradient of every parameter of the graph, and
         # a CUDA graph does at each replay what it did when it was captured.
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return several or self._head()._capturing()
+        return are_several() or self._head()._capturing()
 
     def _sized_plan(self, sizes: Tensor) -> Plan | None:
         """What native code knows of the weight at these sizes of the groups, when evaluating."""

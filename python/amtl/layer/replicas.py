@@ -21,12 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from amtl.layer.instances import instances_of
 
 
+def are_several() -> bool:
+    """Whether processes train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     """The living DistributedDataParallel wrappers around one of the parameters.
 
     O(objects in the process) where processes train together, else nothing.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not are_several():
         return []
     wanted = {id(parameter) for parameter in parameters}
     # A wrapper that is garbage already counts in no process, whenever each would find it out.
@@ -66,7 +71,7 @@ def leads(buffer: Tensor) -> bool:
     Raises:
         RuntimeError: the wrapper leaves buffers alone, so that each process would go its own way.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not are_several():
         return True
     wrapper: Any = DistributedDataParallel._active_ddp_module
     if wrapper is None or distributed.get_world_size(wrapper.process_group) == 1:
