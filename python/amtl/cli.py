@@ -353,8 +353,8 @@ def _train(make: Any, out: Path, fresh: bool = False) -> dict[str, Any]:
     What was guessed of the columns is told of a `fresh` run.
     """
     from amtl.run.display import print_decisions, print_result
+    from amtl.run.done import Interrupted
     from amtl.run.progress import Bars
-    from amtl.run.training import Interrupted
 
     stop = failures.Stopper(console)
     trainer = make(stop, Bars(console))

@@ -19,12 +19,13 @@ from amtl.errors import UserError
 from amtl.run import ahead
 from amtl.run.ahead import MOST, Ahead, side_by_side
 from amtl.run.config import TrainConfig
+from amtl.run.done import Interrupted
 from amtl.run.learner import Learner
 from amtl.run.model import predict
 from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import Trials, best_record
-from amtl.run.training import Interrupted, start
+from amtl.run.training import start
 
 ROWS = 3000
 

@@ -14,9 +14,10 @@ from amtl.errors import UserError
 from amtl.run import methods
 from amtl.run.backbones import INTERACTIONS, InterestPooling, interaction
 from amtl.run.config import BACKBONES, TrainConfig
+from amtl.run.done import Interrupted
 from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.report import group_results
-from amtl.run.training import Interrupted, start
+from amtl.run.training import start
 
 ROWS = 1500
 F, D, K, B = 3, 4, 2, 5

@@ -12,8 +12,9 @@ from amtl.cli import main
 from amtl.errors import UserError
 from amtl.layer.rounding import Parts, Rounding, decode
 from amtl.run.config import TrainConfig
+from amtl.run.done import Interrupted
 from amtl.run.folders import pack_run
-from amtl.run.training import Interrupted, start
+from amtl.run.training import start
 
 from amtl_kernels.optim import SGD, Adam, RowwiseAdagrad
 from amtl_kernels.rounding import BITS, code_type, pack_codes

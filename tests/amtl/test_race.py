@@ -15,11 +15,12 @@ import torch
 from amtl.data.registry import Source
 from amtl.data.splits import split_rows
 from amtl.errors import UserError
-from amtl.run import comparison, contest, methods, teaching, training
+from amtl.run import comparison, contest, folders, methods, teaching, training
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
 from amtl.run.contest import DECAYS, DROPOUT, SHARES, STRONGER, WEAKER
 from amtl.run.display import print_comparison
+from amtl.run.done import Interrupted
 from amtl.run.folders import load_run
 from amtl.run.learner import Learner
 from amtl.run.metrics import score_error
@@ -37,7 +38,7 @@ from amtl.run.race import (
     race,
 )
 from amtl.run.teaching import Teacher
-from amtl.run.training import Interrupted, start
+from amtl.run.training import start
 from rich.console import Console
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -294,16 +295,21 @@ def test_what_was_stopped_after_its_race_ends_the_same(source, tmp_path, share):
         return False
 
     expected = start(config, source=source, stop=counted).run()
-    last = int(share * len(asked))
+    whole = len(asked)
+    last = int(share * whole)
     asked.clear()
     stopped = start(
         config, tmp_path, source=source, stop=lambda steps: counted(steps) or len(asked) > last
     )
     with pytest.raises(Interrupted):
         stopped.run()
-    again = start(None, tmp_path, resume=True, source=source).run()
+    asked.clear()
+    again = start(None, tmp_path, resume=True, source=source, stop=counted).run()
     for key in ("test_auc", "val_auc", "stored_bytes", "raced"):
         assert again[key] == expected[key], key
+    # But for the race, nothing is trained twice.
+    assert len(asked) == whole - last - 1
+    assert not folders.trainings(tmp_path)
 
 
 @pytest.fixture
@@ -335,9 +341,12 @@ def test_a_time_limit_is_kept_and_may_be_given_more(source, tmp_path, second_a_s
         assert metrics["cut_short"] and "time ran out" in " ".join(comparison.verdict(metrics))
         trained = load_run(folder)
         assert methods.stored_bytes(trained.model.table) == metrics["stored_bytes"]
-        again = start(None, folder, resume=True, source=source, stop=stop).run()
-        assert not again["cut_short"]
-        if limit == raced + 10:
+        more = {"resume": True, "time_limit": 1e9}
+        before = clock.now
+        again = start(None, folder, source=source, stop=stop, **more).run()
+        assert not again["cut_short"] and not folders.trainings(folder)
+        if limit > raced:
+            assert clock.now == seconds, before
             for key in ("test_auc", "val_auc", "stored_bytes", "raced"):
                 assert again[key] == whole[key], key
 

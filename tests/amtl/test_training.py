@@ -16,6 +16,7 @@ from amtl.data.splits import split_rows
 from amtl.errors import UserError
 from amtl.run import methods
 from amtl.run.config import OWN, TrainConfig
+from amtl.run.done import Interrupted
 from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.learner import Learner
 from amtl.run.metrics import calming, score
@@ -23,7 +24,7 @@ from amtl.run.model import predict
 from amtl.run.preparation import prepare
 from amtl.run.progress import Bars, Silent
 from amtl.run.trained import size_table
-from amtl.run.training import Interrupted, start
+from amtl.run.training import start
 from amtl.store.files import read_json
 from rich.console import Console
 
@@ -405,7 +406,7 @@ def test_a_model_is_no_surer_than_validation_has_it(source):
     with torch.no_grad():
         for parameter in learner.model.mlp[-1].parameters():
             parameter.mul_(3)
-    learner._said = None
+    learner.said = None
     assert learner.calm() and learner.best["record"] == record
     factor = calming(3 * says, split.labels)
     assert 0.1 < factor < 0.6

@@ -242,7 +242,9 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
     """What the scores say against the sizes or the budget that were asked for, the worst first."""
     told = [*_given_away(metrics), *_guessing(metrics)]
     if cut := metrics.get("cut_short"):
-        told.append("time ran out: the best model until then is the result, more may find a better")
+        told.append(
+            "time ran out: the best model until then is the result; --resume goes on for a better"
+        )
     if metrics["method"] == "fixed":
         return told
     raced = metrics["raced"] or {}

@@ -135,6 +135,7 @@ class Contest:
                 `budget`; None where there was none, so that sizes are settled.
         """
         self._run(raced)
+        self.winner = self._trials.whole(self.winner)
         full = self.found["full"]
         if full is not None:
             labels = self.winner.task.val.labels
@@ -276,7 +277,7 @@ class Contest:
             winner = self.winner
             sized = replace(winner.config, table_options=law, budget=raced["budget"])
             assert winner.best is not None
-            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(winner.table)
+            used = winner.best["record"]["stored_bytes"] / methods.dense_bytes(self.first.table)
             weaker = self.first.config.embedding_decay is None
             best, self.found[name] = race_bytes(sized, winner, used, trials, weaker)
             self._prefer(best)
@@ -290,7 +291,7 @@ class Contest:
         One of them may overfit, and a teacher of several says more than any of them. Of a fixed
         table nobody knows how wide it could be: the default width, if that is more.
         """
-        teacher = Teacher()
+        teacher = Teacher(self._trials.says_of_train)
         rows: list[tuple[dict[str, Any], Tensor]] = []
         teacher.add(self.first)
         if self.winner is not self.first:
@@ -663,7 +664,9 @@ def contend(
     trials.train(learner, horizon)
     behind = best_record(learner)["score"] < mark - _HOPELESS
     hopeless = behind and learner.steps == horizon and not learner.finished
-    if not hopeless:
+    if hopeless:
+        trials.give_up(learner)
+    else:
         trials.train(learner)
     row, rival = outcome(name, learner), best_record(winner)
     lead = row["score"] - rival["score"]

@@ -2,13 +2,15 @@
 
 `config.json`, `vocabulary.safetensors` (as fitted), `checkpoint.safetensors` (all that is needed to
 go on), `best.safetensors` (the model with the best validation AUC) and, at the end,
-`metrics.json`. Version 1 had `checkpoint.pt` and `best.pt`, which are read still.
+`metrics.json`; until then `trained` has what was trained after the first model. Version 1 had
+`checkpoint.pt` and `best.pt`, which are read still.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -43,6 +45,7 @@ from amtl.store.tensors import (
 
 _ENTRY_BYTES = 160
 _CONFIG, _VOCABULARY, _METRICS = "config.json", "vocabulary.safetensors", "metrics.json"
+_TRAINED = "trained"
 _CHECKPOINT = "amtl-checkpoint"
 _ENDS = (".safetensors", ".pt")
 _INCONSISTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError, zlib.error)
@@ -89,10 +92,22 @@ def require_no_part(out: Path) -> None:
         )
 
 
-def begin_run(folder: Path, config: TrainConfig, encoder: Encoder) -> None:
+def begin_run(
+    folder: Path,
+    config: TrainConfig,
+    encoder: Encoder,
+    states: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Write what a run starts from, in place of the run that the folder holds, if any.
 
-    The old run goes when all that the new one needs is on disk, not before.
+    The old run goes when all that the new one needs is on disk, not before; what it has `trained`
+    stays where states are given, which came out of that.
+
+    Args:
+        folder: the run.
+        config: its settings.
+        encoder: its vocabularies, as fitted.
+        states: checkpoints of it that there are already, by name; see `save_checkpoint`.
 
     Raises:
         UserError: the folder cannot be written; the old run is whole.
@@ -109,12 +124,15 @@ def begin_run(folder: Path, config: TrainConfig, encoder: Encoder) -> None:
     def remove() -> None:
         for path in old:
             path.unlink(missing_ok=True)
+        if not states:
+            clear_trainings(folder)
 
     text = json_text(config.to_dict())
     write_aside(
         {
             folder / _VOCABULARY: _encoder_writer(encoder),
             folder / _CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+            **{folder / f"{n}.safetensors": _writer(each) for n, each in (states or {}).items()},
         },
         remove,
     )
@@ -156,9 +174,13 @@ def save_checkpoint(folder: Path, name: str, state: Mapping[str, Any]) -> None:
         FileWriteError: it cannot be written; the old one is whole.
         ValueError: something in `state` cannot be saved.
     """
-    tensors, tree = flatten(dict(state))
-    write_aside({folder / f"{name}.safetensors": document_writer(_CHECKPOINT, 1, tensors, tree)})
+    write_aside({folder / f"{name}.safetensors": _writer(state)})
     (folder / f"{name}.pt").unlink(missing_ok=True)
+
+
+def _writer(state: Mapping[str, Any]) -> Callable[[Path], object]:
+    tensors, tree = flatten(dict(state))
+    return document_writer(_CHECKPOINT, 1, tensors, tree)
 
 
 def load_checkpoint(folder: Path, name: str) -> dict[str, Any]:
@@ -177,6 +199,26 @@ def load_checkpoint(folder: Path, name: str) -> dict[str, Any]:
     except _INCONSISTENT as error:
         raise UserError(f"{path} is inconsistent ({error!r}): {RESTORE}") from error
     return state
+
+
+def save_training(folder: Path, name: str, state: Mapping[str, Any]) -> None:
+    """Save what one training of a run that goes on has come to; see `save_checkpoint`."""
+    save_checkpoint(folder / _TRAINED, name, state)
+
+
+def load_training(folder: Path, name: str) -> dict[str, Any]:
+    """Load what `save_training` wrote; see `load_checkpoint`."""
+    return load_checkpoint(folder / _TRAINED, name)
+
+
+def trainings(folder: Path) -> list[str]:
+    """Names by which `save_training` has saved something in a run."""
+    return sorted(path.stem for path in (folder / _TRAINED).glob("*.safetensors"))
+
+
+def clear_trainings(folder: Path) -> None:
+    """Remove all that `save_training` has saved in a run."""
+    shutil.rmtree(folder / _TRAINED, ignore_errors=True)
 
 
 def _load_checkpoint_of_v1(path: Path) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Learner:
         self.taught = taught
         self.released = False
         self._ended = False
-        self._said: Tensor | None = None
+        self.said: Tensor | None = None
         self._calmed = 1.0
         lap = math.ceil(self.steps_per_epoch / self.laps)
         self._average = averaging.Average(averaging.LAPS * lap)
@@ -389,10 +389,11 @@ class Learner:
 
     def says(self) -> Tensor:
         """Logits of the validation split by the best model, which this goes back to for good."""
-        self.end()
-        if self._said is None:
-            self._said = predict(self.model, self.task.val)
-        return self._said
+        if not self.released:
+            self.end()
+        if self.said is None:
+            self.said = predict(self.model, self.task.val)
+        return self.said
 
     @torch.no_grad()
     def calm(self) -> bool:
@@ -440,17 +441,18 @@ class Learner:
                 scores = {"val_auc": area, "val_logloss": loss, "score": found}
                 model = copy.deepcopy(self.model.state_dict())
                 self.best = {**self.best, "record": {**record, **scores}, "model": model}
-                self._said = says
+                self.said = says
                 return True
         for p, values in zip(parameters, kept, strict=True):
             p.copy_(values)
         return False
 
     def release(self) -> None:
-        """Lets go of all memory but the history; nothing else is possible afterwards."""
+        """Lets go of the model; its history, and what it said of validation, are left."""
+        if self.released:
+            return
         del self.model, self.table, self.table_optimizer, self.dense_optimizer, self.mask_optimizer
         self._average.begin()
-        self.taught = self._said = None
         self.released = True
         if self.best is not None:
             self.best = {"record": self.best["record"]}

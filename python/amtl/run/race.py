@@ -20,9 +20,11 @@ from amtl.errors import UserError
 from amtl.layer.rounding import unit
 from amtl.run.ahead import Ahead
 from amtl.run.config import TrainConfig
+from amtl.run.done import Done, Interrupted
 from amtl.run.learner import Learner
 from amtl.run.model import field_evidence
 from amtl.run.progress import Observer
+from amtl.run.teaching import says_of_train
 
 CAPACITY_BITS = (16.0, 4.0, 1.0)
 """Bits a number may be worth: sizes that hardly, somewhat, strongly depend on the count."""
@@ -63,6 +65,7 @@ class Trials:
         labels: a teacher's, which learners have where their settings ask for them.
         ahead: trains what is expected meanwhile, where there are cores for it.
         tell: is told of steps that were taken there, see `Ahead.train`.
+        done: keeps what is trained to its end, and has what was before the run was stopped.
     """
 
     fresh: Callable[..., Learner]
@@ -72,6 +75,7 @@ class Trials:
     labels: Tensor | None = None
     ahead: Ahead | None = None
     tell: Callable[..., None] = lambda *told: None
+    done: Done | None = None
 
     def late(self) -> bool:
         """Whether the time is up.
@@ -96,7 +100,9 @@ class Trials:
         """Says what `make` and `train` will likely be asked for; see `Ahead.expect`."""
         if self.ahead is not None and not self.late():
             for entry in entries:
-                self.ahead.expect(entry, self.labels, steps, later)
+                trained = isinstance(entry, TrainConfig) and self._is_done(entry)
+                if not trained:
+                    self.ahead.expect(entry, self.labels, steps, later)
 
     def forget(self, *entries: TrainConfig) -> None:
         """Of what was expected, what will not be asked for."""
@@ -106,16 +112,56 @@ class Trials:
 
     def train(self, learner: Learner, steps: float = math.inf) -> None:
         """Steps of a learner, until it has taken so many or has ended."""
-        if self.ahead is not None and self.ahead.train(learner, steps, self.late, self.tell):
+        handed = self.done is not None and self.done.train(learner, steps)
+        if handed or learner.finished:
             return
+        try:
+            if self.ahead is None or not self.ahead.train(learner, steps, self.late, self.tell):
+                self._train(learner, steps)
+        except Interrupted:
+            self.hold(learner)
+            if self.done is not None:
+                self.done.keep(learner)
+            raise
+        here = self.ahead is None or self.ahead.of(learner) is None
+        if self.done is not None and here and (learner.finished or self.late()):
+            self.done.keep(learner)
+
+    def _train(self, learner: Learner, steps: float) -> None:
         torch.set_rng_state(learner.rng)
-        while learner.steps < steps and not learner.finished:
-            if learner.history and self.late():
-                break
-            self.step(learner)
-            if self.ahead is not None:
-                self.ahead.tend()
-        learner.rng = torch.get_rng_state()
+        try:
+            while learner.steps < steps and not learner.finished:
+                if learner.history and self.late():
+                    break
+                self.step(learner)
+                if self.ahead is not None:
+                    self.ahead.tend()
+                if self.done is not None and self.done.due():
+                    learner.rng = torch.get_rng_state()
+                    self.done.keep(learner)
+        finally:
+            learner.rng = torch.get_rng_state()
+
+    def give_up(self, learner: Learner) -> None:
+        """Says that a learner is not trained any further."""
+        if self.done is not None:
+            self.done.give_up(learner)
+
+    def whole(self, learner: Learner) -> Learner:
+        """The same with its numbers; trained again where a run that was stopped kept none."""
+        if not learner.released:
+            return learner
+        again = replace(self, labels=learner.taught, left=_for_ever)
+        found = again.make(learner.config)
+        again.train(found)
+        return found
+
+    def says_of_train(self, learner: Learner) -> Tensor:
+        """Logits of the training split by a model that is at its end; see `Teacher`."""
+        return says_of_train(learner) if self.done is None else self.done.says(learner)
+
+    def _is_done(self, config: TrainConfig) -> bool:
+        return self.done is not None and self.done.has(config, self.labels)
 
     def hold(self, learner: Learner) -> None:
         """Makes sure that what was trained so far is in this process, not only its scores."""

@@ -6,6 +6,8 @@ a mixture of both, a table of few numbers learns what the teacher knows and over
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,20 +16,30 @@ from amtl.run.metrics import auc, log_loss, score
 from amtl.run.model import predict
 
 
-class Teacher:
-    """Finished models of one task; their logits are averaged where that validates better."""
+def says_of_train(learner: Learner) -> Tensor:
+    """Logits of the training split by a model that is at its end: float32 `[n]`, one pass."""
+    return predict(learner.model, learner.task.train)
 
-    def __init__(self) -> None:
+
+class Teacher:
+    """Finished models of one task; their logits are averaged where that validates better.
+
+    Args:
+        says: logits of the training split by one of them.
+    """
+
+    def __init__(self, says: Callable[[Learner], Tensor] = says_of_train) -> None:
+        self._says = says
         self._val: list[Tensor] = []
         self._train: list[Tensor] = []
         self._labels = torch.empty(0)
 
     def add(self, learner: Learner) -> None:
-        """Takes in what a model, trained to its end, says: one pass over two splits."""
+        """Takes in what a model, trained to its end, says of two splits."""
         task = learner.task
         self._labels = task.val.labels
         self._val.append(learner.says())
-        self._train.append(predict(learner.model, task.train))
+        self._train.append(self._says(learner))
 
     def labels(self) -> Tensor:
         """Probability of a click for every training sample, float32 `[n]`.

@@ -29,6 +29,7 @@ from amtl.run.ahead import Ahead, side_by_side
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
 from amtl.run.contest import Contest, alone_and_full, likely_regularised
+from amtl.run.done import CHECKPOINT_SECONDS, FIRST, FULL, Done, Interrupted
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import auc, auc_error, log_loss
@@ -42,21 +43,6 @@ from amtl_kernels import __version__
 _BINS = 40
 _RACED_LATER = ("embedding_dropout", "embedding_decay", "distillation")
 """Settings that models trained to their end decide."""
-
-_CHECKPOINT_SECONDS = 300.0
-"""When the last checkpoint is this old, another is saved in mid-epoch."""
-
-
-class Interrupted(Exception):
-    """Training stopped on request; the run folder holds something to resume from.
-
-    Args:
-        kept: what that is.
-    """
-
-    def __init__(self, kept: str = "a checkpoint") -> None:
-        super().__init__(kept)
-        self.kept = kept
 
 
 def title(config: TrainConfig) -> str:
@@ -125,6 +111,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._best_saved = -1
         self._fresh = True
+        self._done: Done | None = None
 
     def _make(self, config: TrainConfig, taught: Tensor | None = None) -> Learner:
         run = config.warm_start
@@ -191,7 +178,7 @@ class Trainer:
         if learner.frozen and methods.is_adaptive(learner.table):
             self._note_freeze()
         try:
-            replace(self._trials(), step=lambda learner: self._step()).train(learner)
+            replace(self._trials(), step=lambda learner: self._step(), done=None).train(learner)
         finally:
             self.observer.end()
         # Without a valid AUC there is nothing to go on from, which the end then says.
@@ -232,7 +219,8 @@ class Trainer:
         # Nobody trains it any more, and candidates need the room.
         self.learner.release()
         try:
-            result = race(self.config, self._trials("the start (a race is run again)"))
+            again = self._trials("the start (a race is run again)")
+            result = race(self.config, replace(again, done=None))
         finally:
             self.observer.end()
         self.config, self.learner = result.config, result.learner
@@ -250,7 +238,8 @@ class Trainer:
     def _search(self) -> None:
         """Lets a method that trains twice find what it trains with."""
         try:
-            self.learner = search(self.learner, self._trials("the start (a search is run again)"))
+            again = self._trials("the start (a search is run again)")
+            self.learner = search(self.learner, replace(again, done=None))
         finally:
             self.observer.end()
         self.save()
@@ -262,12 +251,17 @@ class Trainer:
             contest.run(self.raced)
         finally:
             self.observer.end()
+        done, late = self._done, self._late()
+        if done is not None and late:
+            done.keep_as(FIRST, contest.first, raced=self.raced)
         self.raced = {**(self.raced or {}), **contest.found}
         self._full = contest.full
-        if contest.winner is not self.learner:
-            self.config, self.learner, self._best_saved = contest.winner.config, contest.winner, -1
-            self._begin()
-        self.save()
+        self.config, self.learner = contest.winner.config, contest.winner
+        self._begin(trained=True)
+        if done is not None and not late:
+            done.clear()
+            if contest.full is not None:
+                done.keep_as(FULL, contest.full)
 
     def _trials(self, kept: str = "a checkpoint") -> Trials:
         """Makes and trains learners beside the one that checkpoints hold; `kept` is what does."""
@@ -289,7 +283,15 @@ class Trainer:
             loss, samples = learner.step()
             tell(learner.epochs, loss, samples, 1, learner.history[records:])
 
-        return Trials(self._make, self.observer, step, self._left, ahead=self._ahead, tell=tell)
+        return Trials(
+            self._make,
+            self.observer,
+            step,
+            self._left,
+            ahead=self._ahead,
+            tell=tell,
+            done=self._done,
+        )
 
     def _step(self) -> None:
         learner = self.learner
@@ -303,7 +305,7 @@ class Trainer:
         if self.stop(learner.steps):
             self.save()
             raise Interrupted
-        old = time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS
+        old = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
         if self.out and (old or learner.finished or learner.steps % learner.steps_per_epoch == 0):
             self.save()
 
@@ -381,10 +383,27 @@ class Trainer:
         self.raced = state.pop("raced")
         self.learner.load_state(state)
         self._fresh = False
+        self._done = Done(self.out, resumed=True)
+        there = len(self._done)
+        first = self._done.named(FIRST, self._make)
+        if first is not None:
+            self.learner, self.config = first[0], first[0].config
+            self.raced = first[1]["raced"]
+        full = self._done.named(FULL, self._make)
+        self._full = None if full is None else full[0]
+        if there:
+            self.observer.note("what was trained before it was stopped is not trained again")
 
-    def _begin(self) -> None:
+    def _begin(self, trained: bool = False) -> None:
+        """Begins the run folder anew, with the model that is `trained` already, if it is."""
         if self.out:
-            folders.begin_run(self.out, self.config, self.task.encoder)
+            best, states = self.learner.best, {}
+            if trained and best is not None:
+                states = {"checkpoint": self.state(), "best": best}
+                self._best_saved = best["record"]["step"]
+            folders.begin_run(self.out, self.config, self.task.encoder, states)
+            if not trained:
+                self._done = Done(self.out, resumed=False)
         self._fresh = False
 
     def _finish(self) -> dict[str, Any]:
@@ -401,6 +420,8 @@ class Trainer:
             result["compared"] = self._compare(result)
             if self.out:
                 folders.save_metrics(self.out, result)
+        if self._done is not None and not self.cut_short:
+            self._done.clear()
         return result
 
     def _compare(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from amtl.peers import PEERS, fields
 from amtl.peers.fields import evolved
 from amtl.run import methods
 from amtl.run.config import TrainConfig
+from amtl.run.done import Interrupted
 from amtl.run.folders import load_run, pack_run
 from amtl.run.learner import Learner
 from amtl.run.model import predict
@@ -23,7 +24,7 @@ from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import Trials
 from amtl.run.searching import SearchLearner, search
-from amtl.run.training import Interrupted, start
+from amtl.run.training import start
 
 ROWS = 1500
 

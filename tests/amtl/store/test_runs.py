@@ -20,8 +20,9 @@ from amtl.data.registry import load_source
 from amtl.errors import UserError
 from amtl.run import folders
 from amtl.run.config import TrainConfig
+from amtl.run.done import Interrupted
 from amtl.run.trained import Trained
-from amtl.run.training import Interrupted, start
+from amtl.run.training import start
 from amtl.store import files
 from amtl.store.files import FileWriteError, write_aside
 from amtl.store.tensors import document_writer, read_document
