@@ -204,6 +204,23 @@ def test_other_settings_and_other_labels_are_other_trainings(task, tmp_path):
     assert not done.has(taught, 1 - labels) and not done.has(taught, None)
 
 
+def test_what_is_damaged_is_trained_again(source, tmp_path, whole):
+    expected, steps = whole
+    with pytest.raises(Interrupted):
+        stop = Steps(int(0.6 * steps.taken))
+        start(settings(compare=True), tmp_path, source=source, stop=stop).run()
+    damaged = 0
+    for path in (tmp_path / "trained").glob("*.safetensors"):
+        if path.stem not in ("first", "full") and not path.stem.endswith("-says"):
+            content = bytearray(path.read_bytes())
+            content[-5] ^= 1
+            path.write_bytes(bytes(content))
+            damaged += 1
+    assert damaged
+    again = start(None, tmp_path, resume=True, source=source).run()
+    assert without_times(again) == {**expected, "config": again["config"]}
+
+
 def test_a_run_in_its_place_has_nothing_of_it(source, tmp_path, whole):
     _, steps = whole
     with pytest.raises(Interrupted):

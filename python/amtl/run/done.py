@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from amtl.errors import UserError
 from amtl.run import folders
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
@@ -113,7 +114,11 @@ class Done:
         if name not in self._before:
             return None
         self._before.remove(name)
-        state = folders.load_training(self._run, name)
+        try:
+            state = folders.load_training(self._run, name)
+        except UserError:
+            # What a damaged file has lost is trained again.
+            return None
         self._handed.append((learner, name, state))
         return name, state
 
