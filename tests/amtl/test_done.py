@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections import Counter
 
 import pytest
@@ -130,6 +132,17 @@ def test_numbers_of_what_was_let_go_of_are_not_kept(task, tmp_path):
     found.end()
     for name, value in state["best"]["model"].items():
         torch.testing.assert_close(found.model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_what_nobody_needs_is_not_held(task, tmp_path):
+    done = Done(tmp_path, resumed=False)
+    trials = Trials(lambda entry: Learner(entry, task), Silent(), Learner.step, done=done)
+    learner = trials.make(settings(race=False, bits="4", epochs=1))
+    trials.train(learner)
+    gone = weakref.ref(learner)
+    del learner
+    gc.collect()
+    assert gone() is None and len(folders.trainings(tmp_path)) == 1
 
 
 def test_one_that_was_stopped_goes_on_from_there(task, tmp_path):

@@ -664,9 +664,7 @@ def contend(
     trials.train(learner, horizon)
     behind = best_record(learner)["score"] < mark - _HOPELESS
     hopeless = behind and learner.steps == horizon and not learner.finished
-    if hopeless:
-        trials.give_up(learner)
-    else:
+    if not hopeless:
         trials.train(learner)
     row, rival = outcome(name, learner), best_record(winner)
     lead = row["score"] - rival["score"]

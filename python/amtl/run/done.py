@@ -56,8 +56,7 @@ class Done:
     def __init__(self, run: Path, resumed: bool) -> None:
         self._run = run
         self._before = set(folders.trainings(run)) if resumed else set[str]()
-        self._handed: list[tuple[Learner, str, dict[str, Any]]] = []
-        self._whole: list[tuple[Learner, str]] = []
+        self._handed: list[tuple[Learner, dict[str, Any]]] = []
         self._saved_at = time.monotonic()
         self._checked: tuple[Tensor, int] | None = None
 
@@ -82,10 +81,9 @@ class Done:
         Returns:
             Whether nothing is left to train; if not, it stands where it was stopped, if it was.
         """
-        found = self._of(learner)
-        if found is None:
+        state = self._of(learner)
+        if state is None:
             return False
-        name, state = found
         if steps < state["steps"]:
             learner.steps = int(steps)
             learner.history = [r for r in state["history"] if r["step"] <= steps]
@@ -95,8 +93,8 @@ class Done:
         self._handed = [each for each in self._handed if each[0] is not learner]
         if "model" in state:
             learner.load_state(state)
-            self._whole.append((learner, name))
         else:
+            learner.leaving = None
             learner.release()
             for key in _SCORES:
                 setattr(learner, key, state[key])
@@ -104,10 +102,10 @@ class Done:
         learner.said = state["said"]
         return learner.finished or learner.steps >= steps
 
-    def _of(self, learner: Learner) -> tuple[str, dict[str, Any]] | None:
-        for handed, name, state in self._handed:
+    def _of(self, learner: Learner) -> dict[str, Any] | None:
+        for handed, state in self._handed:
             if handed is learner:
-                return name, state
+                return state
         if learner.steps or not self._before:
             return None
         name = self._name(learner.config, learner.taught)
@@ -119,27 +117,24 @@ class Done:
         except UserError:
             # What a damaged file has lost is trained again.
             return None
-        self._handed.append((learner, name, state))
-        return name, state
+        self._handed.append((learner, state))
+        return state
 
     def keep(self, learner: Learner) -> None:
-        """Saves a training as it stands, and lets go of numbers that nobody needs any more."""
+        """Saves a training as it stands."""
         name = self._name(learner.config, learner.taught)
         # Others may have drawn random numbers in this process since.
         state = {**learner.state(), "rng": learner.rng, "said": learner.said}
         folders.save_training(self._run, name, state)
         self._saved_at = time.monotonic()
-        kept = [(each, other) for each, other in self._whole if each is not learner]
-        for each, other in kept:
-            if each.released:
-                folders.save_training(self._run, other, _scores(each))
-        self._whole = [(each, other) for each, other in kept if not each.released]
-        self._whole.append((learner, name))
 
     def give_up(self, learner: Learner) -> None:
-        """Saves the scores of a training that will not go on."""
+        """Saves what is left of a training of which nobody needs the numbers any more."""
         name = self._name(learner.config, learner.taught)
-        folders.save_training(self._run, name, _scores(learner))
+        self._handed = [each for each in self._handed if each[0] is not learner]
+        state = {key: getattr(learner, key) for key in _SCORES}
+        record = None if learner.best is None else learner.best["record"]
+        folders.save_training(self._run, name, {**state, "record": record, "said": learner.said})
 
     def keep_as(self, name: str, learner: Learner, **more: Any) -> None:
         """Saves a model that is asked for by name, and what belongs to it."""
@@ -176,7 +171,7 @@ class Done:
     def clear(self) -> None:
         """Removes all of it: the run has a model that came out of it."""
         folders.clear_trainings(self._run)
-        self._before, self._handed, self._whole = set(), [], []
+        self._before, self._handed = set(), []
 
     def _name(self, config: TrainConfig, taught: Tensor | None) -> str:
         """The same for the same settings and labels, which come to the same model."""
@@ -187,10 +182,3 @@ class Done:
             labels = self._checked[1]
         text = f"{json_text(config.to_dict())} {labels}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _scores(learner: Learner) -> dict[str, Any]:
-    """What is left of a model that was let go of."""
-    state = {key: getattr(learner, key) for key in _SCORES}
-    record = None if learner.best is None else learner.best["record"]
-    return {**state, "record": record, "said": learner.said}

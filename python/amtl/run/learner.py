@@ -84,6 +84,9 @@ class Learner:
         warm: is handed the fresh table, to put other weights into it.
         taught: probability of a click for every training sample, of which `config.distillation`
             is mixed into the labels.
+
+    Attributes:
+        leaving: is told when `release` has let go of the model.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Learner:
         self._order: tuple[int, Tensor] | None = None
         self.taught = taught
         self.released = False
+        self.leaving: Callable[[Learner], None] | None = None
         self._ended = False
         self.said: Tensor | None = None
         self._calmed = 1.0
@@ -456,6 +460,8 @@ class Learner:
         self.released = True
         if self.best is not None:
             self.best = {"record": self.best["record"]}
+        if self.leaving is not None:
+            self.leaving(self)
 
     def _snapshot(self) -> dict[str, Any]:
         """The model and its optimizers, copied."""

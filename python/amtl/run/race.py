@@ -92,7 +92,10 @@ class Trials:
     def make(self, config: TrainConfig) -> Learner:
         """A fresh learner of these settings."""
         taught = {} if self.labels is None else {"taught": self.labels}
-        return self.fresh(config, **taught)
+        learner = self.fresh(config, **taught)
+        if self.done is not None:
+            learner.leaving = self.done.give_up
+        return learner
 
     def expect(
         self, *entries: TrainConfig | Learner, steps: float = math.inf, later: bool = False
@@ -141,11 +144,6 @@ class Trials:
                     self.done.keep(learner)
         finally:
             learner.rng = torch.get_rng_state()
-
-    def give_up(self, learner: Learner) -> None:
-        """Says that a learner is not trained any further."""
-        if self.done is not None:
-            self.done.give_up(learner)
 
     def whole(self, learner: Learner) -> Learner:
         """The same with its numbers; trained again where a run that was stopped kept none."""
