@@ -134,6 +134,31 @@ def test_numbers_of_what_was_let_go_of_are_not_kept(task, tmp_path):
         torch.testing.assert_close(found.model.state_dict()[name], value, rtol=0, atol=0)
 
 
+def test_what_was_given_up_goes_on_from_its_start_where_it_is_asked_for(task, tmp_path):
+    entry = settings(race=False, bits="4")
+    alone = Learner(entry, task)
+    Trials(None, Silent(), Learner.step).train(alone)
+
+    def trials(done):
+        return Trials(lambda entry: Learner(entry, task), Silent(), Learner.step, done=done)
+
+    first = trials(Done(tmp_path, resumed=False))
+    learner = first.make(entry)
+    horizon = learner.lap_end(2)
+    first.train(learner, horizon)
+    scores = learner.history
+    learner.release()
+    again = trials(Done(tmp_path, resumed=True))
+    learner = again.make(entry)
+    again.train(learner, horizon)
+    assert learner.steps == horizon and learner.history == scores and not learner.finished
+    again.train(learner)
+    assert learner.history == [
+        {**r, "seconds": learner.history[i]["seconds"]} for i, r in enumerate(alone.history)
+    ]
+    torch.testing.assert_close(learner.says(), alone.says(), rtol=0, atol=0)
+
+
 def test_what_nobody_needs_is_not_held(task, tmp_path):
     done = Done(tmp_path, resumed=False)
     trials = Trials(lambda entry: Learner(entry, task), Silent(), Learner.step, done=done)

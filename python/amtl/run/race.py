@@ -94,8 +94,13 @@ class Trials:
         taught = {} if self.labels is None else {"taught": self.labels}
         learner = self.fresh(config, **taught)
         if self.done is not None:
-            learner.leaving = self.done.give_up
+            learner.leaving = self._leave
         return learner
+
+    def _leave(self, learner: Learner) -> None:
+        # What the time ran out for goes on where there is more of it.
+        if self.done is not None and not self.late():
+            self.done.give_up(learner)
 
     def expect(
         self, *entries: TrainConfig | Learner, steps: float = math.inf, later: bool = False
