@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.lists import FEWEST_TIMES, WORDS, split
@@ -162,6 +163,21 @@ def test_lists_may_be_written_in_another_way_than_training_had_them(then: str, n
         for bag in (expected, found)
     ]
     assert bags[0] == bags[1]
+
+
+@pytest.mark.parametrize("sign", ["|", ";", ", ", ",", " "])
+@pytest.mark.parametrize("values", [[31, 7, 5], ["red", "blue", "a-b"]])
+def test_lists_may_come_as_text_that_is_joined_by_whatever_tells_them_apart(
+    values: list[int] | list[str], sign: str
+) -> None:
+    lists = [values[:2], values, [], values[2:]] * 50
+    frame = pl.DataFrame({"seen": lists})
+    encoder = Encoder.fit(frame, infer_fields(frame, ["seen"]))
+    joined = frame.select(pl.col("seen").cast(pl.List(pl.String)).list.join(sign))
+    found, expected = encoder.transform(joined), encoder.transform(frame)
+    assert found.unknown == {"seen": 0}
+    rows = torch.arange(len(frame))
+    assert torch.equal(found.batch(rows).indices, expected.batch(rows).indices)
 
 
 @pytest.mark.parametrize("text", ["new, other", "red", "a, b", "", None])

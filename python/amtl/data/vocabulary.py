@@ -192,8 +192,8 @@ class Vocabulary:
         """Rows of a multi-valued column: lists, or text that is split at the separator.
 
         Text that holds no separator of training's, but another that makes more of it known, is
-        split at that. Without a separator training had lists. Text is then split at
-        `LIST_SEPARATOR`, unless a known value holds it, or read as lists if all of it is that.
+        split at that. Without a separator training had lists. Text is then read as if it had been
+        split at `LIST_SEPARATOR`, unless a known value holds that, or as lists if all of it is.
 
         Returns:
             rows int32 `[total]`, offsets int64 `[n + 1]` with bag `b` at
@@ -337,10 +337,12 @@ class Vocabulary:
             return self.separator
         if self.separator:
             return now_written(series.cast(pl.String), self.separator, self._values)
-        if self.trimmed and are_written_lists(series.cast(pl.String)):
+        texts = series.cast(pl.String)
+        if self.trimmed and are_written_lists(texts):
             return WRITTEN_LISTS
-        known = self._values.cast(pl.String)
-        return None if known.str.contains(LIST_SEPARATOR, literal=True).any() else LIST_SEPARATOR
+        if self._values.cast(pl.String).str.contains(LIST_SEPARATOR, literal=True).any():
+            return None
+        return now_written(texts, LIST_SEPARATOR, self._values) if self.trimmed else LIST_SEPARATOR
 
     def _lookup(self, flat: pl.Series, dtype: Any) -> tuple[Tensor, int]:
         """Rows of normal values, which came as `dtype`, and the number of unknown ones."""
