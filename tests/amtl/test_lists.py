@@ -9,6 +9,8 @@ import torch
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.lists import FEWEST_TIMES, WORDS, split
+from amtl.data.readers import as_frame
+from amtl.errors import UserError
 
 ROWS = 1500
 NOUNS = ["dress", "shirt", "coat", "skirt", "scarf", "boots"]
@@ -187,3 +189,11 @@ def test_other_text_is_split_as_it_was(text: str | None) -> None:
     encoder = Encoder.fit(frame, infer_fields(frame, ["tags"], separators={"tags": "|"}))
     (bag,) = encoder.transform(pl.DataFrame({"tags": [text]})).bags
     assert len(bag.values) == bool(text)
+
+
+def test_sets_are_refused_by_name() -> None:
+    """Grouping them ends polars in a panic, which is no `Exception`."""
+    frame = pl.DataFrame({"seen": [["a", "b"], ["a"], [], ["b"]] * 50})
+    encoder = Encoder.fit(frame, infer_fields(frame, ["seen"]))
+    with pytest.raises(UserError, match=r"'seen' holds objects of Python \(set\): make lists"):
+        encoder.transform(as_frame({"seen": [{"a", "b"}, set()]}))
