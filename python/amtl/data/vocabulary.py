@@ -7,7 +7,6 @@ without storing a size per row.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -290,10 +289,12 @@ class Vocabulary:
         null = values.is_null()
         tensors = {"counts": _narrow(self.counts)}
         if self._kind == "str":
-            data = [v.encode() for v in values.fill_null("").to_list()]
-            joined = np.frombuffer(b"".join(data), dtype=np.uint8).copy()
-            tensors["bytes"] = torch.from_numpy(joined)
-            tensors["lengths"] = _narrow(torch.tensor([len(v) for v in data], dtype=torch.int64))
+            # Millions of them are too many to be objects of Python one by one.
+            texts = values.fill_null("")
+            joined = str(texts.str.join("").item()).encode()
+            tensors["bytes"] = torch.from_numpy(np.frombuffer(joined, dtype=np.uint8).copy())
+            lengths = texts.str.len_bytes().to_numpy().astype(np.int64)
+            tensors["lengths"] = _narrow(torch.from_numpy(lengths))
         else:
             ints = values.fill_null(0).to_numpy().astype(np.int64, copy=True)
             tensors["ints"] = torch.from_numpy(ints)
@@ -314,9 +315,11 @@ class Vocabulary:
         if "ints" in tensors:
             values = pl.Series("value", tensors["ints"].numpy(), dtype=pl.Int64)
         else:
-            blob = tensors["bytes"].numpy().tobytes()
-            ends = np.cumsum([0, *tensors["lengths"].tolist()]).tolist()
-            texts = [blob[a:b].decode() for a, b in itertools.pairwise(ends)]
+            ends = np.zeros(len(tensors["lengths"]) + 1, dtype=np.int64)
+            np.cumsum(tensors["lengths"].numpy(), out=ends[1:])
+            parts = (pa.py_buffer(ends), pa.py_buffer(tensors["bytes"].numpy().tobytes()))
+            texts = pa.LargeStringArray.from_buffers(len(ends) - 1, *parts)
+            texts.validate(full=True)
             values = pl.Series("value", texts, dtype=pl.String)
         null_at = meta.get("null_at")
         if null_at is not None:
