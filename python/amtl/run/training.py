@@ -40,7 +40,7 @@ from amtl.run.searching import is_search, search
 from amtl_kernels import __version__
 
 _BINS = 40
-_RACED_LATER = ("embedding_dropout", "embedding_decay", "distillation")
+_RACED_LATER = ("embedding_dropout", "embedding_decay", "distillation", "hides")
 """Settings that models trained to their end decide."""
 
 _CHECKPOINT_SECONDS = 300.0
