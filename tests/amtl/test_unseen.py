@@ -8,8 +8,9 @@ import torch
 from amtl.data import Encoder, infer_fields
 from amtl.data.registry import Source
 from amtl.run import methods
+from amtl.run.comparison import choices
 from amtl.run.config import TrainConfig
-from amtl.run.training import start
+from amtl.run.training import Interrupted, start
 from amtl.run.unseen import Hiding, settle_unseen
 
 ROWS = 4000
@@ -195,36 +196,55 @@ def test_nothing_is_hidden_where_hardly_anything_is_new(owned):
     assert not Hiding(encoder, encoder.transform(owned[:0])).fields
 
 
-@pytest.mark.parametrize("method", ["fixed", "amtl"])
-def test_what_is_known_of_new_items_is_learned_from_hidden_ones(method):
-    """Here owners tell of labels, which items that have them know by themselves."""
+@pytest.fixture(scope="module")
+def turnover():
+    """Items that come and go, of owners who tell of labels."""
     generator = torch.Generator().manual_seed(2)
     item = torch.sort((400 * torch.rand(6 * ROWS, generator=generator)).long()).values
-    owner = item % 7
     good = torch.rand(400, generator=generator)[item] < 0.5
-    logit = 3.0 * (owner < 3) - 1.5 + 2.0 * good
+    logit = 3.0 * (item % 7 < 3) - 1.5 + 2.0 * good
     label = torch.rand(len(item), generator=generator) < torch.sigmoid(logit.double())
     frame = pl.DataFrame(
         {
             "item": [f"i{i}" for i in item.tolist()],
-            "owner": [f"o{i}" for i in owner.tolist()],
+            "owner": [f"o{i % 7}" for i in item.tolist()],
             "time": (item + 60 * torch.rand(len(item), generator=generator)).numpy(),
             "label": label.long().numpy(),
         }
     )
+    return Source("made here", frame, label="label")
+
+
+def hiding(**changes):
+    given = {"split": "order:time", "dim": 8, "epochs": 12, "race": False, "batch_size": 512}
+    return TrainConfig(data="made here", label="label", **{**given, "hides": True, **changes})
+
+
+@pytest.mark.parametrize("method", ["fixed", "amtl"])
+def test_what_is_known_of_new_items_is_learned_from_hidden_ones(turnover, method):
+    """Items that have owners know by themselves what these tell."""
     losses = {}
     for hides in (True, False):
-        config = TrainConfig(
-            data="made here",
-            label="label",
-            method=method,
-            split="order:time",
-            hides=hides,
-            dim=8,
-            epochs=12,
-            race=False,
-            batch_size=512,
-        )
-        result = start(config, source=Source("made here", frame, label="label")).run()
-        losses[hides] = result["test_logloss"]
+        trainer = start(hiding(method=method, hides=hides), source=turnover)
+        losses[hides] = trainer.run()["test_logloss"]
+        assert trainer.learner.may_hide
     assert losses[True] < losses[False] - 0.005
+
+
+def test_a_resumed_run_hides_what_an_uninterrupted_one_does(turnover, tmp_path):
+    config = hiding(epochs=3)
+    expected = start(config, source=turnover).run()
+    stopped = start(config, tmp_path, source=turnover, stop=lambda steps: steps >= 50)
+    with pytest.raises(Interrupted):
+        stopped.run()
+    resumed = start(None, tmp_path, resume=True, source=turnover).run()
+    for key in ("test_auc", "test_logloss", "val_auc", "best_epoch"):
+        assert resumed[key] == expected[key], key
+
+
+def test_a_run_tries_hidden_values_and_says_what_it_chose(turnover):
+    metrics = start(hiding(hides=None, race=True, epochs=6, bits="8"), source=turnover).run()
+    row, chosen = metrics["raced"]["hidden"], metrics["config"]["hides"]
+    assert row["name"].startswith("the same, values hidden")
+    assert bool(chosen) == row["chosen"]
+    assert ("--hide-unseen" in choices(metrics)) == row["chosen"]
