@@ -158,6 +158,14 @@ def train(
         float | None,
         rate("Weight decay of all embeddings, looked up or not.", "by validation, or 1e-4"),
     ] = None,
+    hide_unseen: Annotated[
+        bool | None,
+        typer.Option(
+            "--hide-unseen/--no-hide-unseen",
+            help="Take values as unseen in training as often as validation has unseen ones.",
+            show_default="by validation",
+        ),
+    ] = None,
     distillation: Annotated[
         float | None,
         rate("Share of each label that a better model's prediction replaces.", "by validation"),
@@ -262,6 +270,7 @@ def train(
         "embedding_dropout": embedding_dropout,
         "embedding_decay": embedding_decay,
         "distillation": distillation,
+        "hides": hide_unseen,
         "freeze_at": freeze_at,
     }
     given = {name: value for name, value in given.items() if value is not None}

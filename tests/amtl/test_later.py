@@ -54,6 +54,21 @@ def test_what_does_not_come_again_is_left_out_and_what_drifts_is_a_number():
     assert later["shown"][:2] == by_chance["shown"][:2] == ("categorical", True)
 
 
+def test_what_ends_while_rows_are_held_out_is_left_out():
+    """A week began while rows train: of the rows held out a quarter knows it, and none later."""
+    week = (np.arange(ROWS) - 4950) // 600
+    frame = log().with_columns(week=week, campaign=pl.format("c{}", pl.Series(week)))
+    later = taken(frame, "order:time")
+    for name in ("week", "campaign"):
+        kind, value, note = later[name]
+        assert kind == "unused" and not value, name
+        assert "100.0% of the last half of the validation rows hold values that no row" in note
+    by_part = frame.with_columns(
+        part=pl.Series(["train"] * 4800 + ["valid"] * 600 + ["test"] * 600)
+    )
+    assert taken(by_part.drop("time"), "column:part")["campaign"][0] == "categorical"
+
+
 def test_the_split_may_be_of_parts():
     frame = log().with_columns(part=pl.Series(["train"] * 4800 + ["valid"] * 600 + ["test"] * 600))
     assert (

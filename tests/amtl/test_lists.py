@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.lists import FEWEST_TIMES, WORDS, split
+from amtl.data.readers import as_frame
+from amtl.errors import UserError
 
 ROWS = 1500
 NOUNS = ["dress", "shirt", "coat", "skirt", "scarf", "boots"]
@@ -164,6 +167,21 @@ def test_lists_may_be_written_in_another_way_than_training_had_them(then: str, n
     assert bags[0] == bags[1]
 
 
+@pytest.mark.parametrize("sign", ["|", ";", ", ", ",", " "])
+@pytest.mark.parametrize("values", [[31, 7, 5], ["red", "blue", "a-b"]])
+def test_lists_may_come_as_text_that_is_joined_by_whatever_tells_them_apart(
+    values: list[int] | list[str], sign: str
+) -> None:
+    lists = [values[:2], values, [], values[2:]] * 50
+    frame = pl.DataFrame({"seen": lists})
+    encoder = Encoder.fit(frame, infer_fields(frame, ["seen"]))
+    joined = frame.select(pl.col("seen").cast(pl.List(pl.String)).list.join(sign))
+    found, expected = encoder.transform(joined), encoder.transform(frame)
+    assert found.unknown == {"seen": 0}
+    rows = torch.arange(len(frame))
+    assert torch.equal(found.batch(rows).indices, expected.batch(rows).indices)
+
+
 @pytest.mark.parametrize("text", ["new, other", "red", "a, b", "", None])
 def test_other_text_is_split_as_it_was(text: str | None) -> None:
     """Also where training had values with commas in them."""
@@ -171,3 +189,11 @@ def test_other_text_is_split_as_it_was(text: str | None) -> None:
     encoder = Encoder.fit(frame, infer_fields(frame, ["tags"], separators={"tags": "|"}))
     (bag,) = encoder.transform(pl.DataFrame({"tags": [text]})).bags
     assert len(bag.values) == bool(text)
+
+
+def test_sets_are_refused_by_name() -> None:
+    """Grouping them ends polars in a panic, which is no `Exception`."""
+    frame = pl.DataFrame({"seen": [["a", "b"], ["a"], [], ["b"]] * 50})
+    encoder = Encoder.fit(frame, infer_fields(frame, ["seen"]))
+    with pytest.raises(UserError, match=r"'seen' holds objects of Python \(set\): make lists"):
+        encoder.transform(as_frame({"seen": [{"a", "b"}, set()]}))

@@ -38,6 +38,7 @@ class Scripted:
 
     steps_per_epoch = 4
     rng = torch.get_rng_state()
+    may_hide = False
 
     def __init__(self, scores, auc=None):
         self.auc = auc
@@ -748,6 +749,46 @@ def test_where_time_is_limited_weight_decay_comes_first(
     assert course.winner.config.embedding_decay == decay
     assert [learner.released for learner in made] == [score < 0.5] * len(tried)
     assert (course.found["decayed"] or {}).get("score") == (score if tried else None)
+
+
+@pytest.mark.parametrize("score", [0.4, 0.6])
+@pytest.mark.parametrize(
+    ("left", "asked", "may", "tried"),
+    [
+        (math.inf, None, True, ["last"]),
+        (60.0, None, True, ["first"]),
+        (math.inf, None, False, []),
+        (math.inf, False, True, []),
+        (math.inf, True, True, []),
+        (0.0, None, True, []),
+    ],
+)
+def test_hidden_values_are_tried_once_they_may_be(monkeypatch, left, asked, may, tried, score):
+    made, when, labels = [], [], torch.rand(4)
+
+    def make(config):
+        assert config.hides
+        # Far behind after two laps, which ends nothing.
+        made.append(Scripted([0.1, 0.1, 0.1, score]))
+        made[-1].config = config
+        when.append("last" if fewer else "first")
+        return made[-1]
+
+    fewer = []
+    first = ended([0.5, 0.5])
+    first.config, first.may_hide = settings(hides=asked, distillation=0.5), may
+    monkeypatch.setattr(Contest, "_fewer_bytes", lambda *a, **k: fewer.append(1) or {})
+    monkeypatch.setattr(Contest, "_teach", lambda self, fewer: labels)
+    monkeypatch.setattr(Contest, "_law", lambda self, raced, options, labels: options)
+    monkeypatch.setattr(Trials, "taught", lambda self, given: self if given is labels else None)
+    first.config = dataclasses.replace(first.config, distillation=None if left == 60.0 else 0.5)
+    course = Contest(first, trials(make, left=lambda: left))
+    course.run({"sized": {}, "given": {}, "budget": 0.25})
+    better = score > 0.5
+    assert when == tried
+    assert course.winner is (made[0] if better and tried else first)
+    assert [learner.released for learner in made] == [not better] * len(made)
+    assert (course.found["hidden"] or {}).get("chosen") == (better if tried else None)
 
 
 @pytest.mark.parametrize("best", [None, 1e-5, DECAY, 1e-3])

@@ -8,9 +8,10 @@ import torch
 from amtl.data import Encoder, infer_fields
 from amtl.data.registry import Source
 from amtl.run import methods
+from amtl.run.comparison import choices
 from amtl.run.config import TrainConfig
-from amtl.run.training import start
-from amtl.run.unseen import settle_unseen
+from amtl.run.training import Interrupted, start
+from amtl.run.unseen import Hiding, settle_unseen
 
 ROWS = 4000
 
@@ -136,3 +137,114 @@ def test_an_unseen_value_moves_predictions_to_the_mean(frame, method):
     with torch.no_grad():
         said = torch.sigmoid(learner.model.eval()(encoder.transform(odd).batch(torch.arange(ROWS))))
     assert abs(float(said.mean()) - rate) < 0.12
+
+
+def later(frame, new=0.4):
+    """The rows with a new shop in some of them, and a new owner in half of these."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = pl.Series(torch.rand(len(frame), generator=generator).numpy())
+    return frame.with_columns(
+        shop=pl.when(drawn < new).then(pl.lit("new")).otherwise("shop"),
+        owner=pl.when(drawn < new / 2).then(pl.lit("new")).otherwise("owner"),
+    )
+
+
+@pytest.fixture(scope="module")
+def owned(frame):
+    """Shops that have owners, of whom some own many."""
+    shop = frame["shop"].str.slice(1).cast(pl.Int64)
+    return frame.with_columns(owner=pl.format("o{}", (shop / 4).floor().cast(pl.Int64)))
+
+
+@pytest.mark.parametrize("fields", [["shop", "premium", "owner"], ["shop", "tags", "owner"]])
+def test_as_many_values_are_hidden_as_held_out_rows_lack_and_rare_ones_first(owned, fields):
+    encoder = Encoder.fit(owned, infer_fields(owned, fields))
+    hiding = Hiding(encoder, encoder.transform(later(owned)))
+    batch = encoder.transform(owned).batch(torch.arange(ROWS))
+    hidden = hiding.hide(batch.indices, 3)
+    assert torch.equal(hiding.hide(batch.indices, 3), hidden)
+    assert not torch.equal(hiding.hide(batch.indices, 4), hidden)
+    changed = 0
+    for name, share in (("shop", 0.4), ("owner", 0.2)):
+        field = encoder.names.index(name)
+        rows, counts = encoder.field_rows(field), encoder.vocabularies[field].counts
+        of_field = torch.isin(batch.indices, rows.to(torch.int32))
+        before, now = batch.indices[of_field], hidden[of_field]
+        gaps = now == rows[encoder.vocabularies[field].oov_row]
+        assert torch.equal(now[~gaps], before[~gaps])
+        assert abs(float(gaps.float().mean()) - share) < 0.03
+        often = before == rows[counts.argmax()]
+        assert gaps[often].float().mean() < share < gaps[~often].float().mean()
+        changed += int(gaps.sum())
+    assert int((hidden != batch.indices).sum()) == changed, "no other field"
+
+
+def test_half_of_the_values_are_hidden_at_most(owned):
+    encoder = Encoder.fit(owned, infer_fields(owned, ["shop"]))
+    indices = encoder.transform(owned).rows
+    hidden = Hiding(encoder, encoder.transform(later(owned, 0.95))).hide(indices, 7)
+    assert abs(float((hidden != indices).float().mean()) - 0.5) < 0.03
+
+
+def test_nothing_is_hidden_where_hardly_anything_is_new(owned):
+    for new, min_count in ((0.009, 1), (0.4, 300)):
+        encoder = Encoder.fit(owned, infer_fields(owned, ["shop"]), min_count)
+        hiding = Hiding(encoder, encoder.transform(later(owned, new)))
+        indices = encoder.transform(owned).rows
+        assert not hiding.fields
+        assert hiding.hide(indices, 0) is indices
+    assert not Hiding(encoder, encoder.transform(owned[:0])).fields
+
+
+@pytest.fixture(scope="module")
+def turnover():
+    """Items that come and go, of owners who tell of labels."""
+    generator = torch.Generator().manual_seed(2)
+    item = torch.sort((400 * torch.rand(6 * ROWS, generator=generator)).long()).values
+    good = torch.rand(400, generator=generator)[item] < 0.5
+    logit = 3.0 * (item % 7 < 3) - 1.5 + 2.0 * good
+    label = torch.rand(len(item), generator=generator) < torch.sigmoid(logit.double())
+    frame = pl.DataFrame(
+        {
+            "item": [f"i{i}" for i in item.tolist()],
+            "owner": [f"o{i % 7}" for i in item.tolist()],
+            "time": (item + 60 * torch.rand(len(item), generator=generator)).numpy(),
+            "label": label.long().numpy(),
+        }
+    )
+    return Source("made here", frame, label="label")
+
+
+def hiding(**changes):
+    given = {"split": "order:time", "dim": 8, "epochs": 12, "race": False, "batch_size": 512}
+    return TrainConfig(data="made here", label="label", **{**given, "hides": True, **changes})
+
+
+@pytest.mark.parametrize("method", ["fixed", "amtl"])
+def test_what_is_known_of_new_items_is_learned_from_hidden_ones(turnover, method):
+    """Items that have owners know by themselves what these tell."""
+    losses = {}
+    for hides in (True, False):
+        trainer = start(hiding(method=method, hides=hides), source=turnover)
+        losses[hides] = trainer.run()["test_logloss"]
+        assert trainer.learner.may_hide
+    assert losses[True] < losses[False] - 0.005
+
+
+def test_a_resumed_run_hides_what_an_uninterrupted_one_does(turnover, tmp_path):
+    config = hiding(epochs=3)
+    expected = start(config, source=turnover).run()
+    stopped = start(config, tmp_path, source=turnover, stop=lambda steps: steps >= 50)
+    with pytest.raises(Interrupted):
+        stopped.run()
+    resumed = start(None, tmp_path, resume=True, source=turnover).run()
+    for key in ("test_auc", "test_logloss", "val_auc", "best_epoch"):
+        assert resumed[key] == expected[key], key
+
+
+def test_a_run_tries_hidden_values_and_says_what_it_chose(turnover):
+    metrics = start(hiding(hides=None, race=True, epochs=6, bits="8"), source=turnover).run()
+    row, chosen = metrics["raced"]["hidden"], metrics["config"]["hides"]
+    assert row["name"].startswith("the same, values hidden")
+    assert bool(chosen) == row["chosen"]
+    assert ("--hide-unseen" in choices(metrics)) == row["chosen"]

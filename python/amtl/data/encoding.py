@@ -486,6 +486,12 @@ class Encoder:
 
     def _bag(self, f: int, column: pl.Series) -> BagField:
         """Encodes each distinct list once; codes tell which list a sample has."""
+        if column.dtype == pl.Object:
+            held = next((type(v).__name__ for v in column if v is not None), "None")
+            raise ValueError(
+                f"column {self.names[f]!r} holds objects of Python ({brief(held)}): make lists of "
+                "them, as by list(value)"
+            )
         frame = pl.DataFrame({"v": column})
         if column.dtype == pl.Categorical:
             frame = frame.with_columns(pl.col("v").cast(pl.String))

@@ -27,6 +27,7 @@ def for_later_rows(
     labels: Floats,
     held_out: NDArray[np.int64],
     *,
+    latest: NDArray[np.int64] | None = None,
     told: Collection[str] = (),
     default_numeric: str = "bucket",
 ) -> list[FieldSpec]:
@@ -42,6 +43,8 @@ def for_later_rows(
         fields: how its columns enter the model.
         labels: 0 or 1 of each row that trains, NaN of the others.
         held_out: places of rows that stand for those to come.
+        latest: of these the last in time, if that is known: weeks and campaigns that begin while
+            rows train are known in the first ones, and in none to come.
         told: columns that somebody has said how to take: they stay as they are.
         default_numeric: what numbers are taken as.
 
@@ -56,7 +59,12 @@ def for_later_rows(
         column = column_of(frame, field)
         asked = field.kind == "categorical" and not column.dtype.is_nested()
         new = _new(column, trains, held_out) if asked and field.name not in told else 0.0
-        note = f"{new:.1%} of the validation rows hold values that no row that trains has"
+        rows = "validation rows"
+        if latest is not None and _SOME <= new < _NEARLY_ALL:
+            lasting = _new(column, trains, latest)
+            if lasting >= _NEARLY_ALL:
+                new, rows = lasting, "last half of the validation rows"
+        note = f"{new:.1%} of the {rows} hold values that no row that trains has"
         ids = as_typed(field.name, "categorical")
         if field.value and new >= _SOME and says.of(column).by_order:
             note += f", near which labels are alike: a number; {ids} for ids"

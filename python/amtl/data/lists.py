@@ -24,7 +24,7 @@ WORDS = "words"
 FEWEST_TIMES = 3
 """That a word comes to have a row of its own."""
 _WORD = r"\w+(?:['’]\w+)*"
-_SIGNS = ("|", ";", ",")
+_SIGNS = ("|", ";", ",", " ")
 """What else values may be joined by in the rows to score."""
 _SEVERAL_WORDS = r"\p{L}{2}\S*[ /.:+&>#~-]+\S*\p{L}{2}"
 """Words of sentences, and those of paths, kinds of files and names of packages."""

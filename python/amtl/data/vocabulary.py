@@ -7,7 +7,6 @@ without storing a size per row.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -192,8 +191,8 @@ class Vocabulary:
         """Rows of a multi-valued column: lists, or text that is split at the separator.
 
         Text that holds no separator of training's, but another that makes more of it known, is
-        split at that. Without a separator training had lists. Text is then split at
-        `LIST_SEPARATOR`, unless a known value holds it, or read as lists if all of it is that.
+        split at that. Without a separator training had lists. Text is then read as if it had been
+        split at `LIST_SEPARATOR`, unless a known value holds that, or as lists if all of it is.
 
         Returns:
             rows int32 `[total]`, offsets int64 `[n + 1]` with bag `b` at
@@ -290,10 +289,12 @@ class Vocabulary:
         null = values.is_null()
         tensors = {"counts": _narrow(self.counts)}
         if self._kind == "str":
-            data = [v.encode() for v in values.fill_null("").to_list()]
-            joined = np.frombuffer(b"".join(data), dtype=np.uint8).copy()
-            tensors["bytes"] = torch.from_numpy(joined)
-            tensors["lengths"] = _narrow(torch.tensor([len(v) for v in data], dtype=torch.int64))
+            # Millions of them are too many to be objects of Python one by one.
+            texts = values.fill_null("")
+            joined = str(texts.str.join("").item()).encode()
+            tensors["bytes"] = torch.from_numpy(np.frombuffer(joined, dtype=np.uint8).copy())
+            lengths = texts.str.len_bytes().to_numpy().astype(np.int64)
+            tensors["lengths"] = _narrow(torch.from_numpy(lengths))
         else:
             ints = values.fill_null(0).to_numpy().astype(np.int64, copy=True)
             tensors["ints"] = torch.from_numpy(ints)
@@ -314,9 +315,11 @@ class Vocabulary:
         if "ints" in tensors:
             values = pl.Series("value", tensors["ints"].numpy(), dtype=pl.Int64)
         else:
-            blob = tensors["bytes"].numpy().tobytes()
-            ends = np.cumsum([0, *tensors["lengths"].tolist()]).tolist()
-            texts = [blob[a:b].decode() for a, b in itertools.pairwise(ends)]
+            ends = np.zeros(len(tensors["lengths"]) + 1, dtype=np.int64)
+            np.cumsum(tensors["lengths"].numpy(), out=ends[1:])
+            parts = (pa.py_buffer(ends), pa.py_buffer(tensors["bytes"].numpy().tobytes()))
+            texts = pa.LargeStringArray.from_buffers(len(ends) - 1, *parts)
+            texts.validate(full=True)
             values = pl.Series("value", texts, dtype=pl.String)
         null_at = meta.get("null_at")
         if null_at is not None:
@@ -337,10 +340,12 @@ class Vocabulary:
             return self.separator
         if self.separator:
             return now_written(series.cast(pl.String), self.separator, self._values)
-        if self.trimmed and are_written_lists(series.cast(pl.String)):
+        texts = series.cast(pl.String)
+        if self.trimmed and are_written_lists(texts):
             return WRITTEN_LISTS
-        known = self._values.cast(pl.String)
-        return None if known.str.contains(LIST_SEPARATOR, literal=True).any() else LIST_SEPARATOR
+        if self._values.cast(pl.String).str.contains(LIST_SEPARATOR, literal=True).any():
+            return None
+        return now_written(texts, LIST_SEPARATOR, self._values) if self.trimmed else LIST_SEPARATOR
 
     def _lookup(self, flat: pl.Series, dtype: Any) -> tuple[Tensor, int]:
         """Rows of normal values, which came as `dtype`, and the number of unknown ones."""

@@ -97,8 +97,9 @@ def train_baselines(
 
     # A run that ran out of time had meant to try what these then have.
     with_teacher = raced.get("taught") or ("asked" in raced and metrics["cut_short"])
-    # Without a race the run's dropout is not what the full table was trained with.
-    trained = {FULL: full} if "asked" in raced else {}
+    # Without a race the run's dropout is not what the full table was trained with, nor are values
+    # that are hidden.
+    trained = {FULL: full} if "asked" in raced and not config.hides else {}
     entries = {
         name: replace(entry, embedding_dropout=share, embedding_decay=decay)
         for name, entry in baselines(config, metrics).items()
@@ -229,7 +230,8 @@ def choices(metrics: Mapping[str, Any]) -> str:
         "embedding-dropout": config["embedding_dropout"],
         "embedding-decay": config["embedding_decay"],
     }
-    return " ".join(f"--{name} {value:g}" for name, value in found.items() if value)
+    hides = " --hide-unseen" if config.get("hides") else ""
+    return " ".join(f"--{name} {value:g}" for name, value in found.items() if value) + hides
 
 
 def _as_options(row: Mapping[str, Any]) -> str:

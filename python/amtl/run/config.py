@@ -102,6 +102,9 @@ class TrainConfig:
         split_seed: of the random split, apart from `seed`, so that seeds share a test set.
         copies_together: whether copies of a row stay in one part of the random split, see
             `amtl.data.copies`.
+        hides: whether values are taken as unseen in training as often as validation has unseen
+            ones, see `amtl.run.unseen.Hiding`; None: what validation prefers where there is a race,
+            else not.
         seed: of weights, batches and size noise.
         method: `amtl`, `rule`, `fixed` or a peer, see `amtl.run.methods`.
         dim: full embedding width D.
@@ -160,6 +163,7 @@ class TrainConfig:
     split: str = "random"
     split_seed: int = 0
     copies_together: bool = True
+    hides: bool | None = None
     seed: int = 0
     method: str = "amtl"
     dim: int = 16

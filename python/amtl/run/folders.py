@@ -338,11 +338,6 @@ def _packed_along(
     return tensors, {"config": config.to_dict(), "encoder": meta, "codes": codes, "metrics": kept}
 
 
-def vocabulary_bytes(encoder: Encoder) -> int:
-    """What the vocabularies of a packed file take, but for its header."""
-    return sum(tensor.nbytes for tensor in compact(encoder.to_tensors()[0])[0].values())
-
-
 def mlp_bytes(model: ClickModel) -> int:
     """What all but the table of a model takes in a packed file."""
     return sum(tensor.nbytes for tensor in _dense(model))
@@ -355,18 +350,22 @@ def _dense(model: ClickModel) -> list[Tensor]:
 
 def packed_bytes(
     config: TrainConfig, encoder: Encoder, model: ClickModel, metrics: Mapping[str, Any]
-) -> int:
-    """About what `pack_run` writes, to within some per cent.
+) -> tuple[int, int]:
+    """About what `pack_run` writes, to within some per cent, and the vocabularies' part of it.
 
     Args:
         config: settings of the run.
         encoder: with the rows that are stored.
         model: at its best.
         metrics: of the run.
+
+    Returns:
+        Bytes of the file; of the vocabularies, but for their part of the header.
     """
     tensors, content = _packed_along(config, encoder, metrics)
+    vocabularies = sum(tensor.nbytes for tensor in tensors.values())
     rest = _dense(model)
-    numbers = sum(tensor.nbytes for tensor in (*tensors.values(), *rest, deflated(content)))
+    numbers = vocabularies + sum(tensor.nbytes for tensor in (*rest, deflated(content)))
     layer, entries = {}, len(tensors) + len(rest) + 2
     if methods.is_adaptive(model.table):
         layer = model.table.config()  # type: ignore[operator]
@@ -375,7 +374,7 @@ def packed_bytes(
     # The header is JSON that holds JSON as text twice over, with two entries for each tensor.
     header = len(json.dumps(json.dumps(json.dumps(layer, separators=(",", ":")))))
     header += _ENTRY_BYTES * entries
-    return methods.stored_bytes(model.table) + numbers + header
+    return methods.stored_bytes(model.table) + numbers + header, vocabularies
 
 
 def _round(model: ClickModel, trained: Trained, bits: int) -> None:
@@ -458,7 +457,7 @@ def _read(path: Path, versions: Mapping[str, int]) -> tuple[FileTensors, str, in
 
 def _encoder_writer(encoder: Encoder) -> Callable[[Path], object]:
     tensors, meta = encoder.to_tensors()
-    tensors, codes = compact(tensors)
+    tensors, codes = compact(tensors, quickly=True)
     return document_writer("amtl-encoder", 2, tensors, {"encoder": meta, "codes": codes})
 
 

@@ -28,7 +28,7 @@ from amtl.run.backbones import Interaction
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, calming, log_loss, score, score_error
 from amtl.run.model import build_model, predict
-from amtl.run.unseen import settle_unseen
+from amtl.run.unseen import Hiding, settle_unseen
 from amtl.store.dense import to_bytes, to_halves
 
 _NEXT_TO_NOTHING, _LITTLE = 2e-5, 5e-4
@@ -100,6 +100,7 @@ class Learner:
         self.task = task
         self.model = build_model(config, task.encoder)
         self.table = self.model.table
+        self._hiding = Hiding(task.encoder, task.val) if config.hides else None
         self.steps_per_epoch = math.ceil(len(task.train) / config.batch_size)
         self.laps = max(1, math.ceil(len(task.train) / LAP))
         self.steps = 0
@@ -148,6 +149,11 @@ class Learner:
         masks = methods.mask_parameters(self.table)
         self.mask_optimizer = torch.optim.Adam(masks, config.mask_lr) if masks else None
         self._set_rates()
+
+    @property
+    def may_hide(self) -> bool:
+        """Whether validation has unseen values that training could have, too."""
+        return bool(Hiding(self.task.encoder, self.task.val).fields)
 
     def _set_rates(self) -> None:
         """Learning rates of the present stage; those of a size search don't fall."""
@@ -226,6 +232,9 @@ class Learner:
 
     def _train_step(self, samples: Tensor) -> float:
         batch = self.task.train.batch(samples)
+        if self._hiding is not None:
+            seed = (self.config.seed + 1 << 32) + self.steps
+            batch = batch._replace(indices=self._hiding.hide(batch.indices, seed))
         labels = batch.labels
         if self.taught is not None:
             labels = labels.lerp(self.taught[samples], self.config.distillation or 0.0)
@@ -268,9 +277,13 @@ class Learner:
         with self._average.shown(self._averaged()):
             self._note()
 
+    def _settle_unseen(self) -> None:
+        trained = self._hiding.fields if self._hiding is not None else ()
+        settle_unseen(self.table, self.task.encoder, trained)
+
     def _note(self) -> None:
         """Puts a validation on record, and keeps the model if it is the best so far."""
-        settle_unseen(self.table, self.task.encoder)
+        self._settle_unseen()
         area, loss = self.scores()
         record: dict[str, Any] = {
             "step": self.steps,
@@ -389,7 +402,7 @@ class Learner:
         self._restore(self.best)
         if not self.frozen:
             self.freeze()
-            settle_unseen(self.table, self.task.encoder)
+            self._settle_unseen()
 
     def says(self) -> Tensor:
         """Logits of the validation split by the best model, which this goes back to for good."""

@@ -41,7 +41,7 @@ from amtl.run.searching import is_search, search
 from amtl_kernels import __version__
 
 _BINS = 40
-_RACED_LATER = ("embedding_dropout", "embedding_decay", "distillation")
+_RACED_LATER = ("embedding_dropout", "embedding_decay", "distillation", "hides")
 """Settings that models trained to their end decide."""
 
 
@@ -471,7 +471,6 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "held_out": trainer.held_out,
         "split_rows": split_counts(trainer.task),
         "mlp_bytes": folders.mlp_bytes(learner.model),
-        "vocabulary_bytes": folders.vocabulary_bytes(stored_encoder),
         "bytes_by_field": {
             name: int(b) * bits // 8 for name, b in zip(encoder.names, by_field, strict=True)
         },
@@ -489,8 +488,9 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "config": config.to_dict(),
         "versions": versions(),
     }
+    packed, vocabularies = folders.packed_bytes(config, stored_encoder, learner.model, result)
+    result["vocabulary_bytes"] = vocabularies
     if not methods.is_peer(table):
-        packed = folders.packed_bytes(config, stored_encoder, learner.model, result)
         result["packed_bytes"] = packed
     return result
 

@@ -2,17 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from amtl.data import Encoder
+from amtl.data.encoding import EncodedData
 from amtl.run import methods
+
+_SOME = 0.01
+"""Share of unseen values from which on a field's out-of-vocabulary row is trained for them."""
+_MOST = 0.5
+"""Share of hidden values at most: the others are learned from rows that have them."""
+
+
+class Hiding:
+    """Takes values as unseen in training, as often as held out rows hold values that are.
+
+    All that a row that trains has is known. Many of the rows to come have an item, say, that is
+    new, and of which all that is known are its author and the user: what these say by themselves is
+    learned from rows whose item is hidden, and so is what unseen items are like. A value that comes
+    `c` times is hidden in `a / (a + c)` of its rows, for what is unseen is rare; `a` is such that
+    as many of a field are hidden as held out rows lack. Fields of several values, whose average
+    hardly misses one, stay as they are, and so do those whose out-of-vocabulary row is trained on
+    values that are too rare for one of their own.
+
+    Args:
+        encoder: fitted on the rows that train.
+        held_out: encoded rows that stand for those to come.
+    """
+
+    def __init__(self, encoder: Encoder, held_out: EncodedData) -> None:
+        self.fields: list[int] = []
+        """Numbers of the fields that have values hidden."""
+        self._shares = torch.zeros(encoder.num_rows)
+        self._unseen = torch.arange(encoder.num_rows, dtype=torch.int32)
+        singles = held_out.rows.shape[1]
+        for field, vocabulary in enumerate(encoder.vocabularies[:singles]):
+            name, unseen, counts = encoder.names[field], vocabulary.oov_row, vocabulary.counts
+            share = held_out.unknown[name] / max(1, held_out.values[name])
+            if share < _SOME or counts[unseen] > 0 or vocabulary.size == 1:
+                continue
+            self.fields.append(field)
+            rows = encoder.field_rows(field)
+            self._shares[rows] = _hidden(counts.double(), min(share, _MOST)).float()
+            self._unseen[rows] = rows[unseen].to(torch.int32)
+
+    def hide(self, indices: Tensor, seed: int) -> Tensor:
+        """The rows that are looked up, some of them those of unseen values; O(lookups).
+
+        Args:
+            indices: int32, of a batch of rows that train.
+            seed: of the draw.
+        """
+        if not self.fields:
+            return indices
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.rand(indices.shape, generator=generator) < self._shares[indices]
+        return torch.where(hidden, self._unseen[indices], indices)
+
+
+def _hidden(counts: Tensor, share: float) -> Tensor:
+    """Which part of each value's rows is hidden for that share of all, by float64 counts `[n]`."""
+    low, high = 0.0, float(counts.sum())
+    for _ in range(60):
+        middle = (low + high) / 2
+        parts = middle / (middle + counts)
+        low, high = (
+            (middle, high) if (parts * counts).sum() < share * counts.sum() else (low, middle)
+        )
+    return high / (high + counts)
 
 
 @torch.no_grad()
-def settle_unseen(table: nn.Module, encoder: Encoder) -> None:
+def settle_unseen(table: nn.Module, encoder: Encoder, trained: Collection[int] = ()) -> None:
     """Gives out-of-vocabulary rows that nothing trains the mean of their field's rows.
 
     They would stay as they were drawn, next to zero, where the MLP has never been: of a column of
@@ -23,6 +87,7 @@ def settle_unseen(table: nn.Module, encoder: Encoder) -> None:
     Args:
         table: of `methods.build_table`.
         encoder: whose rows it has.
+        trained: numbers of fields whose row is trained, see `Hiding`.
 
     Complexity:
         O(N * D) where there are such rows.
@@ -34,7 +99,7 @@ def settle_unseen(table: nn.Module, encoder: Encoder) -> None:
     places_in_all = sum(map(len, blocks))
     order: Tensor | None = getattr(table, "row_order", None)
     for field, vocabulary in enumerate(encoder.vocabularies):
-        if vocabulary.counts[vocabulary.oov_row] > 0 or vocabulary.size == 1:
+        if field in trained or vocabulary.counts[vocabulary.oov_row] > 0 or vocabulary.size == 1:
             continue
         rows = encoder.field_rows(field).to(blocks[0].device)
         places = rows if order is None else order[rows].long()

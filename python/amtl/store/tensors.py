@@ -381,11 +381,17 @@ def unflatten(tensors: Mapping[str, Tensor], tree: Any) -> Any:
     raise ValueError(f"unknown mark {tag}")
 
 
-def compact(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def compact(
+    tensors: Mapping[str, Tensor], quickly: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Integer tensors in fewer bytes, nothing lost: as they are, deflated, or their differences.
 
     Neighbours in a vocabulary are alike (falling counts, values that ascend among equal counts),
     so the differences are small and most of their high bytes are zero.
+
+    Args:
+        tensors: by name.
+        quickly: take a tenth of the time, and some per cent more bytes: for files that stay here.
 
     Returns:
         Tensors by the same names, and JSON with the code of each that was changed.
@@ -401,13 +407,13 @@ def compact(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         unsigned = (steps << 1 ^ steps >> 63).view(np.uint64)
         width = (int(unsigned.max()).bit_length() + 7) // 8
         planes = unsigned.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].T
-        candidates = {
-            "deflate": zlib.compress(values.tobytes()),
-            f"delta{width}": zlib.compress(planes.tobytes()),
-        }
+        plain = {"deflate": values.tobytes(), f"delta{width}": planes.tobytes()}
+        # Which is the smaller shows at the lowest level, long before either is at its smallest.
+        candidates = {key: zlib.compress(data, 1) for key, data in plain.items()}
         code = min(candidates, key=lambda key: len(candidates[key]))
-        if len(candidates[code]) + _WORTH_A_CODE < tensor.nbytes:
-            packed[name] = torch.frombuffer(bytearray(candidates[code]), dtype=torch.uint8)
+        shortest = candidates[code] if quickly else zlib.compress(plain[code])
+        if len(shortest) + _WORTH_A_CODE < tensor.nbytes:
+            packed[name] = torch.frombuffer(bytearray(shortest), dtype=torch.uint8)
             codes[name] = [code, str(values.dtype), list(values.shape)]
     return packed, codes
 

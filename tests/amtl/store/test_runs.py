@@ -142,6 +142,19 @@ def test_vocabularies_are_stored_compactly(run):
     assert packed < 0.55 * whole
 
 
+def test_vocabularies_are_deflated_no_more_than_it_takes(tmp_path, monkeypatch):
+    thoroughly = []
+    compact = folders.compact
+
+    def watched(tensors, quickly=False):
+        thoroughly.append(not quickly)
+        return compact(tensors, quickly)
+
+    monkeypatch.setattr(folders, "compact", watched)
+    start(settings(epochs=1), tmp_path / "run").run()
+    assert thoroughly.count(True) == 1 and thoroughly[-1], "of a packed file, once, at the end"
+
+
 # Replacing a run
 
 
