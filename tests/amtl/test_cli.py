@@ -14,7 +14,7 @@ import pytest
 from amtl.cli import main
 from amtl.run import display
 from amtl.run.config import TrainConfig, parse_budget
-from amtl.run.contest import DECAY
+from amtl.run.contenders import DECAY
 from amtl.run.folders import holds_run, load_checkpoint, load_trained
 from amtl.settings import not_applied, parse_seconds
 from amtl.store.files import read_json

@@ -18,7 +18,7 @@ from amtl.errors import UserError
 from amtl.run import comparison, contest, folders, methods, teaching, training
 from amtl.run.comparison import TAUGHT
 from amtl.run.config import TrainConfig
-from amtl.run.contest import DECAYS, DROPOUT, SHARES, STRONGER, WEAKER
+from amtl.run.contenders import DECAYS, DROPOUT, SHARES, STRONGER, WEAKER
 from amtl.run.display import print_comparison
 from amtl.run.done import Interrupted
 from amtl.run.folders import load_run
@@ -327,8 +327,7 @@ def second_a_step(monkeypatch):
 
 def test_a_time_limit_is_kept_and_may_be_given_more(source, tmp_path, second_a_step):
     clock, stop = second_a_step
-    # Where time is limited hidden values are tried before all else, and resuming has no limit.
-    config = settings(hides=False)
+    config = settings()
     whole = start(config, source=source, stop=stop, time_limit=1e9).run()
     assert not whole["cut_short"]
     seconds, clock.now = clock.now, 0.0

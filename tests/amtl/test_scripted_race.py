@@ -9,19 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from amtl.errors import UserError
-from amtl.run import contest
+from amtl.run import contenders, contest
 from amtl.run.ahead import Ahead
 from amtl.run.config import TrainConfig
-from amtl.run.contest import (
+from amtl.run.contenders import (
     DECAY,
     DROPOUT,
     LESS,
     SHARES,
-    Contest,
     race_bytes,
     race_law,
     race_taught,
 )
+from amtl.run.contest import Contest
 from amtl.run.metrics import score_error
 from amtl.run.progress import Silent
 from amtl.run.race import FLAT, FULL, Trials, race
@@ -204,7 +204,7 @@ def test_more_weight_decay_has_its_time(decay, won):
     slow.config = settings(embedding_decay=decay)
     while not winner.finished:
         winner.step()
-    better, _ = contest.contend("slow", slow, winner, trials(pytest.fail))
+    better, _ = contenders.contend("slow", slow, winner, trials(pytest.fail))
     assert (better is slow) == won and slow.finished == won
 
 
@@ -234,7 +234,7 @@ def test_luck_on_few_samples_is_allowed_for(score, auc, sure, chosen):
     assert 0.11 < doubt < 0.9
     while not winner.finished:
         winner.step()
-    better, row = contest.contend("other", other, winner, trials(pytest.fail), sure)
+    better, row = contenders.contend("other", other, winner, trials(pytest.fail), sure)
     assert row["chosen"] == chosen and better is (other if chosen else None)
 
 
@@ -493,7 +493,7 @@ def test_fewer_bytes_get_a_second_law(monkeypatch, sized, given, better, tried, 
 
     def one_size(sized, winner, used, trials, weaker):
         learner = trials.make(dataclasses.replace(sized, budget=used * LESS))
-        return contest.contend("less", learner, winner, trials)
+        return contenders.contend("less", learner, winner, trials)
 
     labels = torch.ones(3)
     monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 100)
@@ -643,13 +643,13 @@ def test_a_full_table_gets_the_decay_and_the_dropout_that_serve_it(scores, best)
         made.append((config.embedding_decay or 0, config.embedding_dropout or 0))
         return scores[made[-1]]
 
-    found = contest.regularised(settings(method="fixed", embedding_decay=None), train)
+    found = contenders.regularised(settings(method="fixed", embedding_decay=None), train)
     assert made == list(scores)
     assert (found.embedding_decay or 0, found.embedding_dropout or 0) == best
     made.clear()
     scores = {(1e-4, 0.3): 1}
     given = settings(method="fixed", embedding_decay=1e-4, embedding_dropout=0.3)
-    assert contest.regularised(given, train) == given and len(made) == 1
+    assert contenders.regularised(given, train) == given and len(made) == 1
 
 
 def test_a_table_that_has_been_trained_plainly_takes_part():
@@ -661,7 +661,7 @@ def test_a_table_that_has_been_trained_plainly_takes_part():
         return scores[made[-1]]
 
     config = settings(method="fixed", embedding_decay=None)
-    assert contest.regularised(config, train, True) == config
+    assert contenders.regularised(config, train, True) == config
     assert made == list(scores)
 
 
@@ -696,11 +696,11 @@ def test_with_a_teacher_all_of_the_bytes_come_first(monkeypatch, scores, made, w
 
     def one_size(sized, winner, used, trials, weaker):
         learner = trials.make(dataclasses.replace(sized, budget=used * LESS))
-        return contest.contend("less", learner, winner, trials)
+        return contenders.contend("less", learner, winner, trials)
 
     def taught(winner, trials, decay, config, sure):
         learner = trials.make(dataclasses.replace(config, distillation=0.5))
-        best, row = contest.contend("taught", learner, winner, trials)
+        best, row = contenders.contend("taught", learner, winner, trials)
         return best, [row]
 
     monkeypatch.setattr(contest.methods, "dense_bytes", lambda table: 4)
@@ -795,7 +795,7 @@ def test_hidden_values_are_tried_once_they_may_be(monkeypatch, left, asked, may,
 def test_what_is_expected_is_asked_for_or_forgotten(best):
     config = settings(method="fixed", embedding_decay=None, embedding_dropout=None)
     # As a run does at its start.
-    expected, forgotten, trained = contest.likely_regularised(config), [], []
+    expected, forgotten, trained = contenders.likely_regularised(config), [], []
     hints = SimpleNamespace(
         expect=lambda *entries: expected.extend(entries),
         forget=lambda *entries: forgotten.extend(entries),
@@ -806,7 +806,7 @@ def test_what_is_expected_is_asked_for_or_forgotten(best):
         away = math.log10(entry.embedding_decay or 1e-6) - math.log10(best or 1e-6)
         return bool(entry.embedding_dropout) / 2 - abs(away)
 
-    found = contest.regularised(config, train, trials=hints)
+    found = contenders.regularised(config, train, trials=hints)
     assert found.embedding_decay == best and found.embedding_dropout == DROPOUT
     assert all(entry in [*trained, *forgotten] for entry in expected)
     # Nothing that was to be asked for was forgotten before.
@@ -849,7 +849,7 @@ def test_what_is_better_when_the_time_is_up_counts_as_it_stands():
 def test_what_is_begun_is_validated_once_though_the_time_is_up():
     winner, clock = ended([0.5, 0.8]), Clock(1)
     late = Scripted([0.7, 0.9])
-    better, row = contest.contend("late", late, winner, clock.trials(pytest.fail))
+    better, row = contenders.contend("late", late, winner, clock.trials(pytest.fail))
     assert better is None and row["score"] == 0.7 and late.steps == 4
 
 

@@ -14,7 +14,7 @@ from amtl.errors import UserError
 from amtl.peers import PEERS, DoesNotFit
 from amtl.run.config import BACKBONES as KNOWN_BACKBONES
 from amtl.run.config import parse_names
-from amtl.run.contest import DECAYS, DROPOUT, SHARES, WEAKER
+from amtl.run.contenders import DECAYS, DROPOUT, SHARES, WEAKER
 from amtl.run.methods import ALIASES
 from amtl.run.race import flat_width
 

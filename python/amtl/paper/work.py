@@ -33,7 +33,7 @@ from amtl.paper.tuning import next_choice
 from amtl.peers import PEERS, DoesNotFit, Peer, add_peer, code_of
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.contest import regularised, run_to_end
+from amtl.run.contenders import regularised, run_to_end
 from amtl.run.learner import Learner, Task
 from amtl.run.metrics import auc
 from amtl.run.model import predict
@@ -310,7 +310,7 @@ class Data:
     def teacher(self, seed: int, epochs: int | None = None) -> Tensor:
         """What tables of full size say of the training samples, once for each seed: `[n]`.
 
-        Those that the product's own run trains, see `amtl.run.contest.regularised`.
+        Those that the product's own run trains, see `amtl.run.contenders.regularised`.
         """
         if seed not in self._taught:
             given = {} if epochs is None else {"epochs": epochs}

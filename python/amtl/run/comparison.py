@@ -13,7 +13,7 @@ from torch import Tensor
 from amtl.layer.rounding import unit
 from amtl.run import methods
 from amtl.run.config import BITS, TrainConfig
-from amtl.run.contest import (
+from amtl.run.contenders import (
     SURELY,
     likely_regularised,
     race_taught,

@@ -124,7 +124,7 @@ class TrainConfig:
             all rows, those that a step does not look up too. It regularises most what is seen
             least, and costs a pass over the whole table every 16 steps, or more where that is
             large. None: what validation prefers where there is a race, else none; `amtl train`
-            takes `amtl.run.contest.DECAY` where nothing else is tried.
+            takes `amtl.run.contenders.DECAY` where nothing else is tried.
         distillation: share of each training label that is a better model's prediction; None: what
             validation prefers where there is a race, else none.
         init_std: deviation of initial embedding weights.

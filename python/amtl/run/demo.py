@@ -15,7 +15,7 @@ from amtl.errors import UserError
 from amtl.run import methods
 from amtl.run.comparison import score_of
 from amtl.run.config import TrainConfig
-from amtl.run.contest import DECAYS
+from amtl.run.contenders import DECAYS
 from amtl.run.display import print_results
 from amtl.run.folders import load_run, load_trained, pack_run
 from amtl.run.progress import Bars

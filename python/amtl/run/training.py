@@ -28,7 +28,8 @@ from amtl.run import folders, methods
 from amtl.run.ahead import Ahead, side_by_side
 from amtl.run.comparison import train_baselines
 from amtl.run.config import TrainConfig
-from amtl.run.contest import Contest, alone_and_full, likely_regularised
+from amtl.run.contenders import likely_regularised
+from amtl.run.contest import Contest, alone_and_full
 from amtl.run.done import CHECKPOINT_SECONDS, FIRST, FULL, Done, Interrupted
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory

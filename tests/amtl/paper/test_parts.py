@@ -24,7 +24,7 @@ from amtl.paper.summary import ranks, summarise
 from amtl.paper.tuning import next_choice
 from amtl.paper.work import count, finalists, further, jobs
 from amtl.peers import PEERS, DoesNotFit, add_peer
-from amtl.run.contest import DECAYS, DROPOUT, WEAKER
+from amtl.run.contenders import DECAYS, DROPOUT, WEAKER
 
 
 def test_intervals_and_paired_tests():

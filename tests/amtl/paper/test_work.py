@@ -20,7 +20,7 @@ from amtl.paper.protocol import Plan, variant
 from amtl.paper.records import read
 from amtl.paper.work import Data, expected_calibration_error, rank_correlation, sizes_by_count, work
 from amtl.peers import PEERS
-from amtl.run.contest import DECAYS, DROPOUT
+from amtl.run.contenders import DECAYS, DROPOUT
 from amtl.store.files import read_json
 
 ROOT = Path(__file__).parents[3]
