@@ -28,6 +28,7 @@ def for_later_rows(
     held_out: NDArray[np.int64],
     *,
     latest: NDArray[np.int64] | None = None,
+    ordered: str = "",
     told: Collection[str] = (),
     default_numeric: str = "bucket",
 ) -> list[FieldSpec]:
@@ -45,6 +46,7 @@ def for_later_rows(
         held_out: places of rows that stand for those to come.
         latest: of these the last in time, if that is known: weeks and campaigns that begin while
             rows train are known in the first ones, and in none to come.
+        ordered: by which column that is known, which is a field only where somebody asks for it.
         told: columns that somebody has said how to take: they stay as they are.
         default_numeric: what numbers are taken as.
 
@@ -60,7 +62,7 @@ def for_later_rows(
         asked = field.kind == "categorical" and not column.dtype.is_nested()
         new = _new(column, trains, held_out) if asked and field.name not in told else 0.0
         rows = "validation rows"
-        if latest is not None and _SOME <= new < _NEARLY_ALL:
+        if latest is not None and field.name != ordered and _SOME <= new < _NEARLY_ALL:
             lasting = _new(column, trains, latest)
             if lasting >= _NEARLY_ALL:
                 new, rows = lasting, "last half of the validation rows"

@@ -51,7 +51,8 @@ def prepare(
     frame, odd = moments.without_odd(frame)
     same = copies_of(frame, labels, config)
     parts = split_rows(frame, config.split, config.split_seed, same)
-    latest = parts[1][len(parts[1]) // 2 :] if config.split.startswith("order:") else None
+    ordered = config.split.removeprefix("order:") if config.split.startswith("order:") else ""
+    latest = parts[1][len(parts[1]) // 2 :] if ordered else None
     parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
     _require_both(labels, parts)
     if encoder is None:
@@ -79,9 +80,15 @@ def prepare(
         )
         if config.split != "random":
             validate, kind = parts[1].numpy(), config.default_numeric
-            last = None if latest is None else latest.numpy()
             specs = for_later_rows(
-                frame, specs, known, validate, latest=last, told=told, default_numeric=kind
+                frame,
+                specs,
+                known,
+                validate,
+                latest=None if latest is None else latest.numpy(),
+                ordered=ordered,
+                told=told,
+                default_numeric=kind,
             )
         specs += [spec for spec in called.values() if spec]
         if not (config.fields or source.fields):
