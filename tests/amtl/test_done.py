@@ -17,6 +17,7 @@ from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import Trials, best_record
 from amtl.run.training import start
+from amtl.store.files import FileWriteError
 
 from .test_ahead import clicks, settings, without_times
 
@@ -257,6 +258,18 @@ def test_what_is_damaged_is_trained_again(source, tmp_path, whole):
     assert damaged
     again = start(None, tmp_path, resume=True, source=source).run()
     assert without_times(again) == {**expected, "config": again["config"]}
+
+
+def test_a_full_disk_ends_no_run(source, tmp_path, whole, monkeypatch):
+    expected, tried = whole[0], []
+
+    def full(folder, name, state):
+        tried.append(name)
+        raise FileWriteError("no space left")
+
+    monkeypatch.setattr(folders, "save_training", full)
+    metrics = start(settings(compare=True), tmp_path, source=source).run()
+    assert tried and without_times(metrics) == {**expected, "config": metrics["config"]}
 
 
 def test_a_run_in_its_place_has_nothing_of_it(source, tmp_path, whole):

@@ -7,6 +7,7 @@ model that was let go of leaves its scores and what it said; all others leave th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 import zlib
@@ -21,7 +22,7 @@ from amtl.run import folders
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Learner
 from amtl.run.teaching import says_of_train
-from amtl.store.files import json_text
+from amtl.store.files import FileWriteError, json_text
 
 CHECKPOINT_SECONDS = 300.0
 """When the last checkpoint is this old, another is saved in mid-epoch."""
@@ -130,7 +131,7 @@ class Done:
         name = self._name(learner.config, learner.taught)
         # Others may have drawn random numbers in this process since.
         state = {**learner.state(), "rng": learner.rng, "said": learner.said}
-        folders.save_training(self._run, name, state)
+        self._save(name, state)
         self._saved_at = time.monotonic()
 
     def give_up(self, learner: Learner) -> None:
@@ -139,12 +140,11 @@ class Done:
         self._handed = [each for each in self._handed if each[0] is not learner]
         state = {key: getattr(learner, key) for key in _SCORES}
         record = None if learner.best is None else learner.best["record"]
-        folders.save_training(self._run, name, {**state, "record": record, "said": learner.said})
+        self._save(name, {**state, "record": record, "said": learner.said})
 
     def keep_as(self, name: str, learner: Learner, **more: Any) -> None:
         """Saves a model that is asked for by name, and what belongs to it."""
-        state = {**learner.state(), "config": learner.config.to_dict(), "more": more}
-        folders.save_training(self._run, name, state)
+        self._save(name, {**learner.state(), "config": learner.config.to_dict(), "more": more})
 
     def named(
         self, name: str, make: Callable[[TrainConfig], Learner]
@@ -170,13 +170,18 @@ class Done:
             logits: Tensor = folders.load_training(self._run, name)["logits"]
             return logits
         logits = says_of_train(learner)
-        folders.save_training(self._run, name, {"logits": logits})
+        self._save(name, {"logits": logits})
         return logits
 
     def clear(self) -> None:
         """Removes all of it: the run has a model that came out of it."""
         folders.clear_trainings(self._run)
         self._before, self._handed = set(), []
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        # Where the disk is full a run that is stopped trains again; one that is not needs no file.
+        with contextlib.suppress(FileWriteError):
+            folders.save_training(self._run, name, state)
 
     def _name(self, config: TrainConfig, taught: Tensor | None) -> str:
         """The same for the same settings and labels, which come to the same model."""
