@@ -13,31 +13,15 @@ from amtl.run import folders
 from amtl.run.ahead import Ahead
 from amtl.run.done import Done, Interrupted
 from amtl.run.learner import Learner
-from amtl.run.preparation import prepare
 from amtl.run.progress import Silent
 from amtl.run.race import Trials, best_record
 from amtl.run.training import start
 from amtl.store.files import FileWriteError
 
-from .test_ahead import clicks, settings, without_times
+from . import test_ahead
+from .test_ahead import settings, without_times
 
-
-@pytest.fixture(scope="module")
-def source():
-    return clicks()
-
-
-@pytest.fixture(scope="module")
-def task(source):
-    return prepare(settings(), source)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+source, task, one_thread = test_ahead.source, test_ahead.task, test_ahead.one_thread
 
 
 class Steps:

@@ -343,10 +343,7 @@ class Ahead:
             learner.load_state(torch.load(io.BytesIO(training.state), weights_only=False))
             self._drop(training)
             return True
-        learner.steps = int(min(training.steps, steps))
-        learner.history = [r for r in training.history if r["step"] <= steps]
-        best = [record for record in learner.history if record["best"]]
-        learner.best = {"record": best[-1]} if best else None
+        learner.stand(min(training.steps, steps), training.history)
         return True
 
     def close(self) -> None:

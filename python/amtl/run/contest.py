@@ -162,10 +162,11 @@ class Contest:
         lost = before is not None and not before["chosen"]
         if lost or config.hides is not None or self._trials.late() or not self.winner.may_hide:
             return
-        taught = bool(config.distillation)
-        if taught and labels is None:
-            return
-        trials = self._trials.taught(labels) if taught and labels is not None else self._trials
+        trials = self._trials
+        if config.distillation:
+            if labels is None:
+                return
+            trials = trials.taught(labels)
         learner = trials.make(replace(config, hides=True))
         name = titled("the same, values hidden", config)
         better, self.found["hidden"] = contend(name, learner, self.winner, trials)

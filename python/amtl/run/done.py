@@ -87,15 +87,12 @@ class Done:
             return False
         given_up = "model" not in state and not state["finished"]
         if steps < state["steps"] or (given_up and steps == state["steps"]):
-            learner.steps = int(steps)
-            learner.history = [r for r in state["history"] if r["step"] <= steps]
-            best = [record for record in learner.history if record["best"]]
-            learner.best = {"record": best[-1]} if best else None
+            learner.stand(steps, state["history"])
             return True
         self._handed = [each for each in self._handed if each[0] is not learner]
         if given_up:
             # Others are ahead now than were then: there are no numbers to go on from.
-            learner.steps, learner.history, learner.best = 0, [], None
+            learner.stand(0, [])
             return False
         if "model" in state:
             learner.load_state(state)

@@ -28,7 +28,7 @@ from amtl.run.backbones import Interaction
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, calming, log_loss, score, score_error
 from amtl.run.model import build_model, predict
-from amtl.run.unseen import Hiding, settle_unseen
+from amtl.run.unseen import Hiding, fields_to_hide, settle_unseen
 from amtl.store.dense import to_bytes, to_halves
 
 _NEXT_TO_NOTHING, _LITTLE = 2e-5, 5e-4
@@ -153,7 +153,7 @@ class Learner:
     @property
     def may_hide(self) -> bool:
         """Whether validation has unseen values that training could have, too."""
-        return bool(Hiding(self.task.encoder, self.task.val).fields)
+        return bool(fields_to_hide(self.task.encoder, self.task.val))
 
     def _set_rates(self) -> None:
         """Learning rates of the present stage; those of a size search don't fall."""
@@ -463,6 +463,13 @@ class Learner:
         for p, values in zip(parameters, kept, strict=True):
             p.copy_(values)
         return False
+
+    def stand(self, steps: float, history: list[dict[str, Any]]) -> None:
+        """Takes the scores of a training after so many steps; its numbers are elsewhere."""
+        self.steps = int(steps)
+        self.history = [record for record in history if record["step"] <= steps]
+        best = [record for record in self.history if record["best"]]
+        self.best = {"record": best[-1]} if best else None
 
     def release(self) -> None:
         """Lets go of the model; its history, and what it said of validation, are left."""

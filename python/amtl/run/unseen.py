@@ -34,20 +34,15 @@ class Hiding:
     """
 
     def __init__(self, encoder: Encoder, held_out: EncodedData) -> None:
-        self.fields: list[int] = []
+        self.fields = fields_to_hide(encoder, held_out)
         """Numbers of the fields that have values hidden."""
         self._shares = torch.zeros(encoder.num_rows)
         self._unseen = torch.arange(encoder.num_rows, dtype=torch.int32)
-        singles = held_out.rows.shape[1]
-        for field, vocabulary in enumerate(encoder.vocabularies[:singles]):
-            name, unseen, counts = encoder.names[field], vocabulary.oov_row, vocabulary.counts
-            share = held_out.unknown[name] / max(1, held_out.values[name])
-            if share < _SOME or counts[unseen] > 0 or vocabulary.size == 1:
-                continue
-            self.fields.append(field)
-            rows = encoder.field_rows(field)
-            self._shares[rows] = _hidden(counts.double(), min(share, _MOST)).float()
-            self._unseen[rows] = rows[unseen].to(torch.int32)
+        for field in self.fields:
+            vocabulary, rows = encoder.vocabularies[field], encoder.field_rows(field)
+            share = min(_unseen(held_out, encoder.names[field]), _MOST)
+            self._shares[rows] = _hidden(vocabulary.counts.double(), share).float()
+            self._unseen[rows] = rows[vocabulary.oov_row].to(torch.int32)
 
     def hide(self, indices: Tensor, seed: int) -> Tensor:
         """The rows that are looked up, some of them those of unseen values; O(lookups).
@@ -61,6 +56,23 @@ class Hiding:
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.rand(indices.shape, generator=generator) < self._shares[indices]
         return torch.where(hidden, self._unseen[indices], indices)
+
+
+def fields_to_hide(encoder: Encoder, held_out: EncodedData) -> list[int]:
+    """Numbers of the fields of which held out rows lack enough, and training lacks none; O(F)."""
+    singles = held_out.rows.shape[1]
+    return [
+        field
+        for field, vocabulary in enumerate(encoder.vocabularies[:singles])
+        if _unseen(held_out, encoder.names[field]) >= _SOME
+        and vocabulary.counts[vocabulary.oov_row] <= 0
+        and vocabulary.size > 1
+    ]
+
+
+def _unseen(held_out: EncodedData, name: str) -> float:
+    """Share of a field's values that training has not seen."""
+    return held_out.unknown[name] / max(1, held_out.values[name])
 
 
 def _hidden(counts: Tensor, share: float) -> Tensor:
