@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from amtl.data import libsvm, packing, sheets, text
 from amtl.data.arrow import of_arrow
 from amtl.data.nested import flat
-from amtl.data.vocabulary import as_series
+from amtl.data.vocabulary import as_series, exact_ids
 from amtl.errors import INTO_ONE, UserError, brief
 
 _PARQUET = (".parquet", ".pq")
@@ -58,6 +58,7 @@ class Contents:
         notes: what was guessed about it, a line each.
         marks: column to the unusual texts that were taken as missing numbers in it.
         objects: whether rows are objects of JSON, any of which may lack a key.
+        lacking: what files of a folder lack that others have, a line a column.
     """
 
     frame: pl.DataFrame
@@ -65,6 +66,7 @@ class Contents:
     notes: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     objects: bool = False
+    lacking: tuple[str, ...] = ()
 
 
 def read_file(path: Path | str) -> Contents:
@@ -95,7 +97,8 @@ def read_file(path: Path | str) -> Contents:
             return _contents(*packing.alone(path, is_table), str(path))
         kind = kind or _nameless(path)
         if is_table(PurePath(f"a{kind}")):
-            return _contents(kind, packing.plain(path), str(path))
+            contents = _contents(kind, packing.plain(path), str(path))
+            return _partitioned(contents, path.parent) if kind in _PARQUET else contents
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
     named = (*_DELIMITED[:2], _DELIMITED[3], *_LIBSVM, *_NDJSON)
@@ -365,20 +368,69 @@ def _folder(path: Path) -> Contents:
     frames: list[pl.DataFrame] = []
     named: set[str] = set()
     for file in files:
-        frame = flat(_parquet(file), repr(str(file)))
-        for folder in file.relative_to(path).parts[:-1]:
-            name, equals, value = folder.partition("=")
-            if equals and name not in frame.columns:
-                said = None if value == _HIVE_NULL else unquote(value)
-                frame = frame.with_columns(pl.lit(said, pl.String).alias(name))
-                named.add(name)
+        try:
+            frame = flat(_parquet(file), repr(str(file)))
+        except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"cannot read {str(file)!r}: {_first_line(error).rstrip('.')}: write it anew, or "
+                "move it away, and the others are read without it"
+            ) from error
+        frame, said = _with_said(frame, file.relative_to(path).parts[:-1])
+        named |= said
         frames.append(frame)
     whole = _together(frames, files)
+    notes: list[str] = []
+    if named:
+        notes.append(f"by the names of folders, and needed to score: {listed(sorted(named))}")
+    lacking = _lacking(frames, [str(file.relative_to(path)) for file in files])
+    whole = _numbered(whole, named)
+    return _partitioned(Contents(whole, notes=tuple(notes), lacking=lacking), path)
+
+
+def _partitioned(contents: Contents, folder: Path) -> Contents:
+    """Contents with what a folder and those it is in say (`clicks/day=1`), up to one without."""
+    parts = []
+    for each in (folder, *folder.parents):
+        if "=" not in each.name:
+            break
+        parts.append(each.name)
+    frame, named = _with_said(contents.frame, parts[::-1])
+    return replace(contents, frame=_numbered(frame, named))
+
+
+def _with_said(frame: pl.DataFrame, folders: Sequence[str]) -> tuple[pl.DataFrame, set[str]]:
+    """Rows with what folders say as Hive names them (`day=1`), and the columns that this made."""
+    named: set[str] = set()
+    for folder in folders:
+        name, equals, value = folder.partition("=")
+        if equals and name not in frame.columns:
+            said = None if value == _HIVE_NULL else unquote(value)
+            frame = frame.with_columns(pl.lit(said, pl.String).alias(name))
+            named.add(name)
+    return frame, named
+
+
+def _numbered(frame: pl.DataFrame, named: set[str]) -> pl.DataFrame:
+    """Columns of text that names of folders made, as integers where all of them are."""
     for name in named:
-        numbers = whole[name].cast(pl.Int64, strict=False)
-        if numbers.cast(pl.String).equals(whole[name], null_equal=True):
-            whole = whole.with_columns(numbers)
-    return Contents(whole)
+        numbers = frame[name].cast(pl.Int64, strict=False)
+        if numbers.cast(pl.String).equals(frame[name], null_equal=True):
+            frame = frame.with_columns(numbers)
+    return frame
+
+
+def _lacking(frames: Sequence[pl.DataFrame], files: Sequence[str]) -> tuple[str, ...]:
+    """What some files lack that others have: from some day on, an upstream table may do without."""
+    told = []
+    for name in dict.fromkeys(name for frame in frames for name in frame.columns):
+        without = [file for frame, file in zip(frames, files, strict=True) if name not in frame]
+        if without:
+            told.append(
+                f"{len(without):,} of {len(files):,} files have no column {name!r}, which is "
+                f"missing in their rows: {brief(without[0])}"
+                + (f" to {brief(without[-1])}" if len(without) > 1 else "")
+            )
+    return tuple(told)
 
 
 def _tables(path: Path) -> Contents:
@@ -427,7 +479,36 @@ def _together(frames: Sequence[pl.DataFrame], files: Sequence[Path]) -> pl.DataF
                     f"column {name!r} is {brief(known)} in {str(other)!r} and {brief(dtype)} in "
                     f"{str(file)!r}; write it as one type"
                 )
-    return pl.concat(frames, how="diagonal_relaxed")
+    integers = _ids_among_floats(frames)
+    alike = [
+        frame.with_columns(
+            # NaN is what pandas has for a missing one.
+            frame[name].fill_nan(None).cast(pl.Int64)
+            for name, dtype in frame.schema.items()
+            if dtype.is_float() and name in integers
+        )
+        for frame in frames
+    ]
+    return pl.concat(alike, how="diagonal_relaxed")
+
+
+def _ids_among_floats(frames: Sequence[pl.DataFrame]) -> set[str]:
+    """Columns of integers in some files and of whole numbers as floats in others.
+
+    So pandas writes ids of which some are missing, day by day.
+    """
+    types = [item for frame in frames for item in frame.schema.items()]
+    mixed = {name for name, dtype in types if dtype.is_integer()}
+    mixed &= {name for name, dtype in types if dtype.is_float()}
+    return {
+        name
+        for name in mixed
+        if all(
+            exact_ids(frame[name]).all()
+            for frame in frames
+            if name in frame.columns and frame.schema[name].is_float()
+        )
+    }
 
 
 def _family(dtype: Any) -> Any:
@@ -436,6 +517,8 @@ def _family(dtype: Any) -> Any:
         return "numbers"
     if dtype in (pl.String, pl.Categorical, pl.Enum):
         return "text"
+    if dtype == pl.Datetime:
+        return dtype.base_type(), dtype.time_zone
     return dtype.base_type() if dtype.is_nested() or dtype.is_temporal() else dtype
 
 
