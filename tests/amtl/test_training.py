@@ -651,3 +651,22 @@ def test_a_diverging_run_says_so(source):
 )
 def test_default_batch_size_makes_about_a_hundred_steps(rows, size):
     assert default_batch_size(rows) == size
+
+
+def test_two_processes_do_not_train_into_one_folder(source, tmp_path):
+    out = tmp_path / "run"
+
+    def other_run(steps: int) -> bool:
+        for more in ({"config": settings(seed=4)}, {"config": None, "resume": True}):
+            again = start(**more, out=out, source=source)
+            with pytest.raises(UserError, match=r"training into .*run: wait .*another --out"):
+                again.run()
+        return True
+
+    first = start(settings(), out, source=source, stop=other_run)
+    with pytest.raises(Interrupted):
+        first.run()
+    assert read_json(out / "config.json")["seed"] == 3
+    # What ended, however it did, is in nobody's way.
+    start(settings(seed=4, epochs=1), out, source=source).run()
+    assert load_run(out).config.seed == 4

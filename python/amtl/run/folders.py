@@ -8,12 +8,15 @@ go on), `best.safetensors` (the model with the best validation AUC) and, at the 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,14 @@ from amtl.run.config import TrainConfig
 from amtl.run.model import ClickModel, assemble, build_model
 from amtl.run.trained import Trained
 from amtl.store.dense import pack
-from amtl.store.files import RESTORE, json_text, read_json, write_aside, write_json
+from amtl.store.files import (
+    RESTORE,
+    cannot_write,
+    json_text,
+    read_json,
+    write_aside,
+    write_json,
+)
 from amtl.store.packed import PackedFile, deflated, open_packed, table_of_tiers, write_packed
 from amtl.store.tensors import (
     FileTensors,
@@ -72,6 +82,37 @@ def require_begun(folder: Path) -> None:
             f"there is no run in {folder}: what was stopped while it read its data has saved "
             "nothing, and the same command without --resume begins it"
         )
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training into a run folder, which is made if need be.
+
+    Two runs would write by turns, and the folder would end with settings of one and the model of
+    the other. The system lets go of it when the process ends, however it does.
+
+    Raises:
+        UserError: another process has it.
+        FileWriteError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training into {folder}: wait until it has ended, or choose "
+                "another --out"
+            ) from None
+        except OSError:
+            pass  # where the file system has no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def require_no_part(out: Path) -> None:
