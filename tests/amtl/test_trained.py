@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+import signal
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -315,3 +318,30 @@ def test_evaluate_tells_of_rows_that_the_model_was_trained_on(packed, frame, cap
     assert seen not in evaluated(capsys, packed / "run")
     frame[:-1].write_parquet(packed / "fewer.parquet")
     assert seen not in evaluated(capsys, packed / "run", packed / "fewer.parquet")
+
+
+def in_a_fork(work: Callable[[], object]) -> str:
+    """What went wrong in a forked process, nothing if it came to its end within ten seconds."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if not process:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        try:
+            work()
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(write)
+    _, status = os.waitpid(process, 0)
+    with os.fdopen(read) as file:
+        return file.read() if status == 0 else f"ended by signal {status}"
+
+
+def test_a_forked_worker_says_that_it_has_no_threads_to_score_with(model, frame, packed):
+    expected = model.probabilities(frame)
+    for work in (lambda: model.probabilities(frame), lambda: amtl.load(packed / "run")):
+        assert in_a_fork(work).startswith("RuntimeError: this process was forked from one that had")
+    assert torch.equal(model.probabilities(frame), expected)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
 from amtl.data.readers import is_table
+from amtl.data.threads import require_threads
 from amtl.errors import UserError
 from amtl.layer.conversion import layers
 from amtl.run import methods
@@ -290,6 +291,7 @@ def load_run(folder: Path) -> Trained:
     Raises:
         UserError: the folder is no run, has no model yet, or a file is damaged.
     """
+    require_threads()
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}; make one with amtl train --out")
     config, encoder = load_inputs(folder)
@@ -445,6 +447,7 @@ def from_packed(packed: PackedFile) -> Trained:
     Raises:
         PackedFileError: the contents do not fit together.
     """
+    require_threads()
     content = packed.metadata
     try:
         config = TrainConfig.from_dict(content["config"])

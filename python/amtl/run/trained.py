@@ -19,6 +19,7 @@ from amtl.data.moments import without_odd
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source
 from amtl.data.splits import split_rows
+from amtl.data.threads import require_threads
 from amtl.errors import brief
 from amtl.run import methods
 from amtl.run.config import TrainConfig
@@ -63,6 +64,7 @@ class Trained:
                 is warned of once.
 
         Raises:
+            RuntimeError: in a process forked from one that had used polars, as by opening a model.
             TypeError: if `frame` is no such table.
             UserError: if a column is missing, or holds what cannot be values of its field.
         """
@@ -73,6 +75,7 @@ class Trained:
         return torch.sigmoid(self._logits(frame))
 
     def _logits(self, rows: Rows) -> Tensor:
+        require_threads()
         frame = as_frame(rows)
         data = self.encoder.transform(frame)
         for column, sentence in self.unseen_columns(frame, data).items():
