@@ -72,12 +72,26 @@ def is_begun(folder: Path) -> bool:
     return (folder / _CONFIG).exists()
 
 
+def require_no_file(folder: Path) -> None:
+    """Refuse a file, of `amtl pack` most likely, where a run is needed.
+
+    Raises:
+        UserError: it is one.
+    """
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, and a run folder is needed here: the one that amtl train wrote "
+            "and amtl pack read"
+        )
+
+
 def require_begun(folder: Path) -> None:
     """Refuse to go on with a run that is not there.
 
     Raises:
         UserError: nothing was begun in the folder.
     """
+    require_no_file(folder)
     if not is_begun(folder):
         raise UserError(
             f"there is no run in {folder}: what was stopped while it read its data has saved "
@@ -292,6 +306,7 @@ def load_run(folder: Path) -> Trained:
         UserError: the folder is no run, has no model yet, or a file is damaged.
     """
     require_threads()
+    require_no_file(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}; make one with amtl train --out")
     config, encoder = load_inputs(folder)
