@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import amtl
@@ -228,3 +229,24 @@ def test_a_model_of_yesterday_goes_on_with_ids_that_are_new(whole, tmp_path):
     model(torch.arange(50), torch.randint(33, (50, 2))).square().mean().backward()
     optimizer.step()
     assert not torch.equal(model.user(torch.tensor([45])), new)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_come_as_a_nested_tensor_too(mode, frozen):
+    parts = [torch.tensor(part) for part in ([3, 4], [5], [19, 0, 3])]
+    bags = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    values = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1, -1.0])
+    weights = torch.nested.nested_tensor_from_jagged(values, bags.offsets())
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"tags": nn.EmbeddingBag(20, 4, mode=mode)})
+    plain = copy.deepcopy(model["tags"])
+    amtl.convert(model, {"tags": torch.arange(20)}, budget=1.0, bits=None)
+    if frozen:
+        amtl.freeze(model)
+    given = [None, weights] if mode == "sum" else [None]
+    for each in given:
+        expected = plain(bags, per_sample_weights=each)
+        assert torch.allclose(model["tags"](bags, per_sample_weights=each), expected)
+    with pytest.raises(ValueError, match="must be nested, as the input is"):
+        model["tags"](bags, per_sample_weights=values)
