@@ -219,6 +219,26 @@ def test_a_column_without_values_is_told(model, frame):
     assert "column 'price': 300 of 300 values" in told and "Here they are missing: " in told
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(C("price") * 100 + 50, "above"), (C("price") / 1e4, "at most"), (C("price") * 1.1, None)],
+)
+def test_numbers_beyond_nearly_all_of_training_are_told_of_once(model, frame, change, told):
+    rows = frame.with_columns(change.alias("price"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for start in range(0, 120, 20):
+            model.probabilities(rows[start : start + 20])
+        assert not said
+        for _ in range(2):
+            model.probabilities(rows)
+    said = [str(each.message) for each in said]
+    assert len(said) == (told is not None)
+    if told:
+        assert f"column 'price': 300 of 300 numbers are {told} " in said[0]
+        assert "if their unit is another one" in said[0]
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_ids_that_are_new_are_told_to_be_read_as_numbers(frame, text):
     ids = frame.with_columns(id=pl.int_range(300) % 20)
