@@ -112,3 +112,28 @@ def test_ids_that_pandas_made_floats_on_one_day_are_ids(tmp_path):
     frame = read_file(tmp_path).frame
     assert frame["u"].dtype == pl.Int64 and frame["u"].to_list() == [1, 7, None, 3, None]
     assert frame["price"].to_list() == [1, 2, 1.5, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["csv", "ndjson"])
+def test_days_of_text_are_folders_too(tmp_path, kind):
+    for day in (1, 2):
+        folder = tmp_path / "clicks" / f"day=2024-01-0{day}" / "hour=7"
+        folder.mkdir(parents=True)
+        (folder / "_SUCCESS").touch()
+        getattr(TABLE[day - 1 : day], f"write_{kind}")(folder / f"part-0.{kind}")
+    read = read_file(tmp_path / "clicks")
+    assert read.frame.rows() == [(1, "a", "2024-01-01", 7), (2, "b", "2024-01-02", 7)]
+    assert read.notes[-1] == "by the names of folders, and needed to score: day, hour"
+    for one_day in (folder, folder / f"part-0.{kind}"):
+        frame = read_file(one_day).frame
+        assert frame.select(read.frame.columns).rows() == [(2, "b", "2024-01-02", 7)]
+
+
+def test_a_day_of_json_may_lack_a_key_as_an_object_may(tmp_path):
+    TABLE.write_ndjson(tmp_path / "a.ndjson")
+    TABLE.drop("y").write_ndjson(tmp_path / "b.ndjson")
+    read = read_file(tmp_path)
+    assert read.frame["y"].to_list() == ["a", "b", "c", None, None, None] and read.objects
+    assert read.lacking == (
+        "1 of 2 files have no column 'y', which is missing in their rows: b.ndjson",
+    )

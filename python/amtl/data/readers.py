@@ -84,6 +84,10 @@ def read_file(path: Path | str) -> Contents:
             message says what to do.
     """
     path = Path(path)
+    return _partitioned(_read(path), path if path.is_dir() else path.parent)
+
+
+def _read(path: Path) -> Contents:
     if not path.exists():
         raise UserError(f"there is no file {str(path)!r}; give a path to a Parquet or CSV file")
     try:
@@ -97,8 +101,7 @@ def read_file(path: Path | str) -> Contents:
             return _contents(*packing.alone(path, is_table), str(path))
         kind = kind or _nameless(path)
         if is_table(PurePath(f"a{kind}")):
-            contents = _contents(kind, packing.plain(path), str(path))
-            return _partitioned(contents, path.parent) if kind in _PARQUET else contents
+            return _contents(kind, packing.plain(path), str(path))
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
     named = (*_DELIMITED[:2], _DELIMITED[3], *_LIBSVM, *_NDJSON)
@@ -379,12 +382,9 @@ def _folder(path: Path) -> Contents:
         named |= said
         frames.append(frame)
     whole = _together(frames, files)
-    notes: list[str] = []
-    if named:
-        notes.append(f"by the names of folders, and needed to score: {listed(sorted(named))}")
+    notes = (_needed(named),) if named else ()
     lacking = _lacking(frames, [str(file.relative_to(path)) for file in files])
-    whole = _numbered(whole, named)
-    return _partitioned(Contents(whole, notes=tuple(notes), lacking=lacking), path)
+    return Contents(_numbered(whole, named), notes=notes, lacking=lacking)
 
 
 def _partitioned(contents: Contents, folder: Path) -> Contents:
@@ -434,19 +434,23 @@ def _lacking(frames: Sequence[pl.DataFrame], files: Sequence[str]) -> tuple[str,
 
 
 def _tables(path: Path) -> Contents:
-    """The files of a folder, where all are of one kind and have the same columns."""
-    files = sorted(
-        f for f in path.iterdir() if is_table(f) and f.is_file() and f.name[0] not in "._"
-    )
-    shown = listed([file.name for file in files])
+    """The files of a folder, or of those in it, if all are of one kind and have the same columns.
+
+    Objects of JSON may lack keys, in all of a file as in some.
+    """
+    files = _tables_in(path)
+    names = [str(file.relative_to(path)) for file in files]
+    shown = listed(names)
     if len({packing.kind(file) for file in files}) != 1:
         held = f", but {shown}, of several kinds: {INTO_ONE}, or name one of them" if files else ""
         raise UserError(f"the folder {str(path)!r} holds no .parquet file{held}")
-    parts = [read_file(file) for file in files]
-    for file, part in zip(files, parts, strict=True):
-        if odd := set(part.frame.columns) ^ set(parts[0].frame.columns):
+    parts = [_read(file) for file in files]
+    objects = any(part.objects for part in parts)
+    for name, part in zip(names, parts, strict=True):
+        odd = set(part.frame.columns) ^ set(parts[0].frame.columns)
+        if odd and not objects:
             raise UserError(
-                f"of {shown} in {str(path)!r} {files[0].name} and {file.name} have other columns "
+                f"of {shown} in {str(path)!r} {names[0]} and {name} have other columns "
                 f"({listed(sorted(odd))}), so that they are no parts of one table: name one of them"
             )
     frames = [p.frame.with_columns(pl.lit(None).alias(n) for n in _empty(p.frame)) for p in parts]
@@ -454,11 +458,29 @@ def _tables(path: Path) -> Contents:
     for part in parts:
         for name, texts in part.marks.items():
             marks[name] = tuple(sorted({*marks.get(name, ()), *texts}))
-    notes = dict.fromkeys(note for part in parts for note in part.notes)
-    told = f"{len(files)} files were read as one: {shown}"
-    objects = any(part.objects for part in parts)
-    whole = _together(frames, files)
-    return Contents(whole, parts[0].label, (told, *notes), marks, objects)
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    notes.insert(0, f"{len(files)} files were read as one: {shown}")
+    lacking, named = _lacking(frames, names), set[str]()
+    for number, file in enumerate(files):
+        frames[number], said = _with_said(frames[number], file.relative_to(path).parts[:-1])
+        named |= said
+    if named:
+        notes.append(_needed(named))
+    whole = _numbered(_together(frames, files), named)
+    return Contents(whole, parts[0].label, tuple(notes), marks, objects, lacking)
+
+
+def _tables_in(path: Path) -> list[Path]:
+    """The tables of a folder, else of those in it that name columns as Hive does."""
+    inside = sorted(each for each in path.iterdir() if each.name[0] not in "._")
+    files = [each for each in inside if is_table(each) and each.is_file()]
+    parts = [each for each in inside if "=" in each.name and each.is_dir()]
+    return files or [file for part in parts for file in _tables_in(part)]
+
+
+def _needed(named: set[str]) -> str:
+    """What is told of columns that names of folders made."""
+    return f"by the names of folders, and needed to score: {listed(sorted(named))}"
 
 
 def _empty(frame: pl.DataFrame) -> list[str]:
