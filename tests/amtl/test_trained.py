@@ -143,6 +143,7 @@ def test_tables_of_all_kinds_give_the_predictions_of_the_polars_table(model, fra
         "arrays": {name: frame[name].to_numpy() for name in frame.columns},
         "series": {name: frame.to_pandas()[name] for name in frame.columns},
         "tensors": {**lists, "price": torch.from_numpy(frame["price"].to_numpy().copy())},
+        "objects": frame.to_dicts(),
         "stream": pa.RecordBatchReader.from_batches(
             frame.to_arrow().schema, frame.to_arrow().to_batches()
         ),
@@ -157,7 +158,8 @@ def test_tables_of_all_kinds_give_the_predictions_of_the_polars_table(model, fra
     ("rows", "message"),
     [
         (None, "rows are .*NoneType; give a DataFrame"),
-        ([{"a": 1}], "rows are .*list; give a DataFrame"),
+        ([1], "rows are .*list; give a DataFrame"),
+        ([], "rows are .*list; give a DataFrame"),
         (np.zeros((3, 2)), "rows are numpy.ndarray"),
         (torch.zeros(3), "rows are torch.Tensor"),
         (pl.Series([1]), "rows are polars"),

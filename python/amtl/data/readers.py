@@ -44,7 +44,10 @@ class ArrowStream(Protocol):
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
-Rows: TypeAlias = "pl.DataFrame | pl.LazyFrame | pa.Table | ArrowStream | Mapping[str, Any]"
+Rows: TypeAlias = (
+    "pl.DataFrame | pl.LazyFrame | pa.Table | ArrowStream | Mapping[str, Any] | "
+    "Sequence[Mapping[str, Any]]"
+)
 """A table of raw rows, see `as_frame`."""
 
 
@@ -150,8 +153,9 @@ def as_frame(rows: Rows) -> pl.DataFrame:
 
     Args:
         rows: a polars DataFrame or LazyFrame (which is collected), a pandas DataFrame, a pyarrow
-            Table or RecordBatch, anything else that hands out an Arrow stream, or a dict of columns
-            of one length: lists, NumPy arrays, tensors, Series.
+            Table or RecordBatch, anything else that hands out an Arrow stream, a dict of columns
+            of one length (lists, NumPy arrays, tensors, Series), or a list of dicts, a row each, as
+            objects of JSON, where a key that some lack is missing.
 
     Raises:
         TypeError: for anything else, and for columns of mixed types.
@@ -169,6 +173,8 @@ def _as_frame(rows: Rows) -> pl.DataFrame:
     try:
         if isinstance(rows, Mapping):
             frame = pl.DataFrame([_column(str(name), values) for name, values in rows.items()])
+        elif isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
+            frame = pl.from_dicts([dict(row) for row in rows], infer_schema_length=None)
         elif type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
             # Its own conversion takes columns that have no name of text, and older pandas.
             frame = pl.from_pandas(rows)
@@ -189,8 +195,8 @@ def _as_frame(rows: Rows) -> pl.DataFrame:
     if not isinstance(frame, pl.DataFrame):
         raise TypeError(
             f"rows are {type(rows).__module__}.{type(rows).__qualname__}; give a DataFrame of "
-            "polars or pandas, a LazyFrame, a pyarrow Table, or a dict of columns; of a single row "
-            "df.iloc[[0]] or df[:1]"
+            "polars or pandas, a LazyFrame, a pyarrow Table, a dict of columns or a list of dicts; "
+            "of a single row df.iloc[[0]] or df[:1]"
         )
     return frame
 

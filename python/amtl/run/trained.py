@@ -60,11 +60,11 @@ class Trained:
         """Logits `[n]` of raw rows, float32.
 
         Args:
-            frame: a DataFrame of polars or pandas, a polars LazyFrame, a pyarrow Table, or a dict
-                of lists or arrays, with the columns it was trained on. They need not be of the
-                types they had then: text such as `12.0`, `True` and `A|B` stands for the number,
-                the boolean and the list. A column of which nearly no value was seen in training
-                is warned of once.
+            frame: a DataFrame of polars or pandas, a polars LazyFrame, a pyarrow Table, a dict of
+                lists or arrays, or a list of dicts, with the columns it was trained on. They need
+                not be of the types they had then: text such as `12.0`, `True` and `A|B` stands for
+                the number, the boolean and the list. A column of which nearly no value was seen in
+                training is warned of once.
 
         Raises:
             RuntimeError: in a process forked from one that had used polars, as by opening a model.
