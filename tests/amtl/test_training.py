@@ -670,3 +670,12 @@ def test_two_processes_do_not_train_into_one_folder(source, tmp_path):
     # What ended, however it did, is in nobody's way.
     start(settings(seed=4, epochs=1), out, source=source).run()
     assert load_run(out).config.seed == 4
+
+
+def test_a_column_that_weighs_rows_by_its_name_is_told_to_be_a_field(source):
+    weights = pl.Series(np.random.default_rng(1).choice([1.0, 10.0], ROWS))
+    weighed = replace(source, frame=source.frame.with_columns(sample_weight=weights))
+    (told,) = prepare(settings(), weighed).notes
+    assert told.startswith("'sample_weight' is taken as a field") and "--drop sample_weight" in told
+    for quiet in (settings(drop=["sample_weight"]), settings(fields=["user", "sample_weight"])):
+        assert not prepare(quiet, weighed).notes
