@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import torch
 from amtl.cli import main
+from amtl.data.encoding import Batch
 from amtl.data.registry import Source
 from amtl.errors import UserError
 from amtl.run import methods
@@ -16,6 +17,7 @@ from amtl.run.backbones import INTERACTIONS, InterestPooling, interaction
 from amtl.run.config import BACKBONES, TrainConfig
 from amtl.run.done import Interrupted
 from amtl.run.folders import load_run, load_trained, pack_run
+from amtl.run.model import build_model
 from amtl.run.report import group_results
 from amtl.run.training import start
 
@@ -66,6 +68,26 @@ def settings(**changes) -> TrainConfig:
 
 def test_the_command_line_knows_every_backbone():
     assert tuple(INTERACTIONS) == BACKBONES
+
+
+@pytest.mark.parametrize("bags", [True, False])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_model_is_exported_for_batches_of_any_size(source, backbone, bags):
+    """docs/serving.md, A trained run."""
+    if backbone == "din" and not bags:
+        pytest.skip("it pools a history")
+    drop = [] if bags else ["bought"]
+    task = start(settings(backbone=backbone, drop=drop), source=source).task
+    model = build_model(settings(backbone=backbone), task.encoder).eval()
+    model.table.freeze()
+    size, lookups = torch.export.Dim("size", min=2, max=500), torch.export.Dim("lookups", min=2)
+    offsets = {0: len(task.encoder.fields) * size} if bags else None
+    shapes = Batch({0: lookups if bags else size}, offsets, {0: size}, {0: size})
+    batch = task.train.batch(torch.arange(64))
+    compiled = torch.export.export(model, (batch,), dynamic_shapes=(shapes,)).module()
+    for rows in (torch.arange(3), torch.arange(40, 400)):
+        other = task.train.batch(rows)
+        assert torch.allclose(compiled(other), model(other), atol=1e-6)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

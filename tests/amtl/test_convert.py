@@ -600,8 +600,17 @@ def test_optimizers_are_looked_for_once(monkeypatch):
     assert len(looked) == 2
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     other = torch.optim.SGD(model.parameters(), lr=0.1)
+    searched = model.state_dict()
     amtl.freeze(model)
     assert {id(p) for p in other.param_groups[0]["params"]} == set(map(id, model.parameters()))
+    frozen = amtl.convert(model_of(), COUNTS, budget=0.3)
+    for state in (model.state_dict(), searched):
+        looked.clear()
+        frozen.load_state_dict(state)
+        assert len(looked) == 1
+        trained = torch.optim.SGD(frozen.parameters(), lr=0.1)
+    amtl.freeze(frozen)
+    assert {id(p) for p in trained.param_groups[0]["params"]} == set(map(id, frozen.parameters()))
 
 
 @pytest.mark.filterwarnings("error")

@@ -94,3 +94,29 @@ def test_what_checkpointing_repeats_counts_once(reentrant):
         out = checkpoint(lambda x: model(rows) + x, start, use_reentrant=reentrant)
         out.sum().backward()
     assert counts["0"].tolist() == [0, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize("phase", ["search", "frozen", "file"])
+def test_layers_count_as_the_embeddings_did(phase, tmp_path):
+    """A file trains on, on another day, by counts of that day."""
+    generator, model = torch.Generator().manual_seed(3), Model()
+    batches = [batch(generator) for _ in range(5)]
+
+    def count(model):
+        with torch.no_grad(), amtl.counting(model) as counts:
+            for each in batches:
+                model(*each)
+        return counts
+
+    wanted = count(model)
+    amtl.convert(model, {name: torch.ones(ROWS) for name in wanted}, budget=0.3)
+    if phase != "search":
+        amtl.freeze(model)
+    if phase == "file":
+        amtl.save(model, tmp_path / "model.safetensors")
+        model = amtl.load(tmp_path / "model.safetensors", Model())
+    counts = count(model)
+    assert list(counts) == list(wanted)
+    assert all(torch.equal(counts[name], wanted[name]) for name in wanted)
+    if phase != "search":
+        amtl.freeze(amtl.thaw(model, counts=counts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import amtl
@@ -179,3 +180,73 @@ def test_what_was_mixed_up_is_said(mistake, kind, message):
     counts = dict.fromkeys(("user", "item"), torch.arange(50))
     with pytest.raises(kind, match=message):
         mistake(Two(), counts)
+
+
+class Daily(nn.Module):
+    def __init__(self, users: int, items: int):
+        super().__init__()
+        self.user, self.item = nn.Embedding(users, 8), nn.EmbeddingBag(items, 8, mode="sum")
+        self.norm, self.top = nn.BatchNorm1d(16), nn.Linear(16, 1)
+
+    def forward(self, user, items):
+        return self.top(self.norm(torch.cat([self.user(user), self.item(items)], 1)))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_of_yesterday_goes_on_with_ids_that_are_new(whole, tmp_path):
+    """docs/integrations.md, Day after day."""
+    torch.manual_seed(0)
+    counts = {"user": torch.arange(1, 41), "item": torch.arange(1, 31)}
+    monday = amtl.freeze(amtl.convert(Daily(40, 30), counts, budget=0.3))
+    users, items = torch.randint(40, (64,)), torch.randint(30, (64, 3))
+    optimizer = torch.optim.Adam(monday.parameters(), 0.05)
+    for _ in range(5):
+        optimizer.zero_grad(), monday(users, items).square().mean().backward(), optimizer.step()
+    amtl.save(monday, tmp_path / "monday.safetensors")
+    if whole:
+        old = amtl.convert(Daily(40, 30), {n: torch.ones(len(c)) for n, c in counts.items()})
+        amtl.freeze(old).load_state_dict(monday.state_dict())
+        numbers = [amtl.layers(old)[name].blocks[0].detach().clone() for name in counts]
+        old = amtl.revert(amtl.thaw(old))
+        assert all(
+            torch.equal(n, m.weight) for n, m in zip(numbers, (old.user, old.item), strict=True)
+        )
+    else:
+        old = amtl.revert(amtl.load(tmp_path / "monday.safetensors", Daily(40, 30)))
+
+    model = Daily(50, 33)
+    state = model.state_dict()
+    for name, value in old.state_dict().items():
+        state[name][tuple(map(slice, value.shape))] = value
+    expected = monday.eval()(users, items)
+    assert torch.allclose(model.eval()(users, items), expected, atol=0.05 if whole else 1e-5)
+    with torch.no_grad(), amtl.counting(model) as counts:
+        model(torch.arange(50), torch.randint(33, (50, 2)))
+    amtl.convert(model, counts, budget=0.3)
+    amtl.freeze(model).train()
+    new = model.user(torch.tensor([45]))
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    model(torch.arange(50), torch.randint(33, (50, 2))).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model.user(torch.tensor([45])), new)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_come_as_a_nested_tensor_too(mode, frozen):
+    parts = [torch.tensor(part) for part in ([3, 4], [5], [19, 0, 3])]
+    bags = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    values = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1, -1.0])
+    weights = torch.nested.nested_tensor_from_jagged(values, bags.offsets())
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"tags": nn.EmbeddingBag(20, 4, mode=mode)})
+    plain = copy.deepcopy(model["tags"])
+    amtl.convert(model, {"tags": torch.arange(20)}, budget=1.0, bits=None)
+    if frozen:
+        amtl.freeze(model)
+    given = [None, weights] if mode == "sum" else [None]
+    for each in given:
+        expected = plain(bags, per_sample_weights=each)
+        assert torch.allclose(model["tags"](bags, per_sample_weights=each), expected)
+    with pytest.raises(ValueError, match="must be nested, as the input is"):
+        model["tags"](bags, per_sample_weights=values)

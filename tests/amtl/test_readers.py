@@ -120,51 +120,6 @@ def test_other_kinds(tmp_path, name, write, packed):
     assert read_file(path).frame.equals(TABLE)
 
 
-def test_a_folder_of_parquet(tmp_path):
-    with pytest.raises(UserError, match=r"no \.parquet file"):
-        read_file(tmp_path)
-    TABLE[:2].write_parquet(tmp_path / "a.parquet")
-    TABLE[2:].write_parquet(tmp_path / "b.parquet")
-    assert read_file(tmp_path).frame.equals(TABLE)
-
-
-def test_the_text_files_of_a_folder_are_parts_of_one_table(tmp_path):
-    (tmp_path / "a.csv").write_text("x,y,z\n1,a,\n-,b,\n")
-    (tmp_path / "b.csv").write_text("z;x;y\n0,5;2.5;c\n")
-    read = read_file(tmp_path)
-    rows = [(1, "a", None), (None, "b", None), (2.5, "c", 0.5)]
-    assert read.frame.rows() == rows and read.frame.columns == ["x", "y", "z"]
-    assert "2 files were read as one: a.csv, b.csv" in read.notes
-    (tmp_path / "test.csv").write_text("x,z\n1,0\n")
-    with pytest.raises(UserError, match=r"other columns \(y\), so .*: name one of them"):
-        read_file(tmp_path)
-    (tmp_path / "test.csv").rename(tmp_path / "test.json")
-    with pytest.raises(UserError, match="of several kinds"):
-        read_file(tmp_path)
-
-
-def test_parts_of_a_folder_may_differ_in_what_makes_no_difference(tmp_path):
-    a = pl.DataFrame({"u": [1, 2], "c": [None, None], "k": ["x", "y"], "y": [0, 1]})
-    b = pl.DataFrame({"k": ["z"], "y": [1], "c": ["q"], "u": [2**40]})
-    b = b.cast({"k": pl.Categorical})
-    a.cast({"u": pl.Int32}).write_parquet(tmp_path / "a.parquet")
-    b.write_parquet(tmp_path / "b.parquet")
-    rows = [(1, None, "x", 0), (2, None, "y", 1), (2**40, "q", "z", 1)]
-    assert read_file(tmp_path).frame.rows() == rows
-    pl.DataFrame({"u": ["7"]}).write_parquet(tmp_path / "d.parquet")
-    with pytest.raises(UserError, match=r"'u' is Int32 in '.*a.parquet' and String in '.*d.par"):
-        read_file(tmp_path)
-
-
-def test_a_folder_of_folders_has_what_these_say(tmp_path):
-    for i, folder in enumerate(["n=1/day=2024-01-01", "n=2/day=a%20b", "n=2/_temporary/day=x"]):
-        (tmp_path / folder).mkdir(parents=True)
-        TABLE[i : i + 1].write_parquet(tmp_path / folder / "p.parquet")
-    frame = read_file(tmp_path).frame
-    assert frame.columns == ["x", "y", "n", "day"]
-    assert frame.rows() == [(1, "a", 1, "2024-01-01"), (2, "b", 2, "a b")]
-
-
 def read(tmp_path, content, name="a.csv"):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_file(tmp_path / name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import datetime
+import gc
 import io
 from pathlib import Path
+from unittest import mock
 
 import amtl
 import pytest
@@ -149,6 +151,27 @@ def few_bits(rank):
     train(model.train(), optimizer, rank, steps=16)
 
 
+def garbage(rank):
+    """Wrappers that are garbage in one process only; all objects are looked at for it once."""
+    tables = nn.ModuleList(nn.Embedding(ROWS, DIM) for _ in range(3))
+    model = amtl.convert(tables, {str(i): torch.arange(ROWS) for i in range(3)}, budget=0.4)
+    gc.disable()
+    wrapped = DistributedDataParallel(model)
+    wrapped.__dict__["itself"] = wrapped
+    del wrapped
+    if rank == 0:
+        gc.collect()
+    with mock.patch.object(gc, "collect", wraps=gc.collect) as collected:
+        amtl.freeze(model)
+        assert collected.call_count == rank
+        wrapped = DistributedDataParallel(model)
+        amtl.thaw(model)
+        assert collected.call_count == rank + 1
+    gc.enable()
+    with pytest.raises(RuntimeError, match="wrap anew"):
+        wrapped(torch.arange(3))
+
+
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -163,6 +186,7 @@ def process(rank: int, folder: str) -> None:
     other_sizes(rank)
     late_conversion(rank)
     few_bits(rank)
+    garbage(rank)
     distributed.destroy_process_group()
 
 

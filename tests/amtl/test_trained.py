@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+import signal
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +143,7 @@ def test_tables_of_all_kinds_give_the_predictions_of_the_polars_table(model, fra
         "arrays": {name: frame[name].to_numpy() for name in frame.columns},
         "series": {name: frame.to_pandas()[name] for name in frame.columns},
         "tensors": {**lists, "price": torch.from_numpy(frame["price"].to_numpy().copy())},
+        "objects": frame.to_dicts(),
         "stream": pa.RecordBatchReader.from_batches(
             frame.to_arrow().schema, frame.to_arrow().to_batches()
         ),
@@ -154,7 +158,8 @@ def test_tables_of_all_kinds_give_the_predictions_of_the_polars_table(model, fra
     ("rows", "message"),
     [
         (None, "rows are .*NoneType; give a DataFrame"),
-        ([{"a": 1}], "rows are .*list; give a DataFrame"),
+        ([1], "rows are .*list; give a DataFrame"),
+        ([], "rows are .*list; give a DataFrame"),
         (np.zeros((3, 2)), "rows are numpy.ndarray"),
         (torch.zeros(3), "rows are torch.Tensor"),
         (pl.Series([1]), "rows are polars"),
@@ -214,6 +219,26 @@ def test_a_column_without_values_is_told(model, frame):
     empty = frame.with_columns(price=pl.lit(None, dtype=pl.Float64))
     (told,) = warned(lambda: model.logits(empty))
     assert "column 'price': 300 of 300 values" in told and "Here they are missing: " in told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(C("price") * 100 + 50, "above"), (C("price") / 1e4, "at most"), (C("price") * 1.1, None)],
+)
+def test_numbers_beyond_nearly_all_of_training_are_told_of_once(model, frame, change, told):
+    rows = frame.with_columns(change.alias("price"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for start in range(0, 120, 20):
+            model.probabilities(rows[start : start + 20])
+        assert not said
+        for _ in range(2):
+            model.probabilities(rows)
+    said = [str(each.message) for each in said]
+    assert len(said) == (told is not None)
+    if told:
+        assert f"column 'price': 300 of 300 numbers are {told} " in said[0]
+        assert "if their unit is another one" in said[0]
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -315,3 +340,30 @@ def test_evaluate_tells_of_rows_that_the_model_was_trained_on(packed, frame, cap
     assert seen not in evaluated(capsys, packed / "run")
     frame[:-1].write_parquet(packed / "fewer.parquet")
     assert seen not in evaluated(capsys, packed / "run", packed / "fewer.parquet")
+
+
+def in_a_fork(work: Callable[[], object]) -> str:
+    """What went wrong in a forked process, nothing if it came to its end within ten seconds."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if not process:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        try:
+            work()
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(write)
+    _, status = os.waitpid(process, 0)
+    with os.fdopen(read) as file:
+        return file.read() if status == 0 else f"ended by signal {status}"
+
+
+def test_a_forked_worker_says_that_it_has_no_threads_to_score_with(model, frame, packed):
+    expected = model.probabilities(frame)
+    for work in (lambda: model.probabilities(frame), lambda: amtl.load(packed / "run")):
+        assert in_a_fork(work).startswith("RuntimeError: this process was forked from one that had")
+    assert torch.equal(model.probabilities(frame), expected)

@@ -651,3 +651,31 @@ def test_a_diverging_run_says_so(source):
 )
 def test_default_batch_size_makes_about_a_hundred_steps(rows, size):
     assert default_batch_size(rows) == size
+
+
+def test_two_processes_do_not_train_into_one_folder(source, tmp_path):
+    out = tmp_path / "run"
+
+    def other_run(steps: int) -> bool:
+        for more in ({"config": settings(seed=4)}, {"config": None, "resume": True}):
+            again = start(**more, out=out, source=source)
+            with pytest.raises(UserError, match=r"training into .*run: wait .*another --out"):
+                again.run()
+        return True
+
+    first = start(settings(), out, source=source, stop=other_run)
+    with pytest.raises(Interrupted):
+        first.run()
+    assert read_json(out / "config.json")["seed"] == 3
+    # What ended, however it did, is in nobody's way.
+    start(settings(seed=4, epochs=1), out, source=source).run()
+    assert load_run(out).config.seed == 4
+
+
+def test_a_column_that_weighs_rows_by_its_name_is_told_to_be_a_field(source):
+    weights = pl.Series(np.random.default_rng(1).choice([1.0, 10.0], ROWS))
+    weighed = replace(source, frame=source.frame.with_columns(sample_weight=weights))
+    (told,) = prepare(settings(), weighed).notes
+    assert told.startswith("'sample_weight' is taken as a field") and "--drop sample_weight" in told
+    for quiet in (settings(drop=["sample_weight"]), settings(fields=["user", "sample_weight"])):
+        assert not prepare(quiet, weighed).notes

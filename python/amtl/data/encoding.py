@@ -25,6 +25,8 @@ from amtl.errors import UserError, brief
 
 _LARGEST = 3e38
 """That 32 bits hold."""
+_FEW = 0.15
+"""Share of numbers up to which a bucket at an end has few of them; of few rows it has an eighth."""
 _SQUARED = 400
 """Power of two of which squares and their sum are no infinite floats."""
 
@@ -161,6 +163,7 @@ class Encoder:
         self._edges = dict(edges)
         self._scales = dict(scales)
         self._beside = dict(beside or {})
+        self._ends: list[tuple[int, int, int, float, float]] | None = None
         ends = np.cumsum([0, *(v.size for v in self.vocabularies)])
         self.field_offsets = [int(e) for e in ends]
         self._runs = [
@@ -381,6 +384,36 @@ class Encoder:
         odd = vocabulary.first_unknown(column, bags=spec.kind == "bag")
         return odd, known
 
+    def at_ends(self, data: EncodedData) -> Iterator[tuple[str, float, float, int, int]]:
+        """How many numbers lie where few of training's did, below or above all but these.
+
+        Yields:
+            A bucketed field's name, the number at which its first or last bucket ends or begins,
+            the share of training's that are in it, if small, and how many of the data's are, and
+            how many there are in all. Moments, which go on from day to day, are left out.
+        """
+        if self._ends is None:
+            self._ends = list(self._find_ends())
+        for f, place, missing, edge, share in self._ends:
+            rows = data.rows[:, f]
+            there = len(rows) - int((rows == missing).sum())
+            yield self.fields[f].name, edge, share, int((rows == place).sum()), there
+
+    def _find_ends(self) -> Iterator[tuple[int, int, int, float, float]]:
+        """Field, its row of numbers at an end, its row of missing ones, the end and its share."""
+        for f, spec in enumerate(self.fields):
+            edges = self._edges.get(spec.name, torch.empty(0)).tolist()
+            if not edges or spec.moment or moments.unit(edges[0], edges[-1]) is not None:
+                continue
+            vocabulary = self.vocabularies[f]
+            local = vocabulary.encode(pl.Series([0, len(edges), None]))
+            first, last, missing = self._global_rows(f, local).tolist()
+            total = max(int(vocabulary.counts.sum()), 1)
+            for end, place, edge in zip(local, (first, last), (edges[0], edges[-1]), strict=False):
+                share = int(vocabulary.counts[end]) / total
+                if share < _FEW and end != vocabulary.oov_row:
+                    yield f, place, missing, edge, share
+
     def reads_numbers(self, name: str, frame: pl.DataFrame) -> bool:
         """Whether most values of a field of ids join these as numbers, known ids or not."""
         spec = self.fields[self.names.index(name)]
@@ -409,6 +442,7 @@ class Encoder:
             self.vocabularies[f].renumber(rank)
             self._runs[f] = _runs(rows)
         self.field_offsets = [int(e) for e in np.cumsum([0, *self.field_sizes])]
+        self._ends = None
 
     def note_labels(self, labels: Tensor) -> None:
         """Remember the labels [n], zeros and ones, of the data that it was fitted on a part of."""

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from amtl.data import libsvm, packing, sheets, text
 from amtl.data.arrow import of_arrow
 from amtl.data.nested import flat
-from amtl.data.vocabulary import as_series
+from amtl.data.vocabulary import as_series, exact_ids
 from amtl.errors import INTO_ONE, UserError, brief
 
 _PARQUET = (".parquet", ".pq")
@@ -44,7 +44,10 @@ class ArrowStream(Protocol):
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
-Rows: TypeAlias = "pl.DataFrame | pl.LazyFrame | pa.Table | ArrowStream | Mapping[str, Any]"
+Rows: TypeAlias = (
+    "pl.DataFrame | pl.LazyFrame | pa.Table | ArrowStream | Mapping[str, Any] | "
+    "Sequence[Mapping[str, Any]]"
+)
 """A table of raw rows, see `as_frame`."""
 
 
@@ -58,6 +61,7 @@ class Contents:
         notes: what was guessed about it, a line each.
         marks: column to the unusual texts that were taken as missing numbers in it.
         objects: whether rows are objects of JSON, any of which may lack a key.
+        lacking: what files of a folder lack that others have, a line a column.
     """
 
     frame: pl.DataFrame
@@ -65,6 +69,7 @@ class Contents:
     notes: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     objects: bool = False
+    lacking: tuple[str, ...] = ()
 
 
 def read_file(path: Path | str) -> Contents:
@@ -82,6 +87,10 @@ def read_file(path: Path | str) -> Contents:
             message says what to do.
     """
     path = Path(path)
+    return _partitioned(_read(path), path if path.is_dir() else path.parent)
+
+
+def _read(path: Path) -> Contents:
     if not path.exists():
         raise UserError(f"there is no file {str(path)!r}; give a path to a Parquet or CSV file")
     try:
@@ -144,8 +153,9 @@ def as_frame(rows: Rows) -> pl.DataFrame:
 
     Args:
         rows: a polars DataFrame or LazyFrame (which is collected), a pandas DataFrame, a pyarrow
-            Table or RecordBatch, anything else that hands out an Arrow stream, or a dict of columns
-            of one length: lists, NumPy arrays, tensors, Series.
+            Table or RecordBatch, anything else that hands out an Arrow stream, a dict of columns
+            of one length (lists, NumPy arrays, tensors, Series), or a list of dicts, a row each, as
+            objects of JSON, where a key that some lack is missing.
 
     Raises:
         TypeError: for anything else, and for columns of mixed types.
@@ -163,6 +173,8 @@ def _as_frame(rows: Rows) -> pl.DataFrame:
     try:
         if isinstance(rows, Mapping):
             frame = pl.DataFrame([_column(str(name), values) for name, values in rows.items()])
+        elif isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
+            frame = pl.from_dicts([dict(row) for row in rows], infer_schema_length=None)
         elif type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
             # Its own conversion takes columns that have no name of text, and older pandas.
             frame = pl.from_pandas(rows)
@@ -183,8 +195,8 @@ def _as_frame(rows: Rows) -> pl.DataFrame:
     if not isinstance(frame, pl.DataFrame):
         raise TypeError(
             f"rows are {type(rows).__module__}.{type(rows).__qualname__}; give a DataFrame of "
-            "polars or pandas, a LazyFrame, a pyarrow Table, or a dict of columns; of a single row "
-            "df.iloc[[0]] or df[:1]"
+            "polars or pandas, a LazyFrame, a pyarrow Table, a dict of columns or a list of dicts; "
+            "of a single row df.iloc[[0]] or df[:1]"
         )
     return frame
 
@@ -365,36 +377,86 @@ def _folder(path: Path) -> Contents:
     frames: list[pl.DataFrame] = []
     named: set[str] = set()
     for file in files:
-        frame = flat(_parquet(file), repr(str(file)))
-        for folder in file.relative_to(path).parts[:-1]:
-            name, equals, value = folder.partition("=")
-            if equals and name not in frame.columns:
-                said = None if value == _HIVE_NULL else unquote(value)
-                frame = frame.with_columns(pl.lit(said, pl.String).alias(name))
-                named.add(name)
+        try:
+            frame = flat(_parquet(file), repr(str(file)))
+        except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"cannot read {str(file)!r}: {_first_line(error).rstrip('.')}: write it anew, or "
+                "move it away, and the others are read without it"
+            ) from error
+        frame, said = _with_said(frame, file.relative_to(path).parts[:-1])
+        named |= said
         frames.append(frame)
     whole = _together(frames, files)
+    notes = (_needed(named),) if named else ()
+    lacking = _lacking(frames, [str(file.relative_to(path)) for file in files])
+    return Contents(_numbered(whole, named), notes=notes, lacking=lacking)
+
+
+def _partitioned(contents: Contents, folder: Path) -> Contents:
+    """Contents with what a folder and those it is in say (`clicks/day=1`), up to one without."""
+    parts = []
+    for each in (folder, *folder.parents):
+        if "=" not in each.name:
+            break
+        parts.append(each.name)
+    frame, named = _with_said(contents.frame, parts[::-1])
+    return replace(contents, frame=_numbered(frame, named))
+
+
+def _with_said(frame: pl.DataFrame, folders: Sequence[str]) -> tuple[pl.DataFrame, set[str]]:
+    """Rows with what folders say as Hive names them (`day=1`), and the columns that this made."""
+    named: set[str] = set()
+    for folder in folders:
+        name, equals, value = folder.partition("=")
+        if equals and name not in frame.columns:
+            said = None if value == _HIVE_NULL else unquote(value)
+            frame = frame.with_columns(pl.lit(said, pl.String).alias(name))
+            named.add(name)
+    return frame, named
+
+
+def _numbered(frame: pl.DataFrame, named: set[str]) -> pl.DataFrame:
+    """Columns of text that names of folders made, as integers where all of them are."""
     for name in named:
-        numbers = whole[name].cast(pl.Int64, strict=False)
-        if numbers.cast(pl.String).equals(whole[name], null_equal=True):
-            whole = whole.with_columns(numbers)
-    return Contents(whole)
+        numbers = frame[name].cast(pl.Int64, strict=False)
+        if numbers.cast(pl.String).equals(frame[name], null_equal=True):
+            frame = frame.with_columns(numbers)
+    return frame
+
+
+def _lacking(frames: Sequence[pl.DataFrame], files: Sequence[str]) -> tuple[str, ...]:
+    """What some files lack that others have: from some day on, an upstream table may do without."""
+    told = []
+    for name in dict.fromkeys(name for frame in frames for name in frame.columns):
+        without = [file for frame, file in zip(frames, files, strict=True) if name not in frame]
+        if without:
+            told.append(
+                f"{len(without):,} of {len(files):,} files have no column {name!r}, which is "
+                f"missing in their rows: {brief(without[0])}"
+                + (f" to {brief(without[-1])}" if len(without) > 1 else "")
+            )
+    return tuple(told)
 
 
 def _tables(path: Path) -> Contents:
-    """The files of a folder, where all are of one kind and have the same columns."""
-    files = sorted(
-        f for f in path.iterdir() if is_table(f) and f.is_file() and f.name[0] not in "._"
-    )
-    shown = listed([file.name for file in files])
+    """The files of a folder, or of those in it, if all are of one kind and have the same columns.
+
+    Objects of JSON may lack keys, in all of a file as in some.
+    """
+    files = _tables_in(path)
+    names = [str(file.relative_to(path)) for file in files]
+    shown = listed(names)
     if len({packing.kind(file) for file in files}) != 1:
         held = f", but {shown}, of several kinds: {INTO_ONE}, or name one of them" if files else ""
         raise UserError(f"the folder {str(path)!r} holds no .parquet file{held}")
-    parts = [read_file(file) for file in files]
-    for file, part in zip(files, parts, strict=True):
-        if odd := set(part.frame.columns) ^ set(parts[0].frame.columns):
+    parts = [_read(file) for file in files]
+    objects = any(part.objects for part in parts)
+    for name, part in zip(names, parts, strict=True):
+        odd = set(part.frame.columns) ^ set(parts[0].frame.columns)
+        if odd and not objects:
             raise UserError(
-                f"of {shown} in {str(path)!r} {files[0].name} and {file.name} have other columns "
+                f"of {shown} in {str(path)!r} {names[0]} and {name} have other columns "
                 f"({listed(sorted(odd))}), so that they are no parts of one table: name one of them"
             )
     frames = [p.frame.with_columns(pl.lit(None).alias(n) for n in _empty(p.frame)) for p in parts]
@@ -402,11 +464,29 @@ def _tables(path: Path) -> Contents:
     for part in parts:
         for name, texts in part.marks.items():
             marks[name] = tuple(sorted({*marks.get(name, ()), *texts}))
-    notes = dict.fromkeys(note for part in parts for note in part.notes)
-    told = f"{len(files)} files were read as one: {shown}"
-    objects = any(part.objects for part in parts)
-    whole = _together(frames, files)
-    return Contents(whole, parts[0].label, (told, *notes), marks, objects)
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    notes.insert(0, f"{len(files)} files were read as one: {shown}")
+    lacking, named = _lacking(frames, names), set[str]()
+    for number, file in enumerate(files):
+        frames[number], said = _with_said(frames[number], file.relative_to(path).parts[:-1])
+        named |= said
+    if named:
+        notes.append(_needed(named))
+    whole = _numbered(_together(frames, files), named)
+    return Contents(whole, parts[0].label, tuple(notes), marks, objects, lacking)
+
+
+def _tables_in(path: Path) -> list[Path]:
+    """The tables of a folder, else of those in it that name columns as Hive does."""
+    inside = sorted(each for each in path.iterdir() if each.name[0] not in "._")
+    files = [each for each in inside if is_table(each) and each.is_file()]
+    parts = [each for each in inside if "=" in each.name and each.is_dir()]
+    return files or [file for part in parts for file in _tables_in(part)]
+
+
+def _needed(named: set[str]) -> str:
+    """What is told of columns that names of folders made."""
+    return f"by the names of folders, and needed to score: {listed(sorted(named))}"
 
 
 def _empty(frame: pl.DataFrame) -> list[str]:
@@ -427,7 +507,36 @@ def _together(frames: Sequence[pl.DataFrame], files: Sequence[Path]) -> pl.DataF
                     f"column {name!r} is {brief(known)} in {str(other)!r} and {brief(dtype)} in "
                     f"{str(file)!r}; write it as one type"
                 )
-    return pl.concat(frames, how="diagonal_relaxed")
+    integers = _ids_among_floats(frames)
+    alike = [
+        frame.with_columns(
+            # NaN is what pandas has for a missing one.
+            frame[name].fill_nan(None).cast(pl.Int64)
+            for name, dtype in frame.schema.items()
+            if dtype.is_float() and name in integers
+        )
+        for frame in frames
+    ]
+    return pl.concat(alike, how="diagonal_relaxed")
+
+
+def _ids_among_floats(frames: Sequence[pl.DataFrame]) -> set[str]:
+    """Columns of integers in some files and of whole numbers as floats in others.
+
+    So pandas writes ids of which some are missing, day by day.
+    """
+    types = [item for frame in frames for item in frame.schema.items()]
+    mixed = {name for name, dtype in types if dtype.is_integer()}
+    mixed &= {name for name, dtype in types if dtype.is_float()}
+    return {
+        name
+        for name in mixed
+        if all(
+            exact_ids(frame[name]).all()
+            for frame in frames
+            if name in frame.columns and frame.schema[name].is_float()
+        )
+    }
 
 
 def _family(dtype: Any) -> Any:
@@ -436,6 +545,8 @@ def _family(dtype: Any) -> Any:
         return "numbers"
     if dtype in (pl.String, pl.Categorical, pl.Enum):
         return "text"
+    if dtype == pl.Datetime:
+        return dtype.base_type(), dtype.time_zone
     return dtype.base_type() if dtype.is_nested() or dtype.is_temporal() else dtype
 
 

@@ -60,6 +60,7 @@ class Source:
         notes: what was guessed about the file, a line each.
         marks: column to the unusual texts of the file that were taken as missing numbers.
         objects: whether its rows are objects of JSON, any of which may lack a key.
+        lacking: what files of a folder lack that others have, a line a column.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Source:
     notes: tuple[str, ...] = ()
     marks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     objects: bool = False
+    lacking: tuple[str, ...] = ()
 
     def settings(self, method: str) -> dict[str, Any]:
         """The training settings that this data asks for, over the defaults of `TrainConfig`."""
@@ -172,7 +174,7 @@ def load_rows(data: str, optional: Collection[str]) -> tuple[pl.DataFrame, list[
     source = load_source(data)
     absent = [name for name in optional if name not in source.frame.columns]
     if not source.objects or not absent:
-        return source.frame, []
+        return source.frame, list(source.lacking)
     nothing = (pl.lit(None).alias(name) for name in absent)
     told = (
         f"no row of {data} has {listed(absent)}: taken as missing, as in rows of the training data"
@@ -204,7 +206,8 @@ def _load(data: str) -> Source:
         str(path),
         contents.frame,
         label=contents.label,
-        notes=contents.notes,
+        notes=(*contents.notes, *contents.lacking),
         marks=contents.marks,
         objects=contents.objects,
+        lacking=contents.lacking,
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from amtl.data import notation
+from amtl.data.finding import Finder
 from amtl.data.lists import WORDS, WRITTEN_LISTS, are_written_lists, now_written, split, unquoted
 from amtl.errors import brief
 
@@ -110,8 +111,7 @@ class Vocabulary:
         self._had_empty = had_empty or (self._kind == "str" and "" in series)
         nulls = np.flatnonzero(series.is_null().to_numpy())
         self._null_row = int(rows[int(nulls[0])]) if len(nulls) else oov_row
-        self._table: tuple[int, np.ndarray] | None = None
-        self._spellings: tuple[pl.DataFrame, pl.Series, bool] | None = None
+        self._forget()
         if series.n_unique() != len(series):
             raise ValueError(f"vocabulary {name!r}: values must be distinct")
 
@@ -276,8 +276,13 @@ class Vocabulary:
         stays = ~merged[self._rows.long()]
         self._rows = new_rows[self._rows.long()][stays].to(torch.int32)
         self._values = self._values.filter(pl.Series(stays.numpy()))
-        self._table = None
-        self._spellings = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made of values and rows to look them up."""
+        self._table: tuple[int, np.ndarray] | None = None
+        self._finders: dict[bool, Finder] = {}
+        self._spellings: tuple[pl.DataFrame, pl.Series, bool] | None = None
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Contents as compact tensors and a JSON-able dict, as a safetensors file wants them.
@@ -351,7 +356,6 @@ class Vocabulary:
         """Rows of normal values, which came as `dtype`, and the number of unknown ones."""
         if len(flat) == 0:
             return torch.empty(0, dtype=torch.int32), 0
-        known = self._values.drop_nulls()
         if self._kind == "int" and flat.dtype == pl.String:
             # As a file of text is read whose other values are integers.
             flat = notation.texts(flat)
@@ -359,17 +363,13 @@ class Vocabulary:
             flat = flat.set(flat == "", None)
         null = flat.is_null()
         nulls = int(null.sum())
-        if len(known) == 0:
+        if len(self._values) == self._values.null_count():
             rows = np.full(len(flat), -1, dtype=np.int32)
         elif self._kind == "int" and flat.dtype == pl.Int64:
-            rows = self._lookup_int(flat, known)
+            rows = self._lookup_int(flat)
         else:
-            if flat.dtype != known.dtype:
-                flat = flat.cast(pl.String)
-                known = known.cast(pl.String)
-            rows = flat.replace_strict(
-                known, self._known_rows(), default=-1, return_dtype=pl.Int32
-            ).to_numpy()
+            flat = flat.cast(pl.String)
+            rows = self._finder(as_text=True).rows(flat)
             rows = self._look_again(flat, rows, dtype)
         if nulls:
             rows = np.where(null.to_numpy(), np.int32(self._null_row), rows)
@@ -381,6 +381,8 @@ class Vocabulary:
     def _look_again(self, flat: pl.Series, rows: np.ndarray, dtype: Any) -> np.ndarray:
         """`rows` (int32 `[n]`, -1 if unknown) of text, with those of other spellings filled in."""
         odd = flat.filter(pl.Series(rows < 0)).unique().drop_nulls().cast(pl.String)
+        if not len(odd):
+            return rows
         if dtype.is_float() or dtype.is_decimal():
             # The others are no ids, or several ids share them.
             odd = odd.filter(odd.str.contains(r"^-?\d+$"))
@@ -389,8 +391,10 @@ class Vocabulary:
             low, high = self._values.min(), self._values.max()
             if (low, high) in ((0, 0), (0, 1), (1, 1)):
                 keys = _as_bits(keys)
-            found = keys.cast(pl.Int64, strict=False)
-            known = pl.DataFrame({"key": self._values, "row": pl.Series(self._rows.numpy())})
+            pairs = pl.DataFrame({"value": odd, "key": keys.cast(pl.Int64, strict=False)})
+            pairs = pairs.drop_nulls()
+            pairs = pairs.with_columns(row=pl.Series(self._lookup_int(pairs["key"])))
+            pairs = pairs.filter(pl.col("row") >= 0)
         else:
             spelled = keys.is_not_null()
             if not spelled.any():
@@ -399,7 +403,7 @@ class Vocabulary:
             found = _as_bits(keys) if bits else keys
             spelled &= ~_form(odd).is_in(forms.to_list())
             found = pl.select(pl.when(spelled).then(found).alias("key"))["key"]
-        pairs = pl.DataFrame({"value": odd, "key": found}).join(known.drop_nulls(), on="key")
+            pairs = pl.DataFrame({"value": odd, "key": found}).join(known, on="key")
         if not len(pairs):
             return rows
         again = flat.cast(pl.String).replace_strict(
@@ -421,18 +425,26 @@ class Vocabulary:
             self._spellings = single, forms, bits
         return self._spellings
 
-    def _lookup_int(self, flat: pl.Series, known: pl.Series) -> np.ndarray:
-        """Integers: a direct table where the range of values is dense enough, else hashing."""
-        if self._table is None:
+    def _finder(self, as_text: bool) -> Finder:
+        """What finds known values as they are, or as text."""
+        as_text = as_text and self._kind == "int"
+        if as_text not in self._finders:
+            known = self._values.drop_nulls()
+            known = known.cast(pl.String) if as_text else known
+            self._finders[as_text] = Finder(known, self._known_rows())
+        return self._finders[as_text]
+
+    def _lookup_int(self, flat: pl.Series) -> np.ndarray:
+        """Integers: a direct table where the range of values is dense enough, else a search."""
+        if self._table is None and not self._finders.get(False):
+            known = self._values.drop_nulls()
             low, high = int(known.min()), int(known.max())  # type: ignore[arg-type]
             if high - low < max(1 << 20, 8 * len(known)):
                 table = np.full(high - low + 1, -1, dtype=np.int32)
                 table[known.to_numpy() - low] = self._known_rows().to_numpy()
                 self._table = (low, table)
         if self._table is None:
-            return flat.replace_strict(
-                known, self._known_rows(), default=-1, return_dtype=pl.Int32
-            ).to_numpy()
+            return self._finder(as_text=False).rows(flat)
         low, table = self._table
         values = flat.fill_null(low - 1 if low > np.iinfo(np.int64).min else low).to_numpy()
         inside = (values >= low) & (values <= low + (len(table) - 1))

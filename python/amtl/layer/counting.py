@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amtl.layer.convertible import require_model
+from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.table_rows import require_rows
 
 
@@ -28,10 +29,11 @@ def counting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     Negatives that a model draws count like what was clicked; padding rows do not. Lookups past the
     modules, as by `F.embedding(ids, model.table.weight)`, and those of a compiled model are not
     seen: give it the model before `torch.compile`. Of several processes each counts its own share,
-    to be summed before `convert`.
+    to be summed before `convert`. Layers count as the embeddings did whose places they took, for
+    `thaw(counts=...)` of a file that is to train on; collections of tables do not.
 
     Args:
-        model: any module with nn.Embedding or nn.EmbeddingBag in it, or one of these.
+        model: any module with nn.Embedding, nn.EmbeddingBag or such layers in it, or one of these.
 
     Yields:
         int64 [N] by the dotted name of each embedding, filled in while the block runs. At its end
@@ -45,12 +47,14 @@ def counting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag | AMTLEmbedding | AMTLEmbeddingBag)
     }
     if not found:
         raise ValueError("the model has no nn.Embedding or nn.EmbeddingBag whose lookups count")
     counts = {
-        name: torch.zeros(module.num_embeddings, dtype=torch.int64, device=module.weight.device)
+        name: torch.zeros(
+            module.num_embeddings, dtype=torch.int64, device=next(module.parameters()).device
+        )
         for name, module in found.items()
     }
     hooks = [

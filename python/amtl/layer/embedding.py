@@ -271,7 +271,8 @@ class AMTLEmbeddingBag(AMTLTable):
         """Look rows up and pool them by bag.
 
         Args:
-            input: int32 or int64, [L] with offsets, or [B, l] without.
+            input: int32 or int64, [L] with offsets, or [B, l] without, of bags of several lengths
+                as a nested tensor (`layout=torch.jagged`).
             offsets: [B] (or [B + 1] with include_last_offset), first position of each bag.
             per_sample_weights: like `input`, type of the table; mode "sum" only.
 
@@ -284,10 +285,16 @@ class AMTLEmbeddingBag(AMTLTable):
         """
         if isinstance(input, Proxy):
             return record(self, "forward", input, input, offsets, per_sample_weights)
+        last = self.include_last_offset
+        if isinstance(input, Tensor) and input.layout == torch.jagged:
+            bags: Any = input
+            input, offsets, last = bags.values().reshape(-1), bags.offsets(), True
+            if per_sample_weights is not None:
+                if per_sample_weights.layout != torch.jagged:
+                    raise ValueError("per_sample_weights must be nested, as the input is")
+                per_sample_weights = per_sample_weights.values().reshape(-1)
         try:
-            return self._pool(
-                input, offsets, per_sample_weights, self.mode, self.include_last_offset
-            )
+            return self._pool(input, offsets, per_sample_weights, self.mode, last)
         except IndexError as error:
             raise self._named(error) from None
 

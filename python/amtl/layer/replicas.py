@@ -9,7 +9,6 @@ What changes beside parameters, one process leads.
 from __future__ import annotations
 
 import ctypes
-import gc
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from amtl.layer.instances import instances_of
+from amtl.layer.instances import collect_garbage, instances_of
 
 
 def are_several() -> bool:
@@ -34,10 +33,16 @@ def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     if not are_several():
         return []
     wanted = {id(parameter) for parameter in parameters}
+
+    def around() -> list[nn.Module]:
+        wrappers = instances_of(DistributedDataParallel)
+        return [w for w in wrappers if any(id(p) in wanted for p in w.parameters())]
+
+    if not around():
+        return []
     # A wrapper that is garbage already counts in no process, whenever each would find it out.
-    gc.collect()
-    wrappers = instances_of(DistributedDataParallel)
-    return [w for w in wrappers if any(id(p) in wanted for p in w.parameters())]
+    collect_garbage()
+    return around()
 
 
 def require_same_sizes(wrappers: Sequence[Any], tensors: Sequence[Tensor], name: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amtl.layer.frequency import decode_row_map, encode_row_map
+from amtl.layer.instances import looked_for_once
 from amtl.layer.lookups import TableLookups
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.rounding import Parts, Rounding, cut, mean_squares, numbers_in, step_of
@@ -145,7 +146,8 @@ class TableStates(TableLookups):
                 # A packed file has nothing of the search: the layer keeps its own.
                 state_dict.update(self.head.state_dict(prefix=search))
             bits = int(schedule[5]) if schedule is not None and len(schedule) > 5 else None
-            self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, bits, error_msgs)
+            with looked_for_once(error_msgs):
+                self._adopt_tiers(state_dict, prefix, tuple(ends.tolist()), fits, bits, error_msgs)
             if self.rounding is not None and schedule is not None and len(schedule) > 6:
                 self.rounding.turn = int(schedule[6])
                 self.rounding.changes = int(schedule[7]) if len(schedule) > 7 else 0
@@ -161,7 +163,8 @@ class TableStates(TableLookups):
             same = tuple(loaded.shape) == (self.num_embeddings, self.embedding_dim)
             present = self._parameters["weight"]
             if same and (present is None or present.shape != loaded.shape):
-                self._adopt_weight(self.row_map if row_map is None else row_map)
+                with looked_for_once(error_msgs):
+                    self._adopt_weight(self.row_map if row_map is None else row_map)
             state_dict.pop(prefix + "row_map", None)
             if row_map is not None:
                 self.row_group = decode_row_map(row_map, self.num_embeddings).to(self.device)

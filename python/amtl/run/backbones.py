@@ -43,7 +43,7 @@ class Interaction(nn.Module):
         Returns:
             `[B]`.
         """
-        return embedded.new_zeros(len(embedded))
+        return embedded.new_zeros(embedded.shape[0])
 
 
 class Wide(Interaction):
@@ -196,9 +196,9 @@ class InterestPooling(nn.Module):
         values = values.to(dtype)
         fields = self.num_single + len(self.units)
         starts = offsets.long()
-        ends = torch.cat([starts[1:], starts.new_tensor([len(values)])])
-        bag = torch.repeat_interleave(ends - starts, output_size=len(values))
-        pooled = values.new_zeros(len(starts), values.shape[1])
+        ends = torch.cat([starts[1:], starts.new_full((1,), values.shape[0])])
+        bag = torch.repeat_interleave(ends - starts, output_size=values.shape[0])
+        pooled = values.new_zeros(starts.shape[0], values.shape[1])
         single = torch.nonzero(bag % fields < self.num_single).squeeze(1)
         pooled = pooled.index_add(0, bag[single], values[single])
         samples = pooled.view(-1, fields, values.shape[1])

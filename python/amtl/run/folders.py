@@ -8,12 +8,15 @@ go on), `best.safetensors` (the model with the best validation AUC) and, at the 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
 from amtl.data.readers import is_table
+from amtl.data.threads import require_threads
 from amtl.errors import UserError
 from amtl.layer.conversion import layers
 from amtl.run import methods
@@ -29,7 +33,14 @@ from amtl.run.config import TrainConfig
 from amtl.run.model import ClickModel, assemble, build_model
 from amtl.run.trained import Trained
 from amtl.store.dense import pack
-from amtl.store.files import RESTORE, json_text, read_json, write_aside, write_json
+from amtl.store.files import (
+    RESTORE,
+    cannot_write,
+    json_text,
+    read_json,
+    write_aside,
+    write_json,
+)
 from amtl.store.packed import PackedFile, deflated, open_packed, table_of_tiers, write_packed
 from amtl.store.tensors import (
     FileTensors,
@@ -61,17 +72,62 @@ def is_begun(folder: Path) -> bool:
     return (folder / _CONFIG).exists()
 
 
+def require_no_file(folder: Path) -> None:
+    """Refuse a file, of `amtl pack` most likely, where a run is needed.
+
+    Raises:
+        UserError: it is one.
+    """
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, and a run folder is needed here: the one that amtl train wrote "
+            "and amtl pack read"
+        )
+
+
 def require_begun(folder: Path) -> None:
     """Refuse to go on with a run that is not there.
 
     Raises:
         UserError: nothing was begun in the folder.
     """
+    require_no_file(folder)
     if not is_begun(folder):
         raise UserError(
             f"there is no run in {folder}: what was stopped while it read its data has saved "
             "nothing, and the same command without --resume begins it"
         )
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training into a run folder, which is made if need be.
+
+    Two runs would write by turns, and the folder would end with settings of one and the model of
+    the other. The system lets go of it when the process ends, however it does.
+
+    Raises:
+        UserError: another process has it.
+        FileWriteError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training into {folder}: wait until it has ended, or choose "
+                "another --out"
+            ) from None
+        except OSError:
+            pass  # where the file system has no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def require_no_part(out: Path) -> None:
@@ -249,6 +305,8 @@ def load_run(folder: Path) -> Trained:
     Raises:
         UserError: the folder is no run, has no model yet, or a file is damaged.
     """
+    require_threads()
+    require_no_file(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}; make one with amtl train --out")
     config, encoder = load_inputs(folder)
@@ -404,6 +462,7 @@ def from_packed(packed: PackedFile) -> Trained:
     Raises:
         PackedFileError: the contents do not fit together.
     """
+    require_threads()
     content = packed.metadata
     try:
         config = TrainConfig.from_dict(content["config"])

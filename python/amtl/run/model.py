@@ -77,14 +77,16 @@ class ClickModel(nn.Module):
         if batch.offsets is None:
             embedded = self.table(batch.indices)
         elif self.pooling is not None:
-            each = torch.arange(len(batch.indices), dtype=torch.int32, device=batch.indices.device)
+            each = torch.arange(
+                batch.indices.shape[0], dtype=torch.int32, device=batch.indices.device
+            )
             embedded = self.pooling(self.table(batch.indices, each), batch.offsets)
         else:
             embedded = self.table(batch.indices, batch.offsets)
-        embedded = embedded.reshape(len(batch.labels), self.num_fields, self.dim)
+        embedded = embedded.reshape(batch.labels.shape[0], self.num_fields, self.dim)
         if self.roots is None or batch.offsets is None:
             return embedded
-        ends = batch.offsets.new_tensor([len(batch.indices)])
+        ends = batch.offsets.new_full((1,), batch.indices.shape[0])
         lengths = torch.diff(batch.offsets, append=ends).view(-1, self.num_fields)
         roots = torch.tensor(self.roots, device=lengths.device)
         factors = torch.where(roots, lengths.sqrt(), 1.0).to(embedded.dtype)

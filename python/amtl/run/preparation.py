@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -28,6 +30,8 @@ from amtl.run.config import TrainConfig
 from amtl.run.learner import Task
 from amtl.run.metrics import FEW, one_class, rarer
 
+_WEIGHT = re.compile(r"(?i)(?:sample|row|example|instance|importance|case)[ _-]?weights?")
+"""What columns are called that say how much a row counts, as where negative rows were left out."""
 VALIDATED = 2**18
 """Rows at most of the validation split, which is looked at dozens of times: always the same ones,
 so that what differs between models is told far better than the AUC itself."""
@@ -107,6 +111,12 @@ def prepare(
     notes = [
         f"{name}: {brief(', '.join(map(repr, texts)))} among dates and times taken as missing"
         for name, texts in odd.items()
+    ]
+    notes += [
+        f"{name!r} is taken as a field like any other, for all rows weigh the same here; --drop "
+        f"{shlex.quote(name)} leaves it out"
+        for name in encoder.columns
+        if _WEIGHT.fullmatch(name) and not config.fields
     ]
     if same is not None:
         notes.append(

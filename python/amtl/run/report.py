@@ -15,7 +15,7 @@ from typing import Any
 
 from amtl.errors import UserError
 from amtl.peers import PEERS
-from amtl.run.folders import require_no_part
+from amtl.run.folders import require_no_file, require_no_part
 from amtl.run.html import STYLE, html_page, html_table, require_matplotlib, section, svg
 from amtl.store.files import read_json, write_text
 
@@ -66,6 +66,7 @@ def load_metrics(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """
     runs = []
     for folder in _run_folders(folders):
+        require_no_file(folder)
         if not (folder / "metrics.json").exists():
             raise UserError(
                 f"{folder} has no metrics.json: not a run, or not finished "

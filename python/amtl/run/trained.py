@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from amtl.data.labels import labelled
 from amtl.data.moments import without_odd
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source
+from amtl.data.specs import numbers
 from amtl.data.splits import split_rows
+from amtl.data.threads import require_threads
 from amtl.errors import brief
 from amtl.run import methods
 from amtl.run.config import TrainConfig
@@ -27,7 +30,8 @@ from amtl.run.model import ClickModel, predict
 from amtl.run.preparation import copies_of
 
 _UNSEEN = 0.9
-"""Share of unseen values from which on a column is taken to be written in another way."""
+"""Share of unseen values from which on a column is taken to be written in another way; and of
+numbers beyond nearly all of training's."""
 _SEEN_THEN = 0.5
 """Share of unseen values in training and test below which that is no trait of the column."""
 _ENOUGH = 50
@@ -56,13 +60,14 @@ class Trained:
         """Logits `[n]` of raw rows, float32.
 
         Args:
-            frame: a DataFrame of polars or pandas, a polars LazyFrame, a pyarrow Table, or a dict
-                of lists or arrays, with the columns it was trained on. They need not be of the
-                types they had then: text such as `12.0`, `True` and `A|B` stands for the number,
-                the boolean and the list. A column of which nearly no value was seen in training
-                is warned of once.
+            frame: a DataFrame of polars or pandas, a polars LazyFrame, a pyarrow Table, a dict of
+                lists or arrays, or a list of dicts, with the columns it was trained on. They need
+                not be of the types they had then: text such as `12.0`, `True` and `A|B` stands for
+                the number, the boolean and the list. A column of which nearly no value was seen in
+                training is warned of once.
 
         Raises:
+            RuntimeError: in a process forked from one that had used polars, as by opening a model.
             TypeError: if `frame` is no such table.
             UserError: if a column is missing, or holds what cannot be values of its field.
         """
@@ -73,6 +78,7 @@ class Trained:
         return torch.sigmoid(self._logits(frame))
 
     def _logits(self, rows: Rows) -> Tensor:
+        require_threads()
         frame = as_frame(rows)
         data = self.encoder.transform(frame)
         for column, sentence in self.unseen_columns(frame, data).items():
@@ -84,7 +90,8 @@ class Trained:
     def unseen_columns(self, frame: pl.DataFrame, data: EncodedData) -> dict[str, str]:
         """Columns with hardly a value seen in training (10 %), where that is no trait of theirs.
 
-        Values of small batches are counted up until there are 50.
+        Values of small batches are counted up until there are 50. Of 50 and more in one batch, so
+        are numbers nearly all of which are larger, or smaller, than nearly all of training's.
 
         Args:
             frame: raw rows.
@@ -99,6 +106,19 @@ class Trained:
         # Runs that do not say how many rows trained are taken to be split 80/10/10.
         parts = metrics.get("split_rows", {"train": 8, "test": 1})
         times = parts["train"] / max(parts["test"], 1)
+        for name, edge, share, beyond, values in self.encoder.at_ends(data):
+            # Not over batches: one row that is asked for again and again may well be at an end.
+            if values < _ENOUGH or beyond <= _UNSEEN * values:
+                continue
+            spec = self.encoder.fields[self.encoder.names.index(name)]
+            read = numbers(column_of(frame, spec), spec).to_numpy()
+            amid = float(np.nanmedian(read))
+            result[name] = (
+                f"column {name!r}: {beyond:,} of {values:,} numbers are "
+                f"{'above' if amid > edge else 'at most'} {edge:g}, where training had {share:.1%} "
+                f"of its own. Here they are such as {amid:g}: if their unit is another one, write "
+                "them as the training data have them, else train on data such as these"
+            )
         for name, unknown in data.unknown.items():
             before = self._tally.pop(name, (0, 0))
             unknown, values = before[0] + unknown, before[1] + data.values[name]

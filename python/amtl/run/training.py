@@ -7,6 +7,7 @@ so far) and, at the end, `metrics.json`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import statistics
@@ -143,6 +144,10 @@ class Trainer:
         Raises:
             Interrupted: if `stop` asked for it.
         """
+        with contextlib.ExitStack() as self._holds:
+            return self._run_side_by_side()
+
+    def _run_side_by_side(self) -> dict[str, Any]:
         config, threads = self.config, torch.get_num_threads()
         if self.jobs == 1 or not (is_open(config) or config.distillation or config.compare):
             return self._run()
@@ -164,6 +169,9 @@ class Trainer:
                     f"leave --distillation out"
                 )
             self._require_room()
+        if self.out:
+            self._holds.enter_context(folders.held(self.out))
+        if self._fresh:
             self._begin()
         if self.learner.steps == 0 and is_open(self.config):
             if self.config.distillation != 0:
