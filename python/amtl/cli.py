@@ -142,12 +142,12 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, count("Samples a step.", "by the data's size")] = None,
     lr: Annotated[float | None, rate("Of all but the table.", TrainConfig.lr)] = None,
-    table_lr: Annotated[float | None, rate("Of the table.", TrainConfig.table_lr)] = None,
+    table_lr: Annotated[float | None, rate("Of the table.", "by its optimizer")] = None,
     table_optimizer: Annotated[
         str | None,
         typer.Option(
             help="adam, adagrad, rowwise_adagrad or sgd.",
-            show_default=TrainConfig.table_optimizer,
+            show_default="adagrad",
         ),
     ] = None,
     embedding_dropout: Annotated[

@@ -23,6 +23,9 @@ OWN = ("amtl", "rule", "fixed")
 BITS = ("auto", "32", "16", "8", "4", "2")
 
 
+TABLE_RATES = {"adagrad": 1.0, "rowwise_adagrad": 1.0, "adam": 6e-2, "sgd": 6e-2}
+"""Learning rates of a table by its optimizer."""
+
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -142,9 +145,11 @@ class TrainConfig:
         race: whether candidates for what is left open here are tried at the start of training.
         compare: also train a table of full size and one of fixed width in the same bytes.
         lr: learning rate of the MLP (Adam).
-        table_lr: learning rate of the embeddings.
+        table_lr: learning rate of the embeddings; None: that of `TABLE_RATES`.
         mask_lr: learning rate of the size parameters (Adam).
-        table_optimizer: `adam`, `adagrad`, `rowwise_adagrad` or `sgd`, on touched rows only.
+        table_optimizer: `adam`, `adagrad`, `rowwise_adagrad` or `sgd`, on touched rows only; None:
+            `adagrad`, `rowwise_adagrad` without masters, and `adam` for methods of the field and
+            for a table that is trained already, which Adagrad's first steps would undo.
     """
 
     data: str
@@ -189,11 +194,15 @@ class TrainConfig:
     race: bool = True
     compare: bool = False
     lr: float = 2e-3
-    table_lr: float = 6e-2
+    table_lr: float = None  # type: ignore[assignment]  # settled below
     mask_lr: float = 1e-2
-    table_optimizer: str = "adam"
+    table_optimizer: str = None  # type: ignore[assignment]  # settled below
 
     def __post_init__(self) -> None:
+        if self.table_optimizer is None:
+            self.table_optimizer = self._serving_optimizer()
+        if self.table_lr is None:
+            self.table_lr = TABLE_RATES.get(self.table_optimizer, TABLE_RATES["adam"])
         for name in (
             *("dim", "batch_size", "epochs", "validations", "patience", "min_count"),
             *("lr", "table_lr", "mask_lr", "rate_drop"),
@@ -297,6 +306,11 @@ class TrainConfig:
         """Whether validation may choose the bits: sizes must be settled for training to round."""
         sized = self.method in OWN and self.method != "fixed"
         return self.bits == "auto" and sized and not self._learns_sizes()
+
+    def _serving_optimizer(self) -> str:
+        if self.method not in OWN or self.warm_start is not None:
+            return "adam"
+        return "adagrad" if self.masters else "rowwise_adagrad"
 
     def _learns_sizes(self) -> bool:
         options = self.table_options
