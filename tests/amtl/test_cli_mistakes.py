@@ -587,7 +587,7 @@ def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
     free = memory.available_memory()
     assert free is None or free > 0
     config = amtl.run.config.TrainConfig("d", "y", dim=1000, batch_size=1, hidden=[1])
-    monkeypatch.setattr(memory, "available_memory", lambda: 4 * 1000 * (3 * 500 + 4 + 2))
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * 1000 * (2 * 500 + 4 + 2))
     memory.require_memory(config, 500, 1)
     with pytest.raises(UserError, match="--dim 1000 would take"):
         memory.require_memory(config, 501, 1)

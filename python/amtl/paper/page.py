@@ -133,8 +133,11 @@ _UNDECAYED = (
 
 
 def _protocol(summary: dict[str, Any]) -> Block:
-    decays = any("embedding_decay" in method["space"] for method in summary["methods"].values())
-    first = "weight decay of the embeddings, a teacher" if decays else "a teacher"
+    tuned = {name for method in summary["methods"].values() for name in method["space"]}
+    decays = "embedding_decay" in tuned
+    first = "weight decay of the embeddings, " if decays else ""
+    first += "another optimizer of the table, " if "table_optimizer" in tuned else ""
+    first += "a teacher"
     return Block(
         "How",
         (

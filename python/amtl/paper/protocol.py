@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from amtl.errors import UserError
 from amtl.peers import PEERS, DoesNotFit
 from amtl.run.config import BACKBONES as KNOWN_BACKBONES
-from amtl.run.config import parse_names
+from amtl.run.config import TABLE_RATES, parse_names
 from amtl.run.contenders import DECAYS, DROPOUT, SHARES, WEAKER
 from amtl.run.methods import ALIASES
 from amtl.run.race import flat_width
@@ -43,7 +43,8 @@ QUICK_SETS: dict[str, tuple[str, str, str]] = {
 }
 
 COMMON: dict[str, tuple[Any, ...]] = {
-    "table_lr": (6e-2, 2e-2, 1e-1),
+    "table_optimizer": ("adam", "adagrad"),
+    "table_rate": (1.0, 0.33, 1.67),
     "embedding_dropout": (0.0, DROPOUT),
     "embedding_decay": (0.0, *DECAYS, WEAKER * DECAYS[0]),
     "distillation": (0.0, *SHARES),
@@ -51,8 +52,13 @@ COMMON: dict[str, tuple[Any, ...]] = {
 """What is tuned of every contender that does not tune itself.
 
 The product trains on labels that a table of full size softens where that validates better; so may
-every other method, taught by one of the same seed.
+every other method, taught by one of the same seed. `table_rate` is what the optimizer's usual rate
+is multiplied by.
 """
+
+_OURS = {**COMMON, "table_optimizer": ("adagrad", "adam")}
+"""The same, the product's default first: methods of the field train what Adagrad's first steps may
+harm, such as step sizes."""
 
 RULER = "fixed"
 """The contender that a table of full size is of."""
@@ -109,26 +115,36 @@ class Contender:
 
     @property
     def first(self) -> list[dict[str, Any]]:
-        """Changes that are tried first: weight decays, a teacher, its own settings, dropout.
+        """Changes that are tried first: decays, an optimizer, a teacher, its own settings, dropout.
 
         With few trials that leaves it no worse off than the product, whose own run tries these.
         """
         own = [{name: v} for name in self.space if name not in COMMON for v in self.space[name][1:]]
         decays = [{"embedding_decay": decay} for decay in COMMON["embedding_decay"][1:]]
         taught = [{"distillation": share} for share in SHARES]
-        changes = [*decays, *taught, *own, {"embedding_dropout": DROPOUT}]
+        others = [{"table_optimizer": name} for name in self.space.get("table_optimizer", ())[1:]]
+        changes = [*decays, *others, *taught, *own, {"embedding_dropout": DROPOUT}]
         return [change for change in changes if set(change) <= set(self.space)]
+
+
+def _trained(choice: Mapping[str, Any]) -> Settings:
+    """Settings of a choice, its rate that of its optimizer."""
+    found = dict(choice)
+    rate = found.pop("table_rate", 1.0)
+    if "table_optimizer" in found:
+        found["table_lr"] = rate * TABLE_RATES[found["table_optimizer"]]
+    return found
 
 
 def _fixed(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
     width = int(budget * DIM)
     if not width:
         raise DoesNotFit("a number a row is larger than the budget")
-    return {**choice, "method": "fixed", "dim": width}
+    return {**_trained(choice), "method": "fixed", "dim": width}
 
 
 def _integers(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
-    rest = {k: v for k, v in choice.items() if k != "bits"}
+    rest = _trained({k: v for k, v in choice.items() if k != "bits"})
     width = flat_width(budget, DIM, choice["bits"])
     if not width:
         raise DoesNotFit(f"{choice['bits']} bits a row are larger than the budget")
@@ -153,7 +169,7 @@ def _own(method: str, **more: Any) -> Callable[[float, Size, Mapping[str, Any]],
 def _peer(name: str) -> Callable[[float, Size, Mapping[str, Any]], Settings]:
     def settings(budget: float, size: Size, choice: Mapping[str, Any]) -> Settings:
         options = {k: v for k, v in choice.items() if k not in COMMON}
-        rest = {k: v for k, v in choice.items() if k in COMMON}
+        rest = _trained({k: v for k, v in choice.items() if k in COMMON})
         return {**rest, "method": name, "budget": budget, "table_options": options}
 
     return settings
@@ -162,12 +178,12 @@ def _peer(name: str) -> Callable[[float, Size, Mapping[str, Any]], Settings]:
 def contenders() -> dict[str, Contender]:
     """All contenders by name, the methods that were added included."""
     found = [
-        Contender("fixed", "rows equally wide, 32 bits", _fixed, COMMON),
+        Contender("fixed", "rows equally wide, 32 bits", _fixed, _OURS),
         Contender(
             "int",
             "rows equally wide, rounded in training",
             _integers,
-            {"bits": (4, 8, 2), **COMMON},
+            {"bits": (4, 8, 2), **_OURS},
         ),
         Contender("rule", "the product, sizes by counts", _own("rule")),
         Contender("amtl", "the product's default", _own("amtl")),

@@ -24,6 +24,7 @@ from amtl.paper.summary import ranks, summarise
 from amtl.paper.tuning import next_choice
 from amtl.paper.work import count, finalists, further, jobs
 from amtl.peers import PEERS, DoesNotFit, add_peer
+from amtl.run.config import TABLE_RATES
 from amtl.run.contenders import DECAYS, DROPOUT, WEAKER
 
 
@@ -116,6 +117,7 @@ def test_first_come_changes_of_the_best_so_far():
         (decayed, 0.5),
         ({**decayed, "embedding_decay": stronger}, 0.45),
         ({**decayed, "embedding_decay": WEAKER * first}, 0.45),
+        ({**decayed, "table_optimizer": "adam"}, 0.45),
         (better, 0.6),
         ({**better, "distillation": 0.8}, 0.5),
         ({**better, "bits": 8}, 0.7),
@@ -163,7 +165,10 @@ def test_contenders_have_equal_bytes():
     assert set(PEERS) < set(known)
     first = {k: v[0] for k, v in COMMON.items()}
     fixed = known["fixed"].settings(0.2, size, first)
-    assert fixed == {**first, "method": "fixed", "dim": 3}
+    trained = {k: v for k, v in first.items() if k != "table_rate"}
+    assert fixed == {**trained, "table_lr": TABLE_RATES["adam"], "method": "fixed", "dim": 3}
+    slower = known["fixed"].settings(0.2, size, {"table_optimizer": "adagrad", "table_rate": 0.5})
+    assert slower["table_lr"] == 0.5 * TABLE_RATES["adagrad"]
     with pytest.raises(DoesNotFit):
         known["fixed"].settings(0.9 / DIM, size, first)
     four = known["int"].settings(0.125, size, {**first, "bits": 4})
@@ -173,14 +178,19 @@ def test_contenders_have_equal_bytes():
     assert own["budget"] == pytest.approx(0.125 - (8 * 17 + 4 * 4) / (4 * DIM * 1000))
     assert known["aml"].settings(1.0, size, {})["table_options"]["twins"] is False
     peer = known["qr"].settings(0.1, size, {**first, "operation": "add"})
-    assert peer == {**first, "method": "qr", "budget": 0.1, "table_options": {"operation": "add"}}
+    assert peer == {
+        **{k: v for k, v in fixed.items() if k != "dim"},
+        "method": "qr",
+        "budget": 0.1,
+        "table_options": {"operation": "add"},
+    }
     for contender in known.values():
         assert contender.about and (contender.tunes_itself or set(COMMON) <= set(contender.space))
 
 
 def choice_of(method, rate=0) -> dict:
     space = contenders()[method].space
-    return {k: v[rate] if k == "table_lr" else v[0] for k, v in space.items()}
+    return {k: v[rate] if k == "table_rate" else v[0] for k, v in space.items()}
 
 
 def record(method, auc, budget=0.125, trial=None, seed=None, rate=0, **more):
