@@ -106,7 +106,7 @@ def train(
         typer.Option(
             "--masters/--no-masters",
             help="Keep the numbers that training rounds, or train codes alone: needs --bits 16, 8, "
-            "4 or 2, and --table-optimizer rowwise_adagrad or sgd.",
+            "4 or 2; the optimizer is row-wise Adagrad or sgd.",
         ),
     ] = True,
     warm_start: Annotated[

@@ -8,7 +8,7 @@ from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.errors import UserError
 from amtl.run import methods
-from amtl.run.config import OWN
+from amtl.run.config import OWN, TrainConfig
 from amtl.run.metrics import auc, auc_error, calming, log_loss, score, score_error
 from amtl.run.model import ClickModel, dropout, predict
 from sklearn.metrics import log_loss as sklearn_log_loss
@@ -265,6 +265,26 @@ def test_unusable_settings_are_user_errors(encoded, arguments, message):
     encoder, _ = encoded
     with pytest.raises(UserError, match=message):
         methods.build_table(**{"method": "amtl", "encoder": encoder, "dim": 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "rate"),
+    [
+        ({}, "adagrad", 1.0),
+        ({"method": "fixed"}, "adagrad", 1.0),
+        ({"table_lr": 0.3}, "adagrad", 0.3),
+        ({"table_optimizer": "adam"}, "adam", 0.06),
+        ({"table_optimizer": "adam", "table_lr": 0.1}, "adam", 0.1),
+        ({"bits": "8", "masters": False}, "rowwise_adagrad", 1.0),
+        # Adagrad's first steps would undo what is trained already, and dwarf steps of quantisers.
+        ({"method": "rule", "warm_start": "runs/full"}, "adam", 0.06),
+        ({"method": "mpe"}, "adam", 0.06),
+    ],
+)
+def test_each_kind_of_table_has_its_optimizer(changes, optimizer, rate):
+    config = TrainConfig("data", "label", **changes)
+    assert (config.table_optimizer, config.table_lr) == (optimizer, rate)
+    assert TrainConfig.from_dict(config.to_dict()) == config
 
 
 def test_unknown_table_optimizer():
