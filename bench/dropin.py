@@ -1,7 +1,8 @@
 """The README's ten lines on real data: plain PyTorch, a table a field, Adam, early stopping.
 
 Nothing of `amtl train` is in it but the reading of data: no race, no teacher, no field weights.
-What `amtl.convert` brings, and nothing else, is what differs from the plain model.
+What `amtl.convert` brings, and nothing else, is what differs from the plain model; both may have
+their tables trained by the optimizer that `amtl train` has for them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from amtl.data.encoding import EncodedData
 from amtl.run.learner import Task
 from amtl.run.metrics import auc, log_loss
 from torch import Tensor, nn
+
+from amtl_kernels.optim import Adagrad
 
 BATCH, RATE, EPOCHS, PATIENCE = 2048, 1e-3, 30, 4
 """Samples a step, Adam's learning rate, epochs at most, validations without a better one; two an
@@ -91,6 +94,7 @@ def train(
     bits: int | None = None,
     after: bool = False,
     decay: float = 0.0,
+    adagrad: bool = False,
 ) -> dict[str, Any]:
     """Trains a model, converted if there is a budget; tests it as it was when it validated best.
 
@@ -102,6 +106,7 @@ def train(
         bits: of a stored number; None for 32.
         after: convert the model when it is trained, and train it no further.
         decay: weight decay of the tables.
+        adagrad: train the tables by Adagrad at rate 1, all of their rows decaying every 16 steps.
     """
     torch.manual_seed(seed)
     started = time.process_time()
@@ -114,8 +119,13 @@ def train(
         tables = amtl.table_parameters(model)
     decayed = {id(parameter) for parameter in tables}
     rest = [p for p in model.parameters() if id(p) not in decayed]
-    groups = [{"params": tables, "weight_decay": decay}, {"params": rest}]
-    optimizer = torch.optim.Adam(groups, lr=RATE)
+    optimizers: list[torch.optim.Optimizer]
+    if adagrad:
+        of_tables = Adagrad(tables, lr=1.0, weight_decay=decay, decay_every=16 if decay else 0)
+        optimizers = [of_tables, torch.optim.Adam(rest, lr=RATE)]
+    else:
+        groups = [{"params": tables, "weight_decay": decay}, {"params": rest}]
+        optimizers = [torch.optim.Adam(groups, lr=RATE)]
     steps = math.ceil(len(task.train) / BATCH)
     best: dict[str, Any] | None = None
     stale = 0
@@ -128,9 +138,11 @@ def train(
             loss = nn.functional.binary_cross_entropy_with_logits(
                 model(task.train, samples), task.train.labels[samples]
             )
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if (step + 1) * 2 // steps == step * 2 // steps:
                 continue
             of_val = scores(model, task.val)

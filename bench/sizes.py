@@ -76,6 +76,7 @@ def jobs(
     kinds: Sequence[str] = KINDS,
     budgets: Sequence[float] = BUDGETS,
     decay: float | None = None,
+    adagrad: bool = False,
 ) -> list[dict[str, Any]]:
     """All runs: full size and fixed tables of the same bytes, then what is sized by row.
 
@@ -85,6 +86,7 @@ def jobs(
         kinds: some of `KINDS` and `LINES`.
         budgets: of what is sized by row, and of the narrow tables and those of few bits beside it.
         decay: weight decay of the tables of `LINES`, None for none.
+        adagrad: train the tables of `LINES` as `amtl train` does its own.
     """
     found = []
     for seed in seeds:
@@ -93,6 +95,8 @@ def jobs(
                 base = {"set": name, "seed": seed}
                 if decay is not None and kind in LINES:
                     base["decay"] = decay
+                if adagrad and kind in LINES:
+                    base["adagrad"] = True
                 if kind in ("fixed", "plain"):
                     dims = dict.fromkeys((DIM, *(NARROW[b] for b in budgets if b in NARROW)))
                     found += [{**base, "method": kind, "dim": dim} for dim in dims]
@@ -126,11 +130,12 @@ def run_all(
     kinds: Sequence[str] = KINDS,
     budgets: Sequence[float] = BUDGETS,
     decay: float | None = None,
+    adagrad: bool = False,
 ) -> None:
     """Makes the runs that `out` lacks and nobody else is making."""
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}
-    for job in jobs(list(sets), seeds, kinds, budgets, decay):
+    for job in jobs(list(sets), seeds, kinds, budgets, decay, adagrad):
         with Claim(out, job) as mine:
             if not mine:
                 continue
@@ -156,7 +161,8 @@ def _runs(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
         dim = job.get("dim", DIM)
         after = job["method"] == "compress"
         decay = job.get("decay", 0.0)
-        run = dropin.train(task, job["seed"], dim, job.get("budget"), bits, after, decay)
+        adagrad = job.get("adagrad", False)
+        run = dropin.train(task, job["seed"], dim, job.get("budget"), bits, after, decay, adagrad)
         yield {"job": job, **run}
     elif job.get("taught"):
         yield from _taught(job, config, task)
@@ -225,6 +231,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         size = job["budget"] if "budget" in job else job["dim"] / DIM
         method = job["method"] + (f" int{job['bits']}" if "bits" in job else "")
         method += " taught" if job.get("taught") else ""
+        method += " adagrad" if job.get("adagrad") else ""
         method += f" decay {job['decay']:g}" if "decay" in job else ""
         groups[job["set"], method, size][job["seed"]] = record
 
@@ -242,8 +249,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["of_full"] = entry["stored_bytes"] / statistics.fmean(
             run["dense_bytes"] * DIM / run["job"].get("dim", DIM) for run in runs.values()
         )
-        decay = method[method.index(" decay") :] if " decay" in method else ""
-        plain = f"plain{decay}" if method.startswith(LINES) else "fixed"
+        trained = next((tail for tail in (" adagrad", " decay") if tail in method), None)
+        tail = method[method.index(trained) :] if trained else ""
+        plain = f"plain{tail}" if method.startswith(LINES) else "fixed"
         rivals: dict[str, Key] = {"full": (name, plain, 1.0)}
         if "fixed" not in method and size in NARROW:
             rivals["narrow"] = (name, plain, NARROW[size] / DIM)
@@ -321,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     run.add_argument("--decay", type=float, help="of the tables of plain, convert and compress")
     run.add_argument("--also", action="append", default=[], metavar="NAME=DATA:LABEL:FIELDS")
+    run.add_argument("--adagrad", action="store_true", help="for their tables")
     show = commands.add_parser("table")
     show.add_argument("out", type=Path)
     show.add_argument("-o", "--summary", type=Path)
@@ -332,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(str(error))
         seeds = [int(seed) for seed in args.seeds.split(",")]
         budgets = [float(budget) for budget in args.budgets.split(",")]
-        run_all(args.out, sets, seeds, args.kinds.split(","), budgets, args.decay)
+        run_all(args.out, sets, seeds, args.kinds.split(","), budgets, args.decay, args.adagrad)
         return
     summary = summarise(list(read(args.out)))
     if args.summary:
