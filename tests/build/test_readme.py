@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import amtl
 import pytest
 import torch
 from torch import nn
+
+import amtl_kernels
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -24,8 +27,12 @@ class Model(nn.Module):
         return self.head(torch.cat([self.item(items), self.user(users)], 1))[:, 0]
 
 
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 def test_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code, _ = blocks()
     assert len(code.strip().splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -53,3 +60,26 @@ def test_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = amtl.load(tmp_path / "model.safetensors", Model()).eval()
     assert not model.training
     torch.testing.assert_close(fresh(items[0], users[0]), model(items[0], users[0]), rtol=0, atol=0)
+
+
+def test_the_optimizer_of_tables() -> None:
+    _, code = blocks()
+    torch.manual_seed(0)
+    items, users = torch.randint(0, 500, (256,)), torch.randint(0, 300, (256, 2))
+    labels = (items % 2 == 0).float()
+    model = Model()
+    counts = {
+        "item": torch.bincount(items, minlength=500),
+        "user": torch.bincount(users.flatten(), minlength=300),
+    }
+    names = {"partial": partial, "amtl": amtl, "amtl_kernels": amtl_kernels}
+    exec(code, names | {"model": model, "counts": counts})
+    amtl.freeze(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.binary_cross_entropy_with_logits(model(items, users), labels)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        losses.append(loss.item())
+    assert isinstance(model.item.fused_optimizer, amtl_kernels.optim.Adagrad)
+    assert losses[-1] < 0.5 * losses[0]
