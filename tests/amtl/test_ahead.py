@@ -351,6 +351,6 @@ def test_how_many_at_once(monkeypatch):
     torch.set_num_threads(64)
     assert side_by_side(None, config, 1000, 2) == MOST
     assert side_by_side(2, settings(method="fixed", warm_start="x"), 1000, 2) == 1
-    monkeypatch.setattr(ahead, "available_memory", lambda: 12 * 4 * 3 * 8 * 1_000_000)
+    monkeypatch.setattr(ahead, "available_memory", lambda: 12 * 4 * 2 * 8 * 1_000_000)
     assert side_by_side(None, config, 1_000_000, 2) == 2
     assert side_by_side(None, config, 100_000_000, 2) == 1

@@ -183,7 +183,8 @@ def test_what_two_numbers_are_apart_is_learned_and_packed(tmp_path):
             source=source,
         ).run()
         aucs[values] = metrics["test_auc"]
-    assert aucs[True] > aucs[False] + 0.1, aucs
+    # Embeddings of buckets alone learn much of it, and not all.
+    assert aucs[True] > max(0.93, aucs[False] + 0.05), aucs
     packed = tmp_path / "model.safetensors"
     pack_run(tmp_path / "True", packed)
     opened = load(packed)
