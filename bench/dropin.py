@@ -15,11 +15,11 @@ from typing import Any
 import amtl
 import torch
 from amtl.data.encoding import EncodedData
+from amtl.run import methods
+from amtl.run.config import TABLE_RATES
 from amtl.run.learner import Task
 from amtl.run.metrics import auc, log_loss
 from torch import Tensor, nn
-
-from amtl_kernels.optim import Adagrad
 
 BATCH, RATE, EPOCHS, PATIENCE = 2048, 1e-3, 30, 4
 """Samples a step, Adam's learning rate, epochs at most, validations without a better one; two an
@@ -106,7 +106,7 @@ def train(
         bits: of a stored number; None for 32.
         after: convert the model when it is trained, and train it no further.
         decay: weight decay of the tables.
-        adagrad: train the tables by Adagrad at rate 1, all of their rows decaying every 16 steps.
+        adagrad: train the tables as `amtl train` does its own.
     """
     torch.manual_seed(seed)
     started = time.process_time()
@@ -121,7 +121,8 @@ def train(
     rest = [p for p in model.parameters() if id(p) not in decayed]
     optimizers: list[torch.optim.Optimizer]
     if adagrad:
-        of_tables = Adagrad(tables, lr=1.0, weight_decay=decay, decay_every=16 if decay else 0)
+        rate = TABLE_RATES["adagrad"]
+        of_tables = methods.table_optimizer("adagrad", tables, rate, decay)
         optimizers = [of_tables, torch.optim.Adam(rest, lr=RATE)]
     else:
         groups = [{"params": tables, "weight_decay": decay}, {"params": rest}]

@@ -231,8 +231,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         size = job["budget"] if "budget" in job else job["dim"] / DIM
         method = job["method"] + (f" int{job['bits']}" if "bits" in job else "")
         method += " taught" if job.get("taught") else ""
-        method += " adagrad" if job.get("adagrad") else ""
-        method += f" decay {job['decay']:g}" if "decay" in job else ""
+        method += _lines_trained(job)
         groups[job["set"], method, size][job["seed"]] = record
 
     def aucs(runs: dict[int, dict[str, Any]]) -> dict[int, float]:
@@ -249,9 +248,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["of_full"] = entry["stored_bytes"] / statistics.fmean(
             run["dense_bytes"] * DIM / run["job"].get("dim", DIM) for run in runs.values()
         )
-        trained = next((tail for tail in (" adagrad", " decay") if tail in method), None)
-        tail = method[method.index(trained) :] if trained else ""
-        plain = f"plain{tail}" if method.startswith(LINES) else "fixed"
+        trained = _lines_trained(next(iter(runs.values()))["job"])
+        plain = f"plain{trained}" if method.startswith(LINES) else "fixed"
         rivals: dict[str, Key] = {"full": (name, plain, 1.0)}
         if "fixed" not in method and size in NARROW:
             rivals["narrow"] = (name, plain, NARROW[size] / DIM)
@@ -271,6 +269,12 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         summary.append(entry)
     return summary
+
+
+def _lines_trained(job: dict[str, Any]) -> str:
+    """How the tables of `LINES` are trained, in a method's name: nothing where it is by Adam."""
+    decay = f" decay {job['decay']:g}" if "decay" in job else ""
+    return (" adagrad" if job.get("adagrad") else "") + decay
 
 
 def table(summary: Sequence[dict[str, Any]]) -> str:

@@ -158,10 +158,11 @@ def test_fixed_widths_of_few_bits_fit_their_budget(task, bits):
 def test_where_few_bits_do_not_fit_numbers_of_32_are_raced(source):
     # Rows of 5 numbers of 4 or 2 bits are no whole bytes, and step sizes outweigh the budget.
     for changes in ({"dim": 5, "budget": 0.3}, {"budget": 0.0003}):
-        metrics = start(settings(bits="auto", epochs=2, **changes), source=source).run()
+        config = settings(bits="auto", epochs=2, table_optimizer="adam", **changes)
+        metrics = start(config, source=source).run()
         names = [row["name"] for row in metrics["raced"]["table"]]
         if changes["budget"] == 0.3:
-            assert "int8, 4 bits a number" in names and metrics["bits"] in (4, 8)
+            assert names[:2] == [FULL, "int8, 4 bits a number"] and metrics["bits"] == 8
         else:
             assert "4 bits a number" in names and metrics["bits"] == 32
 
@@ -381,7 +382,8 @@ def test_a_validation_split_of_one_class_is_said(source):
 
 
 def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(source):
-    given = {"seed": 7, "epochs": 6, "budget": 0.5}
+    # By Adam no rounding of the MLP at the end of a run changes these models.
+    given = {"seed": 7, "epochs": 6, "budget": 0.5, "table_optimizer": "adam"}
     watching = Watching()
     metrics = start(settings(compare=True, **given), observer=watching, source=source).run()
     # The run's own table of full size is the one that it is compared with.
@@ -399,8 +401,7 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
         for s in (None, DROPOUT)
     ]
     best = max(alone, key=lambda m: m["val_score"])
-    # A run of its own rounds the MLP at its end.
-    assert full["test_auc"] == pytest.approx(best["test_auc"], abs=5e-4)
+    assert full["test_auc"] == best["test_auc"]
     assert full["stored_bytes"] == metrics["dense_bytes"]
     fake = {
         **metrics,

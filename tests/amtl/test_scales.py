@@ -173,7 +173,14 @@ def test_what_two_numbers_are_apart_is_learned_and_packed(tmp_path):
     frame = pl.DataFrame({"start": a, "end": b, "label": (b > a).astype(int)})
     source = Source("made here", frame, "label")
     config = TrainConfig(
-        data="made here", label="label", method="fixed", dim=4, race=False, embedding_decay=1e-3
+        data="made here",
+        label="label",
+        method="fixed",
+        dim=4,
+        race=False,
+        embedding_decay=1e-3,
+        # Adagrad learns half of that without them.
+        table_optimizer="adam",
     )
     aucs = {}
     for values in (True, False):
@@ -183,8 +190,7 @@ def test_what_two_numbers_are_apart_is_learned_and_packed(tmp_path):
             source=source,
         ).run()
         aucs[values] = metrics["test_auc"]
-    # Embeddings of buckets alone learn much of it, and not all.
-    assert aucs[True] > max(0.93, aucs[False] + 0.05), aucs
+    assert aucs[True] > aucs[False] + 0.1, aucs
     packed = tmp_path / "model.safetensors"
     pack_run(tmp_path / "True", packed)
     opened = load(packed)

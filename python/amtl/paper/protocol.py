@@ -44,7 +44,7 @@ QUICK_SETS: dict[str, tuple[str, str, str]] = {
 
 COMMON: dict[str, tuple[Any, ...]] = {
     "table_optimizer": ("adam", "adagrad"),
-    "table_rate": (1.0, 0.33, 1.67),
+    "table_rate": (1.0, 1 / 3, 5 / 3),
     "embedding_dropout": (0.0, DROPOUT),
     "embedding_decay": (0.0, *DECAYS, WEAKER * DECAYS[0]),
     "distillation": (0.0, *SHARES),
@@ -112,6 +112,18 @@ class Contender:
     def tunes_itself(self) -> bool:
         """Whether there is nothing to choose, so that it gets no runs of tuning."""
         return not self.space
+
+    def completed(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice of a run from before some setting was tuned, which then had its default.
+
+        Rates were those of Adam, and tuned as such.
+        """
+        choice = dict(choice)
+        if "table_lr" in choice:
+            rate, usual = choice.pop("table_lr"), TABLE_RATES["adam"]
+            nearest = min(COMMON["table_rate"], key=lambda times: abs(times * usual - rate))
+            choice |= {"table_optimizer": "adam", "table_rate": nearest}
+        return {name: values[0] for name, values in self.space.items()} | choice
 
     @property
     def first(self) -> list[dict[str, Any]]:

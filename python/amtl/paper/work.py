@@ -107,9 +107,7 @@ def is_tuned(records: Records, cell: Cell, contender: Contender, plan: Plan) -> 
 
 
 def _next_choice(contender: Contender, cell: Cell, runs: Records) -> dict[str, Any] | None:
-    # Runs from before a setting was tuned had its default.
-    default = {name: values[0] for name, values in contender.space.items()}
-    past = [({**default, **r["choice"]}, r.get("score")) for r in runs]
+    past = [(contender.completed(r["choice"]), r.get("score")) for r in runs]
     return next_choice(contender.space, past, repr(cell), contender.first)
 
 
@@ -347,7 +345,7 @@ def do(job: dict[str, Any], data: Data, records: Records, plan: Plan) -> dict[st
     line: dict[str, Any] = {"job": job, "choice": choice}
     started, cpu = time.perf_counter(), time.process_time()
     try:
-        settings = contender.settings(job["budget"], data.size, choice)
+        settings = contender.settings(job["budget"], data.size, contender.completed(choice))
         if plan.epochs is not None:
             settings["epochs"] = plan.epochs
         config = data.config({**settings, "seed": seed})

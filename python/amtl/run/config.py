@@ -22,7 +22,6 @@ OWN = ("amtl", "rule", "fixed")
 
 BITS = ("auto", "32", "16", "8", "4", "2")
 
-
 TABLE_RATES = {"adagrad": 1.0, "rowwise_adagrad": 1.0, "adam": 6e-2, "sgd": 6e-2}
 """Learning rates of a table by its optimizer."""
 

@@ -106,8 +106,9 @@ class Trained:
         # Runs that do not say how many rows trained are taken to be split 80/10/10.
         parts = metrics.get("split_rows", {"train": 8, "test": 1})
         times = parts["train"] / max(parts["test"], 1)
-        for name, edge, share, beyond, values in self.encoder.at_ends(data):
-            # Not over batches: one row that is asked for again and again may well be at an end.
+        # Not over batches: one row that is asked for again and again may well be at an end.
+        ends = self.encoder.at_ends(data) if len(frame) >= _ENOUGH else ()
+        for name, edge, share, beyond, values in ends:
             if values < _ENOUGH or beyond <= _UNSEEN * values:
                 continue
             spec = self.encoder.fields[self.encoder.names.index(name)]

@@ -188,6 +188,18 @@ def test_contenders_have_equal_bytes():
         assert contender.about and (contender.tunes_itself or set(COMMON) <= set(contender.space))
 
 
+def test_choices_from_before_optimizers_were_tuned_are_those_of_adam():
+    contender, size = contenders()["fixed"], Size(1000, 4)
+    before = {"table_lr": 0.1, "embedding_dropout": 0.1, "distillation": 0.0}
+    completed = contender.completed(before)
+    assert set(completed) == set(contender.space) and completed["embedding_decay"] == 0
+    settings = contender.settings(0.2, size, completed)
+    assert settings["table_optimizer"] == "adam" and settings["table_lr"] == pytest.approx(0.1)
+    assert contender.completed(completed) == completed
+    further = next_choice(contender.space, [(completed, 0.5)], "s")
+    assert further is not None and set(further) == set(contender.space)
+
+
 def choice_of(method, rate=0) -> dict:
     space = contenders()[method].space
     return {k: v[rate] if k == "table_rate" else v[0] for k, v in space.items()}
