@@ -110,7 +110,8 @@ def train(
         ),
     ] = True,
     warm_start: Annotated[
-        Path | None, arguments.path("Start from the table of this fixed run.")
+        Path | None,
+        arguments.path("Go on from this run, with its fields and settings, on newer rows."),
     ] = None,
     split: Annotated[
         str, typer.Option(help="random, order:COLUMN, or column:COLUMN of train/valid/test.")
@@ -221,6 +222,7 @@ def train(
     from amtl.data import label_note, load_source
     from amtl.data.splits import split_note
     from amtl.run.display import print_plan
+    from amtl.run.earlier import Earlier
     from amtl.run.folders import holds_run, require_begun
     from amtl.run.preparation import prepare
     from amtl.run.progress import waiting
@@ -279,16 +281,24 @@ def train(
     settings.refuse_idle(
         method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])]
     )
+    earlier = Earlier(warm_start) if warm_start else None
+    told: dict[str, Any] = {
+        "label": label,
+        "label_threshold": label_threshold,
+        "label_positive": label_positive,
+        "label_missing": label_missing,
+    }
+    if earlier is not None:
+        known = {name: getattr(earlier.config, name) for name in told}
+        told = known if all(value is None for value in told.values()) else told
+        negatives = negatives or earlier.config.negatives
     with waiting(console, f"reading {data}"):
         source = load_source(data, negatives)
     columns = source.frame.columns
     config = settings.make_config(
         source,
         given,
-        label=label,
-        label_threshold=label_threshold,
-        label_positive=label_positive,
-        label_missing=label_missing,
+        **told,
         negatives=negatives,
         fields=parse_names("--fields", fields, columns),
         drop=parse_names("--drop", drop, columns),
@@ -307,6 +317,9 @@ def train(
         options=settings.parse_options(method, option or []),
         **settings.parse_columns(numeric or [], multi or [], columns),
     )
+    if earlier is not None:
+        config = settings.going_on(config, earlier.config, _typed(context))
+        config = earlier.continued(config, source)
     if out is None:
         stem = "-".join(Path(part).stem for part in source.name.split(":"))
         stem += f"-{backbone}" if backbone else ""
@@ -334,7 +347,7 @@ def train(
     ):
         console.print(f"  {escape(line)}", highlight=False)
     with waiting(console, f"looking at {len(columns):,} columns"):
-        task, folder = prepare(config, source), out
+        task, folder = prepare(config, source, earlier=earlier), out
     # Training needs the memory of the raw table.
     del source
 

@@ -86,6 +86,49 @@ def make_config(
     return config
 
 
+_FIELDS = ("fields", "drop", "numeric", "default_numeric", "values", "separators")
+_LAWS = ("exponent", "capacity_bits", "parametrization", "option")
+
+
+def going_on(config: TrainConfig, earlier: TrainConfig, typed: Collection[str]) -> TrainConfig:
+    """Settings of a run that goes on from another: those of the other one, but for what was typed.
+
+    Nothing that was settled is tried again; with another method all but the fields is open.
+
+    Args:
+        config: what the command line says, defaults where it says nothing.
+        earlier: settings of the run to go on from.
+        typed: parameters that the command line gave.
+
+    Raises:
+        UserError: fields are to be taken otherwise.
+    """
+    for name in ("fields", "drop", "numeric", "values", "multi"):
+        if name in typed:
+            raise UserError(
+                f"--{name} has no effect with --warm-start, which takes the fields of that run as "
+                "they were: leave it out, or train anew without --warm-start"
+            )
+    kept = {name: getattr(earlier, name) for name in _FIELDS}
+    if "method" in typed and config.method != earlier.method:
+        open_too = ("dim", "backbone", "table_optimizer", "min_count")
+        kept |= {name: getattr(earlier, name) for name in open_too if name not in typed}
+        return replace(config, **kept, hidden=earlier.hidden)
+    now: dict[str, Any] = {"race": False, "distillation": config.distillation or 0.0}
+    for name in typed:
+        name = {"hide_unseen": "hides", "option": "table_options"}.get(name, name)
+        if name == "budget":
+            now |= {"budget": config.budget, "budget_bytes": config.budget_bytes}
+        elif name in _LAWS:
+            now["table_options"] = {**earlier.table_options, **config.table_options}
+        elif hasattr(config, name):
+            now[name] = getattr(config, name)
+    if "table_optimizer" in typed and "table_lr" not in typed:
+        now["table_lr"] = None
+    now |= {name: getattr(config, name) for name in ("data", "warm_start", "compare")}
+    return replace(earlier, skip_rows=0, **now)
+
+
 def parse_seconds(option: str, text: str | None) -> float | None:
     """Seconds of what was typed for a time: a number of them, or one with s, m or h; None for None.
 

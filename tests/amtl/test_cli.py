@@ -372,20 +372,22 @@ def test_warm_start(runs, data, tmp_path, capsys):
         run(
             "train",
             data,
-            "--label",
-            "label",
-            "--fields",
-            "user,item",
             "--warm-start",
             base,
             "--out",
             tmp_path / "w",
-            *SIZED,
+            "--epochs",
+            1,
         )
         == 0
     )
     shown = capsys.readouterr().out
     assert "warm start:" in shown and "[bold]base" in "".join(shown.split())
+    config, donor = (read_json(run / "config.json") for run in (tmp_path / "w", base))
+    differ = {name for name in config if config[name] != donor[name]}
+    assert differ <= {"warm_start", "race", "distillation", "epochs"}
+    assert run("train", data, "--warm-start", base, "--fields", "user") == 1
+    assert "takes the fields of that run" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_dry_run_shows_every_column_and_trains_nothing(data, tmp_path, capsys, monkeypatch):

@@ -435,37 +435,6 @@ def test_dropout_changes_training_and_repeats(source):
     assert runs[0]["test_auc"] != runs[1]["test_auc"]
 
 
-def test_warm_start_copies_matching_values(source, tmp_path):
-    fixed = start(settings(method="fixed"), tmp_path / "fixed", source=source)
-    fixed.run()
-    donor = load_run(tmp_path / "fixed")
-    config = settings(
-        method="amtl",
-        fields=["item", "user"],
-        min_count=3,
-        freeze_at=10,
-        warm_start=str(tmp_path / "fixed"),
-    )
-    trainer = start(config, tmp_path / "warm", source=source)
-    weight = methods.table_parameters(trainer.table)[0].detach()
-    theirs = methods.table_parameters(donor.model.table)[0].detach()
-    encoder = trainer.task.encoder
-    for name in ("item", "user"):
-        f, g = encoder.names.index(name), donor.encoder.names.index(name)
-        values = encoder.vocabularies[f].values
-        rows = encoder.field_rows(f)[encoder.vocabularies[f].encode(values).long()]
-        other = donor.encoder.field_rows(g)[donor.encoder.vocabularies[g].encode(values).long()]
-        assert torch.equal(weight[rows], theirs[other])
-    assert trainer.run()["test_auc"] > 0.5
-    with pytest.raises(UserError, match="--dim 8"):
-        start(settings(dim=4, warm_start=str(tmp_path / "fixed")), source=source)
-    with pytest.raises(UserError, match="fixed --bits 32 is needed"):
-        start(settings(warm_start=str(tmp_path / "warm")), source=source)
-    with pytest.raises(UserError, match="no field in common"):
-        changed = Source("made here", source.frame.rename({"user": "u", "item": "i"}), "label")
-        start(settings(fields=["u", "i"], warm_start=str(tmp_path / "fixed")), source=changed)
-
-
 @pytest.mark.parametrize("method", OWN)
 @pytest.mark.parametrize("bits", ["auto", "32"])
 @pytest.mark.parametrize("fields", [["user", "item"], ["user", "item", "tags", "price"]])

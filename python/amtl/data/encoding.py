@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -187,17 +187,7 @@ class Encoder:
             min_count: see `Vocabulary.build`.
             rows: int64, the numbers of the training rows; all if None. In whatever order.
         """
-        trains: pl.Series | None = None
-        if rows is not None:
-            mask = np.zeros(frame.height, dtype=bool)
-            mask[rows.numpy()] = True
-            trains = pl.Series(mask)
-
-        def training(spec: FieldSpec) -> pl.Series:
-            # A column at a time: a second frame would be most of the memory that is taken.
-            column = column_of(frame, spec)
-            return column if trains is None else column.filter(trains)
-
+        training = _of_rows(frame, rows)
         embedded = [f for f in fields if f.kind in ("categorical", "bucket")]
         embedded += [replace(f, root=_of_words(f)) for f in fields if f.kind == "bag"]
         dense = [f for f in fields if f.kind == "standardise"]
@@ -236,6 +226,42 @@ class Encoder:
                 raise UserError(str(error)) from error
         encoder = cls(embedded, dense, vocabularies, edges, scales, beside)
         encoder.decisions = list(fields)
+        return encoder
+
+    def extended(
+        self, frame: pl.DataFrame, min_count: int = 1, rows: Tensor | None = None
+    ) -> Encoder:
+        """One that has the values of a later table as well, see `Vocabulary.extended`.
+
+        Fields are taken as they were: edges and scales of numbers are those of before, for what was
+        learned is of these.
+
+        Args:
+            frame: has every field's column.
+            min_count: see `Vocabulary.build`.
+            rows: int64, the numbers of the training rows; all if None.
+
+        Raises:
+            UserError: a column is missing, or holds what cannot be values of its field.
+        """
+        require_columns(frame.columns, self.columns, "the data")
+        training = _of_rows(frame, rows)
+        vocabularies = []
+        for spec, vocabulary in zip(self.fields, self.vocabularies, strict=True):
+            column = training(spec)
+            if spec.kind == "bucket":
+                edges = self._edges[spec.name]
+                column = _bucket(_as_in_training(_values(column, spec), edges), edges)
+            fewest = max(min_count, FEWEST_TIMES) if spec.root else min_count
+            try:
+                vocabularies.append(
+                    vocabulary.extended(column, bags=spec.kind == "bag", min_count=fewest)
+                )
+            except (ValueError, pl.exceptions.PolarsError) as error:
+                raise UserError(str(error).splitlines()[0]) from error
+        given = self._edges, self._scales, self._beside
+        encoder = Encoder(self.fields, self.dense_fields, vocabularies, *given)
+        encoder.decisions = [*self.fields, *self.dense_fields]
         return encoder
 
     @property
@@ -546,6 +572,19 @@ class Encoder:
         with np.errstate(over="ignore"):
             values = (values / 2 - mean / 2) / scale * 2
         return torch.from_numpy(np.clip(values, -_LARGEST, _LARGEST).astype(np.float32))
+
+
+def _of_rows(frame: pl.DataFrame, rows: Tensor | None) -> Callable[[FieldSpec], pl.Series]:
+    """What gives a field's column, of the rows that train alone, or of all.
+
+    A column at a time: a second frame would be most of the memory that is taken.
+    """
+    if rows is None:
+        return lambda spec: column_of(frame, spec)
+    mask = np.zeros(frame.height, dtype=bool)
+    mask[rows.numpy()] = True
+    trains = pl.Series(mask)
+    return lambda spec: column_of(frame, spec).filter(trains)
 
 
 def _of_words(spec: FieldSpec) -> bool:

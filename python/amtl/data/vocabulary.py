@@ -7,7 +7,7 @@ without storing a size per row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -138,23 +138,64 @@ class Vocabulary:
         flat = _flatten(series, separator, name)[0]
         if separator == WRITTEN_LISTS and _is_text(series.dtype):
             flat = flat.str.strip_chars()
-        table = (
-            pl.DataFrame({"value": flat})
-            .lazy()
-            .group_by("value")
-            .agg(pl.len().cast(pl.Int64).alias("count"))
-            .sort("count", "value", descending=[True, False], nulls_last=False)
-            .collect()
-        )
+        table = _counted(pl.DataFrame({"value": flat}), pl.len())
+        had_empty = table["value"].dtype == pl.String and "" in table["value"]
+        given: Any = {"separator": separator, "had_empty": had_empty}
+        return cls._of_counts(name, table, 0, min_count, given)
+
+    def extended(self, column: Column, *, bags: bool = False, min_count: int = 1) -> Vocabulary:
+        """One that has the values of a later training column as well; O(n + size).
+
+        Known values are found as `encode` finds them, in whatever container they come. Counts add
+        up, and no value leaves.
+
+        Args:
+            column: raw values, `[n]`, or of several values each.
+            bags: whether these.
+            min_count: values of fewer counts share the out-of-vocabulary row.
+
+        Raises:
+            ValueError: the column holds what cannot be values of the field.
+        """
+        series = as_series(column)
+        inner: Any = series.dtype
+        if bags:
+            flat = self._flat(series, self._bag_separator(series))[0]
+            inner = series.dtype.inner if isinstance(series.dtype, pl.List) else inner
+        else:
+            flat = _normal(series, self.name, lenient=True)
+        if flat.dtype == pl.String and not self._had_empty:
+            flat = flat.set(flat == "", None)
+        rows = self._lookup(flat, inner)[0].long()
+        counts = self.counts + torch.bincount(rows, minlength=self.size)
+        unknown = flat.filter(pl.Series((rows == self.oov_row).numpy()))
+        counts[self.oov_row] -= len(unknown)
+        fits = unknown.cast(self.dtype, strict=False).is_not_null()
+        new = unknown.filter(unknown.is_null() | fits).cast(self.dtype)
+        values = pl.concat([self._values.alias("value"), new.alias("value")])
+        times = np.ones(len(values), dtype=np.int64)
+        times[: len(self._values)] = counts[self._rows.long()].numpy()
+        table = _counted(pl.DataFrame({"value": values, "count": times}), pl.col("count").sum())
+        rest = int(counts[self.oov_row]) + len(unknown) - len(new)
+        given = {
+            "separator": self.separator,
+            "trimmed": self.trimmed,
+            "had_empty": self._had_empty,
+        }
+        return self._of_counts(self.name, table, rest, max(1, min_count), given)
+
+    @classmethod
+    def _of_counts(
+        cls, name: str, table: pl.DataFrame, rest: int, min_count: int, given: Mapping[str, Any]
+    ) -> Vocabulary:
+        """Of values by falling `count`; `rest` is that of values which have no row already."""
         kept = table.filter(pl.col("count") >= min_count)
-        rest = int(table["count"].sum()) - int(kept["count"].sum())
+        rest += int(table["count"].sum()) - int(kept["count"].sum())
         kept_counts = torch.from_numpy(kept["count"].to_numpy().copy())
         oov_row = int((kept_counts >= rest).sum())
         counts = torch.cat(
             [kept_counts[:oov_row], torch.tensor([rest], dtype=torch.int64), kept_counts[oov_row:]]
         )
-        had_empty = table["value"].dtype == pl.String and "" in table["value"]
-        given: Any = {"separator": separator, "had_empty": had_empty}
         return cls(name, kept["value"], counts, oov_row, **given)
 
     @property
@@ -171,7 +212,11 @@ class Vocabulary:
     @property
     def values(self) -> list[Any]:
         """The known values by ascending row, without the out-of-vocabulary row."""
-        return self._values.gather(torch.argsort(self._rows).numpy()).to_list()
+        return self.known().to_list()
+
+    def known(self) -> pl.Series:
+        """As `values`, without an object of Python for each."""
+        return self._values.gather(torch.argsort(self._rows).numpy())
 
     @property
     def dtype(self) -> Any:
@@ -290,7 +335,7 @@ class Vocabulary:
         Values are stored in row order, so rows take no space: strings as UTF-8 bytes and lengths,
         integers as int64; counts as int32 where they fit.
         """
-        values = self._values.gather(torch.argsort(self._rows).numpy())
+        values = self.known()
         null = values.is_null()
         tensors = {"counts": _narrow(self.counts)}
         if self._kind == "str":
@@ -453,6 +498,13 @@ class Vocabulary:
     def _known_rows(self) -> pl.Series:
         rows = pl.Series("row", self._rows.numpy())
         return rows.filter(self._values.is_not_null())
+
+
+def _counted(values: pl.DataFrame, count: pl.Expr) -> pl.DataFrame:
+    """Distinct values (`value`) and how often they come (`count`), the most frequent ones first."""
+    grouped = values.lazy().group_by("value").agg(count.cast(pl.Int64).alias("count"))
+    order = ["count", "value"]
+    return grouped.sort(order, descending=[True, False], nulls_last=False).collect()
 
 
 def _one_spelling(texts: pl.Series) -> pl.Series:

@@ -117,7 +117,8 @@ class TrainConfig:
         masters: False trains codes alone, of 16, 8, 4 or 2 bits, by `sgd` or `rowwise_adagrad`.
         freeze_at: step at which sizes are fixed; None leaves it to validation.
         table_options: more keyword arguments of the layer, or of the peer.
-        warm_start: folder of a `fixed` run whose table to start from, or None.
+        warm_start: folder of a run whose fields, values and model to start from, or None.
+        skip_rows: labelled rows at the start of the data that it had, and that are left out.
         backbone: what meets the embeddings beside the MLP, one of `BACKBONES`.
         hidden: widths of the MLP.
         embedding_dropout: share of the embeddings' numbers zeroed in a training step; None:
@@ -144,11 +145,11 @@ class TrainConfig:
         race: whether candidates for what is left open here are tried at the start of training.
         compare: also train a table of full size and one of fixed width in the same bytes.
         lr: learning rate of the MLP (Adam).
-        table_lr: learning rate of the embeddings; None: that of `TABLE_RATES`.
+        table_lr: learning rate of the embeddings; None: that of `TABLE_RATES`. Of a table that goes
+            on from another run's it is a tenth.
         mask_lr: learning rate of the size parameters (Adam).
         table_optimizer: `adam`, `adagrad`, `rowwise_adagrad` or `sgd`, on touched rows only; None:
-            `adagrad`, `rowwise_adagrad` without masters, and `adam` for methods of the field and
-            for a table that is trained already, which Adagrad's first steps would undo.
+            `adagrad`, `rowwise_adagrad` without masters, and `adam` for methods of the field.
     """
 
     data: str
@@ -178,6 +179,7 @@ class TrainConfig:
     freeze_at: int | None = None
     table_options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
+    skip_rows: int = 0
     backbone: str = "dnn"
     hidden: list[int] = field(default_factory=lambda: [128, 64])
     embedding_dropout: float | None = None
@@ -307,7 +309,7 @@ class TrainConfig:
         return self.bits == "auto" and sized and not self._learns_sizes()
 
     def _serving_optimizer(self) -> str:
-        if self.method not in OWN or self.warm_start is not None:
+        if self.method not in OWN:
             return "adam"
         return "adagrad" if self.masters else "rowwise_adagrad"
 

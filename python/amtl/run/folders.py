@@ -305,6 +305,23 @@ def load_run(folder: Path) -> Trained:
     Raises:
         UserError: the folder is no run, has no model yet, or a file is damaged.
     """
+    config, encoder, model, best = load_best(folder)
+    with _fitting(folder):
+        renumber(model.table, encoder, best.get("row_map"))
+    model.eval()
+    path = folder / _METRICS
+    return Trained(config, encoder, model, read_json(path) if path.exists() else None)
+
+
+def load_best(folder: Path) -> tuple[TrainConfig, Encoder, ClickModel, dict[str, Any]]:
+    """Load the best model of a run folder as it was trained.
+
+    Returns:
+        Settings, vocabularies as fitted, the model in their numbers, and its checkpoint.
+
+    Raises:
+        UserError: the folder is no run, has no model yet, or a file is damaged.
+    """
     require_threads()
     require_no_file(folder)
     if not folder.is_dir():
@@ -315,18 +332,21 @@ def load_run(folder: Path) -> Trained:
             f"{folder} has no trained model yet; go on with amtl train --resume --out {folder}"
         )
     best = load_checkpoint(folder, "best")
-    try:
+    with _fitting(folder):
         model = build_model(config, encoder)
         model.load_state_dict(best["model"])
-        renumber(model.table, encoder, best.get("row_map"))
+    return config, encoder, model, best
+
+
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (*_INCONSISTENT, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"the files of {folder} do not fit together ({reason}): {RESTORE}"
         ) from error
-    model.eval()
-    path = folder / _METRICS
-    return Trained(config, encoder, model, read_json(path) if path.exists() else None)
 
 
 def renumber(table: nn.Module, encoder: Encoder, row_map: Tensor | None) -> None:

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from amtl.run.metrics import auc, calming, log_loss, score, score_error
 from amtl.run.model import build_model, predict
 from amtl.run.unseen import Hiding, fields_to_hide, settle_unseen
 from amtl.store.dense import to_bytes, to_halves
+
+if TYPE_CHECKING:
+    from amtl.run.earlier import Earlier
 
 _NEXT_TO_NOTHING, _LITTLE = 2e-5, 5e-4
 """In AUC minus log loss: far below what another seed changes; and what may be lost where it is less
@@ -50,6 +53,10 @@ _BACK = 0.1
 _FAR = 0.02
 """In AUC minus log loss: a stage that lags by less may be a swing."""
 
+_GOING_ON = 0.1
+"""Of the learning rate, that of a table which was trained before: at the whole of it rows forget
+more than they learn, from one day to the next."""
+
 _TIMED_STEPS = 20_000
 """Steps per phase whose times are kept, so that checkpoints of long runs stay small."""
 
@@ -66,6 +73,7 @@ class Task:
         encoder: fitted on the training split.
         train, val, test: the three splits.
         notes: what there is to say about the data.
+        earlier: what training starts from, if not from nothing.
     """
 
     encoder: Encoder
@@ -73,6 +81,7 @@ class Task:
     val: EncodedData
     test: EncodedData
     notes: tuple[str, ...] = ()
+    earlier: Earlier | None = None
 
 
 class Learner:
@@ -81,11 +90,12 @@ class Learner:
     Args:
         config: settings.
         task: encoded data.
-        warm: is handed the fresh table, to put other weights into it.
+        warm: is handed the fresh learner, to put what was learned before into it.
         taught: probability of a click for every training sample, of which `config.distillation`
             is mixed into the labels.
 
     Attributes:
+        goes_on: whether its table was trained already; it is then validated before the first step.
         leaving: is told when `release` has let go of the model.
     """
 
@@ -93,7 +103,7 @@ class Learner:
         self,
         config: TrainConfig,
         task: Task,
-        warm: Callable[[nn.Module], None] | None = None,
+        warm: Callable[[Learner], object] | None = None,
         taught: Tensor | None = None,
     ) -> None:
         self.config = config
@@ -121,16 +131,16 @@ class Learner:
         self._calmed = 1.0
         lap = math.ceil(self.steps_per_epoch / self.laps)
         self._average = averaging.Average(averaging.LAPS * lap)
-        if warm is not None:
-            warm(self.table)
-        settled = config.freeze_at is None and methods.has_settled_sizes(self.table)
-        if settled and config.masters:
+        self.goes_on = False
+        if warm is None and config.masters:
             # Of no optimizer yet: none is looked for.
-            self.table.freeze([])  # type: ignore[operator]
+            self._settle([])
         self._make_optimizers()
-        if settled and not config.masters:
-            # What updates codes must be there before they are all that is left.
-            self.freeze()
+        if warm is not None:
+            warm(self)
+            self._set_rates()
+        # What updates codes must be there before they are all that is left.
+        self.settle()
         # Each goes on by itself, so that it does not matter what is trained in between.
         self.rng = torch.get_rng_state()
 
@@ -159,7 +169,7 @@ class Learner:
         """Learning rates of the present stage; those of a size search don't fall."""
         scale = self.config.rate_drop**self.stage
         rates = [
-            (self.table_optimizer, self.config.table_lr),
+            (self.table_optimizer, self.config.table_lr * (_GOING_ON if self.goes_on else 1.0)),
             (self.dense_optimizer, self.config.lr),
         ]
         if self.mask_optimizer is not None and self.frozen:
@@ -198,6 +208,9 @@ class Learner:
         config = self.config
         if config.freeze_at is not None and self.steps >= config.freeze_at and not self.frozen:
             self.freeze()
+        if self.goes_on and self.steps == 0:
+            # What it begins with may be the best that there will be.
+            self._note()
         started = time.perf_counter()
         samples = self._samples()
         phase = "search" if not self.frozen else "frozen"
@@ -381,6 +394,14 @@ class Learner:
         self._set_rates()
         self._validate()
         self._go_on()
+
+    def settle(self) -> None:
+        """Fixes sizes that nothing would change, if they are not."""
+        self._settle(self.table_optimizer)
+
+    def _settle(self, optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer]) -> None:
+        if self.config.freeze_at is None and methods.has_settled_sizes(self.table):
+            self.table.freeze(optimizer)  # type: ignore[operator]
 
     def freeze(self) -> None:
         """Fixes the sizes; the table and its optimizer's state move to tiers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -30,6 +31,9 @@ from amtl.run.config import TrainConfig
 from amtl.run.learner import Task
 from amtl.run.metrics import FEW, one_class, rarer
 
+if TYPE_CHECKING:
+    from amtl.run.earlier import Earlier
+
 _WEIGHT = re.compile(r"(?i)(?:sample|row|example|instance|importance|case)[ _-]?weights?")
 """What columns are called that say how much a row counts, as where negative rows were left out."""
 VALIDATED = 2**18
@@ -38,7 +42,10 @@ so that what differs between models is told far better than the AUC itself."""
 
 
 def prepare(
-    config: TrainConfig, source: Source | None = None, encoder: Encoder | None = None
+    config: TrainConfig,
+    source: Source | None = None,
+    encoder: Encoder | None = None,
+    earlier: Earlier | None = None,
 ) -> Task:
     """Loads, splits and encodes the data of a run.
 
@@ -46,12 +53,13 @@ def prepare(
         config: which data and how.
         source: the data if already loaded.
         encoder: reuse this one instead of fitting one on the training split.
+        earlier: what training starts from, whose fields and values these data add to.
 
     Raises:
         UserError: the data do not suit the settings, or are not those that `encoder` was fitted on.
     """
     source = source or load_source(config.data, config.negatives)
-    frame, labels = labelled(source.frame, config.labelling)
+    frame, labels = rows_of(source, config)
     frame, odd = moments.without_odd(frame)
     same = copies_of(frame, labels, config)
     parts = split_rows(frame, config.split, config.split_seed, same)
@@ -59,6 +67,13 @@ def prepare(
     latest = parts[1][len(parts[1]) // 2 :] if ordered else None
     parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
     _require_both(labels, parts)
+    if encoder is None and earlier is not None:
+        # Of the same rows counts would be twice what they are.
+        same_rows = earlier.encoder.has_labels(labels)
+        encoder = earlier.encoder
+        if not same_rows:
+            encoder = encoder.extended(frame, config.min_count, parts[0])
+        encoder.note_labels(labels)
     if encoder is None:
         marks = {**source.marks, **odd}
         names = config.fields or default_fields(frame, config, source)
@@ -118,13 +133,24 @@ def prepare(
         for name in encoder.columns
         if _WEIGHT.fullmatch(name) and not config.fields
     ]
+    if config.skip_rows:
+        notes.append(
+            f"the first {config.skip_rows:,} rows are those that {config.warm_start} had, and are "
+            f"left out; {len(labels):,} are new"
+        )
     if same is not None:
         notes.append(
             f"{number_of(same):,} rows are copies of others, the label included; the split has all "
             "copies of a row in one part, for what was learnt by heart tests nothing"
         )
     train, val, test = (encoder.part(whole, rows) for rows in parts)
-    return Task(encoder, train, val, test, tuple(notes))
+    return Task(encoder, train, val, test, tuple(notes), earlier)
+
+
+def rows_of(source: Source, config: TrainConfig) -> tuple[pl.DataFrame, Tensor]:
+    """The rows that a run is of, and their labels: those that have any, and that are new."""
+    frame, labels = labelled(source.frame, config.labelling)
+    return frame[config.skip_rows :], labels[config.skip_rows :]
 
 
 def copies_of(frame: pl.DataFrame, labels: Tensor, config: TrainConfig) -> NDArray[np.int64] | None:

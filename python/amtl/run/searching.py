@@ -87,7 +87,12 @@ def search(learner: Learner, trials: Trials) -> Learner:
         found.end()
     table.conclude(lambda: score(*found.scores(), task.val.labels))
     try:
-        fresh = Learner(config, task, lambda made: made.settle(table), taught)  # type: ignore[operator]
+        fresh = Learner(
+            config,
+            task,
+            lambda made: made.table.settle(table),  # type: ignore[operator]
+            taught,
+        )
     except DoesNotFit as error:
         raise UserError(f"--method {config.method}: {error}") from error
     if table.keeps_model:

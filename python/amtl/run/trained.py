@@ -15,7 +15,6 @@ from torch import Tensor
 
 from amtl.data.columns import column_of
 from amtl.data.encoding import EncodedData, Encoder
-from amtl.data.labels import labelled
 from amtl.data.moments import without_odd
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source
@@ -27,7 +26,7 @@ from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, auc_error, log_loss
 from amtl.run.model import ClickModel, predict
-from amtl.run.preparation import copies_of
+from amtl.run.preparation import copies_of, rows_of
 
 _UNSEEN = 0.9
 """Share of unseen values from which on a column is taken to be written in another way; and of
@@ -162,7 +161,7 @@ class Trained:
             UserError: the data are not what they were.
         """
         config = self.config
-        frame, labels = labelled(load_source(config.data, config.negatives).frame, config.labelling)
+        frame, labels = rows_of(load_source(config.data, config.negatives), config)
         self.encoder.require_labels(labels, config.data)
         frame, _ = without_odd(frame)
         same = copies_of(frame, labels, config)

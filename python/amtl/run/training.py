@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
-from amtl.data.registry import Source
+from amtl.data.registry import Source, load_source
 from amtl.errors import UserError
 from amtl.run import folders, methods
 from amtl.run.ahead import Ahead, side_by_side
@@ -32,6 +31,7 @@ from amtl.run.config import TrainConfig
 from amtl.run.contenders import likely_regularised
 from amtl.run.contest import Contest, alone_and_full
 from amtl.run.done import CHECKPOINT_SECONDS, FIRST, FULL, Done, Interrupted
+from amtl.run.earlier import Earlier, earlier_of
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import auc, auc_error, log_loss
@@ -45,6 +45,10 @@ from amtl_kernels import __version__
 _BINS = 40
 _RACED_LATER = ("embedding_dropout", "embedding_decay", "distillation", "hides")
 """Settings that models trained to their end decide."""
+
+
+_SURELY = 3.0
+"""Standard errors of an AUC, by which two splits of the same kind hardly ever differ."""
 
 
 def title(config: TrainConfig) -> str:
@@ -116,10 +120,11 @@ class Trainer:
         self._done: Done | None = None
 
     def _make(self, config: TrainConfig, taught: Tensor | None = None) -> Learner:
-        run = config.warm_start
-        if run is None:
+        earlier = self.task.earlier
+        # Full tables that others are held against begin cold.
+        if earlier is None or config.warm_start is None:
             return Learner(config, self.task, taught=taught)
-        return Learner(config, self.task, lambda table: self._warm_start(table, Path(run)), taught)
+        return Learner(config, self.task, self._warm, taught)
 
     @property
     def table(self) -> nn.Module:
@@ -182,6 +187,8 @@ class Trainer:
         if is_search(self.learner.table):
             self._search()
         learner, config = self.learner, self.config
+        if self.task.earlier is not None and learner.goes_on and learner.steps == 0:
+            self._note_start(self.task.earlier)
         total = learner.steps_per_epoch * config.epochs
         self.observer.begin(title(config), total, learner.steps)
         if learner.frozen and methods.is_adaptive(learner.table):
@@ -326,43 +333,25 @@ class Trainer:
             f"{tiers} size tier{'s' if tiers > 1 else ''}"
         )
 
-    def _warm_start(self, table: nn.Module, run: Path) -> None:
-        """Copies matching rows of a trained `fixed` run into a table.
-
-        Values are matched by field name and raw value; the out-of-vocabulary row by being that.
-        """
-        donor = folders.load_run(run)
-        if donor.config.method != "fixed" or donor.config.number_bits is not None:
-            raise UserError(f"--warm-start {run}: a run of --method fixed --bits 32 is needed")
-        if donor.config.dim != self.config.dim:
-            raise UserError(
-                f"--warm-start {run}: its width is {donor.config.dim}; use --dim {donor.config.dim}"
-            )
-        source = methods.table_parameters(donor.model.table)[0].detach()
-        target = methods.table_parameters(table)[0]
-        matched = 0
-        for f, name in enumerate(self.task.encoder.names):
-            if name not in donor.encoder.names:
-                continue
-            g = donor.encoder.names.index(name)
-            theirs, ours = donor.encoder.vocabularies[g], self.task.encoder.vocabularies[f]
-            known = torch.ones(ours.size, dtype=torch.bool)
-            known[ours.oov_row] = False
-            local = torch.nonzero(known).view(-1)
-            rows, _ = theirs.encode_counted(pl.Series(ours.values, dtype=ours.dtype))
-            hit = rows != theirs.oov_row
-            local = torch.cat([local[hit], torch.tensor([ours.oov_row])])
-            rows = torch.cat([rows[hit].long(), torch.tensor([theirs.oov_row])])
-            with torch.no_grad():
-                target[self.task.encoder.field_rows(f)[local]] = source[
-                    donor.encoder.field_rows(g)[rows]
-                ].to(target.dtype)
-            matched += len(local)
-        if not matched:
-            raise UserError(f"--warm-start {run}: it has no field in common with this run")
+    def _warm(self, learner: Learner) -> None:
+        assert self.task.earlier is not None
+        rows, fits = self.task.earlier.begin(learner)
         if not self._warmed:
-            self.observer.note(f"warm start: {matched:,} rows from {run}")
+            rest = "" if fits else "; the rest of the model begins anew, for its shape is another"
+            self.observer.note(f"warm start: {rows:,} rows from {self.task.earlier.folder}{rest}")
         self._warmed = True
+
+    def _note_start(self, earlier: Earlier) -> None:
+        """Says what the earlier model is worth here, and if that looks as if it knew the rows."""
+        says, labels = predict(self.learner.model, self.task.val), self.task.val.labels
+        found = auc(says, labels)
+        told = f"as it is {earlier.folder} has a validation AUC of {found:.4f} here"
+        if found - earlier.val_auc > _SURELY * auc_error(says, labels):
+            told += (
+                f", and had {earlier.val_auc:.4f} in its own training: if it was trained on rows "
+                "of these, scores are too good; give it rows that it has not had"
+            )
+        self.observer.note(told)
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit."""
@@ -609,9 +598,14 @@ def start(
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
         folders.require_begun(out)
         config, encoder = folders.load_inputs(out)
-        trainer = Trainer(config, prepare(config, source, encoder), out, **more)
+        task = prepare(config, source, encoder, earlier_of(config))
+        trainer = Trainer(config, task, out, **more)
         trainer.resume()
         return trainer
     if config is None:
         raise UserError("a fresh run needs settings")
-    return Trainer(config, prepare(config, source), out, **more)
+    earlier = earlier_of(config)
+    if earlier is not None:
+        source = source or load_source(config.data, config.negatives)
+        config = earlier.continued(config, source)
+    return Trainer(config, prepare(config, source, earlier=earlier), out, **more)

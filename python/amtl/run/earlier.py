@@ -1,0 +1,196 @@
+"""What another run has learned, for one that goes on from it: rows, the rest of the model, rates.
+
+Rows are matched by field and value, and keep what their optimizer knows of them, so that values
+that were trained move on in small steps and new ones in large steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amtl.data.encoding import Encoder
+from amtl.data.labels import labelled
+from amtl.data.registry import Source
+from amtl.errors import UserError
+from amtl.run import folders, methods
+from amtl.run.config import OWN, TrainConfig
+from amtl.run.learner import Learner
+
+
+class Earlier:
+    """The best model of a run, all rows at full width.
+
+    Args:
+        folder: of the run.
+
+    Attributes:
+        config: its settings, what a race settled included.
+        encoder: its fields and vocabularies, in the numbers of `weight`.
+        weight: its embeddings, float32 `[N, D]`, zeros where a row kept less.
+        val_auc: of its own validation.
+
+    Raises:
+        UserError: the folder is no run, has no model yet, or is one of a method of the field.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config, self.encoder, model, best = folders.load_best(folder)
+        if self.config.method not in OWN:
+            raise UserError(
+                f"--warm-start {folder}: a run of --method {self.config.method} is there to be "
+                f"compared with; one of {', '.join(OWN)} can be gone on from"
+            )
+        if best.get("row_map") is not None:
+            self.encoder.renumber(best["row_map"])
+        table = model.table
+        self._squares = _squares(table)
+        optimizer = methods.table_optimizer(
+            self.config.table_optimizer, methods.table_parameters(table), self.config.table_lr
+        )
+        if best.get("table_optimizer"):
+            optimizer.load_state_dict(best["table_optimizer"])
+        if methods.is_adaptive(table) and methods.is_frozen(table):
+            table.thaw(optimizer)  # type: ignore[operator]
+        parameter = methods.table_parameters(table)[0]
+        self.weight = parameter.detach().float()
+        self.val_auc: float = best["record"]["val_auc"]
+        self._row_state: dict[str, Any] = dict(optimizer.state[parameter])
+        self._dense = [p.detach() for p in model.dense_parameters()]
+        self._dense_state: dict[str, Any] = best.get("dense_optimizer") or {}
+
+    def continued(self, config: TrainConfig, source: Source) -> TrainConfig:
+        """Settings for what of the data is new, if they begin with the rows that the run had.
+
+        Raises:
+            UserError: there are no rows behind those, or the data are the same ones, split
+                otherwise: validation would hold what was learned by heart.
+        """
+        if self.encoder.labels is None:
+            return config
+        _, labels = labelled(source.frame, config.labelling)
+        had, skipped = self.encoder.labels[0], self.config.skip_rows
+        if not self.encoder.has_labels(labels[skipped : skipped + had]):
+            return config
+        if len(labels) > skipped + had:
+            return replace(config, skip_rows=skipped + had)
+        for name in ("split", "split_seed", "copies_together"):
+            if getattr(config, name) != getattr(self.config, name):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"--warm-start {self.folder}: it was trained on the same rows with another "
+                    f"{option}, so validation would hold rows that it knows: leave {option} out"
+                )
+        return replace(config, skip_rows=skipped)
+
+    def begin(self, learner: Learner) -> tuple[int, bool]:
+        """Puts what fits into a fresh learner: its table is dense still, its optimizers are made.
+
+        Returns:
+            How many rows were filled, and whether the rest of the model fitted, too.
+
+        Raises:
+            UserError: rows are of another width, or no value is one of both.
+        """
+        config, encoder = learner.config, learner.task.encoder
+        if config.dim != self.config.dim:
+            raise UserError(
+                f"--warm-start {self.folder}: its width is {self.config.dim}; use --dim "
+                f"{self.config.dim}"
+            )
+        ours, theirs = self._matched(encoder)
+        if not len(ours):
+            raise UserError(f"--warm-start {self.folder}: it has no field in common with this run")
+        parameter = methods.table_parameters(learner.table)[0]
+        with torch.no_grad():
+            parameter[ours] = self.weight[theirs].to(parameter.dtype)
+        if config.table_optimizer == self.config.table_optimizer:
+            self._go_on(learner.table_optimizer, parameter, ours, theirs)
+        learner.goes_on = True
+        learner.settle()
+        self._round_alike(learner.table, encoder.counts(), ours, theirs)
+        dense = learner.model.dense_parameters()
+        fits = [p.shape for p in dense] == [p.shape for p in self._dense]
+        if fits:
+            with torch.no_grad():
+                for mine, their in zip(dense, self._dense, strict=True):
+                    mine.copy_(their)
+            if self._dense_state:
+                learner.dense_optimizer.load_state_dict(self._dense_state)
+        return len(ours), fits
+
+    def _go_on(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameter: nn.Parameter,
+        ours: Tensor,
+        theirs: Tensor,
+    ) -> None:
+        """Gives rows the state that they had; the others have none, as in a fresh run."""
+        for name, value in self._row_state.items():
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(self.weight):
+                state = value.new_zeros(len(parameter), *value.shape[1:])
+                state[ours] = value[theirs]
+                optimizer.state[parameter][name] = state
+            else:
+                optimizer.state[parameter][name] = value
+
+    def _round_alike(self, table: nn.Module, counts: Tensor, ours: Tensor, theirs: Tensor) -> None:
+        """Gives parts of few bits the step sizes that their rows had, the mean by their counts."""
+        rounding = getattr(table, "rounding", None)
+        if rounding is None or self._squares is None:
+            return
+        squares: Tensor = rounding.mean_square
+        part = _parts(table, ours)
+        known = part < len(squares)
+        part, weight = part[known], counts[ours[known]].float() + 1
+        total = squares.new_zeros(len(squares)).index_add_(0, part, weight)
+        found = torch.zeros_like(total)
+        found.index_add_(0, part, weight * self._squares[theirs[known]])
+        squares.copy_(torch.where(total > 0, found / total, squares))
+
+    def _matched(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
+        """Rows of another table and their rows here, both int64, by field and value."""
+        pairs = [(torch.empty(0).long(), torch.empty(0).long())]
+        for f, name in enumerate(encoder.names):
+            if name not in self.encoder.names:
+                continue
+            g = self.encoder.names.index(name)
+            known, mine = self.encoder.vocabularies[g], encoder.vocabularies[f]
+            rows = known.encode(mine.known()).long()
+            local = torch.arange(mine.size)
+            local = torch.cat([local[: mine.oov_row], local[mine.oov_row + 1 :]])
+            hit = rows != known.oov_row
+            local = torch.cat([local[hit], torch.tensor([mine.oov_row])])
+            rows = torch.cat([rows[hit], torch.tensor([known.oov_row])])
+            pairs.append((encoder.field_rows(f)[local], self.encoder.field_rows(g)[rows]))
+        ours, theirs = zip(*pairs, strict=True)
+        return torch.cat(ours), torch.cat(theirs)
+
+
+def _parts(table: nn.Module, rows: Tensor) -> Tensor:
+    """Parts of a frozen table of few bits that rows are in, int64; their number where in none."""
+    order: Tensor | None = getattr(table, "row_order", None)
+    places = rows if order is None else order[rows].long()
+    ends: Tensor = table.rounding.ends  # type: ignore[union-attr, assignment]
+    return torch.bucketize(places, ends, right=True)
+
+
+def _squares(table: nn.Module) -> Tensor | None:
+    """Mean square by which each row is rounded, float32 `[N]`; None where nothing is."""
+    rounding = getattr(table, "rounding", None)
+    if rounding is None:
+        return None
+    squares: Tensor = rounding.mean_square
+    part = _parts(table, torch.arange(len(methods.row_widths(table))))
+    return torch.cat([squares, squares.new_ones(1)])[part]
+
+
+def earlier_of(config: TrainConfig) -> Earlier | None:
+    """The run that one of these settings goes on from, if any."""
+    return Earlier(Path(config.warm_start)) if config.warm_start else None
