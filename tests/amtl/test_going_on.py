@@ -13,6 +13,7 @@ from amtl.data.registry import Source
 from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError
 from amtl.run import methods
+from amtl.run.comparison import baselines
 from amtl.run.config import TrainConfig
 from amtl.run.done import Interrupted
 from amtl.run.earlier import Earlier
@@ -147,6 +148,15 @@ def test_rows_keep_what_they_are_and_values_that_are_new_begin(old, new, tmp_pat
 
 def replace_start(config, folder):
     return TrainConfig.from_dict({**config.to_dict(), "warm_start": str(folder)})
+
+
+def test_it_is_compared_with_a_full_table_that_goes_on_too(old, new, tmp_path):
+    start(settings(), tmp_path / "a", source=source(old)).run()
+    given = settings(warm_start=str(tmp_path / "a"), compare=True, embedding_dropout=0.0)
+    compared = start(given, source=source(new)).run()["compared"]
+    assert [row["name"] for row in compared] == ["full size", "fixed width"]
+    full, narrow = baselines(given, {"dense_bytes": 800, "dim": 8, "stored_bytes": 400}).values()
+    assert (full.warm_start, narrow.warm_start) == (given.warm_start, None)
 
 
 def test_sizes_that_are_learned_are_learned_anew(old, new, tmp_path):

@@ -57,7 +57,8 @@ def baselines(config: TrainConfig, metrics: Mapping[str, Any]) -> dict[str, Trai
     found = {FULL: plain(config)}
     width = narrow_width(metrics)
     if width:
-        found[FLAT] = replace(found[FULL], dim=width)
+        # Rows to start warm from are as wide as the full ones.
+        found[FLAT] = replace(found[FULL], dim=width, warm_start=None)
     return found
 
 
