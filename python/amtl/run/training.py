@@ -93,7 +93,8 @@ class Trainer:
             self.observer.note(
                 f"--budget {asked:,} bytes: a table of 32 bits has {whole:,}, so it may keep all"
             )
-        self.held_out = {"val": held(task.val.labels), "test": held(task.test.labels)}
+        splits = {"val": task.val, "test": task.test}
+        self.held_out = {name: held(data.labels, data.weights) for name, data in splits.items()}
         for line in scarce(self.held_out):
             self.observer.note(line)
         self.stop = stop or (lambda steps: False)
@@ -449,7 +450,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     config, encoder, table = trainer.config, trainer.task.encoder, learner.table
     assert learner.best is not None
     best = learner.best["record"]
-    labels = trainer.task.test.labels
+    labels, weights = trainer.task.test.labels, trainer.task.test.weights
     widths = methods.row_widths(table)
     bits = methods.number_bits(table)
     fields = encoder.row_fields()
@@ -463,9 +464,10 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "dim": config.dim,
         "budget": config.effective_budget,
         "seed": config.seed,
-        "test_auc": auc(test_logits, labels),
-        "test_auc_error": auc_error(test_logits, labels),
-        "test_logloss": log_loss(test_logits, labels),
+        "weight": config.weight,
+        "test_auc": auc(test_logits, labels, weights),
+        "test_auc_error": auc_error(test_logits, labels, weights),
+        "test_logloss": log_loss(test_logits, labels, weights),
         "val_auc": best["val_auc"],
         "val_logloss": best["val_logloss"],
         "val_score": best["score"],
