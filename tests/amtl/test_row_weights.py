@@ -13,6 +13,7 @@ from amtl.cli import main
 from amtl.data.registry import Source
 from amtl.data.weights import weighed
 from amtl.errors import UserError
+from amtl.run import contenders, learner, searching
 from amtl.run.config import TrainConfig
 from amtl.run.folders import load_inputs, load_trained, pack_run
 from amtl.run.learner import Learner
@@ -104,7 +105,9 @@ def test_rows_of_no_weight_are_not_there():
     # Nor are they of a class that has fewer than two others.
     alone = torch.where((labels > 0.5) & (torch.arange(400) > 0), 0.0, 1.0)
     assert math.isnan(auc_error(said, labels, alone))
-    assert math.isnan(auc(said, labels, 1 - labels))
+    for none in (1 - labels, labels):
+        assert math.isnan(auc(said, labels, none)) and math.isnan(auc_error(said, labels, none))
+        assert math.isnan(score_error(said, other, labels, none))
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25, 1000.0])
@@ -131,21 +134,20 @@ def test_few_rows_are_few_whatever_they_weigh():
     assert calming(logits, labels, torch.ones(40)) == pytest.approx(expected) and expected < 0.5
 
 
-def test_errors_are_those_of_other_samples():
+@pytest.mark.parametrize("sure", [0.7, 3.0])
+def test_errors_are_those_of_other_samples(sure):
     """Weights that go with scores: an error that took them for none would be a third less."""
     generator = torch.Generator().manual_seed(1)
     labels = (torch.arange(240) < 80).float()
     found = []
     for _ in range(700):
         common, noise, other = torch.randn(3, 240, generator=generator)
-        weights = torch.exp(0.5 * common + 0.8 * other)
-        models = common + labels, 0.7 * (common + labels) + 0.5 * noise
-        scores = [
-            score(auc(x, labels, weights), log_loss(x, labels, weights), labels, weights)
-            for x in models
-        ]
-        errors = auc_error(models[0], labels, weights), score_error(*models, labels, weights)
-        found.append((auc(models[0], labels, weights), scores[0] - scores[1], *errors))
+        told = labels, torch.exp(0.5 * common + 0.8 * other)
+        models = common + labels - 1, sure * (common + labels) + 0.5 * noise
+        # In the unit that the weights have in the mean: that theirs is another is not in the error.
+        scores = [score(auc(x, *told), log_loss(x, *told), labels) for x in models]
+        errors = auc_error(models[0], *told), score_error(*models, *told)
+        found.append((auc(models[0], *told), scores[0] - scores[1], *errors))
     area, lead, area_error, lead_error = np.array(found).T
     # A standard deviation of 700 is off by 2.7 %.
     assert np.sqrt((area_error**2).mean()) == pytest.approx(area.std(), rel=0.09)
@@ -242,6 +244,11 @@ def test_weights_are_1_in_the_mean_of_training_rows_and_no_field(frame):
     assert float(whole.max() / whole.min()) == pytest.approx(ratio, rel=1e-6)
     assert "'w' weighs them" in task.notes[0]
     assert prepare(settings(weight=None), of(odd)).train.weights is None
+
+
+def test_columns_that_a_set_takes_by_itself_leave_the_weights_out(frame):
+    named = replace(of(frame), fields=("user", "w"))
+    assert prepare(settings(), named).encoder.names == ["user"]
 
 
 @pytest.mark.parametrize("bags", [False, True])
@@ -378,8 +385,29 @@ def test_a_teacher_is_the_one_that_validates_best_by_weights(frame):
     assert torch.equal(teacher.labels(), torch.sigmoid(train))
 
 
+def test_what_compares_models_weighs_rows(frame, monkeypatch):
+    """Also where that decides and is not on record."""
+    weighed = []
+
+    def listen(module, name, real):
+        def heard(*given):
+            weighed.append((module, len(given) == 4 and given[-1] is not None))
+            return real(*given)
+
+        monkeypatch.setattr(module, name, heard)
+
+    for module in (contenders, learner):
+        listen(module, "score_error", score_error)
+    listen(searching, "score", score)
+    for changes in ({"race": True, "epochs": 1}, {"method": "optembed", "budget": 0.6}):
+        start(settings(**changes), source=of(frame)).run()
+    assert {module for module, _ in weighed} == {contenders, learner, searching}
+    assert all(with_weights for _, with_weights in weighed)
+
+
 def test_weights_that_are_all_the_same_give_the_run_without(frame):
-    config = settings(fields=["user", "item"], method="fixed")
+    # The size of the loss matters to SGD, as it does not to Adagrad and Adam.
+    config = settings(fields=["user", "item"], method="fixed", table_optimizer="sgd", table_lr=1.0)
     runs = [
         start(replace(config, weight=weight), source=of(frame.with_columns(w=pl.lit(3)))).run()
         for weight in ("w", None)
@@ -426,20 +454,24 @@ def test_runs_and_packed_files_weigh_rows_where_a_file_has_weights(frame, tmp_pa
     labels = torch.tensor(frame["label"].to_list()).float()
     logits = trained.logits(frame)
     assert torch.equal(trained.logits(frame.drop("w")), logits)
-    areas = {
-        name: auc(logits, labels, weights)
-        for name, weights in (("weighted", torch.tensor(frame["w"].to_list())), ("bare", None))
-    }
-    assert f"{areas['weighted']:.4f}" != f"{areas['bare']:.4f}"
-    rate = (frame["label"] * frame["w"]).sum() / frame["w"].sum()
+    weights = torch.tensor(frame["w"].to_list()).float()
+    found = trained.evaluate(trained.encoder.transform(frame, labels, weights))
+    there = weights > 0
+    assert found["rows"] == int(there.sum()) and found["positive"] == int(labels[there].sum())
+    assert found["auc"] == auc(logits, labels, weights)
+    assert found["auc_error"] == auc_error(logits, labels, weights)
+    assert found["logloss"] == log_loss(logits, labels, weights)
+    assert found["positive_rate"] == pytest.approx(float((labels * weights).sum() / weights.sum()))
+    bare_area = auc(logits, labels)
+    assert abs(bare_area - found["auc"]) > 1e-3
     for model in (folder, packed):
         assert run("evaluate", model, data) == 0
         told = text(capsys)
-        assert f"800 rows, weighted by 'w' AUC {areas['weighted']:.4f}" in told
-        assert f"positive {rate:.1%}" in told and "no column" not in told
+        assert f"800 rows, weighted by 'w' AUC {found['auc']:.4f}" in told
+        assert f"positive {found['positive_rate']:.1%}" in told and "no column" not in told
         assert run("evaluate", model, bare) == 0
         told = text(capsys)
-        assert f"800 rows AUC {areas['bare']:.4f}" in told
+        assert f"800 rows AUC {bare_area:.4f}" in told
         assert "has no column 'w', which weighs rows in training: all rows weigh the same" in told
         assert run("evaluate", model) == 0
         told = text(capsys)

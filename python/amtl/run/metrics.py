@@ -81,7 +81,8 @@ def score_error(
 ) -> float:
     """Standard error of the difference of two models' scores on one split, as `auc_error` has it.
 
-    Both have the same samples, so most of what samples change is in both and cancels.
+    Both have the same samples, so most of what samples change is in both and cancels. The unit of
+    the log loss is taken as it is, which weights of other samples would change a little.
 
     Args:
         first: logits of one model, `[n]`.
