@@ -57,10 +57,11 @@ def _numbers(column: pl.Series) -> pl.Series:
     held = column.cast(pl.String) if column.dtype in TEXT else column
     known = held.dtype.is_numeric() or held.dtype in (pl.Boolean, pl.Null)
     if held.dtype == pl.String:
-        known = notation.plain(held) is not None or notation.find(held) is not None
+        found = notation.find(held)
+        known = notation.plain(held) is not None or (found is not None and found.decimal != "")
     if known:
         return numbers(held)
-    odd = held.drop_nulls()[:1].to_list() if held.dtype == pl.String else []
+    odd = [*notation.odd(held, "."), *held.drop_nulls()] if held.dtype == pl.String else []
     such = f" such as {brief(repr(odd[0]))}" if odd else ""
     raise UserError(
         f"weight {column.name!r} holds {brief(column.dtype)} values{such}, where numbers of 0 or "

@@ -94,7 +94,7 @@ class TrainConfig:
         negatives: negative rows to draw for a file of positive ones, `USER:ITEM:COUNT`, see
             `amtl.data.negatives`; None: the file has labels.
         fields: columns used, and parts of moments such as `when.hour`, see `amtl.data.calendar`;
-            empty for all but the label and the split column, and what labels follow of their parts.
+            empty for all but label, split and weight column, and what labels follow of their parts.
         drop: of these, columns and parts that are not used, where `fields` is empty.
         numeric: column to `bucket`, `standardise` or `categorical`.
         default_numeric: treatment of other floating-point columns.
