@@ -56,6 +56,14 @@ def train(
     label_missing: Annotated[
         str | None, typer.Option(help="drop rows without a label, or negative for what they are.")
     ] = None,
+    weight: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of what each row counts, 0 or more, in training and in scores.",
+            show_default="all alike",
+            callback=arguments.not_empty,
+        ),
+    ] = None,
     negatives: Annotated[
         str | None,
         typer.Option(
@@ -282,15 +290,7 @@ def train(
         method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])]
     )
     earlier = Earlier(warm_start) if warm_start else None
-    told: dict[str, Any] = {
-        "label": label,
-        "label_threshold": label_threshold,
-        "label_positive": label_positive,
-        "label_missing": label_missing,
-    }
     if earlier is not None:
-        known = {name: getattr(earlier.config, name) for name in told}
-        told = known if all(value is None for value in told.values()) else told
         negatives = negatives or earlier.config.negatives
     with waiting(console, f"reading {data}"):
         source = load_source(data, negatives)
@@ -298,7 +298,13 @@ def train(
     config = settings.make_config(
         source,
         given,
-        **told,
+        earlier.config if earlier else None,
+        _typed(context),
+        label=label,
+        label_threshold=label_threshold,
+        label_positive=label_positive,
+        label_missing=label_missing,
+        weight=weight,
         negatives=negatives,
         fields=parse_names("--fields", fields, columns),
         drop=parse_names("--drop", drop, columns),
@@ -318,7 +324,6 @@ def train(
         **settings.parse_columns(numeric or [], multi or [], columns),
     )
     if earlier is not None:
-        config = settings.going_on(config, earlier.config, _typed(context))
         config = earlier.continued(config, source)
     if out is None:
         stem = "-".join(Path(part).stem for part in source.name.split(":"))
@@ -425,6 +430,7 @@ def evaluate(
     """Score a trained or packed model: AUC and log loss."""
     from amtl.data import labelled, load_rows
     from amtl.data.negatives import has_labels, with_negatives
+    from amtl.data.weights import weighed
     from amtl.run.display import shown_auc
     from amtl.run.folders import load_trained
     from amtl.run.progress import waiting
@@ -448,16 +454,21 @@ def evaluate(
         missing = config.label_missing if label_missing is None else label_missing
         labelling = label or config.label, label_threshold, label_positive, missing
         frame, labels = labelled(frame, labelling, trains=False)
-        encoded, what = trained.encoder.transform(frame, labels), data
+        frame, weights = weighed(frame, config.weight, trains=False)
+        encoded, what = trained.encoder.transform(frame, labels, weights), data
         strange = [*told, *trained.unseen_columns(frame, encoded).values()]
         if trained.encoder.has_labels(encoded.labels):
             seen = "the model was trained on most of these rows, or chosen by them, as their labels"
             strange.append(f"{seen} tell; amtl evaluate {run} scores its test split")
+        if config.weight and weights is None:
+            absent = f"{data} has no column {config.weight!r}, which weighs rows in training"
+            strange.append(f"{absent}: all rows weigh the same in these scores")
     with waiting(console, "scoring"):
         result = trained.evaluate(encoded)
     unused = trained.encoder.unused()
     unknown = {k: v for k, v in result["unknown_values"].items() if v and k not in unused}
-    console.print(f"[bold]{escape(what)}[/]: {result['rows']:,} rows", highlight=False)
+    by = "" if encoded.weights is None else f", weighted by {trained.config.weight!r}"
+    console.print(f"[bold]{escape(what)}[/]: {len(encoded):,} rows{escape(by)}", highlight=False)
     area = shown_auc(result["auc"], result["auc_error"], result["rows"], result["positive"])
     console.print(
         f"AUC {area}   log loss {result['logloss']:.4f}   positive {result['positive_rate']:.1%}",

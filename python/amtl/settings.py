@@ -40,13 +40,28 @@ def _first(names: Sequence[str], typed: Sequence[str]) -> str | None:
 
 
 def make_config(
-    source: Any, given: dict[str, Any], *, label: str | None, **more: Any
+    source: Any,
+    given: dict[str, Any],
+    earlier: TrainConfig | None = None,
+    typed: Collection[str] = (),
+    *,
+    label: str | None,
+    **more: Any,
 ) -> TrainConfig:
-    """Settings from the command line over the data set's recipe over the defaults."""
+    """Settings from the command line over the data set's recipe over the defaults.
+
+    Args:
+        source: the data.
+        given: settings that may be in the recipe, too.
+        earlier: settings of the run to go on from, which `going_on` then puts under those `typed`.
+        typed: parameters that the command line gave.
+        label: label column; None for the set's own, or that of `earlier`.
+        more: the other settings, and what options of the layer are made of.
+    """
     from amtl.data.readers import listed, require_columns
 
     drop = more.pop("drop", [])
-    label = label or source.label
+    label = label or (earlier.label if earlier else source.label)
     if label is None:
         raise UserError(
             f"--label COLUMN is needed; columns are {listed(source.frame.columns)}. If all rows "
@@ -83,10 +98,14 @@ def make_config(
         config.fields = kept if config.fields else []
         if not kept:
             raise UserError("--drop leaves no column to use")
-    return config
+    return going_on(config, earlier, typed) if earlier else config
 
 
 _FIELDS = ("fields", "drop", "numeric", "default_numeric", "values", "separators")
+_KEPT = (
+    *("dim", "backbone", "table_optimizer", "min_count", "weight", "negatives"),
+    *("label_threshold", "label_positive", "label_missing"),
+)
 _LAWS = ("exponent", "capacity_bits", "parametrization", "option")
 
 
@@ -111,8 +130,7 @@ def going_on(config: TrainConfig, earlier: TrainConfig, typed: Collection[str]) 
             )
     kept = {name: getattr(earlier, name) for name in _FIELDS}
     if "method" in typed and config.method != earlier.method:
-        open_too = ("dim", "backbone", "table_optimizer", "min_count")
-        kept |= {name: getattr(earlier, name) for name in open_too if name not in typed}
+        kept |= {name: getattr(earlier, name) for name in _KEPT if name not in typed}
         return replace(config, **kept, hidden=earlier.hidden)
     now: dict[str, Any] = {"race": False, "distillation": config.distillation or 0.0}
     for name in typed:

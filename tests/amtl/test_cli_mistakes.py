@@ -126,6 +126,8 @@ TRAIN = [  # words after `train ok.parquet --label y`, and what is told
     ("--seed 1180591620717411303424", "'--seed'"),
     ("--seed -1", "'--seed'"),
     ("--split-seed 1180591620717411303424", "'--split-seed'"),
+    ("--weight y", "is the label: name the column that weighs rows"),
+    ("--weight nope", "no column 'nope'"),
     ("--split sideways", "--split must be"),
     ("--split order:", "no column ''"),
     ("--split order:when", "no column 'when'"),

@@ -640,10 +640,11 @@ def test_parts_of_what_is_encoded_are_what_parts_are_encoded_as(frame, numeric):
     ):
         assert torch.equal(ours, theirs), name
     labels = torch.tensor(frame["label"].to_list()).float()
-    whole = encoder.transform(frame, labels)
+    weights = torch.arange(200.0)
+    whole = encoder.transform(frame, labels, weights)
     for rows in (trains, others):
         part = encoder.part(whole, rows)
-        alone = encoder.transform(frame[rows.numpy()], labels[rows])
+        alone = encoder.transform(frame[rows.numpy()], labels[rows], weights[rows])
         assert part.unknown == alone.unknown and part.values == alone.values
         assert part.unknown["user"] and part.unknown["tags"] == 1
         for ours, theirs in zip(part.batches(33), alone.batches(33), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -150,6 +152,19 @@ def replace_start(config, folder):
     return TrainConfig.from_dict({**config.to_dict(), "warm_start": str(folder)})
 
 
+def test_rows_weigh_what_their_own_column_says(old, new, tmp_path):
+    def weighed(frame):
+        return source(frame.with_columns(w=(pl.col("price") * 3).round().abs()))
+
+    start(settings(weight="w"), tmp_path / "a", source=weighed(old)).run()
+    given = settings(weight="w", warm_start=str(tmp_path / "a"))
+    metrics = start(given, tmp_path / "b", source=weighed(pl.concat([old, new]))).run()
+    alone = start(given, source=weighed(new)).run()
+    assert (metrics["test_auc"], metrics["weight"]) == (alone["test_auc"], "w")
+    plain = start(replace(given, weight=None, fields=["user", "item"]), source=weighed(new))
+    assert plain.task.train.weights is None
+
+
 def test_it_is_compared_with_a_full_table_that_goes_on_too(old, new, tmp_path):
     start(settings(), tmp_path / "a", source=source(old)).run()
     given = settings(warm_start=str(tmp_path / "a"), compare=True, embedding_dropout=0.0)
@@ -261,6 +276,9 @@ def test_settings_are_those_of_the_run_but_for_what_is_typed():
         ["a", "b"],
         0.5,
     )
+    earlier.weight, earlier.label_positive = "w", "yes"
+    found = typed.going_on(other, earlier, ["method", "label_positive"])
+    assert (found.weight, found.label_positive) == ("w", None)
     for name in ("fields", "drop", "numeric", "values", "multi"):
         with pytest.raises(UserError, match=f"--{name} has no effect with --warm-start"):
             typed.going_on(config, earlier, [name])

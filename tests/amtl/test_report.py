@@ -225,6 +225,7 @@ def test_runs_of_different_labels_and_splits_are_told_apart(folders, tmp_path):
         ({"label_threshold": 4.0}, "label", "label y from 4", "label y"),
         ({"label_positive": "no"}, "label", "label y = no", "label y"),
         ({"label_missing": "drop"}, "label", "label y, missing: drop", "label y"),
+        ({"weight": "w"}, "label", "label y, weighted by w", "label y"),
         ({"split_seed": 7}, "split", "split random of seed 7", "split random of seed 0"),
         ({"split": "order:t"}, "split", "split order:t", "split random of seed 0"),
         (
@@ -237,6 +238,7 @@ def test_runs_of_different_labels_and_splits_are_told_apart(folders, tmp_path):
             run = json.loads((folder / "metrics.json").read_text())
             run["config"] |= {"label": "y", "label_threshold": None, "split": "random"}
             run["config"] |= {"label_positive": None, "label_missing": None, "split_seed": 0}
+            run["config"] |= {"weight": None}
             run["config"] |= change if folder == folders[0] else {}
             (folder / "metrics.json").write_text(json.dumps(run))
         if not what:

@@ -76,7 +76,7 @@ class Scripted:
         return self.said
 
     said = torch.zeros(8)
-    task = SimpleNamespace(val=SimpleNamespace(labels=torch.tensor([0.0, 1.0] * 4)))
+    task = SimpleNamespace(val=SimpleNamespace(labels=torch.tensor([0.0, 1.0] * 4), weights=None))
 
 
 def step(learner):

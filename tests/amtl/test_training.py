@@ -646,5 +646,8 @@ def test_a_column_that_weighs_rows_by_its_name_is_told_to_be_a_field(source):
     weighed = replace(source, frame=source.frame.with_columns(sample_weight=weights))
     (told,) = prepare(settings(), weighed).notes
     assert told.startswith("'sample_weight' is taken as a field") and "--drop sample_weight" in told
+    assert "--weight sample_weight weighs the rows by it" in told
+    (told,) = prepare(settings(weight="sample_weight"), weighed).notes
+    assert "taken as a field" not in told
     for quiet in (settings(drop=["sample_weight"]), settings(fields=["user", "sample_weight"])):
         assert not prepare(quiet, weighed).notes

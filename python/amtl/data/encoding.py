@@ -40,12 +40,14 @@ class Batch(NamedTuple):
             is single-valued.
         dense: float32 `[B, K]` numbers.
         labels: float32 `[B]`.
+        weights: float32 `[B]`; None if all samples weigh the same.
     """
 
     indices: Tensor
     offsets: Tensor | None
     dense: Tensor
     labels: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass
@@ -72,6 +74,7 @@ class EncodedData:
         bags: the multi-valued fields, placed after the single-valued ones.
         dense: float32 `[n, K]`.
         labels: float32 `[n]`, zeros where the data has no label.
+        weights: float32 `[n]`; None if all samples weigh the same.
         unknown: number of values per field that training had not seen.
         values: number of values per field.
     """
@@ -80,6 +83,7 @@ class EncodedData:
     bags: list[BagField]
     dense: Tensor
     labels: Tensor
+    weights: Tensor | None = None
     unknown: dict[str, int] = field(default_factory=dict)
     values: dict[str, int] = field(default_factory=dict)
 
@@ -90,8 +94,9 @@ class EncodedData:
         """The batch of the given samples (int64 `[B]`); O(B · lookups)."""
         rows = self.rows[samples]
         dense, labels = self.dense[samples], self.labels[samples]
+        weights = None if self.weights is None else self.weights[samples]
         if not self.bags:
-            return Batch(rows, None, dense, labels)
+            return Batch(rows, None, dense, labels, weights)
         n, singles = rows.shape
         lengths = torch.ones(n, singles + len(self.bags), dtype=torch.int64)
         starts = []
@@ -112,7 +117,7 @@ class EncodedData:
                 torch.cumsum(count, 0) - count, count
             )
             indices[first + within] = bag.values[source + within]
-        return Batch(indices, offsets.view(-1).to(torch.int32), dense, labels)
+        return Batch(indices, offsets.view(-1).to(torch.int32), dense, labels, weights)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All samples in order."""
@@ -315,12 +320,15 @@ class Encoder:
         """Shared-table rows of field `f` in the order of its vocabulary: int64 `[size]`."""
         return self._global_rows(f, torch.arange(self.vocabularies[f].size))
 
-    def transform(self, frame: pl.DataFrame, label: Tensor | None = None) -> EncodedData:
+    def transform(
+        self, frame: pl.DataFrame, label: Tensor | None = None, weights: Tensor | None = None
+    ) -> EncodedData:
         """Encodes a table.
 
         Args:
             frame: must have every field's column.
             label: float32 `[n]`, or None.
+            weights: float32 `[n]`, or None.
 
         Raises:
             UserError: if a column is missing, or holds what cannot be values of its field.
@@ -354,6 +362,7 @@ class Encoder:
             bags=bags,
             dense=torch.cat(dense, 1) if dense else torch.empty(n, 0),
             labels=torch.zeros(n) if label is None else label.to(torch.float32),
+            weights=weights,
         )
         return self._counted(data)
 
@@ -364,6 +373,7 @@ class Encoder:
             bags=[BagField(bag.codes[samples], bag.values, bag.offsets) for bag in data.bags],
             dense=data.dense[samples],
             labels=data.labels[samples],
+            weights=None if data.weights is None else data.weights[samples],
         )
         return self._counted(taken)
 

@@ -93,7 +93,8 @@ def train_baselines(
     rows, teacher = [], Teacher()
 
     def add(name: str, learner: Learner) -> None:
-        error = score_error(learner.says(), says, learner.task.val.labels)
+        val = learner.task.val
+        error = score_error(learner.says(), says, val.labels, val.weights)
         rows.append({**scored(name, learner), "error": error})
 
     # A run that ran out of time had meant to try what these then have.
@@ -179,8 +180,8 @@ def scored(name: str, learner: Learner) -> dict[str, Any]:
         "val_auc": record["val_auc"],
         "val_logloss": record["val_logloss"],
         "score": record["score"],
-        "test_auc": auc(logits, test.labels),
-        "test_logloss": log_loss(logits, test.labels),
+        "test_auc": auc(logits, test.labels, test.weights),
+        "test_logloss": log_loss(logits, test.labels, test.weights),
         "best_epoch": record["epoch"],
     }
 

@@ -89,10 +89,12 @@ class TrainConfig:
         label_positive: the value that is positive, as text; None if that needs no saying.
         label_missing: `drop` leaves rows without a label out, `negative` counts them as negative;
             None: there are none.
+        weight: column of what each row counts in training and in scores, see
+            `amtl.data.weights.weighed`; None: all the same.
         negatives: negative rows to draw for a file of positive ones, `USER:ITEM:COUNT`, see
             `amtl.data.negatives`; None: the file has labels.
         fields: columns used, and parts of moments such as `when.hour`, see `amtl.data.calendar`;
-            empty for all but the label and the split column, and what labels follow of their parts.
+            empty for all but label, split and weight column, and what labels follow of their parts.
         drop: of these, columns and parts that are not used, where `fields` is empty.
         numeric: column to `bucket`, `standardise` or `categorical`.
         default_numeric: treatment of other floating-point columns.
@@ -157,6 +159,7 @@ class TrainConfig:
     label_threshold: float | None = None
     label_positive: str | None = None
     label_missing: str | None = None
+    weight: str | None = None
     negatives: str | None = None
     fields: list[str] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)
@@ -211,6 +214,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
+        if self.weight is not None:
+            self._require_weight(self.weight)
         if self.backbone not in BACKBONES:
             raise UserError(f"--backbone {self.backbone!r}: choose one of {', '.join(BACKBONES)}")
         if self.method not in OWN:
@@ -262,6 +267,23 @@ class TrainConfig:
             raise UserError(f"--distillation must be from 0 to 1, not {self.distillation:g}")
         if self.freeze_at is not None and self.freeze_at < 0:
             raise UserError(f"--freeze-at is a number of steps, not {self.freeze_at}")
+
+    def _require_weight(self, weight: str) -> None:
+        if weight == self.label:
+            raise UserError(f"--weight {weight!r} is the label: name the column that weighs rows")
+        taken = {"fields": self.fields, "numeric": self.numeric, "multi": self.separators}
+        for option, names in taken.items():
+            if weight in names:
+                raise UserError(
+                    f"--{option} names {weight!r}, which weighs rows and is no field: leave one out"
+                )
+        if self.split in (f"order:{weight}", f"column:{weight}"):
+            raise UserError(f"--split {self.split} goes by what weighs rows: leave one out")
+        if self.negatives is not None:
+            raise UserError(
+                "--weight has no meaning with --negatives, for rows that are drawn have no weight "
+                "of their own: leave one out"
+            )
 
     def with_rows(self, rows: int) -> TrainConfig:
         """Settings whose budget is a share of the bytes of `rows` rows."""

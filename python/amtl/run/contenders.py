@@ -380,7 +380,8 @@ def contend(
     row, rival = outcome(name, learner), best_record(winner)
     lead = row["score"] - rival["score"]
     if sure and not hopeless and not math.isinf(lead):
-        lead -= sure * score_error(learner.says(), winner.says(), learner.task.val.labels)
+        val = learner.task.val
+        lead -= sure * score_error(learner.says(), winner.says(), val.labels, val.weights)
     row["chosen"] = lead > 0 and (sure < 0 or row["val_auc"] >= rival["val_auc"])
     return (learner if row["chosen"] else None), row
 

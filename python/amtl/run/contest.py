@@ -104,8 +104,8 @@ class Contest:
         self.winner = self._trials.whole(self.winner)
         full = self.found["full"]
         if full is not None:
-            labels = self.winner.task.val.labels
-            full["error"] = score_error(self._full_says, self.winner.says(), labels)
+            val, says = self.winner.task.val, self.winner.says()
+            full["error"] = score_error(self._full_says, says, val.labels, val.weights)
 
     def _run(self, raced: Mapping[str, Any] | None) -> Tensor | None:
         """Tries all but hidden values; returns labels for those to come if there is a teacher."""

@@ -107,6 +107,7 @@ def print_result(console: Console, metrics: dict[str, Any], out: Path) -> None:
     table.add_column(style="dim")
     table.add_column()
     steps, tested = metrics["step_ms_median"], metrics["held_out"]["test"]
+    weight = metrics.get("weight")
     unused = metrics["unused_fields"]
     rowless = {k: v for k, v in metrics["unknown_test_values"].items() if v and k not in unused}
     unknown = listed([f"{k} {v:,}" for k, v in rowless.items()])
@@ -116,6 +117,7 @@ def print_result(console: Console, metrics: dict[str, Any], out: Path) -> None:
         f"(validation {metrics['val_auc']:.4f}, epoch {metrics['best_epoch']:.2f} of "
         f"{metrics['epochs_run']:.2f})",
         "log loss": f"{metrics['test_logloss']:.4f}",
+        "weighted": f"by {escape(repr(weight))}, as all scores are" if weight else "",
         "table": f"{metrics['stored_bytes']:,} bytes, {metrics['stored_fraction']:.1%} of "
         f"{metrics['dense_bytes']:,}",
         "chosen": comparison.choices(metrics),

@@ -251,7 +251,7 @@ class Learner:
         labels = batch.labels
         if self.taught is not None:
             labels = labels.lerp(self.taught[samples], self.config.distillation or 0.0)
-        loss = self._loss(self.model(batch), labels)
+        loss = self._loss(self.model(batch), labels, batch.weights)
         loss.backward()
         for optimizer in (self.dense_optimizer, self.table_optimizer, self.mask_optimizer):
             if optimizer is not None:
@@ -259,8 +259,9 @@ class Learner:
                 optimizer.zero_grad()
         return float(loss.detach())
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        # Over the batch's rows and not its weight: a batch that weighs more is a larger step.
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels, weights)
 
     def _due(self) -> bool:
         """Whether a validation comes after the step just taken: some a lap, evenly spread."""
@@ -278,8 +279,12 @@ class Learner:
         """
         if logits is None:
             logits = predict(self.model, self.task.val)
-        labels = self.task.val.labels
-        return auc(logits, labels), log_loss(logits, labels)
+        labels, weights = self.task.val.labels, self.task.val.weights
+        return auc(logits, labels, weights), log_loss(logits, labels, weights)
+
+    def _score(self, area: float, loss: float) -> float:
+        """What models are chosen by, of what `scores` gives."""
+        return score(area, loss, self.task.val.labels, self.task.val.weights)
 
     def _averaged(self) -> list[Tensor]:
         """The numbers whose average is validated: none while sizes are searched, or of codes."""
@@ -306,7 +311,7 @@ class Learner:
             "loss": statistics.fmean(self.losses) if self.losses else None,
             "val_auc": area,
             "val_logloss": loss,
-            "score": score(area, loss, self.task.val.labels),
+            "score": self._score(area, loss),
             "stored_bytes": methods.stored_bytes(self.table),
             "seconds": self.seconds,
         }
@@ -354,7 +359,7 @@ class Learner:
         """
         before = self._scores_of_stage()[:-1]
         best, now = max(before, default=-math.inf), record["score"]
-        if now > best or not before or score(*self.scores(), self.task.val.labels) > best:
+        if now > best or not before or self._score(*self.scores()) > best:
             return True
         lowest = min(range(len(before)), key=before.__getitem__)
         fallen = max(before[: lowest + 1]) - before[lowest]
@@ -446,7 +451,7 @@ class Learner:
         assert self.best is not None
         if type(self.model.interaction) is not Interaction:
             return False
-        factor = calming(self.says(), self.task.val.labels)
+        factor = calming(self.says(), self.task.val.labels, self.task.val.weights)
         if factor == 1:
             return False
         self._calmed *= factor
@@ -467,14 +472,14 @@ class Learner:
         assert self.best is not None
         parameters, record = self.model.dense_parameters(), self.best["record"]
         kept = [p.detach().clone() for p in parameters]
-        said, labels = self.says(), self.task.val.labels
+        said, val = self.says(), self.task.val
         for rounded in (to_bytes, to_halves):
             for p, values in zip(parameters, kept, strict=True):
                 p.copy_(rounded(values))
-            says = predict(self.model, self.task.val) / self._calmed
+            says = predict(self.model, val) / self._calmed
             area, loss = self.scores(says)
-            found = score(area, loss, labels)
-            error = min(score_error(says, said, labels), _LITTLE)
+            found = self._score(area, loss)
+            error = min(score_error(says, said, val.labels, val.weights), _LITTLE)
             if found >= record["score"] - max(_NEXT_TO_NOTHING, error):
                 scores = {"val_auc": area, "val_logloss": loss, "score": found}
                 model = copy.deepcopy(self.model.state_dict())

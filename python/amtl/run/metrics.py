@@ -1,4 +1,9 @@
-"""AUC with its standard error, log loss, and the score of both by which models are chosen."""
+"""AUC with its standard error, log loss, and the score of both by which models are chosen.
+
+All of them may weigh rows, where one of weight 2 counts as two that are alike: `weights` are `[n]`,
+0 or more, in whatever unit; None: all rows weigh the same. Standard errors take a row of whatever
+weight for one that was drawn, so weights that differ make them larger, and no unit of them does.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +19,23 @@ FEW = 50
 """Rows of a class below which an AUC is off by some hundredths, and its standard error unsure."""
 
 
-def auc(scores: Tensor, labels: Tensor) -> float:
+def auc(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative.
 
-    Ties count one half. O(n log n). NaN if only one class is present.
+    Ties count one half, and a pair the product of its weights. O(n log n). NaN if only one class is
+    present, or weighs anything.
 
     Args:
         scores: `[n]`, any monotone score.
         labels: `[n]`, zeros and ones.
+        weights: see above.
     """
     positive = labels.to(torch.float64)
+    if weights is not None:
+        positives, negatives = positive * weights, (1 - positive) * weights
+        pairs = float(positives.sum()) * float(negatives.sum())
+        won = float((_weight_below(scores, negatives) * positives).sum())
+        return won / pairs if pairs else float("nan")
     n_positive = float(positive.sum())
     n_negative = len(positive) - n_positive
     if not n_positive or not n_negative:
@@ -32,23 +44,24 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
 
 
-def auc_error(scores: Tensor, labels: Tensor) -> float:
+def auc_error(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """Standard error of `auc`: how far other samples of as many of each class would be off.
 
     DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988): the variance over positives of the
     share of negatives below each, and the other way round; by mid-ranks as Sun and Xu (IEEE Signal
     Processing Letters 21, 2014). What other seeds of the training would change is not in it.
-    O(n log n). NaN with fewer than two of a class.
+    O(n log n). NaN with fewer than two of a class that weigh anything.
 
     Args:
         scores: `[n]`, any monotone score.
         labels: `[n]`, zeros and ones.
+        weights: see above.
     """
-    above, below = _placements(scores, labels)
-    return _error(above, below)
+    above, below = _placements(scores, labels, weights)
+    return _error(above, below, labels, weights)
 
 
-def score(area: float, loss: float, labels: Tensor) -> float:
+def score(area: float, loss: float, labels: Tensor, weights: Tensor | None = None) -> float:
     """What models are chosen by: AUC minus log loss, in units in which a fair coin's is its own.
 
     The log loss counts over what guessing the rate of clicks costs, which is little where clicks
@@ -58,40 +71,43 @@ def score(area: float, loss: float, labels: Tensor) -> float:
         area: `auc` on some split.
         loss: `log_loss` there.
         labels: of that split, `[n]`.
+        weights: of its rows, see above.
     """
-    return area - loss * _unit(labels)
+    return area - loss * _unit(labels, weights)
 
 
-def score_error(first: Tensor, second: Tensor, labels: Tensor) -> float:
+def score_error(
+    first: Tensor, second: Tensor, labels: Tensor, weights: Tensor | None = None
+) -> float:
     """Standard error of the difference of two models' scores on one split, as `auc_error` has it.
 
-    Both have the same samples, so most of what samples change is in both and cancels.
+    Both have the same samples, so most of what samples change is in both and cancels. The unit of
+    the log loss is taken as it is, which weights of other samples would change a little.
 
     Args:
         first: logits of one model, `[n]`.
         second: of the other.
         labels: `[n]`, zeros and ones.
+        weights: see above.
 
     Returns:
-        NaN with fewer than two of a class.
+        NaN with fewer than two of a class that weigh anything.
     """
     positive = labels > 0.5
-    unit, parts = _unit(labels) / len(labels), []
+    unit, parts = _unit(labels, weights) / _total(labels, weights), []
     for logits in (first, second):
-        above, below = _placements(logits, labels)
-        losses = nn.functional.binary_cross_entropy_with_logits(
-            logits.double(), labels.double(), reduction="none"
-        )
+        above, below = _placements(logits, labels, weights)
+        losses = _around_mean(_losses(logits, labels), weights)
         parts.append(
             (
-                above - unit * len(above) * losses[positive],
-                below - unit * len(below) * losses[~positive],
+                above - unit * _total(above, _of(weights, positive)) * losses[positive],
+                below - unit * _total(below, _of(weights, ~positive)) * losses[~positive],
             )
         )
-    return _error(parts[0][0] - parts[1][0], parts[0][1] - parts[1][1])
+    return _error(parts[0][0] - parts[1][0], parts[0][1] - parts[1][1], labels, weights)
 
 
-def calming(logits: Tensor, labels: Tensor) -> float:
+def calming(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """What logits that are too sure are to be multiplied by, below 1; 1 where that is not certain.
 
     That which makes held out labels likeliest, if it does by more than a standard error. Models are
@@ -103,7 +119,11 @@ def calming(logits: Tensor, labels: Tensor) -> float:
     Args:
         logits: `[n]`.
         labels: `[n]`, zeros and ones.
+        weights: see above. Rows that weigh anything are counted.
     """
+    if weights is not None:
+        there = weights > 0
+        logits, labels, weights = logits[there], labels[there], weights[there]
     said, y = logits.double(), labels.double()
     positive = int((labels > 0.5).sum())
     few = rarer(len(labels), positive)[0] < FEW
@@ -111,11 +131,9 @@ def calming(logits: Tensor, labels: Tensor) -> float:
         of_negatives = 1 / (len(labels) - positive + 2)
         y = torch.where(labels > 0.5, (positive + 1) / (positive + 2), of_negatives).double()
 
-    def losses(factor: float) -> Tensor:
-        return nn.functional.binary_cross_entropy_with_logits(factor * said, y, reduction="none")
-
     def slope(factor: float) -> float:
-        return float(((torch.sigmoid(factor * said) - y) * said).sum())
+        slopes = (torch.sigmoid(factor * said) - y) * said
+        return float((slopes if weights is None else slopes * weights).sum())
 
     low, high = _CALMEST, 1.0
     if not slope(high) > 0:
@@ -123,23 +141,29 @@ def calming(logits: Tensor, labels: Tensor) -> float:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    gain = losses(1.0) - losses(high)
-    return high if few or float(gain.mean()) > float(gain.std()) / len(gain) ** 0.5 else 1.0
+    gain = _losses(said, y) - _losses(high * said, y)
+    error = math.sqrt(_variance_of_mean(_around_mean(gain, weights), weights))
+    return high if few or _mean(gain, weights) > error else 1.0
 
 
-def _unit(labels: Tensor) -> float:
-    rate = float((labels > 0.5).double().mean()) if len(labels) else 0.0
+def _unit(labels: Tensor, weights: Tensor | None) -> float:
+    rate = _mean((labels > 0.5).double(), weights) if len(labels) else 0.0
     if not 0 < rate < 1:
         return 1.0
     return math.log(2) / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
 
-def _placements(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _placements(scores: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of each positive the share of negatives below it, of each negative that of positives above.
 
-    float64; empty with an empty class.
+    With weights less their mean, see `_around_mean`. float64; empty with an empty class.
     """
     positive = labels > 0.5
+    if weights is not None:
+        of = weights[positive].double(), weights[~positive].double()
+        above = _weight_below(scores, weights * ~positive)[positive] / of[1].sum()
+        below = _weight_below(scores, weights * positive)[~positive] / of[0].sum()
+        return _around_mean(above, of[0]), _around_mean(1 - below, of[1])
     classes = (scores[positive], scores[~positive])
     ranks = _mid_ranks(scores)
     above = (ranks[positive] - _mid_ranks(classes[0])) / max(len(classes[1]), 1)
@@ -147,10 +171,71 @@ def _placements(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return above, 1 - below
 
 
-def _error(above: Tensor, below: Tensor) -> float:
-    if min(len(above), len(below)) < 2:
+def _error(above: Tensor, below: Tensor, labels: Tensor, weights: Tensor | None) -> float:
+    """Standard error of a sum of two means, over positive and over negative rows."""
+    positive = labels > 0.5
+    classes = (above, _of(weights, positive)), (below, _of(weights, ~positive))
+    if min(len(values) if of is None else int((of > 0).sum()) for values, of in classes) < 2:
         return float("nan")
-    return math.sqrt(float(above.var()) / len(above) + float(below.var()) / len(below))
+    return math.sqrt(sum(_variance_of_mean(*each) for each in classes))
+
+
+def _variance_of_mean(values: Tensor, weights: Tensor | None) -> float:
+    """Of as many rows as these; with weights of values `_around_mean`.
+
+    A row of more weight adds more, and what it adds is what varies (the sandwich of a ratio, see
+    Cochran, Sampling Techniques, 1977, chapter 6): rows count as few as Kish's effective number,
+    `(sum w)^2 / sum w^2`, where weights have nothing to do with values.
+    """
+    if weights is None:
+        return float(values.var()) / len(values)
+    there = weights > 0
+    share = weights[there].double() / weights.sum(dtype=torch.float64)
+    added, rows = share * values[there], 1 / float(share.square().sum())
+    # One that outweighs all others tells of no other sample.
+    if not rows > 1:
+        return float("nan")
+    return float((added - added.mean()).square().sum()) * rows / (rows - 1)
+
+
+def _around_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Values less their mean, on which what a row of more weight adds depends.
+
+    Without weights as they are, for their variance is the same.
+    """
+    return values if weights is None else values - _mean(values, weights)
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> float:
+    """Mean of float64 values."""
+    if weights is None:
+        return float(values.mean())
+    return float((values * weights).sum() / weights.sum(dtype=torch.float64))
+
+
+def _total(rows: Tensor, weights: Tensor | None) -> float:
+    """What rows weigh together."""
+    return len(rows) if weights is None else float(weights.sum(dtype=torch.float64))
+
+
+def _of(weights: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if weights is None else weights[rows]
+
+
+def _weight_below(scores: Tensor, weights: Tensor) -> Tensor:
+    """What weighs all that scores lower than each, and half of what scores the same: float64 `[n]`.
+
+    Args:
+        scores: `[n]`.
+        weights: `[n]`.
+    """
+    values, order = torch.sort(scores.detach().double())
+    _, inverse, size = torch.unique_consecutive(values, return_inverse=True, return_counts=True)
+    alike = torch.zeros(len(size), dtype=torch.float64).index_add_(
+        0, inverse, weights[order].double()
+    )
+    below = torch.cumsum(alike, 0) - alike / 2
+    return torch.empty_like(values).index_copy_(0, order, below[inverse])
 
 
 def _mid_ranks(scores: Tensor) -> Tensor:
@@ -174,7 +259,13 @@ def rarer(rows: int, positive: int) -> tuple[int, str]:
     return few, f"{few:,} {name} row{'' if few == 1 else 's'}"
 
 
-def log_loss(logits: Tensor, labels: Tensor) -> float:
+def log_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """Mean negative log likelihood in nats of labels given logits, both `[n]`."""
-    loss = nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
-    return float(loss)
+    return _mean(_losses(logits, labels), weights)
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each row, float64 `[n]`."""
+    return nn.functional.binary_cross_entropy_with_logits(
+        logits.double(), labels.double(), reduction="none"
+    )

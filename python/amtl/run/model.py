@@ -183,7 +183,8 @@ def field_evidence(model: ClickModel, data: EncodedData) -> Tensor:
             first layer of the MLP and F + 1 of the others.
 
     Returns:
-        float64 `[F]` in nats a sample; negative where the model does better without the field.
+        float64 `[F]` in nats a sample, weighted as the data are; negative where the model does
+        better without the field.
     """
     training = model.training
     model.eval()
@@ -196,21 +197,25 @@ def field_evidence(model: ClickModel, data: EncodedData) -> Tensor:
 
     sums = torch.zeros(model.num_fields, model.dim, dtype=torch.float64)
     for batch in batches():
-        sums += model.embed(batch).sum(0, dtype=torch.float64)
-    means = sums / max(samples, 1)
+        embedded = model.embed(batch)
+        if batch.weights is not None:
+            embedded = embedded * batch.weights[:, None, None]
+        sums += embedded.sum(0, dtype=torch.float64)
+    total = float(samples if data.weights is None else data.weights[:samples].sum())
+    means = sums / (total or 1)
     whole, without = 0.0, torch.zeros(model.num_fields, dtype=torch.float64)
     for batch in batches():
-        embedded, labels = model.embed(batch), batch.labels.double()
+        embedded, told = model.embed(batch), (batch.labels.double(), batch.weights)
 
-        def loss(logits: Tensor, labels: Tensor = labels) -> float:
+        def loss(logits: Tensor, told: tuple[Tensor, Tensor | None] = told) -> float:
             logits = logits.double()
-            return float(binary_cross_entropy_with_logits(logits, labels, reduction="sum"))
+            return float(binary_cross_entropy_with_logits(logits, *told, reduction="sum"))
 
         whole += loss(model.score(embedded, batch.dense))
         found = model.scores_without(embedded, batch.dense, means)
         without += torch.tensor([loss(logits) for logits in found], dtype=torch.float64)
     model.train(training)
-    return (without - whole) / max(samples, 1)
+    return (without - whole) / (total or 1)
 
 
 def dropout(values: Tensor, share: float) -> Tensor:

@@ -26,6 +26,7 @@ from amtl.data.ordered import Floats
 from amtl.data.registry import Source, load_source
 from amtl.data.repeats import without_repeats
 from amtl.data.splits import split_column, split_rows
+from amtl.data.weights import weighed
 from amtl.errors import UserError, brief
 from amtl.run.config import TrainConfig
 from amtl.run.learner import Task
@@ -59,14 +60,16 @@ def prepare(
         UserError: the data do not suit the settings, or are not those that `encoder` was fitted on.
     """
     source = source or load_source(config.data, config.negatives)
-    frame, labels = rows_of(source, config)
+    frame, labels, weights = rows_of(source, config)
     frame, odd = moments.without_odd(frame)
     same = copies_of(frame, labels, config)
     parts = split_rows(frame, config.split, config.split_seed, same)
     ordered = config.split.removeprefix("order:") if config.split.startswith("order:") else ""
     latest = parts[1][len(parts[1]) // 2 :] if ordered else None
     parts = (parts[0], _validated(parts[1], config.split_seed), parts[2])
-    _require_both(labels, parts)
+    _require_both(labels, weights, parts)
+    if weights is not None:
+        weights = weights / weights[parts[0]].mean(dtype=torch.float64)
     if encoder is None and earlier is not None:
         # Of the same rows counts would be twice what they are.
         same_rows = earlier.encoder.has_labels(labels)
@@ -122,14 +125,14 @@ def prepare(
         encoder = Encoder.fit(frame, specs, config.min_count, parts[0])
         encoder.note_labels(labels)
     encoder.require_labels(labels, config.data)
-    whole = encoder.transform(frame, labels)
+    whole = encoder.transform(frame, labels, weights)
     notes = [
         f"{name}: {brief(', '.join(map(repr, texts)))} among dates and times taken as missing"
         for name, texts in odd.items()
     ]
     notes += [
-        f"{name!r} is taken as a field like any other, for all rows weigh the same here; --drop "
-        f"{shlex.quote(name)} leaves it out"
+        f"{name!r} is taken as a field like any other; --weight {shlex.quote(name)} weighs the "
+        f"rows by it, --drop {shlex.quote(name)} leaves it out"
         for name in encoder.columns
         if _WEIGHT.fullmatch(name) and not config.fields
     ]
@@ -137,6 +140,11 @@ def prepare(
         notes.append(
             f"the first {config.skip_rows:,} rows are those that {config.warm_start} had, and are "
             f"left out; {len(labels):,} are new"
+        )
+    if config.weight is not None:
+        notes.append(
+            f"rows count as {config.weight!r} weighs them, in training and in all scores; sizes "
+            "and vocabularies go by the number of rows"
         )
     if same is not None:
         notes.append(
@@ -147,10 +155,11 @@ def prepare(
     return Task(encoder, train, val, test, tuple(notes), earlier)
 
 
-def rows_of(source: Source, config: TrainConfig) -> tuple[pl.DataFrame, Tensor]:
-    """The rows that a run is of, and their labels: those that have any, and that are new."""
+def rows_of(source: Source, config: TrainConfig) -> tuple[pl.DataFrame, Tensor, Tensor | None]:
+    """The rows that a run is of, those that are new and have a label; their labels and weights."""
     frame, labels = labelled(source.frame, config.labelling)
-    return frame[config.skip_rows :], labels[config.skip_rows :]
+    frame, weights = weighed(frame[config.skip_rows :], config.weight)
+    return frame, labels[config.skip_rows :], weights
 
 
 def copies_of(frame: pl.DataFrame, labels: Tensor, config: TrainConfig) -> NDArray[np.int64] | None:
@@ -167,19 +176,30 @@ def _training_labels(labels: Tensor, rows: Tensor) -> Floats:
     return known
 
 
-def _require_both(labels: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+def _require_both(
+    labels: Tensor, weights: Tensor | None, parts: tuple[Tensor, Tensor, Tensor]
+) -> None:
     """Refuse splits that an AUC cannot be of, before hours of training end in none."""
-    for name, rows in zip(("training", "validation"), parts, strict=False):
-        if told := one_class(**held(labels[rows])):
+    whole, there = held(labels, weights), "" if weights is None else " that weigh anything"
+    for name, rows in zip(("training", "validation", "test"), parts, strict=True):
+        part = held(labels[rows], None if weights is None else weights[rows])
+        if weights is not None and not part["rows"]:
             raise UserError(
-                f"the {name} split has {told} (of all {len(labels):,} rows "
-                f"{int((labels > 0.5).sum()):,} are positive): both are needed to learn and to "
+                f"all {len(rows):,} rows of the {name} split weigh 0: another --split or "
+                "--split-seed, or leave --weight out"
+            )
+        if name != "test" and (told := one_class(**part)):
+            raise UserError(
+                f"the {name} split has {told} (of all {whole['rows']:,} rows{there} "
+                f"{whole['positive']:,} are positive): both are needed to learn and to "
                 "choose by; more data, or another --split or --split-seed"
             )
 
 
-def held(labels: Tensor) -> dict[str, int]:
-    """Rows of a split, and positive ones among them."""
+def held(labels: Tensor, weights: Tensor | None = None) -> dict[str, int]:
+    """Rows of a split that weigh anything, and positive ones among them."""
+    if weights is not None:
+        labels = labels[weights > 0]
     return {"rows": len(labels), "positive": int((labels > 0.5).sum())}
 
 
@@ -218,6 +238,6 @@ def _validated(rows: Tensor, seed: int) -> Tensor:
 
 
 def default_fields(frame: pl.DataFrame, config: TrainConfig, source: Source) -> list[str]:
-    """The fields used if none are named: the set's own or all, but label and split column."""
-    skip = {config.label, split_column(config.split), *config.drop}
+    """The fields used if none are named: the set's own or all, but label, split and weight."""
+    skip = {config.label, split_column(config.split), config.weight, *config.drop}
     return [name for name in source.fields or frame.columns if name not in skip]

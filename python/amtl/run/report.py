@@ -129,6 +129,8 @@ def _tested_on(config: dict[str, Any]) -> tuple[str, ...]:
     label += "" if positive is None else f" = {positive}"
     missing = config.get("label_missing")
     label += "" if missing is None else f", missing: {missing}"
+    weight = config.get("weight")
+    label += "" if weight is None else f", weighted by {weight}"
     drawn = config.get("negatives")
     label += "" if drawn is None else f", negatives: {drawn}"
     split += f" of seed {config.get('split_seed', 0)}" if config["split"] == "random" else ""
@@ -157,6 +159,7 @@ def group_results(runs: Sequence[dict[str, Any]]) -> list[Result]:
         run["config"].setdefault("bits", "32")
         run["config"].setdefault("embedding_decay", None)
         run["config"].setdefault("masters", True)
+        run["config"].setdefault("weight", None)
         config = {k: v for k, v in _asked(run).items() if k not in ("seed", "warm_start")}
         config["warm"] = bool(run["config"]["warm_start"])
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
@@ -376,7 +379,9 @@ def _tested(run: dict[str, Any]) -> str:
     held = (run.get("held_out") or {}).get("test")
     if not held:
         return ""
-    return f", tested on {held['rows']:,} rows, {held['positive']:,} of them positive"
+    weight = run.get("weight")
+    by = "" if weight is None else f", weighted by {html.escape(repr(weight))}"
+    return f", tested on {held['rows']:,} rows, {held['positive']:,} of them positive{by}"
 
 
 def _split(run: dict[str, Any]) -> str:

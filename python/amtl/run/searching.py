@@ -35,7 +35,7 @@ class SearchLearner(Learner):
             self.model.zero_grad()
             self.table.trying = True  # type: ignore[assignment]
             losses = nn.functional.binary_cross_entropy_with_logits(
-                self.model(batch), batch.labels, reduction="none"
+                self.model(batch), batch.labels, batch.weights, reduction="none"
             )
             self.table.trying = False  # type: ignore[assignment]
             self.table.architecture_loss(losses).backward()  # type: ignore[operator]
@@ -43,8 +43,8 @@ class SearchLearner(Learner):
             self.model.zero_grad()
         return loss
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = super()._loss(logits, labels)
+    def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        loss = super()._loss(logits, labels, weights)
         penalty = self.table.penalty()  # type: ignore[operator]
         return loss if penalty is None else loss + penalty
 
@@ -85,7 +85,7 @@ def search(learner: Learner, trials: Trials) -> Learner:
                 break
     if not table.takes_last:
         found.end()
-    table.conclude(lambda: score(*found.scores(), task.val.labels))
+    table.conclude(lambda: score(*found.scores(), task.val.labels, task.val.weights))
     try:
         fresh = Learner(
             config,

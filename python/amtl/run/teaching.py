@@ -33,11 +33,12 @@ class Teacher:
         self._val: list[Tensor] = []
         self._train: list[Tensor] = []
         self._labels = torch.empty(0)
+        self._weights: Tensor | None = None
 
     def add(self, learner: Learner) -> None:
         """Takes in what a model, trained to its end, says of two splits."""
         task = learner.task
-        self._labels = task.val.labels
+        self._labels, self._weights = task.val.labels, task.val.weights
         self._val.append(learner.says())
         self._train.append(self._says(learner))
 
@@ -55,4 +56,5 @@ class Teacher:
 
     def _score(self, models: list[int]) -> float:
         logits = torch.stack([self._val[i] for i in models]).mean(0)
-        return score(auc(logits, self._labels), log_loss(logits, self._labels), self._labels)
+        told = self._labels, self._weights
+        return score(auc(logits, *told), log_loss(logits, *told), *told)

@@ -26,7 +26,7 @@ from amtl.run import methods
 from amtl.run.config import TrainConfig
 from amtl.run.metrics import auc, auc_error, log_loss
 from amtl.run.model import ClickModel, predict
-from amtl.run.preparation import copies_of, rows_of
+from amtl.run.preparation import copies_of, held, rows_of
 
 _UNSEEN = 0.9
 """Share of unseen values from which on a column is taken to be written in another way; and of
@@ -161,23 +161,28 @@ class Trained:
             UserError: the data are not what they were.
         """
         config = self.config
-        frame, labels = rows_of(load_source(config.data, config.negatives), config)
+        source = load_source(config.data, config.negatives)
+        frame, labels, weights = rows_of(source, config)
         self.encoder.require_labels(labels, config.data)
         frame, _ = without_odd(frame)
         same = copies_of(frame, labels, config)
         rows = split_rows(frame, config.split, config.split_seed, same)[2]
-        return self.encoder.transform(frame[rows.numpy()], labels[rows])
+        part = None if weights is None else weights[rows]
+        return self.encoder.transform(frame[rows.numpy()], labels[rows], part)
 
     def evaluate(self, data: EncodedData) -> dict[str, Any]:
-        """AUC with its standard error, log loss, rows by class, and values unseen in training."""
-        logits = predict(self.model, data)
+        """AUC with its standard error, log loss, rows by class, and values unseen in training.
+
+        Of rows that weigh anything, by their weights.
+        """
+        logits, labels, weights = predict(self.model, data), data.labels, data.weights
+        rate = labels.mean() if weights is None else (labels * weights).sum() / weights.sum()
         return {
-            "rows": len(data),
-            "auc": auc(logits, data.labels),
-            "auc_error": auc_error(logits, data.labels),
-            "logloss": log_loss(logits, data.labels),
-            "positive": int((data.labels > 0.5).sum()),
-            "positive_rate": float(data.labels.mean()),
+            **held(labels, weights),
+            "auc": auc(logits, labels, weights),
+            "auc_error": auc_error(logits, labels, weights),
+            "logloss": log_loss(logits, labels, weights),
+            "positive_rate": float(rate),
             "unknown_values": data.unknown,
         }
 

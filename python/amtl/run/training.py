@@ -97,7 +97,8 @@ class Trainer:
             self.observer.note(
                 f"--budget {asked:,} bytes: a table of 32 bits has {whole:,}, so it may keep all"
             )
-        self.held_out = {"val": held(task.val.labels), "test": held(task.test.labels)}
+        splits = {"val": task.val, "test": task.test}
+        self.held_out = {name: held(data.labels, data.weights) for name, data in splits.items()}
         for line in scarce(self.held_out):
             self.observer.note(line)
         self.stop = stop or (lambda steps: False)
@@ -343,10 +344,11 @@ class Trainer:
 
     def _note_start(self, earlier: Earlier) -> None:
         """Says what the earlier model is worth here, and if that looks as if it knew the rows."""
-        says, labels = predict(self.learner.model, self.task.val), self.task.val.labels
-        found = auc(says, labels)
+        val = self.task.val
+        says = predict(self.learner.model, val)
+        found = auc(says, val.labels, val.weights)
         told = f"as it is {earlier.folder} has a validation AUC of {found:.4f} here"
-        if found - earlier.val_auc > _SURELY * auc_error(says, labels):
+        if found - earlier.val_auc > _SURELY * auc_error(says, val.labels, val.weights):
             told += (
                 f", and had {earlier.val_auc:.4f} in its own training: if it was trained on rows "
                 "of these, scores are too good; give it rows that it has not had"
@@ -438,7 +440,7 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
     config, encoder, table = trainer.config, trainer.task.encoder, learner.table
     assert learner.best is not None
     best = learner.best["record"]
-    labels = trainer.task.test.labels
+    labels, weights = trainer.task.test.labels, trainer.task.test.weights
     widths = methods.row_widths(table)
     bits = methods.number_bits(table)
     fields = encoder.row_fields()
@@ -452,9 +454,10 @@ def collect_metrics(trainer: Trainer, test_logits: Tensor) -> dict[str, Any]:
         "dim": config.dim,
         "budget": config.effective_budget,
         "seed": config.seed,
-        "test_auc": auc(test_logits, labels),
-        "test_auc_error": auc_error(test_logits, labels),
-        "test_logloss": log_loss(test_logits, labels),
+        "weight": config.weight,
+        "test_auc": auc(test_logits, labels, weights),
+        "test_auc_error": auc_error(test_logits, labels, weights),
+        "test_logloss": log_loss(test_logits, labels, weights),
         "val_auc": best["val_auc"],
         "val_logloss": best["val_logloss"],
         "val_score": best["score"],
