@@ -168,6 +168,12 @@ def test_runs_are_grouped_over_seeds_only():
     assert "epochs" in results[1].name
 
 
+def test_runs_of_before_a_setting_are_told_from_those_that_have_it():
+    runs = [metrics("rule", budget=0.5), metrics("rule", budget=0.5, hides=True)]
+    names = [result.name for result in group_results(runs)]
+    assert names == ["rule D=16 50%, again", "rule D=16 50%, hides True"]
+
+
 def test_many_columns_are_a_number_in_a_name():
     runs = [metrics(), metrics(), metrics()]
     runs[0]["config"]["fields"] = []

@@ -215,7 +215,7 @@ def _difference(run: dict[str, Any], same: Sequence[dict[str, Any]]) -> str:
     differing = [
         key
         for key in config
-        if key not in ("seed", "warm_start") and any(o[key] != config[key] for o in others)
+        if key not in ("seed", "warm_start") and any(o.get(key) != config[key] for o in others)
     ]
     return ", ".join(_setting(key, config[key]) for key in differing) or "again"
 
