@@ -15,7 +15,7 @@ Where sizes are learned (`parametrization="ordinal"`), training comes first, wit
 - `AMTLEmbedding`, `AMTLEmbeddingBag`: the layers; `AMTLEmbeddingCollection`: many tables in one
   call under one budget; `SearchOptions` has their keyword arguments.
 - `counting`, `convert`, `revert`, `layers`, `parameter_groups`, `mask_parameters`,
-  `table_parameters`, `name_sizes`, `update_schedule`, `freeze`, `thaw`, `fuse`,
+  `table_parameters`, `name_sizes`, `update_schedule`, `freeze`, `thaw`, `grow`, `fuse`,
   `fused_optimizers`: for whole models.
 - `save`, `load`, `open_packed`: packed files (safetensors, memory-mapped); `load` also opens runs.
 
@@ -40,6 +40,7 @@ from amtl.layer.conversion import (
     freeze,
     fuse,
     fused_optimizers,
+    grow,
     layers,
     mask_parameters,
     parameter_groups,
@@ -71,6 +72,7 @@ __all__ = [
     "freeze",
     "fuse",
     "fused_optimizers",
+    "grow",
     "layers",
     "load",
     "mask_parameters",

@@ -204,31 +204,27 @@ def test_a_model_of_yesterday_goes_on_with_ids_that_are_new(whole, tmp_path):
         optimizer.zero_grad(), monday(users, items).square().mean().backward(), optimizer.step()
     amtl.save(monday, tmp_path / "monday.safetensors")
     if whole:
-        old = amtl.convert(Daily(40, 30), {n: torch.ones(len(c)) for n, c in counts.items()})
-        amtl.freeze(old).load_state_dict(monday.state_dict())
-        numbers = [amtl.layers(old)[name].blocks[0].detach().clone() for name in counts]
-        old = amtl.revert(amtl.thaw(old))
-        assert all(
-            torch.equal(n, m.weight) for n, m in zip(numbers, (old.user, old.item), strict=True)
-        )
+        model = amtl.convert(Daily(40, 30), {n: torch.ones(len(c)) for n, c in counts.items()})
+        amtl.freeze(model).load_state_dict(monday.state_dict())
     else:
-        old = amtl.revert(amtl.load(tmp_path / "monday.safetensors", Daily(40, 30)))
+        model = amtl.load(tmp_path / "monday.safetensors", Daily(40, 30))
+    new = torch.randint(50, (200,)), torch.randint(33, (200,))
+    for (name, count), ids, rows in zip(counts.items(), new, (50, 33), strict=True):
+        counts[name] = torch.bincount(ids, minlength=rows)
+        counts[name][: len(count)] += (0.9 * count).long()
+    amtl.grow(model, counts)
+    assert torch.allclose(model.eval()(users, items), monday.eval()(users, items), atol=1e-5)
 
-    model = Daily(50, 33)
-    state = model.state_dict()
-    for name, value in old.state_dict().items():
-        state[name][tuple(map(slice, value.shape))] = value
-    expected = monday.eval()(users, items)
-    assert torch.allclose(model.eval()(users, items), expected, atol=0.05 if whole else 1e-5)
-    with torch.no_grad(), amtl.counting(model) as counts:
-        model(torch.arange(50), torch.randint(33, (50, 2)))
-    amtl.convert(model, counts, budget=0.3)
-    amtl.freeze(model).train()
-    new = model.user(torch.tensor([45]))
+    model.train()
+    before = model.user(torch.tensor([45]))
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
     model(torch.arange(50), torch.randint(33, (50, 2))).square().mean().backward()
     optimizer.step()
-    assert not torch.equal(model.user(torch.tensor([45])), new)
+    assert not torch.equal(model.user(torch.tensor([45])), before)
+    amtl.save(model, tmp_path / "tuesday.safetensors")
+    tuesday = amtl.load(tmp_path / "tuesday.safetensors", Daily(50, 33)).eval()
+    ids = torch.arange(33)
+    assert torch.equal(tuesday(ids, ids[:, None]), model.eval()(ids, ids[:, None]))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -6,7 +6,6 @@ import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -34,6 +33,7 @@ from amtl.layer.instances import looked_for_once
 from amtl.layer.names import name_sizes
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import retire, wrappers_of
+from amtl.layer.rewiring import rewire
 from amtl.layer.shares import (
     AUTO,
     Demand,
@@ -206,12 +206,20 @@ def freeze(
     with looked_for_once():
         for layer in found.values():
             if layer.phase == "search":
-                table = layer.weight
-                layer.freeze(optimizers, bits=bits, masters=masters)
-                _rewire(model, {id(table): layer.table_parameters()})
-                # Or it would live on beside the next table.
-                del table
+                _freeze(model, layer, optimizers, bits=bits, masters=masters)
     return model
+
+
+def _freeze(model: nn.Module, layer: AMTLTable, optimizers: Any, **given: Any) -> None:
+    table = layer.weight
+    layer.freeze(optimizers, **given)
+    rewire(model, {id(table): layer.table_parameters()})
+
+
+def _thaw(model: nn.Module, layer: AMTLTable, optimizers: Any, counts: object) -> None:
+    first, *others = map(id, layer.table_parameters())
+    layer.thaw(optimizers, counts=counts)
+    rewire(model, {first: layer.table_parameters(), **dict.fromkeys(others, ())})
 
 
 def thaw(
@@ -237,20 +245,74 @@ def thaw(
             that no layer has.
     """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
-    found, places, given = layers(model), places_of(model), dict(counts or {})
-    unknown = given.keys() - {name for layer in found.values() for name in places[layer]}
+    counts_of = _by_layer(model, counts or {})
+    with looked_for_once():
+        for layer in layers(model).values():
+            if layer.phase == "frozen":
+                _thaw(model, layer, optimizers, counts_of.get(layer))
+    return model
+
+
+def grow(
+    model: _Model,
+    counts: Mapping[str, Any],
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+) -> _Model:
+    """New counts for frozen tables, and rows for ids that are new: they go on training.
+
+    What a model needs that is trained day after day. Sizes follow the new counts; rows of before
+    keep their numbers and what optimizers know of them, and lookups are rounded as they were. There
+    are as many new rows as counts go beyond the table; they begin as the mean of the others,
+    without state. Tables that are not named stay as they are.
+
+    Args:
+        model: a model with frozen AMTL layers, also of a file that `amtl.load` opened.
+        counts: by name of a layer: [N] or more, of the rows that the table should know, see
+            `amtl.convert`; old counts plus new ones, say.
+        optimizer: as in `freeze`.
+
+    Returns:
+        The model. O(N * D) a table.
+
+    Raises:
+        RuntimeError: a layer that is named is not frozen.
+        ValueError: a table is trainable but not in the optimizer; counts are given for a name that
+            no layer has, are fewer than rows, or more where a table holds several fields.
+    """
+    optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
+    counts_of = _by_layer(model, counts)
+    for layer in counts_of:
+        if layer.phase != "frozen":
+            raise RuntimeError(f"{layer.name!r} is still searching its sizes: amtl.freeze first")
+    with looked_for_once():
+        for layer, new in counts_of.items():
+            squares = layer.row_squares()
+            _thaw(model, layer, optimizers, new)
+            _freeze(model, layer, optimizers)
+            if squares is not None:
+                more = layer.num_embeddings - len(squares)
+                layer.round_by(torch.cat([squares, squares.new_zeros(more)]))
+    return model
+
+
+def _by_layer(model: nn.Module, counts: Mapping[str, Any]) -> dict[AMTLTable, Any]:
+    """Counts that are given by any name of a layer.
+
+    Raises:
+        ValueError: no layer has that name.
+    """
+    found, places = layers(model), places_of(model)
+    unknown = counts.keys() - {name for layer in found.values() for name in places[layer]}
     if unknown:
         raise ValueError(
             f"counts are given for {min(unknown)!r}, which is no layer; those are {list(found)}"
         )
-    with looked_for_once():
-        for layer in found.values():
-            if layer.phase == "frozen":
-                first, *others = map(id, layer.table_parameters())
-                new = next((given[name] for name in places[layer] if name in given), None)
-                layer.thaw(optimizers, counts=new)
-                _rewire(model, {first: layer.table_parameters(), **dict.fromkeys(others, ())})
-    return model
+    return {
+        layer: counts[name]
+        for layer in found.values()
+        for name in places[layer][::-1]
+        if name in counts
+    }
 
 
 def convert(
@@ -586,7 +648,7 @@ def swap(
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = new
     weights = _weights_that_go(replacements)
-    gone = _rewire(model, {**{id(old): [new] for old, new in replacements.items()}, **weights})
+    gone = rewire(model, {**{id(old): [new] for old, new in replacements.items()}, **weights})
     if not gone.isdisjoint(weights) and layers(root):
         watch_first_passes(root)
     settle(root)
@@ -612,58 +674,3 @@ def _parameters_of(module: nn.Module) -> Sequence[Tensor]:
     if isinstance(module, AMTLTable):
         return module._table()
     return [module.weight] if isinstance(module, nn.Embedding | nn.EmbeddingBag) else []
-
-
-def _rewire(model: nn.Module, replacements: Mapping[int, Sequence[Any]]) -> set[int]:
-    """Replace objects (by id) in containers that modules keep beside their parameters and modules.
-
-    An object that makes way for several is spread out in lists and sets; a tuple that holds it is
-    repeated, as `(name, parameter)` would be, and goes where it makes way for none. Objects there
-    that are no modules, such as descriptions of features, may hold it as an attribute.
-
-    Returns:
-        Those that were there.
-    """
-    seen: set[int] = set()
-    for module in model.modules():
-        for key, value in list(module.__dict__.items()):
-            if key not in ("_parameters", "_buffers", "_modules"):
-                moved = _moved(value, replacements, seen)
-                if len(moved) == 1 and moved[0] is not value:
-                    module.__dict__[key] = moved[0]
-    return seen & replacements.keys()
-
-
-def _moved(value: Any, replacements: Mapping[int, Sequence[Any]], seen: set[int]) -> list[Any]:
-    """What takes the place of a value: mostly the value itself."""
-    if id(value) in replacements:
-        seen.add(id(value))
-        return list(replacements[id(value)])
-    kind = type(value)
-    if kind not in (list, tuple, dict, set) or (kind is not tuple and id(value) in seen):
-        if not isinstance(value, nn.Module | Tensor | type | ModuleType):
-            held = getattr(value, "__dict__", {})
-            for key, part in list(held.items()):
-                if len(replacements.get(id(part), ())) == 1:
-                    seen.add(id(part))
-                    held[key] = replacements[id(part)][0]
-        return [value]
-    seen.add(id(value))
-    before = list(value.values()) if kind is dict else list(value)
-    parts = [_moved(item, replacements, seen) for item in before]
-    if all(len(p) == 1 and p[0] is b for p, b in zip(parts, before, strict=True)):
-        return [value]
-    if kind is list:
-        value[:] = [item for part in parts for item in part]
-    elif kind is set:
-        value.clear()
-        value.update(item for part in parts for item in part)
-    elif kind is dict:
-        for key, part in zip(list(value), parts, strict=True):
-            value[key] = part[0] if len(part) == 1 else part
-    elif not all(parts):
-        return []
-    else:
-        times = max(len(part) for part in parts)
-        return [tuple(part[i % len(part)] for part in parts) for i in range(times)]
-    return [value]

@@ -53,7 +53,7 @@ class FrequencyGroups:
         return torch.bincount(self.row_group, minlength=self.num_groups)
 
 
-def check_counts(counts: object, num_rows: int | None = None) -> Tensor:
+def check_counts(counts: object, num_rows: int | None = None, grows: bool = False) -> Tensor:
     """Return `counts` as an int64 [N] tensor, or say what is wrong with it.
 
     Args:
@@ -61,6 +61,7 @@ def check_counts(counts: object, num_rows: int | None = None) -> Tensor:
             each is of, in any order: a mapping of row numbers to counts, a pandas Series with row
             numbers for an index, as by `value_counts()`. Rows left out count 0.
         num_rows: the N expected, if known.
+        grows: there may be more than those.
 
     Raises:
         ValueError: missing, of another shape, negative or not whole numbers; rows that are none.
@@ -72,6 +73,9 @@ def check_counts(counts: object, num_rows: int | None = None) -> Tensor:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"counts cannot be read as numbers ({error}). {_COUNTS_HELP}") from error
+    if grows and num_rows is not None:
+        last = [row for row in rows or () if isinstance(row, int)]
+        num_rows = max(num_rows, 1 + max(last, default=-1), len(tensor) if tensor.ndim else 0)
     if rows is not None:
         tensor = _by_row(tensor, rows, num_rows)
     if tensor.ndim != 1 or (num_rows is not None and tensor.numel() != num_rows):

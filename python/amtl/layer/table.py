@@ -53,7 +53,9 @@ from amtl.layer.size_head import SizeHead
 from amtl.layer.table_states import TableStates
 from amtl.layer.tiers import (
     TierPlan,
+    append_rows,
     as_optimizers,
+    begin_rows,
     drop_parameters,
     freeze_optimizers,
     hand_over,
@@ -62,6 +64,7 @@ from amtl.layer.tiers import (
     restore_parameters,
     split_rows,
     thaw_optimizers,
+    with_rows,
 )
 from amtl_kernels.rounding import pack_codes
 
@@ -616,13 +619,16 @@ class AMTLTable(TableStates):
         Args:
             optimizer: as in `freeze`; state is merged, mask parameters return without state.
             counts: needed for a layer loaded from a packed file only: [N], in the layer's present
-                row numbering. One field is assumed, except in a collection.
+                row numbering. One field is assumed, except in a collection. More than N of them
+                append rows to a table of one field, which begin as the mean of the others, without
+                state.
 
         Returns:
             The layer.
 
         Raises:
             RuntimeError: the layer is in the search phase, or counts are missing.
+            ValueError: there are more counts than rows, and rows of several fields.
         """
         if self.tier_ends is None:
             raise RuntimeError("the layer is in the search phase already")
@@ -632,12 +638,26 @@ class AMTLTable(TableStates):
         if optimizer is not None:
             require_held(optimizers, with_numbers[:1], "thaw")
         wrappers = wrappers_of(blocks)
+        with torch.no_grad():
+            plan, dense = self._plan(), self._dense(rounded=False)
         if counts is not None:
-            checked = check_counts(counts, self.num_embeddings).to(self.device)
-            if len(self.field_sizes) > 1 and not self._keeps_numbering:
+            checked = check_counts(counts, self.num_embeddings, grows=True).to(self.device)
+            more = len(checked) - self.num_embeddings
+            if more:
+                self._take_rows(more)
+                dense = append_rows(dense, more)
+                rows = nn.Parameter(dense[-more:])
+                begin_rows(optimizers, blocks, rows)
+                blocks.append(rows)
+                plan = with_rows(plan, self.embedding_dim, more)
+            elif len(self.field_sizes) > 1 and not self._keeps_numbering:
                 self.field_sizes, self.shared_rows = [self.num_embeddings], None
             options = replace(self.options, field_weights=None)
-            row_group, self.head = self._search(checked, options, None)
+            try:
+                row_group, self.head = self._search(checked, options, None)
+            except BudgetError:
+                self._take_rows(-more)
+                raise
             self.row_map = encode_row_map(row_group)
         head = self._head()
         if self.row_map is None:
@@ -645,9 +665,7 @@ class AMTLTable(TableStates):
                 "the state that was loaded is of a packed file, which knows no groups; "
                 "thaw(counts=...) makes them"
             )
-        plan = self._plan()
         with torch.no_grad():
-            dense = self._dense(rounded=False)
             trains = blocks[0].requires_grad or self.steps is not None
             weight = nn.Parameter(dense, requires_grad=trains)
             head.release()
@@ -662,35 +680,3 @@ class AMTLTable(TableStates):
             self._mask_places = []
         retire(wrappers)
         return self
-
-    def absorb_order(self) -> Tensor:
-        """Hand the row order over: from now on the layer expects new row numbers.
-
-        Rows of size 0 have the new number of their shared row, so the layer has fewer rows from
-        now on: `num_embeddings` is the number of rows that it stores.
-
-        Returns:
-            int32 [N]: old row -> new row, the identity if rows kept their order. Rows of several
-            fields interleave. Renumber the vocabulary with it.
-
-        Raises:
-            RuntimeError: the layer is not frozen, or a collection.
-        """
-        if self._keeps_numbering:
-            raise RuntimeError(
-                "a collection keeps the row numbers of its tables, whose tiers interleave"
-            )
-        if self.tier_ends is None:
-            raise RuntimeError("absorb_order() needs a frozen layer; call freeze() first")
-        rows = torch.arange(self.num_embeddings, dtype=torch.int32, device=self.device)
-        order = self._frozen_rows(rows).to(torch.int32)
-        if self.row_map is not None:
-            groups = decode_row_map(self.row_map, self.num_embeddings)
-            self.row_map = encode_row_map(groups[self._own_rows()])
-        self.padding_idx = self._frozen_padding()
-        if self.shared_rows is not None:
-            self.shared_rows = order[self.shared_rows].to(torch.int64)
-        self.num_embeddings = self.tier_ends[-1]
-        self.row_order = None
-        self._tier_padding = None
-        return order

@@ -76,6 +76,97 @@ class TableStates(TableLookups):
         self._kept = self._still = None
         self._moved = False
 
+    def absorb_order(self) -> Tensor:
+        """Hand the row order over: from now on the layer expects new row numbers.
+
+        Rows of size 0 have the new number of their shared row, so the layer has fewer rows from
+        now on: `num_embeddings` is the number of rows that it stores.
+
+        Returns:
+            int32 [N]: old row -> new row, the identity if rows kept their order. Rows of several
+            fields interleave. Renumber the vocabulary with it.
+
+        Raises:
+            RuntimeError: the layer is not frozen, or a collection.
+        """
+        if self._keeps_numbering:
+            raise RuntimeError(
+                "a collection keeps the row numbers of its tables, whose tiers interleave"
+            )
+        if self.tier_ends is None:
+            raise RuntimeError("absorb_order() needs a frozen layer; call freeze() first")
+        rows = torch.arange(self.num_embeddings, dtype=torch.int32, device=self.device)
+        order = self._frozen_rows(rows).to(torch.int32)
+        if self.row_map is not None:
+            groups = decode_row_map(self.row_map, self.num_embeddings)
+            self.row_map = encode_row_map(groups[self._own_rows()])
+        self.padding_idx = self._frozen_padding()
+        if self.shared_rows is not None:
+            self.shared_rows = order[self.shared_rows].to(torch.int64)
+        self.num_embeddings = self.tier_ends[-1]
+        self.row_order = None
+        self._tier_padding = None
+        return order
+
+    def row_squares(self) -> Tensor | None:
+        """Mean square of the numbers that each row is rounded with, float32 [N]; None without bits.
+
+        Step sizes follow from it, see `round_by`. Of a layer that is frozen.
+        """
+        bits = self.options.bits
+        if bits is None or self.tier_ends is None:
+            return None
+        if self.rounding is not None:
+            squares, ends = self.rounding.mean_square, self.rounding.ends
+        else:
+            assert self.steps is not None
+            one = step_of(torch.ones((), device=self.device), bits)
+            squares = (self.steps.float() / one).square()
+            ends = torch.tensor(self.tier_ends, device=self.device)
+        rows = torch.arange(self.num_embeddings, device=self.device)
+        part = torch.bucketize(self._frozen_rows(rows).long(), ends, right=True)
+        # Rows that keep no numbers are behind all parts.
+        return torch.cat([squares, squares.new_zeros(1)])[part]
+
+    @torch.no_grad()
+    def round_by(self, squares: Tensor) -> None:
+        """Take step sizes for the mean squares of rows, their mean by counts in each part.
+
+        Freezing finds step sizes that fit the numbers, each row as much as another; those of
+        training fit what is looked up. A table that is frozen anew goes on from these.
+
+        Args:
+            squares: float32 [N], of `row_squares()`; 0 of a row that nothing is known of.
+        """
+        if self.rounding is None or self.steps is not None or self.row_map is None:
+            return
+        own = self.rounding.mean_square
+        groups = decode_row_map(self.row_map, self.num_embeddings)
+        rows = torch.arange(self.num_embeddings, device=self.device)
+        part = torch.bucketize(self._frozen_rows(rows).long(), self.rounding.ends, right=True)
+        known = (squares > 0) & (part < len(own))
+        # So exact that the mean of equal ones is the same number.
+        weight = self._head().group_counts[groups[known]].double() + 1
+        total = torch.zeros_like(own, dtype=torch.float64).index_add_(0, part[known], weight)
+        found = torch.zeros_like(total).index_add_(0, part[known], weight * squares[known])
+        own.copy_(torch.where(total > 0, found / total, own.double()))
+
+    def _take_rows(self, more: int) -> None:
+        """Have so many rows more, behind the others, as counts and sizes go.
+
+        Raises:
+            ValueError: the rows are of several fields, or the layer is a collection.
+        """
+        if self._keeps_numbering or len(self.field_sizes) > 1:
+            raise ValueError(
+                f"counts name {self.num_embeddings + more:,} rows, and the table {self.name!r} of "
+                f"{self.num_embeddings:,} holds several fields, so that new rows are behind the "
+                "last one only: amtl.revert, put the rows of each field where they belong, convert"
+            )
+        self.num_embeddings += more
+        self.full_rows += more
+        self.field_sizes = [self.num_embeddings]
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:

@@ -70,6 +70,26 @@ class TierPlan:
         return place
 
 
+def append_rows(table: Tensor, more: int) -> Tensor:
+    """A table [N, D] with so many rows more: in each column the mean of the rows that reach it."""
+    grown = empty_table(len(table) + more, table.shape[1], dtype=table.dtype, device=table.device)
+    grown[: len(table)] = table
+    reach = (table != 0).sum(0).clamp(min=1)
+    grown[len(table) :] = (table.sum(0, dtype=torch.float32) / reach).to(table.dtype)
+    return grown
+
+
+def with_rows(plan: TierPlan, dim: int, more: int) -> TierPlan:
+    """A plan with rows of all numbers behind the others, in a tier of their own."""
+    widths, ends = (*plan.widths, dim), (*plan.ends, plan.ends[-1] + more)
+    new = torch.arange(plan.num_rows, plan.num_rows + more)
+    order = plan.order
+    if order is None and plan.ends[-1] < plan.num_rows:
+        order = torch.arange(plan.ends[-1])
+    order = None if order is None else torch.cat([order, new.to(order.device)])
+    return TierPlan(widths, ends, order, plan.num_rows + more)
+
+
 def plan_tiers(
     stored: Tensor, widest: int, merged: Tensor | None = None, within: Tensor | None = None
 ) -> TierPlan:
@@ -358,6 +378,21 @@ def thaw_optimizers(
             )
         if merged:
             optimizer.state[weight] = merged
+
+
+def begin_rows(
+    optimizers: list[Optimizer], blocks: Sequence[nn.Parameter], rows: nn.Parameter
+) -> None:
+    """Give new rows [n, D] the sums that Adagrad begins with, where blocks have some.
+
+    Without state rows count as zeros, which is what all others begin with.
+    """
+    for optimizer, group, first in _holding(optimizers, blocks):
+        start, state = group.get("initial_accumulator_value"), optimizer.state.get(first) or {}
+        if start and "sum" in state:
+            of_rows = state["sum"].ndim == 1 or state["sum"].shape[1] != first.shape[1]
+            like = rows[:, 0] if of_rows else rows
+            optimizer.state[rows] = {"sum": torch.full_like(like, start, requires_grad=False)}
 
 
 def unite_parameters(

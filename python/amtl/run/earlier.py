@@ -49,7 +49,9 @@ class Earlier:
         if best.get("row_map") is not None:
             self.encoder.renumber(best["row_map"])
         table = model.table
-        self._squares = _squares(table)
+        self._squares: Tensor | None = None
+        if methods.is_adaptive(table):
+            self._squares = table.row_squares()  # type: ignore[operator]
         optimizer = methods.table_optimizer(
             self.config.table_optimizer, methods.table_parameters(table), self.config.table_lr
         )
@@ -113,7 +115,10 @@ class Earlier:
             self._go_on(learner.table_optimizer, parameter, ours, theirs)
         learner.goes_on = True
         learner.settle()
-        self._round_alike(learner.table, encoder.counts(), ours, theirs)
+        if self._squares is not None and methods.few_bits(learner.table):
+            squares = self._squares.new_zeros(encoder.num_rows)
+            squares[ours] = self._squares[theirs]
+            learner.table.round_by(squares)  # type: ignore[operator]
         dense = learner.model.dense_parameters()
         fits = [p.shape for p in dense] == [p.shape for p in self._dense]
         if fits:
@@ -140,20 +145,6 @@ class Earlier:
             else:
                 optimizer.state[parameter][name] = value
 
-    def _round_alike(self, table: nn.Module, counts: Tensor, ours: Tensor, theirs: Tensor) -> None:
-        """Gives parts of few bits the step sizes that their rows had, the mean by their counts."""
-        rounding = getattr(table, "rounding", None)
-        if rounding is None or self._squares is None:
-            return
-        squares: Tensor = rounding.mean_square
-        part = _parts(table, ours)
-        known = part < len(squares)
-        part, weight = part[known], counts[ours[known]].float() + 1
-        total = squares.new_zeros(len(squares)).index_add_(0, part, weight)
-        found = torch.zeros_like(total)
-        found.index_add_(0, part, weight * self._squares[theirs[known]])
-        squares.copy_(torch.where(total > 0, found / total, squares))
-
     def _matched(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
         """Rows of another table and their rows here, both int64, by field and value."""
         pairs = [(torch.empty(0).long(), torch.empty(0).long())]
@@ -171,24 +162,6 @@ class Earlier:
             pairs.append((encoder.field_rows(f)[local], self.encoder.field_rows(g)[rows]))
         ours, theirs = zip(*pairs, strict=True)
         return torch.cat(ours), torch.cat(theirs)
-
-
-def _parts(table: nn.Module, rows: Tensor) -> Tensor:
-    """Parts of a frozen table of few bits that rows are in, int64; their number where in none."""
-    order: Tensor | None = getattr(table, "row_order", None)
-    places = rows if order is None else order[rows].long()
-    ends: Tensor = table.rounding.ends  # type: ignore[union-attr, assignment]
-    return torch.bucketize(places, ends, right=True)
-
-
-def _squares(table: nn.Module) -> Tensor | None:
-    """Mean square by which each row is rounded, float32 `[N]`; None where nothing is."""
-    rounding = getattr(table, "rounding", None)
-    if rounding is None:
-        return None
-    squares: Tensor = rounding.mean_square
-    part = _parts(table, torch.arange(len(methods.row_widths(table))))
-    return torch.cat([squares, squares.new_ones(1)])[part]
 
 
 def earlier_of(config: TrainConfig) -> Earlier | None:
