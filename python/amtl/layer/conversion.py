@@ -262,8 +262,9 @@ def grow(
 
     What a model needs that is trained day after day. Sizes follow the new counts; rows of before
     keep their numbers and what optimizers know of them, and step sizes are those that they had, or
-    the mean of these where rows are rounded together now. There are as many new rows as counts go beyond the table; they begin as the mean of the others,
-    without state. Tables that are not named stay as they are.
+    the mean of these where rows are rounded together now. There are as many new rows as counts go
+    beyond the table; they begin as the mean of the others, without state. Tables that are not named
+    stay as they are.
 
     Args:
         model: a model with frozen AMTL layers, also of a file that `amtl.load` opened.
