@@ -239,6 +239,8 @@ def test_what_cannot_be_gone_on_from(old, tmp_path):
         start(settings(dim=4, **given), source=source(old))
     with pytest.raises(UserError, match="tags"):
         start(settings(**given), source=source(old.drop("tags")))
+    with pytest.raises(UserError, match="would replace the run"):
+        start(settings(**given), tmp_path / "b" / ".." / "a", source=source(old))
     start(settings(method="qr", budget=0.5), tmp_path / "q", source=source(old)).run()
     with pytest.raises(UserError, match="qr is there to be compared with"):
         start(settings(warm_start=str(tmp_path / "q")), source=source(old))

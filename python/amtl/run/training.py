@@ -92,6 +92,11 @@ class Trainer:
         self.config = config
         self.task = task
         self.out = out
+        earlier = task.earlier
+        if out is not None and earlier is not None and out.resolve() == earlier.folder.resolve():
+            raise UserError(
+                f"--out {out} would replace the run that --warm-start goes on from: choose another"
+            )
         self.observer: Observer = observer or Silent()
         if asked is not None and asked >= whole and config.effective_budget is not None:
             self.observer.note(
