@@ -14,7 +14,7 @@ from typing import Any
 
 import amtl
 import torch
-from amtl.data.encoding import EncodedData
+from amtl.data.encoded import EncodedData
 from amtl.run import methods
 from amtl.run.config import TABLE_RATES
 from amtl.run.learner import Task

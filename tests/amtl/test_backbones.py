@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 from amtl.cli import main
-from amtl.data.encoding import Batch
+from amtl.data.encoded import Batch
 from amtl.data.registry import Source
 from amtl.errors import UserError
 from amtl.run import methods

@@ -265,6 +265,40 @@ def test_new_values_that_are_written_alike_are_told_to_be_new(model, frame):
     assert "write the column" not in told
 
 
+def test_a_row_at_a_time_is_encoded_as_all_of_them_are(model, frame, monkeypatch):
+    """What was asked for before is remembered, by its value and type, until rows move."""
+    frame = frame.drop("label").head(60)
+    mixed = frame.with_columns(number=C("number").cast(pl.Float64), prem=C("prem").cast(pl.Int8))
+    for rows in (frame, mixed, frame.with_columns(C("number").cast(pl.String)), frame):
+        whole = model.logits(rows)
+        for _ in range(2):
+            alone = torch.cat([model.logits(rows[i]) for i in range(len(rows))])
+            assert torch.allclose(alone, whole, atol=1e-6)
+    new = torch.arange(model.encoder.num_rows).flip(0)
+    with torch.no_grad():
+        weight = next(model.model.table.parameters())
+        weight.copy_(weight[new])
+    model.encoder.renumber(new)
+    assert torch.allclose(model.logits(mixed[3]), whole[3], atol=1e-6)
+    calls = []
+    monkeypatch.setattr(model.encoder, "_field", lambda f, frame: calls.append(f))
+    model.logits(mixed[3])
+    assert not calls
+
+
+def test_a_value_that_is_none_is_refused_again_and_again(model, frame):
+    for _ in range(3):
+        with pytest.raises(UserError, match="price"):
+            model.logits(frame[0].with_columns(price=pl.lit("dear")))
+    rows = [frame[0].with_columns(price=pl.lit(float(i))) for i in range(20)]
+    model.encoder._requests.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amtl.data.encoding._REMEMBERED", 7)
+        for row in rows:
+            model.logits(row)
+    assert len(model.encoder._requests["price"]) <= 7
+
+
 def test_values_of_small_batches_are_counted_up(model, frame):
     odd = frame.with_columns(prem=pl.lit("ja"))
     told = [bool(warned(lambda i=i: model.logits(odd[i : i + 10]))) for i in range(0, 120, 10)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from amtl.data.encoding import EncodedData, Encoder
+from amtl.data.encoded import EncodedData
+from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
 from amtl.data.labels import label_note, labelled, read_labels
 from amtl.data.readers import require_columns

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from amtl.data import moments, pairs
 from amtl.data.columns import column_of
+from amtl.data.encoded import BagField, EncodedData
 from amtl.data.fields import bucket_count
 from amtl.data.lists import FEWEST_TIMES, WORDS
 from amtl.data.readers import require_columns
@@ -27,109 +29,12 @@ _LARGEST = 3e38
 """That 32 bits hold."""
 _FEW = 0.15
 """Share of numbers up to which a bucket at an end has few of them; of few rows it has an eighth."""
+_REMEMBERED = 2**14
+"""Values of a field at most whose encoding is kept."""
 _SQUARED = 400
 """Power of two of which squares and their sum are no infinite floats."""
 
-
-class Batch(NamedTuple):
-    """One batch of inputs.
-
-    Attributes:
-        indices: embedding rows, int32: `[B, F]`, or flat `[total]` if `offsets` is given.
-        offsets: int32 `[B·F]` starts of the bags in `indices`, sample-major; None if every field
-            is single-valued.
-        dense: float32 `[B, K]` numbers.
-        labels: float32 `[B]`.
-        weights: float32 `[B]`; None if all samples weigh the same.
-    """
-
-    indices: Tensor
-    offsets: Tensor | None
-    dense: Tensor
-    labels: Tensor
-    weights: Tensor | None = None
-
-
-@dataclass
-class BagField:
-    """A multi-valued field, its distinct lists stored once.
-
-    Attributes:
-        codes: int64 `[n]`, the list of each sample.
-        values: int32 `[total]`, embedding rows of the lists.
-        offsets: int64 `[lists + 1]`.
-    """
-
-    codes: Tensor
-    values: Tensor
-    offsets: Tensor
-
-
-@dataclass
-class EncodedData:
-    """Samples ready for training: tensors in memory, batches by index, no loader in between.
-
-    Attributes:
-        rows: int32 `[n, S]` embedding rows of the single-valued fields.
-        bags: the multi-valued fields, placed after the single-valued ones.
-        dense: float32 `[n, K]`.
-        labels: float32 `[n]`, zeros where the data has no label.
-        weights: float32 `[n]`; None if all samples weigh the same.
-        unknown: number of values per field that training had not seen.
-        values: number of values per field.
-    """
-
-    rows: Tensor
-    bags: list[BagField]
-    dense: Tensor
-    labels: Tensor
-    weights: Tensor | None = None
-    unknown: dict[str, int] = field(default_factory=dict)
-    values: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, samples: Tensor) -> Batch:
-        """The batch of the given samples (int64 `[B]`); O(B · lookups)."""
-        rows = self.rows[samples]
-        dense, labels = self.dense[samples], self.labels[samples]
-        weights = None if self.weights is None else self.weights[samples]
-        if not self.bags:
-            return Batch(rows, None, dense, labels, weights)
-        n, singles = rows.shape
-        lengths = torch.ones(n, singles + len(self.bags), dtype=torch.int64)
-        starts = []
-        for b, bag in enumerate(self.bags):
-            codes = bag.codes[samples]
-            start = bag.offsets[codes]
-            starts.append(start)
-            lengths[:, singles + b] = bag.offsets[codes + 1] - start
-        ends = torch.cumsum(lengths.view(-1), 0)
-        offsets = (ends - lengths.view(-1)).view(n, -1)
-        indices = torch.empty(int(ends[-1]) if n else 0, dtype=torch.int32)
-        indices[offsets[:, :singles]] = rows
-        for b, bag in enumerate(self.bags):
-            count = lengths[:, singles + b]
-            first = torch.repeat_interleave(offsets[:, singles + b], count)
-            source = torch.repeat_interleave(starts[b], count)
-            within = torch.arange(len(first)) - torch.repeat_interleave(
-                torch.cumsum(count, 0) - count, count
-            )
-            indices[first + within] = bag.values[source + within]
-        return Batch(indices, offsets.view(-1).to(torch.int32), dense, labels, weights)
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All samples in order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(torch.arange(start, min(start + batch_size, len(self))))
-
-    def renumber(self, new_rows: Tensor) -> None:
-        """Replaces embedding row `i` by `new_rows[i]` everywhere."""
-        new_rows = new_rows.to(torch.int32)
-        self.rows = new_rows[self.rows]
-        for bag in self.bags:
-            bag.values = new_rows[bag.values]
+_T = TypeVar("_T")
 
 
 class Encoder:
@@ -169,6 +74,7 @@ class Encoder:
         self._scales = dict(scales)
         self._beside = dict(beside or {})
         self._ends: list[tuple[int, int, int, float, float]] | None = None
+        self._requests: dict[str, dict[tuple[Any, Any], Any]] = {}
         ends = np.cumsum([0, *(v.size for v in self.vocabularies)])
         self.field_offsets = [int(e) for e in ends]
         self._runs = [
@@ -337,24 +243,17 @@ class Encoder:
         n, bags, beside = frame.height, [], []
         singles = sum(spec.kind != "bag" for spec in self.fields)
         rows = torch.empty(n, singles, dtype=torch.int32)
-        for f, (spec, vocabulary) in enumerate(zip(self.fields, self.vocabularies, strict=True)):
-            column = column_of(frame, spec)
-            try:
-                if spec.kind == "bag":
-                    bags.append(self._bag(f, column))
-                else:
-                    read = _values(column, spec)
-                    if spec.kind == "bucket":
-                        read = _as_in_training(read, self._edges[spec.name])
-                    if spec.value:
-                        beside.append(self._beside[spec.name].apply(read.to_numpy()))
-                    if spec.kind == "bucket":
-                        column = _bucket(read, self._edges[spec.name])
-                    rows[:, f] = self._global_rows(f, vocabulary.encode(column))
-            except (ValueError, pl.exceptions.PolarsError) as error:
-                raise UserError(str(error).splitlines()[0]) from error
+        for f, spec in enumerate(self.fields):
+            found, value = self._remembered(spec, frame, partial(self._field, f, frame))
+            if isinstance(found, BagField):
+                bags.append(replace(found))
+            else:
+                rows[:, f] = found
+            if value is not None:
+                beside.append(value)
         dense = [
-            self._standardise(numbers(column_of(frame, f), f))[:, None] for f in self.dense_fields
+            self._remembered(spec, frame, partial(self._standardise, spec, frame))
+            for spec in self.dense_fields
         ]
         dense += beside
         data = EncodedData(
@@ -365,6 +264,47 @@ class Encoder:
             weights=weights,
         )
         return self._counted(data)
+
+    def _remembered(self, spec: FieldSpec, frame: pl.DataFrame, encode: Callable[[], _T]) -> _T:
+        """What a field is encoded as, kept by its value where it is asked for a row at a time.
+
+        Requests ask for the same users and items again and again, and a pass over a column of one
+        row takes most of a millisecond.
+        """
+        if frame.height != 1:
+            return encode()
+        column = frame[spec.column]
+        held = column[0]
+        key = column.dtype, tuple(held) if isinstance(held, pl.Series) else held
+        known = self._requests.setdefault(spec.name, {})
+        try:
+            found: _T | None = known.get(key)
+        except TypeError:  # lists in lists, and objects
+            return encode()
+        if found is None:
+            found = encode()
+            if len(known) >= _REMEMBERED:
+                known.clear()
+            known[key] = found
+        return found
+
+    def _field(self, f: int, frame: pl.DataFrame) -> tuple[Tensor | BagField, Tensor | None]:
+        """Embedding rows of a field, int32 [n] or bags, and the number beside them, [n, k]."""
+        spec, vocabulary = self.fields[f], self.vocabularies[f]
+        column, value = column_of(frame, spec), None
+        try:
+            if spec.kind == "bag":
+                return self._bag(f, column), None
+            read = _values(column, spec)
+            if spec.kind == "bucket":
+                read = _as_in_training(read, self._edges[spec.name])
+            if spec.value:
+                value = self._beside[spec.name].apply(read.to_numpy())
+            if spec.kind == "bucket":
+                column = _bucket(read, self._edges[spec.name])
+            return self._global_rows(f, vocabulary.encode(column)), value
+        except (ValueError, pl.exceptions.PolarsError) as error:
+            raise UserError(str(error).splitlines()[0]) from error
 
     def part(self, data: EncodedData, samples: Tensor) -> EncodedData:
         """Some samples (int64 `[n]`) of what `transform` gave."""
@@ -479,6 +419,7 @@ class Encoder:
             self._runs[f] = _runs(rows)
         self.field_offsets = [int(e) for e in np.cumsum([0, *self.field_sizes])]
         self._ends = None
+        self._requests = {}
 
     def note_labels(self, labels: Tensor) -> None:
         """Remember the labels [n], zeros and ones, of the data that it was fitted on a part of."""
@@ -574,14 +515,16 @@ class Encoder:
             offsets,
         )
 
-    def _standardise(self, numbers: pl.Series) -> Tensor:
-        mean, scale = self._scales[numbers.name]
-        values = moments.as_in_training(numbers, mean, mean).to_numpy()
+    def _standardise(self, spec: FieldSpec, frame: pl.DataFrame) -> Tensor:
+        """Numbers of a field without an embedding, float32 [n, 1]."""
+        mean, scale = self._scales[spec.name]
+        read = numbers(column_of(frame, spec), spec)
+        values = moments.as_in_training(read, mean, mean).to_numpy()
         values = np.where(np.isfinite(values), values, mean)
         # Halves do not overflow where they are subtracted, and are exact.
         with np.errstate(over="ignore"):
             values = (values / 2 - mean / 2) / scale * 2
-        return torch.from_numpy(np.clip(values, -_LARGEST, _LARGEST).astype(np.float32))
+        return torch.from_numpy(np.clip(values, -_LARGEST, _LARGEST).astype(np.float32))[:, None]
 
 
 def _of_rows(frame: pl.DataFrame, rows: Tensor | None) -> Callable[[FieldSpec], pl.Series]:

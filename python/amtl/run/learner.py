@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from amtl.data.encoding import EncodedData, Encoder
+from amtl.data.encoded import EncodedData
+from amtl.data.encoding import Encoder
 from amtl.errors import UserError
 from amtl.run import averaging, methods
 from amtl.run.backbones import Interaction

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from amtl.data.encoding import Batch, EncodedData, Encoder
+from amtl.data.encoded import Batch, EncodedData
+from amtl.data.encoding import Encoder
 from amtl.run import methods
 from amtl.run.backbones import Interaction, interaction, pooling
 from amtl.run.config import TrainConfig

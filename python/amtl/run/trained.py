@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from amtl.data.columns import column_of
-from amtl.data.encoding import EncodedData, Encoder
+from amtl.data.encoded import EncodedData
+from amtl.data.encoding import Encoder
 from amtl.data.moments import without_odd
 from amtl.data.readers import Rows, as_frame
 from amtl.data.registry import load_source

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amtl.data import Encoder
-from amtl.data.encoding import EncodedData
+from amtl.data.encoded import EncodedData
 from amtl.run import methods
 
 _SOME = 0.01
