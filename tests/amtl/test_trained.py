@@ -275,6 +275,8 @@ def test_a_row_at_a_time_is_encoded_as_all_of_them_are(model, frame, monkeypatch
             alone = torch.cat([model.logits(rows[i]) for i in range(len(rows))])
             assert torch.allclose(alone, whole, atol=1e-6)
     new = torch.arange(model.encoder.num_rows).flip(0)
+    model.encoder.transform(mixed[3]).renumber(new)
+    assert torch.allclose(model.logits(mixed[3]), whole[3], atol=1e-6)
     with torch.no_grad():
         weight = next(model.model.table.parameters())
         weight.copy_(weight[new])
