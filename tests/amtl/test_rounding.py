@@ -273,6 +273,27 @@ def test_bits_given_at_freezing_widen_no_rows(counts, budget):
     assert bool((layer.row_dims() <= sizes + 1).all())
 
 
+def test_the_rarest_rows_of_the_largest_field_pay_for_step_sizes():
+    """Not the last field's, which may be few that everybody looks up."""
+    fields = torch.tensor([0] * 20 + [1] * 300 + [2] * 10)
+    counts = torch.cat([torch.arange(n, 0, -1) * 50 for n in (20, 300, 10)])
+    torch.manual_seed(0)
+    layer = AMTLEmbedding(
+        330, 16, counts=counts, field_sizes=[20, 300, 10], budget=0.125, bits=4, seed=0
+    )
+    layer.freeze()
+    widths = layer.row_dims()
+    assert layer.row_order is None and layer.value_bytes() <= 330 * 8
+    short = widths < 16
+    assert bool(short.any()) and bool(fields[short].eq(1).all())
+    assert bool(short[20:320].int().diff().ge(0).all())
+    # Where no field has as many, the last rows do.
+    alike = where_they_are(torch.full((648,), 16), torch.arange(648) // 72, None, 4, 648 * 8, 16)
+    assert alike.tolist() == [16] * 568 + [14] * 80
+    alone = where_they_are(torch.full((96,), 16), torch.zeros(96).long(), None, 4, 96 * 8 - 1, 16)
+    assert bool((alone.diff() <= 0).all()) and int(alone[-1]) == 14
+
+
 def test_when_rows_stay_where_they_are():
     """16 rows of 4 bits: 8 bytes a row, 8 for a step size and where its rows end."""
     fields = torch.zeros(16, dtype=torch.int64)

@@ -179,12 +179,16 @@ def where_they_are(
     wide = shape * widest
     taken = bytes_of(wide, fields, bits)
     if taken > allowed:
-        # What step sizes cost, the last rows save, if they keep something.
+        # What step sizes cost, some rows save, if they keep something: the last ones of the part
+        # that has most rows, where counts fall within parts those that are asked for least.
         saved = unit(bits) * bits // 8
         short = -int(-(taken + PART_BYTES - allowed) // saved)
         if widest <= unit(bits) or short > int((_SHORTER if moved else _FEWER) * len(wide)):
             return None
-        wide[-short:].clamp_(max=widest - unit(bits))
+        _, sizes = fields.unique_consecutive(return_counts=True)
+        most = int(sizes.argmax())
+        end = int(sizes[: most + 1].sum()) if int(sizes[most]) >= short else len(wide)
+        wide[end - short : end].clamp_(max=widest - unit(bits))
         taken = bytes_of(wide, fields, bits)
     return wide if taken <= (min(allowed, ordered) if moved else allowed) else None
 
