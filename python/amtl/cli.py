@@ -230,8 +230,7 @@ def train(
     from amtl.data import label_note, load_source
     from amtl.data.splits import split_note
     from amtl.run.display import print_plan
-    from amtl.run.earlier import Earlier
-    from amtl.run.folders import holds_run, require_begun
+    from amtl.run.folders import holds_run, load_earlier, require_begun
     from amtl.run.preparation import prepare
     from amtl.run.progress import waiting
     from amtl.run.training import Trainer, start
@@ -289,7 +288,7 @@ def train(
     settings.refuse_idle(
         method, parametrization, [*given, *laws, *([] if budget is None else ["budget"])]
     )
-    earlier = Earlier(warm_start) if warm_start else None
+    earlier = load_earlier(warm_start) if warm_start else None
     if earlier is not None:
         negatives = negatives or earlier.config.negatives
     with waiting(console, f"reading {data}"):

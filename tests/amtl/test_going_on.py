@@ -18,8 +18,7 @@ from amtl.run import methods
 from amtl.run.comparison import baselines
 from amtl.run.config import TrainConfig
 from amtl.run.done import Interrupted
-from amtl.run.earlier import Earlier
-from amtl.run.folders import load_best, load_run
+from amtl.run.folders import load_best, load_earlier, load_run
 from amtl.run.metrics import auc
 from amtl.run.model import predict
 from amtl.run.progress import Silent
@@ -123,14 +122,14 @@ def test_rows_keep_what_they_are_and_values_that_are_new_begin(old, new, tmp_pat
     given = settings(**KINDS["4 bits"], warm_start=str(tmp_path / "a"))
     notes = Notes()
     trainer = start(given, tmp_path / "b", source=source(new), observer=notes)
-    encoder, earlier = trainer.task.encoder, Earlier(tmp_path / "a")
+    encoder, earlier = trainer.task.encoder, load_earlier(tmp_path / "a")
     assert encoder.num_rows > earlier.encoder.num_rows
     assert set(earlier.encoder.vocabularies[0].values) < set(encoder.vocabularies[0].values)
     widths = methods.row_widths(trainer.table)
     trainer.learner.table.thaw(trainer.learner.table_optimizer)
     weight = methods.table_parameters(trainer.learner.table)[0]
     state = trainer.learner.table_optimizer.state[weight]["sum"]
-    rows = dict(zip(*(each.tolist() for each in earlier._matched(encoder)), strict=True))
+    rows = dict(zip(*(each.tolist() for each in earlier.matched(encoder)), strict=True))
     for row in range(encoder.num_rows):
         if row in rows:
             kept = int(widths[row])

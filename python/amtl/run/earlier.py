@@ -6,6 +6,7 @@ that were trained move on in small steps and new ones in large steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from amtl.data.encoding import Encoder
 from amtl.data.labels import labelled
 from amtl.data.registry import Source
 from amtl.errors import UserError
-from amtl.run import folders, methods
+from amtl.run import methods
 from amtl.run.config import OWN, TrainConfig
-from amtl.run.learner import Learner
+from amtl.run.model import ClickModel
 
 
 class Earlier:
@@ -27,20 +28,28 @@ class Earlier:
 
     Args:
         folder: of the run.
+        config: its settings, what a race settled included.
+        encoder: its fields and vocabularies as fitted.
+        model: in their numbers.
+        best: its checkpoint.
 
     Attributes:
-        config: its settings, what a race settled included.
-        encoder: its fields and vocabularies, in the numbers of `weight`.
         weight: its embeddings, float32 `[N, D]`, zeros where a row kept less.
         val_auc: of its own validation.
 
     Raises:
-        UserError: the folder is no run, has no model yet, or is one of a method of the field.
+        UserError: it is a run of a method of the field.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config, self.encoder, model, best = folders.load_best(folder)
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        encoder: Encoder,
+        model: ClickModel,
+        best: Mapping[str, Any],
+    ) -> None:
+        self.folder, self.config, self.encoder = folder, config, encoder
         if self.config.method not in OWN:
             raise UserError(
                 f"--warm-start {folder}: a run of --method {self.config.method} is there to be "
@@ -90,44 +99,53 @@ class Earlier:
                 )
         return replace(config, skip_rows=skipped)
 
-    def begin(self, learner: Learner) -> tuple[int, bool]:
-        """Puts what fits into a fresh learner: its table is dense still, its optimizers are made.
+    def begin(
+        self,
+        config: TrainConfig,
+        encoder: Encoder,
+        model: ClickModel,
+        optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+        settle: Callable[[torch.optim.Optimizer], None],
+    ) -> None:
+        """Puts what fits into a fresh model.
 
-        Returns:
-            How many rows were filled, and whether the rest of the model fitted, too.
+        Args:
+            config: of the run that goes on.
+            encoder: its fields, and values old and new.
+            model: its table is dense still.
+            optimizers: of the table and of all else.
+            settle: fixes the table's sizes, if they are to be, and takes its optimizer along.
 
         Raises:
-            UserError: rows are of another width, or no value is one of both.
+            UserError: rows are of another width.
         """
-        config, encoder = learner.config, learner.task.encoder
         if config.dim != self.config.dim:
             raise UserError(
                 f"--warm-start {self.folder}: its width is {self.config.dim}; use --dim "
                 f"{self.config.dim}"
             )
-        ours, theirs = self._matched(encoder)
-        if not len(ours):
-            raise UserError(f"--warm-start {self.folder}: it has no field in common with this run")
-        parameter = methods.table_parameters(learner.table)[0]
+        ours, theirs = self.matched(encoder)
+        table, (of_table, of_dense) = model.table, optimizers
+        parameter = methods.table_parameters(table)[0]
         with torch.no_grad():
             parameter[ours] = self.weight[theirs].to(parameter.dtype)
         if config.table_optimizer == self.config.table_optimizer:
-            self._go_on(learner.table_optimizer, parameter, ours, theirs)
-        learner.goes_on = True
-        learner.settle()
-        if self._squares is not None and methods.few_bits(learner.table):
+            self._go_on(of_table, parameter, ours, theirs)
+        settle(of_table)
+        if self._squares is not None and methods.few_bits(table):
             squares = self._squares.new_zeros(encoder.num_rows)
             squares[ours] = self._squares[theirs]
-            learner.table.round_by(squares)  # type: ignore[operator]
-        dense = learner.model.dense_parameters()
-        fits = [p.shape for p in dense] == [p.shape for p in self._dense]
-        if fits:
+            table.round_by(squares)  # type: ignore[operator]
+        if self.fits(model):
             with torch.no_grad():
-                for mine, their in zip(dense, self._dense, strict=True):
+                for mine, their in zip(model.dense_parameters(), self._dense, strict=True):
                     mine.copy_(their)
             if self._dense_state:
-                learner.dense_optimizer.load_state_dict(self._dense_state)
-        return len(ours), fits
+                of_dense.load_state_dict(self._dense_state)
+
+    def fits(self, model: ClickModel) -> bool:
+        """Whether all but the table goes on, too."""
+        return [p.shape for p in model.dense_parameters()] == [p.shape for p in self._dense]
 
     def _go_on(
         self,
@@ -145,7 +163,7 @@ class Earlier:
             else:
                 optimizer.state[parameter][name] = value
 
-    def _matched(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    def matched(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
         """Rows of another table and their rows here, both int64, by field and value."""
         pairs = [(torch.empty(0).long(), torch.empty(0).long())]
         for f, name in enumerate(encoder.names):
@@ -162,8 +180,3 @@ class Earlier:
             pairs.append((encoder.field_rows(f)[local], self.encoder.field_rows(g)[rows]))
         ours, theirs = zip(*pairs, strict=True)
         return torch.cat(ours), torch.cat(theirs)
-
-
-def earlier_of(config: TrainConfig) -> Earlier | None:
-    """The run that one of these settings goes on from, if any."""
-    return Earlier(Path(config.warm_start)) if config.warm_start else None

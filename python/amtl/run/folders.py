@@ -30,6 +30,7 @@ from amtl.errors import UserError
 from amtl.layer.conversion import layers
 from amtl.run import methods
 from amtl.run.config import TrainConfig
+from amtl.run.earlier import Earlier
 from amtl.run.model import ClickModel, assemble, build_model
 from amtl.run.trained import Trained
 from amtl.store.dense import pack
@@ -336,6 +337,16 @@ def load_best(folder: Path) -> tuple[TrainConfig, Encoder, ClickModel, dict[str,
         model = build_model(config, encoder)
         model.load_state_dict(best["model"])
     return config, encoder, model, best
+
+
+def load_earlier(folder: Path) -> Earlier:
+    """Load a run for another one to go on from.
+
+    Raises:
+        UserError: the folder is no run, has no model yet, a file is damaged, or its method is one
+            of the field.
+    """
+    return Earlier(folder, *load_best(folder))
 
 
 @contextlib.contextmanager

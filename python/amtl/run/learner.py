@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,11 @@ from amtl.errors import UserError
 from amtl.run import averaging, methods
 from amtl.run.backbones import Interaction
 from amtl.run.config import TrainConfig
+from amtl.run.earlier import Earlier
 from amtl.run.metrics import auc, calming, log_loss, score, score_error
 from amtl.run.model import build_model, predict
 from amtl.run.unseen import Hiding, fields_to_hide, settle_unseen
 from amtl.store.dense import to_bytes, to_halves
-
-if TYPE_CHECKING:
-    from amtl.run.earlier import Earlier
 
 _NEXT_TO_NOTHING, _LITTLE = 2e-5, 5e-4
 """In AUC minus log loss: far below what another seed changes; and what may be lost where it is less
@@ -91,9 +89,10 @@ class Learner:
     Args:
         config: settings.
         task: encoded data.
-        warm: is handed the fresh learner, to put what was learned before into it.
+        warm: is handed the fresh table, to put other weights into it.
         taught: probability of a click for every training sample, of which `config.distillation`
             is mixed into the labels.
+        earlier: what it goes on from.
 
     Attributes:
         goes_on: whether its table was trained already; it is then validated before the first step.
@@ -104,8 +103,9 @@ class Learner:
         self,
         config: TrainConfig,
         task: Task,
-        warm: Callable[[Learner], object] | None = None,
+        warm: Callable[[nn.Module], None] | None = None,
         taught: Tensor | None = None,
+        earlier: Earlier | None = None,
     ) -> None:
         self.config = config
         self.task = task
@@ -132,16 +132,19 @@ class Learner:
         self._calmed = 1.0
         lap = math.ceil(self.steps_per_epoch / self.laps)
         self._average = averaging.Average(averaging.LAPS * lap)
-        self.goes_on = False
-        if warm is None and config.masters:
+        if warm is not None:
+            warm(self.table)
+        self.goes_on = earlier is not None
+        if earlier is None and config.masters:
             # Of no optimizer yet: none is looked for.
             self._settle([])
         self._make_optimizers()
-        if warm is not None:
-            warm(self)
+        if earlier is not None:
+            optimizers = self.table_optimizer, self.dense_optimizer
+            earlier.begin(config, task.encoder, self.model, optimizers, self._settle)
             self._set_rates()
         # What updates codes must be there before they are all that is left.
-        self.settle()
+        self._settle(self.table_optimizer)
         # Each goes on by itself, so that it does not matter what is trained in between.
         self.rng = torch.get_rng_state()
 
@@ -401,11 +404,8 @@ class Learner:
         self._validate()
         self._go_on()
 
-    def settle(self) -> None:
-        """Fixes sizes that nothing would change, if they are not."""
-        self._settle(self.table_optimizer)
-
     def _settle(self, optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer]) -> None:
+        """Fixes sizes that nothing would change, if they are not."""
         if self.config.freeze_at is None and methods.has_settled_sizes(self.table):
             self.table.freeze(optimizer)  # type: ignore[operator]
 

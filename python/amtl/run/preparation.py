@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -29,11 +28,9 @@ from amtl.data.splits import split_column, split_rows
 from amtl.data.weights import weighed
 from amtl.errors import UserError, brief
 from amtl.run.config import TrainConfig
+from amtl.run.earlier import Earlier
 from amtl.run.learner import Task
 from amtl.run.metrics import FEW, one_class, rarer
-
-if TYPE_CHECKING:
-    from amtl.run.earlier import Earlier
 
 _WEIGHT = re.compile(r"(?i)(?:sample|row|example|instance|importance|case)[ _-]?weights?")
 """What columns are called that say how much a row counts, as where negative rows were left out."""

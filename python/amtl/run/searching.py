@@ -87,12 +87,7 @@ def search(learner: Learner, trials: Trials) -> Learner:
         found.end()
     table.conclude(lambda: score(*found.scores(), task.val.labels, task.val.weights))
     try:
-        fresh = Learner(
-            config,
-            task,
-            lambda made: made.table.settle(table),  # type: ignore[operator]
-            taught,
-        )
+        fresh = Learner(config, task, lambda made: made.settle(table), taught)  # type: ignore[operator]
     except DoesNotFit as error:
         raise UserError(f"--method {config.method}: {error}") from error
     if table.keeps_model:

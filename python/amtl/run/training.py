@@ -31,7 +31,7 @@ from amtl.run.config import TrainConfig
 from amtl.run.contenders import likely_regularised
 from amtl.run.contest import Contest, alone_and_full
 from amtl.run.done import CHECKPOINT_SECONDS, FIRST, FULL, Done, Interrupted
-from amtl.run.earlier import Earlier, earlier_of
+from amtl.run.earlier import Earlier
 from amtl.run.learner import Learner, Task
 from amtl.run.memory import require_memory
 from amtl.run.metrics import auc, auc_error, log_loss
@@ -109,7 +109,6 @@ class Trainer:
         self.stop = stop or (lambda steps: False)
         self.time_limit = math.inf if time_limit is None else time_limit
         self._deadline, self.cut_short = math.inf, False
-        self._warmed = False
         size = task.encoder.num_rows, len(task.encoder.fields)
         require_memory(config, *size)
         self.jobs = side_by_side(jobs, config, *size)
@@ -118,6 +117,11 @@ class Trainer:
         # bits, which may fit nothing here and are then raced without.
         raced = config.raced_bits and is_open(config)
         self.learner = self._make(replace(config, bits="32") if raced else config)
+        if earlier is not None:
+            rows = len(earlier.matched(task.encoder)[0])
+            rest = "; the rest of the model begins anew, for its shape is another"
+            rest = "" if earlier.fits(self.learner.model) else rest
+            self.observer.note(f"warm start: {rows:,} rows from {earlier.folder}{rest}")
         self.raced: dict[str, Any] | None = None
         self._full: Learner | None = None
         self._saved_at = time.monotonic()
@@ -126,11 +130,9 @@ class Trainer:
         self._done: Done | None = None
 
     def _make(self, config: TrainConfig, taught: Tensor | None = None) -> Learner:
-        earlier = self.task.earlier
         # Full tables that others are held against begin cold.
-        if earlier is None or config.warm_start is None:
-            return Learner(config, self.task, taught=taught)
-        return Learner(config, self.task, self._warm, taught)
+        earlier = self.task.earlier if config.warm_start is not None else None
+        return Learner(config, self.task, taught=taught, earlier=earlier)
 
     @property
     def table(self) -> nn.Module:
@@ -338,14 +340,6 @@ class Trainer:
             f"sizes frozen: {stored:,} of {full:,} bytes ({stored / full:.1%}), "
             f"{tiers} size tier{'s' if tiers > 1 else ''}"
         )
-
-    def _warm(self, learner: Learner) -> None:
-        assert self.task.earlier is not None
-        rows, fits = self.task.earlier.begin(learner)
-        if not self._warmed:
-            rest = "" if fits else "; the rest of the model begins anew, for its shape is another"
-            self.observer.note(f"warm start: {rows:,} rows from {self.task.earlier.folder}{rest}")
-        self._warmed = True
 
     def _note_start(self, earlier: Earlier) -> None:
         """Says what the earlier model is worth here, and if that looks as if it knew the rows."""
@@ -606,13 +600,14 @@ def start(
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
         folders.require_begun(out)
         config, encoder = folders.load_inputs(out)
-        task = prepare(config, source, encoder, earlier_of(config))
+        earlier = folders.load_earlier(Path(config.warm_start)) if config.warm_start else None
+        task = prepare(config, source, encoder, earlier)
         trainer = Trainer(config, task, out, **more)
         trainer.resume()
         return trainer
     if config is None:
         raise UserError("a fresh run needs settings")
-    earlier = earlier_of(config)
+    earlier = folders.load_earlier(Path(config.warm_start)) if config.warm_start else None
     if earlier is not None:
         source = source or load_source(config.data, config.negatives)
         config = earlier.continued(config, source)
