@@ -6,8 +6,8 @@
 Rows are in order of time. The first half of them is trained on, and each later tenth is a day: it
 is trained on `anew` with all rows before it, anew `alone`, and by `--warm-start` (`warm`); each is
 scored on the next day, and so is the warm model of the day before as it is (`as it is`). All have
-the settings of the first run, one training with 4 bits and weight decay; validation is a random
-tenth of the rows that are trained on.
+the settings of the first run, one training with 4 bits and weight decay, and batches by the number
+of rows; validation is a random tenth of the rows that are trained on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def chain(name: str, given: Sequence[str], seed: int) -> Iterator[dict[str, Any]
     frame = load_source(data).frame.sort(order, maintain_order=True).select(*columns, label)
     config = TrainConfig(name, label, fields=columns, seed=seed, race=False, bits="4")
     config = replace(config, budget=0.125, embedding_decay=DECAY)
-    config = replace(config, batch_size=Source(name, frame).settings("amtl")["batch_size"])
     pieces = parts(frame)
 
     def scored(run: Path, day: int) -> dict[str, float]:
@@ -68,7 +67,9 @@ def chain(name: str, given: Sequence[str], seed: int) -> Iterator[dict[str, Any]
 
         def trained(way: str, day: int, rows: pl.DataFrame, **more: Any) -> dict[str, Any]:
             out, began = runs / f"{way}-{day}", time.process_time()
-            metrics = start(replace(config, **more), out, source=Source(name, rows, label)).run()
+            source = Source(name, rows, label)
+            more["batch_size"] = source.settings("amtl")["batch_size"]
+            metrics = start(replace(config, **more), out, source=source).run()
             spent = time.process_time() - began
             return {"cpu": spent, "bytes": metrics["stored_bytes"], **scored(out, day)}
 

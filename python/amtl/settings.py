@@ -143,7 +143,9 @@ def going_on(config: TrainConfig, earlier: TrainConfig, typed: Collection[str]) 
             now[name] = getattr(config, name)
     if "table_optimizer" in typed and "table_lr" not in typed:
         now["table_lr"] = None
-    now |= {name: getattr(config, name) for name in ("data", "warm_start", "compare")}
+    # As many steps an epoch as the new rows are for.
+    as_new = ("data", "warm_start", "compare", "batch_size")
+    now |= {name: getattr(config, name) for name in as_new}
     return replace(earlier, skip_rows=0, **now)
 
 

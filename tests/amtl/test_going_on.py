@@ -11,7 +11,7 @@ import torch
 from amtl import settings as typed
 from amtl.data.encoding import Encoder
 from amtl.data.fields import infer_fields
-from amtl.data.registry import Source
+from amtl.data.registry import Source, default_batch_size
 from amtl.data.vocabulary import Vocabulary
 from amtl.errors import UserError
 from amtl.run import methods
@@ -203,6 +203,14 @@ def test_what_it_has_had_of_a_file_that_grows_is_left_out(old, new, tmp_path):
     trainer = start(replace_start(given, tmp_path / "b"), source=source(more))
     assert trainer.config.skip_rows == ROWS + NEW
     assert any("300 are new" in note for note in trainer.task.notes)
+    for batch_size in (default_batch_size(36 * ROWS), 999):
+        longer = replace(given, batch_size=batch_size)
+        longer = load_earlier(tmp_path / "a").continued(
+            longer, source(pl.concat([old, *[new] * 70]))
+        )
+        assert longer.skip_rows == ROWS
+        expected = 999 if batch_size == 999 else default_batch_size(35 * ROWS)
+        assert longer.batch_size == expected
     # Resuming knows of it, and so does the test split.
     with pytest.raises(Interrupted):
         start(given, tmp_path / "c", source=source(grown), stop=lambda steps: steps == 3).run()
@@ -261,12 +269,13 @@ def test_settings_are_those_of_the_run_but_for_what_is_typed():
     earlier = TrainConfig("old", "y", bits="4", budget=0.1, race=False, embedding_decay=1e-4)
     earlier.table_options = {"capacity_bits": 1.0, "field_weights": [1.0, 2.0]}
     earlier.distillation, earlier.fields, earlier.skip_rows = 0.5, ["a", "b"], 7
-    config = TrainConfig("new", "y", warm_start="old", budget=0.3, lr=1e-3, epochs=5)
+    config = TrainConfig("new", "y", warm_start="old", budget=0.3, lr=1e-3, epochs=5, batch_size=64)
     config.table_options = {"capacity_bits": 4.0}
     found = typed.going_on(config, earlier, ["data", "warm_start", "budget", "capacity_bits"])
     assert (found.data, found.warm_start, found.budget) == ("new", "old", 0.3)
     assert (found.bits, found.epochs, found.lr) == ("4", earlier.epochs, earlier.lr)
     assert (found.race, found.distillation, found.skip_rows) == (False, 0.0, 0)
+    assert found.batch_size == config.batch_size != earlier.batch_size
     assert (found.fields, found.embedding_decay) == (["a", "b"], 1e-4)
     assert found.table_options == {"capacity_bits": 4.0, "field_weights": [1.0, 2.0]}
     other = TrainConfig("new", "y", method="rule", warm_start="old", table_lr=0.5)

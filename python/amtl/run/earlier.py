@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
 from amtl.data.labels import labelled
-from amtl.data.registry import Source
+from amtl.data.registry import Source, default_batch_size
 from amtl.errors import UserError
 from amtl.run import methods
 from amtl.run.config import OWN, TrainConfig
@@ -89,7 +89,10 @@ class Earlier:
         if not self.encoder.has_labels(labels[skipped : skipped + had]):
             return config
         if len(labels) > skipped + had:
-            return replace(config, skip_rows=skipped + had)
+            size = config.batch_size
+            if size == default_batch_size(source.frame.height):
+                size = default_batch_size(len(labels) - skipped - had)
+            return replace(config, skip_rows=skipped + had, batch_size=size)
         for name in ("split", "split_seed", "copies_together"):
             if getattr(config, name) != getattr(self.config, name):
                 option = f"--{name.replace('_', '-')}"
