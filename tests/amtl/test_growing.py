@@ -175,3 +175,11 @@ def test_where_sizes_fit_no_budget_the_table_is_as_it_was(monkeypatch):
     assert (model.item.phase, model.item.num_embeddings) == ("frozen", ITEMS)
     assert model.item.field_sizes == [ITEMS]
     model(*batch())
+    counts = {"a": torch.arange(9), "b": torch.arange(9)}
+    monkeypatch.undo()
+    tables = amtl.AMTLEmbeddingCollection({"a": 9, "b": 9}, 8, counts=counts, budget=0.5)
+    tables.requires_grad_(False)
+    tables.freeze()
+    monkeypatch.setattr(amtl.AMTLTable, "_search", fits_nothing)
+    with pytest.raises(amtl.BudgetError):
+        amtl.grow(nn.Sequential(tables), {"0": torch.ones(18)})

@@ -656,7 +656,8 @@ class AMTLTable(TableStates):
             try:
                 row_group, self.head = self._search(checked, options, None)
             except BudgetError:
-                self._take_rows(-more)
+                if more:
+                    self._take_rows(-more)
                 raise
             self.row_map = encode_row_map(row_group)
         head = self._head()

@@ -123,10 +123,12 @@ class TableStates(TableLookups):
             one = step_of(torch.ones((), device=self.device), bits)
             squares = (self.steps.float() / one).square()
             ends = torch.tensor(self.tier_ends, device=self.device)
+        return torch.cat([squares, squares.new_zeros(1)])[self._parts_of_rows(ends)]
+
+    def _parts_of_rows(self, ends: Tensor) -> Tensor:
+        """The part that each row is in, int64 [N]; rows that keep no numbers are behind all."""
         rows = torch.arange(self.num_embeddings, device=self.device)
-        part = torch.bucketize(self._frozen_rows(rows).long(), ends, right=True)
-        # Rows that keep no numbers are behind all parts.
-        return torch.cat([squares, squares.new_zeros(1)])[part]
+        return torch.bucketize(self._frozen_rows(rows).long(), ends, right=True)
 
     @torch.no_grad()
     def round_by(self, squares: Tensor) -> None:
@@ -142,8 +144,7 @@ class TableStates(TableLookups):
             return
         own = self.rounding.mean_square
         groups = decode_row_map(self.row_map, self.num_embeddings)
-        rows = torch.arange(self.num_embeddings, device=self.device)
-        part = torch.bucketize(self._frozen_rows(rows).long(), self.rounding.ends, right=True)
+        part = self._parts_of_rows(self.rounding.ends)
         known = (squares > 0) & (part < len(own))
         # So exact that the mean of equal ones is the same number.
         weight = self._head().group_counts[groups[known]].double() + 1

@@ -50,6 +50,7 @@ class Earlier:
         best: Mapping[str, Any],
     ) -> None:
         self.folder, self.config, self.encoder = folder, config, encoder
+        self._matched: tuple[Encoder, tuple[Tensor, Tensor]] | None = None
         if self.config.method not in OWN:
             raise UserError(
                 f"--warm-start {folder}: a run of --method {self.config.method} is there to be "
@@ -167,19 +168,24 @@ class Earlier:
                 optimizer.state[parameter][name] = value
 
     def matched(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
-        """Rows of another table and their rows here, both int64, by field and value."""
-        pairs = [(torch.empty(0).long(), torch.empty(0).long())]
-        for f, name in enumerate(encoder.names):
-            if name not in self.encoder.names:
-                continue
-            g = self.encoder.names.index(name)
-            known, mine = self.encoder.vocabularies[g], encoder.vocabularies[f]
+        """Rows of a table of the same fields and their rows here, both int64, by value.
+
+        Kept for the encoder that was asked for last: all learners of a run have one.
+        """
+        if self._matched is None or self._matched[0] is not encoder:
+            self._matched = encoder, self._match(encoder)
+        return self._matched[1]
+
+    def _match(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
+        ours, theirs = [], []
+        pairs = zip(encoder.vocabularies, self.encoder.vocabularies, strict=True)
+        for f, (mine, known) in enumerate(pairs):
             rows = known.encode(mine.known()).long()
             local = torch.arange(mine.size)
             local = torch.cat([local[: mine.oov_row], local[mine.oov_row + 1 :]])
             hit = rows != known.oov_row
             local = torch.cat([local[hit], torch.tensor([mine.oov_row])])
             rows = torch.cat([rows[hit], torch.tensor([known.oov_row])])
-            pairs.append((encoder.field_rows(f)[local], self.encoder.field_rows(g)[rows]))
-        ours, theirs = zip(*pairs, strict=True)
+            ours.append(encoder.field_rows(f)[local])
+            theirs.append(self.encoder.field_rows(f)[rows])
         return torch.cat(ours), torch.cat(theirs)

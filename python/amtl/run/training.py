@@ -600,15 +600,19 @@ def start(
             raise UserError("--resume needs --out DIR, the folder of the run to go on with")
         folders.require_begun(out)
         config, encoder = folders.load_inputs(out)
-        earlier = folders.load_earlier(Path(config.warm_start)) if config.warm_start else None
+        earlier = _earlier(config)
         task = prepare(config, source, encoder, earlier)
         trainer = Trainer(config, task, out, **more)
         trainer.resume()
         return trainer
     if config is None:
         raise UserError("a fresh run needs settings")
-    earlier = folders.load_earlier(Path(config.warm_start)) if config.warm_start else None
+    earlier = _earlier(config)
     if earlier is not None:
         source = source or load_source(config.data, config.negatives)
         config = earlier.continued(config, source)
     return Trainer(config, prepare(config, source, earlier=earlier), out, **more)
+
+
+def _earlier(config: TrainConfig) -> Earlier | None:
+    return folders.load_earlier(Path(config.warm_start)) if config.warm_start else None
