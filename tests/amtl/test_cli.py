@@ -385,7 +385,7 @@ def test_warm_start(runs, data, tmp_path, capsys):
     assert "warm start:" in shown and "[bold]base" in "".join(shown.split())
     config, donor = (read_json(run / "config.json") for run in (tmp_path / "w", base))
     differ = {name for name in config if config[name] != donor[name]}
-    assert differ <= {"warm_start", "race", "distillation", "epochs"}
+    assert differ <= {"warm_start", "race", "distillation", "epochs", "batch_size"}
     assert run("train", data, "--warm-start", base, "--fields", "user") == 1
     assert "takes the fields of that run" in " ".join(capsys.readouterr().err.split())
 
