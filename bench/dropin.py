@@ -7,10 +7,11 @@ their tables trained by the optimizer that `amtl train` has for them.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import amtl
 import torch
@@ -24,6 +25,59 @@ from torch import Tensor, nn
 BATCH, RATE, EPOCHS, PATIENCE = 2048, 1e-3, 30, 4
 """Samples a step, Adam's learning rate, epochs at most, validations without a better one; two an
 epoch."""
+
+
+class Training(NamedTuple):
+    """How tables are trained; all else is by Adam.
+
+    Attributes:
+        adagrad: by `amtl_kernels.optim.Adagrad`, as `amtl train` does its own.
+        rate: their learning rate; None for that of all else, or of `amtl train` by Adagrad.
+        decay: their weight decay.
+        batch: samples a step; None for the usual number.
+    """
+
+    adagrad: bool = False
+    rate: float | None = None
+    decay: float = 0.0
+    batch: int | None = None
+
+    @staticmethod
+    def add_to(parser: argparse.ArgumentParser, of: str) -> None:
+        """Options for the fields; `of` says of which models."""
+        parser.add_argument("--adagrad", action="store_true", help=f"tables {of}: by Adagrad")
+        parser.add_argument("--rate", type=float, help=f"learning rate of tables {of}")
+        parser.add_argument("--decay", type=float, default=0.0, help=f"of tables {of}")
+        parser.add_argument("--batch", type=int, help="samples a step")
+
+    @classmethod
+    def given(cls, arguments: argparse.Namespace) -> Training:
+        """What the options say."""
+        return cls(**{name: getattr(arguments, name) for name in cls._fields})
+
+    def unusual(self) -> dict[str, Any]:
+        """The fields that are not as usual: what a job says of it."""
+        usual = type(self)()._asdict()
+        return {name: value for name, value in self._asdict().items() if value != usual[name]}
+
+    def optimizers(self, model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+        """Of the model's tables and of all else, plain or converted.
+
+        Args:
+            model: its tables are layers of this project, or PyTorch's.
+            rate: of all else.
+        """
+        plain = (nn.Embedding, nn.EmbeddingBag)
+        tables = [module.weight for module in model.modules() if isinstance(module, plain)]
+        tables += amtl.table_parameters(model)
+        theirs = {id(parameter) for parameter in tables}
+        rest = [p for p in model.parameters() if id(p) not in theirs]
+        if self.adagrad:
+            of_tables = self.rate or TABLE_RATES["adagrad"]
+            found = [methods.table_optimizer("adagrad", tables, of_tables, self.decay)]
+            return [*found, torch.optim.Adam(rest, lr=rate)] if rest else found
+        groups = [{"params": tables, "weight_decay": self.decay, "lr": self.rate or rate}]
+        return [torch.optim.Adam([*groups, {"params": rest}], lr=rate)]
 
 
 class ClickModel(nn.Module):
@@ -93,8 +147,7 @@ def train(
     budget: float | None = None,
     bits: int | None = None,
     after: bool = False,
-    decay: float = 0.0,
-    adagrad: bool = False,
+    training: Training = Training(),  # noqa: B008
 ) -> dict[str, Any]:
     """Trains a model, converted if there is a budget; tests it as it was when it validated best.
 
@@ -105,36 +158,25 @@ def train(
         budget: of all tables together; None for the plain model.
         bits: of a stored number; None for 32.
         after: convert the model when it is trained, and train it no further.
-        decay: weight decay of the tables.
-        adagrad: train the tables as `amtl train` does its own.
+        training: of the tables.
     """
     torch.manual_seed(seed)
     started = time.process_time()
     model = ClickModel(task, dim)
     rows = sum(task.encoder.field_sizes)
     stored = dense = rows * dim * 4
-    tables = [field.weight for field in model.fields]
     if budget is not None and not after:
         stored = compress(model, task, budget, bits)
-        tables = amtl.table_parameters(model)
-    decayed = {id(parameter) for parameter in tables}
-    rest = [p for p in model.parameters() if id(p) not in decayed]
-    optimizers: list[torch.optim.Optimizer]
-    if adagrad:
-        rate = TABLE_RATES["adagrad"]
-        of_tables = methods.table_optimizer("adagrad", tables, rate, decay)
-        optimizers = [of_tables, torch.optim.Adam(rest, lr=RATE)]
-    else:
-        groups = [{"params": tables, "weight_decay": decay}, {"params": rest}]
-        optimizers = [torch.optim.Adam(groups, lr=RATE)]
-    steps = math.ceil(len(task.train) / BATCH)
+    optimizers = training.optimizers(model, RATE)
+    batch = training.batch or BATCH
+    steps = math.ceil(len(task.train) / batch)
     best: dict[str, Any] | None = None
     stale = 0
     for epoch in range(EPOCHS):
         order = torch.randperm(
             len(task.train), generator=torch.Generator().manual_seed(seed * 1009 + epoch)
         )
-        for step, samples in enumerate(order.split(BATCH)):
+        for step, samples in enumerate(order.split(batch)):
             model.train()
             loss = nn.functional.binary_cross_entropy_with_logits(
                 model(task.train, samples), task.train.labels[samples]

@@ -26,6 +26,7 @@ import torch
 from amtl.paper.records import Claim, append, read
 from torch import Tensor, nn
 
+from bench.dropin import Training
 from bench.sequences import Sequences
 
 BUDGETS = (0.3, 0.125, 0.03)
@@ -114,18 +115,26 @@ class Data:
         return float(top[users, items][~seen[users, items]].float().mean())
 
 
-def train(data: Data | Sequences, model: nn.Module, epochs: int, seed: int) -> float:
+def train(
+    data: Data | Sequences,
+    model: nn.Module,
+    epochs: int,
+    seed: int,
+    training: Training = Training(),  # noqa: B008
+) -> float:
     """The test metric of the best epoch on validation, to which the model goes back."""
     data.generator.manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    optimizers = training.optimizers(model, RATE)
     best: tuple[float, dict[str, Any]] | None = None
     for _ in range(epochs):
         model.train()
         order = torch.randperm(len(data.rows), generator=data.generator)
-        for batch in data.rows[order].split(data.batch):
-            optimizer.zero_grad()
+        for batch in data.rows[order].split(training.batch or data.batch):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             data.loss(model, batch).backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         score = data.sign * data.metric(model.eval(), 1)
         if best is None or score > best[0]:
             best = score, copy.deepcopy(model.state_dict())
@@ -142,14 +151,16 @@ def file_bytes(model: nn.Module) -> int:
         return os.path.getsize(path)
 
 
-def models(task: str, seed: int, samples: int, epochs: int) -> Iterator[dict[str, Any]]:
+def models(
+    task: str, seed: int, samples: int, epochs: int, training: Training
+) -> Iterator[dict[str, Any]]:
     """The plain model of a seed, and those converted before and after training."""
     data = Sequences(seed, samples) if task == "sequences" else Data(task, seed, samples)
     torch.manual_seed(seed)
     plain = data.model()
     initial = copy.deepcopy(plain)
     full = sum(p.nbytes for p in plain.parameters())
-    score = train(data, plain, epochs, seed)
+    score = train(data, plain, epochs, seed, training)
     yield {"kind": "plain", "budget": 1.0, "score": score, "share": 1.0}
     for budget in BUDGETS:
         for kind, source in (("converted", initial), ("compressed", plain)):
@@ -157,7 +168,7 @@ def models(task: str, seed: int, samples: int, epochs: int) -> Iterator[dict[str
             amtl.freeze(model)
             model.eval()
             if kind == "converted":
-                score = train(data, model, epochs, seed)
+                score = train(data, model, epochs, seed, training)
             else:
                 score = data.metric(model, 2)
             share = file_bytes(model) / full
@@ -168,7 +179,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: the plain score, and differences to it, paired by seed, with the file's share."""
     found: dict[tuple[str, str, float], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for record in records:
-        task, seed = record["job"]["task"], record["job"]["seed"]
+        job = record["job"]
+        how = {name: job[name] for name in Training._fields if name in job}
+        task, seed = ", ".join((job["task"], *(f"{k} {v}" for k, v in how.items()))), job["seed"]
         for model in record["models"]:
             found[task, model["kind"], model["budget"]][seed] = model
     lines = [
@@ -196,16 +209,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    Training.add_to(parser, "of all models")
     given = parser.parse_args(arguments)
+    training = Training.given(given)
     torch.set_num_threads(1)
     for task in given.tasks.split(","):
         for seed in map(int, given.seeds.split(",")):
             of_run = (task, seed, given.samples, given.epochs)
             job = dict(zip(("task", "seed", "samples", "epochs"), of_run, strict=True))
+            job |= training.unusual()
             with Claim(given.out, job) as mine:
                 if mine:
                     found = []
-                    for model in models(*of_run):
+                    for model in models(*of_run, training):
                         found.append(model)
                         print(job, model, flush=True)
                     append(given.out, {"job": job, "models": found})

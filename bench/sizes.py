@@ -58,6 +58,8 @@ FEW_BITS = {
 
 Key = tuple[str, str, float]
 
+_USUAL = dropin.Training()
+
 
 KINDS = ("fixed", "amtl", "few-bits", "taught", "rule")
 LINES = ("plain", "convert", "compress")
@@ -75,8 +77,7 @@ def jobs(
     seeds: Sequence[int],
     kinds: Sequence[str] = KINDS,
     budgets: Sequence[float] = BUDGETS,
-    decay: float | None = None,
-    adagrad: bool = False,
+    training: dropin.Training = _USUAL,
 ) -> list[dict[str, Any]]:
     """All runs: full size and fixed tables of the same bytes, then what is sized by row.
 
@@ -85,18 +86,15 @@ def jobs(
         seeds: of the weights and the order of samples.
         kinds: some of `KINDS` and `LINES`.
         budgets: of what is sized by row, and of the narrow tables and those of few bits beside it.
-        decay: weight decay of the tables of `LINES`, None for none.
-        adagrad: train the tables of `LINES` as `amtl train` does its own.
+        training: of the tables of `LINES`.
     """
     found = []
     for seed in seeds:
         for kind in kinds:
             for name in sets:
-                base = {"set": name, "seed": seed}
-                if decay is not None and kind in LINES:
-                    base["decay"] = decay
-                if adagrad and kind in LINES:
-                    base["adagrad"] = True
+                base: dict[str, Any] = {"set": name, "seed": seed}
+                if kind in LINES:
+                    base |= training.unusual()
                 if kind in ("fixed", "plain"):
                     dims = dict.fromkeys((DIM, *(NARROW[b] for b in budgets if b in NARROW)))
                     found += [{**base, "method": kind, "dim": dim} for dim in dims]
@@ -129,13 +127,12 @@ def run_all(
     seeds: Sequence[int],
     kinds: Sequence[str] = KINDS,
     budgets: Sequence[float] = BUDGETS,
-    decay: float | None = None,
-    adagrad: bool = False,
+    training: dropin.Training = _USUAL,
 ) -> None:
     """Makes the runs that `out` lacks and nobody else is making."""
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}
-    for job in jobs(list(sets), seeds, kinds, budgets, decay, adagrad):
+    for job in jobs(list(sets), seeds, kinds, budgets, training):
         with Claim(out, job) as mine:
             if not mine:
                 continue
@@ -160,9 +157,8 @@ def _runs(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
         bits = int(job["bits"]) if "bits" in job else None
         dim = job.get("dim", DIM)
         after = job["method"] == "compress"
-        decay = job.get("decay", 0.0)
-        adagrad = job.get("adagrad", False)
-        run = dropin.train(task, job["seed"], dim, job.get("budget"), bits, after, decay, adagrad)
+        training = dropin.Training(**{k: job[k] for k in dropin.Training._fields if k in job})
+        run = dropin.train(task, job["seed"], dim, job.get("budget"), bits, after, training)
         yield {"job": job, **run}
     elif job.get("taught"):
         yield from _taught(job, config, task)
@@ -272,9 +268,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _lines_trained(job: dict[str, Any]) -> str:
-    """How the tables of `LINES` are trained, in a method's name: nothing where it is by Adam."""
-    decay = f" decay {job['decay']:g}" if "decay" in job else ""
-    return (" adagrad" if job.get("adagrad") else "") + decay
+    """How the tables of `LINES` are trained, in a method's name: nothing where it is as usual."""
+    numbers = (f" {name} {job[name]:g}" for name in ("rate", "decay", "batch") if name in job)
+    return (" adagrad" if job.get("adagrad") else "") + "".join(numbers)
 
 
 def table(summary: Sequence[dict[str, Any]]) -> str:
@@ -331,9 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--seeds", default="10,11,12,13,14")
     run.add_argument("--kinds", default=",".join(KINDS))
     run.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
-    run.add_argument("--decay", type=float, help="of the tables of plain, convert and compress")
+    dropin.Training.add_to(run, "of plain, convert and compress")
     run.add_argument("--also", action="append", default=[], metavar="NAME=DATA:LABEL:FIELDS")
-    run.add_argument("--adagrad", action="store_true", help="for their tables")
     show = commands.add_parser("table")
     show.add_argument("out", type=Path)
     show.add_argument("-o", "--summary", type=Path)
@@ -345,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(str(error))
         seeds = [int(seed) for seed in args.seeds.split(",")]
         budgets = [float(budget) for budget in args.budgets.split(",")]
-        run_all(args.out, sets, seeds, args.kinds.split(","), budgets, args.decay, args.adagrad)
+        run_all(args.out, sets, seeds, args.kinds.split(","), budgets, dropin.Training.given(args))
         return
     summary = summarise(list(read(args.out)))
     if args.summary:

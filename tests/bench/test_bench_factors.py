@@ -32,6 +32,16 @@ def test_it_runs_and_nothing_is_lost_in_8_bits(task, tmp_path, capsys):
     assert f"| {task} | converted, 30 % |" in capsys.readouterr().out
 
 
+def test_tables_by_adagrad_are_named_so(tmp_path, capsys):
+    out = tmp_path / "runs.jsonl"
+    given = [str(out), "--seeds", "1", "--tasks", "ratings", "--samples", "6000", "--epochs", "2"]
+    factors.main(given)
+    factors.main([*given, "--adagrad", "--rate", "0.5"])
+    by_adam, by_adagrad = (record["models"][0]["score"] for record in read(out))
+    assert by_adam != by_adagrad
+    assert "| ratings, adagrad True, rate 0.5 | plain |" in capsys.readouterr().out
+
+
 def test_differences_are_those_of_a_seed():
     records = []
     for seed, scores in enumerate([(1, 1.5), (2, 2.25)]):

@@ -110,8 +110,9 @@ def test_the_ten_lines_with_weight_decay(tmp_path, monkeypatch):
     monkeypatch.setattr(sizes, "BITS_OF_LINES", {1.0: (None,)})
     monkeypatch.setattr(sizes.dropin, "EPOCHS", 2)
     out, sets = tmp_path / "runs.jsonl", {"s": ("synthetic:300", "label", "")}
-    for decay in (None, 10.0):
-        sizes.run_all(out, sets, [0], ["plain", "convert"], [1.0], decay)
+    for decay in (0.0, 10.0):
+        training = sizes.dropin.Training(decay=decay)
+        sizes.run_all(out, sets, [0], ["plain", "convert"], [1.0], training)
     plain, same, decayed, converted = map(json.loads, out.open())
     assert "decay" not in plain["job"] and decayed["job"]["decay"] == 10.0
     assert decayed["val_logloss"] != plain["val_logloss"]
@@ -120,6 +121,24 @@ def test_the_ten_lines_with_weight_decay(tmp_path, monkeypatch):
     summary = {e["method"]: e for e in sizes.summarise([plain, same, decayed, converted])}
     against = summary["convert decay 10"]["against"]["full"]["mean"]
     assert against == pytest.approx(converted["test_auc"] - decayed["test_auc"])
+
+
+def test_the_ten_lines_are_trained_as_options_say(tmp_path, monkeypatch):
+    """By another rate, optimizer or batch the plain model is another, and converted the same."""
+    monkeypatch.setattr(sizes, "BITS_OF_LINES", {1.0: (None,)})
+    monkeypatch.setattr(sizes.dropin, "EPOCHS", 2)
+    monkeypatch.setitem(sizes.SETS, "s", ("synthetic:300", "label", ""))
+    out, found = tmp_path / "runs.jsonl", set()
+    ways = [], ["--rate", "1e-2"], ["--adagrad"], ["--adagrad", "--rate", ".1"], ["--batch", "64"]
+    for way in ways:
+        given = ["--sets", "s", "--seeds", "0", "--kinds", "plain,convert", "--budgets", "1"]
+        sizes.main(["run", str(out), *given, *way])
+        plain, converted = list(map(json.loads, out.open()))[-2:]
+        assert converted["val_logloss"] == pytest.approx(plain["val_logloss"], abs=1e-5)
+        found.add(plain["val_logloss"])
+    assert len(found) == len(ways)
+    names = {entry["method"] for entry in sizes.summarise(list(map(json.loads, out.open())))}
+    assert {"plain adagrad rate 0.1", "convert batch 64", "plain"} <= names
 
 
 def test_sets_go_by_the_names_that_are_printed(capsys):
