@@ -616,7 +616,16 @@ def test_a_diverging_run_says_so(source):
 
 
 @pytest.mark.parametrize(
-    ("rows", "size"), [(100, 256), (100_000, 1024), (327_346, 4096 // 2), (1_000_209, 8192)]
+    ("rows", "size"),
+    [
+        (100, 64),
+        (10_000, 64),
+        (19_000, 128),
+        (30_000, 256),
+        (100_000, 1024),
+        (327_346, 2048),
+        (1_000_209, 8192),
+    ],
 )
 def test_default_batch_size_makes_about_a_hundred_steps(rows, size):
     assert default_batch_size(rows) == size

@@ -16,8 +16,8 @@ from amtl.errors import INTO_ONE, UserError, listed
 
 
 def default_batch_size(rows: int) -> int:
-    """About a hundred steps an epoch, a power of two from 256 to 8192."""
-    size = 256
+    """About a hundred steps an epoch, a power of two from 64 to 8192."""
+    size = 64
     while size < 8192 and size * 2 * 100 <= rows * 8 // 10 * 1.5:
         size *= 2
     return size
