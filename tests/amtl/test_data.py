@@ -409,7 +409,7 @@ def test_nycflights_from_the_package():
 def test_a_recipe_is_by_method_over_that_of_all():
     recipe = {"": {"lr": 0.5, "patience": 3}, "rule": {"lr": 0.1, "batch_size": 7}}
     source = registry.Source("here", pl.DataFrame({"a": [1] * 1000}), recipe=recipe)
-    assert source.settings("amtl") == {"batch_size": 256, "lr": 0.5, "patience": 3}
+    assert source.settings("amtl") == {"batch_size": 64, "lr": 0.5, "patience": 3}
     assert source.settings("rule") == {"batch_size": 7, "lr": 0.1, "patience": 3}
 
 
