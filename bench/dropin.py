@@ -11,6 +11,7 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import amtl
@@ -55,6 +56,11 @@ class Training(NamedTuple):
         """What the options say."""
         return cls(**{name: getattr(arguments, name) for name in cls._fields})
 
+    @classmethod
+    def of(cls, job: Mapping[str, Any]) -> Training:
+        """What a job says of it."""
+        return cls(**{name: job[name] for name in cls._fields if name in job})
+
     def unusual(self) -> dict[str, Any]:
         """The fields that are not as usual: what a job says of it."""
         usual = type(self)()._asdict()
@@ -78,6 +84,9 @@ class Training(NamedTuple):
             return [*found, torch.optim.Adam(rest, lr=rate)] if rest else found
         groups = [{"params": tables, "weight_decay": self.decay, "lr": self.rate or rate}]
         return [torch.optim.Adam([*groups, {"params": rest}], lr=rate)]
+
+
+USUAL = Training()
 
 
 class ClickModel(nn.Module):
@@ -147,7 +156,7 @@ def train(
     budget: float | None = None,
     bits: int | None = None,
     after: bool = False,
-    training: Training = Training(),  # noqa: B008
+    training: Training = USUAL,
 ) -> dict[str, Any]:
     """Trains a model, converted if there is a budget; tests it as it was when it validated best.
 

@@ -26,7 +26,7 @@ import torch
 from amtl.paper.records import Claim, append, read
 from torch import Tensor, nn
 
-from bench.dropin import Training
+from bench.dropin import USUAL, Training
 from bench.sequences import Sequences
 
 BUDGETS = (0.3, 0.125, 0.03)
@@ -120,7 +120,7 @@ def train(
     model: nn.Module,
     epochs: int,
     seed: int,
-    training: Training = Training(),  # noqa: B008
+    training: Training = USUAL,
 ) -> float:
     """The test metric of the best epoch on validation, to which the model goes back."""
     data.generator.manual_seed(seed)
@@ -180,8 +180,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[tuple[str, str, float], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for record in records:
         job = record["job"]
-        how = {name: job[name] for name in Training._fields if name in job}
-        task, seed = ", ".join((job["task"], *(f"{k} {v}" for k, v in how.items()))), job["seed"]
+        how = (f"{name} {value}" for name, value in Training.of(job).unusual().items())
+        task, seed = ", ".join((job["task"], *how)), job["seed"]
         for model in record["models"]:
             found[task, model["kind"], model["budget"]][seed] = model
     lines = [

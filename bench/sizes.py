@@ -58,8 +58,6 @@ FEW_BITS = {
 
 Key = tuple[str, str, float]
 
-_USUAL = dropin.Training()
-
 
 KINDS = ("fixed", "amtl", "few-bits", "taught", "rule")
 LINES = ("plain", "convert", "compress")
@@ -77,7 +75,7 @@ def jobs(
     seeds: Sequence[int],
     kinds: Sequence[str] = KINDS,
     budgets: Sequence[float] = BUDGETS,
-    training: dropin.Training = _USUAL,
+    training: dropin.Training = dropin.USUAL,
 ) -> list[dict[str, Any]]:
     """All runs: full size and fixed tables of the same bytes, then what is sized by row.
 
@@ -127,7 +125,7 @@ def run_all(
     seeds: Sequence[int],
     kinds: Sequence[str] = KINDS,
     budgets: Sequence[float] = BUDGETS,
-    training: dropin.Training = _USUAL,
+    training: dropin.Training = dropin.USUAL,
 ) -> None:
     """Makes the runs that `out` lacks and nobody else is making."""
     torch.set_num_threads(1)
@@ -157,7 +155,7 @@ def _runs(job: dict[str, Any], config: TrainConfig, task: Task) -> Iterator[dict
         bits = int(job["bits"]) if "bits" in job else None
         dim = job.get("dim", DIM)
         after = job["method"] == "compress"
-        training = dropin.Training(**{k: job[k] for k in dropin.Training._fields if k in job})
+        training = dropin.Training.of(job)
         run = dropin.train(task, job["seed"], dim, job.get("budget"), bits, after, training)
         yield {"job": job, **run}
     elif job.get("taught"):

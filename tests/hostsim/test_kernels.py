@@ -41,13 +41,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.int64: 0.0, torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 9e-3}
 
 
-def close(got: Tensor, want: Tensor, what: str, scale: float = 1.0) -> None:
-    """Equal up to one rounding, relative to the largest value."""
+def close(got: Tensor, want: Tensor, what: str, scale: float = 1.0, least: float = 1e-30) -> None:
+    """Equal up to one rounding, relative to the largest value, or to ``least`` if that is more."""
     assert got.shape == want.shape, what
     if not got.numel():
         return
     assert not got.isnan().any(), f"{what}: something was not written"
-    error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=least)
     assert error <= scale * TOLERANCE[got.dtype], f"{what}: relative error {error:.2e}"
 
 
@@ -84,21 +84,18 @@ def test_no_races_in_any_order_and_equal_results(
 def backward_is_close(batch: Inputs, found: Any, scale: float = 3) -> None:
     """Row gradients, mask gradients and those of the weights, against float64.
 
-    Each relative to the sum of its terms without their signs: of one lookup the gradient of its
-    weight is one sum, and terms that cancel leave nothing else to be relative to.
+    Relative to the largest or, if that is more, to the root of the most that terms squared come to:
+    of one lookup the gradient of its weight is one sum, whose terms may cancel.
     """
-    unsigned = copy.copy(batch)
+    squared = copy.copy(batch)
     for name in ("weight", "per_sample_weights", "grad_flat", "grad_bags"):
-        setattr(unsigned, name, getattr(batch, name).abs())
-    want, terms = (
-        flatten(in_double("lookup_backward", search(each).backward())) for each in (batch, unsigned)
+        setattr(squared, name, getattr(batch, name).double().square())
+    want, squares = (
+        flatten(in_double("lookup_backward", search(each).backward())) for each in (batch, squared)
     )
-    for got, wanted, of_terms in zip(flatten(found), want, terms, strict=True):
-        assert got.shape == wanted.shape
-        assert not got.isnan().any(), "something was not written"
-        apart = (got.double() - wanted.double()).abs()
-        excess = (apart - scale * TOLERANCE[got.dtype] * of_terms.double()).max() if len(got) else 0
-        assert excess <= 0, f"beyond what rounding explains by {excess:.2e}"
+    for got, wanted, square in zip(flatten(found), want, squares, strict=True):
+        least = float(square.double().max().sqrt()) if len(square) else 0.0
+        close(got, wanted, "backward", scale, max(least, 1e-30))
 
 
 @settings(deadline=None, max_examples=40)
