@@ -44,6 +44,43 @@ def test_text_is_read_alike_whatever_separates_it(tmp_path, name, separator):
     assert load_source(str(path)).frame.equals(TABLE)
 
 
+@pytest.mark.parametrize("sign", ["::", "^", "\x01", "~"])
+def test_other_signs_separate_columns_where_no_usual_one_does(tmp_path, sign):
+    path = tmp_path / "films.csv"
+    rows = [["id", "film", "genres"], ["1", "Heat, 1995", "Crime"], ["2", '"A, b"', "X|Y|Z"]]
+    path.write_text("".join(f"{sign.join(row)}\n" for row in rows))
+    contents = read_file(path)
+    films = {"id": [1, 2], "film": ["Heat, 1995", "A, b"], "genres": ["Crime", "X|Y|Z"]}
+    assert contents.frame.to_dict(as_series=False) == films
+    assert "columns are separated by" in contents.notes[0]
+    path.write_text("a,b\n1::2,3\n4::5,6\n")
+    assert read_file(path).frame.rows() == [("1::2", 3), ("4::5", 6)]
+
+
+@pytest.mark.parametrize("name", ["u.data", "ratings.dat.gz", "clicks.base"])
+def test_of_other_names_text_of_even_lines_is_a_table(tmp_path, name):
+    path = tmp_path / name
+    content = b"196\t242\t3\t881250949\n186\t302\t3\t891717742\n22\t377\t1\t878887116\n"
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_file(path).frame.rows()[1] == (186, 302, 3, 891717742)
+    objects = tmp_path / "clicks.log"
+    objects.write_bytes(b'{"user": 3}\n{"user": 4}\n')
+    assert read_file(objects).frame.to_dict(as_series=False) == {"user": [3, 4]}
+
+
+def test_names_as_recbole_writes_them_say_what_columns_hold(tmp_path):
+    path = tmp_path / "shop.inter"
+    header = "user_id:token\titem_id:token\trating:float\ttags:token_seq\tcodes:token_seq\n"
+    path.write_text(header + "1\ta\t3.5\tred big\t7\n2\tb\t4\tred\t8\n3\ta\t1\t\t9\n")
+    frame = read_file(path).frame
+    assert frame.columns == ["user_id", "item_id", "rating", "tags", "codes"]
+    assert frame["rating"].to_list() == [3.5, 4.0, 1.0]
+    assert frame["tags"].to_list() == [["red", "big"], ["red"], None]
+    assert frame["codes"].to_list() == [["7"], ["8"], ["9"]]
+    path.write_text("time:of\ty:token\n1\t2\n3\t4\n")
+    assert read_file(path).frame.columns == ["time:of", "y:token"]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize(
     "lines",
@@ -378,11 +415,13 @@ def test_a_first_line_longer_than_the_sample_may_end_it_within_a_letter(tmp_path
         ),
         (
             "a.csv",
-            b'y^a^c\n1^2^"x, y"\n0^3^z\n',
-            r"line 2 has 2 columns, the first 1, .* by commas, tabs, semicolons or bars: .*tr '\^'",
+            b'y#a#c\n1#2#"x, y"\n0#3#z\n',
+            r"line 2 has 2 columns, the first 1, .* by commas, tabs, semicolons or bars: .*tr '#'",
         ),
-        ("a.csv", b"y::a::c\n1::2::x, y\n0::3::z\n", r"line 2 .*: sed 's/::/\\t/g' FILE"),
-        ("a.txt", b"y\x01c\n1\x01x,y\n0\x01z\n", r"line 2 .*: tr '\\001' '\\t' < FILE"),
+        ("a.csv", b"y==a==c\n1==2==x, y\n0==3==z\n", r"line 2 .*: sed 's/==/\\t/g' FILE"),
+        ("a.txt", b"y\x02c\n1\x02x,y\n0\x02z\n", r"line 2 .*: tr '\\002' '\\t' < FILE"),
+        ("notes.md", b"# A title\n\nText, with commas.\nAnd more of it.\n- this\n", "unknown kind '.md'"),
+        ("empty.dat", b"", "unknown kind '.dat'"),
         ("a.csv", b"names\nA, B\nC\n", "commas, tabs.*if there is one column, put a value that"),
         ("a.csv", b"y,b,c\n1,2,3\n0,5\n1\n0,,\n", r"line 3 has 2 .* first 3 \(2 lines are too sh"),
         ("a.csv", b'y,b\n1,"2\n3"\n0\n', "line 4 has 1 columns, the first 2; delete it, or end it"),
@@ -408,7 +447,7 @@ def test_unreadable_files_say_what_to_do(tmp_path, name, content, message):
         read(tmp_path, content, name)
 
 
-@pytest.mark.parametrize("sign", [" ", "^", ":", "~"])
+@pytest.mark.parametrize("sign", [" ", "#", ":", "="])
 def test_a_column_that_is_missing_may_be_one_that_was_not_taken_apart(tmp_path, sign):
     frame = read(tmp_path, f"y{sign}a\n1{sign}2\n0{sign}3\n").frame
     with pytest.raises(UserError, match=r"no column 'y'.* commas, tabs, semicolons or bars"):

@@ -78,7 +78,8 @@ def read_file(path: Path | str) -> Contents:
     Files may be compressed (`.gz`, `.zst`, `.bz2`, `.xz`; all but bzip2 by any name) or alone in a
     zip archive, and text be UTF-8, UTF-16 with a byte order mark, or Windows-1252, which is noted.
     Parquet and Arrow may have any name, and what is piped in, or without a suffix, none: then JSON
-    and text are told by their first sign. The separator of text is told by
+    and text are told by their first sign, as they are in files of another suffix, where each line
+    of text must have as many columns. The separator of text is told by
     its first lines, and so is whether it has a header, whether a `.txt` is libsvm, and whether JSON
     is an object a line or one list of them. The fields of structs are columns: see `flat`.
 
@@ -102,7 +103,8 @@ def _read(path: Path) -> Contents:
                 return _contents(_nameless(copy), packing.plain(copy), str(path))
         if packing.is_archive(path) and kind not in sheets.SUFFIXES:
             return _contents(*packing.alone(path, is_table), str(path))
-        kind = kind or _nameless(path)
+        if not is_table(PurePath(f"a{kind}")):
+            kind = _nameless(path, named=kind)
         if is_table(PurePath(f"a{kind}")):
             return _contents(kind, packing.plain(path), str(path))
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -111,7 +113,7 @@ def _read(path: Path) -> Contents:
     known = ", ".join((_PARQUET[0], *_ARROW, *named, sheets.SUFFIXES[0]))
     raise UserError(
         f"{str(path)!r}: unknown kind {kind!r}; give one of {known} (text also as .gz, .zst, "
-        ".bz2, .xz, .zip). Of text with :: between columns: sed 's/::/\\t/g' FILE > FILE.tsv"
+        ".bz2, .xz, .zip), or text of which each line has as many columns"
     )
 
 
@@ -121,16 +123,23 @@ def is_table(path: PurePath) -> bool:
     return packing.kind(path) in kinds
 
 
-def _nameless(path: Path) -> str:
-    """What a file is whose name does not say; empty if that is no table."""
-    if kind := packing.kind_of(path):
+def _nameless(path: Path, named: str = "") -> str:
+    """What a file is whose name does not say, or says `named`, which is not known.
+
+    Then it is `named` unless it is JSON or text of which each line has as many columns. Empty if it
+    is no table.
+    """
+    if not named and (kind := packing.kind_of(path)):
         return kind
     source = packing.plain(path)
     with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
         sample = file.read(_SAMPLE)
     if b"\0" in sample and sample[:2] not in _UTF16:
-        return ""
-    return ".json" if sample.lstrip(_BEFORE)[:1] in (b"{", b"[") else ".txt"
+        return named
+    if sample.lstrip(_BEFORE)[:1] in (b"{", b"["):
+        return ".json"
+    first = text.first_lines(sample, whole=len(sample) < _SAMPLE)
+    return ".txt" if not named or text.is_table(first) or libsvm.looks_like(first) else named
 
 
 def _contents(kind: str, source: Path | io.BytesIO, where: str) -> Contents:

@@ -19,6 +19,8 @@ from amtl.errors import UserError, brief, listed
 _SEPARATORS = (",", "\t", ";", "|")
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 SEPARATED_BY = "separated by commas, tabs, semicolons or bars"
+_OTHERS = {"::": "::", "\x01": "\\x01", "^": "^", "~": "~"}
+"""What separates columns where none of these does, as in MovieLens' files and Hive's."""
 _LINES = 100
 _PADDED = r"^[+-]?0\d+$"
 _LONG = r"^[+-]?\d{16,}$"
@@ -46,6 +48,8 @@ _MARKED_BELOW = 0.1
 """Share of the rows up to which one or two other texts stand for missing numbers."""
 FEW_NUMBERS = 20
 """Whole numbers of a column up to which other texts beside them are values of their own."""
+_TYPED = re.compile(r"(.+):(?:token|float)(_seq)?")
+"""A name of a column in RecBole's files, which says what it holds, `_seq` of several by spaces."""
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\r?\n', re.IGNORECASE)
 """By which Excel is told the separator."""
 _MOST_TITLES = 10
@@ -97,7 +101,11 @@ def read(
     if first[:1] in ("\r", "\n"):
         source = io.BytesIO(contents_of(source).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"))
         first = first.lstrip("\r\n")
-    if _by_spaces(first):
+    if other := _other_separator(first):
+        source = io.BytesIO(contents_of(source).replace(other.encode(), b"\t"))
+        first, separator = first.replace(other, "\t"), "\t"
+        notes.append(f"columns are separated by {_OTHERS[other]}")
+    elif _by_spaces(first):
         source = io.BytesIO(_with_tabs(contents_of(source).decode("utf-8-sig")).encode())
         first, separator = _with_tabs(first), "\t"
         notes.append("columns are separated by spaces")
@@ -122,6 +130,13 @@ def read(
         notes.append(f"spaces after {_NAMES[found]} are left out")
     header = has_header(rows)
     names = rows[0]
+    several: list[str] = []
+    typed = [_TYPED.fullmatch(name) for name in names]
+    if all(typed):
+        header = True
+        names = [match[1] for match in typed if match]
+        several = [match[1] for match in typed if match and match[2]]
+        notes.append("what the names of columns say of their types is left out: name:token")
     if header:
         names = [name or f"c{i}" for i, name in enumerate(names)]
         twice = [name for name, times in Counter(names).items() if times > 1]
@@ -156,7 +171,8 @@ def read(
         notes.append(
             f"integers with leading zeros are text: {listed([frame.columns[i] for i in padded])}"
         )
-    frame, marks = with_gaps(frame, comma, notes)
+    lists = [pl.col(name).cast(pl.String).str.split(" ") for name in several]
+    frame, marks = with_gaps(frame.with_columns(lists), comma, notes)
     return frame, tuple(notes), marks
 
 
@@ -391,6 +407,31 @@ def find_separator(first: str, expected: str) -> str:
     if expected in wide or not wide:
         return expected
     return max(wide, key=lambda s: wide[s])
+
+
+def _other_separator(first: str) -> str:
+    """The one of `_OTHERS` that cuts every line into equally many columns where no sign does."""
+    if "\t" in first or is_separated(first):
+        return ""
+    lines = [line for line in first.splitlines() if line][: _LINES + 1]
+    lines = lines[:-1] if len(lines) > 2 else lines
+    for sign in _OTHERS:
+        if len(times := {line.count(sign) for line in lines}) == 1 and min(times):
+            return sign
+    return ""
+
+
+def is_separated(first: str) -> bool:
+    """Whether a known separator cuts every line into equally many columns, two at least."""
+    widths = ({len(row) for row in _rows(first, sign)} for sign in _SEPARATORS)
+    return any(len(width) == 1 and min(width) > 1 for width in widths)
+
+
+def is_table(first: str) -> bool:
+    """Whether the first lines of a file are rows of columns, whatever separates these."""
+    return bool(first.strip()) and (
+        is_separated(first) or bool(_other_separator(first)) or _by_spaces(first)
+    )
 
 
 def _by_spaces(first: str) -> bool:
