@@ -420,7 +420,7 @@ def test_a_first_line_longer_than_the_sample_may_end_it_within_a_letter(tmp_path
         ),
         ("a.csv", b"y==a==c\n1==2==x, y\n0==3==z\n", r"line 2 .*: sed 's/==/\\t/g' FILE"),
         ("a.txt", b"y\x02c\n1\x02x,y\n0\x02z\n", r"line 2 .*: tr '\\002' '\\t' < FILE"),
-        ("notes.md", b"# A title\n\nText, with commas.\nAnd more of it.\n- this\n", "unknown kind '.md'"),
+        ("notes.md", b"# A title\n\nText, with commas.\nMore.\n- this\n", "unknown kind '.md'"),
         ("empty.dat", b"", "unknown kind '.dat'"),
         ("a.csv", b"names\nA, B\nC\n", "commas, tabs.*if there is one column, put a value that"),
         ("a.csv", b"y,b,c\n1,2,3\n0,5\n1\n0,,\n", r"line 3 has 2 .* first 3 \(2 lines are too sh"),
