@@ -425,54 +425,45 @@ def evaluate(
     label_missing: Annotated[
         str | None, typer.Option(help="drop or negative, see train.", show_default="as trained")
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Also the AUC within each value of this column, as the user.",
+            show_default="none",
+            callback=arguments.not_empty,
+        ),
+    ] = None,
 ) -> None:
     """Score a trained or packed model: AUC and log loss."""
-    from amtl.data import labelled, load_rows
-    from amtl.data.negatives import has_labels, with_negatives
-    from amtl.data.weights import weighed
-    from amtl.run.display import shown_auc
+    from amtl.run import scoring
+    from amtl.run.display import shown_auc, shown_within
     from amtl.run.folders import load_trained
     from amtl.run.progress import waiting
 
     trained = load_trained(run)
-    if data is None:
-        if label or any(v is not None for v in (label_threshold, label_positive, label_missing)):
-            raise UserError("--label and its kin are about DATA: name the file to score")
-        what, strange = f"test split of {trained.config.data}", []
-        with waiting(console, f"reading {trained.config.data}"):
-            encoded = trained.test_split()
-    else:
-        with waiting(console, f"reading {data}"):
-            (frame, told), config = load_rows(data, trained.encoder.optional()), trained.config
-        if config.negatives and label is None and not has_labels(frame):
-            frame, _ = with_negatives(frame, config.negatives)
-        if label_threshold is None and label_positive is None:
-            label_threshold, label_positive = config.label_threshold, config.label_positive
-        if label is not None and label in trained.encoder.columns:
-            raise UserError(f"--label {label}: that is a field, from which the model predicts")
-        missing = config.label_missing if label_missing is None else label_missing
-        labelling = label or config.label, label_threshold, label_positive, missing
-        frame, labels = labelled(frame, labelling, trains=False)
-        frame, weights = weighed(frame, config.weight, trains=False)
-        encoded, what = trained.encoder.transform(frame, labels, weights), data
-        strange = [*told, *trained.unseen_columns(frame, encoded).values()]
-        if trained.encoder.has_labels(encoded.labels):
-            seen = "the model was trained on most of these rows, or chosen by them, as their labels"
-            strange.append(f"{seen} tell; amtl evaluate {run} scores its test split")
-        if config.weight and weights is None:
-            absent = f"{data} has no column {config.weight!r}, which weighs rows in training"
-            strange.append(f"{absent}: all rows weigh the same in these scores")
+    labelling = label, label_threshold, label_positive, label_missing
+    if data is None and any(v is not None for v in labelling):
+        raise UserError("--label and its kin are about DATA: name the file to score")
+    what = f"test split of {trained.config.data}" if data is None else data
+    with waiting(console, f"reading {data or trained.config.data}"):
+        if data is None:
+            rows = scoring.of_test_split(trained, by)
+        else:
+            rows = scoring.of_file(trained, data, labelling, by)
     with waiting(console, "scoring"):
-        result = trained.evaluate(encoded)
+        result = trained.evaluate(rows.encoded, rows.groups)
     unused = trained.encoder.unused()
     unknown = {k: v for k, v in result["unknown_values"].items() if v and k not in unused}
-    by = "" if encoded.weights is None else f", weighted by {trained.config.weight!r}"
-    console.print(f"[bold]{escape(what)}[/]: {len(encoded):,} rows{escape(by)}", highlight=False)
+    of = "" if rows.encoded.weights is None else f", weighted by {trained.config.weight!r}"
+    count = f"{len(rows.encoded):,} rows"
+    console.print(f"[bold]{escape(what)}[/]: {count}{escape(of)}", highlight=False)
     area = shown_auc(result["auc"], result["auc_error"], result["rows"], result["positive"])
     console.print(
         f"AUC {area}   log loss {result['logloss']:.4f}   positive {result['positive_rate']:.1%}",
         highlight=False,
     )
+    if by is not None:
+        console.print(escape(shown_within(by, result)), highlight=False)
     if unknown:
         rowless = listed([f"{k} {v:,}" for k, v in unknown.items()])
         text = f"values without a row of their own: {escape(rowless)}"
@@ -480,7 +471,7 @@ def evaluate(
     if unused:
         text = f"not used by this model: {escape(listed(unused))}"
         console.print(text, style="dim", highlight=False)
-    for sentence in strange:
+    for sentence in rows.strange:
         console.print(escape(sentence), style="yellow", highlight=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,17 @@ def shown_auc(auc: float, error: float, rows: int, positive: int) -> str:
     if told := one_class(rows, positive):
         return f"[bold]none[/]: {told}; another --split in training may test on both"
     return f"[bold]{auc:.4f}[/]" + ("" if math.isnan(error) else f" ± {error:.4f} s.e.")
+
+
+def shown_within(by: str, result: Mapping[str, Any]) -> str:
+    """The AUC within groups of rows, and of which these are."""
+    if not result["groups"]:
+        return f"AUC within {by!r}: none, for no value has rows of both classes"
+    return (
+        f"AUC within {by!r} {result['grouped_auc']:.4f}, the mean by rows over "
+        f"{result['groups']:,} values that have both classes ({result['grouped_rows']:.1%} of the "
+        "rows)"
+    )
 
 
 def print_result(console: Console, metrics: dict[str, Any], out: Path) -> None:

@@ -25,7 +25,7 @@ from amtl.data.threads import require_threads
 from amtl.errors import brief
 from amtl.run import methods
 from amtl.run.config import TrainConfig
-from amtl.run.metrics import auc, auc_error, log_loss
+from amtl.run.metrics import auc, auc_error, grouped_auc, log_loss
 from amtl.run.model import ClickModel, predict
 from amtl.run.preparation import copies_of, held, rows_of
 
@@ -156,7 +156,11 @@ class Trained:
         return result
 
     def test_split(self) -> EncodedData:
-        """The test rows of the data it was trained on, loaded anew.
+        """The test rows of the data it was trained on, loaded anew: see `test_rows`."""
+        return self.encoder.transform(*self.test_rows())
+
+    def test_rows(self) -> tuple[pl.DataFrame, Tensor, Tensor | None]:
+        """The test rows of the data it was trained on, with their labels and weights.
 
         Raises:
             UserError: the data are not what they were.
@@ -169,17 +173,23 @@ class Trained:
         same = copies_of(frame, labels, config)
         rows = split_rows(frame, config.split, config.split_seed, same)[2]
         part = None if weights is None else weights[rows]
-        return self.encoder.transform(frame[rows.numpy()], labels[rows], part)
+        return frame[rows.numpy()], labels[rows], part
 
-    def evaluate(self, data: EncodedData) -> dict[str, Any]:
+    def evaluate(self, data: EncodedData, groups: Tensor | None = None) -> dict[str, Any]:
         """AUC with its standard error, log loss, rows by class, and values unseen in training.
 
-        Of rows that weigh anything, by their weights.
+        Of rows that weigh anything, by their weights. With `groups` (see `grouped_auc`) also the
+        AUC within these, how many have one, and which share of the rows they are.
         """
         logits, labels, weights = predict(self.model, data), data.labels, data.weights
         rate = labels.mean() if weights is None else (labels * weights).sum() / weights.sum()
+        within: dict[str, Any] = {}
+        if groups is not None:
+            names = ("grouped_auc", "groups", "grouped_rows")
+            within = dict(zip(names, grouped_auc(logits, labels, groups, weights), strict=True))
         return {
             **held(labels, weights),
+            **within,
             "auc": auc(logits, labels, weights),
             "auc_error": auc_error(logits, labels, weights),
             "logloss": log_loss(logits, labels, weights),
