@@ -598,7 +598,7 @@ def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
 
 
 REACHED_FROM = {
-    "scoring.py": {"evaluate"},
+    "run/scoring.py": {"evaluate"},
     "cli.py": {"train", "evaluate", "pack", "inspect", "report", "compare", "demo"},
     "data/labels.py": {"train", "evaluate"},
     "packed.py": {"evaluate", "pack", "inspect"},
