@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -180,50 +182,88 @@ def test_runs_from_before_there_were_backbones(source):
     assert names == ["AMTL D=8 50%", "dcn, AMTL D=8 50%"]
 
 
+def test_runs_from_before_have_sums(source, tmp_path):
+    before = settings(backbone="deepfm", backbone_means=False, epochs=1)
+    start(before, tmp_path / "run", source=source).run()
+    expected = load_run(tmp_path / "run").logits(source.frame)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config.pop("backbone_means") is False
+    del config["crc32"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    old = load_run(tmp_path / "run")
+    assert not old.model.interaction.means
+    assert torch.equal(old.logits(source.frame), expected)
+    packed = pack_run(tmp_path / "run", tmp_path / "packed.safetensors")
+    assert torch.equal(load_trained(tmp_path / "packed.safetensors").logits(source.frame), expected)
+    assert not packed.model.interaction.means
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "din"])
+def test_nothing_runs_away_from_many_fields_at_default_rates(backbone):
+    """Two fields of forty tell of the label; with sums log loss was above 2, guessing has .69."""
+    rng = np.random.default_rng(0)
+    columns = {f"c{i}": rng.integers(0, 300, 4000) for i in range(40)}
+    logit = rng.normal(size=300)[columns["c0"]] + rng.normal(size=300)[columns["c1"]]
+    label = (rng.random(4000) < 1 / (1 + np.exp(-logit))).astype(int)
+    many = Source("forty fields", pl.DataFrame({**columns, "label": label}), "label")
+    config = TrainConfig("forty fields", "label", epochs=1, race=False, batch_size=64)
+    metrics = start(replace(config, backbone=backbone), source=many).run()
+    assert metrics["val_logloss"] < 0.69
+
+
 def inputs(dim=D):
     torch.manual_seed(0)
     return torch.randn(B, F), torch.randn(B, F, dim), torch.randn(B, K)
 
 
-def part(name):
+def part(name, means=True):
     torch.manual_seed(1)
-    made = interaction(name, F, D + INTERACTIONS[name].first_order, K)
+    made = interaction(name, F, D + INTERACTIONS[name].first_order, K, means)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made
 
 
 def first_order(made, own, dense):
-    return own.sum(1) + (dense * made.dense_weight).sum(1)
+    return own.sum(1) / (F if made.means else 1) + (dense * made.dense_weight).sum(1)
 
 
-def test_wide_and_fm_are_their_sums():
+@pytest.mark.parametrize("means", [True, False])
+def test_wide_and_fm_are_their_means_or_sums(means):
     own, embedded, dense = inputs()
-    made = part("widedeep")
+    made = part("widedeep", means)
     torch.testing.assert_close(made(own, embedded, dense), first_order(made, own, dense))
-    made = part("deepfm")
+    made = part("deepfm", means)
     pairs = sum(
         (embedded[:, f] * embedded[:, g]).sum(1) for f, g in itertools.combinations(range(F), 2)
     )
-    expected = first_order(made, own, dense) + pairs
+    expected = first_order(made, own, dense) + pairs / (F * (F - 1) / 2 * D if means else 1)
     torch.testing.assert_close(made(own, embedded, dense), expected)
 
 
-def test_cross_network_is_its_recursion():
+def test_of_one_field_there_are_no_pairs():
+    made = interaction("deepfm", 1, D + 1, 0)
+    embedded = torch.randn(B, 1, D)
+    assert torch.equal(made(torch.zeros(B, 1), embedded, torch.zeros(B, 0)), torch.zeros(B))
+
+
+@pytest.mark.parametrize("means", [True, False])
+def test_cross_network_is_its_recursion(means):
     own, embedded, dense = inputs()
-    made = part("dcn")
+    made = part("dcn", means)
     for b in range(B):
         first = torch.cat([*embedded[b], dense[b]])
         x = first
         for weight, bias in zip(made.weights, made.biases, strict=True):
-            x = torch.outer(first, x) @ weight + bias + x
+            x = torch.outer(first, x) @ weight / (len(x) if means else 1) + bias + x
         expected = x @ made.out.weight[0]
         torch.testing.assert_close(made(own, embedded, dense)[b], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compressed_interaction_is_its_sum_over_pairs():
+@pytest.mark.parametrize("means", [True, False])
+def test_compressed_interaction_is_its_sum_over_pairs(means):
     own, embedded, dense = inputs()
-    made = part("xdeepfm")
+    made = part("xdeepfm", means)
     x, sums = embedded, []
     for layer in made.layers:
         weight = layer.weight.view(len(layer.weight), x.shape[1], F)
@@ -234,7 +274,7 @@ def test_compressed_interaction_is_its_sum_over_pairs():
                 row = row + weight[h, i, j] * x[:, i] * embedded[:, j]
             rows.append(row)
         x = torch.stack(rows, 1)
-        sums.append(x.sum(2))
+        sums.append(x.mean(2) if means else x.sum(2))
     expected = first_order(made, own, dense) + torch.cat(sums, 1) @ made.out.weight[0]
     torch.testing.assert_close(made(own, embedded, dense), expected, rtol=1e-4, atol=1e-3)
 
@@ -285,7 +325,7 @@ def test_first_order_weights_are_the_first_numbers_of_rows(source):
     torch.nn.init.zeros_(model.mlp[-1].weight)
     torch.nn.init.zeros_(model.mlp[-1].bias)
     batch = trainer.task.train.batch(torch.arange(20))
-    expected = model.embed(batch)[:, :, 0].sum(1)
+    expected = model.embed(batch)[:, :, 0].mean(1)
     torch.testing.assert_close(model(batch), expected)
     assert model.mlp[0].in_features == 3 * 7 + trainer.task.encoder.num_dense
     assert methods.table_parameters(model.table)[0].shape[1] == 8

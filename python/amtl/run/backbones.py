@@ -5,6 +5,11 @@ with a logit, or for DIN an attention that pools a field of several values. None
 first-order weight for each value, where the paper has one, is the first number of the value's row
 in the embedding table: a table of width 1 beside it, in the same file and the same budget. So what
 is reported of the table's bytes is all that values cost.
+
+Where a paper sums over fields, pairs of fields or the numbers of an embedding, a part takes the
+mean. The models are the same ones, for a table's values are as large as they are trained to be, but
+logits of forty fields move in one step as far as those of two: tables are trained at high rates,
+which the MLP wants, and by which such sums run away.
 """
 
 from __future__ import annotations
@@ -24,13 +29,15 @@ class Interaction(nn.Module):
         num_fields: embedded fields F.
         dim: width D of what follows the first-order weight, if the part has one.
         num_dense: numbers K beside the embeddings.
+        means: whether to take means, as above; models from before have sums.
     """
 
     first_order: ClassVar[bool] = False
     """Whether the first number of a row is the value's own weight."""
 
-    def __init__(self, num_fields: int, dim: int, num_dense: int) -> None:
+    def __init__(self, num_fields: int, dim: int, num_dense: int, means: bool = True) -> None:
         super().__init__()
+        self.means = means
 
     def forward(self, own: Tensor, embedded: Tensor, dense: Tensor) -> Tensor:
         """The part's logits.
@@ -49,55 +56,60 @@ class Interaction(nn.Module):
 class Wide(Interaction):
     """The wide part of Wide & Deep (Cheng et al. 2016, arXiv 1606.07792), without crossed fields.
 
-    `sum_f w[v_f] + <u, dense>`. O(B (F + K)).
+    `mean_f w[v_f] + <u, dense>`. O(B (F + K)).
     """
 
     first_order = True
 
-    def __init__(self, num_fields: int, dim: int, num_dense: int) -> None:
-        super().__init__(num_fields, dim, num_dense)
+    def __init__(self, num_fields: int, dim: int, num_dense: int, means: bool = True) -> None:
+        super().__init__(num_fields, dim, num_dense, means)
         self.dense_weight = nn.Parameter(torch.zeros(num_dense))
 
     def forward(self, own: Tensor, embedded: Tensor, dense: Tensor) -> Tensor:
         """See `Interaction`."""
-        return own.sum(1) + dense.to(own.dtype) @ self.dense_weight
+        weights = own.mean(1) if self.means else own.sum(1)
+        return weights + dense.to(own.dtype) @ self.dense_weight
 
 
 class FactorizationMachine(Wide):
     """The FM part of DeepFM (Guo et al. 2017, arXiv 1703.04247): first order and pairs of fields.
 
-    `sum_f w[v_f] + <u, dense> + sum_{f<g} <e_f, e_g>`, with the embeddings of the MLP. O(B F D).
+    `mean_f w[v_f] + <u, dense> + mean_{f<g} <e_f, e_g> / D`, with the embeddings of the MLP.
+    O(B F D).
     """
 
     def forward(self, own: Tensor, embedded: Tensor, dense: Tensor) -> Tensor:
         """See `Interaction`."""
+        _, fields, dim = embedded.shape
         pairs = embedded.sum(1).square() - embedded.square().sum(1)
-        return super().forward(own, embedded, dense) + 0.5 * pairs.sum(1)
+        share = 1 / (max(fields * (fields - 1), 1) * dim) if self.means else 0.5
+        return super().forward(own, embedded, dense) + share * pairs.sum(1)
 
 
 class CrossNetwork(Interaction):
     """The cross network of DCN (Wang et al. 2017, arXiv 1708.05123).
 
-    `x_{l+1} = x_0 <x_l, w_l> + b_l + x_l` over the concatenated input, three times, then a linear
-    layer; the deep part has its own, which is the same as one over both. O(B (F D + K)).
+    `x_{l+1} = x_0 <x_l, w_l> / n + b_l + x_l` over the concatenated input of n numbers, three
+    times, then a linear layer; the deep part has its own, which is the same as one over both.
+    O(B (F D + K)).
     """
 
     depth = 3
 
-    def __init__(self, num_fields: int, dim: int, num_dense: int) -> None:
-        super().__init__(num_fields, dim, num_dense)
+    def __init__(self, num_fields: int, dim: int, num_dense: int, means: bool = True) -> None:
+        super().__init__(num_fields, dim, num_dense, means)
         width = num_fields * dim + num_dense
         self.weights = nn.Parameter(torch.empty(self.depth, width))
         self.biases = nn.Parameter(torch.zeros(self.depth, width))
-        nn.init.normal_(self.weights, std=width**-0.5)
+        nn.init.normal_(self.weights, std=1.0 if means else width**-0.5)
         self.out = nn.Linear(width, 1, bias=False)
 
     def forward(self, own: Tensor, embedded: Tensor, dense: Tensor) -> Tensor:
         """See `Interaction`."""
         first = torch.cat([embedded.flatten(1), dense.to(embedded.dtype)], 1)
-        x = first
+        x, share = first, 1 / first.shape[1] if self.means else 1.0
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            x = first * (x @ weight)[:, None] + bias + x
+            x = first * (x @ weight * share)[:, None] + bias + x
         logits: Tensor = self.out(x)
         return logits.squeeze(1)
 
@@ -106,13 +118,13 @@ class CompressedInteraction(Wide):
     """CIN and linear part of xDeepFM (Lian et al. 2018, arXiv 1803.05170).
 
     Each layer weighs all products of its rows with the fields' embeddings, column by column; its
-    rows, summed over columns, go to the logit. O(B H F D) memory for H rows a layer.
+    rows, their means over columns, go to the logit. O(B H F D) memory for H rows a layer.
     """
 
     rows = (16, 16)  # H of each layer
 
-    def __init__(self, num_fields: int, dim: int, num_dense: int) -> None:
-        super().__init__(num_fields, dim, num_dense)
+    def __init__(self, num_fields: int, dim: int, num_dense: int, means: bool = True) -> None:
+        super().__init__(num_fields, dim, num_dense, means)
         before = (num_fields, *self.rows)
         self.layers = nn.ModuleList(
             nn.Linear(h * num_fields, n) for h, n in zip(before, self.rows, strict=False)
@@ -125,7 +137,7 @@ class CompressedInteraction(Wide):
         x, sums = fields, []
         for layer in self.layers:
             x = layer((x[:, :, :, None] * fields[:, :, None, :]).flatten(2))
-            sums.append(x.sum(1))
+            sums.append(x.mean(1) if self.means else x.sum(1))
         logits: Tensor = self.out(torch.cat(sums, 1))
         return super().forward(own, embedded, dense) + logits.squeeze(1)
 
@@ -140,8 +152,8 @@ class FieldAttention(Interaction):
     depth, heads = 2, 2
     width = 16  # of a field, all heads together
 
-    def __init__(self, num_fields: int, dim: int, num_dense: int) -> None:
-        super().__init__(num_fields, dim, num_dense)
+    def __init__(self, num_fields: int, dim: int, num_dense: int, means: bool = True) -> None:
+        super().__init__(num_fields, dim, num_dense, means)
         before = (dim, *[self.width] * (self.depth - 1))
         self.layers = nn.ModuleList(nn.Linear(w, 4 * self.width, bias=False) for w in before)
         self.out = nn.Linear(num_fields * self.width, 1)
@@ -223,7 +235,9 @@ INTERACTIONS: dict[str, type[Interaction]] = {
 }
 
 
-def interaction(name: str, num_fields: int, dim: int, num_dense: int) -> Interaction:
+def interaction(
+    name: str, num_fields: int, dim: int, num_dense: int, means: bool = True
+) -> Interaction:
     """The part of a backbone that meets embeddings of `dim` numbers, first-order one included.
 
     Raises:
@@ -236,7 +250,7 @@ def interaction(name: str, num_fields: int, dim: int, num_dense: int) -> Interac
             f"--backbone {name} needs --dim 2 or more: the first number of a row is its value's "
             "first-order weight"
         )
-    return kind(num_fields, width, num_dense)
+    return kind(num_fields, width, num_dense, means)
 
 
 def pooling(name: str, num_single: int, num_bags: int, dim: int) -> InterestPooling | None:

@@ -122,6 +122,7 @@ class TrainConfig:
         warm_start: folder of a run whose fields, values and model to start from, or None.
         skip_rows: labelled rows at the start of the data that it had, and that are left out.
         backbone: what meets the embeddings beside the MLP, one of `BACKBONES`.
+        backbone_means: whether it takes means over fields and their pairs; else sums.
         hidden: widths of the MLP.
         embedding_dropout: share of the embeddings' numbers zeroed in a training step; None:
             what validation prefers where there is a race, else none.
@@ -184,6 +185,7 @@ class TrainConfig:
     warm_start: str | None = None
     skip_rows: int = 0
     backbone: str = "dnn"
+    backbone_means: bool = True
     hidden: list[int] = field(default_factory=lambda: [128, 64])
     embedding_dropout: float | None = None
     embedding_decay: float | None = None
@@ -349,8 +351,9 @@ class TrainConfig:
         """The inverse of `to_dict`; settings unknown to this version are refused."""
         if "race" not in content:
             content = _of_version_1(content)
-        # Before there were bits, numbers had 32, and copies went anywhere.
-        content = {"bits": "32", "copies_together": False, **content}
+        # Before there were bits, numbers had 32, copies went anywhere, and backbones had sums.
+        before = {"bits": "32", "copies_together": False, "backbone_means": False}
+        content = {**before, **content}
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(content) - known)
         if unknown:

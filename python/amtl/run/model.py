@@ -36,6 +36,7 @@ class ClickModel(nn.Module):
         backbone: what is added to the MLP, a key of `amtl.run.backbones.INTERACTIONS`.
         num_bags: how many of the fields, the last ones, have several values.
         roots: which fields are multiplied by the root of how many values they have; none if None.
+        means: whether the backbone takes means over fields, as `amtl.run.backbones` has them.
 
     Raises:
         UserError: the backbone needs other fields or a larger `dim`.
@@ -52,6 +53,7 @@ class ClickModel(nn.Module):
         backbone: str = "dnn",
         num_bags: int = 0,
         roots: Sequence[bool] | None = None,
+        means: bool = True,
     ) -> None:
         super().__init__()
         self.table = table
@@ -59,7 +61,7 @@ class ClickModel(nn.Module):
         self.dim = dim
         self.embedding_dropout = embedding_dropout
         self.pooling = pooling(backbone, num_fields - num_bags, num_bags, dim)
-        self.interaction = interaction(backbone, num_fields, dim, num_dense)
+        self.interaction = interaction(backbone, num_fields, dim, num_dense, means)
         # No buffer: models of files are made without memory, and have theirs from there alone.
         self.roots = list(roots) if roots and any(roots) and self.pooling is None else None
         layers: list[nn.Module] = []
@@ -168,6 +170,7 @@ def assemble(config: TrainConfig, encoder: Encoder, table: nn.Module) -> ClickMo
         config.backbone,
         sum(field.kind == "bag" for field in encoder.fields),
         [field.root for field in encoder.fields],
+        config.backbone_means,
     )
 
 
