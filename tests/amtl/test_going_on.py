@@ -289,6 +289,11 @@ def test_settings_are_those_of_the_run_but_for_what_is_typed():
     earlier.weight, earlier.label_positive = "w", "yes"
     found = typed.going_on(other, earlier, ["method", "label_positive"])
     assert (found.weight, found.label_positive) == ("w", None)
+    for backbone, means in (("deepfm", False), ("dcn", True)):
+        earlier.backbone, earlier.backbone_means = "deepfm", False
+        config.backbone = other.backbone = backbone
+        for each, said in ((config, ["backbone"]), (other, ["method", "backbone"])):
+            assert typed.going_on(each, earlier, said).backbone_means is means
     for name in ("fields", "drop", "numeric", "values", "multi"):
         with pytest.raises(UserError, match=f"--{name} has no effect with --warm-start"):
             typed.going_on(config, earlier, [name])
