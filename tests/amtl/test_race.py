@@ -420,7 +420,9 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     fake["compared"][0] |= {"score": -0.9}
     assert comparison.verdict(fake) == []
     tiny = {**fake, "stored_bytes": metrics["dense_bytes"] // 64}
-    assert "no table of fixed width is as small" in only(comparison.verdict(tiny))
+    assert "no table of fixed width is as small: one number" in only(comparison.verdict(tiny))
+    two = {**tiny, "config": {"backbone": "deepfm"}}
+    assert "as small: two of 32 bits a row take" in only(comparison.verdict(two))
     scores = {"val_auc": metrics["val_auc"], "score": metrics["val_score"] + 0.002}
     short = {**fake, "raced": {"full": {"name": FULL, **scores}}}
     assert "a larger --budget to lose nothing" in only(comparison.verdict(short))
@@ -664,6 +666,14 @@ def test_the_width_of_the_same_bytes():
     assert comparison.narrow_width({"stored_bytes": 800, "dense_bytes": 6400, "dim": 16}) == 2
     assert comparison.narrow_width({"stored_bytes": 790, "dense_bytes": 6400, "dim": 16}) == 2
     assert comparison.narrow_width({"stored_bytes": 80, "dense_bytes": 6400, "dim": 16}) == 0
+
+
+def test_a_backbone_that_needs_two_numbers_a_row_is_held_against_no_narrower_table():
+    for backbone, one, two in (("dnn", 2, 2), ("deepfm", 1, 2), ("dcn", 2, 2)):
+        config = settings(backbone=backbone)
+        for stored, count in ((400, one), (800, two)):
+            sizes = {"stored_bytes": stored, "dense_bytes": 6400, "dim": 16}
+            assert len(comparison.baselines(config, sizes)) == count
 
 
 def test_settings_of_a_race_are_only_what_is_open():

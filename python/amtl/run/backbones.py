@@ -235,6 +235,11 @@ INTERACTIONS: dict[str, type[Interaction]] = {
 }
 
 
+def least_dim(name: str) -> int:
+    """The narrowest rows that a backbone can have: a number beside the first-order weight."""
+    return 1 + INTERACTIONS[name].first_order
+
+
 def interaction(
     name: str, num_fields: int, dim: int, num_dense: int, means: bool = True
 ) -> Interaction:

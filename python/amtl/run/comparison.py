@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amtl.layer.rounding import unit
 from amtl.run import methods
+from amtl.run.backbones import least_dim
 from amtl.run.config import BITS, TrainConfig
 from amtl.run.contenders import (
     SURELY,
@@ -46,16 +47,22 @@ _CHANCE = 2.0
 """Standard errors from 0.5, below which an AUC may be chance."""
 
 
-def narrow_width(metrics: Mapping[str, Any]) -> int:
-    """Width of the widest table of fixed width that is no larger than the run's; 0 for none."""
+def narrow_width(metrics: Mapping[str, Any], least: int = 1) -> int:
+    """Width of the widest table of fixed width that is no larger than the run's; 0 for none.
+
+    Args:
+        metrics: of the run.
+        least: that its backbone needs.
+    """
     per_number = metrics["dense_bytes"] / metrics["dim"]
-    return int(metrics["stored_bytes"] / per_number + 0.5)
+    width = int(metrics["stored_bytes"] / per_number + 0.5)
+    return width if width >= least else 0
 
 
 def baselines(config: TrainConfig, metrics: Mapping[str, Any]) -> dict[str, TrainConfig]:
-    """Settings of the two tables by name; the narrow one only where a width of 1 fits the bytes."""
+    """Settings of the two tables by name; the narrow one only where its rows fit the bytes."""
     found = {FULL: plain(config)}
-    width = narrow_width(metrics)
+    width = narrow_width(metrics, least_dim(config.backbone))
     if width:
         # Rows to start warm from are as wide as the full ones.
         found[FLAT] = replace(found[FULL], dim=width, warm_start=None)
@@ -288,10 +295,12 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
             "a fixed width validated best in these bytes, so all rows are equally wide: sizes by "
             "row bring nothing on this data at this budget"
         )
-    if compared and not narrow_width(metrics):
+    least = least_dim(metrics.get("config", {}).get("backbone", "dnn"))
+    if compared and not narrow_width(metrics, least):
+        row = "one number of 32 bits a row takes" if least == 1 else "two of 32 bits a row take"
         told.append(
-            f"no table of fixed width is as small: one number of 32 bits a row takes "
-            f"{metrics['dense_bytes'] // metrics['dim']:,} bytes"
+            f"no table of fixed width is as small: {row} "
+            f"{least * metrics['dense_bytes'] // metrics['dim']:,} bytes"
         )
     return told
 
