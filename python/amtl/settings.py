@@ -131,8 +131,6 @@ def going_on(config: TrainConfig, earlier: TrainConfig, typed: Collection[str]) 
     kept = {name: getattr(earlier, name) for name in _FIELDS}
     if "method" in typed and config.method != earlier.method:
         kept |= {name: getattr(earlier, name) for name in _KEPT if name not in typed}
-        if kept.get("backbone", config.backbone) == earlier.backbone:
-            kept["backbone_means"] = earlier.backbone_means
         return replace(config, **kept, hidden=earlier.hidden)
     now: dict[str, Any] = {"race": False, "distillation": config.distillation or 0.0}
     for name in typed:
@@ -143,8 +141,6 @@ def going_on(config: TrainConfig, earlier: TrainConfig, typed: Collection[str]) 
             now["table_options"] = {**earlier.table_options, **config.table_options}
         elif hasattr(config, name):
             now[name] = getattr(config, name)
-    if now.get("backbone", earlier.backbone) != earlier.backbone:
-        now["backbone_means"] = config.backbone_means
     if "table_optimizer" in typed and "table_lr" not in typed:
         now["table_lr"] = None
     # As many steps an epoch as the new rows are for.

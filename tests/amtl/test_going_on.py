@@ -265,6 +265,15 @@ def test_the_rest_of_the_model_begins_anew_where_it_is_another(old, new, tmp_pat
     assert torch.equal(mlps[0], load_best(tmp_path / "a")[2].mlp[0].weight)
 
 
+def test_a_backbone_goes_on_with_the_sums_or_means_that_it_had(old, new, tmp_path):
+    given = {"epochs": 1, "backbone": "deepfm"}
+    start(settings(**given, backbone_means=False), tmp_path / "a", source=source(old)).run()
+    for backbone, means in (("deepfm", False), ("widedeep", True)):
+        warm = settings(epochs=1, backbone=backbone, warm_start=str(tmp_path / "a"))
+        trainer = start(warm, source=source(new))
+        assert trainer.config.backbone_means is trainer.learner.model.interaction.means is means
+
+
 def test_settings_are_those_of_the_run_but_for_what_is_typed():
     earlier = TrainConfig("old", "y", bits="4", budget=0.1, race=False, embedding_decay=1e-4)
     earlier.table_options = {"capacity_bits": 1.0, "field_weights": [1.0, 2.0]}
@@ -289,11 +298,6 @@ def test_settings_are_those_of_the_run_but_for_what_is_typed():
     earlier.weight, earlier.label_positive = "w", "yes"
     found = typed.going_on(other, earlier, ["method", "label_positive"])
     assert (found.weight, found.label_positive) == ("w", None)
-    for backbone, means in (("deepfm", False), ("dcn", True)):
-        earlier.backbone, earlier.backbone_means = "deepfm", False
-        config.backbone = other.backbone = backbone
-        for each, said in ((config, ["backbone"]), (other, ["method", "backbone"])):
-            assert typed.going_on(each, earlier, said).backbone_means is means
     for name in ("fields", "drop", "numeric", "values", "multi"):
         with pytest.raises(UserError, match=f"--{name} has no effect with --warm-start"):
             typed.going_on(config, earlier, [name])

@@ -83,6 +83,9 @@ class Earlier:
             UserError: there are no rows behind those, or the data are the same ones, split
                 otherwise: validation would hold what was learned by heart.
         """
+        # What is added to the MLP is as it was while it learned; another backbone begins anew.
+        means = self.config.backbone_means or config.backbone != self.config.backbone
+        config = replace(config, backbone_means=means)
         if self.encoder.labels is None:
             return config
         _, labels = labelled(source.frame, config.labelling)
