@@ -100,13 +100,15 @@ def _read(path: Path) -> Contents:
         kind = packing.kind_of(path)
         if not path.is_file():
             with packing.spooled(path) as copy:
-                return _contents(_nameless(copy), packing.plain(copy), str(path))
+                source = packing.plain(copy)
+                return _contents(packing.kind_of(copy) or _kind_within(source), source, str(path))
         if packing.is_archive(path) and kind not in sheets.SUFFIXES:
             return _contents(*packing.alone(path, is_table), str(path))
+        source = packing.plain(path)
         if not is_table(PurePath(f"a{kind}")):
-            kind = _nameless(path, named=kind)
+            kind = _kind_within(source, kind)
         if is_table(PurePath(f"a{kind}")):
-            return _contents(kind, packing.plain(path), str(path))
+            return _contents(kind, source, str(path))
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
     named = (*_DELIMITED[:2], _DELIMITED[3], *_LIBSVM, *_NDJSON)
@@ -123,17 +125,13 @@ def is_table(path: PurePath) -> bool:
     return packing.kind(path) in kinds
 
 
-def _nameless(path: Path, named: str = "") -> str:
-    """What a file is whose name does not say, or says `named`, which is not known.
+def _kind_within(source: Path | io.BytesIO, named: str = "") -> str:
+    """What a file holds whose name does not say, or says `named`, which is not known.
 
     Then it is `named` unless it is JSON or text of which each line has as many columns. Empty if it
     is no table.
     """
-    if not named and (kind := packing.kind_of(path)):
-        return kind
-    source = packing.plain(path)
-    with source if isinstance(source, io.BytesIO) else source.open("rb") as file:
-        sample = file.read(_SAMPLE)
+    sample = _sample(source)
     if b"\0" in sample and sample[:2] not in _UTF16:
         return named
     if sample.lstrip(_BEFORE)[:1] in (b"{", b"["):
@@ -227,8 +225,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_text(source: Path | io.BytesIO, kind: str, where: str) -> Contents:
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()) as file:
-        sample = file.read(_SAMPLE)
+    sample = _sample(source)
     if not sample.strip():
         raise UserError(f"{where!r} is empty")
     if sample[:2] in _UTF16:
@@ -248,6 +245,14 @@ def _read_text(source: Path | io.BytesIO, kind: str, where: str) -> Contents:
     separator = "\t" if kind in (".tsv", ".tab") else ","
     frame, notes, marks = text.read(source, first, separator, where)
     return Contents(frame, notes=told + notes, marks=marks)
+
+
+def _sample(source: Path | io.BytesIO) -> bytes:
+    """The first bytes of a file."""
+    if isinstance(source, io.BytesIO):
+        return bytes(source.getbuffer()[:_SAMPLE])
+    with source.open("rb") as file:
+        return file.read(_SAMPLE)
 
 
 def _of_cells(frame: pl.DataFrame) -> Contents:

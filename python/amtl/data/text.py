@@ -131,11 +131,11 @@ def read(
     header = has_header(rows)
     names = rows[0]
     several: list[str] = []
-    typed = [_TYPED.fullmatch(name) for name in names]
-    if all(typed):
+    typed = [match for name in names if (match := _TYPED.fullmatch(name))]
+    if len(typed) == len(names):
         header = True
-        names = [match[1] for match in typed if match]
-        several = [match[1] for match in typed if match and match[2]]
+        names = [match[1] for match in typed]
+        several = [match[1] for match in typed if match[2]]
         notes.append("what the names of columns say of their types is left out: name:token")
     if header:
         names = [name or f"c{i}" for i, name in enumerate(names)]
@@ -402,16 +402,21 @@ def find_separator(first: str, expected: str) -> str:
 
     `expected` itself wins as soon as it cuts every line into two columns or more.
     """
-    widths = {s: {len(row) for row in _rows(first, s)} for s in _SEPARATORS}
-    wide = {s: min(w) for s, w in widths.items() if len(w) == 1 and min(w) > 1}
+    wide = _even_widths(first)
     if expected in wide or not wide:
         return expected
     return max(wide, key=lambda s: wide[s])
 
 
+def _even_widths(first: str) -> dict[str, int]:
+    """Each sign that cuts every line into equally many columns, two at least, and how many."""
+    widths = {sign: {len(row) for row in _rows(first, sign)} for sign in _SEPARATORS}
+    return {sign: min(w) for sign, w in widths.items() if len(w) == 1 and min(w) > 1}
+
+
 def _other_separator(first: str) -> str:
     """The one of `_OTHERS` that cuts every line into equally many columns where no sign does."""
-    if "\t" in first or is_separated(first):
+    if "\t" in first or _even_widths(first):
         return ""
     lines = [line for line in first.splitlines() if line][: _LINES + 1]
     lines = lines[:-1] if len(lines) > 2 else lines
@@ -421,16 +426,10 @@ def _other_separator(first: str) -> str:
     return ""
 
 
-def is_separated(first: str) -> bool:
-    """Whether a known separator cuts every line into equally many columns, two at least."""
-    widths = ({len(row) for row in _rows(first, sign)} for sign in _SEPARATORS)
-    return any(len(width) == 1 and min(width) > 1 for width in widths)
-
-
 def is_table(first: str) -> bool:
     """Whether the first lines of a file are rows of columns, whatever separates these."""
     return bool(first.strip()) and (
-        is_separated(first) or bool(_other_separator(first)) or _by_spaces(first)
+        bool(_even_widths(first)) or bool(_other_separator(first)) or _by_spaces(first)
     )
 
 
