@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from amtl.data import calendar, hosts, names, pairs, places
 from amtl.data.specs import TEXT, FieldSpec
@@ -65,3 +67,12 @@ def called(
 def fold(column: pl.Series) -> pl.Series:
     """Text in small letters, without spaces around."""
     return column.cast(pl.String).str.strip_chars().str.to_lowercase()
+
+
+def numbered(column: pl.Series) -> NDArray[np.int64]:
+    """Which rows have the same value: its place among those of the column, -1 where it is missing.
+
+    Args:
+        column: of single values.
+    """
+    return column.rank("dense").fill_null(0).to_numpy().astype(np.int64) - 1

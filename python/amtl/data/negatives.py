@@ -16,6 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from amtl.data import calendar
+from amtl.data.columns import numbered
 from amtl.data.readers import require_columns
 from amtl.errors import UserError, listed
 
@@ -130,13 +131,12 @@ def with_negatives(frame: pl.DataFrame, text: str) -> tuple[pl.DataFrame, str]:
 
 
 def _numbers(frame: pl.DataFrame, name: str) -> Places:
-    """The values of a column, numbered."""
+    """The values of a column, numbered; the missing one is the last."""
     column = frame[name]
     if column.dtype.is_nested():
         raise UserError(f"--negatives: column {name!r} holds lists; one value a row is needed")
-    rank = column.rank("dense")
-    missing = 1 + (rank.max() or 0)  # type: ignore[operator]
-    return rank.fill_null(missing).to_numpy().astype(np.int64) - 1
+    found = numbered(column)
+    return np.where(found < 0, found.max(initial=-1) + 1, found)
 
 
 def _draw(user: Places, item: Places, items: int, count: int, rng: np.random.Generator) -> Places:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
 from amtl.data import labelled, load_rows
+from amtl.data.columns import numbered
 from amtl.data.encoded import EncodedData
 from amtl.data.negatives import has_labels, with_negatives
 from amtl.data.readers import require_columns
@@ -97,5 +97,4 @@ def grouped(frame: pl.DataFrame, by: str) -> Tensor:
     column = frame[by].fill_nan(None) if frame[by].dtype.is_float() else frame[by]
     if column.dtype.is_nested():
         raise UserError(f"--by {by}: that column holds lists; name one of single values")
-    ranks = column.rank("dense").cast(pl.Int64).fill_null(0).to_numpy().astype(np.int64)
-    return torch.from_numpy(ranks - 1)
+    return torch.from_numpy(numbered(column))
