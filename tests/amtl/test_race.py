@@ -421,7 +421,7 @@ def test_comparing_trains_both_tables_and_warns_where_a_fixed_one_is_better(sour
     assert comparison.verdict(fake) == []
     tiny = {**fake, "stored_bytes": metrics["dense_bytes"] // 64}
     assert "no table of fixed width is as small: one number" in only(comparison.verdict(tiny))
-    two = {**tiny, "config": {"backbone": "deepfm"}}
+    two = {**tiny, "config": {**metrics["config"], "backbone": "deepfm"}}
     assert "as small: two of 32 bits a row take" in only(comparison.verdict(two))
     scores = {"val_auc": metrics["val_auc"], "score": metrics["val_score"] + 0.002}
     short = {**fake, "raced": {"full": {"name": FULL, **scores}}}

@@ -295,7 +295,7 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
             "a fixed width validated best in these bytes, so all rows are equally wide: sizes by "
             "row bring nothing on this data at this budget"
         )
-    least = least_dim(metrics.get("config", {}).get("backbone", "dnn"))
+    least = least_dim(metrics["config"]["backbone"])
     if compared and not narrow_width(metrics, least):
         row = "one number of 32 bits a row takes" if least == 1 else "two of 32 bits a row take"
         told.append(
