@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import amtl
@@ -153,14 +154,19 @@ def test_what_cannot_grow():
     several = nn.ModuleDict({"all": nn.Embedding(ITEMS, 8)})
     amtl.convert(several, {"all": counts_of(ITEMS)}, budget=0.3, field_sizes=[20, 40])
     amtl.freeze(several)
-    with pytest.raises(ValueError, match="holds several fields"):
+    with pytest.raises(ValueError, match=r"2 fields: give the counts of each, .counts_of_the"):
         amtl.grow(several, {"all": counts_of(ITEMS + 1)})
     amtl.grow(several, {"all": counts_of(ITEMS)})
     counts = {"a": torch.arange(9), "b": torch.arange(9)}
     tables = amtl.AMTLEmbeddingCollection({"a": 9, "b": 9}, 8, counts=counts, budget=0.5)
     tables.requires_grad_(False).freeze()
-    with pytest.raises(ValueError, match="holds several fields"):
+    with pytest.raises(ValueError, match=r"2 fields: give the counts of each, {'a': its_counts"):
         amtl.grow(nn.Sequential(tables), {"0": torch.ones(20)})
+    with pytest.raises(ValueError, match=r"counts must name the tables \['a', 'b'\]"):
+        amtl.grow(nn.Sequential(tables), {"0": {"a": torch.ones(20)}})
+    with pytest.raises(ValueError, match=r"must have shape \[9\]"):
+        amtl.grow(nn.Sequential(tables), {"0": [torch.ones(20), torch.ones(8)]})
+    assert (tables.phase, tables.field_sizes) == ("frozen", [9, 9])
 
 
 def test_where_sizes_fit_no_budget_the_table_is_as_it_was(monkeypatch):
@@ -182,4 +188,129 @@ def test_where_sizes_fit_no_budget_the_table_is_as_it_was(monkeypatch):
     tables.freeze()
     monkeypatch.setattr(amtl.AMTLTable, "_search", fits_nothing)
     with pytest.raises(amtl.BudgetError):
-        amtl.grow(nn.Sequential(tables), {"0": torch.ones(18)})
+        amtl.grow(nn.Sequential(tables), {"0": {"a": torch.ones(12), "b": torch.ones(9)}})
+    assert (tables.num_embeddings, tables.field_sizes) == (18, [9, 9])
+    assert tables.starts.tolist() == [0, 9] and tables.sizes.tolist() == [9, 9]
+
+
+class Tables(nn.Module):
+    """Two tables in one collection, or in one table of two fields."""
+
+    def __init__(self, collected, bits, padded=True, items=ITEMS, users=USERS, **options):
+        super().__init__()
+        rows, counts = {"item": items, "user": users}, [counts_of(items), counts_of(users, 90)]
+        if collected:
+            options |= {"padding_idx": {"item": 0, "user": 2}} if padded else {}
+            self.all = amtl.AMTLEmbeddingCollection(rows, 8, counts=counts, bits=bits, **options)
+            self.user = self.all.table("user")
+        else:
+            options |= {"padding_idx": items} if padded else {}
+            given = {"counts": torch.cat(counts), "field_sizes": list(rows.values())}
+            self.all = amtl.AMTLEmbedding(items + users, 8, bits=bits, **given, **options)
+        self.top = nn.Linear(16, 1)
+
+    def shown(self, items, users):
+        if not hasattr(self, "user"):
+            sizes = self.all.field_sizes
+            assert sum(sizes) == self.all.num_embeddings
+            return self.all(torch.stack([items, users + sizes[0]], -1))
+        if not self.training:
+            named = self.all({"item": items, "user": users})
+            assert torch.equal(self.user(users), named[..., 1, :])
+        return self.all(torch.stack([items, users], -1))
+
+    def forward(self, items, users):
+        return self.top(self.shown(items, users).flatten(1)).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    "bits, budget, shared", [(4, 0.25, None), (None, 0.6, None), (None, 0.2, "rarest")]
+)
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("collected", [True, False])
+def test_rows_of_several_fields_begin_behind_those_of_their_own(
+    collected, padded, bits, budget, shared, tmp_path
+):
+    torch.manual_seed(1)
+    model = Tables(collected, bits, padded, budget=budget, shared_rows=shared)
+    amtl.freeze(model)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1, initial_accumulator_value=0.2)
+    train(model, optimizer, 30)
+    model.eval()
+
+    def by_field(items=ITEMS, users=USERS):
+        """Rows as they are shown, and the state of each that Adagrad has, once thawed."""
+        rows = max(items, users)
+        ids = [torch.arange(rows).clamp(max=n - 1) for n in (items, users)]
+        shown = model.shown(*ids).detach()
+        return shown[:items, 0], shown[:users, 1]
+
+    before = by_field()
+    kept = model.all.row_dims().split(model.all.field_sizes)
+    twin, its = copy.deepcopy((model.all, optimizer))
+    twin.thaw(its)
+    sums = its.state[twin.weight]["sum"].split(model.all.field_sizes)
+    means = [w.sum(0) / (w != 0).sum(0) for w in model.all.dense_weight().split([ITEMS, USERS])]
+    more = [torch.full((NEW,), 400), torch.full((7,), 90)]
+    counts = [counts_of(ITEMS), counts_of(USERS, 90)]
+    given = [torch.cat(pair) for pair in zip(counts, more, strict=True)]
+    assert amtl.grow(model, {"all": given}, optimizer) is model
+    sizes = [ITEMS + NEW, USERS + 7]
+    assert model.all.field_sizes == sizes and model.all.num_embeddings == sum(sizes)
+    after = by_field(*sizes)
+    widths = model.all.row_dims().split(sizes)
+    alone = None if shared is None else model.all.shared_rows - torch.tensor([0, sizes[0]])
+    if shared:
+        # The rarest of before, wherever they are now.
+        assert alone.tolist() == [ITEMS - 1, USERS - 1]
+    merged = 0
+    for field, rows in enumerate((ITEMS, USERS)):
+        for row in range(rows):
+            width = min(int(widths[field][row]), int(kept[field][row]))
+            found = after[field][row, :width], before[field][row, :width]
+            assert torch.equal(*found), (field, row)
+            if shared and not widths[field][row] and not (padded and row in (0, 2)):
+                assert torch.equal(after[field][row], after[field][alone[field]])
+                merged += 1
+    assert bool(merged) == bool(shared)
+    if padded:
+        row = 2 if collected else 0
+        assert torch.equal(after[1][row], torch.zeros(8))
+    model.all.thaw(optimizer)
+    weight = model.all.weight.detach().split(sizes)
+    state = optimizer.state[model.all.weight]["sum"].split(sizes)
+    for field, rows in enumerate((ITEMS, USERS)):
+        width = int(widths[field][rows])
+        new = weight[field][rows:, :width]
+        # Of numbers as they were before they were rounded.
+        atol = 0.1 if bits else 1e-6
+        assert torch.allclose(new, means[field][:width].expand_as(new), atol=atol)
+        assert bool((state[field][rows:, :width] == 0.2).all())
+        for row in range(rows):
+            width = min(int(widths[field][row]), int(kept[field][row]))
+            assert torch.equal(state[field][row, :width], sums[field][row, :width])
+        assert bool((sums[field] > 0.2).any())
+    model.all.freeze(optimizer)
+    assert train(model, optimizer, 30, *sizes) < 3
+    amtl.save(model.eval(), tmp_path / "tuesday.safetensors")
+    again = Tables(collected, bits, padded, *sizes, budget=budget, shared_rows=shared)
+    again = amtl.load(tmp_path / "tuesday.safetensors", again).eval()
+    items, users = batch(*sizes)
+    assert torch.allclose(again(items, users), model(items, users), atol=1e-6)
+
+
+def test_a_collection_from_a_file_grows(tmp_path):
+    torch.manual_seed(1)
+    model = Tables(True, 4, budget=0.25)
+    amtl.freeze(model)
+    amtl.save(model.eval(), tmp_path / "monday.safetensors")
+    loaded = amtl.load(tmp_path / "monday.safetensors", Tables(True, 4, budget=0.25)).eval()
+    items, users = batch()
+    said = loaded(items, users)
+    counts = {"item": counts_of(ITEMS + NEW), "user": {0: 5, USERS + 2: 9}}
+    amtl.grow(loaded, {"all": counts})
+    assert loaded.user.num_embeddings == USERS + 3 and loaded.user.padding_idx == 2
+    assert torch.allclose(loaded(items, users), said, atol=1e-5)
+    loaded(torch.tensor([ITEMS + NEW - 1]), torch.tensor([USERS + 2]))
+    with pytest.raises(IndexError, match="'user': index 43"):
+        loaded(torch.tensor([0]), torch.tensor([USERS + 3]))

@@ -184,6 +184,16 @@ class AMTLEmbeddingCollection(AMTLTable):
             paddings = torch.tensor(rows, device=self.device)
             self.register_buffer("paddings", paddings, persistent=False)
 
+    def _number_fields(self) -> None:
+        self._hold_names(self.names, self.mode)
+
+    def _by_field(self, counts: object) -> list[Any] | None:
+        named = isinstance(counts, Mapping) and any(isinstance(key, str) for key in counts)
+        return super()._by_field(_in_order("counts", counts, self.names) if named else counts)
+
+    def _example_of_counts(self) -> str:
+        return f"{{{self.names[0]!r}: its_counts, ...}}"
+
     def _configure(self, config: Mapping[str, Any]) -> None:
         self._unnamed = (config["names"], config["mode"])
 
@@ -518,9 +528,13 @@ class CollectedTable(nn.Module):
         # In a tuple, which nn.Module does not look into: the model has the collection once.
         self._home = (collection,)
         self.name = name
-        self.num_embeddings = collection.field_sizes[collection._number(name)]
         self.embedding_dim = collection.embedding_dim
         self.padding_idx = collection.padding_of(name)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table."""
+        return self.collection.field_sizes[self.collection._number(self.name)]
 
     @property
     def collection(self) -> AMTLEmbeddingCollection:

@@ -28,6 +28,7 @@ from amtl.layer.convertible import (
 from amtl.layer.embedding import AMTLEmbedding, AMTLEmbeddingBag
 from amtl.layer.frequency import check_counts, check_field_sizes
 from amtl.layer.fusing import FusedOptimizer, make_handle
+from amtl.layer.growing import Growth
 from amtl.layer.hosts import check, settle
 from amtl.layer.instances import looked_for_once
 from amtl.layer.names import name_sizes
@@ -263,13 +264,15 @@ def grow(
     What a model needs that is trained day after day. Sizes follow the new counts; rows of before
     keep their numbers and what optimizers know of them, and step sizes are those that they had, or
     the mean of these where rows are rounded together now. There are as many new rows as counts go
-    beyond the table; they begin as the mean of the others, without state. Tables that are not named
-    stay as they are.
+    beyond the table; they begin as the mean of the others of their field, without state. Tables
+    that are not named stay as they are.
 
     Args:
         model: a model with frozen AMTL layers, also of a file that `amtl.load` opened.
         counts: by name of a layer: [N] or more, of the rows that the table should know, see
-            `amtl.convert`; old counts plus new ones, say.
+            `amtl.convert`; old counts plus new ones, say. Of several fields those of each, see
+            `AMTLEmbedding.thaw`: `{"tables": {"item": item_counts, "user": user_counts}}` of a
+            collection.
         optimizer: as in `freeze`.
 
     Returns:
@@ -278,7 +281,8 @@ def grow(
     Raises:
         RuntimeError: a layer that is named is not frozen.
         ValueError: a table is trainable but not in the optimizer; counts are given for a name that
-            no layer has, are fewer than rows, or more where a table holds several fields.
+            no layer has, are fewer than rows, or more where a table holds several fields and they
+            are not those of each.
     """
     optimizers = list(optimizer) if isinstance(optimizer, Iterable) else optimizer
     counts_of = _by_layer(model, counts)
@@ -287,12 +291,11 @@ def grow(
             raise RuntimeError(f"{layer.name!r} is still searching its sizes: amtl.freeze first")
     with looked_for_once():
         for layer, new in counts_of.items():
-            squares = layer.row_squares()
+            squares, fields = layer.row_squares(), layer.field_sizes
             _thaw(model, layer, optimizers, new)
             _freeze(model, layer, optimizers)
             if squares is not None:
-                more = layer.num_embeddings - len(squares)
-                layer.round_by(torch.cat([squares, squares.new_zeros(more)]))
+                layer.round_by(Growth.between(fields, layer.field_sizes).spread(squares))
     return model
 
 

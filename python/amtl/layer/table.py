@@ -32,6 +32,7 @@ from amtl.layer.fusing import (
     require_no_need_of_masters,
     require_rule_of_codes,
 )
+from amtl.layer.growing import begin_rows, with_new_rows, with_new_tier
 from amtl.layer.options import SearchOptions
 from amtl.layer.replicas import require_same_sizes, retire, wrappers_of
 from amtl.layer.rounding import (
@@ -53,9 +54,7 @@ from amtl.layer.size_head import SizeHead
 from amtl.layer.table_states import TableStates
 from amtl.layer.tiers import (
     TierPlan,
-    append_rows,
     as_optimizers,
-    begin_rows,
     drop_parameters,
     freeze_optimizers,
     hand_over,
@@ -64,7 +63,6 @@ from amtl.layer.tiers import (
     restore_parameters,
     split_rows,
     thaw_optimizers,
-    with_rows,
 )
 from amtl_kernels.rounding import pack_codes
 
@@ -619,16 +617,19 @@ class AMTLTable(TableStates):
         Args:
             optimizer: as in `freeze`; state is merged, mask parameters return without state.
             counts: needed for a layer loaded from a packed file only: [N], in the layer's present
-                row numbering. One field is assumed, except in a collection. More than N of them
-                append rows to a table of one field, which begin as the mean of the others, without
-                state.
+                row numbering. More than N of them append rows to a table of one field, which begin
+                as the mean of the others, without state. Of several fields the counts of each, of
+                a collection by name or in order: rows that are new are behind those of their
+                field, and the fields behind it move up. [N] counts of several fields are taken as
+                those of one, except in a collection.
 
         Returns:
             The layer.
 
         Raises:
             RuntimeError: the layer is in the search phase, or counts are missing.
-            ValueError: there are more counts than rows, and rows of several fields.
+            ValueError: counts are fewer than rows, or more where there are several fields and
+                they are not those of each.
         """
         if self.tier_ends is None:
             raise RuntimeError("the layer is in the search phase already")
@@ -641,24 +642,20 @@ class AMTLTable(TableStates):
         with torch.no_grad():
             plan, dense = self._plan(), self._dense(rounded=False)
         if counts is not None:
-            checked = check_counts(counts, self.num_embeddings, grows=True).to(self.device)
-            more = len(checked) - self.num_embeddings
-            if more:
-                self._take_rows(more)
-                dense = append_rows(dense, more)
-                rows = nn.Parameter(dense[-more:])
-                begin_rows(optimizers, blocks, rows)
-                blocks.append(rows)
-                plan = with_rows(plan, self.embedding_dim, more)
-            elif len(self.field_sizes) > 1 and not self._keeps_numbering:
-                self.field_sizes, self.shared_rows = [self.num_embeddings], None
+            checked, growth = self._read_counts(counts)
+            undo = self._take_rows(growth)
             options = replace(self.options, field_weights=None)
             try:
                 row_group, self.head = self._search(checked, options, None)
             except BudgetError:
-                if more:
-                    self._take_rows(-more)
+                undo()
                 raise
+            if growth.num_new:
+                dense = with_new_rows(dense, growth)
+                rows = nn.Parameter(dense[growth.new_rows().to(dense.device)])
+                begin_rows(optimizers, blocks, rows)
+                blocks.append(rows)
+                plan = with_new_tier(plan, self.embedding_dim, growth)
             self.row_map = encode_row_map(row_group)
         head = self._head()
         if self.row_map is None:

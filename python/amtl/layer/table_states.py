@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from amtl.layer.frequency import decode_row_map, encode_row_map
+from amtl.layer.frequency import check_counts, decode_row_map, encode_row_map
+from amtl.layer.growing import Growth
 from amtl.layer.instances import looked_for_once
 from amtl.layer.lookups import TableLookups
 from amtl.layer.replicas import retire, wrappers_of
@@ -152,21 +153,77 @@ class TableStates(TableLookups):
         found = torch.zeros_like(total).index_add_(0, part[known], weight * squares[known])
         own.copy_(torch.where(total > 0, found / total, own.double()))
 
-    def _take_rows(self, more: int) -> None:
-        """Have so many rows more, behind the others, as counts and sizes go.
+    def _read_counts(self, counts: object) -> tuple[Tensor, Growth]:
+        """Counts of all rows, those of each field one below the other, and how many are new.
+
+        Args:
+            counts: see `thaw`.
 
         Raises:
-            ValueError: the rows are of several fields, or the layer is a collection.
+            ValueError: other shapes, or more than there are rows and not by field.
         """
-        if self._keeps_numbering or len(self.field_sizes) > 1:
+        fields, rows = self.field_sizes, self.num_embeddings
+        by_field = self._by_field(counts) if len(fields) > 1 or self._keeps_numbering else None
+        if by_field is not None:
+            if len(by_field) != len(fields) or sum(fields) != rows:
+                raise ValueError(
+                    f"table {self.name!r} has {len(fields)} fields of {sum(fields):,} rows, of "
+                    f"which {rows:,} are stored: counts of {len(by_field)} fields do not fit it"
+                )
+            each = [check_counts(c, n, grows=True) for c, n in zip(by_field, fields, strict=True)]
+            after = [len(c) for c in each]
+            return torch.cat(each).to(self.device), Growth.between(fields, after)
+        checked = check_counts(counts, rows, grows=True).to(self.device)
+        if len(checked) > rows and (len(fields) > 1 or self._keeps_numbering):
             raise ValueError(
-                f"counts name {self.num_embeddings + more:,} rows, and the table {self.name!r} of "
-                f"{self.num_embeddings:,} holds several fields, so that new rows are behind the "
-                "last one only: amtl.revert, put the rows of each field where they belong, convert"
+                f"counts name {len(checked):,} rows, and the table {self.name!r} of {rows:,} holds "
+                f"{len(fields)} fields: give the counts of each, {self._example_of_counts()}"
             )
-        self.num_embeddings += more
-        self.full_rows += more
-        self.field_sizes = [self.num_embeddings]
+        whole = not self._keeps_numbering
+        before = [rows] if whole else fields
+        return checked, Growth.between(before, [len(checked)] if whole else fields)
+
+    def _by_field(self, counts: object) -> list[Any] | None:
+        """Counts that are given for each field; None if they are those of all rows."""
+        if not isinstance(counts, list | tuple):
+            return None
+        several = (isinstance(c, Mapping | Sequence) or getattr(c, "ndim", 0) == 1 for c in counts)
+        return list(counts) if any(several) else None
+
+    def _example_of_counts(self) -> str:
+        return "[counts_of_the_first, counts_of_the_second, ...]"
+
+    def _take_rows(self, growth: Growth) -> Callable[[], None]:
+        """Have the rows of a growth, as counts and sizes go; calling what it returns undoes that.
+
+        Where rows of several fields were taken as one field's, it is one from now on.
+        """
+        rows = ("num_embeddings", "full_rows", "field_sizes", "shared_rows")
+        paddings = ("padding_idx", "other_paddings", "full_padding")
+        before = {name: getattr(self, name) for name in (*rows, *paddings)}
+        if len(growth.rows) != len(self.field_sizes):
+            self.shared_rows = None
+        self.num_embeddings += growth.num_new
+        self.full_rows += growth.num_new
+        self.field_sizes = growth.after
+        if len(growth.rows) > 1:
+            numbers = growth.numbers()
+            if self.padding_idx is not None:
+                self.padding_idx = self.full_padding = int(numbers[self.padding_idx])
+                self.other_paddings = tuple(numbers[list(self.other_paddings)].tolist())
+            if self.shared_rows is not None:
+                self.shared_rows = numbers.to(self.device)[self.shared_rows]
+        self._number_fields()
+
+        def undo() -> None:
+            for name, value in before.items():
+                setattr(self, name, value)
+            self._number_fields()
+
+        return undo
+
+    def _number_fields(self) -> None:
+        """What a subclass keeps of where fields begin."""
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -70,26 +70,6 @@ class TierPlan:
         return place
 
 
-def append_rows(table: Tensor, more: int) -> Tensor:
-    """A table [N, D] with so many rows more: in each column the mean of the rows that reach it."""
-    grown = empty_table(len(table) + more, table.shape[1], dtype=table.dtype, device=table.device)
-    grown[: len(table)] = table
-    reach = (table != 0).sum(0).clamp(min=1)
-    grown[len(table) :] = (table.sum(0, dtype=torch.float32) / reach).to(table.dtype)
-    return grown
-
-
-def with_rows(plan: TierPlan, dim: int, more: int) -> TierPlan:
-    """A plan with rows of all numbers behind the others, in a tier of their own."""
-    widths, ends = (*plan.widths, dim), (*plan.ends, plan.ends[-1] + more)
-    new = torch.arange(plan.num_rows, plan.num_rows + more)
-    order = plan.order
-    if order is None and plan.ends[-1] < plan.num_rows:
-        order = torch.arange(plan.ends[-1])
-    order = None if order is None else torch.cat([order, new.to(order.device)])
-    return TierPlan(widths, ends, order, plan.num_rows + more)
-
-
 def plan_tiers(
     stored: Tensor, widest: int, merged: Tensor | None = None, within: Tensor | None = None
 ) -> TierPlan:
@@ -244,7 +224,7 @@ def _holders(
     return found
 
 
-def _holding(
+def holding(
     optimizers: list[Optimizer], parameters: Sequence[nn.Parameter]
 ) -> list[tuple[Optimizer, dict[str, Any], nn.Parameter]]:
     """The first group of each optimizer that holds one of these, and the first that it holds.
@@ -343,7 +323,7 @@ def thaw_optimizers(
 ) -> None:
     """Inverse of `freeze_optimizers`; blocks that have no state yet count as zeros."""
     stays = _stays(weight, blocks, plan)
-    for optimizer, group, first in _holding(optimizers, blocks):
+    for optimizer, group, first in holding(optimizers, blocks):
         states = [_dense_state(optimizer, block) for block in blocks]
         _replace(group, first, [weight])
         drop_parameters([optimizer], blocks)
@@ -378,21 +358,6 @@ def thaw_optimizers(
             )
         if merged:
             optimizer.state[weight] = merged
-
-
-def begin_rows(
-    optimizers: list[Optimizer], blocks: Sequence[nn.Parameter], rows: nn.Parameter
-) -> None:
-    """Give new rows [n, D] the sums that Adagrad begins with, where blocks have some.
-
-    Without state rows count as zeros, which is what all others begin with.
-    """
-    for optimizer, group, first in _holding(optimizers, blocks):
-        start, state = group.get("initial_accumulator_value"), optimizer.state.get(first) or {}
-        if start and "sum" in state:
-            of_rows = state["sum"].ndim == 1 or state["sum"].shape[1] != first.shape[1]
-            like = rows[:, 0] if of_rows else rows
-            optimizer.state[rows] = {"sum": torch.full_like(like, start, requires_grad=False)}
 
 
 def unite_parameters(
@@ -467,7 +432,7 @@ def replace_parameters(
     A checkpoint's optimizer may be loaded before its model; and PyTorch's loading of a model
     leaves optimizers as they are.
     """
-    for optimizer, group, first in _holding(optimizers, old):
+    for optimizer, group, first in holding(optimizers, old):
         states = [optimizer.state.get(parameter) or {} for parameter in old]
         _replace(group, first, new)
         optimizer.state.pop(first, None)
