@@ -601,9 +601,9 @@ REACHED_FROM = {
     "run/scoring.py": {"evaluate"},
     "cli.py": {"train", "evaluate", "pack", "inspect", "report", "compare", "demo"},
     "data/labels.py": {"train", "evaluate"},
-    "packed.py": {"evaluate", "pack", "inspect"},
-    "trained.py": {"evaluate", "pack", "inspect"},
-    "report.py": {"report", "compare"},
+    "store/packed.py": {"evaluate", "pack", "inspect"},
+    "run/trained.py": {"evaluate", "pack", "inspect"},
+    "run/report.py": {"report", "compare"},
     **{f"paper/{name}.py": {"paper"} for name in ("command", "protocol", "tuning", "work")},
     "peers/__init__.py": {"paper"},
 }
@@ -635,6 +635,8 @@ def messages() -> list[tuple[str, str, str]]:
 
 
 def test_every_option_that_an_error_names_is_there():
+    root = Path(amtl.__file__).parent
+    assert all((root / file).is_file() for file in REACHED_FROM)
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     options = {
         name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)}
