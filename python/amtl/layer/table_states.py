@@ -163,7 +163,8 @@ class TableStates(TableLookups):
             ValueError: other shapes, or more than there are rows and not by field.
         """
         fields, rows = self.field_sizes, self.num_embeddings
-        by_field = self._by_field(counts) if len(fields) > 1 or self._keeps_numbering else None
+        several = self._keeps_numbering or len(fields) > 1
+        by_field = self._by_field(counts) if several else None
         if by_field is not None:
             if len(by_field) != len(fields) or sum(fields) != rows:
                 raise ValueError(
@@ -174,14 +175,14 @@ class TableStates(TableLookups):
             after = [len(c) for c in each]
             return torch.cat(each).to(self.device), Growth.between(fields, after)
         checked = check_counts(counts, rows, grows=True).to(self.device)
-        if len(checked) > rows and (len(fields) > 1 or self._keeps_numbering):
+        if several and len(checked) > rows:
             raise ValueError(
                 f"counts name {len(checked):,} rows, and the table {self.name!r} of {rows:,} holds "
                 f"{len(fields)} fields: give the counts of each, {self._example_of_counts()}"
             )
-        whole = not self._keeps_numbering
-        before = [rows] if whole else fields
-        return checked, Growth.between(before, [len(checked)] if whole else fields)
+        if self._keeps_numbering:
+            return checked, Growth.between(fields, fields)
+        return checked, Growth.between([rows], [len(checked)])
 
     def _by_field(self, counts: object) -> list[Any] | None:
         """Counts that are given for each field; None if they are those of all rows."""
