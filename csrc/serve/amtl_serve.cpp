@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <new>
+#include <vector>
 
 #include "serve/failure.h"
 #include "serve/table.h"
@@ -16,6 +17,7 @@
 
 using amtl::serve::Failure;
 using amtl::serve::Json;
+using amtl::serve::Multiply;
 using amtl::serve::Source;
 using amtl::serve::Table;
 using amtl::serve::TensorFile;
@@ -82,6 +84,14 @@ std::unique_ptr<amtl_file> Open(const char* path, bool verify) {
   return file;
 }
 
+// Rows as they are stored, `out` [count, dim], as they are shown.
+void Show(const Table& table, int64_t count, float* out) {
+  if (table.basis.empty()) return;
+  thread_local std::vector<float> scratch;
+  scratch.resize(static_cast<size_t>(table.dim));
+  Multiply(table.basis.data(), count, table.dim, out, scratch.data());
+}
+
 // Lookups are resolved to rows this many at a time, and the memory of all is asked for at once.
 constexpr int64_t kAhead = 64;
 
@@ -143,6 +153,7 @@ amtl_status Lookup(const amtl_layer* layer, const Index* indices, size_t count, 
     const int64_t stop = std::min(p + kAhead, end);
     if (const amtl_status status = Resolve(*layer, indices, p, stop, false, sources)) return status;
     layer->table->reader->copy(sources, stop - p, dim, out + p * dim);
+    Show(*layer->table, stop - p, out + p * dim);
   }
   return AMTL_OK;
 }
@@ -199,6 +210,7 @@ amtl_status LookupBags(const amtl_layer* layer, const Index* indices, size_t cou
       const float scale = 1.0f / static_cast<float>(counted);
       for (int64_t c = 0; c < dim; ++c) out[c] *= scale;
     }
+    Show(*layer->table, 1, out);
   }
   return AMTL_OK;
 }

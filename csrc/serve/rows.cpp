@@ -1,5 +1,6 @@
 #include "serve/rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -144,6 +145,19 @@ const RowReader& ReaderOfType(int bits) {
 }
 
 }  // namespace
+
+void Multiply(const float* basis, int64_t count, int64_t dim, float* rows, float* scratch) {
+  for (float* row = rows; row != rows + count * dim; row += dim) {
+    std::fill_n(scratch, dim, 0.0f);
+    for (int64_t c = 0; c < dim; ++c) {
+      const float number = row[c];
+      if (number == 0.0f) continue;  // beyond the width of the row
+      const float* component = basis + c * dim;
+      for (int64_t d = 0; d < dim; ++d) scratch[d] += number * component[d];
+    }
+    std::copy_n(scratch, dim, row);
+  }
+}
 
 const RowReader& ReaderOf(Number number, int bits) {
   switch (number) {

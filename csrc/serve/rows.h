@@ -19,6 +19,9 @@ struct RowReader {
   void (*add)(const Source* sources, const float* weights, int64_t count, float* sums);
 };
 
+// Rows [count, dim] times basis [dim, dim], in place; `scratch` holds a row.
+void Multiply(const float* basis, int64_t count, int64_t dim, float* rows, float* scratch);
+
 enum class Number { kFloat, kHalf, kBFloat16 };
 
 // `bits`: 0 for numbers of type `number`, 2, 4, 8 or 16 for codes whose step sizes have that type.

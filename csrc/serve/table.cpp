@@ -47,6 +47,7 @@ Table::Table(const TensorFile& file, const std::string& name, const Json& config
   }
   if (!config["max_norm"].null()) unsupported = "has max_norm, which changes rows at lookups";
   ReadTiers(file, prefix, config);
+  ReadBasis(file, prefix);
   ReadPlaces(file, prefix, config);
 }
 
@@ -87,6 +88,25 @@ void Table::ReadTiers(const TensorFile& file, const std::string& prefix, const J
   places = begin;
   reader = &ReaderOf(number, bits);
   if (bits == 0) bits = number == Number::kFloat ? 32 : 16;
+}
+
+void Table::ReadBasis(const TensorFile& file, const std::string& prefix) {
+  const Tensor* found = file.Find(prefix + "basis");
+  if (found == nullptr) return;
+  if (found->shape != std::vector<int64_t>{dim, dim}) {
+    Damaged("\"" + prefix + "basis\" does not fit its table");
+  }
+  Number number = Number::kFloat;
+  if (!ParseNumber(found->type, &number)) {
+    unsupported = "has a basis of " + found->type;
+    return;
+  }
+  basis.resize(static_cast<size_t>(dim * dim));
+  const int64_t row_bytes = found->bytes / dim;
+  for (int64_t c = 0; c < dim; ++c) {
+    const Source row{found->data + c * row_bytes, static_cast<int32_t>(dim), 0};
+    ReaderOf(number, 0).copy(&row, 1, dim, basis.data() + c * dim);
+  }
 }
 
 void Table::ReadPlaces(const TensorFile& file, const std::string& prefix, const Json& config) {

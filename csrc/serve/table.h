@@ -34,6 +34,7 @@ struct Table {
   std::vector<int64_t> passed;  // without `order`, rows in the place of the padding row, ascending
   std::vector<int64_t> paddings;  // rows that count for nothing in bags, all at one place
   int64_t padding_place = -1;
+  std::vector<float> basis;  // [dim, dim] that rows are multiplied by; empty if they are not
   int bits = 0;
   amtl_mode mode = AMTL_SUM;
   const RowReader* reader = nullptr;
@@ -41,6 +42,7 @@ struct Table {
 
  private:
   void ReadTiers(const TensorFile& file, const std::string& prefix, const Json& config);
+  void ReadBasis(const TensorFile& file, const std::string& prefix);
   void ReadPlaces(const TensorFile& file, const std::string& prefix, const Json& config);
 };
 

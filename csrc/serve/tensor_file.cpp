@@ -25,7 +25,7 @@ namespace {
 
 constexpr char kEntry[] = "amtl.tensorfile";
 constexpr char kFormat[] = "amtl-packed";
-constexpr int64_t kVersion = 3;
+constexpr int64_t kVersion = 4;
 // What other readers of the format take at most.
 constexpr uint64_t kMostHeader = 100'000'000;
 

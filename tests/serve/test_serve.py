@@ -127,6 +127,43 @@ def test_rows_are_those_of_python(library, tmp_path, dtype, bits):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_basis_is_multiplied_by(library, tmp_path, dtype, bits):
+    """But for the order of sums, in float32."""
+    for kind in (AMTLEmbedding, AMTLEmbeddingBag):
+        layer = kind(
+            300, 24, padding_idx=3, counts=torch.arange(300).flip(0), dtype=dtype, bits=bits
+        )
+        layer.to_principal_basis().freeze().eval()
+        layer = saved(layer, tmp_path / "f")
+        layer.include_last_offset = True
+        indices, offsets = drawn(300, 1)
+        tensors = torch.tensor(indices), torch.tensor(offsets)
+        with library.open(tmp_path / "f") as file, torch.no_grad():
+            found = file.find("")
+            if kind is AMTLEmbedding:
+                results = [(found.lookup(indices), layer(tensors[0]))]
+                assert not any(found.lookup([3]))
+            else:
+                layer.mode = "sum"
+                summed = layer(*tensors)
+                layer.mode = "mean"
+                results = [
+                    (found.bags(indices, offsets, mode=SUM), summed),
+                    (found.bags(indices, offsets, mode=MEAN), layer(*tensors)),
+                ]
+        tensors, _, _, content = read_document(tmp_path / "f", {"amtl-packed": 4})
+        odd = {"layers//basis": torch.ones(24, 23)}
+        document_writer("amtl-packed", 4, {**tensors, **odd}, content)(tmp_path / "odd")
+        with pytest.raises(ServeError, match=r"basis. does not fit its table"):
+            library.open(tmp_path / "odd")
+        rough = 2e-5 if dtype == torch.float32 else 0.05
+        for given, expected in results:
+            given = torch.tensor(list(given)).view(expected.shape)
+            assert torch.allclose(given, expected.float(), atol=rough, rtol=rough)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bags_are_those_of_the_kernel(library, tmp_path, dtype, bits):
     """In float32, where Python rounds them to the table's type."""
     for seed, arguments in enumerate([{}, {"shared_rows": "rarest"}, {"dim": 200, "rows": 90}]):
@@ -442,8 +479,8 @@ def test_values_are_checked_if_asked_for(library, small, tmp_path):
 def test_other_versions_and_other_files(library, small, tmp_path):
     tensors, _, _, content = read_document(small, {"amtl-packed": 1})
     path = tmp_path / "other"
-    document_writer("amtl-packed", 4, tensors, content)(path)
-    with pytest.raises(ServeError, match="format version 4, this library reads up to 3") as caught:
+    document_writer("amtl-packed", 5, tensors, content)(path)
+    with pytest.raises(ServeError, match="format version 5, this library reads up to 4") as caught:
         library.open(path)
     assert caught.value.status == client.VERSION
     for kind, status in (("amtl-checkpoint", client.FORMAT), ("amtl-model", client.FORMAT)):
@@ -539,7 +576,7 @@ def test_padding_rows_need_their_places(library, small, tmp_path):
 def test_rows_of_half_a_number_are_damaged(library, tmp_path):
     path = tmp_path / "f"
     amtl.save(some_layer(torch.float32, 16, AMTLEmbedding), path)
-    tensors, _, version, content = read_document(path, {"amtl-packed": 3})
+    tensors, _, version, content = read_document(path, {"amtl-packed": 4})
     odd = {"layers//blocks/0": tensors["layers//blocks/0"][:, 1:].contiguous()}
     document_writer("amtl-packed", version, {**tensors, **odd}, content)(path)
     with pytest.raises(ServeError, match="do not make its table") as caught:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from amtl.errors import together
+from amtl.layer.basis import BITS, PRINCIPAL, pay_for_bases
 from amtl.layer.budget import check_share
 from amtl.layer.bypass import end_calls, end_first_passes, watch_calls, watch_first_passes
 from amtl.layer.companions import accompany
@@ -326,6 +327,7 @@ def convert(
     names: Iterable[str] | None = None,
     fused_optimizer: FusedOptimizer | None = None,
     bits: int | str | None = AUTO,
+    basis: str | None = None,
     **options: Any,
 ) -> _Model:
     """Replace embeddings of a trained or untrained model by AMTL layers, in place.
@@ -362,6 +364,11 @@ def convert(
             rounds what is looked up and goes on in numbers of the table's type, which `amtl.save`
             leaves out. None: numbers of the table's type and narrower rows, so that training takes
             less memory, too.
+        basis: "principal" of a trained model whose rows are to be cut off: each table is held in
+            its principal components, see `AMTLEmbedding.to_principal_basis`, of which few numbers
+            are most of it, in 8 bits unless `bits` says otherwise. The budget pays for the [D, D]
+            numbers of a basis; tables of which they would be more than a tenth stay as they are,
+            and so do those that keep every number.
         **options: other options of the layers, see `amtl.SearchOptions`; `field_sizes`, and
             `shared_rows`, which may also be a mapping by name.
 
@@ -387,6 +394,10 @@ def convert(
             )
         counts = {"": counts}
     _check_options(options)
+    if basis not in (None, PRINCIPAL):
+        raise ValueError(f"basis must be {PRINCIPAL!r} or None, got {basis!r}")
+    if basis is not None and bits == AUTO and options.get("parametrization", "rule") == "rule":
+        bits = None if budget is None else BITS
     places = places_of(model)
     wanted = list(dict.fromkeys(counts if names is None else names))
     if not wanted:
@@ -407,6 +418,7 @@ def convert(
         for module, name in by_module.items()
     }
     chosen = _options_of(found, by_module, places, budget, {**options, "bits": bits})
+    turned = pay_for_bases(chosen, _weight) if basis is not None else []
     if bits == AUTO and options.get("parametrization", "rule") == "rule":
         _tell_of_halves({by_module[module]: _weight(module) for module in found}, budget)
     replacements: dict[nn.Module, AMTLTable] = {}
@@ -425,6 +437,10 @@ def convert(
             retire(wrappers_of(module.parameters()))
     if fused_optimizer is not None and replacements:
         fuse(nn.ModuleList(replacements.values()), fused_optimizer)
+    # All of them before any table is written to.
+    of_layers = [(replacements[m], replacements[m]._components()) for m in turned]
+    for layer, components in of_layers:
+        layer._turn(*components)
     tell_of_nothing_in(bare, budget, alone=len(found) == 1)
     converted = swap(model, places, replacements)
     if not isinstance(converted, AMTLTable):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from amtl.layer.basis import turn_states
 from amtl.layer.embedding import AMTLEmbeddingBag
 from amtl.layer.replicas import retire, wrappers_of
 from amtl.layer.table import AMTLTable
@@ -126,15 +127,19 @@ def embedding_from(layer: AMTLTable, masked: bool) -> nn.Embedding | nn.Embeddin
     """
     tables = layer.table_parameters()
     weight = tables[0]
-    if layer.phase == "frozen" or masked:
+    if layer.phase == "frozen" or masked or layer.basis is not None:
         trains = weight.requires_grad or layer.masterless
-        weight = nn.Parameter(layer.dense_weight(), requires_grad=trains)
+        whole = layer.phase == "search" and not masked
+        dense = layer._out_of_basis(weight.detach()) if whole else layer.dense_weight()
+        weight = nn.Parameter(dense, requires_grad=trains)
         optimizers = layer._followed(None, tables) if trains else []
         hand_over(tables, [weight], layer.name)
         if layer.phase == "frozen":
             thaw_optimizers(optimizers, weight, tables, layer._plan())
         else:
             replace_parameters(optimizers, tables, [weight])
+        if layer.basis is not None:
+            turn_states(optimizers, weight, layer.basis.double().inverse().T)
         retire(wrappers_of(tables))
     common: dict[str, Any] = {
         "max_norm": layer.max_norm,

@@ -75,8 +75,8 @@ class TableLookups(TableRows):
         plan = self._sized_plan(dims)
         planned = None if plan is None else self._planned_rows(plan, rows)
         if planned is not None:
-            return planned
-        return self._call(
+            return self._shown(planned)
+        out = self._call(
             amtl_kernels.adaptive_embedding,
             weight,
             rows,
@@ -87,6 +87,7 @@ class TableLookups(TableRows):
             padding_idx=self.padding_idx,
             bounds_check=bounds,
         )
+        return self._shown(out)
 
     def _embed_jagged(self, input: Any) -> Tensor:
         """The rows at indices in a nested tensor, as one with the same lengths."""
@@ -153,8 +154,8 @@ class TableLookups(TableRows):
             bags = pooled(self.weight, rows, offsets, mode, *given)
             planned = plan.bags(bags, BOUNDS[self.options.bounds_check])
             if planned is not None:
-                return planned
-        return self._call(
+                return self._shown(planned)
+        out = self._call(
             amtl_kernels.adaptive_embedding_bag,
             self.weight,
             rows,
@@ -169,6 +170,7 @@ class TableLookups(TableRows):
             seed=seed,
             bounds_check=bounds,
         )
+        return self._shown(out)
 
     def _searched(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """Rows to look up in the search phase, sizes and soft mask of the groups, and the seed."""
@@ -414,9 +416,9 @@ class TableLookups(TableRows):
         return {"padding_idx": self._frozen_padding(), "bounds_check": self._operator_bounds()}
 
     def _shown(self, out: Tensor) -> Tensor:
-        """What a lookup in tiers gives, in the type of the layer."""
+        """What a lookup of stored numbers gives, in the type of the layer and out of its basis."""
         steps = self._buffers["steps"]
-        return out if steps is None else out.to(steps.dtype)
+        return self._out_of_basis(out if steps is None else out.to(steps.dtype))
 
 
 _looked_up_to_train: weakref.WeakSet[TableLookups] = weakref.WeakSet()

@@ -214,6 +214,7 @@ class AMTLTable(TableStates):
         blocks: Sequence[Tensor],
         row_order: Tensor | None = None,
         steps: Tensor | None = None,
+        basis: Tensor | None = None,
     ) -> _Self:
         """A frozen layer from `config()` and its tensors, without a size head.
 
@@ -222,6 +223,7 @@ class AMTLTable(TableStates):
             blocks: the tiers, used as they are (not copied).
             row_order: int32 [N] or None.
             steps: float [C], step sizes of blocks of codes, or None.
+            basis: float [D, D], see `to_principal_basis`, or None.
 
         Raises:
             ValueError: tensors that do not fit the configuration.
@@ -251,6 +253,7 @@ class AMTLTable(TableStates):
         fits = fits and (steps is None or (bits is not None and tuple(steps.shape) == (len(ends),)))
         if row_order is not None:
             fits = fits and tuple(row_order.shape) == (config["num_embeddings"],)
+        fits = fits and (basis is None or tuple(basis.shape) == (dim, dim))
         if not fits:
             raise ValueError(
                 f"tiers {[tuple(b.shape) for b in blocks]} that end at rows {ends} do not make a "
@@ -279,7 +282,7 @@ class AMTLTable(TableStates):
         )
         parameters = [nn.Parameter(b, requires_grad=steps is None) for b in blocks]
         layer._enter_frozen(parameters, ends, row_order)
-        layer.steps = steps
+        layer.steps, layer.basis = steps, basis
         return layer
 
     def _configure(self, config: Mapping[str, Any]) -> None:
@@ -585,7 +588,7 @@ class AMTLTable(TableStates):
     def _constant(self: _Self, codes: list[Tensor], ends: list[int], steps: Tensor) -> _Self:
         """A layer of these codes that does not train, a block a part."""
         config = {**self.config(), "tier_ends": ends}
-        layer = type(self).from_config(config, codes, self.row_order, steps)
+        layer = type(self).from_config(config, codes, self.row_order, steps, self.basis)
         layer.name = self.name
         return layer.train(self.training)
 

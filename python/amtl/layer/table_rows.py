@@ -68,6 +68,7 @@ class TableRows(nn.Module):
     row_map: Tensor | None
     shared_rows: Tensor | None
     steps: Tensor | None
+    basis: Tensor | None
     head: SizeHead | None
     rounding: Rounding | None
     grid: SizeGrid
@@ -120,6 +121,7 @@ class TableRows(nn.Module):
         self._order_seen = 0
         self.register_buffer("shared_rows", None)
         self.register_buffer("steps", None)
+        self.register_buffer("basis", None)
         self.register_module("rounding", None)
         self.blocks = nn.ParameterList()
         self.register_module("head", None)
@@ -315,9 +317,9 @@ class TableRows(nn.Module):
         return sum(block.numel() for block in blocks) * bits // 8 + parts * PART_BYTES
 
     def stored_bytes(self) -> int:
-        """`value_bytes`, and `row_order` while it is kept and says what nothing else does."""
-        order = self.told_order()
-        return self.value_bytes() + (0 if order is None else order.nbytes)
+        """`value_bytes`, a basis, and `row_order` where it is kept and nothing else says it."""
+        beside = (self.told_order(), self.basis)
+        return self.value_bytes() + sum(each.nbytes for each in beside if each is not None)
 
     def told_order(self) -> Tensor | None:
         """`row_order` where a file has to say it; None where padding rows do, O(N)."""
@@ -337,7 +339,12 @@ class TableRows(nn.Module):
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """What an nn.Embedding with the same outputs holds (without noise): new, dense [N, D]."""
-        return self._dense()
+        return self._out_of_basis(self._dense())
+
+    def _out_of_basis(self, rows: Tensor) -> Tensor:
+        """Rows [..., D] as lookups show them."""
+        basis = self._buffers["basis"]
+        return rows if basis is None else rows @ basis.to(rows.dtype)
 
     def _dense(self, rounded: bool = True) -> Tensor:
         if self.tier_ends is None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from amtl.layer.basis import multiply, principal_basis, turn_states
 from amtl.layer.frequency import check_counts, decode_row_map, encode_row_map
 from amtl.layer.growing import Growth
 from amtl.layer.instances import looked_for_once
@@ -25,6 +27,8 @@ from amtl.layer.tiers import (
     restore_parameters,
     split_rows,
 )
+
+_Self = TypeVar("_Self", bound="TableStates")
 
 
 class _OfPlainState(str):
@@ -153,6 +157,59 @@ class TableStates(TableLookups):
         found = torch.zeros_like(total).index_add_(0, part[known], weight * squares[known])
         own.copy_(torch.where(total > 0, found / total, own.double()))
 
+    def to_principal_basis(
+        self: _Self, optimizer: Optimizer | Iterable[Optimizer] | None = None
+    ) -> _Self:
+        """Hold rows in the principal components of the table; lookups without masks stay equal.
+
+        For trained tables whose rows are to be cut off: see `amtl.layer.basis`. `weight` is
+        overwritten, and holds rows as they are stored from now on; lookups multiply what they find
+        by `basis` [D, D], which is a buffer. Sizes stay, and so does what was learned of them.
+        O(N * D^2).
+
+        Args:
+            optimizer: as in `freeze`; momenta and sums of squares are turned along.
+
+        Returns:
+            The layer.
+
+        Raises:
+            RuntimeError: the layer is frozen, has a basis, or is a collection.
+            ValueError: numbers are not finite, or the layer has a `max_norm`.
+        """
+        self._turn(*self._components(), optimizer)
+        return self
+
+    @torch.no_grad()
+    def _components(self) -> tuple[Tensor, Tensor]:
+        """The basis that the table is to have, and its inverse."""
+        if self.tier_ends is not None or self.weight is None or self.row_group is None:
+            raise RuntimeError("rows that are cut off have no components: before freeze()")
+        if self.basis is not None or self._keeps_numbering:
+            what = "is a collection" if self._keeps_numbering else "has a basis already"
+            raise RuntimeError(f"table {self.name!r} {what}")
+        if self.max_norm is not None:
+            raise ValueError(f"table {self.name!r} has max_norm, which scales rows as given")
+        counts = self._head().group_counts[self.row_group.long()]
+        counts[self._padding_rows()] = 0
+        try:
+            return principal_basis(self.weight, counts)
+        except ValueError as error:
+            raise ValueError(f"table {self.name!r}: {error}") from error
+
+    @torch.no_grad()
+    def _turn(
+        self,
+        basis: Tensor,
+        inverse: Tensor,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    ) -> None:
+        weight = self.weight
+        assert weight is not None
+        multiply(weight, inverse)
+        turn_states(self._followed(optimizer, [weight]), weight, basis.T)
+        self.basis = basis.to(self.dtype)
+
     def _read_counts(self, counts: object) -> tuple[Tensor, Growth]:
         """Counts of all rows, those of each field one below the other, and how many are new.
 
@@ -273,6 +330,9 @@ class TableStates(TableLookups):
             missing_keys.append(_OfPlainState(f"{prefix}{own[1 if self.tier_ends is None else 2]}"))
             self._complete(state_dict, prefix, error_msgs)
         schedule = state_dict.pop(prefix + "schedule", None)
+        basis = state_dict.get(prefix + "basis")
+        if schedule is not None and (basis is None or self.basis is None):
+            self.basis = None if basis is None else torch.empty_like(basis, device=self.device)
         fits = False
         if schedule is not None:
             self.update_schedule(float(schedule[1]))
@@ -342,6 +402,10 @@ class TableStates(TableLookups):
                 f"{prefix}weight: the state is that of a plain nn.Embedding, and the table holds "
                 "codes only, which numbers cannot be loaded into: load it before freeze()"
             )
+        if self.basis is not None:
+            loaded = loaded.detach().to(self.device, torch.float64)
+            loaded = (loaded @ self.basis.double().inverse()).to(self.dtype)
+            state_dict[prefix + "weight"] = loaded
         state = self.state_dict(prefix=prefix)
         if self.tier_ends is not None and self.steps is None:
             del state_dict[prefix + "weight"]

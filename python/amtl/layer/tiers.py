@@ -24,7 +24,7 @@ from amtl_kernels._calls import kind
 
 # State that holds a direction: it must vanish where the weights were cut off, or the first step
 # after freezing would move padding by gradients of masked coordinates. Magnitudes are kept.
-_MOMENTA = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "exp_inf_avg", "prev"})
+MOMENTA = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "exp_inf_avg", "prev"})
 
 # A table in frequency order whose first row is padding has one run more than widths; each is a
 # parameter of its own.
@@ -302,7 +302,7 @@ def freeze_optimizers(
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 if blocks[0].dtype == torch.uint8:
                     continue
-                parts = split_rows(value, plan, row_dims if key in _MOMENTA else None)
+                parts = split_rows(value, plan, row_dims if key in MOMENTA else None)
             elif isinstance(value, Tensor) and value.ndim and len(value) == len(weight):
                 parts = split_vector(value, plan)
             elif _is_of_columns(value, weight):

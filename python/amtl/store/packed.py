@@ -38,11 +38,12 @@ from amtl.store.files import write_aside
 from amtl.store.tensors import FileTensors, PackedFileError, document_writer, read_document
 from amtl_kernels._calls import kind as kind_of
 
-FORMAT, VERSION = "amtl-packed", 3
-_VERSION_OF_16_BITS = 2
+FORMAT, VERSION = "amtl-packed", 4
+_VERSION_OF_16_BITS, _VERSION_OF_RUNS = 2, 3
 """Version 2 added tables of numbers of 16 bits. Version 3 is of runs: what is known of them is
-deflated, and their dense layers may be codes of 8 bits. Each is written where it is needed: older
-readers open all other files, and say of these that they are newer."""
+deflated, and their dense layers may be codes of 8 bits. Version 4 is of tables in a basis of their
+own. Each is written where it is needed: older readers open all other files, and say of these that
+they are newer."""
 _RUN_OF_V1 = "amtl-model"
 _ABOUT = "about"
 """The tensor that holds a run's metadata."""
@@ -410,8 +411,10 @@ def write_packed(
             packed[f"layers/{name}/row_order"] = order
         if layer.steps is not None:
             packed[f"layers/{name}/steps"] = layer.steps
-        if layer.options.bits == 16:
-            version = _VERSION_OF_16_BITS
+        if layer.basis is not None:
+            packed[f"layers/{name}/basis"] = layer.basis
+        needs = VERSION if layer.basis is not None else 1
+        version = max(version, needs, _VERSION_OF_16_BITS if layer.options.bits == 16 else 1)
     for key, value in rest.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} of the state_dict is {kind_of(value)}, not a tensor")
@@ -422,7 +425,8 @@ def write_packed(
     for key, value in (tensors or {}).items():
         packed[f"user/{key}"] = value.detach()
     if kind == "run":
-        packed[_ABOUT], metadata, version = deflated(metadata), None, VERSION
+        packed[_ABOUT], metadata = deflated(metadata), None
+        version = max(version, _VERSION_OF_RUNS)
     header = {
         "kind": kind,
         "layers": {name: layer.config() for name, layer in stored.items()},
@@ -535,10 +539,11 @@ def _run_of_v1(contents: FileTensors, meta: Mapping[str, Any]) -> PackedFile:
 
 def _layer(name: str, config: Mapping[str, Any], contents: FileTensors) -> AMTLTable:
     blocks = [contents.unchecked(f"blocks/{c}") for c in range(len(config["tier_ends"]))]
-    order, steps = (
-        contents.unchecked(key) if key in contents else None for key in ("row_order", "steps")
+    beside = (
+        contents.unchecked(key) if key in contents else None
+        for key in ("row_order", "steps", "basis")
     )
-    layer = _CLASSES[config["class"]].from_config(config, blocks, order, steps)
+    layer = _CLASSES[config["class"]].from_config(config, blocks, *beside)
     layer.name = name
     _check_when_used(layer, contents)
     return layer
