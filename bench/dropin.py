@@ -95,9 +95,10 @@ class ClickModel(nn.Module):
     Args:
         task: the data, for the fields and their numbers of values.
         dim: width of the tables.
+        std: of their first numbers; `nn.Embedding` has 1.
     """
 
-    def __init__(self, task: Task, dim: int) -> None:
+    def __init__(self, task: Task, dim: int, std: float = 0.01) -> None:
         super().__init__()
         encoder = task.encoder
         sizes = encoder.field_sizes
@@ -107,7 +108,7 @@ class ClickModel(nn.Module):
             for rows, bag in zip(sizes, bags, strict=True)
         )
         for field in self.fields:
-            nn.init.normal_(field.weight, std=0.01)
+            nn.init.normal_(field.weight, std=std)
         self.starts = [sum(sizes[:f]) for f in range(len(sizes))]
         width = len(sizes) * dim + encoder.num_dense
         self.mlp = nn.Sequential(
@@ -139,14 +140,15 @@ def scores(model: ClickModel, data: EncodedData) -> tuple[float, float]:
     return auc(logits, data.labels), log_loss(logits, data.labels)
 
 
-def compress(model: ClickModel, task: Task, budget: float, bits: int | None) -> int:
+def compress(
+    model: ClickModel, task: Task, budget: float, bits: int | str | None, basis: str | None = None
+) -> int:
     """Converts and freezes a model in place; returns the bytes of its tables."""
     names = [f"fields.{f}" for f in range(len(model.fields))]
     counts = dict(zip(names, task.encoder.counts().split(task.encoder.field_sizes), strict=True))
-    amtl.convert(model, counts, budget, bits=bits)
+    amtl.convert(model, counts, budget, bits=bits, basis=basis)
     amtl.freeze(model)
-    layers = amtl.layers(model).values()
-    return round(sum(layer.stored_fraction() * layer.dense_bytes() for layer in layers))
+    return sum(layer.stored_bytes() for layer in amtl.layers(model).values())
 
 
 def train(
@@ -176,6 +178,27 @@ def train(
     stored = dense = rows * dim * 4
     if budget is not None and not after:
         stored = compress(model, task, budget, bits)
+    best = fit(model, task, seed, training)
+    if budget is not None and after:
+        stored = compress(model, task, budget, bits)
+    test = scores(model, task.test)
+    found = {"test_auc": test[0], "test_logloss": test[1]}
+    found |= {"stored_bytes": stored, "dense_bytes": dense}
+    return {"cpu": time.process_time() - started, **found, **best}
+
+
+def fit(model: ClickModel, task: Task, seed: int, training: Training = USUAL) -> dict[str, Any]:
+    """Trains a model, plain or converted, and leaves it as it was when it validated best.
+
+    Args:
+        model: with a table for each field.
+        task: encoded data.
+        seed: of batches.
+        training: of the tables.
+
+    Returns:
+        Its scores in validation, and epochs.
+    """
     optimizers = training.optimizers(model, RATE)
     batch = training.batch or BATCH
     steps = math.ceil(len(task.train) / batch)
@@ -208,9 +231,4 @@ def train(
             break
     assert best is not None
     model.load_state_dict(best.pop("state"))
-    if budget is not None and after:
-        stored = compress(model, task, budget, bits)
-    test = scores(model, task.test)
-    found = {"test_auc": test[0], "test_logloss": test[1], "epochs_run": epoch + 1}
-    found |= {"stored_bytes": stored, "dense_bytes": dense}
-    return {"cpu": time.process_time() - started, **found, **best}
+    return {**best, "epochs_run": epoch + 1}
