@@ -30,7 +30,7 @@ from bench import dropin
 
 BUDGETS = (0.4, 0.125, 0.0625, 0.03, 0.015)
 AS_THEY_ARE: tuple[int | str | None, ...] = ("auto", 8)
-IN_COMPONENTS: tuple[int | str | None, ...] = ("auto", 4, None)
+IN_COMPONENTS: tuple[int | str | None, ...] = ("auto", None)
 """Bits that either is tried with."""
 
 

@@ -24,7 +24,7 @@ PRINCIPAL = "principal"
 BITS = 8
 """Of a number, unless others are asked for: of 4 bits the error is larger than what is cut off."""
 
-_DEAR = 0.1
+_DEAR = 0.25
 """Share of a table's bytes that its basis may take."""
 _ROWS = 1 << 16
 """That are multiplied at a time."""
@@ -87,6 +87,11 @@ def turn_states(optimizers: list[Optimizer], table: nn.Parameter, matrix: Tensor
                 multiply(value, matrix if key in MOMENTA else matrix.square())
 
 
+def bears_basis(weight: Tensor, budget: float | None) -> bool:
+    """Whether a table [N, D] of this budget, a share of its bytes, has them for a basis."""
+    return budget is None or weight.shape[1] <= _DEAR * budget * len(weight)
+
+
 def pay_for_bases(
     chosen: Mapping[nn.Module, dict[str, Any]], weight_of: Callable[[nn.Module], Tensor]
 ) -> list[nn.Module]:
@@ -100,8 +105,10 @@ def pay_for_bases(
     for module, options in chosen.items():
         budget, weight = options["budget"], weight_of(module)
         rows, dim = weight.shape
-        full = (options.get("bits") or 8 * weight.itemsize) / (8 * weight.itemsize)
-        if budget is not None and (budget >= full or dim > _DEAR * budget * rows):
+        width = 8 * weight.itemsize
+        bits = options.get("bits")
+        full = (bits if isinstance(bits, int) else width) / width
+        if not bears_basis(weight, budget) or (budget is not None and budget >= full):
             continue
         found.append(module)
         if budget is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from amtl.errors import together
-from amtl.layer.basis import BITS, PRINCIPAL, pay_for_bases
+from amtl.layer.basis import BITS, PRINCIPAL, bears_basis, pay_for_bases
 from amtl.layer.budget import check_share
 from amtl.layer.bypass import end_calls, end_first_passes, watch_calls, watch_first_passes
 from amtl.layer.companions import accompany
@@ -367,7 +367,7 @@ def convert(
         basis: "principal" of a trained model whose rows are to be cut off: each table is held in
             its principal components, see `AMTLEmbedding.to_principal_basis`, of which few numbers
             are most of it, in 8 bits unless `bits` says otherwise. The budget pays for the [D, D]
-            numbers of a basis; tables of which they would be more than a tenth stay as they are,
+            numbers of a basis; tables of which they would be more than a quarter stay as they are,
             and so do those that keep every number.
         **options: other options of the layers, see `amtl.SearchOptions`; `field_sizes`, and
             `shared_rows`, which may also be a mapping by name.
@@ -396,8 +396,6 @@ def convert(
     _check_options(options)
     if basis not in (None, PRINCIPAL):
         raise ValueError(f"basis must be {PRINCIPAL!r} or None, got {basis!r}")
-    if basis is not None and bits == AUTO and options.get("parametrization", "rule") == "rule":
-        bits = None if budget is None else BITS
     places = places_of(model)
     wanted = list(dict.fromkeys(counts if names is None else names))
     if not wanted:
@@ -417,7 +415,7 @@ def convert(
         module: _checked_counts(module, (name, *places[module]), counts)
         for module, name in by_module.items()
     }
-    chosen = _options_of(found, by_module, places, budget, {**options, "bits": bits})
+    chosen = _options_of(found, by_module, places, budget, {**options, "bits": bits}, basis)
     turned = pay_for_bases(chosen, _weight) if basis is not None else []
     if bits == AUTO and options.get("parametrization", "rule") == "rule":
         _tell_of_halves({by_module[module]: _weight(module) for module in found}, budget)
@@ -528,6 +526,7 @@ def _options_of(
     places: Mapping[nn.Module, list[str]],
     budget: float | Mapping[str, float | None] | None,
     options: Mapping[str, Any],
+    basis: str | None,
 ) -> dict[nn.Module, dict[str, Any]]:
     """What each layer is made with, its part of the budget included."""
     there = {name for found in places.values() for name in found}
@@ -548,14 +547,22 @@ def _options_of(
                 raise ValueError(f"a budget for {names[module]!r} is missing")
             _check_budget(budget[found])
             of_layer["budget"] = budget[found]
+            if _in_components(module, budget[found], options, basis):
+                of_layer["bits"] = BITS
         return chosen
     _check_budget(budget)
     if len(chosen) == 1:
-        next(iter(chosen.values()))["budget"] = budget
+        ((module, of_layer),) = chosen.items()
+        of_layer["budget"] = budget
+        if _in_components(module, budget, options, basis):
+            of_layer["bits"] = BITS
         return chosen
     known = {field.name for field in fields(SearchOptions)}
     given = {key: value for key, value in options.items() if key in known}
     bits = automatic_bits(budget, [_weight(module) for module in counts], options)
+    for each, module in enumerate(counts):
+        if bits[each] and _in_components(module, budget, options, basis):
+            bits[each] = BITS
     common = SearchOptions(budget=budget, **{**given, "bits": common_bits(bits)})
     demands = []
     for (module, of_rows), own_bits in zip(counts.items(), bits, strict=True):
@@ -567,6 +574,14 @@ def _options_of(
             budget=own.budget, bits=own.bits, masters=own.masters, tier_width=own.tier_width
         )
     return chosen
+
+
+def _in_components(
+    module: nn.Module, budget: float | None, options: Mapping[str, Any], basis: str | None
+) -> bool:
+    """Whether the bits of a table are those of components, for nobody has chosen others."""
+    alone = options["bits"] == AUTO and options.get("parametrization", "rule") == "rule"
+    return None not in (basis, budget) and alone and bears_basis(_weight(module), budget)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
