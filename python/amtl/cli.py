@@ -531,6 +531,14 @@ def pack(
             help="Round the embeddings to 16, 8, 4 or 2 bits; amtl evaluate FILE scores it."
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of the bytes of a full table, or bytes as 2MB, that the principal "
+            "components of a table of 32 bits may take, without more training; amtl evaluate FILE "
+            "scores it."
+        ),
+    ] = None,
 ) -> None:
     """Write a trained model to one file: tiers, MLP, vocabularies. No pickle."""
     import torch
@@ -543,9 +551,10 @@ def pack(
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(types)}")
     if bits not in (None, 16, 8, 4, 2):
         raise UserError(f"--bits {bits}: choose one of 16, 8, 4, 2")
-    if bits is not None and types[dtype] is not None:
-        raise UserError(f"--bits {bits} and --dtype {dtype} exclude each other: leave one out")
-    packed = pack_run(run, out, types[dtype], bits)
+    given = f"--bits {bits}" if bits is not None else f"--budget {budget}"
+    if (bits, budget) != (None, None) and types[dtype] is not None:
+        raise UserError(f"{given} and --dtype {dtype} exclude each other: leave one out")
+    packed = pack_run(run, out, types[dtype], bits, budget)
     stored, full = stored_bytes(packed.model.table), dense_bytes(packed.model.table)
     mlp, total = mlp_bytes(packed.model), out.stat().st_size
     console.print(

@@ -29,6 +29,7 @@ from amtl.data.threads import require_threads
 from amtl.errors import UserError
 from amtl.layer.conversion import layers
 from amtl.run import methods
+from amtl.run.components import cut_off
 from amtl.run.config import TrainConfig
 from amtl.run.earlier import Earlier
 from amtl.run.model import ClickModel, assemble, build_model
@@ -377,7 +378,11 @@ def renumber(table: nn.Module, encoder: Encoder, row_map: Tensor | None) -> None
 
 
 def pack_run(
-    folder: Path, out: Path, dtype: torch.dtype | None = None, bits: int | None = None
+    folder: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    bits: int | None = None,
+    budget: str | None = None,
 ) -> Trained:
     """Write the best model of a run to one file, as `amtl.save` does; return it as loaded from it.
 
@@ -387,6 +392,8 @@ def pack_run(
         dtype: of the stored embedding values; by default as trained, which keeps predictions
             bit for bit.
         bits: round them to numbers of 2, 4, 8 or 16 bits in place of that.
+        budget: share of the bytes of a full table, or bytes, as `--budget` has it: rows are cut off
+            in their principal components, in 8 bits if `bits` does not say otherwise.
 
     Raises:
         UserError: the run has no model yet, a file is damaged or cannot be written, or its numbers
@@ -400,7 +407,10 @@ def pack_run(
             f"{folder} is a run of --method {config.method}, which is there to be compared with "
             "and does not pack: amtl, rule and fixed do"
         )
-    if bits is not None:
+    if budget is not None:
+        model.table = cut_off(model, trained.encoder, config, budget, bits)
+        renumber(model.table, trained.encoder, None)
+    elif bits is not None:
         _round(model, trained, bits)
     if not methods.is_adaptive(model.table):
         dense = methods.table_parameters(model.table)[0].detach()
